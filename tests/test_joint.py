@@ -6,7 +6,7 @@ from scipy.special import expit, logsumexp
 
 from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused
-from vidjax.evaluation import calibration
+from vidjax.evaluation import blend, calibration, predict
 from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.run_folder import RunFolder
 from vidjax.training import public
@@ -92,6 +92,10 @@ def test_one_command_measures_out_of_fold_and_ranks_test(joint):
     assert [row["map"] is not None for row in results["runs"]] == [True, True]
     assert folder.has("ranking.txt") and folder.has("ranking_test.txt")
     assert len(folder.config.join.calibration) == 5
+    refused(lambda: predict.restore(folder.path), str(folder.path / "1_plda_all"))
+    moved = RunFolder(folder.path.rename(folder.path.parent / "moved"))
+    assert blend.blend_runs(moved.config, moved, lambda _: data)["map"] == results["map"]
+    moved.path.rename(folder.path)
     before = (folder.path / "metrics.json").read_bytes()
     again, was_finished = public.train_run(config, RunFolder(folder.path), data)
     assert was_finished and again["map"] == results["map"]

@@ -40,7 +40,8 @@ SEEDS = (0, 1, 2)
 MODALITIES = {"face", "head", "body", "audio", "scene"}
 # Configuration -> the modalities that it uses of real clips, which have no other modalities.
 THREE = ["face", "head", "audio"]
-ON_REAL = {"deepmef": ["face"], "mma": THREE, "plda": THREE, "cosine": THREE}
+ON_REAL = {"deepmef": ["face"], "mma": THREE, "plda": THREE, "cosine": THREE,
+           "joint": THREE}  # fmt: skip
 # The rows whose time and score are in the docstring of their configuration.
 DOCUMENTED = (
     "knn.py", "quality_fusion.py", "deepmef.py", "residual_dense.py:face", "noise_classes.py",

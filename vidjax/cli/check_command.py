@@ -153,11 +153,12 @@ def _list_folder_checks(workdir: Path, overrides: Sequence[str]) -> dict[str, Ca
     from vidjax.runs import checkpoint, config_io
     from vidjax.training import public
 
-    config = config_io.override(public.open_run(workdir).config, overrides)
+    run = public.open_run(workdir)
+    config = config_io.override(run.config, overrides)
     if config.join.runs:
         raise UserError(
             f"'{workdir}' is a blend of other runs, so it has no checkpoint\n"
-            f"check each of these runs: {', '.join(config.join.runs)}"
+            f"check each of these runs: {', '.join(run.blended_runs())}"
         )
     checks: dict[str, Callable[[], str]] = {"runs": partial(_check_part, *PARTS["runs"])}
     for step in checkpoint.list_folders(workdir):

@@ -40,7 +40,7 @@ def blend_runs(
     mesh = devices.make_mesh(num_devices)
     weights = _parse_weights(config)
     spec = config.eval
-    names = choose_runs(config)
+    names = [str(folder.path / name) for name in choose_runs(config)]
     configs = [run_config(config, name) for name in names]
     datasets: dict[str, TrainingData] = {}  # runs with equal `config.data` share a dataset
     models = []
@@ -84,7 +84,7 @@ def blend_runs(
 
 
 def choose_runs(config: Config) -> tuple[str, ...]:
-    """Returns the folders of the runs that score `config.eval.split`."""
+    """Returns the folders of the runs that score `config.eval.split`, as `config` names them."""
     trained = config.eval.split in config.data.train_splits
     return tuple(config.join.runs if trained else config.join.finals or config.join.runs)
 
@@ -140,11 +140,12 @@ def run_config(config: Config, name: str) -> Config:
     names a folder of the data or of the cache, this folder replaces the folder of the run. Scores
     of the type `logits` become `log_softmax`.
     """
-    own = RunFolder(name).config
+    run = RunFolder(name)
+    own = run.config
     if own.join.runs:
         raise UserError(
             f"--runs: '{name}' is a blend of runs, not a trained run\n"
-            f"name the runs that it blends: {','.join(own.join.runs)}"
+            f"name the runs that it blends: {','.join(run.blended_runs())}"
         )
     if own.eval.scores == "logits":  # only probabilities can be averaged
         own.eval.scores = "log_softmax"

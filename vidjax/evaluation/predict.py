@@ -351,7 +351,7 @@ def restore(
     if config.join.runs:
         raise UserError(
             f"'{workdir}' is a blend of other runs, so it has no weights\n"
-            f"name one of these runs: {', '.join(config.join.runs)}"
+            f"name one of these runs: {', '.join(folder.blended_runs())}"
         )
     config.eval.checkpoint = step
     devices.cache_programs(files.cache_root())

@@ -78,6 +78,11 @@ class RunFolder:
             self._metrics[path] = schemas.load(path, schemas.Metrics, results.REMEDY)[0]
         return self._metrics.get(path, {})
 
+    def blended_runs(self) -> tuple[str, ...]:
+        """Returns the paths of the runs of a blend. Runs on all clips are preferred to folds."""
+        names = self._config.join.finals or self._config.join.runs
+        return tuple(str(self.path / name) for name in names)
+
     def other_metrics(self) -> dict[str, dict[str, Any]]:
         """Returns split -> content of `metrics_<split>.json`, for every such file."""
         names = (path.stem.removeprefix("metrics_") for path in self.path.glob("metrics_*.json"))

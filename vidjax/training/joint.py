@@ -46,7 +46,7 @@ def train_systems(
             with make_and_lock(path):
                 run = train(own, RunFolder(path), data, num_devices=num_devices)
             new |= not run[1]
-            names[final].append(str(path))
+            names[final].append(path.name)
     splits = [config.eval.split, *(["test"] if has_test else [])]
     done = [folder.metrics(folder.paths(split)) if folder.has(CONFIG) else {} for split in splits]
     if all(done) and not new:

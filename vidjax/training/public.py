@@ -304,7 +304,7 @@ def evaluate(
     if config.join.runs:
         raise UserError(
             f"'{folder.path}' is a blend of other runs, which this function cannot evaluate\n"
-            f"evaluate one of the runs ({', '.join(config.join.runs)}),\n"
+            f"evaluate one of the runs ({', '.join(folder.blended_runs())}),\n"
             "or use the command vidjax evaluate --workdir=FOLDER"
         )
     config.eval.split, config.eval.splits = split or config.eval.split, ()
