@@ -2,6 +2,7 @@
 
 import os
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +108,12 @@ def test_failure_of_one_process_ends_the_other_processes():
     assert time.monotonic() - began < 10
 
 
-def run(wanted, cpu_seconds=20, **more):
+def run(wanted, cpu_seconds=20, writes=(), **more):
     """Does what is `wanted` in a process with limits, by `tests/helpers/limited_job.py`.
 
     "echo" returns the arguments, and tries to open a socket and to run a program.
     """
-    limits: Any = {"memory_bytes": 1 << 31, "cpu_seconds": cpu_seconds}
+    limits: Any = {"memory_bytes": 1 << 31, "cpu_seconds": cpu_seconds, "writes": writes}
     return processes.run_limited(
         limited_job.__name__, Path("film.mp4"), {"wanted": wanted, **more}, **limits
     )
@@ -122,6 +123,29 @@ def test_a_limited_job_gets_arguments_but_no_sockets_or_programs():
     answer = run("echo", name="Zoë")
     assert answer["arguments"] == {"wanted": "echo", "name": "Zoë"}
     assert answer["refused"] == ["socket", "program"]
+
+
+@pytest.mark.parametrize("pipe", [2, 3])
+def test_output_of_a_job_cannot_fill_the_memory_of_the_parent(pipe):
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"film\.mp4"):
+        run("flood", cpu_seconds=1, pipe=pipe)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < (4 if pipe == 3 else 0.1) * processes.OUTPUT_BYTES
+
+
+def test_a_job_cannot_write_a_file_longer_than_its_memory(tmp_path):
+    with pytest.raises(UserError, match=r"film\.mp4' is refused.* file of more than 2,048 MB"):
+        run("disk", file=str(tmp_path / "file"), writes=[tmp_path])
+
+
+def test_a_job_gets_no_environment_variables_that_may_be_secret(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("LC_MESSAGES", "C")
+    variables = run("environment")
+    assert "AWS_SECRET_ACCESS_KEY" not in variables
+    assert variables["PATH"] == os.environ["PATH"] and variables["LC_MESSAGES"] == "C"
 
 
 @pytest.mark.parametrize(("wanted", "kind", "message"), [

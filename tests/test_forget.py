@@ -332,11 +332,44 @@ def test_printed_line_deletes_files_with_any_names(tmp_path, say):
     other = tmp_path / "x.tsv"
     other.write_text("clip\tEve\n")
     for name in names:
-        (tmp_path / os.fsdecode(name)).write_text(f"clip\t{GONE}\n")
+        answer = f"clip\tidentity\tprobability\tscore\nx\t{GONE}\t1\t0\n"
+        (tmp_path / os.fsdecode(name)).write_text(answer)
     text = say("forget", f"--identity={GONE}", tmp_path, code=1)
     (line,) = (line for line in text.splitlines() if line.startswith("  rm -r -- "))
     subprocess.run([BASH, "-c", line], check=True)
     assert [*tmp_path.iterdir()] == [other]
+
+
+def test_the_printed_line_deletes_no_files_of_other_programs(tmp_path, say):
+    made_galleries.make(tmp_path / "g", {"1": made_galleries.make_clip(1, GONE)})
+    text, cue = f"Written by: {GONE}.\n", "00:00:01,000 --> 00:00:02,000\n"
+    speaker = "SPEAKER x 1 0.000 2.000 <NA> <NA>"
+    edl = "FCM: NON-DROP FRAME\n\n001  AX       AA/V  C        "
+    ours = {
+        "a.csv": f"clip,identity,probability,score\nx,{GONE},1,0\n",
+        "b.tsv": f"identity\trank\tclip\tscore\n{GONE}\t1\tx\t0\n",
+        "c.jsonl": json.dumps({"clip": "x", "identity": GONE, "probability": 1, "score": 0}),
+        "d.rttm": f"{speaker} Ada_Lovelace <NA> <NA>\n{speaker} unknown_1 <NA> <NA>\n",
+        "e.srt": f"1\n{cue}{GONE}\n", "f.vtt": f"WEBVTT\n\n{cue.replace(',', '.')}{GONE}\n",
+        f"{GONE}.edl": f"TITLE: {GONE} 25 fps\n{edl}",
+        "h.html": f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"<title>film.mp4: Who appears when</title></head>{GONE}",
+    }  # fmt: skip
+    others = {
+        "package.json": json.dumps({"author": GONE}), "labels.csv": f"clip,identity\nx,{GONE}\n",
+        "people.tsv": f"name\tborn\n{GONE}\t1815\n", "notes.txt": text, "page.html": text,
+        "log.jsonl": json.dumps({"user": GONE}), "film.srt": f"1\n{cue}{text}",
+        "film.vtt": f"WEBVTT\n\n{cue.replace(',', '.')}{text}", f"{GONE} cut.edl": "TITLE: cut\n",
+        "other.rttm": f"{speaker} Ada_Lovelace <NA> <NA>\n{speaker} Zoe <NA> <NA>\n",
+    }  # fmt: skip
+    for name, content in (ours | others).items():
+        (tmp_path / name).write_text(content)
+    text = say("forget", f"--identity={GONE}", tmp_path, code=1)
+    assert text.count("look at it\n") == len(others)
+    assert all(f"{name}\n" in text for name in ours)
+    (line,) = (line for line in text.splitlines() if line.startswith("  rm -r -- "))
+    execute(line)
+    assert {path.name for path in tmp_path.iterdir()} == {*others, "g"}
 
 
 def search(folder, pieces):

@@ -150,7 +150,7 @@ def test_evaluation_batches_contain_every_clip_once_with_its_best_frames(
 
 def test_batch_streams_refuse_invalid_arguments(dataset):
     for changed, message in (
-        ({"splits": ("test",)}, "no split 'test', only train, val\nchoose one"),
+        ({"splits": ("test",)}, "no split 'test', only train, val\nchoose from train, val"),
         ({"modalities": ("scene",)}, "no features of 'scene'\n"),
         ({"splits": ("val",), "modalities": ("body",)}, "'val' has no features of 'body'"),
         ({"modalities": ("face", "face")}, "config.modalities=face,face: "),

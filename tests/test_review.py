@@ -471,6 +471,10 @@ def test_errors_of_the_disk_and_closed_connections_get_answers(reviewed, drawn, 
     assert "Saved: unknown 1 is Bob" in reviewed.post(**bob)
 
     client = reviewed.client  # raises every exception that the application does not handle
+    with monkeypatch.context() as patch:  # another program has changed the films in the meantime
+        shown = reviewed.review._decision
+        patch.setattr(reviewed.review, "_decision", shown._replace(films=[]))
+        assert client.get("frame/party.s000.t00").status_code == 404
     assert client.get(f"film/{'9' * 5000}").status_code == 404, "Python parses at most 4,300 digits"
     assert "choose a shorter name" in client.get(f"thumbnails/x/{'x' * 5000}.png").text
 

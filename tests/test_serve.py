@@ -102,6 +102,19 @@ def enrolment(name, *numbers):
     return {"clips": servers.as_json(clips), "identity": name}
 
 
+def test_enrolment_lists_clips_of_another_person(folder):
+    body = enrolment("Zoë", 0, 1, 2)
+    body["clips"] += enrolment("Eve", 7)["clips"]
+    with Inside(Gallery(folder)) as server:
+        answer = server.ask("POST", "/enrol", body)[1]
+        assert answer["enrolled"] == 4 and [*answer["misfits"]] == ["Eve 7"]
+        assert answer["misfits"] == Gallery(folder).find_misfits("Zoë")
+        described = server.ask("GET", "/openapi.json")[1]["components"]["schemas"]["EnrolAnswer"]
+        assert described["properties"].keys() == answer.keys()
+        more = enrolment("Zoë", 3)  # only clips of the request are listed
+        assert server.ask("POST", "/enrol", more)[1]["misfits"] == {}
+
+
 def assert_close(answer, expected):
     """Asserts that an answer in JSON equals `expected`, an `Answer`, to 1e-6."""
     assert answer["identity"] == expected.identity
@@ -344,7 +357,7 @@ def test_people_are_enrolled_listed_and_never_named_after_removal(folder):
         assert server.ask("POST", "/enrol", body)[1]["enrolled"] == 3
         assert Gallery(folder).identities["Zoë / 2"] == 3  # on the disk
         body["identity"] = "Zoe\u0308 / 2"  # the other form
-        again = {"enrolled": 0, "unchanged": 3, "refused": [], "similar": {}}
+        again = {"enrolled": 0, "unchanged": 3, "refused": [], "similar": {}, "misfits": {}}
         assert server.ask("POST", "/enrol", body)[1] == again
         assert query("Zoë / 2") == ("Zoë / 2", True)
 

@@ -329,8 +329,10 @@ class _Fork(processes.Children):
         super().__init__()
         self._folder = folder
 
-    def run(self, module: str, *, given: bytes, timeout: float) -> CompletedProcess[bytes]:
-        del module, timeout
+    def run(
+        self, module: str, *, given: bytes, timeout: float, output_bytes: int = 0
+    ) -> CompletedProcess[bytes]:
+        del module, timeout, output_bytes
         streams = [self._folder / name for name in ("stdin", "stdout", "stderr")]
         streams[0].write_bytes(given)
 

@@ -41,9 +41,9 @@ def signal_by_file():
 
 
 def raise_limits():
-    """Returns the limits that this process can raise: the limits of its memory and its CPU time."""
+    """Returns the limits of memory, CPU time and written files that this process can raise."""
     raised, none = [], resource.RLIM_INFINITY
-    for kind in ("RLIMIT_AS", "RLIMIT_CPU"):
+    for kind in ("RLIMIT_AS", "RLIMIT_CPU", "RLIMIT_FSIZE"):
         with contextlib.suppress(ValueError):
             resource.setrlimit(getattr(resource, kind), (none, none))
             raised.append(kind)

@@ -29,6 +29,14 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
             os.abort()
         case "print":  # the file 3 is the pipe for results
             os.write(3, arguments["text"].encode() + b"\n")
+        case "flood":  # the files 2 and 3 are the pipes for errors and for results
+            while True:
+                os.write(arguments["pipe"], b"x" * (1 << 20))
+        case "disk":
+            with open(arguments["file"], "wb") as file:
+                file.truncate(1 << 40)
+        case "environment":
+            return dict(os.environ)
         case "bug":
             raise KeyError("no such key")
         case "mistake":

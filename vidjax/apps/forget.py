@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 INDEX_BYTES = 512 * files.MB  # limit for a converted dataset's list of clips, and a file of a run
 MAX_NAMES_IN_INDEX = 10_000_000
+DELETE_FILE = "delete it"  # the remedy for a file that vidjax wrote
 MIN_LETTERS = 4  # of a clip whose name is searched in files
 # A folder of the cache that a killed process has left. The list of its clips is written last.
 UNFINISHED = re.compile(r"[0-9a-f]{20}\.[0-9a-f]{8}\.partial")
@@ -144,7 +145,7 @@ def forget(
         if run in runs:
             about = f"its vectors were computed by '{run}', which was trained on the clips"
             found.append(Place("gallery", folder, about, "make the gallery again with a new run"))
-    searched = Traces({*people, *list_clear_names(names - people)}, vectors)
+    searched = Traces({*people, *list_clear_names(names - people)}, vectors, known | people)
     found += _search_files(others, searched, [x.path for x in found if x.kind in READERS])
     similar = _find_similar(wanted, known.difference(wanted), closely=not found)
     return Forgotten(found, names, similar)
@@ -170,16 +171,21 @@ def _search_files(
         if path in seen or any(path.is_relative_to(folder) for folder in listed):
             continue
         try:
-            is_found = traces.in_file(path)
+            kind = traces.in_file(path)
         except FileNotFoundError:
             continue  # another program has deleted it
         except (UserError, OSError, EOFError, zlib.error) as error:
             yield _list_unread(path, error)
             continue
-        if is_found:
-            for file in features_folder.list_files_of(path) or [path]:
+        if kind != "nothing":
+            group = features_folder.list_files_of(path)
+            is_ours = path in group or kind == "ours"
+            for file in group if path in group else [path]:
                 seen.add(file)
-                yield Place("file", file, "it contains a name or a vector", "delete it")
+                about, remedy = "it contains a name or a vector", DELETE_FILE
+                if not is_ours:
+                    about, remedy = "it contains the name: look at it", "delete the name in it"
+                yield Place("file", file, about, remedy)
 
 
 def is_empty(folder: Path) -> bool:

@@ -1,5 +1,6 @@
 """Searches the files that vidjax writes for names and vectors of people, for `vidjax forget`."""
 
+import contextlib
 import gzip
 import html
 import itertools
@@ -7,14 +8,14 @@ import re
 import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from vidjax.data import parquet
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
-from vidjax.utils.names import make_file_stems, normal_form
+from vidjax.utils.names import is_unknown, make_file_stems, normal_form
 
 MAX_BYTES = 512 * files.MB  # of a file, also after it is unpacked
 TEXTS = (
@@ -32,19 +33,51 @@ _RATE = re.compile(r" [\d.]+ fps\b")  # `cuts` adds it to the name of a person
 _LONGER = re.compile(r"\w ?\Z"), re.compile(r" ?\w")  # before and after a part of a longer name
 
 
+# First columns of tables, and first fields of JSON lines, that no other program writes. A table
+# with only the columns clip and identity may be the user's labels.
+HEADERS = (
+    ("clip", "identity", "probability", "score"), ("clip", "identity", "accepted", "log_ratio"),
+    ("clip", "other", "accepted", "log_ratio"), ("clip", "identity", "video", "start", "end"),
+    ("identity", "rank", "clip", "score"), ("video", "start", "end", "identity", "probability"),
+    ("video", "start", "end", "clip", "correction"),
+)  # fmt: skip
+# Lines of a file, of which the last group is a name. The other lines match without this group.
+LINES = {
+    ".rttm": r"SPEAKER \S+ 1 \d+\.\d{3} \d+\.\d{3} <NA> <NA> (\S+) <NA> <NA>",
+    ".vtt": r"|WEBVTT|\d\d:\d\d:[\d.]+ --> \d\d:\d\d:[\d.]+|(.+)",
+    ".srt": r"|\d+|\d\d:\d\d:[\d,]+ --> \d\d:\d\d:[\d,]+|(.+)",
+}
+STARTS = {  # how a file of vidjax begins
+    ".edl": r"TITLE: .+ [\d.]+ fps\nFCM: NON-DROP FRAME\n\n001  AX       AA/V  C        ",
+    ".html": r'\s*<!DOCTYPE html>\s*<html[^>]*>\s*<head>\s*<meta charset="utf-8">'
+    r"[\s\S]{,2000}(<title>.*Who appears when</title>|"
+    r'img-src data:">\s*<link rel="icon" href="data:,">)',
+}
+
+Found = Literal["nothing", "ours", "other"]  # "other": perhaps another program wrote the file
+
+
 class Content(NamedTuple):
     """The content of a file in which names and vectors are searched."""
 
     texts: Sequence[str] = ()
     arrays: Sequence[np.ndarray] = ()
     raw: bytes = b""
+    header: Sequence[str] = ()  # the names of columns or fields
+    ending: str = ""  # of a file of text
 
 
 class Traces:
     """Names and vectors that are searched in files."""
 
-    def __init__(self, names: Iterable[str], vectors: Iterable[np.ndarray]):
-        """`names` are people and clips. `vectors` [D] are of their clips, in any modality."""
+    def __init__(
+        self, names: Iterable[str], vectors: Iterable[np.ndarray], known: Iterable[str] = ()
+    ):
+        """`names` are people and clips. `vectors` [D] are of their clips, in any modality.
+
+        `known` are names of all people. Subtitles with only such names are results of vidjax.
+        """
+        self._known = set(map(_simplify, known))
         # First word of names -> (place of the word in a name, length of the name) -> the names.
         self._names: dict[str, dict[tuple[int, int], set[str]]] = {}
         for name in names:
@@ -58,19 +91,39 @@ class Traces:
             if x.any():
                 self._vectors.setdefault(len(x), []).append(x)
 
-    def in_file(self, path: Path) -> bool:
-        """Returns whether the name or the content of a file contains any name or vector.
+    def in_file(self, path: Path) -> Found:
+        """Searches any name or vector in the name and the content of a file.
 
-        Returns False for files of kinds that vidjax does not write. Raises UserError if the file
-        cannot be read, and OSError if the disk fails.
+        Returns "ours" for a file with a vector, or if only vidjax writes such files with names.
+        Returns "nothing" for files of kinds that vidjax does not write. Raises UserError if the
+        file cannot be read, and OSError if the disk fails.
         """
         content = read(path)
-        return content is not None and (
-            self._in_text(path.name.partition(".")[0])
-            or any(map(self._in_text, content.texts))
-            or any(map(self._in_array, content.arrays))
-            or any(x.tobytes() in content.raw for x in self._list_pieces())
-        )
+        if content is None:
+            return "nothing"
+        if any(x.tobytes() in content.raw for x in self._list_pieces()):
+            return "ours"
+        if any(self._in_array(x) for x in content.arrays if x.dtype.kind == "f"):
+            return "ours"
+        texts = (path.name.partition(".")[0], *content.texts)
+        others = (x for x in content.arrays if x.dtype.kind != "f")
+        if any(map(self._in_text, texts)) or any(map(self._in_array, others)):
+            return "ours" if self._is_ours(content) else "other"
+        return "nothing"
+
+    def _is_ours(self, content: Content) -> bool:
+        """Returns whether only vidjax writes files with this header or text."""
+        if any(tuple(content.header[: len(header)]) == header for header in HEADERS):
+            return True
+        text = content.texts[0] if content.texts else ""
+        if line := LINES.get(content.ending):
+            matches = [re.fullmatch(line, x) for x in text.splitlines()]
+            return all(x and (x[1] is None or self._is_person(x[1])) for x in matches)
+        start = STARTS.get(content.ending)
+        return start is not None and re.match(start, text) is not None
+
+    def _is_person(self, name: str) -> bool:
+        return (plain := _simplify(name)) in self._known or is_unknown(plain)
 
     def _list_pieces(self) -> Iterator[np.ndarray]:
         for vectors in self._vectors.values():
@@ -118,7 +171,8 @@ def read(path: Path) -> Content | None:
     with files.open_regular(path) as file:
         is_sqlite = file.read(len(SQLITE)) == SQLITE
     if kinds[-1:] == [".parquet"]:
-        return Content(*parquet.read_contents(path))
+        texts, arrays, header = parquet.read_contents(path)
+        return Content(texts, arrays, header=header)
     if kinds[-1:] == [".npz"]:
         arrays = files.read_npz(path, MAX_BYTES)
         return Content(["\n".join(arrays)], [*arrays.values()])
@@ -130,11 +184,21 @@ def read(path: Path) -> Content | None:
             text = _decode(unpacked.read(MAX_BYTES))
             if unpacked.read(1):
                 raise UserError(f"'{path}' unpacks to more than {MAX_BYTES:,} bytes")
-        return Content([text])
+        return _make_content(text, kinds[-2] if kinds[1:] else "")
     if kinds[-1:] and kinds[-1] in TEXTS:
-        text = _decode(files.read_bytes(path, MAX_BYTES))
-        return Content(["\n".join(text.split()) if kinds[-1] in BLANKS else text])
+        return _make_content(_decode(files.read_bytes(path, MAX_BYTES)), kinds[-1])
     return None
+
+
+def _make_content(text: str, ending: str) -> Content:
+    first, header = text.removeprefix("\ufeff").partition("\n")[0].rstrip("\r"), list[str]()
+    if ending in (".tsv", ".csv"):
+        header = first.split("\t" if ending == ".tsv" else ",")
+    elif ending == ".jsonl":
+        with contextlib.suppress(UserError):
+            header = list(row) if isinstance(row := files.parse_json(first), dict) else []
+    texts = ["\n".join(text.split())] if ending in BLANKS else []
+    return Content([text, *texts], header=header, ending=ending)
 
 
 def _divide(text: str) -> Iterator[str]:

@@ -6,7 +6,7 @@ import shlex
 import string
 from pathlib import Path
 
-from vidjax.apps.forget import forget, is_empty, list_clear_names, list_commands
+from vidjax.apps.forget import DELETE_FILE, forget, is_empty, list_clear_names, list_commands
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 from vidjax.utils.messages import Result
@@ -26,9 +26,11 @@ galleries are fitted again. Converted datasets that contain a clip are deleted
 from the cache: the next run converts the remaining files again.
 
 Runs are only listed: their weights depend on the training clips, so a run must
-be trained again. Files are only listed, too: the last command deletes them. Two
-more commands find files of other programs whose path or content has a name.
-They search text in UTF-8. Search compressed files of other programs yourself.
+be trained again. Files are only listed, too. An rm command deletes the files
+that vidjax wrote. If another program may have written a file, look at it and
+delete the name in it. Two more commands find files of other programs whose
+path or content has a name. They search text in UTF-8. Search compressed files
+of other programs yourself.
 
 The vectors are known only until they are deleted from the gallery. So delete
 all listed files before you run the command again.
@@ -36,7 +38,7 @@ all listed files before you run the command again.
 The exit code is 0 if no listed place is left. It is 1 if a place still contains
 a name, could not be searched, or is empty: the drive may not be connected.
 """
-MAX_PRINTED_FILES = 20
+MAX_PRINTED_FILES = 20  # that vidjax may not have written. All files of the `rm` line are printed
 _PLAIN = string.ascii_letters + string.digits + " /._-"  # never part of a code
 
 
@@ -69,7 +71,10 @@ def forget_names(args: argparse.Namespace) -> Result:
     roots = [root.expanduser().absolute() for root in roots]
     left = sum(place.left for place in places)
     unread = sum(place.kind == "unread" for place in places)
-    single = [place.path for place in places if place.kind == "file"]
+    single, others = list[Path](), list[Path]()
+    for place in places:
+        if place.kind == "file":
+            (single if place.remedy == DELETE_FILE else others).append(place.path)
     delete = " ".join(["rm -r --", *map(_quote, single)]) if single else ""
     given = {normal_form(clean_name(name)) for name in (*args.identity, *args.clip)}
     clear = list_clear_names(names - given) | given
@@ -87,9 +92,13 @@ def forget_names(args: argparse.Namespace) -> Result:
         + ("to delete: add --delete" if place.remedy == "--delete" else place.remedy)
         for place in places if place.kind != "file"
     ]  # fmt: skip
-    lines += [f"  file     {show(str(path))}" for path in single[:MAX_PRINTED_FILES]]
-    if more := single[MAX_PRINTED_FILES:]:
-        lines.append(f"  file     {len(more):,} more (--json lists all)")
+    lines += [
+        f"  file     {show(str(path))}: contains the name: look at it"
+        for path in others[:MAX_PRINTED_FILES]
+    ]
+    if more := others[MAX_PRINTED_FILES:]:
+        lines.append(f"  file     {len(more):,} more to look at (--json lists all)")
+    lines += [f"  file     {show(str(path))}" for path in single]
     if single:
         lines += ["to delete these files, after you have looked at them:", f"  {delete}"]
     note = f" (--json has commands for {len(clear):,} names)" if clear != given else ""

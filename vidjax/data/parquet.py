@@ -62,15 +62,16 @@ def read(path: Path) -> Rows:
     return Rows(text, arrays, values, arrays.pop("width"))
 
 
-def read_contents(path: Path) -> tuple[list[str], list[np.ndarray]]:
-    """Returns all texts of a table with any columns, and the numbers of each column of floats.
+def read_contents(path: Path) -> tuple[list[str], list[np.ndarray], list[str]]:
+    """Returns all texts of a table, the numbers of each column of floats, and the columns' names.
 
     Nested columns are flattened. For errors, see `read`.
     """
     with files.scratch_folder() as scratch:
-        texts = _run(path, {"out_dir": str(scratch), "any_columns": True}, [scratch])["text"]
+        found = _run(path, {"out_dir": str(scratch), "any_columns": True}, [scratch])
         with files.open_regular(scratch / "columns.npz") as file:
-            return texts, [*files.load_npz(file, memory_bytes()).values()]
+            numbers = [*files.load_npz(file, memory_bytes()).values()]
+        return found["text"], numbers, found["columns"]
 
 
 def _run(
@@ -86,6 +87,7 @@ def _run(
         {"path": str(path), **arguments},
         memory_bytes=LIBRARY_BYTES + COPIES * room,
         cpu_seconds=CPU_SECONDS + room // CPU_BYTES_PER_SECOND,
+        output_bytes=processes.OUTPUT_BYTES + room,  # the texts of the table
         writes=writes,
     )
 
@@ -105,6 +107,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
     if arguments.get("any_columns"):
         texts, numbers = set[str](), list[np.ndarray]()
         with _open(path) as file:
+            names = file.schema_arrow.names
             for column in file.read(use_threads=False).columns:
                 for leaf in _flatten(column.combine_chunks()):
                     if leaf.type in ("float", "double", "halffloat"):
@@ -112,7 +115,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
                     elif "string" in str(leaf.type):
                         texts.update(map(str, leaf.unique().to_pylist()))
         np.savez(folder / "columns.npz", *numbers)
-        return {"text": sorted(texts)}
+        return {"text": sorted(texts), "columns": names}
     with _open(path) as file:
         names = _check_names(path, file.schema_arrow.names)
         _check_types(path, file.schema_arrow)

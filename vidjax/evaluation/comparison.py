@@ -395,7 +395,8 @@ def list_fields(run: RankedRun) -> dict[str, str]:
     if values["join.runs"]:
         # The weights in `config.json` are of the last evaluation, maybe of another split.
         weights = tuple(row.get("weight") for row in run.metrics.get("runs") or ())
-        values = {"join.runs": values["join.runs"], "join.weights": weights}
+        own = {name: value for name, value in values.items() if name.startswith("join.")}
+        values = own | {"join.weights": weights}
     return {name: config_io.value_text(value) for name, value in values.items()}
 
 

@@ -3,7 +3,9 @@
 A child process runs a module of this package that ends with `processes.serve(work)`.
 `run_limited` starts the module, and returns the result of its function `work`. Arguments and result
 are JSON values; arrays are passed in files. The CPU time and the address space of the child are
-limited. It can use only files that it needs, and no connections or programs, see `confinement`.
+limited, and so are the length of its output and of each file that it writes. It can use only files
+that it needs, and no connections or programs, see `confinement`. It gets only environment variables
+that it needs.
 
 Process pools of Python are not used, because their processes import the user's program. A program
 without `if __name__ == "__main__"` would then run again.
@@ -11,8 +13,11 @@ without `if __name__ == "__main__"` would then run again.
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
+import select
+import selectors
 import signal
 import subprocess
 import sys
@@ -32,6 +37,16 @@ MALLOC_THRESHOLD = 32 << 20  # bytes; the largest threshold that glibc takes fro
 MB = 1 << 20
 # The elapsed time exceeds the CPU time if the disk is slow or other processes use the cores.
 WALL_SECONDS, WALL_PER_CPU = 60, 20  # the limit of the elapsed time is 60 s + 20 x the CPU time
+OUTPUT_BYTES = 64 * MB  # the results of 50 photos, or of a film with many tracks, take a few MB
+KEPT_ERROR_BYTES = 1 << 16  # of the end of standard error
+READ_BYTES = 1 << 16
+# Environment variables that a child gets. All others may be secrets, such as AWS_SECRET_ACCESS_KEY.
+# Names that end with `_` are the beginnings of names.
+VARIABLES = (
+    "PATH", "HOME", "LANG", "LANGUAGE", "LC_", "TZ", "TZDIR", "TMPDIR", "TMP", "TEMP",
+    "VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHON", "VIDJAX_", "OMP_", "GOMP_", "KMP_",
+    "MKL_", "OPENBLAS_", "MALLOC_", "GLIBC_TUNABLES", "ORT_", "ARROW_",
+)  # fmt: skip
 
 _PARENT_DEATH = 1
 
@@ -48,13 +63,17 @@ class Children:
         self._stopped = False
 
     def run(
-        self, module: str, *, given: bytes, timeout: float
+        self, module: str, *, given: bytes, timeout: float, output_bytes: int = OUTPUT_BYTES
     ) -> subprocess.CompletedProcess[bytes]:
-        """Runs a module with the input `given`. Raises TimeoutExpired after `timeout` seconds."""
+        """Runs a module with the input `given`. Raises TimeoutExpired after `timeout` seconds.
+
+        If the output is longer than `output_bytes`, the child is killed. The returned output is
+        then longer than `output_bytes`, too.
+        """
         # PYTHONPATH makes the child import from the same folders as this process. The child has one
         # BLAS thread, because each thread would reserve address space. The MALLOC variables make
         # glibc keep freed memory, because the system would clear its pages before they are reused.
-        environment = os.environ | {
+        environment = {name: x for name, x in os.environ.items() if _is_passed_on(name)} | {
             "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
             "OPENBLAS_NUM_THREADS": "1",
             "OMP_NUM_THREADS": "1",
@@ -70,7 +89,7 @@ class Children:
             self._started.append(child)
         with child:
             try:
-                output, errors = child.communicate(given, timeout)
+                output, errors = _exchange(child, given, timeout, output_bytes)
             except BaseException:
                 child.kill()
                 raise
@@ -82,6 +101,52 @@ class Children:
             self._stopped = True
             for child in self._started:
                 child.kill()
+
+
+def _is_passed_on(name: str) -> bool:
+    """Returns whether a child gets the environment variable `name`."""
+    return name in VARIABLES or name.startswith(("PYTHON", *(x for x in VARIABLES if x[-1] == "_")))
+
+
+def _exchange(
+    child: "subprocess.Popen[bytes]", given: bytes, timeout: float, output_bytes: int
+) -> tuple[bytes, bytes]:
+    """Sends `given` to a process. Returns its output, and the last bytes of its standard error.
+
+    Unlike `Popen.communicate`, it never keeps more than the limits in memory. For the limits and
+    errors, see `Children.run`.
+    """
+    assert child.stdin and child.stdout and child.stderr
+    left, end = memoryview(given), time.monotonic() + timeout
+    kept = {child.stdout: bytearray(), child.stderr: bytearray()}
+    output, errors = kept.values()
+    with selectors.DefaultSelector() as pipes:
+        pipes.register(child.stdin, selectors.EVENT_WRITE)
+        for pipe in kept:
+            pipes.register(pipe, selectors.EVENT_READ)
+        while pipes.get_map():
+            if (seconds := end - time.monotonic()) <= 0:
+                raise subprocess.TimeoutExpired(child.args, timeout, bytes(output))
+            for key, _ in pipes.select(seconds):
+                if key.fileobj is child.stdin:
+                    try:
+                        left = left[os.write(key.fd, left[: select.PIPE_BUF]) :]
+                    except BrokenPipeError:  # the child has ended
+                        left = left[:0]
+                    is_done = not left
+                else:
+                    piece = os.read(key.fd, READ_BYTES)
+                    kept[key.fileobj] += piece
+                    is_done = not piece
+                if is_done:
+                    pipes.unregister(key.fileobj)
+                    key.fileobj.close()
+            del errors[:-KEPT_ERROR_BYTES]
+            if len(output) > output_bytes:
+                child.kill()
+                break
+    child.wait(max(0.0, end - time.monotonic()))
+    return bytes(output), bytes(errors)
 
 
 def map_children(
@@ -116,10 +181,11 @@ def map_children(
 
 
 def limit_resources(memory_bytes: int, cpu_seconds: int, calls: int) -> None:
-    """Limits the address space of this process, and its CPU time from now on.
+    """Limits the address space and the files of this process, and its CPU time from now on.
 
     This process cannot raise the limits later. `calls` is the number of calls that are left, each
-    with the limit `cpu_seconds`.
+    with the limit `cpu_seconds`. A written file contains arrays that were in memory, so it can
+    become no longer than `memory_bytes`.
     """
     import resource
 
@@ -128,6 +194,7 @@ def limit_resources(memory_bytes: int, cpu_seconds: int, calls: int) -> None:
         resource.RLIMIT_CPU: (now + cpu_seconds, now + cpu_seconds * calls + 1),
         resource.RLIMIT_CORE: (0, 0),
         resource.RLIMIT_AS: (memory_bytes, memory_bytes),
+        resource.RLIMIT_FSIZE: (memory_bytes, memory_bytes),
     }
     for kind, (soft, last) in limits.items():
         _, hard = resource.getrlimit(kind)
@@ -175,6 +242,9 @@ def _answer(
         kind = "os_error" if isinstance(error, OSError) else "error"
         return {kind: str(error), "errno": getattr(error, "errno", None)}
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            about = f"reading it would write a file of more than {limit}"
+            return {"error": f"'{path}' is refused, because {about}: split it into smaller files"}
         return {"os_error": describe_system_error(error) or str(error), "errno": error.errno}
 
 
@@ -185,6 +255,7 @@ def run_limited(
     *,
     memory_bytes: int,
     cpu_seconds: int,
+    output_bytes: int = OUTPUT_BYTES,
     reads: Sequence[Path] = (),
     writes: Sequence[Path] = (),
     children: Children | None = None,
@@ -195,9 +266,10 @@ def run_limited(
       module: the name of a module that ends with `processes.serve(work)`.
       path: the file that `work` reads.
       arguments: the arguments of `work`, JSON values.
-      memory_bytes: limit of the address space.
+      memory_bytes: limit of the address space, and of each file that `work` writes.
       cpu_seconds: limit of the CPU time. The elapsed time is limited to 60 seconds + 20 times this
         value.
+      output_bytes: limit of the JSON of the results.
       reads: files and folders that `work` may read, besides `path`.
       writes: folders in which `work` may write and delete files.
       children: an object with which another thread can kill the child.
@@ -208,7 +280,7 @@ def run_limited(
     """
     (answer,) = run_limited_each(
         module, [(path, arguments)], memory_bytes=memory_bytes, cpu_seconds=cpu_seconds,
-        reads=reads, writes=writes, children=children,
+        output_bytes=output_bytes, reads=reads, writes=writes, children=children,
     )  # fmt: skip
     if isinstance(answer, UserError):
         raise answer
@@ -221,6 +293,7 @@ def run_limited_each(
     *,
     memory_bytes: int,
     cpu_seconds: int,
+    output_bytes: int = OUTPUT_BYTES,
     reads: Sequence[Path] = (),
     writes: Sequence[Path] = (),
     children: Children | None = None,
@@ -242,11 +315,15 @@ def run_limited_each(
         jobs["given"] = [(os.fspath(path), dict(arguments)) for path, arguments in left]
         seconds = WALL_SECONDS + WALL_PER_CPU * cpu_seconds * len(left)
         try:
-            child = children.run(module, given=json.dumps(jobs).encode(), timeout=seconds)
+            child = children.run(
+                module, given=json.dumps(jobs).encode(), timeout=seconds, output_bytes=output_bytes
+            )
             output = child.stdout
         except subprocess.TimeoutExpired as expired:
             child, output = None, expired.output or b""
-        lines = output.split(b"\n")[:-1]
+        lines = output.split(b"\n", len(left))
+        if len(output) <= output_bytes:
+            lines.pop()  # it is empty, or the process has not finished it
         pairs = zip(left, lines, strict=False)
         answers += [_parse_answer(path, line) for (path, _), line in pairs]
         if not lines:

@@ -976,15 +976,17 @@ class Gallery:
         matches = verification.add_fits(backend, matches, parts, names, enrolled)
         return dict(zip(vectors.names, matches, strict=True))
 
-    def find_misfits(self, identity: str) -> dict[str, float]:
+    def find_misfits(self, identity: str, clips: Collection[str] | None = None) -> dict[str, float]:
         """Finds enrolled clips that differ from most clips of the person `identity`.
 
-        Each clip is compared with the person's other clips. Returns clip -> median of the log
+        Each clip is compared with the person's other clips. If the names `clips` are given, only
+        these clips are compared with the others. Returns clip -> median of the log
         ratios, if the median is below 0, lowest first.
         """
         state = self._read_current()
         names = find_enrolled("identity", normal_form(identity), state.people)
-        return verification.find_misfits(state.index.backend, names, self._stack(state, names))
+        vectors = self._stack(state, names)
+        return verification.find_misfits(state.index.backend, names, vectors, clips)
 
     def compare(
         self, clips: AnyClips, others: AnyClips | None = None, *, fmr: float | None = None

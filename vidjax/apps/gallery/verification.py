@@ -18,7 +18,7 @@ clips of other people that reach the threshold. There are two ways to choose a t
 
 import math
 import numbers
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -248,17 +248,22 @@ def add_fits(
 
 
 def find_misfits(
-    backend: Backend, names: Sequence[str], vectors: Sequence[np.ndarray]
+    backend: Backend,
+    names: Sequence[str],
+    vectors: Sequence[np.ndarray],
+    checked: Collection[str] | None = None,
 ) -> dict[str, float]:
     """Finds clips of a person that probably show another person than most of the other clips.
 
     The clips `names` have the vectors `vectors`, M arrays [K, D]. Each clip is compared with the
-    other clips, or with MAX_COMPARED of them. Returns clip -> median log ratio, if the median is
+    other clips, or with MAX_COMPARED of them. If `checked` is given, only the clips in it are
+    compared with the others. Returns clip -> median log ratio, if the median is
     below 0, lowest first.
     """
     x, misfits = backend.whiten(vectors), dict[str, float]()
     step = -(-len(names) // MAX_COMPARED)
-    for row, name in enumerate(names):
+    rows = (x for x in enumerate(names) if checked is None or x[1] in checked)
+    for row, name in rows:
         ratios, shared = pair_log_ratios(backend, [a[row] for a in x], [a[::step] for a in x])
         others = shared.any(axis=0) & (np.arange(len(names))[::step] != row)
         if others.any() and (middle := float(np.median(ratios[others]))) < 0:

@@ -28,6 +28,7 @@ from starlette.routing import Route, Router
 
 from vidjax import __version__
 from vidjax.apps.gallery import answers as answers_lib, verification
+from vidjax.apps.gallery.changes import NotEnrolledError
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.vectors import Vectors
 from vidjax.apps.serve import gallery_model, protocol
@@ -105,6 +106,24 @@ class EnrolRequest(Struct, forbid_unknown_fields=True):
     strangers: bool = False
 
 
+class EnrolAnswer(Struct):
+    """The result of an enrolment."""
+
+    enrolled: Annotated[int, Meta(description="the number of new clips")]
+    unchanged: Annotated[int, Meta(description="the number of clips that were enrolled before")]
+    refused: Annotated[list[str], Meta(description="clips without a usable frame: not enrolled")]
+    similar: Annotated[
+        dict[str, str], Meta(description="new person: an enrolled person with a similar name")
+    ]
+    misfits: Annotated[
+        dict[str, float],
+        Meta(
+            description="clip of the request that probably shows another person than most clips of "
+            "its person: median of its log ratios, below 0. The clip is enrolled, too."
+        ),
+    ]
+
+
 CLIP_REQUESTS = (IdentifyRequest, VerifyRequest, EnrolRequest)
 
 
@@ -124,6 +143,7 @@ class Endpoint(NamedTuple):
     errors: tuple[int, ...] = ()  # the HTTP statuses of errors, in addition to COMMON_ERRORS
     body: type[msgspec.Struct] | None = None  # the type of a JSON body
     query: type[msgspec.Struct] | None = None  # the type of the query
+    result: type[msgspec.Struct] | None = None  # the type of the JSON in the answer
 
 
 class Application:
@@ -166,7 +186,9 @@ class Application:
             *(Endpoint("GET", f"{path}/ready", self.is_ready) for path in MODEL_PATHS),
             Endpoint("POST", "/identify", self.identify, (409, *BODY_ERRORS), IdentifyRequest),
             Endpoint("POST", "/verify", self.verify, (404, 409, *BODY_ERRORS), VerifyRequest),
-            Endpoint("POST", "/enrol", self.enrol, (*BODY_ERRORS, 507), EnrolRequest),
+            Endpoint(
+                "POST", "/enrol", self.enrol, (*BODY_ERRORS, 507), EnrolRequest, result=EnrolAnswer
+            ),
             Endpoint("GET", "/identities", self.identities, (422,), query=PageQuery),
             Endpoint("DELETE", "/identities/{name:path}", self.remove_identity, (404, 429, 507)),
             Endpoint("DELETE", "/clips/{name:path}", self.remove_clip, (404, 429, 507)),
@@ -308,8 +330,8 @@ class Application:
             raise unprocessable(text)
         identities = body.identities or {}
         people_of_clips = {} if body.strangers else identities or body.identity
-        for name in identities.values() if body.identity is None else [body.identity]:
-            clean_identity(name)
+        names = identities.values() if body.identity is None else [body.identity]
+        people = {clean_identity(name) for name in names}
         if stray := identities.keys() - clips.keys():
             text = f"identities has the clip '{show(min(stray))}', but clips lacks it: send it, too"
             raise unprocessable(text)
@@ -318,7 +340,17 @@ class Application:
         make = functools.partial(
             self.gallery.enrol, vectors, people_of_clips, strangers=body.strangers
         )
-        return _encode_json((await self._change(request, make))._asdict())
+        done = await self._change(request, make)
+
+        def find_misfits() -> dict[str, float]:
+            misfits = dict[str, float]()
+            for person in people:
+                with contextlib.suppress(NotEnrolledError):  # all clips were refused, or removed
+                    misfits |= self.gallery.find_misfits(person, clips)
+            return misfits
+
+        misfits = await self.batcher.run(find_misfits)
+        return _encode_json(EnrolAnswer(**done._asdict(), misfits=misfits))
 
     async def identities(self, request: Request) -> Response:
         """Lists the next 10,000 people, sorted by name, with their numbers of clips."""
@@ -498,7 +530,9 @@ def make_app(gallery: Gallery, limits: Limits | None = None, token: bytes | None
 
 def describe(endpoints: Sequence[Endpoint], widths: Mapping[str, int]) -> dict[str, Any]:
     """Returns the OpenAPI description. `widths` are modality -> width of its features."""
-    kinds = [kind for point in endpoints for kind in (point.body, point.query) if kind]
+    kinds = [
+        kind for point in endpoints for kind in (point.body, point.query, point.result) if kind
+    ]
     _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     for kind in CLIP_REQUESTS:
         clip = schemas[kind.__name__]["properties"]["clips"]["items"]["properties"]
@@ -521,10 +555,14 @@ def describe(endpoints: Sequence[Endpoint], widths: Mapping[str, int]) -> dict[s
             for name in re.findall(r"{(\w+)}", path)
         ]
         errors = {str(status): {"$ref": ERROR_REF} for status in (*COMMON_ERRORS, *point.errors)}
+        done: dict[str, object] = {"description": "done"}
+        if point.result:
+            schema = {"$ref": f"#/components/schemas/{point.result.__name__}"}
+            done["content"] = {"application/json": {"schema": schema}}
         described: dict[str, object] = {
             "summary": str(point.answer.__doc__).partition("\n")[0],
             "parameters": parameters,
-            "responses": {"200": {"description": "done"}, **errors},
+            "responses": {"200": done, **errors},
         }
         if point.body:
             schema = {"$ref": f"#/components/schemas/{point.body.__name__}"}

@@ -216,13 +216,8 @@ class Review:
 
     def film(self, number: int) -> Path | None:
         """Returns the path of film `number`, or None if the file is missing or has changed."""
-        if number >= len(self._decision.films):
-            return None
-        source = self._decision.films[number].source
-        path = source.path
-        # A malicious folder of results may name any file of this disk as a film, but the folder
-        # cannot contain the right size, time and inode of the file. So this file is not sent.
-        return path if path.is_file() and FileStamp.of(path) == source else None
+        films = self._decision.films
+        return _find_source(films[number]) if number < len(films) else None
 
     def frame(self, clip: str) -> bytes | None:
         """Returns the picture with the best face of a clip as JPEG, or None if it is missing.
@@ -231,10 +226,12 @@ class Review:
         """
         if not (x := self._shown.get(clip)):
             return None
-        films = self._decision.films
-        track = next(y for y in self._films[x.video].tracks if y.clip == clip)
-        path = self.film(next(n for n, film in enumerate(films) if film.video == x.video))
-        return path and still.read_still(path, track.box_at_s or track.start_s)
+        films = [film for film in self._decision.films if film.video == x.video]
+        found = ((film, track) for film in films for track in film.tracks if track.clip == clip)
+        # In the meantime, another program may have changed the films.
+        film, track = next(found, (None, None))
+        path = film and _find_source(film)
+        return path and track and still.read_still(path, track.box_at_s or track.start_s)
 
     def picture(self, address: str) -> Path | None:
         """Returns the path of the picture with this address, or None if there is no picture."""
@@ -591,6 +588,14 @@ class Review:
 def _fold_letters(name: str) -> str:
     """Returns the letters and digits of a name in lower case, without accents and blanks."""
     return "".join(x for x in unicodedata.normalize("NFKD", fold(name)) if x.isalnum())
+
+
+def _find_source(film: MediaFile) -> Path | None:
+    """Returns the path of a film or photo, or None if it is missing or has changed."""
+    # A malicious folder of results may name any file of this disk as a film, but the folder cannot
+    # contain the right size, time and inode of the file. So this file is not sent.
+    path = film.source.path
+    return path if path.is_file() and FileStamp.of(path) == film.source else None
 
 
 class _Pages:

@@ -87,6 +87,7 @@ def unpack(
         arguments,
         memory_bytes=512 * MB + 4 * size,
         cpu_seconds=CPU_SECONDS + size // CPU_BYTES_PER_SECOND,
+        output_bytes=processes.OUTPUT_BYTES + 4 * size,  # the names of the clips
         writes=[out_dir],
         children=children,
     )
