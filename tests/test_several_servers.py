@@ -89,12 +89,11 @@ def balanced(folder: Path, ports: list[int]) -> Iterator[Ask]:
     """Yields a function that asks a server that was ready a moment ago, as a proxy does."""
     del folder
     every = [servers.Served(None, port) for port in ports]
-    ready, turn, ended = every, itertools.count(), threading.Event()
+    ready, turn = every, itertools.count()
 
     def watch() -> None:
         nonlocal ready
-        while not ended.wait(0.1):
-            ready = [server for server in every if server.is_ready()] or ready
+        ready = [server for server in every if server.is_ready()] or ready
 
     def ask(*words: Any) -> tuple[int, Any]:
         first = next(turn)
@@ -103,13 +102,8 @@ def balanced(folder: Path, ports: list[int]) -> Iterator[Ask]:
                 return ready[(first + number) % len(ready)].ask(*words)
         raise ConnectionRefusedError
 
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
+    with limits.repeat(watch, 0.1):
         yield ask
-    finally:
-        ended.set()
-        thread.join()
 
 
 @contextlib.contextmanager

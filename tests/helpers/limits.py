@@ -57,16 +57,28 @@ def run(words: Sequence[str | Path], **env: str) -> Ended:
 @contextlib.contextmanager
 def peak_of(measure: Callable[[], int], every_s: float) -> Iterator[list[int]]:
     """Calls `measure` every `every_s` seconds in a thread; yields a list [maximum so far]."""
-    peak, ended = [0], threading.Event()
+    peak = [0]
 
     def watch() -> None:
-        while not ended.wait(every_s):
-            peak[0] = max(peak[0], measure())
+        peak[0] = max(peak[0], measure())
 
-    thread = threading.Thread(target=watch)
+    with repeat(watch, every_s):
+        yield peak
+
+
+@contextlib.contextmanager
+def repeat(function: Callable[[], object], every_s: float) -> Iterator[None]:
+    """Calls `function` every `every_s` seconds in a thread while the context is open."""
+    ended = threading.Event()
+
+    def work() -> None:
+        while not ended.wait(every_s):
+            function()
+
+    thread = threading.Thread(target=work)
     thread.start()
     try:
-        yield peak
+        yield
     finally:
         ended.set()
         thread.join()

@@ -78,7 +78,8 @@ class Traces:
         `known` are names of all people. Subtitles with only such names are results of vidjax.
         """
         self._known = set(map(_simplify, known))
-        # First word of names -> (place of the word in a name, length of the name) -> the names.
+        # First word of names -> (place of the word in a name, length of the name) -> the names. For
+        # example, "ada" -> (0, 12) -> {"ada lovelace"}.
         self._names: dict[str, dict[tuple[int, int], set[str]]] = {}
         for name in names:
             for spelling in (name, *make_file_stems([name])):

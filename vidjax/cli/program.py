@@ -148,10 +148,9 @@ def _explain_stray(word: str, parser: Parser) -> str:
 
             fields = [f"config.{field}" for field in config.DEFAULTS]
     if not flag.startswith("-"):
-        known = [name for name in (flag, f"config.{flag}") if name in fields]
-        names = known or [parser.suggest_flag(flag, cutoff=1.0).lstrip("-")] if equals else [""]
-        remedy = f": write --{names[0]}={value}" if names[0] else ""
-        return f"'{word}' has no flag{remedy}"
+        field = next((f"--{name}" for name in (flag, f"config.{flag}") if name in fields), "")
+        named = equals and (field or parser.suggest_flag(flag))
+        return f"'{word}' has no flag" + (f": write {named}={value}" if named else "")
     if flag == "--gallery" and "--workdir" in parser.format_usage():
         return f"{text}: write --workdir={value or 'FOLDER'}"
     similar = parser.suggest_flag(flag, fields)

@@ -33,8 +33,9 @@ def blend_runs(
     """Ranks a split by the blended scores of several trained runs and returns the metrics.
 
     The score of a clip is the weighted mean of the probabilities of the runs in `config.join.runs`.
-    `load` loads the dataset of a run, given the configuration of the run. The ranking, the metrics
-    and, if `config.eval.report` is set, a report are written to `folder`.
+    If `config.join.learned` is True, learned numbers join the scores, see `calibration`. `load`
+    loads the dataset of a run, given the configuration of the run. The ranking, the metrics and, if
+    `config.eval.report` is set, a report are written to `folder`.
     """
     began = time.monotonic()
     mesh = devices.make_mesh(num_devices)
@@ -56,15 +57,8 @@ def blend_runs(
         kept.eval.split = folder.config.eval.split
     join = None
     if config.join.learned:
-        clips = models[0].data.split(spec.split)
-        if spec.split == kept.eval.split or not config.join.calibration:
-            splits = tuple(config.data.train_splits) if config.join.systems else (spec.split,)
-            sets = _learn(models, splits, mesh, spec.block_size)
-            kept.join.calibration = calibration.to_values(sets)
-            join = calibration.Joined(sets, calibration.split_clips(clips.labels))
-        else:
-            sets = calibration.from_values(config.join.calibration)
-            join = calibration.Joined(sets, np.zeros(len(clips.clips), np.int32))
+        is_first = spec.split == kept.eval.split
+        join, kept.join.calibration = _make_join(config, models, mesh, learns=is_first)
     evaluation = score(
         models, spec.split, mesh, block_size=spec.block_size, each_member=spec.members, join=join
     )
@@ -87,6 +81,24 @@ def choose_runs(config: Config) -> tuple[str, ...]:
     """Returns the folders of the runs that score `config.eval.split`, as `config` names them."""
     trained = config.eval.split in config.data.train_splits
     return tuple(config.join.runs if trained else config.join.finals or config.join.runs)
+
+
+def _make_join(
+    config: Config, models: Sequence[TrainedModel], mesh: Mesh, *, learns: bool
+) -> tuple[calibration.Joined, tuple[Any, ...]]:
+    """Returns how the scores of runs are joined, and the numbers for `config.join.calibration`.
+
+    If `learns` is False, the numbers in the configuration are used, if there are any.
+    """
+    clips = models[0].data.split(config.eval.split)
+    if config.join.calibration and not learns:
+        sets = calibration.from_values(config.join.calibration)
+        part = np.zeros(len(clips.clips), np.int32)
+        return calibration.Joined(sets, part), config.join.calibration
+    splits = config.data.train_splits if config.join.systems else (config.eval.split,)
+    sets = _learn(models, splits, mesh, config.eval.block_size)
+    part = calibration.split_clips(clips.labels)
+    return calibration.Joined(sets, part), calibration.to_values(sets)
 
 
 def _learn(

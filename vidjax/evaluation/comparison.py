@@ -66,7 +66,12 @@ class Comparison(NamedTuple):
 
     def text(self) -> str:
         """Returns the comparison as a table for the terminal."""
-        lines = _align_columns(*make_difference_table(self.runs, self.differences))
+        head, rows = make_difference_table(self.runs, self.differences)
+        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+            for row in [head, *rows]
+        ]
         first = self.runs[0]
         clips = f"{messages.count(first.metrics['num_clips'], 'clip')} of {first.split}"
         unseen = f" ({first.num_others:,} that no run was trained on are left out)"
@@ -80,7 +85,7 @@ class Comparison(NamedTuple):
     def config_lines(self) -> list[str]:
         """Returns the fields in which the configurations differ, as a table for the terminal."""
         head, rows = make_config_table(self.runs)
-        return _align_columns(head, rows) if rows else ["the configurations are equal"]
+        return messages.align_columns([head, *rows]) if rows else ["the configurations are equal"]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the comparison as plain values for JSON."""
@@ -322,16 +327,6 @@ def _is_number(value: object) -> bool:
 
 
 Rows = list[list[str]]
-
-
-def _align_columns(head: Sequence[str], rows: Rows) -> list[str]:
-    """Returns the lines of a table, in which only the first column is aligned to the left."""
-    table = [list(head), *rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in table
-    ]
 
 
 def make_difference_table(

@@ -3,16 +3,14 @@
 import copy
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from vidjax.data.clips import TrainingData
 from vidjax.evaluation import blend
-from vidjax.runs import config as config_lib, config_io
+from vidjax.runs import config_io
 from vidjax.runs.config import Config
-from vidjax.runs.run_folder import CONFIG, RunFolder, make_and_lock
+from vidjax.runs.run_folder import CONFIG, RunFolder, check_resumes, make_and_lock
 from vidjax.runs.terminal import say
-from vidjax.utils.errors import UserError
 
 Train = Callable[..., tuple[dict[str, Any], bool]]
 SET_HERE = ("runs", "finals", "weights", "calibration")  # fields of `config.join`
@@ -69,13 +67,4 @@ def _check_same_blend(config: Config, folder: RunFolder) -> None:
     before = folder.config
     for name in SET_HERE:
         before.join[name] = config.join[name]
-    before.data.cache_dir = config.data.cache_dir
-    changes = {
-        name: x for name, x in config_lib.differences(before, config).items() if name != "data.dir"
-    }
-    if changes:
-        name, (old, new) = next(iter(changes.items()))
-        raise UserError(
-            f"'{Path(folder.path)}' contains a run with another configuration: {name}: {old} -> "
-            f"{new}\nname another folder: --workdir=FOLDER"
-        )
+    check_resumes(folder.path, before, config)

@@ -5,6 +5,7 @@ TensorFlow are imported when a function is called.
 """
 
 import copy
+import functools
 import itertools
 import os
 from collections.abc import Mapping, Sequence
@@ -238,7 +239,8 @@ def train_run(
         dry_run(config, data)
         data = load_data(config) if data is None else data
         options = {"num_devices": num_devices, "command": command}
-        return joint.train_systems(config, folder, data, train_run, **options)
+        train = functools.partial(train_run, log=log)
+        return joint.train_systems(config, folder, data, train, **options)
     results = training.read_finished_metrics(folder, config)
     if results is None:
         dry_run(config, data)

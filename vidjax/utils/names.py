@@ -106,6 +106,12 @@ def is_reserved(name: str) -> bool:
     return is_unknown(name) or name.casefold() == IGNORED
 
 
+def strip_accents(text: str) -> str:
+    """Returns a text after `fold`, without accents and other combining marks."""
+    letters = unicodedata.normalize("NFKD", fold(text))
+    return "".join(letter for letter in letters if not unicodedata.combining(letter))
+
+
 def fold(name: str) -> str:
     """Returns a simplified name, to find names that differ only in details.
 

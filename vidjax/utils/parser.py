@@ -72,10 +72,10 @@ class Parser(argparse.ArgumentParser):
         self.words = args or ()
         return super().parse_known_args(args, namespace)
 
-    def suggest_flag(self, flag: str, more: Sequence[str] = (), cutoff: float = 0.7) -> str:
+    def suggest_flag(self, flag: str, more: Sequence[str] = ()) -> str:
         """Returns a flag of this parser, or of `more`, that looks like `flag`, or ""."""
         known = [*re.findall(r"--([\w-]+)", self.format_usage()), *more]
-        match = closest(flag.lstrip("-").replace("-", "_"), known, cutoff)
+        match = closest(flag.lstrip("-").replace("-", "_"), known, cutoff=0.7)
         return f"--{match}" if match else ""
 
     def error(self, message: str) -> NoReturn:

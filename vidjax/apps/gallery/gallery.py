@@ -927,13 +927,7 @@ class Gallery:
             if identity is not None:
                 ratios, shared = state.index.ratios(parts, identity)
             else:
-                # Clips of one film, whose names are neighbours, are not paired.
-                half, white = len(parts[0]) // 2, state.index.backend.whiten(parts)
-                ratios, shared = verification.pair_log_ratios(
-                    state.index.backend,
-                    [x[:half] for x in white],
-                    [x[half : 2 * half] for x in white],
-                )
+                ratios, shared = verification.pair_strangers(state.index.backend, parts)
             ratios = ratios[shared.any(axis=0)]
             rules[identity, fmr] = verification.make_rule(ratios, fmr, pairs=identity is None)
         return rules[identity, fmr]
@@ -980,8 +974,8 @@ class Gallery:
         """Finds enrolled clips that differ from most clips of the person `identity`.
 
         Each clip is compared with the person's other clips. If the names `clips` are given, only
-        these clips are compared with the others. Returns clip -> median of the log
-        ratios, if the median is below 0, lowest first.
+        these clips are compared with the others. Returns clip -> median of its log ratios, if the
+        median is below 0, lowest first.
         """
         state = self._read_current()
         names = find_enrolled("identity", normal_form(identity), state.people)

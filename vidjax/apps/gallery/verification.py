@@ -257,8 +257,8 @@ def find_misfits(
 
     The clips `names` have the vectors `vectors`, M arrays [K, D]. Each clip is compared with the
     other clips, or with MAX_COMPARED of them. If `checked` is given, only the clips in it are
-    compared with the others. Returns clip -> median log ratio, if the median is
-    below 0, lowest first.
+    compared with the others. Returns clip -> median of its log ratios, if the median is below 0,
+    lowest first.
     """
     x, misfits = backend.whiten(vectors), dict[str, float]()
     step = -(-len(names) // MAX_COMPARED)

@@ -4,7 +4,6 @@ import base64
 import functools
 import hashlib
 import itertools
-import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,7 +20,7 @@ from vidjax.apps.video.appearances import (
     group_by_video,
 )
 from vidjax.apps.video.features_folder import FaceTrack, MediaFile
-from vidjax.utils.names import IGNORED
+from vidjax.utils.names import IGNORED, strip_accents
 
 if TYPE_CHECKING:
     import jinja2
@@ -333,20 +332,13 @@ def find(words: str, texts: Mapping[str, str]) -> list[str]:
 
     If no text contains all words, the texts with the next highest number of words are found.
     """
-    wanted = _simplify(words).split()
+    wanted = strip_accents(words).split()
     if not wanted:
         return [*texts]
-    plain = {key: _simplify(text) for key, text in texts.items()}
+    plain = {key: strip_accents(text) for key, text in texts.items()}
     counts = {key: sum(word in text for word in wanted) for key, text in plain.items()}
     best = max(counts.values(), default=0)
     return [key for key, count in counts.items() if count == best and count]
-
-
-def _simplify(text: str) -> str:
-    if text.isascii():
-        return text.casefold()
-    letters = unicodedata.normalize("NFD", text)
-    return "".join(x for x in letters if not unicodedata.combining(x)).casefold()
 
 
 @functools.cache

@@ -15,7 +15,6 @@ import re
 import secrets
 import threading
 import time
-import unicodedata
 import urllib.parse
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -49,7 +48,7 @@ from vidjax.apps.video.names_page import CLIP, Forms, format_appearance_time
 from vidjax.apps.video.unknown_numbers import IGNORED_NUMBER, UnknownNumbers
 from vidjax.utils import files, messages
 from vidjax.utils.errors import Expected, InUseError, UserError, closest, describe_system_error
-from vidjax.utils.names import IGNORED, fold, is_unknown, normal_form
+from vidjax.utils.names import IGNORED, is_unknown, normal_form, strip_accents
 
 HOST = "127.0.0.1"
 IDLE_SECONDS = 1.0  # the results are written after this time without another change
@@ -587,7 +586,7 @@ class Review:
 
 def _fold_letters(name: str) -> str:
     """Returns the letters and digits of a name in lower case, without accents and blanks."""
-    return "".join(x for x in unicodedata.normalize("NFKD", fold(name)) if x.isalnum())
+    return "".join(filter(str.isalnum, strip_accents(name)))
 
 
 def _find_source(film: MediaFile) -> Path | None:

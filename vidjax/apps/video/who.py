@@ -326,7 +326,7 @@ def _report_missing_photos(kept: Collection[str], people: Path) -> None:
 
 
 def _report_missing(films: Sequence[MediaFile], out: Path, pruned: bool) -> None:
-    """Prints how many films no longer exist, and which film lacks thumbnails, with remedies.
+    """Prints how many films are missing or too dark, and a film without thumbnails, with remedies.
 
     If `pruned` is True, `--prune` is given, and missing films are not printed.
     """
@@ -572,7 +572,8 @@ def decide(
         if not before.apart:
             break
         highest = before.highest
-    before = before.update(films, numbers)
+    if vectors is None:
+        before = before.update(films, {})
     groups = {clip: f"{answers_lib.UNKNOWN}{number}" for clip, number in numbers.items()}
     groups = appearances.mark_unclear(groups, films)
     # The clips of `unknown.tsv` are enrolled only if their films are in `unknown.json`.
