@@ -87,7 +87,9 @@ def joint(official_dir, cache_dir, tmp_path_factory):
 
 def test_one_command_measures_out_of_fold_and_ranks_test(joint):
     config, folder, data = joint
-    results, was_finished = public.train_run(config, folder, data)
+    lines = []
+    results, was_finished = public.train_run(config, folder, data, log=lines.append)
+    assert {line["split"] for line in lines if "split" in line} == {"val", "test"}
     assert results["map_kind"] == "out_of_fold" and not was_finished
     assert [row["map"] is not None for row in results["runs"]] == [True, True]
     assert folder.has("ranking.txt") and folder.has("ranking_test.txt")
