@@ -29,7 +29,7 @@ def test_joined_scores_are_those_of_the_equation():
     scores[1][4] = -np.inf  # the clip lacks the modality
     scores[2][:, 3] = -np.inf  # the run does not know the identity
     scores[0][7] = scores[1][7] = scores[2][7] = -np.inf
-    numbers = calibration.Calibration._make([*RNG.normal(size=(4, 3)), np.array(0.3)])
+    numbers = calibration.Calibration._make([*RNG.normal(size=(5, 3)), np.array(0.3)])
     expected = np.zeros((9, 1 + C))
     expected[:, 0] = numbers.stranger
     for i in range(9):
@@ -44,7 +44,8 @@ def test_joined_scores_are_those_of_the_equation():
                 other = np.log(1 - np.sum(np.exp(np.float64(scores[r][i]))))
                 trust = expit(numbers.trust[r])
                 ratio = np.exp(numbers.scale[r]) * (log - other) + numbers.offset[r]
-                expected[i, 1 + j] += np.log(1 - trust + trust * np.exp(ratio))
+                limited = 1 + np.exp(ratio - numbers.limit[r])
+                expected[i, 1 + j] += np.log((1 - trust + trust * np.exp(ratio)) / limited)
     expected = expected - np.asarray(logsumexp(expected, axis=1, keepdims=True))
     joined = np.asarray(calibration.join_scores(scores, numbers))
     rows = np.arange(9) != 7
@@ -93,7 +94,7 @@ def test_one_command_measures_out_of_fold_and_ranks_test(joint):
     assert results["map_kind"] == "out_of_fold" and not was_finished
     assert [row["map"] is not None for row in results["runs"]] == [True, True]
     assert folder.has("ranking.txt") and folder.has("ranking_test.txt")
-    assert len(folder.config.join.calibration) == 5
+    assert len(folder.config.join.calibration) == 6
     refused(lambda: predict.restore(folder.path), str(folder.path / "1_plda_all"))
     moved = RunFolder(folder.path.rename(folder.path.parent / "moved"))
     assert blend.blend_runs(moved.config, moved, lambda _: data)["map"] == results["map"]

@@ -1,6 +1,7 @@
 """Blends trained runs (`vidjax evaluate --runs`), by the weighted mean of their probabilities."""
 
 import copy
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,9 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax.core import devices
-from vidjax.data.clips import TrainingData
-from vidjax.evaluation import analysis, calibration, trained_runs
-from vidjax.evaluation.scoring import ModelScorer, TrainedModel, iterate_block_groups, score
+from vidjax.data.clips import ClipSource, TrainingData
+from vidjax.evaluation import analysis, calibration, pseudo_labels, trained_runs
+from vidjax.evaluation.scoring import TrainedModel, score, score_clips
 from vidjax.runs import results as results_lib
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import CONFIG, IDENTITIES, RunFolder
@@ -44,12 +45,12 @@ def blend_runs(
     names = [str(folder.path / name) for name in choose_runs(config)]
     configs = [run_config(config, name) for name in names]
     datasets: dict[str, TrainingData] = {}  # runs with equal `config.data` share a dataset
-    models = []
+    models, least = [], config.join.learned and config.join.pseudo_labels
     for own, name, weight in zip(configs, names, weights, strict=True):
         run = trained_runs.find_run(own, RunFolder(name))
         if (key := repr(own.data)) not in datasets:
             datasets[key] = load(own)
-        model = trained_runs.make_model(own, run, datasets[key], mesh)
+        model = trained_runs.make_model(own, run, datasets[key], mesh, keep_sums=bool(least))
         models.append(model._replace(weight=weight))
     kept = copy.deepcopy(config)
     kept.join.weights = weights
@@ -58,9 +59,16 @@ def blend_runs(
     join = None
     if config.join.learned:
         is_first = spec.split == kept.eval.split
-        join, kept.join.calibration = _make_join(config, models, mesh, learns=is_first)
+        sets = _find_numbers(config, models, mesh, learns=is_first)
+        kept.join.calibration = calibration.to_values(sets)
+        make_join = functools.partial(_make_join, models[0].data, config, sets)
+        if least:
+            splits = tuple(models[0].data.report["splits"])
+            models = pseudo_labels.enrol(models, splits, make_join, least, mesh, spec.block_size)
+        join = make_join(spec.split)
+    each = spec.members and not least  # parts of an ensemble say little
     evaluation = score(
-        models, spec.split, mesh, block_size=spec.block_size, each_member=spec.members, join=join
+        models, spec.split, mesh, block_size=spec.block_size, each_member=each, join=join
     )
     folder.write_config(kept)
     results = evaluation.results | {
@@ -83,22 +91,31 @@ def choose_runs(config: Config) -> tuple[str, ...]:
     return tuple(config.join.runs if trained else config.join.finals or config.join.runs)
 
 
-def _make_join(
+def _find_numbers(
     config: Config, models: Sequence[TrainedModel], mesh: Mesh, *, learns: bool
-) -> tuple[calibration.Joined, tuple[Any, ...]]:
-    """Returns how the scores of runs are joined, and the numbers for `config.join.calibration`.
+) -> calibration.Calibration:
+    """Learns the numbers that join the scores of runs.
 
     If `learns` is False, the numbers in the configuration are used, if there are any.
     """
-    clips = models[0].data.split(config.eval.split)
     if config.join.calibration and not learns:
-        sets = calibration.from_values(config.join.calibration)
-        part = np.zeros(len(clips.clips), np.int32)
-        return calibration.Joined(sets, part), config.join.calibration
+        return calibration.from_values(config.join.calibration)
     splits = config.data.train_splits if config.join.systems else (config.eval.split,)
-    sets = _learn(models, splits, mesh, config.eval.block_size)
-    part = calibration.split_clips(clips.labels)
-    return calibration.Joined(sets, part), calibration.to_values(sets)
+    return _learn(models, splits, mesh, config.eval.block_size)
+
+
+def _make_join(
+    data: ClipSource, config: Config, sets: calibration.Calibration, split: str
+) -> calibration.Joined:
+    """Returns how the scores of the clips of `split` are joined.
+
+    A clip from which numbers are learned has numbers of its part. Other clips have the last ones.
+    """
+    clips = data.split(split)
+    learned = config.data.train_splits if config.join.systems else (config.eval.split,)
+    if split in learned and len(sets.stranger) > 1:
+        return calibration.Joined(sets, calibration.split_clips(clips.labels))
+    return calibration.Joined(sets, np.full(len(clips.clips), -1, np.int32))
 
 
 def _learn(
@@ -106,28 +123,20 @@ def _learn(
 ) -> calibration.Calibration:
     """Learns how to join the scores of runs from clips that the runs were not trained on."""
     examples = []
+    most = calibration.MAX_CLIPS // len(splits)
     for name in splits:
-        split = models[0].data.split(name)
-        scorers = [ModelScorer(model, split.clips, mesh) for model in models]
-        pool = np.all([scorer.use.any(axis=0) for scorer in scorers], axis=0)
-        if not (split.labelled and pool.any()) or any(scorer.in_sample for scorer in scorers):
+        split, before = models[0].data.split(name), len(examples)
+        part = calibration.split_clips(split.labels)
+        for blocks, scores in score_clips(models, name, mesh, block_size, most):
+            index, mask, each = devices.fetch((blocks[0].clip_index, blocks[0].batch_mask, scores))
+            clips, values = index[mask], [np.asarray(x)[mask] for x in each]
+            labels = split.labels[clips]
+            examples.append(calibration.choose_candidates(values, labels, part[clips]))
+        if not split.labelled or len(examples) == before:
             raise UserError(
                 f"config.join.learned: {name} has no labelled clip that no run was trained on\n"
                 "train the runs in folds: --config.ensemble.folds=5"
             )
-        order = np.random.default_rng(0).permutation(np.flatnonzero(pool))
-        wanted = np.isin(np.arange(len(pool)), order[: calibration.MAX_CLIPS // len(splits)])
-        part = calibration.split_clips(split.labels)
-        use = np.concatenate([scorer.use for scorer in scorers]) & wanted
-        for window in iterate_block_groups(models, name, block_size, mesh, use):
-            scores = [scorer.score(blocks) for scorer, blocks in zip(scorers, window, strict=True)]
-            for block, each in zip(window[0], zip(*scores, strict=True), strict=True):
-                index, mask, each = devices.fetch((block.clip_index, block.batch_mask, each))
-                rows = np.flatnonzero(mask & wanted[np.where(mask, index, 0)])
-                clips = index[rows]
-                values = [np.asarray(x)[rows] for x in each]
-                labels = split.labels[clips]
-                examples.append(calibration.choose_candidates(values, labels, part[clips]))
     return calibration.learn(examples)
 
 

@@ -2,15 +2,17 @@
 
 A run that has learned only heads is often sure of a wrong person if a clip shows no clear head. So
 a run counts only with a probability, its *trust*: otherwise, its scores of the clip say nothing.
-The log odds of identity j against a stranger are
+Also, several people may look or sound the same to a run, so its odds have an upper limit. The log
+odds of identity j against a stranger are
 
-    sum over the runs that can score the clip of log(1 - trust + trust exp(scale r_j + offset))
+    sum over the runs that can score the clip of log((1 - trust + trust x_j) / (1 + x_j / limit))
 
-where r_j are the log odds of the run. If the run does not know identity j, its term is `absent`.
+where log x_j = scale r_j + offset, and r_j are the log odds of the run. If the run does not know
+identity j, its term is `absent`.
 All of these numbers are learned by logistic regression, over all identities and a stranger at once.
 
 Source: the logistic regression is from Brümmer and du Preez 2006, Application-independent
-evaluation of speaker detection. `trust` and `absent` are not published.
+evaluation of speaker detection. `trust`, `limit` and `absent` are not published.
 """
 
 from collections.abc import Sequence
@@ -30,7 +32,7 @@ MAX_CLIPS = 4000  # clips to learn from; if there are more, they are drawn
 CANDIDATES = 100  # identities of a clip to learn from, those with the highest scores
 WRONG = 0.02  # assumed share of wrong labels
 PRIOR = 0.02  # weight of the prior, whose means are START
-START = {"scale": 0.0, "offset": 0.0, "trust": 2.5, "absent": -1.0}
+START = {"scale": 0.0, "offset": 0.0, "trust": 2.5, "limit": 6.0, "absent": -1.0}
 LEAST = 1e-6  # of the probability of a stranger; float32 does not distinguish smaller ones
 
 
@@ -40,6 +42,7 @@ class Calibration(NamedTuple):
     scale: Array  # [R] logarithm of the scale
     offset: Array  # [R]
     trust: Array  # [R] logit of the trust
+    limit: Array  # [R] logarithm of the limit
     absent: Array  # [R]
     stranger: Array  # [] log odds of a stranger
 
@@ -71,14 +74,14 @@ def join_logs(logs: Array, unknown: Array, calibration: Calibration) -> Array:
       unknown: [R, B], see `log_odds_unknown`.
       calibration: arrays [R], or [B, R].
     """
-    scale, offset, trust, absent = (
-        jnp.moveaxis(jnp.asarray(x), -1, 0)[..., None] for x in calibration[:4]
-    )  # [R, 1] or [R, B, 1]
-    if scale.ndim == 2:
-        scale, offset, trust, absent = (x[:, None] for x in (scale, offset, trust, absent))
+    numbers = [jnp.moveaxis(jnp.asarray(x), -1, 0)[..., None] for x in calibration[:-1]]
+    scale, offset, trust, limit, absent = (  # [R, 1, 1] or [R, B, 1]
+        x[:, None] if x.ndim == 2 else x for x in numbers
+    )
     known = logs > -jnp.inf
     ratio = jnp.exp(scale) * (jnp.where(known, logs, 0.0) - unknown[..., None]) + offset
     term = jnp.logaddexp(jax.nn.log_sigmoid(-trust), jax.nn.log_sigmoid(trust) + ratio)
+    term -= jax.nn.softplus(ratio - limit)
     usable = jnp.any(known, axis=2, keepdims=True)
     total = jnp.sum(jnp.where(usable, jnp.where(known, term, absent), 0.0), axis=0)
     total = jnp.where(jnp.any(known, axis=0), total, -jnp.inf)
@@ -129,7 +132,7 @@ def fit(examples: Examples, weights: np.ndarray) -> Calibration:
 
 
 def _unpack(point: Array, num_runs: int) -> Calibration:
-    return Calibration._make([*point[:-1].reshape(4, num_runs), point[-1]])
+    return Calibration._make([*point[:-1].reshape(len(START), num_runs), point[-1]])
 
 
 @jax.jit

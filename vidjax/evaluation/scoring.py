@@ -270,6 +270,31 @@ def iterate_block_groups(
         yield [[batches[id(model.data)] for batches in window] for model in models]
 
 
+def score_clips(
+    models: Sequence[TrainedModel],
+    split_name: str,
+    mesh: Mesh,
+    block_size: int,
+    most: int | None = None,
+) -> Iterator[tuple[list[Batch], list[Array]]]:
+    """Scores the clips of a split that no model was trained on.
+
+    Yields a block for each model, and the scores [B, C] of each model. If there are more than
+    `most` clips, they are drawn. If a model was trained on all clips, yields nothing.
+    """
+    clips = models[0].data.split(split_name).clips
+    scorers = [ModelScorer(model, clips, mesh) for model in models]
+    pool = np.all([scorer.use.any(axis=0) for scorer in scorers], axis=0)
+    if any(scorer.in_sample for scorer in scorers) or not pool.any():
+        return
+    chosen = np.random.default_rng(0).permutation(np.flatnonzero(pool))[:most]
+    use = np.concatenate([x.use for x in scorers]) & np.isin(np.arange(len(pool)), chosen)
+    for window in iterate_block_groups(models, split_name, block_size, mesh, use):
+        scores = [scorer.score(blocks) for scorer, blocks in zip(scorers, window, strict=True)]
+        for blocks, each in zip(zip(*window, strict=True), zip(*scores, strict=True), strict=True):
+            yield list(blocks), list(each)
+
+
 def _count_joined_blocks(plans: Iterable[EvalPlan], block_size: int) -> int:
     """Returns how many blocks, 1 to 8, are joined, so that they have up to JOINED_FRAMES frames."""
     longest = max(

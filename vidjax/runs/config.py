@@ -406,6 +406,10 @@ TABLE: tuple[Field | Group, ...] = (
           affects=SCORES),
     Field("join.learned", False, "`True`: the scores of the runs are joined with numbers that are "
           "learned on clips that no run was trained on, not by `join.weights`", affects=SCORES),
+    Field("join.pseudo_labels", 0.0, "clips without a label are enrolled in PLDA if an identity "
+          "has at least this probability; then all clips are scored again. 0: no clips. With "
+          "`join.learned`", low=0, high=1, read_when=_read_unless("join.learned", False, True),
+          affects=SCORES),
     Field("join.calibration", (), "the learned numbers; set by `vidjax evaluate`", affects=SCORES),
 
 )
