@@ -102,7 +102,8 @@ class Traces:
         content = read(path)
         if content is None:
             return "nothing"
-        if any(x.tobytes() in content.raw for x in self._list_pieces()):
+        pieces = (x[np.flatnonzero(x)[0] :][:PIECE] for of in self._vectors.values() for x in of)
+        if any(x.tobytes() in content.raw for x in pieces):
             return "ours"
         if any(self._in_array(x) for x in content.arrays if x.dtype.kind == "f"):
             return "ours"
@@ -125,10 +126,6 @@ class Traces:
 
     def _is_person(self, name: str) -> bool:
         return (plain := _simplify(name)) in self._known or is_unknown(plain)
-
-    def _list_pieces(self) -> Iterator[np.ndarray]:
-        for vectors in self._vectors.values():
-            yield from (x[np.flatnonzero(x)[0] :][:PIECE] for x in vectors)
 
     def _in_text(self, text: str) -> bool:
         return any(map(self._in_part, _divide(text)))
