@@ -20,6 +20,7 @@ from vidjax.apps.video.appearances import (
     group_by_video,
 )
 from vidjax.apps.video.features_folder import FaceTrack, MediaFile
+from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import IGNORED, strip_accents
 
 if TYPE_CHECKING:
@@ -373,9 +374,7 @@ def _make_section(
     Known people come first, then unknown people, unclear faces, and ignored people. Within each of
     these groups, the person with the longest total time comes first.
     """
-    by_name: dict[str, list[PageEntry]] = {}
-    for entry in entries:
-        by_name.setdefault(entry.name, []).append(entry)
+    by_name = group_by_key((entry.name, entry) for entry in entries)
     ranks, rows = dict[str, tuple[object, ...]](), dict[str, PersonAppearances]()
     for name, group in by_name.items():
         total = round(sum(entry.seconds for entry in group), 3)

@@ -25,6 +25,7 @@ from vidjax.data.memory import MemoryClips
 from vidjax.runs.terminal import Progress, say
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError
+from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import make_folder_name, normal_form, read_folder_name, show
 
 PEOPLE = "people"  # the folder in the results that contains the features of photos
@@ -290,11 +291,8 @@ def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool, flag:
             warning=True,
         )
         return
-    by_name: dict[str, list[str]] = {}
-    for name in names:
-        if number := re.fullmatch(r"(.*[^\W\d_])[\W_]*\d+\W*", name):
-            by_name.setdefault(number[1], []).append(name)
-    for name, twins in by_name.items():
+    numbered = (re.fullmatch(r"(.*[^\W\d_])[\W_]*\d+\W*", name) for name in names)
+    for name, twins in group_by_key((x[1], x[0]) for x in numbered if x).items():
         if len(twins) > 1:
             say(
                 f"{show(twins[0])} and {show(twins[1])} count as two people. If they are the same "
@@ -385,12 +383,10 @@ def enrol_photos(
     `names` are all people, and `before` their labels, see `count_labels`. Only folders in `usable`
     are changed.
     """
-    labels, old = _choose_labels(before, names), dict[str, set[str]]()
-    for clip, photo in enrolled.items():
-        if photo.person in labels:
-            old.setdefault(photo.folder, set()).add(clip)
+    labels = _choose_labels(before, names)
+    old = group_by_key((x.folder, clip) for clip, x in enrolled.items() if x.person in labels)
     for folder, named in usable.items():
-        _enrol(gallery, folder, named, labels, old.get(read_folder_name(folder.name), set()))
+        _enrol(gallery, folder, named, labels, {*old.get(read_folder_name(folder.name), ())})
     found = {name for named in usable.values() for name in named.values()}
     _warn_of_lost({*names} - found - {photo.person for photo in list_faces(gallery).values()})
 
@@ -577,10 +573,11 @@ def warn_of_doubts(
         for owner in [read_folder_name(folder.name)] if outcome.known
     }  # fmt: skip
     person_of = {clip: entry.identity for clip, entry in gallery.clips.items() if entry.identity}
-    owners: dict[str, set[str]] = {}  # the people of a file, by its sha256
     whole = {clip: photo.sha256 for clip, (_, photo) in given.items() if not photo.tags}
-    for clip in whole.keys() & person_of.keys():
-        owners.setdefault(whole[clip], set()).add(person_of[clip])
+    # The people of a file, by its sha256.
+    owners = group_by_key(
+        {(whole[clip], person_of[clip]) for clip in whole.keys() & person_of.keys()}
+    )
     twins = {clip for clip, digest in whole.items() if len(owners.get(digest, ())) > 1}
     single = {clip: person_of[clip] for clip in person_of.keys() - twins}
     is_blind = gallery.compare_with_card().problem == "blind"
@@ -588,7 +585,7 @@ def warn_of_doubts(
     for clip in sorted(given.keys() & (twins | doubtful.photos.keys()) & person_of.keys()):
         (path, photo), name = given[clip], show(person_of[clip])
         if clip in twins:
-            others = ", ".join(map(show, sorted(owners[photo.sha256] - {person_of[clip]})))
+            others = ", ".join(map(show, sorted({*owners[photo.sha256]} - {person_of[clip]})))
             say(f"{path} is also a photo of {others}: delete the wrong copy", warning=True)
         else:
             like = doubtful.photos[clip]

@@ -502,8 +502,11 @@ def _take_results(
             raise answer
         film = schemas.parse(job.path, answer, MediaFile, "leave it out")
         film.folder = job.folder
-        before = features_folder.find_media_file(job.out, job.stem)
-        before = before or features_folder.find_earlier_file(job.out, job.stem)
+        found = (
+            features_folder.find_media_file(job.out, job.stem, folder)
+            for folder in (VIDEOS, features_folder.EARLIER)
+        )
+        before = next(filter(None, found), None)
         if before and before.tags and not film.tags:
             if film.bad_tags:
                 raise UserError(film.bad_tags)

@@ -49,6 +49,7 @@ from vidjax.apps.video.names_page import CLIP, Forms, format_appearance_time
 from vidjax.apps.video.unknown_numbers import IGNORED_NUMBER, UnknownNumbers
 from vidjax.utils import files, messages
 from vidjax.utils.errors import Expected, InUseError, UserError, closest, describe_system_error
+from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import IGNORED, is_unknown, normal_form, strip_accents
 
 HOST = "127.0.0.1"
@@ -143,9 +144,7 @@ class Review:
         self._decision = decision
         # Clip -> appearance on the page, and unknown person -> clips.
         self._shown = {clip: x for x in decision.appearances for clip in x.clips}
-        self._clips_of: dict[str, list[str]] = {}
-        for clip, name in decision.unknown.items():
-            self._clips_of.setdefault(name, []).append(clip)
+        self._clips_of = group_by_key((name, clip) for clip, name in decision.unknown.items())
 
     def _show(self, decision: who.Decision) -> None:
         """Replaces the names on the page, and remembers which people and faces have changed."""

@@ -71,6 +71,7 @@ from vidjax.data.checks import list_entries
 from vidjax.runs.terminal import say
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError, prefix_errors
+from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import IGNORED, fold, make_file_stems, read_folder_name, show
 
 PAGE, SUBTITLES, CUTS, FEATURES = "names.html", "subtitles", "cuts", "features"
@@ -623,12 +624,10 @@ def _place_subtitles(films: Sequence[MediaFile]) -> list[PurePath]:
     """
     paths = [PurePath(features_folder.make_printable(str(film.source.path))) for film in films]
     keys = [tuple(map(fold, path.with_suffix("").parts)) for path in paths]
-    counts, namesakes = Counter(keys), dict[str, set[tuple[str, ...]]]()
-    for key in keys:
-        namesakes.setdefault(key[-1], set()).add(key)
+    counts, namesakes = Counter(keys), group_by_key((key[-1], key) for key in {*keys})
     in_folder: dict[PurePath, dict[PurePath, str]] = {}
     for path, key in zip(paths, keys, strict=True):
-        others = namesakes[key[-1]] - {key}
+        others = {*namesakes[key[-1]]} - {key}
         depth = next(n for n in itertools.count(1) if key[-n:] not in {x[-n:] for x in others})
         folder = PurePath(*(make_file_stems([part])[0] for part in path.parts[-depth:-1]))
         in_folder.setdefault(folder, {})[path] = path.name if counts[key] > 1 else path.stem
