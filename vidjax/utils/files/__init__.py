@@ -2,6 +2,59 @@
 
 from os.path import lexists as exists
 
-from vidjax.utils.files.locks import *  # noqa: F403
-from vidjax.utils.files.reading import *  # noqa: F403
-from vidjax.utils.files.writing import *  # noqa: F403
+from vidjax.utils.files.locks import find_foreign_folder, lock
+from vidjax.utils.files.reading import (
+    ARCHIVE_BYTES,
+    CONFIG_BYTES,
+    INTEGER_LIMIT,
+    JSON_BYTES,
+    MAX_ITEMS,
+    MB,
+    PIECE_BYTES,
+    absolute,
+    cache_root,
+    hash_opened,
+    is_file,
+    is_present,
+    iterate_lines,
+    load_npz,
+    local,
+    max_unpacked_bytes,
+    npz_bytes,
+    open_entry,
+    open_input,
+    open_regular,
+    open_text,
+    open_zip,
+    parse_json,
+    parse_line,
+    read_bytes,
+    read_json,
+    read_npz,
+    refuse_links,
+    sha256_file,
+    sha256_folder,
+    sha256_json,
+    walk,
+)
+from vidjax.utils.files.writing import (
+    append,
+    atomic_file,
+    atomic_folder,
+    disk_errors,
+    hide,
+    make_folder,
+    make_private,
+    open_log,
+    read_manifest,
+    remove_ours,
+    remove_partials,
+    remove_scratch_folders,
+    remove_tree,
+    scratch_folder,
+    to_json,
+    write_bytes,
+    write_json,
+    write_manifest,
+    write_text,
+)
