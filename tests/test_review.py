@@ -170,6 +170,7 @@ def test_review_returns_to_the_next_person_after_a_change(reviewed):
     text = reviewed.post("undo", view="person=Ada")
     assert "<title>Ada: " in text and "Undone" in text
     assert "<title>Eva: " in reviewed.post(do="name", of="Ada", person="Eva", view="person=Ada")
+    assert "<title>Ada: " in reviewed.post("undo", view="person=Eva")
     text = reviewed.client.get("?film=more.mkv").text
     assert "<title>more.mkv: " in text and 'value="clip:\tmore.s000.t00"' in text
     # For a film that does not exist, the page of all films is shown.

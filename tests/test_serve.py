@@ -664,15 +664,15 @@ def test_limits_are_read_from_flags_and_variables(people, say, monkeypatch):
     monkeypatch.setenv("VIDJAX_SERVE_CLIPS", "7")
     monkeypatch.setenv("VIDJAX_SERVE_FRAMES", "8")
     monkeypatch.setenv("VIDJAX_SERVE_PORT", "tcp://10.0.0.1")  # as Kubernetes sets it
-    say("serve", f"--gallery={people.folder}", "--port=0", "--frames=9", "--answer_seconds=2.5")
+    say("serve", f"--gallery={people.folder}", "--port=0", "--frames=9", "--answer-seconds=2.5")
     ((app, _, limits, leaving),) = served
     assert limits == Limits(clips=7, frames=9, answer_seconds=2.5) and app.leaving is leaving
 
     for variable, flag, words in (
         ("BODY_BYTES=64MB", None, "VIDJAX_SERVE_BODY_BYTES=64MB: give a whole number"),
         (None, "--clips=0", "--clips=0: give a whole number, at least 1"),
-        (None, "--answer_seconds=0", "--answer_seconds=0: give a number, above 0"),
-        (None, "--lock_seconds=nan", "--lock_seconds=nan: give a number, at least 0"),
+        (None, "--answer-seconds=0", "--answer-seconds=0: give a number, above 0"),
+        (None, "--lock_seconds=nan", "--lock-seconds=nan: give a number, at least 0"),
         (None, "--drain_seconds=-1", "at least 0 and at most 86,400"),
         (None, "--body_bytes=1000000000", "set held_bytes to 3000000000"),
         ("CLIP=3", None, "did you mean VIDJAX_SERVE_CLIPS?"),
@@ -692,8 +692,8 @@ def test_help_server_and_page_list_every_limit(inside, capsys):
     shown, page = inside.ask("GET", "/v2")[1]["limits"], docs.SERVER.read_text()
     assert docs.update_limits(page) == page
     assert shown == {name: getattr(SMALL, name) for name in LIMITS}
-    for name, limit in LIMITS.items():
-        assert f"--{name} N {limit.meta.description} (default: {limit.text})" in text
+    for limit in LIMITS.values():
+        assert f"{limit.flag} N {limit.meta.description} (default: {limit.text})" in text
 
 
 def test_full_queue_refuses_with_retry_after():

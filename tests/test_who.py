@@ -153,9 +153,8 @@ def test_unknown_people_keep_their_numbers_across_calls(drawn):
 
 
 def test_work_does_not_grow_with_the_number_of_people_and_clips(drawn, monkeypatch):
-    list_faces = mock.Mock(wraps=who.list_faces)  # lists the faces of all people in photos
-    for module in (who, people_photos):
-        monkeypatch.setattr(module, "list_faces", list_faces)
+    list_faces = mock.Mock(wraps=people_photos.list_faces)  # lists the faces of people in photos
+    monkeypatch.setattr(people_photos, "list_faces", list_faces)
 
     drawn.meet("Eve")
     calls_for_one_person = list_faces.call_count

@@ -91,7 +91,8 @@ class Rank(TableTask):
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
         """Ranks clips; returns the columns `identity`, `rank`, `clip` and `score`."""
-        return tables.ranking_columns(self.trained.rank(clips, **self.options))
+        ranking = self.trained.rank(clips, **self.options)
+        return tables.to_columns(tables.RANKING, [*tables.list_ranking(ranking)])
 
 
 def join_rankings(lists: "pyarrow.Table") -> "pyarrow.Table":

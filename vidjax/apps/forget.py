@@ -88,7 +88,6 @@ def forget(
     with any of the clips are deleted. Raises UserError if a folder does not exist, or a name is
     empty or invalid.
     """
-    from vidjax.apps.gallery.gallery import Gallery
     from vidjax.apps.video.features_folder import EARLIER
 
     people = {normal_form(check_name(name, "identity")) for name in identities}
@@ -96,29 +95,13 @@ def forget(
     asked = bare | {name + end for name in bare for end in (ENDING, ENDING.upper())}
     # After a change of nets, clips wait with another name, see `other_nets`.
     stored_as = asked | {f"{EARLIER}/{name}" for name in bare}
-    found: list[Place] = []
-    folders: dict[Path, str] = {}
-    others: list[Path] = []
-    for root in (place.expanduser().absolute() for place in places):
-        if not root.is_dir():
-            raise UserError(f"'{root}' is not a folder: name an existing folder as PLACE")
-        if is_empty(root):
-            about = "it is empty: is the drive connected?"
-            found.append(Place("unread", root, about, "connect it, and search it again"))
-        _survey(root, folders, others, found)
-    of_kind = lambda kind: [path for path in sorted(folders) if folders[path] == kind]  # noqa: E731
+    folders, others, found = _survey(places)
     wanted = people | bare
-    names, known = people | asked, set[str]()
+    names, known, vectors = people | asked, set[str](), list[np.ndarray]()
     runs_of_galleries: dict[Path, Path] = {}
-    vectors: list[np.ndarray] = []
-    for folder in of_kind("gallery"):
-        try:
-            gallery = Gallery(folder)
-            known |= {*gallery.identities, *map(normal_form, gallery.clips)}
-        except (UserError, OSError) as error:
-            found.append(_list_unread(folder, error))
-            continue
-        runs_of_galleries[folder] = Path(gallery.origin.workdir)
+    for gallery in _open_galleries(folders["gallery"], found):
+        known |= {*gallery.index.names, *map(normal_form, gallery.clips)}
+        runs_of_galleries[gallery.folder] = Path(gallery.origin.workdir)
         stored = gallery.clips.items()
         shown = {n for n, clip in stored if clip.identity in people or normal_form(n) in stored_as}
         if shown:
@@ -126,20 +109,13 @@ def forget(
                 vectors += [x[0] for x in gallery.backend.split(gallery.clips[name].vector[None])]
             found.append(_report_gallery(gallery, shown, delete=delete))
             names.update(map(normal_form, shown))
-    for folder in of_kind("records"):
+    for folder in folders["records"]:
         found += _search_records(folder, names, delete=delete)
-    for folder in of_kind("unfinished"):
+    for folder in folders["unfinished"]:
         found.append(_report_unfinished(folder, delete=delete))
-    for kind, (names_of, remedy) in READERS.items():
-        for folder in of_kind(kind):
-            try:
-                there = {*map(normal_form, itertools.islice(names_of(folder), MAX_NAMES_IN_INDEX))}
-            except (UserError, OSError) as error:
-                found.append(_list_unread(folder, error))
-                continue
-            known |= there
-            if held := names & there:
-                found.append(Place(kind, folder, f"{len(held):,} of the names", remedy))
+    for kind in READERS:
+        for folder in folders[kind]:
+            known |= _search_names(kind, folder, names, found)
     runs = {place.path for place in found if place.kind == "run"}
     for folder, run in runs_of_galleries.items():
         if run in runs:
@@ -149,6 +125,30 @@ def forget(
     found += _search_files(others, searched, [x.path for x in found if x.kind in READERS])
     similar = _find_similar(wanted, known.difference(wanted), closely=not found)
     return Forgotten(found, names, similar)
+
+
+def _open_galleries(folders: Iterable[Path], found: list[Place]) -> Iterator["Gallery"]:
+    """Yields the galleries in `folders`. Adds folders that cannot be read to `found`."""
+    from vidjax.apps.gallery.gallery import Gallery
+
+    for folder in folders:
+        try:
+            yield Gallery(folder)
+        except (UserError, OSError) as error:
+            found.append(_list_unread(folder, error))
+
+
+def _search_names(kind: str, folder: Path, names: set[str], found: list[Place]) -> set[str]:
+    """Returns all names in a folder. Adds it to `found` if it contains one of `names`."""
+    names_of, remedy = READERS[kind]
+    try:
+        there = {*map(normal_form, itertools.islice(names_of(folder), MAX_NAMES_IN_INDEX))}
+    except (UserError, OSError) as error:
+        found.append(_list_unread(folder, error))
+        return set()
+    if held := names & there:
+        found.append(Place(kind, folder, f"{len(held):,} of the names", remedy))
+    return there
 
 
 def list_clear_names(clips: Iterable[str]) -> set[str]:
@@ -209,38 +209,57 @@ def _find_similar(wanted: set[str], others: set[str], *, closely: bool) -> dict[
     return {name: other for name, other in near.items() if other}
 
 
-def _survey(root: Path, folders: dict[Path, str], others: list[Path], found: list[Place]) -> None:
-    """Finds the folders below `root` that must be searched, and adds path -> kind to `folders`.
+def _survey(places: Iterable[Path]) -> tuple[dict[str, list[Path]], list[Path], list[Place]]:
+    """Finds the folders below `places` that must be searched.
 
-    The files in all folders, except in the kinds "records" and "unfinished", are added to `others`.
-
-    The kinds are "gallery", "records" (a converted dataset), "unfinished" (a killed conversion),
-    "run", "export" (of a run or a gallery), and "who" (results of `vidjax who`). Unreadable folders
-    are added to `found`. Links are not followed.
+    Returns kind -> sorted folders, the files in all folders except in the kinds "records" and
+    "unfinished", and the places that are empty or cannot be read. The kinds are listed in
+    `_find_kind`. Links are not followed.
     """
     from vidjax.apps.gallery.store import GALLERY_FILE, JOURNAL_FILE
 
-    tell = lambda error: found.append(_list_unread(error.filename or root, error))  # noqa: E731
-    for place, inner, names in os.walk(root, onerror=tell):
-        folder, there = Path(place), {*names, *inner}
-        if UNFINISHED.fullmatch(folder.name):
-            folders[folder] = "unfinished"
-            inner.clear()
-            continue
-        elif GALLERY_FILE in there:
-            folders[folder] = "gallery"
-        elif {"index.npz", "manifest.json"} <= there:
-            folders[folder] = "records"
-            inner.clear()
-            continue
-        elif "export.json" in there and "checkpoints" not in there:  # not an imported run
-            folders[folder] = "export"
-        elif there & {"identities.json", "members.npz"}:
-            folders[folder] = "run"
-        elif {"names.tsv", "gallery"} <= there:
-            folders[folder] = "who"
-        paths = (folder / name for name in names if name not in (GALLERY_FILE, JOURNAL_FILE))
-        others += [path for path in paths if path.is_file() and not path.is_symlink()]
+    kind_of, others, found = dict[Path, str](), list[Path](), list[Place]()
+    for root in (place.expanduser().absolute() for place in places):
+        if not root.is_dir():
+            raise UserError(f"'{root}' is not a folder: name an existing folder as PLACE")
+        if is_empty(root):
+            about = "it is empty: is the drive connected?"
+            found.append(Place("unread", root, about, "connect it, and search it again"))
+        unread = list[OSError]()
+        for place, inner, names in os.walk(root, onerror=unread.append):
+            folder = Path(place)
+            if kind := _find_kind(folder, {*names, *inner}):
+                kind_of[folder] = kind
+            if kind in ("records", "unfinished"):
+                inner.clear()
+                continue
+            paths = (folder / name for name in names if name not in (GALLERY_FILE, JOURNAL_FILE))
+            others += [path for path in paths if path.is_file() and not path.is_symlink()]
+        found += [_list_unread(error.filename or root, error) for error in unread]
+    folders: dict[str, list[Path]] = {kind: [] for kind in ("gallery", "records", "unfinished")}
+    folders |= {kind: [] for kind in READERS}
+    for folder in sorted(kind_of):
+        folders[kind_of[folder]].append(folder)
+    return folders, others, found
+
+
+def _find_kind(folder: Path, there: set[str]) -> str:
+    """Returns the kind of a folder that contains the files and folders `there`.
+
+    It is "gallery", "records" (a converted dataset), "unfinished" (a killed conversion), "run",
+    "export" (of a run or a gallery), "who" (results of `vidjax who`), or "" for another folder.
+    """
+    from vidjax.apps.gallery.store import GALLERY_FILE
+
+    kinds = {
+        "unfinished": UNFINISHED.fullmatch(folder.name),
+        "gallery": GALLERY_FILE in there,
+        "records": {"index.npz", "manifest.json"} <= there,
+        "export": "export.json" in there and "checkpoints" not in there,  # not an imported run
+        "run": there & {"identities.json", "members.npz"},
+        "who": {"names.tsv", "gallery"} <= there,
+    }
+    return next((kind for kind, is_found in kinds.items() if is_found), "")
 
 
 def _list_unread(path: str | Path, error: Exception) -> Place:

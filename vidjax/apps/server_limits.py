@@ -94,6 +94,11 @@ class Limit(NamedTuple):
         return f"{self.default:,.15g}"
 
     @property
+    def flag(self) -> str:
+        """The flag that sets the limit, such as `--body-bytes`."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
     def variable(self) -> str:
         """The environment variable that sets the limit."""
         return PREFIX + self.name.upper()
@@ -128,7 +133,7 @@ def read_limits(flags: Mapping[str, str | None], environment: Mapping[str, str])
     values = {}
     for name, limit in LIMITS.items():
         if text := flags.get(name):
-            values[name] = limit.read(f"--{name}", text)
+            values[name] = limit.read(limit.flag, text)
         elif text := environment.get(limit.variable):
             values[name] = limit.read(limit.variable, text)
     return Limits(**values)

@@ -15,6 +15,7 @@ import numpy as np
 from vidjax.data import parquet
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
+from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import is_unknown, make_file_stems, normal_form
 
 MAX_BYTES = 512 * files.MB  # of a file, also after it is unpacked
@@ -87,10 +88,7 @@ class Traces:
                 word = re.search(r"\w+", plain)
                 key, at = (word[0], word.start()) if word else (plain, 0)
                 self._names.setdefault(key, {}).setdefault((at, len(plain)), set()).add(plain)
-        self._vectors: dict[int, list[np.ndarray]] = {}
-        for x in vectors:
-            if x.any():
-                self._vectors.setdefault(len(x), []).append(x)
+        self._vectors = group_by_key((len(x), x) for x in vectors if x.any())
 
     def in_file(self, path: Path) -> Found:
         """Searches any name or vector in the name and the content of a file.
@@ -102,7 +100,8 @@ class Traces:
         content = read(path)
         if content is None:
             return "nothing"
-        if any(x.tobytes() in content.raw for x in self._list_pieces()):
+        pieces = (x[np.flatnonzero(x)[0] :][:PIECE] for of in self._vectors.values() for x in of)
+        if any(x.tobytes() in content.raw for x in pieces):
             return "ours"
         if any(self._in_array(x) for x in content.arrays if x.dtype.kind == "f"):
             return "ours"
@@ -125,10 +124,6 @@ class Traces:
 
     def _is_person(self, name: str) -> bool:
         return (plain := _simplify(name)) in self._known or is_unknown(plain)
-
-    def _list_pieces(self) -> Iterator[np.ndarray]:
-        for vectors in self._vectors.values():
-            yield from (x[np.flatnonzero(x)[0] :][:PIECE] for x in vectors)
 
     def _in_text(self, text: str) -> bool:
         return any(map(self._in_part, _divide(text)))

@@ -176,7 +176,9 @@ def add_serve_flags(parser: Parser) -> None:
     group = parser.add_argument_group("limits", about)
     for name, limit in LIMITS.items():
         about = f"{limit.meta.description} (default: {limit.text})"
-        group.add_argument(f"--{name}", metavar="N", help=about)
+        group.add_argument(limit.flag, metavar="N", help=about)
+        if "_" in name:  # the spelling of the first versions
+            group.add_argument(f"--{name}", help=argparse.SUPPRESS)
     parser.command(serve, "--gallery=people", "--gallery=people --port=9000")
 
 

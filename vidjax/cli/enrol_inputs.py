@@ -35,33 +35,32 @@ def read_labels(path: Path) -> dict[str, str]:
     )
 
 
-def read_people(path: Path, *, required: bool) -> dict[str, str] | None:
-    """Returns clip -> person of a parquet table with a column `identity`, or of `vidjax extract`.
+def load_people(
+    path: Path, gallery: "Gallery", *, required: bool
+) -> "tuple[MemoryClips, Mapping[str, str]]":
+    """Loads an input that contains the people of its clips. Returns the clips, and clip -> person.
 
-    `vidjax extract` stores the folder of each film and photo. Returns None for other inputs. If
+    The input is a parquet table with a column `identity`, a folder of `vidjax extract`, which
+    stores the folder of each film and photo, or a folder of files `path/PERSON/CLIP.npz`. If
     `required` is True, raises UserError if no clip of a table has a person.
     """
     from vidjax.apps.gallery.changes import check_person
     from vidjax.apps.video import features_folder
+    from vidjax.data import input_files
 
     if path.suffix == ".parquet" and parquet.has_column(path, "identity"):
-        return read_labels(path) if required else answers_lib.read_groups(path)
-    if not path.is_dir() or not files.exists(path / features_folder.NAME):
-        return None
+        person_of = read_labels(path) if required else answers_lib.read_groups(path)
+        return gallery.load(path), person_of
+    is_extracted = path.is_dir() and files.exists(path / features_folder.NAME)
     person_of = dict[str, str]()
-    for film in features_folder.read_media_files(path):
+    for film in features_folder.read_media_files(path) if is_extracted else ():
         for track in film.tracks:
             if not film.folder:
                 raise refuse_stray(features_folder.locate_features(path, track.clip))
             with prefix_errors(f"{show(str(film.source.path))}: its folder"):
                 person_of[track.clip] = check_person(film.folder)
-    return person_of or None
-
-
-def load_people(path: Path, gallery: "Gallery") -> "tuple[MemoryClips, dict[str, str]]":
-    """Loads the files `path/PERSON/CLIP.npz`. Returns their clips, and clip -> person."""
-    from vidjax.data import input_files
-
+    if person_of:
+        return gallery.load(path), person_of
     if stray := path if path.is_file() else min(path.glob("[!.]*.npz"), default=None):
         raise refuse_stray(stray)
     widths, quality = gallery.reads

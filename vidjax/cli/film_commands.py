@@ -232,9 +232,10 @@ def name_people(args: argparse.Namespace) -> Result:
     if args.review:
         from vidjax.apps.video import review  # it needs starlette
 
-        reviewed = review.serve_review(
+        page = review.Review(
             out, done.decision, fpir=args.fpir, threshold=args.threshold, padding=args.padding
         )
+        reviewed = review.serve_review(page)
         done = reviewed._replace(failed=done.failed, missed=done.missed)
     return describe_names(done, out)
 

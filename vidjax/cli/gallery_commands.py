@@ -349,9 +349,14 @@ def _show_progress(label: str, total: int) -> contextlib.closing[terminal.Progre
 def _embed(args: argparse.Namespace, gallery: "Gallery") -> tuple[float, "Vectors"]:
     """Returns the time when the clips were loaded, and the embeddings of the clips."""
     clips = _load_clips(args, gallery)
-    began = time.monotonic()
+    return time.monotonic(), _embed_clips(args, gallery, clips)
+
+
+def _embed_clips(
+    args: argparse.Namespace, gallery: "Gallery", clips: "MemoryClips | TrainingData"
+) -> "Vectors":
     with _show_progress("vectors", len(clips.split(args.split or "clips").clips)) as bar:
-        return began, gallery.embed(clips, args.split, advance=bar.advance)
+        return gallery.embed(clips, args.split, advance=bar.advance)
 
 
 def _enrol(args: argparse.Namespace) -> Result:
@@ -366,29 +371,23 @@ def _enrol(args: argparse.Namespace) -> Result:
     labels = enrol_inputs.read_labels(Path(args.labels).expanduser()) if args.labels else None
     inputs = enrol_inputs.list_inputs(args.input or ())
     args.input = [*map(str, inputs)]
-    if args.clip and len(inputs) > 1:
+    several = len(inputs) > 1
+    if args.clip and several:
         raise UserError(f"--clip={args.clip} is a clip of one input: give --input once")
     with enrol_inputs.hint_at_photos(inputs):
         gallery, names, done = _open(args), set[str](), []
     for number, path in enumerate(inputs or [None], 1):
-        place = f"{number:,} of {len(inputs):,}: " if len(inputs) > 1 else ""
+        place = f"{number:,} of {len(inputs):,}: " if several else ""
         if path and (place or path.stat().st_size > LARGE_BYTES):
             terminal.say(f"{place}{show(str(path))} ...")
         with enrol_inputs.hint_at_photos([path] if path else []):
-            vectors, identity = _embed_people(args, gallery, path, labels, several=len(inputs) > 1)
+            vectors, identity = _embed_people(args, gallery, path, labels, several=several)
         names |= {*vectors.names}
-        if identity == {} and len(inputs) > 1:
-            continue
-        bar, waiting = _show_progress("enrol", len(vectors.names)), [vectors]
-        del vectors  # so that `enrol` can free the memory of a large table
-        with bar as bar, prefix_errors(args.labels) if args.labels else contextlib.nullcontext():
-            source = args.labels or "identities"
-            part = gallery.enrol(
-                waiting.pop(), identity, strangers=args.strangers, source=source,
-                advance=bar.advance,
-            )  # fmt: skip
-            done.append(part)
-    if labels and len(inputs) > 1:
+        if identity != {} or not several:
+            waiting = [vectors]
+            del vectors  # so that `enrol` can free the memory of a large table
+            done.append(_enrol_vectors(args, gallery, waiting, identity))
+    if labels and several:
         check_given(labels, names, args.labels)
     if not done:
         raise UserError(
@@ -396,6 +395,24 @@ def _enrol(args: argparse.Namespace) -> Result:
             "add a column identity to the tables, or --labels=FILE"
         )
     return _describe_enrolment(args, gallery, done)
+
+
+def _enrol_vectors(
+    args: argparse.Namespace,
+    gallery: "Gallery",
+    waiting: "list[Vectors]",
+    identity: str | Mapping[str, str] | None,
+) -> "Enrolment":
+    """Takes vectors out of the list `waiting`, and enrols them for a person or for clip -> person.
+
+    If `identity` is None, the vectors contain the people.
+    """
+    errors = prefix_errors(args.labels) if args.labels else contextlib.nullcontext()
+    with _show_progress("enrol", len(waiting[0].names)) as bar, errors:
+        return gallery.enrol(
+            waiting.pop(), identity, strangers=args.strangers,
+            source=args.labels or "identities", advance=bar.advance,
+        )  # fmt: skip
 
 
 def _embed_people(
@@ -410,9 +427,14 @@ def _embed_people(
 
     If there are `several` inputs, only the labels of this input are returned, and may be {}.
     """
-    clips, identity = _load_people(args, gallery, path, labels, required=not several)
-    with _show_progress("vectors", len(clips.split(args.split or "clips").clips)) as bar:
-        vectors = gallery.embed(clips, args.split, advance=bar.advance)
+    identity: str | Mapping[str, str] | None = labels or args.identity
+    if path is None:
+        clips = _load_clips(args, gallery)
+    elif identity is None and not args.strangers:
+        clips, identity = enrol_inputs.load_people(path, gallery, required=not several)
+    else:
+        clips = gallery.load(path)
+    vectors = _embed_clips(args, gallery, clips)
     del clips
     if args.clip:
         clip = strip_ending(args.clip)
@@ -433,28 +455,6 @@ def _embed_people(
     return (
         (vectors, identity) if args.identity else enrol_inputs.add_folders(path, vectors, identity)
     )
-
-
-def _load_people(
-    args: argparse.Namespace,
-    gallery: "Gallery",
-    path: Path | None,
-    labels: Mapping[str, str] | None,
-    *,
-    required: bool,
-) -> "tuple[MemoryClips | TrainingData, str | Mapping[str, str] | None]":
-    """Returns the clips of an input or a split, and the person of all clips or of each clip.
-
-    `required` is True if at least one clip of a table must have a person.
-    """
-    identity = labels or args.identity
-    if path is None:
-        return _load_clips(args, gallery), identity
-    if identity is None and not args.strangers:
-        identity = enrol_inputs.read_people(path, required=required)
-        if identity is None:
-            return enrol_inputs.load_people(path, gallery)
-    return gallery.load(path), identity
 
 
 def _describe_enrolment(

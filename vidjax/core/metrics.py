@@ -253,6 +253,23 @@ class Metric(NamedTuple):
     lower: bool = False  # True: a lower value is better
 
 
+def _make_open_set_metrics(fpir: float) -> dict[str, Metric]:
+    share, measure = f"{100 * fpir:g} %", functools.partial(open_set, fpir=fpir)
+    return {
+        f"fnir_at_fpir_{fpir:g}": Metric(
+            f"FNIR at FPIR {share}",
+            f"known clips missed or misnamed if at most {share} of new distractors pass",
+            functools.partial(measure, value="fnir"),
+            lower=True,
+        ),
+        f"threshold_at_fpir_{fpir:g}": Metric(
+            f"threshold at FPIR {share}",
+            f"the lowest score of an identified clip; at most {share} of new distractors reach it",
+            functools.partial(measure, value="threshold"),
+        ),
+    }
+
+
 # Key in `metrics.json` -> metric. MAP is not among them, because it needs the ranking.
 CLIP_METRICS: dict[str, Metric] = {
     "top1": Metric("top-1", "labelled clips whose best identity is right", top1, log=True),
@@ -266,28 +283,8 @@ CLIP_METRICS: dict[str, Metric] = {
     "auroc": Metric(
         "AUROC", "how well the best scores separate known clips from distractors", clip_auroc
     ),
-    "fnir_at_fpir_0.01": Metric(
-        "FNIR at FPIR 1 %",
-        "known clips missed or misnamed if at most 1 % of new distractors pass",
-        functools.partial(open_set, value="fnir", fpir=0.01),
-        lower=True,
-    ),
-    "threshold_at_fpir_0.01": Metric(
-        "threshold at FPIR 1 %",
-        "the lowest score of an identified clip; at most 1 % of new distractors reach it",
-        functools.partial(open_set, value="threshold", fpir=0.01),
-    ),
-    "fnir_at_fpir_0.1": Metric(
-        "FNIR at FPIR 10 %",
-        "known clips missed or misnamed if at most 10 % of new distractors pass",
-        functools.partial(open_set, value="fnir", fpir=0.1),
-        lower=True,
-    ),
-    "threshold_at_fpir_0.1": Metric(
-        "threshold at FPIR 10 %",
-        "the lowest score of an identified clip; at most 10 % of new distractors reach it",
-        functools.partial(open_set, value="threshold", fpir=0.1),
-    ),
+    **_make_open_set_metrics(0.01),
+    **_make_open_set_metrics(0.1),
 }
 
 

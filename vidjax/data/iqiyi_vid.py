@@ -24,6 +24,7 @@ from vidjax.data.packed_clips import PackedClips, join
 from vidjax.data.untrusted import sandbox
 from vidjax.utils import exit_codes, messages
 from vidjax.utils.errors import NoFileError, UserError
+from vidjax.utils.groups import group_by_key
 from vidjax.utils.machine import memory_bytes, num_cores
 from vidjax.utils.parser import Parser
 from vidjax.utils.processes import Children, map_children
@@ -94,9 +95,7 @@ class OfficialFiles:
         fitting = sum(4 * total <= memory_bytes() for total in totals)
         workers = max(1, min(num_cores(), fitting))
         packed = dict(zip(keys, map_children(unpack, keys, workers, progress="read"), strict=True))
-        splits: dict[str, list[PackedClips]] = {}
-        for modality, split in sorted(packed):
-            splits.setdefault(split, []).append(packed[modality, split])
+        splits = group_by_key((key[1], packed[key]) for key in sorted(packed))
         return {split: join(parts) for split, parts in splits.items()}
 
     def read_labels(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:

@@ -265,17 +265,27 @@ def find_wrong_clips(scored: ScoredSplit) -> dict[str, list[Row]]:
     wrong = scored.pool & (identity >= 0) & (identity != shows)
     rows: dict[str, list[Row]] = {}
     for kind, chosen in {"distractors": shows < 0, "known": shows >= 0}.items():
-        places = np.flatnonzero(wrong & chosen)
-        rows[kind] = [
-            {
-                "clip": scored.names[i],
-                "shows": int(shows[i]),
-                "identity": int(identity[i]),
-                "score": float(score[i]),
-            }
-            for i in places[np.lexsort((places, -score[places]))][:NUM_WRONG]
-        ]
+        rows[kind] = _list_mistakes(scored, wrong & chosen, identity, score)
     return rows
+
+
+def _list_mistakes(
+    scored: ScoredSplit, wrong: np.ndarray, identity: np.ndarray, score: np.ndarray
+) -> list[Row]:
+    """Returns a row for each of the `wrong` [N] clips with the highest `score` [N].
+
+    `identity` [N] is the index of the wrong identity of each clip.
+    """
+    places = np.flatnonzero(wrong)
+    return [
+        {
+            "clip": scored.names[i],
+            "shows": int(scored.labels[i]) - 1,
+            "identity": int(identity[i]),
+            "score": float(score[i]),
+        }
+        for i in places[np.lexsort((places, -score[places]))][:NUM_WRONG]
+    ]
 
 
 def find_confused_pairs(clips: ClipScores, labels: np.ndarray) -> list[Row]:
@@ -310,21 +320,11 @@ def measure_suspects(scored: ScoredSplit, clips: ClipScores) -> Row:
     known = positives > 0
     gaps = (averages - scored.averages)[known]
     low, high, _ = compute_gap_interval(gaps, draws=DRAWS) if known.any() else (0.0, 0.0, 1.0)
-    places = np.flatnonzero(doubted)
-    rows = [
-        {
-            "clip": scored.names[i],
-            "shows": int(scored.labels[i]) - 1,
-            "identity": int(clips.identity[i]) - 1,
-            "score": float(clips.best[i]),
-        }
-        for i in places[np.lexsort((places, -clips.best[places]))][:NUM_WRONG]
-    ]
     return {
         "sure": SURE,
         "above": NUM_ABOVE,
-        "count": len(places),
-        "clips": rows,
+        "count": int(doubted.sum()),
+        "clips": _list_mistakes(scored, doubted, clips.identity - 1, clips.best),
         "identities": int(known.sum()),
         "gain": float(gaps.mean()) if known.any() else 0.0,
         "low": low,

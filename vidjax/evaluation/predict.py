@@ -302,14 +302,12 @@ class Predictor(NamedTuple):
         name = str(self.workdir)
         return TrainedModel(name, self.system, self.score_fn, *weights, self.training_sets, data)
 
-    def model_for(self, request: Request) -> TrainedModel:
-        """Returns the model of the run for a request. No member scores its training clips."""
-        sets = select_sets(self.training_sets, self.manifest["data"], request.data, request.split)
-        return self.model_of(request.data)._replace(training_sets=sets)
-
     def _score_blocks(self, request: Request) -> Iterator[topk.ScoreBlock]:
         """Yields scores [B, C], clip indices [B] and a mask [B], False for rows of padding."""
-        model, size = self.model_for(request), request.block_size
+        size = request.block_size
+        # No member scores its training clips.
+        sets = select_sets(self.training_sets, self.manifest["data"], request.data, request.split)
+        model = self.model_of(request.data)._replace(training_sets=sets)
         split = request.data.split(request.split)
         warn_of_missing_modalities(split, self.modalities)
         scorer = ModelScorer(model, split.clips, self.mesh)

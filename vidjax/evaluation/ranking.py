@@ -173,7 +173,7 @@ def _find_faults(line: str, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yields (kind, description) of faults that a line has in any submission."""
     if line != " ".join(fields):
         yield "separators", "fields are not separated by a single space: type one"
-    if not _is_text(line):
+    if re.search("[\udc80-\udcff]", line):  # these letters stand for bytes that are not UTF-8
         yield "encoding", "the line is not UTF-8 text: save the file as UTF-8"
     if len({*fields[1:]}) < len(fields[1:]):
         repeated = next(name for name, count in Counter(fields[1:]).items() if count > 1)
@@ -259,8 +259,3 @@ def _split(text: str) -> list[str]:
     if not lines[-1]:  # the last line has a line end
         del lines[-1]
     return [line.rstrip(" \t") for line in lines]
-
-
-def _is_text(line: str) -> bool:
-    """Returns False if the line has lone surrogates, which stand for bytes that are not UTF-8."""
-    return re.search("[\udc80-\udcff]", line) is None

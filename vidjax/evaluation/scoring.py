@@ -24,6 +24,7 @@ from vidjax.models.base import ModelState, Params
 from vidjax.models.build_system import System
 from vidjax.runs.terminal import Progress
 from vidjax.utils.errors import UserError, warn
+from vidjax.utils.groups import group_by_key
 
 # A window is the clips that a member (a net of an ensemble) scores before the next member starts. A
 # larger window keeps more scores in memory. A smaller window slices the parameters more often.
@@ -224,9 +225,7 @@ def iterate_block_groups(
     Clips that the same members score share blocks. Clips that no member scores are left out. If
     `use` is None, the groups contain all clips.
     """
-    sharing: dict[int, list[TrainedModel]] = {}  # dataset -> its models
-    for model in models:
-        sharing.setdefault(id(model.data), []).append(model)
+    sharing = group_by_key((id(model.data), model) for model in models)  # dataset -> its models
     names = {
         key: tuple(dict.fromkeys(name for model in group for name in model.modalities))
         for key, group in sharing.items()
@@ -250,7 +249,8 @@ def iterate_block_groups(
             _check_memory(model.system, plan, block_size, mesh)
         streams.append(group[0].data.eval_batches(plan, rows=rows))
     single = sum(len(model.training_sets.members) for model in models) == 1
-    most = 1 if single else choose_window_rows(models[0].system.task.num_identities)
+    scores_bytes = 4 * models[0].system.task.num_identities  # of a clip
+    most = 1 if single else min(WINDOW_ROWS, max(1, WAITING_BYTES // scores_bytes))
     window: list[dict[int, Batch]] = []
     size = 0
     for host in zip(*streams, strict=True):
@@ -301,11 +301,6 @@ def _count_joined_blocks(plans: Iterable[EvalPlan], block_size: int) -> int:
         lengths[plan.bucket.max()] for plan in plans for lengths in plan.padded_lengths.values()
     )
     return min(8, max(1, JOINED_FRAMES // (block_size * longest)))
-
-
-def choose_window_rows(num_identities: int) -> int:
-    """Returns how many clips a member scores before the next member starts."""
-    return min(WINDOW_ROWS, max(1, WAITING_BYTES // (4 * num_identities)))
 
 
 def split_by_members(plan: EvalPlan, use: np.ndarray, rows: int) -> EvalPlan:

@@ -63,7 +63,7 @@ def measure(units: np.ndarray, owner: np.ndarray) -> Measured:
     means, squares = _average_blocks(cosine, first), _average_blocks(cosine * cosine, first)
     totals = np.add.reduceat(units, first, 0, np.float64) / count[:, None]
     return Measured(
-        _describe(_average_same, means, squares),
+        _describe(lambda x, weight: weight @ x.diagonal() / weight.sum(1), means, squares),
         _describe(_average_different, means, squares),
         (inside // 2, (len(owner) ** 2 - len(owner) - inside) // 2),
         len(first),
@@ -83,10 +83,6 @@ def _average_blocks(x: np.ndarray, first: np.ndarray) -> np.ndarray:
     pairs = count[:, None] * count
     blocks[np.diag_indices(len(first))] -= np.add.reduceat(x.diagonal(), first, 0, np.float64)
     return blocks / (pairs - np.diag(count))
-
-
-def _average_same(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    return weight @ x.diagonal() / weight.sum(1)
 
 
 def _average_different(x: np.ndarray, weight: np.ndarray) -> np.ndarray:

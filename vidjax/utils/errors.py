@@ -133,6 +133,18 @@ _REMEDIES = {
 }  # fmt: skip
 # Number of a system error -> remedy.
 REMEDIES = {number: remedy for numbers, remedy in _REMEDIES.items() for number in numbers}
+# Kind of an error that Python or a library raises, and words in its message -> text and remedy.
+_OF_LIBRARIES = {
+    (RuntimeError, "home directory"):
+        "a path begins with ~, and the home folder of the user is not known\n"
+        "for your own folder, write ~/; if you have none, set the variable HOME to a folder",
+    (RuntimeError, "jaxlib was built using"):
+        "jax needs a processor with the instructions AVX\n"
+        "in a virtual machine, let the machine use the processor of its host",
+    (OSError, "temporary directory"):
+        "no folder for temporary files can be written\n"
+        "set the variable TMPDIR to a folder that you can write to",
+}  # fmt: skip
 # An error of writing to an open file has one of these numbers and no path.
 _WITHOUT_PATH = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, *_FAILURES,
@@ -147,21 +159,9 @@ def describe_system_error(error: BaseException) -> str | None:
             f"'{escape_controls(error.object)[:100]}'\n"
             "set another locale: export LC_ALL=C.UTF-8"
         )
-    if isinstance(error, RuntimeError) and "home directory" in str(error):
-        return (
-            "a path begins with ~, and the home folder of the user is not known\n"
-            "for your own folder, write ~/; if you have none, set the variable HOME to a folder"
-        )
-    if isinstance(error, RuntimeError) and "jaxlib was built using" in str(error):
-        return (
-            "jax needs a processor with the instructions AVX\n"
-            "in a virtual machine, let the machine use the processor of its host"
-        )
-    if isinstance(error, OSError) and "temporary directory" in str(error):
-        return (
-            "no folder for temporary files can be written\n"
-            "set the variable TMPDIR to a folder that you can write to"
-        )
+    for (kind, words), text in _OF_LIBRARIES.items():
+        if isinstance(error, kind) and words in str(error):
+            return text
     if not isinstance(error, OSError) or isinstance(error, Expected):
         return None
     remedy = REMEDIES.get(error.errno or 0)

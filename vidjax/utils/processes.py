@@ -250,36 +250,18 @@ def run_limited(
     module: str,
     path: Path,
     arguments: Mapping[str, object],
-    *,
-    memory_bytes: int,
-    cpu_seconds: int,
-    output_bytes: int = OUTPUT_BYTES,
-    reads: Sequence[Path] = (),
-    writes: Sequence[Path] = (),
-    children: Children | None = None,
+    **limits: Any,  # noqa: ANN401  (the other arguments of `run_limited_each`)
 ) -> dict[str, Any]:
     """Runs the function `work` of a module in a child process, and returns its result.
 
-    Args:
-      module: the name of a module that ends with `processes.serve(work)`.
-      path: the file that `work` reads.
-      arguments: the arguments of `work`, JSON values.
-      memory_bytes: limit of the address space, and of each file that `work` writes.
-      cpu_seconds: limit of the CPU time. The elapsed time is limited to 60 seconds + 20 times this
-        value.
-      output_bytes: limit of the JSON of the results.
-      reads: files and folders that `work` may read, besides `path`.
-      writes: folders in which `work` may write and delete files.
-      children: an object with which another thread can kill the child.
+    `path` is the file that `work` reads. `arguments` are the arguments of `work`, JSON values. For
+    `limits`, see `run_limited_each`.
 
     Raises:
       UserError: `work` raised UserError, exceeded a limit, or crashed.
       DiskError: `work` could not read or write a file.
     """
-    (answer,) = run_limited_each(
-        module, [(path, arguments)], memory_bytes=memory_bytes, cpu_seconds=cpu_seconds,
-        output_bytes=output_bytes, reads=reads, writes=writes, children=children,
-    )  # fmt: skip
+    (answer,) = run_limited_each(module, [(path, arguments)], **limits)
     if isinstance(answer, UserError):
         raise answer
     return answer
@@ -298,9 +280,18 @@ def run_limited_each(
 ) -> list[dict[str, Any] | UserError]:
     """Calls the function `work` of a module several times in one child process.
 
-    `given` has a pair for each call: the file that `work` reads, and the arguments of `work`. The
-    CPU time is limited for each call. For the other arguments, see `run_limited`. Returns the
-    result or the error of each call.
+    Args:
+      module: the name of a module that ends with `processes.serve(work)`.
+      given: a pair for each call: the file that `work` reads, and the arguments of `work`.
+      memory_bytes: limit of the address space, and of each file that `work` writes.
+      cpu_seconds: limit of the CPU time of each call. The elapsed time is limited to 60 seconds +
+        20 times this value.
+      output_bytes: limit of the JSON of the results.
+      reads: files and folders that `work` may read, besides the files in `given`.
+      writes: folders in which `work` may write and delete files.
+      children: an object with which another thread can kill the child.
+
+    Returns the result or the error of each call.
 
     If the process exceeds a limit or crashes, a new process continues with the call that it did not
     finish. If this is the first call of the new process, the call gets an error.

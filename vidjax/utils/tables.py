@@ -88,15 +88,11 @@ def write_ranking(path: Path, ranking: Ranking) -> None:
         }
         for identity, clips in ranking.items()
     )
-    write(path, RANKING, _list_ranking(ranking), objects)
+    write(path, RANKING, list_ranking(ranking), objects)
 
 
-def ranking_columns(ranking: Ranking) -> Columns:
-    """Converts a ranking to the columns `identity`, `rank` from 1, `clip` and `score`."""
-    return to_columns(RANKING, list(_list_ranking(ranking)))
-
-
-def _list_ranking(ranking: Ranking) -> Iterator[tuple[object, ...]]:
+def list_ranking(ranking: Ranking) -> Iterator[tuple[object, ...]]:
+    """Yields the rows of a ranking: identity, rank from 1, clip and score, as in RANKING."""
     for identity, clips in ranking.items():
         for rank, (clip, score) in enumerate(clips, 1):
             yield identity, rank, clip, np.float32(score)

@@ -16,6 +16,7 @@ from vidjax.apps.gallery.store import (
     list_clips_of,
 )
 from vidjax.models.two_covariance import Settings
+from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import cut_film_name
 
 
@@ -72,11 +73,9 @@ def group_by_film(
     names: Iterable[str], clips: Mapping[str, StoredClip]
 ) -> dict[tuple[str, str], list[str]]:
     """Groups the clips `names` by person and film; returns (identity, film) -> names of clips."""
-    films: dict[tuple[str, str], list[str]] = {}
-    for name in names:
-        key = clips[name].identity or STRANGER, cut_film_name(name)
-        films.setdefault(key, []).append(name)
-    return films
+    return group_by_key(
+        ((clips[name].identity or STRANGER, cut_film_name(name)), name) for name in names
+    )
 
 
 def stack_films(

@@ -35,7 +35,7 @@ import shlex
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
@@ -78,14 +78,14 @@ from vidjax.apps.gallery.store import (
     UnwritableError,
     VectorOrigin,
 )
-from vidjax.apps.gallery.vectors import NetVectors, Vectors, VectorSource, select_usable_clips
+from vidjax.apps.gallery.vectors import NetVectors, Vectors, select_usable_clips
 from vidjax.apps.gallery.verification import Match, MatchRule
 from vidjax.data.clips import TrainingData
 from vidjax.data.input_files import load_clips
 from vidjax.data.labels import sort_identities
 from vidjax.data.memory import FrameClips, MemoryClips
 from vidjax.evaluation import topk
-from vidjax.models.card_check import NO_PROBLEM, Comparison
+from vidjax.models.card_check import Comparison
 from vidjax.runs.terminal import ignore_count, say
 from vidjax.utils import files, messages
 from vidjax.utils.errors import InUseError, UserError, check_argument, warn
@@ -96,6 +96,7 @@ if TYPE_CHECKING:
     from vidjax.data.packed_clips import Quality
     from vidjax.evaluation.predict import Predictor
 
+T = TypeVar("T")
 AnyClips: TypeAlias = FrameClips | Vectors
 RANK_ROWS = 64  # clips that are ranked together
 # The share of strangers with a probability above 0.5 in galleries of nets, see the benchmarks
@@ -163,11 +164,8 @@ class Gallery:
             )
         self._run = run
         self._checked: tuple[str, Predictor] | None = None  # digest of the run, and the run
-        # A state, and for each of its strangers the score of the most probable person.
-        self._calibration: tuple[State, np.ndarray] | None = None
-        self._comparison: tuple[State, Comparison] | None = None
-        # A state, and the rules of `match_rule` that were made for it.
-        self._match_rules: tuple[State, dict[object, MatchRule]] | None = None
+        # A state, and values that were computed for it, see `_remember`.
+        self._known: tuple[State, dict[object, Any]] = self._state, {}
 
     @classmethod
     def create(
@@ -361,6 +359,15 @@ class Gallery:
             self.refresh()
             return self._state
 
+    def _remember(self, state: State, key: object, compute: Callable[[], T]) -> T:
+        """Returns `compute()`, or its earlier result for the same state and key."""
+        of, known = self._known  # another thread may replace the attribute
+        if of is not state:
+            self._known = state, (known := {})
+        if key not in known:
+            known[key] = compute()
+        return known[key]
+
     @property
     def run(self) -> "Predictor":
         """The training run that computes vectors.
@@ -419,7 +426,7 @@ class Gallery:
         return self._source.embed(clips, split, advance)
 
     @property
-    def _source(self) -> VectorSource:
+    def _source(self) -> NetVectors | RunVectors:
         return NetVectors(self.backend) if self.origin.cards else RunVectors(self.run)
 
     @property
@@ -688,13 +695,8 @@ class Gallery:
         return self._compare(self._read_current())
 
     def _compare(self, state: State) -> Comparison:
-        known, comparison = self._comparison or (None, NO_PROBLEM)
-        if known is not state:
-            comparison = state.index.compare_with_card()
-            if state.origin.blind:
-                comparison = comparison._replace(problem="blind")
-            self._comparison = state, comparison
-        return comparison
+        comparison = self._remember(state, "card", state.index.compare_with_card)
+        return comparison._replace(problem="blind") if state.origin.blind else comparison
 
     def describe_card(self) -> str:
         """Returns why names cannot be believed or are rare, with a remedy, or ""."""
@@ -794,15 +796,14 @@ class Gallery:
         return self._measure_threshold(self._require_people(), fpir)
 
     def _measure_threshold(self, state: State, fpir: float) -> Threshold:
-        calibrated, best = self._calibration or (None, np.zeros(0))
-        if calibrated is not state:
+        def compare() -> np.ndarray:
             strangers = [*_list_usable_strangers(state)]
             answers_lib.check_strangers(len(strangers), fpir)
-            vectors = np.stack([state.clips[name].vector for name in strangers])
-            nearest = state.index.nearest(state.index.backend.split(vectors), 1)
+            nearest = state.index.nearest(self._stack(state, strangers), 1)
             # A stranger who equals the centre of all vectors resembles nobody.
-            best = np.array([match.best[0][1] if match.best else -math.inf for match in nearest])
-            self._calibration = state, best
+            return np.array([match.best[0][1] if match.best else -math.inf for match in nearest])
+
+        best = self._remember(state, "strangers", compare)
         answers_lib.check_strangers(len(best), fpir)
         return answers_lib.measure_threshold(best, fpir, len(state.index.names))
 
@@ -918,19 +919,19 @@ class Gallery:
             check_argument("identity", identity, str, "the name of a person")
             find_enrolled("identity", identity := normal_form(identity), state.people)
         if self._compare(state).problem == "blind":
-            return verification.make_blind_rule(fmr, card_notes.NOBODY)
-        known, rules = self._match_rules or (None, {})
-        if known is not state:
-            self._match_rules = state, (rules := {})
-        if (identity, fmr) not in rules:
+            rate = fmr or verification.DEFAULT_FMR
+            return MatchRule("blind", rate, math.inf, None, card_notes.NOBODY)
+
+        def make() -> MatchRule:
             parts = self._stack(state, [*_list_usable_strangers(state)])
             if identity is not None:
                 ratios, shared = state.index.ratios(parts, identity)
             else:
                 ratios, shared = verification.pair_strangers(state.index.backend, parts)
             ratios = ratios[shared.any(axis=0)]
-            rules[identity, fmr] = verification.make_rule(ratios, fmr, pairs=identity is None)
-        return rules[identity, fmr]
+            return verification.make_rule(ratios, fmr, pairs=identity is None)
+
+        return self._remember(state, (identity, fmr), make)
 
     def _stack(self, state: State, names: Sequence[str]) -> list[np.ndarray]:
         """Returns the vectors of enrolled clips, M arrays [N, D]."""

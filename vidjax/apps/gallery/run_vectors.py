@@ -52,7 +52,7 @@ class RunVectors(NamedTuple):
 
     @property
     def reads(self) -> tuple[dict[str, int], Quality]:
-        """See `VectorSource`."""
+        """See `NetVectors`."""
         return dict(self.run.modalities), self.run.config.data.quality
 
     def embed(

@@ -57,6 +57,7 @@ from vidjax.models.two_covariance import Settings
 from vidjax.runs import schemas
 from vidjax.utils import files
 from vidjax.utils.errors import InUseError, UserError
+from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import check_name, normal_form, show
 
 GALLERY_FILE = "gallery.sqlite"
@@ -180,9 +181,7 @@ class State(NamedTuple):
 
 def list_clips_of(clips: Mapping[str, StoredClip]) -> dict[str, tuple[str, ...]]:
     """Returns identity -> sorted names of its clips. The key of strangers is STRANGER."""
-    clips_of: dict[str, list[str]] = {}
-    for name, clip in clips.items():
-        clips_of.setdefault(clip.identity or STRANGER, []).append(name)
+    clips_of = group_by_key((clip.identity or STRANGER, name) for name, clip in clips.items())
     return {identity: tuple(sorted(names)) for identity, names in clips_of.items()}
 
 

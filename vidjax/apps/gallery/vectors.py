@@ -1,7 +1,7 @@
 """The vectors of clips, and how a gallery of nets computes them from features."""
 
 from collections.abc import Callable, Collection, Mapping
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -39,19 +39,6 @@ class Vectors(NamedTuple):
         return Vectors(tuple(self.names[row] for row in rows), parts, labels)
 
 
-class VectorSource(Protocol):
-    """Computes the vectors of clips for a gallery."""
-
-    @property
-    def reads(self) -> tuple[dict[str, int], Quality]:
-        """Modality -> width of the features, and the quality of frames: given or norm."""
-        ...
-
-    def embed(self, clips: FrameClips, split: str | None, advance: Advance) -> Vectors:
-        """Computes the vectors of clips, see `Gallery.embed`."""
-        ...
-
-
 class NetVectors(NamedTuple):
     """Computes vectors for a gallery of nets, whose features are embeddings."""
 
@@ -59,7 +46,7 @@ class NetVectors(NamedTuple):
 
     @property
     def reads(self) -> tuple[dict[str, int], Quality]:
-        """See `VectorSource`."""
+        """Modality -> width of the features, and the quality of frames: given or norm."""
         return self.backend.widths, "given"
 
     def embed(self, clips: FrameClips, split: str | None, advance: Advance) -> Vectors:

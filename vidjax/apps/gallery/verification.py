@@ -157,11 +157,6 @@ def make_rule(ratios: np.ndarray, fmr: float | None, *, pairs: bool) -> MatchRul
     return MatchRule("model", rate, least, None, about)
 
 
-def make_blind_rule(fmr: float | None, about: str) -> MatchRule:
-    """Makes the rule that accepts no clip."""
-    return MatchRule("blind", fmr or DEFAULT_FMR, math.inf, None, about)
-
-
 def pair_log_ratios(
     backend: Backend, x: Sequence[np.ndarray], y: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:

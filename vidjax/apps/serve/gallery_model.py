@@ -115,11 +115,6 @@ def _join_clips(questions: Sequence[Question]) -> Mapping[str, Mapping[str, Fram
     }
 
 
-def _slice_rows(questions: Sequence[Question]) -> list[slice]:
-    ends = np.cumsum([0, *(len(question.clips) for question in questions)]).tolist()
-    return [slice(begin, end) for begin, end in itertools.pairwise(ends)]
-
-
 class GalleryModel:
     """The model that identifies people with a gallery."""
 
@@ -177,7 +172,8 @@ class GalleryModel:
         """Identifies the clips of all questions; returns the answer to each question."""
         embedded = self.gallery.embed(_join_clips(questions))
         vectors = np.concatenate(list(embedded.parts.values()), axis=1)
-        rows = _slice_rows(questions)
+        ends = np.cumsum([0, *(len(question.clips) for question in questions)]).tolist()
+        rows = [slice(*pair) for pair in itertools.pairwise(ends)]
         names_of: dict[tuple[int, float | None, float | None], list[str]] = {}
         for question, place in zip(questions, rows, strict=True):
             names_of.setdefault(question[1:], []).extend(embedded.names[place])

@@ -18,6 +18,7 @@ from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.video.features_folder import Box, FaceTrack, MediaFile, select_films
 from vidjax.utils import tables
 from vidjax.utils.errors import UserError
+from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import IGNORED, escape
 
 if TYPE_CHECKING:
@@ -99,10 +100,7 @@ def find_appearances(
 
 def group_by_video(appearances: Iterable[Appearance]) -> dict[str, list[Appearance]]:
     """Returns name of a video -> appearances in this video, in the given order."""
-    videos: dict[str, list[Appearance]] = {}
-    for appearance in appearances:
-        videos.setdefault(appearance.video, []).append(appearance)
-    return videos
+    return group_by_key((appearance.video, appearance) for appearance in appearances)
 
 
 def list_places(films: Iterable[MediaFile]) -> dict[str, tuple[str, str, str]]:
@@ -188,15 +186,12 @@ def _tell_apart(
     user is kept. It counts only if more than half of the clips have it, because a user may name
     wrong faces one by one. For the arguments, see `name_tracks`.
     """
-    answers, clips_of = dict(answers), dict[int, list[str]]()
-    for clip in sorted(answers.keys() & numbers.keys()) if apart else ():
-        clips_of.setdefault(numbers[clip], []).append(clip)
+    numbered = sorted(answers.keys() & numbers.keys()) if apart else ()
+    answers, clips_of = dict(answers), group_by_key((numbers[clip], clip) for clip in numbered)
 
     def list_clips(number: int) -> dict[str, list[str]]:
-        named = dict[str, list[str]]()
-        for clip in (clips := clips_of.get(number, ())):
-            if name := answers[clip].identity:
-                named.setdefault(name, []).append(clip)
+        clips = clips_of.get(number, ())
+        named = group_by_key((name, clip) for clip in clips if (name := answers[clip].identity))
         return {
             name: of for name, of in named.items()
             if 2 * len(of) > len(clips) or any(answers[x].evidence != (TOLD,) for x in of)

@@ -37,6 +37,7 @@ from vidjax.runs import schemas
 from vidjax.runs.schemas import Count, Sha256, Size, Text
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
+from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import check_name, show
 
 T = TypeVar("T")
@@ -240,10 +241,7 @@ def read_media_files(folder: Path) -> list[MediaFile]:
     If several films have the same file name, folders of their paths are added to their names.
     """
     films = [read_media_file(path) for path in sorted((folder / VIDEOS).glob("*.json"))]
-    by_name: dict[str, list[MediaFile]] = {}
-    for film in films:
-        by_name.setdefault(film.video, []).append(film)
-    for twins in by_name.values():
+    for twins in group_by_key((film.video, film) for film in films).values():
         if len(twins) > 1:
             _distinguish(twins)
     return films
@@ -283,26 +281,22 @@ def find_media_files(out: Path) -> dict[str, MediaFile]:
     return {stem: film for stem in names if (film := find_media_file(out, stem))}
 
 
-def find_media_file(out: Path, stem: str) -> MediaFile | None:
-    """Returns the film or photo `stem`, or None if its features are damaged or missing."""
-    try:
-        film = read_media_file(out / VIDEOS / f"{stem}.json")
-    except (UserError, FileNotFoundError):
-        return None
-    return film if files.exists(out / f"{stem}.npz") else None
+def find_media_file(out: Path, stem: str, folder: str = VIDEOS) -> MediaFile | None:
+    """Returns the film or photo `stem`, or None if its features are damaged or missing.
+
+    If `folder` is EARLIER, returns the film or photo if it is not yet read again after nets have
+    changed.
+    """
+    with contextlib.suppress(UserError, FileNotFoundError):
+        film = read_media_file(out / folder / f"{stem}.json")
+        return film if folder == EARLIER or files.exists(out / f"{stem}.npz") else None
+    return None
 
 
 def find_earlier(out: Path) -> dict[str, MediaFile]:
     """Returns stem -> film or photo that is not yet read again after nets have changed."""
     names = [path.stem for path in sorted((out / EARLIER).glob("*.json"))]
-    return {stem: film for stem in names if (film := find_earlier_file(out, stem))}
-
-
-def find_earlier_file(out: Path, stem: str) -> MediaFile | None:
-    """Returns the film or photo `stem` if it is not yet read again after nets have changed."""
-    with contextlib.suppress(UserError, FileNotFoundError):
-        return read_media_file(out / EARLIER / f"{stem}.json")
-    return None
+    return {stem: film for stem in names if (film := find_media_file(out, stem, EARLIER))}
 
 
 def forget_earlier(out: Path, stems: Iterable[str]) -> None:

@@ -116,7 +116,8 @@ def _measure_all(
             units = unit(part, samples.units).astype(np.float32)
             samples = _drop_copies(samples._replace(units=units))
             card = embedders[part.name]
-            clarity = [align.measure_clarity(q, _clear_quality(card)) for q in samples.quality]
+            least = card.back_end.clear_quality if card.back_end else None
+            clarity = [align.measure_clarity(q, least) for q in samples.quality]
             clear = samples.take(np.array(clarity) >= LEAST_CLARITY)
             rows = card_measure.choose_clips(np.unique(clear.people, return_inverse=True)[1])
             most = max(most, count := len({*clear.people[rows]}))
@@ -134,10 +135,6 @@ def _measure_all(
     for each in done:
         cards.replace_back_end(each.card, each.back_end)
     return done
-
-
-def _clear_quality(card: Card) -> float | None:
-    return card.back_end.clear_quality if card.back_end else None
 
 
 def _drop_copies(samples: Samples) -> Samples:

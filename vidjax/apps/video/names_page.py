@@ -4,7 +4,7 @@ import base64
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote, urlencode
@@ -20,6 +20,7 @@ from vidjax.apps.video.appearances import (
     group_by_video,
 )
 from vidjax.apps.video.features_folder import FaceTrack, MediaFile
+from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import IGNORED, strip_accents
 
 if TYPE_CHECKING:
@@ -48,11 +49,27 @@ class PageData(NamedTuple):
     answers: Mapping[str, Answer]
     address: Callable[[MediaFile, float], str]
     twins: Mapping[str, str]
+    people: Mapping[str, Sequence[Picture]]
+    picture: Callable[[str], str]
+    has_forms: bool
 
     def rank(self, clip: str) -> tuple[float, ...]:
         """Returns a value by which the faces of clips are sorted, from the clearest face on."""
         x = self.tracks.get(clip)
         return (-x.clarity, -x.quality, -x.seen) if x else ()
+
+    def list_faces(self, entries: "Sequence[PageEntry]", name: str = "") -> list[Picture]:
+        """Returns photos of the person `name`. If there are none: the best faces in `entries`."""
+        if self.people.get(name):
+            return [*self.people[name]]
+        best = sorted(entries, key=lambda entry: self.rank(entry.best))
+        found = ((entry, self.picture(entry.best)) for entry in best)
+        pictures = (
+            (source, entry.time, f"frame/{quote(entry.best)}", entry.box)
+            if self.has_forms else (source, entry.time, source, "")
+            for entry, source in found if source or self.has_forms
+        )  # fmt: skip
+        return [*itertools.islice(pictures, MOST_PICTURES)]
 
 
 class PageEntry:
@@ -225,7 +242,7 @@ def render(
       twins: clip -> name that a more similar face of the same time has, see `NamedTracks`.
     """
     tracks = {track.clip: track for film in films for track in film.tracks}
-    data = PageData(tracks, answers, address, twins or {})
+    data = PageData(tracks, answers, address, twins or {}, people, picture, forms is not None)
     by_video, entries_of = group_by_video(appearances), dict[str, list[PageEntry]]()
     times = {name: list[PageEntry]() for name in people}
     for film in films:
@@ -234,83 +251,57 @@ def render(
         for entry in entries_of[film.video]:
             times.setdefault(entry.name, []).append(entry)
     unknown = sorted(times.keys() - people.keys() - {IGNORED}, key=rank_group)
+    unclear = {name for name in unknown if name.startswith(FACE)}
     everyone = [*people, *unknown, *({IGNORED} & times.keys())]
-    doubtful = [entry for entries in entries_of.values() for entry in entries if entry.doubt]
-    doubtful.sort(key=lambda entry: -entry.doubt)
     if forms and forms.film not in entries_of and forms.person not in times:
         forms = forms._replace(film="", person="")
     # A page without forms shows everything. A page with forms shows one film, one person, or an
     # overview.
-    part, words = (forms.part, forms.find) if forms else ("", "")
-    unclear = {name for name in unknown if name.startswith(FACE)}
-    open_films = [film for film in films if forms is None or film.video == forms.film]
-    found = find(words, {name: name for name in everyone})
-    open_people = (
-        everyone
-        if forms is None
-        else [name for name in found if name not in people and name != IGNORED]
-    )
-    grid = list[PageEntry]()
-    if forms and part:
-        open_people, doubtful = [forms.person] * (forms.person in times), []
-        entries = entries_of.get(forms.film) or times[forms.person]
-        grid = [face for entry in entries for face in entry.split()]
-        if forms.person:
-            grid.sort(key=lambda face: data.rank(face.best))
-    listed = [] if words else doubtful[:MOST_DOUBTFUL]
-    first = forms.first if forms else 0
-    step = MOST_FACES if part else MOST_SHOWN
-    count = len(grid if part else open_people)
-    first = min(first, max(count - 1, 0) // step * step)
+    view, script = forms or Forms(), (Path(__file__).parent / "names.js").read_text()
+    found = find(view.find, {name: name for name in everyone})
+    shown = everyone
+    if forms:
+        nameless = [name for name in found if name not in people and name != IGNORED]
+        shown = [view.person] * (view.person in times) if view.part else nameless
+    entries = entries_of.get(view.film) or times.get(view.person, ())
+    grid = [face for entry in entries for face in entry.split()]
+    if view.person:
+        grid.sort(key=lambda face: data.rank(face.best))
+    doubtful = [] if view.part else _list_doubtful(entries_of.values())
+    step, count = (MOST_FACES, len(grid)) if view.part else (MOST_SHOWN, len(shown))
+    first = min(view.first, max(count - 1, 0) // step * step)
     last = first + step if forms else None
-    script = (Path(__file__).parent / "names.js").read_text()
-
-    def faces(entries: Sequence[PageEntry], name: str = "") -> list[Picture]:
-        """Returns photos of the person `name`. If there are none: the best faces in `entries`."""
-        if people.get(name):
-            return [*people[name]]
-        best = sorted(entries, key=lambda entry: data.rank(entry.best))
-        found = ((entry, picture(entry.best)) for entry in best)
-        pictures = (
-            (source, entry.time, f"frame/{quote(entry.best)}", entry.box)
-            if forms else (source, entry.time, source, "")
-            for entry, source in found if source or forms
-        )  # fmt: skip
-        return [*itertools.islice(pictures, MOST_PICTURES)]
-
-    def likely(entries: Sequence[PageEntry]) -> list[tuple[str, float]]:
-        """Returns the most likely known people of all `entries` with probabilities, best first."""
-        best: dict[str, float] = {}
-        for name, share in sorted(pair for entry in entries for pair in entry.others):
-            best[name] = max(share, best.get(name, 0.0))
-        return sorted(best.items(), key=lambda pair: -pair[1])[:MOST_LIKELY]
 
     def turn(first: int) -> str:
         """Returns the URL of this page from the face or person with the number `first` on."""
-        return f"./?{forms._replace(first=max(first, 0)).url_query}" if forms else ""
+        return f"./?{view._replace(first=max(first, 0)).url_query}"
 
+    texts = {
+        video: " ".join([video, *{entry.name for entry in entries}])
+        for video, entries in entries_of.items()
+    }  # fmt: skip
     return _load_template().render(
-        part=part,
+        part=view.part,
         note=note,
-        doubtful=listed,
+        doubtful=[] if view.find else doubtful[:MOST_DOUBTFUL],
         num_doubtful=len(doubtful),
-        videos=find(words, {
-            video: " ".join([video, *{entry.name for entry in entries}])
-            for video, entries in entries_of.items()
-        }) if words else [*entries_of],
-        films=[_make_section(film, entries_of[film.video], people) for film in open_films],
+        videos=find(view.find, texts),
+        films=[
+            _make_section(film, entries_of[film.video], people)
+            for film in films if not forms or film.video == view.film
+        ],
         index=[name for name in found if name == IGNORED or name in people],
         people=[
             PersonAppearances(name, times[name], "")
-            for name in open_people[first * (not part) : last]
+            for name in shown[first * (not view.part) : last]
         ],
         grid=grid[first:last],
         count=count,
         earlier=turn(first - step) if first else "",
         later=turn(first + step) if forms and first + step < count else "",
         once=sum(len(times[name]) == 1 for name in unknown),
-        faces=faces,
-        likely=likely,
+        faces=data.list_faces,
+        likely=_list_likely,
         entries_of=times,
         ignored=IGNORED,
         percent=format_percent,
@@ -325,6 +316,20 @@ def render(
         script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )  # fmt: skip
+
+
+def _list_doubtful(by_film: Iterable[Sequence[PageEntry]]) -> list[PageEntry]:
+    """Returns the entries whose names may be wrong, the most doubtful first."""
+    doubtful = [entry for entries in by_film for entry in entries if entry.doubt]
+    return sorted(doubtful, key=lambda entry: -entry.doubt)
+
+
+def _list_likely(entries: Iterable[PageEntry]) -> list[tuple[str, float]]:
+    """Returns the most likely known people of all `entries` with probabilities, best first."""
+    best: dict[str, float] = {}
+    for name, share in sorted(pair for entry in entries for pair in entry.others):
+        best[name] = max(share, best.get(name, 0.0))
+    return sorted(best.items(), key=lambda pair: -pair[1])[:MOST_LIKELY]
 
 
 def find(words: str, texts: Mapping[str, str]) -> list[str]:
@@ -369,9 +374,7 @@ def _make_section(
     Known people come first, then unknown people, unclear faces, and ignored people. Within each of
     these groups, the person with the longest total time comes first.
     """
-    by_name: dict[str, list[PageEntry]] = {}
-    for entry in entries:
-        by_name.setdefault(entry.name, []).append(entry)
+    by_name = group_by_key((entry.name, entry) for entry in entries)
     ranks, rows = dict[str, tuple[object, ...]](), dict[str, PersonAppearances]()
     for name, group in by_name.items():
         total = round(sum(entry.seconds for entry in group), 3)

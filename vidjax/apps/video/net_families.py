@@ -294,7 +294,10 @@ def _measure(fields: dict[str, Any], family: str, net: ForeignNet) -> Written:
 
     If a detector does not run with every size that it declares, its size is set to 640 x 640.
     """
-    card = Card(**msgspec.structs.asdict(_make_draft(fields)), path=Path(fields["file"]), digest="")
+    # Other fields are known after the net has run.
+    width = {"width": 1} if fields["role"] == "face_embedder" else {}
+    draft = msgspec.convert({**fields, **width}, Written)
+    card = Card(**msgspec.structs.asdict(draft), path=Path(fields["file"]), digest="")
     try:
         session = nets.start_session(card, net.content)
         if card.role == "face_detector":
@@ -323,12 +326,6 @@ def _measure(fields: dict[str, Any], family: str, net: ForeignNet) -> Written:
     tolerance = max(1e-6, share * float(np.abs(output).max()))
     fields["test"] = {"seed": SEED, "output": output.tolist(), "tolerance": tolerance}
     return msgspec.convert(fields, Written)
-
-
-def _make_draft(fields: Mapping[str, Any]) -> Written:
-    """Makes a card from `fields` without the fields that are known after the net has run."""
-    width = {"width": 1} if fields["role"] == "face_embedder" else {}
-    return msgspec.convert({**fields, **width}, Written)
 
 
 def _ask(card: Card, session: "InferenceSession", images: np.ndarray) -> list[np.ndarray]:

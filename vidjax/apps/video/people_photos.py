@@ -1,6 +1,7 @@
 """Finds the photos of people, checks them, and enrols their faces."""
 
 import contextlib
+import itertools
 import os
 import re
 import shlex
@@ -24,6 +25,7 @@ from vidjax.data.memory import MemoryClips
 from vidjax.runs.terminal import Progress, say
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError
+from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import make_folder_name, normal_form, read_folder_name, show
 
 PEOPLE = "people"  # the folder in the results that contains the features of photos
@@ -62,6 +64,30 @@ class PhotoFace(NamedTuple):
         return cls(normal_form(parts[1]), parts[2], normal_form(parts[3 if len(parts) > 3 else 1]))
 
 
+class FoundFaces(NamedTuple):
+    """The usable faces in photos of a folder of people, see `check_photos`."""
+
+    people: Path  # the folder of photos
+    outcomes_of: Mapping[Path, Sequence[FileOutcome]]  # folder of features -> outcomes of photos
+    failed: dict[str, str]  # path of each unusable photo -> remedy
+    names: set[str]  # all people
+    usable: dict[Path, dict[str, str]]  # folder of features -> clip -> person, for usable clips
+
+    def list_tracks(self) -> Iterator[tuple[Path, FileOutcome, FaceTrack]]:
+        """Yields the folder of features, the photo, and the face of each known face."""
+        for folder, outcomes in self.outcomes_of.items():
+            for outcome in outcomes:
+                for track in outcome.known.tracks if outcome.known else ():
+                    yield folder, outcome, track
+
+    def list_mirrored(self) -> list[float]:
+        """Returns `FaceTrack.mirrored` of each usable face."""
+        return [
+            track.mirrored for folder, _, track in self.list_tracks()
+            if track.clip in self.usable[folder] and track.mirrored is not None
+        ]  # fmt: skip
+
+
 def locate_people(out: Path, names: Iterable[str]) -> dict[str, Path]:
     """Returns name of a person -> folder in `OUT/people`, for `names` and all existing folders.
 
@@ -81,40 +107,28 @@ def list_faces(gallery: Gallery) -> dict[str, PhotoFace]:
     return {clip: photo for clip in gallery.clips if (photo := PhotoFace.of(clip))}
 
 
-def find_missing(
-    enrolled: Mapping[str, PhotoFace],
-    outcomes_of: Mapping[Path, Sequence[FileOutcome]],
-    usable: Mapping[Path, Mapping[str, str]],
-    people: Path,
-    out: Path,
-) -> set[str]:
+def find_missing(enrolled: Mapping[str, PhotoFace], found: FoundFaces, out: Path) -> set[str]:
     """Returns the folders in `OUT/people` whose photos are missing, but were not deleted by a user.
 
     A user has deleted a photo if it was in a folder that has other photos. If new photos have the
     same content, a user has moved or renamed them. The folders of such photos are left out.
 
-    Args:
-      enrolled: clip -> face in the gallery.
-      outcomes_of: folder of features -> the outcomes of its photos in this call.
-      usable: folder of features -> clip -> person, for the usable clips of this call.
-      people: the folder of photos.
-      out: the folder of results.
+    `enrolled` is clip -> face in the gallery. `found` are the faces of this call. `out` is the
+    folder of results.
     """
     absent = {photo.folder for photo in enrolled.values()} - {
-        read_folder_name(x.name) for x in outcomes_of
+        read_folder_name(x.name) for x in found.outcomes_of
     }
     if not absent:
         return absent
-    outcomes = [outcome for photos in outcomes_of.values() for outcome in photos]
-    has_others = any(outcome.path.parent == people for outcome in outcomes)
+    outcomes = itertools.chain(*found.outcomes_of.values())
+    has_others = any(outcome.path.parent == found.people for outcome in outcomes)
     new = {
-        outcome.known.sha256
-        for folder, photos in outcomes_of.items()
-        for outcome in photos if outcome.known
-        for track in outcome.known.tracks if (name := usable[folder].get(track.clip))
-        if str(PhotoFace(read_folder_name(folder.name), track.clip, name)) not in enrolled
+        outcome.known.sha256 for folder, outcome, track in found.list_tracks()
+        if outcome.known and (name := found.usable[folder].get(track.clip))
+        and str(PhotoFace(read_folder_name(folder.name), track.clip, name)) not in enrolled
     }  # fmt: skip
-    place, missing = Path(os.path.realpath(people)), set[str]()
+    place, missing = Path(os.path.realpath(found.people)), set[str]()
     places = locate_people(out, absent)
     for folder in absent:
         known = features_folder.find_media_files(places[folder]).values()
@@ -214,16 +228,12 @@ def embed_photos(
 
     Features are written to `out`. `gallery` computes the vectors. Nobody is enrolled.
     """
-    outcomes_of = extract_photos(list_photos(people, out), out, **options)
-    for folder, person_of in check_photos({}, outcomes_of, people)[2].items():
-        found = {
-            track.clip: (track, outcome.path)
-            for outcome in outcomes_of[folder] if outcome.known
-            for track in outcome.known.tracks
-        }  # fmt: skip
+    found = check_photos({}, extract_photos(list_photos(people, out), out, **options), people)
+    face_of = {(folder, x.clip): (x, outcome.path) for folder, outcome, x in found.list_tracks()}
+    for folder, person_of in found.usable.items():
         embedded = embed_clips(gallery, folder, person_of)
         for clip, vector in zip(embedded.names, embedded.parts["face"], strict=True):
-            yield person_of[clip], vector, *found[clip]
+            yield person_of[clip], vector, *face_of[folder, clip]
 
 
 def check_people(
@@ -281,11 +291,8 @@ def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool, flag:
             warning=True,
         )
         return
-    by_name: dict[str, list[str]] = {}
-    for name in names:
-        if number := re.fullmatch(r"(.*[^\W\d_])[\W_]*\d+\W*", name):
-            by_name.setdefault(number[1], []).append(name)
-    for name, twins in by_name.items():
+    numbered = (re.fullmatch(r"(.*[^\W\d_])[\W_]*\d+\W*", name) for name in names)
+    for name, twins in group_by_key((x[1], x[0]) for x in numbered if x).items():
         if len(twins) > 1:
             say(
                 f"{show(twins[0])} and {show(twins[1])} count as two people. If they are the same "
@@ -316,15 +323,13 @@ def check_photos(
     outcomes_of: Mapping[Path, Sequence[FileOutcome]],
     people: Path,
     flag: str = WHO_FLAG,
-) -> tuple[dict[str, str], set[str], dict[Path, dict[str, str]]]:
+) -> FoundFaces:
     """Finds the usable faces in photos, and prints problems of photos.
 
     If a photo program has tagged faces in a photo, each face gets the name of its tag. If a photo
     has no tags, its face gets the name of the folder. `outcomes_of` is folder of features -> the
-    outcomes of its photos. `enrolled` is clip -> face in the gallery.
-
-    Returns path of each unusable photo -> remedy, the names of all people, and folder of features
-    -> clip -> person for all usable clips. For `flag`, see `list_photos`.
+    outcomes of its photos. `enrolled` is clip -> face in the gallery. For `flag`, see
+    `list_photos`.
     """
     failed, names = dict[str, str](), set[str]()
     usable: dict[tuple[Path, str], str] = {}
@@ -362,7 +367,7 @@ def check_photos(
     faces_of: dict[Path, dict[str, str]] = {folder: {} for folder in outcomes_of}
     for (folder, clip), name in usable.items():
         faces_of[folder][clip] = name
-    return failed, names, faces_of
+    return FoundFaces(people, outcomes_of, failed, names, faces_of)
 
 
 def enrol_photos(
@@ -378,12 +383,10 @@ def enrol_photos(
     `names` are all people, and `before` their labels, see `count_labels`. Only folders in `usable`
     are changed.
     """
-    labels, old = _choose_labels(before, names), dict[str, set[str]]()
-    for clip, photo in enrolled.items():
-        if photo.person in labels:
-            old.setdefault(photo.folder, set()).add(clip)
+    labels = _choose_labels(before, names)
+    old = group_by_key((x.folder, clip) for clip, x in enrolled.items() if x.person in labels)
     for folder, named in usable.items():
-        _enrol(gallery, folder, named, labels, old.get(read_folder_name(folder.name), set()))
+        _enrol(gallery, folder, named, labels, {*old.get(read_folder_name(folder.name), ())})
     found = {name for named in usable.values() for name in named.values()}
     _warn_of_lost({*names} - found - {photo.person for photo in list_faces(gallery).values()})
 
@@ -418,25 +421,23 @@ def enrol_folder(gallery: Gallery, people: Path, models: Path, workers: int) -> 
             outcomes_of = extract_photos(
                 photos_of, out, models=models, workers=workers, done=lambda _: bar.advance(1)
             )
-        failed, names, usable = check_photos({}, outcomes_of, people, ENROL_FLAG)
+        found = check_photos({}, outcomes_of, people, ENROL_FLAG)
         faces, clips = dict[str, PhotoFace](), dict[str, StoredClip]()
-        for folder, person_of in usable.items():
+        for folder, person_of in found.usable.items():
             vectors = embed_clips(gallery, folder, person_of) if person_of else None
             for clip, entry in (select_usable_clips(vectors) if vectors else {}).items():
                 face = PhotoFace(read_folder_name(folder.name), clip, person_of[clip])
                 faces[face.plain], clips[face.plain] = face, entry
     path_of = {
         PhotoFace(read_folder_name(folder.name), track.clip, "").plain: outcome.path
-        for folder, outcomes in outcomes_of.items()
-        for outcome in outcomes if outcome.media
-        for track in outcome.media.tracks
-    }  # fmt: skip
+        for folder, outcome, track in found.list_tracks()
+    }
     with gallery.change() as draft:
         before: dict[str, Counter[str]] = {}
         for clip, face in faces.items():
             if label := clip in draft.clips and draft.clips[clip].identity:
                 before.setdefault(face.person, Counter())[label] += 1
-        labels = _choose_labels(before, names)
+        labels = _choose_labels(before, found.names)
         unchanged = draft.complete({clip: entry.vector for clip, entry in clips.items()})
         new = dict[str, str]()
         for clip in sorted(clips.keys() - unchanged):
@@ -445,26 +446,14 @@ def enrol_folder(gallery: Gallery, people: Path, models: Path, workers: int) -> 
                 draft.add({clip: clips[clip]._replace(identity=new[clip])})
             except UserError as error:
                 new.pop(clip)
-                problem, _, failed[str(path_of[clip])] = str(error).partition("\n")
+                problem, _, found.failed[str(path_of[clip])] = str(error).partition("\n")
                 say(f"{path_of[clip]}: {problem}", warning=True)
-    _warn_of_lost(names - {face.person for face in faces.values()})
+    _warn_of_lost(found.names - {face.person for face in faces.values()})
     if gallery.clips.keys() <= clips.keys():  # no photo of another call is missing
-        gallery.check_mirrored(list_mirrored(outcomes_of, usable))
+        gallery.check_mirrored(found.list_mirrored())
     advise_other_films(gallery, sorted({*new.values()}))
-    warn_of_doubts(gallery, outcomes_of, people, lambda face: face.plain)
-    return PhotoEnrolment(len(new), len(unchanged), failed)
-
-
-def list_mirrored(
-    outcomes_of: Mapping[Path, Sequence[FileOutcome]], usable: Mapping[Path, Mapping[str, str]]
-) -> list[float]:
-    """Returns `FaceTrack.mirrored` of each usable face in photos."""
-    return [
-        track.mirrored for folder, outcomes in outcomes_of.items()
-        for outcome in outcomes if outcome.known
-        for track in outcome.known.tracks
-        if track.clip in usable[folder] and track.mirrored is not None
-    ]  # fmt: skip
+    warn_of_doubts(gallery, found, lambda face: face.plain)
+    return PhotoEnrolment(len(new), len(unchanged), found.failed)
 
 
 def _check_photo(
@@ -571,10 +560,7 @@ def _enrol(
 
 
 def warn_of_doubts(
-    gallery: Gallery,
-    outcomes: Mapping[Path, Sequence[FileOutcome]],
-    people: Path,
-    name_clip: Callable[[PhotoFace], str] = str,
+    gallery: Gallery, found: FoundFaces, name_clip: Callable[[PhotoFace], str] = str
 ) -> bool:
     """Prints warnings of photos that may show another person or are enrolled for two people.
 
@@ -583,15 +569,15 @@ def warn_of_doubts(
     """
     given = {
         name_clip(PhotoFace(owner, track.clip, track.name or owner)): (outcome.path, outcome.known)
-        for folder, photos in outcomes.items() for owner in [read_folder_name(folder.name)]
-        for outcome in photos if outcome.known
-        for track in outcome.known.tracks
+        for folder, outcome, track in found.list_tracks()
+        for owner in [read_folder_name(folder.name)] if outcome.known
     }  # fmt: skip
     person_of = {clip: entry.identity for clip, entry in gallery.clips.items() if entry.identity}
-    owners: dict[str, set[str]] = {}  # the people of a file, by its sha256
     whole = {clip: photo.sha256 for clip, (_, photo) in given.items() if not photo.tags}
-    for clip in whole.keys() & person_of.keys():
-        owners.setdefault(whole[clip], set()).add(person_of[clip])
+    # The people of a file, by its sha256.
+    owners = group_by_key(
+        {(whole[clip], person_of[clip]) for clip in whole.keys() & person_of.keys()}
+    )
     twins = {clip for clip, digest in whole.items() if len(owners.get(digest, ())) > 1}
     single = {clip: person_of[clip] for clip in person_of.keys() - twins}
     is_blind = gallery.compare_with_card().problem == "blind"
@@ -599,7 +585,7 @@ def warn_of_doubts(
     for clip in sorted(given.keys() & (twins | doubtful.photos.keys()) & person_of.keys()):
         (path, photo), name = given[clip], show(person_of[clip])
         if clip in twins:
-            others = ", ".join(map(show, sorted(owners[photo.sha256] - {person_of[clip]})))
+            others = ", ".join(map(show, sorted({*owners[photo.sha256]} - {person_of[clip]})))
             say(f"{path} is also a photo of {others}: delete the wrong copy", warning=True)
         else:
             like = doubtful.photos[clip]
@@ -610,7 +596,7 @@ def warn_of_doubts(
                 warning=True,
             )
     path_of = {clip: path for clip, (path, _) in given.items()}
-    _warn_of_contradictions(doubtful, person_of, path_of, people)
+    _warn_of_contradictions(doubtful, person_of, path_of, found.people)
     likes = [*doubtful.photos.values()]
     likes += [side.like for sides in doubtful.mixed.values() for side in sides]
     return bool(twins or doubtful.alike or any(likes))

@@ -18,23 +18,16 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from vidjax.apps import cards as cards_lib
-from vidjax.apps.video import features_folder, film as film_lib, regions
+from vidjax.apps.video import features_folder, film as film_lib, media_files, regions
 from vidjax.apps.video.features_folder import THUMBNAILS, VIDEOS, ExtractionSettings, MediaFile
-from vidjax.apps.video.media_files import (
-    PHOTOS,
-    check_apart,
-    has_files,
-    is_missing,
-    list_files,
-    say_left_out,
-)
+from vidjax.apps.video.media_files import PHOTOS, has_files, is_missing
 from vidjax.data.checks import list_entries
 from vidjax.runs import schemas
 from vidjax.runs.terminal import Progress, say
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, describe_system_error
 from vidjax.utils.names import show
-from vidjax.utils.processes import Children, map_children, run_limited_each
+from vidjax.utils.processes import Children, map_children, run_limited, run_limited_each
 
 ROLES: tuple[cards_lib.Role, ...] = ("face_detector", "face_embedder")
 MEMORY_BYTES = 4 << 30  # address space of a process; libraries reserve half of it without using it
@@ -149,9 +142,9 @@ def extract_folders(
         jobs: list[_Job] = []
         unsure: dict[Path, list[FileOutcome]] = {}
         for out, inputs in paths.items():
-            listed = list_files(inputs)
-            say_left_out(inputs)
-            check_apart(listed, out)
+            listed = media_files.list_files(inputs)
+            media_files.say_left_out(inputs)
+            media_files.check_apart(listed, out)
             out.mkdir(mode=0o700, parents=True, exist_ok=True)
             locked.enter_context(files.lock(files.make_folder(out, "out"), "features"))
             files.refuse_links(out)
@@ -187,12 +180,10 @@ def read_digests(models: Path) -> dict[str, str]:
 def check_nets(models: Path, settings: ExtractionSettings) -> None:
     """Loads all nets in a folder and tests them. Raises UserError if a net cannot be used."""
     arguments = {"models": str(models), "settings": msgspec.to_builtins(settings)}
-    (answer,) = run_limited_each(
-        film_lib.__name__, [(models, arguments)], reads=cards_lib.list_files(models),
+    answer = run_limited(
+        film_lib.__name__, models, arguments, reads=cards_lib.list_files(models),
         memory_bytes=MEMORY_BYTES, cpu_seconds=PHOTO_SECONDS,
     )  # fmt: skip
-    if isinstance(answer, UserError):
-        raise answer
     if "net_error" in answer:
         raise UserError(answer["net_error"])
 
@@ -511,8 +502,11 @@ def _take_results(
             raise answer
         film = schemas.parse(job.path, answer, MediaFile, "leave it out")
         film.folder = job.folder
-        before = features_folder.find_media_file(job.out, job.stem)
-        before = before or features_folder.find_earlier_file(job.out, job.stem)
+        found = (
+            features_folder.find_media_file(job.out, job.stem, folder)
+            for folder in (VIDEOS, features_folder.EARLIER)
+        )
+        before = next(filter(None, found), None)
         if before and before.tags and not film.tags:
             if film.bad_tags:
                 raise UserError(film.bad_tags)

@@ -244,13 +244,16 @@ def match_faces(
     `orientation` is the EXIF orientation of the stored picture, 1 to 8.
     """
     nobody = np.full(len(tags.tags), -1)
-    possible = _list_possible(tags.shape, size, orientation)
+    # The turns from the tagged to the displayed picture that programs use, 1 to 8. If the tagged
+    # picture has the shape of neither the stored nor the displayed picture, there are none.
+    possible = {x for x in {1, orientation} if not tags.shape or _has_shape(tags.shape, size, x)}
     if tags.shape and not possible:
         shapes = " x ".join(f"{side:g}" for side in tags.shape), " x ".join(map(str, size))
         return nobody, (
             f"its tags were made for a picture of another shape, {shapes[0]}, not {shapes[1]}"
         )
-    best = _choose_reading(tags, faces, size, possible)
+    readings = [_read(tags, faces, size, turn) for turn in sorted(possible, reverse=True)]
+    best = max(readings, key=lambda reading: reading.total)
     good, names = best.fits >= LEAST_FIT, best.list_names(tags)
     for turn in range(1, 9):
         other = _read(tags, faces, size, turn)
@@ -273,18 +276,6 @@ def match_faces(
     return np.where(good, best.faces, -1), ""
 
 
-def _list_possible(
-    shape: tuple[float, float] | None, size: tuple[int, int], orientation: int
-) -> set[int]:
-    """Returns the turns from the tagged to the displayed picture that programs use, 1 to 8.
-
-    If the tagged picture has the `shape` of neither the stored nor the displayed picture, the set
-    is empty. `size` is the width and height of the displayed picture.
-    """
-    turns = {1, orientation}
-    return {turn for turn in turns if shape is None or _has_shape(shape, size, turn)}
-
-
 def _has_shape(shape: tuple[float, float], size: tuple[int, int], turn: int) -> bool:
     """Returns whether a picture with this `shape` has, after the turn, the shape of `size`."""
     width, height = shape if turn < 5 else shape[::-1]
@@ -292,14 +283,6 @@ def _has_shape(shape: tuple[float, float], size: tuple[int, int], turn: int) -> 
     return any(
         error <= max(1, side * SHAPE_ERROR) for error, side in zip(errors, size, strict=True)
     )
-
-
-def _choose_reading(
-    tags: Tags, faces: np.ndarray, size: tuple[int, int], turns: set[int]
-) -> _Reading:
-    """Returns the faces at the tags for the turn in which the tags fit best."""
-    readings = [_read(tags, faces, size, turn) for turn in sorted(turns, reverse=True)]
-    return max(readings, key=lambda reading: reading.total)
 
 
 def _read(tags: Tags, faces: np.ndarray, size: tuple[int, int], turn: int) -> _Reading:

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from starlette.applications import Starlette
@@ -48,6 +49,7 @@ from vidjax.apps.video.names_page import CLIP, Forms, format_appearance_time
 from vidjax.apps.video.unknown_numbers import IGNORED_NUMBER, UnknownNumbers
 from vidjax.utils import files, messages
 from vidjax.utils.errors import Expected, InUseError, UserError, closest, describe_system_error
+from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import IGNORED, is_unknown, normal_form, strip_accents
 
 HOST = "127.0.0.1"
@@ -118,6 +120,7 @@ class Review:
 
         For the other arguments, see `who.name_people`.
         """
+        files.refuse_links(out)
         self._padding = padding
         self._out, self._gallery = out, Gallery(out / "gallery")
         self._identify = functools.partial(self._gallery.identify, fpir=fpir, threshold=threshold)
@@ -141,9 +144,7 @@ class Review:
         self._decision = decision
         # Clip -> appearance on the page, and unknown person -> clips.
         self._shown = {clip: x for x in decision.appearances for clip in x.clips}
-        self._clips_of: dict[str, list[str]] = {}
-        for clip, name in decision.unknown.items():
-            self._clips_of.setdefault(name, []).append(clip)
+        self._clips_of = group_by_key((name, clip) for clip, name in decision.unknown.items())
 
     def _show(self, decision: who.Decision) -> None:
         """Replaces the names on the page, and remembers which people and faces have changed."""
@@ -288,43 +289,49 @@ class Review:
         """
         keys = {*of, name.casefold()} if is_unknown(name) else of
         with self._lock(version, keys):
-            if action == "once":
-                of = self._list_seen_once()
+            of = self._list_seen_once() if action == "once" else of
             found = [self._find(key) for key in dict.fromkeys(of)]
             if not found:
                 raise UserError("nobody is selected: select people or faces first")
             if action == "twin":
-                action, name = "name", self._find_twin(found)
+                name = self._find_twin(found)
                 found += self._list_rivals(found, name)
-            if action == "join":
+            elif action == "join":
                 unknown = [x.name for x in found if is_unknown(x.name)]
                 if not unknown:
                     raise UserError("a known person is selected: type the name")
-                action, name = "name", min(unknown, key=rank_group)
-            words = [x for x in self._describe(found) if x != name] or [name]
-            subject = f"{words[0]} and {len(words) - 1} more are" if words[1:] else f"{words[0]} is"
-            if action == "deny" and name:
-                if name not in self._decision.people:
-                    raise UserError(f"'{name}' is not a person on this page: reload the page")
-                denied = self._deny((clip for x in found for clip in x.clips), name)
-                self._finish(f"{subject} not {name}", of[0], of[0], {}, denied)
+                name = min(unknown, key=rank_group)
+            subject = self._describe(found, name)
+            if action in ("ignore", "once"):
+                self._ignore(found, subject, after)
+            elif action == "deny" and name:
+                self._deny_name(found, subject, name)
             elif action in ("deny", "apart"):
                 self._move(found, subject, "")
-            elif action in ("ignore", "once"):
-                entries, digest_of = self._label(found, None), self._digest_of
-                clips = {c: digest_of[c] for x in found for c in x.clips if c in digest_of}
-                numbers = self._decision.numbers.move(clips, IGNORED_NUMBER)
-                self._finish(f"{subject} ignored", of[0], after, entries, numbers=numbers)
-            elif action != "name" or not name:
+            elif action not in ("name", "twin", "join") or not name:
                 raise UserError("the name is empty: type a name")
             elif is_unknown(name):
                 self._move(found, subject, after, self._find_group(name))
-            elif entries := self._label(found, check_person(name)):
-                self._finish(f"{subject} {check_person(name)}", of[0], after, entries)
             else:
-                raise UserError(
-                    "no face in this appearance is clear enough: name another appearance"
-                )
+                self._give_name(found, subject, after, check_person(name))
+
+    def _ignore(self, found: Sequence[Subject], subject: str, after: str) -> None:
+        digest_of = self._digest_of
+        clips = {c: digest_of[c] for x in found for c in x.clips if c in digest_of}
+        numbers = self._decision.numbers.move(clips, IGNORED_NUMBER)
+        entries = self._label(found, None)
+        self._finish(f"{subject} ignored", found, after, entries, {}, numbers)
+
+    def _deny_name(self, found: Sequence[Subject], subject: str, name: str) -> None:
+        if name not in self._decision.people:
+            raise UserError(f"'{name}' is not a person on this page: reload the page")
+        denied = self._deny((clip for x in found for clip in x.clips), name)
+        self._finish(f"{subject} not {name}", found, found[0].key, {}, denied)
+
+    def _give_name(self, found: Sequence[Subject], subject: str, after: str, name: str) -> None:
+        if not (entries := self._label(found, name)):
+            raise UserError("no face in this appearance is clear enough: name another appearance")
+        self._finish(f"{subject} {name}", found, after, entries)
 
     def _list_seen_once(self) -> list[str]:
         seen = Counter(x.identity for x in self._decision.appearances)
@@ -365,8 +372,8 @@ class Review:
         names = {unknown.get(key.removeprefix(CLIP), key) for key in of}
         return any(name.startswith(FACE) for name in names)
 
-    def undo(self, version: int | None = None) -> None:
-        """Undoes the last change.
+    def undo(self, version: int | None = None) -> str:
+        """Undoes the last change; returns the person, or the key of the face, that it changed.
 
         `version` is the version of the page. Raises OutdatedError if this page shows another last
         change. Raises UserError if there is no change to undo.
@@ -379,6 +386,11 @@ class Review:
             self._steps.pop()
             self._changed[""] = self.version
             self._forms = Forms(message=f"Undone: {step.words}.", at=step.at)
+            return step.at
+
+    def has_person(self, name: str) -> bool:
+        """Returns whether the page shows a known or unknown person with this name."""
+        return name in self._decision.people or name in self._clips_of
 
     def save_later(self) -> None:
         """Waits for a second. If there was no change in this second, writes the results."""
@@ -416,8 +428,11 @@ class Review:
             raise UserError(f"'{of}' is no longer on the page: reload the page, and choose again")
         return Subject(of, sorted(clips), of, is_person=True)
 
-    def _describe(self, found: Sequence[Subject]) -> list[str]:
-        """Returns a description of each person, and of the given faces of each appearance."""
+    def _describe(self, found: Sequence[Subject], name: str) -> str:
+        """Returns the subject of a sentence, and its verb. A person `name` is left out.
+
+        It describes each person, and the given faces of each appearance.
+        """
         words = [x.name for x in found if x.is_person]
         clips = {x.key.removeprefix(CLIP): None for x in found if not x.is_person}
         for x in {self._shown[clip].clips: self._shown[clip] for clip in clips}.values():
@@ -426,7 +441,8 @@ class Review:
             start, end = min(y.start_s for y in tracks), max(y.end_s for y in tracks)
             time = format_appearance_time(x._replace(start_s=start, end_s=end), film)
             words.append(f"a face in {x.video}" if film.photo else f"{x.video}, {time},")
-        return words
+        words = [x for x in words if x != name] or [name]
+        return f"{words[0]} and {len(words) - 1} more are" if words[1:] else f"{words[0]} is"
 
     def _find_group(self, name: str) -> str:
         """Returns the name in lower case. Raises UserError if no unknown person has this name."""
@@ -493,7 +509,7 @@ class Review:
         entries = dict.fromkeys(self._find_enrolled(set().union(*clips_of.values())))
         known, names = self._shown, " or ".join(clips_of)
         words = f"{about} {group or f'not {names}'}"
-        self._finish(words, found[0].key, after, entries, denied, numbers=numbers)
+        self._finish(words, found, after, entries, denied, numbers)
         if not group:
             about = f"Saved: {words}, but {self._name(found[0].clips[0])}."
             for name in denied and clips_of:
@@ -563,23 +579,21 @@ class Review:
     def _finish(
         self,
         words: str,
-        of: str,
+        found: Sequence[Subject],
         after: str,
         clips: Mapping[str, StoredClip | None],
-        denied: Denials | None = None,
-        *,
+        denied: Denials = MappingProxyType({}),
         numbers: UnknownNumbers | None = None,
     ) -> None:
         """Applies a change that can be undone, and shows its description `words` on the page.
 
-        `clips` is clip -> new entry of the gallery, or None to remove the clip. `denied` are the
-        new denied names of clips. `numbers` replace the contents of `unknown.json`. For `of` and
-        `after`, see `change`.
+        `found` are the changed people and faces. `clips` is clip -> new entry of the gallery, or
+        None to remove the clip. `denied` are the new denied names of clips. `numbers` replace the
+        contents of `unknown.json`. For `after`, see `change`.
         """
         before = self._decision.numbers
-        self._steps.append(
-            Step(words, of, *self._apply(clips, denied or {}, numbers or before), before)
-        )
+        old = self._apply(clips, denied, numbers or before)
+        self._steps.append(Step(words, found[0].key, *old, before))
         self._changed[""] = self.version
         self._forms = Forms(message=f"Saved: {words}.", at=after)
 
@@ -696,7 +710,9 @@ class _Pages:
                 version = form.get("version", "")
                 version = int(version) if re.fullmatch("[0-9]{1,9}", version) else -1
                 if back:
-                    review.undo(version)
+                    changed = review.undo(version)
+                    if "person" in view and not review.has_person(view["person"]):
+                        view["person"] = changed  # the person was renamed
                 elif asks and (other := review.similar(name, of)):
                     problem = problem._replace(asked=True, similar=other)
                     raise UserError(f"there is already {other}: is it the same person?")
@@ -784,23 +800,10 @@ async def _read_form(request: Request) -> list[tuple[str, str]]:
     return urllib.parse.parse_qsl(body.decode(errors="replace"))
 
 
-def serve_review(
-    out: Path,
-    decision: who.Decision,
-    *,
-    fpir: float | None = None,
-    threshold: float | None = None,
-    padding: float = who.PADDING_SECONDS,
-) -> who.WhoResults:
-    """Serves the page on which a user corrects names, until Ctrl-C; returns the final results.
-
-    `out` is the folder of results. `decision` contains the names before corrections. For the other
-    arguments, see `who.name_people`.
-    """
+def serve_review(review: Review) -> who.WhoResults:
+    """Serves the page on which a user corrects names, until Ctrl-C; returns the final results."""
     token = secrets.token_urlsafe(16)
     with web.listen(HOST, 0) as listener:
-        files.refuse_links(out)
-        review = Review(out, decision, fpir=fpir, threshold=threshold, padding=padding)
         messages.print_text(f"http://{HOST}:{listener.getsockname()[1]}/{token}/")
         messages.print_text("Open this address in a browser on this machine. Stop with Ctrl-C.")
         try:

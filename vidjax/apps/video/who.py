@@ -49,6 +49,7 @@ from vidjax.apps.video import (
     media_files,
     names_page,
     other_nets,
+    people_photos,
     pipeline,
 )
 from vidjax.apps.video.appearances import Appearance
@@ -58,22 +59,6 @@ from vidjax.apps.video.features_folder import (
     MediaFile,
     hash_film,
     select_films,
-)
-from vidjax.apps.video.people_photos import (
-    PEOPLE,
-    PhotoFace,
-    check_people,
-    check_photos,
-    count_labels,
-    embed_clips,
-    enrol_photos,
-    extract_photos,
-    find_missing,
-    list_faces,
-    list_mirrored,
-    list_photos,
-    locate_people,
-    warn_of_doubts,
 )
 from vidjax.apps.video.pipeline import FileOutcome
 from vidjax.apps.video.unknown_numbers import (
@@ -86,6 +71,7 @@ from vidjax.data.checks import list_entries
 from vidjax.runs.terminal import say
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError, prefix_errors
+from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import IGNORED, fold, make_file_stems, read_folder_name, show
 
 PAGE, SUBTITLES, CUTS, FEATURES = "names.html", "subtitles", "cuts", "features"
@@ -150,13 +136,6 @@ def lock_changes(out: Path, wait: float = WAIT_SECONDS) -> contextlib.AbstractCo
     return files.lock(out, "out", ".changes.lock", wait=wait)
 
 
-def _forget_denials(gallery: Gallery, kept: Collection[str]) -> None:
-    """Forgets denied names of films whose digests are not in `kept`."""
-    with gallery.change() as draft:
-        gone = draft.denied.keys() - {*kept}
-        draft.deny({film: dict.fromkeys(draft.denied[film], ()) for film in gone})
-
-
 def name_people(
     films: str | Path | Sequence[str | Path],
     people: str | Path | None,
@@ -205,20 +184,15 @@ def name_people(
     if not 0 <= padding < math.inf:
         raise UserError(f"--padding={padding:g} is not a duration: give seconds, 0 or more")
     media_files.check_apart(media_files.list_files(films), out)
-    photos = {} if people is None else list_photos(people, out)
+    photos = {} if people is None else people_photos.list_photos(people, out)
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     with files.lock(files.make_folder(out, "out"), "out"):
         files.refuse_links(out)
         gallery = _open_gallery(out, models)
-        if thumbnails is None:
-            thumbnails = files.exists(out / FEATURES / THUMBNAILS)
-        if not thumbnails:
-            for folder in (*out.glob(f"{FEATURES}/"), *(out / PEOPLE).glob("*/")):
-                features_folder.remove_thumbnails(folder)
         had_page = files.exists(out / PAGE)
         options = {
-            "models": models, "thumbnails": thumbnails, "upgrade": True, "check": check,
-            "workers": workers,
+            "models": models, "thumbnails": _choose_thumbnails(out, thumbnails), "upgrade": True,
+            "check": check, "workers": workers,
         }  # fmt: skip
         failed, names, is_explained = dict[str, str](), set[str](), False
         if people is not None:
@@ -246,25 +220,44 @@ def name_people(
             drop=pipeline.choose_drop(prune, forget_missing), **options,
         )  # fmt: skip
         failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.media}
+        identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
         with lock_changes(out):
-            _move_films(gallery, out)
-            all_films = features_folder.read_media_files(out / FEATURES)
-            _report_missing(all_films, out, prune)
-            waiting = features_folder.find_earlier(out / FEATURES).values()
-            _report_waiting(gallery, [*waiting])
-            kept = {
-                *(film.digest for film in all_films),
-                *(hash_film(film, earlier=True) for film in waiting),
-            }
-            _forget_denials(gallery, kept)
-            before = read_numbers(out).keep(kept)
-            identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
-            decision = decide(gallery, out, all_films, before, identify)
+            decision = _name_films(gallery, out, identify, prune)
             if is_explained:
                 decision = decision._replace(card="")
             write(out, decision, padding)
-        missed = sorted(names - {photo.person for photo in list_faces(gallery).values()})
+        enrolled = people_photos.list_faces(gallery).values()
+        missed = sorted(names - {photo.person for photo in enrolled})
         return WhoResults(decision.count_clips(), decision, failed, missed)
+
+
+def _choose_thumbnails(out: Path, thumbnails: bool | None) -> bool:
+    """Returns whether pictures of faces are kept. If not, deletes the pictures of earlier calls."""
+    if thumbnails is None:
+        thumbnails = files.exists(out / FEATURES / THUMBNAILS)
+    if not thumbnails:
+        for folder in (*out.glob(f"{FEATURES}/"), *(out / people_photos.PEOPLE).glob("*/")):
+            features_folder.remove_thumbnails(folder)
+    return thumbnails
+
+
+def _name_films(
+    gallery: Gallery, out: Path, identify: Callable[..., dict[str, Answer]], prune: bool
+) -> Decision:
+    """Names the people in all films of a folder of results, and prints problems of the films.
+
+    Corrections of films that were removed are forgotten. For `identify`, see `decide`.
+    """
+    _move_films(gallery, out)
+    films = features_folder.read_media_files(out / FEATURES)
+    _report_missing(films, out, prune)
+    waiting = features_folder.find_earlier(out / FEATURES).values()
+    _report_waiting(gallery, [*waiting])
+    kept = {film.digest for film in films} | {hash_film(film, earlier=True) for film in waiting}
+    with gallery.change() as draft:
+        gone = draft.denied.keys() - kept
+        draft.deny({film: dict.fromkeys(draft.denied[film], ()) for film in gone})
+    return decide(gallery, out, films, read_numbers(out).keep(kept), identify)
 
 
 def _update_people(
@@ -281,18 +274,17 @@ def _update_people(
     people look alike because two names may be one person. This was printed.
     `options` are arguments of `pipeline.extract_folders`.
     """
-    check_people(gallery, photos, people, out, forget_missing)
+    people_photos.check_people(gallery, photos, people, out, forget_missing)
     drop: pipeline.Drop = "all others" if forget_missing else "others"
-    outcomes_of = extract_photos(photos, out, drop=drop, **options)
+    outcomes_of = people_photos.extract_photos(photos, out, drop=drop, **options)
     with lock_changes(out):
         gallery.refresh()  # another process may have changed the gallery in the meantime
-        labels = count_labels(gallery)  # before faces are removed
+        labels = people_photos.count_labels(gallery)  # before faces are removed
         _write_unmatched(out, other_nets.move_photos(gallery, outcomes_of))
-        enrolled = list_faces(gallery)
-        failed, names, usable = check_photos(enrolled, outcomes_of, people)
-        missing = set[str]()
-        if not forget_missing:
-            missing = find_missing(enrolled, outcomes_of, usable, people, out)
+        enrolled = people_photos.list_faces(gallery)
+        found = people_photos.check_photos(enrolled, outcomes_of, people)
+        failed, names = found.failed, found.names
+        missing = set[str]() if forget_missing else people_photos.find_missing(enrolled, found, out)
         if missing:
             kept = {photo.person for photo in enrolled.values() if photo.folder in missing}
             names |= kept
@@ -307,10 +299,10 @@ def _update_people(
             clip: photo for clip, photo in enrolled.items()
             if (photo.folder, photo.clip.partition(".")[0]) not in unread
         }  # fmt: skip
-        enrol_photos(gallery, checked, usable, names, labels)
+        people_photos.enrol_photos(gallery, checked, found.usable, names, labels)
         _forget(gallery, names, {*photos, *missing}, out)
-    gallery.check_mirrored(list_mirrored(outcomes_of, usable))
-    doubted = warn_of_doubts(gallery, outcomes_of, people)
+    gallery.check_mirrored(found.list_mirrored())
+    doubted = people_photos.warn_of_doubts(gallery, found)
     return failed, names, doubted and gallery.compare_with_card().problem == "closer"
 
 
@@ -470,7 +462,7 @@ def _enrol_named(gallery: Gallery, out: Path, films: Iterable[MediaFile]) -> Non
         )
     if not known:
         return
-    vectors = embed_clips(gallery, features, known)
+    vectors = people_photos.embed_clips(gallery, features, known)
     with prefix_errors(str(path)):
         labels = tuple(check_person(known[clip]) for clip in vectors.names)
         clips = select_usable_clips(vectors._replace(labels=labels))
@@ -498,7 +490,7 @@ def _drop_rows(path: Path, named: Mapping[str, str | None]) -> None:
 
 def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> None:
     """Forgets people who are not in `names`, and deletes features of photos outside of `places`."""
-    photos = list_faces(gallery)
+    photos = people_photos.list_faces(gallery)
     label = {clip: gallery.clips[clip].identity for clip in photos}
     forgotten = {clip for clip, photo in photos.items() if photo.person not in names}
     gone = {clip for clip, photo in photos.items() if photo.folder not in places} | forgotten
@@ -512,7 +504,7 @@ def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> N
     if labelled:
         _drop_rows(out / UNKNOWN, labelled)  # otherwise these rows would enrol them again
     gallery.remove(clip=gone | labelled.keys())
-    for name, folder in locate_people(out, ()).items():
+    for name, folder in people_photos.locate_people(out, ()).items():
         if name not in places and name in names:
             say(f"{show(name)} no longer has a folder, but is still named by face tags")
         if name not in places and not features_folder.remove_features(folder):
@@ -546,7 +538,7 @@ def decide(
     vectors, votes = (last.vectors, last.votes) if last else (None, None)
     answers = dict[str, Answer]()
     if not last and (clips := {track.clip for film in films for track in film.tracks}):
-        vectors = embed_clips(gallery, out / FEATURES, clips)
+        vectors = people_photos.embed_clips(gallery, out / FEATURES, clips)
         gallery.complete(vectors)
     # Another program may change the gallery at any time. A change after this line is shown later.
     digest, people, rows = gallery.digest, gallery.people, gallery.rows
@@ -632,12 +624,10 @@ def _place_subtitles(films: Sequence[MediaFile]) -> list[PurePath]:
     """
     paths = [PurePath(features_folder.make_printable(str(film.source.path))) for film in films]
     keys = [tuple(map(fold, path.with_suffix("").parts)) for path in paths]
-    counts, namesakes = Counter(keys), dict[str, set[tuple[str, ...]]]()
-    for key in keys:
-        namesakes.setdefault(key[-1], set()).add(key)
+    counts, namesakes = Counter(keys), group_by_key((key[-1], key) for key in {*keys})
     in_folder: dict[PurePath, dict[PurePath, str]] = {}
     for path, key in zip(paths, keys, strict=True):
-        others = namesakes[key[-1]] - {key}
+        others = {*namesakes[key[-1]]} - {key}
         depth = next(n for n in itertools.count(1) if key[-n:] not in {x[-n:] for x in others})
         folder = PurePath(*(make_file_stems([part])[0] for part in path.parts[-depth:-1]))
         in_folder.setdefault(folder, {})[path] = path.name if counts[key] > 1 else path.stem
@@ -661,9 +651,9 @@ def render_page(
     time. If `forms` is given, the page has forms with which a user corrects names.
     """
     people: dict[str, list[names_page.Picture]] = {}
-    places = locate_people(out, ())
+    places = people_photos.locate_people(out, ())
     for name, clips in sorted(decision.people.items()):
-        faces = filter(None, map(PhotoFace.of, sorted(clips)))
+        faces = filter(None, map(people_photos.PhotoFace.of, sorted(clips)))
         pictures = (
             _locate_picture(out, places[x.folder], x.clip) for x in faces if x.folder in places
         )
