@@ -1,12 +1,14 @@
 """Systems that one command trains and joins: learned numbers against an oracle, files, repeats."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import expit, logsumexp
 
 from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused
-from vidjax.evaluation import blend, calibration, predict
+from vidjax.core import devices, ensemble
+from vidjax.evaluation import blend, calibration, predict, pseudo_labels, scoring, trained_runs
 from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.run_folder import RunFolder
 from vidjax.training import public
@@ -131,3 +133,88 @@ def test_the_shipped_configuration_gives_data_and_seed_to_its_systems():
     assert measured.modalities == ("face",)
     refused(lambda: config_io.load_system(config, "/tmp/x.py", final=False), "configs/NAME.py")
     assert final.data.train_splits == ("train", "val")
+
+
+@pytest.fixture(scope="module")
+def runs(joint):
+    """The models of the runs in folds of `joint`, trained, and a function that scores clips."""
+    config, folder, data = joint
+    if not folder.has("ranking.txt"):
+        public.train_run(config, folder, data)
+    mesh = devices.make_mesh(1)
+    models = []
+    for name in ("1_plda", "2_plda"):
+        own = blend.run_config(folder.config, str(folder.path / name))
+        run = trained_runs.find_run(own, RunFolder(folder.path / name))
+        models.append(trained_runs.make_model(own, run, data, mesh, keep_sums=True))
+
+    def score(models, split):
+        """Returns the scores of all clips by the mean probability, [N, C]."""
+        result = np.zeros((len(data.split(split).clips), len(data.identities)))
+        for blocks, scores in scoring.score_clips(models, split, mesh, 32):
+            rows = np.asarray(blocks[0].batch_mask)
+            joined = np.asarray(scoring.blend(scores, [1.0] * len(scores)))
+            result[np.asarray(blocks[0].clip_index)[rows]] = joined[rows]
+        return result
+
+    def enrol(least, change=lambda scores, index: scores, splits=("train", "val", "test")):
+        def make_join(split):
+            return lambda scores, index: change(scoring.blend(scores, [1.0, 1.0]), index)
+
+        return pseudo_labels.enrol(models, splits, make_join, least, mesh, 32)
+
+    return models, score, enrol
+
+
+def test_a_clip_is_scored_by_one_member_that_does_not_enrol_it(runs, joint):
+    models, _, enrol = runs
+    splits = {name: joint[2].split(name).clips for name in ("train", "val", "test")}
+    names = [name for clips in splits.values() for name in clips]
+    group = {name: i % pseudo_labels.GROUPS for i, name in enumerate(names)}
+    for old, new in zip(models, enrol(0.5), strict=True):
+        sets = new.training_sets
+        assert len(sets.members) == pseudo_labels.GROUPS * len(old.training_sets.members)
+        for split in ("train", "val"):
+            use, _ = ensemble.choose_scoring_members(sets, splits[split])
+            assert (use.sum(axis=0) == 1).all()
+        use, _ = ensemble.choose_scoring_members(sets, splits["test"])
+        assert (use.sum(axis=0) == len(old.training_sets.members)).all()
+        before, _ = ensemble.choose_scoring_members(old.training_sets, splits["test"])
+        assert before.all()
+    rows = [group[name] for name in splits["test"]]
+    expected = np.arange(len(use))[:, None] % pseudo_labels.GROUPS == np.array(rows)
+    np.testing.assert_array_equal(use, expected)
+
+
+def test_without_certain_clips_scores_do_not_change(runs):
+    models, score, enrol = runs
+    for split in ("val", "test"):
+        expected = score(models, split)
+        np.testing.assert_allclose(score(enrol(2.0), split), expected, atol=1e-4)
+
+
+def test_the_pseudo_label_of_a_clip_changes_the_scores_of_other_clips_only(runs):
+    _, score, enrol = runs
+    row, splits = 7, ("test",)
+
+    def change(scores, index):
+        """Gives clip `row` the identity with the lowest score, and no label to all others."""
+        marked = jnp.where(scores == scores.min(axis=1, keepdims=True), 0.0, -50.0)
+        return jnp.where((index == row)[:, None], marked, -50.0)
+
+    before = score(enrol(0.5, lambda scores, index: scores - 50.0, splits), "test")
+    after = score(enrol(0.5, change, splits), "test")
+    np.testing.assert_allclose(after[row], before[row], atol=1e-5)
+    others = np.arange(len(before)) % pseudo_labels.GROUPS != row % pseudo_labels.GROUPS
+    assert (np.abs(after - before).max(axis=1)[others] > 1e-3).any()
+    same = np.arange(len(before)) % pseudo_labels.GROUPS == row % pseudo_labels.GROUPS
+    np.testing.assert_allclose(after[same], before[same], atol=1e-5)
+
+
+def test_a_blend_with_pseudo_labels_has_no_table_of_members(runs, joint):
+    _, folder, data = joint
+    again = folder.config
+    again.join.pseudo_labels = 0.9
+    results = blend.blend_runs(again, folder, lambda _: data)
+    assert results["map_kind"] == "out_of_fold"
+    assert "members" not in results and len(results["runs"]) == 2

@@ -63,7 +63,7 @@ def blend_runs(
         kept.join.calibration = calibration.to_values(sets)
         make_join = functools.partial(_make_join, models[0].data, config, sets)
         if least:
-            splits = tuple(models[0].data.report["splits"])
+            splits = tuple(next(iter(datasets.values())).report["splits"])
             models = pseudo_labels.enrol(models, splits, make_join, least, mesh, spec.block_size)
         join = make_join(spec.split)
     each = spec.members and not least  # parts of an ensemble say little
