@@ -52,6 +52,7 @@ def blend_runs(
             datasets[key] = load(own)
         model = trained_runs.make_model(own, run, datasets[key], mesh, keep_sums=bool(least))
         models.append(model._replace(weight=weight))
+    report = next(iter(datasets.values())).report
     kept = copy.deepcopy(config)
     kept.join.weights = weights
     if folder.has(CONFIG):  # `eval.split` stays the split of the first evaluation
@@ -63,7 +64,7 @@ def blend_runs(
         kept.join.calibration = calibration.to_values(sets)
         make_join = functools.partial(_make_join, models[0].data, config, sets)
         if least:
-            splits = tuple(next(iter(datasets.values())).report["splits"])
+            splits = tuple(report["splits"])
             models = pseudo_labels.enrol(models, splits, make_join, least, mesh, spec.block_size)
         join = make_join(spec.split)
     each = spec.members and not least  # parts of an ensemble say little
@@ -72,7 +73,7 @@ def blend_runs(
     )
     folder.write_config(kept)
     results = evaluation.results | {
-        "data": models[0].data.report["data"],
+        "data": report["data"],
         "eval_seconds": time.monotonic() - began,
         "date": results_lib.now(),
         "versions": collect_versions(),
