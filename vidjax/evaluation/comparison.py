@@ -390,6 +390,7 @@ def list_fields(run: RankedRun) -> dict[str, str]:
     if values["join.runs"]:
         # The weights in `config.json` are of the last evaluation, maybe of another split.
         weights = tuple(row.get("weight") for row in run.metrics.get("runs") or ())
+        values.pop("join.calibration")  # a result, not a choice
         own = {name: value for name, value in values.items() if name.startswith("join.")}
         values = own | {"join.weights": weights}
     return {name: config_io.value_text(value) for name, value in values.items()}
