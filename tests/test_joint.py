@@ -1,5 +1,7 @@
 """Systems that one command trains and joins: learned numbers against an oracle, files, repeats."""
 
+import copy
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -109,6 +111,26 @@ def test_one_command_measures_out_of_fold_and_ranks_test(joint):
     refused(lambda: public.train_run(config, RunFolder(folder.path), data), "--workdir")
 
 
+def test_a_blend_that_is_trained_only_on_train_ranks_val_with_the_runs_on_all_clips(
+    joint, tmp_path
+):
+    config, data = copy.deepcopy(joint[0]), joint[2]
+    config.ensemble.folds = 2
+    config.data.train_splits, config.join.pseudo_labels = ("train",), 0.9
+    results, _ = public.train_run(config, RunFolder(tmp_path), data)
+    metrics = {
+        x: RunFolder(tmp_path).metrics(RunFolder(tmp_path).paths(x)) for x in ("train", "val")
+    }
+    assert results["map"] == metrics["val"]["map"] > 0.5
+    assert [row["name"].rpartition("/")[2] for row in metrics["train"]["runs"]] == [
+        "1_plda",
+        "2_plda",
+    ]
+    assert metrics["val"]["runs"][0]["name"].endswith("1_plda_all")
+    again, was_finished = public.train_run(config, RunFolder(tmp_path), data)
+    assert was_finished and again["map"] == results["map"]
+
+
 def test_the_shipped_configuration_gives_data_and_seed_to_its_systems():
     config = config_io.load_file("configs/joint.py:iqiyi_vid,few,face,audio")
     config.seed, config.data.dir = 3, "somewhere"
@@ -124,7 +146,7 @@ def test_the_shipped_configuration_gives_data_and_seed_to_its_systems():
     assert (folds.seed, folds.data.dir, folds.ensemble.folds, folds.ensemble.seeds) == (
         3, "somewhere", 5, 1,
     )  # fmt: skip
-    assert (final.eval.split, final.ensemble.folds, final.ensemble.seeds) == ("test", 0, 3)
+    assert (final.ensemble.folds, final.ensemble.seeds) == (0, 3)
     config = config_io.load_file("configs/joint.py:iqiyi_vid")  # one net measures, and one ranks
     measured, final = (
         config_io.load_system(config, config.join.systems[0], final=x) for x in (False, True)

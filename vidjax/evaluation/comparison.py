@@ -385,12 +385,12 @@ def list_fields(run: RankedRun) -> dict[str, str]:
     """
     values = dict(config_lib.fields(run.config)) | {"eval.checkpoint": "latest"}
     values |= run.metrics.get("overrides") or {}
+    del values["join.calibration"]  # a result, not a choice
     if epochs := results_lib.describe_epochs(run.metrics):
         values["num_epochs"] = epochs
     if values["join.runs"]:
         # The weights in `config.json` are of the last evaluation, maybe of another split.
         weights = tuple(row.get("weight") for row in run.metrics.get("runs") or ())
-        values.pop("join.calibration")  # a result, not a choice
         own = {name: value for name, value in values.items() if name.startswith("join.")}
         values = own | {"join.weights": weights}
     return {name: config_io.value_text(value) for name, value in values.items()}

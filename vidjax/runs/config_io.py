@@ -62,7 +62,7 @@ def load_system(config: Config, spec: str, *, final: bool) -> Config:
     """Returns the configuration `spec`, one of `config.join.systems`, to train it for a blend.
 
     `config` gives the seed, the folds to train, and the values of `data` that differ from the
-    defaults. If `final` is True, the system is trained on all clips, and ranks test.
+    defaults. If `final` is True, the system is trained on all clips.
     """
     if not spec.partition(":")[0].isidentifier():  # a received run must not execute any file
         raise UserError(
@@ -77,7 +77,6 @@ def load_system(config: Config, spec: str, *, final: bool) -> Config:
     own.ensemble.folds = 0 if final else config.ensemble.folds
     own.ensemble.only = () if final else config.ensemble.only
     own.ensemble.seeds = own.ensemble.seeds if final else 1  # more nets hardly change the blend
-    own.eval.split = "test" if final else config.eval.split
     own.eval.report = False
     return own
 

@@ -27,37 +27,39 @@ def train_systems(
 ) -> tuple[dict[str, Any], bool]:
     """Trains each system in folds and on all clips with `train`, and joins their scores.
 
-    The function `train` is `public.train_run`. The folds measure the blend, and the runs on all
-    clips rank the split test. Returns the content of `metrics.json`, and whether the blend had been
-    finished before.
+    The function `train` is `public.train_run`. The folds measure the blend on `config.eval.split`,
+    or on the last split of `config.data.train_splits` if the systems are not trained on
+    `config.eval.split`. The runs on all clips rank the other splits that are evaluated. Returns the
+    metrics on `config.eval.split`, and whether the blend had been finished before.
     """
     began = time.monotonic()
     _check_same_blend(config, folder)
-    has_test = "test" in data.report["splits"]
+    asked, trained, known = config.eval.split, config.data.train_splits, data.report["splits"]
+    measured = asked if asked in trained else trained[-1]
+    splits = dict.fromkeys((measured, asked, *(x for x in ("test",) if x in known)))
     names: dict[bool, list[str]] = {False: [], True: []}
     new = False
-    for final in (False, True)[: 1 + has_test]:
+    for final in (False, True)[: len(splits)]:
         for number, spec in enumerate(config.join.systems, 1):
             own = config_io.load_system(config, spec, final=final)
+            own.eval.split = [*splits][-1 if final else 0]
             path = folder.path / f"{number}_{own.model.name}{'_all' if final else ''}"
             say(f"{path.name}: {spec}, on {'all clips' if final else 'folds'}")
             with make_and_lock(path):
                 run = train(own, RunFolder(path), data, num_devices=num_devices)
             new |= not run[1]
             names[final].append(path.name)
-    splits = [config.eval.split, *(["test"] if has_test else [])]
     done = [folder.metrics(folder.paths(split)) if folder.has(CONFIG) else {} for split in splits]
     if all(done) and not new:
-        return done[0], True
-    joined = copy.deepcopy(config)
+        return done[[*splits].index(asked)], True
+    joined, results = copy.deepcopy(config), {}
     joined.join.update(runs=tuple(names[False]), finals=tuple(names[True]))
-    options = {"num_devices": num_devices, "command": command}
-    results = blend.blend_runs(joined, folder, lambda _: data, **options)
-    if has_test:
+    for split in splits:
+        joined.eval.split = split
+        options = {"num_devices": num_devices, "command": command}
+        results[split] = blend.blend_runs(joined, folder, lambda _: data, **options)
         joined = folder.config
-        joined.eval.split = "test"
-        blend.blend_runs(joined, folder, lambda _: data, **options)
-    return results | {"seconds": time.monotonic() - began}, False
+    return results[asked] | {"seconds": time.monotonic() - began}, False
 
 
 def _check_same_blend(config: Config, folder: RunFolder) -> None:
@@ -65,6 +67,7 @@ def _check_same_blend(config: Config, folder: RunFolder) -> None:
     if not folder.has(CONFIG):
         return
     before = folder.config
+    before.eval.split = config.eval.split  # `train_systems` chooses the first split
     for name in SET_HERE:
         before.join[name] = config.join[name]
     check_resumes(folder.path, before, config)
