@@ -9,7 +9,10 @@ from collections.abc import Iterator
 
 from vidjax.runs import config as config_lib, config_words
 
-WORDS = {name: config_words.SCALE_WORDS[name] for name in ("iqiyi_vid", "few", "standard")}
+WORDS = {
+    **{name: config_words.SCALE_WORDS[name] for name in ("iqiyi_vid", "few", "standard")},
+    "plda": "joins only PLDA of each modality, so no net is trained",
+}
 
 
 def get_config(args: str = "") -> config_lib.Config:
@@ -31,10 +34,11 @@ def get_config(args: str = "") -> config_lib.Config:
 
 
 def _name_systems(modalities: tuple[str, ...], words: set[str], *, full: bool) -> Iterator[str]:
-    size = sorted(words, reverse=True)
+    size = sorted(words - {"plda"}, reverse=True)
     # With many classes, the classifier of several modalities takes longer than it gains. Scenes
     # show few people, so the cosine of a scene does not help.
     people = [name for name in modalities if name != "scene"] or list(modalities)
-    yield "cosine:" + ",".join([*size, *people[:1]] if full else [*size, "ensemble", *people])
+    if "plda" not in words:
+        yield "cosine:" + ",".join([*size, *people[:1]] if full else [*size, "ensemble", *people])
     for name in modalities:
         yield "plda:" + ",".join([*size, name])

@@ -70,6 +70,7 @@ def test_a_run_that_shows_the_wrong_person_in_some_clips_is_trusted_less():
     assert (sets.trust[:, 0] > sets.trust[:, 1] + 1).all()
     again = calibration.from_values(calibration.to_values(sets))
     np.testing.assert_array_equal(again.trust[0], sets.trust[-1])
+    refused(lambda: calibration.from_values(calibration.to_values(sets)[1:]), "eval.split=val")
     joined = np.asarray(calibration.Joined(sets, part)([good, bad], np.arange(900)))
     known = labels > 0
     assert np.mean(joined[known].argmax(axis=1) == labels[known] - 1) > 0.97
@@ -122,6 +123,7 @@ def test_a_blend_that_is_trained_only_on_train_ranks_val_with_the_runs_on_all_cl
         x: RunFolder(tmp_path).metrics(RunFolder(tmp_path).paths(x)) for x in ("train", "val")
     }
     assert results["map"] == metrics["val"]["map"] > 0.5
+    assert (metrics["train"]["map_kind"], metrics["val"]["map_kind"]) == ("out_of_fold", "val")
     assert [row["name"].rpartition("/")[2] for row in metrics["train"]["runs"]] == [
         "1_plda",
         "2_plda",
@@ -147,6 +149,8 @@ def test_the_shipped_configuration_gives_data_and_seed_to_its_systems():
         3, "somewhere", 5, 1,
     )  # fmt: skip
     assert (final.ensemble.folds, final.ensemble.seeds) == (0, 3)
+    without = config_io.load_file("configs/joint.py:iqiyi_vid,few,plda,face,audio")
+    assert without.join.systems == config.join.systems[1:]
     config = config_io.load_file("configs/joint.py:iqiyi_vid")  # one net measures, and one ranks
     measured, final = (
         config_io.load_system(config, config.join.systems[0], final=x) for x in (False, True)

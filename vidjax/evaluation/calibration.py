@@ -26,6 +26,7 @@ import scipy
 from vidjax.core import ensemble
 from vidjax.core.batch import Array
 from vidjax.core.losses import log_softmax
+from vidjax.utils.errors import UserError
 
 PARTS = 3  # the numbers for the clips of a part are learned on the other parts
 MAX_CLIPS = 4000  # clips to learn from; if there are more, they are drawn
@@ -180,6 +181,14 @@ def to_values(sets: Calibration) -> tuple[Any, ...]:
 
 
 def from_values(values: Sequence[Any]) -> Calibration:
-    """Reads the numbers in `config.join.calibration`. Returns arrays [1, R]."""
+    """Reads the numbers in `config.join.calibration`. Returns arrays [1, R].
+
+    Raises UserError if a row is missing, as in runs of older versions.
+    """
+    if len(values) != len(Calibration._fields):
+        raise UserError(
+            f"join.calibration has {len(values)} rows, not {len(Calibration._fields)}\n"
+            "to learn them again, evaluate the first split of the run: --config.eval.split=val"
+        )
     *rows, (stranger,) = values
     return Calibration._make(np.asarray(x, np.float32)[None] for x in (*rows, stranger))

@@ -603,12 +603,17 @@ def _replace_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str,
 def _map_kind(split_name: str, scorers: Sequence[ModelScorer]) -> str:
     """Returns the entry `map_kind` of `metrics.json`.
 
-    It is `in_sample` if a member scores its training clips, `out_of_fold` if a member skips clips,
-    and otherwise the name of the split.
+    It is `in_sample` if a member scores its training clips. It is `out_of_fold` if a member of a
+    fold or of a bootstrap sample skips clips. Otherwise, it is the name of the split.
     """
     if any(scorer.in_sample for scorer in scorers):
         return "in_sample"
-    return split_name if all(scorer.use.all() for scorer in scorers) else "out_of_fold"
+    for scorer in scorers:
+        for member, use in zip(scorer.model.training_sets.members, scorer.use, strict=True):
+            # Members on all clips skip only clips that `pseudo_labels` enrolled.
+            if max(member.fold, member.bootstrap) >= 0 and not use.all():
+                return "out_of_fold"
+    return split_name
 
 
 def _describe_member(member: ensemble.Member) -> dict[str, Any]:
