@@ -19,9 +19,9 @@ C = 6
 RNG = np.random.default_rng(0)
 
 
-def make_scores(labels, shown, noise):
-    """Log-probabilities [n, C] of a run that sees identity `shown`, not the right one."""
-    logits = noise * RNG.normal(size=(len(labels), 1 + C))
+def make_scores(labels, shown, noise, count=C):
+    """Log-probabilities [n, count] of a run that sees identity `shown`, not the right one."""
+    logits = noise * RNG.normal(size=(len(labels), 1 + count))
     logits[np.arange(len(labels)), shown] += 6
     logs = logits - logsumexp(logits, axis=1, keepdims=True)
     return logs[:, 1:].astype(np.float32)
@@ -74,6 +74,25 @@ def test_a_run_that_shows_the_wrong_person_in_some_clips_is_trusted_less():
     joined = np.asarray(calibration.Joined(sets, part)([good, bad], np.arange(900)))
     known = labels > 0
     assert np.mean(joined[known].argmax(axis=1) == labels[known] - 1) > 0.97
+
+
+def test_numbers_learned_from_candidates_are_as_good_as_those_from_all_identities(monkeypatch):
+    """A run without strangers has the highest odds of all runs for thousands of identities."""
+    count = 8 * calibration.CANDIDATES
+    labels = RNG.integers(1, 1 + count, 600)
+    first, second = (make_scores(labels, labels, 1.8, count) for _ in range(2))
+    first -= logsumexp(first, axis=1, keepdims=True)  # it never sees a stranger
+    part = calibration.split_clips(labels)
+
+    def lose():
+        examples = calibration.choose_candidates([first, second], labels, part)
+        numbers = calibration.fit(examples, np.ones(len(labels), np.float32))
+        joined = np.asarray(calibration.join_scores([first, second], numbers))
+        return -joined[np.arange(len(labels)), labels - 1].mean()
+
+    of_candidates = lose()
+    monkeypatch.setattr(calibration, "CANDIDATES", count)
+    assert abs(of_candidates - lose()) < 0.005
 
 
 @pytest.fixture(scope="module")

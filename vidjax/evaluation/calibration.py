@@ -30,7 +30,7 @@ from vidjax.utils.errors import UserError
 
 PARTS = 3  # the numbers for the clips of a part are learned on the other parts
 MAX_CLIPS = 4000  # clips to learn from; if there are more, they are drawn
-CANDIDATES = 100  # identities of a clip to learn from, those with the highest scores
+CANDIDATES = 100  # identities of a clip to learn from; if there are more, half of them are drawn
 WRONG = 0.02  # assumed share of wrong labels
 PRIOR = 0.02  # weight of the prior, whose means are START
 START = {"scale": 0.0, "offset": 0.0, "trust": 2.5, "limit": 6.0, "absent": -1.0}
@@ -53,6 +53,7 @@ class Examples(NamedTuple):
 
     logs: np.ndarray  # [R, n, K] float32, logarithms of probabilities
     unknown: np.ndarray  # [R, n] float32, log of the probability of a stranger
+    weight: np.ndarray  # [n, K] float32, the number of identities that a candidate represents
     right: np.ndarray  # [n] int32
     part: np.ndarray  # [n] int32, from 0 to PARTS - 1
 
@@ -101,19 +102,32 @@ def join_scores(scores: Sequence[Array], calibration: Calibration) -> Array:
 def choose_candidates(
     scores: Sequence[np.ndarray], labels: np.ndarray, part: np.ndarray
 ) -> Examples:
-    """Keeps the scores of the right identity and of the best others, from [n, C] for each run.
+    """Keeps the scores of the right identity, of the best ones of each run, and of random others.
 
-    `labels` [n] are columns, 1..C, or 0 for strangers. `part` is [n], see `split_clips`.
+    Without random others, the learned numbers could raise the odds of all identities that were left
+    out.
+
+    Args:
+      scores: logarithms of probabilities [n, C] of each run.
+      labels: [n], columns from 1 to C, or 0 for strangers.
+      part: [n], see `split_clips`.
     """
     logs = np.stack(scores)
+    num_runs, num_clips, num_columns = logs.shape
+    number, rows = min(CANDIDATES, num_columns), np.arange(num_clips)
+    key = np.random.default_rng(0).random((num_clips, num_columns))
+    best = np.argsort(-logs, axis=2, kind="stable")[..., : number // (2 * num_runs)]
+    key[rows[:, None], best] = -1.0
+    known = labels > 0
+    key[rows[known], labels[known] - 1] = -2.0  # the first candidate
+    columns = np.argsort(key, axis=1, kind="stable")[:, :number]
+    chosen = np.sum(key < 0, axis=1, keepdims=True)
+    share = (num_columns - chosen) / np.maximum(number - chosen, 1)
+    drawn = np.take_along_axis(key, columns, axis=1) >= 0
+    weight = np.where(drawn, share, 1.0).astype(np.float32)
     unknown = np.asarray(log_odds_unknown(logs))
-    number = min(CANDIDATES, logs.shape[2])
-    value = np.max(logs - unknown[..., None], axis=0)  # [n, C]
-    rows = np.flatnonzero(labels > 0)
-    value[rows, labels[rows] - 1] = np.inf
-    columns = np.argsort(-value, axis=1, kind="stable")[:, :number]
     logs = np.take_along_axis(logs, columns[None], axis=2)
-    return Examples(logs, unknown, (labels > 0).astype(np.int32), part)
+    return Examples(logs, unknown, weight, known.astype(np.int32), part)
 
 
 def fit(examples: Examples, weights: np.ndarray) -> Calibration:
@@ -123,7 +137,7 @@ def fit(examples: Examples, weights: np.ndarray) -> Calibration:
     share = weights / np.sum(weights)
 
     def loss(point: np.ndarray) -> tuple[float, np.ndarray]:
-        value, slope = _loss(jnp.asarray(point, jnp.float32), *examples[:3], share)
+        value, slope = _loss(jnp.asarray(point, jnp.float32), *examples[:4], share)
         gap = point - start
         more = PRIOR * gap / len(gap)
         return float(value) + float(gap @ more) / 2, np.asarray(slope, np.float64) + more
@@ -138,9 +152,12 @@ def _unpack(point: Array, num_runs: int) -> Calibration:
 
 @jax.jit
 @jax.value_and_grad
-def _loss(point: Array, logs: Array, unknown: Array, right: Array, share: Array) -> Array:
+def _loss(
+    point: Array, logs: Array, unknown: Array, weight: Array, right: Array, share: Array
+) -> Array:
     """Computes the cross-entropy of the right answers. Labels are wrong with probability WRONG."""
     logits = join_logs(logs, unknown, _unpack(point, len(logs)))
+    logits += jnp.pad(jnp.log(weight), ((0, 0), (1, 0)))
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=1), right[:, None], axis=1)[:, 0]
     floor = jnp.log(WRONG / logits.shape[1])
     return -jnp.sum(share * jnp.logaddexp(chosen + jnp.log(1 - WRONG), floor))
@@ -168,10 +185,9 @@ def learn(examples: Sequence[Examples]) -> Calibration:
 
     Returns arrays [PARTS + 1, R]. The last numbers are learned on all clips.
     """
-    logs, unknown = (np.concatenate([x[i] for x in examples], axis=1) for i in range(2))
-    right, part = (np.concatenate([x[i] for x in examples]) for i in range(2, 4))
-    joined = Examples(logs, unknown, right, part)
-    sets = [fit(joined, (part != number).astype(np.float32)) for number in range(PARTS + 1)]
+    columns = zip(*examples, strict=True)
+    joined = Examples(*(np.concatenate(x, axis=int(i < 2)) for i, x in enumerate(columns)))
+    sets = [fit(joined, (joined.part != x).astype(np.float32)) for x in range(PARTS + 1)]
     return Calibration(*map(np.stack, zip(*sets, strict=True)))
 
 
