@@ -149,7 +149,7 @@ def run_step(step: str, folder: Path, scale: float) -> dict[str, Any]:
         return {"disk": count_bytes(cache)}
     if step == "resume":
         return resume(folder, workdir, log, scale)
-    # The metrics of a joint run on train are out of fold, and its metrics on val have a file.
+    # In a joint run on train, `metrics.json` has the metrics on train, out of fold.
     results = workdir / ("metrics_val.json" if step == "joint" else "metrics.json")
     if results.exists():
         shutil.rmtree(workdir)  # its row was deleted, so the step is repeated
@@ -158,7 +158,7 @@ def run_step(step: str, folder: Path, scale: float) -> dict[str, Any]:
     metrics, disk = json.loads(results.read_text()), count_bytes(workdir)
     for checkpoints in [*workdir.rglob("checkpoints")]:
         shutil.rmtree(checkpoints)  # they take gigabytes
-    mode = metrics.get("mode", "resident")  # a joint run has no mode
+    mode = metrics.get("mode")  # None for a joint run
     return {"map": metrics["map"], "mode": mode, "resumed": resumed, "disk": disk}
 
 

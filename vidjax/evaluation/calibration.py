@@ -104,13 +104,15 @@ def choose_candidates(
 ) -> Examples:
     """Keeps the scores of the right identity, of the best ones of each run, and of random others.
 
-    Without random others, the learned numbers could raise the odds of all identities that were left
-    out.
+    Without random others, the learned numbers could raise the odds of all other identities. A
+    random identity stands for several identities, so its odds are multiplied by their number.
 
     Args:
       scores: logarithms of probabilities [n, C] of each run.
       labels: [n], columns from 1 to C, or 0 for strangers.
       part: [n], see `split_clips`.
+
+    Source: Bengio and Senécal 2008, importance sampling. Here, only a part is drawn.
     """
     logs = np.stack(scores)
     num_runs, num_clips, num_columns = logs.shape
@@ -185,8 +187,8 @@ def learn(examples: Sequence[Examples]) -> Calibration:
 
     Returns arrays [PARTS + 1, R]. The last numbers are learned on all clips.
     """
-    columns = zip(*examples, strict=True)
-    joined = Examples(*(np.concatenate(x, axis=int(i < 2)) for i, x in enumerate(columns)))
+    fields = enumerate(zip(*examples, strict=True))
+    joined = Examples(*(np.concatenate(x, axis=int(i < 2)) for i, x in fields))  # over clips
     sets = [fit(joined, (joined.part != x).astype(np.float32)) for x in range(PARTS + 1)]
     return Calibration(*map(np.stack, zip(*sets, strict=True)))
 
@@ -204,7 +206,7 @@ def from_values(values: Sequence[Any]) -> Calibration:
     if len(values) != len(Calibration._fields):
         raise UserError(
             f"join.calibration has {len(values)} rows, not {len(Calibration._fields)}\n"
-            "to learn them again, evaluate the first split of the run: --config.eval.split=val"
+            "evaluate the first split of the run to learn them again, as in --config.eval.split=val"
         )
     *rows, (stranger,) = values
     return Calibration._make(np.asarray(x, np.float32)[None] for x in (*rows, stranger))

@@ -608,12 +608,14 @@ def _map_kind(split_name: str, scorers: Sequence[ModelScorer]) -> str:
     """
     if any(scorer.in_sample for scorer in scorers):
         return "in_sample"
-    for scorer in scorers:
-        for member, use in zip(scorer.model.training_sets.members, scorer.use, strict=True):
-            # Members on all clips skip only clips that `pseudo_labels` enrolled.
-            if max(member.fold, member.bootstrap) >= 0 and not use.all():
-                return "out_of_fold"
-    return split_name
+    complete = (
+        use.all()
+        for scorer in scorers
+        for member, use in zip(scorer.model.training_sets.members, scorer.use, strict=True)
+        # All other members skip only clips that `pseudo_labels` enrolled.
+        if max(member.fold, member.bootstrap) >= 0
+    )
+    return split_name if all(complete) else "out_of_fold"
 
 
 def _describe_member(member: ensemble.Member) -> dict[str, Any]:

@@ -36,13 +36,13 @@ def train_systems(
     _check_same_blend(config, folder)
     asked, trained, known = config.eval.split, config.data.train_splits, data.report["splits"]
     measured = asked if asked in trained else trained[-1]
-    splits = dict.fromkeys((measured, asked, *(x for x in ("test",) if x in known)))
+    splits = [*dict.fromkeys((measured, asked, *({"test"} & {*known})))]
     names: dict[bool, list[str]] = {False: [], True: []}
     new = False
     for final in (False, True)[: len(splits)]:
         for number, spec in enumerate(config.join.systems, 1):
             own = config_io.load_system(config, spec, final=final)
-            own.eval.split = [*splits][-1 if final else 0]
+            own.eval.split = splits[-1 if final else 0]
             path = folder.path / f"{number}_{own.model.name}{'_all' if final else ''}"
             say(f"{path.name}: {spec}, on {'all clips' if final else 'folds'}")
             with make_and_lock(path):
@@ -51,7 +51,7 @@ def train_systems(
             names[final].append(path.name)
     done = [folder.metrics(folder.paths(split)) if folder.has(CONFIG) else {} for split in splits]
     if all(done) and not new:
-        return done[[*splits].index(asked)], True
+        return done[splits.index(asked)], True
     joined, results = copy.deepcopy(config), {}
     joined.join.update(runs=tuple(names[False]), finals=tuple(names[True]))
     for split in splits:
