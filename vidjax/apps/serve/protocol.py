@@ -202,16 +202,15 @@ def _read_header_size(body: bytes, header_length: str | None) -> int:
 
 def _parse_values(tensor: Tensor, name: str, dtype: np.dtype) -> np.ndarray:
     """Returns the values of a tensor, a flat or nested list in JSON, as a flat array."""
-    kind: Any = bool if dtype.kind == "b" else float
-    nested: Any = kind
-    for _ in tensor.shape:
-        nested = list[nested]
     content = bytes(tensor.data)
     if not content:
         raise unprocessable(f"input '{name}' has no values: send data or binary_data_size")
     is_nested = re.match(rb"\s*\[\s*\[", content)
+    kind: Any = bool if dtype.kind == "b" else float
+    for _ in tensor.shape if is_nested else tensor.shape[:1]:
+        kind = list[kind]
     try:
-        values = msgspec.json.decode(content, type=nested if is_nested else list[kind])
+        values = msgspec.json.decode(content, type=kind)
     except (msgspec.DecodeError, RecursionError) as error:
         raise unprocessable(f"input '{name}': {show(str(error))}") from None
     with np.errstate(over="ignore"):  # larger values become infinite and are refused later
