@@ -340,10 +340,15 @@ def test_onnx_operations_equal_jax_operations_or_are_refused():
     refused(lambda: as_onnx("lgamma"), "does not support an operation of this model: 'lgamma'")
 
 
-@pytest.fixture
-def core(monkeypatch):
-    monkeypatch.setitem(sys.modules, "openvino_telemetry", None)  # it forks, and opens connections
-    return pytest.importorskip("openvino").Core()
+@pytest.fixture(scope="session")
+def core():
+    """OpenVINO sets the stack of signal handlers in the main thread.
+
+    If another thread freed OpenVINO, the next signal would abort the process.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "openvino_telemetry", None)  # it forks, and opens connections
+        return pytest.importorskip("openvino").Core()
 
 
 def test_openvino_sorts_as_jax(core):
