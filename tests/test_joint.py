@@ -14,6 +14,7 @@ from vidjax.evaluation import blend, calibration, predict, pseudo_labels, scorin
 from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.run_folder import RunFolder
 from vidjax.training import public
+from vidjax.training.dry_run import dry_run
 
 C = 6
 RNG = np.random.default_rng(0)
@@ -100,7 +101,7 @@ def joint(official_dir, cache_dir, tmp_path_factory):
     """A joint run of two systems in closed form, its configuration, and the data."""
     config = config_lib.default()
     config.data.update(name="iqiyi_vid", dir=str(official_dir), train_splits=("train", "val"))
-    config.ensemble.folds = 2
+    config.modalities, config.ensemble.folds = ("face", "head"), 2
     config.eval.update(block_size=32, report=False)
     config.join.systems = ("plda:iqiyi_vid,few,face", "plda:iqiyi_vid,few,head")
     config.join.learned = True
@@ -150,6 +151,16 @@ def test_a_blend_that_is_trained_only_on_train_ranks_val_with_the_runs_on_all_cl
     assert metrics["val"]["runs"][0]["name"].endswith("1_plda_all")
     again, was_finished = public.train_run(config, RunFolder(tmp_path), data)
     assert was_finished and again["map"] == results["map"]
+
+
+def test_splits_without_ground_truth_and_fields_that_no_system_reads_are_refused(joint, tmp_path):
+    config, data = copy.deepcopy(joint[0]), joint[2]
+    config.data.train_splits = ("train", "test")
+    refused(lambda: public.train_run(config, RunFolder(tmp_path), data), "train_splits=train")
+    config.num_epochs = 5.0
+    refused(lambda: config_lib.check(config), "config.num_epochs=5.0")
+    config.num_epochs, config.modalities = 1.0, ("face",)
+    refused(lambda: dry_run(config, data), "config.modalities=face,head")
 
 
 def test_the_shipped_configuration_gives_data_and_seed_to_its_systems():

@@ -422,6 +422,11 @@ MAY_CHANGE = tuple(name for name, field in FIELDS.items() if field.may_change)
 UNNAMED = tuple(x.name for x in FIELDS.values() if not x.affects & (Affects.MODEL | SCORES))
 # The fields of these groups depend on the chosen model or fusion.
 SPECIFICATIONS = ("model.", "fusion.")
+# The fields that a configuration with `join.systems` reads, in addition to `data` and `join`.
+FIELDS_OF_JOIN = (
+    "seed", "modalities", "ensemble.folds", "ensemble.only", "eval.split", "eval.block_size",
+    "eval.members", "eval.report",
+)  # fmt: skip
 # With these fields of `ensemble`, a member is not trained on some clips, so that it can score them.
 HOLD_OUT_FIELDS = ("folds", "bootstraps")
 
@@ -608,6 +613,15 @@ def _find_unread(values: Values) -> Iterator[str]:
         if name not in FIELDS and not name.startswith(SPECIFICATIONS):
             yield f"the field config.{name} does not exist: {suggest_field(name, FIELDS)}"
     yield from filter(None, (explain_unread(name, values) for name in FIELDS))
+    for name, value in values.items() if values["join.systems"] else ():
+        is_known = name in FIELDS_OF_JOIN or name.startswith(("data.", "join."))
+        if not is_known and value != (default := DEFAULTS.get(name)):
+            yield (
+                f"config.{name}={value} has no effect with config.join.systems: each system has a "
+                "configuration\nset the field in a copy of the configuration of a system, and name "
+                "the copy in config.join.systems\n"
+                f"or leave config.{name} at the default, {default!r}"
+            )
     if runs := values["join.runs"]:
         yield (
             f"config.join.runs={','.join(map(str, runs))} has no effect on a training\n"

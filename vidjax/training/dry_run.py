@@ -64,9 +64,8 @@ def dry_run(config: Config, data: TrainingData | None = None) -> None:
     or a fusion, a training step is traced, too, because it calls the user's functions. Then a dry
     run takes a second.
     """
-    for spec in config.join.systems:
-        dry_run(config_io.load_system(config, spec, final=False), data)
     if config.join.systems:
+        _dry_run_systems(config, data)
         return
     check_model(config)
     check_metric(config)
@@ -110,6 +109,21 @@ def dry_run(config: Config, data: TrainingData | None = None) -> None:
         raise UserError(
             f"the model '{spec['model'].get('name')}' has {count:,} parameters, more "
             f"than {MAX_PARAMS:,}\nreduce its sizes in config.model"
+        )
+
+
+def _dry_run_systems(config: Config, data: TrainingData | None) -> None:
+    names = dict[str, None]()
+    for spec in config.join.systems:
+        system = config_io.load_system(config, spec, final=False)
+        dry_run(system, data)
+        names |= dict.fromkeys(system.modalities)
+    if {*names} != {*config.modalities}:
+        given, found = ",".join(config.modalities), ",".join(names)
+        raise UserError(
+            f"config.modalities={given}, but the systems in config.join.systems have {found}\n"
+            f"name systems with other modalities, as --config=joint:{given} does, or use "
+            f"--config.modalities={found}"
         )
 
 

@@ -11,6 +11,7 @@ from vidjax.runs import config_io
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import CONFIG, RunFolder, check_resumes, make_and_lock
 from vidjax.runs.terminal import say
+from vidjax.utils.errors import UserError
 
 Train = Callable[..., tuple[dict[str, Any], bool]]
 SET_HERE = ("runs", "finals", "weights", "calibration")  # fields of `config.join`
@@ -35,8 +36,9 @@ def train_systems(
     began = time.monotonic()
     _check_same_blend(config, folder)
     asked, trained, known = config.eval.split, config.data.train_splits, data.report["splits"]
+    _check_labels(config, data)
     measured = asked if asked in trained else trained[-1]
-    splits = [*dict.fromkeys((measured, asked, *({"test"} & {*known})))]
+    splits = [*dict.fromkeys((measured, asked, *({"test"} & {*known} - {*trained})))]
     names: dict[bool, list[str]] = {False: [], True: []}
     new = False
     for final in (False, True)[: len(splits)]:
@@ -71,3 +73,13 @@ def _check_same_blend(config: Config, folder: RunFolder) -> None:
     for name in SET_HERE:
         before.join[name] = config.join[name]
     check_resumes(folder.path, before, config)
+
+
+def _check_labels(config: Config, data: TrainingData) -> None:
+    """Raises UserError if the blend cannot learn from a split, because it has no ground truth."""
+    labelled = [name for name in config.data.train_splits if data.split(name).labelled]
+    if config.join.learned and (others := {*config.data.train_splits} - {*labelled}):
+        raise UserError(
+            f"config.join.learned: {min(others)} has no ground truth\n"
+            f"leave out the split: --config.data.train_splits={','.join(labelled)}"
+        )
