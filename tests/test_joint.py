@@ -96,6 +96,17 @@ def test_numbers_learned_from_candidates_are_as_good_as_those_from_all_identitie
     assert abs(of_candidates - lose()) < 0.005
 
 
+def test_strangers_are_recognised_if_no_stranger_was_among_the_clips_to_learn_from():
+    labels = RNG.integers(1, 1 + C, 900)
+    scores = [make_scores(labels, labels, 3.0) for _ in range(2)]
+    part = calibration.split_clips(labels)
+    sets = calibration.learn([calibration.choose_candidates(scores, labels, part)])
+    nobody = np.zeros(900, int)
+    of_strangers = [make_scores(nobody, nobody, 3.0) for _ in range(2)]
+    joined = calibration.join_scores(of_strangers, calibration.Calibration(*(x[-1] for x in sets)))
+    assert np.median(np.exp(np.asarray(joined)).sum(axis=1)) < 0.1
+
+
 @pytest.fixture(scope="module")
 def joint(official_dir, cache_dir, tmp_path_factory):
     """A joint run of two systems in closed form, its configuration, and the data."""

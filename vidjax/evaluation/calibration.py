@@ -12,7 +12,7 @@ identity j, its term is `absent`.
 All of these numbers are learned by logistic regression, over all identities and a stranger at once.
 
 Source: the logistic regression is from Brümmer and du Preez 2006, Application-independent
-evaluation of speaker detection. `trust`, `limit` and `absent` are not published.
+evaluation of speaker detection. `trust`, `limit`, `absent` and STRANGERS are not published.
 """
 
 from collections.abc import Sequence
@@ -32,6 +32,7 @@ PARTS = 3  # the numbers for the clips of a part are learned on the other parts
 MAX_CLIPS = 4000  # clips to learn from; if there are more, they are drawn
 CANDIDATES = 100  # identities of a clip to learn from; if there are more, half of them are drawn
 WRONG = 0.02  # assumed share of wrong labels
+STRANGERS = 0.1  # weight of a clip as a clip of a stranger, if no clip shows a stranger
 PRIOR = 0.02  # weight of the prior, whose means are START
 START = {"scale": 0.0, "offset": 0.0, "trust": 2.5, "limit": 6.0, "absent": -1.0}
 LEAST = 1e-6  # of the probability of a stranger; float32 does not distinguish smaller ones
@@ -185,12 +186,28 @@ def split_clips(labels: np.ndarray) -> np.ndarray:
 def learn(examples: Sequence[Examples]) -> Calibration:
     """Learns the numbers for each part, from the clips of the other parts.
 
-    Returns arrays [PARTS + 1, R]. The last numbers are learned on all clips.
+    If no clip shows a stranger, each clip also counts as a clip of a stranger: without the scores
+    of the right identity. Returns arrays [PARTS + 1, R]. The last numbers are learned on all clips.
     """
-    fields = enumerate(zip(*examples, strict=True))
-    joined = Examples(*(np.concatenate(x, axis=int(i < 2)) for i, x in fields))  # over clips
-    sets = [fit(joined, (joined.part != x).astype(np.float32)) for x in range(PARTS + 1)]
+    joined = _concatenate(examples)
+    weights = np.ones(len(joined.right), np.float32)
+    if joined.right.all():
+        joined = _concatenate([joined, _leave_out_right(joined)])
+        weights = np.where(joined.right > 0, 1, STRANGERS).astype(np.float32)
+    sets = [fit(joined, weights * (joined.part != x)) for x in range(PARTS + 1)]
     return Calibration(*map(np.stack, zip(*sets, strict=True)))
+
+
+def _concatenate(examples: Sequence[Examples]) -> Examples:
+    fields = enumerate(zip(*examples, strict=True))
+    return Examples(*(np.concatenate(x, axis=int(i < 2)) for i, x in fields))  # over clips
+
+
+def _leave_out_right(examples: Examples) -> Examples:
+    """Returns the clips as if no run knew their identity. Then they show strangers."""
+    logs = examples.logs.copy()
+    logs[:, np.arange(logs.shape[1]), examples.right - 1] = -np.inf
+    return examples._replace(logs=logs, right=np.zeros_like(examples.right))
 
 
 def to_values(sets: Calibration) -> tuple[Any, ...]:
