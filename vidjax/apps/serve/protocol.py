@@ -10,6 +10,7 @@ Source: the specification of KServe's data plane, and the binary extension of Tr
 
 import math
 import re
+import types
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -208,7 +209,7 @@ def _parse_values(tensor: Tensor, name: str, dtype: np.dtype) -> np.ndarray:
     is_nested = re.match(rb"\s*\[\s*\[", content)
     kind: Any = bool if dtype.kind == "b" else float
     for _ in tensor.shape if is_nested else tensor.shape[:1]:
-        kind = list[kind]
+        kind = types.GenericAlias(list, kind)  # `list[kind]` is no type for type checkers
     try:
         values = msgspec.json.decode(content, type=kind)
     except (msgspec.DecodeError, RecursionError) as error:
