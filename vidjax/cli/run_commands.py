@@ -25,7 +25,7 @@ from vidjax.utils.parser import Parser
 
 # Fields that a blend of runs reads. For all other fields, each run keeps its values.
 JOINED_FIELDS = (
-    "eval.split", "eval.block_size", "eval.members", "eval.report", "data.dir", "data.cache_dir",
+    *config_lib.BLEND_FIELDS, "data.dir", "data.cache_dir",
     "join.weights", "join.learned", "join.pseudo_labels",
 )  # fmt: skip
 

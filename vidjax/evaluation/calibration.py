@@ -199,8 +199,9 @@ def learn(examples: Sequence[Examples]) -> Calibration:
 
 
 def _concatenate(examples: Sequence[Examples]) -> Examples:
-    fields = enumerate(zip(*examples, strict=True))
-    return Examples(*(np.concatenate(x, axis=int(i < 2)) for i, x in fields))  # over clips
+    """Concatenates the clips, which are axis 1 of `logs` and `unknown`, and axis 0 of the rest."""
+    fields = zip((1, 1, 0, 0, 0), *examples, strict=True)
+    return Examples(*(np.concatenate(parts, axis=axis) for axis, *parts in fields))
 
 
 def _leave_out_right(examples: Examples) -> Examples:

@@ -422,11 +422,8 @@ MAY_CHANGE = tuple(name for name, field in FIELDS.items() if field.may_change)
 UNNAMED = tuple(x.name for x in FIELDS.values() if not x.affects & (Affects.MODEL | SCORES))
 # The fields of these groups depend on the chosen model or fusion.
 SPECIFICATIONS = ("model.", "fusion.")
-# The fields that a configuration with `join.systems` reads, in addition to `data` and `join`.
-FIELDS_OF_JOIN = (
-    "seed", "modalities", "ensemble.folds", "ensemble.only", "eval.split", "eval.block_size",
-    "eval.members", "eval.report",
-)  # fmt: skip
+# The fields that the evaluation of a blend reads, in addition to some fields of `data` and `join`.
+BLEND_FIELDS = ("eval.split", "eval.block_size", "eval.members", "eval.report")
 # With these fields of `ensemble`, a member is not trained on some clips, so that it can score them.
 HOLD_OUT_FIELDS = ("folds", "bootstraps")
 
@@ -522,6 +519,8 @@ def problems(config: Config) -> Iterator[str]:
     yield from _find_out_of_range(values)
     yield from _find_untrainable(values)
     yield from _find_unread(values)
+    if values["join.systems"]:
+        yield from _find_unread_by_systems(values)
 
 
 def check_ranges(config: Config | Mapping[str, Any]) -> None:
@@ -613,20 +612,25 @@ def _find_unread(values: Values) -> Iterator[str]:
         if name not in FIELDS and not name.startswith(SPECIFICATIONS):
             yield f"the field config.{name} does not exist: {suggest_field(name, FIELDS)}"
     yield from filter(None, (explain_unread(name, values) for name in FIELDS))
-    for name, value in values.items() if values["join.systems"] else ():
-        is_known = name in FIELDS_OF_JOIN or name.startswith(("data.", "join."))
-        if not is_known and value != (default := DEFAULTS.get(name)):
+    if runs := values["join.runs"]:
+        yield (
+            f"config.join.runs={','.join(map(str, runs))} has no effect on a training\n"
+            "to blend runs, use vidjax evaluate --workdir=FOLDER --runs=A,B"
+        )
+
+
+def _find_unread_by_systems(values: Values) -> Iterator[str]:
+    """Yields a message for each value that training the systems of a blend ignores."""
+    read = {*BLEND_FIELDS, "seed", "modalities", "ensemble.folds", "ensemble.only"}
+    for name, value in values.items():
+        default = DEFAULTS.get(name)
+        if name not in read and not name.startswith(("data.", "join.")) and value != default:
             yield (
                 f"config.{name}={value} has no effect with config.join.systems: each system has a "
                 "configuration\nset the field in a copy of the configuration of a system, and name "
                 "the copy in config.join.systems\n"
                 f"or leave config.{name} at the default, {default!r}"
             )
-    if runs := values["join.runs"]:
-        yield (
-            f"config.join.runs={','.join(map(str, runs))} has no effect on a training\n"
-            "to blend runs, use vidjax evaluate --workdir=FOLDER --runs=A,B"
-        )
 
 
 def explain_unread(name: str, values: Values) -> str:

@@ -113,6 +113,7 @@ def dry_run(config: Config, data: TrainingData | None = None) -> None:
 
 
 def _dry_run_systems(config: Config, data: TrainingData | None) -> None:
+    """Makes a dry run of each system. Raises UserError if they have not `config.modalities`."""
     names = dict[str, None]()
     for spec in config.join.systems:
         system = config_io.load_system(config, spec, final=False)

@@ -76,10 +76,12 @@ def _check_same_blend(config: Config, folder: RunFolder) -> None:
 
 
 def _check_labels(config: Config, data: TrainingData) -> None:
-    """Raises UserError if the blend cannot learn from a split, because it has no ground truth."""
-    labelled = [name for name in config.data.train_splits if data.split(name).labelled]
-    if config.join.learned and (others := {*config.data.train_splits} - {*labelled}):
-        raise UserError(
-            f"config.join.learned: {min(others)} has no ground truth\n"
-            f"leave out the split: --config.data.train_splits={','.join(labelled)}"
-        )
+    """Raises UserError if the blend must learn from a split without ground truth."""
+    splits = config.data.train_splits
+    for name in splits if config.join.learned else ():
+        if not data.split(name).labelled:
+            rest = ",".join(x for x in splits if x != name) or "train"
+            raise UserError(
+                f"config.join.learned: {name} has no ground truth\n"
+                f"leave out the split: --config.data.train_splits={rest}"
+            )

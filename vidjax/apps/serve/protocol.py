@@ -209,7 +209,7 @@ def _parse_values(tensor: Tensor, name: str, dtype: np.dtype) -> np.ndarray:
     is_nested = re.match(rb"\s*\[\s*\[", content)
     kind: Any = bool if dtype.kind == "b" else float
     for _ in tensor.shape if is_nested else tensor.shape[:1]:
-        kind = types.GenericAlias(list, kind)  # `list[kind]` is no type for type checkers
+        kind = types.GenericAlias(list, kind)  # pyright may refuse `list[kind]`
     try:
         values = msgspec.json.decode(content, type=kind)
     except (msgspec.DecodeError, RecursionError) as error:
