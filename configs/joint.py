@@ -29,7 +29,7 @@ def get_config(args: str = "") -> config_lib.Config:
         config.ensemble.only = (0,)
     config.join.systems = tuple(_name_systems(config.modalities, words, full=full))
     config.join.learned = True
-    config.join.pseudo_labels = 0.9
+    config.join.diffusion = True
     return config
 
 

@@ -65,7 +65,7 @@ def probabilities(folder, load, split):
     if config.eval.scores == "logits":
         config.eval.scores = "log_softmax"
     model = small_runs.restored(folder, load(config), config)
-    logs = small_runs.scores([model], split, block_size=32)
+    logs = small_runs.scores(model, split, block_size=32)
     return dict(zip(model.data.split(split).clips, np.exp(logs), strict=True))
 
 

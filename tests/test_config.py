@@ -114,7 +114,7 @@ UNREAD = {
     "early_stop.patience=2": {"early_stop.metric": "top1"},
     "after_fusion=examples": {"eval.reduce": "max"},
     "data.name=arrays": {"data.dir": "folder", "data.quality": "norm"},
-    "join.learned=true": {"join.pseudo_labels": "0.9"},
+    "join.learned=true": {"join.diffusion": "true"},
     "": {"join.weights": "1,2", "join.runs": "a,b"},
 }  # fmt: skip
 # A field that is read by default -> (value, a word with which the field is not read).

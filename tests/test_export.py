@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 import sys
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -91,7 +92,7 @@ def test_onnx_file_takes_any_number_of_clips_and_frames(nearest_run, tmp_path, e
     assert kinds.count("Loop") == 1  # drops frames of long clips
 
     session = onnxruntime.InferenceSession(path)
-    run = predict.restore(nearest_run, num_devices=1)
+    run = predict.restore_run(nearest_run, num_devices=1)
     for lengths in ((23, 5, 9), (700, 3)):  # a run uses the best 512 of 700 frames
         monkeypatch.setattr(function, "LENGTHS", lengths)  # numbers of frames, one per clip
         clips = function.make_random_clips(run)
@@ -107,7 +108,7 @@ def test_imported_run_gives_identical_scores_and_embeddings(made, data, tmp_path
     export(exported, "safetensors")
     assert command("import", tmp_path / "out", f"--to={imported}").code == 0
 
-    before, after = (predict.restore(folder, num_devices=1) for folder in (exported, imported))
+    before, after = (predict.restore_run(folder, num_devices=1) for folder in (exported, imported))
     for fact in ("step", "identities", "threshold"):
         assert getattr(after, fact) == getattr(before, fact)
     for call in ("scores", "embed"):
@@ -204,7 +205,7 @@ def test_export_and_import_errors_name_remedies(nearest_run, tmp_path, command):
 
 
 def test_modalities_with_similar_names_may_differ_in_length(nearest_run, tmp_path, export):
-    run = predict.restore(nearest_run)._replace(modalities={"a-b": 8, "a_b": 8})
+    run = replace(predict.restore_run(nearest_run), modalities={"a-b": 8, "a_b": 8})
     # Symbols stand for the numbers of frames. A symbol, and a name in TensorFlow, allows no `-`.
     symbols = {name: str(spec.shape[1]) for name, spec in function.input_shapes(run).items()}
     assert symbols["a-b_mask"] != symbols["a_b_mask"]
@@ -364,7 +365,7 @@ def test_openvino_sorts_as_jax(core):
 @nightly_after_first("name", ["knn", "mma"])
 def test_openvino_outputs_equal_the_outputs_of_the_run(name, made, tmp_path, export, core):
     export(made(name), "onnx")
-    run, model = predict.restore(made(name)), core.read_model(tmp_path / "out" / "model.onnx")
+    run, model = predict.restore_run(made(name)), core.read_model(tmp_path / "out" / "model.onnx")
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     clips = function.make_random_clips(run)
     outputs = compiled({part.any_name: clips.inputs[part.any_name] for part in compiled.inputs})
@@ -393,7 +394,7 @@ def test_snippets_of_the_page_give_the_scores_of_the_run(name, made, tmp_path, e
         assert variables["sizes"]["model_state/sums/face/scatter"] == (1, 24, 24)
         return
 
-    run = predict.restore(made("plda"), num_devices=1)
+    run = predict.restore_run(made("plda"), num_devices=1)
     fields = [field for field in function.FIELDS if field != "mask"]
     inputs = variables["inputs"]  # of three clips
     clips = {

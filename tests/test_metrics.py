@@ -17,8 +17,8 @@ from tests.helpers import made_runs, map_oracle, small_runs
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.seen import refused
 from vidjax.core import metrics
-from vidjax.evaluation import measures, ranking, scoring, significance, topk
-from vidjax.evaluation.scoring import ClipScores
+from vidjax.core.metrics import ClipScores
+from vidjax.evaluation import measures, ranking, scores as scores_lib, scoring, significance, topk
 from vidjax.runs import config_io
 from vidjax.training import loop
 
@@ -196,8 +196,9 @@ def test_identification_errors_need_strangers_and_known_people_and_a_rate():
 @pytest.fixture(scope="module")
 def workdir(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("analysed")
-    config = small_runs.shrunk("--config.num_epochs=1", spec="configs/mma.py:iqiyi_vid")
-    loop.train(config, folder, data, num_devices=1, analyse=True)
+    words = ("--config.num_epochs=1", "--config.eval.report=True")
+    config = small_runs.shrunk(*words, spec="configs/mma.py:iqiyi_vid")
+    loop.train(config, folder, data, num_devices=1)
     return folder
 
 
@@ -268,7 +269,7 @@ def test_failed_report_loses_no_metrics_or_ranking(workdir, data, tmp_path, monk
     config = config_io.load_workdir(folder)
 
     with pytest.warns(UserWarning, match="cannot allocate 9 GB"):
-        results = small_runs.evaluate(config, folder, data, num_devices=1, report=True)
+        results = small_runs.evaluate(config, folder, data, num_devices=1)
 
     assert json.loads((folder / "metrics.json").read_text())["map"] == results["map"]
     assert (folder / "ranking.txt").read_bytes() == (workdir / "ranking.txt").read_bytes()
@@ -504,10 +505,13 @@ def test_metric_sees_the_best_identity_of_each_clip_and_the_rank_of_its_label():
     scores = rng.integers(0, 9, (40, 12)).astype(np.float32)  # with ties
     scores[3], scores[4, 5] = -np.inf, np.nan
     labels = rng.integers(0, 13, 40).astype(np.int32)
-    zeros, lowest = np.zeros(40, np.int32), np.full(40, -np.inf, np.float32)
-    empty = ClipScores(zeros == 0, lowest, zeros > 0, lowest, zeros, zeros)
+    names = tuple(map(str, range(40)))
+    use = np.ones((1, 40), bool)
+    described = scores_lib.Scores(scores, use, "val", True, True, names, names[:12])
     places, real = np.append(np.arange(40), 0).astype(np.int32), np.arange(41) < 40
-    found = scoring._add_best(empty, labels, np.vstack([scores, scores[:1]]), places, real)
+    found: Any = scores_lib._make_clip_scores(described)
+    block = scoring.ScoreBlock(np.vstack([scores, scores[:1]]), places, real)
+    scores_lib._add_clips(found, labels, block)
     for clip, (row, label) in enumerate(zip(scores, labels, strict=True)):
         scored = np.isfinite(row).all()
         assert found.identity[clip] == (row.argmax() + 1 if scored else 0)

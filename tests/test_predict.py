@@ -64,7 +64,7 @@ def test_restore_errors_name_the_cause(train, restored, data, tmp_path):
     config = config_lib.default()
     config.join.runs = ("runs/a", "runs/b")
     (tmp_path / "config.json").write_text(config_io.to_json(config))
-    refused(lambda: predict.restore(tmp_path), "is a blend of other runs")
+    refused(lambda: predict.restore_run(tmp_path), "is a blend of other runs")
 
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint"):
@@ -86,7 +86,7 @@ def test_predicted_scores_and_rankings_equal_evaluation(name, data, train, resto
     folder, run = train(name), restored(name)
     assert run.workdir == folder and run.step == max(checkpoint.manifests(folder))
 
-    wanted = small_runs.scores([small_runs.restored(folder, data)])
+    wanted = small_runs.scores(small_runs.restored(folder, data))
     lines = (folder / "ranking.txt").read_text().splitlines()
     scores = run.scores(data)
     assert scores.dtype == np.float32

@@ -66,8 +66,9 @@ def check_page(text):
 
 @pytest.mark.slow
 def test_report_of_a_trained_net_shows_its_results(data, tmp_path):
-    config = shrunk("--config.num_epochs=1", spec="configs/quality_fusion.py:iqiyi_vid")
-    results = loop.train(config, tmp_path, data, num_devices=1, analyse=True, command="a & b")
+    words = ("--config.num_epochs=1", "--config.eval.report=True")
+    config = shrunk(*words, spec="configs/quality_fusion.py:iqiyi_vid")
+    results = loop.train(config, tmp_path, data, num_devices=1, command="a & b")
     text = (tmp_path / "report.html").read_text()
     # Loss, scores and learning rate; histograms, error rates and calibration.
     assert len(check_page(text).all("figure")) == 6

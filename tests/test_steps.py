@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import flax.linen as nn
@@ -192,7 +193,8 @@ def test_clips_without_good_frames_are_kept_or_dropped(poor_clips, bound, weight
 
 def test_keep_best_masks_all_but_the_best_classes_of_a_clip():
     inf = jnp.inf
-    best = scoring.keep_best(jnp.array([[3.0, 1.0, 2.0, -inf], [0.0, 0.0, 5.0, -1.0]]), 2)
+    system: Any = SimpleNamespace(top_classes=2)
+    best = scoring.keep_best(system, jnp.array([[3.0, 1.0, 2.0, -inf], [0.0, 0.0, 5.0, -1.0]]))
     np.testing.assert_array_equal(best, [[3, -inf, 2, -inf], [0, 0, 5, -inf]])  # 0 and 0 tie
 
 

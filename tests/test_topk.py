@@ -2,14 +2,11 @@
 
 from unittest import mock
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vidjax.core import devices
 from vidjax.evaluation import topk
-from vidjax.evaluation.scoring import RunningTopK
 
 C, K = 7, 20  # identities, and places in the list of an identity
 
@@ -76,26 +73,6 @@ def test_equal_scores_of_later_clips_are_dropped_immediately(monkeypatch):
     top = topk.rank(blocks_of(scores, clips, 8, np.random.default_rng(0)), 2, K)
     np.testing.assert_equal(top, full_sort(scores, clips, K))
     assert sum(len(call.args[0]) for call in make_keys.call_args_list) < 200  # of 2000 scores
-
-
-def test_top_k_of_blocks_on_devices_or_in_parts_equals_a_full_sort():
-    mesh = devices.make_mesh(8)
-    rng = np.random.default_rng(0)
-    scores = np.round(4 * rng.standard_normal((256, C), np.float32))
-    clip_index = rng.permutation(256).astype(np.int32)
-    blocks = list(blocks_of(scores, clip_index, rows=32, rng=rng))
-    expected = full_sort(scores, clip_index, K)
-
-    running = RunningTopK(C, mesh, K)
-    for block in blocks:
-        running.add(jax.device_put(block, devices.row_layout(mesh)))
-    np.testing.assert_equal(running.finish(), expected)
-
-    # In three parts, each of every third block, which are joined.
-    parts = [topk.rank(blocks[start::3], C, K) for start in range(3)]
-    scores_of_parts, clips_of_parts = map(np.stack, zip(*parts, strict=True))
-    joined = topk.join_tops(topk.TopK(scores_of_parts, clips_of_parts))
-    np.testing.assert_equal(joined, expected)
 
 
 def test_top_k_orders_nan_zeros_infinities_and_bfloat16_scores():

@@ -4,7 +4,7 @@
 
 The net is the MLP of `configs/quality_fusion.py`. The clips are random, and stay on the device:
 
-    whole              `vidjax.evaluation.scoring.score`, with MAP and the open-set figures
+    whole              `vidjax.evaluation.scores.score`, with MAP and the open-set figures
     forward            only the scores of the net
     top 100            the difference: whole without forward
     eager, compiled    with `--peer`, the same net and ranking in PyTorch (the extra `bench`)
@@ -29,7 +29,7 @@ from tests.benchmarks import common
 from vidjax.core import devices, ensemble
 from vidjax.data import resident
 from vidjax.data.clips import Split, make_eval_plan
-from vidjax.evaluation import eval_step, scoring
+from vidjax.evaluation import eval_step, scores, scoring
 
 TEST_CLIPS = 80_000  # of the official files
 # Name of a test -> configuration of a net, and number of nets of the publication.
@@ -78,7 +78,7 @@ def make_functions(spec: str, args: argparse.Namespace) -> tuple[dict[str, Calla
             scores = step(params, model_state, jnp.int32(-1), batch)
         jax.block_until_ready(scores)
 
-    rank = partial(scoring.score, [model], "val", mesh, block_size=args.block_size)
+    rank = partial(scores.score, model, "val", mesh, block_size=args.block_size)
     return {"whole": lambda: rank().results, "forward": score}, run
 
 

@@ -162,11 +162,11 @@ def load_run(run: Path) -> tuple[np.ndarray, np.ndarray, Callable[..., Backend]]
 
     A clip without a label is another person.
     """
-    import vidjax
     from vidjax.apps.gallery import run_vectors
+    from vidjax.evaluation import predict
     from vidjax.training.public import load_data
 
-    predictor = vidjax.restore(run)
+    predictor = predict.restore_run(run)
     data, vectors, people = load_data(predictor.config), [], []
     for split in ("train", "val"):
         found = run_vectors.RunVectors(predictor).embed(data, split)

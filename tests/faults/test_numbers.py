@@ -12,10 +12,11 @@ from tests.helpers.cases import quick_first
 from tests.helpers.clip_files import WIDTHS, write_labels, write_npz
 from tests.helpers.limits import slowness
 from tests.helpers.seen import refused
+from vidjax.core.metrics import ClipScores
 from vidjax.data import arrays, iqiyi_vid, sources
 from vidjax.data.checks import find_misspelt, find_unusable
 from vidjax.data.clips import Modality, Split, select_modalities
-from vidjax.evaluation import scoring
+from vidjax.evaluation import scores
 from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.training import plan
@@ -108,14 +109,14 @@ def test_clips_with_nan_scores_are_counted_and_ranked_last():
 
     def without_nan(*best):
         """Replaces NaN in `best`, the scores of the clips; returns the new scores, and counts."""
-        clips = scoring.ClipScores(evaluated, np.array(best, np.float32), np.ones(4, bool))
-        return scoring._replace_nan(split, clips)
+        clips = ClipScores(evaluated, np.array(best, np.float32), np.ones(4, bool))
+        return scores._replace_nan(split, clips)
 
     with pytest.warns(UserWarning, match="1 of 3 clips .* such as b\n.*divide"):
-        scores, counts = without_nan(0.5, np.nan, 0.25, np.nan)
+        clips, counts = without_nan(0.5, np.nan, 0.25, np.nan)
     assert counts == {"num_nan_clips": 1}
-    assert scores.best[:3].tolist() == [0.5, -np.inf, 0.25]
-    assert not scores.right[1]
+    assert clips.best[:3].tolist() == [0.5, -np.inf, 0.25]
+    assert not clips.right[1]
 
     assert without_nan(0.0, 0.0, 0.0, np.nan)[1] == {}
     refused(lambda: without_nan(np.nan, np.nan, np.nan, 0.0), "3 of 3 clips ", "divide")

@@ -9,7 +9,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from vidjax.core import devices
-from vidjax.evaluation import analysis, scoring, trained_runs
+from vidjax.evaluation import analysis, scores as scores_lib, trained_runs
 from vidjax.runs import checkpoint, config_io
 from vidjax.runs.run_folder import RunFolder
 from vidjax.training import loop
@@ -38,7 +38,8 @@ def shrunk(*overrides, spec="configs/mma.py:iqiyi_vid"):
     stem = Path(name).stem
     small = [
         "--config.batch_size=32", "--config.num_epochs=8", "--config.log_every_steps=5",
-        "--config.eval.every_epochs=0", "--config.eval.block_size=16", *SMALL[stem],
+        "--config.eval.every_epochs=0", "--config.eval.block_size=16",
+        "--config.eval.report=False", *SMALL[stem],
     ]  # fmt: skip
     if config.data.distractors == "noise":
         small.append("--config.noise.eps=1.1")
@@ -52,10 +53,9 @@ def shrunk(*overrides, spec="configs/mma.py:iqiyi_vid"):
 
 
 def evaluate(config, folder, data, **options):
-    """Ranks a split with a trained run; `options` go to `analysis.evaluate`."""
-    return analysis.evaluate(
-        config, trained_runs.find_run(config, RunFolder(folder)), data, **options
-    )
+    """Ranks a split with a trained run or a blend; `options` go to `analysis.evaluate`."""
+    metrics = analysis.evaluate(config, RunFolder(folder), lambda _: data, **options)
+    return metrics[config.eval.split]
 
 
 def run(config, folder, data, num_devices=1):
@@ -163,15 +163,10 @@ def restored(folder, data, config=None, mesh=None):
     return trained_runs.make_model(config, found, data, mesh or devices.make_mesh(1))
 
 
-def scores(models, split="val", mesh=None, block_size=16):
-    """Returns the scores [N, C] of N clips for C identities. `models` are the members of a run."""
-    mesh = mesh or devices.make_mesh(1)
-    top = scoring.score(models, split, mesh, block_size=block_size, each_member=False).top
-    num_clips = len(models[0].data.split(split).clips)
-    assert num_clips <= top.index.shape[1]
-    by_clip = np.full((num_clips, len(top.index)), np.nan)
-    for identity, (scores, index) in enumerate(zip(top.scores, top.index, strict=True)):
-        real = index < num_clips
-        by_clip[index[real], identity] = scores[real]
-    assert not np.isnan(by_clip).any()
-    return by_clip
+def scores(model, split="val", mesh=None, block_size=16):
+    """Returns the scores [N, C] of N clips for C identities."""
+    written = scores_lib.write_scores(
+        model, split, mesh or devices.make_mesh(1), block_size=block_size
+    )
+    assert written.pool.all()
+    return np.array(written.array)

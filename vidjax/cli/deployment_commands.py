@@ -95,7 +95,7 @@ def _write_run(
     from vidjax.training import public
 
     public.open_run(source)  # if it is no run, the error gives a remedy
-    run = predict.restore(source, step=step, num_devices=1)
+    run = predict.restore_run(source, step=step, num_devices=1)
     size = sum(x.nbytes for x in jax.tree.leaves((run.params, run.model_state)))
     if target.bounded and size >= function.LARGEST:
         raise UserError(
@@ -150,7 +150,7 @@ def _import(args: argparse.Namespace) -> Result:
     source, to = _read_paths(args)
     shared_flags.load_definitions(args)
     weights.read(source, to)
-    run = predict.restore(to)
+    run = predict.restore_run(to)
     rows = {"workdir": messages.relative_path(to), "step": f"{run.step:,}"}
     rows |= {"identities": f"{len(run.identities):,}", "modalities": ", ".join(run.modalities)}
     return Result({"workdir": str(to), "step": run.step}, rows)

@@ -300,7 +300,7 @@ def _create(args: argparse.Namespace) -> Result:
     from vidjax.training.public import load_data, open_run
 
     open_run(args.run)  # if it is no run, the error gives a remedy
-    run = predict.restore(args.run)
+    run = predict.restore_run(args.run)
     config = config_io.override(run.config, args.overrides)
     data = None if config == run.config else load_data(config)
     gallery = Gallery.create(args.gallery, run, data, strangers=args.strangers, empty=args.empty)

@@ -26,7 +26,7 @@ from vidjax.utils.parser import Parser
 # Fields that a blend of runs reads. For all other fields, each run keeps its values.
 JOINED_FIELDS = (
     *config_lib.BLEND_FIELDS, "data.dir", "data.cache_dir",
-    "join.weights", "join.learned", "join.pseudo_labels",
+    "join.weights", "join.learned", "join.diffusion",
 )  # fmt: skip
 
 
@@ -122,13 +122,13 @@ def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]
         config.eval.splits = ()
     config = config_io.override(config, args.overrides)
     trained = config.model.get("name")
-    if model not in (None, trained) and not config.join.runs:
+    if model not in (None, trained) and not config_lib.is_blend(config):
         warn(
             f"--config={args.config}: the run keeps its model '{trained}', because "
             "evaluate reads only definitions from this file\n"
             "leave out --config, or name a run of that system: --workdir=FOLDER"
         )
-    if config.join.runs:
+    if config_lib.is_blend(config):
         shared_flags.check_fields(args, JOINED_FIELDS)
     else:
         values = dict(config_lib.fields(config))
@@ -150,10 +150,11 @@ def _join_configs(args: argparse.Namespace, folder: RunFolder) -> Config:
     if len(runs) < 2:
         raise UserError(f"--runs={args.runs}: a blend needs two runs; name two runs, --runs=A,B")
     if folder.has(CONFIG):
-        earlier = tuple(folder.config.join.runs)
-        if earlier != runs:
-            content = "a blend of other runs" if earlier else "a trained run"
+        earlier = folder.config
+        if tuple(earlier.join.runs) != runs:
+            content = "a blend of other runs" if earlier.join.runs else "a trained run"
             raise UserError(f"--workdir={args.workdir} contains {content}: use another folder")
+        return earlier
     config = config_lib.default()
     config.join.runs = runs
     splits = {public.open_run(name).config.eval.split for name in runs}
@@ -168,16 +169,10 @@ def evaluate(args: argparse.Namespace) -> Result:
     config, folder = read_evaluate_settings(args)
     from vidjax.training.dry_run import dry_run
 
-    if args.overrides and not config.join.runs:
+    if args.overrides and not config_lib.is_blend(config):
         dry_run(config)
     with lock_folder(folder.path):
-        if config.join.runs:
-            from vidjax.evaluation import blend
-
-            public.set_up_devices(config)
-            results = blend.blend_runs(config, folder, public.load_data, command=args.line)
-        else:
-            results = public.evaluate_run(config, folder)[config.eval.split]
+        results = public.evaluate_run(config, folder, command=args.line)[config.eval.split]
     return summarise(config, folder, results, time.monotonic() - began)
 
 

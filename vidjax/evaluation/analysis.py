@@ -1,6 +1,7 @@
 """Makes `analysis.npz`, the detailed analysis of an evaluation, and writes all result files."""
 
 import contextlib
+import copy
 import functools
 import shlex
 import threading
@@ -12,38 +13,32 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax.core import devices, distributed, ensemble
-from vidjax.data.clips import TrainingData
-from vidjax.evaluation import eval_step as eval_step_lib, measures, ranking
+from vidjax.core import devices, distributed
+from vidjax.evaluation import blend, eval_step as eval_step_lib, measures, ranking
+from vidjax.evaluation.blend import Load
 from vidjax.evaluation.measures import Arrays, ScoredSplit, Values
-from vidjax.evaluation.scoring import (
-    Evaluation,
-    TrainedModel,
-    count_positives,
-    iterate_block_groups,
-    score,
-)
+from vidjax.evaluation.scores import Scored, count_positives, score
+from vidjax.evaluation.scoring import TrainedModel, iterate_windows
 from vidjax.evaluation.significance import FEWEST_IDENTITIES
-from vidjax.evaluation.trained_runs import FoundRun, make_model
+from vidjax.evaluation.trained_runs import FoundRun, find_run, make_model
 from vidjax.runs import config as config_lib, results
 from vidjax.runs.config import Config
-from vidjax.runs.run_folder import RunFolder
+from vidjax.runs.run_folder import CONFIG, IDENTITIES, RunFolder
 from vidjax.runs.signals import Interrupted
+from vidjax.utils import files
 from vidjax.utils.errors import warn
 
 
-def analyse(
-    config: Config, models: Sequence[TrainedModel], evaluation: Evaluation, mesh: Mesh
-) -> tuple[Values, Arrays]:
+def analyse(evaluated: Scored, mesh: Mesh) -> tuple[Values, Arrays]:
     """Returns the values and the arrays of `analysis.npz`, see `schemas.Analysis`.
 
-    `config` is the configuration of the first model. If the model has attention, reads the frames
-    of the split again. If there are several `models`, the analysis has the modalities of the first
-    model, and no attention. The training clips of each identity are counted if they are in the
-    data.
+    If the model has attention, reads the frames of the split again. The analysis of a blend has the
+    modalities of its first model, and no attention. The training clips of each identity are counted
+    if they are in the data.
     """
-    model, split = models[0], evaluation.split
-    names = model.system.model.vector_names if len(models) == 1 else ()
+    config, model, evaluation, _ = evaluated
+    split, is_blend = evaluation.split, "runs" in evaluation.results
+    names = () if is_blend else model.system.model.vector_names
     matrix = None
     if names and not model.system.frame_is_example:
         matrix = measure_attention(model, split.name, mesh, config.eval.block_size)
@@ -92,13 +87,11 @@ def measure_attention(
     attention of vector j to vector i, averaged over the clips that have vector j. So each column
     sums to 1, or to 0 if no clip has the vector.
     """
-    params, model_state = ensemble.take((model.params, model.model_state), 0)
-    hidden_chunk = np.array(model.training_sets.members[0].view, np.int32)
+    own, total = model.member(0), None
     step = model.attention_step or eval_step_lib.make_attention_step(model.system, mesh)
-    total = None
-    groups = iterate_block_groups([model], split_name, block_size, mesh)
-    for block in (block for (blocks,) in groups for block in blocks):
-        attended = step(params, model_state, hidden_chunk, block)
+    windows = iterate_windows(model, split_name, block_size, mesh)
+    for block in (block for window in windows for block in window):
+        attended = step(*own, block)
         real, attended = devices.fetch((block.batch_mask, attended))
         if attended is None:
             return None
@@ -128,48 +121,61 @@ def import_slow_libraries(*, report: bool) -> None:
 def write_results(
     folder: RunFolder,
     config: Config,
-    models: Sequence[TrainedModel],
-    evaluation: Evaluation,
-    values: Mapping[str, Any],
+    evaluated: Sequence[Scored],
     mesh: Mesh,
-    *,
-    report: bool,
-    ends_training: bool = False,
-    is_last: bool = True,
-) -> None:
-    """Writes the ranking and the metrics and, if `report` is True, the analysis and the report.
+    training: Mapping[str, Any] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Writes the results of splits to the folder of a run. Returns split -> metrics.
 
-    An earlier analysis and report of the split are deleted. An error in the analysis or the report
-    does not change the ranking and the metrics. All processes call this function, and the first
-    process writes the files.
+    The results of a split are the ranking and the metrics and, if `config.eval.report` is set, the
+    analysis and the report. An earlier analysis and report of the split are deleted. An error in
+    the analysis or the report does not change the ranking and the metrics. All processes call this
+    function, and the first process writes the files.
 
     Args:
-      config: the configuration of the first model.
-      values: the metrics. If they have an entry `overrides`, the names of the files contain the
-        name of the split, so that no result of the training is replaced.
-      ends_training: marks the metrics as `finished` after the report is written, not before. If the
-        process is killed before that, the command writes the report when it is repeated.
-      is_last: False if another split of the run follows. Then the report is not yet written.
+      evaluated: the splits, first `config.eval.split`, which is written last.
+      training: the entries of the metrics that describe the training, if it ends now. The metrics
+        of `config.eval.split` are marked as `finished` after the report is written. If the process
+        is killed before that, the command writes the report when it is repeated. None means that a
+        trained run was evaluated, see `describe_evaluation`.
     """
-    split, identities = evaluation.split, models[0].data.identities
-    paths = folder.paths(split.name, apart=bool(values.get("overrides")))
-    if distributed.is_first():
-        paths.analysis.unlink(missing_ok=True)
-        paths.report.unlink(missing_ok=True)
-        ranking.write_ranking(paths.ranking, identities, split.clips, evaluation.top)
-        pending = {"finished": False} if ends_training else {}
-        folder.write_metrics({**values, **pending}, paths)
-    if report:
-        with describe_faults(folder.path, split.name):
-            analysis = analyse(config, models, evaluation, mesh)
-            if distributed.is_first():
-                results.save_analysis(paths.analysis, *analysis)
-    if not distributed.is_first():
-        return
-    if report and is_last:
-        write_report(folder, split.name)
-    if ends_training:
-        folder.write_metrics(values, paths)
+    metrics = {}
+    for scored in reversed(evaluated):
+        (_, model, evaluation, more), is_last = scored, scored is evaluated[0]
+        values = {**more, **evaluation.results, **(training or {})}
+        metrics[evaluation.split.name] = values
+        paths = folder.paths(evaluation.split.name, apart=bool(values.get("overrides")))
+        pending = {"finished": False} if training is not None and is_last else {}
+        if distributed.is_first():
+            paths.analysis.unlink(missing_ok=True)
+            paths.report.unlink(missing_ok=True)
+            identities, clips = model.data.identities, evaluation.split.clips
+            ranking.write_ranking(paths.ranking, identities, clips, evaluation.top)
+            folder.write_metrics({**values, **pending}, paths)
+        if config.eval.report:
+            with describe_faults(folder.path, evaluation.split.name):
+                analysis = analyse(scored, mesh)
+                if distributed.is_first():
+                    results.save_analysis(paths.analysis, *analysis)
+        if distributed.is_first() and is_last:
+            if config.eval.report:
+                write_report(folder, evaluation.split.name)
+            if pending:
+                folder.write_metrics(values, paths)
+    return metrics
+
+
+def describe_evaluation(folder: RunFolder, config: Config, step: int | None) -> dict[str, Any]:
+    """Returns entries of the metrics after an evaluation of a trained run.
+
+    They are the entries that describe the training, which an evaluation does not change, and the
+    date. If `config` or the `step` of the checkpoint changes the scores of the run, the entry
+    `overrides` has the changed fields. Then the names of the result files contain the name of the
+    split, so that no result of the training is replaced.
+    """
+    kept = {name: x for name, x in folder.metrics().items() if name in results.TRAINING_KEYS}
+    changed = find_overrides(config, folder, step)
+    return {**kept, "eval_date": results.now(), **({"overrides": changed} if changed else {})}
 
 
 def write_report(folder: RunFolder, split: str) -> None:
@@ -204,55 +210,95 @@ def describe_faults(workdir: Path, split: str) -> Iterator[None]:
 
 def evaluate(
     config: Config,
-    run: FoundRun,
-    data: TrainingData,
+    folder: RunFolder,
+    load: Load,
     *,
     num_devices: int | None = None,
-    report: bool = False,
-    is_last: bool = True,
-) -> dict[str, Any]:
-    """Ranks a split with a trained run, writes the results into the run's folder and returns them.
+    training: Mapping[str, Any] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Ranks `config.eval.split` and `config.eval.splits` with a run or a blend of runs.
 
-    The split is `config.eval.split`. `data` may be other clips than the training data, with or
-    without a ground truth. If `config` changes the split or the scores of the run, the results are
-    written to separate files such as `metrics_<split>.json`. The same applies to a checkpoint other
-    than the checkpoint that training has evaluated. If `report` is True, the analysis and the
-    report are written, too. `num_devices` does not change the scores. None means all devices. For
-    `is_last`, see `write_results`.
+    Writes the results into the folder, see `write_results`. Returns split -> metrics. The data may
+    be other clips than the training data, with or without a ground truth.
+
+    Args:
+      load: loads the dataset of a run, given the configuration of the run.
+      num_devices: the scores do not depend on it. None means all devices.
+      training: see `write_results`.
     """
-    began = time.monotonic()
     mesh = devices.make_mesh(num_devices)
-    folder, models, spec = run.folder, [make_model(config, run, data, mesh)], config.eval
+    run = None if config_lib.is_blend(config) else find_run(config, folder)
+    # The files are read now, so that damaged files are reported before the evaluation.
+    step = run and run.manifest["step"]
+    about = describe_evaluation(folder, config, step) if training is None else {}
+    _ = folder.other_metrics() if config.eval.report and folder.has(CONFIG) else None
+    apart, splits = "overrides" in about, config_lib.list_splits(config)
+    evaluated = [
+        scored._replace(values={**about, **scored.values})
+        for scored in score_splits(config, folder, run, load, mesh, splits, apart=apart)
+    ]
+    if not folder.has(CONFIG):  # a new blend
+        folder.write_config(config)
+        files.write_json(folder.path / IDENTITIES, list(evaluated[0].model.data.identities))
+    return write_results(folder, config, evaluated, mesh, training)
+
+
+def score_splits(
+    config: Config,
+    folder: RunFolder,
+    run: FoundRun | None,
+    load: Load,
+    mesh: Mesh,
+    splits: Sequence[str],
+    *,
+    apart: bool = False,
+) -> list[Scored]:
+    """Scores splits, in their order, with a run or, if `run` is None, with a blend of runs.
+
+    For `apart`, see `RunFolder.paths`. In the result, `config.eval.split` comes first.
+    """
+    evaluated: dict[str, Scored] = {}
+    for split in splits:
+        one = copy.deepcopy(config)
+        one.eval.split = split
+        keep = folder.paths(split, apart=apart).scores if config.eval.keep_scores else None
+        if run:
+            evaluated[split] = _score_run(one, run, load, mesh, keep)
+        else:
+            evaluated[split] = blend.evaluate(one, folder, load, mesh, keep)
+    return [evaluated.pop(config.eval.split), *evaluated.values()]
+
+
+def _score_run(config: Config, run: FoundRun, load: Load, mesh: Mesh, keep: Path | None) -> Scored:
+    """Scores `config.eval.split` with a run. For `keep`, see `scores.score`."""
+    began, spec = time.monotonic(), config.eval
+    data = load(config)
+    model = make_model(config, run, data, mesh)
     evaluation = score(
-        models, spec.split, mesh, block_size=spec.block_size, each_member=spec.members
+        model, spec.split, mesh, block_size=spec.block_size, each_member=spec.members, keep=keep
     )
-    changed = find_overrides(config, run)
-    trained = {name: x for name, x in folder.metrics().items() if name in results.TRAINING_KEYS}
     values = {
-        **trained,
-        **evaluation.results,
-        **({"extended": run.manifest["extended"]} if run.manifest.get("extended") else {}),
         "data": data.report["data"],
         "step": run.manifest["step"],
         "eval_seconds": time.monotonic() - began,
-        "eval_date": results.now(),
-        **({"overrides": changed} if changed else {}),
     }
-    write_results(folder, config, models, evaluation, values, mesh, report=report, is_last=is_last)
-    return values
+    if extended := run.manifest.get("extended"):
+        values["extended"] = extended
+    return Scored(config, model, evaluation, values)
 
 
-def find_overrides(config: Config, run: FoundRun) -> dict[str, Any]:
+def find_overrides(config: Config, folder: RunFolder, step: int | None) -> dict[str, Any]:
     """Returns field -> value of the fields of `config` that change scores since the training.
 
-    Training evaluates the latest checkpoint. If a finished run has lost this checkpoint, an earlier
-    checkpoint is scored, and the value of `eval.checkpoint` is the step.
+    Training evaluates the latest checkpoint. If a finished run has lost this checkpoint, the
+    checkpoint of an earlier `step` is scored, and the value of `eval.checkpoint` is the step. For a
+    blend, `step` is None.
     """
-    own, trained, step = run.folder.config, run.folder.metrics(), run.manifest["step"]
+    own, trained = folder.config, folder.metrics()
     own.eval.split = config.eval.split  # another split has other files anyway
     own.eval.checkpoint = "latest"
     differences = config_lib.differences(own, config)
     changed = {n: value for n, (_, value) in differences.items() if config_lib.changes_scores(n)}
-    if trained.get("finished") and trained.get("step") != step:
+    if step is not None and trained.get("finished") and trained.get("step") != step:
         changed.setdefault("eval.checkpoint", f"step {step}")
     return changed

@@ -2,21 +2,19 @@
 
 A run that has learned only heads is often sure of a wrong person if a clip shows no clear head. So
 a run counts only with a probability, its *trust*: otherwise, its scores of the clip say nothing.
-Also, several people may look or sound the same to a run, so its odds have an upper limit. The log
-odds of identity j against a stranger are
+The log odds of identity j against a stranger are
 
-    sum over the runs that can score the clip of log((1 - trust + trust x_j) / (1 + x_j / limit))
+    sum over the runs that can score the clip and know identity j of log(1 - trust + trust x_j)
 
-where log x_j = scale r_j + offset, and r_j are the log odds of the run. If the run does not know
-identity j, its term is `absent`.
-All of these numbers are learned by logistic regression, over all identities and a stranger at once.
+where log x_j = scale r_j + offset, and r_j are the log odds of the run. All of these numbers are
+learned by logistic regression, over all identities and a stranger at once.
 
 Source: the logistic regression is from Brümmer and du Preez 2006, Application-independent
-evaluation of speaker detection. `trust`, `limit`, `absent` and STRANGERS are not published.
+evaluation of speaker detection. `trust` and STRANGERS are not published.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,15 +24,14 @@ import scipy
 from vidjax.core import ensemble
 from vidjax.core.batch import Array
 from vidjax.core.losses import log_softmax
-from vidjax.utils.errors import UserError
+from vidjax.evaluation.scores import ROWS, Scores
 
 PARTS = 3  # the numbers for the clips of a part are learned on the other parts
 MAX_CLIPS = 4000  # clips to learn from; if there are more, they are drawn
 CANDIDATES = 100  # identities of a clip to learn from; if there are more, half of them are drawn
-WRONG = 0.02  # assumed share of wrong labels
 STRANGERS = 0.1  # weight of a clip as a clip of a stranger, if no clip shows a stranger
 PRIOR = 0.02  # weight of the prior, whose means are START
-START = {"scale": 0.0, "offset": 0.0, "trust": 2.5, "limit": 6.0, "absent": -1.0}
+START = {"scale": 0.0, "offset": 0.0, "trust": 2.5}
 LEAST = 1e-6  # of the probability of a stranger; float32 does not distinguish smaller ones
 
 
@@ -44,8 +41,6 @@ class Calibration(NamedTuple):
     scale: Array  # [R] logarithm of the scale
     offset: Array  # [R]
     trust: Array  # [R] logit of the trust
-    limit: Array  # [R] logarithm of the limit
-    absent: Array  # [R]
     stranger: Array  # [] log odds of a stranger
 
 
@@ -73,49 +68,63 @@ def join_logs(logs: Array, unknown: Array, calibration: Calibration) -> Array:
 
     Args:
       logs: [R, B, K], logarithms of the probabilities of K identities in each run. A run that
-        cannot score a clip has a row of -inf.
+        cannot score a clip has a row of -inf. A run that does not know an identity has -inf.
       unknown: [R, B], see `log_odds_unknown`.
       calibration: arrays [R], or [B, R].
     """
     numbers = [jnp.moveaxis(jnp.asarray(x), -1, 0)[..., None] for x in calibration[:-1]]
-    scale, offset, trust, limit, absent = (  # [R, 1, 1] or [R, B, 1]
-        x[:, None] if x.ndim == 2 else x for x in numbers
-    )
+    scale, offset, trust = (x[:, None] if x.ndim == 2 else x for x in numbers)  # [R, 1 or B, 1]
     known = logs > -jnp.inf
     ratio = jnp.exp(scale) * (jnp.where(known, logs, 0.0) - unknown[..., None]) + offset
     term = jnp.logaddexp(jax.nn.log_sigmoid(-trust), jax.nn.log_sigmoid(trust) + ratio)
-    term -= jax.nn.softplus(ratio - limit)
-    usable = jnp.any(known, axis=2, keepdims=True)
-    total = jnp.sum(jnp.where(usable, jnp.where(known, term, absent), 0.0), axis=0)
+    total = jnp.sum(jnp.where(known, term, 0.0), axis=0)
     total = jnp.where(jnp.any(known, axis=0), total, -jnp.inf)
     stranger = jnp.broadcast_to(jnp.asarray(calibration.stranger), total.shape[:1])
     return jnp.concatenate([stranger[:, None], total], axis=1)
 
 
 @jax.jit
-def join_scores(scores: Sequence[Array], calibration: Calibration) -> Array:
-    """Joins the scores of R runs, [B, C] each, to logarithms of probabilities, [B, C]."""
-    logs = jnp.stack(scores)
+def join_scores(logs: Array, calibration: Calibration) -> Array:
+    """Joins the scores of R runs, [R, B, C], to logarithms of probabilities, [B, C]."""
     logits = join_logs(logs, log_odds_unknown(logs), calibration)
     return log_softmax(logits, jnp.ones(logits.shape[1], bool))[:, 1:]
 
 
-def choose_candidates(
-    scores: Sequence[np.ndarray], labels: np.ndarray, part: np.ndarray
-) -> Examples:
+def split_clips(labels: np.ndarray) -> np.ndarray:
+    """Assigns the clips of a split, with labels [N], to PARTS parts. Returns [N] int32."""
+    return ensemble.assign_folds(labels, PARTS, 0)
+
+
+def draw_clips(pool: np.ndarray, most: int) -> np.ndarray:
+    """Draws at most `most` of the clips in `pool` [N] bool. Returns [N] bool."""
+    places = np.random.default_rng(0).permutation(np.flatnonzero(pool))
+    return np.isin(np.arange(len(pool)), places[:most])
+
+
+def make_examples(runs: Sequence[Scores], labels: np.ndarray, drawn: np.ndarray) -> Examples:
+    """Selects the clips `drawn` [N] bool of a split, with labels [N], and their candidates."""
+    places, part = np.flatnonzero(drawn), split_clips(labels)
+    return _concatenate([
+        choose_candidates(
+            np.stack([run.array[run.row[rows]] for run in runs]), labels[rows], part[rows]
+        )
+        for rows in np.split(places, range(ROWS, len(places), ROWS))
+    ])  # fmt: skip
+
+
+def choose_candidates(logs: np.ndarray, labels: np.ndarray, part: np.ndarray) -> Examples:
     """Keeps the scores of the right identity, of the best ones of each run, and of random others.
 
     Without random others, the learned numbers could raise the odds of all other identities. A
     random identity stands for several identities, so its odds are multiplied by their number.
 
     Args:
-      scores: logarithms of probabilities [n, C] of each run.
+      logs: logarithms of the probabilities of R runs, [R, n, C].
       labels: [n], columns from 1 to C, or 0 for strangers.
       part: [n], see `split_clips`.
 
     Source: Bengio and Senécal 2008, importance sampling. Here, only a part is drawn.
     """
-    logs = np.stack(scores)
     num_runs, num_clips, num_columns = logs.shape
     number, rows = min(CANDIDATES, num_columns), np.arange(num_clips)
     key = np.random.default_rng(0).random((num_clips, num_columns))
@@ -131,6 +140,21 @@ def choose_candidates(
     unknown = np.asarray(log_odds_unknown(logs))
     logs = np.take_along_axis(logs, columns[None], axis=2)
     return Examples(logs, unknown, weight, known.astype(np.int32), part)
+
+
+def learn(examples: Sequence[Examples]) -> Calibration:
+    """Learns the numbers for each part, from the clips of the other parts.
+
+    If no clip shows a stranger, each clip also counts as a clip of a stranger: without the scores
+    of the right identity. Returns arrays [PARTS + 1, R]. The last numbers are learned on all clips.
+    """
+    joined = _concatenate(examples)
+    weights = np.ones(len(joined.right), np.float32)
+    if joined.right.all():
+        joined = _concatenate([joined, _leave_out_right(joined)])
+        weights = np.where(joined.right > 0, 1, STRANGERS).astype(np.float32)
+    sets = [fit(joined, weights * (joined.part != x)) for x in range(PARTS + 1)]
+    return Calibration(*map(np.stack, zip(*sets, strict=True)))
 
 
 def fit(examples: Examples, weights: np.ndarray) -> Calibration:
@@ -158,44 +182,12 @@ def _unpack(point: Array, num_runs: int) -> Calibration:
 def _loss(
     point: Array, logs: Array, unknown: Array, weight: Array, right: Array, share: Array
 ) -> Array:
-    """Computes the cross-entropy of the right answers. Labels are wrong with probability WRONG."""
+    """Computes the cross-entropy of the right answers."""
     logits = join_logs(logs, unknown, _unpack(point, len(logs)))
     logits += jnp.pad(jnp.log(weight), ((0, 0), (1, 0)))
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=1), right[:, None], axis=1)[:, 0]
-    floor = jnp.log(WRONG / logits.shape[1])
-    return -jnp.sum(share * jnp.logaddexp(chosen + jnp.log(1 - WRONG), floor))
-
-
-class Joined(NamedTuple):
-    """Numbers that join R runs, for each part of the clips of a split."""
-
-    sets: Calibration  # arrays [P, R]; the last set is learned on all clips
-    part: np.ndarray  # [N] int32, the set for each clip
-
-    def __call__(self, scores: Sequence[Array], clip_index: Array) -> Array:
-        """Joins the scores of R runs, [B, C] each, for the clips `clip_index` [B]."""
-        part = jnp.asarray(self.part)[jnp.minimum(clip_index, len(self.part) - 1)]
-        return join_scores(scores, Calibration(*(jnp.asarray(x)[part] for x in self.sets)))
-
-
-def split_clips(labels: np.ndarray) -> np.ndarray:
-    """Assigns the clips of a split, with labels [N], to PARTS parts. Returns [N] int32."""
-    return ensemble.assign_folds(labels, PARTS, 0)
-
-
-def learn(examples: Sequence[Examples]) -> Calibration:
-    """Learns the numbers for each part, from the clips of the other parts.
-
-    If no clip shows a stranger, each clip also counts as a clip of a stranger: without the scores
-    of the right identity. Returns arrays [PARTS + 1, R]. The last numbers are learned on all clips.
-    """
-    joined = _concatenate(examples)
-    weights = np.ones(len(joined.right), np.float32)
-    if joined.right.all():
-        joined = _concatenate([joined, _leave_out_right(joined)])
-        weights = np.where(joined.right > 0, 1, STRANGERS).astype(np.float32)
-    sets = [fit(joined, weights * (joined.part != x)) for x in range(PARTS + 1)]
-    return Calibration(*map(np.stack, zip(*sets, strict=True)))
+    # A clip of a person whom no run knows does not count.
+    return -jnp.sum(share * jnp.where(chosen > -jnp.inf, chosen, 0.0))
 
 
 def _concatenate(examples: Sequence[Examples]) -> Examples:
@@ -209,22 +201,3 @@ def _leave_out_right(examples: Examples) -> Examples:
     logs = examples.logs.copy()
     logs[:, np.arange(logs.shape[1]), examples.right - 1] = -np.inf
     return examples._replace(logs=logs, right=np.zeros_like(examples.right))
-
-
-def to_values(sets: Calibration) -> tuple[Any, ...]:
-    """Returns the numbers that are learned on all clips, for `config.join.calibration`."""
-    return tuple(tuple(np.atleast_1d(x[-1]).tolist()) for x in sets)
-
-
-def from_values(values: Sequence[Any]) -> Calibration:
-    """Reads the numbers in `config.join.calibration`. Returns arrays [1, R].
-
-    Raises UserError if a row is missing, as in runs of older versions.
-    """
-    if len(values) != len(Calibration._fields):
-        raise UserError(
-            f"join.calibration has {len(values)} rows, not {len(Calibration._fields)}\n"
-            "evaluate the first split of the run to learn them again, as in --config.eval.split=val"
-        )
-    *rows, (stranger,) = values
-    return Calibration._make(np.asarray(x, np.float32)[None] for x in (*rows, stranger))

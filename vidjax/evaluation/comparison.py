@@ -385,10 +385,9 @@ def list_fields(run: RankedRun) -> dict[str, str]:
     """
     values = dict(config_lib.fields(run.config)) | {"eval.checkpoint": "latest"}
     values |= run.metrics.get("overrides") or {}
-    del values["join.calibration"]  # a result, not a choice
     if epochs := results_lib.describe_epochs(run.metrics):
         values["num_epochs"] = epochs
-    if values["join.runs"]:
+    if run.metrics.get("runs"):
         # The weights in `config.json` are of the last evaluation, maybe of another split.
         weights = tuple(row.get("weight") for row in run.metrics.get("runs") or ())
         own = {name: value for name, value in values.items() if name.startswith("join.")}

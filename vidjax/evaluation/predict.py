@@ -9,9 +9,10 @@ by another program in milliseconds. Its scores of a clip differ from the scores 
 by less than 1e-4. In all small requests, a clip gets the same scores to the bit.
 """
 
+import dataclasses
 import functools
 import math
-import numbers
+import numbers as number_types
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,8 +29,10 @@ from vidjax.data.clips import ClipSource, TrainingData
 from vidjax.data.input_files import load_clips
 from vidjax.data.memory import FrameClips, MemoryClips
 from vidjax.data.packing import Clips
-from vidjax.evaluation import eval_step as eval_step_lib, topk
-from vidjax.evaluation.scoring import ModelScorer, RunningTopK, TrainedModel, iterate_block_groups
+from vidjax.evaluation import blend, eval_step as eval_step_lib, topk
+from vidjax.evaluation.scores import Scores, describe, read_blocks
+from vidjax.evaluation.scoring import ScoreBlock, TrainedModel, iterate_windows, score_blocks
+from vidjax.evaluation.topk import TopK
 from vidjax.evaluation.trained_runs import (
     check_widths,
     find_run,
@@ -38,7 +41,7 @@ from vidjax.evaluation.trained_runs import (
     warn_of_missing_modalities,
 )
 from vidjax.models.build_system import System, make_system
-from vidjax.runs import config_io
+from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import RunFolder
 from vidjax.runs.terminal import ignore_count
@@ -60,8 +63,9 @@ class Request(NamedTuple):
     block_size: int
 
 
-class Predictor(NamedTuple):
-    """A trained run with its weights.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ranker:
+    """Scores and ranks clips. Subclasses: `Predictor`, a run, and `JointPredictor`, a blend.
 
     The methods take `clips` in any of these forms:
 
@@ -78,39 +82,37 @@ class Predictor(NamedTuple):
     that were not trained on it. If all members were trained on all training clips, all score it.
 
     Attributes:
-      step: number of optimiser steps before the checkpoint was saved.
-      manifest: manifest of the checkpoint, with the checked sha256 of every file.
       results: the results of the checkpoint, as in `metrics.json`, or {} if it was not evaluated.
       identities: names of the C identities, in the order of the scores.
       modalities: name -> feature width.
-      params, model_state: parameters and other variables, trees of arrays [E, ...] for the E
-        members (nets) of an ensemble.
-      training_sets: the clips that each member was trained on.
-      score_fn, embed_fn: compute a member's scores [B, C] and embeddings [B, D] of B clips.
     """
 
     workdir: Path
-    step: int
-    manifest: Mapping[str, Any]
     results: Mapping[str, Any]
     config: Config
     identities: tuple[str, ...]
     modalities: Mapping[str, int]
-    params: Mapping[str, Any]
-    model_state: Mapping[str, Any]
-    training_sets: ensemble.TrainingSets
-    system: System
-    score_fn: eval_step_lib.EvalStep
-    embed_fn: eval_step_lib.EvalStep
     mesh: Mesh
 
-    def __repr__(self) -> str:
-        value = self.results.get("map")
-        reached = f", MAP@100 {value:.4f}" if isinstance(value, float) else ""
-        return (
-            f"<run '{self.workdir}': {self.config.model.name}, {len(self.identities)} identities, "
-            f"{', '.join(self.modalities)}, step {self.step}{reached}>"
+    num_members = 1
+
+    def embed(
+        self, clips: FrameClips, *, split: str | None = None, advance: Advance = ignore_count
+    ) -> np.ndarray:
+        """Embeds clips, see `Predictor.embed`. Raises UserError for a blend."""
+        paths = ", ".join(map(str, RunFolder(self.workdir).list_runs()))
+        raise UserError(
+            f"'{self.workdir}' is a blend of runs, which has no embeddings\n"
+            f"name one of these runs: {paths}"
         )
+
+    def _score_blocks(self, request: Request) -> Iterator[ScoreBlock]:
+        """Yields the scores of the clips of a request."""
+        raise NotImplementedError
+
+    def _rank(self, request: Request, advance: Advance) -> TopK:
+        """Ranks the clips of a request."""
+        raise NotImplementedError
 
     @property
     def threshold(self) -> float | None:
@@ -137,7 +139,7 @@ class Predictor(NamedTuple):
             return f"{count} clips of strangers are too few for a rate of 1 %, which needs 99"
         of_few_members = self.results.get("map_kind") == "out_of_fold"
         is_known = self.results.get(THRESHOLD) is not None
-        if is_known and of_few_members and len(self.training_sets.members) > 1:
+        if is_known and of_few_members and self.num_members > 1:
             return (
                 "the threshold in metrics.json is too strict for new clips, because all members "
                 "score a new clip, but only a few members scored each evaluated clip"
@@ -157,7 +159,7 @@ class Predictor(NamedTuple):
         The list of a clip is empty if no score reaches the threshold: the clip shows a stranger.
 
         Args:
-          clips, split: N clips, see `Predictor`.
+          clips, split: N clips, see `Ranker`.
           k: largest number of identities per clip.
           threshold: lowest score of an answer. `float("-inf")` sets no limit. None means the
             property `threshold`. If the run was evaluated without strangers, None sets no limit.
@@ -167,11 +169,11 @@ class Predictor(NamedTuple):
             it is None and the property `threshold` is unknown. A run that was evaluated without
             strangers needs no threshold.
         """
-        check_argument("identify: k", k, numbers.Integral, "a number of identities")
+        check_argument("identify: k", k, number_types.Integral, "a number of identities")
         if k < 1:
             raise UserError(f"k={k}: give 1 or more, the number of identities per clip")
         if threshold is not None:
-            check_argument("identify: threshold", threshold, numbers.Real, "a score, or None")
+            check_argument("identify: threshold", threshold, number_types.Real, "a score, or None")
             if math.isnan(threshold):
                 raise UserError("threshold=nan is not a score: give a number, or None")
             if threshold > 0 and self.config.eval.scores.startswith("log_"):
@@ -189,8 +191,8 @@ class Predictor(NamedTuple):
         limit = self.threshold if threshold is None else threshold
         best_of: dict[int, list[tuple[str, float]]] = {}
         for block in self._score_blocks(request):
-            scores, clip_index, mask = map(np.asarray, block)
-            for clip, row in zip(clip_index[mask].tolist(), scores[mask], strict=True):
+            scores, clip_index = block.without_padding()
+            for clip, row in zip(clip_index.tolist(), scores, strict=True):
                 best = np.argsort(-row, kind="stable")[:k]
                 best_of[clip] = [
                     (self.identities[column], float(row[column]))
@@ -201,16 +203,16 @@ class Predictor(NamedTuple):
         return {name: best_of.get(clip, []) for name, clip in places}
 
     def scores(self, clips: FrameClips, *, split: str | None = None) -> np.ndarray:
-        """Returns the scores of N clips (see `Predictor`) for each identity, [N, C] float32.
+        """Returns the scores of N clips (see `Ranker`) for each identity, [N, C] float32.
 
         The scores are logarithms of probabilities, or logits with `config.eval.scores=logits`. Rows
         are in the order of the dict, or of the split's clip names.
         """
         request = self.request(clips, split)
         scores = np.full((len(request.clip_index), len(self.identities)), -np.inf, np.float32)
-        for block_scores, clip_index, mask in self._score_blocks(request):
-            rows = np.asarray(mask)
-            scores[np.asarray(clip_index)[rows]] = np.asarray(block_scores)[rows]
+        for block in self._score_blocks(request):
+            values, index = block.without_padding()
+            scores[index] = values
         return scores[request.clip_index]
 
     def rank(
@@ -219,58 +221,13 @@ class Predictor(NamedTuple):
         """Returns identity -> its best 100 clips as (name, score), best first.
 
         Clips with equal scores are in the order of their names. For `clips` and `split`, see
-        `Predictor`. `advance` is called with the number of rows of each finished block, including
+        `Ranker`. `advance` is called with the number of rows of each finished block, including
         padding.
         """
         request = self.request(clips, split)
-        k = SMALL_REQUEST if len(request.clip_index) <= SMALL_REQUEST else topk.MAX_NAMES
-        running = RunningTopK(len(self.identities), self.mesh, k)
-        for block in self._score_blocks(request):
-            running.add(block)
-            advance(len(block[1]))  # counting the mask would wait for the device
-        top = running.finish()
+        top = self._rank(request, advance)
         names = {int(place): n for place, n in zip(request.clip_index, request.names, strict=True)}
         return topk.convert_to_lists(self.identities, names, top)
-
-    def embed(
-        self, clips: FrameClips, *, split: str | None = None, advance: Advance = ignore_count
-    ) -> np.ndarray:
-        """Returns a unit vector per clip, [N, D] float32. A dot product of two vectors is a cosine.
-
-        The vector is the input of the classifier, scaled to length 1. For the model `knn`, it is
-        the mean frame. For `plda`, it consists of the centred unit vectors of all modalities. If
-        the model takes each frame as an example, it is the mean over the frames.
-
-        An ensemble concatenates the vectors of all members. The model `fallback` concatenates the
-        vectors of its two classifiers, with zeros for the classifier that does not score the clip.
-        A clip without a usable frame gets a zero vector. Rows are in the order of the dict, or of
-        the split's clip names.
-
-        For `clips` and `split`, see `Predictor`. For `advance`, see `rank`.
-        """
-        request = self.request(clips, split)
-        model, size = self.model_of(request.data), request.block_size
-        warn_of_missing_modalities(request.data.split(request.split), self.modalities)
-        vectors: np.ndarray | None = None
-        for (blocks,) in iterate_block_groups([model], request.split, size, self.mesh):
-            for block, block_vectors in zip(blocks, self.embed_blocks(blocks), strict=True):
-                if vectors is None:
-                    shape = (len(request.clip_index), block_vectors.shape[1])
-                    vectors = np.zeros(shape, np.float32)
-                rows = np.asarray(block.batch_mask)
-                norms = np.linalg.norm(block_vectors[rows], axis=1, keepdims=True)
-                unit = block_vectors[rows] / np.where(norms > 0, norms, 1.0)
-                vectors[np.asarray(block.clip_index)[rows]] = unit
-                advance(len(rows))
-        assert vectors is not None  # there are clips
-        return vectors[request.clip_index]
-
-    @property
-    def digest(self) -> str:
-        """The sha256 (hexadecimal) of all that determines scores, such as weights and settings."""
-        names = ("files", "identities_sha256", "members_sha256")
-        digests = {name: self.manifest[name] for name in names}
-        return files.sha256_json([digests, config_io.to_json(self.config)])
 
     def load(self, path: str | Path, split: str | None = None) -> MemoryClips:
         """Reads the clips of a folder or a parquet table, see `input_files.load_clips`."""
@@ -296,32 +253,111 @@ class Predictor(NamedTuple):
             size = min(size, SMALL_REQUEST)
         return Request(clips, "clips", clips.places, clips.names, size)
 
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Predictor(Ranker):
+    """A trained run with its weights. For `clips`, see `Ranker`.
+
+    Attributes:
+      step: number of optimiser steps before the checkpoint was saved.
+      manifest: manifest of the checkpoint, with the checked sha256 of every file.
+      params, model_state: parameters and other variables, trees of arrays [E, ...] for the E
+        members (nets) of an ensemble.
+      training_sets: the clips that each member was trained on.
+      score_fn, embed_fn: compute a member's scores [B, C] and embeddings [B, D] of B clips.
+    """
+
+    step: int
+    manifest: Mapping[str, Any]
+    params: Mapping[str, Any]
+    model_state: Mapping[str, Any]
+    training_sets: ensemble.TrainingSets
+    system: System
+    score_fn: eval_step_lib.EvalStep
+    embed_fn: eval_step_lib.EvalStep
+
+    def __repr__(self) -> str:
+        value = self.results.get("map")
+        reached = f", MAP@100 {value:.4f}" if isinstance(value, float) else ""
+        return (
+            f"<run '{self.workdir}': {self.config.model.name}, {len(self.identities)} identities, "
+            f"{', '.join(self.modalities)}, step {self.step}{reached}>"
+        )
+
+    @property
+    def num_members(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The number of nets."""
+        return len(self.training_sets.members)
+
+    @property
+    def digest(self) -> str:
+        """The sha256 (hexadecimal) of all that determines scores, such as weights and settings."""
+        names = ("files", "identities_sha256", "members_sha256")
+        digests = {name: self.manifest[name] for name in names}
+        return files.sha256_json([digests, config_io.to_json(self.config)])
+
+    def _rank(self, request: Request, advance: Advance) -> TopK:
+        k = SMALL_REQUEST if len(request.clip_index) <= SMALL_REQUEST else topk.MAX_NAMES
+
+        def blocks() -> Iterator[topk.ScoreBlock]:
+            for block in self._score_blocks(request):
+                yield block[:3]
+                advance(len(block.mask))
+
+        return topk.rank(blocks(), len(self.identities), k)
+
+    def embed(
+        self, clips: FrameClips, *, split: str | None = None, advance: Advance = ignore_count
+    ) -> np.ndarray:
+        """Returns a unit vector per clip, [N, D] float32. A dot product of two vectors is a cosine.
+
+        The vector is the input of the classifier, scaled to length 1. For the model `knn`, it is
+        the mean frame. For `plda`, it consists of the centred unit vectors of all modalities. If
+        the model takes each frame as an example, it is the mean over the frames.
+
+        An ensemble concatenates the vectors of all members. The model `fallback` concatenates the
+        vectors of its two classifiers, with zeros for the classifier that does not score the clip.
+        A clip without a usable frame gets a zero vector. Rows are in the order of the dict, or of
+        the split's clip names.
+
+        For `clips` and `split`, see `Predictor`. For `advance`, see `rank`.
+        """
+        request = self.request(clips, split)
+        model, size = self.model_of(request.data), request.block_size
+        warn_of_missing_modalities(request.data.split(request.split), self.modalities)
+        vectors: np.ndarray | None = None
+        for blocks in iterate_windows(model, request.split, size, self.mesh):
+            for block, block_vectors in zip(blocks, self.embed_blocks(blocks), strict=True):
+                if vectors is None:
+                    shape = (len(request.clip_index), block_vectors.shape[1])
+                    vectors = np.zeros(shape, np.float32)
+                rows = np.asarray(block.batch_mask)
+                norms = np.linalg.norm(block_vectors[rows], axis=1, keepdims=True)
+                unit = block_vectors[rows] / np.where(norms > 0, norms, 1.0)
+                vectors[np.asarray(block.clip_index)[rows]] = unit
+                advance(len(rows))
+        assert vectors is not None  # there are clips
+        return vectors[request.clip_index]
+
     def model_of(self, data: ClipSource) -> TrainedModel:
         """Returns the model of the run, with its weights, together with the clips to evaluate."""
         weights = (self.params, self.model_state)
         name = str(self.workdir)
         return TrainedModel(name, self.system, self.score_fn, *weights, self.training_sets, data)
 
-    def _score_blocks(self, request: Request) -> Iterator[topk.ScoreBlock]:
-        """Yields scores [B, C], clip indices [B] and a mask [B], False for rows of padding."""
-        size = request.block_size
-        # No member scores its training clips.
+    def model_for(self, request: Request) -> TrainedModel:
+        """Returns the model for the clips of a request. No member scores its training clips."""
         sets = select_sets(self.training_sets, self.manifest["data"], request.data, request.split)
-        model = self.model_of(request.data)._replace(training_sets=sets)
-        split = request.data.split(request.split)
-        warn_of_missing_modalities(split, self.modalities)
-        scorer = ModelScorer(model, split.clips, self.mesh)
-        if not scorer.use.any():
-            raise UserError(
-                f"'{self.workdir}': all members were trained on all of these clips, so none of "
-                "them can score the clips\nscore other clips"
-            )
-        for (blocks,) in iterate_block_groups([model], request.split, size, self.mesh, scorer.use):
-            for block, scores in zip(blocks, scorer.score(blocks), strict=True):
-                yield scores, block.clip_index, block.batch_mask
+        return self.model_of(request.data)._replace(training_sets=sets)
+
+    def _score_blocks(self, request: Request) -> Iterator[ScoreBlock]:
+        model = self.model_for(request)
+        warn_of_missing_modalities(request.data.split(request.split), self.modalities)
+        use = describe(model, request.split).use
+        return score_blocks(model, request.split, self.mesh, request.block_size, use)
 
     def embed_blocks(self, blocks: Sequence[Batch]) -> list[np.ndarray]:
-        """Returns a vector of each clip, [B, D] per block: the members' embeddings side by side."""
+        """Returns for each block an array [B, D], the concatenated embeddings of all members."""
         parts: list[list[np.ndarray]] = [[] for _ in blocks]
         for number, member in enumerate(self.training_sets.members):
             params, model_state = ensemble.take((self.params, self.model_state), number)
@@ -331,7 +367,68 @@ class Predictor(NamedTuple):
         return [np.concatenate(part, axis=1) for part in parts]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class JointPredictor(Ranker):
+    """A blend of R runs, which ranks like `vidjax evaluate`. For `clips`, see `Ranker`.
+
+    Attributes:
+      runs: the runs on all clips of a blend that `vidjax train` has made, or else all runs.
+      numbers: the learned numbers of the blend, or None.
+      weights: the weights [R] of the runs. They count only without learned numbers.
+    """
+
+    runs: tuple[Predictor, ...]
+    numbers: blend.Numbers | None
+    weights: tuple[float, ...]
+
+    def __repr__(self) -> str:
+        return f"<blend '{self.workdir}' of {len(self.runs)} runs>"
+
+    def _join(self, request: Request) -> tuple[Scores, list[blend.ClipVectors]]:
+        """Returns the joint scores of the clips of a request, and what PLDA sees of the clips."""
+        scored = blend.score_models(
+            (run.model_for(request) for run in self.runs), request.split, self.mesh,
+            request.block_size, vectors=bool(self.numbers and self.numbers.diffusion),
+        )  # fmt: skip
+        split = request.data.split(request.split)
+        return blend.join(scored, split, self.numbers, self.weights), scored.vectors
+
+    def _score_blocks(self, request: Request) -> Iterator[ScoreBlock]:
+        return read_blocks(self._join(request)[0])
+
+    def _rank(self, request: Request, advance: Advance) -> TopK:
+        joined, vectors = self._join(request)
+        advance(len(joined.array))
+        return blend.rank(joined, vectors, self.numbers)
+
+
 def restore(
+    workdir: str | Path,
+    *,
+    step: Literal["latest", "best"] = "latest",
+    num_devices: int | None = None,
+) -> Predictor | JointPredictor:
+    """Restores a run or a blend of runs. See `vidjax.restore` and `restore_run`."""
+    folder = RunFolder(workdir)
+    config = folder.config
+    if not config_lib.is_blend(config):
+        return restore_run(workdir, step=step, num_devices=num_devices)
+    paths = folder.list_runs()
+    runs = tuple(restore_run(path, step=step, num_devices=num_devices) for path in paths)
+    return JointPredictor(
+        workdir=folder.path,
+        results=_read_results(folder, None),
+        config=config,
+        identities=runs[0].identities,
+        modalities={name: width for run in runs for name, width in run.modalities.items()},
+        mesh=runs[0].mesh,
+        runs=runs,
+        numbers=blend.read_numbers(folder, config),
+        weights=blend.parse_weights(config, folder),
+    )
+
+
+def restore_run(
     workdir: str | Path,
     *,
     step: Literal["latest", "best"] = "latest",
@@ -340,16 +437,17 @@ def restore(
     """Restores a trained run and checks its weights against their sha256. See `vidjax.restore`.
 
     If the checkpoint of the requested step is damaged, an intact checkpoint is used, with a
-    warning. The folder of the run is not changed. Compiled programs are cached on the disk.
+    warning. The folder of the run is not changed. Compiled programs are cached on the disk. Raises
+    UserError for a blend of runs.
     """
     if step not in ("latest", "best"):
         raise UserError(f"step={step!r}: choose from 'latest' and 'best'")
     folder = RunFolder(workdir)
     workdir, config = folder.path, folder.config
-    if config.join.runs:
+    if paths := folder.list_runs():
         raise UserError(
             f"'{workdir}' is a blend of other runs, so it has no weights\n"
-            f"name one of these runs: {', '.join(folder.blended_runs())}"
+            f"name one of these runs: {', '.join(map(str, paths))}"
         )
     config.eval.checkpoint = step
     devices.cache_programs(files.cache_root())
@@ -375,8 +473,10 @@ def restore(
     )
 
 
-def _read_results(folder: RunFolder, step: int) -> Mapping[str, Any]:
+def _read_results(folder: RunFolder, step: int | None) -> Mapping[str, Any]:
     """Returns the results of the checkpoint of a step, or {} if it was not evaluated.
+
+    For a blend, `step` is None.
 
     Training writes its results to `metrics.json`. The results of another checkpoint are in
     `metrics_<split>.json`. Scores with other settings have another threshold, so they do not count.

@@ -137,12 +137,6 @@ def _read_sorted(keys: np.ndarray, k: int) -> TopK:
     return _read_keys(np.sort(keys, axis=1)[:, ::-1][:, :k])
 
 
-def join_tops(tops: TopK) -> TopK:
-    """Joins rankings [n, C, k] of n separate sets of clips into a ranking [C, k] of all clips."""
-    keys = np.concatenate(_make_keys(*tops), axis=1)
-    return _read_sorted(keys, tops.index.shape[2])
-
-
 def rank(blocks: Iterable[ScoreBlock], num_identities: int, k: int = MAX_NAMES) -> TopK:
     """Returns the k best clips of every identity. For blocks of scores, see `HostTopK.add`."""
     top = HostTopK(num_identities, k)

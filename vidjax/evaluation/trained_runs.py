@@ -51,17 +51,12 @@ class FoundRun(NamedTuple):
         return self.checkpoint.manifest
 
 
-def make_model(
-    config: Config, run: FoundRun, data: TrainingData, mesh: Mesh, *, keep_sums: bool = False
-) -> TrainedModel:
-    """Builds the model of a run from `config`, with its weights and a dataset to evaluate.
-
-    If `keep_sums` is set, a PLDA model can enrol more clips, see `pseudo_labels`.
-    """
+def make_model(config: Config, run: FoundRun, data: TrainingData, mesh: Mesh) -> TrainedModel:
+    """Builds the model of a run from `config`, with its weights and a dataset to evaluate."""
     data = fit_data(data, config, run)
     warn_of_missing_modalities(data.split(config.eval.split), run.task.modalities)
     system = make_system(config.to_dict(), run.task)
-    params, model_state = load_weights(run, system, mesh, keep_sums=keep_sums)
+    params, model_state = load_weights(run, system, mesh)
     step = make_eval_step(system, mesh)
     name = str(run.folder.path)
     sets = select_sets(run.training_sets, run.manifest["data"], data, config.eval.split)
@@ -183,18 +178,14 @@ def warn_of_missing_modalities(split: Split, modalities: Collection[str]) -> Non
 
 
 def load_weights(
-    run: FoundRun, system: System, mesh: Mesh, *, keep_sums: bool = False
+    run: FoundRun, system: System, mesh: Mesh
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Returns the parameters and the other variables of the E nets of a run, arrays [E, ...].
-
-    If `keep_sums` is set, the variables include the variables that only training reads.
-    """
+    """Returns the parameters and the other variables of the E nets of a run, arrays [E, ...]."""
     params, model_state = system.compute_shapes(len(run.training_sets.members))
     saved = {"params": params, "model_state": model_state}
     items = checkpoint.load(run.checkpoint, saved, devices.replicated_layout(mesh))
     model_state = system.model.finalise_state(items["params"], items["model_state"])
-    kept = items["model_state"] if keep_sums else {}
-    return items["params"], devices.replicate(mesh, {**kept, **model_state})
+    return items["params"], devices.replicate(mesh, model_state)
 
 
 def load_training_sets(workdir: Path, manifest: Mapping[str, Any]) -> ensemble.TrainingSets:

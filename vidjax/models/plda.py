@@ -1,6 +1,6 @@
 """PLDA (probabilistic linear discriminant analysis), a model that is computed from sums."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 import flax.linen as nn
@@ -143,32 +143,12 @@ class PLDAIdentifier(Identifier):
 
         It contains `settings` and, per modality, `centre`, `space` and `enrolled`, all [E, ...].
         """
-        members = len(jax.tree.leaves(model_state["sums"])[0])
-        return self.solve(model_state["sums"], [self.settings(e) for e in range(members)])
-
-    def solve(self, sums: Mapping[str, Any], settings: Sequence[Settings]) -> dict[str, Any]:
-        """Computes the collection `solved` from sums [E, ...] and the settings of E members."""
-        parts = devices.fetch({name: sums[name] for name in self.modalities})
+        parts = devices.fetch({name: model_state["sums"][name] for name in self.modalities})
         solved = [
-            self._finalise_member(jax.tree.map(lambda x, e=e: x[e], parts), own)
-            for e, own in enumerate(settings)
+            self._finalise_member(jax.tree.map(lambda x, e=e: x[e], parts), self.settings(e))
+            for e in range(len(jax.tree.leaves(parts)[0]))
         ]
         return {"solved": jax.tree.map(_stack, *solved)}
-
-    def add_clips(
-        self, sums: Mapping[str, Any], frames: Mapping[str, Frames], labels: Array
-    ) -> dict[str, Any]:
-        """Adds B clips with labels [B] to the sums of a member. The centre stays the same.
-
-        Clips with the label 0 are left out.
-        """
-        real, _ = real_frames(frames, self.modalities, labels > 0)
-        clips = ClipInfo(index=labels, mask=labels > 0, labels=labels)
-        turn = jnp.ones(len(labels), jnp.int32)  # the centre is complete
-        share = 1.0 if self.centred is None else self.centred
-        return {
-            name: _add(sums[name], unit_mean(x), turn, clips, share) for name, x in real.items()
-        }
 
     def _finalise_member(self, sums: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
         solved, dtype = {}, jax.tree.leaves(sums)[0].dtype

@@ -237,13 +237,24 @@ def clip_log_ratios(space: Space, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
     A result is log(p(both clips | the same person) / p(both clips | two people)).
     """
+    slope, curve, constant = _compare_coefficients(space.ratio)
+    return constant + np.vecdot(slope * x, y) - (x**2 @ curve + y**2 @ curve)
+
+
+def all_log_ratios(ratio: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Compares all clips x with all clips y, coordinates [n, D] and [m, D]. Returns [n, m].
+
+    `ratio` is `Space.ratio`. For a result, see `clip_log_ratios`.
+    """
+    slope, curve, constant = _compare_coefficients(ratio)
+    return constant + (slope * x) @ y.T - (x**2 @ curve)[:, None] - y**2 @ curve
+
+
+def _compare_coefficients(ratio: Array) -> tuple[Array, Array, Array]:
     # `pair_log_ratios` for groups of one clip, in a form that is exactly symmetric.
-    share = space.ratio / (1 + space.ratio)
+    share = ratio / (1 + ratio)
     slope = share / (1 + share)
-    constant = np.sum(np.log1p(space.ratio) - np.log1p(share)) / 2
-    return (
-        constant + np.vecdot(slope * x, y) - (x**2 @ (slope * share) + y**2 @ (slope * share)) / 2
-    )
+    return slope, slope * share / 2, np.sum(np.log1p(ratio) - np.log1p(share)) / 2
 
 
 class Settings(NamedTuple):

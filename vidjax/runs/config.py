@@ -147,7 +147,7 @@ DECAYED = ReadWhen(
 )
 JOINED = ReadWhen(
     "join.runs",
-    lambda values: bool(values["join.runs"]),
+    lambda values: bool(values["join.runs"] or values["join.systems"]),
     "vidjax evaluate --workdir=FOLDER --runs=A,B",
 )
 
@@ -315,6 +315,8 @@ TABLE: tuple[Field | Group, ...] = (
           "`metrics.json` has the MAP of each member", affects=NOTHING),
     Field("eval.report", True, "`True`: write `analysis.npz` and `report.html` at the end",
           affects=NOTHING),
+    Field("eval.keep_scores", False, "`True`: keep the scores of all clips in `scores.npy`, an "
+          "array [clips, identities]; `scores.json` has the names", affects=NOTHING),
     Field("eval.checkpoint", "latest", "checkpoint that `vidjax evaluate` restores: `latest`, or "
           "`best` by MAP", choices=("latest", "best"), affects=CHECKPOINT),
 
@@ -402,16 +404,12 @@ TABLE: tuple[Field | Group, ...] = (
     Field("join.systems", (), "configurations, `FILE:ARGS`, that `vidjax train` trains and joins. "
           "Each is trained in folds of `data.train_splits`, to measure and learn the blend, and on "
           "all of these clips, to rank test"),
-    Field("join.finals", (), "folders of the runs on all clips; set by `vidjax train`",
-          affects=SCORES),
     Field("join.learned", False, "`True`: the scores of the runs are joined with numbers that are "
           "learned on clips that no run was trained on, not by `join.weights`", affects=SCORES),
-    Field("join.pseudo_labels", 0.0, "clips without a label are enrolled in PLDA if an identity "
-          "has at least this probability; then all clips are scored again. 0: no clips. With "
-          "`join.learned`", low=0, high=1, read_when=_read_unless("join.learned", False, True),
-          affects=SCORES),
-    Field("join.calibration", (), "the learned numbers; set by `vidjax evaluate`", affects=SCORES),
-
+    Field("join.diffusion", False, "`True`: the order of a ranking also depends on similar clips "
+          "of the split, unless this lowers the MAP of the first split that is evaluated. With "
+          "`join.learned`",
+          read_when=_read_unless("join.learned", False, True), affects=SCORES),
 )
 # fmt: on
 FIELDS = {row.name: row for row in TABLE if isinstance(row, Field)}
@@ -423,7 +421,7 @@ UNNAMED = tuple(x.name for x in FIELDS.values() if not x.affects & (Affects.MODE
 # The fields of these groups depend on the chosen model or fusion.
 SPECIFICATIONS = ("model.", "fusion.")
 # The fields that the evaluation of a blend reads, in addition to some fields of `data` and `join`.
-BLEND_FIELDS = ("eval.split", "eval.block_size", "eval.members", "eval.report")
+BLEND_FIELDS = ("eval.split", "eval.block_size", "eval.report", "eval.keep_scores")
 # With these fields of `ensemble`, a member is not trained on some clips, so that it can score them.
 HOLD_OUT_FIELDS = ("folds", "bootstraps")
 
@@ -448,6 +446,11 @@ def default() -> Config:
         parent = config[group] if group else config
         parent[leaf] = config_dict.placeholder(str) if value is None else value
     return config
+
+
+def is_blend(config: Config) -> bool:
+    """Returns True for the configuration of a blend of runs."""
+    return bool(config.join.runs or config.join.systems)
 
 
 def list_splits(config: Config) -> tuple[str, ...]:

@@ -51,6 +51,7 @@ class ResultPaths(NamedTuple):
     ranking: Path
     analysis: Path
     report: Path
+    scores: Path
 
 
 class Results(schemas.Metrics, kw_only=True):
@@ -58,7 +59,7 @@ class Results(schemas.Metrics, kw_only=True):
 
     Attributes:
       split: the name of the split.
-      paths: the paths of the result files: `ranking`, `metrics`, `report` and `analysis`.
+      paths: the paths of the result files: `ranking`, `metrics`, `report`, `analysis`, `scores`.
       values: all entries, including metrics that a user has added.
     """
 

@@ -22,6 +22,7 @@ from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError
 
 CONFIG, IDENTITIES, METRICS = "config.json", "identities.json", "metrics.json"
+JOIN = "join.json"  # the learned numbers of a blend
 
 # Files of a folder of features.
 DATA_PATTERNS = ("labels.csv", "*_gt.txt", "*_train*.pickle", "*.npz", "train/*.npz", "val/*.npz",
@@ -62,13 +63,14 @@ class RunFolder:
         `apart` is True if an evaluation used other settings than the run. Then the file names
         contain the name of the split, so that the evaluation replaces no result of the training.
         """
-        trained_split = str(self._config.eval.split)
+        trained_split = str(self._config.eval.split) if self.has(CONFIG) else split
         suffix = f"_{split or trained_split}" if apart or split not in (None, trained_split) else ""
         return ResultPaths(
             self.path / f"metrics{suffix}.json",
             self.path / f"ranking{suffix}.txt",
             self.path / f"analysis{suffix}.npz",
             self.path / f"report{suffix}.html",
+            self.path / f"scores{suffix}.npy",
         )
 
     def metrics(self, paths: ResultPaths | None = None) -> dict[str, Any]:
@@ -78,10 +80,18 @@ class RunFolder:
             self._metrics[path] = schemas.load(path, schemas.Metrics, results.REMEDY)[0]
         return self._metrics.get(path, {})
 
-    def blended_runs(self) -> tuple[str, ...]:
-        """Returns the paths of the runs of a blend. Runs on all clips are preferred to folds."""
-        names = self._config.join.finals or self._config.join.runs
-        return tuple(str(self.path / name) for name in names)
+    def list_runs(self, config: Config | None = None, *, final: bool = True) -> list[Path]:
+        """Returns the folders of the runs that a blend with `config` joins, or [] for another run.
+
+        The default of `config` is the configuration of the folder. If `final` is True, these are
+        the runs on all clips of a blend that `vidjax train` has made. If there are none, or if
+        `final` is False, these are the runs in folds.
+        """
+        config = config or self._config
+        names = config.join.runs or name_systems(config, final=False)
+        finals = [self.path / name for name in name_systems(config, final=True)]
+        is_final = final and finals and all(map(files.exists, finals))
+        return finals if is_final else [self.path / name for name in names]
 
     def other_metrics(self) -> dict[str, dict[str, Any]]:
         """Returns split -> content of `metrics_<split>.json`, for every such file."""
@@ -104,6 +114,18 @@ class RunFolder:
         config.data.cache_dir = None
         files.write_text(self.path / CONFIG, config_io.to_json(config))
         vars(self).pop("_config", None)
+
+
+def name_systems(config: Config, *, final: bool) -> list[str]:
+    """Returns the folder of each of `config.join.systems` in the folder of a blend.
+
+    If `final` is True, the system is trained on all clips, else in folds.
+    """
+    ending = "_all" if final else ""
+    return [
+        f"{number}_{spec.partition(':')[0]}{ending}"
+        for number, spec in enumerate(config.join.systems, 1)
+    ]
 
 
 def open_run(workdir: str | Path) -> RunFolder:

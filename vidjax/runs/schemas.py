@@ -170,6 +170,20 @@ class Manifest(Struct, kw_only=True):
     num_places: Size | None = None  # rows of the batches of an epoch; None: num_clips
 
 
+class Join(Struct, kw_only=True):
+    """The content of `join.json`, the learned numbers of a blend of R runs.
+
+    The lists of numbers have a row for each part of the clips, and a last row for all other clips.
+    """
+
+    scale: list[list[NotNaN]]  # rows of R numbers, see `calibration.Calibration`
+    offset: list[list[NotNaN]]
+    trust: list[list[NotNaN]]
+    stranger: list[NotNaN]
+    splits: list[Text]  # the splits on whose clips the numbers were learned
+    diffusion: bool  # True if diffusion decides the order of a ranking
+
+
 class Line(Struct, kw_only=True):
     """A line of `metrics.jsonl` or `timing.jsonl`.
 

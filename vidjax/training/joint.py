@@ -1,78 +1,67 @@
 """Trains the systems of a blend in a folder, and joins their scores (`config.join.systems`)."""
 
-import copy
 import time
 from collections.abc import Callable
 from typing import Any
 
+from vidjax.core import devices, distributed
 from vidjax.data.clips import TrainingData
-from vidjax.evaluation import blend
-from vidjax.runs import config_io
+from vidjax.evaluation import analysis
+from vidjax.runs import config_io, digests, results
 from vidjax.runs.config import Config
-from vidjax.runs.run_folder import CONFIG, RunFolder, check_resumes, make_and_lock
+from vidjax.runs.run_folder import IDENTITIES, RunFolder, make_and_lock, name_systems
 from vidjax.runs.terminal import say
+from vidjax.runs.versions import collect_versions
+from vidjax.utils import files
 from vidjax.utils.errors import UserError
-
-Train = Callable[..., tuple[dict[str, Any], bool]]
-SET_HERE = ("runs", "finals", "weights", "calibration")  # fields of `config.join`
 
 
 def train_systems(
     config: Config,
     folder: RunFolder,
     data: TrainingData,
-    train: Train,
+    train: Callable[[Config, RunFolder, TrainingData], object],
     *,
     num_devices: int | None = None,
     command: str | None = None,
-) -> tuple[dict[str, Any], bool]:
+    began: float | None = None,
+) -> dict[str, Any]:
     """Trains each system in folds and on all clips with `train`, and joins their scores.
 
     The function `train` is `public.train_run`. The folds measure the blend on `config.eval.split`,
     or on the last split of `config.data.train_splits` if the systems are not trained on
     `config.eval.split`. The runs on all clips rank the other splits that are evaluated. Returns the
-    metrics on `config.eval.split`, and whether the blend had been finished before.
+    metrics on `config.eval.split`.
     """
-    began = time.monotonic()
-    _check_same_blend(config, folder)
+    began = time.monotonic() if began is None else began
     asked, trained, known = config.eval.split, config.data.train_splits, data.report["splits"]
     _check_labels(config, data)
     measured = asked if asked in trained else trained[-1]
     splits = [*dict.fromkeys((measured, asked, *({"test"} & {*known} - {*trained})))]
-    names: dict[bool, list[str]] = {False: [], True: []}
-    new = False
+    distributed.barrier()  # waits until all processes have read the old files
+    if distributed.is_first():
+        folder.write_config(config)
+        files.write_json(folder.path / IDENTITIES, list(data.identities))
     for final in (False, True)[: len(splits)]:
-        for number, spec in enumerate(config.join.systems, 1):
+        names = name_systems(config, final=final)
+        for spec, path in zip(config.join.systems, map(folder.path.joinpath, names), strict=True):
             own = config_io.load_system(config, spec, final=final)
             own.eval.split = splits[-1 if final else 0]
-            path = folder.path / f"{number}_{own.model.name}{'_all' if final else ''}"
             say(f"{path.name}: {spec}, on {'all clips' if final else 'folds'}")
             with make_and_lock(path):
-                run = train(own, RunFolder(path), data, num_devices=num_devices)
-            new |= not run[1]
-            names[final].append(path.name)
-    done = [folder.metrics(folder.paths(split)) if folder.has(CONFIG) else {} for split in splits]
-    if all(done) and not new:
-        return done[splits.index(asked)], True
-    joined, results = copy.deepcopy(config), {}
-    joined.join.update(runs=tuple(names[False]), finals=tuple(names[True]))
-    for split in splits:
-        joined.eval.split = split
-        options = {"num_devices": num_devices, "command": command}
-        results[split] = blend.blend_runs(joined, folder, lambda _: data, **options)
-        joined = folder.config
-    return results[asked] | {"seconds": time.monotonic() - began}, False
-
-
-def _check_same_blend(config: Config, folder: RunFolder) -> None:
-    """Raises UserError if a folder contains a blend of another configuration."""
-    if not folder.has(CONFIG):
-        return
-    before = folder.config
-    before.eval.split = config.eval.split  # `train_systems` chooses the first split
-    for name in SET_HERE:
-        before.join[name] = config.join[name]
-    check_resumes(folder.path, before, config)
+                train(own, RunFolder(path), data)
+    mesh = devices.make_mesh(num_devices)
+    evaluated = analysis.score_splits(config, folder, None, lambda _: data, mesh, splits)
+    about: dict[str, Any] = {
+        "seed": config.seed,
+        "date": results.now(),
+        "seconds": time.monotonic() - began,
+        "finished": True,
+        "trained_on": digests.hash_data(config, data),
+        "versions": collect_versions(),
+        **({"command": command} if command else {}),
+    }
+    return analysis.write_results(folder, config, evaluated, mesh, about)[asked]
 
 
 def _check_labels(config: Config, data: TrainingData) -> None:

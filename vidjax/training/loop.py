@@ -6,7 +6,7 @@ import json
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,7 +20,8 @@ from vidjax.core.batch import Batch
 from vidjax.data import resident
 from vidjax.data.clips import ClipSource, TrainingData, count_cropped
 from vidjax.evaluation import analysis, eval_step, trained_runs
-from vidjax.evaluation.scoring import Evaluation, TrainedModel, score, start_compiling
+from vidjax.evaluation.scores import Evaluation, Scored, score
+from vidjax.evaluation.scoring import TrainedModel, start_compiling
 from vidjax.models.base import ModelState, Params
 from vidjax.runs import (
     checkpoint,
@@ -126,17 +127,15 @@ def train(
     data: TrainingData,
     *,
     num_devices: int | None = None,
-    analyse: bool = False,
     command: str | None = None,
     began: float | None = None,
     log: results_lib.LogFunction | None = None,
 ) -> dict[str, Any]:
     """Trains a system, or resumes the training. Returns the content of `metrics.json`.
 
-    The caller has locked the folder `workdir`. If `analyse` is True, `analysis.npz` and
-    `report.html` are written at the end. `command` is the command line that repeats the training.
-    `began` is the value of `time.monotonic()` when this process started. For `log` and errors, see
-    `public.train`.
+    The caller has locked the folder `workdir`. `command` is the command line that repeats the
+    training. `began` is the value of `time.monotonic()` when this process started. For `log` and
+    errors, see `public.train`.
     """
     began = time.monotonic() if began is None else began
     config = make_paths_absolute(config)  # the run may resume from another working directory
@@ -148,21 +147,19 @@ def train(
     if config.optim.freeze:
         params, _ = plan.system.compute_shapes(1)
         say(optim.describe_frozen(params, config.optim.freeze))
-    run = TrainingRun(config, workdir, data, plan, mesh, began=began, analyse=analyse)
+    run = TrainingRun(config, workdir, data, plan, mesh, began=began)
     write_description(workdir, config, data, run.training_sets)
-    evaluated = _take_steps(run, plan, schedule, workdir, config.profile, analyse, log)
+    evaluated = _take_steps(run, plan, schedule, workdir, config, log)
     # An earlier process may have stopped between the last evaluation and its results.
     evaluations = evaluated or run.evaluate()
     of_training = run.results() | ({"command": command} if command else {})
-    results: dict[str, Any] = {}
-    for evaluation in reversed(evaluations):
-        results = {"data": data.report["data"], **evaluation.results, **of_training}
-        is_last = evaluation is evaluations[0]
-        analysis.write_results(
-            RunFolder(workdir), config, [run.trained_model()], evaluation, results, mesh,
-            report=analyse, ends_training=is_last, is_last=is_last,
-        )  # fmt: skip
-    return results
+    scored = [
+        Scored(config, run.trained_model(), one, {"data": data.report["data"]})
+        for one in evaluations
+    ]
+    return analysis.write_results(RunFolder(workdir), config, scored, mesh, of_training)[
+        config.eval.split
+    ]
 
 
 def _take_steps(
@@ -170,8 +167,7 @@ def _take_steps(
     plan: RunPlan,
     schedule: Schedule,
     workdir: Path,
-    window: Sequence[int],
-    analyse: bool,
+    config: Config,
     log: results_lib.LogFunction | None,
 ) -> list[Evaluation]:
     """Trains, logs, saves and evaluates. Returns the last evaluation of each split, if any."""
@@ -188,7 +184,7 @@ def _take_steps(
         )  # fmt: skip
         stack.callback(progress.close)
         interruption = stack.enter_context(signals.catch_interruption())
-        trace = stack.enter_context(profiler.trace_steps(workdir, window))
+        trace = stack.enter_context(profiler.trace_steps(workdir, config.profile))
 
         def evaluate() -> list[Evaluation]:
             """Evaluates the run. Adds the metrics to the log and the checkpoint of this step."""
@@ -221,7 +217,7 @@ def _take_steps(
             trace(run.step)
             num_clips, loss = run.advance(schedule.next_stop(run.step))
             interruption.at_once = False
-            analysis.import_slow_libraries(report=analyse)
+            analysis.import_slow_libraries(report=config.eval.report)
             progress.advance(num_clips, f"loss {loss:.3f}")
             timing = run.log(logs) if run.step in schedule.log else {}
             if run.step in schedule.relabel:
@@ -295,16 +291,17 @@ class TrainingRun:
         mesh: Mesh,
         *,
         began: float,
-        analyse: bool = False,
     ):
-        """Restores the newest checkpoint, if any. `analyse` prepares the analysis of attention."""
+        """Restores the newest checkpoint, if any."""
         self._config, self._workdir, self._plan = config, workdir, plan
         self._mesh = mesh
         self._system = plan.system
         self._eval_step = eval_step.make_eval_step(self._system, self._mesh)
         has_vectors = self._system.model.vector_names and not self._system.frame_is_example
         self._attention_step = (
-            eval_step.make_attention_step(self._system, mesh) if analyse and has_vectors else None
+            eval_step.make_attention_step(self._system, mesh)
+            if config.eval.report and has_vectors
+            else None
         )
         self.training_sets, self._started = plan.training_sets, dict[str, Any]()
         self._num_members = len(plan.training_sets.members)
@@ -615,10 +612,13 @@ class TrainingRun:
         """
         if self._compiling:
             self._compiling.join()
-        spec = self._config.eval
+        spec, folder = self._config.eval, RunFolder(self._workdir)
         options = {"block_size": spec.block_size, "each_member": spec.members, "check": check}
-        models, splits = [self.trained_model()], list_splits(self._config)
-        return [score(models, split, self._mesh, **options) for split in splits]
+        model, evaluations = self.trained_model(), []
+        for split in list_splits(self._config):
+            keep = folder.paths(split).scores if spec.keep_scores else None
+            evaluations.append(score(model, split, self._mesh, **options, keep=keep))
+        return evaluations
 
     def start_compiling_evaluation(self) -> None:
         """Starts to compile the evaluation in another thread."""

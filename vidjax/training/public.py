@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # these modules import JAX, TensorFlow or numpy
     from vidjax.data.packed_clips import Quality
     from vidjax.data.packing import Clips
     from vidjax.evaluation.comparison import Comparison
-    from vidjax.evaluation.predict import Predictor
+    from vidjax.evaluation.predict import JointPredictor, Predictor
     from vidjax.runs.results import LogFunction, Results
 
 
@@ -229,18 +229,10 @@ def train_run(
     """
     from vidjax.evaluation import analysis
     from vidjax.runs import checkpoint, digests
-    from vidjax.training import init_from, loop as training
+    from vidjax.training import init_from, joint, loop as training
     from vidjax.training.dry_run import dry_run
 
     config_lib.check(config)
-    if config.join.systems:
-        from vidjax.training import joint
-
-        dry_run(config, data)
-        data = load_data(config) if data is None else data
-        options = {"num_devices": num_devices, "command": command}
-        train = functools.partial(train_run, log=log)
-        return joint.train_systems(config, folder, data, train, **options)
     results = training.read_finished_metrics(folder, config)
     if results is None:
         dry_run(config, data)
@@ -249,15 +241,15 @@ def train_run(
             init_from.find_source(config)  # reports a mistake before the data are read
     data = load_data(config) if data is None else data
     _check_same(config, data)
-    report = config.eval.report
     if results is None:
-        metrics = training.train(
-            config, folder.path, data,
-            num_devices=num_devices, analyse=report, command=command, began=began, log=log,
-        )  # fmt: skip
-        return metrics, False
+        options: dict[str, Any] = {"num_devices": num_devices, "command": command, "began": began}
+        if config.join.systems:
+            train = functools.partial(train_run, num_devices=num_devices, log=log)
+            return joint.train_systems(config, folder, data, train, **options), False
+        return training.train(config, folder.path, data, **options, log=log), False
     digests.check_data(folder.path, results["trained_on"], config, data)
-    if report and not files.exists(folder.paths().report) and distributed.is_first():
+    is_missing = config.eval.report and not files.exists(folder.paths().report)
+    if is_missing and distributed.is_first():
         analysis.write_report(folder, config.eval.split)  # the report was deleted
     return results, True
 
@@ -294,7 +286,7 @@ def evaluate(
       num_devices: the number of devices to use. None means all. Scores do not depend on it.
 
     Raises:
-      UserError: the folder contains no run or a blend of other runs, or the data do not fit.
+      UserError: the folder contains no run, or the data do not fit.
       CheckpointError: no checkpoint is usable.
     """
     check_argument("evaluate: workdir", workdir, (str, os.PathLike), "the path of a run's folder")
@@ -303,12 +295,6 @@ def evaluate(
         check_loaded("evaluate", data)
     folder = open_run(workdir)
     config = folder.config
-    if config.join.runs:
-        raise UserError(
-            f"'{folder.path}' is a blend of other runs, which this function cannot evaluate\n"
-            f"evaluate one of the runs ({', '.join(folder.blended_runs())}),\n"
-            "or use the command vidjax evaluate --workdir=FOLDER"
-        )
     config.eval.split, config.eval.splits = split or config.eval.split, ()
     with make_and_lock(folder.path):
         metrics = evaluate_run(config, folder, data, num_devices=num_devices)[config.eval.split]
@@ -321,29 +307,32 @@ def evaluate_run(
     data: "TrainingData | None" = None,
     *,
     num_devices: int | None = None,
+    command: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Ranks `config.eval.split` and `config.eval.splits` with a run. Returns split -> metrics.
+    """Ranks `config.eval.split` and `config.eval.splits` with a run or a blend of runs.
 
-    The caller has locked `folder`.
+    Returns split -> metrics. The caller has locked `folder`. `command` is the command line that
+    makes a blend again.
     """
     from vidjax.evaluation import analysis, trained_runs
+    from vidjax.runs import results
+    from vidjax.runs.versions import collect_versions
+
+    @functools.cache
+    def read_data() -> "TrainingData":
+        loaded = load_data(config) if data is None else data
+        _check_same(config, loaded)
+        trained_runs.check_labelled(config, loaded)
+        return loaded
 
     set_up_devices(config)
-    run = trained_runs.find_run(config, folder)
-    # The files are read now, so that damaged files are reported before the evaluation.
-    _ = folder.metrics(), folder.other_metrics() if config.eval.report else None
-    data = load_data(config) if data is None else data
-    _check_same(config, data)
-    report = config.eval.report
-    trained_runs.check_labelled(config, data)
-    metrics: dict[str, dict[str, Any]] = {}
-    for split in reversed(config_lib.list_splits(config)):
-        one = copy.deepcopy(config)
-        one.eval.split, is_last = split, split == config.eval.split
-        metrics[split] = analysis.evaluate(
-            one, run, data, num_devices=num_devices, report=report, is_last=is_last
-        )
-    return metrics
+    # The runs of a blend may read the same clips from different folders.
+    load = load_data if config.join.runs and data is None else lambda _: read_data()
+    made = None
+    if not folder.has(CONFIG):  # the evaluation makes a blend
+        made = {"date": results.now(), "versions": collect_versions(), "finished": True}
+        made |= {"command": command} if command else {}
+    return analysis.evaluate(config, folder, load, num_devices=num_devices, training=made)
 
 
 def compare(
@@ -393,10 +382,11 @@ def restore(
     *,
     step: Literal["latest", "best"] = "latest",
     num_devices: int | None = None,
-) -> "Predictor":
+) -> "Predictor | JointPredictor":
     """Loads the model of a trained run, to use it on new clips.
 
-    The result has the methods `rank`, `identify`, `scores` and `embed`, which take clips.
+    The result has the methods `rank`, `identify` and `scores`, which take clips. Unless the folder
+    contains a blend of runs, it also has the method `embed`.
 
     Args:
       workdir: the folder of a run.
@@ -404,7 +394,7 @@ def restore(
       num_devices: the number of devices to use. None means all. Scores do not depend on it.
 
     Raises:
-      UserError: the folder contains no run, or a blend of other runs.
+      UserError: the folder contains no run.
       CheckpointError: no checkpoint is usable.
     """
     check_argument("restore: workdir", workdir, (str, os.PathLike), "the path of a run's folder")

@@ -36,7 +36,7 @@ def restore(run: "Predictor | str | Path") -> "Predictor":
     if isinstance(run, predict.Predictor):
         return run
     check_argument("Gallery: run", run, (str, os.PathLike), "a run, or the path of its folder")
-    return predict.restore(run)
+    return predict.restore_run(run)
 
 
 def make_origin(run: "Predictor") -> VectorOrigin:

@@ -152,7 +152,7 @@ def safetensors(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
 
     imported = folder / "imported"
     weights.read(folder, imported)
-    copy = predict.restore(imported)
+    copy = predict.restore_run(imported)
     shutil.rmtree(imported)
     compiled = jax.jit(partial(function.compute_outputs, copy))
     members = function.get_members(copy)

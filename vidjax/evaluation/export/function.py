@@ -5,9 +5,10 @@ frames of B clips that are padded to T frames: arrays with the names MODALITY_FI
 `face_features`; see FIELDS.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.export
@@ -71,7 +72,7 @@ def compute_outputs(run: Predictor, members: Sequence[Member], inputs: Inputs) -
     if run.system.frame_is_example:
         fused = _fuse_clips(run.system, batch.frames)
         fusions = {name: lambda *_, frames=frames: frames for name, frames in fused.items()}
-        run = run._replace(system=run.system._replace(fuse_eval=fusions))
+        run = dataclasses.replace(run, system=run.system._replace(fuse_eval=fusions))
     return {
         "scores": _compute_scores(run, members, batch),
         "embeddings": _compute_embeddings(run, members, batch),
@@ -147,7 +148,7 @@ def get_members(run: Predictor) -> list[Member]:
 
 
 def _compute_scores(run: Predictor, members: Sequence[Member], batch: Batch) -> Array:
-    """Computes the mean scores [B, C] of all members, like `ModelScorer`."""
+    """Computes the mean scores [B, C] of all members, like `scoring.score_blocks`."""
     system, count = run.system, len(run.identities)
     each = [
         eval_step.eval_step(system, params, state, view, batch)[:, 1 : 1 + count]
@@ -161,8 +162,7 @@ def _compute_scores(run: Predictor, members: Sequence[Member], batch: Batch) -> 
                 total, member_scores, jnp.ones(scores.shape[0], scores.dtype)
             )
         scores = eval_step.mean_scores(total)
-    top = cast(int, run.config.eval.top_classes)
-    return keep_best(scores, top) if 0 < top < count else scores
+    return keep_best(system, scores)
 
 
 def _compute_embeddings(run: Predictor, members: Sequence[Member], batch: Batch) -> Array:

@@ -76,7 +76,7 @@ class RunFiles(NamedTuple):
 def title(run: RunFiles) -> str:
     """Returns the title of a report, with the model, the modalities and the data of the run."""
     data = _data_of(run) or "unknown data"
-    if joined := run.config["join"]["runs"]:
+    if joined := run.metrics.runs:
         return f"blend of {len(joined)} runs on {data}"
     model = str(run.config["model"].get("name", "no model"))
     members = run.metrics.num_members or 1
@@ -188,7 +188,7 @@ def run_rows(run: RunFiles) -> Rows:
         "evaluated": own.eval_date or "",
         "versions": _join(f"{name} {version}" for name, version in (own.versions or {}).items()),
     }
-    if config["join"]["runs"]:
+    if own.runs:
         del settings["trained on"], settings["modalities"]  # a blend does not use them
     labels = [
         ("seed", "seed", 0),

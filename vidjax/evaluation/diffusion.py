@@ -1,0 +1,104 @@
+"""Re-ranks a batch of clips: the probabilities of a clip are averaged with those of similar clips.
+
+PLDA compares all pairs of clips. The neighbours of a clip are the NEIGHBOURS clips that most
+probably show the same person. If P are the probabilities of the clips, ROUNDS times
+
+    B = (1 - sum of w) P + w B,    w = sigmoid(A - THRESHOLD) of the neighbours / (1 + their sum)
+
+where A is the sum of the log-likelihood ratios of a pair, over the modalities that both clips have.
+B gives only the order of a ranking, because it is not calibrated.
+
+Source: Donoser and Bischof 2013, Diffusion processes for retrieval revisited; Iscen and others
+2017, Efficient diffusion on region manifolds. The weights w are not published.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import scipy
+
+from vidjax.evaluation import topk
+from vidjax.evaluation.scores import Scores
+from vidjax.evaluation.topk import TopK
+from vidjax.models.two_covariance import all_log_ratios
+
+NEIGHBOURS, ROUNDS = 5, 3
+THRESHOLD = 6.0  # of the sum of log-likelihood ratios
+LIMIT = 6.0  # a log-likelihood ratio of a modality is cut to +-LIMIT
+MAX_ROWS = 1024  # clips that are compared with all clips at a time
+MAX_VALUES = 1 << 24  # probabilities in memory at a time
+
+
+class View(NamedTuple):
+    """What a member of a run sees of n clips in a modality."""
+
+    vectors: np.ndarray  # [n, D] float32, coordinates of `two_covariance.Space`
+    present: np.ndarray  # [n] bool, True if the clip has the modality
+    ratio: np.ndarray  # [D] float32, see `two_covariance.Space`
+    scale: float  # factor on the log-likelihood ratio of a pair
+
+
+def weigh_neighbours(
+    groups: Sequence[tuple[np.ndarray, Sequence[View]]], count: int
+) -> scipy.sparse.csr_array:
+    """Returns the weights of the neighbours of `count` clips, [count, count].
+
+    `groups` are pairs of the rows [n] of some clips, and the views of these clips. Clips of
+    different groups are not compared.
+    """
+    parts = [part for rows, views in groups for part in _compare(rows, views)]
+    rows, columns, weights = map(np.concatenate, zip(*parts, strict=True))
+    return scipy.sparse.csr_array((weights, (rows, columns)), (count, count))
+
+
+def _compare(rows: np.ndarray, views: Sequence[View]) -> Iterator[tuple[np.ndarray, ...]]:
+    """Yields rows, columns and weights of neighbours, for MAX_ROWS of the clips at a time."""
+    most = min(NEIGHBOURS, len(rows))
+    for first in range(0, len(rows), MAX_ROWS):
+        part = slice(first, first + MAX_ROWS)
+        evidence = np.zeros((len(rows[part]), len(rows)), np.float32)
+        for view in views:
+            ratio = view.scale * all_log_ratios(view.ratio, view.vectors[part], view.vectors)
+            both = view.present[part, None] & view.present
+            evidence += np.where(both, np.clip(ratio, -LIMIT, LIMIT), 0)
+        evidence[rows[part, None] == rows] = -np.inf  # a clip is no neighbour of itself
+        best = np.argpartition(-evidence, most - 1, axis=1)[:, :most]
+        weight = scipy.special.expit(np.take_along_axis(evidence, best, axis=1) - THRESHOLD)
+        weight /= 1 + weight.sum(axis=1, keepdims=True)
+        yield np.repeat(rows[part], most), rows[best].ravel(), weight.ravel()
+
+
+def rank(scores: Scores, weights: scipy.sparse.csr_array) -> TopK:
+    """Ranks clips by their probabilities after diffusion. The scores are those before it.
+
+    Args:
+      scores: logarithms of probabilities, with a row for each of n clips.
+      weights: [n, n], see `weigh_neighbours`.
+    """
+    index, rest = np.flatnonzero(scores.pool).astype(np.int32), 1 - weights.sum(axis=1)[:, None]
+    width = max(1, MAX_VALUES // max(len(index), 1))
+    tops = []
+    for first in range(0, len(scores.identities), width):
+        logs = scores.array[:, first : first + width]
+        start = now = np.exp(logs.astype(np.float64))
+        for _ in range(ROUNDS):
+            now = rest * start + weights @ now
+        with np.errstate(divide="ignore"):  # the logarithm of 0
+            blocks = _split_rows(np.log(now), index)
+        top = topk.rank(blocks, logs.shape[1])
+        tops.append((_read(logs, index, top.index), top.index))
+    return TopK(*map(np.concatenate, zip(*tops, strict=True)))
+
+
+def _split_rows(scores: np.ndarray, index: np.ndarray) -> Iterator[topk.ScoreBlock]:
+    for first in range(0, len(index), MAX_ROWS):
+        rows = index[first : first + MAX_ROWS]
+        yield scores[first : first + MAX_ROWS], rows, np.ones(len(rows), bool)
+
+
+def _read(logs: np.ndarray, clips: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Returns the scores [C, k] of the clips `index` [C, k]. `logs` are the scores of `clips`."""
+    rows = np.minimum(np.searchsorted(clips, index), len(clips) - 1)
+    scores = logs[rows, np.arange(len(index))[:, None]]
+    return np.where(index == topk.NO_CLIP, np.float32(-np.inf), scores)

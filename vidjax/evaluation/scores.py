@@ -1,0 +1,420 @@
+"""Scores as data: an array [N, C] of a model, and the ranking and metrics of such arrays.
+
+A ranking reads the scores in blocks. The blocks come from a model while it scores clips, or from an
+array. So a single run needs no array.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vidjax.core import devices, distributed, ensemble, metrics
+from vidjax.core.batch import Array
+from vidjax.core.metrics import ClipScores
+from vidjax.data.clips import Split
+from vidjax.evaluation import topk
+from vidjax.evaluation.eval_step import add_scores, make_no_scores, mean_scores
+from vidjax.evaluation.scoring import ALL, ScoreBlock, TrainedModel, score_blocks
+from vidjax.evaluation.topk import TopK
+from vidjax.runs.config import Config
+from vidjax.runs.terminal import Progress, say
+from vidjax.utils import files
+from vidjax.utils.errors import DiskError, UserError, warn
+
+ROWS = 256  # clips of a block that is read from an array
+LARGE = 10**9  # bytes of a scratch file from which its size is printed
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """The scores of clips of a split for C identities.
+
+    Attributes:
+      array: [n, C] float32, a row for each clip in `pool`, mapped into memory.
+      use: [E, N] bool, True where one of E members scored one of the N clips of the split.
+      kind: see `describe_kind`.
+      logs: True if the scores are logarithms of probabilities.
+      complete: True if the scores of all identities are kept, not only the best.
+      clips, identities: the names of the N clips of the split and of the C identities.
+    """
+
+    array: np.ndarray
+    use: np.ndarray
+    kind: str
+    logs: bool
+    complete: bool
+    clips: tuple[str, ...]
+    identities: tuple[str, ...]
+
+    @functools.cached_property
+    def pool(self) -> np.ndarray:
+        """True for the clips that have scores, [N] bool."""
+        return np.asarray(self.use.any(axis=0))
+
+    @functools.cached_property
+    def row(self) -> np.ndarray:
+        """The row of the array for each clip of the pool, [N] int."""
+        return np.cumsum(self.pool) - 1
+
+
+class Evaluation(NamedTuple):
+    """The ranking of a split and its metrics."""
+
+    split: Split
+    top: TopK  # the best 100 clips of every identity, sorted
+    clips: ClipScores  # the best score of every clip. It is -inf if a score of the clip is NaN.
+    # Entries of `metrics.json`: counts of clips, the speed, and the MAP of each run or member.
+    # If the split has a ground truth, the dict also has the MAP and the other metrics.
+    results: dict[str, Any]
+
+
+class Scored(NamedTuple):
+    """An evaluated split, and what its analysis needs."""
+
+    config: Config  # of the model
+    model: TrainedModel  # the model, or the first model of a blend
+    evaluation: Evaluation
+    values: Mapping[str, Any]  # further entries of `metrics.json`
+
+
+def describe_kind(split_name: str, members: Iterable[tuple[ensemble.Member, np.ndarray]]) -> str:
+    """Returns the entry `map_kind` of `metrics.json`, if no member scores its training clips.
+
+    It is `out_of_fold` if a member of a fold or of a bootstrap sample skips clips. Otherwise, it is
+    the name of the split. `members` are pairs of a member and the clips [N] bool that it scores.
+    """
+    complete = (use.all() for member, use in members if max(member.fold, member.bootstrap) >= 0)
+    return split_name if all(complete) else "out_of_fold"
+
+
+def describe(model: TrainedModel, split_name: str) -> Scores:
+    """Returns the Scores of a model without the array.
+
+    The score of a clip is the mean over the members that were not trained on the clip. If all
+    members were trained on all training clips, all members score all clips. Raises UserError if no
+    member scores any clip.
+    """
+    clips, sets = model.data.split(split_name).clips, model.training_sets
+    use, in_sample = ensemble.choose_scoring_members(sets, clips)
+    if not use.any():
+        raise UserError(
+            f"'{model.name}': all members were trained on all clips of {split_name}, so none can "
+            "score the clips\nchoose other clips, or another split with --config.eval.split"
+        )
+    kind = describe_kind(split_name, zip(sets.members, use, strict=True))
+    return Scores(
+        array=np.empty((0, len(model.data.identities)), np.float32),
+        use=use,
+        kind="in_sample" if in_sample else kind,
+        logs=model.system.scores_are_logs,
+        complete=not model.system.top_classes,
+        clips=clips,
+        identities=tuple(model.data.identities),
+    )
+
+
+def write_scores(
+    model: TrainedModel,
+    split_name: str,
+    mesh: Mesh,
+    *,
+    block_size: int,
+    folder: Path | None = None,
+    only: np.ndarray | None = None,
+) -> Scores:
+    """Scores the clips of a split with a model. See `describe` and `allocate`.
+
+    If `only` [N] bool is given, other clips are left out.
+    """
+    scores = describe(model, split_name)
+    if only is not None:
+        scores = dataclasses.replace(scores, use=scores.use & only)
+    scores = allocate(scores, folder)
+    progress = Progress(len(scores.array), unit="clip", label="score", leave=False)
+    for block in score_blocks(model, split_name, mesh, block_size, scores.use):
+        values, index = block.without_padding()
+        scores.array[scores.row[index]] = values
+        progress.advance(len(index))
+    progress.close()
+    return scores
+
+
+def allocate(scores: Scores, folder: Path | None = None) -> Scores:
+    """Returns `scores` with a new array, in a scratch file that is deleted with the array.
+
+    The file is in `folder`, or in the folder of temporary files. Raises DiskError if the disk has
+    too little space.
+    """
+    place, shape = (
+        folder or Path(tempfile.gettempdir()),
+        (scores.pool.sum(), len(scores.identities)),
+    )
+    if (size := 4 * math.prod(shape)) > LARGE:
+        say(f"scores take {size / 1e9:,.1f} GB in '{place}' until the results are written")
+    with tempfile.TemporaryFile(dir=place) as file:  # it has no name, so a kill leaves no file
+        return dataclasses.replace(scores, array=_map_file(file, place, shape))
+
+
+def _map_file(file: BinaryIO, path: Path, shape: tuple[int, int]) -> np.ndarray:
+    """Maps a new file to a float32 array, which begins at the present position in the file."""
+    if not all(shape):
+        return np.empty(shape, np.float32)
+    size, start = 4 * math.prod(shape), file.tell()
+    try:
+        os.posix_fallocate(file.fileno(), 0, start + size)
+    except OSError as error:
+        raise DiskError(
+            f"'{path}' has no space for {size / 1e9:,.1f} GB of scores: {error.strerror}\n"
+            "free some space, or move the folder of the run to another disk"
+        ) from error
+    return np.memmap(file, np.float32, "r+", start, shape)
+
+
+def read_blocks(scores: Scores) -> Iterator[ScoreBlock]:
+    """Yields all scores, in blocks of ROWS clips."""
+    places = np.flatnonzero(scores.pool).astype(np.int32)
+    for at in range(0, len(places), ROWS):
+        index = places[at : at + ROWS]
+        yield ScoreBlock(scores.array[at : at + ROWS], index, np.ones(len(index), bool))
+
+
+def keep_blocks(blocks: Iterable[ScoreBlock], scores: Scores, path: Path) -> Iterator[ScoreBlock]:
+    """Yields `blocks`, and writes them to a new file `path` (.npy), an array [N, C].
+
+    Rows of clips without scores are -inf. A file `.json` next to `path` contains the names.
+    """
+    shape = len(scores.clips), len(scores.identities)
+    with files.atomic_file(path) as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        array = _map_file(file, path, shape)
+        array[~scores.pool] = -np.inf
+        for block in blocks:
+            if block.member == ALL:
+                values, index = block.without_padding()
+                array[index] = values
+            yield block
+    files.write_json(
+        path.with_suffix(".json"), {"clips": scores.clips, "identities": scores.identities}
+    )
+
+
+def combine(
+    runs: Sequence[Scores], join: Callable[[np.ndarray, np.ndarray], Array], folder: Path | None
+) -> Scores:
+    """Joins the scores of R runs, for the clips that all runs score. For `folder`, see `allocate`.
+
+    `join` maps logarithms of probabilities [R, B, C] of B clips and their clip indices [B] to the
+    joint logarithms, [B, C].
+    """
+    pool = np.all([run.pool for run in runs], axis=0)
+    kinds = {run.kind for run in runs}
+    worst = next((kind for kind in ("in_sample", "out_of_fold") if kind in kinds), runs[0].kind)
+    joined = dataclasses.replace(
+        runs[0],
+        use=np.concatenate([run.use for run in runs]) & pool,
+        kind=worst,
+        complete=all(run.complete for run in runs),
+    )
+    joined = allocate(joined, folder)
+    for block in read_blocks(joined):
+        index = np.resize(block.clip_index, ROWS)  # so that all blocks use the same program
+        logs = np.stack([run.array[run.row[index]] for run in runs])
+        block.scores[:] = np.asarray(join(logs, index))[: len(block.scores)]
+    return joined
+
+
+def mean(runs: Sequence[Scores], weights: Sequence[float], folder: Path | None = None) -> Scores:
+    """Computes the log of the weighted mean of the probabilities of R runs. See `combine`."""
+    return combine(runs, lambda logs, _: mean_logs(logs, np.asarray(weights, np.float32)), folder)
+
+
+@jax.jit
+def mean_logs(logs: Array, weights: Array) -> Array:
+    """Computes the log of the mean of the probabilities, with `weights` [R]. `logs` [R, B, C]."""
+    total = make_no_scores(logs[0], logs=True)
+    for run, weight in zip(logs, weights, strict=True):
+        total = add_scores(total, run, jnp.full(len(run), weight))
+    return mean_scores(total)
+
+
+def score(
+    model: TrainedModel,
+    split_name: str,
+    mesh: Mesh,
+    *,
+    block_size: int,
+    each_member: bool = True,
+    check: Callable[[], None] = lambda: None,
+    keep: Path | None = None,
+) -> Evaluation:
+    """Scores and ranks the clips of a split with a model. See `describe`.
+
+    Args:
+      block_size: number of clips that a device scores at a time.
+      each_member: also computes the MAP of each member of an ensemble.
+      check: called after each block. It may raise an exception to end the evaluation.
+      keep: the new file for the array of the scores, see `keep_blocks`. None means no file.
+
+    Raises UserError if a block does not fit into memory, no member may score any clip, or all clips
+    have NaN scores.
+    """
+    if block_size < 1:
+        raise UserError(f"config.eval.block_size={block_size}: must be 1 or more")
+    scores, members = describe(model, split_name), model.training_sets.members
+    each = len(members) > 1 and each_member
+    blocks = score_blocks(model, split_name, mesh, block_size, scores.use, each_member=each)
+    if keep and distributed.is_first():
+        blocks = keep_blocks(blocks, scores, keep)
+    members = members if each else ()
+    return evaluate(blocks, scores, model.data.split(split_name), members=members, check=check)
+
+
+def evaluate(
+    blocks: Iterable[ScoreBlock],
+    scores: Scores,
+    split: Split,
+    *,
+    top: TopK | None = None,
+    members: Sequence[ensemble.Member] = (),
+    check: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Ranks the clips of a split by their scores, and computes the metrics.
+
+    Clips with NaN scores are ranked last, with a warning.
+
+    Args:
+      blocks: the scores of the clips, and of each of `members`.
+      scores: the description of the scores. The array is not read.
+      top: another ranking of the clips, which replaces the ranking by scores.
+      members, check: see `score`.
+    """
+    began, pool = time.monotonic(), scores.pool
+    ranked = [] if top else [ALL, *range(len(members))]
+    tops = {number: topk.HostTopK(len(scores.identities)) for number in ranked}
+    clips = _make_clip_scores(scores)
+    progress = Progress(int(pool.sum()), unit="clip", label="evaluate", leave=False)
+    with devices.compile_seconds() as compiling:
+        for block in blocks:
+            if block.member in tops:
+                tops[block.member].add(block.scores, block.clip_index, block.mask)
+            if block.member == ALL:
+                _add_clips(clips, split.labels, block)
+                progress.advance(int(block.mask.sum()))
+                check()
+        top = top or tops[ALL].finish()
+    progress.close()
+    seconds = time.monotonic() - began - sum(compiling)
+    clips, num_nan = _replace_nan(split, clips)
+    rows = [
+        {**_describe_member(member), "map": compute_map(tops[i].finish(), split, scores.use[i])}
+        for i, member in enumerate(members)
+    ]
+    results = {
+        **_compute_metrics(top, clips, split, scores.kind),
+        **num_nan,
+        "num_ties": topk.count_ties(top),
+        "eval_clips_per_second": int(pool.sum()) / max(seconds, 1e-9),
+        **({"members": rows} if rows else {}),
+    }
+    return Evaluation(split, top, clips, results)
+
+
+def count_positives(split: Split, pool: np.ndarray) -> np.ndarray:
+    """Returns how many clips in `pool` [N] bool show each identity, [C] int."""
+    outside = np.bincount(split.labels[~pool], minlength=len(split.positives) + 1)[1:]
+    return split.positives - outside
+
+
+def compute_map(top: TopK, split: Split, pool: np.ndarray) -> float | None:
+    """Returns the MAP of `top` on clips in `pool` [N] bool, or None if they show no identity."""
+    positives = count_positives(split, pool)
+    if not split.labelled or not positives.any():
+        return None
+    others = split.num_others if pool.all() else 0
+    return metrics.mean_average_precision(top.index, split.labels, positives, others)
+
+
+def _compute_metrics(top: TopK, clips: ClipScores, split: Split, kind: str) -> dict[str, Any]:
+    """Returns counts of clips and identities. If the split has a ground truth, adds metrics."""
+    listed = np.where(top.index == topk.NO_CLIP, -1, top.index)
+    pool, clips = clips.pool, clips._replace(ranking=listed)
+    results: dict[str, Any] = {}
+    value = compute_map(top, split, pool)
+    if value is not None:
+        others = split.num_others if pool.all() else 0
+        results |= {
+            "map": value,
+            "map_kind": kind,
+            "num_map_identities": int(np.sum(count_positives(split, pool) > 0)) + others,
+            **metrics.compute_clip_metrics(clips, split.labels),
+        }
+    return results | {
+        "num_clips": int(np.sum(pool)),
+        "num_identities": len(split.positives),
+        "num_distractors": int(np.sum(split.labels[pool] == 0)) if split.labelled else None,
+    }
+
+
+def _make_clip_scores(scores: Scores) -> ClipScores:
+    """Returns the ClipScores of clips without scores, for `_add_clips`."""
+    count = len(scores.clips)
+    lowest, zeros = np.full(count, -np.inf, np.float32), np.zeros(count, np.int32)
+    # Without all scores as logarithms of probabilities, there is no loss.
+    own = lowest.copy() if scores.logs and scores.complete else None
+    last = np.full(count, len(scores.identities), np.int32)
+    return ClipScores(scores.pool, lowest, zeros > 0, own, zeros, last)
+
+
+def _add_clips(clips: ClipScores, labels: np.ndarray, block: ScoreBlock) -> None:
+    """Writes the best scores of the clips of a block, and of their labels [N], to `clips`."""
+    scores, index = block.without_padding()
+    rows, label = np.arange(len(index)), labels[index]
+    assert clips.identity is not None and clips.rank is not None
+    first = np.argmax(scores, axis=1)  # NaN counts as the highest score
+    clips.best[index] = best = scores[rows, first]
+    clips.identity[index] = identity = np.where(best > -np.inf, first + 1, 0)  # 0 also for NaN
+    clips.right[index] = (label > 0) & (identity == label)
+    known = np.flatnonzero(label > 0)
+    own = scores[known, label[known] - 1]
+    higher = np.count_nonzero(scores[known] > own[:, None], axis=1)
+    clips.rank[index[known]] = np.where(identity[known] > 0, higher, scores.shape[1])
+    if clips.own is not None:
+        clips.own[index[known]] = own
+
+
+def _replace_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str, int]]:
+    """Replaces NaN scores by -inf, with a warning. Returns the number of such clips, too."""
+    nan = np.isnan(clips.best) & clips.pool
+    if not nan.any():
+        return clips, {}
+    count, total = int(nan.sum()), int(clips.pool.sum())
+    first = [split.clips[clip] for clip in np.flatnonzero(nan)[:3]]
+    message = (
+        f"{count} of {total} clips of {split.name} have scores of NaN, such as {', '.join(first)}\n"
+        "features of these clips or of training clips are too large for float32: divide all "
+        "features by a constant, and train the run again"
+    )
+    if count == total:
+        raise UserError(message)
+    warn(f"{message}\nuntil then, the clips with scores of NaN are ranked last")
+    best = np.where(nan, np.float32(-np.inf), clips.best)
+    return clips._replace(best=best, right=clips.right & ~nan), {"num_nan_clips": count}
+
+
+def _describe_member(member: ensemble.Member) -> dict[str, Any]:
+    """Returns the number of a member, and its fields that differ from their defaults."""
+    fields, defaults = member._asdict(), ensemble.Member._field_defaults
+    number = {"member": fields.pop("number")}
+    return number | {name: value for name, value in fields.items() if value != defaults[name]}
