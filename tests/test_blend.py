@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,7 +12,7 @@ from tests.helpers.datasets import load_dataset
 from tests.helpers.pages import check_numbers
 from tests.helpers.seen import refused
 from tests.helpers.small_runs import run, shrunk
-from vidjax.evaluation import blend, scoring
+from vidjax.evaluation import analysis, scores as scores_lib
 from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.run_folder import RunFolder
 
@@ -65,7 +64,7 @@ def probabilities(folder, load, split):
     if config.eval.scores == "logits":
         config.eval.scores = "log_softmax"
     model = small_runs.restored(folder, load(config), config)
-    logs = small_runs.scores(model, split, block_size=32)
+    logs = small_runs.scores(model, split)
     return dict(zip(model.data.split(split).clips, np.exp(logs), strict=True))
 
 
@@ -89,7 +88,7 @@ def test_blend_is_the_weighted_mean_of_probabilities():
     scores[1, 4] = np.nan  # clip 4 of run 1
 
     def blended(scores, weights):
-        return np.asarray(scoring.blend(list(jnp.asarray(scores)), weights))
+        return np.asarray(scores_lib.mean_logs(scores, np.array(weights, np.float32)))
 
     logs = blended(scores, (0.5, 2.0, 1.0))
     expected = np.average(np.exp(scores.astype(np.float64)), axis=0, weights=(0.5, 2.0, 1.0))
@@ -105,7 +104,7 @@ def test_blend_refuses_runs_with_other_identities_or_clips(runs, train, load, fo
     def check(runs, load, split, words):
         config = config_lib.default()
         config.join.runs, config.eval.split = tuple(map(str, runs)), split
-        refused(lambda: blend.blend_runs(config, RunFolder(tmp_path), load, num_devices=1), words)
+        refused(lambda: analysis.evaluate(config, RunFolder(tmp_path), load, training={}), words)
 
     fewer = tmp_path / "fewer"  # with 10 of the 12 identities
     fewer.mkdir()

@@ -37,7 +37,7 @@ def train(trained):
 
 @pytest.fixture(scope="module")
 def restored(train):
-    return functools.cache(lambda name: predict.restore(train(name), num_devices=1))
+    return functools.cache(lambda name: predict.restore_run(train(name), num_devices=1))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_restore_errors_name_the_cause(train, restored, data, tmp_path):
 
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint"):
-        predict.restore(tmp_path)
+        predict.restore_run(tmp_path)
 
     # An absurd size is refused before anything is allocated for it.
     theirs = shutil.copytree(folder, tmp_path / "theirs")
@@ -77,7 +77,7 @@ def test_restore_errors_name_the_cause(train, restored, data, tmp_path):
         files.write_manifest(theirs / "checkpoints" / str(step) / "manifest.json", changed)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(checkpoint.CheckpointError, match="2,147,48"):  # 2**31 is 2,147,483,648
-        predict.restore(theirs, num_devices=1)
+        predict.restore_run(theirs, num_devices=1)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KB: below 1 GiB
 
 
@@ -100,11 +100,11 @@ def test_predicted_scores_and_rankings_equal_evaluation(name, data, train, resto
         np.testing.assert_array_equal(run.scores(clips["val"]), scores[order])
         assert ranked(run, clips["val"]) == lines
     if name == "knn":
-        assert predict.restore(folder, step="best", num_devices=1).step == run.step
-        four_devices = predict.restore(folder, num_devices=4)
+        assert predict.restore_run(folder, step="best", num_devices=1).step == run.step
+        four_devices = predict.restore_run(folder, num_devices=4)
         np.testing.assert_array_equal(four_devices.scores(clips["val"]), scores[order])
         with jax.enable_x64(True):  # as in a notebook that needs float64 for other things
-            wide = predict.restore(folder, num_devices=1).scores(clips["val"])
+            wide = predict.restore_run(folder, num_devices=1).scores(clips["val"])
         np.testing.assert_allclose(wide, scores[order], rtol=1e-5)
 
     # Embeddings have the length 1, or 0 for a clip without frames.
@@ -174,7 +174,7 @@ def test_arrays_are_scored_without_tensorflow(train, python):
         "import sys, numpy as np\n"
         "sys.modules |= dict.fromkeys(['tensorflow', 'tensorflow_datasets', 'pyarrow'])\n"
         "from vidjax.evaluation import predict\n"
-        "run, clips = predict.restore(sys.argv[1]), {'a': {'face': np.ones((2, 24), np.float32)}}\n"
+        "run, clips = predict.restore_run(sys.argv[1]), {'a': {'face': np.ones((2, 24), np.float32)}}\n"
         "assert np.isfinite(run.scores(clips)).all() and np.isfinite(run.embed(clips)).all()\n",
         train("knn"),
     )
@@ -242,7 +242,7 @@ def test_restored_run_refuses_no_clips_or_clips_of_wrong_width_or_type(restored,
 
 def test_scores_do_not_depend_on_the_number_of_clips_in_a_call(trained):
     folder = trained("configs/mma.py:iqiyi_vid", "--config.modalities=face")
-    run = predict.restore(folder, num_devices=1)
+    run = predict.restore_run(folder, num_devices=1)
     clips = made_galleries.random_clips(run, *(1 + i % 5 for i in range(37)))
     scores, vectors = run.scores(clips), run.embed(clips)
     assert scores.shape == (37, len(run.identities)) and np.isfinite(scores).all()

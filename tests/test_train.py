@@ -70,7 +70,7 @@ def test_scores_do_not_depend_on_devices_or_batch_size(data, trained):
         config, mesh = config_io.load_workdir(folder), devices_lib.make_mesh(devices)
         config.batch_size, config.eval.block_size = batch_size, 256
         run = small.restored(folder, data, config, mesh)
-        scores.append(small.scores([run], mesh=mesh, block_size=256))
+        scores.append(small.scores(run))
     assert scores[0].shape == (60, 12)  # clips, identities
     np.testing.assert_array_equal(*scores)
 

@@ -68,7 +68,7 @@ def make_functions(spec: str, args: argparse.Namespace) -> tuple[dict[str, Calla
     # The clips are not the training clips of the only member.
     sets = ensemble.TrainingSets((ensemble.Member(),), ("train",), np.ones((1, 1), bool))
     step = eval_step.make_eval_step(run.system, mesh)
-    model = scoring.TrainedModel("", run.system, step, *weights, sets, data)
+    model = scoring.TrainedModel("", run.system, step, *weights, sets, data, mesh, args.block_size)
     params, model_state = ensemble.take(weights, 0)
     plan = make_eval_plan(data.split("val"), tuple(run.clips))
 
@@ -78,7 +78,7 @@ def make_functions(spec: str, args: argparse.Namespace) -> tuple[dict[str, Calla
             scores = step(params, model_state, jnp.int32(-1), batch)
         jax.block_until_ready(scores)
 
-    rank = partial(scores.score, model, "val", mesh, block_size=args.block_size)
+    rank = partial(scores.score, model, "val")
     return {"whole": lambda: rank().results, "forward": score}, run
 
 

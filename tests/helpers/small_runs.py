@@ -163,10 +163,8 @@ def restored(folder, data, config=None, mesh=None):
     return trained_runs.make_model(config, found, data, mesh or devices.make_mesh(1))
 
 
-def scores(model, split="val", mesh=None, block_size=16):
+def scores(model, split="val"):
     """Returns the scores [N, C] of N clips for C identities."""
-    written = scores_lib.write_scores(
-        model, split, mesh or devices.make_mesh(1), block_size=block_size
-    )
+    written = scores_lib.write_scores(model, split)
     assert written.pool.all()
     return np.array(written.array)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import itertools
 import shlex
 import threading
 import time
@@ -29,19 +30,19 @@ from vidjax.utils import files
 from vidjax.utils.errors import warn
 
 
-def analyse(evaluated: Scored, mesh: Mesh) -> tuple[Values, Arrays]:
+def analyse(evaluated: Scored) -> tuple[Values, Arrays]:
     """Returns the values and the arrays of `analysis.npz`, see `schemas.Analysis`.
 
     If the model has attention, reads the frames of the split again. The analysis of a blend has the
     modalities of its first model, and no attention. The training clips of each identity are counted
     if they are in the data.
     """
-    config, model, evaluation, _ = evaluated
+    model, evaluation, _ = evaluated
     split, is_blend = evaluation.split, "runs" in evaluation.results
     names = () if is_blend else model.system.model.vector_names
     matrix = None
     if names and not model.system.frame_is_example:
-        matrix = measure_attention(model, split.name, mesh, config.eval.block_size)
+        matrix = measure_attention(model, split.name)
     logs = model.system.scores_are_logs
     values: Values = {
         "split": split.name,
@@ -58,7 +59,7 @@ def analyse(evaluated: Scored, mesh: Mesh) -> tuple[Values, Arrays]:
     positives = count_positives(split, pool)
     best = evaluation.clips.best
     scored = ScoredSplit(evaluation.top, best, split.labels, split.clips, pool, positives)
-    train_clips = measures.count_train_clips(model, config.data.train_splits)
+    train_clips = measures.count_train_clips(model)
     if train_clips is not None:
         arrays["train_clips"] = train_clips
     arrays |= {"ap": scored.averages, "positives": scored.positives.astype(np.int64)}
@@ -78,9 +79,7 @@ def analyse(evaluated: Scored, mesh: Mesh) -> tuple[Values, Arrays]:
     return values | more[0], arrays | more[1]
 
 
-def measure_attention(
-    model: TrainedModel, split_name: str, mesh: Mesh, block_size: int
-) -> np.ndarray | None:
+def measure_attention(model: TrainedModel, split_name: str) -> np.ndarray | None:
     """Returns the mean attention of a model, [V, V] float64, or None if it has no attention.
 
     The attention is between the V input vectors of the first member. Element [i, j] is the
@@ -88,9 +87,8 @@ def measure_attention(
     sums to 1, or to 0 if no clip has the vector.
     """
     own, total = model.member(0), None
-    step = model.attention_step or eval_step_lib.make_attention_step(model.system, mesh)
-    windows = iterate_windows(model, split_name, block_size, mesh)
-    for block in (block for window in windows for block in window):
+    step = model.attention_step or eval_step_lib.make_attention_step(model.system, model.mesh)
+    for block in itertools.chain.from_iterable(iterate_windows(model, split_name)):
         attended = step(*own, block)
         real, attended = devices.fetch((block.batch_mask, attended))
         if attended is None:
@@ -122,7 +120,6 @@ def write_results(
     folder: RunFolder,
     config: Config,
     evaluated: Sequence[Scored],
-    mesh: Mesh,
     training: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Writes the results of splits to the folder of a run. Returns split -> metrics.
@@ -141,7 +138,7 @@ def write_results(
     """
     metrics = {}
     for scored in reversed(evaluated):
-        (_, model, evaluation, more), is_last = scored, scored is evaluated[0]
+        (model, evaluation, more), is_last = scored, scored is evaluated[0]
         values = {**more, **evaluation.results, **(training or {})}
         metrics[evaluation.split.name] = values
         paths = folder.paths(evaluation.split.name, apart=bool(values.get("overrides")))
@@ -149,12 +146,14 @@ def write_results(
         if distributed.is_first():
             paths.analysis.unlink(missing_ok=True)
             paths.report.unlink(missing_ok=True)
+            for path in (paths.scores, paths.scores.with_suffix(".json")):
+                path.unlink(missing_ok=True) if not config.eval.keep_scores else None
             identities, clips = model.data.identities, evaluation.split.clips
             ranking.write_ranking(paths.ranking, identities, clips, evaluation.top)
             folder.write_metrics({**values, **pending}, paths)
         if config.eval.report:
             with describe_faults(folder.path, evaluation.split.name):
-                analysis = analyse(scored, mesh)
+                analysis = analyse(scored)
                 if distributed.is_first():
                     results.save_analysis(paths.analysis, *analysis)
         if distributed.is_first() and is_last:
@@ -240,7 +239,7 @@ def evaluate(
     if not folder.has(CONFIG):  # a new blend
         folder.write_config(config)
         files.write_json(folder.path / IDENTITIES, list(evaluated[0].model.data.identities))
-    return write_results(folder, config, evaluated, mesh, training)
+    return write_results(folder, config, evaluated, training)
 
 
 def score_splits(
@@ -274,9 +273,7 @@ def _score_run(config: Config, run: FoundRun, load: Load, mesh: Mesh, keep: Path
     began, spec = time.monotonic(), config.eval
     data = load(config)
     model = make_model(config, run, data, mesh)
-    evaluation = score(
-        model, spec.split, mesh, block_size=spec.block_size, each_member=spec.members, keep=keep
-    )
+    evaluation = score(model, spec.split, each_member=spec.members, keep=keep)
     values = {
         "data": data.report["data"],
         "step": run.manifest["step"],
@@ -284,7 +281,7 @@ def _score_run(config: Config, run: FoundRun, load: Load, mesh: Mesh, keep: Path
     }
     if extended := run.manifest.get("extended"):
         values["extended"] = extended
-    return Scored(config, model, evaluation, values)
+    return Scored(model, evaluation, values)
 
 
 def find_overrides(config: Config, folder: RunFolder, step: int | None) -> dict[str, Any]:

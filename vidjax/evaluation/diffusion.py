@@ -12,14 +12,20 @@ Source: Donoser and Bischof 2013, Diffusion processes for retrieval revisited; I
 2017, Efficient diffusion on region manifolds. The weights w are not published.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import scipy
 
+from vidjax.core import devices
 from vidjax.evaluation import topk
+from vidjax.evaluation.eval_step import embed_step
 from vidjax.evaluation.scores import Scores
+from vidjax.evaluation.scoring import TrainedModel, iterate_windows
 from vidjax.evaluation.topk import TopK
 from vidjax.models.two_covariance import all_log_ratios
 
@@ -37,6 +43,40 @@ class View(NamedTuple):
     present: np.ndarray  # [n] bool, True if the clip has the modality
     ratio: np.ndarray  # [D] float32, see `two_covariance.Space`
     scale: float  # factor on the log-likelihood ratio of a pair
+
+
+def view_groups(
+    model: TrainedModel,
+    split_name: str,
+    use: np.ndarray,
+    groups: Sequence[np.ndarray],
+    factor: float,
+) -> Iterator[list[View]]:
+    """Yields what a PLDA model sees of groups of clips, in each modality.
+
+    Args:
+      use: [E, N] bool, True where one of E members scores one of the N clips of the split.
+      groups: the clip indices [n] of groups of clips that the same members score.
+      factor: multiplied with the fitted scale of the log-likelihood ratios.
+    """
+    widths, embed = model.system.task.modalities, jax.jit(partial(embed_step, model.system))
+    for clips in groups:
+        number = int(np.argmax(use[:, clips[0]]))
+        own, only = model.member(number), np.zeros_like(use)
+        only[number, clips] = True
+        found = np.zeros((use.shape[1], sum(widths.values())), np.float32)
+        for block in itertools.chain.from_iterable(iterate_windows(model, split_name, only)):
+            done = embed(*own, block), block.clip_index, block.batch_mask
+            vectors, index, mask = devices.fetch(done)
+            found[index[mask]] = vectors[mask]
+        solved = devices.fetch(own[1]["solved"])
+        views, ends = [], np.cumsum([*widths.values()])[:-1]
+        for name, x in zip(widths, np.split(found[clips], ends, axis=1), strict=True):
+            space, norm = solved[name]["space"], np.linalg.norm(x, axis=1, keepdims=True)
+            z = (x / np.where(norm > 0, norm, 1) - space.mean) @ space.transform
+            scale = factor * float(solved["settings"].scale)
+            views.append(View(z, norm[:, 0] > 0, space.ratio, scale))
+        yield views
 
 
 def weigh_neighbours(

@@ -5,6 +5,7 @@ stranger. FPIR is the share of distractors whose score reaches a threshold. FNIR
 known clips that get a wrong identity, or whose score does not reach the threshold.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -18,7 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from vidjax.core import metrics
 from vidjax.core.metrics import ClipScores
-from vidjax.data.clips import Split
+from vidjax.data.clips import SPLITS, Split
 from vidjax.evaluation.scoring import TrainedModel
 from vidjax.evaluation.significance import (
     FEWEST_IDENTITIES,
@@ -207,19 +208,17 @@ def group_by_modalities(split: Split, names: Sequence[str], pool: np.ndarray) ->
     return [*groups, ("others", ~np.isin(code, common))]
 
 
-def count_train_clips(model: TrainedModel, train_splits: Sequence[str]) -> np.ndarray | None:
+def count_train_clips(model: TrainedModel) -> np.ndarray | None:
     """Counts the training clips of each identity that are in `model.data`, [C] int.
 
     If `model.data` has no labelled training clip, returns None.
     """
     total = np.zeros(model.system.task.num_identities + 1, np.int64)
-    for name in train_splits:
-        try:
+    for name in SPLITS:
+        with contextlib.suppress(ValueError):  # there is no such split
             split = model.data.split(name)
-        except ValueError:
-            continue
-        trained = np.isin(split.clips, model.training_sets.clips)
-        total += np.bincount(split.labels[trained], minlength=len(total))
+            trained = np.isin(split.clips, model.training_sets.clips)
+            total += np.bincount(split.labels[trained], minlength=len(total))
     return total[1:] if total.any() else None
 
 

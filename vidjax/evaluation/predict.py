@@ -323,10 +323,10 @@ class Predictor(Ranker):
         For `clips` and `split`, see `Predictor`. For `advance`, see `rank`.
         """
         request = self.request(clips, split)
-        model, size = self.model_of(request.data), request.block_size
+        model = self.model_of(request)
         warn_of_missing_modalities(request.data.split(request.split), self.modalities)
         vectors: np.ndarray | None = None
-        for blocks in iterate_windows(model, request.split, size, self.mesh):
+        for blocks in iterate_windows(model, request.split):
             for block, block_vectors in zip(blocks, self.embed_blocks(blocks), strict=True):
                 if vectors is None:
                     shape = (len(request.clip_index), block_vectors.shape[1])
@@ -339,22 +339,22 @@ class Predictor(Ranker):
         assert vectors is not None  # there are clips
         return vectors[request.clip_index]
 
-    def model_of(self, data: ClipSource) -> TrainedModel:
+    def model_of(self, request: Request) -> TrainedModel:
         """Returns the model of the run, with its weights, together with the clips to evaluate."""
-        weights = (self.params, self.model_state)
-        name = str(self.workdir)
-        return TrainedModel(name, self.system, self.score_fn, *weights, self.training_sets, data)
+        return TrainedModel(
+            str(self.workdir), self.system, self.score_fn, self.params, self.model_state,
+            self.training_sets, request.data, self.mesh, request.block_size,
+        )  # fmt: skip
 
     def model_for(self, request: Request) -> TrainedModel:
-        """Returns the model for the clips of a request. No member scores its training clips."""
+        """Returns the model of a request. No member scores its training clips."""
         sets = select_sets(self.training_sets, self.manifest["data"], request.data, request.split)
-        return self.model_of(request.data)._replace(training_sets=sets)
+        return self.model_of(request)._replace(training_sets=sets)
 
     def _score_blocks(self, request: Request) -> Iterator[ScoreBlock]:
         model = self.model_for(request)
         warn_of_missing_modalities(request.data.split(request.split), self.modalities)
-        use = describe(model, request.split).use
-        return score_blocks(model, request.split, self.mesh, request.block_size, use)
+        return score_blocks(model, request.split, describe(model, request.split).use)
 
     def embed_blocks(self, blocks: Sequence[Batch]) -> list[np.ndarray]:
         """Returns for each block an array [B, D], the concatenated embeddings of all members."""
@@ -384,22 +384,18 @@ class JointPredictor(Ranker):
     def __repr__(self) -> str:
         return f"<blend '{self.workdir}' of {len(self.runs)} runs>"
 
-    def _join(self, request: Request) -> tuple[Scores, list[blend.ClipVectors]]:
-        """Returns the joint scores of the clips of a request, and what PLDA sees of the clips."""
-        scored = blend.score_models(
-            (run.model_for(request) for run in self.runs), request.split, self.mesh,
-            request.block_size, vectors=bool(self.numbers and self.numbers.diffusion),
-        )  # fmt: skip
-        split = request.data.split(request.split)
-        return blend.join(scored, split, self.numbers, self.weights), scored.vectors
+    def _join(self, request: Request) -> tuple[blend.Blend, Scores]:
+        models = (run.model_for(request) for run in self.runs)
+        joint = blend.Blend(models, request.split)
+        return joint, joint.join(self.numbers, self.weights)
 
     def _score_blocks(self, request: Request) -> Iterator[ScoreBlock]:
-        return read_blocks(self._join(request)[0])
+        return read_blocks(self._join(request)[1])
 
     def _rank(self, request: Request, advance: Advance) -> TopK:
-        joined, vectors = self._join(request)
+        joint, joined = self._join(request)
         advance(len(joined.array))
-        return blend.rank(joined, vectors, self.numbers)
+        return joint.rank(joined, self.numbers)
 
 
 def restore(

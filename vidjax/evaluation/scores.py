@@ -17,7 +17,6 @@ from typing import Any, BinaryIO, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from vidjax.core import devices, distributed, ensemble, metrics
 from vidjax.core.batch import Array
@@ -27,7 +26,6 @@ from vidjax.evaluation import topk
 from vidjax.evaluation.eval_step import add_scores, make_no_scores, mean_scores
 from vidjax.evaluation.scoring import ALL, ScoreBlock, TrainedModel, score_blocks
 from vidjax.evaluation.topk import TopK
-from vidjax.runs.config import Config
 from vidjax.runs.terminal import Progress, say
 from vidjax.utils import files
 from vidjax.utils.errors import DiskError, UserError, warn
@@ -82,7 +80,6 @@ class Evaluation(NamedTuple):
 class Scored(NamedTuple):
     """An evaluated split, and what its analysis needs."""
 
-    config: Config  # of the model
     model: TrainedModel  # the model, or the first model of a blend
     evaluation: Evaluation
     values: Mapping[str, Any]  # further entries of `metrics.json`
@@ -127,9 +124,6 @@ def describe(model: TrainedModel, split_name: str) -> Scores:
 def write_scores(
     model: TrainedModel,
     split_name: str,
-    mesh: Mesh,
-    *,
-    block_size: int,
     folder: Path | None = None,
     only: np.ndarray | None = None,
 ) -> Scores:
@@ -138,11 +132,10 @@ def write_scores(
     If `only` [N] bool is given, other clips are left out.
     """
     scores = describe(model, split_name)
-    if only is not None:
-        scores = dataclasses.replace(scores, use=scores.use & only)
-    scores = allocate(scores, folder)
+    use = scores.use if only is None else scores.use & only
+    scores = allocate(dataclasses.replace(scores, use=use), folder)
     progress = Progress(len(scores.array), unit="clip", label="score", leave=False)
-    for block in score_blocks(model, split_name, mesh, block_size, scores.use):
+    for block in score_blocks(model, split_name, use):
         values, index = block.without_padding()
         scores.array[scores.row[index]] = values
         progress.advance(len(index))
@@ -181,19 +174,28 @@ def _map_file(file: BinaryIO, path: Path, shape: tuple[int, int]) -> np.ndarray:
     return np.memmap(file, np.float32, "r+", start, shape)
 
 
-def read_blocks(scores: Scores) -> Iterator[ScoreBlock]:
-    """Yields all scores, in blocks of ROWS clips."""
+def read_blocks(scores: Scores, keep: Path | None = None) -> Iterator[ScoreBlock]:
+    """Returns blocks with all scores, of ROWS clips each. For `keep`, see `keep_blocks`."""
     places = np.flatnonzero(scores.pool).astype(np.int32)
-    for at in range(0, len(places), ROWS):
-        index = places[at : at + ROWS]
-        yield ScoreBlock(scores.array[at : at + ROWS], index, np.ones(len(index), bool))
+    blocks = (
+        ScoreBlock(scores.array[at : at + ROWS], index, np.ones(len(index), bool))
+        for at in range(0, len(places), ROWS)
+        for index in [places[at : at + ROWS]]
+    )
+    return keep_blocks(blocks, scores, keep)
 
 
-def keep_blocks(blocks: Iterable[ScoreBlock], scores: Scores, path: Path) -> Iterator[ScoreBlock]:
+def keep_blocks(
+    blocks: Iterator[ScoreBlock], scores: Scores, path: Path | None
+) -> Iterator[ScoreBlock]:
     """Yields `blocks`, and writes them to a new file `path` (.npy), an array [N, C].
 
-    Rows of clips without scores are -inf. A file `.json` next to `path` contains the names.
+    Rows of clips without scores are -inf. A file `.json` next to `path` contains the names. If
+    `path` is None, writes nothing.
     """
+    if not path or not distributed.is_first():
+        yield from blocks
+        return
     shape = len(scores.clips), len(scores.identities)
     with files.atomic_file(path) as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": shape}
@@ -205,9 +207,8 @@ def keep_blocks(blocks: Iterable[ScoreBlock], scores: Scores, path: Path) -> Ite
                 values, index = block.without_padding()
                 array[index] = values
             yield block
-    files.write_json(
-        path.with_suffix(".json"), {"clips": scores.clips, "identities": scores.identities}
-    )
+    names = {"clips": scores.clips, "identities": scores.identities}
+    files.write_json(path.with_suffix(".json"), names)
 
 
 def combine(
@@ -252,9 +253,7 @@ def mean_logs(logs: Array, weights: Array) -> Array:
 def score(
     model: TrainedModel,
     split_name: str,
-    mesh: Mesh,
     *,
-    block_size: int,
     each_member: bool = True,
     check: Callable[[], None] = lambda: None,
     keep: Path | None = None,
@@ -262,7 +261,6 @@ def score(
     """Scores and ranks the clips of a split with a model. See `describe`.
 
     Args:
-      block_size: number of clips that a device scores at a time.
       each_member: also computes the MAP of each member of an ensemble.
       check: called after each block. It may raise an exception to end the evaluation.
       keep: the new file for the array of the scores, see `keep_blocks`. None means no file.
@@ -270,14 +268,10 @@ def score(
     Raises UserError if a block does not fit into memory, no member may score any clip, or all clips
     have NaN scores.
     """
-    if block_size < 1:
-        raise UserError(f"config.eval.block_size={block_size}: must be 1 or more")
     scores, members = describe(model, split_name), model.training_sets.members
     each = len(members) > 1 and each_member
-    blocks = score_blocks(model, split_name, mesh, block_size, scores.use, each_member=each)
-    if keep and distributed.is_first():
-        blocks = keep_blocks(blocks, scores, keep)
-    members = members if each else ()
+    blocks = score_blocks(model, split_name, scores.use, each_member=each)
+    blocks, members = keep_blocks(blocks, scores, keep), members if each else ()
     return evaluate(blocks, scores, model.data.split(split_name), members=members, check=check)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -54,6 +55,7 @@ class TrainedModel(NamedTuple):
         members (nets) of an ensemble.
       training_sets: the clips that each member was trained on.
       data: the clips. Their labels are 1..C for the identities of this model, or 0 for others.
+      mesh, block_size: the devices, and the number of clips that a device scores at a time.
       attention_step: compiled `eval_step.attention_step`. If it is None, it is compiled when used.
     """
 
@@ -64,6 +66,8 @@ class TrainedModel(NamedTuple):
     model_state: ModelState
     training_sets: ensemble.TrainingSets
     data: ClipSource
+    mesh: Mesh
+    block_size: int
     attention_step: eval_step_lib.EvalStep | None = None
 
     @property
@@ -78,13 +82,7 @@ class TrainedModel(NamedTuple):
 
 
 def score_blocks(
-    model: TrainedModel,
-    split_name: str,
-    mesh: Mesh,
-    block_size: int,
-    use: np.ndarray,
-    *,
-    each_member: bool = False,
+    model: TrainedModel, split_name: str, use: np.ndarray, *, each_member: bool = False
 ) -> Iterator[ScoreBlock]:
     """Yields the scores of the clips of a split, in blocks of numpy arrays.
 
@@ -94,33 +92,25 @@ def score_blocks(
     """
     waiting: list[ScoreBlock] = []
     # A block is fetched after the next block was started, so that devices work while the host does.
-    for block in _start_blocks(model, split_name, mesh, block_size, use, each_member=each_member):
-        yield from map(_fetch, waiting)
-        waiting = [block]
-    yield from map(_fetch, waiting)
-
-
-def _fetch(block: ScoreBlock) -> ScoreBlock:
-    return ScoreBlock(*devices.fetch(block[:3]), member=block.member)
+    blocks = _start_blocks(model, split_name, use, each_member=each_member)
+    for block in itertools.chain(blocks, [None]):
+        for done in waiting:
+            yield ScoreBlock(*devices.fetch(done[:3]), done.member)
+        waiting = [block] if block else []
 
 
 def _start_blocks(
-    model: TrainedModel,
-    split_name: str,
-    mesh: Mesh,
-    block_size: int,
-    use: np.ndarray,
-    *,
-    each_member: bool,
+    model: TrainedModel, split_name: str, use: np.ndarray, *, each_member: bool
 ) -> Iterator[ScoreBlock]:
-    system, windows = model.system, iterate_windows(model, split_name, block_size, mesh, use)
+    """Yields the blocks of `score_blocks` as arrays on the devices, which may not be computed."""
+    system, windows = model.system, iterate_windows(model, split_name, use)
     if len(use) == 1:
         own = model.member(0)
-        for block in (block for window in windows for block in window):
+        for block in itertools.chain.from_iterable(windows):
             scores = keep_best(system, model.eval_step(*own, block))
             yield ScoreBlock(scores, block.clip_index, block.batch_mask)
         return
-    scored_by = devices.replicate(mesh, jnp.asarray(use))
+    scored_by = devices.replicate(model.mesh, jnp.asarray(use))
     for window in windows:
         totals = list[MeanScores | None]([None] * len(window))
         may_score = np.stack([_find_members(use, block) for block in window], axis=1)
@@ -132,8 +122,7 @@ def _start_blocks(
                 used = _find_used(scored_by, number, block.clip_index, block.batch_mask)
                 totals[i] = _add(totals[i], scores, used, logs=system.scores_are_logs)
                 if each_member:
-                    scores = keep_best(system, scores)
-                    yield ScoreBlock(scores, block.clip_index, used, number)
+                    yield ScoreBlock(keep_best(system, scores), block.clip_index, used, number)
         for block in window:
             scores = keep_best(system, _mean(totals.pop(0)))
             yield ScoreBlock(scores, block.clip_index, block.batch_mask)
@@ -178,23 +167,20 @@ def _add(total: MeanScores | None, scores: Array, used: Array, *, logs: bool) ->
 
 
 def iterate_windows(
-    model: TrainedModel,
-    split_name: str,
-    block_size: int,
-    mesh: Mesh,
-    use: np.ndarray | None = None,
+    model: TrainedModel, split_name: str, use: np.ndarray | None = None
 ) -> Iterator[list[Batch]]:
     """Yields the clips of a split in windows. A window is a list of blocks.
 
-    A block is a batch of `block_size` clips per device. On accelerators, blocks are up to 8 times
-    as large if all clips are short. The memory for features and scores limits the size of a window.
-    If there is only one member, a window has only one block.
+    A block is a batch of `model.block_size` clips per device. On accelerators, blocks are up to 8
+    times as large if all clips are short. The memory for features and scores limits the size of a
+    window. If there is only one member, a window has only one block.
 
     `use` [E, N] bool is True where one of E members scores one of N clips. Clips that the same
     members score share blocks. Clips that no member scores are left out. If `use` is None, the
     windows contain all clips.
     """
     split, num_members = model.data.split(split_name), len(model.training_sets.members)
+    mesh, block_size = model.mesh, model.block_size
     only = None if use is None else np.any(use, axis=0)
     join = not model.system.frame_is_example
     plan = make_eval_plan(split, model.modalities, only=only, join=join)
@@ -259,9 +245,7 @@ def _check_memory(system: System, plan: EvalPlan, block_size: int, mesh: Mesh) -
         )
 
 
-def start_compiling(
-    model: TrainedModel, split_name: str, mesh: Mesh, *, block_size: int
-) -> threading.Thread:
+def start_compiling(model: TrainedModel, split_name: str) -> threading.Thread:
     """Starts a thread that compiles the programs of an evaluation, and returns the thread.
 
     The model must have a single member, because the thread copies the weights. The mesh must have a
@@ -272,7 +256,7 @@ def start_compiling(
 
     def score_block() -> None:
         with contextlib.suppress(Exception):  # the evaluation raises the error again
-            (block,) = next(iterate_windows(model, split_name, block_size, mesh))
+            (block,) = next(iterate_windows(model, split_name))
             done = [step(*own, block) for step in steps if step]
             jax.block_until_ready(keep_best(model.system, done[0]))
 

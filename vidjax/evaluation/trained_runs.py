@@ -60,7 +60,8 @@ def make_model(config: Config, run: FoundRun, data: TrainingData, mesh: Mesh) ->
     step = make_eval_step(system, mesh)
     name = str(run.folder.path)
     sets = select_sets(run.training_sets, run.manifest["data"], data, config.eval.split)
-    return TrainedModel(name, system, step, params, model_state, sets, data)
+    size = config.eval.block_size
+    return TrainedModel(name, system, step, params, model_state, sets, data, mesh, size)
 
 
 def find_run(config: Config, folder: RunFolder) -> FoundRun:

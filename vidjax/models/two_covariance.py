@@ -18,7 +18,7 @@ not independent, are not from this paper.
 
 from collections.abc import Mapping
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -250,7 +250,7 @@ def all_log_ratios(ratio: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarra
     return constant + (slope * x) @ y.T - (x**2 @ curve)[:, None] - y**2 @ curve
 
 
-def _compare_coefficients(ratio: Array) -> tuple[Array, Array, Array]:
+def _compare_coefficients(ratio: Array) -> tuple[Any, Any, Any]:
     # `pair_log_ratios` for groups of one clip, in a form that is exactly symmetric.
     share = ratio / (1 + ratio)
     slope = share / (1 + share)

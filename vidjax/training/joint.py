@@ -61,7 +61,7 @@ def train_systems(
         "versions": collect_versions(),
         **({"command": command} if command else {}),
     }
-    return analysis.write_results(folder, config, evaluated, mesh, about)[asked]
+    return analysis.write_results(folder, config, evaluated, about)[asked]
 
 
 def _check_labels(config: Config, data: TrainingData) -> None:

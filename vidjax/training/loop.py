@@ -154,10 +154,9 @@ def train(
     evaluations = evaluated or run.evaluate()
     of_training = run.results() | ({"command": command} if command else {})
     scored = [
-        Scored(config, run.trained_model(), one, {"data": data.report["data"]})
-        for one in evaluations
+        Scored(run.trained_model(), one, {"data": data.report["data"]}) for one in evaluations
     ]
-    return analysis.write_results(RunFolder(workdir), config, scored, mesh, of_training)[
+    return analysis.write_results(RunFolder(workdir), config, scored, of_training)[
         config.eval.split
     ]
 
@@ -613,20 +612,18 @@ class TrainingRun:
         if self._compiling:
             self._compiling.join()
         spec, folder = self._config.eval, RunFolder(self._workdir)
-        options = {"block_size": spec.block_size, "each_member": spec.members, "check": check}
         model, evaluations = self.trained_model(), []
         for split in list_splits(self._config):
             keep = folder.paths(split).scores if spec.keep_scores else None
-            evaluations.append(score(model, split, self._mesh, **options, keep=keep))
+            evaluations.append(
+                score(model, split, each_member=spec.members, check=check, keep=keep)
+            )
         return evaluations
 
     def start_compiling_evaluation(self) -> None:
         """Starts to compile the evaluation in another thread."""
         if self._num_members == 1 and self._mesh.size == 1:
-            spec = self._config.eval
-            self._compiling = start_compiling(
-                self.trained_model(), spec.split, self._mesh, block_size=spec.block_size
-            )
+            self._compiling = start_compiling(self.trained_model(), self._config.eval.split)
 
     def trained_model(self) -> TrainedModel:
         """Returns the model with the present weights."""
@@ -640,7 +637,9 @@ class TrainingRun:
             self._replicate(self._system.model.finalise_state(params, model_state)),
             self.training_sets,
             self._clips,
-            attention_step=self._attention_step,
+            self._mesh,
+            self._config.eval.block_size,
+            self._attention_step,
         )
 
     def results(self) -> dict[str, Any]:
