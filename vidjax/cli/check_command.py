@@ -154,17 +154,17 @@ def _list_folder_checks(workdir: Path, overrides: Sequence[str]) -> dict[str, Ca
     from vidjax.training import public
 
     run = public.open_run(workdir)
-    config = config_io.override(run.config, overrides)
-    if config.join.runs:
-        raise UserError(
-            f"'{workdir}' is a blend of other runs, so it has no checkpoint\n"
-            f"check each of these runs: {', '.join(run.blended_runs())}"
-        )
     checks: dict[str, Callable[[], str]] = {"runs": partial(_check_part, *PARTS["runs"])}
-    for step in checkpoint.list_folders(workdir):
-        folder = workdir / "checkpoints" / str(step)
-        checks[f"checkpoint {step}"] = partial(_check_checkpoint, folder)
-    return checks | {"run": partial(_check_run, config, workdir)}
+    # A blend has runs in folds and, if `vidjax train` has made it, runs on all clips.
+    parts = dict.fromkeys((*run.list_runs(final=False), *run.list_runs()))
+    for path in parts or [workdir]:
+        name = f"{messages.relative_path(path)}: " if parts else ""
+        for step in checkpoint.list_folders(path):
+            folder = path / "checkpoints" / str(step)
+            checks[f"{name}checkpoint {step}"] = partial(_check_checkpoint, folder)
+        config = config_io.override(public.open_run(path).config, overrides)
+        checks[f"{name}run"] = partial(_check_run, config, path)
+    return checks
 
 
 def _check_checkpoint(folder: Path) -> str:
@@ -228,13 +228,16 @@ def _check_jax() -> dict[str, str]:
 
 def _check_data(config: "Config") -> str:
     from vidjax.runs import config as config_lib
+    from vidjax.runs.config_io import load_system
     from vidjax.training import plan, public
     from vidjax.training.dry_run import dry_run
 
     config_lib.check(config)
     dry_run(config)
-    data = public.load_data(config)
-    plan.make_plan(config, data)
+    data, finals = public.load_data(config), (False, True)
+    systems = [load_system(config, x, final=y) for x in config.join.systems for y in finals]
+    for own in systems or [config]:
+        plan.make_plan(own, data)
     return _count_clips(data.report["splits"])
 
 

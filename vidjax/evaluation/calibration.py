@@ -29,6 +29,7 @@ from vidjax.evaluation.scores import ROWS, Scores
 PARTS = 3  # the numbers for the clips of a part are learned on the other parts
 MAX_CLIPS = 4000  # clips to learn from; if there are more, they are drawn
 CANDIDATES = 100  # identities of a clip to learn from; if there are more, half of them are drawn
+WRONG = 0.02  # assumed share of wrong labels; without it, probabilities are too low
 STRANGERS = 0.1  # weight of a clip as a clip of a stranger, if no clip shows a stranger
 PRIOR = 0.02  # weight of the prior, whose means are START
 START = {"scale": 0.0, "offset": 0.0, "trust": 2.5}
@@ -182,12 +183,12 @@ def _unpack(point: Array, num_runs: int) -> Calibration:
 def _loss(
     point: Array, logs: Array, unknown: Array, weight: Array, right: Array, share: Array
 ) -> Array:
-    """Computes the cross-entropy of the right answers."""
+    """Computes the cross-entropy of the right answers. Labels are wrong with probability WRONG."""
     logits = join_logs(logs, unknown, _unpack(point, len(logs)))
     logits += jnp.pad(jnp.log(weight), ((0, 0), (1, 0)))
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=1), right[:, None], axis=1)[:, 0]
-    # A clip of a person whom no run knows does not count.
-    return -jnp.sum(share * jnp.where(chosen > -jnp.inf, chosen, 0.0))
+    floor = jnp.log(WRONG / logits.shape[1])
+    return -jnp.sum(share * jnp.logaddexp(chosen + jnp.log(1 - WRONG), floor))
 
 
 def _concatenate(examples: Sequence[Examples]) -> Examples:
