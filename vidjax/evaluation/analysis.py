@@ -37,8 +37,8 @@ def analyse(evaluated: Scored) -> tuple[Values, Arrays]:
     modalities of its first model, and no attention. The training clips of each identity are counted
     if they are in the data.
     """
-    model, evaluation, _ = evaluated
-    split, is_blend = evaluation.split, "runs" in evaluation.results
+    model, evaluation, more = evaluated
+    split, is_blend = evaluation.split, "runs" in more
     names = () if is_blend else model.system.model.vector_names
     matrix = None
     if names and not model.system.frame_is_example:
@@ -75,8 +75,8 @@ def analyse(evaluated: Scored) -> tuple[Values, Arrays]:
     if logs and evaluation.results["map_kind"] != "in_sample":
         values["suspects"] = measures.measure_suspects(scored, evaluation.clips)
     people = len(model.data.identities)
-    more = measures.measure_open_set(evaluation.clips, split.labels, people, logs=logs)
-    return values | more[0], arrays | more[1]
+    found = measures.measure_open_set(evaluation.clips, split.labels, people, logs=logs)
+    return values | found[0], arrays | found[1]
 
 
 def measure_attention(model: TrainedModel, split_name: str) -> np.ndarray | None:

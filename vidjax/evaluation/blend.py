@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax.core import devices, distributed
+from vidjax.core import distributed
 from vidjax.data.clips import TrainingData
 from vidjax.evaluation import calibration, diffusion, scores as scores_lib, topk, trained_runs
 from vidjax.evaluation.calibration import Calibration
@@ -179,30 +179,23 @@ def evaluate(
     of a clip is the weighted mean of probabilities. For `keep`, see `scores.score`.
     """
     began, weights = time.monotonic(), parse_weights(config, folder)
-    with devices.compile_seconds() as compiling:
-        blend = open_blend(config, folder, load, mesh)
-        numbers = read_numbers(folder, config)
-        if config.join.learned:
-            blend.check_folds()
-            numbers = numbers or _learn(blend, config, folder, load, mesh)
-        joined = blend.join(numbers, weights)
-        evaluation = scores_lib.evaluate(
-            scores_lib.read_blocks(joined, keep),
-            joined,
-            blend.split,
-            top=blend.rank(joined, numbers),
-        )
-    seconds = time.monotonic() - began
+    blend, numbers = open_blend(config, folder, load, mesh), read_numbers(folder, config)
+    if config.join.learned:
+        blend.check_folds()
+        numbers = numbers or _learn(blend, config, folder, load, mesh)
+    joined = blend.join(numbers, weights)
+    blocks, top = scores_lib.read_blocks(joined, keep), blend.rank(joined, numbers)
+    evaluation = scores_lib.evaluate(blocks, joined, blend.split, top=top)
+    maps = [scores_lib.compute_map(rank_array(run), blend.split, run.pool) for run in blend.runs]
     rows = [
-        {"name": model.name, "weight": weight,
-         "map": scores_lib.compute_map(rank_array(run), blend.split, run.pool)}
-        for model, weight, run in zip(blend.models, weights, blend.runs, strict=True)
-    ]  # fmt: skip
-    rate = len(joined.array) / max(seconds - sum(compiling), 1e-9)
-    results = evaluation.results | {"eval_clips_per_second": rate, "runs": rows}
+        {"name": model.name, "weight": weight, "map": value}
+        for model, weight, value in zip(blend.models, weights, maps, strict=True)
+    ]
     data: Any = blend.models[0].data
-    values = {"data": data.report["data"], "eval_seconds": seconds}
-    return Scored(blend.models[0], evaluation._replace(results=results), values)
+    seconds = time.monotonic() - began
+    values = {"data": data.report["data"], "eval_seconds": seconds, "runs": rows}
+    evaluation.results["eval_clips_per_second"] = len(joined.array) / seconds
+    return Scored(blend.models[0], evaluation, values)
 
 
 def open_blend(

@@ -122,10 +122,7 @@ def describe(model: TrainedModel, split_name: str) -> Scores:
 
 
 def write_scores(
-    model: TrainedModel,
-    split_name: str,
-    folder: Path | None = None,
-    only: np.ndarray | None = None,
+    model: TrainedModel, split_name: str, folder: Path | None = None, only: np.ndarray | None = None
 ) -> Scores:
     """Scores the clips of a split with a model. See `describe` and `allocate`.
 
@@ -149,10 +146,8 @@ def allocate(scores: Scores, folder: Path | None = None) -> Scores:
     The file is in `folder`, or in the folder of temporary files. Raises DiskError if the disk has
     too little space.
     """
-    place, shape = (
-        folder or Path(tempfile.gettempdir()),
-        (scores.pool.sum(), len(scores.identities)),
-    )
+    place = folder or Path(tempfile.gettempdir())
+    shape = int(scores.pool.sum()), len(scores.identities)
     if (size := 4 * math.prod(shape)) > LARGE:
         say(f"scores take {size / 1e9:,.1f} GB in '{place}' until the results are written")
     with tempfile.TemporaryFile(dir=place) as file:  # it has no name, so a kill leaves no file
