@@ -174,7 +174,8 @@ def test_arrays_are_scored_without_tensorflow(train, python):
         "import sys, numpy as np\n"
         "sys.modules |= dict.fromkeys(['tensorflow', 'tensorflow_datasets', 'pyarrow'])\n"
         "from vidjax.evaluation import predict\n"
-        "run, clips = predict.restore_run(sys.argv[1]), {'a': {'face': np.ones((2, 24), np.float32)}}\n"
+        "run = predict.restore_run(sys.argv[1])\n"
+        "clips = {'a': {'face': np.ones((2, 24), np.float32)}}\n"
         "assert np.isfinite(run.scores(clips)).all() and np.isfinite(run.embed(clips)).all()\n",
         train("knn"),
     )

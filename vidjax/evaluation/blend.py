@@ -148,7 +148,7 @@ class Blend:
             (joined.row[clips], [*itertools.chain(*own)])
             for clips, *own in zip(groups, *views, strict=True)
         ]
-        return diffusion.rank(joined, diffusion.weigh_neighbours(seen, len(joined.array)))
+        return diffusion.rank(joined, diffusion.weigh_neighbours(joined, seen))
 
 
 def rank_array(scores: Scores) -> TopK:

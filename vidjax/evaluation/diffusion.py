@@ -3,10 +3,12 @@
 PLDA compares all pairs of clips. The neighbours of a clip are the NEIGHBOURS clips that most
 probably show the same person. If P are the probabilities of the clips, ROUNDS times
 
-    B = (1 - sum of w) P + w B,    w = sigmoid(A - THRESHOLD) of the neighbours / (1 + their sum)
+    B = (1 - sum of w) P + w B,    w = v / (1 + sum of v),    v = (1 - D) sigmoid(A - THRESHOLD)
 
-where A is the sum of the log-likelihood ratios of a pair, over the modalities that both clips have.
-B gives only the order of a ranking, because it is not calibrated.
+where A is the sum of the log-likelihood ratios of a pair, over the modalities that both clips have,
+and D is the probability by P that the clips show two known people. The ratios compare with random
+people, so they cannot tell a person from a lookalike whom the runs know. B gives only the order of
+a ranking, because it is not calibrated.
 
 Source: Donoser and Bischof 2013, Diffusion processes for retrieval revisited; Iscen and others
 2017, Efficient diffusion on region manifolds. The weights w are not published.
@@ -32,8 +34,8 @@ from vidjax.models.two_covariance import all_log_ratios
 NEIGHBOURS, ROUNDS = 5, 3
 THRESHOLD = 6.0  # of the sum of log-likelihood ratios
 LIMIT = 6.0  # a log-likelihood ratio of a modality is cut to +-LIMIT
-MAX_ROWS = 1024  # clips that are compared with all clips at a time
-MAX_VALUES = 1 << 24  # probabilities in memory at a time
+MAX_ROWS = 256  # most clips that are compared with all clips at a time
+MAX_VALUES = 1 << 24  # probabilities or pairs in memory at a time
 
 
 class View(NamedTuple):
@@ -80,23 +82,27 @@ def view_groups(
 
 
 def weigh_neighbours(
-    groups: Sequence[tuple[np.ndarray, Sequence[View]]], count: int
+    scores: Scores, groups: Sequence[tuple[np.ndarray, Sequence[View]]]
 ) -> scipy.sparse.csr_array:
-    """Returns the weights of the neighbours of `count` clips, [count, count].
+    """Returns the weights of the neighbours of n clips, [n, n].
 
-    `groups` are pairs of the rows [n] of some clips, and the views of these clips. Clips of
-    different groups are not compared.
+    Args:
+      scores: logarithms of probabilities, with a row for each clip.
+      groups: pairs of the rows of some clips, and the views of these clips. Clips of different
+        groups are not compared.
     """
-    parts = [part for rows, views in groups for part in _compare(rows, views)]
+    parts = [part for rows, views in groups for part in _compare(scores.array, rows, views)]
     rows, columns, weights = map(np.concatenate, zip(*parts, strict=True))
-    return scipy.sparse.csr_array((weights, (rows, columns)), (count, count))
+    return scipy.sparse.csr_array((weights, (rows, columns)), (len(scores.array),) * 2)
 
 
-def _compare(rows: np.ndarray, views: Sequence[View]) -> Iterator[tuple[np.ndarray, ...]]:
-    """Yields rows, columns and weights of neighbours, for MAX_ROWS of the clips at a time."""
-    most = min(NEIGHBOURS, len(rows))
-    for first in range(0, len(rows), MAX_ROWS):
-        part = slice(first, first + MAX_ROWS)
+def _compare(
+    logs: np.ndarray, rows: np.ndarray, views: Sequence[View]
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Yields rows, columns and weights of neighbours, for some of the clips at a time."""
+    most, size = min(NEIGHBOURS, len(rows)), min(MAX_ROWS, 1 + MAX_VALUES // len(rows))
+    for first in range(0, len(rows), size):
+        part = slice(first, first + size)
         evidence = np.zeros((len(rows[part]), len(rows)), np.float32)
         for view in views:
             ratio = view.scale * all_log_ratios(view.ratio, view.vectors[part], view.vectors)
@@ -105,6 +111,9 @@ def _compare(rows: np.ndarray, views: Sequence[View]) -> Iterator[tuple[np.ndarr
         evidence[rows[part, None] == rows] = -np.inf  # a clip is no neighbour of itself
         best = np.argpartition(-evidence, most - 1, axis=1)[:, :most]
         weight = scipy.special.expit(np.take_along_axis(evidence, best, axis=1) - THRESHOLD)
+        one, other = np.exp(logs[rows[part], None]), np.exp(logs[rows[best]])  # [n, 1 or most, C]
+        known = one.sum(axis=2) * other.sum(axis=2)
+        weight *= 1 - np.maximum(known - np.vecdot(one, other), 0)  # not two known people
         weight /= 1 + weight.sum(axis=1, keepdims=True)
         yield np.repeat(rows[part], most), rows[best].ravel(), weight.ravel()
 

@@ -375,12 +375,11 @@ def _add_clips(clips: ClipScores, labels: np.ndarray, block: ScoreBlock) -> None
     clips.best[index] = best = scores[rows, first]
     clips.identity[index] = identity = np.where(best > -np.inf, first + 1, 0)  # 0 also for NaN
     clips.right[index] = (label > 0) & (identity == label)
-    known = np.flatnonzero(label > 0)
-    own = scores[known, label[known] - 1]
-    higher = np.count_nonzero(scores[known] > own[:, None], axis=1)
-    clips.rank[index[known]] = np.where(identity[known] > 0, higher, scores.shape[1])
+    own = scores[rows, np.maximum(label - 1, 0)]
+    higher = np.sum(scores > own[:, None], axis=1, dtype=np.int32)
+    clips.rank[index] = np.where(identity > 0, higher, scores.shape[1])
     if clips.own is not None:
-        clips.own[index[known]] = own
+        clips.own[index] = np.where(label > 0, own, -np.inf)
 
 
 def _replace_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str, int]]:
