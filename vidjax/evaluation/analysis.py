@@ -25,7 +25,7 @@ from vidjax.evaluation.scoring import (
 )
 from vidjax.evaluation.significance import FEWEST_IDENTITIES
 from vidjax.evaluation.trained_runs import FoundRun, make_model
-from vidjax.runs import config as config_lib, results
+from vidjax.runs import config as config_lib, facts, results
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import RunFolder
 from vidjax.runs.signals import Interrupted
@@ -227,11 +227,10 @@ def evaluate(
         models, spec.split, mesh, block_size=spec.block_size, each_member=spec.members
     )
     changed = find_overrides(config, run)
-    trained = {name: x for name, x in folder.metrics().items() if name in results.TRAINING_KEYS}
     values = {
-        **trained,
+        **results.select_kept(folder.metrics()),
         **evaluation.results,
-        **({"extended": run.manifest["extended"]} if run.manifest.get("extended") else {}),
+        **facts.to_json(run.manifest, only=False),
         "data": data.report["data"],
         "step": run.manifest["step"],
         "eval_seconds": time.monotonic() - began,

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Self, cast
 import numpy as np
 
 from vidjax.core import distributed
-from vidjax.runs import config as config_lib, config_io, schemas
+from vidjax.runs import config as config_lib, config_io, facts, schemas
 from vidjax.runs.terminal import say
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, warn
@@ -31,11 +31,10 @@ MAX_LOG_LINES = 20_000  # lines of a log that are returned
 MAX_IDENTITIES_BYTES = 256 * files.MB  # of `identities.json`
 METRICS_LOG, TIMING_LOG = "metrics.jsonl", "timing.jsonl"
 REMEDY = "delete it, and write the results again: vidjax evaluate --workdir=FOLDER"
-# Keys of `metrics.json` that describe the training. A later evaluation does not change them.
+# Keys of `metrics.json` that a later evaluation keeps, as it keeps some facts (`runs.facts`).
 TRAINING_KEYS = (
     "best_step", "best_map", "num_params", "num_members", "train_clips_per_second", "train_seconds",
-    "seconds", "date", "seed", "command", "finished", "trained_on", "versions", "init_from",
-    "early_stop",
+    "seconds", "date", "seed", "command", "finished", "trained_on", "versions",
 )  # fmt: skip
 
 
@@ -106,6 +105,12 @@ def load_identities(path: Path) -> list[str]:
     return schemas.read(path, list[str], REMEDY, MAX_IDENTITIES_BYTES)
 
 
+def select_kept(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the entries of `metrics.json` that describe the training, for a later evaluation."""
+    kept = {*TRAINING_KEYS, *(fact.key for fact in facts.FACTS if fact.is_kept)}
+    return {name: value for name, value in metrics.items() if name in kept}
+
+
 def describe_data(metrics: Mapping[str, Any]) -> str | None:
     """Returns the name, folder and digest of the data in `metrics`, or None if there are none."""
     data = metrics.get("data")
@@ -141,33 +146,6 @@ def explain_unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
     if counts.get("labelled_clips", 0) <= counts.get("identities", 0):  # too few clips for folds
         return f"{problem}most people have one clip: add a split val with other clips of them"
     return f"{problem}to measure, use --config.ensemble.folds=5 --config.eval.split={trained[-1]}"
-
-
-def describe_source(metrics: Mapping[str, Any]) -> str:
-    """Returns a text about the run whose weights a run started with, or "" if there is none."""
-    source = metrics.get("init_from")
-    if not source:
-        return ""
-    return (
-        f"{source['run']}, step {source['step']:,}: {messages.count(source['arrays'], 'array')}, "
-        f"{source['identities']:,} identities"
-    )
-
-
-def describe_end(metrics: Mapping[str, Any]) -> str:
-    """Returns why the training of a run ended early, or "" if it did not."""
-    end = metrics.get("early_stop") or {}
-    if not end.get("stopped"):
-        return ""
-    waited = messages.count(end["waited"], "evaluation")
-    return f"{end['metric']} has not improved since step {end['step']:,}, for {waited}"
-
-
-def describe_epochs(metrics: Mapping[str, Any]) -> str:
-    """Returns the epochs of an extended run, such as `5, 8 from step 15`, or "" for another run."""
-    (_, first), *later = metrics.get("extended") or [(0, 0.0)]
-    text = "".join(f", {epochs:g} from step {step:,}" for step, epochs in later)
-    return f"{first:g}{text}" if text else ""
 
 
 def find_last_saved(workdir: Path) -> int:

@@ -7,31 +7,21 @@ UserError. Its message has the path of the file, the wrong key, such as `$.membe
 """
 
 import math
-import sys
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct, field
 
+from vidjax.runs.facts import Entries
+from vidjax.runs.json_types import LOWEST_FLOAT, Count, NotNaN, Share, Size, Text, Whole
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
 T = TypeVar("T")
-
-_LOWEST_FLOAT = -sys.float_info.max  # NaN is not `>= _LOWEST_FLOAT`
-Text = Annotated[str, Meta(max_length=10_000)]
-Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Scalar = Text | bool | int | float | None
-Whole = Annotated[int, Meta(gt=-(1 << 53), lt=1 << 53)]
-Count = Annotated[int, Meta(ge=0, lt=1 << 31)]
-Size = Annotated[int, Meta(ge=1, lt=1 << 31)]
 # Index of an identity in `identities.json`, from 0. -1 means no identity.
 Column = Annotated[int, Meta(ge=-1, lt=1 << 31)]
-Share = Annotated[float, Meta(ge=0, le=1)]
-NotNaN = Annotated[float, Meta(ge=_LOWEST_FLOAT)]
-# The pairs (step, num_epochs) of an extended run: from this step on, it had this `num_epochs`.
-Epochs = list[tuple[Whole, float]]
 
 
 class Data(Struct, kw_only=True):
@@ -71,27 +61,7 @@ class DataDigests(Struct, kw_only=True):
     weights: Text | None = None  # sha256 of the file `data.weights`
 
 
-class Source(Struct, kw_only=True):
-    """The run whose weights a training started with."""
-
-    run: Text  # its folder
-    step: Whole
-    sha256: Text  # of the digests of the files of its checkpoint
-    arrays: Count  # number of loaded arrays
-    identities: Count  # number of identities that it was trained on, too
-
-
-class EarlyStop(Struct, kw_only=True):
-    """The best evaluation so far of a run with `early_stop.patience`."""
-
-    metric: Text
-    best: NotNaN
-    step: Whole  # of the best evaluation
-    waited: Count  # number of evaluations since then
-    stopped: bool  # True if training ended for this reason
-
-
-class Metrics(Struct, kw_only=True):
+class Metrics(Entries, Struct, kw_only=True):
     """The results of a run on a split: the content of `metrics.json` or `metrics_<split>.json`."""
 
     data: Data | None = None
@@ -130,17 +100,14 @@ class Metrics(Struct, kw_only=True):
     mode: Text | None = None  # `resident` or `streaming`
     seed: Whole | None = None
     finished: bool | None = None
-    extended: Epochs | None = None  # None if `num_epochs` has not grown
     command: Text | None = None
-    init_from: Source | None = None  # None if training started with random weights
-    early_stop: EarlyStop | None = None  # None without `early_stop.patience`
     trained_on: DataDigests | None = None
     versions: dict[str, Text] | None = None  # package -> version
     members: list[dict[str, Scalar]] | None = None  # number, options, MAP
     runs: list[JoinedRun] | None = None  # the runs of a blend
 
 
-class Manifest(Struct, kw_only=True):
+class Manifest(Entries, Struct, kw_only=True):
     """The content of `manifest.json` in the folder of a checkpoint."""
 
     step: Whole
@@ -161,12 +128,9 @@ class Manifest(Struct, kw_only=True):
     group_size: Size | None = None  # members that trained together; None in old checkpoints
     evaluated: bool = False
     seconds: float = 0.0  # since the start of the training, without pauses
-    extended: Epochs | None = None  # None if `num_epochs` has not grown
     # Settings of the model that are fitted before the training.
     # Attribute of the model -> the value that `Identifier.prepare` computed.
     settings: dict[str, NotNaN | list[NotNaN]] | None = None
-    init_from: Source | None = None  # None if training started with random weights
-    early_stop: EarlyStop | None = None  # None without `early_stop.patience`
     num_places: Size | None = None  # rows of the batches of an epoch; None: num_clips
 
 
@@ -321,7 +285,7 @@ def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
     try:
         return msgspec.convert(value, kind)
     except (msgspec.ValidationError, UnicodeEncodeError) as error:  # a key may be "\ud800"
-        text = str(error).replace(f"`float` >= {_LOWEST_FLOAT}", "a number, not NaN")
+        text = str(error).replace(f"`float` >= {LOWEST_FLOAT}", "a number, not NaN")
         raise UserError(f"'{path}' is damaged: {text}\n{remedy}") from error
 
 
