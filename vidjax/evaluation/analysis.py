@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from vidjax.core import devices, distributed, ensemble
 from vidjax.data.clips import TrainingData
 from vidjax.evaluation import eval_step as eval_step_lib, measures, ranking
-from vidjax.evaluation.measures import Arrays, ScoredSplit, Values
+from vidjax.evaluation.measures import Arrays, ScoredSplit
 from vidjax.evaluation.scoring import (
     Evaluation,
     TrainedModel,
@@ -28,14 +28,15 @@ from vidjax.evaluation.trained_runs import FoundRun, make_model
 from vidjax.runs import config as config_lib, facts, results
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import RunFolder
+from vidjax.runs.schemas import Analysis
 from vidjax.runs.signals import Interrupted
 from vidjax.utils.errors import warn
 
 
 def analyse(
     config: Config, models: Sequence[TrainedModel], evaluation: Evaluation, mesh: Mesh
-) -> tuple[Values, Arrays]:
-    """Returns the values and the arrays of `analysis.npz`, see `schemas.Analysis`.
+) -> tuple[Analysis, Arrays]:
+    """Returns the values and the arrays of `analysis.npz`.
 
     `config` is the configuration of the first model. If the model has attention, reads the frames
     of the split again. If there are several `models`, the analysis has the modalities of the first
@@ -47,18 +48,13 @@ def analyse(
     matrix = None
     if names and not model.system.frame_is_example:
         matrix = measure_attention(model, split.name, mesh, config.eval.block_size)
-    logs = model.system.scores_are_logs
-    values: Values = {
-        "split": split.name,
-        "lead": model.modalities[0],
-        "modalities": list(model.modalities),
-        "logs": logs,
-    }
+    logs, modalities = model.system.scores_are_logs, list(model.modalities)
+    found = Analysis(split=split.name, lead=modalities[0], modalities=modalities, logs=logs)
     arrays: Arrays = {}
     if matrix is not None:
-        values["vectors"], arrays["attention"] = list(names), matrix
+        found.vectors, arrays["attention"] = list(names), matrix
     if evaluation.results.get("map") is None:
-        return values, arrays
+        return found, arrays
     pool = evaluation.clips.pool
     positives = count_positives(split, pool)
     best = evaluation.clips.best
@@ -67,20 +63,22 @@ def analyse(
     if train_clips is not None:
         arrays["train_clips"] = train_clips
     arrays |= {"ap": scored.averages, "positives": scored.positives.astype(np.int64)}
-    values |= {
-        "num_others": split.num_others if pool.all() else 0,
-        "worst": measures.find_worst_identities(scored),
-        "wrong_clips": measures.find_wrong_clips(scored),
-        "pairs": measures.find_confused_pairs(evaluation.clips, split.labels),
-        "intervals": measures.compute_clip_intervals(evaluation.clips, split.labels),
-        "fewest_identities": FEWEST_IDENTITIES,
-        "strata": measures.measure_strata(scored, split, model.modalities, train_clips),
-    }
+    clips, labels = evaluation.clips, split.labels
+    found.num_others = split.num_others if pool.all() else 0
+    found.worst = measures.find_worst_identities(scored)
+    found.wrong_clips = measures.find_wrong_clips(scored)
+    found.pairs = measures.find_confused_pairs(clips, labels)
+    found.intervals = measures.compute_clip_intervals(clips, labels)
+    found.fewest_identities = FEWEST_IDENTITIES
+    found.strata = measures.measure_strata(scored, split, modalities, train_clips)
     if logs and evaluation.results["map_kind"] != "in_sample":
-        values["suspects"] = measures.measure_suspects(scored, evaluation.clips)
-    people = len(model.data.identities)
-    more = measures.measure_open_set(evaluation.clips, split.labels, people, logs=logs)
-    return values | more[0], arrays | more[1]
+        found.suspects = measures.measure_suspects(scored, clips)
+    found.open_set = measures.open_set(clips, labels, len(model.data.identities))
+    arrays |= measures.score_histograms(clips, labels)
+    arrays |= measures.compute_error_curve(clips, labels)
+    if logs and (calibrated := measures.measure_calibration(clips)):
+        arrays["calibration"], found.calibration_error = calibrated
+    return found, arrays
 
 
 def measure_attention(

@@ -4,10 +4,11 @@ A group of seeds is a list of runs that differ only in their seeds. It is compar
 average precisions are read from `analysis.npz` of each run, so no model and no data are needed.
 """
 
+import contextlib
 import itertools
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,18 +169,38 @@ def compare(groups: Sequence[Sequence[str]], *, split: str | None = None) -> Com
 
 
 def select_comparable(names: Sequence[str], split: str | None) -> list[str]:
-    """Returns the folders that can be compared with the first run, and warns of all others.
+    """Returns the largest group of folders that can be compared, and warns of all others.
 
-    The folders come from a pattern such as `runs/*`, so some may contain no results.
+    The folders come from a pattern such as `runs/*`, so some may contain no results or runs of
+    another dataset. The first folder of the result can be compared with all others.
     """
-    kept: list[RankedRun] = []
+    runs: list[RankedRun] = []
     for name in names:
-        try:
-            run = read(name, split)
-            kept.append(align(kept[0], run) if kept else run)
-        except UserError as error:
-            warn(f"a folder is left out: {str(error).splitlines()[0].removeprefix('--runs: ')}")
-    return [run.name for run in kept]
+        with _warn_of_left_out():
+            runs.append(read(name, split))
+    if not runs:
+        return []
+    reference, kept = max(runs, key=lambda run: sum(_fit(run, other) for other in runs)), []
+    for run in sorted(runs, key=lambda run: run is not reference):  # the reference comes first
+        with _warn_of_left_out():
+            kept.append(align(reference, run).name)
+    return kept
+
+
+@contextlib.contextmanager
+def _warn_of_left_out() -> Iterator[None]:
+    """Turns a UserError about a folder into a warning."""
+    try:
+        yield
+    except UserError as error:
+        warn(f"a folder is left out: {str(error).splitlines()[0].removeprefix('--runs: ')}")
+
+
+def _fit(first: RankedRun, run: RankedRun) -> bool:
+    """Returns True if two runs ranked the same clips."""
+    with contextlib.suppress(UserError):
+        return bool(align(first, run))
+    return False
 
 
 def _check_seeds(runs: Sequence[RankedRun]) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
+import msgspec
 import numpy as np
 
 from vidjax.core import distributed
@@ -184,10 +185,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def save_analysis(path: Path, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes `arrays` and `values`, the content of `schemas.Analysis`, to an .npz file."""
+def save_analysis(
+    path: Path, values: schemas.Analysis | Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> None:
+    """Writes the values and the arrays of an analysis to an .npz file."""
     content = io.BytesIO()
-    text = json.dumps(values, default=np.ndarray.tolist).encode()
+    text = json.dumps(msgspec.to_builtins(values)).encode()
     parts: dict[str, Any] = {"facts": np.frombuffer(text, np.uint8), **arrays}
     np.savez_compressed(content, **parts)
     files.write_bytes(path, content.getvalue())

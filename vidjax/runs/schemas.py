@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
-from msgspec import Meta, Struct, field
+from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from vidjax.runs.facts import Entries
 from vidjax.runs.json_types import LOWEST_FLOAT, Count, NotNaN, Share, Size, Text, Whole
@@ -156,9 +156,9 @@ class Mistake(Struct, kw_only=True):
     """A clip whose highest score belongs to a person that the clip does not show."""
 
     clip: Text
-    score: float
     shows: Column = -1  # the person in the clip; -1: a distractor
     identity: Column = -1  # the person with the highest score
+    score: float
 
 
 Mistakes = list[Mistake]
@@ -224,16 +224,16 @@ class WrongClips(Struct, kw_only=True):
     known: Mistakes | None = None
 
 
-class Rate(Struct, kw_only=True):
+class Rate(Struct, kw_only=True, omit_defaults=True):
     """A threshold for identification, and the rates of errors at this threshold."""
 
     rate: Share  # largest allowed share of distractors that get a name
     fewest: Count  # with fewer distractors, no threshold can be measured
     threshold: NotNaN | None = None
     fpir: Share = 0.0  # share of distractors that get a name
+    fnir: Share = 0.0  # share of clips of known people that get no name or a wrong name
     fpir_low: Share = 0.0  # this and `fpir_high`: the 95 % interval
     fpir_high: Share = 0.0
-    fnir: Share = 0.0  # share of clips of known people that get no name or a wrong name
     fnir_low: Share = 0.0  # this and `fnir_high`: the 95 % interval
     fnir_high: Share = 0.0
 
@@ -249,7 +249,7 @@ class OpenSet(Struct, kw_only=True):
     rates: list[Rate]
 
 
-class Analysis(Struct, kw_only=True):
+class Analysis(Struct, kw_only=True, omit_defaults=True):
     """The values in `analysis.npz`. They are stored as JSON text in the entry `facts`.
 
     The other entries are arrays. `ap` and `positives` (clips) have a number for each identity, and
@@ -260,20 +260,20 @@ class Analysis(Struct, kw_only=True):
     """
 
     split: Text | None = None
-    modalities: list[Text] | None = None
     lead: Text | None = None  # the modality whose quality and length divide the clips into strata
+    modalities: list[Text] | None = None
     logs: bool | None = None  # True if scores are logarithms of probabilities
-    # `top1` and `auroc` -> the ends of the 95 % interval.
-    intervals: dict[str, tuple[Share, Share]] = {}
     vectors: list[Text] | None = None  # rows of `attention`
     num_others: Whole | None = None  # identities of the ground truth that are unknown to the run
     worst: list[WorstIdentity] | None = None
-    strata: list[Strata] | None = None
-    fewest_identities: Whole | None = None  # a stratum of fewer identities has no interval
     wrong_clips: WrongClips | None = None
     pairs: list[ConfusedPair] | None = None  # None in old analyses
+    # `top1` and `auroc` -> the ends of the 95 % interval.
+    intervals: dict[str, tuple[Share, Share]] = {}
+    fewest_identities: Whole | None = None  # a stratum of fewer identities has no interval
+    strata: list[Strata] | None = None
     suspects: Suspects | None = None  # None if scores are no probabilities, or MAP is in sample
-    open_set: OpenSet | None = None  # None without distractors
+    open_set: OpenSet | UnsetType | None = UNSET  # None without distractors; unset without MAP
     calibration_error: float = math.nan  # expected calibration error
 
 
