@@ -22,19 +22,18 @@ from vidjax.evaluation.scoring import Evaluation, TrainedModel, score, start_com
 from vidjax.runs import checkpoint, digests, facts, members_file, results as results_lib, signals
 from vidjax.runs.config import Config, list_splits
 from vidjax.runs.results import Logs
-from vidjax.runs.run_folder import (
-    CONFIG,
-    RunFolder,
-    check_not_moved,
-    check_resumes,
-    make_paths_absolute,
-)
+from vidjax.runs.run_folder import RunFolder, check_not_moved, make_paths_absolute
 from vidjax.runs.terminal import Progress, say
 from vidjax.runs.versions import collect_versions
 from vidjax.training import early_stop, feed as feed_lib, profiler, resume, train_step
-from vidjax.training.placement import Placement, choose_placement
-from vidjax.training.plan import RunPlan, describe_repeated_clips, make_plan
-from vidjax.training.relabelling import Relabel, make_relabel
+from vidjax.training.placement import agree_on_placement
+from vidjax.training.plan import (
+    Relabel,
+    RunPlan,
+    describe_repeated_clips,
+    make_plan,
+    make_relabel,
+)  # fmt: skip
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, warn
 
@@ -69,29 +68,6 @@ def make_schedule(config: Config, plan: RunPlan) -> dict[str, frozenset[int]]:
         )
     relabel = every(config.noise.relabel_every_epochs if plan.task.layout else 0)
     return {"log": log, "relabel": relabel, "evaluate": evaluate}
-
-
-def read_finished_metrics(folder: RunFolder, config: Config) -> dict[str, Any] | None:
-    """Returns the `metrics.json` of a run, or None if it has not finished the epochs of `config`.
-
-    Raises UserError if the run cannot resume with `config`.
-    """
-    if not folder.has(CONFIG):
-        return None
-    recorded, results = folder.config, folder.metrics()
-    if not results and not checkpoint.list_folders(folder.path):
-        return None  # without a checkpoint, a run starts again with any configuration
-    check_resumes(folder.path, recorded, make_paths_absolute(config))
-    # `vidjax evaluate` also writes this file. If an entry is missing, the run is evaluated again.
-    wanted = ["num_clips", "num_identities", "trained_on"]
-    wanted += ["map", "map_kind"] if "map" in results else []
-    wanted += ["best_map", "best_step"] if "best_map" in results else []
-    others = list_splits(config)[1:]
-    if not all(folder.has(folder.paths(split).metrics.name) for split in others):
-        return None
-    if not results.get("finished") or any(results.get(name) is None for name in wanted):
-        return None
-    return results if config.num_epochs == recorded.num_epochs else None
 
 
 def train(
@@ -297,7 +273,7 @@ class TrainingRun:
             say(f"resuming at step {self.step} of {plan.task.total_steps}")
 
         layout = resident.make_resident_plan(data, plan.batches, list_splits(config))
-        mode, size = self._choose_placement(layout, state, manifest)
+        mode, size = agree_on_placement(config, plan, layout, state, mesh, manifest)
         self._group_size = size
         self._constants = [self._replicate(part) for part in ensemble.split(plan.constants, size)]
         self._states = [self._replicate(part) for part in train_step.split_state(state, size)]
@@ -316,31 +292,6 @@ class TrainingRun:
         self._train_seconds = 0.0  # sum over all calls of `advance`, including compilation
         self._num_logged = 0  # number of rates that are in the log
         self._compiling: threading.Thread | None = None  # compiles the evaluation
-
-    def _choose_placement(
-        self, layout: resident.ResidentPlan, state: train_step.TrainState, manifest: dict[str, Any]
-    ) -> Placement:
-        """Chooses where the clips are, and how many members train together.
-
-        With `config.data.mode=auto`, a resumed run keeps the mode in its `manifest`, because the
-        steps of `streaming` and `resident` round differently. In a new run, the free memory
-        decides.
-        """
-        given = self.config.data.mode
-        mode = (manifest.get("mode") if given == "auto" else None) or given
-        placement = choose_placement(
-            mode, layout, self._system, self.plan.batches, state, self.mesh,
-            num_drawn=self.plan.task.total_steps * self.config.batch_size,
-            before=manifest.get("group_size"),
-        )  # fmt: skip
-        numbers = int(placement.mode == "streaming"), -placement.group_size
-        is_streaming, size = distributed.max_over_processes(*numbers)
-        if is_streaming:
-            reason = "because they do not fit into the memory"
-            if mode != "auto":
-                reason = "as before" if given == "auto" else f"because config.data.mode is {mode}"
-            say(f"each epoch reads the clips again, {reason}")
-        return Placement("streaming" if is_streaming else "resident", -size)
 
     def _make_feed(
         self, data: TrainingData, layout: resident.ResidentPlan, mode: str

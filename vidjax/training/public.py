@@ -229,7 +229,7 @@ def train_run(
     """
     from vidjax.evaluation import analysis
     from vidjax.runs import checkpoint, digests
-    from vidjax.training import init_from, loop as training
+    from vidjax.training import init_from, loop as training, resume
     from vidjax.training.dry_run import dry_run
 
     config_lib.check(config)
@@ -241,7 +241,7 @@ def train_run(
         options = {"num_devices": num_devices, "command": command}
         train = functools.partial(train_run, log=log)
         return joint.train_systems(config, folder, data, train, **options)
-    results = training.read_finished_metrics(folder, config)
+    results = resume.read_finished_metrics(folder, config)
     if results is None:
         dry_run(config, data)
         set_up_devices(config)

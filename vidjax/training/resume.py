@@ -1,4 +1,4 @@
-"""Makes the state with which a training starts: new, of a checkpoint, or with other weights."""
+"""Starts or resumes a training: makes its first state, new or from a checkpoint."""
 
 import json
 from collections.abc import Mapping
@@ -16,12 +16,35 @@ from vidjax.data.clips import TrainingData
 from vidjax.evaluation import trained_runs
 from vidjax.runs import checkpoint, config_io, digests, facts
 from vidjax.runs.checkpoint import CheckpointError
-from vidjax.runs.config import ROUNDING, Config, affects, differences
-from vidjax.runs.run_folder import check_resumes
+from vidjax.runs.config import ROUNDING, Config, affects, differences, list_splits
+from vidjax.runs.run_folder import CONFIG, RunFolder, check_resumes, make_paths_absolute
 from vidjax.runs.terminal import say
 from vidjax.training import init_from, train_step
 from vidjax.training.plan import RunPlan
 from vidjax.utils.errors import warn
+
+
+def read_finished_metrics(folder: RunFolder, config: Config) -> dict[str, Any] | None:
+    """Returns the `metrics.json` of a run, or None if it has not finished the epochs of `config`.
+
+    Raises UserError if the run cannot resume with `config`.
+    """
+    if not folder.has(CONFIG):
+        return None
+    recorded, results = folder.config, folder.metrics()
+    if not results and not checkpoint.list_folders(folder.path):
+        return None  # without a checkpoint, a run starts again with any configuration
+    check_resumes(folder.path, recorded, make_paths_absolute(config))
+    # `vidjax evaluate` also writes this file. If an entry is missing, the run is evaluated again.
+    wanted = ["num_clips", "num_identities", "trained_on"]
+    wanted += ["map", "map_kind"] if "map" in results else []
+    wanted += ["best_map", "best_step"] if "best_map" in results else []
+    others = list_splits(config)[1:]
+    if not all(folder.has(folder.paths(split).metrics.name) for split in others):
+        return None
+    if not results.get("finished") or any(results.get(name) is None for name in wanted):
+        return None
+    return results if config.num_epochs == recorded.num_epochs else None
 
 
 class Start(NamedTuple):
