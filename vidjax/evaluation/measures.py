@@ -316,15 +316,11 @@ def measure_suspects(scored: ScoredSplit, clips: ClipScores) -> Suspects:
     gaps = (averages - scored.averages)[known]
     low, high, _ = compute_gap_interval(gaps, draws=DRAWS) if known.any() else (0.0, 0.0, 1.0)
     return Suspects(
-        sure=SURE,
-        above=NUM_ABOVE,
-        count=int(doubted.sum()),
+        sure=SURE, above=NUM_ABOVE, count=int(doubted.sum()),
         clips=_list_mistakes(scored, doubted, clips.identity - 1, clips.best),
-        identities=int(known.sum()),
-        gain=float(gaps.mean()) if known.any() else 0.0,
-        low=low,
-        high=high,
-    )
+        identities=int(known.sum()), gain=float(gaps.mean()) if known.any() else 0.0,
+        low=low, high=high,
+    )  # fmt: skip
 
 
 # ---- known clips and distractors
@@ -394,13 +390,10 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> Open
             row.fnir_low, row.fnir_high = min(low, errors.fnir), max(high, errors.fnir)
         rows.append(row)
     return OpenSet(
-        num_identities=num_identities,
-        num_known=int(known.sum()),
-        num_people=len(np.unique(people[known])),
-        num_strange=num_strange,
-        resamples=RESAMPLES,
-        rates=rows,
-    )
+        num_identities=num_identities, num_known=int(known.sum()),
+        num_people=len(np.unique(people[known])), num_strange=num_strange,
+        resamples=RESAMPLES, rates=rows,
+    )  # fmt: skip
 
 
 # BLAS threads would wait for each other for longer than they compute.

@@ -32,11 +32,6 @@ MAX_LOG_LINES = 20_000  # lines of a log that are returned
 MAX_IDENTITIES_BYTES = 256 * files.MB  # of `identities.json`
 METRICS_LOG, TIMING_LOG = "metrics.jsonl", "timing.jsonl"
 REMEDY = "delete it, and write the results again: vidjax evaluate --workdir=FOLDER"
-# Keys of `metrics.json` that a later evaluation keeps, as it keeps some facts (`runs.facts`).
-TRAINING_KEYS = (
-    "best_step", "best_map", "num_params", "num_members", "train_clips_per_second", "train_seconds",
-    "seconds", "date", "seed", "command", "finished", "trained_on", "versions",
-)  # fmt: skip
 
 
 def now() -> str:
@@ -107,8 +102,9 @@ def load_identities(path: Path) -> list[str]:
 
 
 def select_kept(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the entries of `metrics.json` that describe the training, for a later evaluation."""
-    kept = {*TRAINING_KEYS, *(fact.key for fact in facts.FACTS if fact.is_kept)}
+    """Returns the entries of `metrics.json` that a later evaluation keeps."""
+    of_facts = (fact.key for fact in facts.FACTS if fact.is_kept)
+    kept = {*schemas.Training.__struct_fields__, *of_facts}
     return {name: value for name, value in metrics.items() if name in kept}
 
 

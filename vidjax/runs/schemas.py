@@ -61,7 +61,25 @@ class DataDigests(Struct, kw_only=True):
     weights: Text | None = None  # sha256 of the file `data.weights`
 
 
-class Metrics(Entries, Struct, kw_only=True):
+class Training(Struct, kw_only=True):
+    """The entries of `metrics.json` that describe the training. A later evaluation keeps them."""
+
+    date: Text | None = None  # UTC: end of the training
+    best_step: Whole | None = None  # step of the best evaluation during training
+    best_map: Share | None = None
+    num_params: Whole | None = None  # parameters of a member
+    num_members: Whole | None = None
+    train_clips_per_second: float | None = None  # median over the training steps
+    train_seconds: float | None = None  # of the training steps since the last start or resume
+    seconds: float | None = None  # of all starts and resumes of the run, evaluations included
+    seed: Whole | None = None
+    finished: bool | None = None
+    command: Text | None = None
+    trained_on: DataDigests | None = None
+    versions: dict[str, Text] | None = None  # package -> version
+
+
+class Metrics(Training, Entries, Struct, kw_only=True):
     """The results of a run on a split: the content of `metrics.json` or `metrics_<split>.json`."""
 
     data: Data | None = None
@@ -84,25 +102,12 @@ class Metrics(Entries, Struct, kw_only=True):
     threshold_10: NotNaN | None = field(default=None, name="threshold_at_fpir_0.1")
     # Fields that affect scores and that differ from `config.json`: field -> value.
     overrides: dict[str, Any] | None = None
-    date: Text | None = None  # UTC: end of the training
     eval_date: Text | None = None  # UTC: a later evaluation
     eval_clips_per_second: float | None = None
     eval_seconds: float | None = None  # of a later evaluation, or of a blend
     step: Whole | None = None  # training steps before the evaluation
-    best_step: Whole | None = None  # step of the best evaluation during training
-    best_map: Share | None = None
-    num_params: Whole | None = None  # parameters of a member
-    num_members: Whole | None = None
-    train_clips_per_second: float | None = None  # median over the training steps
     waited_seconds: float | None = None  # time in which devices waited for a batch
-    train_seconds: float | None = None  # of the training steps since the last start or resume
-    seconds: float | None = None  # of all starts and resumes of the run, evaluations included
     mode: Text | None = None  # `resident` or `streaming`
-    seed: Whole | None = None
-    finished: bool | None = None
-    command: Text | None = None
-    trained_on: DataDigests | None = None
-    versions: dict[str, Text] | None = None  # package -> version
     members: list[dict[str, Scalar]] | None = None  # number, options, MAP
     runs: list[JoinedRun] | None = None  # the runs of a blend
 

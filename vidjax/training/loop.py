@@ -120,12 +120,9 @@ class TrainingLoop:
     """Takes the steps of a run, and pauses for tasks."""
 
     def __init__(
-        self,
-        run: "TrainingRun",
-        schedule: Mapping[str, frozenset[int]],
-        stack: contextlib.ExitStack,
-        log: results_lib.LogFunction | None,
-    ):
+        self, run: "TrainingRun", schedule: Mapping[str, frozenset[int]],
+        stack: contextlib.ExitStack, log: results_lib.LogFunction | None,
+    ):  # fmt: skip
         """Opens logs and catches signals, until `stack` is closed."""
         config, plan = run.config, run.plan
         self._run, self._schedule, self._total = run, schedule, plan.task.total_steps
@@ -242,16 +239,9 @@ class TrainingRun:
     """
 
     def __init__(
-        self,
-        config: Config,
-        workdir: Path,
-        data: TrainingData,
-        plan: RunPlan,
-        mesh: Mesh,
-        *,
-        began: float,
-        analyse: bool = False,
-    ):
+        self, config: Config, workdir: Path, data: TrainingData, plan: RunPlan, mesh: Mesh, *,
+        began: float, analyse: bool = False,
+    ):  # fmt: skip
         """Restores the newest checkpoint, if any. `analyse` prepares the analysis of attention."""
         self.config, self.workdir, self.plan, self.mesh = config, workdir, plan, mesh
         self._system = plan.system
@@ -280,14 +270,10 @@ class TrainingRun:
         del state  # frees its memory; the parts are copies
         self._feed, self._clips = self._make_feed(data, layout, mode)
         self._description: dict[str, Any] = {
-            **plan.task._asdict(),
-            "data": self._data_digests,
-            "config": config.to_dict(),
+            **plan.task._asdict(), "data": self._data_digests, "config": config.to_dict(),
             **digests.hash_companions(data.identities, self.training_sets),
-            **facts.to_json(self._facts),
-            "mode": mode,
-            "group_size": size,
-        }
+            **facts.to_json(self._facts), "mode": mode, "group_size": size,
+        }  # fmt: skip
         self._rates: list[float] = []  # clips per second of every call of `advance`
         self._train_seconds = 0.0  # sum over all calls of `advance`, including compilation
         self._num_logged = 0  # number of rates that are in the log
