@@ -57,11 +57,11 @@ class EarlyStop(Struct, kw_only=True):
 class Fact(Struct, frozen=True, kw_only=True):
     """A fact about a training, and how it is described."""
 
-    key: str  # of its entry in manifests and in `metrics.json`; other runs have no such entry
+    key: str  # of its entry in manifests and in `metrics.json`
     kind: Any  # the type of the value
     describe: Callable[[Any], str]  # value -> text, or "" if there is nothing to say
     # True: an evaluation keeps the entry of `metrics.json`. False: it writes the entry of the
-    # checkpoint that it scores.
+    # checkpoint that is scored.
     is_kept: bool = True
     label: str  # of the row in the report
     # Label and text of the row in the summary, in which `{text}` is the result of `describe`. The
@@ -127,5 +127,5 @@ def list_rows(values: Mapping[str, Any]) -> dict[str, str]:
 
 def list_sentences(run: str, values: Mapping[str, Any]) -> list[str]:
     """Returns the sentences of a comparison about the facts in the `metrics.json` of `run`."""
-    told = ((fact.sentence, fact.text(values)) for fact in FACTS if fact.sentence)
-    return [sentence.format(run=run, text=text) for sentence, text in told if text]
+    texts = ((fact.sentence, fact.text(values)) for fact in FACTS if fact.sentence)
+    return [sentence.format(run=run, text=text) for sentence, text in texts if text]

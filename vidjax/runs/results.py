@@ -103,9 +103,9 @@ def load_identities(path: Path) -> list[str]:
 
 def select_kept(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the entries of `metrics.json` that a later evaluation keeps."""
-    of_facts = (fact.key for fact in facts.FACTS if fact.is_kept)
-    kept = {*schemas.Training.__struct_fields__, *of_facts}
-    return {name: value for name, value in metrics.items() if name in kept}
+    is_kept = dict.fromkeys(schemas.Training.__struct_fields__, True)
+    is_kept |= {fact.key: fact.is_kept for fact in facts.FACTS}
+    return {name: value for name, value in metrics.items() if is_kept.get(name)}
 
 
 def describe_data(metrics: Mapping[str, Any]) -> str | None:

@@ -61,8 +61,11 @@ class DataDigests(Struct, kw_only=True):
     weights: Text | None = None  # sha256 of the file `data.weights`
 
 
-class Training(Struct, kw_only=True):
-    """The entries of `metrics.json` that describe the training. A later evaluation keeps them."""
+class Training(Entries, Struct, kw_only=True):
+    """The entries of `metrics.json` that describe the training.
+
+    A later evaluation keeps them, except for some facts.
+    """
 
     date: Text | None = None  # UTC: end of the training
     best_step: Whole | None = None  # step of the best evaluation during training
@@ -79,7 +82,7 @@ class Training(Struct, kw_only=True):
     versions: dict[str, Text] | None = None  # package -> version
 
 
-class Metrics(Training, Entries, Struct, kw_only=True):
+class Metrics(Training, Struct, kw_only=True):
     """The results of a run on a split: the content of `metrics.json` or `metrics_<split>.json`."""
 
     data: Data | None = None

@@ -27,13 +27,7 @@ from vidjax.runs.terminal import Progress, say
 from vidjax.runs.versions import collect_versions
 from vidjax.training import early_stop, feed as feed_lib, profiler, resume, train_step
 from vidjax.training.placement import agree_on_placement
-from vidjax.training.plan import (
-    Relabel,
-    RunPlan,
-    describe_repeated_clips,
-    make_plan,
-    make_relabel,
-)  # fmt: skip
+from vidjax.training.plan import Relabel, RunPlan, describe_repeated_clips, make_plan, make_relabel
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, warn
 
