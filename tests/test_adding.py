@@ -1,9 +1,10 @@
-"""A new loss, dataset, fusion and so on needs one function, and one line in one table.
+"""A new loss, dataset, fact and so on needs one function, and one line in one table.
 
 `test_readme.py` trains a new model, the example of a page.
 """
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ import pytest
 from vidjax.core import augment, fusion, losses, metrics
 from vidjax.data import sources
 from vidjax.data.arrays import FeatureDict
+from vidjax.runs import checkpoint, facts
+from vidjax.training import resume
 
 
 def cosface(logits, labels, class_mask=None, *, logit_scale, margin):
@@ -97,3 +100,29 @@ def test_run_uses_added_loss_dataset_fusion_transform_and_metric(tmp_path, monke
     # The added metric is printed, logged and reported.
     assert "top-5" in output and '"top5"' in (run / "metrics.jsonl").read_text()
     assert "precision at 1" in (run / "report.html").read_text()
+
+
+def test_added_fact_about_a_run_is_stored_kept_and_described(tmp_path, monkeypatch, say):
+    """Only the tuple of facts and the function that computes the new fact change."""
+    added = facts.Fact(
+        key="sensor", kind=str, describe="a {} camera".format, label="camera",
+        sentence="{run} has {text}.",
+    )  # fmt: skip
+    monkeypatch.setattr(facts, "FACTS", (*facts.FACTS, added))
+    start = resume.start
+
+    def start_with_fact(*args):
+        begun = start(*args)
+        begun.facts["sensor"] = "new"
+        return begun
+
+    monkeypatch.setattr(resume, "start", start_with_fact)
+    run, other = tmp_path / "run", tmp_path / "other"
+    summary = say("--config=configs/knn.py", f"--workdir={run}")
+    shutil.copytree(run, other)
+    (entries,) = checkpoint.manifests(run).values()
+    assert entries["sensor"] == json.loads((run / "metrics.json").read_text())["sensor"] == "new"
+    for text in (summary, say("evaluate", f"--workdir={run}")):  # an evaluation keeps the fact
+        assert ["camera", "a new camera"] in [x.split(maxsplit=1) for x in text.splitlines()]
+    assert "a new camera" in (run / "report.html").read_text()
+    assert f"{run} has a new camera." in say("compare", f"--runs={run},{other}")

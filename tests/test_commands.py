@@ -577,3 +577,17 @@ def test_compare_prints_what_differs_and_leaves_out_folders_that_do_not_fit(plac
     assert lines[-2] == ["field", "b", "a"] and lines[-1] == ["seed", "0", "3"]
     assert [line[:2] for line in lines[2:4]] == [[folder, "0.6250"] for folder in folders[1:]]
     assert "too few runs" in command("compare", folders[1]).err
+
+
+def test_compare_keeps_the_largest_group_of_runs_on_the_same_clips(tmp_path, command):
+    """The first folder and the last folder are of other datasets."""
+    values = {"1": 0.5, "2": 0.75}
+    made_runs.write(tmp_path / "first", {"3": 0.5, "4": 0.75})
+    for name in "abc":
+        made_runs.write(tmp_path / name, values)
+    made_runs.write(tmp_path / "last", values, num_clips=5)
+    folders = [str(tmp_path / name) for name in ("first", "a", "b", "c", "last")]
+    with pytest.warns(UserWarning, match="a folder is left out") as warned:
+        done = command("compare", *folders, "--json")
+    assert [row["run"] for row in json.loads(done.out)["runs"]] == folders[1:4]
+    assert [str(one.message).count(str(tmp_path / "a")) for one in warned] == [1, 1]

@@ -190,7 +190,7 @@ def test_training_ends_after_evaluations_without_a_better_value(metric, values, 
     entry, stopped = None, None
     for step, value in enumerate(values, start=1):
         entry = early_stop.add_evaluation(config, entry, step, {metric: value})
-        stopped = step if entry["stopped"] else None
+        stopped = step if entry.stopped else None
         if stopped:
             break
     assert stopped == stop

@@ -19,7 +19,7 @@ from tests.helpers.seen import refused
 from vidjax.core import metrics
 from vidjax.core.metrics import ClipScores
 from vidjax.evaluation import measures, ranking, scores as scores_lib, scoring, significance, topk
-from vidjax.runs import config_io
+from vidjax.runs import config_io, schemas
 from vidjax.training import loop
 
 open_set: Any = measures.open_set
@@ -316,9 +316,9 @@ def test_clips_that_score_highest_for_the_right_person_are_no_mistakes():
     best, positives = scores.max(axis=1), np.array([150, 3])
     scored = measures.ScoredSplit(top, best, labels, names, pool, positives)
 
-    mistake = {"clip": "151", "shows": 1, "identity": 0, "score": -0.5}
-    assert measures.find_wrong_clips(scored) == {"distractors": [], "known": [mistake]}
-    lost = {row["identity"]: row["lost_to"] for row in measures.find_worst_identities(scored)}
+    mistake = schemas.Mistake(clip="151", shows=1, identity=0, score=-0.5)
+    assert measures.find_wrong_clips(scored) == schemas.WrongClips(distractors=[], known=[mistake])
+    lost = {row.identity: row.lost_to for row in measures.find_worst_identities(scored)}
     # Pairs (wrong person for whom clips score highest, number of clips). -1: clips that are missing
     # in the list of their best person. List 0 has clip 151 and 99 clips of person 0, not clip 152.
     assert lost == {0: [(-1, 51)], 1: [(0, 1), (-1, 1)]}
@@ -355,24 +355,24 @@ def test_map_without_suspected_labels_equals_map_of_the_other_clips():
 
     suspects = measures.measure_suspects(scored, clips)
     doubted = [i for i in range(4, 8) if above[i] >= 5 and best[i] > math.log(0.9)]
-    assert 2 <= suspects["count"] == len(doubted) and suspects["low"] <= suspects["gain"]
-    assert {row["clip"] for row in suspects["clips"]} == {*map(str, doubted)}
+    assert 2 <= suspects.count == len(doubted) and suspects.low <= suspects.gain
+    assert {row.clip for row in suspects.clips} == {*map(str, doubted)}
     kept = np.setdiff1d(np.arange(num)[pool], doubted)
     others, left = rank(kept, labels)
     after = metrics.mean_average_precision(others.index, labels[kept], left)
     gain = after - metrics.mean_average_precision(top.index, labels[pool], positives)
-    assert suspects["gain"] == pytest.approx(gain) and gain > 0
+    assert suspects.gain == pytest.approx(gain) and gain > 0
 
     # A pair has the counts of both directions, and pairs with more clips come first.
     pairs = measures.find_confused_pairs(clips, labels)
-    counts = [sum(row["counts"]) for row in pairs]
+    counts = [sum(row.counts) for row in pairs]
     assert counts == sorted(counts, reverse=True)
     wrong = pool & (labels > 0) & (identity != labels)
     assert sum(counts) == wrong.sum()
     for row in pairs:
-        lost = wrong & (labels == row["first"] + 1) & (identity == row["second"] + 1)
-        back = wrong & (labels == row["second"] + 1) & (identity == row["first"] + 1)
-        assert row["counts"] == (lost.sum(), back.sum()) and row["first"] < row["second"]
+        lost = wrong & (labels == row.first + 1) & (identity == row.second + 1)
+        back = wrong & (labels == row.second + 1) & (identity == row.first + 1)
+        assert row.counts == (lost.sum(), back.sum()) and row.first < row.second
 
 
 @pytest.mark.parametrize("share_right", [0.5, 0.9, 1.0])
@@ -389,8 +389,8 @@ def test_intervals_of_top1_auroc_and_fnir_equal_map_interval_with_one_clip_per_p
     # Labels are scores: 60 clips are above 60 distractors, and FNIR is the share of wrong clips.
     labels = np.append(labels, np.zeros(60, int))
     clips = clip_scores(labels, np.append(right, np.zeros(60, bool)))
-    _, row = open_set(clips, labels, num_identities=60)["rates"]  # FPIR of 1 % and of 10 %
-    fnir = 1 - row["fnir_high"], 1 - row["fnir_low"]
+    _, row = open_set(clips, labels, num_identities=60).rates  # FPIR of 1 % and of 10 %
+    fnir = 1 - row.fnir_high, 1 - row.fnir_low
     np.testing.assert_allclose(fnir, expected, atol=0.02)
     perfect = significance.map_interval(np.ones(60))  # the AUROC is 1
     area = measures.compute_clip_intervals(clips, labels)["auroc"]
@@ -427,14 +427,14 @@ def test_open_set_summary_equals_identification_errors():
 
     result = open_set(clips, labels, num_identities=8)
 
-    assert result["num_known"] == np.sum(labels[pool] > 0)
-    assert (result["num_people"], result["num_identities"]) == (8, 8)
+    assert result.num_known == np.sum(labels[pool] > 0)
+    assert (result.num_people, result.num_identities) == (8, 8)
     in_pool = (clips.best[pool], clips.right[pool], labels[pool] > 0)
-    for row in result["rates"]:
-        wanted = metrics.identification_errors(*in_pool, fpir=row["rate"])
-        assert (row["threshold"], row["fpir"], row["fnir"]) == wanted
-        assert row["fpir_low"] < row["fpir_high"]
-        assert row["fnir_low"] <= row["fnir"] <= row["fnir_high"]
+    for row in result.rates:
+        wanted = metrics.identification_errors(*in_pool, fpir=row.rate)
+        assert (row.threshold, row.fpir, row.fnir) == wanted
+        assert row.fpir_low < row.fpir_high
+        assert row.fnir_low <= row.fnir <= row.fnir_high
 
 
 @pytest.mark.nightly
@@ -446,10 +446,12 @@ def test_intervals_of_95_percent_cover_the_true_rates_in_simulation(monkeypatch)
     covered = []
     for _ in range(400):
         clips, labels = draw_scores(rng)
-        _, row = open_set(clips, labels, num_identities=200)["rates"]  # FPIR of 1 % and of 10 %
-        true_fpir = stats.norm.sf(row["threshold"])  # of strangers that come later
+        _, row = open_set(clips, labels, num_identities=200).rates  # FPIR of 1 % and of 10 %
+        true_fpir = stats.norm.sf(row.threshold)  # of strangers that come later
         rates = {"fnir": true_fnir, "fpir": true_fpir}
-        covered.append([row[f"{x}_low"] <= rates[x] <= row[f"{x}_high"] for x in rates])
+        covered.append(
+            [getattr(row, f"{x}_low") <= rates[x] <= getattr(row, f"{x}_high") for x in rates]
+        )
 
     coverage = np.mean(covered, axis=0)  # of FNIR and FPIR
     assert ((coverage > 0.92) & (coverage < 0.98)).all()
@@ -458,15 +460,15 @@ def test_intervals_of_95_percent_cover_the_true_rates_in_simulation(monkeypatch)
 def test_intervals_treat_clips_of_one_person_as_dependent():
     """Three copies of each clip of a person add no information: the FNIR interval stays equal."""
     clips, labels = draw_scores(np.random.default_rng(1))
-    _, single = open_set(clips, labels, num_identities=200)["rates"]  # FPIR of 1 % and of 10 %
+    _, single = open_set(clips, labels, num_identities=200).rates  # FPIR of 1 % and of 10 %
 
     known = np.flatnonzero(labels)
     again = np.r_[np.arange(len(labels)), known, known, known]
     copies = clip_scores(clips.best[again], clips.right[again])
-    _, copied = open_set(copies, labels[again], num_identities=200)["rates"]
+    _, copied = open_set(copies, labels[again], num_identities=200).rates
 
-    assert single["fnir_low"] == pytest.approx(copied["fnir_low"])
-    assert single["fnir_high"] == pytest.approx(copied["fnir_high"])
+    assert single.fnir_low == pytest.approx(copied.fnir_low)
+    assert single.fnir_high == pytest.approx(copied.fnir_high)
 
 
 def test_calibration_stays_finite_for_certain_but_wrong_clips():

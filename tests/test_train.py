@@ -14,7 +14,7 @@ from vidjax.core import devices as devices_lib
 from vidjax.data import resident
 from vidjax.runs import config_io, signals
 from vidjax.runs.run_folder import RunFolder
-from vidjax.training import loop
+from vidjax.training import resume
 from vidjax.training.plan import make_plan
 
 MLP = "configs/quality_fusion.py:iqiyi_vid"
@@ -46,7 +46,7 @@ def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, signum, spec, m
         monkeypatch.undo()
         assert caught.value.exit_code == 128 + signum
     small.evaluate(config, parts, data, num_devices=1)
-    assert loop.read_finished_metrics(RunFolder(parts), config) is None
+    assert resume.read_finished_metrics(RunFolder(parts), config) is None
 
     small.run(config, parts, data)
     small.assert_same_run(parts, tmp_path / "whole")

@@ -15,7 +15,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from vidjax.runs import schemas
-from vidjax.runs.schemas import Count, Sha256, Size, Text
+from vidjax.runs.json_types import Count, Sha256, Size, Text
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 from vidjax.utils.messages import suggest_path

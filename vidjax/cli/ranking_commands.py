@@ -158,7 +158,7 @@ def _warn_if_nothing_matches(
 
 def add_compare_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax compare`."""
-    about = "folders of runs; each is compared with the first. Unsuitable folders are left out"
+    about = "folders of runs; each is compared with the first. Folders that do not fit are left out"
     parser.add_argument("folders", metavar="RUN", nargs="*", help=about)
     about = (
         "the same as RUN, but an unsuitable folder is an error. A1+A2,B1+B2 compares means of "

@@ -14,7 +14,7 @@ from typing import Any
 
 from vidjax.cli import shared_flags
 from vidjax.core import metrics
-from vidjax.runs import config as config_lib, config_io, results as results_lib, signals
+from vidjax.runs import config as config_lib, config_io, facts, results as results_lib, signals
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import CONFIG, RunFolder, make_and_lock
 from vidjax.training import public
@@ -237,16 +237,11 @@ def _make_rows(
             rows["measured"] = f"nothing: {reason}"
     if settings := results_lib.describe_overrides(results):
         rows["scored with"] = settings
-    if source := results_lib.describe_source(results):
-        rows["init_from"] = source
-    if epochs := results_lib.describe_epochs(results):
-        rows["epochs"] = epochs
+    rows |= facts.list_rows(results)
     if "best_map" in results and split == folder.config.eval.split:
         rows["best"] = f"{results['best_map']:.4f} at step {results['best_step']:,}"
     if data := results_lib.describe_data(results):
         rows["data"] = data
-    if reason := results_lib.describe_end(results):
-        rows["ended"] = f"at step {results['step']:,}: {reason}"
     rows["clips"] = f"{results['num_clips']:,}"
     rows["identities"] = f"{results['num_identities']:,}"
     if "num_map_identities" in results:

@@ -17,21 +17,22 @@ from jax.sharding import Mesh
 from vidjax.core import devices, distributed
 from vidjax.evaluation import blend, eval_step as eval_step_lib, measures, ranking
 from vidjax.evaluation.blend import Load
-from vidjax.evaluation.measures import Arrays, ScoredSplit, Values
+from vidjax.evaluation.measures import Arrays, ScoredSplit
 from vidjax.evaluation.scores import Scored, count_positives, score
 from vidjax.evaluation.scoring import TrainedModel, iterate_windows
 from vidjax.evaluation.significance import FEWEST_IDENTITIES
 from vidjax.evaluation.trained_runs import FoundRun, find_run, make_model
-from vidjax.runs import config as config_lib, results
+from vidjax.runs import config as config_lib, facts, results
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import CONFIG, IDENTITIES, RunFolder
+from vidjax.runs.schemas import Analysis
 from vidjax.runs.signals import Interrupted
 from vidjax.utils import files
 from vidjax.utils.errors import warn
 
 
-def analyse(evaluated: Scored) -> tuple[Values, Arrays]:
-    """Returns the values and the arrays of `analysis.npz`, see `schemas.Analysis`.
+def analyse(evaluated: Scored) -> tuple[Analysis, Arrays]:
+    """Returns the values and the arrays of `analysis.npz`.
 
     If the model has attention, reads the frames of the split again. The analysis of a blend has the
     modalities of its first model, and no attention. The training clips of each identity are counted
@@ -43,18 +44,13 @@ def analyse(evaluated: Scored) -> tuple[Values, Arrays]:
     matrix = None
     if names and not model.system.frame_is_example:
         matrix = measure_attention(model, split.name)
-    logs = model.system.scores_are_logs
-    values: Values = {
-        "split": split.name,
-        "lead": model.modalities[0],
-        "modalities": list(model.modalities),
-        "logs": logs,
-    }
+    logs, modalities = model.system.scores_are_logs, list(model.modalities)
+    found = Analysis(split=split.name, lead=modalities[0], modalities=modalities, logs=logs)
     arrays: Arrays = {}
     if matrix is not None:
-        values["vectors"], arrays["attention"] = list(names), matrix
+        found.vectors, arrays["attention"] = list(names), matrix
     if evaluation.results.get("map") is None:
-        return values, arrays
+        return found, arrays
     pool = evaluation.clips.pool
     positives = count_positives(split, pool)
     best = evaluation.clips.best
@@ -63,20 +59,22 @@ def analyse(evaluated: Scored) -> tuple[Values, Arrays]:
     if train_clips is not None:
         arrays["train_clips"] = train_clips
     arrays |= {"ap": scored.averages, "positives": scored.positives.astype(np.int64)}
-    values |= {
-        "num_others": split.num_others if pool.all() else 0,
-        "worst": measures.find_worst_identities(scored),
-        "wrong_clips": measures.find_wrong_clips(scored),
-        "pairs": measures.find_confused_pairs(evaluation.clips, split.labels),
-        "intervals": measures.compute_clip_intervals(evaluation.clips, split.labels),
-        "fewest_identities": FEWEST_IDENTITIES,
-        "strata": measures.measure_strata(scored, split, model.modalities, train_clips),
-    }
+    clips, labels = evaluation.clips, split.labels
+    found.num_others = split.num_others if pool.all() else 0
+    found.worst = measures.find_worst_identities(scored)
+    found.wrong_clips = measures.find_wrong_clips(scored)
+    found.pairs = measures.find_confused_pairs(clips, labels)
+    found.intervals = measures.compute_clip_intervals(clips, labels)
+    found.fewest_identities = FEWEST_IDENTITIES
+    found.strata = measures.measure_strata(scored, split, modalities, train_clips)
     if logs and evaluation.results["map_kind"] != "in_sample":
-        values["suspects"] = measures.measure_suspects(scored, evaluation.clips)
-    people = len(model.data.identities)
-    found = measures.measure_open_set(evaluation.clips, split.labels, people, logs=logs)
-    return values | found[0], arrays | found[1]
+        found.suspects = measures.measure_suspects(scored, clips)
+    found.open_set = measures.open_set(clips, labels, len(model.data.identities))
+    arrays |= measures.score_histograms(clips, labels)
+    arrays |= measures.compute_error_curve(clips, labels)
+    if logs and (calibrated := measures.measure_calibration(clips)):
+        arrays["calibration"], found.calibration_error = calibrated
+    return found, arrays
 
 
 def measure_attention(model: TrainedModel, split_name: str) -> np.ndarray | None:
@@ -172,8 +170,7 @@ def describe_evaluation(folder: RunFolder, config: Config, step: int | None) -> 
     `overrides` has the changed fields. Then the names of the result files contain the name of the
     split, so that no result of the training is replaced.
     """
-    kept = {name: x for name, x in folder.metrics().items() if name in results.TRAINING_KEYS}
-    changed = find_overrides(config, folder, step)
+    kept, changed = results.select_kept(folder.metrics()), find_overrides(config, folder, step)
     return {**kept, "eval_date": results.now(), **({"overrides": changed} if changed else {})}
 
 
@@ -275,12 +272,11 @@ def _score_run(config: Config, run: FoundRun, load: Load, mesh: Mesh, keep: Path
     model = make_model(config, run, data, mesh)
     evaluation = score(model, spec.split, each_member=spec.members, keep=keep)
     values = {
+        **facts.to_json(run.manifest, only=False),
         "data": data.report["data"],
         "step": run.manifest["step"],
         "eval_seconds": time.monotonic() - began,
     }
-    if extended := run.manifest.get("extended"):
-        values["extended"] = extended
     return Scored(model, evaluation, values)
 
 

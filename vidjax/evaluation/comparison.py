@@ -4,10 +4,11 @@ A group of seeds is a list of runs that differ only in their seeds. It is compar
 average precisions are read from `analysis.npz` of each run, so no model and no data are needed.
 """
 
+import contextlib
 import itertools
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from vidjax.data.sources import describe, is_generated
 from vidjax.evaluation import significance
 from vidjax.evaluation.report import html
 from vidjax.evaluation.significance import Difference
-from vidjax.runs import config as config_lib, config_io, results as results_lib
+from vidjax.runs import config as config_lib, config_io, facts, results as results_lib
 from vidjax.runs.run_folder import CONFIG, RunFolder
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, warn
@@ -79,7 +80,7 @@ class Comparison(NamedTuple):
         people = messages.count(len(first.identities), "identity")
         title = f"{people}{others}, {clips}; compared with {first.name}"
         lines += describe_limit(self.runs, self.differences) + describe_in_sample(self.runs)
-        lines += describe_extended(self.runs)
+        lines += describe_unusual(self.runs)
         return "\n".join([title, *(f"  {line}" for line in lines)])
 
     def config_lines(self) -> list[str]:
@@ -94,8 +95,8 @@ class Comparison(NamedTuple):
         for run, gap in zip(self.runs, [None, *self.differences], strict=True):
             map_kind = run.metrics["map_kind"]
             row = {"run": run.name, "map": float(run.ap.mean()), "map_kind": map_kind}
-            if run.metrics.get("extended"):
-                row["extended"] = run.metrics["extended"]
+            marks = {fact.key for fact in facts.FACTS if fact.sentence}
+            row |= {key: x for key, x in facts.to_json(run.metrics).items() if key in marks}
             if run.seeds:
                 row["seeds"] = [{"run": name, "map": value} for name, value in run.seeds]
             if gap:
@@ -168,18 +169,38 @@ def compare(groups: Sequence[Sequence[str]], *, split: str | None = None) -> Com
 
 
 def select_comparable(names: Sequence[str], split: str | None) -> list[str]:
-    """Returns the folders that can be compared with the first run, and warns of all others.
+    """Returns the largest group of folders that can be compared, and warns of all others.
 
-    The folders come from a pattern such as `runs/*`, so some may contain no results.
+    The folders come from a pattern such as `runs/*`, so some may contain no results or runs of
+    another dataset. The first folder of the result can be compared with all others.
     """
-    kept: list[RankedRun] = []
+    runs: list[RankedRun] = []
     for name in names:
-        try:
-            run = read(name, split)
-            kept.append(align(kept[0], run) if kept else run)
-        except UserError as error:
-            warn(f"a folder is left out: {str(error).splitlines()[0].removeprefix('--runs: ')}")
-    return [run.name for run in kept]
+        with _warn_of_left_out():
+            runs.append(read(name, split))
+    if not runs:
+        return []
+    reference, kept = max(runs, key=lambda run: sum(_fit(run, other) for other in runs)), []
+    for run in sorted(runs, key=lambda run: run is not reference):  # the reference comes first
+        with _warn_of_left_out():
+            kept.append(align(reference, run).name)
+    return kept
+
+
+@contextlib.contextmanager
+def _warn_of_left_out() -> Iterator[None]:
+    """Turns a UserError about a folder into a warning."""
+    try:
+        yield
+    except UserError as error:
+        warn(f"a folder is left out: {str(error).splitlines()[0].removeprefix('--runs: ')}")
+
+
+def _fit(first: RankedRun, run: RankedRun) -> bool:
+    """Returns True if two runs ranked the same clips."""
+    with contextlib.suppress(UserError):
+        return bool(align(first, run))
+    return False
 
 
 def _check_seeds(runs: Sequence[RankedRun]) -> None:
@@ -385,8 +406,7 @@ def list_fields(run: RankedRun) -> dict[str, str]:
     """
     values = dict(config_lib.fields(run.config)) | {"eval.checkpoint": "latest"}
     values |= run.metrics.get("overrides") or {}
-    if epochs := results_lib.describe_epochs(run.metrics):
-        values["num_epochs"] = epochs
+    values["num_epochs"] = facts.EXTENDED.text(run.metrics) or values["num_epochs"]
     if run.metrics.get("runs"):
         # The weights in `config.json` are of the last evaluation, maybe of another split.
         weights = tuple(row.get("weight") for row in run.metrics.get("runs") or ())
@@ -428,19 +448,18 @@ def sentences(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> l
         text.append(f"Out of fold: {score} every clip by members that were not trained on it.")
     elif not known:
         text.append("No run was trained on these clips.")
-    return text + known + describe_extended(runs)
+    return text + known + describe_unusual(runs)
 
 
-def describe_extended(runs: Sequence[RankedRun]) -> list[str]:
+def describe_unusual(runs: Sequence[RankedRun]) -> list[str]:
     """Returns sentences about runs with unusual results.
 
-    A run is unusual if its number of epochs was raised later, or if its evaluation changed
-    fields of the configuration.
+    A run is unusual if a fact about it has a sentence, or if its evaluation changed fields of the
+    configuration.
     """
     texts = []
     for run in runs:
-        if epochs := results_lib.describe_epochs(run.metrics):
-            texts.append(f"Extended: the number of epochs of {run.name} is {epochs}.")
+        texts += facts.list_sentences(run.name, run.metrics)
         if settings := results_lib.describe_overrides(run.metrics):
             texts.append(f"Scored with other settings: {run.name} with {settings}.")
     return texts

@@ -12,7 +12,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -28,6 +27,17 @@ from vidjax.evaluation.significance import (
 )
 from vidjax.evaluation.topk import TopK
 from vidjax.runs import schemas
+from vidjax.runs.schemas import (
+    ConfusedPair,
+    Mistake,
+    OpenSet,
+    Rate,
+    Strata,
+    Stratum,
+    Suspects,
+    WorstIdentity,
+    WrongClips,
+)  # fmt: skip
 
 MOST_GROUPS = 8  # sets of modalities with separate groups; all other sets form one group
 DRAWS = 1000  # for the interval of a group
@@ -44,8 +54,6 @@ RATES = (0.01, 0.1)  # FPIR of the thresholds in the report
 RESAMPLES = 1000  # number of bootstrap samples
 
 Groups = list[tuple[str, np.ndarray]]  # label, and [N] or [C] bool: the members of the group
-Row = dict[str, Any]  # of a table in `schemas.Analysis`
-Values = dict[str, Any]  # of `schemas.Analysis`
 Arrays = dict[str, np.ndarray]
 
 
@@ -128,16 +136,16 @@ def measure_strata(
     split: Split,
     modalities: Sequence[str],
     train_clips: np.ndarray | None,
-) -> list[Row]:
+) -> list[Strata]:
     """Returns tables of the MAP of groups of identities, and of groups of clips.
 
     `train_clips` [C] is the number of training clips of each identity, or None if it is unknown.
     """
     primary, ranked = modalities[0], scored.pool & (scored.labels > 0)
 
-    def table(by: str, groups: Groups) -> Row:
+    def table(by: str, groups: Groups) -> Strata:
         rows = [(label, *scored.averages_among(chosen & ranked)) for label, chosen in groups]
-        return {"by": by, "rows": [_make_row(*group) for group in rows if len(group[1])]}
+        return Strata(by=by, rows=[_make_row(*group) for group in rows if len(group[1])])
 
     tables = []
     if train_clips is not None:
@@ -147,7 +155,7 @@ def measure_strata(
             for label, chosen in group_by_count(train_clips)
             if (chosen & known).any()
         ]
-        tables.append({"by": schemas.TRAIN_CLIPS, "rows": rows})
+        tables.append(Strata(by=schemas.TRAIN_CLIPS, rows=rows))
     lengths = split.lengths[primary]
     groups = group_by_quantile(split.quality[primary], lengths > 0)
     if groups:
@@ -160,17 +168,11 @@ def measure_strata(
     return tables
 
 
-def _make_row(label: str, averages: np.ndarray, clips: int) -> Row:
+def _make_row(label: str, averages: np.ndarray, clips: int) -> Stratum:
     enough = len(averages) >= FEWEST_IDENTITIES
     low, high = map_interval(averages, draws=DRAWS) if enough else (None, None)
-    return {
-        "label": label,
-        "map": float(averages.mean()),
-        "low": low,
-        "high": high,
-        "identities": len(averages),
-        "clips": clips,
-    }
+    value, num = float(averages.mean()), len(averages)
+    return Stratum(label=label, map=value, low=low, high=high, identities=num, clips=clips)
 
 
 def group_by_count(counts: np.ndarray) -> Groups:
@@ -222,10 +224,10 @@ def count_train_clips(model: TrainedModel) -> np.ndarray | None:
     return total[1:] if total.any() else None
 
 
-def find_worst_identities(scored: ScoredSplit) -> list[Row]:
+def find_worst_identities(scored: ScoredSplit) -> list[WorstIdentity]:
     """Returns a row for each of the identities with the lowest average precision, worst first.
 
-    Two entries of a row list up to three pairs (index of another identity, number of clips):
+    Two fields of a row list up to three pairs (index of another identity, number of clips):
     - `lost_to`: clips of the identity that score highest for the other identity. The index -1
       counts clips whose best identity is unknown, because its list of k clips lacks them.
     - `mixed_with`: clips of the other identity among the first n places of the list, where n is the
@@ -241,57 +243,50 @@ def find_worst_identities(scored: ScoredSplit) -> list[Row]:
         lost = Counter(best_list[own[best_list[own] != identity]].tolist())
         places = scored.columns[identity, : positives[identity]]
         wrong = Counter((places[(places >= 0) & (places != identity + 1)] - 1).tolist())
-        rows.append(
-            {
-                "identity": identity,
-                "ap": float(average[identity]),
-                "clips": int(positives[identity]),
-                "lost_to": lost.most_common(3),
-                "mixed_with": wrong.most_common(3),
-            }
+        ap, clips = float(average[identity]), int(positives[identity])
+        lost_to, mixed_with = lost.most_common(3), wrong.most_common(3)
+        row = WorstIdentity(
+            identity=identity, ap=ap, clips=clips, lost_to=lost_to, mixed_with=mixed_with
         )
+        rows.append(row)
     return rows
 
 
-def find_wrong_clips(scored: ScoredSplit) -> dict[str, list[Row]]:
+def find_wrong_clips(scored: ScoredSplit) -> WrongClips:
     """Returns rows of clips that score highest for a wrong identity, highest scores first.
 
-    The dict has rows for `distractors` and for `known` clips. `shows` is the index of the identity
-    in the clip, or -1 for a distractor. `identity` is the index of the wrong identity. Clips that
-    are not in the list of the wrong identity are left out.
+    Clips that are not in the list of the wrong identity are left out.
     """
     (identity, score), shows = scored.best_lists, scored.labels - 1
     wrong = scored.pool & (identity >= 0) & (identity != shows)
-    rows: dict[str, list[Row]] = {}
-    for kind, chosen in {"distractors": shows < 0, "known": shows >= 0}.items():
-        rows[kind] = _list_mistakes(scored, wrong & chosen, identity, score)
-    return rows
+    return WrongClips(
+        distractors=_list_mistakes(scored, wrong & (shows < 0), identity, score),
+        known=_list_mistakes(scored, wrong & (shows >= 0), identity, score),
+    )
 
 
 def _list_mistakes(
     scored: ScoredSplit, wrong: np.ndarray, identity: np.ndarray, score: np.ndarray
-) -> list[Row]:
+) -> list[Mistake]:
     """Returns a row for each of the `wrong` [N] clips with the highest `score` [N].
 
     `identity` [N] is the index of the wrong identity of each clip.
     """
     places = np.flatnonzero(wrong)
+    worst = places[np.lexsort((places, -score[places]))][:NUM_WRONG]
+    rows = zip(worst, scored.labels[worst], identity[worst], score[worst], strict=True)
     return [
-        {
-            "clip": scored.names[i],
-            "shows": int(scored.labels[i]) - 1,
-            "identity": int(identity[i]),
-            "score": float(score[i]),
-        }
-        for i in places[np.lexsort((places, -score[places]))][:NUM_WRONG]
+        Mistake(
+            clip=scored.names[int(i)], shows=int(label) - 1, identity=int(found), score=float(value)
+        )
+        for i, label, found, value in rows
     ]
 
 
-def find_confused_pairs(clips: ClipScores, labels: np.ndarray) -> list[Row]:
-    """Returns rows of the pairs of identities with the most confused clips, most clips first.
+def find_confused_pairs(clips: ClipScores, labels: np.ndarray) -> list[ConfusedPair]:
+    """Returns the pairs of identities with the most confused clips, most clips first.
 
-    `counts` of a row are the clips of `first` that score highest for `second`, and the clips of
-    `second` that score highest for `first`. `labels` [N] int is 0 for a distractor.
+    `labels` [N] int is 0 for a distractor.
     """
     best = clips.identity
     assert best is not None
@@ -299,13 +294,13 @@ def find_confused_pairs(clips: ClipScores, labels: np.ndarray) -> list[Row]:
     lost = Counter(zip((labels[wrong] - 1).tolist(), (best[wrong] - 1).tolist(), strict=True))
     pairs = {(min(pair), max(pair)) for pair in lost}
     rows = [
-        {"first": one, "second": two, "counts": (lost[one, two], lost[two, one])}
+        ConfusedPair(first=one, second=two, counts=(lost[one, two], lost[two, one]))
         for one, two in sorted(pairs)
     ]
-    return sorted(rows, key=lambda row: -sum(row["counts"]))[:NUM_PAIRS]
+    return sorted(rows, key=lambda row: -sum(row.counts))[:NUM_PAIRS]
 
 
-def measure_suspects(scored: ScoredSplit, clips: ClipScores) -> Row:
+def measure_suspects(scored: ScoredSplit, clips: ClipScores) -> Suspects:
     """Measures how MAP changes without the clips whose labels are suspected to be wrong.
 
     A label is suspected if the best identity of its clip has a probability of SURE or more, and
@@ -319,35 +314,15 @@ def measure_suspects(scored: ScoredSplit, clips: ClipScores) -> Row:
     known = positives > 0
     gaps = (averages - scored.averages)[known]
     low, high, _ = compute_gap_interval(gaps, draws=DRAWS) if known.any() else (0.0, 0.0, 1.0)
-    return {
-        "sure": SURE,
-        "above": NUM_ABOVE,
-        "count": int(doubted.sum()),
-        "clips": _list_mistakes(scored, doubted, clips.identity - 1, clips.best),
-        "identities": int(known.sum()),
-        "gain": float(gaps.mean()) if known.any() else 0.0,
-        "low": low,
-        "high": high,
-    }
+    return Suspects(
+        sure=SURE, above=NUM_ABOVE, count=int(doubted.sum()),
+        clips=_list_mistakes(scored, doubted, clips.identity - 1, clips.best),
+        identities=int(known.sum()), gain=float(gaps.mean()) if known.any() else 0.0,
+        low=low, high=high,
+    )  # fmt: skip
 
 
 # ---- known clips and distractors
-
-
-def measure_open_set(
-    clips: ClipScores, labels: np.ndarray, num_identities: int, *, logs: bool
-) -> tuple[Values, Arrays]:
-    """Returns values and arrays for `analysis.npz` that compare known clips with distractors.
-
-    They contain histograms of scores, error rates and the calibration. `labels` [N] int is 0 for a
-    distractor. If the scores are not logarithms of probabilities (`logs` is False), there is no
-    calibration.
-    """
-    arrays = score_histograms(clips, labels) | compute_error_curve(clips, labels)
-    values: Values = {"open_set": open_set(clips, labels, num_identities)}
-    if logs and (calibrated := measure_calibration(clips)):
-        arrays["calibration"], values["calibration_error"] = calibrated
-    return values, arrays
 
 
 def score_histograms(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -385,7 +360,7 @@ def compute_error_curve(clips: ClipScores, labels: np.ndarray) -> dict[str, np.n
     }
 
 
-def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> dict[str, Any] | None:
+def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> OpenSet | None:
     """Returns thresholds that 1 % and 10 % of distractors may reach, and their FPIR and FNIR.
 
     If there is no distractor (`labels` 0) or no known clip, returns None. If a rate is below
@@ -402,25 +377,22 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> dict
         return None
     rows = []
     for rate in RATES:
-        row: dict[str, Any] = {"rate": rate, "fewest": math.ceil(1 / rate) - 1}
+        row = Rate(rate=rate, fewest=math.ceil(1 / rate) - 1)
         errors = metrics.identification_errors(best, right, known, fpir=rate)
         if errors:
             passed = round(errors.fpir * num_strange)
-            row |= {"threshold": errors.threshold, "fpir": errors.fpir, "fnir": errors.fnir}
-            row["fpir_low"], row["fpir_high"] = metrics.fpir_interval(passed, num_strange)
+            row.threshold, row.fpir, row.fnir = errors.threshold, errors.fpir, errors.fnir
+            row.fpir_low, row.fpir_high = metrics.fpir_interval(passed, num_strange)
             drawn = resample_fnir(scores[~known], scores[known], right[known], people[known], rate)
             bounds = [(1 - metrics.LEVEL) / 2, (1 + metrics.LEVEL) / 2]
             low, high = np.quantile(drawn, bounds).tolist()
-            row |= {"fnir_low": min(low, errors.fnir), "fnir_high": max(high, errors.fnir)}
+            row.fnir_low, row.fnir_high = min(low, errors.fnir), max(high, errors.fnir)
         rows.append(row)
-    return {
-        "num_identities": num_identities,
-        "num_known": int(known.sum()),
-        "num_people": len(np.unique(people[known])),
-        "num_strange": num_strange,
-        "resamples": RESAMPLES,
-        "rates": rows,
-    }
+    return OpenSet(
+        num_identities=num_identities, num_known=int(known.sum()),
+        num_people=len(np.unique(people[known])), num_strange=num_strange,
+        resamples=RESAMPLES, rates=rows,
+    )  # fmt: skip
 
 
 # BLAS threads would wait for each other for longer than they compute.

@@ -16,10 +16,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
+import msgspec
 import numpy as np
 
 from vidjax.core import distributed
-from vidjax.runs import config as config_lib, config_io, schemas
+from vidjax.runs import config as config_lib, config_io, facts, schemas
 from vidjax.runs.terminal import say
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, warn
@@ -31,12 +32,6 @@ MAX_LOG_LINES = 20_000  # lines of a log that are returned
 MAX_IDENTITIES_BYTES = 256 * files.MB  # of `identities.json`
 METRICS_LOG, TIMING_LOG = "metrics.jsonl", "timing.jsonl"
 REMEDY = "delete it, and write the results again: vidjax evaluate --workdir=FOLDER"
-# Keys of `metrics.json` that describe the training. A later evaluation does not change them.
-TRAINING_KEYS = (
-    "best_step", "best_map", "num_params", "num_members", "train_clips_per_second", "train_seconds",
-    "seconds", "date", "seed", "command", "finished", "trained_on", "versions", "init_from",
-    "early_stop",
-)  # fmt: skip
 
 
 def now() -> str:
@@ -107,6 +102,13 @@ def load_identities(path: Path) -> list[str]:
     return schemas.read(path, list[str], REMEDY, MAX_IDENTITIES_BYTES)
 
 
+def select_kept(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the entries of `metrics.json` that a later evaluation keeps."""
+    is_kept = dict.fromkeys(schemas.Training.__struct_fields__, True)
+    is_kept |= {fact.key: fact.is_kept for fact in facts.FACTS}
+    return {name: value for name, value in metrics.items() if is_kept.get(name)}
+
+
 def describe_data(metrics: Mapping[str, Any]) -> str | None:
     """Returns the name, folder and digest of the data in `metrics`, or None if there are none."""
     data = metrics.get("data")
@@ -142,33 +144,6 @@ def explain_unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
     if counts.get("labelled_clips", 0) <= counts.get("identities", 0):  # too few clips for folds
         return f"{problem}most people have one clip: add a split val with other clips of them"
     return f"{problem}to measure, use --config.ensemble.folds=5 --config.eval.split={trained[-1]}"
-
-
-def describe_source(metrics: Mapping[str, Any]) -> str:
-    """Returns a text about the run whose weights a run started with, or "" if there is none."""
-    source = metrics.get("init_from")
-    if not source:
-        return ""
-    return (
-        f"{source['run']}, step {source['step']:,}: {messages.count(source['arrays'], 'array')}, "
-        f"{source['identities']:,} identities"
-    )
-
-
-def describe_end(metrics: Mapping[str, Any]) -> str:
-    """Returns why the training of a run ended early, or "" if it did not."""
-    end = metrics.get("early_stop") or {}
-    if not end.get("stopped"):
-        return ""
-    waited = messages.count(end["waited"], "evaluation")
-    return f"{end['metric']} has not improved since step {end['step']:,}, for {waited}"
-
-
-def describe_epochs(metrics: Mapping[str, Any]) -> str:
-    """Returns the epochs of an extended run, such as `5, 8 from step 15`, or "" for another run."""
-    (_, first), *later = metrics.get("extended") or [(0, 0.0)]
-    text = "".join(f", {epochs:g} from step {step:,}" for step, epochs in later)
-    return f"{first:g}{text}" if text else ""
 
 
 def find_last_saved(workdir: Path) -> int:
@@ -207,10 +182,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def save_analysis(path: Path, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes `arrays` and `values`, the content of `schemas.Analysis`, to an .npz file."""
+def save_analysis(
+    path: Path, values: schemas.Analysis | Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> None:
+    """Writes the values and the arrays of an analysis to an .npz file."""
     content = io.BytesIO()
-    text = json.dumps(values, default=np.ndarray.tolist).encode()
+    text = json.dumps(msgspec.to_builtins(values)).encode()
     parts: dict[str, Any] = {"facts": np.frombuffer(text, np.uint8), **arrays}
     np.savez_compressed(content, **parts)
     files.write_bytes(path, content.getvalue())

@@ -7,31 +7,21 @@ UserError. Its message has the path of the file, the wrong key, such as `$.membe
 """
 
 import math
-import sys
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
-from msgspec import Meta, Struct, field
+from msgspec import UNSET, Meta, Struct, UnsetType, field
 
+from vidjax.runs.facts import Entries
+from vidjax.runs.json_types import LOWEST_FLOAT, Count, NotNaN, Share, Size, Text, Whole
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
 T = TypeVar("T")
-
-_LOWEST_FLOAT = -sys.float_info.max  # NaN is not `>= _LOWEST_FLOAT`
-Text = Annotated[str, Meta(max_length=10_000)]
-Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Scalar = Text | bool | int | float | None
-Whole = Annotated[int, Meta(gt=-(1 << 53), lt=1 << 53)]
-Count = Annotated[int, Meta(ge=0, lt=1 << 31)]
-Size = Annotated[int, Meta(ge=1, lt=1 << 31)]
 # Index of an identity in `identities.json`, from 0. -1 means no identity.
 Column = Annotated[int, Meta(ge=-1, lt=1 << 31)]
-Share = Annotated[float, Meta(ge=0, le=1)]
-NotNaN = Annotated[float, Meta(ge=_LOWEST_FLOAT)]
-# The pairs (step, num_epochs) of an extended run: from this step on, it had this `num_epochs`.
-Epochs = list[tuple[Whole, float]]
 
 
 class Data(Struct, kw_only=True):
@@ -71,27 +61,28 @@ class DataDigests(Struct, kw_only=True):
     weights: Text | None = None  # sha256 of the file `data.weights`
 
 
-class Source(Struct, kw_only=True):
-    """The run whose weights a training started with."""
+class Training(Entries, Struct, kw_only=True):
+    """The entries of `metrics.json` that describe the training.
 
-    run: Text  # its folder
-    step: Whole
-    sha256: Text  # of the digests of the files of its checkpoint
-    arrays: Count  # number of loaded arrays
-    identities: Count  # number of identities that it was trained on, too
+    A later evaluation keeps them, except for some facts.
+    """
+
+    date: Text | None = None  # UTC: end of the training
+    best_step: Whole | None = None  # step of the best evaluation during training
+    best_map: Share | None = None
+    num_params: Whole | None = None  # parameters of a member
+    num_members: Whole | None = None
+    train_clips_per_second: float | None = None  # median over the training steps
+    train_seconds: float | None = None  # of the training steps since the last start or resume
+    seconds: float | None = None  # of all starts and resumes of the run, evaluations included
+    seed: Whole | None = None
+    finished: bool | None = None
+    command: Text | None = None
+    trained_on: DataDigests | None = None
+    versions: dict[str, Text] | None = None  # package -> version
 
 
-class EarlyStop(Struct, kw_only=True):
-    """The best evaluation so far of a run with `early_stop.patience`."""
-
-    metric: Text
-    best: NotNaN
-    step: Whole  # of the best evaluation
-    waited: Count  # number of evaluations since then
-    stopped: bool  # True if training ended for this reason
-
-
-class Metrics(Struct, kw_only=True):
+class Metrics(Training, Struct, kw_only=True):
     """The results of a run on a split: the content of `metrics.json` or `metrics_<split>.json`."""
 
     data: Data | None = None
@@ -114,33 +105,17 @@ class Metrics(Struct, kw_only=True):
     threshold_10: NotNaN | None = field(default=None, name="threshold_at_fpir_0.1")
     # Fields that affect scores and that differ from `config.json`: field -> value.
     overrides: dict[str, Any] | None = None
-    date: Text | None = None  # UTC: end of the training
     eval_date: Text | None = None  # UTC: a later evaluation
     eval_clips_per_second: float | None = None
     eval_seconds: float | None = None  # of a later evaluation, or of a blend
     step: Whole | None = None  # training steps before the evaluation
-    best_step: Whole | None = None  # step of the best evaluation during training
-    best_map: Share | None = None
-    num_params: Whole | None = None  # parameters of a member
-    num_members: Whole | None = None
-    train_clips_per_second: float | None = None  # median over the training steps
     waited_seconds: float | None = None  # time in which devices waited for a batch
-    train_seconds: float | None = None  # of the training steps since the last start or resume
-    seconds: float | None = None  # of all starts and resumes of the run, evaluations included
     mode: Text | None = None  # `resident` or `streaming`
-    seed: Whole | None = None
-    finished: bool | None = None
-    extended: Epochs | None = None  # None if `num_epochs` has not grown
-    command: Text | None = None
-    init_from: Source | None = None  # None if training started with random weights
-    early_stop: EarlyStop | None = None  # None without `early_stop.patience`
-    trained_on: DataDigests | None = None
-    versions: dict[str, Text] | None = None  # package -> version
     members: list[dict[str, Scalar]] | None = None  # number, options, MAP
     runs: list[JoinedRun] | None = None  # the runs of a blend
 
 
-class Manifest(Struct, kw_only=True):
+class Manifest(Entries, Struct, kw_only=True):
     """The content of `manifest.json` in the folder of a checkpoint."""
 
     step: Whole
@@ -161,12 +136,9 @@ class Manifest(Struct, kw_only=True):
     group_size: Size | None = None  # members that trained together; None in old checkpoints
     evaluated: bool = False
     seconds: float = 0.0  # since the start of the training, without pauses
-    extended: Epochs | None = None  # None if `num_epochs` has not grown
     # Settings of the model that are fitted before the training.
     # Attribute of the model -> the value that `Identifier.prepare` computed.
     settings: dict[str, NotNaN | list[NotNaN]] | None = None
-    init_from: Source | None = None  # None if training started with random weights
-    early_stop: EarlyStop | None = None  # None without `early_stop.patience`
     num_places: Size | None = None  # rows of the batches of an epoch; None: num_clips
 
 
@@ -206,9 +178,9 @@ class Mistake(Struct, kw_only=True):
     """A clip whose highest score belongs to a person that the clip does not show."""
 
     clip: Text
-    score: float
     shows: Column = -1  # the person in the clip; -1: a distractor
     identity: Column = -1  # the person with the highest score
+    score: float
 
 
 Mistakes = list[Mistake]
@@ -274,16 +246,16 @@ class WrongClips(Struct, kw_only=True):
     known: Mistakes | None = None
 
 
-class Rate(Struct, kw_only=True):
+class Rate(Struct, kw_only=True, omit_defaults=True):
     """A threshold for identification, and the rates of errors at this threshold."""
 
     rate: Share  # largest allowed share of distractors that get a name
     fewest: Count  # with fewer distractors, no threshold can be measured
     threshold: NotNaN | None = None
     fpir: Share = 0.0  # share of distractors that get a name
+    fnir: Share = 0.0  # share of clips of known people that get no name or a wrong name
     fpir_low: Share = 0.0  # this and `fpir_high`: the 95 % interval
     fpir_high: Share = 0.0
-    fnir: Share = 0.0  # share of clips of known people that get no name or a wrong name
     fnir_low: Share = 0.0  # this and `fnir_high`: the 95 % interval
     fnir_high: Share = 0.0
 
@@ -299,7 +271,7 @@ class OpenSet(Struct, kw_only=True):
     rates: list[Rate]
 
 
-class Analysis(Struct, kw_only=True):
+class Analysis(Struct, kw_only=True, omit_defaults=True):
     """The values in `analysis.npz`. They are stored as JSON text in the entry `facts`.
 
     The other entries are arrays. `ap` and `positives` (clips) have a number for each identity, and
@@ -310,20 +282,20 @@ class Analysis(Struct, kw_only=True):
     """
 
     split: Text | None = None
-    modalities: list[Text] | None = None
     lead: Text | None = None  # the modality whose quality and length divide the clips into strata
+    modalities: list[Text] | None = None
     logs: bool | None = None  # True if scores are logarithms of probabilities
-    # `top1` and `auroc` -> the ends of the 95 % interval.
-    intervals: dict[str, tuple[Share, Share]] = {}
     vectors: list[Text] | None = None  # rows of `attention`
     num_others: Whole | None = None  # identities of the ground truth that are unknown to the run
     worst: list[WorstIdentity] | None = None
-    strata: list[Strata] | None = None
-    fewest_identities: Whole | None = None  # a stratum of fewer identities has no interval
     wrong_clips: WrongClips | None = None
     pairs: list[ConfusedPair] | None = None  # None in old analyses
+    # `top1` and `auroc` -> the ends of the 95 % interval.
+    intervals: dict[str, tuple[Share, Share]] = {}
+    fewest_identities: Whole | None = None  # a stratum of fewer identities has no interval
+    strata: list[Strata] | None = None
     suspects: Suspects | None = None  # None if scores are no probabilities, or MAP is in sample
-    open_set: OpenSet | None = None  # None without distractors
+    open_set: OpenSet | UnsetType | None = UNSET  # None without distractors; unset without MAP
     calibration_error: float = math.nan  # expected calibration error
 
 
@@ -335,7 +307,7 @@ def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
     try:
         return msgspec.convert(value, kind)
     except (msgspec.ValidationError, UnicodeEncodeError) as error:  # a key may be "\ud800"
-        text = str(error).replace(f"`float` >= {_LOWEST_FLOAT}", "a number, not NaN")
+        text = str(error).replace(f"`float` >= {LOWEST_FLOAT}", "a number, not NaN")
         raise UserError(f"'{path}' is damaged: {text}\n{remedy}") from error
 
 

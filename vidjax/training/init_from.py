@@ -13,6 +13,7 @@ from vidjax.models.build_system import System, TaskSpec, make_model, make_system
 from vidjax.runs import checkpoint
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.config import Config
+from vidjax.runs.facts import Source
 from vidjax.runs.run_folder import open_run
 from vidjax.runs.terminal import say
 from vidjax.training.train_step import TrainState
@@ -72,7 +73,7 @@ def load_state(
     identities: Sequence[str],
     state: TrainState,
     mesh: Mesh,
-) -> tuple[TrainState, dict[str, Any]]:
+) -> tuple[TrainState, Source]:
     """Replaces the weights of a new run by the weights of `source` that fit.
 
     An array fits if it has the same path and shape. Along the axis of the classes, each identity
@@ -85,7 +86,7 @@ def load_state(
       state: its state at step 0.
 
     Returns:
-      The state, and the entry `init_from` of the manifest.
+      The state, and the fact `init_from` of the new run.
     """
     theirs = make_system(source.folder.config.to_dict(), source.task)
     old = _flatten(trained_runs.load_weights(source, theirs, mesh))
@@ -120,10 +121,10 @@ def load_state(
     text += f"; {known:,} of {len(identities):,} identities are known{fresh}"
     say(text + (f"\nnot loaded: {messages.list_some(rest)}" if rest else ""))
     params, model_state = devices.replicate(mesh, values)
-    entry = {
-        "run": str(folder), "step": step, "sha256": files.sha256_json(source.manifest["files"]),
-        "arrays": total - len(rest), "identities": known,
-    }  # fmt: skip
+    entry = Source(
+        run=str(folder), step=step, sha256=files.sha256_json(source.manifest["files"]),
+        arrays=total - len(rest), identities=known,
+    )  # fmt: skip
     return state.replace(params=params, model_state=model_state), entry
 
 

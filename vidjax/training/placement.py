@@ -1,18 +1,22 @@
 """Chooses what stays in the memory of the devices: clips, and members that train together."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from vidjax.core import devices
+from vidjax.core import devices, distributed
 from vidjax.core.batch import Array, ClipInfo, Frames
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan
 from vidjax.data.resident import ResidentPlan
 from vidjax.models.build_system import System
+from vidjax.runs.config import Config
+from vidjax.runs.terminal import say
+from vidjax.training.plan import RunPlan
 from vidjax.training.train_step import TrainState
 
 # XLA keeps at most this number of copies, gradients included, of each array of logits, and of each
@@ -91,3 +95,28 @@ def choose_placement(
     if before in sizes:
         sizes.insert(0, before)
     return Placement(mode, next((size for size in sizes if step(size) <= free), 1))
+
+
+def agree_on_placement(
+    config: Config, plan: RunPlan, layout: ResidentPlan, state: TrainState, mesh: Mesh,
+    manifest: Mapping[str, Any],
+) -> Placement:  # fmt: skip
+    """Chooses where the clips are, and how many members train together, in all processes alike.
+
+    With `config.data.mode=auto`, a resumed run keeps the mode in its `manifest`, because the steps
+    of `streaming` and `resident` round differently. In a new run, the free memory decides.
+    """
+    given = config.data.mode
+    mode = (manifest.get("mode") if given == "auto" else None) or given
+    own = choose_placement(
+        mode, layout, plan.system, plan.batches, state, mesh,
+        num_drawn=plan.task.total_steps * config.batch_size, before=manifest.get("group_size"),
+    )  # fmt: skip
+    numbers = int(own.mode == "streaming"), -own.group_size
+    is_streaming, size = distributed.max_over_processes(*numbers)
+    if is_streaming:
+        reason = "because they do not fit into the memory"
+        if mode != "auto":
+            reason = "as before" if given == "auto" else f"because config.data.mode is {mode}"
+        say(f"each epoch reads the clips again, {reason}")
+    return Placement("streaming" if is_streaming else "resident", -size)

@@ -24,8 +24,9 @@ from vidjax.data.clips import (
     select_modalities,
 )
 from vidjax.data.labels import load_clip_weights
+from vidjax.evaluation.eval_step import make_predict_step
 from vidjax.evaluation.trained_runs import check_labelled
-from vidjax.models.base import TrainingClips
+from vidjax.models.base import ModelState, Params, TrainingClips
 from vidjax.models.build_system import MODELS, System, TaskSpec, make_fusions, make_system
 from vidjax.runs.config import Config, list_splits
 from vidjax.runs.terminal import say
@@ -34,6 +35,8 @@ from vidjax.training.dry_run import check_model
 from vidjax.utils import messages
 from vidjax.utils.errors import UserError, warn
 
+# (state of all members, source of the clips) -> labels [E, N]
+Relabel = Callable[[train_step.TrainState, ClipSource], np.ndarray]
 MAX_BATCH_ROWS = 65_536  # a larger batch is probably a typing error, unless there are as many clips
 
 
@@ -253,6 +256,46 @@ def compute_values(
         value, index, real = (np.concatenate(part) for part in zip(*results, strict=True))
         values.append(value[real][np.argsort(index[real])])
     return np.concatenate(values)
+
+
+def make_relabel(config: Config, plan: RunPlan, mesh: Mesh) -> Relabel:
+    """Returns a function that computes new labels, [E, N] int32, see `noise_classes.relabel`.
+
+    Its arguments are the state of all members and the source of the clips. It changes each member's
+    labels of distractors in no cluster. All processes of the run must call it together.
+    """
+    classes, system = plan.task.layout, plan.system
+    if config.noise.relabel_by == "train":
+        system = system._replace(fuse_eval=system.fuse_train)
+    predict = make_predict_step(system, mesh)
+    members, _, trained = plan.training_sets
+
+    def relabel(state: train_step.TrainState, clips: ClipSource) -> np.ndarray:
+        assert classes
+        # The labels of step 0 decide, because a later label may be a cluster.
+        movable = np.asarray(classes.is_mirror(plan.labels)) & trained  # [E, N]
+        old, wanted = np.asarray(devices.fetch(state.labels)), np.any(movable, axis=0)
+        weights: list[tuple[Params, ModelState]] = [
+            ensemble.take((state.params, state.model_state), number) for number in range(len(old))
+        ]
+
+        def best_columns(batch: Batch) -> np.ndarray:  # [B, E]
+            columns = [
+                predict(*weight, jnp.int32(member.view), batch)
+                for weight, member in zip(weights, members, strict=True)
+            ]
+            return np.stack(devices.fetch(columns), axis=1)
+
+        predicted = np.zeros_like(old)
+        if wanted.any():
+            values = compute_values(
+                config, clips, tuple(plan.system.fuse_eval), best_columns, wanted, mesh
+            )
+            predicted[:, wanted] = values.T
+        new = noise_classes.relabel(old, predicted, classes, keep=config.noise.keep)
+        return np.where(movable, new, old).astype(np.int32)
+
+    return relabel
 
 
 def make_training_clips(

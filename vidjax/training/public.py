@@ -229,11 +229,11 @@ def train_run(
     """
     from vidjax.evaluation import analysis
     from vidjax.runs import checkpoint, digests
-    from vidjax.training import init_from, joint, loop as training
+    from vidjax.training import init_from, joint, loop as training, resume
     from vidjax.training.dry_run import dry_run
 
     config_lib.check(config)
-    results = training.read_finished_metrics(folder, config)
+    results = resume.read_finished_metrics(folder, config)
     if results is None:
         dry_run(config, data)
         set_up_devices(config)

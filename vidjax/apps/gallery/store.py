@@ -55,6 +55,7 @@ from vidjax.apps.gallery.backend import (
 )
 from vidjax.models.two_covariance import Settings
 from vidjax.runs import schemas
+from vidjax.runs.json_types import Count, Sha256, Size, Text
 from vidjax.utils import files
 from vidjax.utils.errors import InUseError, UserError
 from vidjax.utils.groups import group_by_key
@@ -103,11 +104,11 @@ BACKEND_LAYOUT = np.dtype([("number", "<f8")])
 class VectorOrigin(Struct, frozen=True, omit_defaults=True):
     """The training run or the pretrained models that computed the vectors of the clips."""
 
-    workdir: schemas.Text  # the folder of the run or of the models
-    digest: schemas.Sha256  # the sha256 of the weights of the run, or of `cards`
+    workdir: Text  # the folder of the run or of the models
+    digest: Sha256  # the sha256 of the weights of the run, or of `cards`
     centred: bool  # True if the run subtracts a centre from its vectors
     # Modality -> the sha256 of the JSON file that describes its model. Empty for a run.
-    cards: Annotated[dict[str, schemas.Sha256], Meta(max_length=MAX_PARTS)] = {}
+    cards: Annotated[dict[str, Sha256], Meta(max_length=MAX_PARTS)] = {}
     # True for a PLDA run whose settings the gallery does not use, see `Gallery.create`.
     refitted: bool = False
     # True if photos show that the model of faces does not separate people, see `card_check`.
@@ -120,27 +121,27 @@ class VectorOrigin(Struct, frozen=True, omit_defaults=True):
 
 
 class _Part(Struct, omit_defaults=True):
-    name: schemas.Text
-    width: schemas.Size
+    name: Text
+    width: Size
     by_card: bool = False
     has_mean: bool = False
 
 
 # Digest of a film -> clip of the film -> people whom the clip does not show, as a user said.
 Denials: TypeAlias = Annotated[
-    Mapping[schemas.Sha256, Mapping[schemas.Text, Sequence[schemas.Text]]],
+    Mapping[Sha256, Mapping[Text, Sequence[Text]]],
     Meta(max_length=files.MAX_ITEMS),
 ]
 
 
 class _Facts(Struct, omit_defaults=True):
-    version: schemas.Size
+    version: Size
     origin: VectorOrigin = msgspec.field(name="run")
     parts: Annotated[list[_Part], Meta(min_length=1, max_length=MAX_PARTS)]
     settings: dict[str, float]
-    clips: schemas.Count
-    people: schemas.Count
-    rows: schemas.Sha256  # the sum of the digests of all other rows
+    clips: Count
+    people: Count
+    rows: Sha256  # the sum of the digests of all other rows
     denied: Denials = {}
 
     @property

@@ -34,7 +34,7 @@ from vidjax.apps.cards import EMBEDDER_ROLES
 from vidjax.data.clip_files import check_nets
 from vidjax.models.card_backend import LEAST_CLARITY
 from vidjax.runs import schemas
-from vidjax.runs.schemas import Count, Sha256, Size, Text
+from vidjax.runs.json_types import Count, Sha256, Size, Text
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 from vidjax.utils.groups import group_by_key

@@ -19,7 +19,7 @@ from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.video.appearances import group_unknown
 from vidjax.apps.video.features_folder import NUMBERS, MediaFile, select_films
 from vidjax.runs import schemas
-from vidjax.runs.schemas import Count, Sha256, Size, Text
+from vidjax.runs.json_types import Count, Sha256, Size, Text
 from vidjax.utils import files
 
 if TYPE_CHECKING:

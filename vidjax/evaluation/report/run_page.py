@@ -19,7 +19,7 @@ from vidjax.core import metrics
 from vidjax.data import sources
 from vidjax.evaluation import significance
 from vidjax.evaluation.report import html
-from vidjax.runs import results as results_lib, schemas
+from vidjax.runs import facts, results as results_lib, schemas
 from vidjax.runs.run_folder import IDENTITIES, RunFolder
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
@@ -181,9 +181,7 @@ def run_rows(run: RunFiles) -> Rows:
         "modalities": _join(config["modalities"]),
         "joined runs": _join(f"{row.name} (weight {row.weight})" for row in own.runs or ()),
         "scored with": results_lib.describe_overrides(run.values),
-        "init_from": results_lib.describe_source(run.values),
-        "epochs": results_lib.describe_epochs(run.values),
-        "ended early": results_lib.describe_end(run.values),
+        **{fact.label: fact.text(run.values) for fact in facts.FACTS},
         "finished": own.date or "",
         "evaluated": own.eval_date or "",
         "versions": _join(f"{name} {version}" for name, version in (own.versions or {}).items()),

@@ -1,0 +1,159 @@
+"""Starts or resumes a training: makes its first state, new or from a checkpoint."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from msgspec import structs
+
+from vidjax.core import devices, ensemble, optim
+from vidjax.data.clips import TrainingData
+from vidjax.evaluation import trained_runs
+from vidjax.runs import checkpoint, config_io, digests, facts
+from vidjax.runs.checkpoint import CheckpointError
+from vidjax.runs.config import ROUNDING, Config, affects, differences, list_splits
+from vidjax.runs.run_folder import CONFIG, RunFolder, check_resumes, make_paths_absolute
+from vidjax.runs.terminal import say
+from vidjax.training import init_from, train_step
+from vidjax.training.plan import RunPlan
+from vidjax.utils.errors import warn
+
+
+def read_finished_metrics(folder: RunFolder, config: Config) -> dict[str, Any] | None:
+    """Returns the `metrics.json` of a run, or None if it has not finished the epochs of `config`.
+
+    Raises UserError if the run cannot resume with `config`.
+    """
+    if not folder.has(CONFIG):
+        return None
+    recorded, results = folder.config, folder.metrics()
+    if not results and not checkpoint.list_folders(folder.path):
+        return None  # without a checkpoint, a run starts again with any configuration
+    check_resumes(folder.path, recorded, make_paths_absolute(config))
+    # `vidjax evaluate` also writes this file. If an entry is missing, the run is evaluated again.
+    wanted = ["num_clips", "num_identities", "trained_on"]
+    wanted += ["map", "map_kind"] if "map" in results else []
+    wanted += ["best_map", "best_step"] if "best_map" in results else []
+    others = list_splits(config)[1:]
+    if not all(folder.has(folder.paths(split).metrics.name) for split in others):
+        return None
+    if not results.get("finished") or any(results.get(name) is None for name in wanted):
+        return None
+    return results if config.num_epochs == recorded.num_epochs else None
+
+
+class Start(NamedTuple):
+    """The state with which a training starts or resumes."""
+
+    state: train_step.TrainState  # of all members
+    training_sets: ensemble.TrainingSets  # the clips of each member, also before `init_from`
+    manifest: dict[str, Any]  # of the restored checkpoint, or {}
+    facts: dict[str, Any]  # key -> value, see `facts.FACTS`
+
+
+def start(config: Config, workdir: Path, data: TrainingData, plan: RunPlan, mesh: Mesh) -> Start:
+    """Restores the newest intact checkpoint of a run. Without one, makes the state of step 0."""
+    system, sets = plan.system, plan.training_sets
+
+    def init() -> train_step.TrainState:
+        labels = jnp.tile(jnp.asarray(plan.labels, jnp.int32), (len(sets.members), 1))
+        return train_step.init_state(system, ensemble.make_rngs(sets.members, config.seed), labels)
+
+    newest = checkpoint.find(workdir)
+    if not newest:
+        # A model in closed form is trained in seconds, so nothing is lost.
+        if not system.model.is_closed_form and (lost := checkpoint.explain_lost(workdir)):
+            raise CheckpointError(lost)
+        if not config.init_from:
+            return Start(train_step.make_state(init, system.tx, mesh), sets, {}, {})
+        source = init_from.find_source(config)
+        sets = ensemble.add_trained_clips(sets, source.training_sets)
+        warn_of_trained_clips(config, data, sets)
+        known: dict[str, Any] = {}
+
+        def load(state: train_step.TrainState) -> train_step.TrainState:
+            state, known["init_from"] = init_from.load_state(
+                source, system, config, data.identities, state, mesh
+            )
+            return state
+
+        return Start(train_step.make_state(init, system.tx, mesh, load), sets, {}, known)
+    manifest = newest.manifest
+    trained_runs.check_entries(workdir, manifest)
+    old = config_io.from_json(json.dumps(manifest["config"]))
+    check_resumes(workdir, old, config)
+    digests.check_data(workdir, manifest["data"], config, data)
+    if manifest.get("init_from"):
+        earlier = trained_runs.load_training_sets(workdir, manifest)
+        sets = ensemble.add_trained_clips(sets, earlier)
+    digests.check_digests(workdir, manifest, digests.hash_companions(data.identities, sets))
+    shapes = train_step.convert_to_items(jax.eval_shape(init))
+    items = checkpoint.load(newest, shapes, devices.replicated_layout(mesh))
+    checkpoint.warn_of_lost(workdir, "best")
+    report_changes(old, config, plan, manifest)
+    checkpoint.set_aside_later(workdir, manifest["step"])  # training saves these steps again
+    state = train_step.convert_from_items(items)
+    return Start(state, sets, manifest, continue_facts(manifest, config.num_epochs))
+
+
+def warn_of_trained_clips(config: Config, data: TrainingData, sets: ensemble.TrainingSets) -> None:
+    """Warns if the run `config.init_from` was trained on clips of `config.eval.split`."""
+    split = data.split(config.eval.split)
+    if ensemble.choose_scoring_members(sets, split.clips)[1]:
+        warn(
+            f"the run config.init_from was trained on clips of {split.name}, so MAP is too "
+            "high\nto measure, choose another split: --config.eval.split=SPLIT"
+        )
+
+
+def continue_facts(manifest: Mapping[str, Any], num_epochs: float) -> dict[str, Any]:
+    """Returns the facts of a run that resumes with `num_epochs` from the step of `manifest`."""
+    known = facts.read_facts(manifest)
+    if epochs := list_epochs(manifest, num_epochs):
+        known["extended"] = epochs
+    if "early_stop" in known and num_epochs != manifest["config"]["num_epochs"]:
+        # The user wants more steps.
+        known["early_stop"] = structs.replace(known["early_stop"], waited=0, stopped=False)
+    return known
+
+
+def list_epochs(manifest: Mapping[str, Any], num_epochs: float) -> list[list[float]]:
+    """Returns the fact `extended` of a run that resumes with `num_epochs`, see `facts.Epochs`.
+
+    If the run is not extended, the list is empty.
+    """
+    step, first = manifest["step"], [0, manifest["config"]["num_epochs"]]
+    pairs: list[list[float]] = manifest.get("extended") or [first]
+    if num_epochs != pairs[-1][1]:
+        pairs = [*(pair for pair in pairs if pair[0] < step), [step, num_epochs]]
+    return pairs if len(pairs) > 1 else []
+
+
+def report_changes(old: Config, config: Config, plan: RunPlan, manifest: Mapping[str, Any]) -> None:
+    """Reports the changes of the configuration that affect the rest of a resumed training."""
+    step = manifest["step"]
+    for name, (before, now) in differences(old, config).items():
+        if affects(name) & ROUNDING:
+            say(f"config.{name} changes from {before} to {now}: later steps round otherwise")
+    if config.num_epochs == old.num_epochs or plan.system.model.is_closed_form:
+        return
+    _, earlier = optim.make_optimizer(
+        config.optim.to_dict(),
+        total_steps=manifest.get("total_steps", step),
+        steps_per_epoch=plan.batches.num_places / config.batch_size,
+    )
+    schedules = (jax.jit(earlier), plan.system.lr_schedule)
+    first, second = (np.asarray(schedule(np.arange(step))) for schedule in schedules)
+    if config.optim.total_decay or not np.array_equal(first, second):
+        before, now = f"{old.num_epochs:g}", f"{config.num_epochs:g}"
+        say(
+            f"warning: config.num_epochs grows from {before} to {now}, but the first {step} "
+            f"steps had the learning rates for {before} epochs\nso the result differs from a "
+            f"run of {now} epochs; metrics.json and the report contain this change",
+            warning=True,
+        )
