@@ -62,11 +62,8 @@ def oracle(scores, views, rows):
         for j in np.argsort(-value)[:5]:
             differ = p[i].sum() * p[j].sum() - p[i] @ p[j]
             weights[i, j] = expit(value[j] - 6) * (1 - differ)
-        weights[i] /= 1 + weights[i].sum()
-    result = p
-    for _ in range(3):
-        result = (1 - weights.sum(axis=1, keepdims=True)) * p + weights @ result
-    return result
+        weights[i] *= (1 - p[i].max()) / (1 + weights[i].sum())
+    return (1 - weights.sum(axis=1, keepdims=True)) * p + weights @ p
 
 
 def take(views, rows):
@@ -79,7 +76,7 @@ def test_ranking_is_by_the_probabilities_of_the_equation(scores, views, size, mo
     monkeypatch.setattr(diffusion, "MAX_VALUES", 100)  # of few identities at a time
     groups = [np.arange(0, N, 2), np.arange(1, N, 2)]  # clips of a group are compared
     weights = diffusion.weigh_neighbours(scores, [(rows, take(views, rows)) for rows in groups])
-    assert weights.max() > 0.2
+    assert weights.max() > 0.05
     top = diffusion.rank(scores, weights)
     expected = np.zeros((N, C))
     for rows in groups:

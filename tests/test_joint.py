@@ -187,11 +187,11 @@ def test_runs_with_other_folds_are_refused_if_numbers_are_learned(joint, tmp_pat
         public.train_run(own, RunFolder(tmp_path / "three"), data)
     blend_config = config_lib.default()
     blend_config.join.learned = True
+    made = RunFolder(tmp_path / "made")
+    made.path.mkdir()
     for runs in itertools.permutations((str(folder / "1_plda"), str(tmp_path / "three"))):
         blend_config.join.runs = runs
-        made = RunFolder(tmp_path / "made")
-        made.path.mkdir(exist_ok=True)
-        refused(lambda made=made: public.evaluate_run(blend_config, made, data), "ensemble.folds")
+        refused(lambda: public.evaluate_run(blend_config, made, data), "ensemble.folds")
     blend_config.join.learned = False
     metrics = public.evaluate_run(blend_config, made, data)["val"]
     assert metrics["num_clips"] == len(data.split("val").clips)

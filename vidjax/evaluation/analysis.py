@@ -18,7 +18,7 @@ from vidjax.core import devices, distributed
 from vidjax.evaluation import blend, eval_step as eval_step_lib, measures, ranking
 from vidjax.evaluation.blend import Load
 from vidjax.evaluation.measures import Arrays, ScoredSplit
-from vidjax.evaluation.scores import Scored, count_positives, score
+from vidjax.evaluation.scores import Scored, count_positives, save, score, write_scores
 from vidjax.evaluation.scoring import TrainedModel, iterate_windows
 from vidjax.evaluation.significance import FEWEST_IDENTITIES
 from vidjax.evaluation.trained_runs import FoundRun, find_run, make_model
@@ -38,8 +38,8 @@ def analyse(evaluated: Scored) -> tuple[Analysis, Arrays]:
     modalities of its first model, and no attention. The training clips of each identity are counted
     if they are in the data.
     """
-    model, evaluation, more = evaluated
-    split, is_blend = evaluation.split, "runs" in more
+    (model, evaluation, *_), is_blend = evaluated, bool(evaluated.joined)
+    split = evaluation.split
     names = () if is_blend else model.system.model.vector_names
     matrix = None
     if names and not model.system.frame_is_example:
@@ -136,7 +136,7 @@ def write_results(
     """
     metrics = {}
     for scored in reversed(evaluated):
-        (model, evaluation, more), is_last = scored, scored is evaluated[0]
+        (model, evaluation, more, joined), is_last = scored, scored is evaluated[0]
         values = {**more, **evaluation.results, **(training or {})}
         metrics[evaluation.split.name] = values
         paths = folder.paths(evaluation.split.name, apart=bool(values.get("overrides")))
@@ -144,11 +144,14 @@ def write_results(
         if distributed.is_first():
             paths.analysis.unlink(missing_ok=True)
             paths.report.unlink(missing_ok=True)
-            for path in (paths.scores, paths.scores.with_suffix(".json")):
-                path.unlink(missing_ok=True) if not config.eval.keep_scores else None
+            paths.scores.unlink(missing_ok=True)
             identities, clips = model.data.identities, evaluation.split.clips
             ranking.write_ranking(paths.ranking, identities, clips, evaluation.top)
             folder.write_metrics({**values, **pending}, paths)
+        if config.eval.keep_scores:
+            kept = joined or write_scores(model, evaluation.split.name, folder.path)
+            if distributed.is_first():
+                save(kept, paths.scores)
         if config.eval.report:
             with describe_faults(folder.path, evaluation.split.name):
                 analysis = analyse(scored)
@@ -228,10 +231,9 @@ def evaluate(
     step = run and run.manifest["step"]
     about = describe_evaluation(folder, config, step) if training is None else {}
     _ = folder.other_metrics() if config.eval.report and folder.has(CONFIG) else None
-    apart, splits = "overrides" in about, config_lib.list_splits(config)
     evaluated = [
         scored._replace(values={**about, **scored.values})
-        for scored in score_splits(config, folder, run, load, mesh, splits, apart=apart)
+        for scored in score_splits(config, folder, run, load, mesh)
     ]
     if not folder.has(CONFIG):  # a new blend
         folder.write_config(config)
@@ -240,44 +242,27 @@ def evaluate(
 
 
 def score_splits(
-    config: Config,
-    folder: RunFolder,
-    run: FoundRun | None,
-    load: Load,
-    mesh: Mesh,
-    splits: Sequence[str],
-    *,
-    apart: bool = False,
+    config: Config, folder: RunFolder, run: FoundRun | None, load: Load, mesh: Mesh, *splits: str
 ) -> list[Scored]:
     """Scores splits, in their order, with a run or, if `run` is None, with a blend of runs.
 
-    For `apart`, see `RunFolder.paths`. In the result, `config.eval.split` comes first.
+    The default of `splits` are all splits of `config`. In the result, `config.eval.split` is first.
     """
     evaluated: dict[str, Scored] = {}
-    for split in splits:
-        one = copy.deepcopy(config)
+    for split in splits or config_lib.list_splits(config):
+        began, one = time.monotonic(), copy.deepcopy(config)
         one.eval.split = split
-        keep = folder.paths(split, apart=apart).scores if config.eval.keep_scores else None
         if run:
-            evaluated[split] = _score_run(one, run, load, mesh, keep)
+            model = make_model(one, run, load(one), mesh)
+            evaluation = score(model, split, each_member=config.eval.members)
+            kept = facts.to_json(run.manifest, only=False)
+            scored = Scored(model, evaluation, {**kept, "step": run.manifest["step"]})
         else:
-            evaluated[split] = blend.evaluate(one, folder, load, mesh, keep)
+            scored = blend.evaluate(one, folder, load, mesh)
+        data: Any = scored.model.data
+        more = {"data": data.report["data"], "eval_seconds": time.monotonic() - began}
+        evaluated[split] = scored._replace(values={**scored.values, **more})
     return [evaluated.pop(config.eval.split), *evaluated.values()]
-
-
-def _score_run(config: Config, run: FoundRun, load: Load, mesh: Mesh, keep: Path | None) -> Scored:
-    """Scores `config.eval.split` with a run. For `keep`, see `scores.score`."""
-    began, spec = time.monotonic(), config.eval
-    data = load(config)
-    model = make_model(config, run, data, mesh)
-    evaluation = score(model, spec.split, each_member=spec.members, keep=keep)
-    values = {
-        **facts.to_json(run.manifest, only=False),
-        "data": data.report["data"],
-        "step": run.manifest["step"],
-        "eval_seconds": time.monotonic() - began,
-    }
-    return Scored(model, evaluation, values)
 
 
 def find_overrides(config: Config, folder: RunFolder, step: int | None) -> dict[str, Any]:

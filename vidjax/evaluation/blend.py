@@ -5,10 +5,9 @@ A blend joins the runs `config.join.runs` (`vidjax evaluate --runs`), or the run
 """
 
 import itertools
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -25,7 +24,6 @@ from vidjax.models.plda import PLDAIdentifier
 from vidjax.runs import config as config_lib, schemas
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import JOIN, RunFolder
-from vidjax.runs.terminal import say
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
@@ -38,8 +36,7 @@ class Numbers(NamedTuple):
     """The learned numbers of a blend of R runs, the content of `join.json`."""
 
     sets: Calibration  # arrays [PARTS + 1, R]; the last numbers are learned on all clips
-    splits: tuple[str, ...]  # the splits on whose clips the numbers are learned
-    diffusion: bool  # True if diffusion decides the order of a ranking
+    splits: Sequence[str]  # the splits on whose clips the numbers are learned
 
 
 class Blend:
@@ -121,22 +118,22 @@ class Blend:
 
     def join(self, numbers: Numbers | None, weights: Sequence[float]) -> Scores:
         """Joins the scores by learned numbers or, without numbers, by weights [R]."""
-        if numbers is None:
-            return scores_lib.mean(self.runs, weights, self._folder)
-        part = np.full(len(self.split.clips), -1)
-        if self.split.name in numbers.splits:  # a clip has numbers that are not learned on it
+        part, shares = np.full(len(self.split.clips), -1), np.asarray(weights, np.float32)
+        if numbers and self.split.name in numbers.splits:  # numbers are not learned on the clip
             part = calibration.split_clips(self.split.labels)
 
         def join_block(logs: np.ndarray, index: np.ndarray) -> jax.Array:
+            if numbers is None:
+                return scores_lib.mean_logs(logs, shares)
             own = Calibration(*(x[part[index]] for x in numbers.sets))
             return calibration.join_scores(logs, own)
 
         return scores_lib.combine(self.runs, join_block, self._folder)
 
     def rank(self, joined: Scores, numbers: Numbers | None) -> TopK:
-        """Ranks the clips by their joint scores or, if `numbers` say so, after diffusion."""
+        """Ranks the clips by their joint scores or, if there are numbers, after diffusion."""
         models = [isinstance(model.system.model, PLDAIdentifier) for model in self.models]
-        if not (numbers and numbers.diffusion and any(models)):
+        if not (numbers and any(models)):
             return rank_array(joined)
         groups, factors = group_clips(joined.use), np.exp(numbers.sets.scale[-1])
         each = zip(self.models, self.runs, factors.tolist(), strict=True)
@@ -169,33 +166,29 @@ def group_clips(use: np.ndarray) -> list[np.ndarray]:
     return [clips[group == number] for number in range(group.max(initial=-1) + 1)]
 
 
-def evaluate(
-    config: Config, folder: RunFolder, load: Load, mesh: Mesh, keep: Path | None = None
-) -> Scored:
+def evaluate(config: Config, folder: RunFolder, load: Load, mesh: Mesh) -> Scored:
     """Scores `config.eval.split` with a blend, and computes the metrics.
 
     If `config.join.learned` is True, learned numbers join the scores, see `calibration`. The first
     evaluation learns the numbers, and writes them to the folder of the blend. Otherwise, the score
-    of a clip is the weighted mean of probabilities. For `keep`, see `scores.score`.
+    of a clip is the weighted mean of probabilities.
     """
-    began, weights = time.monotonic(), parse_weights(config, folder)
+    weights = parse_weights(config, folder)
     blend, numbers = open_blend(config, folder, load, mesh), read_numbers(folder, config)
     if config.join.learned:
         blend.check_folds()
         numbers = numbers or _learn(blend, config, folder, load, mesh)
     joined = blend.join(numbers, weights)
-    blocks, top = scores_lib.read_blocks(joined, keep), blend.rank(joined, numbers)
+    blocks = scores_lib.read_blocks(joined)
+    top = blend.rank(joined, numbers if config.join.diffusion else None)
     evaluation = scores_lib.evaluate(blocks, joined, blend.split, top=top)
     maps = [scores_lib.compute_map(rank_array(run), blend.split, run.pool) for run in blend.runs]
     rows = [
         {"name": model.name, "weight": weight, "map": value}
         for model, weight, value in zip(blend.models, weights, maps, strict=True)
     ]
-    data: Any = blend.models[0].data
-    seconds = time.monotonic() - began
-    values = {"data": data.report["data"], "eval_seconds": seconds, "runs": rows}
-    evaluation.results["eval_clips_per_second"] = len(joined.array) / seconds
-    return Scored(blend.models[0], evaluation, values)
+    del evaluation.results["eval_clips_per_second"]  # the time of the runs is not in it
+    return Scored(blend.models[0], evaluation, {"runs": rows}, joined)
 
 
 def open_blend(
@@ -230,25 +223,10 @@ def _learn(blend: Blend, config: Config, folder: RunFolder, load: Load, mesh: Me
     for one.eval.split in names:
         own = blend if one.eval.split == name else open_blend(one, folder, load, mesh, most)
         examples.append(own.make_examples(most))
-    numbers = Numbers(calibration.learn(examples), tuple(names), False)
-    if config.join.diffusion:
-        numbers = _try_diffusion(blend, numbers)
+    sets = calibration.learn(examples)
     if distributed.is_first():
-        values = {**numbers.sets._asdict(), "splits": names, "diffusion": numbers.diffusion}
-        files.write_json(folder.path / JOIN, values)
-    return numbers
-
-
-def _try_diffusion(blend: Blend, numbers: Numbers) -> Numbers:
-    """Returns the numbers with diffusion, unless it lowers the MAP of the split."""
-    changed = numbers._replace(diffusion=True)
-    joined = blend.join(numbers, ())
-    maps = [
-        scores_lib.compute_map(blend.rank(joined, x), blend.split, joined.pool) or 0.0
-        for x in (numbers, changed)
-    ]
-    say(f"diffusion changes MAP on {blend.split.name} from {maps[0]:.4f} to {maps[1]:.4f}")
-    return changed if maps[1] >= maps[0] else numbers
+        files.write_json(folder.path / JOIN, {**sets._asdict(), "splits": names})
+    return Numbers(sets, names)
 
 
 def read_numbers(folder: RunFolder, config: Config) -> Numbers | None:
@@ -260,7 +238,7 @@ def read_numbers(folder: RunFolder, config: Config) -> Numbers | None:
         return None
     values = schemas.read(folder.path / JOIN, schemas.Join, REMEDY)
     sets = Calibration(*(np.array(getattr(values, x), np.float32) for x in Calibration._fields))
-    return Numbers(sets, tuple(values.splits), values.diffusion and config.join.diffusion)
+    return Numbers(sets, values.splits)
 
 
 def parse_weights(config: Config, folder: RunFolder) -> tuple[float, ...]:

@@ -1,14 +1,16 @@
 """Re-ranks a batch of clips: the probabilities of a clip are averaged with those of similar clips.
 
 PLDA compares all pairs of clips. The neighbours of a clip are the NEIGHBOURS clips that most
-probably show the same person. If P are the probabilities of the clips, ROUNDS times
+probably show the same person. If P are the probabilities of the clips, clips are ranked by
 
-    B = (1 - sum of w) P + w B,    w = v / (1 + sum of v),    v = (1 - D) sigmoid(A - THRESHOLD)
+    (1 - sum of w) P + w P,    w = (1 - max P) v / (1 + sum of v),    v = (1 - D) sigmoid(A - t)
 
 where A is the sum of the log-likelihood ratios of a pair, over the modalities that both clips have,
-and D is the probability by P that the clips show two known people. The ratios compare with random
-people, so they cannot tell a person from a lookalike whom the runs know. B gives only the order of
-a ranking, because it is not calibrated.
+times SCALE and the learned scale of the run. D is the probability by P that the clips show two
+people whom the runs know. Without D, a clip would be averaged with clips of a lookalike, because
+the ratios compare with random people. A clip that certainly shows somebody (max P) needs no
+neighbours. The threshold t is the prior log odds that two of N clips show two people, if a clip has
+OTHERS neighbours; it is at least THRESHOLD.
 
 Source: Donoser and Bischof 2013, Diffusion processes for retrieval revisited; Iscen and others
 2017, Efficient diffusion on region manifolds. The weights w are not published.
@@ -31,8 +33,9 @@ from vidjax.evaluation.scoring import TrainedModel, iterate_windows
 from vidjax.evaluation.topk import TopK
 from vidjax.models.two_covariance import all_log_ratios
 
-NEIGHBOURS, ROUNDS = 5, 3
-THRESHOLD = 6.0  # of the sum of log-likelihood ratios
+NEIGHBOURS = 5
+SCALE = 0.1  # a typical `Settings.scale`
+THRESHOLD, OTHERS = 6.0, 3
 LIMIT = 6.0  # a log-likelihood ratio of a modality is cut to +-LIMIT
 MAX_ROWS = 256  # most clips that are compared with all clips at a time
 MAX_VALUES = 1 << 24  # probabilities or pairs in memory at a time
@@ -59,7 +62,7 @@ def view_groups(
     Args:
       use: [E, N] bool, True where one of E members scores one of the N clips of the split.
       groups: the clip indices [n] of groups of clips that the same members score.
-      factor: multiplied with the fitted scale of the log-likelihood ratios.
+      factor: the learned scale of the run.
     """
     widths, embed = model.system.task.modalities, jax.jit(partial(embed_step, model.system))
     for clips in groups:
@@ -76,8 +79,7 @@ def view_groups(
         for name, x in zip(widths, np.split(found[clips], ends, axis=1), strict=True):
             space, norm = solved[name]["space"], np.linalg.norm(x, axis=1, keepdims=True)
             z = (x / np.where(norm > 0, norm, 1) - space.mean) @ space.transform
-            scale = factor * float(solved["settings"].scale)
-            views.append(View(z, norm[:, 0] > 0, space.ratio, scale))
+            views.append(View(z, norm[:, 0] > 0, space.ratio, SCALE * factor))
         yield views
 
 
@@ -101,6 +103,7 @@ def _compare(
 ) -> Iterator[tuple[np.ndarray, ...]]:
     """Yields rows, columns and weights of neighbours, for some of the clips at a time."""
     most, size = min(NEIGHBOURS, len(rows)), min(MAX_ROWS, 1 + MAX_VALUES // len(rows))
+    threshold = max(THRESHOLD, np.log(len(rows) / OTHERS))
     for first in range(0, len(rows), size):
         part = slice(first, first + size)
         evidence = np.zeros((len(rows[part]), len(rows)), np.float32)
@@ -110,11 +113,11 @@ def _compare(
             evidence += np.where(both, np.clip(ratio, -LIMIT, LIMIT), 0)
         evidence[rows[part, None] == rows] = -np.inf  # a clip is no neighbour of itself
         best = np.argpartition(-evidence, most - 1, axis=1)[:, :most]
-        weight = scipy.special.expit(np.take_along_axis(evidence, best, axis=1) - THRESHOLD)
+        weight = scipy.special.expit(np.take_along_axis(evidence, best, axis=1) - threshold)
         one, other = np.exp(logs[rows[part], None]), np.exp(logs[rows[best]])  # [n, 1 or most, C]
         known = one.sum(axis=2) * other.sum(axis=2)
-        weight *= 1 - np.maximum(known - np.vecdot(one, other), 0)  # not two known people
-        weight /= 1 + weight.sum(axis=1, keepdims=True)
+        weight *= 1 - np.maximum(known - np.vecdot(one, other), 0)
+        weight *= (1 - one.max(axis=2)) / (1 + weight.sum(axis=1, keepdims=True))
         yield np.repeat(rows[part], most), rows[best].ravel(), weight.ravel()
 
 
@@ -130,11 +133,9 @@ def rank(scores: Scores, weights: scipy.sparse.csr_array) -> TopK:
     tops = []
     for first in range(0, len(scores.identities), width):
         logs = scores.array[:, first : first + width]
-        start = now = np.exp(logs.astype(np.float64))
-        for _ in range(ROUNDS):
-            now = rest * start + weights @ now
+        before = np.exp(logs.astype(np.float64))
         with np.errstate(divide="ignore"):  # the logarithm of 0
-            blocks = _split_rows(np.log(now), index)
+            blocks = _split_rows(np.log(rest * before + weights @ before), index)
         top = topk.rank(blocks, logs.shape[1])
         tops.append((_read(logs, index, top.index), top.index))
     return TopK(*map(np.concatenate, zip(*tops, strict=True)))

@@ -395,7 +395,7 @@ class JointPredictor(Ranker):
     def _rank(self, request: Request, advance: Advance) -> TopK:
         joint, joined = self._join(request)
         advance(len(joined.array))
-        return joint.rank(joined, self.numbers)
+        return joint.rank(joined, self.numbers if self.config.join.diffusion else None)
 
 
 def restore(

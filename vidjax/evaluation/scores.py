@@ -6,19 +6,20 @@ array. So a single run needs no array.
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vidjax.core import devices, distributed, ensemble, metrics
+from vidjax.core import devices, ensemble, metrics
 from vidjax.core.batch import Array
 from vidjax.core.metrics import ClipScores
 from vidjax.data.clips import Split
@@ -41,7 +42,9 @@ class Scores:
     Attributes:
       array: [n, C] float32, a row for each clip in `pool`, mapped into memory.
       use: [E, N] bool, True where one of E members scored one of the N clips of the split.
-      kind: see `describe_kind`.
+      kind: the entry `map_kind` of `metrics.json`: `in_sample` if a member scored its training
+        clips, `out_of_fold` if members of folds or bootstrap samples skipped clips, or else the
+        name of the split.
       logs: True if the scores are logarithms of probabilities.
       complete: True if the scores of all identities are kept, not only the best.
       clips, identities: the names of the N clips of the split and of the C identities.
@@ -78,21 +81,12 @@ class Evaluation(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """An evaluated split, and what its analysis needs."""
+    """An evaluated split."""
 
     model: TrainedModel  # the model, or the first model of a blend
     evaluation: Evaluation
     values: Mapping[str, Any]  # further entries of `metrics.json`
-
-
-def describe_kind(split_name: str, members: Iterable[tuple[ensemble.Member, np.ndarray]]) -> str:
-    """Returns the entry `map_kind` of `metrics.json`, if no member scores its training clips.
-
-    It is `out_of_fold` if a member of a fold or of a bootstrap sample skips clips. Otherwise, it is
-    the name of the split. `members` are pairs of a member and the clips [N] bool that it scores.
-    """
-    complete = (use.all() for member, use in members if max(member.fold, member.bootstrap) >= 0)
-    return split_name if all(complete) else "out_of_fold"
+    joined: Scores | None = None  # the scores of a blend
 
 
 def describe(model: TrainedModel, split_name: str) -> Scores:
@@ -109,11 +103,15 @@ def describe(model: TrainedModel, split_name: str) -> Scores:
             f"'{model.name}': all members were trained on all clips of {split_name}, so none can "
             "score the clips\nchoose other clips, or another split with --config.eval.split"
         )
-    kind = describe_kind(split_name, zip(sets.members, use, strict=True))
+    # A member of a fold or of a bootstrap sample may skip clips.
+    skips = any(
+        max(member.fold, member.bootstrap) >= 0 and not scored.all()
+        for member, scored in zip(sets.members, use, strict=True)
+    )
     return Scores(
         array=np.empty((0, len(model.data.identities)), np.float32),
         use=use,
-        kind="in_sample" if in_sample else kind,
+        kind="in_sample" if in_sample else "out_of_fold" if skips else split_name,
         logs=model.system.scores_are_logs,
         complete=not model.system.top_classes,
         clips=clips,
@@ -148,62 +146,36 @@ def allocate(scores: Scores, folder: Path | None = None) -> Scores:
     """
     place = folder or Path(tempfile.gettempdir())
     shape = int(scores.pool.sum()), len(scores.identities)
+    if not all(shape):
+        return scores
     if (size := 4 * math.prod(shape)) > LARGE:
         say(f"scores take {size / 1e9:,.1f} GB in '{place}' until the results are written")
     with tempfile.TemporaryFile(dir=place) as file:  # it has no name, so a kill leaves no file
-        return dataclasses.replace(scores, array=_map_file(file, place, shape))
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise DiskError(
+                f"'{place}' has no space for {size / 1e9:,.1f} GB of scores: {error.strerror}\n"
+                "free some space, or move the folder of the run to another disk"
+            ) from error
+        return dataclasses.replace(scores, array=np.memmap(file, np.float32, "r+", shape=shape))
 
 
-def _map_file(file: BinaryIO, path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """Maps a new file to a float32 array, which begins at the present position in the file."""
-    if not all(shape):
-        return np.empty(shape, np.float32)
-    size, start = 4 * math.prod(shape), file.tell()
-    try:
-        os.posix_fallocate(file.fileno(), 0, start + size)
-    except OSError as error:
-        raise DiskError(
-            f"'{path}' has no space for {size / 1e9:,.1f} GB of scores: {error.strerror}\n"
-            "free some space, or move the folder of the run to another disk"
-        ) from error
-    return np.memmap(file, np.float32, "r+", start, shape)
-
-
-def read_blocks(scores: Scores, keep: Path | None = None) -> Iterator[ScoreBlock]:
-    """Returns blocks with all scores, of ROWS clips each. For `keep`, see `keep_blocks`."""
-    places = np.flatnonzero(scores.pool).astype(np.int32)
-    blocks = (
-        ScoreBlock(scores.array[at : at + ROWS], index, np.ones(len(index), bool))
-        for at in range(0, len(places), ROWS)
-        for index in [places[at : at + ROWS]]
-    )
-    return keep_blocks(blocks, scores, keep)
-
-
-def keep_blocks(
-    blocks: Iterator[ScoreBlock], scores: Scores, path: Path | None
-) -> Iterator[ScoreBlock]:
-    """Yields `blocks`, and writes them to a new file `path` (.npy), an array [N, C].
-
-    Rows of clips without scores are -inf. A file `.json` next to `path` contains the names. If
-    `path` is None, writes nothing.
-    """
-    if not path or not distributed.is_first():
-        yield from blocks
-        return
-    shape = len(scores.clips), len(scores.identities)
+def save(scores: Scores, path: Path) -> None:
+    """Writes the array to `path` (.npy), and the names of its rows and columns to a `.json`."""
     with files.atomic_file(path) as file:
-        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        array = _map_file(file, path, shape)
-        array[~scores.pool] = -np.inf
-        for block in blocks:
-            if block.member == ALL:
-                values, index = block.without_padding()
-                array[index] = values
-            yield block
-    names = {"clips": scores.clips, "identities": scores.identities}
+        np.save(file, scores.array)
+    clips = [*itertools.compress(scores.clips, scores.pool)]
+    names = {"clips": clips, "identities": scores.identities}
     files.write_json(path.with_suffix(".json"), names)
+
+
+def read_blocks(scores: Scores) -> Iterator[ScoreBlock]:
+    """Yields all scores, in blocks of ROWS clips."""
+    places = np.flatnonzero(scores.pool).astype(np.int32)
+    for at in range(0, len(places), ROWS):
+        index = places[at : at + ROWS]
+        yield ScoreBlock(scores.array[at : at + ROWS], index, np.ones(len(index), bool))
 
 
 def combine(
@@ -231,11 +203,6 @@ def combine(
     return joined
 
 
-def mean(runs: Sequence[Scores], weights: Sequence[float], folder: Path | None = None) -> Scores:
-    """Computes the log of the weighted mean of the probabilities of R runs. See `combine`."""
-    return combine(runs, lambda logs, _: mean_logs(logs, np.asarray(weights, np.float32)), folder)
-
-
 @jax.jit
 def mean_logs(logs: Array, weights: Array) -> Array:
     """Computes the log of the mean of the probabilities, with `weights` [R]. `logs` [R, B, C]."""
@@ -251,14 +218,12 @@ def score(
     *,
     each_member: bool = True,
     check: Callable[[], None] = lambda: None,
-    keep: Path | None = None,
 ) -> Evaluation:
     """Scores and ranks the clips of a split with a model. See `describe`.
 
     Args:
       each_member: also computes the MAP of each member of an ensemble.
       check: called after each block. It may raise an exception to end the evaluation.
-      keep: the new file for the array of the scores, see `keep_blocks`. None means no file.
 
     Raises UserError if a block does not fit into memory, no member may score any clip, or all clips
     have NaN scores.
@@ -266,7 +231,7 @@ def score(
     scores, members = describe(model, split_name), model.training_sets.members
     each = len(members) > 1 and each_member
     blocks = score_blocks(model, split_name, scores.use, each_member=each)
-    blocks, members = keep_blocks(blocks, scores, keep), members if each else ()
+    members = members if each else ()
     return evaluate(blocks, scores, model.data.split(split_name), members=members, check=check)
 
 

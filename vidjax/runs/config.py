@@ -407,8 +407,7 @@ TABLE: tuple[Field | Group, ...] = (
     Field("join.learned", False, "`True`: the scores of the runs are joined with numbers that are "
           "learned on clips that no run was trained on, not by `join.weights`", affects=SCORES),
     Field("join.diffusion", False, "`True`: the order of a ranking also depends on similar clips "
-          "of the split, unless this lowers the MAP of the first split that is evaluated. With "
-          "`join.learned`",
+          "of the split. With `join.learned`",
           read_when=_read_unless("join.learned", False, True), affects=SCORES),
 )
 # fmt: on

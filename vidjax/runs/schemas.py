@@ -153,7 +153,6 @@ class Join(Struct, kw_only=True):
     trust: list[list[NotNaN]]
     stranger: list[NotNaN]
     splits: list[Text]  # the splits on whose clips the numbers were learned
-    diffusion: bool  # True if diffusion decides the order of a ranking
 
 
 class Line(Struct, kw_only=True):

@@ -51,7 +51,7 @@ def train_systems(
             with make_and_lock(path):
                 train(own, RunFolder(path), data)
     mesh = devices.make_mesh(num_devices)
-    evaluated = analysis.score_splits(config, folder, None, lambda _: data, mesh, splits)
+    evaluated = analysis.score_splits(config, folder, None, lambda _: data, mesh, *splits)
     about: dict[str, Any] = {
         "seed": config.seed,
         "date": results.now(),

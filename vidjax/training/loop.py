@@ -405,13 +405,9 @@ class TrainingRun:
         """
         if self._compiling:
             self._compiling.join()
-        spec, folder = self.config.eval, RunFolder(self.workdir)
-        model, evaluations = self.trained_model(), []
-        for split in list_splits(self.config):
-            keep = folder.paths(split).scores if spec.keep_scores else None
-            found = score(model, split, each_member=spec.members, check=check, keep=keep)
-            evaluations.append(found)
-        return evaluations
+        model, each = self.trained_model(), self.config.eval.members
+        splits = list_splits(self.config)
+        return [score(model, split, each_member=each, check=check) for split in splits]
 
     def start_compiling_evaluation(self) -> None:
         """Starts to compile the evaluation in another thread."""
