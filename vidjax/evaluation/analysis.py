@@ -168,13 +168,24 @@ def write_results(
 def describe_evaluation(folder: RunFolder, config: Config, step: int | None) -> dict[str, Any]:
     """Returns entries of the metrics after an evaluation of a trained run.
 
-    They are the entries that describe the training, which an evaluation does not change, and the
-    date. If `config` or the `step` of the checkpoint changes the scores of the run, the entry
-    `overrides` has the changed fields. Then the names of the result files contain the name of the
-    split, so that no result of the training is replaced.
+    They are the entries that describe the training, which an evaluation does not change, the date,
+    and `overrides`: field -> value of the fields of `config` that change scores since the training.
+    With overrides, the names of the result files contain the name of the split, so that no result
+    of the training is replaced.
+
+    Training evaluates the latest checkpoint. If a finished run has lost this checkpoint, the
+    checkpoint of an earlier `step` is scored, and the value of `eval.checkpoint` is the step. For a
+    blend, `step` is None.
     """
-    kept, changed = results.select_kept(folder.metrics()), find_overrides(config, folder, step)
-    return {**kept, "eval_date": results.now(), **({"overrides": changed} if changed else {})}
+    own, trained = folder.config, folder.metrics()
+    own.eval.split = config.eval.split  # another split has other files anyway
+    own.eval.checkpoint = "latest"
+    differences = config_lib.differences(own, config)
+    changed = {n: value for n, (_, value) in differences.items() if config_lib.changes_scores(n)}
+    if step is not None and trained.get("finished") and trained.get("step") != step:
+        changed.setdefault("eval.checkpoint", f"step {step}")
+    about = {**results.select_kept(trained), "eval_date": results.now()}
+    return about | ({"overrides": changed} if changed else {})
 
 
 def write_report(folder: RunFolder, split: str) -> None:
@@ -263,20 +274,3 @@ def score_splits(
         more = {"data": data.report["data"], "eval_seconds": time.monotonic() - began}
         evaluated[split] = scored._replace(values={**scored.values, **more})
     return [evaluated.pop(config.eval.split), *evaluated.values()]
-
-
-def find_overrides(config: Config, folder: RunFolder, step: int | None) -> dict[str, Any]:
-    """Returns field -> value of the fields of `config` that change scores since the training.
-
-    Training evaluates the latest checkpoint. If a finished run has lost this checkpoint, the
-    checkpoint of an earlier `step` is scored, and the value of `eval.checkpoint` is the step. For a
-    blend, `step` is None.
-    """
-    own, trained = folder.config, folder.metrics()
-    own.eval.split = config.eval.split  # another split has other files anyway
-    own.eval.checkpoint = "latest"
-    differences = config_lib.differences(own, config)
-    changed = {n: value for n, (_, value) in differences.items() if config_lib.changes_scores(n)}
-    if step is not None and trained.get("finished") and trained.get("step") != step:
-        changed.setdefault("eval.checkpoint", f"step {step}")
-    return changed

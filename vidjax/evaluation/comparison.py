@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,10 +170,10 @@ def compare(groups: Sequence[Sequence[str]], *, split: str | None = None) -> Com
 
 
 def select_comparable(names: Sequence[str], split: str | None) -> list[str]:
-    """Returns the largest group of folders that can be compared, and warns of all others.
+    """Returns the folders of the most frequent dataset, and warns of all others.
 
     The folders come from a pattern such as `runs/*`, so some may contain no results or runs of
-    another dataset. The first folder of the result can be compared with all others.
+    another dataset.
     """
     runs: list[RankedRun] = []
     for name in names:
@@ -180,10 +181,12 @@ def select_comparable(names: Sequence[str], split: str | None) -> list[str]:
             runs.append(read(name, split))
     if not runs:
         return []
-    reference, kept = max(runs, key=lambda run: sum(_fit(run, other) for other in runs)), []
-    for run in sorted(runs, key=lambda run: run is not reference):  # the reference comes first
+    data = Counter((run.data, run.identities) for run in runs).most_common(1)[0][0]
+    runs.sort(key=lambda run: (run.data, run.identities) != data)  # the reference comes first
+    kept = []
+    for run in runs:
         with _warn_of_left_out():
-            kept.append(align(reference, run).name)
+            kept.append(align(runs[0], run).name)
     return kept
 
 
@@ -194,13 +197,6 @@ def _warn_of_left_out() -> Iterator[None]:
         yield
     except UserError as error:
         warn(f"a folder is left out: {str(error).splitlines()[0].removeprefix('--runs: ')}")
-
-
-def _fit(first: RankedRun, run: RankedRun) -> bool:
-    """Returns True if two runs ranked the same clips."""
-    with contextlib.suppress(UserError):
-        return bool(align(first, run))
-    return False
 
 
 def _check_seeds(runs: Sequence[RankedRun]) -> None:

@@ -38,7 +38,7 @@ SCALE = 0.1  # a typical `Settings.scale`
 THRESHOLD, OTHERS = 6.0, 3
 LIMIT = 6.0  # a log-likelihood ratio of a modality is cut to +-LIMIT
 MAX_ROWS = 256  # most clips that are compared with all clips at a time
-MAX_VALUES = 1 << 24  # probabilities or pairs in memory at a time
+MAX_VALUES = 1 << 22  # probabilities or pairs in memory at a time
 
 
 class View(NamedTuple):
@@ -135,16 +135,10 @@ def rank(scores: Scores, weights: scipy.sparse.csr_array) -> TopK:
         logs = scores.array[:, first : first + width]
         before = np.exp(logs.astype(np.float64))
         with np.errstate(divide="ignore"):  # the logarithm of 0
-            blocks = _split_rows(np.log(rest * before + weights @ before), index)
-        top = topk.rank(blocks, logs.shape[1])
+            after = np.log(rest * before + weights @ before)
+        top = topk.rank([(after, index, np.ones(len(index), bool))], logs.shape[1])
         tops.append((_read(logs, index, top.index), top.index))
     return TopK(*map(np.concatenate, zip(*tops, strict=True)))
-
-
-def _split_rows(scores: np.ndarray, index: np.ndarray) -> Iterator[topk.ScoreBlock]:
-    for first in range(0, len(index), MAX_ROWS):
-        rows = index[first : first + MAX_ROWS]
-        yield scores[first : first + MAX_ROWS], rows, np.ones(len(rows), bool)
 
 
 def _read(logs: np.ndarray, clips: np.ndarray, index: np.ndarray) -> np.ndarray:

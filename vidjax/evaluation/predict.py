@@ -94,8 +94,6 @@ class Ranker:
     modalities: Mapping[str, int]
     mesh: Mesh
 
-    num_members = 1
-
     def embed(
         self, clips: FrameClips, *, split: str | None = None, advance: Advance = ignore_count
     ) -> np.ndarray:
@@ -111,8 +109,14 @@ class Ranker:
         raise NotImplementedError
 
     def _rank(self, request: Request, advance: Advance) -> TopK:
-        """Ranks the clips of a request."""
-        raise NotImplementedError
+        k = SMALL_REQUEST if len(request.clip_index) <= SMALL_REQUEST else topk.MAX_NAMES
+
+        def blocks() -> Iterator[topk.ScoreBlock]:
+            for block in self._score_blocks(request):
+                yield block[:3]
+                advance(len(block.mask))
+
+        return topk.rank(blocks(), len(self.identities), k)
 
     @property
     def threshold(self) -> float | None:
@@ -139,7 +143,7 @@ class Ranker:
             return f"{count} clips of strangers are too few for a rate of 1 %, which needs 99"
         of_few_members = self.results.get("map_kind") == "out_of_fold"
         is_known = self.results.get(THRESHOLD) is not None
-        if is_known and of_few_members and self.num_members > 1:
+        if is_known and of_few_members and (self.results.get("num_members") or 1) > 1:
             return (
                 "the threshold in metrics.json is too strict for new clips, because all members "
                 "score a new clip, but only a few members scored each evaluated clip"
@@ -285,26 +289,11 @@ class Predictor(Ranker):
         )
 
     @property
-    def num_members(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The number of nets."""
-        return len(self.training_sets.members)
-
-    @property
     def digest(self) -> str:
         """The sha256 (hexadecimal) of all that determines scores, such as weights and settings."""
         names = ("files", "identities_sha256", "members_sha256")
         digests = {name: self.manifest[name] for name in names}
         return files.sha256_json([digests, config_io.to_json(self.config)])
-
-    def _rank(self, request: Request, advance: Advance) -> TopK:
-        k = SMALL_REQUEST if len(request.clip_index) <= SMALL_REQUEST else topk.MAX_NAMES
-
-        def blocks() -> Iterator[topk.ScoreBlock]:
-            for block in self._score_blocks(request):
-                yield block[:3]
-                advance(len(block.mask))
-
-        return topk.rank(blocks(), len(self.identities), k)
 
     def embed(
         self, clips: FrameClips, *, split: str | None = None, advance: Advance = ignore_count

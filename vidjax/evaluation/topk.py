@@ -59,7 +59,7 @@ class HostTopK:
         for chunk in self._chunks:
             chunk.merge()
         keys = [chunk.keys for chunk in self._chunks] or [np.empty((0, self._k), np.uint64)]
-        return _read_sorted(np.concatenate(keys), self._k)
+        return _read_keys(np.sort(np.concatenate(keys), axis=1)[:, ::-1])
 
 
 class _Chunk:
@@ -130,11 +130,6 @@ def _read_keys(keys: np.ndarray) -> TopK:
     bits = upper ^ np.where(upper >> 31, np.uint32(0x80000000), np.uint32(0xFFFFFFFF))
     index = NO_CLIP - (keys & np.uint64(0xFFFFFFFF)).astype(np.int32)
     return TopK(bits.view(np.float32), index)
-
-
-def _read_sorted(keys: np.ndarray, k: int) -> TopK:
-    """Returns the k largest keys of each row as scores and clip indices, best first."""
-    return _read_keys(np.sort(keys, axis=1)[:, ::-1][:, :k])
 
 
 def rank(blocks: Iterable[ScoreBlock], num_identities: int, k: int = MAX_NAMES) -> TopK:
