@@ -235,6 +235,14 @@ def test_scores_are_kept_as_an_array_if_the_user_asks(copied):
     assert not (folder / "1_plda" / "scores.npy").exists()
 
 
+def test_learned_numbers_of_another_blend_are_refused(copied):
+    _, folder, _ = copied
+    numbers = json.loads((folder / "join.json").read_text())
+    for name, value in (("scale", [[0.0]] * 4), ("stranger", [0.0]), ("trust", "NaN")):
+        (folder / "join.json").write_text(json.dumps({**numbers, name: value}))
+        refused(lambda: vidjax.restore(folder), "join.json", "delete the file")
+
+
 def test_too_little_space_for_scores_is_one_error(joint, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")

@@ -7,9 +7,9 @@ A blend joins the runs `config.join.runs` (`vidjax evaluate --runs`), or the run
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
+import msgspec
 import numpy as np
 from jax.sharding import Mesh
 
@@ -30,13 +30,6 @@ from vidjax.utils.errors import UserError
 MIN_WEIGHT, MAX_WEIGHT = 1e-30, 1e30  # of a run that counts; weights are float32
 REMEDY = "delete the file, and evaluate a training split: vidjax evaluate --config.eval.split=val"
 Load = Callable[[Config], TrainingData]  # configuration of a run -> its dataset
-
-
-class Numbers(NamedTuple):
-    """The learned numbers of a blend of R runs, the content of `join.json`."""
-
-    sets: Calibration  # arrays [PARTS + 1, R]; the last numbers are learned on all clips
-    splits: Sequence[str]  # the splits on whose clips the numbers are learned
 
 
 class Blend:
@@ -116,26 +109,27 @@ class Blend:
         drawn = calibration.draw_clips(pool, most)
         return calibration.make_examples(self.runs, self.split.labels, drawn)
 
-    def join(self, numbers: Numbers | None, weights: Sequence[float]) -> Scores:
+    def join(self, numbers: schemas.Join | None, weights: Sequence[float]) -> Scores:
         """Joins the scores by learned numbers or, without numbers, by weights [R]."""
         part, shares = np.full(len(self.split.clips), -1), np.asarray(weights, np.float32)
+        rows = [getattr(numbers, name) for name in Calibration._fields] if numbers else []
+        sets = [np.array(row, np.float32) for row in rows]
         if numbers and self.split.name in numbers.splits:  # numbers are not learned on the clip
             part = calibration.split_clips(self.split.labels)
 
         def join_block(logs: np.ndarray, index: np.ndarray) -> jax.Array:
             if numbers is None:
                 return scores_lib.mean_logs(logs, shares)
-            own = Calibration(*(x[part[index]] for x in numbers.sets))
-            return calibration.join_scores(logs, own)
+            return calibration.join_scores(logs, Calibration(*(x[part[index]] for x in sets)))
 
         return scores_lib.combine(self.runs, join_block, self._folder)
 
-    def rank(self, joined: Scores, numbers: Numbers | None) -> TopK:
+    def rank(self, joined: Scores, numbers: schemas.Join | None) -> TopK:
         """Ranks the clips by their joint scores or, if there are numbers, after diffusion."""
         models = [isinstance(model.system.model, PLDAIdentifier) for model in self.models]
         if not (numbers and any(models)):
             return rank_array(joined)
-        groups, factors = group_clips(joined.use), np.exp(numbers.sets.scale[-1])
+        groups, factors = group_clips(joined.use), np.exp(numbers.scale[-1])
         each = zip(self.models, self.runs, factors.tolist(), strict=True)
         views = [
             diffusion.view_groups(model, self.split.name, run.use, groups, factor)
@@ -206,7 +200,7 @@ def open_blend(
     return Blend(map(restore, paths), name, folder.path, num_drawn)
 
 
-def _learn(blend: Blend, config: Config, folder: RunFolder, load: Load, mesh: Mesh) -> Numbers:
+def _learn(blend: Blend, config: Config, folder: RunFolder, load: Load, mesh: Mesh) -> schemas.Join:
     """Learns the numbers of a blend from clips that the runs were not trained on, and writes them.
 
     The clips are of `blend.split` and, if `config` trains the runs, of all training splits.
@@ -223,22 +217,26 @@ def _learn(blend: Blend, config: Config, folder: RunFolder, load: Load, mesh: Me
     for one.eval.split in names:
         own = blend if one.eval.split == name else open_blend(one, folder, load, mesh, most)
         examples.append(own.make_examples(most))
-    sets = calibration.learn(examples)
+    sets = {name: x.tolist() for name, x in calibration.learn(examples)._asdict().items()}
+    numbers = schemas.Join(**sets, splits=[*names])
     if distributed.is_first():
-        files.write_json(folder.path / JOIN, {**sets._asdict(), "splits": names})
-    return Numbers(sets, names)
+        files.write_json(folder.path / JOIN, msgspec.to_builtins(numbers))
+    return numbers
 
 
-def read_numbers(folder: RunFolder, config: Config) -> Numbers | None:
+def read_numbers(folder: RunFolder, config: Config) -> schemas.Join | None:
     """Reads the learned numbers of a blend, for an evaluation with `config`.
 
     Returns None if `config.join.learned` is False, or if no numbers were learned yet.
     """
     if not config.join.learned or not folder.has(JOIN):
         return None
-    values = schemas.read(folder.path / JOIN, schemas.Join, REMEDY)
-    sets = Calibration(*(np.array(getattr(values, x), np.float32) for x in Calibration._fields))
-    return Numbers(sets, values.splits)
+    path, count = folder.path / JOIN, len(folder.list_runs(config))
+    found = schemas.read(path, schemas.Join, REMEDY)
+    rows = (found.scale, found.offset, found.trust, [[0.0] * count for _ in found.stranger])
+    if any([len(row) for row in one] != [count] * (calibration.PARTS + 1) for one in rows):
+        raise UserError(f"'{path}' does not fit the {count} runs of the blend\n{REMEDY}")
+    return found
 
 
 def parse_weights(config: Config, folder: RunFolder) -> tuple[float, ...]:

@@ -41,7 +41,7 @@ from vidjax.evaluation.trained_runs import (
     warn_of_missing_modalities,
 )
 from vidjax.models.build_system import System, make_system
-from vidjax.runs import config as config_lib, config_io
+from vidjax.runs import config as config_lib, config_io, schemas
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import RunFolder
 from vidjax.runs.terminal import ignore_count
@@ -367,7 +367,7 @@ class JointPredictor(Ranker):
     """
 
     runs: tuple[Predictor, ...]
-    numbers: blend.Numbers | None
+    numbers: schemas.Join | None
     weights: tuple[float, ...]
 
     def __repr__(self) -> str:
