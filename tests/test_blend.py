@@ -104,7 +104,7 @@ def test_blend_refuses_runs_with_other_identities_or_clips(runs, train, load, fo
     def check(runs, load, split, words):
         config = config_lib.default()
         config.join.runs, config.eval.split = tuple(map(str, runs)), split
-        refused(lambda: analysis.evaluate(config, RunFolder(tmp_path), load, training={}), words)
+        refused(lambda: analysis.evaluate(config, RunFolder(tmp_path), load), words)
 
     fewer = tmp_path / "fewer"  # with 10 of the 12 identities
     fewer.mkdir()

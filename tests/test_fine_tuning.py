@@ -219,9 +219,9 @@ def test_several_splits_are_evaluated_and_one_chooses_the_best_step(tmp_path, sa
     words = ("--config.early_stop.patience=2", "--config.optim.learning_rate=0")
     words += ("--config.eval.splits=test", "--config.profile=1,3", "--config.num_epochs=9")
     out = say(*flags, *words)
-    assert "ended" in out and "at step 6: map has not improved since step 2" in out
+    assert "ended early" in out and "map has not improved since step 2" in out
     assert "on test" in out and (tmp_path / "run" / "profile").is_dir()
-    assert say(*flags, *words).count("at step 6: map") == 1  # the finished run
+    assert say(*flags, *words).count("map has not improved since step 2") == 1  # the finished run
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     scored = [line for line in lines if "split" in line]
     assert [line["step"] for line in scored] == [2, 4, 6]

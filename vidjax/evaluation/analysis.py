@@ -27,6 +27,7 @@ from vidjax.runs.config import Config
 from vidjax.runs.run_folder import CONFIG, IDENTITIES, RunFolder
 from vidjax.runs.schemas import Analysis
 from vidjax.runs.signals import Interrupted
+from vidjax.runs.versions import collect_versions
 from vidjax.utils import files
 from vidjax.utils.errors import warn
 
@@ -115,10 +116,7 @@ def import_slow_libraries(*, report: bool) -> None:
 
 
 def write_results(
-    folder: RunFolder,
-    config: Config,
-    evaluated: Sequence[Scored],
-    training: Mapping[str, Any] | None = None,
+    folder: RunFolder, config: Config, evaluated: Sequence[Scored], about: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Writes the results of splits to the folder of a run. Returns split -> metrics.
 
@@ -129,22 +127,22 @@ def write_results(
 
     Args:
       evaluated: the splits, first `config.eval.split`, which is written last.
-      training: the entries of the metrics that describe the training, if it ends now. The metrics
-        of `config.eval.split` are marked as `finished` after the report is written. If the process
-        is killed before that, the command writes the report when it is repeated. None means that a
-        trained run was evaluated, see `describe_evaluation`.
+      about: further entries of the metrics, which describe the training. If it has an entry
+        `overrides`, the names of the files contain the name of the split. The entry `finished` is
+        False until the report is written. If the process is killed before that, the command writes
+        the report when it is repeated.
     """
     metrics = {}
     for scored in reversed(evaluated):
         (model, evaluation, more, joined), is_last = scored, scored is evaluated[0]
-        values = {**more, **evaluation.results, **(training or {})}
+        values = {**more, **evaluation.results, **about}
         metrics[evaluation.split.name] = values
         paths = folder.paths(evaluation.split.name, apart=bool(values.get("overrides")))
-        pending = {"finished": False} if training is not None and is_last else {}
+        pending = {"finished": False} if about.get("finished") and is_last else {}
         if distributed.is_first():
-            paths.analysis.unlink(missing_ok=True)
-            paths.report.unlink(missing_ok=True)
-            paths.scores.unlink(missing_ok=True)
+            names = paths.scores.with_suffix(".json")
+            for path in (paths.analysis, paths.report, paths.scores, names):
+                path.unlink(missing_ok=True)
             identities, clips = model.data.identities, evaluation.split.clips
             ranking.write_ranking(paths.ranking, identities, clips, evaluation.top)
             folder.write_metrics({**values, **pending}, paths)
@@ -224,32 +222,31 @@ def evaluate(
     load: Load,
     *,
     num_devices: int | None = None,
-    training: Mapping[str, Any] | None = None,
+    command: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Ranks `config.eval.split` and `config.eval.splits` with a run or a blend of runs.
 
-    Writes the results into the folder, see `write_results`. Returns split -> metrics. The data may
-    be other clips than the training data, with or without a ground truth.
+    Writes the results into the folder, see `write_results`. If the folder has no configuration,
+    makes a blend. Returns split -> metrics. The data may be other clips than the training data,
+    with or without a ground truth.
 
     Args:
       load: loads the dataset of a run, given the configuration of the run.
       num_devices: the scores do not depend on it. None means all devices.
-      training: see `write_results`.
+      command: the command line that makes a blend again.
     """
-    mesh = devices.make_mesh(num_devices)
+    mesh, is_new = devices.make_mesh(num_devices), not folder.has(CONFIG)
     run = None if config_lib.is_blend(config) else find_run(config, folder)
-    # The files are read now, so that damaged files are reported before the evaluation.
-    step = run and run.manifest["step"]
-    about = describe_evaluation(folder, config, step) if training is None else {}
-    _ = folder.other_metrics() if config.eval.report and folder.has(CONFIG) else None
-    evaluated = [
-        scored._replace(values={**about, **scored.values})
-        for scored in score_splits(config, folder, run, load, mesh)
-    ]
-    if not folder.has(CONFIG):  # a new blend
+    about: dict[str, Any] = {"date": results.now(), "versions": collect_versions()}
+    about |= {"finished": True, **({"command": command} if command else {})}
+    if not is_new:  # the files are read now, so that damaged files are reported early
+        about = describe_evaluation(folder, config, run and run.manifest["step"])
+        _ = folder.other_metrics() if config.eval.report else None
+    evaluated = score_splits(config, folder, run, load, mesh)
+    if is_new:
         folder.write_config(config)
         files.write_json(folder.path / IDENTITIES, list(evaluated[0].model.data.identities))
-    return write_results(folder, config, evaluated, training)
+    return write_results(folder, config, evaluated, about)
 
 
 def score_splits(

@@ -86,16 +86,14 @@ class Blend:
 
     def check_folds(self) -> None:
         """Raises UserError if runs leave out different clips in their folds."""
-        counts = [len(group_clips(run.use)) for run in self.runs]
-        most = int(np.argmax(counts))
-        for model, run in zip(self.models, self.runs, strict=True):
-            together = np.concatenate([self.runs[most].use, run.use])
-            if len(group_clips(together)) > counts[most]:
-                raise UserError(
-                    f"--runs: the folds of {self.models[most].name} and {model.name} differ, so "
-                    "learned numbers cannot join them\ntrain both with the same "
-                    "--config.ensemble.folds, or leave out --config.join.learned"
-                )
+        uses = [run.use for run in self.runs]
+        if len(group_clips(np.concatenate(uses))) > max(len(group_clips(use)) for use in uses):
+            names = ", ".join(model.name for model in self.models)
+            raise UserError(
+                f"--runs: these runs have different folds, so learned numbers cannot join them: "
+                f"{names}\ntrain them with the same --config.ensemble.folds, or leave out "
+                "--config.join.learned"
+            )
 
     def make_examples(self, most: int) -> calibration.Examples:
         """Draws at most `most` clips from which numbers are learned."""

@@ -63,10 +63,7 @@ class Fact(Struct, frozen=True, kw_only=True):
     # True: an evaluation keeps the entry of `metrics.json`. False: it writes the entry of the
     # checkpoint that is scored.
     is_kept: bool = True
-    label: str  # of the row in the report
-    # Label and text of the row in the summary, in which `{text}` is the result of `describe`. The
-    # text may contain other entries of `metrics.json`. None: as in the report.
-    summary: tuple[str, str] | None = None
+    label: str  # of the row in the summary and in the report
     sentence: str = ""  # in a comparison, with `{run}` and `{text}`; "": comparisons skip the fact
 
     def read(self, values: Mapping[str, Any]) -> object:
@@ -86,9 +83,8 @@ EXTENDED = Fact(
 )  # fmt: skip
 INIT_FROM = Fact(key="init_from", kind=Source, describe=Source.describe, label="init_from")
 EARLY_STOP = Fact(
-    key="early_stop", kind=EarlyStop, describe=EarlyStop.describe, label="ended early",
-    summary=("ended", "at step {step:,}: {text}"),
-)  # fmt: skip
+    key="early_stop", kind=EarlyStop, describe=EarlyStop.describe, label="ended early"
+)
 FACTS = (EXTENDED, INIT_FROM, EARLY_STOP)  # in the order of `metrics.json`
 
 
@@ -116,13 +112,8 @@ def to_json(values: Mapping[str, Any], *, only: bool | None = None) -> dict[str,
 
 
 def list_rows(values: Mapping[str, Any]) -> dict[str, str]:
-    """Returns label -> text of the facts in `metrics.json`, for the summary of a run."""
-    rows = {}
-    for fact in FACTS:
-        if text := fact.text(values):
-            label, template = fact.summary or (fact.label, "{text}")
-            rows[label] = template.format_map({**values, "text": text})
-    return rows
+    """Returns label -> text of the facts in `metrics.json`."""
+    return {fact.label: text for fact in FACTS if (text := fact.text(values))}
 
 
 def list_sentences(run: str, values: Mapping[str, Any]) -> list[str]:

@@ -315,8 +315,6 @@ def evaluate_run(
     makes a blend again.
     """
     from vidjax.evaluation import analysis, trained_runs
-    from vidjax.runs import results
-    from vidjax.runs.versions import collect_versions
 
     @functools.cache
     def read_data() -> "TrainingData":
@@ -328,11 +326,7 @@ def evaluate_run(
     set_up_devices(config)
     # The runs of a blend may read the same clips from different folders.
     load = load_data if config.join.runs and data is None else lambda _: read_data()
-    made = None
-    if not folder.has(CONFIG):  # the evaluation makes a blend
-        made = {"date": results.now(), "versions": collect_versions(), "finished": True}
-        made |= {"command": command} if command else {}
-    return analysis.evaluate(config, folder, load, num_devices=num_devices, training=made)
+    return analysis.evaluate(config, folder, load, num_devices=num_devices, command=command)
 
 
 def compare(

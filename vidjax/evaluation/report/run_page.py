@@ -181,7 +181,7 @@ def run_rows(run: RunFiles) -> Rows:
         "modalities": _join(config["modalities"]),
         "joined runs": _join(f"{row.name} (weight {row.weight})" for row in own.runs or ()),
         "scored with": results_lib.describe_overrides(run.values),
-        **{fact.label: fact.text(run.values) for fact in facts.FACTS},
+        **facts.list_rows(run.values),
         "finished": own.date or "",
         "evaluated": own.eval_date or "",
         "versions": _join(f"{name} {version}" for name, version in (own.versions or {}).items()),
