@@ -239,7 +239,7 @@ def test_several_splits_are_evaluated_and_one_chooses_the_best_step(tmp_path, sa
         assert found["map"] == results[name]["map"]
     for split in ("val", "test"):
         data = public.load_data(folder.config)
-        scores = small.scores([small.restored(folder.path, data, folder.config)], split)
+        scores = small.scores(small.restored(folder.path, data, folder.config), split)
         own = scores[np.arange(6), data.split(split).labels - 1]
         assert results[split]["eval_loss"] == pytest.approx(-own.mean(), rel=1e-5)
 
