@@ -241,6 +241,8 @@ def test_learned_numbers_of_another_blend_are_refused(copied):
     for name, value in (("scale", [[0.0]] * 4), ("stranger", [0.0]), ("trust", "NaN")):
         (folder / "join.json").write_text(json.dumps({**numbers, name: value}))
         refused(lambda: vidjax.restore(folder), "join.json", "delete the file")
+    (folder / "join.json").unlink()
+    refused(lambda: vidjax.restore(folder), "--config.eval.split=val")
 
 
 def test_too_little_space_for_scores_is_one_error(joint, monkeypatch):

@@ -206,10 +206,7 @@ def _learn(blend: Blend, config: Config, folder: RunFolder, load: Load, mesh: Me
     name = blend.split.name
     names = config.data.train_splits if config.join.systems else (name,)
     if name not in names:
-        raise UserError(
-            f"'{folder.path / JOIN}' is missing, which contains the numbers of the blend\n"
-            f"to learn them, evaluate a training split: --config.eval.split={names[-1]}"
-        )
+        raise make_missing_error(folder, names[-1])
     most, one = calibration.MAX_CLIPS // len(names), config.copy_and_resolve_references()
     examples = []
     for one.eval.split in names:
@@ -220,6 +217,14 @@ def _learn(blend: Blend, config: Config, folder: RunFolder, load: Load, mesh: Me
     if distributed.is_first():
         files.write_json(folder.path / JOIN, msgspec.to_builtins(numbers))
     return numbers
+
+
+def make_missing_error(folder: RunFolder, split: str) -> UserError:
+    """Returns the error if a blend lacks its learned numbers, which it learns from `split`."""
+    return UserError(
+        f"'{folder.path / JOIN}' is missing, which contains the learned numbers of the blend\n"
+        f"to learn them: vidjax evaluate --workdir={folder.path} --config.eval.split={split}"
+    )
 
 
 def read_numbers(folder: RunFolder, config: Config) -> schemas.Join | None:

@@ -398,7 +398,9 @@ def restore(
     config = folder.config
     if not config_lib.is_blend(config):
         return restore_run(workdir, step=step, num_devices=num_devices)
-    paths = folder.list_runs()
+    numbers, paths = blend.read_numbers(folder, config), folder.list_runs()
+    if config.join.learned and not numbers:
+        raise blend.make_missing_error(folder, (*config.data.train_splits, config.eval.split)[-1])
     runs = tuple(restore_run(path, step=step, num_devices=num_devices) for path in paths)
     return JointPredictor(
         workdir=folder.path,
@@ -408,7 +410,7 @@ def restore(
         modalities={name: width for run in runs for name, width in run.modalities.items()},
         mesh=runs[0].mesh,
         runs=runs,
-        numbers=blend.read_numbers(folder, config),
+        numbers=numbers,
         weights=blend.parse_weights(config, folder),
     )
 
