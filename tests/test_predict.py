@@ -5,6 +5,7 @@ import functools
 import resource
 import shutil
 import tracemalloc
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from tests.helpers.seen import refused
 from vidjax.data import sources
 from vidjax.data.clips import Split
 from vidjax.evaluation import predict, trained_runs
+from vidjax.evaluation.scoring import ScoreBlock
 from vidjax.runs import checkpoint, config as config_lib, config_io
 from vidjax.utils import files
 
@@ -187,7 +189,7 @@ def test_identify_uses_a_measured_threshold_only_if_it_holds_for_new_clips(resto
     assert run.results["map_kind"] == "out_of_fold" and len(run.training_sets.members) > 1
     # Only a few members scored each clip of val. All members score a new clip.
     results = {**run.results, predict.THRESHOLD: -1.0, "num_distractors": 99}
-    run = run._replace(results=results)
+    run = replace(run, results=results)
     assert run.threshold is None
     refused(lambda: run.identify(five), "too strict for new clips", "\ngive a threshold")
     # Logarithms of probabilities are at most 0.
@@ -195,15 +197,15 @@ def test_identify_uses_a_measured_threshold_only_if_it_holds_for_new_clips(resto
     assert run.identify(five, threshold=-1.0).keys() == five.keys()
 
     # The threshold of a run that was trained without the clips of val is used.
-    val = run._replace(results={**results, "map_kind": "val"})
+    val = replace(run, results={**results, "map_kind": "val"})
     assert val.threshold == -1.0 and val.identify(five) == run.identify(five, threshold=-1.0)
 
-    few, many = (val._replace(results={**val.results, "num_distractors": n}) for n in (98, 99))
+    few, many = (replace(val, results={**val.results, "num_distractors": n}) for n in (98, 99))
     assert few.threshold is None and many.threshold == -1.0
     refused(lambda: few.identify(five), "98 clips of strangers are too few", "\ngive a threshold")
     assert few.identify(five, threshold=-1.0) == many.identify(five)
     # Without distractors, no score is too low, so every clip gets a name.
-    assert all(val._replace(results={"num_distractors": 0}).identify(five).values())
+    assert all(replace(val, results={"num_distractors": 0}).identify(five).values())
 
 
 def test_identify_needs_no_memory_for_all_scores(restored, monkeypatch):
@@ -212,12 +214,12 @@ def test_identify_needs_no_memory_for_all_scores(restored, monkeypatch):
 
     def score_blocks(*_):
         for clips in np.split(np.arange(6400, dtype=np.int32), 100):
-            yield np.zeros((64, 1000), np.float32), clips, np.ones(64, bool)
+            yield ScoreBlock(np.zeros((64, 1000), np.float32), clips, np.ones(64, bool))
 
     request = predict.Request(restored("knn"), "clips", np.arange(6400), names, 64)
     monkeypatch.setattr(predict.Predictor, "request", lambda *_: request)
     monkeypatch.setattr(predict.Predictor, "_score_blocks", score_blocks)
-    run = restored("knn")._replace(identities=people)
+    run = replace(restored("knn"), identities=people)
 
     tracemalloc.start()
     answers = run.identify({}, threshold=-1.0)
