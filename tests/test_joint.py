@@ -14,6 +14,7 @@ import vidjax
 from tests.helpers import small_runs
 from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused
+from vidjax.apps import forget
 from vidjax.evaluation import calibration, predict
 from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.run_folder import RunFolder, make_and_lock
@@ -222,6 +223,7 @@ def test_scores_are_kept_as_an_array_if_the_user_asks(copied):
     scores = np.load(folder / "scores_test.npy", mmap_mode="r")
     names = json.loads((folder / "scores_test.json").read_text())
     assert names == {"clips": [*data.split("test").clips], "identities": [*data.identities]}
+    assert {*names["clips"]} <= {*forget._read_names_of_run(folder)}
     np.testing.assert_array_equal(scores, vidjax.restore(folder).scores(data, split="test"))
     single = RunFolder(folder / "1_plda")
     config = single.config

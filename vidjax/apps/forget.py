@@ -337,6 +337,8 @@ def _read_names_of_run(folder: Path) -> Iterator[str]:
     for path in folder.glob("analysis*.npz"):
         if (facts := files.read_npz(path, INDEX_BYTES).get("facts")) is not None:
             yield from _walk_texts(files.parse_json(facts.tobytes()))
+    for path in folder.glob("scores*.json"):
+        yield from _walk_texts(files.read_json(path, dict, INDEX_BYTES))
     for path in folder.glob("ranking*.txt"):
         for word in re.finditer(rb"\S+", files.read_bytes(path, INDEX_BYTES)):
             yield strip_ending(unescape(word[0].decode(errors="replace")))
