@@ -109,6 +109,7 @@ class Ranker:
         raise NotImplementedError
 
     def _rank(self, request: Request, advance: Advance) -> TopK:
+        """Ranks the clips of a request by their scores."""
         k = SMALL_REQUEST if len(request.clip_index) <= SMALL_REQUEST else topk.MAX_NAMES
 
         def blocks() -> Iterator[topk.ScoreBlock]:
@@ -224,9 +225,10 @@ class Ranker:
     ) -> dict[str, list[tuple[str, float]]]:
         """Returns identity -> its best 100 clips as (name, score), best first.
 
-        Clips with equal scores are in the order of their names. For `clips` and `split`, see
-        `Ranker`. `advance` is called with the number of rows of each finished block, including
-        padding.
+        Clips with equal scores are in the order of their names. If the run is a blend with
+        `config.join.diffusion`, similar clips of the request also change the order, and the scores
+        are those without this change. For `clips` and `split`, see `Ranker`. `advance` is called
+        with the number of rows of each finished block, including padding.
         """
         request = self.request(clips, split)
         top = self._rank(request, advance)
@@ -239,7 +241,7 @@ class Ranker:
         return load_clips(path, self.modalities, self.identities, split=split, quality=quality)
 
     def request(self, clips: FrameClips, split: str | None) -> Request:
-        """Converts clips in any form that `Predictor` takes. Few clips get a small `block_size`."""
+        """Converts clips in any form that `Ranker` takes. Few clips get a small `block_size`."""
         size = self.config.eval.block_size
         if hasattr(clips, "train_batches"):
             data, split = cast(TrainingData, clips), split or str(self.config.eval.split)
@@ -309,7 +311,7 @@ class Predictor(Ranker):
         A clip without a usable frame gets a zero vector. Rows are in the order of the dict, or of
         the split's clip names.
 
-        For `clips` and `split`, see `Predictor`. For `advance`, see `rank`.
+        For `clips` and `split`, see `Ranker`. For `advance`, see `rank`.
         """
         request = self.request(clips, split)
         model = self.model_of(request)

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -35,14 +35,6 @@ from vidjax.utils.errors import UserError, warn
 Tree = TypeVar("Tree")  # a tree of arrays
 # These steps are always logged, because the loss falls fastest at first, and a run may be short.
 FIRST_STEPS = (1, 2, 5, 10)
-
-
-class Task(NamedTuple):
-    """Work for which the training pauses."""
-
-    name: str
-    steps: frozenset[int] | None  # it is done after these steps; None: in every pause
-    run: Callable[[], None]
 
 
 def make_schedule(config: Config, plan: RunPlan) -> dict[str, frozenset[int]]:
@@ -128,12 +120,11 @@ class TrainingLoop:
         stack.callback(self._progress.close)
         self._interruption = stack.enter_context(signals.catch_interruption())
         self._trace = stack.enter_context(profiler.trace_steps(run.workdir, config.profile))
-        self._tasks = (
-            Task("log", schedule["log"], self._log),
-            Task("relabel", schedule["relabel"], run.relabel),
-            Task("save", None, self._save),
-            Task("evaluate", schedule["evaluate"], self._evaluate),
-        )
+        # In the order in which they are done. A task without a schedule is done in every pause.
+        self._tasks = {
+            "log": self._log, "relabel": run.relabel, "save": self._save,
+            "evaluate": self._evaluate,
+        }  # fmt: skip
         self._stops = sorted({self._total, *config.profile}.union(*schedule.values()))
 
     def take_steps(self) -> list[Evaluation]:
@@ -149,9 +140,9 @@ class TrainingLoop:
             interruption.at_once = False
             analysis.import_slow_libraries(report=run.config.eval.report)
             self._progress.advance(num_clips, f"loss {loss:.3f}")
-            for task in self._tasks:
-                if task.steps is None or run.step in task.steps:
-                    task.run()
+            for name, task in self._tasks.items():
+                if name not in self._schedule or run.step in self._schedule[name]:
+                    task()
             if run.step < self._total and not run.is_stopped:
                 interruption.raise_if_interrupted(run.step)
         return self._evaluated

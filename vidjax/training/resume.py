@@ -73,7 +73,12 @@ def start(config: Config, workdir: Path, data: TrainingData, plan: RunPlan, mesh
             return Start(train_step.make_state(init, system.tx, mesh), sets, {}, {})
         source = init_from.find_source(config)
         sets = ensemble.add_trained_clips(sets, source.training_sets)
-        warn_of_trained_clips(config, data, sets)
+        split = data.split(config.eval.split)
+        if ensemble.choose_scoring_members(sets, split.clips)[1]:
+            warn(
+                f"the run config.init_from was trained on clips of {split.name}, so MAP is too "
+                "high\nto measure, choose another split: --config.eval.split=SPLIT"
+            )
         known: dict[str, Any] = {}
 
         def load(state: train_step.TrainState) -> train_step.TrainState:
@@ -99,16 +104,6 @@ def start(config: Config, workdir: Path, data: TrainingData, plan: RunPlan, mesh
     checkpoint.set_aside_later(workdir, manifest["step"])  # training saves these steps again
     state = train_step.convert_from_items(items)
     return Start(state, sets, manifest, continue_facts(manifest, config.num_epochs))
-
-
-def warn_of_trained_clips(config: Config, data: TrainingData, sets: ensemble.TrainingSets) -> None:
-    """Warns if the run `config.init_from` was trained on clips of `config.eval.split`."""
-    split = data.split(config.eval.split)
-    if ensemble.choose_scoring_members(sets, split.clips)[1]:
-        warn(
-            f"the run config.init_from was trained on clips of {split.name}, so MAP is too "
-            "high\nto measure, choose another split: --config.eval.split=SPLIT"
-        )
 
 
 def continue_facts(manifest: Mapping[str, Any], num_epochs: float) -> dict[str, Any]:
