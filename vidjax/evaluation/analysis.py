@@ -18,7 +18,7 @@ from vidjax.core import devices, distributed
 from vidjax.evaluation import blend, eval_step as eval_step_lib, measures, ranking
 from vidjax.evaluation.blend import Load
 from vidjax.evaluation.measures import Arrays, ScoredSplit
-from vidjax.evaluation.scores import Scored, count_positives, save, score, write_scores
+from vidjax.evaluation.scores import Evaluation, count_positives, save, score, write_scores
 from vidjax.evaluation.scoring import TrainedModel, iterate_windows
 from vidjax.evaluation.significance import FEWEST_IDENTITIES
 from vidjax.evaluation.trained_runs import FoundRun, find_run, make_model
@@ -32,16 +32,15 @@ from vidjax.utils import files
 from vidjax.utils.errors import warn
 
 
-def analyse(evaluated: Scored) -> tuple[Analysis, Arrays]:
+def analyse(evaluation: Evaluation) -> tuple[Analysis, Arrays]:
     """Returns the values and the arrays of `analysis.npz`.
 
     If the model has attention, reads the frames of the split again. The analysis of a blend has the
     modalities of its first model, and no attention. The training clips of each identity are counted
     if they are in the data.
     """
-    (model, evaluation, *_), is_blend = evaluated, bool(evaluated.joined)
-    split = evaluation.split
-    names = () if is_blend else model.system.model.vector_names
+    model, split = evaluation.model, evaluation.split
+    names = () if evaluation.joined else model.system.model.vector_names
     matrix = None
     if names and not model.system.frame_is_example:
         matrix = measure_attention(model, split.name)
@@ -116,7 +115,7 @@ def import_slow_libraries(*, report: bool) -> None:
 
 
 def write_results(
-    folder: RunFolder, config: Config, evaluated: Sequence[Scored], about: Mapping[str, Any]
+    folder: RunFolder, config: Config, evaluated: Sequence[Evaluation], about: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Writes the results of splits to the folder of a run. Returns split -> metrics.
 
@@ -133,31 +132,30 @@ def write_results(
         the report when it is repeated.
     """
     metrics = {}
-    for scored in reversed(evaluated):
-        (model, evaluation, more, joined), is_last = scored, scored is evaluated[0]
-        values = {**more, **evaluation.results, **about}
-        metrics[evaluation.split.name] = values
-        paths = folder.paths(evaluation.split.name, apart=bool(values.get("overrides")))
+    for evaluation in reversed(evaluated):
+        model, split, is_last = evaluation.model, evaluation.split, evaluation is evaluated[0]
+        metrics[split.name] = values = {**evaluation.results, **about}
+        paths = folder.paths(split.name, apart=bool(values.get("overrides")))
         pending = {"finished": False} if about.get("finished") and is_last else {}
         if distributed.is_first():
             names = paths.scores.with_suffix(".json")
             for path in (paths.analysis, paths.report, paths.scores, names):
                 path.unlink(missing_ok=True)
-            identities, clips = model.data.identities, evaluation.split.clips
-            ranking.write_ranking(paths.ranking, identities, clips, evaluation.top)
+            identities = model.data.identities
+            ranking.write_ranking(paths.ranking, identities, split.clips, evaluation.top)
             folder.write_metrics({**values, **pending}, paths)
         if config.eval.keep_scores:
-            kept = joined or write_scores(model, evaluation.split.name, folder.path)
+            kept = evaluation.joined or write_scores(model, split.name, folder.path)
             if distributed.is_first():
                 save(kept, paths.scores)
         if config.eval.report:
-            with describe_faults(folder.path, evaluation.split.name):
-                analysis = analyse(scored)
+            with describe_faults(folder.path, split.name):
+                analysis = analyse(evaluation)
                 if distributed.is_first():
                     results.save_analysis(paths.analysis, *analysis)
         if distributed.is_first() and is_last:
             if config.eval.report:
-                write_report(folder, evaluation.split.name)
+                write_report(folder, split.name)
             if pending:
                 folder.write_metrics(values, paths)
     return metrics
@@ -251,23 +249,24 @@ def evaluate(
 
 def score_splits(
     config: Config, folder: RunFolder, run: FoundRun | None, load: Load, mesh: Mesh, *splits: str
-) -> list[Scored]:
+) -> list[Evaluation]:
     """Scores splits, in their order, with a run or, if `run` is None, with a blend of runs.
 
     The default of `splits` are all splits of `config`. In the result, `config.eval.split` is first.
     """
-    evaluated: dict[str, Scored] = {}
+    evaluated: dict[str, Evaluation] = {}
     for split in splits or config_lib.list_splits(config):
         began, one = time.monotonic(), copy.deepcopy(config)
         one.eval.split = split
         if run:
             model = make_model(one, run, load(one), mesh)
             evaluation = score(model, split, each_member=config.eval.members)
-            kept = facts.to_json(run.manifest, only=False)
-            scored = Scored(model, evaluation, {**kept, "step": run.manifest["step"]})
+            entries = facts.to_json(run.manifest, only=False)
+            evaluation.results.update(entries, step=run.manifest["step"])
         else:
-            scored = blend.evaluate(one, folder, load, mesh)
-        data: Any = scored.model.data
-        more = {"data": data.report["data"], "eval_seconds": time.monotonic() - began}
-        evaluated[split] = scored._replace(values={**scored.values, **more})
+            evaluation = blend.evaluate(one, folder, load, mesh)
+        data: Any = evaluation.model.data
+        seconds = time.monotonic() - began
+        evaluation.results.update(data=data.report["data"], eval_seconds=seconds)
+        evaluated[split] = evaluation
     return [evaluated.pop(config.eval.split), *evaluated.values()]

@@ -17,7 +17,7 @@ from vidjax.core import distributed
 from vidjax.data.clips import TrainingData
 from vidjax.evaluation import calibration, diffusion, scores as scores_lib, topk, trained_runs
 from vidjax.evaluation.calibration import Calibration
-from vidjax.evaluation.scores import Scored, Scores
+from vidjax.evaluation.scores import Evaluation, Scores
 from vidjax.evaluation.scoring import TrainedModel
 from vidjax.evaluation.topk import TopK
 from vidjax.models.plda import PLDAIdentifier
@@ -158,7 +158,7 @@ def group_clips(use: np.ndarray) -> list[np.ndarray]:
     return [clips[group == number] for number in range(group.max(initial=-1) + 1)]
 
 
-def evaluate(config: Config, folder: RunFolder, load: Load, mesh: Mesh) -> Scored:
+def evaluate(config: Config, folder: RunFolder, load: Load, mesh: Mesh) -> Evaluation:
     """Scores `config.eval.split` with a blend, and computes the metrics.
 
     If `config.join.learned` is True, learned numbers join the scores, see `calibration`. The first
@@ -173,14 +173,14 @@ def evaluate(config: Config, folder: RunFolder, load: Load, mesh: Mesh) -> Score
     joined = blend.join(numbers, weights)
     blocks = scores_lib.read_blocks(joined)
     top = blend.rank(joined, numbers if config.join.diffusion else None)
-    evaluation = scores_lib.evaluate(blocks, joined, blend.split, top=top)
+    evaluation = scores_lib.evaluate(blocks, joined, blend.models[0], blend.split.name, top=top)
     maps = [scores_lib.compute_map(rank_array(run), blend.split, run.pool) for run in blend.runs]
     rows = [
         {"name": model.name, "weight": weight, "map": value}
         for model, weight, value in zip(blend.models, weights, maps, strict=True)
     ]
     del evaluation.results["eval_clips_per_second"]  # the time of the runs is not in it
-    return Scored(blend.models[0], evaluation, {"runs": rows}, joined)
+    return evaluation._replace(results={**evaluation.results, "runs": rows}, joined=joined)
 
 
 def open_blend(

@@ -11,7 +11,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,20 +72,13 @@ class Scores:
 class Evaluation(NamedTuple):
     """The ranking of a split and its metrics."""
 
+    model: TrainedModel  # the model, or the first model of a blend
     split: Split
     top: TopK  # the best 100 clips of every identity, sorted
     clips: ClipScores  # the best score of every clip. It is -inf if a score of the clip is NaN.
     # Entries of `metrics.json`: counts of clips, the speed, and the MAP of each run or member.
     # If the split has a ground truth, the dict also has the MAP and the other metrics.
     results: dict[str, Any]
-
-
-class Scored(NamedTuple):
-    """An evaluated split."""
-
-    model: TrainedModel  # the model, or the first model of a blend
-    evaluation: Evaluation
-    values: Mapping[str, Any]  # further entries of `metrics.json`
     joined: Scores | None = None  # the scores of a blend
 
 
@@ -232,13 +225,14 @@ def score(
     each = len(members) > 1 and each_member
     blocks = score_blocks(model, split_name, scores.use, each_member=each)
     members = members if each else ()
-    return evaluate(blocks, scores, model.data.split(split_name), members=members, check=check)
+    return evaluate(blocks, scores, model, split_name, members=members, check=check)
 
 
 def evaluate(
     blocks: Iterable[ScoreBlock],
     scores: Scores,
-    split: Split,
+    model: TrainedModel,
+    split_name: str,
     *,
     top: TopK | None = None,
     members: Sequence[ensemble.Member] = (),
@@ -251,10 +245,11 @@ def evaluate(
     Args:
       blocks: the scores of the clips, and of each of `members`.
       scores: the description of the scores. The array is not read.
+      model: the model, or the first model of a blend. It contains the labels of the clips.
       top: another ranking of the clips, which replaces the ranking by scores.
       members, check: see `score`.
     """
-    began, pool = time.monotonic(), scores.pool
+    began, pool, split = time.monotonic(), scores.pool, model.data.split(split_name)
     ranked = [] if top else [ALL, *range(len(members))]
     tops = {number: topk.HostTopK(len(scores.identities)) for number in ranked}
     clips = _make_clip_scores(scores)
@@ -282,7 +277,7 @@ def evaluate(
         "eval_clips_per_second": int(pool.sum()) / max(seconds, 1e-9),
         **({"members": rows} if rows else {}),
     }
-    return Evaluation(split, top, clips, results)
+    return Evaluation(model, split, top, clips, results)
 
 
 def count_positives(split: Split, pool: np.ndarray) -> np.ndarray:

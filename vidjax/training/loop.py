@@ -18,7 +18,7 @@ from vidjax.core import devices, distributed, ensemble, metrics, optim
 from vidjax.data import resident
 from vidjax.data.clips import ClipSource, TrainingData, count_cropped
 from vidjax.evaluation import analysis, eval_step
-from vidjax.evaluation.scores import Evaluation, Scored, score
+from vidjax.evaluation.scores import Evaluation, score
 from vidjax.evaluation.scoring import TrainedModel, start_compiling
 from vidjax.runs import checkpoint, digests, facts, members_file, results as results_lib, signals
 from vidjax.runs.config import Config, list_splits
@@ -89,10 +89,9 @@ def train(
         evaluated = TrainingLoop(run, schedule, stack, log).take_steps()
     # An earlier process may have stopped between the last evaluation and its results.
     evaluations = evaluated or run.evaluate()
-    of_training = run.results() | ({"command": command} if command else {})
-    model, about = run.trained_model(), {"data": data.report["data"]}
-    scored = [Scored(model, evaluation, about) for evaluation in evaluations]
-    metrics = analysis.write_results(RunFolder(workdir), config, scored, of_training)
+    about = {"data": data.report["data"], **run.results()}
+    about |= {"command": command} if command else {}
+    metrics = analysis.write_results(RunFolder(workdir), config, evaluations, about)
     return metrics[config.eval.split]
 
 
@@ -136,6 +135,7 @@ class TrainingLoop:
         run.start_compiling_evaluation()
         while run.step < self._total and not run.is_stopped:
             self._trace(run.step)
+            self._evaluated = []  # frees the weights of an ensemble
             num_clips, loss = run.advance(self._stops[bisect.bisect(self._stops, run.step)])
             interruption.at_once = False
             analysis.import_slow_libraries(report=run.config.eval.report)
