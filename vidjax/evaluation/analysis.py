@@ -85,7 +85,7 @@ def measure_attention(model: TrainedModel, split_name: str) -> np.ndarray | None
     sums to 1, or to 0 if no clip has the vector.
     """
     own, total = model.member(0), None
-    step = model.attention_step or eval_step_lib.make_attention_step(model.system, model.mesh)
+    step = eval_step_lib.make_attention_step(model.system, model.mesh)
     for block in itertools.chain.from_iterable(iterate_windows(model, split_name)):
         attended = step(*own, block)
         real, attended = devices.fetch((block.batch_mask, attended))

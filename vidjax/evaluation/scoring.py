@@ -1,9 +1,7 @@
 """Scores the clips of a split with a trained model, in blocks of clips."""
 
-import contextlib
 import functools
 import itertools
-import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -56,7 +54,6 @@ class TrainedModel(NamedTuple):
       training_sets: the clips that each member was trained on.
       data: the clips. Their labels are 1..C for the identities of this model, or 0 for others.
       mesh, block_size: the devices, and the number of clips that a device scores at a time.
-      attention_step: compiled `eval_step.attention_step`. If it is None, it is compiled when used.
     """
 
     name: str
@@ -68,7 +65,6 @@ class TrainedModel(NamedTuple):
     data: ClipSource
     mesh: Mesh
     block_size: int
-    attention_step: eval_step_lib.EvalStep | None = None
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -243,23 +239,3 @@ def _check_memory(system: System, plan: EvalPlan, block_size: int, mesh: Mesh) -
             f"memory, but only {free / 1e9:,.1f} GB are free\n"
             f"add --config.eval.block_size={max(1, int(block_size * free / size) // 4)}"
         )
-
-
-def start_compiling(model: TrainedModel, split_name: str) -> threading.Thread:
-    """Starts a thread that compiles the programs of an evaluation, and returns the thread.
-
-    The model must have a single member, because the thread copies the weights. The mesh must have a
-    single device, because several devices must start all programs in the same order.
-    """
-    # This copies the weights, because the next training step overwrites them.
-    own, steps = model.member(0), (model.eval_step, model.attention_step)
-
-    def score_block() -> None:
-        with contextlib.suppress(Exception):  # the evaluation raises the error again
-            (block,) = next(iterate_windows(model, split_name))
-            done = [step(*own, block) for step in steps if step]
-            jax.block_until_ready(keep_best(model.system, done[0]))
-
-    thread = threading.Thread(target=score_block)
-    thread.start()
-    return thread

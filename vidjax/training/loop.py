@@ -4,7 +4,6 @@ import bisect
 import contextlib
 import functools
 import statistics
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from vidjax.data import resident
 from vidjax.data.clips import ClipSource, TrainingData, count_cropped
 from vidjax.evaluation import analysis, eval_step
 from vidjax.evaluation.scores import Evaluation, score
-from vidjax.evaluation.scoring import TrainedModel, start_compiling
+from vidjax.evaluation.scoring import TrainedModel
 from vidjax.runs import checkpoint, digests, facts, members_file, results as results_lib, signals
 from vidjax.runs.config import Config, list_splits
 from vidjax.runs.results import Logs
@@ -132,7 +131,6 @@ class TrainingLoop:
         if self._is_pending:
             self._evaluate()
         interruption.at_once = True  # before the first step, no training would be lost
-        run.start_compiling_evaluation()
         while run.step < self._total and not run.is_stopped:
             self._trace(run.step)
             self._evaluated = []  # frees the weights of an ensemble
@@ -222,12 +220,6 @@ class TrainingRun:
         self.config, self.workdir, self.plan, self.mesh = config, workdir, plan, mesh
         self._system = plan.system
         self._eval_step = eval_step.make_eval_step(self._system, mesh)
-        has_vectors = self._system.model.vector_names and not self._system.frame_is_example
-        self._attention_step = (
-            eval_step.make_attention_step(self._system, mesh)
-            if config.eval.report and has_vectors
-            else None
-        )
         self._num_members = len(plan.training_sets.members)
         self._data_digests = digests.hash_data(config, data)
         state, self.training_sets, manifest, self._facts = resume.start(
@@ -255,7 +247,6 @@ class TrainingRun:
         self._rates: list[float] = []  # clips per second of every call of `advance`
         self._train_seconds = 0.0  # sum over all calls of `advance`, including compilation
         self._num_logged = 0  # number of rates that are in the log
-        self._compiling: threading.Thread | None = None  # compiles the evaluation
 
     def _make_feed(
         self, data: TrainingData, layout: resident.ResidentPlan, mode: str
@@ -394,16 +385,9 @@ class TrainingRun:
 
         To end the evaluation early, `check` may raise an error.
         """
-        if self._compiling:
-            self._compiling.join()
         model, each = self.trained_model(), self.config.eval.members
         splits = list_splits(self.config)
         return [score(model, split, each_member=each, check=check) for split in splits]
-
-    def start_compiling_evaluation(self) -> None:
-        """Starts to compile the evaluation in another thread."""
-        if self._num_members == 1 and self.mesh.size == 1:
-            self._compiling = start_compiling(self.trained_model(), self.config.eval.split)
 
     def trained_model(self) -> TrainedModel:
         """Returns the model with the present weights."""
@@ -419,7 +403,6 @@ class TrainingRun:
             self._clips,
             self.mesh,
             self.config.eval.block_size,
-            self._attention_step,
         )
 
     def results(self) -> dict[str, Any]:
