@@ -186,7 +186,7 @@ def test_arrays_are_scored_without_tensorflow(train, python):
 def test_identify_uses_a_measured_threshold_only_if_it_holds_for_new_clips(restored, clips):
     """Among 99 distractors, a new stranger has the best score with a probability of 1 %."""
     run, five = restored("ensemble"), {f"new {n}": clips["val"][n] for n in [*clips["val"]][:5]}
-    assert run.results["map_kind"] == "out_of_fold" and len(run.training_sets.members) > 1
+    assert run.results["map_kind"] == "out_of_fold" and len(run.model.training_sets.members) > 1
     # Only a few members scored each clip of val. All members score a new clip.
     results = {**run.results, predict.THRESHOLD: -1.0, "num_distractors": 99}
     run = replace(run, results=results)

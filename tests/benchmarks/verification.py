@@ -175,7 +175,7 @@ def load_run(run: Path) -> tuple[np.ndarray, np.ndarray, Callable[..., Backend]]
         vectors.append(x[usable])
         names = zip(found.names, found.labels, usable, strict=True)
         people += [label or f"{split} {name}" for name, label, has in names if has]
-    settings = predictor.system.model.gallery_settings()
+    settings = predictor.model.system.model.gallery_settings()
 
     def fit(x: np.ndarray, labels: np.ndarray) -> Backend:
         return backend_lib.fit({"face": x}, labels, centred=True, settings=settings)

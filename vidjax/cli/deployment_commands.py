@@ -96,7 +96,7 @@ def _write_run(
 
     public.open_run(source)  # if it is no run, the error gives a remedy
     run = predict.restore_run(source, step=step, num_devices=1)
-    size = sum(x.nbytes for x in jax.tree.leaves((run.params, run.model_state)))
+    size = sum(x.nbytes for x in jax.tree.leaves((run.model.params, run.model.model_state)))
     if target.bounded and size >= function.LARGEST:
         raise UserError(
             f"--format={name} is limited to {function.LARGEST / 1e9:.1f} GB, but the weights have "

@@ -31,7 +31,7 @@ from vidjax.evaluation.eval_step import embed_step
 from vidjax.evaluation.scores import Scores
 from vidjax.evaluation.scoring import TrainedModel, iterate_windows
 from vidjax.evaluation.topk import TopK
-from vidjax.models.two_covariance import all_log_ratios
+from vidjax.models.two_covariance import all_log_ratios, split_embeddings
 
 NEIGHBOURS = 5
 SCALE = 0.1  # a typical `Settings.scale`
@@ -75,11 +75,11 @@ def view_groups(
             vectors, index, mask = devices.fetch(done)
             found[index[mask]] = vectors[mask]
         solved = devices.fetch(own[1]["solved"])
-        views, ends = [], np.cumsum([*widths.values()])[:-1]
-        for name, x in zip(widths, np.split(found[clips], ends, axis=1), strict=True):
-            space, norm = solved[name]["space"], np.linalg.norm(x, axis=1, keepdims=True)
-            z = (x / np.where(norm > 0, norm, 1) - space.mean) @ space.transform
-            views.append(View(z, norm[:, 0] > 0, space.ratio, SCALE * factor))
+        views = []
+        for name, x in split_embeddings(found[clips], widths).items():
+            space = solved[name]["space"]
+            z = (x - space.mean) @ space.transform
+            views.append(View(z, np.any(x != 0, axis=1), space.ratio, SCALE * factor))
         yield views
 
 

@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from vidjax.core import devices, ensemble, metrics
+from vidjax.core import devices, metrics
 from vidjax.core.batch import Batch
 from vidjax.data.clips import ClipSource, TrainingData
 from vidjax.data.input_files import load_clips
@@ -36,11 +34,10 @@ from vidjax.evaluation.topk import TopK
 from vidjax.evaluation.trained_runs import (
     check_widths,
     find_run,
-    load_weights,
+    load_model,
     select_sets,
     warn_of_missing_modalities,
 )
-from vidjax.models.build_system import System, make_system
 from vidjax.runs import config as config_lib, config_io, schemas
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import RunFolder
@@ -92,7 +89,6 @@ class Ranker:
     config: Config
     identities: tuple[str, ...]
     modalities: Mapping[str, int]
-    mesh: Mesh
 
     def embed(
         self, clips: FrameClips, *, split: str | None = None, advance: Advance = ignore_count
@@ -267,19 +263,13 @@ class Predictor(Ranker):
     Attributes:
       step: number of optimiser steps before the checkpoint was saved.
       manifest: manifest of the checkpoint, with the checked sha256 of every file.
-      params, model_state: parameters and other variables, trees of arrays [E, ...] for the E
-        members (nets) of an ensemble.
-      training_sets: the clips that each member was trained on.
-      score_fn, embed_fn: compute a member's scores [B, C] and embeddings [B, D] of B clips.
+      model: the model with its weights, without clips.
+      embed_fn: computes a member's embeddings [B, D] of B clips.
     """
 
     step: int
     manifest: Mapping[str, Any]
-    params: Mapping[str, Any]
-    model_state: Mapping[str, Any]
-    training_sets: ensemble.TrainingSets
-    system: System
-    score_fn: eval_step_lib.EvalStep
+    model: TrainedModel
     embed_fn: eval_step_lib.EvalStep
 
     def __repr__(self) -> str:
@@ -314,7 +304,7 @@ class Predictor(Ranker):
         For `clips` and `split`, see `Ranker`. For `advance`, see `rank`.
         """
         request = self.request(clips, split)
-        model = self.model_of(request)
+        model = self.model._replace(data=request.data, block_size=request.block_size)
         warn_of_missing_modalities(request.data.split(request.split), self.modalities)
         vectors: np.ndarray | None = None
         for blocks in iterate_windows(model, request.split):
@@ -331,30 +321,23 @@ class Predictor(Ranker):
         return vectors[request.clip_index]
 
     def model_of(self, request: Request) -> TrainedModel:
-        """Returns the model of the run, with its weights, together with the clips to evaluate."""
-        return TrainedModel(
-            str(self.workdir), self.system, self.score_fn, self.params, self.model_state,
-            self.training_sets, request.data, self.mesh, request.block_size,
-        )  # fmt: skip
-
-    def model_for(self, request: Request) -> TrainedModel:
-        """Returns the model of a request. No member scores its training clips."""
-        sets = select_sets(self.training_sets, self.manifest["data"], request.data, request.split)
-        return self.model_of(request)._replace(training_sets=sets)
+        """Returns the model for the clips of a request. No member scores its training clips."""
+        data, split, size = request.data, request.split, request.block_size
+        sets = select_sets(self.model.training_sets, self.manifest["data"], data, split)
+        return self.model._replace(training_sets=sets, data=data, block_size=size)
 
     def _score_blocks(self, request: Request) -> Iterator[ScoreBlock]:
-        model = self.model_for(request)
+        model = self.model_of(request)
         warn_of_missing_modalities(request.data.split(request.split), self.modalities)
         return score_blocks(model, request.split, describe(model, request.split).use)
 
     def embed_blocks(self, blocks: Sequence[Batch]) -> list[np.ndarray]:
         """Returns for each block an array [B, D], the concatenated embeddings of all members."""
         parts: list[list[np.ndarray]] = [[] for _ in blocks]
-        for number, member in enumerate(self.training_sets.members):
-            params, model_state = ensemble.take((self.params, self.model_state), number)
+        for number in range(len(self.model.training_sets.members)):
+            own = self.model.member(number)
             for part, block in zip(parts, blocks, strict=True):
-                hidden_chunk = jnp.int32(member.view)
-                part.append(np.asarray(self.embed_fn(params, model_state, hidden_chunk, block)))
+                part.append(np.asarray(self.embed_fn(*own, block)))
         return [np.concatenate(part, axis=1) for part in parts]
 
 
@@ -376,7 +359,7 @@ class JointPredictor(Ranker):
         return f"<blend '{self.workdir}' of {len(self.runs)} runs>"
 
     def _join(self, request: Request) -> tuple[blend.Blend, Scores]:
-        models = (run.model_for(request) for run in self.runs)
+        models = (run.model_of(request) for run in self.runs)
         joint = blend.Blend(models, request.split)
         return joint, joint.join(self.numbers, self.weights)
 
@@ -410,7 +393,6 @@ def restore(
         config=config,
         identities=runs[0].identities,
         modalities={name: width for run in runs for name, width in run.modalities.items()},
-        mesh=runs[0].mesh,
         runs=runs,
         numbers=numbers,
         weights=blend.parse_weights(config, folder),
@@ -442,8 +424,7 @@ def restore_run(
     devices.cache_programs(files.cache_root())
     mesh = devices.make_mesh(num_devices)
     run = find_run(config, folder)
-    system = make_system(config.to_dict(), run.task)
-    params, model_state = load_weights(run, system, mesh)
+    model = load_model(config, run, mesh)
     return Predictor(
         workdir=workdir,
         step=run.manifest["step"],
@@ -452,13 +433,8 @@ def restore_run(
         config=config,
         identities=run.identities,
         modalities=dict(run.task.modalities),
-        params=params,
-        model_state=model_state,
-        training_sets=run.training_sets,
-        system=system,
-        score_fn=eval_step_lib.make_eval_step(system, mesh),
-        embed_fn=jax.jit(functools.partial(eval_step_lib.embed_step, system)),
-        mesh=mesh,
+        model=model,
+        embed_fn=jax.jit(functools.partial(eval_step_lib.embed_step, model.system)),
     )
 
 

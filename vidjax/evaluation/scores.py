@@ -222,9 +222,8 @@ def score(
     have NaN scores.
     """
     scores, members = describe(model, split_name), model.training_sets.members
-    each = len(members) > 1 and each_member
-    blocks = score_blocks(model, split_name, scores.use, each_member=each)
-    members = members if each else ()
+    members = members if each_member and len(members) > 1 else ()
+    blocks = score_blocks(model, split_name, scores.use, each_member=bool(members))
     return evaluate(blocks, scores, model, split_name, members=members, check=check)
 
 

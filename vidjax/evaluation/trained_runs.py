@@ -7,7 +7,7 @@ UserError if the data do not fit the run.
 import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from jax.sharding import Mesh
@@ -16,7 +16,7 @@ from vidjax.core import devices, ensemble
 from vidjax.data.clips import ClipSource, Split, TrainingData, select_modalities
 from vidjax.evaluation.eval_step import make_eval_step
 from vidjax.evaluation.scoring import TrainedModel
-from vidjax.models.build_system import System, TaskSpec, make_system
+from vidjax.models.build_system import TaskSpec, make_system
 from vidjax.runs import checkpoint, config_io, members_file
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.config import Config
@@ -55,13 +55,22 @@ def make_model(config: Config, run: FoundRun, data: TrainingData, mesh: Mesh) ->
     """Builds the model of a run from `config`, with its weights and a dataset to evaluate."""
     data = fit_data(data, config, run)
     warn_of_missing_modalities(data.split(config.eval.split), run.task.modalities)
-    system = make_system(config.to_dict(), run.task)
-    params, model_state = load_weights(run, system, mesh)
-    step = make_eval_step(system, mesh)
-    name = str(run.folder.path)
     sets = select_sets(run.training_sets, run.manifest["data"], data, config.eval.split)
-    size = config.eval.block_size
-    return TrainedModel(name, system, step, params, model_state, sets, data, mesh, size)
+    return load_model(config, run, mesh)._replace(training_sets=sets, data=data)
+
+
+def load_model(config: Config, run: FoundRun, mesh: Mesh) -> TrainedModel:
+    """Builds the model of a run from `config`, with its weights, but without clips to evaluate."""
+    system, sets = make_system(config.to_dict(), run.task), run.training_sets
+    params, model_state = system.compute_shapes(len(sets.members))
+    saved = {"params": params, "model_state": model_state}
+    items = checkpoint.load(run.checkpoint, saved, devices.replicated_layout(mesh))
+    model_state = system.model.finalise_state(items["params"], items["model_state"])
+    return TrainedModel(
+        str(run.folder.path), system, make_eval_step(system, mesh), items["params"],
+        devices.replicate(mesh, model_state), sets, cast(ClipSource, None), mesh,
+        config.eval.block_size,
+    )  # fmt: skip
 
 
 def find_run(config: Config, folder: RunFolder) -> FoundRun:
@@ -176,17 +185,6 @@ def warn_of_missing_modalities(split: Split, modalities: Collection[str]) -> Non
     if len(rare) * present.shape[1] >= FEWEST_GAPS:
         counts = ", ".join(f"{100 * share:.0f} % have {name}" for name, share in rare.items())
         warn(f"the run uses {', '.join(rare)}, but of {present.shape[1]:,} clips, {counts}")
-
-
-def load_weights(
-    run: FoundRun, system: System, mesh: Mesh
-) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Returns the parameters and the other variables of the E nets of a run, arrays [E, ...]."""
-    params, model_state = system.compute_shapes(len(run.training_sets.members))
-    saved = {"params": params, "model_state": model_state}
-    items = checkpoint.load(run.checkpoint, saved, devices.replicated_layout(mesh))
-    model_state = system.model.finalise_state(items["params"], items["model_state"])
-    return items["params"], devices.replicate(mesh, model_state)
 
 
 def load_training_sets(workdir: Path, manifest: Mapping[str, Any]) -> ensemble.TrainingSets:

@@ -96,6 +96,20 @@ def unit_vectors_from(centre: np.ndarray, x: np.ndarray) -> np.ndarray:
     return np.where(np.any(x != 0, axis=1, keepdims=True), unit, 0.0)
 
 
+def split_embeddings(values: np.ndarray, widths: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Splits embeddings [N, sum of D] into unit vectors, name -> [N, D] float32.
+
+    `widths` are name -> D, in order. Rows of zeros stay 0.
+    """
+    parts, at = {}, 0
+    for name, width in widths.items():
+        x = values[:, at : at + width].astype(np.float64)
+        norm = np.sqrt(np.vecdot(x, x))[:, None]
+        parts[name] = (x / np.where(norm > 0, norm, 1.0)).astype(np.float32)
+        at += width
+    return parts
+
+
 class Covariances(NamedTuple):
     """The covariances of a modality's vectors, W within and B between classes, before shrinkage."""
 

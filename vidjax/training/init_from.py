@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from vidjax.core import devices, ensemble
 from vidjax.evaluation import trained_runs
-from vidjax.models.build_system import System, TaskSpec, make_model, make_system
+from vidjax.models.build_system import System, TaskSpec, make_model
 from vidjax.runs import checkpoint
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.config import Config
@@ -88,8 +88,8 @@ def load_state(
     Returns:
       The state, and the fact `init_from` of the new run.
     """
-    theirs = make_system(source.folder.config.to_dict(), source.task)
-    old = _flatten(trained_runs.load_weights(source, theirs, mesh))
+    theirs = trained_runs.load_model(source.folder.config, source, mesh)
+    old = _flatten((theirs.params, theirs.model_state))
     weights = (state.params, state.model_state)
     columns = match_columns(source, system.task, identities)
     wider, width = _compute_wider_shapes(system, config), source.task.num_columns

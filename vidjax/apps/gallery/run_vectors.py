@@ -16,6 +16,7 @@ from vidjax.apps.gallery.vectors import Advance, Vectors, select_usable_clips
 from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, TrainingData, longest
 from vidjax.data.memory import FrameClips, MemoryClips, warn_of_zeros
 from vidjax.data.packed_clips import Quality
+from vidjax.models.two_covariance import split_embeddings
 from vidjax.runs.terminal import ignore_count, say
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, check_argument
@@ -42,7 +43,9 @@ def restore(run: "Predictor | str | Path") -> "Predictor":
 def make_origin(run: "Predictor") -> VectorOrigin:
     """Describes a run by its folder and a digest of its weights."""
     digest = files.sha256_json(sorted(run.manifest["files"].items()))
-    return VectorOrigin(str(run.workdir), digest, run.system.model.gallery_settings() is not None)
+    return VectorOrigin(
+        str(run.workdir), digest, run.model.system.model.gallery_settings() is not None
+    )
 
 
 class RunVectors(NamedTuple):
@@ -116,7 +119,7 @@ def fit(
             "training clips are 0\ntrain a run on more people, and on clips with usable frames"
         )
     origin = make_origin(run)
-    settings = run.system.model.gallery_settings()
+    settings = run.model.system.model.gallery_settings()
     if settings and measure_shared(clips, widths) > backend_lib.MOST_SHARED:
         say(
             "the clips of each person are as alike as photos of one day, so they count as "
@@ -151,11 +154,6 @@ def pad_batches(
 
 def _make_parts(run: "Predictor", values: np.ndarray) -> dict[str, np.ndarray]:
     """Splits embeddings [N, sum of D] into unit vectors, modality -> [N, D] float32."""
-    parts, at, model = {}, 0, run.system.model
-    plda = model.gallery_settings()
-    for name, width in (model.modalities if plda else {EMBEDDING: values.shape[1]}).items():
-        x = values[:, at : at + width].astype(np.float64)
-        norm = np.sqrt(np.vecdot(x, x))[:, None]
-        parts[name] = (x / np.where(norm > 0, norm, 1.0)).astype(np.float32)
-        at += width
-    return parts
+    model = run.model.system.model
+    widths = model.modalities if model.gallery_settings() else {EMBEDDING: values.shape[1]}
+    return split_embeddings(values, widths)

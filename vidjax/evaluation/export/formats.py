@@ -185,7 +185,7 @@ def make_run_arrays(run: "Predictor") -> dict[str, np.ndarray]:
     from vidjax.models.plda import PLDAIdentifier
 
     config = run.config
-    if not isinstance(run.system.model, PLDAIdentifier):
+    if not isinstance(run.model.system.model, PLDAIdentifier):
         raise UserError(
             "--format=numpy supports only runs of configs/plda.py and galleries, not runs of the "
             f"model '{config.model.name}'\nchoose --format=safetensors"
@@ -196,9 +196,9 @@ def make_run_arrays(run: "Predictor") -> dict[str, np.ndarray]:
             "config.eval.top_classes=0 and config.ensemble.views=0\n"
             "choose --format=safetensors"
         )
-    solved = jax.device_get(run.model_state["solved"])
+    solved = jax.device_get(run.model.model_state["solved"])
     columns = slice(1, 1 + len(run.identities))
-    members = len(run.training_sets.members)
+    members = len(run.model.training_sets.members)
     settings = solved["settings"]
     arrays = {name: getattr(settings, name) for name in ("scale", "unenrolled", "stranger")}
     arrays["temperature"] = np.full(members, config.eval.temperature)
@@ -232,7 +232,7 @@ def compute_unit_means(run: "Predictor", inputs: Mapping[str, np.ndarray]) -> di
 
     @jax.jit
     def compute(frames: "Mapping[str, Frames]") -> "dict[str, Array]":
-        fused = run.system.fuse(None, frames, jax.numpy.int32(0))
+        fused = run.model.system.fuse(None, frames, jax.numpy.int32(0))
         return {part: unit_mean(fused[part]) for part in run.modalities}
 
     means = compute(function.make_batch(run, inputs).frames)

@@ -15,7 +15,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from vidjax.core import ensemble, fusion
+from vidjax.core import fusion
 from vidjax.core.batch import Array, Batch, Frames
 from vidjax.data.clips import MAX_EVAL_FRAMES
 from vidjax.evaluation import eval_step
@@ -44,7 +44,7 @@ def input_shapes(run: Predictor) -> Shapes:
     modality has its own number of frames. If the run classifies single frames
     (`after_fusion=examples`), all modalities have the same number.
     """
-    same_length = run.system.frame_is_example
+    same_length = run.model.system.frame_is_example
     scope = jax.export.SymbolicScope()
     shapes = {}
     for name, width in run.modalities.items():
@@ -69,10 +69,11 @@ def compute_outputs(run: Predictor, members: Sequence[Member], inputs: Inputs) -
     `input_shapes`. The weights are from `members`, see `get_members`, and not from `run`.
     """
     batch = make_batch(run, inputs)
-    if run.system.frame_is_example:
-        fused = _fuse_clips(run.system, batch.frames)
+    if run.model.system.frame_is_example:
+        fused = _fuse_clips(run.model.system, batch.frames)
         fusions = {name: lambda *_, frames=frames: frames for name, frames in fused.items()}
-        run = dataclasses.replace(run, system=run.system._replace(fuse_eval=fusions))
+        system = run.model.system._replace(fuse_eval=fusions)
+        run = dataclasses.replace(run, model=run.model._replace(system=system))
     return {
         "scores": _compute_scores(run, members, batch),
         "embeddings": _compute_embeddings(run, members, batch),
@@ -140,16 +141,13 @@ def get_members(run: Predictor) -> list[Member]:
     hidden from the member. If `System.num_chunks` is None, no chunk is hidden, and `view` is not
     used.
     """
-    weights = run.params, run.model_state
-    return [
-        (*jax.device_get(ensemble.take(weights, number)), jnp.int32(member.view))
-        for number, member in enumerate(run.training_sets.members)
-    ]
+    count = len(run.model.training_sets.members)
+    return [jax.device_get(run.model.member(number)) for number in range(count)]
 
 
 def _compute_scores(run: Predictor, members: Sequence[Member], batch: Batch) -> Array:
     """Computes the mean scores [B, C] of all members, like `scoring.score_blocks`."""
-    system, count = run.system, len(run.identities)
+    system, count = run.model.system, len(run.identities)
     each = [
         eval_step.eval_step(system, params, state, view, batch)[:, 1 : 1 + count]
         for params, state, view in members
@@ -168,7 +166,7 @@ def _compute_scores(run: Predictor, members: Sequence[Member], batch: Batch) -> 
 def _compute_embeddings(run: Predictor, members: Sequence[Member], batch: Batch) -> Array:
     """Computes the embeddings [B, D], like `Predictor.embed`."""
     parts = [
-        eval_step.embed_step(run.system, params, state, view, batch)
+        eval_step.embed_step(run.model.system, params, state, view, batch)
         for params, state, view in members
     ]
     vectors = jnp.concatenate(parts, axis=1)
@@ -195,7 +193,7 @@ def make_random_clips(run: Predictor, seed: int = 0, padding: int = 2) -> Random
     # would hide that it has a single frame.
     rng, inputs = np.random.default_rng(seed), {}
     names, longest = list(run.modalities), max(LENGTHS) + padding
-    uneven = run.system.frame_is_example and len(names) > 1
+    uneven = run.model.system.frame_is_example and len(names) > 1
     lengths = np.array([*LENGTHS, UNEVEN_LENGTH] if uneven else LENGTHS)
     clips: list[dict[str, Any]] = [{} for _ in lengths]
     for name, width in run.modalities.items():
