@@ -198,6 +198,22 @@ def test_runs_with_other_folds_are_refused_if_numbers_are_learned(joint, tmp_pat
     assert metrics["num_clips"] == len(data.split("val").clips)
 
 
+def test_runs_that_score_no_common_clip_are_refused(joint, tmp_path):
+    config, _, data = joint
+    own = config_io.load_system(config, config.join.systems[0], final=False)
+    own.eval.split = "val"
+    for number in (0, 1):
+        own.ensemble.only = (number,)
+        with make_and_lock(tmp_path / str(number)):
+            public.train_run(own, RunFolder(tmp_path / str(number)), data)
+    config = config_lib.default()
+    config.join.runs = (str(tmp_path / "0"), str(tmp_path / "1"))
+    made = RunFolder(tmp_path / "made")
+    made.path.mkdir()
+    refused(lambda: public.evaluate_run(config, made, data), "no clip is scored by all", "folds")
+    assert not [*made.path.iterdir()]
+
+
 def test_restored_blend_ranks_new_clips_as_the_command_did(joint):
     _, folder, data = joint
     clips = data.split("test").clips

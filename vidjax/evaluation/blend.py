@@ -124,15 +124,15 @@ class Blend:
 
     def rank(self, joined: Scores, numbers: schemas.Join | None) -> TopK:
         """Ranks the clips by their joint scores or, if there are numbers, after diffusion."""
-        models = [isinstance(model.system.model, PLDAIdentifier) for model in self.models]
-        if not (numbers and any(models)):
-            return rank_array(joined)
-        groups, factors = group_clips(joined.use), np.exp(numbers.scale[-1])
-        each = zip(self.models, self.runs, factors.tolist(), strict=True)
+        factors = np.exp(numbers.scale[-1]).tolist() if numbers else []
+        groups, each = group_clips(joined.use), zip(self.models, self.runs, factors, strict=False)
         views = [
             diffusion.view_groups(model, self.split.name, run.use, groups, factor)
-            for model, run, factor in itertools.compress(each, models)
+            for model, run, factor in each
+            if isinstance(model.system.model, PLDAIdentifier)
         ]
+        if not views:
+            return rank_array(joined)
         seen = [
             (joined.row[clips], [*itertools.chain(*own)])
             for clips, *own in zip(groups, *views, strict=True)

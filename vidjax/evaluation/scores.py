@@ -97,14 +97,11 @@ def describe(model: TrainedModel, split_name: str) -> Scores:
             "score the clips\nchoose other clips, or another split with --config.eval.split"
         )
     # A member of a fold or of a bootstrap sample may skip clips.
-    skips = any(
-        max(member.fold, member.bootstrap) >= 0 and not scored.all()
-        for member, scored in zip(sets.members, use, strict=True)
-    )
+    may_skip = np.array([max(member.fold, member.bootstrap) >= 0 for member in sets.members])
     return Scores(
         array=np.empty((0, len(model.data.identities)), np.float32),
         use=use,
-        kind="in_sample" if in_sample else "out_of_fold" if skips else split_name,
+        kind="in_sample" if in_sample else split_name if use[may_skip].all() else "out_of_fold",
         logs=model.system.scores_are_logs,
         complete=not model.system.top_classes,
         clips=clips,
@@ -139,8 +136,6 @@ def allocate(scores: Scores, folder: Path | None = None) -> Scores:
     """
     place = folder or Path(tempfile.gettempdir())
     shape = int(scores.pool.sum()), len(scores.identities)
-    if not all(shape):
-        return scores
     if (size := 4 * math.prod(shape)) > LARGE:
         say(f"scores take {size / 1e9:,.1f} GB in '{place}' until the results are written")
     with tempfile.TemporaryFile(dir=place) as file:  # it has no name, so a kill leaves no file
@@ -180,6 +175,11 @@ def combine(
     joint logarithms, [B, C].
     """
     pool = np.all([run.pool for run in runs], axis=0)
+    if not pool.any():
+        raise UserError(
+            "--runs: no clip is scored by all of these runs, because each leaves out other clips\n"
+            "join runs with the same --config.ensemble.folds and --config.ensemble.only"
+        )
     kinds = {run.kind for run in runs}
     worst = next((kind for kind in ("in_sample", "out_of_fold") if kind in kinds), runs[0].kind)
     joined = dataclasses.replace(

@@ -2,7 +2,6 @@
 
 import bisect
 import contextlib
-import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -27,7 +26,7 @@ from vidjax.runs.terminal import Progress, say
 from vidjax.runs.versions import collect_versions
 from vidjax.training import early_stop, feed as feed_lib, profiler, resume, train_step
 from vidjax.training.placement import agree_on_placement
-from vidjax.training.plan import Relabel, RunPlan, describe_repeated_clips, make_plan, make_relabel
+from vidjax.training.plan import RunPlan, describe_repeated_clips, make_plan, make_relabel
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, warn
 
@@ -244,6 +243,7 @@ class TrainingRun:
             **digests.hash_companions(data.identities, self.training_sets),
             **facts.to_json(self._facts), "mode": mode, "group_size": size,
         }  # fmt: skip
+        self._compute_labels = make_relabel(config, plan, mesh)
         self._rates: list[float] = []  # clips per second of every call of `advance`
         self._train_seconds = 0.0  # sum over all calls of `advance`, including compilation
         self._num_logged = 0  # number of rates that are in the log
@@ -340,10 +340,6 @@ class TrainingRun:
         rate = statistics.median(self._rates[self._num_logged :])
         self._num_logged = len(self._rates)
         return {"clips_per_second": rate, "waited_seconds": self._feed.waited}
-
-    @functools.cached_property
-    def _compute_labels(self) -> Relabel:
-        return make_relabel(self.config, self.plan, self.mesh)
 
     def relabel(self) -> None:
         """Changes each member's labels of distractors in no cluster: `noise_classes.relabel`."""
