@@ -2,10 +2,8 @@
 
 import contextlib
 import copy
-import functools
 import itertools
 import shlex
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -97,21 +95,6 @@ def measure_attention(model: TrainedModel, split_name: str) -> np.ndarray | None
         return None
     weight = total.sum(axis=0)  # the number of clips in which vector j has attention
     return total / np.where(weight > 0, weight, 1.0)
-
-
-@functools.cache
-def import_slow_libraries(*, report: bool) -> None:
-    """Starts a thread that imports Orbax and, if `report` is True, the module of the report."""
-
-    def load() -> None:
-        # The code that needs a library reports the error. OSError: matplotlib finds no folder.
-        with contextlib.suppress(ImportError, OSError):
-            from orbax.checkpoint import v1  # noqa: F401
-
-            if report:
-                from vidjax.evaluation.report import run_page  # noqa: F401
-
-    threading.Thread(target=load, daemon=True).start()
 
 
 def write_results(

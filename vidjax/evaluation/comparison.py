@@ -96,8 +96,7 @@ class Comparison(NamedTuple):
         for run, gap in zip(self.runs, [None, *self.differences], strict=True):
             map_kind = run.metrics["map_kind"]
             row = {"run": run.name, "map": float(run.ap.mean()), "map_kind": map_kind}
-            marks = {fact.key for fact in facts.FACTS if fact.sentence}
-            row |= {key: x for key, x in facts.to_json(run.metrics).items() if key in marks}
+            row |= facts.to_json(run.metrics)
             if run.seeds:
                 row["seeds"] = [{"run": name, "map": value} for name, value in run.seeds]
             if gap:

@@ -135,7 +135,6 @@ class TrainingLoop:
             self._evaluated = []  # frees the weights of an ensemble
             num_clips, loss = run.advance(self._stops[bisect.bisect(self._stops, run.step)])
             interruption.at_once = False
-            analysis.import_slow_libraries(report=run.config.eval.report)
             self._progress.advance(num_clips, f"loss {loss:.3f}")
             for name, task in self._tasks.items():
                 if name not in self._schedule or run.step in self._schedule[name]:
