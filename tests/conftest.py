@@ -84,10 +84,10 @@ def fault_seed(request: pytest.FixtureRequest, campaign: bool) -> int:
 @pytest.fixture(scope="session", autouse=True)
 def compile_cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> None:
     """All processes and later runs share compiled programs. `--cache-clear` deletes them."""
-    from vidjax.core import devices
+    from vidjax.runs import programs
 
     kept = getattr(pytestconfig, "cache", None)  # none with -p no:cacheprovider
-    devices.cache_programs(kept.mkdir("xla") if kept else tmp_path_factory.mktemp("xla"))
+    programs.cache_programs(kept.mkdir("xla") if kept else tmp_path_factory.mktemp("xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 

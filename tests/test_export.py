@@ -22,10 +22,11 @@ from tests.helpers.seen import refused
 from vidjax.apps.cards import BackEnd
 from vidjax.apps.gallery.backend import make_card_backend
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.core import devices, fusion
+from vidjax.core import fusion
 from vidjax.evaluation import predict
 from vidjax.evaluation.export import array_files, formats, function, reader, weights
 from vidjax.evaluation.export.formats import FORMATS
+from vidjax.runs import programs
 
 # Configurations and their overrides. Of the eleven nets of `views`, two are enough.
 SYSTEMS = {
@@ -152,7 +153,7 @@ def test_failed_export_leaves_no_folder(nearest_run, tmp_path, export, monkeypat
 def test_export_to_a_full_disk_names_the_file(nearest_run, tmp_path, export, limit, name, file):
     for package in FORMATS[name].packages:
         pytest.importorskip(package)
-    with devices.disable_program_cache(), file_limit(limit):
+    with programs.disable_program_cache(), file_limit(limit):
         error = export(nearest_run, name, code=2)
     assert "cannot write" in error and f"/{file}'" in error and "free some space" in error
     assert not list(tmp_path.iterdir())

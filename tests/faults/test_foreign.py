@@ -20,7 +20,7 @@ from tests.helpers.seen import contents, refused
 from vidjax.cli import config_command, program, run_commands
 from vidjax.core import devices
 from vidjax.data.records import codec  # TFDS, whose import takes a while
-from vidjax.runs import checkpoint, config as config_lib, config_io, results
+from vidjax.runs import checkpoint, config as config_lib, config_io, programs, results
 from vidjax.runs.run_folder import RunFolder
 from vidjax.utils import files
 
@@ -377,7 +377,7 @@ def test_compiled_programs_are_cached_only_where_other_users_cannot_write(tmp_pa
 
     cache.chmod(0o777)  # other users may add a program
     with pytest.warns(UserWarning, match=f"chmod go-w {cache}") as warned:
-        devices.cache_programs(cache)
+        programs.cache_programs(cache)
     assert jax.config.values["jax_compilation_cache_dir"] is None
     # In some containers, the folder `/` belongs to nobody, so every cache folder is refused. The
     # warning names the variable with which the user can choose a folder anyway.
@@ -388,5 +388,5 @@ def test_compiled_programs_are_cached_only_where_other_users_cannot_write(tmp_pa
         os.chown(cache, 12345, 12345)  # the folder belongs to another user
         assert files.find_foreign_folder(cache / "programs") == cache
         os.chown(cache, 0, 0)
-    devices.cache_programs(cache)
+    programs.cache_programs(cache)
     assert f"{cache}/programs/" in str(jax.config.values["jax_compilation_cache_dir"])

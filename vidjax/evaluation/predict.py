@@ -38,7 +38,7 @@ from vidjax.evaluation.trained_runs import (
     select_sets,
     warn_of_missing_modalities,
 )
-from vidjax.runs import config as config_lib, config_io, schemas
+from vidjax.runs import config as config_lib, config_io, programs, schemas
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import RunFolder
 from vidjax.runs.terminal import ignore_count
@@ -421,7 +421,7 @@ def restore_run(
             f"name one of these runs: {', '.join(map(str, paths))}"
         )
     config.eval.checkpoint = step
-    devices.cache_programs(files.cache_root())
+    programs.cache_programs(files.cache_root())
     mesh = devices.make_mesh(num_devices)
     run = find_run(config, folder)
     model = load_model(config, run, mesh)

@@ -55,10 +55,11 @@ def load_config(spec: str | Path, *overrides: str) -> Config:
 def set_up_devices(config: Config) -> None:
     """Finds the devices and sets the program cache. Raises UserError if no device is usable."""
     from vidjax.core import devices
+    from vidjax.runs import programs
 
     if config.deterministic:
-        devices.make_deterministic()
-    devices.cache_programs(files.cache_root(config.data.cache_dir))
+        programs.make_deterministic()
+    programs.cache_programs(files.cache_root(config.data.cache_dir))
     devices.make_mesh()
 
 

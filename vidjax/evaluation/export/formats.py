@@ -45,8 +45,8 @@ def stablehlo(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
     import jax
     import jax.export
 
-    from vidjax.core import devices
     from vidjax.evaluation.export import function
+    from vidjax.runs import programs
 
     path = folder / "model.stablehlo"
     export = jax.export.export(jax.jit(function.make_function(run)), platforms=PLATFORMS)
@@ -55,7 +55,7 @@ def stablehlo(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
 
     def predict_outputs(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         # A program is compiled for each input size and contains all weights, so it is not cached.
-        with devices.disable_program_cache():
+        with programs.disable_program_cache():
             return jax.device_get(jax.jit(loaded.call).lower(inputs).compile()(inputs))
 
     return predict_outputs
