@@ -91,11 +91,11 @@ def test_error_without_a_home_names_the_variable_of_the_cache(monkeypatch):
         files.cache_root()
 
 
-@pytest.mark.parametrize("handler", [
-    "signal.signal(signal.SIGTERM, exit_codes.stop_at_once)",
-    "signals.end_on_signals()",  # a thread removes the folders while the program writes
+@pytest.mark.parametrize(("name", "handler"), [
+    ("SIGHUP", "signal.signal(signal.SIGHUP, exit_codes.stop_at_once)"),
+    ("SIGUSR1", "signals.end_on_signals()"),  # a thread removes the folders while the program writes
 ])  # fmt: skip
-def test_signal_removes_unfinished_folders(tmp_path, handler):
+def test_signal_removes_unfinished_folders(tmp_path, name, handler):
     code = f"""
 import os, pathlib, signal
 from vidjax.runs import signals
@@ -104,14 +104,14 @@ from vidjax.utils import exit_codes, files
 with files.atomic_folder(pathlib.Path("new")) as new, files.scratch_folder():
     for number in range(2000):
         (new / str(number)).touch()
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.{name})
     while True:
         (new / "features").touch()
 """
 
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env)
-    assert done.returncode == 128 + signal.SIGTERM
+    assert done.returncode == 128 + signal.Signals[name]
     assert os.listdir(tmp_path) == []
 
 

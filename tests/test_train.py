@@ -30,7 +30,7 @@ SPECS = (  # in addition to the configurations that other tests train
 @pytest.mark.slow
 @nightly_after_first("signum, spec", [
     (signal.SIGTERM, NOISE),  # resumes with its new labels
-    (signal.SIGINT, COSINE), (signal.SIGINT, "configs/mma.py:iqiyi_vid"),
+    (signal.SIGINT, COSINE), (signal.SIGUSR1, "configs/mma.py:iqiyi_vid"),
 ])  # fmt: skip
 def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, signum, spec, monkeypatch):
     """An evaluation between two parts does not finish the run."""

@@ -56,13 +56,16 @@ class Run:
         (folder / "cache").mkdir(parents=True)
         (folder / "cache" / "programs").symlink_to(folder.parent / "programs")
 
-    def start(self, *words, program=(sys.executable, "-m", "vidjax"), cwd=ROOT, **env):
+    def start(
+        self, *words, program=(sys.executable, "-m", "vidjax"), cwd=ROOT, stdio=None, **env
+    ):  # fmt: skip
         """Starts the command that trains the run, or a command of other `words`."""
         self.before = {phase: self.signs(phase) for phase in PHASES}
         places = {"VIDJAX_CACHE": str(self.folder / "cache"), "PYTHONPATH": str(ROOT)}
         env, command = {**os.environ, **places, **QUICK, **env}, [*program, *(words or self.words)]
         with (self.folder / "output").open("w") as file:
-            return subprocess.Popen(command, cwd=cwd, env=env, stdout=file, stderr=file)
+            out = stdio or file
+            return subprocess.Popen(command, cwd=cwd, env=env, stdin=stdio, stdout=out, stderr=out)
 
     def output(self):
         return (self.folder / "output").read_text()
@@ -212,5 +215,38 @@ def test_signals_stop_training_at_once_or_after_a_checkpoint(disturbed):
     assert max(checkpoint.manifests(run.workdir)) == logged
 
     end("step", signal.SIGINT, signal.SIGTERM, seconds=2)  # two signals stop it at once
+    run.finish()
+    assert run.outcome() == wanted
+
+
+def test_signal_of_a_cluster_saves_and_a_command_under_nohup_ignores_closed_terminals(disturbed):
+    """The repeated signal changes nothing: clusters send it to processes and their parents."""
+    run, wanted = disturbed("quality_fusion")
+    process = run.start(program=("nohup", sys.executable, "-m", "vidjax"))
+    run.wait_for("save", process)  # so a step has been taken
+    for signum in (signal.SIGHUP, *5 * [signal.SIGUSR1]):
+        process.send_signal(signum)
+    assert process.wait(120) == 128 + signal.SIGUSR1, run.output()
+    logged = json.loads((run.workdir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert f"stopped at step {logged}\nto resume, run the same command" in run.output()
+    assert max(checkpoint.manifests(run.workdir)) == logged
+    run.finish()
+    assert run.outcome() == wanted
+
+
+def test_run_is_saved_if_its_terminal_is_closed(disturbed):
+    run, wanted = disturbed("quality_fusion")
+    terminal, inside = os.openpty()
+    os.set_blocking(terminal, False)
+    process = run.start(program=("setsid", "--ctty", sys.executable, "-m", "vidjax"), stdio=inside)
+    os.close(inside)
+    while process.poll() is None and not run.signs("save"):
+        with contextlib.suppress(BlockingIOError):
+            os.read(terminal, 1 << 16)  # a full terminal would stop the run
+    os.close(terminal)
+    for _ in range(5):
+        process.send_signal(signal.SIGHUP)  # as a shell does, in addition to the system
+    assert process.wait(120) == 128 + signal.SIGHUP
+    assert checkpoint.manifests(run.workdir)
     run.finish()
     assert run.outcome() == wanted

@@ -1,19 +1,22 @@
-"""Makes the first SIGINT or SIGTERM save and stop a run.
+"""Makes the first signal of `exit_codes.SIGNALS` save and stop a run.
 
-A command ends at the second signal. In a program of a user, the second signal has its usual effect:
-in a notebook, Ctrl-C raises KeyboardInterrupt.
+If SIGINT or SIGTERM follows, a command ends. In a program of a user, it has its usual effect: in a
+notebook, Ctrl-C raises KeyboardInterrupt. SIGHUP and SIGUSR1 may be repeated without an effect,
+because the shell and the system both send SIGHUP if a terminal is closed.
 """
 
 import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import FrameType
 
 from vidjax.core import distributed
 from vidjax.utils.errors import Expected
-from vidjax.utils.exit_codes import stop_at_once
+from vidjax.utils.exit_codes import SIGNALS, find_handled_signals, stop_at_once
+
+ENDING = (signal.SIGINT, signal.SIGTERM)  # as a second signal, these end the process
 
 
 class Interruption:
@@ -29,25 +32,24 @@ class Interruption:
         self.signum: int | None = None
         self.at_once = False
         self._received: int | None = None
-        signals = (signal.SIGINT, signal.SIGTERM)
-        self._handlers = {number: signal.getsignal(number) for number in signals}
+        self._handlers = {number: signal.getsignal(number) for number in find_handled_signals()}
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        """Stores the first signal. The second signal has its usual effect."""
-        self.restore_handlers()
+        """Stores a signal. If SIGINT or SIGTERM follows, it has its usual effect."""
+        self.restore_handlers(ENDING)
         self._received = signum
         if distributed.count() == 1:
             self.signum = signum
 
     def replace_handlers(self) -> None:
-        """Makes `handle` the handler of SIGINT and SIGTERM."""
+        """Makes `handle` the handler of the signals."""
         for number in self._handlers:
             signal.signal(number, self.handle)
 
-    def restore_handlers(self) -> None:
-        """Undoes `replace_handlers`."""
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+    def restore_handlers(self, numbers: Collection[int] = SIGNALS) -> None:
+        """Undoes `replace_handlers` for some signals."""
+        for number in self._handlers.keys() & numbers:
+            signal.signal(number, self._handlers[number])
 
     def agree(self, *, save_due: bool) -> bool:
         """Returns True if the processes of the run must save a checkpoint now.
@@ -81,7 +83,7 @@ _interruption: Interruption | None = None  # of the training loop that runs now
 
 @contextlib.contextmanager
 def catch_interruption() -> Iterator[Interruption]:
-    """Yields an `Interruption` that stores SIGINT and SIGTERM. Other threads store no signal."""
+    """Yields an `Interruption` that stores signals. Other threads store no signal."""
     global _interruption
     if threading.current_thread() is not threading.main_thread():
         yield Interruption()
@@ -96,9 +98,9 @@ def catch_interruption() -> Iterator[Interruption]:
 
 
 def end_on_signals() -> None:
-    """Makes SIGINT and SIGTERM end this process immediately.
+    """Makes the signals end this process immediately.
 
-    Inside `catch_interruption`, only the second signal ends the process. A thread ends the process,
+    Inside `catch_interruption`, only a second signal ends the process. A thread ends the process,
     because Python runs no signal handler during a compilation by XLA, which can take minutes.
     """
     reader, writer = os.pipe()
@@ -110,12 +112,13 @@ def end_on_signals() -> None:
         while True:
             signum = os.read(reader, 1)[0]
             interruption = _interruption
-            if signum not in (signal.SIGINT, signal.SIGTERM):
+            if signum not in SIGNALS:
                 continue
-            if interruption is None or interruption.at_once or stored is interruption:
+            is_second = stored is interruption and signum in ENDING
+            if interruption is None or interruption.at_once or is_second:
                 stop_at_once(signum)
             stored = interruption
 
     threading.Thread(target=read, daemon=True).start()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in find_handled_signals():
         signal.signal(number, lambda signum, frame: None)  # the thread reads it from the pipe

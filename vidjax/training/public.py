@@ -163,8 +163,8 @@ def train(
       UserError: the configuration does not fit the data or the run in the folder, or another
         process has locked the folder.
       CheckpointError: the checkpoints of the run are damaged, missing, or of another model.
-      Interrupted: SIGINT or SIGTERM arrived, and the state was saved. The same call resumes the
-        run. A second SIGINT raises KeyboardInterrupt immediately.
+      Interrupted: SIGINT, SIGTERM, SIGHUP or SIGUSR1 arrived, and the state was saved. The same
+        call resumes the run. A second SIGINT raises KeyboardInterrupt immediately.
     """
     check_argument("train: config", config, ConfigDict, "a configuration, from vidjax.load_config")
     check_argument("train: workdir", workdir, (str, os.PathLike), "the path of a folder")

@@ -4,7 +4,7 @@
 |---|---|---|
 | UserError and its subclasses: a mistake in a flag, the data or a file | its message | 2 |
 | CheckpointError: no usable checkpoint | its message | 3 |
-| Interrupted: SIGINT, SIGTERM | its message | 130, 143 |
+| Interrupted: SIGINT, SIGTERM, SIGHUP, SIGUSR1 | its message | 130, 143, 129, 138 |
 | an OSError in REMEDIES, for example a full disk | path, reason, remedy | 2 |
 | no memory is left, or a package is not installed | a remedy | 2 |
 | any other exception: a bug, including a ValueError of numpy or of vidjax | its traceback | 1 |

@@ -19,13 +19,17 @@ from vidjax.utils import files
 from vidjax.utils.errors import Expected, VidjaxWarning, describe_system_error, escape_controls
 from vidjax.utils.messages import print_escaped, print_problem, print_text
 
+# They end a command, or make training save and stop. SIGHUP comes from a terminal that is closed,
+# SIGUSR1 from a cluster before the time of a job is over (`--signal=USR1@120` of Slurm).
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
 
 def run_main(main: Callable[[], int]) -> NoReturn:
     """Runs `main`, and ends the process with the exit code that `main` returns."""
     _open_closed_streams()
     # Set before the slow imports. Training installs its own handlers.
-    signal.signal(signal.SIGINT, stop_at_once)
-    signal.signal(signal.SIGTERM, stop_at_once)
+    for number in find_handled_signals():
+        signal.signal(number, stop_at_once)
     warnings.simplefilter("ignore")  # the warnings of libraries are meant for programmers
     warnings.filterwarnings("default", category=VidjaxWarning)
     warnings.showwarning = show_warning
@@ -122,10 +126,17 @@ def show_warning(message: object, *args: object, **kwargs: object) -> None:
     print_problem(f"warning: {message}")
 
 
+def find_handled_signals() -> list[signal.Signals]:
+    """Returns SIGNALS, but without SIGHUP if `nohup` started the process, which ignores it then."""
+    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return [number for number in SIGNALS if hangs_up or number != signal.SIGHUP]
+
+
 def stop_at_once(signum: int, frame: object = None) -> NoReturn:
     """Ends the process immediately with exit code 128 + `signum`. It is a signal handler."""
     del frame
     # An exception would be lost during an import or in the callback of a library.
-    os.write(2, b"vidjax: stopped\n")
+    with contextlib.suppress(OSError):  # the terminal may be closed
+        os.write(2, b"vidjax: stopped\n")
     files.remove_scratch_folders()
     os._exit(128 + signum)
