@@ -166,7 +166,7 @@ def test_values_of_two_other_fields_decide_whether_a_field_is_read():
 
 # Fields that may change when a run resumes. `num_epochs` may grow.
 MAY_CHANGE = {
-    "data.dir", "data.weights", "data.cache_dir",  # paths
+    "data.dir", "data.weights", "data.cache_dir", "init_from",  # paths
     "deterministic", "eval.splits", "eval.block_size", "eval.members", "eval.report",
     "eval.keep_scores", "eval.checkpoint",
     "log_every_steps", "checkpoint_every_seconds", "eval.every_epochs", "profile",  # logs

@@ -93,7 +93,7 @@ def test_error_without_a_home_names_the_variable_of_the_cache(monkeypatch):
 
 @pytest.mark.parametrize(("name", "handler"), [
     ("SIGHUP", "signal.signal(signal.SIGHUP, exit_codes.stop_at_once)"),
-    ("SIGUSR1", "signals.end_on_signals()"),  # a thread removes the folders while the program writes
+    ("SIGUSR1", "signals.end_on_signals()"),  # a thread removes them while the program writes
 ])  # fmt: skip
 def test_signal_removes_unfinished_folders(tmp_path, name, handler):
     code = f"""

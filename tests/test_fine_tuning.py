@@ -14,11 +14,11 @@ from tests.helpers.cases import quick_first
 from tests.helpers.seen import refused
 from vidjax.core import devices, ensemble
 from vidjax.core.ensemble import Member, TrainingSets
-from vidjax.runs import checkpoint, members_file, signals
+from vidjax.runs import checkpoint, config_io, members_file, signals
 from vidjax.runs.run_folder import RunFolder
 from vidjax.training import early_stop, init_from, public, train_step
 from vidjax.training.plan import make_plan
-from vidjax.utils.errors import VidjaxWarning
+from vidjax.utils.errors import UserError, VidjaxWarning
 
 MLP = "configs/quality_fusion.py:iqiyi_vid"
 LEAVE_OUT = "--config.data.distractors=leave_out"
@@ -117,7 +117,15 @@ def test_resumed_fine_tuning_equals_an_uninterrupted_one_without_the_first_run(
         small.run(config, parts, small.Interrupting(data, 6, signal.SIGTERM))
     stopped_at = max(checkpoint.manifests(parts))
     assert stopped_at % 4
-    shutil.rmtree(source)
+    with pytest.raises(UserError, match=r"init_from: .* -> empty"):
+        small.run(config_io.override(config, ["--config.init_from="]), parts, data)
+    other = config_io.override(config, [f"--config.init_from={whole}"])
+    with pytest.raises(UserError, match=r"init_from: .*source -> .*whole"):
+        small.run(other, parts, data)
+    other.init_from = str(source.rename(tmp_path / "moved"))
+    with pytest.raises(signals.Interrupted):
+        small.run(other, parts, small.Interrupting(data, 3, signal.SIGTERM))
+    shutil.rmtree(other.init_from)
     small.run(config, parts, data)
     small.assert_same_run(parts, whole)
     small.assert_same_run(parts, whole, ("members.npz", "identities.json"))

@@ -219,7 +219,7 @@ def _check_seeds(runs: Sequence[RankedRun]) -> None:
 def _is_of_seeds(name: str) -> bool:
     """Returns True for a field in which runs of a system may differ, such as the seed."""
     may_change = name in config_lib.MAY_CHANGE and not config_lib.changes_scores(name)
-    return may_change or name in ("seed", "join.runs")
+    return name != "init_from" and (may_change or name in ("seed", "join.runs"))
 
 
 def read(name: str, split: str | None = None) -> RankedRun:

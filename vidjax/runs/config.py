@@ -56,14 +56,14 @@ class Field(NamedTuple):
 
     Attributes:
       name: the dotted name.
-      default: the default value. Its type is the type of the field. If it is None, the field is an
-        optional path.
+      default: the default value. Its type is the type of the field, or text if it is None.
       doc: the meaning, as `configs/README.md` shows it.
       low, high, above, below: the range: low <= value <= high, above < value < below. If `high` is
         None, the value has no upper bound, but must be finite.
       choices: the accepted values. If `choices` is empty, every value in the range is accepted.
       read_when: the condition under which the field has an effect. None means always.
       affects: what the value changes or, if the field is a path, what the files change.
+      path: True for a file or a folder. The path may change, because the content is compared.
     """
 
     name: str
@@ -76,16 +76,12 @@ class Field(NamedTuple):
     choices: tuple[str, ...] = ()
     read_when: ReadWhen | None = None
     affects: Affects = TRAINING
-
-    @property
-    def is_path(self) -> bool:
-        """True for a path. It may change, because the content of the files is compared."""
-        return self.default is None
+    path: bool = False
 
     @property
     def may_change(self) -> bool:
         """True if the field may change when a run resumes, because the results stay the same."""
-        return self.is_path or not self.affects & (Affects.MODEL | SCORES)
+        return self.path or not self.affects & (Affects.MODEL | SCORES)
 
 
 class Group(NamedTuple):
@@ -157,7 +153,8 @@ TABLE: tuple[Field | Group, ...] = (
     Field("seed", 0, "seed of parameters, random draws and the order of clips, 0 to 2**31 - 1",
           low=0, high=2**31 - 1),
     Field("init_from", "", "folder of a run whose weights training starts with, where they fit; "
-          "classes are matched by the name of the identity; empty: random weights", affects=STEPS),
+          "classes are matched by the name of the identity; empty: random weights", affects=STEPS,
+          path=True),
     Field("batch_size", 128, "clips per training step, over all devices", low=1, high=2**20),
     Field("num_epochs", 1.0, "passes over the training clips; a fraction is allowed. It may be "
           "larger when a run resumes", above=0, high=1e6),
@@ -191,9 +188,9 @@ TABLE: tuple[Field | Group, ...] = (
     Field("data.name", "synthetic", "dataset: generated clips (`synthetic`), the files of "
           "iQIYI-VID (`iqiyi_vid`) or your own features (`arrays`)", affects=TRAINING | SCORES),
     Field("data.dir", None, "folder of iQIYI-VID files, or of your features", read_when=FOLDER,
-          affects=TRAINING | SCORES),
+          affects=TRAINING | SCORES, path=True),
     Field("data.cache_dir", None, "folder of the converted records and of compiled programs; "
-          "unset: `$VIDJAX_CACHE`, or `~/.cache/vidjax` without it", affects=NOTHING),
+          "unset: `$VIDJAX_CACHE`, or `~/.cache/vidjax` without it", affects=NOTHING, path=True),
     Field("data.size", "small", "size of the synthetic dataset: `small` (100 identities) or "
           "`standard` (1,000)", choices=("small", "standard"), read_when=SYNTHETIC,
           affects=TRAINING | SCORES),
@@ -238,7 +235,7 @@ TABLE: tuple[Field | Group, ...] = (
           "0), `leave_out`, or `noise` (separate classes, see the group `noise`)",
           choices=("other", "leave_out", "noise")),
     Field("data.weights", None, "file of loss weights, `NAME.mp4 WEIGHT` on each line; a clip that "
-          "is not named has weight 1"),
+          "is not named has weight 1", path=True),
     Field("data.balance", 0.0, "class balancing: a clip of a class of n clips has the loss weight "
           "n ** -balance, divided by the mean weight; from -10 to 10; 0: equal weights",
           low=-10, high=10, affects=STEPS),
@@ -413,7 +410,7 @@ TABLE: tuple[Field | Group, ...] = (
 # fmt: on
 FIELDS = {row.name: row for row in TABLE if isinstance(row, Field)}
 DEFAULTS: Values = {name: field.default for name, field in FIELDS.items()}
-PATHS = tuple(name for name, field in FIELDS.items() if field.is_path)
+PATHS = tuple(name for name, field in FIELDS.items() if field.path)
 MAY_CHANGE = tuple(name for name, field in FIELDS.items() if field.may_change)
 # These fields do not distinguish runs, so they are not part of the name of a folder.
 UNNAMED = tuple(x.name for x in FIELDS.values() if not x.affects & (Affects.MODEL | SCORES))

@@ -146,14 +146,9 @@ def open_run(workdir: str | Path) -> RunFolder:
 
 def make_paths_absolute(config: Config) -> Config:
     """Returns a copy of a configuration with absolute paths."""
-    config = copy.deepcopy(config)
-    if config.init_from:
-        config.init_from = str(files.absolute(config.init_from))
-    for field in config_lib.PATHS:
-        name = field.removeprefix("data.")
-        if config.data[name]:
-            config.data[name] = str(files.absolute(config.data[name]))
-    return config
+    paths = {name: path for name in config_lib.PATHS if (path := config[name])}
+    words = (f"--config.{name}={files.absolute(path)}" for name, path in paths.items())
+    return config_io.override(config, list(words))
 
 
 @contextlib.contextmanager
@@ -210,9 +205,28 @@ def describe_changes(old: Config, new: Config) -> str:
     return ", ".join(refused[:3]) + (f" and {more} more" if more > 0 else "")
 
 
+def _describe_source(workdir: Path, old: Config, new: Config) -> str:
+    """Returns a change of `init_from` to another run, or "".
+
+    A run that was moved is the same. If it cannot be read, it is not compared, because a run that
+    resumes does not need it.
+    """
+    from vidjax.runs import checkpoint  # it imports JAX
+
+    before, now = old.init_from, new.init_from
+    if before == now:
+        return ""
+    if before and now:
+        found = [*checkpoint.manifests(Path(now)).values()][-1:]
+        started = [x["init_from"]["sha256"] for x in checkpoint.manifests(workdir).values()][-1:]
+        if not found or [files.sha256_json(found[0]["files"])] == started:
+            return ""
+    return f"init_from: {before or 'empty'} -> {now or 'empty'}"
+
+
 def check_resumes(workdir: Path, old: Config, new: Config) -> None:
     """Raises UserError if the run in `workdir`, trained with `old`, cannot resume with `new`."""
-    if changed := describe_changes(old, new):
+    if changed := describe_changes(old, new) or _describe_source(workdir, old, new):
         raise UserError(
             f"'{workdir}' contains a run with another configuration: {changed}\n"
             "use another workdir: --workdir=FOLDER, or the configuration of that run; "

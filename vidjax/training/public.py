@@ -265,6 +265,7 @@ def _make_results(folder: RunFolder, config: Config, metrics: Mapping[str, Any])
 def _check_same(config: Config, data: "TrainingData") -> None:
     """Raises UserError if the processes of a run have different configurations or data."""
     fields = {name: x for name, x in config_lib.fields(config) if name not in config_lib.PATHS}
+    fields["init_from"] = config.init_from  # the digest is only of the files that the others name
     distributed.check_same({"configuration": fields, "data": data.report["data"]["digest"]})
 
 
