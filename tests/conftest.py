@@ -93,8 +93,14 @@ def compile_cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs() -> Iterator[None]:
-    """Removes compiled programs from the memory after a module if the process is too large."""
+    """Removes compiled programs from the memory after a module if the process is too large.
+
+    Also forgets that configuration files were executed. Otherwise, later modules would be slower.
+    """
+    from vidjax.runs import config_io
+
     yield
+    config_io.own_files.clear()
     if limits.held_by(os.getpid()) > MAX_RESIDENT[0]:
         jax.clear_caches()
         gc.collect()

@@ -238,7 +238,8 @@ def test_run_is_saved_if_its_terminal_is_closed(disturbed):
     run, wanted = disturbed("quality_fusion")
     terminal, inside = os.openpty()
     os.set_blocking(terminal, False)
-    process = run.start(program=("setsid", "--ctty", sys.executable, "-m", "vidjax"), stdio=inside)
+    started = ("setsid", "--ctty", "env", "--default-signal=HUP", sys.executable, "-m", "vidjax")
+    process = run.start(program=started, stdio=inside)
     os.close(inside)
     while process.poll() is None and not run.signs("save"):
         with contextlib.suppress(BlockingIOError):

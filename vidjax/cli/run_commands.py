@@ -169,7 +169,7 @@ def evaluate(args: argparse.Namespace) -> Result:
     config, folder = read_evaluate_settings(args)
     from vidjax.training.dry_run import dry_run
 
-    if args.overrides and not config_lib.is_blend(config):
+    if (args.overrides or args.config) and not config_lib.is_blend(config):
         dry_run(config)
     with lock_folder(folder.path):
         results = public.evaluate_run(config, folder, command=args.line)[config.eval.split]

@@ -78,11 +78,6 @@ class Field(NamedTuple):
     affects: Affects = TRAINING
     path: bool = False
 
-    @property
-    def may_change(self) -> bool:
-        """True if the field may change when a run resumes, because the results stay the same."""
-        return self.path or not self.affects & (Affects.MODEL | SCORES)
-
 
 class Group(NamedTuple):
     """A group of fields whose names begin with `name` and a dot."""
@@ -411,9 +406,9 @@ TABLE: tuple[Field | Group, ...] = (
 FIELDS = {row.name: row for row in TABLE if isinstance(row, Field)}
 DEFAULTS: Values = {name: field.default for name, field in FIELDS.items()}
 PATHS = tuple(name for name, field in FIELDS.items() if field.path)
-MAY_CHANGE = tuple(name for name, field in FIELDS.items() if field.may_change)
 # These fields do not distinguish runs, so they are not part of the name of a folder.
 UNNAMED = tuple(x.name for x in FIELDS.values() if not x.affects & (Affects.MODEL | SCORES))
+MAY_CHANGE = (*UNNAMED, *PATHS)  # when a run resumes, because the results stay the same
 # The fields of these groups depend on the chosen model or fusion.
 SPECIFICATIONS = ("model.", "fusion.")
 # The fields that the evaluation of a blend reads, in addition to some fields of `data` and `join`.

@@ -22,6 +22,7 @@ from vidjax.utils.files import INTEGER_LIMIT
 
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 MAX_SUFFIX_LENGTH = 100  # characters of `folder_suffix`
+own_files: list[str] = []  # configuration files that were executed and do not come with vidjax
 
 
 def load_file(spec: str) -> Config:
@@ -143,6 +144,8 @@ def execute(path: Path) -> ModuleType:
     loader = _Loader(f"vidjax_config_{path.stem}", str(path.absolute()))
     module = ModuleType(loader.name)
     module.__file__ = loader.path
+    if not Path(loader.path).is_relative_to(shipped_folder()):
+        own_files.append(loader.path)
     loader.exec_module(module)
     return module
 

@@ -205,28 +205,22 @@ def describe_changes(old: Config, new: Config) -> str:
     return ", ".join(refused[:3]) + (f" and {more} more" if more > 0 else "")
 
 
-def _describe_source(workdir: Path, old: Config, new: Config) -> str:
-    """Returns a change of `init_from` to another run, or "".
+def check_resumes(workdir: Path, old: Config, new: Config) -> None:
+    """Raises UserError if the run in `workdir`, trained with `old`, cannot resume with `new`.
 
-    A run that was moved is the same. If it cannot be read, it is not compared, because a run that
-    resumes does not need it.
+    A run that resumes does not need the run `init_from`, which may be gone. If it is in another
+    folder now, its content is compared.
     """
     from vidjax.runs import checkpoint  # it imports JAX
 
-    before, now = old.init_from, new.init_from
-    if before == now:
-        return ""
-    if before and now:
-        found = [*checkpoint.manifests(Path(now)).values()][-1:]
-        started = [x["init_from"]["sha256"] for x in checkpoint.manifests(workdir).values()][-1:]
-        if not found or [files.sha256_json(found[0]["files"])] == started:
-            return ""
-    return f"init_from: {before or 'empty'} -> {now or 'empty'}"
-
-
-def check_resumes(workdir: Path, old: Config, new: Config) -> None:
-    """Raises UserError if the run in `workdir`, trained with `old`, cannot resume with `new`."""
-    if changed := describe_changes(old, new) or _describe_source(workdir, old, new):
+    changed, before, now = describe_changes(old, new), old.init_from, new.init_from
+    if before != now:
+        source, own = checkpoint.manifests(Path(now or workdir)), checkpoint.manifests(workdir)
+        found = [files.sha256_json(x["files"]) for x in source.values()][-1:]
+        loaded = [x["init_from"]["sha256"] for x in own.values() if before][-1:]
+        if not before or not now or (found and found != loaded):
+            changed = f"init_from: {before or 'empty'} -> {now or 'empty'}"
+    if changed:
         raise UserError(
             f"'{workdir}' contains a run with another configuration: {changed}\n"
             "use another workdir: --workdir=FOLDER, or the configuration of that run; "

@@ -1,20 +1,20 @@
 """Makes the first signal of `exit_codes.SIGNALS` save and stop a run.
 
-If SIGINT or SIGTERM follows, a command ends. In a program of a user, it has its usual effect: in a
-notebook, Ctrl-C raises KeyboardInterrupt. SIGHUP and SIGUSR1 may be repeated without an effect,
-because the shell and the system both send SIGHUP if a terminal is closed.
+If SIGINT or SIGTERM follows, a command ends. In a program of a user, the second of them has its
+usual effect: in a notebook, Ctrl-C raises KeyboardInterrupt. SIGHUP and SIGUSR1 may be repeated
+without an effect: if a terminal is closed, the shell and the system both send SIGHUP.
 """
 
 import contextlib
 import os
 import signal
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from types import FrameType
 
 from vidjax.core import distributed
 from vidjax.utils.errors import Expected
-from vidjax.utils.exit_codes import SIGNALS, find_handled_signals, stop_at_once
+from vidjax.utils.exit_codes import SIGNALS, stop_at_once
 
 ENDING = (signal.SIGINT, signal.SIGTERM)  # as a second signal, these end the process
 
@@ -32,11 +32,12 @@ class Interruption:
         self.signum: int | None = None
         self.at_once = False
         self._received: int | None = None
-        self._handlers = {number: signal.getsignal(number) for number in find_handled_signals()}
+        self._handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        """Stores a signal. If SIGINT or SIGTERM follows, it has its usual effect."""
-        self.restore_handlers(ENDING)
+        """Stores a signal. A second SIGINT or SIGTERM has its usual effect."""
+        if signum in ENDING:
+            self.restore_handlers()
         self._received = signum
         if distributed.count() == 1:
             self.signum = signum
@@ -46,10 +47,10 @@ class Interruption:
         for number in self._handlers:
             signal.signal(number, self.handle)
 
-    def restore_handlers(self, numbers: Collection[int] = SIGNALS) -> None:
-        """Undoes `replace_handlers` for some signals."""
-        for number in self._handlers.keys() & numbers:
-            signal.signal(number, self._handlers[number])
+    def restore_handlers(self) -> None:
+        """Undoes `replace_handlers`."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def agree(self, *, save_due: bool) -> bool:
         """Returns True if the processes of the run must save a checkpoint now.
@@ -120,5 +121,5 @@ def end_on_signals() -> None:
             stored = interruption
 
     threading.Thread(target=read, daemon=True).start()
-    for number in find_handled_signals():
+    for number in SIGNALS:
         signal.signal(number, lambda signum, frame: None)  # the thread reads it from the pipe

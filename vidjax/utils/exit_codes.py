@@ -19,16 +19,18 @@ from vidjax.utils import files
 from vidjax.utils.errors import Expected, VidjaxWarning, describe_system_error, escape_controls
 from vidjax.utils.messages import print_escaped, print_problem, print_text
 
-# They end a command, or make training save and stop. SIGHUP comes from a terminal that is closed,
-# SIGUSR1 from a cluster before the time of a job is over (`--signal=USR1@120` of Slurm).
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+# The signals that end a command, or make training save and stop. SIGUSR1 comes from a cluster
+# before the time of a job is over (`--signal=USR1@120` of Slurm). SIGHUP comes if a terminal is
+# closed. `nohup` makes the process ignore SIGHUP, which then stays ignored.
+_HANGUP = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *_HANGUP)
 
 
 def run_main(main: Callable[[], int]) -> NoReturn:
     """Runs `main`, and ends the process with the exit code that `main` returns."""
     _open_closed_streams()
     # Set before the slow imports. Training installs its own handlers.
-    for number in find_handled_signals():
+    for number in SIGNALS:
         signal.signal(number, stop_at_once)
     warnings.simplefilter("ignore")  # the warnings of libraries are meant for programmers
     warnings.filterwarnings("default", category=VidjaxWarning)
@@ -124,12 +126,6 @@ def show_warning(message: object, *args: object, **kwargs: object) -> None:
     """Prints a warning without the line of code. It replaces `warnings.showwarning`."""
     del args, kwargs
     print_problem(f"warning: {message}")
-
-
-def find_handled_signals() -> list[signal.Signals]:
-    """Returns SIGNALS, but without SIGHUP if `nohup` started the process, which ignores it then."""
-    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
-    return [number for number in SIGNALS if hangs_up or number != signal.SIGHUP]
 
 
 def stop_at_once(signum: int, frame: object = None) -> NoReturn:
