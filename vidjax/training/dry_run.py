@@ -59,8 +59,9 @@ def dry_run(config: Config, data: TrainingData | None = None) -> None:
 
     If `data` is None, the names of the files in `config.data` give the modalities. No features are
     read, and no device is used. This takes a tenth of a second. All metrics of four made-up clips
-    are computed. If a configuration file of a user was executed, a training step is traced, too,
-    because it may call functions of the user. Then a dry run takes a second.
+    are computed. If a configuration file of a user was executed, or a program passes `data`, a
+    training step is traced, too, because it may call functions of the user. Then a dry run takes a
+    second.
     """
     if config.join.systems:
         _dry_run_systems(config, data)
@@ -82,7 +83,7 @@ def dry_run(config: Config, data: TrainingData | None = None) -> None:
         system = make_system(spec, task)
         rngs = ensemble.make_rngs(members, config.seed)
         state = train_step.init_state(system, rngs, jnp.zeros((1, CLIPS), jnp.int32))
-        if not config_io.own_files:
+        if data is None and not config_io.own_files:
             return state
         constants = train_step.make_member_constants(members, np.ones((1, CLIPS)))
         rows = jnp.zeros(2, jnp.int32)
