@@ -323,7 +323,12 @@ def _open(args: argparse.Namespace) -> "Gallery":
         if people or bulk.list_tables(path):
             check_path(path)
         else:
-            find_files(path)
+            folders = {Path(file).parent for file in find_files(path)[1]}
+            if args.command == "enrol" and args.identity and len(folders) > 1:
+                raise UserError(
+                    f"'{path}' contains several folders of clips, which may show several people\n"
+                    "leave out --identity if a folder is a person, or name each folder: --input=DIR"
+                )
     if (split := getattr(args, "split", None)) and split not in SPLITS:
         raise UserError(f"--split={split}: choose from {', '.join(SPLITS)}")
     gallery = Gallery(args.gallery, run=getattr(args, "run", None))
