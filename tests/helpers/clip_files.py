@@ -101,7 +101,9 @@ def write_npz(folder, splits):
     for split, clips in splits.items():
         (folder / split).mkdir(parents=True)
         for clip, modalities in clips.items():
-            np.savez(folder / split / f"{clip}.npz", **npz_arrays(modalities))
+            path = folder / split / f"{clip}.npz"
+            path.parent.mkdir(exist_ok=True)
+            np.savez(path, **npz_arrays(modalities))
     return folder
 
 

@@ -323,10 +323,11 @@ def _open(args: argparse.Namespace) -> "Gallery":
         if people or bulk.list_tables(path):
             check_path(path)
         else:
-            folders = {Path(file).parent for file in find_files(path)[1]}
-            if args.command == "enrol" and args.identity and len(folders) > 1:
+            root, found = find_files(path)
+            is_flat = isinstance(found, Mapping) or all(file.parent == root for file in found)
+            if args.command == "enrol" and args.identity and not is_flat:
                 raise UserError(
-                    f"'{path}' contains several folders of clips, which may show several people\n"
+                    f"'{path}' contains folders of clips, which may show several people\n"
                     "leave out --identity if a folder is a person, or name each folder: --input=DIR"
                 )
     if (split := getattr(args, "split", None)) and split not in SPLITS:

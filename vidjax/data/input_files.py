@@ -1,8 +1,8 @@
 """Loads clips without labels from files, for a trained model or a gallery.
 
 Clips are read from a `.npz` file, from a parquet table, or from a folder. The folder contains
-`.npz` files, or splits as in `vidjax.data.arrays`, or pickles of the iQIYI-VID dataset. The readers
-of pickles are imported only for a folder of pickles.
+`.npz` files or folders of `.npz` files, or splits as in `vidjax.data.arrays`, or pickles of the
+iQIYI-VID dataset. The readers of pickles are imported only for a folder of pickles.
 """
 
 import shlex

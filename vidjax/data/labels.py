@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -148,17 +148,17 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, Any, Any]]:
         lines = file.read().splitlines()
     for number, line in enumerate(lines, 1):
         if line.strip():
-            place, value = f"{path}: line {number}", cast("Any", {})
+            place, value = f"{path}: line {number}", None
             with contextlib.suppress(ValueError):
                 value = files.parse_json(line)
-            keys = value if isinstance(value, dict) else ()
-            titles = tables.find_columns(f"{place}:", keys, COLUMNS)
+            row = value if isinstance(value, dict) else {}
+            titles = tables.find_columns(f"{place}:", row, COLUMNS)
             if not titles:
                 raise UserError(
                     f"{place} is not JSON of a clip and its identity\n"
                     'write {"clip": "NAME", "identity": "NAME"}'
                 )
-            yield f"{place}:", *(value[title] for title in titles)
+            yield f"{place}:", *(row[title] for title in titles)
 
 
 def _refuse_no_file(path: Path) -> None:
