@@ -301,10 +301,10 @@ def warn_of_changed(places: Mapping[str, str]) -> None:
     usual = {n: re.sub(r"^0+(?=\d)|[.,]0+$", "", " ".join(n.split())) for n in places}
     counts, texts, first = Counter(usual.values()), list[str](), ""
     for like, pattern in _CHANGED.items():
-        names = [name for name in places if re.fullmatch(pattern, name, re.IGNORECASE)]
-        codes = {_simplify(name) for name in {*places} - {*names} if names} - {""}
+        found = dict.fromkeys(filter(re.compile(pattern, re.IGNORECASE).fullmatch, places))
+        codes = {_simplify(name) for name in places if found and name not in found} - {""}
         alone = "in other lines" not in like
-        names = [n for n in names if counts[usual[n]] > 1 or (alone and _simplify(n) not in codes)]
+        names = [n for n in found if counts[usual[n]] > 1 or (alone and _simplify(n) not in codes)]
         # A single zero at the end of a long number may be chance.
         if names and not re.fullmatch(r"[1-9]\d{15}", "".join(names)):
             count = f" ({len(names):,} identities)" * (len(names) > 1)
