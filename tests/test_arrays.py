@@ -2,9 +2,17 @@
 
 import functools
 import io
+import json
+import os
+import pickle
+import re
+import runpy
+import shlex
+import subprocess
 import sys
 import warnings
 import zipfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,6 +107,84 @@ def test_npz_and_parquet_folders_convert_to_the_records_of_arrays(tmp_path, load
     assert {1, 2, 3} <= {*data.split("train").lengths["face"]}  # as in `make_splits`
 
 
+def test_clips_in_one_level_of_folders_have_the_name_of_their_folder(tmp_path, load):
+    face: Any = {"face": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    names = {"train": ["all", "monday/1", "monday/all", "tuesday/1"], "val": ["monday/1b", "x"]}
+    splits = {split: dict.fromkeys(clips, face) for split, clips in names.items()}
+    folder = clip_files.write_npz(tmp_path / "own", splits)
+    (folder / "labels.tsv").write_text("monday/1\tAda\nmonday/1b\tAda\n")
+
+    data = load(folder)
+    assert digest(data) == digest(load(splits, {"monday/1": "Ada", "monday/1b": "Ada"}))
+    assert data.split("train").clips == tuple(names["train"])
+    read = functools.partial(input_files.load_clips, modalities={"face": 3}, identities=())
+    assert read(folder, split="val").names == tuple(names["val"])
+    assert read(folder / "val/monday").names == ("1b",)
+    (folder / "train/all.npz").unlink()
+    assert read(folder / "train").names == tuple(names["train"][1:])
+    write_npz(folder / "train/monday/two.npz", {"a": face, "b": face})
+    assert {"monday/a", "monday/b"} <= {*read(folder / "train").names}
+
+    # The cache is filled again if a clip is moved, because its name is another.
+    (folder / "train/monday/1.npz").rename(folder / "train/tuesday/one.npz")
+    (folder / "labels.tsv").write_text("1\tAda\n")
+    seen.refused(lambda: load(folder), "labels name 1, but the features belong to monday/")
+    (folder / "labels.tsv").write_text("tuesday/one\tAda\n")
+    moved = load(folder)
+    assert "tuesday/one" in moved.split("train").clips
+    (folder / "train/tuesday/one.npz").rename(folder / "train/monday/one.npz")
+    (folder / "labels.tsv").unlink()
+    assert "monday/one" in load(folder).split("train").clips
+
+
+# Modules that read files as PyTorch and h5py do. Their files have the format of numpy here.
+STUBS = {
+    "torch": """import numpy
+class Tensor(numpy.ndarray):
+    detach = float = numpy = lambda self: self
+def load(path, map_location): return numpy.load(open(path, "rb")).view(Tensor)
+""",
+    "h5py": 'import numpy\ndef File(path): return {"face": numpy.load(open(path, "rb"))}\n',
+}
+
+
+@pytest.mark.parametrize("ending", [".npy", ".pt", ".PT", ".pth", ".pkl", ".h5", ".hdf5"])
+def test_printed_command_converts_files_of_other_kinds(tmp_path, load, ending):
+    for name, code in STUBS.items():
+        (tmp_path / f"{name}.py").write_text(code)
+    (folder := tmp_path / 'it\'s "own"/train/day 1').mkdir(parents=True)
+    face = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+    def convert(read, path, count):
+        message = seen.refused(read, str(path), "face is the modality")
+        command = shlex.split(message.partition("): ")[2])
+        command[0] = sys.executable
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+        assert len([*folder.glob("*.npz")]) == count
+
+    for name in ("a", "b"):
+        content = pickle.dumps(face) if ending == ".pkl" else None
+        with (folder / f"{name}{ending}").open("wb") as file:
+            file.write(content) if content else np.save(file, face)
+    read = functools.partial(input_files.load_clips, modalities={"face": 3}, identities=())
+    convert(lambda: read(folder / f"a{ending}"), folder / f"a{ending}", 1)
+    np.savez(folder / "a.npz", face=2 * face)  # an existing file is not replaced
+    convert(lambda: load(folder.parents[1]), folder / f"a{ending}", 2)
+    (folder / "b.npz").unlink()
+    (folder / "a.npz").rename(tmp_path / "a.npz")
+    convert(lambda: read(folder), folder, 2)
+    (tmp_path / "a.npz").rename(folder / "a.npz")
+    seen.refused(lambda: read(folder), f"a{ending}' would be ignored", "move it away")
+    for path in folder.glob(f"*{ending}"):
+        path.unlink()
+
+    data = load(folder.parents[1])
+    frames = dict(real_frames(data, "train"))
+    assert data.split("train").clips == ("day 1/a", "day 1/b")
+    np.testing.assert_array_equal(frames[0].features, 2 * face)
+    np.testing.assert_array_equal(frames[1].features, face)
+
+
 def test_labels_are_read_from_a_dict_a_table_or_official_text(tmp_path, load):
     splits = make_splits()
     folder = clip_files.write_npz(tmp_path / "own", splits)
@@ -121,6 +207,33 @@ def test_labels_are_read_from_a_dict_a_table_or_official_text(tmp_path, load):
 
     only_train = load(splits, {"train_01": 3})
     assert only_train.split("train").labelled and not only_train.split("val").labelled
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "LABELS.CSV", "labels.tsv", "labels.jsonl",
+                                  "labels.parquet"])  # fmt: skip
+def test_a_folder_may_contain_any_table_of_labels_with_titles_in_capitals(tmp_path, load, name):
+    folder, splits = clip_files.write_npz(tmp_path / "own", make_splits()), make_splits()
+
+    def write(*titles):
+        rows = [["3", "x", "train_01"], ["7", "x", "val_03"]]
+        if name == "labels.parquet":
+            pyarrow, parquet = map(pytest.importorskip, ("pyarrow", "pyarrow.parquet"))
+            columns = [[*column] for column in zip(*rows, strict=True)]
+            table = pyarrow.Table.from_arrays(columns, [*titles])
+            parquet.write_table(table, folder / name)
+        elif name == "labels.jsonl":
+            lines = (json.dumps(dict(zip(titles, row, strict=True))) for row in rows)
+            (folder / name).write_text("\n".join(lines))
+        else:
+            separator = "\t" if name == "labels.tsv" else ","
+            (folder / name).write_text("\n".join(map(separator.join, [titles, *rows])))
+
+    for titles in (("identity", "note", "clip"), ("IDENTITY", "Note", " Clip ")):
+        write(*titles)
+        data = load_dataset("arrays", directory=folder)
+        assert digest(data) == digest(load(splits, {"train_01": 3, "val_03": 7}))
+    write("identity", "Clip", "clip")
+    seen.refused(lambda: load_dataset("arrays", directory=folder), name, "named Clip and clip")
 
 
 def test_empty_labels_give_a_warning_with_the_clip(tmp_path, load):
@@ -251,11 +364,17 @@ def test_load_errors_name_the_missing_setting_or_folder():
     ("", ["contains no features", "SPLIT/CLIP.npz"]),
     ("train/", ["train' contains no CLIP.npz"]),
     ("train/one.npz train/notes.txt", ["notes.txt", "may contain only .npz files"]),
-    ("train/one.npz train/two.npy", ["two.npy", "only .npz files\na .npy file has no modality"]),
+    ("train/one.npz train/two.npy", ["two.npy", "only .npz files", "face is the modality"]),
+    ("train/DAY/CAMERA/one.npz", ["DAY/CAMERA: train", "in one level of folders\nmove it away"]),
+    ("train/DAY/", ["train' contains no CLIP.npz"]),
+    ("train.h5", ["contains no features", "vidjax/data/README.md converts"]),
     ("train/one.npz train.parquet", ["train.parquet and a folder train: remove one"]),
     ("train-00.parquet train-01.parquet", ["train-00", "a split is one table", "join the tables"]),
     ("train.parquet train-01.parquet", ["train-01", "would be ignored", "train.parquet"]),
     ("train/one.npz labels.csv train_gt.txt", ["labels.csv and train_gt.txt: remove one"]),
+    ("train/one.npz labels.csv labels.tsv", ["labels.csv and labels.tsv: remove one"]),
+    ("train/one.npz labels.csv Labels.csv", ["Labels.csv and labels.csv: remove one"]),
+    ("train/one.npz label.tsv", ["label.tsv", "rename it to labels.tsv"]),
     ("train/one.npz validation/a.npz", ["rename it to val"]),
     ("train/one.npz Testing.parquet", ["rename it to test"]),
     ("train/one.npz val.parquet/", ["val.parquet' is a folder"]),
@@ -263,7 +382,7 @@ def test_load_errors_name_the_missing_setting_or_folder():
 def test_folder_with_missing_misnamed_or_equal_splits_is_refused(tmp_path, refused, names, words):
     for name in names.split():
         path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith("/"):
             path.mkdir()
         elif name.endswith(".npz"):
@@ -501,3 +620,34 @@ def test_frames_with_non_finite_values_are_skipped_and_counted(tmp_path):
     features, qualities = (str(warning.message) for warning in caught)
     assert "face: 3 of 5 frames are left out" in features and "1 clips lose all frames" in features
     assert "face: 1 of 5 frames have a quality that is not finite" in qualities
+
+
+PAGE = Path(input_files.__file__).parent / "README.md"
+PROGRAMS = dict(re.findall(r"<!-- convert: (\w+) -->\n```python\n(.*?)```", PAGE.read_text(), re.S))
+
+
+@pytest.mark.parametrize("kind", ["h5py", "lmdb", "array"])
+def test_programs_of_the_readme_convert_files_of_many_clips(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    faces = {f"clip {n}": rng.normal(size=(n, 512)).astype(np.float32) for n in (1, 3)}
+    if kind == "h5py":
+        with pytest.importorskip("h5py").File("train.h5", "w") as file:
+            file.update(faces)
+    elif kind == "lmdb":
+        store = pytest.importorskip("lmdb").open("train.lmdb")
+        with store, store.begin(write=True) as writer:
+            for name, face in faces.items():
+                writer.put(name.encode(), face.tobytes())
+    else:
+        padded = [np.pad(face, [(0, 3 - len(face)), (0, 0)]) for face in faces.values()]
+        np.save("train.npy", padded)
+        Path("train.txt").write_text("\n".join(faces) + "\n")
+    Path("features/train").mkdir(parents=True)
+    Path("program.py").write_text(code := PROGRAMS[kind])
+    runpy.run_path("program.py")
+    assert sum(map(bool, code.splitlines())) <= 6
+    read = clip_files.read_arrays(Path("features/train"))
+    assert read.keys() == faces.keys()
+    for name, face in faces.items():
+        np.testing.assert_array_equal(read[name]["face"], face)

@@ -30,6 +30,8 @@ TABLES = (
     ("#NV #N/D", "missing value (2 identities)"),
     ("1,234 12", "separators of thousands"),
     ("123456789012346000 12", "rounded to 15 digits"),
+    ("1234567890123450 1234567890123460", "rounded to 15 digits (2 identities)"),
+    ("100.0 100 1.5", "'100.0' looks like a whole number with decimals: "),
     ("'007", "after an apostrophe"),
     ("007 7 Ada", "'007' looks like a number that lost zeros"),
     ("b'Ada'", "Python"),
@@ -43,10 +45,12 @@ TABLES = (
     ("1e5 c07", ""),
     ("3.5 7", ""),
     ("1.0 1.1 2.0", ""),
-    ("Jan-01 Ada-01", ""),
+    ("10.0 1.5 2.0", ""),
+    ("Jan-01 Ada-01 Ad-1", ""),
     ("1.2.10 3-1 12:30", ""),
     ("1234567890123450", ""),  # by chance, a long number ends in 0
     ("123456789012346000 123456789012346001", ""),
+    ("123456789012346000 1234567890123456", ""),
     ("#12 #Ada [Ada] (Bob)", ""),
 )  # fmt: skip
 

@@ -211,6 +211,17 @@ def test_answers_of_identify_are_labels_of_many_tables(say, folder, tmp_path, en
     assert list_clips(other) == rows
 
 
+def test_folders_of_clips_are_not_enrolled_as_one_person(say, folder, tmp_path):
+    face = {"face": np.ones((1, WIDTH), np.float32)}
+    days = clip_files.write_npz(tmp_path / "days", {"monday": {"1": face}, "tuesday": {"1": face}})
+    words = ("gallery", "enrol", folder, f"--input={days}")
+    assert "leave out --identity" in say(*words, "--identity=Ada", code=2)
+    labels = clip_files.write_labels(tmp_path / "l.csv", {"monday/1": "Ada", "tuesday/1": "Eve"})
+    say(*words, f"--labels={labels}")
+    say(*words[:3], f"--input={days / 'monday'}", "--identity=Ada")
+    assert list_clips(folder) == {"monday/1": "Ada", "tuesday/1": "Eve", "1": "Ada"}
+
+
 def test_labels_that_no_input_has_are_reported_once(say, command, folder, tmp_path):
     day = tmp_path / "day"
     for number in (0, 2):

@@ -238,6 +238,12 @@ def test_forget_finds_only_whole_names_but_ignores_the_ending_of_a_clip(tmp_path
         make_who(tmp_path / name[-1], "Eve", name)
         assert len(places(f"--identity={name}", tmp_path)) == 1
 
+    (tmp_path / "own/monday").mkdir(parents=True)  # the clip monday/c1 is in a folder of a split
+    (tmp_path / "own/monday/c1.npz").write_bytes((tmp_path / "run/members.npz").read_bytes())
+    (found,) = places("--clip=monday/c1", tmp_path / "own")
+    assert found.endswith("monday/c1.npz")
+    assert places("--clip=tuesday/c1", tmp_path / "own", code=0) == {}
+
     for clip in ("c1", "c1.mp4"):  # a server keeps the ending
         made_galleries.make(tmp_path / clip, {clip: made_galleries.make_clip(1, GONE)})
         for searched in ("c1", "c1.mp4"):

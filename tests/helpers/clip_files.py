@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vidjax.data.clip_files import read_npz
+from vidjax.data.clip_files import read_clips
 
 # The T frames of one clip in one modality. Fields that a modality lacks are not written. Features
 # are [T, D], boxes [T, 4], and other fields [T].
@@ -78,7 +78,7 @@ def read_arrays(folder):
     """Returns clip -> name -> array of the `.npz` files of a folder. Empty arrays are left out."""
     return {
         clip.name: {name: x for name, x in npz_arrays(clip.modalities).items() if len(x)}
-        for clip in read_npz(sorted(folder.glob("*.npz")))
+        for clip in read_clips(sorted(folder.glob("*.npz")))
     }
 
 
@@ -101,7 +101,9 @@ def write_npz(folder, splits):
     for split, clips in splits.items():
         (folder / split).mkdir(parents=True)
         for clip, modalities in clips.items():
-            np.savez(folder / split / f"{clip}.npz", **npz_arrays(modalities))
+            path = folder / split / f"{clip}.npz"
+            path.parent.mkdir(exist_ok=True)
+            np.savez(path, **npz_arrays(modalities))
     return folder
 
 

@@ -105,7 +105,8 @@ class Traces:
             return "ours"
         if any(self._in_array(x) for x in content.arrays if x.dtype.kind == "f"):
             return "ours"
-        texts = (path.name.partition(".")[0], *content.texts)
+        # The clip DAY/CLIP is searched as DAY_CLIP, too: see `make_file_stems`.
+        texts = (stem := path.name.partition(".")[0], f"{path.parent.name}_{stem}", *content.texts)
         others = (x for x in content.arrays if x.dtype.kind != "f")
         if any(map(self._in_text, texts)) or any(map(self._in_array, others)):
             return "ours" if self._is_ours(content) else "other"

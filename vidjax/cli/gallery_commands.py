@@ -323,7 +323,13 @@ def _open(args: argparse.Namespace) -> "Gallery":
         if people or bulk.list_tables(path):
             check_path(path)
         else:
-            find_files(path)
+            root, found = find_files(path)
+            is_flat = isinstance(found, Mapping) or all(file.parent == root for file in found)
+            if args.command == "enrol" and args.identity and not is_flat:
+                raise UserError(
+                    f"'{path}' contains folders of clips, which may show several people\n"
+                    "leave out --identity if a folder is a person, or name each folder: --input=DIR"
+                )
     if (split := getattr(args, "split", None)) and split not in SPLITS:
         raise UserError(f"--split={split}: choose from {', '.join(SPLITS)}")
     gallery = Gallery(args.gallery, run=getattr(args, "run", None))

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from vidjax.data.cache_folders import digest_files
-from vidjax.data.checks import check_file, list_entries, refuse_split
+from vidjax.data.checks import check_file, explain_unread, list_entries, refuse_split
 from vidjax.data.clip_files import read_clips
 from vidjax.data.clips import SPLITS, Origin
 from vidjax.data.labels import LabelSource, load_folder_truth, load_label_table
 from vidjax.data.packed_clips import PackedClips, Quality
 from vidjax.data.packing import Clips, pack, read_dict
 from vidjax.utils.errors import NoFileError, UserError, check_choice
-from vidjax.utils.files import is_present
+from vidjax.utils.files import is_present, sha256_json
 from vidjax.utils.names import show
 
 QUALITIES = typing.get_args(Quality)
@@ -89,19 +89,20 @@ class FeatureFolder:
         """Returns the sha256 of the files of each split. Unchanged files are not read again."""
         shared, entries = {"arrays": VERSION, "quality": self._quality}, []
         for split, paths in self._files.items():
+            names = sha256_json([str(path.relative_to(self._folder)) for path in paths])
             digest = digest_files(paths, self._cache_dir)
-            entries.append(shared | {"split": split, "files": len(paths), "sha256": digest})
+            entries.append(shared | {"split": split, "names": names, "sha256": digest})
         return entries
 
     def path_of(self, modality: str, split: str) -> Path:
         """Returns the parquet table of a split, or the folder of its `.npz` files."""
         path = self._files[split][0]
-        return path if path.suffix == ".parquet" else path.parent
+        return path if path.suffix == ".parquet" else self._folder / split
 
     def read(self, scratch: Path) -> dict[str, PackedClips]:
         """Checks all clips, and copies their frames to `scratch`. See `RecordSource`."""
         return {
-            split: pack(read_clips(paths), scratch / split, self._quality)
+            split: pack(read_clips(paths, self._folder / split), scratch / split, self._quality)
             for split, paths in self._files.items()
         }
 
@@ -113,11 +114,10 @@ class FeatureFolder:
 
 
 EXTRACT_FILES = ("extract.json", "thumbnails", "videos")  # `vidjax extract` adds them to a split
-NPY_HINT = "a .npy file has no modality: write each clip with numpy.savez('CLIP.npz', face=array)"
 
 
 def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
-    """Returns split -> its files: one parquet table, or `.npz` files.
+    """Returns split -> its files: one parquet table, or `CLIP.npz` and `DAY/CLIP.npz`.
 
     Raises:
       UserError: a file with features would be ignored, for example because its name is misspelt.
@@ -139,17 +139,24 @@ def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
         if table.is_file():
             files[split] = [table]
         elif clips.is_dir():
-            files[split] = _list_npz_files(clips)
+            files[split], others = list_npz_files(clips)
+            if others:
+                raise UserError(
+                    f"{others[0]}: {split} may contain only .npz files, in one level of folders\n"
+                    f"{explain_unread(others[0], clips) or 'move it away'}"
+                )
+            if not files[split]:
+                raise NoFileError(f"'{clips}' contains no CLIP.npz: add clips, or remove it")
     entries = list_entries(folder)
     _refuse_parts([path for path in entries if path.suffix == ".parquet"], files)
     for path in entries:
         if path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.npz"))):
             refuse_split(path, path.name.removesuffix(".parquet"), files)
     if not files:
-        hint = f"\n{NPY_HINT}" if any(folder.glob("*.npy")) else ""
         raise NoFileError(
             f"'{folder}' contains no features, that is, no SPLIT/CLIP.npz and no SPLIT.parquet\n"
-            f"name a folder with files such as train/clip1.npz; splits are train, val, test{hint}"
+            "name a folder with files such as train/clip1.npz; splits are train, val, test\n"
+            "vidjax/data/README.md converts other files with numpy.savez('train/clip1.npz', face=x)"
         )
     return files
 
@@ -169,20 +176,21 @@ def _refuse_parts(tables: Sequence[Path], present: Collection[str]) -> None:
             )
 
 
-def _list_npz_files(folder: Path) -> list[Path]:
-    """Returns the `.npz` files of a split. Raises UserError if there are other files.
+def list_npz_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Returns the files `CLIP.npz` and `DAY/CLIP.npz` of a folder, and its other entries.
 
-    Files that `vidjax extract` adds to a split are ignored.
+    Files that `vidjax extract` adds are left out.
     """
+    clips, others = list[Path](), list[Path]()
+    for entry in _scan(folder):
+        for inner in _scan(entry.path) if entry.is_dir() else [entry]:
+            is_clip = inner.name.endswith(".npz") and inner.is_file()
+            (clips if is_clip else others).append(Path(inner.path))
+    return clips, others
+
+
+def _scan(folder: str | Path) -> list[os.DirEntry[str]]:
     with os.scandir(folder) as iterator:  # faster than `list_entries`, for 100 000 clips
-        entries = [entry for entry in iterator if entry.name[0] != "."]
-    entries.sort(key=lambda entry: entry.name)
-    if any(entry.name == EXTRACT_FILES[0] for entry in entries):
-        entries = [entry for entry in entries if entry.name not in EXTRACT_FILES]
-    for entry in entries:
-        if not entry.name.endswith(".npz") or not entry.is_file():
-            remedy = NPY_HINT if entry.name.endswith(".npy") else "move it away"
-            raise UserError(f"{entry.path}: {folder.name} may contain only .npz files\n{remedy}")
-    if not entries:
-        raise NoFileError(f"'{folder}' contains no CLIP.npz: add clips, or remove the folder")
-    return [folder / entry.name for entry in entries]
+        entries = sorted((x for x in iterator if x.name[0] != "."), key=lambda entry: entry.name)
+    is_extracted = any(entry.name == EXTRACT_FILES[0] for entry in entries)
+    return [x for x in entries if not (is_extracted and x.name in EXTRACT_FILES)]

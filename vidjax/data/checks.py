@@ -4,10 +4,12 @@ Such mistakes are misspelt file names, features from which no model can learn, a
 spreadsheet or another program has changed.
 """
 
+import json
 import os
 import re
+import shlex
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -79,7 +81,31 @@ def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
         )
 
 
-FEATURE_SUFFIXES = (".npz", ".npy", ".parquet")
+# Ending of files that are not read -> code that reads such a file `p`, as arguments of numpy.savez.
+_READERS = {
+    ".npy": "face=numpy.load(p)",
+    ".pt": 'face=torch.load(p, map_location="cpu").detach().float().numpy()',
+    ".pkl": "face=pickle.loads(p.read_bytes())",
+    ".h5": "**{name: array[()] for name, array in h5py.File(p).items()}",
+}
+_READERS |= {".pth": _READERS[".pt"], ".hdf5": _READERS[".h5"]}
+
+
+def explain_unread(path: Path, folder: Path | None = None) -> str:
+    """Returns the command that converts a file of features to `.npz`, or "" for another path.
+
+    If `folder` is given, the command converts all files of this kind in the folder.
+    """
+    if path.is_dir() or not (reader := _READERS.get(path.suffix.lower())):
+        return ""
+    root, files = (folder, f"**/*{path.suffix}") if folder else (path.parent, path.name)
+    modules = sorted({"numpy", "pathlib", *re.findall("torch|pickle|h5py", reader)})
+    code = (
+        f"import {', '.join(modules)}; [numpy.savez(new, {reader}) "
+        f"for p in pathlib.Path({json.dumps(str(root))}).glob({json.dumps(files)}) "
+        'if not (new := p.with_suffix(".npz")).exists()]'
+    )
+    return f"convert to .npz, then move away (face is the modality): python3 -c {shlex.quote(code)}"
 
 
 def refuse_unread(entries: Iterable[Path], wanted: str) -> None:
@@ -88,9 +114,8 @@ def refuse_unread(entries: Iterable[Path], wanted: str) -> None:
     `wanted` is the text for the message that names the files to read.
     """
     for path in entries:
-        patterns = (f"*{suffix}" for suffix in FEATURE_SUFFIXES)
-        has_features = path.is_dir() and any(file for end in patterns for file in path.glob(end))
-        if has_features or path.suffix.lower() in FEATURE_SUFFIXES:
+        inside = path.iterdir() if path.is_dir() else [path]
+        if any(file.suffix.lower() in (".npz", ".parquet", *_READERS) for file in inside):
             raise UserError(
                 f"'{path}' would be ignored, because the folder also contains {wanted}\n"
                 "move it away, or run the command on this path"
@@ -246,31 +271,25 @@ def _check_norms(modality: str, place: str, norms: Sequence[Mapping[str, Any]]) 
 # the text nan. Then two people have one name, or clips of nobody have the name of a person. But a
 # person may really have such a name. So the identities are not changed, and a warning appears.
 
-Names = Collection[str]  # the identities of a table
-
-_MONTH = "(jan|feb|mar|mär|mrz|apr|may|mai|jun|jul|aug|sept?|oct|okt|nov|dec|dez)"
+# In these words, upper and lower case matter, because Nan, Na and Nat are names of people.
+_MISSING = r"-?nan|NaN|NAN|[Nn]ull|NULL|[Nn]one|NONE|na|NA|n/a|N/A|<NA>|#N/A|#NV|#N/D|NaT|\\N|-|\?"
+_DAY = r"\d{4}-\d\d-\d\d([ t]\d\d:.*)?|\d\d?:\d\d:\d\d.*|\d\d?(/\d\d?/(\d\d)?|\.\d\d?\.\d\d)\d\d"
+_MONTH = "(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)"
 # What an identity looks like -> a pattern, which ignores upper and lower case.
-_FORMS = {
-    # Upper and lower case matter, because Nan, Na and Nat are names of people.
-    "a word for a missing value": (
-        r"(?-i:-?nan|-?NaN|NAN|null|NULL|Null|\(null\)|[Nn]one|NONE|nil|NIL|undefined|n/a|N/A|n\.a\."
-        r"|na|NA|<NA>|<na>|#N/A|#NA|#NV|#N/D|NaT|\\N|--?|\.|\?|-?1\.#(QNAN|IND)|-nan\(ind\))"
-    ),
+_CHANGED = {
+    "a word for a missing value": f"(?-i:{_MISSING})",
     "a number in scientific notation": r"[+-]?\d([.,]\d+)?e[+-]?\d{1,3}",
-    "a date or a time": (
-        r"\d{4}-\d\d-\d\d([ t]\d\d:\d\d(:\d\d(\.\d+)?)?)?|\d{1,2}:\d\d:\d\d( ?[ap]m)?"
-        r"|\d{1,2}/\d{1,2}/(\d\d|\d{4})|\d{1,2}\.\d{1,2}\.\d{4}"
-        rf"|\d{{1,2}}\.?[- ]{_MONTH}([- ]\d\d|[- ]\d{{4}})?|{_MONTH}-\d\d"
-    ),
+    "a date or a time": rf"{_DAY}|\d\d?[- ]{_MONTH}([- ]\d+)?|{_MONTH}-\d\d",
     "a truth value": "true|false",
-    "an error of a spreadsheet": r"#¡?\w+(/0)?[!?]|##+|err:\d+",
+    "an error of a spreadsheet": r"#\S+[!?]|##+|err:\d+",
     "a number with separators of thousands": r"[+-]?\d{1,3}([,'\u2019\xa0\u202f]\d{3})+([.,]\d+)?",
     "a number after an apostrophe": r"['\u2019]\d+",
-    "text of a Python object": (
-        r"b'.*'|b\".*\"|(np|numpy)\.\w+\(.*\)|(tensor|array)\(.*\)|[\[({]['\"].*['\"],?[\])}]"
-    ),
+    "text of a Python object": r"[b\[({]['\"].*['\"],?[\])}]?|(np\.\w+|tensor|array)\(.*\)",
+    "a whole number with decimals": r"-?\d+[.,]0+",
+    "a number that was rounded to 15 digits": r"[1-9]\d{14}0+",
+    "a number that lost zeros in other lines": r"0+\d+",
+    "a name with other blanks in other lines": r".*(\s\s|[^\S ]).*",
 }
-_DIGITS = 15  # a spreadsheet replaces further digits of a number by zeros
 
 
 def warn_of_changed(places: Mapping[str, str]) -> None:
@@ -278,75 +297,31 @@ def warn_of_changed(places: Mapping[str, str]) -> None:
 
     `places` is identity -> the place of its first clip, such as a file and a line.
     """
-    found = [(like, names) for like, find in _TESTS.items() if (names := find(places))]
-    if not found:
-        return
-    texts = []
-    for like, names in found:
-        count = f" ({len(names):,} identities)" if len(names) > 1 else ""
-        texts.append(f"'{show(names[0])}' looks like {like}{count}")
-    warn(
-        f"{places[found[0][1][0]]}: identity {', '.join(texts)}: if a program has changed "
-        "identities, write them as text, and leave missing identities empty"
-    )
-
-
-def _find_form(pattern: str) -> Callable[[Names], list[str]]:
-    form = re.compile(pattern, re.IGNORECASE)
-
-    def find(names: Names) -> list[str]:
-        matches = [name for name in names if form.fullmatch(name)]
-        if not matches:
-            return []
-        # Next to 1a5, also 1e5 is a code. Next to Ada-01, Jan is a person in Jan-01.
-        codes = {_simplify(name) for name in names if not form.fullmatch(name)}
-        return [n for n in matches if not re.search(r"\d", n) or _simplify(n) not in codes]
-
-    return find
+    # Without leading zeros, decimals .0 and unusual blanks, two identities may be equal.
+    usual = {n: re.sub(r"^0+(?=\d)|[.,]0+$", "", " ".join(n.split())) for n in places}
+    counts, texts, first = Counter(usual.values()), list[str](), ""
+    for like, pattern in _CHANGED.items():
+        found = dict.fromkeys(filter(re.compile(pattern, re.IGNORECASE).fullmatch, places))
+        codes = {_simplify(name) for name in places if found and name not in found} - {""}
+        alone = "in other lines" not in like
+        names = [n for n in found if counts[usual[n]] > 1 or (alone and _simplify(n) not in codes)]
+        # A single zero at the end of a long number may be chance.
+        if names and not re.fullmatch(r"[1-9]\d{15}", "".join(names)):
+            count = f" ({len(names):,} identities)" * (len(names) > 1)
+            texts.append(f"'{show(names[0])}' looks like {like}{count}")
+            first = first or places[names[0]]
+    if texts:
+        warn(
+            f"{first}: identity {', '.join(texts)}: if a program has changed "
+            "identities, write them as text, and leave missing identities empty"
+        )
 
 
 def _simplify(name: str) -> str:
-    """Replaces numbers by 0 and words by a. A word with digits is replaced by its length."""
-    if name.isalnum() and re.search(r"\d", name) and re.search(r"[^\W\d]", name):
-        return str(len(name))
-    return re.sub(r"[^\W\d_]+", "a", re.sub(r"\d+", "0", name))
+    """Replaces numbers by 0, or by 00 from 16 digits on, and words by a.
 
-
-def _find_decimals(names: Names) -> list[str]:
-    """Finds decimals such as 100.0, which were probably written as 100.
-
-    A decimal is found if the table also has 100, or if all decimals in the table are like 100.0.
+    Next to 1a5, also 1e5 is a code. Next to Ada-01, Jan is a person in Jan-01. If a name has no
+    digits, returns "".
     """
-    parts = {n: re.split("[.,]", n) for n in names if re.fullmatch("-?[0-9]+[.,][0-9]+", n)}
-    whole = [name for name, (_, decimals) in parts.items() if not decimals.strip("0")]
-    return [n for n in whole if len(whole) == len(parts) or parts[n][0] in names]
-
-
-def _find_rounded(names: Iterable[str]) -> list[str]:
-    """Finds long numbers, if all of them end in zeros from the 16th digit on."""
-    long = [name for name in names if re.fullmatch(rf"[1-9][0-9]{{{_DIGITS},}}", name)]
-    zeros = sum(len(name) - _DIGITS for name in long)
-    # A single zero may be chance.
-    return long if zeros > 1 and not any(name[_DIGITS:].strip("0") for name in long) else []
-
-
-def _find_lost_zeros(names: Names) -> list[str]:
-    """Finds numbers such as 007, if the table also has 7."""
-    return [n for n in names if re.fullmatch("0+[0-9]+", n) and (n.lstrip("0") or "0") in names]
-
-
-def _find_blanks(names: Names) -> list[str]:
-    """Finds names with unusual blanks, such as a no-break space, next to a name with others."""
-    usual = {name: " ".join(name.split()) for name in names}
-    counts = Counter(usual.values())
-    return [name for name in names if usual[name] != name and counts[usual[name]] > 1]
-
-
-# What an identity looks like -> the function that finds such identities.
-_TESTS: Mapping[str, Callable[[Names], list[str]]] = {
-    **{like: _find_form(pattern) for like, pattern in _FORMS.items()},
-    "a whole number with decimals": _find_decimals,
-    "a number that was rounded to 15 digits": _find_rounded,
-    "a number that lost zeros in other lines": _find_lost_zeros,
-    "a name with other blanks in other lines": _find_blanks,
-}
+    text = re.sub(r"\w*[^\W\d]\w*", "a", name) if re.search(r"\d", name) else ""
+    return re.sub(r"\d{1,15}", "0", text)

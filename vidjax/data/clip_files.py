@@ -17,9 +17,7 @@ from typing import Any
 import numpy as np
 
 from vidjax.data import parquet
-from vidjax.data.packed_clips import (
-    FRAME_FIELDS,
-)
+from vidjax.data.packed_clips import FRAME_FIELDS
 from vidjax.data.packing import Clip, group_by_modality
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, prefix_errors
@@ -34,19 +32,30 @@ NO_NETS: Nets = MappingProxyType({})
 Text = tuple[list[str], np.ndarray]  # see `parquet.Rows.text`
 
 
-def read_npz(paths: Sequence[Path], nets: Nets = NO_NETS) -> Iterator[Clip]:
-    """Yields the clips of `.npz` files. Only one file is in memory at a time. See `read_clips`."""
+def read_clips(
+    paths: Sequence[Path], folder: Path | None = None, nets: Nets = NO_NETS
+) -> Iterator[Clip]:
+    """Yields the clips of a split. `paths` is a single parquet table, or `.npz` files.
+
+    The clip in `folder/DAY/CLIP.npz` is called `DAY/CLIP`. If `folder` is None, clips are called
+    `CLIP`. Only one file is in memory at a time. If a file names other nets than `nets`, raises
+    UserError, see `check_nets`.
+    """
     limit = min(MAX_CLIP_BYTES, memory_bytes() // 8)
     for path in paths:
-        name = clean_name_at(f"{path}:", path.stem)
+        if path.suffix == ".parquet":
+            yield from read_parquet(path)
+            continue
+        group = "" if path.parent == (folder or path.parent) else f"{path.parent.name}/"
+        name = clean_name_at(f"{path}:", given := f"{group}{path.stem}")
         with files.open_input(path) as file, prefix_errors(str(path)):
             size = os.fstat(file.fileno()).st_size
             arrays = files.load_npz(file, min(limit, files.max_unpacked_bytes(size)))
         check_nets(path, _take_nets(arrays), nets)
         if has_several_clips(arrays):
-            yield from _split(arrays, str(path))
+            yield from _split(arrays, str(path), group)
         else:
-            yield Clip(name, str(path), group_by_modality(arrays, str(path)), path.stem)
+            yield Clip(name, str(path), group_by_modality(arrays, str(path)), given)
 
 
 def _take_nets(arrays: dict[str, np.ndarray]) -> dict[str, str]:
@@ -78,8 +87,8 @@ def has_several_clips(arrays: Mapping[str, np.ndarray]) -> bool:
     return "clips" in arrays and arrays["clips"].dtype.kind == "U"
 
 
-def _split(arrays: Mapping[str, np.ndarray], path: str) -> Iterator[Clip]:
-    """Yields the clips of an `.npz` file that contains several clips."""
+def _split(arrays: Mapping[str, np.ndarray], path: str, group: str = "") -> Iterator[Clip]:
+    """Yields the clips of an `.npz` file that contains several clips. Names begin with `group`."""
     names = arrays["clips"]
     length, frames = dict[str, np.ndarray](), dict[str, np.ndarray]()
     for key, array in arrays.items():
@@ -102,7 +111,7 @@ def _split(arrays: Mapping[str, np.ndarray], path: str) -> Iterator[Clip]:
             )
         starts[modality] = np.append(0, np.cumsum(count, dtype=np.int64))
     # One clip at a time, because a small file may contain millions of equal names.
-    for number, given in enumerate(names.flat):
+    for number, given in enumerate(map(str, names.flat)):
         modalities = {
             modality: {
                 field: array[starts[modality][number] : starts[modality][number + 1]]
@@ -110,7 +119,7 @@ def _split(arrays: Mapping[str, np.ndarray], path: str) -> Iterator[Clip]:
             }
             for modality, fields in grouped.items()
         }
-        yield Clip(clean_name_at(f"{path}:", given), path, modalities, str(given))
+        yield Clip(clean_name_at(f"{path}:", group + given), path, modalities, group + given)
 
 
 def write_npz(
@@ -230,11 +239,3 @@ def _group_rows(clips: Text, modalities: Text) -> Iterator[tuple[str, str, np.nd
     values, starts = np.unique(code[order], return_index=True)
     for value, rows in zip(values.tolist(), np.split(order, starts[1:]), strict=False):
         yield names[value // len(kinds)], kinds[value % len(kinds)], rows
-
-
-def read_clips(paths: Sequence[Path], nets: Nets = NO_NETS) -> Iterator[Clip]:
-    """Yields the clips of a split. `paths` is a single parquet table, or `.npz` files.
-
-    If a file names other nets than `nets`, raises UserError, see `check_nets`.
-    """
-    return read_parquet(paths[0]) if paths[0].suffix == ".parquet" else read_npz(paths, nets)

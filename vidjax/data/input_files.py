@@ -1,8 +1,8 @@
 """Loads clips without labels from files, for a trained model or a gallery.
 
 Clips are read from a `.npz` file, from a parquet table, or from a folder. The folder contains
-`.npz` files, or splits as in `vidjax.data.arrays`, or pickles of the iQIYI-VID dataset. The readers
-of pickles are imported only for a folder of pickles.
+`.npz` files or folders of `.npz` files, or splits as in `vidjax.data.arrays`, or pickles of the
+iQIYI-VID dataset. The readers of pickles are imported only for a folder of pickles.
 """
 
 import shlex
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vidjax.data.arrays import group_files_by_split
-from vidjax.data.checks import list_entries, refuse_unread
+from vidjax.data.arrays import group_files_by_split, list_npz_files
+from vidjax.data.checks import explain_unread, list_entries, refuse_unread
 from vidjax.data.clip_files import NO_NETS, Nets, read_clips
 from vidjax.data.clips import SPLITS
 from vidjax.data.memory import MemoryClips
@@ -49,9 +49,9 @@ def load_clips(
       UserError: the files are wrong in another way.
     """
     path = Path(path).expanduser()
-    paths = find_files(path, split)
+    folder, paths = find_files(path, split)
     if not isinstance(paths, Mapping):
-        clips = read_clips(paths, nets=nets)
+        clips = read_clips(paths, folder, nets)
         return MemoryClips.pack(clips, modalities, identities, quality)
     if not paths.keys() & modalities.keys():
         raise UserError(
@@ -73,11 +73,14 @@ def load_clips(
     return MemoryClips(join(parts), names, modalities, identities, official=True)
 
 
-def find_files(path: Path, split: str | None = None) -> Sequence[Path] | Mapping[str, Path]:
-    """Returns the files that contain the clips of a folder or file, without reading the files.
+def find_files(
+    path: Path, split: str | None = None
+) -> tuple[Path, Sequence[Path] | Mapping[str, Path]]:
+    """Returns the folder of the clips of a folder or file, and their files, without reading them.
 
-    The result is a list of `.npz` files, or of one parquet table. For pickles of the iQIYI-VID
-    dataset, it is modality -> pickle. `split` is the split, or None if there is only one.
+    The files are a list of `CLIP.npz` and `DAY/CLIP.npz`, or of one parquet table. For pickles of
+    the iQIYI-VID dataset, they are modality -> pickle. `split` is the split, or None if there is
+    only one.
 
     Raises:
       FileNotFoundError: the path does not exist, or has no clips.
@@ -88,20 +91,27 @@ def find_files(path: Path, split: str | None = None) -> Sequence[Path] | Mapping
         entries = list_entries(path)
         if pickles := _find_pickles(path, entries):
             split = _choose_split(path, {split for _, split in pickles}, split)
-            return {name: file for (name, of), file in pickles.items() if of == split}
+            return path, {name: file for (name, of), file in pickles.items() if of == split}
         paths = [entry for entry in entries if entry.suffix == ".npz"]
+        others = [entry for entry in entries if entry.suffix != ".npz"]
+        if not paths and not any(entry.stem in SPLITS for entry in entries):
+            paths, others = list_npz_files(path)
+            remedy = next(filter(None, (explain_unread(other, path) for other in others)), "")
+            if remedy and not paths:
+                raise NoFileError(f"'{path}' contains no CLIP.npz\n{remedy}")
         if not paths:
             splits = group_files_by_split(path)
-            return splits[_choose_split(path, splits, split)]
-        refuse_unread((entry for entry in entries if entry.suffix != ".npz"), "CLIP.npz")
+            split = _choose_split(path, splits, split)
+            return path / split, splits[split]
+        refuse_unread(others, "CLIP.npz")
     else:
-        paths = [path]
+        path, paths = path.parent, [path]
     if split is not None:
         raise UserError(
             f"'{path}' has no splits, so the split '{split}' cannot be chosen\n"
             "leave out the argument split, or --config.eval.split of vidjax rank and embed"
         )
-    return paths
+    return path, paths
 
 
 def _find_pickles(path: Path, entries: Sequence[Path]) -> dict[tuple[str, str], Path]:
@@ -127,15 +137,14 @@ def load_people(
     there are clips directly in `path`.
     """
     path = Path(path).expanduser()
-    people, others, entries = dict[str, list[Path]](), list[Path](), list_entries(path)
-    for folder in filter(Path.is_dir, entries):
-        inside = list_entries(folder)
-        others += [entry for entry in inside if entry.suffix != ".npz"]
-        if paths := [entry for entry in inside if entry.suffix == ".npz"]:
-            people.setdefault(clean_identity(folder.name), []).extend(paths)
-    if not people or any(entry.suffix == ".npz" for entry in entries):
-        problem = "has clips outside the folders of people" if people else "has no clips of people"
+    list_entries(path)  # raises an error if there is no such folder
+    found, others = list_npz_files(path)
+    if not found or any(file.parent == path for file in found):
+        problem = "has clips outside the folders of people" if found else "has no clips of people"
         raise NoFileError(f"'{path}' {problem}\nput each clip into {path}/PERSON/CLIP.npz")
+    people: dict[str, list[Path]] = {}
+    for file in found:
+        people.setdefault(clean_identity(file.parent.name), []).append(file)
     if people.keys() <= set(SPLITS):
         raise UserError(
             f"{path}: {', '.join(people)} are splits of a dataset, not names of people\n"
@@ -159,14 +168,10 @@ def check_path(path: Path) -> None:
     """Checks that a path is a folder, a `.parquet` file or a `.npz` file, or raises NoFileError."""
     if path.is_dir() or (path.is_file() and path.suffix in (".parquet", ".npz")):
         return
-    if path.suffix == ".npy" and path.exists():
-        raise NoFileError(
-            f"'{path}' is an array without the name of its modality\n"
-            f"name it: numpy.savez('{path.stem}.npz', face=numpy.load('{path.name}'))"
-        )
     present = files.is_present(path)
     problem = "is not a folder, nor a .parquet or .npz file" if present else "does not exist"
-    raise NoFileError(f"'{path}' {problem}: name a folder or file of features")
+    remedy = explain_unread(path) * present or "name a folder or file of features"
+    raise NoFileError(f"'{path}' {problem}\n{remedy}")
 
 
 def _choose_split(path: Path, splits: Collection[str], split: str | None) -> str:

@@ -26,9 +26,8 @@ from vidjax.utils.names import (
     unescape,
 )
 
-TABLE = "labels.csv"
 COLUMNS = ("clip", "identity")
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+TABLES = tuple(f"labels{ending}" for ending in tables.ENDINGS)
 Truth = Mapping[str, Mapping[str, str]]  # split with labels -> clip -> identity
 LabelSource = Mapping[str, Any] | str | Path | None  # clip -> identity, or a file of labels
 
@@ -52,28 +51,25 @@ def load_official_truth(
 def load_folder_truth(
     folder: Path, clips: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, str]]:
-    """Returns split -> clip -> identity, from `labels.csv` or the ground-truth files of a folder.
+    """Returns split -> clip -> identity, from the ground-truth files or one of `TABLES`.
 
-    `clips` is split -> the clips that have features. Raises UserError if the folder has both kinds
-    of files, or a misspelt file such as `label.csv`.
+    `clips` is split -> the clips that have features. Raises UserError if the folder has several
+    files of labels, or a misspelt file such as `label.csv`.
     """
-    official, table = find_ground_truth(folder), folder / TABLE
-    check_file(table)
-    if not table.is_file():
-        for path in () if official else list_entries(folder):
-            # For `errors.closest`, all names with the ending .csv are similar.
-            if path.is_file() and get_close_matches(path.name.lower(), [TABLE], cutoff=0.8):
-                raise UserError(
-                    f"'{path}' would be ignored, because labels are read from {TABLE}: "
-                    f"rename it to {TABLE}"
-                )
-        return load_official_truth(folder, clips)
-    if official:
-        raise UserError(
-            f"'{folder}' contains both {TABLE} and {next(iter(official.values())).name}: "
-            "remove one of them"
-        )
-    return load_label_table(table, clips)
+    official, entries = find_ground_truth(folder), list_entries(folder)
+    found = [path for path in entries if path.name.lower() in TABLES]
+    both = [path.name for path in (*found, *official.values())][:2]
+    if found and len(both) > 1:
+        raise UserError(f"'{folder}' contains both {' and '.join(both)}: remove one of them")
+    if found:
+        check_file(found[0])
+        return load_label_table(found[0], clips)
+    for path in () if official else entries:
+        # For `errors.closest`, all names with the ending .csv are similar.
+        like = get_close_matches(path.name.lower(), TABLES, n=1, cutoff=0.8)
+        if like and path.is_file():
+            raise UserError(f"'{path}' would be ignored: rename it to {like[0]}, or move it away")
+    return load_official_truth(folder, clips)
 
 
 def load_label_table(
@@ -92,7 +88,7 @@ def load_label_table(
     place = Path("labels")
     if isinstance(labels, Mapping):
         pairs = clean_labels(((f"{place}:", *pair) for pair in labels.items()), split_of)
-    elif (place := Path(labels).expanduser()).suffix.lower() in TABLE_SUFFIXES:
+    elif (place := Path(labels).expanduser()).suffix.lower() in tables.ENDINGS:
         pairs = clean_labels(read_table(place), split_of)
     else:
         pairs = load_ground_truth(place, known_clips=split_of)
@@ -109,8 +105,8 @@ def read_table(path: Path) -> Iterator[tuple[str, Any, Any]]:
     """Yields (start of an error message, clip, identity) for each row of a table of labels.
 
     A file that does not end in .csv, .jsonl or .parquet is text with tabs. The columns are called
-    `clip` and `identity`. If text with tabs has no such names, its first two columns are read. A
-    line of .jsonl is an object with these keys.
+    `clip` and `identity`, in upper or lower case. If text with tabs has no such names, its first
+    two columns are read. A line of .jsonl is an object with these keys.
     """
     _refuse_no_file(path)
     if path.suffix.lower() == ".jsonl":
@@ -122,15 +118,14 @@ def read_table(path: Path) -> Iterator[tuple[str, Any, Any]]:
         return
     is_csv, rows = path.suffix.lower() == ".csv", tables.read_text(path)
     number, header = next(rows, (1, []))
-    titles = [*map(str.strip, header)]
-    if {*COLUMNS} <= {*titles}:
-        columns = [*map(titles.index, COLUMNS)]
-    elif is_csv:
+    titles = tables.find_columns(f"{path}: line {number}:", header, COLUMNS)
+    columns = [*map(header.index, titles)]
+    if not columns and is_csv:
         raise UserError(
             f"{path}: line {number}: the columns are '{show(','.join(header))}': "
             "write clip,identity into the first line, and separate columns by commas"
         )
-    else:
+    if not columns:
         columns, rows = [0, 1], itertools.chain([(number, header)] * bool(header), rows)
     for number, cells in rows:
         place = f"{path}: line {number}:"
@@ -153,15 +148,17 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, Any, Any]]:
         lines = file.read().splitlines()
     for number, line in enumerate(lines, 1):
         if line.strip():
-            value = None
+            place, value = f"{path}: line {number}", None
             with contextlib.suppress(ValueError):
                 value = files.parse_json(line)
-            if not isinstance(value, dict) or not {*COLUMNS} <= value.keys():
+            row = value if isinstance(value, dict) else {}
+            titles = tables.find_columns(f"{place}:", row, COLUMNS)
+            if not titles:
                 raise UserError(
-                    f"{path}: line {number} is not JSON of a clip and its identity\n"
+                    f"{place} is not JSON of a clip and its identity\n"
                     'write {"clip": "NAME", "identity": "NAME"}'
                 )
-            yield f"{path}: line {number}:", *(value[column] for column in COLUMNS)
+            yield f"{place}:", *(row[title] for title in titles)
 
 
 def _refuse_no_file(path: Path) -> None:
@@ -189,7 +186,7 @@ def clean_labels(
             continue
         row, place = place, f"{place} clip {show(name)}"
         if _is_missing(identity):
-            empty.append(place)
+            empty.append(f"{place}: its identity is empty, so the clip shows no known person")
             continue
         text = _clean_person(place, identity)
         if isinstance(identity, (float, np.floating)) and text.isdecimal():
@@ -199,17 +196,12 @@ def clean_labels(
                 f"{place} has the labels {show(pairs[name])} and {show(text)}: delete one of them"
             )
         places.setdefault(text, row.removesuffix(":"))
-    if empty:
-        warn(
-            f"{empty[0]}: its identity is empty, so the clip shows no known person "
-            f"(such clips: {len(empty):,})\n"
-            "to avoid this warning, leave out these clips, or use None in Python"
-        )
-    if decimals:
-        warn(
-            f"{decimals[0]} (such clips: {len(decimals):,}): to avoid this warning, write "
-            "identities as text"
-        )
+    for found, remedy in (
+        (empty, "leave out these clips, or use None in Python"),
+        (decimals, "write identities as text"),
+    ):
+        if found:
+            warn(f"{found[0]} (such clips: {len(found):,})\nto avoid this warning, {remedy}")
     warn_of_changed(places)
     return pairs
 
@@ -237,12 +229,8 @@ def _clean_person(place: str, identity: object) -> str:
 
 
 def _is_missing(identity: object) -> bool:
-    """Returns True for an empty text, and for an empty cell of pandas."""
-    if isinstance(identity, (float, np.floating)):
-        return bool(np.isnan(identity))
-    if isinstance(identity, str):
-        return not identity
-    return type(identity).__name__ in ("NAType", "NaTType")  # pandas.NA and pandas.NaT
+    """Returns True for an empty text, for NaN, and for an empty cell of pandas."""
+    return not identity if isinstance(identity, str) else str(identity) in ("nan", "<NA>", "NaT")
 
 
 def find_ground_truth(directory: str | os.PathLike[str]) -> dict[str, Path]:

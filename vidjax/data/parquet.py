@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from vidjax.data.packed_clips import FRAME_FIELDS
-from vidjax.utils import files, processes
+from vidjax.utils import files, processes, tables
 from vidjax.utils.errors import UserError, closest, require_packages
 from vidjax.utils.machine import memory_bytes
 from vidjax.utils.names import show
@@ -153,12 +153,13 @@ def read_labels(path: Path) -> Iterator[tuple[int, Any, Any]]:
     """
     from pyarrow import types
 
-    names = ["clip", "identity"]
     with _open(path) as file:
-        if missing := [name for name in names if name not in file.schema_arrow.names]:
+        titles = file.schema_arrow.names
+        names = tables.find_columns(f"{path}:", titles, ("clip", "identity"))
+        if not names:
             raise UserError(
-                f"{path}: the table has no column {missing[0]}, only "
-                f"{show(', '.join(file.schema_arrow.names))}\nname the columns clip and identity"
+                f"{path}: the table has no column clip or no column identity, only "
+                f"{show(', '.join(titles))}\nname the columns clip and identity"
             )
         _check_footer(path, file, names)
         _run(path, {"names": names})
@@ -176,9 +177,9 @@ def read_labels(path: Path) -> Iterator[tuple[int, Any, Any]]:
 
 
 def has_column(path: Path, name: str) -> bool:
-    """Returns whether a parquet table has a column."""
+    """Returns whether a parquet table has a column, in upper or lower case."""
     with _open(path) as file:
-        return name in file.schema_arrow.names
+        return name in map(str.lower, file.schema_arrow.names)
 
 
 def count_rows(path: Path) -> int:

@@ -25,7 +25,7 @@ CONFIG, IDENTITIES, METRICS = "config.json", "identities.json", "metrics.json"
 JOIN = "join.json"  # the learned numbers of a blend
 
 # Files of a folder of features.
-DATA_PATTERNS = ("labels.csv", "*_gt.txt", "*_train*.pickle", "*.npz", "train/*.npz", "val/*.npz",
+DATA_PATTERNS = ("labels.*", "*_gt.txt", "*_train*.pickle", "*.npz", "train/*.npz", "val/*.npz",
                  "test/*.npz", "*.parquet")  # fmt: skip
 
 

@@ -65,10 +65,10 @@ def explain_no_identity(config: Config) -> str:
                 "no training clip has an identity\n"
                 "pass the identities of training clips: vidjax.load_data(clips, labels=LABELS)"
             )
-        names = "labels.csv"
-        if not (Path(config.data.dir).expanduser() / names).exists():
+        names = "the file of labels"
+        if not any(Path(config.data.dir).expanduser().glob("labels.*")):
             return (
-                f"no training clip has an identity: '{config.data.dir}/{names}' is missing\n"
+                f"no training clip has an identity: '{config.data.dir}/labels.csv' is missing\n"
                 "write this file with the columns clip and identity"
             )
     return f"no training clip has an identity: correct {names} or config.data.train_splits"

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -138,6 +138,18 @@ def read_text(path: Path) -> Iterator[tuple[int, list[str]]]:
     except csv.Error as error:
         kind = "CSV" if separator == "," else "text with tabs"
         raise UserError(f"'{path}' is not a table: {error}\nsave it as {kind}") from error
+
+
+def find_columns(place: str, titles: Collection[str], wanted: Sequence[str]) -> list[str]:
+    """Returns the titles of the `wanted` columns, or [] if one of them is missing.
+
+    `titles` may be in upper or lower case. If two of them are the same column, raises UserError,
+    which begins with `place`.
+    """
+    found = [[x for x in titles if x.strip().lower() == column] for column in wanted]
+    if twice := next((same for same in found if len(same) > 1), []):
+        raise UserError(f"{place} two columns are named {' and '.join(twice)}: rename one of them")
+    return [same[0] for same in found] if all(found) else []
 
 
 def _unescape(cell: str) -> str:
