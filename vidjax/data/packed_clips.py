@@ -1,19 +1,28 @@
 """Holds clips in arrays without padding, clip after clip.
 
-All sources return clips in this form. The arrays are in memory, in files that are mapped into
-memory, or on the devices. `clips.pad` makes batches of them.
+All sources return clips in this form. The arrays are in memory, in files, or on the devices.
+`clips.pad` makes batches of them.
 
 To store another value per frame, add a line to FRAME_FIELDS. To use it in a model, add it to
 `vidjax.core.batch.Frames` and `Packed`, too.
 """
 
+import contextlib
+import math
+import os
+import weakref
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from vidjax.core.batch import BATCHED, Packed
+from vidjax.utils import files
+from vidjax.utils.errors import UserError
+from vidjax.utils.files import hash_opened
 
 # The source of the quality of frames. `given` is the quality in the file, or the L2 norm of the
 # feature if the file has no quality. `norm` is always the norm.
@@ -80,11 +89,14 @@ class PackedClips(NamedTuple):
       frames: modality -> the frames of all clips. Features are float16, float32, float64 or int8,
         and have the width 0 if there are no frames. `start` is [N] int64.
       counts: modality -> the counts of clips and frames.
+      checksums: modality -> [N] uint32, see `compute_checksum`. Readers compare the checksums of
+        clips in files. For clips in memory, the dict may be empty.
     """
 
     names: tuple[str, ...]
     frames: Mapping[str, Packed]
     counts: Mapping[str, Counts]
+    checksums: Mapping[str, np.ndarray] = {}
 
     @property
     def lengths(self) -> dict[str, np.ndarray]:
@@ -104,7 +116,90 @@ class PackedClips(NamedTuple):
                 yield BadValues(field, "negative", len(rows), self.names[int(np.argmax(has_row))])
 
 
-def pack_arrays(arrays: Mapping[str, np.ndarray], length: Sequence[int]) -> Packed:
+class StoredFile(NamedTuple):
+    """A file of a dataset in the cache, and its state when it was written."""
+
+    path: Path  # FOLDER/SPLIT/MODALITY/FIELD.bin, where FOLDER contains the manifest
+    size: int  # number of bytes
+    mtime_ns: int  # time of the last change, in ns
+    sha256: str
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the dataset in the cache."""
+        return self.path.parents[2]
+
+    def check(self) -> None:
+        """Raises UserError if the file does not match its sha256."""
+        hint = f"delete {self.folder} to convert again"
+        try:
+            with files.open_regular(self.path, below=self.folder) as file:
+                if hash_opened(file) == self.sha256:
+                    return
+        except FileNotFoundError:
+            raise UserError(f"'{self.path}' does not exist\n{hint}") from None
+        except UserError as error:  # a link, or a pipe for which the code above would wait
+            raise UserError(f"{str(error).splitlines()[0]}\n{hint}") from error
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror}\n{hint}") from error
+        raise UserError(f"'{self.path}' does not match its sha256\n{hint}")
+
+
+class FlatFile:
+    """An array [F] or [F, D] in a file, of which slices are read.
+
+    The file is not mapped into memory, because the system kills a process if a mapped file is
+    truncated.
+
+    Attributes:
+      file: the file.
+      shape: [F] or [F, D].
+      dtype: the dtype of features in all splits. A slice has the dtype of the file.
+    """
+
+    def __init__(self, file: StoredFile, shape: tuple[int, ...], stored: str, dtype: np.dtype):
+        """Opens the file. Checks its sha256 if its size or time changed."""
+        self.file, self.shape, self.dtype = file, shape, dtype
+        self._stored = np.dtype(stored)
+        self._row_bytes = self._stored.itemsize * math.prod(shape[1:])
+        # A replaced file has a new time. Files of a copied folder have new times, too.
+        stat = os.lstat(file.path) if files.exists(file.path) else None
+        if not stat or (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
+            file.check()
+        if file.size != len(self) * self._row_bytes:
+            raise UserError(f"'{file.path}' has {file.size:,} bytes, unlike index.npz")
+        with files.open_regular(file.path, below=file.folder) as opened:
+            self._descriptor = os.dup(opened.fileno())
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        """Returns the rows `start` to `stop`. If the file was cut, the result has fewer rows."""
+        wanted = (rows.stop - rows.start) * self._row_bytes
+        content = os.pread(self._descriptor, wanted, rows.start * self._row_bytes)
+        whole = content[: len(content) // self._row_bytes * self._row_bytes]
+        return np.frombuffer(whole, self._stored).reshape(-1, *self.shape[1:])
+
+    def announce(self, start: int, length: int) -> None:
+        """Tells the system which rows will be read."""
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(
+                self._descriptor, start * self._row_bytes, length * self._row_bytes,
+                os.POSIX_FADV_WILLNEED,
+            )  # fmt: skip
+
+
+def compute_checksum(parts: Iterable[np.ndarray]) -> int:
+    """Returns the CRC-32 of the frames of a clip. `parts` are their fields, as in BATCHED."""
+    checksum = 0
+    for part in parts:
+        checksum = zlib.crc32(part.data, checksum)
+    return checksum
+
+
+def pack_arrays(arrays: Mapping[str, Any], length: ArrayLike) -> Packed:
     """Returns the frames of clips, whose numbers of frames are `length`, from field -> array."""
     counts = np.array(length, np.int32)
     fields = {name: arrays[name] for name in BATCHED}
@@ -199,8 +294,9 @@ def complete(packed: PackedClips, modalities: Mapping[str, tuple[int, str]]) -> 
             shapes = {field: (0,) for field in BATCHED} | {"features": (0, dim)}
             arrays = {f: np.empty(shape, get_dtype(f, dtype)) for f, shape in shapes.items()}
             given = pack_arrays(arrays, [0] * len(packed.names))
-        features = np.asarray(given.features).astype(dtype, copy=False)
-        frames[name] = given._replace(features=features)
+        if given.features.dtype != dtype:
+            given = given._replace(features=np.asarray(given.features).astype(dtype))
+        frames[name] = given
     return packed._replace(frames=frames)
 
 
@@ -216,29 +312,77 @@ def measure_quality(frames: Packed) -> np.ndarray:
     return quality
 
 
-class PackedReader:
-    """Reads clips in memory, as `records.shards.Reader` reads clips on the disk."""
+class Reader:
+    """Reads the clips of several splits, in memory or in files.
+
+    Attributes:
+      order: [N] int32, the clips in the order in which most of their bytes are stored. Clips are
+        numbered split after split, and by name within a split.
+    """
 
     def __init__(self, splits: Sequence[PackedClips]):
-        """Numbers the clips of `splits`, which have the same modalities, split after split."""
+        """Numbers the clips of `splits`, which have the same modalities."""
         self._splits = splits
         sizes = [len(split.names) for split in splits]
         self._owner = np.repeat(np.arange(len(splits)), sizes)  # [N], the split of each clip
         self._begins = np.cumsum(sizes) - sizes
-        self.clip_index = np.arange(sum(sizes), dtype=np.int32)
+        orders = []
+        for split, begin in zip(splits, self._begins, strict=True):
+            largest = max(
+                split.frames.values(), key=lambda frames: math.prod(frames.features.shape)
+            )
+            orders.append(np.argsort(largest.start, kind="stable") + begin)
+        self.order = np.concatenate(orders).astype(np.int32)
 
-    def read(self, places: np.ndarray, names: Iterable[str]) -> ClipArrays:
-        """Returns the frames of the clips with the numbers `places` [n] in the modalities `names`.
+    def read(self, clips: np.ndarray, names: Iterable[str]) -> ClipArrays:
+        """Returns the frames of the clips with the numbers `clips` [n] in the modalities `names`.
 
-        The arrays are views.
+        Arrays of clips in memory are views. Raises UserError if a file is damaged.
         """
         result: ClipArrays = {name: {field: [] for field in BATCHED} for name in names}
-        for place in places.tolist():
-            owner = int(self._owner[place])
-            split, clip = self._splits[owner], place - self._begins[owner]
-            for name, fields in result.items():
-                frames = split.frames[name]
-                rows = slice(frames.start[clip], frames.start[clip] + frames.length[clip])
-                for field, arrays in fields.items():
-                    arrays.append(getattr(frames, field)[rows])
+        owners = self._owner[clips]
+        places = [*zip(owners.tolist(), (clips - self._begins[owners]).tolist(), strict=True)]
+        for name, fields in result.items():
+            of_splits = [(split.frames[name], split.checksums) for split in self._splits]
+            for owner, clip in places:
+                _announce(of_splits[owner][0], clip)
+            for owner, clip in places:
+                frames, checksums = of_splits[owner]
+                first, length = int(frames.start[clip]), int(frames.length[clip])
+                parts = [getattr(frames, field)[first : first + length] for field in BATCHED]
+                if isinstance(frames.features, FlatFile):
+                    if compute_checksum(parts) != checksums[name][clip]:
+                        raise _find_damage(frames)
+                    parts[0] = parts[0].astype(frames.features.dtype, copy=False)
+                for arrays, part in zip(fields.values(), parts, strict=True):
+                    arrays.append(part)
         return result
+
+    def check(self) -> None:
+        """Raises UserError if a file of the clips does not match its sha256."""
+        for split in self._splits:
+            for frames in split.frames.values():
+                check_files(frames)
+
+
+def _announce(frames: Packed, clip: int) -> None:
+    """Tells the system which features will be read, so that it reads many clips at once."""
+    if isinstance(flat := frames.features, FlatFile):
+        flat.announce(int(frames.start[clip]), int(frames.length[clip]))
+
+
+def check_files(frames: Packed) -> None:
+    """Raises UserError if a file of the frames does not match its sha256."""
+    for field in BATCHED:
+        if isinstance(flat := getattr(frames, field), FlatFile):
+            flat.file.check()
+
+
+def _find_damage(frames: Packed) -> UserError:
+    """Returns the error for frames that do not match their checksum."""
+    check_files(frames)
+    file: StoredFile = getattr(frames, BATCHED[0]).file
+    return UserError(
+        f"{file.path.parent}: files were changed while they were read\n"
+        "run the command again when no program writes to them"
+    )

@@ -32,6 +32,7 @@ from vidjax.utils.names import ENDING, clean_name_at, show
 Clips = Mapping[str, Mapping[str, Any]]
 
 BLOCK_BYTES = 8 << 20  # bytes of features that are written at once
+MAX_HALF = float(np.finfo(np.float16).max)
 NUM_PROBE_CLIPS = 200  # their majority decides the width and the dtype of all clips
 
 
@@ -407,3 +408,27 @@ def compute_feature_norms(features: np.ndarray) -> np.ndarray:
         length = np.sqrt(np.einsum("fd,fd->f", block, block))
         norms[start : start + rows] = np.minimum(length, LARGEST)
     return norms
+
+
+def fingerprint_frames(features: np.ndarray) -> np.ndarray:
+    """Returns a number for each frame of features [F, D], [F] uint64. Equal frames have equal ones.
+
+    Features are rounded to float16, so that copies in another dtype are equal. The number of a
+    frame of zeros is 0.
+    """
+    largest = np.abs(features).max(axis=1, initial=0).astype(np.float32)
+    _, exponent = np.frexp(np.where(largest > MAX_HALF, largest, 0))
+    halves = np.ldexp(features, -exponent[:, None]).astype(np.float16) + np.float16(0)  # no -0.0
+    words = np.pad(halves, ((0, 0), (0, -features.shape[1] % 4))).view(np.uint64)
+    factors = np.random.default_rng(0).integers(1 << 63, size=words.shape[1], dtype=np.uint64)
+    return scramble((words * (2 * factors + 1)).sum(axis=1, dtype=np.uint64)) * (largest > 0)
+
+
+def scramble(numbers: np.ndarray) -> np.ndarray:
+    """Returns numbers [N] uint64 in which all bits depend on all bits of `numbers`. 0 stays 0.
+
+    Source: the finaliser of MurmurHash3.
+    """
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        numbers = (numbers ^ (numbers >> np.uint64(33))) * np.uint64(factor)
+    return numbers ^ (numbers >> np.uint64(33))
