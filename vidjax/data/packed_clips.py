@@ -157,11 +157,11 @@ class FlatFile:
       dtype: the dtype of features in all splits. A slice has the dtype of the file.
     """
 
-    def __init__(self, file: StoredFile, shape: tuple[int, ...], stored: str, dtype: np.dtype):
+    def __init__(self, file: StoredFile, shape: tuple[int, ...], stored: np.dtype, dtype: np.dtype):
         """Opens the file. Checks its sha256 if its size or time changed."""
         self.file, self.shape, self.dtype = file, shape, dtype
-        self._stored = np.dtype(stored)
-        self._row_bytes = self._stored.itemsize * math.prod(shape[1:])
+        self._stored = stored
+        self._row_bytes = stored.itemsize * math.prod(shape[1:])
         # A replaced file has a new time. Files of a copied folder have new times, too.
         stat = os.lstat(file.path) if files.exists(file.path) else None
         if not stat or (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):

@@ -22,6 +22,7 @@ from vidjax.data.cache_folders import cache_folder, exclusive, mark_used
 from vidjax.data.clips import DataSource, FileSource, Modality
 from vidjax.data.data_report import report_modality, report_split
 from vidjax.data.packed_clips import (
+    DTYPES,
     FlatFile,
     PackedClips,
     StoredFile,
@@ -124,7 +125,7 @@ def write_store(source: FileSource, fingerprint: list[dict[str, Any]], folder: P
         clips = "\n".join(split.clips).encode("utf-8", "surrogateescape")
         index[f"{name}/clips"] = np.frombuffer(clips, np.uint8)
         index[f"{name}/fingerprints"] = split.fingerprints
-        splits[name] = {"clips": len(split.clips), "digests": split.digests, "files": []}
+        states = dict[str, dict[str, Any]]()
         for modality, frames in packed[name].frames.items():
             arrays = {
                 "start": np.asarray(frames.start),
@@ -133,12 +134,12 @@ def write_store(source: FileSource, fingerprint: list[dict[str, Any]], folder: P
                 "checksums": split.packed.checksums[modality],
             }
             index |= {f"{name}/{key}/{modality}": values for key, values in arrays.items()}
-            for field in BATCHED if len(frames.quality) else ():
-                path = Path(getattr(frames, field).filename)
-                stat, kind = path.stat(), getattr(frames, field).dtype.name
-                file = StoredFile(path, stat.st_size, stat.st_mtime_ns, sha256_file(path))
-                entry = file._asdict() | {"path": str(path.relative_to(folder)), "dtype": kind}
-                splits[name]["files"].append(entry)
+            if len(frames.quality):
+                place, dtype = folder / name / modality, np.dtype(frames.features.dtype).name
+                found = {field: _describe_file(place / f"{field}.bin") for field in BATCHED}
+                states[modality] = {"dtype": dtype, "files": found}
+        count = len(split.clips)
+        splits[name] = {"clips": count, "digests": split.digests, "modalities": states}
     np.savez(folder / "index.npz", **index)  # pyright: ignore[reportArgumentType]
     files.write_json(folder / "data_report.json", store.report)
     manifest = {
@@ -148,6 +149,12 @@ def write_store(source: FileSource, fingerprint: list[dict[str, Any]], folder: P
         "splits": splits,
     }
     files.write_manifest(folder / "manifest.json", manifest)
+
+
+def _describe_file(path: Path) -> dict[str, Any]:
+    """Returns the attributes of a StoredFile, except for the path."""
+    stat = path.stat()
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256_file(path)}
 
 
 def make_store(source: DataSource, packed: Mapping[str, PackedClips]) -> Store:
@@ -262,7 +269,7 @@ def join_fingerprints(prints: Mapping[str, np.ndarray]) -> np.ndarray:
     """Returns the fingerprints of clips [N] uint64 from those of their modalities."""
     names = {name: np.uint64(int(sha256_json(name)[:16], 16)) for name in prints}
     parts = [scramble(x ^ names[name]) * (x > 0) for name, x in prints.items()]
-    return np.sum(parts, axis=0, dtype=np.uint64)
+    return np.asarray(np.sum(parts, axis=0, dtype=np.uint64))
 
 
 def remove(folder: Path) -> bool:
@@ -325,22 +332,21 @@ def _load_split(
         {key.removeprefix(prefix): index[key] for key in index if key.startswith(prefix)}
         for prefix in (f"{name}/{x}/" for x in ("start", "lengths", "quality", "checksums"))
     )
-    flat = dict[tuple[str, str], FlatFile]()
-    for entry in manifest["files"]:
-        path, dtype = folder / entry.pop("path"), entry.pop("dtype")
-        modality, field = path.parent.name, path.stem
-        count = int(lengths[modality].sum(dtype=np.int64))
-        kind = modalities[modality]
-        shape = (count, kind.dim) if field == "features" else (count,)
-        file, wanted = StoredFile(path, **entry), get_dtype(field, kind.dtype)
-        flat[modality, field] = FlatFile(file, shape, dtype, wanted)
-    frames = {
-        modality: pack_arrays({f: flat[modality, f] for f in BATCHED}, length)._replace(
-            start=start[modality]
-        )
-        for modality, length in lengths.items()
-        if (modality, "features") in flat
-    }
+    frames = {}
+    for modality, kept in manifest["modalities"].items():
+        stored, (dim, dtype), places = kept["dtype"], modalities[modality], start[modality]
+        ends, count = places + lengths[modality], int(lengths[modality].sum(dtype=np.int64))
+        if (
+            stored not in DTYPES
+            or min(places.min(), lengths[modality].min(), count - ends.max()) < 0
+        ):
+            raise UserError("index.npz does not fit the files")
+        flat = {}
+        for field, state in kept["files"].items():
+            file = StoredFile(folder / name / modality / f"{field}.bin", **state)
+            shape = (count, dim) if field == "features" else (count,)
+            flat[field] = FlatFile(file, shape, get_dtype(field, stored), get_dtype(field, dtype))
+        frames[modality] = pack_arrays(flat, lengths[modality])._replace(start=places)
     names = index[f"{name}/clips"].tobytes().decode("utf-8", "surrogateescape").split("\n")
     packed = PackedClips(tuple(names), frames, {}, checksums)
     prints = index[f"{name}/fingerprints"]

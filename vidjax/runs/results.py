@@ -125,7 +125,7 @@ def describe_overrides(metrics: Mapping[str, Any]) -> str:
 
 
 def describe_copies(metrics: Mapping[str, Any]) -> str:
-    """Returns how many ranked clips are copies of training clips, and the MAP without them, or ""."""
+    """Returns how many ranked clips are training clips, and the MAP without them, or ""."""
     copies = metrics.get("copies")
     if not copies:
         return ""
