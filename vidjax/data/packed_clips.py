@@ -7,11 +7,10 @@ To store another value per frame, add a line to FRAME_FIELDS. To use it in a mod
 `vidjax.core.batch.Frames` and `Packed`, too.
 """
 
-import contextlib
+import functools
 import math
 import os
 import weakref
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -51,6 +50,7 @@ FRAME_FIELDS = {
 }
 IGNORED = ("box",)  # may be given with each frame, but is not stored, because no model reads it
 DTYPES = ("float16", "float32", "float64", "int8")  # of features
+CHECKSUM_WORDS = 1 << 16  # words of 64 bits that are added at once
 WEIGHTS = ("quality", "detection")  # frames may be weighted with these values
 
 # modality -> field -> a list of n arrays, [t] or [t, D], the frames of n clips
@@ -89,7 +89,7 @@ class PackedClips(NamedTuple):
       frames: modality -> the frames of all clips. Features are float16, float32, float64 or int8,
         and have the width 0 if there are no frames. `start` is [N] int64.
       counts: modality -> the counts of clips and frames.
-      checksums: modality -> [N] uint32, see `compute_checksum`. Readers compare the checksums of
+      checksums: modality -> [N] uint64, see `compute_checksum`. Readers compare the checksums of
         clips in files. For clips in memory, the dict may be empty.
     """
 
@@ -171,32 +171,61 @@ class FlatFile:
         with files.open_regular(file.path, below=file.folder) as opened:
             self._descriptor = os.dup(opened.fileno())
         weakref.finalize(self, os.close, self._descriptor)
+        self._whole: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        """Returns the rows `start` to `stop`. If the file was cut, the result has fewer rows."""
-        wanted = (rows.stop - rows.start) * self._row_bytes
-        content = os.pread(self._descriptor, wanted, rows.start * self._row_bytes)
-        whole = content[: len(content) // self._row_bytes * self._row_bytes]
-        return np.frombuffer(whole, self._stored).reshape(-1, *self.shape[1:])
+        """Returns the rows `start` to `stop`. If the file was cut, the result has fewer rows.
 
-    def announce(self, start: int, length: int) -> None:
-        """Tells the system which rows will be read."""
-        with contextlib.suppress(OSError):
-            os.posix_fadvise(
-                self._descriptor, start * self._row_bytes, length * self._row_bytes,
-                os.POSIX_FADV_WILLNEED,
-            )  # fmt: skip
+        A small file, with a number per frame, is checked and read as a whole at the first call.
+        """
+        if len(self.shape) > 1:
+            return self._read(rows.start, rows.stop)
+        if self._whole is None:
+            self.file.check()
+            self._whole = self._read(0, len(self))
+        return self._whole[rows]
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        size = self._row_bytes
+        content = os.pread(self._descriptor, (stop - start) * size, start * size)
+        array = np.frombuffer(content[: len(content) // size * size], self._stored)
+        return array.reshape(-1, *self.shape[1:])
 
 
-def compute_checksum(parts: Iterable[np.ndarray]) -> int:
-    """Returns the CRC-32 of the frames of a clip. `parts` are their fields, as in BATCHED."""
-    checksum = 0
-    for part in parts:
-        checksum = zlib.crc32(part.data, checksum)
-    return checksum
+def compute_checksum(features: np.ndarray) -> int:
+    """Returns a number of 64 bits that depends on all bytes of the features [T, D] of a clip.
+
+    If bytes change by chance, the number is the same with a probability of about 2**-64. A CRC-32
+    takes five times as long.
+    """
+    content = np.ascontiguousarray(features).reshape(-1).view(np.uint8)
+    if content.size % 8:
+        content = np.pad(content, (0, -content.size % 8))
+    words = content.view(np.uint64)
+    total = 0
+    for at in range(0, len(words), CHECKSUM_WORDS):
+        block = words[at : at + CHECKSUM_WORDS]
+        total = (31 * total + int(np.dot(block, make_factors(len(block))))) % 2**64
+    return total
+
+
+@functools.lru_cache(1024)
+def make_factors(count: int) -> np.ndarray:
+    """Returns odd numbers, [count] uint64, that look random."""
+    return scramble(np.arange(1, count + 1, dtype=np.uint64)) | np.uint64(1)
+
+
+def scramble(numbers: np.ndarray) -> np.ndarray:
+    """Returns numbers [N] uint64 in which all bits depend on all bits of `numbers`. 0 stays 0.
+
+    Source: the finaliser of MurmurHash3.
+    """
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        numbers = (numbers ^ (numbers >> np.uint64(33))) * np.uint64(factor)
+    return numbers ^ (numbers >> np.uint64(33))
 
 
 def pack_arrays(arrays: Mapping[str, Any], length: ArrayLike) -> Packed:
@@ -343,19 +372,16 @@ class Reader:
         owners = self._owner[clips]
         places = [*zip(owners.tolist(), (clips - self._begins[owners]).tolist(), strict=True)]
         for name, fields in result.items():
-            of_splits = [(split.frames[name], split.checksums) for split in self._splits]
             for owner, clip in places:
-                _announce(of_splits[owner][0], clip)
-            for owner, clip in places:
-                frames, checksums = of_splits[owner]
-                first, length = int(frames.start[clip]), int(frames.length[clip])
-                parts = [getattr(frames, field)[first : first + length] for field in BATCHED]
+                frames = self._splits[owner].frames[name]
+                start, length = int(frames.start[clip]), int(frames.length[clip])
+                for field, arrays in fields.items():
+                    arrays.append(getattr(frames, field)[start : start + length])
                 if isinstance(frames.features, FlatFile):
-                    if compute_checksum(parts) != checksums[name][clip]:
+                    features = fields["features"]
+                    if compute_checksum(features[-1]) != self._splits[owner].checksums[name][clip]:
                         raise _find_damage(frames)
-                    parts[0] = parts[0].astype(frames.features.dtype, copy=False)
-                for arrays, part in zip(fields.values(), parts, strict=True):
-                    arrays.append(part)
+                    features[-1] = features[-1].astype(frames.features.dtype, copy=False)
         return result
 
     def check(self) -> None:
@@ -363,12 +389,6 @@ class Reader:
         for split in self._splits:
             for frames in split.frames.values():
                 check_files(frames)
-
-
-def _announce(frames: Packed, clip: int) -> None:
-    """Tells the system which features will be read, so that it reads many clips at once."""
-    if isinstance(flat := frames.features, FlatFile):
-        flat.announce(int(frames.start[clip]), int(frames.length[clip]))
 
 
 def check_files(frames: Packed) -> None:

@@ -22,8 +22,10 @@ from vidjax.data.packed_clips import (
     Quality,
     get_dtype,
     join,
+    make_factors,
     map_files,
     pack_arrays,
+    scramble,
 )
 from vidjax.utils.errors import UserError, closest
 from vidjax.utils.names import ENDING, clean_name_at, show
@@ -32,7 +34,7 @@ from vidjax.utils.names import ENDING, clean_name_at, show
 Clips = Mapping[str, Mapping[str, Any]]
 
 BLOCK_BYTES = 8 << 20  # bytes of features that are written at once
-MAX_HALF = float(np.finfo(np.float16).max)
+MAX_HALF, NEGATIVE_ZERO = float(np.finfo(np.float16).max), 0x8000  # in float16
 NUM_PROBE_CLIPS = 200  # their majority decides the width and the dtype of all clips
 
 
@@ -416,19 +418,16 @@ def fingerprint_frames(features: np.ndarray) -> np.ndarray:
     Features are rounded to float16, so that copies in another dtype are equal. The number of a
     frame of zeros is 0.
     """
-    largest = np.abs(features).max(axis=1, initial=0).astype(np.float32)
-    _, exponent = np.frexp(np.where(largest > MAX_HALF, largest, 0))
-    halves = np.ldexp(features, -exponent[:, None]).astype(np.float16) + np.float16(0)  # no -0.0
-    words = np.pad(halves, ((0, 0), (0, -features.shape[1] % 4))).view(np.uint64)
-    factors = np.random.default_rng(0).integers(1 << 63, size=words.shape[1], dtype=np.uint64)
-    return scramble((words * (2 * factors + 1)).sum(axis=1, dtype=np.uint64)) * (largest > 0)
-
-
-def scramble(numbers: np.ndarray) -> np.ndarray:
-    """Returns numbers [N] uint64 in which all bits depend on all bits of `numbers`. 0 stays 0.
-
-    Source: the finaliser of MurmurHash3.
-    """
-    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
-        numbers = (numbers ^ (numbers >> np.uint64(33))) * np.uint64(factor)
-    return numbers ^ (numbers >> np.uint64(33))
+    rows = 512  # of a block, which fits into the cache of the processor
+    prints = [np.zeros(0, np.uint64)]
+    for start in range(0, len(features), rows):
+        block = features[start : start + rows]
+        if block.dtype != np.float16:
+            largest = np.abs(block).max(axis=1).astype(np.float32)
+            _, exponent = np.frexp(np.where(largest > MAX_HALF, largest, 0))
+            block = np.ldexp(block.astype(np.float32), -exponent[:, None]).astype(np.float16)
+        bits = np.ascontiguousarray(block).view(np.uint16)
+        bits = np.where(bits == NEGATIVE_ZERO, np.uint16(0), bits)
+        words = np.pad(bits, ((0, 0), (0, -bits.shape[1] % 4))).view(np.uint64)
+        prints.append(scramble(np.einsum("fw,w->f", words, make_factors(words.shape[1]))))
+    return np.concatenate(prints)

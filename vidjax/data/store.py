@@ -32,8 +32,8 @@ from vidjax.data.packed_clips import (
     map_again,
     measure_quality,
     pack_arrays,
+    scramble,
 )
-from vidjax.data.packing import scramble
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError
 from vidjax.utils.files import hash_opened, sha256_file, sha256_json
@@ -118,6 +118,9 @@ def write_store(source: FileSource, fingerprint: list[dict[str, Any]], folder: P
     _LOG.info("converting %s", source.title)
     packed = source.read(folder)
     store = make_store(source, packed)
+    paths = [*folder.rglob("*.bin")]
+    with ThreadPoolExecutor(num_cores()) as threads:
+        state_of = dict(zip(paths, threads.map(_describe_file, paths), strict=True))
     splits: dict[str, dict[str, Any]] = {}
     index: dict[str, np.ndarray] = {}
     for name, split in store.splits.items():
@@ -136,7 +139,7 @@ def write_store(source: FileSource, fingerprint: list[dict[str, Any]], folder: P
             index |= {f"{name}/{key}/{modality}": values for key, values in arrays.items()}
             if len(frames.quality):
                 place, dtype = folder / name / modality, np.dtype(frames.features.dtype).name
-                found = {field: _describe_file(place / f"{field}.bin") for field in BATCHED}
+                found = {field: state_of[place / f"{field}.bin"] for field in BATCHED}
                 states[modality] = {"dtype": dtype, "files": found}
         count = len(split.clips)
         splits[name] = {"clips": count, "digests": split.digests, "modalities": states}
@@ -188,12 +191,12 @@ def make_store(source: DataSource, packed: Mapping[str, PackedClips]) -> Store:
 
 
 def hash_frames(frames: Packed) -> tuple[str, np.ndarray]:
-    """Returns the sha256 of the frames of N clips, and a checksum of each clip, [N] uint32.
+    """Returns the sha256 of the frames of N clips, and the checksums of their features [N] uint64.
 
     The sha256 does not depend on the order in which the clips are stored.
     """
     sha256 = hashlib.sha256(np.ascontiguousarray(frames.length).data)
-    checksums = np.zeros(len(frames.length), np.uint32)
+    checksums = np.zeros(len(frames.length), np.uint64)
     places = zip(frames.start.tolist(), frames.length.tolist(), strict=True)
     mapped = frames
     for clip, (start, length) in enumerate(places):
@@ -202,7 +205,7 @@ def hash_frames(frames: Packed) -> tuple[str, np.ndarray]:
         parts = [getattr(mapped, field)[start : start + length] for field in BATCHED]
         for part in parts:
             sha256.update(part.data)
-        checksums[clip] = compute_checksum(parts)
+        checksums[clip] = compute_checksum(parts[0])
     return sha256.hexdigest(), checksums
 
 
