@@ -1,4 +1,4 @@
-"""A user's own features become the records of official files, or an error."""
+"""A user's own features become the same store as official files, or an error."""
 
 import functools
 import io
@@ -63,7 +63,7 @@ def digest(data):
     return data.report["data"]["digest"]
 
 
-def test_arrays_and_official_files_convert_to_the_same_records(tmp_path, load):
+def test_arrays_and_official_files_have_the_same_digests(tmp_path, load):
     counts, given, identities = {"train": 30, "val": 20}, {}, {}
     for split, count in counts.items():
         given[split] = clip_files.as_arrays(clip_files.ragged_clips(split, count))

@@ -19,7 +19,7 @@ from vidjax.utils.errors import VidjaxWarning
 
 @pytest.fixture
 def folder(nearest_run, official_dir, cache_dir, tmp_path):
-    """A folder with copies of a run and of its records, which a test may damage."""
+    """A folder with copies of a run and of its data, which a test may damage."""
     records = prepare(official_dir, cache_dir).folder
     shutil.copytree(records, tmp_path / "cache" / records.parent.name / records.name)
     shutil.copytree(nearest_run, tmp_path / "run")
@@ -131,7 +131,9 @@ def test_check_of_a_good_run_or_without_a_folder_reports_all_good(folder, check,
 
 def test_check_prints_warnings_about_labels_and_counts_them(tmp_path, command):
     clips = {f"c{number}": {"face": np.full((1, 2), number + 1.0)} for number in range(4)}
-    folder = clip_files.write_npz(tmp_path / "own", {"train": clips, "val": {"v": clips["c0"]}})
+    folder = clip_files.write_npz(
+        tmp_path / "own", {"train": clips, "val": {"v": {"face": np.ones((2, 2))}}}
+    )
     labels = dict(zip([*clips, "v"], ["Ada", "nan", "nan", "1.23E+11", "Ada"], strict=True))
     clip_files.write_labels(folder / "labels.csv", labels)
     words = ("--config=knn:face", "--config.data.name=arrays", f"--config.data.dir={folder}")

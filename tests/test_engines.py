@@ -12,10 +12,9 @@ import pytest
 from tests.helpers import clip_files, limited_job
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.datasets import record_digests
-from vidjax.data import arrays, cache_folders, iqiyi_vid
+from vidjax.data import arrays, cache_folders, iqiyi_vid, store
 from vidjax.data.iqiyi_vid import OfficialFiles
-from vidjax.data.records import conversion
-from vidjax.data.records.conversion import convert
+from vidjax.data.store import convert
 from vidjax.utils import files, machine, processes
 from vidjax.utils.errors import DiskError, UserError
 
@@ -45,12 +44,12 @@ def test_two_cores_convert_to_the_same_bytes_as_one(kind, tmp_path, monkeypatch)
 
     found = []
     for count in (1, 2):
-        for module in (conversion, iqiyi_vid):
+        for module in (store, iqiyi_vid):
             monkeypatch.setattr(module, "num_cores", lambda count=count: count)
         found.append(record_digests(convert(reader(folder), tmp_path / str(count)).folder))
 
     assert found[0] == found[1]
-    assert len(found[0]) > 10  # each of three splits has 8 shards, and there are other files
+    assert len(found[0]) > 10  # each of three splits has 4 files, and there are 3 other files
 
 
 def test_conversion_command_prints_the_clips_of_each_split(tmp_path, official_dir, say):
@@ -85,8 +84,8 @@ def test_file_that_changes_during_the_conversion_is_refused(tmp_path):
     clip = max((folder / "val").iterdir())
 
     class ChangingFolder(arrays.FeatureFolder):
-        def read(self, scratch):
-            features, stat = super().read(scratch), clip.stat()
+        def read(self, folder):
+            features, stat = super().read(folder), clip.stat()
             clip.write_bytes(clip.read_bytes()[:-1] + b"\1")
             os.utime(clip, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the times stay the same
             return features

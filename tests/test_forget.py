@@ -57,7 +57,7 @@ def lines(*texts):
 
 
 def converted(folder, *clips):
-    """Writes a folder like the records of a cache, which contain the names of some clips."""
+    """Writes a folder like the stored clips of a cache, which contain the names of some clips."""
     arrays: Any = {"train/clips": lines(*clips)}
     with cache_folders.exclusive(folder), files.atomic_folder(folder) as partial:
         (partial / "manifest.json").write_text("{}")

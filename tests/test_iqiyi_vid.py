@@ -1,4 +1,4 @@
-"""Conversion of official files: records, the cache, labels, and readers of records."""
+"""Conversion of official files: the cache, labels, and readers of stored clips."""
 
 import concurrent.futures
 import os
@@ -11,12 +11,11 @@ import pytest
 from tests.helpers.clip_files import as_read, random_clip, write_pickle, write_ragged, write_truth
 from tests.helpers.datasets import prepare
 from vidjax.core.batch import BATCHED
-from vidjax.data import iqiyi_vid
+from vidjax.data import iqiyi_vid, sources
 from vidjax.data.clips import Modality
+from vidjax.data.dataset import Dataset, label_clips
 from vidjax.data.labels import load_official_truth
-from vidjax.data.records import shards
-from vidjax.data.records.dataset import Dataset, label_records
-from vidjax.data.records.shards import Reader
+from vidjax.data.packed_clips import Reader, StoredFile
 from vidjax.data.untrusted import sandbox
 
 RNG = np.random.default_rng(1)
@@ -38,19 +37,10 @@ def converted(source, tmp_path_factory):
     return prepare(source, tmp_path_factory.mktemp("cache"))
 
 
-def test_train_records_are_shuffled_and_val_records_are_sorted(converted):
-    for facts in converted.splits.values():
-        assert list(facts.clips) == sorted(facts.clips, key=lambda name: name.encode())
-        assert sorted(facts.order) == list(range(len(facts.clips)))  # the clip of each record
-    assert converted.splits["val"].order.tolist() == list(range(21))
-    steps = np.diff(converted.splits["train"].order)
-    assert np.abs(steps).mean() > 40 / 5  # 40 / 3 is the mean step of random permutations
-
-
 @pytest.mark.filterwarnings("ignore:test has 1 clip of identities")
 def test_converted_files_are_not_read_again(converted, source, monkeypatch, say):
     monkeypatch.setattr(sandbox, "unpack", lambda *_: pytest.fail("read again"))
-    monkeypatch.setattr(shards, "check_shard", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(StoredFile, "check", lambda *_: pytest.fail("read again"))
     cache = converted.folder.parent.parent
 
     again = prepare(source, cache)
@@ -89,7 +79,7 @@ def test_labels_number_the_identities_of_train_and_val_in_sorted_order(source, c
     """
     truth = load_official_truth(source, converted.clips)
     with pytest.warns(UserWarning, match="test has 1 clip of identities that are not in"):
-        identities, labels, report = label_records(converted, truth)
+        identities, labels, report = label_clips(converted, truth)
 
     assert identities == tuple(str(i) for i in range(1, 11))
     val, facts = labels["val"], report["splits"]["val"]
@@ -132,52 +122,82 @@ MODALITIES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:label:DeprecationWarning")  # of protobuf, in TFDS
-def test_tfds_and_our_reader_return_the_clips_that_were_written(tmp_path):
-    """All 20 clips have faces, with scores. Ten clips have the other modalities, without scores."""
-    from vidjax.data.records.codec import tfds
+def write_modalities(folder, rng):
+    """Writes 20 clips with faces, with scores. Ten clips have the other modalities, without scores.
 
-    rng, clips = np.random.default_rng(0), {}
+    Returns modality -> clip -> frames.
+    """
+    clips = {}
     for name, modality in MODALITIES.items():
         lengths = rng.permutation([0, 1, 2, 300, *rng.integers(0, 40, 16)])
         chosen = range(20) if name == "face" else range(0, 20, 2)
-        clips[name] = {f"c{i:02d}": random_clip(rng, lengths[i], *modality) for i in chosen}
-        write_pickle(tmp_path, name, "train", clips[name])
+        written = {f"c{i:02d}": random_clip(rng, lengths[i], *modality) for i in chosen}
+        write_pickle(folder, name, "train", dict(reversed(written.items())))
+        clips[name] = written
+    write_truth(folder, "train", {"c00": "7", "c01": "9"})
+    return clips
 
-    records = prepare(tmp_path, tmp_path / "cache")
-    facts = records.splits["train"]
-    assert records.modalities == MODALITIES
-    assert len(facts.shards) == 8  # the least number
-    names = [facts.clips[i] for i in facts.order]  # in the order of the records
 
-    in_order = tfds.ReadConfig(interleave_cycle_length=1)
-    builder = tfds.builder_from_directory(facts.shards[0].path.parent)
-    examples = list(tfds.as_numpy(builder.as_dataset(split="train", read_config=in_order)))
-    assert [example["clip"].decode() for example in examples] == names
-    assert [example["clip_index"] for example in examples] == facts.order.tolist()
-    assert all(set(example) == {"clip", "clip_index", "frames"} for example in examples)
+def test_reader_returns_the_clips_that_were_written(tmp_path):
+    rng = np.random.default_rng(0)
+    clips = write_modalities(tmp_path, rng)
+    store = prepare(tmp_path, tmp_path / "cache")
+    assert store.modalities == MODALITIES
 
-    reader, places = Reader(records, ["train"]), rng.permutation(20)
-    by_reader = reader.read(places, MODALITIES)
+    reader, places = Reader([store.splits["train"].packed]), rng.permutation(20)
+    read = reader.read(places, MODALITIES)
+    assert sorted(reader.order) == [*range(20)]
     for name, modality in MODALITIES.items():
         for row, place in enumerate(places):
             # If the modality lacks the clip, the clip is read with 0 frames.
-            clip = as_read(name, clips[name].get(names[place], random_clip(rng, 0, *modality)))
+            empty = random_clip(rng, 0, *modality)
+            clip = as_read(name, clips[name].get(store.clips["train"][place], empty))
             for field in BATCHED:
-                wanted, by_tfds = getattr(clip, field), examples[place]["frames"][name][field]
-                np.testing.assert_array_equal(by_tfds, wanted, strict=True)
-                np.testing.assert_array_equal(by_reader[name][field][row], wanted, strict=True)
+                wanted = getattr(clip, field)
+                np.testing.assert_array_equal(read[name][field][row], wanted, strict=True)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TFDS and protobuf
+def test_tfds_loads_the_clips_that_load_data_loads(tmp_path, monkeypatch):
+    import vidjax.data.tfds as builders
+
+    monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
+    source, tfds = tmp_path / "official", builders.tfds
+    source.mkdir()
+    write_modalities(source, np.random.default_rng(0))
+    data = sources.load(source)
+    (numbers, packed), *_ = data.packed("train", [*MODALITIES])
+    place = {data.split("train").clips[clip]: row for row, clip in enumerate(numbers)}
+
+    config = builders.Config(name="mine", modalities=(*MODALITIES, "absent"), dtype="float64")
+    download = tfds.download.DownloadConfig(manual_dir=str(source))
+    examples = tfds.load(
+        "iqiyi_vid", split="train", data_dir=tmp_path / "tfds",
+        builder_kwargs={"config": config},
+        download_and_prepare_kwargs={"download_config": download},
+    )  # fmt: skip
+    labels = {}
+    for example in tfds.as_numpy(examples):
+        row, frames = place[example["clip"].decode()], example["frames"]
+        labels[row] = example["identity"].decode()
+        assert not len(frames["absent"]["features"]) and not len(frames["absent"]["number"])
+        for name, clips in packed.items():
+            rows = slice(clips.start[row], clips.start[row] + clips.length[row])
+            for field in BATCHED:
+                wanted = getattr(clips, field)[rows]
+                np.testing.assert_array_equal(frames[name][field], wanted)
+    assert len(labels) == 20 and sorted(filter(None, labels.values())) == ["7", "9"]
 
 
 @pytest.mark.nightly
 def test_run_with_data_in_memory_imports_no_tensorflow(tmp_path, official_dir, python):
-    """The first run converts the files with TFDS. The second run reads records without TFDS."""
+    """The first run converts the files. The second run reads them."""
     words = ["--config=configs/knn.py:iqiyi_vid,face", f"--config.data.dir={official_dir}"]
     code = (
         "import sys\nfrom vidjax.cli.program import main\nbanned, *words = sys.argv[1:]\n"
         "assert main(words) == 0\nassert not {'tensorflow', banned} & {*sys.modules}"
     )
-    for banned in ("tensorflow", "tensorflow_datasets"):  # of the first and of the second run
-        workdir = f"--workdir={tmp_path / banned}"
-        python(code, banned, *words, workdir, VIDJAX_CACHE=str(tmp_path / "cache"))
+    for name in ("first", "second"):
+        workdir = f"--workdir={tmp_path / name}"
+        python(code, "tensorflow_datasets", *words, workdir, VIDJAX_CACHE=str(tmp_path / "cache"))

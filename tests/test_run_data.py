@@ -194,11 +194,49 @@ def test_data_with_other_modalities_are_compared_by_clips_and_labels(tmp_path):
     for after, wanted in ((added_head, ""), (other_labels, "val has other labels")):
         with pytest.warns(UserWarning, match="other modalities"):
             assert digests.describe_difference("val", before, after) == wanted
-    # Records of another version have other digests, although the features are equal.
+    # Clips stored by another version have other digests, although the features are equal.
     other_version = before | {"records": "1.3.0", "features": "x"}
     with pytest.warns(UserWarning, match="another version of vidjax"):
         assert digests.describe_difference("val", other_version, before) == ""
     assert "features" in digests.describe_difference("val", before | {"features": "x"}, before)
+
+
+def test_copies_of_training_clips_are_reported_with_the_map_without_them(tmp_path, say):
+    """Half of the clips of val are clips of train under other names, in another order and dtype."""
+    rng, labels = np.random.default_rng(0), {}
+    splits: dict[str, dict[str, dict[str, np.ndarray]]] = {"train": {}, "val": {}}
+    for split, i in itertools.product(splits, range(12)):
+        kind = "f2" if split == "train" else "f4"
+        splits[split][f"{split}{i}"] = {"face": rng.normal(size=(1 + i % 3, 8)).astype(kind)}
+        labels[f"{split}{i}"] = f"person {i % 3}"
+    for i in range(12):
+        copied = splits["train"][f"train{i}"]["face"][::-1].astype("f4")
+        splits["val"][f"copy{i}"] = {"face": copied}
+        labels[f"copy{i}"] = labels[f"train{i}"]
+    for name, kind in (("train", "f2"), ("val", "f4")):  # these clips are no copies
+        splits[name][f"{name} zeros"] = {"face": np.zeros((1, 8), kind)}
+        splits[name][f"{name} empty"] = {"face": np.zeros((0, 8), kind)}
+    clip_files.write_labels(clip_files.write_npz(tmp_path / "data", splits) / "labels.csv", labels)
+
+    words = ["--config.data.name=arrays", f"--config.data.dir={tmp_path / 'data'}"]
+    wanted = "12 of 26 clips of val have the frames of clips of train: 'copy0' equals 'train0'\n"
+    with pytest.warns(VidjaxWarning, match=wanted):
+        printed = say("--config=knn:face", *words, f"--workdir={tmp_path / 'run'}")
+    copies = read_metrics(tmp_path / "run")["copies"]
+    assert copies["count"] == 12 and copies["example"] == "'copy0' equals 'train0' of train"
+    assert copies["map"] < read_metrics(tmp_path / "run")["map"] - 0.1
+    line = f"12 clips are training clips: {copies['example']}; MAP@100 without them"
+    assert line in printed
+    assert "12 clips are training clips" in (tmp_path / "run" / "report.html").read_text()
+
+    # MAP without the copies is the MAP of the same clips in a split without copies.
+    for name in filter(lambda name: name.startswith("copy"), [*labels]):
+        (tmp_path / "data" / "val" / f"{name}.npz").unlink()
+        del labels[name]
+    clip_files.write_labels(tmp_path / "data" / "labels.csv", labels)
+    say("--config=knn:face", *words, f"--workdir={tmp_path / 'other'}")
+    alone = read_metrics(tmp_path / "other")
+    assert "copies" not in alone and copies["map"] == pytest.approx(alone["map"], abs=1e-12)
 
 
 KNN = "--config=knn:iqiyi_vid"

@@ -58,7 +58,7 @@ def test_unusable_workdir_is_refused_before_compilation(tmp_path, mounted):
 
     assert all(str(place) in error for place, error in zip(places, errors, strict=True))
     assert (tmp_path / "file").read_text() == "mine"
-    # Neither records nor compiled programs were written.
+    # Neither clips nor compiled programs were written.
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
@@ -72,21 +72,6 @@ def test_all_modules_can_be_imported_without_optional_packages(tmp_path, python)
         "from vidjax.cli.program import main\nsys.exit(main(['--mode=check']))",
         cwd=tmp_path, **env,
     )  # fmt: skip
-
-
-@pytest.mark.slow
-def test_error_for_a_conversion_without_tfds_names_the_extra(tmp_path, official_dir):
-    env = without(tmp_path / "hidden", "tensorflow_datasets")
-    data = ["--config=knn:iqiyi_vid,face", f"--config.data.dir={official_dir}"]
-    data.append(f"--config.data.cache_dir={tmp_path}/cache")  # empty, so TFDS must write records
-
-    (error, error_of_check), printed = complaints(
-        [*data, f"--workdir={tmp_path}/w"], [*data, "--mode=check"], env=env
-    )
-
-    assert "the package 'tensorflow_datasets' is missing" in error and "pip install" in error
-    # The mode `check` prints all problems as its result.
-    assert "pip install 'vidjax[train]'" in printed and not error_of_check
 
 
 # A process that uses a folder for a minute.

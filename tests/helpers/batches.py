@@ -9,13 +9,13 @@ import numpy as np
 from vidjax.core import fusion
 from vidjax.core.batch import Frames
 from vidjax.data.clips import make_batch_plan, make_eval_plan
+from vidjax.data.dataset import Dataset
 from vidjax.data.labels import load_official_truth
-from vidjax.data.records.dataset import Dataset
 
 
-def labelled(records, directory):
-    """Returns a dataset of records, with the ground truth of a directory of official files."""
-    return Dataset(records, load_official_truth(directory, records.clips))
+def labelled(store, directory):
+    """Returns a dataset of stored clips, with the ground truth of a directory of official files."""
+    return Dataset(store, load_official_truth(directory, store.clips))
 
 
 def eval_batches(data, *, split, modalities, rows, **chosen):

@@ -1,4 +1,4 @@
-"""Datasets by name, and the records of official files."""
+"""Datasets by name, and the stored clips of official files."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from typing import Any
 
 from vidjax.data import sources
 from vidjax.data.iqiyi_vid import OfficialFiles
-from vidjax.data.records.conversion import convert
+from vidjax.data.store import convert
 from vidjax.runs.config import default
 
 
@@ -24,7 +24,7 @@ def prepare(directory, cache_dir=None, **options) -> Any:
 
 
 def record_digests(folder):
-    """Returns file -> sha256 of a folder of records, without sources and times in the manifest."""
+    """Returns file -> sha256 of stored clips, without sources and times in the manifest."""
     found = {}
     for path in sorted(filter(Path.is_file, folder.rglob("*"))):
         content = path.read_bytes()
@@ -32,8 +32,9 @@ def record_digests(folder):
             manifest = json.loads(content)
             del manifest["sha256"], manifest["sources"]
             for split in manifest["splits"].values():
-                for shard in split["shards"]:
-                    del shard["mtime_ns"]
+                for modality in split["modalities"].values():
+                    for state in modality["files"].values():
+                        del state["mtime_ns"]
             content = json.dumps(manifest).encode()
         found[str(path.relative_to(folder))] = hashlib.sha256(content).hexdigest()
     return found

@@ -298,7 +298,7 @@ def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> It
         return
     about, remedy = f"features of {messages.count(len(held), 'clip')}", "--delete"
     if delete:
-        from vidjax.data.records.conversion import remove
+        from vidjax.data.store import remove
 
         with cache_folders.exclusive(folder):
             remedy = "deleted: the next run converts your files again"

@@ -238,6 +238,8 @@ def _make_rows(
     if settings := results_lib.describe_overrides(results):
         rows["scored with"] = settings
     rows |= facts.list_rows(results)
+    if copies := results_lib.describe_copies(results):
+        rows["copies"] = copies
     if "best_map" in results and split == folder.config.eval.split:
         rows["best"] = f"{results['best_map']:.4f} at step {results['best_step']:,}"
     if data := results_lib.describe_data(results):

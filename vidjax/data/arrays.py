@@ -56,12 +56,12 @@ class FeatureDict:
         }
 
     def read_labels(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
-        """Returns split -> clip -> identity. See `RecordSource`."""
+        """Returns split -> clip -> identity. See `FileSource`."""
         return load_label_table(self._labels, clips)
 
 
 class FeatureFolder:
-    """A folder of `.npz` files or parquet tables, which can be converted to TFRecords."""
+    """A folder of `.npz` files or parquet tables, which is converted to flat files."""
 
     kind = "arrays"
 
@@ -99,15 +99,15 @@ class FeatureFolder:
         path = self._files[split][0]
         return path if path.suffix == ".parquet" else self._folder / split
 
-    def read(self, scratch: Path) -> dict[str, PackedClips]:
-        """Checks all clips, and copies their frames to `scratch`. See `RecordSource`."""
+    def read(self, folder: Path) -> dict[str, PackedClips]:
+        """Checks all clips, and copies their frames to `folder`. See `FileSource`."""
         return {
-            split: pack(read_clips(paths, self._folder / split), scratch / split, self._quality)
+            split: pack(read_clips(paths, self._folder / split), folder / split, self._quality)
             for split, paths in self._files.items()
         }
 
     def read_labels(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
-        """Returns split -> clip -> identity. See `RecordSource`."""
+        """Returns split -> clip -> identity. See `FileSource`."""
         if self._labels is None:
             return load_folder_truth(self._folder, clips)
         return load_label_table(self._labels, clips)

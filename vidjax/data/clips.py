@@ -8,7 +8,7 @@ classes with these methods are `Dataset` (clips on disk), `Resident` (clips on t
 import dataclasses
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, Self
 import numpy as np
 
 from vidjax.core.batch import Batch, Frames, Packed
-from vidjax.data.packed_clips import FRAME_FIELDS, ClipArrays, PackedClips, Quality
+from vidjax.data.packed_clips import FRAME_FIELDS, PackedClips, Quality, Reader
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, closest, suggest
 
@@ -54,6 +54,18 @@ class Split:
     # Modality -> [N] float64, the mean quality of the frames of each clip, 0 without frames. Clips
     # without labels in memory have no such entry.
     quality: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    # [N] uint64, equal for clips with equal frames, and 0 for clips that are no copies. Clips
+    # without labels in memory have none.
+    fingerprints: np.ndarray | None = None
+
+    def find_copies(self, other: "Split") -> dict[int, int]:
+        """Returns clips with the frames of a clip of another split: index -> index in `other`."""
+        if self.fingerprints is None or other.fingerprints is None:
+            return {}
+        found = np.intersect1d(self.fingerprints[self.fingerprints > 0], other.fingerprints)
+        places = {x: i for i, x in enumerate(other.fingerprints.tolist())}
+        clips = np.flatnonzero(np.isin(self.fingerprints, found)).tolist()
+        return {clip: places[int(self.fingerprints[clip])] for clip in clips}
 
 
 class EvalPlan(NamedTuple):
@@ -189,7 +201,7 @@ class Origin(NamedTuple):
 class DataSource(Protocol):
     """A dataset, with labels, in memory or in files."""
 
-    kind: str  # the name of the cache folder for the records of all datasets of this class
+    kind: str  # the name of the cache folder for all datasets of this class
     place: str  # the folder or the name of the dataset, for messages
 
     def path_of(self, modality: str, split: str) -> Path:
@@ -201,8 +213,8 @@ class DataSource(Protocol):
         ...
 
 
-class RecordSource(DataSource, Protocol):
-    """A dataset whose frames can be converted to records (TFRecord files).
+class FileSource(DataSource, Protocol):
+    """A dataset in files, which are converted to flat files in the cache.
 
     To add a dataset, write a class with these methods, and a line in `sources.DATASETS`.
     """
@@ -213,10 +225,10 @@ class RecordSource(DataSource, Protocol):
         """Returns a JSON value that changes if any frame changes. It is the key in the cache."""
         ...
 
-    def read(self, scratch: Path) -> Mapping[str, PackedClips]:
+    def read(self, folder: Path) -> Mapping[str, PackedClips]:
         """Reads all splits. In a split, the features of a modality have one width and dtype.
 
-        The returned arrays may be memory maps of files in `scratch`.
+        The returned arrays are memory maps of the files `SPLIT/MODALITY/FIELD.bin` in `folder`.
         """
         ...
 
@@ -403,30 +415,16 @@ def choose_frames(
             yield slice(first[row], first[row] + size)
 
 
-class ClipReader(Protocol):
-    """Reads clips in memory or on the disk. The clips are numbered in the order of storage."""
-
-    clip_index: np.ndarray  # [N] int32, the `clip_index` of each clip
-
-    def read(self, places: np.ndarray, names: Iterable[str]) -> ClipArrays:
-        """Returns the frames of the clips with the numbers `places` [n] in the modalities `names`.
-
-        They are modality -> field -> a list of n arrays, [t] or [t, D].
-        """
-        ...
-
-
 def eval_batches(
-    reader: ClipReader, modalities: Mapping[str, Modality], plan: EvalPlan, rows: int
+    reader: Reader, modalities: Mapping[str, Modality], plan: EvalPlan, rows: int
 ) -> Iterator[Batch]:
     """Yields each clip of `plan` once, in batches of `rows` clips. See `ClipSource`."""
     # Batches are sorted by their last clip, so that files are read roughly in order.
-    blocks = sorted(
-        split_blocks(plan.bucket[reader.clip_index], rows), key=lambda block: block[1][-1]
-    )
+    blocks = sorted(split_blocks(plan.bucket[reader.order], rows), key=lambda block: block[1][-1])
     for bucket, places in blocks:
+        clips = reader.order[places]
         frames = {
             name: pad(arrays, (rows, plan.padded_lengths[name][bucket]), modalities[name])
-            for name, arrays in reader.read(places, plan.modalities).items()
+            for name, arrays in reader.read(clips, plan.modalities).items()
         }
-        yield make_batch(frames, reader.clip_index[places], rows)
+        yield make_batch(frames, clips, rows)

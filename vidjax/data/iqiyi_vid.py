@@ -79,14 +79,14 @@ class OfficialFiles:
         """Returns the pickle of a modality in a split."""
         return self._files[modality, split]
 
-    def read(self, scratch: Path) -> dict[str, PackedClips]:
-        """Reads all pickles in child processes, the largest first. See `RecordSource`."""
+    def read(self, folder: Path) -> dict[str, PackedClips]:
+        """Reads all pickles in child processes, the largest first. See `FileSource`."""
         sizes = {key: path.stat().st_size for key, path in self._files.items()}
 
         def unpack(children: Children, key: tuple[str, str]) -> PackedClips:
-            folder = scratch / "_".join(key)
-            path, modality = self._files[key], key[0]
-            return sandbox.unpack(path, modality, folder, children=children)
+            modality, split = key
+            place = folder / split / modality
+            return sandbox.unpack(self._files[key], modality, place, children=children)
 
         keys = sorted(sizes, key=sizes.__getitem__, reverse=True)
         # A pickle that cannot be read in pieces needs about twice its size. The pickles that are
@@ -144,24 +144,24 @@ def _hint(directory: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Converts a directory to TFRecords, prints its report, and returns the exit code."""
+    """Converts a directory to flat files, prints its report, and returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    about = "Convert a directory of iQIYI-VID files to TFRecords."
+    about = "Convert a directory of iQIYI-VID files to flat files in the cache."
     parser = Parser("python -m vidjax.data.iqiyi_vid", description=about)
     parser.add_argument("directory", metavar="DIR", type=Path)
-    about = "folder for the TFRecords; by default $VIDJAX_CACHE or ~/.cache/vidjax"
+    about = "folder of the cache; by default $VIDJAX_CACHE or ~/.cache/vidjax"
     parser.add_argument("--cache_dir", metavar="C", type=Path, help=about)
 
     def command() -> int:
-        from vidjax.data.records.conversion import convert
-        from vidjax.data.records.data_report import format_report
-        from vidjax.data.records.dataset import label_records
+        from vidjax.data.data_report import format_report
+        from vidjax.data.dataset import label_clips
+        from vidjax.data.store import convert
 
         args = parser.parse_args(words)
         source = OfficialFiles(args.directory, cache_dir=args.cache_dir)
-        records = convert(source, args.cache_dir)
-        _, _, report = label_records(records, source.read_labels(records.clips))
-        messages.print_text(f"{format_report(report)}\n{records.folder}/data_report.json")
+        store = convert(source, args.cache_dir)
+        _, _, report = label_clips(store, source.read_labels(store.clips))
+        messages.print_text(f"{format_report(report)}\n{store.folder}/data_report.json")
         return 0
 
     return exit_codes.run_to_exit_code(command, words)

@@ -13,7 +13,7 @@ from vidjax.data.clips import (
     TrainingData,
     eval_batches,
 )
-from vidjax.data.packed_clips import PackedClips, PackedReader, Quality, complete
+from vidjax.data.packed_clips import PackedClips, Quality, Reader, complete
 from vidjax.data.packing import Clip, Clips, pack, read_dict
 from vidjax.utils import messages
 from vidjax.utils.errors import UserError, closest, warn
@@ -144,7 +144,7 @@ class MemoryClips:
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
         """Yields every clip of `plan` once, in batches of `rows` clips. See `ClipSource`."""
-        return eval_batches(PackedReader([self._packed]), self._modalities, plan, rows)
+        return eval_batches(Reader([self._packed]), self._modalities, plan, rows)
 
     def mean_vectors(self, modality: str, least: float = 0.0) -> np.ndarray:
         """Returns [N, D] float32, the mean feature of each clip of `names`.

@@ -1,19 +1,27 @@
 """Holds clips in arrays without padding, clip after clip.
 
-All sources return clips in this form. The arrays are in memory, in files that are mapped into
-memory, or on the devices. `clips.pad` makes batches of them.
+All sources return clips in this form. The arrays are in memory, in files, or on the devices.
+`clips.pad` makes batches of them.
 
 To store another value per frame, add a line to FRAME_FIELDS. To use it in a model, add it to
 `vidjax.core.batch.Frames` and `Packed`, too.
 """
 
+import functools
+import math
+import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from vidjax.core.batch import BATCHED, Packed
+from vidjax.utils import files
+from vidjax.utils.errors import UserError
+from vidjax.utils.files import hash_opened
 
 # The source of the quality of frames. `given` is the quality in the file, or the L2 norm of the
 # feature if the file has no quality. `norm` is always the norm.
@@ -42,6 +50,7 @@ FRAME_FIELDS = {
 }
 IGNORED = ("box",)  # may be given with each frame, but is not stored, because no model reads it
 DTYPES = ("float16", "float32", "float64", "int8")  # of features
+CHECKSUM_WORDS = 1 << 16  # words of 64 bits that are added at once
 WEIGHTS = ("quality", "detection")  # frames may be weighted with these values
 
 # modality -> field -> a list of n arrays, [t] or [t, D], the frames of n clips
@@ -80,11 +89,14 @@ class PackedClips(NamedTuple):
       frames: modality -> the frames of all clips. Features are float16, float32, float64 or int8,
         and have the width 0 if there are no frames. `start` is [N] int64.
       counts: modality -> the counts of clips and frames.
+      checksums: modality -> [N] uint64, see `compute_checksum`. Readers compare the checksums of
+        clips in files. For clips in memory, the dict may be empty.
     """
 
     names: tuple[str, ...]
     frames: Mapping[str, Packed]
     counts: Mapping[str, Counts]
+    checksums: Mapping[str, np.ndarray] = {}
 
     @property
     def lengths(self) -> dict[str, np.ndarray]:
@@ -104,7 +116,119 @@ class PackedClips(NamedTuple):
                 yield BadValues(field, "negative", len(rows), self.names[int(np.argmax(has_row))])
 
 
-def pack_arrays(arrays: Mapping[str, np.ndarray], length: Sequence[int]) -> Packed:
+class StoredFile(NamedTuple):
+    """A file of a dataset in the cache, and its state when it was written."""
+
+    path: Path  # FOLDER/SPLIT/MODALITY/FIELD.bin, where FOLDER contains the manifest
+    size: int  # number of bytes
+    mtime_ns: int  # time of the last change, in ns
+    sha256: str
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the dataset in the cache."""
+        return self.path.parents[2]
+
+    def check(self) -> None:
+        """Raises UserError if the file does not match its sha256."""
+        hint = f"delete {self.folder} to convert again"
+        try:
+            with files.open_regular(self.path, below=self.folder) as file:
+                if hash_opened(file) == self.sha256:
+                    return
+        except FileNotFoundError:
+            raise UserError(f"'{self.path}' does not exist\n{hint}") from None
+        except UserError as error:  # a link, or a pipe for which the code above would wait
+            raise UserError(f"{str(error).splitlines()[0]}\n{hint}") from error
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror}\n{hint}") from error
+        raise UserError(f"'{self.path}' does not match its sha256\n{hint}")
+
+
+class FlatFile:
+    """An array [F] or [F, D] in a file, of which slices are read.
+
+    The file is not mapped into memory, because the system kills a process if a mapped file is
+    truncated.
+
+    Attributes:
+      file: the file.
+      shape: [F] or [F, D].
+      dtype: the dtype of features in all splits. A slice has the dtype of the file.
+    """
+
+    def __init__(self, file: StoredFile, shape: tuple[int, ...], stored: np.dtype, dtype: np.dtype):
+        """Opens the file. Checks its sha256 if its size or time changed."""
+        self.file, self.shape, self.dtype = file, shape, dtype
+        self._stored = stored
+        self._row_bytes = stored.itemsize * math.prod(shape[1:])
+        # A replaced file has a new time. Files of a copied folder have new times, too.
+        stat = os.lstat(file.path) if files.exists(file.path) else None
+        if not stat or (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
+            file.check()
+        if file.size != len(self) * self._row_bytes:
+            raise UserError(f"'{file.path}' has {file.size:,} bytes, unlike index.npz")
+        with files.open_regular(file.path, below=file.folder) as opened:
+            self._descriptor = os.dup(opened.fileno())
+        weakref.finalize(self, os.close, self._descriptor)
+        self._whole: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        """Returns the rows `start` to `stop`. If the file was cut, the result has fewer rows.
+
+        A small file, with a number per frame, is checked and read as a whole at the first call.
+        """
+        if len(self.shape) > 1:
+            return self._read(rows.start, rows.stop)
+        if self._whole is None:
+            self.file.check()
+            self._whole = self._read(0, len(self))
+        return self._whole[rows]
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        size = self._row_bytes
+        content = os.pread(self._descriptor, (stop - start) * size, start * size)
+        array = np.frombuffer(content[: len(content) // size * size], self._stored)
+        return array.reshape(-1, *self.shape[1:])
+
+
+def compute_checksum(features: np.ndarray) -> int:
+    """Returns a number of 64 bits that depends on all bytes of the features [T, D] of a clip.
+
+    If bytes change by chance, the number is the same with a probability of about 2**-64. A CRC-32
+    takes five times as long.
+    """
+    content = np.ascontiguousarray(features).reshape(-1).view(np.uint8)
+    if content.size % 8:
+        content = np.pad(content, (0, -content.size % 8))
+    words = content.view(np.uint64)
+    total = 0
+    for at in range(0, len(words), CHECKSUM_WORDS):
+        block = words[at : at + CHECKSUM_WORDS]
+        total = (31 * total + int(np.dot(block, make_factors(len(block))))) % 2**64
+    return total
+
+
+@functools.lru_cache(1024)
+def make_factors(count: int) -> np.ndarray:
+    """Returns odd numbers, [count] uint64, that look random."""
+    return scramble(np.arange(1, count + 1, dtype=np.uint64)) | np.uint64(1)
+
+
+def scramble(numbers: np.ndarray) -> np.ndarray:
+    """Returns numbers [N] uint64 in which all bits depend on all bits of `numbers`. 0 stays 0.
+
+    Source: the finaliser of MurmurHash3.
+    """
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        numbers = (numbers ^ (numbers >> np.uint64(33))) * np.uint64(factor)
+    return numbers ^ (numbers >> np.uint64(33))
+
+
+def pack_arrays(arrays: Mapping[str, Any], length: ArrayLike) -> Packed:
     """Returns the frames of clips, whose numbers of frames are `length`, from field -> array."""
     counts = np.array(length, np.int32)
     fields = {name: arrays[name] for name in BATCHED}
@@ -199,8 +323,9 @@ def complete(packed: PackedClips, modalities: Mapping[str, tuple[int, str]]) -> 
             shapes = {field: (0,) for field in BATCHED} | {"features": (0, dim)}
             arrays = {f: np.empty(shape, get_dtype(f, dtype)) for f, shape in shapes.items()}
             given = pack_arrays(arrays, [0] * len(packed.names))
-        features = np.asarray(given.features).astype(dtype, copy=False)
-        frames[name] = given._replace(features=features)
+        if given.features.dtype != dtype:
+            given = given._replace(features=np.asarray(given.features).astype(dtype))
+        frames[name] = given
     return packed._replace(frames=frames)
 
 
@@ -216,29 +341,68 @@ def measure_quality(frames: Packed) -> np.ndarray:
     return quality
 
 
-class PackedReader:
-    """Reads clips in memory, as `records.shards.Reader` reads clips on the disk."""
+class Reader:
+    """Reads the clips of several splits, in memory or in files.
+
+    Attributes:
+      order: [N] int32, the clips in the order in which most of their bytes are stored. Clips are
+        numbered split after split, and by name within a split.
+    """
 
     def __init__(self, splits: Sequence[PackedClips]):
-        """Numbers the clips of `splits`, which have the same modalities, split after split."""
+        """Numbers the clips of `splits`, which have the same modalities."""
         self._splits = splits
         sizes = [len(split.names) for split in splits]
         self._owner = np.repeat(np.arange(len(splits)), sizes)  # [N], the split of each clip
         self._begins = np.cumsum(sizes) - sizes
-        self.clip_index = np.arange(sum(sizes), dtype=np.int32)
+        orders = []
+        for split, begin in zip(splits, self._begins, strict=True):
+            largest = max(
+                split.frames.values(), key=lambda frames: math.prod(frames.features.shape)
+            )
+            orders.append(np.argsort(largest.start, kind="stable") + begin)
+        self.order = np.concatenate(orders).astype(np.int32)
 
-    def read(self, places: np.ndarray, names: Iterable[str]) -> ClipArrays:
-        """Returns the frames of the clips with the numbers `places` [n] in the modalities `names`.
+    def read(self, clips: np.ndarray, names: Iterable[str]) -> ClipArrays:
+        """Returns the frames of the clips with the numbers `clips` [n] in the modalities `names`.
 
-        The arrays are views.
+        Arrays of clips in memory are views. Raises UserError if a file is damaged.
         """
         result: ClipArrays = {name: {field: [] for field in BATCHED} for name in names}
-        for place in places.tolist():
-            owner = int(self._owner[place])
-            split, clip = self._splits[owner], place - self._begins[owner]
-            for name, fields in result.items():
-                frames = split.frames[name]
-                rows = slice(frames.start[clip], frames.start[clip] + frames.length[clip])
+        owners = self._owner[clips]
+        places = [*zip(owners.tolist(), (clips - self._begins[owners]).tolist(), strict=True)]
+        for name, fields in result.items():
+            for owner, clip in places:
+                frames = self._splits[owner].frames[name]
+                start, length = int(frames.start[clip]), int(frames.length[clip])
                 for field, arrays in fields.items():
-                    arrays.append(getattr(frames, field)[rows])
+                    arrays.append(getattr(frames, field)[start : start + length])
+                if isinstance(frames.features, FlatFile):
+                    features = fields["features"]
+                    if compute_checksum(features[-1]) != self._splits[owner].checksums[name][clip]:
+                        raise _find_damage(frames)
+                    features[-1] = features[-1].astype(frames.features.dtype, copy=False)
         return result
+
+    def check(self) -> None:
+        """Raises UserError if a file of the clips does not match its sha256."""
+        for split in self._splits:
+            for frames in split.frames.values():
+                check_files(frames)
+
+
+def check_files(frames: Packed) -> None:
+    """Raises UserError if a file of the frames does not match its sha256."""
+    for field in BATCHED:
+        if isinstance(flat := getattr(frames, field), FlatFile):
+            flat.file.check()
+
+
+def _find_damage(frames: Packed) -> UserError:
+    """Returns the error for frames that do not match their checksum."""
+    check_files(frames)
+    file: StoredFile = getattr(frames, BATCHED[0]).file
+    return UserError(
+        f"{file.path.parent}: files were changed while they were read\n"
+        "run the command again when no program writes to them"
+    )

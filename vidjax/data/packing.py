@@ -22,8 +22,10 @@ from vidjax.data.packed_clips import (
     Quality,
     get_dtype,
     join,
+    make_factors,
     map_files,
     pack_arrays,
+    scramble,
 )
 from vidjax.utils.errors import UserError, closest
 from vidjax.utils.names import ENDING, clean_name_at, show
@@ -32,6 +34,7 @@ from vidjax.utils.names import ENDING, clean_name_at, show
 Clips = Mapping[str, Mapping[str, Any]]
 
 BLOCK_BYTES = 8 << 20  # bytes of features that are written at once
+MAX_HALF, NEGATIVE_ZERO = float(np.finfo(np.float16).max), 0x8000  # in float16
 NUM_PROBE_CLIPS = 200  # their majority decides the width and the dtype of all clips
 
 
@@ -407,3 +410,24 @@ def compute_feature_norms(features: np.ndarray) -> np.ndarray:
         length = np.sqrt(np.einsum("fd,fd->f", block, block))
         norms[start : start + rows] = np.minimum(length, LARGEST)
     return norms
+
+
+def fingerprint_frames(features: np.ndarray) -> np.ndarray:
+    """Returns a number for each frame of features [F, D], [F] uint64. Equal frames have equal ones.
+
+    Features are rounded to float16, so that copies in another dtype are equal. The number of a
+    frame of zeros is 0.
+    """
+    rows = 512  # of a block, which fits into the cache of the processor
+    prints = [np.zeros(0, np.uint64)]
+    for start in range(0, len(features), rows):
+        block = features[start : start + rows]
+        if block.dtype != np.float16:
+            largest = np.abs(block).max(axis=1).astype(np.float32)
+            _, exponent = np.frexp(np.where(largest > MAX_HALF, largest, 0))
+            block = np.ldexp(block.astype(np.float32), -exponent[:, None]).astype(np.float16)
+        bits = np.ascontiguousarray(block).view(np.uint16)
+        bits = np.where(bits == NEGATIVE_ZERO, np.uint16(0), bits)
+        words = np.pad(bits, ((0, 0), (0, -bits.shape[1] % 4))).view(np.uint64)
+        prints.append(scramble(np.einsum("fw,w->f", words, make_factors(words.shape[1]))))
+    return np.concatenate(prints)

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from vidjax.data import iqiyi_vid, synthetic
 from vidjax.data.arrays import FeatureDict, FeatureFolder
 from vidjax.data.cache_folders import cache_folder, exclusive, mark_used
-from vidjax.data.clips import Origin, RecordSource
+from vidjax.data.clips import FileSource, Origin
 from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.labels import LabelSource
 from vidjax.data.packed_clips import Quality
@@ -20,14 +20,14 @@ from vidjax.utils import files
 from vidjax.utils.errors import NoFileError, UserError, check_argument, check_entry
 
 if TYPE_CHECKING:
-    from vidjax.data.records.dataset import Dataset
+    from vidjax.data.dataset import Dataset
 
 Section = Mapping[str, Any]  # the section `data` of a configuration
 CacheDir = str | Path | None
 _LOG = logging.getLogger(__name__)
 
 
-def open_synthetic(data: Section, cache_dir: CacheDir) -> RecordSource:
+def open_synthetic(data: Section, cache_dir: CacheDir) -> FileSource:
     """Opens the synthetic dataset. At the first call, it is generated in the cache."""
     if data["dir"]:
         raise UserError(
@@ -50,12 +50,12 @@ def open_synthetic(data: Section, cache_dir: CacheDir) -> RecordSource:
     return OfficialFiles(folder, cache_dir=cache_dir, origin=Origin("synthetic"))
 
 
-def open_iqiyi_vid(data: Section, cache_dir: CacheDir) -> RecordSource:
+def open_iqiyi_vid(data: Section, cache_dir: CacheDir) -> FileSource:
     """Opens the official iQIYI-VID files in the folder `data.dir` of a configuration."""
     return OfficialFiles(_get_directory(data, "iQIYI-VID files"), cache_dir=cache_dir)
 
 
-def open_arrays(data: Section, cache_dir: CacheDir) -> RecordSource:
+def open_arrays(data: Section, cache_dir: CacheDir) -> FileSource:
     """Opens the user's own features in the folder `data.dir` of a configuration."""
     folder = _get_directory(data, "features")
     return FeatureFolder(folder, quality=data["quality"], cache_dir=cache_dir)
@@ -78,7 +78,7 @@ def _get_directory(data: Section, content: str) -> Path:
 
 
 # To add a dataset, write a class like `OfficialFiles`, and add a function that opens it here.
-DATASETS: Mapping[str, Callable[[Section, CacheDir], RecordSource]] = {
+DATASETS: Mapping[str, Callable[[Section, CacheDir], FileSource]] = {
     "synthetic": open_synthetic,
     "iqiyi_vid": open_iqiyi_vid,
     "arrays": open_arrays,
@@ -91,7 +91,7 @@ def open_source(
     *,
     cache_dir: CacheDir = None,
     quality: Quality = "given",
-) -> RecordSource | FeatureDict:
+) -> FileSource | FeatureDict:
     """Opens a dataset, without reading its features.
 
     `given` is a folder of iQIYI-VID pickles or of a user's own features, or a dict, split -> clip
@@ -128,19 +128,19 @@ def load(
     cache_dir: str | Path | None = None,
     quality: Quality = "given",
 ) -> "Dataset":
-    """Loads a dataset. The first call converts files to TFRecords. See `vidjax.load_data`."""
-    from vidjax.data.records.conversion import convert, make_records
-    from vidjax.data.records.dataset import Dataset
+    """Loads a dataset. The first call stores files in the cache. See `vidjax.load_data`."""
+    from vidjax.data.dataset import Dataset
+    from vidjax.data.store import convert, make_store
 
     if isinstance(given, ConfigDict):
         cache_dir = cast(Section, given)["cache_dir"]
     source = open_source(given, labels, cache_dir=cache_dir, quality=quality)
     if isinstance(source, FeatureDict):
-        records = make_records(source, source.read())
+        store = make_store(source, source.read())
     else:
-        records = convert(source, cache_dir)
+        store = convert(source, cache_dir)
     origin = getattr(source, "origin", Origin(source.kind))
-    return Dataset(records, source.read_labels(records.clips), origin=origin)
+    return Dataset(store, source.read_labels(store.clips), origin=origin)
 
 
 def read_modalities(data: Section) -> Mapping[str, int]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from jax.sharding import Mesh
 
@@ -49,10 +50,7 @@ def analyse(evaluation: Evaluation) -> tuple[Analysis, Arrays]:
         found.vectors, arrays["attention"] = list(names), matrix
     if evaluation.results.get("map") is None:
         return found, arrays
-    pool = evaluation.clips.pool
-    positives = count_positives(split, pool)
-    best = evaluation.clips.best
-    scored = ScoredSplit(evaluation.top, best, split.labels, split.clips, pool, positives)
+    scored, pool = make_scored_split(evaluation), evaluation.clips.pool
     train_clips = measures.count_train_clips(model)
     if train_clips is not None:
         arrays["train_clips"] = train_clips
@@ -73,6 +71,13 @@ def analyse(evaluation: Evaluation) -> tuple[Analysis, Arrays]:
     if logs and (calibrated := measures.measure_calibration(clips)):
         arrays["calibration"], found.calibration_error = calibrated
     return found, arrays
+
+
+def make_scored_split(evaluation: Evaluation) -> ScoredSplit:
+    """Returns the ranking of an evaluation with the values that `measures` needs."""
+    split, clips = evaluation.split, evaluation.clips
+    positives = count_positives(split, clips.pool)
+    return ScoredSplit(evaluation.top, clips.best, split.labels, split.clips, clips.pool, positives)
 
 
 def measure_attention(model: TrainedModel, split_name: str) -> np.ndarray | None:
@@ -117,7 +122,10 @@ def write_results(
     metrics = {}
     for evaluation in reversed(evaluated):
         model, split, is_last = evaluation.model, evaluation.split, evaluation is evaluated[0]
-        metrics[split.name] = values = {**evaluation.results, **about}
+        trained = [model.data.split(name) for name in config.data.train_splits]
+        copies = measures.measure_copies(make_scored_split(evaluation), split, trained)
+        found = {"copies": msgspec.to_builtins(copies)} if copies else {}
+        metrics[split.name] = values = {**evaluation.results, **found, **about}
         paths = folder.paths(split.name, apart=bool(values.get("overrides")))
         pending = {"finished": False} if about.get("finished") and is_last else {}
         if distributed.is_first():

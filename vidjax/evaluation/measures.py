@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -29,6 +29,7 @@ from vidjax.evaluation.topk import TopK
 from vidjax.runs import schemas
 from vidjax.runs.schemas import (
     ConfusedPair,
+    Copies,
     Mistake,
     OpenSet,
     Rate,
@@ -129,6 +130,23 @@ class ScoredSplit:
         best, best_scores = np.full(len(self.names), -1), np.full(len(self.names), -np.inf)
         best[clips], best_scores[clips] = identity[order][first], scores[order][first]
         return best, best_scores
+
+
+def measure_copies(scored: ScoredSplit, split: Split, trained: Iterable[Split]) -> Copies | None:
+    """Finds the ranked clips that are copies of clips of the `trained` splits, or returns None."""
+    found: dict[int, tuple[Split, int]] = {}
+    for other in trained:
+        if other.name != split.name:
+            copies = split.find_copies(other)
+            found |= {clip: (other, place) for clip, place in copies.items() if scored.pool[clip]}
+    if not found:
+        return None
+    clip, (other, place) = next(iter(found.items()))
+    example = f"'{split.clips[clip]}' equals '{other.clips[place]}' of {other.name}"
+    averages, positives = scored.averages_without(np.isin(np.arange(len(scored.pool)), [*found]))
+    known = averages[positives > 0]
+    value = float(known.mean()) if split.labelled and len(known) else None
+    return Copies(count=len(found), example=example, map=value)
 
 
 def measure_strata(

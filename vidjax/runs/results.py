@@ -124,6 +124,15 @@ def describe_overrides(metrics: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={config_io.value_text(value)}" for name, value in changed.items())
 
 
+def describe_copies(metrics: Mapping[str, Any]) -> str:
+    """Returns how many ranked clips are training clips, and the MAP without them, or ""."""
+    copies = metrics.get("copies")
+    if not copies:
+        return ""
+    score = f"; MAP@100 without them {copies['map']:.4f}" if "map" in copies else ""
+    return f"{copies['count']:,} clips are training clips: {copies['example']}{score}"
+
+
 def explain_unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
     """Returns why the MAP of a run cannot be measured, and a remedy, or "" if it can be measured.
 

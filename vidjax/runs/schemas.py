@@ -82,6 +82,14 @@ class Training(Entries, Struct, kw_only=True):
     versions: dict[str, Text] | None = None  # package -> version
 
 
+class Copies(Struct, kw_only=True, omit_defaults=True):
+    """Ranked clips that have the frames of a training clip, maybe under another name."""
+
+    count: Count
+    example: Text  # such as "'x' of val equals 'y' of train"
+    map: Share | None = None  # of the other clips; None if they show no identity
+
+
 class Metrics(Training, Struct, kw_only=True):
     """The results of a run on a split: the content of `metrics.json` or `metrics_<split>.json`."""
 
@@ -102,6 +110,7 @@ class Metrics(Training, Struct, kw_only=True):
     fnir_1: Share | None = field(default=None, name="fnir_at_fpir_0.01")
     fnir_10: Share | None = field(default=None, name="fnir_at_fpir_0.1")
     threshold_1: NotNaN | None = field(default=None, name="threshold_at_fpir_0.01")
+    copies: Copies | None = None
     threshold_10: NotNaN | None = field(default=None, name="threshold_at_fpir_0.1")
     # Fields that affect scores and that differ from `config.json`: field -> value.
     overrides: dict[str, Any] | None = None

@@ -76,7 +76,7 @@ def tensorflow(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
     import jax
     from jax.experimental import jax2tf
 
-    from vidjax.data.records.streaming import tf
+    from vidjax.data.tfds.streaming import tf
     from vidjax.evaluation.export import function
 
     path = folder / "saved_model"

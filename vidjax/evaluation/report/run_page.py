@@ -182,6 +182,7 @@ def run_rows(run: RunFiles) -> Rows:
         "joined runs": _join(f"{row.name} (weight {row.weight})" for row in own.runs or ()),
         "scored with": results_lib.describe_overrides(run.values),
         **facts.list_rows(run.values),
+        "copies": results_lib.describe_copies(run.values),
         "finished": own.date or "",
         "evaluated": own.eval_date or "",
         "versions": _join(f"{name} {version}" for name, version in (own.versions or {}).items()),

@@ -20,7 +20,6 @@ from vidjax.data.checks import (
 )
 from vidjax.data.clips import (
     BatchPlan,
-    ClipReader,
     EvalPlan,
     Modality,
     Origin,
@@ -30,8 +29,8 @@ from vidjax.data.clips import (
     pad,
 )
 from vidjax.data.labels import Truth, sort_identities
-from vidjax.data.packed_clips import BadValues, PackedReader, pack_arrays
-from vidjax.data.records.shards import VERSION, Reader, Records, SplitRecords
+from vidjax.data.packed_clips import BadValues, Reader, pack_arrays
+from vidjax.data.store import VERSION, Store, StoredSplit
 from vidjax.utils import messages
 from vidjax.utils.errors import UserError, require_packages, suggest, warn
 from vidjax.utils.files import sha256_json
@@ -52,26 +51,28 @@ class Dataset:
 
     def __init__(
         self,
-        records: Records,
+        store: Store,
         truth: Truth,
         *,
         identities: Sequence[str] | None = None,
         origin: Origin | None = None,
     ):
-        """Adds labels to clips. See `label_records`. Result files show `origin`."""
-        self._records = records
+        """Adds labels to clips. See `label_clips`. Result files show `origin`."""
+        self._store = store
         self._truth = truth
-        self._origin = origin or Origin("records")
-        self.modalities: dict[str, Modality] = records.modalities
-        self.identities, self._splits, self.report = label_records(records, truth, identities)
+        self._origin = origin or Origin("files")
+        self.modalities: dict[str, Modality] = store.modalities
+        self.identities, self._splits, self.report = label_clips(store, truth, identities)
         digests = sorted((name, split["sha256"]) for name, split in self.report["splits"].items())
         self.report["data"] = self._origin._asdict() | {"digest": sha256_json(digests)}
-        for name, split in records.splits.items():
+        for name, split in store.splits.items():
             counts = self.report["splits"][name]["modalities"]
             official = self._origin.name != "arrays"
             _warn_of_gaps(name, split, self.modalities, counts, official=official)
-        lengths = {name: split.lengths for name, split in records.splits.items()}
+        lengths = {name: split.lengths for name, split in store.splits.items()}
         widths = {name: modality.dim for name, modality in self.modalities.items()}
+        for first, second in itertools.combinations(self._splits.values(), 2):
+            _warn_of_copies(first, second)
         for problem in (
             *find_misspelt(lengths),
             *find_transposed(lengths, widths),
@@ -101,12 +102,11 @@ class Dataset:
         """Returns the same clips, labelled with other classes. See `TrainingData`."""
         if tuple(identities) == self.identities:
             return self
-        return Dataset(self._records, self._truth, identities=identities, origin=self._origin)
+        return Dataset(self._store, self._truth, identities=identities, origin=self._origin)
 
-    def _read(self, splits: Sequence[str]) -> ClipReader:
-        """Returns the reader of the clips of several splits, which are in memory or on the disk."""
-        packed = [split.packed for name in splits if (split := self._records.splits[name]).packed]
-        return PackedReader(packed) if packed else Reader(self._records, splits)
+    def _read(self, splits: Sequence[str]) -> Reader:
+        """Returns the reader of the clips of several splits."""
+        return Reader([self._store.splits[name].packed for name in splits])
 
     def train_batches(self, plan: BatchPlan, *, step: int = 0) -> Iterator[Batch]:
         """Yields the training batches of `plan`. See `TrainingData`.
@@ -117,18 +117,18 @@ class Dataset:
         parts = [self.split(name).lengths for name in plan.splits]
         lengths = {name: np.concatenate([x[name] for x in parts]) for name in plan.windowed}
         drawn = order.draw_on_host(plan, lengths, step)
-        if not isinstance(reader, Reader):
+        if not self._store.folder:
             return self._train_batches(reader, plan, drawn)
         resident = "choose --config.data.mode=resident if the clips fit into the memory"
         require_packages(
             "config.data.mode=streaming", "tensorflow", extra="tensorflow", instead=resident
         )
-        from vidjax.data.records import streaming
+        from vidjax.data.tfds import streaming
 
         return streaming.train_batches(reader, self.modalities, plan, drawn)
 
     def _train_batches(
-        self, reader: ClipReader, plan: BatchPlan, drawn: Iterator[order.HostClips]
+        self, reader: Reader, plan: BatchPlan, drawn: Iterator[order.HostClips]
     ) -> Iterator[Batch]:
         """Yields the training batches of clips in memory. `drawn` are the clips of each step."""
         for clips, batch_mask, first in drawn:
@@ -150,22 +150,21 @@ class Dataset:
     ) -> Iterator[tuple[np.ndarray, Mapping[str, Packed]]]:
         """Yields all clips, in the order of storage. See `TrainingData`."""
         check_modalities(self.split(split), modalities)
-        reader, whole = self._read([split]), self._records.splits[split].packed
-        if whole:
-            yield reader.clip_index, {name: whole.frames[name] for name in modalities}
+        reader, whole = self._read([split]), self._store.splits[split].packed
+        if not self._store.folder:
+            yield np.arange(len(whole.names)), {name: whole.frames[name] for name in modalities}
             return
-        for first in range(0, len(reader.clip_index), MAX_PACKED_CLIPS):
-            places = np.arange(first, min(first + MAX_PACKED_CLIPS, len(reader.clip_index)))
-            packed = {}
-            for name, arrays in reader.read(places, modalities).items():
+        for first in range(0, len(reader.order), MAX_PACKED_CLIPS):
+            clips, packed = reader.order[first : first + MAX_PACKED_CLIPS], {}
+            for name, arrays in reader.read(clips, modalities).items():
                 fields = {field: np.concatenate(parts) for field, parts in arrays.items()}
                 packed[name] = pack_arrays(fields, [len(part) for part in arrays["quality"]])
-            yield reader.clip_index[places], packed
+            yield clips, packed
 
 
 def _warn_of_gaps(
     name: str,
-    split: SplitRecords,
+    split: StoredSplit,
     modalities: Mapping[str, Modality],
     report: Mapping[str, Mapping[str, Any]],
     *,
@@ -196,10 +195,24 @@ def _warn_of_gaps(
         warn_of_bad_values(place, values, frames, official=official)
 
 
-def label_records(
-    records: Records, truth: Truth, identities: Sequence[str] | None = None
+def _warn_of_copies(first: Split, second: Split) -> None:
+    """Warns if clips of a split have the frames of clips of another split."""
+    copies = second.find_copies(first)
+    for clip, original in itertools.islice(copies.items(), 1):
+        labels = first.labels[[*copies.values()]] != second.labels[[*copies]]
+        others = f", {int(labels.sum()):,} of them with another label" * bool(labels.any())
+        warn(
+            f"{len(copies):,} of {len(second.clips):,} clips of {second.name} have the frames of "
+            f"clips of {first.name}{others}: '{second.clips[clip]}' equals "
+            f"'{first.clips[original]}'\n"
+            "a score on such clips says nothing about new clips: remove them from one split"
+        )
+
+
+def label_clips(
+    store: Store, truth: Truth, identities: Sequence[str] | None = None
 ) -> tuple[tuple[str, ...], dict[str, Split], dict[str, Any]]:
-    """Adds labels to the converted clips of a dataset.
+    """Adds labels to the clips of a dataset.
 
     `truth` is split -> clip -> identity. `identities` are the names of the classes 1 to C, by
     default all identities in the ground truth of train and val. Returns three results: the names of
@@ -210,11 +223,11 @@ def label_records(
             identity for split in ("train", "val") for identity in truth.get(split, {}).values()
         )
     column = {identity: position for position, identity in enumerate(identities, 1)}
-    report = copy.deepcopy(records.report)
+    report = copy.deepcopy(store.report)
     report["identities"] = len(identities)
     splits = {}
-    for name, (clips, _, lengths, quality, *_) in records.splits.items():
-        pairs = truth.get(name)
+    for name, split in store.splits.items():
+        clips, pairs = split.clips, truth.get(name)
         columns = {clip: column.get(identity, 0) for clip, identity in (pairs or {}).items()}
         positives = np.bincount(list(columns.values()), minlength=len(identities) + 1)
         splits[name] = Split(
@@ -224,8 +237,9 @@ def label_records(
             labelled=pairs is not None,
             positives=positives[1:].astype(np.int64),
             num_others=len(set((pairs or {}).values()) - column.keys()),
-            lengths=lengths,
-            quality=quality,
+            lengths=split.lengths,
+            quality=split.quality,
+            fingerprints=split.fingerprints,
         )
         if positives[0]:
             warn(
@@ -235,20 +249,19 @@ def label_records(
                 "to rank these identities, add clips of them to train, and train again"
             )
         report["splits"][name] |= _report_labels(pairs, clips, identities)
-        report["splits"][name]["sha256"] = _digest_split(records, truth, name)
+        report["splits"][name]["sha256"] = _digest_split(store, truth, name)
     return tuple(identities), splits, report
 
 
-def _digest_split(records: Records, truth: Truth, split: str) -> dict[str, Any]:
+def _digest_split(store: Store, truth: Truth, split: str) -> dict[str, Any]:
     """Returns the number of clips of a split, and digests of its names, features and labels."""
-    clips, shards = records.splits[split].clips, records.splits[split].shards
-    features = [sorted(records.modalities.items()), [shard.sha256 for shard in shards]]
+    clips, digests = store.splits[split].clips, store.splits[split].digests
     return {
         "clips": len(clips),
         "names": sha256_json(clips),
-        "modalities": sorted(records.modalities),
+        "modalities": sorted(store.modalities),
         "records": VERSION,
-        "features": sha256_json(features),
+        "features": sha256_json([sorted(store.modalities.items()), sorted(digests.items())]),
         "labels": sha256_json(sorted(truth[split].items())) if split in truth else None,
     }
 

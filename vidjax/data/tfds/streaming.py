@@ -1,6 +1,6 @@
-"""Makes training batches from TFRecord files, while the devices work on earlier batches.
+"""Makes training batches from flat files, while the devices work on earlier batches.
 
-A thread reads the records in Python, and chooses the frames of long clips. TensorFlow would take
+A thread reads the files in Python, and chooses the frames of long clips. TensorFlow would take
 four times as long, and more threads would wait for each other, because only one thread of a process
 runs Python code at a time. Then operations of TensorFlow decode and pad a whole batch. TensorFlow
 calls no Python code, because a process that ends during such a call hangs or aborts.
@@ -21,8 +21,7 @@ import numpy as np
 from vidjax.core.batch import BATCHED, Batch, Frames
 from vidjax.data import order
 from vidjax.data.clips import BatchPlan, Modality, choose_frames
-from vidjax.data.packed_clips import get_dtype
-from vidjax.data.records.shards import DEPTH, Reader, check_shard
+from vidjax.data.packed_clips import Reader, get_dtype
 from vidjax.utils.errors import UserError
 
 # Read by the import of TensorFlow. They hide its log and a message of oneDNN: errors are raised.
@@ -71,14 +70,8 @@ def train_batches(
                 queue.enqueue(values)
             batch = next(batches)
         except tf.errors.OpError as error:
-            for shard in reader.shards:
-                check_shard(shard)
             reason = " ".join(str(error).split())[:200]
-            folder = reader.shards[0].path.parents[DEPTH - 1]
-            raise UserError(
-                f"{folder}: TensorFlow cannot read the converted data: {reason}\n"
-                "delete this folder to convert again"
-            ) from error
+            raise UserError(f"TensorFlow cannot make a batch: {reason}") from error
         yield batch  # outside `try`, because TensorFlow may be unloaded when the process ends
 
 
@@ -94,9 +87,8 @@ def _read_batches(
 
     A string has the bytes of the frames that the batch contains of a clip.
     """
-    place_of_clip = np.argsort(reader.clip_index)
     for clip_index, batch_mask, first in drawn:  # on a CPU, this may wait for a training step
-        read = reader.read(place_of_clip[clip_index[batch_mask]], plan.modalities, whole=False)
+        read = reader.read(clip_index[batch_mask], plan.modalities)
         empty = [b""] * int(np.sum(~batch_mask))
         strings = []
         for name, size in plan.padded_lengths.items():

@@ -7,17 +7,16 @@ from typing import Any
 import numpy as np
 
 from vidjax.data.packed_clips import PackedClips, map_again
-from vidjax.data.packing import compute_feature_norms
+from vidjax.data.packing import compute_feature_norms, fingerprint_frames
 from vidjax.utils import messages
 
 HISTOGRAM_BINS = 20
 FRAMES_PER_MAP = 1 << 16  # frames that are read before the file is mapped again, to free memory
 
 
-def report_split(split: PackedClips, paths: Mapping[str, Path]) -> dict[str, Any]:
-    """Counts the clips and frames of a split. `paths` is modality -> the file of its features."""
+def report_split(split: PackedClips, modalities: Mapping[str, Any]) -> dict[str, Any]:
+    """Counts the clips of a split. `modalities` are the results of `report_modality`."""
     without_frames = ~np.any([lengths > 0 for lengths in split.lengths.values()], axis=0)
-    modalities = {name: _report_modality(split, name, paths[name]) for name in split.frames}
     return {
         "clips": without_frames.size,
         "clips_without_frames": int(without_frames.sum()),
@@ -25,18 +24,28 @@ def report_split(split: PackedClips, paths: Mapping[str, Path]) -> dict[str, Any
     }
 
 
-def _report_modality(split: PackedClips, modality: str, path: Path) -> dict[str, Any]:
+def report_modality(
+    split: PackedClips, modality: str, path: Path
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Counts the clips and frames of a modality. `path` is the file of its features.
+
+    The second result are the fingerprints of the N clips, [N] uint64. They do not depend on the
+    order of frames. The fingerprint of a clip without frames, or with frames of zeros, is 0.
+    """
     frames, counts = split.frames[modality], split.counts[modality]
     lengths = np.asarray(frames.length)
     # The report names clips by their places, so that the folder of a run does not contain names.
     values = split.find_bad_values(modality)
     bad = [{**x._asdict(), "clip": split.names.index(x.clip)} for x in values]
     blocks = range(0, max(1, len(frames.quality)), FRAMES_PER_MAP)
-    norms = [
-        compute_feature_norms(np.asarray(map_again(frames).features[at : at + FRAMES_PER_MAP]))
-        for at in blocks
-    ]
-    return {
+    norms, prints = [], [np.zeros(1, np.uint64)]
+    for at in blocks:
+        features = np.asarray(map_again(frames).features[at : at + FRAMES_PER_MAP])
+        norms.append(compute_feature_norms(features))
+        prints.append(fingerprint_frames(features))
+    sums = np.cumsum(np.concatenate(prints), dtype=np.uint64)
+    start = np.asarray(frames.start)
+    report = {
         "file": path.name,
         "clips_seen": counts.clips,
         "clips": int((lengths > 0).sum()),
@@ -56,6 +65,7 @@ def _report_modality(split: PackedClips, modality: str, path: Path) -> dict[str,
         "quality": _make_histogram(np.asarray(frames.quality)),
         "norm": _make_histogram(np.concatenate(norms)),
     }
+    return report, sums[start + lengths] - sums[start]
 
 
 def _make_histogram(values: np.ndarray) -> dict[str, Any]:

@@ -1,0 +1,356 @@
+"""Stores the clips of a dataset in flat files in the cache, and checks the files.
+
+A folder of the cache contains `SPLIT/MODALITY/FIELD.bin`, the values of a field of all frames, clip
+after clip. It also contains `index.npz` (names, places, lengths, quality and checksums of clips),
+`data_report.json` and `manifest.json`. The manifest is written last, and contains the sha256 of all
+other files and of its other entries. Equal datasets give equal files.
+"""
+
+import contextlib
+import hashlib
+import io
+import logging
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vidjax.core.batch import BATCHED, Packed
+from vidjax.data.cache_folders import cache_folder, exclusive, mark_used
+from vidjax.data.clips import DataSource, FileSource, Modality
+from vidjax.data.data_report import report_modality, report_split
+from vidjax.data.packed_clips import (
+    DTYPES,
+    FlatFile,
+    PackedClips,
+    StoredFile,
+    complete,
+    compute_checksum,
+    get_dtype,
+    map_again,
+    measure_quality,
+    pack_arrays,
+    scramble,
+)
+from vidjax.utils import files, messages
+from vidjax.utils.errors import UserError
+from vidjax.utils.files import hash_opened, sha256_file, sha256_json
+from vidjax.utils.machine import num_cores
+
+# If the meaning of a file or of the manifest changes, increase the version to refill the cache.
+VERSION = "2.0.0"
+EARLIER = "1.4.0"  # the version whose folders contain TFRecords
+MAX_INDEX_BYTES = 4096  # the most bytes of `index.npz` per clip
+CLIPS_AT_ONCE = 256  # clips that are hashed before files are mapped again, to free memory
+_LOG = logging.getLogger(__name__)
+
+
+class StoredSplit(NamedTuple):
+    """The clips of a split, in files or in memory."""
+
+    packed: PackedClips  # in all modalities of the dataset; names are in byte order
+    lengths: dict[str, np.ndarray]  # modality of the split -> [N] int32, number of frames
+    quality: dict[str, np.ndarray]  # modality -> [N] float64, the mean quality of the frames
+    # Modality -> sha256 of the frames of all clips, in the order of names. It is the same for clips
+    # in files and in memory.
+    digests: dict[str, str]
+    fingerprints: np.ndarray  # [N] uint64, equal for clips with equal frames, 0 without frames
+
+    @property
+    def clips(self) -> tuple[str, ...]:
+        """N clip names in byte order."""
+        return self.packed.names
+
+
+class Store(NamedTuple):
+    """The clips of a dataset, in files or in memory."""
+
+    folder: Path | None  # the folder of the files, or None for clips in memory
+    modalities: dict[str, Modality]  # modality -> width and dtype of its features
+    splits: dict[str, StoredSplit]
+    report: dict[str, Any]  # the data report without labels, which counts frames and clips
+
+    @property
+    def clips(self) -> dict[str, tuple[str, ...]]:
+        """Split -> clip names in byte order."""
+        return {name: split.clips for name, split in self.splits.items()}
+
+
+def convert(source: FileSource, cache_dir: str | Path | None = None) -> Store:
+    """Returns the clips of a dataset, from flat files in the cache.
+
+    If the cache does not contain the files, they are written.
+
+    Args:
+      cache_dir: the cache, by default `$VIDJAX_CACHE` or `~/.cache/vidjax`.
+
+    Raises:
+      UserError: a clip is malformed, a clip is in two splits, files of the dataset change during
+        the conversion, or files of the cache are damaged.
+    """
+    fingerprint = source.fingerprint()
+    folder, earlier = (
+        cache_folder(cache_dir, source.kind, [version, fingerprint])
+        for version in (VERSION, EARLIER)
+    )
+    if not files.exists(folder / "manifest.json"):
+        with exclusive(folder):
+            if not files.exists(folder / "manifest.json"):
+                remove(folder)  # a folder without a manifest is incomplete
+                if earlier.exists():
+                    _LOG.info("this version of vidjax does not read %s: delete it", earlier)
+                with files.atomic_folder(folder) as partial:
+                    write_store(source, fingerprint, partial)
+                    if source.fingerprint() != fingerprint:
+                        raise UserError(
+                            f"{source.place}: files were changed while they were converted\n"
+                            "run the command again when no program writes to them"
+                        )
+    store = load_store(folder)
+    mark_used(folder)
+    return store
+
+
+def write_store(source: FileSource, fingerprint: list[dict[str, Any]], folder: Path) -> None:
+    """Writes the files of a dataset, and their manifest, to an empty folder."""
+    _LOG.info("converting %s", source.title)
+    packed = source.read(folder)
+    store = make_store(source, packed)
+    paths = [*folder.rglob("*.bin")]
+    with ThreadPoolExecutor(num_cores()) as threads:
+        state_of = dict(zip(paths, threads.map(_describe_file, paths), strict=True))
+    splits: dict[str, dict[str, Any]] = {}
+    index: dict[str, np.ndarray] = {}
+    for name, split in store.splits.items():
+        # Names are joined by newlines, because an array of str pads all names to the longest name.
+        clips = "\n".join(split.clips).encode("utf-8", "surrogateescape")
+        index[f"{name}/clips"] = np.frombuffer(clips, np.uint8)
+        index[f"{name}/fingerprints"] = split.fingerprints
+        states = dict[str, dict[str, Any]]()
+        for modality, frames in packed[name].frames.items():
+            arrays = {
+                "start": np.asarray(frames.start),
+                "lengths": split.lengths[modality],
+                "quality": split.quality[modality],
+                "checksums": split.packed.checksums[modality],
+            }
+            index |= {f"{name}/{key}/{modality}": values for key, values in arrays.items()}
+            if len(frames.quality):
+                place, dtype = folder / name / modality, np.dtype(frames.features.dtype).name
+                found = {field: state_of[place / f"{field}.bin"] for field in BATCHED}
+                states[modality] = {"dtype": dtype, "files": found}
+        count = len(split.clips)
+        splits[name] = {"clips": count, "digests": split.digests, "modalities": states}
+    np.savez(folder / "index.npz", **index)  # pyright: ignore[reportArgumentType]
+    files.write_json(folder / "data_report.json", store.report)
+    manifest = {
+        "sources": fingerprint,
+        "modalities": {name: kind._asdict() for name, kind in store.modalities.items()},
+        "files": {name: sha256_file(folder / name) for name in ("index.npz", "data_report.json")},
+        "splits": splits,
+    }
+    files.write_manifest(folder / "manifest.json", manifest)
+
+
+def _describe_file(path: Path) -> dict[str, Any]:
+    """Returns the attributes of a StoredFile, except for the path."""
+    stat = path.stat()
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256_file(path)}
+
+
+def make_store(source: DataSource, packed: Mapping[str, PackedClips]) -> Store:
+    """Checks the splits of a dataset, and computes their digests and the data report."""
+    modalities = _join_modalities(packed, source)
+    _refuse_empty_splits(packed, source)
+    _refuse_shared_clips(packed, source.place)
+    keys = [(split, name) for split, clips in packed.items() for name in clips.frames]
+
+    def measure(key: tuple[str, str]) -> tuple[Any, ...]:
+        (split, name), frames = key, packed[key[0]].frames[key[1]]
+        path = source.path_of(name, split)
+        return *hash_frames(frames), *report_modality(packed[split], name, path)
+
+    with ThreadPoolExecutor(num_cores()) as threads:
+        measured = dict(zip(keys, threads.map(measure, keys), strict=True))
+    splits, report = {}, {"version": VERSION, "splits": {}}
+    for split, clips in packed.items():
+        digests, checksums, counts, prints = (
+            {name: measured[split, name][i] for name in clips.frames} for i in range(4)
+        )
+        splits[split] = StoredSplit(
+            packed=complete(clips, modalities)._replace(checksums=checksums),
+            lengths=clips.lengths,
+            quality={name: measure_quality(frames) for name, frames in clips.frames.items()},
+            digests=digests,
+            fingerprints=join_fingerprints(prints),
+        )
+        report["splits"][split] = report_split(clips, counts)
+    return Store(None, modalities, splits, report)
+
+
+def hash_frames(frames: Packed) -> tuple[str, np.ndarray]:
+    """Returns the sha256 of the frames of N clips, and the checksums of their features [N] uint64.
+
+    The sha256 does not depend on the order in which the clips are stored.
+    """
+    sha256 = hashlib.sha256(np.ascontiguousarray(frames.length).data)
+    checksums = np.zeros(len(frames.length), np.uint64)
+    places = zip(frames.start.tolist(), frames.length.tolist(), strict=True)
+    mapped = frames
+    for clip, (start, length) in enumerate(places):
+        if clip % CLIPS_AT_ONCE == 0:
+            mapped = map_again(frames)
+        parts = [getattr(mapped, field)[start : start + length] for field in BATCHED]
+        for part in parts:
+            sha256.update(part.data)
+        checksums[clip] = compute_checksum(parts[0])
+    return sha256.hexdigest(), checksums
+
+
+def _refuse_empty_splits(packed: Mapping[str, PackedClips], source: DataSource) -> None:
+    for name, clips in packed.items():
+        if not clips.names:
+            paths = ", ".join(str(source.path_of(modality, name)) for modality in clips.frames)
+            raise UserError(
+                f"{paths or source.place}: split {name!r} has no clips: "
+                "add clips, or remove the split"
+            )
+
+
+def _join_modalities(packed: Mapping[str, PackedClips], source: DataSource) -> dict[str, Modality]:
+    """Returns modality -> the width and the common dtype of its features in all splits."""
+    modalities: dict[str, Modality] = {}
+    first_split: dict[str, str] = {}
+    dropped = 0
+    for split, clips in packed.items():
+        for name, frames in clips.frames.items():
+            dropped += sum(clips.counts[name].skipped.values())
+            if not len(frames.quality):  # without frames, width and dtype are unknown
+                continue
+            first = first_split.setdefault(name, split)
+            features = frames.features
+            modality = Modality(features.shape[1], np.dtype(features.dtype).name)
+            known = modalities.get(name, modality)
+            if known.dim != modality.dim:
+                raise UserError(
+                    f"{name}: features have width {known.dim} in {source.path_of(name, first)}, "
+                    f"but width {modality.dim} in {source.path_of(name, split)}\n"
+                    "compute the features of all splits with the same program"
+                )
+            dtype = np.result_type(known.dtype, modality.dtype)
+            modalities[name] = Modality(known.dim, dtype.name)
+    if not modalities:
+        reason = "no clip has a frame"
+        if dropped:
+            reason = f"all {dropped} frames have a NaN, an Inf or a value beyond float32"
+        raise UserError(
+            f"{source.place}: {reason}\ncompute the features again, or name another dataset"
+        )
+    return dict(sorted(modalities.items()))
+
+
+def _refuse_shared_clips(packed: Mapping[str, PackedClips], place: str) -> None:
+    """Raises UserError if a clip is in two splits, for example in train and val."""
+    owners: dict[str, str] = {}
+    shared = []
+    for name, split in sorted(packed.items()):
+        for clip in split.names:
+            if owners.setdefault(clip, name) != name:
+                shared.append(f"{clip} ({owners[clip]} and {name})")
+    if shared:
+        more = ", ..." if len(shared) > 5 else ""
+        clips = f"{messages.count(len(shared), 'clip')} {'are' if shared[1:] else 'is'}"
+        raise UserError(
+            f"{place}: {clips} in two splits: remove each of them from one split\n"
+            f"{', '.join(shared[:5])}{more}"
+        )
+
+
+def join_fingerprints(prints: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns the fingerprints of clips [N] uint64 from those of their modalities."""
+    names = {name: np.uint64(int(sha256_json(name)[:16], 16)) for name in prints}
+    parts = [scramble(x ^ names[name]) * (x > 0) for name, x in prints.items()]
+    return np.asarray(np.sum(parts, axis=0, dtype=np.uint64))
+
+
+def remove(folder: Path) -> bool:
+    """Removes converted clips. Returns False if files of other programs stay in the folder."""
+    # Without the manifest, which is removed first, the folder counts as incomplete.
+    if folder.is_symlink() or files.remove_ours(folder, r"manifest\.json"):
+        return not files.exists(folder)
+    # An earlier version has written TFRecords and two files of TFDS.
+    ours = r"[a-z]+\.bin|iqiyi_vid-.+|dataset_info\.json|features\.json"
+    for inner in sorted(folder.glob("*/*")):
+        files.remove_ours(inner, ours)
+    for outer in sorted(folder.glob("*/")):
+        files.remove_ours(outer, "")
+    return files.remove_ours(folder, r"index\.npz|data_report\.json")
+
+
+def load_store(folder: Path) -> Store:
+    """Opens the clips in a folder of the cache. Checks files whose size or time changed."""
+    try:
+        manifest = files.read_manifest(folder / "manifest.json", below=folder.parents[1])
+        modalities = {name: Modality(**kind) for name, kind in manifest["modalities"].items()}
+        clips = sum(split["clips"] for split in manifest["splits"].values())
+        with _open(folder / "data_report.json", manifest) as file:
+            report: Any = files.parse_json(file.readall())
+        with _open(folder / "index.npz", manifest) as file:
+            index = files.load_npz(file, files.JSON_BYTES + MAX_INDEX_BYTES * clips)
+        splits = {
+            name: _load_split(folder, modalities, name, split, index)
+            for name, split in manifest["splits"].items()
+        }
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
+        is_clear = isinstance(error, (FileNotFoundError, UserError))
+        reason = str(error).splitlines()[0] if is_clear else "a file has an unknown layout"
+        raise UserError(
+            f"{folder}: the converted data are damaged: {reason}\n"
+            "delete this folder to convert again"
+        ) from error
+    return Store(folder, modalities, splits, report)
+
+
+@contextlib.contextmanager
+def _open(path: Path, manifest: Mapping[str, Any]) -> Iterator[io.FileIO]:
+    """Opens a file in a `with` block. Raises UserError if its sha256 is not as in the manifest."""
+    with files.open_regular(path, below=path.parents[2]) as file:
+        if hash_opened(file) != manifest["files"][path.name]:
+            raise UserError(f"{path.name} does not match its sha256")
+        file.seek(0)
+        yield file
+
+
+def _load_split(
+    folder: Path,
+    modalities: Mapping[str, Modality],
+    name: str,
+    manifest: Mapping[str, Any],
+    index: Mapping[str, np.ndarray],
+) -> StoredSplit:
+    """Returns the clips of a split from its entry in the manifest and the arrays of the index."""
+    start, lengths, quality, checksums = (
+        {key.removeprefix(prefix): index[key] for key in index if key.startswith(prefix)}
+        for prefix in (f"{name}/{x}/" for x in ("start", "lengths", "quality", "checksums"))
+    )
+    frames = {}
+    for modality, kept in manifest["modalities"].items():
+        stored, (dim, dtype), places = kept["dtype"], modalities[modality], start[modality]
+        ends, count = places + lengths[modality], int(lengths[modality].sum(dtype=np.int64))
+        if (
+            stored not in DTYPES
+            or min(places.min(), lengths[modality].min(), count - ends.max()) < 0
+        ):
+            raise UserError("index.npz does not fit the files")
+        flat = {}
+        for field, state in kept["files"].items():
+            file = StoredFile(folder / name / modality / f"{field}.bin", **state)
+            shape = (count, dim) if field == "features" else (count,)
+            flat[field] = FlatFile(file, shape, get_dtype(field, stored), get_dtype(field, dtype))
+        frames[modality] = pack_arrays(flat, lengths[modality])._replace(start=places)
+    names = index[f"{name}/clips"].tobytes().decode("utf-8", "surrogateescape").split("\n")
+    packed = PackedClips(tuple(names), frames, {}, checksums)
+    prints = index[f"{name}/fingerprints"]
+    return StoredSplit(complete(packed, modalities), lengths, quality, manifest["digests"], prints)
