@@ -198,6 +198,11 @@ def test_wrong_result_of_an_added_function_is_reported_before_data_are_read(
     assert words in train_own(name, wrong, **changes)[0]
 
 
+def test_own_code_in_the_folder_of_the_shipped_files_is_traced(train_own, tmp_path, monkeypatch):
+    monkeypatch.setattr(config_io, "shipped_folder", lambda: tmp_path)
+    assert "own.py' line" in train_own("decay", "jnp.mistake")[0]
+
+
 def test_added_fact_about_a_run_is_stored_kept_and_described(tmp_path, monkeypatch, say):
     """Only the tuple of facts and the function that computes the new fact change."""
     added = facts.Fact(

@@ -22,7 +22,8 @@ from vidjax.utils.files import INTEGER_LIMIT
 
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 MAX_SUFFIX_LENGTH = 100  # characters of `folder_suffix`
-own_files: list[str] = []  # configuration files that were executed and do not come with vidjax
+SHIPPED_FUNCTIONS = {"get_config", "follow"}  # all that most files of vidjax define
+own_files: list[str] = []  # configuration files that were executed and may contain code of a user
 
 
 def load_file(spec: str) -> Config:
@@ -144,7 +145,9 @@ def execute(path: Path) -> ModuleType:
     loader = _Loader(f"vidjax_config_{path.stem}", str(path.absolute()))
     module = ModuleType(loader.name)
     module.__file__ = loader.path
-    if not Path(loader.path).is_relative_to(shipped_folder()):
+    # In a checkout, the folder of the shipped files may also contain files of the user.
+    names = {x.co_name for x in loader.get_code(loader.name).co_consts if isinstance(x, CodeType)}
+    if names - SHIPPED_FUNCTIONS or not Path(loader.path).is_relative_to(shipped_folder()):
         own_files.append(loader.path)
     loader.exec_module(module)
     return module
