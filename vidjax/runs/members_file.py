@@ -49,8 +49,9 @@ def read_lists(saved: checkpoint.Checkpoint) -> Lists:
     try:
         is_earlier = not any(map(files.exists, paths))
         identities, sets = _read_earlier(saved) if is_earlier else _read(*paths)
-    except (OSError, ValueError, LookupError) as error:
-        raise CheckpointError(f"{str(error).splitlines()[0]}\n{REMEDY}") from error
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"'{saved.folder}' is not usable: {reason}\n{REMEDY}") from error
     if not sets.trained.size or sets.trained.shape != (len(sets.members), len(sets.clips)):
         raise CheckpointError(f"'{saved.folder}': the members do not fit the clips\n{REMEDY}")
     return identities, sets
@@ -72,8 +73,8 @@ def _read_earlier(saved: checkpoint.Checkpoint) -> Lists:
     workdir = saved.folder.parents[1]
     identities = results.load_identities(workdir / IDENTITIES)
     arrays = files.read_npz(workdir / FILE, MAX_BYTES)
-    trained = arrays["trained"].astype(bool)
-    members, clips = (arrays[name].tobytes() for name in ("members", "clips"))
+    trained = arrays.get("trained", np.zeros(0)).astype(bool)
+    members, clips = (arrays.get(x, trained).tobytes() for x in ("members", "clips"))
     sha256 = hashlib.sha256(trained.tobytes() + members + clips).hexdigest()
     for name, digest in {IDENTITIES: files.sha256_json(identities), FILE: sha256}.items():
         if saved.manifest.get(f"{Path(name).stem}_sha256") != digest:
