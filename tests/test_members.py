@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -142,11 +143,11 @@ def test_run_of_version_0_1_0_is_restored_if_its_files_are_unchanged(nearest_run
     assert restored(folder).digest == earlier.digest
 
 
-def npz(**arrays):
+def npz(trained=(), **texts):
     """Returns the content of an `.npz`. Texts are stored as bytes."""
+    arrays: Any = {name: np.frombuffer(text.encode(), np.uint8) for name, text in texts.items()}
     content = io.BytesIO()
-    texts = {n: np.frombuffer(x.encode(), np.uint8) for n, x in arrays.items() if n != "trained"}
-    np.savez(content, **texts, trained=np.array(arrays.get("trained", []), bool))
+    np.savez(content, trained=np.array(trained, bool), **arrays)
     return content.getvalue()
 
 
