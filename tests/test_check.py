@@ -148,8 +148,6 @@ def test_check_prints_warnings_about_labels_and_counts_them(tmp_path, command):
 @pytest.mark.parametrize(("pattern", "code", "words"), [
     ("run/checkpoints/*/state/**/*", 3, "FAULT: checkpoint {}, run"),
     ("run/checkpoints/*/manifest.json", 3, "FAULT: checkpoint {}, run"),
-    ("run/identities.json", 3, "identities.json"),
-    ("run/members.npz", 3, "members.npz"),
     ("cache/**/index.npz", 2, "FAULT  run: "),
 ])  # fmt: skip
 def test_check_reports_every_damaged_file(folder, check_run, pattern, code, words):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import runpy
+import shutil
 import sys
 from dataclasses import replace
 from typing import Any
@@ -27,6 +28,7 @@ from vidjax.evaluation import predict
 from vidjax.evaluation.export import array_files, formats, function, reader, weights
 from vidjax.evaluation.export.formats import FORMATS
 from vidjax.runs import programs
+from vidjax.utils import files
 
 # Configurations and their overrides. Of the eleven nets of `views`, two are enough.
 SYSTEMS = {
@@ -184,6 +186,40 @@ def test_import_refuses_damaged_or_missing_weights(nearest_run, tmp_path, comman
         done = command("import", file.parent, f"--to={again}")
         assert done.refused(f"{cut}'", "is damaged", "\nexport the run again"), name
         cut.write_bytes(content)
+
+
+def test_exported_identities_are_of_the_checkpoint_and_not_of_the_copy(nearest_run, tmp_path):
+    run, out = shutil.copytree(nearest_run, tmp_path / "run"), tmp_path / "out"
+    (run / "identities.json").write_text('["Eve"]')
+    out.mkdir()
+    weights.write(run, out, "latest")
+    copy = (nearest_run / "identities.json").read_bytes()
+    assert (out / "identities.json").read_bytes() == copy
+    (out / "identities.json").unlink()
+    weights.read(out, tmp_path / "again")
+    for name in ("identities.json", "members.npz"):
+        assert (tmp_path / "again" / name).read_bytes() == (nearest_run / name).read_bytes()
+
+
+def test_export_of_version_0_1_0_is_imported_if_its_files_are_unchanged(nearest_run, tmp_path):
+    """Its checkpoint.json has no lists, but digests of `identities.json` and `members.npz`."""
+    out, again = tmp_path / "out", tmp_path / "again"
+    out.mkdir()
+    weights.write(nearest_run, out, "latest")
+    shutil.copy(nearest_run / "members.npz", out)
+    contents = files.read_manifest(out / weights.CHECKPOINT)
+    digests = small_runs.make_earlier(shutil.copytree(nearest_run, tmp_path / "run"))
+    earlier = {key: x for key, x in contents.items() if key not in ("identities", "members")}
+    files.write_manifest(out / weights.CHECKPOINT, earlier | digests)
+
+    weights.read(out, again)
+    small_runs.assert_equal_weights(nearest_run, again)
+    before, after = (predict.restore_run(x, num_devices=1) for x in (nearest_run, again))
+    assert before.identities == after.identities
+
+    (out / "identities.json").write_text(json.dumps(before.identities[::-1]))
+    remedy = f"{out / 'identities.json'}' is not the file", "\nexport the run again"
+    refused(lambda: weights.read(out, tmp_path / "third"), *remedy)
 
 
 def test_export_and_import_errors_name_remedies(nearest_run, tmp_path, command):

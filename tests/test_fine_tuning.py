@@ -183,7 +183,7 @@ def test_a_member_has_seen_the_clips_of_the_run_that_it_continues():
     assert both.clips == ("b", "a", "x") and both.members == members
     np.testing.assert_array_equal(both.trained, [[1, 1, 1], [0, 1, 1]])
     again = ensemble.add_trained_clips(two, both)  # as a resumed run does
-    assert members_file.digest(again) == members_file.digest(both)
+    assert members_file.make_lists([], again) == members_file.make_lists([], both)
 
     alone = ensemble.add_trained_clips(one._replace(clips=("c", "d")), one)
     assert ensemble.choose_scoring_members(alone, ["x", "y"])[1]  # in sample

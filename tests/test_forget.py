@@ -93,6 +93,13 @@ def world(tmp_path):
     make_run(tmp_path / "runs" / "clip", clips=("x", "ada 1"))
     make_run(tmp_path / "runs" / "analysis", wrong_clip="ada 1")
     make_run(tmp_path / "runs" / "others")
+    state = tmp_path / "runs" / "checkpoint" / "checkpoints" / "5" / "state"
+    (state / "members").mkdir(parents=True)
+    (state / "members" / "data.json").write_text('{"clips": ["x", "ada 1"], "members": [[0]]}')
+    (tmp_path / "for import").mkdir()
+    (tmp_path / "for import" / "export.json").write_text("{}")
+    lists = {"identities": ["x"], "members": {"clips": ["ada 1"]}, "config": {"x": "Eve"}}
+    (tmp_path / "for import" / "checkpoint.json").write_text(json.dumps(lists))
     make_run(tmp_path / "exported", ["x", GONE])
     (tmp_path / "exported" / "export.json").write_text("{}")
     make_who(tmp_path / "photos", GONE, "Eve")
@@ -114,9 +121,10 @@ def test_forget_lists_every_place_and_deletes_galleries_and_records(world, say, 
 
     listed = places(f"--identity={GONE}", world)
     assert {str(Path(path).relative_to(world)): kind for path, (kind, _) in listed.items()} == {
-        "g": "gallery", "cache/arrays/with": "records", "exported": "export",
+        "g": "gallery", "cache/arrays/with": "records",
+        **dict.fromkeys(("exported", "for import"), "export"),
         **dict.fromkeys(("photos", "named", "denied"), "who"),
-        **dict.fromkeys(("runs/identity", "runs/clip", "runs/analysis"), "run"),
+        **dict.fromkeys(("runs/identity", "runs/clip", "runs/analysis", "runs/checkpoint"), "run"),
     }  # fmt: skip
     assert GONE in people.identities  # nothing is deleted without --delete
 
@@ -135,10 +143,10 @@ def test_forget_lists_every_place_and_deletes_galleries_and_records(world, say, 
     people.refresh()
     assert GONE not in people.identities and made_galleries.contents(others.folder) == before
 
-    # Three runs, an export and three folders of `vidjax who` are left. The user has to change them.
+    # Four runs, two exports and three folders of `vidjax who` are left, for the user to change.
     # `--clip` is needed, because the gallery no longer knows the clip of GONE.
     text = say("forget", f"--identity={GONE}", "--clip=ada 1", "--delete", world, code=1)
-    assert "places      7, 0 of them deleted" in text and "train without them" in text
+    assert "places      9, 0 of them deleted" in text and "train without them" in text
 
 
 def test_forget_searches_the_cache_wherever_it_is(tmp_path, places, monkeypatch):

@@ -1,19 +1,35 @@
 """Ensembles. Axes: E members, N or B clips, K identities."""
 
 import dataclasses
+import io
+import json
+import shutil
+import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers import limits
 from tests.helpers.batches import assert_equal
-from tests.helpers.small_runs import Spoilt, evaluate, run, shrunk, weights
+from tests.helpers.small_runs import (
+    Spoilt,
+    evaluate,
+    make_earlier,
+    run,
+    shrunk,
+    training_sets,
+    weights,
+)
 from vidjax.core import devices, ensemble
-from vidjax.evaluation import eval_step
+from vidjax.evaluation import eval_step, predict
 from vidjax.models.build_system import TaskSpec, make_model
 from vidjax.runs import checkpoint, config as config_lib, config_io, members_file
+from vidjax.runs.run_folder import RunFolder
 from vidjax.training import plan as plan_lib
+from vidjax.utils import files
 
 add_scores = jax.jit(eval_step.add_scores)  # operation by operation it takes seconds
 FOLDS = (
@@ -59,17 +75,110 @@ def test_training_sets_match_clips_by_name_and_survive_saving(tmp_path):
     """Members score the clips that they were not trained on. Both were trained on clip c."""
     trained = np.array([[True, False, True], [False, True, True]])
     members = make_members(folds=2, min_quality=(20.0,))
-    training_sets = ensemble.TrainingSets(members, ("a", "ünï-§", "c"), trained)
-    scoring, in_sample = ensemble.choose_scoring_members(training_sets, ("c", "new", "ünï-§", "a"))
+    sets = ensemble.TrainingSets(members, ("a", "ünï-§", "c"), trained)
+    scoring, in_sample = ensemble.choose_scoring_members(sets, ("c", "new", "ünï-§", "a"))
     assert not in_sample  # True needs members that were all trained on all three clips
     np.testing.assert_array_equal(scoring, [[0, 1, 1, 0], [0, 1, 0, 1]])  # [members, clips]
 
-    members_file.save(tmp_path, training_sets)
-    loaded = members_file.load(tmp_path)
-    assert (loaded.members, loaded.clips) == (members, training_sets.clips)
+    lists = members_file.make_lists(("Ä", "b"), sets)
+    assert lists != members_file.make_lists(("Ä", "b"), sets._replace(trained=~trained))
+    checkpoint.save(tmp_path, 1, {"params": jnp.ones(2), **lists}, {})
+    loaded = training_sets(tmp_path)
+    assert (loaded.members, loaded.clips) == (members, sets.clips)
+    assert loaded.trained.dtype == bool
     np.testing.assert_array_equal(loaded.trained, trained)
-    assert members_file.digest(loaded) == members_file.digest(training_sets)
-    assert members_file.digest(loaded._replace(trained=~trained)) != members_file.digest(loaded)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[]", b'["a", 3]', b"\x93NUMPY"])
+def test_run_is_restored_from_its_checkpoint_and_not_from_copies(
+    nearest_run, data, tmp_path, content
+):
+    """The next evaluation repairs `identities.json`, because its results refer to the file."""
+    folder, wanted = shutil.copytree(nearest_run, tmp_path / "run"), restored(nearest_run)
+    for name in COPIES:
+        (folder / name).unlink()
+        if content is not None:
+            (folder / name).write_bytes(content)
+    run = restored(folder)
+    assert (run.identities, run.digest) == (wanted.identities, wanted.digest)
+    np.testing.assert_array_equal(run.scores(data), wanted.scores(data))
+
+    (folder / "ranking.txt").unlink()
+    evaluate(RunFolder(folder).config, folder, data)
+    for name in ("ranking.txt", "identities.json"):
+        assert (folder / name).read_bytes() == (nearest_run / name).read_bytes()
+
+
+COPIES = ("identities.json", "members.npz")
+
+
+def restored(folder):
+    return predict.restore_run(folder, num_devices=1)
+
+
+def test_run_of_version_0_1_0_is_restored_if_its_files_are_unchanged(nearest_run, data, tmp_path):
+    folder, run = shutil.copytree(nearest_run, tmp_path / "run"), restored(nearest_run)
+    digests = make_earlier(folder)
+    earlier = restored(folder)
+    assert earlier.identities == run.identities
+    np.testing.assert_array_equal(earlier.scores(data), run.scores(data))
+    # A gallery of the run compares this digest.
+    known = {"files": earlier.manifest["files"], **digests}
+    assert earlier.digest == files.sha256_json([known, config_io.to_json(earlier.config)])
+
+    for name, changed in (
+        ("identities.json", json.dumps([*run.identities[::-1]]).encode()),
+        ("members.npz", npz(members="[[0]]", clips="a\nb", trained=[[True, False]])),
+        ("members.npz", npz(members="[]")), ("members.npz", b""), ("identities.json", b"{}"),
+    ):  # fmt: skip
+        content = (folder / name).read_bytes()
+        for damage in (changed, None):
+            (folder / name).unlink()
+            if damage is not None:
+                (folder / name).write_bytes(damage)
+            with pytest.raises(checkpoint.CheckpointError, match=f"{folder / name}'") as caught:
+                restored(folder)
+            assert len(str(caught.value).splitlines()) == 2
+        (folder / name).write_bytes(content)
+    assert restored(folder).digest == earlier.digest
+
+
+def npz(trained=(), **texts):
+    """Returns the content of an `.npz`. Texts are stored as bytes."""
+    arrays: Any = {name: np.frombuffer(text.encode(), np.uint8) for name, text in texts.items()}
+    content = io.BytesIO()
+    np.savez(content, trained=np.array(trained, bool), **arrays)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("identities", ["a", 3]), ("members", {"members": [], "clips": ["a"], "trained": []}),
+    ("members", {"members": [[0, -1, -1, 0, 0.0]], "clips": ["a"], "trained": []}),
+    ("members", {"members": [[0, -1, -1, 0, 0.0]], "clips": [], "trained": [""]}),
+    ("members", {"members": [[0, -1, -1, 0, 0.0]], "clips": ["a"], "trained": ["?"]}),
+    ("members", {"members": [[0] * 5] * 2, "clips": ["a"], "trained": ["gA==", "gIA="]}),
+    ("members", {"members": [["a"]], "clips": ["a"], "trained": ["gA=="]}), ("members", None),
+], ids=str)  # fmt: skip
+def test_lists_of_a_stranger_that_do_not_fit_each_other_are_refused(tmp_path, name, value):
+    sets = ensemble.TrainingSets((ensemble.Member(),), ("a",), np.ones((1, 1), bool))
+    items = {"params": jnp.ones(2), **members_file.make_lists(["b"], sets), name: value}
+    checkpoint.save(tmp_path, 1, items, {})
+    with pytest.raises(checkpoint.CheckpointError, match=f"{tmp_path}") as caught:
+        training_sets(tmp_path)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_lists_of_all_official_clips_are_saved_in_seconds(tmp_path):
+    """By default, Orbax stores each name as an array, which took 97 s."""
+    clips = tuple(f"IQIYI_VID_TRAIN_{number:07d}" for number in range(200_000))
+    sets = ensemble.TrainingSets((ensemble.Member(),) * 5, clips, np.ones((5, 200_000), bool))
+    items = {"params": jnp.ones(2), **members_file.make_lists(["b"], sets)}
+    began = time.process_time()
+    checkpoint.save(tmp_path, 1, items, {})
+    assert training_sets(tmp_path).clips == clips
+    assert time.process_time() - began < 5 * limits.slowness()
+    size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert size < 6e6  # 5.4 MB are names
 
 
 def add_up(members, weights, *, logs):
@@ -169,7 +278,7 @@ def test_vmap_over_members_agrees_with_separate_steps(data, ensemble_run, tmp_pa
 def test_members_do_not_depend_on_clips_they_leave_out(data, ensemble_run, tmp_path, monkeypatch):
     """The features and labels of the clips that member 1 leaves out are spoilt."""
     plain, _ = ensemble_run
-    left_out = ~members_file.load(plain).trained[1]
+    left_out = ~training_sets(plain).trained[1]
     rows = {"train": slice(0, 96), "val": slice(96, 156)}  # the clips of each split
 
     class Relabelled(Spoilt):

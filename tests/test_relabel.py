@@ -5,7 +5,6 @@ import pytest
 
 from tests.helpers import small_runs as small
 from tests.helpers.batches import real_frames
-from vidjax.runs import members_file
 from vidjax.training import noise_classes, plan
 
 pytestmark = pytest.mark.slow  # several trainings
@@ -40,7 +39,7 @@ def test_relabelling_moves_only_unclustered_distractors_of_own_folds(data, whole
     is_distractor, (start, layout) = training_labels(data) == 0, initial_labels(data)
     unclustered = layout.is_mirror(start)
     assert layout.num_clusters > 0 and 0 < unclustered.sum() < is_distractor.sum()
-    for end, trained in zip(labels_of(whole), members_file.load(whole).trained, strict=True):
+    for end, trained in zip(labels_of(whole), small.training_sets(whole).trained, strict=True):
         moved, may_move = end != start, is_distractor & unclustered & trained
         assert moved.any() and not moved[~may_move].any()
         assert layout.is_mirror(end[unclustered]).all()

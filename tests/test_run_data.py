@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 import vidjax
-from tests.helpers import clip_files, made_runs
+from tests.helpers import clip_files, made_runs, small_runs
 from tests.helpers.pages import check_numbers, section
 from tests.helpers.seen import refused
 from vidjax.cli import program
-from vidjax.runs import checkpoint, digests, members_file, results as results_lib
+from vidjax.runs import checkpoint, digests, results as results_lib
 from vidjax.utils import files
 from vidjax.utils.errors import VidjaxWarning
 
@@ -260,7 +260,7 @@ def everything(official_dir, tmp_path_factory):
 
 def test_run_on_everything_ranks_test_and_measures_nothing(everything, official_dir, say):
     folder, out = everything
-    trained, results = members_file.load(folder).trained, read_metrics(folder)
+    trained, results = small_runs.training_sets(folder).trained, read_metrics(folder)
     assert trained.shape == (1, clip_files.CLIPS["train"] + clip_files.CLIPS["val"])
     assert trained.all()
     assert results["num_clips"] == clip_files.CLIPS["test"] and results["num_identities"] == 12

@@ -141,26 +141,17 @@ def largest(workdir, step):
     return max(filter(Path.is_file, files), key=lambda path: path.stat().st_size)
 
 
-def test_evaluate_refuses_changed_identities_members_config_and_checkpoints(command, finished):
+def test_evaluate_refuses_changed_configurations_and_checkpoints(command, finished):
     ranking = (finished / "ranking.txt").read_bytes()
-    # The lengths of members.npz and config.json stay the same, so only their digests differ.
-    for name, old, new in (
-        ("identities.json", b'"1",', b'"1000",'),
-        ("members.npz", b"trained", b"traine\0"),
-        ("config.json", b'"gamma": 2.0', b'"gamma": 6.0'),
-    ):
-        path = finished / name
-        before = path.read_bytes()
-        assert old in before
-        path.write_bytes(before.replace(old, new))
-        assert_refused(command, finished, str(path))
-        path.unlink()
-        if name != "config.json":  # without it, the error is another: the folder is no run
-            assert_refused(command, finished, str(path))
-        path.write_bytes(before)
+    path, old = finished / "config.json", b'"gamma": 2.0'
+    before = path.read_bytes()
+    assert old in before
+    path.write_bytes(before.replace(old, b'"gamma": 6.0'))
+    assert_refused(command, finished, str(path))
+    path.write_bytes(before)
 
     manifests = checkpoint.manifests(finished)
-    for name in ("members_sha256", "config", "modalities"):
+    for name in ("config", "modalities"):
         for step, manifest in manifests.items():
             lacking = {key: value for key, value in manifest.items() if key != name}
             files.write_manifest(finished / "checkpoints" / str(step) / "manifest.json", lacking)
@@ -403,8 +394,26 @@ def test_missing_best_or_latest_checkpoint_is_reported(command, words, finished,
 def test_resuming_with_another_list_of_identities_is_refused(config, data, parts):
     with pytest.warns(UserWarning, match="not in the training data"):  # nobody is called 999
         data = data.with_identities(("999", *data.identities[1:]))
-    with pytest.raises(checkpoint.CheckpointError, match="another list of identities"):
+    with pytest.raises(checkpoint.CheckpointError, match="other identities"):
         run(config, parts, data)
+
+
+def test_run_of_version_0_1_0_resumes_to_the_same_bytes(config, data, parts, whole):
+    """Its files are read as long as one of its checkpoints is left."""
+    small_runs.make_earlier(parts)
+    before = {*checkpoint.manifests(parts)}
+    names = (parts / "identities.json").read_bytes()
+    (parts / "identities.json").write_bytes(b'["999"]')
+    with pytest.raises(checkpoint.CheckpointError, match=r"identities\.json' is not the"):
+        run(config, parts, data)
+    (parts / "identities.json").write_bytes(names)
+
+    run(config, parts, data)
+
+    assert_same_run(parts, whole, (*RUN_FILES, "members.npz"))
+    for step in checkpoint.manifests(parts):
+        saved = parts / "checkpoints" / str(step) / "state"
+        assert (saved / "members").exists() == (step not in before)
 
 
 def test_moved_and_damaged_run_resumes_to_the_same_bytes(

@@ -215,7 +215,7 @@ def test_commands_keep_user_files_next_to_files_of_vidjax(world, tmp_path, name)
     assert Counter(mine) == {Path(name).name: before[Path(name).name] for name in KEPT}
 
 
-@pytest.mark.parametrize("name", ["config.json", "members.npz"])
+@pytest.mark.parametrize("name", ["config.json", "metrics.json"])
 def test_export_does_not_copy_a_private_key_in_place_of_a_run_file(nearest_run, tmp_path, name):
     """The name is a hard link to the key. Export checks the content, not only the kind of file."""
     run = shutil.copytree(nearest_run, tmp_path / "run")

@@ -1,6 +1,9 @@
 """Runs that take seconds: shipped experiments with tiny nets on the small official files."""
 
+import hashlib
+import json
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -10,9 +13,10 @@ from orbax.checkpoint import v1 as ocp
 
 from vidjax.core import devices
 from vidjax.evaluation import analysis, scores as scores_lib, trained_runs
-from vidjax.runs import checkpoint, config_io
+from vidjax.runs import checkpoint, config_io, members_file
 from vidjax.runs.run_folder import RunFolder
 from vidjax.training import loop
+from vidjax.utils import files
 
 ROOT = Path(__file__).parents[2]
 # Environment variables with which a command compiles in half of the time, as tests do.
@@ -154,6 +158,37 @@ class Interrupting:
             if i == self._batch:
                 os.kill(os.getpid(), self._signum)
             yield batch
+
+
+def training_sets(folder):
+    """Returns the clips that each member of a run was trained on."""
+    latest = checkpoint.find(folder)
+    assert latest is not None
+    return members_file.read_lists(latest)[1]
+
+
+def make_earlier(folder):
+    """Makes a run like one of version 0.1.0: its checkpoints have digests of the copies, no lists.
+
+    Returns the digests.
+    """
+    names = json.loads((folder / "identities.json").read_text())
+    members, clips, trained = training_sets(folder)
+    parts = trained.tobytes(), json.dumps(members).encode(), "\n".join(clips).encode()
+    digests = {
+        "identities_sha256": hashlib.sha256(json.dumps(names).encode()).hexdigest(),
+        "members_sha256": hashlib.sha256(b"".join(parts)).hexdigest(),
+    }
+    for step, manifest in checkpoint.manifests(folder).items():
+        place = folder / "checkpoints" / str(step)
+        metadata = json.loads((place / "state" / "_CHECKPOINT_METADATA").read_text())
+        for name in ("identities", "members"):
+            shutil.rmtree(place / "state" / name)
+            del metadata["item_handlers"][name]
+        (place / "state" / "_CHECKPOINT_METADATA").write_text(json.dumps(metadata))
+        manifest |= {"files": files.sha256_folder(place / "state"), **digests}
+        files.write_manifest(place / "manifest.json", manifest)
+    return digests
 
 
 def restored(folder, data, config=None, mesh=None):

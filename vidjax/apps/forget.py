@@ -256,7 +256,7 @@ def _find_kind(folder: Path, there: set[str]) -> str:
         "gallery": GALLERY_FILE in there,
         "records": {"index.npz", "manifest.json"} <= there,
         "export": "export.json" in there and "checkpoints" not in there,  # not an imported run
-        "run": there & {"identities.json", "members.npz"},
+        "run": there & {"identities.json", "members.npz", "checkpoints"},
         "who": {"names.tsv", "gallery"} <= there,
     }
     return next((kind for kind, is_found in kinds.items() if is_found), "")
@@ -334,6 +334,10 @@ def _read_names_of_run(folder: Path) -> Iterator[str]:
     if files.exists(folder / "members.npz"):
         arrays = files.read_npz(folder / "members.npz", INDEX_BYTES)
         yield from _lines(arrays["clips"].tobytes() if "clips" in arrays else b"")
+    keys = ("identities", "clips", "members")
+    for path in (*folder.glob("checkpoints/**/data.json"), *folder.glob("checkpoint.json")):
+        value = files.read_json(path, object, INDEX_BYTES, below=folder)
+        yield from _walk_texts([*map(value.get, keys)] if isinstance(value, dict) else value)
     for path in folder.glob("analysis*.npz"):
         if (facts := files.read_npz(path, INDEX_BYTES).get("facts")) is not None:
             yield from _walk_texts(files.parse_json(facts.tobytes()))

@@ -132,7 +132,8 @@ def write_results(
             names = paths.scores.with_suffix(".json")
             for path in (paths.analysis, paths.report, paths.scores, names):
                 path.unlink(missing_ok=True)
-            identities = model.data.identities
+            identities = list(model.data.identities)
+            files.write_json(folder.path / IDENTITIES, identities)  # a user may have changed it
             ranking.write_ranking(paths.ranking, identities, split.clips, evaluation.top)
             folder.write_metrics({**values, **pending}, paths)
         if config.eval.keep_scores:
@@ -234,7 +235,6 @@ def evaluate(
     evaluated = score_splits(config, folder, run, load, mesh)
     if is_new:
         folder.write_config(config)
-        files.write_json(folder.path / IDENTITIES, list(evaluated[0].model.data.identities))
     return write_results(folder, config, evaluated, about)
 
 

@@ -283,8 +283,9 @@ class Predictor(Ranker):
     @property
     def digest(self) -> str:
         """The sha256 (hexadecimal) of all that determines scores, such as weights and settings."""
-        names = ("files", "identities_sha256", "members_sha256")
-        digests = {name: self.manifest[name] for name in names}
+        # `files` includes the identities and members, except in checkpoints of version 0.1.0.
+        names = {"files", "identities_sha256", "members_sha256"} & self.manifest.keys()
+        digests = {name: self.manifest[name] for name in sorted(names)}
         return files.sha256_json([digests, config_io.to_json(self.config)])
 
     def embed(

@@ -5,9 +5,9 @@ UserError if the data do not fit the run.
 """
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from jax.sharding import Mesh
@@ -21,19 +21,15 @@ from vidjax.runs import checkpoint, config_io, members_file
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.config import Config
 from vidjax.runs.digests import DataDigests, check_data, find_changes
-from vidjax.runs.run_folder import CONFIG, IDENTITIES, RunFolder, describe_changes
-from vidjax.utils import files
+from vidjax.runs.run_folder import CONFIG, RunFolder, describe_changes
 from vidjax.utils.errors import UserError, warn
 
 RARE = 0.1  # a modality is rare if at most this share of the clips has it; our choice
 FEWEST_GAPS = 3  # of clips times rare modalities; fewer may be chance
-T = TypeVar("T")
-REWRITE = "delete metrics.json and repeat the training command: it writes both files"
-REMEDY = REWRITE.replace("delete", "delete it and", 1)
 
 
 class FoundRun(NamedTuple):
-    """The content of a run's folder, except for the weights. All files belong to the same run.
+    """A run, except for its weights. `config.json` and the checkpoint belong to the same run.
 
     `checkpoint` has been compared with its sha256. Column c of the logits is for the c-th of the C
     `identities`, counted from 1.
@@ -74,7 +70,7 @@ def load_model(config: Config, run: FoundRun, mesh: Mesh) -> TrainedModel:
 
 
 def find_run(config: Config, folder: RunFolder) -> FoundRun:
-    """Finds the checkpoint of a run and reads the files that it depends on.
+    """Finds the checkpoint of a run, and reads its manifest and lists.
 
     If the checkpoint `config.eval.checkpoint` is damaged, an intact one is used, with a warning.
     Raises UserError if `config.modalities` are not the modalities of the run.
@@ -98,26 +94,22 @@ def find_run(config: Config, folder: RunFolder) -> FoundRun:
             f"config.modalities={','.join(config.modalities)}: the run was trained on "
             f"{','.join(task.modalities)}, in this order\nleave out --config.modalities"
         )
-    identities = _read_companion(
-        workdir / IDENTITIES, lambda: folder.identities, files.sha256_json,
-        manifest["identities_sha256"],
-    )  # fmt: skip
-    training_sets = load_training_sets(workdir, manifest)
+    identities, training_sets = members_file.read_lists(saved)
     people, columns = len(identities), task.num_columns
     most = 1 + 2 * people + len(training_sets.clips)  # building a model takes memory per column
     if task.num_identities != people or columns > most:
         raise CheckpointError(
             f"'{workdir}': the manifest of the checkpoint has {task.num_identities:,} people and "
-            f"{columns:,} classes, which do not fit the {people:,} people in identities.json\n"
-            "the run was changed: use another copy of it"
+            f"{columns:,} classes, which do not fit its {people:,} identities\n"
+            f"{members_file.REMEDY}"
         )
-    return FoundRun(folder, saved, task, tuple(identities), training_sets)
+    return FoundRun(folder, saved, task, identities, training_sets)
 
 
 def check_entries(workdir: Path, manifest: Mapping[str, Any]) -> None:
     """Raises CheckpointError if a manifest lacks an entry that is needed to restore the run."""
     sizes = [name for name in TaskSpec._fields if name not in TaskSpec._field_defaults]
-    for name in (*sizes, "identities_sha256", "members_sha256", "config", "data"):
+    for name in (*sizes, "config", "data"):
         if name not in manifest:
             raise CheckpointError(
                 f"'{workdir}': the manifest of the checkpoint has no entry '{name}'\n"
@@ -185,27 +177,6 @@ def warn_of_missing_modalities(split: Split, modalities: Collection[str]) -> Non
     if len(rare) * present.shape[1] >= FEWEST_GAPS:
         counts = ", ".join(f"{100 * share:.0f} % have {name}" for name, share in rare.items())
         warn(f"the run uses {', '.join(rare)}, but of {present.shape[1]:,} clips, {counts}")
-
-
-def load_training_sets(workdir: Path, manifest: Mapping[str, Any]) -> ensemble.TrainingSets:
-    """Reads the clips that each member was trained on."""
-    path, wanted = workdir / members_file.FILE, manifest.get("members_sha256")
-    return _read_companion(path, lambda: members_file.load(workdir), members_file.digest, wanted)
-
-
-def _read_companion(
-    path: Path, read: Callable[[], T], digest: Callable[[T], str], wanted: object
-) -> T:
-    """Reads a file of a run. Raises CheckpointError if the digest of the data is not `wanted`."""
-    if not files.exists(path):
-        raise CheckpointError(f"'{path}' is missing\n{REWRITE}")
-    try:
-        data = read()
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{str(error).splitlines()[0]}\n{REMEDY}") from error
-    if digest(data) != wanted:
-        raise CheckpointError(f"'{path}' is not the file that the run was trained with\n{REMEDY}")
-    return data
 
 
 def select_sets(

@@ -1,8 +1,7 @@
 """Computes and compares the digests of the data that a run was trained on.
 
-The manifest of a checkpoint contains the sha256 of `identities.json` and `members.npz`, so that
-files of another run are detected. Its entry `data` contains digests of the data that the run has
-read. A command that reads the data again compares the digests. The entry `trained_on` in the
+The entry `data` in the manifest of a checkpoint contains digests of the data that the run has read.
+A command that reads the data again compares the digests. The entry `trained_on` in the
 `metrics.json` of a finished run contains the same digests:
 
     splits    split -> {clips: int, modalities: list, records: version, names, features, labels:
@@ -11,45 +10,16 @@ read. A command that reads the data again compares the digests. The entry `train
     weights   sha256 of the file `config.data.weights`; null if no file is configured
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vidjax.core import ensemble
 from vidjax.data.clips import TrainingData
-from vidjax.runs import members_file
-from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.config import Config, list_splits
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, warn
 
 DataDigests = Mapping[str, Any]  # see the module docstring
-
-
-def hash_companions(
-    identities: Sequence[str], training_sets: ensemble.TrainingSets
-) -> dict[str, str]:
-    """Returns two entries of a manifest: the sha256 of the identities and of the training sets."""
-    return {
-        "identities_sha256": files.sha256_json(list(identities)),
-        "members_sha256": members_file.digest(training_sets),
-    }
-
-
-def check_digests(workdir: Path, manifest: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    """Raises CheckpointError if a run was trained on other identities, clips or members.
-
-    `digests` is the result of `hash_companions` for the training to resume.
-    """
-    for name, noun in {
-        "identities_sha256": "another list of identities",
-        "members_sha256": "other clips or members",
-    }.items():
-        if manifest[name] != digests[name]:
-            raise CheckpointError(
-                f"'{workdir}' was trained on {noun}\n"
-                "use another folder, --workdir=FOLDER, or the data of that run"
-            )
 
 
 def hash_data(config: Config, data: TrainingData) -> dict[str, Any]:

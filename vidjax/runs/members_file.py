@@ -1,54 +1,93 @@
-"""Reads and writes `members.npz`: the members of a run, and the training clips of each member."""
+"""Stores the identities of a run, its members, and the training clips of each member.
+
+Every checkpoint contains them as two JSON values. The files `identities.json` and `members.npz` in
+the folder of the run are copies for users and reports. No run is restored from the copies.
+"""
 
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from vidjax.core.ensemble import Member, TrainingSets
+from vidjax.runs import checkpoint, results, schemas
+from vidjax.runs.checkpoint import CheckpointError
+from vidjax.runs.run_folder import IDENTITIES
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
 FILE = "members.npz"
 MAX_BYTES = 1 << 30  # of `members.npz`, unpacked
+REMEDY = "the run was changed: use another copy of it"
+Lists = tuple[tuple[str, ...], TrainingSets]  # the identities and the training sets of a run
 
 
-def digest(training_sets: TrainingSets) -> str:
-    """Returns the sha256 of all values in `training_sets`, in hexadecimal."""
-    sha256 = hashlib.sha256(training_sets.trained.tobytes())
-    sha256.update((json.dumps(training_sets.members) + "\n".join(training_sets.clips)).encode())
-    return sha256.hexdigest()
+class _Members(msgspec.Struct):
+    """The JSON value `members` of a checkpoint."""
+
+    members: tuple[Member, ...]
+    clips: tuple[str, ...]
+    trained: tuple[bytes, ...]  # of each member: a bit per clip, in base64
 
 
-def save(folder: Path, training_sets: TrainingSets) -> None:
-    """Writes `training_sets` to `members.npz` in the folder of a run."""
+def make_lists(identities: Sequence[str], training_sets: TrainingSets) -> dict[str, Any]:
+    """Returns the JSON values of a checkpoint, for `checkpoint.LISTS`."""
+    members, clips, trained = training_sets
+    bits = tuple(row.tobytes() for row in np.packbits(trained, axis=1))
+    content = msgspec.to_builtins(_Members(members, clips, bits))
+    return {"identities": list(identities), "members": content}
+
+
+def read_lists(saved: checkpoint.Checkpoint) -> Lists:
+    """Reads the identities and the training sets of a run from a checkpoint."""
+    paths = [saved.folder / "state" / name / "data.json" for name in checkpoint.LISTS]
+    try:
+        is_earlier = not any(map(files.exists, paths))
+        identities, sets = _read_earlier(saved) if is_earlier else _read(*paths)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"'{saved.folder}' is not usable: {reason}\n{REMEDY}") from error
+    if not sets.trained.size or sets.trained.shape != (len(sets.members), len(sets.clips)):
+        raise CheckpointError(f"'{saved.folder}': the members do not fit the clips\n{REMEDY}")
+    return identities, sets
+
+
+def _read(identities: Path, members: Path) -> Lists:
+    content = schemas.read(members, _Members, REMEDY, results.MAX_IDENTITIES_BYTES)
+    rows = np.array([np.frombuffer(bits, np.uint8) for bits in content.trained], np.uint8)
+    trained = np.unpackbits(rows, axis=1, count=len(content.clips)).astype(bool)
+    sets = TrainingSets(content.members, content.clips, trained)
+    return tuple(results.load_identities(identities)), sets
+
+
+def _read_earlier(saved: checkpoint.Checkpoint) -> Lists:
+    """Reads the copies, if the checkpoint has only their digests, as those of version 0.1.0.
+
+    The release after the next one does not read such runs: then delete this function.
+    """
+    workdir = saved.folder.parents[1]
+    identities = results.load_identities(workdir / IDENTITIES)
+    arrays = files.read_npz(workdir / FILE, MAX_BYTES)
+    trained = arrays.get("trained", np.zeros(0)).astype(bool)
+    members, clips = (arrays.get(x, trained).tobytes() for x in ("members", "clips"))
+    sha256 = hashlib.sha256(trained.tobytes() + members + clips).hexdigest()
+    for name, digest in {IDENTITIES: files.sha256_json(identities), FILE: sha256}.items():
+        if saved.manifest.get(f"{Path(name).stem}_sha256") != digest:
+            raise UserError(f"'{workdir / name}' is not the file that the run was trained with")
+    rows = msgspec.json.decode(members, type=tuple[Member, ...])
+    return tuple(identities), TrainingSets(rows, tuple(clips.decode().split("\n")), trained)
+
+
+def write_copies(folder: Path, identities: Sequence[str], training_sets: TrainingSets) -> None:
+    """Writes `identities.json` and `members.npz` to the folder of a run."""
+    files.write_json(folder / IDENTITIES, list(identities))
+    texts = {"members": json.dumps(training_sets.members), "clips": "\n".join(training_sets.clips)}
+    arrays: Any = {name: np.frombuffer(x.encode(), np.uint8) for name, x in texts.items()}
     content = io.BytesIO()
-    np.savez_compressed(
-        content,
-        members=np.frombuffer(json.dumps(training_sets.members).encode(), np.uint8),
-        clips=np.frombuffer("\n".join(training_sets.clips).encode(), np.uint8),
-        trained=training_sets.trained,
-    )
+    np.savez_compressed(content, **arrays, trained=training_sets.trained)
     files.write_bytes(folder / FILE, content.getvalue())
-
-
-def load(folder: Path) -> TrainingSets:
-    """Reads `members.npz` of a run's folder."""
-    path = folder / FILE
-    try:
-        arrays = files.read_npz(path, MAX_BYTES)
-    except FileNotFoundError:
-        raise UserError(f"'{path}' is missing") from None
-    try:
-        rows = files.parse_json(arrays["members"].tobytes())
-        members = msgspec.convert(rows, tuple[Member, ...])
-        names, trained = arrays["clips"].tobytes().decode(), arrays["trained"]
-    except (ValueError, TypeError, LookupError) as error:
-        raise UserError(f"'{path}' is damaged: it does not list members and clips") from error
-    shape = (len(members), names.count("\n") + 1)
-    if not members or trained.dtype != bool or trained.shape != shape:
-        raise UserError(f"'{path}' is damaged: its arrays do not fit each other")
-    return TrainingSets(members, tuple(names.split("\n")), trained)

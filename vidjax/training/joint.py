@@ -9,10 +9,9 @@ from vidjax.data.clips import TrainingData
 from vidjax.evaluation import analysis
 from vidjax.runs import config_io, digests, results
 from vidjax.runs.config import Config
-from vidjax.runs.run_folder import IDENTITIES, JOIN, RunFolder, make_and_lock, name_systems
+from vidjax.runs.run_folder import JOIN, RunFolder, make_and_lock, name_systems
 from vidjax.runs.terminal import say
 from vidjax.runs.versions import collect_versions
-from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
 
@@ -42,7 +41,6 @@ def train_systems(
     if distributed.is_first():
         folder.write_config(config)
         (folder.path / JOIN).unlink(missing_ok=True)  # the numbers are learned again
-        files.write_json(folder.path / IDENTITIES, list(data.identities))
     for final in (False, True)[: len(splits)]:
         names = name_systems(config, final=final)
         for spec, path in zip(config.join.systems, map(folder.path.joinpath, names), strict=True):

@@ -188,8 +188,7 @@ def write_description(
     if metrics := folder.metrics():  # the run was finished, and now trains more epochs
         folder.write_metrics({**metrics, "finished": False})
     folder.write_config(config)
-    files.write_json(workdir / "identities.json", list(data.identities))
-    members_file.save(workdir, training_sets)
+    members_file.write_copies(workdir, data.identities, training_sets)
     splits = [data.split(name) for name in config.data.train_splits]
     cropped = count_cropped(splits, config.modalities, config.data.max_frames)
     report = {**data.report, "cropped_in_an_epoch": cropped}
@@ -239,9 +238,9 @@ class TrainingRun:
         self._feed, self._clips = self._make_feed(data, layout, mode)
         self._description: dict[str, Any] = {
             **plan.task._asdict(), "data": self._data_digests, "config": config.to_dict(),
-            **digests.hash_companions(data.identities, self.training_sets),
             **facts.to_json(self._facts), "mode": mode, "group_size": size,
         }  # fmt: skip
+        self._lists = members_file.make_lists(data.identities, self.training_sets)
         self._compute_labels = make_relabel(config, plan, mesh)
         self._rates: list[float] = []  # clips per second of every call of `advance`
         self._train_seconds = 0.0  # sum over all calls of `advance`, including compilation
@@ -359,7 +358,8 @@ class TrainingRun:
         info = {
             **self._description, **facts.to_json(self._facts), **more, "seconds": self.seconds,
         }  # fmt: skip
-        checkpoint.save(self.workdir, self.step, train_step.convert_to_items(self.state), info)
+        items = train_step.convert_to_items(self.state) | self._lists
+        checkpoint.save(self.workdir, self.step, items, info)
         self.next_save = time.monotonic() + self.config.checkpoint_every_seconds
 
     @property

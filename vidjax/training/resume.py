@@ -14,7 +14,7 @@ from msgspec import structs
 from vidjax.core import devices, ensemble, optim
 from vidjax.data.clips import TrainingData
 from vidjax.evaluation import trained_runs
-from vidjax.runs import checkpoint, config_io, digests, facts
+from vidjax.runs import checkpoint, config_io, digests, facts, members_file
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.config import ROUNDING, Config, affects, differences, list_splits
 from vidjax.runs.run_folder import CONFIG, RunFolder, check_resumes, make_paths_absolute
@@ -93,10 +93,16 @@ def start(config: Config, workdir: Path, data: TrainingData, plan: RunPlan, mesh
     old = config_io.from_json(json.dumps(manifest["config"]))
     check_resumes(workdir, old, config)
     digests.check_data(workdir, manifest["data"], config, data)
+    identities, earlier = members_file.read_lists(newest)
     if manifest.get("init_from"):
-        earlier = trained_runs.load_training_sets(workdir, manifest)
         sets = ensemble.add_trained_clips(sets, earlier)
-    digests.check_digests(workdir, manifest, digests.hash_companions(data.identities, sets))
+    own = members_file.make_lists(identities, earlier)
+    if own != (now := members_file.make_lists(data.identities, sets)):
+        same = own["identities"] == now["identities"]
+        raise CheckpointError(
+            f"'{workdir}' was trained on {'other clips or members' if same else 'other identities'}"
+            "\nuse another folder, --workdir=FOLDER, or the data of that run"
+        )
     shapes = train_step.convert_to_items(jax.eval_shape(init))
     items = checkpoint.load(newest, shapes, devices.replicated_layout(mesh))
     checkpoint.warn_of_lost(workdir, "best")

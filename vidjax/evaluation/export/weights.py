@@ -2,8 +2,10 @@
 
 The exported folder contains these files:
 
-    config.json, identities.json, members.npz, metrics.json   copies from the folder of the run
-    checkpoint.json      the metadata of the checkpoint, without its list of files
+    config.json, metrics.json         copies from the folder of the run
+    identities.json                   the identities
+    checkpoint.json      the manifest of the checkpoint, without its list of files, and with the
+                         identities, members and training clips
     weights.safetensors  the arrays [E, ...], with names such as params/... and model_state/...
 
 E is the number of ensemble members. The state of the optimiser is not exported, so an imported run
@@ -11,26 +13,25 @@ can rank clips, but cannot continue its training.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from vidjax.core import devices
+from vidjax.core import devices, ensemble
 from vidjax.evaluation import trained_runs
 from vidjax.evaluation.export.array_files import save_tensors
 from vidjax.models.build_system import make_system
-from vidjax.runs import checkpoint, members_file, schemas
+from vidjax.runs import checkpoint, members_file, results, schemas
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import CONFIG, IDENTITIES, RunFolder
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
 WEIGHTS, CHECKPOINT = "weights.safetensors", "checkpoint.json"
-NEEDED_FILES = (CONFIG, IDENTITIES, members_file.FILE)
-COPIED_FILES = (*NEEDED_FILES, "metrics.json")
+COPIED_FILES = (CONFIG, "metrics.json")
 ITEMS = ("params", "model_state")
 
 
@@ -40,11 +41,13 @@ def write(workdir: Path, folder: Path, step: str) -> None:
     config = source.config
     config.eval.checkpoint = step
     run = trained_runs.find_run(config, source)
-    shapes = _make_shapes(config, run.manifest, len(run.training_sets.members))
+    shapes = _make_shapes(config, run.manifest)
     items = checkpoint.load(run.checkpoint, shapes, devices.replicated_layout(devices.make_mesh(1)))
     save_tensors(flatten(items), folder / WEIGHTS)
-    files.write_manifest(folder / CHECKPOINT, {**run.manifest, "files": {}})
-    _copy(workdir, folder)
+    lists = members_file.make_lists(run.identities, run.training_sets)
+    files.write_manifest(folder / CHECKPOINT, {**run.manifest, "files": {}, **lists})
+    files.write_json(folder / IDENTITIES, lists["identities"])
+    _copy(workdir, folder, COPIED_FILES)
 
 
 def read(folder: Path, workdir: Path) -> None:
@@ -52,26 +55,28 @@ def read(folder: Path, workdir: Path) -> None:
 
     Raises UserError if a file is missing or damaged, or if the weights do not fit the config.
     """
-    for name in (*NEEDED_FILES, CHECKPOINT, WEIGHTS):
+    for name in (CONFIG, CHECKPOINT, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(
                 f"'{folder}' does not contain {name}\n"
                 "name a folder that vidjax export has written for a run"
             )
     path = folder / CHECKPOINT
-    manifest = files.read_manifest(path)
+    manifest = files.read_manifest(path, limit=results.MAX_IDENTITIES_BYTES)
     schemas.parse(path, manifest, schemas.Manifest, "export the run again")
     trained_runs.check_entries(folder, manifest)
     with files.atomic_folder(workdir) as partial, _blame_export(folder, partial):
-        _copy(folder, partial)
+        # Exports of version 0.1.0 have no lists in the manifest, but digests of the last two files.
+        _copy(folder, partial, (*COPIED_FILES, IDENTITIES, members_file.FILE))
         run = RunFolder(partial)
         config = run.config
-        sets = trained_runs.load_training_sets(partial, manifest)
-        items = _read_items(folder / WEIGHTS, _make_shapes(config, manifest, len(sets.members)))
+        items = _read_items(folder / WEIGHTS, _make_shapes(config, manifest))
+        items |= {name: manifest.pop(name) for name in checkpoint.LISTS if name in manifest}
         info = {name: x for name, x in manifest.items() if name not in ("step", "files", "arrays")}
         checkpoint.save(partial, manifest["step"], items, info)
         config.eval.checkpoint = "latest"  # the only checkpoint may have no MAP
-        trained_runs.find_run(config, run)  # checks that the files belong together
+        found = trained_runs.find_run(config, run)  # checks that the files belong together
+        members_file.write_copies(partial, found.identities, found.training_sets)
 
 
 @contextlib.contextmanager
@@ -87,10 +92,10 @@ def _blame_export(folder: Path, copy: Path) -> Iterator[None]:
         raise UserError("\n".join([*problem, "export the run again"])) from error
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copies COPIED_FILES. Raises UserError for a link, a pipe, or a damaged metrics.json."""
+def _copy(source: Path, target: Path, names: Sequence[str]) -> None:
+    """Copies files. Raises UserError for a link, a pipe, or a damaged metrics.json."""
     RunFolder(source).metrics()
-    for name in COPIED_FILES:
+    for name in names:
         if files.exists(source / name):
             (target / name).write_bytes(files.read_bytes(source / name, members_file.MAX_BYTES))
 
@@ -105,10 +110,11 @@ def _path(keys: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
-def _make_shapes(config: Config, manifest: Mapping[str, Any], members: int) -> dict[str, Any]:
-    """Returns the shapes and dtypes of the weights of `members` ensemble members, as dicts."""
+def _make_shapes(config: Config, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the shapes and dtypes of the weights of all members, as dicts."""
     system = make_system(config.to_dict(), trained_runs.read_task(manifest))
-    return dict(zip(ITEMS, system.compute_shapes(members), strict=True))
+    members = ensemble.make_members(config.ensemble.to_dict())
+    return dict(zip(ITEMS, system.compute_shapes(len(members)), strict=True))
 
 
 def _read_items(path: Path, shapes: Mapping[str, Any]) -> dict[str, Any]:

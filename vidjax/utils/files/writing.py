@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vidjax.utils.errors import DiskError, UserError
-from vidjax.utils.files.reading import local, open_regular, read_json, sha256_json
+from vidjax.utils.files.reading import JSON_BYTES, local, open_regular, read_json, sha256_json
 
 _scratch_folders: set[Path] = set()
 _scratch_lock = threading.RLock()
@@ -176,9 +176,9 @@ def write_manifest(path: Path, entries: Mapping[str, object]) -> None:
     write_json(path, {**plain, "sha256": sha256_json(plain)})
 
 
-def read_manifest(path: Path, below: Path | None = None) -> dict[str, Any]:
+def read_manifest(path: Path, below: Path | None = None, limit: int = JSON_BYTES) -> dict[str, Any]:
     """Returns the entries that `write_manifest` wrote. A wrong digest raises UserError."""
-    manifest = read_json(path, below=below)
+    manifest = read_json(path, limit=limit, below=below)
     if manifest.pop("sha256", None) != sha256_json(manifest):
         raise UserError(f"'{path}' is damaged: its sha256 does not match its content")
     return manifest
