@@ -110,7 +110,9 @@ def test_npz_and_parquet_folders_convert_to_the_records_of_arrays(tmp_path, load
 def test_clips_in_one_level_of_folders_have_the_name_of_their_folder(tmp_path, load):
     face: Any = {"face": np.arange(6, dtype=np.float32).reshape(2, 3)}
     names = {"train": ["all", "monday/1", "monday/all", "tuesday/1"], "val": ["monday/1b", "x"]}
-    splits = {split: dict.fromkeys(clips, face) for split, clips in names.items()}
+    other: Any = {"face": face["face"] + 1}
+    splits = {"train": dict.fromkeys(names["train"], face)}
+    splits["val"] = dict.fromkeys(names["val"], other)
     folder = clip_files.write_npz(tmp_path / "own", splits)
     (folder / "labels.tsv").write_text("monday/1\tAda\nmonday/1b\tAda\n")
 

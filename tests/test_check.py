@@ -132,7 +132,7 @@ def test_check_of_a_good_run_or_without_a_folder_reports_all_good(folder, check,
 def test_check_prints_warnings_about_labels_and_counts_them(tmp_path, command):
     clips = {f"c{number}": {"face": np.full((1, 2), number + 1.0)} for number in range(4)}
     folder = clip_files.write_npz(
-        tmp_path / "own", {"train": clips, "val": {"v": {"face": np.ones((2, 2))}}}
+        tmp_path / "own", {"train": clips, "val": {"v": {"face": np.full((1, 2), 9.0)}}}
     )
     labels = dict(zip([*clips, "v"], ["Ada", "nan", "nan", "1.23E+11", "Ada"], strict=True))
     clip_files.write_labels(folder / "labels.csv", labels)

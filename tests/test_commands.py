@@ -208,7 +208,8 @@ def places(tmp_path_factory):
     for name, (content, _) in MINE.items():
         (folder / "mine" / name).write_text(content)
     clip = {"face": np.arange(16.0).reshape(2, 8)}
-    own = {split: {f"{split}_{i}": clip for i in "1234"} for split in ("train", "val")}
+    own = {"train": {f"train_{i}": clip for i in "1234"}}
+    own["val"] = {f"val_{i}": {"face": clip["face"] + 1} for i in "1234"}
     clip_files.write_npz(folder / "own", own)
     clip_files.write_npz(folder / "alone", {"train": {"clip": clip}})
     return folder
@@ -545,7 +546,7 @@ def test_functions_describe_the_expected_arguments(official_dir, tmp_path):
     refused(f"no run in '{new}'", restore, new)
     measured = load_config("knn", *ARRAYS, "--config.data.quality=norm")
     refused(r"load_data\(\.\.\., quality='norm'\)", train, measured, new, made)
-    unlabelled = load({"train": clips["val"], "val": {"b": clips["val"]["a"]}})
+    unlabelled = load({"train": clips["val"], "val": {"b": {"face": np.full((1, 4), 2.0)}}})
     refused(r"load_data\(clips, labels=", train, load_config("knn:face", *ARRAYS), new, unlabelled)
     refused("lists must be a table of pyarrow, not list", UNTYPED.join_rankings, [])
     assert not new.exists()

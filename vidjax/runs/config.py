@@ -184,7 +184,7 @@ TABLE: tuple[Field | Group, ...] = (
           "iQIYI-VID (`iqiyi_vid`) or your own features (`arrays`)", affects=TRAINING | SCORES),
     Field("data.dir", None, "folder of iQIYI-VID files, or of your features", read_when=FOLDER,
           affects=TRAINING | SCORES, path=True),
-    Field("data.cache_dir", None, "folder of the converted records and of compiled programs; "
+    Field("data.cache_dir", None, "folder of the stored clips and of compiled programs; "
           "unset: `$VIDJAX_CACHE`, or `~/.cache/vidjax` without it", affects=NOTHING, path=True),
     Field("data.size", "small", "size of the synthetic dataset: `small` (100 identities) or "
           "`standard` (1,000)", choices=("small", "standard"), read_when=SYNTHETIC,
