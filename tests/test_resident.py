@@ -19,11 +19,11 @@ from tests.helpers.seen import refused
 from vidjax.core import devices as devices_lib, fusion
 from vidjax.core.batch import LazyFeatures, Packed
 from vidjax.data import order as order_lib, resident, sources
-from vidjax.data.clips import longest, make_batch_plan
+from vidjax.data.clips import BatchPlan, longest, make_batch_plan
 from vidjax.models.build_system import TaskSpec, make_system
 from vidjax.runs import config_io
 from vidjax.runs.checkpoint import manifests
-from vidjax.training import placement
+from vidjax.training import feed, placement
 
 MODALITIES = ("face", "audio", "body")
 
@@ -31,13 +31,11 @@ MODALITIES = ("face", "audio", "body")
 def test_shuffles_are_uniform_and_differ_between_epochs_and_seeds():
     """Chi-squared tests of the places of clips, and of pairs of neighbours."""
     n, epochs = 12, 3000
-    shuffled = jax.jit(order_lib.shuffle, static_argnums=3)
 
     def orders_of(seed, first_epoch):
         """Returns the clip at each place of each epoch, [epochs, n]."""
-        epoch = first_epoch + np.repeat(np.arange(epochs, dtype=np.int32), n)
-        place = np.tile(np.arange(n, dtype=np.int32), epochs)
-        return np.asarray(shuffled(jax.random.key(seed), epoch, place, n)).reshape(epochs, n)
+        plan = BatchPlan(("train",), n, n, {"face": 1}, "quality", {}, seed)
+        return order_lib.draw_clips(plan, first_epoch, epochs).clip_index.reshape(epochs, n)
 
     orders = orders_of(seed=0, first_epoch=0)
     np.testing.assert_array_equal(np.sort(orders), [np.arange(n)] * epochs)
@@ -57,6 +55,39 @@ def test_shuffles_are_uniform_and_differ_between_epochs_and_seeds():
     assert (orders_of(seed=1, first_epoch=0) != orders).any()
     assert len(np.unique(orders, axis=0)) > 2990  # of 3000 epochs
     np.testing.assert_array_equal(orders[20:], orders_of(seed=0, first_epoch=20)[:-20])
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 16, 50])
+@pytest.mark.parametrize("chosen", [None, np.array([8, 3, 5, 0, 6, 1, 9])])
+def test_drawn_clips_equal_a_plain_loop_over_epochs(chosen, batch_size):
+    """Batches span epochs, except if the clips are chosen: then the last batch has empty rows."""
+    lengths = {"face": np.array([3, 9, 0, 40, 8, 7, 1, 16, 12, 7]), "body": np.arange(10)}
+    num_clips = len(lengths["face"]) if chosen is None else len(chosen)
+    padded = {"face": 7, "audio": 1, "body": 4}
+    plan = BatchPlan(("train",), batch_size, num_clips, padded, "window", lengths, 5, chosen)
+    rows = []
+    for epoch in range(60):
+        rng = np.random.Generator(np.random.Philox(key=[5, epoch]))
+        order = rng.permutation(num_clips)
+        uniform = rng.random((2, plan.num_places))
+        for place in range(plan.num_places):
+            clip = order[place] if place < num_clips else -1
+            clip = clip if chosen is None else chosen[clip]
+            firsts = [
+                int(number[place] * (max(0, lengths[name][clip] - padded[name]) + 1))
+                for name, number in zip(lengths, uniform, strict=True)
+            ]
+            rows.append([clip, place < num_clips, *firsts])
+    for step, count in ((0, 1), (0, 5), (3, 4), (7, 1)):
+        drawn = order_lib.draw_clips(plan, step, count)
+        assert [x.dtype for x in jax.tree.leaves(drawn)] == [np.int32, bool, np.int32, np.int32]
+        found = np.stack([*drawn[:2], *(drawn.first[name] for name in lengths)], axis=1)
+        wanted = np.array(rows[step * batch_size : (step + count) * batch_size])
+        np.testing.assert_array_equal(found, wanted)
+        padding = np.zeros(((6 - count) * batch_size, len(wanted[0])), int)
+        stacked = jax.tree.leaves(order_lib.draw_steps(plan, step, count, 6))
+        wanted = np.concatenate([wanted, padding]).reshape(6, batch_size, -1)
+        np.testing.assert_array_equal(np.stack(stacked, axis=-1), wanted[..., [0, 1, 3, 2]])
 
 
 COUNTS = {"train": 33, "val": 20, "test": 6}
@@ -122,17 +153,19 @@ def test_resident_training_batches_equal_streaming_batches(
     options = {"splits": splits, "crop": crop, "epoch_clips": epoch_clips}
     clips, _, plan = clips_of(ragged, modalities, batch_size=12, **options)
 
+    num_steps = 3 * plan.num_places // plan.batch_size
+    drawn = jax.device_put(order_lib.draw_steps(plan, first_step, num_steps, num_steps))
+
     @jax.jit
-    def draw(step):
-        batch = resident.draw_batch(clips.train, plan, step)
+    def gather(number):
+        batch = resident.gather_batch(clips.train, drawn, number, plan.padded_lengths)
         frames = {k: x._replace(features=fusion.read(x.features)) for k, x in batch.frames.items()}
         return batch._replace(frames=frames)
 
     # TensorFlow makes the batches of clips on the disk, and numpy the batches of clips in memory.
     streams = [data.train_batches(plan, step=first_step) for data in (ragged, in_memory)]
-    num_steps = 3 * plan.num_places // plan.batch_size
-    for step in range(first_step, first_step + num_steps):
-        resident_batch = draw(np.int32(step))
+    for number in range(num_steps):
+        resident_batch = gather(np.int32(number))
         for stream in streams:
             jax.tree.map(np.testing.assert_array_equal, next(stream), resident_batch)
 
@@ -205,6 +238,25 @@ def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, m
 
 
 @pytest.mark.slow
+def test_number_of_clips_drawn_at_once_changes_no_weight(data, tmp_path, monkeypatch):
+    """A call of the compiled loop takes at most three steps, or 2 ** 18 / 8."""
+    config, counts = small.shrunk("--config.batch_size=8", "--config.num_epochs=3"), []
+
+    def draw(plan, step, count, size, draw=order_lib.draw_steps):
+        counts.append((count, size))
+        return draw(plan, step, count, size)
+
+    monkeypatch.setattr(order_lib, "draw_steps", draw)
+    small.run(config, tmp_path / "many", data)
+    assert {size for _, size in counts} == {1 << 15} and max(counts)[0] > 3
+    counts.clear()
+    monkeypatch.setattr(feed, "DRAWN_CLIPS", 31)
+    small.run(config, tmp_path / "three", data)
+    assert {size for _, size in counts} == {3} and max(counts)[0] == 3
+    assert_equal(*(small.weights(tmp_path / name) for name in ("many", "three")))
+
+
+@pytest.mark.slow
 def test_layout_predicts_the_bytes_of_resident_clips(ragged):
     """A clip of more than 512 frames is stored twice: whole, and its best 512 for evaluation."""
     clips, layout, _ = clips_of(ragged)
@@ -215,7 +267,7 @@ def test_layout_predicts_the_bytes_of_resident_clips(ragged):
     assert sum(taken) == layout.nbytes + empty_frames
 
 
-def test_auto_mode_is_resident_if_clips_fit_in_memory_and_places_in_int32(data, monkeypatch):
+def test_auto_mode_is_resident_if_clips_fit_in_memory_and_frames_in_int32(data, monkeypatch):
     """Clips may take half of the free memory that a training step leaves."""
     (_, layout, _), mesh = clips_of(data, ("face", "audio")), devices_lib.make_mesh(1)
     twice = 2.0 * layout.nbytes
@@ -224,17 +276,16 @@ def test_auto_mode_is_resident_if_clips_fit_in_memory_and_places_in_int32(data, 
         (twice + 1000, 1000, "resident"), (twice + 1000, 1001, "streaming"),
     ):  # fmt: skip
         monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh, free=free: free)
-        chosen = resident.choose_mode("auto", layout, mesh, num_drawn=100, taken=taken_by_step)
+        chosen = resident.choose_mode("auto", layout, mesh, taken=taken_by_step)
         assert chosen == wanted
         for mode in ("resident", "streaming"):
-            assert resident.choose_mode(mode, layout, mesh, num_drawn=100) == mode
+            assert resident.choose_mode(mode, layout, mesh) == mode
 
     monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: float("inf"))
     huge = layout._replace(num_frames={**layout.num_frames, "face": 2**31})
-    for either, num_drawn in ((huge, 100), (layout, 2**31)):  # num_drawn: clips in all batches
-        assert resident.choose_mode("auto", either, mesh, num_drawn) == "streaming"
-        with pytest.raises(ValueError, match="too many for an int32"):
-            resident.choose_mode("resident", either, mesh, num_drawn)
+    assert resident.choose_mode("auto", huge, mesh) == "streaming"
+    with pytest.raises(ValueError, match="too many for an int32"):
+        resident.choose_mode("resident", huge, mesh)
 
 
 def test_members_train_together_as_far_as_the_memory_allows(data, monkeypatch):
@@ -251,9 +302,7 @@ def test_members_train_together_as_far_as_the_memory_allows(data, monkeypatch):
 
     def choose(free, before=None, mode="auto"):
         monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: free)
-        return placement.choose_placement(
-            mode, layout, system, plan, state, mesh, num_drawn=9, before=before
-        )
+        return placement.choose_placement(mode, layout, system, plan, state, mesh, before)
 
     assert choose(step(8) + 2 * layout.nbytes) == ("resident", 1)  # members of a CPU train in turn
     monkeypatch.setattr(devices_lib, "is_cpu", lambda mesh: False)

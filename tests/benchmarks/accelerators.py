@@ -44,9 +44,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from tests.benchmarks import common, training_step
 from vidjax.core import devices, ensemble
 from vidjax.core.batch import Batch, Frames
-from vidjax.data import resident
+from vidjax.data import order, resident
 from vidjax.evaluation import eval_step
-from vidjax.training import placement, train_step
+from vidjax.training import feed, placement, train_step
 from vidjax.training.placement import Placement
 
 RESULTS, PAGE = (Path(__file__).with_suffix(suffix) for suffix in (".json", ".md"))
@@ -68,6 +68,7 @@ SYSTEMS: dict[str, tuple[str, dict[str, float]]] = {
 }
 PROGRAMS = ("streamed", "resident", "evaluation", "parameters", "optimiser")
 TRAINING = PROGRAMS[:2]
+MAX_STEPS = 10  # of a call
 
 
 class Device(NamedTuple):
@@ -178,7 +179,8 @@ def make_arguments(plan: Any, mesh: Mesh, group: int) -> dict[str, Any]:
         "drawn": shape(state.replace(opt_state=None)),
         "state": shape(state),
         "constants": shape(train_step.make_member_constants(members, weight)),
-        "clips": shape(jax.eval_shape(lambda: common.make_clips(config.modalities, num_clips))),
+        "clips": (shape(jax.eval_shape(lambda: common.make_clips(config.modalities, num_clips))),
+                  shape(order.draw_steps(plan.batches, 0, MAX_STEPS, MAX_STEPS))),
         "count": shape(np.zeros((), np.int32)),
         "batch": batch(config.batch_size),
         # The weights of one member.
@@ -194,8 +196,8 @@ def make_programs(plan: Any, mesh: Mesh, group: int) -> dict[str, tuple[Any, Any
     """Returns the name of each program -> its function, and the shapes of its arguments."""
     system, given = plan.system, make_arguments(plan, mesh, group)
     draw, complete = train_step.make_init_programs(given["init"], system.tx, mesh)
-    stream = train_step.make_train_loop(system, mesh, lambda batch, _: batch)
-    reside = make_resident_loop(plan, mesh)
+    stream = feed.make_loop("streaming", system, mesh, plan.batches)
+    reside = feed.make_loop("resident", system, mesh, plan.batches)
     evaluate = eval_step.make_eval_step(system, mesh)
     learned = given["state"], given["constants"]
     return {
@@ -205,13 +207,6 @@ def make_programs(plan: Any, mesh: Mesh, group: int) -> dict[str, tuple[Any, Any
         "parameters": (draw, ()),
         "optimiser": (complete, (given["drawn"],)),
     }
-
-
-def make_resident_loop(plan: Any, mesh: Mesh) -> Any:
-    """Returns the compiled loop of training steps on resident clips."""
-    return train_step.make_train_loop(
-        plan.system, mesh, lambda clips, step: resident.draw_batch(clips, plan.batches, step)
-    )
 
 
 def count_flops(jaxpr: Any, num_devices: int) -> Iterator[tuple[bool, float]]:
@@ -312,7 +307,7 @@ def take_steps(name: str) -> None:
     plan, mesh, seconds = make_plan(name), devices.make_mesh(1), []
     group = len(plan.members)
     given = make_arguments(plan, mesh, group)
-    loop = make_resident_loop(plan, mesh)
+    loop = feed.make_loop("resident", plan.system, mesh, plan.batches)
     start = time.perf_counter()
     arguments = (given["state"], given["constants"], given["clips"], given["count"])
     compiled = loop.lower(*arguments).compile()
@@ -322,12 +317,12 @@ def take_steps(name: str) -> None:
     state = state.replace(labels=devices.replicate(mesh, labels.astype(np.int32)))
     constants = train_step.make_member_constants(plan.members, np.ones(state.labels.shape))
     constants = devices.replicate(mesh, constants)
-    clips = devices.replicate(
-        mesh, common.make_clips(plan.config.modalities, plan.batches.num_clips)
-    )
+    drawn = order.draw_steps(plan.batches, 0, MAX_STEPS, MAX_STEPS)
+    clips = common.make_clips(plan.config.modalities, plan.batches.num_clips)
+    clips = devices.replicate(mesh, (clips, drawn))
     count = lambda n: devices.replicate(mesh, np.int32(n))  # noqa: E731
     before = mesh.devices.flat[0].memory_stats() or {}
-    for steps in (1, 10, 10, 10):
+    for steps in (1, MAX_STEPS, MAX_STEPS, MAX_STEPS):
         start = time.perf_counter()
         state, result = compiled(state, constants, clips, count(steps))
         loss = np.asarray(result.loss)

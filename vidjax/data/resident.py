@@ -1,6 +1,6 @@
 """Keeps the clips of a dataset on the devices during training, if they fit.
 
-The devices themselves choose the clips of each batch, so several steps run without the host. A step
+The host draws the clips of several steps at once. Then these steps run without the host. A step
 reads only the features of the frames that the fusion of the model uses.
 """
 
@@ -27,7 +27,7 @@ from vidjax.data.clips import (
     make_eval_plan,
     split_blocks,
 )
-from vidjax.data.order import choose_first_frame, draw_batch_clips
+from vidjax.data.order import DrawnClips
 from vidjax.data.packed_clips import FRAME_FIELDS, get_dtype
 from vidjax.utils import machine
 from vidjax.utils.errors import UserError
@@ -39,17 +39,26 @@ SCALAR_BYTES = sum(np.dtype(field.dtype).itemsize for field in FRAME_FIELDS.valu
 CHUNK_BYTES = 32 << 20  # bytes that are copied to the devices at once
 
 
-def draw_batch(clips: Mapping[str, Packed], plan: BatchPlan, step: Array) -> Batch:
-    """Returns the batch of the training step `step` [] int32, from clips on the devices.
+def gather_batch(
+    clips: Mapping[str, Packed],
+    drawn: DrawnClips,
+    number: Array,
+    padded_lengths: Mapping[str, int],
+) -> Batch:
+    """Returns the batch of a training step, from clips on the devices.
 
-    `clips` is modality -> the joined frames of all clips. The last frame is zeros, for padding. The
-    features of the batch are LazyFeatures, which are read when a model uses them.
+    The features of the batch are LazyFeatures, which are read when a model uses them.
+
+    Args:
+      clips: modality -> the joined frames of all clips. The last frame is zeros, for padding.
+      drawn: [S, B], the clips of S steps.
+      number: [] int32, the number of the step in `drawn`.
+      padded_lengths: see `BatchPlan`.
     """
-    position = step * plan.batch_size + jnp.arange(plan.batch_size, dtype=jnp.int32)
-    drawn = draw_batch_clips(plan, step, position // plan.num_places, position % plan.num_places)
+    drawn = jax.tree.map(lambda rows: rows[number], drawn)
     frames = {
-        name: gather_frames(clips[name], *drawn[:2], size, drawn.windows.get(name))
-        for name, size in plan.padded_lengths.items()
+        name: gather_frames(clips[name], *drawn[:2], size, drawn.first.get(name, 0))
+        for name, size in padded_lengths.items()
     }
     return Batch(frames, drawn.clip_index, drawn.batch_mask)
 
@@ -59,7 +68,7 @@ def gather_frames(
     clip_index: Array,
     batch_mask: Array,
     size: int,
-    window: Array | None = None,
+    first: Array | int = 0,
     *,
     lazy: bool = True,
 ) -> Frames:
@@ -69,14 +78,11 @@ def gather_frames(
       clips: the joined frames of all clips. The last frame is zeros, for padding.
       clip_index: [B] int32, the clips to return.
       batch_mask: [B] bool, False for rows that stay empty.
-      window: [B] float32 in [0, 1), random numbers that choose a window of longer clips. If it is
-        None, the first `size` frames are taken.
+      first: [B] int32, the frame of each clip from which on frames are taken.
       lazy: whether features become LazyFeatures, which are read when a model uses them.
     """
-    first, length = clips.start[clip_index], clips.length[clip_index]
-    if window is not None:
-        first += choose_first_frame(window, length, size)
-    length = jnp.where(batch_mask, jnp.minimum(length, size), 0)
+    first += clips.start[clip_index]
+    length = jnp.where(batch_mask, jnp.minimum(clips.length[clip_index], size), 0)
     place = jnp.arange(size, dtype=jnp.int32)
     mask = place < length[:, None]  # [B, T]
     index = jnp.where(mask, first[:, None] + place, len(clips.number) - 1)
@@ -131,22 +137,18 @@ def make_resident_plan(
     return ResidentPlan(plan.splits, tuple(splits), num_frames, best, nbytes, widths)
 
 
-def choose_mode(
-    mode: str, layout: ResidentPlan, mesh: Mesh, num_drawn: int, taken: float = 0
-) -> str:
+def choose_mode(mode: str, layout: ResidentPlan, mesh: Mesh, taken: float = 0) -> str:
     """Returns 'resident' if clips stay on the devices, or 'streaming' to read them from disk.
 
-    `mode` is the mode in the configuration. If it is 'auto', the free memory decides. `num_drawn`
-    is the number of clips in all batches of the run. `taken` is the memory that a training step
-    needs on a device, in bytes.
-    Raises UserError if `mode` is 'resident', and an int32 cannot count the clips or frames.
+    `mode` is the mode in the configuration. If it is 'auto', the free memory decides. `taken` is
+    the memory that a training step needs on a device, in bytes.
+    Raises UserError if `mode` is 'resident', and an int32 cannot count the frames.
     """
-    too_many = max(num_drawn, *layout.num_frames.values()) >= 2**31 - 1
+    too_many = max(layout.num_frames.values()) >= 2**31 - 1
     if mode == "resident" and too_many:
         raise UserError(
-            f"config.data.mode='resident' is not possible: {num_drawn:,} clips in all batches, or "
-            f"{max(layout.num_frames.values()):,} frames, are too many for an int32\n"
-            "use --config.data.mode=streaming"
+            f"config.data.mode='resident' is not possible: {max(layout.num_frames.values()):,} "
+            "frames are too many for an int32\nuse --config.data.mode=streaming"
         )
     if mode != "auto":
         return mode

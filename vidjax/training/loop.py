@@ -254,7 +254,7 @@ class TrainingRun:
         system, mesh, batches = self._system, self.mesh, self.plan.batches
         if mode == "streaming":
             stream = data.train_batches(batches, step=self.step)
-            return feed_lib.StreamingFeed(system, mesh, stream), data
+            return feed_lib.StreamingFeed(system, mesh, stream, batches), data
         began = time.monotonic()
         clips = resident.Resident(data, layout, mesh)
         say(

@@ -63,7 +63,7 @@ def estimate_step_bytes(
 
 def choose_placement(
     mode: str, layout: ResidentPlan, system: System, batches: BatchPlan, state: TrainState,
-    mesh: Mesh, *, num_drawn: int, before: int | None = None,
+    mesh: Mesh, before: int | None = None,
 ) -> Placement:  # fmt: skip
     """Chooses where the clips are, and then how many members train together.
 
@@ -72,17 +72,17 @@ def choose_placement(
     devices, as many members as possible train together, with large matrix products.
 
     Args:
-      mode, layout, num_drawn: see `resident.choose_mode`.
+      mode, layout: see `resident.choose_mode`.
       state: the state of all members, on the devices.
       before: the `group_size` of a resumed run. It is kept if it fits, because steps of groups of
         another size round differently.
     """
     num_members, on_cpu = len(state.labels), devices.is_cpu(mesh)
     if on_cpu and mode != "auto":
-        return Placement(resident.choose_mode(mode, layout, mesh, num_drawn), 1)
+        return Placement(resident.choose_mode(mode, layout, mesh), 1)
     params = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params)) / num_members
     step = functools.partial(estimate_step_bytes, system, batches, params, mesh)
-    mode = resident.choose_mode(mode, layout, mesh, num_drawn, step(1))
+    mode = resident.choose_mode(mode, layout, mesh, step(1))
     if on_cpu:
         return Placement(mode, 1)
     free = resident.find_least_free_bytes(mesh)
@@ -109,9 +109,8 @@ def agree_on_placement(
     given = config.data.mode
     mode = (manifest.get("mode") if given == "auto" else None) or given
     own = choose_placement(
-        mode, layout, plan.system, plan.batches, state, mesh,
-        num_drawn=plan.task.total_steps * config.batch_size, before=manifest.get("group_size"),
-    )  # fmt: skip
+        mode, layout, plan.system, plan.batches, state, mesh, manifest.get("group_size")
+    )
     numbers = int(own.mode == "streaming"), -own.group_size
     is_streaming, size = distributed.max_over_processes(*numbers)
     if is_streaming:

@@ -18,6 +18,7 @@ from vidjax.core import devices, ensemble, fusion
 from vidjax.core.augment import BatchTransform, MemberClips
 from vidjax.core.batch import Array, Batch, ClipInfo, Frames, LazyFeatures, Packed
 from vidjax.core.losses import is_argmax
+from vidjax.data.order import DrawnClips
 from vidjax.models.base import ModelState, Params
 from vidjax.models.build_system import System
 
@@ -142,7 +143,8 @@ def convert_from_items(items: Mapping[str, Any]) -> TrainState:
     return TrainState(params=items["params"], model_state=items["model_state"], **items["train"])
 
 
-StepClips = Mapping[str, Packed] | Batch  # resident clips, or a streamed batch
+# Resident clips and the clips of each step, [S, B]; or a streamed batch.
+StepClips = tuple[Mapping[str, Packed], DrawnClips] | Batch
 # The inputs of one member: PRNG key [], labels [B] and weights [B] of the clips, lowest quality []
 # and hidden chunk []; see MemberConstants.
 MemberInputs = tuple[Array, Array, Array, Array, Array]
@@ -353,8 +355,8 @@ def make_train_loop(
     argument is used again (donated). Two calls give the same state as one call with the sum of the
     counts. If `count` is None, the function takes one step.
 
-    `draw` maps (clips, step) to the batch of a step, on the devices. If clips are streamed, `clips`
-    already is this batch.
+    `draw` maps (clips, number) to the batch of a step, on the devices. `number` [] int32 counts the
+    steps of a call. If clips are streamed, `clips` already is this batch.
     """
     place = functools.partial(devices.constrain_batch, mesh)
     if system.joins_clips and mesh.size > 1:
@@ -365,9 +367,11 @@ def make_train_loop(
     def loop(
         state: TrainState, constants: MemberConstants, clips: StepClips, count: Array | None
     ) -> tuple[TrainState, LoopResult]:
-        def body(_: Array, carry: tuple[TrainState, LoopResult]) -> tuple[TrainState, LoopResult]:
+        def body(
+            number: Array, carry: tuple[TrainState, LoopResult]
+        ) -> tuple[TrainState, LoopResult]:
             state, outcome = carry
-            batch = place(draw(clips, state.step))
+            batch = place(draw(clips, number))
             new, losses = train_step(system, state, constants, batch)
             is_first = (outcome.bad_step < 0) & jnp.any(new.bad_steps >= MAX_BAD_STEPS)
             bad_step = jnp.where(is_first, state.step, outcome.bad_step)
