@@ -23,12 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from vidjax.core import devices, ensemble, fusion
-from vidjax.core.batch import Array, Frames, Packed
-from vidjax.data import order
+from vidjax.core.batch import Array, Batch, Frames, Packed
+from vidjax.data import resident
 from vidjax.data.clips import BatchPlan
 from vidjax.models.build_system import TaskSpec, make_system
 from vidjax.runs import config_io
-from vidjax.training import feed, train_step
+from vidjax.training import train_step
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -214,12 +214,18 @@ def make_run(spec: str, *overrides: str, batch_size: int, num_clips: int, **opti
     state = train_step.make_state(init, system.tx, mesh)
     constants = train_step.make_member_constants(members, np.ones(shape))
     constants = devices.replicate(mesh, constants)
-    drawn = order.draw_steps(plan.batches, 0, MAX_STEPS, MAX_STEPS)
+    drawn = resident.draw_steps(plan.batches, 0, MAX_STEPS)
     clips = devices.replicate(mesh, make_clips(plan.config.modalities, num_clips))
-    loop = feed.make_loop("resident", system, mesh, plan.batches)  # takes several steps
+    loop = train_step.make_train_loop(system, mesh, plan.batches)  # takes several steps
+    drawn = devices.replicate(mesh, drawn)
+
+    def gather(clips: Any, number: Any) -> Batch:
+        rows = jax.tree.map(lambda rows: rows[number], drawn)
+        return resident.gather_batch(clips, rows, plan.batches.padded_lengths.items())
+
     return SimpleNamespace(
         system=system, state=state, constants=constants, clips=clips, plan=plan.batches,
-        drawn=devices.replicate(mesh, drawn), loop=loop,
+        drawn=drawn, gather=gather, loop=loop,
     )  # fmt: skip
 
 

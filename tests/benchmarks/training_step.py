@@ -21,7 +21,6 @@ from jax.extend import core
 
 from tests.benchmarks import common
 from vidjax.core.batch import Array
-from vidjax.data import resident
 from vidjax.training import train_step
 
 STEPS = common.MAX_STEPS  # of a call
@@ -80,7 +79,7 @@ def make_torch_steps(name: str, run: Any, args: argparse.Namespace) -> dict[str,
 
     from tests.benchmarks import peer
 
-    batch = resident.gather_batch(run.clips, run.drawn, np.int32(0), run.plan.padded_lengths)
+    batch = run.gather(run.clips, 0)
     num_classes = 1 + common.IDENTITIES
     labels = np.random.default_rng(1).integers(0, num_classes, len(batch.clip_index))
     torch_batch = common.make_torch_batch(batch.frames, labels)
@@ -101,7 +100,7 @@ def benchmark(name: str, args: argparse.Namespace) -> list[Any]:
     num_params = sum(x.size for x in jax.tree.leaves(state.params))
 
     def take_step(state: Any, clips: Any) -> Any:
-        batch = resident.gather_batch(clips, run.drawn, state.step, run.plan.padded_lengths)
+        batch = run.gather(clips, state.step)
         return train_step.train_step(run.system, state, run.constants, batch)
 
     products = list(find_products(jax.make_jaxpr(take_step)(state, run.clips).jaxpr))

@@ -15,25 +15,13 @@ from vidjax.data.clips import BatchPlan
 
 
 class DrawnClips(NamedTuple):
-    """The clips of a training step, [B]. The clips of several steps are [S, B]."""
+    """The clips in R rows of batches."""
 
-    clip_index: Array  # int32, the number of each clip in the training splits
-    batch_mask: Array  # bool, False for empty rows of the last batch of an epoch
-    # Modality of `BatchPlan.windowed` -> int32, the first frame of the window of each clip. If a
-    # clip is shorter than a window, the first frame is 0.
+    clip_index: Array  # [R] int32, the number of each clip in the training splits
+    batch_mask: Array  # [R] bool, False for empty rows of the last batch of an epoch
+    # Modality of `BatchPlan.windowed` -> [R] int32, the first frame of the window of each clip. If
+    # a clip is shorter than a window, the first frame is 0.
     first: Mapping[str, Array]
-
-
-def draw_steps(plan: BatchPlan, step: int, count: int, size: int) -> DrawnClips:
-    """Draws the clips of `count` training steps from `step` on, padded with zeros to [size, B]."""
-
-    def stack(rows: np.ndarray) -> np.ndarray:
-        return np.pad(rows.reshape(count, -1), ((0, size - count), (0, 0)))
-
-    clip_index, batch_mask, first = draw_clips(plan, step, count)
-    return DrawnClips(
-        stack(clip_index), stack(batch_mask), {name: stack(rows) for name, rows in first.items()}
-    )
 
 
 def draw_clips(plan: BatchPlan, step: int, count: int = 1) -> DrawnClips:

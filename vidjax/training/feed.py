@@ -7,25 +7,20 @@ takes time.
 
 import abc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from vidjax.core import devices, distributed
-from vidjax.core.batch import Array, Batch, Packed
-from vidjax.data import order, resident
+from vidjax.core.batch import Batch, Packed
+from vidjax.data import resident
 from vidjax.data.clips import BatchPlan
-from vidjax.data.order import DrawnClips
-from vidjax.models.build_system import System
-from vidjax.training import train_step
-from vidjax.training.train_step import LoopResult, MemberConstants, TrainState
+from vidjax.training.train_step import Loop, LoopResult, MemberConstants, TrainState
 
 DISPATCH_SECONDS = 1.0  # the time that a dispatch should take
-# The host draws at most this number of resident clips for a dispatch.
-DRAWN_CLIPS = 1 << 18
 # These lists have an entry for each group of members (nets of an ensemble) that train together.
 States = Sequence[TrainState]
 AllConstants = Sequence[MemberConstants]
@@ -42,16 +37,6 @@ class DispatchResult(NamedTuple):
     bad_step: int | None  # first step at which a member reached MAX_BAD_STEPS, or None
 
 
-def make_loop(mode: str, system: System, mesh: Mesh, plan: BatchPlan) -> Callable[..., Any]:
-    """Returns the compiled training loop of a mode, see `train_step.make_train_loop`."""
-
-    def gather(clips: tuple[Mapping[str, Packed], DrawnClips], number: Array) -> Batch:
-        return resident.gather_batch(*clips, number, plan.padded_lengths)
-
-    draw = gather if mode == "resident" else lambda batch, _: batch
-    return train_step.make_train_loop(system, mesh, draw)
-
-
 class Feed(abc.ABC):
     """Reads batches of clips, and runs training steps on them.
 
@@ -65,7 +50,6 @@ class Feed(abc.ABC):
     _most = 1 << 31  # number of steps of a dispatch
 
     def __init__(self) -> None:
-        self._compiled = False
         self._step_seconds: float | None = None  # of the last dispatch
         self._fastest = float("inf")  # of all dispatches
 
@@ -80,22 +64,18 @@ class Feed(abc.ABC):
         count = int(DISPATCH_SECONDS / self._step_seconds) if self._step_seconds else 1
         (count,) = distributed.max_over_processes(max(1, min(most, self._most, count)))
         began = time.monotonic()
-        states, dispatched = self._dispatch(states, constants, step, count)
+        states, dispatched = self._dispatch(states, constants, count)
         outcomes = devices.fetch(dispatched)
         count = int(states[0].step) - step
-        if self._compiled:
-            self._step_seconds = (time.monotonic() - began) / count
-            self._fastest = min(self._fastest, self._step_seconds)
-        self._compiled = True
+        self._step_seconds = (time.monotonic() - began) / count
+        self._fastest = min(self._fastest, self._step_seconds)
         bad_steps = [int(x.bad_step) for groups in outcomes for x in groups if x.bad_step >= 0]
         loss = float(np.mean([outcome.loss for outcome in outcomes[-1]]))
         return DispatchResult(states, count, loss, min(bad_steps, default=None))
 
     @abc.abstractmethod
-    def _dispatch(
-        self, states: States, constants: AllConstants, step: int, count: int
-    ) -> Dispatched:
-        """Runs at most `count` steps, from `step` on, with one or more calls of the compiled loop.
+    def _dispatch(self, states: States, constants: AllConstants, count: int) -> Dispatched:
+        """Runs at most `count` steps with one or more calls of the compiled loop.
 
         Returns the new states, and the results of the last two calls, or of the only call. The
         result of a call is a list with a LoopResult for each group of members (nets). Earlier
@@ -113,16 +93,13 @@ class StreamingFeed(Feed):
 
     mode = "streaming"
 
-    def __init__(self, system: System, mesh: Mesh, batches: Iterator[Batch], plan: BatchPlan):
+    def __init__(self, loop: Loop, mesh: Mesh, batches: Iterator[Batch]):
         """Makes a feed from `batches`, an endless iterator of batches with numpy arrays."""
-        self._mesh, self._batches = mesh, batches
+        self._loop, self._mesh, self._batches = loop, mesh, batches
         super().__init__()
-        self._loop = make_loop(self.mode, system, mesh, plan)
         self._next: Batch | None = None
 
-    def _dispatch(
-        self, states: States, constants: AllConstants, step: int, count: int
-    ) -> Dispatched:
+    def _dispatch(self, states: States, constants: AllConstants, count: int) -> Dispatched:
         outcomes: list[list[LoopResult]] = []
         first, is_single = time.monotonic(), distributed.count() == 1
         for _ in range(count):
@@ -151,17 +128,18 @@ class ResidentFeed(Feed):
 
     mode = "resident"
 
-    def __init__(self, system: System, mesh: Mesh, clips: Mapping[str, Packed], plan: BatchPlan):
+    def __init__(
+        self, loop: Loop, mesh: Mesh, clips: Mapping[str, Packed], plan: BatchPlan, step: int
+    ):
+        """Makes a feed of the steps from `step` on."""
         super().__init__()
-        self._mesh, self._clips, self._plan = mesh, clips, plan
-        self._most = max(1, DRAWN_CLIPS // plan.batch_size)
-        self._loop = make_loop(self.mode, system, mesh, plan)
+        self._loop, self._mesh, self._clips, self._plan = loop, mesh, clips, plan
+        self._step, self._most = step, resident.count_steps(plan)
 
-    def _dispatch(
-        self, states: States, constants: AllConstants, step: int, count: int
-    ) -> Dispatched:
-        drawn = order.draw_steps(self._plan, step, count, self._most)
-        clips = self._clips, devices.replicate(self._mesh, drawn)
+    def _dispatch(self, states: States, constants: AllConstants, count: int) -> Dispatched:
+        drawn = resident.draw_steps(self._plan, self._step, count), np.int32(count)
+        drawn, number = devices.replicate(self._mesh, drawn)
+        self._step += count
         pairs = zip(states, constants, strict=True)
-        results = [self._loop(*pair, clips, np.asarray(count, np.int32)) for pair in pairs]
+        results = [self._loop(*pair, (self._clips, drawn), number) for pair in pairs]
         return [state for state, _ in results], [[outcome for _, outcome in results]]

@@ -18,6 +18,8 @@ from vidjax.core import devices, ensemble, fusion
 from vidjax.core.augment import BatchTransform, MemberClips
 from vidjax.core.batch import Array, Batch, ClipInfo, Frames, LazyFeatures, Packed
 from vidjax.core.losses import is_argmax
+from vidjax.data import resident
+from vidjax.data.clips import BatchPlan
 from vidjax.data.order import DrawnClips
 from vidjax.models.base import ModelState, Params
 from vidjax.models.build_system import System
@@ -344,19 +346,16 @@ class LoopResult(NamedTuple):
     bad_step: Array  # [] int32, first step at which a member reached MAX_BAD_STEPS, or -1
 
 
-def make_train_loop(
-    system: System, mesh: Mesh, draw: Callable[[Any, Array], Batch]
-) -> Callable[
-    [TrainState, MemberConstants, StepClips, Array | None], tuple[TrainState, LoopResult]
-]:
+Trained = tuple[TrainState, LoopResult]
+Loop = Callable[[TrainState, MemberConstants, StepClips, Array | None], Trained]
+
+
+def make_train_loop(system: System, mesh: Mesh, plan: BatchPlan) -> jax.stages.Wrapped:
     """Returns a compiled function that takes `count` training steps.
 
     The function maps (state, constants, clips, count) to (state, result). The memory of the first
     argument is used again (donated). Two calls give the same state as one call with the sum of the
-    counts. If `count` is None, the function takes one step.
-
-    `draw` maps (clips, number) to the batch of a step, on the devices. `number` [] int32 counts the
-    steps of a call. If clips are streamed, `clips` already is this batch.
+    counts. If clips are streamed, `count` is None, and the function takes one step.
     """
     place = functools.partial(devices.constrain_batch, mesh)
     if system.joins_clips and mesh.size > 1:
@@ -366,13 +365,15 @@ def make_train_loop(
 
     def loop(
         state: TrainState, constants: MemberConstants, clips: StepClips, count: Array | None
-    ) -> tuple[TrainState, LoopResult]:
-        def body(
-            number: Array, carry: tuple[TrainState, LoopResult]
-        ) -> tuple[TrainState, LoopResult]:
+    ) -> Trained:
+        def body(number: Array, carry: Trained) -> Trained:
             state, outcome = carry
-            batch = place(draw(clips, number))
-            new, losses = train_step(system, state, constants, batch)
+            batch = clips
+            if not isinstance(clips, Batch):
+                packed, drawn = clips
+                drawn = jax.tree.map(lambda rows: rows[number], drawn)
+                batch = resident.gather_batch(packed, drawn, plan.padded_lengths.items())
+            new, losses = train_step(system, state, constants, place(batch))
             is_first = (outcome.bad_step < 0) & jnp.any(new.bad_steps >= MAX_BAD_STEPS)
             bad_step = jnp.where(is_first, state.step, outcome.bad_step)
             return new, LoopResult(losses.astype(jnp.float32), bad_step)
