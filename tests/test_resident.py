@@ -157,7 +157,7 @@ def test_resident_training_batches_equal_streaming_batches(
     @jax.jit
     def gather(number):
         rows = jax.tree.map(lambda rows: rows[number], drawn)
-        batch = resident.gather_batch(clips.train, rows, plan.padded_lengths.items())
+        batch = resident.gather_batch(clips.train, *rows, sizes=plan.padded_lengths.items())
         frames = {k: x._replace(features=fusion.read(x.features)) for k, x in batch.frames.items()}
         return batch._replace(frames=frames)
 
@@ -335,9 +335,10 @@ def compiled():
     """Returns a list that receives the name of each training loop that is compiled."""
     found: list[str] = []
 
-    def add(event, seconds, *, fun_name="", **rest):
-        if event == "/jax/core/compile/backend_compile_duration" and fun_name == "jit(loop)":
-            found.append(fun_name)
+    def add(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        name = str(kwargs.get("fun_name"))
+        if event == "/jax/core/compile/backend_compile_duration" and name == "jit(loop)":
+            found.append(name)
 
     jax.monitoring.register_event_duration_secs_listener(add)
     yield found

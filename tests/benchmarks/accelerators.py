@@ -67,7 +67,7 @@ SYSTEMS: dict[str, tuple[str, dict[str, float]]] = {
 }
 PROGRAMS = ("streamed", "resident", "evaluation", "parameters", "optimiser")
 TRAINING = PROGRAMS[:2]
-PROGRAM_OF_MODE = dict(zip(("streaming", "resident"), TRAINING, strict=True))
+PROGRAM_OF_MODE = {"streaming": "streamed", "resident": "resident"}
 MAX_STEPS = 10  # of a call
 
 
@@ -293,7 +293,8 @@ def compile_program(
     start = time.process_time()  # of all cores, because the machine may be busy
     compiled = lowered.compile()
     seconds = time.process_time() - start
-    memory, flops = compiled.memory_analysis(), {True: 0.0, False: 0.0}
+    memory: Any = compiled.memory_analysis()
+    flops = {True: 0.0, False: 0.0}
     for highest, count in count_flops(traced.jaxpr.jaxpr, mesh.size):
         flops[highest] += count
     rows[f"{system}, {device}, {program}, {group} members"] = row = {
@@ -321,7 +322,8 @@ def take_steps(name: str) -> None:
     start = time.perf_counter()
     arguments = (given["state"], given["constants"], given["clips"], given["count"])
     compiled = loop.lower(*arguments).compile()
-    memory, compile_seconds = compiled.memory_analysis(), time.perf_counter() - start
+    memory: Any = compiled.memory_analysis()
+    compile_seconds = time.perf_counter() - start
     state = train_step.make_state(given["init"], plan.system.tx, mesh)
     labels = np.random.default_rng(1).integers(0, plan.system.task.num_columns, state.labels.shape)
     state = state.replace(labels=devices.replicate(mesh, labels.astype(np.int32)))

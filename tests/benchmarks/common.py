@@ -221,7 +221,7 @@ def make_run(spec: str, *overrides: str, batch_size: int, num_clips: int, **opti
 
     def gather(clips: Any, number: Any) -> Batch:
         rows = jax.tree.map(lambda rows: rows[number], drawn)
-        return resident.gather_batch(clips, rows, plan.batches.padded_lengths.items())
+        return resident.gather_batch(clips, *rows, sizes=plan.batches.padded_lengths.items())
 
     return SimpleNamespace(
         system=system, state=state, constants=constants, clips=clips, plan=plan.batches,

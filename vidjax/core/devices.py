@@ -66,7 +66,7 @@ def jit(
     function: Callable[..., Any],
     mesh: Mesh,
     **options: Any,  # noqa: ANN401
-) -> Callable[..., Any]:
+) -> jax.stages.Wrapped:
     """Returns `jax.jit(function, **options)`, set to compile large programs faster on a CPU.
 
     The program runs on the devices of `mesh`.

@@ -10,18 +10,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vidjax.core.batch import Array
 from vidjax.data.clips import BatchPlan
 
 
 class DrawnClips(NamedTuple):
     """The clips in R rows of batches."""
 
-    clip_index: Array  # [R] int32, the number of each clip in the training splits
-    batch_mask: Array  # [R] bool, False for empty rows of the last batch of an epoch
+    clip_index: np.ndarray  # [R] int32, the number of each clip in the training splits
+    batch_mask: np.ndarray  # [R] bool, False for empty rows of the last batch of an epoch
     # Modality of `BatchPlan.windowed` -> [R] int32, the first frame of the window of each clip. If
     # a clip is shorter than a window, the first frame is 0.
-    first: Mapping[str, Array]
+    first: Mapping[str, np.ndarray]
 
 
 def draw_clips(plan: BatchPlan, step: int, count: int = 1) -> DrawnClips:

@@ -7,7 +7,7 @@ reads only the features of the frames that the fusion of the model uses.
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,25 +55,27 @@ def draw_steps(plan: BatchPlan, step: int, count: int) -> DrawnClips:
 
 def gather_batch(
     clips: Mapping[str, Packed],
-    drawn: DrawnClips,
-    sizes: Iterable[tuple[str, int]],
+    clip_index: Array,
+    batch_mask: Array,
+    first: Mapping[str, Array],
     *,
+    sizes: Iterable[tuple[str, int]],
     lazy: bool = True,
 ) -> Batch:
     """Returns a batch of B clips, from clips on the devices.
 
     Args:
       clips: modality -> the joined frames of all clips. The last frame is zeros, for padding.
-      drawn: the clips of the batch.
+      clip_index, batch_mask, first: the clips of the batch, [B], see `DrawnClips`.
       sizes: each modality, and the number of frames after padding.
       lazy: see `gather_frames`.
     """
-    index, mask, first = drawn
+    rows = clip_index, batch_mask
     frames = {
-        name: gather_frames(clips[name], index, mask, size, first.get(name, 0), lazy=lazy)
+        name: gather_frames(clips[name], *rows, size, first.get(name, 0), lazy=lazy)
         for name, size in sizes
     }
-    return Batch(frames, index, mask)
+    return Batch(frames, *rows)
 
 
 def gather_frames(
@@ -94,11 +96,11 @@ def gather_frames(
       first: [B] int32, the frame of each clip from which on frames are taken.
       lazy: whether features become LazyFeatures, which are read when a model uses them.
     """
-    first += clips.start[clip_index]
+    start = clips.start[clip_index] + first
     length = jnp.where(batch_mask, jnp.minimum(clips.length[clip_index], size), 0)
     place = jnp.arange(size, dtype=jnp.int32)
     mask = place < length[:, None]  # [B, T]
-    index = jnp.where(mask, first[:, None] + place, len(clips.number) - 1)
+    index = jnp.where(mask, start[:, None] + place, len(clips.number) - 1)
     quality, detection, number = (
         _take(values, index) for values in (clips.quality, clips.detection, clips.number)
     )
@@ -150,7 +152,7 @@ def make_resident_plan(
     return ResidentPlan(plan.splits, tuple(splits), num_frames, best, nbytes, modalities)
 
 
-def shape_frames(modality: Modality, *axes: int) -> list[jax.ShapeDtypeStruct]:
+def shape_frames(modality: Modality, *axes: int) -> list[Any]:
     """Returns the shapes of frames on the devices: features [*axes, D], other fields [*axes]."""
     shapes = {"features": (*axes, modality.dim)}
     dtypes = {field: get_dtype(field, modality.dtype) for field in BATCHED}
@@ -238,9 +240,9 @@ class Resident:
             return
         for bucket, places in split_blocks(plan.bucket, rows):
             _, *index = make_batch({}, places.astype(np.int32), rows)
-            drawn = DrawnClips(*devices.put(index, devices.row_layout(self._mesh)), {})
+            index = devices.put(index, devices.row_layout(self._mesh))
             sizes = tuple((name, plan.padded_lengths[name][bucket]) for name in plan.modalities)
-            yield self._gather(self._eval[plan.split], drawn, sizes=sizes)
+            yield self._gather(self._eval[plan.split], *index, {}, sizes=sizes)
 
 
 class _Filler:

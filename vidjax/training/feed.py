@@ -137,7 +137,7 @@ class ResidentFeed(Feed):
         self._step, self._most = step, resident.count_steps(plan)
 
     def _dispatch(self, states: States, constants: AllConstants, count: int) -> Dispatched:
-        drawn = resident.draw_steps(self._plan, self._step, count), np.int32(count)
+        drawn = resident.draw_steps(self._plan, self._step, count), np.asarray(count, np.int32)
         drawn, number = devices.replicate(self._mesh, drawn)
         self._step += count
         pairs = zip(states, constants, strict=True)

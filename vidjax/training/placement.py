@@ -40,10 +40,10 @@ def compile_loop(
     clips.
     """
     batches, whole = plan.batches, devices.replicated_layout(mesh)
-    table = jax.ShapeDtypeStruct(plan.labels.shape, np.int32)
+    table: Any = jax.ShapeDtypeStruct(plan.labels.shape, np.int32)
     frames = layout.num_frames if mode == "resident" else dict.fromkeys(layout.num_frames, 0)
     clips = {
-        name: Packed(*resident.shape_frames(kind, frames[name] + 1), table, table)
+        name: Packed(*resident.shape_frames(kind, frames[name] + 1), start=table, length=table)
         for name, kind in layout.modalities.items()
     }
     drawn, zero = resident.draw_steps(batches, 0, 1), np.int32(0)
@@ -52,7 +52,7 @@ def compile_loop(
         devices.check_rows(mesh, batches.batch_size)
         sizes = batches.padded_lengths.items()
         gather = functools.partial(resident.gather_batch, sizes=sizes, lazy=False)
-        batch = jax.eval_shape(gather, clips, jax.tree.map(lambda rows: rows[0], drawn))
+        batch = jax.eval_shape(gather, clips, *jax.tree.map(lambda rows: rows[0], drawn))
         given = devices.shapes(batch, devices.row_layout(mesh)), None
         streamed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch)) / mesh.size
 

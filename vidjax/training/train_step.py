@@ -368,11 +368,12 @@ def make_train_loop(system: System, mesh: Mesh, plan: BatchPlan) -> jax.stages.W
     ) -> Trained:
         def body(number: Array, carry: Trained) -> Trained:
             state, outcome = carry
-            batch = clips
-            if not isinstance(clips, Batch):
+            if isinstance(clips, Batch):
+                batch = clips
+            else:
                 packed, drawn = clips
                 drawn = jax.tree.map(lambda rows: rows[number], drawn)
-                batch = resident.gather_batch(packed, drawn, plan.padded_lengths.items())
+                batch = resident.gather_batch(packed, *drawn, sizes=plan.padded_lengths.items())
             new, losses = train_step(system, state, constants, place(batch))
             is_first = (outcome.bad_step < 0) & jnp.any(new.bad_steps >= MAX_BAD_STEPS)
             bad_step = jnp.where(is_first, state.step, outcome.bad_step)
