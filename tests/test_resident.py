@@ -379,8 +379,8 @@ def test_the_program_whose_memory_was_compared_is_the_one_that_runs(
 
 
 @pytest.mark.slow
-def test_memory_of_a_step_contains_no_state_and_no_clips(data, monkeypatch):
-    """More members need more memory. A streamed step has two batches of the devices' rows."""
+def test_memory_of_a_step_contains_no_state_and_no_clips(data):
+    """More members need more memory. Streamed clips need the memory of two batches."""
     config = small.shrunk("--config.ensemble.seeds=4", "--config.batch_size=64")
     plan, mesh = plan_lib.make_plan(config, data), devices_lib.make_mesh(1)
     layout = resident.make_resident_plan(data, plan.batches, ["val"])
@@ -395,6 +395,14 @@ def test_memory_of_a_step_contains_no_state_and_no_clips(data, monkeypatch):
     assert 3 * one < four < 5 * one
     huge = {name: 2**31 + count for name, count in layout.num_frames.items()}
     assert measure("streaming", 1, layout._replace(num_frames=huge)) == measure("streaming", 1)
+    for devices in (1, 2):
+        mesh = devices_lib.make_mesh(devices)
+        loop, taken = placement.compile_loop(plan, layout, state, mesh, "streaming", 1)
+        memory: Any = loop.memory_analysis()
+        new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        batch = next(data.train_batches(plan.batches))
+        waiting = 2 * sum(x.nbytes for x in jax.tree.leaves(batch)) / devices
+        assert taken == memory.temp_size_in_bytes + new + waiting
     # Ten times as many clips change the memory of a resident step by less than their frames.
     many = {name: 10 * count for name, count in layout.num_frames.items()}
     assert measure("resident", 1, layout._replace(num_frames=many)) < one + layout.nbytes / 100
