@@ -49,6 +49,6 @@ def test_programs_compile_and_fit_into_accelerators(system, device, tmp_path):
         row = rows[f"{system}, {device}, {program}"]
         assert not row["float64"] and not row["transfers"], program
         assert_only_reduces(system, program, row)
-        chosen = {"streaming": "streamed", "resident": "resident"}[row["auto"]]
+        chosen = accelerators.PROGRAM_OF_MODE[row["auto"]]
         if program == chosen or program not in accelerators.TRAINING:
             assert accelerators.fits(row, accelerators.DEVICES[device]), program

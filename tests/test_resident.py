@@ -1,6 +1,5 @@
 """Resident clips, which stay in the memory of devices, give the same batches as streamed clips."""
 
-import functools
 import itertools
 from types import SimpleNamespace
 from typing import Any
@@ -16,14 +15,12 @@ from tests.helpers.cases import nightly_after_first, quick_first
 from tests.helpers.clip_files import RAGGED, as_arrays, ragged_clips, random_clip, write_ragged
 from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused
-from vidjax.core import devices as devices_lib, fusion
+from vidjax.core import devices as devices_lib, ensemble, fusion
 from vidjax.core.batch import LazyFeatures, Packed
 from vidjax.data import order as order_lib, resident, sources
-from vidjax.data.clips import longest, make_batch_plan
-from vidjax.models.build_system import TaskSpec, make_system
-from vidjax.runs import config_io
+from vidjax.data.clips import BatchPlan, longest, make_batch_plan
 from vidjax.runs.checkpoint import manifests
-from vidjax.training import placement
+from vidjax.training import placement, plan as plan_lib, train_step
 
 MODALITIES = ("face", "audio", "body")
 
@@ -31,13 +28,11 @@ MODALITIES = ("face", "audio", "body")
 def test_shuffles_are_uniform_and_differ_between_epochs_and_seeds():
     """Chi-squared tests of the places of clips, and of pairs of neighbours."""
     n, epochs = 12, 3000
-    shuffled = jax.jit(order_lib.shuffle, static_argnums=3)
 
     def orders_of(seed, first_epoch):
         """Returns the clip at each place of each epoch, [epochs, n]."""
-        epoch = first_epoch + np.repeat(np.arange(epochs, dtype=np.int32), n)
-        place = np.tile(np.arange(n, dtype=np.int32), epochs)
-        return np.asarray(shuffled(jax.random.key(seed), epoch, place, n)).reshape(epochs, n)
+        plan = BatchPlan(("train",), n, n, {"face": 1}, "quality", {}, seed)
+        return order_lib.draw_clips(plan, first_epoch, epochs).clip_index.reshape(epochs, n)
 
     orders = orders_of(seed=0, first_epoch=0)
     np.testing.assert_array_equal(np.sort(orders), [np.arange(n)] * epochs)
@@ -57,6 +52,40 @@ def test_shuffles_are_uniform_and_differ_between_epochs_and_seeds():
     assert (orders_of(seed=1, first_epoch=0) != orders).any()
     assert len(np.unique(orders, axis=0)) > 2990  # of 3000 epochs
     np.testing.assert_array_equal(orders[20:], orders_of(seed=0, first_epoch=20)[:-20])
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 16, 50])
+@pytest.mark.parametrize("chosen", [None, np.array([8, 3, 5, 0, 6, 1, 9])])
+def test_drawn_clips_equal_a_plain_loop_over_epochs(chosen, batch_size):
+    """Batches span epochs, except if the clips are chosen: then the last batch has empty rows."""
+    lengths = {"face": np.array([3, 9, 0, 40, 8, 7, 1, 16, 12, 7]), "body": np.arange(10)}
+    num_clips = len(lengths["face"]) if chosen is None else len(chosen)
+    padded = {"face": 7, "audio": 1, "body": 4}
+    plan = BatchPlan(("train",), batch_size, num_clips, padded, "window", lengths, 5, chosen)
+    rows = []
+    for epoch in range(60):
+        rng = np.random.Generator(np.random.Philox(key=[5, epoch]))
+        order = rng.permutation(num_clips)
+        uniform = rng.random((2, plan.num_places))
+        for place in range(plan.num_places):
+            clip = order[place] if place < num_clips else -1
+            clip = clip if chosen is None else chosen[clip]
+            firsts = [
+                int(number[place] * (max(0, lengths[name][clip] - padded[name]) + 1))
+                for name, number in zip(lengths, uniform, strict=True)
+            ]
+            rows.append([clip, place < num_clips, *firsts])
+    for step, count in ((0, 1), (0, 5), (3, 4), (7, 1)):
+        drawn = order_lib.draw_clips(plan, step, count)
+        assert [x.dtype for x in jax.tree.leaves(drawn)] == [np.int32, bool, np.int32, np.int32]
+        found = np.stack([*drawn[:2], *(drawn.first[name] for name in lengths)], axis=1)
+        wanted = np.array(rows[step * batch_size : (step + count) * batch_size])
+        np.testing.assert_array_equal(found, wanted)
+        stacked = resident.draw_steps(plan, step, count)
+        stacked = np.stack(jax.tree.leaves(stacked), axis=-1)[..., [0, 1, 3, 2]]
+        assert stacked.shape == (resident.DRAWN_CLIPS // batch_size, batch_size, 4)
+        np.testing.assert_array_equal(stacked[:count].reshape(wanted.shape), wanted)
+        assert not stacked[count:].any()
 
 
 COUNTS = {"train": 33, "val": 20, "test": 6}
@@ -122,17 +151,20 @@ def test_resident_training_batches_equal_streaming_batches(
     options = {"splits": splits, "crop": crop, "epoch_clips": epoch_clips}
     clips, _, plan = clips_of(ragged, modalities, batch_size=12, **options)
 
+    num_steps = 3 * plan.num_places // plan.batch_size
+    drawn = jax.device_put(resident.draw_steps(plan, first_step, num_steps))
+
     @jax.jit
-    def draw(step):
-        batch = resident.draw_batch(clips.train, plan, step)
+    def gather(number):
+        rows = jax.tree.map(lambda rows: rows[number], drawn)
+        batch = resident.gather_batch(clips.train, *rows, sizes=plan.padded_lengths.items())
         frames = {k: x._replace(features=fusion.read(x.features)) for k, x in batch.frames.items()}
         return batch._replace(frames=frames)
 
     # TensorFlow makes the batches of clips on the disk, and numpy the batches of clips in memory.
     streams = [data.train_batches(plan, step=first_step) for data in (ragged, in_memory)]
-    num_steps = 3 * plan.num_places // plan.batch_size
-    for step in range(first_step, first_step + num_steps):
-        resident_batch = draw(np.int32(step))
+    for number in range(num_steps):
+        resident_batch = gather(np.int32(number))
         for stream in streams:
             jax.tree.map(np.testing.assert_array_equal, next(stream), resident_batch)
 
@@ -205,6 +237,26 @@ def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, m
 
 
 @pytest.mark.slow
+def test_number_of_clips_drawn_at_once_changes_no_weight(data, tmp_path, monkeypatch):
+    """A call of the compiled loop takes at most three steps, or 2 ** 18 / 8."""
+    config, counts = small.shrunk("--config.batch_size=8", "--config.num_epochs=3"), []
+
+    def draw(plan, step, count, draw=resident.draw_steps):
+        drawn = draw(plan, step, count)
+        counts.append((count, len(drawn.clip_index)))
+        return drawn
+
+    monkeypatch.setattr(resident, "draw_steps", draw)
+    small.run(config, tmp_path / "many", data)
+    assert {size for _, size in counts} == {1 << 15} and max(counts)[0] > 3
+    counts.clear()
+    monkeypatch.setattr(resident, "DRAWN_CLIPS", 31)
+    small.run(config, tmp_path / "three", data)
+    assert {size for _, size in counts} == {3} and max(counts)[0] == 3
+    assert_equal(*(small.weights(tmp_path / name) for name in ("many", "three")))
+
+
+@pytest.mark.slow
 def test_layout_predicts_the_bytes_of_resident_clips(ragged):
     """A clip of more than 512 frames is stored twice: whole, and its best 512 for evaluation."""
     clips, layout, _ = clips_of(ragged)
@@ -215,54 +267,145 @@ def test_layout_predicts_the_bytes_of_resident_clips(ragged):
     assert sum(taken) == layout.nbytes + empty_frames
 
 
-def test_auto_mode_is_resident_if_clips_fit_in_memory_and_places_in_int32(data, monkeypatch):
-    """Clips may take half of the free memory that a training step leaves."""
-    (_, layout, _), mesh = clips_of(data, ("face", "audio")), devices_lib.make_mesh(1)
-    twice = 2.0 * layout.nbytes
-    for free, taken_by_step, wanted in (
-        (twice, 0, "resident"), (0.995 * twice, 0, "streaming"),
-        (twice + 1000, 1000, "resident"), (twice + 1000, 1001, "streaming"),
-    ):  # fmt: skip
-        monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh, free=free: free)
-        chosen = resident.choose_mode("auto", layout, mesh, num_drawn=100, taken=taken_by_step)
-        assert chosen == wanted
-        for mode in ("resident", "streaming"):
-            assert resident.choose_mode(mode, layout, mesh, num_drawn=100) == mode
+@pytest.fixture
+def choose(data, monkeypatch):
+    """Returns a function that chooses a mode and a number of members, with given free bytes.
 
-    monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: float("inf"))
-    huge = layout._replace(num_frames={**layout.num_frames, "face": 2**31})
-    for either, num_drawn in ((huge, 100), (layout, 2**31)):  # num_drawn: clips in all batches
-        assert resident.choose_mode("auto", either, mesh, num_drawn) == "streaming"
-        with pytest.raises(ValueError, match="too many for an int32"):
-            resident.choose_mode("resident", either, mesh, num_drawn)
+    A step of n members needs 1000 n bytes, and 100 more if clips are streamed.
+    """
+    _, layout, _ = clips_of(data, ("face", "audio"))
 
-
-def test_members_train_together_as_far_as_the_memory_allows(data, monkeypatch):
-    """Clips come first. A resumed run keeps its groups if they fit."""
-    (_, layout, plan), mesh = clips_of(data, ("face", "audio")), devices_lib.make_mesh(1)
-    config = config_io.load_file("configs/noise_classes.py").to_dict()
-    task = TaskSpec(dict(layout.widths), 12, 3, plan.num_clips, 10, True)
-    system = make_system(config, task)
-    state: Any = SimpleNamespace(
-        labels=np.zeros((8, plan.num_clips)), params={"w": np.zeros((8, 5))}
-    )
-    plan = plan._replace(batch_size=1 << 16)
-    step = functools.partial(placement.estimate_step_bytes, system, plan, 5.0 * 8, mesh)
-
-    def choose(free, before=None, mode="auto"):
+    def choose(free, mode="auto", sizes=(1,), **changed):
         monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: free)
-        return placement.choose_placement(
-            mode, layout, system, plan, state, mesh, num_drawn=9, before=before
-        )
+        measured.clear()
 
-    assert choose(step(8) + 2 * layout.nbytes) == ("resident", 1)  # members of a CPU train in turn
-    monkeypatch.setattr(devices_lib, "is_cpu", lambda mesh: False)
-    for size in (1, 2, 4, 8):
-        assert choose(step(size) + 2 * layout.nbytes) == ("resident", size)
-    assert choose(step(4) + 2 * layout.nbytes, before=2).group_size == 2
-    assert choose(step(4) + 2 * layout.nbytes, before=8).group_size == 4
-    assert choose(step(1) + layout.nbytes) == ("streaming", 1)
-    assert choose(0.0) == ("streaming", 1)  # an error of the device would be clearer than ours
+        def measure(mode, size):
+            measured.append((mode, size))
+            return 1000 * size + 100 * (mode == "streaming")
+
+        mesh = devices_lib.make_mesh(1)
+        return placement.choose_placement(mode, layout._replace(**changed), mesh, sizes, measure)
+
+    measured: list[tuple[str, int]] = []
+    return SimpleNamespace(placement=choose, measured=measured, nbytes=layout.nbytes)
+
+
+def test_auto_mode_is_resident_if_clips_fit_in_memory_and_frames_in_int32(choose):
+    """Clips may take half of the free memory that a training step leaves."""
+    twice = 2 * choose.nbytes
+    for free, wanted, measured in (
+        (twice + 1000, "resident", ["resident", "resident"]),
+        (twice + 999, "streaming", ["resident", "resident", "resident", "streaming"]),
+        (twice - 1, "streaming", ["streaming"]),  # no program of resident steps is compiled
+    ):
+        assert choose.placement(free) == (wanted, 1)
+        assert {mode for mode, _ in choose.measured} == {*measured}
+        for mode in ("resident", "streaming"):
+            assert choose.placement(free, mode) == (mode, 1)
+
+    huge = {"num_frames": {"face": 2**31 - 1}}
+    assert choose.placement(float("inf"), **huge) == ("streaming", 1)
+    with pytest.raises(ValueError, match="too many for an int32"):
+        choose.placement(float("inf"), "resident", **huge)
+
+
+def test_members_train_together_as_far_as_the_memory_allows(choose):
+    """Clips come first. Members get the rest, also of memory that clips may not take."""
+    nbytes, sizes = choose.nbytes, (8, 4, 2, 1)
+    assert nbytes > 8000
+    for size in sizes:
+        assert choose.placement(1000 * size + 2 * nbytes, sizes=sizes) == ("resident", 8)
+        free = 1000 * size + nbytes
+        assert choose.placement(free, "resident", sizes) == ("resident", size)
+        below = max(1, size // 2)
+        assert choose.placement(free - 1, "resident", sizes) == ("resident", below)
+        assert choose.placement(free + 100, "streaming", sizes)[1] == 8
+        assert choose.placement(1000 * size + 100, "streaming", sizes)[1] == size
+        assert choose.placement(1000 * size + 99, "streaming", sizes)[1] == below
+    # A step of a single member leaves enough room for clips, and a step of all members does not.
+    assert choose.placement(1000 + 2 * nbytes, sizes=sizes) == ("resident", 8)
+    assert choose.measured[-1] == ("resident", 1)
+    assert choose.placement(999 + 2 * nbytes, sizes=sizes) == ("streaming", 8)
+    assert choose.placement(2000 + nbytes, "resident", (2, 8, 4, 1))[1] == 2  # as before
+    assert choose.placement(0.0, sizes=sizes) == ("streaming", 1)  # the device raises an error
+
+
+@pytest.fixture
+def compiled():
+    """Returns a list that receives the name of each training loop that is compiled."""
+    found: list[str] = []
+
+    def add(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        name = str(kwargs.get("fun_name"))
+        if event == "/jax/core/compile/backend_compile_duration" and name == "jit(loop)":
+            found.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(add)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(add)
+
+
+@pytest.mark.slow
+def test_the_program_whose_memory_was_compared_is_the_one_that_runs(
+    data, tmp_path, monkeypatch, compiled
+):
+    """A second program is compiled only if clips fit, but not together with a step."""
+    words = "--config.ensemble.seeds=2", "--config.eval.split=val", "--config.modalities=face"
+
+    def train(name, *more, epochs=1, mode="auto", on_cpu=True, free=float("inf")):
+        """Trains a run; returns its mode, its group size, and the number of compiled loops."""
+        monkeypatch.setattr(devices_lib, "is_cpu", lambda mesh: on_cpu)
+        monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: free)
+        compiled.clear()
+        words_of_run = *words, f"--config.num_epochs={epochs}", f"--config.data.mode={mode}"
+        small.run(small.shrunk(*words_of_run), tmp_path / name, data)
+        found = manifests(tmp_path / name)
+        manifest = found[max(found)]
+        return manifest["mode"], manifest["group_size"], len(compiled)
+
+    plan = make_batch_plan(
+        [data.split("train")], ("face",), batch_size=32, max_frames=64, crop="window", seed=0
+    )
+    nbytes = resident.make_resident_plan(data, plan, ["val"]).nbytes
+    assert train("auto") == ("resident", 1, 1)
+    assert train("auto", epochs=2, on_cpu=False) == ("resident", 1, 1)  # as before
+    assert train("given", mode="resident") == ("resident", 1, 1)
+    assert train("streamed", mode="streaming") == ("streaming", 1, 1)
+    assert train("accelerator", on_cpu=False) == ("resident", 2, 1)
+    assert train("tight", free=2.0 * nbytes) == ("streaming", 1, 2)
+    assert train("full", free=2.0 * nbytes - 1) == ("streaming", 1, 1)
+    # Without memory, no number of members fits. A device would raise an error.
+    assert train("none", on_cpu=False, free=0.0) == ("streaming", 1, 2)
+
+
+@pytest.mark.slow
+def test_memory_of_a_step_contains_no_state_and_no_clips(data):
+    """More members need more memory. Streamed clips need the memory of two batches."""
+    config = small.shrunk("--config.ensemble.seeds=4", "--config.batch_size=64")
+    plan, mesh = plan_lib.make_plan(config, data), devices_lib.make_mesh(1)
+    layout = resident.make_resident_plan(data, plan.batches, ["val"])
+    rngs = ensemble.make_rngs(plan.training_sets.members, 0)
+    labels = np.tile(plan.labels, (4, 1))
+    state = jax.eval_shape(lambda: train_step.init_state(plan.system, rngs, labels))
+
+    def measure(mode, size, layout=layout):
+        return placement.compile_loop(plan, layout, state, mesh, mode, size)[1]
+
+    one, four = measure("resident", 1), measure("resident", 4)
+    assert 3 * one < four < 5 * one
+    huge = {name: 2**31 + count for name, count in layout.num_frames.items()}
+    assert measure("streaming", 1, layout._replace(num_frames=huge)) == measure("streaming", 1)
+    for devices in (1, 2):
+        mesh = devices_lib.make_mesh(devices)
+        loop, taken = placement.compile_loop(plan, layout, state, mesh, "streaming", 1)
+        memory: Any = loop.memory_analysis()
+        new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        batch = next(data.train_batches(plan.batches))
+        waiting = 2 * sum(x.nbytes for x in jax.tree.leaves(batch)) / devices
+        assert taken == memory.temp_size_in_bytes + new + waiting
+    # Ten times as many clips change the memory of a resident step by less than their frames.
+    many = {name: 10 * count for name, count in layout.num_frames.items()}
+    assert measure("resident", 1, layout._replace(num_frames=many)) < one + layout.nbytes / 100
 
 
 def test_uploading_clips_in_chunks_changes_no_value(data, monkeypatch):

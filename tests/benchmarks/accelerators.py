@@ -39,7 +39,7 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 from jax.extend import core
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh
 
 from tests.benchmarks import common, training_step
 from vidjax.core import devices, ensemble
@@ -47,7 +47,6 @@ from vidjax.core.batch import Batch, Frames
 from vidjax.data import resident
 from vidjax.evaluation import eval_step
 from vidjax.training import placement, train_step
-from vidjax.training.placement import Placement
 
 RESULTS, PAGE = (Path(__file__).with_suffix(suffix) for suffix in (".json", ".md"))
 GB, MS = 1e9, 1e-3
@@ -68,6 +67,8 @@ SYSTEMS: dict[str, tuple[str, dict[str, float]]] = {
 }
 PROGRAMS = ("streamed", "resident", "evaluation", "parameters", "optimiser")
 TRAINING = PROGRAMS[:2]
+PROGRAM_OF_MODE = {"streaming": "streamed", "resident": "resident"}
+MAX_STEPS = 10  # of a call
 
 
 class Device(NamedTuple):
@@ -154,8 +155,8 @@ def make_arguments(plan: Any, mesh: Mesh, group: int) -> dict[str, Any]:
     init, state = make_state(plan, group)
     whole, rows = devices.replicated_layout(mesh), devices.row_layout(mesh)
 
-    def shape(tree: Any, layout: NamedSharding = whole) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), tree)
+    def shape(tree: Any) -> Any:
+        return devices.shapes(tree, whole)
 
     def batch(size: int) -> Batch:
         def array(*shape: int, dtype: Any = jnp.float32) -> Any:
@@ -178,7 +179,8 @@ def make_arguments(plan: Any, mesh: Mesh, group: int) -> dict[str, Any]:
         "drawn": shape(state.replace(opt_state=None)),
         "state": shape(state),
         "constants": shape(train_step.make_member_constants(members, weight)),
-        "clips": shape(jax.eval_shape(lambda: common.make_clips(config.modalities, num_clips))),
+        "clips": (shape(jax.eval_shape(lambda: common.make_clips(config.modalities, num_clips))),
+                  shape(resident.draw_steps(plan.batches, 0, 1))),
         "count": shape(np.zeros((), np.int32)),
         "batch": batch(config.batch_size),
         # The weights of one member.
@@ -194,24 +196,16 @@ def make_programs(plan: Any, mesh: Mesh, group: int) -> dict[str, tuple[Any, Any
     """Returns the name of each program -> its function, and the shapes of its arguments."""
     system, given = plan.system, make_arguments(plan, mesh, group)
     draw, complete = train_step.make_init_programs(given["init"], system.tx, mesh)
-    stream = train_step.make_train_loop(system, mesh, lambda batch, _: batch)
-    reside = make_resident_loop(plan, mesh)
+    loop = train_step.make_train_loop(system, mesh, plan.batches)
     evaluate = eval_step.make_eval_step(system, mesh)
     learned = given["state"], given["constants"]
     return {
-        "streamed": (stream, (*learned, given["batch"], None)),
-        "resident": (reside, (*learned, given["clips"], given["count"])),
+        "streamed": (loop, (*learned, given["batch"], None)),
+        "resident": (loop, (*learned, given["clips"], given["count"])),
         "evaluation": (evaluate, (*given["model"], given["count"], given["block"])),
         "parameters": (draw, ()),
         "optimiser": (complete, (given["drawn"],)),
     }
-
-
-def make_resident_loop(plan: Any, mesh: Mesh) -> Any:
-    """Returns the compiled loop of training steps on resident clips."""
-    return train_step.make_train_loop(
-        plan.system, mesh, lambda clips, step: resident.draw_batch(clips, plan.batches, step)
-    )
 
 
 def count_flops(jaxpr: Any, num_devices: int) -> Iterator[tuple[bool, float]]:
@@ -242,61 +236,72 @@ def count_traffic(text: str) -> dict[str, Any]:
     }
 
 
-def count_params(plan: Any) -> float:
-    """Returns the bytes of the parameters of a member."""
-    return sum(4 * x.size for x in jax.tree.leaves(make_state(plan, 1)[1].params))
+def choose_placement(system: str, device: str, rows: dict[str, Any]) -> tuple[str, int]:
+    """Returns the choices that training makes on a device whose memory contains only the state.
 
-
-def choose_placement(plan: Any, name: str) -> Placement:
-    """Returns the choices that training makes on a device whose memory contains only the state."""
-    device, (_, state) = DEVICES[name], make_state(plan, len(plan.members))
-    modalities = plan.config.modalities
+    Programs are compiled until one of them fits.
+    """
+    plan, mesh = make_plan(system), make_mesh(device)
+    members = len(plan.members)
     num_clips = sum(NUM_CLIPS.values())  # of training, and of the evaluated split
-    frames = {x: common.MAX_FRAMES[x] // 2 + 1 for x in modalities}  # of a clip, on average
+    frames = {x: common.MAX_FRAMES[x] // 2 + 1 for x in plan.config.modalities}  # of a clip
     frames = {x: num_clips * count for x, count in frames.items()}
     nbytes = sum(frames.values()) * (2 * common.DIM + resident.SCALAR_BYTES)
     layout = resident.ResidentPlan((), (), frames, {}, nbytes, {})
+
+    def measure(mode: str, group: int) -> float:
+        row = compile_program(system, device, PROGRAM_OF_MODE[mode], group, rows)
+        batch = make_arguments(plan, mesh, group)["batch"] if mode == "streaming" else ()
+        waiting = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch)) / mesh.size
+        return row["temporary"] + row["outputs"] + 2 * waiting
+
+    _, state = make_state(plan, members)
     taken = sum(math.prod(x.shape) * 4 for x in jax.tree.leaves(state))
-    mesh = make_mesh(name)
     with pytest.MonkeyPatch.context() as patch:
-        free = device.memory * device.usable - taken
+        free = DEVICES[device].memory * DEVICES[device].usable - taken
         patch.setattr(resident, "find_least_free_bytes", lambda mesh: free)
-        return placement.choose_placement(
-            "auto", layout, plan.system, plan.batches, state, mesh, num_drawn=0
-        )
+        sizes = [size for size in range(members, 0, -1) if members % size == 0]
+        return placement.choose_placement("auto", layout, mesh, sizes, measure)
 
 
 def measure(system: str, device: str, program: str, rows: dict[str, Any]) -> None:
-    """Compiles a program, and stores its row in `rows`. An up-to-date row is not replaced."""
+    """Stores the row of a program in `rows`."""
+    mode, group = choose_placement(system, device, rows)
+    row = compile_program(system, device, program, group, rows)
+    members = len(make_plan(system).members)
+    chosen = {"members": members, "group": group, "auto": mode}
+    rows[f"{system}, {device}, {program}"] = row | chosen
+
+
+def compile_program(
+    system: str, device: str, program: str, group: int, rows: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns the figures of a program for `group` members.
+
+    If `rows` has no figures of this program, it is compiled, and a row is added.
+    """
     plan, mesh = make_plan(system), make_mesh(device)
-    placed = choose_placement(plan, device)
-    function, arguments = make_programs(plan, mesh, placed.group_size)[program]
+    function, arguments = make_programs(plan, mesh, group)[program]
     traced = function.trace(*arguments)
     lowered = traced.lower()
     target = DEVICES[device].target
     key = f"{target} {jax.__version__} {lowered.as_text()}"
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    name = f"{system}, {device}, {program}"
-    if rows.get(name, {}).get("digest") == digest:
-        return
+    for row in rows.values():
+        if row["digest"] == digest:
+            return row
     start = time.process_time()  # of all cores, because the machine may be busy
     compiled = lowered.compile()
     seconds = time.process_time() - start
-    memory, flops = compiled.memory_analysis(), {True: 0.0, False: 0.0}
-    estimate = placement.estimate_step_bytes(
-        plan.system, plan.batches, count_params(plan), mesh, placed.group_size
-    )
+    memory: Any = compiled.memory_analysis()
+    flops = {True: 0.0, False: 0.0}
     for highest, count in count_flops(traced.jaxpr.jaxpr, mesh.size):
         flops[highest] += count
-    rows[name] = {
+    rows[f"{system}, {device}, {program}, {group} members"] = row = {
         "digest": digest,
         "jax": jax.__version__,
-        "members": len(plan.members),
-        "group": placed.group_size,
-        "auto": placed.mode,
         "seconds": round(seconds, 1),
         "arguments": memory.argument_size_in_bytes,
-        "estimate": estimate if program in TRAINING else None,  # of the temporary memory
         "temporary": memory.temp_size_in_bytes,
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "state": sum(math.prod(x.shape) * 4 for x in jax.tree.leaves(arguments[:1])),
@@ -305,6 +310,7 @@ def measure(system: str, device: str, program: str, rows: dict[str, Any]) -> Non
         "bytes": (compiled.cost_analysis() or {}).get("bytes accessed"),
         **count_traffic(compiled.as_text()),
     }
+    return row
 
 
 def take_steps(name: str) -> None:
@@ -312,22 +318,23 @@ def take_steps(name: str) -> None:
     plan, mesh, seconds = make_plan(name), devices.make_mesh(1), []
     group = len(plan.members)
     given = make_arguments(plan, mesh, group)
-    loop = make_resident_loop(plan, mesh)
+    loop = train_step.make_train_loop(plan.system, mesh, plan.batches)
     start = time.perf_counter()
     arguments = (given["state"], given["constants"], given["clips"], given["count"])
     compiled = loop.lower(*arguments).compile()
-    memory, compile_seconds = compiled.memory_analysis(), time.perf_counter() - start
+    memory: Any = compiled.memory_analysis()
+    compile_seconds = time.perf_counter() - start
     state = train_step.make_state(given["init"], plan.system.tx, mesh)
     labels = np.random.default_rng(1).integers(0, plan.system.task.num_columns, state.labels.shape)
     state = state.replace(labels=devices.replicate(mesh, labels.astype(np.int32)))
     constants = train_step.make_member_constants(plan.members, np.ones(state.labels.shape))
     constants = devices.replicate(mesh, constants)
-    clips = devices.replicate(
-        mesh, common.make_clips(plan.config.modalities, plan.batches.num_clips)
-    )
+    drawn = resident.draw_steps(plan.batches, 0, MAX_STEPS)
+    clips = common.make_clips(plan.config.modalities, plan.batches.num_clips)
+    clips = devices.replicate(mesh, (clips, drawn))
     count = lambda n: devices.replicate(mesh, np.int32(n))  # noqa: E731
     before = mesh.devices.flat[0].memory_stats() or {}
-    for steps in (1, 10, 10, 10):
+    for steps in (1, MAX_STEPS, MAX_STEPS, MAX_STEPS):
         start = time.perf_counter()
         state, result = compiled(state, constants, clips, count(steps))
         loss = np.asarray(result.loss)
@@ -374,9 +381,8 @@ def format_row(name: str, row: Mapping[str, Any]) -> list[str]:
     return [
         system, device_name, program,
         f"{row['group']} of {row['members']}" if trains else "",
-        {"resident": "resident", "streaming": "streamed"}[row["auto"]] if trains else "",
+        PROGRAM_OF_MODE[row["auto"]] if trains else "",
         f"{row['arguments'] / GB:.2f}", f"{row['temporary'] / GB:.2f}",
-        f"{row['estimate'] / GB:.2f}" if trains else "",
         f"{count_bytes(row) / device.memory:.0%}",
         f"{(row['flops'] + row['flops_float32']) / 1e12:.3f}",
         f"{row['bytes'] / GB:.1f}" if row["bytes"] else "",
@@ -389,7 +395,7 @@ def format_row(name: str, row: Mapping[str, Any]) -> list[str]:
 
 HEADER = [
     "system", "device", "program", "members together", "`auto` chooses", "arguments, GB",
-    "temporary, GB", "our estimate, GB", "of the memory", "flops, 1e12", "bytes, GB",
+    "temporary, GB", "of the memory", "flops, 1e12", "bytes, GB",
     "lower bound, ms", "collectives", "float64", "transfers", "compiled in, CPU s",
 ]  # fmt: skip
 

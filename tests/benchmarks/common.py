@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vidjax.core import devices, ensemble, fusion
-from vidjax.core.batch import Array, Frames, Packed
+from vidjax.core.batch import Array, Batch, Frames, Packed
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan
 from vidjax.models.build_system import TaskSpec, make_system
@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 IDENTITIES = 10_034  # of the official files
 ROUNDS = 5
+MAX_STEPS = 4  # of a call of a training loop
 DIM = 512  # width of features
 # Clips have 1 to this number of frames, so 30 on average.
 MAX_FRAMES = {"face": 59, "head": 59, "body": 29, "audio": 1}
@@ -196,7 +197,7 @@ def make_plan(
         system=make_system(config.to_dict(), task),
         members=ensemble.make_members(config.ensemble.to_dict()),
         batches=BatchPlan(
-            ("train",), config.batch_size, num_clips, padded, (), "window", config.seed
+            ("train",), config.batch_size, num_clips, padded, "window", {}, config.seed
         ),
     )
 
@@ -213,12 +214,19 @@ def make_run(spec: str, *overrides: str, batch_size: int, num_clips: int, **opti
     state = train_step.make_state(init, system.tx, mesh)
     constants = train_step.make_member_constants(members, np.ones(shape))
     constants = devices.replicate(mesh, constants)
+    drawn = resident.draw_steps(plan.batches, 0, MAX_STEPS)
     clips = devices.replicate(mesh, make_clips(plan.config.modalities, num_clips))
-    draw = lambda clips, step: resident.draw_batch(clips, plan.batches, step)  # noqa: E731
-    loop = train_step.make_train_loop(system, mesh, draw)  # compiled; takes several steps
+    loop = train_step.make_train_loop(system, mesh, plan.batches)  # takes several steps
+    drawn = devices.replicate(mesh, drawn)
+
+    def gather(clips: Any, number: Any) -> Batch:
+        rows = jax.tree.map(lambda rows: rows[number], drawn)
+        return resident.gather_batch(clips, *rows, sizes=plan.batches.padded_lengths.items())
+
     return SimpleNamespace(
-        system=system, state=state, constants=constants, clips=clips, plan=plan.batches, loop=loop
-    )
+        system=system, state=state, constants=constants, clips=clips, plan=plan.batches,
+        drawn=drawn, gather=gather, loop=loop,
+    )  # fmt: skip
 
 
 def make_torch_batch(frames: Mapping[str, Frames], labels: np.ndarray) -> Any:

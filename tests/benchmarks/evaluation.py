@@ -57,7 +57,7 @@ class RandomClips(resident.Resident):
         )  # fmt: skip
         self._data: Any = SimpleNamespace(split=lambda _: split)
         self._mesh, self._eval = devices.make_mesh(1), {"val": run.clips}
-        self._gathered = jax.jit(resident.gather_modalities, static_argnames="sizes")
+        self._gather = jax.jit(partial(resident.gather_batch, lazy=False), static_argnames="sizes")
 
 
 def make_functions(spec: str, args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], Any]:

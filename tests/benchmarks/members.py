@@ -29,7 +29,7 @@ def make_step(members: int, batch_size: int) -> Callable[[], list[Any]]:
     def train() -> list[Any]:
         results = []
         for i, constants in enumerate(constants_of_members):
-            states[i], result = run.loop(states[i], constants, run.clips, np.ones((), np.int32))
+            states[i], result = run.loop(states[i], constants, (run.clips, run.drawn), np.int32(1))
             results.append(result)
         return results
 

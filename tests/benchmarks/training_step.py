@@ -21,10 +21,9 @@ from jax.extend import core
 
 from tests.benchmarks import common
 from vidjax.core.batch import Array
-from vidjax.data import resident
 from vidjax.training import train_step
 
-STEPS = 4  # of a call
+STEPS = common.MAX_STEPS  # of a call
 # Name -> configuration of the published size, and overrides. The residual net is 4096 units wide
 # instead of 8192, and trains on one random vector of each clip.
 WIDE = "residual_dense.py:iqiyi_vid,face,one", "model.width=4096", "fusion.face.train.num_draws=1"
@@ -80,7 +79,7 @@ def make_torch_steps(name: str, run: Any, args: argparse.Namespace) -> dict[str,
 
     from tests.benchmarks import peer
 
-    batch = resident.draw_batch(run.clips, run.plan, np.zeros((), np.int32))
+    batch = run.gather(run.clips, 0)
     num_classes = 1 + common.IDENTITIES
     labels = np.random.default_rng(1).integers(0, num_classes, len(batch.clip_index))
     torch_batch = common.make_torch_batch(batch.frames, labels)
@@ -101,14 +100,14 @@ def benchmark(name: str, args: argparse.Namespace) -> list[Any]:
     num_params = sum(x.size for x in jax.tree.leaves(state.params))
 
     def take_step(state: Any, clips: Any) -> Any:
-        batch = resident.draw_batch(clips, run.plan, state.step)
+        batch = run.gather(clips, state.step)
         return train_step.train_step(run.system, state, run.constants, batch)
 
     products = list(find_products(jax.make_jaxpr(take_step)(state, run.clips).jaxpr))
 
     def train() -> Any:
         nonlocal state
-        state, result = loop(state, run.constants, run.clips, np.int32(STEPS))
+        state, result = loop(state, run.constants, (run.clips, run.drawn), np.int32(STEPS))
         return result
 
     jax.block_until_ready(train())

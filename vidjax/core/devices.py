@@ -28,7 +28,7 @@ def jit(
     function: Callable[..., Any],
     mesh: Mesh,
     **options: Any,  # noqa: ANN401
-) -> Callable[..., Any]:
+) -> jax.stages.Wrapped:
     """Returns `jax.jit(function, **options)`, set to compile large programs faster on a CPU.
 
     The program runs on the devices of `mesh`.
@@ -108,6 +108,11 @@ def _return_unchanged(x: Array) -> Array:
     return x
 
 
+def shapes(tree: Tree, layout: NamedSharding) -> Tree:
+    """Returns the shapes of a tree of arrays that have the layout `layout` on the devices."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), tree)
+
+
 def fetch(tree: Tree) -> Tree:
     """Copies a tree of arrays to the host, including the parts on devices of other processes.
 
@@ -143,13 +148,17 @@ def _batch_layouts(mesh: Mesh, batch: Tree) -> Tree:
 
 def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
     """Distributes the clips of a batch over the devices, equally many to each."""
-    rows = np.shape(batch.clip_index)[0]
+    check_rows(mesh, np.shape(batch.clip_index)[0])
+    return put(batch, _batch_layouts(mesh, batch))
+
+
+def check_rows(mesh: Mesh, rows: int) -> None:
+    """Raises UserError if a batch of `rows` clips cannot be split equally over the devices."""
     if rows % mesh.size:
         raise UserError(
             f"config.batch_size={rows} is not a multiple of {mesh.size}, the number of devices\n"
             f"set --config.batch_size={-(-rows // mesh.size) * mesh.size}"
         )
-    return put(batch, _batch_layouts(mesh, batch))
 
 
 def constrain_batch(mesh: Mesh, batch: Tree) -> Tree:

@@ -91,10 +91,12 @@ class BatchPlan(NamedTuple):
     batch_size: int  # B, the number of clips of a batch
     num_clips: int  # N, the number of clips of an epoch
     padded_lengths: Mapping[str, int]  # modality -> T, the number of frames of a padded clip
-    longer: tuple[str, ...]  # the modalities in which at least one clip has more than T frames
     # How a longer clip is cut to T frames. 'window' takes consecutive frames from a random start.
     # 'quality' takes the T frames of the best quality, in time order.
     crop: str
+    # The modalities whose longer clips are cut to a random window -> [N] int32, the number of
+    # frames of each clip in the training splits.
+    windowed: Mapping[str, np.ndarray]
     seed: int  # the seed for the order of the clips and for random windows
     # [N] int32, the `clip_index` of each clip of an epoch. If it is None, an epoch has all clips,
     # and a batch may contain clips of two epochs. Otherwise, the last batch may have empty rows.
@@ -116,11 +118,6 @@ class BatchPlan(NamedTuple):
     def modalities(self) -> tuple[str, ...]:
         """The names of the modalities."""
         return tuple(self.padded_lengths)
-
-    @property
-    def windowed(self) -> tuple[str, ...]:
-        """The modalities whose longer clips are cut to a random window."""
-        return self.longer if self.crop == "window" else ()
 
 
 def split_blocks(bucket: np.ndarray, rows: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -328,10 +325,11 @@ def make_batch_plan(
     _check_distinct("config.data.train_splits", names)
     for split in splits:
         check_modalities(split, modalities)
-    longest_clip = {
-        name: max(int(split.lengths[name].max()) for split in splits) for name in modalities
+    lengths = {
+        name: np.concatenate([split.lengths[name] for split in splits]) for name in modalities
     }
-    padded_lengths = {name: padded(longest_clip[name], max_frames) for name in modalities}
+    padded_lengths = {name: padded(int(x.max()), max_frames) for name, x in lengths.items()}
+    longer = {name: x for name, x in lengths.items() if x.max() > padded_lengths[name]}
     return BatchPlan(
         splits=names,
         batch_size=batch_size,
@@ -339,8 +337,8 @@ def make_batch_plan(
         if epoch_clips is None
         else len(epoch_clips),
         padded_lengths=padded_lengths,
-        longer=tuple(name for name in modalities if longest_clip[name] > padded_lengths[name]),
         crop=crop,
+        windowed=longer if crop == "window" else {},
         seed=seed,
         epoch_clips=epoch_clips,
     )

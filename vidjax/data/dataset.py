@@ -114,9 +114,7 @@ class Dataset:
         TensorFlow makes the batches of clips on the disk.
         """
         reader = self._read(plan.splits)
-        parts = [self.split(name).lengths for name in plan.splits]
-        lengths = {name: np.concatenate([x[name] for x in parts]) for name in plan.windowed}
-        drawn = order.draw_on_host(plan, lengths, step)
+        drawn = (order.draw_clips(plan, number) for number in itertools.count(step))
         if not self._store.folder:
             return self._train_batches(reader, plan, drawn)
         resident = "choose --config.data.mode=resident if the clips fit into the memory"
@@ -128,7 +126,7 @@ class Dataset:
         return streaming.train_batches(reader, self.modalities, plan, drawn)
 
     def _train_batches(
-        self, reader: Reader, plan: BatchPlan, drawn: Iterator[order.HostClips]
+        self, reader: Reader, plan: BatchPlan, drawn: Iterator[order.DrawnClips]
     ) -> Iterator[Batch]:
         """Yields the training batches of clips in memory. `drawn` are the clips of each step."""
         for clips, batch_mask, first in drawn:

@@ -1,13 +1,13 @@
 """Keeps the clips of a dataset on the devices during training, if they fit.
 
-The devices themselves choose the clips of each batch, so several steps run without the host. A step
+The host draws the clips of several steps at once. Then these steps run without the host. A step
 reads only the features of the frames that the fusion of the model uses.
 """
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,31 +27,55 @@ from vidjax.data.clips import (
     make_eval_plan,
     split_blocks,
 )
-from vidjax.data.order import choose_first_frame, draw_batch_clips
+from vidjax.data.order import DrawnClips, draw_clips
 from vidjax.data.packed_clips import FRAME_FIELDS, get_dtype
 from vidjax.utils import machine
-from vidjax.utils.errors import UserError
 
 PHASES = ("train", "eval")
-MAX_MEMORY_SHARE = 0.5  # share of the free memory that clips may take
 # Bytes of a frame without its feature.
 SCALAR_BYTES = sum(np.dtype(field.dtype).itemsize for field in FRAME_FIELDS.values())
+DRAWN_CLIPS = 1 << 18  # number of clips that are drawn at once, at most
 CHUNK_BYTES = 32 << 20  # bytes that are copied to the devices at once
 
 
-def draw_batch(clips: Mapping[str, Packed], plan: BatchPlan, step: Array) -> Batch:
-    """Returns the batch of the training step `step` [] int32, from clips on the devices.
+def count_steps(plan: BatchPlan) -> int:
+    """Returns S, the largest number of steps that run without the host."""
+    return max(1, DRAWN_CLIPS // plan.batch_size)
 
-    `clips` is modality -> the joined frames of all clips. The last frame is zeros, for padding. The
-    features of the batch are LazyFeatures, which are read when a model uses them.
+
+def draw_steps(plan: BatchPlan, step: int, count: int) -> DrawnClips:
+    """Draws the clips of `count` training steps from `step` on, padded with zeros to [S, B].
+
+    With one shape for all counts, a training has one program. For S, see `count_steps`.
     """
-    position = step * plan.batch_size + jnp.arange(plan.batch_size, dtype=jnp.int32)
-    drawn = draw_batch_clips(plan, step, position // plan.num_places, position % plan.num_places)
+    padding = (0, count_steps(plan) - count), (0, 0)
+    drawn = draw_clips(plan, step, count)
+    return jax.tree.map(lambda rows: np.pad(rows.reshape(count, -1), padding), drawn)
+
+
+def gather_batch(
+    clips: Mapping[str, Packed],
+    clip_index: Array,
+    batch_mask: Array,
+    first: Mapping[str, Array],
+    *,
+    sizes: Iterable[tuple[str, int]],
+    lazy: bool = True,
+) -> Batch:
+    """Returns a batch of B clips, from clips on the devices.
+
+    Args:
+      clips: modality -> the joined frames of all clips. The last frame is zeros, for padding.
+      clip_index, batch_mask, first: the clips of the batch, [B], see `DrawnClips`.
+      sizes: each modality, and the number of frames after padding.
+      lazy: see `gather_frames`.
+    """
+    rows = clip_index, batch_mask
     frames = {
-        name: gather_frames(clips[name], *drawn[:2], size, drawn.windows.get(name))
-        for name, size in plan.padded_lengths.items()
+        name: gather_frames(clips[name], *rows, size, first.get(name, 0), lazy=lazy)
+        for name, size in sizes
     }
-    return Batch(frames, drawn.clip_index, drawn.batch_mask)
+    return Batch(frames, *rows)
 
 
 def gather_frames(
@@ -59,7 +83,7 @@ def gather_frames(
     clip_index: Array,
     batch_mask: Array,
     size: int,
-    window: Array | None = None,
+    first: Array | int = 0,
     *,
     lazy: bool = True,
 ) -> Frames:
@@ -69,17 +93,14 @@ def gather_frames(
       clips: the joined frames of all clips. The last frame is zeros, for padding.
       clip_index: [B] int32, the clips to return.
       batch_mask: [B] bool, False for rows that stay empty.
-      window: [B] float32 in [0, 1), random numbers that choose a window of longer clips. If it is
-        None, the first `size` frames are taken.
+      first: [B] int32, the frame of each clip from which on frames are taken.
       lazy: whether features become LazyFeatures, which are read when a model uses them.
     """
-    first, length = clips.start[clip_index], clips.length[clip_index]
-    if window is not None:
-        first += choose_first_frame(window, length, size)
-    length = jnp.where(batch_mask, jnp.minimum(length, size), 0)
+    start = clips.start[clip_index] + first
+    length = jnp.where(batch_mask, jnp.minimum(clips.length[clip_index], size), 0)
     place = jnp.arange(size, dtype=jnp.int32)
     mask = place < length[:, None]  # [B, T]
-    index = jnp.where(mask, first[:, None] + place, len(clips.number) - 1)
+    index = jnp.where(mask, start[:, None] + place, len(clips.number) - 1)
     quality, detection, number = (
         _take(values, index) for values in (clips.quality, clips.detection, clips.number)
     )
@@ -102,7 +123,7 @@ class ResidentPlan(NamedTuple):
     # frames, this phase uses a copy of its T frames of the highest quality.
     best: Mapping[tuple[str, str, str], int]
     nbytes: int  # number of bytes of all frames
-    widths: Mapping[str, int]  # modality -> feature width
+    modalities: Mapping[str, Modality]
 
 
 def make_resident_plan(
@@ -127,31 +148,18 @@ def make_resident_plan(
     for name, count in num_frames.items():
         dim, dtype = data.modalities[name]
         nbytes += count * (dim * np.dtype(dtype).itemsize + SCALAR_BYTES)
-    widths = {name: data.modalities[name].dim for name in plan.modalities}
-    return ResidentPlan(plan.splits, tuple(splits), num_frames, best, nbytes, widths)
+    modalities = {name: data.modalities[name] for name in plan.modalities}
+    return ResidentPlan(plan.splits, tuple(splits), num_frames, best, nbytes, modalities)
 
 
-def choose_mode(
-    mode: str, layout: ResidentPlan, mesh: Mesh, num_drawn: int, taken: float = 0
-) -> str:
-    """Returns 'resident' if clips stay on the devices, or 'streaming' to read them from disk.
-
-    `mode` is the mode in the configuration. If it is 'auto', the free memory decides. `num_drawn`
-    is the number of clips in all batches of the run. `taken` is the memory that a training step
-    needs on a device, in bytes.
-    Raises UserError if `mode` is 'resident', and an int32 cannot count the clips or frames.
-    """
-    too_many = max(num_drawn, *layout.num_frames.values()) >= 2**31 - 1
-    if mode == "resident" and too_many:
-        raise UserError(
-            f"config.data.mode='resident' is not possible: {num_drawn:,} clips in all batches, or "
-            f"{max(layout.num_frames.values()):,} frames, are too many for an int32\n"
-            "use --config.data.mode=streaming"
-        )
-    if mode != "auto":
-        return mode
-    room = MAX_MEMORY_SHARE * (find_least_free_bytes(mesh) - taken)
-    return "streaming" if too_many or layout.nbytes > room else "resident"
+def shape_frames(modality: Modality, *axes: int) -> list[Any]:
+    """Returns the shapes of frames on the devices: features [*axes, D], other fields [*axes]."""
+    shapes = {"features": (*axes, modality.dim)}
+    dtypes = {field: get_dtype(field, modality.dtype) for field in BATCHED}
+    return [
+        jax.ShapeDtypeStruct(shapes.get(field, axes), jax.dtypes.canonicalize_dtype(dtype))
+        for field, dtype in dtypes.items()
+    ]
 
 
 def find_least_free_bytes(mesh: Mesh) -> float:
@@ -177,21 +185,21 @@ class Resident:
     def __init__(self, data: TrainingData, layout: ResidentPlan, mesh: Mesh):
         self._data, self._mesh = data, mesh
         self.identities = data.identities
-        layout_of_rows = devices.row_layout(mesh)
-        self._gathered = devices.jit(
-            gather_modalities, mesh, static_argnames="sizes", out_shardings=layout_of_rows
+        gather = functools.partial(gather_batch, lazy=False)
+        self._gather = devices.jit(
+            gather, mesh, static_argnames="sizes", out_shardings=devices.row_layout(mesh)
         )
         fillers = {
-            name: _Filler(layout.num_frames[name], data.modalities[name], mesh)
-            for name in layout.widths
+            name: _Filler(layout.num_frames[name], modality, mesh)
+            for name, modality in layout.modalities.items()
         }
         # Each table is [2, N]: the first frame and the number of frames of each clip.
         tables = {
             (split, phase, name): np.zeros((2, len(data.split(split).clips)), np.int32)
-            for split, phase, name in itertools.product(layout.splits, PHASES, layout.widths)
+            for split, phase, name in itertools.product(layout.splits, PHASES, fillers)
         }
         for split in layout.splits:
-            for clip_index, chunk in data.packed(split, list(layout.widths)):
+            for clip_index, chunk in data.packed(split, list(fillers)):
                 for name, packed in chunk.items():
                     fields = [np.asarray(getattr(packed, field)) for field in BATCHED]
                     begin = fillers[name].append(fields)
@@ -231,22 +239,10 @@ class Resident:
             yield from self._data.eval_batches(plan, rows=rows)
             return
         for bucket, places in split_blocks(plan.bucket, rows):
-            batch = make_batch({}, places.astype(np.int32), rows)  # the frames are gathered below
-            batch = devices.put(batch, devices.row_layout(self._mesh))
-            clips = [self._eval[plan.split][name] for name in plan.modalities]
-            sizes = tuple(plan.padded_lengths[name][bucket] for name in plan.modalities)
-            frames = self._gathered(clips, batch.clip_index, batch.batch_mask, sizes=sizes)
-            yield batch._replace(frames=dict(zip(plan.modalities, frames, strict=True)))
-
-
-def gather_modalities(
-    clips: Sequence[Packed], clip_index: Array, batch_mask: Array, sizes: tuple[int, ...]
-) -> list[Frames]:
-    """Returns the frames of B clips in each modality. See `gather_frames`."""
-    return [
-        gather_frames(packed, clip_index, batch_mask, size, lazy=False)
-        for packed, size in zip(clips, sizes, strict=True)
-    ]
+            _, *index = make_batch({}, places.astype(np.int32), rows)
+            index = devices.put(index, devices.row_layout(self._mesh))
+            sizes = tuple((name, plan.padded_lengths[name][bucket]) for name in plan.modalities)
+            yield self._gather(self._eval[plan.split], *index, {}, sizes=sizes)
 
 
 class _Filler:
@@ -255,23 +251,17 @@ class _Filler:
     def __init__(self, num_frames: int, modality: Modality, mesh: Mesh):
         """Allocates arrays for `num_frames` frames of a modality, and a last frame of zeros."""
         self._mesh = mesh
-        dtype = np.dtype(modality.dtype)
-        fields = [((modality.dim,), dtype), *(((), get_dtype(f, dtype)) for f in BATCHED[1:])]
-        rows = max(1, CHUNK_BYTES // (modality.dim * dtype.itemsize))
+        shapes = shape_frames(modality, num_frames + 1)
+        rows = max(1, CHUNK_BYTES // (modality.dim * shapes[0].dtype.itemsize))
         self._waiting = self._done = 0  # frames in the chunk, and frames on the devices
         self._arrays: list[Array] = []
         if num_frames < rows:  # the chunk becomes the arrays, so no program is compiled
-            self._chunk = [np.zeros((num_frames + 1, *shape), dtype) for shape, dtype in fields]
+            self._chunk = [np.zeros(x.shape, x.dtype) for x in shapes]
             return
-        self._chunk = [np.empty((rows, *shape), dtype) for shape, dtype in fields]
-        zeros = jax.jit(
-            lambda: [
-                jnp.zeros((num_frames + 1, *shape), jax.dtypes.canonicalize_dtype(dtype))
-                for shape, dtype in fields
-            ],
-            out_shardings=devices.replicated_layout(mesh),
-        )
-        self._arrays = zeros()
+        self._chunk = [np.empty((rows, *x.shape[1:]), x.dtype) for x in shapes]
+        layout = devices.replicated_layout(mesh)
+        make = jax.jit(lambda: [jnp.zeros(x.shape, x.dtype) for x in shapes], out_shardings=layout)
+        self._arrays = make()
 
     def append(self, fields: Sequence[np.ndarray]) -> int:
         """Appends frames, arrays as in BATCHED. Returns the index of the first frame."""

@@ -18,9 +18,7 @@ from vidjax.core import devices, distributed
 from vidjax.core.batch import Batch, Packed
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan
-from vidjax.models.build_system import System
-from vidjax.training import train_step
-from vidjax.training.train_step import LoopResult, MemberConstants, TrainState
+from vidjax.training.train_step import Loop, LoopResult, MemberConstants, TrainState
 
 DISPATCH_SECONDS = 1.0  # the time that a dispatch should take
 # These lists have an entry for each group of members (nets of an ensemble) that train together.
@@ -49,9 +47,9 @@ class Feed(abc.ABC):
 
     mode: str
     waited = 0.0
+    _most = 1 << 31  # number of steps of a dispatch
 
     def __init__(self) -> None:
-        self._compiled = False
         self._step_seconds: float | None = None  # of the last dispatch
         self._fastest = float("inf")  # of all dispatches
 
@@ -64,15 +62,13 @@ class Feed(abc.ABC):
         memory is used again, so the caller must use the returned states.
         """
         count = int(DISPATCH_SECONDS / self._step_seconds) if self._step_seconds else 1
-        (count,) = distributed.max_over_processes(max(1, min(most, count)))
+        (count,) = distributed.max_over_processes(max(1, min(most, self._most, count)))
         began = time.monotonic()
         states, dispatched = self._dispatch(states, constants, count)
         outcomes = devices.fetch(dispatched)
         count = int(states[0].step) - step
-        if self._compiled:
-            self._step_seconds = (time.monotonic() - began) / count
-            self._fastest = min(self._fastest, self._step_seconds)
-        self._compiled = True
+        self._step_seconds = (time.monotonic() - began) / count
+        self._fastest = min(self._fastest, self._step_seconds)
         bad_steps = [int(x.bad_step) for groups in outcomes for x in groups if x.bad_step >= 0]
         loss = float(np.mean([outcome.loss for outcome in outcomes[-1]]))
         return DispatchResult(states, count, loss, min(bad_steps, default=None))
@@ -97,11 +93,10 @@ class StreamingFeed(Feed):
 
     mode = "streaming"
 
-    def __init__(self, system: System, mesh: Mesh, batches: Iterator[Batch]):
+    def __init__(self, loop: Loop, mesh: Mesh, batches: Iterator[Batch]):
         """Makes a feed from `batches`, an endless iterator of batches with numpy arrays."""
-        self._mesh, self._batches = mesh, batches
+        self._loop, self._mesh, self._batches = loop, mesh, batches
         super().__init__()
-        self._loop = train_step.make_train_loop(system, mesh, lambda batch, _: batch)
         self._next: Batch | None = None
 
     def _dispatch(self, states: States, constants: AllConstants, count: int) -> Dispatched:
@@ -129,18 +124,22 @@ class StreamingFeed(Feed):
 
 
 class ResidentFeed(Feed):
-    """Draws batches from clips in device memory, so that no device waits for the host."""
+    """Gathers batches from clips in device memory, so that no step waits for the host."""
 
     mode = "resident"
 
-    def __init__(self, system: System, mesh: Mesh, clips: Mapping[str, Packed], plan: BatchPlan):
+    def __init__(
+        self, loop: Loop, mesh: Mesh, clips: Mapping[str, Packed], plan: BatchPlan, step: int
+    ):
+        """Makes a feed of the steps from `step` on."""
         super().__init__()
-        self._clips = clips
-        self._loop = train_step.make_train_loop(
-            system, mesh, lambda clips, step: resident.draw_batch(clips, plan, step)
-        )
+        self._loop, self._mesh, self._clips, self._plan = loop, mesh, clips, plan
+        self._step, self._most = step, resident.count_steps(plan)
 
     def _dispatch(self, states: States, constants: AllConstants, count: int) -> Dispatched:
+        drawn = resident.draw_steps(self._plan, self._step, count), np.asarray(count, np.int32)
+        drawn, number = devices.replicate(self._mesh, drawn)
+        self._step += count
         pairs = zip(states, constants, strict=True)
-        results = [self._loop(*pair, self._clips, np.asarray(count, np.int32)) for pair in pairs]
+        results = [self._loop(*pair, (self._clips, drawn), number) for pair in pairs]
         return [state for state, _ in results], [[outcome for _, outcome in results]]

@@ -112,7 +112,7 @@ class TrainingLoop:
         num_drawn = plan.batches.num_drawn
         self._progress = Progress(
             num_drawn(self._total), initial=num_drawn(run.step),
-            unit="clip", label="train", compiles=True,
+            unit="clip", label="train",
         )  # fmt: skip
         stack.callback(self._progress.close)
         self._interruption = stack.enter_context(signals.catch_interruption())
@@ -230,12 +230,12 @@ class TrainingRun:
             say(f"resuming at step {self.step} of {plan.task.total_steps}")
 
         layout = resident.make_resident_plan(data, plan.batches, list_splits(config))
-        mode, size = agree_on_placement(config, plan, layout, state, mesh, manifest)
+        mode, size, train_loop = agree_on_placement(config, plan, layout, state, mesh, manifest)
         self._group_size = size
         self._constants = [self._replicate(part) for part in ensemble.split(plan.constants, size)]
         self._states = [self._replicate(part) for part in train_step.split_state(state, size)]
         del state  # frees its memory; the parts are copies
-        self._feed, self._clips = self._make_feed(data, layout, mode)
+        self._feed, self._clips = self._make_feed(data, layout, mode, train_loop)
         self._description: dict[str, Any] = {
             **plan.task._asdict(), "data": self._data_digests, "config": config.to_dict(),
             **facts.to_json(self._facts), "mode": mode, "group_size": size,
@@ -243,24 +243,24 @@ class TrainingRun:
         self._lists = members_file.make_lists(data.identities, self.training_sets)
         self._compute_labels = make_relabel(config, plan, mesh)
         self._rates: list[float] = []  # clips per second of every call of `advance`
-        self._train_seconds = 0.0  # sum over all calls of `advance`, including compilation
+        self._train_seconds = 0.0  # sum over all calls of `advance`
         self._num_logged = 0  # number of rates that are in the log
 
     def _make_feed(
-        self, data: TrainingData, layout: resident.ResidentPlan, mode: str
+        self, data: TrainingData, layout: resident.ResidentPlan, mode: str, loop: train_step.Loop
     ) -> tuple[feed_lib.Feed, ClipSource]:
         """Returns the reader of the training clips, and the source of clips for evaluation."""
-        system, mesh, batches = self._system, self.mesh, self.plan.batches
+        mesh, batches = self.mesh, self.plan.batches
         if mode == "streaming":
             stream = data.train_batches(batches, step=self.step)
-            return feed_lib.StreamingFeed(system, mesh, stream), data
+            return feed_lib.StreamingFeed(loop, mesh, stream), data
         began = time.monotonic()
         clips = resident.Resident(data, layout, mesh)
         say(
             f"clips stay on the device: {layout.nbytes / 1e6:,.0f} MB, "
             f"read in {time.monotonic() - began:.1f} s"
         )
-        return feed_lib.ResidentFeed(system, mesh, clips.train, batches), clips
+        return feed_lib.ResidentFeed(loop, mesh, clips.train, batches, self.step), clips
 
     def _replicate(self, tree: Tree) -> Tree:
         return devices.replicate(self.mesh, tree)
@@ -407,7 +407,7 @@ class TrainingRun:
         best: dict[str, Any] = {}
         if best_step is not None:
             best = {"best_step": best_step, "best_map": steps[best_step]["map"]}
-        rates = self._rates[1:] or self._rates  # the first time includes compilation
+        rates = self._rates[1:] or self._rates  # the first steps are slower
         return {
             **best,
             "num_params": sum(x.size // len(x) for x in jax.tree.leaves(self._states[0].params)),

@@ -1,28 +1,24 @@
 """Chooses what stays in the memory of the devices: clips, and members that train together."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
-from vidjax.core import devices, distributed
-from vidjax.core.batch import Array, ClipInfo, Frames
+from vidjax.core import devices, distributed, ensemble
+from vidjax.core.batch import Packed
 from vidjax.data import resident
-from vidjax.data.clips import BatchPlan
 from vidjax.data.resident import ResidentPlan
-from vidjax.models.build_system import System
 from vidjax.runs.config import Config
 from vidjax.runs.terminal import say
+from vidjax.training import train_step
 from vidjax.training.plan import RunPlan
-from vidjax.training.train_step import TrainState
+from vidjax.utils.errors import UserError
 
-# XLA keeps at most this number of copies, gradients included, of each array of logits, and of each
-# array of fused frames. `tests/benchmarks/accelerators.md` compares estimates with compilers.
-COPIES_OF_LOGITS, COPIES_OF_FRAMES = 2.5, 5
-OTHER_BYTES = 64e6  # of smaller arrays
+MAX_MEMORY_SHARE = 0.5  # share of the free memory, besides a training step, that clips may take
 
 
 class Placement(NamedTuple):
@@ -30,93 +26,124 @@ class Placement(NamedTuple):
 
     mode: str  # `resident` or `streaming` clips
     group_size: int  # number of members (nets) that a program trains together
+    loop: train_step.Loop  # the compiled program
 
 
-def estimate_step_bytes(
-    system: System, batches: BatchPlan, params: float, mesh: Mesh, group_size: int
-) -> float:
-    """Estimates the memory that a training step needs on a device, in bytes.
+def compile_loop(
+    plan: RunPlan, layout: ResidentPlan, state: train_step.TrainState, mesh: Mesh,
+    mode: str, group_size: int,
+) -> tuple[jax.stages.Compiled, float]:  # fmt: skip
+    """Compiles the training loop of `group_size` members, before the clips are on the devices.
 
-    The state and the clips are not included. `params` is the size of the parameters of a member in
-    bytes. `group_size` is the number of members that train together.
+    `state` is the state of all members, or its shapes. Returns the loop, and the number of bytes
+    that a step needs on a device. They include two streamed batches, but no state and no resident
+    clips.
     """
+    batches, whole = plan.batches, devices.replicated_layout(mesh)
+    table: Any = jax.ShapeDtypeStruct(plan.labels.shape, np.int32)
+    frames = layout.num_frames if mode == "resident" else dict.fromkeys(layout.num_frames, 0)
+    clips = {
+        name: Packed(*resident.shape_frames(kind, frames[name] + 1), start=table, length=table)
+        for name, kind in layout.modalities.items()
+    }
+    drawn, zero = resident.draw_steps(batches, 0, 1), np.int32(0)
+    given, streamed = devices.shapes(((clips, drawn), zero), whole), 0.0
+    if mode == "streaming":
+        devices.check_rows(mesh, batches.batch_size)
+        sizes = batches.padded_lengths.items()
+        gather = functools.partial(resident.gather_batch, sizes=sizes, lazy=False)
+        batch = jax.eval_shape(gather, clips, *jax.tree.map(lambda rows: rows[0], drawn))
+        given = devices.shapes(batch, devices.row_layout(mesh)), None
+        streamed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch)) / mesh.size
 
-    def compute() -> tuple[list[Array], Array]:
-        """Returns the fused features and the logits of a clip."""
-        rng, frames = jax.random.key(0), {}
-        for name, length in batches.padded_lengths.items():
-            values = jnp.zeros((1, length, system.task.modalities[name]))
-            row = values[..., 0]
-            frames[name] = Frames(values, row, row, row.astype(jnp.int32), row == 0)
-        fused, exists = system.to_examples(system.fuse(rng, frames, jnp.int32(0)))
-        rows = jnp.zeros(exists.size, jnp.int32)
-        clips = ClipInfo(index=rows, mask=rows == 0, labels=rows)
-        made: tuple[Any, Any] = system.model.init_with_output(rng, fused, clips, train=False)
-        return [x.features for x in fused.values()], made[0].logits
+    def take_group(state: Any, constants: Any) -> tuple[Any, Any]:  # noqa: ANN401
+        parts = train_step.split_state(state, group_size), ensemble.split(constants, group_size)
+        return parts[0][0], parts[1][0]
 
-    features, logits = jax.eval_shape(compute)
-    sizes = COPIES_OF_LOGITS * logits.size + COPIES_OF_FRAMES * sum(x.size for x in features)
-    clips = batches.batch_size / mesh.size
-    # The gradients are as large as the parameters.
-    return group_size * (clips * 4 * sizes + params) + OTHER_BYTES
+    group = devices.shapes(jax.eval_shape(take_group, state, plan.constants), whole)
+    say("train: compiling")
+    loop = train_step.make_train_loop(plan.system, mesh, batches).lower(*group, *given).compile()
+    memory: Any = loop.memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return loop, memory.temp_size_in_bytes + results + 2 * streamed
 
 
 def choose_placement(
-    mode: str, layout: ResidentPlan, system: System, batches: BatchPlan, state: TrainState,
-    mesh: Mesh, *, num_drawn: int, before: int | None = None,
-) -> Placement:  # fmt: skip
-    """Chooses where the clips are, and then how many members train together.
+    mode: str, layout: ResidentPlan, mesh: Mesh, sizes: Sequence[int],
+    measure: Callable[[str, int], float],
+) -> tuple[str, int]:  # fmt: skip
+    """Chooses where the clips are, and how many members train together, in all processes alike.
 
-    Clips come first: they stay on the devices if a step of a single member leaves room for them. On
-    a CPU, members are trained one after another, and each has the bits of a separate run. On other
-    devices, as many members as possible train together, with large matrix products.
+    Clips come first: they stay on the devices if a step of a single member leaves room for them.
 
     Args:
-      mode, layout, num_drawn: see `resident.choose_mode`.
-      state: the state of all members, on the devices.
-      before: the `group_size` of a resumed run. It is kept if it fits, because steps of groups of
-        another size round differently.
+      mode: the mode in the configuration. If it is `auto`, the free memory decides.
+      layout: the resident clips.
+      mesh: the devices. Their memory already contains the state of all members.
+      sizes: numbers of members that may train together. The first number that fits is chosen.
+      measure: maps a mode and a number of members to the bytes that a step needs on a device.
+
+    Raises UserError if `mode` is `resident`, and an int32 cannot count the frames.
     """
-    num_members, on_cpu = len(state.labels), devices.is_cpu(mesh)
-    if on_cpu and mode != "auto":
-        return Placement(resident.choose_mode(mode, layout, mesh, num_drawn), 1)
-    params = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params)) / num_members
-    step = functools.partial(estimate_step_bytes, system, batches, params, mesh)
-    mode = resident.choose_mode(mode, layout, mesh, num_drawn, step(1))
-    if on_cpu:
-        return Placement(mode, 1)
     free = resident.find_least_free_bytes(mesh)
-    if mode == "resident":
-        free -= layout.nbytes
-    else:  # this batch and the next
-        frames = sum(batches.padded_lengths.values()) * batches.batch_size / mesh.size
-        free -= 2 * frames * layout.nbytes / max(1, sum(layout.num_frames.values()))
-    sizes = [size for size in range(num_members, 0, -1) if num_members % size == 0]
-    if before in sizes:
-        sizes.insert(0, before)
-    return Placement(mode, next((size for size in sizes if step(size) <= free), 1))
+
+    def agree(fits: bool) -> bool:
+        return not distributed.max_over_processes(int(not fits))[0]
+
+    def fits(mode: str, size: int, share: float = 1.0) -> bool:
+        clips = layout.nbytes if mode == "resident" else 0
+        return agree(clips <= share * (free - measure(mode, size)))
+
+    def choose_size(mode: str) -> tuple[str, int]:
+        return mode, next((size for size in sizes if fits(mode, size)), 1)
+
+    most = max(layout.num_frames.values())
+    if mode == "resident" and most >= 2**31 - 1:
+        raise UserError(
+            f"config.data.mode='resident' is not possible: {most:,} frames are too many for an "
+            "int32\nuse --config.data.mode=streaming"
+        )
+    if mode != "auto":
+        return choose_size(mode)
+    # Clips that clearly do not fit need no program.
+    if agree(most < 2**31 - 1 and layout.nbytes <= MAX_MEMORY_SHARE * free):
+        chosen = choose_size("resident")
+        if any(fits("resident", size, MAX_MEMORY_SHARE) for size in (chosen[1], 1)):
+            return chosen
+    return choose_size("streaming")
 
 
 def agree_on_placement(
-    config: Config, plan: RunPlan, layout: ResidentPlan, state: TrainState, mesh: Mesh,
+    config: Config, plan: RunPlan, layout: ResidentPlan, state: train_step.TrainState, mesh: Mesh,
     manifest: Mapping[str, Any],
 ) -> Placement:  # fmt: skip
-    """Chooses where the clips are, and how many members train together, in all processes alike.
+    """Chooses where the clips are, and how many members train together, and compiles the program.
 
-    With `config.data.mode=auto`, a resumed run keeps the mode in its `manifest`, because the steps
-    of `streaming` and `resident` round differently. In a new run, the free memory decides.
+    On a CPU, members are trained one after another, and each has the bits of a separate run. On
+    other devices, as many members as possible train together, with large matrix products. A resumed
+    run keeps the number of members in its `manifest` if they fit. With `config.data.mode=auto`, it
+    also keeps the mode. Otherwise, its steps would round differently.
     """
     given = config.data.mode
     mode = (manifest.get("mode") if given == "auto" else None) or given
-    own = choose_placement(
-        mode, layout, plan.system, plan.batches, state, mesh,
-        num_drawn=plan.task.total_steps * config.batch_size, before=manifest.get("group_size"),
-    )  # fmt: skip
-    numbers = int(own.mode == "streaming"), -own.group_size
-    is_streaming, size = distributed.max_over_processes(*numbers)
-    if is_streaming:
+    compile_once = functools.cache(functools.partial(compile_loop, plan, layout, state, mesh))
+    members, sizes = len(state.labels), [1]
+    if not devices.is_cpu(mesh):
+        sizes = [size for size in range(members, 0, -1) if members % size == 0]
+        sizes.sort(key=lambda size: size != manifest.get("group_size"))
+
+    def measure(mode: str, size: int) -> float:
+        try:
+            return compile_once(mode, size)[1]
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):  # more than the memory of a device
+                return float("inf")
+            raise
+
+    chosen, size = choose_placement(mode, layout, mesh, sizes, measure)
+    if chosen == "streaming":
         reason = "because they do not fit into the memory"
         if mode != "auto":
             reason = "as before" if given == "auto" else f"because config.data.mode is {mode}"
         say(f"each epoch reads the clips again, {reason}")
-    return Placement("streaming" if is_streaming else "resident", -size)
+    return Placement(chosen, size, compile_once(chosen, size)[0])

@@ -18,6 +18,9 @@ from vidjax.core import devices, ensemble, fusion
 from vidjax.core.augment import BatchTransform, MemberClips
 from vidjax.core.batch import Array, Batch, ClipInfo, Frames, LazyFeatures, Packed
 from vidjax.core.losses import is_argmax
+from vidjax.data import resident
+from vidjax.data.clips import BatchPlan
+from vidjax.data.order import DrawnClips
 from vidjax.models.base import ModelState, Params
 from vidjax.models.build_system import System
 
@@ -142,7 +145,8 @@ def convert_from_items(items: Mapping[str, Any]) -> TrainState:
     return TrainState(params=items["params"], model_state=items["model_state"], **items["train"])
 
 
-StepClips = Mapping[str, Packed] | Batch  # resident clips, or a streamed batch
+# Resident clips and the clips of each step, [S, B]; or a streamed batch.
+StepClips = tuple[Mapping[str, Packed], DrawnClips] | Batch
 # The inputs of one member: PRNG key [], labels [B] and weights [B] of the clips, lowest quality []
 # and hidden chunk []; see MemberConstants.
 MemberInputs = tuple[Array, Array, Array, Array, Array]
@@ -342,19 +346,16 @@ class LoopResult(NamedTuple):
     bad_step: Array  # [] int32, first step at which a member reached MAX_BAD_STEPS, or -1
 
 
-def make_train_loop(
-    system: System, mesh: Mesh, draw: Callable[[Any, Array], Batch]
-) -> Callable[
-    [TrainState, MemberConstants, StepClips, Array | None], tuple[TrainState, LoopResult]
-]:
+Trained = tuple[TrainState, LoopResult]
+Loop = Callable[[TrainState, MemberConstants, StepClips, Array | None], Trained]
+
+
+def make_train_loop(system: System, mesh: Mesh, plan: BatchPlan) -> jax.stages.Wrapped:
     """Returns a compiled function that takes `count` training steps.
 
     The function maps (state, constants, clips, count) to (state, result). The memory of the first
     argument is used again (donated). Two calls give the same state as one call with the sum of the
-    counts. If `count` is None, the function takes one step.
-
-    `draw` maps (clips, step) to the batch of a step, on the devices. If clips are streamed, `clips`
-    already is this batch.
+    counts. If clips are streamed, `count` is None, and the function takes one step.
     """
     place = functools.partial(devices.constrain_batch, mesh)
     if system.joins_clips and mesh.size > 1:
@@ -364,11 +365,16 @@ def make_train_loop(
 
     def loop(
         state: TrainState, constants: MemberConstants, clips: StepClips, count: Array | None
-    ) -> tuple[TrainState, LoopResult]:
-        def body(_: Array, carry: tuple[TrainState, LoopResult]) -> tuple[TrainState, LoopResult]:
+    ) -> Trained:
+        def body(number: Array, carry: Trained) -> Trained:
             state, outcome = carry
-            batch = place(draw(clips, state.step))
-            new, losses = train_step(system, state, constants, batch)
+            if isinstance(clips, Batch):
+                batch = clips
+            else:
+                packed, drawn = clips
+                drawn = jax.tree.map(lambda rows: rows[number], drawn)
+                batch = resident.gather_batch(packed, *drawn, sizes=plan.padded_lengths.items())
+            new, losses = train_step(system, state, constants, place(batch))
             is_first = (outcome.bad_step < 0) & jnp.any(new.bad_steps >= MAX_BAD_STEPS)
             bad_step = jnp.where(is_first, state.step, outcome.bad_step)
             return new, LoopResult(losses.astype(jnp.float32), bad_step)

@@ -53,7 +53,7 @@ def train_batches(
     reader: Reader,
     modalities: Mapping[str, Modality],
     plan: BatchPlan,
-    drawn: Iterator[order.HostClips],
+    drawn: Iterator[order.DrawnClips],
 ) -> Iterator[Batch]:
     """Yields the training batches of `plan` without end. `drawn` are the clips of each step."""
     rows, keys = plan.batch_size, [(name, field) for name in plan.modalities for field in BATCHED]
@@ -81,13 +81,13 @@ def _close(queue: Any) -> None:
 
 
 def _read_batches(
-    reader: Reader, plan: BatchPlan, drawn: Iterator[order.HostClips]
+    reader: Reader, plan: BatchPlan, drawn: Iterator[order.DrawnClips]
 ) -> Iterator[tuple[Any, ...]]:
     """Yields for each step clip_index, batch_mask, and B strings for each modality and field.
 
     A string has the bytes of the frames that the batch contains of a clip.
     """
-    for clip_index, batch_mask, first in drawn:  # on a CPU, this may wait for a training step
+    for clip_index, batch_mask, first in drawn:
         read = reader.read(clip_index[batch_mask], plan.modalities)
         empty = [b""] * int(np.sum(~batch_mask))
         strings = []

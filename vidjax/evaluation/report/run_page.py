@@ -149,7 +149,7 @@ def result_rows(run: RunFiles) -> Rows:
         ("eval_clips_per_second", "clips per second of evaluation", 0),
         ("eval_seconds", "seconds of the evaluation", 1),
         ("train_clips_per_second", "clips per second of training steps (median)", 0),
-        ("train_seconds", "seconds of training steps, with compilation", 1),
+        ("train_seconds", "seconds of training steps, without compilation", 1),
         ("seconds", "seconds in all: start, data, training, evaluations", 1),
     ]
     rows: Rows = []
