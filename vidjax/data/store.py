@@ -100,7 +100,7 @@ def convert(source: FileSource, cache_dir: str | Path | None = None) -> Store:
             if not files.exists(folder / "manifest.json"):
                 remove(folder)  # a folder without a manifest is incomplete
                 if earlier.exists():
-                    _LOG.info("this version of vidjax does not read %s: delete it", earlier)
+                    _LOG.info("this version cannot read %s: you may delete it", earlier)
                 with files.atomic_folder(folder) as partial:
                     write_store(source, fingerprint, partial)
                     if source.fingerprint() != fingerprint:
