@@ -60,7 +60,7 @@ RUNS: dict[str, tuple[str, int, str]] = {
 KILLED = ("quality_fusion.py:iqiyi_vid", 3, "checkpoint_every_seconds=20")
 OTHER_STEPS = {
     "files": "write the synthetic files",
-    "convert": "convert them to TFRecords",
+    "convert": "convert them to flat files",
     "resume": "train 3 epochs twice, once with `kill -9`",
 }
 STEPS = (*OTHER_STEPS, *RUNS)

@@ -119,7 +119,7 @@ def test_files_that_change_while_they_are_read_are_an_error(opened, source, monk
     read = type(frames.features).__getitem__
     monkeypatch.setattr(type(frames.features), "__getitem__", lambda x, rows: read(x, rows) * 2)
     error = refused(lambda: READERS[0](labelled(opened, source)))
-    assert "changed while they were read\nrun the command again" in error
+    assert "changed while it was read\nrun the command again" in error
 
 
 def convert_command(source, cache):

@@ -1,11 +1,11 @@
 """Reads the official files of the iQIYI-VID dataset: pickles of features, and ground truth.
 
-This command converts the pickles in DIR to TFRecords. The first training does the same:
+This command converts the pickles in DIR to flat files. The first training does the same:
 
     python -m vidjax.data.iqiyi_vid DIR [--cache_dir=C]
 
-TFRecords contain no labels. Each run reads the labels from the ground-truth files, so a corrected
-label does not require a new conversion.
+The flat files contain no labels. Each run reads the labels from the ground-truth files, so a
+corrected label does not require a new conversion.
 """
 
 import itertools
@@ -33,7 +33,7 @@ VERSION = 2  # increase it if new code reads other frames from the same file, to
 
 
 class OfficialFiles:
-    """A directory of iQIYI-VID files, which can be converted to TFRecords."""
+    """A directory of iQIYI-VID files, which are converted to flat files."""
 
     kind = "iqiyi_vid"
 

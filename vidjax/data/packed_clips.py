@@ -380,29 +380,15 @@ class Reader:
                 if isinstance(frames.features, FlatFile):
                     features = fields["features"]
                     if compute_checksum(features[-1]) != self._splits[owner].checksums[name][clip]:
-                        raise _find_damage(frames)
+                        raise _find_damage(frames.features.file)
                     features[-1] = features[-1].astype(frames.features.dtype, copy=False)
         return result
 
-    def check(self) -> None:
-        """Raises UserError if a file of the clips does not match its sha256."""
-        for split in self._splits:
-            for frames in split.frames.values():
-                check_files(frames)
 
-
-def check_files(frames: Packed) -> None:
-    """Raises UserError if a file of the frames does not match its sha256."""
-    for field in BATCHED:
-        if isinstance(flat := getattr(frames, field), FlatFile):
-            flat.file.check()
-
-
-def _find_damage(frames: Packed) -> UserError:
-    """Returns the error for frames that do not match their checksum."""
-    check_files(frames)
-    file: StoredFile = getattr(frames, BATCHED[0]).file
+def _find_damage(file: StoredFile) -> UserError:
+    """Returns the error for a file of features that do not match their checksum."""
+    file.check()
     return UserError(
-        f"{file.path.parent}: files were changed while they were read\n"
-        "run the command again when no program writes to them"
+        f"{file.path}: the file was changed while it was read\n"
+        "run the command again when no program writes to it"
     )
