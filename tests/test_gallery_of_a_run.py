@@ -116,7 +116,7 @@ def test_people_with_photos_of_one_day_are_recognised_on_other_days(tmp_path, ca
     photos = people[:, None] + 1.2 * noise
     train = {f"{p}_{n}": {"face": photos[p, n : n + 1]} for p in range(40) for n in range(4)}
     data = vidjax.load_data(
-        {"train": train, "val": {"v": train["0_0"]}},
+        {"train": train, "val": {"v": {"face": photos[0, :2]}}},
         labels={clip: f"person {clip.split('_')[0]}" for clip in train} | {"v": "person 0"},
     )
     config = vidjax.load_config("plda:face", "--config.data.name=arrays")

@@ -198,6 +198,7 @@ def _warn_of_copies(first: Split, second: Split) -> None:
     copies = second.find_copies(first)
     for clip, original in itertools.islice(copies.items(), 1):
         labels = first.labels[[*copies.values()]] != second.labels[[*copies]]
+        labels &= first.labelled and second.labelled
         others = f", {int(labels.sum()):,} of them with another label" * bool(labels.any())
         warn(
             f"{len(copies):,} of {len(second.clips):,} clips of {second.name} have the frames of "

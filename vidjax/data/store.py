@@ -282,10 +282,11 @@ def remove(folder: Path) -> bool:
         return not files.exists(folder)
     # An earlier version has written TFRecords and two files of TFDS.
     ours = r"[a-z]+\.bin|iqiyi_vid-.+|dataset_info\.json|features\.json"
-    for inner in sorted(folder.glob("*/*")):
-        files.remove_ours(inner, ours)
-    for outer in sorted(folder.glob("*/")):
-        files.remove_ours(outer, "")
+    for outer in sorted(folder.iterdir()):
+        if outer.is_dir() and not outer.is_symlink():
+            for inner in sorted(outer.iterdir()):
+                files.remove_ours(inner, ours)
+            files.remove_ours(outer, "")
     return files.remove_ours(folder, r"index\.npz|data_report\.json")
 
 
