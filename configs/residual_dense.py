@@ -3,7 +3,7 @@
     python -m vidjax.main --config=configs/residual_dense.py
 
 Time: about 87 seconds on 2 CPU cores with the argument `face`.
-Score: MAP@100 0.864 on the small synthetic dataset, 0.828 on the small real dataset with the
+Score: MAP@100 0.862 on the small synthetic dataset, 0.829 on the small real dataset with the
 argument `face` (means of 3 seeds).
 
 Arguments: the words of WORDS below, and names of modalities. The first name is the main
