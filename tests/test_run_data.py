@@ -185,6 +185,16 @@ def test_unread_split_may_come_from_other_data(own, tmp_path, evaluate):
         assert code == 0 or "--config.data.dir=" in printed
 
 
+def test_folder_without_training_clips_is_ranked(own, tmp_path, evaluate):
+    _, data_dir = write(tmp_path / "other", seed=1)
+    shutil.move(tmp_path / "other" / "val", tmp_path / "other" / "test")
+    shutil.rmtree(tmp_path / "other" / "train")
+    (tmp_path / "other" / "labels.csv").unlink()
+    evaluate("--config.eval.split=test", data_dir)
+    metrics = json.loads((own / "run" / "metrics_test.json").read_text())
+    assert metrics["num_clips"] == CLIPS and "copies" not in metrics
+
+
 def test_data_with_other_modalities_are_compared_by_clips_and_labels(tmp_path):
     """The digest of features covers all modalities, so it is not compared."""
     report = vidjax.load_data(vidjax.load_config("knn:face", *write(tmp_path / "data"))).report

@@ -60,12 +60,13 @@ class Split:
 
     def find_copies(self, other: "Split") -> dict[int, int]:
         """Returns clips with the frames of a clip of another split: index -> index in `other`."""
-        if self.fingerprints is None or other.fingerprints is None:
+        own, theirs = self.fingerprints, other.fingerprints
+        if own is None or theirs is None:
             return {}
-        found = np.intersect1d(self.fingerprints[self.fingerprints > 0], other.fingerprints)
-        places = {x: i for i, x in enumerate(other.fingerprints.tolist())}
-        clips = np.flatnonzero(np.isin(self.fingerprints, found)).tolist()
-        return {clip: places[int(self.fingerprints[clip])] for clip in clips}
+        clips = np.flatnonzero(np.isin(own, theirs) & (own > 0))
+        order = np.argsort(theirs, kind="stable")
+        places = order[np.searchsorted(theirs, own[clips], sorter=order)]
+        return dict(zip(clips.tolist(), places.tolist(), strict=True))
 
 
 class EvalPlan(NamedTuple):

@@ -7,7 +7,6 @@ To store another value per frame, add a line to FRAME_FIELDS. To use it in a mod
 `vidjax.core.batch.Frames` and `Packed`, too.
 """
 
-import functools
 import math
 import os
 import weakref
@@ -198,8 +197,7 @@ class FlatFile:
 def compute_checksum(features: np.ndarray) -> int:
     """Returns a number of 64 bits that depends on all bytes of the features [T, D] of a clip.
 
-    If bytes change by chance, the number is the same with a probability of about 2**-64. A CRC-32
-    takes five times as long.
+    If bytes change by chance, the number stays the same with a probability of about 2**-64.
     """
     content = np.ascontiguousarray(features).reshape(-1).view(np.uint8)
     if content.size % 8:
@@ -208,14 +206,8 @@ def compute_checksum(features: np.ndarray) -> int:
     total = 0
     for at in range(0, len(words), CHECKSUM_WORDS):
         block = words[at : at + CHECKSUM_WORDS]
-        total = (31 * total + int(np.dot(block, make_factors(len(block))))) % 2**64
+        total = (31 * total + int(np.dot(block, FACTORS[: len(block)]))) % 2**64
     return total
-
-
-@functools.lru_cache(1024)
-def make_factors(count: int) -> np.ndarray:
-    """Returns odd numbers, [count] uint64, that look random."""
-    return scramble(np.arange(1, count + 1, dtype=np.uint64)) | np.uint64(1)
 
 
 def scramble(numbers: np.ndarray) -> np.ndarray:
@@ -226,6 +218,10 @@ def scramble(numbers: np.ndarray) -> np.ndarray:
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
         numbers = (numbers ^ (numbers >> np.uint64(33))) * np.uint64(factor)
     return numbers ^ (numbers >> np.uint64(33))
+
+
+# Odd numbers that look random, the factors of words in checksums and fingerprints.
+FACTORS = scramble(np.arange(1, CHECKSUM_WORDS + 1, dtype=np.uint64)) | np.uint64(1)
 
 
 def pack_arrays(arrays: Mapping[str, Any], length: ArrayLike) -> Packed:
@@ -255,7 +251,7 @@ def map_files(folder: Path, width: int, dtype: str, num_frames: int) -> dict[str
 
 
 def map_again(frames: Packed) -> Packed:
-    """Maps files again, as plain arrays. If an array is freed, the pages that it has read are, too.
+    """Maps files again, as plain arrays. When such an array is freed, its pages are freed, too.
 
     Plain arrays are faster to slice than `np.memmap`. Arrays in memory are not changed.
     """

@@ -13,6 +13,7 @@ import numpy as np
 from vidjax.core.batch import BATCHED
 from vidjax.data.packed_clips import (
     DTYPES,
+    FACTORS,
     FRAME_FIELDS,
     IGNORED,
     LARGEST,
@@ -22,7 +23,6 @@ from vidjax.data.packed_clips import (
     Quality,
     get_dtype,
     join,
-    make_factors,
     map_files,
     pack_arrays,
     scramble,
@@ -429,5 +429,5 @@ def fingerprint_frames(features: np.ndarray) -> np.ndarray:
         bits = np.ascontiguousarray(block).view(np.uint16)
         bits = np.where(bits == NEGATIVE_ZERO, np.uint16(0), bits)
         words = np.pad(bits, ((0, 0), (0, -bits.shape[1] % 4))).view(np.uint64)
-        prints.append(scramble(np.einsum("fw,w->f", words, make_factors(words.shape[1]))))
+        prints.append(scramble(np.einsum("fw,w->f", words, np.resize(FACTORS, words.shape[1]))))
     return np.concatenate(prints)

@@ -122,8 +122,7 @@ def write_results(
     metrics = {}
     for evaluation in reversed(evaluated):
         model, split, is_last = evaluation.model, evaluation.split, evaluation is evaluated[0]
-        trained = [model.data.split(name) for name in config.data.train_splits]
-        copies = measures.measure_copies(make_scored_split(evaluation), split, trained)
+        copies = measures.measure_copies(make_scored_split(evaluation), split, model)
         found = {"copies": msgspec.to_builtins(copies)} if copies else {}
         metrics[split.name] = values = {**evaluation.results, **found, **about}
         paths = folder.paths(split.name, apart=bool(values.get("overrides")))

@@ -124,11 +124,12 @@ class Blend:
 
     def rank(self, joined: Scores, numbers: schemas.Join | None) -> TopK:
         """Ranks the clips by their joint scores or, if there are numbers, after diffusion."""
-        factors = np.exp(numbers.scale[-1]).tolist() if numbers else []
-        groups, each = group_clips(joined.use), zip(self.models, self.runs, factors, strict=False)
+        if not numbers:
+            return rank_array(joined)
+        groups, factors = group_clips(joined.use), np.exp(numbers.scale[-1]).tolist()
         views = [
             diffusion.view_groups(model, self.split.name, run.use, groups, factor)
-            for model, run, factor in each
+            for model, run, factor in zip(self.models, self.runs, factors, strict=True)
             if isinstance(model.system.model, PLDAIdentifier)
         ]
         if not views:

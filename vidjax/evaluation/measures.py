@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -132,13 +132,14 @@ class ScoredSplit:
         return best, best_scores
 
 
-def measure_copies(scored: ScoredSplit, split: Split, trained: Iterable[Split]) -> Copies | None:
-    """Finds the ranked clips that are copies of clips of the `trained` splits, or returns None."""
+def measure_copies(scored: ScoredSplit, split: Split, model: TrainedModel) -> Copies | None:
+    """Finds the ranked clips that are copies of training clips of other splits, or returns None."""
     found: dict[int, tuple[Split, int]] = {}
-    for other in trained:
-        if other.name != split.name:
-            copies = split.find_copies(other)
-            found |= {clip: (other, place) for clip, place in copies.items() if scored.pool[clip]}
+    others = [x for x in find_training_clips(model) if x[0].name != split.name]
+    for other, trained in others:
+        for clip, place in split.find_copies(other).items():
+            if scored.pool[clip] and trained[place]:
+                found[clip] = other, place
     if not found:
         return None
     clip, (other, place) = next(iter(found.items()))
@@ -234,12 +235,18 @@ def count_train_clips(model: TrainedModel) -> np.ndarray | None:
     If `model.data` has no labelled training clip, returns None.
     """
     total = np.zeros(model.system.task.num_identities + 1, np.int64)
+    for split, trained in find_training_clips(model):
+        total += np.bincount(split.labels[trained], minlength=len(total))
+    return total[1:] if total.any() else None
+
+
+def find_training_clips(model: TrainedModel) -> list[tuple[Split, np.ndarray]]:
+    """Returns the splits of `model.data`, and [N] bool: True for the training clips of a split."""
+    splits = list[Split]()
     for name in SPLITS:
         with contextlib.suppress(ValueError):  # there is no such split
-            split = model.data.split(name)
-            trained = np.isin(split.clips, model.training_sets.clips)
-            total += np.bincount(split.labels[trained], minlength=len(total))
-    return total[1:] if total.any() else None
+            splits.append(model.data.split(name))
+    return [(split, np.isin(split.clips, model.training_sets.clips)) for split in splits]
 
 
 def find_worst_identities(scored: ScoredSplit) -> list[WorstIdentity]:
