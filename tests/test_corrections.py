@@ -23,10 +23,8 @@ from tests.helpers.seen import refused
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import features_folder, review, still, who
 from vidjax.apps.video.names_page import CLIP
-from vidjax.apps.video.unknown_numbers import UnknownNumbers
 
 TOKEN, SITE = "t" * 22, "http://127.0.0.1:8123"
-FILM = "a" * 64  # the digest of a film
 
 
 class Shelf:
@@ -213,8 +211,8 @@ def test_random_changes_stay_as_they_were_said_in_every_later_call(tmp_path, see
             if action in ("name", "ignore"):
                 said |= dict.fromkeys(changed, name or None)
                 # The last word counts: of a face, or of the numbers that become one person.
-                numbers = shelf.page._decision.numbers.films.values()
-                number = {clip: {number} for of_film in numbers for clip, number in of_film.items()}
+                numbers = shelf.page._decision.said.numbers
+                number = {clip: {number} for clip, number in numbers.items()}
                 number |= {clip: {clip} for clip in names.keys() - number.keys()}
                 apart = {(x, y) for x, y in apart if number[x] != number[y]}
                 apart = {pair for pair in apart if of[0] == person or not {*pair} & {*changed}}
@@ -280,12 +278,10 @@ def test_two_browsers_and_vidjax_who_at_once_lose_none_of_200_changes(tmp_path, 
     shelf.page.save()
     found = shelf.names()
     assert {x[:8] for x in found} >= {"film_008", "film_009"}
-    numbers = who.read_numbers(shelf.out)
-    number_of = {clip: number for of in numbers.films.values() for clip, number in of.items()}
-    denied = {x for of in Gallery(shelf.out / "gallery").denied.values() for x in of}
+    said = made_shelf.decide(shelf.out).said
     for clip, name in wanted.items():
         # A face that was taken out of a person may get another name later.
-        kept = number_of.get(clip) in numbers.fixed or clip in denied
+        kept = clip in said.numbered or clip in said.denied
         assert kept if name == "" else found[clip] == name, (clip, name, found[clip])
     assert shelf.who() == found
 
@@ -336,27 +332,6 @@ def test_suggested_name_that_a_user_refuses_is_not_suggested_again(tmp_path):
     page.undo()
     assert page._decision.answers[clip].best == best[clip]
     refused(lambda: page.change("deny", keys([clip]), "Zoe"), "reload the page")
-
-
-def test_unknown_numbers_are_moved_divided_and_joined():
-    places = dict.fromkeys("abcd", FILM)
-    numbers = UnknownNumbers(films={FILM: {"a": 1, "b": 1, "c": 1, "d": 2}})
-    apart = numbers.move({"a": FILM}, 3)
-    assert apart.films[FILM] == {"a": 3, "b": 1, "c": 1, "d": 2}
-    assert (apart.fixed, apart.apart) == ([1, 3], [(1, 3)])
-    assert apart.take_out({"a": FILM}) is apart, "it is a person already"
-    joined = apart.join(["unknown 2", "unknown 3"])
-    assert joined.films[FILM] == {"a": 2, "b": 1, "c": 1, "d": 2}
-    assert (joined.fixed, joined.apart, joined.highest) == ([1, 2], [(1, 2)], 3)
-    together = joined.join(["unknown 1", "unknown 2"])
-    assert (together.fixed, together.apart) == ([1], []), "the last statement counts"
-    ignored = apart.move({"a": FILM}, 0)
-    assert ignored.films[FILM]["a"] == 0 and (ignored.fixed, ignored.apart) == ([1], [])
-    assert ignored.move(places, 4).films[FILM] == dict.fromkeys("abcd", 4)
-    # An older version stored pairs of joined numbers.
-    old = msgspec.json.encode({"films": numbers.films, "same": [(2, 1), (5, 2)], "removed": 5})
-    read = msgspec.json.decode(old, type=UnknownNumbers)
-    assert read.films[FILM] == dict.fromkeys("abcd", 1) and (read.fixed, read.highest) == ([1], 5)
 
 
 def test_subtitles_have_the_names_of_their_films():

@@ -39,9 +39,9 @@ class Reviewed:
     def open(self):
         """Opens the page of the results."""
         drawn = self.drawn
-        gallery, numbers = Gallery(drawn.out / "gallery"), who.read_numbers(drawn.out)
+        gallery = Gallery(drawn.out / "gallery")
         films = features_folder.read_media_files(drawn.out / who.FEATURES)
-        decision = who.decide(gallery, drawn.out, films, numbers, gallery.identify)
+        decision = who.decide(gallery, drawn.out, films, gallery.identify)
         self.review = review.Review(drawn.out, decision, padding=0.25)
         self.client = testclient.TestClient(
             review.make_app(self.review, TOKEN), base_url=f"{SITE}/{TOKEN}/",
@@ -350,16 +350,13 @@ def test_page_shows_changes_that_another_command_makes_in_the_gallery(reviewed, 
     assert reviewed.names_after_restart() == renamed and "Eva" in denied.values()
 
 
-@pytest.mark.parametrize("how", ["rename", "relabel", "merge", "photos"])
+@pytest.mark.parametrize("how", ["rename", "merge", "photos"])
 def test_a_denied_name_stays_denied_after_any_rename(reviewed, drawn, how):
     reviewed.post(do="deny", of="clip:\tparty.s000.t00")
     reviewed.review.save()
     wanted = drawn.names()
     gallery = Gallery(drawn.out / "gallery")
-    if how == "relabel":
-        for clip in gallery.people["Ada"]:
-            gallery.relabel(clip, "Eva")
-    elif how == "merge":
+    if how == "merge":
         reviewed.post(do="name", of="clip:\tmore.s000.t00", person="Eva")
         reviewed.review.save()
         wanted = drawn.names()

@@ -143,4 +143,4 @@ def decide(out):
     with who.lock_changes(out):  # otherwise a change of these milliseconds would be overwritten
         gallery = Gallery(out / "gallery")
         films = features_folder.read_media_files(out / who.FEATURES)
-        return who.decide(gallery, out, films, who.read_numbers(out), gallery.identify)
+        return who.decide(gallery, out, films, gallery.identify)

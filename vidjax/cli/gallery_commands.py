@@ -17,7 +17,7 @@ from vidjax.apps import bulk
 from vidjax.apps.gallery import answers as answers_lib, verification
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.enrolment import stack_vectors
-from vidjax.apps.video import appearances
+from vidjax.apps.video import appearances, faces
 from vidjax.cli import enrol_inputs
 from vidjax.runs import terminal
 from vidjax.utils import files, messages, tables
@@ -513,7 +513,9 @@ def _group(args: argparse.Namespace) -> Result:
     _, vectors = _embed(args, gallery)
     num_clips, answers, enrolled = len(vectors.names), {}, set[str]()
     if films:
-        answers, known, *_ = appearances.name_tracks(gallery, vectors, films, gallery.identify)
+        said = faces.read_for(gallery, films)
+        tracks = appearances.name_tracks(gallery, vectors, films, gallery.identify, said=said)
+        answers, known = tracks.answers, tracks.told
         enrolled = {*known}
     elif gallery.identities:
         answers = gallery.identify(vectors)
@@ -525,14 +527,14 @@ def _group(args: argparse.Namespace) -> Result:
     else:
         groups = gallery.group(vectors)
     answers_lib.write_groups(out, groups)
-    people, faces, text = answers_lib.count_unknown(groups.values())
+    people, num_faces, text = answers_lib.count_unknown(groups.values())
     rows = {
         "clips": f"{num_clips:,}",
         "unknown": f"{text} in {messages.count(len(groups), 'clip')}",
         "groups": f"{out}: write names into it, then enrol --labels={shlex.quote(str(out))}",
     }
     content = {"groups": str(out), "clips": num_clips}
-    content |= {"people": people, "unclear": faces, "unknown": len(groups)}
+    content |= {"people": people, "unclear": num_faces, "unknown": len(groups)}
     return Result(content, rows)
 
 
@@ -566,7 +568,9 @@ def _identify(args: argparse.Namespace) -> Result:
     with _show_progress("identify", len(vectors.names)) as bar:
         identify = functools.partial(gallery.identify, k=args.k, advance=bar.advance, **chosen)
         if films:  # as `vidjax who` names them
-            answers = appearances.name_tracks(gallery, vectors, films, identify).answers
+            said = faces.read_for(gallery, films)
+            named = appearances.name_tracks(gallery, vectors, films, identify, said=said)
+            answers = named.answers
         else:
             answers = identify(vectors)
     timed = terminal.measure_rate(began, len(answers))
@@ -728,13 +732,10 @@ def _migrate(args: argparse.Namespace) -> Result:
         clips = load_people(path, widths, quality=quality, nets=new.origin.cards)[0]
     else:
         clips = new.load(path)
-    digests = {
-        track.clip: features_folder.hash_film(film)
-        for film in _read_films(args) for track in film.tracks
-    }  # fmt: skip
-    done = migrate(old, new, clips, digests)
+    done = migrate(old, new, clips)
     # `gallery migrate` knows no times and boxes, so it cannot match faces as `vidjax who` does.
-    numbered = sorted(x for x in digests.keys() & old.clips.keys() if re.search(r"\.[tf]\d+$", x))
+    tracks = {track.clip for film in _read_films(args) for track in film.tracks}
+    numbered = sorted(x for x in tracks & old.clips.keys() if re.search(r"\.[tf]\d+$", x))
     if numbered:
         terminal.say(
             f"clips with the number of a face: {len(numbered):,}, such as {show(numbered[0])}. "

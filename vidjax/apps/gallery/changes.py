@@ -1,14 +1,14 @@
 """Edits the content of a gallery in a draft. `Gallery.change` writes the draft."""
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TypeVar
 
 import numpy as np
 
 from vidjax.apps.gallery.backend import Backend, People
 from vidjax.apps.gallery.enrolment import enrol_in_blocks
-from vidjax.apps.gallery.store import MAX_NAME_LETTERS, STRANGER, Denials, State, StoredClip
+from vidjax.apps.gallery.store import MAX_NAME_LETTERS, STRANGER, State, StoredClip
+from vidjax.apps.said import Act
 from vidjax.runs.terminal import ignore_count
 from vidjax.utils.errors import UserError, check_argument, closest
 from vidjax.utils.names import (
@@ -35,20 +35,20 @@ class Draft:
         self.clips = dict(state.clips)  # name -> clip, including strangers
         # Identity or STRANGER -> names of its clips; a tuple, or a set if the draft has changed it.
         self.clips_of: dict[str, Collection[str]] = dict(state.clips_of)
-        self.denied = state.denied
+        self.acts = list[Act]()  # the changes, for the log of a folder of results
         self._changed_clips: set[str] = set()
         self._changed_people: set[str] = set()
 
     def __bool__(self) -> bool:
         """Returns whether the draft has changes."""
-        return bool(self._changed_clips) or self.denied != self._state.denied
+        return bool(self._changed_clips)
 
     def add(self, clips: Mapping[str, StoredClip]) -> int:
         """Adds clips; returns the number of new or changed clips, see `Gallery.add`."""
         width = sum(self._state.index.backend.widths.values())
         checked: dict[str, StoredClip] = {}
         for given, clip in clips.items():
-            clip = check_clip(given, clip, width, waits=_waits(self._state.clips.get(given)))
+            clip = check_clip(given, clip, width)
             name = self._find_name(given)
             if name in checked:
                 raise UserError(
@@ -57,13 +57,12 @@ class Draft:
                 )
             checked[name] = clip
         new = {
-            name: clip
-            if _waits(old := self.clips.get(name, clip))
-            else old._replace(identity=clip.identity)
+            name: self.clips.get(name, clip)._replace(identity=clip.identity)
             for name, clip in checked.items()
             if self._is_new(name, clip)
         }
         self._edit(new)
+        self.acts += [Act("is", name, clip.identity) for name, clip in new.items()]
         return len(new)
 
     def complete(self, vectors: Mapping[str, np.ndarray]) -> set[str]:
@@ -99,6 +98,8 @@ class Draft:
             find_enrolled("clip", self._find_name(name), self.clips)
             removed.update(self._find_names(name))
         self._edit(dict.fromkeys(removed))
+        self.acts += [Act("forgotten", normal_form(name)) for name in people]
+        self.acts += [Act("undo", name) for name in removed if single]
         return len(removed)
 
     def rename(self, identity: str, to: str, *, merge: bool = False) -> int:
@@ -113,6 +114,7 @@ class Draft:
                 "if they are the same person, use merge=True in Python, or --merge"
             )
         self._edit({name: self.clips[name]._replace(identity=to) for name in names})
+        self.acts.append(Act("rename", normal_form(identity), to))
         return len(names)
 
     def relabel(self, clip: str, identity: str | None) -> str | None:
@@ -132,29 +134,8 @@ class Draft:
                 "choose another identity"
             )
         self._edit({clip: old._replace(identity=identity)})
+        self.acts.append(Act("is", clip, identity))
         return old.identity
-
-    def move(self, clips: Mapping[str, tuple[str, np.ndarray]]) -> None:
-        """Gives clips new names and vectors. `clips` is clip -> (new name, vector).
-
-        If another clip already has the new name, the clip is removed.
-        """
-        moved = {to: self.clips[name]._replace(vector=x) for name, (to, x) in clips.items()}
-        self._edit(dict.fromkeys(clips))
-        self._edit({name: clip for name, clip in moved.items() if name not in self.clips})
-
-    def deny(self, names: Denials) -> Denials:
-        """Replaces the names that clips of films must not get; returns the old names.
-
-        If a denied person is renamed, the new name is denied. If the person is removed, the name is
-        removed here, too.
-        """
-        old: dict[str, Mapping[str, Sequence[str]]] = {}
-        for film, clips in names.items():
-            there = self.denied.get(film, {})
-            old[film] = {clip: there.get(clip, ()) for clip in clips}
-            self.denied = {**self.denied, film: {**there, **clips}}
-        return old
 
     def _find_names(self, clip: str) -> list[str]:
         """Returns the names under which a clip is enrolled. `a` and `a.mp4` are the same clip.
@@ -215,7 +196,7 @@ class Draft:
         if old.identity not in (None, clip.identity):
             problem = f"as {_describe_person(old.identity)}, not {_describe_person(clip.identity)}"
             remedy = "relabel the enrolled clip"
-        elif not _waits(old) and old.vector.tobytes() != clip.vector.tobytes():
+        elif old.vector.tobytes() != clip.vector.tobytes():
             problem = (
                 "with another vector: its features have changed, or another clip has this name"
             )
@@ -225,7 +206,7 @@ class Draft:
                 f"clip '{show(name)}' is already enrolled {problem}\n"
                 f"if it is another clip, give it another name; if not, {remedy}"
             )
-        return old.identity != clip.identity or _waits(old)
+        return old.identity != clip.identity
 
     # ---- results
 
@@ -279,31 +260,9 @@ class Draft:
             index=old.index.replaced(old.clips_of.keys() & self._changed_people, people),
             clips=self.clips,
             clips_of=self.clips_of,
-            denied=self._follow_renames(),
+            denied={},
         )
         return state, people
-
-    def _follow_renames(self) -> Denials:
-        """Returns the denied names with the new names of renamed people, without removed people.
-
-        A person was renamed if all clips of the person now belong to other people. The new name is
-        the person who now has most of these clips.
-        """
-        new: dict[str, str] = {}
-        for name in {x for of in self.denied.values() for names in of.values() for x in names}:
-            before = self._state.clips_of.get(name, ())
-            owned = [self.clips[clip].identity for clip in before if clip in self.clips]
-            owners = Counter(filter(None, owned))
-            if owners and name not in owners:
-                new[name] = min(owners, key=lambda person: (-owners[person], person))
-            elif name in self.clips_of:
-                new[name] = name
-        kept: dict[str, dict[str, list[str]]] = {}
-        for film, of in self.denied.items():
-            for clip, names in of.items():
-                if present := sorted({new[name] for name in names if name in new}):
-                    kept.setdefault(film, {})[clip] = present
-        return kept
 
 
 def find_equal(
@@ -324,20 +283,15 @@ def find_equal(
     return equal
 
 
-def _waits(clip: StoredClip | None) -> bool:
-    """Returns whether a clip has no vector until its features are computed by the present nets."""
-    return clip is not None and not clip.vector.any()
-
-
 def _describe_person(identity: str | None) -> str:
     return "a stranger" if identity is None else f"'{show(identity)}'"
 
 
-def check_clip(name: str, clip: StoredClip, width: int, *, waits: bool = False) -> StoredClip:
+def check_clip(name: str, clip: StoredClip, width: int) -> StoredClip:
     """Checks a clip; returns the clip with the cleaned name of its person.
 
     Raises UserError if a name is invalid, if the vector is not finite float32 [width], or if the
-    vector is 0, because no frame of the clip is usable. If `waits` is True, the vector may be 0.
+    vector is 0, because no frame of the clip is usable.
     """
     check_argument("clip name", name, str, "a name")
     _check_length("clip name", check_name(name))
@@ -350,7 +304,7 @@ def check_clip(name: str, clip: StoredClip, width: int, *, waits: bool = False) 
         )
     if not np.isfinite(clip.vector).all():
         raise UserError(f"the vector of clip '{show(name)}' is not finite: compute it again")
-    if not clip.vector.any() and not waits:
+    if not clip.vector.any():
         raise UserError(f"clip '{show(name)}' has no usable frame: leave out the clip")
     return clip
 

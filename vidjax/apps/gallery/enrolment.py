@@ -1,7 +1,6 @@
 """Computes the people of a gallery from their clips, and fits the back end of the gallery."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from types import MappingProxyType
 
 import numpy as np
 
@@ -9,7 +8,6 @@ from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery.backend import MAX_BLOCK_PEOPLE, Backend, Index, People
 from vidjax.apps.gallery.store import (
     STRANGER,
-    Denials,
     State,
     StoredClip,
     VectorOrigin,
@@ -148,7 +146,7 @@ def refit(state: State) -> State:
     clips = {
         name: clip._replace(fitted=clip.identity is not None) for name, clip in state.clips.items()
     }
-    return make_state(state.version, state.origin, backend, clips, state.denied)
+    return make_state(state.version, state.origin, backend, clips)
 
 
 def make_state(
@@ -156,10 +154,9 @@ def make_state(
     origin: VectorOrigin,
     backend: Backend,
     clips: Mapping[str, StoredClip],
-    denied: Denials = MappingProxyType({}),
 ) -> State:
     """Returns a state, with the coefficients of all people in `clips`."""
     clips_of = list_clips_of(clips)
     people = {name: clips_of[name] for name in sorted(clips_of.keys() - {STRANGER})}
     blocks = enrol_in_blocks(backend, people, clips, of_plda=origin.counts_every_clip)
-    return State(version, origin, Index(backend, blocks), clips, clips_of, denied)
+    return State(version, origin, Index(backend, blocks), clips, clips_of)

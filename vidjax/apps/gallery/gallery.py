@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 import msgspec
 import numpy as np
 
+from vidjax.apps import earlier_said, said
 from vidjax.apps.gallery import (
     answers as answers_lib,
     backend as backend_lib,
@@ -69,7 +70,6 @@ from vidjax.apps.gallery.run_vectors import RunVectors
 from vidjax.apps.gallery.store import (
     MAX_VECTOR_WIDTH,
     STRANGER,
-    Denials,
     NoGalleryError,
     State,
     Store,
@@ -297,7 +297,7 @@ class Gallery:
 
     @property
     def rows(self) -> int:
-        """A digest of the enrolled clips. It does not depend on denied names."""
+        """A digest of the enrolled clips."""
         return self._read_current().rows
 
     @property
@@ -334,11 +334,6 @@ class Gallery:
     def people(self) -> dict[str, tuple[str, ...]]:
         """The enrolled people, sorted: name -> sorted names of their clips."""
         return self._read_current().people
-
-    @property
-    def denied(self) -> Denials:
-        """The names that a user denied: digest of a film -> clip of the film -> wrong names."""
-        return self._read_current().denied
 
     def refresh(self) -> None:
         """Reads the gallery again if another process has changed it."""
@@ -442,14 +437,19 @@ class Gallery:
     # ---- changes
 
     @contextlib.contextmanager
-    def change(self, advance: Callable[[int], None] = ignore_count) -> Iterator[Draft]:
+    def change(
+        self, advance: Callable[[int], None] = ignore_count, *, log: bool = True
+    ) -> Iterator[Draft]:
         """Makes several changes at once: `with gallery.change() as draft: draft.remove(...)`.
 
         The draft has the methods `add`, `remove`, `rename` and `relabel` of this class. It also has
-        `complete`, but with the argument {clip: vector of all modalities}, and `deny`. All changes
-        are written at the end of the block. If the block raises an error, nothing is written.
-        During the block, no other process can change the gallery. `advance` is called at the end of
-        the block, with numbers of new and changed clips that are finished.
+        `complete`, but with the argument {clip: vector of all modalities}. All changes are written
+        at the end of the block. If the block raises an error, nothing is written. During the block,
+        no other process can change the gallery. `advance` is called at the end of the block, with
+        numbers of new and changed clips that are finished.
+
+        If the gallery is in a folder of results of `vidjax who`, the changes are also written into
+        the log of the folder, see `said`. If `log` is False, they are already in the log.
         """
         with self._store.open(write=True) as transaction:
             draft = Draft(self._read_current())
@@ -462,9 +462,30 @@ class Gallery:
             state, people = draft.state(advance)
             if draft.refits:
                 state = refit(state)
-            with self._lock:
+            with self._log(draft.acts if log else ()), self._lock:
                 self._state = self._store.write(transaction, state, draft.inserted, people)
         _warn_of_similar(self.folder, draft.similar)
+
+    @contextlib.contextmanager
+    def _log(self, acts: Sequence[said.Act]) -> Iterator[None]:
+        """Writes changes into the log of a folder of results. After an error, they are undone."""
+        out, lines = self.folder.parent, list[said.Line]()
+        if acts and not said.has_log(out) and earlier_said.read_numbers(out):
+            said.append(out, self.list_earlier_lines())
+        if acts and said.has_log(out):
+            lines = said.record(out, acts)
+        try:
+            yield
+        except BaseException:
+            if lines:
+                said.append(out, said.undo(lines))
+            raise
+
+    def list_earlier_lines(self) -> list[said.Line]:
+        """Returns what version 0.1.0 has stored in a folder of results, as lines of a log."""
+        state = self._read_current()
+        person_of = {name: clip.identity for name, clip in state.clips.items()}
+        return earlier_said.convert(self.folder.parent, person_of, state.denied)
 
     def enrol(
         self,
@@ -589,24 +610,22 @@ class Gallery:
         with self.change() as draft:
             return draft.relabel(clip, identity)
 
-    def widen(
-        self, models: str | Path, waiting: Mapping[str, str] | None = None
-    ) -> tuple[str, ...]:
+    def widen(self, models: str | Path, *, replace: bool = False) -> tuple[str, ...]:
         """Adds new modalities, such as voices, to a gallery of models; returns their names.
 
         The folder `models` contains the models of the gallery, and models of new modalities.
         Enrolled clips lack the new modalities until `complete` adds them. If the cards of the
         models contain new numbers, the gallery uses the new numbers, with a message.
 
-        If `waiting` is given, models of the gallery may have changed. Enrolled clips then lack the
-        modalities of these models, and the result contains them, too. `waiting` is clip -> new name
-        for clips that lose all modalities. A clip without any modality resembles nobody.
+        If `replace` is True, models of the gallery may have changed. The result contains their
+        modalities, too. Enrolled clips lose these modalities. Clips without another modality are
+        removed.
 
         Raises:
           ValueError: the gallery was made with a run, or a model of the gallery is missing in the
             folder, or has changed.
         """
-        return self._adopt(*make_models_origin(models), waiting)
+        return self._adopt(*make_models_origin(models), replace=replace)
 
     def follow_cards(self) -> None:
         """Uses the numbers that the cards of the gallery's nets contain now.
@@ -635,7 +654,8 @@ class Gallery:
         self,
         origin: VectorOrigin,
         back_ends: "Mapping[str, BackEnd]",
-        waiting: Mapping[str, str] | None = None,
+        *,
+        replace: bool = False,
     ) -> tuple[str, ...]:
         """Uses other numbers, more modalities, or other models, see `widen`."""
         with self._store.open(write=True) as transaction:
@@ -644,7 +664,7 @@ class Gallery:
             changed = sorted(part for part in was if was[part] != now.get(part))
             blind = state.origin.blind and not changed
             origin = msgspec.structs.replace(origin, blind=blind)
-            if not was or (changed and (waiting is None or was.keys() - now.keys())):
+            if not was or (changed and (not replace or was.keys() - now.keys())):
                 made = f"other models of {', '.join(changed)}" if was else "a run, not with models"
                 raise UserError(
                     f"gallery '{self.folder}' was made with {made}\n"
@@ -653,7 +673,7 @@ class Gallery:
             backend = state.index.backend
             wide = backend_lib.make_card_backend(back_ends)
             is_equal = not changed and backend_lib.compare_equal(backend, wide)
-            if was == now and is_equal and origin == state.origin and not waiting:
+            if was == now and is_equal and origin == state.origin:
                 return ()
             if not is_equal and not changed:
                 say(
@@ -661,11 +681,12 @@ class Gallery:
                     "and the gallery uses the new numbers"
                 )
             _check_width(wide)
-            waiting, clips = waiting or {}, dict[str, StoredClip]()
-            for name, clip in state.clips.items():
-                vector = _widen(clip.vector, backend, wide, was if name in waiting else changed)
-                clips[waiting.get(name, name)] = clip._replace(vector=vector)
-            state = make_state(state.version + 1, origin, wide, clips, state.denied)
+            clips = {
+                name: clip._replace(vector=_widen(clip.vector, backend, wide, changed))
+                for name, clip in state.clips.items()
+            }
+            clips = {name: clip for name, clip in clips.items() if clip.vector.any()}
+            state = make_state(state.version + 1, origin, wide, clips)
             with self._lock:
                 self._state = self._store.write(transaction, state)
         return tuple(part for part in now if now[part] != was.get(part))
@@ -1071,7 +1092,7 @@ class Gallery:
 
 
 def _list_usable_strangers(state: State) -> Iterator[str]:
-    # A clip without a vector waits until `vidjax who` reads its film with the present models.
+    # Version 0.1.0 of `vidjax who` has stored clips without a vector.
     return (name for name in state.clips_of.get(STRANGER, ()) if state.clips[name].vector.any())
 
 

@@ -1,6 +1,5 @@
 """Enrols the people of a gallery in a gallery of other nets, by the names of their clips."""
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from vidjax.apps.gallery.gallery import AnyClips, Gallery
@@ -20,16 +19,11 @@ class Migration(NamedTuple):
     lost: list[str]  # the people of the old gallery who have no clip in the new gallery
 
 
-def migrate(
-    old: Gallery, new: Gallery, clips: AnyClips, films: Mapping[str, str] | None = None
-) -> Migration:
+def migrate(old: Gallery, new: Gallery, clips: AnyClips) -> Migration:
     """Enrols the clips of the gallery `old` in the gallery `new`, as one change.
 
-    Labels, clips of strangers and denied names are copied. Another call adds more clips.
-
-    Args:
-      clips: the features of the clips, which the nets or the run of `new` have computed.
-      films: clip -> digest of its film, see `features_folder.hash_film`, if it has changed.
+    Labels and clips of strangers are copied. Another call adds more clips. `clips` are the features
+    of the clips, which the nets or the run of `new` have computed.
 
     Raises:
       UserError: none of the clips is in `old`, or `new` has people or clips that `old` lacks.
@@ -52,10 +46,6 @@ def migrate(
             f"gallery is {show(min(person_of, default=''))}, a clip of the features "
             f"{show(min(vectors.names, default=''))}\nuse the clip names of the old gallery"
         )
-    denied: dict[str, dict[str, list[str]]] = {}
-    for film, of in old.denied.items():
-        for clip, names in of.items():
-            denied.setdefault((films or {}).get(clip, film), {})[clip] = [*names]
     with new.change() as draft:
         added, relabelled = dict[str, StoredClip](), dict[str, str]()
         for name, clip in chosen.items():
@@ -65,7 +55,6 @@ def migrate(
             elif before.identity != clip.identity:  # a label that was changed since an earlier call
                 relabelled[name] = draft.relabel(name, clip.identity) or IGNORED
         moved = draft.add(added) + len(relabelled)
-        draft.deny(denied)
     missing = sorted(person_of.keys() - new.clips.keys())
     lost = sorted(old.people.keys() - new.people.keys())
     return Migration(moved, len(chosen) - moved, relabelled, missing, lost)

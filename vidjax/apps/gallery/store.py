@@ -127,7 +127,8 @@ class _Part(Struct, omit_defaults=True):
     has_mean: bool = False
 
 
-# Digest of a film -> clip of the film -> people whom the clip does not show, as a user said.
+# Digest of a film -> clip of the film -> people whom the clip does not show, as a user said. Only
+# galleries of version 0.1.0 contain them, see `earlier_said`.
 Denials: TypeAlias = Annotated[
     Mapping[Sha256, Mapping[Text, Sequence[Text]]],
     Meta(max_length=files.MAX_ITEMS),
@@ -536,7 +537,6 @@ def _facts(state: State) -> str:
     facts = _Facts(
         state.version, state.origin, parts, settings,
         clips=len(state.clips), people=len(state.index.names), rows=f"{state.rows:064x}",
-        denied=dict(state.denied),
     )  # fmt: skip
     return json.dumps(msgspec.to_builtins(facts))
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vidjax.apps.gallery.answers import FACE, NOBODY, UNKNOWN, Answer, parse_group_number
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
-from vidjax.apps.video.features_folder import Box, FaceTrack, MediaFile, select_films
+from vidjax.apps.video.features_folder import Box, FaceTrack, MediaFile
 from vidjax.utils import tables
 from vidjax.utils.errors import UserError
 from vidjax.utils.groups import group_by_key
@@ -23,6 +23,7 @@ from vidjax.utils.names import IGNORED, escape
 
 if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery
+    from vidjax.apps.video.faces import Said
 
 TOLD = "told"  # the evidence for a clip that a user enrolled for a person or a stranger
 GAP_SECONDS = 2.0  # two tracks of a person with a shorter gap between them are one appearance
@@ -129,7 +130,8 @@ class NamedTracks(NamedTuple):
     """The people in tracks of films."""
 
     answers: dict[str, Answer]  # clip -> answer
-    enrolled: dict[str, str | None]  # enrolled clip -> its person, or None for a stranger
+    # Clip -> its person, as a user said; None for a stranger or an ignored face.
+    told: dict[str, str | None]
     votes: dict[str, str] | None  # clip -> group that votes on one name, see `group_votes`
     # Clip -> name that it did not get, because a more similar face of the same time has the name. A
     # mirror or a split screen shows a person twice.
@@ -142,8 +144,7 @@ def name_tracks(
     films: Sequence[MediaFile],
     identify: Callable[..., Mapping[str, Answer]],
     votes: dict[str, str] | None = None,
-    numbers: Mapping[str, int] | None = None,
-    apart: Collection[tuple[int, int]] = (),
+    said: "Said | None" = None,
 ) -> NamedTracks:
     """Names the people in tracks of films.
 
@@ -152,52 +153,68 @@ def name_tracks(
     unclear faces of a person are enrolled, no other track gets the name of this person.
 
     `identify` is the method `gallery.identify`, with fixed arguments. If `votes` are given, the
-    tracks are not grouped again. `numbers` are clip -> number of an unknown person, or 0 for a clip
-    that a user ignores. `apart` are numbers of people who certainly differ.
+    tracks are not grouped again. `said` is what people said about the tracks.
     """
-    enrolled, denied = gallery.find_enrolled(vectors), select_films(gallery.denied, films)
     answers = dict.fromkeys(vectors.names, NOBODY)
     if gallery.identities:
         votes = votes or group_votes(gallery, vectors, films)
         answers = remove_unclear_names(identify(vectors, groups=votes), gallery, films)
-    for clip in denied.keys() & answers.keys():
-        best = tuple(pair for pair in answers[clip].best if pair[0] not in denied[clip])
-        answers[clip] = answers[clip]._replace(best=best)
-        if answers[clip].identity in denied[clip]:
-            answers[clip] = answers[clip]._replace(identity=None, evidence=())
-    numbers = numbers or {}
-    ignored = {clip for clip in answers.keys() & numbers.keys() if numbers[clip] == 0}
-    enrolled = dict.fromkeys(ignored) | enrolled
-    for clip, name in enrolled.items():
-        known = NOBODY if name is None else Answer(name, 1.0, 0.0, ((name, 1.0),))
-        answers[clip] = known._replace(evidence=(TOLD,))
-    answers = _tell_apart(answers, numbers, apart)
+    told = gallery.find_enrolled(vectors)
+    ignored = {clip: said.ignored[clip] for clip in answers if clip in said.ignored} if said else {}
+    told = {clip: None for clip, yields in ignored.items() if not yields} | told
+    if said:
+        answers |= _deny(answers, said)
+    for clip, name in told.items():
+        answers[clip] = _tell(name)
+    if said:
+        answers = _tell_apart(answers, said)
     settled = settle_answers(answers, films)
     twins = {c: x.identity for c, x in answers.items() if x.identity and not settled[c].identity}
-    return NamedTracks(settled, enrolled, votes, twins)
+    for clip in ignored:
+        if settled[clip].identity is None:
+            told[clip], settled[clip] = None, _tell(None)
+    return NamedTracks(settled, told, votes, twins)
 
 
-def _tell_apart(
-    answers: Mapping[str, Answer], numbers: Mapping[str, int], apart: Collection[tuple[int, int]]
-) -> dict[str, Answer]:
+def _tell(name: str | None) -> Answer:
+    """Returns the answer for a face that has a name, or is ignored, as a user said."""
+    known = NOBODY if name is None else Answer(name, 1.0, 0.0, ((name, 1.0),))
+    return known._replace(evidence=(TOLD,))
+
+
+def _deny(answers: Mapping[str, Answer], said: "Said") -> dict[str, Answer]:
+    """Returns the answers of clips for which a user denied names, without these names."""
+    changed = {}
+    for clip, names in said.denied.items():
+        if isinstance(clip, str) and (answer := answers.get(clip)):
+            answer = answer._replace(best=tuple(x for x in answer.best if x[0] not in names))
+            if answer.identity in names:
+                answer = answer._replace(identity=None, evidence=())
+            changed[clip] = answer
+    return changed
+
+
+def _tell_apart(answers: Mapping[str, Answer], said: "Said") -> dict[str, Answer]:
     """Returns answers in which two people who differ have different names.
 
     If both people have the same name, the clips of the less probable person lose it. A name by a
     user is kept. It counts only if more than half of the clips have it, because a user may name
-    wrong faces one by one. For the arguments, see `name_tracks`.
+    wrong faces one by one.
     """
-    numbered = sorted(answers.keys() & numbers.keys()) if apart else ()
-    answers, clips_of = dict(answers), group_by_key((numbers[clip], clip) for clip in numbered)
+    answers, clips_of = dict(answers), dict[int, list[str]]()
+    for clip, number in said.numbers.items() if said.apart else ():
+        if isinstance(clip, str) and clip in answers:
+            clips_of.setdefault(number, []).append(clip)
 
     def list_clips(number: int) -> dict[str, list[str]]:
-        clips = clips_of.get(number, ())
+        clips = sorted(clips_of.get(number, ()))
         named = group_by_key((name, clip) for clip in clips if (name := answers[clip].identity))
         return {
             name: of for name, of in named.items()
             if 2 * len(of) > len(clips) or any(answers[x].evidence != (TOLD,) for x in of)
         }  # fmt: skip
 
-    for number, other in apart:
+    for number, other in sorted(said.apart):
         sides = list_clips(number), list_clips(other)
         for name in sorted(sides[0].keys() & sides[1].keys()):
             weaker = min(sides, key=lambda named: max(answers[x].score for x in named[name]))

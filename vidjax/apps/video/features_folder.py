@@ -4,8 +4,6 @@
     OUT/videos/STEM.json    the shots and tracks of the video or photo, with their times
     OUT/extract.json        the nets and settings, which are the same for all files
     OUT/thumbnails/STEM/    only on request: CLIP.png, the best face of each clip
-    OUT/earlier/STEM.json   `videos/STEM.json` of other nets, until `vidjax who` has read the file
-                            again, see `other_nets`
 
 STEM is the name of the video without its ending and without dots. A clip is the track of a person
 in a shot: `STEM.s003.t01` is track 1 of shot 3. With --unit=shot, a clip is the main person of a
@@ -13,7 +11,8 @@ shot, such as `STEM.s003`. A photo with a single face is the clip `STEM`. A phot
 has the clips `STEM.f01`, `STEM.f02` and so on. `vidjax.data.arrays` reads the clips.
 
 `videos/STEM.json` is written last. If it is missing, the extraction was interrupted, and the next
-call extracts the video again.
+call extracts the video again. If only `STEM.npz` is missing, nets have changed, and the file is not
+read again yet.
 """
 
 import contextlib
@@ -23,7 +22,7 @@ import operator
 import os
 import re
 import urllib.parse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -45,7 +44,6 @@ NAME = "extract.json"
 NUMBERS = "unknown.json"  # marks a folder with results of `vidjax who`
 VIDEOS = "videos"
 THUMBNAILS = "thumbnails"
-EARLIER = "earlier"
 # The names of temporary files and folders, which remain if a call is killed.
 PARTIAL = re.compile(r"\.extract-[0-9a-f]{8}|\..+\.[0-9a-f]{8}\.partial")
 PROGRESS = "progress"  # a file with the number of bytes that were read of a film so far
@@ -240,7 +238,8 @@ def read_media_files(folder: Path) -> list[MediaFile]:
 
     If several films have the same file name, folders of their paths are added to their names.
     """
-    films = [read_media_file(path) for path in sorted((folder / VIDEOS).glob("*.json"))]
+    paths = sorted((folder / VIDEOS).glob("*.json"))
+    films = [read_media_file(path) for path in paths if files.exists(folder / f"{path.stem}.npz")]
     for twins in group_by_key((film.video, film) for film in films).values():
         if len(twins) > 1:
             _distinguish(twins)
@@ -258,68 +257,53 @@ def _distinguish(twins: Sequence[MediaFile]) -> None:
         film.video = "/".join(part[-depth:])
 
 
-def hash_film(film: MediaFile, *, earlier: bool = False) -> str:
-    """Returns a digest of the file and the clips of a film.
-
-    If `earlier` is True, other nets have found the clips, and the film is not read again yet.
-    """
+def hash_film(film: MediaFile) -> str:
+    """Returns a digest of the file and the clips of a film."""
     tracks = [[track.clip, track.start_s, track.end_s] for track in film.tracks]
-    return files.sha256_json([film.sha256, tracks, *[EARLIER] * earlier])
-
-
-def select_films(table: Mapping[str, Mapping[str, T]], films: Iterable[MediaFile]) -> dict[str, T]:
-    """Returns clip -> value for all `films`. `table` is digest of a film -> clip -> value."""
-    selected: dict[str, T] = {}
-    for film in films:
-        selected |= table.get(film.digest, {})
-    return selected
+    return files.sha256_json([film.sha256, tracks])
 
 
 def find_media_files(out: Path) -> dict[str, MediaFile]:
     """Returns stem -> film or photo in a folder of features. Damaged ones are left out."""
-    names = [path.stem for path in (out / VIDEOS).glob("*.json")]
-    return {stem: film for stem in names if (film := find_media_file(out, stem))}
+    return {
+        stem: film for stem, film in describe_media_files(out).items()
+        if files.exists(out / f"{stem}.npz")
+    }  # fmt: skip
 
 
-def find_media_file(out: Path, stem: str, folder: str = VIDEOS) -> MediaFile | None:
-    """Returns the film or photo `stem`, or None if its features are damaged or missing.
+def find_media_file(out: Path, stem: str) -> MediaFile | None:
+    """Returns the film or photo `stem`, or None if its features are damaged or missing."""
+    return describe_media_file(out, stem) if files.exists(out / f"{stem}.npz") else None
 
-    If `folder` is EARLIER, returns the film or photo if it is not yet read again after nets have
-    changed.
-    """
+
+def find_unread(out: Path) -> dict[str, MediaFile]:
+    """Returns stem -> film or photo that is not yet read again after nets have changed."""
+    known = describe_media_files(out)
+    return {stem: x for stem, x in known.items() if not files.exists(out / f"{stem}.npz")}
+
+
+def describe_media_files(out: Path) -> dict[str, MediaFile]:
+    """Returns stem -> film or photo, also if it is not yet read again after nets have changed."""
+    stems = [path.stem for path in sorted((out / VIDEOS).glob("*.json"))]
+    return {stem: film for stem in stems if (film := describe_media_file(out, stem))}
+
+
+def describe_media_file(out: Path, stem: str) -> MediaFile | None:
+    """Returns the description of the film or photo `stem`, or None if it is damaged or missing."""
     with contextlib.suppress(UserError, FileNotFoundError):
-        film = read_media_file(out / folder / f"{stem}.json")
-        return film if folder == EARLIER or files.exists(out / f"{stem}.npz") else None
+        return read_media_file(out / VIDEOS / f"{stem}.json")
     return None
 
 
-def find_earlier(out: Path) -> dict[str, MediaFile]:
-    """Returns stem -> film or photo that is not yet read again after nets have changed."""
-    names = [path.stem for path in sorted((out / EARLIER).glob("*.json"))]
-    return {stem: film for stem in names if (film := find_media_file(out, stem, EARLIER))}
-
-
-def forget_earlier(out: Path, stems: Iterable[str]) -> None:
-    """Removes the descriptions of films and photos that were read again."""
-    for stem in stems:
-        (out / EARLIER / f"{stem}.json").unlink(missing_ok=True)
-    files.remove_ours(out / EARLIER, "")
-
-
 def set_aside(out: Path) -> None:
-    """Removes all features before other nets are used, and keeps the descriptions of the files.
-
-    If a description of still other nets is waiting, it is kept instead of the new description.
-    """
-    (out / EARLIER).mkdir(mode=0o700, exist_ok=True)
-    stems = {path.stem for path in (*(out / VIDEOS).glob("*.json"), *out.glob("*.npz"))}
-    for stem in sorted(stems):
-        path, kept = out / VIDEOS / f"{stem}.json", out / EARLIER / f"{stem}.json"
-        with contextlib.suppress(UserError, FileNotFoundError):  # damaged
-            read_media_file(path)
-            if not kept.exists():
-                os.replace(path, kept)
-        remove_media_file(out, stem)
+    """Removes all features before other nets are used, but keeps the descriptions of the files."""
+    known = describe_media_files(out)
+    for path in out.glob("*.npz"):
+        if path.stem in known:
+            _remove_pictures(out / THUMBNAILS / path.stem)
+            path.unlink(missing_ok=True)
+        else:
+            remove_media_file(out, path.stem)
 
 
 def lacks_pictures(out: Path, stem: str) -> bool:
@@ -338,7 +322,7 @@ def list_files_of(path: Path) -> list[Path]:
         return []
     stem = path.stem
     places = (out / f"{stem}.npz", out / VIDEOS / f"{stem}.json", out / THUMBNAILS / stem)
-    return [place for place in (*places, out / EARLIER / f"{stem}.json") if files.exists(place)]
+    return [place for place in places if files.exists(place)]
 
 
 def remove_media_file(out: Path, stem: str) -> None:
@@ -380,7 +364,6 @@ def remove_leftovers(out: Path, stems: set[str] | None) -> None:
         if PARTIAL.fullmatch(entry.name):
             files.remove_tree(entry) if entry.is_dir() else entry.unlink()
     if stems is not None:
-        forget_earlier(out, {path.stem for path in (out / EARLIER).glob("*.json")} - stems)
         present = {path.stem for path in (*out.glob("*.npz"), *videos.glob("*.json"))}
         for stem in present - stems:
             if "." not in stem:

@@ -16,8 +16,9 @@ from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery, advise_other_films
 from vidjax.apps.gallery.store import StoredClip
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
+from vidjax.apps.said import PEOPLE
 from vidjax.apps.video import doubts, features_folder, media_files
-from vidjax.apps.video.features_folder import FaceTrack
+from vidjax.apps.video.features_folder import FaceTrack, MediaFile
 from vidjax.apps.video.pipeline import FileOutcome, extract_folders
 from vidjax.data.checks import list_entries
 from vidjax.data.clip_files import read_clips
@@ -28,10 +29,10 @@ from vidjax.utils.errors import UserError
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import make_folder_name, normal_form, read_folder_name, show
 
-PEOPLE = "people"  # the folder in the results that contains the features of photos
 MOST_LOCKED = 200  # folders of people that are locked at once; each lock is an open file
 # The flags of `vidjax who` and `vidjax gallery enrol` that name the folder of photos.
 WHO_FLAG, ENROL_FLAG = "--people", "--photos"
+EQUAL_SQUARES = 1e-5  # the largest squared distance of two vectors of the same picture
 MISFIT_REMEDY = "nobody is enrolled from it. Tag its faces again"
 
 
@@ -54,6 +55,11 @@ class PhotoFace(NamedTuple):
     def plain(self) -> str:
         """The name of the clip in a gallery of `enrol_folder`, such as `Ada/IMG_1.f02`."""
         return f"{self.folder}/{self.clip}"
+
+    @property
+    def key(self) -> str:
+        """The name of the clip without the person, see `list_photo_files`."""
+        return f"{PEOPLE}/{self.plain}"
 
     @classmethod
     def of(cls, clip: str) -> "PhotoFace | None":
@@ -107,6 +113,27 @@ def list_faces(gallery: Gallery) -> dict[str, PhotoFace]:
     return {clip: photo for clip in gallery.clips if (photo := PhotoFace.of(clip))}
 
 
+def list_unread(out: Path) -> dict[str, PhotoFace]:
+    """Returns clip -> face in photos that are not yet read again after nets have changed."""
+    faces = (
+        PhotoFace(owner, track.clip, track.name or owner)
+        for owner, folder in locate_people(out, ()).items()
+        for photo in features_folder.find_unread(folder).values() for track in photo.tracks
+    )  # fmt: skip
+    return {str(face): face for face in faces}
+
+
+def list_photo_files(out: Path) -> list[MediaFile]:
+    """Returns the photos of people, in which the names of clips are those of `PhotoFace.key`."""
+    photos = list[MediaFile]()
+    for owner, folder in locate_people(out, ()).items():
+        for photo in features_folder.describe_media_files(folder).values():
+            for track in photo.tracks:
+                track.clip = PhotoFace(owner, track.clip, owner).key
+            photos.append(photo)
+    return photos
+
+
 def find_missing(enrolled: Mapping[str, PhotoFace], found: FoundFaces, out: Path) -> set[str]:
     """Returns the folders in `OUT/people` whose photos are missing, but were not deleted by a user.
 
@@ -131,7 +158,7 @@ def find_missing(enrolled: Mapping[str, PhotoFace], found: FoundFaces, out: Path
     place, missing = Path(os.path.realpath(found.people)), set[str]()
     places = locate_people(out, absent)
     for folder in absent:
-        known = features_folder.find_media_files(places[folder]).values()
+        known = features_folder.describe_media_files(places[folder]).values()
         paths = [photo.source.path for photo in known]
         deleted = has_others and all(x.parent == place and media_files.is_missing(x) for x in paths)
         if not known or not (deleted or new & {photo.sha256 for photo in known}):
@@ -244,7 +271,7 @@ def check_people(
     forget_missing: bool,
 ) -> None:
     """Raises UserError if the folder `people` seems wrong, because it has no enrolled person."""
-    enrolled = list_faces(gallery).values()
+    enrolled = (list_unread(out) | list_faces(gallery)).values()
     before = {name for photo in enrolled for name in (photo.folder, photo.person)}
     if not os.path.isdir(people) and (forget_missing or not before):
         raise _refuse_people(people)
@@ -265,7 +292,7 @@ def check_people(
 def _were_renamed(photos: Mapping[str, Sequence[Path]], out: Path) -> bool:
     """Returns whether one of the photos has the same content as a photo of an earlier call."""
     folders = [folder for folder in (out / PEOPLE).glob("[!.]*") if folder.is_dir()]
-    known_in = map(features_folder.find_media_files, folders)
+    known_in = map(features_folder.describe_media_files, folders)
     known = [photo for in_folder in known_in for photo in in_folder.values()]
     sizes, digests = {photo.source.size for photo in known}, {photo.sha256 for photo in known}
     paths = (path for paths in photos.values() for path in paths if os.path.exists(path))
@@ -370,25 +397,75 @@ def check_photos(
     return FoundFaces(people, outcomes_of, failed, names, faces_of)
 
 
+def embed_usable(
+    gallery: Gallery, usable: Mapping[Path, Mapping[str, str]]
+) -> dict[PhotoFace, StoredClip]:
+    """Computes the vectors of usable faces. `usable` is folder of features -> clip -> person."""
+    found: dict[PhotoFace, StoredClip] = {}
+    for folder, person_of in usable.items():
+        owner = read_folder_name(folder.name)
+        clips = embed_clips(gallery, folder, person_of) if person_of else None
+        for clip, entry in (select_usable_clips(clips) if clips else {}).items():
+            found[PhotoFace(owner, clip, person_of[clip])] = entry
+    return found
+
+
 def enrol_photos(
     gallery: Gallery,
-    enrolled: Mapping[str, PhotoFace],
-    usable: Mapping[Path, Mapping[str, str]],
-    names: Collection[str],
-    before: Mapping[str, Counter[str]],
+    enrolled: Collection[str],
+    faces: Mapping[PhotoFace, StoredClip],
+    label: Callable[[PhotoFace], str | None],
 ) -> None:
-    """Enrols the usable faces, and removes the other faces in `enrolled` from the gallery.
+    """Enrols faces of photos, and removes the other faces in `enrolled` from the gallery.
 
-    `enrolled` is clip -> face in the gallery. `usable` is folder of features -> clip -> person.
-    `names` are all people, and `before` their labels, see `count_labels`. Only folders in `usable`
-    are changed.
+    `enrolled` are clips of the gallery. `label` returns the name of a face, or None for a stranger.
     """
-    labels = _choose_labels(before, names)
-    old = group_by_key((x.folder, clip) for clip, x in enrolled.items() if x.person in labels)
-    for folder, named in usable.items():
-        _enrol(gallery, folder, named, labels, {*old.get(read_folder_name(folder.name), ())})
-    found = {name for named in usable.values() for name in named.values()}
-    _warn_of_lost({*names} - found - {photo.person for photo in list_faces(gallery).values()})
+    clips = {str(face): x._replace(identity=label(face)) for face, x in faces.items()}
+    with gallery.change(log=False) as draft:
+        unchanged = draft.complete({clip: entry.vector for clip, entry in clips.items()})
+        draft.remove(clip={*enrolled} - unchanged)
+        new = {clip: entry for clip, entry in clips.items() if clip not in unchanged}
+        draft.add(new)
+    people = {entry.identity for entry in new.values()} - {None}
+    advise_other_films(gallery, sorted(map(str, people)))
+
+
+def find_renamed(
+    gallery: Gallery,
+    enrolled: Mapping[str, PhotoFace],
+    faces: Mapping[PhotoFace, StoredClip],
+) -> dict[str, set[str]]:
+    """Finds people whose photos are all photos of other people now.
+
+    `enrolled` is clip -> face in the gallery. `faces` are the faces of this call. Returns person ->
+    people who have the photos now. A face is recognised by its vector.
+    """
+    new = {
+        face: x.vector for face, x in faces.items()
+        if not (old := gallery.clips.get(str(face)))
+        or not _compare_equal(old.vector[None], x.vector[None]).all()
+    }  # fmt: skip
+    kept = {face.person for face in faces.keys() - new.keys()}
+    gone = group_by_key(
+        (face.person, gallery.clips[clip].vector) for clip, face in enrolled.items()
+        if face.person not in kept
+    )  # fmt: skip
+    moved: dict[str, set[str]] = {}
+    for person, vectors in gone.items() if new else ():
+        equal = _compare_equal(np.stack(vectors), np.stack([*new.values()]))
+        owners = [
+            {face.person for face, is_equal in zip(new, row, strict=True) if is_equal} - {person}
+            for row in equal.tolist()
+        ]
+        if all(owners):
+            moved[person] = set[str]().union(*owners)
+    return moved
+
+
+def _compare_equal(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Returns [M, N] whether rows of [M, D] and [N, D] are equal, up to rounding errors."""
+    squares = [np.square(x).sum(axis=1) for x in (first, second)]
+    return squares[0][:, None] + squares[1] - 2 * first @ second.T < EQUAL_SQUARES
 
 
 def _warn_of_lost(names: Iterable[str]) -> None:
@@ -422,12 +499,9 @@ def enrol_folder(gallery: Gallery, people: Path, models: Path, workers: int) -> 
                 photos_of, out, models=models, workers=workers, done=lambda _: bar.advance(1)
             )
         found = check_photos({}, outcomes_of, people, ENROL_FLAG)
-        faces, clips = dict[str, PhotoFace](), dict[str, StoredClip]()
-        for folder, person_of in found.usable.items():
-            vectors = embed_clips(gallery, folder, person_of) if person_of else None
-            for clip, entry in (select_usable_clips(vectors) if vectors else {}).items():
-                face = PhotoFace(read_folder_name(folder.name), clip, person_of[clip])
-                faces[face.plain], clips[face.plain] = face, entry
+        entries = embed_usable(gallery, found.usable)
+        faces = {face.plain: face for face in entries}
+        clips = {face.plain: entry for face, entry in entries.items()}
     path_of = {
         PhotoFace(read_folder_name(folder.name), track.clip, "").plain: outcome.path
         for folder, outcome, track in found.list_tracks()
@@ -507,15 +581,6 @@ def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> N
         )
 
 
-def count_labels(gallery: Gallery) -> dict[str, Counter[str]]:
-    """Returns person -> label in the gallery -> number of the person's photos with this label."""
-    labels: dict[str, Counter[str]] = {}
-    for clip, photo in list_faces(gallery).items():
-        if label := gallery.clips[clip].identity:
-            labels.setdefault(photo.person, Counter())[label] += 1
-    return labels
-
-
 def _choose_labels(before: Mapping[str, Counter[str]], names: Collection[str]) -> dict[str, str]:
     """Returns name of a person -> label, the name in the gallery for the person's new photos.
 
@@ -528,35 +593,6 @@ def _choose_labels(before: Mapping[str, Counter[str]], names: Collection[str]) -
         order = [(label != name and label in names, -labels[label], label) for label in labels]
         chosen[name] = min(order)[-1] if order else name
     return chosen
-
-
-def _enrol(
-    gallery: Gallery,
-    folder: Path,
-    usable: Mapping[str, str],
-    labels: Mapping[str, str],
-    old: set[str],
-) -> None:
-    """Enrols the photos of a folder of features, and removes deleted photos from the gallery.
-
-    `usable` is clip -> person for the clips to enrol. `labels` is person -> name in the gallery.
-    `old` are the clips of the folder that earlier calls have enrolled.
-    """
-    if not usable:
-        gallery.remove(clip=old)
-        return
-    vectors = embed_clips(gallery, folder, usable)
-    faces = [PhotoFace(read_folder_name(folder.name), clip, usable[clip]) for clip in vectors.names]
-    vectors = vectors._replace(
-        names=tuple(map(str, faces)), labels=tuple(labels[face.person] for face in faces)
-    )
-    clips = select_usable_clips(vectors)
-    with gallery.change() as draft:  # a single change: denied names of the person are kept
-        unchanged = draft.complete({clip: entry.vector for clip, entry in clips.items()})
-        draft.remove(clip=old - unchanged)
-        draft.add({clip: entry for clip, entry in clips.items() if clip not in unchanged})
-    new = {str(entry.identity) for clip, entry in clips.items() if clip not in unchanged}
-    advise_other_films(gallery, sorted(new))
 
 
 def warn_of_doubts(

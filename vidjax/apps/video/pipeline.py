@@ -266,13 +266,10 @@ def _prepare_folder(
             "move these files, or name another folder"
         )
     read = features_folder.find_media_files(out)
-    known = features_folder.find_earlier(out) | read
+    known = features_folder.describe_media_files(out)
     for path in (out / VIDEOS).glob("*.json"):
-        if path.stem not in read:
-            say(
-                f"{path} is damaged or has no features: it is removed, and the film is read again "
-                "if you name it"
-            )
+        if path.stem not in known:
+            say(f"{path} is damaged: it is removed, and the film is read again if you name it")
             features_folder.remove_media_file(out, path.stem)
     stems = _choose_stems(listed, known)
     kept, unsure, lost = {*stems.values()}, list[MediaFile](), list[FileOutcome]()
@@ -502,11 +499,7 @@ def _take_results(
             raise answer
         film = schemas.parse(job.path, answer, MediaFile, "leave it out")
         film.folder = job.folder
-        found = (
-            features_folder.find_media_file(job.out, job.stem, folder)
-            for folder in (VIDEOS, features_folder.EARLIER)
-        )
-        before = next(filter(None, found), None)
+        before = features_folder.describe_media_file(job.out, job.stem)
         if before and before.tags and not film.tags:
             if film.bad_tags:
                 raise UserError(film.bad_tags)
@@ -534,7 +527,8 @@ def _take_results(
 
 def _describe_failure(job: _Job, error: UserError | OSError) -> FileOutcome:
     """Returns the outcome of a file that failed. If the disk is full, raises `error`."""
-    if not (earlier := features_folder.find_media_file(job.out, job.stem)):
+    earlier = features_folder.find_media_file(job.out, job.stem)
+    if not features_folder.describe_media_file(job.out, job.stem):
         features_folder.remove_media_file(job.out, job.stem)  # incomplete files
     if isinstance(error, OSError) and error.errno in FULL_DISK_ERRORS:
         raise error

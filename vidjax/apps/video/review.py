@@ -21,8 +21,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
@@ -31,13 +32,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 
-from vidjax.apps import web
-from vidjax.apps.gallery.answers import FACE, parse_group_number, rank_group
+from vidjax.apps import said, web
+from vidjax.apps.gallery.answers import FACE, UNKNOWN, parse_group_number, rank_group
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.store import Denials, StoredClip
 from vidjax.apps.gallery.vectors import select_usable_clips
-from vidjax.apps.video import features_folder, still, who
+from vidjax.apps.said import Line, SeenClip
+from vidjax.apps.video import features_folder, people_photos, still, who
 from vidjax.apps.video.appearances import Appearance, format_time, pair_seen_together
 from vidjax.apps.video.features_folder import (
     NUMBERS,
@@ -46,7 +47,6 @@ from vidjax.apps.video.features_folder import (
     MediaFile,
 )
 from vidjax.apps.video.names_page import CLIP, Forms, format_appearance_time
-from vidjax.apps.video.unknown_numbers import IGNORED_NUMBER, UnknownNumbers
 from vidjax.utils import files, messages
 from vidjax.utils.errors import Expected, InUseError, UserError, closest, describe_system_error
 from vidjax.utils.groups import group_by_key
@@ -85,10 +85,9 @@ class Step(NamedTuple):
 
     words: str  # a description of the change
     at: str  # the changed person, or the key of the changed face
-    # The entry of each changed clip in the gallery before the change; None for a new clip.
-    clips: dict[str, StoredClip | None]
-    denied: Denials  # the denied names of each changed clip before the change
-    numbers: UnknownNumbers  # the contents of `unknown.json` before the change
+    lines: Sequence[Line]  # of the log
+    # Clip -> person before the change, for clips of a renamed person that are not in the log.
+    clips: Mapping[str, str | None]
 
 
 class Subject(NamedTuple):
@@ -125,6 +124,7 @@ class Review:
         self._out, self._gallery = out, Gallery(out / "gallery")
         self._identify = functools.partial(self._gallery.identify, fpir=fpir, threshold=threshold)
         self._steps: list[Step] = []
+        self._lines = said.read(out)
         self.version = self._saved = 0  # number of changes. Undoing a change counts as a change
         # A person, the key of a face, or "" for the last step -> version of the last change.
         self._changed: dict[str, int] = {}
@@ -135,10 +135,12 @@ class Review:
 
     def _set_films(self, films: Sequence[MediaFile]) -> None:
         self._films = {film.video: film for film in films}
-        self._digest_of, self._shot_of = dict[str, str](), dict[str, int]()  # of each clip
+        self._face_of, self._shot_of = dict[str, SeenClip](), dict[str, int]()  # of each clip
         for film in films:
-            self._shot_of |= {track.clip: track.shot for track in film.tracks}
-            self._digest_of |= dict.fromkeys((x.clip for x in film.tracks), film.digest)
+            for track in film.tracks:
+                self._shot_of[track.clip] = track.shot
+                if face := said.make_face(film.sha256, track):
+                    self._face_of[track.clip] = SeenClip(face, film.video)
 
     def _set_names(self, decision: who.Decision) -> None:
         self._decision = decision
@@ -182,24 +184,22 @@ class Review:
 
     def _read_changes(self) -> None:
         """If another program has changed names or films, decides all names again."""
-        shown, last = self._decision, self._decision
-        numbers, films = shown.numbers, shown.films
+        shown, films = self._decision, self._decision.films
+        last, lines = shown, said.read(self._out)
         if self._stat() != self._stamp:
-            numbers = who.read_numbers(self._out)
-            if numbers != shown.numbers:
-                self._steps.clear()  # a step would restore the other numbers
-                films = features_folder.read_media_files(self._out / who.FEATURES)
-                is_known = {x.digest for x in films} == {x.digest for x in shown.films}
-                last = shown._replace(numbers=numbers) if is_known else None
-        if last is not shown or self._gallery.digest != shown.digest:
-            decision = self._decide(numbers, films, last)
+            films = features_folder.read_media_files(self._out / who.FEATURES)
+            is_known = {x.digest for x in films} == {x.digest for x in shown.films}
+            last = shown if is_known else None
+        if not last or lines != self._lines or self._gallery.digest != shown.digest:
+            decision = self._decide(lines, films, last)
+            self._lines = lines
             self._set_films(films)
             self._show(decision)
 
     def _decide(
-        self, numbers: UnknownNumbers, films: Sequence[MediaFile], last: who.Decision | None
+        self, lines: Sequence[Line], films: Sequence[MediaFile], last: who.Decision | None
     ) -> who.Decision:
-        return who.decide(self._gallery, self._out, films, numbers, self._identify, last)
+        return who.decide(self._gallery, self._out, films, self._identify, last, lines)
 
     def refresh(self) -> None:
         """If another program has changed names or films, decides all names again.
@@ -303,7 +303,7 @@ class Review:
                 name = min(unknown, key=rank_group)
             subject = self._describe(found, name)
             if action in ("ignore", "once"):
-                self._ignore(found, subject, after)
+                self._ignore(found, subject, after, said.ONCE if action == "once" else None)
             elif action == "deny" and name:
                 self._deny_name(found, subject, name)
             elif action in ("deny", "apart"):
@@ -315,23 +315,46 @@ class Review:
             else:
                 self._give_name(found, subject, after, check_person(name))
 
-    def _ignore(self, found: Sequence[Subject], subject: str, after: str) -> None:
-        digest_of = self._digest_of
-        clips = {c: digest_of[c] for x in found for c in x.clips if c in digest_of}
-        numbers = self._decision.numbers.move(clips, IGNORED_NUMBER)
-        entries = self._label(found, None)
-        self._finish(f"{subject} ignored", found, after, entries, {}, numbers)
+    def _ignore(self, found: Sequence[Subject], subject: str, after: str, of: str | None) -> None:
+        lines = self._say(found, "ignore", of=of)
+        photos = {x for subject in found for x in subject.clips} - self._face_of.keys()
+        lines += [said.about(x.face, "is", video=x.video) for x in self._find_photos(photos)]
+        self._finish(f"{subject} ignored", found, after, lines)
 
     def _deny_name(self, found: Sequence[Subject], subject: str, name: str) -> None:
         if name not in self._decision.people:
             raise UserError(f"'{name}' is not a person on this page: reload the page")
-        denied = self._deny((clip for x in found for clip in x.clips), name)
-        self._finish(f"{subject} not {name}", found, found[0].key, {}, denied)
+        lines = self._say(found, "not", of=name)
+        self._finish(f"{subject} not {name}", found, found[0].key, lines)
 
     def _give_name(self, found: Sequence[Subject], subject: str, after: str, name: str) -> None:
-        if not (entries := self._label(found, name)):
+        people = self._decision.people
+        renamed = [x.name for x in found if x.is_person and x.name in people]
+        faces = [x for x in found if x.name not in renamed or not x.is_person]
+        clear = {clip for x in faces for clip in x.clips} & self._list_usable()
+        faces = [x._replace(clips=[clip for clip in x.clips if clip in clear]) for x in faces]
+        lines = [Line(says="rename", person=person, of=name) for person in renamed]
+        lines += self._say(faces, "is", of=name)
+        if not lines:
             raise UserError("no face in this appearance is clear enough: name another appearance")
-        self._finish(f"{subject} {name}", found, after, entries)
+        known = {clip for clip in self._decision.said.names if isinstance(clip, str)}
+        clips = {clip for person in renamed for clip in people[person]} - known
+        clips -= people_photos.list_faces(self._gallery).keys()
+        self._finish(f"{subject} {name}", found, after, lines, dict.fromkeys(clips, name))
+
+    def _say(self, found: Sequence[Subject], says: str, **values: Any) -> list[Line]:  # noqa: ANN401
+        """Returns a line about each face of films in `found`."""
+        faces = (self._face_of.get(clip) for x in found for clip in x.clips)
+        return [said.about(x.face, says, video=x.video, **values) for x in faces if x]
+
+    def _find_photos(self, clips: Iterable[str]) -> list[SeenClip]:
+        """Returns the faces of enrolled photos."""
+        find = said.FaceFinder(self._out)
+        return [x for clip in sorted(clips) if (x := find(clip))]
+
+    def _list_usable(self) -> set[str]:
+        vectors = self._decision.vectors
+        return {*select_usable_clips(vectors)} if vectors else set()
 
     def _list_seen_once(self) -> list[str]:
         seen = Counter(x.identity for x in self._decision.appearances)
@@ -382,7 +405,7 @@ class Review:
             if not self._steps:
                 raise UserError("there is no change to undo")
             step = self._steps[-1]
-            self._apply(step.clips, step.denied, step.numbers)
+            self._apply(said.undo(step.lines), step.clips)
             self._steps.pop()
             self._changed[""] = self.version
             self._forms = Forms(message=f"Undone: {step.words}.", at=step.at)
@@ -424,7 +447,7 @@ class Review:
         if clip != of and (x := self._shown.get(clip)):
             return Subject(of, [clip], x.identity or IGNORED, is_person=False)
         clips = [*self._clips_of.get(of, ()), *self._decision.people.get(of, ())]
-        if not clips:
+        if not clips and of not in self._decision.people:
             raise UserError(f"'{of}' is no longer on the page: reload the page, and choose again")
         return Subject(of, sorted(clips), of, is_person=True)
 
@@ -453,29 +476,6 @@ class Review:
             )
         return group
 
-    def _find_enrolled(self, clips: Iterable[str]) -> set[str]:
-        """Returns the names in `clips` that belong to enrolled clips.
-
-        The name of an enrolled clip is left out if a clip of a replaced film has it now.
-        """
-        vectors = self._decision.vectors
-        return {*self._gallery.find_enrolled(vectors.only({*clips}))} if vectors else set()
-
-    def _label(self, found: Sequence[Subject], name: str | None) -> dict[str, StoredClip | None]:
-        """Returns clip -> new entry of the gallery, in which the subjects have the name `name`.
-
-        Clips without a usable face are left out. If `name` is None, the enrolled clips become clips
-        of a stranger, and other clips are left out.
-        """
-        vectors, enrolled = self._decision.vectors, self._gallery.clips
-        people = self._gallery.identities
-        clips = {clip for x in found for clip in x.clips}
-        known = {clip for x in found if x.is_person and x.name in people for clip in x.clips}
-        known |= self._find_enrolled(clips - known)
-        new = select_usable_clips(vectors.only(clips - known)) if vectors and name else {}
-        old = {clip: enrolled[clip] for clip in known}
-        return {clip: entry._replace(identity=name) for clip, entry in (new | old).items()}
-
     def _move(self, found: Sequence[Subject], about: str, after: str, group: str = "") -> None:
         """Takes faces out of people, and joins people, so that all are the unknown person `group`.
 
@@ -488,42 +488,52 @@ class Review:
             raise UserError(
                 f"'{people[0]}' is a person: choose an appearance that does not show {people[0]}"
             )
-        clips_of: dict[str, set[str]] = {}
-        for x in found:
-            clips_of.setdefault(x.name, set()).update(x.clips)
-        denied: dict[str, Mapping[str, list[str]]] = {}
-        numbers = self._decision.numbers
-        for name, clips in clips_of.items():
-            places = {clip: self._digest_of[clip] for clip in clips}
-            if not group and len(clips) == len(self._clips_of.get(name, ())):
+        subjects_of = group_by_key((x.name, x) for x in found)
+        lines, number = self._join(joined), self._decision.numbers.highest
+        for name, subjects in subjects_of.items():
+            clips = {clip for x in subjects for clip in x.clips}
+            rest = sorted({*self._clips_of.get(name, ())} - clips)
+            if group:
+                faces = [x for x in subjects if not x.is_person]
+                lines += self._say(faces, "same", number=min(joined), of=lines[0].face)
+            elif name in self._clips_of and not rest:
                 raise UserError(f"these are all faces of {name}: select only the wrong faces")
-            number = min(joined, default=0)
-            numbers = (
-                numbers.move(places, number, joined - {number})
-                if group
-                else numbers.take_out(places)
-            )
+            else:
+                number += 1
+                other = self._face_of[rest[0]].face if rest else None
+                own = self._find_number(clips) or number
+                lines += self._say(subjects, "apart", number=own, of=other)
             if name in self._decision.people:
-                for digest, names in self._deny(clips, name).items():
-                    denied[digest] = {**denied.get(digest, {}), **names}
-        entries = dict.fromkeys(self._find_enrolled(set().union(*clips_of.values())))
-        known, names = self._shown, " or ".join(clips_of)
+                lines += self._say(subjects, "not", of=name)
+        known, names = self._shown, " or ".join(subjects_of)
         words = f"{about} {group or f'not {names}'}"
-        self._finish(words, found, after, entries, denied, numbers)
+        self._finish(words, found, after, lines)
         if not group:
             about = f"Saved: {words}, but {self._name(found[0].clips[0])}."
-            for name in denied and clips_of:
-                about += self._describe_rivals(clips_of[name], name, known)
+            for name in subjects_of.keys() & self._decision.people.keys():
+                clips = {clip for x in subjects_of[name] for clip in x.clips}
+                about += self._describe_rivals(clips, name, known)
             self._forms = self._forms._replace(message=about)
 
-    def _deny(self, clips: Iterable[str], name: str) -> dict[str, dict[str, list[str]]]:
-        """Returns the denied names of clips with the name `name` added, by digest of the film."""
-        denied: dict[str, dict[str, list[str]]] = {}
-        for clip in clips:
-            if digest := self._digest_of.get(clip):
-                old = self._gallery.denied.get(digest, {}).get(clip, ())
-                denied.setdefault(digest, {})[clip] = [*old, name]
-        return denied
+    def _join(self, numbers: Collection[int]) -> list[Line]:
+        """Returns lines that make one person, with the lowest number, of unknown people."""
+        lines, first = list[Line](), None
+        clip_of = {parse_group_number(x): clips[0] for x, clips in self._clips_of.items()}
+        for number in sorted(numbers):
+            face, video = self._face_of[clip_of[number]]
+            first, person = first or face, f"{UNKNOWN}{number}"
+            whole = None if first == face else person
+            lines.append(said.about(
+                face, "same", number=min(numbers), of=first, person=whole, video=video
+            ))  # fmt: skip
+        return lines
+
+    def _find_number(self, clips: Collection[str]) -> int | None:
+        """Returns the number of an unknown person who consists of these clips, or None."""
+        numbers = self._decision.said.numbers
+        of = {number for clip in clips if (number := numbers.get(clip))}
+        whole = {clip for clip, number in numbers.items() if number in of}
+        return min(of) if len(of) == 1 and whole == {*clips} else None
 
     def _name(self, clip: str) -> str:
         return (x.identity if (x := self._shown.get(clip)) else None) or IGNORED
@@ -543,59 +553,67 @@ class Review:
         time = format_appearance_time(found[0], self._films[found[0].video])
         return f" Another face of the same shot now has the name {name}: {found[0].video}, {time}."
 
-    def _put(
-        self, clips: Mapping[str, StoredClip | None], denied: Denials
-    ) -> tuple[dict[str, StoredClip | None], Denials]:
-        """Replaces entries and denied names of the gallery; returns the old values.
+    def _apply(self, lines: Sequence[Line], clips: Mapping[str, str | None]) -> None:
+        """Decides all names with more lines, and adds these to the log.
 
-        The entry None means "no entry".
+        `clips` is clip -> person, for clips of the gallery that are not in the log. If the names
+        cannot be decided, nothing is changed.
         """
-        before = {clip: self._gallery.clips.get(clip) for clip in clips}
-        with self._gallery.change() as draft:
-            draft.remove(clip=[clip for clip, entry in before.items() if entry])
-            draft.add({clip: entry for clip, entry in clips.items() if entry})
-            return before, draft.deny(denied)
-
-    def _apply(
-        self,
-        clips: Mapping[str, StoredClip | None],
-        denied: Denials,
-        numbers: UnknownNumbers,
-    ) -> tuple[dict[str, StoredClip | None], Denials]:
-        """Changes the gallery, and decides all names again; returns the old values, see `_put`.
-
-        If the names cannot be decided, the gallery is not changed.
-        """
-        before = self._put(clips, denied)
+        before, shown = {clip: self._gallery.clips[clip].identity for clip in clips}, self._decision
         try:
-            decision = self._decide(numbers, self._decision.films, self._decision)
+            self._relabel(clips)
+            decision = self._decide([*self._lines, *lines], shown.films, shown)
+            numbered = [_number_again(line, decision) for line in lines]
+            if numbered != lines:
+                lines = numbered
+                decision = self._decide([*self._lines, *lines], shown.films, shown)
+            said.append(self._out, lines)
         except BaseException:  # a full disk, or too few strangers for `fpir`
-            self._put(*before)
-            self._decision = self._decision._replace(digest=self._gallery.digest)
+            self._relabel(before)
+            with contextlib.suppress(Expected, OSError):
+                self._decision = self._decide(self._lines, self._decision.films, self._decision)
             raise
+        self._lines = [*self._lines, *lines]
         self._show(decision)
-        return before
+
+    def _relabel(self, clips: Mapping[str, str | None]) -> None:
+        with self._gallery.change(log=False) as draft:
+            for clip, name in clips.items():
+                if draft.clips[clip].identity != name:
+                    draft.relabel(clip, name)
 
     def _finish(
         self,
         words: str,
         found: Sequence[Subject],
         after: str,
-        clips: Mapping[str, StoredClip | None],
-        denied: Denials = MappingProxyType({}),
-        numbers: UnknownNumbers | None = None,
+        lines: Sequence[Line],
+        clips: Mapping[str, str | None] = MappingProxyType({}),
     ) -> None:
         """Applies a change that can be undone, and shows its description `words` on the page.
 
-        `found` are the changed people and faces. `clips` is clip -> new entry of the gallery, or
-        None to remove the clip. `denied` are the new denied names of clips. `numbers` replace the
-        contents of `unknown.json`. For `after`, see `change`.
+        `found` are the changed people and faces. `lines` are the new lines of the log. For `after`,
+        see `change`, and for `clips`, see `_apply`.
         """
-        before = self._decision.numbers
-        old = self._apply(clips, denied, numbers or before)
-        self._steps.append(Step(words, found[0].key, *old, before))
+        lines = said.stamp(lines)
+        before = {clip: self._gallery.clips[clip].identity for clip in clips}
+        self._apply(lines, clips)
+        self._steps.append(Step(words, found[0].key, lines, before))
         self._changed[""] = self.version
         self._forms = Forms(message=f"Saved: {words}.", at=after)
+
+
+def _number_again(line: Line, decision: who.Decision) -> Line:
+    """Returns a line with the number that a face got, which was taken out of a person.
+
+    The face may resemble another unknown person. Then it has the number of this person.
+    """
+    if line.says != "apart" or not (face := line.face):
+        return line
+    groups = (decision.unknown.get(str(clip)) for clip in decision.said.find(face))
+    group = next(filter(None, groups), None)
+    number = parse_group_number(group) if group else line.number
+    return msgspec.structs.replace(line, number=number)
 
 
 def _fold_letters(name: str) -> str:

@@ -9,18 +9,20 @@ The results are these files:
     OUT/names.tsv      a table with a row for each appearance of a person in a film
     OUT/names.jsonl    the same table for programs
     OUT/names.html     the same table as a page with timelines
+    OUT/said.jsonl     what people said about faces: names, corrections and ignored faces
     OUT/unknown.tsv    clips of unknown people: write names into it and call the command again
     OUT/unknown.json   the numbers of unknown people, for later calls
-    OUT/unmatched.tsv  corrections of clips that other nets have not found again
+    OUT/unmatched.tsv  names and corrections of faces that are not found again
     OUT/subtitles/     a .vtt and a .srt file for each video
     OUT/cuts/          .edl files for each person, for programs that edit films
 
 Each call replaces the tables, the page, the subtitles and the cut lists. If a photo is removed from
 a folder that has other files, the next call forgets it. If a whole folder of photos is missing, the
 photos stay enrolled unless the call has --forget-missing: a drive may not be connected. A call
-without a folder of people keeps every person of the gallery. Names that `vidjax gallery rename` or
-`relabel` changed are kept. If the models have other or more nets than before, the films and photos
-of the call are read again, and names and corrections are kept, see `other_nets`.
+without a folder of people keeps every person of the gallery. The log `said.jsonl` also contains
+what `vidjax gallery rename`, `relabel` and `remove` change. If the models have other or more nets
+than before, the films and photos of the call are read again. Names and corrections are kept,
+because the log identifies faces by film, time and place.
 """
 
 import contextlib
@@ -28,38 +30,39 @@ import functools
 import itertools
 import math
 import os
+import shlex
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-import msgspec
-
+from vidjax.apps import earlier_said, said as said_lib
 from vidjax.apps.gallery import answers as answers_lib, store
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery, advise_other_films
+from vidjax.apps.gallery.store import StoredClip
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
+from vidjax.apps.said import Line
 from vidjax.apps.video import (
     appearances,
     cuts,
     features_folder,
     media_files,
     names_page,
-    other_nets,
     people_photos,
     pipeline,
 )
 from vidjax.apps.video.appearances import Appearance
+from vidjax.apps.video.faces import Lost, Said
 from vidjax.apps.video.features_folder import (
     THUMBNAILS,
     ExtractionSettings,
     MediaFile,
-    hash_film,
-    select_films,
 )
+from vidjax.apps.video.people_photos import PhotoFace
 from vidjax.apps.video.pipeline import FileOutcome
 from vidjax.apps.video.unknown_numbers import (
     UnknownNumbers,
@@ -72,13 +75,14 @@ from vidjax.runs.terminal import say
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError, prefix_errors
 from vidjax.utils.groups import group_by_key
-from vidjax.utils.names import IGNORED, fold, make_file_stems, read_folder_name, show
+from vidjax.utils.names import IGNORED, fold, make_file_stems, show
 
 PAGE, SUBTITLES, CUTS, FEATURES = "names.html", "subtitles", "cuts", "features"
 PADDING_SECONDS = 1.0  # before and after each appearance in cut lists
 TABLES = ("names.tsv", "names.jsonl")
 WAIT_SECONDS = 20.0  # the longest time for which a change of names waits for another program
-UNKNOWN = "unknown.tsv"
+UNKNOWN, UNMATCHED = "unknown.tsv", "unmatched.tsv"
+UNMATCHED_COLUMNS = ("video", "time", "correction")
 
 
 class WhoResults(NamedTuple):
@@ -116,7 +120,8 @@ class Decision(NamedTuple):
     # `unknown face 4`. Ignored people are left out.
     unknown: dict[str, str]
     appearances: list[Appearance]  # by video, and in order of time
-    numbers: UnknownNumbers = UnknownNumbers(films={})
+    numbers: UnknownNumbers
+    said: Said
     twins: Mapping[str, str] = MappingProxyType({})  # see `appearances.NamedTracks`
     # `Gallery.rows`, and clip -> answer of the gallery before corrections.
     raw: tuple[int, Mapping[str, Answer]] = (0, MappingProxyType({}))
@@ -195,14 +200,14 @@ def name_people(
             "check": check, "workers": workers,
         }  # fmt: skip
         failed, names, is_explained = dict[str, str](), set[str](), False
+        with lock_changes(out):
+            typed = _read_typed_names(out)
         if people is not None:
             failed, names, is_explained = _update_people(
                 gallery, people, photos, out, forget_missing, options
             )
-        earlier = features_folder.find_media_files(out / FEATURES).values()
-        with lock_changes(out):
-            _enrol_named(gallery, out, earlier)
-        if people is not None and not gallery.identities:
+        is_known = gallery.identities or people_photos.list_unread(out)
+        if people is not None and not is_known and not any(read_said(out, ()).names.values()):
             lost = had_page and not files.exists(out / PAGE)
             raise UserError(
                 f"no photo in '{people}' can be used, so nobody can be recognised\n"
@@ -210,7 +215,7 @@ def name_people(
                 + f"\n{PAGE} and the tables are deleted, because they name forgotten people"
                 * lost
             )
-        if gallery.identities and not features_folder.find_earlier(out / FEATURES):
+        if gallery.identities and not features_folder.find_unread(out / FEATURES):
             # Mistakes in the flags are reported here, because reading the films takes long.
             gallery.rule(fpir=fpir, threshold=threshold)
             if not is_explained:
@@ -223,6 +228,7 @@ def name_people(
         identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
         with lock_changes(out):
             decision = _name_films(gallery, out, identify, prune)
+            advise_other_films(gallery, sorted(typed))
             if is_explained:
                 decision = decision._replace(card="")
             write(out, decision, padding)
@@ -246,18 +252,15 @@ def _name_films(
 ) -> Decision:
     """Names the people in all films of a folder of results, and prints problems of the films.
 
-    Corrections of films that were removed are forgotten. For `identify`, see `decide`.
+    For `identify`, see `decide`.
     """
-    _move_films(gallery, out)
     films = features_folder.read_media_files(out / FEATURES)
     _report_missing(films, out, prune)
-    waiting = features_folder.find_earlier(out / FEATURES).values()
-    _report_waiting(gallery, [*waiting])
-    kept = {film.digest for film in films} | {hash_film(film, earlier=True) for film in waiting}
-    with gallery.change() as draft:
-        gone = draft.denied.keys() - kept
-        draft.deny({film: dict.fromkeys(draft.denied[film], ()) for film in gone})
-    return decide(gallery, out, films, read_numbers(out).keep(kept), identify)
+    _report_unread(out)
+    decision = decide(gallery, out, films, identify)
+    unread = {film.sha256 for film in features_folder.find_unread(out / FEATURES).values()}
+    _write_unmatched(out, decision.said.list_lost(unread))
+    return decision
 
 
 def _update_people(
@@ -279,28 +282,26 @@ def _update_people(
     outcomes_of = people_photos.extract_photos(photos, out, drop=drop, **options)
     with lock_changes(out):
         gallery.refresh()  # another process may have changed the gallery in the meantime
-        labels = people_photos.count_labels(gallery)  # before faces are removed
-        _write_unmatched(out, other_nets.move_photos(gallery, outcomes_of))
+        unread = people_photos.list_unread(out)
         enrolled = people_photos.list_faces(gallery)
-        found = people_photos.check_photos(enrolled, outcomes_of, people)
+        known = unread | enrolled
+        found = people_photos.check_photos(known, outcomes_of, people)
         failed, names = found.failed, found.names
-        missing = set[str]() if forget_missing else people_photos.find_missing(enrolled, found, out)
+        missing = set[str]() if forget_missing else people_photos.find_missing(known, found, out)
         if missing:
-            kept = {photo.person for photo in enrolled.values() if photo.folder in missing}
+            kept = {photo.person for photo in known.values() if photo.folder in missing}
             names |= kept
             failed |= {str(people / folder): "" for folder in sorted(missing)}
             _report_missing_photos(kept, people)
-        # After a change of nets, a photo that cannot be read has no features any more.
-        unread = {
-            (read_folder_name(folder.name), stem)
-            for folder in outcomes_of for stem in features_folder.find_earlier(folder)
-        }  # fmt: skip
+        faces = people_photos.embed_usable(gallery, found.usable)
+        _follow_photos(gallery, out, enrolled, faces, missing)
+        said = read_said(out, ())
         checked = {
-            clip: photo for clip, photo in enrolled.items()
-            if (photo.folder, photo.clip.partition(".")[0]) not in unread
+            clip for clip, photo in enrolled.items()
+            if clip not in unread and photo.folder not in missing
         }  # fmt: skip
-        people_photos.enrol_photos(gallery, checked, found.usable, names, labels)
-        _forget(gallery, names, {*photos, *missing}, out)
+        people_photos.enrol_photos(gallery, checked, faces, lambda x: said.label(x.key, x.person))
+        _forget(gallery, out, known, names, {*photos, *missing}, forget_missing)
     gallery.check_mirrored(found.list_mirrored())
     doubted = people_photos.warn_of_doubts(gallery, found)
     return failed, names, doubted and gallery.compare_with_card().problem == "closer"
@@ -359,10 +360,20 @@ def _open_gallery(out: Path, models: Path) -> Gallery:
     try:
         gallery = Gallery(path)
     except store.NoGalleryError:  # also if an earlier call was killed while it made the gallery
-        return Gallery.of_models(path, models)
+        gallery = Gallery.of_models(path, models)
     with lock_changes(out):
+        _convert(gallery, out)
         _change_nets(gallery, out, models)
     return gallery
+
+
+def _convert(gallery: Gallery, out: Path) -> None:
+    """Makes the log. If version 0.1.0 has written the results, converts them."""
+    if not said_lib.has_log(out):
+        said_lib.append(out, gallery.list_earlier_lines())
+    earlier_said.move_descriptions(out)
+    with gallery.change(log=False) as draft:  # clips that waited for other nets
+        draft.remove(clip=[clip for clip, x in draft.clips.items() if not x.vector.any()])
 
 
 def _change_nets(gallery: Gallery, out: Path, models: Path) -> None:
@@ -377,23 +388,15 @@ def _change_nets(gallery: Gallery, out: Path, models: Path) -> None:
         return
     pipeline.check_nets(models, before.settings)  # before features are removed
     changed = {role for role, digest in before.models.items() if digests[role] != digest}
-    films = features_folder.find_media_files(features).values()
-    _enrol_named(gallery, out, films)
-    (out / UNKNOWN).unlink(missing_ok=True)  # the names of the clips may change
-    known = [*films, *features_folder.find_earlier(features).values()]
-    waiting = other_nets.choose_waiting_names(gallery, known) if changed else {}
-    features_folder.set_aside(features)
-    held = [
-        film for stem, film in features_folder.find_earlier(features).items()
-        if not features_folder.find_media_file(features, stem)
-    ]  # fmt: skip
-    with gallery.change() as draft:
-        draft.denied = other_nets.hold_keys(draft.denied, held)
-    numbers = read_numbers(out)
-    write_numbers(
-        out, msgspec.structs.replace(numbers, films=other_nets.hold_keys(numbers.films, held))
-    )
-    parts = gallery.widen(models, waiting)
+    _read_typed_names(out)  # the names of the clips may change
+    for folder in (features, *people_photos.locate_people(out, ()).values()):
+        features_folder.set_aside(folder)
+    own = {track.clip for film in features_folder.describe_media_files(features).values()
+           for track in film.tracks} | people_photos.list_faces(gallery).keys()  # fmt: skip
+    clips = {name: x.identity for name, x in gallery.clips.items() if name not in own}
+    parts = gallery.widen(models, replace=bool(changed))
+    lost = sorted(clips.keys() - gallery.clips.keys())
+    _write_unmatched(out, [Lost("", None, f"{name}: {clips[name] or IGNORED}") for name in lost])
     before.models = digests
     features_folder.write(features / features_folder.NAME, before)
     say(
@@ -403,114 +406,171 @@ def _change_nets(gallery: Gallery, out: Path, models: Path) -> None:
     )
 
 
-def _move_films(gallery: Gallery, out: Path) -> None:
-    """Moves corrections to the clips of films that were read again with other nets."""
-    numbers = read_numbers(out)
-    plan = other_nets.plan_films(gallery, out / FEATURES, numbers.films, {*numbers.fixed})
-    _write_unmatched(out, plan.rows)  # first, so that a killed call loses nothing
-    other_nets.move_films(gallery, plan)
-    if plan.moved:
-        films = other_nets.move_keys(numbers.films, plan.moved)
-        highest = numbers.highest
-        write_numbers(out, msgspec.structs.replace(numbers, films=films, removed=highest))
-        features_folder.forget_earlier(out / FEATURES, [film.stem for film in plan.moved])
-
-
-def _write_unmatched(out: Path, rows: Sequence[tuple[str, ...]]) -> None:
-    """Lists corrections that could not be moved in `unmatched.tsv`, and prints their number."""
-    if count := other_nets.write_unmatched(out, rows):
+def _write_unmatched(out: Path, lost: Sequence[Lost]) -> None:
+    """Adds what was said about lost faces to `unmatched.tsv`, and prints the number of new rows."""
+    path, rows = out / UNMATCHED, list[tuple[str, ...]]()
+    known = [tuple(cells) for _, cells in tables.read_text(path)][1:] if files.exists(path) else []
+    for x in lost:
+        time = "" if x.at_s is None else appearances.format_time(x.at_s)
+        rows.append((x.video, time, x.correction))
+    if new := sorted({*rows} - {*known}):
+        files.write_text(path, tables.to_text([UNMATCHED_COLUMNS, *known, *new], ".tsv"))
+        files.hide(path)
         say(
-            f"corrections whose faces are not found again: {count:,}, see "
-            f"{out / other_nets.UNMATCHED}\nto repeat them: vidjax who ... --review",
+            f"corrections whose faces are not found again: {len(new):,}, see {path}\n"
+            "to repeat them: vidjax who ... --review",
             warning=True,
         )
 
 
-def _report_waiting(gallery: Gallery, films: Sequence[MediaFile]) -> None:
+def _report_unread(out: Path) -> None:
     """Prints how many films and photos have not been read since the nets were changed."""
-    if films:
+    if films := [*features_folder.find_unread(out / FEATURES).values()]:
         say(
             f"films that were not read with the new nets: {len(films):,}, such as "
             f"{films[0].video}. Names and corrections are kept, but the tables lack these films\n"
             "to read them, add them to the command",
             warning=True,
         )
-    if faces := other_nets.list_waiting_faces(gallery):
+    if faces := people_photos.list_unread(out):
         example = min(faces.values())
         say(
             f"photos that were not read with the new nets: {len(faces):,}, such as "
-            f"{example.clip} of {show(example.person)}. They stay enrolled, but identify nobody "
-            "until --people contains them again",
+            f"{example.clip} of {show(example.person)}. They identify nobody until --people "
+            "contains them again",
             warning=True,
         )
 
 
-def _enrol_named(gallery: Gallery, out: Path, films: Iterable[MediaFile]) -> None:
-    """Enrols the clips of `films` to which a user gave names in `unknown.tsv`."""
-    path, features = out / UNKNOWN, out / FEATURES
+def read_said(out: Path, films: Sequence[MediaFile], lines: Sequence[Line] | None = None) -> Said:
+    """Returns what people said about the faces of `films`, and of photos of people.
+
+    `out` is the folder of results. `lines` are by default the lines of its log.
+    """
+    lines = said_lib.read(out) if lines is None else lines
+    known = {film.sha256 for film in films}
+    is_film = all(line.film is None or line.film in known for line in lines)
+    photos = [] if is_film else people_photos.list_photo_files(out)
+    return Said(lines, [*films, *photos], read_numbers(out).of_faces())
+
+
+def _read_typed_names(out: Path) -> set[str]:
+    """Adds names that a user has typed into `unknown.tsv` to the log; returns these names."""
+    path = out / UNKNOWN
     names = answers_lib.read_groups(path) if files.exists(path) else {}
     # If the last call was interrupted, a replaced film may have other clips with the same names.
-    numbered = read_numbers(out).films
-    present = {x.clip for film in films if film.digest in numbered for x in film.tracks}
-    known = {clip: name for clip, name in names.items() if clip in present}
-    if len(known) < len(names):
-        example = show(min(names.keys() - present))
+    numbered = {*read_numbers(out).films}
+    films = features_folder.find_media_files(out / FEATURES).values()
+    found = {
+        track.clip: (film, track) for film in films if film.digest in numbered
+        for track in film.tracks if track.clip in names
+    }  # fmt: skip
+    if lost := names.keys() - found.keys():
         say(
-            f"names of clips in {path} that no longer exist, such as {example}, are ignored: "
-            f"{len(names) - len(known):,}",
+            f"names of clips in {path} that no longer exist, such as {show(min(lost))}, are "
+            f"ignored: {len(lost):,}",
             warning=True,
         )
-    if not known:
-        return
-    vectors = people_photos.embed_clips(gallery, features, known)
+    lines, said = list[Line](), read_said(out, [*films])
     with prefix_errors(str(path)):
-        labels = tuple(check_person(known[clip]) for clip in vectors.names)
-        clips = select_usable_clips(vectors._replace(labels=labels))
-        with gallery.change() as draft:  # a single change: denied names of the person are kept
-            same = draft.complete({clip: entry.vector for clip, entry in clips.items()})
-            # If a film was replaced, its clips may have the names of old clips that are enrolled.
-            draft.remove(clip={*vectors.names} & draft.clips.keys() - same)
-            draft.add(clips)
-    advise_other_films(gallery, sorted({*labels}))
-    _drop_rows(path, known)
-    for name, count in sorted(Counter(known.values()).items()):
-        clips = messages.count(count, "clip")
-        say(f"{show(name)} is enrolled with {clips} from {path.name}")
+        for clip, (film, track) in found.items():
+            name, old = check_person(names[clip]), said.names.get(clip)
+            if old not in (None, name):
+                raise UserError(
+                    f"clip '{clip}' already has the name '{show(old)}', not '{show(name)}'\n"
+                    "correct the name on the page, or delete this row"
+                )
+            if old is None and (face := said_lib.make_face(film.sha256, track)):
+                lines.append(said_lib.about(face, "is", of=name, video=film.video))
+    if lines:
+        said_lib.append(out, said_lib.stamp(lines))
+    if found:
+        path.unlink()  # the table is written again
+    for name, count in sorted(Counter(map(names.get, found)).items()):
+        say(f"{show(str(name))} is enrolled with {messages.count(count, 'clip')} from {path.name}")
+    return {str(line.of) for line in lines}
 
 
-def _drop_rows(path: Path, named: Mapping[str, str | None]) -> None:
-    """Removes rows (clip, person) that are in `named`, clip -> person, from `unknown.tsv`."""
-    rows = answers_lib.read_groups(path, unknown=True) if files.exists(path) else {}
-    remaining = {clip: name for clip, name in rows.items() if named.get(clip) != name}
-    if len(remaining) < len(rows):
-        text = tables.to_text([answers_lib.GROUP_COLUMNS, *remaining.items()], ".tsv")
-        files.write_text(path, text)
-        files.hide(path)
+def _follow_photos(
+    gallery: Gallery,
+    out: Path,
+    enrolled: Mapping[str, PhotoFace],
+    faces: Mapping[PhotoFace, StoredClip],
+    missing: Collection[str],
+) -> None:
+    """Gives the typed names of people to the people who have all their photos now.
+
+    If several people have the photos, the typed names stay, and a line asks. `missing` are folders
+    of photos that are missing.
+    """
+    unsure = {photo.person for photo in enrolled.values() if photo.folder in missing}
+    moved = people_photos.find_renamed(gallery, enrolled, faces)
+    moved = {person: owners for person, owners in moved.items() if person not in unsure}
+    said = read_said(out, features_folder.read_media_files(out / FEATURES)) if moved else Said()
+    known, lines = {photo.person for photo in enrolled.values()}, list[Line]()
+    for person, owners in moved.items():
+        label, owner = said.label("", person), min(owners)
+        named, denied = said.find_faces(label)
+        wanted, count = said.label("", owner), messages.count(len(named), "name")
+        if len(owners) > 1 and named:
+            say(
+                f"the photos of {show(person)} are now photos of "
+                f"{messages.list_some([*map(show, sorted(owners))])}, but {count} that you typed "
+                f"stay {show(str(label))}\nto change them: vidjax gallery rename "
+                f"{shlex.join([str(gallery.folder), f'--identity={label}', '--to=NAME'])}",
+                warning=True,
+            )
+        elif len(owners) == 1 and label != wanted:
+            lines += [said_lib.about(face, "is", of=wanted) for face in named]
+            if owner not in known or owner in moved:  # else the photos may have been wrong photos
+                lines += [said_lib.about(face, "not", of=wanted) for face in denied]
+            say(
+                f"all photos of {show(person)} are now photos of {show(owner)}"
+                + f": {count} that you typed follow" * bool(named)
+            )
+    if lines:
+        said_lib.append(out, said_lib.stamp(lines))
 
 
-def _forget(gallery: Gallery, names: set[str], places: set[str], out: Path) -> None:
-    """Forgets people who are not in `names`, and deletes features of photos outside of `places`."""
-    photos = people_photos.list_faces(gallery)
-    label = {clip: gallery.clips[clip].identity for clip in photos}
-    forgotten = {clip for clip, photo in photos.items() if photo.person not in names}
-    gone = {clip for clip, photo in photos.items() if photo.folder not in places} | forgotten
-    kept = {label[clip] for clip in photos.keys() - gone}
-    people = {label[clip] for clip in forgotten} - kept - {None}
-    for name in sorted(map(str, people)):
-        say(f"{show(name)} no longer has photos and is forgotten")
-    labelled = {
-        clip: entry.identity for clip, entry in gallery.clips.items() if entry.identity in people
-    }
-    if labelled:
-        _drop_rows(out / UNKNOWN, labelled)  # otherwise these rows would enrol them again
-    gallery.remove(clip=gone | labelled.keys())
+def _forget(
+    gallery: Gallery,
+    out: Path,
+    before: Mapping[str, PhotoFace],
+    names: Collection[str],
+    places: Collection[str],
+    forget_missing: bool,
+) -> None:
+    """Forgets people who are not in `names`, and deletes features of photos outside of `places`.
+
+    `before` are the known faces before this call. Names that a user has typed stay, unless
+    `forget_missing` is True.
+    """
+    said, faces = read_said(out, ()), people_photos.list_faces(gallery)
+    kept = {gallery.clips[clip].identity for clip in faces}
+    kept |= {said.label("", name) for name in names}
+    gone = {said.label(x.key, x.person) for x in before.values() if x.person not in names} - kept
+    forgotten = set[str]()
+    for name in sorted(map(str, gone - {None})):
+        count = len({*gallery.people.get(name, ()), *said.find_faces(name)[0]})
+        typed = f"{messages.count(count, 'name')} that you typed"
+        if count and not forget_missing:
+            say(f"{show(name)} no longer has photos, but {typed} stay: --forget-missing forgets")
+            continue
+        say(f"{show(name)} no longer has photos and is forgotten" + f", with {typed}" * bool(count))
+        forgotten.add(name)
+    if forget_missing:
+        for name in forgotten:
+            said_lib.forget(out, name)
+        clips = [clip for clip, x in gallery.clips.items() if x.identity in forgotten]
+        with gallery.change(log=False) as draft:
+            draft.remove(clip=clips)
     for name, folder in people_photos.locate_people(out, ()).items():
         if name not in places and name in names:
             say(f"{show(name)} no longer has a folder, but is still named by face tags")
         if name not in places and not features_folder.remove_features(folder):
             say(f"'{show(str(folder))}' contains files that vidjax did not write: they are kept")
     # Page and tables contain their names, and this call may fail before it writes new ones.
-    if people:
+    if forgotten:
         _remove_results(out)
 
 
@@ -518,28 +578,29 @@ def decide(
     gallery: Gallery,
     out: Path,
     films: Sequence[MediaFile],
-    before: UnknownNumbers,
     identify: Callable[..., dict[str, Answer]],
     last: Decision | None = None,
+    lines: Sequence[Line] | None = None,
 ) -> Decision:
     """Names the people in the clips of all films, see `name_tracks`, and numbers unknown people.
 
     A group of clips without a name is an unknown person, who keeps the number of the last call or
-    gets a new number. An unclear face without a name is in no group. The numbers are written to
-    `unknown.json`, so the caller must hold `lock_changes`.
+    gets a new number. An unclear face without a name is in no group. The faces that the log names
+    are enrolled. The numbers are written to `unknown.json`. So the caller must hold `lock_changes`.
 
     Args:
       out: the folder of results.
-      before: the numbers of the last call.
       identify: the method `gallery.identify`, with fixed arguments `fpir` and `threshold`.
-      last: an earlier decision on the same films, after which `unknown.json` was not changed. Its
-        embeddings and groups are used to save time.
+      last: an earlier decision on the same films. Its embeddings and groups are used to save time.
+      lines: the lines of the log. By default, they are read.
     """
     vectors, votes = (last.vectors, last.votes) if last else (None, None)
-    answers = dict[str, Answer]()
     if not last and (clips := {track.clip for film in films for track in film.tracks}):
         vectors = people_photos.embed_clips(gallery, out / FEATURES, clips)
         gallery.complete(vectors)
+    before, said = read_numbers(out), read_said(out, films, lines)
+    if vectors:
+        enrol_named(gallery, vectors, said)
     # Another program may change the gallery at any time. A change after this line is shown later.
     digest, people, rows = gallery.digest, gallery.people, gallery.rows
     raw = last.raw[1] if last and last.raw[0] == rows else {}
@@ -549,35 +610,67 @@ def decide(
         raw = raw or identify(clips, groups=groups)
         return raw
 
-    numbers, twins = dict[str, int](), dict[str, str]()
-    highest, old = (last.numbers if last else before).highest, None
+    answers, numbers, twins = dict[str, Answer](), dict[str, int](), dict[str, str]()
+    highest = max(last.numbers.highest, last.said.highest) if last else before.highest
     # Names depend on numbers of people who differ. So names are decided until numbers stay the
     # same, because the next call must find the same names.
-    while vectors is not None and before != old:
-        known = select_films(before.films, films)
-        named = appearances.name_tracks(gallery, vectors, films, answer, votes, known, before.apart)
+    while vectors is not None:
+        named = appearances.name_tracks(gallery, vectors, films, answer, votes, said)
         answers, votes, twins = named.answers, named.votes, named.twins
         nameless = {clip for clip, answer in answers.items() if answer.identity is None}
-        nameless -= named.enrolled.keys()
-        numbers = number_people(gallery, vectors.only(nameless), films, before, highest)
-        old, before = before, before.update(films, numbers)
-        if not before.apart:
+        nameless -= named.told.keys()
+        numbers = number_people(gallery, vectors.only(nameless), films, said, before, highest)
+        known, said.numbers = said.numbers, said.numbers | numbers
+        if not said.apart or said.numbers == known:
             break
-        highest = before.highest
-    if vectors is None:
-        before = before.update(films, {})
+        highest = max(before.highest, said.highest, *numbers.values())
     groups = {clip: f"{answers_lib.UNKNOWN}{number}" for clip, number in numbers.items()}
     groups = appearances.mark_unclear(groups, films)
+    unread = {film.sha256 for film in features_folder.find_unread(out / FEATURES).values()}
+    after = before.update(films, said, numbers, unread)
     # The clips of `unknown.tsv` are enrolled only if their films are in `unknown.json`.
-    if not last or before != last.numbers:
-        write_numbers(out, before)
+    if after != before:
+        write_numbers(out, after)
     in_films = appearances.find_appearances(answers, films, groups)
     people |= {x.identity: () for x in answers.values() if x.identity and x.identity not in people}
+    # People who are known only from films that are not read with the present nets.
+    waiting = (x for key, x in said.names.items() if not isinstance(key, str) and key.film in unread)
+    people |= {name: () for name in waiting if name and name not in people}
     card = gallery.describe_card()
     return Decision(
-        digest, people, films, vectors, votes, answers, groups, in_films, before, twins,
+        digest, people, films, vectors, votes, answers, groups, in_films, after, said, twins,
         (rows, raw), card,
     )  # fmt: skip
+
+
+def enrol_named(gallery: Gallery, vectors: Vectors, said: Said) -> None:
+    """Makes the gallery contain the names of the log. `vectors` are of all present clips.
+
+    Clips of other films, and clips that are no faces of the results, stay as they are.
+    """
+    names = {clip: name for clip, name in said.names.items() if isinstance(clip, str)}
+    enrolled = gallery.find_enrolled(vectors)  # reads the present state
+    labels = {
+        clip: label for clip, face in people_photos.list_faces(gallery).items()
+        if (label := said.label(face.key, face.person)) != gallery.clips[clip].identity
+    }  # fmt: skip
+    clips = select_usable_clips(vectors.only(names))
+    wanted = {clip: x._replace(identity=names[clip]) for clip, x in clips.items()}
+    labels |= {
+        clip: wanted[clip].identity for clip, name in enrolled.items()
+        if clip in wanted and name != wanted[clip].identity
+    }  # fmt: skip
+    gone = enrolled.keys() - wanted.keys()
+    new = {clip: x for clip, x in wanted.items() if clip not in enrolled}
+    if not (labels or gone or new):
+        return
+    with gallery.change(log=False) as draft:
+        # A film may have been replaced by a film whose clips have the same names.
+        replaced = {clip: draft.clips[clip] for clip in new if clip in draft.clips}
+        draft.remove(clip=[*gone, *replaced])
+        draft.add(new | {f"{clip} (replaced)": x for clip, x in replaced.items()})
+        for clip, label in labels.items():
+            draft.relabel(clip, label)
 
 
 def write(out: Path, decision: Decision, padding: float = PADDING_SECONDS) -> None:

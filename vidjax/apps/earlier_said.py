@@ -1,0 +1,132 @@
+"""Reads what people said in folders of results that version 0.1.0 of `vidjax who` has written.
+
+The log replaces these places: the names of clips in the gallery, the denied names in the gallery,
+and the entries `films`, `fixed` and `apart` of `unknown.json`. The folders `earlier` contained
+descriptions of films that other nets had to read again.
+"""
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vidjax.apps import said
+from vidjax.apps.said import FEATURES, PEOPLE, VIDEOS, Face, Line, SeenClip
+from vidjax.utils import files
+from vidjax.utils.errors import UserError
+from vidjax.utils.groups import group_by_key
+from vidjax.utils.names import normal_form
+
+EARLIER = "earlier"
+NUMBERS = "unknown.json"
+MOST_BYTES = 256 * files.MB
+
+
+class _Results:
+    """The faces in a folder of results."""
+
+    def __init__(self, out: Path):
+        self.of_clip: dict[str, SeenClip] = {}  # of films; clips that wait begin with `earlier/`
+        self.of_digest: dict[str, dict[str, SeenClip]] = {}  # digest of a film -> clip -> face
+        self.find = said.FaceFinder(out)
+        for place, begin in ((VIDEOS, ""), (EARLIER, f"{EARLIER}/")):
+            for path in sorted((out / FEATURES / place).glob("*.json")):
+                if seen := said.read_seen(path):
+                    clips = said.list_clips(seen)
+                    tracks = [[x.clip, x.start_s, x.end_s] for x in seen.tracks]
+                    key = files.sha256_json([seen.sha256, tracks, *[EARLIER] * bool(begin)])
+                    self.of_digest[key] = clips
+                    self.of_clip |= {begin + clip: x for clip, x in clips.items()}
+
+
+def read_numbers(out: Path) -> dict[str, Any] | None:
+    """Returns `unknown.json` of version 0.1.0, or None if another version has written it."""
+    if not files.exists(out / NUMBERS):
+        return None
+    with contextlib.suppress(UserError):  # a damaged file is reported by another function
+        content = files.read_json(out / NUMBERS, limit=MOST_BYTES)
+        if isinstance(content, dict) and content.get("format", 1) == 1:
+            return content
+    return None
+
+
+def number_faces(out: Path) -> tuple[list[str], dict[Face, int], int]:
+    """Returns the numbers of `unknown.json`: digests of films, face -> number, the highest."""
+    content, results = read_numbers(out) or {}, _Results(out)
+    pairs = [
+        (results.of_digest.get(digest, {}).get(clip), number)
+        for digest, of in content.get("films", {}).items() for clip, number in of.items()
+    ]  # fmt: skip
+    numbers = [number for _, number in pairs]
+    highest = max(content.get("removed", 0), *content.get("fixed", ()), *numbers, 0)
+    return [*content.get("films", {})], {x.face: n for x, n in pairs if x and n}, highest
+
+
+def convert(
+    out: Path,
+    clips: Mapping[str, str | None],
+    denied: Mapping[str, Mapping[str, Any]],
+) -> list[Line]:
+    """Returns the lines that say what the results say.
+
+    `clips` is clip -> person in the gallery; None for a stranger. `denied` is digest of a film ->
+    clip -> denied names.
+    """
+    results, content = _Results(out), read_numbers(out) or {}
+    lines = [*_list_numbers(results, content)]
+    for digest, of in denied.items():
+        for clip, names in of.items():
+            if x := results.of_digest.get(digest, {}).get(clip):
+                lines += [said.about(x.face, "not", of=name, video=x.video) for name in names]
+    photos = dict[str, str]()  # clip -> the person of the folder or tag
+    for clip, name in clips.items():
+        parts = clip.split("/", 3)
+        if parts[0] == PEOPLE and len(parts) > 2:
+            photos[clip] = normal_form(parts[-1] if len(parts) > 3 else parts[1])
+        elif x := results.of_clip.get(clip):
+            lines.append(said.about(x.face, "is", of=name, video=x.video))
+    return said.stamp([*_list_photos(results, clips, photos), *lines])
+
+
+def _list_photos(
+    results: _Results, clips: Mapping[str, str | None], photos: Mapping[str, str]
+) -> Iterator[Line]:
+    """Yields lines about people and photos whose names a user has changed."""
+    for person, of in group_by_key((x, clip) for clip, x in photos.items()).items():
+        names = Counter(name for clip in of if (name := clips[clip]))
+        label = max(names, key=lambda name: (names[name], name == person), default=person)
+        if label != person:
+            yield Line(says="rename", person=person, of=label)
+        for clip in of:
+            if clips[clip] != label and (x := results.find(clip)):
+                yield said.about(x.face, "is", of=clips[clip], video=x.video)
+
+
+def _list_numbers(results: _Results, content: Mapping[str, Any]) -> Iterator[Line]:
+    """Yields lines about ignored faces, and about unknown people that a user has changed."""
+    faces_of: dict[int, list[SeenClip]] = {}
+    for digest, of in content.get("films", {}).items():
+        for clip, number in of.items():
+            if x := results.of_digest.get(digest, {}).get(clip):
+                faces_of.setdefault(number, []).append(x)
+    for x in faces_of.pop(0, ()):
+        yield said.about(x.face, "ignore", video=x.video)
+    for number in content.get("fixed", ()):
+        for x in faces_of.get(number, ())[:1]:
+            yield said.about(x.face, "same", number=number, of=x.face, video=x.video)
+    for low, high in content.get("apart", ()):
+        for x, other in zip(faces_of.get(high, ())[:1], faces_of.get(low, ())[:1], strict=False):
+            yield said.about(x.face, "apart", number=high, of=other.face, video=x.video)
+
+
+def move_descriptions(out: Path) -> None:
+    """Moves descriptions of films and photos that wait for other nets to their present place."""
+    for folder in (out / FEATURES, *(out / PEOPLE).glob("[!.]*")):
+        for path in (folder / EARLIER).glob("*.json"):
+            if (folder / VIDEOS / path.name).exists():
+                path.unlink()
+            else:
+                os.replace(path, folder / VIDEOS / path.name)
+        files.remove_ours(folder / EARLIER, "")

@@ -1,0 +1,279 @@
+"""The log of what people said about faces: `said.jsonl` in a folder of results of `vidjax who`.
+
+A line is about a face, which is identified by the sha256 of its film or photo, a time in seconds,
+and a box (left, top, width and height, as fractions of the picture). So a line stays true if nets,
+file names or names of clips change. Lines are only added. The lines of a step have the same time
+`when`. These are the words `says`:
+
+    is      the face shows the person `of`, or if `of` is null, a stranger
+    not     the face does not show the person `of`
+    same    the face shows the unknown person `number`, as the face `of` does. If `person` is given,
+            such as `unknown 7`, all faces of this person do
+    apart   the face shows the unknown person `number`, who is not the person of the face `of`
+    ignore  the face does not matter. If `of` is "once", a person who is enrolled later is named
+    rename  the person `person` is called `of` from now on
+    undo    the step with the time `of` does not count. If `of` is null: what was said about the
+            face does not count
+    forgotten  replaces the lines of a forgotten person
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
+
+import msgspec
+from msgspec import Meta, Struct
+
+from vidjax.runs.json_types import Sha256, Share, Size, Text
+from vidjax.utils import files
+from vidjax.utils.errors import UserError
+from vidjax.utils.names import normal_form, read_folder_name
+
+NAME = "said.jsonl"
+ONCE = "once"  # see `ignore`
+FEATURES, PEOPLE, VIDEOS = "features", "people", "videos"  # folders in the results
+MOST_BYTES = 256 * files.MB  # the largest log that is read
+MOST_PLACES = 5  # of a face
+LOCK_SECONDS = 20.0  # the longest time for which a new line waits for another program
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+Box = tuple[Share, Share, Share, Share]  # left, top, width, height
+Place = tuple[Seconds, Box]
+Places = Annotated[tuple[Place, ...], Meta(max_length=100)]
+
+
+class Face(Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """A face in a film or photo."""
+
+    film: Sha256
+    at: Seconds
+    box: Box
+    places: Places = ()  # further boxes of the face, in order of time
+
+
+class Line(Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """A line of the log, see the module."""
+
+    says: Literal["is", "not", "same", "apart", "ignore", "rename", "undo", "forgotten"]
+    film: Sha256 | None = None
+    at: Seconds = 0.0
+    box: Box | None = None
+    of: Text | Face | None = None
+    person: Text | None = None
+    number: Size | None = None
+    places: Places = ()
+    video: Text = ""  # the name of the film, for people who read the log
+    when: Text = ""
+
+    @property
+    def face(self) -> Face | None:
+        """The face that the line is about, if any."""
+        if self.film is None or self.box is None:
+            return None
+        return Face(film=self.film, at=self.at, box=self.box, places=self.places)
+
+
+class Track(Protocol):
+    """A track of a face, such as `features_folder.FaceTrack`."""
+
+    clip: str
+    start_s: float
+    box: Any
+    box_at_s: float | None
+    places: Any
+
+
+class SeenTrack(Struct):
+    """A track of a face, see `features_folder.FaceTrack`."""
+
+    clip: Text
+    start_s: Seconds
+    end_s: Seconds
+    box: Box | None = None
+    box_at_s: Seconds | None = None
+    places: Places = ()
+
+
+class SeenFile(Struct):
+    """The part of `videos/STEM.json` that identifies faces."""
+
+    sha256: Sha256
+    video: Text
+    tracks: list[SeenTrack]
+
+
+def make_face(film: str, track: Track) -> Face | None:
+    """Returns the face of a track, or None if no box is known. `film` is the sha256 of the film."""
+    if track.box is None:
+        return None
+    places = track.places
+    if len(places) > MOST_PLACES:
+        last = len(places) - 1
+        places = [places[round(n * last / (MOST_PLACES - 1))] for n in range(MOST_PLACES)]
+    at = track.start_s if track.box_at_s is None else track.box_at_s
+    rest = tuple((seconds, _to_size(box)) for seconds, box in places)
+    return Face(film=film, at=at, box=_to_size(track.box), places=rest)
+
+
+def _to_size(box: Sequence[float]) -> Box:
+    """Returns left, top, width and height of a box with left, top, right and bottom."""
+    left, top, right, bottom = box
+    return left, top, round(max(right - left, 0.0), 6), round(max(bottom - top, 0.0), 6)
+
+
+def about(face: Face, says: Any, **values: Any) -> Line:  # noqa: ANN401  (fields of `Line`)
+    """Returns a line about a face."""
+    return Line(
+        says=says, film=face.film, at=face.at, box=face.box, places=face.places, **values
+    )  # fmt: skip
+
+
+def stamp(lines: Iterable[Line]) -> list[Line]:
+    """Returns the lines of a step, with the present time. No two steps have the same time."""
+    when = datetime.now(UTC).isoformat(timespec="microseconds")
+    return [msgspec.structs.replace(line, when=when) for line in lines]
+
+
+def undo(lines: Sequence[Line]) -> list[Line]:
+    """Returns the line that undoes a step, which consists of `lines`."""
+    return stamp([Line(says="undo", of=lines[0].when)] if lines else [])
+
+
+def read(out: Path) -> list[Line]:
+    """Reads the log in a folder of results. Without a log, the result is empty.
+
+    Raises UserError if a line is damaged. The end of a line that a killed program has not finished
+    is left out.
+    """
+    path, lines = out / NAME, list[Line]()
+    if not files.exists(path):
+        return lines
+    content = files.read_bytes(path, MOST_BYTES)
+    for number, text in enumerate(content.split(b"\n")[:-1], 1):
+        try:
+            lines.append(msgspec.json.decode(text, type=Line))
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"line {number} of '{path}' is damaged: {error}\nrepair or delete this line"
+            ) from None
+    return lines
+
+
+def has_log(out: Path) -> bool:
+    """Returns whether a folder contains a log."""
+    return files.exists(out / NAME)
+
+
+def append(out: Path, lines: Sequence[Line]) -> None:
+    """Adds lines to the log of a folder of results. Makes the log if there is none."""
+    if not lines and has_log(out):
+        return
+    with _lock(out), contextlib.closing(files.open_log(out / NAME)) as log:
+        _cut_torn_line(out / NAME)
+        files.append(log, b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
+        os.fsync(log.fileno())
+    files.hide(out / NAME)
+
+
+def forget(out: Path, person: str) -> int:
+    """Deletes the lines of a person; returns their number. Each leaves a line without content."""
+    if not has_log(out):
+        return 0
+    with _lock(out):
+        lines = read(out)
+        gone = [person in (line.of, line.person) for line in lines]
+        if any(gone):
+            kept = (
+                Line(says="forgotten") if is_gone else line
+                for is_gone, line in zip(gone, lines, strict=True)
+            )
+            text = b"".join(msgspec.json.encode(line) + b"\n" for line in kept)
+            files.write_bytes(out / NAME, text)
+            files.hide(out / NAME)
+    return sum(gone)
+
+
+def _lock(out: Path) -> contextlib.AbstractContextManager[None]:
+    return files.lock(out, "out", ".said.lock", wait=LOCK_SECONDS)
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Removes the end of a line that a killed program has not finished."""
+    content = files.read_bytes(path, MOST_BYTES)
+    if not content.endswith(b"\n") and content:
+        with files.open_regular(path, os.O_RDWR) as file:
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+class Act(NamedTuple):
+    """A change in the gallery of a folder of results, which the log must contain."""
+
+    says: str  # "is", "rename", "undo", or "forgotten" for a removed person
+    what: str  # the clip, or the person
+    of: str | None = None  # the new person
+
+
+def record(out: Path, acts: Iterable[Act]) -> list[Line]:
+    """Adds the changes of a gallery to the log; returns the new lines.
+
+    Clips that are not faces in the films and photos of the results are left out.
+    """
+    lines, acts = list[Line](), [*acts]
+    find = FaceFinder(out)
+    for act in acts:
+        if act.says == "rename":
+            lines.append(Line(says="rename", person=act.what, of=act.of))
+        elif act.says == "forgotten":
+            forget(out, act.what)
+        elif found := find(act.what):
+            face, video = found
+            lines.append(about(face, act.says, of=act.of, video=video))
+    lines = stamp(lines)
+    if lines:
+        append(out, lines)
+    return lines
+
+
+class SeenClip(NamedTuple):
+    """A clip of a film or photo."""
+
+    face: Face
+    video: str  # the name of the file
+
+
+class FaceFinder:
+    """Finds the faces of clips in a folder of results, with few readings of files."""
+
+    def __init__(self, out: Path):
+        self._out = out
+        self._known: dict[Path, Mapping[str, SeenClip]] = {}
+        self._folders: dict[str, Path] | None = None
+
+    def __call__(self, clip: str) -> SeenClip | None:
+        """Returns the face of a clip in the gallery, or None if it is no face of the results."""
+        folder, parts = self._out / FEATURES, clip.split("/", 3)
+        if parts[0] == PEOPLE and len(parts) > 2:
+            if self._folders is None:
+                places = (self._out / PEOPLE).glob("[!.]*")
+                self._folders = {read_folder_name(place.name): place for place in places}
+            owner, clip = normal_form(parts[1]), parts[2]
+            folder = self._folders.get(owner, self._out / PEOPLE / owner)
+        path = folder / VIDEOS / f"{clip.partition('.')[0]}.json"
+        if path not in self._known:
+            self._known[path] = list_clips(read_seen(path))
+        return self._known[path].get(clip)
+
+
+def read_seen(path: Path) -> SeenFile | None:
+    """Reads a file `videos/STEM.json`. Returns None if it is missing or damaged."""
+    with contextlib.suppress(UserError, OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return msgspec.json.decode(files.read_bytes(path, MOST_BYTES), type=SeenFile)
+    return None
+
+
+def list_clips(seen: SeenFile | None) -> dict[str, SeenClip]:
+    """Returns clip -> its face and the name of its file."""
+    faces = ((x.clip, make_face(seen.sha256, x)) for x in seen.tracks) if seen else ()
+    return {clip: SeenClip(face, seen.video) for clip, face in faces if face and seen}
