@@ -180,14 +180,21 @@ class Said:
             person = names.get(person, person)
         return person
 
-    def find_faces(self, name: str | None) -> tuple[list[Face], list[Face]]:
-        """Returns the faces that have a name, and the faces for which a user denied it."""
-        named = [key for key, x in self.names.items() if name and x == name]
-        denied = [key for key, names in self.denied.items() if name in names]
-        faces = (
-            [face for key in keys if (face := self._line_of[key].face)] for keys in (named, denied)
-        )
-        return next(faces), next(faces)
+    def list_named(self, name: str | None) -> list[Key]:
+        """Returns the faces that have the name `name`."""
+        return [key for key, x in self.names.items() if x and x == name]
+
+    def list_denied(self, name: str | None) -> list[Key]:
+        """Returns the faces for which a user denied the name `name`."""
+        return [key for key, names in self.denied.items() if name in names]
+
+    def repeat(self, keys: Iterable[Key], says: str, name: str | None) -> list[Line]:
+        """Returns lines about faces of the log, with another name."""
+        lines = (self._line_of[key] for key in keys)
+        return [
+            said_lib.about(face, says, of=name, video=line.video)
+            for line in lines if (face := line.face)
+        ]  # fmt: skip
 
     def list_lost(self, unread: Collection[str]) -> list[Lost]:
         """Returns what was said about faces that are not found.

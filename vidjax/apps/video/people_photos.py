@@ -415,16 +415,21 @@ def enrol_photos(
     enrolled: Collection[str],
     faces: Mapping[PhotoFace, StoredClip],
     label: Callable[[PhotoFace], str | None],
+    renamed: Mapping[str, str],
 ) -> None:
     """Enrols faces of photos, and removes the other faces in `enrolled` from the gallery.
 
     `enrolled` are clips of the gallery. `label` returns the name of a face, or None for a stranger.
+    `renamed` is old name -> new name of the other clips of people.
     """
     clips = {str(face): x._replace(identity=label(face)) for face, x in faces.items()}
     with gallery.change(log=False) as draft:
         unchanged = draft.complete({clip: entry.vector for clip, entry in clips.items()})
         draft.remove(clip={*enrolled} - unchanged)
         new = {clip: entry for clip, entry in clips.items() if clip not in unchanged}
+        names = {x: renamed.get(draft.clips[x].identity or "") for x in draft.clips.keys() - clips}
+        for clip, name in names.items():
+            _ = name and draft.relabel(clip, name)
         draft.add(new)
     people = {entry.identity for entry in new.values()} - {None}
     advise_other_films(gallery, sorted(map(str, people)))
@@ -443,7 +448,7 @@ def find_renamed(
     new = {
         face: x.vector for face, x in faces.items()
         if not (old := gallery.clips.get(str(face)))
-        or not _compare_equal(old.vector[None], x.vector[None]).all()
+        or not _is_equal(old.vector, x.vector)
     }  # fmt: skip
     kept = {face.person for face in faces.keys() - new.keys()}
     gone = group_by_key(
@@ -452,20 +457,18 @@ def find_renamed(
     )  # fmt: skip
     moved: dict[str, set[str]] = {}
     for person, vectors in gone.items() if new else ():
-        equal = _compare_equal(np.stack(vectors), np.stack([*new.values()]))
         owners = [
-            {face.person for face, is_equal in zip(new, row, strict=True) if is_equal} - {person}
-            for row in equal.tolist()
+            {face.person for face, x in new.items() if _is_equal(vector, x)} - {person}
+            for vector in vectors
         ]
         if all(owners):
             moved[person] = set[str]().union(*owners)
     return moved
 
 
-def _compare_equal(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Returns [M, N] whether rows of [M, D] and [N, D] are equal, up to rounding errors."""
-    squares = [np.square(x).sum(axis=1) for x in (first, second)]
-    return squares[0][:, None] + squares[1] - 2 * first @ second.T < EQUAL_SQUARES
+def _is_equal(first: np.ndarray, second: np.ndarray) -> bool:
+    """Returns whether two vectors are of the same picture, up to rounding errors."""
+    return bool(np.square(first - second).sum() < EQUAL_SQUARES)
 
 
 def _warn_of_lost(names: Iterable[str]) -> None:

@@ -294,13 +294,15 @@ def _update_people(
             failed |= {str(people / folder): "" for folder in sorted(missing)}
             _report_missing_photos(kept, people)
         faces = people_photos.embed_usable(gallery, found.usable)
-        _follow_photos(gallery, out, enrolled, faces, missing)
+        renamed = _follow_photos(gallery, out, enrolled, faces, missing)
         said = read_said(out, ())
         checked = {
             clip for clip, photo in enrolled.items()
             if clip not in unread and photo.folder not in missing
         }  # fmt: skip
-        people_photos.enrol_photos(gallery, checked, faces, lambda x: said.label(x.key, x.person))
+        people_photos.enrol_photos(
+            gallery, checked, faces, lambda x: said.label(x.key, x.person), renamed
+        )
         _forget(gallery, out, known, names, {*photos, *missing}, forget_missing)
     gallery.check_mirrored(found.list_mirrored())
     doubted = people_photos.warn_of_doubts(gallery, found)
@@ -372,8 +374,14 @@ def _convert(gallery: Gallery, out: Path) -> None:
     if not said_lib.has_log(out):
         said_lib.append(out, gallery.list_earlier_lines())
     earlier_said.move_descriptions(out)
-    with gallery.change(log=False) as draft:  # clips that waited for other nets
-        draft.remove(clip=[clip for clip, x in draft.clips.items() if not x.vector.any()])
+    # Clips that waited for other nets.
+    if waiting := [clip for clip, x in gallery.clips.items() if not x.vector.any()]:
+        present = features_folder.read_extraction(out / FEATURES)
+        for folder in people_photos.locate_people(out, ()).values():
+            if features_folder.read_extraction(folder) != present:
+                features_folder.set_aside(folder)
+        with gallery.change(log=False) as draft:
+            draft.remove(clip=waiting)
 
 
 def _change_nets(gallery: Gallery, out: Path, models: Path) -> None:
@@ -497,39 +505,42 @@ def _follow_photos(
     enrolled: Mapping[str, PhotoFace],
     faces: Mapping[PhotoFace, StoredClip],
     missing: Collection[str],
-) -> None:
+) -> dict[str, str]:
     """Gives the typed names of people to the people who have all their photos now.
 
     If several people have the photos, the typed names stay, and a line asks. `missing` are folders
-    of photos that are missing.
+    of photos that are missing. Returns old name -> new name.
     """
     unsure = {photo.person for photo in enrolled.values() if photo.folder in missing}
     moved = people_photos.find_renamed(gallery, enrolled, faces)
     moved = {person: owners for person, owners in moved.items() if person not in unsure}
     said = read_said(out, features_folder.read_media_files(out / FEATURES)) if moved else Said()
     known, lines = {photo.person for photo in enrolled.values()}, list[Line]()
+    renamed: dict[str, str] = {}
     for person, owners in moved.items():
-        label, owner = said.label("", person), min(owners)
-        named, denied = said.find_faces(label)
-        wanted, count = said.label("", owner), messages.count(len(named), "name")
+        label, owner = str(said.label("", person)), min(owners)
+        named, wanted = said.list_named(label), str(said.label("", owner))
+        count = messages.count(len(named), "name")
         if len(owners) > 1 and named:
             say(
                 f"the photos of {show(person)} are now photos of "
                 f"{messages.list_some([*map(show, sorted(owners))])}, but {count} that you typed "
-                f"stay {show(str(label))}\nto change them: vidjax gallery rename "
+                f"stay {show(label)}\nto change them: vidjax gallery rename "
                 f"{shlex.join([str(gallery.folder), f'--identity={label}', '--to=NAME'])}",
                 warning=True,
             )
         elif len(owners) == 1 and label != wanted:
-            lines += [said_lib.about(face, "is", of=wanted) for face in named]
+            renamed[label] = wanted
+            lines += said.repeat(named, "is", wanted)
             if owner not in known or owner in moved:  # else the photos may have been wrong photos
-                lines += [said_lib.about(face, "not", of=wanted) for face in denied]
+                lines += said.repeat(said.list_denied(label), "not", wanted)
             say(
                 f"all photos of {show(person)} are now photos of {show(owner)}"
                 + f": {count} that you typed follow" * bool(named)
             )
     if lines:
         said_lib.append(out, said_lib.stamp(lines))
+    return renamed
 
 
 def _forget(
@@ -545,16 +556,19 @@ def _forget(
     `before` are the known faces before this call. Names that a user has typed stay, unless
     `forget_missing` is True.
     """
-    said, faces = read_said(out, ()), people_photos.list_faces(gallery)
+    said = read_said(out, features_folder.read_media_files(out / FEATURES))
+    faces = people_photos.list_faces(gallery)
     kept = {gallery.clips[clip].identity for clip in faces}
     kept |= {said.label("", name) for name in names}
     gone = {said.label(x.key, x.person) for x in before.values() if x.person not in names} - kept
     forgotten = set[str]()
     for name in sorted(map(str, gone - {None})):
-        count = len({*gallery.people.get(name, ()), *said.find_faces(name)[0]})
+        count = len({*gallery.people.get(name, ()), *said.list_named(name)})
         typed = f"{messages.count(count, 'name')} that you typed"
         if count and not forget_missing:
-            say(f"{show(name)} no longer has photos, but {typed} stay: --forget-missing forgets")
+            command = ["vidjax", "gallery", "remove", str(gallery.folder), f"--identity={name}"]
+            say(f"{show(name)} no longer has photos, but {typed} stay\n"
+                f"to forget {show(name)}: {shlex.join(command)}")  # fmt: skip
             continue
         say(f"{show(name)} no longer has photos and is forgotten" + f", with {typed}" * bool(count))
         forgotten.add(name)
@@ -634,7 +648,9 @@ def decide(
     in_films = appearances.find_appearances(answers, films, groups)
     people |= {x.identity: () for x in answers.values() if x.identity and x.identity not in people}
     # People who are known only from films that are not read with the present nets.
-    waiting = (x for key, x in said.names.items() if not isinstance(key, str) and key.film in unread)
+    waiting = (
+        x for key, x in said.names.items() if not isinstance(key, str) and key.film in unread
+    )
     people |= {name: () for name in waiting if name and name not in people}
     card = gallery.describe_card()
     return Decision(

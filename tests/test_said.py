@@ -1,0 +1,403 @@
+"""What people say about faces is a log, `said.jsonl`. Names and galleries follow from it."""
+
+import hashlib
+import itertools
+import json
+import random
+import sqlite3
+import threading
+from typing import Any
+
+import pytest
+
+pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
+
+from tests.helpers import made_shelf
+from tests.helpers.drawn_people import tags, write_film, write_photo
+from tests.helpers.seen import refused
+from vidjax.apps import said
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.said import Face, Line
+from vidjax.apps.video import faces, features_folder, who
+
+FILM = "a" * 64
+BOX = (0.1, 0.1, 0.2, 0.2)
+FACES = {clip: Face(film=FILM, at=number, box=BOX) for number, clip in enumerate("abcdef")}
+
+
+def say(clip, says, of: Any = None, **values):
+    of = FACES.get(of, of)
+    return said.about(FACES[clip], says, of=of, **values)
+
+
+def replay(*steps, numbers=None):
+    """Returns what `steps` said about the faces "a" to "f". A step is a list of lines."""
+    lines = [
+        Line(**{**line_fields(line), "when": str(number)})
+        for number, step in enumerate(steps)
+        for line in (step if isinstance(step, list) else [step])
+    ]
+    return faces.Said(lines, (), {FACES[clip]: n for clip, n in (numbers or {}).items()})
+
+
+def line_fields(line):
+    return {name: getattr(line, name) for name in line.__struct_fields__}
+
+
+def of_clips(table):
+    return {clip: table[face] for clip, face in FACES.items() if face in table}
+
+
+def test_last_line_about_a_face_counts():
+    found = replay(
+        say("a", "is", "Ada"), say("a", "not", "Ada"), say("b", "is", "Bob"), say("b", "ignore"),
+        say("c", "ignore"), say("c", "is", "Cy"), say("d", "is"), say("e", "is", "Eve"),
+        say("e", "undo"), say("f", "not", "Ada"), say("f", "not", "Bob"), say("f", "is", "Ada"),
+    )  # fmt: skip
+    assert of_clips(found.names) == {"c": "Cy", "d": None, "f": "Ada"}
+    assert of_clips(found.denied) == {"a": {"Ada"}, "f": {"Ada", "Bob"}}
+    assert of_clips(found.ignored) == {"b": False}
+
+
+def test_renames_change_what_was_said_before():
+    found = replay(
+        say("a", "is", "Ada"), say("b", "not", "Ada"), Line(says="rename", person="Ada", of="Eva"),
+        say("c", "is", "Ada"),
+        [Line(says="rename", person=x, of=y) for x, y in (("Ada", "Eva"), ("Eva", "Ada"))],
+    )  # fmt: skip
+    assert of_clips(found.names) == {"a": "Ada", "c": "Eva"}  # two people exchange their names
+    assert of_clips(found.denied) == {"b": {"Ada"}}
+    assert found.label("people/Ada/1", "Ada") == "Ada"  # Ada, Eva, Ada
+
+
+def test_undone_steps_do_not_count_and_undoing_can_be_undone():
+    steps = [say("a", "is", "Ada"), say("a", "is", "Bob"), Line(says="undo", of="1")]
+    assert of_clips(replay(*steps).names) == {"a": "Ada"}
+    assert of_clips(replay(*steps, Line(says="undo", of="2")).names) == {"a": "Bob"}
+
+
+def test_numbers_are_moved_divided_and_joined():
+    numbers = {"a": 1, "b": 1, "c": 1, "d": 2}
+    apart = say("a", "apart", "b", number=3)
+    found = replay(apart, numbers=numbers)
+    assert of_clips(found.numbers) == numbers | {"a": 3} and of_clips(found.given) == numbers
+    assert (found.fixed, found.apart, found.highest) == ({1, 3}, {(1, 3)}, 3)
+    joined = [say("d", "same", "d", number=2), say("a", "same", "d", number=2, person="unknown 3")]
+    found = replay(apart, joined, numbers=numbers)
+    assert of_clips(found.numbers) == {"a": 2, "b": 1, "c": 1, "d": 2}
+    assert (found.fixed, found.apart) == ({1, 2}, {(1, 2)})
+    together = [
+        say("b", "same", "b", number=1),
+        say("d", "same", "b", number=1, person="unknown 2"),
+    ]
+    found = replay(apart, joined, together, numbers=numbers)
+    assert {*of_clips(found.numbers).values()} == {1}
+    assert (found.fixed, found.apart) == ({1}, set()), "the last statement counts"
+    # A person who is taken out of an unknown person also differs from those who differ from it.
+    found = replay(apart, say("b", "apart", "c", number=4), numbers=numbers)
+    assert found.apart == {(1, 3), (1, 4), (3, 4)}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_undoing_all_steps_restores_everything(seed):
+    rng, steps = random.Random(seed), list[Any]()
+    numbers = {clip: rng.randint(1, 3) for clip in "abcde"}
+
+    def contents(said_: faces.Said):
+        return said_.names, said_.denied, said_.ignored, said_.numbers, said_.fixed, said_.apart
+
+    history = [contents(replay(numbers=numbers))]
+    for _ in range(12):
+        one, other = rng.sample("abcdef", 2)
+        number = rng.randint(1, 9)
+        steps.append(rng.choice([
+            say(one, "is", "Ada"), say(one, "not", "Ada"), say(one, "ignore"), say(one, "undo"),
+            say(one, "same", other, number=number), say(one, "apart", other, number=number),
+            Line(says="rename", person="Ada", of="Eva"),
+        ]))  # fmt: skip
+        history.append(contents(replay(*steps, numbers=numbers)))
+    for number in range(12)[::-1]:
+        steps.append(Line(says="undo", of=str(number)))
+        assert contents(replay(*steps, numbers=numbers)) == history[number]
+
+
+def test_log_survives_torn_lines_and_simultaneous_writers(tmp_path):
+    lines = said.stamp([say("a", "is", "Ada")])
+    said.append(tmp_path, lines)
+    with (tmp_path / said.NAME).open("ab") as log:
+        log.write(b'{"says":"is","of"')  # a killed program
+    assert said.read(tmp_path) == lines
+
+    def add(number):
+        for place in range(20):
+            said.append(tmp_path, said.stamp([say("b", "is", f"{number}-{place}")]))
+
+    threads = [threading.Thread(target=add, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = [str(line.of) for line in said.read(tmp_path)[1:]]
+    assert sorted(found) == sorted(f"{x}-{y}" for x in range(3) for y in range(20))
+    path = tmp_path / said.NAME
+    path.write_bytes(path.read_bytes().replace(b'"says":"is"', b'"says":"was"', 3))
+    refused(lambda: said.read(tmp_path), "line 1", said.NAME, "delete this line")
+
+
+def test_forgetting_a_person_deletes_the_lines_and_keeps_their_number(tmp_path):
+    said.append(tmp_path, said.stamp([
+        say("a", "is", "Ada"), say("b", "not", "Ada"), say("c", "is", "Bob"),
+        Line(says="rename", person="Ada", of="Eva"),
+    ]))  # fmt: skip
+    assert said.forget(tmp_path, "Ada") == 3 and said.forget(tmp_path, "Zoe") == 0
+    assert [line.of for line in said.read(tmp_path)] == [None, None, "Bob", None]
+    assert b"Ada" not in (tmp_path / said.NAME).read_bytes()
+
+
+def test_every_change_of_the_gallery_of_results_reaches_the_log(tmp_path):
+    shelf = made_shelf.make(tmp_path, people=5, films=2, known=2, faces=10)
+    said.append(shelf.out, [])
+    gallery, ada = Gallery(shelf.out / "gallery"), made_shelf.name_person(0)
+    first = made_shelf.decide(shelf.out)
+    clips = [clip for clip, x in first.unknown.items() if x == "unknown 1"]
+    vectors = first.vectors
+    assert vectors
+
+    def names():
+        decision = made_shelf.decide(shelf.out)
+        return {clip: x.identity for x in decision.appearances for clip in x.clips}
+
+    before = names()
+    gallery.enrol(vectors.only(clips[:1]), "Zoe")
+    assert names() == before | dict.fromkeys(clips, "Zoe") and gallery.people["Zoe"] == (clips[0],)
+    gallery.rename(ada, "Countess")
+    renamed = {clip: "Countess" if name == ada else name for clip, name in names().items()}
+    assert names() == renamed and ada not in renamed.values()
+    gallery.relabel(clips[0], "Yan")
+    assert names()[clips[0]] == "Yan" and "Zoe" not in names().values()
+    gallery.relabel(clips[0], None)
+    assert names()[clips[0]] is None
+    gallery.remove(clip=clips[0])
+    assert names()[clips[0]] == "unknown 1"
+    gallery.enrol(vectors.only(clips[:1]), "Zoe")
+    gallery.remove(identity="Zoe")
+    assert names()[clips[0]] == "unknown 1" and b"Zoe" not in (shelf.out / said.NAME).read_bytes()
+    # The gallery follows from the log: if the log has more lines, they are applied.
+    found = said.FaceFinder(shelf.out)(clips[0])
+    assert found
+    said.append(shelf.out, said.stamp([said.about(found.face, "is", of="Xi")]))
+    assert names()[clips[0]] == "Xi" and gallery.people["Xi"] == (clips[0],)
+
+
+def test_gallery_elsewhere_has_no_log(tmp_path):
+    shelf = made_shelf.make(tmp_path, people=3, films=1, known=2, faces=3)
+    Gallery(shelf.out / "gallery").rename("Ada", "Eva")
+    assert not (shelf.out / said.NAME).exists()
+
+
+def test_change_of_the_gallery_that_fails_is_undone_in_the_log(tmp_path, monkeypatch):
+    shelf = made_shelf.make(tmp_path, people=3, films=1, known=2, faces=3)
+    said.append(shelf.out, [])
+    gallery = Gallery(shelf.out / "gallery")
+    with monkeypatch.context() as patch:
+        patch.setattr(gallery._store, "write", lambda *_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            gallery.rename("Ada", "Eva")
+    assert [line.says for line in said.read(shelf.out)] == ["rename", "undo"]
+    assert "Ada" in made_shelf.decide(shelf.out).people
+
+
+# ---- photos of people who were named on the page, too
+
+
+@pytest.fixture
+def party(drawn, read_here):
+    """Ada and Bob have photos. The user has said that a face is Ada, and another is not Ada."""
+    drawn.meet("Ada", "Bob")
+    drawn.run("gallery", "enrol", drawn.out / "gallery", f"--input={drawn.out / 'features'}",
+              "--clip=party.s001.t00", "--identity=Ada")  # fmt: skip
+    (found,) = [said.FaceFinder(drawn.out)("party.s000.t00")]
+    assert found
+    said.append(drawn.out, said.stamp([said.about(found.face, "not", of="Ada")]))
+    drawn.who(drawn.folder / "party.mkv")
+    names = drawn.names()
+    assert names["party.s001.t00"] == "Ada" != names["party.s000.t00"]
+    return drawn
+
+
+@pytest.mark.parametrize("name", ["ada", "Eva"])
+def test_typed_names_follow_a_renamed_folder_of_photos(party, name):
+    before = party.names()
+    (party.friends / "Ada").rename(party.friends / name)
+    _, output = party.who(party.folder / "party.mkv")
+    wanted = {clip: name if x == "Ada" else x for clip, x in before.items()}
+    assert party.names() == wanted and "Ada" not in wanted.values()
+    assert f"all photos of Ada are now photos of {name}: 1 name that you typed follow" in output
+    (party.friends / name).rename(party.friends / "Ada")
+    party.who(party.folder / "party.mkv")
+    assert party.names() == before
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_typed_names_follow_a_changed_face_tag(party, embedded):
+    def tag(name):
+        face = (name, 40, 40)
+        write_photo(photo, ("Ada", 40, 40), tagged=[face] if embedded else [])
+        if not embedded:
+            photo.with_name("1.png.xmp").write_bytes(tags(face))
+
+    photo, film = party.friends / "Ada" / "1.png", party.folder / "party.mkv"
+    tag("Ada")
+    party.who(film)
+    before = party.names()
+    tag("Adele")
+    party.who(film)
+    assert party.names() == {clip: "Adele" if x == "Ada" else x for clip, x in before.items()}
+
+
+def test_two_people_exchange_their_folders(party):
+    before, friends = party.names(), party.friends
+    for old, new in (("Ada", "x"), ("Bob", "Ada"), ("x", "Bob")):
+        (friends / old).rename(friends / new)
+    party.who(party.folder / "party.mkv")
+    exchange = {"Ada": "Bob", "Bob": "Ada"}
+    assert party.names() == {clip: exchange.get(x, x) for clip, x in before.items()}
+
+
+def test_photos_that_went_to_several_people_leave_typed_names_and_ask(party):
+    film, friends = party.folder / "party.mkv", party.friends
+    write_photo(friends / "Ada" / "2.png", ("Ada", 44, 40))
+    party.who(film)
+    for number, name in ((1, "Cleo"), (2, "Dora")):
+        (friends / name).mkdir()
+        (friends / "Ada" / f"{number}.png").rename(friends / name / f"{number}.png")
+    (friends / "Ada").rmdir()
+    _, output = party.who(film)
+    assert "the photos of Ada are now photos of Cleo, Dora, but 1 name that you typed" in output
+    assert "vidjax gallery rename" in output and party.names()["party.s001.t00"] == "Ada"
+
+
+def test_only_photo_that_moves_to_another_person_denies_nothing_for_this_person(party):
+    """The photo was wrong: it shows Bob."""
+    (party.friends / "Ada" / "1.png").rename(party.friends / "Bob" / "2.png")
+    (party.friends / "Ada").rmdir()
+    party.who(party.folder / "party.mkv")
+    state = faces.Said(
+        said.read(party.out), features_folder.read_media_files(party.out / "features")
+    )
+    assert state.denied["party.s000.t00"] == {"Ada"}
+
+
+@pytest.mark.parametrize("way", ["deleted", "missing"])
+def test_photo_that_goes_leaves_typed_names(party, way):
+    film, friends = party.folder / "party.mkv", party.friends
+    if way == "deleted":  # a deleted photo in a folder that has other files
+        (friends / "Ada" / "1.png").rename(friends / "Ada.png")
+        (friends / "Ada").rmdir()
+        write_photo(friends / "Eve.png", ("Eve", 40, 40))
+        party.who(film)
+        (friends / "Ada.png").unlink()
+    else:
+        (friends / "Ada" / "1.png").unlink()
+        (friends / "Ada").rmdir()
+    _, output = party.who(film, code=int(way == "missing"))
+    assert party.names()["party.s001.t00"] == "Ada"
+    assert ("1 name that you typed stay" in output) == (way == "deleted")
+    if way == "deleted":
+        party.gallery("remove", "--identity=Ada")
+    _, output = party.who(film, flags=["--forget-missing"])
+    assert "Ada" not in party.names().values()
+    if way == "missing":
+        assert "Ada no longer has photos and is forgotten, with 1 name that you typed" in output
+    assert b"Ada" not in (party.out / said.NAME).read_bytes()
+
+
+def test_faces_that_were_ignored_in_bulk_get_the_name_of_a_person_who_is_enrolled_later(drawn):
+    from vidjax.apps.video import review
+
+    film = drawn.folder / "film.mkv"
+    write_film(film, (2, 20, [("Ada", 20, 30)]), (2, 60, [("Eve", 80, 50)]))
+    drawn.befriend("Ada")
+    drawn.who(film)
+    gallery = Gallery(drawn.out / "gallery")
+    films = features_folder.read_media_files(drawn.out / who.FEATURES)
+    page = review.Review(drawn.out, who.decide(gallery, drawn.out, films, gallery.identify))
+    for action, of, later in (("once", [], "Eve"), ("ignore", ["unknown 1"], None)):
+        page.change(action, of)
+        page.save()
+        assert drawn.names()["film.s001.t00"] is None
+        drawn.befriend("Eve")
+        drawn.who(film)
+        assert drawn.names()["film.s001.t00"] == later
+        (drawn.friends / "Eve" / "1.png").unlink()
+        (drawn.friends / "Eve").rmdir()
+        drawn.who(film, flags=["--forget-missing"])
+        page.refresh()
+        page.undo()
+
+
+# ---- results of version 0.1.0
+
+
+def write_as_earlier(out):
+    """Replaces the log of results by what version 0.1.0 has stored: denied and ignored faces."""
+    films = features_folder.read_media_files(out / who.FEATURES)
+    state, gallery = who.read_said(out, films), Gallery(out / "gallery")
+    numbers, denied = {}, {}
+    for film in films:
+        clips = [track.clip for track in film.tracks]
+        numbers[film.digest] = {
+            clip: 0 if clip in state.ignored else state.numbers[clip] for clip in clips
+            if clip in state.numbers or clip in state.ignored
+        }  # fmt: skip
+        denied[film.digest] = {x: sorted(state.denied[x]) for x in clips if x in state.denied}
+    content = {"format": 1, "films": numbers, "fixed": sorted(state.fixed), "apart": [],
+               "same": [], "removed": 9}  # fmt: skip
+    (out / "unknown.json").write_text(json.dumps(content))
+    (out / said.NAME).unlink()
+    path = next(gallery.folder.glob("*.sqlite*"))
+    with sqlite3.connect(path) as connection:
+        ((text,),) = connection.execute("SELECT facts FROM gallery").fetchall()
+        text = json.dumps(json.loads(text) | {"denied": denied})
+        digest = hashlib.sha256(text.encode()).digest()
+        connection.execute("UPDATE gallery SET facts = ?, sha256 = ?", (text, digest))
+    connection.close()
+
+
+def test_results_of_version_0_1_0_keep_names_numbers_and_corrections(party):
+    film = party.folder / "party.mkv"
+    party.gallery("rename", "--identity=Bob", "--to=Robert")
+    for clip, word in (("party.s002.t01", "ignore"),):
+        found = said.FaceFinder(party.out)(clip)
+        assert found
+        said.append(party.out, said.stamp([said.about(found.face, word)]))
+    party.who(film)
+    names, state = party.names(), who.read_said(party.out, features_folder.read_media_files(
+        party.out / who.FEATURES))  # fmt: skip
+    write_as_earlier(party.out)
+    bytes_before = {path: path.read_bytes() for path in party.out.rglob("*") if path.is_file()}
+    words = (party.out / "gallery", f"--input={party.out / 'features'}")
+    answers = party.run("gallery", "identify", *words).content["answers"]
+    known = {clip: x for clip, x in names.items() if x and not x.startswith("unknown")}
+    assert {x["clip"]: x["identity"] for x in answers if x["identity"]} == known
+    after = {path: path.read_bytes() for path in party.out.rglob("*") if path.is_file()}
+    assert after == bytes_before, "reading converts nothing"
+    for _ in range(2):
+        party.who(film)
+        assert party.names() == names
+    found = who.read_said(party.out, features_folder.read_media_files(party.out / who.FEATURES))
+    assert (found.names, found.denied, found.ignored, found.numbers) == (
+        state.names, state.denied, state.ignored, state.numbers
+    )  # fmt: skip
+    (line,) = [line for line in said.read(party.out) if line.says == "rename"]
+    assert (line.person, line.of) == ("Bob", "Robert")
+
+
+def test_a_first_change_of_an_earlier_gallery_writes_the_log(party):
+    names = party.names()
+    write_as_earlier(party.out)
+    Gallery(party.out / "gallery").rename("Ada", "Eva")
+    party.who(party.folder / "party.mkv")
+    assert party.names() == {clip: "Eva" if x == "Ada" else x for clip, x in names.items()}
+    words = [line.says for line in said.read(party.out)]
+    assert words[-1] == "rename" and {*itertools.islice(words, 2)} <= {"is", "not"}
