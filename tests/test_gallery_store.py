@@ -134,7 +134,7 @@ def test_time_of_a_change_does_not_grow_with_the_number_of_people(gallery):
     def measure(num_people):
         """Returns the seconds to add 5000 clips of new people, and to relabel the clips."""
         owners = {f"new {n}": f"new person {n % num_people}" for n in range(5000)}
-        draft, times = Draft(gallery._read_current()), [time.process_time()]
+        draft, times = Draft(gallery.state), [time.process_time()]
         draft.add({name: NEW["new"]._replace(identity=owner) for name, owner in owners.items()})
         times.append(time.process_time())
         for name in owners:

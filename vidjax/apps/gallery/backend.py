@@ -527,8 +527,9 @@ class Index:
         none = np.zeros((len(self.backend.parts), 0), np.int32)
         return np.concatenate([none, *(block.num_clips for block in self.blocks)], axis=1)
 
-    def compare_with_card(self) -> Comparison:
-        """Compares the enrolled people with the card of the net of faces, if there is one."""
+    @functools.cached_property
+    def card_comparison(self) -> Comparison:
+        """The enrolled people, compared with the card of the net of faces, if there is one."""
         for number, part in enumerate(self.backend.parts):
             if part.name == "face" and part.distances is not None:
                 total = np.zeros(len(part.centre))

@@ -24,6 +24,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
+from vidjax.apps.gallery import card_notes
 from vidjax.apps.gallery.answers import (
     Threshold,
     count_needed_strangers,
@@ -31,10 +32,15 @@ from vidjax.apps.gallery.answers import (
     share,
 )
 from vidjax.apps.gallery.backend import MAX_VOICE_RATIO, Backend
+from vidjax.apps.gallery.changes import find_enrolled
+from vidjax.apps.gallery.enrolment import list_usable_strangers, stack_parts
+from vidjax.apps.gallery.identification import Remember
+from vidjax.apps.gallery.store import State
+from vidjax.apps.gallery.vectors import Vectors
 from vidjax.models import card_backend, two_covariance
 from vidjax.utils import messages, tables
 from vidjax.utils.errors import UserError, check_argument
-from vidjax.utils.names import show
+from vidjax.utils.names import normal_form, show
 
 DEFAULT_FMR = 0.01  # false match rate: 99 strangers can show it
 MAX_PAIRS = 10_000  # of clips that are compared with each other
@@ -190,6 +196,54 @@ def pair_strangers(backend: Backend, parts: Sequence[np.ndarray]) -> tuple[np.nd
     return pair_log_ratios(backend, [x[:half] for x in white], [x[half : 2 * half] for x in white])
 
 
+def choose_rule(
+    state: State, identity: str | None, fmr: float | None, remember: Remember
+) -> MatchRule:
+    """Returns the rule by which a clip is accepted, see `Gallery.match_rule`.
+
+    `remember` is described in the module `identification`.
+    """
+    check_fmr(fmr)
+    if identity is not None:
+        check_argument("identity", identity, str, "the name of a person")
+        find_enrolled("identity", identity := normal_form(identity), state.people)
+    if card_notes.compare(state).problem == "blind":
+        return MatchRule("blind", fmr or DEFAULT_FMR, math.inf, None, card_notes.NOBODY)
+
+    def make() -> MatchRule:
+        parts = stack_parts(state, [*list_usable_strangers(state)])
+        if identity is not None:
+            ratios, shared = state.index.ratios(parts, identity)
+        else:
+            ratios, shared = pair_strangers(state.index.backend, parts)
+        return make_rule(ratios[shared.any(axis=0)], fmr, pairs=identity is None)
+
+    return remember(state, (identity, fmr), make)
+
+
+def verify(state: State, rule: MatchRule, vectors: Vectors, identity: str) -> dict[str, Match]:
+    """Decides by `rule` for each clip if it shows a person, see `Gallery.verify`."""
+    parts, person = [*vectors.parts.values()], normal_form(identity)
+    backend, names = state.index.backend, state.clips_of[person]
+    matches = make_matches(rule, backend, *state.index.ratios(parts, person))
+    matches = add_fits(backend, matches, parts, names, stack_parts(state, names))
+    return dict(zip(vectors.names, matches, strict=True))
+
+
+def compare(
+    state: State, rule: MatchRule, first: Vectors, second: Vectors | None
+) -> dict[tuple[str, str], Match]:
+    """Decides by `rule` for pairs of clips if they show one person, see `Gallery.compare`."""
+    others = first if second is None else second
+    rows, columns = list_pairs(len(first.names), None if second is None else len(second.names))
+    backend = state.index.backend
+    x, y = (backend.whiten([*v.parts.values()]) for v in (first, others))
+    ratios, shared = pair_log_ratios(backend, [a[rows] for a in x], [b[columns] for b in y])
+    matches = make_matches(rule, backend, ratios, shared)
+    keys = ((first.names[a], others.names[b]) for a, b in zip(rows, columns, strict=True))
+    return dict(zip(keys, matches, strict=True))
+
+
 def make_matches(
     rule: MatchRule, backend: Backend, ratios: np.ndarray, shared: np.ndarray
 ) -> Iterator[Match]:
@@ -243,19 +297,15 @@ def add_fits(
 
 
 def find_misfits(
-    backend: Backend,
-    names: Sequence[str],
-    vectors: Sequence[np.ndarray],
-    checked: Collection[str] | None = None,
+    state: State, identity: str, checked: Collection[str] | None = None
 ) -> dict[str, float]:
-    """Finds clips of a person that probably show another person than most of the other clips.
+    """Finds clips of a person that differ from most of the other clips, see `Gallery`.
 
-    The clips `names` have the vectors `vectors`, M arrays [K, D]. Each clip is compared with the
-    other clips, or with MAX_COMPARED of them. If `checked` is given, only the clips in it are
-    compared with the others. Returns clip -> median of its log ratios, if the median is below 0,
-    lowest first.
+    Each clip is compared with the other clips, or with MAX_COMPARED of them.
     """
-    x, misfits = backend.whiten(vectors), dict[str, float]()
+    names = find_enrolled("identity", normal_form(identity), state.people)
+    backend, misfits = state.index.backend, dict[str, float]()
+    x = backend.whiten(stack_parts(state, names))
     step = -(-len(names) // MAX_COMPARED)
     rows = (x for x in enumerate(names) if checked is None or x[1] in checked)
     for row, name in rows:

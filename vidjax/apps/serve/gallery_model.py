@@ -132,7 +132,7 @@ class GalleryModel:
     @property
     def widths(self) -> dict[str, int]:
         """Modality -> width of the features."""
-        return self.gallery.reads[0]
+        return self.gallery.source.reads[0]
 
     @property
     def inputs(self) -> list[Spec]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vidjax.apps.gallery.answers import FACE, NOBODY, UNKNOWN, Answer, parse_group_number
+from vidjax.apps.gallery.labelling import find_known
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.video.features_folder import Box, FaceTrack, MediaFile
 from vidjax.utils import tables
@@ -159,7 +160,7 @@ def name_tracks(
     if gallery.identities:
         votes = votes or group_votes(gallery, vectors, films)
         answers = remove_unclear_names(identify(vectors, groups=votes), gallery, films)
-    told = gallery.find_enrolled(vectors)
+    told = find_known(gallery.state, vectors)
     ignored = {clip: said.ignored[clip] for clip in answers if clip in said.ignored} if said else {}
     told = {clip: None for clip, yields in ignored.items() if not yields} | told
     if said:

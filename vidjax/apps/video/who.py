@@ -39,10 +39,11 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from vidjax.apps import earlier_said, said as said_lib
-from vidjax.apps.gallery import answers as answers_lib, store
+from vidjax.apps.gallery import answers as answers_lib, card_notes, store
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.changes import check_person
-from vidjax.apps.gallery.gallery import Gallery, advise_other_films
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.labelling import advise_other_films, find_known
 from vidjax.apps.gallery.store import StoredClip
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.said import Line
@@ -123,9 +124,9 @@ class Decision(NamedTuple):
     numbers: UnknownNumbers
     said: Said
     twins: Mapping[str, str] = MappingProxyType({})  # see `appearances.NamedTracks`
-    # `Gallery.rows`, and clip -> answer of the gallery before corrections.
+    # `State.rows`, and clip -> answer of the gallery before corrections.
     raw: tuple[int, Mapping[str, Answer]] = (0, MappingProxyType({}))
-    card: str = ""  # see `Gallery.describe_card`
+    card: str = ""  # see `card_notes.describe`
 
     def count_clips(self) -> dict[str, int]:
         """Returns the number of enrolled clips of each person."""
@@ -219,7 +220,7 @@ def name_people(
             # Mistakes in the flags are reported here, because reading the films takes long.
             gallery.rule(fpir=fpir, threshold=threshold)
             if not is_explained:
-                gallery.warn_of_card()
+                card_notes.warn(gallery.state)
         outcomes = pipeline.extract(
             films, out / FEATURES, settings=settings, done=done,
             drop=pipeline.choose_drop(prune, forget_missing), **options,
@@ -228,7 +229,7 @@ def name_people(
         identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
         with lock_changes(out):
             decision = _name_films(gallery, out, identify, prune)
-            advise_other_films(gallery, sorted(typed))
+            advise_other_films(gallery.state, sorted(typed))
             if is_explained:
                 decision = decision._replace(card="")
             write(out, decision, padding)
@@ -306,7 +307,7 @@ def _update_people(
         _forget(gallery, out, known, names, {*photos, *missing}, forget_missing)
     gallery.check_mirrored(found.list_mirrored())
     doubted = people_photos.warn_of_doubts(gallery, found)
-    return failed, names, doubted and gallery.compare_with_card().problem == "closer"
+    return failed, names, doubted and card_notes.compare(gallery.state).problem == "closer"
 
 
 def _report_missing_photos(kept: Collection[str], people: Path) -> None:
@@ -616,7 +617,7 @@ def decide(
     if vectors:
         enrol_named(gallery, vectors, said)
     # Another program may change the gallery at any time. A change after this line is shown later.
-    digest, people, rows = gallery.digest, gallery.people, gallery.rows
+    digest, people, rows = gallery.digest, gallery.people, gallery.state.rows
     raw = last.raw[1] if last and last.raw[0] == rows else {}
 
     def answer(clips: Vectors, *, groups: Mapping[str, str] | None) -> Mapping[str, Answer]:
@@ -652,7 +653,7 @@ def decide(
         x for key, x in said.names.items() if not isinstance(key, str) and key.film in unread
     )
     people |= {name: () for name in waiting if name and name not in people}
-    card = gallery.describe_card()
+    card = card_notes.describe(gallery.state)
     return Decision(
         digest, people, films, vectors, votes, answers, groups, in_films, after, said, twins,
         (rows, raw), card,
@@ -665,7 +666,7 @@ def enrol_named(gallery: Gallery, vectors: Vectors, said: Said) -> None:
     Clips of other films, and clips that are no faces of the results, stay as they are.
     """
     names = {clip: name for clip, name in said.names.items() if isinstance(clip, str)}
-    enrolled = gallery.find_enrolled(vectors)  # reads the present state
+    enrolled = find_known(gallery.state, vectors)  # reads the present state
     labels = {
         clip: label for clip, face in people_photos.list_faces(gallery).items()
         if (label := said.label(face.key, face.person)) != gallery.clips[clip].identity
