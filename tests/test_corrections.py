@@ -21,7 +21,8 @@ from tests.helpers import films, made_shelf
 from tests.helpers.drawn_people import write_film, write_photo
 from tests.helpers.seen import refused
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import features_folder, review, still, who
+from vidjax.apps.said import FEATURES
+from vidjax.apps.video import features_folder, results, review, still, who
 from vidjax.apps.video.names_page import CLIP
 
 TOKEN, SITE = "t" * 22, "http://127.0.0.1:8123"
@@ -62,7 +63,7 @@ class Shelf:
 
     def hide(self, film):
         """Hides a film from `vidjax who`, and returns a function that shows it again."""
-        features, away = self.out / who.FEATURES, self.out.parent / "away"
+        features, away = self.out / FEATURES, self.out.parent / "away"
         paths = [features / "videos" / f"{film}.json", features / f"{film}.npz"]
         paths.append(self.films / f"{film}.mp4")
         away.mkdir(exist_ok=True)
@@ -172,7 +173,7 @@ def test_change_on_an_old_page_is_refused_only_if_its_people_have_changed(shelf)
 @pytest.mark.parametrize("seed", [4, 7, 14])
 def test_random_changes_stay_as_they_were_said_in_every_later_call(tmp_path, seed):
     shelf = Shelf(tmp_path, people=10, films=3, known=2, faces=12, wrong=0.15, seed=seed)
-    for path in (shelf.out / who.FEATURES / features_folder.VIDEOS).iterdir():
+    for path in (shelf.out / FEATURES / features_folder.VIDEOS).iterdir():
         film = features_folder.read_media_file(path)  # some faces are seen at the same time
         for one, two in zip(film.tracks[::4], film.tracks[1::4], strict=True):
             two.start_s, two.end_s, two.shot = one.start_s, one.end_s, one.shot
@@ -289,7 +290,7 @@ def test_two_browsers_and_vidjax_who_at_once_lose_none_of_200_changes(tmp_path, 
 def test_message_says_that_another_face_of_the_shot_got_the_denied_name(tmp_path):
     shelf = Shelf(tmp_path, people=3, films=2, known=1, faces=6)
     # Two faces of one person are seen at the same time, as in a mirror.
-    path = shelf.out / who.FEATURES / features_folder.VIDEOS / "film_000.json"
+    path = shelf.out / FEATURES / features_folder.VIDEOS / "film_000.json"
     film, ada = features_folder.read_media_file(path), made_shelf.name_person(0)
     first, second = (x for x in film.tracks if shelf.made.truth[x.clip] == ada)
     second.shot, second.start_s, second.end_s = first.shot, first.start_s, first.end_s
@@ -340,7 +341,7 @@ def test_subtitles_have_the_names_of_their_films():
         "/c/x/y.mp4", "/d/x/y.mp4", "/a/con.mp4",
     ]  # fmt: skip
     videos = [SimpleNamespace(source=SimpleNamespace(path=PurePath(x))) for x in paths]
-    assert [str(x) for x in who._place_subtitles(videos)] == [  # pyright: ignore
+    assert [str(x) for x in results._place_subtitles(videos)] == [  # pyright: ignore
         "2019/IMG_1", "2020/IMG_1", "only", "Twin.mp4", "twin.MOV", "c/x/y", "d/x/y", "con_",
     ]  # fmt: skip
 
@@ -352,12 +353,12 @@ def test_subtitles_of_twins_are_replaced_and_files_of_others_stay(shelf, tmp_pat
     for year, film in zip(("2019", "2020"), twins, strict=True):
         stamp = film.source
         film.source = msgspec.structs.replace(stamp, address=f"/films/{year}/IMG_1.mp4")
-    who.write(shelf.out, decision._replace(films=twins, appearances=[], unknown={}))
+    results.write(shelf.out, decision._replace(films=twins, appearances=[], unknown={}))
     made = {str(x.relative_to(shelf.out)) for x in (shelf.out / "subtitles").rglob("*.srt")}
     assert made == {"subtitles/2019/IMG_1.srt", "subtitles/2020/IMG_1.srt"}
     assert (shelf.out / "subtitles" / "2019").stat().st_mode & 0o777 == 0o700
     mine.write_text("mine")
-    who.write(shelf.out, decision)
+    results.write(shelf.out, decision)
     assert mine.read_text() == "mine" and not (shelf.out / "subtitles" / "2020").exists()
     assert not mine.with_name("IMG_1.srt").exists()
 

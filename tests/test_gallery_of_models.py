@@ -18,7 +18,7 @@ from vidjax.apps import cards
 from vidjax.apps.gallery import answers as answers_lib, array_export, backend, grouping
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import appearances, doubts
+from vidjax.apps.video import doubts, naming, subtitles
 from vidjax.data.memory import MemoryClips
 from vidjax.evaluation.export import reader
 from vidjax.models import card_backend
@@ -327,7 +327,7 @@ def test_tracks_of_one_person_are_joined_over_short_gaps():
     tracks = film(ada_1=(0, 3), ada_2=(4.5, 6), ada_3=(8.5, 9), nobody=(1, 2))
     answers = {"ada_1": answer("Ada", 0.8), "ada_2": answer("Ada"), "ada_3": answer("Ada")}
     answers["nobody"] = answer(None)
-    found = appearances.find_appearances(answers, [tracks], {"nobody": "unknown 1"})
+    found = naming.find_appearances(answers, [tracks], {"nobody": "unknown 1"})
     assert [(x.identity, x.start_s, x.end_s, x.probability, x.clips) for x in found] == [
         ("Ada", 0, 6, 0.8, ("ada_1", "ada_2")),
         ("unknown 1", 1, 2, None, ("nobody",)),
@@ -344,7 +344,7 @@ def test_only_the_clip_of_an_unclear_face_gets_the_name_of_the_face(gallery):
         track.clarity = 0.1 if track.clip in ("a0", "a2", "b1") else 1.0
     given = {x.clip: answer({"a": "Ada", "b": "Bob"}[x.clip[0]]) for x in tracks.tracks}
     vectors = gallery.embed(faces("a", ada[[0, 0, 0]]) | faces("b", bob[[0, 0]]))
-    named = appearances.name_tracks(gallery, vectors, [tracks], lambda *_, **more: given)
+    named = naming.name_tracks(gallery, vectors, [tracks], lambda *_, **more: given)
     names = {clip: x.identity for clip, x in named.answers.items()}
     assert names == {"a0": "Ada", "a1": None, "a2": None, "b0": "Bob", "b1": "Bob"}
 
@@ -353,13 +353,13 @@ def test_tables_and_rttm_files_have_exact_times_and_safe_names(tmp_path):
     # In a .tsv file, the ' prevents a formula.
     texts = {".tsv": "\t0.333\t0.667\t'=cmd()\t", ".jsonl": '"start": 0.333, "end": 0.667'}
     for ending, text in texts.items():
-        appearances.write(tmp_path / f"a{ending}", [appearance(1 / 3, 2 / 3, "=cmd()")], [film()])
+        subtitles.write(tmp_path / f"a{ending}", [appearance(1 / 3, 2 / 3, "=cmd()")], [film()])
         assert text in (tmp_path / f"a{ending}").read_text()
 
     # Blanks separate columns. They become `_`, or %20 if the name with `_` is another name.
     names = {"unknown 1": "unknown_1", "Ada O": "Ada%20O", "Ada_O": "Ada_O", "99 %": "99_%"}
     names |= {"Ada%20O": "Ada%2520O", "Ada%2520O": "Ada%252520O"}
-    rows = appearances.to_rttm([appearance(1, 2, name) for name in names]).splitlines()
+    rows = subtitles.to_rttm([appearance(1, 2, name) for name in names]).splitlines()
     assert rows[0] == "SPEAKER a.mp4 1 1.000 1.000 <NA> <NA> unknown_1 <NA> <NA>"
     assert [row.split()[7] for row in rows] == [*names.values()]
 
@@ -367,14 +367,14 @@ def test_tables_and_rttm_files_have_exact_times_and_safe_names(tmp_path):
 def test_simultaneous_tracks_get_the_same_name_only_from_a_user():
     """Of two simultaneous tracks of Ada, only the track with the higher probability is named."""
     films = [film(a=(0, 10), b=(4, 6), c=(10, 12), d=(5, 20))]  # track=(begin, end) in seconds
-    pairs = {"".join(sorted(pair)) for pair in appearances.pair_seen_together(films)}
+    pairs = {"".join(sorted(pair)) for pair in naming.pair_seen_together(films)}
     assert pairs == {"ab", "ad", "bd", "cd"}
     answers = {"a": answer("Ada", 0.6), "b": answer("Ada", 0.9), "c": answer("Ada", 0.95)}
     answers["d"] = answer("Bob", 0.7)
-    settled = appearances.settle_answers(answers, films)
+    settled = naming.settle_answers(answers, films)
     assert [settled[clip].identity for clip in "abcd"] == [None, "Ada", "Ada", "Bob"]
     by_user = {clip: answer("Ada", 1.0)._replace(evidence=("told",)) for clip in "ab"}
-    settled = appearances.settle_answers(answers | by_user, films)
+    settled = naming.settle_answers(answers | by_user, films)
     assert [settled[clip].identity for clip in "ab"] == ["Ada", "Ada"]
 
 
@@ -472,7 +472,7 @@ def test_subtitles_list_all_visible_known_people_and_do_not_overlap():
         appearance(4, 9.5, "<i>A --> a & b"),
         appearance(5, 5, "left out, because it has no duration"),
     ]  # fmt: skip
-    assert appearances.to_subtitles(found, ".srt") == (
+    assert subtitles.to_subtitles(found, ".srt") == (
         "1\n00:00:00,000 --> 00:00:03,250\nEve\n\n"
         "2\n00:00:03,250 --> 00:00:04,000\nBob (x)\nEve\n\n"
         "3\n00:00:04,000 --> 00:00:05,000\n\u2039i\u203aA --\u203a a & b\nEve\n\n"
@@ -480,13 +480,13 @@ def test_subtitles_list_all_visible_known_people_and_do_not_overlap():
     )
 
     unknown = appearance(0, 9, "unknown 1", probability=None)
-    vtt = appearances.to_subtitles([*found, unknown], ".vtt")
+    vtt = subtitles.to_subtitles([*found, unknown], ".vtt")
     assert vtt.startswith("WEBVTT\n\n00:00:00.000 --> 00:00:03.250\nEve\n\n00:00:03.250 -->")
     assert vtt.count("-->") == 4 and "&lt;i>A --&gt; a &amp; b\nEve" in vtt and "unknown" not in vtt
-    assert [appearances.to_subtitles([], end) for end in (".vtt", ".srt")] == ["WEBVTT\n", ""]
+    assert [subtitles.to_subtitles([], end) for end in (".vtt", ".srt")] == ["WEBVTT\n", ""]
 
     two_films = [appearance(0, 1), appearance(0, 1, video="b.mp4")]
-    refused(lambda: appearances.to_subtitles(two_films, ".srt"), "--input=FOLDER/VIDEO.npz")
+    refused(lambda: subtitles.to_subtitles(two_films, ".srt"), "--input=FOLDER/VIDEO.npz")
 
 
 def test_tables_survive_a_spreadsheet_and_impossible_tables_are_refused(tmp_path):

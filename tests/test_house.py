@@ -18,7 +18,10 @@ MODULES = {
 # The folders of vidjax/, from low to high. Imports point down.
 FOLDERS = ("utils", "core", "data", "runs", "models", "evaluation", "training", "apps", "cli")
 # The same for vidjax/apps/.
-APPS = ("bulk", "cards", "server_limits", "web", "gallery", "video", "serve", "traces", "forget")
+APPS = (
+    "bulk", "cards", "server_limits", "web", "said", "earlier_said", "gallery", "video", "serve",
+    "traces", "forget",
+)  # fmt: skip
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
 JAX = {"flax", "jax", "optax", "orbax"}
 # Folder -> libraries that neither the folder nor a module that it imports may import.

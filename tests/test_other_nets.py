@@ -25,7 +25,9 @@ from tests.helpers.drawn_people import EMBED, write_film, write_photo
 from vidjax.apps import said
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import Store
+from vidjax.apps.said import FEATURES
 from vidjax.apps.video import faces, features_folder, review, who
+from vidjax.apps.video.decision import decide, read_said
 from vidjax.apps.video.features_folder import FaceTrack
 from vidjax.apps.video.names_page import CLIP
 from vidjax.data.clip_files import write_npz
@@ -74,8 +76,8 @@ class Archive:
     def open(self):
         """Returns the page of corrections."""
         gallery = Gallery(self.out / "gallery")
-        films = features_folder.read_media_files(self.out / who.FEATURES)
-        decision = who.decide(gallery, self.out, films, gallery.identify)
+        films = features_folder.read_media_files(self.out / FEATURES)
+        decision = decide(gallery, self.out, films, gallery.identify)
         return review.Review(self.out, decision)
 
     def correct(self):
@@ -110,10 +112,10 @@ class Archive:
 
     def list_corrections(self):
         """Returns (film, second, column of the face, correction), also of films that wait."""
-        features, gallery = self.out / who.FEATURES, Gallery(self.out / "gallery")
+        features, gallery = self.out / FEATURES, Gallery(self.out / "gallery")
         found: list[tuple[Any, ...]] = []
         films = features_folder.describe_media_files(features)
-        said = who.read_said(self.out, [*films.values()])
+        said = read_said(self.out, [*films.values()])
         found += [("joined", sorted(said.fixed), sorted(said.apart))]
         found += [("people", sorted(map(str, {*gallery.identities, *said.names.values()})))]
         for stem, film in films.items():
@@ -296,7 +298,8 @@ def film(*tracks, photo=False):
 
 def match(old, new):
     """Returns clip of the film `old` -> clips of the film `new` that show this face."""
-    clip_of = {said.make_face(old.sha256, track): track.clip for track in old.tracks}
+    tracks = ((said.make_face(old.sha256, track), track.clip) for track in old.tracks)
+    clip_of = {face: clip for face, clip in tracks if face}
     return {clip_of[face]: clips for face, clips in faces.match([*clip_of], [new]).items()}
 
 

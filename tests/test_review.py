@@ -18,7 +18,9 @@ from tests.benchmarks import review_page
 from tests.helpers import browser
 from tests.helpers.drawn_people import write_film, write_photo
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import features_folder, names_page, review, who
+from vidjax.apps.said import FEATURES
+from vidjax.apps.video import corrections, features_folder, names_page, results, review
+from vidjax.apps.video.decision import decide
 
 pytestmark = pytest.mark.usefixtures("read_here")
 TOKEN, PORT = "t" * 22, 8123
@@ -40,8 +42,8 @@ class Reviewed:
         """Opens the page of the results."""
         drawn = self.drawn
         gallery = Gallery(drawn.out / "gallery")
-        films = features_folder.read_media_files(drawn.out / who.FEATURES)
-        decision = who.decide(gallery, drawn.out, films, gallery.identify)
+        films = features_folder.read_media_files(drawn.out / FEATURES)
+        decision = decide(gallery, drawn.out, films, gallery.identify)
         self.review = review.Review(drawn.out, decision, padding=0.25)
         self.client = testclient.TestClient(
             review.make_app(self.review, TOKEN), base_url=f"{SITE}/{TOKEN}/",
@@ -69,7 +71,7 @@ class Reviewed:
 
 @pytest.fixture
 def reviewed(drawn, monkeypatch):
-    monkeypatch.setattr(review, "IDLE_SECONDS", 0)  # results are written after this time
+    monkeypatch.setattr(corrections, "IDLE_SECONDS", 0)  # results are written after this time
     return Reviewed(drawn)
 
 
@@ -373,7 +375,7 @@ def test_a_denied_name_stays_denied_after_any_rename(reviewed, drawn, how):
 
 
 def test_names_are_written_from_one_state_although_another_program_renames(reviewed, drawn):
-    page, write = drawn.out / "names.html", who.write
+    page, write = drawn.out / "names.html", results.write
 
     def rename_first(out, decision, padding):
         with contextlib.suppress(ValueError):
@@ -383,7 +385,7 @@ def test_names_are_written_from_one_state_although_another_program_renames(revie
 
     before = reviewed.names()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(who, "write", rename_first)
+        patch.setattr(results, "write", rename_first)
         assert reviewed.names_after_restart() == before
     assert ">Ada<" in page.read_text() and ">Eva<" not in page.read_text()
     reviewed.client.get("")  # the page sees the rename
@@ -393,7 +395,7 @@ def test_names_are_written_from_one_state_although_another_program_renames(revie
     decision = reviewed.review._decision
     with pytest.raises(ZeroDivisionError), pytest.MonkeyPatch.context() as patch:
         patch.setattr(names_page, "render", lambda *_: 1 // 0)
-        who.write(drawn.out, decision)
+        results.write(drawn.out, decision)
     assert ">Eva<" in page.read_text() and reviewed.names()
 
 
@@ -486,7 +488,7 @@ def test_errors_of_the_disk_and_closed_connections_get_answers(reviewed, drawn, 
     with mock.patch.object(review.Review, "frame", side_effect=AssertionError):
         asyncio.run(client.app(scope | frame, call, call))  # decodes no picture
 
-    monkeypatch.setattr(who, "write", lambda *_: os.mkdir("/dev/null"))  # raises OSError
+    monkeypatch.setattr(results, "write", lambda *_: os.mkdir("/dev/null"))  # raises OSError
     reviewed.post(do="name", of="unknown 2", person="Eve")  # is saved in the gallery
     shutil.rmtree(drawn.out / "gallery")
     answer = client.get("")

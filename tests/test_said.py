@@ -17,8 +17,9 @@ from tests.helpers.drawn_people import tags, write_film, write_photo
 from tests.helpers.seen import refused
 from vidjax.apps import said
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.said import Face, Line
-from vidjax.apps.video import faces, features_folder, who
+from vidjax.apps.said import FEATURES, Face, Line
+from vidjax.apps.video import faces, features_folder
+from vidjax.apps.video.decision import decide, read_said
 
 FILM = "a" * 64
 BOX = (0.1, 0.1, 0.2, 0.2)
@@ -320,8 +321,8 @@ def test_faces_that_were_ignored_in_bulk_get_the_name_of_a_person_who_is_enrolle
     drawn.befriend("Ada")
     drawn.who(film)
     gallery = Gallery(drawn.out / "gallery")
-    films = features_folder.read_media_files(drawn.out / who.FEATURES)
-    page = review.Review(drawn.out, who.decide(gallery, drawn.out, films, gallery.identify))
+    films = features_folder.read_media_files(drawn.out / FEATURES)
+    page = review.Review(drawn.out, decide(gallery, drawn.out, films, gallery.identify))
     for action, of, later in (("once", [], "Eve"), ("ignore", ["unknown 1"], None)):
         page.change(action, of)
         page.save()
@@ -341,8 +342,8 @@ def test_faces_that_were_ignored_in_bulk_get_the_name_of_a_person_who_is_enrolle
 
 def write_as_earlier(out):
     """Replaces the log of results by what version 0.1.0 has stored: denied and ignored faces."""
-    films = features_folder.read_media_files(out / who.FEATURES)
-    state, gallery = who.read_said(out, films), Gallery(out / "gallery")
+    films = features_folder.read_media_files(out / FEATURES)
+    state, gallery = read_said(out, films), Gallery(out / "gallery")
     numbers, denied = {}, {}
     for film in films:
         clips = [track.clip for track in film.tracks]
@@ -372,8 +373,8 @@ def test_results_of_version_0_1_0_keep_names_numbers_and_corrections(party):
         assert found
         said.append(party.out, said.stamp([said.about(found.face, word)]))
     party.who(film)
-    names, state = party.names(), who.read_said(party.out, features_folder.read_media_files(
-        party.out / who.FEATURES))  # fmt: skip
+    names, state = party.names(), read_said(party.out, features_folder.read_media_files(
+        party.out / FEATURES))  # fmt: skip
     write_as_earlier(party.out)
     bytes_before = {path: path.read_bytes() for path in party.out.rglob("*") if path.is_file()}
     words = (party.out / "gallery", f"--input={party.out / 'features'}")
@@ -385,7 +386,7 @@ def test_results_of_version_0_1_0_keep_names_numbers_and_corrections(party):
     for _ in range(2):
         party.who(film)
         assert party.names() == names
-    found = who.read_said(party.out, features_folder.read_media_files(party.out / who.FEATURES))
+    found = read_said(party.out, features_folder.read_media_files(party.out / FEATURES))
     assert (found.names, found.denied, found.ignored, found.numbers) == (
         state.names, state.denied, state.ignored, state.numbers
     )  # fmt: skip

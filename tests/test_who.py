@@ -29,6 +29,7 @@ from vidjax.apps.gallery.answers import Answer, read_groups, table
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import features_folder, people_photos, pipeline, who
 from vidjax.apps.video.features_folder import hash_film
+from vidjax.apps.video.unknown_numbers import read_numbers
 from vidjax.data.clip_files import write_npz
 from vidjax.utils.errors import UserError
 
@@ -144,7 +145,7 @@ def test_unknown_people_keep_their_numbers_across_calls(drawn):
         path.unlink()
     numbers(films / "b.mkv")
     kept = {hash_film(x) for x in features_folder.read_media_files(drawn.out / "features")}
-    assert {*who.read_numbers(drawn.out).films} == kept and len(kept) == 3
+    assert {*read_numbers(drawn.out).films} == kept and len(kept) == 3
     # The numbers of Eve and Ada, whose films are gone, are not used again.
     write_film(films / "e.mkv", shot("Ada"))
     assert numbers(films / "e.mkv")["e.s000.t00"] == "unknown 4"

@@ -19,7 +19,7 @@ from tests.benchmarks import common
 from tests.helpers import made_shelf
 from tests.helpers.browser import Browser
 from vidjax.apps import web
-from vidjax.apps.video import review, who
+from vidjax.apps.video import results, review
 
 FEW: Any = {"people": 24, "films": 34, "known": 4, "faces": 18, "wrong": 0.07}
 MANY: Any = {"people": 2000, "films": 300, "known": 200, "faces": 40}
@@ -37,7 +37,7 @@ FACES = """(part) => [...part.querySelectorAll("a.face")].map((x) => x.href.spli
 def serve(shelf: Any):
     """Serves the page of a shelf in a thread; yields the review and the address."""
     decision = made_shelf.decide(shelf.out)
-    who.write(shelf.out, decision)
+    results.write(shelf.out, decision)
     reviewed = review.Review(shelf.out, decision)
     with web.listen("127.0.0.1", 0) as listener:
         app = review.make_app(reviewed, "token")

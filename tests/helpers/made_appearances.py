@@ -1,7 +1,7 @@
 """Films as `vidjax extract` describes them, and appearances of people in films."""
 
-from vidjax.apps.video.appearances import Appearance
 from vidjax.apps.video.features_folder import FaceTrack, FileStamp, MediaFile
+from vidjax.apps.video.naming import Appearance
 
 
 def film(name="a.mp4", *, seconds=100.0, rate: float | None = None, photo=False, **times):

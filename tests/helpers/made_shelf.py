@@ -11,7 +11,8 @@ from tests.helpers import films as films_lib, made_nets
 from tests.helpers.embeddings import unit
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import StoredClip
-from vidjax.apps.video import features_folder, pipeline, who
+from vidjax.apps.said import FEATURES
+from vidjax.apps.video import decision, features_folder, pipeline
 from vidjax.apps.video.features_folder import (
     Extraction,
     ExtractionSettings,
@@ -76,7 +77,7 @@ def make(
     made_nets.write(models, "embed", back_end=cosines, width=WIDTH, content=net)
     out.mkdir()
     gallery, digests = Gallery.of_models(out / "gallery", models), pipeline.read_digests(models)
-    features = out / who.FEATURES
+    features = out / FEATURES
     (features / features_folder.VIDEOS).mkdir(parents=True)
     settings = ExtractionSettings()
     extraction = Extraction(models=digests, settings=settings)
@@ -140,7 +141,7 @@ NAMES_INDEX = {name_person(person): person for person in range(10_000)}
 
 def decide(out):
     """Returns the decision on a folder of results."""
-    with who.lock_changes(out):  # otherwise a change of these milliseconds would be overwritten
+    with decision.lock_changes(out):  # else a change of these milliseconds is lost
         gallery = Gallery(out / "gallery")
-        films = features_folder.read_media_files(out / who.FEATURES)
-        return who.decide(gallery, out, films, gallery.identify)
+        films = features_folder.read_media_files(out / FEATURES)
+        return decision.decide(gallery, out, films, gallery.identify)

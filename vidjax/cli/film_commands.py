@@ -11,12 +11,14 @@ import msgspec
 
 from vidjax.apps import cards
 from vidjax.apps.gallery.answers import count_unknown
+from vidjax.apps.said import FEATURES
 from vidjax.apps.video import (
     features_folder,
     measured_cards,
     net_families,
     net_packages,
     pipeline,
+    results,
     who,
 )
 from vidjax.apps.video.measured_cards import MeasuredCard
@@ -204,7 +206,7 @@ def add_who_flags(parser: Parser) -> None:
     parser.add_argument("--thumbnails", action=argparse.BooleanOptionalAction, help=about)
     about = "seconds added before and after each appearance in cut lists (default: 1)"
     parser.add_argument(
-        "--padding", metavar="SECONDS", type=float, default=who.PADDING_SECONDS, help=about
+        "--padding", metavar="SECONDS", type=float, default=results.PADDING_SECONDS, help=about
     )
     about = "at the end, serves a page in the browser on which you can name people"
     parser.add_argument("--review", action="store_true", help=about)
@@ -224,7 +226,7 @@ def name_people(args: argparse.Namespace) -> Result:
     workers = count_workers(args)
     done = who.name_people(
         films, Path(args.people).expanduser() if args.people else None, out,
-        Path(args.models).expanduser(), read_settings(args, out / who.FEATURES),
+        Path(args.models).expanduser(), read_settings(args, out / FEATURES),
         workers=workers, thumbnails=args.thumbnails, fpir=args.fpir, threshold=args.threshold,
         padding=args.padding, check=args.check, prune=args.prune,
         forget_missing=args.forget_missing, done=print_outcome,
@@ -253,8 +255,8 @@ def describe_names(done: who.WhoResults, out: Path) -> Result:
     rows = {
         "people": f"{len(done.people):,}: {people}" if people else "none",
         "found": f"{len({*named}):,} of them, {messages.count(len(named), 'appearance')}",
-        "page": str(out / who.PAGE),
-        "table": str(out / who.TABLES[0]),
+        "page": str(out / results.PAGE),
+        "table": str(out / results.TABLES[0]),
     }
     if note := done.decision.card:
         rows["card"] = "; ".join(note.splitlines())

@@ -17,7 +17,7 @@ from vidjax.apps import bulk
 from vidjax.apps.gallery import answers as answers_lib, card_notes, verification
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.enrolment import stack_vectors
-from vidjax.apps.video import appearances, faces
+from vidjax.apps.video import faces, naming, subtitles
 from vidjax.cli import enrol_inputs
 from vidjax.runs import terminal
 from vidjax.utils import files, messages, tables
@@ -515,7 +515,7 @@ def _group(args: argparse.Namespace) -> Result:
     num_clips, answers, enrolled = len(vectors.names), {}, set[str]()
     if films:
         said = faces.read_for(gallery, films)
-        tracks = appearances.name_tracks(gallery, vectors, films, gallery.identify, said=said)
+        tracks = naming.name_tracks(gallery, vectors, films, gallery.identify, said=said)
         answers, known = tracks.answers, tracks.told
         enrolled = {*known}
     elif gallery.identities:
@@ -523,8 +523,8 @@ def _group(args: argparse.Namespace) -> Result:
     named = {name for name, answer in answers.items() if answer.identity is not None}
     vectors = vectors.only({*vectors.names} - named - enrolled)
     if films and gallery.origin.cards:
-        groups = appearances.group_unknown(gallery, vectors, films)
-        groups = appearances.mark_unclear(groups, films)
+        groups = naming.group_unknown(gallery, vectors, films)
+        groups = naming.mark_unclear(groups, films)
     else:
         groups = gallery.group(vectors)
     answers_lib.write_groups(out, groups)
@@ -554,9 +554,9 @@ def _identify(args: argparse.Namespace) -> Result:
     if args.input and (inputs := bulk.list_tables(args.input)):
         return _process_tables(args, inputs, answers_lib.Identify, k=args.k)
     out, films = Path(args.out).expanduser() if args.out else None, _read_films(args)
-    has_times = out is not None and out.suffix in appearances.FORMATS
+    has_times = out is not None and out.suffix in subtitles.FORMATS
     if out:
-        tables.check_new(out, (*tables.ENDINGS, *appearances.FORMATS))
+        tables.check_new(out, (*tables.ENDINGS, *subtitles.FORMATS))
     if has_times and not films:
         raise UserError(
             f"--out={out} is a file with times, and only features of vidjax extract have times\n"
@@ -570,7 +570,7 @@ def _identify(args: argparse.Namespace) -> Result:
         identify = functools.partial(gallery.identify, k=args.k, advance=bar.advance, **chosen)
         if films:  # as `vidjax who` names them
             said = faces.read_for(gallery, films)
-            named = appearances.name_tracks(gallery, vectors, films, identify, said=said)
+            named = naming.name_tracks(gallery, vectors, films, identify, said=said)
             answers = named.answers
         else:
             answers = identify(vectors)
@@ -584,7 +584,7 @@ def _identify(args: argparse.Namespace) -> Result:
     content |= _describe_rule(rule) | timed[1]
     if out:
         if has_times:
-            appearances.write(out, appearances.find_appearances(answers, films), films)
+            subtitles.write(out, naming.find_appearances(answers, films), films)
         else:
             answers_lib.write(out, answers)
         return Result(content | {"answers": str(out)}, rows | {"answers": str(out)})

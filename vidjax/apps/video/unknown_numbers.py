@@ -19,9 +19,9 @@ from vidjax.apps import earlier_said, said as said_lib
 from vidjax.apps.gallery.answers import parse_group_number
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.said import Face
-from vidjax.apps.video.appearances import group_unknown
 from vidjax.apps.video.faces import Key, Said
 from vidjax.apps.video.features_folder import NUMBERS, MediaFile
+from vidjax.apps.video.naming import group_unknown
 from vidjax.runs import schemas
 from vidjax.runs.json_types import Count, Sha256, Size
 from vidjax.utils import files

@@ -25,38 +25,34 @@ than before, the films and photos of the call are read again. Names and correcti
 because the log identifies faces by film, time and place.
 """
 
-import contextlib
 import functools
-import itertools
 import math
 import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path, PurePath
-from types import MappingProxyType
+from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
 from vidjax.apps import earlier_said, said as said_lib
 from vidjax.apps.gallery import answers as answers_lib, card_notes, store
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.labelling import advise_other_films, find_known
+from vidjax.apps.gallery.labelling import advise_other_films
 from vidjax.apps.gallery.store import StoredClip
-from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
-from vidjax.apps.said import Line
+from vidjax.apps.said import FEATURES, Line
 from vidjax.apps.video import (
-    appearances,
-    cuts,
     features_folder,
     media_files,
     names_page,
+    naming,
     people_photos,
     pipeline,
+    results,
+    subtitles,
 )
-from vidjax.apps.video.appearances import Appearance
+from vidjax.apps.video.decision import Decision, decide, lock_changes, read_said
 from vidjax.apps.video.faces import Lost, Said
 from vidjax.apps.video.features_folder import (
     THUMBNAILS,
@@ -65,24 +61,17 @@ from vidjax.apps.video.features_folder import (
 )
 from vidjax.apps.video.people_photos import PhotoFace
 from vidjax.apps.video.pipeline import FileOutcome
+from vidjax.apps.video.results import PADDING_SECONDS, PAGE, UNKNOWN
 from vidjax.apps.video.unknown_numbers import (
-    UnknownNumbers,
-    number_people,
     read_numbers,
-    write_numbers,
 )
 from vidjax.data.checks import list_entries
 from vidjax.runs.terminal import say
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError, prefix_errors
-from vidjax.utils.groups import group_by_key
-from vidjax.utils.names import IGNORED, fold, make_file_stems, show
+from vidjax.utils.names import IGNORED, show
 
-PAGE, SUBTITLES, CUTS, FEATURES = "names.html", "subtitles", "cuts", "features"
-PADDING_SECONDS = 1.0  # before and after each appearance in cut lists
-TABLES = ("names.tsv", "names.jsonl")
-WAIT_SECONDS = 20.0  # the longest time for which a change of names waits for another program
-UNKNOWN, UNMATCHED = "unknown.tsv", "unmatched.tsv"
+UNMATCHED = "unmatched.tsv"
 UNMATCHED_COLUMNS = ("video", "time", "correction")
 
 
@@ -90,7 +79,7 @@ class WhoResults(NamedTuple):
     """The results of a call of `vidjax who`."""
 
     people: dict[str, int]  # name of a person -> number of enrolled clips
-    decision: "Decision"  # the people in the films
+    decision: Decision  # the people in the films
     # Path of a file that could not be read or shows no usable face -> remedy for the user, or "" if
     # the remedy was already printed.
     failed: dict[str, str]
@@ -103,43 +92,9 @@ class WhoResults(NamedTuple):
         for appearance in self.decision.appearances:
             name = appearance.identity or IGNORED
             time = names_page.format_appearance_time(appearance, films[appearance.video])
-            words = filter(None, (name, appearances.format_certainty(appearance)))
+            words = filter(None, (name, naming.format_certainty(appearance)))
             rows.append((appearance.video, time, ", ".join(words)))
         return rows
-
-
-class Decision(NamedTuple):
-    """The people in all films of a folder of results."""
-
-    digest: str  # of the gallery
-    people: Mapping[str, Collection[str]]  # name of each enrolled or named person -> enrolled clips
-    films: Sequence[MediaFile]  # also photos
-    vectors: Vectors | None  # the embeddings of all clips; None if there are no clips
-    votes: dict[str, str] | None  # clip -> group. The clips of a group vote on one name
-    answers: dict[str, Answer]  # clip -> answer of the gallery
-    # Clip without a name -> unknown person, such as `unknown 3`, or an unclear face, such as
-    # `unknown face 4`. Ignored people are left out.
-    unknown: dict[str, str]
-    appearances: list[Appearance]  # by video, and in order of time
-    numbers: UnknownNumbers
-    said: Said
-    twins: Mapping[str, str] = MappingProxyType({})  # see `appearances.NamedTracks`
-    # `State.rows`, and clip -> answer of the gallery before corrections.
-    raw: tuple[int, Mapping[str, Answer]] = (0, MappingProxyType({}))
-    card: str = ""  # see `card_notes.describe`
-
-    def count_clips(self) -> dict[str, int]:
-        """Returns the number of enrolled clips of each person."""
-        return {name: len(clips) for name, clips in self.people.items()}
-
-
-def lock_changes(out: Path, wait: float = WAIT_SECONDS) -> contextlib.AbstractContextManager[None]:
-    """Locks the names in a folder of results, while they are changed or written.
-
-    `name_people` also locks the folder itself, so that there is only one call at a time. The page
-    of corrections needs only this lock, so that names can be corrected while films are read.
-    """
-    return files.lock(out, "out", ".changes.lock", wait=wait)
 
 
 def name_people(
@@ -232,7 +187,7 @@ def name_people(
             advise_other_films(gallery.state, sorted(typed))
             if is_explained:
                 decision = decision._replace(card="")
-            write(out, decision, padding)
+            results.write(out, decision, padding)
         enrolled = people_photos.list_faces(gallery).values()
         missed = sorted(names - {photo.person for photo in enrolled})
         return WhoResults(decision.count_clips(), decision, failed, missed)
@@ -420,7 +375,7 @@ def _write_unmatched(out: Path, lost: Sequence[Lost]) -> None:
     path, rows = out / UNMATCHED, list[tuple[str, ...]]()
     known = [tuple(cells) for _, cells in tables.read_text(path)][1:] if files.exists(path) else []
     for x in lost:
-        time = "" if x.at_s is None else appearances.format_time(x.at_s)
+        time = "" if x.at_s is None else subtitles.format_time(x.at_s)
         rows.append((x.video, time, x.correction))
     if new := sorted({*rows} - {*known}):
         files.write_text(path, tables.to_text([UNMATCHED_COLUMNS, *known, *new], ".tsv"))
@@ -449,18 +404,6 @@ def _report_unread(out: Path) -> None:
             "contains them again",
             warning=True,
         )
-
-
-def read_said(out: Path, films: Sequence[MediaFile], lines: Sequence[Line] | None = None) -> Said:
-    """Returns what people said about the faces of `films`, and of photos of people.
-
-    `out` is the folder of results. `lines` are by default the lines of its log.
-    """
-    lines = said_lib.read(out) if lines is None else lines
-    known = {film.sha256 for film in films}
-    is_film = all(line.film is None or line.film in known for line in lines)
-    photos = [] if is_film else people_photos.list_photo_files(out)
-    return Said(lines, [*films, *photos], read_numbers(out).of_faces())
 
 
 def _read_typed_names(out: Path) -> set[str]:
@@ -586,205 +529,4 @@ def _forget(
             say(f"'{show(str(folder))}' contains files that vidjax did not write: they are kept")
     # Page and tables contain their names, and this call may fail before it writes new ones.
     if forgotten:
-        _remove_results(out)
-
-
-def decide(
-    gallery: Gallery,
-    out: Path,
-    films: Sequence[MediaFile],
-    identify: Callable[..., dict[str, Answer]],
-    last: Decision | None = None,
-    lines: Sequence[Line] | None = None,
-) -> Decision:
-    """Names the people in the clips of all films, see `name_tracks`, and numbers unknown people.
-
-    A group of clips without a name is an unknown person, who keeps the number of the last call or
-    gets a new number. An unclear face without a name is in no group. The faces that the log names
-    are enrolled. The numbers are written to `unknown.json`. So the caller must hold `lock_changes`.
-
-    Args:
-      out: the folder of results.
-      identify: the method `gallery.identify`, with fixed arguments `fpir` and `threshold`.
-      last: an earlier decision on the same films. Its embeddings and groups are used to save time.
-      lines: the lines of the log. By default, they are read.
-    """
-    vectors, votes = (last.vectors, last.votes) if last else (None, None)
-    if not last and (clips := {track.clip for film in films for track in film.tracks}):
-        vectors = people_photos.embed_clips(gallery, out / FEATURES, clips)
-        gallery.complete(vectors)
-    before, said = read_numbers(out), read_said(out, films, lines)
-    if vectors:
-        enrol_named(gallery, vectors, said)
-    # Another program may change the gallery at any time. A change after this line is shown later.
-    digest, people, rows = gallery.digest, gallery.people, gallery.state.rows
-    raw = last.raw[1] if last and last.raw[0] == rows else {}
-
-    def answer(clips: Vectors, *, groups: Mapping[str, str] | None) -> Mapping[str, Answer]:
-        nonlocal raw
-        raw = raw or identify(clips, groups=groups)
-        return raw
-
-    answers, numbers, twins = dict[str, Answer](), dict[str, int](), dict[str, str]()
-    highest = max(last.numbers.highest, last.said.highest) if last else before.highest
-    # Names depend on numbers of people who differ. So names are decided until numbers stay the
-    # same, because the next call must find the same names.
-    while vectors is not None:
-        named = appearances.name_tracks(gallery, vectors, films, answer, votes, said)
-        answers, votes, twins = named.answers, named.votes, named.twins
-        nameless = {clip for clip, answer in answers.items() if answer.identity is None}
-        nameless -= named.told.keys()
-        numbers = number_people(gallery, vectors.only(nameless), films, said, before, highest)
-        known, said.numbers = said.numbers, said.numbers | numbers
-        if not said.apart or said.numbers == known:
-            break
-        highest = max(before.highest, said.highest, *numbers.values())
-    groups = {clip: f"{answers_lib.UNKNOWN}{number}" for clip, number in numbers.items()}
-    groups = appearances.mark_unclear(groups, films)
-    unread = {film.sha256 for film in features_folder.find_unread(out / FEATURES).values()}
-    after = before.update(films, said, numbers, unread)
-    # The clips of `unknown.tsv` are enrolled only if their films are in `unknown.json`.
-    if after != before:
-        write_numbers(out, after)
-    in_films = appearances.find_appearances(answers, films, groups)
-    people |= {x.identity: () for x in answers.values() if x.identity and x.identity not in people}
-    # People who are known only from films that are not read with the present nets.
-    waiting = (
-        x for key, x in said.names.items() if not isinstance(key, str) and key.film in unread
-    )
-    people |= {name: () for name in waiting if name and name not in people}
-    card = card_notes.describe(gallery.state)
-    return Decision(
-        digest, people, films, vectors, votes, answers, groups, in_films, after, said, twins,
-        (rows, raw), card,
-    )  # fmt: skip
-
-
-def enrol_named(gallery: Gallery, vectors: Vectors, said: Said) -> None:
-    """Makes the gallery contain the names of the log. `vectors` are of all present clips.
-
-    Clips of other films, and clips that are no faces of the results, stay as they are.
-    """
-    names = {clip: name for clip, name in said.names.items() if isinstance(clip, str)}
-    enrolled = find_known(gallery.state, vectors)  # reads the present state
-    labels = {
-        clip: label for clip, face in people_photos.list_faces(gallery).items()
-        if (label := said.label(face.key, face.person)) != gallery.clips[clip].identity
-    }  # fmt: skip
-    clips = select_usable_clips(vectors.only(names))
-    wanted = {clip: x._replace(identity=names[clip]) for clip, x in clips.items()}
-    labels |= {
-        clip: wanted[clip].identity for clip, name in enrolled.items()
-        if clip in wanted and name != wanted[clip].identity
-    }  # fmt: skip
-    gone = enrolled.keys() - wanted.keys()
-    new = {clip: x for clip, x in wanted.items() if clip not in enrolled}
-    if not (labels or gone or new):
-        return
-    with gallery.change(log=False) as draft:
-        # A film may have been replaced by a film whose clips have the same names.
-        replaced = {clip: draft.clips[clip] for clip in new if clip in draft.clips}
-        draft.remove(clip=[*gone, *replaced])
-        draft.add(new | {f"{clip} (replaced)": x for clip, x in replaced.items()})
-        for clip, label in labels.items():
-            draft.relabel(clip, label)
-
-
-def write(out: Path, decision: Decision, padding: float = PADDING_SECONDS) -> None:
-    """Writes the tables, page, subtitles and cut lists. `padding` in seconds is for cut lists."""
-    here = out.resolve()
-    place_of = {
-        film.video: quote(os.fsencode(os.path.relpath(film.source.path, here)))
-        for film in decision.films
-    }  # fmt: skip
-
-    def address(film: MediaFile, seconds: float) -> str:
-        return place_of[film.video] + ("" if film.photo else f"#t={seconds:.1f}")
-
-    # The old page stays until the new page replaces it.
-    files.write_text(out / PAGE, render_page(out, decision, address))
-    files.hide(out / PAGE)
-    _remove_results(out, page=False)
-    (out / UNKNOWN).unlink(missing_ok=True)
-    for name in TABLES:
-        appearances.write(out / name, decision.appearances, decision.films)
-    places_of = appearances.list_places(decision.films)
-    answers_lib.write_groups(out / UNKNOWN, decision.unknown, places_of)
-    for name in (UNKNOWN, *TABLES):
-        files.hide(out / name)
-    by_video = appearances.group_by_video(decision.appearances)
-    films = [film for film in decision.films if not film.photo]
-    for film, place in zip(films, _place_subtitles(films), strict=True):
-        for folder in reversed(place.parents):
-            (out / SUBTITLES / folder).mkdir(mode=0o700, exist_ok=True)
-        for ending in appearances.SUBTITLES:
-            text = appearances.to_subtitles(by_video.get(film.video, []), ending)
-            path = out / SUBTITLES / f"{place}{ending}"
-            files.write_bytes(path, text.encode(), sync=False)
-    (out / CUTS).mkdir(mode=0o700, exist_ok=True)
-    cuts.write(out / CUTS, decision.appearances, decision.films, padding)
-
-
-def _place_subtitles(films: Sequence[MediaFile]) -> list[PurePath]:
-    """Returns the path of each film's subtitles in their folder, without the ending.
-
-    Players look for the name of the film. If several films have this name, their subtitles are in
-    folders with the names of the films' folders, such as `2019/IMG_0001`. If these films are in one
-    folder, the names of the subtitles contain the endings of the films.
-    """
-    paths = [PurePath(features_folder.make_printable(str(film.source.path))) for film in films]
-    keys = [tuple(map(fold, path.with_suffix("").parts)) for path in paths]
-    counts, namesakes = Counter(keys), group_by_key((key[-1], key) for key in {*keys})
-    in_folder: dict[PurePath, dict[PurePath, str]] = {}
-    for path, key in zip(paths, keys, strict=True):
-        others = {*namesakes[key[-1]]} - {key}
-        depth = next(n for n in itertools.count(1) if key[-n:] not in {x[-n:] for x in others})
-        folder = PurePath(*(make_file_stems([part])[0] for part in path.parts[-depth:-1]))
-        in_folder.setdefault(folder, {})[path] = path.name if counts[key] > 1 else path.stem
-    places = {
-        path: folder / stem
-        for folder, stems in in_folder.items()
-        for path, stem in zip(stems, make_file_stems(stems.values()), strict=True)
-    }
-    return [places[path] for path in paths]
-
-
-def render_page(
-    out: Path,
-    decision: Decision,
-    address: Callable[[MediaFile, float], str],
-    forms: names_page.Forms | None = None,
-) -> str:
-    """Returns an HTML page that shows who appears when in each film.
-
-    `decision` has the people of all films. `address(film, seconds)` returns the URL of a film at a
-    time. If `forms` is given, the page has forms with which a user corrects names.
-    """
-    people: dict[str, list[names_page.Picture]] = {}
-    places = people_photos.locate_people(out, ())
-    for name, clips in sorted(decision.people.items()):
-        faces = filter(None, map(people_photos.PhotoFace.of, sorted(clips)))
-        pictures = (
-            _locate_picture(out, places[x.folder], x.clip) for x in faces if x.folder in places
-        )
-        people[name] = [(picture, name, picture, "") for picture in pictures if picture]
-    locate = functools.partial(_locate_picture, out, out / FEATURES)
-    films = sorted(decision.films, key=lambda film: film.video.casefold())
-    return names_page.render(
-        decision.appearances, films, people, locate, decision.answers, address, forms,
-        decision.card, decision.twins,
-    )  # fmt: skip
-
-
-def _locate_picture(out: Path, features: Path, clip: str) -> str:
-    """Returns the URL of a clip's picture, relative to the page, or "" if there is no picture."""
-    path = features_folder.locate_thumbnail(features, clip)
-    return quote(os.fsencode(path.relative_to(out))) if path.exists() else ""
-
-
-def _remove_results(out: Path, *, page: bool = True) -> None:
-    for name in (*TABLES, *[PAGE] * page):
-        (out / name).unlink(missing_ok=True)
-    for folder, _, _ in os.walk(out / SUBTITLES, topdown=False):
-        files.remove_ours(Path(folder), r".+\.(vtt|srt)")
-    files.remove_ours(out / CUTS, r".+\.edl")
+        results.remove_results(out)

@@ -1,0 +1,589 @@
+"""Applies a user's corrections to the names in a folder of results, as lines of its log."""
+
+import contextlib
+import functools
+import re
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import msgspec
+
+from vidjax.apps import said
+from vidjax.apps.gallery.answers import FACE, UNKNOWN, parse_group_number, rank_group
+from vidjax.apps.gallery.changes import check_person
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.vectors import select_usable_clips
+from vidjax.apps.said import Line, SeenClip
+from vidjax.apps.video import features_folder, people_photos, results, still, who
+from vidjax.apps.video.decision import WAIT_SECONDS, Decision, decide, lock_changes
+from vidjax.apps.video.features_folder import (
+    NUMBERS,
+    THUMBNAILS,
+    FileStamp,
+    MediaFile,
+)
+from vidjax.apps.video.names_page import CLIP, Forms, format_appearance_time
+from vidjax.apps.video.naming import Appearance, pair_seen_together
+from vidjax.utils import files
+from vidjax.utils.errors import Expected, InUseError, UserError, closest
+from vidjax.utils.groups import group_by_key
+from vidjax.utils.names import IGNORED, is_unknown, normal_form, strip_accents
+
+IDLE_SECONDS = 1.0  # the results are written after this time without another change
+
+
+class OutdatedError(UserError):
+    """The page on which a user made a change no longer shows the present names."""
+
+
+class Step(NamedTuple):
+    """A change of names that can be undone."""
+
+    words: str  # a description of the change
+    at: str  # the changed person, or the key of the changed face
+    lines: Sequence[Line]  # of the log
+    # Clip -> person before the change, for clips of a renamed person that are not in the log.
+    clips: Mapping[str, str | None]
+
+
+class Subject(NamedTuple):
+    """A person or a face on the page."""
+
+    key: str
+    clips: Sequence[str]
+    name: str  # of the person, or IGNORED
+    is_person: bool  # False for a face
+
+
+class Review:
+    """Applies a user's corrections to the names in a folder of results.
+
+    Other programs may change the results at the same time. So each change first reads what they
+    have changed, and is written before other programs can change names.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        decision: Decision,
+        *,
+        fpir: float | None = None,
+        threshold: float | None = None,
+        padding: float = results.PADDING_SECONDS,
+    ):
+        """Opens the folder of results `out`. `decision` contains the names before corrections.
+
+        For the other arguments, see `who.name_people`.
+        """
+        files.refuse_links(out)
+        self._padding = padding
+        self._out, self._gallery = out, Gallery(out / "gallery")
+        self._identify = functools.partial(self._gallery.identify, fpir=fpir, threshold=threshold)
+        self._steps: list[Step] = []
+        self._lines = said.read(out)
+        self.version = self._saved = 0  # number of changes. Undoing a change counts as a change
+        # A person, the key of a face, or "" for the last step -> version of the last change.
+        self._changed: dict[str, int] = {}
+        self._forms = Forms()
+        self._stamp: FileStamp | None = None  # of the last `unknown.json` that was read
+        self._set_films(decision.films)
+        self._set_names(decision)
+
+    def _set_films(self, films: Sequence[MediaFile]) -> None:
+        self._films = {film.video: film for film in films}
+        self._face_of, self._shot_of = dict[str, SeenClip](), dict[str, int]()  # of each clip
+        for film in films:
+            for track in film.tracks:
+                self._shot_of[track.clip] = track.shot
+                if face := said.make_face(film.sha256, track):
+                    self._face_of[track.clip] = SeenClip(face, film.video)
+
+    def _set_names(self, decision: Decision) -> None:
+        self._decision = decision
+        # Clip -> appearance on the page, and unknown person -> clips.
+        self._shown = {clip: x for x in decision.appearances for clip in x.clips}
+        self._clips_of = group_by_key((name, clip) for clip, name in decision.unknown.items())
+
+    def _show(self, decision: Decision) -> None:
+        """Replaces the names on the page, and remembers which people and faces have changed."""
+        before = self._shown
+        self._set_names(decision)
+        for clip in before.keys() | self._shown.keys():
+            names = [
+                x and (x.identity or IGNORED) for x in (before.get(clip), self._shown.get(clip))
+            ]
+            if names[0] != names[1]:
+                self._changed |= dict.fromkeys(
+                    [CLIP + clip, *filter(None, names)], self.version + 1
+                )
+        self.version += 1  # last, because another thread may read the version before the names
+
+    @contextlib.contextmanager
+    def _lock(
+        self, version: int | None = None, keys: Collection[str] = (), wait: float = WAIT_SECONDS
+    ) -> Iterator[None]:
+        """Reads the changes of other programs, and locks the names, in a `with` block.
+
+        Raises OutdatedError if one of the people or faces `keys` has changed since `version`.
+        """
+        with lock_changes(self._out, wait):
+            self._read_changes()
+            latest = max((self._changed.get(key, 0) for key in keys), default=self.version)
+            if version is not None and not latest <= version <= self.version:
+                raise OutdatedError("the page was out of date: repeat the change on this new page")
+            yield
+            self._stamp = self._stat()
+
+    def _stat(self) -> FileStamp | None:
+        path = self._out / NUMBERS
+        return FileStamp.of(path) if files.exists(path) else None
+
+    def _read_changes(self) -> None:
+        """If another program has changed names or films, decides all names again."""
+        shown, films = self._decision, self._decision.films
+        last, lines = shown, said.read(self._out)
+        if self._stat() != self._stamp:
+            films = features_folder.read_media_files(self._out / said.FEATURES)
+            is_known = {x.digest for x in films} == {x.digest for x in shown.films}
+            last = shown if is_known else None
+        if not last or lines != self._lines or self._gallery.digest != shown.digest:
+            decision = self._decide(lines, films, last)
+            self._lines = lines
+            self._set_films(films)
+            self._show(decision)
+
+    def _decide(
+        self, lines: Sequence[Line], films: Sequence[MediaFile], last: Decision | None
+    ) -> Decision:
+        return decide(self._gallery, self._out, films, self._identify, last, lines)
+
+    def refresh(self) -> None:
+        """If another program has changed names or films, decides all names again.
+
+        While another program is changing them, the old names are kept.
+        """
+        with contextlib.suppress(InUseError), self._lock(wait=0.0):
+            pass
+
+    @property
+    def done(self) -> who.WhoResults:
+        """The results after all changes."""
+        return who.WhoResults(self._decision.count_clips(), self._decision, {})
+
+    def film(self, number: int) -> Path | None:
+        """Returns the path of film `number`, or None if the file is missing or has changed."""
+        films = self._decision.films
+        return _find_source(films[number]) if number < len(films) else None
+
+    def frame(self, clip: str) -> bytes | None:
+        """Returns the picture with the best face of a clip as JPEG, or None if it is missing.
+
+        The picture is decoded from the film or photo. `Appearance.box` is the place of the face.
+        """
+        if not (x := self._shown.get(clip)):
+            return None
+        films = [film for film in self._decision.films if film.video == x.video]
+        found = ((film, track) for film in films for track in film.tracks if track.clip == clip)
+        # In the meantime, another program may have changed the films.
+        film, track = next(found, (None, None))
+        path = film and _find_source(film)
+        return path and track and still.read_still(path, track.box_at_s or track.start_s)
+
+    def picture(self, address: str) -> Path | None:
+        """Returns the path of the picture with this address, or None if there is no picture."""
+        path = self._out / address
+        inside = path.is_relative_to(self._out) and ".." not in path.parts
+        inside = inside and path.parent.parent.name == THUMBNAILS
+        return path if inside and path.suffix == ".png" and files.is_file(path) else None
+
+    def render(self, view: Mapping[str, str], problem: Forms | None = None) -> str:
+        """Returns the page of names as HTML. `view` chooses what it shows, see `_read_view`.
+
+        `problem` is the state of the forms after a refused change. If it is None, the first page
+        after a change says what was changed.
+        """
+        forms = (problem or self._forms)._replace(
+            version=self.version, film=view.get("film", ""), person=view.get("person", ""),
+            find=view.get("find", ""), first=int(view.get("first", 0)),
+            last=self._steps[-1].words if self._steps else "",
+        )  # fmt: skip
+        self._forms = Forms()
+        number_of = {film.video: number for number, film in enumerate(self._decision.films)}
+
+        def address(film: MediaFile, seconds: float) -> str:
+            number = number_of[film.video]
+            return f"film/{number}" if film.photo else f"play/{number}?t={seconds:.1f}"
+
+        return results.render_page(self._out, self._decision, address, forms)
+
+    def change(
+        self,
+        action: str,
+        of: Sequence[str],
+        name: str = "",
+        after: str = "",
+        version: int | None = None,
+    ) -> None:
+        """Changes the names of people or faces, as one step that can be undone.
+
+        Args:
+          action: "name" gives all of them the name `name`. "deny" and "apart" say that the faces
+            show somebody else: they become a new unknown person. "deny" with a name says that this
+            suggested name is wrong: it is not suggested any more. "ignore" shows people and faces
+            as ignored, without a name. "once" ignores all unknown people who appear once.
+            "join" makes one unknown person of all, with the lowest number. "twin" gives faces the
+            name of another face of the same time. Both have the name then, as in a mirror.
+          of: the people, and the keys of the faces, to change.
+          name: the new name. If it is an unknown person, such as `unknown 4`, this person and the
+            people and faces `of` become one unknown person. Then the people must be unknown.
+          after: the person, or the key of the face, next to which the page says what changed.
+          version: the version of the page on which the user has made the change.
+
+        Raises:
+          OutdatedError: one of the people or faces has changed since this version.
+          UserError: one of `of` is not on the page, or the name is not allowed.
+        """
+        keys = {*of, name.casefold()} if is_unknown(name) else of
+        with self._lock(version, keys):
+            of = self._list_seen_once() if action == "once" else of
+            found = [self._find(key) for key in dict.fromkeys(of)]
+            if not found:
+                raise UserError("nobody is selected: select people or faces first")
+            if action == "twin":
+                name = self._find_twin(found)
+                found += self._list_rivals(found, name)
+            elif action == "join":
+                unknown = [x.name for x in found if is_unknown(x.name)]
+                if not unknown:
+                    raise UserError("a known person is selected: type the name")
+                name = min(unknown, key=rank_group)
+            subject = self._describe(found, name)
+            if action in ("ignore", "once"):
+                self._ignore(found, subject, after, said.ONCE if action == "once" else None)
+            elif action == "deny" and name:
+                self._deny_name(found, subject, name)
+            elif action in ("deny", "apart"):
+                self._move(found, subject, "")
+            elif action not in ("name", "twin", "join") or not name:
+                raise UserError("the name is empty: type a name")
+            elif is_unknown(name):
+                self._move(found, subject, after, self._find_group(name))
+            else:
+                self._give_name(found, subject, after, check_person(name))
+
+    def _ignore(self, found: Sequence[Subject], subject: str, after: str, of: str | None) -> None:
+        lines = self._say(found, "ignore", of=of)
+        photos = {x for subject in found for x in subject.clips} - self._face_of.keys()
+        lines += [said.about(x.face, "is", video=x.video) for x in self._find_photos(photos)]
+        self._finish(f"{subject} ignored", found, after, lines)
+
+    def _deny_name(self, found: Sequence[Subject], subject: str, name: str) -> None:
+        if name not in self._decision.people:
+            raise UserError(f"'{name}' is not a person on this page: reload the page")
+        lines = self._say(found, "not", of=name)
+        self._finish(f"{subject} not {name}", found, found[0].key, lines)
+
+    def _give_name(self, found: Sequence[Subject], subject: str, after: str, name: str) -> None:
+        people = self._decision.people
+        renamed = [x.name for x in found if x.is_person and x.name in people]
+        faces = [x for x in found if x.name not in renamed or not x.is_person]
+        clear = {clip for x in faces for clip in x.clips} & self._list_usable()
+        faces = [x._replace(clips=[clip for clip in x.clips if clip in clear]) for x in faces]
+        lines = [Line(says="rename", person=person, of=name) for person in renamed]
+        lines += self._say(faces, "is", of=name)
+        if not lines:
+            raise UserError("no face in this appearance is clear enough: name another appearance")
+        known = {clip for clip in self._decision.said.names if isinstance(clip, str)}
+        clips = {clip for person in renamed for clip in people[person]} - known
+        clips -= people_photos.list_faces(self._gallery).keys()
+        self._finish(f"{subject} {name}", found, after, lines, dict.fromkeys(clips, name))
+
+    def _say(self, found: Sequence[Subject], says: str, **values: Any) -> list[Line]:  # noqa: ANN401
+        """Returns a line about each face of films in `found`."""
+        faces = (self._face_of.get(clip) for x in found for clip in x.clips)
+        return [said.about(x.face, says, video=x.video, **values) for x in faces if x]
+
+    def _find_photos(self, clips: Iterable[str]) -> list[SeenClip]:
+        """Returns the faces of enrolled photos."""
+        find = said.FaceFinder(self._out)
+        return [x for clip in sorted(clips) if (x := find(clip))]
+
+    def _list_usable(self) -> set[str]:
+        vectors = self._decision.vectors
+        return {*select_usable_clips(vectors)} if vectors else set()
+
+    def _list_seen_once(self) -> list[str]:
+        seen = Counter(x.identity for x in self._decision.appearances)
+        return [name for name in dict.fromkeys(self._decision.unknown.values()) if seen[name] == 1]
+
+    def _find_twin(self, found: Sequence[Subject]) -> str:
+        """Returns the name that faces did not get, because other faces of the time have it."""
+        names = (self._decision.twins.get(clip) for x in found for clip in x.clips)
+        if (name := next(filter(None, names), None)) is None:
+            raise UserError("no other face of this time has a name: type the name")
+        return name
+
+    def _list_rivals(self, found: Sequence[Subject], name: str) -> list[Subject]:
+        """Returns the faces with the name `name` that are seen together with the faces `found`."""
+        clips = {clip for x in found for clip in x.clips}
+        films = [self._films[video] for video in {self._shown[clip].video for clip in clips}]
+        together = {clip for pair in pair_seen_together(films) if {*pair} & clips for clip in pair}
+        return [self._find(CLIP + clip) for clip in sorted(together) if self._name(clip) == name]
+
+    def similar(self, name: str, of: Sequence[str]) -> str | None:
+        """Returns an enrolled person not in `of` whose name is almost `name`, or None."""
+        people = self._gallery.identities.keys() - {*of}
+        if is_unknown(name) or normal_form(name) in people:
+            return None
+        letters = {_fold_letters(person): person for person in people}
+        best = closest(_fold_letters(name), letters, 0.8)
+        digits = [re.sub(r"\D", "", word) for word in (name, best or "")]
+        return letters[best] if best and digits[0] == digits[1] else None
+
+    def list_merged(self, name: str, of: Sequence[str]) -> list[str]:
+        """Returns the people in `of` with names, if another person has the name `name` already."""
+        people, name = self._gallery.identities, normal_form(name)
+        return [x for x in of if x in people and x != name] if name in people else []
+
+    def is_unclear(self, of: Sequence[str]) -> bool:
+        """Returns whether one of the people or faces `of` is an unclear face without a name."""
+        unknown = self._decision.unknown
+        names = {unknown.get(key.removeprefix(CLIP), key) for key in of}
+        return any(name.startswith(FACE) for name in names)
+
+    def undo(self, version: int | None = None) -> str:
+        """Undoes the last change; returns the person, or the key of the face, that it changed.
+
+        `version` is the version of the page. Raises OutdatedError if this page shows another last
+        change. Raises UserError if there is no change to undo.
+        """
+        with self._lock(version, [""]):
+            if not self._steps:
+                raise UserError("there is no change to undo")
+            step = self._steps[-1]
+            self._apply(said.undo(step.lines), step.clips)
+            self._steps.pop()
+            self._changed[""] = self.version
+            self._forms = Forms(message=f"Undone: {step.words}.", at=step.at)
+            return step.at
+
+    def has_person(self, name: str) -> bool:
+        """Returns whether the page shows a known or unknown person with this name."""
+        return name in self._decision.people or name in self._clips_of
+
+    def save_later(self) -> None:
+        """Waits for a second. If there was no change in this second, writes the results."""
+        version = self.version
+        while self._saved < version:
+            time.sleep(IDLE_SECONDS)
+            if version < self.version:
+                return
+            try:
+                self.save(wait=0.0)
+            except InUseError:  # `vidjax who` is running: try again
+                continue
+            except (Expected, OSError):  # the server saves again when it ends
+                return
+
+    def save(self, wait: float = WAIT_SECONDS) -> None:
+        """Writes the results if names have changed since the results were last written.
+
+        Raises InUseError if another program uses the folder of results for longer than `wait`.
+        """
+        with files.lock(self._out, "out", wait=wait):
+            self.refresh()
+            version, decision = self.version, self._decision
+            if version > self._saved:
+                results.write(self._out, decision, self._padding)
+                self._saved = version
+
+    def _find(self, of: str) -> Subject:
+        """Returns the person or the face `of`."""
+        clip = of.removeprefix(CLIP)
+        if clip != of and (x := self._shown.get(clip)):
+            return Subject(of, [clip], x.identity or IGNORED, is_person=False)
+        clips = [*self._clips_of.get(of, ()), *self._decision.people.get(of, ())]
+        if not clips and of not in self._decision.people:
+            raise UserError(f"'{of}' is no longer on the page: reload the page, and choose again")
+        return Subject(of, sorted(clips), of, is_person=True)
+
+    def _describe(self, found: Sequence[Subject], name: str) -> str:
+        """Returns the subject of a sentence, and its verb. A person `name` is left out.
+
+        It describes each person, and the given faces of each appearance.
+        """
+        words = [x.name for x in found if x.is_person]
+        clips = {x.key.removeprefix(CLIP): None for x in found if not x.is_person}
+        for x in {self._shown[clip].clips: self._shown[clip] for clip in clips}.values():
+            film = self._films[x.video]
+            tracks = [y for y in film.tracks if y.clip in clips and y.clip in x.clips]
+            start, end = min(y.start_s for y in tracks), max(y.end_s for y in tracks)
+            time = format_appearance_time(x._replace(start_s=start, end_s=end), film)
+            words.append(f"a face in {x.video}" if film.photo else f"{x.video}, {time},")
+        words = [x for x in words if x != name] or [name]
+        return f"{words[0]} and {len(words) - 1} more are" if words[1:] else f"{words[0]} is"
+
+    def _find_group(self, name: str) -> str:
+        """Returns the name in lower case. Raises UserError if no unknown person has this name."""
+        group = name.casefold()
+        if group not in self._decision.unknown.values():
+            raise UserError(
+                f"'{name}' is not an unknown person on this page: type the person's name instead"
+            )
+        return group
+
+    def _move(self, found: Sequence[Subject], about: str, after: str, group: str = "") -> None:
+        """Takes faces out of people, and joins people, so that all are the unknown person `group`.
+
+        If `group` is "", the faces of each person become a new unknown person. `about` begins the
+        description of the change.
+        """
+        people = [x.name for x in found if x.is_person]
+        joined = {parse_group_number(self._find_group(x)) for x in [*people, group] if group}
+        if people and not group:
+            raise UserError(
+                f"'{people[0]}' is a person: choose an appearance that does not show {people[0]}"
+            )
+        subjects_of = group_by_key((x.name, x) for x in found)
+        lines, number = self._join(joined), self._decision.numbers.highest
+        for name, subjects in subjects_of.items():
+            clips = {clip for x in subjects for clip in x.clips}
+            rest = sorted({*self._clips_of.get(name, ())} - clips)
+            if group:
+                faces = [x for x in subjects if not x.is_person]
+                lines += self._say(faces, "same", number=min(joined), of=lines[0].face)
+            elif name in self._clips_of and not rest:
+                raise UserError(f"these are all faces of {name}: select only the wrong faces")
+            else:
+                number += 1
+                other = self._face_of[rest[0]].face if rest else None
+                own = self._find_number(clips) or number
+                lines += self._say(subjects, "apart", number=own, of=other)
+            if name in self._decision.people:
+                lines += self._say(subjects, "not", of=name)
+        known, names = self._shown, " or ".join(subjects_of)
+        words = f"{about} {group or f'not {names}'}"
+        self._finish(words, found, after, lines)
+        if not group:
+            about = f"Saved: {words}, but {self._name(found[0].clips[0])}."
+            for name in subjects_of.keys() & self._decision.people.keys():
+                clips = {clip for x in subjects_of[name] for clip in x.clips}
+                about += self._describe_rivals(clips, name, known)
+            self._forms = self._forms._replace(message=about)
+
+    def _join(self, numbers: Collection[int]) -> list[Line]:
+        """Returns lines that make one person, with the lowest number, of unknown people."""
+        lines, first = list[Line](), None
+        clip_of = {parse_group_number(x): clips[0] for x, clips in self._clips_of.items()}
+        for number in sorted(numbers):
+            face, video = self._face_of[clip_of[number]]
+            first, person = first or face, f"{UNKNOWN}{number}"
+            whole = None if first == face else person
+            lines.append(said.about(
+                face, "same", number=min(numbers), of=first, person=whole, video=video
+            ))  # fmt: skip
+        return lines
+
+    def _find_number(self, clips: Collection[str]) -> int | None:
+        """Returns the number of an unknown person who consists of these clips, or None."""
+        numbers = self._decision.said.numbers
+        of = {number for clip in clips if (number := numbers.get(clip))}
+        whole = {clip for clip, number in numbers.items() if number in of}
+        return min(of) if len(of) == 1 and whole == {*clips} else None
+
+    def _name(self, clip: str) -> str:
+        return (x.identity if (x := self._shown.get(clip)) else None) or IGNORED
+
+    def _describe_rivals(
+        self, clips: Collection[str], name: str, before: Mapping[str, Appearance]
+    ) -> str:
+        """Returns a sentence about faces that got `name`, because `clips` have lost it."""
+        shots = {(x.video, self._shot_of[clip]) for clip in clips if (x := self._shown.get(clip))}
+        found = [
+            x for clip, x in self._shown.items()
+            if x.identity == name and (x.video, self._shot_of[clip]) in shots
+            and (clip not in before or before[clip].identity != name)
+        ]  # fmt: skip
+        if not found:
+            return ""
+        time = format_appearance_time(found[0], self._films[found[0].video])
+        return f" Another face of the same shot now has the name {name}: {found[0].video}, {time}."
+
+    def _apply(self, lines: Sequence[Line], clips: Mapping[str, str | None]) -> None:
+        """Decides all names with more lines, and adds these to the log.
+
+        `clips` is clip -> person, for clips of the gallery that are not in the log. If the names
+        cannot be decided, nothing is changed.
+        """
+        before, shown = {clip: self._gallery.clips[clip].identity for clip in clips}, self._decision
+        try:
+            self._relabel(clips)
+            decision = self._decide([*self._lines, *lines], shown.films, shown)
+            numbered = [_number_again(line, decision) for line in lines]
+            if numbered != lines:
+                lines = numbered
+                decision = self._decide([*self._lines, *lines], shown.films, shown)
+            said.append(self._out, lines)
+        except BaseException:  # a full disk, or too few strangers for `fpir`
+            self._relabel(before)
+            with contextlib.suppress(Expected, OSError):
+                self._decision = self._decide(self._lines, self._decision.films, self._decision)
+            raise
+        self._lines = [*self._lines, *lines]
+        self._show(decision)
+
+    def _relabel(self, clips: Mapping[str, str | None]) -> None:
+        with self._gallery.change(log=False) as draft:
+            for clip, name in clips.items():
+                if draft.clips[clip].identity != name:
+                    draft.relabel(clip, name)
+
+    def _finish(
+        self,
+        words: str,
+        found: Sequence[Subject],
+        after: str,
+        lines: Sequence[Line],
+        clips: Mapping[str, str | None] = MappingProxyType({}),
+    ) -> None:
+        """Applies a change that can be undone, and shows its description `words` on the page.
+
+        `found` are the changed people and faces. `lines` are the new lines of the log. For `after`,
+        see `change`, and for `clips`, see `_apply`.
+        """
+        lines = said.stamp(lines)
+        before = {clip: self._gallery.clips[clip].identity for clip in clips}
+        self._apply(lines, clips)
+        self._steps.append(Step(words, found[0].key, lines, before))
+        self._changed[""] = self.version
+        self._forms = Forms(message=f"Saved: {words}.", at=after)
+
+
+def _number_again(line: Line, decision: Decision) -> Line:
+    """Returns a line with the number that a face got, which was taken out of a person.
+
+    The face may resemble another unknown person. Then it has the number of this person.
+    """
+    if line.says != "apart" or not (face := line.face):
+        return line
+    groups = (decision.unknown.get(str(clip)) for clip in decision.said.find(face))
+    group = next(filter(None, groups), None)
+    number = parse_group_number(group) if group else line.number
+    return msgspec.structs.replace(line, number=number)
+
+
+def _fold_letters(name: str) -> str:
+    """Returns the letters and digits of a name in lower case, without accents and blanks."""
+    return "".join(filter(str.isalnum, strip_accents(name)))
+
+
+def _find_source(film: MediaFile) -> Path | None:
+    """Returns the path of a film or photo, or None if it is missing or has changed."""
+    # A malicious folder of results may name any file of this disk as a film, but the folder cannot
+    # contain the right size, time and inode of the file. So this file is not sent.
+    path = film.source.path
+    return path if path.is_file() and FileStamp.of(path) == film.source else None

@@ -1,0 +1,201 @@
+"""Decides who appears in the films of a folder of results, from faces, a gallery and a log."""
+
+import contextlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+from vidjax.apps import said as said_lib
+from vidjax.apps.gallery import answers as answers_lib, card_notes
+from vidjax.apps.gallery.answers import Answer
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.labelling import find_known
+from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
+from vidjax.apps.said import Line
+from vidjax.apps.video import (
+    features_folder,
+    naming,
+    people_photos,
+)
+from vidjax.apps.video.faces import Said
+from vidjax.apps.video.features_folder import (
+    MediaFile,
+)
+from vidjax.apps.video.naming import Appearance, NamedTracks
+from vidjax.apps.video.unknown_numbers import (
+    UnknownNumbers,
+    number_people,
+    read_numbers,
+    write_numbers,
+)
+from vidjax.utils import files
+
+WAIT_SECONDS = 20.0  # the longest time for which a change of names waits for another program
+
+
+class Decision(NamedTuple):
+    """The people in all films of a folder of results."""
+
+    digest: str  # of the gallery
+    people: Mapping[str, Collection[str]]  # name of each enrolled or named person -> enrolled clips
+    films: Sequence[MediaFile]  # also photos
+    vectors: Vectors | None  # the embeddings of all clips; None if there are no clips
+    votes: dict[str, str] | None  # clip -> group. The clips of a group vote on one name
+    answers: dict[str, Answer]  # clip -> answer of the gallery
+    # Clip without a name -> unknown person, such as `unknown 3`, or an unclear face, such as
+    # `unknown face 4`. Ignored people are left out.
+    unknown: dict[str, str]
+    appearances: list[Appearance]  # by video, and in order of time
+    numbers: UnknownNumbers
+    said: Said
+    twins: Mapping[str, str] = MappingProxyType({})  # see `naming.NamedTracks`
+    # `State.rows`, and clip -> answer of the gallery before corrections.
+    raw: tuple[int, Mapping[str, Answer]] = (0, MappingProxyType({}))
+    card: str = ""  # see `card_notes.describe`
+
+    def count_clips(self) -> dict[str, int]:
+        """Returns the number of enrolled clips of each person."""
+        return {name: len(clips) for name, clips in self.people.items()}
+
+
+def lock_changes(out: Path, wait: float = WAIT_SECONDS) -> contextlib.AbstractContextManager[None]:
+    """Locks the names in a folder of results, while they are changed or written.
+
+    `name_people` also locks the folder itself, so that there is only one call at a time. The page
+    of corrections needs only this lock, so that names can be corrected while films are read.
+    """
+    return files.lock(out, "out", ".changes.lock", wait=wait)
+
+
+def read_said(out: Path, films: Sequence[MediaFile], lines: Sequence[Line] | None = None) -> Said:
+    """Returns what people said about the faces of `films`, and of photos of people.
+
+    `out` is the folder of results. `lines` are by default the lines of its log.
+    """
+    lines = said_lib.read(out) if lines is None else lines
+    known = {film.sha256 for film in films}
+    is_film = all(line.film is None or line.film in known for line in lines)
+    photos = [] if is_film else people_photos.list_photo_files(out)
+    return Said(lines, [*films, *photos], read_numbers(out).of_faces())
+
+
+def decide(
+    gallery: Gallery,
+    out: Path,
+    films: Sequence[MediaFile],
+    identify: Callable[..., dict[str, Answer]],
+    last: Decision | None = None,
+    lines: Sequence[Line] | None = None,
+) -> Decision:
+    """Names the people in the clips of all films, see `name_tracks`, and numbers unknown people.
+
+    A group of clips without a name is an unknown person, who keeps the number of the last call or
+    gets a new number. An unclear face without a name is in no group. The faces that the log names
+    are enrolled. The numbers are written to `unknown.json`. So the caller must hold `lock_changes`.
+
+    Args:
+      out: the folder of results.
+      identify: the method `gallery.identify`, with fixed arguments `fpir` and `threshold`.
+      last: an earlier decision on the same films. Its embeddings and groups are used to save time.
+      lines: the lines of the log. By default, they are read.
+    """
+    vectors, votes = (last.vectors, last.votes) if last else (None, None)
+    if not last and (clips := {track.clip for film in films for track in film.tracks}):
+        vectors = people_photos.embed_clips(gallery, out / said_lib.FEATURES, clips)
+        gallery.complete(vectors)
+    before, said = read_numbers(out), read_said(out, films, lines)
+    if vectors:
+        enrol_named(gallery, vectors, said)
+    # Another program may change the gallery at any time. A change after this line is shown later.
+    digest, people, rows = gallery.digest, gallery.people, gallery.state.rows
+    raw = last.raw[1] if last and last.raw[0] == rows else {}
+
+    def answer(clips: Vectors, *, groups: Mapping[str, str] | None) -> Mapping[str, Answer]:
+        nonlocal raw
+        raw = raw or identify(clips, groups=groups)
+        return raw
+
+    named, numbers = NamedTracks({}, {}, votes, {}), dict[str, int]()
+    if vectors is not None:
+        highest = max(last.numbers.highest, last.said.highest) if last else before.highest
+        named, numbers = name_and_number(
+            gallery, vectors, films, said, before, answer, votes, highest
+        )
+    answers, votes, twins = named.answers, named.votes, named.twins
+    groups = {clip: f"{answers_lib.UNKNOWN}{number}" for clip, number in numbers.items()}
+    groups = naming.mark_unclear(groups, films)
+    unread = {film.sha256 for film in features_folder.find_unread(out / said_lib.FEATURES).values()}
+    after = before.update(films, said, numbers, unread)
+    # The clips of `unknown.tsv` are enrolled only if their films are in `unknown.json`.
+    if after != before:
+        write_numbers(out, after)
+    in_films = naming.find_appearances(answers, films, groups)
+    people |= {x.identity: () for x in answers.values() if x.identity and x.identity not in people}
+    # People who are known only from films that are not read with the present nets.
+    waiting = (
+        x for key, x in said.names.items() if not isinstance(key, str) and key.film in unread
+    )
+    people |= {name: () for name in waiting if name and name not in people}
+    card = card_notes.describe(gallery.state)
+    return Decision(
+        digest, people, films, vectors, votes, answers, groups, in_films, after, said, twins,
+        (rows, raw), card,
+    )  # fmt: skip
+
+
+def name_and_number(
+    gallery: Gallery,
+    vectors: Vectors,
+    films: Sequence[MediaFile],
+    said: Said,
+    before: UnknownNumbers,
+    identify: Callable[..., Mapping[str, Answer]],
+    votes: dict[str, str] | None,
+    highest: int,
+) -> tuple[NamedTracks, dict[str, int]]:
+    """Names the people in tracks, and numbers those without a name; returns clip -> number, too.
+
+    Names depend on numbers of people who differ. So names are decided until numbers stay the same,
+    because the next call must find the same names. `said.numbers` contains the numbers then. For
+    the arguments, see `naming.name_tracks` and `number_people`.
+    """
+    while True:
+        named = naming.name_tracks(gallery, vectors, films, identify, votes, said)
+        nameless = {clip for clip, answer in named.answers.items() if answer.identity is None}
+        nameless -= named.told.keys()
+        numbers = number_people(gallery, vectors.only(nameless), films, said, before, highest)
+        known, said.numbers = said.numbers, said.numbers | numbers
+        if not said.apart or said.numbers == known:
+            return named, numbers
+        votes, highest = named.votes, max(before.highest, said.highest, *numbers.values())
+
+
+def enrol_named(gallery: Gallery, vectors: Vectors, said: Said) -> None:
+    """Makes the gallery contain the names of the log. `vectors` are of all present clips.
+
+    Clips of other films, and clips that are no faces of the results, stay as they are.
+    """
+    names = {clip: name for clip, name in said.names.items() if isinstance(clip, str)}
+    enrolled = find_known(gallery.state, vectors)  # reads the present state
+    labels = {
+        clip: label for clip, face in people_photos.list_faces(gallery).items()
+        if (label := said.label(face.key, face.person)) != gallery.clips[clip].identity
+    }  # fmt: skip
+    clips = select_usable_clips(vectors.only(names))
+    wanted = {clip: x._replace(identity=names[clip]) for clip, x in clips.items()}
+    labels |= {
+        clip: wanted[clip].identity for clip, name in enrolled.items()
+        if clip in wanted and name != wanted[clip].identity
+    }  # fmt: skip
+    gone = enrolled.keys() - wanted.keys()
+    new = {clip: x for clip, x in wanted.items() if clip not in enrolled}
+    if not (labels or gone or new):
+        return
+    with gallery.change(log=False) as draft:
+        # A film may have been replaced by a film whose clips have the same names.
+        replaced = {clip: draft.clips[clip] for clip in new if clip in draft.clips}
+        draft.remove(clip=[*gone, *replaced])
+        draft.add(new | {f"{clip} (replaced)": x for clip, x in replaced.items()})
+        for clip, label in labels.items():
+            draft.relabel(clip, label)

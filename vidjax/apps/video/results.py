@@ -1,0 +1,136 @@
+"""Writes the tables, the page, the subtitles and the cut lists of `vidjax who`."""
+
+import functools
+import itertools
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from vidjax.apps.gallery import answers as answers_lib
+from vidjax.apps.said import FEATURES
+from vidjax.apps.video import (
+    cuts,
+    features_folder,
+    names_page,
+    naming,
+    people_photos,
+    subtitles,
+)
+from vidjax.apps.video.features_folder import (
+    MediaFile,
+)
+from vidjax.utils import files
+from vidjax.utils.groups import group_by_key
+from vidjax.utils.names import fold, make_file_stems
+
+if TYPE_CHECKING:
+    from vidjax.apps.video.decision import Decision
+
+PAGE, SUBTITLES, CUTS = "names.html", "subtitles", "cuts"
+PADDING_SECONDS = 1.0  # before and after each appearance in cut lists
+TABLES = ("names.tsv", "names.jsonl")
+UNKNOWN = "unknown.tsv"
+
+
+def write(out: Path, decision: "Decision", padding: float = PADDING_SECONDS) -> None:
+    """Writes the tables, page, subtitles and cut lists. `padding` in seconds is for cut lists."""
+    here = out.resolve()
+    place_of = {
+        film.video: quote(os.fsencode(os.path.relpath(film.source.path, here)))
+        for film in decision.films
+    }  # fmt: skip
+
+    def address(film: MediaFile, seconds: float) -> str:
+        return place_of[film.video] + ("" if film.photo else f"#t={seconds:.1f}")
+
+    # The old page stays until the new page replaces it.
+    files.write_text(out / PAGE, render_page(out, decision, address))
+    files.hide(out / PAGE)
+    remove_results(out, page=False)
+    (out / UNKNOWN).unlink(missing_ok=True)
+    for name in TABLES:
+        subtitles.write(out / name, decision.appearances, decision.films)
+    places_of = naming.list_places(decision.films)
+    answers_lib.write_groups(out / UNKNOWN, decision.unknown, places_of)
+    for name in (UNKNOWN, *TABLES):
+        files.hide(out / name)
+    by_video = naming.group_by_video(decision.appearances)
+    films = [film for film in decision.films if not film.photo]
+    for film, place in zip(films, _place_subtitles(films), strict=True):
+        for folder in reversed(place.parents):
+            (out / SUBTITLES / folder).mkdir(mode=0o700, exist_ok=True)
+        for ending in subtitles.SUBTITLES:
+            text = subtitles.to_subtitles(by_video.get(film.video, []), ending)
+            path = out / SUBTITLES / f"{place}{ending}"
+            files.write_bytes(path, text.encode(), sync=False)
+    (out / CUTS).mkdir(mode=0o700, exist_ok=True)
+    cuts.write(out / CUTS, decision.appearances, decision.films, padding)
+
+
+def _place_subtitles(films: Sequence[MediaFile]) -> list[PurePath]:
+    """Returns the path of each film's subtitles in their folder, without the ending.
+
+    Players look for the name of the film. If several films have this name, their subtitles are in
+    folders with the names of the films' folders, such as `2019/IMG_0001`. If these films are in one
+    folder, the names of the subtitles contain the endings of the films.
+    """
+    paths = [PurePath(features_folder.make_printable(str(film.source.path))) for film in films]
+    keys = [tuple(map(fold, path.with_suffix("").parts)) for path in paths]
+    counts, namesakes = Counter(keys), group_by_key((key[-1], key) for key in {*keys})
+    in_folder: dict[PurePath, dict[PurePath, str]] = {}
+    for path, key in zip(paths, keys, strict=True):
+        others = {*namesakes[key[-1]]} - {key}
+        depth = next(n for n in itertools.count(1) if key[-n:] not in {x[-n:] for x in others})
+        folder = PurePath(*(make_file_stems([part])[0] for part in path.parts[-depth:-1]))
+        in_folder.setdefault(folder, {})[path] = path.name if counts[key] > 1 else path.stem
+    places = {
+        path: folder / stem
+        for folder, stems in in_folder.items()
+        for path, stem in zip(stems, make_file_stems(stems.values()), strict=True)
+    }
+    return [places[path] for path in paths]
+
+
+def render_page(
+    out: Path,
+    decision: "Decision",
+    address: Callable[[MediaFile, float], str],
+    forms: names_page.Forms | None = None,
+) -> str:
+    """Returns an HTML page that shows who appears when in each film.
+
+    `decision` has the people of all films. `address(film, seconds)` returns the URL of a film at a
+    time. If `forms` is given, the page has forms with which a user corrects names.
+    """
+    people: dict[str, list[names_page.Picture]] = {}
+    places = people_photos.locate_people(out, ())
+    for name, clips in sorted(decision.people.items()):
+        faces = filter(None, map(people_photos.PhotoFace.of, sorted(clips)))
+        pictures = (
+            _locate_picture(out, places[x.folder], x.clip) for x in faces if x.folder in places
+        )
+        people[name] = [(picture, name, picture, "") for picture in pictures if picture]
+    locate = functools.partial(_locate_picture, out, out / FEATURES)
+    films = sorted(decision.films, key=lambda film: film.video.casefold())
+    return names_page.render(
+        decision.appearances, films, people, locate, decision.answers, address, forms,
+        decision.card, decision.twins,
+    )  # fmt: skip
+
+
+def _locate_picture(out: Path, features: Path, clip: str) -> str:
+    """Returns the URL of a clip's picture, relative to the page, or "" if there is no picture."""
+    path = features_folder.locate_thumbnail(features, clip)
+    return quote(os.fsencode(path.relative_to(out))) if path.exists() else ""
+
+
+def remove_results(out: Path, *, page: bool = True) -> None:
+    """Removes the tables, subtitles and cut lists of earlier calls, and the page."""
+    for name in (*TABLES, *[PAGE] * page):
+        (out / name).unlink(missing_ok=True)
+    for folder, _, _ in os.walk(out / SUBTITLES, topdown=False):
+        files.remove_ours(Path(folder), r".+\.(vtt|srt)")
+    files.remove_ours(out / CUTS, r".+\.edl")

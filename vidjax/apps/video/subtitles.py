@@ -1,0 +1,157 @@
+"""Writes appearances of people as tables and subtitles, and times as texts.
+
+A .vtt (WebVTT) or .srt (SubRip) file contains the subtitles of one video. A .rttm file, the format
+of speaker diarisation, contains the appearances in all videos. Each line has the video, the start
+and the duration in seconds, and the person.
+"""
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vidjax.apps.video.features_folder import MediaFile
+from vidjax.utils import tables
+from vidjax.utils.errors import UserError
+from vidjax.utils.names import IGNORED, escape
+
+if TYPE_CHECKING:
+    from vidjax.apps.video.naming import Appearance
+
+
+SUBTITLES = (".vtt", ".srt")
+
+FORMATS = (*SUBTITLES, ".rttm")
+
+# Characters that players read as markup. SubRip has no escapes, so similar characters replace them.
+MARKUP = {
+    ".vtt": {"&": "&amp;", "<": "&lt;", "-->": "--&gt;"},
+    ".srt": {"<": "\u2039", ">": "\u203a", "{": "(", "}": ")"},
+}
+
+COLUMNS = {  # name of a column -> type in Apache Arrow
+    "video": "string", "start": "float64", "end": "float64", "identity": "string",
+    "probability": "float64", "clips": "string", "evidence": "string",
+    "box": "string", "box_at": "float64", "path": "string", "date": "string",
+}  # fmt: skip
+
+
+def write(path: Path, appearances: "Sequence[Appearance]", films: Iterable[MediaFile]) -> None:
+    """Writes appearances to a new file in the format of its ending, such as .tsv, .vtt or .rttm."""
+    if path.suffix in SUBTITLES:
+        tables.write_new(path, to_subtitles(appearances, path.suffix).encode())
+    elif path.suffix == ".rttm":
+        tables.write_new(path, to_rttm(appearances).encode())
+    else:
+        files = {film.video: _describe_file(film) for film in films}
+        objects = [
+            {name.removesuffix("_s"): value for name, value in x._asdict().items()}
+            | {"start": round(x.start_s, 3), "end": round(x.end_s, 3)}
+            | {"probability": x.probability and round(x.probability, 4), **files[x.video]}
+            for x in appearances
+        ]
+        tables.write(path, COLUMNS, map(_make_row, objects), objects)
+
+
+def _describe_file(film: MediaFile) -> dict[str, str]:
+    """Returns the path of a film and the date of its last change (UTC), as columns of the table."""
+    source = film.source
+    date = datetime.fromtimestamp(source.mtime_ns // 10**9, UTC)
+    path = os.fsencode(source.path).decode(errors="replace")
+    return {"path": path, "date": date.strftime("%Y-%m-%dT%H:%M:%SZ")}
+
+
+def _make_row(values: Mapping[str, Any]) -> tuple[object, ...]:
+    """Returns the row of an appearance in a table. Blanks separate several values in a cell."""
+    cells = [{**values, "identity": values["identity"] or IGNORED}[name] for name in COLUMNS]
+    return tuple(" ".join(map(str, x)) if isinstance(x, tuple) else x for x in cells)
+
+
+def to_subtitles(appearances: "Sequence[Appearance]", ending: str) -> str:
+    """Returns the text of a .vtt or .srt file with the names of the known people in a video.
+
+    Each name is a line. Subtitles never overlap in time, because many players show only one.
+    `ending` is ".vtt" or ".srt". Raises UserError if the appearances are in several videos.
+    """
+    if len(videos := {appearance.video for appearance in appearances}) > 1:
+        raise UserError(
+            f"subtitles can show only one video, not {len(videos)}: "
+            f"{', '.join(sorted(videos)[:3])}\nname the features of one video, "
+            "--input=FOLDER/VIDEO.npz, or write the times of all videos: --out=names.rttm"
+        )
+    blocks = ["WEBVTT\n"] if ending == ".vtt" else []
+    for number, (start, end, names) in enumerate(_make_cues(appearances), 1):
+        times = f"{format_time(start)} --> {format_time(end)}"
+        lines = [times] if ending == ".vtt" else [str(number), times.replace(".", ",")]
+        for name in names:
+            for mark, replacement in MARKUP[ending].items():
+                name = name.replace(mark, replacement)
+            lines.append(name)
+        blocks.append("".join(f"{line}\n" for line in lines))
+    return "\n".join(blocks)
+
+
+def _make_cues(appearances: "Iterable[Appearance]") -> Iterator[tuple[float, float, list[str]]]:
+    """Yields (start, end, sorted names) of each period in which the same known people appear."""
+    changes: dict[float, list[tuple[str, int]]] = {}
+    for appearance in appearances:
+        if appearance.probability is not None:
+            for seconds, change in ((appearance.start_s, 1), (appearance.end_s, -1)):
+                changes.setdefault(round(seconds, 3), []).append((str(appearance.identity), change))
+    seen = Counter[str]()
+    for begin, end in itertools.pairwise(sorted(changes)):
+        for name, change in changes[begin]:
+            seen[name] += change
+        seen = +seen  # drops people who are no longer seen
+        if seen:
+            yield begin, end, sorted(seen)
+
+
+def to_rttm(appearances: "Iterable[Appearance]") -> str:
+    """Returns the text of a .rttm file with a line for each appearance of a person.
+
+    Ignored people and photos are left out. Blanks in names become `_`. If this makes two names
+    equal, their blanks become `%20` instead. In all names, `%20` becomes `%2520`.
+    """
+    appearances = [x for x in appearances if x.identity is not None and x.end_s > x.start_s]
+    words = _make_words({text for x in appearances for text in (x.video, str(x.identity))})
+    return "".join(
+        f"SPEAKER {words[x.video]} 1 {x.start_s:.3f} {x.end_s - x.start_s:.3f} <NA> <NA> "
+        f"{words[str(x.identity)]} <NA> <NA>\n"
+        for x in appearances
+    )
+
+
+def _make_words(texts: Collection[str]) -> dict[str, str]:
+    """Returns text -> word without blanks. Different texts get different words."""
+    words = {text: "_".join(map(escape, text.split())) for text in texts}
+    count = Counter(words.values())
+    return {text: word if count[word] == 1 else escape(text) for text, word in words.items()}
+
+
+def format_span(begin: float, end: float) -> str:
+    """Returns a period as text: 3:12–3:15, or if both ends are in one second, 3:12.1–3:12.4."""
+    times = [format_time(seconds, short=True) for seconds in (begin, end)]
+    if times[0] == times[1]:
+        times = [format_tenths(seconds) for seconds in (begin, end)]
+    return "\u2013".join(dict.fromkeys(times))
+
+
+def format_tenths(seconds: float) -> str:
+    """Returns a time as text with tenths of a second, such as 3:12.4."""
+    count = round(10 * seconds)
+    return f"{format_time(count // 10, short=True)}.{count % 10}"
+
+
+def format_time(seconds: float, *, short: bool = False) -> str:
+    """Returns a time as text, such as 00:03:12.500, or if `short` is True, 3:12."""
+    thousandths = 1000 * round(seconds) if short else round(seconds * 1000)
+    whole, rest = divmod(thousandths, 1000)
+    minutes, second = divmod(whole, 60)
+    hours, minute = divmod(minutes, 60)
+    if short:
+        return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+    return f"{hours:02}:{minute:02}:{second:02}.{rest:03}"
