@@ -92,40 +92,6 @@ def test_face_tags_name_the_people_of_a_photo(say, folder, tmp_path):
     assert list_clips(folder) == clips
 
 
-@pytest.mark.usefixtures("read_here")
-def test_extract_keeps_the_folders_of_people_for_enrol(say, command, folder, friends, tmp_path):
-    """The clips are the same as with --photos, although three photos are called 1.png."""
-    models, out = tmp_path / "nets", tmp_path / "f"
-    extract = ("extract", friends, f"--models={models}", f"--out={out}")
-    say(*extract)
-    stems = {path.stem for path in out.glob("*.npz")}
-    assert {"1", "2", "Eve", "group"} < stems and len(stems) == 6
-    words = ("gallery", "enrol", folder, f"--input={out}")
-    assert f"'{out / 'Eve.npz'}' is in no folder of a person" in say(*words, code=2)
-    (friends / "Eve").mkdir()
-    (friends / "Eve.png").rename(friends / "Eve/Eve.png")
-    say(*extract, "--prune")
-    assert {path.stem for path in out.glob("*.npz")} == stems  # a moved photo keeps its clips
-    with pytest.warns(VidjaxWarning) as seen:
-        assert "4 clips, 0 enrolled before" in say(*words)
-    problem = f"{friends / 'Bob/group.png'}: the photo shows 2 faces"
-    assert any(problem in str(warning.message) for warning in seen)
-    assert list_clips(folder) == PHOTOS
-    assert (
-        "0 faces, 4 enrolled before"
-        in command("gallery", "enrol", folder, f"--photos={friends}").out
-    )
-    # The folder of a person is known only if the folder above was named, in any call.
-    ada, words = tmp_path / "ada", ("gallery", "enrol", folder, f"--input={tmp_path / 'ada'}")
-    extract = ("extract", f"--models={models}", f"--out={ada}")
-    say(*extract, friends / "Ada")
-    assert "in no folder" in say(*words, code=2)
-    say(*extract, friends)
-    say(*extract, friends / "Ada")
-    with pytest.warns(VidjaxWarning):
-        assert "0 clips, 4 enrolled before" in say(*words)
-
-
 # Words after `vidjax gallery enrol G` -> part of the error.
 MISTAKES = {
     "--photos=P --identity=Ada": "--identity has no effect with --photos",

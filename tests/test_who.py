@@ -543,41 +543,21 @@ def test_people_with_only_voices_have_no_doubtful_photos(drawn):
     assert drawn.who(photo, flags=["--forget-missing"]).content["people"] == {"Eve": 1}
 
 
-def test_enrol_reports_photos_without_one_good_face_and_ignores_tracks_without_clips(drawn):
-    photos, people, gallery = (drawn.folder / name for name in ("photos", "people", "g"))
-    write_photo(photos / "none.png")
-    write_photo(photos / "two.png", ("Ada", 20, 20), ("Bob", 80, 60))
-    write_photo(photos / "one.png", ("Ada", 20, 20))
-    write_photo(photos / "poor.png", ("Ada", 20, 20), dim=True)
-    pipeline.extract([photos], people / "Ada", drawn.models)
+def test_enrol_refuses_two_faces_of_a_photo_as_one_person(drawn):
+    two, gallery = drawn.folder / "two", drawn.folder / "g"
+    write_photo(drawn.folder / "two.png", ("Ada", 20, 20), ("Bob", 80, 60))
+    pipeline.extract([drawn.folder / "two.png"], two, drawn.models)
     Gallery.of_models(gallery, drawn.models)
-
-    with pytest.warns(UserWarning, match="face") as caught:
-        drawn.run("gallery", "enrol", gallery, f"--input={people}")
-
-    assert [str(warning.message).partition(":")[0] for warning in caught] == [
-        f"{photos}/{name}.png" for name in ("none", "poor", "two")
-    ]
-    assert {*Gallery(gallery).clips} == {"Ada/one", "Ada/poor"}  # poor faces are enrolled, too
-
-    # Which of the two faces shows Bob? `--clip` chooses the second face.
-    two = drawn.folder / "two"
-    pipeline.extract([photos / "two.png"], two, drawn.models)
     words = ("gallery", "enrol", gallery, f"--input={two}", "--identity=Bob")
-    with pytest.warns(UserWarning, match="the photo shows 2 faces"):
-        assert "--clip=CLIP --identity=NAME" in drawn.run(*words, code=2).output
+    assert "two.f01 and two.f02 are seen together" in drawn.run(*words, code=2).output
+    (labels := drawn.folder / "labels.tsv").write_text("two.f01\tBob\ntwo.f02\tBob\n")
+    drawn.run("gallery", "enrol", gallery, f"--input={two}", f"--labels={labels}", code=2)
+    assert "--photos=FOLDER" in drawn.run(*words[:4], code=2).output
     drawn.run(*words, "--clip=two.f02")
-    assert Gallery(gallery).identities == {"Ada": 2, "Bob": 1}
-
-    # The JSON file of a photo has a track for each face. two.png loses a clip: one face is left.
-    # The track of one.png loses its clip, so one.png shows no face. Eve gets both remaining clips.
-    pipeline.extract([photos / "one.png"], two, drawn.models)
-    write_npz(two / "two.npz", {"two.f01": read_arrays(two)["two.f01"]})
-    facts = two / "videos" / "one.json"
-    facts.write_text(facts.read_text().replace('"one"', '".x"'))  # no such clip
-    with pytest.warns(UserWarning, match=r"one\.png: the photo shows no face"):
-        drawn.run("gallery", "enrol", gallery, f"--input={two}", "--identity=Eve")
-    assert Gallery(gallery).identities == {"Ada": 2, "Bob": 1, "Eve": 2}
+    assert Gallery(gallery).identities == {"Bob": 1}
+    labels.write_text("two.f01\tAda\ntwo.f02\tBob\n")
+    drawn.run("gallery", "enrol", gallery, f"--input={two}", f"--labels={labels}")
+    assert Gallery(gallery).people == {"Ada": ("two.f01",), "Bob": ("two.f02",)}
 
 
 def pictures_of(path):

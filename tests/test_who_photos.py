@@ -14,7 +14,6 @@ pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video
 from tests.helpers import films
 from tests.helpers.drawn_people import picture, tags, write_film, write_photo, write_voices
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import pipeline
 
 pytestmark = pytest.mark.usefixtures("read_here")
 PAIR = ("Ada", 20, 40), ("Bob", 76, 40)  # names, and where the faces are: left, top
@@ -368,11 +367,3 @@ def test_a_photo_with_sunglasses_is_left_out_if_there_are_others(drawn):
     assert content["people"] == {"Ada": 1, "Bob": 1}
     assert "it is left out, because Ada has better photos" in output
     assert {*Gallery(drawn.out / "gallery").clips} == {"people/Ada/1", "people/Bob/2"}
-
-    # `gallery enrol` leaves out the same photo.
-    pipeline.extract([drawn.friends / "Ada"], drawn.folder / "ada", drawn.models)
-    gallery, words = drawn.folder / "g", (f"--input={drawn.folder / 'ada'}", "--identity=Ada")
-    Gallery.of_models(gallery, drawn.models)
-    with pytest.warns(UserWarning, match="2.png: sunglasses.* is left out, because Ada has better"):
-        drawn.run("gallery", "enrol", gallery, *words)
-    assert {*Gallery(gallery).clips} == {"1"}

@@ -2,20 +2,19 @@
 
 import contextlib
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vidjax.apps import bulk
 from vidjax.apps.gallery import answers as answers_lib
 from vidjax.data import parquet
-from vidjax.utils import files
-from vidjax.utils.errors import UserError, prefix_errors, warn
+from vidjax.utils.errors import UserError
 from vidjax.utils.names import show
 
 if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery
-    from vidjax.apps.gallery.vectors import Vectors
+    from vidjax.apps.video.features_folder import MediaFile
     from vidjax.data.memory import MemoryClips
 
 
@@ -40,26 +39,14 @@ def load_people(
 ) -> "tuple[MemoryClips, Mapping[str, str]]":
     """Loads an input that contains the people of its clips. Returns the clips, and clip -> person.
 
-    The input is a parquet table with a column `identity`, a folder of `vidjax extract`, which
-    stores the folder of each film and photo, or a folder of files `path/PERSON/CLIP.npz`. If
-    `required` is True, raises UserError if no clip of a table has a person.
+    The input is a parquet table with a column `identity`, or a folder of files
+    `path/PERSON/CLIP.npz`. If `required` is True, raises UserError if no clip of a table has a
+    person.
     """
-    from vidjax.apps.gallery.changes import check_person
-    from vidjax.apps.video import features_folder
     from vidjax.data import input_files
 
     if path.suffix == ".parquet" and parquet.has_column(path, "identity"):
         person_of = read_labels(path) if required else answers_lib.read_groups(path)
-        return gallery.load(path), person_of
-    is_extracted = path.is_dir() and files.exists(path / features_folder.NAME)
-    person_of = dict[str, str]()
-    for film in features_folder.read_media_files(path) if is_extracted else ():
-        for track in film.tracks:
-            if not film.folder:
-                raise refuse_stray(features_folder.locate_features(path, track.clip))
-            with prefix_errors(f"{show(str(film.source.path))}: its folder"):
-                person_of[track.clip] = check_person(film.folder)
-    if person_of:
         return gallery.load(path), person_of
     if stray := path if path.is_file() else min(path.glob("[!.]*.npz"), default=None):
         raise refuse_stray(stray)
@@ -92,68 +79,28 @@ def refuse_stray(path: Path) -> UserError:
         f"'{path}' is in no folder of a person: --input=PATH with PATH/NAME/CLIP.npz\n"
         "if all clips show the same person, add --identity=NAME\n"
         "if they show several people, add --labels=FILE, a table with the columns clip and "
-        f"identity{table}"
+        f"identity{table}; for photos: --photos=FOLDER"
     )
 
 
-def drop_group_photos(
-    path: Path, clips: Sequence[str], identity: str | Mapping[str, str]
-) -> dict[str, str]:
-    """Returns clip -> person, without the clips of photos that show several people.
+def check_seen_together(
+    films: Iterable["MediaFile"], identity: str | Mapping[str, str], clips: Iterable[str]
+) -> None:
+    """Raises UserError if two faces of one picture, which differ, would be enrolled as one person.
 
-    If a person has several photos, photos with sunglasses are also left out.
-
-    If `identity` is a name, all `clips` show this person. `path` is the folder of the clips, or
-    contains a folder of clips for each person. Only folders that `vidjax extract` wrote are
-    checked. A warning names each photo with a problem.
+    `films` describe the clips. `identity` is the person of all `clips`, or clip -> person.
     """
-    from vidjax.apps.video import features_folder
+    from vidjax.apps.video.naming import pair_seen_together
 
-    people = dict.fromkeys(clips, identity) if isinstance(identity, str) else dict(identity)
-    is_flat = isinstance(identity, str) or files.exists(path / features_folder.NAME)
-    folders = [path] if is_flat or not path.is_dir() else sorted(path.iterdir())
-    poor, hidden = set[str](), dict[str, str]()
-    for folder in (folder for folder in folders if (folder / features_folder.NAME).exists()):
-        prefix = "" if folder == path else f"{folder.name}/"
-        for film in features_folder.read_media_files(folder):
-            film.tracks = [track for track in film.tracks if f"{prefix}{track.clip}" in people]
-            single, problem = features_folder.check_photo(film) if film.photo else ("", "")
-            for track in film.tracks if single is None else ():
-                people.pop(f"{prefix}{track.clip}", None)
-            if problem and single and film.tracks[0].dark_eyes:
-                hidden[f"{prefix}{single}"] = f"{show(str(film.source.path))}: {problem}"
-            elif problem:
-                poor.add(f"{prefix}{single}")
-                warn(f"{show(str(film.source.path))}: {problem}")
-    for problem in features_folder.leave_out_hidden(people, poor, hidden):
-        warn(problem)
-    return people
-
-
-def add_folders(
-    path: Path, vectors: "Vectors", identity: Mapping[str, str]
-) -> "tuple[Vectors, dict[str, str]]":
-    """Adds the folder of each photo to the names of its clips, as in `Ada/1`.
-
-    So clips from `vidjax extract` get the same names as with `--photos`. `path` is the input, and
-    `identity` is clip -> person. Clips without a person are left out. If `path` is not a folder of
-    `vidjax extract`, the names stay.
-    """
-    from vidjax.apps.video import features_folder
-
-    vectors, name_of, taken = vectors.only(identity), dict[str, str](), set[str]()
-    is_extracted = path.is_dir() and files.exists(path / features_folder.NAME)
-    for film in features_folder.read_media_files(path) if is_extracted else ():
-        # Photos of several people may be called 1.jpg: `1~0a1b2c3d` becomes `1` again.
-        stem = f"{film.folder}/{features_folder.make_stem(Path(film.video))}"
-        for track in film.tracks:
-            first, dot, rest = track.clip.partition(".")
-            base = f"{film.folder}/{first}" if stem in taken else stem
-            name_of[track.clip] = f"{base}{dot}{rest}"
-        taken.add(stem)
-    names = tuple(name_of.get(clip, clip) for clip in vectors.names)
-    people = {name_of.get(clip, clip): who for clip, who in identity.items()}
-    return vectors._replace(names=names), people
+    person_of = dict.fromkeys(clips, identity) if isinstance(identity, str) else identity
+    for pair in pair_seen_together(films):
+        first, second = (person_of.get(clip) for clip in pair)
+        if first and first == second:
+            raise UserError(
+                f"{show(pair[0])} and {show(pair[1])} are seen together, so they are two people, "
+                f"not both {show(first)}\n"
+                "enrol a single face, --clip=CLIP --identity=NAME, or add --labels=FILE"
+            )
 
 
 def check_models(gallery: "Gallery", models: str | None) -> Path:

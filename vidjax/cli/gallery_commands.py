@@ -451,17 +451,9 @@ def _embed_people(
     if isinstance(identity, Mapping) and (args.clip or several):
         known = {*map(strip_ending, vectors.names)}
         identity = {name: who for name, who in identity.items() if strip_ending(name) in known}
-    if path is None or labels or args.strangers or args.clip or not identity:
-        return vectors, identity
-    identity = enrol_inputs.drop_group_photos(path, vectors.names, identity)
-    if not identity:
-        raise UserError(
-            f"--input={path}: every photo shows several people\n"
-            "add photos of one person, or enrol a single face: --clip=CLIP --identity=NAME"
-        )
-    return (
-        (vectors, identity) if args.identity else enrol_inputs.add_folders(path, vectors, identity)
-    )
+    if path and identity and not args.clip:
+        enrol_inputs.check_seen_together(_read_films(path), identity, vectors.names)
+    return vectors, identity
 
 
 def _describe_enrolment(
@@ -510,7 +502,7 @@ def _group(args: argparse.Namespace) -> Result:
     out = Path(args.out).expanduser()
     tables.check_new(out, (".tsv",))
     gallery = _open(args)
-    films = _read_films(args)
+    films = _read_films(args.input)
     _, vectors = _embed(args, gallery)
     num_clips, answers, enrolled = len(vectors.names), {}, set[str]()
     if films:
@@ -539,21 +531,21 @@ def _group(args: argparse.Namespace) -> Result:
     return Result(content, rows)
 
 
-def _read_films(args: argparse.Namespace) -> "list[MediaFile]":
-    """Reads the descriptions of films in `--input`; returns [] for other clips."""
+def _read_films(path: str | Path | None) -> "list[MediaFile]":
+    """Reads the descriptions of films in the input `path`; returns [] for other clips."""
     from vidjax.apps.video import features_folder
 
-    folder = Path(args.input or "").expanduser()
+    folder = Path(path or "").expanduser()
     if folder.suffix == ".npz":  # the features of one film
         folder = folder.parent
-    is_extracted = args.input and (folder / features_folder.NAME).exists()
+    is_extracted = path and (folder / features_folder.NAME).exists()
     return features_folder.read_media_files(folder) if is_extracted else []
 
 
 def _identify(args: argparse.Namespace) -> Result:
     if args.input and (inputs := bulk.list_tables(args.input)):
         return _process_tables(args, inputs, answers_lib.Identify, k=args.k)
-    out, films = Path(args.out).expanduser() if args.out else None, _read_films(args)
+    out, films = Path(args.out).expanduser() if args.out else None, _read_films(args.input)
     has_times = out is not None and out.suffix in subtitles.FORMATS
     if out:
         tables.check_new(out, (*tables.ENDINGS, *subtitles.FORMATS))
@@ -735,7 +727,7 @@ def _migrate(args: argparse.Namespace) -> Result:
         clips = new.load(path)
     done = migrate(old, new, clips)
     # `gallery migrate` knows no times and boxes, so it cannot match faces as `vidjax who` does.
-    tracks = {track.clip for film in _read_films(args) for track in film.tracks}
+    tracks = {track.clip for film in _read_films(args.input) for track in film.tracks}
     numbered = sorted(x for x in tracks & old.clips.keys() if re.search(r"\.[tf]\d+$", x))
     if numbered:
         terminal.say(

@@ -85,19 +85,6 @@ SCHEMA = {
     "clip": ROWS,  # the names, and then the people
 }
 ROW_KINDS = (int, str, bytes)
-# The format 3, which is still read: a row contains a single person or clip.
-FORMAT_OF_SINGLE_ROWS = 3
-SCHEMAS = {
-    FORMAT: SCHEMA,
-    FORMAT_OF_SINGLE_ROWS: {
-        "gallery": SCHEMA["gallery"],
-        "backend": "(place INTEGER PRIMARY KEY, numbers BLOB NOT NULL)",
-        "person": "(name TEXT PRIMARY KEY NOT NULL, coefficients BLOB NOT NULL) WITHOUT ROWID",
-        "clip": "(name TEXT PRIMARY KEY NOT NULL, person TEXT NOT NULL, fitted INTEGER NOT NULL, "
-        "vector BLOB NOT NULL) WITHOUT ROWID",
-    },
-}
-SINGLE_ROW_KINDS = {"backend": (int, bytes), "person": (str, bytes), "clip": (str, str, int, bytes)}
 BACKEND_LAYOUT = np.dtype([("number", "<f8")])
 
 
@@ -293,8 +280,8 @@ class Store:
                     f"'{self.path}' was written by a newer version of vidjax, with the format "
                     f"{version} instead of {FORMAT}\ninstall the newest version of vidjax"
                 )
-            schema = SCHEMAS.get(version, {})
-            if tables and tables != {f"CREATE TABLE {name} {schema[name]}" for name in schema}:
+            wanted = {f"CREATE TABLE {name} {columns}" for name, columns in SCHEMA.items()}
+            if tables and (version != FORMAT or tables != wanted):
                 raise damaged(self.path, "its tables are not the tables of a gallery")
             yield connection
 
@@ -341,13 +328,12 @@ class Store:
         `connection` is from `open`. By default, all rows are written again. `new` and `people`
         are the clips and people that differ from the file. If both are given, they are added at
         the end, and their old entries stay in the file as outdated entries. If about half of all
-        entries would be outdated, or if the file has an earlier format, all rows are written again.
+        entries would be outdated, all rows are written again.
         """
         index, clips, rows, entries = state.index, state.clips, state.rows, state.entries
         blocks, most = index.blocks, 2 * (len(clips) + len(index.names))
         with _translate_errors(self.path, write=True):
-            present = _version(connection)[0] == FORMAT
-            if present and new is not None and people is not None and entries + len(new) < most:
+            if new is not None and people is not None and entries + len(new) < most:
                 blocks, clips = people, new
             else:
                 rows = entries = 0
@@ -585,14 +571,12 @@ def _read(connection: sqlite3.Connection) -> State:
 def _read_table(
     connection: sqlite3.Connection, table: str, layout: np.dtype, num_words: int
 ) -> tuple[list[list[str]], np.ndarray, int]:
-    """Reads and checks a table of N people, clips, or numbers of the back end, in any format.
+    """Reads and checks a table of N people, clips, or numbers of the back end.
 
     Returns `num_words` lists of N names, the numbers as an array [N] with the dtype `layout`, and
     the sum of the sha256 of all rows. `num_words` is 1 for people: their names. It is 2 for clips:
     the names of the clips, and of their people. It is 0 for the back end.
     """
-    if _version(connection)[0] == FORMAT_OF_SINGLE_ROWS:
-        return _read_single_rows(connection, table, layout, num_words)
     (size,) = connection.execute(f"SELECT total(length(numbers)) FROM {table}").fetchone()
     numbers, at, total = np.empty(int(size) // layout.itemsize, layout), 0, 0
     words: list[list[str]] = [[] for _ in range(num_words)]
@@ -612,31 +596,6 @@ def _read_table(
             at += count
         total += sum(check.result() for check in checks)
     numbers.flags.writeable = False
-    return words, numbers, total
-
-
-def _read_single_rows(
-    connection: sqlite3.Connection, table: str, layout: np.dtype, num_words: int
-) -> tuple[list[list[str]], np.ndarray, int]:
-    """Reads a table of the format 3, see `_read_table`."""
-    words: list[list[str]] = [[] for _ in range(num_words)]
-    content, total = bytearray(), 0
-    for row in connection.execute(f"SELECT * FROM {table} ORDER BY 1"):
-        kinds = tuple(map(type, row))
-        if kinds != SINGLE_ROW_KINDS[table] or (table == "clip" and row[2] not in (0, 1)):
-            raise UserError(f"a row of its table '{table}' has the wrong types")
-        for column, word in zip(words, row, strict=False):
-            column.append(word)
-        content += row[-1]
-        if table == "clip":
-            content += row[2].to_bytes(4, "little")  # `fitted` in `_clip_layout`
-        total += _digest(row)
-    counts = {len(content) / layout.itemsize, *map(len, words)}
-    if len(counts) > 1 or len(content) % layout.itemsize:
-        raise UserError(f"a row of its table '{table}' has the wrong length")
-    numbers = np.frombuffer(bytes(content), layout)
-    _check_finite(numbers)
-    _check_names([*itertools.chain(*words)], words[0] if words else [])
     return words, numbers, total
 
 

@@ -149,8 +149,6 @@ class MediaFile(Struct, kw_only=True, dict=True):
     video: Text
     source: FileStamp
     sha256: Sha256
-    # The first folder below the folder that a user named, such as `Ada` for `photos/Ada/1.jpg`.
-    folder: Text = ""
     photo: bool
     seconds: Seconds  # the length of the video
     # The start and end of each shot.

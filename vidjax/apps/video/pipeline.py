@@ -70,7 +70,6 @@ class _Job(NamedTuple):
     out: Path  # the folder of features
     settings: ExtractionSettings
     tagged: bool  # whether names that photo programs stored for faces are read
-    folder: str  # see `MediaFile.folder`
 
 
 def extract(
@@ -150,10 +149,7 @@ def extract_folders(
             files.refuse_links(out)
             used = _check_extraction(out, digests, settings, upgrade)
             stems, unsure[out] = _prepare_folder(out, listed, drop, thumbnails)
-            jobs += [
-                _Job(path, stem, out, used, tagged, _find_folder(path, inputs))
-                for path, stem in stems.items()
-            ]
+            jobs += [_Job(path, stem, out, used, tagged) for path, stem in stems.items()]
 
         outcomes_of = _process_jobs(jobs, models, workers, check, done)
         for out, outcomes in unsure.items():
@@ -161,15 +157,6 @@ def extract_folders(
                 done(outcome)
             outcomes_of[out] += outcomes
         return outcomes_of
-
-
-def _find_folder(path: Path, inputs: Sequence[Path]) -> str:
-    """Returns the first folder between a file and the folder in `inputs` that contains the file."""
-    for named in inputs:
-        if path != named and path.is_relative_to(named):
-            inner = path.relative_to(named).parent.parts
-            return features_folder.make_printable(inner[0]) if inner else ""
-    return ""
 
 
 def read_digests(models: Path) -> dict[str, str]:
@@ -455,15 +442,11 @@ def _compare(job: _Job, check: bool, folders: contextlib.ExitStack) -> FileOutco
     source = features_folder.FileStamp.of(job.path, sidecars)
     complete = before and not features_folder.lacks_pictures(job.out, job.stem)
     if before and complete and before.source == source and not check:
-        if job.folder not in ("", before.folder):  # an earlier call has named another folder
-            before.folder = job.folder
-            features_folder.write(job.out / VIDEOS / f"{job.stem}.json", before)
         return FileOutcome(job.path, before, kept=True)
     sha256 = files.sha256_file(job.path)
     same_file = before is not None and before.sha256 == sha256
     if before and complete and same_file and before.source.sidecars == source.sidecars:
         before.source, before.video = source, features_folder.make_printable(job.path.name)
-        before.folder = job.folder
         features_folder.write(job.out / VIDEOS / f"{job.stem}.json", before)
         return FileOutcome(job.path, before, kept=True)
     partial = folders.enter_context(
@@ -498,7 +481,6 @@ def _take_results(
         if isinstance(answer, UserError):
             raise answer
         film = schemas.parse(job.path, answer, MediaFile, "leave it out")
-        film.folder = job.folder
         before = features_folder.describe_media_file(job.out, job.stem)
         if before and before.tags and not film.tags:
             if film.bad_tags:
