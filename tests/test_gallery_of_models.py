@@ -745,6 +745,29 @@ def test_photos_are_compared_again_only_with_changed_people(monkeypatch):
     assert sum(sizes) < 90 * 21 + 2 * 90 * (len(doubtful) + 2)
 
 
+def test_groups_of_photos_are_compared_as_by_an_oracle():
+    """The squared distance of two means has a gamma distribution, for one person or for two."""
+    photos = draw(5, people=4, clips=6).astype(float)
+    owner = np.repeat(np.arange(4), (1, 2, 3, 6))
+    rows = np.concatenate([photos[n, :k] for n, k in enumerate((1, 2, 3, 6))])
+    clarity, d = np.array([1, 0.4, 0.5, 0.3]), BACKEND.parts[0].distances
+    assert d
+    groups = ratios.of_sums(BACKEND, [backend.sum_by_owner(rows, owner, 4)], clarity)
+    found, shared = ratios.compare(BACKEND, groups.across(), groups)
+    assert shared.all()
+    means = [photos[n, :k].mean(0) for n, k in enumerate((1, 2, 3, 6))]
+    noise = [
+        1 / card_backend.effective_count(d, np.array(k), np.array(x @ x))
+        for k, x in zip((1, 2, 3, 6), means, strict=True)
+    ]
+    for i, j in ((0, 1), (1, 2), (2, 3), (3, 0)):
+        square, one = np.sum((means[i] - means[j]) ** 2), d.within * (noise[i] + noise[j])
+        limits = (d.same, one), (d.different, one + 2 * d.between * max(clarity[i], clarity[j]))
+        logs = [stats.gamma.logpdf(square, n, scale=mean / n) for n, mean in limits]
+        assert found[i, j] == pytest.approx(logs[0] - logs[1], abs=1e-9)
+        assert found[j, i] == pytest.approx(found[i, j], abs=1e-12)
+
+
 def test_equal_clips_are_grouped_in_few_comparisons(monkeypatch):
     """There are 100 equal clips of each of two people."""
     ratios = mock.Mock(side_effect=grouping.Groups.ratios)
