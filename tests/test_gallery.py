@@ -118,6 +118,17 @@ def test_fpir_threshold_needs_enough_strangers(tmp_path):
         refused(functools.partial(people.threshold, fpir), "give a number above 0 and below 1")
 
 
+def test_a_refused_stranger_is_refused_in_every_batch():
+    """In another batch, the score of a clip may be higher by a rounding error."""
+    best = -np.geomspace(1e-9, 30, 99)
+    threshold = answers_lib.measure_threshold(best, 0.05, 12)
+    refused_scores = best[best < threshold.score]
+    assert len(refused_scores) == 99 - threshold.num_alarms == 95
+    rule = answers_lib.NamingRule("fpir", threshold.score, False, threshold, "")
+    for error in (-5e-8, 5e-8):
+        assert not rule.names(refused_scores * (1 + error)).any()
+
+
 def test_default_rule_is_an_fpir_of_1_percent_if_there_are_99_strangers(tmp_path):
     rule = make(tmp_path / "few", make_clips(strangers=98)).rule()
     assert rule.default and rule.by == "new"  # a name needs a probability above one half

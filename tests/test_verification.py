@@ -216,6 +216,26 @@ def test_photo_of_another_person_does_not_fit(tmp_path):
     assert not any(found.values())
 
 
+def test_misfits_have_the_median_ratio_of_the_other_clips(people):
+    """A clip is not compared with itself. Some people have a clip of somebody else."""
+    for number in range(0, 6, 2):
+        people.relabel(people.people[f"person {number}"][0], f"person {number + 1}")
+    sizes = set()
+    for name, clips in people.people.items():
+        shown = vectors_of(people, {clip: people.clips[clip] for clip in clips})
+        pairs = people.compare(shown, shown).items()
+        wanted = {}
+        for clip in clips:
+            others = [x.log_ratio for pair, x in pairs if clip == pair[0] != pair[1] and x.evidence]
+            if others and np.median(others) < 0:
+                wanted[clip] = np.median(others)
+                sizes.add(len(others))
+        found = people.find_misfits(name)
+        assert found == pytest.approx(wanted, abs=1e-6)
+        assert [*found.values()] == sorted(found.values())
+    assert len(sizes) > 1
+
+
 @pytest.fixture
 def tell(say):
     """Returns a function that runs `vidjax gallery verify WORDS`."""
