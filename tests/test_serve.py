@@ -33,6 +33,7 @@ from msgspec.structs import replace
 from tests.helpers import docs, drawn_people, limits as child, made_galleries, servers
 from tests.helpers.seen import refused
 from vidjax.apps import web
+from vidjax.apps.gallery import verification
 from vidjax.apps.gallery.answers import as_json
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.serve import app as app_lib, gallery_model, limits as limits_lib
@@ -198,6 +199,28 @@ def test_verify_gets_the_answers_of_python(tmp_path):
             found, answer = server.ask("POST", "/verify", {**body, **fields})
             assert (found, words in answer["error"]) == (status, True), answer
             assert "\n" not in answer["error"]
+
+
+def test_verify_answers_from_one_content_of_the_gallery(folder, monkeypatch):
+    """Another process renames the person and removes strangers while a clip is compared."""
+    other, add_fits = Gallery(folder), verification.add_fits
+    rule = json.loads(json.dumps(other.match_rule("person 3").to_dict()))
+
+    def change(*words):
+        other.rename("person 3", "Zoë")
+        other.enrol(
+            {f"s {n}": servers.make_frames(9000 + n, None) for n in range(99)}, strangers=True
+        )
+        return add_fits(*words)
+
+    monkeypatch.setattr(verification, "add_fits", change)
+    body = {"clips": servers.as_json(CLIPS), "identity": "person 3"}
+    with Inside(Gallery(folder)) as server:
+        status, answer = server.ask("POST", "/verify", body)
+        assert (status, answer["rule"]) == (200, rule)
+        monkeypatch.undo()
+        assert server.ask("POST", "/verify", body)[0] == 404
+        assert server.ask("POST", "/verify", {**body, "identity": "Zoë"})[1]["rule"] != rule
 
 
 def test_questions_in_a_batch_get_their_own_answers_or_errors(people):

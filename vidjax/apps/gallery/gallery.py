@@ -79,7 +79,7 @@ from vidjax.apps.gallery.store import (
     VectorOrigin,
 )
 from vidjax.apps.gallery.vectors import NetVectors, Vectors, select_usable_clips
-from vidjax.apps.gallery.verification import Match, MatchRule
+from vidjax.apps.gallery.verification import Match, MatchRule, Verification
 from vidjax.data.clips import TrainingData
 from vidjax.data.input_files import load_clips
 from vidjax.data.labels import sort_identities
@@ -99,6 +99,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 AnyClips: TypeAlias = FrameClips | Vectors
 RANK_ROWS = 64  # clips that are ranked together
+MOST_REMEMBERED = 100  # values that are kept until the gallery changes
 # The share of strangers with a probability above 0.5 in galleries of nets, see the benchmarks
 # `calibration` and `decision`.
 OF_STRANGERS = "2 to 7 %"
@@ -360,13 +361,21 @@ class Gallery:
             return self._state
 
     def _remember(self, state: State, key: object, compute: Callable[[], T]) -> T:
-        """Returns `compute()`, or its earlier result for the same state and key."""
+        """Returns `compute()`, which is not None, or its earlier result for this state and key.
+
+        The values that were used last are kept, at most MOST_REMEMBERED.
+        """
         of, known = self._known  # another thread may replace the attribute
         if of is not state:
             self._known = state, (known := {})
-        if key not in known:
-            known[key] = compute()
-        return known[key]
+        value = known.pop(key, None)
+        if value is None:
+            value = compute()
+        with self._lock:  # other threads add and drop values
+            known[key] = value
+            while len(known) > MOST_REMEMBERED:
+                del known[next(iter(known))]
+        return value
 
     @property
     def run(self) -> "Predictor":
@@ -922,16 +931,16 @@ class Gallery:
             rate = fmr or verification.DEFAULT_FMR
             return MatchRule("blind", rate, math.inf, None, card_notes.NOBODY)
 
-        def make() -> MatchRule:
+        def compare() -> np.ndarray:
             parts = self._stack(state, [*_list_usable_strangers(state)])
             if identity is not None:
                 ratios, shared = state.index.ratios(parts, identity)
             else:
                 ratios, shared = verification.pair_strangers(state.index.backend, parts)
-            ratios = ratios[shared.any(axis=0)]
-            return verification.make_rule(ratios, fmr, pairs=identity is None)
+            return ratios[shared.any(axis=0)]
 
-        return self._remember(state, (identity, fmr), make)
+        ratios = self._remember(state, ("verify", identity), compare)
+        return verification.make_rule(ratios, fmr, pairs=identity is None)
 
     def _stack(self, state: State, names: Sequence[str]) -> list[np.ndarray]:
         """Returns the vectors of enrolled clips, M arrays [N, D]."""
@@ -959,6 +968,21 @@ class Gallery:
           ValueError: nobody is called `identity`, or there are fewer than 1 / fmr - 1 clips of
             strangers, or the features do not fit the gallery.
         """
+        return self.verify_person(clips, identity, fmr=fmr, split=split).matches
+
+    def verify_person(
+        self,
+        clips: AnyClips,
+        identity: str,
+        *,
+        fmr: float | None = None,
+        split: str | None = None,
+    ) -> Verification:
+        """Decides as `verify`; also returns the rule, and the person's clips that do not fit.
+
+        The results of `verify`, `match_rule` and `find_misfits` are of one content of the gallery,
+        although another process may change the gallery.
+        """
         check_argument("verify: identity", identity, str, "the name of a person")
         if not isinstance(clips, Vectors):  # reports mistakes before vectors are computed
             self.match_rule(identity, fmr=fmr)
@@ -969,7 +993,8 @@ class Gallery:
         matches = verification.make_matches(rule, backend, *state.index.ratios(parts, person))
         enrolled = self._stack(state, names)
         matches = verification.add_fits(backend, matches, parts, names, enrolled)
-        return dict(zip(vectors.names, matches, strict=True))
+        matches = dict(zip(vectors.names, matches, strict=True))
+        return Verification(matches, rule, verification.find_misfits(backend, names, enrolled))
 
     def find_misfits(self, identity: str, clips: Collection[str] | None = None) -> dict[str, float]:
         """Finds enrolled clips that differ from most clips of the person `identity`.

@@ -122,6 +122,20 @@ class MatchRule(NamedTuple):
         return rows
 
 
+class Verification(NamedTuple):
+    """The comparison of clips with a person.
+
+    Attributes:
+      matches: clip -> its comparison with the person.
+      rule: the rule that decides if a clip is accepted.
+      misfits: clip of the person that differs from most others -> median of its log ratios.
+    """
+
+    matches: dict[str, Match]
+    rule: MatchRule
+    misfits: dict[str, float]
+
+
 def check_fmr(fmr: float | None) -> None:
     """Raises UserError if `fmr` is neither None nor a number between 0 and 1."""
     check_argument("fmr", fmr, (numbers.Real, type(None)), "a number, or None")

@@ -270,12 +270,9 @@ class Application:
 
         def answer() -> dict[str, object]:
             identity = normal_form(body.identity)
-            matches = self.gallery.verify(vectors, identity, fmr=body.fmr)
-            return {
-                "clips": [verification.as_json(*pair, identity) for pair in matches.items()],
-                "rule": self.gallery.match_rule(identity, fmr=body.fmr).to_dict(),
-                "misfits": self.gallery.find_misfits(identity),
-            }
+            done = self.gallery.verify_person(vectors, identity, fmr=body.fmr)
+            clips = [verification.as_json(*pair, identity) for pair in done.matches.items()]
+            return {"clips": clips, "rule": done.rule.to_dict(), "misfits": done.misfits}
 
         return _encode_json(await self.batcher.run(answer))
 
