@@ -36,6 +36,7 @@ from vidjax.apps import web
 from vidjax.apps.gallery import verification
 from vidjax.apps.gallery.answers import as_json
 from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.store import VectorOrigin
 from vidjax.apps.serve import app as app_lib, gallery_model, limits as limits_lib
 from vidjax.apps.serve.batcher import Batcher, Changes
 from vidjax.apps.serve.limits import Refused, ServerMetrics
@@ -166,7 +167,7 @@ def test_npz_and_json_requests_get_the_answers_of_python(inside, people, tmp_pat
 
 def test_verify_gets_the_answers_of_python(tmp_path):
     people = made_galleries.make(
-        tmp_path / "g", made_galleries.make_clips(strangers=99), origin=servers.CARDS
+        tmp_path / "g", made_galleries.make_clips(strangers=99), origin=made_galleries.CARDS
     )
     wanted, rule = people.verify(CLIPS, "person 3"), people.match_rule("person 3")
     assert {match.accepted for match in wanted.values()} == {True, False}
@@ -263,7 +264,7 @@ def test_server_answers_the_requests_of_the_readme(tmp_path, monkeypatch):
     monkeypatch.setattr(made_galleries, "WIDTHS", {"face": 2})
     clips = {f"stranger {n}": made_galleries.make_clip(n, None) for n in range(99)}
     clips |= {name: made_galleries.make_clip(99, name) for name in ("Ada", "Bo")}
-    origin = servers.VectorOrigin("/models", "0" * 64, centred=True, cards={"face": "0" * 64})
+    origin = VectorOrigin("/models", "0" * 64, centred=True, cards={"face": "0" * 64})
     people = made_galleries.make(tmp_path / "g", clips, origin=origin)
     monkeypatch.chdir(tmp_path)
     np.savez("c1.npz", face=np.ones((3, 2), np.float32))

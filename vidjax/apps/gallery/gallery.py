@@ -27,11 +27,13 @@ run still depends on its training clips, and so does the back end of a gallery t
 """
 
 import contextlib
+import functools
 import itertools
 import math
 import numbers
 import os
 import shlex
+import sqlite3
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -56,7 +58,7 @@ from vidjax.apps.gallery.answers import (
     NamingRule,
     Threshold,
 )
-from vidjax.apps.gallery.backend import Backend, Index
+from vidjax.apps.gallery.backend import Backend, Index, People
 from vidjax.apps.gallery.changes import (
     Draft,
     check_clip,
@@ -158,6 +160,7 @@ class Gallery:
         self._store = Store(Path(folder).expanduser().absolute())
         self._state = self._store.read()
         self._lock = threading.RLock()  # an older state must not replace a newer `_state`
+        self._is_changing = False
         if run is not None and self.origin.cards:
             raise UserError(
                 f"gallery '{self.folder}' was made from nets, so no run computes its vectors\n"
@@ -344,7 +347,9 @@ class Gallery:
     def refresh(self) -> None:
         """Reads the gallery again if another process has changed it."""
         with self._lock:
-            if self._store.sha256() != self._state.sha256:
+            # During a change by this object, no other process can change the file, and the file may
+            # be locked for seconds. So other threads answer from the content before the change.
+            if not self._is_changing and self._store.sha256() != self._state.sha256:
                 self._state = self._store.read()
 
     def remove_leftovers(self) -> None:
@@ -359,6 +364,31 @@ class Gallery:
         with self._lock:
             self.refresh()
             return self._state
+
+    @contextlib.contextmanager
+    def _begin_change(self) -> Iterator[tuple[State, Callable[..., None]]]:
+        """Begins a change; yields the present content, and a function that writes other content.
+
+        The arguments of the function are those of `Store.write` after the transaction.
+        """
+        with self._store.open(write=True) as transaction:
+            state = self._read_current()
+            self._is_changing = True
+            try:
+                yield state, functools.partial(self._write, transaction)
+            finally:
+                self._is_changing = False
+
+    def _write(
+        self,
+        transaction: sqlite3.Connection,
+        state: State,
+        new: Mapping[str, StoredClip] | None = None,
+        people: Sequence[People] | None = None,
+    ) -> None:
+        state = self._store.write(transaction, state, new, people)
+        with self._lock:
+            self._state = state
 
     def _remember(self, state: State, key: object, compute: Callable[[], T]) -> T:
         """Returns `compute()`, which is not None, or its earlier result for this state and key.
@@ -460,8 +490,8 @@ class Gallery:
         During the block, no other process can change the gallery. `advance` is called at the end of
         the block, with numbers of new and changed clips that are finished.
         """
-        with self._store.open(write=True) as transaction:
-            draft = Draft(self._read_current())
+        with self._begin_change() as (state, write):
+            draft = Draft(state)
             try:
                 yield draft
             finally:
@@ -471,8 +501,7 @@ class Gallery:
             state, people = draft.state(advance)
             if draft.refits:
                 state = refit(state)
-            with self._lock:
-                self._state = self._store.write(transaction, state, draft.inserted, people)
+            write(state, draft.inserted, people)
         _warn_of_similar(self.folder, draft.similar)
 
     def enrol(
@@ -647,8 +676,7 @@ class Gallery:
         waiting: Mapping[str, str] | None = None,
     ) -> tuple[str, ...]:
         """Uses other numbers, more modalities, or other models, see `widen`."""
-        with self._store.open(write=True) as transaction:
-            state = self._read_current()
+        with self._begin_change() as (state, write):
             was, now = state.origin.cards, origin.cards
             changed = sorted(part for part in was if was[part] != now.get(part))
             blind = state.origin.blind and not changed
@@ -675,8 +703,7 @@ class Gallery:
                 vector = _widen(clip.vector, backend, wide, was if name in waiting else changed)
                 clips[waiting.get(name, name)] = clip._replace(vector=vector)
             state = make_state(state.version + 1, origin, wide, clips, state.denied)
-            with self._lock:
-                self._state = self._store.write(transaction, state)
+            write(state)
         return tuple(part for part in now if now[part] != was.get(part))
 
     def check_mirrored(self, cosines: Sequence[float]) -> None:
@@ -687,14 +714,11 @@ class Gallery:
         """
         if len(cosines) < 2:
             return
-        with self._store.open(write=True) as transaction:
-            state = self._read_current()
+        with self._begin_change() as (state, write):
             blind = state.index.compare_with_card().is_blind(cosines)
             if blind != state.origin.blind:
                 origin = msgspec.structs.replace(state.origin, blind=blind)
-                state = state._replace(version=state.version + 1, origin=origin)
-                with self._lock:
-                    self._state = self._store.write(transaction, state)
+                write(state._replace(version=state.version + 1, origin=origin))
 
     def compare_with_card(self) -> Comparison:
         """Compares the enrolled people with the card of the net of faces.
