@@ -56,8 +56,9 @@ def oracle(scores, views, rows):
             for view in views:
                 if view.present[rows[i]] and view.present[rows[j]]:
                     space = two_covariance.Space(np.zeros(D), np.eye(D), view.ratio)
-                    both = view.vectors[rows[i]].astype(float), view.vectors[rows[j]].astype(float)
-                    ratio = view.scale * two_covariance.clip_log_ratios(space, *both)
+                    a, b = view.vectors[[rows[i], rows[j]]].astype(float)
+                    one = np.ones(())
+                    ratio = view.scale * two_covariance.pair_log_ratios(space, a, one, b, one)
                     value[j] += min(max(ratio, -6), 6)
         for j in np.argsort(-value)[:5]:
             differ = p[i].sum() * p[j].sum() - p[i] @ p[j]

@@ -152,10 +152,20 @@ def test_measured_card_is_used_by_its_galleries_and_knows_no_names(tmp_path, mod
     assert fit.pairs == (24 * 6, 276 * 16) and "96 clips of 24 people" in fit.data
     assert fit.mean is not None and np.linalg.norm(fit.mean) ** 2 == pytest.approx(0.6, abs=0.05)
 
+    # Commands that read the gallery change no byte, and mention the new numbers.
+    content = {path: path.read_bytes() for path in gallery.folder.iterdir()}
+    given = f"--input={queries / 'p00'}"
+    for words in (("identify", given), ("verify", given, "--identity=A"), ("list",)):
+        read = command("gallery", words[0], gallery.folder, *words[1:])
+        assert read.code == 0 and ("has newer numbers" in read.out) == (words[0] != "list")
+        assert {path: path.read_bytes() for path in gallery.folder.iterdir()} == content, words
+
     # The gallery says once that it has new numbers, and then answers as a new gallery.
-    words = ["gallery", "identify", tmp_path / "g", f"--input={queries / 'p00'}"]
+    words = ["measure-card", models, f"--gallery={gallery.folder}"]
     assert command(*words).err.count("uses the new numbers") == 1
     assert "new numbers" not in command(*words).err
+    assert "newer" not in command("gallery", "identify", gallery.folder, given).out
+    assert command(*words[:2]).code == 2
     other = Gallery.of_models(tmp_path / "other", models)
     other.enrol({f"{n}": {"face": x[:1]} for n, x in enumerate(photos[:2])}, {"0": "A", "1": "B"})
     query = gallery.load(queries / "p00")
@@ -260,7 +270,8 @@ def test_default_numbers_are_mentioned_where_names_are(tmp_path, models, command
     assert command("gallery", "enrol", tmp_path / "g", f"--input={features}").code == 0
     words = ["gallery", "identify", tmp_path / "g", f"--input={features / 'p00'}"]
     assert f"vidjax measure-card {models}" in command(*words).out
-    assert command("measure-card", models, f"--input={features}").code == 0
+    measure = "measure-card", models, f"--input={features}", f"--gallery={tmp_path / 'g'}"
+    assert command(*measure).code == 0
     assert "measure-card" not in command(*words).out
 
 

@@ -423,7 +423,9 @@ def test_log_ratios_equal_ratios_of_joint_densities(within, between):
     groups = [group[:count] for group, count in zip(groups, counts, strict=False)]
     means = [((group - space.mean) @ space.transform).mean(axis=0) for group in groups]
     for row, group in enumerate(groups):
-        ratios = two_covariance.pair_log_ratios(space, 1 / counts, np.stack(means), row)
+        noise = 1 / counts
+        one, all_ = (means[row], noise[row]), (np.stack(means), noise)
+        ratios = two_covariance.pair_log_ratios(space, *one, *all_)
         others = np.arange(3) != row
         close(ratios[others], [wanted(group, groups[other]) for other in np.flatnonzero(others)])
 

@@ -25,7 +25,7 @@ import numpy as np
 from tests.benchmarks import common, decision
 from tests.helpers import embeddings
 from vidjax.apps.cards import PUBLISHED, BackEnd
-from vidjax.apps.gallery import backend as backend_lib, verification
+from vidjax.apps.gallery import backend as backend_lib, ratios, verification
 from vidjax.apps.gallery.backend import Backend
 
 DRAWS = 200
@@ -50,8 +50,8 @@ def make_comparison(draw: Draw, *, pairs: bool) -> Callable[[np.ndarray], np.nda
     """Returns a function that compares clips [N, D] with the first person, or with one clip."""
     model, (people, clips, width) = draw.backend, draw.enrolled.shape
     if pairs:
-        one = model.whiten([draw.enrolled[0, :1]])
-        return lambda x: verification.pair_log_ratios(model, one, model.whiten([x]))[0]
+        one = ratios.of_clips(model, [draw.enrolled[0, :1]])
+        return lambda x: ratios.compare(model, one, ratios.of_clips(model, [x]))[0]
     enrolled = draw.enrolled.reshape(-1, width)
     owner = np.arange(people).repeat(clips)
     index = backend_lib.Index(model, [model.enrol([*map(str, range(people))], enrolled, owner)])

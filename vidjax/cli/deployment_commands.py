@@ -199,10 +199,11 @@ def serve(args: argparse.Namespace) -> Result:
             "--token-file=F\nto make a token: (umask 077; openssl rand -hex 32 > F)"
         )
     from vidjax.apps.gallery.gallery import Gallery
+    from vidjax.apps.gallery.store import Store
     from vidjax.apps.serve import app as app_lib
 
     gallery = Gallery(args.gallery, run=args.run)
-    gallery.remove_leftovers()
+    Store(gallery.folder).remove_leftovers()
     app = app_lib.make_app(gallery, limits, token)
     listener = web.listen(args.host, args.port, limits)
     with listener:

@@ -63,7 +63,7 @@ def load_people(
         return gallery.load(path), person_of
     if stray := path if path.is_file() else min(path.glob("[!.]*.npz"), default=None):
         raise refuse_stray(stray)
-    widths, quality = gallery.reads
+    widths, quality = gallery.source.reads
     return input_files.load_people(path, widths, quality=quality, nets=gallery.origin.cards)
 
 

@@ -345,20 +345,45 @@ def convert_nets(args: argparse.Namespace) -> Result:
 def add_measure_card_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax measure-card`."""
     parser.add_argument("models", metavar="MODELS", help="the folder of the nets")
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--photos", metavar="DIR", help=f"photos {PHOTOS_TO_MEASURE}")
     about = "instead of --photos: features DIR/NAME/CLIP.npz that vidjax extract made"
     source.add_argument("--input", metavar="DIR", help=about)
+    about = (
+        "a gallery of these nets, which then uses the numbers of the cards. Without --photos and "
+        "--input, nothing is measured"
+    )
+    parser.add_argument("--gallery", metavar="G", help=about)
     _add_workers(parser)
-    parser.command(measure_card, "models --photos=portraits", "models --input=features")
+    parser.command(
+        measure_card,
+        "models --photos=portraits",
+        "models --input=features",
+        "models --gallery=people",
+    )
 
 
 def measure_card(args: argparse.Namespace) -> Result:
     """Measures the cards of nets on photos or features, and writes the cards."""
+    from vidjax.apps.gallery.gallery import Gallery
+
     models = files.local(args.models)
+    if not (args.photos or args.input or args.gallery):
+        raise UserError(
+            "a card is measured on photos or features: add --photos=DIR or --input=DIR\n"
+            "to use the present numbers of the cards in a gallery: --gallery=G"
+        )
+    gallery = Gallery(files.local(args.gallery)) if args.gallery else None
+    result = Result({}, {})
     if args.photos:
-        return _measure_photos(models, args)
-    return describe_cards(measured_cards.measure_features(models, files.local(args.input)))
+        result = _measure_photos(models, args)
+    elif args.input:
+        result = describe_cards(measured_cards.measure_features(models, files.local(args.input)))
+    if gallery:
+        gallery.widen(models)
+        used = {"galleries": f"{gallery.folder} has the numbers of the cards"}
+        result = result._replace(rows={**result.rows, **used})
+    return result
 
 
 def _measure_photos(models: Path, args: argparse.Namespace) -> Result:
@@ -389,5 +414,8 @@ def describe_cards(done: Sequence[MeasuredCard]) -> Result:
         values = {**found._asdict(), "mean": back_end.mean}
         values |= {key: getattr(found, key)._asdict() for key in ("same", "different")}
         content.append({"card": str(card.path), **values})
-    rows["galleries"] = "the next vidjax who or vidjax gallery uses the new numbers"
+    rows["galleries"] = (
+        "the next vidjax who uses the new numbers; other galleries: vidjax measure-card MODELS "
+        "--gallery=G"
+    )
     return Result({"measured": content}, rows, "\n".join(texts))

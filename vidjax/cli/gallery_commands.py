@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vidjax.apps import bulk
-from vidjax.apps.gallery import answers as answers_lib, verification
+from vidjax.apps.gallery import answers as answers_lib, card_notes, verification
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.enrolment import stack_vectors
 from vidjax.apps.video import appearances
@@ -28,7 +28,8 @@ from vidjax.utils.names import normal_form, show, strip_ending
 from vidjax.utils.parser import Parser, whole_number
 
 if TYPE_CHECKING:
-    from vidjax.apps.gallery.gallery import Enrolment, Gallery
+    from vidjax.apps.gallery.gallery import Gallery
+    from vidjax.apps.gallery.labelling import Enrolment
     from vidjax.apps.gallery.vectors import Vectors
     from vidjax.apps.video.features_folder import MediaFile
     from vidjax.data.clips import TrainingData
@@ -288,7 +289,8 @@ def _summarise(
 
 
 def _create(args: argparse.Namespace) -> Result:
-    from vidjax.apps.gallery.gallery import Gallery, check_new
+    from vidjax.apps.gallery.creation import check_new
+    from vidjax.apps.gallery.gallery import Gallery
 
     check_new(Path(args.gallery))
     if args.models:
@@ -333,7 +335,6 @@ def _open(args: argparse.Namespace) -> "Gallery":
     if (split := getattr(args, "split", None)) and split not in SPLITS:
         raise UserError(f"--split={split}: choose from {', '.join(SPLITS)}")
     gallery = Gallery(args.gallery, run=getattr(args, "run", None))
-    gallery.follow_cards()
     for path in paths if gallery.origin.cards else ():
         features_folder.check_models(path, gallery.origin.cards)
     return gallery
@@ -366,7 +367,7 @@ def _embed_clips(
 
 
 def _enrol(args: argparse.Namespace) -> Result:
-    from vidjax.apps.gallery.gallery import check_given
+    from vidjax.apps.gallery.labelling import check_given
 
     if args.photos:
         return _enrol_photos(args)
@@ -470,7 +471,7 @@ def _describe_enrolment(
     if refused:
         count, names = messages.count(len(refused), "clip"), messages.list_some(refused, 3)
         warn(f"not enrolled: {count} without a usable frame, {names}")
-    gallery.warn_of_card()
+    card_notes.warn(gallery.state)
     enrolled, unchanged = sum(x.enrolled for x in done), sum(x.unchanged for x in done)
     similar = {name: other for part in done for name, other in part.similar.items()}
     rows = {"inputs": f"{len(args.input):,}"} if len(args.input) > 1 else {}
@@ -495,7 +496,7 @@ def _enrol_photos(args: argparse.Namespace) -> Result:
     gallery = _open(args)
     models = enrol_inputs.check_models(gallery, args.models)
     done = people_photos.enrol_folder(gallery, people, models, num_cores())
-    gallery.warn_of_card()
+    card_notes.warn(gallery.state)
     count = messages.count(done.enrolled, "face")
     rows = {"enrolled": f"{count}, {done.unchanged:,} enrolled before"}
     if done.failed:
@@ -626,7 +627,7 @@ def _verify(args: argparse.Namespace) -> Result:
 
 
 def _describe_card(gallery: "Gallery") -> dict[str, str]:
-    note = gallery.describe_card()
+    note = card_notes.describe(gallery.state)
     return {"card": "; ".join(note.splitlines())} if note else {}
 
 
@@ -720,7 +721,7 @@ def _migrate(args: argparse.Namespace) -> Result:
     from vidjax.data.input_files import load_people
 
     old, new = Gallery(args.gallery), Gallery(args.new)
-    path, (widths, quality) = Path(args.input).expanduser(), new.reads
+    path, (widths, quality) = Path(args.input).expanduser(), new.source.reads
     features_folder.check_models(path, new.origin.cards)
     inside = {x.parent.name for x in path.glob("[!.]*/*.npz")}
     if inside - {*SPLITS} and not any(path.glob("[!.]*.npz")):

@@ -232,33 +232,27 @@ def compute_coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> E
     )
 
 
-def pair_log_ratios(space: Space, noise: np.ndarray, mean: np.ndarray, row: int) -> np.ndarray:
-    """Compares the group of clips with index `row` with all G groups. Returns [G].
+def pair_log_ratios(
+    space: Space, x: np.ndarray, noise: np.ndarray, y: np.ndarray, other: np.ndarray
+) -> np.ndarray:
+    """Compares groups x of clips with groups y. All arguments broadcast; returns [...].
 
-    A result is log(p(clips | the same person) / p(clips | two people)). `mean` [G, D] is the mean
-    of the coordinates of each group. `noise` [G] is 1 / the number of clips in each group.
+    A result is log(p(clips | the same person) / p(clips | two people)). `x` and `y` [..., D] are
+    the means of the coordinates of each group. `noise` and `other` [...] are 1 / the numbers of
+    clips in each group.
     """
-    noise = noise[:, None]
-    share = space.ratio / (space.ratio + noise[row])
-    variance = share * noise[row] + noise  # [G, D], of the mean of a group of the same class
-    other = space.ratio + noise
-    gap = mean - share * mean[row]
-    return np.sum(mean**2 / other - gap**2 / variance + np.log(other / variance), axis=1) / 2
-
-
-def clip_log_ratios(space: Space, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Compares clips x with clips y. Both are coordinates [..., D] that broadcast; returns [...].
-
-    A result is log(p(both clips | the same person) / p(both clips | two people)).
-    """
-    slope, curve, constant = _compare_coefficients(space.ratio)
-    return constant + np.vecdot(slope * x, y) - (x**2 @ curve + y**2 @ curve)
+    noise, other = noise[..., None], other[..., None]
+    share = space.ratio / (space.ratio + noise)
+    variance = share * noise + other  # [..., D], of the mean of a group of the same class
+    full = space.ratio + other
+    gap = y - share * x
+    return np.sum(y**2 / full - gap**2 / variance + np.log(full / variance), axis=-1) / 2
 
 
 def all_log_ratios(ratio: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Compares all clips x with all clips y, coordinates [n, D] and [m, D]. Returns [n, m].
 
-    `ratio` is `Space.ratio`. For a result, see `clip_log_ratios`.
+    `ratio` is `Space.ratio`. For a result, see `pair_log_ratios`.
     """
     slope, curve, constant = _compare_coefficients(ratio)
     return constant + (slope * x) @ y.T - (x**2 @ curve)[:, None] - y**2 @ curve

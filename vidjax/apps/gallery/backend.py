@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from vidjax.apps.gallery import ratios as ratios_lib
+from vidjax.apps.gallery.ratios import MAX_VOICE_RATIO
 from vidjax.models import card_backend, card_check, two_covariance
 from vidjax.models.card_backend import Distances
 from vidjax.models.card_check import Comparison
@@ -39,9 +41,6 @@ MAX_PAIRED_NUMBERS = 1 << 20  # numbers in an array with a vector for each pair 
 # The coefficients of people are in blocks of at most this size. Threads compare blocks in parallel.
 MAX_BLOCK_PEOPLE = 4096
 MIN_BLOCK_PEOPLE = 512  # a change of the gallery joins blocks with fewer people
-# We assume that 10 % of the voices belong to a person who is not seen. So the likelihood ratio of
-# a voice is at most 9 if the clip also has a face.
-MAX_VOICE_RATIO = np.log(9)
 # The largest `Covariances.shared` with which the gallery of a PLDA run has the settings of the run.
 MOST_SHARED = 0.25
 NUM_FINE_PEOPLE = 16  # most probable people of a clip, whose logits are computed in float64
@@ -579,8 +578,9 @@ class Index:
         none = np.zeros((len(self.backend.parts), 0), np.int32)
         return np.concatenate([none, *(block.num_clips for block in self.blocks)], axis=1)
 
-    def compare_with_card(self) -> Comparison:
-        """Compares the enrolled people with the card of the net of faces, if there is one."""
+    @functools.cached_property
+    def card_comparison(self) -> Comparison:
+        """The enrolled people, compared with the card of the net of faces, if there is one."""
         for number, part in enumerate(self.backend.parts):
             if part.name == "face" and part.distances is not None:
                 with _one_thread():
@@ -700,8 +700,11 @@ class Index:
         new = float(two_covariance.compute_stranger_logit(self.backend.settings, len(self.names)))
         units = self.backend.units(parts)
         effective = [np.ones(len(x)) for x in units]
-        if owner is not None:
-            units, effective = self._groups(units, owner)
+        if owner is not None:  # only galleries with cards group clips
+            num = int(owner.max(initial=-1)) + 1
+            sums = [sum_by_owner(x, owner, num) for x in units]
+            groups = ratios_lib.of_sums(self.backend, sums, np.ones(num))
+            units, effective = groups.means, [1 / noise for noise in groups.noises]
         for at in range(0, len(units[0]), MAX_QUERY_CLIPS):
             chosen = slice(at, at + MAX_QUERY_CLIPS)
             queries = self._prepare([x[chosen] for x in units], [n[chosen] for n in effective])
@@ -714,25 +717,6 @@ class Index:
             each = zip(logits, best, np.split(fine, ends), ~queries.missing.T, strict=True)
             for clip_logits, rows, clip_fine, has_part in each:
                 yield new, clip_logits, rows, clip_fine, has_part
-
-    def _groups(
-        self, units: Sequence[np.ndarray], owner: np.ndarray
-    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Averages the unit vectors of each group, for M modalities.
-
-        `units` are M arrays [Q, D], and `owner` [Q] is the group of each clip. Returns the means, M
-        arrays [G, D], and effective numbers of clips, M arrays [G], see
-        `card_backend.effective_count`.
-        """
-        means, effective = [], []
-        for part, x in zip(self.backend.parts, units, strict=True):
-            count, total = sum_by_owner(x, owner, int(owner.max(initial=-1)) + 1)
-            mean = total / np.maximum(count, 1)[:, None]
-            means.append(mean)
-            assert part.distances is not None  # only galleries with cards group clips
-            square = np.vecdot(mean, mean)
-            effective.append(card_backend.effective_count(part.distances, count, square))
-        return means, effective
 
     def _prepare(self, units: Sequence[np.ndarray], effective: Sequence[np.ndarray]) -> _Queries:
         """Prepares the unit vectors of Q groups of clips, M arrays [Q, D], for the comparison.

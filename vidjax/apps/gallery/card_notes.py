@@ -1,12 +1,148 @@
-"""Describes to users how far the card of a net can be believed, see `models.card_check`."""
+"""The cards of a gallery's nets: reads them, compares people with them, and describes problems.
 
+A card is the JSON file of a net. See `models.card_check` for how far a card can be believed.
+"""
+
+import os
 import shlex
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import msgspec
+import numpy as np
+
+from vidjax.apps.gallery import backend as backend_lib
+from vidjax.apps.gallery.backend import Backend
+from vidjax.apps.gallery.enrolment import check_width, make_state
+from vidjax.apps.gallery.store import State, StoredClip, VectorOrigin
 from vidjax.models.card_check import Comparison
+from vidjax.runs.terminal import say
+from vidjax.utils import files
+from vidjax.utils.errors import UserError, check_argument
+
+if TYPE_CHECKING:
+    from vidjax.apps.cards import BackEnd
 
 NOBODY = "nobody gets a name: vectors of two people are as alike as vectors of one person"
 TWO_NAMES = "if two names are one person, or a photo shows another person, correct them"
 SAME = 0.1  # people who differ less than this share of what the card says look like one person
+
+
+def read_cards(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
+    """Reads the cards of models, the JSON files that describe them.
+
+    Returns a description of the models, and modality -> distribution of cosines. Raises UserError
+    if no card contains such a distribution.
+    """
+    from vidjax.apps import cards
+
+    check_argument("Gallery: models", models, (str, os.PathLike), "the path of a folder")
+    path = Path(models).expanduser().absolute()
+    usable = cards.list_embedders(cards.load(path))
+    back_ends = {part: card.back_end for part, card in usable.items() if card.back_end}
+    if not back_ends:
+        raise UserError(
+            f"'{path}' needs a net of faces or voices whose JSON file has a back_end\n"
+            f"{cards.describe_remedy('face_embedder', path)}"
+        )
+    digests = {part: usable[part].digest for part in back_ends}
+    return VectorOrigin(str(path), files.sha256_json(digests), True, digests), back_ends
+
+
+def _read_back_ends(origin: VectorOrigin) -> "dict[str, BackEnd]":
+    """Returns modality -> numbers in the card of its net; {} if the cards are not found."""
+    from vidjax.apps import cards
+
+    was = origin.cards
+    try:
+        found = cards.list_embedders(cards.read_all(Path(origin.workdir))) if was else {}
+    except (UserError, OSError):
+        return {}
+    same = {part: x.back_end for part, x in found.items() if was.get(part) == x.digest}
+    return {part: x for part, x in same.items() if x} if same.keys() == was.keys() else {}
+
+
+def widen(
+    state: State,
+    origin: VectorOrigin,
+    back_ends: "Mapping[str, BackEnd]",
+    waiting: Mapping[str, str] | None,
+    folder: Path,
+) -> State:
+    """Returns a state with other numbers, more modalities, or other models, see `Gallery.widen`.
+
+    `origin` and `back_ends` are of `read_cards`. `folder` is the folder of the gallery, for
+    messages. If nothing changes, returns `state`.
+    """
+    was, now = state.origin.cards, origin.cards
+    changed = sorted(part for part in was if was[part] != now.get(part))
+    blind = state.origin.blind and not changed
+    origin = msgspec.structs.replace(origin, blind=blind)
+    if not was or (changed and (waiting is None or was.keys() - now.keys())):
+        made = f"other models of {', '.join(changed)}" if was else "a run, not with models"
+        raise UserError(
+            f"gallery '{folder}' was made with {made}\n"
+            "use the same models, or name a new folder: --out=DIR"
+        )
+    backend = state.index.backend
+    wide = backend_lib.make_card_backend(back_ends)
+    is_equal = not changed and backend_lib.compare_equal(backend, wide)
+    if was == now and is_equal and origin == state.origin and not waiting:
+        return state
+    if not is_equal and not changed:
+        say(
+            f"gallery '{folder}': the numbers in the card of the net have changed, "
+            "and the gallery uses the new numbers"
+        )
+    check_width(wide)
+    waiting, clips = waiting or {}, dict[str, StoredClip]()
+    for name, clip in state.clips.items():
+        vector = _widen(clip.vector, backend, wide, was if name in waiting else changed)
+        clips[waiting.get(name, name)] = clip._replace(vector=vector)
+    return make_state(state.version + 1, origin, wide, clips, state.denied)
+
+
+def _widen(
+    vector: np.ndarray, backend: Backend, wide: Backend, changed: Collection[str]
+) -> np.ndarray:
+    """Extends a clip's vector to the modalities of `wide`. New and `changed` modalities are 0."""
+    present = dict(zip(backend.widths, backend.split(vector[None]), strict=True))
+    present = {part: x for part, x in present.items() if part not in changed}
+    parts = [present.get(part, np.zeros((1, width))) for part, width in wide.widths.items()]
+    return np.concatenate(parts, axis=1, dtype=np.float32)[0]
+
+
+def compare(state: State) -> Comparison:
+    """Compares the enrolled people with the card of the net of faces.
+
+    If there is no such card, the people do not contradict it.
+    """
+    comparison = state.index.card_comparison
+    return comparison._replace(problem="blind") if state.origin.blind else comparison
+
+
+def describe(state: State) -> str:
+    """Returns why names cannot be believed or are rare, with a remedy, or ""."""
+    comparison, models = compare(state), state.origin.workdir
+    if not state.index.names:
+        return ""
+    back_ends = _read_back_ends(state.origin)
+    present = backend_lib.make_card_backend(back_ends) if back_ends else state.index.backend
+    is_old = not backend_lib.compare_equal(state.index.backend, present)
+    if is_old and comparison.problem != "blind":
+        words = ["vidjax", "measure-card", models, "--gallery=G"]
+        return f"the card of the net has newer numbers\nto use them: {shlex.join(words)}"
+    if problem := describe_problem(comparison, models):
+        return problem
+    face = back_ends.get("face")
+    return describe_default(models) if face and not face.is_measured else ""
+
+
+def warn(state: State) -> None:
+    """Prints a warning if the enrolled people contradict the card of the net."""
+    if problem := describe_problem(compare(state), state.origin.workdir):
+        say(problem, warning=True)
 
 
 def describe_problem(comparison: Comparison, models: str) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery.backend import MAX_BLOCK_PEOPLE, Backend, Index, People
 from vidjax.apps.gallery.store import (
+    MAX_VECTOR_WIDTH,
     STRANGER,
     Denials,
     State,
@@ -16,6 +17,7 @@ from vidjax.apps.gallery.store import (
     list_clips_of,
 )
 from vidjax.models.two_covariance import Settings
+from vidjax.utils.errors import UserError
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import cut_film_name
 
@@ -103,6 +105,18 @@ def stack_vectors(names: Sequence[str], clips: Mapping[str, StoredClip], width: 
     return np.array(vectors, np.float32).reshape(len(names), width)
 
 
+def stack_parts(state: State, names: Sequence[str]) -> list[np.ndarray]:
+    """Returns the vectors of N enrolled clips, M arrays [N, D]."""
+    backend = state.index.backend
+    return backend.split(stack_vectors(names, state.clips, sum(backend.widths.values())))
+
+
+def list_usable_strangers(state: State) -> Iterator[str]:
+    """Yields the names of the clips of strangers, except clips without a vector."""
+    # A clip without a vector waits until `vidjax who` reads its film with the present models.
+    return (name for name in state.clips_of.get(STRANGER, ()) if state.clips[name].vector.any())
+
+
 def fit_backend(
     clips: Mapping[str, StoredClip],
     widths: Mapping[str, int],
@@ -163,3 +177,14 @@ def make_state(
     people = {name: clips_of[name] for name in sorted(clips_of.keys() - {STRANGER})}
     blocks = enrol_in_blocks(backend, people, clips, of_plda=origin.counts_every_clip)
     return State(version, origin, Index(backend, blocks), clips, clips_of, denied)
+
+
+def check_width(backend: Backend) -> int:
+    """Returns the length of a clip's vector. Raises UserError if a gallery cannot store it."""
+    width = sum(backend.widths.values())
+    if width > MAX_VECTOR_WIDTH:
+        raise UserError(
+            f"the vector of a clip has {width:,} numbers, but a gallery can store at most "
+            f"{MAX_VECTOR_WIDTH:,}\nuse an ensemble with fewer members, or a narrower net"
+        )
+    return width

@@ -21,12 +21,12 @@ The prior of a new person follows Good 1953, The population frequencies of speci
 pair and the clarity of faces are our choice.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 
-from vidjax.apps.gallery.backend import MAX_VOICE_RATIO, Backend, sum_by_owner
-from vidjax.models import card_backend, two_covariance
+from vidjax.apps.gallery import ratios as ratios_lib
+from vidjax.apps.gallery.backend import Backend, sum_by_owner
 from vidjax.models.card_backend import LEAST_CLARITY
 from vidjax.utils.names import cut_film_name
 
@@ -47,10 +47,8 @@ class Groups:
     """G groups of clips, whose pairs can be compared and joined.
 
     Attributes:
-      counts: M arrays [G], one for each modality: the number of a group's clips that have it.
-      means: M arrays [G, D], the mean coordinates of these clips.
+      summary: the numbers with which the groups are compared.
       sizes: [G], the number of clips. It is 0 if the group was joined to another group.
-      clarity: [G], the mean clarity of a group's faces, see `align.measure_clarity`.
       unclear: [G] bool, True if all faces of a group are unclear.
       apart: [G, G] bool, True if two groups certainly show different people.
       settled: [G] bool, True for groups that are not joined to each other, see `settle`.
@@ -71,41 +69,16 @@ class Groups:
         face. `apart` are pairs of indices of clips that show different people.
         """
         self._backend, num = backend, int(labels.max()) + 1
-        pairs = [sum_by_owner(x, labels, num) for x in coordinates]
-        self.counts = [count for count, _ in pairs]
-        self.means = [total / np.maximum(count, 1)[:, None] for count, total in pairs]
+        self._inverses = ratios_lib.invert(backend)
+        sums = [sum_by_owner(x, labels, num) for x in coordinates]
         self.sizes = np.bincount(labels)
-        self.clarity = np.bincount(labels, clarity) / self.sizes
+        mean_clarity = np.bincount(labels, clarity) / self.sizes
+        self.summary = ratios_lib.of_sums(backend, sums, mean_clarity, self._inverses)
         self.unclear = np.bincount(labels, clarity >= LEAST_CLARITY) == 0
         self.settled = np.zeros(num, bool)
         self.apart = np.zeros((num, num), bool)
         for clip, other in apart:
             self.apart[labels[clip], labels[other]] = self.apart[labels[other], labels[clip]] = True
-        self._squares = [np.vecdot(mean, mean) for mean in self.means]
-        self._inverses = [
-            np.linalg.inv(part.space.transform) if part.space else np.zeros((0, 0))
-            for part in backend.parts
-        ]
-        self._noises = [self._noise(part, slice(None)) for part in range(len(pairs))]
-
-    def _noise(self, number: int, rows: slice | int) -> np.ndarray:
-        """Returns the variance of a group's mean, relative to the variance of one clip.
-
-        `number` is the index of the modality, and `rows` are the groups. The result is 1 / k for k
-        independent clips. For similar clips it is larger.
-        """
-        count = np.maximum(self.counts[number][rows], 1)
-        part, inverse = self._backend.parts[number], self._inverses[number]
-        if part.space is None:
-            assert part.distances is not None
-            return 1 / card_backend.effective_count(
-                part.distances, count, self._squares[number][rows]
-            )
-        mean = np.atleast_2d(self.means[number][rows] @ inverse) + part.space.mean  # unit vectors
-        num = np.atleast_1d(count)
-        within = float(np.vdot(inverse, inverse))
-        effective = two_covariance.count_independent(within, num, num[:, None] * mean)
-        return 1 / np.reshape(effective, np.shape(count))
 
     def settle(self, settled: np.ndarray) -> None:
         """Keeps the groups with True in `settled` [G] bool apart from each other."""
@@ -114,14 +87,17 @@ class Groups:
 
     def join(self, target: int, source: int) -> None:
         """Moves all clips of the group `source` to the group `target`."""
-        for number, (count, mean) in enumerate(zip(self.counts, self.means, strict=True)):
-            shares = count[[target, source]] / max(count[target] + count[source], 1)
+        pair, summary = [target, source], self.summary
+        for number, part in enumerate(self._backend.parts):
+            count, mean = summary.counts[number], summary.means[number]
+            mean[target] = count[pair] / max(count[pair].sum(), 1) @ mean[pair]
             count[target] += count[source]
-            mean[target] = shares @ mean[[target, source]]
-            self._squares[number][target] = mean[target] @ mean[target]
-            self._noises[number][target] = self._noise(number, target)
-        shares = self.sizes[[target, source]] / (self.sizes[target] + self.sizes[source])
-        self.clarity[target] = shares @ self.clarity[[target, source]]
+            summary.squares[number][target] = mean[target] @ mean[target]
+            summary.noises[number][[target]] = ratios_lib.measure_noise(
+                part, count[[target]], mean[[target]], self._inverses[number]
+            )
+        shares = self.sizes[pair] / self.sizes[pair].sum()
+        summary.clarity[target] = shares @ summary.clarity[pair]
         self.unclear[target] &= self.unclear[source]
         self.settled[target] |= self.settled[source]
         self.sizes[target] += self.sizes[source]
@@ -132,10 +108,9 @@ class Groups:
     def drop_joined(self) -> np.ndarray:
         """Drops groups without clips; returns the old indices of the kept groups."""
         rows = np.flatnonzero(self.sizes)
-        for arrays in (self.counts, self.means, self._squares, self._noises):
-            arrays[:] = [x[rows] for x in arrays]
+        self.summary = self.summary.take(rows)
         self.sizes, self.apart = self.sizes[rows], self.apart[np.ix_(rows, rows)]
-        self.clarity, self.unclear = self.clarity[rows], self.unclear[rows]
+        self.unclear = self.unclear[rows]
         self.settled = self.settled[rows]
         return rows
 
@@ -146,30 +121,13 @@ class Groups:
         `row` itself, for groups without clips, and for groups that certainly show another person.
         It is also -inf if two groups have no modality in common, or contain only unclear faces.
         """
-        shared = [(count > 0) & (count[row] > 0) for count in self.counts]
-        total = np.zeros(len(self.sizes))
-        for number, (part, both) in enumerate(zip(self._backend.parts, shared, strict=True)):
-            ratios = self._part_ratios(number, row)
-            if part.may_be_offscreen:
-                limited = np.clip(ratios, -MAX_VOICE_RATIO, MAX_VOICE_RATIO)
-                ratios = np.where(np.sum(shared, axis=0) > 1, limited, ratios)
-            total += np.where(both, ratios, 0)
-        total[~np.logical_or.reduce(shared) | (self.sizes == 0) | self.apart[row]] = -np.inf
+        one = self.summary.take([row])
+        total, shared = ratios_lib.compare(self._backend, one, self.summary)
+        total[~shared.any(axis=0) | (self.sizes == 0) | self.apart[row]] = -np.inf
         if self.unclear[row]:
             total[self.unclear] = -np.inf
         total[row] = -np.inf
         return total
-
-    def _part_ratios(self, number: int, row: int) -> np.ndarray:
-        part, mean, noise = self._backend.parts[number], self.means[number], self._noises[number]
-        if part.space is not None:
-            ratios = two_covariance.pair_log_ratios(part.space, noise, mean, row)
-            return float(self._backend.settings.scale) * ratios
-        assert part.distances is not None
-        square = self._squares[number]
-        gap = square + square[row] - 2 * (mean @ mean[row])
-        clarity = np.maximum(self.clarity, self.clarity[row]) if part.name == "face" else 1.0
-        return card_backend.pair_log_ratios(part.distances, gap, noise + noise[row], clarity)
 
 
 def group(
@@ -217,7 +175,8 @@ def group(
         inside = inside[(inside >= 0).all(axis=1)].tolist()
         groups = Groups(backend, [z[rows] for z in coordinates], local, clear[rows], inside)
         groups.settle(np.bincount(local, old[rows]) > 0)
-        joined = _agglomerate(groups, VOTE_ODDS if for_votes else 1.0)
+        odds = VOTE_ODDS if for_votes else 1.0  # the prior odds of a pair are odds / G
+        joined = agglomerate(groups, lambda left: float(np.log(left / odds)))
         if absorb:
             joined = _absorb(groups, joined)
         return np.unique(joined[local], return_inverse=True)[1]
@@ -258,11 +217,11 @@ def _split_into_blocks(means: np.ndarray, turn: int) -> np.ndarray:
     return block
 
 
-def _agglomerate(groups: Groups, odds: float) -> np.ndarray:
+def agglomerate(groups: Groups, least: Callable[[int], float]) -> np.ndarray:
     """Joins the most probable pair of groups until no pair is probable enough.
 
-    The prior odds of a pair are `odds` / G. Returns [G] int, the group to which each group was
-    joined.
+    A pair is joined if its log ratio is above `least(G)`, where G is the present number of groups.
+    Returns [G] int, the group to which each group was joined.
     """
     # For each group, the highest ratio of its pairs is stored, and an upper bound of its other
     # ratios. When two groups are joined, the ratios of their pairs no longer exist. If such a ratio
@@ -273,7 +232,7 @@ def _agglomerate(groups: Groups, odds: float) -> np.ndarray:
     highest, others = np.where(groups.settled, -np.inf, np.full((2, num), np.inf))
     while left > 1:
         row = int(highest.argmax())
-        if highest[row] <= np.log(left / odds):
+        if highest[row] <= least(left):
             break
         if not stale[row]:
             other = int(best[row])
@@ -298,7 +257,7 @@ def _agglomerate(groups: Groups, odds: float) -> np.ndarray:
 
 
 def _absorb(groups: Groups, labels: np.ndarray) -> np.ndarray:
-    """Joins small groups to larger groups; returns [G] int, like `labels` from `_agglomerate`."""
+    """Joins small groups to larger groups; returns [G] int, like `labels` from `agglomerate`."""
     labels, sizes, changed = labels.copy(), groups.sizes, True
     while changed:
         changed, single = False, max(int(np.sum(sizes == 1)), 1)
@@ -309,7 +268,7 @@ def _absorb(groups: Groups, labels: np.ndarray) -> np.ndarray:
             logits += np.log(np.maximum(sizes, 1))
             best = int(logits.argmax())
             total = np.logaddexp.reduce(np.append(logits, np.log(single)))
-            clear = max(groups.clarity[row], groups.clarity[best]) >= MIN_CLARITY
+            clear = max(groups.summary.clarity[row], groups.summary.clarity[best]) >= MIN_CLARITY
             if clear and logits[best] - total > np.log(MIN_PROBABILITY):
                 groups.join(best, row)
                 labels[labels == row] = best

@@ -11,7 +11,7 @@ import numpy as np
 from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery.backend import Backend
 from vidjax.apps.gallery.enrolment import fit_backend, measure_shared
-from vidjax.apps.gallery.store import StoredClip, VectorOrigin
+from vidjax.apps.gallery.store import StoredClip, UnreadableError, VectorOrigin
 from vidjax.apps.gallery.vectors import Advance, Vectors, select_usable_clips
 from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, TrainingData, longest
 from vidjax.data.memory import FrameClips, MemoryClips, warn_of_zeros
@@ -46,6 +46,39 @@ def make_origin(run: "Predictor") -> VectorOrigin:
     return VectorOrigin(
         str(run.workdir), digest, run.model.system.model.gallery_settings() is not None
     )
+
+
+def find_run(
+    folder: Path, origin: VectorOrigin, given: "Predictor | str | Path | None"
+) -> "Predictor":
+    """Loads the run that computes the vectors of the gallery `folder`, see `Gallery`.
+
+    `given` is the run or its folder, or None for the folder in `origin`.
+
+    Raises:
+      UserError: the gallery has no run, the run is missing, or its weights have changed.
+    """
+    if origin.cards:
+        raise UserError(
+            f"gallery '{folder}' was made from nets, not from a trained run\n"
+            "give it features that vidjax extract has written: --input=FOLDER"
+        )
+    place = origin.workdir
+    remedy = "name its folder: run=FOLDER in Python, --run=FOLDER on the command line"
+    copied = folder.parent / "runs" / Path(place).name  # with the gallery
+    places = [x for x in (Path(place), copied) if (x / "config.json").exists()]
+    if given is None and not places:
+        raise UnreadableError(
+            f"the run that made gallery '{folder}' is neither at '{place}' nor at "
+            f"'{copied}'\n{remedy}"
+        )
+    run = restore(places[0] if given is None else given)
+    if make_origin(run).digest != origin.digest:
+        raise UnreadableError(
+            f"gallery '{folder}' was made with the run at '{place}', but "
+            f"'{run.workdir}' has other weights\n{remedy}"
+        )
+    return run
 
 
 class RunVectors(NamedTuple):

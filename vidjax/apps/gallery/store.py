@@ -298,10 +298,10 @@ class Store:
             yield connection
 
     def remove_leftovers(self) -> None:
-        """Deletes the journal of an interrupted change, because it contains names and vectors."""
+        """Deletes the journal of a killed process, unless the gallery is in use or read-only."""
         # SQLite keeps the journal of a change that was interrupted before it changed the file.
-        with self.open(write=True), contextlib.suppress(FileNotFoundError):
-            self.path.with_name(JOURNAL_FILE).unlink()
+        with contextlib.suppress(InUseError, UnwritableError, OSError), self.open(write=True):
+            self.path.with_name(JOURNAL_FILE).unlink(missing_ok=True)
 
     # ---- reading
 

@@ -24,17 +24,22 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
+from vidjax.apps.gallery import card_notes, ratios as ratios_lib
 from vidjax.apps.gallery.answers import (
     Threshold,
     count_needed_strangers,
     measure_threshold,
     share,
 )
-from vidjax.apps.gallery.backend import MAX_VOICE_RATIO, Backend
-from vidjax.models import card_backend, two_covariance
+from vidjax.apps.gallery.backend import Backend
+from vidjax.apps.gallery.changes import find_person
+from vidjax.apps.gallery.enrolment import list_usable_strangers, stack_parts
+from vidjax.apps.gallery.identification import Remember
+from vidjax.apps.gallery.store import State
+from vidjax.apps.gallery.vectors import Vectors
 from vidjax.utils import messages, tables
 from vidjax.utils.errors import UserError, check_argument
-from vidjax.utils.names import show
+from vidjax.utils.names import normal_form, show
 
 DEFAULT_FMR = 0.01  # false match rate: 99 strangers can show it
 MAX_PAIRS = 10_000  # of clips that are compared with each other
@@ -171,37 +176,62 @@ def make_rule(ratios: np.ndarray, fmr: float | None, *, pairs: bool) -> MatchRul
     return MatchRule("model", rate, least, None, about)
 
 
-def pair_log_ratios(
-    backend: Backend, x: Sequence[np.ndarray], y: Sequence[np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Compares clips x with clips y.
-
-    Both are M arrays [..., D] of `Backend.whiten`, which broadcast. Returns the log ratios [...],
-    and bool [M, ...], True for each modality that both clips have.
-    """
-    shared = np.array([~np.isnan(a[..., 0] + b[..., 0]) for a, b in zip(x, y, strict=True)])
-    several, total = shared.sum(axis=0) > 1, np.zeros(shared.shape[1:])
-    for part, a, b, both in zip(backend.parts, x, y, shared, strict=True):
-        a, b = np.nan_to_num(a), np.nan_to_num(b)
-        if part.space is not None:
-            ratios = two_covariance.clip_log_ratios(part.space, a, b)
-            ratios = float(backend.settings.scale) * ratios
-        else:
-            assert part.distances is not None
-            gap = np.vecdot(a, a) + np.vecdot(b, b) - 2 * np.vecdot(a, b)
-            ratios = card_backend.pair_log_ratios(part.distances, gap, np.array(2.0))
-        if part.may_be_offscreen:
-            limited = np.clip(ratios, -MAX_VOICE_RATIO, MAX_VOICE_RATIO)
-            ratios = np.where(several, limited, ratios)
-        total += np.where(both, ratios, 0)
-    return total, shared
-
-
 def pair_strangers(backend: Backend, parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Compares N / 2 pairs of N strangers. `parts` are M arrays [N, D]; see `pair_log_ratios`."""
+    """Compares N / 2 pairs of N strangers. `parts` are M arrays [N, D]; see `ratios.compare`."""
     # Clips of one film, whose names are neighbours, are not paired.
-    half, white = len(parts[0]) // 2, backend.whiten(parts)
-    return pair_log_ratios(backend, [x[:half] for x in white], [x[half : 2 * half] for x in white])
+    half, clips = len(parts[0]) // 2, ratios_lib.of_clips(backend, parts)
+    first, second = clips.take(slice(half)), clips.take(slice(half, 2 * half))
+    return ratios_lib.compare(backend, first, second)
+
+
+def choose_rule(
+    state: State, identity: str | None, fmr: float | None, remember: Remember
+) -> MatchRule:
+    """Returns the rule by which a clip is accepted, see `Gallery.match_rule`.
+
+    `remember` is described in the module `identification`.
+    """
+    check_fmr(fmr)
+    if identity is not None:
+        check_argument("identity", identity, str, "the name of a person")
+        find_person(identity := normal_form(identity), state.clips_of)
+    if card_notes.compare(state).problem == "blind":
+        return MatchRule("blind", fmr or DEFAULT_FMR, math.inf, None, card_notes.NOBODY)
+
+    def compare_strangers() -> np.ndarray:
+        parts = stack_parts(state, [*list_usable_strangers(state)])
+        if identity is not None:
+            ratios, shared = state.index.ratios(parts, identity)
+        else:
+            ratios, shared = pair_strangers(state.index.backend, parts)
+        return ratios[shared.any(axis=0)]
+
+    ratios = remember(state, ("verify", identity), compare_strangers)
+    return make_rule(ratios, fmr, pairs=identity is None)
+
+
+def verify(state: State, rule: MatchRule, vectors: Vectors, identity: str) -> Verification:
+    """Decides by `rule` for each clip if it shows a person, see `Gallery.verify_person`."""
+    parts, person = [*vectors.parts.values()], normal_form(identity)
+    backend, names = state.index.backend, state.clips_of[person]
+    matches = make_matches(rule, backend, *state.index.ratios(parts, person))
+    matches = add_fits(backend, matches, parts, names, stack_parts(state, names))
+    matches = dict(zip(vectors.names, matches, strict=True))
+    return Verification(matches, rule, find_misfits(state, person))
+
+
+def compare(
+    state: State, rule: MatchRule, first: Vectors, second: Vectors | None
+) -> dict[tuple[str, str], Match]:
+    """Decides by `rule` for pairs of clips if they show one person, see `Gallery.compare`."""
+    others = first if second is None else second
+    rows, columns = list_pairs(len(first.names), None if second is None else len(second.names))
+    backend = state.index.backend
+    x, y = (ratios_lib.of_clips(backend, [*v.parts.values()]) for v in (first, others))
+    ratios, shared = ratios_lib.compare(backend, x.take(rows), y.take(columns))
+    matches = make_matches(rule, backend, ratios, shared)
+    keys = ((first.names[a], others.names[b]) for a, b in zip(rows, columns, strict=True))
+    return dict(zip(keys, matches, strict=True))
 
 
 def make_matches(
@@ -244,9 +274,9 @@ def add_fits(
     `parts` are the vectors of the Q clips, M arrays [Q, D]. `names` are the person's K clips, and
     `vectors` their vectors, M arrays [K, D].
     """
-    x, y = backend.whiten(parts), backend.whiten(vectors)
+    clips, known = (ratios_lib.of_clips(backend, x) for x in (parts, vectors))
     for row, match in enumerate(matches):
-        ratios, shared = pair_log_ratios(backend, [a[row] for a in x], y)
+        ratios, shared = ratios_lib.compare(backend, clips.take([row]), known)
         places = np.flatnonzero(shared.any(axis=0))
         if len(places):
             found = ratios[places]
@@ -257,23 +287,21 @@ def add_fits(
 
 
 def find_misfits(
-    backend: Backend,
-    names: Sequence[str],
-    vectors: Sequence[np.ndarray],
-    checked: Collection[str] | None = None,
+    state: State, identity: str, checked: Collection[str] | None = None
 ) -> dict[str, float]:
-    """Finds clips of a person that probably show another person than most of the other clips.
+    """Finds clips of a person that differ from most of the other clips, see `Gallery`.
 
-    The clips `names` have the vectors `vectors`, M arrays [K, D]. Each clip is compared with the
-    other clips, or with MAX_COMPARED of them. If `checked` is given, only the clips in it are
-    compared with the others. Returns clip -> median of its log ratios, if the median is below 0,
-    lowest first.
+    Each clip is compared with the other clips, or with MAX_COMPARED of them.
     """
-    x, misfits = backend.whiten(vectors), dict[str, float]()
+    names = find_person(identity, state.clips_of)
+    backend, misfits = state.index.backend, dict[str, float]()
+    clips = ratios_lib.of_clips(backend, stack_parts(state, names))
     step = -(-len(names) // MAX_COMPARED)
     rows = (x for x in enumerate(names) if checked is None or x[1] in checked)
     for row, name in rows:
-        ratios, shared = pair_log_ratios(backend, [a[row] for a in x], [a[::step] for a in x])
+        ratios, shared = ratios_lib.compare(
+            backend, clips.take([row]), clips.take(slice(None, None, step))
+        )
         others = shared.any(axis=0) & (np.arange(len(names))[::step] != row)
         if others.any() and (middle := float(np.median(ratios[others]))) < 0:
             misfits[name] = middle

@@ -75,7 +75,7 @@ class GalleryModel:
     @property
     def widths(self) -> dict[str, int]:
         """Modality -> width of the features."""
-        return self.gallery.reads[0]
+        return self.gallery.source.reads[0]
 
     def answer(self, questions: Sequence[Question]) -> list[Any]:
         """Answers a batch of questions; returns an answer or an exception for each question.

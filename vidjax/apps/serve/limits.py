@@ -30,7 +30,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from vidjax.apps import web
 from vidjax.apps.gallery.changes import NotEnrolledError
-from vidjax.apps.gallery.gallery import Gallery, NobodyError
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.identification import NobodyError
 from vidjax.apps.gallery.store import UncertainWriteError, UnreadableError, UnwritableError
 from vidjax.apps.server_limits import Limits
 from vidjax.utils import files

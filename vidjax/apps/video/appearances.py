@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vidjax.apps.gallery.answers import FACE, NOBODY, UNKNOWN, Answer, parse_group_number
+from vidjax.apps.gallery.labelling import find_known
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.video.features_folder import Box, FaceTrack, MediaFile, select_films
 from vidjax.utils import tables
@@ -155,7 +156,7 @@ def name_tracks(
     tracks are not grouped again. `numbers` are clip -> number of an unknown person, or 0 for a clip
     that a user ignores. `apart` are numbers of people who certainly differ.
     """
-    enrolled, denied = gallery.find_enrolled(vectors), select_films(gallery.denied, films)
+    enrolled, denied = find_known(gallery.state, vectors), select_films(gallery.denied, films)
     answers = dict.fromkeys(vectors.names, NOBODY)
     if gallery.identities:
         votes = votes or group_votes(gallery, vectors, films)

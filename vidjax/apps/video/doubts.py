@@ -21,10 +21,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vidjax.apps.gallery.backend import sum_by_owner
+from vidjax.apps.gallery import ratios as ratios_lib
+from vidjax.apps.gallery.backend import Backend, sum_by_owner
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.models import card_backend
-from vidjax.models.card_backend import Distances
+from vidjax.apps.gallery.grouping import Groups, agglomerate
+from vidjax.apps.gallery.ratios import Summary
 
 LEAST_ODDS = 200.0
 FEWEST_OTHERS = 2  # with fewer other photos, a photo is not doubted for differing from them
@@ -32,7 +33,6 @@ FEWEST_OTHERS = 2  # with fewer other photos, a photo is not doubted for differi
 CLEAR_ERRORS = 3
 MOST_PHOTOS = 100  # of a person; with more photos, the photos are not divided into sides
 
-Groups = Sequence[Sequence[int]] | Sequence[np.ndarray] | np.ndarray  # the rows of each group
 Sides = list[tuple[np.ndarray, int | None]]  # the rows of each side, and the person it resembles
 
 
@@ -69,14 +69,15 @@ def find_doubtful_photos(gallery: Gallery, person_of: Mapping[str, str]) -> Doub
         valid = units.any(axis=1)
         clips, units = clips[valid], units[valid]
         names, owner = np.unique([person_of[clip] for clip in clips], return_inverse=True)
-        wrong, mixed = divide_photos(part.distances, units, owner)
+        faces = gallery.backend._replace(parts=(part,))
+        wrong, mixed = divide_photos(faces, units, owner)
         for person, sides in mixed.items():
             parts = [Side(clips[rows].tolist(), _name(names, like)) for rows, like in sides]
             found.mixed[str(names[person])] = parts
         rest = np.flatnonzero(~np.isin(owner, [*mixed]) & ~np.isin(np.arange(len(owner)), [*wrong]))
-        again = compare_photos(part.distances, units[rest], owner[rest])
+        again = compare_photos(faces, units[rest], owner[rest])
         again = {int(rest[row]): like for row, like in again.items()}
-        unclear = _find_unclear(part.distances, units, owner, again)
+        unclear = _find_unclear(faces, units, owner, again)
         found.alike.extend(sorted((str(clips[a]), str(clips[b])) for a, b in {*unclear.values()}))
         for row, like in (wrong | again).items():
             if row not in unclear:
@@ -85,7 +86,7 @@ def find_doubtful_photos(gallery: Gallery, person_of: Mapping[str, str]) -> Doub
 
 
 def _find_unclear(
-    distances: Distances, units: np.ndarray, owner: np.ndarray, doubtful: Mapping[int, int | None]
+    backend: Backend, units: np.ndarray, owner: np.ndarray, doubtful: Mapping[int, int | None]
 ) -> dict[int, tuple[int, int]]:
     """Finds doubtful photos that may be right, because the photos that they resemble are wrong.
 
@@ -93,11 +94,12 @@ def _find_unclear(
     of the most similar photo of the other person. `doubtful` is the result of `compare_photos`.
     """
     unclear, number_of = dict[int, tuple[int, int]](), np.bincount(owner)
+    photos = _summarise(backend, units, np.arange(len(units)))
     for row, like in doubtful.items():
         if like is None:
             continue
         others = np.flatnonzero(owner == like)
-        ratios = _compare_groups(distances, units, [[row]], others[:, None])[0]
+        ratios, _ = ratios_lib.compare(backend, photos.take([row]), photos.take(others))
         if np.sum(ratios > 0) + number_of[owner[row]] - 1 < CLEAR_ERRORS:
             low, high = sorted((row, int(others[ratios.argmax()])))
             unclear[row] = low, high
@@ -108,8 +110,14 @@ def _name(names: np.ndarray, person: int | None) -> str | None:
     return None if person is None else str(names[person])
 
 
+def _summarise(backend: Backend, units: np.ndarray, owner: np.ndarray) -> Summary:
+    """Returns the groups of photos with equal numbers in `owner` [N], from 0, in order."""
+    sums = sum_by_owner(units, owner, int(owner.max(initial=-1)) + 1)
+    return ratios_lib.of_sums(backend, [sums], np.ones(len(sums[0])))
+
+
 def divide_photos(
-    distances: Distances, units: np.ndarray, owner: np.ndarray
+    backend: Backend, units: np.ndarray, owner: np.ndarray
 ) -> tuple[dict[int, int | None], dict[int, Sides]]:
     """Divides the photos of each person into sides that show different faces.
 
@@ -123,15 +131,19 @@ def divide_photos(
       For people whose right side is not clear: number of the person -> sides.
     """
     rows_of = np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner))[:-1])
-    sides = [side for rows in rows_of for side in _find_sides(distances, units, rows)]
+    sides = [side for rows in rows_of for side in _find_sides(backend, units, rows)]
     person = np.array([owner[rows[0]] for rows in sides], int)
     sizes = np.array([len(rows) for rows in sides], int)
+    side_of = np.zeros(len(units), int)
+    for number, rows in enumerate(sides):
+        side_of[rows] = number
+    groups = _summarise(backend, units, side_of)
     largest = np.zeros(len(rows_of), int)
     np.maximum.at(largest, person, sizes)
     wrong, mixed = dict[int, int | None](), dict[int, Sides]()
     for split in np.flatnonzero(np.bincount(person, minlength=1) > 1).tolist():
         own = [rows for rows, of in zip(sides, person, strict=True) if of == split]
-        ratios = _compare_groups(distances, units, own, sides)
+        ratios, _ = ratios_lib.compare(backend, groups.take(person == split).across(), groups)
         ratios[:, (person == split) | (sizes < largest[person])] = -np.inf
         best = ratios.argmax(1)
         least = np.log(LEAST_ODDS) + np.log(max(len(rows_of) - 1, 1))
@@ -149,41 +161,22 @@ def divide_photos(
     return wrong, mixed
 
 
-def _find_sides(distances: Distances, units: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
+def _find_sides(backend: Backend, units: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
     """Divides the photos `rows` of a person into groups that show different faces."""
-    sides = [rows] if len(rows) > MOST_PHOTOS else [rows[[n]] for n in range(len(rows))]
-    while len(sides) > 1:
-        ratios = _compare_groups(distances, units, sides, sides)
-        np.fill_diagonal(ratios, -np.inf)
-        first, second = sorted(np.unravel_index(ratios.argmax(), ratios.shape))
-        if ratios[first, second] < -np.log(LEAST_ODDS):
-            break
-        sides[first] = np.sort(np.append(sides[first], sides.pop(second)))
-    return sides
+    if not 0 < len(rows) <= MOST_PHOTOS:
+        return [rows] if len(rows) else []
+    numbers = np.arange(len(rows))
+    groups = Groups(backend, [units[rows]], numbers, np.ones(len(rows)), ())
+    joined = agglomerate(groups, lambda _: -float(np.log(LEAST_ODDS)))
+    first = np.unique(joined, return_index=True)[1]
+    return [rows[joined == joined[place]] for place in np.sort(first)]
 
 
-def _compare_groups(
-    distances: Distances, units: np.ndarray, first: Groups, second: Groups
-) -> np.ndarray:
-    """Compares G groups of photos with H groups; returns log(p(one person) / p(two)) [G, H]."""
-    means, squares, shares = [], [], []
-    for groups in (first, second):
-        mean = np.stack([units[rows].mean(0) for rows in groups])
-        count, square = np.array([len(rows) for rows in groups]), np.vecdot(mean, mean)
-        means.append(mean)
-        squares.append(square)
-        shares.append(1 / card_backend.effective_count(distances, count, square))
-    apart = np.add.outer(*squares) - 2 * means[0] @ means[1].T
-    return card_backend.pair_log_ratios(distances, apart, np.add.outer(*shares))
-
-
-def compare_photos(
-    distances: Distances, units: np.ndarray, owner: np.ndarray
-) -> dict[int, int | None]:
+def compare_photos(backend: Backend, units: np.ndarray, owner: np.ndarray) -> dict[int, int | None]:
     """Finds photos that probably show another person than `owner`, with odds above 200 to 1.
 
     Args:
-      distances: the distributions of distances between faces of one person and of two people.
+      backend: the parameters that compare faces by distances, without other modalities.
       units: [N, D] float64, the embeddings of N photos, scaled to unit length.
       owner: [N] int, the person in whose folder each photo is. People are numbered from 0.
 
@@ -193,14 +186,18 @@ def compare_photos(
     doubtful: dict[int, int | None] = {}
     rows, kept = np.arange(len(units)), np.ones(len(units), bool)
     num = int(owner.max(initial=0)) + 1
+    photos = _summarise(backend, units, rows)
     others, changed = np.zeros((len(units), num)), np.arange(num)
     while True:
         count, total = sum_by_owner(units * kept[:, None], owner, num)
         num_others = count[owner] - kept
-        rest = (total[owner] - units * kept[:, None]) / np.maximum(num_others, 1)[:, None]
-        log_odds_own = _compute_log_ratios(distances, num_others, rest, np.vecdot(units, rest))
-        mean = total[changed] / np.maximum(count[changed], 1)[:, None]
-        others[:, changed] = _compute_log_ratios(distances, count[changed], mean, units @ mean.T)
+        rest = [(num_others, total[owner] - units * kept[:, None])]
+        rest, people = (
+            ratios_lib.of_sums(backend, sums, np.ones(len(sums[0][0])))
+            for sums in (rest, [(count[changed], total[changed])])
+        )
+        log_odds_own, _ = ratios_lib.compare(backend, photos, rest)
+        others[:, changed], _ = ratios_lib.compare(backend, photos.across(), people)
         others[rows, owner] = -np.inf
         like = others.argmax(axis=1)
         gain = others[rows, like] - np.log(max(num - 1, 1)) - np.maximum(log_odds_own, 0)
@@ -214,23 +211,3 @@ def compare_photos(
             doubtful[photo] = int(like[photo]) if gain[photo] > 0 else None
             kept[photo] = False
         changed = np.array([*worst])
-
-
-def _compute_log_ratios(
-    distances: Distances, count: np.ndarray, mean: np.ndarray, product: np.ndarray
-) -> np.ndarray:
-    """Compares photos with K people; returns log ratios of likelihoods, in the shape of `product`.
-
-    A ratio is log(p(photo | this person) / p(photo | another person)). If a person has no other
-    photos, the ratio is 0.
-
-    Args:
-      count: [K], the number of other photos of each person.
-      mean: [K, D], the mean unit embedding of these photos.
-      product: the inner products of `mean` and the unit embeddings of the compared photos: [N, K]
-        for N photos, or [K], if photo k is compared only with person k.
-    """
-    square = np.vecdot(mean, mean)
-    noise = 1 + 1 / card_backend.effective_count(distances, np.maximum(count, 1), square)
-    log_ratios = card_backend.pair_log_ratios(distances, 1 + square - 2 * product, noise)
-    return np.where(count > 0, log_ratios, 0.0)

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vidjax.apps.gallery import card_notes
 from vidjax.apps.gallery.changes import check_person
-from vidjax.apps.gallery.gallery import Gallery, advise_other_films
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.labelling import advise_other_films
 from vidjax.apps.gallery.store import StoredClip
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.video import doubts, features_folder, media_files
@@ -451,7 +453,7 @@ def enrol_folder(gallery: Gallery, people: Path, models: Path, workers: int) -> 
     _warn_of_lost(found.names - {face.person for face in faces.values()})
     if gallery.clips.keys() <= clips.keys():  # no photo of another call is missing
         gallery.check_mirrored(found.list_mirrored())
-    advise_other_films(gallery, sorted({*new.values()}))
+    advise_other_films(gallery.state, sorted({*new.values()}))
     warn_of_doubts(gallery, found, lambda face: face.plain)
     return PhotoEnrolment(len(new), len(unchanged), found.failed)
 
@@ -556,7 +558,7 @@ def _enrol(
         draft.remove(clip=old - unchanged)
         draft.add({clip: entry for clip, entry in clips.items() if clip not in unchanged})
     new = {str(entry.identity) for clip, entry in clips.items() if clip not in unchanged}
-    advise_other_films(gallery, sorted(new))
+    advise_other_films(gallery.state, sorted(new))
 
 
 def warn_of_doubts(
@@ -580,7 +582,7 @@ def warn_of_doubts(
     )
     twins = {clip for clip, digest in whole.items() if len(owners.get(digest, ())) > 1}
     single = {clip: person_of[clip] for clip in person_of.keys() - twins}
-    is_blind = gallery.compare_with_card().problem == "blind"
+    is_blind = card_notes.compare(gallery.state).problem == "blind"
     doubtful = doubts.find_doubtful_photos(gallery, {} if is_blind else single)
     for clip in sorted(given.keys() & (twins | doubtful.photos.keys()) & person_of.keys()):
         (path, photo), name = given[clip], show(person_of[clip])

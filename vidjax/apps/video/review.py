@@ -35,6 +35,7 @@ from vidjax.apps import web
 from vidjax.apps.gallery.answers import FACE, parse_group_number, rank_group
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.labelling import find_known
 from vidjax.apps.gallery.store import Denials, StoredClip
 from vidjax.apps.gallery.vectors import select_usable_clips
 from vidjax.apps.video import features_folder, still, who
@@ -459,7 +460,7 @@ class Review:
         The name of an enrolled clip is left out if a clip of a replaced film has it now.
         """
         vectors = self._decision.vectors
-        return {*self._gallery.find_enrolled(vectors.only({*clips}))} if vectors else set()
+        return {*find_known(self._gallery.state, vectors.only({*clips}))} if vectors else set()
 
     def _label(self, found: Sequence[Subject], name: str | None) -> dict[str, StoredClip | None]:
         """Returns clip -> new entry of the gallery, in which the subjects have the name `name`.

@@ -37,10 +37,11 @@ from urllib.parse import quote
 
 import msgspec
 
-from vidjax.apps.gallery import answers as answers_lib, store
+from vidjax.apps.gallery import answers as answers_lib, card_notes, store
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.changes import check_person
-from vidjax.apps.gallery.gallery import Gallery, advise_other_films
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.labelling import advise_other_films
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.video import (
     appearances,
@@ -118,9 +119,9 @@ class Decision(NamedTuple):
     appearances: list[Appearance]  # by video, and in order of time
     numbers: UnknownNumbers = UnknownNumbers(films={})
     twins: Mapping[str, str] = MappingProxyType({})  # see `appearances.NamedTracks`
-    # `Gallery.rows`, and clip -> answer of the gallery before corrections.
+    # `State.rows`, and clip -> answer of the gallery before corrections.
     raw: tuple[int, Mapping[str, Answer]] = (0, MappingProxyType({}))
-    card: str = ""  # see `Gallery.describe_card`
+    card: str = ""  # see `card_notes.describe`
 
     def count_clips(self) -> dict[str, int]:
         """Returns the number of enrolled clips of each person."""
@@ -214,7 +215,7 @@ def name_people(
             # Mistakes in the flags are reported here, because reading the films takes long.
             gallery.rule(fpir=fpir, threshold=threshold)
             if not is_explained:
-                gallery.warn_of_card()
+                card_notes.warn(gallery.state)
         outcomes = pipeline.extract(
             films, out / FEATURES, settings=settings, done=done,
             drop=pipeline.choose_drop(prune, forget_missing), **options,
@@ -303,7 +304,7 @@ def _update_people(
         _forget(gallery, names, {*photos, *missing}, out)
     gallery.check_mirrored(found.list_mirrored())
     doubted = people_photos.warn_of_doubts(gallery, found)
-    return failed, names, doubted and gallery.compare_with_card().problem == "closer"
+    return failed, names, doubted and card_notes.compare(gallery.state).problem == "closer"
 
 
 def _report_missing_photos(kept: Collection[str], people: Path) -> None:
@@ -471,7 +472,7 @@ def _enrol_named(gallery: Gallery, out: Path, films: Iterable[MediaFile]) -> Non
             # If a film was replaced, its clips may have the names of old clips that are enrolled.
             draft.remove(clip={*vectors.names} & draft.clips.keys() - same)
             draft.add(clips)
-    advise_other_films(gallery, sorted({*labels}))
+    advise_other_films(gallery.state, sorted({*labels}))
     _drop_rows(path, known)
     for name, count in sorted(Counter(known.values()).items()):
         clips = messages.count(count, "clip")
@@ -541,7 +542,7 @@ def decide(
         vectors = people_photos.embed_clips(gallery, out / FEATURES, clips)
         gallery.complete(vectors)
     # Another program may change the gallery at any time. A change after this line is shown later.
-    digest, people, rows = gallery.digest, gallery.people, gallery.rows
+    digest, people, rows = gallery.digest, gallery.people, gallery.state.rows
     raw = last.raw[1] if last and last.raw[0] == rows else {}
 
     def answer(clips: Vectors, *, groups: Mapping[str, str] | None) -> Mapping[str, Answer]:
@@ -573,7 +574,7 @@ def decide(
         write_numbers(out, before)
     in_films = appearances.find_appearances(answers, films, groups)
     people |= {x.identity: () for x in answers.values() if x.identity and x.identity not in people}
-    card = gallery.describe_card()
+    card = card_notes.describe(gallery.state)
     return Decision(
         digest, people, films, vectors, votes, answers, groups, in_films, before, twins,
         (rows, raw), card,

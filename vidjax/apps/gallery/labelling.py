@@ -1,0 +1,134 @@
+"""Finds the people of clips to enrol, and warns of people who may be mixed up."""
+
+import itertools
+import shlex
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from vidjax.apps.gallery.changes import check_person, find_equal
+from vidjax.apps.gallery.store import State, StoredClip
+from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
+from vidjax.runs.terminal import say
+from vidjax.utils import messages
+from vidjax.utils.errors import UserError, check_argument, warn
+from vidjax.utils.names import cut_film_name, show, strip_ending
+
+
+class Enrolment(NamedTuple):
+    """The result of `Gallery.enrol`.
+
+    Attributes:
+      enrolled: the number of new clips.
+      unchanged: the number of clips that were enrolled before.
+      refused: the clips without a usable frame, which were not enrolled.
+      similar: new person -> an enrolled person with a similar name.
+    """
+
+    enrolled: int
+    unchanged: int
+    refused: tuple[str, ...]
+    similar: dict[str, str]
+
+
+def check_identities(identities: str | Mapping[str, str | None] | None) -> None:
+    """Raises UserError if a name in the argument of `Gallery.enrol` cannot be used."""
+    kinds, wanted = (str, Mapping, type(None)), "a name, or a dict {clip: name}"
+    check_argument("enrol: identities", identities, kinds, wanted)
+    given = {"": identities} if isinstance(identities, str) else identities or {}
+    for name, identity in given.items():
+        wanted = f"the name of a person for clip {name!r}"
+        check_argument("enrol: identities", identity, (str, type(None)), wanted)
+        _ = None if identity is None else check_person(identity)
+
+
+def choose_clips(
+    vectors: Vectors,
+    identities: str | Mapping[str, str] | None,
+    source: str,
+    *,
+    strangers: bool,
+) -> tuple[dict[str, StoredClip], tuple[str, ...]]:
+    """Returns name -> clip for the clips to enrol, and the clips without a usable frame.
+
+    For the arguments and errors, see `Gallery.enrol`.
+    """
+    if isinstance(identities, str):
+        identities = dict.fromkeys(vectors.names, identities)
+    if identities is not None:
+        identities = {strip_ending(clip): name for clip, name in identities.items()}
+        bare = [*map(strip_ending, vectors.names)]
+        check_given(identities, bare, source)
+        vectors = vectors._replace(labels=tuple(map(identities.get, bare)))
+    labels = zip(vectors.names, vectors.labels, strict=True)
+    vectors = vectors.only({name for name, label in labels if (label is None) == strangers})
+    if not vectors.names and strangers:
+        raise UserError(
+            "every clip has a label, so no clip shows a stranger\n"
+            "leave out --strangers, in Python strangers=True"
+        )
+    if not vectors.names:
+        raise UserError(
+            "no clip has a label, so nobody can be enrolled\nname the person: --identity=NAME"
+        )
+    chosen = {
+        name: clip._replace(identity=clip.identity and check_person(clip.identity))
+        for name, clip in select_usable_clips(vectors).items()
+    }
+    refused = tuple(sorted({*vectors.names} - chosen.keys()))
+    if not chosen:
+        raise UserError(
+            f"none of the clips, such as '{show(refused[0])}', has a usable frame\n"
+            "give clips with other frames"
+        )
+    return chosen, refused
+
+
+def check_given(identities: Mapping[str, str], clips: Collection[str], source: str) -> None:
+    """Warns about keys of `identities` that are not clips. Raises UserError if no key is a clip."""
+    stray = sorted(map(str, identities.keys() - {*clips}))
+    if not stray:
+        return
+    example = show(min(clips))
+    text = f"no clip is called '{show(stray[0])}'; an example of a clip is '{example}'"
+    if len(stray) == len(identities):
+        raise UserError(f"{source}: {text}\nuse the clip names of the features")
+    warn(f"{source}: {text}\n{len(stray):,} of {len(identities):,} names are not used")
+
+
+def find_known(state: State, vectors: Vectors) -> dict[str, str | None]:
+    """Finds the clips that are enrolled with these vectors; returns clip -> person or None.
+
+    None stands for a stranger. An enrolled clip may lack a modality.
+    """
+    given = {name: clip.vector for name, clip in select_usable_clips(vectors).items()}
+    equal = find_equal(given, state.clips, state.index.backend)
+    return {name: state.clips[name].identity for name in equal}
+
+
+def warn_of_similar(folder: Path, names: Mapping[str, str]) -> None:
+    """Warns that a new name resembles an enrolled name. `names` are new name -> enrolled name."""
+    for name, other in itertools.islice(names.items(), 1):
+        more = f" (similar names: {len(names):,})" if len(names) > 1 else ""
+        words = ["vidjax", "gallery", "rename", str(folder), f"--identity={name}", f"--to={other}"]
+        warn(
+            f"'{show(name)}' looks like '{show(other)}', but was enrolled as another person{more}\n"
+            f"if they are the same: {shlex.join([*words, '--merge'])}"
+        )
+
+
+def advise_other_films(state: State, people: Iterable[str]) -> None:
+    """Prints which `people` have only clips of a single film, or clips that count as one clip."""
+    enrolled, index = state.clips_of, state.index
+    counts = dict(zip(index.names, index.counts.max(axis=0).tolist(), strict=True))
+    clips_of = {name: enrolled.get(name, ()) for name in people}
+    few = [
+        name for name, clips in clips_of.items()
+        if len(clips) > 1 and (len({*map(cut_film_name, clips)}) == 1 or counts[name] == 1)
+    ]  # fmt: skip
+    if few:
+        named = messages.list_some([*map(show, few)], 3)
+        say(
+            f"for {named}: the clips of each person are from one film or day and look alike: "
+            "add clips from other films or days"
+        )

@@ -1,0 +1,126 @@
+"""Compares groups of clips: do two groups show the same person?
+
+A log ratio is log(p(clips | one person) / p(clips | two people)). The clips may be compared by PLDA
+or by distances, see `backend`. The ratios of all modalities that both groups have are added.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+import numpy as np
+
+from vidjax.models import card_backend, two_covariance
+
+if TYPE_CHECKING:
+    from vidjax.apps.gallery.backend import Backend, Part
+
+Rows: TypeAlias = list[int] | slice | tuple[slice, None] | np.ndarray
+# We assume that 10 % of the voices belong to a person who is not seen. So the likelihood ratio of
+# a voice is at most 9 if the clip also has a face.
+MAX_VOICE_RATIO = np.log(9)
+
+
+class Summary(NamedTuple):
+    """The numbers of groups of clips that comparisons need, in M modalities.
+
+    All arrays of groups have the shape [...], such as [G] for G groups.
+    """
+
+    counts: list[np.ndarray]  # M arrays [...], the numbers of clips that have the modality
+    means: list[np.ndarray]  # M arrays [..., D] float64, the mean coordinates of these clips, or 0
+    squares: list[np.ndarray]  # M arrays [...], the squared lengths of the means
+    noises: list[np.ndarray]  # M arrays [...], see `measure_noise`
+    clarity: np.ndarray  # [...], the mean clarity of the faces, see `align.measure_clarity`
+
+    def take(self, rows: Rows) -> "Summary":
+        """Selects groups by an index of NumPy."""
+        counts, means, squares, noises = ([x[rows] for x in each] for each in self[:-1])
+        return Summary(counts, means, squares, noises, self.clarity[rows])
+
+    def across(self) -> "Summary":
+        """Returns G groups as [G, 1], to compare each with each of [H] other groups."""
+        return self.take((slice(None), None))
+
+
+def of_clips(backend: "Backend", parts: Sequence[np.ndarray]) -> Summary:
+    """Returns N single clips as groups. `parts` are their vectors, M arrays [N, D]."""
+    white = backend.whiten(parts)
+    present = [~np.isnan(z[:, 0]) for z in white]
+    means, ones = [np.nan_to_num(z) for z in white], np.ones(len(white[0]))
+    squares = [np.vecdot(z, z) for z in means]
+    return Summary([x.astype(int) for x in present], means, squares, [ones] * len(white), ones)
+
+
+def of_sums(
+    backend: "Backend",
+    sums: Sequence[tuple[np.ndarray, np.ndarray]],
+    clarity: np.ndarray,
+    inverses: Sequence[np.ndarray | None] | None = None,
+) -> Summary:
+    """Returns G groups.
+
+    `sums` are the number [G] and the sum [G, D] of the coordinates of each group's clips, for each
+    of M modalities. `clarity` is [G]. PLDA needs `inverses`, see `invert`.
+    """
+    counts = [count for count, _ in sums]
+    means = [total / np.maximum(count, 1)[:, None] for count, total in sums]
+    squares = [np.vecdot(mean, mean) for mean in means]
+    each = zip(backend.parts, counts, means, inverses or [None] * len(sums), strict=True)
+    return Summary(counts, means, squares, [measure_noise(*x) for x in each], clarity)
+
+
+def invert(backend: "Backend") -> list[np.ndarray | None]:
+    """Returns the inverse of `Space.transform` [D, D] for each modality; None without PLDA."""
+    return [np.linalg.inv(part.space.transform) if part.space else None for part in backend.parts]
+
+
+def measure_noise(
+    part: "Part", count: np.ndarray, mean: np.ndarray, inverse: np.ndarray | None = None
+) -> np.ndarray:
+    """Returns the variance of the mean of each of G groups, relative to the variance of one clip.
+
+    `count` [G] and `mean` [G, D] are as in `Summary`. The result [G] is 1 / k for k independent
+    clips. For similar clips it is larger. PLDA needs `inverse`, see `invert`.
+    """
+    num = np.maximum(count, 1)
+    if part.space is None:
+        assert part.distances is not None
+        return 1 / card_backend.effective_count(part.distances, num, np.vecdot(mean, mean))
+    assert inverse is not None
+    units = mean @ inverse + part.space.mean
+    within = float(np.vdot(inverse, inverse))
+    return 1 / two_covariance.count_independent(within, num, num[:, None] * units)
+
+
+def compare(backend: "Backend", x: Summary, y: Summary) -> tuple[np.ndarray, np.ndarray]:
+    """Compares groups x with groups y, whose shapes broadcast.
+
+    Returns the log ratios [...] float64, which are 0 if two groups have no modality in common, and
+    bool [M, ...], True for each modality that both groups have.
+    """
+    shared = np.array([(a > 0) & (b > 0) for a, b in zip(x.counts, y.counts, strict=True)])
+    several, total = shared.sum(axis=0) > 1, np.zeros(shared.shape[1:])
+    for number, part in enumerate(backend.parts):
+        (a, one, s), (b, other, t) = (
+            (each.means[number], each.squares[number], each.noises[number]) for each in (x, y)
+        )
+        if part.space is not None:
+            ratios = two_covariance.pair_log_ratios(part.space, a, s, b, t)
+            ratios = float(backend.settings.scale) * ratios
+        else:
+            assert part.distances is not None
+            clarity = np.maximum(x.clarity, y.clarity) if part.name == "face" else 1.0
+            gap = one + other - 2 * _multiply(a, b)
+            ratios = card_backend.pair_log_ratios(part.distances, gap, s + t, clarity)
+        if part.may_be_offscreen:
+            limited = np.clip(ratios, -MAX_VOICE_RATIO, MAX_VOICE_RATIO)
+            ratios = np.where(several, limited, ratios)
+        total += np.where(shared[number], ratios, 0)
+    return total, shared
+
+
+def _multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Returns the inner products [...] of vectors [..., D] that broadcast."""
+    if a.ndim == 3 and a.shape[1] == 1 and b.ndim == 2:  # as a product of matrices, it is faster
+        return a[:, 0] @ b.T
+    return np.vecdot(a, b)
