@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.conftest import ROOT
-from tests.helpers import made_galleries, servers, small_runs
+from tests.helpers import made_galleries, small_runs
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.limits import file_limit
 from tests.helpers.seen import refused
@@ -264,7 +264,7 @@ def make_gallery_of_cards(folder):
     fit: Any = {"same": (0.6, 0.2), "different": (0.0, 0.2), "pairs": (9, 9), "data": "made"}
     parts = made_galleries.WIDTHS.items()
     backend = make_card_backend({n: BackEnd(centre=[0.1] * width, **fit) for n, width in parts})
-    return Gallery.of_clips(folder, servers.CARDS, backend, made_galleries.make_clips())
+    return Gallery.of_clips(folder, made_galleries.CARDS, backend, made_galleries.make_clips())
 
 
 @pytest.mark.parametrize(("name", "make"), [

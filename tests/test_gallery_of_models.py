@@ -547,9 +547,9 @@ def test_log_odds_of_gaussian_vectors_equal_ratios_of_joint_densities(people, ha
 
     means = np.stack([photos[owner == n].mean(axis=0) for n in range(people)])
     effective = counts.astype(float)  # independent photos: all count
-    known = card_backend.population(
-        card, mean if has_mean else None, [means], [effective], [counts]
-    )
+    weights, blocks = card_backend.weigh(card, effective, counts), (slice(0, 2), slice(2, None))
+    weighed = [(weights[x] @ means[x], float(weights[x].sum())) for x in blocks]
+    known = card_backend.population(card, mean if has_mean else None, weighed)
     share, variance = card_backend.posterior(card, known, effective)
     centres = known.mean + share[:, None] * (means - known.mean)
     square, square_to_mean = (np.sum((clip - x) ** 2, axis=-1) for x in (centres, known.mean))

@@ -34,7 +34,7 @@ from vidjax.apps.gallery.changes import Draft
 from vidjax.apps.gallery.enrolment import fit_backend
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import StoredClip, VectorOrigin, list_clips_of
-from vidjax.models import two_covariance
+from vidjax.models import card_backend, two_covariance
 from vidjax.utils import errors
 
 CLIPS = made_galleries.make_clips()
@@ -86,6 +86,72 @@ def test_adding_and_removing_clips_equals_creating_the_gallery_at_once(tmp_path_
                 people = Gallery(folder / "g")
 
         check_same(people, make(folder / "once", {name: CLIPS[name] for name in present}))
+
+
+def change_at_random(people, rng, number):
+    """Adds, removes, renames or relabels a person or a clip of a person."""
+    person = rng.choice([*people.identities])
+    kind, clip = rng.randrange(5), rng.choice(people.people[person])
+    if kind == 0 or len(people) < 5:
+        person = rng.choice([person, f"made {number}"])
+        lacks = rng.choice(["", "", "face", "audio"])
+        people.add({f"made {number}": make_clip(20_000 + number, person, lacks=lacks)})
+    elif kind == 1:
+        people.remove(clip=clip)
+    elif kind == 2:
+        people.remove(identity=person)
+    elif kind == 3:
+        people.rename(person, f"renamed {number}")
+    else:
+        people.relabel(clip, rng.choice([f"other {number}", None]))
+
+
+@pytest.mark.parametrize("shift", [1e-3, 0.1])
+@pytest.mark.parametrize("make_one", [make, made_galleries.make_with_cards])
+def test_answers_after_each_change_equal_those_of_the_opened_folder(
+    tmp_path, monkeypatch, fault_seed, make_one, shift
+):
+    """The mean of few people moves far. With a large `MOST_SHIFT`, its shifts are still added."""
+    monkeypatch.setattr(backend_lib, "MOST_SHIFT", shift)
+    monkeypatch.setattr(backend_lib, "MIN_BLOCK_PEOPLE", 3)
+    for module in (backend_lib, enrolment, store_lib):
+        monkeypatch.setattr(module, "MAX_BLOCK_PEOPLE", 8)
+    people = make_one(tmp_path / "g", made_galleries.make_clips(num_people=40))
+    rng, before = random.Random(fault_seed), people.state
+    first = answers(people)
+    for number in range(30):
+        change_at_random(people, rng, number)
+        opened = Gallery(people.folder)
+        assert answers(people) == answers(opened)
+        found, wanted = people.index.card_comparison, opened.index.card_comparison
+        assert found[0] == wanted[0] and found[1:] == pytest.approx(wanted[1:])
+    people._state = before  # another thread may still use an old state
+    monkeypatch.setattr(people, "refresh", lambda: None)
+    assert answers(people) == first
+
+
+def test_only_blocks_with_changed_people_are_computed_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(backend_lib, "MIN_BLOCK_PEOPLE", 4)
+    for module in (backend_lib, enrolment, store_lib):
+        monkeypatch.setattr(module, "MAX_BLOCK_PEOPLE", 8)
+    sizes, weigh = list[int](), card_backend.weigh
+    clips = made_galleries.make_clips(num_people=80)
+    people = made_galleries.make_with_cards(tmp_path / "g", clips)
+    answers(people)
+
+    def count(distances, effective, counts):
+        sizes.append(len(counts))
+        return weigh(distances, effective, counts)
+
+    monkeypatch.setattr(card_backend, "weigh", count)
+    for change in (
+        lambda: people.add(NEW), lambda: people.remove(identity="person 30"),
+        lambda: people.relabel("clip 70", "person 8"), lambda: people.rename("person 9", "Ada"),
+    ):  # fmt: skip
+        change()
+        answers(people)
+        assert 0 < sum(sizes) <= 2 * (8 + 8 + 4), sizes  # faces and voices, of 80 people
+        sizes.clear()
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["one by one", "as one change"])
@@ -328,6 +394,40 @@ def test_readers_see_the_old_state_during_a_change_and_other_changes_are_refused
     # After a removal, the file of another hard link would still contain the person.
     os.link(gallery.folder / store_lib.GALLERY_FILE, gallery.folder.parent / "other")
     refused(lambda: gallery.remove(identity=["person 7"]), "hard links")
+
+
+def test_answers_do_not_wait_until_a_change_is_written(gallery, monkeypatch):
+    """SQLite locks the file as soon as a change does not fit into its memory."""
+    before, begun, go = answers(gallery), threading.Event(), threading.Event()
+    connect, make_facts = store_lib._connect, store_lib._facts
+
+    def connect_with_little_memory(path):
+        connection = connect(path)
+        connection.execute("PRAGMA cache_size=1")
+        return connection
+
+    def wait(state):  # the rows are written, but not committed
+        begun.set()
+        assert go.wait(30)
+        return make_facts(state)
+
+    monkeypatch.setattr(store_lib, "_connect", connect_with_little_memory)
+    monkeypatch.setattr(store_lib, "_facts", wait)
+    with ThreadPoolExecutor() as threads:
+        removal = threads.submit(gallery.remove, identity="person 3")
+        try:
+            assert begun.wait(30)
+            assert threads.submit(answers, gallery).result(5) == before
+            assert threads.submit(len, gallery).result(5) == 12
+            monkeypatch.setattr(store_lib, "_connect", connect)
+            monkeypatch.setattr(store_lib, "WAIT_SECONDS", 0.1)
+            refused(lambda: Gallery(gallery.folder), "in use by another process")
+        finally:
+            go.set()
+        removal.result()
+    assert "person 3" not in gallery.index.names and len(gallery) == 11
+    Gallery(gallery.folder).rename("person 1", "Bob")  # the gallery is read again
+    assert "Bob" in gallery
 
 
 @pytest.mark.parametrize("name", ["SQLITE_IOERR_LOCK", "SQLITE_IOERR_RDLOCK", "SQLITE_PERM"])

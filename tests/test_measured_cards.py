@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import pytest
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
 from tests.benchmarks import contradictions, decision
-from tests.helpers import drawn_people, family_nets, films, made_nets
+from tests.helpers import docs, drawn_people, family_nets, films, made_nets
 from tests.helpers.clip_files import write_npz
 from tests.helpers.embeddings import DIFFERENT, SAME, WIDTH, Population
 from tests.helpers.seen import refused
@@ -173,6 +176,30 @@ def test_measured_card_is_used_by_its_galleries_and_knows_no_names(tmp_path, mod
     assert command("measure-card", models, f"--input={few}").code == 0
     again = read_card(models)
     assert again.back_end and again.back_end.mean == fit.mean and again.digest == before.digest
+
+
+@pytest.mark.parametrize("flag", ["--input", "--photos"])
+def test_a_signal_leaves_no_temporary_features(tmp_path, models, flag):
+    """The signal comes while the folder of the vectors exists."""
+    given = write_features(tmp_path / "x", np.ones((1, 1, WIDTH), np.float32))
+    code = f"""
+import json, os, signal
+from vidjax import Gallery
+from vidjax.cli import program
+make = Gallery.of_models
+def end(*words):
+    make(*words)
+    print(json.dumps(os.listdir({str(tmp_path / "scratch")!r})), flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+Gallery.of_models = end
+program.run()
+"""
+    (tmp_path / "scratch").mkdir()
+    env = {**os.environ, "TMPDIR": str(tmp_path / "scratch"), "PYTHONPATH": str(docs.ROOT)}
+    command = [sys.executable, "-c", code, "measure-card", models, f"{flag}={given}"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGTERM and len(json.loads(done.stdout)) == 1
+    assert not [*(tmp_path / "scratch").iterdir()]
 
 
 def test_cosines_of_two_people_may_be_negative(tmp_path, models, command):

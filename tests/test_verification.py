@@ -12,27 +12,14 @@ from tests.helpers.embeddings import DIFFERENT, SAME, WIDTH, Population
 from tests.helpers.made_galleries import make_clip, vectors_of
 from tests.helpers.seen import refused
 from vidjax.apps.cards import BackEnd
-from vidjax.apps.gallery import backend as backend_lib
+from vidjax.apps.gallery import backend as backend_lib, gallery
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.store import StoredClip
+from vidjax.apps.gallery.store import StoredClip, VectorOrigin
 from vidjax.apps.gallery.verification import MAX_PAIRS, Match
 from vidjax.models import two_covariance
 
 parquet = pytest.importorskip("pyarrow.parquet")
-CARD = {"face": (0.86, 0.1, 0.0, 0.35), "audio": (0.86, 0.12, 0.0, 0.45)}
-
-
-def make_card_gallery(folder, clips):
-    """Makes a gallery whose faces and voices are compared by distances."""
-    back_ends = {
-        part: BackEnd(**made_nets.back_end(CARD[part][:2], CARD[part][2:], width))
-        for part, width in made_galleries.WIDTHS.items()
-    }
-    model = backend_lib.make_card_backend(back_ends)
-    return Gallery.of_clips(folder, servers.CARDS, model, clips)
-
-
-MAKERS = (made_galleries.make, make_card_gallery)
+MAKERS = (made_galleries.make, made_galleries.make_with_cards)
 SHOWN = {
     f"q{n}": make_clip(700 + n, f"person {n % 6}", lacks=("", "face", "audio")[n % 3])
     for n in range(70)
@@ -176,6 +163,34 @@ def test_threshold_is_measured_on_strangers_or_follows_from_the_model(people, tm
     assert people.match_rule("person 3", fmr=0.02).threshold.num_strangers == 119
 
 
+def test_rates_and_people_of_clients_do_not_fill_the_memory(people, monkeypatch):
+    monkeypatch.setattr(gallery, "MOST_REMEMBERED", 5)
+    names, rates = [*people.identities], np.linspace(0.02, 0.5, 30).tolist()
+    first = [people.match_rule(name, fmr=rate) for name in names[:3] for rate in rates]
+    for name in names:
+        people.match_rule(name)
+        assert len(people._known[1]) <= 5
+    assert [people.match_rule(name, fmr=rate) for name in names[:3] for rate in rates] == first
+
+
+def test_one_answer_is_of_one_content_of_the_gallery(people, monkeypatch):
+    """Another process changes the gallery while a clip is compared."""
+    shown, wanted = vectors_of(people, SHOWN), people.match_rule("person 3")
+    misfits, other = people.find_misfits("person 3"), Gallery(people.folder)
+    add_fits = gallery.verification.add_fits
+
+    def change(*words):
+        other.remove(clip=other.strangers)
+        other.rename("person 3", "person 33")
+        return add_fits(*words)
+
+    monkeypatch.setattr(gallery.verification, "add_fits", change)
+    done = people.verify_person(shown, "person 3")
+    assert (done.rule, done.misfits) == (wanted, misfits) and wanted.by == "measured"
+    assert {x.accepted for x in done.matches.values()} == {True, False}
+    refused(lambda: people.match_rule("person 3"), "person 33")
+
+
 def test_wrong_use_names_the_remedy(people):
     shown = vectors_of(people, SHOWN)
     for action, *words in (
@@ -209,7 +224,7 @@ def test_photo_of_another_person_does_not_fit(tmp_path):
     }  # fmt: skip
     fit = BackEnd(**made_nets.back_end(SAME, DIFFERENT, WIDTH))
     model = backend_lib.make_card_backend({"face": fit})
-    origin = servers.VectorOrigin("/models", "0" * 64, centred=True, cards={"face": "0" * 64})
+    origin = VectorOrigin("/models", "0" * 64, centred=True, cards={"face": "0" * 64})
     people = Gallery.of_clips(tmp_path / "g", origin, model, clips)
     found = {name: [*people.find_misfits(name)] for name in names}
     assert found.pop("Ada") == ["Ada 5"]
@@ -259,7 +274,9 @@ def as_rows(matches, second):
 
 
 def test_command_prints_and_writes_the_answers_of_python(tell, tmp_path):
-    people = make_card_gallery(tmp_path / "g", made_galleries.make_clips(strangers=120))
+    people = made_galleries.make_with_cards(
+        tmp_path / "g", made_galleries.make_clips(strangers=120)
+    )
     for name, numbers in (("a", (3, 4)), ("b", (3, 5)), ("one", (1,))):
         clip_files.write_npz(tmp_path, {name: frames(*numbers)})
     given, pairs = f"--input={tmp_path}/a", [("q3", "q3"), ("q3", "q5"), ("q4", "q3"), ("q4", "q5")]
@@ -305,7 +322,7 @@ def test_command_prints_and_writes_the_answers_of_python(tell, tmp_path):
 def test_command_names_clips_that_do_not_fit(tell, tmp_path):
     clips = made_galleries.make_clips(strangers=0)
     clips["wrong"] = make_clip(9000, "nobody")._replace(identity="person 3")
-    make_card_gallery(tmp_path / "g", clips)
+    made_galleries.make_with_cards(tmp_path / "g", clips)
     clip_files.write_npz(tmp_path, {"a": frames(3)})
     words = (tmp_path / "g", f"--input={tmp_path}/a", "--identity=person 3")
     assert "wrong: unlike most other clips of the person" in tell(*words)

@@ -1,9 +1,12 @@
 """Measures the times of a gallery with random vectors.
 
-    python -m tests.benchmarks.gallery [--people=10000] [--start]
+    python -m tests.benchmarks.gallery [--people=10000] [--changes | --start]
 
 Up to 100,000 people have a vector of a face, a head and a voice. More people have one vector each,
 and the removal of people is not measured. The times are medians, with CPU times in brackets.
+
+With `--changes`, each person has one vector of a face. Three galleries compare them: by a card with
+128 or 512 numbers, and by PLDA with 512. Measured are changes, and the first answers after them.
 
 With `--start`, new processes use a gallery of 20 people and 150 strangers. The times are medians of
 seven rounds, after a round that fills caches.
@@ -16,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from tests.benchmarks import common
@@ -33,6 +37,7 @@ SETTINGS = Settings(
 )
 CARDS = VectorOrigin("made-up", "0" * 64, True, {"face": "0" * 64})
 REPEATS = 20
+CHANGES = 5
 MANY = 100_000
 ROUNDS = 7
 ANSWER = """
@@ -90,17 +95,27 @@ def write(folder: Path, num_people: int, parts: Sequence[str], rng: np.random.Ge
     )
 
 
-def measure_median(action: Callable[[int], object], repeats: int) -> str:
-    """Returns the median time and CPU time of `action(0)`, `action(1)`, ..., as `2 ms (1 ms)`."""
+def measure_medians(actions: Sequence[Callable[[int], object]], repeats: int) -> list[str]:
+    """Calls each action with 0, and then each with 1, and so on.
+
+    Returns the median time and CPU time of each action, as `2 ms (1 ms)`.
+    """
     times = []
     for number in range(repeats):
-        start, cpu_start = time.perf_counter(), time.process_time()
-        action(number)
-        times.append((time.perf_counter() - start, time.process_time() - cpu_start))
-    seconds, cpu_seconds = (
-        f"{x:.1f} s" if x >= 1 else f"{1000 * x:.3g} ms" for x in np.median(times, axis=0).tolist()
-    )
-    return f"{seconds} ({cpu_seconds})"
+        for action in actions:
+            start, cpu_start = time.perf_counter(), time.process_time()
+            action(number)
+            times.append((time.perf_counter() - start, time.process_time() - cpu_start))
+    medians = np.median(np.reshape(times, (repeats, len(actions), 2)), axis=0).tolist()
+    return [
+        "{} ({})".format(*(f"{x:.1f} s" if x >= 1 else f"{1000 * x:.3g} ms" for x in pair))
+        for pair in medians
+    ]
+
+
+def measure_median(action: Callable[[int], object], repeats: int) -> str:
+    """Returns the median time and CPU time of `action(0)`, `action(1)`, ..., as `2 ms (1 ms)`."""
+    return measure_medians([action], repeats)[0]
 
 
 def measure(folder: Path, num_people: int, num_parts: int) -> Iterator[tuple[str, str]]:
@@ -128,6 +143,35 @@ def measure(folder: Path, num_people: int, num_parts: int) -> Iterator[tuple[str
     yield "enrol 1,000 clips at once", measure_median(lambda _: people.add(more), 1)
 
 
+def measure_changes(
+    folder: Path, num_people: int, width: int, *, cards: bool
+) -> Iterator[tuple[str, str]]:
+    rng, numbers = np.random.default_rng(0), range(num_people + CHANGES)
+    vectors = unit(rng.standard_normal((len(numbers), width), np.float32))
+    all_clips = {f"c{n}": StoredClip(f"p{n}", vectors[n]) for n in numbers}
+    kept = {name: all_clips[name] for name in [*all_clips][:num_people]}
+    card = msgspec.structs.replace(CARD, centre=[0.0] * width, mean=None)
+    if cards:
+        backend, origin = backend_lib.make_card_backend({"face": card}), CARDS
+    else:
+        backend, origin = make_front(["face"], rng), VectorOrigin("made-up", "0" * 64, centred=True)
+    people = Gallery.of_clips(folder, origin, backend, kept)
+    del kept
+    shown = vectors_of(people, {"shown": all_clips["c0"]})
+    answer = lambda _: people.identify(shown, threshold=0.5)  # noqa: E731
+    yield "first answer", measure_median(answer, 1)
+    yield "answer", measure_median(answer, REPEATS)
+    new = [f"c{n}" for n in numbers[num_people:]]
+    for name, change in {
+        "enrol a clip": lambda n: people.add({new[n]: all_clips[new[n]]}),
+        "remove a person": lambda n: people.remove(identity=f"p{n * num_people // CHANGES}"),
+        "relabel a clip": lambda n: people.relabel(new[n], f"other {n}"),
+    }.items():
+        spent, first = measure_medians([change, answer], CHANGES)
+        yield name, spent
+        yield f"the first answer after: {name}", first
+
+
 def measure_starts(folder: Path) -> Iterator[tuple[str, ...]]:
     faces = unit(np.random.default_rng(0).standard_normal((175, 128))).astype(np.float32)
     clips = {
@@ -149,11 +193,18 @@ def measure_starts(folder: Path) -> Iterator[tuple[str, ...]]:
 
 
 if __name__ == "__main__":
-    args = common.parse(__doc__, "--start", people=10_000)
+    args = common.parse(__doc__, "--start", "--changes", people=10_000)
     with tempfile.TemporaryDirectory() as folder:
         if args.start:
             header = ["process", "seconds", "of the processor", "times numpy"]
             rows = list(measure_starts(Path(folder)))
+        elif args.changes:
+            header, columns = [f"{args.people:,} people"], list[list[tuple[str, str]]]()
+            for width, cards in ((128, True), (512, True), (512, False)):
+                header.append(f"{'card' if cards else 'PLDA'}, {width}")
+                path = Path(folder, str(len(header)))
+                columns.append(list(measure_changes(path, args.people, width, cards=cards)))
+            rows = [(cells[0][0], *(x for _, x in cells)) for cells in zip(*columns, strict=True)]
         else:
             num_parts = 3 if args.people <= MANY else 1
             header = ["", f"{args.people:,} people, {num_parts} x {WIDTH}"]

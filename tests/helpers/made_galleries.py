@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from tests.helpers import made_nets
 from tests.helpers.embeddings import unit
+from vidjax.apps.cards import BackEnd
 from vidjax.apps.gallery import backend as backend_lib, store
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import StoredClip, VectorOrigin
@@ -16,6 +18,11 @@ from vidjax.models.two_covariance import Settings
 WIDTHS = {"face": 8, "audio": 5}
 SETTINGS = Settings(within=0.5, between=0.5, scale=0.5, unenrolled=-1.0, stranger=2.0, centred=1.0)
 RUN = VectorOrigin(workdir="somewhere", digest="0" * 64, centred=False)
+CARDS = VectorOrigin(
+    workdir="/models", digest="0" * 64, centred=True, cards=dict.fromkeys(WIDTHS, "0" * 64)
+)
+# Mean and deviation of the cosines of a person, and of two people.
+COSINES = {"face": (0.86, 0.1, 0.0, 0.35), "audio": (0.86, 0.12, 0.0, 0.45)}
 
 
 def make_clip(number: int, person: str | None, *, lacks: str = "") -> StoredClip:
@@ -58,6 +65,16 @@ def make(folder, clips=None, *, settings=SETTINGS, origin=RUN) -> Gallery:
     """Makes a gallery of clips, by default of `make_clips()`."""
     clips = make_clips() if clips is None else clips
     return Gallery.of_clips(folder, origin, make_front(settings), clips)
+
+
+def make_with_cards(folder, clips=None) -> Gallery:
+    """Makes a gallery whose faces and voices are compared by distances, as `make`."""
+    back_ends = {
+        part: BackEnd(**made_nets.back_end(COSINES[part][:2], COSINES[part][2:], width))
+        for part, width in WIDTHS.items()
+    }
+    clips = make_clips() if clips is None else clips
+    return Gallery.of_clips(folder, CARDS, backend_lib.make_card_backend(back_ends), clips)
 
 
 class Answers(UserDict[tuple[int, str], float]):

@@ -13,16 +13,11 @@ import numpy as np
 
 from tests.helpers import limits, made_galleries
 from tests.helpers.made_galleries import WIDTHS
-from vidjax.apps.gallery.store import VectorOrigin
-
-CARDS = VectorOrigin(
-    workdir="/models", digest="0" * 64, centred=True, cards=dict.fromkeys(WIDTHS, "0" * 64)
-)
 
 
 def make_gallery(folder):
     """Makes a gallery of faces and voices, as `vidjax who` makes them with nets."""
-    return made_galleries.make(folder, origin=CARDS)
+    return made_galleries.make(folder, origin=made_galleries.CARDS)
 
 
 def make_frames(number, person, frames=1):

@@ -1,7 +1,7 @@
 """The limits of a server: their defaults, their ranges, and how a user sets them.
 
 The fields of `Limits` are the only list of limits. The flags of `vidjax serve`, its environment
-variables, its help, the answer to `GET /v2` and the table in the page of the server come from it.
+variables, its help, `/openapi.json` and the table in the page of the server come from it.
 """
 
 from collections.abc import Mapping
@@ -34,8 +34,7 @@ class Limits(Struct, frozen=True, kw_only=True):
     # fmt: off
     body_bytes: Annotated[int, _size(
         "a body, and the arrays of an .npz file as float32 (413, 422)")] = 32 << 20
-    json_bytes: Annotated[int, _size(
-        "a JSON body, or the JSON before binary tensors (413, 422)")] = 4 << 20
+    json_bytes: Annotated[int, _size("a JSON body (413)")] = 4 << 20
     held_bytes: Annotated[int, _size(
         "all bodies, frames and answers in memory (429); at least 3 times body_bytes")] = 256 << 20
     clips: Annotated[int, _size("clips in a request (422)")] = 256

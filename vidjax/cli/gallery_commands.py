@@ -596,8 +596,7 @@ def _verify(args: argparse.Namespace) -> Result:
     rows, misfits, identity = dict[str, str](), dict[str, float](), ""
     if args.identity is not None:
         identity = normal_form(args.identity)
-        matches = gallery.verify(vectors, identity, fmr=args.fmr)
-        misfits = gallery.find_misfits(identity)
+        matches, rule, misfits = gallery.verify_person(vectors, identity, fmr=args.fmr)
         content, rows = {"identity": identity, "misfits": misfits}, {"person": show(identity)}
     else:
         matches = gallery.compare(vectors, others, fmr=args.fmr)

@@ -29,7 +29,7 @@ this paper.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -100,31 +100,29 @@ def effective_count(distances: Distances, count: np.ndarray, square: np.ndarray)
     return 1 / (1 - unshared + unshared / np.maximum(count, 1))
 
 
-def population(
-    distances: Distances,
-    mean: np.ndarray | None,
-    means: Sequence[np.ndarray],
-    effective: Sequence[np.ndarray],
-    counts: Sequence[np.ndarray],
-) -> Population:
-    """Computes the posterior of the mean vector of all people. People without a clip are ignored.
+def weigh(distances: Distances, effective: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Returns the weights [K] of K people in the mean of all people, 0 for people without a clip.
 
-    `mean` [D] is the mean of people in the card of the net, if the card contains it.
-
-    People may be split into blocks. For each block of P people, `means` has the means of the unit
-    vectors of each person [P, D], `effective` the effective numbers of clips [P] (see
-    `effective_count`), and `counts` the real numbers of clips [P].
+    `effective` [K] are the effective numbers of clips, see `effective_count`. `counts` [K] are the
+    real numbers of clips.
     """
-    weights = [
-        np.where(count > 0, 1 / (distances.between + distances.within / k), 0)
-        for k, count in zip(effective, counts, strict=True)
-    ]
-    sums = [weight @ x for weight, x in zip(weights, means, strict=True)]
-    total = float(sum(weight.sum() for weight in weights))
+    return np.where(counts > 0, 1 / (distances.between + distances.within / effective), 0)
+
+
+def population(
+    distances: Distances, mean: np.ndarray | None, weighed: Iterable[tuple[np.ndarray, float]]
+) -> Population:
+    """Computes the posterior of the mean vector of all people.
+
+    `mean` [D] is the mean of people in the card of the net, if the card contains it. `weighed` are,
+    for each block of people, the weighted sum [D] of the means of the unit vectors of each person,
+    and the sum of the weights, see `weigh`. There is at least one block.
+    """
+    sums, totals = map(list, zip(*weighed, strict=True))
     if mean is not None:
         prior = CARD_PEOPLE / (distances.between + distances.within)
-        sums, total = [*sums, prior * mean], total + prior
-    total = max(total, 1e-12)
+        sums, totals = [*sums, prior * mean], [*totals, prior]
+    total = max(sum(totals), 1e-12)
     return Population(np.asarray(sum(sums) / total), 1 / total)
 
 

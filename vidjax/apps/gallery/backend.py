@@ -46,6 +46,9 @@ MOST_SHARED = 0.25
 NUM_FINE_PEOPLE = 16  # most probable people of a clip, whose logits are computed in float64
 MAX_LOGIT_ERROR = 1e-3  # larger than the rounding error of a float32 logit
 MAX_FINE_PEOPLE = 4096  # people that are compared in float64 because they tie with the k-th person
+# From a shift of the mean of all people by this distance on, inner products with the mean are
+# computed again in float64. A smaller shift is added in float32, with an error below 1e-9.
+MOST_SHIFT = 1e-3
 # People are split into groups of this size. The k-th highest logit of all people is not lower than
 # the k-th highest of the groups' best logits.
 PEAK_PEOPLE = 32
@@ -113,6 +116,58 @@ class People(NamedTuple):
         linear = tuple(x[rows] for x in self.linear)
         names = tuple(self.names[row] for row in rows)
         return People(names, linear, self.constant[:, rows], self.num_clips[:, rows])
+
+
+class Means:
+    """The means of the unit vectors of P people in one modality, for the comparison by distances.
+
+    Attributes:
+      square: [P] float64, the squared lengths of the means.
+      effective: [P] float64, the effective numbers of clips, see `card_backend.effective_count`.
+      total: [D] float64, the sum of the means.
+      weighed: the weighted sum of the means, and the sum of the weights, see `card_backend.weigh`.
+    """
+
+    def __init__(
+        self, distances: Distances, linear: np.ndarray, square: np.ndarray, count: np.ndarray
+    ):
+        """`linear` [P, D] float32 are the means, and `count` [P] the numbers of clips."""
+        self._linear, self.square = linear, square
+        self.effective = card_backend.effective_count(distances, count, square)
+        weights = card_backend.weigh(distances, self.effective, count)
+        self.total = linear.sum(axis=0, dtype=np.float64)
+        self.weighed = weights @ linear, float(weights.sum())
+        # A centre [D], and the inner products [P] of the means with it.
+        self._projected = np.full(linear.shape[1], np.inf), np.zeros(0)
+
+    def measure_radius(self, centre: np.ndarray) -> np.ndarray:
+        """Returns the squared distances [P] float64 of the means from `centre` [D] float64."""
+        before, products = self._projected
+        shift = centre - before
+        if np.linalg.norm(shift) < MOST_SHIFT:
+            products = products + self._linear @ shift.astype(np.float32)
+        else:
+            products = self._linear @ centre
+            self._projected = centre, products
+        return self.square - 2 * products + centre @ centre
+
+
+class Block(People):
+    """People who are compared together. An index and a changed index after it share blocks.
+
+    So a block keeps values that do not depend on other people.
+    """
+
+    @functools.cached_property
+    def _means(self) -> dict[int, Means]:
+        return {}
+
+    def means(self, number: int, distances: Distances) -> Means:
+        """Returns the means of the modality `number`, whose vectors `distances` compare."""
+        if number not in self._means:
+            arrays = self.linear[number], self.constant[number], self.num_clips[number]
+            self._means[number] = Means(distances, *arrays)
+        return self._means[number]
 
 
 class Nearest(NamedTuple):
@@ -311,7 +366,8 @@ def _add_independent(
         in_film, added = sum_by_owner(x, film, len(first))
         means = (added / np.maximum(in_film, 1)[:, None]).astype(np.float32)
         count, total = sum_by_owner(unit(part, means), owner[first], len(count))
-    within = two_covariance.compute_within(part.space)
+    with _one_thread():
+        within = two_covariance.compute_within(part.space)
     effective = two_covariance.count_independent(within, *sums, most=count)
     effective = np.where(independent, count, effective)
     return effective, total * (effective / np.maximum(count, 1))[:, None]
@@ -443,19 +499,15 @@ class DistanceRatios:
       radius: [N] float64, the squared distance of a person's posterior mean from m.
     """
 
-    def __init__(self, part: Part, people: Sequence[tuple[np.ndarray, ...]]):
-        """Prepares the comparison with N people.
-
-        `people` contains (num_clips, linear, constant) of each block of people, see `People`.
-        """
+    def __init__(self, part: Part, people: Sequence[Means]):
+        """Prepares the comparison with N people, in blocks."""
         assert part.distances is not None
         distances = self._distances = part.distances
-        counts, means, _ = zip(*people, strict=True)
-        effective = [card_backend.effective_count(distances, count, x) for count, _, x in people]
-        self.population = card_backend.population(distances, part.mean, means, effective, counts)
-        centre = self.population.mean
-        radius = [x - 2 * mean @ centre + centre @ centre for _, mean, x in people]
-        posterior = card_backend.posterior(distances, self.population, np.concatenate(effective))
+        weighed = (means.weighed for means in people)
+        self.population = card_backend.population(distances, part.mean, weighed)
+        radius = [means.measure_radius(self.population.mean) for means in people]
+        effective = np.concatenate([means.effective for means in people])
+        posterior = card_backend.posterior(distances, self.population, effective)
         self.share, self.variance = posterior
         self.radius = posterior.share**2 * np.concatenate(radius)
 
@@ -513,7 +565,7 @@ class Index:
     def __init__(self, backend: Backend, blocks: Iterable[People] = ()):
         """Makes an index of the people in all `blocks`. Each person is in a single block."""
         self.backend = backend
-        self.blocks = [block for block in blocks if block.names]
+        self.blocks = [x if isinstance(x, Block) else Block(*x) for x in blocks if x.names]
 
     @functools.cached_property
     def names(self) -> list[str]:
@@ -531,14 +583,11 @@ class Index:
         """The enrolled people, compared with the card of the net of faces, if there is one."""
         for number, part in enumerate(self.backend.parts):
             if part.name == "face" and part.distances is not None:
-                total = np.zeros(len(part.centre))
-                for block in self.blocks:
-                    total += block.linear[number].sum(axis=0, dtype=np.float64)
-                squares = [block.constant[number] for block in self.blocks]
-                return card_check.compare(
-                    part.distances, total, np.concatenate([np.zeros(0), *squares]),
-                    self.counts[number],
-                )  # fmt: skip
+                with _one_thread():
+                    means = self._list_means(number, part.distances)
+                total = np.sum([x.total for x in means], axis=0)
+                squares = np.concatenate([x.square for x in means])
+                return card_check.compare(part.distances, total, squares, self.counts[number])
         return card_check.NO_PROBLEM
 
     @functools.cached_property
@@ -546,17 +595,22 @@ class Index:
         """The objects that compute log-likelihood ratios, one for each of M modalities."""
         scorers: list[Ratios | DistanceRatios] = []
         for number, part in enumerate(self.backend.parts):
-            people = [
-                (block.num_clips[number], block.linear[number], block.constant[number])
-                for block in self.blocks
-            ] or [(np.zeros(0, int), np.zeros((0, len(part.centre))), np.zeros(0))]
             if part.distances is None:
-                constant = np.concatenate([constant for _, _, constant in people])
+                constants = [np.zeros(0), *(block.constant[number] for block in self.blocks)]
                 scale = float(self.backend.settings.scale)
+                constant = np.concatenate(constants)
                 scorers.append(Ratios(part, scale, self.counts[number], constant))
             else:
-                scorers.append(DistanceRatios(part, people))
+                with _one_thread():
+                    means = self._list_means(number, part.distances)
+                    scorers.append(DistanceRatios(part, means))
         return scorers
+
+    def _list_means(self, number: int, distances: Distances) -> list[Means]:
+        """Returns the means of each block, or of a block of nobody, see `Block.means`."""
+        means = [block.means(number, distances) for block in self.blocks]
+        nobody = np.zeros((0, len(self.backend.parts[number].centre))), np.zeros(0), np.zeros(0)
+        return means or [Means(distances, *nobody)]
 
     def replaced(self, removed: Collection[str], new: Sequence[People]) -> "Index":
         """Returns a new index without the people `removed`, and with the blocks of people `new`.

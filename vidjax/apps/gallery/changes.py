@@ -151,9 +151,7 @@ class Draft:
         return next(iter(self._find_names(clip)), strip_ending(clip))
 
     def _find_clips(self, identity: str) -> tuple[str, ...]:
-        if identity == STRANGER:
-            raise NotEnrolledError("identity", identity, ())
-        return tuple(find_enrolled("identity", normal_form(identity), self.clips_of))
+        return tuple(find_person(identity, self.clips_of))
 
     def _edit(self, clips: Mapping[str, StoredClip | None]) -> None:
         """Replaces or adds clips, name -> clip. If the value is None, the clip is removed."""
@@ -334,6 +332,13 @@ def find_enrolled(kind: str, name: str, among: Mapping[str, T]) -> T:
     if name not in among:
         raise NotEnrolledError(kind, name, among)
     return among[name]
+
+
+def find_person(name: str, clips_of: Mapping[str, T]) -> T:
+    """Returns `clips_of[name]` of the person `name`, or raises NotEnrolledError."""
+    if name == STRANGER:
+        raise NotEnrolledError("identity", name, ())
+    return find_enrolled("identity", normal_form(name), clips_of)
 
 
 class NotEnrolledError(UserError):

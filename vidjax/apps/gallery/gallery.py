@@ -27,8 +27,10 @@ run still depends on its training clips, and so does the back end of a gallery t
 """
 
 import contextlib
+import functools
 import numbers
 import os
+import sqlite3
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -50,7 +52,7 @@ from vidjax.apps.gallery import (
     verification,
 )
 from vidjax.apps.gallery.answers import Answer, NamingRule, Threshold
-from vidjax.apps.gallery.backend import Backend, Index
+from vidjax.apps.gallery.backend import Backend, Index, People
 from vidjax.apps.gallery.changes import Draft
 from vidjax.apps.gallery.enrolment import refit
 from vidjax.apps.gallery.labelling import Enrolment
@@ -63,7 +65,7 @@ from vidjax.apps.gallery.store import (
     VectorOrigin,
 )
 from vidjax.apps.gallery.vectors import NetVectors, Vectors, check_modalities, select_usable_clips
-from vidjax.apps.gallery.verification import Match, MatchRule
+from vidjax.apps.gallery.verification import Match, MatchRule, Verification
 from vidjax.data.clips import TrainingData
 from vidjax.data.input_files import load_clips
 from vidjax.data.memory import FrameClips, MemoryClips
@@ -76,6 +78,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 AnyClips: TypeAlias = FrameClips | Vectors
+MOST_REMEMBERED = 100  # values that are kept until the gallery changes
 
 
 class Gallery:
@@ -111,6 +114,7 @@ class Gallery:
         self._store = Store(Path(folder).expanduser().absolute())
         self._state = self._store.read()
         self._lock = threading.RLock()  # an older state must not replace a newer `_state`
+        self._is_changing = False
         if run is not None and self.origin.cards:
             raise UserError(
                 f"gallery '{self.folder}' was made from nets, so no run computes its vectors\n"
@@ -276,7 +280,9 @@ class Gallery:
     def refresh(self) -> None:
         """Reads the gallery again if another process has changed it."""
         with self._lock:
-            if self._store.sha256() != self._state.sha256:
+            # During a change by this object, no other process can change the file, and the file may
+            # be locked for seconds. So other threads answer from the content before the change.
+            if not self._is_changing and self._store.sha256() != self._state.sha256:
                 self._state = self._store.read()
 
     @property
@@ -286,14 +292,47 @@ class Gallery:
             self.refresh()
             return self._state
 
+    @contextlib.contextmanager
+    def _begin_change(self) -> Iterator[tuple[State, Callable[..., None]]]:
+        """Begins a change; yields the present content, and a function that writes other content.
+
+        The arguments of the function are those of `Store.write` after the transaction.
+        """
+        with self._store.open(write=True) as transaction:
+            state = self.state
+            self._is_changing = True
+            try:
+                yield state, functools.partial(self._write, transaction)
+            finally:
+                self._is_changing = False
+
+    def _write(
+        self,
+        transaction: sqlite3.Connection,
+        state: State,
+        new: Mapping[str, StoredClip] | None = None,
+        people: Sequence[People] | None = None,
+    ) -> None:
+        state = self._store.write(transaction, state, new, people)
+        with self._lock:
+            self._state = state
+
     def _remember(self, state: State, key: object, compute: Callable[[], T]) -> T:
-        """Returns `compute()`, or its earlier result for the same state and key."""
+        """Returns `compute()`, which is not None, or its earlier result for this state and key.
+
+        The values that were used last are kept, at most MOST_REMEMBERED.
+        """
         of, known = self._known  # another thread may replace the attribute
         if of is not state:
             self._known = state, (known := {})
-        if key not in known:
-            known[key] = compute()
-        return known[key]
+        value = known.pop(key, None)
+        if value is None:
+            value = compute()
+        with self._lock:  # other threads add and drop values
+            known[key] = value
+            while len(known) > MOST_REMEMBERED:
+                del known[next(iter(known))]
+        return value
 
     @property
     def run(self) -> "Predictor":
@@ -359,8 +398,8 @@ class Gallery:
         If the gallery is in a folder of results of `vidjax who`, the changes are also written into
         the log of the folder, see `said`. If `log` is False, they are already in the log.
         """
-        with self._store.open(write=True) as transaction:
-            draft = Draft(self.state)
+        with self._begin_change() as (state, write):
+            draft = Draft(state)
             try:
                 yield draft
             finally:
@@ -370,8 +409,8 @@ class Gallery:
             state, people = draft.state(advance)
             if draft.refits:
                 state = refit(state)
-            with self._log(draft.acts if log else ()), self._lock:
-                self._state = self._store.write(transaction, state, draft.inserted, people)
+            with self._log(draft.acts if log else ()):
+                write(state, draft.inserted, people)
         labelling.warn_of_similar(self.folder, draft.similar)
 
     @contextlib.contextmanager
@@ -499,12 +538,10 @@ class Gallery:
             folder, or has changed.
         """
         origin, back_ends = card_notes.read_cards(models)
-        with self._store.open(write=True) as transaction:
-            state = self.state
+        with self._begin_change() as (state, write):
             wide = card_notes.widen(state, origin, back_ends, self.folder, replace=replace)
             if wide is not state:
-                with self._lock:
-                    self._state = self._store.write(transaction, wide)
+                write(wide)
         was = state.origin.cards
         return tuple(part for part, digest in origin.cards.items() if digest != was.get(part))
 
@@ -516,14 +553,11 @@ class Gallery:
         """
         if len(cosines) < 2:
             return
-        with self._store.open(write=True) as transaction:
-            state = self.state
+        with self._begin_change() as (state, write):
             blind = state.index.card_comparison.is_blind(cosines)
             if blind != state.origin.blind:
                 origin = msgspec.structs.replace(state.origin, blind=blind)
-                state = state._replace(version=state.version + 1, origin=origin)
-                with self._lock:
-                    self._state = self._store.write(transaction, state)
+                write(state._replace(version=state.version + 1, origin=origin))
 
     def complete(self, vectors: AnyClips) -> set[str]:
         """Adds missing modalities to enrolled clips.
@@ -669,6 +703,21 @@ class Gallery:
         Raises:
           ValueError: nobody is called `identity`, or there are fewer than 1 / fmr - 1 clips of
             strangers, or the features do not fit the gallery.
+        """
+        return self.verify_person(clips, identity, fmr=fmr, split=split).matches
+
+    def verify_person(
+        self,
+        clips: AnyClips,
+        identity: str,
+        *,
+        fmr: float | None = None,
+        split: str | None = None,
+    ) -> Verification:
+        """Decides as `verify`; also returns the rule, and the person's clips that do not fit.
+
+        The results of `verify`, `match_rule` and `find_misfits` are of one content of the gallery,
+        although another process may change the gallery.
         """
         check_argument("verify: identity", identity, str, "the name of a person")
         if not isinstance(clips, Vectors):  # reports mistakes before vectors are computed

@@ -32,7 +32,7 @@ from vidjax.apps.gallery.answers import (
     share,
 )
 from vidjax.apps.gallery.backend import Backend
-from vidjax.apps.gallery.changes import find_enrolled
+from vidjax.apps.gallery.changes import find_person
 from vidjax.apps.gallery.enrolment import list_usable_strangers, stack_parts
 from vidjax.apps.gallery.identification import Remember
 from vidjax.apps.gallery.store import State
@@ -127,6 +127,20 @@ class MatchRule(NamedTuple):
         return rows
 
 
+class Verification(NamedTuple):
+    """The comparison of clips with a person.
+
+    Attributes:
+      matches: clip -> its comparison with the person.
+      rule: the rule that decides if a clip is accepted.
+      misfits: clip of the person that differs from most others -> median of its log ratios.
+    """
+
+    matches: dict[str, Match]
+    rule: MatchRule
+    misfits: dict[str, float]
+
+
 def check_fmr(fmr: float | None) -> None:
     """Raises UserError if `fmr` is neither None nor a number between 0 and 1."""
     check_argument("fmr", fmr, (numbers.Real, type(None)), "a number, or None")
@@ -180,28 +194,30 @@ def choose_rule(
     check_fmr(fmr)
     if identity is not None:
         check_argument("identity", identity, str, "the name of a person")
-        find_enrolled("identity", identity := normal_form(identity), state.people)
+        find_person(identity := normal_form(identity), state.clips_of)
     if card_notes.compare(state).problem == "blind":
         return MatchRule("blind", fmr or DEFAULT_FMR, math.inf, None, card_notes.NOBODY)
 
-    def make() -> MatchRule:
+    def compare_strangers() -> np.ndarray:
         parts = stack_parts(state, [*list_usable_strangers(state)])
         if identity is not None:
             ratios, shared = state.index.ratios(parts, identity)
         else:
             ratios, shared = pair_strangers(state.index.backend, parts)
-        return make_rule(ratios[shared.any(axis=0)], fmr, pairs=identity is None)
+        return ratios[shared.any(axis=0)]
 
-    return remember(state, (identity, fmr), make)
+    ratios = remember(state, ("verify", identity), compare_strangers)
+    return make_rule(ratios, fmr, pairs=identity is None)
 
 
-def verify(state: State, rule: MatchRule, vectors: Vectors, identity: str) -> dict[str, Match]:
-    """Decides by `rule` for each clip if it shows a person, see `Gallery.verify`."""
+def verify(state: State, rule: MatchRule, vectors: Vectors, identity: str) -> Verification:
+    """Decides by `rule` for each clip if it shows a person, see `Gallery.verify_person`."""
     parts, person = [*vectors.parts.values()], normal_form(identity)
     backend, names = state.index.backend, state.clips_of[person]
     matches = make_matches(rule, backend, *state.index.ratios(parts, person))
     matches = add_fits(backend, matches, parts, names, stack_parts(state, names))
-    return dict(zip(vectors.names, matches, strict=True))
+    matches = dict(zip(vectors.names, matches, strict=True))
+    return Verification(matches, rule, find_misfits(state, person))
 
 
 def compare(
@@ -277,7 +293,7 @@ def find_misfits(
 
     Each clip is compared with the other clips, or with MAX_COMPARED of them.
     """
-    names = find_enrolled("identity", normal_form(identity), state.people)
+    names = find_person(identity, state.clips_of)
     backend, misfits = state.index.backend, dict[str, float]()
     clips = ratios_lib.of_clips(backend, stack_parts(state, names))
     step = -(-len(names) // MAX_COMPARED)

@@ -2,10 +2,9 @@
 
     app = make_app(Gallery("people"))  # for any ASGI server
 
-The paths `/v2/...` are the Open Inference Protocol. All other paths take and return JSON with names
-of people. Every answer uses the current content of the gallery's folder. The server confirms a
-removal when the removal is on the disk and all answers that could still contain the person are
-finished.
+The paths take and return JSON with names of people. `/openapi.json` describes them. Every answer
+uses the current content of the gallery's folder. The server confirms a removal when the removal is
+on the disk and all answers that could still contain the person are finished.
 """
 
 import asyncio
@@ -31,9 +30,9 @@ from vidjax.apps.gallery import answers as answers_lib, verification
 from vidjax.apps.gallery.changes import NotEnrolledError
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.vectors import Vectors
-from vidjax.apps.serve import gallery_model, protocol
+from vidjax.apps.serve import gallery_model
 from vidjax.apps.serve.batcher import Batcher, Changes
-from vidjax.apps.serve.gallery_model import Frames, GalleryModel, Question, make_question
+from vidjax.apps.serve.gallery_model import DEFAULT_K, Frames, GalleryModel, Question
 from vidjax.apps.serve.limits import (
     CHANGED,
     LOG,
@@ -69,17 +68,33 @@ ClipJson = Annotated[
     ),
 ]
 ClipList = Annotated[list[ClipJson], Meta(min_length=1)]
-MODEL_PATHS = ("/v2/models/gallery", "/v2/models/gallery/versions/1")
+K = Annotated[int, Meta(ge=1, le=1000, description="largest number of identities per clip")]
+Fpir = Annotated[
+    float, Meta(gt=0, lt=1, description="the largest share of strangers who may wrongly get a name")
+]
+Fmr = Annotated[
+    float, Meta(gt=0, lt=1, description="the largest share of other people's clips to accept")
+]
+Probability = Annotated[
+    float, Meta(gt=0, le=1, description="the lowest probability of a name, instead of fpir")
+]
 COMMON_ERRORS = (400, 401, 403, 500, 503)  # HTTP statuses of errors of every endpoint
 ERROR_REF = "#/components/responses/Error"
 BODY_ERRORS = (413, 415, 422, 429)  # HTTP statuses of errors of endpoints that read a body
 
 
-class IdentifyRequest(protocol.RuleParameters, kw_only=True):
+class RuleParameters(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The rule by which a clip gets a name. If both are None, the gallery chooses the rule."""
+
+    fpir: Fpir | None = None
+    threshold: Probability | None = None
+
+
+class IdentifyRequest(RuleParameters, kw_only=True):
     """A request to identify clips."""
 
     clips: ClipList
-    k: protocol.K = protocol.DEFAULT_K
+    k: K = DEFAULT_K
 
 
 class VerifyRequest(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -87,7 +102,7 @@ class VerifyRequest(Struct, forbid_unknown_fields=True, kw_only=True):
 
     clips: ClipList
     identity: str
-    fmr: protocol.Fmr | None = None
+    fmr: Fmr | None = None
 
 
 class EnrolRequest(Struct, forbid_unknown_fields=True):
@@ -173,17 +188,9 @@ class Application:
 
     def list_endpoints(self) -> list[Endpoint]:
         """Returns all endpoints. The first endpoint that matches a request answers it."""
-        infer_errors = (409, *BODY_ERRORS)
         return [
-            *(
-                Endpoint("POST", f"{x}/infer", self.infer, infer_errors, protocol.InferRequest)
-                for x in MODEL_PATHS
-            ),
-            Endpoint("GET", "/v2", self.server),
             Endpoint("GET", "/v2/health/live", self.live),
             Endpoint("GET", "/v2/health/ready", self.is_ready),
-            *(Endpoint("GET", path, self.metadata) for path in MODEL_PATHS),
-            *(Endpoint("GET", f"{path}/ready", self.is_ready) for path in MODEL_PATHS),
             Endpoint("POST", "/identify", self.identify, (409, *BODY_ERRORS), IdentifyRequest),
             Endpoint("POST", "/verify", self.verify, (404, 409, *BODY_ERRORS), VerifyRequest),
             Endpoint(
@@ -192,9 +199,7 @@ class Application:
             Endpoint("GET", "/identities", self.identities, (422,), query=PageQuery),
             Endpoint("DELETE", "/identities/{name:path}", self.remove_identity, (404, 429, 507)),
             Endpoint("DELETE", "/clips/{name:path}", self.remove_clip, (404, 429, 507)),
-            Endpoint(
-                "GET", "/threshold", self.threshold, (409, 422), query=protocol.RuleParameters
-            ),
+            Endpoint("GET", "/threshold", self.threshold, (409, 422), query=RuleParameters),
             Endpoint("GET", "/metrics", self.counters),
             Endpoint("GET", "/openapi.json", self.describe),
         ]
@@ -221,12 +226,7 @@ class Application:
         self.ready = True
         LOG.info("ready")
 
-    # ---- the Open Inference Protocol
-
-    async def server(self, _: Request) -> Response:
-        """Returns the name, the version, the extensions and the limits of the server."""
-        content = {"name": "vidjax", "version": __version__, "extensions": ["binary_tensor_data"]}
-        return _encode_json({**content, "limits": self.limits})
+    # ---- probes
 
     async def live(self, _: Request) -> Response:
         """Returns status 200 while the server runs, and 503 if its start has failed."""
@@ -252,38 +252,6 @@ class Application:
             text = "the server still compiles its programs: try again"
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, text, 1)
 
-    async def metadata(self, _: Request) -> Response:
-        """Describes the input and output tensors of the model."""
-        model = self.model
-        content = {"name": model.name, "versions": ["1"], "platform": "vidjax_jax"}
-        content["inputs"] = [spec._asdict() for spec in model.inputs]
-        content["outputs"] = [spec._asdict() for spec in model.outputs]
-        return _encode_json(content)
-
-    async def infer(self, request: Request) -> Response:
-        """Computes the output tensors of the model from its input tensors."""
-        model = self.model
-        body = await self.bodies.read(request, self.limits.body_bytes)
-        length = request.headers.get(protocol.HEADER)
-
-        def read() -> tuple[protocol.InferRequest, Question]:
-            parsed, tensors = protocol.parse(body, length, model.inputs, self.limits)
-            protocol.check_outputs(parsed, model.outputs)
-            return parsed, make_question(model.widths, tensors, parsed.parameters, self.limits)
-
-        parsed, question = await self._parse(read, large=len(body) > LARGE_BYTES)
-        self.bodies.hold(request.scope, len(body) + gallery_model.count_bytes(question.clips))
-        self._check_ready()
-        if timeout := parsed.parameters.timeout:
-            set_clock(request.scope, min(timeout / 1e6, self.limits.answer_seconds))
-        request.scope["vidjax.clips"] = len(question.clips)
-        answer = await self.batcher.ask(question, len(question.clips))
-        content, size = protocol.encode_answer(parsed, model.name, model.tensors(question, answer))
-        if size is None:
-            return Response(content, media_type="application/json")
-        headers = {protocol.HEADER: str(size)}
-        return Response(content, headers=headers, media_type="application/octet-stream")
-
     # ---- people by name
 
     async def identify(self, request: Request) -> Response:
@@ -291,8 +259,8 @@ class Application:
         clips, body = await self._read(request, IdentifyRequest)
         question = Question(clips, body.k, body.fpir, body.threshold)
         self._check_ready()
-        identified = await self.batcher.ask(question, len(clips))
-        return _encode_json({"clips": [*map(answers_lib.as_json, clips, identified.answers)]})
+        answers = await self.batcher.ask(question, len(clips))
+        return _encode_json({"clips": [*map(answers_lib.as_json, clips, answers)]})
 
     async def verify(self, request: Request) -> Response:
         """Decides if each clip shows the given person."""
@@ -302,12 +270,9 @@ class Application:
 
         def answer() -> dict[str, object]:
             identity = normal_form(body.identity)
-            matches = self.gallery.verify(vectors, identity, fmr=body.fmr)
-            return {
-                "clips": [verification.as_json(*pair, identity) for pair in matches.items()],
-                "rule": self.gallery.match_rule(identity, fmr=body.fmr).to_dict(),
-                "misfits": self.gallery.find_misfits(identity),
-            }
+            done = self.gallery.verify_person(vectors, identity, fmr=body.fmr)
+            clips = [verification.as_json(*pair, identity) for pair in done.matches.items()]
+            return {"clips": clips, "rule": done.rule.to_dict(), "misfits": done.misfits}
 
         return _encode_json(await self.batcher.run(answer))
 
@@ -386,7 +351,7 @@ class Application:
 
     async def threshold(self, request: Request) -> Response:
         """Returns the rule and the threshold by which a clip gets a name."""
-        query = _read_query(request.query_params, protocol.RuleParameters)
+        query = _read_query(request.query_params, RuleParameters)
         self._check_ready()
         rule = await self.batcher.run(
             lambda: self.gallery.rule(fpir=query.fpir, threshold=query.threshold)
@@ -403,7 +368,8 @@ class Application:
 
     async def describe(self, _: Request) -> Response:
         """Returns this OpenAPI description."""
-        return _encode_json(describe(self.list_endpoints(), self.model.widths))
+        content = describe(self.list_endpoints(), self.model.widths, self.limits)
+        return _encode_json(content)
 
     # ---- reading
 
@@ -440,7 +406,7 @@ class Application:
                 nets = self.gallery.origin.cards
                 found = clip_files.read_npz_bytes(body, name, limit, nets)
             else:
-                fields = protocol.decode(body, kind)
+                fields = _decode(body, kind)
                 rows = enumerate(fields.clips)
                 found = (clip_files.read_json(clip, f"clips[{n}]") for n, clip in rows)
             most = self.limits.clips
@@ -467,7 +433,26 @@ def _read_query(words: Mapping[str, object], kind: Any) -> Any:  # noqa: ANN401 
     try:
         return msgspec.convert(dict(words), kind, strict=False)
     except msgspec.ValidationError as error:
-        raise unprocessable(f"the query is wrong: {protocol.describe(error, kind)}") from None
+        raise unprocessable(f"the query is wrong: {_describe_error(error, kind)}") from None
+
+
+def _decode(content: bytes, kind: Any) -> Any:  # noqa: ANN401 (an instance of kind)
+    """Decodes JSON to an object of the type `kind`. Raises Refused if it does not fit the type."""
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        nan = re.search(rb"\b(NaN|Infinity)\b", content) and "invalid character" in str(error)
+        hint = ": NaN and Infinity are not allowed" if nan else ""
+        raise unprocessable(f"{_describe_error(error, kind)}{hint}") from None
+    except RecursionError:
+        raise unprocessable("the JSON is nested too deeply: see /openapi.json") from None
+
+
+def _describe_error(error: Exception, kind: Any) -> str:  # noqa: ANN401 (the type of a body or query)
+    """Returns the message of an error of msgspec, on one line, with the known fields."""
+    text = show(str(error)).replace("Input data was truncated", "the JSON ends too early")
+    is_field = "unknown field" in text and " - at `$" not in text  # not of a nested object
+    return f"{text}: choose from {', '.join(kind.__struct_fields__)}" if is_field else text
 
 
 def _check_clips(
@@ -528,8 +513,13 @@ def make_app(gallery: Gallery, limits: Limits | None = None, token: bytes | None
     return Guard(router, bodies, limits, metrics, gallery, token)
 
 
-def describe(endpoints: Sequence[Endpoint], widths: Mapping[str, int]) -> dict[str, Any]:
-    """Returns the OpenAPI description. `widths` are modality -> width of its features."""
+def describe(
+    endpoints: Sequence[Endpoint], widths: Mapping[str, int], limits: Limits
+) -> dict[str, Any]:
+    """Returns the OpenAPI description. `widths` are modality -> width of its features.
+
+    `info["x-limits"]` contains the limits of the server.
+    """
     kinds = [
         kind for point in endpoints for kind in (point.body, point.query, point.result) if kind
     ]
@@ -566,9 +556,8 @@ def describe(endpoints: Sequence[Endpoint], widths: Mapping[str, int]) -> dict[s
         }
         if point.body:
             schema = {"$ref": f"#/components/schemas/{point.body.__name__}"}
-            content: dict[str, object] = {"application/json": {"schema": schema}}
-            if point.body is not protocol.InferRequest:
-                content["application/x-npz"] = {"schema": {**text, "format": "binary"}}
+            npz = {"schema": {**text, "format": "binary"}}
+            content = {"application/json": {"schema": schema}, "application/x-npz": npz}
             described["requestBody"] = {"required": True, "content": content}
         paths.setdefault(path, {})[point.method.lower()] = described
     error = {"type": "object", "properties": {"error": text}, "required": ["error"]}
@@ -576,7 +565,7 @@ def describe(endpoints: Sequence[Endpoint], widths: Mapping[str, int]) -> dict[s
     about = "a description of the error in a single line"
     return {
         "openapi": "3.1.0",
-        "info": {"title": "vidjax", "version": __version__},
+        "info": {"title": "vidjax", "version": __version__, "x-limits": limits},
         "paths": paths,
         "components": {
             "schemas": schemas,

@@ -1,11 +1,9 @@
-"""A gallery as a model of the Open Inference Protocol.
+"""Answers a batch of questions to a gallery at once.
 
-The model answers a batch of questions at once. The answer to a question does not depend on the
-other questions.
+The answer to a question does not depend on the other questions.
 """
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,11 +12,10 @@ import numpy as np
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.serve.limits import unprocessable
-from vidjax.apps.serve.protocol import DEFAULT_K, Parameters, Spec
-from vidjax.apps.server_limits import Limits
 from vidjax.data.clips import PAD_LENGTHS
 from vidjax.data.packed_clips import FRAME_FIELDS, LARGEST
 
+DEFAULT_K = 5
 Frames = Mapping[str, np.ndarray]  # field, such as `features` -> array [T, ...] of T frames
 FIELD_BYTES = sum(np.dtype(field.dtype).itemsize for field in FRAME_FIELDS.values())
 
@@ -31,58 +28,6 @@ class Question(NamedTuple):
     # When a clip gets a name, see `Gallery.identify`.
     fpir: float | None = None
     threshold: float | None = None
-
-
-class Identified(NamedTuple):
-    """The answer to a question about N clips."""
-
-    answers: list[Answer]
-    vectors: np.ndarray  # [N, D] float32, the vectors of all modalities, one after the other
-
-
-def make_question(
-    widths: Mapping[str, int],
-    tensors: Mapping[str, np.ndarray],
-    parameters: Parameters,
-    limits: Limits,
-) -> Question:
-    """Makes a question from the input tensors of a request, name -> array [clips, frames, ...].
-
-    `widths` is modality -> width of the features. Frames whose mask is False are left out. Raises
-    Refused for too many clips or frames, for a missing tensor, a wrong shape, or a value that is
-    not finite.
-    """
-    present = [name for name in widths if name in tensors]
-    if not present:
-        raise unprocessable(f"the request has no features: send any of {', '.join(widths)}")
-    count = len(tensors[present[0]])
-    if not 0 < count <= limits.clips:
-        raise unprocessable(f"the request has {count} clips: send 1 to {limits.clips}")
-    clips: dict[str, dict[str, Frames]] = {str(number): {} for number in range(count)}
-    for name in widths:
-        fields = {"features": name, "quality": f"{name}_quality", "mask": f"{name}_mask"}
-        arrays = {field: tensors[key] for field, key in fields.items() if key in tensors}
-        if arrays and name not in tensors:
-            text = f"input '{fields[next(iter(arrays))]}' is useless without '{name}': send both"
-            raise unprocessable(text)
-        for field, array in arrays.items():
-            shape = (count, *tensors[name].shape[1:2])
-            if array.shape[:2] != shape:
-                raise unprocessable(
-                    f"the shape of input '{fields[field]}' must begin with {list(shape)}"
-                )
-            if array.shape[1] > limits.frames:
-                raise unprocessable(
-                    f"input '{name}' has too many frames: send at most {limits.frames:,} for a clip"
-                )
-        mask = arrays.pop("mask", None)
-        for row, clip in enumerate(clips.values() if arrays else ()):
-            kept = slice(None) if mask is None else mask[row]
-            frames = {field: array[row][kept] for field, array in arrays.items()}
-            check_finite(frames, f"clip {row}, {name}")
-            if len(frames["features"]):
-                clip[name] = frames
-    return Question(clips, parameters.k, parameters.fpir, parameters.threshold)
 
 
 def check_finite(frames: Frames, place: str) -> None:
@@ -116,9 +61,7 @@ def _join_clips(questions: Sequence[Question]) -> Mapping[str, Mapping[str, Fram
 
 
 class GalleryModel:
-    """The model that identifies people with a gallery."""
-
-    name = "gallery"
+    """Identifies people with a gallery."""
 
     def __init__(self, gallery: Gallery):
         self.gallery = gallery
@@ -134,27 +77,6 @@ class GalleryModel:
         """Modality -> width of the features."""
         return self.gallery.source.reads[0]
 
-    @property
-    def inputs(self) -> list[Spec]:
-        """The name, datatype and shape of each input tensor."""
-        specs = []
-        for name, width in self.widths.items():
-            specs.append(Spec(name, "FP32", (-1, -1, width)))
-            specs.append(Spec(f"{name}_quality", "FP32", (-1, -1)))
-            specs.append(Spec(f"{name}_mask", "BOOL", (-1, -1)))
-        return specs
-
-    @property
-    def outputs(self) -> tuple[Spec, ...]:
-        """The name, datatype and shape of each output tensor."""
-        width = sum(self.gallery.backend.widths.values())
-        return (
-            Spec("identity", "BYTES", (-1,)),
-            Spec("identities", "BYTES", (-1, -1)),
-            Spec("scores", "FP32", (-1, -1)),
-            Spec("embedding", "FP32", (-1, width)),
-        )
-
     def answer(self, questions: Sequence[Question]) -> list[Any]:
         """Answers a batch of questions; returns an answer or an exception for each question.
 
@@ -168,10 +90,9 @@ class GalleryModel:
                 return [error]
             return [result for question in questions for result in self.answer([question])]
 
-    def answer_batch(self, questions: Sequence[Question]) -> list[Identified]:
-        """Identifies the clips of all questions; returns the answer to each question."""
+    def answer_batch(self, questions: Sequence[Question]) -> list[list[Answer]]:
+        """Identifies the clips of all questions; returns the answers of each question."""
         embedded = self.gallery.embed(_join_clips(questions))
-        vectors = np.concatenate(list(embedded.parts.values()), axis=1)
         ends = np.cumsum([0, *(len(question.clips) for question in questions)]).tolist()
         rows = [slice(*pair) for pair in itertools.pairwise(ends)]
         names_of: dict[tuple[int, float | None, float | None], list[str]] = {}
@@ -182,29 +103,7 @@ class GalleryModel:
             subset = embedded.only({*names})
             answers |= self.gallery.identify(subset, k, fpir=fpir, threshold=threshold)
         ordered = [answers[name] for name in embedded.names]
-        return [Identified(ordered[place], vectors[place]) for place in rows]
-
-    def tensors(self, question: Question, answer: Identified) -> dict[str, np.ndarray]:
-        """Converts an answer about N clips to the output tensors, name -> array.
-
-        Returns:
-          identity [N]: the name of the person, or "" if the person is unknown.
-          identities [N, K]: the most probable people, or "" if a clip has fewer than K.
-          scores [N, K]: the log-probabilities of these people, or -inf for "".
-          embedding [N, D]: the vectors.
-        """
-        most = max((len(clip.best) for clip in answer.answers), default=0)
-        shape = (len(answer.answers), min(question.k, most))
-        names, scores = np.full(shape, "", object), np.full(shape, -np.inf, np.float32)
-        for row, clip in enumerate(answer.answers):
-            for place, (name, probability) in enumerate(clip.best):
-                names[row, place] = name
-                scores[row, place] = math.log(probability) if probability > 0 else -math.inf
-            if clip.best:
-                scores[row, 0] = clip.score
-        identity = np.array([clip.identity or "" for clip in answer.answers], object)
-        outputs = {"identity": identity, "identities": names, "scores": scores}
-        return outputs | {"embedding": answer.vectors}
+        return [ordered[place] for place in rows]
 
     def warm(self) -> None:
         """Compiles all programs of the gallery's run, so that the first requests do not wait."""

@@ -5,7 +5,6 @@ Features of the photos are deleted at the end. A card contains numbers of people
 
 import datetime
 import itertools
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,8 +58,7 @@ def measure_photos(models: Path, people: Path, workers: int = 1) -> list[Measure
     `models` is the folder of nets. Raises UserError if fewer than 5 people have two usable photos,
     or if the net does not separate them.
     """
-    with tempfile.TemporaryDirectory(prefix="vidjax-") as scratch:
-        out = Path(scratch)
+    with files.scratch_folder() as out:
         # In a folder `gallery`, `embed_photos` would see people of earlier calls.
         gallery = Gallery.of_models(out / "vectors", models)
         if "face" not in gallery.backend.widths:
@@ -89,8 +87,8 @@ def measure_features(models: Path, path: Path) -> list[MeasuredCard]:
 
     Raises UserError as `measure_photos`, or if the features are from other nets.
     """
-    with tempfile.TemporaryDirectory(prefix="vidjax-") as scratch:
-        gallery = Gallery.of_models(Path(scratch) / "gallery", models)
+    with files.scratch_folder() as scratch:
+        gallery = Gallery.of_models(scratch / "gallery", models)
         widths, quality = gallery.source.reads
         nets = gallery.origin.cards
         clips, person_of = load_people(path, widths, quality=quality, nets=nets)
