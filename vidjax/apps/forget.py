@@ -178,9 +178,12 @@ def _search_galleries(
     names = {normal_form(clip.name) for clip in own | copies}
     clear, traces = list_clear_names(names), Traces(people, ())
     others = {*clips} - own - copies - doubtful
+    any_named = traces.in_text("\n".join(clip.name for clip in others))  # fast
     named = {
-        x for x in others if strip_ending(normal_form(x.name)) in clear or traces.in_text(x.name)
-    }
+        clip for clip in others
+        if strip_ending(normal_form(clip.name)) in clear
+        or (any_named and traces.in_text(clip.name))
+    }  # fmt: skip
     found = [_report_gallery(*group, delete=delete) for group in _by_gallery(own | copies)]
     for reason, group in (("the vector", doubtful), ("the name", named)):
         for gallery, of in _by_gallery(group):
@@ -192,10 +195,13 @@ def _search_galleries(
 
 
 def _list_clips(gallery: "Gallery") -> Iterator[Clip]:
-    for name, clip in gallery.clips.items():
-        parts = zip(gallery.backend.widths, gallery.backend.split(clip.vector[None]), strict=True)
-        vectors = {modality: x.tobytes() for modality, x in parts if x.any()}
-        yield Clip(gallery, name, clip.identity, vectors)
+    clips = gallery.clips
+    if not clips:
+        return
+    parts = gallery.backend.split(np.stack([clip.vector for clip in clips.values()]))
+    for (name, clip), *vectors in zip(clips.items(), *parts, strict=True):
+        of = zip(gallery.backend.widths, vectors, strict=True)
+        yield Clip(gallery, name, clip.identity, {kind: x.tobytes() for kind, x in of if x.any()})
 
 
 def _by_gallery(clips: Iterable[Clip]) -> list[tuple["Gallery", list[Clip]]]:
@@ -210,7 +216,8 @@ def _find_copies(
 
     All modalities that both clips have must be equal. A copy may have more vectors, so its copies
     are searched, too. Returns:
-      copies: the clips of strangers, or of another spelling of the name in `people`.
+      copies: the clips of strangers, or of another spelling of a name in a gallery without clips
+        in `own`.
       doubtful clips: the clips of other people. They are kept, because either person may have the
         wrong clip.
       vectors: of the copies and of `own`. If more than MOST_COPIES clips of a gallery have a
@@ -218,6 +225,7 @@ def _find_copies(
     """
     holders = group_by_key((vector, clip) for clip in clips for vector in clip.vectors.items())
     spellings = [*people, *{clip.identity for clip in own if clip.identity}]
+    homes = {clip.gallery for clip in own}  # such a gallery tells which names are different people
     copies, doubtful, vectors, left = set[Clip](), set[Clip](), set[bytes](), [*own]
     while left:
         mine = left.pop().vectors
@@ -227,7 +235,10 @@ def _find_copies(
         } - own - copies  # fmt: skip
         if max(Counter(clip.gallery for clip in alike).values(), default=0) > MOST_COPIES:
             continue
-        new = {x for x in alike if x.identity is None or is_spelling(x.identity, spellings)}
+        new = {
+            x for x in alike
+            if not x.identity or (x.gallery not in homes and is_spelling(x.identity, spellings))
+        }  # fmt: skip
         vectors.update(mine.values())
         copies |= new
         doubtful |= alike - new
