@@ -7,7 +7,6 @@ Clips are deleted from galleries and from converted datasets in the cache. Runs,
 import dataclasses
 import os
 import re
-import shlex
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
 PEOPLE_BYTES = 512 * files.MB  # limit for the list of people of a run
 DELETE_FILE = "delete it"  # the remedy for a file that vidjax wrote
 LOOK = "look at it, and delete it or the name in it"  # for files of other programs, too
+REMOVE = "look at them; to delete one: vidjax gallery remove GALLERY --clip=NAME"
 MIN_LETTERS = 4  # of a clip whose name is searched in files
 MOST_COPIES = 3  # other clips of a gallery with a vector. A vector with more copies is no trace
 # A folder of the cache that a killed process has left. The list of its clips is written last.
@@ -188,9 +188,7 @@ def _search_galleries(
     for reason, group in (("the vector", doubtful), ("the name", named)):
         for gallery, of in _by_gallery(group):
             about = f"clips with {reason} of the person: {', '.join(sorted(map(str, of)))}"
-            folder = shlex.quote(str(gallery.folder))
-            remedy = f"look at it; to delete a clip: vidjax gallery remove {folder} --clip=NAME"
-            found.append(Place("gallery", gallery.folder, about, remedy))
+            found.append(Place("gallery", gallery.folder, about, REMOVE))
     return found, names, [np.frombuffer(vector, np.float32) for vector in vectors]
 
 
