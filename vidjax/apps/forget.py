@@ -1,77 +1,107 @@
-"""Finds places of vidjax that contain people or clips: the search of `vidjax forget`.
+"""Finds people and clips in all galleries and files: the search of `vidjax forget`.
 
 Clips are deleted from galleries and from converted datasets in the cache. Runs, folders of
-`vidjax who` and single files (see `traces`) are only listed. `list_commands` returns shell commands
-that search the files of other programs.
+`vidjax who` and single files (see `traces`) are only listed.
 """
 
-import html
-import io
-import itertools
-import json
+import dataclasses
 import os
 import re
-import shlex
-import unicodedata
-import urllib.parse
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from vidjax.apps.traces import Traces
+from vidjax.apps.traces import PARTIAL, Traces
 from vidjax.data import cache_folders
-from vidjax.utils import files, messages, tables
+from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, closest
+from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import (
     ENDING,
     check_name,
     clean_name,
-    escape,
     fold,
     normal_form,
-    read_folder_name,
+    show,
+    strip_accents,
     strip_ending,
-    unescape,
 )
 
 if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery
 
-INDEX_BYTES = 512 * files.MB  # limit for a converted dataset's list of clips, and a file of a run
-MAX_NAMES_IN_INDEX = 10_000_000
+PEOPLE_BYTES = 512 * files.MB  # limit for the list of people of a run
 DELETE_FILE = "delete it"  # the remedy for a file that vidjax wrote
+LOOK = "look at it, and delete it or the name in it"  # for files of other programs, too
+REMOVE = "look at them; to delete one: vidjax gallery remove GALLERY --clip=NAME"
 MIN_LETTERS = 4  # of a clip whose name is searched in files
+MOST_COPIES = 3  # other clips of a gallery with a vector. A vector with more copies is no trace
 # A folder of the cache that a killed process has left. The list of its clips is written last.
 UNFINISHED = re.compile(r"[0-9a-f]{20}\.[0-9a-f]{8}\.partial")
+# Kind of a folder that is listed instead of its files -> the remedy in `Place`.
+REMEDIES = {
+    "records": "--delete",
+    "export": "delete it; export again when its source lacks the clips",
+    "run": "its weights depend on the clips: delete it; train without them",
+    "who": "remove these people's photos and tags, and run `vidjax who --forget-missing`, which "
+    "replaces all files",
+}
 
 
 class Place(NamedTuple):
-    """A folder or file that contains a searched name, or could not be searched."""
+    """A folder or file that contains a searched name or vector, or could not be searched."""
 
     # `gallery`, `records` (a converted dataset), `run`, `export`, `who` (results of `vidjax who`),
-    # `file` (any other file of vidjax), or `unread` if the folder could not be searched.
+    # `file` (any other file or folder), or `unread` if the place could not be searched.
     kind: str
     path: Path
-    about: str  # a description of the content
-    # How the user can delete the name, such as `--delete`. If vidjax has deleted the name, the text
+    about: str  # the reason
+    # How the user can delete the content, such as `--delete`. If vidjax has deleted it, the text
     # starts with `deleted`.
     remedy: str
 
     @property
     def left(self) -> bool:
-        """True if the folder still contains a searched name."""
+        """True if the place still contains a searched name or vector."""
         return self.kind != "unread" and not self.remedy.startswith("deleted")
 
 
 class Forgotten(NamedTuple):
     """The result of a search."""
 
-    found: list[Place]  # the folders and files that contain a name or could not be searched
-    names: set[str]  # people, their clips, and other searched clips, in the Unicode form NFC
+    found: list[Place]  # the places that contain a name or vector, or could not be searched
     similar: dict[str, str]  # searched name -> another stored name, such as `ada` for `Ada`
+
+
+class Survey(NamedTuple):
+    """The folders and files that must be searched."""
+
+    kind_of: dict[Path, str]  # folder -> kind, see `_find_kind`
+    whole_of: dict[Path, Path]  # folder in a folder of a kind in REMEDIES, or itself -> that folder
+    paths: list[Path]  # sorted files and folders, except inside "records" and "unfinished"
+    found: list[Place]  # places that are empty or cannot be read
+
+    def list_folders(self, kind: str) -> list[Path]:
+        """Returns the sorted folders of a kind."""
+        return sorted(folder for folder, found in self.kind_of.items() if found == kind)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # equal clips of two galleries are two clips
+class Clip:
+    """A clip of a gallery."""
+
+    gallery: "Gallery"
+    name: str
+    identity: str | None  # None for a stranger
+    vectors: dict[str, bytes]  # modality -> the numbers of its vector, if it is not 0
+
+    def __str__(self) -> str:
+        owner = f"'{show(self.identity)}'" if self.identity else "a stranger"
+        return f"'{show(self.name)}' of {owner}"
 
 
 def forget(
@@ -81,7 +111,7 @@ def forget(
     *,
     delete: bool = False,
 ) -> Forgotten:
-    """Searches the folders `places` for galleries, datasets, runs and results with people or clips.
+    """Searches people and clips in all galleries, datasets and files below the folders `places`.
 
     `identities` are the names of people, whose clips are also searched. `clips` are the names of
     other clips. If `delete` is True, the clips are deleted from galleries, and converted datasets
@@ -95,36 +125,28 @@ def forget(
     asked = bare | {name + end for name in bare for end in (ENDING, ENDING.upper())}
     # After a change of nets, clips wait with another name, see `other_nets`.
     stored_as = asked | {f"{EARLIER}/{name}" for name in bare}
-    folders, others, found = _survey(places)
-    wanted = people | bare
-    names, known, vectors = people | asked, set[str](), list[np.ndarray]()
-    runs_of_galleries: dict[Path, Path] = {}
-    for gallery in _open_galleries(folders["gallery"], found):
+    survey = _survey(places)
+    found, known = survey.found, set[str]()
+    galleries = [*_open_galleries(survey.list_folders("gallery"), found)]
+    for gallery in galleries:
         known |= {*gallery.index.names, *map(normal_form, gallery.clips)}
-        runs_of_galleries[gallery.folder] = Path(gallery.origin.workdir)
-        stored = gallery.clips.items()
-        shown = {n for n, clip in stored if clip.identity in people or normal_form(n) in stored_as}
-        if shown:
-            for name in shown:
-                vectors += [x[0] for x in gallery.backend.split(gallery.clips[name].vector[None])]
-            found.append(_report_gallery(gallery, shown, delete=delete))
-            names.update(map(normal_form, shown))
-    for folder in folders["records"]:
-        found += _search_records(folder, names, delete=delete)
-    for folder in folders["unfinished"]:
+    shown, their_names, vectors = _search_galleries(galleries, people, stored_as, delete=delete)
+    found += shown
+    names = people | asked | their_names
+    for folder in survey.list_folders("unfinished"):
         found.append(_report_unfinished(folder, delete=delete))
-    for kind in READERS:
-        for folder in folders[kind]:
-            known |= _search_names(kind, folder, names, found)
+    for folder in survey.list_folders("run"):
+        known |= _read_people(folder, found)
+    clear = people | list_clear_names(names - people)
+    found += _search_files(survey, Traces(clear, vectors, names), delete=delete)
     runs = {place.path for place in found if place.kind == "run"}
-    for folder, run in runs_of_galleries.items():
-        if run in runs:
+    for gallery in galleries:
+        if (run := Path(gallery.origin.workdir)) in runs:
             about = f"its vectors were computed by '{run}', which was trained on the clips"
-            found.append(Place("gallery", folder, about, "make the gallery again with a new run"))
-    searched = Traces({*people, *list_clear_names(names - people)}, vectors, known | people)
-    found += _search_files(others, searched, [x.path for x in found if x.kind in READERS])
-    similar = _find_similar(wanted, known.difference(wanted), closely=not found)
-    return Forgotten(found, names, similar)
+            remedy = "make the gallery again with a new run"
+            found.append(Place("gallery", gallery.folder, about, remedy))
+    wanted = people | bare
+    return Forgotten(found, _find_similar(wanted, known - wanted, closely=not found))
 
 
 def _open_galleries(folders: Iterable[Path], found: list[Place]) -> Iterator["Gallery"]:
@@ -138,17 +160,118 @@ def _open_galleries(folders: Iterable[Path], found: list[Place]) -> Iterator["Ga
             found.append(_list_unread(folder, error))
 
 
-def _search_names(kind: str, folder: Path, names: set[str], found: list[Place]) -> set[str]:
-    """Returns all names in a folder. Adds it to `found` if it contains one of `names`."""
-    names_of, remedy = READERS[kind]
-    try:
-        there = {*map(normal_form, itertools.islice(names_of(folder), MAX_NAMES_IN_INDEX))}
-    except (UserError, OSError) as error:
-        found.append(_list_unread(folder, error))
-        return set()
-    if held := names & there:
-        found.append(Place(kind, folder, f"{len(held):,} of the names", remedy))
-    return there
+def _search_galleries(
+    galleries: Iterable["Gallery"],
+    people: Collection[str],
+    asked: Collection[str],
+    *,
+    delete: bool,
+) -> tuple[list[Place], set[str], list[np.ndarray]]:
+    """Finds the clips of `people`, the clips `asked`, and copies of these clips.
+
+    If `delete` is True, deletes them. Also finds other clips with a name of these people or clips.
+    Returns the galleries with such clips, and the names and the vectors of the clips.
+    """
+    clips = [clip for gallery in galleries for clip in _list_clips(gallery)]
+    own = {x for x in clips if x.identity in people or normal_form(x.name) in asked}
+    copies, doubtful, vectors = _find_copies(clips, own, people)
+    names = {normal_form(clip.name) for clip in own | copies}
+    clear, traces = list_clear_names(names), Traces(people, ())
+    others = {*clips} - own - copies - doubtful
+    any_named = traces.in_text("\n".join(clip.name for clip in others))  # fast
+    named = {
+        clip for clip in others
+        if strip_ending(normal_form(clip.name)) in clear
+        or (any_named and traces.in_text(clip.name))
+    }  # fmt: skip
+    found = [_report_gallery(*group, delete=delete) for group in _by_gallery(own | copies)]
+    for reason, group in (("the vector", doubtful), ("the name", named)):
+        for gallery, of in _by_gallery(group):
+            about = f"clips with {reason} of the person: {', '.join(sorted(map(str, of)))}"
+            found.append(Place("gallery", gallery.folder, about, REMOVE))
+    return found, names, [np.frombuffer(vector, np.float32) for vector in vectors]
+
+
+def _list_clips(gallery: "Gallery") -> Iterator[Clip]:
+    clips = gallery.clips
+    if not clips:
+        return
+    parts = gallery.backend.split(np.stack([clip.vector for clip in clips.values()]))
+    for (name, clip), *vectors in zip(clips.items(), *parts, strict=True):
+        of = zip(gallery.backend.widths, vectors, strict=True)
+        yield Clip(gallery, name, clip.identity, {kind: x.tobytes() for kind, x in of if x.any()})
+
+
+def _by_gallery(clips: Iterable[Clip]) -> list[tuple["Gallery", list[Clip]]]:
+    groups = group_by_key((clip.gallery, clip) for clip in clips)
+    return sorted(groups.items(), key=lambda group: group[0].folder)
+
+
+def _find_copies(
+    clips: Iterable[Clip], own: set[Clip], people: Iterable[str]
+) -> tuple[set[Clip], set[Clip], set[bytes]]:
+    """Finds the clips with the same vectors as a clip in `own`, of strangers and of other people.
+
+    All modalities that both clips have must be equal. A copy may have more vectors, so its copies
+    are searched, too. Returns:
+      copies: the clips of strangers, or of another spelling of a name in a gallery without clips
+        in `own`.
+      doubtful clips: the clips of other people. They are kept, because either person may have the
+        wrong clip.
+      vectors: of the copies and of `own`. If more than MOST_COPIES clips of a gallery have a
+        vector, it is no trace, and is left out.
+    """
+    holders = group_by_key((vector, clip) for clip in clips for vector in clip.vectors.items())
+    spellings = [*people, *{clip.identity for clip in own if clip.identity}]
+    homes = {clip.gallery for clip in own}  # such a gallery tells which names are different people
+    copies, doubtful, vectors, left = set[Clip](), set[Clip](), set[bytes](), [*own]
+    while left:
+        mine = left.pop().vectors
+        alike = {
+            clip for vector in mine.items() for clip in holders[vector]
+            if all(clip.vectors.get(modality, x) == x for modality, x in mine.items())
+        } - own - copies  # fmt: skip
+        if max(Counter(clip.gallery for clip in alike).values(), default=0) > MOST_COPIES:
+            continue
+        new = {
+            x for x in alike
+            if not x.identity or (x.gallery not in homes and is_spelling(x.identity, spellings))
+        }  # fmt: skip
+        vectors.update(mine.values())
+        copies |= new
+        doubtful |= alike - new
+        left += new
+    return copies, doubtful, vectors
+
+
+def is_spelling(name: str, people: Iterable[str]) -> bool:
+    """Returns whether a name may be another spelling of one of `people`.
+
+    Every word of the shorter name is a word of the longer name, or its first letter, as in
+    `lovelace, a.` and `Ada Lovelace`.
+    """
+    words = re.findall(r"[^\W_]+", strip_accents(name))
+    for person in people:
+        others = re.findall(r"[^\W_]+", strip_accents(person))
+        short, long = sorted((words, others), key=len)
+        if short and {*short} <= {*long, *(word[0] for word in long)}:
+            return True
+    return False
+
+
+def _report_gallery(gallery: "Gallery", clips: Collection[Clip], *, delete: bool) -> Place:
+    """Describes a gallery that contains `clips`. If `delete` is True, deletes the clips."""
+    counts = Counter(f"'{show(x.identity)}'" if x.identity else "strangers" for x in clips)
+    about = ", ".join(f"{messages.count(n, 'clip')} of {x}" for x, n in sorted(counts.items()))
+    remedy = "--delete"
+    if delete:
+        try:
+            gallery.remove(clip={clip.name for clip in clips})
+            remedy = "deleted"
+        except (UserError, OSError) as error:
+            about += f", not deleted: {str(error).splitlines()[0]}"
+            remedy = "repair this, then run the command again"
+    return Place("gallery", gallery.folder, about, remedy)
 
 
 def list_clear_names(clips: Iterable[str]) -> set[str]:
@@ -160,32 +283,41 @@ def list_clear_names(clips: Iterable[str]) -> set[str]:
     return {name for name in bare if len(name) >= MIN_LETTERS and not name.isdigit()}
 
 
-def _search_files(
-    paths: Iterable[Path], traces: Traces, listed: Collection[Path]
-) -> Iterator[Place]:
-    """Describes the files with any of `traces`, except in the folders `listed`."""
+def _search_files(survey: Survey, traces: Traces, *, delete: bool) -> Iterator[Place]:
+    """Describes the files and folders with any of `traces`.
+
+    A folder of a kind in REMEDIES is described instead of its files. If `delete` is True, converted
+    datasets with any of `traces` are deleted.
+    """
     from vidjax.apps.video import features_folder
 
-    seen = set[Path]()
-    for path in sorted(paths):
-        if path in seen or any(path.is_relative_to(folder) for folder in listed):
+    seen = set[Path | None]()  # listed folders, and files of the same film or photo
+    for path in survey.paths:
+        whole = survey.whole_of.get(path) or survey.whole_of.get(path.parent)
+        if is_partial := PARTIAL.fullmatch(path.name) is not None:
+            whole = None  # no program replaces or deletes it
+        if not seen.isdisjoint({path, path.parent, whole}):
             continue
         try:
-            kind = traces.in_file(path)
+            trace = traces.in_file(path)
         except FileNotFoundError:
             continue  # another program has deleted it
         except (UserError, OSError, EOFError, zlib.error) as error:
             yield _list_unread(path, error)
             continue
-        if kind != "nothing":
+        if trace and whole:
+            seen.add(whole)
+            kind, about = survey.kind_of[whole], f"'{show(path.name)}' {trace.about}"
+            deletes = delete and kind == "records"
+            remedy = _delete_records(whole) if deletes else REMEDIES[kind]
+            yield Place(kind, whole, about, remedy)
+        elif trace:
             group = features_folder.list_files_of(path)
-            is_ours = path in group or kind == "ours"
-            for file in group if path in group else [path]:
-                seen.add(file)
-                about, remedy = "it contains a name or a vector", DELETE_FILE
-                if not is_ours:
-                    about, remedy = "it contains the name: look at it", "delete the name in it"
-                yield Place("file", file, about, remedy)
+            group = group if path in group else []
+            seen.update(group)
+            remedy = DELETE_FILE if group or is_partial or trace.ours else LOOK
+            for file in group or [path]:
+                yield Place("file", file, f"it {trace.about}", remedy)
 
 
 def is_empty(folder: Path) -> bool:
@@ -209,16 +341,12 @@ def _find_similar(wanted: set[str], others: set[str], *, closely: bool) -> dict[
     return {name: other for name, other in near.items() if other}
 
 
-def _survey(places: Iterable[Path]) -> tuple[dict[str, list[Path]], list[Path], list[Place]]:
-    """Finds the folders below `places` that must be searched.
-
-    Returns kind -> sorted folders, the files in all folders except in the kinds "records" and
-    "unfinished", and the places that are empty or cannot be read. The kinds are listed in
-    `_find_kind`. Links are not followed.
-    """
+def _survey(places: Iterable[Path]) -> Survey:
+    """Finds the folders and files below `places` that must be searched. Does not follow links."""
     from vidjax.apps.gallery.store import GALLERY_FILE, JOURNAL_FILE
 
-    kind_of, others, found = dict[Path, str](), list[Path](), list[Place]()
+    kind_of, paths, found = dict[Path, str](), set[Path](), list[Place]()
+    whole_of = dict[Path, Path]()
     for root in (place.expanduser().absolute() for place in places):
         if not root.is_dir():
             raise UserError(f"'{root}' is not a folder: name an existing folder as PLACE")
@@ -228,19 +356,18 @@ def _survey(places: Iterable[Path]) -> tuple[dict[str, list[Path]], list[Path], 
         unread = list[OSError]()
         for place, inner, names in os.walk(root, onerror=unread.append):
             folder = Path(place)
-            if kind := _find_kind(folder, {*names, *inner}):
-                kind_of[folder] = kind
+            kind = kind_of[folder] = _find_kind(folder, {*names, *inner})
             if kind in ("records", "unfinished"):
                 inner.clear()
-                continue
-            paths = (folder / name for name in names if name not in (GALLERY_FILE, JOURNAL_FILE))
-            others += [path for path in paths if path.is_file() and not path.is_symlink()]
+                names = ["index.npz"] if kind == "records" else []
+            if kind in REMEDIES:
+                whole_of[folder] = folder
+            elif folder.parent in whole_of:
+                whole_of[folder] = whole_of[folder.parent]
+            here = {*inner, *names} - {GALLERY_FILE, JOURNAL_FILE}
+            paths |= {folder / name for name in here}
         found += [_list_unread(error.filename or root, error) for error in unread]
-    folders: dict[str, list[Path]] = {kind: [] for kind in ("gallery", "records", "unfinished")}
-    folders |= {kind: [] for kind in READERS}
-    for folder in sorted(kind_of):
-        folders[kind_of[folder]].append(folder)
-    return folders, others, found
+    return Survey(kind_of, whole_of, sorted(paths), found)
 
 
 def _find_kind(folder: Path, there: set[str]) -> str:
@@ -267,44 +394,14 @@ def _list_unread(path: str | Path, error: Exception) -> Place:
     return Place("unread", Path(path), about, "search it yourself")
 
 
-def _report_gallery(gallery: "Gallery", clips: set[str], *, delete: bool) -> Place:
-    """Describes a gallery that contains `clips`. If `delete` is True, deletes the clips."""
-    about, remedy = f"{len(clips):,} of its clips", "--delete"
-    if delete:
-        try:
-            gallery.remove(clip=clips)
-            remedy = "deleted"
-        except (UserError, OSError) as error:
-            about += f", not deleted: {str(error).splitlines()[0]}"
-            remedy = "repair this, then run the command again"
-    return Place("gallery", gallery.folder, about, remedy)
+def _delete_records(folder: Path) -> str:
+    """Deletes a converted dataset; returns the remedy in `Place`."""
+    from vidjax.data.store import remove
 
-
-def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> Iterator[Place]:
-    """Describes a converted dataset that contains any of `clips` or cannot be read.
-
-    Yields at most one place. If `delete` is True, a dataset with any of the clips is deleted.
-    """
-    path = folder / "index.npz"
-    try:
-        limit = min(INDEX_BYTES, files.max_unpacked_bytes(os.lstat(path).st_size))
-        index = files.read_npz(path, limit)
-        lists = [_lines(array.tobytes()) for key, array in index.items() if key.endswith("/clips")]
-        held = set(clips).intersection(map(normal_form, itertools.chain(*lists)))
-    except (UserError, OSError) as error:
-        yield _list_unread(folder, error)
-        return
-    if not held:
-        return
-    about, remedy = f"features of {messages.count(len(held), 'clip')}", "--delete"
-    if delete:
-        from vidjax.data.store import remove
-
-        with cache_folders.exclusive(folder):
-            remedy = "deleted: the next run converts your files again"
-            if not remove(folder):
-                remedy = "some files are left in this folder: run the command again to search them"
-    yield Place("records", folder, about, remedy)
+    with cache_folders.exclusive(folder):
+        if remove(folder):
+            return "deleted: the next run converts your files again"
+    return "some files are left in this folder: run the command again to search them"
 
 
 def _report_unfinished(folder: Path, *, delete: bool) -> Place:
@@ -319,110 +416,12 @@ def _report_unfinished(folder: Path, *, delete: bool) -> Place:
     return Place("records", folder, about, remedy)
 
 
-def _lines(content: bytes) -> Iterator[str]:
-    """Yields the lines of a text. Raises UserError if there are more than ten million lines."""
-    if content.count(b"\n") > MAX_NAMES_IN_INDEX:
-        raise UserError(f"it contains more than {MAX_NAMES_IN_INDEX:,} names")
-    for line in io.BytesIO(content):
-        yield line.rstrip(b"\n").decode("utf-8", "replace")
-
-
-def _read_names_of_run(folder: Path) -> Iterator[str]:
-    """Yields the names of people and clips in the folder of a run or of an exported run."""
-    if files.exists(folder / "identities.json"):
-        yield from map(str, files.read_json(folder / "identities.json", list, INDEX_BYTES))
-    if files.exists(folder / "members.npz"):
-        arrays = files.read_npz(folder / "members.npz", INDEX_BYTES)
-        yield from _lines(arrays["clips"].tobytes() if "clips" in arrays else b"")
-    keys = ("identities", "clips", "members")
-    for path in (*folder.glob("checkpoints/**/data.json"), *folder.glob("checkpoint.json")):
-        value = files.read_json(path, object, INDEX_BYTES, below=folder)
-        yield from _walk_texts([*map(value.get, keys)] if isinstance(value, dict) else value)
-    for path in folder.glob("analysis*.npz"):
-        if (facts := files.read_npz(path, INDEX_BYTES).get("facts")) is not None:
-            yield from _walk_texts(files.parse_json(facts.tobytes()))
-    for path in folder.glob("scores*.json"):
-        yield from _walk_texts(files.read_json(path, dict, INDEX_BYTES))
-    for path in folder.glob("ranking*.txt"):
-        for word in re.finditer(rb"\S+", files.read_bytes(path, INDEX_BYTES)):
-            yield strip_ending(unescape(word[0].decode(errors="replace")))
-
-
-def _walk_texts(value: object) -> Iterator[str]:
-    values = [value]
-    while values:
-        value = values.pop()
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, Mapping | list):
-            values += value.values() if isinstance(value, Mapping) else value
-
-
-def _read_names_of_who(folder: Path) -> Iterator[str]:
-    """Yields the names in a folder of results of `vidjax who`.
-
-    Names are in tables, in corrections by a user, in names of folders, and in tags of photos.
-    """
-    from vidjax.apps.video.features_folder import (
-        EARLIER,
-        NUMBERS,
-        find_earlier,
-        read_media_files,
-    )
-
-    for table in ("names.tsv", "unknown.tsv", "unmatched.tsv"):
-        if files.exists(folder / table):
-            for _, cells in tables.read_text(folder / table):
-                yield from cells
-    if files.exists(folder / NUMBERS):
-        yield from _walk_texts(files.read_json(folder / NUMBERS, limit=INDEX_BYTES))
-    for film in find_earlier(folder / "features").values():  # the tables lack its clips
-        for track in film.tracks:
-            yield from (track.clip, f"{EARLIER}/{track.clip}")
-    if not (people := folder / "people").is_symlink():
-        for path in people.glob("*"):
-            yield read_folder_name(path.name)
-            for film in (*read_media_files(path), *find_earlier(path).values()):
-                yield from film.tags
-
-
-# Kind of folder -> the function that yields its names, and the remedy in `Place`.
-READERS: dict[str, tuple[Callable[[Path], Iterator[str]], str]] = {
-    "export": (_read_names_of_run, "delete it; export again when its source lacks the clips"),
-    "run": (_read_names_of_run, "its weights depend on the clips: delete it; train without them"),
-    "who": (
-        _read_names_of_who,
-        "remove these people's photos and tags, and run `vidjax who --forget-missing`, which "
-        "replaces all files",
-    ),
-}
-
-
-def list_commands(names: Iterable[str], places: Iterable[Path]) -> list[str]:
-    """Returns shell commands that list the files below the folders `places` with any of `names`.
-
-    The first command searches the paths of files. The second command searches their contents.
-    """
-    names, folders = [*names], list(map(str, places))
-    words = [word for spelling in _list_spellings(names) for word in ("-e", spelling)]
-    # Letters of the category Lo belong to scripts without blanks or with particles. A name in such
-    # a script may touch other letters. All other names are searched as whole words.
-    touches = any(unicodedata.category(letter) == "Lo" for name in names for letter in name)
-    return [
-        f"{shlex.join(['find', *folders])} | {shlex.join(['grep', '-iF', *words])}",
-        shlex.join(["grep", "-rliF" if touches else "-rliwF", *words, *folders]),
-    ]
-
-
-def _list_spellings(names: Iterable[str]) -> list[str]:
-    """Returns the spellings of names in text, JSON, HTML, URLs, RTTM, rankings and tables."""
-    forms = {unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD")}
-    ways: tuple[Callable[[str], str], ...] = (
-        str, escape, lambda form: "_".join(form.split()), html.escape, urllib.parse.quote,
-        lambda form: html.escape(form, quote=False),
-        # Jinja writes other codes for quotation marks than Python. Tables double quotation marks.
-        lambda form: html.escape(form).replace("&#x27;", "&#39;").replace("&quot;", "&#34;"),
-        lambda form: json.dumps(form)[1:-1],
-        lambda form: form.replace('"', '""'),
-    )  # fmt: skip
-    return sorted({way(form) for form in forms for way in ways})
+def _read_people(folder: Path, found: list[Place]) -> set[str]:
+    """Returns the names of people in a run. If they cannot be read, adds the folder to `found`."""
+    path = folder / "identities.json"
+    try:
+        names = files.read_json(path, list, PEOPLE_BYTES) if files.exists(path) else []
+        return {*map(str, names)}
+    except (UserError, OSError) as error:
+        found.append(_list_unread(folder, error))
+        return set()

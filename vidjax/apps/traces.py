@@ -1,14 +1,16 @@
-"""Searches the files that vidjax writes for names and vectors of people, for `vidjax forget`."""
+"""Searches files for names and vectors of people, for `vidjax forget`."""
 
-import contextlib
 import gzip
 import html
 import itertools
+import os
 import re
+import stat
+import unicodedata
 import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,7 +18,7 @@ from vidjax.data import parquet
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 from vidjax.utils.groups import group_by_key
-from vidjax.utils.names import is_unknown, make_file_stems, normal_form
+from vidjax.utils.names import make_file_stems, normal_form
 
 MAX_BYTES = 512 * files.MB  # of a file, also after it is unpacked
 TEXTS = (
@@ -28,6 +30,9 @@ NEAR = 0.9999  # least cosine of two vectors of the same clip
 PIECE = 4  # numbers of a vector that identify the vector
 # A text is searched in overlapping parts, because the search takes 30 times the memory of a part.
 PART_LETTERS, OVERLAP_LETTERS = 1 << 20, 1 << 14
+HEAD_BYTES = 1 << 20  # are read of files of other programs, such as photos, which begin with tags
+# Texts in files that are not text, such as tags of photos.
+_STRINGS = re.compile(rb"(?:[\t\n\r -~]|[\xc2-\xf4][\x80-\xbf]{1,3}){16,}")
 _UTF16 = re.compile(r"(?:\\u[0-9a-fA-F]{4})+")  # letters in JSON
 _NO_WORD = re.compile(r"\W")
 _RATE = re.compile(r" [\d.]+ fps\b")  # `cuts` adds it to the name of a person
@@ -42,20 +47,22 @@ HEADERS = (
     ("identity", "rank", "clip", "score"), ("video", "start", "end", "identity", "probability"),
     ("video", "start", "end", "clip", "correction"),
 )  # fmt: skip
-# Lines of a file, of which the last group is a name. The other lines match without this group.
-LINES = {
-    ".rttm": r"SPEAKER \S+ 1 \d+\.\d{3} \d+\.\d{3} <NA> <NA> (\S+) <NA> <NA>",
-    ".vtt": r"|WEBVTT|\d\d:\d\d:[\d.]+ --> \d\d:\d\d:[\d.]+|(.+)",
-    ".srt": r"|\d+|\d\d:\d\d:[\d,]+ --> \d\d:\d\d:[\d,]+|(.+)",
-}
-STARTS = {  # how a file of vidjax begins
-    ".edl": r"TITLE: .+ [\d.]+ fps\nFCM: NON-DROP FRAME\n\n001  AX       AA/V  C        ",
-    ".html": r'\s*<!DOCTYPE html>\s*<html[^>]*>\s*<head>\s*<meta charset="utf-8">'
-    r"[\s\S]{,2000}(<title>.*Who appears when</title>|"
-    r'img-src data:">\s*<link rel="icon" href="data:,">)',
-}
+# How a table in CSV, TSV or JSON lines with such columns begins.
+OURS = re.compile(
+    "|".join(
+        rf'\ufeff?(\{{")?{between.join(header)}\b'
+        for header in HEADERS for between in (",", "\t", r'": [^\n]*?, "')
+    )
+)  # fmt: skip
+# A file that a killed process has left, and the name of the file that it would have replaced.
+PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{8}\.partial")
 
-Found = Literal["nothing", "ours", "other"]  # "other": perhaps another program wrote the file
+
+class Trace(NamedTuple):
+    """The reason why a file is listed."""
+
+    about: str
+    ours: bool  # True if no other program writes such a file
 
 
 class Content(NamedTuple):
@@ -64,69 +71,76 @@ class Content(NamedTuple):
     texts: Sequence[str] = ()
     arrays: Sequence[np.ndarray] = ()
     raw: bytes = b""
-    header: Sequence[str] = ()  # the names of columns or fields
-    ending: str = ""  # of a file of text
+    head: bytes = b""  # the first bytes of a file of another kind
 
 
 class Traces:
     """Names and vectors that are searched in files."""
 
     def __init__(
-        self, names: Iterable[str], vectors: Iterable[np.ndarray], known: Iterable[str] = ()
+        self, names: Iterable[str], vectors: Iterable[np.ndarray], lines: Iterable[str] = ()
     ):
         """`names` are people and clips. `vectors` [D] are of their clips, in any modality.
 
-        `known` are names of all people. Subtitles with only such names are results of vidjax.
+        `lines` are searched in lists of names only, because they may be short, such as `1`.
         """
-        self._known = set(map(_simplify, known))
+        self._lines = {*lines}
         # First word of names -> (place of the word in a name, length of the name) -> the names. For
         # example, "ada" -> (0, 12) -> {"ada lovelace"}.
         self._names: dict[str, dict[tuple[int, int], set[str]]] = {}
+        # Names without words, and names in scripts without blanks or with particles, whose letters
+        # have the Unicode category Lo. They may touch other letters.
+        self._parts = set[str]()
+        self._pieces = set[bytes]()  # letters of each name that are the same in all codes of texts
         for name in names:
-            for spelling in (name, *make_file_stems([name])):
-                plain = _simplify(spelling)
+            self._pieces.add(max(re.findall(rb"[a-z0-9]*", name.lower().encode()), key=len))
+            # `_simplify` takes the end of a cell, `\\"`, for a code of JSON.
+            spellings = (name, name.rstrip("\\") or name, *make_file_stems([name]))
+            for plain in map(_simplify, spellings):
                 word = re.search(r"\w+", plain)
-                key, at = (word[0], word.start()) if word else (plain, 0)
-                self._names.setdefault(key, {}).setdefault((at, len(plain)), set()).add(plain)
+                if word and "Lo" not in map(unicodedata.category, plain):
+                    key = (word.start(), len(plain))
+                    self._names.setdefault(word[0], {}).setdefault(key, set()).add(plain)
+                else:
+                    self._parts.add(plain)
         self._vectors = group_by_key((len(x), x) for x in vectors if x.any())
 
-    def in_file(self, path: Path) -> Found:
-        """Searches any name or vector in the name and the content of a file.
+    def in_file(self, path: Path) -> Trace | None:
+        """Searches any name or vector in the name and the content of a file or folder.
 
-        Returns "ours" for a file with a vector, or if only vidjax writes such files with names.
-        Returns "nothing" for files of kinds that vidjax does not write. Raises UserError if the
-        file cannot be read, and OSError if the disk fails.
+        Returns None if it finds nothing. Raises UserError if the file cannot be read, and OSError
+        if the disk fails.
         """
-        content = read(path)
-        if content is None:
-            return "nothing"
+        name = path.name
+        if partial := PARTIAL.fullmatch(name):
+            name = partial[1]
+        content = read(path, name) if stat.S_ISREG(os.lstat(path).st_mode) else Content()
         pieces = (x[np.flatnonzero(x)[0] :][:PIECE] for of in self._vectors.values() for x in of)
-        if any(x.tobytes() in content.raw for x in pieces):
-            return "ours"
-        if any(self._in_array(x) for x in content.arrays if x.dtype.kind == "f"):
-            return "ours"
-        # The clip DAY/CLIP is searched as DAY_CLIP, too: see `make_file_stems`.
-        texts = (stem := path.name.partition(".")[0], f"{path.parent.name}_{stem}", *content.texts)
+        floats = (x for x in content.arrays if x.dtype.kind == "f")
+        if any(x.tobytes() in content.raw for x in pieces) or any(map(self._in_array, floats)):
+            return Trace("contains a vector", ours=True)
+        ours = any(map(OURS.match, content.texts[:1]))
         others = (x for x in content.arrays if x.dtype.kind != "f")
-        if any(map(self._in_text, texts)) or any(map(self._in_array, others)):
-            return "ours" if self._is_ours(content) else "other"
-        return "nothing"
+        # The clip DAY/CLIP is searched as DAY_CLIP, too: see `make_file_stems`.
+        if any(map(self.in_text, (name, f"{path.parent.name}_{name}"))):
+            return Trace("has the name in its file name", ours)
+        texts = itertools.chain(content.texts, self._list_strings(content.head))
+        if any(map(self.in_text, texts)) or any(map(self._in_array, others)):
+            return Trace("contains the name", ours)
+        return None
 
-    def _is_ours(self, content: Content) -> bool:
-        """Returns whether only vidjax writes files with this header or text."""
-        if any(tuple(content.header[: len(header)]) == header for header in HEADERS):
-            return True
-        text = content.texts[0] if content.texts else ""
-        if line := LINES.get(content.ending):
-            matches = [re.fullmatch(line, x) for x in text.splitlines()]
-            return all(x and (x[1] is None or self._is_person(x[1])) for x in matches)
-        start = STARTS.get(content.ending)
-        return start is not None and re.match(start, text) is not None
+    def _list_strings(self, head: bytes) -> Iterator[str]:
+        """Yields the text in a file of another program, if it may contain a name."""
+        if any(piece in head.lower() for piece in self._pieces):
+            is_text = b"\0" not in head
+            yield decode(head) if is_text else decode(b"\n".join(_STRINGS.findall(head)))
 
-    def _is_person(self, name: str) -> bool:
-        return (plain := _simplify(name)) in self._known or is_unknown(plain)
+    def in_lines(self, array: np.ndarray) -> bool:
+        """Returns whether a list of names, the lines of a text in uint8, contains a name."""
+        return not self._lines.isdisjoint(map(normal_form, decode(array.tobytes()).split("\n")))
 
-    def _in_text(self, text: str) -> bool:
+    def in_text(self, text: str) -> bool:
+        """Returns whether a text contains a name, but not as a part of a longer name."""
         return any(map(self._in_part, _divide(text)))
 
     def _in_part(self, text: str) -> bool:
@@ -141,14 +155,14 @@ class Traces:
                     around = plain[max(begin - 2, 0) : begin], plain[end : end + 2]
                     if not (_LONGER[0].search(around[0]) or _LONGER[1].match(around[1])):
                         return True
-        return any(key in plain for key in self._names if not re.match(r"\w", key))
+        return any(part in plain for part in self._parts)
 
     def _in_array(self, array: np.ndarray) -> bool:
         """Returns whether a vector is a row of `array` [..., D], or the mean of its rows."""
         if array.dtype.kind in "US":
-            return self._in_text("\n".join(map(str, array.ravel())))
+            return self.in_text("\n".join(map(str, array.ravel())))
         if array.dtype == np.uint8 and array.ndim == 1:
-            return self._in_text(_decode(array.tobytes()))
+            return self.in_lines(array) or self.in_text(decode(array.tobytes()))
         if array.dtype.kind != "f":
             return False
         for width, vectors in self._vectors.items():
@@ -162,40 +176,35 @@ class Traces:
         return False
 
 
-def read(path: Path) -> Content | None:
-    """Reads a file that vidjax may have written. Returns None for other kinds of files."""
-    kinds = [kind.lower() for kind in path.suffixes]
+def read(path: Path, name: str) -> Content:
+    """Reads a file. Its ending in `name` shows its kind."""
+    kinds = [kind.lower() for kind in Path(name).suffixes]
     with files.open_regular(path) as file:
         is_sqlite = file.read(len(SQLITE)) == SQLITE
     if kinds[-1:] == [".parquet"]:
-        texts, arrays, header = parquet.read_contents(path)
-        return Content(texts, arrays, header=header)
+        texts, arrays, columns = parquet.read_contents(path)
+        return Content([",".join(columns), *texts], arrays)
     if kinds[-1:] == [".npz"]:
-        arrays = files.read_npz(path, MAX_BYTES)
+        limit = min(MAX_BYTES, files.max_unpacked_bytes(path.stat().st_size))
+        arrays = files.read_npz(path, limit)
         return Content(["\n".join(arrays)], [*arrays.values()])
     if is_sqlite or kinds[-1:] == [".safetensors"]:
         raw = files.read_bytes(path, MAX_BYTES)
-        return Content([_decode(raw)], raw=raw)
+        return Content([decode(raw)], raw=raw)
     if kinds[-1:] == [".gz"]:
         with files.open_regular(path) as file, gzip.GzipFile(fileobj=file) as unpacked:
-            text = _decode(unpacked.read(MAX_BYTES))
+            text = decode(unpacked.read(MAX_BYTES))
             if unpacked.read(1):
                 raise UserError(f"'{path}' unpacks to more than {MAX_BYTES:,} bytes")
-        return _make_content(text, kinds[-2] if kinds[1:] else "")
+        return Content(_list_texts(text, kinds[-2:-1]))
     if kinds[-1:] and kinds[-1] in TEXTS:
-        return _make_content(_decode(files.read_bytes(path, MAX_BYTES)), kinds[-1])
-    return None
+        return Content(_list_texts(decode(files.read_bytes(path, MAX_BYTES)), kinds[-1:]))
+    with files.open_regular(path) as file:
+        return Content(head=file.read(HEAD_BYTES))
 
 
-def _make_content(text: str, ending: str) -> Content:
-    first, header = text.removeprefix("\ufeff").partition("\n")[0].rstrip("\r"), list[str]()
-    if ending in (".tsv", ".csv"):
-        header = first.split("\t" if ending == ".tsv" else ",")
-    elif ending == ".jsonl":
-        with contextlib.suppress(UserError):
-            header = list(row) if isinstance(row := files.parse_json(first), dict) else []
-    texts = ["\n".join(text.split())] if ending in BLANKS else []
-    return Content([text, *texts], header=header, ending=ending)
+def _list_texts(text: str, endings: Sequence[str]) -> list[str]:
+    return [text, *("\n".join(text.split()) for ending in endings if ending in BLANKS)]
 
 
 def _divide(text: str) -> Iterator[str]:
@@ -212,7 +221,8 @@ def _divide(text: str) -> Iterator[str]:
         begin = find_end(end - OVERLAP_LETTERS)
 
 
-def _decode(content: bytes) -> str:
+def decode(content: bytes) -> str:
+    """Returns a text in UTF-8, UTF-16 or the code page 1252."""
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):  # as Excel saves tables
         return content.decode("utf-16", "replace")
     try:

@@ -6,16 +6,16 @@ import shlex
 import string
 from pathlib import Path
 
-from vidjax.apps.forget import DELETE_FILE, forget, is_empty, list_clear_names, list_commands
+from vidjax.apps.forget import DELETE_FILE, forget, is_empty
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 from vidjax.utils.messages import Result
-from vidjax.utils.names import clean_name, normal_form, show
+from vidjax.utils.names import show
 from vidjax.utils.parser import Parser
 
 HELP = """\
-Lists galleries, caches, runs, results and all other files of vidjax that contain
-names of people or clips, or vectors of their clips.
+Lists galleries, caches, runs, results and all other files that contain names of
+people or clips, or vectors of their clips.
 
 A PLACE is a folder. It is searched with all folders below it. The default is
 the current folder. The cache is always searched, too. Without --delete, nothing
@@ -23,14 +23,16 @@ is changed.
 
 With --delete, clips are deleted from galleries, and the parameters of these
 galleries are fitted again. Converted datasets that contain a clip are deleted
-from the cache: the next run converts the remaining files again.
+from the cache: the next run converts the remaining files again. A clip with the
+vector of a deleted clip is deleted, too, if it belongs to a stranger or to
+another spelling of the name. If it belongs to another person, it is listed.
 
 Runs are only listed: their weights depend on the training clips, so a run must
 be trained again. Files are only listed, too. An rm command deletes the files
-that vidjax wrote. If another program may have written a file, look at it and
-delete the name in it. Two more commands find files of other programs whose
-path or content has a name. They search text in UTF-8. Search compressed files
-of other programs yourself.
+that vidjax wrote. If another program may have written a file, look at it, and
+delete it or the name in it. Of photos, films and other files that are not text,
+only the names and the first megabyte are searched. Search compressed files of
+other programs yourself.
 
 The vectors are known only until they are deleted from the gallery. So delete
 all listed files before you run the command again.
@@ -38,7 +40,6 @@ all listed files before you run the command again.
 The exit code is 0 if no listed place is left. It is 1 if a place still contains
 a name, could not be searched, or is empty: the drive may not be connected.
 """
-MAX_PRINTED_FILES = 20  # that vidjax may not have written. All files of the `rm` line are printed
 _PLAIN = string.ascii_letters + string.digits + " /._-"  # never part of a code
 
 
@@ -67,17 +68,11 @@ def forget_names(args: argparse.Namespace) -> Result:
     inside = any(cache.resolve().is_relative_to(x.expanduser().resolve()) for x in roots)
     roots += [cache] if cache.exists() and not inside and not is_empty(cache) else []
     roots = roots or [Path()]
-    places, names, similar = forget(args.identity, args.clip, roots, delete=args.delete)
-    roots = [root.expanduser().absolute() for root in roots]
+    places, similar = forget(args.identity, args.clip, roots, delete=args.delete)
     left = sum(place.left for place in places)
     unread = sum(place.kind == "unread" for place in places)
-    single, others = list[Path](), list[Path]()
-    for place in places:
-        if place.kind == "file":
-            (single if place.remedy == DELETE_FILE else others).append(place.path)
-    delete = " ".join(["rm -r --", *map(_quote, single)]) if single else ""
-    given = {normal_form(clean_name(name)) for name in (*args.identity, *args.clip)}
-    clear = list_clear_names(names - given) | given
+    ours = [place.path for place in places if place.remedy == DELETE_FILE]
+    delete = " ".join(["rm -r --", *map(_quote, ours)]) if ours else ""
     content = {
         "places": [place._asdict() | {"path": str(place.path)} for place in places],
         "left": left,
@@ -85,25 +80,15 @@ def forget_names(args: argparse.Namespace) -> Result:
         "deleted": len(places) - left - unread,
         "similar": similar,
         "delete_files": delete,
-        "commands": list_commands(clear, roots),
     }
-    lines = [
-        f"  {place.kind:8} {show(str(place.path))}: {place.about}\n           "
-        + ("to delete: add --delete" if place.remedy == "--delete" else place.remedy)
-        for place in places if place.kind != "file"
-    ]  # fmt: skip
-    lines += [
-        f"  file     {show(str(path))}: contains the name: look at it"
-        for path in others[:MAX_PRINTED_FILES]
-    ]
-    if more := others[MAX_PRINTED_FILES:]:
-        lines.append(f"  file     {len(more):,} more to look at (--json lists all)")
-    lines += [f"  file     {show(str(path))}" for path in single]
-    if single:
-        lines += ["to delete these files, after you have looked at them:", f"  {delete}"]
-    note = f" (--json has commands for {len(clear):,} names)" if clear != given else ""
-    lines.append(f"to search files of other programs{note}:")
-    lines += [f"  {command}" for command in list_commands(given, roots)]
+    lines = list[str]()
+    for place in places:
+        lines.append(f"  {place.kind:8} {show(str(place.path))}: {place.about}")
+        if place.remedy != DELETE_FILE:
+            remedy = "to delete: add --delete" if place.remedy == "--delete" else place.remedy
+            lines.append(f"           {remedy}")
+    if ours:
+        lines += ["to delete the files of vidjax, after you have looked at them:", f"  {delete}"]
     lines += [
         f"'{show(other)}' looks similar to '{show(name)}', but is another name: it is not deleted"
         for name, other in similar.items()
