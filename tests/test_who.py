@@ -617,7 +617,7 @@ def test_tagged_person_is_enrolled_although_the_folder_of_this_name_shows_others
 
 @pytest.mark.slow
 @nightly_after_first("way", ["untagged", "deleted", "folder deleted"])
-def test_person_known_only_by_face_tags_is_forgotten_with_the_tags_only(drawn, way):
+def test_person_known_only_by_face_tags_is_forgotten_with_the_tags_and_names(drawn, way):
     photo = drawn.friends / "Ada" / "2.png"
     write_photo(photo, *GROUP, tagged=GROUP)
     film = drawn.meet("Ada", "Eve")
@@ -641,8 +641,15 @@ def test_person_known_only_by_face_tags_is_forgotten_with_the_tags_only(drawn, w
         shutil.rmtree(photo.parent)
 
     flags = ["--forget-missing"] * (way == "folder deleted")
-    assert "Bob no longer has photos and is forgotten" in drawn.who(film, flags=flags).output
-    assert "Bob" not in Gallery(drawn.out / "gallery").identities  # the label is gone, too
+    output = drawn.who(film, flags=flags).output
+    if flags:
+        assert "Bob no longer has photos and is forgotten, with 1 name that you typed" in output
+    else:  # the name that a user typed stays until it is forgotten
+        assert "Bob no longer has photos, but 1 name that you typed stay" in output
+        assert Gallery(drawn.out / "gallery").people["Bob"] == ("party.s002.t00",)
+        drawn.run("forget", "--identity=Bob", "--delete", drawn.out, code=1)
+        drawn.who(film)
+    assert "Bob" not in Gallery(drawn.out / "gallery").identities
     assert drawn.run("forget", "--identity=Bob", drawn.out).content["places"] == []
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from vidjax.apps import said
 from vidjax.apps.traces import PARTIAL, Traces
 from vidjax.data import cache_folders
 from vidjax.utils import files, messages
@@ -118,25 +119,25 @@ def forget(
     with any of the clips are deleted. Raises UserError if a folder does not exist, or a name is
     empty or invalid.
     """
-    from vidjax.apps.video.features_folder import EARLIER
-
     people = {normal_form(check_name(name, "identity")) for name in identities}
     bare = {normal_form(clean_name(name)) for name in clips}
     asked = bare | {name + end for name in bare for end in (ENDING, ENDING.upper())}
-    # After a change of nets, clips wait with another name, see `other_nets`.
-    stored_as = asked | {f"{EARLIER}/{name}" for name in bare}
     survey = _survey(places)
     found, known = survey.found, set[str]()
     galleries = [*_open_galleries(survey.list_folders("gallery"), found)]
     for gallery in galleries:
         known |= {*gallery.index.names, *map(normal_form, gallery.clips)}
-    shown, their_names, vectors = _search_galleries(galleries, people, stored_as, delete=delete)
+    shown, their_names, vectors = _search_galleries(galleries, people, asked, delete=delete)
     found += shown
     names = people | asked | their_names
     for folder in survey.list_folders("unfinished"):
         found.append(_report_unfinished(folder, delete=delete))
     for folder in survey.list_folders("run"):
         known |= _read_people(folder, found)
+    for path in survey.paths if delete else ():
+        if path.name == said.NAME:  # the names that a user gave to faces
+            for person in people:
+                said.forget(path.parent, person)
     clear = people | list_clear_names(names - people)
     found += _search_files(survey, Traces(clear, vectors, names), delete=delete)
     runs = {place.path for place in found if place.kind == "run"}

@@ -45,7 +45,7 @@ HEADERS = (
     ("clip", "identity", "probability", "score"), ("clip", "identity", "accepted", "log_ratio"),
     ("clip", "other", "accepted", "log_ratio"), ("clip", "identity", "video", "start", "end"),
     ("identity", "rank", "clip", "score"), ("video", "start", "end", "identity", "probability"),
-    ("video", "start", "end", "clip", "correction"),
+    ("video", "time", "correction"),
 )  # fmt: skip
 # How a table in CSV, TSV or JSON lines with such columns begins.
 OURS = re.compile(
