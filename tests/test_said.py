@@ -1,9 +1,12 @@
 """What people say about faces is a log, `said.jsonl`. Names and galleries follow from it."""
 
+import contextlib
 import hashlib
 import itertools
 import json
+import os
 import random
+import shutil
 import sqlite3
 import threading
 from typing import Any
@@ -17,9 +20,11 @@ from tests.helpers.drawn_people import tags, write_film, write_photo
 from tests.helpers.seen import refused
 from vidjax.apps import said
 from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.store import Store
 from vidjax.apps.said import FEATURES, Face, Line
 from vidjax.apps.video import faces, features_folder
 from vidjax.apps.video.decision import decide, read_said
+from vidjax.utils import files
 
 FILM = "a" * 64
 BOX = (0.1, 0.1, 0.2, 0.2)
@@ -206,6 +211,58 @@ def test_change_of_the_gallery_that_fails_is_undone_in_the_log(tmp_path, monkeyp
             gallery.rename("Ada", "Eva")
     assert [line.says for line in said.read(shelf.out)] == ["rename", "undo"]
     assert "Ada" in made_shelf.decide(shelf.out).people
+
+
+def test_change_that_is_killed_at_any_write_is_done_or_not_done(tmp_path, monkeypatch):
+    from vidjax.apps.video import review
+
+    shelf = made_shelf.make(tmp_path, people=5, films=2, known=2, faces=10)
+    said.append(shelf.out, [])
+    made_shelf.decide(shelf.out)
+    whole, left = tmp_path / "whole", [0]
+    shelf.out.rename(whole)
+
+    def count(function):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+            return function(*args, **kwargs)
+
+        return call
+
+    for owner, name in ((os, "replace"), (Store, "write"), (files, "append")):
+        monkeypatch.setattr(owner, name, count(getattr(owner, name)))
+
+    def names():
+        decision = made_shelf.decide(shelf.out)
+        return {clip: x.identity for x in decision.appearances for clip in x.clips}
+
+    def rename(page, face):
+        Gallery(shelf.out / "gallery").rename("Ada", "Eva")
+
+    for change in (
+        lambda page, face: page.change("name", ["unknown 1"], "Zoe"),
+        lambda page, face: page.change("name", ["Ada"], "Bob"),
+        lambda page, face: page.change("apart", [face]),
+        rename,
+    ):
+        found = list[dict[str, str | None]]()
+        for point in itertools.count(1):
+            shutil.copytree(whole, shelf.out)
+            page = review.Review(shelf.out, made_shelf.decide(shelf.out))
+            face = "clip:\t" + page._clips_of["unknown 1"][0]
+            before, left[0] = names(), point
+            with contextlib.suppress(KeyboardInterrupt):
+                change(page, face)
+            is_done, left[0] = left[0] > 0, 0
+            found.append(names())
+            assert names() == found[-1]
+            shutil.rmtree(shelf.out)
+            if is_done:
+                break
+        assert point > 2 and found[-1] != before
+        assert all(x in (before, found[-1]) for x in found), change
 
 
 # ---- photos of people who were named on the page, too
