@@ -10,7 +10,7 @@ from vidjax.apps import said as said_lib
 from vidjax.apps.gallery import answers as answers_lib, card_notes
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.labelling import find_known
+from vidjax.apps.gallery.labelling import complete, find_known
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.said import Line
 from vidjax.apps.video import (
@@ -103,7 +103,7 @@ def decide(
     vectors, votes = (last.vectors, last.votes) if last else (None, None)
     if not last and (clips := {track.clip for film in films for track in film.tracks}):
         vectors = people_photos.embed_clips(gallery, out / said_lib.FEATURES, clips)
-        gallery.complete(vectors)
+        complete(gallery, vectors)
     before, said = read_numbers(out), read_said(out, films, lines)
     if vectors:
         enrol_named(gallery, vectors, said)
