@@ -15,7 +15,14 @@ from tests.helpers.embeddings import DIFFERENT, DLIB, SAME, WIDTH, Population, u
 from tests.helpers.made_appearances import appearance, film
 from tests.helpers.seen import refused
 from vidjax.apps import cards
-from vidjax.apps.gallery import answers as answers_lib, array_export, backend, grouping, ratios
+from vidjax.apps.gallery import (
+    answers as answers_lib,
+    array_export,
+    backend,
+    grouping,
+    labelling,
+    ratios,
+)
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import doubts, naming, subtitles
@@ -225,7 +232,9 @@ def test_adding_a_modality_keeps_answers_and_completes_clips(gallery, models):
     assert after.identity == "Ada" and after.score == pytest.approx(before.score, rel=1e-5)
     clips = {"ada 1": {"face": ada[:1], "audio": VOICE}, "new": {"face": ada[2:]}}
     clips["bob 1"] = {"face": ada[:1]}  # not Bob's face
-    assert gallery.complete(clips) == {"ada 1"}  # the only enrolled clip with the same face
+    assert labelling.complete(gallery, gallery.embed(clips)) == {
+        "ada 1"
+    }  # the only enrolled clip with the same face
     assert gallery.clips["ada 1"].vector[WIDTH:].tolist() == VOICE[0].tolist()
 
 

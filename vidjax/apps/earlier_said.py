@@ -47,9 +47,13 @@ def read_numbers(out: Path) -> dict[str, Any] | None:
         return None
     with contextlib.suppress(UserError):  # a damaged file is reported by another function
         content = files.read_json(out / NUMBERS, limit=MOST_BYTES)
-        if isinstance(content, dict) and content.get("format", 1) == 1:
-            return content
+        return content if is_earlier(content) else None
     return None
+
+
+def is_earlier(content: Any) -> bool:  # noqa: ANN401  (any JSON)
+    """Returns whether version 0.1.0 has written this content of `unknown.json`."""
+    return isinstance(content, dict) and content.get("format", 1) == 1
 
 
 def number_faces(out: Path) -> tuple[list[str], dict[Face, int], int]:

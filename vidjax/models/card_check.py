@@ -42,7 +42,8 @@ class Comparison(NamedTuple):
 
         `mirrored` are the cosines of photos and their mirror images. Of 1 - cosine of two people,
         1 - cosine of a mirrored photo is 5 % for dlib's net, and 40 to 70 % for nets with random
-        weights that do not only average over the picture.
+        weights that do not only average over the picture. `compare` alone finds none of 300 such
+        nets with one photo of each person, and 20 % of them with two photos of three people.
         """
         if self is NO_PROBLEM:
             return False

@@ -66,7 +66,7 @@ class Draft:
         return len(new)
 
     def complete(self, vectors: Mapping[str, np.ndarray]) -> set[str]:
-        """Adds missing modalities to clips, see `Gallery.complete`.
+        """Adds missing modalities to clips, see `labelling.complete`.
 
         `vectors` are clip -> vector of all modalities. Returns the clips that have this vector now.
         """

@@ -64,7 +64,7 @@ from vidjax.apps.gallery.store import (
     StoredClip,
     VectorOrigin,
 )
-from vidjax.apps.gallery.vectors import NetVectors, Vectors, check_modalities, select_usable_clips
+from vidjax.apps.gallery.vectors import NetVectors, Vectors, check_modalities
 from vidjax.apps.gallery.verification import Match, MatchRule, Verification
 from vidjax.data.clips import TrainingData
 from vidjax.data.input_files import load_clips
@@ -526,8 +526,8 @@ class Gallery:
         """Adds new modalities, such as voices, to a gallery of models; returns their names.
 
         The folder `models` contains the models of the gallery, and models of new modalities.
-        Enrolled clips lack the new modalities until `complete` adds them. If the cards of the
-        models contain new numbers, the gallery uses the new numbers, with a message.
+        Enrolled clips lack the new modalities until `labelling.complete` adds them. If the cards of
+        the models contain new numbers, the gallery uses the new numbers, with a message.
 
         If `replace` is True, models of the gallery may have changed. The result contains their
         modalities, too. Enrolled clips lose these modalities. Clips without another modality are
@@ -559,16 +559,6 @@ class Gallery:
                 origin = msgspec.structs.replace(state.origin, blind=blind)
                 write(state._replace(version=state.version + 1, origin=origin))
 
-    def complete(self, vectors: AnyClips) -> set[str]:
-        """Adds missing modalities to enrolled clips.
-
-        `vectors` are clips with all modalities. A clip is skipped if it is not enrolled, or if it
-        is enrolled with another vector of a modality. Returns the clips that are not skipped.
-        """
-        clips = select_usable_clips(self.embed(vectors))
-        with self.change() as draft:
-            return draft.complete({name: clip.vector for name, clip in clips.items()})
-
     # ---- answers
 
     def group(
@@ -599,17 +589,11 @@ class Gallery:
             are larger, and a few contain clips of two people.
         """
         vectors = self.embed(vectors)
-        usable = np.flatnonzero(np.any([x.any(axis=1) for x in vectors.parts.values()], axis=0))
-        names = [vectors.names[place] for place in usable.tolist()]
-        parts = [x[usable] for x in vectors.parts.values()]
-        clear = [(clarity or {}).get(name, 1.0) for name in names]
-        first, people = dict[object, int](), [(together or {}).get(name, name) for name in names]
-        labels = grouping.group(
-            self.backend, names, parts, apart, clarity=clear, for_votes=for_votes,
-            start=[first.setdefault(person, row) for row, person in enumerate(people)],
-            settled=[person in settled for person in people],
+        labels = grouping.group_vectors(
+            self.backend, vectors, apart, clarity or {}, together or {}, settled,
+            for_votes=for_votes,
         )  # fmt: skip
-        return answers_lib.name_groups(names, labels)
+        return answers_lib.name_groups([*labels], np.array([*labels.values()], int))
 
     def threshold(self, fpir: float) -> Threshold:
         """Returns the threshold that limits the share of new strangers who get a name to `fpir`.

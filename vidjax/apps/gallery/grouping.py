@@ -21,12 +21,13 @@ The prior of a new person follows Good 1953, The population frequencies of speci
 pair and the clarity of faces are our choice.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from vidjax.apps.gallery import ratios as ratios_lib
 from vidjax.apps.gallery.backend import Backend, sum_by_owner
+from vidjax.apps.gallery.vectors import Vectors
 from vidjax.models.card_backend import LEAST_CLARITY
 from vidjax.utils.names import cut_film_name
 
@@ -196,6 +197,32 @@ def group(
             first = int(joined[rows].max()) + 1
         labels = joined
     return labels
+
+
+def group_vectors(
+    backend: Backend,
+    vectors: Vectors,
+    apart: Collection[tuple[str, str]],
+    clarity: Mapping[str, float],
+    together: Mapping[str, int],
+    settled: Collection[int],
+    *,
+    for_votes: bool,
+) -> dict[str, int]:
+    """Groups clips; returns clip -> group, without clips that have no usable frame.
+
+    For the arguments, see `Gallery.group`.
+    """
+    usable = np.flatnonzero(np.any([x.any(axis=1) for x in vectors.parts.values()], axis=0))
+    names = [vectors.names[place] for place in usable.tolist()]
+    first, people = dict[object, int](), [together.get(name, name) for name in names]
+    labels = group(
+        backend, names, [x[usable] for x in vectors.parts.values()], apart,
+        clarity=[clarity.get(name, 1.0) for name in names],
+        start=[first.setdefault(person, row) for row, person in enumerate(people)],
+        settled=[person in settled for person in people], for_votes=for_votes,
+    )  # fmt: skip
+    return dict(zip(names, labels.tolist(), strict=True))
 
 
 def _split_into_blocks(means: np.ndarray, turn: int) -> np.ndarray:

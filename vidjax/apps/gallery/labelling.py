@@ -4,7 +4,7 @@ import itertools
 import shlex
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vidjax.apps.gallery.changes import check_person, find_equal
 from vidjax.apps.gallery.store import State, StoredClip
@@ -13,6 +13,9 @@ from vidjax.runs.terminal import say
 from vidjax.utils import messages
 from vidjax.utils.errors import UserError, check_argument, warn
 from vidjax.utils.names import cut_film_name, show, strip_ending
+
+if TYPE_CHECKING:
+    from vidjax.apps.gallery.gallery import Gallery
 
 
 class Enrolment(NamedTuple):
@@ -94,6 +97,17 @@ def check_given(identities: Mapping[str, str], clips: Collection[str], source: s
     if len(stray) == len(identities):
         raise UserError(f"{source}: {text}\nuse the clip names of the features")
     warn(f"{source}: {text}\n{len(stray):,} of {len(identities):,} names are not used")
+
+
+def complete(gallery: "Gallery", vectors: Vectors) -> set[str]:
+    """Adds missing modalities to enrolled clips.
+
+    `vectors` are clips with all modalities. A clip is skipped if it is not enrolled, or if it is
+    enrolled with another vector of a modality. Returns the clips that are not skipped.
+    """
+    clips = select_usable_clips(vectors)
+    with gallery.change() as draft:
+        return draft.complete({name: clip.vector for name, clip in clips.items()})
 
 
 def find_known(state: State, vectors: Vectors) -> dict[str, str | None]:

@@ -97,10 +97,8 @@ class Review:
         self._films = {film.video: film for film in films}
         self._face_of, self._shot_of = dict[str, SeenClip](), dict[str, int]()  # of each clip
         for film in films:
-            for track in film.tracks:
-                self._shot_of[track.clip] = track.shot
-                if face := said.make_face(film.sha256, track):
-                    self._face_of[track.clip] = SeenClip(face, film.video)
+            self._shot_of |= {track.clip: track.shot for track in film.tracks}
+            self._face_of |= {clip: SeenClip(x, film.video) for clip, x in film.faces.items()}
 
     def _set_names(self, decision: Decision) -> None:
         self._decision = decision

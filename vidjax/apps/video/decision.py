@@ -10,7 +10,7 @@ from vidjax.apps import said as said_lib
 from vidjax.apps.gallery import answers as answers_lib, card_notes
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.labelling import find_known
+from vidjax.apps.gallery.labelling import complete, find_known
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.said import Line
 from vidjax.apps.video import (
@@ -68,16 +68,21 @@ def lock_changes(out: Path, wait: float = WAIT_SECONDS) -> contextlib.AbstractCo
     return files.lock(out, "out", ".changes.lock", wait=wait)
 
 
-def read_said(out: Path, films: Sequence[MediaFile], lines: Sequence[Line] | None = None) -> Said:
+def read_said(
+    out: Path,
+    films: Sequence[MediaFile],
+    lines: Sequence[Line] | None = None,
+    numbers: UnknownNumbers | None = None,
+) -> Said:
     """Returns what people said about the faces of `films`, and of photos of people.
 
-    `out` is the folder of results. `lines` are by default the lines of its log.
+    `out` is the folder of results. By default, `lines` and `numbers` are read in this folder.
     """
     lines = said_lib.read(out) if lines is None else lines
     known = {film.sha256 for film in films}
     is_film = all(line.film is None or line.film in known for line in lines)
     photos = [] if is_film else people_photos.list_photo_files(out)
-    return Said(lines, [*films, *photos], read_numbers(out).of_faces())
+    return Said(lines, [*films, *photos], (numbers or read_numbers(out)).of_faces())
 
 
 def decide(
@@ -103,8 +108,9 @@ def decide(
     vectors, votes = (last.vectors, last.votes) if last else (None, None)
     if not last and (clips := {track.clip for film in films for track in film.tracks}):
         vectors = people_photos.embed_clips(gallery, out / said_lib.FEATURES, clips)
-        gallery.complete(vectors)
-    before, said = read_numbers(out), read_said(out, films, lines)
+        complete(gallery, vectors)
+    before = read_numbers(out)
+    said = read_said(out, films, lines, before)
     if vectors:
         enrol_named(gallery, vectors, said)
     # Another program may change the gallery at any time. A change after this line is shown later.

@@ -30,6 +30,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from vidjax.apps.cards import EMBEDDER_ROLES
+from vidjax.apps.said import Face, make_face
 from vidjax.data.clip_files import check_nets
 from vidjax.models.card_backend import LEAST_CLARITY
 from vidjax.runs import schemas
@@ -184,6 +185,12 @@ class MediaFile(Struct, kw_only=True, dict=True):
         """A digest of the file and its clips."""
         return hash_film(self)
 
+    @functools.cached_property
+    def faces(self) -> dict[str, Face]:
+        """Clip -> its face, as the log of names identifies it."""
+        faces = ((track.clip, make_face(self.sha256, track)) for track in self.tracks)
+        return {clip: face for clip, face in faces if face}
+
     @property
     def tags(self) -> set[str]:
         """The names in the face tags of a photo."""
@@ -276,14 +283,17 @@ def find_media_file(out: Path, stem: str) -> MediaFile | None:
 
 def find_unread(out: Path) -> dict[str, MediaFile]:
     """Returns stem -> film or photo that is not yet read again after nets have changed."""
-    known = describe_media_files(out)
-    return {stem: x for stem, x in known.items() if not files.exists(out / f"{stem}.npz")}
+    stems = [stem for stem in _list_stems(out) if not files.exists(out / f"{stem}.npz")]
+    return {stem: film for stem in stems if (film := describe_media_file(out, stem))}
 
 
 def describe_media_files(out: Path) -> dict[str, MediaFile]:
     """Returns stem -> film or photo, also if it is not yet read again after nets have changed."""
-    stems = [path.stem for path in sorted((out / VIDEOS).glob("*.json"))]
-    return {stem: film for stem in stems if (film := describe_media_file(out, stem))}
+    return {stem: film for stem in _list_stems(out) if (film := describe_media_file(out, stem))}
+
+
+def _list_stems(out: Path) -> list[str]:
+    return [path.stem for path in sorted((out / VIDEOS).glob("*.json"))]
 
 
 def describe_media_file(out: Path, stem: str) -> MediaFile | None:

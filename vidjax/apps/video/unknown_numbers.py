@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from vidjax.apps import earlier_said, said as said_lib
+from vidjax.apps import earlier_said
 from vidjax.apps.gallery.answers import parse_group_number
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.said import Face
-from vidjax.apps.video.faces import Key, Said
+from vidjax.apps.video.faces import Said
 from vidjax.apps.video.features_folder import NUMBERS, MediaFile
 from vidjax.apps.video.naming import group_unknown
 from vidjax.runs import schemas
@@ -64,10 +64,7 @@ class UnknownNumbers(Struct, kw_only=True, forbid_unknown_fields=True):
         present nets, whose faces keep their numbers. Other missing films are forgotten.
         """
         stored = said.given | {x: n for x, n in numbers.items() if x not in said.numbered}
-        face_of: dict[Key, Face | None] = {
-            track.clip: said_lib.make_face(film.sha256, track)
-            for film in films for track in film.tracks
-        }  # fmt: skip
+        face_of = {clip: face for film in films for clip, face in film.faces.items()}
         faces = list[NumberedFace]()
         for key, number in stored.items():
             face = face_of.get(key) if isinstance(key, str) else key
@@ -86,8 +83,9 @@ def read_numbers(out: Path) -> UnknownNumbers:
     """
     if not files.exists(path := out / NUMBERS):
         return UnknownNumbers()
-    if earlier_said.read_numbers(out) is None:
-        return schemas.read(path, UnknownNumbers, REMEDY, MOST_BYTES)
+    content, _ = schemas.load(path, dict, REMEDY, MOST_BYTES)
+    if not earlier_said.is_earlier(content):
+        return schemas.parse(path, content, UnknownNumbers, REMEDY)
     films, numbers, highest = earlier_said.number_faces(out)
     faces = [NumberedFace(**msgspec.structs.asdict(x), number=n) for x, n in numbers.items()]
     return UnknownNumbers(films=sorted(films), faces=faces, highest=highest)

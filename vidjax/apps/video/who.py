@@ -414,7 +414,7 @@ def _read_typed_names(out: Path) -> set[str]:
     numbered = {*read_numbers(out).films}
     films = features_folder.find_media_files(out / FEATURES).values()
     found = {
-        track.clip: (film, track) for film in films if film.digest in numbered
+        track.clip: film for film in films if film.digest in numbered
         for track in film.tracks if track.clip in names
     }  # fmt: skip
     if lost := names.keys() - found.keys():
@@ -425,14 +425,14 @@ def _read_typed_names(out: Path) -> set[str]:
         )
     lines, said = list[Line](), read_said(out, [*films])
     with prefix_errors(str(path)):
-        for clip, (film, track) in found.items():
+        for clip, film in found.items():
             name, old = check_person(names[clip]), said.names.get(clip)
             if old not in (None, name):
                 raise UserError(
                     f"clip '{clip}' already has the name '{show(old)}', not '{show(name)}'\n"
                     "correct the name on the page, or delete this row"
                 )
-            if old is None and (face := said_lib.make_face(film.sha256, track)):
+            if old is None and (face := film.faces.get(clip)):
                 lines.append(said_lib.about(face, "is", of=name, video=film.video))
     if lines:
         said_lib.append(out, said_lib.stamp(lines))
