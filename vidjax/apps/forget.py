@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from vidjax.apps.traces import Traces
-from vidjax.data import cache_folders
+from vidjax.data.store import exclusive, remove
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError, closest
 from vidjax.utils.names import (
@@ -298,9 +298,7 @@ def _search_records(folder: Path, clips: Collection[str], *, delete: bool) -> It
         return
     about, remedy = f"features of {messages.count(len(held), 'clip')}", "--delete"
     if delete:
-        from vidjax.data.store import remove
-
-        with cache_folders.exclusive(folder):
+        with exclusive(folder):
             remedy = "deleted: the next run converts your files again"
             if not remove(folder):
                 remedy = "some files are left in this folder: run the command again to search them"
@@ -312,7 +310,7 @@ def _report_unfinished(folder: Path, *, delete: bool) -> Place:
     remedy = "--delete"
     if delete:
         whole = folder.with_name(folder.name[:20])
-        with cache_folders.exclusive(whole):  # waits for a living conversion
+        with exclusive(whole):  # waits for a living conversion
             files.remove_partials(whole)
             remedy = "delete the files that are left" if folder.exists() else "deleted"
     about = "a killed conversion, which may contain features of the clips"

@@ -46,7 +46,7 @@ def load_people(
     """
     from vidjax.apps.gallery.changes import check_person
     from vidjax.apps.video import features_folder
-    from vidjax.data import input_files
+    from vidjax.data import memory
 
     if path.suffix == ".parquet" and parquet.has_column(path, "identity"):
         person_of = read_labels(path) if required else answers_lib.read_groups(path)
@@ -64,7 +64,7 @@ def load_people(
     if stray := path if path.is_file() else min(path.glob("[!.]*.npz"), default=None):
         raise refuse_stray(stray)
     widths, quality = gallery.reads
-    return input_files.load_people(path, widths, quality=quality, nets=gallery.origin.cards)
+    return memory.load_people(path, widths, quality=quality, nets=gallery.origin.cards)
 
 
 @contextlib.contextmanager

@@ -1,21 +1,22 @@
-"""Describes the clips of a split, plans batches of clips, and defines what a dataset can do.
+"""Describes the clips of a split, plans and draws batches, and defines what a dataset can do.
 
-Training and evaluation read clips through two protocols, `ClipSource` and `TrainingData`. The
-classes with these methods are `Dataset` (clips on disk), `Resident` (clips on the devices) and
-`MemoryClips` (clips in memory). This module needs only numpy.
+Evaluation reads clips through the protocol `ClipSource`. The classes with its methods are `Dataset`
+(labelled clips), `Resident` (clips on the devices) and `MemoryClips` (clips in memory, without
+labels). This module needs only numpy.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from vidjax.core.batch import Batch, Frames, Packed
+from vidjax.core.batch import Batch, Frames
 from vidjax.data.packed_clips import FRAME_FIELDS, PackedClips, Quality, Reader
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, closest, suggest
@@ -121,6 +122,53 @@ class BatchPlan(NamedTuple):
         return tuple(self.padded_lengths)
 
 
+class DrawnClips(NamedTuple):
+    """The clips in R rows of batches."""
+
+    clip_index: np.ndarray  # [R] int32, the number of each clip in the training splits
+    batch_mask: np.ndarray  # [R] bool, False for empty rows of the last batch of an epoch
+    # Modality of `BatchPlan.windowed` -> [R] int32, the first frame of the window of each clip. If
+    # a clip is shorter than a window, the first frame is 0.
+    first: Mapping[str, np.ndarray]
+
+
+def draw_clips(plan: BatchPlan, step: int, count: int = 1) -> DrawnClips:
+    """Draws the clips of `count` training steps from `step` on, in count * B rows.
+
+    Each clip comes once per epoch. All windows within a clip are equally likely. The draw depends
+    only on the seed and the number of the step, so a resumed run continues with the same clips.
+    Clips on the devices and clips on disk have the same order.
+    """
+    begin, end, size = step * plan.batch_size, (step + count) * plan.batch_size, plan.num_places
+    parts = []
+    for epoch in range(begin // size, -(-end // size)):
+        drawn = _draw_epoch(plan.seed, epoch, plan.num_clips, size, len(plan.windowed))
+        rows = slice(max(0, begin - epoch * size), end - epoch * size)
+        parts.append([values[..., rows] for values in drawn])
+    order, uniform = (np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
+    clip_index = order if plan.epoch_clips is None else plan.epoch_clips[order].astype(np.int32)
+    first = {}
+    for values, (name, lengths) in zip(uniform, plan.windowed.items(), strict=True):
+        places = np.maximum(lengths[clip_index] - plan.padded_lengths[name], 0) + 1
+        first[name] = (values * places).astype(np.int32)
+    return DrawnClips(clip_index, order >= 0, first)
+
+
+@functools.lru_cache(maxsize=2)  # a batch may contain clips of two epochs
+def _draw_epoch(
+    seed: int, epoch: int, num_clips: int, num_places: int, num_windows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a random order of N clips, and random numbers for their windows.
+
+    The order is [num_places] int32, with -1 in empty rows. The random numbers are
+    [num_windows, num_places] float64, uniform in [0, 1).
+    """
+    rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    order = rng.permutation(num_clips).astype(np.int32)
+    order = np.pad(order, (0, num_places - num_clips), constant_values=-1)
+    return order, rng.random((num_windows, num_places))
+
+
 def split_blocks(bucket: np.ndarray, rows: int) -> Iterator[tuple[int, np.ndarray]]:
     """Divides N clips into blocks of up to `rows` clips of the same bucket (group of lengths).
 
@@ -152,34 +200,6 @@ class ClipSource(Protocol):
         with more than 512 frames, the 512 frames of the best quality are taken, in time order.
         Among frames of equal quality, the earlier frame is preferred.
         """
-        ...
-
-
-class TrainingData(ClipSource, Protocol):
-    """Labelled clips for training."""
-
-    @property
-    def modalities(self) -> Mapping[str, Modality]:
-        """Modality -> the width and the dtype on disk of its features."""
-        ...
-
-    @property
-    def report(self) -> Mapping[str, Any]:
-        """The content of `data_report.json`: counts of frames, clips and labels."""
-        ...
-
-    def with_identities(self, identities: Sequence[str]) -> Self:
-        """Returns the same clips with `identities` as classes. All other clips get the label 0."""
-        ...
-
-    def train_batches(self, plan: BatchPlan, *, step: int = 0) -> Iterator[Batch]:
-        """Yields the training batches of `plan` without end, beginning with the batch of `step`."""
-        ...
-
-    def packed(
-        self, split: str, modalities: Sequence[str]
-    ) -> Iterator[tuple[np.ndarray, Mapping[str, Packed]]]:
-        """Yields the clips of a split, n at a time: `clip_index` [n] int32, modality -> frames."""
         ...
 
 
@@ -216,8 +236,6 @@ class FileSource(DataSource, Protocol):
 
     To add a dataset, write a class with these methods, and a line in `sources.DATASETS`.
     """
-
-    title: str  # a description of the files, for the log
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Returns a JSON value that changes if any frame changes. It is the key in the cache."""

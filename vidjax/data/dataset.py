@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from vidjax.core.batch import Batch, Packed
-from vidjax.data import order
 from vidjax.data.checks import (
     find_equal_quality,
     find_misspelt,
@@ -20,11 +19,13 @@ from vidjax.data.checks import (
 )
 from vidjax.data.clips import (
     BatchPlan,
+    DrawnClips,
     EvalPlan,
     Modality,
     Origin,
     Split,
     check_modalities,
+    draw_clips,
     eval_batches,
     pad,
 )
@@ -99,7 +100,7 @@ class Dataset:
         return self._splits[name]
 
     def with_identities(self, identities: Sequence[str]) -> "Dataset":
-        """Returns the same clips, labelled with other classes. See `TrainingData`."""
+        """Returns the same clips with `identities` as classes. All other clips get the label 0."""
         if tuple(identities) == self.identities:
             return self
         return Dataset(self._store, self._truth, identities=identities, origin=self._origin)
@@ -109,12 +110,12 @@ class Dataset:
         return Reader([self._store.splits[name].packed for name in splits])
 
     def train_batches(self, plan: BatchPlan, *, step: int = 0) -> Iterator[Batch]:
-        """Yields the training batches of `plan`. See `TrainingData`.
+        """Yields the training batches of `plan` without end, beginning with the batch of `step`.
 
         TensorFlow makes the batches of clips on the disk.
         """
         reader = self._read(plan.splits)
-        drawn = (order.draw_clips(plan, number) for number in itertools.count(step))
+        drawn = (draw_clips(plan, number) for number in itertools.count(step))
         if not self._store.folder:
             return self._train_batches(reader, plan, drawn)
         resident = "choose --config.data.mode=resident if the clips fit into the memory"
@@ -126,7 +127,7 @@ class Dataset:
         return streaming.train_batches(reader, self.modalities, plan, drawn)
 
     def _train_batches(
-        self, reader: Reader, plan: BatchPlan, drawn: Iterator[order.DrawnClips]
+        self, reader: Reader, plan: BatchPlan, drawn: Iterator[DrawnClips]
     ) -> Iterator[Batch]:
         """Yields the training batches of clips in memory. `drawn` are the clips of each step."""
         for clips, batch_mask, first in drawn:
@@ -146,7 +147,10 @@ class Dataset:
     def packed(
         self, split: str, modalities: Sequence[str]
     ) -> Iterator[tuple[np.ndarray, Mapping[str, Packed]]]:
-        """Yields all clips, in the order of storage. See `TrainingData`."""
+        """Yields all clips, n at a time: `clip_index` [n] int32, and modality -> frames.
+
+        The clips come in the order of storage.
+        """
         check_modalities(self.split(split), modalities)
         reader, whole = self._read([split]), self._store.splits[split].packed
         if not self._store.folder:

@@ -80,10 +80,9 @@ from vidjax.apps.gallery.store import (
 )
 from vidjax.apps.gallery.vectors import NetVectors, Vectors, select_usable_clips
 from vidjax.apps.gallery.verification import Match, MatchRule
-from vidjax.data.clips import TrainingData
-from vidjax.data.input_files import load_clips
+from vidjax.data.dataset import Dataset
 from vidjax.data.labels import sort_identities
-from vidjax.data.memory import FrameClips, MemoryClips
+from vidjax.data.memory import FrameClips, MemoryClips, load_clips
 from vidjax.evaluation import topk
 from vidjax.models.card_check import Comparison
 from vidjax.runs.terminal import ignore_count, say
@@ -172,7 +171,7 @@ class Gallery:
         cls,
         folder: str | Path,
         run: "Predictor | str | Path",
-        data: TrainingData | None = None,
+        data: Dataset | None = None,
         *,
         strangers: str | None = None,
         empty: bool = False,
