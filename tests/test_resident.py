@@ -18,7 +18,7 @@ from tests.helpers.seen import refused
 from vidjax.core import devices as devices_lib, ensemble, fusion
 from vidjax.core.batch import LazyFeatures, Packed
 from vidjax.data import resident, sources
-from vidjax.data.clips import BatchPlan, draw_clips, longest, make_batch_plan
+from vidjax.data.clips import BatchPlan, draw_clips, make_batch_plan
 from vidjax.runs.checkpoint import manifests
 from vidjax.training import placement, plan as plan_lib, train_step
 
@@ -123,10 +123,9 @@ def test_resident_evaluation_batches_equal_streaming_batches(ragged, in_memory, 
     assert clips.split(split) is ragged.split(split) and clips.identities == ragged.identities
 
     only = np.random.default_rng(0).random(count) < 0.4  # scores only these clips
-    lengths = np.maximum(longest(ragged.split(split), MODALITIES), 40)  # more padding than needed
     for names, chosen, number in (
         (("face",), {"only": only}, only.sum()), (("face",), {"only": np.zeros_like(only)}, 0),
-        (("body", "audio"), {"lengths": lengths}, count),
+        (("body", "audio"), {}, count),
     ):  # fmt: skip
         arguments = {"split": split, "rows": 2 * devices, "modalities": names, **chosen}
         wanted = rows_of(eval_batches(ragged, **arguments))

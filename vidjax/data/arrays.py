@@ -17,7 +17,7 @@ from vidjax.data.packed_clips import PackedClips, Quality
 from vidjax.data.packing import Clips, pack, read_dict
 from vidjax.data.store import digest_files
 from vidjax.utils.errors import NoFileError, UserError, check_choice
-from vidjax.utils.files import sha256_json
+from vidjax.utils.files import absolute, sha256_json
 from vidjax.utils.names import show
 
 QUALITIES = typing.get_args(Quality)
@@ -81,7 +81,7 @@ class FeatureFolder:
         self._quality: Quality = quality
         self._cache_dir = cache_dir
         self._files = group_files_by_split(self._folder)
-        self.origin = Origin.from_folder("arrays", folder, quality)
+        self.origin = Origin("arrays", str(absolute(folder)), quality)
         self.place = str(self._folder)
 
     def fingerprint(self) -> list[dict[str, Any]]:

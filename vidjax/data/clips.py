@@ -18,8 +18,7 @@ import numpy as np
 
 from vidjax.core.batch import Batch, Frames
 from vidjax.data.packed_clips import FRAME_FIELDS, PackedClips, Quality, Reader
-from vidjax.utils import files
-from vidjax.utils.errors import UserError, closest, suggest
+from vidjax.utils.errors import UserError, suggest
 
 SPLITS = ("train", "val", "test")
 # In evaluation, clips of similar length form a bucket. These are the largest lengths per bucket.
@@ -207,13 +206,8 @@ class Origin(NamedTuple):
     """The values of `config.data.name`, `dir` and `quality` with which a dataset was loaded."""
 
     name: str  # such as 'iqiyi_vid'
-    dir: str | None = None  # None if clips were generated or are arrays in memory
+    dir: str | None = None  # absolute; None if clips were generated or are arrays in memory
     quality: Quality = "given"
-
-    @classmethod
-    def from_folder(cls, name: str, folder: str | Path, quality: Quality = "given") -> "Origin":
-        """Returns an Origin with the absolute path of `folder`, the folder of the dataset."""
-        return cls(name, str(files.absolute(folder)), quality)
 
 
 class DataSource(Protocol):
@@ -271,11 +265,9 @@ def check_modalities(split: Split, modalities: Sequence[str]) -> None:
     _check_distinct("config.modalities", modalities)
     for name in modalities:
         if name not in split.lengths:
-            close = closest(name, split.lengths)
-            hint = f" (did you mean '{close}'?)" if close else ""
+            remedy = suggest(name, split.lengths)
             raise UserError(
-                f"split '{split.name}' has no features of '{name}'{hint}\n"
-                f"choose config.modalities among {', '.join(split.lengths)}"
+                f"config.modalities: split '{split.name}' has no features of '{name}': {remedy}"
             )
 
 
@@ -294,25 +286,20 @@ def make_eval_plan(
     split: Split,
     modalities: Sequence[str],
     *,
-    lengths: np.ndarray | None = None,
     only: np.ndarray | None = None,
     join: bool = False,
 ) -> EvalPlan:
-    """Groups the clips of a split by length for evaluation.
+    """Groups the clips of a split by the length of their longest modality, for evaluation.
 
     The padding of a modality depends on all clips of the split, even if `only` leaves some out.
 
     Args:
-      lengths: [N] int, the length that decides the group of each clip. The default is the number of
-        frames in the longest modality of the clip. Values may be larger, but not smaller.
       only: [N] bool, True for the clips to evaluate, by default all.
       join: joins a group with the next longer group if this adds at most 65536 frames of padding.
         Then fewer programs are compiled. Use False for models that score each frame separately,
         because their time grows with the padding.
     """
-    num_frames = longest(split, modalities)
-    lengths = num_frames if lengths is None else np.asarray(lengths)
-    wanted = np.ones(num_frames.shape, bool) if only is None else np.asarray(only)
+    lengths = longest(split, modalities)
     bucket = np.searchsorted(BUCKETS, np.minimum(lengths, MAX_EVAL_FRAMES))
     for shorter, longer in itertools.pairwise(np.unique(bucket)) if join else ():
         added = padded(int(lengths.max()), BUCKETS[longer]) - BUCKETS[shorter]
@@ -322,7 +309,8 @@ def make_eval_plan(
         name: tuple(padded(int(split.lengths[name].max()), limit) for limit in BUCKETS)
         for name in modalities
     }
-    return EvalPlan(split.name, tuple(modalities), np.where(wanted, bucket, -1), padded_lengths)
+    bucket = bucket if only is None else np.where(only, bucket, -1)
+    return EvalPlan(split.name, tuple(modalities), bucket, padded_lengths)
 
 
 def make_batch_plan(

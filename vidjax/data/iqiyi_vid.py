@@ -26,6 +26,7 @@ from vidjax.data.store import convert, digest_files
 from vidjax.data.untrusted import sandbox
 from vidjax.utils import exit_codes, messages
 from vidjax.utils.errors import NoFileError, UserError
+from vidjax.utils.files import absolute
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.machine import memory_bytes, num_cores
 from vidjax.utils.parser import Parser
@@ -59,7 +60,7 @@ class OfficialFiles:
             )
         find_ground_truth(self._directory)  # so wrong names are reported before features are read
         self._cache_dir = cache_dir
-        self.origin = origin or Origin.from_folder("iqiyi_vid", directory)
+        self.origin = origin or Origin("iqiyi_vid", str(absolute(directory)))
         self.place = str(self._directory)
 
     @property

@@ -21,6 +21,7 @@ from vidjax.data.packed_clips import PackedClips, Quality, Reader, complete, joi
 from vidjax.data.packing import Clip, Clips, compute_feature_norms, pack, read_dict
 from vidjax.utils import files, messages
 from vidjax.utils.errors import NoFileError, UserError, closest, warn
+from vidjax.utils.groups import group_by_key
 from vidjax.utils.machine import memory_bytes
 from vidjax.utils.names import clean_identity, show
 
@@ -368,9 +369,7 @@ def load_people(
     if not found or any(file.parent == path for file in found):
         problem = "has clips outside the folders of people" if found else "has no clips of people"
         raise NoFileError(f"'{path}' {problem}\nput each clip into {path}/PERSON/CLIP.npz")
-    people: dict[str, list[Path]] = {}
-    for file in found:
-        people.setdefault(clean_identity(file.parent.name), []).append(file)
+    people = group_by_key((clean_identity(file.parent.name), file) for file in found)
     if people.keys() <= set(SPLITS):
         raise UserError(
             f"{path}: {', '.join(people)} are splits of a dataset, not names of people\n"

@@ -24,7 +24,7 @@ import numpy as np
 
 from vidjax.core.batch import BATCHED, Packed
 from vidjax.data.clips import DataSource, FileSource, Modality
-from vidjax.data.data_report import report_modality, report_split
+from vidjax.data.data_report import report_modality
 from vidjax.data.packed_clips import (
     DTYPES,
     FlatFile,
@@ -267,7 +267,12 @@ def make_store(source: DataSource, packed: Mapping[str, PackedClips]) -> Store:
             digests=digests,
             fingerprints=join_fingerprints(prints),
         )
-        report["splits"][split] = report_split(clips, counts)
+        without_frames = ~np.any([lengths > 0 for lengths in clips.lengths.values()], axis=0)
+        report["splits"][split] = {
+            "clips": len(clips.names),
+            "clips_without_frames": int(without_frames.sum()),
+            "modalities": counts,
+        }
     return Store(None, modalities, splits, report)
 
 

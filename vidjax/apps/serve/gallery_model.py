@@ -17,7 +17,7 @@ from vidjax.apps.serve.limits import unprocessable
 from vidjax.apps.serve.protocol import DEFAULT_K, Parameters, Spec
 from vidjax.apps.server_limits import Limits
 from vidjax.data.clips import PAD_LENGTHS
-from vidjax.data.packed_clips import FRAME_FIELDS, LARGEST
+from vidjax.data.packed_clips import FRAME_FIELDS, is_finite
 
 Frames = Mapping[str, np.ndarray]  # field, such as `features` -> array [T, ...] of T frames
 FIELD_BYTES = sum(np.dtype(field.dtype).itemsize for field in FRAME_FIELDS.values())
@@ -90,8 +90,7 @@ def check_finite(frames: Frames, place: str) -> None:
     for field, array in frames.items():
         if array.dtype.kind not in "fiu":
             raise unprocessable(f"{place}: the values of {field} must be numbers")
-        wide = array.dtype.itemsize > np.dtype(np.float32).itemsize
-        if not (np.abs(array) <= LARGEST if wide else np.isfinite(array)).all():
+        if not is_finite(array).all():
             raise unprocessable(f"{place}: a value of {field} is not finite: remove the frame")
 
 

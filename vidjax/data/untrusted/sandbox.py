@@ -142,19 +142,15 @@ def _clean_names(content: object, known: set[str], budget: "_Budget") -> dict[st
     empty = sum(_is_list(value) and not value for value in content.values())
     budget.take_empty(empty, len(content))
     clips: dict[str, Any] = {}
-    repeated = []
     for key in list(content):
         name = _clean_key(key)
         if name in known:
-            repeated.append(show(name))
+            raise UserError(
+                f"clip {show(name)} is repeated: keep one of them, because {ENDING} is left out of "
+                "names"
+            )
         known.add(name)
         clips[name] = content.pop(key)
-    if repeated:
-        more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
-        raise UserError(
-            f"clips are repeated: {', '.join(repeated[:5])}{more}: keep one of each, "
-            f"because {ENDING} is left out of names"
-        )
     return clips
 
 
