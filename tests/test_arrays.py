@@ -429,7 +429,7 @@ def test_negative_and_infinite_weights_of_frames_are_reported_with_a_clip(tmp_pa
         wanted = f"face: {count} of 12 frames have a {fields} that is {word}, such as in clip b: "
         for load in (
             lambda: memory.load_clips(tmp_path / "val", {"face": 2}, ()),
-            lambda: memory.MemoryClips.from_dict(clips, {"face": 2}, ()),
+            lambda: memory.MemoryClips.pack(clips, {"face": 2}, ()),
             lambda: sources.load(tmp_path, cache_dir=tmp_path / "cache"),
             lambda: sources.load({"val": clips}, cache_dir=tmp_path / "cache"),
         ):
@@ -455,7 +455,7 @@ def test_official_files_may_have_negative_qualities_but_not_only_negative_ones(t
 
 
 def test_clips_in_memory_without_a_modality_of_the_run_are_empty_or_refused():
-    one, read = {"face": [1.0]}, memory.MemoryClips.from_dict
+    one, read = {"face": [1.0]}, memory.MemoryClips.pack
     for clips, words in (
         ({"a": {"fcae": [1.0]}}, "fcae, which the run does not use: did you mean 'face'?"),
         ({"a": {"title": [1.0]}, "b": {}}, "add a modality of the run, or rename a modality"),

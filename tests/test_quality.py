@@ -38,7 +38,7 @@ def test_all_readers_compute_the_quality_that_the_setting_asks_for(tmp_path):
         for reader in (
             own,
             vidjax.load_data(folder, cache_dir=cache, quality=quality),
-            memory.MemoryClips.from_dict(clips, widths, identities=(), quality=quality),
+            memory.MemoryClips.pack(clips, widths, identities=(), quality=quality),
             memory.load_clips(folder, widths, identities=(), quality=quality),
         ):
             np.testing.assert_allclose(qualities(reader), of_clips, rtol=1e-6)

@@ -123,9 +123,7 @@ def _split(arrays: Mapping[str, np.ndarray], path: str, group: str = "") -> Iter
 
 
 def write_npz(
-    path: Path,
-    clips: Mapping[str, Mapping[str, np.ndarray]],
-    nets: Nets = NO_NETS,
+    path: Path, clips: Mapping[str, Mapping[str, np.ndarray]], nets: Nets = NO_NETS
 ) -> None:
     """Writes several clips to an `.npz` file.
 

@@ -267,7 +267,7 @@ def check_modalities(split: Split, modalities: Sequence[str]) -> None:
         if name not in split.lengths:
             remedy = suggest(name, split.lengths)
             raise UserError(
-                f"config.modalities: split '{split.name}' has no features of '{name}': {remedy}"
+                f"split '{split.name}' has no features of '{name}'\nconfig.modalities: {remedy}"
             )
 
 
@@ -283,11 +283,7 @@ def padded(longest: int, limit: int) -> int:
 
 
 def make_eval_plan(
-    split: Split,
-    modalities: Sequence[str],
-    *,
-    only: np.ndarray | None = None,
-    join: bool = False,
+    split: Split, modalities: Sequence[str], *, only: np.ndarray | None = None, join: bool = False
 ) -> EvalPlan:
     """Groups the clips of a split by the length of their longest modality, for evaluation.
 

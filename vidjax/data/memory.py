@@ -88,39 +88,25 @@ class MemoryClips:
         )
 
     @classmethod
-    def from_dict(
-        cls,
-        clips: Clips,
-        modalities: Mapping[str, int],
-        identities: Sequence[str],
-        quality: Quality = "given",
-    ) -> "MemoryClips":
-        """Makes an object from a dict, clip -> modality -> features [T, D]. See `pack`."""
-        if not isinstance(clips, Mapping):
-            raise UserError(
-                f"clips are of type {type(clips).__name__}: "
-                "give a dict {clip: {modality: features}}"
-            )
-        return cls.pack(read_dict(clips, "clips"), modalities, identities, quality)
-
-    @classmethod
     def pack(
         cls,
-        clips: Iterable[Clip],
+        clips: Clips | Iterator[Clip],
         modalities: Mapping[str, int],
         identities: Sequence[str],
         quality: Quality = "given",
     ) -> "MemoryClips":
         """Checks clips, and makes an object of this class from them.
 
-        The model reads only `modalities`, which is modality -> feature width. A clip that has only
-        other modalities becomes a clip without frames, with a warning. Another warning appears if
-        the name of a modality may be misspelt. `quality` (see `Quality`) must be as in the
-        training. Raises UserError if all modalities of the clips are unknown to the model.
+        `clips` may be a dict, clip -> modality -> features [T, D]. The model reads only
+        `modalities`, which is modality -> feature width. A clip that has only other modalities
+        becomes a clip without frames, with a warning. Another warning appears if the name of a
+        modality may be misspelt. `quality` (see `Quality`) must be as in the training. Raises
+        UserError if all modalities of the clips are unknown to the model.
         """
         names: dict[str, str] = {}
         given: dict[str, frozenset[str]] = {}
-        clips = _limit_memory(_select(clips, modalities, names, given))
+        checked = read_dict(clips, "clips") if isinstance(clips, Mapping) else clips
+        clips = _limit_memory(_select(checked, modalities, names, given))
         packed = pack(clips, quality=quality)
         everything = {name for of_clip in given.values() for name in of_clip}
         missing = [name for name in modalities if name not in everything]
@@ -316,9 +302,12 @@ def find_files(
     check_path(path)
     if path.is_dir():
         entries = list_entries(path)
-        if pickles := _find_pickles(path, entries):
-            split = _choose_split(path, {split for _, split in pickles}, split)
-            return path, {name: file for (name, of), file in pickles.items() if of == split}
+        if any(entry.suffix == ".pickle" for entry in entries):
+            from vidjax.data.iqiyi_vid import find_pickles
+
+            if pickles := find_pickles(path):
+                split = _choose_split(path, {split for _, split in pickles}, split)
+                return path, {name: file for (name, of), file in pickles.items() if of == split}
         paths = [entry for entry in entries if entry.suffix == ".npz"]
         others = [entry for entry in entries if entry.suffix != ".npz"]
         if not paths and not any(entry.stem in SPLITS for entry in entries):
@@ -339,15 +328,6 @@ def find_files(
             "leave out the argument split, or --config.eval.split of vidjax rank and embed"
         )
     return path, paths
-
-
-def _find_pickles(path: Path, entries: Sequence[Path]) -> dict[tuple[str, str], Path]:
-    """Returns (modality, split) -> path of the pickles among the `entries` of a folder."""
-    if not any(entry.suffix == ".pickle" for entry in entries):
-        return {}
-    from vidjax.data import iqiyi_vid
-
-    return iqiyi_vid.find_pickles(path)
 
 
 def load_people(

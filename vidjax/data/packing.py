@@ -264,12 +264,7 @@ class Packer(contextlib.ExitStack):
     if `folder` is None. Qualities and detections that are not finite become 0.
     """
 
-    def __init__(
-        self,
-        modality: str,
-        folder: Path | None,
-        quality: Quality = "given",
-    ) -> None:
+    def __init__(self, modality: str, folder: Path | None, quality: Quality = "given") -> None:
         super().__init__()
         self._modality, self._folder = modality, folder
         self._quality: Quality = quality

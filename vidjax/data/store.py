@@ -340,11 +340,12 @@ def _join_modalities(packed: Mapping[str, PackedClips], source: DataSource) -> d
 def _refuse_shared_clips(packed: Mapping[str, PackedClips], place: str) -> None:
     """Raises UserError if a clip is in two splits, for example in train and val."""
     owners: dict[str, str] = {}
-    shared = []
-    for name, split in sorted(packed.items()):
-        for clip in split.names:
-            if owners.setdefault(clip, name) != name:
-                shared.append(f"{clip} ({owners[clip]} and {name})")
+    shared = [
+        f"{clip} ({owners[clip]} and {name})"
+        for name, split in sorted(packed.items())
+        for clip in split.names
+        if owners.setdefault(clip, name) != name
+    ]
     if shared:
         more = ", ..." if len(shared) > 5 else ""
         clips = f"{messages.count(len(shared), 'clip')} {'are' if shared[1:] else 'is'}"

@@ -250,7 +250,7 @@ class Ranker:
             wanted = "a dict {clip: {modality: features}}, or a dataset of vidjax.load_data"
             check_argument("clips", clips, Mapping, wanted)
             arrays, quality = cast(Clips, clips), self.config.data.quality
-            clips = MemoryClips.from_dict(arrays, self.modalities, self.identities, quality)
+            clips = MemoryClips.pack(arrays, self.modalities, self.identities, quality)
         if len(clips.names) <= SMALL_REQUEST:
             size = min(size, SMALL_REQUEST)
         return Request(clips, "clips", clips.places, clips.names, size)

@@ -49,10 +49,7 @@ CARRIER_TYPES = {1: tf.uint8, 2: tf.uint16, 4: tf.int32, 8: tf.int64}
 
 
 def train_batches(
-    reader: Reader,
-    modalities: Mapping[str, Modality],
-    plan: BatchPlan,
-    drawn: Iterator[DrawnClips],
+    reader: Reader, modalities: Mapping[str, Modality], plan: BatchPlan, drawn: Iterator[DrawnClips]
 ) -> Iterator[Batch]:
     """Yields the training batches of `plan` without end. `drawn` are the clips of each step."""
     rows, keys = plan.batch_size, [(name, field) for name in plan.modalities for field in BATCHED]

@@ -61,11 +61,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def unpack(
-    path: Path,
-    modality: str,
-    out_dir: Path,
-    *,
-    children: processes.Children | None = None,
+    path: Path, modality: str, out_dir: Path, *, children: processes.Children | None = None
 ) -> PackedClips:
     """Reads a pickle of features in a child process with limits.
 
@@ -140,17 +136,21 @@ def _clean_names(content: object, known: set[str], budget: "_Budget") -> dict[st
             f"the pickle contains a {type(content).__name__}, not a dict of clips: {REMEDY}"
         )
     empty = sum(_is_list(value) and not value for value in content.values())
-    budget.take_empty(empty, len(content))
+    budget.take(empty=empty)
     clips: dict[str, Any] = {}
+    repeated = []
     for key in list(content):
         name = _clean_key(key)
         if name in known:
-            raise UserError(
-                f"clip {show(name)} is repeated: keep one of them, because {ENDING} is left out of "
-                "names"
-            )
+            repeated.append(show(name))
         known.add(name)
         clips[name] = content.pop(key)
+    if repeated:
+        more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
+        raise UserError(
+            f"clips are repeated: {', '.join(repeated[:5])}{more}: keep one of each, "
+            f"because {ENDING} is left out of names"
+        )
     return clips
 
 
@@ -176,23 +176,15 @@ class _Budget:
         # An empty clip takes a few bytes of the pickle, but as much time as any other clip.
         self._empty = MAX_EMPTY_CLIPS + size // BYTES_PER_EMPTY_CLIP
 
-    def take_empty(self, num_clips: int, among: int) -> None:
-        """Counts `num_clips` empty clips, of `among` clips. Too many of them raise UserError."""
-        self._empty -= num_clips
-        if self._empty < 0:
+    def take(self, frames: int = 0, size: int = 0, empty: int = 0) -> None:
+        """Counts frames, their bytes, and empty clips. Too many of them raise UserError."""
+        self._frames -= frames
+        self._bytes -= size
+        self._empty -= empty
+        if min(self._frames, self._bytes, self._empty) < 0:
             raise UserError(
-                f"{num_clips} of {among} clips are empty, which is too many: "
-                "leave out the empty clips"
-            )
-
-    def take(self, num_frames: int, num_bytes: int) -> None:
-        """Counts frames and bytes. Too many of them raise UserError."""
-        self._frames -= num_frames
-        self._bytes -= num_bytes
-        if self._frames < 0 or self._bytes < 0:
-            raise UserError(
-                "the pickle is refused, because it expands to more data than a file of this size "
-                "may contain: write each array only once"
+                "the pickle is refused, because it expands to more frames or empty clips than a "
+                "file of this size may contain: write each array only once, and no empty clips"
             )
 
 
@@ -243,7 +235,7 @@ def _read_frames(
         count = len(value)
         if not count:
             return {}
-        budget.take(count, 0)
+        budget.take(count)
         entries = [(feature,) for feature in value] if fields == _FEATURE_ONLY else value
         frames = {"features": _join_features(entries, fields, where, budget)}
         for column, field in enumerate(fields):
@@ -284,7 +276,7 @@ def _join_features(
                 f"{where} entry {number}, feature is {got}, but most are {others}: "
                 "write features of equal length and dtype"
             )
-    budget.take(0, len(features) * len(features[0].data))
+    budget.take(size=len(features) * len(features[0].data))
     joined = b"".join([feature.data for feature in features])
     return np.frombuffer(joined, common[0]).reshape(len(features), common[1])
 
