@@ -223,9 +223,7 @@ def _clean_person(place: str, identity: object) -> str:
     with prefix_errors(place):
         text = clean_identity(str(identity))
     if re.fullmatch("-[0-9]+", text):
-        raise UserError(
-            f"{place}: identity {text} is negative: leave out clips that show no known person"
-        )
+        raise UserError(f"{place}: identity {text} is negative: leave out clips of nobody known")
     return text
 
 
@@ -306,9 +304,7 @@ def read_truth(
                 raise UserError(f"identity {show(identity)} has no clips: add one, or delete it")
             first = line_of_identity.setdefault(identity, number)
             if inverted and first != number:
-                raise UserError(
-                    f"identity {show(identity)} is already in line {first}: join the two"
-                )
+                raise UserError(f"identity {show(identity)} is already in line {first}: join them")
             lines.append(line := TruthLine(number, identity, {}))
             for text in names:
                 name = _parse_clip(text, known)
@@ -470,7 +466,5 @@ def sort_identities(names: Iterable[str]) -> tuple[str, ...]:
     value, count = Counter(map(int, distinct)).most_common(1)[0] if distinct else (0, 1)
     if count > 1:
         spellings = ", ".join(name for name in distinct if int(name) == value)
-        raise UserError(
-            f"identity {value} is written in {count} ways, {spellings}: use only one of them"
-        )
+        raise UserError(f"identity {value} is written in {count} ways, {spellings}: use only one")
     return tuple(sorted(distinct, key=int))

@@ -154,6 +154,6 @@ def describe(data: Section) -> str:
     name = data.get("name", "")
     if name != "synthetic":
         return name
-    changed = _parse_synthetic_options(data).changed()
-    words = "".join(f", {name} {value:g}" for name, value in changed.items())
+    options, usual = _parse_synthetic_options(data)._asdict(), synthetic.CALIBRATED._asdict()
+    words = "".join(f", {name} {x:g}" for name, x in options.items() if x != usual[name])
     return f"{name}, size {data.get('size')}, seed {data.get('seed')}{words}"

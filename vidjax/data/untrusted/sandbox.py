@@ -76,11 +76,10 @@ def unpack(
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     size = path.stat().st_size
-    arguments = {"path": str(path), "modality": modality, "out_dir": str(out_dir)}
     summary = processes.run_limited(
         __name__,
         path,
-        arguments,
+        {"path": str(path), "modality": modality, "out_dir": str(out_dir)},
         memory_bytes=512 * MB + 4 * size,
         cpu_seconds=CPU_SECONDS + size // CPU_BYTES_PER_SECOND,
         output_bytes=processes.OUTPUT_BYTES + 4 * size,  # the names of the clips
