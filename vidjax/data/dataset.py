@@ -67,9 +67,7 @@ class Dataset:
         digests = sorted((name, split["sha256"]) for name, split in self.report["splits"].items())
         self.report["data"] = self._origin._asdict() | {"digest": sha256_json(digests)}
         for name, split in store.splits.items():
-            counts = self.report["splits"][name]["modalities"]
-            official = self._origin.name != "arrays"
-            _warn_of_gaps(name, split, self.modalities, counts, official=official)
+            self._warn_of_gaps(name, split)
         lengths = {name: split.lengths for name, split in store.splits.items()}
         widths = {name: modality.dim for name, modality in self.modalities.items()}
         for first, second in itertools.combinations(self._splits.values(), 2):
@@ -80,6 +78,27 @@ class Dataset:
             *find_equal_quality(self.report, list(self.modalities)),
         ):
             warn(problem)
+
+    def _warn_of_gaps(self, name: str, split: StoredSplit) -> None:
+        """Warns if a split lacks modalities of other splits, or frames are left out or unusual."""
+        if absent := [modality for modality in self.modalities if modality not in split.lengths]:
+            warn(
+                f"{name}: the split has no features of {', '.join(absent)}, unlike other splits\n"
+                "add them, or leave these modalities out of config.modalities"
+            )
+        for modality, counts in self.report["splits"][name]["modalities"].items():
+            place, frames = f"{name}, {modality}", counts["frames_seen"]
+            if dropped := counts["frames_skipped"].get("non_finite"):
+                warn(
+                    f"{counts['file']}: {dropped} of {frames} frames are left out, because their "
+                    f"{modality} features have a NaN, an Inf or a value beyond float32\n"
+                    "to use these frames, compute their features again"
+                )
+            values = (
+                BadValues(**x | {"clip": split.clips[x["clip"]]})
+                for x in counts.get("bad_values", ())  # data of an older version have none
+            )
+            warn_of_bad_values(place, values, frames, official=self._origin.name != "arrays")
 
     def __repr__(self) -> str:
         splits = self._splits.items()
@@ -162,39 +181,6 @@ class Dataset:
                 fields = {field: np.concatenate(parts) for field, parts in arrays.items()}
                 packed[name] = pack_arrays(fields, [len(part) for part in arrays["quality"]])
             yield clips, packed
-
-
-def _warn_of_gaps(
-    name: str,
-    split: StoredSplit,
-    modalities: Mapping[str, Modality],
-    report: Mapping[str, Mapping[str, Any]],
-    *,
-    official: bool,
-) -> None:
-    """Warns if a split lacks modalities of other splits, or if frames are left out or unusual.
-
-    For `official`, see `warn_of_bad_values`.
-    """
-    absent = [modality for modality in modalities if modality not in split.lengths]
-    if absent:
-        warn(
-            f"{name}: the split has no features of {', '.join(absent)}, unlike other splits\n"
-            "add them, or leave these modalities out of config.modalities"
-        )
-    for modality, counts in report.items():
-        if dropped := counts["frames_skipped"].get("non_finite"):
-            warn(
-                f"{counts['file']}: {dropped} of {counts['frames_seen']} frames are left out, "
-                f"because their {modality} features have a NaN, an Inf or a value beyond float32\n"
-                "to use these frames, compute their features again"
-            )
-        values = (
-            BadValues(**x | {"clip": split.clips[x["clip"]]})
-            for x in counts.get("bad_values", ())  # data of an older version have none
-        )
-        place, frames = f"{name}, {modality}", counts["frames_seen"]
-        warn_of_bad_values(place, values, frames, official=official)
 
 
 def _warn_of_copies(first: Split, second: Split) -> None:

@@ -103,11 +103,17 @@ class MemoryClips:
         modality may be misspelt. `quality` (see `Quality`) must be as in the training. Raises
         UserError if all modalities of the clips are unknown to the model.
         """
-        names: dict[str, str] = {}
-        given: dict[str, frozenset[str]] = {}
-        checked = read_dict(clips, "clips") if isinstance(clips, Mapping) else clips
-        clips = _limit_memory(_select(checked, modalities, names, given))
-        packed = pack(clips, quality=quality)
+        names: dict[str, str] = {}  # clip -> its name in the input
+        given: dict[str, frozenset[str]] = {}  # clip -> all its modalities in the input
+
+        def select() -> Iterator[Clip]:
+            for clip in read_dict(clips, "clips") if isinstance(clips, Mapping) else clips:
+                names.setdefault(clip.name, clip.given or clip.name)
+                given[clip.name] = frozenset(clip.modalities)
+                known = {x: clip.modalities[x] for x in modalities if x in clip.modalities}
+                yield clip._replace(modalities=known or {next(iter(modalities)): None})
+
+        packed = pack(_limit_memory(select()), quality=quality)
         everything = {name for of_clip in given.values() for name in of_clip}
         missing = [name for name in modalities if name not in everything]
         unread = sorted(everything - modalities.keys())
@@ -174,24 +180,6 @@ class MemoryClips:
             empty += clips[filled][~vectors[clips[filled]].any(axis=1)].tolist()
         warn_of_zeros(modality, [self.names[clip] for clip in empty])
         return vectors
-
-
-def _select(
-    clips: Iterable[Clip],
-    modalities: Mapping[str, int],
-    names: dict[str, str],
-    given: dict[str, frozenset[str]],
-) -> Iterator[Clip]:
-    """Yields each clip with only the modalities that are in `modalities`.
-
-    Fills two dicts: `names`, clip -> its name in the input; and `given`, clip -> all its modalities
-    in the input.
-    """
-    for clip in clips:
-        names.setdefault(clip.name, clip.given or clip.name)
-        given[clip.name] = frozenset(clip.modalities)
-        selected = {name: clip.modalities[name] for name in modalities if name in clip.modalities}
-        yield clip._replace(modalities=selected or {next(iter(modalities)): None})
 
 
 def _limit_memory(clips: Iterable[Clip]) -> Iterator[Clip]:

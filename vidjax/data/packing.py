@@ -4,7 +4,7 @@ import contextlib
 import io
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -301,7 +301,8 @@ class Packer(contextlib.ExitStack):
         for clip, frames in filled:
             self._check(clip, frames["features"])
         lengths = [len(frames["features"]) if frames else 0 for _, frames in self._waiting]
-        self._names += [clip.name for clip, _ in self._waiting]
+        names = [clip.name for clip, _ in self._waiting]
+        self._names += names
         self._seen += lengths
         self._waiting, self._bytes = [], 0
         if not filled:
@@ -314,10 +315,14 @@ class Packer(contextlib.ExitStack):
         keep = is_finite(joined["features"]).all(axis=1)
         owner = np.repeat(np.arange(len(lengths)), lengths)[keep]
         self._kept += np.bincount(owner, minlength=len(lengths)).tolist()
-        names = self._names[len(self._names) - len(lengths) :]
         for name, column in joined.items():
             kept = column if keep.all() else column[keep]
-            self._write_field(name, kept, lambda row: names[owner[row]])
+            if name in FRAME_FIELDS and not (finite := np.isfinite(kept)).all():
+                self._warnings[f"non_finite_{name}"] += int(np.sum(~finite))
+                first = names[owner[np.argmin(finite)]]
+                self._examples.setdefault(f"non_finite_{name}", first)
+                kept = np.where(finite, kept, np.float32(0))
+            self._files[name].write(np.ascontiguousarray(kept).data)
 
     def _check(self, clip: Clip, features: np.ndarray) -> None:
         """Raises UserError for an unusual width or dtype."""
@@ -336,19 +341,6 @@ class Packer(contextlib.ExitStack):
             )
         if problem:
             raise UserError(f"{place}: features are {problem}")
-
-    def _write_field(self, name: str, column: np.ndarray, clip_of: Callable[[int], str]) -> None:
-        """Writes the values of a field. Values that are not finite become 0.
-
-        `clip_of` is the function from a row of `column` to the name of its clip.
-        """
-        if name in FRAME_FIELDS and column.dtype.kind == "f":
-            finite = np.isfinite(column)
-            if not finite.all():
-                self._warnings[f"non_finite_{name}"] += int(np.sum(~finite))
-                self._examples.setdefault(f"non_finite_{name}", clip_of(int(np.argmin(finite))))
-                column = np.where(finite, column, np.float32(0))
-        self._files[name].write(np.ascontiguousarray(column).data)
 
     def finish(self) -> PackedClips:
         """Writes the last clips, closes the files, and returns all clips in the given order."""

@@ -40,7 +40,7 @@ from vidjax.data.packed_clips import (
 )
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError
-from vidjax.utils.files import hash_opened, sha256_file, sha256_json
+from vidjax.utils.files import sha256_file, sha256_json
 from vidjax.utils.machine import num_cores
 
 # If the meaning of a file or of the manifest changes, increase the version to refill the cache.
@@ -244,7 +244,13 @@ def _describe_file(path: Path) -> dict[str, Any]:
 def make_store(source: DataSource, packed: Mapping[str, PackedClips]) -> Store:
     """Checks the splits of a dataset, and computes their digests and the data report."""
     modalities = _join_modalities(packed, source)
-    _refuse_empty_splits(packed, source)
+    for name, clips in packed.items():
+        if not clips.names:
+            paths = ", ".join(str(source.path_of(modality, name)) for modality in clips.frames)
+            raise UserError(
+                f"{paths or source.place}: split {name!r} has no clips: "
+                "add clips, or remove the split"
+            )
     _refuse_shared_clips(packed, source.place)
     keys = [(split, name) for split, clips in packed.items() for name in clips.frames]
 
@@ -293,16 +299,6 @@ def hash_frames(frames: Packed) -> tuple[str, np.ndarray]:
             sha256.update(part.data)
         checksums[clip] = compute_checksum(parts[0])
     return sha256.hexdigest(), checksums
-
-
-def _refuse_empty_splits(packed: Mapping[str, PackedClips], source: DataSource) -> None:
-    for name, clips in packed.items():
-        if not clips.names:
-            paths = ", ".join(str(source.path_of(modality, name)) for modality in clips.frames)
-            raise UserError(
-                f"{paths or source.place}: split {name!r} has no clips: "
-                "add clips, or remove the split"
-            )
 
 
 def _join_modalities(packed: Mapping[str, PackedClips], source: DataSource) -> dict[str, Modality]:
@@ -383,10 +379,9 @@ def load_store(folder: Path) -> Store:
         manifest = files.read_manifest(folder / "manifest.json", below=folder.parents[1])
         modalities = {name: Modality(**kind) for name, kind in manifest["modalities"].items()}
         clips = sum(split["clips"] for split in manifest["splits"].values())
-        with _open(folder / "data_report.json", manifest) as file:
-            report: Any = files.parse_json(file.readall())
-        with _open(folder / "index.npz", manifest) as file:
-            index = files.load_npz(file, files.JSON_BYTES + MAX_INDEX_BYTES * clips)
+        limit = files.JSON_BYTES + MAX_INDEX_BYTES * clips
+        report: Any = files.parse_json(_read(folder / "data_report.json", manifest, limit))
+        index = files.load_npz(io.BytesIO(_read(folder / "index.npz", manifest, limit)), limit)
         splits = {
             name: _load_split(folder, modalities, name, split, index)
             for name, split in manifest["splits"].items()
@@ -401,14 +396,12 @@ def load_store(folder: Path) -> Store:
     return Store(folder, modalities, splits, report)
 
 
-@contextlib.contextmanager
-def _open(path: Path, manifest: Mapping[str, Any]) -> Iterator[io.FileIO]:
-    """Opens a file in a `with` block. Raises UserError if its sha256 is not as in the manifest."""
-    with files.open_regular(path, below=path.parents[2]) as file:
-        if hash_opened(file) != manifest["files"][path.name]:
-            raise UserError(f"{path.name} does not match its sha256")
-        file.seek(0)
-        yield file
+def _read(path: Path, manifest: Mapping[str, Any], limit: int) -> bytes:
+    """Reads a file of at most `limit` bytes. Its sha256 must be as in the manifest."""
+    content = files.read_bytes(path, limit, below=path.parents[2])
+    if hashlib.sha256(content).hexdigest() != manifest["files"][path.name]:
+        raise UserError(f"{path.name} does not match its sha256")
+    return content
 
 
 def _load_split(

@@ -135,7 +135,12 @@ def _clean_names(content: object, known: set[str], budget: "_Budget") -> dict[st
             f"the pickle contains a {type(content).__name__}, not a dict of clips: {REMEDY}"
         )
     empty = sum(_is_list(value) and not value for value in content.values())
-    budget.take(empty=empty)
+    budget.empty -= empty
+    if budget.empty < 0:
+        raise UserError(
+            f"{empty} of {len(content)} clips are empty, which is too many: "
+            "leave out the empty clips"
+        )
     clips: dict[str, Any] = {}
     repeated = []
     for key in list(content):
@@ -173,17 +178,16 @@ class _Budget:
     def __init__(self, size: int) -> None:
         self._frames, self._bytes = 100_000 + size // 8, 64 * MB + 4 * size
         # An empty clip takes a few bytes of the pickle, but as much time as any other clip.
-        self._empty = MAX_EMPTY_CLIPS + size // BYTES_PER_EMPTY_CLIP
+        self.empty = MAX_EMPTY_CLIPS + size // BYTES_PER_EMPTY_CLIP
 
-    def take(self, frames: int = 0, size: int = 0, empty: int = 0) -> None:
-        """Counts frames, their bytes, and empty clips. Too many of them raise UserError."""
+    def take(self, frames: int = 0, size: int = 0) -> None:
+        """Counts frames and bytes. Too many of them raise UserError."""
         self._frames -= frames
         self._bytes -= size
-        self._empty -= empty
-        if min(self._frames, self._bytes, self._empty) < 0:
+        if self._frames < 0 or self._bytes < 0:
             raise UserError(
-                "the pickle is refused, because it expands to more frames or empty clips than a "
-                "file of this size may contain: write each array only once, and no empty clips"
+                "the pickle is refused, because it expands to more data than a file of this size "
+                "may contain: write each array only once"
             )
 
 
