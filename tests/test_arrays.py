@@ -22,7 +22,7 @@ from tests.campaigns import mutations
 from tests.helpers import clip_files, seen
 from tests.helpers.batches import eval_batches, real_frames
 from tests.helpers.datasets import load_dataset
-from vidjax.data import input_files, labels, memory, sources
+from vidjax.data import labels, memory, sources
 from vidjax.data.clip_files import write_npz
 from vidjax.utils import errors
 
@@ -119,7 +119,7 @@ def test_clips_in_one_level_of_folders_have_the_name_of_their_folder(tmp_path, l
     data = load(folder)
     assert digest(data) == digest(load(splits, {"monday/1": "Ada", "monday/1b": "Ada"}))
     assert data.split("train").clips == tuple(names["train"])
-    read = functools.partial(input_files.load_clips, modalities={"face": 3}, identities=())
+    read = functools.partial(memory.load_clips, modalities={"face": 3}, identities=())
     assert read(folder, split="val").names == tuple(names["val"])
     assert read(folder / "val/monday").names == ("1b",)
     (folder / "train/all.npz").unlink()
@@ -168,7 +168,7 @@ def test_printed_command_converts_files_of_other_kinds(tmp_path, load, ending):
         content = pickle.dumps(face) if ending == ".pkl" else None
         with (folder / f"{name}{ending}").open("wb") as file:
             file.write(content) if content else np.save(file, face)
-    read = functools.partial(input_files.load_clips, modalities={"face": 3}, identities=())
+    read = functools.partial(memory.load_clips, modalities={"face": 3}, identities=())
     convert(lambda: read(folder / f"a{ending}"), folder / f"a{ending}", 1)
     np.savez(folder / "a.npz", face=2 * face)  # an existing file is not replaced
     convert(lambda: load(folder.parents[1]), folder / f"a{ending}", 2)
@@ -397,7 +397,7 @@ def test_folder_with_missing_misnamed_or_equal_splits_is_refused(tmp_path, refus
 
 def test_npz_file_of_several_clips_needs_a_length_for_each_clip(tmp_path):
     path, face = tmp_path / "all.npz", np.ones((3, 2), np.float32)
-    load = functools.partial(input_files.load_clips, tmp_path, {"face": 2}, ())
+    load = functools.partial(memory.load_clips, tmp_path, {"face": 2}, ())
 
     # The file has 3 frames of two clips. The sum of two lengths must be 3, as in [1, 2].
     half = 2**63  # the sum of [half, half + 3] overflows to 3
@@ -412,7 +412,7 @@ def test_npz_file_of_several_clips_needs_a_length_for_each_clip(tmp_path):
     np.savez(path, clips=["a"], face=face[:1], face_length=[1], face_quality=0.5)  # no axis
     seen.refused(load, str(path), "'face_length' does not match the clips and frames")
     np.savez(path, clips=face)  # the only array of a file is a modality of one clip, named "all"
-    assert input_files.load_clips(tmp_path, {"clips": 2}, ()).names == ("all",)
+    assert memory.load_clips(tmp_path, {"clips": 2}, ()).names == ("all",)
 
 
 def test_negative_and_infinite_weights_of_frames_are_reported_with_a_clip(tmp_path):
@@ -428,8 +428,8 @@ def test_negative_and_infinite_weights_of_frames_are_reported_with_a_clip(tmp_pa
     ):  # fmt: skip
         wanted = f"face: {count} of 12 frames have a {fields} that is {word}, such as in clip b: "
         for load in (
-            lambda: input_files.load_clips(tmp_path / "val", {"face": 2}, ()),
-            lambda: memory.MemoryClips.from_dict(clips, {"face": 2}, ()),
+            lambda: memory.load_clips(tmp_path / "val", {"face": 2}, ()),
+            lambda: memory.MemoryClips.pack(clips, {"face": 2}, ()),
             lambda: sources.load(tmp_path, cache_dir=tmp_path / "cache"),
             lambda: sources.load({"val": clips}, cache_dir=tmp_path / "cache"),
         ):
@@ -443,7 +443,7 @@ def test_negative_and_infinite_weights_of_frames_are_reported_with_a_clip(tmp_pa
 def test_official_files_may_have_negative_qualities_but_not_only_negative_ones(tmp_path):
     rng = np.random.default_rng(0)
     clips = {name: clip_files.random_clip(rng, 3, DIM) for name in ("a", "b")}
-    load = functools.partial(input_files.load_clips, tmp_path, {"face": DIM}, ())
+    load = functools.partial(memory.load_clips, tmp_path, {"face": DIM}, ())
     clips["a"].quality[:] = -1, -30, 150
     clip_files.write_pickle(tmp_path, "face", "val", clips)
     load()  # a warning would be an error
@@ -455,7 +455,7 @@ def test_official_files_may_have_negative_qualities_but_not_only_negative_ones(t
 
 
 def test_clips_in_memory_without_a_modality_of_the_run_are_empty_or_refused():
-    one, read = {"face": [1.0]}, memory.MemoryClips.from_dict
+    one, read = {"face": [1.0]}, memory.MemoryClips.pack
     for clips, words in (
         ({"a": {"fcae": [1.0]}}, "fcae, which the run does not use: did you mean 'face'?"),
         ({"a": {"title": [1.0]}, "b": {}}, "add a modality of the run, or rename a modality"),
@@ -502,7 +502,7 @@ def test_bad_parquet_table_of_frames_is_refused(tmp_path, refused, monkeypatch):
 def load_faces(path):
     """Returns clips as a run reads them; raises an error if the reading takes long."""
     with mutations.alarm(), warnings.catch_warnings(action="ignore"):
-        return input_files.load_clips(path, {"face": 4}, ())
+        return memory.load_clips(path, {"face": 4}, ())
 
 
 def faces_refused(path, *words):
@@ -618,13 +618,13 @@ def test_frames_with_non_finite_values_are_skipped_and_counted(tmp_path):
     np.savez(tmp_path / "b.npz", face=np.full((1, 4), np.inf))
 
     with pytest.warns(errors.VidjaxWarning) as caught:  # the category that commands show
-        input_files.load_clips(tmp_path, {"face": 4}, ())
+        memory.load_clips(tmp_path, {"face": 4}, ())
     features, qualities = (str(warning.message) for warning in caught)
     assert "face: 3 of 5 frames are left out" in features and "1 clips lose all frames" in features
     assert "face: 1 of 5 frames have a quality that is not finite" in qualities
 
 
-PAGE = Path(input_files.__file__).parent / "README.md"
+PAGE = Path(memory.__file__).parent / "README.md"
 PROGRAMS = dict(re.findall(r"<!-- convert: (\w+) -->\n```python\n(.*?)```", PAGE.read_text(), re.S))
 
 

@@ -12,7 +12,7 @@ import pytest
 from tests.helpers import clip_files, limited_job
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.datasets import record_digests
-from vidjax.data import arrays, cache_folders, iqiyi_vid, store
+from vidjax.data import arrays, iqiyi_vid, store
 from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.store import convert
 from vidjax.utils import files, machine, processes
@@ -63,10 +63,10 @@ def test_digest_of_a_file_written_within_a_clock_tick_is_not_kept(tmp_path, monk
     """
     path, sha256_file, tick = tmp_path / "a.npz", files.sha256_file, 10**8
     path.write_bytes(b"1")
-    monkeypatch.setattr(cache_folders, "TICK_NS", tick)
+    monkeypatch.setattr(store, "TICK_NS", tick)
     changed = time.time_ns()
     # The second write changes neither the inode nor the size and times.
-    monkeypatch.setattr(cache_folders, "_read_file_state", lambda path: (1, 1, changed, changed))
+    monkeypatch.setattr(store, "_read_file_state", lambda path: (1, 1, changed, changed))
 
     def slow_sha256_file(path):
         time.sleep(2 * tick / 10**9)  # the tick in which the file changed is over
@@ -74,9 +74,9 @@ def test_digest_of_a_file_written_within_a_clock_tick_is_not_kept(tmp_path, monk
 
     monkeypatch.setattr(files, "sha256_file", slow_sha256_file)
 
-    first = cache_folders.digest_files([path], tmp_path / "cache")
+    first = store.digest_files([path], tmp_path / "cache")
     path.write_bytes(b"2")
-    assert cache_folders.digest_files([path], tmp_path / "cache") != first
+    assert store.digest_files([path], tmp_path / "cache") != first
 
 
 def test_file_that_changes_during_the_conversion_is_refused(tmp_path):

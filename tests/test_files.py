@@ -21,7 +21,7 @@ from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused
 from tests.helpers.small_runs import ROOT, flat
 from vidjax.core import devices
-from vidjax.data.cache_folders import exclusive
+from vidjax.data.store import exclusive
 from vidjax.runs import checkpoint, results, signals
 from vidjax.runs.results import Logs
 from vidjax.utils import files

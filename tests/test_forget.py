@@ -23,7 +23,7 @@ from tests.helpers import clip_files, drawn_people, made_galleries, servers
 from tests.helpers.limits import file_limit
 from vidjax.apps import traces
 from vidjax.apps.gallery.store import StoredClip
-from vidjax.data import cache_folders
+from vidjax.data import store
 from vidjax.utils import files, tables
 
 GONE = "Ada Lovelace"
@@ -59,7 +59,7 @@ def lines(*texts):
 def converted(folder, *clips):
     """Writes a folder like the stored clips of a cache, which contain the names of some clips."""
     arrays: Any = {"train/clips": lines(*clips)}
-    with cache_folders.exclusive(folder), files.atomic_folder(folder) as partial:
+    with store.exclusive(folder), files.atomic_folder(folder) as partial:
         (partial / "manifest.json").write_text("{}")
         np.savez(partial / "index.npz", **arrays)
 

@@ -66,7 +66,7 @@ def test_mean_vectors_weight_frames_by_quality():
     with pytest.warns(
         VidjaxWarning, match="face: 1 of 8 frames have a quality that is negative.* b"
     ):
-        loaded = MemoryClips.from_dict(clips, {"face": 3, "audio": 2}, identities=())
+        loaded = MemoryClips.pack(clips, {"face": 3, "audio": 2}, identities=())
     vectors = dict(zip(loaded.names, loaded.mean_vectors("face"), strict=True))
     np.testing.assert_allclose(vectors["b"], (x[0] + 3 * x[2]) / 4, rtol=1e-6)
     np.testing.assert_allclose(vectors["a"], x.mean(0), rtol=1e-6)

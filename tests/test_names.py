@@ -12,7 +12,7 @@ from tests.helpers.seen import refused
 from vidjax.apps.gallery import answers as answers_lib, changes
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.cli import program
-from vidjax.data import input_files, labels
+from vidjax.data import labels, memory
 from vidjax.evaluation import ranking
 from vidjax.utils import names
 
@@ -73,10 +73,10 @@ def test_names_of_photo_folders_become_nfc_and_hidden_files_are_ignored(tmp_path
         (tmp_path / hidden).parent.mkdir(exist_ok=True)
         (tmp_path / hidden).touch()
 
-    loaded, identity = input_files.load_people(tmp_path, {"face": 4})
+    loaded, identity = memory.load_people(tmp_path, {"face": 4})
     assert identity == {f"{NFC}/1": NFC, f"{NFC}/2": NFC} and set(loaded.names) == {*identity}
     (tmp_path / NFC / "3.npy").touch()
-    refused(lambda: input_files.load_people(tmp_path, {"face": 4}), "3.npy' would be ignored")
+    refused(lambda: memory.load_people(tmp_path, {"face": 4}), "3.npy' would be ignored")
 
 
 def test_gallery_treats_nfc_and_nfd_names_as_one_person(tmp_path, say, monkeypatch):

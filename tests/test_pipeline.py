@@ -133,7 +133,7 @@ def test_evaluation_batches_contain_every_clip_once_with_its_best_frames(
 ):
     data = dataset
     if in_memory:
-        data = MemoryClips.from_dict(as_arrays(CLIPS[split]), {"face": 6, "audio": 4}, ())
+        data = MemoryClips.pack(as_arrays(CLIPS[split]), {"face": 6, "audio": 4}, ())
     batches = [*eval_batches(data, split=split, modalities=("face", "audio"), rows=rows)]
     assert all(batch.clip_index.shape == batch.batch_mask.shape == (rows,) for batch in batches)
 

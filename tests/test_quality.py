@@ -10,7 +10,7 @@ import vidjax
 from tests.helpers import clip_files, small_runs
 from tests.helpers.batches import real_frames
 from tests.helpers.embeddings import unit
-from vidjax.data import input_files, memory, sources
+from vidjax.data import memory, sources
 
 DIM = 5
 
@@ -38,8 +38,8 @@ def test_all_readers_compute_the_quality_that_the_setting_asks_for(tmp_path):
         for reader in (
             own,
             vidjax.load_data(folder, cache_dir=cache, quality=quality),
-            memory.MemoryClips.from_dict(clips, widths, identities=(), quality=quality),
-            input_files.load_clips(folder, widths, identities=(), quality=quality),
+            memory.MemoryClips.pack(clips, widths, identities=(), quality=quality),
+            memory.load_clips(folder, widths, identities=(), quality=quality),
         ):
             np.testing.assert_allclose(qualities(reader), of_clips, rtol=1e-6)
         of_voice, _ = qualities(own, "voice")  # clip b has no voice
@@ -48,7 +48,7 @@ def test_all_readers_compute_the_quality_that_the_setting_asks_for(tmp_path):
     if importlib.util.find_spec("pyarrow"):  # a table has no column of quality
         faces = {"a": {"face": bare}, "b": {"face": rated}}
         table = clip_files.write_parquet(tmp_path / "table.parquet", faces)
-        by_table = qualities(input_files.load_clips(table, widths, identities=()))
+        by_table = qualities(memory.load_clips(table, widths, identities=()))
         np.testing.assert_allclose(by_table, [a, b], rtol=1e-6)
 
 

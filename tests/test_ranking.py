@@ -16,7 +16,7 @@ import vidjax
 from tests.helpers import clip_files, made_runs, small_runs
 from tests.helpers.seen import refused
 from vidjax.data import labels
-from vidjax.data.input_files import load_clips
+from vidjax.data.memory import load_clips
 from vidjax.evaluation import ranking, topk
 from vidjax.runs.run_folder import RunFolder
 from vidjax.utils import tables

@@ -17,8 +17,8 @@ from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused
 from vidjax.core import devices as devices_lib, ensemble, fusion
 from vidjax.core.batch import LazyFeatures, Packed
-from vidjax.data import order as order_lib, resident, sources
-from vidjax.data.clips import BatchPlan, longest, make_batch_plan
+from vidjax.data import resident, sources
+from vidjax.data.clips import BatchPlan, draw_clips, make_batch_plan
 from vidjax.runs.checkpoint import manifests
 from vidjax.training import placement, plan as plan_lib, train_step
 
@@ -32,7 +32,7 @@ def test_shuffles_are_uniform_and_differ_between_epochs_and_seeds():
     def orders_of(seed, first_epoch):
         """Returns the clip at each place of each epoch, [epochs, n]."""
         plan = BatchPlan(("train",), n, n, {"face": 1}, "quality", {}, seed)
-        return order_lib.draw_clips(plan, first_epoch, epochs).clip_index.reshape(epochs, n)
+        return draw_clips(plan, first_epoch, epochs).clip_index.reshape(epochs, n)
 
     orders = orders_of(seed=0, first_epoch=0)
     np.testing.assert_array_equal(np.sort(orders), [np.arange(n)] * epochs)
@@ -76,7 +76,7 @@ def test_drawn_clips_equal_a_plain_loop_over_epochs(chosen, batch_size):
             ]
             rows.append([clip, place < num_clips, *firsts])
     for step, count in ((0, 1), (0, 5), (3, 4), (7, 1)):
-        drawn = order_lib.draw_clips(plan, step, count)
+        drawn = draw_clips(plan, step, count)
         assert [x.dtype for x in jax.tree.leaves(drawn)] == [np.int32, bool, np.int32, np.int32]
         found = np.stack([*drawn[:2], *(drawn.first[name] for name in lengths)], axis=1)
         wanted = np.array(rows[step * batch_size : (step + count) * batch_size])
@@ -123,10 +123,9 @@ def test_resident_evaluation_batches_equal_streaming_batches(ragged, in_memory, 
     assert clips.split(split) is ragged.split(split) and clips.identities == ragged.identities
 
     only = np.random.default_rng(0).random(count) < 0.4  # scores only these clips
-    lengths = np.maximum(longest(ragged.split(split), MODALITIES), 40)  # more padding than needed
     for names, chosen, number in (
         (("face",), {"only": only}, only.sum()), (("face",), {"only": np.zeros_like(only)}, 0),
-        (("body", "audio"), {"lengths": lengths}, count),
+        (("body", "audio"), {}, count),
     ):  # fmt: skip
         arguments = {"split": split, "rows": 2 * devices, "modalities": names, **chosen}
         wanted = rows_of(eval_batches(ragged, **arguments))

@@ -24,7 +24,7 @@ from tests.helpers.limits import slowness
 from tests.helpers.seen import refused
 from vidjax.apps import bulk, forget
 from vidjax.apps.video import net_packages
-from vidjax.data import clip_files, input_files
+from vidjax.data import clip_files, memory
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 
@@ -115,7 +115,7 @@ def test_zip_bomb_is_refused_before_it_unpacks(tmp_path, kind):
     with bounds():
         refused(lambda: files.npz_bytes(bomb, SMALL))
         refused(lambda: [*clip_files.read_npz_bytes(bomb, "c", SMALL)])
-        refused(lambda: input_files.load_clips(tmp_path / "clips", {"face": 4}, ()), "c.npz")
+        refused(lambda: memory.load_clips(tmp_path / "clips", {"face": 4}, ()), "c.npz")
         matches = forget.forget(["Ada"], [], [tmp_path / "records"]).found
     assert [match.kind for match in matches] == ["unread"]  # `forget` lists files it cannot read
 
@@ -125,7 +125,7 @@ def test_small_npz_that_claims_60_million_empty_clip_names_is_refused(tmp_path):
     names = npy_header((60_000_000,), "<U0")
     (tmp_path / "c.npz").write_bytes(packed(STORED, "clips.npy", names))
     with bounds():
-        refused(lambda: input_files.load_clips(tmp_path, {"face": 4}, ()), "c.npz", "'' is empty")
+        refused(lambda: memory.load_clips(tmp_path, {"face": 4}, ()), "c.npz", "'' is empty")
 
 
 @pytest.mark.parametrize(

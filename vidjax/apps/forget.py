@@ -17,7 +17,7 @@ import numpy as np
 
 from vidjax.apps import said
 from vidjax.apps.traces import PARTIAL, Traces
-from vidjax.data import cache_folders
+from vidjax.data import store
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, closest
 from vidjax.utils.groups import group_by_key
@@ -397,10 +397,8 @@ def _list_unread(path: str | Path, error: Exception) -> Place:
 
 def _delete_records(folder: Path) -> str:
     """Deletes a converted dataset; returns the remedy in `Place`."""
-    from vidjax.data.store import remove
-
-    with cache_folders.exclusive(folder):
-        if remove(folder):
+    with store.exclusive(folder):
+        if store.remove(folder):
             return "deleted: the next run converts your files again"
     return "some files are left in this folder: run the command again to search them"
 
@@ -410,7 +408,7 @@ def _report_unfinished(folder: Path, *, delete: bool) -> Place:
     remedy = "--delete"
     if delete:
         whole = folder.with_name(folder.name[:20])
-        with cache_folders.exclusive(whole):  # waits for a living conversion
+        with store.exclusive(whole):  # waits for a living conversion
             files.remove_partials(whole)
             remedy = "delete the files that are left" if folder.exists() else "deleted"
     about = "a killed conversion, which may contain features of the clips"

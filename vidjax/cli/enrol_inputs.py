@@ -43,7 +43,7 @@ def load_people(
     `path/PERSON/CLIP.npz`. If `required` is True, raises UserError if no clip of a table has a
     person.
     """
-    from vidjax.data import input_files
+    from vidjax.data import memory
 
     if path.suffix == ".parquet" and parquet.has_column(path, "identity"):
         person_of = read_labels(path) if required else answers_lib.read_groups(path)
@@ -51,7 +51,7 @@ def load_people(
     if stray := path if path.is_file() else min(path.glob("[!.]*.npz"), default=None):
         raise refuse_stray(stray)
     widths, quality = gallery.source.reads
-    return input_files.load_people(path, widths, quality=quality, nets=gallery.origin.cards)
+    return memory.load_people(path, widths, quality=quality, nets=gallery.origin.cards)
 
 
 @contextlib.contextmanager

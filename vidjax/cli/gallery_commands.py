@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vidjax.apps.gallery.labelling import Enrolment
     from vidjax.apps.gallery.vectors import Vectors
     from vidjax.apps.video.features_folder import MediaFile
-    from vidjax.data.clips import TrainingData
+    from vidjax.data.dataset import Dataset
     from vidjax.data.memory import MemoryClips
 
 LARGE_BYTES = 10 << 20  # of a table whose name is printed before it is read
@@ -314,7 +314,7 @@ def _open(args: argparse.Namespace) -> "Gallery":
     from vidjax.apps.gallery.gallery import Gallery
     from vidjax.apps.video import features_folder
     from vidjax.data.clips import SPLITS
-    from vidjax.data.input_files import check_path, find_files
+    from vidjax.data.memory import check_path, find_files
 
     given = getattr(args, "input", None) or []  # a list for enrol
     paths = [Path(x).expanduser() for x in ([given] if isinstance(given, str) else given)]
@@ -340,7 +340,7 @@ def _open(args: argparse.Namespace) -> "Gallery":
     return gallery
 
 
-def _load_clips(args: argparse.Namespace, gallery: "Gallery") -> "MemoryClips | TrainingData":
+def _load_clips(args: argparse.Namespace, gallery: "Gallery") -> "MemoryClips | Dataset":
     if args.input:
         return gallery.load(args.input)
     from vidjax.runs import config_io
@@ -360,7 +360,7 @@ def _embed(args: argparse.Namespace, gallery: "Gallery") -> tuple[float, "Vector
 
 
 def _embed_clips(
-    args: argparse.Namespace, gallery: "Gallery", clips: "MemoryClips | TrainingData"
+    args: argparse.Namespace, gallery: "Gallery", clips: "MemoryClips | Dataset"
 ) -> "Vectors":
     with _show_progress("vectors", len(clips.split(args.split or "clips").clips)) as bar:
         return gallery.embed(clips, args.split, advance=bar.advance)
@@ -714,7 +714,7 @@ def _migrate(args: argparse.Namespace) -> Result:
     from vidjax.apps.gallery.migration import migrate
     from vidjax.apps.video import features_folder
     from vidjax.data.clips import SPLITS
-    from vidjax.data.input_files import load_people
+    from vidjax.data.memory import load_people
 
     old, new = Gallery(args.gallery), Gallery(args.new)
     path, (widths, quality) = Path(args.input).expanduser(), new.source.reads

@@ -9,15 +9,15 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vidjax.data.cache_folders import digest_files
-from vidjax.data.checks import check_file, explain_unread, list_entries, refuse_split
+from vidjax.data.checks import check_file, check_folder, explain_unread, list_entries, refuse_split
 from vidjax.data.clip_files import read_clips
 from vidjax.data.clips import SPLITS, Origin
 from vidjax.data.labels import LabelSource, load_folder_truth, load_label_table
 from vidjax.data.packed_clips import PackedClips, Quality
 from vidjax.data.packing import Clips, pack, read_dict
+from vidjax.data.store import digest_files
 from vidjax.utils.errors import NoFileError, UserError, check_choice
-from vidjax.utils.files import is_present, sha256_json
+from vidjax.utils.files import absolute, sha256_json
 from vidjax.utils.names import show
 
 QUALITIES = typing.get_args(Quality)
@@ -81,9 +81,8 @@ class FeatureFolder:
         self._quality: Quality = quality
         self._cache_dir = cache_dir
         self._files = group_files_by_split(self._folder)
-        self.origin = Origin.from_folder("arrays", folder, quality)
+        self.origin = Origin("arrays", str(absolute(folder)), quality)
         self.place = str(self._folder)
-        self.title = f"{sum(map(len, self._files.values()))} files of {self._folder}"
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Returns the sha256 of the files of each split. Unchanged files are not read again."""
@@ -123,9 +122,7 @@ def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
       UserError: a file with features would be ignored, for example because its name is misspelt.
       NoFileError: the folder does not exist, or has no features.
     """
-    if not folder.is_dir():
-        problem = "is not a folder" if is_present(folder) else "does not exist"
-        raise NoFileError(f"'{folder}' {problem}: name the folder of the features")
+    check_folder(folder, "name the folder of the features")
     files: dict[str, list[Path]] = {}
     for split in SPLITS:
         table, clips = folder / f"{split}.parquet", folder / split

@@ -24,12 +24,15 @@ from vidjax.utils.names import show
 
 def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
     """Returns the sorted paths in a directory, without hidden files. May raise NoFileError."""
-    directory = Path(directory)
-    if not files.is_present(directory):
-        raise NoFileError(f"'{directory}' does not exist: correct the path")
-    if not directory.is_dir():
-        raise NoFileError(f"'{directory}' is not a directory: name the directory of the files")
-    return sorted(path for path in directory.iterdir() if path.name[0] != ".")
+    check_folder(Path(directory), "correct the path")
+    return sorted(path for path in Path(directory).iterdir() if path.name[0] != ".")
+
+
+def check_folder(folder: Path, remedy: str) -> None:
+    """Raises NoFileError, whose message ends with `remedy`, if there is no such folder."""
+    if not folder.is_dir():
+        problem = "is not a folder" if files.is_present(folder) else "does not exist"
+        raise NoFileError(f"'{folder}' {problem}: {remedy}")
 
 
 def check_file(path: Path) -> None:
@@ -175,17 +178,19 @@ def find_equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> 
     `report` is the data report.
     """
     for modality in modalities:
-        reports = [
-            split["modalities"][modality]
-            for split in report["splits"].values()
-            if modality in split["modalities"]
-        ]
-        if any(_has_equal_norms(part) for part in reports if part["frames_per_clip"]["max"] > 1):
+        counts = _list_counts(report, report["splits"], modality)
+        if any(_has_equal_norms(x) for x in counts if x["frames_per_clip"]["max"] > 1):
             yield (
                 f"{modality}: all frames have the same quality, so blurred frames count as much as "
                 "sharp frames\nthe quality is the norm of the features, and all norms are equal\n"
                 f"add {modality}_quality, or write the features before they are normalised"
             )
+
+
+def _list_counts(report: Mapping[str, Any], splits: Iterable[str], modality: str) -> list[Any]:
+    """Returns the counts of a modality in those of `splits` that have it, from the data report."""
+    found = (report["splits"][split]["modalities"].get(modality) for split in splits)
+    return [counts for counts in found if counts]
 
 
 def warn_of_bad_values(
@@ -227,11 +232,7 @@ def find_unusable(
     """Yields a message for each modality without usable features. `report` is the data report."""
     place = ", ".join(splits)
     for modality in modalities:
-        counts = [
-            report["splits"][split]["modalities"][modality]
-            for split in splits
-            if modality in report["splits"][split]["modalities"]
-        ]
+        counts = _list_counts(report, splits, modality)
         seen = sum(count["frames_seen"] for count in counts)
         files = ", ".join(dict.fromkeys(count["file"] for count in counts))
         remedy = f"\ncheck {files or place}, or leave '{modality}' out of config.modalities"

@@ -123,9 +123,7 @@ def _split(arrays: Mapping[str, np.ndarray], path: str, group: str = "") -> Iter
 
 
 def write_npz(
-    path: Path,
-    clips: Mapping[str, Mapping[str, np.ndarray]],
-    nets: Nets = NO_NETS,
+    path: Path, clips: Mapping[str, Mapping[str, np.ndarray]], nets: Nets = NO_NETS
 ) -> None:
     """Writes several clips to an `.npz` file.
 
@@ -175,9 +173,7 @@ def read_json(value: object, place: str) -> Clip:
     a single frame may be a plain list of D numbers. Errors begin with `place`.
     """
     if not isinstance(value, dict) or not isinstance(given := value.get("clip"), str):
-        raise UserError(
-            f'{place}: the clip has no name: write {{"clip": "NAME", "face": [[...], ...]}}'
-        )
+        raise UserError(f'{place}: the clip has no name: write {{"clip": "NAME", "face": [[...]]}}')
     name = clean_name_at(f"{place}:", given)
     arrays = {}
     for key, numbers in value.items():

@@ -1,24 +1,24 @@
-"""Describes the clips of a split, plans batches of clips, and defines what a dataset can do.
+"""Describes the clips of a split, plans and draws batches, and defines what a dataset can do.
 
-Training and evaluation read clips through two protocols, `ClipSource` and `TrainingData`. The
-classes with these methods are `Dataset` (clips on disk), `Resident` (clips on the devices) and
-`MemoryClips` (clips in memory). This module needs only numpy.
+Evaluation reads clips through the protocol `ClipSource`. The classes with its methods are `Dataset`
+(labelled clips), `Resident` (clips on the devices) and `MemoryClips` (clips in memory, without
+labels). This module needs only numpy.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from vidjax.core.batch import Batch, Frames, Packed
+from vidjax.core.batch import Batch, Frames
 from vidjax.data.packed_clips import FRAME_FIELDS, PackedClips, Quality, Reader
-from vidjax.utils import files
-from vidjax.utils.errors import UserError, closest, suggest
+from vidjax.utils.errors import UserError, suggest
 
 SPLITS = ("train", "val", "test")
 # In evaluation, clips of similar length form a bucket. These are the largest lengths per bucket.
@@ -121,6 +121,53 @@ class BatchPlan(NamedTuple):
         return tuple(self.padded_lengths)
 
 
+class DrawnClips(NamedTuple):
+    """The clips in R rows of batches."""
+
+    clip_index: np.ndarray  # [R] int32, the number of each clip in the training splits
+    batch_mask: np.ndarray  # [R] bool, False for empty rows of the last batch of an epoch
+    # Modality of `BatchPlan.windowed` -> [R] int32, the first frame of the window of each clip. If
+    # a clip is shorter than a window, the first frame is 0.
+    first: Mapping[str, np.ndarray]
+
+
+def draw_clips(plan: BatchPlan, step: int, count: int = 1) -> DrawnClips:
+    """Draws the clips of `count` training steps from `step` on, in count * B rows.
+
+    Each clip comes once per epoch. All windows within a clip are equally likely. The draw depends
+    only on the seed and the number of the step, so a resumed run continues with the same clips.
+    Clips on the devices and clips on disk have the same order.
+    """
+    begin, end, size = step * plan.batch_size, (step + count) * plan.batch_size, plan.num_places
+    parts = []
+    for epoch in range(begin // size, -(-end // size)):
+        drawn = _draw_epoch(plan.seed, epoch, plan.num_clips, size, len(plan.windowed))
+        rows = slice(max(0, begin - epoch * size), end - epoch * size)
+        parts.append([values[..., rows] for values in drawn])
+    order, uniform = (np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
+    clip_index = order if plan.epoch_clips is None else plan.epoch_clips[order].astype(np.int32)
+    first = {}
+    for values, (name, lengths) in zip(uniform, plan.windowed.items(), strict=True):
+        places = np.maximum(lengths[clip_index] - plan.padded_lengths[name], 0) + 1
+        first[name] = (values * places).astype(np.int32)
+    return DrawnClips(clip_index, order >= 0, first)
+
+
+@functools.lru_cache(maxsize=2)  # a batch may contain clips of two epochs
+def _draw_epoch(
+    seed: int, epoch: int, num_clips: int, num_places: int, num_windows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a random order of N clips, and random numbers for their windows.
+
+    The order is [num_places] int32, with -1 in empty rows. The random numbers are
+    [num_windows, num_places] float64, uniform in [0, 1).
+    """
+    rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    order = rng.permutation(num_clips).astype(np.int32)
+    order = np.pad(order, (0, num_places - num_clips), constant_values=-1)
+    return order, rng.random((num_windows, num_places))
+
+
 def split_blocks(bucket: np.ndarray, rows: int) -> Iterator[tuple[int, np.ndarray]]:
     """Divides N clips into blocks of up to `rows` clips of the same bucket (group of lengths).
 
@@ -155,45 +202,12 @@ class ClipSource(Protocol):
         ...
 
 
-class TrainingData(ClipSource, Protocol):
-    """Labelled clips for training."""
-
-    @property
-    def modalities(self) -> Mapping[str, Modality]:
-        """Modality -> the width and the dtype on disk of its features."""
-        ...
-
-    @property
-    def report(self) -> Mapping[str, Any]:
-        """The content of `data_report.json`: counts of frames, clips and labels."""
-        ...
-
-    def with_identities(self, identities: Sequence[str]) -> Self:
-        """Returns the same clips with `identities` as classes. All other clips get the label 0."""
-        ...
-
-    def train_batches(self, plan: BatchPlan, *, step: int = 0) -> Iterator[Batch]:
-        """Yields the training batches of `plan` without end, beginning with the batch of `step`."""
-        ...
-
-    def packed(
-        self, split: str, modalities: Sequence[str]
-    ) -> Iterator[tuple[np.ndarray, Mapping[str, Packed]]]:
-        """Yields the clips of a split, n at a time: `clip_index` [n] int32, modality -> frames."""
-        ...
-
-
 class Origin(NamedTuple):
     """The values of `config.data.name`, `dir` and `quality` with which a dataset was loaded."""
 
     name: str  # such as 'iqiyi_vid'
-    dir: str | None = None  # None if clips were generated or are arrays in memory
+    dir: str | None = None  # absolute; None if clips were generated or are arrays in memory
     quality: Quality = "given"
-
-    @classmethod
-    def from_folder(cls, name: str, folder: str | Path, quality: Quality = "given") -> "Origin":
-        """Returns an Origin with the absolute path of `folder`, the folder of the dataset."""
-        return cls(name, str(files.absolute(folder)), quality)
 
 
 class DataSource(Protocol):
@@ -216,8 +230,6 @@ class FileSource(DataSource, Protocol):
 
     To add a dataset, write a class with these methods, and a line in `sources.DATASETS`.
     """
-
-    title: str  # a description of the files, for the log
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Returns a JSON value that changes if any frame changes. It is the key in the cache."""
@@ -253,11 +265,9 @@ def check_modalities(split: Split, modalities: Sequence[str]) -> None:
     _check_distinct("config.modalities", modalities)
     for name in modalities:
         if name not in split.lengths:
-            close = closest(name, split.lengths)
-            hint = f" (did you mean '{close}'?)" if close else ""
+            remedy = suggest(name, split.lengths)
             raise UserError(
-                f"split '{split.name}' has no features of '{name}'{hint}\n"
-                f"choose config.modalities among {', '.join(split.lengths)}"
+                f"split '{split.name}' has no features of '{name}'\nconfig.modalities: {remedy}"
             )
 
 
@@ -273,28 +283,19 @@ def padded(longest: int, limit: int) -> int:
 
 
 def make_eval_plan(
-    split: Split,
-    modalities: Sequence[str],
-    *,
-    lengths: np.ndarray | None = None,
-    only: np.ndarray | None = None,
-    join: bool = False,
+    split: Split, modalities: Sequence[str], *, only: np.ndarray | None = None, join: bool = False
 ) -> EvalPlan:
-    """Groups the clips of a split by length for evaluation.
+    """Groups the clips of a split by the length of their longest modality, for evaluation.
 
     The padding of a modality depends on all clips of the split, even if `only` leaves some out.
 
     Args:
-      lengths: [N] int, the length that decides the group of each clip. The default is the number of
-        frames in the longest modality of the clip. Values may be larger, but not smaller.
       only: [N] bool, True for the clips to evaluate, by default all.
       join: joins a group with the next longer group if this adds at most 65536 frames of padding.
         Then fewer programs are compiled. Use False for models that score each frame separately,
         because their time grows with the padding.
     """
-    num_frames = longest(split, modalities)
-    lengths = num_frames if lengths is None else np.asarray(lengths)
-    wanted = np.ones(num_frames.shape, bool) if only is None else np.asarray(only)
+    lengths = longest(split, modalities)
     bucket = np.searchsorted(BUCKETS, np.minimum(lengths, MAX_EVAL_FRAMES))
     for shorter, longer in itertools.pairwise(np.unique(bucket)) if join else ():
         added = padded(int(lengths.max()), BUCKETS[longer]) - BUCKETS[shorter]
@@ -304,7 +305,8 @@ def make_eval_plan(
         name: tuple(padded(int(split.lengths[name].max()), limit) for limit in BUCKETS)
         for name in modalities
     }
-    return EvalPlan(split.name, tuple(modalities), np.where(wanted, bucket, -1), padded_lengths)
+    bucket = bucket if only is None else np.where(only, bucket, -1)
+    return EvalPlan(split.name, tuple(modalities), bucket, padded_lengths)
 
 
 def make_batch_plan(

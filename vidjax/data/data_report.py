@@ -6,22 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from vidjax.data.packed_clips import PackedClips, map_again
-from vidjax.data.packing import compute_feature_norms, fingerprint_frames
+from vidjax.data.packed_clips import PackedClips, fingerprint_frames, map_again
+from vidjax.data.packing import compute_feature_norms
 from vidjax.utils import messages
 
 HISTOGRAM_BINS = 20
 FRAMES_PER_MAP = 1 << 16  # frames that are read before the file is mapped again, to free memory
-
-
-def report_split(split: PackedClips, modalities: Mapping[str, Any]) -> dict[str, Any]:
-    """Counts the clips of a split. `modalities` are the results of `report_modality`."""
-    without_frames = ~np.any([lengths > 0 for lengths in split.lengths.values()], axis=0)
-    return {
-        "clips": without_frames.size,
-        "clips_without_frames": int(without_frames.sum()),
-        "modalities": modalities,
-    }
 
 
 def report_modality(

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from vidjax.core.batch import Batch, Packed
-from vidjax.data import order
 from vidjax.data.checks import (
     find_equal_quality,
     find_misspelt,
@@ -20,11 +19,13 @@ from vidjax.data.checks import (
 )
 from vidjax.data.clips import (
     BatchPlan,
+    DrawnClips,
     EvalPlan,
     Modality,
     Origin,
     Split,
     check_modalities,
+    draw_clips,
     eval_batches,
     pad,
 )
@@ -66,9 +67,7 @@ class Dataset:
         digests = sorted((name, split["sha256"]) for name, split in self.report["splits"].items())
         self.report["data"] = self._origin._asdict() | {"digest": sha256_json(digests)}
         for name, split in store.splits.items():
-            counts = self.report["splits"][name]["modalities"]
-            official = self._origin.name != "arrays"
-            _warn_of_gaps(name, split, self.modalities, counts, official=official)
+            self._warn_of_gaps(name, split)
         lengths = {name: split.lengths for name, split in store.splits.items()}
         widths = {name: modality.dim for name, modality in self.modalities.items()}
         for first, second in itertools.combinations(self._splits.values(), 2):
@@ -79,6 +78,27 @@ class Dataset:
             *find_equal_quality(self.report, list(self.modalities)),
         ):
             warn(problem)
+
+    def _warn_of_gaps(self, name: str, split: StoredSplit) -> None:
+        """Warns if a split lacks modalities of other splits, or frames are left out or unusual."""
+        if absent := [modality for modality in self.modalities if modality not in split.lengths]:
+            warn(
+                f"{name}: the split has no features of {', '.join(absent)}, unlike other splits\n"
+                "add them, or leave these modalities out of config.modalities"
+            )
+        for modality, counts in self.report["splits"][name]["modalities"].items():
+            place, frames = f"{name}, {modality}", counts["frames_seen"]
+            if dropped := counts["frames_skipped"].get("non_finite"):
+                warn(
+                    f"{counts['file']}: {dropped} of {frames} frames are left out, because their "
+                    f"{modality} features have a NaN, an Inf or a value beyond float32\n"
+                    "to use these frames, compute their features again"
+                )
+            values = (
+                BadValues(**x | {"clip": split.clips[x["clip"]]})
+                for x in counts.get("bad_values", ())  # data of an older version have none
+            )
+            warn_of_bad_values(place, values, frames, official=self._origin.name != "arrays")
 
     def __repr__(self) -> str:
         splits = self._splits.items()
@@ -99,7 +119,7 @@ class Dataset:
         return self._splits[name]
 
     def with_identities(self, identities: Sequence[str]) -> "Dataset":
-        """Returns the same clips, labelled with other classes. See `TrainingData`."""
+        """Returns the same clips with `identities` as classes. All other clips get the label 0."""
         if tuple(identities) == self.identities:
             return self
         return Dataset(self._store, self._truth, identities=identities, origin=self._origin)
@@ -109,12 +129,12 @@ class Dataset:
         return Reader([self._store.splits[name].packed for name in splits])
 
     def train_batches(self, plan: BatchPlan, *, step: int = 0) -> Iterator[Batch]:
-        """Yields the training batches of `plan`. See `TrainingData`.
+        """Yields the training batches of `plan` without end, beginning with the batch of `step`.
 
         TensorFlow makes the batches of clips on the disk.
         """
         reader = self._read(plan.splits)
-        drawn = (order.draw_clips(plan, number) for number in itertools.count(step))
+        drawn = (draw_clips(plan, number) for number in itertools.count(step))
         if not self._store.folder:
             return self._train_batches(reader, plan, drawn)
         resident = "choose --config.data.mode=resident if the clips fit into the memory"
@@ -126,7 +146,7 @@ class Dataset:
         return streaming.train_batches(reader, self.modalities, plan, drawn)
 
     def _train_batches(
-        self, reader: Reader, plan: BatchPlan, drawn: Iterator[order.DrawnClips]
+        self, reader: Reader, plan: BatchPlan, drawn: Iterator[DrawnClips]
     ) -> Iterator[Batch]:
         """Yields the training batches of clips in memory. `drawn` are the clips of each step."""
         for clips, batch_mask, first in drawn:
@@ -146,7 +166,10 @@ class Dataset:
     def packed(
         self, split: str, modalities: Sequence[str]
     ) -> Iterator[tuple[np.ndarray, Mapping[str, Packed]]]:
-        """Yields all clips, in the order of storage. See `TrainingData`."""
+        """Yields all clips, n at a time: `clip_index` [n] int32, and modality -> frames.
+
+        The clips come in the order of storage.
+        """
         check_modalities(self.split(split), modalities)
         reader, whole = self._read([split]), self._store.splits[split].packed
         if not self._store.folder:
@@ -158,39 +181,6 @@ class Dataset:
                 fields = {field: np.concatenate(parts) for field, parts in arrays.items()}
                 packed[name] = pack_arrays(fields, [len(part) for part in arrays["quality"]])
             yield clips, packed
-
-
-def _warn_of_gaps(
-    name: str,
-    split: StoredSplit,
-    modalities: Mapping[str, Modality],
-    report: Mapping[str, Mapping[str, Any]],
-    *,
-    official: bool,
-) -> None:
-    """Warns if a split lacks modalities of other splits, or if frames are left out or unusual.
-
-    For `official`, see `warn_of_bad_values`.
-    """
-    absent = [modality for modality in modalities if modality not in split.lengths]
-    if absent:
-        warn(
-            f"{name}: the split has no features of {', '.join(absent)}, unlike other splits\n"
-            "add them, or leave these modalities out of config.modalities"
-        )
-    for modality, counts in report.items():
-        if dropped := counts["frames_skipped"].get("non_finite"):
-            warn(
-                f"{counts['file']}: {dropped} of {counts['frames_seen']} frames are left out, "
-                f"because their {modality} features have a NaN, an Inf or a value beyond float32\n"
-                "to use these frames, compute their features again"
-            )
-        values = (
-            BadValues(**x | {"clip": split.clips[x["clip"]]})
-            for x in counts.get("bad_values", ())  # data of an older version have none
-        )
-        place, frames = f"{name}, {modality}", counts["frames_seen"]
-        warn_of_bad_values(place, values, frames, official=official)
 
 
 def _warn_of_copies(first: Split, second: Split) -> None:

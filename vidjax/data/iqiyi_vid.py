@@ -16,14 +16,17 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vidjax.data.cache_folders import digest_files
 from vidjax.data.checks import check_file, list_entries, refuse_other_files, refuse_split
 from vidjax.data.clips import SPLITS, Origin
+from vidjax.data.data_report import format_report
+from vidjax.data.dataset import label_clips
 from vidjax.data.labels import find_ground_truth, load_official_truth
 from vidjax.data.packed_clips import PackedClips, join
+from vidjax.data.store import convert, digest_files
 from vidjax.data.untrusted import sandbox
 from vidjax.utils import exit_codes, messages
 from vidjax.utils.errors import NoFileError, UserError
+from vidjax.utils.files import absolute
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.machine import memory_bytes, num_cores
 from vidjax.utils.parser import Parser
@@ -57,9 +60,8 @@ class OfficialFiles:
             )
         find_ground_truth(self._directory)  # so wrong names are reported before features are read
         self._cache_dir = cache_dir
-        self.origin = origin or Origin.from_folder("iqiyi_vid", directory)
+        self.origin = origin or Origin("iqiyi_vid", str(absolute(directory)))
         self.place = str(self._directory)
-        self.title = f"{len(self._files)} files of {self._directory}"
 
     @property
     def modalities(self) -> dict[str, int]:
@@ -153,10 +155,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache_dir", metavar="C", type=Path, help=about)
 
     def command() -> int:
-        from vidjax.data.data_report import format_report
-        from vidjax.data.dataset import label_clips
-        from vidjax.data.store import convert
-
         args = parser.parse_args(words)
         source = OfficialFiles(args.directory, cache_dir=args.cache_dir)
         store = convert(source, args.cache_dir)

@@ -19,6 +19,7 @@ from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import NoFileError, UserError, check_argument, prefix_errors, warn
 from vidjax.utils.names import (
     clean_identity,
+    clean_name,
     clean_name_at,
     has_ending,
     normal_form,
@@ -222,9 +223,7 @@ def _clean_person(place: str, identity: object) -> str:
     with prefix_errors(place):
         text = clean_identity(str(identity))
     if re.fullmatch("-[0-9]+", text):
-        raise UserError(
-            f"{place}: identity {text} is negative: leave out clips that show no known person"
-        )
+        raise UserError(f"{place}: identity {text} is negative: leave out clips of nobody known")
     return text
 
 
@@ -291,39 +290,30 @@ def read_truth(
     line_of_clip: dict[str, TruthLine] = {}
     line_of_identity: dict[str, int] = {}
     for number, fields in rows:
-        where = f"{path}: line {number}:"
-        others = fields[:1] if inverted else fields[1:]
-        if any(map(has_ending, others)):
-            raise UserError(
-                f"{where} the clip is not in the same column as in the other lines\n"
-                "write NAME.mp4 ID in all lines, or ID NAME.mp4 ... in all lines"
-            )
-        identity, names = (fields[0], fields[1:]) if inverted else (fields[-1], fields[:-1])
-        with prefix_errors(where.removesuffix(":")):
-            identity = clean_identity(unescape(identity))
-        if inverted and not names:
-            raise UserError(
-                f"{where} identity {show(identity)} has no clips: add a clip or delete the line"
-            )
-        if not inverted and len(fields) != 2:
-            raise UserError(
-                f"{where} the line has {messages.count(len(fields), 'word')}: write a clip and its "
-                "identity, NAME.mp4 ID"
-            )
-        first = line_of_identity.setdefault(identity, number)
-        if inverted and first != number:
-            raise UserError(
-                f"{where} identity {show(identity)} is already in line {first}: join the two lines"
-            )
-        lines.append(line := TruthLine(number, identity, {}))
-        for text in names:
-            name = _parse_clip(text, known, where)
-            if other := line_of_clip.get(name):
+        with prefix_errors(f"{path}: line {number}"):
+            identity, names = (fields[0], fields[1:]) if inverted else (fields[-1], fields[:-1])
+            if any(map(has_ending, fields[:1] if inverted else fields[1:])):
                 raise UserError(
-                    f"{where} clip {show(name)} is already in line {other.number}, with the "
-                    f"identity {show(other.identity)}: delete one of the two"
+                    "the clip is not in the same column as in the other lines\n"
+                    "write NAME.mp4 ID in all lines, or ID NAME.mp4 ... in all lines"
                 )
-            line.clips[text], line_of_clip[name] = name, line
+            identity = clean_identity(unescape(identity))
+            if not inverted:
+                _check_pair(fields, "identity, NAME.mp4 ID")
+            elif not names:
+                raise UserError(f"identity {show(identity)} has no clips: add one, or delete it")
+            first = line_of_identity.setdefault(identity, number)
+            if inverted and first != number:
+                raise UserError(f"identity {show(identity)} is already in line {first}: join them")
+            lines.append(line := TruthLine(number, identity, {}))
+            for text in names:
+                name = _parse_clip(text, known)
+                if other := line_of_clip.get(name):
+                    raise UserError(
+                        f"clip {show(name)} is already in line {other.number}, with the identity "
+                        f"{show(other.identity)}: delete one of the two"
+                    )
+                line.clips[text], line_of_clip[name] = name, line
     _check_identities(path, lines)
     warn_of_changed({name: f"{path}: line {n}" for name, n in line_of_identity.items()})
     return lines
@@ -349,10 +339,16 @@ def _is_inverted(path: Path, lines: Sequence[Sequence[str]]) -> bool:
     return path.name != "train_gt.txt"
 
 
-def _parse_clip(text: str, known: Collection[str], where: str) -> str:
+def _check_pair(fields: Sequence[str], form: str) -> None:
+    if len(fields) != 2:
+        count = messages.count(len(fields), "word")
+        raise UserError(f"the line has {count}: write a clip and its {form}")
+
+
+def _parse_clip(text: str, known: Collection[str]) -> str:
     """Returns a clip name without `.mp4`. In a name that is not `known`, `%20` becomes a blank."""
-    clean = clean_name_at(where, text)
-    return clean if clean in known else clean_name_at(where, unescape(text))
+    clean = clean_name(text)
+    return clean if clean in known else clean_name(unescape(text))
 
 
 def split_lines(text: str) -> list[str]:
@@ -411,31 +407,23 @@ def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.
         file is in `clips`.
     """
     path = Path(path)
-    lines = _read_lines(path, "NAME.mp4 WEIGHT")
     weights: dict[str, float] = {}
     known = frozenset(clips)
     line_of_clip: dict[str, int] = {}
-    for number, fields in lines:
-        where = f"{path}: line {number}:"
-        if len(fields) != 2:
-            raise UserError(
-                f"{where} the line has {messages.count(len(fields), 'word')}: write a clip and its "
-                "weight, NAME.mp4 1"
-            )
-        name = _parse_clip(fields[0], known, where)
-        if line_of_clip.setdefault(name, number) != number:
-            raise UserError(
-                f"{where} clip {show(name)} is already in line {line_of_clip[name]}: delete one "
-                "of the two"
-            )
-        try:
-            weights[name] = float(fields[1])
-        except ValueError:
+    for number, fields in _read_lines(path, "NAME.mp4 WEIGHT"):
+        with prefix_errors(f"{path}: line {number}"):
+            _check_pair(fields, "weight, NAME.mp4 1")
+            name = _parse_clip(fields[0], known)
+            first = line_of_clip.setdefault(name, number)
+            if first != number:
+                raise UserError(f"clip {show(name)} is already in line {first}: delete one of them")
             weights[name] = np.nan
-        if not 0 <= weights[name] <= float(np.finfo(np.float32).max):
-            raise UserError(
-                f"{where} weight {show(fields[1])} is not a finite number of 0 or more: correct it"
-            )
+            with contextlib.suppress(ValueError):
+                weights[name] = float(fields[1])
+            if not 0 <= weights[name] <= float(np.finfo(np.float32).max):
+                raise UserError(
+                    f"weight {show(fields[1])} is not a finite number of 0 or more: correct it"
+                )
     check_known(path, weights, clips)
     return np.array([weights.get(name, 1.0) for name in clips], np.float32)
 
@@ -478,7 +466,5 @@ def sort_identities(names: Iterable[str]) -> tuple[str, ...]:
     value, count = Counter(map(int, distinct)).most_common(1)[0] if distinct else (0, 1)
     if count > 1:
         spellings = ", ".join(name for name in distinct if int(name) == value)
-        raise UserError(
-            f"identity {value} is written in {count} ways, {spellings}: use only one of them"
-        )
+        raise UserError(f"identity {value} is written in {count} ways, {spellings}: use only one")
     return tuple(sorted(distinct, key=int))

@@ -47,8 +47,8 @@ FRAME_FIELDS = {
     "quality": FrameField("float32", 0.0, official="quality_score"),
     "detection": FrameField("float32", 1.0, official="det_score"),  # detection score
 }
-IGNORED = ("box",)  # may be given with each frame, but is not stored, because no model reads it
 DTYPES = ("float16", "float32", "float64", "int8")  # of features
+MAX_HALF, NEGATIVE_ZERO = float(np.finfo(np.float16).max), 0x8000  # in float16
 CHECKSUM_WORDS = 1 << 16  # words of 64 bits that are added at once
 WEIGHTS = ("quality", "detection")  # frames may be weighted with these values
 
@@ -130,18 +130,18 @@ class StoredFile(NamedTuple):
 
     def check(self) -> None:
         """Raises UserError if the file does not match its sha256."""
-        hint = f"delete {self.folder} to convert again"
+        problem = f"'{self.path}' does not match its sha256"
         try:
             with files.open_regular(self.path, below=self.folder) as file:
                 if hash_opened(file) == self.sha256:
                     return
         except FileNotFoundError:
-            raise UserError(f"'{self.path}' does not exist\n{hint}") from None
+            problem = f"'{self.path}' does not exist"
         except UserError as error:  # a link, or a pipe for which the code above would wait
-            raise UserError(f"{str(error).splitlines()[0]}\n{hint}") from error
+            problem = str(error).splitlines()[0]
         except OSError as error:
-            raise UserError(f"{self.path}: {error.strerror}\n{hint}") from error
-        raise UserError(f"'{self.path}' does not match its sha256\n{hint}")
+            problem = f"{self.path}: {error.strerror}"
+        raise UserError(f"{problem}\ndelete {self.folder} to convert again")
 
 
 class FlatFile:
@@ -222,6 +222,34 @@ def scramble(numbers: np.ndarray) -> np.ndarray:
 
 # Odd numbers that look random, the factors of words in checksums and fingerprints.
 FACTORS = scramble(np.arange(1, CHECKSUM_WORDS + 1, dtype=np.uint64)) | np.uint64(1)
+
+
+def fingerprint_frames(features: np.ndarray) -> np.ndarray:
+    """Returns a number for each frame of features [F, D], [F] uint64. Equal frames have equal ones.
+
+    Features are rounded to float16, so that copies in another dtype are equal. The number of a
+    frame of zeros is 0.
+    """
+    rows = 512  # of a block, which fits into the cache of the processor
+    prints = [np.zeros(0, np.uint64)]
+    for start in range(0, len(features), rows):
+        block = features[start : start + rows]
+        if block.dtype != np.float16:
+            largest = np.abs(block).max(axis=1).astype(np.float32)
+            _, exponent = np.frexp(np.where(largest > MAX_HALF, largest, 0))
+            block = np.ldexp(block.astype(np.float32), -exponent[:, None]).astype(np.float16)
+        bits = np.ascontiguousarray(block).view(np.uint16)
+        bits = np.where(bits == NEGATIVE_ZERO, np.uint16(0), bits)
+        words = np.pad(bits, ((0, 0), (0, -bits.shape[1] % 4))).view(np.uint64)
+        prints.append(scramble(np.einsum("fw,w->f", words, np.resize(FACTORS, words.shape[1]))))
+    return np.concatenate(prints)
+
+
+def is_finite(values: np.ndarray) -> np.ndarray:
+    """Returns True for the values that are finite in float32, in an array of the same shape."""
+    if values.dtype.itemsize <= np.dtype(np.float32).itemsize:
+        return np.isfinite(values)
+    return np.asarray(np.abs(values) <= LARGEST)  # a NaN compares as False
 
 
 def pack_arrays(arrays: Mapping[str, Any], length: ArrayLike) -> Packed:

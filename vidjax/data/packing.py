@@ -4,28 +4,26 @@ import contextlib
 import io
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
 from vidjax.core.batch import BATCHED
 from vidjax.data.packed_clips import (
     DTYPES,
-    FACTORS,
     FRAME_FIELDS,
-    IGNORED,
     LARGEST,
     Counts,
     FrameField,
     PackedClips,
     Quality,
     get_dtype,
+    is_finite,
     join,
     map_files,
     pack_arrays,
-    scramble,
 )
 from vidjax.utils.errors import UserError, closest
 from vidjax.utils.names import ENDING, clean_name_at, show
@@ -33,8 +31,8 @@ from vidjax.utils.names import ENDING, clean_name_at, show
 # Clip -> modality -> features, or a dict of BATCHED fields. `face_quality` is a field of `face`.
 Clips = Mapping[str, Mapping[str, Any]]
 
+IGNORED = ("box",)  # may be given with each frame, but is not stored, because no model reads it
 BLOCK_BYTES = 8 << 20  # bytes of features that are written at once
-MAX_HALF, NEGATIVE_ZERO = float(np.finfo(np.float16).max), 0x8000  # in float16
 NUM_PROBE_CLIPS = 200  # their majority decides the width and the dtype of all clips
 
 
@@ -266,12 +264,7 @@ class Packer(contextlib.ExitStack):
     if `folder` is None. Qualities and detections that are not finite become 0.
     """
 
-    def __init__(
-        self,
-        modality: str,
-        folder: Path | None,
-        quality: Quality = "given",
-    ) -> None:
+    def __init__(self, modality: str, folder: Path | None, quality: Quality = "given") -> None:
         super().__init__()
         self._modality, self._folder = modality, folder
         self._quality: Quality = quality
@@ -283,7 +276,7 @@ class Packer(contextlib.ExitStack):
         self._kept: list[int] = []
         self._warnings: Counter[str] = Counter()
         self._examples: dict[str, str] = {}
-        self._files: dict[str, BinaryIO] = {name: io.BytesIO() for name in BATCHED}
+        self._files: dict[str, Any] = {name: io.BytesIO() for name in BATCHED}
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
             for name in BATCHED:
@@ -308,7 +301,8 @@ class Packer(contextlib.ExitStack):
         for clip, frames in filled:
             self._check(clip, frames["features"])
         lengths = [len(frames["features"]) if frames else 0 for _, frames in self._waiting]
-        self._names += [clip.name for clip, _ in self._waiting]
+        names = [clip.name for clip, _ in self._waiting]
+        self._names += names
         self._seen += lengths
         self._waiting, self._bytes = [], 0
         if not filled:
@@ -318,13 +312,17 @@ class Packer(contextlib.ExitStack):
             field: np.concatenate([frames[field] for _, frames in filled]) if filled[1:] else values
             for field, values in filled[0][1].items()
         }
-        keep = find_usable_rows(joined["features"])
+        keep = is_finite(joined["features"]).all(axis=1)
         owner = np.repeat(np.arange(len(lengths)), lengths)[keep]
         self._kept += np.bincount(owner, minlength=len(lengths)).tolist()
-        names = self._names[len(self._names) - len(lengths) :]
         for name, column in joined.items():
             kept = column if keep.all() else column[keep]
-            self._write_field(name, kept, lambda row: names[owner[row]])
+            if name in FRAME_FIELDS and not (finite := np.isfinite(kept)).all():
+                self._warnings[f"non_finite_{name}"] += int(np.sum(~finite))
+                first = names[owner[np.argmin(finite)]]
+                self._examples.setdefault(f"non_finite_{name}", first)
+                kept = np.where(finite, kept, np.float32(0))
+            self._files[name].write(np.ascontiguousarray(kept).data)
 
     def _check(self, clip: Clip, features: np.ndarray) -> None:
         """Raises UserError for an unusual width or dtype."""
@@ -344,19 +342,6 @@ class Packer(contextlib.ExitStack):
         if problem:
             raise UserError(f"{place}: features are {problem}")
 
-    def _write_field(self, name: str, column: np.ndarray, clip_of: Callable[[int], str]) -> None:
-        """Writes the values of a field. Values that are not finite become 0.
-
-        `clip_of` is the function from a row of `column` to the name of its clip.
-        """
-        if name in FRAME_FIELDS and column.dtype.kind == "f":
-            finite = np.isfinite(column)
-            if not finite.all():
-                self._warnings[f"non_finite_{name}"] += int(np.sum(~finite))
-                self._examples.setdefault(f"non_finite_{name}", clip_of(int(np.argmin(finite))))
-                column = np.where(finite, column, np.float32(0))
-        self._files[name].write(np.ascontiguousarray(column).data)
-
     def finish(self) -> PackedClips:
         """Writes the last clips, closes the files, and returns all clips in the given order."""
         self._write()
@@ -366,7 +351,10 @@ class Packer(contextlib.ExitStack):
         if self._folder:
             arrays = map_files(self._folder, width, dtype.name, int(kept.sum()))
         else:
-            arrays = {name: self._get_array(name, dtype) for name in BATCHED}
+            arrays = {
+                name: np.frombuffer(file.getbuffer(), get_dtype(name, dtype))
+                for name, file in self._files.items()
+            }
             arrays["features"] = arrays["features"].reshape(-1, width or 1)[:, :width]
         dropped = int(seen.sum() - kept.sum())
         skipped_clips = {"empty": seen == 0, "non_finite": (seen > 0) & (kept == 0)}
@@ -383,19 +371,6 @@ class Packer(contextlib.ExitStack):
         frames = {self._modality: pack_arrays(arrays, self._kept)}
         return PackedClips(tuple(self._names), frames, {self._modality: counts})
 
-    def _get_array(self, name: str, features: np.dtype) -> np.ndarray:
-        """Returns the values of a field of all frames, as a view of the memory in `_files`."""
-        file = self._files[name]
-        assert isinstance(file, io.BytesIO)
-        return np.frombuffer(file.getbuffer(), get_dtype(name, features))
-
-
-def find_usable_rows(features: np.ndarray) -> np.ndarray:
-    """Returns [F] bool, True for the frames whose features [F, D] are finite in float32."""
-    if features.dtype != np.float64:
-        return np.asarray(np.isfinite(features).all(axis=1))
-    return np.asarray((np.abs(features) <= LARGEST).all(axis=1))  # a NaN compares as False
-
 
 def compute_feature_norms(features: np.ndarray) -> np.ndarray:
     """Returns [F] float32, the L2 norms of features [F, D].
@@ -410,24 +385,3 @@ def compute_feature_norms(features: np.ndarray) -> np.ndarray:
         length = np.sqrt(np.einsum("fd,fd->f", block, block))
         norms[start : start + rows] = np.minimum(length, LARGEST)
     return norms
-
-
-def fingerprint_frames(features: np.ndarray) -> np.ndarray:
-    """Returns a number for each frame of features [F, D], [F] uint64. Equal frames have equal ones.
-
-    Features are rounded to float16, so that copies in another dtype are equal. The number of a
-    frame of zeros is 0.
-    """
-    rows = 512  # of a block, which fits into the cache of the processor
-    prints = [np.zeros(0, np.uint64)]
-    for start in range(0, len(features), rows):
-        block = features[start : start + rows]
-        if block.dtype != np.float16:
-            largest = np.abs(block).max(axis=1).astype(np.float32)
-            _, exponent = np.frexp(np.where(largest > MAX_HALF, largest, 0))
-            block = np.ldexp(block.astype(np.float32), -exponent[:, None]).astype(np.float16)
-        bits = np.ascontiguousarray(block).view(np.uint16)
-        bits = np.where(bits == NEGATIVE_ZERO, np.uint16(0), bits)
-        words = np.pad(bits, ((0, 0), (0, -bits.shape[1] % 4))).view(np.uint64)
-        prints.append(scramble(np.einsum("fw,w->f", words, np.resize(FACTORS, words.shape[1]))))
-    return np.concatenate(prints)

@@ -310,21 +310,16 @@ def _check_types(path: Path, schema: "pyarrow.Schema") -> None:
 
 
 def _read_rows(
-    path: Path,
-    file: "parquet.ParquetFile",
-    names: Sequence[str],
-    counted: int,
-    folder: Path,
+    path: Path, file: "parquet.ParquetFile", names: Sequence[str], counted: int, folder: Path
 ) -> Rows:
     """Reads the columns `names`. The `counted` values of features are a file in `folder`."""
-    import pyarrow
     from pyarrow import compute
 
-    groups, widths, first, at = [], [], 0, 0
+    widths, first, at = [], 0, 0
     scalars = [name for name in names if name != "features"]
+    joined = file.read(columns=scalars, use_threads=False)
     values = np.empty(0, np.float32)
     for number in range(file.metadata.num_row_groups):
-        groups.append(file.read_row_group(number, columns=scalars, use_threads=False))
         # Reads in batches, because pyarrow needs several times the memory of the decoded values.
         rows = max(1, BATCH_VALUES * file.metadata.num_rows // max(counted, 1))
         batches = file.iter_batches(
@@ -346,7 +341,6 @@ def _read_rows(
             at += len(flat)
     if at != counted:
         raise _damaged(path, f"it has {at:,} values of features, but its footer lists {counted:,}")
-    joined = pyarrow.concat_tables(groups) if groups else file.schema_arrow.empty_table()
     text, numbers = {}, {}
     for name in scalars:
         column = joined[name].combine_chunks()

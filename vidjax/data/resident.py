@@ -18,16 +18,17 @@ from vidjax.core import devices
 from vidjax.core.batch import BATCHED, Array, Batch, Frames, LazyFeatures, Packed
 from vidjax.data.clips import (
     BatchPlan,
+    DrawnClips,
     EvalPlan,
     Modality,
     Split,
-    TrainingData,
     choose_best_frames,
+    draw_clips,
     make_batch,
     make_eval_plan,
     split_blocks,
 )
-from vidjax.data.order import DrawnClips, draw_clips
+from vidjax.data.dataset import Dataset
 from vidjax.data.packed_clips import FRAME_FIELDS, get_dtype
 from vidjax.utils import machine
 
@@ -126,9 +127,7 @@ class ResidentPlan(NamedTuple):
     modalities: Mapping[str, Modality]
 
 
-def make_resident_plan(
-    data: TrainingData, plan: BatchPlan, eval_splits: Sequence[str]
-) -> ResidentPlan:
+def make_resident_plan(data: Dataset, plan: BatchPlan, eval_splits: Sequence[str]) -> ResidentPlan:
     """Plans which clips are copied to the devices. `plan` describes the training batches."""
     splits = {name: data.split(name) for name in dict.fromkeys([*plan.splits, *eval_splits])}
     best = {}
@@ -182,7 +181,7 @@ class Resident:
         padding.
     """
 
-    def __init__(self, data: TrainingData, layout: ResidentPlan, mesh: Mesh):
+    def __init__(self, data: Dataset, layout: ResidentPlan, mesh: Mesh):
         self._data, self._mesh = data, mesh
         self.identities = data.identities
         gather = functools.partial(gather_batch, lazy=False)

@@ -3,24 +3,23 @@
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from ml_collections import ConfigDict
 
 from vidjax.data import iqiyi_vid, synthetic
 from vidjax.data.arrays import FeatureDict, FeatureFolder
-from vidjax.data.cache_folders import cache_folder, exclusive, mark_used
+from vidjax.data.checks import check_folder
 from vidjax.data.clips import FileSource, Origin
+from vidjax.data.dataset import Dataset
 from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.labels import LabelSource
 from vidjax.data.packed_clips import Quality
 from vidjax.data.packing import Clips
+from vidjax.data.store import cache_folder, convert, fill, make_store
 from vidjax.data.synthetic import SyntheticOptions
 from vidjax.utils import files
-from vidjax.utils.errors import NoFileError, UserError, check_argument, check_entry
-
-if TYPE_CHECKING:
-    from vidjax.data.dataset import Dataset
+from vidjax.utils.errors import UserError, check_argument, check_entry
 
 Section = Mapping[str, Any]  # the section `data` of a configuration
 CacheDir = str | Path | None
@@ -40,13 +39,12 @@ def open_synthetic(data: Section, cache_dir: CacheDir) -> FileSource:
     version = files.sha256_file(Path(synthetic.__file__))
     key = [data["size"], data["seed"], options._asdict(), version]
     folder = cache_folder(cache_dir, "synthetic", key)
-    if not folder.exists():
-        with exclusive(folder):
-            if not folder.exists():
-                _LOG.info("making the synthetic dataset in %s", folder)
-                with files.atomic_folder(folder) as partial:
-                    synthetic.write(partial, size=data["size"], seed=data["seed"], options=options)
-    mark_used(folder)
+
+    def write(partial: Path) -> None:
+        _LOG.info("making the synthetic dataset in %s", folder)
+        synthetic.write(partial, size=data["size"], seed=data["seed"], options=options)
+
+    fill(folder, write)
     return OfficialFiles(folder, cache_dir=cache_dir, origin=Origin("synthetic"))
 
 
@@ -69,11 +67,7 @@ def _get_directory(data: Section, content: str) -> Path:
             "if the data are in memory, pass them in Python, as in vidjax.train(config, data)"
         )
     folder = files.local(data["dir"])
-    if not folder.is_dir():
-        problem = "is not a folder" if files.is_present(folder) else "does not exist"
-        raise NoFileError(
-            f"'{folder}' {problem}: name the folder of the {content} with --config.data.dir=FOLDER"
-        )
+    check_folder(folder, f"name the folder of the {content} with --config.data.dir=FOLDER")
     return folder
 
 
@@ -127,11 +121,8 @@ def load(
     *,
     cache_dir: str | Path | None = None,
     quality: Quality = "given",
-) -> "Dataset":
+) -> Dataset:
     """Loads a dataset. The first call stores files in the cache. See `vidjax.load_data`."""
-    from vidjax.data.dataset import Dataset
-    from vidjax.data.store import convert, make_store
-
     if isinstance(given, ConfigDict):
         cache_dir = cast(Section, given)["cache_dir"]
     source = open_source(given, labels, cache_dir=cache_dir, quality=quality)
@@ -148,14 +139,9 @@ def read_modalities(data: Section) -> Mapping[str, int]:
 
     An unknown width is 0. If the names of the files do not contain the modalities, returns {}.
     """
-    if is_generated(data["name"]):
+    if data["name"] == "synthetic":
         return synthetic.SIZES[data["size"]].dims
     return getattr(open_source(cast(ConfigDict, data)), "modalities", {})
-
-
-def is_generated(name: str) -> bool:
-    """Returns True if the dataset `name` is generated, and False if it is read from files."""
-    return name == "synthetic"
 
 
 def _parse_synthetic_options(data: Section) -> SyntheticOptions:
@@ -166,8 +152,8 @@ def _parse_synthetic_options(data: Section) -> SyntheticOptions:
 def describe(data: Section) -> str:
     """Returns the name of a dataset. Adds size, seed and changed options of the synthetic one."""
     name = data.get("name", "")
-    if not is_generated(name):
+    if name != "synthetic":
         return name
-    changed = _parse_synthetic_options(data).changed()
-    words = "".join(f", {name} {value:g}" for name, value in changed.items())
+    options, usual = _parse_synthetic_options(data)._asdict(), synthetic.CALIBRATED._asdict()
+    words = "".join(f", {name} {x:g}" for name, x in options.items() if x != usual[name])
     return f"{name}, size {data.get('size')}, seed {data.get('seed')}{words}"

@@ -3,14 +3,19 @@
 A folder of the cache contains `SPLIT/MODALITY/FIELD.bin`, the values of a field of all frames, clip
 after clip. It also contains `index.npz` (names, places, lengths, quality and checksums of clips),
 `data_report.json` and `manifest.json`. The manifest is written last, and contains the sha256 of all
-other files and of its other entries. Equal datasets give equal files.
+other files and of its other entries. Equal datasets give equal files. Features identify people, so
+only the user may read the files of the cache.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import io
+import itertools
 import logging
-from collections.abc import Iterator, Mapping
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +23,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vidjax.core.batch import BATCHED, Packed
-from vidjax.data.cache_folders import cache_folder, exclusive, mark_used
 from vidjax.data.clips import DataSource, FileSource, Modality
-from vidjax.data.data_report import report_modality, report_split
+from vidjax.data.data_report import report_modality
 from vidjax.data.packed_clips import (
     DTYPES,
     FlatFile,
@@ -36,7 +40,7 @@ from vidjax.data.packed_clips import (
 )
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError
-from vidjax.utils.files import hash_opened, sha256_file, sha256_json
+from vidjax.utils.files import sha256_file, sha256_json
 from vidjax.utils.machine import num_cores
 
 # If the meaning of a file or of the manifest changes, increase the version to refill the cache.
@@ -44,6 +48,8 @@ VERSION = "2.0.0"
 EARLIER = "1.4.0"  # the version whose folders contain TFRecords
 MAX_INDEX_BYTES = 4096  # the most bytes of `index.npz` per clip
 CLIPS_AT_ONCE = 256  # clips that are hashed before files are mapped again, to free memory
+DIGEST_LETTERS = 64
+TICK_NS = 2 * 10**9  # the coarsest file systems store times in steps of two seconds
 _LOG = logging.getLogger(__name__)
 
 
@@ -78,6 +84,84 @@ class Store(NamedTuple):
         return {name: split.clips for name, split in self.splits.items()}
 
 
+def cache_folder(cache_dir: str | Path | None, kind: str, key: object) -> Path:
+    """Returns the path `cache_dir/kind/DIGEST`, with a digest of the JSON value `key`."""
+    return files.cache_root(cache_dir) / kind / files.sha256_json(key)[:20]
+
+
+def digest_files(paths: Sequence[Path], cache_dir: str | Path | None = None) -> str:
+    """Returns the sha256 of the names and contents of files, in hexadecimal.
+
+    The digest depends on the order of `paths`. The cache stores the digest, so that unchanged files
+    are not read again.
+    """
+    began = time.time_ns()
+    states = [_read_file_state(path) for path in paths]
+    place = cache_folder(cache_dir, "digests", [list(map(str, paths)), states])
+    with contextlib.suppress(OSError, ValueError):
+        text = files.read_bytes(place, DIGEST_LETTERS, below=place.parents[1]).decode()
+        if len(text) == DIGEST_LETTERS:
+            return text
+    sha256 = hashlib.sha256()
+    groups = [paths[first : first + 64] for first in range(0, len(paths), 64)]  # for small files
+    with ThreadPoolExecutor(num_cores()) as threads:
+        digests = threads.map(lambda group: [*map(files.sha256_file, group)], groups)
+        for path, digest in zip(paths, itertools.chain.from_iterable(digests), strict=True):
+            sha256.update(f"{path.name}\n{digest}\n".encode("utf-8", "surrogateescape"))
+    text = sha256.hexdigest()
+    # A second change of a file within 2 seconds might not change the time of the file.
+    newest = max(changed for _, _, *times in states for changed in times)
+    unchanged = newest < began - TICK_NS and states == [_read_file_state(path) for path in paths]
+    if unchanged and not place.parent.is_symlink():
+        with contextlib.suppress(OSError):  # the cache may be read-only
+            files.make_private(place.parent)
+            files.write_bytes(place, text.encode(), sync=False)
+    return text
+
+
+def _read_file_state(path: Path) -> tuple[int, ...]:
+    """Returns inode, size and times of a file. Every write changes at least one of them."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def fill(folder: Path, write: Callable[[Path], None], last: str = "") -> None:
+    """Fills a folder of the cache, unless it contains the file `last`, and notes that it was used.
+
+    Only one process fills it. `write(partial)` writes to a folder with a temporary name, which is
+    renamed when it is complete.
+    """
+    if not files.exists(folder / last):
+        with exclusive(folder):
+            if not files.exists(folder / last):
+                remove(folder)  # it is incomplete
+                with files.atomic_folder(folder) as partial:
+                    write(partial)
+    with contextlib.suppress(OSError):  # the cache may be read-only
+        os.utime(folder)
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Locks a folder of the cache in a `with` block, so that only one process fills it."""
+    root = folder.parent
+    files.make_private(root)
+    path = root / f"{folder.name}.lock"
+    with files.open_regular(path, os.O_RDWR | os.O_CREAT, below=root.parent) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _LOG.info("waiting for another process to fill %s", folder)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(
+                f"the cache '{root}' is on a drive without locks, like some network and cloud "
+                f"drives ({error.strerror})\n"
+                "set the variable VIDJAX_CACHE to a folder on another disk"
+            ) from error
+        yield
+
+
 def convert(source: FileSource, cache_dir: str | Path | None = None) -> Store:
     """Returns the clips of a dataset, from flat files in the cache.
 
@@ -95,27 +179,24 @@ def convert(source: FileSource, cache_dir: str | Path | None = None) -> Store:
         cache_folder(cache_dir, source.kind, [version, fingerprint])
         for version in (VERSION, EARLIER)
     )
-    if not files.exists(folder / "manifest.json"):
-        with exclusive(folder):
-            if not files.exists(folder / "manifest.json"):
-                remove(folder)  # a folder without a manifest is incomplete
-                if earlier.exists():
-                    _LOG.info("this version cannot read %s: you may delete it", earlier)
-                with files.atomic_folder(folder) as partial:
-                    write_store(source, fingerprint, partial)
-                    if source.fingerprint() != fingerprint:
-                        raise UserError(
-                            f"{source.place}: files were changed while they were converted\n"
-                            "run the command again when no program writes to them"
-                        )
-    store = load_store(folder)
-    mark_used(folder)
-    return store
+
+    def write(partial: Path) -> None:
+        if earlier.exists():
+            _LOG.info("this version cannot read %s: you may delete it", earlier)
+        write_store(source, fingerprint, partial)
+        if source.fingerprint() != fingerprint:
+            raise UserError(
+                f"{source.place}: files were changed while they were converted\n"
+                "run the command again when no program writes to them"
+            )
+
+    fill(folder, write, last="manifest.json")
+    return load_store(folder)
 
 
 def write_store(source: FileSource, fingerprint: list[dict[str, Any]], folder: Path) -> None:
     """Writes the files of a dataset, and their manifest, to an empty folder."""
-    _LOG.info("converting %s", source.title)
+    _LOG.info("converting %s", source.place)
     packed = source.read(folder)
     store = make_store(source, packed)
     paths = [*folder.rglob("*.bin")]
@@ -163,7 +244,13 @@ def _describe_file(path: Path) -> dict[str, Any]:
 def make_store(source: DataSource, packed: Mapping[str, PackedClips]) -> Store:
     """Checks the splits of a dataset, and computes their digests and the data report."""
     modalities = _join_modalities(packed, source)
-    _refuse_empty_splits(packed, source)
+    for name, clips in packed.items():
+        if not clips.names:
+            paths = ", ".join(str(source.path_of(modality, name)) for modality in clips.frames)
+            raise UserError(
+                f"{paths or source.place}: split {name!r} has no clips: "
+                "add clips, or remove the split"
+            )
     _refuse_shared_clips(packed, source.place)
     keys = [(split, name) for split, clips in packed.items() for name in clips.frames]
 
@@ -186,7 +273,12 @@ def make_store(source: DataSource, packed: Mapping[str, PackedClips]) -> Store:
             digests=digests,
             fingerprints=join_fingerprints(prints),
         )
-        report["splits"][split] = report_split(clips, counts)
+        without_frames = ~np.any([lengths > 0 for lengths in clips.lengths.values()], axis=0)
+        report["splits"][split] = {
+            "clips": len(clips.names),
+            "clips_without_frames": int(without_frames.sum()),
+            "modalities": counts,
+        }
     return Store(None, modalities, splits, report)
 
 
@@ -207,16 +299,6 @@ def hash_frames(frames: Packed) -> tuple[str, np.ndarray]:
             sha256.update(part.data)
         checksums[clip] = compute_checksum(parts[0])
     return sha256.hexdigest(), checksums
-
-
-def _refuse_empty_splits(packed: Mapping[str, PackedClips], source: DataSource) -> None:
-    for name, clips in packed.items():
-        if not clips.names:
-            paths = ", ".join(str(source.path_of(modality, name)) for modality in clips.frames)
-            raise UserError(
-                f"{paths or source.place}: split {name!r} has no clips: "
-                "add clips, or remove the split"
-            )
 
 
 def _join_modalities(packed: Mapping[str, PackedClips], source: DataSource) -> dict[str, Modality]:
@@ -254,11 +336,12 @@ def _join_modalities(packed: Mapping[str, PackedClips], source: DataSource) -> d
 def _refuse_shared_clips(packed: Mapping[str, PackedClips], place: str) -> None:
     """Raises UserError if a clip is in two splits, for example in train and val."""
     owners: dict[str, str] = {}
-    shared = []
-    for name, split in sorted(packed.items()):
-        for clip in split.names:
-            if owners.setdefault(clip, name) != name:
-                shared.append(f"{clip} ({owners[clip]} and {name})")
+    shared = [
+        f"{clip} ({owners[clip]} and {name})"
+        for name, split in sorted(packed.items())
+        for clip in split.names
+        if owners.setdefault(clip, name) != name
+    ]
     if shared:
         more = ", ..." if len(shared) > 5 else ""
         clips = f"{messages.count(len(shared), 'clip')} {'are' if shared[1:] else 'is'}"
@@ -296,10 +379,9 @@ def load_store(folder: Path) -> Store:
         manifest = files.read_manifest(folder / "manifest.json", below=folder.parents[1])
         modalities = {name: Modality(**kind) for name, kind in manifest["modalities"].items()}
         clips = sum(split["clips"] for split in manifest["splits"].values())
-        with _open(folder / "data_report.json", manifest) as file:
-            report: Any = files.parse_json(file.readall())
-        with _open(folder / "index.npz", manifest) as file:
-            index = files.load_npz(file, files.JSON_BYTES + MAX_INDEX_BYTES * clips)
+        limit = files.JSON_BYTES + MAX_INDEX_BYTES * clips
+        report: Any = files.parse_json(_read(folder / "data_report.json", manifest, limit))
+        index = files.load_npz(io.BytesIO(_read(folder / "index.npz", manifest, limit)), limit)
         splits = {
             name: _load_split(folder, modalities, name, split, index)
             for name, split in manifest["splits"].items()
@@ -314,14 +396,12 @@ def load_store(folder: Path) -> Store:
     return Store(folder, modalities, splits, report)
 
 
-@contextlib.contextmanager
-def _open(path: Path, manifest: Mapping[str, Any]) -> Iterator[io.FileIO]:
-    """Opens a file in a `with` block. Raises UserError if its sha256 is not as in the manifest."""
-    with files.open_regular(path, below=path.parents[2]) as file:
-        if hash_opened(file) != manifest["files"][path.name]:
-            raise UserError(f"{path.name} does not match its sha256")
-        file.seek(0)
-        yield file
+def _read(path: Path, manifest: Mapping[str, Any], limit: int) -> bytes:
+    """Reads a file of at most `limit` bytes. Its sha256 must be as in the manifest."""
+    content = files.read_bytes(path, limit, below=path.parents[2])
+    if hashlib.sha256(content).hexdigest() != manifest["files"][path.name]:
+        raise UserError(f"{path.name} does not match its sha256")
+    return content
 
 
 def _load_split(

@@ -124,14 +124,6 @@ class SyntheticOptions(NamedTuple):
     missing_rate: float = 0.0
     false_modality: float = 0.0
 
-    def changed(self) -> dict[str, float]:
-        """Returns the options that differ from their defaults."""
-        return {
-            name: value
-            for name, value in self._asdict().items()
-            if value != self._field_defaults[name]
-        }
-
 
 CALIBRATED = SyntheticOptions()
 LARGEST = SyntheticOptions(1.0, 4.0, 1.0, 0.9, 1.0, 1.0)  # upper limits; all lower limits are 0

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax.core import distributed
-from vidjax.data.clips import TrainingData
+from vidjax.data.dataset import Dataset
 from vidjax.evaluation import calibration, diffusion, scores as scores_lib, topk, trained_runs
 from vidjax.evaluation.calibration import Calibration
 from vidjax.evaluation.scores import Evaluation, Scores
@@ -29,7 +29,7 @@ from vidjax.utils.errors import UserError
 
 MIN_WEIGHT, MAX_WEIGHT = 1e-30, 1e30  # of a run that counts; weights are float32
 REMEDY = "delete the file, and evaluate a training split: vidjax evaluate --config.eval.split=val"
-Load = Callable[[Config], TrainingData]  # configuration of a run -> its dataset
+Load = Callable[[Config], Dataset]  # configuration of a run -> its dataset
 
 
 class Blend:

@@ -17,7 +17,7 @@ import numpy as np
 from markupsafe import Markup
 
 from vidjax.core import metrics
-from vidjax.data.sources import describe, is_generated
+from vidjax.data.sources import describe
 from vidjax.evaluation import significance
 from vidjax.evaluation.report import html
 from vidjax.evaluation.significance import Difference
@@ -54,7 +54,7 @@ class RankedRun(NamedTuple):
     def data(self) -> str:
         """The name, size and seed of a generated dataset as text, or `files` for other datasets."""
         data = self.metrics.get("data") or {}
-        return describe(data) if is_generated(data.get("name", "")) else "files"
+        return describe(data) if data.get("name") == "synthetic" else "files"
 
 
 class Comparison(NamedTuple):

@@ -23,9 +23,9 @@ import numpy as np
 
 from vidjax.core import devices, metrics
 from vidjax.core.batch import Batch
-from vidjax.data.clips import ClipSource, TrainingData
-from vidjax.data.input_files import load_clips
-from vidjax.data.memory import FrameClips, MemoryClips
+from vidjax.data.clips import ClipSource
+from vidjax.data.dataset import Dataset
+from vidjax.data.memory import FrameClips, MemoryClips, load_clips
 from vidjax.data.packing import Clips
 from vidjax.evaluation import blend, eval_step as eval_step_lib, topk
 from vidjax.evaluation.scores import Scores, describe, read_blocks
@@ -232,7 +232,7 @@ class Ranker:
         return topk.convert_to_lists(self.identities, names, top)
 
     def load(self, path: str | Path, split: str | None = None) -> MemoryClips:
-        """Reads the clips of a folder or a parquet table, see `input_files.load_clips`."""
+        """Reads the clips of a folder or a parquet table, see `memory.load_clips`."""
         quality = self.config.data.quality
         return load_clips(path, self.modalities, self.identities, split=split, quality=quality)
 
@@ -240,7 +240,7 @@ class Ranker:
         """Converts clips in any form that `Ranker` takes. Few clips get a small `block_size`."""
         size = self.config.eval.block_size
         if hasattr(clips, "train_batches"):
-            data, split = cast(TrainingData, clips), split or str(self.config.eval.split)
+            data, split = cast(Dataset, clips), split or str(self.config.eval.split)
             check_widths(data, self.modalities)
             names = data.split(split).clips
             return Request(data, split, np.arange(len(names)), names, size)
@@ -250,7 +250,7 @@ class Ranker:
             wanted = "a dict {clip: {modality: features}}, or a dataset of vidjax.load_data"
             check_argument("clips", clips, Mapping, wanted)
             arrays, quality = cast(Clips, clips), self.config.data.quality
-            clips = MemoryClips.from_dict(arrays, self.modalities, self.identities, quality)
+            clips = MemoryClips.pack(arrays, self.modalities, self.identities, quality)
         if len(clips.names) <= SMALL_REQUEST:
             size = min(size, SMALL_REQUEST)
         return Request(clips, "clips", clips.places, clips.names, size)

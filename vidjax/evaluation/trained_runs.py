@@ -13,7 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax.core import devices, ensemble
-from vidjax.data.clips import ClipSource, Split, TrainingData, select_modalities
+from vidjax.data.clips import ClipSource, Split, select_modalities
+from vidjax.data.dataset import Dataset
 from vidjax.evaluation.eval_step import make_eval_step
 from vidjax.evaluation.scoring import TrainedModel
 from vidjax.models.build_system import TaskSpec, make_system
@@ -47,7 +48,7 @@ class FoundRun(NamedTuple):
         return self.checkpoint.manifest
 
 
-def make_model(config: Config, run: FoundRun, data: TrainingData, mesh: Mesh) -> TrainedModel:
+def make_model(config: Config, run: FoundRun, data: Dataset, mesh: Mesh) -> TrainedModel:
     """Builds the model of a run from `config`, with its weights and a dataset to evaluate."""
     data = fit_data(data, config, run)
     warn_of_missing_modalities(data.split(config.eval.split), run.task.modalities)
@@ -125,7 +126,7 @@ def read_task(manifest: Mapping[str, Any]) -> TaskSpec:
     return task._replace(settings=settings or None)
 
 
-def fit_data(data: TrainingData, config: Config, run: FoundRun) -> TrainingData:
+def fit_data(data: Dataset, config: Config, run: FoundRun) -> Dataset:
     """Returns `data` with labels that are columns of the run's logits, 1..C for its identities.
 
     Raises UserError if the data are not the data of the run, or have no identity of the run.
@@ -144,7 +145,7 @@ def fit_data(data: TrainingData, config: Config, run: FoundRun) -> TrainingData:
     return data
 
 
-def check_labelled(config: Config, data: TrainingData) -> None:
+def check_labelled(config: Config, data: Dataset) -> None:
     """Raises UserError if a split in `eval.splits` is missing or has no ground truth."""
     for name in config.eval.splits:
         if not data.split(name).labelled:
@@ -154,7 +155,7 @@ def check_labelled(config: Config, data: TrainingData) -> None:
             )
 
 
-def check_widths(data: TrainingData, modalities: Mapping[str, int]) -> None:
+def check_widths(data: Dataset, modalities: Mapping[str, int]) -> None:
     """Raises UserError if a dataset lacks a modality of a run, or has another feature width."""
     widths = select_modalities(tuple(modalities), data.modalities)
     for name, width in modalities.items():

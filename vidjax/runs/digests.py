@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vidjax.data.clips import TrainingData
+from vidjax.data.dataset import Dataset
 from vidjax.runs.config import Config, list_splits
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, warn
@@ -22,7 +22,7 @@ from vidjax.utils.errors import UserError, warn
 DataDigests = Mapping[str, Any]  # see the module docstring
 
 
-def hash_data(config: Config, data: TrainingData) -> dict[str, Any]:
+def hash_data(config: Config, data: Dataset) -> dict[str, Any]:
     """Returns the digests of a run's data: `splits` (split -> digests), `weights` (sha256)."""
     of_splits = data.report["splits"]
     weights = config.data.weights
@@ -71,7 +71,7 @@ def check_data(
     workdir: Path,
     own: DataDigests,
     config: Config,
-    data: TrainingData,
+    data: Dataset,
     *,
     trains: bool = True,
     named: bool = True,

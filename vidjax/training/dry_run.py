@@ -14,7 +14,8 @@ import vidjax
 from vidjax.core import ensemble, metrics
 from vidjax.core.batch import Batch
 from vidjax.data import sources
-from vidjax.data.clips import Modality, TrainingData, select_modalities
+from vidjax.data.clips import Modality, select_modalities
+from vidjax.data.dataset import Dataset
 from vidjax.models.base import Identifier
 from vidjax.models.build_system import MODELS, TaskSpec, make_blank_clips, make_system
 from vidjax.runs import config as config_lib, config_io
@@ -54,7 +55,7 @@ def check_model(config: Config) -> None:
             )
 
 
-def dry_run(config: Config, data: TrainingData | None = None) -> None:
+def dry_run(config: Config, data: Dataset | None = None) -> None:
     """Raises UserError if a system cannot be built from a configuration.
 
     If `data` is None, the names of the files in `config.data` give the modalities. No features are
@@ -112,7 +113,7 @@ def dry_run(config: Config, data: TrainingData | None = None) -> None:
         )
 
 
-def _dry_run_systems(config: Config, data: TrainingData | None) -> None:
+def _dry_run_systems(config: Config, data: Dataset | None) -> None:
     """Makes a dry run of each system. Raises UserError if they have not `config.modalities`."""
     names = dict[str, None]()
     for spec in config.join.systems:

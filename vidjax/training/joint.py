@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vidjax.core import devices, distributed
-from vidjax.data.clips import TrainingData
+from vidjax.data.dataset import Dataset
 from vidjax.evaluation import analysis
 from vidjax.runs import config_io, digests, results
 from vidjax.runs.config import Config
@@ -18,8 +18,8 @@ from vidjax.utils.errors import UserError
 def train_systems(
     config: Config,
     folder: RunFolder,
-    data: TrainingData,
-    train: Callable[[Config, RunFolder, TrainingData], object],
+    data: Dataset,
+    train: Callable[[Config, RunFolder, Dataset], object],
     *,
     num_devices: int | None = None,
     command: str | None = None,
@@ -63,7 +63,7 @@ def train_systems(
     return analysis.write_results(folder, config, evaluated, about)[asked]
 
 
-def _check_labels(config: Config, data: TrainingData) -> None:
+def _check_labels(config: Config, data: Dataset) -> None:
     """Raises UserError if the blend must learn from a split without ground truth."""
     splits = config.data.train_splits
     for name in splits if config.join.learned else ():

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from vidjax.core import devices, distributed, ensemble, metrics, optim
 from vidjax.data import resident
-from vidjax.data.clips import ClipSource, TrainingData, count_cropped
+from vidjax.data.clips import ClipSource, count_cropped
+from vidjax.data.dataset import Dataset
 from vidjax.evaluation import analysis, eval_step
 from vidjax.evaluation.scores import Evaluation, score
 from vidjax.evaluation.scoring import TrainedModel
@@ -58,7 +59,7 @@ def make_schedule(config: Config, plan: RunPlan) -> dict[str, frozenset[int]]:
 def train(
     config: Config,
     workdir: Path,
-    data: TrainingData,
+    data: Dataset,
     *,
     num_devices: int | None = None,
     command: str | None = None,
@@ -178,7 +179,7 @@ class TrainingLoop:
 
 
 def write_description(
-    workdir: Path, config: Config, data: TrainingData, training_sets: ensemble.TrainingSets
+    workdir: Path, config: Config, data: Dataset, training_sets: ensemble.TrainingSets
 ) -> None:
     """Writes the configuration, identities, members and counts of clips to the folder of a run."""
     distributed.barrier()  # waits until all processes have read the old files
@@ -210,7 +211,7 @@ class TrainingRun:
     """
 
     def __init__(
-        self, config: Config, workdir: Path, data: TrainingData, plan: RunPlan, mesh: Mesh, *,
+        self, config: Config, workdir: Path, data: Dataset, plan: RunPlan, mesh: Mesh, *,
         began: float,
     ):  # fmt: skip
         """Restores the newest checkpoint, if any."""
@@ -247,7 +248,7 @@ class TrainingRun:
         self._num_logged = 0  # number of rates that are in the log
 
     def _make_feed(
-        self, data: TrainingData, layout: resident.ResidentPlan, mode: str, loop: train_step.Loop
+        self, data: Dataset, layout: resident.ResidentPlan, mode: str, loop: train_step.Loop
     ) -> tuple[feed_lib.Feed, ClipSource]:
         """Returns the reader of the training clips, and the source of clips for evaluation."""
         mesh, batches = self.mesh, self.plan.batches

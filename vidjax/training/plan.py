@@ -18,11 +18,11 @@ from vidjax.data.clips import (
     BatchPlan,
     ClipSource,
     Split,
-    TrainingData,
     make_batch_plan,
     make_eval_plan,
     select_modalities,
 )
+from vidjax.data.dataset import Dataset
 from vidjax.data.labels import load_clip_weights
 from vidjax.evaluation.eval_step import make_predict_step
 from vidjax.evaluation.trained_runs import check_labelled
@@ -74,7 +74,7 @@ def explain_no_identity(config: Config) -> str:
     return f"no training clip has an identity: correct {names} or config.data.train_splits"
 
 
-def make_plan(config: Config, data: TrainingData) -> RunPlan:
+def make_plan(config: Config, data: Dataset) -> RunPlan:
     """Checks the configuration and the data, and returns the plan of a run.
 
     Features are read only if noise classes, `data.whole_epochs` or the model need them.
@@ -135,7 +135,7 @@ def count_steps(config: Config, num_places: int) -> int:
 
 
 def _check_plan(
-    config: Config, data: TrainingData, sets: ensemble.TrainingSets, weight: np.ndarray
+    config: Config, data: Dataset, sets: ensemble.TrainingSets, weight: np.ndarray
 ) -> None:
     """Raises UserError if the run cannot be trained."""
     for member, row in zip(sets.members, weight, strict=True):
@@ -157,7 +157,7 @@ def _check_plan(
         )
 
 
-def choose_epoch_clips(config: Config, data: TrainingData, weight: np.ndarray) -> np.ndarray:
+def choose_epoch_clips(config: Config, data: Dataset, weight: np.ndarray) -> np.ndarray:
     """Returns the indices of the training clips from which any of the E members learns, [n] int32.
 
     A member learns from a clip if the `weight` [E, N] of the clip is above 0, and `config.fusion`
@@ -188,7 +188,7 @@ def choose_epoch_clips(config: Config, data: TrainingData, weight: np.ndarray) -
 
 
 def label_distractors(
-    config: Config, data: TrainingData, labels: np.ndarray
+    config: Config, data: Dataset, labels: np.ndarray
 ) -> tuple[np.ndarray, NoiseClassLayout]:
     """Clusters distractors (label 0) into classes. Returns new labels [N] int32 and the layout."""
     is_noise = labels == 0
@@ -299,7 +299,7 @@ def make_relabel(config: Config, plan: RunPlan, mesh: Mesh) -> Relabel:
 
 
 def make_training_clips(
-    config: Config, data: TrainingData, labels: np.ndarray, used: np.ndarray
+    config: Config, data: Dataset, labels: np.ndarray, used: np.ndarray
 ) -> TrainingClips:
     """Returns the training clips as the argument of `Identifier.prepare`.
 

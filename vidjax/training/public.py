@@ -22,7 +22,7 @@ from vidjax.utils import files
 from vidjax.utils.errors import ArgumentError, DiskError, UserError, check_argument
 
 if TYPE_CHECKING:  # these modules import JAX, TensorFlow or numpy
-    from vidjax.data.clips import TrainingData
+    from vidjax.data.dataset import Dataset
     from vidjax.data.labels import LabelSource
     from vidjax.data.packed_clips import Quality
     from vidjax.data.packing import Clips
@@ -69,7 +69,7 @@ def load_data(
     *,
     cache_dir: str | Path | None = None,
     quality: "Quality" = "given",
-) -> "TrainingData":
+) -> "Dataset":
     """Loads a dataset for training and evaluation.
 
     Clips in memory are checked and copied, and are never written to the disk. Clips in files are
@@ -136,7 +136,7 @@ def load_data(
 def train(
     config: Config,
     workdir: str | Path,
-    data: "TrainingData",
+    data: "Dataset",
     *,
     num_devices: int | None = None,
     log: "LogFunction | None" = None,
@@ -185,7 +185,7 @@ def check_loaded(function: str, data: object) -> None:
         )
 
 
-def _name_data(config: Config, data: "TrainingData") -> Config:
+def _name_data(config: Config, data: "Dataset") -> Config:
     """Returns a copy of a configuration in which `data.name` and `data.dir` describe `data`.
 
     Fields that apply only to other datasets get their default values. Raises UserError if the data
@@ -215,7 +215,7 @@ def _name_data(config: Config, data: "TrainingData") -> Config:
 def train_run(
     config: Config,
     folder: RunFolder,
-    data: "TrainingData | None" = None,
+    data: "Dataset | None" = None,
     *,
     num_devices: int | None = None,
     command: str | None = None,
@@ -262,7 +262,7 @@ def _make_results(folder: RunFolder, config: Config, metrics: Mapping[str, Any])
     return results.Results.from_values(metrics, config.eval.split, paths)
 
 
-def _check_same(config: Config, data: "TrainingData") -> None:
+def _check_same(config: Config, data: "Dataset") -> None:
     """Raises UserError if the processes of a run have different configurations or data."""
     fields = {name: x for name, x in config_lib.fields(config) if name not in config_lib.PATHS}
     fields["init_from"] = config.init_from  # the digest is only of the files that the others name
@@ -271,7 +271,7 @@ def _check_same(config: Config, data: "TrainingData") -> None:
 
 def evaluate(
     workdir: str | Path,
-    data: "TrainingData | None" = None,
+    data: "Dataset | None" = None,
     *,
     split: str | None = None,
     num_devices: int | None = None,
@@ -306,7 +306,7 @@ def evaluate(
 def evaluate_run(
     config: Config,
     folder: RunFolder,
-    data: "TrainingData | None" = None,
+    data: "Dataset | None" = None,
     *,
     num_devices: int | None = None,
     command: str | None = None,
@@ -319,7 +319,7 @@ def evaluate_run(
     from vidjax.evaluation import analysis, trained_runs
 
     @functools.cache
-    def read_data() -> "TrainingData":
+    def read_data() -> "Dataset":
         loaded = load_data(config) if data is None else data
         _check_same(config, loaded)
         trained_runs.check_labelled(config, loaded)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from msgspec import structs
 
 from vidjax.core import devices, ensemble, optim
-from vidjax.data.clips import TrainingData
+from vidjax.data.dataset import Dataset
 from vidjax.evaluation import trained_runs
 from vidjax.runs import checkpoint, config_io, digests, facts, members_file
 from vidjax.runs.checkpoint import CheckpointError
@@ -56,7 +56,7 @@ class Start(NamedTuple):
     facts: dict[str, Any]  # key -> value, see `facts.FACTS`
 
 
-def start(config: Config, workdir: Path, data: TrainingData, plan: RunPlan, mesh: Mesh) -> Start:
+def start(config: Config, workdir: Path, data: Dataset, plan: RunPlan, mesh: Mesh) -> Start:
     """Restores the newest intact checkpoint of a run. Without one, makes the state of step 0."""
     system, sets = plan.system, plan.training_sets
 

@@ -19,8 +19,7 @@ from vidjax.core.augment import BatchTransform, MemberClips
 from vidjax.core.batch import Array, Batch, ClipInfo, Frames, LazyFeatures, Packed
 from vidjax.core.losses import is_argmax
 from vidjax.data import resident
-from vidjax.data.clips import BatchPlan
-from vidjax.data.order import DrawnClips
+from vidjax.data.clips import BatchPlan, DrawnClips
 from vidjax.models.base import ModelState, Params
 from vidjax.models.build_system import System
 

@@ -66,9 +66,8 @@ from vidjax.apps.gallery.store import (
 )
 from vidjax.apps.gallery.vectors import NetVectors, Vectors, check_modalities
 from vidjax.apps.gallery.verification import Match, MatchRule, Verification
-from vidjax.data.clips import TrainingData
-from vidjax.data.input_files import load_clips
-from vidjax.data.memory import FrameClips, MemoryClips
+from vidjax.data.dataset import Dataset
+from vidjax.data.memory import FrameClips, MemoryClips, load_clips
 from vidjax.runs.terminal import ignore_count
 from vidjax.utils.errors import UserError, check_argument
 from vidjax.utils.names import normal_form
@@ -130,7 +129,7 @@ class Gallery:
         cls,
         folder: str | Path,
         run: "Predictor | str | Path",
-        data: TrainingData | None = None,
+        data: Dataset | None = None,
         *,
         strangers: str | None = None,
         empty: bool = False,

@@ -13,7 +13,8 @@ from vidjax.apps.gallery.backend import Backend
 from vidjax.apps.gallery.enrolment import fit_backend, measure_shared
 from vidjax.apps.gallery.store import StoredClip, UnreadableError, VectorOrigin
 from vidjax.apps.gallery.vectors import Advance, Vectors, select_usable_clips
-from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, TrainingData, longest
+from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, longest
+from vidjax.data.dataset import Dataset
 from vidjax.data.memory import FrameClips, MemoryClips, warn_of_zeros
 from vidjax.data.packed_clips import Quality
 from vidjax.models.two_covariance import split_embeddings
@@ -126,7 +127,7 @@ class RunVectors(NamedTuple):
 
 
 def fit(
-    run: "Predictor", data: TrainingData, *, strangers: str | None = None, empty: bool = False
+    run: "Predictor", data: Dataset, *, strangers: str | None = None, empty: bool = False
 ) -> tuple[VectorOrigin, Backend, dict[str, StoredClip]]:
     """Computes the content of a gallery of a run: its origin, its back end and its clips.
 

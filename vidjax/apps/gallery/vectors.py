@@ -52,7 +52,7 @@ class NetVectors(NamedTuple):
     def embed(self, clips: FrameClips, split: str | None, advance: Advance) -> Vectors:
         """Computes the mean of the frames of each clip, see `Gallery.embed`."""
         if isinstance(clips, Mapping):
-            clips = MemoryClips.from_dict(clips, self.backend.widths, ())
+            clips = MemoryClips.pack(clips, self.backend.widths, ())
         if isinstance(clips, MemoryClips) and split is not None:
             raise UserError(f"split={split!r}: clips in memory have no splits: leave it out")
         if not isinstance(clips, MemoryClips):

@@ -13,7 +13,7 @@ from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.serve.limits import unprocessable
 from vidjax.data.clips import PAD_LENGTHS
-from vidjax.data.packed_clips import FRAME_FIELDS, LARGEST
+from vidjax.data.packed_clips import FRAME_FIELDS, is_finite
 
 DEFAULT_K = 5
 Frames = Mapping[str, np.ndarray]  # field, such as `features` -> array [T, ...] of T frames
@@ -35,8 +35,7 @@ def check_finite(frames: Frames, place: str) -> None:
     for field, array in frames.items():
         if array.dtype.kind not in "fiu":
             raise unprocessable(f"{place}: the values of {field} must be numbers")
-        wide = array.dtype.itemsize > np.dtype(np.float32).itemsize
-        if not (np.abs(array) <= LARGEST if wide else np.isfinite(array)).all():
+        if not is_finite(array).all():
             raise unprocessable(f"{place}: a value of {field} is not finite: remove the frame")
 
 

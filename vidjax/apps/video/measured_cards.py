@@ -16,7 +16,7 @@ from vidjax.apps.cards import BackEnd, Card
 from vidjax.apps.gallery.backend import unit
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import align, features_folder, people_photos
-from vidjax.data.input_files import load_people
+from vidjax.data.memory import load_people
 from vidjax.models import card_measure
 from vidjax.models.card_backend import LEAST_CLARITY
 from vidjax.models.card_measure import FEWEST_PEOPLE, Measured, Spread

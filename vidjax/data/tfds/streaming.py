@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 
 from vidjax.core.batch import BATCHED, Batch, Frames
-from vidjax.data import order
-from vidjax.data.clips import BatchPlan, Modality, choose_frames
+from vidjax.data.clips import BatchPlan, DrawnClips, Modality, choose_frames
 from vidjax.data.packed_clips import Reader, get_dtype
 from vidjax.utils.errors import UserError
 
@@ -50,10 +49,7 @@ CARRIER_TYPES = {1: tf.uint8, 2: tf.uint16, 4: tf.int32, 8: tf.int64}
 
 
 def train_batches(
-    reader: Reader,
-    modalities: Mapping[str, Modality],
-    plan: BatchPlan,
-    drawn: Iterator[order.DrawnClips],
+    reader: Reader, modalities: Mapping[str, Modality], plan: BatchPlan, drawn: Iterator[DrawnClips]
 ) -> Iterator[Batch]:
     """Yields the training batches of `plan` without end. `drawn` are the clips of each step."""
     rows, keys = plan.batch_size, [(name, field) for name in plan.modalities for field in BATCHED]
@@ -81,7 +77,7 @@ def _close(queue: Any) -> None:
 
 
 def _read_batches(
-    reader: Reader, plan: BatchPlan, drawn: Iterator[order.DrawnClips]
+    reader: Reader, plan: BatchPlan, drawn: Iterator[DrawnClips]
 ) -> Iterator[tuple[Any, ...]]:
     """Yields for each step clip_index, batch_mask, and B strings for each modality and field.
 

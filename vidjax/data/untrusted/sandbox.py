@@ -61,11 +61,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def unpack(
-    path: Path,
-    modality: str,
-    out_dir: Path,
-    *,
-    children: processes.Children | None = None,
+    path: Path, modality: str, out_dir: Path, *, children: processes.Children | None = None
 ) -> PackedClips:
     """Reads a pickle of features in a child process with limits.
 
@@ -80,11 +76,10 @@ def unpack(
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     size = path.stat().st_size
-    arguments = {"path": str(path), "modality": modality, "out_dir": str(out_dir)}
     summary = processes.run_limited(
         __name__,
         path,
-        arguments,
+        {"path": str(path), "modality": modality, "out_dir": str(out_dir)},
         memory_bytes=512 * MB + 4 * size,
         cpu_seconds=CPU_SECONDS + size // CPU_BYTES_PER_SECOND,
         output_bytes=processes.OUTPUT_BYTES + 4 * size,  # the names of the clips
@@ -140,7 +135,12 @@ def _clean_names(content: object, known: set[str], budget: "_Budget") -> dict[st
             f"the pickle contains a {type(content).__name__}, not a dict of clips: {REMEDY}"
         )
     empty = sum(_is_list(value) and not value for value in content.values())
-    budget.take_empty(empty, len(content))
+    budget.empty -= empty
+    if budget.empty < 0:
+        raise UserError(
+            f"{empty} of {len(content)} clips are empty, which is too many: "
+            "leave out the empty clips"
+        )
     clips: dict[str, Any] = {}
     repeated = []
     for key in list(content):
@@ -178,21 +178,12 @@ class _Budget:
     def __init__(self, size: int) -> None:
         self._frames, self._bytes = 100_000 + size // 8, 64 * MB + 4 * size
         # An empty clip takes a few bytes of the pickle, but as much time as any other clip.
-        self._empty = MAX_EMPTY_CLIPS + size // BYTES_PER_EMPTY_CLIP
+        self.empty = MAX_EMPTY_CLIPS + size // BYTES_PER_EMPTY_CLIP
 
-    def take_empty(self, num_clips: int, among: int) -> None:
-        """Counts `num_clips` empty clips, of `among` clips. Too many of them raise UserError."""
-        self._empty -= num_clips
-        if self._empty < 0:
-            raise UserError(
-                f"{num_clips} of {among} clips are empty, which is too many: "
-                "leave out the empty clips"
-            )
-
-    def take(self, num_frames: int, num_bytes: int) -> None:
+    def take(self, frames: int = 0, size: int = 0) -> None:
         """Counts frames and bytes. Too many of them raise UserError."""
-        self._frames -= num_frames
-        self._bytes -= num_bytes
+        self._frames -= frames
+        self._bytes -= size
         if self._frames < 0 or self._bytes < 0:
             raise UserError(
                 "the pickle is refused, because it expands to more data than a file of this size "
@@ -247,7 +238,7 @@ def _read_frames(
         count = len(value)
         if not count:
             return {}
-        budget.take(count, 0)
+        budget.take(count)
         entries = [(feature,) for feature in value] if fields == _FEATURE_ONLY else value
         frames = {"features": _join_features(entries, fields, where, budget)}
         for column, field in enumerate(fields):
@@ -288,7 +279,7 @@ def _join_features(
                 f"{where} entry {number}, feature is {got}, but most are {others}: "
                 "write features of equal length and dtype"
             )
-    budget.take(0, len(features) * len(features[0].data))
+    budget.take(size=len(features) * len(features[0].data))
     joined = b"".join([feature.data for feature in features])
     return np.frombuffer(joined, common[0]).reshape(len(features), common[1])
 

@@ -56,16 +56,14 @@ class _DType(metaclass=_Sealed):
         if type(state) is not tuple or len(state) not in (8, 9):
             raise UserError("the pickle contains a damaged dtype")
         version, order, subarray, names, fields, *layout = state
-        if any(part is not None for part in (subarray, names, fields, *layout[3:])):
-            raise UserError("the pickle contains a dtype with fields or metadata")
         if type(order) is bytes:
             order = order.decode("latin-1")
         orders = ("<", ">") if self.itemsize > 1 else ("|",)
-        # In pickles of real numbers, item size, alignment and flags are -1, -1 and 0.
-        if type(order) is not str or order not in orders:
-            raise UserError("the pickle contains a dtype with an impossible byte order")
+        known = type(order) is str and order in orders
+        plain = all(part is None for part in (subarray, names, fields, *layout[3:]))
         whole = all(type(number) is int for number in (version, *layout[:3]))
-        if not whole or version not in (3, 4) or layout[:3] != [-1, -1, 0]:
+        # In pickles of real numbers, item size, alignment and flags are -1, -1 and 0.
+        if not (known and plain and whole) or version not in (3, 4) or layout[:3] != [-1, -1, 0]:
             raise UserError("the pickle contains a damaged dtype")
         self.code = order + self.code[1:]
 
@@ -211,7 +209,5 @@ def load(file: BinaryIO, size: int) -> Any:
         ) from None
     end = file.tell()
     if end != size:
-        raise UserError(
-            f"the pickle ends at byte {end}, but {size - end} bytes follow it; {REMEDY}"
-        )
+        raise UserError(f"the pickle ends at byte {end}, but {size - end} bytes follow; {REMEDY}")
     return content
