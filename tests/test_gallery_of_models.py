@@ -1,5 +1,6 @@
 """Galleries of nets with cards, without a run: friends, strangers, groups and times."""
 
+import json
 import os
 from pathlib import Path
 from unittest import mock
@@ -600,6 +601,64 @@ def test_people_are_named_and_probabilities_of_strangers_are_calibrated(people, 
         probability, right, wrong, strangers_named = np.mean(figures, axis=0)
         assert right >= 0.97 and wrong <= 0.01 and strangers_named <= 0.02
         assert abs(probability - 0.5) < most_error
+
+
+@pytest.fixture
+def photos(gallery):
+    """Photos [60, 4, D] of people. The first 50 people are enrolled with their first photo."""
+    made = Population(5)
+    photos = made.photos(made.people(60), 4).astype(np.float32)
+    known = {f"known {n}": {"face": x[:1]} for n, x in enumerate(photos[:50])}
+    done = gallery.enrol(known, {f"known {n}": f"person {n}" for n in range(50)})
+    assert len(done.rivals) <= 1  # a rare lookalike
+    return photos
+
+
+def test_a_face_under_two_people_is_reported_by_every_way_to_enrol(gallery, photos):
+    others = {f"more {n}": {"face": photos[n, 1:2]} for n in range(50)}
+    wrong = {name: f"Bob {n}" for n, name in enumerate(others)}
+    found = gallery.enrol(others, wrong).rivals
+    right = sum(found.get(f"more {n}") == f"person {n}" for n in range(50))
+    assert right >= 45 and len(found) - right <= 1
+    copy = {"copy.mp4": {"face": photos[3, :1]}}
+    assert gallery.enrol(copy, "Eve").rivals["copy.mp4"] in ("person 3", "Bob 3")
+    # Both people are new, and one of them has several clips.
+    pair = {f"pair {n}": {"face": photos[55, n : n + 1]} for n in range(4)}
+    named = dict.fromkeys(pair, "Ann") | {"pair 0": "Zoe"}
+    found = gallery.enrol(pair, named).rivals
+    assert found == {name: "Zoe" if who == "Ann" else "Ann" for name, who in named.items()}
+
+
+def test_right_clips_of_people_strangers_and_twins_are_not_reported(gallery, photos):
+    more = {f"{n} {k}": {"face": photos[n, k : k + 1]} for n in range(50) for k in (1, 2, 3)}
+    found = gallery.enrol(more, {name: f"person {name.split()[0]}" for name in more}).rivals
+    assert len(found) <= 1
+    strangers = {f"s{n}": {"face": photos[n, :1]} for n in range(50, 60)}
+    assert gallery.enrol(strangers, strangers=True).rivals == {}
+    # A twin resembles the person more than others do, but less than the twin's own photos.
+    centre = photos[:4].mean(axis=1)
+    shift = 0.45 * (centre[1] - centre[0])
+    twin = photos[0] + shift
+    clips = {f"twin {k}": {"face": twin[k : k + 1]} for k in range(4)}
+    gallery.enrol({"twin 3": clips.pop("twin 3")}, "twin")
+    assert {*gallery.enrol(clips, "twin").rivals.values()} <= {"person 1"}
+
+
+def test_too_many_clips_are_compared_in_part_with_a_message(gallery, photos, monkeypatch, capsys):
+    monkeypatch.setattr(labelling, "MOST_PAIRS", 3 * 60)
+    copies = {f"copy {n}": {"face": photos[n, :1]} for n in range(10)}
+    found = gallery.enrol(copies, {name: f"x {name}" for name in copies}).rivals
+    assert [*found] == ["copy 0", "copy 1", "copy 2"]
+    assert "only 3 of 10 clips were compared" in capsys.readouterr().err
+
+
+def test_command_warns_of_a_face_under_two_people(gallery, photos, tmp_path, command):
+    write_npz(tmp_path / "x", {"Eve": {f"c{n}": {"face": photos[n, :1]} for n in (1, 2)}})
+    done = command("gallery", "enrol", gallery.folder, f"--input={tmp_path / 'x'}", "--json")
+    assert done.code == 0 and json.loads(done.out)["rivals"] == {
+        "Eve/c1": "person 1", "Eve/c2": "person 2"
+    }  # fmt: skip
+    assert done.err.count("seems to show 'person") == 2 and "gallery relabel" in done.err
 
 
 @pytest.mark.parametrize("people", [100, 1000, 5000])

@@ -116,6 +116,17 @@ def test_enrolment_lists_clips_of_another_person(folder):
         assert server.ask("POST", "/enrol", more)[1]["misfits"] == {}
 
 
+def test_enrolment_lists_clips_that_show_another_enrolled_person(folder):
+    known = {f"clip {n}": servers.make_frames(n, "person 3") for n in (30, 31)}
+    new = {"copy": known["clip 30"], "other": servers.make_frames(1234, "Zoë")}
+    body = {"clips": servers.as_json(new), "identities": {"copy": "Ada", "other": "Zoë"}}
+    with Inside(Gallery(folder)) as server:
+        answer = server.ask("POST", "/enrol", body)[1]
+        assert (answer["enrolled"], answer["rivals"]) == (2, {"copy": "person 3"})
+        described = server.ask("GET", "/openapi.json")[1]["components"]["schemas"]["EnrolAnswer"]
+        assert "rivals" in described["required"]
+
+
 def assert_close(answer, expected):
     """Asserts that an answer in JSON equals `expected`, an `Answer`, to 1e-6."""
     assert answer["identity"] == expected.identity
@@ -332,7 +343,14 @@ def test_people_are_enrolled_listed_and_never_named_after_removal(folder):
         assert server.ask("POST", "/enrol", body)[1]["enrolled"] == 3
         assert Gallery(folder).identities["Zoë / 2"] == 3  # on the disk
         body["identity"] = "Zoe\u0308 / 2"  # the other form
-        again = {"enrolled": 0, "unchanged": 3, "refused": [], "similar": {}, "misfits": {}}
+        again = {
+            "enrolled": 0,
+            "unchanged": 3,
+            "refused": [],
+            "similar": {},
+            "rivals": {},
+            "misfits": {},
+        }
         assert server.ask("POST", "/enrol", body)[1] == again
         assert query("Zoë / 2") == ("Zoë / 2", True)
 

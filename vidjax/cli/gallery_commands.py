@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from vidjax.data.dataset import Dataset
     from vidjax.data.memory import MemoryClips
 
+MOST_RIVALS = 3  # clips that seem to show another person, with a warning each
 LARGE_BYTES = 10 << 20  # of a table whose name is printed before it is read
 
 HELP = """\
@@ -466,10 +467,21 @@ def _describe_enrolment(
     card_notes.warn(gallery.state)
     enrolled, unchanged = sum(x.enrolled for x in done), sum(x.unchanged for x in done)
     similar = {name: other for part in done for name, other in part.similar.items()}
+    rivals = {clip: person for part in done for clip, person in part.rivals.items()}
+    for clip, other in [*rivals.items()][:MOST_RIVALS]:
+        terminal.say(
+            f"'{show(clip)}' seems to show '{show(other)}', but was enrolled as another person\n"
+            "if the clip is wrong: vidjax gallery relabel; if the two are one person: vidjax "
+            "gallery rename --merge",
+            warning=True,
+        )
+    if len(rivals) > MOST_RIVALS:
+        text = f"{len(rivals):,} clips seem to show another enrolled person: --json lists them"
+        terminal.say(text, warning=True)
     rows = {"inputs": f"{len(args.input):,}"} if len(args.input) > 1 else {}
     rows["enrolled"] = f"{messages.count(enrolled, 'clip')}, {unchanged:,} enrolled before"
     content = {"enrolled": enrolled, "unchanged": unchanged, "refused": refused}
-    return _summarise(gallery, rows, content | {"similar": similar})
+    return _summarise(gallery, rows, content | {"similar": similar, "rivals": rivals})
 
 
 def _enrol_photos(args: argparse.Namespace) -> Result:

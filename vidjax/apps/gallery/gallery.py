@@ -468,8 +468,9 @@ class Gallery:
         with self.change(advance) as draft:
             new = draft.add(chosen)
         people = sorted({clip.identity for clip in chosen.values() if clip.identity})
-        labelling.advise_other_films(self.state, people)
-        return Enrolment(new, len(chosen) - new, refused, draft.similar)
+        labelling.advise_other_films(state := self.state, people)
+        rivals = labelling.find_rivals(state, chosen)
+        return Enrolment(new, len(chosen) - new, refused, draft.similar, rivals)
 
     def add(self, clips: Mapping[str, StoredClip]) -> int:
         """Adds clips whose vectors are known; returns the number of new or changed clips.

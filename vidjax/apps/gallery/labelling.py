@@ -1,13 +1,19 @@
 """Finds the people of clips to enrol, and warns of people who may be mixed up."""
 
 import itertools
+import math
 import shlex
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
+from vidjax.apps.gallery import card_notes, ratios
 from vidjax.apps.gallery.changes import check_person, find_equal
-from vidjax.apps.gallery.store import State, StoredClip
+from vidjax.apps.gallery.enrolment import stack_parts, stack_vectors
+from vidjax.apps.gallery.ratios import LEAST_ODDS
+from vidjax.apps.gallery.store import STRANGER, State, StoredClip
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.runs.terminal import say
 from vidjax.utils import messages
@@ -16,6 +22,7 @@ from vidjax.utils.names import cut_film_name, show, strip_ending
 
 if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery
+MOST_PAIRS = 10**9  # of a new clip and a person that `find_rivals` compares, in about 30 seconds
 
 
 class Enrolment(NamedTuple):
@@ -26,12 +33,15 @@ class Enrolment(NamedTuple):
       unchanged: the number of clips that were enrolled before.
       refused: the clips without a usable frame, which were not enrolled.
       similar: new person -> an enrolled person with a similar name.
+      rivals: clip -> another enrolled person whom it probably shows, see `find_rivals`. The clip is
+        enrolled, too.
     """
 
     enrolled: int
     unchanged: int
     refused: tuple[str, ...]
     similar: dict[str, str]
+    rivals: dict[str, str]
 
 
 def check_identities(identities: str | Mapping[str, str | None] | None) -> None:
@@ -118,6 +128,62 @@ def find_known(state: State, vectors: Vectors) -> dict[str, str | None]:
     given = {name: clip.vector for name, clip in select_usable_clips(vectors).items()}
     equal = find_equal(given, state.clips, state.index.backend)
     return {name: state.clips[name].identity for name in equal}
+
+
+def find_rivals(state: State, clips: Mapping[str, StoredClip]) -> dict[str, str]:
+    """Finds enrolled clips that seem to show another enrolled person, too.
+
+    Returns clip -> the other person, who has a clip with an equal vector, or the odds that the clip
+    shows this person, and not a person who is not enrolled, are above 200 to 1. A clip of a twin is
+    left out: it fits its own person's other clips better, and these clips differ from the other
+    person's clips.
+
+    If a comparison of all `clips` would take minutes, the last clips are not compared, with a
+    message. If the vectors do not separate people, the result is empty.
+    """
+    index, rivals = state.index, dict[str, str]()
+    owned = [name for name, clip in clips.items() if clip.identity in state.clips_of]
+    most = max(MOST_PAIRS // max(len(index.names), 1), 1)
+    if len(owned) > most:
+        say(f"only {most:,} of {len(owned):,} clips were compared with the other people")
+    if card_notes.compare(state).problem == "blind" or len(index.names) < 2:
+        return {}
+    vectors = stack_vectors(owned[:most], clips, sum(index.backend.widths.values()))
+    for name, found in zip(owned, index.nearest(index.backend.split(vectors), 2), strict=False):
+        others = (x for x in found.best if x[0] != clips[name].identity)
+        like, log = next(others, ("", -math.inf))
+        is_clear = log - found.new > math.log(LEAST_ODDS)
+        is_copy = any(
+            np.array_equal(state.clips[x].vector, clips[name].vector)
+            for x in state.clips_of.get(like, ())
+        )
+        if is_copy or (is_clear and not _is_twin(state, name, clips[name], like)):
+            rivals[name] = like
+    return rivals
+
+
+def _is_twin(state: State, name: str, clip: StoredClip, like: str) -> bool:
+    """Returns whether the person of a clip only resembles the person `like`, see `find_rivals`."""
+    own = state.clips_of[clip.identity or STRANGER]
+    mates = [x for x in own if strip_ending(x) != strip_ending(name)]
+    if not mates:
+        return False
+    backend = state.index.backend
+    groups = [backend.split(clip.vector[None])]
+    groups += [stack_parts(state, names) for names in (mates, state.clips_of[like])]
+    singles = [ratios.of_clips(backend, parts) for parts in groups]
+    sums = [
+        (
+            np.array([single.counts[number].sum() for single in singles]),
+            np.array([single.means[number].sum(axis=0) for single in singles]),
+        )
+        for number in range(len(backend.parts))
+    ]
+    three = ratios.of_sums(backend, sums, np.ones(3), ratios.invert(backend))
+    (fit, other_fit, alike), _ = ratios.compare(
+        backend, three.take([0, 0, 1]), three.take([1, 2, 2])
+    )
+    return bool(fit > other_fit and alike < 0)
 
 
 def warn_of_similar(folder: Path, names: Mapping[str, str]) -> None:

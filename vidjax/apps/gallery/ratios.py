@@ -18,6 +18,7 @@ Rows: TypeAlias = list[int] | slice | tuple[slice, None] | np.ndarray
 # We assume that 10 % of the voices belong to a person who is not seen. So the likelihood ratio of
 # a voice is at most 9 if the clip also has a face.
 MAX_VOICE_RATIO = np.log(9)
+LEAST_ODDS = 200.0  # with which we say that clips show one person, or two
 
 
 class Summary(NamedTuple):

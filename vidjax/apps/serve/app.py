@@ -130,6 +130,13 @@ class EnrolAnswer(Struct):
     similar: Annotated[
         dict[str, str], Meta(description="new person: an enrolled person with a similar name")
     ]
+    rivals: Annotated[
+        dict[str, str],
+        Meta(
+            description="clip of the request that seems to show another enrolled person, too: this "
+            "person. The clip is enrolled, too."
+        ),
+    ]
     misfits: Annotated[
         dict[str, float],
         Meta(

@@ -25,9 +25,8 @@ from vidjax.apps.gallery import ratios as ratios_lib
 from vidjax.apps.gallery.backend import Backend, sum_by_owner
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.grouping import Groups, agglomerate
-from vidjax.apps.gallery.ratios import Summary
+from vidjax.apps.gallery.ratios import LEAST_ODDS, Summary
 
-LEAST_ODDS = 200.0
 FEWEST_OTHERS = 2  # with fewer other photos, a photo is not doubted for differing from them
 # It is clear which photos are wrong if this many times more photos must be wrong otherwise.
 CLEAR_ERRORS = 3
