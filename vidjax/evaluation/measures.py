@@ -20,11 +20,7 @@ from vidjax.core import metrics
 from vidjax.core.metrics import ClipScores
 from vidjax.data.clips import SPLITS, Split
 from vidjax.evaluation.scoring import TrainedModel
-from vidjax.evaluation.significance import (
-    FEWEST_IDENTITIES,
-    compute_gap_interval,
-    map_interval,
-)
+from vidjax.evaluation.significance import FEWEST_IDENTITIES, compute_gap_interval, map_interval
 from vidjax.evaluation.topk import TopK
 from vidjax.runs import schemas
 from vidjax.runs.schemas import (

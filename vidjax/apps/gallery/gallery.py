@@ -57,13 +57,7 @@ from vidjax.apps.gallery.changes import Draft
 from vidjax.apps.gallery.enrolment import refit
 from vidjax.apps.gallery.labelling import Enrolment
 from vidjax.apps.gallery.run_vectors import RunVectors
-from vidjax.apps.gallery.store import (
-    STRANGER,
-    State,
-    Store,
-    StoredClip,
-    VectorOrigin,
-)
+from vidjax.apps.gallery.store import STRANGER, State, Store, StoredClip, VectorOrigin
 from vidjax.apps.gallery.vectors import NetVectors, Vectors, check_modalities
 from vidjax.apps.gallery.verification import Match, MatchRule, Verification
 from vidjax.data.dataset import Dataset

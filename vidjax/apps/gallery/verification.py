@@ -25,12 +25,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from vidjax.apps.gallery import card_notes, ratios as ratios_lib
-from vidjax.apps.gallery.answers import (
-    Threshold,
-    count_needed_strangers,
-    measure_threshold,
-    share,
-)
+from vidjax.apps.gallery.answers import Threshold, count_needed_strangers, measure_threshold, share
 from vidjax.apps.gallery.backend import Backend
 from vidjax.apps.gallery.changes import find_person
 from vidjax.apps.gallery.enrolment import list_usable_strangers, stack_parts

@@ -20,12 +20,7 @@ from vidjax.apps.gallery.vectors import select_usable_clips
 from vidjax.apps.said import Line, SeenClip
 from vidjax.apps.video import features_folder, people_photos, results, still, who
 from vidjax.apps.video.decision import WAIT_SECONDS, Decision, decide, lock_changes
-from vidjax.apps.video.features_folder import (
-    NUMBERS,
-    THUMBNAILS,
-    FileStamp,
-    MediaFile,
-)
+from vidjax.apps.video.features_folder import NUMBERS, THUMBNAILS, FileStamp, MediaFile
 from vidjax.apps.video.names_page import CLIP, Forms, format_appearance_time
 from vidjax.apps.video.naming import Appearance, pair_seen_together
 from vidjax.utils import files

@@ -13,15 +13,9 @@ from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.labelling import complete, find_known
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.said import Line
-from vidjax.apps.video import (
-    features_folder,
-    naming,
-    people_photos,
-)
+from vidjax.apps.video import features_folder, naming, people_photos
 from vidjax.apps.video.faces import Said
-from vidjax.apps.video.features_folder import (
-    MediaFile,
-)
+from vidjax.apps.video.features_folder import MediaFile
 from vidjax.apps.video.naming import Appearance, NamedTracks
 from vidjax.apps.video.unknown_numbers import (
     UnknownNumbers,

@@ -54,17 +54,11 @@ from vidjax.apps.video import (
 )
 from vidjax.apps.video.decision import Decision, decide, lock_changes, read_said
 from vidjax.apps.video.faces import Lost, Said
-from vidjax.apps.video.features_folder import (
-    THUMBNAILS,
-    ExtractionSettings,
-    MediaFile,
-)
+from vidjax.apps.video.features_folder import THUMBNAILS, ExtractionSettings, MediaFile
 from vidjax.apps.video.people_photos import PhotoFace
 from vidjax.apps.video.pipeline import FileOutcome
 from vidjax.apps.video.results import PADDING_SECONDS, PAGE, UNKNOWN
-from vidjax.apps.video.unknown_numbers import (
-    read_numbers,
-)
+from vidjax.apps.video.unknown_numbers import read_numbers
 from vidjax.data.checks import list_entries
 from vidjax.runs.terminal import say
 from vidjax.utils import files, messages, tables
