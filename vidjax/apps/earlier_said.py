@@ -8,16 +8,19 @@ descriptions of films that other nets had to read again.
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vidjax.apps import said
-from vidjax.apps.said import FEATURES, PEOPLE, VIDEOS, Face, Line, SeenClip
+from vidjax.apps.said import FEATURES, PEOPLE, VIDEOS, Act, Face, Line, SeenClip
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import normal_form
+
+if TYPE_CHECKING:
+    from vidjax.apps.gallery.store import State
 
 EARLIER = "earlier"
 NUMBERS = "unknown.json"
@@ -68,17 +71,30 @@ def number_faces(out: Path) -> tuple[list[str], dict[Face, int], int]:
     return [*content.get("films", {})], {x.face: n for x, n in pairs if x and n}, highest
 
 
-def convert(
-    out: Path,
-    clips: Mapping[str, str | None],
-    denied: Mapping[str, Mapping[str, Any]],
-) -> list[Line]:
-    """Returns the lines that say what the results say.
+@contextlib.contextmanager
+def log_acts(out: Path, acts: Sequence[Act], gallery: "State") -> Iterator[None]:
+    """Writes changes of the gallery in a folder of results into its log.
 
-    `clips` is clip -> person in the gallery; None for a stranger. `denied` is digest of a film ->
-    clip -> denied names.
+    If the `with` block raises an error, the changes are undone in the log. If `out` is not a folder
+    of results, nothing is written. `gallery` is the content before the changes.
     """
+    lines = list[Line]()
+    if acts and not said.has_log(out) and read_numbers(out):
+        said.append(out, list_lines(out, gallery))
+    if acts and said.has_log(out):
+        lines = said.record(out, acts)
+    try:
+        yield
+    except BaseException:
+        if lines:
+            said.append(out, said.undo(lines))
+        raise
+
+
+def list_lines(out: Path, gallery: "State") -> list[Line]:
+    """Returns what version 0.1.0 has stored in a folder of results, as lines of a log."""
     results, content = _Results(out), read_numbers(out) or {}
+    clips, denied = {name: x.identity for name, x in gallery.clips.items()}, gallery.denied
     lines = [*_list_numbers(results, content)]
     for digest, of in denied.items():
         for clip, names in of.items():

@@ -5,7 +5,7 @@ A card is the JSON file of a net. See `models.card_check` for how far a card can
 
 import os
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ from vidjax.utils.errors import UserError, check_argument
 
 if TYPE_CHECKING:
     from vidjax.apps.cards import BackEnd
+    from vidjax.apps.gallery.gallery import Gallery
 
 NOBODY = "nobody gets a name: vectors of two people are as alike as vectors of one person"
 TWO_NAMES = "if two names are one person, or a photo shows another person, correct them"
@@ -122,6 +123,21 @@ def compare(state: State) -> Comparison:
     """
     comparison = state.index.card_comparison
     return comparison._replace(problem="blind") if state.origin.blind else comparison
+
+
+def check_mirrored(gallery: "Gallery", cosines: Sequence[float]) -> None:
+    """Makes a gallery name nobody if a mirrored photo differs like the photo of another person.
+
+    `cosines` are of the vectors of enrolled photos and their mirror images. If there are fewer than
+    two, for example because photos are missing, the earlier result stays.
+    """
+    if len(cosines) < 2:
+        return
+    with gallery.begin_change() as (state, write):
+        blind = state.index.card_comparison.is_blind(cosines)
+        if blind != state.origin.blind:
+            origin = msgspec.structs.replace(state.origin, blind=blind)
+            write(state._replace(version=state.version + 1, origin=origin))
 
 
 def describe(state: State) -> str:

@@ -27,19 +27,16 @@ run still depends on its training clips, and so does the back end of a gallery t
 """
 
 import contextlib
-import functools
 import numbers
 import os
-import sqlite3
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-import msgspec
 import numpy as np
 
-from vidjax.apps import earlier_said, said
+from vidjax.apps import earlier_said
 from vidjax.apps.gallery import (
     answers as answers_lib,
     backend as backend_lib,
@@ -52,7 +49,7 @@ from vidjax.apps.gallery import (
     verification,
 )
 from vidjax.apps.gallery.answers import Answer, NamingRule, Threshold
-from vidjax.apps.gallery.backend import Backend, Index, People
+from vidjax.apps.gallery.backend import Backend, Index
 from vidjax.apps.gallery.changes import Draft
 from vidjax.apps.gallery.enrolment import refit
 from vidjax.apps.gallery.labelling import Enrolment
@@ -286,29 +283,24 @@ class Gallery:
             return self._state
 
     @contextlib.contextmanager
-    def _begin_change(self) -> Iterator[tuple[State, Callable[..., None]]]:
+    def begin_change(self) -> Iterator[tuple[State, Callable[..., None]]]:
         """Begins a change; yields the present content, and a function that writes other content.
 
         The arguments of the function are those of `Store.write` after the transaction.
         """
         with self._store.open(write=True) as transaction:
-            state = self.state
+
+            def write(*content: Any) -> None:  # noqa: ANN401  (the arguments of `Store.write`)
+                state = self._store.write(transaction, *content)
+                with self._lock:
+                    self._state = state
+
+            present = self.state
             self._is_changing = True
             try:
-                yield state, functools.partial(self._write, transaction)
+                yield present, write
             finally:
                 self._is_changing = False
-
-    def _write(
-        self,
-        transaction: sqlite3.Connection,
-        state: State,
-        new: Mapping[str, StoredClip] | None = None,
-        people: Sequence[People] | None = None,
-    ) -> None:
-        state = self._store.write(transaction, state, new, people)
-        with self._lock:
-            self._state = state
 
     def _remember(self, state: State, key: object, compute: Callable[[], T]) -> T:
         """Returns `compute()`, which is not None, or its earlier result for this state and key.
@@ -391,8 +383,8 @@ class Gallery:
         If the gallery is in a folder of results of `vidjax who`, the changes are also written into
         the log of the folder, see `said`. If `log` is False, they are already in the log.
         """
-        with self._begin_change() as (state, write):
-            draft = Draft(state)
+        with self.begin_change() as (present, write):
+            draft = Draft(present)
             try:
                 yield draft
             finally:
@@ -402,30 +394,9 @@ class Gallery:
             state, people = draft.state(advance)
             if draft.refits:
                 state = refit(state)
-            with self._log(draft.acts if log else ()):
+            with earlier_said.log_acts(self.folder.parent, draft.acts if log else (), present):
                 write(state, draft.inserted, people)
         labelling.warn_of_similar(self.folder, draft.similar)
-
-    @contextlib.contextmanager
-    def _log(self, acts: Sequence[said.Act]) -> Iterator[None]:
-        """Writes changes into the log of a folder of results. After an error, they are undone."""
-        out, lines = self.folder.parent, list[said.Line]()
-        if acts and not said.has_log(out) and earlier_said.read_numbers(out):
-            said.append(out, self.list_earlier_lines())
-        if acts and said.has_log(out):
-            lines = said.record(out, acts)
-        try:
-            yield
-        except BaseException:
-            if lines:
-                said.append(out, said.undo(lines))
-            raise
-
-    def list_earlier_lines(self) -> list[said.Line]:
-        """Returns what version 0.1.0 has stored in a folder of results, as lines of a log."""
-        state = self.state
-        person_of = {name: clip.identity for name, clip in state.clips.items()}
-        return earlier_said.convert(self.folder.parent, person_of, state.denied)
 
     def enrol(
         self,
@@ -532,26 +503,12 @@ class Gallery:
             folder, or has changed.
         """
         origin, back_ends = card_notes.read_cards(models)
-        with self._begin_change() as (state, write):
+        with self.begin_change() as (state, write):
             wide = card_notes.widen(state, origin, back_ends, self.folder, replace=replace)
             if wide is not state:
                 write(wide)
         was = state.origin.cards
         return tuple(part for part, digest in origin.cards.items() if digest != was.get(part))
-
-    def check_mirrored(self, cosines: Sequence[float]) -> None:
-        """Names nobody from now on if a mirrored photo differs like the photo of another person.
-
-        `cosines` are of the vectors of enrolled photos and their mirror images. If there are fewer
-        than two, for example because photos are missing, the earlier result stays.
-        """
-        if len(cosines) < 2:
-            return
-        with self._begin_change() as (state, write):
-            blind = state.index.card_comparison.is_blind(cosines)
-            if blind != state.origin.blind:
-                origin = msgspec.structs.replace(state.origin, blind=blind)
-                write(state._replace(version=state.version + 1, origin=origin))
 
     # ---- answers
 

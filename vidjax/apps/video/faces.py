@@ -266,7 +266,7 @@ def read_for(gallery: Gallery, films: Iterable[MediaFile]) -> Said:
     if said_lib.has_log(out):
         return Said(said_lib.read(out), films)
     is_earlier = earlier_said.read_numbers(out) is not None
-    return Said(gallery.list_earlier_lines() if is_earlier else (), films)
+    return Said(earlier_said.list_lines(out, gallery.state) if is_earlier else (), films)
 
 
 def drop_undone(lines: Iterable[Line]) -> Iterator[Line]:

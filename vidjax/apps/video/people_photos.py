@@ -529,7 +529,7 @@ def enrol_folder(gallery: Gallery, people: Path, models: Path, workers: int) -> 
                 say(f"{path_of[clip]}: {problem}", warning=True)
     _warn_of_lost(found.names - {face.person for face in faces.values()})
     if gallery.clips.keys() <= clips.keys():  # no photo of another call is missing
-        gallery.check_mirrored(found.list_mirrored())
+        card_notes.check_mirrored(gallery, found.list_mirrored())
     advise_other_films(gallery.state, sorted({*new.values()}))
     warn_of_doubts(gallery, found, lambda face: face.plain)
     return PhotoEnrolment(len(new), len(unchanged), found.failed)

@@ -254,7 +254,7 @@ def _update_people(
             gallery, checked, faces, lambda x: said.label(x.key, x.person), renamed
         )
         _forget(gallery, out, known, names, {*photos, *missing}, forget_missing)
-    gallery.check_mirrored(found.list_mirrored())
+    card_notes.check_mirrored(gallery, found.list_mirrored())
     doubted = people_photos.warn_of_doubts(gallery, found)
     return failed, names, doubted and card_notes.compare(gallery.state).problem == "closer"
 
@@ -322,7 +322,7 @@ def _open_gallery(out: Path, models: Path) -> Gallery:
 def _convert(gallery: Gallery, out: Path) -> None:
     """Makes the log. If version 0.1.0 has written the results, converts them."""
     if not said_lib.has_log(out):
-        said_lib.append(out, gallery.list_earlier_lines())
+        said_lib.append(out, earlier_said.list_lines(out, gallery.state))
     earlier_said.move_descriptions(out)
     # Clips that waited for other nets.
     if waiting := [clip for clip, x in gallery.clips.items() if not x.vector.any()]:
