@@ -20,10 +20,12 @@ from starlette import testclient
 from tests.helpers import films, made_shelf
 from tests.helpers.drawn_people import write_film, write_photo
 from tests.helpers.seen import refused
+from vidjax.apps import said
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.said import FEATURES
-from vidjax.apps.video import features_folder, results, review, still, who
+from vidjax.apps.video import corrections, features_folder, results, review, still, who
 from vidjax.apps.video.names_page import CLIP
+from vidjax.utils.errors import UserError
 
 TOKEN, SITE = "t" * 22, "http://127.0.0.1:8123"
 
@@ -279,12 +281,44 @@ def test_two_browsers_and_vidjax_who_at_once_lose_none_of_200_changes(tmp_path, 
     shelf.page.save()
     found = shelf.names()
     assert {x[:8] for x in found} >= {"film_008", "film_009"}
-    said = made_shelf.decide(shelf.out).said
+    state = made_shelf.decide(shelf.out).said
     for clip, name in wanted.items():
         # A face that was taken out of a person may get another name later.
-        kept = clip in said.numbered or clip in said.denied
+        kept = clip in state.numbered or clip in state.denied
         assert kept if name == "" else found[clip] == name, (clip, name, found[clip])
     assert shelf.who() == found
+
+
+def test_change_whose_names_cannot_be_decided_changes_nothing(shelf, monkeypatch):
+    before, contents = shelf.names(), Gallery(shelf.out / "gallery").identities
+    lines, decide = said.read(shelf.out), corrections.decide
+
+    def fail_once(*args):
+        monkeypatch.setattr(corrections, "decide", decide)
+        decide(*args)  # changes the gallery
+        raise UserError("no names")
+
+    for change in (("name", [shelf.people()[0]], "Zoe"), ("name", ["Ada"], "Eva")):
+        monkeypatch.setattr(corrections, "decide", fail_once)
+        refused(lambda change=change: shelf.page.change(*change), "no names")
+        assert Gallery(shelf.out / "gallery").identities == contents
+        assert shelf.names() == before == shelf.names(made_shelf.decide(shelf.out))
+        assert said.read(shelf.out) == lines
+
+
+def test_undo_keeps_what_another_program_has_changed(shelf):
+    one, two, *_ = shelf.people()
+    clips = shelf.clips(two)
+    shelf.page.change("name", [one], "Zoe")
+    other = review.Review(shelf.out, made_shelf.decide(shelf.out))
+    other.change("name", [two], "Yan")
+    shelf.who()
+    Gallery(shelf.out / "gallery").rename("Ada", "Eva")
+    shelf.page.undo()
+    names = shelf.names()
+    assert {names[clip] for clip in clips} == {"Yan"} and "Zoe" not in names.values()
+    assert "Ada" not in names.values() and "Eva" in names.values()
+    assert shelf.who() == names
 
 
 def test_message_says_that_another_face_of_the_shot_got_the_denied_name(tmp_path):

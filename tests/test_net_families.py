@@ -218,6 +218,10 @@ def add_sparse(model):
     model.graph.node.insert(0, node)
 
 
+def add_function(model):
+    model.functions.append(onnx.FunctionProto(name="f", domain="com.example"))
+
+
 def rename_domain(model):
     model.graph.node[0].domain = "com.example"
 
@@ -262,6 +266,7 @@ VECTORS = made.embedder()
     ("com.example standard", "arcface", edit(VECTORS, rename_domain)),
     ("control flow If", "arcface", edit(VECTORS, add_branch)),
     ("sparse weights standard", "arcface", edit(VECTORS, add_sparse)),
+    ("functions standard", "arcface", edit(VECTORS, add_function)),
     ("8192 8224 supported", "arcface", edit(VECTORS, enlarge)),
     ("8192 8224 supported", "scrfd", edit(made.scrfd(), enlarge)),
     ("same output", "arcface", edit(VECTORS, set_weights(0))),

@@ -352,13 +352,16 @@ def test_page_shows_changes_that_another_command_makes_in_the_gallery(reviewed, 
     assert reviewed.names_after_restart() == renamed and "Eva" in denied.values()
 
 
-@pytest.mark.parametrize("how", ["rename", "merge", "photos"])
+@pytest.mark.parametrize("how", ["rename", "relabel", "merge", "photos"])
 def test_a_denied_name_stays_denied_after_any_rename(reviewed, drawn, how):
     reviewed.post(do="deny", of="clip:\tparty.s000.t00")
     reviewed.review.save()
     wanted = drawn.names()
     gallery = Gallery(drawn.out / "gallery")
-    if how == "merge":
+    if how == "relabel":  # of the only clip
+        (clip,) = gallery.people["Ada"]
+        gallery.relabel(clip, "Eva")
+    elif how == "merge":
         reviewed.post(do="name", of="clip:\tmore.s000.t00", person="Eva")
         reviewed.review.save()
         wanted = drawn.names()

@@ -133,8 +133,12 @@ class Draft:
                 f"clip '{show(clip)}' already belongs to {_describe_person(identity)}\n"
                 "choose another identity"
             )
+        is_rename = identity and old.identity and identity not in self.clips_of
         self._edit({clip: old._replace(identity=identity)})
-        self.acts.append(Act("is", clip, identity))
+        if is_rename and old.identity not in self.clips_of:  # it was the person's only clip
+            self.acts.append(Act("rename", str(old.identity), identity))
+        else:
+            self.acts.append(Act("is", clip, identity))
         return old.identity
 
     def _find_names(self, clip: str) -> list[str]:
