@@ -22,7 +22,7 @@ from vidjax.apps import said
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import Store
 from vidjax.apps.said import FEATURES, Face, Line
-from vidjax.apps.video import faces, features_folder
+from vidjax.apps.video import faces, features_folder, unknown_numbers
 from vidjax.apps.video.decision import decide, read_said
 from vidjax.utils import files
 
@@ -102,6 +102,13 @@ def test_numbers_are_moved_divided_and_joined():
     # A person who is taken out of an unknown person also differs from those who differ from it.
     found = replay(apart, say("b", "apart", "c", number=4), numbers=numbers)
     assert found.apart == {(1, 3), (1, 4), (3, 4)}
+
+
+def test_a_number_of_the_log_is_kept_if_most_clips_of_the_group_had_another_number():
+    groups = dict.fromkeys("abc", "unknown 1") | {"d": "unknown 2", "e": "unknown 3"}
+    numbers = {"a": 3, "b": 3, "c": 7, "d": 3}
+    wanted = {"a": 7, "b": 7, "c": 7, "d": 3, "e": 10}
+    assert unknown_numbers._keep_numbers(groups, numbers, {7}, 9) == wanted
 
 
 @pytest.mark.parametrize("seed", range(20))
