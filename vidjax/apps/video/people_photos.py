@@ -17,14 +17,12 @@ from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.labelling import advise_other_films
 from vidjax.apps.gallery.store import StoredClip
-from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
+from vidjax.apps.gallery.vectors import select_usable_clips
 from vidjax.apps.said import PEOPLE
 from vidjax.apps.video import doubts, features_folder, media_files
 from vidjax.apps.video.features_folder import FaceTrack, MediaFile
 from vidjax.apps.video.pipeline import FileOutcome, extract_folders
 from vidjax.data.checks import list_entries
-from vidjax.data.clip_files import read_clips
-from vidjax.data.memory import MemoryClips
 from vidjax.runs.terminal import Progress, say
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError
@@ -79,20 +77,23 @@ class FoundFaces(NamedTuple):
     outcomes_of: Mapping[Path, Sequence[FileOutcome]]  # folder of features -> outcomes of photos
     failed: dict[str, str]  # path of each unusable photo -> remedy
     names: set[str]  # all people
-    usable: dict[Path, dict[str, str]]  # folder of features -> clip -> person, for usable clips
+    usable: dict[PhotoFace, Path]  # usable face -> folder of features
 
-    def list_tracks(self) -> Iterator[tuple[Path, FileOutcome, FaceTrack]]:
-        """Yields the folder of features, the photo, and the face of each known face."""
+    def list_tracks(self) -> Iterator[tuple[PhotoFace, Path, MediaFile, FaceTrack]]:
+        """Yields each known face with the path and the description of its photo, and its track."""
         for folder, outcomes in self.outcomes_of.items():
+            owner = read_folder_name(folder.name)
             for outcome in outcomes:
-                for track in outcome.known.tracks if outcome.known else ():
-                    yield folder, outcome, track
+                if photo := outcome.known:
+                    for track in photo.tracks:
+                        face = PhotoFace(owner, track.clip, track.name or owner)
+                        yield face, outcome.path, photo, track
 
     def list_mirrored(self) -> list[float]:
         """Returns `FaceTrack.mirrored` of each usable face."""
         return [
-            track.mirrored for folder, _, track in self.list_tracks()
-            if track.clip in self.usable[folder] and track.mirrored is not None
+            track.mirrored for face, _, _, track in self.list_tracks()
+            if face in self.usable and track.mirrored is not None
         ]  # fmt: skip
 
 
@@ -153,9 +154,8 @@ def find_missing(enrolled: Mapping[str, PhotoFace], found: FoundFaces, out: Path
     outcomes = itertools.chain(*found.outcomes_of.values())
     has_others = any(outcome.path.parent == found.people for outcome in outcomes)
     new = {
-        outcome.known.sha256 for folder, outcome, track in found.list_tracks()
-        if outcome.known and (name := found.usable[folder].get(track.clip))
-        and str(PhotoFace(read_folder_name(folder.name), track.clip, name)) not in enrolled
+        photo.sha256 for face, _, photo, _ in found.list_tracks()
+        if face in found.usable and str(face) not in enrolled
     }  # fmt: skip
     place, missing = Path(os.path.realpath(found.people)), set[str]()
     places = locate_people(out, absent)
@@ -258,11 +258,10 @@ def embed_photos(
     Features are written to `out`. `gallery` computes the vectors. Nobody is enrolled.
     """
     found = check_photos({}, extract_photos(list_photos(people, out), out, **options), people)
-    face_of = {(folder, x.clip): (x, outcome.path) for folder, outcome, x in found.list_tracks()}
-    for folder, person_of in found.usable.items():
-        embedded = embed_clips(gallery, folder, person_of)
-        for clip, vector in zip(embedded.names, embedded.parts["face"], strict=True):
-            yield person_of[clip], vector, *face_of[folder, clip]
+    found_at = {face: (track, path) for face, path, _, track in found.list_tracks()}
+    for face, entry in embed_usable(gallery, found.usable).items():
+        parts = zip(gallery.backend.widths, gallery.backend.split(entry.vector[None]), strict=True)
+        yield face.person, dict(parts)["face"][0], *found_at[face]
 
 
 def check_people(
@@ -361,24 +360,21 @@ def check_photos(
     `list_photos`.
     """
     failed, names = dict[str, str](), set[str]()
-    usable: dict[tuple[Path, str], str] = {}
-    poor, hidden = set[tuple[Path, str]](), dict[tuple[Path, str], str]()
+    usable, poor = dict[PhotoFace, Path](), dict[PhotoFace, str]()
     single: list[str] = []  # people whose photo is a file in the folder of people
     known = {photo.person for photo in enrolled.values()}
     for folder, outcomes in outcomes_of.items():
         owner, found, shown = read_folder_name(folder.name), set[str](), set[str]()
         tags = {name for outcome in outcomes if outcome.known for name in outcome.known.tags}
         for outcome in outcomes:
-            people_of, clips, bad = _check_photo(owner, outcome)
+            people_of, faces, bad = _check_photo(owner, outcome)
             if not outcome.media:  # a user may have removed faces of a missing photo
-                faces = {clip: PhotoFace(owner, clip, name) for clip, name in clips.items()}
-                clips = {c: face.person for c, face in faces.items() if str(face) in enrolled}
+                faces = [face for face in faces if str(face) in enrolled]
             found |= people_of
-            shown |= {*clips.values()}
-            usable |= {(folder, clip): name for clip, name in clips.items()}
-            poor |= {(folder, clip) for clip in bad}
-            hidden |= {(folder, clip): problem for clip, problem in bad.items() if problem}
-            failed |= {} if clips and outcome.media else {str(outcome.path): outcome.remedy}
+            shown |= {face.person for face in faces}
+            usable |= dict.fromkeys(faces, folder)
+            poor |= {face: problem for face, problem in bad.items() if face in usable}
+            failed |= {} if faces and outcome.media else {str(outcome.path): outcome.remedy}
         # A folder of photos in which other people are tagged is not a person.
         if tags and owner not in {*tags, *shown, *known}:
             found.discard(owner)
@@ -389,26 +385,34 @@ def check_photos(
         if outcomes[0].path.parent == people:
             single.append(owner)
         _warn_of_tags(owner, outcomes, people)
-    for problem in features_folder.leave_out_hidden(usable, poor, hidden):
-        say(problem, warning=True)
+    _leave_out_hidden(usable, poor)
     only_files = len(single) == len(outcomes_of) and not known
     _warn_of_numbers([name for name in single if name in names], people, only_files, flag)
-    faces_of: dict[Path, dict[str, str]] = {folder: {} for folder in outcomes_of}
-    for (folder, clip), name in usable.items():
-        faces_of[folder][clip] = name
-    return FoundFaces(people, outcomes_of, failed, names, faces_of)
+    return FoundFaces(people, outcomes_of, failed, names, usable)
 
 
-def embed_usable(
-    gallery: Gallery, usable: Mapping[Path, Mapping[str, str]]
-) -> dict[PhotoFace, StoredClip]:
-    """Computes the vectors of usable faces. `usable` is folder of features -> clip -> person."""
+def _leave_out_hidden(usable: dict[PhotoFace, Path], poor: Mapping[PhotoFace, str]) -> None:
+    """Leaves out usable faces with sunglasses if the person has a good face.
+
+    `poor` is usable face with a problem -> the problem, which is printed here; "" if it was printed
+    before.
+    """
+    good = {face.person for face in usable.keys() - poor.keys()}
+    for face, problem in poor.items():
+        if problem and face.person in good:
+            del usable[face]
+            problem += f"; it is left out, because {show(face.person)} has better photos"
+        if problem:
+            say(problem, warning=True)
+
+
+def embed_usable(gallery: Gallery, usable: Mapping[PhotoFace, Path]) -> dict[PhotoFace, StoredClip]:
+    """Computes the vectors of faces. `usable` is face -> folder of features."""
     found: dict[PhotoFace, StoredClip] = {}
-    for folder, person_of in usable.items():
-        owner = read_folder_name(folder.name)
-        clips = embed_clips(gallery, folder, person_of) if person_of else None
-        for clip, entry in (select_usable_clips(clips) if clips else {}).items():
-            found[PhotoFace(owner, clip, person_of[clip])] = entry
+    for folder, faces in group_by_key((folder, face) for face, folder in usable.items()).items():
+        face_of = {face.clip: face for face in faces}
+        clips = select_usable_clips(features_folder.embed_clips(gallery, folder, face_of))
+        found |= {face_of[clip]: entry for clip, entry in clips.items()}
     return found
 
 
@@ -507,10 +511,7 @@ def enrol_folder(gallery: Gallery, people: Path, models: Path, workers: int) -> 
         entries = embed_usable(gallery, found.usable)
         faces = {face.plain: face for face in entries}
         clips = {face.plain: entry for face, entry in entries.items()}
-    path_of = {
-        PhotoFace(read_folder_name(folder.name), track.clip, "").plain: outcome.path
-        for folder, outcome, track in found.list_tracks()
-    }
+    path_of = {face.plain: path for face, path, _, _ in found.list_tracks()}
     with gallery.change() as draft:
         before: dict[str, Counter[str]] = {}
         for clip, face in faces.items():
@@ -536,34 +537,35 @@ def enrol_folder(gallery: Gallery, people: Path, models: Path, workers: int) -> 
 
 
 def _check_photo(
-    folder_name: str, outcome: FileOutcome
-) -> tuple[set[str], dict[str, str], dict[str, str]]:
+    owner: str, outcome: FileOutcome
+) -> tuple[set[str], list[PhotoFace], dict[PhotoFace, str]]:
     """Prints problems of a photo, except sunglasses.
 
-    Returns the people in it, clip -> person for usable clips, and clip -> problem for usable clips
-    with a problem, or "" if the problem was printed. If the photo has no face tags, the only person
-    is `folder_name`.
+    Returns the people in it, the usable faces, and usable face with a problem -> the problem, or ""
+    if the problem was printed. If the photo has no face tags, the only person is `owner`, the name
+    of the folder.
     """
-    photo, bad = outcome.known, dict[str, str]()
-    names, clips, problems = {folder_name}, dict[str, str](), [outcome.error]
+    photo, bad = outcome.known, dict[PhotoFace, str]()
+    names, person_of, problems = {owner}, dict[str, str](), [outcome.error]
     if photo and photo.tags:
         names = photo.tags
-        clips = {track.clip: track.name for track in photo.tracks if track.name}
+        person_of = {track.clip: track.name for track in photo.tracks if track.name}
         problems += [photo.bad_tags, photo.misfit and f"{photo.misfit}: {MISFIT_REMEDY}"]
         if not photo.misfit:
             problems += [f"there is no face at the tag of {show(tag)}" for tag in photo.lost_tags]
     elif photo:
         clip, problem = features_folder.check_photo(photo)
-        clips = {clip: folder_name} if clip else {}
+        person_of = {clip: owner} if clip else {}
         problems += [photo.bad_tags, "" if clip else problem]
+    faces = {clip: PhotoFace(owner, clip, name) for clip, name in person_of.items()}
     for track in photo.tracks if photo else ():
-        if track.clip in clips and (problem := features_folder.check_face(track)):
-            problem = f"{show(clips[track.clip])}: {problem}" if track.name else problem
-            bad[track.clip] = f"{outcome.path}: {problem}" if track.dark_eyes else ""
+        if (face := faces.get(track.clip)) and (problem := features_folder.check_face(track)):
+            problem = f"{show(face.person)}: {problem}" if track.name else problem
+            bad[face] = f"{outcome.path}: {problem}" if track.dark_eyes else ""
             problems += [] if track.dark_eyes else [problem]
     for problem in filter(None, problems):
         say(problem if str(outcome.path) in problem else f"{outcome.path}: {problem}", warning=True)
-    return names, clips, bad
+    return names, [*faces.values()], bad
 
 
 def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> None:
@@ -608,11 +610,7 @@ def warn_of_doubts(
     `name_clip` returns the name of a face's clip in the gallery. If the net does not separate
     people, photos are not compared. Returns whether two names may be one person.
     """
-    given = {
-        name_clip(PhotoFace(owner, track.clip, track.name or owner)): (outcome.path, outcome.known)
-        for folder, outcome, track in found.list_tracks()
-        for owner in [read_folder_name(folder.name)] if outcome.known
-    }  # fmt: skip
+    given = {name_clip(face): (path, photo) for face, path, photo, _ in found.list_tracks()}
     person_of = {clip: entry.identity for clip, entry in gallery.clips.items() if entry.identity}
     whole = {clip: photo.sha256 for clip, (_, photo) in given.items() if not photo.tags}
     # The people of a file, by its sha256.
@@ -677,14 +675,3 @@ def _warn_of_contradictions(
             "person: move the wrong photo",
             warning=True,
         )
-
-
-def embed_clips(gallery: Gallery, features: Path, clips: Collection[str]) -> Vectors:
-    """Computes the embeddings of clips from a folder of features."""
-    paths = sorted({features_folder.locate_features(features, clip) for clip in clips})
-    reads = gallery.backend.widths
-    known = (
-        clip._replace(modalities={part: x for part, x in clip.modalities.items() if part in reads})
-        for clip in read_clips(paths) if clip.name in clips
-    )  # fmt: skip
-    return gallery.embed(MemoryClips.pack(known, reads, ()))
