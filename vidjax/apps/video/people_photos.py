@@ -195,10 +195,8 @@ def list_photos(people: Path, out: Path, flag: str = WHO_FLAG) -> dict[str, list
                 photo for folder in media_files.list_folders(path) for photo in _list_stills(folder)
             ]
         if not photos and normal_form(path.name) not in known:
-            say(
-                f"{show(path.name)} cannot be recognised: there is no photo in '{show(str(path))}'",
-                warning=True,
-            )
+            place = show(str(path))
+            _warn([f"{show(path.name)} cannot be recognised: there is no photo in '{place}'"])
         elif photos:
             try:
                 name = check_person(path.name if path.is_dir() else path.stem)
@@ -212,6 +210,12 @@ def list_photos(people: Path, out: Path, flag: str = WHO_FLAG) -> dict[str, list
             f"'{people}' contains no photos\nadd photos {people}/NAME/PHOTO.jpg of each person"
         )
     return photos_of
+
+
+def _warn(texts: Iterable[str]) -> None:
+    """Prints warnings."""
+    for text in texts:
+        say(text, warning=True)
 
 
 def _refuse_people(people: Path, flag: str = WHO_FLAG) -> UserError:
@@ -302,8 +306,10 @@ def _were_renamed(photos: Mapping[str, Sequence[Path]], out: Path) -> bool:
     )
 
 
-def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool, flag: str) -> None:
-    """Prints a warning if photos such as Ada_1.jpg and Ada_2.jpg count as two people.
+def _describe_numbers(
+    names: Sequence[str], people: Path, only_files: bool, flag: str
+) -> Iterator[str]:
+    """Yields a warning if photos such as Ada_1.jpg and Ada_2.jpg count as two people.
 
     `names` are the people whose photo is a file directly in the folder `people`. `only_files` is
     True if all people are such files, and nobody was enrolled before. Then two photos with any
@@ -313,19 +319,17 @@ def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool, flag:
     if only_files and (len(names) > 1 or any(re.search(r"\d", name) for name in names)):
         above = shlex.quote(messages.relative_path(people.resolve().parent))
         examples = " and ".join(map(show, names[:2]))
-        say(
+        yield (
             f"photos lie directly in '{people}', so each counts as a different person, such as "
-            f"{examples}. If all show the same person, name the folder above: {flag}={above}",
-            warning=True,
+            f"{examples}. If all show the same person, name the folder above: {flag}={above}"
         )
         return
     numbered = (re.fullmatch(r"(.*[^\W\d_])[\W_]*\d+\W*", name) for name in names)
     for name, twins in group_by_key((x[1], x[0]) for x in numbered if x).items():
         if len(twins) > 1:
-            say(
+            yield (
                 f"{show(twins[0])} and {show(twins[1])} count as two people. If they are the same "
-                f"person, put the photos into '{people}/{show(name)}/'",
-                warning=True,
+                f"person, put the photos into '{people}/{show(name)}/'"
             )
 
 
@@ -384,17 +388,20 @@ def check_photos(
             names |= {photo.person for photo in enrolled.values() if photo.folder == owner}
         if outcomes[0].path.parent == people:
             single.append(owner)
-        _warn_of_tags(owner, outcomes, people)
-    _leave_out_hidden(usable, poor)
+        _warn(_describe_foreign_tags(owner, outcomes, people))
+    _warn(_leave_out_hidden(usable, poor))
     only_files = len(single) == len(outcomes_of) and not known
-    _warn_of_numbers([name for name in single if name in names], people, only_files, flag)
+    single = [name for name in single if name in names]
+    _warn(_describe_numbers(single, people, only_files, flag))
     return FoundFaces(people, outcomes_of, failed, names, usable)
 
 
-def _leave_out_hidden(usable: dict[PhotoFace, Path], poor: Mapping[PhotoFace, str]) -> None:
+def _leave_out_hidden(
+    usable: dict[PhotoFace, Path], poor: Mapping[PhotoFace, str]
+) -> Iterator[str]:
     """Leaves out usable faces with sunglasses if the person has a good face.
 
-    `poor` is usable face with a problem -> the problem, which is printed here; "" if it was printed
+    `poor` is usable face with a problem -> the problem, which is yielded; "" if it was printed
     before.
     """
     good = {face.person for face in usable.keys() - poor.keys()}
@@ -403,7 +410,7 @@ def _leave_out_hidden(usable: dict[PhotoFace, Path], poor: Mapping[PhotoFace, st
             del usable[face]
             problem += f"; it is left out, because {show(face.person)} has better photos"
         if problem:
-            say(problem, warning=True)
+            yield problem
 
 
 def embed_usable(gallery: Gallery, usable: Mapping[PhotoFace, Path]) -> dict[PhotoFace, StoredClip]:
@@ -477,14 +484,6 @@ def _is_equal(first: np.ndarray, second: np.ndarray) -> bool:
     return bool(np.square(first - second).sum() < EQUAL_SQUARES)
 
 
-def _warn_of_lost(names: Iterable[str]) -> None:
-    for name in sorted(names):
-        say(
-            f"{show(name)} cannot be recognised: no photo of {show(name)} can be used",
-            warning=True,
-        )
-
-
 class PhotoEnrolment(NamedTuple):
     """The result of `enrol_folder`."""
 
@@ -513,11 +512,11 @@ def enrol_folder(gallery: Gallery, people: Path, models: Path, workers: int) -> 
         clips = {face.plain: entry for face, entry in entries.items()}
     path_of = {face.plain: path for face, path, _, _ in found.list_tracks()}
     with gallery.change() as draft:
-        before: dict[str, Counter[str]] = {}
-        for clip, face in faces.items():
-            if label := clip in draft.clips and draft.clips[clip].identity:
-                before.setdefault(face.person, Counter())[label] += 1
-        labels = _choose_labels(before, found.names)
+        before = group_by_key(
+            (face.person, label) for clip, face in faces.items()
+            if (label := clip in draft.clips and draft.clips[clip].identity)
+        )  # fmt: skip
+        labels = {x: _choose_label(x, before.get(x, ()), found.names) for x in found.names}
         unchanged = draft.complete({clip: entry.vector for clip, entry in clips.items()})
         new = dict[str, str]()
         for clip in sorted(clips.keys() - unchanged):
@@ -527,8 +526,9 @@ def enrol_folder(gallery: Gallery, people: Path, models: Path, workers: int) -> 
             except UserError as error:
                 new.pop(clip)
                 problem, _, found.failed[str(path_of[clip])] = str(error).partition("\n")
-                say(f"{path_of[clip]}: {problem}", warning=True)
-    _warn_of_lost(found.names - {face.person for face in faces.values()})
+                _warn([f"{path_of[clip]}: {problem}"])
+    lost = map(show, sorted(found.names - {face.person for face in faces.values()}))
+    _warn(f"{name} cannot be recognised: no photo of {name} can be used" for name in lost)
     if gallery.clips.keys() <= clips.keys():  # no photo of another call is missing
         gallery.check_mirrored(found.list_mirrored())
     advise_other_films(gallery.state, sorted({*new.values()}))
@@ -563,13 +563,15 @@ def _check_photo(
             problem = f"{show(face.person)}: {problem}" if track.name else problem
             bad[face] = f"{outcome.path}: {problem}" if track.dark_eyes else ""
             problems += [] if track.dark_eyes else [problem]
-    for problem in filter(None, problems):
-        say(problem if str(outcome.path) in problem else f"{outcome.path}: {problem}", warning=True)
+    place = str(outcome.path)
+    _warn(x if place in x else f"{place}: {x}" for x in problems if x)
     return names, [*faces.values()], bad
 
 
-def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> None:
-    """Prints one warning if new photos in the folder of the person `name` tag only other people.
+def _describe_foreign_tags(
+    name: str, outcomes: Sequence[FileOutcome], people: Path
+) -> Iterator[str]:
+    """Yields one warning if new photos in the folder of the person `name` tag only other people.
 
     Photos whose tags do not fit are left out, because their tags are not used.
     """
@@ -582,24 +584,19 @@ def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> N
         path, names = foreign[0]
         tagged = messages.list_some([*map(show, sorted(names))], 3)
         more = f"; {messages.count(len(foreign) - 1, 'more such photo')}" if foreign[1:] else ""
-        say(
-            f"the face tags in {path} name {tagged}, not {show(name)}: the tags are used{more}",
-            warning=True,
-        )
+        yield f"the face tags in {path} name {tagged}, not {show(name)}: the tags are used{more}"
 
 
-def _choose_labels(before: Mapping[str, Counter[str]], names: Collection[str]) -> dict[str, str]:
-    """Returns name of a person -> label, the name in the gallery for the person's new photos.
+def _choose_label(name: str, labels: Collection[str], names: Collection[str]) -> str:
+    """Returns the name in the gallery for the new photos of the person `name`.
 
-    The label differs from the name if a user has renamed the person in the gallery. The label is
-    the most frequent label of the person's photos. Labels of other people in `names` come last.
+    It differs from `name` if a user has renamed the person in the gallery. It is the most frequent
+    of `labels`, the names of the person's enrolled photos. Labels of other people in `names` come
+    last.
     """
-    chosen = {}
-    for name in names:
-        labels = before.get(name, Counter())
-        order = [(label != name and label in names, -labels[label], label) for label in labels]
-        chosen[name] = min(order)[-1] if order else name
-    return chosen
+    count = Counter(labels)
+    order = [(label != name and label in names, -count[label], label) for label in count]
+    return min(order)[-1] if order else name
 
 
 def warn_of_doubts(
@@ -625,26 +622,24 @@ def warn_of_doubts(
         (path, photo), name = given[clip], show(person_of[clip])
         if clip in twins:
             others = ", ".join(map(show, sorted({*owners[photo.sha256]} - {person_of[clip]})))
-            say(f"{path} is also a photo of {others}: delete the wrong copy", warning=True)
+            _warn([f"{path} is also a photo of {others}: delete the wrong copy"])
         else:
             like = doubtful.photos[clip]
             seems = f"looks like {show(like)}" if like else f"differs from {name}'s other photos"
             wrong = "correct its tag" if photo.tags else "move it"
-            say(
-                f"{path} is enrolled as {name}, but {seems}: {wrong} if it shows another person",
-                warning=True,
-            )
+            about = f"{path} is enrolled as {name}, but {seems}"
+            _warn([f"{about}: {wrong} if it shows another person"])
     path_of = {clip: path for clip, (path, _) in given.items()}
-    _warn_of_contradictions(doubtful, person_of, path_of, found.people)
+    _warn(_describe_contradictions(doubtful, person_of, path_of, found.people))
     likes = [*doubtful.photos.values()]
     likes += [side.like for sides in doubtful.mixed.values() for side in sides]
     return bool(twins or doubtful.alike or any(likes))
 
 
-def _warn_of_contradictions(
+def _describe_contradictions(
     doubtful: doubts.Doubts, person_of: Mapping[str, str], path_of: Mapping[str, Path], people: Path
-) -> None:
-    """Prints warnings of photos that contradict each other, if it is not clear which are wrong.
+) -> Iterator[str]:
+    """Yields warnings of photos that contradict each other, if it is not clear which are wrong.
 
     `person_of` is clip -> person, and `path_of` is clip -> photo, for the photos of this call.
     """
@@ -663,15 +658,13 @@ def _warn_of_contradictions(
             + (f" (like {show(side.like)})" if side.like else "")
             for side in sides[:3]
         ] + ["..."] * (len(sides) > 3)
-        say(
+        yield (
             f"the photos of {show(name)} show {number} people: {' / '.join(texts)}\n"
-            f"move the photos that do not show {show(name)}",
-            warning=True,
+            f"move the photos that do not show {show(name)}"
         )
     for first, second in doubtful.alike:
         names = " and ".join(show(person_of[clip]) for clip in (first, second))
-        say(
+        yield (
             f"{locate(first)} and {locate(second)} are enrolled as {names}, but seem to show one "
-            "person: move the wrong photo",
-            warning=True,
+            "person: move the wrong photo"
         )
