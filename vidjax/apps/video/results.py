@@ -11,17 +11,8 @@ from urllib.parse import quote
 
 from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.said import FEATURES
-from vidjax.apps.video import (
-    cuts,
-    features_folder,
-    names_page,
-    naming,
-    people_photos,
-    subtitles,
-)
-from vidjax.apps.video.features_folder import (
-    MediaFile,
-)
+from vidjax.apps.video import cuts, features_folder, names_page, naming, people_photos, subtitles
+from vidjax.apps.video.features_folder import MediaFile
 from vidjax.utils import files
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import fold, make_file_stems
