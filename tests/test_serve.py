@@ -913,6 +913,16 @@ def test_serve_command_prints_no_names_and_exits_with_0_after_a_signal(folder, s
     assert "--token-file" in say("serve", f"--gallery={folder}", "--host=0.0.0.0", code=2)
 
 
+def test_application_in_a_foreign_server_prints_no_names(folder, capfd, recwarn):
+    with Inside(Gallery(folder)) as server:
+        for name in ("Zoe Secret", "zoe secret"):  # alike, and each with the clips of one day
+            body = enrolment(name, 0)
+            body["clips"] += [{**body["clips"][0], "clip": f"{name} 1"}]
+            answer = server.ask("POST", "/enrol", body)[1]
+        assert answer["similar"] == {"zoe secret": "Zoe Secret"}
+    assert "ecret" not in "".join(capfd.readouterr()) and not recwarn.list
+
+
 def test_a_folder_instead_of_an_open_gallery_is_refused():
     folder: Any = "people"
     refused(lambda: app_lib.make_app(folder), "vidjax.Gallery(FOLDER)")

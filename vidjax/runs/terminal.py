@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from vidjax.core import distributed
 from vidjax.utils import messages
-from vidjax.utils.errors import escape_controls
+from vidjax.utils.errors import escape_controls, is_muted
 
 BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {rate_fmt}{postfix}, {remaining} left"
 QUIET = "TQDM_DISABLE"  # the environment variable that hides the progress bars of tqdm
@@ -40,9 +40,10 @@ def hide_progress() -> Iterator[None]:
 def say(text: str, *, warning: bool = False) -> None:
     """Prints a line to standard error, above the progress bar.
 
-    If `is_quiet()`, only lines with `warning=True` are printed.
+    If `is_quiet()`, only lines with `warning=True` are printed. Threads with `errors.mute_thread`
+    print nothing.
     """
-    if warning or not is_quiet():
+    if not is_muted() and (warning or not is_quiet()):
         from tqdm import tqdm
 
         try:

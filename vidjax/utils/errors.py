@@ -21,6 +21,7 @@ import itertools
 import os
 import re
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -57,11 +58,26 @@ class VidjaxWarning(UserWarning):
     """A warning for the user. The command continues."""
 
 
+_THIS_THREAD = threading.local()
+
+
+def mute_thread() -> None:
+    """Hides all messages and warnings of this thread, because they may contain names of people."""
+    _THIS_THREAD.is_muted = True
+
+
+def is_muted() -> bool:
+    """Returns whether `mute_thread` was called in this thread."""
+    return getattr(_THIS_THREAD, "is_muted", False)
+
+
 def warn(message: str) -> None:
     """Warns the user. A command prints these warnings, and hides the warnings of libraries.
 
     Python shows the line of the user that called vidjax.
     """
+    if is_muted():
+        return
     stack = [frame for frame, _ in traceback.walk_stack(sys._getframe())]  # this call is first
     inside = stack[0].f_code.co_filename.removesuffix(os.path.join("utils", "errors.py"))
     last = max(i for i, frame in enumerate(stack) if frame.f_code.co_filename.startswith(inside))

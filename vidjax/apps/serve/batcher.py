@@ -16,12 +16,17 @@ from typing import Generic, NamedTuple, TypeVar
 
 from vidjax.apps.serve.limits import Refused, ServerMetrics
 from vidjax.apps.server_limits import Limits
-from vidjax.utils.errors import InUseError
+from vidjax.utils.errors import InUseError, mute_thread
 
 Q = TypeVar("Q")
 A = TypeVar("A")
 T = TypeVar("T")
 LINGER_SECONDS = 0.01  # longest wait for more requests after a batch of several requests
+
+
+def _make_thread(name: str) -> ThreadPoolExecutor:
+    """Starts a thread that prints nothing: the log of a server must contain no names of people."""
+    return ThreadPoolExecutor(1, name, initializer=mute_thread)
 
 
 class _Waiting(NamedTuple, Generic[Q, A]):
@@ -44,7 +49,7 @@ class Batcher(Generic[Q, A]):
         """Makes a batcher. `answer` computes an answer or an error for each question of a batch."""
         self._answer, self._limits, self._metrics = answer, limits, metrics
         self._waiting: deque[_Waiting[Q, A]] = deque()
-        self._thread = ThreadPoolExecutor(1, "vidjax-answers")
+        self._thread = _make_thread("vidjax-answers")
         self._batch: asyncio.Task[None] | None = None
         self.size = 0  # number of clips that wait
         self._target, self._enough = 0, asyncio.Event()  # the event is set when _target clips wait
@@ -132,7 +137,7 @@ class Changes:
     """Makes changes of a gallery one after the other, in a thread."""
 
     def __init__(self, limits: Limits):
-        self._limits, self._thread = limits, ThreadPoolExecutor(1, "vidjax-changes")
+        self._limits, self._thread = limits, _make_thread("vidjax-changes")
         self.waiting = 0
 
     async def make(self, change: Callable[[], T]) -> T:

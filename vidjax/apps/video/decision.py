@@ -101,7 +101,7 @@ def decide(
     """
     vectors, votes = (last.vectors, last.votes) if last else (None, None)
     if not last and (clips := {track.clip for film in films for track in film.tracks}):
-        vectors = people_photos.embed_clips(gallery, out / said_lib.FEATURES, clips)
+        vectors = features_folder.embed_clips(gallery, out / said_lib.FEATURES, clips)
         complete(gallery, vectors)
     before = read_numbers(out)
     said = read_said(out, films, lines, before)

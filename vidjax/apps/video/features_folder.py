@@ -22,25 +22,29 @@ import operator
 import os
 import re
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
 from vidjax.apps.cards import EMBEDDER_ROLES
 from vidjax.apps.said import Face, make_face
-from vidjax.data.clip_files import check_nets
+from vidjax.data.clip_files import check_nets, read_clips
+from vidjax.data.memory import MemoryClips
 from vidjax.models.card_backend import LEAST_CLARITY
 from vidjax.runs import schemas
 from vidjax.runs.json_types import Count, Sha256, Size, Text
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 from vidjax.utils.groups import group_by_key
-from vidjax.utils.names import check_name, show
+from vidjax.utils.names import check_name
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from vidjax.apps.gallery.gallery import Gallery
+    from vidjax.apps.gallery.vectors import Vectors
+
 NAME = "extract.json"
 NUMBERS = "unknown.json"  # marks a folder with results of `vidjax who`
 VIDEOS = "videos"
@@ -210,11 +214,6 @@ def make_stem(path: Path) -> str:
     """
     word = re.sub(r"[^\w-]+", "_", path.stem).strip("_")
     return word.encode()[:MOST_STEM_BYTES].decode(errors="ignore") or "video"
-
-
-def locate_features(folder: Path, clip: str) -> Path:
-    """Returns the path of the .npz file that contains a clip."""
-    return folder / f"{clip.partition('.')[0]}.npz"
 
 
 def make_printable(name: str) -> str:
@@ -399,25 +398,6 @@ def check_face(track: FaceTrack) -> str:
     return "sunglasses or a shadow hide the eyes: add a photo with visible eyes" * track.dark_eyes
 
 
-def leave_out_hidden(people: dict[T, str], poor: set[T], hidden: Mapping[T, str]) -> list[str]:
-    """Leaves out faces with sunglasses if the person has a good face.
-
-    Args:
-      people: clip -> person. The faces that are left out are removed.
-      poor: clips with a problem.
-      hidden: clip with sunglasses -> a message with the problem.
-
-    Returns:
-      The messages. They mention which faces are left out.
-    """
-    good, messages = {people[clip] for clip in people.keys() - poor - hidden.keys()}, []
-    for clip, problem in hidden.items():
-        if people[clip] in good:
-            problem += f"; it is left out, because {show(people.pop(clip))} has better photos"
-        messages.append(problem)
-    return messages
-
-
 def write(path: Path, value: Struct) -> None:
     """Writes a JSON file into a folder of features, atomically."""
     files.write_json(path, msgspec.to_builtins(value))
@@ -434,3 +414,14 @@ def check_models(path: Path, cards: Mapping[str, str]) -> None:
     if extraction:
         made = {part: extraction.models.get(EMBEDDER_ROLES.get(part, part)) for part in cards}
         check_nets(path, {part: digest for part, digest in made.items() if digest}, cards)
+
+
+def embed_clips(gallery: "Gallery", features: Path, clips: Collection[str]) -> "Vectors":
+    """Computes the embeddings of clips from a folder of features."""
+    paths = sorted({features / f"{clip.partition('.')[0]}.npz" for clip in clips})
+    reads = gallery.backend.widths
+    known = (
+        clip._replace(modalities={part: x for part, x in clip.modalities.items() if part in reads})
+        for clip in read_clips(paths) if clip.name in clips
+    )  # fmt: skip
+    return gallery.embed(MemoryClips.pack(known, reads, ()))

@@ -207,7 +207,6 @@ class FilmSection(NamedTuple):
     video: str
     about: str  # a short description, such as the length
     rows: list[PersonAppearances]
-    entries: list[PageEntry]  # all appearances in order of time
 
 
 def render(
@@ -250,7 +249,7 @@ def render(
         forms = forms._replace(film="", person="")
     # A page without forms shows everything. A page with forms shows one film, one person, or an
     # overview.
-    view, script = forms or Forms(), (Path(__file__).parent / "names.js").read_text()
+    view = forms or Forms()
     found = find(view.find, {name: name for name in everyone})
     shown = everyone
     if forms:
@@ -273,41 +272,27 @@ def render(
         video: " ".join([video, *{entry.name for entry in entries}])
         for video, entries in entries_of.items()
     }  # fmt: skip
-    return _load_template().render(
-        part=view.part,
-        note=note,
-        doubtful=[] if view.find else doubtful[:MOST_DOUBTFUL],
-        num_doubtful=len(doubtful),
+    index = [name for name in found if name == IGNORED or name in people]
+    if not view.part:
+        shown = shown[first:last]
+    template, script, digest = _load_template()
+    return template.render(
+        part=view.part, forms=forms, note=note, script=script, digest=digest,
+        doubtful=[] if view.find else doubtful[:MOST_DOUBTFUL], num_doubtful=len(doubtful),
         videos=find(view.find, texts),
         films=[
             _make_section(film, entries_of[film.video], people)
             for film in films if not forms or film.video == view.film
         ],
-        index=[name for name in found if name == IGNORED or name in people],
-        people=[
-            PersonAppearances(name, times[name], "")
-            for name in shown[first * (not view.part) : last]
-        ],
-        grid=grid[first:last],
-        count=count,
+        index=index, people=shown, times_of=times, grid=grid[first:last], count=count,
         earlier=turn(first - step) if first else "",
         later=turn(first + step) if forms and first + step < count else "",
         once=sum(len(times[name]) == 1 for name in unknown),
-        faces=data.list_faces,
-        likely=_list_likely,
-        entries_of=times,
-        ignored=IGNORED,
-        percent=format_percent,
-        named=people,
+        faces=data.list_faces, named=people, unknown={*unknown}, unclear=unclear,
         num_people=sum(name != IGNORED and name not in unclear for name in found),
-        unknown={*unknown},
-        unclear=unclear,
         anchors={name: number for number, name in enumerate(everyone, 1)},
-        most_times=MOST_TIMES,
-        most_shown=MOST_SHOWN,
-        forms=forms,
-        script=script,
-        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        likely=_list_likely, ignored=IGNORED, percent=format_percent,
+        most_times=MOST_TIMES, most_shown=MOST_SHOWN,
     )  # fmt: skip
 
 
@@ -340,7 +325,8 @@ def find(words: str, texts: Mapping[str, str]) -> list[str]:
 
 
 @functools.cache
-def _load_template() -> "jinja2.Template":
+def _load_template() -> "tuple[jinja2.Template, str, str]":
+    """Returns the template of the page, its script, and the digest that allows only this script."""
     import jinja2
 
     from vidjax.evaluation import report
@@ -351,7 +337,9 @@ def _load_template() -> "jinja2.Template":
         loader=jinja2.FileSystemLoader(folders), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    return environment.get_template("names.html.j2")
+    script = (folders[0] / "names.js").read_text()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("names.html.j2"), script, digest
 
 
 def format_appearance_time(appearance: Appearance, film: MediaFile) -> str:
@@ -379,7 +367,7 @@ def _make_section(
     about = "; the file ends earlier than it declares" if film.damaged else ""
     about += "; too dark to find faces" if film.is_dark else ""
     ordered = [rows[name] for name in sorted(rows, key=ranks.__getitem__)]
-    return FilmSection(film.video, length + about, ordered, entries)
+    return FilmSection(film.video, length + about, ordered)
 
 
 def _format_length(seconds: float) -> str:

@@ -5,22 +5,18 @@ A track is a person in a shot of a film. Named tracks of a person are joined int
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from vidjax.apps.gallery.answers import FACE, NOBODY, UNKNOWN, Answer, parse_group_number
+from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.labelling import find_known
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
+from vidjax.apps.video.faces import Said
 from vidjax.apps.video.features_folder import Box, FaceTrack, MediaFile
+from vidjax.apps.video.subtitles import format_time
 from vidjax.utils.groups import group_by_key
 
-if TYPE_CHECKING:
-    from vidjax.apps.gallery.gallery import Gallery
-    from vidjax.apps.video.faces import Said
-
-from vidjax.apps.video.subtitles import format_time
-
 TOLD = "told"  # the evidence for a clip that a user enrolled for a person or a stranger
-
 GAP_SECONDS = 2.0  # two tracks of a person with a shorter gap between them are one appearance
 
 
@@ -122,12 +118,12 @@ class NamedTracks(NamedTuple):
 
 
 def name_tracks(
-    gallery: "Gallery",
+    gallery: Gallery,
     vectors: Vectors,
     films: Sequence[MediaFile],
     identify: Callable[..., Mapping[str, Answer]],
     votes: dict[str, str] | None = None,
-    said: "Said | None" = None,
+    said: Said | None = None,
 ) -> NamedTracks:
     """Names the people in tracks of films.
 
@@ -138,19 +134,17 @@ def name_tracks(
     `identify` is the method `gallery.identify`, with fixed arguments. If `votes` are given, the
     tracks are not grouped again. `said` is what people said about the tracks.
     """
-    answers = dict.fromkeys(vectors.names, NOBODY)
+    answers, said = dict.fromkeys(vectors.names, NOBODY), said or Said()
     if gallery.identities:
         votes = votes or group_votes(gallery, vectors, films)
         answers = remove_unclear_names(identify(vectors, groups=votes), gallery, films)
     told = find_known(gallery.state, vectors)
-    ignored = {clip: said.ignored[clip] for clip in answers if clip in said.ignored} if said else {}
+    ignored = {clip: said.ignored[clip] for clip in answers if clip in said.ignored}
     told = {clip: None for clip, yields in ignored.items() if not yields} | told
-    if said:
-        answers |= _deny(answers, said)
+    answers |= _deny(answers, said)
     for clip, name in told.items():
         answers[clip] = _tell(name)
-    if said:
-        answers = _tell_apart(answers, said)
+    answers = _tell_apart(answers, said)
     settled = settle_answers(answers, films)
     twins = {c: x.identity for c, x in answers.items() if x.identity and not settled[c].identity}
     for clip in ignored:
@@ -165,19 +159,21 @@ def _tell(name: str | None) -> Answer:
     return known._replace(evidence=(TOLD,))
 
 
-def _deny(answers: Mapping[str, Answer], said: "Said") -> dict[str, Answer]:
+def _unname(answer: Answer) -> Answer:
+    return answer._replace(identity=None, evidence=())
+
+
+def _deny(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
     """Returns the answers of clips for which a user denied names, without these names."""
     changed = {}
     for clip, names in said.denied.items():
         if isinstance(clip, str) and (answer := answers.get(clip)):
             answer = answer._replace(best=tuple(x for x in answer.best if x[0] not in names))
-            if answer.identity in names:
-                answer = answer._replace(identity=None, evidence=())
-            changed[clip] = answer
+            changed[clip] = _unname(answer) if answer.identity in names else answer
     return changed
 
 
-def _tell_apart(answers: Mapping[str, Answer], said: "Said") -> dict[str, Answer]:
+def _tell_apart(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
     """Returns answers in which two people who differ have different names.
 
     If both people have the same name, the clips of the less probable person lose it. A name by a
@@ -203,12 +199,12 @@ def _tell_apart(answers: Mapping[str, Answer], said: "Said") -> dict[str, Answer
             weaker = min(sides, key=lambda named: max(answers[x].score for x in named[name]))
             for clip in weaker[name]:
                 if answers[clip].evidence != (TOLD,):
-                    answers[clip] = answers[clip]._replace(identity=None, evidence=())
+                    answers[clip] = _unname(answers[clip])
     return answers
 
 
 def group_votes(
-    gallery: "Gallery", vectors: Vectors, films: Sequence[MediaFile]
+    gallery: Gallery, vectors: Vectors, films: Sequence[MediaFile]
 ) -> dict[str, str] | None:
     """Groups tracks that vote on one name; returns clip -> group, for `Gallery.identify`.
 
@@ -223,7 +219,7 @@ def group_votes(
 
 
 def group_unknown(
-    gallery: "Gallery",
+    gallery: Gallery,
     vectors: Vectors,
     films: Collection[MediaFile],
     together: Mapping[str, int] | None = None,
@@ -265,7 +261,7 @@ def mark_unclear(groups: Mapping[str, str], films: Iterable[MediaFile]) -> dict[
 
 
 def remove_unclear_names(
-    answers: Mapping[str, Answer], gallery: "Gallery", films: Iterable[MediaFile]
+    answers: Mapping[str, Answer], gallery: Gallery, films: Iterable[MediaFile]
 ) -> dict[str, Answer]:
     """Removes names of people of whom only unclear faces are enrolled.
 
@@ -274,12 +270,8 @@ def remove_unclear_names(
     """
     unclear = list_unclear(films)
     clear = {entry.identity for clip, entry in gallery.clips.items() if clip not in unclear}
-    return {
-        clip: x
-        if x.identity is None or x.identity in clear
-        else x._replace(identity=None, evidence=())
-        for clip, x in answers.items()
-    }
+    clear.add(None)
+    return {clip: x if x.identity in clear else _unname(x) for clip, x in answers.items()}
 
 
 def list_unclear(films: Iterable[MediaFile]) -> set[str]:
@@ -303,7 +295,7 @@ def settle_answers(answers: Mapping[str, Answer], films: Iterable[MediaFile]) ->
         rivals = (settled[rival].identity for rival in apart[clip] & settled.keys())
         by_user = answers[clip].evidence == (TOLD,)
         if name is not None and not by_user and name in rivals:
-            settled[clip] = answers[clip]._replace(identity=None, evidence=())
+            settled[clip] = _unname(answers[clip])
     return settled
 
 

@@ -74,10 +74,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def measure_milliseconds(card: Card, session: "InferenceSession") -> float:
     """Returns the CPU time of a call of a net in milliseconds, for the input in `INPUTS`."""
-    inputs = nets.make_formula_inputs(card, card.test.seed)
-    if card.role == "face_detector":
-        image = nets.make_formula_image(card.input.size or (FRAME, FRAME), card.test.seed)
-        inputs = {card.input.name: nets.prepare_images(image[None], card.input)}
+    inputs = nets.make_formula_inputs(card, card.test.seed, (FRAME, FRAME))
     times = []
     for _ in range(REPEATS):
         start = time.thread_time()

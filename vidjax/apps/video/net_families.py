@@ -328,17 +328,13 @@ def _measure(fields: dict[str, Any], family: str, net: ForeignNet) -> Written:
     return msgspec.convert(fields, Written)
 
 
-def _ask(card: Card, session: "InferenceSession", images: np.ndarray) -> list[np.ndarray]:
-    given = {card.input.name: nets.prepare_images(images, card.input)}
-    return [*nets.ask_net(session, card, given).values()]
-
-
 def _check_outputs(
     family: str, card: Card, session: "InferenceSession", net: ForeignNet, size: tuple[int, int]
 ) -> None:
     """Raises UserError if the outputs of a detector have other shapes than its family."""
     height, width = size
-    outputs = _ask(card, session, nets.make_formula_image(size, SEED)[None])
+    answer = nets.ask_net(session, card, nets.make_formula_inputs(card, SEED, size))
+    outputs = [*answer.values()]
     many = family == "scrfd" and len(outputs) == 3 * len(nets.MANY_STRIDES)
     strides = nets.MANY_STRIDES if many else nets.STRIDES
     anchors = 2 if family == "scrfd" and not many else 1
@@ -358,15 +354,13 @@ def _check_outputs(
 
 def _find_width(family: str, card: Card, session: "InferenceSession", net: ForeignNet) -> int:
     """Returns the width of an embedder's vectors. Checks that it embeds faces one by one."""
-    assert card.input.size
-    images = np.stack(
-        [nets.make_formula_image(card.input.size, seed) for seed in (SEED, OTHER_SEED)]
-    )
-    single, *more = _ask(card, session, images[:1])
+    first, second = (nets.make_formula_inputs(card, seed) for seed in (SEED, OTHER_SEED))
+    single, *more = nets.ask_net(session, card, first).values()
     if more or single.ndim != 2 or len(single) != 1:
         raise net.refuse(family)
     if nets.takes_many(session):
-        both = _ask(card, session, images)[0]
+        pair = {name: np.concatenate([x, second[name]]) for name, x in first.items()}
+        (both,) = nets.ask_net(session, card, pair).values()
         most = HALF_TOLERANCE * np.abs(single).max()
         if both.shape != (2, single.shape[1]) or np.abs(both[0] - single[0]).max() > most:
             raise net.refuse(family, " and computes other vectors for two faces than for one")

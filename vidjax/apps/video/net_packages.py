@@ -144,11 +144,7 @@ def unpack(path: Path, name: str, limit: int = MEMBER_BYTES) -> bytes:
 
 def list_members(path: Path, ending: str) -> list[str]:
     """Returns the names of the files in a zip that end with `ending`, without their folders."""
-    with (
-        files.open_input(path) as file,
-        _blame_package(path),
-        files.open_zip(file) as archive,
-    ):
+    with files.open_input(path) as file, _blame_package(path), files.open_zip(file) as archive:
         names = [member.filename.split("/")[-1] for member in archive.infolist()]
     # macOS adds hidden files with the same endings.
     found = sorted(name for name in names if name.endswith(ending) and name[0] != ".")

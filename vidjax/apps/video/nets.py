@@ -229,15 +229,20 @@ def answer_formula(card: Card, session: "InferenceSession", seed: int) -> np.nda
         return output[len(output) // 8 :: len(output) // 4][:4].astype(np.float64)
 
 
-def make_formula_inputs(card: Card, seed: int) -> dict[str, np.ndarray]:
-    """Returns the inputs for a test of a net, by name. `seed` determines the image or sound."""
+def make_formula_inputs(
+    card: Card, seed: int, free_size: tuple[int, int] = (256, 256)
+) -> dict[str, np.ndarray]:
+    """Returns the inputs for a test of a net, by name. `seed` determines the image or sound.
+
+    `free_size` is the height and width of the image for a net that takes images of any size.
+    """
     if card.input.layout == "mels":
         numbers = make_formula_image((160, 40), seed)[:, :, 0]
         return {card.input.name: numbers[None] / np.float32(256)}
     if card.input.layout == "samples":
         numbers = make_formula_image((24, 8), seed).reshape(1, -1)
         return make_silero_inputs(card, numbers / np.float32(128) - 1)
-    image = make_formula_image(card.input.size or (256, 256), seed)
+    image = make_formula_image(card.input.size or free_size, seed)
     return {card.input.name: prepare_images(image[None], card.input)}
 
 

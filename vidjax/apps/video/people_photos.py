@@ -17,14 +17,12 @@ from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.labelling import advise_other_films
 from vidjax.apps.gallery.store import StoredClip
-from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
+from vidjax.apps.gallery.vectors import select_usable_clips
 from vidjax.apps.said import PEOPLE
 from vidjax.apps.video import doubts, features_folder, media_files
 from vidjax.apps.video.features_folder import FaceTrack, MediaFile
 from vidjax.apps.video.pipeline import FileOutcome, extract_folders
 from vidjax.data.checks import list_entries
-from vidjax.data.clip_files import read_clips
-from vidjax.data.memory import MemoryClips
 from vidjax.runs.terminal import Progress, say
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError
@@ -79,20 +77,23 @@ class FoundFaces(NamedTuple):
     outcomes_of: Mapping[Path, Sequence[FileOutcome]]  # folder of features -> outcomes of photos
     failed: dict[str, str]  # path of each unusable photo -> remedy
     names: set[str]  # all people
-    usable: dict[Path, dict[str, str]]  # folder of features -> clip -> person, for usable clips
+    usable: dict[PhotoFace, Path]  # usable face -> folder of features
 
-    def list_tracks(self) -> Iterator[tuple[Path, FileOutcome, FaceTrack]]:
-        """Yields the folder of features, the photo, and the face of each known face."""
+    def list_tracks(self) -> Iterator[tuple[PhotoFace, Path, MediaFile, FaceTrack]]:
+        """Yields each known face with the path and the description of its photo, and its track."""
         for folder, outcomes in self.outcomes_of.items():
+            owner = read_folder_name(folder.name)
             for outcome in outcomes:
-                for track in outcome.known.tracks if outcome.known else ():
-                    yield folder, outcome, track
+                if photo := outcome.known:
+                    for track in photo.tracks:
+                        face = PhotoFace(owner, track.clip, track.name or owner)
+                        yield face, outcome.path, photo, track
 
     def list_mirrored(self) -> list[float]:
         """Returns `FaceTrack.mirrored` of each usable face."""
         return [
-            track.mirrored for folder, _, track in self.list_tracks()
-            if track.clip in self.usable[folder] and track.mirrored is not None
+            track.mirrored for face, _, _, track in self.list_tracks()
+            if face in self.usable and track.mirrored is not None
         ]  # fmt: skip
 
 
@@ -153,9 +154,8 @@ def find_missing(enrolled: Mapping[str, PhotoFace], found: FoundFaces, out: Path
     outcomes = itertools.chain(*found.outcomes_of.values())
     has_others = any(outcome.path.parent == found.people for outcome in outcomes)
     new = {
-        outcome.known.sha256 for folder, outcome, track in found.list_tracks()
-        if outcome.known and (name := found.usable[folder].get(track.clip))
-        and str(PhotoFace(read_folder_name(folder.name), track.clip, name)) not in enrolled
+        photo.sha256 for face, _, photo, _ in found.list_tracks()
+        if face in found.usable and str(face) not in enrolled
     }  # fmt: skip
     place, missing = Path(os.path.realpath(found.people)), set[str]()
     places = locate_people(out, absent)
@@ -195,10 +195,8 @@ def list_photos(people: Path, out: Path, flag: str = WHO_FLAG) -> dict[str, list
                 photo for folder in media_files.list_folders(path) for photo in _list_stills(folder)
             ]
         if not photos and normal_form(path.name) not in known:
-            say(
-                f"{show(path.name)} cannot be recognised: there is no photo in '{show(str(path))}'",
-                warning=True,
-            )
+            place = show(str(path))
+            _warn([f"{show(path.name)} cannot be recognised: there is no photo in '{place}'"])
         elif photos:
             try:
                 name = check_person(path.name if path.is_dir() else path.stem)
@@ -212,6 +210,12 @@ def list_photos(people: Path, out: Path, flag: str = WHO_FLAG) -> dict[str, list
             f"'{people}' contains no photos\nadd photos {people}/NAME/PHOTO.jpg of each person"
         )
     return photos_of
+
+
+def _warn(texts: Iterable[str]) -> None:
+    """Prints warnings."""
+    for text in texts:
+        say(text, warning=True)
 
 
 def _refuse_people(people: Path, flag: str = WHO_FLAG) -> UserError:
@@ -258,11 +262,10 @@ def embed_photos(
     Features are written to `out`. `gallery` computes the vectors. Nobody is enrolled.
     """
     found = check_photos({}, extract_photos(list_photos(people, out), out, **options), people)
-    face_of = {(folder, x.clip): (x, outcome.path) for folder, outcome, x in found.list_tracks()}
-    for folder, person_of in found.usable.items():
-        embedded = embed_clips(gallery, folder, person_of)
-        for clip, vector in zip(embedded.names, embedded.parts["face"], strict=True):
-            yield person_of[clip], vector, *face_of[folder, clip]
+    found_at = {face: (track, path) for face, path, _, track in found.list_tracks()}
+    for face, entry in embed_usable(gallery, found.usable).items():
+        parts = zip(gallery.backend.widths, gallery.backend.split(entry.vector[None]), strict=True)
+        yield face.person, dict(parts)["face"][0], *found_at[face]
 
 
 def check_people(
@@ -303,8 +306,10 @@ def _were_renamed(photos: Mapping[str, Sequence[Path]], out: Path) -> bool:
     )
 
 
-def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool, flag: str) -> None:
-    """Prints a warning if photos such as Ada_1.jpg and Ada_2.jpg count as two people.
+def _describe_numbers(
+    names: Sequence[str], people: Path, only_files: bool, flag: str
+) -> Iterator[str]:
+    """Yields a warning if photos such as Ada_1.jpg and Ada_2.jpg count as two people.
 
     `names` are the people whose photo is a file directly in the folder `people`. `only_files` is
     True if all people are such files, and nobody was enrolled before. Then two photos with any
@@ -314,19 +319,17 @@ def _warn_of_numbers(names: Sequence[str], people: Path, only_files: bool, flag:
     if only_files and (len(names) > 1 or any(re.search(r"\d", name) for name in names)):
         above = shlex.quote(messages.relative_path(people.resolve().parent))
         examples = " and ".join(map(show, names[:2]))
-        say(
+        yield (
             f"photos lie directly in '{people}', so each counts as a different person, such as "
-            f"{examples}. If all show the same person, name the folder above: {flag}={above}",
-            warning=True,
+            f"{examples}. If all show the same person, name the folder above: {flag}={above}"
         )
         return
     numbered = (re.fullmatch(r"(.*[^\W\d_])[\W_]*\d+\W*", name) for name in names)
     for name, twins in group_by_key((x[1], x[0]) for x in numbered if x).items():
         if len(twins) > 1:
-            say(
+            yield (
                 f"{show(twins[0])} and {show(twins[1])} count as two people. If they are the same "
-                f"person, put the photos into '{people}/{show(name)}/'",
-                warning=True,
+                f"person, put the photos into '{people}/{show(name)}/'"
             )
 
 
@@ -361,24 +364,21 @@ def check_photos(
     `list_photos`.
     """
     failed, names = dict[str, str](), set[str]()
-    usable: dict[tuple[Path, str], str] = {}
-    poor, hidden = set[tuple[Path, str]](), dict[tuple[Path, str], str]()
+    usable, poor = dict[PhotoFace, Path](), dict[PhotoFace, str]()
     single: list[str] = []  # people whose photo is a file in the folder of people
     known = {photo.person for photo in enrolled.values()}
     for folder, outcomes in outcomes_of.items():
         owner, found, shown = read_folder_name(folder.name), set[str](), set[str]()
         tags = {name for outcome in outcomes if outcome.known for name in outcome.known.tags}
         for outcome in outcomes:
-            people_of, clips, bad = _check_photo(owner, outcome)
+            people_of, faces, bad = _check_photo(owner, outcome)
             if not outcome.media:  # a user may have removed faces of a missing photo
-                faces = {clip: PhotoFace(owner, clip, name) for clip, name in clips.items()}
-                clips = {c: face.person for c, face in faces.items() if str(face) in enrolled}
+                faces = [face for face in faces if str(face) in enrolled]
             found |= people_of
-            shown |= {*clips.values()}
-            usable |= {(folder, clip): name for clip, name in clips.items()}
-            poor |= {(folder, clip) for clip in bad}
-            hidden |= {(folder, clip): problem for clip, problem in bad.items() if problem}
-            failed |= {} if clips and outcome.media else {str(outcome.path): outcome.remedy}
+            shown |= {face.person for face in faces}
+            usable |= dict.fromkeys(faces, folder)
+            poor |= {face: problem for face, problem in bad.items() if face in usable}
+            failed |= {} if faces and outcome.media else {str(outcome.path): outcome.remedy}
         # A folder of photos in which other people are tagged is not a person.
         if tags and owner not in {*tags, *shown, *known}:
             found.discard(owner)
@@ -388,27 +388,38 @@ def check_photos(
             names |= {photo.person for photo in enrolled.values() if photo.folder == owner}
         if outcomes[0].path.parent == people:
             single.append(owner)
-        _warn_of_tags(owner, outcomes, people)
-    for problem in features_folder.leave_out_hidden(usable, poor, hidden):
-        say(problem, warning=True)
+        _warn(_describe_foreign_tags(owner, outcomes, people))
+    _warn(_leave_out_hidden(usable, poor))
     only_files = len(single) == len(outcomes_of) and not known
-    _warn_of_numbers([name for name in single if name in names], people, only_files, flag)
-    faces_of: dict[Path, dict[str, str]] = {folder: {} for folder in outcomes_of}
-    for (folder, clip), name in usable.items():
-        faces_of[folder][clip] = name
-    return FoundFaces(people, outcomes_of, failed, names, faces_of)
+    single = [name for name in single if name in names]
+    _warn(_describe_numbers(single, people, only_files, flag))
+    return FoundFaces(people, outcomes_of, failed, names, usable)
 
 
-def embed_usable(
-    gallery: Gallery, usable: Mapping[Path, Mapping[str, str]]
-) -> dict[PhotoFace, StoredClip]:
-    """Computes the vectors of usable faces. `usable` is folder of features -> clip -> person."""
+def _leave_out_hidden(
+    usable: dict[PhotoFace, Path], poor: Mapping[PhotoFace, str]
+) -> Iterator[str]:
+    """Leaves out usable faces with sunglasses if the person has a good face.
+
+    `poor` is usable face with a problem -> the problem, which is yielded; "" if it was printed
+    before.
+    """
+    good = {face.person for face in usable.keys() - poor.keys()}
+    for face, problem in poor.items():
+        if problem and face.person in good:
+            del usable[face]
+            problem += f"; it is left out, because {show(face.person)} has better photos"
+        if problem:
+            yield problem
+
+
+def embed_usable(gallery: Gallery, usable: Mapping[PhotoFace, Path]) -> dict[PhotoFace, StoredClip]:
+    """Computes the vectors of faces. `usable` is face -> folder of features."""
     found: dict[PhotoFace, StoredClip] = {}
-    for folder, person_of in usable.items():
-        owner = read_folder_name(folder.name)
-        clips = embed_clips(gallery, folder, person_of) if person_of else None
-        for clip, entry in (select_usable_clips(clips) if clips else {}).items():
-            found[PhotoFace(owner, clip, person_of[clip])] = entry
+    for folder, faces in group_by_key((folder, face) for face, folder in usable.items()).items():
+        face_of = {face.clip: face for face in faces}
+        clips = select_usable_clips(features_folder.embed_clips(gallery, folder, face_of))
+        found |= {face_of[clip]: entry for clip, entry in clips.items()}
     return found
 
 
@@ -473,14 +484,6 @@ def _is_equal(first: np.ndarray, second: np.ndarray) -> bool:
     return bool(np.square(first - second).sum() < EQUAL_SQUARES)
 
 
-def _warn_of_lost(names: Iterable[str]) -> None:
-    for name in sorted(names):
-        say(
-            f"{show(name)} cannot be recognised: no photo of {show(name)} can be used",
-            warning=True,
-        )
-
-
 class PhotoEnrolment(NamedTuple):
     """The result of `enrol_folder`."""
 
@@ -507,16 +510,13 @@ def enrol_folder(gallery: Gallery, people: Path, models: Path, workers: int) -> 
         entries = embed_usable(gallery, found.usable)
         faces = {face.plain: face for face in entries}
         clips = {face.plain: entry for face, entry in entries.items()}
-    path_of = {
-        PhotoFace(read_folder_name(folder.name), track.clip, "").plain: outcome.path
-        for folder, outcome, track in found.list_tracks()
-    }
+    path_of = {face.plain: path for face, path, _, _ in found.list_tracks()}
     with gallery.change() as draft:
-        before: dict[str, Counter[str]] = {}
-        for clip, face in faces.items():
-            if label := clip in draft.clips and draft.clips[clip].identity:
-                before.setdefault(face.person, Counter())[label] += 1
-        labels = _choose_labels(before, found.names)
+        before = group_by_key(
+            (face.person, label) for clip, face in faces.items()
+            if (label := clip in draft.clips and draft.clips[clip].identity)
+        )  # fmt: skip
+        labels = {x: _choose_label(x, before.get(x, ()), found.names) for x in found.names}
         unchanged = draft.complete({clip: entry.vector for clip, entry in clips.items()})
         new = dict[str, str]()
         for clip in sorted(clips.keys() - unchanged):
@@ -526,8 +526,9 @@ def enrol_folder(gallery: Gallery, people: Path, models: Path, workers: int) -> 
             except UserError as error:
                 new.pop(clip)
                 problem, _, found.failed[str(path_of[clip])] = str(error).partition("\n")
-                say(f"{path_of[clip]}: {problem}", warning=True)
-    _warn_of_lost(found.names - {face.person for face in faces.values()})
+                _warn([f"{path_of[clip]}: {problem}"])
+    lost = map(show, sorted(found.names - {face.person for face in faces.values()}))
+    _warn(f"{name} cannot be recognised: no photo of {name} can be used" for name in lost)
     if gallery.clips.keys() <= clips.keys():  # no photo of another call is missing
         card_notes.check_mirrored(gallery, found.list_mirrored())
     advise_other_films(gallery.state, sorted({*new.values()}))
@@ -536,38 +537,41 @@ def enrol_folder(gallery: Gallery, people: Path, models: Path, workers: int) -> 
 
 
 def _check_photo(
-    folder_name: str, outcome: FileOutcome
-) -> tuple[set[str], dict[str, str], dict[str, str]]:
+    owner: str, outcome: FileOutcome
+) -> tuple[set[str], list[PhotoFace], dict[PhotoFace, str]]:
     """Prints problems of a photo, except sunglasses.
 
-    Returns the people in it, clip -> person for usable clips, and clip -> problem for usable clips
-    with a problem, or "" if the problem was printed. If the photo has no face tags, the only person
-    is `folder_name`.
+    Returns the people in it, the usable faces, and usable face with a problem -> the problem, or ""
+    if the problem was printed. If the photo has no face tags, the only person is `owner`, the name
+    of the folder.
     """
-    photo, bad = outcome.known, dict[str, str]()
-    names, clips, problems = {folder_name}, dict[str, str](), [outcome.error]
+    photo, bad = outcome.known, dict[PhotoFace, str]()
+    names, person_of, problems = {owner}, dict[str, str](), [outcome.error]
     if photo and photo.tags:
         names = photo.tags
-        clips = {track.clip: track.name for track in photo.tracks if track.name}
+        person_of = {track.clip: track.name for track in photo.tracks if track.name}
         problems += [photo.bad_tags, photo.misfit and f"{photo.misfit}: {MISFIT_REMEDY}"]
         if not photo.misfit:
             problems += [f"there is no face at the tag of {show(tag)}" for tag in photo.lost_tags]
     elif photo:
         clip, problem = features_folder.check_photo(photo)
-        clips = {clip: folder_name} if clip else {}
+        person_of = {clip: owner} if clip else {}
         problems += [photo.bad_tags, "" if clip else problem]
+    faces = {clip: PhotoFace(owner, clip, name) for clip, name in person_of.items()}
     for track in photo.tracks if photo else ():
-        if track.clip in clips and (problem := features_folder.check_face(track)):
-            problem = f"{show(clips[track.clip])}: {problem}" if track.name else problem
-            bad[track.clip] = f"{outcome.path}: {problem}" if track.dark_eyes else ""
+        if (face := faces.get(track.clip)) and (problem := features_folder.check_face(track)):
+            problem = f"{show(face.person)}: {problem}" if track.name else problem
+            bad[face] = f"{outcome.path}: {problem}" if track.dark_eyes else ""
             problems += [] if track.dark_eyes else [problem]
-    for problem in filter(None, problems):
-        say(problem if str(outcome.path) in problem else f"{outcome.path}: {problem}", warning=True)
-    return names, clips, bad
+    place = str(outcome.path)
+    _warn(x if place in x else f"{place}: {x}" for x in problems if x)
+    return names, [*faces.values()], bad
 
 
-def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> None:
-    """Prints one warning if new photos in the folder of the person `name` tag only other people.
+def _describe_foreign_tags(
+    name: str, outcomes: Sequence[FileOutcome], people: Path
+) -> Iterator[str]:
+    """Yields one warning if new photos in the folder of the person `name` tag only other people.
 
     Photos whose tags do not fit are left out, because their tags are not used.
     """
@@ -580,24 +584,19 @@ def _warn_of_tags(name: str, outcomes: Sequence[FileOutcome], people: Path) -> N
         path, names = foreign[0]
         tagged = messages.list_some([*map(show, sorted(names))], 3)
         more = f"; {messages.count(len(foreign) - 1, 'more such photo')}" if foreign[1:] else ""
-        say(
-            f"the face tags in {path} name {tagged}, not {show(name)}: the tags are used{more}",
-            warning=True,
-        )
+        yield f"the face tags in {path} name {tagged}, not {show(name)}: the tags are used{more}"
 
 
-def _choose_labels(before: Mapping[str, Counter[str]], names: Collection[str]) -> dict[str, str]:
-    """Returns name of a person -> label, the name in the gallery for the person's new photos.
+def _choose_label(name: str, labels: Collection[str], names: Collection[str]) -> str:
+    """Returns the name in the gallery for the new photos of the person `name`.
 
-    The label differs from the name if a user has renamed the person in the gallery. The label is
-    the most frequent label of the person's photos. Labels of other people in `names` come last.
+    It differs from `name` if a user has renamed the person in the gallery. It is the most frequent
+    of `labels`, the names of the person's enrolled photos. Labels of other people in `names` come
+    last.
     """
-    chosen = {}
-    for name in names:
-        labels = before.get(name, Counter())
-        order = [(label != name and label in names, -labels[label], label) for label in labels]
-        chosen[name] = min(order)[-1] if order else name
-    return chosen
+    count = Counter(labels)
+    order = [(label != name and label in names, -count[label], label) for label in count]
+    return min(order)[-1] if order else name
 
 
 def warn_of_doubts(
@@ -608,11 +607,7 @@ def warn_of_doubts(
     `name_clip` returns the name of a face's clip in the gallery. If the net does not separate
     people, photos are not compared. Returns whether two names may be one person.
     """
-    given = {
-        name_clip(PhotoFace(owner, track.clip, track.name or owner)): (outcome.path, outcome.known)
-        for folder, outcome, track in found.list_tracks()
-        for owner in [read_folder_name(folder.name)] if outcome.known
-    }  # fmt: skip
+    given = {name_clip(face): (path, photo) for face, path, photo, _ in found.list_tracks()}
     person_of = {clip: entry.identity for clip, entry in gallery.clips.items() if entry.identity}
     whole = {clip: photo.sha256 for clip, (_, photo) in given.items() if not photo.tags}
     # The people of a file, by its sha256.
@@ -627,26 +622,24 @@ def warn_of_doubts(
         (path, photo), name = given[clip], show(person_of[clip])
         if clip in twins:
             others = ", ".join(map(show, sorted({*owners[photo.sha256]} - {person_of[clip]})))
-            say(f"{path} is also a photo of {others}: delete the wrong copy", warning=True)
+            _warn([f"{path} is also a photo of {others}: delete the wrong copy"])
         else:
             like = doubtful.photos[clip]
             seems = f"looks like {show(like)}" if like else f"differs from {name}'s other photos"
             wrong = "correct its tag" if photo.tags else "move it"
-            say(
-                f"{path} is enrolled as {name}, but {seems}: {wrong} if it shows another person",
-                warning=True,
-            )
+            about = f"{path} is enrolled as {name}, but {seems}"
+            _warn([f"{about}: {wrong} if it shows another person"])
     path_of = {clip: path for clip, (path, _) in given.items()}
-    _warn_of_contradictions(doubtful, person_of, path_of, found.people)
+    _warn(_describe_contradictions(doubtful, person_of, path_of, found.people))
     likes = [*doubtful.photos.values()]
     likes += [side.like for sides in doubtful.mixed.values() for side in sides]
     return bool(twins or doubtful.alike or any(likes))
 
 
-def _warn_of_contradictions(
+def _describe_contradictions(
     doubtful: doubts.Doubts, person_of: Mapping[str, str], path_of: Mapping[str, Path], people: Path
-) -> None:
-    """Prints warnings of photos that contradict each other, if it is not clear which are wrong.
+) -> Iterator[str]:
+    """Yields warnings of photos that contradict each other, if it is not clear which are wrong.
 
     `person_of` is clip -> person, and `path_of` is clip -> photo, for the photos of this call.
     """
@@ -665,26 +658,13 @@ def _warn_of_contradictions(
             + (f" (like {show(side.like)})" if side.like else "")
             for side in sides[:3]
         ] + ["..."] * (len(sides) > 3)
-        say(
+        yield (
             f"the photos of {show(name)} show {number} people: {' / '.join(texts)}\n"
-            f"move the photos that do not show {show(name)}",
-            warning=True,
+            f"move the photos that do not show {show(name)}"
         )
     for first, second in doubtful.alike:
         names = " and ".join(show(person_of[clip]) for clip in (first, second))
-        say(
+        yield (
             f"{locate(first)} and {locate(second)} are enrolled as {names}, but seem to show one "
-            "person: move the wrong photo",
-            warning=True,
+            "person: move the wrong photo"
         )
-
-
-def embed_clips(gallery: Gallery, features: Path, clips: Collection[str]) -> Vectors:
-    """Computes the embeddings of clips from a folder of features."""
-    paths = sorted({features_folder.locate_features(features, clip) for clip in clips})
-    reads = gallery.backend.widths
-    known = (
-        clip._replace(modalities={part: x for part, x in clip.modalities.items() if part in reads})
-        for clip in read_clips(paths) if clip.name in clips
-    )  # fmt: skip
-    return gallery.embed(MemoryClips.pack(known, reads, ()))
