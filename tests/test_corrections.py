@@ -20,10 +20,10 @@ from starlette import testclient
 from tests.helpers import films, made_shelf
 from tests.helpers.drawn_people import write_film, write_photo
 from tests.helpers.seen import refused
-from vidjax.apps import said
+from vidjax.apps import features_folder, said
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.said import FEATURES
-from vidjax.apps.video import corrections, features_folder, results, review, still, who
+from vidjax.apps.video import corrections, results, review, still, who
 from vidjax.apps.video.names_page import CLIP
 from vidjax.utils.errors import UserError
 

@@ -19,8 +19,8 @@ MODULES = {
 FOLDERS = ("utils", "core", "data", "runs", "models", "evaluation", "training", "apps", "cli")
 # The same for vidjax/apps/.
 APPS = (
-    "bulk", "cards", "server_limits", "web", "said", "earlier_said", "gallery", "video", "serve",
-    "traces", "forget",
+    "bulk", "cards", "server_limits", "web", "said", "features_folder", "earlier_said", "gallery",
+    "video", "serve", "traces", "forget",
 )  # fmt: skip
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
 JAX = {"flax", "jax", "optax", "orbax"}

@@ -22,13 +22,13 @@ pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video
 
 from tests.helpers import made_nets
 from tests.helpers.drawn_people import EMBED, write_film, write_photo
-from vidjax.apps import said
+from vidjax.apps import features_folder, said
+from vidjax.apps.features_folder import FaceTrack
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import Store
 from vidjax.apps.said import FEATURES
-from vidjax.apps.video import faces, features_folder, review, who
+from vidjax.apps.video import faces, review, who
 from vidjax.apps.video.decision import decide, read_said
-from vidjax.apps.video.features_folder import FaceTrack
 from vidjax.apps.video.names_page import CLIP
 from vidjax.data.clip_files import write_npz
 

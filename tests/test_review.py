@@ -17,9 +17,10 @@ from starlette import testclient
 from tests.benchmarks import review_page
 from tests.helpers import browser
 from tests.helpers.drawn_people import write_film, write_photo
+from vidjax.apps import features_folder
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.said import FEATURES
-from vidjax.apps.video import corrections, features_folder, names_page, results, review
+from vidjax.apps.video import corrections, names_page, results, review
 from vidjax.apps.video.decision import decide
 
 pytestmark = pytest.mark.usefixtures("read_here")

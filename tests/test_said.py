@@ -18,11 +18,11 @@ pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video
 from tests.helpers import made_shelf
 from tests.helpers.drawn_people import tags, write_film, write_photo
 from tests.helpers.seen import refused
-from vidjax.apps import said
+from vidjax.apps import features_folder, said
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import Store
 from vidjax.apps.said import FEATURES, Face, Line
-from vidjax.apps.video import faces, features_folder, unknown_numbers
+from vidjax.apps.video import faces, unknown_numbers
 from vidjax.apps.video.decision import decide, read_said
 from vidjax.utils import files
 
@@ -196,7 +196,7 @@ def test_every_change_of_the_gallery_of_results_reaches_the_log(tmp_path):
     gallery.remove(identity="Zoe")
     assert names()[clips[0]] == "unknown 1" and b"Zoe" not in (shelf.out / said.NAME).read_bytes()
     # The gallery follows from the log: if the log has more lines, they are applied.
-    found = said.FaceFinder(shelf.out)(clips[0])
+    found = features_folder.FaceFinder(shelf.out)(clips[0])
     assert found
     said.append(shelf.out, said.stamp([said.about(found.face, "is", of="Xi")]))
     assert names()[clips[0]] == "Xi" and gallery.people["Xi"] == (clips[0],)
@@ -281,7 +281,7 @@ def party(drawn, read_here):
     drawn.meet("Ada", "Bob")
     drawn.run("gallery", "enrol", drawn.out / "gallery", f"--input={drawn.out / 'features'}",
               "--clip=party.s001.t00", "--identity=Ada")  # fmt: skip
-    (found,) = [said.FaceFinder(drawn.out)("party.s000.t00")]
+    (found,) = [features_folder.FaceFinder(drawn.out)("party.s000.t00")]
     assert found
     said.append(drawn.out, said.stamp([said.about(found.face, "not", of="Ada")]))
     drawn.who(drawn.folder / "party.mkv")
@@ -433,7 +433,7 @@ def test_results_of_version_0_1_0_keep_names_numbers_and_corrections(party):
     film = party.folder / "party.mkv"
     party.gallery("rename", "--identity=Bob", "--to=Robert")
     for clip, word in (("party.s002.t01", "ignore"),):
-        found = said.FaceFinder(party.out)(clip)
+        found = features_folder.FaceFinder(party.out)(clip)
         assert found
         said.append(party.out, said.stamp([said.about(found.face, word)]))
     party.who(film)

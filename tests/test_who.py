@@ -24,11 +24,11 @@ from tests.helpers.cases import nightly_after_first
 from tests.helpers.clip_files import read_arrays
 from tests.helpers.drawn_people import COLOURS, tags, tone, write_film, write_photo, write_voices
 from tests.helpers.seen import refused
-from vidjax.apps import said
+from vidjax.apps import features_folder, said
+from vidjax.apps.features_folder import hash_film
 from vidjax.apps.gallery.answers import Answer, read_groups, table
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import features_folder, people_photos, pipeline, who
-from vidjax.apps.video.features_folder import hash_film
+from vidjax.apps.video import people_photos, pipeline, who
 from vidjax.apps.video.unknown_numbers import read_numbers
 from vidjax.data.clip_files import write_npz
 from vidjax.utils.errors import UserError
@@ -246,7 +246,7 @@ def test_unclear_faces_are_not_grouped_and_a_name_is_for_one_face(drawn):
     assert {*read_groups(left, unknown=True)} == {again, bob}
 
     # A user joins two faces to one person. If a photo of Eve is added, unclear faces get her name.
-    find = said.FaceFinder(drawn.out)
+    find = features_folder.FaceFinder(drawn.out)
     both = [found.face for clip in (again, bob) if (found := find(clip))]
     joined = [said.about(face, "same", number=2, of=both[0]) for face in both]
     said.append(drawn.out, said.stamp(joined))

@@ -23,8 +23,8 @@ from PIL import Image
 
 from tests.benchmarks import common
 from tests.helpers import films, limits
-from vidjax.apps import cards
-from vidjax.apps.video import features_folder, film, who
+from vidjax.apps import cards, features_folder
+from vidjax.apps.video import film, who
 
 SIZES = {"360p": (360, 640), "1080p": (1080, 1920)}
 FPS = 25

@@ -30,9 +30,10 @@ from tests.helpers.clip_files import read_arrays
 from tests.helpers.drawn_people import write_film, write_photo
 from tests.helpers.limits import ROOT, children_of, file_limit, held_by, running
 from tests.helpers.seen import contents, refused
+from vidjax.apps import features_folder
 from vidjax.apps.gallery import store
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import features_folder, media_files, pipeline
+from vidjax.apps.video import media_files, pipeline
 from vidjax.utils.errors import UserError
 
 pytestmark = pytest.mark.slow

@@ -8,8 +8,8 @@ from unittest import mock
 import numpy as np
 
 from tests.helpers import clip_files, films, made_nets, xmp
-from vidjax.apps import cards
-from vidjax.apps.video import features_folder, film
+from vidjax.apps import cards, features_folder
+from vidjax.apps.video import film
 
 SIDE = made_nets.FACE
 # A net that distinguishes people by the colours of their faces.

@@ -1,6 +1,6 @@
 """Films as `vidjax extract` describes them, and appearances of people in films."""
 
-from vidjax.apps.video.features_folder import FaceTrack, FileStamp, MediaFile
+from vidjax.apps.features_folder import FaceTrack, FileStamp, MediaFile
 from vidjax.apps.video.naming import Appearance
 
 

@@ -9,17 +9,18 @@ from PIL import Image, ImageDraw
 
 from tests.helpers import films as films_lib, made_nets
 from tests.helpers.embeddings import unit
-from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.store import StoredClip
-from vidjax.apps.said import FEATURES
-from vidjax.apps.video import decision, features_folder, pipeline
-from vidjax.apps.video.features_folder import (
+from vidjax.apps import features_folder
+from vidjax.apps.features_folder import (
     Extraction,
     ExtractionSettings,
     FaceTrack,
     FileStamp,
     MediaFile,
 )
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.store import StoredClip
+from vidjax.apps.said import FEATURES
+from vidjax.apps.video import decision, pipeline
 from vidjax.data.clip_files import write_npz
 
 WIDTH = 128

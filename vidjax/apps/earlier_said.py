@@ -8,12 +8,13 @@ descriptions of films that other nets had to read again.
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidjax.apps import said
-from vidjax.apps.said import FEATURES, PEOPLE, VIDEOS, Act, Face, Line, SeenClip
+from vidjax.apps import features_folder, said
+from vidjax.apps.features_folder import VIDEOS, FaceFinder, SeenClip
+from vidjax.apps.said import FEATURES, PEOPLE, Act, Face, Line
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 from vidjax.utils.groups import group_by_key
@@ -33,15 +34,16 @@ class _Results:
     def __init__(self, out: Path):
         self.of_clip: dict[str, SeenClip] = {}  # of films; clips that wait begin with `earlier/`
         self.of_digest: dict[str, dict[str, SeenClip]] = {}  # digest of a film -> clip -> face
-        self.find = said.FaceFinder(out)
-        for place, begin in ((VIDEOS, ""), (EARLIER, f"{EARLIER}/")):
+        self.find = FaceFinder(out)
+        for place, *earlier in ((VIDEOS,), (EARLIER, EARLIER)):
             for path in sorted((out / FEATURES / place).glob("*.json")):
-                if seen := said.read_seen(path):
-                    clips = said.list_clips(seen)
-                    tracks = [[x.clip, x.start_s, x.end_s] for x in seen.tracks]
-                    key = files.sha256_json([seen.sha256, tracks, *[EARLIER] * bool(begin)])
+                with contextlib.suppress(UserError):  # damaged
+                    film = features_folder.read_media_file(path)
+                    clips = {clip: SeenClip(x, film.video) for clip, x in film.faces.items()}
+                    tracks = [[x.clip, x.start_s, x.end_s] for x in film.tracks]
+                    key = files.sha256_json([film.sha256, tracks, *earlier])
                     self.of_digest[key] = clips
-                    self.of_clip |= {begin + clip: x for clip, x in clips.items()}
+                    self.of_clip |= {"/".join([*earlier, clip]): x for clip, x in clips.items()}
 
 
 def read_numbers(out: Path) -> dict[str, Any] | None:
@@ -82,13 +84,32 @@ def log_acts(out: Path, acts: Sequence[Act], gallery: "State") -> Iterator[None]
     if acts and not said.has_log(out) and read_numbers(out):
         said.append(out, list_lines(out, gallery))
     if acts and said.has_log(out):
-        lines = said.record(out, acts)
+        lines = _record(out, acts)
     try:
         yield
     except BaseException:
         if lines:
             said.append(out, said.undo(lines))
         raise
+
+
+def _record(out: Path, acts: Iterable[Act]) -> list[Line]:
+    """Adds the changes of a gallery to the log; returns the new lines.
+
+    Clips that are not faces in the films and photos of the results are left out.
+    """
+    lines, find = list[Line](), FaceFinder(out)
+    for act in acts:
+        if act.says == "rename":
+            lines.append(Line(says="rename", person=act.what, of=act.of))
+        elif act.says == "forgotten":
+            said.forget(out, act.what)
+        elif found := find(act.what):
+            lines.append(said.about(found.face, act.says, of=act.of, video=found.video))
+    lines = said.stamp(lines)
+    if lines:
+        said.append(out, lines)
+    return lines
 
 
 def list_lines(out: Path, gallery: "State") -> list[Line]:

@@ -290,7 +290,7 @@ def _search_files(survey: Survey, traces: Traces, *, delete: bool) -> Iterator[P
     A folder of a kind in REMEDIES is described instead of its files. If `delete` is True, converted
     datasets with any of `traces` are deleted.
     """
-    from vidjax.apps.video import features_folder
+    from vidjax.apps import features_folder
 
     seen = set[Path | None]()  # listed folders, and files of the same film or photo
     for path in survey.paths:

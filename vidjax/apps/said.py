@@ -19,10 +19,10 @@ file names or names of clips change. Lines are only added. The lines of a step h
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct
@@ -30,7 +30,9 @@ from msgspec import Meta, Struct
 from vidjax.runs.json_types import Sha256, Share, Size, Text
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
-from vidjax.utils.names import normal_form, read_folder_name
+
+if TYPE_CHECKING:
+    from vidjax.apps.features_folder import FaceTrack
 
 NAME = "said.jsonl"
 ONCE = "once"  # see `ignore`
@@ -75,36 +77,7 @@ class Line(Struct, kw_only=True, frozen=True, omit_defaults=True):
         return Face(film=self.film, at=self.at, box=self.box, places=self.places)
 
 
-class Track(Protocol):
-    """A track of a face, such as `features_folder.FaceTrack`."""
-
-    clip: str
-    start_s: float
-    box: Any
-    box_at_s: float | None
-    places: Any
-
-
-class SeenTrack(Struct):
-    """A track of a face, see `features_folder.FaceTrack`."""
-
-    clip: Text
-    start_s: Seconds
-    end_s: Seconds
-    box: Box | None = None
-    box_at_s: Seconds | None = None
-    places: Places = ()
-
-
-class SeenFile(Struct):
-    """The part of `videos/STEM.json` that identifies faces."""
-
-    sha256: Sha256
-    video: Text
-    tracks: list[SeenTrack]
-
-
-def make_face(film: str, track: Track) -> Face | None:
+def make_face(film: str, track: "FaceTrack") -> Face | None:
     """Returns the face of a track, or None if no box is known. `film` is the sha256 of the film."""
     if track.box is None:
         return None
@@ -213,67 +186,3 @@ class Act(NamedTuple):
     says: str  # "is", "rename", "undo", or "forgotten" for a removed person
     what: str  # the clip, or the person
     of: str | None = None  # the new person
-
-
-def record(out: Path, acts: Iterable[Act]) -> list[Line]:
-    """Adds the changes of a gallery to the log; returns the new lines.
-
-    Clips that are not faces in the films and photos of the results are left out.
-    """
-    lines, acts = list[Line](), [*acts]
-    find = FaceFinder(out)
-    for act in acts:
-        if act.says == "rename":
-            lines.append(Line(says="rename", person=act.what, of=act.of))
-        elif act.says == "forgotten":
-            forget(out, act.what)
-        elif found := find(act.what):
-            face, video = found
-            lines.append(about(face, act.says, of=act.of, video=video))
-    lines = stamp(lines)
-    if lines:
-        append(out, lines)
-    return lines
-
-
-class SeenClip(NamedTuple):
-    """A clip of a film or photo."""
-
-    face: Face
-    video: str  # the name of the file
-
-
-class FaceFinder:
-    """Finds the faces of clips in a folder of results, with few readings of files."""
-
-    def __init__(self, out: Path):
-        self._out = out
-        self._known: dict[Path, Mapping[str, SeenClip]] = {}
-        self._folders: dict[str, Path] | None = None
-
-    def __call__(self, clip: str) -> SeenClip | None:
-        """Returns the face of a clip in the gallery, or None if it is no face of the results."""
-        folder, parts = self._out / FEATURES, clip.split("/", 3)
-        if parts[0] == PEOPLE and len(parts) > 2:
-            if self._folders is None:
-                places = (self._out / PEOPLE).glob("[!.]*")
-                self._folders = {read_folder_name(place.name): place for place in places}
-            owner, clip = normal_form(parts[1]), parts[2]
-            folder = self._folders.get(owner, self._out / PEOPLE / owner)
-        path = folder / VIDEOS / f"{clip.partition('.')[0]}.json"
-        if path not in self._known:
-            self._known[path] = list_clips(read_seen(path))
-        return self._known[path].get(clip)
-
-
-def read_seen(path: Path) -> SeenFile | None:
-    """Reads a file `videos/STEM.json`. Returns None if it is missing or damaged."""
-    with contextlib.suppress(UserError, OSError, msgspec.DecodeError, UnicodeDecodeError):
-        return msgspec.json.decode(files.read_bytes(path, MOST_BYTES), type=SeenFile)
-    return None
-
-
-def list_clips(seen: SeenFile | None) -> dict[str, SeenClip]:
-    """Returns clip -> its face and the name of its file."""
-    faces = ((x.clip, make_face(seen.sha256, x)) for x in seen.tracks) if seen else ()
-    return {clip: SeenClip(face, seen.video) for clip, face in faces if face and seen}

@@ -13,8 +13,8 @@ from vidjax.utils.errors import UserError
 from vidjax.utils.names import show
 
 if TYPE_CHECKING:
+    from vidjax.apps.features_folder import MediaFile
     from vidjax.apps.gallery.gallery import Gallery
-    from vidjax.apps.video.features_folder import MediaFile
     from vidjax.data.memory import MemoryClips
 
 

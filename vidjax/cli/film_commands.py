@@ -9,11 +9,10 @@ from pathlib import Path
 
 import msgspec
 
-from vidjax.apps import cards
+from vidjax.apps import cards, features_folder
 from vidjax.apps.gallery.answers import count_unknown
 from vidjax.apps.said import FEATURES
 from vidjax.apps.video import (
-    features_folder,
     measured_cards,
     net_families,
     net_packages,

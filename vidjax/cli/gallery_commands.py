@@ -28,10 +28,10 @@ from vidjax.utils.names import normal_form, show, strip_ending
 from vidjax.utils.parser import Parser, whole_number
 
 if TYPE_CHECKING:
+    from vidjax.apps.features_folder import MediaFile
     from vidjax.apps.gallery.gallery import Gallery
     from vidjax.apps.gallery.labelling import Enrolment
     from vidjax.apps.gallery.vectors import Vectors
-    from vidjax.apps.video.features_folder import MediaFile
     from vidjax.data.dataset import Dataset
     from vidjax.data.memory import MemoryClips
 
@@ -312,8 +312,8 @@ def _create(args: argparse.Namespace) -> Result:
 
 def _open(args: argparse.Namespace) -> "Gallery":
     """Opens the gallery of a command. Raises UserError if `--input` or `--split` is wrong."""
+    from vidjax.apps import features_folder
     from vidjax.apps.gallery.gallery import Gallery
-    from vidjax.apps.video import features_folder
     from vidjax.data.clips import SPLITS
     from vidjax.data.memory import check_path, find_files
 
@@ -545,7 +545,7 @@ def _group(args: argparse.Namespace) -> Result:
 
 def _read_films(path: str | Path | None) -> "list[MediaFile]":
     """Reads the descriptions of films in the input `path`; returns [] for other clips."""
-    from vidjax.apps.video import features_folder
+    from vidjax.apps import features_folder
 
     folder = Path(path or "").expanduser()
     if folder.suffix == ".npz":  # the features of one film
@@ -722,9 +722,9 @@ def _relabel(args: argparse.Namespace) -> Result:
 
 def _migrate(args: argparse.Namespace) -> Result:
     """Copies the people of a gallery. If a person has no clip left, the exit code is 1."""
+    from vidjax.apps import features_folder
     from vidjax.apps.gallery.gallery import Gallery
     from vidjax.apps.gallery.migration import migrate
-    from vidjax.apps.video import features_folder
     from vidjax.data.clips import SPLITS
     from vidjax.data.memory import load_people
 

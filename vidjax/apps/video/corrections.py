@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from vidjax.apps import said
+from vidjax.apps import features_folder, said
+from vidjax.apps.features_folder import NUMBERS, THUMBNAILS, FileStamp, MediaFile, SeenClip
 from vidjax.apps.gallery.answers import FACE, UNKNOWN, parse_group_number, rank_group
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.vectors import select_usable_clips
-from vidjax.apps.said import Line, SeenClip
-from vidjax.apps.video import features_folder, people_photos, results, still, who
+from vidjax.apps.said import Line
+from vidjax.apps.video import people_photos, results, still, who
 from vidjax.apps.video.decision import WAIT_SECONDS, Decision, decide, lock_changes
-from vidjax.apps.video.features_folder import NUMBERS, THUMBNAILS, FileStamp, MediaFile
 from vidjax.apps.video.names_page import CLIP, Forms, format_appearance_time
 from vidjax.apps.video.naming import Appearance, pair_seen_together
 from vidjax.utils import files
@@ -302,7 +302,7 @@ class Review:
 
     def _find_photos(self, clips: Iterable[str]) -> list[SeenClip]:
         """Returns the faces of enrolled photos."""
-        find = said.FaceFinder(self._out)
+        find = features_folder.FaceFinder(self._out)
         return [x for clip in sorted(clips) if (x := find(clip))]
 
     def _list_usable(self) -> set[str]:

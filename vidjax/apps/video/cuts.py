@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vidjax.apps.video.features_folder import MediaFile, make_printable
+from vidjax.apps.features_folder import MediaFile, make_printable
 from vidjax.apps.video.naming import Appearance, group_by_video
 from vidjax.utils import files
 from vidjax.utils.names import make_file_stems

@@ -6,16 +6,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from vidjax.apps import said as said_lib
+from vidjax.apps import features_folder, said as said_lib
+from vidjax.apps.features_folder import MediaFile
 from vidjax.apps.gallery import answers as answers_lib, card_notes
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.labelling import complete, find_known
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.said import Line
-from vidjax.apps.video import features_folder, naming, people_photos
+from vidjax.apps.video import naming, people_photos
 from vidjax.apps.video.faces import Said
-from vidjax.apps.video.features_folder import MediaFile
 from vidjax.apps.video.naming import Appearance, NamedTracks
 from vidjax.apps.video.unknown_numbers import (
     UnknownNumbers,

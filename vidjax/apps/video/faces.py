@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from vidjax.apps import earlier_said, said as said_lib
+from vidjax.apps.features_folder import FaceTrack, MediaFile
 from vidjax.apps.gallery.answers import UNKNOWN, parse_group_number
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.said import ONCE, Face, Line
-from vidjax.apps.video.features_folder import FaceTrack, MediaFile
 from vidjax.apps.video.tracks import measure_overlaps
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import IGNORED

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from vidjax.apps import cards
-from vidjax.apps.video import align, decode, features_folder, photos, regions
-from vidjax.apps.video.features_folder import ExtractionSettings, FaceTrack, FileStamp, MediaFile
+from vidjax.apps import cards, features_folder
+from vidjax.apps.features_folder import ExtractionSettings, FaceTrack, FileStamp, MediaFile
+from vidjax.apps.video import align, decode, photos, regions
 from vidjax.apps.video.nets import Detector, Embedder, Faces, NetError
 from vidjax.apps.video.search import FilmSearch, SearchedFrame
 from vidjax.apps.video.shots import ShotDetector

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from vidjax.apps import cards
+from vidjax.apps import cards, features_folder
 from vidjax.apps.cards import BackEnd, Card
 from vidjax.apps.gallery.backend import unit
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import align, features_folder, people_photos
+from vidjax.apps.video import align, people_photos
 from vidjax.data.memory import load_people
 from vidjax.models import card_measure
 from vidjax.models.card_backend import LEAST_CLARITY

@@ -4,7 +4,8 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from vidjax.apps.video import features_folder, regions
+from vidjax.apps import features_folder
+from vidjax.apps.video import regions
 from vidjax.data.checks import list_entries
 from vidjax.runs.terminal import say
 from vidjax.utils import files

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote, urlencode
 
+from vidjax.apps.features_folder import FaceTrack, MediaFile
 from vidjax.apps.gallery.answers import FACE, Answer, rank_group
-from vidjax.apps.video.features_folder import FaceTrack, MediaFile
 from vidjax.apps.video.naming import Appearance, format_certainty, format_percent, group_by_video
 from vidjax.apps.video.subtitles import format_span, format_tenths, format_time
 from vidjax.utils.groups import group_by_key

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from vidjax.apps.features_folder import Box, FaceTrack, MediaFile
 from vidjax.apps.gallery.answers import FACE, NOBODY, UNKNOWN, Answer, parse_group_number
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.labelling import find_known
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.video.faces import Said
-from vidjax.apps.video.features_folder import Box, FaceTrack, MediaFile
 from vidjax.apps.video.subtitles import format_time
 from vidjax.utils.groups import group_by_key
 

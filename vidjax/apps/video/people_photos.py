@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vidjax.apps import features_folder
+from vidjax.apps.features_folder import FaceTrack, MediaFile
 from vidjax.apps.gallery import card_notes
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery
@@ -19,8 +21,7 @@ from vidjax.apps.gallery.labelling import advise_other_films
 from vidjax.apps.gallery.store import StoredClip
 from vidjax.apps.gallery.vectors import select_usable_clips
 from vidjax.apps.said import PEOPLE
-from vidjax.apps.video import doubts, features_folder, media_files
-from vidjax.apps.video.features_folder import FaceTrack, MediaFile
+from vidjax.apps.video import doubts, media_files
 from vidjax.apps.video.pipeline import FileOutcome, extract_folders
 from vidjax.data.checks import list_entries
 from vidjax.runs.terminal import Progress, say

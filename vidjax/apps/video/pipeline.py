@@ -17,9 +17,9 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from vidjax.apps import cards as cards_lib
-from vidjax.apps.video import features_folder, film as film_lib, media_files, regions
-from vidjax.apps.video.features_folder import THUMBNAILS, VIDEOS, ExtractionSettings, MediaFile
+from vidjax.apps import cards as cards_lib, features_folder
+from vidjax.apps.features_folder import THUMBNAILS, VIDEOS, ExtractionSettings, MediaFile
+from vidjax.apps.video import film as film_lib, media_files, regions
 from vidjax.apps.video.media_files import PHOTOS, has_files, is_missing
 from vidjax.data.checks import list_entries
 from vidjax.runs import schemas

@@ -9,10 +9,11 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from vidjax.apps import features_folder
+from vidjax.apps.features_folder import MediaFile
 from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.said import FEATURES
-from vidjax.apps.video import cuts, features_folder, names_page, naming, people_photos, subtitles
-from vidjax.apps.video.features_folder import MediaFile
+from vidjax.apps.video import cuts, names_page, naming, people_photos, subtitles
 from vidjax.utils import files
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import fold, make_file_stems

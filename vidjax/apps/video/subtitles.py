@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidjax.apps.video.features_folder import MediaFile
+from vidjax.apps.features_folder import MediaFile
 from vidjax.utils import tables
 from vidjax.utils.errors import UserError
 from vidjax.utils.names import IGNORED, escape

@@ -16,11 +16,11 @@ import msgspec
 from msgspec import Meta, Struct
 
 from vidjax.apps import earlier_said
+from vidjax.apps.features_folder import NUMBERS, MediaFile
 from vidjax.apps.gallery.answers import parse_group_number
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.said import Face
 from vidjax.apps.video.faces import Said
-from vidjax.apps.video.features_folder import NUMBERS, MediaFile
 from vidjax.apps.video.naming import group_unknown
 from vidjax.runs import schemas
 from vidjax.runs.json_types import Count, Sha256, Size

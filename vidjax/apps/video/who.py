@@ -34,7 +34,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vidjax.apps import earlier_said, said as said_lib
+from vidjax.apps import earlier_said, features_folder, said as said_lib
+from vidjax.apps.features_folder import THUMBNAILS, ExtractionSettings, MediaFile
 from vidjax.apps.gallery import answers as answers_lib, card_notes, store
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.changes import check_person
@@ -43,7 +44,6 @@ from vidjax.apps.gallery.labelling import advise_other_films
 from vidjax.apps.gallery.store import StoredClip
 from vidjax.apps.said import FEATURES, Line
 from vidjax.apps.video import (
-    features_folder,
     media_files,
     names_page,
     naming,
@@ -54,7 +54,6 @@ from vidjax.apps.video import (
 )
 from vidjax.apps.video.decision import Decision, decide, lock_changes, read_said
 from vidjax.apps.video.faces import Lost, Said
-from vidjax.apps.video.features_folder import THUMBNAILS, ExtractionSettings, MediaFile
 from vidjax.apps.video.people_photos import PhotoFace
 from vidjax.apps.video.pipeline import FileOutcome
 from vidjax.apps.video.results import PADDING_SECONDS, PAGE, UNKNOWN

@@ -24,13 +24,13 @@ import re
 import urllib.parse
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct
 
 from vidjax.apps.cards import EMBEDDER_ROLES
-from vidjax.apps.said import Face, make_face
+from vidjax.apps.said import FEATURES, PEOPLE, Face, make_face
 from vidjax.data.clip_files import check_nets, read_clips
 from vidjax.data.memory import MemoryClips
 from vidjax.models.card_backend import LEAST_CLARITY
@@ -39,7 +39,7 @@ from vidjax.runs.json_types import Count, Sha256, Size, Text
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 from vidjax.utils.groups import group_by_key
-from vidjax.utils.names import check_name
+from vidjax.utils.names import check_name, normal_form, read_folder_name
 
 if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery
@@ -300,6 +300,33 @@ def describe_media_file(out: Path, stem: str) -> MediaFile | None:
     with contextlib.suppress(UserError, FileNotFoundError):
         return read_media_file(out / VIDEOS / f"{stem}.json")
     return None
+
+
+class SeenClip(NamedTuple):
+    """A clip of a film or photo."""
+
+    face: Face
+    video: str  # the name of the file
+
+
+class FaceFinder:
+    """Finds the faces of clips in a folder of results, with few readings of files."""
+
+    def __init__(self, out: Path):
+        self._out = out
+        self._folders: dict[str, Path] = {
+            read_folder_name(place.name): place for place in (out / PEOPLE).glob("[!.]*")
+        }
+        self._read = functools.cache(describe_media_file)
+
+    def __call__(self, clip: str) -> SeenClip | None:
+        """Returns the face of a clip in the gallery, or None if it is no face of the results."""
+        folder, parts = self._out / FEATURES, clip.split("/", 3)
+        if parts[0] == PEOPLE and len(parts) > 2:
+            folder, clip = self._folders.get(normal_form(parts[1])), parts[2]
+        film = self._read(folder, clip.partition(".")[0]) if folder else None
+        face = film.faces.get(clip) if film else None
+        return SeenClip(face, film.video) if film and face else None
 
 
 def set_aside(out: Path) -> None:
