@@ -331,11 +331,8 @@ def _check_extraction(
                 "name a new folder, or the folder of nets with which they were computed"
             )
     if settings and settings != before.settings:
-        changed = [
-            f"{name}: {getattr(before.settings, name)}, not {getattr(settings, name)}"
-            for name in settings.__struct_fields__
-            if getattr(before.settings, name) != getattr(settings, name)
-        ]
+        old, new = map(msgspec.structs.asdict, (before.settings, settings))
+        changed = [f"{name}: {old[name]}, not {x}" for name, x in new.items() if old[name] != x]
         raise UserError(
             f"the features in '{out}' were extracted with other settings ({'; '.join(changed)})\n"
             "name a new folder, or use the same settings"
