@@ -367,3 +367,8 @@ def test_a_photo_with_sunglasses_is_left_out_if_there_are_others(drawn):
     assert content["people"] == {"Ada": 1, "Bob": 1}
     assert "it is left out, because Ada has better photos" in output
     assert {*Gallery(drawn.out / "gallery").clips} == {"people/Ada/1", "people/Bob/2"}
+
+    # Later, this photo is damaged. Its face is not enrolled, so nothing changes.
+    (drawn.friends / "Ada" / "2.png").write_bytes(b"\x89PNG\r\n damaged")
+    content, _ = drawn.who(write_group(drawn), code=1)
+    assert content["people"] == {"Ada": 1, "Bob": 1}

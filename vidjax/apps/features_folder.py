@@ -35,7 +35,7 @@ from vidjax.data.clip_files import check_nets, read_clips
 from vidjax.data.memory import MemoryClips
 from vidjax.models.card_backend import LEAST_CLARITY
 from vidjax.runs import schemas
-from vidjax.runs.json_types import Count, Sha256, Size, Text
+from vidjax.runs.json_types import Count, Sha256, Share, Size, Text
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 from vidjax.utils.groups import group_by_key
@@ -60,7 +60,6 @@ POOR_QUALITY = 0.01  # faces of lower quality are often not recognised
 MOST_STEM_BYTES = 120  # most file systems allow 255 bytes for the name of a file
 REMEDY = "delete the folder, and extract the files again"
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
-Share = Annotated[float, Meta(ge=0, le=1)]
 # Left, top, right and bottom, as fractions of the width and height of the upright picture.
 Box = tuple[Share, Share, Share, Share]
 Place = tuple[Seconds, Box]  # the time of a picture, and the box of a face in it

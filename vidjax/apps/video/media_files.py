@@ -106,17 +106,13 @@ def split_files(path: Path) -> tuple[list[Path], list[Path]]:
 
 def say_left_out(paths: Iterable[Path]) -> None:
     """Prints which folders contain unused files, contain no film or photo, or may not be read."""
-
-    def say_unreadable(error: OSError) -> None:
-        if isinstance(error, PermissionError):
-            say(
-                f"{show(error.filename)} is left out, because you may not read this folder",
-                warning=True,
-            )
-
     for named in paths:
-        count = 0
-        for path in list_folders(named, say_unreadable):
+        count, unreadable = 0, list[OSError]()
+        folders = list_folders(named, unreadable.append)
+        for error in (x for x in unreadable if isinstance(x, PermissionError)):
+            text = "is left out, because you may not read this folder"
+            say(f"{show(error.filename)} {text}", warning=True)
+        for path in folders:
             accepted, others = split_files(path)
             count += len(accepted)
             expected = {sidecar for photo in accepted for sidecar in regions.list_sidecars(photo)}

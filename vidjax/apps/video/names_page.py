@@ -268,10 +268,8 @@ def render(
         """Returns the URL of this page from the face or person with the number `first` on."""
         return f"./?{view._replace(first=max(first, 0)).url_query}"
 
-    texts = {
-        video: " ".join([video, *{entry.name for entry in entries}])
-        for video, entries in entries_of.items()
-    }  # fmt: skip
+    texts = {video: " ".join([video, *{x.name for x in of}]) for video, of in entries_of.items()}
+    listed = [film for film in films if not forms or film.video == view.film]
     index = [name for name in found if name == IGNORED or name in people]
     if not view.part:
         shown = shown[first:last]
@@ -280,10 +278,7 @@ def render(
         part=view.part, forms=forms, note=note, script=script, digest=digest,
         doubtful=[] if view.find else doubtful[:MOST_DOUBTFUL], num_doubtful=len(doubtful),
         videos=find(view.find, texts),
-        films=[
-            _make_section(film, entries_of[film.video], people)
-            for film in films if not forms or film.video == view.film
-        ],
+        films=[_make_section(film, entries_of[film.video], people) for film in listed],
         index=index, people=shown, times_of=times, grid=grid[first:last], count=count,
         earlier=turn(first - step) if first else "",
         later=turn(first + step) if forms and first + step < count else "",

@@ -61,20 +61,15 @@ def find_appearances(
     """
     appearances = []
     for film in films:
-        by_name: dict[tuple[bool, str], list[FaceTrack]] = {}
-        for track in sorted(film.tracks, key=lambda track: track.start_s):
-            if (answer := answers.get(track.clip)) is None:
-                continue
-            if name := answer.identity or (groups or {}).get(track.clip):
-                by_name.setdefault((answer.identity is not None, name), []).append(track)
-            else:
-                appearances.append(_make_appearance(film, None, None, [track]))
+        by_name = group_by_key(
+            ((x.identity is not None, x.identity or (groups or {}).get(track.clip)), track)
+            for track in sorted(film.tracks, key=lambda track: track.start_s)
+            if (x := answers.get(track.clip)) is not None
+        )
         for (known, name), tracks in by_name.items():
-            for joined in _join_tracks(tracks):
-                least = min(answers[track.clip].probability for track in joined)
-                parts = dict.fromkeys(p for track in joined for p in answers[track.clip].evidence)
-                p = least if known else None
-                appearances.append(_make_appearance(film, name, p, joined, tuple(parts)))
+            for joined in _join_tracks(tracks) if name else ([track] for track in tracks):
+                found = [answers[track.clip] for track in joined]
+                appearances.append(_make_appearance(film, name, known, joined, found))
     return sorted(appearances, key=lambda x: (x.video, x.start_s, x.identity or ""))
 
 
@@ -302,16 +297,19 @@ def settle_answers(answers: Mapping[str, Answer], films: Iterable[MediaFile]) ->
 def _make_appearance(
     film: MediaFile,
     name: str | None,
-    probability: float | None,
+    known: bool,
     tracks: Sequence[FaceTrack],
-    evidence: tuple[str, ...] = (),
+    answers: Sequence[Answer],
 ) -> Appearance:
-    end = max(track.end_s for track in tracks)
-    clips = tuple(track.clip for track in tracks)
+    """Joins tracks of a person in order of time. `known` is False for an unknown person."""
+    end, clips = max(track.end_s for track in tracks), tuple(track.clip for track in tracks)
+    probability = min(answer.probability for answer in answers) if known else None
+    evidence = (part for answer in answers for part in answer.evidence) if name else ()
     best, begin = max(tracks, key=lambda track: track.seen), tracks[0].start_s
     return Appearance(
-        film.video, begin, end, name, probability, clips, evidence, best.box, best.box_at_s
-    )
+        film.video, begin, end, name, probability, clips, tuple(dict.fromkeys(evidence)),
+        best.box, best.box_at_s,
+    )  # fmt: skip
 
 
 def _join_tracks(tracks: Iterable[FaceTrack]) -> Iterator[list[FaceTrack]]:

@@ -192,9 +192,7 @@ def list_photos(people: Path, out: Path, flag: str = WHO_FLAG) -> dict[str, list
             continue
         photos = [path] if is_file or _is_lost_photo(path) else []
         if path.is_dir():
-            photos = [
-                photo for folder in media_files.list_folders(path) for photo in _list_stills(folder)
-            ]
+            photos = [*itertools.chain(*map(_list_stills, media_files.list_folders(path)))]
         if not photos and normal_form(path.name) not in known:
             place = show(str(path))
             _warn([f"{show(path.name)} cannot be recognised: there is no photo in '{place}'"])
@@ -397,21 +395,18 @@ def check_photos(
     return FoundFaces(people, outcomes_of, failed, names, usable)
 
 
-def _leave_out_hidden(
-    usable: dict[PhotoFace, Path], poor: Mapping[PhotoFace, str]
-) -> Iterator[str]:
-    """Leaves out usable faces with sunglasses if the person has a good face.
+def _leave_out_hidden(usable: dict[PhotoFace, Path], poor: Mapping[PhotoFace, str]) -> list[str]:
+    """Leaves out usable faces with sunglasses if the person has a good face; returns warnings.
 
-    `poor` is usable face with a problem -> the problem, which is yielded; "" if it was printed
-    before.
+    `poor` is usable face with a problem -> the problem, or "" if it was printed before.
     """
-    good = {face.person for face in usable.keys() - poor.keys()}
+    good, texts = {face.person for face in usable.keys() - poor.keys()}, list[str]()
     for face, problem in poor.items():
         if problem and face.person in good:
             del usable[face]
             problem += f"; it is left out, because {show(face.person)} has better photos"
-        if problem:
-            yield problem
+        texts.append(problem)
+    return [*filter(None, texts)]
 
 
 def embed_usable(gallery: Gallery, usable: Mapping[PhotoFace, Path]) -> dict[PhotoFace, StoredClip]:
@@ -450,9 +445,7 @@ def enrol_photos(
 
 
 def find_renamed(
-    gallery: Gallery,
-    enrolled: Mapping[str, PhotoFace],
-    faces: Mapping[PhotoFace, StoredClip],
+    gallery: Gallery, enrolled: Mapping[str, PhotoFace], faces: Mapping[PhotoFace, StoredClip]
 ) -> dict[str, set[str]]:
     """Finds people whose photos are all photos of other people now.
 

@@ -252,7 +252,6 @@ def _prepare_folder(
             f"'{out / THUMBNAILS}' contains files that vidjax did not write\n"
             "move these files, or name another folder"
         )
-    read = features_folder.find_media_files(out)
     known = features_folder.describe_media_files(out)
     for path in (out / VIDEOS).glob("*.json"):
         if path.stem not in known:
@@ -268,7 +267,8 @@ def _prepare_folder(
             kept.add(stem)
             error = f"{path} cannot be reached: is the drive connected?"
             remedy = FORGET_REMEDY if missing else ""
-            lost.append(FileOutcome(path, None, error, remedy=remedy, earlier=read.get(stem)))
+            earlier = features_folder.find_media_file(out, stem)
+            lost.append(FileOutcome(path, None, error, remedy=remedy, earlier=earlier))
         elif deleted and not others:
             say(f"{path} no longer exists: its features are removed")
         elif not others:
@@ -331,11 +331,8 @@ def _check_extraction(
                 "name a new folder, or the folder of nets with which they were computed"
             )
     if settings and settings != before.settings:
-        changed = [
-            f"{name}: {getattr(before.settings, name)}, not {getattr(settings, name)}"
-            for name in settings.__struct_fields__
-            if getattr(before.settings, name) != getattr(settings, name)
-        ]
+        old, new = map(msgspec.structs.asdict, (before.settings, settings))
+        changed = [f"{name}: {old[name]}, not {x}" for name, x in new.items() if old[name] != x]
         raise UserError(
             f"the features in '{out}' were extracted with other settings ({'; '.join(changed)})\n"
             "name a new folder, or use the same settings"
