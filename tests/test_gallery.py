@@ -13,7 +13,7 @@ from tests.helpers.cases import nightly_after_first
 from tests.helpers.embeddings import unit
 from tests.helpers.made_galleries import SETTINGS, make, make_clip, make_clips, vectors_of
 from tests.helpers.seen import refused
-from vidjax.apps.gallery import answers as answers_lib, backend as backend_lib
+from vidjax.apps.gallery import answers as answers_lib, backend as backend_lib, index as index_lib
 from vidjax.apps.gallery.enrolment import enrol, fit_backend
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import StoredClip, list_clips_of
@@ -86,7 +86,7 @@ def test_log_softmax_is_exact():
         wide, best = logits.astype(np.longdouble), int(np.argmax(logits))  # 80 bits
         others = np.sum(np.exp(np.delete(wide, best) - wide[best]))
         wanted = (wide - wide[best] - np.log1p(others)).astype(float)
-        np.testing.assert_allclose(backend_lib.log_softmax(logits), wanted, rtol=1e-10, atol=1e-300)
+        np.testing.assert_allclose(index_lib.log_softmax(logits), wanted, rtol=1e-10, atol=1e-300)
 
 
 def test_stranger_whose_vector_is_the_centre_never_passes_the_threshold(tmp_path):
@@ -275,7 +275,7 @@ def make_index(*, cards=False, **settings):
     clips = make_clips(PEOPLE, strangers=0)
     everybody = enrol(backend, list_clips_of(clips), clips)
     blocks = np.split(np.arange(PEOPLE), [300, 301])  # 300, 1 and 399 people
-    return backend_lib.Index(backend, map(everybody.take, blocks))
+    return index_lib.Index(backend, map(everybody.take, blocks))
 
 
 def query_vectors(count):
@@ -301,9 +301,9 @@ def assert_near(answers, wanted):
 def test_answers_do_not_depend_on_other_clips_or_the_order_of_people(cards, scale):
     index = make_index(cards=cards, scale=scale)
     parts = index.backend.split(query_vectors(15))  # of 30 clips
-    everybody, order = backend_lib.join(index.blocks), np.random.default_rng(0).permutation(PEOPLE)
+    everybody, order = index_lib.join(index.blocks), np.random.default_rng(0).permutation(PEOPLE)
     blocks = [everybody.take(rows) for rows in np.array_split(order, [1, 50, 500])]
-    shuffled = backend_lib.Index(index.backend, blocks)
+    shuffled = index_lib.Index(index.backend, blocks)
     for k in (1, 5, 600):
         answers = list(index.nearest(parts, k))
         assert_near(answers, shuffled.nearest(parts, k))
@@ -344,7 +344,7 @@ def test_equally_probable_people_are_sorted_by_name(tmp_path, monkeypatch):
     twins = {f"clip of {name}": clip._replace(identity=name) for name in names}
     people = make(tmp_path / "g", twins)
     (block,) = people.index.blocks
-    reverse = backend_lib.Index(people.backend, [block.take(np.arange(40)[::-1])])
+    reverse = index_lib.Index(people.backend, [block.take(np.arange(40)[::-1])])
     for limit in (30, 50):  # fewer and more than the equally probable people
         monkeypatch.setattr(backend_lib, "MAX_FINE_PEOPLE", limit)
         (answer,) = reverse.nearest(people.backend.split(clip.vector[None]), 20)

@@ -26,6 +26,7 @@ from vidjax.apps.gallery import (
 )
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.index import Index
 from vidjax.apps.video import doubts, naming, subtitles
 from vidjax.data.memory import MemoryClips
 from vidjax.evaluation.export import reader
@@ -51,7 +52,7 @@ def log_probabilities(photos, clips):
     people, count = photos.shape[:2]
     names, owner = [f"{n:05}" for n in range(people)], np.repeat(np.arange(people), count)
     enrolled = BACKEND.enrol(names, photos.reshape(-1, WIDTH).astype(np.float32), owner)
-    index = backend.Index(BACKEND, [enrolled])
+    index = Index(BACKEND, [enrolled])
     return np.array(list(index.search([clips.astype(np.float32)])))
 
 
@@ -724,7 +725,7 @@ def test_a_stranger_who_sets_the_threshold_does_not_reach_it_in_another_batch():
     """Sums of float32 numbers depend on the size of the batch."""
     photos, strangers = draw(1, people=3000, clips=1), draw(2, people=100, clips=1)[:, 0]
     people = BACKEND.enrol([f"{n:05}" for n in range(3000)], photos[:, 0], np.arange(3000))
-    index = backend.Index(BACKEND, [people])
+    index = Index(BACKEND, [people])
     best = np.array([match.best[0][1] for match in index.nearest([strangers], 1)])
     limits = [
         answers_lib.measure_threshold(best[[row]], 0.5, 3000).score for row in range(len(best))

@@ -20,7 +20,7 @@ from tests.helpers.embeddings import exact, unit
 from tests.helpers.made_frames import make_frames
 from tests.helpers.made_models import init_identifier
 from tests.helpers.seen import refused
-from vidjax.apps.gallery import backend as backend_lib, grouping
+from vidjax.apps.gallery import backend as backend_lib, grouping, index as index_lib
 from vidjax.core import ensemble
 from vidjax.core.batch import ClipInfo
 from vidjax.models import plda_fit, two_covariance
@@ -168,7 +168,7 @@ def test_fitted_settings_favour_no_modality():
     known = {name: x[enrolled] for name, x in vectors.items()}
     backend = backend_lib.fit(known, labels[enrolled], centred=False)
     names, joined = [str(n) for n in range(1, 61)], np.concatenate([*known.values()], axis=1)
-    index = backend_lib.Index(backend, [backend.enrol(names, joined, labels[enrolled] - 1)])
+    index = index_lib.Index(backend, [backend.enrol(names, joined, labels[enrolled] - 1)])
     answers = index.nearest([x[~enrolled] for x in vectors.values()], k=1)
     named = np.array([int(answer.best[0][0]) for answer in answers])  # the most likely people
 
@@ -211,7 +211,7 @@ def name_later_people(fitted, photos, queries):
     owner = np.repeat(np.arange(people), clips)
     names = [*map(str, range(people))]
     enrolled = backend.enrol(names, photos.reshape(-1, width), owner)
-    answers = [*backend_lib.Index(backend, [enrolled]).nearest([queries], 1)]
+    answers = [*index_lib.Index(backend, [enrolled]).nearest([queries], 1)]
     named = np.array([answer.best[0][1] > np.log(0.5) for answer in answers])
     best = np.array([int(answer.best[0][0]) for answer in answers])
     known = named[:people] & (best[:people] == np.arange(people))

@@ -25,6 +25,7 @@ from tests.benchmarks import common
 from tests.helpers import embeddings
 from vidjax.apps.cards import PUBLISHED, BackEnd
 from vidjax.apps.gallery import backend
+from vidjax.apps.gallery.index import Index
 from vidjax.core import metrics
 from vidjax.models import card_backend
 
@@ -50,7 +51,7 @@ def measure(num_people: int, *, clips: int, width: int, within: float, seed: int
     people, enrolled = np.repeat(np.arange(num_people), clips), x[:, :clips].reshape(-1, width)
     fitted = backend.fit({"face": enrolled}, 1 + people, centred=False)
     names = [*map(str, range(num_people))]
-    index = backend.Index(fitted, [fitted.enrol(names, enrolled, people)])
+    index = Index(fitted, [fitted.enrol(names, enrolled, people)])
 
     def identify(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns the best people, their log-probabilities, and the probabilities of strangers."""
@@ -89,7 +90,7 @@ def measure_net(num_people: int, *, clips: int, seed: int) -> dict[str, float]:
     model, names = backend.make_card_backend({"face": fit}), [*map(str, range(num_people))]
     enrolled = made.photos(known, clips).reshape(-1, embeddings.WIDTH).astype(np.float32)
     people = model.enrol(names, enrolled, np.repeat(np.arange(num_people), clips))
-    answers = [*backend.Index(model, [people]).nearest([queries], 1)]
+    answers = [*Index(model, [people]).nearest([queries], 1)]
     best, logs = zip(*(answer.best[0] for answer in answers), strict=True)
     probability, right = np.exp(logs), np.pad(np.array(best[:500], int) == person, (0, 500))
     named = probability > 0.5

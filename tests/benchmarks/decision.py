@@ -77,7 +77,7 @@ def decide(
     """
     rows = np.repeat(np.arange(len(people)), chosen.shape[1])
     enrolled = model.enrol([*map(str, people)], chosen.reshape(len(rows), -1), rows)
-    index, known = backend.Index(model, [enrolled]), len(people)
+    index, known = Index(model, [enrolled]), len(people)
     by_group = [RULE.answer(x, cards=True) for x in index.nearest([films.vectors], known, owner)]
     singly = [RULE.answer(x, cards=True) for x in index.nearest([films.vectors], known)]
     pairs = zip(owner.tolist(), singly, strict=True)

@@ -26,7 +26,7 @@ from tests.benchmarks import common
 from tests.benchmarks.decision import CARD
 from tests.helpers.embeddings import unit
 from tests.helpers.made_galleries import vectors_of
-from vidjax.apps.gallery import backend as backend_lib
+from vidjax.apps.gallery import backend as backend_lib, index as index_lib
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import State, Store, StoredClip, VectorOrigin, list_clips_of
 from vidjax.models.two_covariance import Settings
@@ -79,7 +79,7 @@ def make_clips(num_parts: int, count: int, rng: Any, start: int = 0) -> dict[str
 def write(folder: Path, num_people: int, parts: Sequence[str], rng: np.random.Generator) -> None:
     """Writes a gallery of `num_people`. To save time, each block of people has equal vectors."""
     front = make_front(parts, rng)
-    few = list(make_clips(len(parts), min(backend_lib.MAX_BLOCK_PEOPLE, num_people), rng).values())
+    few = list(make_clips(len(parts), min(index_lib.MAX_BLOCK_PEOPLE, num_people), rng).values())
     vectors, numbers = np.stack([clip.vector for clip in few]), np.arange(len(few))
     block = front.enrol([str(clip.identity) for clip in few], vectors, numbers)
     names = [f"person_{number:07}" for number in range(num_people)]
@@ -91,7 +91,7 @@ def write(folder: Path, num_people: int, parts: Sequence[str], rng: np.random.Ge
     folder.mkdir(mode=0o700)
     origin = VectorOrigin("made-up", "0" * 64, centred=True)
     Store(folder).create(
-        State(1, origin, backend_lib.Index(front, blocks), clips, list_clips_of(clips))
+        State(1, origin, index_lib.Index(front, blocks), clips, list_clips_of(clips))
     )
 
 

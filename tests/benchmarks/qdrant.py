@@ -27,7 +27,7 @@ from qdrant_client.local import local_collection
 from tests.benchmarks import common
 from tests.helpers.embeddings import unit
 from vidjax.apps.cards import BackEnd
-from vidjax.apps.gallery import backend as backend_lib
+from vidjax.apps.gallery import backend as backend_lib, index as index_lib
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import State, Store, StoredClip, VectorOrigin, list_clips_of
 from vidjax.cli.program import main
@@ -51,13 +51,13 @@ def write_gallery(folder: Path, vectors: np.ndarray) -> None:
         data="random vectors",
     )  # fmt: skip
     backend = backend_lib.make_card_backend({"face": card})
-    names, step = [f"person_{n:07}" for n in range(len(vectors))], backend_lib.MAX_BLOCK_PEOPLE
+    names, step = [f"person_{n:07}" for n in range(len(vectors))], index_lib.MAX_BLOCK_PEOPLE
     blocks = (
         backend.enrol(names[at : at + step], some := vectors[at : at + step], np.arange(len(some)))
         for at in range(0, len(names), step)
     )
     clips = {name: StoredClip(name, row) for name, row in zip(names, vectors, strict=True)}
-    index = backend_lib.Index(backend, blocks)
+    index = index_lib.Index(backend, blocks)
     folder.mkdir(mode=0o700)
     origin = VectorOrigin("made-up", "0" * 64, True, {"face": "0" * 64})
     Store(folder.absolute()).create(State(1, origin, index, clips, list_clips_of(clips)))

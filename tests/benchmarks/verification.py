@@ -25,7 +25,7 @@ import numpy as np
 from tests.benchmarks import common, decision
 from tests.helpers import embeddings
 from vidjax.apps.cards import PUBLISHED, BackEnd
-from vidjax.apps.gallery import backend as backend_lib, ratios, verification
+from vidjax.apps.gallery import backend as backend_lib, index as index_lib, ratios, verification
 from vidjax.apps.gallery.backend import Backend
 
 DRAWS = 200
@@ -54,7 +54,7 @@ def make_comparison(draw: Draw, *, pairs: bool) -> Callable[[np.ndarray], np.nda
         return lambda x: ratios.compare(model, one, ratios.of_clips(model, [x]))[0]
     enrolled = draw.enrolled.reshape(-1, width)
     owner = np.arange(people).repeat(clips)
-    index = backend_lib.Index(model, [model.enrol([*map(str, range(people))], enrolled, owner)])
+    index = index_lib.Index(model, [model.enrol([*map(str, range(people))], enrolled, owner)])
     return lambda x: index.ratios([x], "0")[0]
 
 

@@ -28,7 +28,7 @@ from vidjax.utils.errors import UserError, check_argument
 from vidjax.utils.names import is_unknown
 
 if TYPE_CHECKING:
-    from vidjax.apps.gallery.backend import Nearest
+    from vidjax.apps.gallery.index import Nearest
     from vidjax.data.memory import MemoryClips
     from vidjax.data.packing import Clips
 

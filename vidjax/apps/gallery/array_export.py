@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from vidjax.apps.gallery.backend import Ratios
 from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.index import Ratios
 from vidjax.apps.gallery.ratios import MAX_VOICE_RATIO
 from vidjax.evaluation.export import array_files
 from vidjax.utils.errors import UserError

@@ -5,7 +5,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from vidjax.apps.gallery import backend as backend_lib
-from vidjax.apps.gallery.backend import MAX_BLOCK_PEOPLE, Backend, Index, People
+from vidjax.apps.gallery.backend import Backend, People
+from vidjax.apps.gallery.index import MAX_BLOCK_PEOPLE, Index
 from vidjax.apps.gallery.store import (
     MAX_VECTOR_WIDTH,
     STRANGER,

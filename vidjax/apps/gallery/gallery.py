@@ -49,9 +49,10 @@ from vidjax.apps.gallery import (
     verification,
 )
 from vidjax.apps.gallery.answers import Answer, NamingRule, Threshold
-from vidjax.apps.gallery.backend import Backend, Index
+from vidjax.apps.gallery.backend import Backend
 from vidjax.apps.gallery.changes import Draft
 from vidjax.apps.gallery.enrolment import refit
+from vidjax.apps.gallery.index import Index
 from vidjax.apps.gallery.labelling import Enrolment
 from vidjax.apps.gallery.run_vectors import RunVectors
 from vidjax.apps.gallery.store import STRANGER, State, Store, StoredClip, VectorOrigin

@@ -10,7 +10,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from vidjax.apps.gallery import answers as answers_lib, backend as backend_lib, card_notes
+from vidjax.apps.gallery import (
+    answers as answers_lib,
+    card_notes,
+    index as index_lib,
+)
 from vidjax.apps.gallery.answers import (
     ABOVE_HALF,
     DEFAULT_FPIR,
@@ -169,5 +173,5 @@ def _sum_others(scores: np.ndarray) -> np.ndarray:
     # Only the most probable person can have a higher probability than all others together.
     others = np.repeat(scores.max(axis=1, keepdims=True), scores.shape[1], axis=1)
     for row, best in enumerate(scores.argmax(axis=1).tolist()):
-        others[row, best] = backend_lib.sum_others(scores[row], best)
+        others[row, best] = index_lib.sum_others(scores[row], best)
     return others

@@ -45,7 +45,8 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-from vidjax.apps.gallery.backend import MAX_BLOCK_PEOPLE, Backend, Index, Kind, People, from_numbers
+from vidjax.apps.gallery.backend import Backend, Kind, People, from_numbers
+from vidjax.apps.gallery.index import MAX_BLOCK_PEOPLE, Index
 from vidjax.models.two_covariance import Settings
 from vidjax.runs import schemas
 from vidjax.runs.json_types import Count, Sha256, Size, Text

@@ -1,0 +1,523 @@
+"""Compares clips with enrolled people: the coefficients of people, and the nearest of a clip."""
+
+import functools
+import heapq
+import itertools
+import os
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from vidjax.apps.gallery import ratios as ratios_lib
+from vidjax.apps.gallery.ratios import MAX_VOICE_RATIO
+from vidjax.models import card_backend, card_check, two_covariance
+from vidjax.models.card_backend import Distances
+from vidjax.models.card_check import Comparison
+from vidjax.utils.machine import num_cores
+
+if TYPE_CHECKING:
+    pass
+
+
+from vidjax.apps.gallery.backend import Backend, Part, People, one_thread, sum_by_owner
+
+MAX_QUERY_CLIPS = 64  # clips that are compared together
+
+MAX_PAIRED_NUMBERS = 1 << 20  # numbers in an array with a vector for each pair of clip and person
+
+# The coefficients of people are in blocks of at most this size. Threads compare blocks in parallel.
+MAX_BLOCK_PEOPLE = 4096
+
+MIN_BLOCK_PEOPLE = 512  # a change of the gallery joins blocks with fewer people
+
+NUM_FINE_PEOPLE = 16  # most probable people of a clip, whose logits are computed in float64
+
+MAX_LOGIT_ERROR = 1e-3  # larger than the rounding error of a float32 logit
+
+MAX_FINE_PEOPLE = 4096  # people that are compared in float64 because they tie with the k-th person
+
+# From a shift of the mean of all people by this distance on, inner products with the mean are
+# computed again in float64. A smaller shift is added in float32, with an error below 1e-9.
+MOST_SHIFT = 1e-3
+
+# People are split into groups of this size. The k-th highest logit of all people is not lower than
+# the k-th highest of the groups' best logits.
+PEAK_PEOPLE = 32
+
+_threads = functools.cache(lambda: ThreadPoolExecutor(num_cores()))
+os.register_at_fork(after_in_child=_threads.cache_clear)
+
+
+class Means:
+    """The means of the unit vectors of P people in one modality, for the comparison by distances.
+
+    Attributes:
+      square: [P] float64, the squared lengths of the means.
+      effective: [P] float64, the effective numbers of clips, see `card_backend.effective_count`.
+      total: [D] float64, the sum of the means.
+      weighed: the weighted sum of the means, and the sum of the weights, see `card_backend.weigh`.
+    """
+
+    def __init__(
+        self, distances: Distances, linear: np.ndarray, square: np.ndarray, count: np.ndarray
+    ):
+        """`linear` [P, D] float32 are the means, and `count` [P] the numbers of clips."""
+        self._linear, self.square = linear, square
+        self.effective = card_backend.effective_count(distances, count, square)
+        weights = card_backend.weigh(distances, self.effective, count)
+        self.total = linear.sum(axis=0, dtype=np.float64)
+        self.weighed = weights @ linear, float(weights.sum())
+        # A centre [D], and the inner products [P] of the means with it.
+        self._projected = np.full(linear.shape[1], np.inf), np.zeros(0)
+
+    def measure_radius(self, centre: np.ndarray) -> np.ndarray:
+        """Returns the squared distances [P] float64 of the means from `centre` [D] float64."""
+        before, products = self._projected
+        shift = centre - before
+        if np.linalg.norm(shift) < MOST_SHIFT:
+            products = products + self._linear @ shift.astype(np.float32)
+        else:
+            products = self._linear @ centre
+            self._projected = centre, products
+        return self.square - 2 * products + centre @ centre
+
+
+class Block(People):
+    """People who are compared together. An index and a changed index after it share blocks.
+
+    So a block keeps values that do not depend on other people.
+    """
+
+    @functools.cached_property
+    def _means(self) -> dict[int, Means]:
+        return {}
+
+    def means(self, number: int, distances: Distances) -> Means:
+        """Returns the means of the modality `number`, whose vectors `distances` compare."""
+        if number not in self._means:
+            arrays = self.linear[number], self.constant[number], self.num_clips[number]
+            self._means[number] = Means(distances, *arrays)
+        return self._means[number]
+
+
+class Nearest(NamedTuple):
+    """The most probable people of a clip."""
+
+    new: float  # the log-probability that the clip shows a person who is not enrolled
+    best: list[tuple[str, float]]  # (name, log-probability), best first; ties in order of names
+    compared: tuple[str, ...] = ()  # the modalities that both the clip and the best person have
+    others: float = -np.inf  # the log-probability of all people except the best
+
+
+def join(blocks: Sequence[People]) -> People:
+    """Joins blocks of people into a single block."""
+    names, linear, constant, count = zip(*blocks, strict=True)
+    return People(
+        tuple(itertools.chain.from_iterable(names)),
+        tuple(map(np.concatenate, zip(*linear, strict=True))),
+        np.concatenate(constant, axis=1),
+        np.concatenate(count, axis=1),
+    )
+
+
+class _Queries(NamedTuple):
+    """Q clips that are prepared for the comparison with people, in M modalities."""
+
+    coordinates: list[np.ndarray]  # M arrays [Q, D] float64, 0 if missing
+    terms: list[np.ndarray]  # M arrays [Q, ...] float64, other numbers that the comparison needs
+    missing: np.ndarray  # [M, Q] bool, True if a clip lacks the modality
+
+
+class Ratios:
+    """Computes log-likelihood ratios of clips and N people by PLDA, for one modality.
+
+    Attributes:
+      curve: [U, D] float64, coefficients of the squared coordinates of a clip. People with the same
+        number of clips share a row.
+      kind: [N] int, the row of each person in `curve`.
+    """
+
+    def __init__(self, part: Part, scale: float, count: np.ndarray, constant: np.ndarray):
+        """Prepares the comparison with N people.
+
+        All ratios are multiplied by `scale`. `count` [N] is the number of clips of each person. For
+        `constant` [N], see `People`.
+        """
+        assert part.space is not None
+        kinds, self.kind = np.unique(count, return_inverse=True)
+        blank = np.zeros((len(kinds), len(part.centre)))
+        self.curve = np.asarray(
+            two_covariance.compute_coefficients(part.space, kinds.astype(np.float64), blank).curve
+        )
+        self._part, self._scale, self._constant = part, scale, scale * constant
+
+    def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns coordinates [Q, D] and terms [Q, U] of unit vectors [Q, D], for `_Queries`."""
+        del effective  # only `DistanceRatios` compares groups of clips
+        z = self._part.coordinates(units)
+        return self._scale * z, self._scale * z**2 @ self.curve.T
+
+    def finish(
+        self, ratios: np.ndarray, rows: slice | np.ndarray, owner: np.ndarray, terms: np.ndarray
+    ) -> None:
+        """Turns products of coordinates and `People.linear` into log-likelihood ratios, in place.
+
+        `ratios` are the products. `rows` are the indices of the people, and `owner` the indices of
+        the clips, see `Index._add_up`. `ask` returned `terms`.
+        """
+        ratios += self._constant[rows].astype(ratios.dtype)
+        # If all people have the same number of clips, broadcasting is faster than indexing.
+        column = 0 if terms.shape[1] == 1 else self.kind[rows]
+        ratios += terms.astype(ratios.dtype)[owner, column]
+
+
+class DistanceRatios:
+    """Computes log-likelihood ratios of clips and N people from distances, for one modality.
+
+    Attributes:
+      population: the distribution of the vectors of all people. Its mean is m.
+      share: [N] float64, from 0 to 1. A person's posterior mean is at m for 0, and at the mean of
+        the person's clips for 1.
+      variance: [N] float64, the variance of a person's posterior, summed over the dimensions.
+      radius: [N] float64, the squared distance of a person's posterior mean from m.
+    """
+
+    def __init__(self, part: Part, people: Sequence[Means]):
+        """Prepares the comparison with N people, in blocks."""
+        assert part.distances is not None
+        distances = self._distances = part.distances
+        weighed = (means.weighed for means in people)
+        self.population = card_backend.population(distances, part.mean, weighed)
+        radius = [means.measure_radius(self.population.mean) for means in people]
+        effective = np.concatenate([means.effective for means in people])
+        posterior = card_backend.posterior(distances, self.population, effective)
+        self.share, self.variance = posterior
+        self.radius = posterior.share**2 * np.concatenate(radius)
+
+    @property
+    def card(self) -> np.ndarray:
+        """The float64 array [5] that `reader.py` of an exported gallery needs.
+
+        Its values are the shapes for one person and for two people, see `Distances`; the lowest
+        squared distance; the constant and the slope of the log density of a stranger.
+        """
+        distances, zero = self._distances, np.zeros(())
+        variance = np.array(distances.within + distances.between + self.population.variance)
+        constant = card_backend.stranger_log_density(distances, zero, variance)
+        slope = distances.different / variance
+        least = card_backend.MIN_SQUARE * distances.within
+        return np.array([distances.same, distances.different, least, constant, slope])
+
+    def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the coordinates [Q, D] and terms [Q, 4] of Q groups of clips, for `_Queries`.
+
+        `units` [Q, D] are the mean unit vectors x of the groups. `effective` [Q] are the effective
+        numbers of their clips, see `card_backend.effective_count`. The coordinates are x - m. The
+        terms are `(x - m) . m`, `|x - m|^2`, the variance of x for a known person, and the log
+        density of x for a stranger.
+        """
+        distances, noise = self._distances, self._distances.within / effective
+        x = units - self.population.mean
+        square = np.vecdot(x, x)
+        variance = distances.between + noise + self.population.variance
+        new = card_backend.stranger_log_density(distances, square, variance)
+        return x, np.stack([x @ self.population.mean, square, noise, new], axis=1)
+
+    def finish(
+        self, ratios: np.ndarray, rows: slice | np.ndarray, owner: np.ndarray, terms: np.ndarray
+    ) -> None:
+        """Computes log-likelihood ratios in place, like `Ratios.finish`."""
+        kind = ratios.dtype
+        across, square, noise, new = (x[owner] for x in terms.T.astype(kind))
+        share, radius, variance = (
+            x[rows].astype(kind) for x in (self.share, self.radius, self.variance)
+        )
+        ratios -= across
+        ratios *= -2 * share
+        ratios += radius
+        ratios += square
+        if np.all(noise == noise[:1]):  # true for single clips: fewer logarithms are computed
+            noise = noise[:1]
+        ratios[...] = card_backend.person_log_density(self._distances, ratios, variance + noise)
+        ratios -= new
+
+
+class Index:
+    """Searches for the most probable people of a clip. An index is immutable."""
+
+    def __init__(self, backend: Backend, blocks: Iterable[People] = ()):
+        """Makes an index of the people in all `blocks`. Each person is in a single block."""
+        self.backend = backend
+        self.blocks = [x if isinstance(x, Block) else Block(*x) for x in blocks if x.names]
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """The names of all N people."""
+        return [name for block in self.blocks for name in block.names]
+
+    @functools.cached_property
+    def counts(self) -> np.ndarray:
+        """[M, N] int32, the number of a person's clips that have the modality."""
+        none = np.zeros((len(self.backend.parts), 0), np.int32)
+        return np.concatenate([none, *(block.num_clips for block in self.blocks)], axis=1)
+
+    @functools.cached_property
+    def card_comparison(self) -> Comparison:
+        """The enrolled people, compared with the card of the net of faces, if there is one."""
+        for number, part in enumerate(self.backend.parts):
+            if part.name == "face" and part.distances is not None:
+                with one_thread():
+                    means = self._list_means(number, part.distances)
+                total = np.sum([x.total for x in means], axis=0)
+                squares = np.concatenate([x.square for x in means])
+                return card_check.compare(part.distances, total, squares, self.counts[number])
+        return card_check.NO_PROBLEM
+
+    @functools.cached_property
+    def scorers(self) -> "list[Ratios | DistanceRatios]":
+        """The objects that compute log-likelihood ratios, one for each of M modalities."""
+        scorers: list[Ratios | DistanceRatios] = []
+        for number, part in enumerate(self.backend.parts):
+            if part.distances is None:
+                constants = [np.zeros(0), *(block.constant[number] for block in self.blocks)]
+                scale = float(self.backend.settings.scale)
+                constant = np.concatenate(constants)
+                scorers.append(Ratios(part, scale, self.counts[number], constant))
+            else:
+                with one_thread():
+                    means = self._list_means(number, part.distances)
+                    scorers.append(DistanceRatios(part, means))
+        return scorers
+
+    def _list_means(self, number: int, distances: Distances) -> list[Means]:
+        """Returns the means of each block, or of a block of nobody, see `Block.means`."""
+        means = [block.means(number, distances) for block in self.blocks]
+        nobody = np.zeros((0, len(self.backend.parts[number].centre))), np.zeros(0), np.zeros(0)
+        return means or [Means(distances, *nobody)]
+
+    def replaced(self, removed: Collection[str], new: Sequence[People]) -> "Index":
+        """Returns a new index without the people `removed`, and with the blocks of people `new`.
+
+        Unknown names in `removed` are ignored.
+        """
+        removed, kept = set(removed), []
+        small = [block for block in new if len(block.names) < MIN_BLOCK_PEOPLE]
+        for block in self.blocks:
+            if removed and not removed.isdisjoint(block.names):
+                rows = [row for row, name in enumerate(block.names) if name not in removed]
+                block = block.take(rows)
+            (small if len(block.names) < MIN_BLOCK_PEOPLE else kept).append(block)
+        kept += [block for block in new if len(block.names) >= MIN_BLOCK_PEOPLE]
+        if small:
+            joined = join(small)
+            rows = np.arange(len(joined.names))
+            starts = range(0, len(rows), MAX_BLOCK_PEOPLE)
+            kept += [joined.take(rows[at : at + MAX_BLOCK_PEOPLE]) for at in starts]
+        return Index(self.backend, kept)
+
+    def search(self, parts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        """Yields the log-probabilities of all people for each of Q clips, [1 + N] float64.
+
+        Element 0 belongs to a stranger, and element 1 + r to the person `names[r]`. If a clip lacks
+        all modalities, the probability of a stranger is 1. `parts` are M arrays [Q, D].
+        """
+        for new, logits, rows, fine, _ in self._compared(parts, NUM_FINE_PEOPLE):
+            wide = np.empty(1 + len(logits))
+            wide[0], wide[1:] = new, logits
+            wide[1 + rows] = fine
+            yield log_softmax(wide)
+
+    def nearest(
+        self, parts: Sequence[np.ndarray], k: int, owner: np.ndarray | None = None
+    ) -> Iterator[Nearest]:
+        """Yields the k most probable people of each group of clips.
+
+        `parts` are the vectors of Q clips, M arrays [Q, D]. `owner` [Q] int is the group of each
+        clip. By default, each clip is a group. A group that lacks all modalities gets no people.
+        """
+        for new, logits, rows, fine, has_part in self._compared(parts, k, owner):
+            top = max(new, fine.max(initial=-np.inf))
+            weights = np.subtract(logits, np.float32(top), out=logits)
+            np.exp(weights, out=weights)
+            weights[rows] = 0
+            rest = weights.sum(dtype=np.float64)
+            others = top + np.log(rest) if rest else -np.inf
+            logs = log_softmax(np.array([new, *fine, others]))
+            pairs = zip(logs[1:-1].tolist(), rows.tolist(), strict=True)
+            best = sorted((-log, self.names[row], row) for log, row in pairs if log > -np.inf)[:k]
+            common = has_part & (self.counts[:, best[0][2]] > 0) if best else []
+            compared = tuple(self.backend.parts[number].name for number in np.flatnonzero(common))
+            pairs = [(name, -log) for log, name, _ in best]
+            rest = sum_others(logs[1:], int(logs[1:-1].argmax())) if best else -np.inf
+            yield Nearest(float(logs[0]), pairs, compared, rest)
+
+    def ratios(self, parts: Sequence[np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Compares Q clips with the person `name`. `parts` are their vectors, M arrays [Q, D].
+
+        Returns the log-likelihood ratios [Q] float64 of this person against a stranger, and bool
+        [M, Q], True for each modality that both the clip and the person have.
+        """
+        row, units = self.names.index(name), self.backend.units(parts)
+        ratios = np.zeros(len(units[0]))
+        for at in range(0, len(ratios), MAX_QUERY_CLIPS):
+            some = [x[at : at + MAX_QUERY_CLIPS] for x in units]
+            owner = np.arange(len(some[0]))
+            queries = self._prepare(some, [np.ones(len(owner))] * len(some))
+            rows = np.full(len(owner), row)
+            ratios[at : at + len(owner)] = self._logits_of(rows, owner, queries)
+        present = np.array([x.any(axis=1) for x in units])
+        return ratios, present & (self.counts[:, [row]] > 0)
+
+    def _compared(
+        self, parts: Sequence[np.ndarray], k: int, owner: np.ndarray | None = None
+    ) -> Iterator[tuple[float, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """Compares groups of clips with all people. The arguments are as in `nearest`.
+
+        Yields five values for each group:
+          the logit of a stranger;
+          the logits [N] float32 of all enrolled people;
+          the indices [R] of the most probable people, where R may be larger than k;
+          the logits [R] float64 of these people;
+          [M] bool, True for each modality that the group has.
+        """
+        new = float(two_covariance.compute_stranger_logit(self.backend.settings, len(self.names)))
+        units = self.backend.units(parts)
+        effective = [np.ones(len(x)) for x in units]
+        if owner is not None:  # only galleries with cards group clips
+            num = int(owner.max(initial=-1)) + 1
+            sums = [sum_by_owner(x, owner, num) for x in units]
+            groups = ratios_lib.of_sums(self.backend, sums, np.ones(num))
+            units, effective = groups.means, [1 / noise for noise in groups.noises]
+        for at in range(0, len(units[0]), MAX_QUERY_CLIPS):
+            chosen = slice(at, at + MAX_QUERY_CLIPS)
+            queries = self._prepare([x[chosen] for x in units], [n[chosen] for n in effective])
+            logits = self._logits(queries)
+            logits[queries.missing.all(axis=0)] = -np.inf
+            best = [self._best_rows(row, max(k, NUM_FINE_PEOPLE)) for row in logits]
+            clip = np.repeat(np.arange(len(best)), [len(rows) for rows in best])
+            fine = self._logits_of(np.concatenate(best), clip, queries)
+            ends = np.cumsum([len(rows) for rows in best])[:-1]
+            each = zip(logits, best, np.split(fine, ends), ~queries.missing.T, strict=True)
+            for clip_logits, rows, clip_fine, has_part in each:
+                yield new, clip_logits, rows, clip_fine, has_part
+
+    def _prepare(self, units: Sequence[np.ndarray], effective: Sequence[np.ndarray]) -> _Queries:
+        """Prepares the unit vectors of Q groups of clips, M arrays [Q, D], for the comparison.
+
+        `effective` are the effective numbers of clips, M arrays [Q].
+        """
+        coordinates, terms = [], []
+        for scorer, x, k in zip(self.scorers, units, effective, strict=True):
+            z, more = scorer.ask(x, k)
+            coordinates.append(np.where(x.any(axis=1, keepdims=True), z, 0))
+            terms.append(more)
+        return _Queries(coordinates, terms, np.array([~x.any(axis=1) for x in units]))
+
+    def _logits(self, queries: _Queries) -> np.ndarray:
+        """Computes the logits [Q, N] float32 of all people for Q clips."""
+        narrow = [x.astype(np.float32) for x in queries.coordinates]
+        owner = np.arange(len(narrow[0]))[:, None]
+        logits = np.empty((len(owner), len(self.names)), np.float32)
+
+        def score(place: int) -> None:
+            rows = slice(self._ends[place], self._ends[place + 1])
+            pairs = zip(narrow, self.blocks[place].linear, strict=True)
+            # In rare cases, OpenBLAS reports an invalid value although all numbers are finite.
+            with np.errstate(invalid="ignore"):
+                products = [x @ people.T for x, people in pairs]
+            logits[:, rows] = self._add_up(products, rows, owner, queries)
+
+        with one_thread():
+            list(_threads().map(score, range(len(self.blocks))))
+        return logits
+
+    def _logits_of(self, rows: np.ndarray, owner: np.ndarray, queries: _Queries) -> np.ndarray:
+        """Computes the logits [R] float64 of R pairs of a person and a clip.
+
+        `rows` [R] are the indices of the people, and `owner` [R] the indices of the clips.
+        """
+        places = np.searchsorted(self._ends, rows, side="right") - 1
+        products = [np.zeros(len(rows)) for _ in queries.coordinates]
+        for place in np.unique(places).tolist():
+            pairs = np.flatnonzero(places == place)
+            for product, x, linear in zip(
+                products, queries.coordinates, self.blocks[place].linear, strict=True
+            ):
+                size = max(MAX_PAIRED_NUMBERS // linear.shape[1], 1)
+                for some in np.split(pairs, range(size, len(pairs), size)):
+                    people = rows[some] - self._ends[place]
+                    product[some] = np.vecdot(linear[people], x[owner[some]])
+        return self._add_up(products, rows, owner, queries)
+
+    def _add_up(
+        self,
+        products: Sequence[np.ndarray],
+        rows: slice | np.ndarray,
+        owner: np.ndarray,
+        queries: _Queries,
+    ) -> np.ndarray:
+        """Returns the logits of pairs of a clip and a person.
+
+        A logit is the sum of the log-likelihood ratios of all modalities. `products` are M arrays,
+        the coordinates of clips times `People.linear`. Their shape is [Q, R] for all pairs of Q
+        clips and R people, or [R] for R pairs. The logits overwrite the first array. `rows` [R] are
+        the indices of the people. `owner` are the indices of the clips, [Q, 1] or [R].
+        """
+        several = (np.sum(~queries.missing, axis=0) > 1)[owner]
+        for number, (part, ratios) in enumerate(zip(self.backend.parts, products, strict=True)):
+            self.scorers[number].finish(ratios, rows, owner, queries.terms[number])
+            if part.may_be_offscreen:
+                np.clip(ratios, -MAX_VOICE_RATIO, MAX_VOICE_RATIO, out=ratios, where=several)
+            unenrolled = self.counts[number, rows] == 0
+            if unenrolled.any():
+                np.copyto(ratios, self.backend.settings.unenrolled, where=unenrolled)
+            if queries.missing[number].any():
+                np.copyto(ratios, 0, where=queries.missing[number][owner])
+        total = products[0]
+        for ratios in products[1:]:
+            total += ratios
+        return total
+
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        """The index of the first person of each block, and at the end the number N of people."""
+        return np.cumsum([0, *(len(block.names) for block in self.blocks)]).tolist()
+
+    def _best_rows(self, logits: np.ndarray, k: int) -> np.ndarray:
+        """Returns sorted indices of people who may have one of the k highest `logits` [N] float32.
+
+        Logits have rounding errors of up to MAX_LOGIT_ERROR, so the result may contain more than k
+        people. If it would contain more than MAX_FINE_PEOPLE, it contains exactly k people. If all
+        logits are -inf, it is empty.
+        """
+        k, count = min(k, len(logits)), len(logits) // PEAK_PEOPLE
+        if not k or logits[0] == -np.inf:  # if any logit is -inf, all are
+            return np.zeros(0, int)
+        peaks = logits
+        if k <= count:
+            peaks = logits[: count * PEAK_PEOPLE].reshape(PEAK_PEOPLE, count).max(axis=0)
+        rows = np.flatnonzero(logits >= np.partition(peaks, -k)[-k] - MAX_LOGIT_ERROR)
+        if len(rows) > MAX_FINE_PEOPLE:
+            least = np.partition(logits[rows], -k)[-k]
+            better, equal = rows[logits[rows] > least], rows[logits[rows] == least]
+            first = heapq.nsmallest(k - len(better), equal.tolist(), key=self.names.__getitem__)
+            rows = np.sort([*better, *first])
+        return rows
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Returns the log softmax [K] of logits [K]. The highest value is exact even near 0."""
+    best = logits.argmax()
+    shifted = logits - logits[best]
+    weights = np.exp(shifted)
+    weights[best] = 0
+    return shifted - np.log1p(weights.sum())
+
+
+def sum_others(logs: np.ndarray, best: int) -> float:
+    """Returns log(the sum of all exp(`logs`) except exp(`logs[best]`)). `logs` are [K]."""
+    others = np.delete(logs, best)
+    top = others.max(initial=-np.inf)
+    return float(top + np.log(np.exp(others - top).sum())) if top > -np.inf else -np.inf
