@@ -18,6 +18,7 @@ from tests.benchmarks.calibration import compute_calibration_error
 from tests.helpers.embeddings import unit
 from vidjax.apps.cards import PUBLISHED, BackEnd
 from vidjax.apps.gallery import answers, backend, grouping
+from vidjax.apps.gallery.index import Index
 from vidjax.apps.video import align
 from vidjax.apps.video.tracks import find_changes
 from vidjax.models.card_backend import LEAST_CLARITY
