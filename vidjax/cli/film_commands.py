@@ -121,16 +121,12 @@ def run_extract(args: argparse.Namespace) -> Result:
     new = [outcome.media for outcome in outcomes if outcome.media and not outcome.kept]
     minutes = sum(film.seconds for film in new if not film.photo) / 60
     rate = minutes / max((time.monotonic() - began) / 60, 1e-9)
-    clips = sum(len(film.tracks) for film in films)
-    content = {"out": args.out, "files": len(films), "failed": [*failed], "clips": clips}
-    rows = {
-        "features": str(args.out),
-        "files": f"{len(films):,}" + (f", {len(failed):,} could not be read" if failed else ""),
-        "clips": f"{clips:,}",
-        **messages.list_remedies(failed),
-    }
-    if minutes:
-        rows["speed"] = f"{rate:.3g} minutes of film per minute"
+    facts = {"files": len(films), "clips": sum(len(film.tracks) for film in films)}
+    lost = f", {len(failed):,} could not be read" if failed else ""
+    rows = {"features": args.out, **facts, "files": f"{len(films):,}{lost}"}
+    rows["remedy"] = messages.describe_failed(failed).get("remedy")
+    rows["speed"] = minutes and f"{rate:.3g} minutes of film per minute"
+    content = {"out": args.out, "failed": [*failed], **facts}
     return Result(content, rows, code=1 if failed else 0)
 
 
@@ -244,8 +240,7 @@ def name_people(args: argparse.Namespace) -> Result:
 
 def describe_names(done: who.WhoResults, out: Path) -> Result:
     """Returns the result of `vidjax who`. `out` is the folder of results."""
-    appearances = done.decision.appearances
-    named = [row.identity for row in appearances if row.probability is not None]
+    named = [row.identity for row in done.decision.appearances if row.probability is not None]
     num_unknown, num_faces, unknown = count_unknown(done.decision.unknown.values())
     content = {
         "out": str(out), "people": done.people, "named": len(named), "groups": num_unknown,
@@ -255,16 +250,12 @@ def describe_names(done: who.WhoResults, out: Path) -> Result:
     rows = {
         "people": f"{len(done.people):,}: {people}" if people else "none",
         "found": f"{len({*named}):,} of them, {messages.count(len(named), 'appearance')}",
-        "page": str(out / results.PAGE),
-        "table": str(out / results.TABLES[0]),
+        "page": out / results.PAGE,
+        "table": out / results.TABLES[0],
+        "card": done.decision.card,
+        "no usable photo": messages.list_some(done.missed),
+        **messages.describe_failed(done.failed),
     }
-    if note := done.decision.card:
-        rows["card"] = "; ".join(note.splitlines())
-    if done.missed:
-        rows["no usable photo"] = messages.list_some(done.missed)
-    if done.failed:
-        rows["not used"] = f"{len(done.failed):,}: {', '.join(sorted(done.failed)[:3])}"
-        rows |= messages.list_remedies(done.failed)
     if num_unknown or num_faces:
         rows["unknown"] = (
             f"{unknown} without a name: to name them, add --review --thumbnails to the command"

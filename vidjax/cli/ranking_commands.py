@@ -73,7 +73,8 @@ def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Re
 
     trained = predict.restore(workdir, step=settings.checkpoint)
     if inputs:
-        return bulk.process_tables(inputs, args.out, work(lambda: trained))
+        done = bulk.process_tables(inputs, args.out, work(lambda: trained))
+        return Result(done._asdict(), done.describe())
     clips = trained.load(args.input, settings.split if "eval.split" in overridden else None)
     began, size = time.monotonic(), len(clips.names)
     progress = terminal.Progress(size, unit="clip", label=args.command, leave=False, compiles=True)
@@ -88,7 +89,7 @@ def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Re
     progress.close()
     timed, numbers = terminal.measure_rate(began, size)
     content = {"workdir": str(trained.workdir), kind: str(out.absolute()), "num_clips": size}
-    rows = {"clips": f"{size:,}"} | {k.removeprefix("num_"): f"{n:,}" for k, n in written.items()}
+    rows = {"clips": size} | {name.removeprefix("num_"): n for name, n in written.items()}
     rows |= {**timed, kind: messages.relative_path(out)}
     return Result(content | written | numbers, rows)
 

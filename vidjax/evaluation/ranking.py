@@ -17,7 +17,7 @@ import numpy as np
 from vidjax.core import metrics
 from vidjax.data import labels
 from vidjax.evaluation.topk import MAX_NAMES, NO_CLIP, TopK
-from vidjax.utils import files
+from vidjax.utils import files, tables
 from vidjax.utils.errors import UserError, warn
 from vidjax.utils.names import (
     ENDING,
@@ -63,6 +63,17 @@ def to_text(path: Path, identities: Sequence[str], clips: Sequence[str], top: To
         for identity, row in zip(identities, index, strict=True)
     )
     return "".join(f"{line}\n" for line in lines)
+
+
+def write_lists(path: Path, ranking: tables.Ranking) -> None:
+    """Writes a ranking, identity -> (clip, score), to the new submission file `path`."""
+    clips = sorted({clip for pairs in ranking.values() for clip, _ in pairs})
+    place = {clip: number for number, clip in enumerate(clips)}
+    index = np.full((len(ranking), MAX_NAMES), NO_CLIP)
+    for row, pairs in zip(index, ranking.values(), strict=True):
+        row[: len(pairs)] = [place[clip] for clip, _ in pairs]
+    text = to_text(path, [*ranking], clips, TopK(index, index))
+    tables.write_new(path, text.encode())
 
 
 def _check_names(path: Path, kind: str, names: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 import itertools
 import shlex
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +29,15 @@ class Enrolment(NamedTuple):
     unchanged: int
     refused: tuple[str, ...]
     similar: dict[str, str]
+
+    @classmethod
+    def join(cls, parts: "Sequence[Enrolment]") -> "Enrolment":
+        """Returns the result of several calls."""
+        similar = {name: other for part in parts for name, other in part.similar.items()}
+        refused = tuple(clip for part in parts for clip in part.refused)
+        return cls(
+            sum(x.enrolled for x in parts), sum(x.unchanged for x in parts), refused, similar
+        )
 
 
 def check_identities(identities: str | Mapping[str, str | None] | None) -> None:
