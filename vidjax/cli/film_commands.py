@@ -261,8 +261,7 @@ def describe_names(done: who.WhoResults, out: Path) -> Result:
             f"{unknown} without a name: to name them, add --review --thumbnails to the command"
         )
     lines = [[messages.shorten(cell) for cell in line] for line in done.lines]
-    text = "\n".join(f"  {line}" for line in messages.align_columns(lines))
-    return Result(content, rows, text, code=1 if done.failed else 0)
+    return Result(content, rows, table=lines, code=1 if done.failed else 0)
 
 
 def add_convert_flags(parser: Parser) -> None:
@@ -327,9 +326,7 @@ def convert_nets(args: argparse.Namespace) -> Result:
             f"trained on {card.licence.training_data}"
         )
     content = {"card": str(written[0]), "cards": [str(path) for path in written]}
-    if not args.photos:
-        return Result(content, rows)
-    measured = _measure_photos(out, args)
+    measured = _measure_photos(out, args) if args.photos else Result({})
     return measured._replace(
         content={**measured.content, **content}, rows={**rows, **measured.rows}
     )
@@ -367,7 +364,7 @@ def measure_card(args: argparse.Namespace) -> Result:
             "to use the present numbers of the cards in a gallery: --gallery=G"
         )
     gallery = Gallery(files.local(args.gallery)) if args.gallery else None
-    result = Result({}, {})
+    result = Result({})
     if args.photos:
         result = _measure_photos(models, args)
     elif args.input:
@@ -386,18 +383,17 @@ def _measure_photos(models: Path, args: argparse.Namespace) -> Result:
 
 def describe_cards(done: Sequence[MeasuredCard]) -> Result:
     """Returns the result of measured cards."""
-    content, rows, texts = list[object](), dict[str, str](), list[str]()
+    content, rows, table = list[object](), dict[str, str](), list[tuple[str, ...]]()
     for card, found, back_end, by_quality, unclear in done:
         assert card.back_end
-        lines = [("cosines", "mean", "95 % interval", "deviation", "95 % interval", "before")]
+        table.append(("cosines", "mean", "95 % interval", "deviation", "95 % interval", "before"))
         for name, key in (("of a person", "same"), ("of two people", "different")):
             values, before = getattr(back_end, key), getattr(card.back_end, key)
             ends = measured_cards.format_intervals(getattr(found, key))
             cells = (f"{values[0]:.3f}", ends[0], f"{values[1]:.3f}", ends[1])
-            lines.append((name, *cells, f"{before[0]:.3f} +- {before[1]:.3f}"))
+            table.append((name, *cells, f"{before[0]:.3f} +- {before[1]:.3f}"))
         if len(by_quality) > 1:
-            lines += [("quality", "a person", "two people", "pairs", "", ""), *by_quality]
-        texts += [f"  {line}" for line in messages.align_columns(lines)]
+            table += [("quality", "a person", "two people", "pairs", "", ""), *by_quality]
         clips, people = messages.count(found.clips, "clip"), messages.count(found.people, "person")
         rows[messages.relative_path(card.path)] = f"{clips} of {people}" + (
             f"; {messages.count(unclear, 'unclear face')} left out" if unclear else ""
@@ -411,4 +407,4 @@ def describe_cards(done: Sequence[MeasuredCard]) -> Result:
         "the next vidjax who uses the new numbers; other galleries: vidjax measure-card MODELS "
         "--gallery=G"
     )
-    return Result({"measured": content}, rows, "\n".join(texts))
+    return Result({"measured": content}, rows, table=table)

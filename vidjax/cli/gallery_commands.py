@@ -5,9 +5,8 @@ import contextlib
 import functools
 import shlex
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from vidjax.apps import bulk
@@ -31,6 +30,9 @@ if TYPE_CHECKING:
     from vidjax.data.clips import TrainingData
 
 
+Facts = Mapping[str, object]  # of a result, as in `Result`
+EMPTY: Facts = {}
+Table = Sequence[Sequence[str]]
 LARGE_BYTES = 10 << 20  # of a table whose name is printed before it is read
 
 HELP = """\
@@ -269,11 +271,7 @@ COMMANDS: Mapping[str, tuple[str, Callable[[Parser], None]]] = {
 }
 
 
-def _summarise(
-    gallery: Gallery,
-    changes: Mapping[str, object] = MappingProxyType({}),
-    content: Mapping[str, object] = MappingProxyType({}),
-) -> Result:
+def _summarise(gallery: Gallery, rows: Facts = EMPTY, content: Facts = EMPTY) -> Result:
     facts = {
         "gallery": str(gallery.folder),
         "people": len(gallery.identities),
@@ -281,7 +279,7 @@ def _summarise(
         "strangers": len(gallery.strangers),
         "version": gallery.version,
     }
-    return Result({**facts, **content}, {**changes, **facts})
+    return Result({**facts, **content}, {**rows, **facts})
 
 
 def _create(args: argparse.Namespace) -> Result:
@@ -455,16 +453,12 @@ def _identify(args: argparse.Namespace) -> Result:
 
 
 def _list_answers(
-    out: Path | None,
-    content: Mapping[str, object],
-    rows: Mapping[str, object],
-    listed: Iterable[object],
-    lines: list[str],
+    out: Path | None, content: Facts, rows: Facts, listed: Iterable[object], table: Table
 ) -> Result:
     """Returns a result with the file of the answers, or with all answers."""
     if out:
         return Result({**content, "answers": str(out)}, {**rows, "answers": str(out)})
-    return Result({**content, "answers": listed}, rows, "\n".join(lines))
+    return Result({**content, "answers": listed}, rows, table=table)
 
 
 def _verify(args: argparse.Namespace) -> Result:
@@ -613,8 +607,7 @@ def _list(args: argparse.Namespace) -> Result:
     if args.clips:
         content["clips"] = people
         lines = [(name, clip) for name, clips in people.items() for clip in clips]
-    text = "\n".join(f"  {line}" for line in messages.align_columns(lines))
-    return _summarise(gallery, content=content)._replace(text=text)
+    return _summarise(gallery, content=content)._replace(table=lines)
 
 
 def _threshold(args: argparse.Namespace) -> Result:

@@ -191,6 +191,31 @@ def _find_faults(line: str, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield "repeated name", f"'{show(repeated)}' is repeated: name each clip only once"
 
 
+def list_mismatches(
+    path: str | Path,
+    positives: Mapping[str, Sequence[str]],
+    ranking: Mapping[str, Sequence[str]],
+) -> list[str]:
+    """Returns why the submission `path` has no identity or no clip of the ground truth, or [].
+
+    `positives`, the ground truth, and `ranking`, the submission, are identity -> clips.
+    """
+    problems = list[str]()
+    if positives.keys().isdisjoint(ranking):
+        problems.append(
+            f"{path} lists no identity of the ground truth: compare the identities of both"
+        )
+    true_clips = find_spellings(positives).keys()
+    ranked_clips = {clip for clips in ranking.values() for clip in clips}
+    if true_clips.isdisjoint(ranked_clips):
+        problems.append(
+            f"{path} lists no clip of the ground truth: compare the names of clips. The ground "
+            f"truth has '{show(min(true_clips))}', the submission "
+            f"'{show(min(ranked_clips, default='no clip'))}'"
+        )
+    return problems
+
+
 def find_spellings(positives: Mapping[str, Sequence[str]]) -> dict[str, str]:
     """Returns name in a submission -> clip of `positives`, which is the name or a spelling of it.
 

@@ -327,14 +327,14 @@ def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
     return {clip: name for clip, name in names.items() if unknown or not is_unknown(name)}
 
 
-def table(answers: Answers) -> list[str]:
-    """Returns the answers as lines of text, for the terminal."""
+def table(answers: Answers) -> list[tuple[str, ...]]:
+    """Returns the answers as rows of a table for the terminal."""
     rows = [("clip", "identity", "most probable")]
     for clip, answer in answers.items():
         best = ", ".join(f"{name} {share(p)}" for name, p in answer.best[:NUM_TABLE_PEOPLE])
         nobody = "enrolled as a stranger" if answer.evidence else "no usable frame"
         rows.append((clip, answer.identity or "unknown", best or nobody))
-    return [f"  {line}" for line in messages.align_columns(rows)]
+    return rows
 
 
 def share(value: float) -> str:
