@@ -443,7 +443,7 @@ def _identify(args: argparse.Namespace) -> Result:
     facts = {"clips": len(answers), "named": named}
     rows = {"unknown": len(answers) - named}
     rows |= _describe_rule(gallery, rule, answers_lib.count_doubtful(answers)) | timed[0]
-    content = facts | rule.to_json() | timed[1]
+    content = facts | rule.to_entries() | timed[1]
     if out and has_times:
         subtitles.write(out, naming.find_appearances(answers, films), films)
     elif out:
@@ -476,19 +476,18 @@ def _verify(args: argparse.Namespace) -> Result:
         matches = gallery.compare(vectors, others, fmr=args.fmr)
     accepted = sum(match.accepted for match in matches.values())
     none = sum(not match.evidence for match in matches.values())
-    rows = {
-        "person": show(identity),
-        "compared": len(matches),
-        "accepted": accepted,
-        **rule.describe(),
-        "not compared": none
-        and f"{none:,}, without a usable frame of a modality that both sides "
-        "have: give other clips",
-        "does not fit": misfits
-        and f"{messages.list_some([*misfits], 3)}: unlike most other clips "
-        "of the person. To move or delete a clip: vidjax gallery relabel, vidjax gallery remove",
-        "card": card_notes.describe(gallery.state),
-    }
+    rows = {"person": show(identity), "compared": len(matches), "accepted": accepted}
+    rows |= rule.describe()
+    if none:
+        rows["not compared"] = (
+            f"{none:,}, without a usable frame of a modality that both sides have: give other clips"
+        )
+    if misfits:
+        rows["does not fit"] = (
+            f"{messages.list_some([*misfits], 3)}: unlike most other clips of the person. To move "
+            "or delete a clip: vidjax gallery relabel, vidjax gallery remove"
+        )
+    rows["card"] = card_notes.describe(gallery.state)
     content |= {"comparisons": len(matches), "accepted": accepted, "rule": rule.to_dict()}
     if out:
         verification.write(out, matches, identity)
@@ -518,7 +517,7 @@ def _process_tables(
         return Result(done._asdict(), done.describe())
     doubtful = task.num_doubtful if isinstance(task, answers_lib.Identify) else 0
     rows = _describe_rule(gallery, rule, doubtful) | done.describe()
-    return Result(done._asdict() | rule.to_json(), rows)
+    return Result(done._asdict() | rule.to_entries(), rows)
 
 
 def _rank(args: argparse.Namespace) -> Result:
@@ -542,7 +541,7 @@ def _rank(args: argparse.Namespace) -> Result:
     sizes = {"people": len(gallery.identities), "clips": len(vectors.names)}
     described = {} if rule.default else rule.describe()
     rows = {"gallery": str(gallery.folder), **sizes, **described, **timed[0], "ranking": str(out)}
-    chosen_rule = {"rule": None, "threshold": None} if rule.default else rule.to_json()
+    chosen_rule = {"rule": None, "threshold": None} if rule.default else rule.to_entries()
     return Result({"ranking": str(out), **sizes, **timed[1], **chosen_rule}, rows)
 
 

@@ -183,7 +183,7 @@ class NamingRule(NamedTuple):
         values = {"score": score, "probability": math.exp(min(self.score, 0.0))}
         return {"by": self.by, **values, "default": self.default, "about": self.about}
 
-    def to_json(self) -> dict[str, object]:
+    def to_entries(self) -> dict[str, object]:
         """Returns the entries `rule` and `threshold` of the result of a command."""
         limit = self.threshold
         return {"rule": self.to_dict(), "threshold": limit and limit.to_dict()}
