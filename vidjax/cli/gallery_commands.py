@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Facts = Mapping[str, object]  # of a result, as in `Result`
 EMPTY: Facts = {}
-Table = Sequence[Sequence[str]]
+Table = Iterable[Sequence[str]]
 LARGE_BYTES = 10 << 20  # of a table whose name is printed before it is read
 
 HELP = """\

@@ -9,7 +9,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -26,7 +26,7 @@ class Result(NamedTuple):
     # Label -> value, printed as lines below a heading. Empty values are left out.
     rows: Mapping[str, object] = {}
     text: str = ""  # text that is printed before the heading
-    table: Sequence[Sequence[str]] = ()  # rows of cells, printed after the text as columns
+    table: Iterable[Sequence[str]] = ()  # rows of cells, printed after the text as columns
     note: str = ""  # the end of the heading. The heading begins with the name of the command.
     code: int = 0  # the exit code
 
@@ -70,7 +70,7 @@ def print_result(result: Result, name: str, *, as_json: bool) -> None:
     texts = {key: _show(value) for key, value in result.rows.items()}
     rows = [f"  {key:10}  {text}" for key, text in texts.items() if text]
     heading = [name + result.note] if rows else []
-    table = [f"  {line}" for line in align_columns(result.table)]
+    table = [f"  {line}" for line in align_columns([*result.table])]
     if lines := [*([result.text] if result.text else []), *table, *heading, *rows]:
         print_text("\n".join(lines))
 

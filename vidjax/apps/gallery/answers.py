@@ -327,14 +327,13 @@ def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
     return {clip: name for clip, name in names.items() if unknown or not is_unknown(name)}
 
 
-def table(answers: Answers) -> list[tuple[str, ...]]:
-    """Returns the answers as rows of a table for the terminal."""
-    rows = [("clip", "identity", "most probable")]
+def table(answers: Answers) -> Iterator[tuple[str, ...]]:
+    """Yields the answers as rows of a table for the terminal."""
+    yield "clip", "identity", "most probable"
     for clip, answer in answers.items():
         best = ", ".join(f"{name} {share(p)}" for name, p in answer.best[:NUM_TABLE_PEOPLE])
         nobody = "enrolled as a stranger" if answer.evidence else "no usable frame"
-        rows.append((clip, answer.identity or "unknown", best or nobody))
-    return rows
+        yield clip, answer.identity or "unknown", best or nobody
 
 
 def share(value: float) -> str:

@@ -316,17 +316,15 @@ def as_json(key: str | tuple[str, str], match: Match, identity: str = "") -> dic
     return names | match.to_dict()
 
 
-def table(matches: Matches | PairMatches) -> list[tuple[str, ...]]:
-    """Returns the comparisons as rows of a table for the terminal."""
-    heading = ("accepted", "log ratio", "even odds", "clips", "fits best", "fits worst")
-    rows: list[tuple[str, ...]] = [heading]
+def table(matches: Matches | PairMatches) -> Iterator[tuple[str, ...]]:
+    """Yields the comparisons as rows of a table for the terminal."""
+    yield "accepted", "log ratio", "even odds", "clips", "fits best", "fits worst"
     for key, match in matches.items():
         fits = [f"{show(x[0])} {x[1]:.3g}" if x else "" for x in (match.best, match.worst)]
         cells = ["yes" if match.accepted else "no", f"{match.log_ratio:.4g}"]
         cells.append(share(match.probability) if match.evidence else "not compared")
         cells.append(show(key if isinstance(key, str) else ", ".join(key)))
-        rows.append((*cells, *fits))
-    return rows
+        yield (*cells, *fits)
 
 
 def write(path: Path, matches: Matches | PairMatches, identity: str = "") -> None:
