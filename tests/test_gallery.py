@@ -168,10 +168,8 @@ def test_a_measured_threshold_far_below_one_half_names_people_but_no_twin(tmp_pa
     rule = people.rule()
     low = answers_lib.describe_probability(rule.score)
     assert rule.score < np.log(0.01) and f"is {low} or more" in rule.about
-    assert answers_lib.convert_rule_to_json(rule)["probability"] == pytest.approx(
-        np.exp(rule.score)
-    )
-    assert low in answers_lib.describe(people.threshold(0.01))["threshold"]
+    assert rule.to_dict()["probability"] == pytest.approx(np.exp(rule.score))
+    assert low in people.threshold(0.01).describe()["threshold"]
 
     known = {name: clip for name, clip in clips.items() if clip.identity is not None}
     answers = people.identify(vectors_of(people, known))
@@ -190,9 +188,9 @@ def test_few_strangers_report_the_clips_below_one_half(tmp_path):
     assert rule.by == "new" and rule.score == np.log(0.5)
     best = [(0.51, "Ada"), (0.5, None), (0.1, None), (0.09, None), (0.0, None)]
     answers = {f"{p}": answers_lib.Answer(name, p, 0.0, ()) for p, name in best}
-    row = answers_lib.describe_doubtful(rule, answers_lib.count_doubtful(answers))["doubtful"]
+    row = rule.describe(answers_lib.count_doubtful(answers))["doubtful"]
     assert "2 unknown clips, whose best person has 10 to 50 %" in row and "99 clips" in row
-    assert not answers_lib.describe_doubtful(rule._replace(by="fpir"), 2)
+    assert "doubtful" not in rule._replace(by="fpir").describe(2)
 
 
 def test_at_most_a_share_of_the_enrolled_strangers_is_named_and_ranked(tmp_path):

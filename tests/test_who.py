@@ -385,7 +385,7 @@ def test_label_of_an_enrolled_clip_overrides_recognition(drawn):
     rows = drawn.run("gallery", "identify", drawn.out / "gallery", features).content["answers"]
     assert {row["clip"]: row["evidence"] for row in rows}[clip] == ["told"]
     stranger = Answer(None, 0.0, -np.inf, (), ("told",))
-    assert table({clip: stranger})[-1].endswith("enrolled as a stranger")
+    assert [*table({clip: stranger})][-1][-1] == "enrolled as a stranger"
     assert name_of_clip() == (None, [])
     drawn.gallery("relabel", flag, "--identity=Ada")
     assert name_of_clip() == ("Ada", ["told"])

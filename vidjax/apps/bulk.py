@@ -11,7 +11,7 @@ Data makes one object of the class, and calls the object with paths. See vidjax/
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -23,7 +23,6 @@ from vidjax.data.labels import sort_identities
 from vidjax.runs import terminal
 from vidjax.utils import files, tables
 from vidjax.utils.errors import UserError, check_argument
-from vidjax.utils.messages import Result
 from vidjax.utils.names import clean_name, clean_name_at, show
 
 if TYPE_CHECKING:
@@ -160,8 +159,21 @@ def check_out(out: str | None, inputs: Sequence[Path], work: type[TableTask]) ->
         )
 
 
-def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Result:
-    """Writes the results of each table that has no results yet; returns a summary.
+class Processed(NamedTuple):
+    """The result of `process_tables`."""
+
+    tables: int  # number of tables
+    skipped: int  # number of tables that an earlier call has finished
+    results: str  # the file or the folder of the results
+
+    def describe(self) -> dict[str, str]:
+        """Returns rows for the terminal, label -> text."""
+        before = f", {self.skipped:,} of them finished before" if self.skipped else ""
+        return {"tables": f"{self.tables:,}{before}", "results": self.results}
+
+
+def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Processed:
+    """Writes the results of each table that has no results yet.
 
     If the process is killed, no file is incomplete, and the next call continues. If `work` is
     `Rank`, OUT/parts contains the ranking of each table, and OUT/ranking.parquet the joint ranking.
@@ -203,10 +215,7 @@ def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Result:
         _check_once(inputs)
         content = tables.to_parquet(_join(folder, inputs), {NOTE_KEY: JOINED_NOTE})
         _write(out_folder / RANKING, content, JOINED_NOTE)
-    count = f"{len(inputs):,}" + (f", {skipped:,} of them finished before" if skipped else "")
-    results = str(out_folder / RANKING if work.joined else out_folder)
-    content = {"tables": len(inputs), "skipped": skipped, "results": results}
-    return Result(content, {"tables": count, "results": results})
+    return Processed(len(inputs), skipped, str(out_folder / RANKING if work.joined else out_folder))
 
 
 def _write(results: Path, content: bytes, note: bytes) -> None:

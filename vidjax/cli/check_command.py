@@ -1,7 +1,7 @@
 """`vidjax check`: tests the installation, and what vidjax can read."""
 
 import argparse
-import importlib
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -20,30 +20,19 @@ from vidjax.utils.messages import Result
 from vidjax.utils.parser import Parser
 
 if TYPE_CHECKING:
-    from vidjax.runs.config import Config
+    pass
 
-# What `pip install 'vidjax[EXTRA]'` adds: subject of a check -> (EXTRA, module -> package).
-PARTS: Mapping[str, tuple[str, Mapping[str, str]]] = {
-    "runs": ("rank", {
-        "jax": "jax", "flax": "flax", "ml_collections": "ml-collections", "optax": "optax",
-        "orbax": "orbax-checkpoint", "safetensors": "safetensors", "scipy": "scipy",
-    }),
-    "training": ("train", {
-        "tensorflow_datasets": "tensorflow-datasets", "sklearn": "scikit-learn",
-        "matplotlib": "matplotlib", "tensorboard": "tensorboard",
-    }),
-    "films": ("video", {
-        "av": "av", "jinja2": "jinja2", "onnxruntime": "onnxruntime", "PIL": "pillow",
-        "pillow_heif": "pillow-heif",
-    }),
-    "nets": ("convert", {"onnx": "onnx"}),
-    "server": ("serve", {
-        "starlette": "starlette", "uvicorn": "uvicorn", "httptools": "httptools",
-        "prometheus_client": "prometheus-client",
-    }),
-    "parquet": ("parquet", {"pyarrow": "pyarrow"}),
-}  # fmt: skip
-
+# Subject of a check -> the extra of `pip install 'vidjax[EXTRA]'`, and the packages that it adds.
+PARTS = {
+    "runs": ("rank", "jax flax ml-collections optax orbax-checkpoint safetensors scipy"),
+    "training": ("train", "tensorflow-datasets scikit-learn matplotlib tensorboard"),
+    "films": ("video", "av jinja2 onnxruntime pillow pillow-heif"),
+    "nets": ("convert", "onnx"),
+    "server": ("serve", "starlette uvicorn httptools prometheus-client"),
+    "parquet": ("parquet", "pyarrow"),
+}
+# Package -> its module, if it has another name.
+MODULES = {"orbax-checkpoint": "orbax", "scikit-learn": "sklearn", "pillow": "PIL"}
 RUN_FILE = "config.json"  # as in `runs.run_folder`, which needs the packages of runs
 
 
@@ -129,10 +118,10 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
         return checks | _list_folder_checks(workdir, args.overrides)
     if args.config:
         from vidjax.runs import config_io
-        from vidjax.training import public
+        from vidjax.training import public, run_checks
 
         config = config_io.override(public.load_config(args.config), args.overrides)
-        return checks | {"runs": parts["runs"], "data": partial(_check_data, config)}
+        return checks | {"runs": parts["runs"], "data": partial(run_checks.check_data, config)}
     return checks | parts | {"files of strangers": _check_confinement}
 
 
@@ -150,28 +139,10 @@ def _list_folder_checks(workdir: Path, overrides: Sequence[str]) -> dict[str, Ca
             f"'{workdir}' contains no gallery ({store.GALLERY_FILE}) and no run ({RUN_FILE})\n"
             "name the folder of a gallery or of a run; the results of vidjax who contain gallery/"
         )
-    from vidjax.runs import checkpoint, config_io
-    from vidjax.training import public
+    from vidjax.training import run_checks
 
-    run = public.open_run(workdir)
-    checks: dict[str, Callable[[], str]] = {"runs": partial(_check_part, *PARTS["runs"])}
-    # A blend has runs in folds and, if `vidjax train` has made it, runs on all clips.
-    parts = dict.fromkeys((*run.list_runs(final=False), *run.list_runs()))
-    for path in parts or [workdir]:
-        name = f"{messages.relative_path(path)}: " if parts else ""
-        for step in checkpoint.list_folders(path):
-            folder = path / "checkpoints" / str(step)
-            checks[f"{name}checkpoint {step}"] = partial(_check_checkpoint, folder)
-        config = config_io.override(public.open_run(path).config, overrides)
-        checks[f"{name}run"] = partial(_check_run, config, path)
-    return checks
-
-
-def _check_checkpoint(folder: Path) -> str:
-    from vidjax.runs import checkpoint
-
-    count = len(checkpoint.verify(folder)["files"])
-    return f"{messages.count(count, 'file')} with the right sha256"
+    checks = run_checks.list_checks(workdir, overrides)
+    return {"runs": partial(_check_part, *PARTS["runs"]), **checks}
 
 
 def _check_environment() -> str:
@@ -180,26 +151,20 @@ def _check_environment() -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def _check_part(extra: str, packages: Mapping[str, str]) -> str:
+def _check_part(extra: str, packages: str) -> str:
     """Returns the versions of the packages of a part of vidjax. Raises _Absent if one is missing.
 
     For the extra `rank`, also checks that jax can use a device.
     """
-    if lost := [
-        package for name, package in packages.items() if not importlib.util.find_spec(name)
-    ]:
+    modules = {name: MODULES.get(name, name.replace("-", "_")) for name in packages.split()}
+    if lost := [name for name, module in modules.items() if not importlib.util.find_spec(module)]:
         raise _Absent(f"not installed ({', '.join(lost)}): pip install 'vidjax[{extra}]'")
-    versions = {package: _read_version(package) for package in packages.values()}
-    if extra == "rank":
-        versions |= _check_jax()
+    versions = dict.fromkeys(modules, "of another package")  # as `onnxruntime` of `onnxruntime-gpu`
+    for name in modules:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    versions |= _check_jax() if extra == "rank" else {}
     return ", ".join(f"{name} {version}" for name, version in versions.items())
-
-
-def _read_version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # `onnxruntime-gpu` has the same module
-        return "of another package"
 
 
 def _check_confinement() -> str:
@@ -224,43 +189,6 @@ def _check_jax() -> dict[str, str]:
     devices.make_mesh()  # if an accelerator cannot be used, the error gives the reason
     versions = collect_versions()
     return {name: versions[name] for name in ("device", "commit") if name in versions}
-
-
-def _check_data(config: "Config") -> str:
-    from vidjax.runs import config as config_lib
-    from vidjax.runs.config_io import load_system
-    from vidjax.training import plan, public
-    from vidjax.training.dry_run import dry_run
-
-    config_lib.check(config)
-    dry_run(config)
-    data, finals = public.load_data(config), (False, True)
-    systems = [load_system(config, x, final=y) for x in config.join.systems for y in finals]
-    for own in systems or [config]:
-        plan.make_plan(own, data)
-    return _count_clips(data.report["splits"])
-
-
-def _check_run(config: "Config", workdir: Path) -> str:
-    from vidjax.evaluation import trained_runs
-    from vidjax.runs import checkpoint, digests
-    from vidjax.runs.run_folder import RunFolder
-    from vidjax.training import public
-
-    with warnings.catch_warnings(action="ignore"):  # other checks report damaged checkpoints
-        run = trained_runs.find_run(config, RunFolder(workdir))
-    for prefer in ("latest", "best"):
-        checkpoint.warn_of_lost(workdir, prefer)
-    data, manifest = public.load_data(config), run.manifest
-    digests.check_data(workdir, manifest["data"], config, data)
-    counts = _count_clips(data.report["splits"])
-    unchecked = "ranking.txt, metrics.json, report.html and other results are not checked"
-    return f"step {manifest['step']:,} and its data: {counts}; {unchecked}"
-
-
-def _count_clips(splits: Mapping[str, Mapping[str, int]]) -> str:
-    counts = {name: messages.count(split["clips"], "clip") for name, split in splits.items()}
-    return ", ".join(f"{name} {clips}" for name, clips in counts.items())
 
 
 def _check_gallery(folder: Path) -> str:

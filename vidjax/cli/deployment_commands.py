@@ -6,14 +6,11 @@ import os
 import time
 import warnings
 from pathlib import Path
-from typing import Any, Literal
 
-import numpy as np
-
-from vidjax import __version__
 from vidjax.apps.server_limits import LIMITS, PREFIX, read_limits
 from vidjax.cli import shared_flags
-from vidjax.evaluation.export.formats import FORMATS, Format
+from vidjax.evaluation.export import formats
+from vidjax.evaluation.export.formats import FORMATS
 from vidjax.runs import terminal
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, VidjaxWarning, require_packages
@@ -59,6 +56,8 @@ def add_import_flags(parser: Parser) -> None:
 def _export(args: argparse.Namespace) -> Result:
     """Exports a run or a gallery, and checks that the exported files give the same results."""
     (source, to), began = _read_paths(args), time.monotonic()
+    from vidjax.apps.gallery import array_export
+    from vidjax.apps.gallery.gallery import Gallery
     from vidjax.apps.gallery.store import GALLERY_FILE
 
     shared_flags.load_definitions(args)
@@ -68,9 +67,12 @@ def _export(args: argparse.Namespace) -> Result:
         if is_gallery := files.exists(source / GALLERY_FILE):
             if args.checkpoint:
                 raise UserError("--checkpoint has no effect on a gallery: leave it out")
-            facts = _write_gallery(source, folder, target, args.format)
+            facts = array_export.write_gallery(args.format, Gallery(source), folder)
         else:
-            facts = _write_run(source, folder, target, args.format, args.checkpoint or "latest")
+            from vidjax.training import public
+
+            public.open_run(source)  # if it is no run, the error gives a remedy
+            facts = formats.write_run(args.format, source, folder, args.checkpoint or "latest")
         written = {"format": args.format, **facts, "files": files.sha256_folder(folder)}
         files.write_manifest(folder / MANIFEST, written)
     size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
@@ -82,64 +84,6 @@ def _export(args: argparse.Namespace) -> Result:
         "time": f"{time.monotonic() - began:.1f} s",
     }
     return Result({"folder": str(to), **written, "bytes": size}, rows)
-
-
-def _write_run(
-    source: Path, folder: Path, target: Format, name: str, step: Literal["latest", "best"]
-) -> dict[str, Any]:
-    import jax
-
-    from vidjax.evaluation import predict
-    from vidjax.evaluation.export import function, weights
-    from vidjax.runs.versions import collect_versions
-    from vidjax.training import public
-
-    public.open_run(source)  # if it is no run, the error gives a remedy
-    run = predict.restore_run(source, step=step, num_devices=1)
-    size = sum(x.nbytes for x in jax.tree.leaves((run.model.params, run.model.model_state)))
-    if target.bounded and size >= function.LARGEST:
-        raise UserError(
-            f"--format={name} is limited to {function.LARGEST / 1e9:.1f} GB, but the weights have "
-            f"{size / 1e9:.1f} GB\nchoose --format=safetensors or --format=saved_model"
-        )
-    inputs = function.input_shapes(run)
-    weights.write(run.workdir, folder, step)
-    outputs = target.write(run, inputs, folder)
-    return {
-        "step": run.step,
-        "inputs": {
-            name: {"shape": [x if isinstance(x, int) else str(x) for x in spec.shape],
-                   "dtype": spec.dtype.name}
-            for name, spec in inputs.items()
-        },
-        "outputs": list(target.outputs),
-        "num_identities": len(run.identities),
-        "scores": run.config.eval.scores,
-        "difference": function.check(name, run, outputs),
-        "versions": collect_versions(),
-    }  # fmt: skip
-
-
-def _write_gallery(source: Path, folder: Path, target: Format, name: str) -> dict[str, Any]:
-    from vidjax.apps.gallery import array_export
-    from vidjax.apps.gallery.gallery import Gallery
-
-    if not target.gallery_file:
-        raise UserError(
-            f"--format={name} stores a net, but a gallery has none\n"
-            "choose --format=safetensors or --format=numpy, or export the run "
-            "from which the gallery was made"
-        )
-    gallery = Gallery(source)
-    difference = array_export.write_arrays(name, gallery, folder / target.gallery_file)
-    files.write_json(folder / "identities.json", list(gallery.index.names))
-    return {
-        "version": gallery.version,
-        "parts": gallery.backend.widths,
-        "num_identities": len(gallery.index.names),
-        "difference": difference,
-        "versions": {"vidjax": __version__, "numpy": np.__version__},
-    }
 
 
 def _import(args: argparse.Namespace) -> Result:

@@ -120,16 +120,12 @@ def run_extract(args: argparse.Namespace) -> Result:
     new = [outcome.media for outcome in outcomes if outcome.media and not outcome.kept]
     minutes = sum(film.seconds for film in new if not film.photo) / 60
     rate = minutes / max((time.monotonic() - began) / 60, 1e-9)
-    clips = sum(len(film.tracks) for film in films)
-    content = {"out": args.out, "files": len(films), "failed": [*failed], "clips": clips}
-    rows = {
-        "features": str(args.out),
-        "files": f"{len(films):,}" + (f", {len(failed):,} could not be read" if failed else ""),
-        "clips": f"{clips:,}",
-        **messages.list_remedies(failed),
-    }
-    if minutes:
-        rows["speed"] = f"{rate:.3g} minutes of film per minute"
+    facts = {"files": len(films), "clips": sum(len(film.tracks) for film in films)}
+    lost = f", {len(failed):,} could not be read" if failed else ""
+    rows = {"features": args.out, **facts, "files": f"{len(films):,}{lost}"}
+    rows["remedy"] = messages.describe_failed(failed).get("remedy")
+    rows["speed"] = minutes and f"{rate:.3g} minutes of film per minute"
+    content = {"out": args.out, "failed": [*failed], **facts}
     return Result(content, rows, code=1 if failed else 0)
 
 
@@ -243,8 +239,7 @@ def name_people(args: argparse.Namespace) -> Result:
 
 def describe_names(done: who.WhoResults, out: Path) -> Result:
     """Returns the result of `vidjax who`. `out` is the folder of results."""
-    appearances = done.decision.appearances
-    named = [row.identity for row in appearances if row.probability is not None]
+    named = [row.identity for row in done.decision.appearances if row.probability is not None]
     num_unknown, num_faces, unknown = count_unknown(done.decision.unknown.values())
     content = {
         "out": str(out), "people": done.people, "named": len(named), "groups": num_unknown,
@@ -254,23 +249,18 @@ def describe_names(done: who.WhoResults, out: Path) -> Result:
     rows = {
         "people": f"{len(done.people):,}: {people}" if people else "none",
         "found": f"{len({*named}):,} of them, {messages.count(len(named), 'appearance')}",
-        "page": str(out / results.PAGE),
-        "table": str(out / results.TABLES[0]),
+        "page": out / results.PAGE,
+        "table": out / results.TABLES[0],
+        "card": done.decision.card,
+        "no usable photo": messages.list_some(done.missed),
+        **messages.describe_failed(done.failed),
     }
-    if note := done.decision.card:
-        rows["card"] = "; ".join(note.splitlines())
-    if done.missed:
-        rows["no usable photo"] = messages.list_some(done.missed)
-    if done.failed:
-        rows["not used"] = f"{len(done.failed):,}: {', '.join(sorted(done.failed)[:3])}"
-        rows |= messages.list_remedies(done.failed)
     if num_unknown or num_faces:
         rows["unknown"] = (
             f"{unknown} without a name: to name them, add --review --thumbnails to the command"
         )
     lines = [[messages.shorten(cell) for cell in line] for line in done.lines]
-    text = "\n".join(f"  {line}" for line in messages.align_columns(lines))
-    return Result(content, rows, text, code=1 if done.failed else 0)
+    return Result(content, rows, table=lines, code=1 if done.failed else 0)
 
 
 def add_convert_flags(parser: Parser) -> None:
@@ -335,9 +325,7 @@ def convert_nets(args: argparse.Namespace) -> Result:
             f"trained on {card.licence.training_data}"
         )
     content = {"card": str(written[0]), "cards": [str(path) for path in written]}
-    if not args.photos:
-        return Result(content, rows)
-    measured = _measure_photos(out, args)
+    measured = _measure_photos(out, args) if args.photos else Result({})
     return measured._replace(
         content={**measured.content, **content}, rows={**rows, **measured.rows}
     )
@@ -375,7 +363,7 @@ def measure_card(args: argparse.Namespace) -> Result:
             "to use the present numbers of the cards in a gallery: --gallery=G"
         )
     gallery = Gallery(files.local(args.gallery)) if args.gallery else None
-    result = Result({}, {})
+    result = Result({})
     if args.photos:
         result = _measure_photos(models, args)
     elif args.input:
@@ -394,18 +382,17 @@ def _measure_photos(models: Path, args: argparse.Namespace) -> Result:
 
 def describe_cards(done: Sequence[MeasuredCard]) -> Result:
     """Returns the result of measured cards."""
-    content, rows, texts = list[object](), dict[str, str](), list[str]()
+    content, rows, table = list[object](), dict[str, str](), list[tuple[str, ...]]()
     for card, found, back_end, by_quality, unclear in done:
         assert card.back_end
-        lines = [("cosines", "mean", "95 % interval", "deviation", "95 % interval", "before")]
+        table.append(("cosines", "mean", "95 % interval", "deviation", "95 % interval", "before"))
         for name, key in (("of a person", "same"), ("of two people", "different")):
             values, before = getattr(back_end, key), getattr(card.back_end, key)
             ends = measured_cards.format_intervals(getattr(found, key))
             cells = (f"{values[0]:.3f}", ends[0], f"{values[1]:.3f}", ends[1])
-            lines.append((name, *cells, f"{before[0]:.3f} +- {before[1]:.3f}"))
+            table.append((name, *cells, f"{before[0]:.3f} +- {before[1]:.3f}"))
         if len(by_quality) > 1:
-            lines += [("quality", "a person", "two people", "pairs", "", ""), *by_quality]
-        texts += [f"  {line}" for line in messages.align_columns(lines)]
+            table += [("quality", "a person", "two people", "pairs", "", ""), *by_quality]
         clips, people = messages.count(found.clips, "clip"), messages.count(found.people, "person")
         rows[messages.relative_path(card.path)] = f"{clips} of {people}" + (
             f"; {messages.count(unclear, 'unclear face')} left out" if unclear else ""
@@ -419,4 +406,4 @@ def describe_cards(done: Sequence[MeasuredCard]) -> Result:
         "the next vidjax who uses the new numbers; other galleries: vidjax measure-card MODELS "
         "--gallery=G"
     )
-    return Result({"measured": content}, rows, "\n".join(texts))
+    return Result({"measured": content}, rows, table=table)

@@ -3,39 +3,37 @@
 import argparse
 import contextlib
 import functools
-import re
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from vidjax.apps import bulk
+from vidjax.apps import bulk, features_folder
 from vidjax.apps.gallery import answers as answers_lib, card_notes, verification
-from vidjax.apps.gallery.changes import check_person
-from vidjax.apps.gallery.enrolment import stack_vectors
-from vidjax.apps.video import faces, naming, subtitles
-from vidjax.cli import enrol_inputs
+from vidjax.apps.gallery.changes import check_person, find_enrolled
+from vidjax.apps.gallery.creation import check_new
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.migration import migrate
+from vidjax.apps.video import clip_inputs, naming, subtitles
+from vidjax.data.clips import SPLITS
 from vidjax.runs import terminal
-from vidjax.utils import files, messages, tables
-from vidjax.utils.errors import UserError, prefix_errors, warn
+from vidjax.utils import messages, tables
+from vidjax.utils.errors import UserError, warn
 from vidjax.utils.machine import num_cores
 from vidjax.utils.messages import Result
-from vidjax.utils.names import normal_form, show, strip_ending
+from vidjax.utils.names import normal_form, show
 from vidjax.utils.parser import Parser, whole_number
 
 if TYPE_CHECKING:
-    from vidjax.apps.features_folder import MediaFile
-    from vidjax.apps.gallery.gallery import Gallery
-    from vidjax.apps.gallery.labelling import Enrolment
     from vidjax.apps.gallery.vectors import Vectors
     from vidjax.data.dataset import Dataset
-    from vidjax.data.memory import MemoryClips
+
 
 MOST_RIVALS = 3  # clips that seem to show another person, with a warning each
+Facts = Mapping[str, object]  # of a result, as in `Result`
+EMPTY: Facts = {}
+Table = Iterable[Sequence[str]]
 LARGE_BYTES = 10 << 20  # of a table whose name is printed before it is read
 
 HELP = """\
@@ -274,29 +272,21 @@ COMMANDS: Mapping[str, tuple[str, Callable[[Parser], None]]] = {
 }
 
 
-def _summarise(
-    gallery: "Gallery",
-    changes: Mapping[str, str] = MappingProxyType({}),
-    content: Mapping[str, object] = MappingProxyType({}),
-) -> Result:
-    sizes = {
+def _summarise(gallery: Gallery, rows: Facts = EMPTY, content: Facts = EMPTY) -> Result:
+    facts = {
+        "gallery": str(gallery.folder),
         "people": len(gallery.identities),
         "clips": sum(gallery.identities.values()),
         "strangers": len(gallery.strangers),
         "version": gallery.version,
     }
-    rows = {**changes, "gallery": str(gallery.folder)} | {k: f"{n:,}" for k, n in sizes.items()}
-    return Result({**content, "gallery": str(gallery.folder), **sizes}, rows)
+    return Result({**facts, **content}, {**rows, **facts})
 
 
 def _create(args: argparse.Namespace) -> Result:
-    from vidjax.apps.gallery.creation import check_new
-    from vidjax.apps.gallery.gallery import Gallery
-
     check_new(Path(args.gallery))
     if args.models:
-        if ignored := ["--strangers"] if args.strangers else args.overrides:
-            raise UserError(f"{ignored[0]} has no effect with --models: leave it out")
+        _refuse(args, "with --models", "strangers", "overrides")
         return _summarise(Gallery.of_models(args.gallery, args.models))
     from vidjax.evaluation import predict  # loads JAX, which only galleries of runs need
     from vidjax.runs import config_io
@@ -310,257 +300,143 @@ def _create(args: argparse.Namespace) -> Result:
     return _summarise(gallery)
 
 
-def _open(args: argparse.Namespace) -> "Gallery":
-    """Opens the gallery of a command. Raises UserError if `--input` or `--split` is wrong."""
-    from vidjax.apps import features_folder
-    from vidjax.apps.gallery.gallery import Gallery
-    from vidjax.data.clips import SPLITS
-    from vidjax.data.memory import check_path, find_files
+def _refuse(args: argparse.Namespace, why: str, *names: str, remedy: str = "leave it out") -> None:
+    """Raises UserError if one of the flags `names` is given. `overrides` are --config.FIELD."""
+    for name in names:
+        if given := getattr(args, name):
+            flag = given[0] if name == "overrides" else f"--{name}"
+            raise UserError(f"{flag} has no effect {why}: {remedy}")
 
+
+def _open(args: argparse.Namespace) -> Gallery:
+    """Opens the gallery of a command. Raises UserError if `--input` or `--split` is wrong."""
     given = getattr(args, "input", None) or []  # a list for enrol
-    paths = [Path(x).expanduser() for x in ([given] if isinstance(given, str) else given)]
-    if paths and args.overrides:
-        raise UserError(f"{args.overrides[0]} has no effect with --input: leave it out")
-    people = args.command == "enrol" and not (args.identity or args.labels or args.strangers)
-    for path in paths:
-        if people or bulk.list_tables(path):
-            check_path(path)
-        else:
-            root, found = find_files(path)
-            is_flat = isinstance(found, Mapping) or all(file.parent == root for file in found)
-            if args.command == "enrol" and args.identity and not is_flat:
-                raise UserError(
-                    f"'{path}' contains folders of clips, which may show several people\n"
-                    "leave out --identity if a folder is a person, or name each folder: --input=DIR"
-                )
+    if given:
+        _refuse(args, "with --input", "overrides")
     if (split := getattr(args, "split", None)) and split not in SPLITS:
         raise UserError(f"--split={split}: choose from {', '.join(SPLITS)}")
     gallery = Gallery(args.gallery, run=getattr(args, "run", None))
-    for path in paths if gallery.origin.cards else ():
-        features_folder.check_models(path, gallery.origin.cards)
+    enrols = args.command == "enrol"
+    has_people = enrols and not (args.identity or args.labels or args.strangers)
+    of_person = enrols and bool(args.identity)
+    for path in [given] if isinstance(given, str) else given:
+        path = Path(path).expanduser()
+        clip_inputs.check_input(gallery, path, has_people=has_people, of_person=of_person)
     return gallery
 
 
-def _load_clips(args: argparse.Namespace, gallery: "Gallery") -> "MemoryClips | Dataset":
-    if args.input:
-        return gallery.load(args.input)
+def _load_split(args: argparse.Namespace, gallery: Gallery) -> "Dataset":
     from vidjax.runs import config_io
     from vidjax.training.public import load_data
 
     return load_data(config_io.override(gallery.run.config, args.overrides))
 
 
-def _show_progress(label: str, total: int) -> contextlib.closing[terminal.Progress]:
-    return contextlib.closing(terminal.Progress(total, unit="clip", label=label, leave=False))
-
-
-def _embed(args: argparse.Namespace, gallery: "Gallery") -> tuple[float, "Vectors"]:
+def _embed(args: argparse.Namespace, gallery: Gallery) -> "tuple[float, Vectors]":
     """Returns the time when the clips were loaded, and the embeddings of the clips."""
-    clips = _load_clips(args, gallery)
-    return time.monotonic(), _embed_clips(args, gallery, clips)
+    clips = gallery.load(args.input) if args.input else _load_split(args, gallery)
+    return time.monotonic(), clip_inputs.embed(gallery, clips, args.split)
 
 
-def _embed_clips(
-    args: argparse.Namespace, gallery: "Gallery", clips: "MemoryClips | Dataset"
-) -> "Vectors":
-    with _show_progress("vectors", len(clips.split(args.split or "clips").clips)) as bar:
-        return gallery.embed(clips, args.split, advance=bar.advance)
+def _check_out(args: argparse.Namespace, *endings: str) -> Path | None:
+    """Returns the file of `--out`, which must be new and have one of the endings."""
+    out = Path(args.out).expanduser() if args.out else None
+    if out:
+        tables.check_new(out, endings)
+    return out
 
 
 def _enrol(args: argparse.Namespace) -> Result:
-    from vidjax.apps.gallery.labelling import check_given
-
     if args.photos:
         return _enrol_photos(args)
     if args.models:
         raise UserError("--models has no effect without --photos: leave it out")
     if args.identity:  # a mistake is reported before clips are read
         check_person(args.identity)
-    labels = enrol_inputs.read_labels(Path(args.labels).expanduser()) if args.labels else None
-    inputs = enrol_inputs.list_inputs(args.input or ())
+    labels = clip_inputs.read_labels(Path(args.labels).expanduser()) if args.labels else None
+    inputs = clip_inputs.list_inputs(args.input or ())
+    for path in inputs:
+        clip_inputs.refuse_photos(path)
     args.input = [*map(str, inputs)]
-    several = len(inputs) > 1
-    if args.clip and several:
-        raise UserError(f"--clip={args.clip} is a clip of one input: give --input once")
-    with enrol_inputs.hint_at_photos(inputs):
-        gallery, names, done = _open(args), set[str](), []
-    for number, path in enumerate(inputs or [None], 1):
-        place = f"{number:,} of {len(inputs):,}: " if several else ""
-        if path and (place or path.stat().st_size > LARGE_BYTES):
-            terminal.say(f"{place}{show(str(path))} ...")
-        with enrol_inputs.hint_at_photos([path] if path else []):
-            vectors, identity = _embed_people(args, gallery, path, labels, several=several)
-        names |= {*vectors.names}
-        if identity != {} or not several:
-            waiting = [vectors]
-            del vectors  # so that `enrol` can free the memory of a large table
-            done.append(_enrol_vectors(args, gallery, waiting, identity))
-    if labels and several:
-        check_given(labels, names, args.labels)
-    if not done:
-        raise UserError(
-            f"no clip in {args.input[0]} and the other inputs has a person\n"
-            "add a column identity to the tables, or --labels=FILE"
-        )
-    return _describe_enrolment(args, gallery, done)
+    gallery = _open(args)
 
+    def begin(number: int, given: object) -> None:
+        place = f"{number:,} of {len(inputs):,}: " if len(inputs) > 1 else ""
+        if isinstance(given, Path) and (place or given.stat().st_size > LARGE_BYTES):
+            terminal.say(f"{place}{show(str(given))} ...")
 
-def _enrol_vectors(
-    args: argparse.Namespace,
-    gallery: "Gallery",
-    waiting: "list[Vectors]",
-    identity: str | Mapping[str, str] | None,
-) -> "Enrolment":
-    """Takes vectors out of the list `waiting`, and enrols them for a person or for clip -> person.
-
-    If `identity` is None, the vectors contain the people.
-    """
-    errors = prefix_errors(args.labels) if args.labels else contextlib.nullcontext()
-    with _show_progress("enrol", len(waiting[0].names)) as bar, errors:
-        return gallery.enrol(
-            waiting.pop(), identity, strangers=args.strangers,
-            source=args.labels or "identities", advance=bar.advance,
-        )  # fmt: skip
-
-
-def _embed_people(
-    args: argparse.Namespace,
-    gallery: "Gallery",
-    path: Path | None,
-    labels: Mapping[str, str] | None,
-    *,
-    several: bool,
-) -> "tuple[Vectors, str | Mapping[str, str] | None]":
-    """Returns the vectors of an input or a split, and the person of all clips or of each clip.
-
-    If there are `several` inputs, only the labels of this input are returned, and may be {}.
-    """
-    identity: str | Mapping[str, str] | None = labels or args.identity
-    if path is None:
-        clips = _load_clips(args, gallery)
-    elif identity is None and not args.strangers:
-        clips, identity = enrol_inputs.load_people(path, gallery, required=not several)
-    else:
-        clips = gallery.load(path)
-    vectors = _embed_clips(args, gallery, clips)
-    del clips
-    if args.clip:
-        clip = strip_ending(args.clip)
-        vectors = vectors.only({name for name in vectors.names if strip_ending(name) == clip})
-        if not vectors.names:
-            raise UserError(f"--clip={args.clip}: no clip has this name: name a clip of the input")
-    if isinstance(identity, Mapping) and (args.clip or several):
-        known = {*map(strip_ending, vectors.names)}
-        identity = {name: who for name, who in identity.items() if strip_ending(name) in known}
-    if path and identity and not args.clip:
-        enrol_inputs.check_seen_together(_read_films(path), identity, vectors.names)
-    return vectors, identity
-
-
-def _describe_enrolment(
-    args: argparse.Namespace, gallery: "Gallery", done: "Sequence[Enrolment]"
-) -> Result:
-    refused = [clip for part in done for clip in part.refused]
-    if refused:
-        count, names = messages.count(len(refused), "clip"), messages.list_some(refused, 3)
+    done = clip_inputs.enrol(
+        gallery, inputs or [_load_split(args, gallery)], labels or args.identity,
+        split=args.split, clip=args.clip, strangers=args.strangers, source=args.labels or "",
+        begin=begin,
+    )  # fmt: skip
+    if done.refused:
+        count = messages.count(len(done.refused), "clip")
+        names = messages.list_some(done.refused, 3)
         warn(f"not enrolled: {count} without a usable frame, {names}")
     card_notes.warn(gallery.state)
-    enrolled, unchanged = sum(x.enrolled for x in done), sum(x.unchanged for x in done)
-    similar = {name: other for part in done for name, other in part.similar.items()}
-    rivals = {clip: person for part in done for clip, person in part.rivals.items()}
-    for clip, other in [*rivals.items()][:MOST_RIVALS]:
+    enrolled = f"{messages.count(done.enrolled, 'clip')}, {done.unchanged:,} enrolled before"
+    for clip, other in [*done.rivals.items()][:MOST_RIVALS]:
         terminal.say(
             f"'{show(clip)}' seems to show '{show(other)}', but was enrolled as another person\n"
             "if the clip is wrong: vidjax gallery relabel; if the two are one person: vidjax "
             "gallery rename --merge",
             warning=True,
         )
-    if len(rivals) > MOST_RIVALS:
-        text = f"{len(rivals):,} clips seem to show another enrolled person: --json lists them"
+    if len(done.rivals) > MOST_RIVALS:
+        text = f"{len(done.rivals):,} clips seem to show another enrolled person: --json lists them"
         terminal.say(text, warning=True)
-    rows = {"inputs": f"{len(args.input):,}"} if len(args.input) > 1 else {}
-    rows["enrolled"] = f"{messages.count(enrolled, 'clip')}, {unchanged:,} enrolled before"
-    content = {"enrolled": enrolled, "unchanged": unchanged, "refused": refused}
-    return _summarise(gallery, rows, content | {"similar": similar, "rivals": rivals})
+    rows = {"inputs": len(inputs) if len(inputs) > 1 else None, "enrolled": enrolled}
+    return _summarise(gallery, rows, done._asdict())
 
 
 def _enrol_photos(args: argparse.Namespace) -> Result:
     """Enrols the photos of a folder. If a photo is not enrolled, the exit code is 1."""
     from vidjax.apps.video import people_photos
 
-    for flag in ("clip", "identity", "labels", "strangers", "run"):
-        if getattr(args, flag):
-            raise UserError(
-                f"--{flag} has no effect with --photos: leave it out. The names of people are the "
-                "names of folders and photos: FOLDER/NAME/PHOTO.jpg or FOLDER/NAME.jpg"
-            )
-    if args.overrides:
-        raise UserError(f"{args.overrides[0]} has no effect with --photos: leave it out")
-    args.input, people = [], Path(args.photos).expanduser()
+    remedy = (
+        "leave it out. The names of people are the names of folders and photos: "
+        "FOLDER/NAME/PHOTO.jpg or FOLDER/NAME.jpg"
+    )
+    names = ("clip", "identity", "labels", "strangers", "run")
+    _refuse(args, "with --photos", *names, remedy=remedy)
+    _refuse(args, "with --photos", "overrides")
     gallery = _open(args)
-    models = enrol_inputs.check_models(gallery, args.models)
+    models = clip_inputs.find_models(gallery, args.models)
+    people = Path(args.photos).expanduser()
     done = people_photos.enrol_folder(gallery, people, models, num_cores())
     card_notes.warn(gallery.state)
-    count = messages.count(done.enrolled, "face")
-    rows = {"enrolled": f"{count}, {done.unchanged:,} enrolled before"}
-    if done.failed:
-        rows["not used"] = f"{len(done.failed):,}: {messages.list_some(sorted(done.failed), 3)}"
-    rows |= messages.list_remedies(done.failed)
+    rows = {
+        "enrolled": f"{messages.count(done.enrolled, 'face')}, {done.unchanged:,} enrolled before",
+        **messages.describe_failed(done.failed),
+    }
     content = done._asdict() | {"failed": [*done.failed]}
     return _summarise(gallery, rows, content)._replace(code=1 if done.failed else 0)
 
 
 def _group(args: argparse.Namespace) -> Result:
-    out = Path(args.out).expanduser()
-    tables.check_new(out, (".tsv",))
+    out = _check_out(args, ".tsv")
+    assert out
     gallery = _open(args)
-    films = _read_films(args.input)
+    films = clip_inputs.read_films(args.input)
     _, vectors = _embed(args, gallery)
-    num_clips, answers, enrolled = len(vectors.names), {}, set[str]()
-    if films:
-        said = faces.read_for(gallery, films)
-        tracks = naming.name_tracks(gallery, vectors, films, gallery.identify, said=said)
-        answers, known = tracks.answers, tracks.told
-        enrolled = {*known}
-    elif gallery.identities:
-        answers = gallery.identify(vectors)
-    named = {name for name, answer in answers.items() if answer.identity is not None}
-    vectors = vectors.only({*vectors.names} - named - enrolled)
-    if films and gallery.origin.cards:
-        groups = naming.group_unknown(gallery, vectors, films)
-        groups = naming.mark_unclear(groups, films)
-    else:
-        groups = gallery.group(vectors)
+    groups = clip_inputs.group_unknown(gallery, vectors, films)
     answers_lib.write_groups(out, groups)
     people, num_faces, text = answers_lib.count_unknown(groups.values())
-    rows = {
-        "clips": f"{num_clips:,}",
+    facts = {"groups": str(out), "clips": len(vectors.names)}
+    rows = facts | {
         "unknown": f"{text} in {messages.count(len(groups), 'clip')}",
         "groups": f"{out}: write names into it, then enrol --labels={shlex.quote(str(out))}",
     }
-    content = {"groups": str(out), "clips": num_clips}
-    content |= {"people": people, "unclear": num_faces, "unknown": len(groups)}
-    return Result(content, rows)
-
-
-def _read_films(path: str | Path | None) -> "list[MediaFile]":
-    """Reads the descriptions of films in the input `path`; returns [] for other clips."""
-    from vidjax.apps import features_folder
-
-    folder = Path(path or "").expanduser()
-    if folder.suffix == ".npz":  # the features of one film
-        folder = folder.parent
-    is_extracted = path and (folder / features_folder.NAME).exists()
-    return features_folder.read_media_files(folder) if is_extracted else []
+    return Result({**facts, "people": people, "unclear": num_faces, "unknown": len(groups)}, rows)
 
 
 def _identify(args: argparse.Namespace) -> Result:
-    if args.input and (inputs := bulk.list_tables(args.input)):
-        return _process_tables(args, inputs, answers_lib.Identify, k=args.k)
-    out, films = Path(args.out).expanduser() if args.out else None, _read_films(args.input)
+    if done := _process_tables(args, answers_lib.Identify, k=args.k):
+        return done
+    films = clip_inputs.read_films(args.input)
+    out = _check_out(args, *tables.ENDINGS, *subtitles.FORMATS)
     has_times = out is not None and out.suffix in subtitles.FORMATS
-    if out:
-        tables.check_new(out, (*tables.ENDINGS, *subtitles.FORMATS))
     if has_times and not films:
         raise UserError(
             f"--out={out} is a file with times, and only features of vidjax extract have times\n"
@@ -570,51 +446,50 @@ def _identify(args: argparse.Namespace) -> Result:
     chosen = {"fpir": args.fpir, "threshold": args.threshold}
     rule = gallery.rule(**chosen)  # a mistake is reported before vectors are made
     began, vectors = _embed(args, gallery)
-    with _show_progress("identify", len(vectors.names)) as bar:
+    with terminal.show_clips("identify", len(vectors.names)) as bar:
         identify = functools.partial(gallery.identify, k=args.k, advance=bar.advance, **chosen)
-        if films:  # as `vidjax who` names them
-            said = faces.read_for(gallery, films)
-            named = naming.name_tracks(gallery, vectors, films, identify, said=said)
-            answers = named.answers
-        else:
-            answers = identify(vectors)
+        answers = clip_inputs.name_clips(gallery, vectors, films, identify).answers
     timed = terminal.measure_rate(began, len(answers))
     named = sum(answer.identity is not None for answer in answers.values())
-    rows = {"clips": f"{len(answers):,}", "named": f"{named:,}"}
-    rows |= {"unknown": f"{len(answers) - named:,}", **answers_lib.describe_rule(rule)}
-    rows |= answers_lib.describe_doubtful(rule, answers_lib.count_doubtful(answers))
-    rows |= _describe_card(gallery) | timed[0]
-    content = {"clips": len(answers), "named": named}
-    content |= _describe_rule(rule) | timed[1]
+    facts = {"clips": len(answers), "named": named}
+    rows = {"unknown": len(answers) - named}
+    rows |= _describe_rule(gallery, rule, answers_lib.count_doubtful(answers)) | timed[0]
+    content = facts | rule.to_entries() | timed[1]
+    if out and has_times:
+        subtitles.write(out, naming.find_appearances(answers, films), films)
+    elif out:
+        answers_lib.write(out, answers)
+    listed = map(answers_lib.as_json, answers, answers.values())
+    return _list_answers(out, content, facts | rows, listed, answers_lib.table(answers))
+
+
+def _list_answers(
+    out: Path | None, content: Facts, rows: Facts, listed: Iterable[object], table: Table
+) -> Result:
+    """Returns a result with the file of the answers, or with all answers."""
     if out:
-        if has_times:
-            subtitles.write(out, naming.find_appearances(answers, films), films)
-        else:
-            answers_lib.write(out, answers)
-        return Result(content | {"answers": str(out)}, rows | {"answers": str(out)})
-    listed = [answers_lib.as_json(*pair) for pair in answers.items()] if args.json else []
-    return Result(content | {"answers": listed}, rows, "\n".join(answers_lib.table(answers)))
+        return Result({**content, "answers": str(out)}, {**rows, "answers": str(out)})
+    return Result({**content, "answers": listed}, rows, table=table)
 
 
 def _verify(args: argparse.Namespace) -> Result:
-    out = Path(args.out).expanduser() if args.out else None
-    if out:
-        tables.check_new(out, tables.ENDINGS)
+    out = _check_out(args, *tables.ENDINGS)
     gallery = _open(args)
     rule = gallery.match_rule(args.identity, fmr=args.fmr)  # a mistake is reported early
     others = None if args.others is None else gallery.embed(gallery.load(args.others))
     _, vectors = _embed(args, gallery)
-    content: dict[str, object] = {}
-    rows, misfits, identity = dict[str, str](), dict[str, float](), ""
+    content, misfits, identity = dict[str, object](), dict[str, float](), ""
     if args.identity is not None:
         identity = normal_form(args.identity)
         matches, rule, misfits = gallery.verify_person(vectors, identity, fmr=args.fmr)
-        content, rows = {"identity": identity, "misfits": misfits}, {"person": show(identity)}
+        content = {"identity": identity, "misfits": misfits}
     else:
         matches = gallery.compare(vectors, others, fmr=args.fmr)
     accepted = sum(match.accepted for match in matches.values())
-    rows |= {"compared": f"{len(matches):,}", "accepted": f"{accepted:,}", **rule.describe()}
-    if none := sum(not match.evidence for match in matches.values()):
+    none = sum(not match.evidence for match in matches.values())
+    rows = {"person": show(identity), "compared": len(matches), "accepted": accepted}
+    rows |= rule.describe()
+    if none:
         rows["not compared"] = (
             f"{none:,}, without a usable frame of a modality that both sides have: give other clips"
         )
@@ -623,77 +498,62 @@ def _verify(args: argparse.Namespace) -> Result:
             f"{messages.list_some([*misfits], 3)}: unlike most other clips of the person. To move "
             "or delete a clip: vidjax gallery relabel, vidjax gallery remove"
         )
-    rows |= _describe_card(gallery)
+    rows["card"] = card_notes.describe(gallery.state)
     content |= {"comparisons": len(matches), "accepted": accepted, "rule": rule.to_dict()}
     if out:
         verification.write(out, matches, identity)
-        return Result(content | {"answers": str(out)}, rows | {"answers": str(out)})
-    pairs = matches.items() if args.json else ()
-    listed = [verification.as_json(*pair, identity) for pair in pairs]
-    text = "\n".join(verification.table(matches))
-    return Result(content | {"answers": listed}, rows, text)
+    listed = (verification.as_json(*pair, identity) for pair in matches.items())
+    return _list_answers(out, content, rows, listed, verification.table(matches))
 
 
-def _describe_card(gallery: "Gallery") -> dict[str, str]:
-    note = card_notes.describe(gallery.state)
-    return {"card": "; ".join(note.splitlines())} if note else {}
-
-
-def _describe_rule(rule: answers_lib.NamingRule) -> dict[str, object]:
-    threshold = rule.threshold.to_dict() if rule.threshold else None
-    return {"rule": answers_lib.convert_rule_to_json(rule), "threshold": threshold}
+def _describe_rule(
+    gallery: Gallery, rule: answers_lib.NamingRule, doubtful: int
+) -> dict[str, object]:
+    return {**rule.describe(doubtful), "card": card_notes.describe(gallery.state)}
 
 
 def _process_tables(
-    args: argparse.Namespace, inputs: Sequence[Path], work: type[bulk.TableTask], **options: int
-) -> Result:
+    args: argparse.Namespace, work: type[bulk.TableTask], **options: int
+) -> Result | None:
+    """Answers for a folder of tables. If `--input` is no such folder, returns None."""
+    inputs = bulk.list_tables(args.input) if args.input else []
+    if not inputs:
+        return None
     bulk.check_out(args.out, inputs, work)
     gallery, chosen = _open(args), {"fpir": args.fpir, "threshold": args.threshold}
     rule = gallery.rule(**chosen)  # a mistake is reported before tables are read
     task = work(lambda: gallery, **options, **chosen)
     done = bulk.process_tables(inputs, args.out, task)
     if rule.default and work is bulk.Rank:
-        return done
+        return Result(done._asdict(), done.describe())
     doubtful = task.num_doubtful if isinstance(task, answers_lib.Identify) else 0
-    rows = {**answers_lib.describe_rule(rule), **answers_lib.describe_doubtful(rule, doubtful)}
-    rows |= {**done.rows, **_describe_card(gallery)}
-    return done._replace(content={**done.content, **_describe_rule(rule)}, rows=rows)
+    rows = _describe_rule(gallery, rule, doubtful) | done.describe()
+    return Result(done._asdict() | rule.to_entries(), rows)
 
 
 def _rank(args: argparse.Namespace) -> Result:
-    from vidjax.evaluation import ranking, topk
-
-    if args.input and (inputs := bulk.list_tables(args.input)):
-        return _process_tables(args, inputs, bulk.Rank)
-    out = Path(args.out).expanduser()
-    tables.check_new(out, (".txt", *tables.ENDINGS))
+    if done := _process_tables(args, bulk.Rank):
+        return done
+    out = _check_out(args, ".txt", *tables.ENDINGS)
+    assert out
     gallery = _open(args)
     chosen = {"fpir": args.fpir, "threshold": args.threshold}
     rule = gallery.rule(**chosen)  # a mistake is reported before vectors are made
     began, vectors = _embed(args, gallery)
-    with _show_progress("rank", len(vectors.names)) as bar:
+    with terminal.show_clips("rank", len(vectors.names)) as bar:
         ranked = gallery.rank(vectors, advance=bar.advance, **chosen)
     timed = terminal.measure_rate(began, len(vectors.names))
     if out.suffix == ".txt":
-        clip_index = {clip: number for number, clip in enumerate(vectors.names)}
-        index = np.full((len(ranked), topk.MAX_NAMES), topk.NO_CLIP)
-        for row, clips in zip(index, ranked.values(), strict=True):
-            row[: len(clips)] = [clip_index[clip] for clip, _ in clips]
-        text = ranking.to_text(out, [*ranked], vectors.names, topk.TopK(index, index))
-        tables.write_new(out, text.encode())
+        from vidjax.evaluation import ranking
+
+        ranking.write_lists(out, ranked)
     else:
         tables.write_ranking(out, ranked)
-    rows = {
-        "gallery": str(gallery.folder),
-        "people": f"{len(gallery.identities):,}",
-        "clips": f"{len(vectors.names):,}",
-        **({} if rule.default else answers_lib.describe_rule(rule)),
-        **timed[0],
-        "ranking": str(out),
-    }
-    content = {"ranking": str(out), "clips": len(vectors.names), **timed[1]}
-    content |= {"people": len(gallery.identities), "rule": None, "threshold": None}
-    return Result(content if rule.default else content | _describe_rule(rule), rows)
+    sizes = {"people": len(gallery.identities), "clips": len(vectors.names)}
+    described = {} if rule.default else rule.describe()
+    rows = {"gallery": str(gallery.folder), **sizes, **described, **timed[0], "ranking": str(out)}
+    chosen_rule = {"rule": None, "threshold": None} if rule.default else rule.to_entries()
+    return Result({"ranking": str(out), **sizes, **timed[1], **chosen_rule}, rows)
 
 
 def _remove(args: argparse.Namespace) -> Result:
@@ -722,25 +582,11 @@ def _relabel(args: argparse.Namespace) -> Result:
 
 def _migrate(args: argparse.Namespace) -> Result:
     """Copies the people of a gallery. If a person has no clip left, the exit code is 1."""
-    from vidjax.apps import features_folder
-    from vidjax.apps.gallery.gallery import Gallery
-    from vidjax.apps.gallery.migration import migrate
-    from vidjax.data.clips import SPLITS
-    from vidjax.data.memory import load_people
-
-    old, new = Gallery(args.gallery), Gallery(args.new)
-    path, (widths, quality) = Path(args.input).expanduser(), new.source.reads
+    old, new, path = Gallery(args.gallery), Gallery(args.new), Path(args.input).expanduser()
     features_folder.check_models(path, new.origin.cards)
-    inside = {x.parent.name for x in path.glob("[!.]*/*.npz")}
-    if inside - {*SPLITS} and not any(path.glob("[!.]*.npz")):
-        clips = load_people(path, widths, quality=quality, nets=new.origin.cards)[0]
-    else:
-        clips = new.load(path)
-    done = migrate(old, new, clips)
+    done = migrate(old, new, clip_inputs.load_all(new, path))
     # `gallery migrate` knows no times and boxes, so it cannot match faces as `vidjax who` does.
-    tracks = {track.clip for film in _read_films(args.input) for track in film.tracks}
-    numbered = sorted(x for x in tracks & old.clips.keys() if re.search(r"\.[tf]\d+$", x))
-    if numbered:
+    if numbered := clip_inputs.list_numbered(old, clip_inputs.read_films(path)):
         terminal.say(
             f"clips with the number of a face: {len(numbered):,}, such as {show(numbered[0])}. "
             "Another detector may have given this number to another person's face\n"
@@ -750,71 +596,40 @@ def _migrate(args: argparse.Namespace) -> Result:
     rows = {"moved": f"{messages.count(done.moved, 'clip')}, {done.unchanged:,} moved before"}
     if done.relabelled:
         name, person = min(done.relabelled.items())
-        rows["another person"] = (
-            f"{messages.count(len(done.relabelled), 'clip')}, such as {show(name)}: G replaces "
-            f"{show(person)}"
-        )
+        count = messages.count(len(done.relabelled), "clip")
+        rows["another person"] = f"{count}, such as {show(name)}: G replaces {show(person)}"
     if done.missing:
-        rows["no features"] = f"{messages.count(len(done.missing), 'clip')}: "
-        rows["no features"] += messages.list_some(done.missing, 3)
+        count = messages.count(len(done.missing), "clip")
+        rows["no features"] = f"{count}: {messages.list_some(done.missing, 3)}"
     if done.lost:
         rows["no clip left"] = f"{len(done.lost):,}: {messages.list_some(done.lost)}"
     return _summarise(new, rows, done._asdict())._replace(code=1 if done.lost else 0)
 
 
 def _list(args: argparse.Namespace) -> Result:
-    from vidjax.apps.gallery.changes import find_enrolled
-
     gallery = _open(args)
-    result = _summarise(gallery)
-    listed = gallery.identities
+    people = gallery.people
     if args.identity is not None:
         name = normal_form(args.identity)
-        listed = {name: find_enrolled("identity", name, listed)}
-    content = {**result.content, "identities": listed}
-    lines = [(name, f"{count:,}") for name, count in listed.items()]
+        people = {name: find_enrolled("identity", name, people)}
+    content: dict[str, Any] = {"identities": {name: len(clips) for name, clips in people.items()}}
+    lines = [(name, f"{count:,}") for name, count in content["identities"].items()]
     if args.clips:
-        clips_of: dict[str, list[str]] = {name: [] for name in listed}
-        for name, clip in sorted(gallery.clips.items()):
-            if clip.identity in clips_of:
-                clips_of[clip.identity].append(name)
-        content |= {"clips": clips_of}
-        lines = [(name, clip) for name, clips in clips_of.items() for clip in clips]
-    text = "\n".join(f"  {line}" for line in messages.align_columns(lines))
-    return result._replace(content=content, text=text)
+        content["clips"] = people
+        lines = [(name, clip) for name, clips in people.items() for clip in clips]
+    return _summarise(gallery, content=content)._replace(table=lines)
 
 
 def _threshold(args: argparse.Namespace) -> Result:
     threshold = _open(args).threshold(args.fpir)
-    return Result(threshold.to_dict(), answers_lib.describe(threshold))
+    return Result(threshold.to_dict(), threshold.describe())
 
 
 def _export(args: argparse.Namespace) -> Result:
-    """Writes a table of the enrolled clips: name, identity, and a unit vector per modality.
+    """Writes a table of the enrolled clips, see `array_export.write_table`."""
+    from vidjax.apps.gallery import array_export
 
-    The vector of a missing modality is 0. If a run without PLDA made the gallery, a clip has only
-    one vector.
-    """
-    out = Path(args.out).expanduser()
-    tables.check_new(out, (".parquet",))
-    gallery = _open(args)
-    names = sorted(name for name, clip in gallery.clips.items() if clip.identity is not None)
-    vectors = stack_vectors(names, gallery.clips, sum(gallery.backend.widths.values()))
-    columns: dict[str, tuple[str, Sequence[object] | np.ndarray]] = {
-        "clip": ("string", names),
-        "identity": ("string", [gallery.clips[name].identity for name in names]),
-    }
-    whitened = gallery.backend.whiten(gallery.backend.split(vectors))
-    for part, z in zip(gallery.backend.widths, whitened, strict=True):
-        if part in columns:
-            raise UserError(
-                f"'{gallery.folder}' has vectors named '{part}', like a column of the table\n"
-                "export the gallery in another format: vidjax export G --format=numpy --to=DIR"
-            )
-        unit = z / np.linalg.norm(z, axis=1, keepdims=True)
-        columns[part] = ("float32", np.nan_to_num(unit).astype(np.float32))
-    with files.atomic_file(out) as file:
-        files.hide(Path(file.name))
-        file.write(tables.to_parquet(tables.to_arrow(columns)))
-    rows = {"clips": f"{len(names):,}", "table": str(out)}
-    return Result({"table": str(out), "clips": len(names)}, rows)
+    out = _check_out(args, ".parquet")
+    assert out
+    facts = {"clips": array_export.write_table(_open(args), out), "table": str(out)}
+    return Result(facts, facts)

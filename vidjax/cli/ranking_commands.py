@@ -2,7 +2,6 @@
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from vidjax.runs import terminal
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError
 from vidjax.utils.messages import Result
-from vidjax.utils.names import show
 from vidjax.utils.parser import Parser
 
 READ_FIELDS = ("eval.split", "eval.checkpoint")
@@ -73,7 +71,8 @@ def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Re
 
     trained = predict.restore(workdir, step=settings.checkpoint)
     if inputs:
-        return bulk.process_tables(inputs, args.out, work(lambda: trained))
+        done = bulk.process_tables(inputs, args.out, work(lambda: trained))
+        return Result(done._asdict(), done.describe())
     clips = trained.load(args.input, settings.split if "eval.split" in overridden else None)
     began, size = time.monotonic(), len(clips.names)
     progress = terminal.Progress(size, unit="clip", label=args.command, leave=False, compiles=True)
@@ -88,7 +87,7 @@ def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Re
     progress.close()
     timed, numbers = terminal.measure_rate(began, size)
     content = {"workdir": str(trained.workdir), kind: str(out.absolute()), "num_clips": size}
-    rows = {"clips": f"{size:,}"} | {k.removeprefix("num_"): f"{n:,}" for k, n in written.items()}
+    rows = {"clips": size} | {name.removeprefix("num_"): n for name, n in written.items()}
     rows |= {**timed, kind: messages.relative_path(out)}
     return Result(content | written | numbers, rows)
 
@@ -118,7 +117,8 @@ def score_files(args: argparse.Namespace) -> Result:
         messages.print_problem(f"{'error' if args.strict else 'warning'}: {complaint}")
     if args.strict and submission.complaints:
         return Result({"faults": submission.complaints}, code=2)
-    _warn_if_nothing_matches(args.ranking, positives, submission.ranking)
+    for problem in ranking.list_mismatches(args.ranking, positives, submission.ranking):
+        messages.print_problem(f"warning: {problem}")
     common = len(positives.keys() & submission.ranking.keys())
     value = ranking.score(positives, submission.ranking)
     clips = messages.count(sum(map(len, positives.values())), "clip")
@@ -130,30 +130,6 @@ def score_files(args: argparse.Namespace) -> Result:
         f"MAP@{ranking.MAX_NAMES}\n{value:.17g}"
     )
     return Result({"map": value, "faults": submission.complaints}, text=text)
-
-
-def _warn_if_nothing_matches(
-    path: str, positives: Mapping[str, Sequence[str]], ranking: Mapping[str, Sequence[str]]
-) -> None:
-    """Warns if the submission has no identity or no clip of the ground truth.
-
-    `path` is the file of the submission. `positives`, the ground truth, and `ranking`, the
-    submission, are identity -> clips.
-    """
-    from vidjax.evaluation.ranking import find_spellings
-
-    if positives.keys().isdisjoint(ranking):
-        messages.print_problem(
-            f"warning: {path} lists no identity of the ground truth: compare the identities of both"
-        )
-    true_clips = find_spellings(positives).keys()
-    ranked_clips = {clip for clips in ranking.values() for clip in clips}
-    if true_clips.isdisjoint(ranked_clips):
-        messages.print_problem(
-            f"warning: {path} lists no clip of the ground truth: compare the names of clips. The "
-            f"ground truth has '{show(min(true_clips))}', the submission "
-            f"'{show(min(ranked_clips, default='no clip'))}'"
-        )
 
 
 def add_compare_flags(parser: Parser) -> None:
@@ -187,7 +163,7 @@ def compare_runs(args: argparse.Namespace) -> Result:
     split = config.eval.split if overridden else None
     if bool(args.folders) == bool(args.runs):
         args.parser.error("compare needs folders of runs: either RUN RUN ... or --runs=A,B")
-    groups = [_split_seeds(name) for name in shared_flags.split_runs(args.runs or "")]
+    groups = comparison.split_groups(args.runs or "")
     groups += [[name] for name in comparison.select_comparable(args.folders, split)]
     result = public.compare(groups, out=args.workdir, split=split)
     values, lines = {"table": result.text(), **result.to_dict()}, [result.text()]
@@ -198,10 +174,3 @@ def compare_runs(args: argparse.Namespace) -> Result:
     else:
         lines += result.config_lines()
     return Result(values, text="\n".join(lines))
-
-
-def _split_seeds(name: str) -> list[str]:
-    """Splits `A1+A2` into the folders A1 and A2, unless a folder `A1+A2` exists."""
-    if Path(name).expanduser().exists():
-        return [name]
-    return [folder.strip() for folder in name.split("+") if folder.strip()]

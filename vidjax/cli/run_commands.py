@@ -5,7 +5,6 @@ Libraries that take seconds to load are imported inside the functions, after the
 
 import argparse
 import contextlib
-import copy
 import signal
 import time
 from collections.abc import Mapping
@@ -13,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from vidjax.cli import shared_flags
-from vidjax.core import metrics
-from vidjax.runs import config as config_lib, config_io, facts, results as results_lib, signals
+from vidjax.runs import config as config_lib, config_io, signals
 from vidjax.runs.config import Config
-from vidjax.runs.run_folder import CONFIG, RunFolder, make_and_lock
+from vidjax.runs.run_folder import RunFolder, make_and_lock
 from vidjax.training import public
 from vidjax.utils import exit_codes, files, messages
 from vidjax.utils.errors import UserError, warn
@@ -43,7 +41,8 @@ def add_train_flags(parser: Parser) -> None:
 def read_train_settings(args: argparse.Namespace) -> tuple[Config, Path]:
     """Returns the configuration of the run to train, and its folder."""
     config = config_io.override(public.load_config(args.config), args.overrides)
-    workdir = files.local(args.workdir or Path("runs", _make_default_name(args, config)))
+    name = public.name_run(args.config, config, args.overrides)
+    workdir = files.local(args.workdir or Path("runs", name))
     if config.data.dir and workdir.absolute() == Path(config.data.dir).expanduser().absolute():
         raise UserError(
             f"--workdir={workdir} is the folder of the data, config.data.dir\n"
@@ -51,22 +50,6 @@ def read_train_settings(args: argparse.Namespace) -> tuple[Config, Path]:
         )
     config_lib.check(config)
     return config, workdir
-
-
-def _make_default_name(args: argparse.Namespace, config: Config) -> str:
-    """Returns the default name of a run's folder, such as `mma-face_seed=1`.
-
-    The example is the name for `--config=mma:face --config.seed=1`.
-    """
-    name, _, words = args.config.partition(":")
-    file = Path(name)
-    stem = file.absolute().parent.name if file.name == CONFIG else file.stem
-    name = "-".join([stem, *(word.strip() for word in words.split(",") if word.strip())])
-    config = copy.deepcopy(config)
-    config.init_from = Path(config.init_from).name
-    if config.data.dir:  # two datasets can get the same name; then the second command fails
-        config.data.dir = Path(config.data.dir).expanduser().absolute().name
-    return name + config_io.folder_suffix(config, args.overrides, config_lib.UNNAMED)
 
 
 def train(args: argparse.Namespace) -> Result:
@@ -117,7 +100,8 @@ def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]
             "leave out --coordinator, --num_processes and --process_id"
         )
     folder = RunFolder(args.workdir) if args.runs else public.open_run(args.workdir)
-    config = _join_configs(args, folder) if args.runs else folder.config
+    runs = shared_flags.split_runs(args.runs or "")
+    config = public.configure_blend(runs, folder) if args.runs else folder.config
     if "eval.split" in config_io.override_names(args.overrides):
         config.eval.splits = ()
     config = config_io.override(config, args.overrides)
@@ -137,30 +121,6 @@ def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]
                 raise UserError(problem)
     config_lib.check_ranges(config)
     return config, folder
-
-
-def _join_configs(args: argparse.Namespace, folder: RunFolder) -> Config:
-    """Returns the configuration of a blend, which averages the scores of `--runs`.
-
-    If all runs have the same `eval.split`, the blend has the same split.
-    """
-    runs = tuple(
-        str(Path(name).expanduser().absolute()) for name in shared_flags.split_runs(args.runs)
-    )
-    if len(runs) < 2:
-        raise UserError(f"--runs={args.runs}: a blend needs two runs; name two runs, --runs=A,B")
-    if folder.has(CONFIG):
-        earlier = folder.config
-        if tuple(earlier.join.runs) != runs:
-            content = "a blend of other runs" if earlier.join.runs else "a trained run"
-            raise UserError(f"--workdir={args.workdir} contains {content}: use another folder")
-        return earlier
-    config = config_lib.default()
-    config.join.runs = runs
-    splits = {public.open_run(name).config.eval.split for name in runs}
-    if len(splits) == 1:
-        (config.eval.split,) = splits
-    return config
 
 
 def evaluate(args: argparse.Namespace) -> Result:
@@ -202,56 +162,15 @@ def summarise(
     """
     paths = folder.paths(config.eval.split, apart=bool(results.get("overrides")))
     files = {"ranking": paths.ranking} | ({"report": paths.report} if paths.report.exists() else {})
-    rows = _make_rows(config, folder, results, seconds)
-    rows |= {name: messages.relative_path(path) for name, path in files.items()}
-    content = {"workdir": str(folder.path), **{name: str(path) for name, path in files.items()}}
-    content |= {"finished_before": seconds is None, "metrics": dict(results)}
-    if others := _read_others(config, folder):
-        content["splits"] = others
-    note = ": was finished before, and was not trained again" if seconds is None else ""
-    return Result(content, rows, note=note)
-
-
-def _read_others(config: Config, folder: RunFolder) -> dict[str, dict[str, Any]]:
-    """Returns split -> metrics of the splits in `eval.splits`, except for `eval.split`."""
-    return {name: folder.metrics(folder.paths(name)) for name in config_lib.list_splits(config)[1:]}
-
-
-def _make_rows(
-    config: Config, folder: RunFolder, results: Mapping[str, Any], seconds: float | None
-) -> dict[str, str]:
-    split = config.eval.split
-    rows = {"workdir": messages.relative_path(folder.path)}
-    if "map" in results:
-        kind = results["map_kind"].replace("_", " ")
-        kind = split if kind in ("val", split) else f"{split}, {kind}"
-        if results["map_kind"] == "in_sample":
-            kind += ": the run was trained on these clips, so MAP is too high"
-        rows["MAP@100"] = "; ".join([f"{results['map']:.4f} on {kind}", *metrics.describe(results)])
-        for name, other in _read_others(config, folder).items():
-            scores = [f"{other['map']:.4f}"] if "map" in other else []
-            rows[f"on {name}"] = "; ".join(scores + metrics.describe(other))
-    else:
-        rows["MAP@100"] = f"none: {split} has no ground truth, so it is ranked but not scored"
-        if reason := results_lib.explain_unmeasured(config.to_dict(), folder.path):
-            rows["measured"] = f"nothing: {reason}"
-    if settings := results_lib.describe_overrides(results):
-        rows["scored with"] = settings
-    rows |= facts.list_rows(results)
-    if copies := results_lib.describe_copies(results):
-        rows["copies"] = copies
-    if "best_map" in results and split == folder.config.eval.split:
-        rows["best"] = f"{results['best_map']:.4f} at step {results['best_step']:,}"
-    if data := results_lib.describe_data(results):
-        rows["data"] = data
-    rows["clips"] = f"{results['num_clips']:,}"
-    rows["identities"] = f"{results['num_identities']:,}"
-    if "num_map_identities" in results:
-        rows["identities"] += (
-            f"; MAP is the mean over the {results['num_map_identities']:,} that have clips"
-        )
+    rows = {"workdir": messages.relative_path(folder.path), **folder.describe(config, results)}
     if seconds is not None:
         rows["time"] = f"{seconds:.1f} s"
     elif "seconds" in results:
         rows["trained in"] = f"{results['seconds']:.1f} s"
-    return rows
+    rows |= {name: messages.relative_path(path) for name, path in files.items()}
+    content = {"workdir": str(folder.path), **{name: str(path) for name, path in files.items()}}
+    content |= {"finished_before": seconds is None, "metrics": dict(results)}
+    if others := folder.split_metrics(config):
+        content["splits"] = others
+    note = ": was finished before, and was not trained again" if seconds is None else ""
+    return Result(content, rows, note=note)

@@ -1,13 +1,14 @@
 """Flags that several commands share, and their checks."""
 
 import argparse
+from typing import Any
 
+from vidjax.core import distributed
 from vidjax.utils import rendezvous
 from vidjax.utils.errors import UserError
 from vidjax.utils.parser import Parser
 
 PROCESSES = ("coordinator", "num_processes", "process_id")
-MAX_WAIT_SECONDS = 7 * 24 * 3600
 
 
 def add_workdir(parser: Parser, about: str = "the folder of a trained run") -> None:
@@ -56,7 +57,7 @@ def add_processes(parser: Parser) -> None:
 
 def join_processes(args: argparse.Namespace) -> None:
     """Joins the other processes of a run, if --coordinator is set. Call this before using JAX."""
-    given = {name: getattr(args, name, None) for name in PROCESSES}
+    given: dict[str, Any] = {name: getattr(args, name, None) for name in PROCESSES}
     if all(value is None for value in given.values()):
         return
     if missing := [f"--{name}" for name, value in given.items() if value is None]:
@@ -64,37 +65,7 @@ def join_processes(args: argparse.Namespace) -> None:
             f"a run of several processes also needs {', '.join(missing)}\n"
             "give each process --coordinator=HOST:PORT --num_processes=N --process_id=I"
         )
-    host, _, port = args.coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise UserError(
-            f"--coordinator={args.coordinator} is not an address: write HOST:PORT, such as "
-            "--coordinator=a:9876"
-        )
-    count, index, seconds = args.num_processes, args.process_id, args.coordinator_timeout
-    if count < 1:
-        raise UserError(f"--num_processes={count}: give the number of all processes, 1 or more")
-    if not 0 <= index < count:
-        raise UserError(
-            f"--process_id={index} is not the index of one of {count} processes\n"
-            f"give --process_id=0 to {count - 1}, and each to one process"
-        )
-    if not 0 < seconds <= MAX_WAIT_SECONDS:
-        raise UserError(
-            f"--coordinator_timeout={seconds:g} is not a duration: give seconds, up to a week"
-        )
-    rendezvous.meet(args.coordinator, count, index, seconds)
-    import jax
-
-    # The service would replace our handler of SIGTERM.
-    jax.config.update("jax_enable_preemption_service", False)
-    try:
-        jax.distributed.initialize(args.coordinator, count, index)
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"--coordinator={args.coordinator}: cannot join the other processes: {reason}\n"
-            "name the machine of process 0 and a free port"
-        ) from error
+    distributed.join(**given, coordinator_timeout=args.coordinator_timeout)
 
 
 def split_runs(runs: str) -> list[str]:

@@ -11,8 +11,55 @@ from typing import Any
 
 import numpy as np
 
-from vidjax.utils import files
+from vidjax.utils import files, rendezvous
 from vidjax.utils.errors import UserError
+
+MAX_WAIT_SECONDS = 7 * 24 * 3600
+
+
+def join(coordinator: str, num_processes: int, process_id: int, coordinator_timeout: float) -> None:
+    """Joins the other processes of a run. Call this before using JAX.
+
+    Args:
+      coordinator: the address of the first process, `HOST:PORT`.
+      num_processes: the number of processes.
+      process_id: the index of this process; the first has 0.
+      coordinator_timeout: how long to wait for the other processes, in seconds.
+
+    Raises:
+      UserError: an argument is wrong, or the other processes cannot be reached.
+    """
+    count, index, seconds = num_processes, process_id, coordinator_timeout
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise UserError(
+            f"--coordinator={coordinator} is not an address: write HOST:PORT, such as "
+            "--coordinator=a:9876"
+        )
+    if count < 1:
+        raise UserError(f"--num_processes={count}: give the number of all processes, 1 or more")
+    if not 0 <= index < count:
+        raise UserError(
+            f"--process_id={index} is not the index of one of {count} processes\n"
+            f"give --process_id=0 to {count - 1}, and each to one process"
+        )
+    if not 0 < seconds <= MAX_WAIT_SECONDS:
+        raise UserError(
+            f"--coordinator_timeout={seconds:g} is not a duration: give seconds, up to a week"
+        )
+    rendezvous.meet(coordinator, count, index, seconds)
+    import jax
+
+    # The service would replace our handler of SIGTERM.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(coordinator, count, index)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"--coordinator={coordinator}: cannot join the other processes: {reason}\n"
+            "name the machine of process 0 and a free port"
+        ) from error
 
 
 def count() -> int:

@@ -168,6 +168,17 @@ def compare(groups: Sequence[Sequence[str]], *, split: str | None = None) -> Com
     )
 
 
+def split_groups(runs: str) -> list[list[str]]:
+    """Splits `A1+A2,B` into groups of runs, unless a folder `A1+A2` exists."""
+    names = [name.strip() for name in runs.split(",") if name.strip()]
+    return [
+        [name]
+        if Path(name).expanduser().exists()
+        else [folder.strip() for folder in name.split("+") if folder.strip()]
+        for name in names
+    ]
+
+
 def select_comparable(names: Sequence[str], split: str | None) -> list[str]:
     """Returns the folders of the most frequent dataset, and warns of all others.
 

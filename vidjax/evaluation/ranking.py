@@ -17,7 +17,7 @@ import numpy as np
 from vidjax.core import metrics
 from vidjax.data import labels
 from vidjax.evaluation.topk import MAX_NAMES, NO_CLIP, TopK
-from vidjax.utils import files
+from vidjax.utils import files, tables
 from vidjax.utils.errors import UserError, warn
 from vidjax.utils.names import (
     ENDING,
@@ -63,6 +63,17 @@ def to_text(path: Path, identities: Sequence[str], clips: Sequence[str], top: To
         for identity, row in zip(identities, index, strict=True)
     )
     return "".join(f"{line}\n" for line in lines)
+
+
+def write_lists(path: Path, ranking: tables.Ranking) -> None:
+    """Writes a ranking, identity -> (clip, score), to the new submission file `path`."""
+    clips = sorted({clip for pairs in ranking.values() for clip, _ in pairs})
+    place = {clip: number for number, clip in enumerate(clips)}
+    index = np.full((len(ranking), MAX_NAMES), NO_CLIP)
+    for row, pairs in zip(index, ranking.values(), strict=True):
+        row[: len(pairs)] = [place[clip] for clip, _ in pairs]
+    text = to_text(path, [*ranking], clips, TopK(index, index))
+    tables.write_new(path, text.encode())
 
 
 def _check_names(path: Path, kind: str, names: Sequence[str]) -> None:
@@ -178,6 +189,31 @@ def _find_faults(line: str, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
     if len({*fields[1:]}) < len(fields[1:]):
         repeated = next(name for name, count in Counter(fields[1:]).items() if count > 1)
         yield "repeated name", f"'{show(repeated)}' is repeated: name each clip only once"
+
+
+def list_mismatches(
+    path: str | Path,
+    positives: Mapping[str, Sequence[str]],
+    ranking: Mapping[str, Sequence[str]],
+) -> list[str]:
+    """Returns why the submission `path` has no identity or no clip of the ground truth, or [].
+
+    `positives`, the ground truth, and `ranking`, the submission, are identity -> clips.
+    """
+    problems = list[str]()
+    if positives.keys().isdisjoint(ranking):
+        problems.append(
+            f"{path} lists no identity of the ground truth: compare the identities of both"
+        )
+    true_clips = find_spellings(positives).keys()
+    ranked_clips = {clip for clips in ranking.values() for clip in clips}
+    if true_clips.isdisjoint(ranked_clips):
+        problems.append(
+            f"{path} lists no clip of the ground truth: compare the names of clips. The ground "
+            f"truth has '{show(min(true_clips))}', the submission "
+            f"'{show(min(ranked_clips, default='no clip'))}'"
+        )
+    return problems
 
 
 def find_spellings(positives: Mapping[str, Sequence[str]]) -> dict[str, str]:

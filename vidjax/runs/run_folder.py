@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from vidjax.core import distributed
-from vidjax.runs import config as config_lib, config_io, results, schemas
+from vidjax.core import distributed, metrics as metrics_lib
+from vidjax.runs import config as config_lib, config_io, facts, results, schemas
 from vidjax.runs.config import Config
 from vidjax.runs.results import ResultPaths
 from vidjax.utils import files, messages
@@ -98,6 +98,39 @@ class RunFolder:
         names = (path.stem.removeprefix("metrics_") for path in self.path.glob("metrics_*.json"))
         return {name: self.metrics(self.paths(name, apart=True)) for name in sorted(names)}
 
+    def split_metrics(self, config: Config) -> dict[str, dict[str, Any]]:
+        """Returns split -> metrics of the splits in `eval.splits`, except for `eval.split`."""
+        return {name: self.metrics(self.paths(name)) for name in config_lib.list_splits(config)[1:]}
+
+    def describe(self, config: Config, metrics: Mapping[str, Any]) -> dict[str, str]:
+        """Returns the results of an evaluation with `config` as rows, label -> text.
+
+        `metrics` is the content of `metrics.json`. The text of a row may be "".
+        """
+        split, rows = config.eval.split, dict[str, str]()
+        if "map" in metrics:
+            kind = metrics["map_kind"].replace("_", " ")
+            kind = split if kind in ("val", split) else f"{split}, {kind}"
+            if metrics["map_kind"] == "in_sample":
+                kind += ": the run was trained on these clips, so MAP is too high"
+            rows["MAP@100"] = _describe_scores(metrics, f" on {kind}")
+            for name, other in self.split_metrics(config).items():
+                rows[f"on {name}"] = _describe_scores(other)
+        else:
+            rows["MAP@100"] = f"none: {split} has no ground truth, so it is ranked but not scored"
+            reason = results.explain_unmeasured(config.to_dict(), self.path)
+            rows["measured"] = reason and f"nothing: {reason}"
+        rows["scored with"] = results.describe_overrides(metrics)
+        rows |= facts.list_rows(metrics) | {"copies": results.describe_copies(metrics)}
+        if "best_map" in metrics and split == self._config.eval.split:
+            rows["best"] = f"{metrics['best_map']:.4f} at step {metrics['best_step']:,}"
+        rows["data"] = results.describe_data(metrics) or ""
+        rows["clips"] = f"{metrics['num_clips']:,}"
+        rows["identities"] = f"{metrics['num_identities']:,}"
+        if known := metrics.get("num_map_identities"):
+            rows["identities"] += f"; MAP is the mean over the {known:,} that have clips"
+        return rows
+
     def write_metrics(self, values: Mapping[str, Any], paths: ResultPaths | None = None) -> None:
         """Writes `values` to `paths.metrics` (default: `metrics.json`)."""
         path = paths.metrics if paths else self.path / METRICS
@@ -114,6 +147,11 @@ class RunFolder:
         config.data.cache_dir = None
         files.write_text(self.path / CONFIG, config_io.to_json(config))
         vars(self).pop("_config", None)
+
+
+def _describe_scores(metrics: Mapping[str, Any], place: str = "") -> str:
+    score = [f"{metrics['map']:.4f}{place}"] if "map" in metrics else []
+    return "; ".join(score + metrics_lib.describe(metrics))
 
 
 def name_systems(config: Config, *, final: bool) -> list[str]:

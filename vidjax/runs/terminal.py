@@ -148,3 +148,8 @@ class Progress:
         """Ends the display."""
         if self._bar is not None:
             self._bar.close()
+
+
+def show_clips(label: str, total: int) -> contextlib.closing[Progress]:
+    """Displays how many of `total` clips are finished, until the end of a `with` block."""
+    return contextlib.closing(Progress(total, unit="clip", label=label, leave=False))

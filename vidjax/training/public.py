@@ -18,7 +18,7 @@ from vidjax.core import distributed
 from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import CONFIG, RunFolder, make_and_lock, open_run
-from vidjax.utils import files
+from vidjax.utils import files, messages
 from vidjax.utils.errors import ArgumentError, DiskError, UserError, check_argument
 
 if TYPE_CHECKING:  # these modules import JAX, TensorFlow or numpy
@@ -50,6 +50,50 @@ def load_config(spec: str | Path, *overrides: str) -> Config:
     else:
         config = open_run(Path(spec).expanduser().absolute().parent).config
     return config_io.override(config, overrides)
+
+
+def name_run(spec: str, config: Config, overrides: Sequence[str]) -> str:
+    """Returns the default name of a run's folder, such as `mma-face_seed=1`.
+
+    The example is the name for the configuration `spec`, `mma:face`, with the override `seed=1`.
+    `config` is the configuration after the `overrides`, words such as `--config.seed=1`.
+    """
+    name, _, words = spec.partition(":")
+    file = Path(name)
+    stem = file.absolute().parent.name if file.name == CONFIG else file.stem
+    name = "-".join([stem, *(word.strip() for word in words.split(",") if word.strip())])
+    config = copy.deepcopy(config)
+    config.init_from = Path(config.init_from).name
+    if config.data.dir:  # two datasets can get the same name; then the second command fails
+        config.data.dir = Path(config.data.dir).expanduser().absolute().name
+    return name + config_io.folder_suffix(config, overrides, config_lib.UNNAMED)
+
+
+def configure_blend(names: Sequence[str], folder: RunFolder) -> Config:
+    """Returns the configuration of a blend, which averages the scores of runs.
+
+    `names` are the folders of the runs. `folder` is the folder of the blend. If all runs have the
+    same `eval.split`, the blend has the same split. Raises UserError if there is only one run, or
+    if the folder contains another run.
+    """
+    runs = tuple(str(Path(name).expanduser().absolute()) for name in names)
+    if len(runs) < 2:
+        raise UserError(
+            f"--runs={','.join(names)}: a blend needs two runs; name two runs, --runs=A,B"
+        )
+    if folder.has(CONFIG):
+        earlier = folder.config
+        if tuple(earlier.join.runs) != runs:
+            content = "a blend of other runs" if earlier.join.runs else "a trained run"
+            path = messages.relative_path(folder.path)
+            raise UserError(f"--workdir={path} contains {content}: use another folder")
+        return earlier
+    config = config_lib.default()
+    config.join.runs = runs
+    splits = {open_run(name).config.eval.split for name in runs}
+    if len(splits) == 1:
+        (config.eval.split,) = splits
+    return config
 
 
 def set_up_devices(config: Config) -> None:

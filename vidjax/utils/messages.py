@@ -9,7 +9,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -23,8 +23,10 @@ class Result(NamedTuple):
     """The result of a command."""
 
     content: Mapping[str, Any]  # the JSON object that `--json` prints instead of `text` and `rows`
-    rows: Mapping[str, str] = {}  # label -> value, printed as lines below a heading
+    # Label -> value, printed as lines below a heading. Empty values are left out.
+    rows: Mapping[str, object] = {}
     text: str = ""  # text that is printed before the heading
+    table: Iterable[Sequence[str]] = ()  # rows of cells, printed after the text as columns
     note: str = ""  # the end of the heading. The heading begins with the name of the command.
     code: int = 0  # the exit code
 
@@ -65,17 +67,25 @@ def print_result(result: Result, name: str, *, as_json: bool) -> None:
         content = _plain({"mode": name, **result.content})
         print_text(json.dumps(content, allow_nan=False, default=str))
         return
-    rows = [f"  {key:10}  {value}" for key, value in result.rows.items()]
+    texts = {key: _show(value) for key, value in result.rows.items()}
+    rows = [f"  {key:10}  {text}" for key, text in texts.items() if text]
     heading = [name + result.note] if rows else []
-    if lines := [*([result.text] if result.text else []), *heading, *rows]:
+    table = [f"  {line}" for line in align_columns([*result.table])]
+    if lines := [*([result.text] if result.text else []), *table, *heading, *rows]:
         print_text("\n".join(lines))
+
+
+def _show(value: object) -> str:
+    """Returns a value as the text of a row: `1,234` for a number, several lines as one line."""
+    text = f"{value:,}" if isinstance(value, int) else str(value or "")
+    return text.strip().replace("\n", "; ")
 
 
 def _plain(value: object) -> object:
     """Converts a value for JSON. Infinities and NaN become the strings `inf`, `-inf`, `nan`."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, (tuple, list, Iterator)):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -124,14 +134,18 @@ def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
-def list_remedies(failed: Mapping[str, str]) -> dict[str, str]:
-    """Returns {"remedy": text} with the first three different remedies. Without any, returns {}.
+def describe_failed(failed: Mapping[str, str]) -> dict[str, str]:
+    """Returns rows about files that were not used: their number and names, and remedies.
 
-    `failed` is path of a file -> remedy. Several remedies begin with the name of their file.
+    `failed` is path of a file -> remedy, or "". Of different remedies, three are listed, with the
+    names of their files.
     """
+    if not failed:
+        return {}
     files_of = dict[str, str]()
     for path, remedy in failed.items():
-        files_of.setdefault("; ".join(remedy.splitlines()), show(Path(path).name))
+        files_of.setdefault(remedy, show(Path(path).name))
     files_of.pop("", None)
     texts = [f"{name}: {x}" if len(files_of) > 1 else x for x, name in files_of.items()]
-    return {"remedy": "; ".join(texts[:3])} if texts else {}
+    used = f"{len(failed):,}: {list_some(sorted(failed), 3)}"
+    return {"not used": used, "remedy": "; ".join(texts[:3])}

@@ -132,6 +132,16 @@ class Threshold(NamedTuple):
         """Returns values for JSON: the attributes, and `low` and `high`, the ends of `interval`."""
         return {**self._asdict(), **dict(zip(("low", "high"), self.interval, strict=True))}
 
+    def describe(self) -> dict[str, str]:
+        """Returns rows for the terminal, label -> text."""
+        low, high = map(share, self.interval)
+        return {
+            "threshold": f"{describe_probability(self.score)} (logarithm {self.score:.6g})",
+            "people": f"{self.num_identities:,}",
+            "strangers": f"{self.num_strangers:,}, of whom {self.num_alarms:,} reach it",
+            "rate": f"{low} to {high} at 95 % confidence",
+        }
+
 
 class NamingRule(NamedTuple):
     """The rule that decides if a clip gets the name of its most probable identity.
@@ -166,6 +176,38 @@ class NamingRule(NamedTuple):
         # A measured threshold may be far below 0.5. It separates people from strangers, but does
         # not show which of two similar people a clip shows.
         return (best >= self.score) & (best > others)
+
+    def to_dict(self) -> dict[str, object]:
+        """Returns values for JSON, without the measured threshold."""
+        score = self.score if math.isfinite(self.score) else None
+        values = {"score": score, "probability": math.exp(min(self.score, 0.0))}
+        return {"by": self.by, **values, "default": self.default, "about": self.about}
+
+    def to_entries(self) -> dict[str, object]:
+        """Returns the entries `rule` and `threshold` of the result of a command."""
+        limit = self.threshold
+        return {"rule": self.to_dict(), "threshold": limit and limit.to_dict()}
+
+    def describe(self, doubtful: int = 0) -> dict[str, str]:
+        """Returns rows for the terminal, label -> text.
+
+        `doubtful` is the number of doubtful clips, see `count_doubtful`. A rule of the kind `new`
+        has a row about them.
+        """
+        can_choose = self.default and math.isfinite(self.score)
+        chosen = " (to choose another rule: --fpir=R or --threshold=P)" if can_choose else ""
+        rows = {"named if": self.about + chosen}
+        rows |= self.threshold.describe() if self.threshold else {}
+        if self.by == "new" and doubtful:
+            low, high = (
+                f"{100 * x:.0f}" for x in (MIN_DOUBTFUL_PROBABILITY, MIN_NAMED_PROBABILITY)
+            )
+            wanted = count_needed_strangers(DEFAULT_FPIR)
+            rows["doubtful"] = (
+                f"{messages.count(doubtful, 'unknown clip')}, whose best person has {low} to "
+                f"{high} %; with {wanted} clips of strangers, a measured limit decides"
+            )
+        return rows
 
     def answer(self, nearest: "Nearest", *, cards: bool) -> Answer:
         """Returns the answer for a clip, from its most probable people.
@@ -285,14 +327,13 @@ def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
     return {clip: name for clip, name in names.items() if unknown or not is_unknown(name)}
 
 
-def table(answers: Answers) -> list[str]:
-    """Returns the answers as lines of text, for the terminal."""
-    rows = [("clip", "identity", "most probable")]
+def table(answers: Answers) -> Iterator[tuple[str, ...]]:
+    """Yields the answers as rows of a table for the terminal."""
+    yield "clip", "identity", "most probable"
     for clip, answer in answers.items():
         best = ", ".join(f"{name} {share(p)}" for name, p in answer.best[:NUM_TABLE_PEOPLE])
         nobody = "enrolled as a stranger" if answer.evidence else "no usable frame"
-        rows.append((clip, answer.identity or "unknown", best or nobody))
-    return [f"  {line}" for line in messages.align_columns(rows)]
+        yield clip, answer.identity or "unknown", best or nobody
 
 
 def share(value: float) -> str:
@@ -317,45 +358,6 @@ def count_doubtful(answers: Answers) -> int:
     limits = MIN_DOUBTFUL_PROBABILITY, MIN_NAMED_PROBABILITY
     unknown = [answer.probability for answer in answers.values() if answer.identity is None]
     return sum(limits[0] <= probability <= limits[1] for probability in unknown)
-
-
-def describe_doubtful(rule: NamingRule, count: int) -> dict[str, str]:
-    """Returns a row for the terminal, label -> text, about `count` doubtful clips.
-
-    `count` is the result of `count_doubtful`. If it is 0, or the kind of the rule is not `new`,
-    returns {}.
-    """
-    if rule.by != "new" or not count:
-        return {}
-    low, high = (f"{100 * x:.0f}" for x in (MIN_DOUBTFUL_PROBABILITY, MIN_NAMED_PROBABILITY))
-    wanted = count_needed_strangers(DEFAULT_FPIR)
-    text = f"{messages.count(count, 'unknown clip')}, whose best person has {low} to {high} %; "
-    return {"doubtful": text + f"with {wanted} clips of strangers, a measured limit decides"}
-
-
-def describe_rule(rule: NamingRule) -> dict[str, str]:
-    """Returns a rule as rows for the terminal, label -> text."""
-    can_choose = rule.default and math.isfinite(rule.score)
-    chosen = " (to choose another rule: --fpir=R or --threshold=P)" if can_choose else ""
-    return {"named if": rule.about + chosen, **(describe(rule.threshold) if rule.threshold else {})}
-
-
-def convert_rule_to_json(rule: NamingRule) -> dict[str, object]:
-    """Returns a rule as values for JSON."""
-    score = rule.score if math.isfinite(rule.score) else None
-    values = {"score": score, "probability": math.exp(min(rule.score, 0.0))}
-    return {"by": rule.by, **values, "default": rule.default, "about": rule.about}
-
-
-def describe(limit: Threshold) -> dict[str, str]:
-    """Returns a threshold as rows for the terminal, label -> text."""
-    low, high = map(share, limit.interval)
-    return {
-        "threshold": f"{describe_probability(limit.score)} (logarithm {limit.score:.6g})",
-        "people": f"{limit.num_identities:,}",
-        "strangers": f"{limit.num_strangers:,}, of whom {limit.num_alarms:,} reach it",
-        "rate": f"{low} to {high} at 95 % confidence",
-    }
 
 
 def write(path: Path, answers: Answers) -> None:

@@ -1,24 +1,36 @@
-"""Writes a gallery as arrays, with which numpy scores clips without vidjax."""
+"""Writes a gallery as arrays, with which numpy scores clips without vidjax, or as a table."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vidjax import __version__
+from vidjax.apps.gallery.enrolment import stack_vectors
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.index import Ratios
 from vidjax.apps.gallery.ratios import MAX_VOICE_RATIO
 from vidjax.evaluation.export import array_files
+from vidjax.evaluation.export.formats import FORMATS
+from vidjax.utils import files, tables
 from vidjax.utils.errors import UserError
 
 
-def write_arrays(format_name: str, gallery: Gallery, path: Path) -> float:
-    """Writes the arrays of a gallery and `reader.py`; returns the largest error of the scores.
+def write_gallery(format_name: str, gallery: Gallery, folder: Path) -> dict[str, Any]:
+    """Writes the arrays of a gallery and `reader.py` into a folder.
 
-    The scores of random clips are compared with the scores of the gallery. Raises UserError if the
-    error is above `array_files.TOLERANCE`.
+    The scores of random clips are compared with the scores of the gallery. Returns what
+    `export.json` says about the arrays. Raises UserError if the largest error is above
+    `array_files.TOLERANCE`, or if the format is only for runs.
     """
-    read = array_files.write_arrays(path, make_arrays(gallery))
+    if not (name := FORMATS[format_name].gallery_file):
+        raise UserError(
+            f"--format={format_name} stores a net, but a gallery has none\n"
+            "choose --format=safetensors or --format=numpy, or export the run "
+            "from which the gallery was made"
+        )
+    read = array_files.write_arrays(folder / name, make_arrays(gallery))
     rng, parts = np.random.default_rng(0), {}
     for number, (name, width) in enumerate(gallery.backend.widths.items()):
         x = rng.normal(size=(6, width)).astype(np.float32)
@@ -30,7 +42,42 @@ def write_arrays(format_name: str, gallery: Gallery, path: Path) -> float:
     expected = np.stack(list(gallery.index.search(list(parts.values()))))
     worst = array_files.difference({"scores": read(parts)}, {"scores": expected})
     array_files.check_tolerance(format_name, worst)
-    return worst
+    files.write_json(folder / "identities.json", list(gallery.index.names))
+    return {
+        "version": gallery.version,
+        "parts": gallery.backend.widths,
+        "num_identities": len(gallery.index.names),
+        "difference": worst,
+        "versions": {"vidjax": __version__, "numpy": np.__version__},
+    }
+
+
+def write_table(gallery: Gallery, path: Path) -> int:
+    """Writes a .parquet table of the enrolled clips; returns their number.
+
+    Columns: `clip`, `identity`, and a unit vector per modality. The vector of a missing modality is
+    0. If a run without PLDA made the gallery, a clip has only one vector. Raises UserError if a
+    modality is called like a column.
+    """
+    names = sorted(name for name, clip in gallery.clips.items() if clip.identity is not None)
+    vectors = stack_vectors(names, gallery.clips, sum(gallery.backend.widths.values()))
+    columns: dict[str, tuple[str, Sequence[object] | np.ndarray]] = {
+        "clip": ("string", names),
+        "identity": ("string", [gallery.clips[name].identity for name in names]),
+    }
+    whitened = gallery.backend.whiten(gallery.backend.split(vectors))
+    for part, z in zip(gallery.backend.widths, whitened, strict=True):
+        if part in columns:
+            raise UserError(
+                f"'{gallery.folder}' has vectors named '{part}', like a column of the table\n"
+                "export the gallery in another format: vidjax export G --format=numpy --to=DIR"
+            )
+        unit = z / np.linalg.norm(z, axis=1, keepdims=True)
+        columns[part] = ("float32", np.nan_to_num(unit).astype(np.float32))
+    with files.atomic_file(path) as file:
+        files.hide(Path(file.name))
+        file.write(tables.to_parquet(tables.to_arrow(columns)))
+    return len(names)
 
 
 def make_arrays(gallery: Gallery) -> dict[str, np.ndarray]:

@@ -3,7 +3,7 @@
 import itertools
 import math
 import shlex
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -42,6 +42,15 @@ class Enrolment(NamedTuple):
     refused: tuple[str, ...]
     similar: dict[str, str]
     rivals: dict[str, str]
+
+    @classmethod
+    def join(cls, parts: "Sequence[Enrolment]") -> "Enrolment":
+        """Returns the result of several calls."""
+        similar = {name: other for part in parts for name, other in part.similar.items()}
+        rivals = {clip: person for part in parts for clip, person in part.rivals.items()}
+        refused = tuple(clip for part in parts for clip in part.refused)
+        enrolled, unchanged = sum(x.enrolled for x in parts), sum(x.unchanged for x in parts)
+        return cls(enrolled, unchanged, refused, similar, rivals)
 
 
 def check_identities(identities: str | Mapping[str, str | None] | None) -> None:

@@ -32,7 +32,7 @@ from vidjax.apps.gallery.enrolment import list_usable_strangers, stack_parts
 from vidjax.apps.gallery.identification import Remember
 from vidjax.apps.gallery.store import State
 from vidjax.apps.gallery.vectors import Vectors
-from vidjax.utils import messages, tables
+from vidjax.utils import tables
 from vidjax.utils.errors import UserError, check_argument
 from vidjax.utils.names import normal_form, show
 
@@ -311,18 +311,15 @@ def as_json(key: str | tuple[str, str], match: Match, identity: str = "") -> dic
     return names | match.to_dict()
 
 
-def table(matches: Matches | PairMatches) -> list[str]:
-    """Returns the comparisons as lines of text, for the terminal."""
-    rows: list[Sequence[str]] = [
-        ("accepted", "log ratio", "even odds", "clips", "fits best", "fits worst")
-    ]
+def table(matches: Matches | PairMatches) -> Iterator[tuple[str, ...]]:
+    """Yields the comparisons as rows of a table for the terminal."""
+    yield "accepted", "log ratio", "even odds", "clips", "fits best", "fits worst"
     for key, match in matches.items():
         fits = [f"{show(x[0])} {x[1]:.3g}" if x else "" for x in (match.best, match.worst)]
         cells = ["yes" if match.accepted else "no", f"{match.log_ratio:.4g}"]
         cells.append(share(match.probability) if match.evidence else "not compared")
         cells.append(show(key if isinstance(key, str) else ", ".join(key)))
-        rows.append((*cells, *fits))
-    return [f"  {line}" for line in messages.align_columns(rows)]
+        yield (*cells, *fits)
 
 
 def write(path: Path, matches: Matches | PairMatches, identity: str = "") -> None:

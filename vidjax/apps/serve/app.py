@@ -364,7 +364,7 @@ class Application:
             lambda: self.gallery.rule(fpir=query.fpir, threshold=query.threshold)
         )
         strangers = None if rule.threshold is None else rule.threshold.to_dict()
-        return _encode_json({**answers_lib.convert_rule_to_json(rule), "strangers": strangers})
+        return _encode_json({**rule.to_dict(), "strangers": strangers})
 
     # ---- about the server
 

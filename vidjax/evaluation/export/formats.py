@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -249,3 +249,43 @@ FORMATS = {
     ),
     "numpy": Format("arrays.npz", numpy, (), "", ("scores",), gallery_file="arrays.npz"),
 }
+
+
+def write_run(
+    name: str, workdir: Path, folder: Path, step: Literal["latest", "best"]
+) -> dict[str, Any]:
+    """Writes a run in the format `name`, and checks that the file gives the same outputs.
+
+    `folder` gets the weights and the model. Returns what `export.json` says about them: the step,
+    the inputs and outputs, and the largest difference of outputs. Raises UserError if the
+    difference is too large, or if the format is limited to fewer weights.
+    """
+    import jax
+
+    from vidjax.evaluation import predict
+    from vidjax.evaluation.export import function, weights
+    from vidjax.runs.versions import collect_versions
+
+    run, target = predict.restore_run(workdir, step=step, num_devices=1), FORMATS[name]
+    size = sum(x.nbytes for x in jax.tree.leaves((run.model.params, run.model.model_state)))
+    if target.bounded and size >= function.LARGEST:
+        raise UserError(
+            f"--format={name} is limited to {function.LARGEST / 1e9:.1f} GB, but the weights have "
+            f"{size / 1e9:.1f} GB\nchoose --format=safetensors or --format=saved_model"
+        )
+    inputs = function.input_shapes(run)
+    weights.write(run.workdir, folder, step)
+    outputs = target.write(run, inputs, folder)
+    return {
+        "step": run.step,
+        "inputs": {
+            name: {"shape": [x if isinstance(x, int) else str(x) for x in spec.shape],
+                   "dtype": spec.dtype.name}
+            for name, spec in inputs.items()
+        },
+        "outputs": list(target.outputs),
+        "num_identities": len(run.identities),
+        "scores": run.config.eval.scores,
+        "difference": function.check(name, run, outputs),
+        "versions": collect_versions(),
+    }  # fmt: skip

@@ -1,0 +1,288 @@
+"""Reads the clips that a user names: enrols their people, names them, groups unknown people."""
+
+import contextlib
+import re
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from vidjax.apps import bulk, cards, features_folder
+from vidjax.apps.features_folder import MediaFile
+from vidjax.apps.gallery import answers as answers_lib
+from vidjax.apps.gallery.answers import Answer
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.labelling import Enrolment, check_given
+from vidjax.apps.gallery.vectors import Vectors
+from vidjax.apps.video import faces, naming
+from vidjax.apps.video.media_files import PHOTOS
+from vidjax.apps.video.naming import NamedTracks
+from vidjax.data import memory, parquet
+from vidjax.data.clips import SPLITS
+from vidjax.data.dataset import Dataset
+from vidjax.data.memory import MemoryClips
+from vidjax.runs import terminal
+from vidjax.utils.errors import UserError, prefix_errors
+from vidjax.utils.names import show, strip_ending
+
+Given: TypeAlias = Path | Dataset  # the path of clips, or a dataset
+Person: TypeAlias = str | Mapping[str, str] | None  # of all clips, or clip -> person
+
+
+def list_inputs(inputs: Iterable[str]) -> list[Path]:
+    """Returns the paths of inputs. A folder of tables is replaced by its tables."""
+    paths = [Path(path).expanduser() for path in inputs]
+    return [path for named in paths for path in (bulk.list_tables(named) or [named])]
+
+
+def check_input(
+    gallery: Gallery, path: Path, *, has_people: bool = False, of_person: bool = False
+) -> None:
+    """Checks an input of a gallery without reading its clips.
+
+    `has_people` is True if its folders are people. `of_person` is True if all clips show the same
+    person. Raises UserError if there are no clips, if they may show several people although
+    `of_person` is True, or if other nets have computed the features.
+    """
+    if has_people or bulk.list_tables(path):
+        memory.check_path(path)
+    else:
+        root, found = memory.find_files(path)
+        is_flat = isinstance(found, Mapping) or all(file.parent == root for file in found)
+        if of_person and not is_flat:
+            raise UserError(
+                f"'{path}' contains folders of clips, which may show several people\n"
+                "leave out --identity if a folder is a person, or name each folder: --input=DIR"
+            )
+    if gallery.origin.cards:
+        features_folder.check_models(path, gallery.origin.cards)
+
+
+def refuse_photos(path: Path) -> None:
+    """Raises UserError if a folder contains photos of people, but no features."""
+    endings = {x.suffix.lower() for of in ("*", "*/*") for x in path.glob(of)}
+    if endings & PHOTOS and not endings & {".npz", ".parquet", ".pickle"}:
+        raise UserError(
+            f"'{path}' contains photos, but no features\n"
+            f"to enrol people from photos: --photos={shlex.quote(str(path))}"
+        )
+
+
+def read_films(path: str | Path | None) -> list[MediaFile]:
+    """Reads the descriptions of the films whose clips are in `path`; returns [] for other clips."""
+    folder = Path(path or "").expanduser()
+    if folder.suffix == ".npz":  # the features of one film
+        folder = folder.parent
+    is_extracted = path and (folder / features_folder.NAME).exists()
+    return features_folder.read_media_files(folder) if is_extracted else []
+
+
+def embed(gallery: Gallery, clips: MemoryClips | Dataset, split: str | None) -> Vectors:
+    """Computes the vectors of clips, see `Gallery.embed`, and displays the progress."""
+    with terminal.show_clips("vectors", len(clips.split(split or "clips").clips)) as bar:
+        return gallery.embed(clips, split, advance=bar.advance)
+
+
+# ---- people of clips to enrol
+
+
+def read_labels(path: Path) -> dict[str, str]:
+    """Reads clip -> person from a table of labels. Raises UserError if it contains no name."""
+    if labels := answers_lib.read_groups(path):
+        return labels
+    raise UserError(
+        f"{path} contains no name\n"
+        f"replace '{answers_lib.UNKNOWN}1' and so on by the names of people"
+    )
+
+
+def enrol(
+    gallery: Gallery,
+    inputs: Sequence[Given],
+    identities: Person = None,
+    *,
+    split: str | None = None,
+    clip: str | None = None,
+    strangers: bool = False,
+    source: str = "",
+    begin: Callable[[int, Given], None] = lambda number, given: None,
+) -> Enrolment:
+    """Enrols the clips of several inputs, one after the other.
+
+    Args:
+      inputs: the paths of clips, see `list_inputs`, or a dataset, of which `split` is read.
+      identities: the person of all clips, or clip -> person. By default, the inputs contain the
+        people: a table has a column `identity`, a folder has a folder for each person.
+      clip: the only clip to enrol; None for all.
+      strangers: True to enrol only the clips without a person, as clips of strangers.
+      source: the file of `identities`, for messages.
+      begin: is called with the number of an input, from 1, and the input, before it is read.
+
+    Raises:
+      UserError: no clip has a person, two faces of one picture would become one person, or as in
+        `Gallery.enrol`. The inputs before the wrong one are enrolled.
+    """
+    several, names, done = len(inputs) > 1, set[str](), list[Enrolment]()
+    if clip and several:
+        raise UserError(f"--clip={clip} is a clip of one input: give --input once")
+    for number, given in enumerate(inputs, 1):
+        begin(number, given)
+        people = identities
+        if not isinstance(given, Path):
+            clips = given
+        elif people is None and not strangers:
+            clips, people = load_people(gallery, given, required=not several)
+        else:
+            clips = gallery.load(given)
+        vectors = embed(gallery, clips, split)
+        del clips
+        names |= {*vectors.names}
+        vectors, people = _choose(vectors, people, clip, several=several)
+        if isinstance(given, Path) and people and not clip:
+            check_seen_together(read_films(given), people, vectors.names)
+        if people == {} and several:
+            continue
+        waiting = [vectors]
+        del vectors  # so that `Gallery.enrol` can free the memory of a large table
+        with (
+            terminal.show_clips("enrol", len(waiting[0].names)) as bar,
+            prefix_errors(source) if source else contextlib.nullcontext(),
+        ):
+            done.append(gallery.enrol(
+                waiting.pop(), people, strangers=strangers, source=source or "identities",
+                advance=bar.advance,
+            ))  # fmt: skip
+    if isinstance(identities, Mapping) and several:
+        check_given(identities, names, source or "identities")
+    if not done:
+        raise UserError(
+            f"no clip in {inputs[0]} and the other inputs has a person\n"
+            "add a column identity to the tables, or --labels=FILE"
+        )
+    return Enrolment.join(done)
+
+
+def load_people(
+    gallery: Gallery, path: Path, *, required: bool = True
+) -> tuple[MemoryClips, Mapping[str, str]]:
+    """Loads an input that contains the people of its clips. Returns the clips, and clip -> person.
+
+    The input is a parquet table with a column `identity`, or a folder of files
+    `path/PERSON/CLIP.npz`. Raises UserError if the clips are in no folder of a person, or if
+    `required` is True and no clip of a table has a person.
+    """
+    if path.suffix == ".parquet" and parquet.has_column(path, "identity"):
+        person_of = read_labels(path) if required else answers_lib.read_groups(path)
+        return gallery.load(path), person_of
+    if stray := path if path.is_file() else min(path.glob("[!.]*.npz"), default=None):
+        table = ", or a column identity in the table" if stray.suffix == ".parquet" else ""
+        raise UserError(
+            f"'{stray}' is in no folder of a person: --input=PATH with PATH/NAME/CLIP.npz\n"
+            "if all clips show the same person, add --identity=NAME\n"
+            "if they show several people, add --labels=FILE, a table with the columns clip and "
+            f"identity{table}; for photos: --photos=FOLDER"
+        )
+    widths, quality = gallery.source.reads
+    return memory.load_people(path, widths, quality=quality, nets=gallery.origin.cards)
+
+
+def load_all(gallery: Gallery, path: Path) -> MemoryClips:
+    """Loads clips, also from a folder with a folder for each person."""
+    inside = {x.parent.name for x in path.glob("[!.]*/*.npz")}
+    if inside - {*SPLITS} and not any(path.glob("[!.]*.npz")):
+        return load_people(gallery, path)[0]
+    return gallery.load(path)
+
+
+def _choose(
+    vectors: Vectors, people: Person, clip: str | None, *, several: bool
+) -> tuple[Vectors, Person]:
+    """Returns the vectors to enrol, and their people, which may be {} for one of several inputs."""
+    if clip:
+        bare = strip_ending(clip)
+        vectors = vectors.only({name for name in vectors.names if strip_ending(name) == bare})
+        if not vectors.names:
+            raise UserError(f"--clip={clip}: no clip has this name: name a clip of the input")
+    if isinstance(people, Mapping) and (clip or several):
+        known = {*map(strip_ending, vectors.names)}
+        people = {name: who for name, who in people.items() if strip_ending(name) in known}
+    return vectors, people
+
+
+def check_seen_together(
+    films: Iterable[MediaFile], identity: str | Mapping[str, str], clips: Iterable[str]
+) -> None:
+    """Raises UserError if two faces of one picture, which differ, would be enrolled as one person.
+
+    `films` describe the clips. `identity` is the person of all `clips`, or clip -> person.
+    """
+    person_of = dict.fromkeys(clips, identity) if isinstance(identity, str) else identity
+    for pair in naming.pair_seen_together(films):
+        first, second = (person_of.get(clip) for clip in pair)
+        if first and first == second:
+            raise UserError(
+                f"{show(pair[0])} and {show(pair[1])} are seen together, so they are two people, "
+                f"not both {show(first)}\n"
+                "enrol a single face, --clip=CLIP --identity=NAME, or add --labels=FILE"
+            )
+
+
+def find_models(gallery: Gallery, models: str | None) -> Path:
+    """Returns the folder of the nets of a gallery, by default where the gallery was made.
+
+    Raises UserError if a run made the gallery, or if `models` has other nets.
+    """
+    made, place = gallery.origin.cards, gallery.origin.workdir
+    if "face" not in made:
+        raise UserError(
+            f"gallery '{gallery.folder}' was made from a run, so it cannot enrol photos\n"
+            "make a gallery of the nets: vidjax gallery create NEW --models=DIR"
+        )
+    folder = Path(models or place).expanduser()
+    found = cards.list_embedders(cards.read_all(folder))
+    for part, digest in made.items():
+        if part not in found or found[part].digest != digest:
+            raise UserError(
+                f"'{folder}' lacks the net for {part} that made gallery '{gallery.folder}'\n"
+                f"name the folder of the gallery's nets, --models=DIR (at first '{place}')"
+            )
+    return folder
+
+
+def list_numbered(gallery: Gallery, films: Iterable[MediaFile]) -> list[str]:
+    """Returns the enrolled clips of `films` whose names are numbers of faces, such as `a.t01`.
+
+    Another detector may give such a number to another person's face.
+    """
+    tracks = {track.clip for film in films for track in film.tracks}
+    return sorted(x for x in tracks & gallery.clips.keys() if re.search(r"\.[tf]\d+$", x))
+
+
+# ---- people of new clips
+
+
+def name_clips(
+    gallery: Gallery,
+    vectors: Vectors,
+    films: Sequence[MediaFile],
+    identify: Callable[..., Mapping[str, Answer]],
+) -> NamedTracks:
+    """Names the people in clips: clips of `films` as `vidjax who` does, other clips one by one.
+
+    `identify` is the method `gallery.identify`, with fixed arguments.
+    """
+    if films:
+        said = faces.read_for(gallery, films)
+        return naming.name_tracks(gallery, vectors, films, identify, said=said)
+    answers = identify(vectors) if gallery.identities else {}
+    return NamedTracks({**answers}, {}, None, {})
+
+
+def group_unknown(gallery: Gallery, vectors: Vectors, films: Sequence[MediaFile]) -> dict[str, str]:
+    """Groups the clips of unknown people; returns clip -> unknown person, such as `unknown 3`."""
+    named = name_clips(gallery, vectors, films, gallery.identify)
+    known = {clip for clip, answer in named.answers.items() if answer.identity is not None}
+    vectors = vectors.only({*vectors.names} - known - named.told.keys())
+    if films and gallery.origin.cards:
+        return naming.mark_unclear(naming.group_unknown(gallery, vectors, films), films)
+    return gallery.group(vectors)
