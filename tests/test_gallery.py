@@ -344,6 +344,6 @@ def test_equally_probable_people_are_sorted_by_name(tmp_path, monkeypatch):
     (block,) = people.index.blocks
     reverse = index_lib.Index(people.backend, [block.take(np.arange(40)[::-1])])
     for limit in (30, 50):  # fewer and more than the equally probable people
-        monkeypatch.setattr(backend_lib, "MAX_FINE_PEOPLE", limit)
+        monkeypatch.setattr(index_lib, "MAX_FINE_PEOPLE", limit)
         (answer,) = reverse.nearest(people.backend.split(clip.vector[None]), 20)
         assert [name for name, _ in answer.best] == names[:20]

@@ -20,6 +20,7 @@ from vidjax.apps.gallery import (
     answers as answers_lib,
     array_export,
     backend,
+    card_notes,
     grouping,
     labelling,
     ratios,
@@ -225,7 +226,7 @@ def test_adding_a_modality_keeps_answers_and_completes_clips(gallery, models):
 
     made_nets.write(models, "voice", "voice_embedder", back_end=made_nets.back_end())
     enrolling, asking = Gallery(gallery.folder), Gallery(gallery.folder)  # other processes
-    assert gallery.widen(models) == ("audio",)
+    assert card_notes.adopt(gallery, models) == ("audio",)
     # `enrol` reads the gallery with voices, in which the clip is already enrolled.
     assert enrolling.enrol({"ada 1": {"face": ada[:1]}}, "Ada").unchanged == 1
     assert asking.identify(asking.embed(asked))["query"].identity == "Ada"
@@ -243,16 +244,16 @@ def test_adding_a_modality_keeps_answers_and_completes_clips(gallery, models):
 def test_replacing_a_net_removes_clips_without_another_modality(tmp_path, gallery, models):
     ada, bob = draw(6, people=2, clips=2)
     made_nets.write(models, "voice", "voice_embedder", back_end=made_nets.back_end())
-    gallery.widen(models)
+    card_notes.adopt(gallery, models)
     gallery.enrol({"ada0": {"face": ada[:1], "audio": VOICE}, "ada1": {"face": ada[1:]}}, "Ada")
     gallery.enrol(faces("bob", bob), "Bob")
     new, width = tmp_path / "new", 7
     new.mkdir()
     made_nets.write(new, "embed", width=width, back_end=made_nets.back_end(width=width))
     made_nets.write(new, "voice", "voice_embedder", back_end=made_nets.back_end())
-    refused(lambda: gallery.widen(new), "other models of face", "--out=DIR")
-    assert gallery.widen(new, replace=True) == ("face",)
-    assert gallery.people == {"Ada": ("ada0",)} and gallery.widen(new) == ()
+    refused(lambda: card_notes.adopt(gallery, new), "other models of face", "--out=DIR")
+    assert card_notes.adopt(gallery, new, replace=True) == ("face",)
+    assert gallery.people == {"Ada": ("ada0",)} and card_notes.adopt(gallery, new) == ()
     assert gallery.identify({"q": {"audio": VOICE}})["q"].identity == "Ada"
 
 

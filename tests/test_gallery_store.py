@@ -29,7 +29,7 @@ from tests.helpers import limits, made_galleries
 from tests.helpers.embeddings import exact, unit
 from tests.helpers.made_galleries import SETTINGS, answers, contents, make, make_clip, vectors_of
 from tests.helpers.seen import refused
-from vidjax.apps.gallery import backend as backend_lib, enrolment, store as store_lib
+from vidjax.apps.gallery import enrolment, index as index_lib, store as store_lib
 from vidjax.apps.gallery.changes import Draft
 from vidjax.apps.gallery.enrolment import fit_backend
 from vidjax.apps.gallery.gallery import Gallery
@@ -68,8 +68,8 @@ def test_adding_and_removing_clips_equals_creating_the_gallery_at_once(tmp_path_
     folder, names = tmp_path_factory.mktemp("swaps"), sorted(CLIPS)
     with pytest.MonkeyPatch.context() as patch:
         # Small blocks, so that changes of 12 people split and join blocks.
-        patch.setattr(backend_lib, "MIN_BLOCK_PEOPLE", 3)
-        patch.setattr(backend_lib, "MAX_BLOCK_PEOPLE", 4)
+        patch.setattr(index_lib, "MIN_BLOCK_PEOPLE", 3)
+        patch.setattr(index_lib, "MAX_BLOCK_PEOPLE", 4)
         patch.setattr(enrolment, "MAX_BLOCK_PEOPLE", 4)
         present = data.draw(st.sets(st.sampled_from(names)))
         people = make(folder / "g", {name: CLIPS[name] for name in present})
@@ -112,9 +112,9 @@ def test_answers_after_each_change_equal_those_of_the_opened_folder(
     tmp_path, monkeypatch, fault_seed, make_one, shift
 ):
     """The mean of few people moves far. With a large `MOST_SHIFT`, its shifts are still added."""
-    monkeypatch.setattr(backend_lib, "MOST_SHIFT", shift)
-    monkeypatch.setattr(backend_lib, "MIN_BLOCK_PEOPLE", 3)
-    for module in (backend_lib, enrolment, store_lib):
+    monkeypatch.setattr(index_lib, "MOST_SHIFT", shift)
+    monkeypatch.setattr(index_lib, "MIN_BLOCK_PEOPLE", 3)
+    for module in (index_lib, enrolment, store_lib):
         monkeypatch.setattr(module, "MAX_BLOCK_PEOPLE", 8)
     people = make_one(tmp_path / "g", made_galleries.make_clips(num_people=40))
     rng, before = random.Random(fault_seed), people.state
@@ -131,8 +131,8 @@ def test_answers_after_each_change_equal_those_of_the_opened_folder(
 
 
 def test_only_blocks_with_changed_people_are_computed_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(backend_lib, "MIN_BLOCK_PEOPLE", 4)
-    for module in (backend_lib, enrolment, store_lib):
+    monkeypatch.setattr(index_lib, "MIN_BLOCK_PEOPLE", 4)
+    for module in (index_lib, enrolment, store_lib):
         monkeypatch.setattr(module, "MAX_BLOCK_PEOPLE", 8)
     sizes, weigh = list[int](), card_backend.weigh
     clips = made_galleries.make_clips(num_people=80)

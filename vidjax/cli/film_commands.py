@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from vidjax.apps import cards, features_folder
+from vidjax.apps.gallery import card_notes
 from vidjax.apps.gallery.answers import count_unknown
 from vidjax.apps.said import FEATURES
 from vidjax.apps.video import (
@@ -369,7 +370,7 @@ def measure_card(args: argparse.Namespace) -> Result:
     elif args.input:
         result = describe_cards(measured_cards.measure_features(models, files.local(args.input)))
     if gallery:
-        gallery.widen(models)
+        card_notes.adopt(gallery, models)
         used = {"galleries": f"{gallery.folder} has the numbers of the cards"}
         result = result._replace(rows={**result.rows, **used})
     return result

@@ -64,6 +64,30 @@ def _read_back_ends(origin: VectorOrigin) -> "dict[str, BackEnd]":
     return {part: x for part, x in same.items() if x} if same.keys() == was.keys() else {}
 
 
+def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> tuple[str, ...]:
+    """Adds new modalities, such as voices, to a gallery of models; returns their names.
+
+    The folder `models` contains the models of the gallery, and models of new modalities. Enrolled
+    clips lack the new modalities until `labelling.complete` adds them. If the cards of the models
+    contain new numbers, the gallery uses the new numbers, with a message.
+
+    If `replace` is True, models of the gallery may have changed. The result contains their
+    modalities, too. Enrolled clips lose these modalities. Clips without another modality are
+    removed.
+
+    Raises:
+      UserError: the gallery was made with a run, or a model of the gallery is missing in the
+        folder, or has changed.
+    """
+    origin, back_ends = read_cards(models)
+    with gallery.begin_change() as (state, write):
+        wide = widen(state, origin, back_ends, gallery.folder, replace=replace)
+        if wide is not state:
+            write(wide)
+    was = state.origin.cards
+    return tuple(part for part, digest in origin.cards.items() if digest != was.get(part))
+
+
 def widen(
     state: State,
     origin: VectorOrigin,
@@ -72,7 +96,7 @@ def widen(
     *,
     replace: bool = False,
 ) -> State:
-    """Returns a state with other numbers, more modalities, or other models, see `Gallery.widen`.
+    """Returns a state with other numbers, more modalities, or other models, see `adopt`.
 
     `origin` and `back_ends` are of `read_cards`. `folder` is the folder of the gallery, for
     messages. If nothing changes, returns `state`.

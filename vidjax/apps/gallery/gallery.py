@@ -488,29 +488,6 @@ class Gallery:
         with self.change() as draft:
             return draft.relabel(clip, identity)
 
-    def widen(self, models: str | Path, *, replace: bool = False) -> tuple[str, ...]:
-        """Adds new modalities, such as voices, to a gallery of models; returns their names.
-
-        The folder `models` contains the models of the gallery, and models of new modalities.
-        Enrolled clips lack the new modalities until `labelling.complete` adds them. If the cards of
-        the models contain new numbers, the gallery uses the new numbers, with a message.
-
-        If `replace` is True, models of the gallery may have changed. The result contains their
-        modalities, too. Enrolled clips lose these modalities. Clips without another modality are
-        removed.
-
-        Raises:
-          ValueError: the gallery was made with a run, or a model of the gallery is missing in the
-            folder, or has changed.
-        """
-        origin, back_ends = card_notes.read_cards(models)
-        with self.begin_change() as (state, write):
-            wide = card_notes.widen(state, origin, back_ends, self.folder, replace=replace)
-            if wide is not state:
-                write(wide)
-        was = state.origin.cards
-        return tuple(part for part, digest in origin.cards.items() if digest != was.get(part))
-
     # ---- answers
 
     def group(

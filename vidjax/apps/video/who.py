@@ -341,7 +341,7 @@ def _change_nets(gallery: Gallery, out: Path, models: Path) -> None:
     features = out / FEATURES
     before, digests = features_folder.read_extraction(features), pipeline.read_digests(models)
     if before is None or before.models == digests or before.models.keys() - digests.keys():
-        gallery.widen(models)
+        card_notes.adopt(gallery, models)
         return
     pipeline.check_nets(models, before.settings)  # before features are removed
     changed = {role for role, digest in before.models.items() if digests[role] != digest}
@@ -351,7 +351,7 @@ def _change_nets(gallery: Gallery, out: Path, models: Path) -> None:
     own = {track.clip for film in features_folder.describe_media_files(features).values()
            for track in film.tracks} | people_photos.list_faces(gallery).keys()  # fmt: skip
     clips = {name: x.identity for name, x in gallery.clips.items() if name not in own}
-    parts = gallery.widen(models, replace=bool(changed))
+    parts = card_notes.adopt(gallery, models, replace=bool(changed))
     lost = sorted(clips.keys() - gallery.clips.keys())
     _write_unmatched(out, [Lost("", None, f"{name}: {clips[name] or IGNORED}") for name in lost])
     before.models = digests
