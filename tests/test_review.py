@@ -420,7 +420,14 @@ def test_results_with_names_are_private_in_a_folder_that_others_may_read(drawn):
     drawn.out.mkdir(mode=0o755)
     drawn.out.chmod(0o755)
     drawn.meet("Ada")
-    for name in ("names.tsv", "names.jsonl", "names.html", "unknown.tsv", "unknown.json"):
+    for name in (
+        "names.tsv",
+        "names.jsonl",
+        "names.html",
+        "unknown.tsv",
+        "unknown.json",
+        "said.jsonl",
+    ):
         assert (drawn.out / name).stat().st_mode & 0o777 == 0o600, name
     for name in ("people", "features", "gallery", "subtitles", "cuts"):
         mode = (drawn.out / name).stat().st_mode & 0o777

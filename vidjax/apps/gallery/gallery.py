@@ -73,9 +73,7 @@ MOST_REMEMBERED = 100  # values that are kept until the gallery changes
 
 
 class Gallery:
-    """Enrolled people and their clips, in a folder. A gallery identifies the person in a new clip.
-
-    `len`, `in` and iteration apply to the names of the people.
+    """Enrolled people and their clips, in a folder. `len`, `in` and iteration apply to the people.
 
     The argument `clips` of a method is one of these:
       clips in memory, {clip: {modality: features}}, as for `Predictor.embed`. A clip may also have

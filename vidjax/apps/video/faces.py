@@ -25,7 +25,7 @@ NEAR_SECONDS = 1.0  # within this time, a face hardly moves
 Key = str | Face  # a clip, or a face that no present clip shows
 
 
-class Path(NamedTuple):
+class FacePath(NamedTuple):
     """The places of a face."""
 
     start_s: float
@@ -34,7 +34,7 @@ class Path(NamedTuple):
     boxes: np.ndarray  # [N, 4]: left, top, right, bottom
 
     @classmethod
-    def of_track(cls, track: FaceTrack) -> "Path":
+    def of_track(cls, track: FaceTrack) -> "FacePath":
         """Returns the places of a track."""
         places = track.places
         if not places and track.box:
@@ -44,7 +44,7 @@ class Path(NamedTuple):
         return cls(track.start_s, track.end_s, np.array(times, float), array)
 
     @classmethod
-    def of_face(cls, face: Face) -> "Path":
+    def of_face(cls, face: Face) -> "FacePath":
         """Returns the places of a face in the log."""
         places = face.places or ((face.at, face.box),)
         times, boxes = (np.array(x, float) for x in zip(*places, strict=True))
@@ -77,8 +77,8 @@ def _match_paths(faces: Sequence[Face], tracks: Sequence[FaceTrack]) -> dict[Fac
     The pair with the longest and closest overlap is chosen first. A track belongs to several faces
     only if they are one face, as several nets have found it.
     """
-    path_of = {face: Path.of_face(face) for face in faces}
-    paths = [Path.of_track(track) for track in tracks]
+    path_of = {face: FacePath.of_face(face) for face in faces}
+    paths = [FacePath.of_track(track) for track in tracks]
     pairs = [
         (measure_overlap(path_of[face], path), face, number)
         for face in faces for number, path in enumerate(paths)
@@ -103,7 +103,7 @@ def _match_paths(faces: Sequence[Face], tracks: Sequence[FaceTrack]) -> dict[Fac
     return {face: [tracks[x].clip for x in numbers] for face, numbers in chosen.items()}
 
 
-def measure_overlap(old: Path, new: Path) -> float:
+def measure_overlap(old: FacePath, new: FacePath) -> float:
     """Returns the common time of two paths times the overlap of their boxes; 0 for two faces."""
     seconds = min(old.end_s, new.end_s) - max(old.start_s, new.start_s)
     if seconds < LEAST_SHARE * min(old.end_s - old.start_s, new.end_s - new.start_s):
