@@ -200,6 +200,11 @@ def test_every_change_of_the_gallery_of_results_reaches_the_log(tmp_path):
     assert found
     said.append(shelf.out, said.stamp([said.about(found.face, "is", of="Xi")]))
     assert names()[clips[0]] == "Xi" and gallery.people["Xi"] == (clips[0],)
+    # A person may write a line with a single box, at another time of the same shot.
+    line = {"film": found.face.film, "at": found.face.at + 0.5, "box": [0.3, 0.2, 0.4, 0.7]}
+    with (shelf.out / said.NAME).open("a") as log:
+        log.write(json.dumps({**line, "says": "is", "of": "Wu"}) + "\n")
+    assert names()[clips[0]] == "Wu"
 
 
 def test_gallery_elsewhere_has_no_log(tmp_path):
