@@ -140,6 +140,12 @@ def test_log_survives_torn_lines_and_simultaneous_writers(tmp_path):
     with (tmp_path / said.NAME).open("ab") as log:
         log.write(b'{"says":"is","of"')  # a killed program
     assert said.read(tmp_path) == lines
+    (other := tmp_path / "other").mkdir()  # a person has written a line and a blank line
+    text = (tmp_path / said.NAME).read_bytes().splitlines()[0]
+    (other / said.NAME).write_bytes(b"\n" + text)
+    assert said.read(other) == lines
+    said.append(other, lines)
+    assert said.read(other) == lines * 2
 
     def add(number):
         for place in range(20):

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 NAME = "said.jsonl"
 ONCE = "once"  # see `ignore`
-FEATURES, PEOPLE, VIDEOS = "features", "people", "videos"  # folders in the results
+FEATURES, PEOPLE = "features", "people"  # folders in the results
 MOST_BYTES = 256 * files.MB  # the largest log that is read
 MOST_PLACES = 5  # of a face
 LOCK_SECONDS = 20.0  # the longest time for which a new line waits for another program
@@ -123,10 +123,10 @@ def read(out: Path) -> list[Line]:
     path, lines = out / NAME, list[Line]()
     if not files.exists(path):
         return lines
-    content = files.read_bytes(path, MOST_BYTES)
-    for number, text in enumerate(content.split(b"\n")[:-1], 1):
+    *texts, end = files.read_bytes(path, MOST_BYTES).split(b"\n")
+    for number, text in enumerate(texts + [end] * _is_whole(end), 1):
         try:
-            lines.append(msgspec.json.decode(text, type=Line))
+            lines += [msgspec.json.decode(text, type=Line)] if text.strip() else []
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise UserError(
                 f"line {number} of '{path}' is damaged: {error}\nrepair or delete this line"
@@ -144,7 +144,7 @@ def append(out: Path, lines: Sequence[Line]) -> None:
     if not lines and has_log(out):
         return
     with _lock(out), contextlib.closing(files.open_log(out / NAME)) as log:
-        _cut_torn_line(out / NAME)
+        _end_last_line(out / NAME)
         files.append(log, b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
         os.fsync(log.fileno())
     files.hide(out / NAME)
@@ -172,12 +172,23 @@ def _lock(out: Path) -> contextlib.AbstractContextManager[None]:
     return files.lock(out, "out", ".said.lock", wait=LOCK_SECONDS)
 
 
-def _cut_torn_line(path: Path) -> None:
-    """Removes the end of a line that a killed program has not finished."""
+def _is_whole(text: bytes) -> bool:
+    """Returns whether the end of a log is a line that only lacks its line end."""
+    try:
+        return bool(msgspec.json.decode(text))
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
+
+
+def _end_last_line(path: Path) -> None:
+    """Removes the end of a line that a killed program has not finished, or adds a line end."""
     content = files.read_bytes(path, MOST_BYTES)
-    if not content.endswith(b"\n") and content:
+    begin = content.rfind(b"\n") + 1
+    if end := content[begin:]:
         with files.open_regular(path, os.O_RDWR) as file:
-            file.truncate(content.rfind(b"\n") + 1)
+            file.truncate(begin)
+            file.seek(begin)
+            file.write(end + b"\n" if _is_whole(end) else b"")
 
 
 class Act(NamedTuple):
