@@ -22,6 +22,7 @@ pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video
 
 from tests.helpers import made_nets
 from tests.helpers.drawn_people import EMBED, write_film, write_photo
+from tests.helpers.interrupted import count_down
 from vidjax.apps import features_folder, said
 from vidjax.apps.features_folder import FaceTrack
 from vidjax.apps.gallery.gallery import Gallery
@@ -220,19 +221,9 @@ def test_interrupted_change_of_nets_continues(archive, drawn, monkeypatch, fault
     before, whole, old = archive.list_corrections(), drawn.folder / "whole", drawn.models
     new = write_nets(drawn.folder / "new")
     shutil.copytree(archive.out, whole)
-    left = [10**9]
-
-    def count(function):
-        def call(*args, **kwargs):
-            left[0] -= 1
-            if not left[0]:
-                raise KeyboardInterrupt
-            return function(*args, **kwargs)
-
-        return call
-
-    for owner, name in ((os, "replace"), (Path, "unlink"), (Store, "write"), (os, "unlink")):
-        monkeypatch.setattr(owner, name, count(getattr(owner, name)))
+    functions = ((os, "replace"), (Path, "unlink"), (Store, "write"), (os, "unlink"))
+    left = count_down(monkeypatch, *functions)
+    left[0] = 10**9
     drawn.models = new
     archive.who()
     writes, rng = 10**9 - left[0], random.Random(fault_seed)

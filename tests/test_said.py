@@ -17,6 +17,7 @@ pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video
 
 from tests.helpers import made_shelf
 from tests.helpers.drawn_people import tags, write_film, write_photo
+from tests.helpers.interrupted import count_down
 from tests.helpers.seen import refused
 from vidjax.apps import features_folder, said
 from vidjax.apps.gallery.gallery import Gallery
@@ -236,19 +237,8 @@ def test_change_that_is_killed_at_any_write_is_done_or_not_done(tmp_path, monkey
 
     shelf = made_shelf.make(tmp_path, people=5, films=2, known=2, faces=10)
     said.append(shelf.out, [])
-    whole, left = tmp_path / "whole", [0]
-
-    def count(function):
-        def call(*args, **kwargs):
-            left[0] -= 1
-            if not left[0]:
-                raise KeyboardInterrupt
-            return function(*args, **kwargs)
-
-        return call
-
-    for owner, name in ((os, "replace"), (Store, "write"), (files, "append")):
-        monkeypatch.setattr(owner, name, count(getattr(owner, name)))
+    whole = tmp_path / "whole"
+    left = count_down(monkeypatch, (os, "replace"), (Store, "write"), (files, "append"))
 
     def names():
         decision = made_shelf.decide(shelf.out)
