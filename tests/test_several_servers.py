@@ -185,7 +185,9 @@ def test_rolling_restart_under_32_clients_fails_no_request(tmp_path, way):
     with contextlib.ExitStack() as stack:
 
         def start(port: int) -> servers.Served:
-            return stack.enter_context(servers.served(folder, *UNREADY, port=port))
+            # If all clients enrol at once, the server must not ask one of them to try again (429).
+            flags = (*UNREADY, f"--waiting_changes={CLIENTS}")
+            return stack.enter_context(servers.served(folder, *flags, port=port))
 
         running = [*map(start, ports)]
         with way(tmp_path, ports) as ask, ThreadPoolExecutor(CLIENTS) as pool:
