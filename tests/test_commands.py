@@ -28,11 +28,11 @@ from vidjax.apps.gallery.changes import NotEnrolledError
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.cli import program, run_commands
 from vidjax.core import losses
-from vidjax.runs import config as config_lib, config_io, results as results_lib, terminal
+from vidjax.runs import config as config_lib, config_io, results as results_lib
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.run_folder import RunFolder
 from vidjax.runs.signals import Interrupted
-from vidjax.utils import exit_codes, messages
+from vidjax.utils import exit_codes, messages, terminal
 from vidjax.utils.errors import DiskError
 from vidjax.utils.parser import Parser
 

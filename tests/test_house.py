@@ -58,11 +58,17 @@ def test_folders_import_only_lower_folders_without_cycles():
         if not module.startswith("vidjax.data.tfds"):
             assert not {name.split(".")[0] for name in names} & TENSORFLOW, module
         for name in names:
+            assert name != "vidjax", (
+                module
+            )  # it imports everything: `utils.version` has the version
             if name.startswith("vidjax."):
                 below = name.split(".")[1]
                 assert FOLDERS.index(below) <= FOLDERS.index(folder), f"{module} imports {name}"
                 # Models get plain arguments. Only `build_system` reads a configuration.
                 assert below != "runs" or folder != "models" or rest == ["build_system"], module
+                # An application knows runs only as the source of vectors of a gallery.
+                of_runs = below in ("runs", "training") and folder == "apps"
+                assert not of_runs or rest == ["gallery", "run_vectors"], f"{module} imports {name}"
             if folder == "apps" and name.startswith("vidjax.apps."):
                 below = name.split(".")[2]
                 assert APPS.index(below) <= APPS.index(rest[0]), f"{module} imports {name}"

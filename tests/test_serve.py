@@ -43,8 +43,7 @@ from vidjax.apps.serve.limits import Refused, ServerMetrics
 from vidjax.apps.server_limits import LIMITS, Limits
 from vidjax.cli import program
 from vidjax.data import clip_files
-from vidjax.runs import terminal
-from vidjax.utils import errors
+from vidjax.utils import errors, terminal
 
 SMALL = Limits(
     body_bytes=1 << 20, json_bytes=1 << 18, held_bytes=4 << 20, clips=32, frames=1000,

@@ -33,6 +33,8 @@ if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
 
 from typing import TYPE_CHECKING
 
+from vidjax.utils.version import VERSION as __version__  # noqa: F401
+
 if TYPE_CHECKING:
     from vidjax.apps.bulk import Embed, Rank, join_rankings, list_tables
     from vidjax.apps.gallery.answers import Identify
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
     from vidjax.runs.results import load_analysis
     from vidjax.training.public import compare, evaluate, load_config, load_data, restore, train
 
-__version__ = "0.1.0"
 __all__ = [
     "Embed", "Gallery", "Identify", "Limits", "Rank", "compare", "evaluate", "join_rankings",
     "list_tables", "load_analysis", "load_config", "load_data", "make_app", "name_people",

@@ -20,8 +20,7 @@ from vidjax.data import parquet
 from vidjax.data.checks import refuse_unread
 from vidjax.data.clips import SPLITS
 from vidjax.data.labels import sort_identities
-from vidjax.runs import terminal
-from vidjax.utils import files, tables
+from vidjax.utils import files, tables, terminal
 from vidjax.utils.errors import UserError, check_argument
 from vidjax.utils.names import clean_name, clean_name_at, show
 

@@ -14,10 +14,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from vidjax.runs import schemas
-from vidjax.runs.json_types import Count, Sha256, Size, Text
-from vidjax.utils import files
+from vidjax.utils import files, json_files
 from vidjax.utils.errors import UserError
+from vidjax.utils.json_files import Count, Sha256, Size, Text
 from vidjax.utils.messages import suggest_path
 
 CARD_BYTES = files.MB
@@ -224,7 +223,7 @@ def list_files(folder: Path) -> list[Path]:
 def read(path: Path) -> Card:
     """Reads the card of a net; raises UserError if a key is missing, wrong or unknown."""
     remedy = f"{REMEDY}; if the file describes no net, name another folder, or move the file"
-    written = schemas.read(path, Written, remedy, CARD_BYTES)
+    written = json_files.read(path, Written, remedy, CARD_BYTES)
     digest = (written.back_end and written.back_end.card) or files.sha256_file(path)
     return Card(**msgspec.structs.asdict(written), path=path, digest=digest)
 

@@ -34,11 +34,10 @@ from vidjax.apps.said import FEATURES, PEOPLE, Face, make_face
 from vidjax.data.clip_files import check_nets, read_clips
 from vidjax.data.memory import MemoryClips
 from vidjax.models.card_backend import LEAST_CLARITY
-from vidjax.runs import schemas
-from vidjax.runs.json_types import Count, Sha256, Share, Size, Text
-from vidjax.utils import files
+from vidjax.utils import files, json_files
 from vidjax.utils.errors import UserError
 from vidjax.utils.groups import group_by_key
+from vidjax.utils.json_files import Count, Sha256, Share, Size, Text
 from vidjax.utils.names import check_name, normal_form, read_folder_name
 
 if TYPE_CHECKING:
@@ -228,12 +227,12 @@ def locate_thumbnail(folder: Path, clip: str) -> Path:
 def read_extraction(folder: Path) -> Extraction | None:
     """Reads `extract.json` in a folder of features. Returns None if the file does not exist."""
     path = folder / NAME
-    return schemas.read(path, Extraction, REMEDY, FILE_BYTES) if files.exists(path) else None
+    return json_files.read(path, Extraction, REMEDY, FILE_BYTES) if files.exists(path) else None
 
 
 def read_media_file(path: Path) -> MediaFile:
     """Reads a file `videos/STEM.json`, which describes a video or a photo."""
-    return schemas.read(path, MediaFile, REMEDY, FILE_BYTES)
+    return json_files.read(path, MediaFile, REMEDY, FILE_BYTES)
 
 
 def read_media_files(folder: Path) -> list[MediaFile]:

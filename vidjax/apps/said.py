@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import msgspec
 from msgspec import Meta, Struct
 
-from vidjax.runs.json_types import Sha256, Share, Size, Text
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
+from vidjax.utils.json_files import Sha256, Share, Size, Text
 
 if TYPE_CHECKING:
     from vidjax.apps.features_folder import FaceTrack

@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vidjax import __version__
 from vidjax.cli import shared_flags
 from vidjax.utils import confinement, exit_codes, files, messages
 from vidjax.utils.errors import UserError, VidjaxWarning, describe_system_error, warn
 from vidjax.utils.messages import Result
 from vidjax.utils.parser import Parser
+from vidjax.utils.version import VERSION
 
 if TYPE_CHECKING:
     pass
@@ -146,7 +146,7 @@ def _list_folder_checks(workdir: Path, overrides: Sequence[str]) -> dict[str, Ca
 
 
 def _check_environment() -> str:
-    versions = {"vidjax": __version__, "python": platform.python_version()}
+    versions = {"vidjax": VERSION, "python": platform.python_version()}
     versions["numpy"] = importlib.metadata.version("numpy")
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 

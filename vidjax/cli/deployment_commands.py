@@ -11,8 +11,7 @@ from vidjax.apps.server_limits import LIMITS, PREFIX, read_limits
 from vidjax.cli import shared_flags
 from vidjax.evaluation.export import formats
 from vidjax.evaluation.export.formats import FORMATS
-from vidjax.runs import terminal
-from vidjax.utils import files, messages
+from vidjax.utils import files, messages, terminal
 from vidjax.utils.errors import UserError, VidjaxWarning, require_packages
 from vidjax.utils.messages import Result
 from vidjax.utils.parser import Parser, whole_number

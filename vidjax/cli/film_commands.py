@@ -23,12 +23,12 @@ from vidjax.apps.video import (
 )
 from vidjax.apps.video.measured_cards import MeasuredCard
 from vidjax.cli.gallery_commands import add_rule
-from vidjax.runs.terminal import say
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, require_packages
 from vidjax.utils.machine import num_cores
 from vidjax.utils.messages import Result
 from vidjax.utils.parser import Parser, whole_number
+from vidjax.utils.terminal import say
 
 SIZE_RANGE = (32, 8192)  # pixels of the longer side
 MAX_WORKERS = 10_000

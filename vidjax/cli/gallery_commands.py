@@ -17,8 +17,7 @@ from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.migration import migrate
 from vidjax.apps.video import clip_inputs, naming, subtitles
 from vidjax.data.clips import SPLITS
-from vidjax.runs import terminal
-from vidjax.utils import messages, tables
+from vidjax.utils import messages, tables, terminal
 from vidjax.utils.errors import UserError, warn
 from vidjax.utils.machine import num_cores
 from vidjax.utils.messages import Result

@@ -15,14 +15,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from vidjax import __version__
 from vidjax.cli import shared_flags
-from vidjax.core import distributed
-from vidjax.runs import terminal
-from vidjax.utils import exit_codes, machine, messages, rendezvous
+from vidjax.utils import distributed, exit_codes, machine, messages, rendezvous, terminal
 from vidjax.utils.errors import UserError, suggest
 from vidjax.utils.messages import print_result
 from vidjax.utils.parser import Parser, split_overrides
+from vidjax.utils.version import VERSION
 
 # Command -> description.
 COMMANDS = {
@@ -112,10 +110,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     flags, overrides = split_overrides(_put_command_first(words))
     name = flags[0]
     if name == "--version" and "--json" in flags:
-        messages.print_text(json.dumps({"mode": "version", "version": __version__}))
+        messages.print_text(json.dumps({"mode": "version", "version": VERSION}))
         raise SystemExit(0)
     parser = Parser("vidjax", description=DESCRIPTION, epilog=EXAMPLES)
-    parser.add_argument("--version", action="version", version=f"vidjax {__version__}")
+    parser.add_argument("--version", action="version", version=f"vidjax {VERSION}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for command, about in COMMANDS.items():
         description = f"{about[0].upper()}{about[1:]}."

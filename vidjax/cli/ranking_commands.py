@@ -7,8 +7,7 @@ from pathlib import Path
 
 from vidjax.apps import bulk
 from vidjax.cli import shared_flags
-from vidjax.runs import terminal
-from vidjax.utils import files, messages, tables
+from vidjax.utils import files, messages, tables, terminal
 from vidjax.utils.errors import UserError
 from vidjax.utils.messages import Result
 from vidjax.utils.parser import Parser

@@ -3,8 +3,7 @@
 import argparse
 from typing import Any
 
-from vidjax.core import distributed
-from vidjax.utils import rendezvous
+from vidjax.utils import distributed, rendezvous
 from vidjax.utils.errors import UserError
 from vidjax.utils.parser import Parser
 

@@ -10,8 +10,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vidjax.core import distributed
 from vidjax.core.batch import Array, Batch, LazyFeatures
+from vidjax.utils import distributed
 from vidjax.utils.errors import UserError, check_argument, warn
 
 Tree = TypeVar("Tree")  # a tree of arrays

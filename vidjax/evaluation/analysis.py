@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax.core import devices, distributed
+from vidjax.core import devices
 from vidjax.evaluation import blend, eval_step as eval_step_lib, measures, ranking
 from vidjax.evaluation.blend import Load
 from vidjax.evaluation.measures import Arrays, ScoredSplit
@@ -27,7 +27,7 @@ from vidjax.runs.run_folder import CONFIG, IDENTITIES, RunFolder
 from vidjax.runs.schemas import Analysis
 from vidjax.runs.signals import Interrupted
 from vidjax.runs.versions import collect_versions
-from vidjax.utils import files
+from vidjax.utils import distributed, files
 from vidjax.utils.errors import warn
 
 

@@ -13,7 +13,6 @@ import msgspec
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax.core import distributed
 from vidjax.data.dataset import Dataset
 from vidjax.evaluation import calibration, diffusion, scores as scores_lib, topk, trained_runs
 from vidjax.evaluation.calibration import Calibration
@@ -24,7 +23,7 @@ from vidjax.models.plda import PLDAIdentifier
 from vidjax.runs import config as config_lib, schemas
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import JOIN, RunFolder
-from vidjax.utils import files
+from vidjax.utils import distributed, files, json_files
 from vidjax.utils.errors import UserError
 
 MIN_WEIGHT, MAX_WEIGHT = 1e-30, 1e30  # of a run that counts; weights are float32
@@ -236,7 +235,7 @@ def read_numbers(folder: RunFolder, config: Config) -> schemas.Join | None:
     if not config.join.learned or not folder.has(JOIN):
         return None
     path, count = folder.path / JOIN, len(folder.list_runs(config))
-    found = schemas.read(path, schemas.Join, REMEDY)
+    found = json_files.read(path, schemas.Join, REMEDY)
     rows = (found.scale, found.offset, found.trust, [[0.0] * count for _ in found.stranger])
     if any([len(row) for row in one] != [count] * (calibration.PARTS + 1) for one in rows):
         raise UserError(f"'{path}' does not fit the {count} runs of the blend\n{REMEDY}")

@@ -41,9 +41,9 @@ from vidjax.evaluation.trained_runs import (
 from vidjax.runs import config as config_lib, config_io, programs, schemas
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import RunFolder
-from vidjax.runs.terminal import ignore_count
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, check_argument, warn
+from vidjax.utils.terminal import ignore_count
 
 SMALL_REQUEST = 4  # most clips of a small request, which is scored in a block of this size
 THRESHOLD = "threshold_at_fpir_0.01"  # key in `metrics.json`

@@ -27,9 +27,9 @@ from vidjax.evaluation import topk
 from vidjax.evaluation.eval_step import add_scores, make_no_scores, mean_scores
 from vidjax.evaluation.scoring import ALL, ScoreBlock, TrainedModel, score_blocks
 from vidjax.evaluation.topk import TopK
-from vidjax.runs.terminal import Progress, say
 from vidjax.utils import files
 from vidjax.utils.errors import DiskError, UserError, warn
+from vidjax.utils.terminal import Progress, say
 
 ROWS = 256  # clips of a block that is read from an array
 LARGE = 10**9  # bytes of a scratch file from which its size is printed

@@ -26,9 +26,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vidjax.core import distributed
 from vidjax.runs import results, schemas
-from vidjax.utils import files
+from vidjax.utils import distributed, files, json_files
 from vidjax.utils.errors import DiskError, Expected, UserError, warn
 
 MANIFEST, PARTIAL = "manifest.json", ".partial"
@@ -190,7 +189,7 @@ def explain_lost(workdir: Path) -> str:
     """Returns the error message for a run without a checkpoint, or "" if it never had one."""
     path, step = workdir / "metrics.json", results.find_last_saved(workdir)
     if not step and files.exists(path):
-        step = schemas.read(path, schemas.Metrics, results.REMEDY).step or 0
+        step = json_files.read(path, schemas.Metrics, results.REMEDY).step or 0
     if not step:
         return ""
     return (
@@ -314,7 +313,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     with _raise_damaged(path):
         manifest = files.read_manifest(path, below=folder.parents[1])
-        schemas.parse(path, manifest, schemas.Manifest, "this checkpoint is not used")
+        json_files.parse(path, manifest, schemas.Manifest, "this checkpoint is not used")
     if str(manifest["step"]) != folder.name:
         raise DamagedError(f"'{path}' belongs to the checkpoint of step {manifest['step']}")
     return manifest

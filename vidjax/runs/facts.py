@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from vidjax.runs.json_types import Count, NotNaN, Text, Whole
 from vidjax.utils import messages
+from vidjax.utils.json_files import Count, NotNaN, Text, Whole
 
 # The pairs (step, num_epochs) of an extended run: from this step on, it had this `num_epochs`.
 Epochs = list[tuple[Whole, float]]

@@ -15,10 +15,10 @@ import msgspec
 import numpy as np
 
 from vidjax.core.ensemble import Member, TrainingSets
-from vidjax.runs import checkpoint, results, schemas
+from vidjax.runs import checkpoint, results
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.run_folder import IDENTITIES
-from vidjax.utils import files
+from vidjax.utils import files, json_files
 from vidjax.utils.errors import UserError
 
 FILE = "members.npz"
@@ -58,7 +58,7 @@ def read_lists(saved: checkpoint.Checkpoint) -> Lists:
 
 
 def _read(identities: Path, members: Path) -> Lists:
-    content = schemas.read(members, _Members, REMEDY, results.MAX_IDENTITIES_BYTES)
+    content = json_files.read(members, _Members, REMEDY, results.MAX_IDENTITIES_BYTES)
     rows = np.array([np.frombuffer(bits, np.uint8) for bits in content.trained], np.uint8)
     trained = np.unpackbits(rows, axis=1, count=len(content.clips)).astype(bool)
     sets = TrainingSets(content.members, content.clips, trained)

@@ -19,11 +19,10 @@ from typing import Any, NamedTuple, Self, cast
 import msgspec
 import numpy as np
 
-from vidjax.core import distributed
 from vidjax.runs import config as config_lib, config_io, facts, schemas
-from vidjax.runs.terminal import say
-from vidjax.utils import files, messages
+from vidjax.utils import distributed, files, json_files, messages
 from vidjax.utils.errors import UserError, warn
+from vidjax.utils.terminal import say
 
 Arrays = dict[str, np.ndarray]
 LogFunction = Callable[[dict[str, Any]], object]  # it gets a line of `metrics.jsonl`
@@ -66,7 +65,7 @@ class Results(schemas.Metrics, kw_only=True):
     def from_values(cls, values: Mapping[str, Any], split: str, paths: ResultPaths) -> Self:
         """Makes Results from `values`, the content of `paths.metrics`."""
         plain = files.parse_json(files.to_json(values).encode())
-        metrics = schemas.parse(paths.metrics, plain, schemas.Metrics, REMEDY)
+        metrics = json_files.parse(paths.metrics, plain, schemas.Metrics, REMEDY)
         known = {name: getattr(metrics, name) for name in metrics.__struct_fields__}
         return cls(**known, split=split, paths=paths, values=cast(dict[str, Any], plain))
 
@@ -99,7 +98,7 @@ class Results(schemas.Metrics, kw_only=True):
 
 def load_identities(path: Path) -> list[str]:
     """Returns the names in `identities.json`. The first name belongs to class column 1."""
-    return schemas.read(path, list[str], REMEDY, MAX_IDENTITIES_BYTES)
+    return json_files.read(path, list[str], REMEDY, MAX_IDENTITIES_BYTES)
 
 
 def select_kept(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,7 +141,7 @@ def explain_unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
     path = workdir / "data_report.json"
     report = schemas.DataReport()
     if files.exists(path):
-        report = schemas.read(path, schemas.DataReport, REMEDY)
+        report = json_files.read(path, schemas.DataReport, REMEDY)
     labelled = {name for name, counts in report.splits.items() if counts.get("labelled")}
     trained = config.get("data", {}).get("train_splits", ())
     folds = any(config.get("ensemble", {}).get(name) for name in config_lib.HOLD_OUT_FIELDS)
@@ -165,7 +164,7 @@ def find_last_saved(workdir: Path) -> int:
         for line in files.iterate_lines(path) if files.exists(path) else ():
             with contextlib.suppress(ValueError):
                 value = files.parse_line(line)
-                step = schemas.parse(path, value, schemas.Line, REMEDY).step
+                step = json_files.parse(path, value, schemas.Line, REMEDY).step
                 last = max(last, step if "split" in value or value.get("saved") else 0)
     return last
 
@@ -184,7 +183,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(files.iterate_lines(path)):
         with contextlib.suppress(ValueError):
             value = files.parse_line(line)
-            schemas.parse(path, value, schemas.Line, REMEDY)
+            json_files.parse(path, value, schemas.Line, REMEDY)
             evaluations += "split" in value
             if number % step == 0 or ("split" in value and evaluations <= MAX_LOG_LINES):
                 lines.append(value)
@@ -210,7 +209,7 @@ def load_analysis(path: Path) -> tuple[schemas.Analysis, Arrays]:
         values = files.parse_json(text)
     except ValueError as error:
         raise UserError(f"'{path}' is damaged: {error}\n{REMEDY}") from error
-    analysis = schemas.parse(path, values, schemas.Analysis, REMEDY)
+    analysis = json_files.parse(path, values, schemas.Analysis, REMEDY)
     ap, positives = (arrays[name].shape if name in arrays else None for name in ("ap", "positives"))
     if ap != positives or (ap and len(ap) > 1):
         raise UserError(

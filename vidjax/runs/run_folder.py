@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from vidjax.core import distributed, metrics as metrics_lib
+from vidjax.core import metrics as metrics_lib
 from vidjax.runs import config as config_lib, config_io, facts, results, schemas
 from vidjax.runs.config import Config
 from vidjax.runs.results import ResultPaths
-from vidjax.utils import files, messages
+from vidjax.utils import distributed, files, json_files, messages
 from vidjax.utils.errors import UserError
 
 CONFIG, IDENTITIES, METRICS = "config.json", "identities.json", "metrics.json"
@@ -77,7 +77,7 @@ class RunFolder:
         """Returns the content of `paths.metrics` (default: `metrics.json`), or {} if absent."""
         path = paths.metrics if paths else self.path / METRICS
         if path not in self._metrics and files.exists(path):
-            self._metrics[path] = schemas.load(path, schemas.Metrics, results.REMEDY)[0]
+            self._metrics[path] = json_files.load(path, schemas.Metrics, results.REMEDY)[0]
         return self._metrics.get(path, {})
 
     def list_runs(self, config: Config | None = None, *, final: bool = True) -> list[Path]:

@@ -1,24 +1,17 @@
 """Defines the JSON files of a run: the meaning, the type and the range of each key.
 
 Each class describes a JSON object. A key without a default is required. Unlisted keys are ignored,
-so that later versions of vidjax can add keys. If a value does not fit, the functions raise
-UserError. Its message has the path of the file, the wrong key, such as `$.members[2].map`, and
-`remedy`.
+so that later versions of vidjax can add keys. `utils.json_files` reads the files.
 """
 
 import math
-from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from vidjax.runs.facts import Entries
-from vidjax.runs.json_types import LOWEST_FLOAT, Count, NotNaN, Share, Size, Text, Whole
-from vidjax.utils import files
-from vidjax.utils.errors import UserError
+from vidjax.utils.json_files import Count, NotNaN, Share, Size, Text, Whole
 
-T = TypeVar("T")
 Scalar = Text | bool | int | float | None
 # Index of an identity in `identities.json`, from 0. -1 means no identity.
 Column = Annotated[int, Meta(ge=-1, lt=1 << 31)]
@@ -303,33 +296,3 @@ class Analysis(Struct, kw_only=True, omit_defaults=True):
     suspects: Suspects | None = None  # None if scores are no probabilities, or MAP is in sample
     open_set: OpenSet | UnsetType | None = UNSET  # None without distractors; unset without MAP
     calibration_error: float = math.nan  # expected calibration error
-
-
-def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
-    """Converts `value`, the JSON value in the file `path`, to an object of the class `kind`.
-
-    If the value does not fit, raises UserError. `remedy` is the last line of the message.
-    """
-    try:
-        return msgspec.convert(value, kind)
-    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # a key may be "\ud800"
-        text = str(error).replace(f"`float` >= {LOWEST_FLOAT}", "a number, not NaN")
-        raise UserError(f"'{path}' is damaged: {text}\n{remedy}") from error
-
-
-def load(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) -> tuple[Any, T]:
-    """Reads a JSON file of at most `limit` bytes. Returns the value as JSON, and as a `kind`.
-
-    For `remedy`, see `parse`.
-    """
-    try:
-        value = files.read_json(path, object, limit)
-    except ValueError as error:
-        text = str(error)
-        raise UserError(text if "\n" in text else f"{text}\n{remedy}") from error
-    return value, parse(path, value, kind, remedy)
-
-
-def read(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) -> T:
-    """Reads a JSON file of at most `limit` bytes as an object of the class `kind`. See `parse`."""
-    return load(path, kind, remedy, limit)[1]

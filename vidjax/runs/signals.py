@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from vidjax.core import distributed
+from vidjax.utils import distributed
 from vidjax.utils.errors import Expected
 from vidjax.utils.exit_codes import SIGNALS, stop_at_once
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from vidjax import __version__
+from vidjax.utils.version import VERSION
 
 
 def collect_versions() -> dict[str, str]:
@@ -16,7 +16,7 @@ def collect_versions() -> dict[str, str]:
     The entry `device` is a text such as `1 x cpu`. Outside a git checkout, `commit` is missing.
     """
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
-    versions = {"vidjax": __version__}
+    versions = {"vidjax": VERSION}
     versions |= {name: importlib.metadata.version(name) for name in packages}
     devices = jax.devices()
     device = f"{len(devices)} x {devices[0].device_kind}"

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import vidjax
 from vidjax.core import ensemble, metrics
 from vidjax.core.batch import Batch
 from vidjax.data import sources
@@ -145,7 +144,7 @@ def _find_own_line(error: Exception) -> str:
 
     If the code of a library raised it, returns the last configuration file of a user, or "".
     """
-    libraries = [Path(x).parent for x in (vidjax.__file__, Path(jax.__file__).parent, os.__file__)]
+    libraries = [Path(__file__).parents[1], Path(jax.__file__).parents[1], Path(os.__file__).parent]
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if not any(Path(frame.filename).is_relative_to(folder) for folder in libraries):
             return f"'{frame.filename}' line {frame.lineno}"

@@ -14,11 +14,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax.core import devices, distributed
+from vidjax.core import devices
 from vidjax.core.batch import Batch, Packed
 from vidjax.data import resident
 from vidjax.data.clips import BatchPlan
 from vidjax.training.train_step import Loop, LoopResult, MemberConstants, TrainState
+from vidjax.utils import distributed
 
 DISPATCH_SECONDS = 1.0  # the time that a dispatch should take
 # These lists have an entry for each group of members (nets of an ensemble) that train together.

@@ -15,10 +15,10 @@ from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.config import Config
 from vidjax.runs.facts import Source
 from vidjax.runs.run_folder import open_run
-from vidjax.runs.terminal import say
 from vidjax.training.train_step import TrainState
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, prefix_errors
+from vidjax.utils.terminal import say
 
 FIELD = "config.init_from"
 Arrays = dict[str, np.ndarray]  # path -> values [E, ...] of the E nets of a run

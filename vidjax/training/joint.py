@@ -4,15 +4,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from vidjax.core import devices, distributed
+from vidjax.core import devices
 from vidjax.data.dataset import Dataset
 from vidjax.evaluation import analysis
 from vidjax.runs import config_io, digests, results
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import JOIN, RunFolder, make_and_lock, name_systems
-from vidjax.runs.terminal import say
 from vidjax.runs.versions import collect_versions
+from vidjax.utils import distributed
 from vidjax.utils.errors import UserError
+from vidjax.utils.terminal import say
 
 
 def train_systems(

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax.core import devices, distributed, ensemble, metrics, optim
+from vidjax.core import devices, ensemble, metrics, optim
 from vidjax.data import resident
 from vidjax.data.clips import ClipSource, count_cropped
 from vidjax.data.dataset import Dataset
@@ -23,13 +23,13 @@ from vidjax.runs import checkpoint, digests, facts, members_file, results as res
 from vidjax.runs.config import Config, list_splits
 from vidjax.runs.results import Logs
 from vidjax.runs.run_folder import RunFolder, check_not_moved, make_paths_absolute
-from vidjax.runs.terminal import Progress, say
 from vidjax.runs.versions import collect_versions
 from vidjax.training import early_stop, feed as feed_lib, profiler, resume, train_step
 from vidjax.training.placement import agree_on_placement
 from vidjax.training.plan import RunPlan, describe_repeated_clips, make_plan, make_relabel
-from vidjax.utils import files, messages
+from vidjax.utils import distributed, files, messages
 from vidjax.utils.errors import UserError, warn
+from vidjax.utils.terminal import Progress, say
 
 Tree = TypeVar("Tree")  # a tree of arrays
 # These steps are always logged, because the loss falls fastest at first, and a run may be short.

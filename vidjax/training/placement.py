@@ -8,15 +8,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vidjax.core import devices, distributed, ensemble
+from vidjax.core import devices, ensemble
 from vidjax.core.batch import Packed
 from vidjax.data import resident
 from vidjax.data.resident import ResidentPlan
 from vidjax.runs.config import Config
-from vidjax.runs.terminal import say
 from vidjax.training import train_step
 from vidjax.training.plan import RunPlan
+from vidjax.utils import distributed
 from vidjax.utils.errors import UserError
+from vidjax.utils.terminal import say
 
 MAX_MEMORY_SHARE = 0.5  # share of the free memory, besides a training step, that clips may take
 

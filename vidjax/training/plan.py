@@ -29,11 +29,11 @@ from vidjax.evaluation.trained_runs import check_labelled
 from vidjax.models.base import ModelState, Params, TrainingClips
 from vidjax.models.build_system import MODELS, System, TaskSpec, make_fusions, make_system
 from vidjax.runs.config import Config, list_splits
-from vidjax.runs.terminal import say
 from vidjax.training import noise_classes, train_step
 from vidjax.training.dry_run import check_model
 from vidjax.utils import messages
 from vidjax.utils.errors import UserError, warn
+from vidjax.utils.terminal import say
 
 # (state of all members, source of the clips) -> labels [E, N]
 Relabel = Callable[[train_step.TrainState, ClipSource], np.ndarray]

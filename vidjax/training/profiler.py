@@ -6,8 +6,8 @@ from pathlib import Path
 
 import jax
 
-from vidjax.core import distributed
-from vidjax.runs.terminal import say
+from vidjax.utils import distributed
+from vidjax.utils.terminal import say
 
 FOLDER = "profile"  # in the folder of a run
 

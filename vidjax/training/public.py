@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ml_collections import ConfigDict
 
-from vidjax.core import distributed
 from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import CONFIG, RunFolder, make_and_lock, open_run
-from vidjax.utils import files, messages
+from vidjax.utils import distributed, files, messages
 from vidjax.utils.errors import ArgumentError, DiskError, UserError, check_argument
 
 if TYPE_CHECKING:  # these modules import JAX, TensorFlow or numpy

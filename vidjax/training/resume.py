@@ -18,10 +18,10 @@ from vidjax.runs import checkpoint, config_io, digests, facts, members_file
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.config import ROUNDING, Config, affects, differences, list_splits
 from vidjax.runs.run_folder import CONFIG, RunFolder, check_resumes, make_paths_absolute
-from vidjax.runs.terminal import say
 from vidjax.training import init_from, train_step
 from vidjax.training.plan import RunPlan
 from vidjax.utils.errors import warn
+from vidjax.utils.terminal import say
 
 
 def read_finished_metrics(folder: RunFolder, config: Config) -> dict[str, Any] | None:

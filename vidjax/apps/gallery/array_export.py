@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from vidjax import __version__
 from vidjax.apps.gallery.enrolment import stack_vectors
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.index import Ratios
@@ -15,6 +14,7 @@ from vidjax.evaluation.export import array_files
 from vidjax.evaluation.export.formats import FORMATS
 from vidjax.utils import files, tables
 from vidjax.utils.errors import UserError
+from vidjax.utils.version import VERSION
 
 
 def write_gallery(format_name: str, gallery: Gallery, folder: Path) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def write_gallery(format_name: str, gallery: Gallery, folder: Path) -> dict[str,
         "parts": gallery.backend.widths,
         "num_identities": len(gallery.index.names),
         "difference": worst,
-        "versions": {"vidjax": __version__, "numpy": np.__version__},
+        "versions": {"vidjax": VERSION, "numpy": np.__version__},
     }
 
 

@@ -23,7 +23,7 @@ from threadpoolctl import ThreadpoolController
 from vidjax.models import card_backend, two_covariance
 from vidjax.models.card_backend import Distances
 from vidjax.models.two_covariance import Settings, Space, make_blank_space
-from vidjax.runs.terminal import say
+from vidjax.utils.terminal import say
 
 if TYPE_CHECKING:
     from vidjax.apps.cards import BackEnd

@@ -17,9 +17,9 @@ from vidjax.apps.gallery.backend import Backend
 from vidjax.apps.gallery.enrolment import check_width, make_state
 from vidjax.apps.gallery.store import State, VectorOrigin
 from vidjax.models.card_check import Comparison
-from vidjax.runs.terminal import say
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, check_argument
+from vidjax.utils.terminal import say
 
 if TYPE_CHECKING:
     from vidjax.apps.cards import BackEnd

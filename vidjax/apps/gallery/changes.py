@@ -9,7 +9,6 @@ from vidjax.apps.gallery.backend import Backend, People
 from vidjax.apps.gallery.enrolment import enrol_in_blocks
 from vidjax.apps.gallery.store import MAX_NAME_LETTERS, STRANGER, State, StoredClip
 from vidjax.apps.said import Act
-from vidjax.runs.terminal import ignore_count
 from vidjax.utils.errors import UserError, check_argument, closest
 from vidjax.utils.names import (
     ENDING,
@@ -21,6 +20,7 @@ from vidjax.utils.names import (
     show,
     strip_ending,
 )
+from vidjax.utils.terminal import ignore_count
 
 T = TypeVar("T")
 

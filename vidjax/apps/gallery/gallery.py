@@ -60,9 +60,9 @@ from vidjax.apps.gallery.vectors import NetVectors, Vectors, check_modalities
 from vidjax.apps.gallery.verification import Match, MatchRule, Verification
 from vidjax.data.dataset import Dataset
 from vidjax.data.memory import FrameClips, MemoryClips, load_clips
-from vidjax.runs.terminal import ignore_count
 from vidjax.utils.errors import UserError, check_argument
 from vidjax.utils.names import normal_form
+from vidjax.utils.terminal import ignore_count
 
 if TYPE_CHECKING:
     from vidjax.evaluation.predict import Predictor
@@ -143,17 +143,10 @@ class Gallery:
         Raises:
           ValueError: the folder is not empty, or no training clip has a label.
         """
-        from vidjax.runs import digests
-        from vidjax.training.public import check_loaded, load_data
-
         check_argument("Gallery.create: folder", folder, (str, os.PathLike), "the path of a folder")
         creation.check_new(Path(folder))
         run = run_vectors.restore(run)
-        if data is not None:
-            check_loaded("Gallery.create", data)
-        else:
-            data = load_data(run.config)
-            digests.check_data(run.workdir, run.manifest["data"], run.config, data)
+        data = run_vectors.load_data(run, data)
         origin, backend, clips = run_vectors.fit(run, data, strangers=strangers, empty=empty)
         return cls.of_clips(folder, origin, backend, clips, run=run)
 

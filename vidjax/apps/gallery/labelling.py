@@ -15,10 +15,10 @@ from vidjax.apps.gallery.enrolment import stack_parts, stack_vectors
 from vidjax.apps.gallery.ratios import LEAST_ODDS
 from vidjax.apps.gallery.store import STRANGER, State, StoredClip
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
-from vidjax.runs.terminal import say
 from vidjax.utils import messages
 from vidjax.utils.errors import UserError, check_argument, warn
 from vidjax.utils.names import cut_film_name, show, strip_ending
+from vidjax.utils.terminal import say
 
 if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery

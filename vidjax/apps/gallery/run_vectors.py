@@ -18,9 +18,9 @@ from vidjax.data.dataset import Dataset
 from vidjax.data.memory import FrameClips, MemoryClips, warn_of_zeros
 from vidjax.data.packed_clips import Quality
 from vidjax.models.two_covariance import split_embeddings
-from vidjax.runs.terminal import ignore_count, say
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, check_argument
+from vidjax.utils.terminal import ignore_count, say
 
 if TYPE_CHECKING:
     from vidjax.core.batch import Batch
@@ -39,6 +39,19 @@ def restore(run: "Predictor | str | Path") -> "Predictor":
         return run
     check_argument("Gallery: run", run, (str, os.PathLike), "a run, or the path of its folder")
     return predict.restore_run(run)
+
+
+def load_data(run: "Predictor", data: Dataset | None) -> Dataset:
+    """Returns `data`, or loads the dataset that the run was trained on and checks its digests."""
+    from vidjax.runs import digests
+    from vidjax.training import public
+
+    if data is not None:
+        public.check_loaded("Gallery.create", data)
+        return data
+    data = public.load_data(run.config)
+    digests.check_data(run.workdir, run.manifest["data"], run.config, data)
+    return data
 
 
 def make_origin(run: "Predictor") -> VectorOrigin:

@@ -48,11 +48,10 @@ from msgspec import Meta, Struct
 from vidjax.apps.gallery.backend import Backend, Kind, People, from_numbers
 from vidjax.apps.gallery.index import MAX_BLOCK_PEOPLE, Index
 from vidjax.models.two_covariance import Settings
-from vidjax.runs import schemas
-from vidjax.runs.json_types import Count, Sha256, Size, Text
-from vidjax.utils import files
+from vidjax.utils import files, json_files
 from vidjax.utils.errors import InUseError, UserError
 from vidjax.utils.groups import group_by_key
+from vidjax.utils.json_files import Count, Sha256, Size, Text
 from vidjax.utils.names import check_name, normal_form, show
 
 GALLERY_FILE = "gallery.sqlite"
@@ -532,7 +531,7 @@ def _read(connection: sqlite3.Connection) -> State:
     text, sha256 = _read_facts_row(connection)
     if hashlib.sha256(text.encode()).digest() != sha256:
         raise UserError("the facts in its table 'gallery' do not match their sha256")
-    facts = schemas.parse(Path(GALLERY_FILE), files.parse_json(text), _Facts, REMEDY)
+    facts = json_files.parse(Path(GALLERY_FILE), files.parse_json(text), _Facts, REMEDY)
     if missing := set(Settings._fields) - facts.settings.keys():
         raise UserError(f"its settings lack {min(missing)}")
     width = sum(facts.widths.values())

@@ -25,7 +25,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 
-from vidjax import __version__
 from vidjax.apps.gallery import answers as answers_lib, verification
 from vidjax.apps.gallery.changes import NotEnrolledError
 from vidjax.apps.gallery.gallery import Gallery
@@ -50,6 +49,7 @@ from vidjax.data.packing import Clip
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, check_argument
 from vidjax.utils.names import clean_identity, normal_form, show
+from vidjax.utils.version import VERSION
 
 T = TypeVar("T")
 MAX_LISTED_PEOPLE = 10_000  # per answer
@@ -572,7 +572,7 @@ def describe(
     about = "a description of the error in a single line"
     return {
         "openapi": "3.1.0",
-        "info": {"title": "vidjax", "version": __version__, "x-limits": limits},
+        "info": {"title": "vidjax", "version": VERSION, "x-limits": limits},
         "paths": paths,
         "components": {
             "schemas": schemas,

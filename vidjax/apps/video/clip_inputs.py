@@ -21,7 +21,7 @@ from vidjax.data import memory, parquet
 from vidjax.data.clips import SPLITS
 from vidjax.data.dataset import Dataset
 from vidjax.data.memory import MemoryClips
-from vidjax.runs import terminal
+from vidjax.utils import terminal
 from vidjax.utils.errors import UserError, prefix_errors
 from vidjax.utils.names import show, strip_ending
 

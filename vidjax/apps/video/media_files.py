@@ -7,11 +7,11 @@ from pathlib import Path
 from vidjax.apps import features_folder
 from vidjax.apps.video import regions
 from vidjax.data.checks import list_entries
-from vidjax.runs.terminal import say
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 from vidjax.utils.messages import suggest_path
 from vidjax.utils.names import show
+from vidjax.utils.terminal import say
 
 # The endings of films and photos in folders. A file that a user names may have any ending.
 FILMS = {

@@ -24,11 +24,11 @@ from vidjax.apps.said import PEOPLE
 from vidjax.apps.video import doubts, media_files
 from vidjax.apps.video.pipeline import FileOutcome, extract_folders
 from vidjax.data.checks import list_entries
-from vidjax.runs.terminal import Progress, say
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import make_folder_name, normal_form, read_folder_name, show
+from vidjax.utils.terminal import Progress, say
 
 MOST_LOCKED = 200  # folders of people that are locked at once; each lock is an open file
 # The flags of `vidjax who` and `vidjax gallery enrol` that name the folder of photos.

@@ -22,12 +22,11 @@ from vidjax.apps.features_folder import THUMBNAILS, VIDEOS, ExtractionSettings, 
 from vidjax.apps.video import film as film_lib, media_files, regions
 from vidjax.apps.video.media_files import PHOTOS, has_files, is_missing
 from vidjax.data.checks import list_entries
-from vidjax.runs import schemas
-from vidjax.runs.terminal import Progress, say
-from vidjax.utils import files, messages
+from vidjax.utils import files, json_files, messages
 from vidjax.utils.errors import UserError, describe_system_error
 from vidjax.utils.names import show
 from vidjax.utils.processes import Children, map_children, run_limited, run_limited_each
+from vidjax.utils.terminal import Progress, say
 
 ROLES: tuple[cards_lib.Role, ...] = ("face_detector", "face_embedder")
 MEMORY_BYTES = 4 << 30  # address space of a process; libraries reserve half of it without using it
@@ -477,7 +476,7 @@ def _take_results(
     try:
         if isinstance(answer, UserError):
             raise answer
-        film = schemas.parse(job.path, answer, MediaFile, "leave it out")
+        film = json_files.parse(job.path, answer, MediaFile, "leave it out")
         before = features_folder.describe_media_file(job.out, job.stem)
         if before and before.tags and not film.tags:
             if film.bad_tags:

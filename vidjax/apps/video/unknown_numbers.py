@@ -22,9 +22,8 @@ from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.said import Face
 from vidjax.apps.video.faces import Said
 from vidjax.apps.video.naming import group_unknown
-from vidjax.runs import schemas
-from vidjax.runs.json_types import Count, Sha256, Size
-from vidjax.utils import files
+from vidjax.utils import files, json_files
+from vidjax.utils.json_files import Count, Sha256, Size
 
 if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery
@@ -83,9 +82,9 @@ def read_numbers(out: Path) -> UnknownNumbers:
     """
     if not files.exists(path := out / NUMBERS):
         return UnknownNumbers()
-    content, _ = schemas.load(path, dict, REMEDY, MOST_BYTES)
+    content, _ = json_files.load(path, dict, REMEDY, MOST_BYTES)
     if not earlier_said.is_earlier(content):
-        return schemas.parse(path, content, UnknownNumbers, REMEDY)
+        return json_files.parse(path, content, UnknownNumbers, REMEDY)
     films, numbers, highest = earlier_said.number_faces(out)
     faces = [NumberedFace(**msgspec.structs.asdict(x), number=n) for x, n in numbers.items()]
     return UnknownNumbers(films=sorted(films), faces=faces, highest=highest)

@@ -59,10 +59,10 @@ from vidjax.apps.video.pipeline import FileOutcome
 from vidjax.apps.video.results import PADDING_SECONDS, PAGE, UNKNOWN
 from vidjax.apps.video.unknown_numbers import read_numbers
 from vidjax.data.checks import list_entries
-from vidjax.runs.terminal import say
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError, prefix_errors
 from vidjax.utils.names import IGNORED, show
+from vidjax.utils.terminal import say
 
 UNMATCHED = "unmatched.tsv"
 UNMATCHED_COLUMNS = ("video", "time", "correction")

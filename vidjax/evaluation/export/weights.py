@@ -27,7 +27,7 @@ from vidjax.models.build_system import make_system
 from vidjax.runs import checkpoint, members_file, results, schemas
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import CONFIG, IDENTITIES, RunFolder
-from vidjax.utils import files
+from vidjax.utils import files, json_files
 from vidjax.utils.errors import UserError
 
 WEIGHTS, CHECKPOINT = "weights.safetensors", "checkpoint.json"
@@ -63,7 +63,7 @@ def read(folder: Path, workdir: Path) -> None:
             )
     path = folder / CHECKPOINT
     manifest = files.read_manifest(path, limit=results.MAX_IDENTITIES_BYTES)
-    schemas.parse(path, manifest, schemas.Manifest, "export the run again")
+    json_files.parse(path, manifest, schemas.Manifest, "export the run again")
     trained_runs.check_entries(folder, manifest)
     with files.atomic_folder(workdir) as partial, _blame_export(folder, partial):
         # Exports of version 0.1.0 have no lists in the manifest, but digests of the last two files.

@@ -21,7 +21,7 @@ from vidjax.evaluation import significance
 from vidjax.evaluation.report import html
 from vidjax.runs import facts, results as results_lib, schemas
 from vidjax.runs.run_folder import IDENTITIES, RunFolder
-from vidjax.utils import files
+from vidjax.utils import files, json_files
 from vidjax.utils.errors import UserError
 
 Rows = list[tuple[object, ...]]
@@ -638,7 +638,7 @@ def load(folder: RunFolder, other: str | None = None) -> RunFiles:
         analysed=tuple(
             split for split in others if files.exists(folder.paths(split, apart=True).analysis)
         ),
-        metrics=schemas.parse(paths.metrics, values, schemas.Metrics, results_lib.REMEDY),
+        metrics=json_files.parse(paths.metrics, values, schemas.Metrics, results_lib.REMEDY),
         values=values,
         analysis=analysis,
         arrays=arrays,

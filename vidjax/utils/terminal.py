@@ -7,8 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from vidjax.core import distributed
-from vidjax.utils import messages
+from vidjax.utils import distributed, messages
 from vidjax.utils.errors import escape_controls, is_muted
 
 BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {rate_fmt}{postfix}, {remaining} left"

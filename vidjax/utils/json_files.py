@@ -1,0 +1,56 @@
+"""Reads JSON files as objects of a class, and defines types of values with a limited range.
+
+If a value does not fit, the functions raise UserError. Its message has the path of the file, the
+wrong key, such as `$.members[2].map`, and `remedy`.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from vidjax.utils import files
+from vidjax.utils.errors import UserError
+
+T = TypeVar("T")
+
+LOWEST_FLOAT = -sys.float_info.max  # NaN is not `>= LOWEST_FLOAT`
+Text = Annotated[str, Meta(max_length=10_000)]
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Whole = Annotated[int, Meta(gt=-(1 << 53), lt=1 << 53)]
+Count = Annotated[int, Meta(ge=0, lt=1 << 31)]
+Size = Annotated[int, Meta(ge=1, lt=1 << 31)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+NotNaN = Annotated[float, Meta(ge=LOWEST_FLOAT)]
+
+
+def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
+    """Converts `value`, the JSON value in the file `path`, to an object of the class `kind`.
+
+    If the value does not fit, raises UserError. `remedy` is the last line of the message.
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # a key may be "\ud800"
+        text = str(error).replace(f"`float` >= {LOWEST_FLOAT}", "a number, not NaN")
+        raise UserError(f"'{path}' is damaged: {text}\n{remedy}") from error
+
+
+def load(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) -> tuple[Any, T]:
+    """Reads a JSON file of at most `limit` bytes. Returns the value as JSON, and as a `kind`.
+
+    For `remedy`, see `parse`.
+    """
+    try:
+        value = files.read_json(path, object, limit)
+    except ValueError as error:
+        text = str(error)
+        raise UserError(text if "\n" in text else f"{text}\n{remedy}") from error
+    return value, parse(path, value, kind, remedy)
+
+
+def read(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) -> T:
+    """Reads a JSON file of at most `limit` bytes as an object of the class `kind`. See `parse`."""
+    return load(path, kind, remedy, limit)[1]

@@ -1,0 +1,3 @@
+"""The version of vidjax."""
+
+VERSION = "0.1.0"
