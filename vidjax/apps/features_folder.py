@@ -230,6 +230,17 @@ def read_extraction(folder: Path) -> Extraction | None:
     return json_files.read(path, Extraction, REMEDY, FILE_BYTES) if files.exists(path) else None
 
 
+def choose_settings(folder: Path, **given: object) -> ExtractionSettings | None:
+    """Returns the settings `given` for a folder of features, or None if all given values are None.
+
+    A setting that is None has the value of the last call, or in a new folder its default.
+    """
+    changed = {name: value for name, value in given.items() if value is not None}
+    before = read_extraction(folder) if changed else None
+    settings = before.settings if before else ExtractionSettings()
+    return msgspec.structs.replace(settings, **changed) if changed else None
+
+
 def read_media_file(path: Path) -> MediaFile:
     """Reads a file `videos/STEM.json`, which describes a video or a photo."""
     return json_files.read(path, MediaFile, REMEDY, FILE_BYTES)

@@ -321,7 +321,16 @@ def _search_files(survey: Survey, traces: Traces, *, delete: bool) -> Iterator[P
                 yield Place("file", file, f"it {trace.about}", remedy)
 
 
-def is_empty(folder: Path) -> bool:
+def list_roots(places: Iterable[Path]) -> list[Path]:
+    """Returns the folders to search: `places`, by default the current folder, and the cache."""
+    cache = files.cache_root()
+    roots = [*places] or [x for x in (Path(),) if not _is_empty(x)]
+    inside = any(cache.resolve().is_relative_to(x.expanduser().resolve()) for x in roots)
+    roots += [cache] if cache.exists() and not inside and not _is_empty(cache) else []
+    return roots or [Path()]
+
+
+def _is_empty(folder: Path) -> bool:
     """Returns whether a folder contains nothing, as the folder of a drive that is not connected."""
     try:
         return not any(folder.iterdir())
@@ -351,7 +360,7 @@ def _survey(places: Iterable[Path]) -> Survey:
     for root in (place.expanduser().absolute() for place in places):
         if not root.is_dir():
             raise UserError(f"'{root}' is not a folder: name an existing folder as PLACE")
-        if is_empty(root):
+        if _is_empty(root):
             about = "it is empty: is the drive connected?"
             found.append(Place("unread", root, about, "connect it, and search it again"))
         unread = list[OSError]()

@@ -1,51 +1,27 @@
 """`vidjax check`: tests the installation, and what vidjax can read."""
 
 import argparse
-import contextlib
-import importlib.metadata
-import importlib.util
 import os
-import platform
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vidjax.cli import shared_flags
-from vidjax.utils import confinement, exit_codes, files, messages
-from vidjax.utils.errors import UserError, VidjaxWarning, describe_system_error, warn
+from vidjax.runs import installation
+from vidjax.utils import exit_codes, files, messages
+from vidjax.utils.errors import UserError, VidjaxWarning, warn
 from vidjax.utils.messages import Result
 from vidjax.utils.parser import Parser
-from vidjax.utils.version import VERSION
 
-if TYPE_CHECKING:
-    pass
-
-# Subject of a check -> the extra of `pip install 'vidjax[EXTRA]'`, and the packages that it adds.
-PARTS = {
-    "runs": ("rank", "jax flax ml-collections optax orbax-checkpoint safetensors scipy"),
-    "training": ("train", "tensorflow-datasets scikit-learn matplotlib tensorboard"),
-    "films": ("video", "av jinja2 onnxruntime pillow pillow-heif"),
-    "nets": ("convert", "onnx"),
-    "server": ("serve", "starlette uvicorn httptools prometheus-client"),
-    "parquet": ("parquet", "pyarrow"),
-}
-# Package -> its module, if it has another name.
-MODULES = {"orbax-checkpoint": "orbax", "scikit-learn": "sklearn", "pillow": "PIL"}
 RUN_FILE = "config.json"  # as in `runs.run_folder`, which needs the packages of runs
-
-
-class _Absent(Exception):
-    """A part of vidjax is not installed, or this machine does not support it."""
 
 
 def add_check_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax check`."""
-    about = "the folder of the run or the gallery to check"
-    parser.add_argument("--workdir", metavar="FOLDER", help=about)
+    parser.flag("--workdir FOLDER", "the folder of the run or the gallery to check")
     about = "a folder of nets that vidjax convert made: prints what each net is, and its speed"
-    parser.add_argument("--models", metavar="DIR", help=about)
+    parser.flag("--models DIR", about)
     shared_flags.add_config(parser)
     parser.fields(example="seed=1")
     parser.command(
@@ -67,7 +43,7 @@ def check(args: argparse.Namespace) -> Result:
         with warnings.catch_warnings(record=True, action="always") as caught:
             try:
                 text = run_check()
-            except _Absent as absent:
+            except installation.AbsentError as absent:
                 state, text = "none", str(absent)
             except Exception as error:  # a library can raise any exception for a damaged file
                 state, error_code = "FAULT", exit_codes.get_exit_code(error)
@@ -111,18 +87,19 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
         from vidjax.apps.video import net_checks
 
         return net_checks.list_checks(Path(args.models).expanduser())
-    checks = {"environment": _check_environment}
-    parts = {name: partial(_check_part, *PARTS[name]) for name in PARTS}
+    checks = installation.list_checks()
+    environment = {"environment": checks["environment"]}
     if args.workdir:
         workdir = Path(args.workdir).expanduser().absolute()
-        return checks | _list_folder_checks(workdir, args.overrides)
+        return environment | _list_folder_checks(workdir, args.overrides)
     if args.config:
         from vidjax.runs import config_io
         from vidjax.training import public, run_checks
 
         config = config_io.override(public.load_config(args.config), args.overrides)
-        return checks | {"runs": parts["runs"], "data": partial(run_checks.check_data, config)}
-    return checks | parts | {"files of strangers": _check_confinement}
+        data = partial(run_checks.check_data, config)
+        return environment | {"runs": checks["runs"], "data": data}
+    return checks
 
 
 def _list_folder_checks(workdir: Path, overrides: Sequence[str]) -> dict[str, Callable[[], str]]:
@@ -141,54 +118,8 @@ def _list_folder_checks(workdir: Path, overrides: Sequence[str]) -> dict[str, Ca
         )
     from vidjax.training import run_checks
 
-    checks = run_checks.list_checks(workdir, overrides)
-    return {"runs": partial(_check_part, *PARTS["runs"]), **checks}
-
-
-def _check_environment() -> str:
-    versions = {"vidjax": VERSION, "python": platform.python_version()}
-    versions["numpy"] = importlib.metadata.version("numpy")
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
-
-
-def _check_part(extra: str, packages: str) -> str:
-    """Returns the versions of the packages of a part of vidjax. Raises _Absent if one is missing.
-
-    For the extra `rank`, also checks that jax can use a device.
-    """
-    modules = {name: MODULES.get(name, name.replace("-", "_")) for name in packages.split()}
-    if lost := [name for name, module in modules.items() if not importlib.util.find_spec(module)]:
-        raise _Absent(f"not installed ({', '.join(lost)}): pip install 'vidjax[{extra}]'")
-    versions = dict.fromkeys(modules, "of another package")  # as `onnxruntime` of `onnxruntime-gpu`
-    for name in modules:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    versions |= _check_jax() if extra == "rank" else {}
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
-
-
-def _check_confinement() -> str:
-    """Says what this system forbids processes that read files of strangers, or raises _Absent."""
-    if gaps := confinement.list_gaps():
-        raise _Absent(
-            f"a process that reads them could {', '.join(gaps)}\n"
-            "to forbid it, use Linux 5.13 or later with Landlock, on x86-64 or 64-bit ARM"
-        )
-    return "a process that reads them uses no other files, connections or programs"
-
-
-def _check_jax() -> dict[str, str]:
-    """Returns the device of jax and the git commit. Raises _Absent if jax needs another CPU."""
-    try:
-        from vidjax.core import devices
-        from vidjax.runs.versions import collect_versions
-    except RuntimeError as error:
-        if not (text := describe_system_error(error)):
-            raise
-        raise _Absent(f"{text}\nfilms, galleries of nets and the server work without jax") from None
-    devices.make_mesh()  # if an accelerator cannot be used, the error gives the reason
-    versions = collect_versions()
-    return {name: versions[name] for name in ("device", "commit") if name in versions}
+    runs = installation.list_checks()["runs"]
+    return {"runs": runs, **run_checks.list_checks(workdir, overrides)}
 
 
 def _check_gallery(folder: Path) -> str:

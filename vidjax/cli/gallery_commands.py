@@ -65,31 +65,26 @@ def add_gallery_flags(parser: Parser) -> None:
 
 def _add_create(parser: Parser) -> None:
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--run", metavar="W", help="the folder of a run")
+    parser.flag("--run W", "the folder of a run", of=model)
     about = "instead of --run: the folder of the nets with which vidjax extract makes features"
-    model.add_argument("--models", metavar="DIR", help=about)
-    about = "leaves out the people of the run and their clips, but stores strangers"
-    parser.add_argument("--empty", action="store_true", help=about)
+    parser.flag("--models DIR", about, of=model)
+    parser.flag("--empty", "leaves out the people of the run and their clips, but stores strangers")
     about = (
         "the split whose unlabelled clips are stored as strangers (default: the split that the "
         "run evaluates)"
     )
-    parser.add_argument("--strangers", metavar="S", help=about)
+    parser.flag("--strangers S", about)
     parser.fields("data.", example="data.dir=PATH")
     parser.command(_create, "G --run=runs/plda", "G --models=models")
 
 
-def _add_clips(parser: Parser, *, several: bool = False) -> "argparse._MutuallyExclusiveGroup":
-    """Adds the flags that name clips; returns their group. `several` lets --input be repeated."""
+def _add_clips(parser: Parser, **options: Any) -> "argparse._MutuallyExclusiveGroup":  # noqa: ANN401
+    """Adds the flags that name clips; returns their group. `options` are of the flag --input."""
     clips = parser.add_mutually_exclusive_group(required=True)
     about = "clips: a folder, a .parquet table or a .npz file"
-    about += "; may be repeated" if several else ""
-    action = "append" if several else "store"
-    clips.add_argument("--input", metavar="PATH", help=about, action=action)
-    about = "instead of --input: a split of the dataset, such as val"
-    clips.add_argument("--split", metavar="S", help=about)
-    about = "the folder of the gallery's run, if the run was moved"
-    parser.add_argument("--run", metavar="W", help=about)
+    parser.flag("--input PATH", about + "; may be repeated" * bool(options), of=clips, **options)
+    parser.flag("--split S", "instead of --input: a split of the dataset, such as val", of=clips)
+    parser.flag("--run W", "the folder of the gallery's run, if the run was moved")
     parser.fields("data.", example="data.dir=PATH")
     return clips
 
@@ -98,9 +93,9 @@ def add_rule(parser: Parser) -> None:
     """Adds the flags `--fpir` and `--threshold`, which decide when a clip gets a name."""
     rule = parser.add_mutually_exclusive_group()
     about = "the share of strangers who may wrongly get a name, e.g. 0.01"
-    rule.add_argument("--fpir", metavar="R", type=_number, help=about)
+    parser.flag("--fpir R", about, of=rule, type=_number)
     about = "instead of --fpir: the lowest probability at which a clip gets a name, e.g. 0.9"
-    rule.add_argument("--threshold", metavar="P", type=_number, help=about)
+    parser.flag("--threshold P", about, of=rule, type=_number)
 
 
 def _number(text: str) -> float:
@@ -113,24 +108,23 @@ def _number(text: str) -> float:
 
 
 def _add_enrol(parser: Parser) -> None:
-    clips = _add_clips(parser, several=True)
+    clips = _add_clips(parser, action="append")
     about = (
         "instead of --input: the folder of photos of the people, DIR/NAME/PHOTO.jpg or DIR/NAME.jpg"
     )
-    clips.add_argument("--photos", metavar="DIR", help=about)
+    parser.flag("--photos DIR", about, of=clips)
     about = "with --photos: the folder of nets (default: the folder that made the gallery)"
-    parser.add_argument("--models", metavar="DIR", help=about)
+    parser.flag("--models DIR", about)
     who = parser.add_mutually_exclusive_group()
-    who.add_argument("--identity", metavar="NAME", help="the person whom all clips show")
-    about = "enrols only this clip of the input"
-    parser.add_argument("--clip", metavar="CLIP", help=about)
+    parser.flag("--identity NAME", "the person whom all clips show", of=who)
+    parser.flag("--clip CLIP", "enrols only this clip of the input")
     about = (
         "a table with the columns clip and identity: .csv, .tsv, .jsonl or .parquet, such as "
         "labels.csv of a dataset, the answers of identify, or the table of group"
     )
-    who.add_argument("--labels", metavar="FILE", help=about)
+    parser.flag("--labels FILE", about, of=who)
     about = "enrols the clips as examples of people who must not get a name"
-    who.add_argument("--strangers", action="store_true", help=about)
+    parser.flag("--strangers", about, of=who)
     parser.command(
         _enrol, "G --input=PATH --identity=Ada", "G --input=PATH --clip=CLIP --identity=Ada",
         "G --input=people.parquet --labels=labels.csv", "G --photos=friends --models=models",
@@ -142,12 +136,12 @@ def _add_identify(parser: Parser) -> None:
     add_rule(parser)
     most = answers_lib.NUM_TABLE_PEOPLE
     about = f"possible people per clip (default: %(default)s); the printed table has up to {most}"
-    parser.add_argument("--k", metavar="K", type=whole_number(1, 1_000_000), default=5, help=about)
+    parser.flag("--k K", about, type=whole_number(1, 1_000_000), default=5)
     about = (
         "the new file: .jsonl, .csv, .tsv or .parquet; for features of vidjax extract also .vtt, "
         ".srt or .rttm; if the input is a folder of tables: a folder"
     )
-    parser.add_argument("--out", metavar="FILE", help=about)
+    parser.flag("--out FILE", about)
     examples = ("G --input=PATH --fpir=0.01", "G --split=val --threshold=0.5 --out=answers.csv")
     parser.command(_identify, *examples)
 
@@ -155,88 +149,76 @@ def _add_identify(parser: Parser) -> None:
 def _add_verify(parser: Parser) -> None:
     _add_clips(parser)
     person = parser.add_mutually_exclusive_group()
-    person.add_argument("--identity", metavar="NAME", help="the person whom the clips may show")
+    parser.flag("--identity NAME", "the person whom the clips may show", of=person)
     about = (
         "instead of --identity: clips that may show the same person as the clips of --input; "
         "without both flags, the clips of --input are compared with each other"
     )
-    person.add_argument("--with", metavar="PATH", dest="others", help=about)
-    about = (
-        "the share of other people's clips that may be accepted (default: "
-        f"{verification.DEFAULT_FMR})"
-    )
-    parser.add_argument("--fmr", metavar="R", type=_number, help=about)
-    about = "the new file: .jsonl, .csv, .tsv or .parquet"
-    parser.add_argument("--out", metavar="FILE", help=about)
+    parser.flag("--with PATH", about, of=person, dest="others")
+    about = "the share of other people's clips that may be accepted (default: "
+    parser.flag("--fmr R", f"{about}{verification.DEFAULT_FMR})", type=_number)
+    parser.flag("--out FILE", "the new file: .jsonl, .csv, .tsv or .parquet")
     parser.command(_verify, "G --identity=Ada --input=PATH", "G --input=a.npz --with=b.npz")
 
 
 def _add_group(parser: Parser) -> None:
     _add_clips(parser)
-    parser.add_argument("--out", metavar="FILE", required=True, help="the new file: .tsv")
+    parser.flag("--out FILE", "the new file: .tsv", required=True)
     parser.command(_group, "G --input=features --out=groups.tsv")
 
 
 def _add_rank(parser: Parser) -> None:
     _add_clips(parser)
     add_rule(parser)
-    about = (
-        "the new file: .txt, .jsonl, .csv, .tsv or .parquet; if the input is a folder of tables: "
-        "a folder"
-    )
-    parser.add_argument("--out", metavar="FILE", required=True, help=about)
+    about = "the new file: .txt, .jsonl, .csv, .tsv or .parquet; if the input is a folder of "
+    parser.flag("--out FILE", f"{about}tables: a folder", required=True)
     parser.command(_rank, "G --split=val --out=ranking.txt")
 
 
 def _add_list(parser: Parser) -> None:
-    parser.add_argument("--clips", action="store_true", help="lists the clips of each person")
-    parser.add_argument("--identity", metavar="NAME", help="lists only this person")
+    parser.flag("--clips", "lists the clips of each person")
+    parser.flag("--identity NAME", "lists only this person")
     parser.command(_list, "G", "G --clips --identity=Ada")
 
 
 def _add_rename(parser: Parser) -> None:
-    parser.add_argument("--identity", metavar="NAME", required=True, help="the present name")
-    parser.add_argument("--to", metavar="NAME", required=True, help="the new name")
-    about = "if another person already has the new name, merges the two"
-    parser.add_argument("--merge", action="store_true", help=about)
+    parser.flag("--identity NAME", "the present name", required=True)
+    parser.flag("--to NAME", "the new name", required=True)
+    parser.flag("--merge", "if another person already has the new name, merges the two")
     parser.command(_rename, "G --identity=Adda --to=Ada")
 
 
 def _add_relabel(parser: Parser) -> None:
-    parser.add_argument("--clip", metavar="NAME", required=True, help="the clip")
+    parser.flag("--clip NAME", "the clip", required=True)
     who = parser.add_mutually_exclusive_group(required=True)
-    who.add_argument("--identity", metavar="NAME", help="the person whom the clip shows")
-    about = "the clip shows a stranger, who must not get a name"
-    who.add_argument("--strangers", action="store_true", help=about)
+    parser.flag("--identity NAME", "the person whom the clip shows", of=who)
+    parser.flag("--strangers", "the clip shows a stranger, who must not get a name", of=who)
     parser.command(_relabel, "G --clip=NAME --identity=Ada", "G --clip=NAME --strangers")
 
 
 def _add_remove(parser: Parser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--identity", metavar="NAME", help="deletes this person and all their clips")
-    what.add_argument("--clip", metavar="NAME", help="deletes only this clip")
+    parser.flag("--identity NAME", "deletes this person and all their clips", of=what)
+    parser.flag("--clip NAME", "deletes only this clip", of=what)
     parser.command(_remove, "G --identity=Ada")
 
 
 def _add_threshold(parser: Parser) -> None:
     about = "the share of strangers who may wrongly get a name (default: %(default)s)"
-    default = answers_lib.DEFAULT_FPIR
-    parser.add_argument("--fpir", metavar="R", type=_number, default=default, help=about)
+    parser.flag("--fpir R", about, type=_number, default=answers_lib.DEFAULT_FPIR)
     parser.command(_threshold, "G --fpir=0.01")
 
 
 def _add_export(parser: Parser) -> None:
-    parser.add_argument("--out", metavar="FILE", required=True, help="the new file: .parquet")
+    parser.flag("--out FILE", "the new file: .parquet", required=True)
     parser.command(_export, "G --out=people.parquet")
 
 
 def _add_migrate(parser: Parser) -> None:
-    about = (
-        "a gallery that was created with other nets, --models, or with another --run and --empty"
-    )
-    parser.add_argument("new", metavar="NEW", help=about)
+    about = "a gallery that was created with other nets, --models, or with another --run and "
+    parser.add_argument("new", metavar="NEW", help=f"{about}--empty")
     about = "features of the clips of G for NEW: a folder, a .parquet table or a .npz file"
-    parser.add_argument("--input", metavar="PATH", required=True, help=about)
+    parser.flag("--input PATH", about, required=True)
     parser.command(_migrate, "G NEW --input=features")
 
 
@@ -271,15 +253,15 @@ COMMANDS: Mapping[str, tuple[str, Callable[[Parser], None]]] = {
 }
 
 
-def _summarise(gallery: Gallery, rows: Facts = EMPTY, content: Facts = EMPTY) -> Result:
-    facts = {
+def _summarise(gallery: Gallery, facts: Facts = EMPTY, texts: Facts = EMPTY) -> Result:
+    now = {
         "gallery": str(gallery.folder),
         "people": len(gallery.identities),
         "clips": sum(gallery.identities.values()),
         "strangers": len(gallery.strangers),
         "version": gallery.version,
     }
-    return Result({**facts, **content}, {**rows, **facts})
+    return Result({**facts, **now}, texts)
 
 
 def _create(args: argparse.Namespace) -> Result:
@@ -337,12 +319,8 @@ def _embed(args: argparse.Namespace, gallery: Gallery) -> "tuple[float, Vectors]
     return time.monotonic(), clip_inputs.embed(gallery, clips, args.split)
 
 
-def _check_out(args: argparse.Namespace, *endings: str) -> Path | None:
-    """Returns the file of `--out`, which must be new and have one of the endings."""
-    out = Path(args.out).expanduser() if args.out else None
-    if out:
-        tables.check_new(out, endings)
-    return out
+def _read_rule(args: argparse.Namespace) -> dict[str, Any]:
+    return {"fpir": args.fpir, "threshold": args.threshold}
 
 
 def _enrol(args: argparse.Namespace) -> Result:
@@ -373,8 +351,6 @@ def _enrol(args: argparse.Namespace) -> Result:
         count = messages.count(len(done.refused), "clip")
         names = messages.list_some(done.refused, 3)
         warn(f"not enrolled: {count} without a usable frame, {names}")
-    card_notes.warn(gallery.state)
-    enrolled = f"{messages.count(done.enrolled, 'clip')}, {done.unchanged:,} enrolled before"
     for clip, other in [*done.rivals.items()][:MOST_RIVALS]:
         terminal.say(
             f"'{show(clip)}' seems to show '{show(other)}', but was enrolled as another person\n"
@@ -385,8 +361,15 @@ def _enrol(args: argparse.Namespace) -> Result:
     if len(done.rivals) > MOST_RIVALS:
         text = f"{len(done.rivals):,} clips seem to show another enrolled person: --json lists them"
         terminal.say(text, warning=True)
-    rows = {"inputs": len(inputs) if len(inputs) > 1 else None, "enrolled": enrolled}
-    return _summarise(gallery, rows, done._asdict())
+    inputs_read = {"inputs": len(inputs)} if len(inputs) > 1 else {}
+    return _show_enrolled(gallery, done._asdict(), "clip", inputs_read)
+
+
+def _show_enrolled(gallery: Gallery, done: Mapping[str, Any], noun: str, texts: Facts) -> Result:
+    """Returns the result of an enrolment `done`, and warns if people contradict the card."""
+    card_notes.warn(gallery.state)
+    enrolled = f"{messages.count(done['enrolled'], noun)}, {done['unchanged']:,} enrolled before"
+    return _summarise(gallery, done, {"enrolled": enrolled, "unchanged": "", **texts})
 
 
 def _enrol_photos(args: argparse.Namespace) -> Result:
@@ -404,45 +387,43 @@ def _enrol_photos(args: argparse.Namespace) -> Result:
     models = clip_inputs.find_models(gallery, args.models)
     people = Path(args.photos).expanduser()
     done = people_photos.enrol_folder(gallery, people, models, num_cores())
-    card_notes.warn(gallery.state)
-    rows = {
-        "enrolled": f"{messages.count(done.enrolled, 'face')}, {done.unchanged:,} enrolled before",
-        **messages.describe_failed(done.failed),
-    }
-    content = done._asdict() | {"failed": [*done.failed]}
-    return _summarise(gallery, rows, content)._replace(code=1 if done.failed else 0)
+    facts, texts = (
+        done._asdict() | {"failed": [*done.failed]},
+        messages.describe_failed(done.failed),
+    )
+    result = _show_enrolled(gallery, facts, "face", texts)
+    return result._replace(code=1 if done.failed else 0)
 
 
 def _group(args: argparse.Namespace) -> Result:
-    out = _check_out(args, ".tsv")
-    assert out
+    out = tables.check_new(args.out, (".tsv",))
     gallery = _open(args)
     films = clip_inputs.read_films(args.input)
     _, vectors = _embed(args, gallery)
     groups = clip_inputs.group_unknown(gallery, vectors, films)
     answers_lib.write_groups(out, groups)
     people, num_faces, text = answers_lib.count_unknown(groups.values())
-    facts = {"groups": str(out), "clips": len(vectors.names)}
-    rows = facts | {
+    facts = {"clips": len(vectors.names), "groups": str(out), "unknown": len(groups)}
+    texts = {
         "unknown": f"{text} in {messages.count(len(groups), 'clip')}",
         "groups": f"{out}: write names into it, then enrol --labels={shlex.quote(str(out))}",
     }
-    return Result({**facts, "people": people, "unclear": num_faces, "unknown": len(groups)}, rows)
+    hidden = {"people": people, "unclear": num_faces}
+    return Result(facts | hidden, texts | dict.fromkeys(hidden, ""))
 
 
 def _identify(args: argparse.Namespace) -> Result:
     if done := _process_tables(args, answers_lib.Identify, k=args.k):
         return done
     films = clip_inputs.read_films(args.input)
-    out = _check_out(args, *tables.ENDINGS, *subtitles.FORMATS)
-    has_times = out is not None and out.suffix in subtitles.FORMATS
+    out = args.out and tables.check_new(args.out, (*tables.ENDINGS, *subtitles.FORMATS))
+    has_times = bool(out) and out.suffix in subtitles.FORMATS
     if has_times and not films:
         raise UserError(
             f"--out={out} is a file with times, and only features of vidjax extract have times\n"
             "to write a table without times: --out=answers.tsv"
         )
-    gallery = _open(args)
-    chosen = {"fpir": args.fpir, "threshold": args.threshold}
+    gallery, chosen = _open(args), _read_rule(args)
     rule = gallery.rule(**chosen)  # a mistake is reported before vectors are made
     began, vectors = _embed(args, gallery)
     with terminal.show_clips("identify", len(vectors.names)) as bar:
@@ -450,65 +431,57 @@ def _identify(args: argparse.Namespace) -> Result:
         answers = clip_inputs.name_clips(gallery, vectors, films, identify).answers
     timed = terminal.measure_rate(began, len(answers))
     named = sum(answer.identity is not None for answer in answers.values())
-    facts = {"clips": len(answers), "named": named}
-    rows = {"unknown": len(answers) - named}
-    rows |= _describe_rule(gallery, rule, answers_lib.count_doubtful(answers)) | timed[0]
-    content = facts | rule.to_entries() | timed[1]
+    facts = {"clips": len(answers), "named": named, "unknown": len(answers) - named}
+    facts |= rule.to_entries() | timed
+    texts = rule.describe(answers_lib.count_doubtful(answers))
+    texts["card"] = card_notes.describe(gallery.state)
     if out and has_times:
         subtitles.write(out, naming.find_appearances(answers, films), films)
     elif out:
         answers_lib.write(out, answers)
     listed = map(answers_lib.as_json, answers, answers.values())
-    return _list_answers(out, content, facts | rows, listed, answers_lib.table(answers))
+    return _list_answers(out, facts, texts, listed, answers_lib.table(answers))
 
 
 def _list_answers(
-    out: Path | None, content: Facts, rows: Facts, listed: Iterable[object], table: Table
+    out: Path | None, facts: Facts, texts: Facts, listed: Iterable[object], table: Table
 ) -> Result:
     """Returns a result with the file of the answers, or with all answers."""
     if out:
-        return Result({**content, "answers": str(out)}, {**rows, "answers": str(out)})
-    return Result({**content, "answers": listed}, rows, table=table)
+        return Result({**facts, "answers": str(out)}, texts)
+    return Result({**facts, "answers": listed}, texts, table)
 
 
 def _verify(args: argparse.Namespace) -> Result:
-    out = _check_out(args, *tables.ENDINGS)
+    out = args.out and tables.check_new(args.out)
     gallery = _open(args)
     rule = gallery.match_rule(args.identity, fmr=args.fmr)  # a mistake is reported early
     others = None if args.others is None else gallery.embed(gallery.load(args.others))
     _, vectors = _embed(args, gallery)
-    content, misfits, identity = dict[str, object](), dict[str, float](), ""
+    facts, misfits, identity = dict[str, object](), dict[str, float](), ""
     if args.identity is not None:
         identity = normal_form(args.identity)
         matches, rule, misfits = gallery.verify_person(vectors, identity, fmr=args.fmr)
-        content = {"identity": identity, "misfits": misfits}
+        facts = {"identity": identity, "misfits": misfits}
     else:
         matches = gallery.compare(vectors, others, fmr=args.fmr)
     accepted = sum(match.accepted for match in matches.values())
-    none = sum(not match.evidence for match in matches.values())
-    rows = {"person": show(identity), "compared": len(matches), "accepted": accepted}
-    rows |= rule.describe()
-    if none:
-        rows["not compared"] = (
+    facts |= {"comparisons": len(matches), "accepted": accepted, "rule": rule.to_dict()}
+    texts = {"identity": show(identity), **rule.describe()}
+    if none := sum(not match.evidence for match in matches.values()):
+        texts["not compared"] = (
             f"{none:,}, without a usable frame of a modality that both sides have: give other clips"
         )
     if misfits:
-        rows["does not fit"] = (
+        texts["does not fit"] = (
             f"{messages.list_some([*misfits], 3)}: unlike most other clips of the person. To move "
             "or delete a clip: vidjax gallery relabel, vidjax gallery remove"
         )
-    rows["card"] = card_notes.describe(gallery.state)
-    content |= {"comparisons": len(matches), "accepted": accepted, "rule": rule.to_dict()}
+    texts["card"] = card_notes.describe(gallery.state)
     if out:
         verification.write(out, matches, identity)
     listed = (verification.as_json(*pair, identity) for pair in matches.items())
-    return _list_answers(out, content, rows, listed, verification.table(matches))
-
-
-def _describe_rule(
-    gallery: Gallery, rule: answers_lib.NamingRule, doubtful: int
-) -> dict[str, object]:
-    return {**rule.describe(doubtful), "card": card_notes.describe(gallery.state)}
+    return _list_answers(out, facts, texts, listed, verification.table(matches))
 
 
 def _process_tables(
@@ -519,24 +492,21 @@ def _process_tables(
     if not inputs:
         return None
     bulk.check_out(args.out, inputs, work)
-    gallery, chosen = _open(args), {"fpir": args.fpir, "threshold": args.threshold}
+    gallery, chosen = _open(args), _read_rule(args)
     rule = gallery.rule(**chosen)  # a mistake is reported before tables are read
     task = work(lambda: gallery, **options, **chosen)
-    done = bulk.process_tables(inputs, args.out, task)
+    done = bulk.process_tables(inputs, args.out, task)._asdict()
     if rule.default and work is bulk.Rank:
-        return Result(done._asdict(), done.describe())
-    doubtful = task.num_doubtful if isinstance(task, answers_lib.Identify) else 0
-    rows = _describe_rule(gallery, rule, doubtful) | done.describe()
-    return Result(done._asdict() | rule.to_entries(), rows)
+        return Result(done)
+    texts = rule.describe(getattr(task, "num_doubtful", 0))
+    return Result(done | rule.to_entries(), texts | {"card": card_notes.describe(gallery.state)})
 
 
 def _rank(args: argparse.Namespace) -> Result:
     if done := _process_tables(args, bulk.Rank):
         return done
-    out = _check_out(args, ".txt", *tables.ENDINGS)
-    assert out
-    gallery = _open(args)
-    chosen = {"fpir": args.fpir, "threshold": args.threshold}
+    out = tables.check_new(args.out, (".txt", *tables.ENDINGS))
+    gallery, chosen = _open(args), _read_rule(args)
     rule = gallery.rule(**chosen)  # a mistake is reported before vectors are made
     began, vectors = _embed(args, gallery)
     with terminal.show_clips("rank", len(vectors.names)) as bar:
@@ -548,17 +518,16 @@ def _rank(args: argparse.Namespace) -> Result:
         ranking.write_lists(out, ranked)
     else:
         tables.write_ranking(out, ranked)
-    sizes = {"people": len(gallery.identities), "clips": len(vectors.names)}
-    described = {} if rule.default else rule.describe()
-    rows = {"gallery": str(gallery.folder), **sizes, **described, **timed[0], "ranking": str(out)}
-    chosen_rule = {"rule": None, "threshold": None} if rule.default else rule.to_entries()
-    return Result({"ranking": str(out), **sizes, **timed[1], **chosen_rule}, rows)
+    facts = {"ranking": str(out), "people": len(gallery.identities), "clips": len(vectors.names)}
+    if rule.default:
+        return Result(facts | timed | {"rule": None, "threshold": None})
+    return Result(facts | timed | rule.to_entries(), rule.describe())
 
 
 def _remove(args: argparse.Namespace) -> Result:
     gallery = _open(args)
     count = gallery.remove(identity=args.identity, clip=args.clip)
-    return _summarise(gallery, {"removed": messages.count(count, "clip")}, {"removed": count})
+    return _summarise(gallery, {"removed": count}, {"removed": messages.count(count, "clip")})
 
 
 def _rename(args: argparse.Namespace) -> Result:
@@ -566,7 +535,7 @@ def _rename(args: argparse.Namespace) -> Result:
     count = gallery.rename(args.identity, args.to, merge=args.merge)
     clips = messages.count(gallery.identities[normal_form(args.to)], "clip")
     text = f"{args.identity} is {args.to}, with {clips}"
-    return _summarise(gallery, {"renamed": text}, {"renamed": count})
+    return _summarise(gallery, {"renamed": count}, {"renamed": text})
 
 
 def _relabel(args: argparse.Namespace) -> Result:
@@ -576,7 +545,8 @@ def _relabel(args: argparse.Namespace) -> Result:
     gone = before is not None and before not in gallery
     text = f"{args.clip} showed {before or 'a stranger'}{', of whom no clip is left' * gone}"
     text += f"; it shows {identity or 'a stranger'}{', who is new' * new}"
-    return _summarise(gallery, {"relabelled": text}, {"clip": args.clip, "before": before})
+    facts = {"clip": args.clip, "before": before}
+    return _summarise(gallery, facts, {"clip": text, "before": ""})
 
 
 def _migrate(args: argparse.Namespace) -> Result:
@@ -592,17 +562,18 @@ def _migrate(args: argparse.Namespace) -> Result:
             "if the detector has changed, create NEW again with features by the old detector",
             warning=True,
         )
-    rows = {"moved": f"{messages.count(done.moved, 'clip')}, {done.unchanged:,} moved before"}
+    texts = {"moved": f"{messages.count(done.moved, 'clip')}, {done.unchanged:,} moved before"}
+    texts["unchanged"] = ""
     if done.relabelled:
         name, person = min(done.relabelled.items())
         count = messages.count(len(done.relabelled), "clip")
-        rows["another person"] = f"{count}, such as {show(name)}: G replaces {show(person)}"
+        texts["another person"] = f"{count}, such as {show(name)}: G replaces {show(person)}"
     if done.missing:
         count = messages.count(len(done.missing), "clip")
-        rows["no features"] = f"{count}: {messages.list_some(done.missing, 3)}"
+        texts["no features"] = f"{count}: {messages.list_some(done.missing, 3)}"
     if done.lost:
-        rows["no clip left"] = f"{len(done.lost):,}: {messages.list_some(done.lost)}"
-    return _summarise(new, rows, done._asdict())._replace(code=1 if done.lost else 0)
+        texts["no clip left"] = f"{len(done.lost):,}: {messages.list_some(done.lost)}"
+    return _summarise(new, done._asdict(), texts)._replace(code=1 if done.lost else 0)
 
 
 def _list(args: argparse.Namespace) -> Result:
@@ -611,24 +582,24 @@ def _list(args: argparse.Namespace) -> Result:
     if args.identity is not None:
         name = normal_form(args.identity)
         people = {name: find_enrolled("identity", name, people)}
-    content: dict[str, Any] = {"identities": {name: len(clips) for name, clips in people.items()}}
-    lines = [(name, f"{count:,}") for name, count in content["identities"].items()]
-    if args.clips:
-        content["clips"] = people
-        lines = [(name, clip) for name, clips in people.items() for clip in clips]
-    return _summarise(gallery, content=content)._replace(table=lines)
+    facts: dict[str, Any] = {"identities": {name: len(clips) for name, clips in people.items()}}
+    rows = [(name, f"{count:,}") for name, count in facts["identities"].items()]
+    result = _summarise(gallery, facts)
+    if not args.clips:
+        return result._replace(rows=rows)
+    rows = [(name, clip) for name, clips in people.items() for clip in clips]
+    return result._replace(facts={**result.facts, "clips": people}, rows=rows)
 
 
 def _threshold(args: argparse.Namespace) -> Result:
     threshold = _open(args).threshold(args.fpir)
-    return Result(threshold.to_dict(), threshold.describe())
+    facts = threshold.to_dict()
+    return Result(facts, dict.fromkeys(facts, "") | threshold.describe())
 
 
 def _export(args: argparse.Namespace) -> Result:
     """Writes a table of the enrolled clips, see `array_export.write_table`."""
     from vidjax.apps.gallery import array_export
 
-    out = _check_out(args, ".parquet")
-    assert out
-    facts = {"clips": array_export.write_table(_open(args), out), "table": str(out)}
-    return Result(facts, facts)
+    out = tables.check_new(args.out, (".parquet",))
+    return Result({"clips": array_export.write_table(_open(args), out), "table": str(out)})

@@ -127,32 +127,19 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     group = args.parser.group
     strays += [word for word in overrides if group is None or not word[9:].startswith(group)]
     if strays:
-        args.parser.error(_explain_stray(strays[0], args.parser))
+        args.parser.refuse(strays[0], _list_fields() if group == "" else ())
     args.overrides = tuple(overrides)
     args.line = shlex.join(["vidjax", *words])
     return args
 
 
-def _explain_stray(word: str, parser: Parser) -> str:
-    """Returns the error about a word that no flag of `parser` reads."""
-    flag, equals, value = word.partition("=")
-    text = f"there is no flag {flag}"
-    if flag.startswith("--config.") and parser.group:
-        return f"{text}: this command takes only --config.{parser.group}FIELD=VALUE"
-    fields: Sequence[str] = ()
-    if parser.group == "":
-        with contextlib.suppress(ModuleNotFoundError):  # of packages that training needs
-            from vidjax.runs import config
+def _list_fields() -> list[str]:
+    """Returns the fields of configurations, or [] without the packages that training needs."""
+    with contextlib.suppress(ModuleNotFoundError):
+        from vidjax.runs import config
 
-            fields = [f"config.{field}" for field in config.DEFAULTS]
-    if not flag.startswith("-"):
-        field = next((f"--{name}" for name in (flag, f"config.{flag}") if name in fields), "")
-        named = equals and (field or parser.suggest_flag(flag))
-        return f"'{word}' has no flag" + (f": write {named}={value}" if named else "")
-    if flag == "--gallery" and "--workdir" in parser.format_usage():
-        return f"{text}: write --workdir={value or 'FOLDER'}"
-    similar = parser.suggest_flag(flag, fields)
-    return f"{text}: did you mean {similar}?" if similar else text
+        return [f"config.{field}" for field in config.DEFAULTS]
+    return []
 
 
 def _put_command_first(words: Sequence[str]) -> list[str]:

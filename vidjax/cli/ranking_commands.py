@@ -39,9 +39,8 @@ def _add_flags(parser: Parser, out: str) -> None:
     shared_flags.add_workdir(parser)
     shared_flags.add_definitions(parser)
     about = "the clips: a folder, a .parquet table, a .npz file, or a folder of such tables"
-    parser.add_argument("--input", metavar="PATH", required=True, help=about)
-    about = f"{out}; if the input is a folder of tables: a folder"
-    parser.add_argument("--out", metavar="PATH", required=True, help=about)
+    parser.flag("--input PATH", about, required=True)
+    parser.flag("--out PATH", f"{out}; if the input is a folder of tables: a folder", required=True)
     parser.fields(example="eval.checkpoint=best")
 
 
@@ -53,7 +52,7 @@ def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Re
     if not files.is_present(Path(args.input).expanduser()):
         raise UserError(f"--input={args.input} does not exist: name a file or a folder")
     overridden = shared_flags.check_fields(args, READ_FIELDS)
-    inputs, out = bulk.list_tables(args.input), Path(args.out).expanduser()
+    inputs, out = bulk.list_tables(args.input), Path()
     if "eval.split" in overridden and inputs:
         raise UserError(
             "--config.eval.split has no effect, because the tables of a folder have no splits\n"
@@ -62,7 +61,7 @@ def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Re
     if inputs:
         bulk.check_out(args.out, inputs, work)
     else:
-        tables.check_new(out, tables.ENDINGS if work is bulk.Rank else (".parquet",))
+        out = tables.check_new(args.out, tables.ENDINGS if work is bulk.Rank else (".parquet",))
     workdir = Path(args.workdir).expanduser()
     settings = config_io.override(public.open_run(workdir).config, args.overrides).eval
     shared_flags.load_definitions(args)
@@ -71,24 +70,21 @@ def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Re
     trained = predict.restore(workdir, step=settings.checkpoint)
     if inputs:
         done = bulk.process_tables(inputs, args.out, work(lambda: trained))
-        return Result(done._asdict(), done.describe())
+        return Result(done._asdict())
     clips = trained.load(args.input, settings.split if "eval.split" in overridden else None)
     began, size = time.monotonic(), len(clips.names)
     progress = terminal.Progress(size, unit="clip", label=args.command, leave=False, compiles=True)
+    facts: dict[str, object] = {"workdir": str(trained.workdir), "num_clips": size}
     if work is bulk.Rank:
-        kind, written = "ranking", {"num_identities": len(trained.identities)}
+        facts |= {"num_identities": len(trained.identities), "ranking": str(out.absolute())}
         tables.write_ranking(out, trained.rank(clips, advance=progress.advance))
     else:
         vectors = trained.embed(clips, advance=progress.advance)
-        kind, written = "vectors", {"width": vectors.shape[1]}
+        facts |= {"width": vectors.shape[1], "vectors": str(out.absolute())}
         columns = {"clip": ("string", clips.names), "vector": ("float32", vectors)}
         tables.write_new(out, tables.to_parquet(tables.to_arrow(columns)))
     progress.close()
-    timed, numbers = terminal.measure_rate(began, size)
-    content = {"workdir": str(trained.workdir), kind: str(out.absolute()), "num_clips": size}
-    rows = {"clips": size} | {name.removeprefix("num_"): n for name, n in written.items()}
-    rows |= {**timed, kind: messages.relative_path(out)}
-    return Result(content | written | numbers, rows)
+    return Result(facts | terminal.measure_rate(began, size))
 
 
 def add_score_flags(parser: Parser) -> None:
@@ -97,8 +93,7 @@ def add_score_flags(parser: Parser) -> None:
     parser.add_argument("gt", metavar="GT", help=about)
     about = "the submission, with lines 'ID NAME.mp4 NAME.mp4 ...'"
     parser.add_argument("ranking", metavar="RANKING", help=about)
-    about = "does not score a submission with faults"
-    parser.add_argument("--strict", action="store_true", help=about)
+    parser.flag("--strict", "does not score a submission with faults")
     parser.command(score_files, "PATH/val_gt.txt runs/mma/ranking.txt")
 
 
@@ -139,9 +134,8 @@ def add_compare_flags(parser: Parser) -> None:
         "the same as RUN, but an unsuitable folder is an error. A1+A2,B1+B2 compares means of "
         "several runs, e.g. with different seeds"
     )
-    parser.add_argument("--runs", metavar="A,B", help=about)
-    about = "a folder for comparison.html, .json and .tex"
-    parser.add_argument("--workdir", metavar="FOLDER", help=about)
+    parser.flag("--runs A,B", about)
+    parser.flag("--workdir FOLDER", "a folder for comparison.html, .json and .tex")
     parser.fields(example="eval.split=test")
     parser.command(
         compare_runs,
@@ -165,11 +159,12 @@ def compare_runs(args: argparse.Namespace) -> Result:
     groups = comparison.split_groups(args.runs or "")
     groups += [[name] for name in comparison.select_comparable(args.folders, split)]
     result = public.compare(groups, out=args.workdir, split=split)
-    values, lines = {"table": result.text(), **result.to_dict()}, [result.text()]
+    width = messages.measure_width()
+    lines, facts = [result.text(width)], {"table": result.text(), **result.to_dict()}
     if args.workdir:
         page = f"{messages.relative_path(Path(args.workdir))}/comparison.html"
-        values = {"comparison": page, **values}
+        facts = {"comparison": page, **facts}
         lines.append(f"comparison: {page}, .json, .tex")
     else:
-        lines += result.config_lines()
-    return Result(values, text="\n".join(lines))
+        lines += result.config_lines(width)
+    return Result(facts, text="\n".join(lines))

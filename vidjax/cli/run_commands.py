@@ -31,7 +31,7 @@ JOINED_FIELDS = (
 def add_train_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax train`."""
     shared_flags.add_config(parser, required=True)
-    parser.add_argument("--workdir", metavar="FOLDER", help="the run's folder (default: runs/NAME)")
+    parser.flag("--workdir FOLDER", "the run's folder (default: runs/NAME)")
     parser.fields(example="seed=1")
     shared_flags.add_processes(parser)
     examples = ("--config=configs/mma.py", "--config=mma:iqiyi_vid --config.data.dir=PATH")
@@ -70,7 +70,7 @@ def add_evaluate_flags(parser: Parser) -> None:
     shared_flags.add_definitions(parser)
     parser.fields(example="eval.split=test")
     about = "folders of runs to blend; --workdir is then a new folder for the results"
-    parser.add_argument("--runs", metavar="A,B", help=about)
+    parser.flag("--runs A,B", about)
     shared_flags.add_processes(parser)
     parser.command(
         evaluate,
@@ -142,7 +142,7 @@ def write_report(args: argparse.Namespace) -> Result:
     from vidjax.evaluation.report import run_page
 
     page = run_page.write(folder)
-    return Result({"workdir": str(folder.path), "report": str(page)}, text=f"report: {page}")
+    return Result({"workdir": str(folder.path), "report": str(page)})
 
 
 def lock_folder(path: Path) -> contextlib.AbstractContextManager[Path]:
@@ -161,16 +161,15 @@ def summarise(
     earlier command finished the run, `seconds` is None.
     """
     paths = folder.paths(config.eval.split, apart=bool(results.get("overrides")))
-    files = {"ranking": paths.ranking} | ({"report": paths.report} if paths.report.exists() else {})
-    rows = {"workdir": messages.relative_path(folder.path), **folder.describe(config, results)}
-    if seconds is not None:
-        rows["time"] = f"{seconds:.1f} s"
-    elif "seconds" in results:
-        rows["trained in"] = f"{results['seconds']:.1f} s"
-    rows |= {name: messages.relative_path(path) for name, path in files.items()}
-    content = {"workdir": str(folder.path), **{name: str(path) for name, path in files.items()}}
-    content |= {"finished_before": seconds is None, "metrics": dict(results)}
+    facts = {"workdir": folder.path, "ranking": paths.ranking}
+    if paths.report.exists():
+        facts["report"] = paths.report
+    texts: dict[str, str] = {name: messages.relative_path(path) for name, path in facts.items()}
+    texts |= folder.describe(config, results)
+    if took := results.get("seconds") if seconds is None else seconds:
+        texts["trained in" if seconds is None else "time"] = f"{took:.1f} s"
+    more: dict[str, Any] = {"finished_before": seconds is None, "metrics": dict(results)}
     if others := folder.split_metrics(config):
-        content["splits"] = others
+        more["splits"] = others
     note = ": was finished before, and was not trained again" if seconds is None else ""
-    return Result(content, rows, note=note)
+    return Result({**facts, **more}, texts, note=note)

@@ -3,28 +3,29 @@
 import argparse
 from typing import Any
 
-from vidjax.utils import distributed, rendezvous
+from vidjax.utils import distributed
 from vidjax.utils.errors import UserError
 from vidjax.utils.parser import Parser
+from vidjax.utils.rendezvous import TIMEOUT_SECONDS as TIMEOUT
 
 PROCESSES = ("coordinator", "num_processes", "process_id")
 
 
 def add_workdir(parser: Parser, about: str = "the folder of a trained run") -> None:
     """Adds the required flag `--workdir`. `about` is the help text."""
-    parser.add_argument("--workdir", metavar="FOLDER", required=True, help=about)
+    parser.flag("--workdir FOLDER", about, required=True)
 
 
 def add_config(parser: Parser, *, required: bool = False) -> None:
     """Adds the flag `--config`, which names the file of a configuration."""
     about = "a file of configs/ or its name, e.g. mma or mma:iqiyi_vid; or a run's config.json"
-    parser.add_argument("--config", metavar="FILE[:ARG,...]", required=required, help=about)
+    parser.flag("--config FILE[:ARG,...]", about, required=required)
 
 
 def add_definitions(parser: Parser) -> None:
     """Adds the flag `--config`, which names a file that defines additional models or losses."""
     about = "the Python file that defines the model or the loss, if vidjax does not define it"
-    parser.add_argument("--config", metavar="FILE", help=about)
+    parser.flag("--config FILE", about)
 
 
 def load_definitions(args: argparse.Namespace) -> str | None:
@@ -42,16 +43,11 @@ def load_definitions(args: argparse.Namespace) -> str | None:
 def add_processes(parser: Parser) -> None:
     """Adds the flags that join several processes to a single run."""
     about = "the address of the first process, if several run together; see configs/README.md"
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help=about)
-    about = "the number of processes that run together"
-    parser.add_argument("--num_processes", type=int, metavar="N", help=about)
-    about = "the index of this process; the first has 0"
-    parser.add_argument("--process_id", type=int, metavar="I", help=about)
-    about = "how long to wait for the other processes (default: %(default)s)"
-    parser.add_argument(
-        "--coordinator_timeout", type=float, metavar="SECONDS", help=about,
-        default=rendezvous.TIMEOUT_SECONDS,
-    )  # fmt: skip
+    parser.flag("--coordinator HOST:PORT", about)
+    parser.flag("--num_processes N", "the number of processes that run together", type=int)
+    parser.flag("--process_id I", "the index of this process; the first has 0", type=int)
+    about, seconds = "how long to wait for the other processes (default: %(default)s)", TIMEOUT
+    parser.flag("--coordinator_timeout SECONDS", about, type=float, default=seconds)
 
 
 def join_processes(args: argparse.Namespace) -> None:

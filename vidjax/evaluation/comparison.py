@@ -6,10 +6,11 @@ average precisions are read from `analysis.npz` of each run, so no model and no 
 
 import contextlib
 import itertools
+import math
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,14 +67,14 @@ class Comparison(NamedTuple):
     def __repr__(self) -> str:
         return self.text()
 
-    def text(self) -> str:
-        """Returns the comparison as a table for the terminal."""
-        head, rows = make_difference_table(self.runs, self.differences)
-        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-            for row in [head, *rows]
-        ]
+    def text(self, width: float = math.inf) -> str:
+        """Returns the comparison as a table for a terminal with `width` columns."""
+
+        def make_lines(names: Sequence[str]) -> list[str]:
+            head, rows = make_difference_table(rename(self.runs, names), self.differences)
+            return messages.align_columns([head, *rows], numbers=True)
+
+        lines = _fit_names([run.name for run in self.runs], make_lines, width - 2)
         first = self.runs[0]
         clips = f"{messages.count(first.metrics['num_clips'], 'clip')} of {first.split}"
         unseen = f" ({first.num_others:,} that no run was trained on are left out)"
@@ -82,12 +83,19 @@ class Comparison(NamedTuple):
         title = f"{people}{others}, {clips}; compared with {first.name}"
         lines += describe_limit(self.runs, self.differences) + describe_in_sample(self.runs)
         lines += describe_unusual(self.runs)
-        return "\n".join([title, *(f"  {line}" for line in lines)])
+        lines = [part for line in lines for part in messages.wrap(f"  {line}", width, indent=2)]
+        return "\n".join([*messages.wrap(title, width), *lines])
 
-    def config_lines(self) -> list[str]:
+    def config_lines(self, width: float = math.inf) -> list[str]:
         """Returns the fields in which the configurations differ, as a table for the terminal."""
-        head, rows = make_config_table(self.runs)
-        return messages.align_columns([head, *rows]) if rows else ["the configurations are equal"]
+        (_, *names), rows = make_config_table(self.runs)
+        if not rows:
+            return ["the configurations are equal"]
+
+        def make_lines(names: Sequence[str]) -> list[str]:
+            return messages.align_columns([["field", *names], *rows], width=width)
+
+        return _fit_names(names, make_lines, width)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the comparison as plain values for JSON."""
@@ -115,8 +123,7 @@ class Comparison(NamedTuple):
 
     def to_latex(self) -> str:
         """Returns the comparison as a LaTeX table, which needs the LaTeX package booktabs."""
-        names = shorten_names(self.runs)
-        named = [run._replace(name=name) for run, name in zip(self.runs, names, strict=True)]
+        named = rename(self.runs, shorten_names(self.runs))
         head, rows = make_difference_table(named, self.differences)
         lines = [" & ".join(map(_format_latex_cell, row)) + r" \\" for row in [head, *rows]]
         body = "\n".join(lines[1:])
@@ -512,6 +519,36 @@ def shorten_names(runs: Sequence[RankedRun]) -> list[str]:
     """Returns the name of each run's folder. If two names are equal, returns all whole paths."""
     last = ["+".join(Path(n).absolute().name for n in run.name.split("+")) for run in runs]
     return last if len(set(last)) == len(last) else [run.name for run in runs]
+
+
+def rename(runs: Sequence[RankedRun], names: Sequence[str]) -> list[RankedRun]:
+    """Returns the runs with other names."""
+    return [run._replace(name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def drop_common(names: Sequence[str]) -> list[str]:
+    """Leaves out the beginning and the end that all names have in common, up to a `/` or `_`."""
+    parts = [re.split("(?<=[/_])", name) for name in names]
+    for _ in range(2):  # at the beginning, then at the end
+        while min(map(len, parts)) > 1 and len({x[0] for x in parts}) == 1:
+            parts = [x[1:] for x in parts]
+        parts = [x[::-1] for x in parts]
+    return ["".join(x).strip("_") for x in parts]
+
+
+def _fit_names(
+    names: Sequence[str], make_lines: Callable[[Sequence[str]], list[str]], width: float
+) -> list[str]:
+    """Returns the lines of a table, with shorter names of runs if a line is longer than `width`.
+
+    If the names stay too long, the runs get numbers, and lines below the table list their names.
+    """
+    for short in (names, drop_common(names)):
+        lines = make_lines(short)
+        if max(map(len, lines)) <= width:
+            return lines
+    numbered = [f"run {number}" for number in range(1, len(names) + 1)]
+    return make_lines(numbered) + [": ".join(pair) for pair in zip(numbered, names, strict=True)]
 
 
 def _render_page(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> str:

@@ -4,11 +4,15 @@ When a text is printed, control characters are escaped.
 """
 
 import difflib
+import itertools
 import json
 import math
 import os
 import shlex
+import shutil
+import string
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -18,16 +22,24 @@ from vidjax.utils.names import show
 
 PLURALS = {"person": "people", "identity": "identities"}  # plurals without the usual s
 
+_PLAIN = string.ascii_letters + string.digits + " /._-"  # never part of a code of a shell
+LABEL_WIDTH = 16  # most letters of a label of a summary that is aligned with the others
+
 
 class Result(NamedTuple):
-    """The result of a command."""
+    """The result of a command: it is printed as a table with a summary, or as JSON.
 
-    content: Mapping[str, Any]  # the JSON object that `--json` prints instead of `text` and `rows`
-    # Label -> value, printed as lines below a heading. Empty values are left out.
-    rows: Mapping[str, object] = {}
-    text: str = ""  # text that is printed before the heading
-    table: Iterable[Sequence[str]] = ()  # rows of cells, printed after the text as columns
-    note: str = ""  # the end of the heading. The heading begins with the name of the command.
+    The summary has a line for each fact that is a text, a path or a number, and for each item of
+    `texts`. If there is a `text`, only for `texts`. Its heading is the name of the command.
+    """
+
+    facts: Mapping[str, Any]  # name -> value, the JSON object that `--json` prints
+    # Name -> what the summary shows instead of the value of this fact, or in addition to the facts.
+    # Empty texts hide a fact.
+    texts: Mapping[str, object] = {}
+    rows: Iterable[Sequence[str]] = ()  # cells of a table above the summary, the titles first
+    text: str = ""  # text above the table, which replaces the facts
+    note: str = ""  # the end of the heading
     code: int = 0  # the exit code
 
 
@@ -64,21 +76,51 @@ def drop_output(stream: TextIO) -> None:
 def print_result(result: Result, name: str, *, as_json: bool) -> None:
     """Prints the result of the command `name` as text or JSON."""
     if as_json:
-        content = _plain({"mode": name, **result.content})
+        content = _plain({"mode": name, **result.facts})
         print_text(json.dumps(content, allow_nan=False, default=str))
         return
-    texts = {key: _show(value) for key, value in result.rows.items()}
-    rows = [f"  {key:10}  {text}" for key, text in texts.items() if text]
-    heading = [name + result.note] if rows else []
-    table = [f"  {line}" for line in align_columns([*result.table])]
-    if lines := [*([result.text] if result.text else []), *table, *heading, *rows]:
+    width = measure_width()
+    lines = [result.text] if result.text else []
+    lines += [f"  {line}" for line in align_columns([*result.rows], width=width - 2)]
+    facts = {} if result.text else result.facts
+    shown = {key: _show(value) for key, value in {**facts, **result.texts}.items()}
+    summary = [(_label(key), text) for key, text in shown.items() if text]
+    lines += [name + result.note] if summary else []
+    longest = max([10, *(len(label) for label, _ in summary if len(label) <= LABEL_WIDTH)])
+    for label, text in summary:
+        label = label.ljust(longest)
+        lines += wrap(f"  {label}  {text}", width, indent=4 + len(label))
+    if lines:
         print_text("\n".join(lines))
 
 
+def measure_width() -> float:
+    """Returns the number of columns of the terminal, or infinity if the output is a file."""
+    return max(40, shutil.get_terminal_size().columns) if sys.stdout.isatty() else math.inf
+
+
+def wrap(text: str, width: float, *, indent: int = 0) -> list[str]:
+    """Breaks text at spaces into lines of at most `width` columns. Longer words stay whole.
+
+    All lines except the first begin with `indent` spaces.
+    """
+    if len(text) <= width:
+        return [text]
+    return textwrap.wrap(
+        text, int(width), subsequent_indent=" " * indent, break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
+
+
+def _label(name: str) -> str:
+    return name.removeprefix("num_").replace("_", " ")
+
+
 def _show(value: object) -> str:
-    """Returns a value as the text of a row: `1,234` for a number, several lines as one line."""
-    text = f"{value:,}" if isinstance(value, int) else str(value or "")
-    return text.strip().replace("\n", "; ")
+    """Returns a value as text: `1,234` for a number, several lines as one, "" if it is hidden."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:,.0f}" if isinstance(value, int) or value >= 100 else f"{value:.3g}"
+    return str(value).strip().replace("\n", "; ") if isinstance(value, str | Path) else ""
 
 
 def _plain(value: object) -> object:
@@ -112,6 +154,17 @@ def suggest_path(path: Path) -> str:
     return f"\ndid you mean {show(shlex.quote(found))}? Type it with the quotes"
 
 
+def quote_path(path: Path) -> str:
+    """Returns a path as a word of a shell. Bytes that a terminal would not show become codes.
+
+    All usual shells read these codes, except dash.
+    """
+    if str(path).isprintable():
+        return shlex.quote(str(path))
+    letters = (chr(byte) if chr(byte) in _PLAIN else f"\\x{byte:02x}" for byte in os.fsencode(path))
+    return f"$'{''.join(letters)}'"
+
+
 def shorten(text: str, most: int = 40) -> str:
     """Shortens text to `most` letters. "..." replaces letters from the middle."""
     tail = most // 3
@@ -128,10 +181,27 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun if number == 1 else PLURALS.get(noun, f'{noun}s')}"
 
 
-def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns a line of text for every row, and pads the cells of a column to equal width."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+def align_columns(
+    rows: Sequence[Sequence[str]], *, width: float = math.inf, numbers: bool = False
+) -> list[str]:
+    """Returns lines of text for rows of cells, which are padded to columns.
+
+    If a line would be longer than `width`, the widest columns are wrapped. If `numbers` is True,
+    all columns except the first are aligned to the right.
+    """
+    columns = [*zip(*rows, strict=True)]
+    widths = [max(map(len, column)) for column in columns]
+    least = [max(len(x) for cell in column for x in cell.split(" ")) for column in columns]
+    room = width - 2 * (len(columns) - 1)
+    while sum(widths) > room and (wide := [i for i, x in enumerate(least) if widths[i] > x]):
+        widths[max(wide, key=widths.__getitem__)] -= 1
+    lines = []
+    for row in rows:
+        for cells in itertools.zip_longest(*map(wrap, row, widths), fillvalue=""):
+            pairs = enumerate(zip(cells, widths, strict=True))
+            padded = (x.rjust(n) if numbers and i else x.ljust(n) for i, (x, n) in pairs)
+            lines.append("  ".join(padded).rstrip())
+    return lines
 
 
 def describe_failed(failed: Mapping[str, str]) -> dict[str, str]:

@@ -37,6 +37,22 @@ class Parser(argparse.ArgumentParser):
         # The command may override fields that begin with this text, or no field if it is None.
         self.group: str | None = None
 
+    def flag(
+        self,
+        usage: str,
+        about: str,
+        *,
+        of: "argparse._ArgumentGroup | None" = None,
+        **options: Any,  # noqa: ANN401 (the options of `add_argument`)
+    ) -> None:
+        """Adds a flag with a value, such as `--workdir FOLDER`, or one without, such as `--check`.
+
+        `about` is the help text. `of` is a group of flags, such as flags that exclude each other.
+        """
+        name, _, metavar = usage.partition(" ")
+        options |= {"metavar": metavar} if metavar else {"action": "store_true"}
+        (of or self).add_argument(name, help=about, **options)
+
     def fields(self, group: str = "", *, example: str) -> None:
         """Lets the command override fields that begin with `group`, e.g. `data.`, or all fields.
 
@@ -58,9 +74,9 @@ class Parser(argparse.ArgumentParser):
                 line = f"  {self.prog} {first} \\\n      --{others}"
             lines.append(line)
         self.epilog = "\n".join([f"example{'s' * (len(examples) > 1)}:", *lines])
-        self.add_argument("--quiet", action="store_true", help="prints only the result")
-        self.add_argument("--json", action="store_true", help="prints the result as JSON")
-        self.add_argument("--debug", action="store_true", help="shows tracebacks")
+        self.flag("--quiet", "prints only the result")
+        self.flag("--json", "prints the result as JSON")
+        self.flag("--debug", "shows tracebacks")
         self.set_defaults(execute=run, parser=self)
 
     def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]  (it has overloads)
@@ -77,6 +93,23 @@ class Parser(argparse.ArgumentParser):
         known = [*re.findall(r"--([\w-]+)", self.format_usage()), *more]
         match = closest(flag.lstrip("-").replace("-", "_"), known, cutoff=0.7)
         return f"--{match}" if match else ""
+
+    def refuse(self, word: str, fields: Sequence[str]) -> NoReturn:
+        """Raises UserError about a word that no flag reads. `fields` are names of fields."""
+        flag, equals, value = word.partition("=")
+        text = f"there is no flag {flag}"
+        similar = self.suggest_flag(flag, fields)
+        if flag.startswith("--config.") and self.group:
+            text += f": this command takes only --config.{self.group}FIELD=VALUE"
+        elif not flag.startswith("-"):
+            field = next((f"--{x}" for x in (flag, f"config.{flag}") if x in fields), "")
+            named = equals and (field or self.suggest_flag(flag))
+            text = f"'{word}' has no flag" + (f": write {named}={value}" if named else "")
+        elif flag == "--gallery" and "--workdir" in self.format_usage():
+            text += f": write --workdir={value or 'FOLDER'}"
+        elif similar:
+            text += f": did you mean {similar}?"
+        self.error(text)
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError with the message, and an example of the command.

@@ -37,8 +37,12 @@ BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
-def check_new(path: Path, endings: Sequence[str] = ENDINGS) -> None:
-    """Raises UserError if no table can be written to `path`, the value of the flag `--out`."""
+def check_new(out: str | Path, endings: Sequence[str] = ENDINGS) -> Path:
+    """Returns the path of a new table, the value of the flag `--out`, with `~` expanded.
+
+    Raises UserError if the table cannot be written.
+    """
+    path = Path(out).expanduser()
     if path.suffix not in endings:
         names = " or ".join(filter(None, (", ".join(endings[:-1]), endings[-1])))
         raise UserError(f"--out={path}: end the name in {names}")
@@ -49,6 +53,7 @@ def check_new(path: Path, endings: Sequence[str] = ENDINGS) -> None:
     if path.suffix == ".parquet":
         instead = "end the name in .tsv or .jsonl" if ".tsv" in endings else ""
         require_packages(f"--out={path}", "pyarrow", extra="parquet", instead=instead)
+    return path
 
 
 def write(

@@ -52,15 +52,10 @@ def say(text: str, *, warning: bool = False) -> None:
             messages.drop_output(sys.stderr)
 
 
-def measure_rate(began: float, clips: int) -> tuple[dict[str, str], dict[str, float]]:
-    """Returns the time since `began`, and the clips per second: as text, and as numbers.
-
-    `began` is an earlier value of `time.monotonic()`, in seconds.
-    """
+def measure_rate(began: float, clips: int) -> dict[str, float]:
+    """Returns the seconds since `began`, of `time.monotonic()`, and the clips per second."""
     seconds = time.monotonic() - began
-    rate = clips / max(seconds, 1e-9)
-    text = f"{seconds:.3g} s, {rate:,.0f} clips/s"
-    return {"time": text}, {"seconds": seconds, "clips_per_second": rate}
+    return {"seconds": seconds, "clips_per_second": clips / max(seconds, 1e-9)}
 
 
 def ignore_count(count: int) -> None:

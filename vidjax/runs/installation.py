@@ -1,0 +1,95 @@
+"""Checks the installation for `vidjax check`: packages, devices, and limits for strangers' files.
+
+A check is a function that returns a summary. If a part is absent, it raises AbsentError.
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import platform
+import re
+from collections.abc import Callable
+from functools import partial
+
+from vidjax.utils import confinement
+from vidjax.utils.errors import describe_system_error
+from vidjax.utils.version import VERSION
+
+# Subject of a check -> the extra of `pip install 'vidjax[EXTRA]'` with its packages.
+EXTRAS = {
+    "runs": "rank", "training": "train", "films": "video", "nets": "convert", "server": "serve",
+    "parquet": "parquet",
+}  # fmt: skip
+# Package -> its module, if it has another name.
+MODULES = {"orbax-checkpoint": "orbax", "scikit-learn": "sklearn", "pillow": "PIL"}
+
+
+class AbsentError(Exception):
+    """A part of vidjax is not installed, or this machine does not support it."""
+
+
+def list_checks() -> dict[str, Callable[[], str]]:
+    """Returns subject -> check of a part of the installation, such as `films`."""
+    parts = {name: partial(check_packages, extra) for name, extra in EXTRAS.items()}
+    return {"environment": check_environment, **parts, "files of strangers": _check_confinement}
+
+
+def check_environment() -> str:
+    """Returns the versions of vidjax, Python and numpy."""
+    numpy = importlib.metadata.version("numpy")
+    return f"vidjax {VERSION}, python {platform.python_version()}, numpy {numpy}"
+
+
+def check_packages(extra: str) -> str:
+    """Returns the versions of the packages of an extra. Raises AbsentError if one is missing.
+
+    For the extra `rank`, also checks that jax can use a device.
+    """
+    modules = list_packages(extra)
+    if lost := [name for name, module in modules.items() if not importlib.util.find_spec(module)]:
+        raise AbsentError(f"not installed ({', '.join(lost)}): pip install 'vidjax[{extra}]'")
+    versions = dict.fromkeys(modules, "of another package")  # as `onnxruntime` of `onnxruntime-gpu`
+    for name in modules:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    versions |= _check_jax() if extra == "rank" else {}
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def list_packages(extra: str) -> dict[str, str]:
+    """Returns the packages that an extra of vidjax adds, package -> module.
+
+    Raises AbsentError if vidjax was not installed, because pip stores the list of packages.
+    """
+    try:
+        required = importlib.metadata.requires("vidjax") or []
+    except importlib.metadata.PackageNotFoundError:
+        raise AbsentError("not known without pip install: in a checkout, pip install .") from None
+    of_extra = re.compile(rf"([\w-]+)[^\w\[-].*extra == ['\"]{extra}['\"]")
+    names = [found[1] for line in required if (found := of_extra.match(line))]
+    return {name: MODULES.get(name, name.replace("-", "_")) for name in names}
+
+
+def _check_jax() -> dict[str, str]:
+    """Returns the device of jax and the git commit. Raises AbsentError if jax needs another CPU."""
+    try:
+        from vidjax.core import devices
+        from vidjax.runs.versions import collect_versions
+    except RuntimeError as error:
+        if not (text := describe_system_error(error)):
+            raise
+        text += "\nfilms, galleries of nets and the server work without jax"
+        raise AbsentError(text) from None
+    devices.make_mesh()  # if an accelerator cannot be used, the error gives the reason
+    versions = collect_versions()
+    return {name: versions[name] for name in ("device", "commit") if name in versions}
+
+
+def _check_confinement() -> str:
+    """Describes what this system forbids processes that read files of strangers."""
+    if gaps := confinement.list_gaps():
+        raise AbsentError(
+            f"a process that reads them could {', '.join(gaps)}\n"
+            "to forbid it, use Linux 5.13 or later with Landlock, on x86-64 or 64-bit ARM"
+        )
+    return "a process that reads them uses no other files, connections or programs"
