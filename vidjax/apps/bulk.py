@@ -165,11 +165,6 @@ class Processed(NamedTuple):
     skipped: int  # number of tables that an earlier call has finished
     results: str  # the file or the folder of the results
 
-    def describe(self) -> dict[str, str]:
-        """Returns rows for the terminal, label -> text."""
-        before = f", {self.skipped:,} of them finished before" if self.skipped else ""
-        return {"tables": f"{self.tables:,}{before}", "results": self.results}
-
 
 def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Processed:
     """Writes the results of each table that has no results yet.

@@ -19,10 +19,11 @@ RUN_FILE = "config.json"  # as in `runs.run_folder`, which needs the packages of
 
 def add_check_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax check`."""
-    parser.flag("--workdir FOLDER", "the folder of the run or the gallery to check")
+    subject = parser.add_mutually_exclusive_group()
+    parser.flag("--workdir FOLDER", "the folder of the run or the gallery to check", of=subject)
     about = "a folder of nets that vidjax convert made: prints what each net is, and its speed"
-    parser.flag("--models DIR", about)
-    shared_flags.add_config(parser)
+    parser.flag("--models DIR", about, of=subject)
+    shared_flags.add_config(parser, of=subject)
     parser.fields(example="seed=1")
     parser.command(
         check, "--workdir=runs/mma", "--config=mma:iqiyi_vid --config.data.dir=PATH",
@@ -71,12 +72,7 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
 
     The function returns a summary of the subject. If the subject has a fault, it raises an error.
     """
-    given = [flag for flag in ("workdir", "config", "models") if getattr(args, flag)]
-    if len(given) > 1:
-        raise UserError(
-            f"--{given[0]} and --{given[1]} cannot be checked together: leave one of them out"
-        )
-    if args.overrides and given in ([], ["models"]):
+    if args.overrides and not (args.workdir or args.config):
         raise UserError(
             f"{args.overrides[0]} has no effect without a configuration\n"
             "add --workdir=FOLDER or --config=FILE"

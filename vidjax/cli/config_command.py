@@ -12,7 +12,6 @@ from vidjax.runs.config_io import override_names, value_text
 from vidjax.runs.run_folder import CONFIG
 from vidjax.training import public
 from vidjax.utils import messages
-from vidjax.utils.errors import UserError
 from vidjax.utils.messages import Result
 from vidjax.utils.parser import Parser
 
@@ -21,8 +20,9 @@ DEFAULT, COMMAND_LINE = "default", "command line"  # origins of the value of a f
 
 def add_config_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax config`."""
-    shared_flags.add_config(parser)
-    parser.flag("--workdir FOLDER", "instead of --config: the folder of a run")
+    source = parser.add_mutually_exclusive_group()
+    shared_flags.add_config(parser, of=source)
+    parser.flag("--workdir FOLDER", "instead of --config: the folder of a run", of=source)
     parser.fields(example="seed=1")
     parser.command(show_config, "--config=mma --config.seed=1", "--workdir=runs/mma")
 
@@ -32,8 +32,6 @@ def show_config(args: argparse.Namespace) -> Result:
 
     If a training with these values would be refused, the exit code is 2.
     """
-    if args.workdir and args.config:
-        raise UserError("--config and --workdir cannot be used together: leave out one of them")
     if args.config:
         config, file = public.load_config(args.config), args.config
     elif args.workdir:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidjax.apps import bulk, features_folder
 from vidjax.apps.gallery import answers as answers_lib, card_notes, verification
-from vidjax.apps.gallery.changes import check_person, find_enrolled
+from vidjax.apps.gallery.changes import find_enrolled
 from vidjax.apps.gallery.creation import check_new
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.migration import migrate
@@ -22,7 +22,7 @@ from vidjax.utils.errors import UserError, warn
 from vidjax.utils.machine import num_cores
 from vidjax.utils.messages import Result
 from vidjax.utils.names import normal_form, show
-from vidjax.utils.parser import Parser, whole_number
+from vidjax.utils.parser import Parser, describe, whole_number
 
 if TYPE_CHECKING:
     from vidjax.apps.gallery.vectors import Vectors
@@ -57,8 +57,7 @@ def add_gallery_flags(parser: Parser) -> None:
         title="commands", metavar="COMMAND", dest="command", required=True
     )
     for name, (about, add) in COMMANDS.items():
-        description = f"{about[0].upper()}{about[1:]}."
-        command = commands.add_parser(name, help=about, description=description)
+        command = commands.add_parser(name, **describe(about))
         command.add_argument("gallery", metavar="G", help="the folder of the gallery")
         add(command)
 
@@ -291,18 +290,14 @@ def _refuse(args: argparse.Namespace, why: str, *names: str, remedy: str = "leav
 
 def _open(args: argparse.Namespace) -> Gallery:
     """Opens the gallery of a command. Raises UserError if `--input` or `--split` is wrong."""
-    given = getattr(args, "input", None) or []  # a list for enrol
+    given = getattr(args, "input", None)
     if given:
         _refuse(args, "with --input", "overrides")
     if (split := getattr(args, "split", None)) and split not in SPLITS:
         raise UserError(f"--split={split}: choose from {', '.join(SPLITS)}")
     gallery = Gallery(args.gallery, run=getattr(args, "run", None))
-    enrols = args.command == "enrol"
-    has_people = enrols and not (args.identity or args.labels or args.strangers)
-    of_person = enrols and bool(args.identity)
-    for path in [given] if isinstance(given, str) else given:
-        path = Path(path).expanduser()
-        clip_inputs.check_input(gallery, path, has_people=has_people, of_person=of_person)
+    if isinstance(given, str):  # for enrol, it is a list, and the inputs are checked later
+        clip_inputs.check_input(gallery, Path(given).expanduser())
     return gallery
 
 
@@ -328,13 +323,8 @@ def _enrol(args: argparse.Namespace) -> Result:
         return _enrol_photos(args)
     if args.models:
         raise UserError("--models has no effect without --photos: leave it out")
-    if args.identity:  # a mistake is reported before clips are read
-        check_person(args.identity)
     labels = clip_inputs.read_labels(Path(args.labels).expanduser()) if args.labels else None
     inputs = clip_inputs.list_inputs(args.input or ())
-    for path in inputs:
-        clip_inputs.refuse_photos(path)
-    args.input = [*map(str, inputs)]
     gallery = _open(args)
 
     def begin(number: int, given: object) -> None:

@@ -19,7 +19,7 @@ from vidjax.cli import shared_flags
 from vidjax.utils import distributed, exit_codes, machine, messages, rendezvous, terminal
 from vidjax.utils.errors import UserError, suggest
 from vidjax.utils.messages import print_result
-from vidjax.utils.parser import Parser, split_overrides
+from vidjax.utils.parser import Parser, describe, split_overrides
 from vidjax.utils.version import VERSION
 
 # Command -> description.
@@ -115,9 +115,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = Parser("vidjax", description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument("--version", action="version", version=f"vidjax {VERSION}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for command, about in COMMANDS.items():
-        description = f"{about[0].upper()}{about[1:]}."
-        subparser = subparsers.add_parser(command, help=about, description=description)
+    for command in [name] if name in COMMANDS else COMMANDS:  # a parser takes time to make
+        subparser = subparsers.add_parser(command, **describe(COMMANDS[command]))
         if command == name:
             load(command)(subparser)
     for word in flags:

@@ -51,7 +51,7 @@ def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Re
 
     if not files.is_present(Path(args.input).expanduser()):
         raise UserError(f"--input={args.input} does not exist: name a file or a folder")
-    overridden = shared_flags.check_fields(args, READ_FIELDS)
+    overridden = config_io.check_overridden(args.overrides, READ_FIELDS, args.command)
     inputs, out = bulk.list_tables(args.input), Path()
     if "eval.split" in overridden and inputs:
         raise UserError(
@@ -151,7 +151,7 @@ def compare_runs(args: argparse.Namespace) -> Result:
     from vidjax.runs import config as config_lib, config_io
     from vidjax.training import public
 
-    overridden = shared_flags.check_fields(args, ("eval.split",))
+    overridden = config_io.check_overridden(args.overrides, ("eval.split",), args.command)
     config = config_io.override(config_lib.default(), args.overrides)
     split = config.eval.split if overridden else None
     if bool(args.folders) == bool(args.runs):

@@ -100,7 +100,7 @@ def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]
             "leave out --coordinator, --num_processes and --process_id"
         )
     folder = RunFolder(args.workdir) if args.runs else public.open_run(args.workdir)
-    runs = shared_flags.split_runs(args.runs or "")
+    runs = [name.strip() for name in (args.runs or "").split(",") if name.strip()]
     config = public.configure_blend(runs, folder) if args.runs else folder.config
     if "eval.split" in config_io.override_names(args.overrides):
         config.eval.splits = ()
@@ -113,7 +113,7 @@ def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]
             "leave out --config, or name a run of that system: --workdir=FOLDER"
         )
     if config_lib.is_blend(config):
-        shared_flags.check_fields(args, JOINED_FIELDS)
+        config_io.check_overridden(args.overrides, JOINED_FIELDS, args.command)
     else:
         values = dict(config_lib.fields(config))
         for name in config_io.override_names(args.overrides):

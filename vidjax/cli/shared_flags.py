@@ -16,10 +16,10 @@ def add_workdir(parser: Parser, about: str = "the folder of a trained run") -> N
     parser.flag("--workdir FOLDER", about, required=True)
 
 
-def add_config(parser: Parser, *, required: bool = False) -> None:
+def add_config(parser: Parser, **options: Any) -> None:  # noqa: ANN401 (the options of a flag)
     """Adds the flag `--config`, which names the file of a configuration."""
     about = "a file of configs/ or its name, e.g. mma or mma:iqiyi_vid; or a run's config.json"
-    parser.flag("--config FILE[:ARG,...]", about, required=required)
+    parser.flag("--config FILE[:ARG,...]", about, **options)
 
 
 def add_definitions(parser: Parser) -> None:
@@ -61,24 +61,3 @@ def join_processes(args: argparse.Namespace) -> None:
             "give each process --coordinator=HOST:PORT --num_processes=N --process_id=I"
         )
     distributed.join(**given, coordinator_timeout=args.coordinator_timeout)
-
-
-def split_runs(runs: str) -> list[str]:
-    """Splits the value of `--runs=A,B` into the folders of runs."""
-    return [name.strip() for name in runs.split(",") if name.strip()]
-
-
-def check_fields(args: argparse.Namespace, readable: tuple[str, ...]) -> set[str]:
-    """Returns the names of the fields that words `--config.FIELD=VALUE` override.
-
-    Raises UserError for a field that is not in `readable`, because the command would ignore it.
-    """
-    from vidjax.runs import config_io
-
-    overridden = set(config_io.override_names(args.overrides))
-    if unread := sorted(overridden - set(readable)):
-        raise UserError(
-            f"config.{unread[0]} has no effect, because {args.command} does not read it\n"
-            f"choose from {', '.join(f'--config.{name}' for name in readable)}"
-        )
-    return overridden

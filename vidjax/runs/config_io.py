@@ -177,6 +177,20 @@ def override_names(overrides: Sequence[str]) -> list[str]:
     return [word.removeprefix("--config.").partition("=")[0] for word in overrides]
 
 
+def check_overridden(overrides: Sequence[str], readable: Collection[str], command: str) -> set[str]:
+    """Returns the names of the fields that words `--config.FIELD=VALUE` override.
+
+    Raises UserError for a field that is not in `readable`, because `command` would ignore it.
+    """
+    names = {*override_names(overrides)}
+    for name in sorted(names.difference(readable)):
+        raise UserError(
+            f"config.{name} has no effect, because {command} does not read it\n"
+            f"choose from {', '.join(f'--config.{name}' for name in readable)}"
+        )
+    return names
+
+
 def override(config: Config, overrides: Sequence[str]) -> Config:
     """Returns a copy of a configuration with changed fields.
 

@@ -9,8 +9,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from vidjax.utils import files, rendezvous
 from vidjax.utils.errors import UserError
 
@@ -77,6 +75,7 @@ def max_over_processes(*values: int) -> list[int]:
     """Waits for all processes. Returns the maximum of each int32 value over all processes."""
     if count() == 1:
         return list(values)
+    import numpy as np
     from jax.experimental import multihost_utils
 
     return multihost_utils.process_allgather(np.array(values, np.int32)).max(axis=0).tolist()

@@ -23,7 +23,6 @@ from vidjax.utils.names import show
 PLURALS = {"person": "people", "identity": "identities"}  # plurals without the usual s
 
 _PLAIN = string.ascii_letters + string.digits + " /._-"  # never part of a code of a shell
-LABEL_WIDTH = 16  # most letters of a label of a summary that is aligned with the others
 
 
 class Result(NamedTuple):
@@ -86,10 +85,8 @@ def print_result(result: Result, name: str, *, as_json: bool) -> None:
     shown = {key: _show(value) for key, value in {**facts, **result.texts}.items()}
     summary = [(_label(key), text) for key, text in shown.items() if text]
     lines += [name + result.note] if summary else []
-    longest = max([10, *(len(label) for label, _ in summary if len(label) <= LABEL_WIDTH)])
     for label, text in summary:
-        label = label.ljust(longest)
-        lines += wrap(f"  {label}  {text}", width, indent=4 + len(label))
+        lines += wrap(f"  {label:10}  {text}", width, indent=4 + max(10, len(label)))
     if lines:
         print_text("\n".join(lines))
 
@@ -113,7 +110,7 @@ def wrap(text: str, width: float, *, indent: int = 0) -> list[str]:
 
 
 def _label(name: str) -> str:
-    return name.removeprefix("num_").replace("_", " ")
+    return name.removeprefix("num_").replace("_per_second", "/s").replace("_", " ")
 
 
 def _show(value: object) -> str:

@@ -58,9 +58,9 @@ class Parser(argparse.ArgumentParser):
 
         `example` is shown by `--help`, such as `seed=1` for `--config.seed=1`.
         """
-        name = f"--config.{group}FIELD"  # only for --help: `split_overrides` removes these words
+        usage = f"--config.{group}FIELD VALUE"  # for --help: `split_overrides` removes such words
         about = f"overrides a field, e.g. --config.{example}"
-        self.add_argument(name, metavar="VALUE", default=argparse.SUPPRESS, help=about)
+        self.flag(usage, about, default=argparse.SUPPRESS)
         self.group = group
 
     def command(self, run: Callable[[argparse.Namespace], Result], *examples: str) -> None:
@@ -125,6 +125,8 @@ class Parser(argparse.ArgumentParser):
         message = message.replace("the following arguments are required:", needs)
         message = message.replace("one of the arguments", f"{needs} one of")
         message = message.removeprefix("argument ").removesuffix(" is required")
+        if pair := re.fullmatch(r"(\S+): not allowed with argument (\S+)", message):
+            message = f"{pair[1]} and {pair[2]} cannot be used together: leave one of them out"
         if choices := re.fullmatch(
             r"(?s).*invalid choice: '?([^']*?)'? \(choose from (.*)\)", message
         ):
@@ -134,6 +136,11 @@ class Parser(argparse.ArgumentParser):
         example = f"example: {self.example}" if self.example else ""
         remedy = example or f"to see all arguments: {self.prog} --help"
         raise UserError(f"{message}\n{remedy}")
+
+
+def describe(about: str) -> dict[str, Any]:
+    """Returns the texts of the help of a command. `about` is a sentence without a period."""
+    return {"help": about, "description": f"{about[0].upper()}{about[1:]}."}
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:

@@ -160,16 +160,18 @@ def map_children(
     starts child processes. After the first error, all child processes are killed, and the error is
     raised. `progress` is the title of a progress bar, or "".
     """
-    from tqdm import tqdm
-
     children = Children()
     # A child needs three open files, and a few more during its start.
     with ThreadPoolExecutor(max(1, int(min(workers, max_open_files() // 8)))) as threads:
         futures = [threads.submit(function, children, item) for item in items]
-        hidden = not progress or None  # None hides the bar if standard error is not a terminal
         done = as_completed(futures)
+        if progress:
+            from tqdm import tqdm
+
+            # If standard error is not a terminal, None hides the bar.
+            done = tqdm(done, progress, len(futures), leave=False, disable=None)
         try:
-            for future in tqdm(done, progress, len(futures), leave=False, disable=hidden):
+            for future in done:
                 future.result()
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)

@@ -13,7 +13,6 @@ import io
 import json
 import math
 import os
-import secrets
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -192,7 +191,7 @@ def to_parquet(table: "pyarrow.Table", note: Mapping[bytes, bytes] | None = None
 
 def write_new(path: Path, content: bytes) -> None:
     """Writes a new file. Raises UserError if `path` exists. An error leaves no incomplete file."""
-    partial = path.with_name(f".vidjax-{secrets.token_hex(4)}{path.suffix}")
+    partial = path.with_name(f".vidjax-{os.urandom(4).hex()}{path.suffix}")
     files.write_bytes(partial, content)
     try:
         try:

@@ -43,10 +43,10 @@ def say(text: str, *, warning: bool = False) -> None:
     print nothing.
     """
     if not is_muted() and (warning or not is_quiet()):
-        from tqdm import tqdm
-
+        tqdm = sys.modules.get("tqdm")  # slow to import, and without it there is no bar
+        write = tqdm.tqdm.write if tqdm else print
         try:
-            tqdm.write(escape_controls(text), file=sys.stderr)
+            write(escape_controls(text), file=sys.stderr)
             sys.stderr.flush()
         except OSError:  # a closed pipe or a full disk; the command must not stop
             messages.drop_output(sys.stderr)

@@ -11,6 +11,7 @@ from vidjax.apps import bulk, cards, features_folder
 from vidjax.apps.features_folder import MediaFile
 from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.gallery.answers import Answer
+from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.labelling import Enrolment, check_given
 from vidjax.apps.gallery.vectors import Vectors
@@ -119,12 +120,20 @@ def enrol(
       begin: is called with the number of an input, from 1, and the input, before it is read.
 
     Raises:
-      UserError: no clip has a person, two faces of one picture would become one person, or as in
-        `Gallery.enrol`. The inputs before the wrong one are enrolled.
+      UserError: an input is wrong, see `check_input`. No clip has a person, two faces of one
+        picture would become one person, or as in `Gallery.enrol`: then the inputs before the wrong
+        one are enrolled.
     """
     several, names, done = len(inputs) > 1, set[str](), list[Enrolment]()
     if clip and several:
         raise UserError(f"--clip={clip} is a clip of one input: give --input once")
+    of_person = isinstance(identities, str)
+    if of_person:
+        check_person(identities)
+    for path in (given for given in inputs if isinstance(given, Path)):
+        refuse_photos(path)
+        has_people = identities is None and not strangers
+        check_input(gallery, path, has_people=has_people, of_person=of_person)
     for number, given in enumerate(inputs, 1):
         begin(number, given)
         people = identities

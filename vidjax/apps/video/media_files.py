@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from vidjax.apps import features_folder
-from vidjax.apps.video import regions
 from vidjax.data.checks import list_entries
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
@@ -106,6 +105,8 @@ def split_files(path: Path) -> tuple[list[Path], list[Path]]:
 
 def say_left_out(paths: Iterable[Path]) -> None:
     """Prints which folders contain unused files, contain no film or photo, or may not be read."""
+    from vidjax.apps.video import regions  # slow to import, and few commands search files
+
     for named in paths:
         count, unreadable = 0, list[OSError]()
         folders = list_folders(named, unreadable.append)

@@ -18,12 +18,13 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TypeVar, cast
-
-import numpy as np
+from typing import IO, TYPE_CHECKING, TypeVar, cast
 
 from vidjax.utils.errors import UserError, prefix_errors
 from vidjax.utils.machine import memory_bytes
+
+if TYPE_CHECKING:
+    import numpy as np  # slow to import, and many commands read no array
 
 T = TypeVar("T")
 
@@ -33,6 +34,7 @@ CONFIG_BYTES = MB
 LINE_BYTES = MB // 4  # of a line in a log of JSON lines
 ARCHIVE_BYTES = 128 * MB  # of an `.npz`, both packed and unpacked
 PIECE_BYTES = MB  # the most bytes of a zip that are read at once
+NPY_START = b"\x93"  # the first byte of an `.npy`
 MAX_ENTRIES = 1000  # arrays of an `.npz`
 LARGE_BYTES = 64 * MB  # the unpacked size of an archive that is never too large for its size
 MAX_ITEMS = 2_000_000  # entries of a list in a file of a stranger
@@ -228,18 +230,20 @@ def iterate_lines(path: Path) -> Iterator[bytes]:
             yield line
 
 
-def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> dict[str, np.ndarray]:
+def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> "dict[str, np.ndarray]":
     """Returns name -> array of an `.npz` of at most `limit` bytes, both packed and unpacked."""
     with open_regular(path, limit=limit) as file, prefix_errors(f"cannot read '{path}'"):
         return load_npz(file, limit)
 
 
-def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> dict[str, np.ndarray]:
+def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> "dict[str, np.ndarray]":
     """Returns name -> array of an open `.npz`.
 
     Raises UserError if the arrays need more than `limit` bytes. A number that takes fewer bytes
     than `least` counts as `least` bytes, because the caller will convert it to a larger type.
     """
+    import numpy as np
+
     arrays = {}
     with _npz_errors():
         for name, entry, _ in _open_arrays(file, limit, least):
@@ -283,7 +287,7 @@ def _open_arrays(
     file: io.FileIO | io.BytesIO, limit: int, least: int
 ) -> Iterator[tuple[str, IO[bytes], int]]:
     """Yields (name, open file, bytes in memory) of the arrays of an `.npz`. See also `load_npz`."""
-    if file.read(1) == np.lib.format.MAGIC_PREFIX[:1]:
+    if file.read(1) == NPY_START:
         raise UserError("an .npy file has no name for its array: use numpy.savez")
     left = limit
     with open_zip(file) as archive:
@@ -317,7 +321,9 @@ def _open_arrays(
                 yield entry.filename.removesuffix(".npy"), opened, size
 
 
-def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+def _read_header(file: IO[bytes]) -> "tuple[tuple[int, ...], np.dtype]":
+    import numpy as np
+
     read_header = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,

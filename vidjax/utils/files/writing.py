@@ -11,7 +11,6 @@ import io
 import json
 import os
 import re
-import secrets
 import shutil
 import stat
 import tempfile
@@ -19,8 +18,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
-
-import numpy as np
 
 from vidjax.utils.errors import DiskError, UserError
 from vidjax.utils.files.reading import JSON_BYTES, local, open_regular, read_json, sha256_json
@@ -113,7 +110,7 @@ def atomic_file(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
     on the disk, so that even a power cut leaves no incomplete file.
     """
     # The name has random digits, because processes in containers often have equal numbers.
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
     try:
         with partial.open("x+b") as file:
             yield file
@@ -185,8 +182,8 @@ def read_manifest(path: Path, below: Path | None = None, limit: int = JSON_BYTES
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, (np.generic, np.ndarray)):
-        return value.tolist()
+    if convert := getattr(value, "tolist", None):  # of numpy, which is not imported for this
+        return convert()
     raise TypeError(f"no JSON form of {type(value).__name__}")
 
 
@@ -219,7 +216,7 @@ def remove_scratch_folders() -> None:
     for folder in tuple(_scratch_folders):
         # A child process may still write into the folder, but it cannot find a renamed folder.
         with contextlib.suppress(OSError):
-            renamed = folder.rename(folder.with_name(f".{secrets.token_hex(8)}.partial"))
+            renamed = folder.rename(folder.with_name(f".{os.urandom(8).hex()}.partial"))
             _scratch_folders.add(renamed)  # a second signal interrupts rmtree
             shutil.rmtree(renamed, ignore_errors=True)
 
@@ -233,7 +230,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     meantime, raises UserError.
     """
     # The name has random digits, so that a child of a killed process cannot write into this folder.
-    partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
+    partial = folder.with_name(f"{folder.name}.{os.urandom(4).hex()}.partial")
     new_parents = [parent for parent in folder.parents if not parent.exists()]
     remove_partials(folder)
     try:
