@@ -580,6 +580,67 @@ def test_compare_prints_what_differs_and_leaves_out_folders_that_do_not_fit(plac
     assert "too few runs" in command("compare", folders[1]).err
 
 
+def widest(text):
+    return max(map(len, text.splitlines()))
+
+
+LONG = "quality_fusion_seed={}_optim.learning_rate=0.001"
+
+
+@pytest.mark.parametrize(("folders", "shown"), [
+    (["runs/a1", "runs/b1"], ["runs/a1", "runs/b1"]),
+    (["runs/" + LONG.format(1), "runs/" + LONG.format(2)], ["seed=1", "seed=2"]),
+    (["runs/a1", "runs/" + LONG.format(2)], ["run 1", "run 2"]),
+])  # fmt: skip
+def test_compare_fits_a_terminal_and_shortens_long_names(
+    tmp_path, monkeypatch, command, folders, shown
+):
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(folders):
+        made_runs.write(Path(name), {"1": 0.5, "2": 0.75}, f"--config.seed={number}")
+    piped = command("compare", *folders).out.splitlines()
+    assert [line.split()[0] for line in piped[2:4]] == folders
+
+    monkeypatch.setattr(messages, "measure_width", lambda: 80)
+    out = command("compare", *folders).out
+    assert widest(out) <= 80
+    assert all(f"\n  {name}  " in out for name in shown), out
+    if shown[0] == "run 1":  # a legend lists the names
+        assert f"\n  run 2: {folders[1]}\n" in out
+
+
+def test_results_are_wrapped_only_for_a_terminal(capsys, monkeypatch):
+    clips = [("clip", "most probable"), ("a.s000.t00", "Ada > 99.99 %, Bob < 0.01 %, " * 4)]
+    facts = {"num_clips": 1234, "clips_per_second": 0.25, "listed": [1], "path": Path("x" * 90)}
+    result = messages.Result(facts, {"named if": "the probability is high, " * 9}, clips)
+
+    messages.print_result(result, "identify", as_json=False)
+    wide = capsys.readouterr().out
+    assert len(wide.splitlines()) == 7 and widest(wide) > 200
+    monkeypatch.setattr(messages, "measure_width", lambda: 80)
+    messages.print_result(result, "identify", as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+
+    assert max(len(line) for line in lines if "xxx" not in line) <= 80
+    assert any("x" * 90 in line for line in lines)  # a word stays whole, so that it can be copied
+    assert " ".join(wide.split()) == " ".join(" ".join(lines).split())
+    assert lines[1].startswith("  a.s000.t00  Ada") and lines[2].startswith(" " * 14)
+    assert "  clips       1,234" in lines and "  clips/s     0.25" in lines
+    messages.print_result(result, "identify", as_json=True)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == {"mode": "identify", **facts, "path": "x" * 90}
+
+
+def test_config_with_wrong_values_lists_the_fields_and_the_problems(command):
+    words = ("--config.optim.learning_rate=-1", "--config.seed=-1", "--config.loss.gamma=3")
+    done = command("config", "--config=mma", *words)
+    assert done.code == 2 and "command line" in done.out
+    assert done.err.count("vidjax: config.") == 3 and "optim.learning_rate=-1.0" in done.err
+    problems = json.loads(command("config", "--config=mma", *words, "--json").out)["problems"]
+    assert len(problems) == 3
+    assert command("config", "--config=mma:iqiyi_vid")[0] == 0
+
+
 def test_compare_keeps_the_largest_group_of_runs_on_the_same_clips(tmp_path, command):
     """The first folder and the last folder are of other datasets."""
     values = {"1": 0.5, "2": 0.75}

@@ -287,7 +287,7 @@ MISTAKES = {
     "identify G": "identify needs one of --input --split",
     "identify G --split=val --out=a.doc": "--out=a.doc: end the name in .csv, .tsv, .jsonl",
     "identify G --split=val --fpir=1%": "write 0.01",
-    "identify G --split=val --threshold=0.5 --fpir=0.1": "--fpir and --threshold cannot be used together",
+    "identify G --split=val --threshold=0.5 --fpir=0.1": "leave one of them out",
     "identify G --split=val --threshold=-3": "a number above 0 and at most 1",
     "identify G --split=val --config.model.name=x": "takes only --config.data.FIELD=VALUE",
     "identify G --input=. --config.data.dir=x": "has no effect with --input: leave it out",

@@ -361,10 +361,7 @@ def describe_cards(done: Sequence[MeasuredCard], gallery: Gallery | None = None)
         values = {**found._asdict(), "mean": back_end.mean}
         values |= {key: getattr(found, key)._asdict() for key in ("same", "different")}
         content.append({"card": str(card.path), **values})
-    texts["galleries"] = (
-        "the next vidjax who uses the new numbers; other galleries: vidjax measure-card MODELS "
-        "--gallery=G"
-    )
-    if gallery:
-        texts["galleries"] = f"{gallery.folder} has the numbers of the cards"
+    others = "the next vidjax who uses the new numbers; other galleries: vidjax measure-card MODELS"
+    has = f"{gallery.folder} has the numbers of the cards" if gallery else ""
+    texts["galleries"] = has or f"{others} --gallery=G"
     return Result({"measured": content} if done else {}, texts, rows)

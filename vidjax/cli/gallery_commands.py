@@ -5,7 +5,7 @@ import contextlib
 import functools
 import shlex
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +29,9 @@ if TYPE_CHECKING:
     from vidjax.data.dataset import Dataset
 
 
-MOST_RIVALS = 3  # clips that seem to show another person, with a warning each
+MOST_RIVALS = 3  # clips that seem to show another person and are named in a warning
 Facts = Mapping[str, object]  # of a result, as in `Result`
 EMPTY: Facts = {}
-Table = Iterable[Sequence[str]]
 LARGE_BYTES = 10 << 20  # of a table whose name is printed before it is read
 
 HELP = """\
@@ -341,16 +340,15 @@ def _enrol(args: argparse.Namespace) -> Result:
         count = messages.count(len(done.refused), "clip")
         names = messages.list_some(done.refused, 3)
         warn(f"not enrolled: {count} without a usable frame, {names}")
-    for clip, other in [*done.rivals.items()][:MOST_RIVALS]:
+    rivals = [f"'{show(clip)}' seems to show '{show(x)}'" for clip, x in done.rivals.items()]
+    if rivals:
+        more = "; ..., see --json" * (len(rivals) > MOST_RIVALS)
         terminal.say(
-            f"'{show(clip)}' seems to show '{show(other)}', but was enrolled as another person\n"
+            f"{'; '.join(rivals[:MOST_RIVALS])}{more}, but was enrolled as another person\n"
             "if the clip is wrong: vidjax gallery relabel; if the two are one person: vidjax "
             "gallery rename --merge",
             warning=True,
         )
-    if len(done.rivals) > MOST_RIVALS:
-        text = f"{len(done.rivals):,} clips seem to show another enrolled person: --json lists them"
-        terminal.say(text, warning=True)
     inputs_read = {"inputs": len(inputs)} if len(inputs) > 1 else {}
     return _show_enrolled(gallery, done._asdict(), "clip", inputs_read)
 
@@ -430,16 +428,8 @@ def _identify(args: argparse.Namespace) -> Result:
     elif out:
         answers_lib.write(out, answers)
     listed = map(answers_lib.as_json, answers, answers.values())
-    return _list_answers(out, facts, texts, listed, answers_lib.table(answers))
-
-
-def _list_answers(
-    out: Path | None, facts: Facts, texts: Facts, listed: Iterable[object], table: Table
-) -> Result:
-    """Returns a result with the file of the answers, or with all answers."""
-    if out:
-        return Result({**facts, "answers": str(out)}, texts)
-    return Result({**facts, "answers": listed}, texts, table)
+    rows = () if out else answers_lib.table(answers)
+    return Result({**facts, "answers": out or listed}, texts, rows)
 
 
 def _verify(args: argparse.Namespace) -> Result:
@@ -471,7 +461,8 @@ def _verify(args: argparse.Namespace) -> Result:
     if out:
         verification.write(out, matches, identity)
     listed = (verification.as_json(*pair, identity) for pair in matches.items())
-    return _list_answers(out, facts, texts, listed, verification.table(matches))
+    rows = () if out else verification.table(matches)
+    return Result({**facts, "answers": out or listed}, texts, rows)
 
 
 def _process_tables(

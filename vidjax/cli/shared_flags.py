@@ -11,9 +11,9 @@ from vidjax.utils.rendezvous import TIMEOUT_SECONDS as TIMEOUT
 PROCESSES = ("coordinator", "num_processes", "process_id")
 
 
-def add_workdir(parser: Parser, about: str = "the folder of a trained run") -> None:
-    """Adds the required flag `--workdir`. `about` is the help text."""
-    parser.flag("--workdir FOLDER", about, required=True)
+def add_workdir(parser: Parser) -> None:
+    """Adds the required flag `--workdir`."""
+    parser.flag("--workdir FOLDER", "the folder of a trained run", required=True)
 
 
 def add_config(parser: Parser, **options: Any) -> None:  # noqa: ANN401 (the options of a flag)

@@ -42,9 +42,9 @@ class Result(NamedTuple):
     code: int = 0  # the exit code
 
 
-def print_text(text: str) -> bool:
-    """Prints text to standard output. Returns False if standard output is a closed pipe."""
-    return print_escaped(text, sys.stdout)
+def print_text(text: str) -> None:
+    """Prints text to standard output."""
+    print_escaped(text, sys.stdout)
 
 
 def print_problem(text: str) -> None:
@@ -53,8 +53,8 @@ def print_problem(text: str) -> None:
     print_escaped("\n".join(["vidjax: " + lines[0], *lines[1:3]]), sys.stderr)
 
 
-def print_escaped(text: str, stream: TextIO) -> bool:
-    """Prints text with escaped control characters. Returns False if the text is lost."""
+def print_escaped(text: str, stream: TextIO) -> None:
+    """Prints text with escaped control characters. If a pipe is closed, the text is lost."""
     encoding = stream.encoding or "utf-8"
     text = escape_controls(text).encode(encoding, "backslashreplace").decode(encoding)
     try:
@@ -63,8 +63,6 @@ def print_escaped(text: str, stream: TextIO) -> bool:
         if stream is sys.stdout and not isinstance(error, BrokenPipeError):
             raise  # a lost result is an error; a lost message is none
         drop_output(stream)
-        return False
-    return True
 
 
 def drop_output(stream: TextIO) -> None:
