@@ -402,8 +402,8 @@ def test_message_to_a_closed_pipe_or_a_full_disk_does_not_end_a_run(monkeypatch)
 # A wrong command, a pattern that finds the remedy in its error, and a command with the remedy.
 REMEDIES = [
     ("gallery identify g --input='my own'", r"(--input=.*)", "gallery identify g {}"),
-    ("config --config=knn --config.loss.gama=1", r"did you mean (--config\S+)\?",
-     "config --config=knn {}=1"),
+    ("config --config=mma --config.optim.learning_rat=1", r"did you mean (--config\S+)\?",
+     "config --config=mma {}=1"),
     ("rank --workdir=run --input=official --out=b.tsv", r"embed, add (--config\S+)",
      "rank --workdir=run --input=official {} --out=b.tsv"),
     ("gallery identify g --input=official", r"--input by (--split.*)", "gallery identify g {}"),

@@ -108,15 +108,9 @@ def add_shared_flags(parser: Parser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", help=about)
     parser.flag("--out DIR", "the folder for the results", required=True)
     parser.flag("--models DIR", "the folder of the nets that vidjax convert made", required=True)
-    about = (
-        "number of frames per second that are searched for faces (default: as in the last call, "
-        "at first 5)"
-    )
+    about = "frames per second that are searched for faces (default: as before, at first 5)"
     parser.flag("--fps N", about, type=_parse_rate)
-    about = (
-        "longer side of frames after shrinking, in pixels (default: as in the last call, at first "
-        "640)"
-    )
+    about = "longer side of frames after shrinking, in pixels (default: as before, at first 640)"
     parser.flag("--size N", about, type=whole_number(*SIZE_RANGE))
     _add_workers(parser)
     about = "compares the contents of all files with the last call, not only their size and time"
@@ -140,10 +134,8 @@ def add_extract_flags(parser: Parser) -> None:
     add_shared_flags(parser)
     about = "with --prune: also deletes the results of files whose whole folder is missing or empty"
     parser.flag("--forget-missing", about)
-    about = (
-        "makes a clip of each tracked face, or of the main person of each shot (default: as in "
-        "the last call, at first track)"
-    )
+    about = "makes a clip of each tracked face, or of the main person of each shot "
+    about += "(default: as before, at first track)"
     parser.add_argument("--unit", choices=("track", "shot"), help=about)
     parser.command(run_extract, "holiday.mp4 party.mkv --out=features --models=models")
 
@@ -167,10 +159,8 @@ def add_who_flags(parser: Parser) -> None:
     )
     parser.flag("--forget-missing", about)
     add_rule(parser)
-    about = (
-        "stores pictures of faces, and shows them on the page; --no-thumbnails deletes them "
-        "(default: as in the last call)"
-    )
+    about = "stores pictures of faces, and shows them on the page; --no-thumbnails deletes them "
+    about += "(default: as before)"
     parser.add_argument("--thumbnails", action=argparse.BooleanOptionalAction, help=about)
     about = "seconds added before and after each appearance in cut lists (default: 1)"
     parser.flag("--padding SECONDS", about, type=float, default=results.PADDING_SECONDS)

@@ -21,12 +21,6 @@ from vidjax.utils.errors import UserError, warn
 from vidjax.utils.messages import Result
 from vidjax.utils.parser import Parser
 
-# Fields that a blend of runs reads. For all other fields, each run keeps its values.
-JOINED_FIELDS = (
-    *config_lib.BLEND_FIELDS, "data.dir", "data.cache_dir",
-    "join.weights", "join.learned", "join.diffusion",
-)  # fmt: skip
-
 
 def add_train_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax train`."""
@@ -87,12 +81,7 @@ def add_report_flags(parser: Parser) -> None:
 
 def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]:
     """Returns the configuration and the folder of a run, or of the averaged runs `--runs`."""
-    for name in config_io.override_names(args.overrides):
-        if config_lib.is_of_training(name):
-            raise UserError(
-                f"config.{name} has no effect, because evaluate does not train\n"
-                f"leave out --config.{name}"
-            )
+    config_io.refuse_training_fields(args.overrides)
     model = shared_flags.load_definitions(args)
     if args.coordinator and args.runs is not None:
         raise UserError(
@@ -102,9 +91,7 @@ def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]
     folder = RunFolder(args.workdir) if args.runs else public.open_run(args.workdir)
     runs = [name.strip() for name in (args.runs or "").split(",") if name.strip()]
     config = public.configure_blend(runs, folder) if args.runs else folder.config
-    if "eval.split" in config_io.override_names(args.overrides):
-        config.eval.splits = ()
-    config = config_io.override(config, args.overrides)
+    config = public.configure_evaluation(config, args.overrides)
     trained = config.model.get("name")
     if model not in (None, trained) and not config_lib.is_blend(config):
         warn(
@@ -112,14 +99,6 @@ def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]
             "evaluate reads only definitions from this file\n"
             "leave out --config, or name a run of that system: --workdir=FOLDER"
         )
-    if config_lib.is_blend(config):
-        config_io.check_overridden(args.overrides, JOINED_FIELDS, args.command)
-    else:
-        values = dict(config_lib.fields(config))
-        for name in config_io.override_names(args.overrides):
-            if problem := config_lib.explain_unread(name, values):
-                raise UserError(problem)
-    config_lib.check_ranges(config)
     return config, folder
 
 

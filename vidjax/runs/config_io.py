@@ -191,6 +191,15 @@ def check_overridden(overrides: Sequence[str], readable: Collection[str], comman
     return names
 
 
+def refuse_training_fields(overrides: Sequence[str]) -> None:
+    """Raises UserError if a word overrides a field that only a training reads."""
+    for name in filter(config_lib.is_of_training, override_names(overrides)):
+        raise UserError(
+            f"config.{name} has no effect, because evaluate does not train\n"
+            f"leave out --config.{name}"
+        )
+
+
 def override(config: Config, overrides: Sequence[str]) -> Config:
     """Returns a copy of a configuration with changed fields.
 

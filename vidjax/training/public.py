@@ -29,6 +29,12 @@ if TYPE_CHECKING:  # these modules import JAX, TensorFlow or numpy
     from vidjax.evaluation.predict import JointPredictor, Predictor
     from vidjax.runs.results import LogFunction, Results
 
+# Fields that a blend of runs reads. For all other fields, each run keeps its values.
+JOINED_FIELDS = (
+    *config_lib.BLEND_FIELDS, "data.dir", "data.cache_dir",
+    "join.weights", "join.learned", "join.diffusion",
+)  # fmt: skip
+
 
 def load_config(spec: str | Path, *overrides: str) -> Config:
     """Loads the configuration of a system.
@@ -92,6 +98,25 @@ def configure_blend(names: Sequence[str], folder: RunFolder) -> Config:
     splits = {open_run(name).config.eval.split for name in runs}
     if len(splits) == 1:
         (config.eval.split,) = splits
+    return config
+
+
+def configure_evaluation(config: Config, overrides: Sequence[str]) -> Config:
+    """Returns the configuration of a run or a blend with the `overrides` of an evaluation.
+
+    Raises UserError if an override has no effect, or a value is out of range.
+    """
+    names = config_io.override_names(overrides)
+    if "eval.split" in names:
+        config.eval.splits = ()
+    config = config_io.override(config, overrides)
+    if config_lib.is_blend(config):
+        config_io.check_overridden(overrides, JOINED_FIELDS, "evaluate")
+    else:
+        values = dict(config_lib.fields(config))
+        for problem in filter(None, (config_lib.explain_unread(name, values) for name in names)):
+            raise UserError(problem)
+    config_lib.check_ranges(config)
     return config
 
 
