@@ -1,5 +1,6 @@
 """`vidjax check`: output for good and damaged data, runs and galleries."""
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -87,6 +88,15 @@ def test_limits_that_the_system_cannot_enforce_are_listed(check, monkeypatch):
     assert code == 0 and line.split()[0] == "none" and lines[-1] == "all good"
     for words in ("delete other files", "memory", "connections", "processes", "5.13", "Landlock"):
         assert words in line
+
+
+def test_packages_are_unknown_if_vidjax_was_not_installed(check, monkeypatch):
+    def requires(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", requires)
+    code, lines = check()
+    assert code == 0 and sum("none" in line and "pip install ." in line for line in lines) == 6
 
 
 def test_mistakes_are_reported_without_the_packages_of_runs(tmp_path, python):

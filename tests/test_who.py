@@ -337,7 +337,7 @@ def test_extract_reports_each_unreadable_film_and_prints_the_advice_once(drawn, 
     write_photo(drawn.folder / "photo.png", ("Ada", 20, 30))
     done = command("extract", drawn.folder / "photo.png", worse, *words)
     labels = [line[2:12].strip() for line in done.out.splitlines()[1:]]
-    assert labels == ["features", "files", "clips", "remedy"]  # no speed
+    assert labels == ["out", "files", "clips", "not used", "remedy"]  # no speed
     assert "worse.mp4' is damaged" in command("extract", worse, *words, "--quiet").err
 
     (drawn.folder / "notes.doc").write_text("no film")
