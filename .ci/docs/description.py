@@ -1,6 +1,6 @@
-"""Prints the description of vidjax on the package index, which is made from README.md.
+"""Writes the description of vidjax on the package index, which is made from README.md.
 
-    python .ci/docs/description.py > DESCRIPTION.md
+    python .ci/docs/description.py FILE
 
 The index shows the description without the repository, and never changes the description of a
 published version. So the commands install vidjax from the index, and all links are absolute. They
@@ -8,17 +8,20 @@ lead to the files of this version.
 """
 
 import re
+import sys
+from pathlib import Path
 
 import pages
 
 
-def main() -> None:
-    """Prints the description."""
+def main(file: Path) -> None:
+    """Writes the description to a file."""
     source = (pages.ROOT / "vidjax/utils/version.py").read_text()
     [version] = re.findall(r'^VERSION = "(.*)"$', source, re.MULTILINE)
     tag = "main" if "dev" in version else f"v{version}"
     text = pages.edit_prose(r"^<!--.*-->\n", lambda _: "", pages.read_readme())
-    print(pages.edit_prose(r"(?<=\]\()[^)]+", lambda x: make_absolute(x[0], tag), text), end="")
+    change = lambda found: make_absolute(found[0], tag)  # noqa: E731
+    file.write_text(pages.edit_prose(r"(?<=\]\()[^)]+", change, text))
 
 
 def make_absolute(link: str, tag: str) -> str:
@@ -32,4 +35,4 @@ def make_absolute(link: str, tag: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))
