@@ -184,8 +184,9 @@ def test_readme_is_short_and_each_page_of_the_site_is_in_its_menu(tmp_path):
 
 
 def test_page_of_the_index_needs_no_checkout(tmp_path):
-    subprocess.run([sys.executable, ROOT / ".ci/docs/description.py", tmp_path / "a.md"], check=True)
-    page = (tmp_path / "a.md").read_text()
+    file = tmp_path / "description.md"
+    subprocess.run([sys.executable, ROOT / ".ci/docs/description.py", file], check=True)
+    page = file.read_text()
     links = re.findall(r"\]\(([^)]*)\)", page)
     assert len(links) > 30 and all(link.startswith("https://") for link in links)
     assert f"/raw/v{vidjax.__version__}/colab/report.png" in "".join(links)
