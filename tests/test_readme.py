@@ -10,6 +10,8 @@ import runpy
 import shlex
 import shutil
 import sqlite3
+import subprocess
+import sys
 import urllib.parse
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,12 +32,14 @@ from vidjax.core import losses, metrics
 from vidjax.data import iqiyi_vid, synthetic
 from vidjax.models import build_system
 
-FOLDERS = (
-    "configs", "vidjax/data", "vidjax/evaluation/export", "vidjax/apps/video",
-    "vidjax/apps/gallery", "vidjax/runs", "vidjax/apps/serve", "tests/benchmarks", "tests",
-)  # fmt: skip
 EXPERIMENTS, WHERE = "configs/experiments.md", "configs/where-is.md"
-NAMES = ("README.md", *(f"{x}/README.md" for x in FOLDERS), EXPERIMENTS, WHERE)
+ARCHIVES = "vidjax/apps/video/ARCHIVES.md"
+NAMES = (
+    "README.md", "configs/README.md", "vidjax/data/README.md", "vidjax/evaluation/export/README.md",
+    "vidjax/apps/video/README.md", ARCHIVES, "vidjax/apps/video/NETS.md",
+    "vidjax/apps/gallery/README.md", "vidjax/runs/README.md", "vidjax/apps/serve/README.md",
+    "tests/benchmarks/README.md", "tests/README.md", EXPERIMENTS, WHERE,
+)  # fmt: skip
 PAGES = {name: ROOT / name for name in NAMES}
 
 MAINS = {
@@ -177,6 +181,17 @@ def test_readme_is_short_and_each_page_of_the_site_is_in_its_menu(tmp_path):
     assert "\n## Your own features\n" in (tmp_path / "researchers.md").read_text()
     assert "](../researchers.md#systems)" in (tmp_path / "configs/README.md").read_text()
     assert "blob/main/vidjax/data/README.md" not in (tmp_path / "researchers.md").read_text()
+
+
+def test_page_of_the_index_needs_no_checkout(tmp_path):
+    file = tmp_path / "description.md"
+    subprocess.run([sys.executable, ROOT / ".ci/docs/description.py", file], check=True)
+    page = file.read_text()
+    links = re.findall(r"\]\(([^)]*)\)", page)
+    assert len(links) > 30 and all(link.startswith("https://") for link in links)
+    assert f"/raw/v{vidjax.__version__}/colab/report.png" in "".join(links)
+    assert "pip install 'vidjax[train]' && vidjax --config=mma\n" in page
+    assert not re.search(r"git clone|pip install -e|'\.\[|configs/\w+\.py|<!--", page)
 
 
 def find_used_names(program):
@@ -428,7 +443,7 @@ def test_readme_query_finds_films_that_show_two_people_together(drawn):
     marks = ", ".join("?" * len(rows[0]))
     cells = [[json.dumps(x) if isinstance(x, list) else x for x in row.values()] for row in rows]
     database.executemany(f"INSERT INTO names VALUES ({marks})", cells)  # noqa: S608
-    query = example("query: together", "vidjax/apps/video/README.md")
+    query = example("query: together", ARCHIVES)
     seen = [*database.execute(query.replace("'names/names.jsonl'", "names"))]
     database.close()
     # The third shot of the film, from 4 to 6 seconds, shows both people.

@@ -2,9 +2,10 @@
 
     python .ci/docs/pages.py FOLDER
 
-Each Markdown file is a page. The sections `READERS` of README.md are pages of their own. A link to
-a file that is no page becomes a link to GitHub. Any generator that reads mkdocs.yml can make the
-site from these pages: this program imports no generator.
+Each Markdown file is a page. The sections `READERS` of README.md are pages of their own. The
+commands of README install vidjax from the index, not from a checkout. A link to a file that is no
+page becomes a link to GitHub. Any generator that reads mkdocs.yml can make the site from these
+pages: this program imports no generator.
 """
 
 import ast
@@ -22,6 +23,17 @@ READERS = {  # page -> section
     "engineers.md": "For engineers",
     "films.md": "Who is in my films?",
 }
+CHECKOUT = "Where things are"  # the section of README that only people with a checkout need
+# Commands of README in a checkout -> the same commands after an installation from the index.
+INSTALLED = {
+    r"git clone \S+ && cd vidjax": "mkdir vidjax && cd vidjax",
+    r"(pip install )-e ('\.\[)": r"\1\2",
+    r"'\.\[": "'vidjax[",
+    r"python -m vidjax\.main ": "vidjax ",
+    r"--config=configs/(\w+)\.py": r"--config=\1",
+    "--config=configs/": "--config=",
+    r"`(\w+)\.py(?=[:`])": r"`\1",  # names of configurations
+}
 PYTHON = ".ci/docs/python.md"  # the page of the public names
 GITHUB = "https://github.com/vidjax/vidjax"
 CODE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
@@ -37,7 +49,7 @@ def main(folder: Path) -> None:
     """Writes the pages, and the pictures that they contain."""
     paths = [path for pattern in SOURCES for path in ROOT.glob(pattern)]
     texts = {path.relative_to(ROOT).as_posix(): path.read_text() for path in paths}
-    texts["README.md"], readers = split_readme(texts["README.md"])
+    texts["README.md"], readers = split_readme(read_readme())
     texts |= readers
     texts["python.md"] = read_python_page()
     texts["modules.md"] = list_modules(texts[".github/CONTRIBUTING.md"])
@@ -84,10 +96,28 @@ def change_link(page: str, link: str, pages: Iterable[str], moved: Mapping[str, 
     if to == "README.md" or to in READERS:
         to = moved.get(anchor, "README.md")
     if to not in pages and not to.endswith(".png"):
-        kind = "tree" if (ROOT / to).is_dir() else "blob"
-        return f"{GITHUB}/{kind}/main/{to}{hash_sign}{anchor}"
+        return f"{github_address(to, 'main')}{hash_sign}{anchor}"
     start = posixpath.dirname(page_path(page))
     return f"{posixpath.relpath(page_path(to), start)}{hash_sign}{anchor}"
+
+
+def github_address(path: str, version: str) -> str:
+    """Returns the address of a file or folder of the repository, in a branch or a tag."""
+    kind = "tree" if (ROOT / path).is_dir() else "raw" if path.endswith(".png") else "blob"
+    return f"{GITHUB}/{kind}/{version}/{path}"
+
+
+def read_readme() -> str:
+    """Returns README for readers who install vidjax from the index and have no checkout."""
+    text = (ROOT / "README.md").read_text()
+    text, found = re.subn(rf"^## {CHECKOUT}\n.*?(?=^## )", "", text, flags=re.MULTILINE | re.DOTALL)
+    if found != 1:
+        raise SystemExit(f"README.md has no section '## {CHECKOUT}'")
+    for command, installed in INSTALLED.items():
+        text, found = re.subn(command, installed, text)
+        if not found:
+            raise SystemExit(f"README.md contains no command like {command}")
+    return text
 
 
 def split_readme(text: str) -> tuple[str, dict[str, str]]:
