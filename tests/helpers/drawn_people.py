@@ -119,7 +119,9 @@ class Drawn:
 
     def __init__(self, folder, command):
         self.folder, self._command = folder, command
-        self.models = write_models(folder / "models")
+        self.models = folder / "models"
+        if not self.models.exists():
+            write_models(self.models)
         self.friends, self.out = folder / "friends", folder / "out"
 
     def film(self):
