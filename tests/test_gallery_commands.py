@@ -388,6 +388,7 @@ def test_identify_writes_an_answer_for_each_clip_of_each_table(tell, folder, mad
     assert (done["tables"], done["rule"]["by"], done["threshold"]) == (4, "new", None)
     wanted = [made.identify(clips, k=3) for clips in TABLES if clips]
     assert rows_of(out) == [row for answers in wanted for row in list_rows(answers)]
+    assert not [path for path in (out, *out.iterdir()) if path.stat().st_mode & 0o077]  # private
     before = contents(out)
     assert tell(*words)["skipped"] == 4 and contents(out) == before  # all results exist
     assert "contains results of other clips" in tell(*words[:-2], "--k=2", "--json", code=2)
@@ -445,6 +446,7 @@ def test_people_in_a_ranking_of_two_tables_are_sorted(tell, tmp_path):
         write_parquet(day / f"part-{number}.parquet", clips)
     words = (f"--input={day}", f"--out={tmp_path / 'ranked'}", "--threshold=0.5")
     done = tell("rank", gallery.folder, *words, "--json")
+    assert Path(done["results"]).stat().st_mode & 0o077 == 0
     assert parquet.read_table(done["results"])["clip"].to_pylist() == ["person 2", "person 3"]
 
 
@@ -516,7 +518,6 @@ def test_outdated_or_damaged_results_are_refused_and_kept(tell, folder, day, tmp
         assert tell(*words)["skipped"] == 2  # parts 2 and 3
 
 
-@pytest.mark.slow
 def test_call_ends_with_an_error_if_the_gallery_changes(tell, folder, day, tmp_path, monkeypatch):
     load, out = vidjax.Gallery.load, tmp_path / "out"
 

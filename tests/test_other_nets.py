@@ -21,7 +21,7 @@ pytest.importorskip("starlette.testclient")
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
 from tests.helpers import made_nets
-from tests.helpers.drawn_people import EMBED, Drawn, write_film, write_photo
+from tests.helpers.drawn_people import EMBED, Drawn, restore, write_film, write_photo
 from tests.helpers.interrupted import count_down
 from vidjax.apps import features_folder, said
 from vidjax.apps.features_folder import FaceTrack
@@ -137,22 +137,13 @@ class Archive:
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    """The folder of an archive, and the folder of a copy, because each test changes the archive."""
-    folder = tmp_path_factory.mktemp("archive")
-    return folder / "now", folder / "copy"
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("archive")
 
 
 @pytest.fixture
-def drawn(places, command, read_here):
-    now, copy = places
-    shutil.rmtree(now, ignore_errors=True)
-    if not copy.exists():
-        now.mkdir()
-        Archive(Drawn(now, command)).make()
-        now.rename(copy)
-    shutil.copytree(copy, now)
-    return Drawn(now, command)
+def drawn(place, command, read_here):
+    return Drawn(restore(place, lambda now: Archive(Drawn(now, command)).make()), command)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from starlette import testclient
 
 from tests.benchmarks import review_page
 from tests.helpers import browser
-from tests.helpers.drawn_people import write_film, write_photo
+from tests.helpers.drawn_people import Drawn, restore, write_film, write_photo
 from vidjax.apps import features_folder
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.said import FEATURES
@@ -26,6 +26,7 @@ from vidjax.apps.video.decision import decide
 pytestmark = pytest.mark.usefixtures("read_here")
 TOKEN, PORT = "t" * 22, 8123
 SITE = f"http://127.0.0.1:{PORT}"
+MORE = (2, 20, [("Eve", 30, 30)]), (2, 60, [("Bob", 60, 30)])  # the shots of more.mkv
 
 
 class Reviewed:
@@ -33,15 +34,16 @@ class Reviewed:
 
     def __init__(self, drawn):
         self.drawn, self.names = drawn, drawn.names
-        self.films = drawn.film(), (more := drawn.folder / "more.mkv")
-        write_film(more, (2, 20, [("Eve", 30, 30)]), (2, 60, [("Bob", 60, 30)]))
-        write_photo(drawn.friends / "Ada.png", ("Ada", 40, 40))
-        self.before = self.names_after_restart()
-        self.open()
+        self.films = drawn.folder / "party.mkv", drawn.folder / "more.mkv"
+
+    def make(self):
+        write_film(self.drawn.film().with_name("more.mkv"), *MORE)
+        write_photo(self.drawn.friends / "Ada.png", ("Ada", 40, 40))
+        self.names_after_restart()
 
     def open(self):
         """Opens the page of the results."""
-        drawn = self.drawn
+        drawn, self.before = self.drawn, self.names()
         gallery = Gallery(drawn.out / "gallery")
         films = features_folder.read_media_files(drawn.out / FEATURES)
         decision = decide(gallery, drawn.out, films, gallery.identify)
@@ -50,6 +52,7 @@ class Reviewed:
             review.make_app(self.review, TOKEN), base_url=f"{SITE}/{TOKEN}/",
             headers={"origin": SITE, "sec-fetch-site": "same-origin"},
         )  # fmt: skip
+        return self
 
     def names_after_restart(self):
         """Returns clip -> name after another call of `vidjax who`."""
@@ -70,10 +73,20 @@ class Reviewed:
         return answer.text
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("reviewed")
+
+
+@pytest.fixture
+def drawn(place, command):
+    return Drawn(restore(place, lambda now: Reviewed(Drawn(now, command)).make()), command)
+
+
 @pytest.fixture
 def reviewed(drawn, monkeypatch):
     monkeypatch.setattr(corrections, "IDLE_SECONDS", 0)  # results are written after this time
-    return Reviewed(drawn)
+    return Reviewed(drawn).open()
 
 
 def test_person_with_the_name_of_a_clip_is_not_the_appearance_in_this_clip(reviewed):
@@ -221,15 +234,15 @@ def test_giving_a_person_the_name_of_another_person_asks_first(reviewed):
     reviewed.post(do="name", of="unknown 2", person="Ada")  # an unknown person is often Ada
 
 
-def test_message_about_a_face_has_its_time_and_not_the_time_of_the_whole_appearance(drawn):
+def test_message_about_a_face_has_its_time_and_not_the_time_of_the_whole_appearance(
+    tmp_path, command
+):
     """Ada is visible for 4 s, in two shots. Each shot is a clip."""
-    drawn.befriend("Ada")
+    (drawn := Drawn(tmp_path, command)).befriend("Ada")
     write_film(film := drawn.folder / "long.mkv", *[(2, x, [("Ada", 20, 30)]) for x in (20, 60)])
     write_photo(photo := drawn.folder / "photo.png", ("Ada", 40, 40))
     drawn.who(film, photo)
-    reviewed = Reviewed.__new__(Reviewed)
-    reviewed.drawn, reviewed.names = drawn, drawn.names
-    reviewed.open()
+    reviewed = Reviewed(drawn).open()
     assert drawn.rows()[0]["clips"] == ["long.s000.t00", "long.s001.t00"]
     faces = [f"clip:\t{clip}" for clip in ("long.s000.t00", "long.s001.t00", "photo")]
     for of, words in (
@@ -276,7 +289,8 @@ def test_every_change_can_be_made_with_keys_only(tmp_path):
 
 
 def test_review_serves_only_films_and_pictures_of_faces(reviewed, drawn):
-    client = reviewed.client
+    reviewed.names_after_restart()  # records that the films are copies
+    client = reviewed.open().client
     pictures = re.findall('<img[^>]* src="([^"]+)"', client.get("").text)
     assert len(pictures) > 2 and all((drawn.out / address).exists() for address in pictures)
     assert all(client.get(address).content.startswith(b"\x89PNG") for address in pictures)
@@ -416,19 +430,14 @@ def test_only_naming_asks_about_similar_names(reviewed):
     assert "Ada" in Gallery(reviewed.drawn.out / "gallery")
 
 
-def test_results_with_names_are_private_in_a_folder_that_others_may_read(drawn):
+def test_results_with_names_are_private_in_a_folder_that_others_may_read(tmp_path, command):
+    drawn = Drawn(tmp_path, command)
     drawn.out.mkdir(mode=0o755)
     drawn.out.chmod(0o755)
     drawn.meet("Ada")
-    for name in (
-        "names.tsv",
-        "names.jsonl",
-        "names.html",
-        "unknown.tsv",
-        "unknown.json",
-        "said.jsonl",
-    ):
-        assert (drawn.out / name).stat().st_mode & 0o777 == 0o600, name
+    for ending in ("names.tsv", "names.jsonl", "names.html", "unknown.tsv", "unknown.json",
+                   "said.jsonl"):  # fmt: skip
+        assert (drawn.out / ending).stat().st_mode & 0o777 == 0o600, ending
     for name in ("people", "features", "gallery", "subtitles", "cuts"):
         mode = (drawn.out / name).stat().st_mode & 0o777
         files = [path for path in (drawn.out / name).rglob("*") if path.is_file()]

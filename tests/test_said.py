@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
 from tests.helpers import made_shelf
-from tests.helpers.drawn_people import tags, write_film, write_photo
+from tests.helpers.drawn_people import Drawn, restore, tags, write_film, write_photo
 from tests.helpers.interrupted import count_down
 from tests.helpers.seen import refused
 from vidjax.apps import features_folder, said
@@ -35,6 +35,14 @@ FACES = {clip: Face(film=FILM, at=number, box=BOX) for number, clip in enumerate
 def say(clip, says, of: Any = None, **values):
     of = FACES.get(of, of)
     return said.about(FACES[clip], says, of=of, **values)
+
+
+def say_of(out, clip, says, of=None):
+    """Appends a line about the face of a clip to the log of results; returns the face."""
+    found = features_folder.FaceFinder(out)(clip)
+    assert found
+    said.append(out, said.stamp([said.about(found.face, says, of=of)]))
+    return found.face
 
 
 def replay(*steps, numbers=None):
@@ -203,12 +211,10 @@ def test_every_change_of_the_gallery_of_results_reaches_the_log(tmp_path):
     gallery.remove(identity="Zoe")
     assert names()[clips[0]] == "unknown 1" and b"Zoe" not in (shelf.out / said.NAME).read_bytes()
     # The gallery follows from the log: if the log has more lines, they are applied.
-    found = features_folder.FaceFinder(shelf.out)(clips[0])
-    assert found
-    said.append(shelf.out, said.stamp([said.about(found.face, "is", of="Xi")]))
+    face = say_of(shelf.out, clips[0], "is", "Xi")
     assert names()[clips[0]] == "Xi" and gallery.people["Xi"] == (clips[0],)
     # A person may write a line with a single box, at another time of the same shot.
-    line = {"film": found.face.film, "at": found.face.at + 0.5, "box": [0.3, 0.2, 0.4, 0.7]}
+    line = {"film": face.film, "at": face.at + 0.5, "box": [0.3, 0.2, 0.4, 0.7]}
     with (shelf.out / said.NAME).open("a") as log:
         log.write(json.dumps({**line, "says": "is", "of": "Wu"}) + "\n")
     assert names()[clips[0]] == "Wu"
@@ -276,19 +282,25 @@ def test_change_that_is_killed_at_any_write_is_done_or_not_done(tmp_path, monkey
 # ---- photos of people who were named on the page, too
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("party")
+
+
 @pytest.fixture
-def party(drawn, read_here):
+def party(place, command, read_here):
     """Ada and Bob have photos. The user has said that a face is Ada, and another is not Ada."""
-    drawn.meet("Ada", "Bob")
-    drawn.run("gallery", "enrol", drawn.out / "gallery", f"--input={drawn.out / 'features'}",
-              "--clip=party.s001.t00", "--identity=Ada")  # fmt: skip
-    (found,) = [features_folder.FaceFinder(drawn.out)("party.s000.t00")]
-    assert found
-    said.append(drawn.out, said.stamp([said.about(found.face, "not", of="Ada")]))
-    drawn.who(drawn.folder / "party.mkv")
-    names = drawn.names()
-    assert names["party.s001.t00"] == "Ada" != names["party.s000.t00"]
-    return drawn
+
+    def make(folder):
+        (drawn := Drawn(folder, command)).meet("Ada", "Bob")
+        drawn.gallery("enrol", f"--input={drawn.out / 'features'}", "--clip=party.s001.t00",
+                      "--identity=Ada")  # fmt: skip
+        say_of(drawn.out, "party.s000.t00", "not", "Ada")
+        drawn.who(folder / "party.mkv")
+        names = drawn.names()
+        assert names["party.s001.t00"] == "Ada" != names["party.s000.t00"]
+
+    return Drawn(restore(place, make), command)
 
 
 @pytest.mark.parametrize("name", ["ada", "Eva"])
@@ -378,7 +390,9 @@ def test_photo_that_goes_leaves_typed_names(party, way):
     assert b"Ada" not in (party.out / said.NAME).read_bytes()
 
 
-def test_faces_that_were_ignored_in_bulk_get_the_name_of_a_person_who_is_enrolled_later(drawn):
+def test_faces_that_were_ignored_in_bulk_get_the_name_of_a_person_who_is_enrolled_later(
+    drawn, read_here
+):
     from vidjax.apps.video import review
 
     film = drawn.folder / "film.mkv"
@@ -433,10 +447,7 @@ def write_as_earlier(out):
 def test_results_of_version_0_1_0_keep_names_numbers_and_corrections(party):
     film = party.folder / "party.mkv"
     party.gallery("rename", "--identity=Bob", "--to=Robert")
-    for clip, word in (("party.s002.t01", "ignore"),):
-        found = features_folder.FaceFinder(party.out)(clip)
-        assert found
-        said.append(party.out, said.stamp([said.about(found.face, word)]))
+    say_of(party.out, "party.s002.t01", "ignore")
     party.who(film)
     names, state = party.names(), read_said(party.out, features_folder.read_media_files(
         party.out / FEATURES))  # fmt: skip

@@ -879,8 +879,9 @@ def test_signal_ends_the_server_despite_stuck_threads(folder):
     assert Gallery(folder).identities["person 3"] == 4, "none of the 4 clips was removed"
 
 
+@pytest.mark.slow
 def test_serve_command_uses_the_given_run_for_a_gallery_whose_run_was_moved(
-    nearest_run, data, trained, tmp_path, say, monkeypatch
+    nearest_run, data, tmp_path, say, monkeypatch
 ):
     shutil.copytree(nearest_run, old := tmp_path / "old")
     gallery = Gallery.create(tmp_path / "g", old, data)

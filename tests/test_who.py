@@ -333,6 +333,7 @@ def test_extract_reports_each_unreadable_film_and_prints_the_advice_once(drawn, 
     assert done.out.count("copy the file again") == 1 and "use MP4, MKV" not in done.out
     assert f"{copy} is a copy of {film} and is left out" in done.err
     assert [film.video for film in features_folder.read_media_files(drawn.out)] == ["party.mkv"]
+    assert not [path for path in drawn.out.rglob("*") if path.stat().st_mode & 0o077]  # private
 
     write_photo(drawn.folder / "photo.png", ("Ada", 20, 30))
     done = command("extract", drawn.folder / "photo.png", worse, *words)

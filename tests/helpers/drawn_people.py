@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from collections import namedtuple
 from unittest import mock
 
@@ -105,6 +106,20 @@ def extract(path, out, models, **settings):
     out.mkdir(exist_ok=True)
     facts = film.extract(path, out, path.stem, nets, settings, stamp.of(path), "0" * 64)
     return facts, clip_files.read_arrays(out)
+
+
+def restore(folder, make):
+    """Returns a folder inside `folder` as `make(it)` has left it, for tests that change the folder.
+
+    The first call calls `make`, and copies the folder. Later calls replace it by the copy.
+    """
+    now, copy = folder / "now", folder / "copy"
+    shutil.rmtree(now, ignore_errors=True)
+    if not copy.exists():
+        now.mkdir()
+        make(now)
+        now.rename(copy)
+    return shutil.copytree(copy, now)
 
 
 # What a command with --json has printed: the JSON on stdout, and the messages on stderr.
