@@ -45,11 +45,15 @@ class Shelf:
     def who(self):
         """Calls `vidjax who`, and returns clip -> name, or None for an ignored clip."""
         who.name_people(self.films, None, self.out, self.made.models)
-        return self.names(made_shelf.decide(self.out))
+        return self.later()
 
-    def names(self, decision=None):
-        decision = decision or self.page._decision
-        return {clip: x.identity for x in decision.appearances for clip in x.clips}
+    def names(self):
+        """Returns clip -> name, or None for an ignored clip, on the page."""
+        return made_shelf.list_names(self.out, self.page._decision)
+
+    def later(self):
+        """Returns the names that the next call of `vidjax who` would give."""
+        return made_shelf.list_names(self.out)
 
     def clips(self, name):
         return [clip for clip, x in self.names().items() if x == name]
@@ -94,9 +98,9 @@ def test_faces_taken_out_and_people_joined_stay_so_when_a_film_is_added(shelf):
     shelf.page.change("name", [two], three)  # joins two people, who look different
     both = shelf.clips(min(two, three))
     before = shelf.names()
-    assert shelf.names(made_shelf.decide(shelf.out)) == before, "the same names in the next call"
+    assert shelf.later() == before, "the same names in the next call"
     show()
-    after = shelf.names(made_shelf.decide(shelf.out))
+    after = shelf.later()
     assert len(after) > len(before) and {after[clip] for clip in both} == {min(two, three)}
     (apart,) = {after[clip] for clip in wrong}
     assert apart != one and {after[clip] for clip in rest} == {one}
@@ -106,7 +110,7 @@ def test_faces_taken_out_and_people_joined_stay_so_when_a_film_is_added(shelf):
     shelf.page.change("name", [one], "Zoe")
     assert {shelf.names()[clip] for clip in rest} == {"Zoe"}
     assert "Zoe" not in {shelf.names()[clip] for clip in wrong}
-    assert shelf.names(made_shelf.decide(shelf.out)) == shelf.names()
+    assert shelf.later() == shelf.names()
 
 
 def test_many_people_and_faces_are_changed_in_one_step(shelf):
@@ -116,9 +120,9 @@ def test_many_people_and_faces_are_changed_in_one_step(shelf):
         shelf.page.change(action, [one, two, *keys(faces)], name or "")
         changed = {*faces, *(clip for clip, x in before.items() if x in (one, two))}
         assert {shelf.names()[clip] for clip in changed} == {name}
-        assert shelf.names(made_shelf.decide(shelf.out)) == shelf.names()
+        assert shelf.later() == shelf.names()
         shelf.page.undo()
-        assert shelf.names() == before == shelf.names(made_shelf.decide(shelf.out))
+        assert shelf.names() == before == shelf.later()
     # Each person's part becomes another person.
     clips = [clip for name in (one, two) for clip in shelf.clips(name)[:2]]
     shelf.page.change("apart", keys(clips))
@@ -144,9 +148,7 @@ def test_everybody_seen_once_is_ignored_and_gets_names_later(tmp_path):
     )  # with 99 clips of strangers in the gallery, names would need another rule
     before = shelf.names()
     shelf.page.change("once", [])
-    assert (
-        shelf.names() == before | dict.fromkeys(clips) == shelf.names(made_shelf.decide(shelf.out))
-    )
+    assert shelf.names() == before | dict.fromkeys(clips) == shelf.later()
     shelf.page.change("name", keys(clips[:1]), "Zoe")
     assert shelf.names()[clips[0]] == "Zoe"
     shelf.page.undo()
@@ -225,8 +227,8 @@ def test_random_changes_stay_as_they_were_said_in_every_later_call(tmp_path, see
                 wrong |= {(clip, names[clip])} if action == "deny" else set()
             if action == "apart":
                 apart |= {(one, two) for one in few for two in {*clips} - {*few}}
-        later = shelf.names(made_shelf.decide(shelf.out))
-        assert shelf.names() == later == shelf.names(made_shelf.decide(shelf.out))
+        later = shelf.later()
+        assert shelf.names() == later == shelf.later()
         assert {clip: later[clip] for clip in said} == said
         assert not [x for x in wrong if later[x[0]] == x[1] and x[0] not in said]
         same = [pair for pair in apart if later[pair[0]] == later[pair[1]] is not None]
@@ -305,7 +307,7 @@ def test_change_whose_names_cannot_be_decided_changes_nothing(shelf, monkeypatch
         monkeypatch.setattr(corrections, "decide", fail_once)
         refused(lambda change=change: shelf.page.change(*change), "no names")
         assert Gallery(shelf.out / "gallery").identities == contents
-        assert shelf.names() == before == shelf.names(made_shelf.decide(shelf.out))
+        assert shelf.names() == before == shelf.later()
         assert said.read(shelf.out) == lines
 
 
@@ -364,7 +366,7 @@ def test_suggested_name_that_a_user_refuses_is_not_suggested_again(tmp_path):
     }
     before = shelf.names()
     assert f"is not {name}." in client.post("change", data=form).text
-    assert shelf.names() == before == shelf.names(made_shelf.decide(shelf.out))
+    assert shelf.names() == before == shelf.later()
     assert name not in dict(page._decision.answers[clip].best)
     assert name not in dict(made_shelf.decide(shelf.out).answers[clip].best)
     page.undo()

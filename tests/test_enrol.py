@@ -191,10 +191,14 @@ def test_labels_that_no_input_has_are_reported_once(say, command, folder, tmp_pa
     for number in (0, 2):
         write_table(day / f"{number}.parquet", ["Ada", "Eve"], first=number)
     words = ("gallery", "enrol", folder, f"--input={day}")
-    labels = clip_files.write_labels(tmp_path / "labels.csv", {"c3": "Eve", "zzz": "Bob"})
+    labels = clip_files.write_labels(tmp_path / "labels.csv", {"c3.mp4": "Eve", "zzz": "Bob"})
     with pytest.warns(VidjaxWarning, match="labels.csv: no clip is called 'zzz'") as warned:
         say(*words, f"--labels={labels}")
     assert len(warned) == 1 and list_clips(folder) == {"c3": "Eve"}
+    labels.write_text("clip,identity\nc0,Ada\nc1,\n")  # as `identify` writes an unknown person
+    with pytest.warns(VidjaxWarning, match="labels.csv: line 3: clip c1: its identity is"):
+        say(*words, f"--labels={labels}")
+    assert list_clips(folder) == {"c0": "Ada", "c3": "Eve"}
     labels = clip_files.write_labels(tmp_path / "stray.csv", {"zzz": "Bob"})
     done = command(*words, f"--labels={labels}")
     assert done.code == 2 and "use the clip names of the features" in done.err

@@ -26,6 +26,7 @@ from vidjax.apps.gallery.store import StoredClip
 from vidjax.data import store
 from vidjax.utils import files, tables
 
+pytestmark = pytest.mark.usefixtures("read_here")
 GONE = "Ada Lovelace"
 # Names that may touch other letters, because these languages lack blanks or have particles.
 TOUCHED = {"李小龙": "我喜欢李小龙的电影", "김연아": "이김연아는"}

@@ -200,36 +200,6 @@ def test_rank_writes_a_submission(tell, tmp_path, of_run, data):
         out.unlink()
 
 
-def test_enrol_reads_people_from_tables_of_all_kinds(tell, folder, tmp_path):
-    """The tables are labels of a training, answers of identify, and a table of a user."""
-    clips = write_clips(tmp_path / "clips", "Ada", "Eve", seed=1)
-    words, first = (folder, f"--input={clips}"), clip_files.write_labels(
-        tmp_path / "labels.csv", {"Ada 0.mp4": "Ada", "Eve 1": "Eve"}
-    )  # fmt: skip
-    assert "2 clips, 0 enrolled before" in tell("enrol", *words, f"--labels={first}")
-    answers = tmp_path / "answers.csv"
-    tell("identify", *words, f"--out={answers}", "--threshold=0.5")
-    cells = answers.read_text().splitlines()
-    assert cells[1].startswith("Ada 0,Ada,")
-    answers.write_text("\n".join([*cells, "Ada 0,,0.1"]) + "\n")  # an unknown person
-    with pytest.warns(VidjaxWarning, match="answers.csv: line 6: clip Ada 0: its identity is"):
-        assert "4 clips" not in tell("enrol", *words, f"--labels={answers}")
-    table = pyarrow.table({"identity": ["Ada", "Eve"], "clip": ["Ada 1", "Eve 0"]})
-    parquet.write_table(table, tmp_path / "people.parquet")
-    tell("enrol", *words, f"--labels={tmp_path / 'people.parquet'}")
-    assert {**Gallery(folder).identities}.items() >= {"Ada": 2, "Eve": 2}.items()
-
-    stray = clip_files.write_labels(tmp_path / "stray.csv", {"Ada 1": "Ada", "zzz": "Eve"})
-    with pytest.warns(VidjaxWarning, match="stray.csv: no clip is called 'zzz'"):
-        tell("enrol", *words, f"--labels={stray}")
-
-    table = write_parquet(tmp_path / "many.parquet", {"new": {"face": np.ones((1, WIDTH))}})
-    assert "--labels=FILE" in tell("enrol", folder, f"--input={table}", code=2)
-    labels = clip_files.write_labels(tmp_path / "wrong.csv", {"new": "1.23E+11"})
-    with pytest.warns(VidjaxWarning, match="wrong.csv: line 2: identity '1.23E[+]11' looks like"):
-        tell("enrol", folder, f"--input={table}", f"--labels={labels}")
-
-
 def test_names_with_and_without_mp4_are_one_clip(tell, folder, tmp_path):
     """Names without .mp4 are stored. Galleries of older versions may contain names with it."""
     clip = {"face": np.random.default_rng(0).normal(size=(2, WIDTH)).astype(np.float32)}

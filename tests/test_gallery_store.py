@@ -809,6 +809,14 @@ def test_a_gallery_of_an_earlier_version_keeps_its_answers(path, tmp_path):
     for opened in (people, Gallery(tmp_path)):
         check_frozen(opened, frozen)
     assert contents(tmp_path) == before and not Gallery(tmp_path).state.denied
+
+
+@pytest.mark.parametrize("path", [
+    pytest.param(x, id=x.stem, marks=[pytest.mark.slow] * x.stem.endswith("run")) for x in FROZEN
+])  # fmt: skip
+def test_a_person_is_removed_from_a_gallery_of_an_earlier_version_without_a_trace(path, tmp_path):
+    """The back end of a gallery of a run is fitted again, which takes seconds."""
+    people, _ = thaw(tmp_path, path)
     name = max(people.people)
     people.remove(identity=name)
     assert not holds(people, name.encode())

@@ -20,7 +20,7 @@ import pytest
 pytest.importorskip("starlette.testclient")
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
-from tests.helpers import made_nets
+from tests.helpers import made_nets, made_shelf
 from tests.helpers.drawn_people import EMBED, Drawn, restore, write_film, write_photo
 from tests.helpers.interrupted import count_down
 from vidjax.apps import features_folder, said
@@ -29,7 +29,7 @@ from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import Store
 from vidjax.apps.said import FEATURES
 from vidjax.apps.video import faces, review, who
-from vidjax.apps.video.decision import decide, read_said
+from vidjax.apps.video.decision import read_said
 from vidjax.apps.video.names_page import CLIP
 from vidjax.data.clip_files import write_npz
 
@@ -79,10 +79,7 @@ class Archive:
 
     def open(self):
         """Returns the page of corrections."""
-        gallery = Gallery(self.out / "gallery")
-        films = features_folder.read_media_files(self.out / FEATURES)
-        decision = decide(gallery, self.out, films, gallery.identify)
-        return review.Review(self.out, decision)
+        return review.Review(self.out, made_shelf.decide(self.out))
 
     def correct(self):
         """Makes four corrections in each film, joins unknown people, and renames Ada."""

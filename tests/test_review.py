@@ -15,13 +15,10 @@ pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video
 from starlette import testclient
 
 from tests.benchmarks import review_page
-from tests.helpers import browser
+from tests.helpers import browser, made_shelf
 from tests.helpers.drawn_people import Drawn, restore, write_film, write_photo
-from vidjax.apps import features_folder
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.said import FEATURES
 from vidjax.apps.video import corrections, names_page, results, review
-from vidjax.apps.video.decision import decide
 
 pytestmark = pytest.mark.usefixtures("read_here")
 TOKEN, PORT = "t" * 22, 8123
@@ -44,10 +41,7 @@ class Reviewed:
     def open(self):
         """Opens the page of the results."""
         drawn, self.before = self.drawn, self.names()
-        gallery = Gallery(drawn.out / "gallery")
-        films = features_folder.read_media_files(drawn.out / FEATURES)
-        decision = decide(gallery, drawn.out, films, gallery.identify)
-        self.review = review.Review(drawn.out, decision, padding=0.25)
+        self.review = review.Review(drawn.out, made_shelf.decide(drawn.out), padding=0.25)
         self.client = testclient.TestClient(
             review.make_app(self.review, TOKEN), base_url=f"{SITE}/{TOKEN}/",
             headers={"origin": SITE, "sec-fetch-site": "same-origin"},
@@ -58,12 +52,6 @@ class Reviewed:
         """Returns clip -> name after another call of `vidjax who`."""
         self.drawn.who(*self.films, flags=["--thumbnails"])
         return self.names()
-
-    def identify(self):
-        """Returns clip -> name, as `vidjax gallery identify` names the clips of the films."""
-        words = (self.drawn.out / "gallery", f"--input={self.drawn.out / 'features'}", "--json")
-        answers = self.drawn.run("gallery", "identify", *words).content["answers"]
-        return {x["clip"]: x["identity"] for x in answers if x["identity"]}
 
     def post(self, action="change", status=200, **fields):
         """Sends a form of the page; returns the text of the answer."""
@@ -110,45 +98,6 @@ def test_review_needs_neither_prometheus_nor_httptools(python):
     )
 
 
-@pytest.mark.slow
-def test_names_given_denied_and_undone_persist_in_the_next_call(reviewed, drawn):
-    before, bob = reviewed.before, reviewed.before["party.s002.t01"]
-    assert bob.startswith("unknown ") and before["party.s000.t00"] == "Ada"
-
-    # Bob gets the name Zoë. The letter e and its combining dots become one letter.
-    text = reviewed.post(do="name", of=bob, person="Zo\u0065\u0308")
-    named = {clip: "Zo\u00eb" if name == bob else name for clip, name in before.items()}
-    assert f"Saved: {bob} is Zo" in text and "Undo" in text
-    # In more.mkv, Bob appears at 2 s. The cut begins 0.25 s earlier: at 1 s and 18 of 24 frames.
-    assert " C        00:00:01:18 " in (drawn.out / "cuts" / "Zo\u00eb.edl").read_text()
-    assert reviewed.names() == named == reviewed.names_after_restart()
-    assert "Undone" in reviewed.post("undo")
-    assert reviewed.names() == before == reviewed.names_after_restart()
-    assert {*Gallery(drawn.out / "gallery").identities} == {"Ada"}
-
-    # `deny`: the name of a clip is wrong, so the clip becomes unknown. It is denied twice.
-    ada = "clip:\tparty.s000.t00"
-    text, denied = reviewed.post(do="deny", of=ada), reviewed.names()
-    unknown = denied["party.s000.t00"]
-    assert f"Saved: party.mkv, 0:00\u20130:02, is not Ada, but {unknown}." in text
-    assert unknown.startswith("unknown ") and reviewed.names_after_restart() == denied
-    named = {clip: name for clip, name in denied.items() if not name.startswith("unknown ")}
-    assert reviewed.identify() == named
-    reviewed.post(do="name", of=ada, person="Ada")
-    assert reviewed.names() == reviewed.names_after_restart()
-    assert reviewed.names()["party.s000.t00"] == "Ada"
-    reviewed.post(do="deny", of=ada)  # a name by the user can be denied, too
-    assert reviewed.names() == denied == reviewed.names_after_restart()
-    reviewed.post(do="name", of="Ada", person="Ada Lovelace")
-    assert reviewed.names()["party.s000.t00"] == unknown, "the new name is denied, too"
-
-    for _ in ("name", "deny", "name", "deny"):
-        reviewed.post("undo")
-    assert reviewed.names() == before
-    reviewed.post("undo", status=422)  # nothing is left to undo
-
-
-@pytest.mark.slow
 def test_review_joins_ignores_and_names_people_and_asks_about_similar_names(reviewed, drawn):
     before = reviewed.before
     reviewed.post(do="name", of="unknown 2", person="Unknown  1")  # the same name as unknown 1
@@ -171,6 +120,9 @@ def test_review_joins_ignores_and_names_people_and_asks_about_similar_names(revi
     # Guest 1 and Guest 2 are similar, too, but no question is asked.
     for of, person in {"Ad a": "Guest 1", "unknown 2": "Guest 2"}.items():
         assert f"Saved: {of} is {person}." in reviewed.post(do="name", of=of, person=person)
+    # Bob appears at 2 s of more.mkv. The cut begins 0.25 s earlier: at 1 s and 18 of 24 frames.
+    guest = drawn.out / "cuts" / f"{reviewed.names()['more.s001.t00']}.edl"
+    assert " C        00:00:01:18 " in guest.read_text()
     assert {*reviewed.names().values()} == {"Ada", "Guest 1", "Guest 2"}
     assert reviewed.names() == reviewed.names_after_restart()
 
@@ -185,6 +137,7 @@ def test_review_returns_to_the_next_person_after_a_change(reviewed):
     # After a change on the page of a person or film, this page is shown.
     text = reviewed.post("undo", view="person=Ada")
     assert "<title>Ada: " in text and "Undone" in text
+    reviewed.post("undo", status=422)  # nothing is left to undo
     assert "<title>Eva: " in reviewed.post(do="name", of="Ada", person="Eva", view="person=Ada")
     assert "<title>Ada: " in reviewed.post("undo", view="person=Eva")
     text = reviewed.client.get("?film=more.mkv").text
@@ -335,23 +288,6 @@ def test_films_and_photos_are_sent_as_what_they_contain_and_never_as_pages(revie
         assert answer.headers["content-security-policy"] == "sandbox"
 
 
-@pytest.mark.slow
-def test_people_of_a_new_film_with_the_name_of_an_old_film_can_be_named(reviewed):
-    """Eve in more.mkv is enrolled, so Eve in party.mkv gets her name. Then more.mkv is replaced."""
-    bob = reviewed.names()["more.s001.t00"]  # such as "unknown 2"
-    reviewed.post(do="name", of="clip:\tmore.s000.t00", person="Eve")
-    write_film(reviewed.films[1], (2, 20, [("Bob", 30, 30)]))
-    assert reviewed.names_after_restart()["more.s000.t00"] == bob
-    reviewed.open()
-    reviewed.post(do="name", of="clip:\tmore.s000.t00", person="Bob")
-    names = reviewed.names()
-    assert names["more.s000.t00"] == "Bob" == names["party.s002.t01"]
-    assert names["party.s001.t00"] != "Bob", "the old clip of Eve is not called Bob"
-    reviewed.post("undo")
-    assert reviewed.names()["party.s001.t00"] == "Eve"
-    assert f"Saved: {bob} is Bob." in reviewed.post(do="name", of=bob, person="Bob")
-
-
 def test_page_shows_changes_that_another_command_makes_in_the_gallery(reviewed, drawn):
     page = reviewed.client.get("?person=Ada").text
     drawn.gallery("rename", "--identity=Ada", "--to=Eva")
@@ -359,8 +295,9 @@ def test_page_shows_changes_that_another_command_makes_in_the_gallery(reviewed, 
     (version, *_) = re.findall('name="version" value="([0-9]+)"', page)
     reviewed.post(status=409, version=version, do="name", of="Ada")  # the page was out of date
     # A name that was denied remains denied under the new name.
-    reviewed.post(do="deny", of="clip:\tparty.s000.t00")
-    denied = reviewed.names()
+    text, denied = reviewed.post(do="deny", of="clip:\tparty.s000.t00"), reviewed.names()
+    unknown = denied["party.s000.t00"]
+    assert f"Saved: party.mkv, 0:00\u20130:02, is not Eva, but {unknown}." in text
     drawn.gallery("rename", "--identity=Eva", "--to=Ada Lovelace")
     reviewed.client.get("")  # the page reads the new name
     renamed = {clip: "Ada Lovelace" if x == "Eva" else x for clip, x in denied.items()}

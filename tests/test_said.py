@@ -9,6 +9,7 @@ import random
 import shutil
 import sqlite3
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,11 +21,12 @@ from tests.helpers.drawn_people import Drawn, restore, tags, write_film, write_p
 from tests.helpers.interrupted import count_down
 from tests.helpers.seen import refused
 from vidjax.apps import features_folder, said
+from vidjax.apps.gallery.answers import table
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import Store
 from vidjax.apps.said import FEATURES, Face, Line
-from vidjax.apps.video import faces, unknown_numbers
-from vidjax.apps.video.decision import decide, read_said
+from vidjax.apps.video import faces, review, unknown_numbers
+from vidjax.apps.video.decision import read_said
 from vidjax.utils import files
 
 FILM = "a" * 64
@@ -190,10 +192,7 @@ def test_every_change_of_the_gallery_of_results_reaches_the_log(tmp_path):
     clips = [clip for clip, x in first.unknown.items() if x == "unknown 1"]
     vectors = first.vectors
     assert vectors
-
-    def names():
-        decision = made_shelf.decide(shelf.out)
-        return {clip: x.identity for x in decision.appearances for clip in x.clips}
+    names = partial(made_shelf.list_names, shelf.out)
 
     before = names()
     gallery.enrol(vectors.only(clips[:1]), "Zoe")
@@ -205,6 +204,8 @@ def test_every_change_of_the_gallery_of_results_reaches_the_log(tmp_path):
     assert names()[clips[0]] == "Yan" and "Zoe" not in names().values()
     gallery.relabel(clips[0], None)
     assert names()[clips[0]] is None
+    answer = gallery.identify(vectors.only(clips[:1]))
+    assert [*table(answer)][-1][-1] == "enrolled as a stranger"
     gallery.remove(clip=clips[0])
     assert names()[clips[0]] == "unknown 1"
     gallery.enrol(vectors.only(clips[:1]), "Zoe")
@@ -239,16 +240,11 @@ def test_change_of_the_gallery_that_fails_is_undone_in_the_log(tmp_path, monkeyp
 
 
 def test_change_that_is_killed_at_any_write_is_done_or_not_done(tmp_path, monkeypatch):
-    from vidjax.apps.video import review
-
     shelf = made_shelf.make(tmp_path, people=5, films=2, known=2, faces=10)
     said.append(shelf.out, [])
     whole = tmp_path / "whole"
     left = count_down(monkeypatch, (os, "replace"), (Store, "write"), (files, "append"))
-
-    def names():
-        decision = made_shelf.decide(shelf.out)
-        return {clip: x.identity for x in decision.appearances for clip in x.clips}
+    names = partial(made_shelf.list_names, shelf.out)
 
     def rename(page, face):
         Gallery(shelf.out / "gallery").rename("Ada", "Eva")
@@ -393,15 +389,11 @@ def test_photo_that_goes_leaves_typed_names(party, way):
 def test_faces_that_were_ignored_in_bulk_get_the_name_of_a_person_who_is_enrolled_later(
     drawn, read_here
 ):
-    from vidjax.apps.video import review
-
     film = drawn.folder / "film.mkv"
     write_film(film, (2, 20, [("Ada", 20, 30)]), (2, 60, [("Eve", 80, 50)]))
     drawn.befriend("Ada")
     drawn.who(film)
-    gallery = Gallery(drawn.out / "gallery")
-    films = features_folder.read_media_files(drawn.out / FEATURES)
-    page = review.Review(drawn.out, decide(gallery, drawn.out, films, gallery.identify))
+    page = review.Review(drawn.out, made_shelf.decide(drawn.out))
     for action, of, later in (("once", [], "Eve"), ("ignore", ["unknown 1"], None)):
         page.change(action, of)
         page.save()

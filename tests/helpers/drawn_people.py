@@ -15,6 +15,7 @@ from vidjax.apps.video import film
 SIDE = made_nets.FACE
 # A net that distinguishes people by the colours of their faces.
 EMBED = {"content": made_nets.embedder(weights=made_nets.colours()), "input": {"mean": [170.0] * 3}}
+GROUP = ("Ada", 20, 20), ("Bob", 70, 40)  # names, and where the faces are: left, top
 COLOURS = {"Ada": (255, 255, 90), "Bob": (255, 90, 255), "Eve": (90, 255, 255)}
 
 
@@ -141,6 +142,11 @@ class Drawn:
 
     def film(self):
         return write_party(self.folder / "party.mkv")
+
+    def group(self):
+        """Writes a photo of Ada and Bob, which is read faster than a film; returns its path."""
+        write_photo(self.folder / "group.png", *GROUP)
+        return self.folder / "group.png"
 
     def befriend(self, *names):
         """Writes a photo of each person into a folder of the person."""
