@@ -212,6 +212,12 @@ def test_few_strangers_report_the_clips_below_one_half(tmp_path):
     assert "doubtful" not in rule._replace(by="fpir").describe(2)
 
 
+def test_table_of_answers_says_why_a_clip_has_no_candidates():
+    for evidence, words in (((), "no usable frame"), (("told",), "enrolled as a stranger")):
+        answer = answers_lib.Answer(None, 0.0, -np.inf, (), evidence)
+        assert [*answers_lib.table({"clip": answer})][-1][-1] == words
+
+
 def test_at_most_a_share_of_the_enrolled_strangers_is_named_and_ranked(tmp_path):
     """The threshold is just above the score of one stranger, who must not be named."""
     clips = make_clips(strangers=100)
