@@ -294,6 +294,8 @@ def test_forget_finds_both_unicode_forms_of_a_name(forms, tmp_path, say):
     gallery = made_galleries.make(tmp_path / "g", clips)
     converted(tmp_path / "cache" / "0", f"{stored} 1")
     make_run(tmp_path / "run", [stored])
+    answer = say("forget", f"--clip={typed} 1", tmp_path, "--json", code=1)
+    assert sorted(place["kind"] for place in answer["places"]) == ["gallery", "records"]
     answer = say("forget", f"--identity={typed}", tmp_path, "--delete", "--json", code=1)
     assert sorted(place["kind"] for place in answer["places"]) == ["gallery", "records", "run"]
     assert (answer["deleted"], answer["left"], len(gallery)) == (2, 1, 0)

@@ -185,6 +185,9 @@ def test_giving_a_person_the_name_of_another_person_asks_first(reviewed):
     assert "Bob" not in reviewed.names().values()
     reviewed.post("undo")
     reviewed.post(do="name", of="unknown 2", person="Ada")  # an unknown person is often Ada
+    reviewed.post(do="name", of="Bob", person="Zo\u00eb")
+    text = reviewed.post(status=422, do="name", of="Ada", person="Zoe\u0308")  # two letters for one
+    assert "Is Ada the same person?" in text
 
 
 def test_message_about_a_face_has_its_time_and_not_the_time_of_the_whole_appearance(

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from datetime import datetime
 from unittest import mock
 
 import numpy as np
@@ -66,6 +67,7 @@ def test_results_list_who_appears_when_in_every_format(drawn):
     assert cells["box"] == " ".join(map(str, unknown["box"])) and cells["probability"] == ""
     assert 2 <= float(cells["box_at"]) == unknown["box_at"] < 4
     assert cells["path"] == str(film.resolve()) and cells["date"] == unknown["date"]
+    assert datetime.fromisoformat(cells["date"]).timestamp() == int(film.stat().st_mtime)
 
     for kind in ("vtt", "srt"):  # the names in the first and the last shot
         assert (out / "subtitles" / f"party.{kind}").read_text().count("-->") == 2
