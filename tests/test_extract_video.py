@@ -632,18 +632,6 @@ def test_tags_of_a_picture_of_another_shape_are_not_believed(shape, size, orient
     assert found.tolist() == [0 if fits else -1] and (SHAPE in problem) == (not fits)
 
 
-def test_recorded_shape_of_the_picture_decides_which_faces_match_tags():
-    # The tag is at the top left. In the stored picture of 300 x 400 pixels, the face is at the top
-    # left, too. In the displayed picture of 400 x 300 pixels, the face is at the top right. If the
-    # shape is not known, the picture with more matches counts: the stored picture. If it is a
-    # square, neither picture was tagged.
-    face = np.array([[280, 30, 360, 90]])
-    for shape, matches in ((None, [0]), ((300, 400), [0]), ((400, 300), [-1]), ((300, 300), [-1])):
-        tags = regions.Tags([regions.Tag("Ada", (0.1, 0.1, 0.3, 0.3))], shape)
-        found, _ = regions.match_faces(tags, face, size=(400, 300), orientation=6)
-        assert found.tolist() == matches, shape
-
-
 def test_each_face_matches_at_most_one_tag_and_the_best_pairs_come_first():
     """Tags 0, 1 and 2 cover face 0, and tag 2 fits it best. Only tag 0 covers face 1."""
     boxes = [(0, 0, 1, 1), (0.1, 0.1, 0.4, 0.5), (0.14, 0.29, 0.33, 0.54), (0.6, 0.6, 0.9, 0.9)]
