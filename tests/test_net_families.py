@@ -81,8 +81,8 @@ def decode_slowly(card, outputs, width):
 
     As in scrfd.py: (x, y) are the column and row of the cell times the stride. A box is (x - left,
     y - top, x + right, y + bottom), and a point is (x, y) plus its distance. As in face_detect.cpp
-    for YuNet: the score is sqrt(cls obj), the centre is the cell plus its distance, and sides are
-    exp(distance). All distances are in strides.
+    for YuNet: the score is sqrt(cls obj), both clipped to 0 to 1. The centre is the cell plus its
+    distance, and sides are exp(distance). All distances are in strides.
     """
     strides = (8, 16, 32, 64, 128) if len(outputs) == 15 else (8, 16, 32)
     anchors = 2 if len(outputs) == 9 else 1
@@ -91,7 +91,7 @@ def decode_slowly(card, outputs, width):
         *scores, box, points = arrays[number :: len(strides)]
         row, column = np.divmod(np.arange(len(box)) // anchors, width // stride)
         cell = np.stack([column, row], 1)
-        score = np.sqrt(scores[0] * scores[1]) if len(scores) == 2 else scores[0]
+        score = np.sqrt(np.prod(np.clip(scores, 0, 1), 0)) if len(scores) == 2 else scores[0]
         if card.decoder == "yunet":
             centre, half = cell + box[:, :2], np.exp(box[:, 2:]) / 2
             corners = [centre - half, centre + half]
@@ -124,6 +124,8 @@ def test_detectors_of_each_family_get_a_card_and_are_decoded_as_published(
     x = x.transpose(2, 0, 1)[None].astype(np.float32)
     answers = map(np.array, detector.session.run(None, {"data": x}))
     outputs = dict(zip(names, answers, strict=True))
+    if family == "scrfd":  # the decoder uses the order of the outputs, not their names
+        outputs = dict(enumerate(outputs.values()))
     faces = nets.DECODERS[card.decoder](outputs, width)
     wanted = decode_slowly(card, outputs, width)
     assert len(wanted) > 100
