@@ -418,6 +418,10 @@ def test_people_in_a_ranking_of_two_tables_are_sorted(tell, tmp_path):
     done = tell("rank", gallery.folder, *words, "--json")
     assert Path(done["results"]).stat().st_mode & 0o077 == 0
     assert parquet.read_table(done["results"])["clip"].to_pylist() == ["person 2", "person 3"]
+    # Without a threshold, each person has a list of both clips.
+    done = tell("rank", gallery.folder, words[0], f"--out={tmp_path / 'lists'}", "--json")
+    assert done["tables"] == 2
+    assert parquet.read_table(done["results"]).num_rows == 2 * len(gallery)
 
 
 @pytest.mark.slow
