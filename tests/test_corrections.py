@@ -295,7 +295,10 @@ def test_two_browsers_and_vidjax_who_at_once_lose_no_change(
 
 
 def test_change_whose_names_cannot_be_decided_changes_nothing(shelf, monkeypatch):
-    before, contents = shelf.names(), Gallery(shelf.out / "gallery").identities
+    people = Gallery(shelf.out / "gallery")
+    people.enrol({"of no film": {"face": np.ones((1, made_shelf.WIDTH), np.float32)}}, "Ada")
+    shelf.open()
+    before, contents = shelf.names(), people.identities
     lines, decide = said.read(shelf.out), corrections.decide
 
     def fail_once(*args):
