@@ -465,7 +465,6 @@ def pictures_of(path):
     return {alt: sorted(faces) for alt, faces in shown_faces.items()}
 
 
-@pytest.mark.slow
 def test_face_tags_name_the_people_of_a_group_photo(drawn):
     """Tags in a photo or in its sidecar file take precedence over the names of files or folders."""
     film, friends = drawn.film(), drawn.friends
@@ -505,7 +504,6 @@ def test_tagged_person_is_enrolled_although_the_folder_of_this_name_shows_others
     assert drawn.who(drawn.group()).content["people"] == {"Bob": 1, "Eve": 1}
 
 
-@pytest.mark.slow
 @nightly_after_first("way", ["untagged", "deleted", "folder deleted"])
 def test_person_known_only_by_face_tags_is_forgotten_with_the_tags_and_names(drawn, way):
     photo = drawn.friends / "Ada" / "2.png"
@@ -543,7 +541,6 @@ def test_person_known_only_by_face_tags_is_forgotten_with_the_tags_and_names(dra
     assert drawn.run("forget", "--identity=Bob", drawn.out).content["places"] == []
 
 
-@pytest.mark.slow
 def test_last_person_without_photos_is_forgotten_although_the_call_fails(drawn):
     film, out = drawn.meet("Ada", flags=["--thumbnails"]), drawn.out
     shutil.rmtree(drawn.friends / "Ada")
