@@ -134,7 +134,10 @@ def test_review_returns_to_the_next_person_after_a_change(reviewed):
     just_before_field = text[field - 200 : field]
     assert "Who is unknown 1?" in just_before_field
     assert "Saved" not in reviewed.client.get("").text, "the message is shown once"
-    # After a change on the page of a person or film, this page is shown.
+
+
+def test_page_of_a_person_or_film_is_shown_again_after_a_change(reviewed):
+    reviewed.post(do="name", of="unknown 2", person="Bob")
     text = reviewed.post("undo", view="person=Ada")
     assert "<title>Ada: " in text and "Undone" in text
     reviewed.post("undo", status=422)  # nothing is left to undo
