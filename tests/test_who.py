@@ -36,7 +36,7 @@ from vidjax.apps import features_folder, said
 from vidjax.apps.features_folder import hash_film
 from vidjax.apps.gallery.answers import read_groups
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import people_photos, pipeline
+from vidjax.apps.video import people_photos, pipeline, who
 from vidjax.apps.video.unknown_numbers import read_numbers
 from vidjax.data.clip_files import write_npz
 
@@ -188,6 +188,20 @@ def test_names_in_the_unknown_table_are_used_unless_they_contradict_earlier_name
         _, output = drawn.who(film, code=2)
         assert "unknown.tsv" in output and words in output
         assert table.read_text() == wrong
+
+
+def test_names_for_clips_of_a_replaced_film_are_ignored(drawn, monkeypatch):
+    """An interrupted call has read the new film, so the table still lists the old clip of Bob."""
+    film, table = drawn.folder / "c.mkv", drawn.out / "unknown.tsv"
+    write_film(film, shot("Bob"))
+    drawn.who(film, people=False)
+    write_film(film, shot("Eve"))
+    with monkeypatch.context() as patch:
+        patch.setattr(who, "decide", mock.Mock(side_effect=KeyboardInterrupt))
+        drawn.who(film, people=False, code=130)
+    table.write_text(table.read_text().replace("unknown 1", "Bob"))
+    content, output = drawn.who(film, people=False)
+    assert content["people"] == {} and "no longer exist" in output
 
 
 def test_unknown_table_that_was_saved_with_other_separators_is_to_be_saved_with_tabs(drawn):
