@@ -167,6 +167,12 @@ def drawn(tmp_path: Path, command: Any) -> Any:
     return Drawn(tmp_path, command)
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for `drawn_people.restore`, which all tests of a file share."""
+    return tmp_path_factory.mktemp("place")
+
+
 @pytest.fixture
 def read_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs of child processes run in this process, because a new process takes a second."""

@@ -127,11 +127,6 @@ class Archive:
         return sorted(map(str, found))
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return tmp_path_factory.mktemp("archive")
-
-
 @pytest.fixture
 def drawn(place, command, read_here):
     return Drawn(restore(place, lambda now: Archive(Drawn(now, command)).make()), command)

@@ -61,11 +61,6 @@ class Reviewed:
         return answer.text
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return tmp_path_factory.mktemp("reviewed")
-
-
 @pytest.fixture
 def drawn(place, command):
     return Drawn(restore(place, lambda now: Reviewed(Drawn(now, command)).make()), command)

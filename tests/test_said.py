@@ -275,11 +275,6 @@ def test_change_that_is_killed_at_any_write_is_done_or_not_done(tmp_path, monkey
 # ---- photos of people who were named on the page, too
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return tmp_path_factory.mktemp("party")
-
-
 @pytest.fixture
 def party(place, command, read_here):
     """Ada and Bob have photos. The user has said that a face is Ada, and another is not Ada."""
