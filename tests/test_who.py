@@ -681,7 +681,7 @@ def test_identify_counts_the_names_in_a_file_with_times(drawn):
 
 
 def test_features_of_other_nets_or_settings_are_refused(drawn):
-    arguments, gallery = ([drawn.group()], drawn.out, drawn.models), drawn.folder / "g"
+    arguments = [drawn.group()], drawn.out, drawn.models
     pipeline.extract(*arguments)
 
     slower = features_folder.ExtractionSettings(fps=2.0)
@@ -694,10 +694,6 @@ def test_features_of_other_nets_or_settings_are_refused(drawn):
     card = drawn.models / "embed.json"
     card.write_text(json.dumps(json.loads(card.read_text()) | {"notes": "another"}))
     refused(lambda: pipeline.extract(*arguments), "with another net for the role face_embedder")
-
-    Gallery.of_models(gallery, drawn.models)
-    words = ("gallery", "enrol", gallery, f"--input={drawn.out}", "--identity=Ada")
-    assert "not from the model of the gallery" in drawn.run(*words, code=2).output
 
 
 def test_python_names_people_of_paths_that_are_texts(drawn):
