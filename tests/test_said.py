@@ -144,6 +144,18 @@ def test_undoing_all_steps_restores_everything(seed):
         assert contents(replay(*steps, numbers=numbers)) == history[number]
 
 
+def test_line_about_a_long_track_has_few_places_from_its_begin_to_its_end():
+    places = [(number / 5, (0.1, 0.1, 0.3, 0.5)) for number in range(1000)]
+    track = features_folder.FaceTrack(
+        clip="a", shot=0, start_s=0, end_s=200, seen=9, places=places, box=places[0][1]
+    )
+    face = said.make_face(FILM, track)
+    assert face and len(face.places) == said.MOST_PLACES
+    times = [seconds for seconds, _ in face.places]
+    steps = [after - before for before, after in itertools.pairwise(times)]
+    assert (times[0], times[-1]) == (0, 199.8) and max(steps) < 1.1 * 200 / len(steps)
+
+
 def test_log_survives_torn_lines_and_simultaneous_writers(tmp_path):
     lines = said.stamp([say("a", "is", "Ada")])
     said.append(tmp_path, lines)
