@@ -290,6 +290,9 @@ def test_numbered_photos_in_one_folder_get_a_warning(drawn):
         write_photo(drawn.friends / f"{name}.png", ("Ada", 40, 40))
     group = drawn.group()
     assert "counts as a different person" in drawn.who(group).output
+    # Later, people are enrolled, so this is not the folder of only one person.
+    output = drawn.who(group).output
+    assert "Ada_1 and Ada_2 count as two people" in output and "different person" not in output
 
 
 def test_folder_of_one_person_or_a_photo_as_people_is_answered_with_the_folder_above(drawn):
