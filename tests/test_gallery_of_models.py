@@ -194,6 +194,14 @@ def test_scaled_vectors_get_the_answers_of_the_vectors(tmp_path, gallery, factor
     assert gallery.identify(faces("x", small[6:7]))["x0"].identity is None
 
 
+def test_arrays_with_other_scores_than_the_gallery_are_not_exported(tmp_path, gallery, monkeypatch):
+    gallery.enrol(faces("a", draw(5, people=1, clips=1)[0]), "Ada")
+    right = array_export.make_arrays(gallery)
+    wrong = right | {"stranger": right["stranger"] + 1}
+    monkeypatch.setattr(array_export, "make_arrays", lambda _: wrong)
+    refused(lambda: array_export.write_gallery("numpy", gallery, tmp_path), "nothing was exported")
+
+
 def test_clips_whose_vectors_are_rounding_errors_are_unknown_and_reported(tmp_path, gallery):
     ada = np.eye(1, WIDTH, dtype=np.float32)[0]
     x = np.random.default_rng(0).normal(size=(2, WIDTH)).astype(np.float32)
