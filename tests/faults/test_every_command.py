@@ -91,7 +91,6 @@ def test_table_of_this_file_has_a_row_for_every_command():
     assert {*ROWS} == commands, "add a row to ROWS, with the words of a call or a reason"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", OF_PEOPLE)
 def test_only_the_user_can_read_results_with_names(name, tmp_path, world):
     """The folder of the results exists, and all users can read the folder."""
@@ -216,7 +215,6 @@ def test_commands_keep_user_files_next_to_files_of_vidjax(world, tmp_path, name)
     assert Counter(mine) == {Path(name).name: before[Path(name).name] for name in KEPT}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["config.json", "metrics.json"])
 def test_export_does_not_copy_a_private_key_in_place_of_a_run_file(nearest_run, tmp_path, name):
     """The name is a hard link to the key. Export checks the content, not only the kind of file."""
