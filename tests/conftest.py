@@ -14,6 +14,7 @@ os.environ |= {"NPROC": "64", "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3
 import contextlib
 import functools
 import gc
+import importlib
 import json
 import subprocess
 import sys
@@ -166,22 +167,26 @@ def drawn(tmp_path: Path, command: Any) -> Any:
     return Drawn(tmp_path, command)
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for `drawn_people.restore`, which all tests of a file share."""
+    return tmp_path_factory.mktemp("place")
+
+
 @pytest.fixture
 def read_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Films are read in this process, because a new child process takes a second."""
-    pytest.importorskip("onnxruntime", reason="needs the extra [video]")
-    from vidjax.apps.video import film, pipeline
+    """Jobs of child processes run in this process, because a new process takes a second."""
     from vidjax.utils import processes
 
-    def read(_: str, given: Any, **limits: Any) -> Any:
-        film._load_nets.cache_clear()
-        answers = [processes._answer(film.work, str(path), words, "") for path, words in given]
-        return [
-            processes._parse_answer(path, json.dumps(answer).encode())
-            for (path, _), answer in zip(given, answers, strict=True)
-        ]
+    def run(_: Any, module: str, *, given: bytes, **limits: Any) -> Any:
+        lib, jobs = importlib.import_module(module), json.loads(given)
+        for function in vars(lib).values():  # a new process remembers no results
+            getattr(function, "cache_clear", lambda: None)()
+        answers = [processes._answer(lib.work, path, words, "") for path, words in jobs["given"]]
+        lines = b"".join(json.dumps(answer).encode() + b"\n" for answer in answers)
+        return subprocess.CompletedProcess([], 0, lines, b"")
 
-    monkeypatch.setattr(pipeline, "run_limited_each", read)
+    monkeypatch.setattr(processes.Children, "run", run)
 
 
 @pytest.fixture(scope="session")

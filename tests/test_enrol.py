@@ -21,6 +21,7 @@ from tests.helpers.drawn_people import tags, write_models, write_photo
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.utils.errors import VidjaxWarning
 
+pytestmark = pytest.mark.usefixtures("read_here")
 WIDTH = made_nets.WIDTH
 
 
@@ -52,7 +53,6 @@ def friends(tmp_path):
 PHOTOS = {"Ada/1": "Ada", "Ada/2": "Ada", "Bob/1": "Bob", "Eve/Eve": "Eve"}
 
 
-@pytest.mark.usefixtures("read_here")
 def test_photos_of_all_people_are_enrolled_in_one_call(command, folder, friends):
     words = ("gallery", "enrol", folder, f"--photos={friends}")
     done = command(*words, "--json")
@@ -82,7 +82,6 @@ def test_photos_of_all_people_are_enrolled_in_one_call(command, folder, friends)
     assert "remove the enrolled clip" in done.out and list_clips(folder)["Dan/1"] == "Dan"
 
 
-@pytest.mark.usefixtures("read_here")
 def test_face_tags_name_the_people_of_a_photo(say, folder, tmp_path):
     pair = ("Ada", 20, 40), ("Bob", 76, 40)
     write_photo(tmp_path / "friends/holiday.png", *pair, tagged=pair)
@@ -106,7 +105,6 @@ MISTAKES = {
 }
 
 
-@pytest.mark.usefixtures("read_here")
 def test_mistakes_about_photos_name_the_remedy(say, folder, friends, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     friends.rename("P")
@@ -193,10 +191,14 @@ def test_labels_that_no_input_has_are_reported_once(say, command, folder, tmp_pa
     for number in (0, 2):
         write_table(day / f"{number}.parquet", ["Ada", "Eve"], first=number)
     words = ("gallery", "enrol", folder, f"--input={day}")
-    labels = clip_files.write_labels(tmp_path / "labels.csv", {"c3": "Eve", "zzz": "Bob"})
+    labels = clip_files.write_labels(tmp_path / "labels.csv", {"c3.mp4": "Eve", "zzz": "Bob"})
     with pytest.warns(VidjaxWarning, match="labels.csv: no clip is called 'zzz'") as warned:
         say(*words, f"--labels={labels}")
     assert len(warned) == 1 and list_clips(folder) == {"c3": "Eve"}
+    labels.write_text("clip,identity\nc0,Ada\nc1,\n")  # as `identify` writes an unknown person
+    with pytest.warns(VidjaxWarning, match="labels.csv: line 3: clip c1: its identity is"):
+        say(*words, f"--labels={labels}")
+    assert list_clips(folder) == {"c0": "Ada", "c3": "Eve"}
     labels = clip_files.write_labels(tmp_path / "stray.csv", {"zzz": "Bob"})
     done = command(*words, f"--labels={labels}")
     assert done.code == 2 and "use the clip names of the features" in done.err

@@ -64,54 +64,6 @@ def test_centerface_decoder_follows_its_paper():
     assert_faces(faces, heat[tuple(cells)], boxes, points[:, ::-1].transpose(2, 0, 1))
 
 
-def give_to_stride(stride, parts):
-    """Returns the outputs of a net for each part and stride, empty for all strides but one."""
-    return {
-        f"{name}_{each}": x if each == stride else x[:0]
-        for name, x in parts.items()
-        for each in nets.STRIDES
-    }
-
-
-@pytest.mark.parametrize("stride", nets.STRIDES)
-def test_yunet_decoder_follows_opencv(stride):
-    """In face_detect.cpp, the score is the geometric mean of two scores clipped to 0..1."""
-    width, cells = 5, 20
-    classes, objects = (rng(seed).uniform(-0.2, 1.2, cells).astype(np.float32) for seed in (1, 2))
-    boxes = rng(3).normal(size=(cells, 4)).astype(np.float32)
-    marks = rng(4).normal(size=(cells, 10)).astype(np.float32)
-
-    scores = np.sqrt(classes.clip(0, 1).astype(float) * objects.clip(0, 1))
-    kept = np.flatnonzero(scores > nets.WEAK_SCORE)
-    cell = np.stack([kept % width, kept // width], -1)  # all pairs are (x, y)
-    centre, size = stride * (cell + boxes[kept, :2]), stride * np.exp(boxes[kept, 2:].astype(float))
-    points = stride * (cell[:, None] + marks[kept].reshape(-1, 5, 2))
-
-    parts = {"cls": classes[:, None], "obj": objects[:, None], "bbox": boxes, "kps": marks}
-    outputs = {name: x[None] for name, x in give_to_stride(stride, parts).items()}
-    faces = nets.decode_yunet(outputs, width=width * stride)
-    assert_faces(faces, scores[kept], np.hstack([centre - size / 2, centre + size / 2]), points)
-
-
-@pytest.mark.parametrize("stride", nets.STRIDES)
-def test_scrfd_decoder_follows_the_code_of_its_authors(stride):
-    """The oracle repeats distance2bbox and distance2kps. A cell has two anchors at its corner."""
-    width, anchors = 4, 24
-    scores = rng(1).uniform(size=anchors).astype(np.float32)
-    distances = rng(2).uniform(0, 3, (anchors, 4)).astype(np.float32)
-    marks = rng(3).normal(size=(anchors, 10)).astype(np.float32)
-
-    kept = np.flatnonzero(scores > nets.WEAK_SCORE)
-    cell = np.stack([kept // 2 % width, kept // 2 // width], -1)  # (x, y)
-    left_top, right_bottom = cell - distances[kept, :2], cell + distances[kept, 2:]
-    points = stride * (cell[:, None] + marks[kept].reshape(-1, 5, 2))
-
-    # The decoder uses the order of the outputs, not their names.
-    parts = {"first": scores[:, None], "second": distances, "third": marks}
-    faces = nets.decode_scrfd(give_to_stride(stride, parts), width=width * stride)
-    assert_faces(faces, scores[kept], stride * np.hstack([left_top, right_bottom]), points)
-
-
 def test_suppression_drops_each_face_that_overlaps_a_better_kept_face():
     corner, size = rng(0).uniform(0, 60, (60, 2)), rng(1).uniform(5, 40, (60, 2))
     boxes, kept = np.concatenate([corner, corner + size], axis=1), []

@@ -587,6 +587,9 @@ def test_tags_are_believed_if_they_fit_in_the_stored_or_the_displayed_picture(
         assert right == ([0, 1], "")
         single = judge(SIDE_BY_SIDE[:1], drawn_in, orientation, known=known, scale=scale)
         assert single == ([0], "")
+    none, _ = judge(SIDE_BY_SIDE, 1, orientation, known=known, scale=scale, hidden=(0, 1))
+    assert none == [-1, -1]
+    assert regions.match_faces(regions.Tags([]), FACES, (400, 300), 6)[0].tolist() == []
 
 
 @pytest.mark.parametrize(("faces", "drawn_in", "orientation", "options", "problem"), [
@@ -627,35 +630,6 @@ def test_tags_of_a_picture_of_another_shape_are_not_believed(shape, size, orient
     face = np.array([[0.45, 0.45, 0.55, 0.55]]) * np.array(size * 2)
     found, problem = regions.match_faces(tags, face, size, orientation)
     assert found.tolist() == [0 if fits else -1] and (SHAPE in problem) == (not fits)
-
-
-@pytest.mark.parametrize("tagged", ["stored", "shown"])
-@pytest.mark.parametrize("shape_is_known", [True, False])
-def test_tags_of_a_rotated_photo_match_their_faces(tagged, shape_is_known):
-    """Programs tag the stored or the displayed picture. FACES refer to the displayed picture."""
-    for orientation, stored in xmp.STORED.items():
-        boxes, shape = draw_tags(FACES, stored if tagged == "stored" else np.asarray)
-        tags = [regions.Tag(str(number), box) for number, box in enumerate(boxes)]
-        made = regions.Tags(tags, shape if shape_is_known else None)
-        # Tag 0 gets face 0, and tag 1 gets face 1.
-        found, problem = regions.match_faces(made, FACES, (400, 300), orientation)
-        assert found.tolist() == [0, 1] and not problem
-        # Without faces, both tags get -1.
-        found, _ = regions.match_faces(made, FACES[:0], (400, 300), orientation)
-        assert found.tolist() == [-1, -1]
-    assert regions.match_faces(regions.Tags([]), FACES, (400, 300), 6)[0].tolist() == []
-
-
-def test_recorded_shape_of_the_picture_decides_which_faces_match_tags():
-    # The tag is at the top left. In the stored picture of 300 x 400 pixels, the face is at the top
-    # left, too. In the displayed picture of 400 x 300 pixels, the face is at the top right. If the
-    # shape is not known, the picture with more matches counts: the stored picture. If it is a
-    # square, neither picture was tagged.
-    face = np.array([[280, 30, 360, 90]])
-    for shape, matches in ((None, [0]), ((300, 400), [0]), ((400, 300), [-1]), ((300, 300), [-1])):
-        tags = regions.Tags([regions.Tag("Ada", (0.1, 0.1, 0.3, 0.3))], shape)
-        found, _ = regions.match_faces(tags, face, size=(400, 300), orientation=6)
-        assert found.tolist() == matches, shape
 
 
 def test_each_face_matches_at_most_one_tag_and_the_best_pairs_come_first():

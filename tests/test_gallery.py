@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,12 @@ from tests.helpers.cases import nightly_after_first
 from tests.helpers.embeddings import unit
 from tests.helpers.made_galleries import SETTINGS, make, make_clip, make_clips, vectors_of
 from tests.helpers.seen import refused
-from vidjax.apps.gallery import answers as answers_lib, backend as backend_lib, index as index_lib
+from vidjax.apps.gallery import (
+    answers as answers_lib,
+    backend as backend_lib,
+    index as index_lib,
+    run_vectors,
+)
 from vidjax.apps.gallery.enrolment import enrol, fit_backend
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import StoredClip, list_clips_of
@@ -67,6 +73,19 @@ def test_vectors_of_another_gallery_are_refused(tmp_path):
         for use in (gallery.identify, gallery.rank, gallery.group, gallery.enrol):
             refused(functools.partial(use, good._replace(parts=parts)), "`embed` of this gallery")
     assert gallery.version == 1
+
+
+def test_vectors_of_a_run_are_unit_vectors_of_its_modalities_or_of_whole_embeddings():
+    """Only a run of PLDA has settings for galleries."""
+    values, widths = np.random.default_rng(0).normal(size=(3, 5)), {"face": 2, "audio": 3}
+    for settings, wanted in (({"within": 1.0}, widths), ({}, {"embedding": 5})):
+        model = SimpleNamespace(modalities=widths, gallery_settings=settings.copy)
+        run: Any = SimpleNamespace(model=SimpleNamespace(system=SimpleNamespace(model=model)))
+        parts = run_vectors._make_parts(run, values)
+        assert {name: x.shape[1] for name, x in parts.items()} == wanted
+        columns = np.split(values, np.cumsum([*wanted.values()])[:-1], axis=1)
+        for part, x in zip(parts.values(), columns, strict=True):
+            np.testing.assert_allclose(part, unit(x), rtol=1e-6)
 
 
 @pytest.mark.parametrize("lacks", ["", "face"])
@@ -191,6 +210,12 @@ def test_few_strangers_report_the_clips_below_one_half(tmp_path):
     row = rule.describe(answers_lib.count_doubtful(answers))["doubtful"]
     assert "2 unknown clips, whose best person has 10 to 50 %" in row and "99 clips" in row
     assert "doubtful" not in rule._replace(by="fpir").describe(2)
+
+
+def test_table_of_answers_says_why_a_clip_has_no_candidates():
+    for evidence, words in (((), "no usable frame"), (("told",), "enrolled as a stranger")):
+        answer = answers_lib.Answer(None, 0.0, -np.inf, (), evidence)
+        assert [*answers_lib.table({"clip": answer})][-1][-1] == words
 
 
 def test_at_most_a_share_of_the_enrolled_strangers_is_named_and_ranked(tmp_path):

@@ -81,6 +81,8 @@ def test_empty_gallery_has_strangers_and_accepts_new_people(tmp_path, run, data,
     clips = random_clips(run, 1, 2)
     assert gallery.identities == {}
     assert gallery.strangers == made.strangers  # as in a gallery with people
+    of_train = vidjax.Gallery.create(tmp_path / "t", run, data, strangers="train").strangers
+    assert made.strangers and not {*of_train} & {*made.strangers}
     for action in (gallery.identify, gallery.rank):
         refused(lambda action=action: action(clips), "nobody is enrolled")
 

@@ -39,7 +39,7 @@ DETECTORS = {
 
 
 @pytest.fixture
-def convert(command, tmp_path):
+def convert(command, tmp_path, read_here):
     """Returns a function: content of a net, flags -> answer of `vidjax convert`, and its card."""
 
     def run(content, *flags, kind="own", name="net.onnx"):
@@ -77,36 +77,37 @@ def test_embedders_of_each_family_get_a_card_that_computes_their_vectors(convert
 
 
 def decode_slowly(card, outputs, width):
-    """Returns rows [score, box, points] for each score above 0.2, cell by cell.
+    """Returns rows [score, box, points] for each score above 0.2.
 
     As in scrfd.py: (x, y) are the column and row of the cell times the stride. A box is (x - left,
     y - top, x + right, y + bottom), and a point is (x, y) plus its distance. As in face_detect.cpp
-    for YuNet: the score is sqrt(cls obj), the centre is the cell plus its distance, and sides are
-    exp(distance). All distances are in strides.
+    for YuNet: the score is sqrt(cls obj), both clipped to 0 to 1. The centre is the cell plus its
+    distance, and sides are exp(distance). All distances are in strides.
     """
     strides = (8, 16, 32, 64, 128) if len(outputs) == 15 else (8, 16, 32)
     anchors = 2 if len(outputs) == 9 else 1
-    arrays, rows = [[*x.reshape(-1, x.shape[-1])] for x in outputs.values()], []
+    arrays, rows = [x.reshape(-1, x.shape[-1]) for x in outputs.values()], []
     for number, stride in enumerate(strides):
-        parts = arrays[number :: len(strides)]
-        for place, values in enumerate(zip(*parts, strict=True)):
-            row, column = divmod(place // anchors, width // stride)
-            cell, (*score, box, points) = np.array([column, row]), values
-            score = np.sqrt(np.prod([s[0] for s in score]) if len(score) == 2 else score[0][0] ** 2)
-            if score <= nets.WEAK_SCORE:
-                continue
-            if card.decoder == "yunet":
-                centre, half = cell + box[:2], np.exp(box[2:]) / 2
-                box = [*(centre - half), *(centre + half)]
-            else:
-                box = [*(cell - box[:2]), *(cell + box[2:])]
-            points = np.tile(cell, 5) + points
-            rows.append([score, *(stride * np.array([*box, *points]))])
-    return np.array(rows)
+        *scores, box, points = arrays[number :: len(strides)]
+        row, column = np.divmod(np.arange(len(box)) // anchors, width // stride)
+        cell = np.stack([column, row], 1)
+        score = np.sqrt(np.prod(np.clip(scores, 0, 1), 0)) if len(scores) == 2 else scores[0]
+        if card.decoder == "yunet":
+            centre, half = cell + box[:, :2], np.exp(box[:, 2:]) / 2
+            corners = [centre - half, centre + half]
+        else:
+            corners = [cell - box[:, :2], cell + box[:, 2:]]
+        places = stride * np.hstack([*corners, np.tile(cell, 5) + points])
+        rows.append(np.hstack([score, places])[score[:, 0] > nets.WEAK_SCORE])
+    return np.concatenate(rows)
 
 
 @pytest.mark.parametrize("case", DETECTORS)
-def test_detectors_of_each_family_get_a_card_and_are_decoded_as_published(convert, case):
+def test_detectors_of_each_family_get_a_card_and_are_decoded_as_published(
+    convert, case, monkeypatch
+):
+    # Thousands of random faces overlap.
+    monkeypatch.setattr(nets, "suppress_overlaps", lambda faces, _: faces)
     family, content, size = DETECTORS[case]
     done, path = convert(content, f"--like={family}")
     assert done.code == 0, done.err
@@ -123,6 +124,8 @@ def test_detectors_of_each_family_get_a_card_and_are_decoded_as_published(conver
     x = x.transpose(2, 0, 1)[None].astype(np.float32)
     answers = map(np.array, detector.session.run(None, {"data": x}))
     outputs = dict(zip(names, answers, strict=True))
+    if family == "scrfd":  # the decoder uses the order of the outputs, not their names
+        outputs = dict(zip("abcdefghijklmno", outputs.values(), strict=False))
     faces = nets.DECODERS[card.decoder](outputs, width)
     wanted = decode_slowly(card, outputs, width)
     assert len(wanted) > 100
@@ -131,10 +134,10 @@ def test_detectors_of_each_family_get_a_card_and_are_decoded_as_published(conver
     # The best face of the image is found with the colours and the scale of the card.
     best = wanted[wanted[:, 0].argmax()]
     searched = detector.search(image)
-    np.testing.assert_allclose(searched.scores[0], best[0], rtol=1e-4)
+    np.testing.assert_allclose(searched.scores.max(), best[0], rtol=1e-4)
 
 
-def test_package_of_insightface_is_searched_for_its_two_nets(command, tmp_path):
+def test_package_of_insightface_is_searched_for_its_two_nets(command, tmp_path, read_here):
     package, out = tmp_path / "buffalo_x.zip", tmp_path / "models"
     members = {
         "det.onnx": made.scrfd(), "vec.onnx": made.embedder(),
@@ -171,7 +174,7 @@ def test_package_of_insightface_is_searched_for_its_two_nets(command, tmp_path):
     assert convert().refused("vec.onnx", "vec2.onnx", "convert own")
 
 
-def test_nets_of_opencv_are_recognised_by_their_outputs(command, tmp_path):
+def test_nets_of_opencv_are_recognised_by_their_outputs(command, tmp_path, read_here):
     (tmp_path / "a.onnx").write_bytes(made.yunet())
     (tmp_path / "b.onnx").write_bytes(made.embedder(128, batch=1, normalises=True))
     (tmp_path / "c.onnx").write_bytes(made.scrfd())
@@ -288,11 +291,13 @@ def test_damaged_unsafe_and_other_nets_are_refused(tmp_path, words, family, cont
     refused(partial(net_families.work, given), *words.split())
 
 
-def test_small_net_that_needs_much_memory_is_refused_in_a_child_process(convert):
-    done, path = convert(edit(VECTORS, grow), "--like=arcface")
+def test_small_net_that_needs_much_memory_is_refused_in_a_child_process(command, tmp_path):
+    (tmp_path / "net.onnx").write_bytes(edit(VECTORS, grow))
+    words = ("convert", "own", tmp_path / "net.onnx", "--like=arcface")
+    done = command(*words, f"--out={tmp_path / 'models'}")
     assert done.refused("cannot be run", "supported", "Failed to allocate memory")
     assert ".cc" not in done.err and "onnxruntime::" not in done.err  # the place in its source
-    assert not path.parent.exists()
+    assert not (tmp_path / "models").exists()
 
 
 def test_changed_bytes_and_a_changed_card_are_refused(convert):
@@ -344,7 +349,9 @@ def test_package_without_nets_of_faces_is_refused_by_its_name(convert, command, 
         assert done.refused(name, words), done.err
 
 
-def test_net_without_a_card_is_answered_with_the_command_that_writes_it(command, tmp_path):
+def test_net_without_a_card_is_answered_with_the_command_that_writes_it(
+    command, tmp_path, read_here
+):
     (tmp_path / "my net.onnx").write_bytes(VECTORS)
     film = tmp_path / "film.mp4"
     film.write_bytes(b"x")
@@ -405,7 +412,7 @@ def test_net_with_a_wrong_test_stops_who_with_its_own_message(convert, command, 
     assert "photo" not in done.err.replace("photo ...", "")
 
 
-def test_benchmark_of_nets_names_people_in_photos_of_a_folder(tmp_path):
+def test_benchmark_of_nets_names_people_in_photos_of_a_folder(tmp_path, read_here):
     from tests.benchmarks import nets as benchmark
 
     models = drawn_people.write_models(tmp_path / "models")

@@ -9,6 +9,7 @@ import random
 import shutil
 import sqlite3
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,15 +17,15 @@ import pytest
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
 from tests.helpers import made_shelf
-from tests.helpers.drawn_people import tags, write_film, write_photo
+from tests.helpers.drawn_people import Drawn, restore, tags, write_film, write_photo
 from tests.helpers.interrupted import count_down
 from tests.helpers.seen import refused
 from vidjax.apps import features_folder, said
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import Store
 from vidjax.apps.said import FEATURES, Face, Line
-from vidjax.apps.video import faces, unknown_numbers
-from vidjax.apps.video.decision import decide, read_said
+from vidjax.apps.video import faces, review, unknown_numbers
+from vidjax.apps.video.decision import read_said
 from vidjax.utils import files
 
 FILM = "a" * 64
@@ -35,6 +36,14 @@ FACES = {clip: Face(film=FILM, at=number, box=BOX) for number, clip in enumerate
 def say(clip, says, of: Any = None, **values):
     of = FACES.get(of, of)
     return said.about(FACES[clip], says, of=of, **values)
+
+
+def say_of(out, clip, says, of=None):
+    """Appends a line about the face of a clip to the log of results; returns the face."""
+    found = features_folder.FaceFinder(out)(clip)
+    assert found
+    said.append(out, said.stamp([said.about(found.face, says, of=of)]))
+    return found.face
 
 
 def replay(*steps, numbers=None):
@@ -135,6 +144,18 @@ def test_undoing_all_steps_restores_everything(seed):
         assert contents(replay(*steps, numbers=numbers)) == history[number]
 
 
+def test_line_about_a_long_track_has_few_places_from_its_begin_to_its_end():
+    places = [(number / 5, (0.1, 0.1, 0.3, 0.5)) for number in range(1000)]
+    track = features_folder.FaceTrack(
+        clip="a", shot=0, start_s=0, end_s=200, seen=9, places=places, box=places[0][1]
+    )
+    face = said.make_face(FILM, track)
+    assert face and len(face.places) == said.MOST_PLACES
+    times = [seconds for seconds, _ in face.places]
+    steps = [after - before for before, after in itertools.pairwise(times)]
+    assert (times[0], times[-1]) == (0, 199.8) and max(steps) < 1.1 * 200 / len(steps)
+
+
 def test_log_survives_torn_lines_and_simultaneous_writers(tmp_path):
     lines = said.stamp([say("a", "is", "Ada")])
     said.append(tmp_path, lines)
@@ -182,10 +203,7 @@ def test_every_change_of_the_gallery_of_results_reaches_the_log(tmp_path):
     clips = [clip for clip, x in first.unknown.items() if x == "unknown 1"]
     vectors = first.vectors
     assert vectors
-
-    def names():
-        decision = made_shelf.decide(shelf.out)
-        return {clip: x.identity for x in decision.appearances for clip in x.clips}
+    names = partial(made_shelf.list_names, shelf.out)
 
     before = names()
     gallery.enrol(vectors.only(clips[:1]), "Zoe")
@@ -203,12 +221,10 @@ def test_every_change_of_the_gallery_of_results_reaches_the_log(tmp_path):
     gallery.remove(identity="Zoe")
     assert names()[clips[0]] == "unknown 1" and b"Zoe" not in (shelf.out / said.NAME).read_bytes()
     # The gallery follows from the log: if the log has more lines, they are applied.
-    found = features_folder.FaceFinder(shelf.out)(clips[0])
-    assert found
-    said.append(shelf.out, said.stamp([said.about(found.face, "is", of="Xi")]))
+    face = say_of(shelf.out, clips[0], "is", "Xi")
     assert names()[clips[0]] == "Xi" and gallery.people["Xi"] == (clips[0],)
     # A person may write a line with a single box, at another time of the same shot.
-    line = {"film": found.face.film, "at": found.face.at + 0.5, "box": [0.3, 0.2, 0.4, 0.7]}
+    line = {"film": face.film, "at": face.at + 0.5, "box": [0.3, 0.2, 0.4, 0.7]}
     with (shelf.out / said.NAME).open("a") as log:
         log.write(json.dumps({**line, "says": "is", "of": "Wu"}) + "\n")
     assert names()[clips[0]] == "Wu"
@@ -233,16 +249,11 @@ def test_change_of_the_gallery_that_fails_is_undone_in_the_log(tmp_path, monkeyp
 
 
 def test_change_that_is_killed_at_any_write_is_done_or_not_done(tmp_path, monkeypatch):
-    from vidjax.apps.video import review
-
     shelf = made_shelf.make(tmp_path, people=5, films=2, known=2, faces=10)
     said.append(shelf.out, [])
     whole = tmp_path / "whole"
     left = count_down(monkeypatch, (os, "replace"), (Store, "write"), (files, "append"))
-
-    def names():
-        decision = made_shelf.decide(shelf.out)
-        return {clip: x.identity for x in decision.appearances for clip in x.clips}
+    names = partial(made_shelf.list_names, shelf.out)
 
     def rename(page, face):
         Gallery(shelf.out / "gallery").rename("Ada", "Eva")
@@ -277,18 +288,19 @@ def test_change_that_is_killed_at_any_write_is_done_or_not_done(tmp_path, monkey
 
 
 @pytest.fixture
-def party(drawn, read_here):
+def party(place, command, read_here):
     """Ada and Bob have photos. The user has said that a face is Ada, and another is not Ada."""
-    drawn.meet("Ada", "Bob")
-    drawn.run("gallery", "enrol", drawn.out / "gallery", f"--input={drawn.out / 'features'}",
-              "--clip=party.s001.t00", "--identity=Ada")  # fmt: skip
-    (found,) = [features_folder.FaceFinder(drawn.out)("party.s000.t00")]
-    assert found
-    said.append(drawn.out, said.stamp([said.about(found.face, "not", of="Ada")]))
-    drawn.who(drawn.folder / "party.mkv")
-    names = drawn.names()
-    assert names["party.s001.t00"] == "Ada" != names["party.s000.t00"]
-    return drawn
+
+    def make(folder):
+        (drawn := Drawn(folder, command)).meet("Ada", "Bob")
+        drawn.gallery("enrol", f"--input={drawn.out / 'features'}", "--clip=party.s001.t00",
+                      "--identity=Ada")  # fmt: skip
+        say_of(drawn.out, "party.s000.t00", "not", "Ada")
+        drawn.who(folder / "party.mkv")
+        names = drawn.names()
+        assert names["party.s001.t00"] == "Ada" != names["party.s000.t00"]
+
+    return Drawn(restore(place, make), command)
 
 
 @pytest.mark.parametrize("name", ["ada", "Eva"])
@@ -378,16 +390,14 @@ def test_photo_that_goes_leaves_typed_names(party, way):
     assert b"Ada" not in (party.out / said.NAME).read_bytes()
 
 
-def test_faces_that_were_ignored_in_bulk_get_the_name_of_a_person_who_is_enrolled_later(drawn):
-    from vidjax.apps.video import review
-
+def test_faces_that_were_ignored_in_bulk_get_the_name_of_a_person_who_is_enrolled_later(
+    drawn, read_here
+):
     film = drawn.folder / "film.mkv"
     write_film(film, (2, 20, [("Ada", 20, 30)]), (2, 60, [("Eve", 80, 50)]))
     drawn.befriend("Ada")
     drawn.who(film)
-    gallery = Gallery(drawn.out / "gallery")
-    films = features_folder.read_media_files(drawn.out / FEATURES)
-    page = review.Review(drawn.out, decide(gallery, drawn.out, films, gallery.identify))
+    page = review.Review(drawn.out, made_shelf.decide(drawn.out))
     for action, of, later in (("once", [], "Eve"), ("ignore", ["unknown 1"], None)):
         page.change(action, of)
         page.save()
@@ -433,10 +443,7 @@ def write_as_earlier(out):
 def test_results_of_version_0_1_0_keep_names_numbers_and_corrections(party):
     film = party.folder / "party.mkv"
     party.gallery("rename", "--identity=Bob", "--to=Robert")
-    for clip, word in (("party.s002.t01", "ignore"),):
-        found = features_folder.FaceFinder(party.out)(clip)
-        assert found
-        said.append(party.out, said.stamp([said.about(found.face, word)]))
+    say_of(party.out, "party.s002.t01", "ignore")
     party.who(film)
     names, state = party.names(), read_said(party.out, features_folder.read_media_files(
         party.out / FEATURES))  # fmt: skip

@@ -129,6 +129,8 @@ def test_best_and_worst_clips_of_the_person_are_named(people):
             assert match.best[1] == pytest.approx(max(ratios.values()), abs=1e-6)
             assert match.worst[1] == pytest.approx(min(ratios.values()), abs=1e-6)
             assert ratios[match.best[0]] == pytest.approx(match.best[1], abs=1e-6)
+            best, worst = ({"clip": x[0], "log_ratio": x[1]} for x in (match.best, match.worst))
+            assert (match.to_dict()["best"], match.to_dict()["worst"]) == (best, worst)
 
 
 def test_clip_without_a_common_modality_is_not_accepted(tmp_path):

@@ -6,11 +6,11 @@ party.s002.t01 is track 1 of shot 2 of party.mkv, and 2.f01 is face 1 of photo 2
 """
 
 import csv
-import itertools
 import json
 import os
 import re
 import shutil
+from datetime import datetime
 from unittest import mock
 
 import numpy as np
@@ -22,25 +22,25 @@ import vidjax
 from tests.helpers import films, made_nets
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.clip_files import read_arrays
-from tests.helpers.drawn_people import COLOURS, tags, tone, write_film, write_photo, write_voices
+from tests.helpers.drawn_people import (
+    COLOURS,
+    GROUP,
+    tags,
+    tone,
+    write_film,
+    write_photo,
+    write_voices,
+)
 from tests.helpers.seen import refused
 from vidjax.apps import features_folder, said
 from vidjax.apps.features_folder import hash_film
-from vidjax.apps.gallery.answers import Answer, read_groups, table
+from vidjax.apps.gallery.answers import read_groups
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import people_photos, pipeline, who
 from vidjax.apps.video.unknown_numbers import read_numbers
 from vidjax.data.clip_files import write_npz
-from vidjax.utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("read_here")
-GROUP = ("Ada", 20, 20), ("Bob", 70, 40)  # names, and where the faces are: left, top
-
-
-def write_group(drawn):
-    """Writes a photo of Ada and Bob, which is read faster than a film; returns its path."""
-    write_photo(drawn.folder / "group.png", *GROUP)
-    return drawn.folder / "group.png"
 
 
 def shot(name, left=20):
@@ -67,6 +67,7 @@ def test_results_list_who_appears_when_in_every_format(drawn):
     assert cells["box"] == " ".join(map(str, unknown["box"])) and cells["probability"] == ""
     assert 2 <= float(cells["box_at"]) == unknown["box_at"] < 4
     assert cells["path"] == str(film.resolve()) and cells["date"] == unknown["date"]
+    assert datetime.fromisoformat(cells["date"]).timestamp() == int(film.stat().st_mtime)
 
     for kind in ("vtt", "srt"):  # the names in the first and the last shot
         assert (out / "subtitles" / f"party.{kind}").read_text().count("-->") == 2
@@ -189,8 +190,22 @@ def test_names_in_the_unknown_table_are_used_unless_they_contradict_earlier_name
         assert table.read_text() == wrong
 
 
+def test_names_for_clips_of_a_replaced_film_are_ignored(drawn, monkeypatch):
+    """An interrupted call has read the new film, so the table still lists the old clip of Bob."""
+    film, table = drawn.folder / "c.mkv", drawn.out / "unknown.tsv"
+    write_film(film, shot("Bob"))
+    drawn.who(film, people=False)
+    write_film(film, shot("Eve"))
+    with monkeypatch.context() as patch:
+        patch.setattr(who, "decide", mock.Mock(side_effect=KeyboardInterrupt))
+        drawn.who(film, people=False, code=130)
+    table.write_text(table.read_text().replace("unknown 1", "Bob"))
+    content, output = drawn.who(film, people=False)
+    assert content["people"] == {} and "no longer exist" in output
+
+
 def test_unknown_table_that_was_saved_with_other_separators_is_to_be_saved_with_tabs(drawn):
-    group = write_group(drawn)
+    group = drawn.group()
     drawn.befriend("Ada")
     drawn.who(group)
     table = (drawn.out / "unknown.tsv").read_text()
@@ -264,7 +279,7 @@ def test_unclear_faces_are_not_grouped_and_a_name_is_for_one_face(drawn):
 ])  # fmt: skip
 def test_impossible_name_of_a_person_is_refused_before_anything_is_written(drawn, name, words):
     write_photo(drawn.friends / f"{name}.png", ("Bob", 40, 40))
-    _, output = drawn.who(write_group(drawn), code=2)
+    _, output = drawn.who(drawn.group(), code=2)
     assert words in output and len(output.splitlines()) <= 3 and not drawn.out.exists()
     assert f"{drawn.friends}/" in output and "rename the photo" in output
 
@@ -273,8 +288,11 @@ def test_numbered_photos_in_one_folder_get_a_warning(drawn):
     """A photo that is in no folder of a person counts as a person. Its file name is the name."""
     for name in ("Ada_1", "Ada_2"):
         write_photo(drawn.friends / f"{name}.png", ("Ada", 40, 40))
-    group = write_group(drawn)
+    group = drawn.group()
     assert "counts as a different person" in drawn.who(group).output
+    # Later, people are enrolled, so this is not the folder of only one person.
+    output = drawn.who(group).output
+    assert "Ada_1 and Ada_2 count as two people" in output and "different person" not in output
 
 
 def test_folder_of_one_person_or_a_photo_as_people_is_answered_with_the_folder_above(drawn):
@@ -283,18 +301,18 @@ def test_folder_of_one_person_or_a_photo_as_people_is_answered_with_the_folder_a
         write_photo(path, ("Ada", 40, 40))
         shutil.rmtree(drawn.out, ignore_errors=True)
         flags = [f"--people={path.parent}"]
-        _, output = drawn.who(write_group(drawn), people=False, flags=flags)
+        _, output = drawn.who(drawn.group(), people=False, flags=flags)
         assert (f"name the folder above: --people={drawn.friends}" in output) == (name == "1")
     shutil.rmtree(drawn.out)
-    _, output = drawn.who(write_group(drawn), people=False, flags=[f"--people={path}"], code=2)
+    _, output = drawn.who(drawn.group(), people=False, flags=[f"--people={path}"], code=2)
     assert f"--people={path.parent}\n" in output and f"--people={drawn.friends}\n" in output
     flags = [f"--people={drawn.folder}"]
-    _, output = drawn.who(write_group(drawn), people=False, flags=flags, code=2)
+    _, output = drawn.who(drawn.group(), people=False, flags=flags, code=2)
     assert f"is inside --people={drawn.folder}" in output
 
 
 def test_photos_without_one_good_face_and_damaged_tags_are_reported_in_every_call(drawn):
-    group, people = write_group(drawn), drawn.friends / "Ada"
+    group, people = drawn.group(), drawn.friends / "Ada"
     (drawn.friends / "Eve").mkdir(parents=True)
     write_photo(people / "none.png")
     write_photo(people / "two.png", ("Ada", 20, 20), ("Bob", 80, 60))
@@ -333,6 +351,7 @@ def test_extract_reports_each_unreadable_film_and_prints_the_advice_once(drawn, 
     assert done.out.count("copy the file again") == 1 and "use MP4, MKV" not in done.out
     assert f"{copy} is a copy of {film} and is left out" in done.err
     assert [film.video for film in features_folder.read_media_files(drawn.out)] == ["party.mkv"]
+    assert not [path for path in drawn.out.rglob("*") if path.stat().st_mode & 0o077]  # private
 
     write_photo(drawn.folder / "photo.png", ("Ada", 20, 30))
     done = command("extract", drawn.folder / "photo.png", worse, *words)
@@ -343,93 +362,6 @@ def test_extract_reports_each_unreadable_film_and_prints_the_advice_once(drawn, 
     (drawn.folder / "notes.doc").write_text("no film")
     done = command("extract", drawn.folder / "notes.doc", worse, *words)
     assert "notes.doc: use MP4, MKV" in done.out and "; worse.mp4: copy the file" in done.out
-
-
-@pytest.mark.slow
-def test_photo_that_crashes_the_reader_does_not_affect_other_photos(drawn, monkeypatch):
-    film, bad = drawn.film(), drawn.friends / "Bob" / "2.png"
-    for name, number in itertools.product(("Ada", "Bob", "Eve"), (1, 2)):
-        write_photo(drawn.friends / name / f"{number}.png", (name, 30 + 10 * number, 40))
-    read = pipeline.run_limited_each
-
-    def crash_on_bad_photo(module, given, **limits):
-        answers = iter(read(module, [pair for pair in given if pair[0] != bad], **limits))
-        crash = UserError(f"{bad}: its reader ended with SIGSEGV")
-        return [crash if path == bad else next(answers) for path, _ in given]
-
-    monkeypatch.setattr(pipeline, "run_limited_each", crash_on_bad_photo)
-    content, output = drawn.who(film, flags=["--workers=1"], code=1)
-
-    assert content["failed"] == [str(bad)] and output.count("SIGSEGV") == 1
-    assert content["people"] == {"Ada": 2, "Bob": 1, "Eve": 2}
-
-
-@pytest.mark.slow
-def test_label_of_an_enrolled_clip_overrides_recognition(drawn):
-    """The clip shows Ada. It is labelled as Bob, as a stranger, and as Ada."""
-    film, features = drawn.film(), f"--input={drawn.out / 'features'}"
-    clip, flag = "party.s000.t00", "--clip=party.s000.t00"
-    drawn.befriend("Ada", "Bob")
-
-    def name_of_clip():
-        drawn.who(film)
-        (row,) = [row for row in drawn.rows() if clip in row["clips"]]
-        return row["identity"], row["evidence"]
-
-    assert name_of_clip() == ("Ada", ["face"])
-    drawn.gallery("enrol", features, flag, "--identity=Bob")
-    assert name_of_clip() == ("Bob", ["told"])
-    drawn.gallery("remove", flag)
-    assert name_of_clip() == ("Ada", ["face"])
-    drawn.gallery("enrol", features, flag, "--strangers")
-    rows = drawn.run("gallery", "identify", drawn.out / "gallery", features).content["answers"]
-    assert {row["clip"]: row["evidence"] for row in rows}[clip] == ["told"]
-    stranger = Answer(None, 0.0, -np.inf, (), ("told",))
-    assert [*table({clip: stranger})][-1][-1] == "enrolled as a stranger"
-    assert name_of_clip() == (None, [])
-    drawn.gallery("relabel", flag, "--identity=Ada")
-    assert name_of_clip() == ("Ada", ["told"])
-
-
-@pytest.mark.slow
-def test_names_from_an_interrupted_call_are_forgotten_with_the_person(drawn, monkeypatch):
-    film, table = drawn.meet("Ada", "Bob"), drawn.out / "unknown.tsv"
-    # The user gives two wrong names: Eve (unknown 1) is Ada, and Ada in the first shot is Eve.
-    named = table.read_text().replace("unknown 1", "Ada") + "party.s000.t00\tEve\n"
-    table.write_text(named)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(who, "decide", mock.Mock(side_effect=KeyboardInterrupt))
-        drawn.who(film, code=130)
-    assert sorted(str(line.of) for line in said.read(drawn.out)) == ["Ada", "Eve"]
-
-    table.write_text(named)  # as if the call had ended before it removed the table
-    shutil.rmtree(drawn.friends / "Ada")
-    people = drawn.who(film, flags=["--forget-missing"]).content["people"]
-    assert people == {"Bob": 1, "Eve": 1}
-
-
-@pytest.mark.slow
-def test_names_for_clips_of_a_replaced_film_are_ignored(drawn, monkeypatch):
-    film, table = drawn.folder / "c.mkv", drawn.out / "unknown.tsv"
-    write_film(film, shot("Bob"))
-    drawn.who(film, people=False)
-    write_film(film, shot("Eve"))
-
-    # The interrupted call reads the new film, so the table still lists the old clip of Bob.
-    with monkeypatch.context() as patch:
-        patch.setattr(who, "decide", mock.Mock(side_effect=KeyboardInterrupt))
-        drawn.who(film, people=False, code=130)
-    table.write_text(table.read_text().replace("unknown 1", "Bob"))
-    content, output = drawn.who(film, people=False)
-    assert content["people"] == {} and "no longer exist" in output
-
-    # A name in a new table enrols the person of the new film. Other people stay enrolled.
-    for name, people in {"Eve": {"Eve": 1}, "Ada": {"Ada": 1, "Eve": 1}}.items():
-        write_film(film, shot(name))
-        drawn.who(film, people=False)
-        table.write_text(re.sub(r"unknown \d", name, table.read_text()))
-        assert drawn.who(film, people=False).content["people"] == people
 
 
 @pytest.mark.slow
@@ -505,34 +437,9 @@ def test_adding_voice_models_keeps_all_names(drawn):
     assert "other models of audio" in drawn.who(film, code=2).output
 
 
-@pytest.mark.slow
-def test_photos_that_seem_to_show_another_person_are_reported(drawn):
-    film, friends = drawn.film(), drawn.friends
-    for name, number in itertools.product(("Ada", "Bob"), (1, 2, 3)):
-        write_photo(friends / name / f"{number}.png", (name, 40, 36 + 2 * number))
-
-    def read_warnings():
-        content, output = drawn.who(film)
-        assert content["failed"] == []
-        return re.findall(rf"{friends}/(\w+/?\w*)\.png (is (?:also|enrolled).*?):", output)
-
-    assert read_warnings() == []
-
-    write_photo(friends / "Ada" / "4.png", ("Bob", 42, 40))
-    write_photo(friends / "Bob" / "5.png", ("Eve", 42, 40))
-    shutil.copy(friends / "Ada" / "1.png", friends / "Eve.png")
-
-    assert read_warnings() == [
-        ("Ada/1", "is also a photo of Eve"),
-        ("Ada/4", "is enrolled as Ada, but looks like Bob"),
-        ("Bob/5", "is enrolled as Bob, but differs from Bob's other photos"),
-        ("Eve", "is also a photo of Ada"),
-    ]
-
-
 def test_people_with_only_voices_have_no_doubtful_photos(drawn):
     """Doubtful photos are found by comparing faces. Eve is enrolled with a voice, but no face."""
-    photo = write_group(drawn)
+    photo = drawn.group()
     write_voices(drawn.models)
     drawn.befriend("Ada")
     drawn.who(photo)
@@ -575,7 +482,6 @@ def pictures_of(path):
     return {alt: sorted(faces) for alt, faces in shown_faces.items()}
 
 
-@pytest.mark.slow
 def test_face_tags_name_the_people_of_a_group_photo(drawn):
     """Tags in a photo or in its sidecar file take precedence over the names of files or folders."""
     film, friends = drawn.film(), drawn.friends
@@ -612,10 +518,9 @@ def test_tagged_person_is_enrolled_although_the_folder_of_this_name_shows_others
     for folder, shown in {"Ada": "Bob", "Bob": "Eve"}.items():  # folder -> tagged person
         face = (shown, 40, 40)
         write_photo(drawn.friends / folder / "1.png", face, tagged=[face])
-    assert drawn.who(write_group(drawn)).content["people"] == {"Bob": 1, "Eve": 1}
+    assert drawn.who(drawn.group()).content["people"] == {"Bob": 1, "Eve": 1}
 
 
-@pytest.mark.slow
 @nightly_after_first("way", ["untagged", "deleted", "folder deleted"])
 def test_person_known_only_by_face_tags_is_forgotten_with_the_tags_and_names(drawn, way):
     photo = drawn.friends / "Ada" / "2.png"
@@ -653,7 +558,6 @@ def test_person_known_only_by_face_tags_is_forgotten_with_the_tags_and_names(dra
     assert drawn.run("forget", "--identity=Bob", drawn.out).content["places"] == []
 
 
-@pytest.mark.slow
 def test_last_person_without_photos_is_forgotten_although_the_call_fails(drawn):
     film, out = drawn.meet("Ada", flags=["--thumbnails"]), drawn.out
     shutil.rmtree(drawn.friends / "Ada")
@@ -724,7 +628,7 @@ def test_thumbnails_are_optional_and_deleted_with_the_person(drawn):
 
 
 def test_wrong_people_folder_is_refused_and_nobody_is_forgotten(drawn):
-    group = write_group(drawn)
+    group = drawn.group()
     drawn.befriend("Ada", "Bob")
     drawn.who(group)
 
@@ -780,7 +684,7 @@ def test_identify_counts_the_names_in_a_file_with_times(drawn):
 
 
 def test_features_of_other_nets_or_settings_are_refused(drawn):
-    arguments, gallery = ([write_group(drawn)], drawn.out, drawn.models), drawn.folder / "g"
+    arguments = [drawn.group()], drawn.out, drawn.models
     pipeline.extract(*arguments)
 
     slower = features_folder.ExtractionSettings(fps=2.0)
@@ -793,10 +697,6 @@ def test_features_of_other_nets_or_settings_are_refused(drawn):
     card = drawn.models / "embed.json"
     card.write_text(json.dumps(json.loads(card.read_text()) | {"notes": "another"}))
     refused(lambda: pipeline.extract(*arguments), "with another net for the role face_embedder")
-
-    Gallery.of_models(gallery, drawn.models)
-    words = ("gallery", "enrol", gallery, f"--input={drawn.out}", "--identity=Ada")
-    assert "not from the model of the gallery" in drawn.run(*words, code=2).output
 
 
 def test_python_names_people_of_paths_that_are_texts(drawn):

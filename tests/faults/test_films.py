@@ -32,7 +32,6 @@ from tests.helpers.limits import ROOT, children_of, file_limit, held_by, running
 from tests.helpers.seen import contents, refused
 from vidjax.apps import features_folder
 from vidjax.apps.gallery import store
-from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import media_files, pipeline
 from vidjax.utils.errors import UserError
 
@@ -318,34 +317,3 @@ def test_memory_does_not_grow_with_the_length_of_a_film(drawn):
         assert len(film.tracks) >= 25 * minutes  # a minute has 15 shots of 2 faces
 
     assert peaks[1] < 1 << 30 and peaks[1] - peaks[0] < 30 << 20, peaks  # 1 GB, and 30 MB
-
-
-def test_who_keeps_changes_that_the_user_made_in_its_gallery(drawn, read_here):
-    film, friends = drawn.film(), drawn.friends
-    for name, number in (("Ada", 1), ("Ada", 2), ("Bob", 1)):
-        write_photo(friends / name / f"{number}.png", (name, 30 + number, 40))
-
-    def call_who(people=True, flags=()):
-        """Returns photo -> name in the gallery."""
-        drawn.who(film, people=people, flags=flags)
-        clips = Gallery(drawn.out / "gallery").clips.items()
-        return {name.removeprefix("people/"): clip.identity for name, clip in clips}
-
-    assert call_who() == {"Ada/1": "Ada", "Ada/2": "Ada", "Bob/1": "Bob"}
-    drawn.gallery("rename", "--identity=Ada", "--to=Ada L")
-    drawn.gallery("relabel", "--clip=people/Ada/1", "--identity=Bob")
-
-    # A photo of Ada is deleted, and another photo is added: she keeps her new name, Ada L.
-    (friends / "Ada" / "2.png").unlink()
-    write_photo(friends / "Ada" / "4.png", ("Ada", 52, 40))
-    for people in (True, False):
-        assert call_who(people) == {"Ada/1": "Bob", "Ada/4": "Ada L", "Bob/1": "Bob"}
-
-    # All photos of Ada are deleted: she is removed from the gallery.
-    shutil.rmtree(friends / "Ada")
-    assert call_who(flags=["--forget-missing"]) == {"Bob/1": "Bob"}
-
-    # Bob's photo is replaced by a photo of Eve: her face gets the name Bob.
-    write_photo(friends / "Bob" / "1.png", ("Eve", 40, 40))
-    call_who()
-    assert drawn.names()["party.s001.t00"] == "Bob"  # the clip of the second shot shows Eve

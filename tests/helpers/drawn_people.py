@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from collections import namedtuple
 from unittest import mock
 
@@ -14,6 +15,7 @@ from vidjax.apps.video import film
 SIDE = made_nets.FACE
 # A net that distinguishes people by the colours of their faces.
 EMBED = {"content": made_nets.embedder(weights=made_nets.colours()), "input": {"mean": [170.0] * 3}}
+GROUP = ("Ada", 20, 20), ("Bob", 70, 40)  # names, and where the faces are: left, top
 COLOURS = {"Ada": (255, 255, 90), "Bob": (255, 90, 255), "Eve": (90, 255, 255)}
 
 
@@ -107,6 +109,20 @@ def extract(path, out, models, **settings):
     return facts, clip_files.read_arrays(out)
 
 
+def restore(folder, make):
+    """Returns a folder inside `folder` as `make(it)` has left it, for tests that change the folder.
+
+    The first call calls `make`, and copies the folder. Later calls replace it by the copy.
+    """
+    now, copy = folder / "now", folder / "copy"
+    shutil.rmtree(now, ignore_errors=True)
+    if not copy.exists():
+        now.mkdir()
+        make(now)
+        now.rename(copy)
+    return shutil.copytree(copy, now)
+
+
 # What a command with --json has printed: the JSON on stdout, and the messages on stderr.
 Done = namedtuple("Done", "content output")
 
@@ -119,11 +135,18 @@ class Drawn:
 
     def __init__(self, folder, command):
         self.folder, self._command = folder, command
-        self.models = write_models(folder / "models")
+        self.models = folder / "models"
+        if not self.models.exists():
+            write_models(self.models)
         self.friends, self.out = folder / "friends", folder / "out"
 
     def film(self):
         return write_party(self.folder / "party.mkv")
+
+    def group(self):
+        """Writes a photo of Ada and Bob, which is read faster than a film; returns its path."""
+        write_photo(self.folder / "group.png", *GROUP)
+        return self.folder / "group.png"
 
     def befriend(self, *names):
         """Writes a photo of each person into a folder of the person."""

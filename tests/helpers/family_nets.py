@@ -99,11 +99,11 @@ def scrfd(strides=(8, 16, 32), anchors=2, *, points=True, sides=("H", "W"), only
 
 
 def yunet(sides=(640, 640), outputs=tuple(YUNET)):
-    """Returns a net with the outputs of YuNet."""
+    """Returns a net with the outputs of YuNet. As published, a score can be below 0 or above 1."""
     net = Builder()
     heads = {
         f"{name}_{stride}": (
-            _add_head(net, stride, YUNET[name], [1, -1, YUNET[name]], name in ("cls", "obj")), None
+            _add_head(net, stride, YUNET[name], [1, -1, YUNET[name]], name == "cls"), None
         )
         for name in outputs for stride in (8, 16, 32)
     }  # fmt: skip

@@ -146,3 +146,9 @@ def decide(out):
         gallery = Gallery(out / "gallery")
         films = features_folder.read_media_files(out / FEATURES)
         return decision.decide(gallery, out, films, gallery.identify)
+
+
+def list_names(out, decision=None):
+    """Returns clip -> name, or None for an ignored clip, of results, or of a decision on them."""
+    appearances = (decision or decide(out)).appearances
+    return {clip: x.identity for x in appearances for clip in x.clips}
