@@ -11,7 +11,7 @@ from scipy import special, stats
 from tests.helpers import embeddings, made_galleries
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.embeddings import unit
-from tests.helpers.made_galleries import SETTINGS, make, make_clip, make_clips, vectors_of
+from tests.helpers.made_galleries import SETTINGS, add, make, make_clip, make_clips, vectors_of
 from tests.helpers.seen import refused
 from vidjax.apps.gallery import answers as answers_lib, backend as backend_lib, index as index_lib
 from vidjax.apps.gallery.enrolment import enrol, fit_backend
@@ -110,7 +110,7 @@ def test_fpir_threshold_needs_enough_strangers(tmp_path):
     assert threshold.interval == metrics.fpir_interval(1, 6)
     # With the coming stranger, 6 + 1 are too few: 7 x 0.14 is less than 1, and 8 x 0.14 is more.
     refused(lambda: people.threshold(0.14), "at least 7 clips of strangers, but", "has 6", "enrol")
-    people.add({"one more": make_clip(1234, None)})
+    add(people, {"one more": make_clip(1234, None)})
     assert people.threshold(0.14).num_strangers == 7
     nobody = make(tmp_path / "no strangers", make_clips(strangers=0))
     refused(lambda: nobody.threshold(1 - 1e-10), "at least 1 clip", "has 0")

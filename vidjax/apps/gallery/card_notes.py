@@ -80,11 +80,9 @@ def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> t
         folder, or has changed.
     """
     origin, back_ends = read_cards(models)
-    with gallery.begin_change() as (state, write):
-        wide = widen(state, origin, back_ends, gallery.folder, replace=replace)
-        if wide is not state:
-            write(wide)
-    was = state.origin.cards
+    with gallery.change() as draft:
+        was = draft.present.origin.cards
+        draft.replacement = widen(draft.present, origin, back_ends, gallery.folder, replace=replace)
     return tuple(part for part, digest in origin.cards.items() if digest != was.get(part))
 
 
@@ -95,11 +93,11 @@ def widen(
     folder: Path,
     *,
     replace: bool = False,
-) -> State:
+) -> State | None:
     """Returns a state with other numbers, more modalities, or other models, see `adopt`.
 
     `origin` and `back_ends` are of `read_cards`. `folder` is the folder of the gallery, for
-    messages. If nothing changes, returns `state`.
+    messages. If nothing changes, returns None.
     """
     was, now = state.origin.cards, origin.cards
     changed = sorted(part for part in was if was[part] != now.get(part))
@@ -115,7 +113,7 @@ def widen(
     wide = backend_lib.make_card_backend(back_ends)
     is_equal = not changed and backend_lib.compare_equal(backend, wide)
     if was == now and is_equal and origin == state.origin:
-        return state
+        return None
     if not is_equal and not changed:
         say(
             f"gallery '{folder}': the numbers in the card of the net have changed, "
@@ -157,11 +155,12 @@ def check_mirrored(gallery: "Gallery", cosines: Sequence[float]) -> None:
     """
     if len(cosines) < 2:
         return
-    with gallery.begin_change() as (state, write):
+    with gallery.change() as draft:
+        state = draft.present
         blind = state.index.card_comparison.is_blind(cosines)
         if blind != state.origin.blind:
             origin = msgspec.structs.replace(state.origin, blind=blind)
-            write(state._replace(version=state.version + 1, origin=origin))
+            draft.replacement = state._replace(version=state.version + 1, origin=origin)
 
 
 def describe(state: State) -> str:

@@ -1,12 +1,8 @@
-"""Identifies clips with the content of a gallery: the rule that decides names, answers and ranks.
-
-The argument `remember` of a function is `Gallery._remember`.
-"""
+"""Identifies clips with the content of a gallery: decides names, makes answers and ranks."""
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -30,7 +26,6 @@ from vidjax.data.labels import sort_identities
 from vidjax.evaluation import topk
 from vidjax.utils.errors import UserError
 
-Remember: TypeAlias = Callable[[State, object, Callable[[], Any]], Any]
 RANK_ROWS = 64  # clips that are ranked together
 # The share of strangers with a probability above 0.5 in galleries of nets, see the benchmarks
 # `calibration` and `decision`.
@@ -49,7 +44,7 @@ def require_people(state: State) -> None:
         )
 
 
-def measure_threshold(state: State, fpir: float, remember: Remember) -> Threshold:
+def measure_threshold(state: State, fpir: float) -> Threshold:
     """Returns the threshold for `fpir`, see `Gallery.threshold`."""
     require_people(state)
 
@@ -60,14 +55,12 @@ def measure_threshold(state: State, fpir: float, remember: Remember) -> Threshol
         # A stranger who equals the centre of all vectors resembles nobody.
         return np.array([match.best[0][1] if match.best else -math.inf for match in nearest])
 
-    best = remember(state, "strangers", compare)
+    best = state.index.remember("strangers", compare)
     answers_lib.check_strangers(len(best), fpir)
     return answers_lib.measure_threshold(best, fpir, len(state.index.names))
 
 
-def choose_rule(
-    state: State, fpir: float | None, threshold: float | None, remember: Remember
-) -> NamingRule:
+def choose_rule(state: State, fpir: float | None, threshold: float | None) -> NamingRule:
     """Returns the rule that decides if a clip gets a name, see `Gallery.identify`."""
     require_people(state)
     answers_lib.check_choice(fpir, threshold)
@@ -85,7 +78,7 @@ def choose_rule(
         about += f"; with {wanted} clips of strangers instead of {strangers}, at most "
         about += f"{100 * DEFAULT_FPIR:g} % of new strangers would get a name"
         return NamingRule("new", math.log(MIN_NAMED_PROBABILITY), True, None, about)
-    limit = measure_threshold(state, DEFAULT_FPIR if fpir is None else fpir, remember)
+    limit = measure_threshold(state, DEFAULT_FPIR if fpir is None else fpir)
     about = f"the probability is {answers_lib.describe_probability(limit.score)} or more, "
     about += f"which at most {100 * limit.fpir:.10g} % of new strangers reach, and is higher "
     about += "than the probability of all other enrolled people together"

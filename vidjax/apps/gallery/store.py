@@ -187,19 +187,38 @@ class NoGalleryError(UnreadableError):
 
 
 class Store:
-    """Reads and writes the file of the gallery in `folder`, an absolute path."""
+    """Reads and writes the file of the gallery in `folder`."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.path = folder, folder / GALLERY_FILE
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder).expanduser().absolute()
+        self.path = self.folder / GALLERY_FILE
 
     # ---- opening
 
-    def foreign(self) -> str | None:
-        """Returns the name of a file in the folder that does not belong to a gallery, or None."""
-        names = {*os.listdir(self.folder)} - {GALLERY_FILE, JOURNAL_FILE}
-        return min((name for name in names if not PROBE.fullmatch(name)), default=None)
+    def check_new(self) -> None:
+        """Raises UserError if the folder contains files. Files of a killed process are ignored."""
+        if not self.folder.is_dir():
+            return
+        ours = {GALLERY_FILE, JOURNAL_FILE}
+        foreign = [x for x in os.listdir(self.folder) if x not in ours and not PROBE.fullmatch(x)]
+        if foreign:
+            raise UserError(
+                f"'{self.folder}' is not empty: it contains '{show(min(foreign))}'\n"
+                f"{self._advise_on_run() or 'name a new folder'}"
+            )
+        with contextlib.suppress(NoGalleryError):
+            self.sha256()
+            raise UserError(f"'{self.folder}' already contains a gallery: name another folder")
 
-    def advise_on_run(self) -> str:
+    def make_folder(self) -> None:
+        """Makes the folder. Raises UserError if it contains files."""
+        with contextlib.suppress(FileExistsError):
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700)
+        files.make_folder(self.folder, "gallery:")
+        self.check_new()
+
+    def _advise_on_run(self) -> str:
         """Returns advice on how to make a gallery of the run in the folder, or "" without a run."""
         if not files.exists(self.folder / "config.json"):
             return ""
@@ -208,7 +227,7 @@ class Store:
 
     def _no_gallery(self) -> NoGalleryError:
         command = f"vidjax gallery create {shlex.quote(str(self.folder))} --models=DIR"
-        advice = self.advise_on_run() or f"to make a gallery: {command} (or --run=RUN)"
+        advice = self._advise_on_run() or f"to make a gallery: {command} (or --run=RUN)"
         # A user may name the folder of `vidjax who`, or the file of a gallery.
         for folder in (self.folder / "gallery", self.folder.parent):
             if files.exists(folder / GALLERY_FILE):

@@ -29,7 +29,6 @@ from vidjax.apps.gallery.answers import Threshold, count_needed_strangers, measu
 from vidjax.apps.gallery.backend import Backend
 from vidjax.apps.gallery.changes import find_person
 from vidjax.apps.gallery.enrolment import list_usable_strangers, stack_parts
-from vidjax.apps.gallery.identification import Remember
 from vidjax.apps.gallery.store import State
 from vidjax.apps.gallery.vectors import Vectors
 from vidjax.utils import tables
@@ -179,13 +178,8 @@ def pair_strangers(backend: Backend, parts: Sequence[np.ndarray]) -> tuple[np.nd
     return ratios_lib.compare(backend, first, second)
 
 
-def choose_rule(
-    state: State, identity: str | None, fmr: float | None, remember: Remember
-) -> MatchRule:
-    """Returns the rule by which a clip is accepted, see `Gallery.match_rule`.
-
-    `remember` is described in the module `identification`.
-    """
+def choose_rule(state: State, identity: str | None, fmr: float | None) -> MatchRule:
+    """Returns the rule by which a clip is accepted, see `Gallery.match_rule`."""
     check_fmr(fmr)
     if identity is not None:
         check_argument("identity", identity, str, "the name of a person")
@@ -201,7 +195,7 @@ def choose_rule(
             ratios, shared = pair_strangers(state.index.backend, parts)
         return ratios[shared.any(axis=0)]
 
-    ratios = remember(state, ("verify", identity), compare_strangers)
+    ratios = state.index.remember(("verify", identity), compare_strangers)
     return make_rule(ratios, fmr, pairs=identity is None)
 
 
