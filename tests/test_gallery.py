@@ -257,7 +257,7 @@ def test_clips_of_one_film_count_as_one_clip_with_a_warning(tmp_path, capsys):
     # Ada is enrolled like a person with one clip, whose vector is the mean of the 3 clips.
     mean = np.mean([clip.vector for clip in of_ada.values()], axis=0, dtype=float)
     mean_clip = StoredClip("Ada", mean.astype(np.float32))
-    expected = enrol(people.backend, {"Ada": ["film"]}, {"film": mean_clip})
+    (expected,) = enrol(people.backend, {"Ada": ["film"]}, {"film": mean_clip})
     (block,) = (block for block in people.index.blocks if "Ada" in block.names)
     for coefficients, (wanted,) in zip(block.linear, expected.linear, strict=True):
         np.testing.assert_array_equal(coefficients[block.names.index("Ada")], wanted)
@@ -271,7 +271,7 @@ def make_index(*, cards=False, **settings):
         parts = tuple(part._replace(space=None, distances=distances) for part in backend.parts)
         backend = backend_lib.Backend(parts, backend.settings)
     clips = make_clips(PEOPLE, strangers=0)
-    everybody = enrol(backend, list_clips_of(clips), clips)
+    (everybody,) = enrol(backend, list_clips_of(clips), clips)
     blocks = np.split(np.arange(PEOPLE), [300, 301])  # 300, 1 and 399 people
     return index_lib.Index(backend, map(everybody.take, blocks))
 

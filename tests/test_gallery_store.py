@@ -245,11 +245,11 @@ def test_a_refused_change_leaves_the_gallery_unchanged(gallery):
         (lambda: untyped.relabel(30, "Ada"), "clip must be a name, not int 30"),
         (lambda: add_two(30), "clip name must be"),
         (lambda: add_two("a\nb"), "control"),
-        (lambda: add("x" * 1001), "longer than 1,000 letters"),
-        (lambda: add("bad", good.vector[:5]), "'bad'", "shape (13,)"),  # face: 8, audio: 5
-        (lambda: add("bad", good.vector.astype(np.float64)), "'bad'", "float64"),
-        (lambda: add("bad", good.vector * np.nan), "'bad'", "not finite"),
-        (lambda: add("bad", good.vector * 0), "'bad'", "no usable frame"),
+        (lambda: add_two("x" * 1001), "longer than 1,000 letters"),
+        (lambda: add_two("bad", good.vector[:5]), "'bad'", "shape (13,)"),  # face: 8, audio: 5
+        (lambda: add_two("bad", good.vector.astype(np.float64)), "'bad'", "float64"),
+        (lambda: add_two("bad", good.vector * np.nan), "'bad'", "not finite"),
+        (lambda: add_two("bad", good.vector * 0), "'bad'", "no usable frame"),
     ):
         refused(change, *words)
     assert contents(gallery.folder) == before and gallery.version == 1

@@ -18,11 +18,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from msgspec import Struct
 from threadpoolctl import ThreadpoolController
 
 from vidjax.models import card_backend, two_covariance
 from vidjax.models.card_backend import Distances
 from vidjax.models.two_covariance import Settings, Space, make_blank_space
+from vidjax.utils.json_files import Size, Text
 from vidjax.utils.terminal import say
 
 if TYPE_CHECKING:
@@ -297,13 +299,13 @@ def unit(part: Part, x: np.ndarray) -> np.ndarray:
     return two_covariance.unit_vectors_from(part.centre, np.asarray(x, np.float64))
 
 
-class Kind(NamedTuple):
+class Kind(Struct, omit_defaults=True):
     """A description of the arrays of a part, see `Part.arrays`."""
 
-    name: str  # the modality, or `embedding`
-    width: int  # D
-    by_card: bool  # True if vectors are compared by distances, and False for PLDA
-    has_mean: bool  # True if the card contains the mean of all people
+    name: Text  # the modality, or `embedding`
+    width: Size  # D
+    by_card: bool = False  # True if vectors are compared by distances, and False for PLDA
+    has_mean: bool = False  # True if the card contains the mean of all people
 
     @property
     def sizes(self) -> list[int]:
@@ -316,23 +318,17 @@ class Kind(NamedTuple):
 
 def from_numbers(kinds: Sequence[Kind], settings: Settings, numbers: np.ndarray) -> Backend:
     """Makes a back end from `numbers`, which `Backend.numbers` returned."""
-    parts, at = [], 0
+    parts, left = [], numbers.astype(np.float64)
     for kind in kinds:
-        name, width, arrays = kind.name, kind.width, []
-        for size in kind.sizes:
-            arrays.append(numbers[at : at + size].astype(np.float64))
-            at += size
+        centre, *arrays, left = np.split(left, np.cumsum(kind.sizes))
         if kind.by_card:
-            centre, values, *means = arrays
-            parts.append(Part(name, centre, None, Distances(*values.tolist()), *means))
+            values, *means = arrays
+            parts.append(Part(kind.name, centre, None, Distances(*values.tolist()), *means))
         else:
-            centre, mean, transform, ratio = arrays
-            space = Space(mean, transform.reshape(width, width), ratio)
-            parts.append(Part(name, centre, space))
+            mean, transform, ratio = arrays
+            space = Space(mean, transform.reshape(kind.width, kind.width), ratio)
+            parts.append(Part(kind.name, centre, space))
     return Backend(tuple(parts), settings)
-
-
-# A forked process, such as a worker of multiprocessing, does not inherit the threads.
 
 
 _libraries = functools.cache(ThreadpoolController)  # the search for libraries is slow

@@ -6,7 +6,7 @@ from typing import TypeVar
 import numpy as np
 
 from vidjax.apps.gallery.backend import Backend, People
-from vidjax.apps.gallery.enrolment import enrol_in_blocks, refit
+from vidjax.apps.gallery.enrolment import enrol, refit
 from vidjax.apps.gallery.store import MAX_NAME_LETTERS, STRANGER, State, StoredClip
 from vidjax.apps.said import Act
 from vidjax.utils.errors import UserError, check_argument, closest
@@ -249,7 +249,7 @@ class Draft:
         clips_of.pop(STRANGER, None)
         of_plda = old.origin.counts_every_clip
         people = list[People]()
-        for block in enrol_in_blocks(old.index.backend, clips_of, self.clips, of_plda=of_plda):
+        for block in enrol(old.index.backend, clips_of, self.clips, of_plda=of_plda):
             people.append(block)
             advance(sum(len(self._changed_clips.intersection(clips_of[x])) for x in block.names))
         state = old._replace(

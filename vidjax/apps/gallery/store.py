@@ -100,13 +100,6 @@ class VectorOrigin(Struct, frozen=True, omit_defaults=True):
         return self.centred and not self.refitted
 
 
-class _Part(Struct, omit_defaults=True):
-    name: Text
-    width: Size
-    by_card: bool = False
-    has_mean: bool = False
-
-
 # Digest of a film -> clip of the film -> people whom the clip does not show, as a user said. Only
 # galleries of version 0.1.0 contain them, see `earlier_said`.
 Denials: TypeAlias = Annotated[
@@ -118,7 +111,7 @@ Denials: TypeAlias = Annotated[
 class _Facts(Struct, omit_defaults=True):
     version: Size
     origin: VectorOrigin = msgspec.field(name="run")
-    parts: Annotated[list[_Part], Meta(min_length=1, max_length=MAX_PARTS)]
+    parts: Annotated[list[Kind], Meta(min_length=1, max_length=MAX_PARTS)]
     settings: dict[str, float]
     clips: Count
     people: Count
@@ -528,7 +521,7 @@ def _pack_people(people: People) -> np.ndarray:
 def _facts(state: State) -> str:
     backend = state.index.backend
     parts = [
-        _Part(x.name, len(x.centre), x.distances is not None, x.mean is not None)
+        Kind(x.name, len(x.centre), x.distances is not None, x.mean is not None)
         for x in backend.parts
     ]
     settings = {name: float(x) for name, x in backend.settings._asdict().items()}
@@ -640,13 +633,12 @@ def _check_names(names: Sequence[str], clips: Sequence[str]) -> None:
 
 
 def _make_backend(numbers: np.ndarray, facts: _Facts) -> Backend:
-    kinds = [Kind(*msgspec.structs.astuple(part)) for part in facts.parts]
-    if len(numbers) != sum(sum(kind.sizes) for kind in kinds):
+    if len(numbers) != sum(sum(kind.sizes) for kind in facts.parts):
         raise UserError("its table 'backend' has the wrong number of values")
     settings = Settings(**{name: facts.settings[name] for name in Settings._fields})
     if not all(map(math.isfinite, settings)):
         raise UserError("one of its settings is NaN or infinite")
-    backend = from_numbers(kinds, settings, numbers)
+    backend = from_numbers(facts.parts, settings, numbers)
     if any(part.space is not None and np.any(part.space.ratio < 0) for part in backend.parts):
         raise UserError("its table 'backend' contains a variance below 0")
     if any(part.distances is not None and min(part.distances) <= 0 for part in backend.parts):
