@@ -177,14 +177,14 @@ def test_one_answer_is_of_one_content_of_the_gallery(people, monkeypatch):
     """Another process changes the gallery while a clip is compared."""
     shown, wanted = vectors_of(people, SHOWN), people.match_rule("person 3")
     misfits, other = people.find_misfits("person 3"), Gallery(people.folder)
-    add_fits = verification.add_fits
+    make_matches = verification.make_matches
 
     def change(*words):
         other.remove(clip=other.strangers)
         other.rename("person 3", "person 33")
-        return add_fits(*words)
+        return make_matches(*words)
 
-    monkeypatch.setattr(verification, "add_fits", change)
+    monkeypatch.setattr(verification, "make_matches", change)
     done = people.verify_person(shown, "person 3")
     assert (done.rule, done.misfits) == (wanted, misfits) and wanted.by == "measured"
     assert {x.accepted for x in done.matches.values()} == {True, False}

@@ -224,10 +224,17 @@ class NamingRule(NamedTuple):
         return Answer(name if is_named else None, best[0][1], score, best, evidence)
 
 
+def check_rate(name: str, rate: float | None) -> None:
+    """Raises UserError if `rate`, the argument `name`, is neither None nor between 0 and 1."""
+    check_argument(name, rate, (numbers.Real, type(None)), "a number, or None")
+    if rate is not None and not 0 < rate < 1:
+        raise UserError(f"{name}={rate:g} is not a rate: give a number above 0 and below 1")
+
+
 def check_choice(fpir: float | None, threshold: float | None) -> None:
     """Raises UserError if `fpir` is not in (0, 1), `threshold` not in (0, 1], or both are given."""
-    for name, value in (("fpir", fpir), ("threshold", threshold)):
-        check_argument(name, value, (numbers.Real, type(None)), "a number, or None")
+    check_rate("fpir", fpir)
+    check_argument("threshold", threshold, (numbers.Real, type(None)), "a number, or None")
     if fpir is not None and threshold is not None:
         raise UserError(
             "fpir and threshold cannot be used together: give one of them\n"
@@ -238,8 +245,6 @@ def check_choice(fpir: float | None, threshold: float | None) -> None:
         raise UserError(
             f"threshold={threshold:g} is not a probability: give a number above 0 and at most 1"
         )
-    if fpir is not None and not 0 < fpir < 1:
-        raise UserError(f"fpir={fpir:g} is not a rate: give a number above 0 and below 1")
 
 
 def count_needed_strangers(fpir: float) -> int:
@@ -249,7 +254,7 @@ def count_needed_strangers(fpir: float) -> int:
 
 def check_strangers(count: int, fpir: float) -> None:
     """Raises UserError if `count` clips of strangers are too few for a threshold for `fpir`."""
-    check_choice(fpir, None)
+    check_rate("fpir", fpir)
     if count < count_needed_strangers(fpir):
         raise UserError(
             f"fpir={fpir:g} needs at least {count_needed_strangers(fpir):,} clips of strangers, "

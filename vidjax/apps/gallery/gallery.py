@@ -34,8 +34,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
-
 from vidjax.apps import earlier_said
 from vidjax.apps.gallery import (
     answers as answers_lib,
@@ -55,7 +53,7 @@ from vidjax.apps.gallery.index import Index
 from vidjax.apps.gallery.labelling import Enrolment
 from vidjax.apps.gallery.run_vectors import RunVectors
 from vidjax.apps.gallery.store import STRANGER, State, Store, StoredClip, VectorOrigin
-from vidjax.apps.gallery.vectors import NetVectors, Vectors, check_modalities
+from vidjax.apps.gallery.vectors import NetVectors, Vectors, check_modalities, select_usable_clips
 from vidjax.apps.gallery.verification import Match, MatchRule, Verification
 from vidjax.data.dataset import Dataset
 from vidjax.data.memory import FrameClips, MemoryClips, load_clips
@@ -460,11 +458,12 @@ class Gallery:
             are larger, and a few contain clips of two people.
         """
         vectors = self.embed(vectors)
-        labels = grouping.group_vectors(
-            self.backend, vectors, apart, clarity or {}, together or {}, settled,
-            for_votes=for_votes,
+        vectors = vectors.only(select_usable_clips(vectors))
+        labels = grouping.group(
+            self.backend, vectors.names, [*vectors.parts.values()], apart, clarity=clarity,
+            together=together, settled=settled, for_votes=for_votes,
         )  # fmt: skip
-        return answers_lib.name_groups([*labels], np.array([*labels.values()], int))
+        return answers_lib.name_groups(vectors.names, labels)
 
     def threshold(self, fpir: float) -> Threshold:
         """Returns the threshold that limits the share of new strangers who get a name to `fpir`.
