@@ -214,7 +214,7 @@ def test_verify_gets_the_answers_of_python(tmp_path):
 
 def test_verify_answers_from_one_content_of_the_gallery(folder, monkeypatch):
     """Another process renames the person and removes strangers while a clip is compared."""
-    other, add_fits = Gallery(folder), verification.add_fits
+    other, make_matches = Gallery(folder), verification.make_matches
     rule = json.loads(json.dumps(other.match_rule("person 3").to_dict()))
 
     def change(*words):
@@ -222,9 +222,9 @@ def test_verify_answers_from_one_content_of_the_gallery(folder, monkeypatch):
         other.enrol(
             {f"s {n}": servers.make_frames(9000 + n, None) for n in range(99)}, strangers=True
         )
-        return add_fits(*words)
+        return make_matches(*words)
 
-    monkeypatch.setattr(verification, "add_fits", change)
+    monkeypatch.setattr(verification, "make_matches", change)
     body = {"clips": servers.as_json(CLIPS), "identity": "person 3"}
     with Inside(Gallery(folder)) as server:
         status, answer = server.ask("POST", "/verify", body)
@@ -360,6 +360,9 @@ def test_people_are_enrolled_listed_and_never_named_after_removal(folder):
         assert server.ask("DELETE", "/identities/Zo%C3%AB%20%2F%202")[0] == 404
         metrics = server.ask("GET", "/metrics")[1].decode()
         assert 'code="404",route="/identities/{name}"' in metrics
+        # The time of probes is not mixed with the time of other requests.
+        for route in ("/identify", "/v2/health/ready", "/identities/{name}"):
+            assert re.search(f'vidjax_request_seconds_count{{route="{route}"}} [1-9]', metrics)
         assert "Zo" not in metrics
 
         # The server sees changes by another process.
@@ -556,6 +559,7 @@ def test_access_log_has_ids_counts_and_routes_but_no_names(folder, caplog):
         assert server.ask("GET", "/identities", headers=headers)[0] == 503
     logged = [text for name, _, text in caplog.record_tuples if name == limits_lib.ACCESS.name]
     lines = [line for line in map(json.loads, logged) if "health" not in line["route"]]
+    reasons = [line.pop("reason", "") for line in lines]
     assert "(request broken)" in caplog.text
     assert "Secret" not in caplog.text and secret not in caplog.text
 
@@ -565,9 +569,34 @@ def test_access_log_has_ids_counts_and_routes_but_no_names(folder, caplog):
         (ids[2], "GET", "other", 404, 0, 3), (ids[3], "GET", "other", 401, 0, 3),
         ("broken", "GET", "/identities", 503, 0, 3),
     ]  # fmt: skip
+    refusals = "Not Found: see", "Authorization: Bearer", "gallery cannot be read"
+    assert reasons[:2] == ["", ""]
+    assert all(word in reason for word, reason in zip(refusals, reasons[2:], strict=True))
     for line in lines:
         assert line.keys() == {*fields, "time", "ms", "model"}
         assert datetime.fromisoformat(line["time"]).tzinfo and 0 <= line["ms"] < 60_000
+
+
+def test_reasons_in_the_access_log_contain_no_names(inside, caplog):
+    """The client gets the names, and the log gets the rest of the message, or the lines of code."""
+    caplog.set_level(logging.INFO, limits_lib.ACCESS.name)
+    good = enrolment("Secret", 0)
+    (clip,) = good["clips"]
+    for change, answered, logged in (
+        ({"clips": [clip, clip]}, "Secret 0", "occurs twice: give each clip another name"),
+        ({"clips": [{**clip, "face": [[1.0]]}]}, "Secret 0", "face: features are 1 wide"),
+        ({"clips": [{"clip": "Secret", "secret": [1.0]}]}, "has only secret", "the gallery uses"),
+        ({"clips": [{"clip": "Secret", "face": "x"}]}, "'face' must be", "UserError at clip_files"),
+        ({"Secret": 1}, "unknown field `Secret`", "see /openapi.json"),
+        ({"identity": "Secret "}, "'Secret '", "UserError at names.py"),
+    ):  # fmt: skip
+        status, answer = inside.ask("POST", "/enrol", good | change)
+        assert status == 422 and answered in answer["error"]
+        assert inside.ask("GET", "/identities")[0] == 200  # the log has the line before
+        texts = [text for name, _, text in caplog.record_tuples if name == limits_lib.ACCESS.name]
+        (line,) = [x for x in map(json.loads, texts) if x["route"] == "/enrol"]
+        assert line["reason"].startswith(logged) and "ecret" not in caplog.text
+        caplog.clear()
 
 
 @pytest.mark.slow

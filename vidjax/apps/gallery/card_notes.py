@@ -5,7 +5,7 @@ A card is the JSON file of a net. See `models.card_check` for how far a card can
 
 import os
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +13,8 @@ import msgspec
 import numpy as np
 
 from vidjax.apps.gallery import backend as backend_lib
-from vidjax.apps.gallery.backend import Backend
 from vidjax.apps.gallery.enrolment import check_width, make_state
-from vidjax.apps.gallery.store import State, VectorOrigin
+from vidjax.apps.gallery.store import State, StoredClip, VectorOrigin
 from vidjax.models.card_check import Comparison
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, check_argument
@@ -120,22 +119,15 @@ def widen(
             "and the gallery uses the new numbers"
         )
     check_width(wide)
-    clips = {
-        name: clip._replace(vector=_widen(clip.vector, backend, wide, changed))
-        for name, clip in state.clips.items()
-    }
-    clips = {name: clip for name, clip in clips.items() if clip.vector.any()}
+    clips = dict[str, StoredClip]()
+    for name, clip in state.clips.items():
+        parts = {part: np.zeros((1, width)) for part, width in wide.widths.items()}
+        known = zip(backend.widths, backend.split(clip.vector[None]), strict=True)
+        parts |= {part: x for part, x in known if part not in changed}
+        vector = np.concatenate([*parts.values()], axis=1, dtype=np.float32)[0]
+        if vector.any():
+            clips[name] = clip._replace(vector=vector)
     return make_state(state.version + 1, origin, wide, clips)
-
-
-def _widen(
-    vector: np.ndarray, backend: Backend, wide: Backend, changed: Collection[str]
-) -> np.ndarray:
-    """Extends a clip's vector to the modalities of `wide`. New and `changed` modalities are 0."""
-    present = dict(zip(backend.widths, backend.split(vector[None]), strict=True))
-    present = {part: x for part, x in present.items() if part not in changed}
-    parts = [present.get(part, np.zeros((1, width))) for part, width in wide.widths.items()]
-    return np.concatenate(parts, axis=1, dtype=np.float32)[0]
 
 
 def compare(state: State) -> Comparison:
@@ -177,7 +169,10 @@ def describe(state: State) -> str:
     if problem := describe_problem(comparison, models):
         return problem
     face = back_ends.get("face")
-    return describe_default(models) if face and not face.is_measured else ""
+    if not face or face.is_measured:
+        return ""
+    text = "the card of the net is not measured on your photos, so fewer people get a name"
+    return f"{text}\n{_advise_to_measure(models)}"
 
 
 def warn(state: State) -> None:
@@ -208,19 +203,10 @@ def describe_problem(comparison: Comparison, models: str) -> str:
     if comparison.problem == "closer" and comparison.between < SAME:
         return f"the enrolled people are as alike as photos of one person\n{TWO_NAMES}"
     if comparison.problem:
-        return f"{texts[comparison.problem]}\n{advise_to_measure(models)}"
+        return f"{texts[comparison.problem]}\n{_advise_to_measure(models)}"
     return ""
 
 
-def describe_default(models: str) -> str:
-    """Returns a note about a card with the default numbers of a family of nets."""
-    return (
-        "the card of the net is not measured on your photos, so fewer people get a name\n"
-        f"{advise_to_measure(models)}"
-    )
-
-
-def advise_to_measure(models: str) -> str:
-    """Returns the command that measures a card."""
+def _advise_to_measure(models: str) -> str:
     words = ["vidjax", "measure-card", models, "--photos=FOLDER"]
     return f"to measure the card on photos of your people: {shlex.join(words)}"

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from vidjax.apps.gallery import card_notes, ratios
+from vidjax.apps.gallery.backend import sum_by_owner
 from vidjax.apps.gallery.changes import check_person, find_equal
-from vidjax.apps.gallery.enrolment import stack_parts, stack_vectors
+from vidjax.apps.gallery.enrolment import stack_vectors
 from vidjax.apps.gallery.ratios import LEAST_ODDS
 from vidjax.apps.gallery.store import STRANGER, State, StoredClip
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
@@ -177,17 +178,11 @@ def _is_twin(state: State, name: str, clip: StoredClip, like: str) -> bool:
     mates = [x for x in own if strip_ending(x) != strip_ending(name)]
     if not mates:
         return False
-    backend = state.index.backend
-    groups = [backend.split(clip.vector[None])]
-    groups += [stack_parts(state, names) for names in (mates, state.clips_of[like])]
-    singles = [ratios.of_clips(backend, parts) for parts in groups]
-    sums = [
-        (
-            np.array([single.counts[number].sum() for single in singles]),
-            np.array([single.means[number].sum(axis=0) for single in singles]),
-        )
-        for number in range(len(backend.parts))
-    ]
+    backend, others = state.index.backend, state.clips_of[like]
+    vectors = [clip.vector, *(state.clips[x].vector for x in (*mates, *others))]
+    coordinates = backend.whiten(backend.split(np.array(vectors)))
+    owner = np.repeat(np.arange(3), [1, len(mates), len(others)])
+    sums = [sum_by_owner(np.nan_to_num(z), owner, 3) for z in coordinates]
     three = ratios.of_sums(backend, sums, np.ones(3), ratios.invert(backend))
     (fit, other_fit, alike), _ = ratios.compare(
         backend, three.take([0, 0, 1]), three.take([1, 2, 2])

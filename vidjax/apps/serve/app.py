@@ -9,12 +9,10 @@ on the disk and all answers that could still contain the person are finished.
 
 import asyncio
 import contextlib
-import functools
 import itertools
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from http import HTTPStatus
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
@@ -28,7 +26,6 @@ from starlette.routing import Route, Router
 from vidjax.apps.gallery import answers as answers_lib, verification
 from vidjax.apps.gallery.changes import NotEnrolledError
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.vectors import Vectors
 from vidjax.apps.serve import gallery_model
 from vidjax.apps.serve.batcher import Batcher, Changes
 from vidjax.apps.serve.gallery_model import DEFAULT_K, Frames, GalleryModel, Question
@@ -45,6 +42,7 @@ from vidjax.apps.serve.limits import (
 )
 from vidjax.apps.server_limits import Limits
 from vidjax.data import clip_files
+from vidjax.data.packed_clips import is_finite
 from vidjax.data.packing import Clip
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, check_argument
@@ -122,28 +120,25 @@ class EnrolRequest(Struct, forbid_unknown_fields=True):
 
 
 class EnrolAnswer(Struct):
-    """The result of an enrolment."""
+    """The result of an enrolment.
 
-    enrolled: Annotated[int, Meta(description="the number of new clips")]
-    unchanged: Annotated[int, Meta(description="the number of clips that were enrolled before")]
-    refused: Annotated[list[str], Meta(description="clips without a usable frame: not enrolled")]
-    similar: Annotated[
-        dict[str, str], Meta(description="new person: an enrolled person with a similar name")
-    ]
-    rivals: Annotated[
-        dict[str, str],
-        Meta(
-            description="clip of the request that seems to show another enrolled person, too: this "
-            "person. The clip is enrolled, too."
-        ),
-    ]
-    misfits: Annotated[
-        dict[str, float],
-        Meta(
-            description="clip of the request that probably shows another person than most clips of "
-            "its person: median of its log ratios, below 0. The clip is enrolled, too."
-        ),
-    ]
+    Attributes:
+      enrolled: the number of new clips.
+      unchanged: the number of clips that were enrolled before.
+      refused: clips without a usable frame: not enrolled.
+      similar: new person: an enrolled person with a similar name.
+      rivals: clip of the request that seems to show another enrolled person, too: this person. The
+        clip is enrolled, too.
+      misfits: clip of the request that probably shows another person than most clips of its person:
+        median of its log ratios, below 0. The clip is enrolled, too.
+    """
+
+    enrolled: int
+    unchanged: int
+    refused: list[str]
+    similar: dict[str, str]
+    rivals: dict[str, str]
+    misfits: dict[str, float]
 
 
 CLIP_REQUESTS = (IdentifyRequest, VerifyRequest, EnrolRequest)
@@ -179,19 +174,19 @@ class Application:
         # Large bodies are parsed one at a time, because the memory of a parsed body is counted only
         # after parsing.
         self.reader = ThreadPoolExecutor(1, "vidjax-bodies")
-        self.embedding = 0  # number of clips of enrolments whose vectors are not computed yet
         self.ready = self.broken = False
         for name, about, value in (
             ("ready", "1 if all programs are compiled.", lambda: self.ready),
-            ("waiting_clips", "Clips that wait to be scored or enrolled.", self._count_waiting),
+            (
+                "waiting_clips",
+                "Clips that wait to be scored or enrolled.",
+                lambda: self.batcher.size + self.batcher.embedding,
+            ),
             ("waiting_changes", "Changes that wait.", lambda: self.changes.waiting),
             ("people", "People when the gallery was last read.", lambda: len(gallery.index.names)),
             ("clips", "Clips when the gallery was last read.", lambda: len(gallery.clips)),
         ):
             Gauge(name, about, namespace="vidjax", registry=metrics.registry).set_function(value)
-
-    def _count_waiting(self) -> int:
-        return self.embedding + self.batcher.size
 
     def list_endpoints(self) -> list[Endpoint]:
         """Returns all endpoints. The first endpoint that matches a request answers it."""
@@ -238,26 +233,23 @@ class Application:
     async def live(self, _: Request) -> Response:
         """Returns status 200 while the server runs, and 503 if its start has failed."""
         if self.broken:
-            status = HTTPStatus.SERVICE_UNAVAILABLE
-            raise Refused(status, "the start of the server has failed: see the log")
+            raise Refused(503, "the start of the server has failed: see the log")
         return _encode_json({"live": True})
 
     async def is_ready(self, request: Request) -> Response:
         """Returns status 200 if the server can answer requests, and 503 otherwise."""
         self._check_ready()
         if request.scope["vidjax.leaving"]:
-            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the server will end: ask another")
+            raise Refused(503, "the server will end: ask another")
         try:
             await asyncio.to_thread(self.model.check)
         except (UserError, OSError):  # is not logged, because any client may send this request
-            status = HTTPStatus.SERVICE_UNAVAILABLE
-            raise Refused(status, "the gallery cannot be read", 1) from None
+            raise Refused(503, "the gallery cannot be read", 1) from None
         return _encode_json({"ready": True})
 
     def _check_ready(self) -> None:
         if not self.ready:
-            text = "the server still compiles its programs: try again"
-            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, text, 1)
+            raise Refused(503, "the server still compiles its programs: try again", 1)
 
     # ---- people by name
 
@@ -273,7 +265,7 @@ class Application:
         """Decides if each clip shows the given person."""
         clips, body = await self._read(request, VerifyRequest)
         self._check_ready()
-        vectors = await self._embed(clips)
+        vectors = await self.batcher.run(lambda: self.gallery.embed(clips), len(clips))
 
         def answer() -> dict[str, object]:
             identity = normal_form(body.identity)
@@ -282,17 +274,6 @@ class Application:
             return {"clips": clips, "rule": done.rule.to_dict(), "misfits": done.misfits}
 
         return _encode_json(await self.batcher.run(answer))
-
-    async def _embed(self, clips: Mapping[str, Mapping[str, Frames]]) -> Vectors:
-        """Computes the vectors of clips. Raises Refused (status 429) if too many clips wait."""
-        waiting = self._count_waiting()
-        if waiting and waiting + len(clips) > self.limits.waiting_clips:
-            raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "too many clips are waiting: try again", 1)
-        self.embedding += len(clips)
-        try:
-            return await self.batcher.run(functools.partial(self.gallery.embed, clips))
-        finally:
-            self.embedding -= len(clips)
 
     async def enrol(self, request: Request) -> Response:
         """Enrols clips of people or strangers. If one clip is wrong, no clip is enrolled."""
@@ -305,14 +286,14 @@ class Application:
         names = identities.values() if body.identity is None else [body.identity]
         people = {clean_identity(name) for name in names}
         if stray := identities.keys() - clips.keys():
-            text = f"identities has the clip '{show(min(stray))}', but clips lacks it: send it, too"
-            raise unprocessable(text)
+            place = f"identities has the clip '{show(min(stray))}', but "
+            raise unprocessable("clips lacks it: send it, too", place)
         self._check_ready()
-        vectors = await self._embed(clips)
-        make = functools.partial(
-            self.gallery.enrol, vectors, people_of_clips, strangers=body.strangers
+        vectors = await self.batcher.run(lambda: self.gallery.embed(clips), len(clips))
+        strangers = body.strangers
+        done = await self._change(
+            request, lambda: self.gallery.enrol(vectors, people_of_clips, strangers=strangers)
         )
-        done = await self._change(request, make)
 
         def find_misfits() -> dict[str, float]:
             misfits = dict[str, float]()
@@ -389,8 +370,7 @@ class Application:
         """
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type not in (*NPZ_TYPES, "application/json"):
-            status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
-            raise Refused(status, "send Content-Type: application/json or application/x-npz")
+            raise Refused(415, "send Content-Type: application/json or application/x-npz")
         npz = content_type in NPZ_TYPES
         limit = self.limits.body_bytes if npz else self.limits.json_bytes
         body = await self.bodies.read(request, limit)
@@ -440,7 +420,8 @@ def _read_query(words: Mapping[str, object], kind: Any) -> Any:  # noqa: ANN401 
     try:
         return msgspec.convert(dict(words), kind, strict=False)
     except msgspec.ValidationError as error:
-        raise unprocessable(f"the query is wrong: {_describe_error(error, kind)}") from None
+        place = f"the query is wrong: {_describe_error(error, kind)}: "
+        raise unprocessable("see /openapi.json", place) from None
 
 
 def _decode(content: bytes, kind: Any) -> Any:  # noqa: ANN401 (an instance of kind)
@@ -449,8 +430,8 @@ def _decode(content: bytes, kind: Any) -> Any:  # noqa: ANN401 (an instance of k
         return msgspec.json.decode(content, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         nan = re.search(rb"\b(NaN|Infinity)\b", content) and "invalid character" in str(error)
-        hint = ": NaN and Infinity are not allowed" if nan else ""
-        raise unprocessable(f"{_describe_error(error, kind)}{hint}") from None
+        hint = "NaN and Infinity are not allowed" if nan else "see /openapi.json"
+        raise unprocessable(hint, f"{_describe_error(error, kind)}: ") from None
     except RecursionError:
         raise unprocessable("the JSON is nested too deeply: see /openapi.json") from None
 
@@ -476,28 +457,35 @@ def _check_clips(
         name = clip.given or clip.name
         place = f"clip '{show(name)}'"
         if name in checked:
-            raise unprocessable(f"{place} occurs twice: give each clip another name")
+            raise unprocessable("occurs twice: give each clip another name", f"{place} ")
         checked[name] = {}
         for modality in widths.keys() & clip.modalities.keys():
             frames = dict(clip.modalities[modality])
-            gallery_model.check_finite(frames, f"{place}, {modality}")
-            features = np.atleast_1d(frames["features"]).astype(np.float32, copy=False)
-            frames["features"] = features
-            problem = ""
-            if features.size and features.shape[-1] != widths[modality]:
-                problem = f"features are {features.shape[-1]} wide, but must be {widths[modality]}"
-            elif features.ndim > 1 and len(features) > limits.frames:
-                problem = f"there are {len(features):,} frames: send at most {limits.frames:,}"
-            if problem:
-                raise unprocessable(f"{place}, {modality}: {problem}")
+            frames["features"] = np.atleast_1d(frames["features"])
+            if problem := _find_problem(frames, widths[modality], limits.frames):
+                raise unprocessable(f"{modality}: {problem}", f"{place}, ")
+            frames["features"] = frames["features"].astype(np.float32, copy=False)
             checked[name][modality] = frames
         if clip.modalities and not checked[name]:
-            names = show(", ".join(map(str, clip.modalities)))
-            raise unprocessable(
-                f"{place} has only {names}, but the gallery uses {', '.join(widths)}: send one of "
-                "these modalities"
-            )
+            place += f" has only {show(', '.join(map(str, clip.modalities)))}, but "
+            text = f"the gallery uses {', '.join(widths)}: send one of these modalities"
+            raise unprocessable(text, place)
     return checked
+
+
+def _find_problem(frames: Frames, width: int, most: int) -> str:
+    """Returns what is wrong with the frames of a clip and modality, or ""."""
+    for field, array in frames.items():
+        if array.dtype.kind not in "fiu":
+            return f"the values of {field} must be numbers"
+        if not is_finite(array).all():
+            return f"a value of {field} is not finite: remove the frame"
+    features = frames["features"]
+    if features.size and features.shape[-1] != width:
+        return f"features are {features.shape[-1]} wide, but must be {width}"
+    if features.ndim > 1 and len(features) > most:
+        return f"there are {len(features):,} frames: send at most {most:,}"
+    return ""
 
 
 def _encode_json(content: object) -> Response:

@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from http import HTTPStatus
 from typing import Generic, NamedTuple, TypeVar
 
 from vidjax.apps.serve.limits import Refused, ServerMetrics
@@ -51,7 +50,8 @@ class Batcher(Generic[Q, A]):
         self._waiting: deque[_Waiting[Q, A]] = deque()
         self._thread = _make_thread("vidjax-answers")
         self._batch: asyncio.Task[None] | None = None
-        self.size = 0  # number of clips that wait
+        self.size = 0  # number of clips in questions that wait
+        self.embedding = 0  # number of clips whose vectors are not computed yet
         self._target, self._enough = 0, asyncio.Event()  # the event is set when _target clips wait
 
     async def ask(self, question: Q, size: int) -> A:
@@ -59,8 +59,7 @@ class Batcher(Generic[Q, A]):
 
         Raises Refused (status 429) if too many clips wait.
         """
-        if self.size + size > self._limits.waiting_clips and self._waiting:
-            raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "too many clips are waiting: try again", 1)
+        self._check_waiting(self.size, size)
         future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(question, size, future))
         self.size += size
@@ -69,6 +68,10 @@ class Batcher(Generic[Q, A]):
         if self._batch is None:
             self._batch = asyncio.create_task(self._work())
         return await future
+
+    def _check_waiting(self, waiting: int, size: int) -> None:
+        if waiting and waiting + size > self._limits.waiting_clips:
+            raise Refused(429, "too many clips are waiting: try again", 1)
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
@@ -119,9 +122,19 @@ class Batcher(Generic[Q, A]):
                 clips += request.size
         return batch
 
-    async def run(self, function: Callable[[], T]) -> T:
-        """Calls a function in the thread, between two batches. Returns the result."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+    async def run(self, function: Callable[[], T], embedded: int = 0) -> T:
+        """Calls a function in the thread, between two batches. Returns the result.
+
+        `embedded` is the number of clips whose vectors the function computes. Raises Refused
+        (status 429) if too many clips wait.
+        """
+        if embedded:
+            self._check_waiting(self.embedding + self.size, embedded)
+        self.embedding += embedded
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+        finally:
+            self.embedding -= embedded
 
     async def settle(self) -> None:
         """Waits until the current batch has ended and its answers are delivered."""
@@ -148,16 +161,14 @@ class Changes:
         client disconnects.
         """
         if self.waiting >= self._limits.waiting_changes:
-            status = HTTPStatus.TOO_MANY_REQUESTS
-            raise Refused(status, "too many changes are waiting: try again", 2)
+            raise Refused(429, "too many changes are waiting: try again", 2)
         self.waiting += 1
         work = asyncio.get_running_loop().run_in_executor(self._thread, self._try, change)
         work.add_done_callback(self._done)
         await asyncio.wait([work], timeout=self._limits.change_seconds)
         if not work.done():
-            status = HTTPStatus.SERVICE_UNAVAILABLE
             text = "the change is not finished and goes on: check later whether it was made"
-            raise Refused(status, text, 5)
+            raise Refused(503, text, 5)
         return work.result()
 
     def _try(self, change: Callable[[], T]) -> T:

@@ -11,9 +11,8 @@ import numpy as np
 
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.serve.limits import unprocessable
 from vidjax.data.clips import PAD_LENGTHS
-from vidjax.data.packed_clips import FRAME_FIELDS, is_finite
+from vidjax.data.packed_clips import FRAME_FIELDS
 
 DEFAULT_K = 5
 Frames = Mapping[str, np.ndarray]  # field, such as `features` -> array [T, ...] of T frames
@@ -28,15 +27,6 @@ class Question(NamedTuple):
     # When a clip gets a name, see `Gallery.identify`.
     fpir: float | None = None
     threshold: float | None = None
-
-
-def check_finite(frames: Frames, place: str) -> None:
-    """Raises Refused if a value is not finite in float32. `place` names the clip in the message."""
-    for field, array in frames.items():
-        if array.dtype.kind not in "fiu":
-            raise unprocessable(f"{place}: the values of {field} must be numbers")
-        if not is_finite(array).all():
-            raise unprocessable(f"{place}: a value of {field} is not finite: remove the frame")
 
 
 def count_bytes(clips: Mapping[str, Mapping[str, Frames]]) -> int:
