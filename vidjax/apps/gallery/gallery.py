@@ -40,7 +40,6 @@ from vidjax.apps.gallery import (
     backend as backend_lib,
     card_notes,
     grouping,
-    identification,
     labelling,
     run_vectors,
     verification,
@@ -474,11 +473,11 @@ class Gallery:
           ValueError: nobody is enrolled, or there are fewer than 1 / fpir - 1 clips of strangers.
         """
         check_argument("threshold: fpir", fpir, numbers.Real, "a number")
-        return identification.measure_threshold(self.state, fpir)
+        return answers_lib.measure_on_strangers(self.state, fpir)
 
     def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> NamingRule:
         """Returns the rule that decides if a clip gets a name. See `identify` for the arguments."""
-        return identification.choose_rule(self.state, fpir, threshold)
+        return answers_lib.choose_rule(self.state, fpir, threshold)
 
     def identify(
         self,
@@ -527,8 +526,8 @@ class Gallery:
         if not isinstance(clips, Vectors):  # reports mistakes before vectors are computed
             self.rule(fpir=fpir, threshold=threshold)
         vectors, state = self.embed(clips, split), self.state
-        rule = identification.choose_rule(state, fpir, threshold)
-        return identification.identify(state, rule, vectors, k, groups, advance)
+        rule = answers_lib.choose_rule(state, fpir, threshold)
+        return answers_lib.identify(state, rule, vectors, k, groups, advance)
 
     def match_rule(self, identity: str | None = None, *, fmr: float | None = None) -> MatchRule:
         """Returns the rule by which `verify` accepts clips of the person `identity`.
@@ -639,5 +638,5 @@ class Gallery:
         """
         self.rule(fpir=fpir, threshold=threshold)  # reports mistakes before vectors are computed
         vectors, state = self.embed(clips, split), self.state
-        rule = identification.choose_rule(state, fpir, threshold)
-        return identification.rank(state, rule, vectors, advance)
+        rule = answers_lib.choose_rule(state, fpir, threshold)
+        return answers_lib.rank(state, rule, vectors, advance)

@@ -290,18 +290,16 @@ class Index:
     @functools.cached_property
     def scorers(self) -> "list[Ratios | DistanceRatios]":
         """The objects that compute log-likelihood ratios, one for each of M modalities."""
-        scorers: list[Ratios | DistanceRatios] = []
-        for number, part in enumerate(self.backend.parts):
-            if part.distances is None:
-                constants = [np.zeros(0), *(block.constant[number] for block in self.blocks)]
-                scale = float(self.backend.settings.scale)
-                constant = np.concatenate(constants)
-                scorers.append(Ratios(part, scale, self.counts[number], constant))
-            else:
-                with one_thread():
-                    means = self._list_means(number, part.distances)
-                    scorers.append(DistanceRatios(part, means))
-        return scorers
+        return [*map(self._make_scorer, range(len(self.backend.parts)))]
+
+    def _make_scorer(self, number: int) -> "Ratios | DistanceRatios":
+        part = self.backend.parts[number]
+        if part.distances is not None:
+            with one_thread():
+                return DistanceRatios(part, self._list_means(number, part.distances))
+        constants = [np.zeros(0), *(block.constant[number] for block in self.blocks)]
+        scale = float(self.backend.settings.scale)
+        return Ratios(part, scale, self.counts[number], np.concatenate(constants))
 
     def _list_means(self, number: int, distances: Distances) -> list[Means]:
         """Returns the means of each block, or of a block of nobody, see `Block.means`."""

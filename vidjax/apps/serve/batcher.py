@@ -50,8 +50,7 @@ class Batcher(Generic[Q, A]):
         self._waiting: deque[_Waiting[Q, A]] = deque()
         self._thread = _make_thread("vidjax-answers")
         self._batch: asyncio.Task[None] | None = None
-        self.size = 0  # number of clips in questions that wait
-        self.embedding = 0  # number of clips whose vectors are not computed yet
+        self.size = 0  # number of clips that wait for an answer or for their vectors
         self._target, self._enough = 0, asyncio.Event()  # the event is set when _target clips wait
 
     async def ask(self, question: Q, size: int) -> A:
@@ -59,19 +58,20 @@ class Batcher(Generic[Q, A]):
 
         Raises Refused (status 429) if too many clips wait.
         """
-        self._check_waiting(self.size, size)
+        self._add(size)
         future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(question, size, future))
-        self.size += size
         if self.size >= self._target:
             self._enough.set()
         if self._batch is None:
             self._batch = asyncio.create_task(self._work())
         return await future
 
-    def _check_waiting(self, waiting: int, size: int) -> None:
-        if waiting and waiting + size > self._limits.waiting_clips:
+    def _add(self, size: int) -> None:
+        """Counts clips that wait. Raises Refused (status 429) if too many clips wait."""
+        if self.size and self.size + size > self._limits.waiting_clips:
             raise Refused(429, "too many clips are waiting: try again", 1)
+        self.size += size
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
@@ -129,12 +129,11 @@ class Batcher(Generic[Q, A]):
         (status 429) if too many clips wait.
         """
         if embedded:
-            self._check_waiting(self.embedding + self.size, embedded)
-        self.embedding += embedded
+            self._add(embedded)
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, function)
         finally:
-            self.embedding -= embedded
+            self.size -= embedded
 
     async def settle(self) -> None:
         """Waits until the current batch has ended and its answers are delivered."""

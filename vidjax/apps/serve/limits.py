@@ -28,9 +28,9 @@ from starlette.routing import Router
 from starlette.types import Message, Receive, Scope, Send
 
 from vidjax.apps import web
+from vidjax.apps.gallery.answers import NobodyError
 from vidjax.apps.gallery.changes import NotEnrolledError
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.identification import NobodyError
 from vidjax.apps.gallery.store import UncertainWriteError, UnreadableError, UnwritableError
 from vidjax.apps.server_limits import Limits
 from vidjax.utils import files
