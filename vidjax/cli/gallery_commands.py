@@ -13,7 +13,7 @@ from vidjax.apps import bulk, features_folder
 from vidjax.apps.gallery import answers as answers_lib, card_notes, verification
 from vidjax.apps.gallery.changes import check_person, find_enrolled
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.migration import migrate
+from vidjax.apps.gallery.labelling import migrate
 from vidjax.apps.gallery.store import Store
 from vidjax.apps.video import clip_inputs, naming, subtitles
 from vidjax.data.clips import SPLITS

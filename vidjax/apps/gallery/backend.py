@@ -119,11 +119,9 @@ class Backend(NamedTuple):
         return [unit(part, x) for part, x in zip(self.parts, parts, strict=True)]
 
     def whiten(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Returns `Part.coordinates` of Q clips, M arrays [Q, D]; NaN for a missing modality."""
-        white = [part.coordinates(x) for part, x in zip(self.parts, self.units(parts), strict=True)]
-        for z, x in zip(white, parts, strict=True):
-            z[~np.any(x != 0, axis=1)] = np.nan
-        return white
+        """Returns `Part.coordinates` of Q clips, M arrays [Q, D]; 0 for a missing modality."""
+        pairs = zip(self.parts, self.units(parts), strict=True)
+        return [np.where(x.any(axis=1)[:, None], part.coordinates(x), 0) for part, x in pairs]
 
     def enrol(
         self,

@@ -166,7 +166,7 @@ def describe(state: State) -> str:
     if is_old and comparison.problem != "blind":
         words = ["vidjax", "measure-card", models, "--gallery=G"]
         return f"the card of the net has newer numbers\nto use them: {shlex.join(words)}"
-    if problem := describe_problem(comparison, models):
+    if problem := _describe_problem(comparison, models):
         return problem
     face = back_ends.get("face")
     if not face or face.is_measured:
@@ -177,34 +177,29 @@ def describe(state: State) -> str:
 
 def warn(state: State) -> None:
     """Prints a warning if the enrolled people contradict the card of the net."""
-    if problem := describe_problem(compare(state), state.origin.workdir):
+    if problem := _describe_problem(compare(state), state.origin.workdir):
         say(problem, warning=True)
 
 
-def describe_problem(comparison: Comparison, models: str) -> str:
+def _describe_problem(comparison: Comparison, models: str) -> str:
     """Returns how the enrolled people contradict the card, with a remedy, or "".
 
     `models` is the folder of the net.
     """
-    between, within = f"{comparison.between:.2g}", f"{comparison.within:.2g}"
-    texts = {
-        "closer": f"the enrolled people differ only {between} times as much as the card of the "
-        "net expects: similar people, such as relatives, may get a wrong name",
-        "varied": f"the photos of one person differ {within} times as much as the card of the net "
-        "expects: many names are missing or wrong",
-        "farther": f"the enrolled people differ {between} times as much as the card of the net "
-        "expects: many names are missing or wrong",
-    }
-    if comparison.problem == "blind":
-        return (
-            f"{NOBODY}\n{TWO_NAMES}\n"
-            "if not, convert the net again: the order of colours or the scale may be wrong"
-        )
     if comparison.problem == "closer" and comparison.between < SAME:
         return f"the enrolled people are as alike as photos of one person\n{TWO_NAMES}"
-    if comparison.problem:
-        return f"{texts[comparison.problem]}\n{_advise_to_measure(models)}"
-    return ""
+    measure, between = _advise_to_measure(models), f"{comparison.between:.2g}"
+    return {
+        "": "",
+        "blind": f"{NOBODY}\n{TWO_NAMES}\n"
+        "if not, convert the net again: the order of colours or the scale may be wrong",
+        "closer": f"the enrolled people differ only {between} times as much as the card of the "
+        f"net expects: similar people, such as relatives, may get a wrong name\n{measure}",
+        "varied": f"the photos of one person differ {comparison.within:.2g} times as much as the "
+        f"card of the net expects: many names are missing or wrong\n{measure}",
+        "farther": f"the enrolled people differ {between} times as much as the card of the net "
+        f"expects: many names are missing or wrong\n{measure}",
+    }[comparison.problem]
 
 
 def _advise_to_measure(models: str) -> str:

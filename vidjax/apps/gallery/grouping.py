@@ -151,7 +151,7 @@ def group(
     place = {name: number for number, name in enumerate(names)}
     pairs = [(place[x], place[y]) for x, y in apart if x in place and y in place]
     pairs = np.array(pairs, int).reshape(-1, 2)
-    coordinates = [np.nan_to_num(z) for z in backend.whiten(parts)]
+    coordinates = backend.whiten(parts)
     order = np.argsort([cut_film_name(name) for name in names], kind="stable")
     labels = np.argsort(order)  # each clip is a group; groups of a film have adjacent numbers
     people = [(together or {}).get(name, name) for name in names]

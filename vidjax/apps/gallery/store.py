@@ -26,7 +26,6 @@ import gc
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import shlex
@@ -78,6 +77,7 @@ SCHEMA = {
     "clip": ROWS,  # the names, and then the people
 }
 ROW_KINDS = (int, str, bytes)
+Finite = Annotated[float, Meta(ge=json_files.LOWEST_FLOAT, le=-json_files.LOWEST_FLOAT)]
 BACKEND_LAYOUT = np.dtype([("number", "<f8")])
 
 
@@ -112,7 +112,7 @@ class _Facts(Struct, omit_defaults=True):
     version: Size
     origin: VectorOrigin = msgspec.field(name="run")
     parts: Annotated[list[Kind], Meta(min_length=1, max_length=MAX_PARTS)]
-    settings: dict[str, float]
+    settings: dict[str, Finite]
     clips: Count
     people: Count
     rows: Sha256  # the sum of the digests of all other rows
@@ -610,13 +610,9 @@ def _copy(row: tuple[int, str, bytes], numbers: np.ndarray) -> int:
     Raises UserError if a number is not finite.
     """
     numbers.view(np.uint8)[...] = np.frombuffer(row[2], np.uint8)
-    _check_finite(numbers)
-    return _digest(row)
-
-
-def _check_finite(numbers: np.ndarray) -> None:
     if not all(np.isfinite(numbers[field]).all() for field in numbers.dtype.names or ()):
         raise UserError("one of its rows contains NaN or infinity")
+    return _digest(row)
 
 
 def _check_names(names: Sequence[str], clips: Sequence[str]) -> None:
@@ -636,8 +632,6 @@ def _make_backend(numbers: np.ndarray, facts: _Facts) -> Backend:
     if len(numbers) != sum(sum(kind.sizes) for kind in facts.parts):
         raise UserError("its table 'backend' has the wrong number of values")
     settings = Settings(**{name: facts.settings[name] for name in Settings._fields})
-    if not all(map(math.isfinite, settings)):
-        raise UserError("one of its settings is NaN or infinite")
     backend = from_numbers(facts.parts, settings, numbers)
     if any(part.space is not None and np.any(part.space.ratio < 0) for part in backend.parts):
         raise UserError("its table 'backend' contains a variance below 0")

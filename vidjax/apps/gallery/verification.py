@@ -16,6 +16,7 @@ clips of other people that reach the threshold. There are two ways to choose a t
   ratio of these clips is 1. It holds only if the clips are distributed as the back end assumes.
 """
 
+import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,14 +24,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from vidjax.apps.gallery import card_notes, ratios as ratios_lib
-from vidjax.apps.gallery.answers import (
-    Threshold,
-    check_rate,
-    count_needed_strangers,
-    measure_threshold,
-    share,
-)
+from vidjax.apps.gallery import answers as answers_lib, card_notes, ratios as ratios_lib
 from vidjax.apps.gallery.backend import Backend
 from vidjax.apps.gallery.changes import find_person
 from vidjax.apps.gallery.enrolment import list_usable_strangers, stack_parts
@@ -93,7 +87,7 @@ class MatchRule(NamedTuple):
     by: Kind
     fmr: float
     log_ratio: float
-    threshold: Threshold | None
+    threshold: answers_lib.Threshold | None
     about: str
 
     def match(self, ratio: float, evidence: tuple[str, ...]) -> Match:
@@ -119,10 +113,11 @@ class MatchRule(NamedTuple):
     def describe(self) -> dict[str, str]:
         """Returns rows for the terminal, label -> text."""
         rows = {"accepted if": self.about}
-        if self.threshold is not None:
-            count, low, high = self.threshold.num_strangers, *map(share, self.threshold.interval)
-            rows["false matches"] = f"{low} to {high} at 95 % confidence, measured on {count:,} "
-            rows["false matches"] += f"comparisons, of which {self.threshold.num_alarms:,} reach it"
+        if limit := self.threshold:
+            low, high = map(answers_lib.share, limit.interval)
+            rows["false matches"] = f"{low} to {high} at 95 % confidence, measured on "
+            rows["false matches"] += f"{limit.num_strangers:,} comparisons, "
+            rows["false matches"] += f"of which {limit.num_alarms:,} reach it"
         return rows
 
 
@@ -147,9 +142,9 @@ def make_rule(ratios: np.ndarray, fmr: float | None, *, pairs: bool) -> MatchRul
     Raises UserError if `fmr` is given and there are too few comparisons.
     """
     rate, each = fmr or DEFAULT_FMR, 2 if pairs else 1
-    needed = each * count_needed_strangers(rate)
+    needed = each * answers_lib.count_needed_strangers(rate)
     if each * len(ratios) >= needed:
-        limit = measure_threshold(ratios, rate, 1)
+        limit = answers_lib.measure_threshold(ratios, rate, 1)
         about = f"the log ratio is {limit.score:.6g} or more, which on average at most "
         about += f"{100 * rate:.10g} % of comparisons with new strangers reach"
         return MatchRule("measured", rate, limit.score, limit, about)
@@ -178,7 +173,7 @@ def pair_strangers(backend: Backend, parts: Sequence[np.ndarray]) -> tuple[np.nd
 
 def choose_rule(state: State, identity: str | None, fmr: float | None) -> MatchRule:
     """Returns the rule by which a clip is accepted, see `Gallery.match_rule`."""
-    check_rate("fmr", fmr)
+    answers_lib.check_rate("fmr", fmr)
     if identity is not None:
         check_argument("identity", identity, str, "the name of a person")
         find_person(identity := normal_form(identity), state.clips_of)
@@ -241,8 +236,7 @@ def make_matches(
 ) -> Iterator[Match]:
     """Makes Q comparisons from log ratios [Q], and from the compared modalities, [M, Q] bool."""
     for ratio, compared in zip(ratios.tolist(), shared.T, strict=True):
-        parts = zip(backend.parts, compared.tolist(), strict=True)
-        yield rule.match(ratio, tuple(part.name for part, is_shared in parts if is_shared))
+        yield rule.match(ratio, tuple(itertools.compress(backend.widths, compared)))
 
 
 def find_misfits(
@@ -281,7 +275,7 @@ def table(matches: Matches | PairMatches) -> Iterator[tuple[str, ...]]:
     for key, match in matches.items():
         fits = [f"{show(x[0])} {x[1]:.3g}" if x else "" for x in (match.best, match.worst)]
         cells = ["yes" if match.accepted else "no", f"{match.log_ratio:.4g}"]
-        cells.append(share(match.probability) if match.evidence else "not compared")
+        cells.append(answers_lib.share(match.probability) if match.evidence else "not compared")
         cells.append(show(key if isinstance(key, str) else ", ".join(key)))
         yield (*cells, *fits)
 

@@ -157,7 +157,8 @@ class Endpoint(NamedTuple):
     path: str  # the path, with parameters such as `{name}`
     # Answers a request. The first line of its docstring appears in the OpenAPI description.
     answer: Callable[[Request], Awaitable[Response]]
-    errors: tuple[int, ...] = ()  # the HTTP statuses of errors, in addition to COMMON_ERRORS
+    # The HTTP statuses of errors, in addition to COMMON_ERRORS, and with a body to BODY_ERRORS.
+    errors: tuple[int, ...] = ()
     body: type[msgspec.Struct] | None = None  # the type of a JSON body
     query: type[msgspec.Struct] | None = None  # the type of the query
     result: type[msgspec.Struct] | None = None  # the type of the JSON in the answer
@@ -169,7 +170,7 @@ class Application:
     def __init__(self, gallery: Gallery, bodies: Bodies, limits: Limits, metrics: ServerMetrics):
         self.bodies, self.limits, self.metrics = bodies, limits, metrics
         self.model, self.gallery = GalleryModel(gallery), gallery
-        self.batcher = Batcher[Question, Any](self.model.answer, limits, metrics)
+        self.batcher = Batcher(self.model.answer, limits, metrics)
         self.changes = Changes(limits)
         # Large bodies are parsed one at a time, because the memory of a parsed body is counted only
         # after parsing.
@@ -189,11 +190,9 @@ class Application:
         return [
             Endpoint("GET", "/v2/health/live", self.live),
             Endpoint("GET", "/v2/health/ready", self.is_ready),
-            Endpoint("POST", "/identify", self.identify, (409, *BODY_ERRORS), IdentifyRequest),
-            Endpoint("POST", "/verify", self.verify, (404, 409, *BODY_ERRORS), VerifyRequest),
-            Endpoint(
-                "POST", "/enrol", self.enrol, (*BODY_ERRORS, 507), EnrolRequest, result=EnrolAnswer
-            ),
+            Endpoint("POST", "/identify", self.identify, (409,), IdentifyRequest),
+            Endpoint("POST", "/verify", self.verify, (404, 409), VerifyRequest),
+            Endpoint("POST", "/enrol", self.enrol, (507,), EnrolRequest, result=EnrolAnswer),
             Endpoint("GET", "/identities", self.identities, (422,), query=PageQuery),
             Endpoint("DELETE", "/identities/{name:path}", self.remove_identity, (404, 429, 507)),
             Endpoint("DELETE", "/clips/{name:path}", self.remove_clip, (404, 429, 507)),
@@ -535,7 +534,8 @@ def describe(
             {"name": name, "in": "path", "required": True, "schema": text}
             for name in re.findall(r"{(\w+)}", path)
         ]
-        errors = {str(status): {"$ref": ERROR_REF} for status in (*COMMON_ERRORS, *point.errors)}
+        statuses = [*COMMON_ERRORS, *point.errors, *(BODY_ERRORS if point.body else ())]
+        errors = {str(status): {"$ref": ERROR_REF} for status in statuses}
         done: dict[str, object] = {"description": "done"}
         if point.result:
             schema = {"$ref": f"#/components/schemas/{point.result.__name__}"}

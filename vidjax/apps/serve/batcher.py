@@ -11,14 +11,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+from vidjax.apps.gallery.answers import Answer
+from vidjax.apps.serve.gallery_model import Question
 from vidjax.apps.serve.limits import Refused, ServerMetrics
 from vidjax.apps.server_limits import Limits
 from vidjax.utils.errors import InUseError, mute_thread
 
-Q = TypeVar("Q")
-A = TypeVar("A")
 T = TypeVar("T")
 LINGER_SECONDS = 0.01  # longest wait for more requests after a batch of several requests
 
@@ -28,38 +28,38 @@ def _make_thread(name: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, name, initializer=mute_thread)
 
 
-class _Waiting(NamedTuple, Generic[Q, A]):
+class _Waiting(NamedTuple):
     """A question about `size` clips that waits for an answer."""
 
-    question: Q
+    question: Question
     size: int
-    answer: "asyncio.Future[A]"
+    answer: asyncio.Future[Any]
 
 
-class Batcher(Generic[Q, A]):
+class Batcher:
     """Answers questions about clips in batches, in a thread. Its methods need an event loop."""
 
     def __init__(
         self,
-        answer: Callable[[Sequence[Q]], Sequence[A | Exception]],
+        answer: Callable[[Sequence[Question]], Sequence[Any]],
         limits: Limits,
         metrics: ServerMetrics,
     ):
         """Makes a batcher. `answer` computes an answer or an error for each question of a batch."""
         self._answer, self._limits, self._metrics = answer, limits, metrics
-        self._waiting: deque[_Waiting[Q, A]] = deque()
+        self._waiting: deque[_Waiting] = deque()
         self._thread = _make_thread("vidjax-answers")
         self._batch: asyncio.Task[None] | None = None
         self.size = 0  # number of clips that wait for an answer or for their vectors
         self._target, self._enough = 0, asyncio.Event()  # the event is set when _target clips wait
 
-    async def ask(self, question: Q, size: int) -> A:
+    async def ask(self, question: Question, size: int) -> list[Answer]:
         """Returns the answer to a question about `size` clips.
 
         Raises Refused (status 429) if too many clips wait.
         """
         self._add(size)
-        future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(question, size, future))
         if self.size >= self._target:
             self._enough.set()
@@ -108,9 +108,9 @@ class Batcher(Generic[Q, A]):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._enough.wait(), LINGER_SECONDS)
 
-    def _take_batch(self) -> list[_Waiting[Q, A]]:
+    def _take_batch(self) -> list[_Waiting]:
         """Takes the next batch from the queue. Requests whose clients have gone are left out."""
-        batch: list[_Waiting[Q, A]] = []
+        batch: list[_Waiting] = []
         clips = 0
         while self._waiting and (
             not batch or clips + self._waiting[0].size <= self._limits.batch_clips
