@@ -121,7 +121,7 @@ class Backend(NamedTuple):
     def whiten(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Returns `Part.coordinates` of Q clips, M arrays [Q, D]; 0 for a missing modality."""
         pairs = zip(self.parts, self.units(parts), strict=True)
-        return [np.where(x.any(axis=1)[:, None], part.coordinates(x), 0) for part, x in pairs]
+        return [np.where(x.any(axis=1, keepdims=True), part.coordinates(x), 0) for part, x in pairs]
 
     def enrol(
         self,

@@ -203,21 +203,18 @@ class Draft:
             return True
         if clip.identity is None and old.identity is not None:
             return False
-        problem = remedy = ""
+        remedy = "relabel"
         if old.identity not in (None, clip.identity):
             problem = f"as {_describe_person(old.identity)}, not {_describe_person(clip.identity)}"
-            remedy = "relabel the enrolled clip"
         elif old.vector.tobytes() != clip.vector.tobytes():
-            problem = (
-                "with another vector: its features have changed, or another clip has this name"
-            )
-            remedy = "remove the enrolled clip"
-        if problem:
-            raise UserError(
-                f"clip '{show(name)}' is already enrolled {problem}\n"
-                f"if it is another clip, give it another name; if not, {remedy}"
-            )
-        return old.identity != clip.identity
+            remedy, problem = "remove", "with another vector: its features have changed, or another"
+            problem += " clip has this name"
+        else:
+            return old.identity != clip.identity
+        raise UserError(
+            f"clip '{show(name)}' is already enrolled {problem}\n"
+            f"if it is another clip, give it another name; if not, {remedy} the enrolled clip"
+        )
 
     # ---- results
 

@@ -201,7 +201,7 @@ def verify(state: State, rule: MatchRule, vectors: Vectors, identity: str) -> Ve
     made = make_matches(rule, backend, *state.index.ratios(parts, person))
     for row, (clip, match) in enumerate(zip(vectors.names, made, strict=True)):
         ratios, shared = ratios_lib.compare(backend, clips.take([row]), known)
-        pairs = zip(names, ratios.tolist(), shared.any(axis=0).tolist(), strict=True)
+        pairs = zip(names, ratios.tolist(), np.any(shared, axis=0).tolist(), strict=True)
         fits = [(name, ratio) for name, ratio, is_compared in pairs if is_compared]
         best, worst = (f(fits, key=lambda x: x[1], default=None) for f in (max, min))
         matches[clip] = match._replace(best=best, worst=worst)
