@@ -33,9 +33,7 @@ import sqlite3
 import stat
 import time
 import unicodedata
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple, TypeAlias
@@ -61,7 +59,6 @@ MAX_PARTS, MAX_VECTOR_WIDTH = 64, 16_384
 MAX_NAME_LETTERS = 1000
 MAX_VALUE_BYTES = 1 << 26  # largest text, blob and row
 ROW_BYTES = 1 << 19  # largest array of numbers that is written to a row
-READ_AHEAD = 8  # rows that are read while earlier rows are checked in threads
 PAGE_BYTES = 1 << 16
 SCHEMA_SECONDS = 10.0  # limit for reading the schema
 LOCK_SECONDS = 0.2  # how long a change waits for another change to end
@@ -585,34 +582,20 @@ def _read_table(
     (size,) = connection.execute(f"SELECT total(length(numbers)) FROM {table}").fetchone()
     numbers, at, total = np.empty(int(size) // layout.itemsize, layout), 0, 0
     words: list[list[str]] = [[] for _ in range(num_words)]
-    checks: deque[Future[int]] = deque()
-    with ThreadPoolExecutor(2) as threads:
-        for row in connection.execute(f"SELECT * FROM {table} ORDER BY place"):
-            count = len(row[2]) // layout.itemsize if tuple(map(type, row)) == ROW_KINDS else 0
-            lines = row[1].split("\n") if count and num_words else []
-            if not count or len(row[2]) % layout.itemsize or len(lines) != num_words * count:
-                raise UserError(f"a row of its table '{table}' has the wrong types or length")
-            _check_names(lines, lines[:count])
-            for n, column in enumerate(words):
-                column += lines[n * count : (n + 1) * count]
-            checks.append(threads.submit(_copy, row, numbers[at : at + count]))
-            if len(checks) > READ_AHEAD:
-                total += checks.popleft().result()
-            at += count
-        total += sum(check.result() for check in checks)
+    for row in connection.execute(f"SELECT * FROM {table} ORDER BY place"):
+        count = len(row[2]) // layout.itemsize if tuple(map(type, row)) == ROW_KINDS else 0
+        lines = row[1].split("\n") if count and num_words else []
+        if not count or len(row[2]) % layout.itemsize or len(lines) != num_words * count:
+            raise UserError(f"a row of its table '{table}' has the wrong types or length")
+        _check_names(lines, lines[:count])
+        for n, column in enumerate(words):
+            column += lines[n * count : (n + 1) * count]
+        copied = numbers[at : at + count] = np.frombuffer(row[2], layout)
+        if not all(np.isfinite(copied[field]).all() for field in layout.names or ()):
+            raise UserError("one of its rows contains NaN or infinity")
+        at, total = at + count, total + _digest(row)
     numbers.flags.writeable = False
     return words, numbers, total
-
-
-def _copy(row: tuple[int, str, bytes], numbers: np.ndarray) -> int:
-    """Copies the numbers of a row to the array `numbers`; returns the sha256 of the row.
-
-    Raises UserError if a number is not finite.
-    """
-    numbers.view(np.uint8)[...] = np.frombuffer(row[2], np.uint8)
-    if not all(np.isfinite(numbers[field]).all() for field in numbers.dtype.names or ()):
-        raise UserError("one of its rows contains NaN or infinity")
-    return _digest(row)
 
 
 def _check_names(names: Sequence[str], clips: Sequence[str]) -> None:

@@ -302,7 +302,7 @@ class Application:
 
     async def identities(self, request: Request) -> Response:
         """Lists the next 10,000 people, sorted by name, with their numbers of clips."""
-        after = normal_form(_read_query(request.query_params, PageQuery).after)
+        after = normal_form(_convert(request.query_params, PageQuery).after)
         self._check_ready()
         people = await self.batcher.run(lambda: self.gallery.identities)
         names = [name for name in people if name > after]
@@ -334,7 +334,7 @@ class Application:
 
     async def threshold(self, request: Request) -> Response:
         """Returns the rule and the threshold by which a clip gets a name."""
-        query = _read_query(request.query_params, RuleParameters)
+        query = _convert(request.query_params, RuleParameters)
         self._check_ready()
         rule = await self.batcher.run(
             lambda: self.gallery.rule(fpir=query.fpir, threshold=query.threshold)
@@ -384,11 +384,11 @@ class Application:
 
         def read() -> tuple[dict[str, Any], Any]:
             if npz:
-                fields = _read_query({"clips": [{"clip": name}], **words}, kind)
+                fields = _convert({"clips": [{"clip": name}], **words}, kind)
                 nets = self.gallery.origin.cards
                 found = clip_files.read_npz_bytes(body, name, limit, nets)
             else:
-                fields = _decode(body, kind)
+                fields = _convert(body, kind)
                 rows = enumerate(fields.clips)
                 found = (clip_files.read_json(clip, f"clips[{n}]") for n, clip in rows)
             most = self.limits.clips
@@ -410,32 +410,26 @@ class Application:
         return read()
 
 
-def _read_query(words: Mapping[str, object], kind: Any) -> Any:  # noqa: ANN401 (an instance of kind)
-    """Converts a query, name -> value, to the type `kind`. Text such as "5" becomes a number."""
-    try:
-        return msgspec.convert(dict(words), kind, strict=False)
-    except msgspec.ValidationError as error:
-        place = f"the query is wrong: {_describe_error(error, kind)}: "
-        raise unprocessable("see /openapi.json", place) from None
+def _convert(given: bytes | Mapping[str, object], kind: Any) -> Any:  # noqa: ANN401 (of this kind)
+    """Converts a JSON body, or a query, name -> value, to the type `kind`.
 
-
-def _decode(content: bytes, kind: Any) -> Any:  # noqa: ANN401 (an instance of kind)
-    """Decodes JSON to an object of the type `kind`. Raises Refused if it does not fit the type."""
+    Text such as "5" in a query becomes a number. Raises Refused if `given` does not fit the type.
+    """
     try:
-        return msgspec.json.decode(content, type=kind)
+        if isinstance(given, bytes):
+            return msgspec.json.decode(given, type=kind)
+        return msgspec.convert(dict(given), kind, strict=False)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        nan = re.search(rb"\b(NaN|Infinity)\b", content) and "invalid character" in str(error)
-        hint = "NaN and Infinity are not allowed" if nan else "see /openapi.json"
-        raise unprocessable(hint, f"{_describe_error(error, kind)}: ") from None
+        text = show(str(error)).replace("Input data was truncated", "the JSON ends too early")
     except RecursionError:
         raise unprocessable("the JSON is nested too deeply: see /openapi.json") from None
-
-
-def _describe_error(error: Exception, kind: Any) -> str:  # noqa: ANN401 (the type of a body or query)
-    """Returns the message of an error of msgspec, on one line, with the known fields."""
-    text = show(str(error)).replace("Input data was truncated", "the JSON ends too early")
-    is_field = "unknown field" in text and " - at `$" not in text  # not of a nested object
-    return f"{text}: choose from {', '.join(kind.__struct_fields__)}" if is_field else text
+    if "unknown field" in text and " - at `$" not in text:  # not of a nested object
+        text += f": choose from {', '.join(kind.__struct_fields__)}"
+    if not isinstance(given, bytes):
+        raise unprocessable("see /openapi.json", f"the query is wrong: {text}: ")
+    nan = re.search(rb"\b(NaN|Infinity)\b", given) and "invalid character" in text
+    hint = "NaN and Infinity are not allowed" if nan else "see /openapi.json"
+    raise unprocessable(hint, f"{text}: ")
 
 
 def _check_clips(
