@@ -3,6 +3,7 @@
 The server of galleries and the page on which a user corrects names use these functions.
 """
 
+import contextlib
 import gc
 import ipaddress
 import logging
@@ -28,12 +29,9 @@ DEFAULTS = Limits()
 
 def is_loopback(host: str) -> bool:
     """Returns True if only programs on this machine can reach a server at the address `host`."""
-    if host == "localhost":
-        return True
-    try:
+    with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+    return host == "localhost"
 
 
 def is_local(headers: Headers) -> bool:
@@ -50,10 +48,9 @@ def is_same_site(headers: Headers) -> bool:
 
 
 def _split(address: str) -> SplitResult:
-    try:
+    with contextlib.suppress(ValueError):
         return urlsplit(address)
-    except ValueError:
-        return urlsplit("")
+    return urlsplit("")
 
 
 def listen(host: str, port: int, limits: Limits = DEFAULTS) -> socket.socket:

@@ -143,11 +143,9 @@ class Backend(NamedTuple):
             similar clips of other people count as fewer clips. By default, all are False.
         """
         linear, constants, counts = [], [], []
+        exact = np.zeros(len(names), bool) if independent is None else independent
         for part, x in zip(self.parts, self.split(vectors), strict=True):
-            count, total = sum_by_owner(unit(part, x), owner, len(names))
-            if part.space is not None:
-                exact = np.zeros(len(names), bool) if independent is None else independent
-                count, total = _add_independent(part, (count, total), (x, owner, film), exact)
+            count, total = _sum_clips(part, x, owner, film, exact)
             coefficients, constant = part.describe(count, total)
             linear.append(coefficients.astype(np.float32))
             constants.append(constant)
@@ -253,30 +251,28 @@ def compare_equal(old: Backend, new: Backend) -> bool:
     )
 
 
-def _add_independent(
-    part: Part,
-    sums: tuple[np.ndarray, np.ndarray],
-    clips: tuple[np.ndarray, np.ndarray, np.ndarray | None],
-    independent: np.ndarray,
+def _sum_clips(
+    part: Part, x: np.ndarray, owner: np.ndarray, film: np.ndarray | None, exact: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the number n of independent clips of each person [P], and n x their mean [P, D].
+    """Returns the number n of clips of each of P people, [P], and n x their mean, [P, D].
 
-    `sums` are the number [P] and the sum [P, D] of all clips of each person. `clips` are the
-    arguments `vectors`, `owner` and `film` of `Backend.enrol`, for this part. For `independent`,
-    see `Backend.enrol`.
+    `x` [N, D] are the vectors of this part. For `owner` and `film`, see `Backend.enrol`. With PLDA,
+    n is the number of independent clips, or of all clips if `exact` [P] is True for the person.
     """
-    assert part.space is not None
-    (count, total), (x, owner, film) = sums, clips
+    count, total = sum_by_owner(unit(part, x), owner, len(exact))
+    if part.space is None:
+        return count, total
+    most, sums = count, total
     if film is not None:
         first = np.unique(film, return_index=True)[1]
         in_film, added = sum_by_owner(x, film, len(first))
         means = (added / np.maximum(in_film, 1)[:, None]).astype(np.float32)
-        count, total = sum_by_owner(unit(part, means), owner[first], len(count))
+        most, sums = sum_by_owner(unit(part, means), owner[first], len(exact))
     with one_thread():
         within = two_covariance.compute_within(part.space)
-    effective = two_covariance.count_independent(within, *sums, most=count)
-    effective = np.where(independent, count, effective)
-    return effective, total * (effective / np.maximum(count, 1))[:, None]
+    effective = two_covariance.count_independent(within, count, total, most=most)
+    effective = np.where(exact, most, effective)
+    return effective, sums * (effective / np.maximum(most, 1))[:, None]
 
 
 def sum_by_owner(units: np.ndarray, owner: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ A card is the JSON file of a net. See `models.card_check` for how far a card can
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,54 +80,36 @@ def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> t
     """
     origin, back_ends = read_cards(models)
     with gallery.change() as draft:
-        was = draft.present.origin.cards
-        draft.replacement = widen(draft.present, origin, back_ends, gallery.folder, replace=replace)
-    return tuple(part for part, digest in origin.cards.items() if digest != was.get(part))
-
-
-def widen(
-    state: State,
-    origin: VectorOrigin,
-    back_ends: "Mapping[str, BackEnd]",
-    folder: Path,
-    *,
-    replace: bool = False,
-) -> State | None:
-    """Returns a state with other numbers, more modalities, or other models, see `adopt`.
-
-    `origin` and `back_ends` are of `read_cards`. `folder` is the folder of the gallery, for
-    messages. If nothing changes, returns None.
-    """
-    was, now = state.origin.cards, origin.cards
-    changed = sorted(part for part in was if was[part] != now.get(part))
-    blind = state.origin.blind and not changed
-    origin = msgspec.structs.replace(origin, blind=blind)
-    if not was or (changed and (not replace or was.keys() - now.keys())):
-        made = f"other models of {', '.join(changed)}" if was else "a run, not with models"
-        raise UserError(
-            f"gallery '{folder}' was made with {made}\n"
-            "use the same models, or name a new folder: --out=DIR"
-        )
-    backend = state.index.backend
-    wide = backend_lib.make_card_backend(back_ends)
-    is_equal = not changed and backend_lib.compare_equal(backend, wide)
-    if was == now and is_equal and origin == state.origin:
-        return None
-    if not is_equal and not changed:
-        say(
-            f"gallery '{folder}': the numbers in the card of the net have changed, "
-            "and the gallery uses the new numbers"
-        )
-    check_width(wide)
-    clips = dict[str, StoredClip]()
-    for name, clip in state.clips.items():
-        parts = {part: np.zeros((1, width)) for part, width in wide.widths.items()}
-        known = zip(backend.widths, backend.split(clip.vector[None]), strict=True)
-        parts |= {part: x for part, x in known if part not in changed}
-        vector = np.concatenate([*parts.values()], axis=1, dtype=np.float32)[0]
-        if vector.any():
-            clips[name] = clip._replace(vector=vector)
-    return make_state(state.version + 1, origin, wide, clips)
+        state = draft.present
+        was, now, backend = state.origin.cards, origin.cards, state.index.backend
+        changed = sorted(part for part in was if was[part] != now.get(part))
+        if not was or (changed and (not replace or was.keys() - now.keys())):
+            made = f"other models of {', '.join(changed)}" if was else "a run, not with models"
+            raise UserError(
+                f"gallery '{gallery.folder}' was made with {made}\n"
+                "use the same models, or name a new folder: --out=DIR"
+            )
+        origin = msgspec.structs.replace(origin, blind=state.origin.blind and not changed)
+        wide = backend_lib.make_card_backend(back_ends)
+        is_equal = not changed and backend_lib.compare_equal(backend, wide)
+        if is_equal and origin == state.origin:
+            return ()
+        if not is_equal and not changed:
+            say(
+                f"gallery '{gallery.folder}': the numbers in the card of the net have changed, "
+                "and the gallery uses the new numbers"
+            )
+        check_width(wide)
+        clips = dict[str, StoredClip]()
+        for name, clip in state.clips.items():
+            parts = {part: np.zeros((1, width)) for part, width in wide.widths.items()}
+            known = zip(backend.widths, backend.split(clip.vector[None]), strict=True)
+            parts |= {part: x for part, x in known if part not in changed}
+            vector = np.concatenate([*parts.values()], axis=1, dtype=np.float32)[0]
+            if vector.any():
+                clips[name] = clip._replace(vector=vector)
+        draft.replacement = make_state(state.version + 1, origin, wide, clips)
+    return tuple(part for part, digest in now.items() if digest != was.get(part))
 
 
 def compare(state: State) -> Comparison:

@@ -52,7 +52,7 @@ from vidjax.apps.gallery.index import Index
 from vidjax.apps.gallery.labelling import Enrolment
 from vidjax.apps.gallery.run_vectors import RunVectors
 from vidjax.apps.gallery.store import STRANGER, State, Store, StoredClip, VectorOrigin
-from vidjax.apps.gallery.vectors import NetVectors, Vectors, check_modalities, select_usable_clips
+from vidjax.apps.gallery.vectors import NetVectors, Vectors, select_usable_clips
 from vidjax.apps.gallery.verification import Match, MatchRule, Verification
 from vidjax.data.dataset import Dataset
 from vidjax.data.memory import FrameClips, MemoryClips, load_clips
@@ -305,7 +305,13 @@ class Gallery:
         """
         self.refresh()  # another process may have added a modality
         if isinstance(clips, Vectors):
-            return check_modalities(clips, self.backend)
+            widths = {part: x.shape[1] for part, x in clips.parts.items()}
+            if [*widths.items()] != [*self.backend.widths.items()]:
+                raise UserError(
+                    f"the vectors have the widths {widths}, but the gallery compares "
+                    f"{self.backend.widths}\ncompute them with `embed` of this gallery"
+                )
+            return clips
         return self.source.embed(clips, split, advance)
 
     @property

@@ -151,9 +151,8 @@ class Ratios:
         )
         self._part, self._scale, self._constant = part, scale, scale * constant
 
-    def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def ask(self, units: np.ndarray, _: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns coordinates [Q, D] and terms [Q, U] of unit vectors [Q, D], for `_Queries`."""
-        del effective  # only `DistanceRatios` compares groups of clips
         z = self._part.coordinates(units)
         return self._scale * z, self._scale * z**2 @ self.curve.T
 

@@ -202,9 +202,8 @@ class Application:
         ]
 
     @contextlib.asynccontextmanager
-    async def run_lifespan(self, app: object) -> AsyncIterator[None]:
+    async def run_lifespan(self, _: object) -> AsyncIterator[None]:
         """Compiles the programs when the server starts, and stops the threads when it ends."""
-        del app
         warm = asyncio.create_task(self._warm())
         yield
         with contextlib.suppress(asyncio.CancelledError):
@@ -252,14 +251,12 @@ class Application:
         """Identifies the person in each clip. An unknown person is null."""
         clips, body = await self._read(request, IdentifyRequest)
         question = Question(clips, body.k, body.fpir, body.threshold)
-        self._check_ready()
         answers = await self.batcher.ask(question, len(clips))
         return _encode_json({"clips": [*map(answers_lib.as_json, clips, answers)]})
 
     async def verify(self, request: Request) -> Response:
         """Decides if each clip shows the given person."""
         clips, body = await self._read(request, VerifyRequest)
-        self._check_ready()
         vectors = await self.batcher.run(lambda: self.gallery.embed(clips), len(clips))
 
         def answer() -> dict[str, object]:
@@ -283,7 +280,6 @@ class Application:
         if stray := identities.keys() - clips.keys():
             place = f"identities has the clip '{show(min(stray))}', but "
             raise unprocessable("clips lacks it: send it, too", place)
-        self._check_ready()
         vectors = await self.batcher.run(lambda: self.gallery.embed(clips), len(clips))
         strangers = body.strangers
         done = await self._change(
@@ -402,6 +398,7 @@ class Application:
         clips, fields = await self._parse(read, large=npz or len(body) > LARGE_BYTES)
         self.bodies.hold(request.scope, 2 * gallery_model.count_bytes(clips))
         request.scope["vidjax.clips"] = len(clips)
+        self._check_ready()
         return clips, fields
 
     async def _parse(self, read: Callable[[], T], *, large: bool) -> T:
