@@ -233,7 +233,7 @@ def test_names_with_and_without_mp4_are_one_clip(tell, folder, tmp_path):
     old = made_galleries.make(tmp_path / "old", {"c.mp4": made_galleries.make_clip(1, "Ada")})
     vectors = made_galleries.vectors_of(old, {"c": made_galleries.make_clip(1, "Ada")})
     assert old.enrol(vectors, {"c.mp4": "Ada"}).unchanged == 1 and len(old.clips) == 1
-    twice = dict.fromkeys(("x", "x.mp4"), made_galleries.make_clip(2, "Bob"))
+    twice = {name: made_galleries.make_clip(2, "Bob") for name in ("x", "x.mp4")}
     with pytest.raises(UserError, match="two clips are called 'x'"):
         made_galleries.add(old, twice)
     assert old.remove(clip="c") == 1

@@ -691,15 +691,16 @@ def test_full_queue_refuses_with_retry_after():
 
     async def run():
         batcher, changes = Batcher(double, limits, ServerMetrics()), Changes(limits)
+        ask: Any = batcher.ask  # questions are numbers
         # The queues are full: 4 questions wait behind a batch of 2, and a change is being made.
         asked = []
         for numbers in (range(3), range(3, 6)):
-            asked += [asyncio.create_task(batcher.ask(n, size=1)) for n in numbers]
+            asked += [asyncio.create_task(ask(n, size=1)) for n in numbers]
             await asyncio.sleep(0.05)  # at first, a batch of 2 begins
         slow = asyncio.create_task(changes.make(lambda: go.wait(5)))
         await asyncio.sleep(0.01)  # the change begins
 
-        for work in (batcher.ask(9, size=1), changes.make(lambda: None)):
+        for work in (ask(9, size=1), changes.make(lambda: None)):
             with pytest.raises(Refused) as error:
                 await work
             assert error.value.status == 429 and error.value.headers["retry-after"]
@@ -707,8 +708,8 @@ def test_full_queue_refuses_with_retry_after():
         go.set()
         assert await slow
         assert await asyncio.gather(*asked) == [0, 2, 4, 6, 8, 10] and max(batch_sizes) == 2
-        batcher.stop()
-        changes.stop()
+        batcher.thread.shutdown()
+        changes.thread.shutdown()
 
     asyncio.run(run())
 
@@ -739,7 +740,7 @@ def test_removal_is_answered_after_earlier_reads_have_ended():
         go.set()
         await removal
         assert reading.done()
-        batcher.stop()
+        batcher.thread.shutdown()
 
     asyncio.run(run())
 

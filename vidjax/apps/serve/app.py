@@ -208,8 +208,8 @@ class Application:
         yield
         with contextlib.suppress(asyncio.CancelledError):
             await warm
-        for thread in (self.batcher, self.changes):
-            await asyncio.to_thread(thread.stop)
+        for thread in (self.batcher.thread, self.changes.thread):
+            await asyncio.to_thread(thread.shutdown)
         self.reader.shutdown()
 
     async def _warm(self) -> None:

@@ -48,7 +48,7 @@ class Batcher:
         """Makes a batcher. `answer` computes an answer or an error for each question of a batch."""
         self._answer, self._limits, self._metrics = answer, limits, metrics
         self._waiting: deque[_Waiting] = deque()
-        self._thread = _make_thread("vidjax-answers")
+        self.thread = _make_thread("vidjax-answers")
         self._batch: asyncio.Task[None] | None = None
         self.size = 0  # number of clips that wait for an answer or for their vectors
         self._target, self._enough = 0, asyncio.Event()  # the event is set when _target clips wait
@@ -79,7 +79,7 @@ class Batcher:
             while batch := self._take_batch():
                 questions = [request.question for request in batch]
                 try:
-                    answers = await loop.run_in_executor(self._thread, self._answer, questions)
+                    answers = await loop.run_in_executor(self.thread, self._answer, questions)
                 except Exception as error:
                     answers = [error] * len(batch)
                 self._metrics.clips.observe(sum(request.size for request in batch))
@@ -131,7 +131,7 @@ class Batcher:
         if embedded:
             self._add(embedded)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+            return await asyncio.get_running_loop().run_in_executor(self.thread, function)
         finally:
             self.size -= embedded
 
@@ -140,16 +140,12 @@ class Batcher:
         await self.run(lambda: None)
         await asyncio.sleep(0)  # the event loop delivers the answers
 
-    def stop(self) -> None:
-        """Ends the thread after the current batch."""
-        self._thread.shutdown()
-
 
 class Changes:
     """Makes changes of a gallery one after the other, in a thread."""
 
     def __init__(self, limits: Limits):
-        self._limits, self._thread = limits, _make_thread("vidjax-changes")
+        self._limits, self.thread = limits, _make_thread("vidjax-changes")
         self.waiting = 0
 
     async def make(self, change: Callable[[], T]) -> T:
@@ -162,7 +158,7 @@ class Changes:
         if self.waiting >= self._limits.waiting_changes:
             raise Refused(429, "too many changes are waiting: try again", 2)
         self.waiting += 1
-        work = asyncio.get_running_loop().run_in_executor(self._thread, self._try, change)
+        work = asyncio.get_running_loop().run_in_executor(self.thread, self._try, change)
         work.add_done_callback(self._done)
         await asyncio.wait([work], timeout=self._limits.change_seconds)
         if not work.done():
@@ -184,7 +180,3 @@ class Changes:
         self.waiting -= 1
         if not work.cancelled():
             work.exception()  # otherwise asyncio logs the error if the client has gone
-
-    def stop(self) -> None:
-        """Waits for all changes, and ends the thread."""
-        self._thread.shutdown()

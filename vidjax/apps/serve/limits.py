@@ -168,8 +168,7 @@ class Bodies:
         """
         more = size - scope["vidjax.held"]
         if more > 0 and self._held + more > self._limits.held_bytes and not scope.get(CHANGED):
-            text = "all requests together take too much memory: try again"
-            raise Refused(429, text, 1)
+            raise Refused(429, "all requests together take too much memory: try again", 1)
         self._held += more
         scope["vidjax.held"] = size
 
@@ -199,7 +198,6 @@ class Guard:
         gallery: Gallery,
         token: bytes | None,
     ):
-        self.routes = app.routes
         self.leaving = threading.Event()  # set when the server will end
         self._paths = {route.endpoint: route.path for route in reversed(app.routes)}  # pyright: ignore
         self._app, self._bodies, self._limits, self._metrics = app, bodies, limits, metrics
@@ -295,8 +293,7 @@ class Guard:
                 raise Refused(401, "send the header Authorization: Bearer TOKEN")
             return
         if not web.is_local(headers):
-            text = "the header Host is the address of another machine: use localhost"
-            raise Refused(403, text)
+            raise Refused(403, "the header Host is the address of another machine: use localhost")
         if not web.is_same_site(headers):
             text = "a web page of another site sent this request: open the address of the server"
             raise Refused(403, text)
