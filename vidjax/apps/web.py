@@ -62,7 +62,7 @@ def listen(host: str, port: int, limits: Limits = DEFAULTS) -> socket.socket:
         both = family == socket.AF_INET6  # an address such as `::` also takes requests of IPv4
         listener = socket.create_server(address, family=family, dualstack_ipv6=both)
     except (OSError, UnicodeError) as error:  # UnicodeError: a part of the host is too long
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = str(error.strerror).partition(" (")[0] if isinstance(error, OSError) else error
         raise UserError(
             f"cannot listen at {host}:{port}: {reason}\nname another --host or --port"
         ) from None
