@@ -311,15 +311,15 @@ class Index:
 
         Unknown names in `removed` are ignored.
         """
-        removed, kept = set(removed), []
-        small = [block for block in new if len(block.names) < MIN_BLOCK_PEOPLE]
+        removed, blocks = set(removed), list[People]()
         for block in self.blocks:
             if removed and not removed.isdisjoint(block.names):
                 rows = [row for row, name in enumerate(block.names) if name not in removed]
                 block = block.take(rows)
-            (small if len(block.names) < MIN_BLOCK_PEOPLE else kept).append(block)
-        kept += [block for block in new if len(block.names) >= MIN_BLOCK_PEOPLE]
-        if small:
+            blocks.append(block)
+        blocks += new
+        kept = [block for block in blocks if len(block.names) >= MIN_BLOCK_PEOPLE]
+        if small := [block for block in blocks if len(block.names) < MIN_BLOCK_PEOPLE]:
             joined = join(small)
             rows = np.arange(len(joined.names))
             starts = range(0, len(rows), MAX_BLOCK_PEOPLE)

@@ -206,10 +206,9 @@ def advise_other_films(state: State, people: Iterable[str]) -> None:
     """Prints which `people` have only clips of a single film, or clips that count as one clip."""
     enrolled, index = state.clips_of, state.index
     counts = dict(zip(index.names, index.counts.max(axis=0).tolist(), strict=True))
-    clips_of = {name: enrolled.get(name, ()) for name in people}
     few = [
-        name for name, clips in clips_of.items()
-        if len(clips) > 1 and (len({*map(cut_film_name, clips)}) == 1 or counts[name] == 1)
+        name for name in people if len(clips := enrolled.get(name, ())) > 1
+        and (len({*map(cut_film_name, clips)}) == 1 or counts[name] == 1)
     ]  # fmt: skip
     if few:
         named = messages.list_some([*map(show, few)], 3)

@@ -347,8 +347,7 @@ class Application:
 
     async def describe(self, _: Request) -> Response:
         """Returns this OpenAPI description."""
-        content = describe(self.list_endpoints(), self.model.widths, self.limits)
-        return _encode_json(content)
+        return _encode_json(describe(self.list_endpoints(), self.model.widths, self.limits))
 
     # ---- reading
 
