@@ -12,7 +12,7 @@ from scipy import special, stats
 from tests.helpers import embeddings, made_galleries
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.embeddings import unit
-from tests.helpers.made_galleries import SETTINGS, make, make_clip, make_clips, vectors_of
+from tests.helpers.made_galleries import SETTINGS, add, make, make_clip, make_clips, vectors_of
 from tests.helpers.seen import refused
 from vidjax.apps.gallery import (
     answers as answers_lib,
@@ -129,7 +129,7 @@ def test_fpir_threshold_needs_enough_strangers(tmp_path):
     assert threshold.interval == metrics.fpir_interval(1, 6)
     # With the coming stranger, 6 + 1 are too few: 7 x 0.14 is less than 1, and 8 x 0.14 is more.
     refused(lambda: people.threshold(0.14), "at least 7 clips of strangers, but", "has 6", "enrol")
-    people.add({"one more": make_clip(1234, None)})
+    add(people, {"one more": make_clip(1234, None)})
     assert people.threshold(0.14).num_strangers == 7
     nobody = make(tmp_path / "no strangers", make_clips(strangers=0))
     refused(lambda: nobody.threshold(1 - 1e-10), "at least 1 clip", "has 0")
@@ -282,7 +282,7 @@ def test_clips_of_one_film_count_as_one_clip_with_a_warning(tmp_path, capsys):
     # Ada is enrolled like a person with one clip, whose vector is the mean of the 3 clips.
     mean = np.mean([clip.vector for clip in of_ada.values()], axis=0, dtype=float)
     mean_clip = StoredClip("Ada", mean.astype(np.float32))
-    expected = enrol(people.backend, {"Ada": ["film"]}, {"film": mean_clip})
+    (expected,) = enrol(people.backend, {"Ada": ["film"]}, {"film": mean_clip})
     (block,) = (block for block in people.index.blocks if "Ada" in block.names)
     for coefficients, (wanted,) in zip(block.linear, expected.linear, strict=True):
         np.testing.assert_array_equal(coefficients[block.names.index("Ada")], wanted)
@@ -296,7 +296,7 @@ def make_index(*, cards=False, **settings):
         parts = tuple(part._replace(space=None, distances=distances) for part in backend.parts)
         backend = backend_lib.Backend(parts, backend.settings)
     clips = make_clips(PEOPLE, strangers=0)
-    everybody = enrol(backend, list_clips_of(clips), clips)
+    (everybody,) = enrol(backend, list_clips_of(clips), clips)
     blocks = np.split(np.arange(PEOPLE), [300, 301])  # 300, 1 and 399 people
     return index_lib.Index(backend, map(everybody.take, blocks))
 

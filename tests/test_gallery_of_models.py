@@ -771,7 +771,8 @@ def test_unclear_faces_of_different_people_are_not_grouped():
 
     def mix(clarity):
         """Returns the groups, and the number of clips that are not of their group's main person."""
-        labels = grouping.group(BACKEND, names, [vectors], clarity=clarity)
+        clear = dict(zip(names, clarity, strict=True))
+        labels = grouping.group(BACKEND, names, [vectors], clarity=clear)
         counts = [np.bincount(people[labels == label]) for label in np.unique(labels)]
         return labels, sum(int(count.sum() - count.max()) for count in counts)
 

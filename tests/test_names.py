@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import clip_files
-from tests.helpers.made_galleries import make, make_clip, vectors_of
+from tests.helpers.made_galleries import add, make, make_clip, vectors_of
 from tests.helpers.seen import refused
 from vidjax.apps.gallery import answers as answers_lib, changes
 from vidjax.apps.gallery.gallery import Gallery
@@ -29,7 +29,7 @@ def test_names_with_invisible_letters_or_outer_blanks_are_refused(tmp_path):
     vectors = vectors_of(gallery, {"x": make_clip(1, None)})
     for call in (
         lambda: gallery.rename("person 1", invisible),
-        lambda: gallery.add({"x": make_clip(1, invisible)}),
+        lambda: add(gallery, {"x": make_clip(1, invisible)}),
         lambda: gallery.enrol(vectors, invisible),
     ):  # fmt: skip
         refused(call, "invisible letter")
@@ -81,7 +81,7 @@ def test_names_of_photo_folders_become_nfc_and_hidden_files_are_ignored(tmp_path
 
 def test_gallery_treats_nfc_and_nfd_names_as_one_person(tmp_path, say, monkeypatch):
     gallery = make(tmp_path / "g")
-    gallery.add({"x": make_clip(1, NFD), "y": make_clip(2, NFC)})
+    add(gallery, {"x": make_clip(1, NFD), "y": make_clip(2, NFC)})
     assert gallery.identities[NFC] == 2 and NFD in gallery and NFC in gallery
     gallery.rename("person 1", NFD, merge=True)  # 2 more clips
     gallery.relabel("stranger 1", NFD)  # the fifth clip

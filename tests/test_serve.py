@@ -329,6 +329,9 @@ def test_people_are_enrolled_listed_and_never_named_after_removal(folder):
         assert server.ask("DELETE", "/identities/Zo%C3%AB%20%2F%202")[0] == 404
         metrics = server.ask("GET", "/metrics")[1].decode()
         assert 'code="404",route="/identities/{name}"' in metrics
+        # The time of probes is not mixed with the time of other requests.
+        for route in ("/identify", "/v2/health/ready", "/identities/{name}"):
+            assert re.search(f'vidjax_request_seconds_count{{route="{route}"}} [1-9]', metrics)
         assert "Zo" not in metrics
 
         # The server sees changes by another process.
@@ -525,6 +528,7 @@ def test_access_log_has_ids_counts_and_routes_but_no_names(folder, caplog):
         assert server.ask("GET", "/identities", headers=headers)[0] == 503
     logged = [text for name, _, text in caplog.record_tuples if name == limits_lib.ACCESS.name]
     lines = [line for line in map(json.loads, logged) if "health" not in line["route"]]
+    reasons = [line.pop("reason", "") for line in lines]
     assert "(request broken)" in caplog.text
     assert "Secret" not in caplog.text and secret not in caplog.text
 
@@ -534,9 +538,34 @@ def test_access_log_has_ids_counts_and_routes_but_no_names(folder, caplog):
         (ids[2], "GET", "other", 404, 0, 3), (ids[3], "GET", "other", 401, 0, 3),
         ("broken", "GET", "/identities", 503, 0, 3),
     ]  # fmt: skip
+    refusals = "Not Found: see", "Authorization: Bearer", "gallery cannot be read"
+    assert reasons[:2] == ["", ""]
+    assert all(word in reason for word, reason in zip(refusals, reasons[2:], strict=True))
     for line in lines:
         assert line.keys() == {*fields, "time", "ms", "model"}
         assert datetime.fromisoformat(line["time"]).tzinfo and 0 <= line["ms"] < 60_000
+
+
+def test_reasons_in_the_access_log_contain_no_names(inside, caplog):
+    """The client gets the names, and the log gets the rest of the message, or the lines of code."""
+    caplog.set_level(logging.INFO, limits_lib.ACCESS.name)
+    good = enrolment("Secret", 0)
+    (clip,) = good["clips"]
+    for change, answered, logged in (
+        ({"clips": [clip, clip]}, "Secret 0", "occurs twice: give each clip another name"),
+        ({"clips": [{**clip, "face": [[1.0]]}]}, "Secret 0", "face: features are 1 wide"),
+        ({"clips": [{"clip": "Secret", "secret": [1.0]}]}, "has only secret", "the gallery uses"),
+        ({"clips": [{"clip": "Secret", "face": "x"}]}, "'face' must be", "UserError at clip_files"),
+        ({"Secret": 1}, "unknown field `Secret`", "see /openapi.json"),
+        ({"identity": "Secret "}, "'Secret '", "UserError at names.py"),
+    ):  # fmt: skip
+        status, answer = inside.ask("POST", "/enrol", good | change)
+        assert status == 422 and answered in answer["error"]
+        assert inside.ask("GET", "/identities")[0] == 200  # the log has the line before
+        texts = [text for name, _, text in caplog.record_tuples if name == limits_lib.ACCESS.name]
+        (line,) = [x for x in map(json.loads, texts) if x["route"] == "/enrol"]
+        assert line["reason"].startswith(logged) and "ecret" not in caplog.text
+        caplog.clear()
 
 
 @pytest.mark.slow
@@ -631,15 +660,16 @@ def test_full_queue_refuses_with_retry_after():
 
     async def run():
         batcher, changes = Batcher(double, limits, ServerMetrics()), Changes(limits)
+        ask: Any = batcher.ask  # questions are numbers
         # The queues are full: 4 questions wait behind a batch of 2, and a change is being made.
         asked = []
         for numbers in (range(3), range(3, 6)):
-            asked += [asyncio.create_task(batcher.ask(n, size=1)) for n in numbers]
+            asked += [asyncio.create_task(ask(n, size=1)) for n in numbers]
             await asyncio.sleep(0.05)  # at first, a batch of 2 begins
         slow = asyncio.create_task(changes.make(lambda: go.wait(5)))
         await asyncio.sleep(0.01)  # the change begins
 
-        for work in (batcher.ask(9, size=1), changes.make(lambda: None)):
+        for work in (ask(9, size=1), changes.make(lambda: None)):
             with pytest.raises(Refused) as error:
                 await work
             assert error.value.status == 429 and error.value.headers["retry-after"]
@@ -647,8 +677,8 @@ def test_full_queue_refuses_with_retry_after():
         go.set()
         assert await slow
         assert await asyncio.gather(*asked) == [0, 2, 4, 6, 8, 10] and max(batch_sizes) == 2
-        batcher.stop()
-        changes.stop()
+        batcher.thread.shutdown()
+        changes.thread.shutdown()
 
     asyncio.run(run())
 

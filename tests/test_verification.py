@@ -12,7 +12,7 @@ from tests.helpers.embeddings import DIFFERENT, SAME, WIDTH, Population
 from tests.helpers.made_galleries import make_clip, vectors_of
 from tests.helpers.seen import refused
 from vidjax.apps.cards import BackEnd
-from vidjax.apps.gallery import backend as backend_lib, gallery
+from vidjax.apps.gallery import backend as backend_lib, index, verification
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import StoredClip, VectorOrigin
 from vidjax.apps.gallery.verification import MAX_PAIRS, Match
@@ -166,12 +166,12 @@ def test_threshold_is_measured_on_strangers_or_follows_from_the_model(people, tm
 
 
 def test_rates_and_people_of_clients_do_not_fill_the_memory(people, monkeypatch):
-    monkeypatch.setattr(gallery, "MOST_REMEMBERED", 5)
+    monkeypatch.setattr(index, "MOST_REMEMBERED", 5)
     names, rates = [*people.identities], np.linspace(0.02, 0.5, 30).tolist()
     first = [people.match_rule(name, fmr=rate) for name in names[:3] for rate in rates]
     for name in names:
         people.match_rule(name)
-        assert len(people._known[1]) <= 5
+        assert len(people.index._known) <= 5
     assert [people.match_rule(name, fmr=rate) for name in names[:3] for rate in rates] == first
 
 
@@ -179,14 +179,14 @@ def test_one_answer_is_of_one_content_of_the_gallery(people, monkeypatch):
     """Another process changes the gallery while a clip is compared."""
     shown, wanted = vectors_of(people, SHOWN), people.match_rule("person 3")
     misfits, other = people.find_misfits("person 3"), Gallery(people.folder)
-    add_fits = gallery.verification.add_fits
+    make_matches = verification.make_matches
 
     def change(*words):
         other.remove(clip=other.strangers)
         other.rename("person 3", "person 33")
-        return add_fits(*words)
+        return make_matches(*words)
 
-    monkeypatch.setattr(gallery.verification, "add_fits", change)
+    monkeypatch.setattr(verification, "make_matches", change)
     done = people.verify_person(shown, "person 3")
     assert (done.rule, done.misfits) == (wanted, misfits) and wanted.by == "measured"
     assert {x.accepted for x in done.matches.values()} == {True, False}

@@ -61,7 +61,7 @@ def split_tracks(data: dict[str, np.ndarray]) -> SimpleNamespace:
 
 def group_for_votes(model: backend.Backend, films: Any) -> np.ndarray:
     """Returns the group of each track, [N] int. All tracks of a group vote on its name."""
-    clear = films.clarity >= LEAST_CLARITY
+    clear = dict(zip(films.clips, films.clarity >= LEAST_CLARITY, strict=True))
     return grouping.group(
         model, films.clips, [films.vectors], films.apart, clarity=clear, for_votes=True
     )
@@ -109,8 +109,9 @@ def measure(films: Any, photos: Any, *, known: int, count: int, draws: int, vote
         right = is_known & (decided.best == films.people)
         unknown = np.flatnonzero(~named & clear)
         names, truth = [films.clips[row] for row in unknown], films.people[unknown]
+        clarity = dict(zip(names, films.clarity[unknown], strict=True))
         labels = grouping.group(
-            model, names, [films.vectors[unknown]], films.apart, clarity=films.clarity[unknown]
+            model, names, [films.vectors[unknown]], films.apart, clarity=clarity
         )
         figures.append({
             "right": np.mean(named[is_known] & right[is_known]),

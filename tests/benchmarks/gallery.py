@@ -25,7 +25,7 @@ import numpy as np
 from tests.benchmarks import common
 from tests.benchmarks.decision import CARD
 from tests.helpers.embeddings import unit
-from tests.helpers.made_galleries import vectors_of
+from tests.helpers.made_galleries import add, vectors_of
 from vidjax.apps.gallery import backend as backend_lib, index as index_lib
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import State, Store, StoredClip, VectorOrigin, list_clips_of
@@ -135,12 +135,12 @@ def measure(folder: Path, num_people: int, num_parts: int) -> Iterator[tuple[str
     product = measure_median(lambda _: np.argmax(sum(x @ vector for x in rows)), REPEATS)
     yield "the same as one product of numpy's", product
     new = [*make_clips(num_parts, REPEATS, rng, start=2_000_000).items()]
-    yield "enrol a clip", measure_median(lambda n: people.add(dict([new[n]])), REPEATS)
+    yield "enrol a clip", measure_median(lambda n: add(people, dict([new[n]])), REPEATS)
     if num_people <= MANY:
         remove = lambda n: people.remove(identity=str(new[n][1].identity))  # noqa: E731
         yield "remove a person", measure_median(remove, REPEATS)
     more = make_clips(num_parts, 1000, rng, start=3_000_000)
-    yield "enrol 1,000 clips at once", measure_median(lambda _: people.add(more), 1)
+    yield "enrol 1,000 clips at once", measure_median(lambda _: add(people, more), 1)
 
 
 def measure_changes(
@@ -163,7 +163,7 @@ def measure_changes(
     yield "answer", measure_median(answer, REPEATS)
     new = [f"c{n}" for n in numbers[num_people:]]
     for name, change in {
-        "enrol a clip": lambda n: people.add({new[n]: all_clips[new[n]]}),
+        "enrol a clip": lambda n: add(people, {new[n]: all_clips[new[n]]}),
         "remove a person": lambda n: people.remove(identity=f"p{n * num_people // CHANGES}"),
         "relabel a clip": lambda n: people.relabel(new[n], f"other {n}"),
     }.items():

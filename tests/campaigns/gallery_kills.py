@@ -38,7 +38,8 @@ def change(gallery: Gallery, action: str, people: Sequence[str]) -> None:
     if action == "remove":
         gallery.remove(identity=people)
     else:
-        gallery.add({name: clip for name, clip in CLIPS.items() if clip.identity in people})
+        new = {name: clip for name, clip in CLIPS.items() if clip.identity in people}
+        made_galleries.add(gallery, new)
 
 
 def change_on_request(folder: Path, seed: int) -> None:

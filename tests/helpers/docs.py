@@ -31,7 +31,7 @@ def update(page: str) -> str:
 
 def update_limits(page: str) -> str:
     """Returns the page of the server with a new table of limits."""
-    rows = [(f"`{x.name}`", x.text, str(x.meta.description)) for x in LIMITS.values()]
+    rows = [(f"`{name}`", x.text, str(x.meta.description)) for name, x in LIMITS.items()]
     return _insert(page, {"limits": _table(("limit", "default", "meaning"), rows)})
 
 

@@ -77,6 +77,12 @@ def make_with_cards(folder, clips=None) -> Gallery:
     return Gallery.of_clips(folder, CARDS, backend_lib.make_card_backend(back_ends), clips)
 
 
+def add(gallery: Gallery, clips: Mapping[str, StoredClip]) -> int:
+    """Adds clips to a gallery; returns the number of new or changed clips."""
+    with gallery.change() as draft:
+        return draft.add(clips)
+
+
 class Answers(UserDict[tuple[int, str], float]):
     """(Number of a clip, name of a person) -> log-probability; equal up to 1e-6."""
 

@@ -78,29 +78,11 @@ class Limits(Struct, frozen=True, kw_only=True):
 class Limit(NamedTuple):
     """A field of `Limits`."""
 
-    name: str
     kind: Any  # int or float, with its range
-    default: float
-
-    @property
-    def meta(self) -> Meta:
-        """The range and the meaning."""
-        return get_args(self.kind)[1]
-
-    @property
-    def text(self) -> str:
-        """The default, such as `20,000`."""
-        return f"{self.default:,.15g}"
-
-    @property
-    def flag(self) -> str:
-        """The flag that sets the limit, such as `--body-bytes`."""
-        return "--" + self.name.replace("_", "-")
-
-    @property
-    def variable(self) -> str:
-        """The environment variable that sets the limit."""
-        return PREFIX + self.name.upper()
+    meta: Meta  # the range and the meaning
+    text: str  # the default, such as `20,000`
+    flag: str  # the flag that sets the limit, such as `--body-bytes`
+    variable: str  # the environment variable that sets the limit
 
     def read(self, place: str, text: str) -> float:
         """Converts the `text` of a flag or variable `place`. Raises UserError if it is wrong."""
@@ -115,7 +97,13 @@ class Limit(NamedTuple):
             ) from None
 
 
-LIMITS = {x.name: Limit(x.name, x.type, x.default) for x in msgspec.structs.fields(Limits)}
+LIMITS = {
+    x.name: Limit(
+        x.type, get_args(x.type)[1], f"{x.default:,.15g}",
+        flag="--" + x.name.replace("_", "-"), variable=PREFIX + x.name.upper(),
+    )
+    for x in msgspec.structs.fields(Limits)
+}  # fmt: skip
 
 
 def read_limits(flags: Mapping[str, str | None], environment: Mapping[str, str]) -> Limits:

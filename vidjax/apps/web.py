@@ -3,6 +3,7 @@
 The server of galleries and the page on which a user corrects names use these functions.
 """
 
+import contextlib
 import gc
 import ipaddress
 import logging
@@ -28,12 +29,9 @@ DEFAULTS = Limits()
 
 def is_loopback(host: str) -> bool:
     """Returns True if only programs on this machine can reach a server at the address `host`."""
-    if host == "localhost":
-        return True
-    try:
+    with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+    return host == "localhost"
 
 
 def is_local(headers: Headers) -> bool:
@@ -50,33 +48,27 @@ def is_same_site(headers: Headers) -> bool:
 
 
 def _split(address: str) -> SplitResult:
-    try:
+    with contextlib.suppress(ValueError):
         return urlsplit(address)
-    except ValueError:
-        return urlsplit("")
+    return urlsplit("")
 
 
 def listen(host: str, port: int, limits: Limits = DEFAULTS) -> socket.socket:
     """Opens a socket that listens at an address, or raises UserError. Port 0 is any free port."""
-    listener = None
     try:
         family, _, _, _, address = socket.getaddrinfo(
             host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Closes connections whose clients read nothing.
-        unread = 1000 * limits.unread_seconds
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, unread)
-        listener.bind(address)
-        listener.listen()
+        both = family == socket.AF_INET6  # an address such as `::` also takes requests of IPv4
+        listener = socket.create_server(address, family=family, dualstack_ipv6=both)
     except (OSError, UnicodeError) as error:  # UnicodeError: a part of the host is too long
-        if listener:
-            listener.close()
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = str(error.strerror).partition(" (")[0] if isinstance(error, OSError) else error
         raise UserError(
             f"cannot listen at {host}:{port}: {reason}\nname another --host or --port"
         ) from None
+    # Closes connections whose clients read nothing.
+    unread = 1000 * limits.unread_seconds
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, unread)
     return listener
 
 

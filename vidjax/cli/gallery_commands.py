@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from vidjax.apps import bulk, features_folder
 from vidjax.apps.gallery import answers as answers_lib, card_notes, verification
 from vidjax.apps.gallery.changes import find_enrolled
-from vidjax.apps.gallery.creation import check_new
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.migration import migrate
+from vidjax.apps.gallery.labelling import migrate
+from vidjax.apps.gallery.store import Store
 from vidjax.apps.video import clip_inputs, naming, subtitles
 from vidjax.data.clips import SPLITS
 from vidjax.utils import messages, tables, terminal
@@ -263,7 +263,7 @@ def _summarise(gallery: Gallery, facts: Facts = EMPTY, texts: Facts = EMPTY) -> 
 
 
 def _create(args: argparse.Namespace) -> Result:
-    check_new(Path(args.gallery))
+    Store(args.gallery).check_new()
     if args.models:
         _refuse(args, "with --models", "strangers", "overrides")
         return _summarise(Gallery.of_models(args.gallery, args.models))

@@ -14,6 +14,7 @@ probability. If a clip has no usable frame, the score is -inf, or null in .jsonl
 import itertools
 import math
 import numbers
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -21,14 +22,18 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from vidjax.apps import bulk
+from vidjax.apps.gallery import card_notes, index as index_lib
+from vidjax.apps.gallery.enrolment import list_usable_strangers, stack_parts
+from vidjax.apps.gallery.store import State
+from vidjax.apps.gallery.vectors import Advance, Vectors
 from vidjax.core import metrics
 from vidjax.data import labels
+from vidjax.evaluation import topk
 from vidjax.utils import messages, tables
 from vidjax.utils.errors import UserError, check_argument
 from vidjax.utils.names import is_unknown
 
 if TYPE_CHECKING:
-    from vidjax.apps.gallery.index import Nearest
     from vidjax.data.memory import MemoryClips
     from vidjax.data.packing import Clips
 
@@ -46,6 +51,10 @@ GROUP_COLUMNS = {"clip": "string", "identity": "string"}  # columns of a table o
 # Optional columns after GROUP_COLUMNS: the video of a clip, and its times.
 PLACE_COLUMNS = dict.fromkeys(("video", "start", "end"), "string")
 NUM_TABLE_PEOPLE = 3  # best identities that a line of text lists
+RANK_ROWS = 64  # clips that are ranked together
+# The share of strangers with a probability above 0.5 in galleries of nets, see the benchmarks
+# `calibration` and `decision`.
+OF_STRANGERS = "2 to 7 %"
 # The score of a clip depends on the batch of clips that it is in, by at most this relative error.
 SCORE_ROUNDING = 1e-7
 
@@ -209,7 +218,7 @@ class NamingRule(NamedTuple):
             )
         return rows
 
-    def answer(self, nearest: "Nearest", *, cards: bool) -> Answer:
+    def answer(self, nearest: index_lib.Nearest, *, cards: bool) -> Answer:
         """Returns the answer for a clip, from its most probable people.
 
         `cards` is True in a gallery of models, see `Gallery.of_models`.
@@ -224,10 +233,17 @@ class NamingRule(NamedTuple):
         return Answer(name if is_named else None, best[0][1], score, best, evidence)
 
 
+def check_rate(name: str, rate: float | None) -> None:
+    """Raises UserError if `rate`, the argument `name`, is neither None nor between 0 and 1."""
+    check_argument(name, rate, (numbers.Real, type(None)), "a number, or None")
+    if rate is not None and not 0 < rate < 1:
+        raise UserError(f"{name}={rate:g} is not a rate: give a number above 0 and below 1")
+
+
 def check_choice(fpir: float | None, threshold: float | None) -> None:
     """Raises UserError if `fpir` is not in (0, 1), `threshold` not in (0, 1], or both are given."""
-    for name, value in (("fpir", fpir), ("threshold", threshold)):
-        check_argument(name, value, (numbers.Real, type(None)), "a number, or None")
+    check_rate("fpir", fpir)
+    check_argument("threshold", threshold, (numbers.Real, type(None)), "a number, or None")
     if fpir is not None and threshold is not None:
         raise UserError(
             "fpir and threshold cannot be used together: give one of them\n"
@@ -238,8 +254,6 @@ def check_choice(fpir: float | None, threshold: float | None) -> None:
         raise UserError(
             f"threshold={threshold:g} is not a probability: give a number above 0 and at most 1"
         )
-    if fpir is not None and not 0 < fpir < 1:
-        raise UserError(f"fpir={fpir:g} is not a rate: give a number above 0 and below 1")
 
 
 def count_needed_strangers(fpir: float) -> int:
@@ -249,7 +263,7 @@ def count_needed_strangers(fpir: float) -> int:
 
 def check_strangers(count: int, fpir: float) -> None:
     """Raises UserError if `count` clips of strangers are too few for a threshold for `fpir`."""
-    check_choice(fpir, None)
+    check_rate("fpir", fpir)
     if count < count_needed_strangers(fpir):
         raise UserError(
             f"fpir={fpir:g} needs at least {count_needed_strangers(fpir):,} clips of strangers, "
@@ -272,14 +286,151 @@ def measure_threshold(best: np.ndarray, fpir: float, num_identities: int) -> Thr
     return Threshold(fpir, score, num_identities, len(best), int(np.sum(best >= score)))
 
 
+class NobodyError(UserError):
+    """No clip can be identified, because nobody is enrolled."""
+
+
+def require_people(state: State) -> None:
+    """Raises NobodyError if nobody is enrolled."""
+    if not state.index.names:
+        raise NobodyError(
+            "nobody is enrolled in the gallery\nenrol people first: vidjax gallery enrol"
+        )
+
+
+def measure_on_strangers(state: State, fpir: float) -> Threshold:
+    """Returns the threshold for `fpir`, see `Gallery.threshold`."""
+    require_people(state)
+
+    def compare() -> np.ndarray:
+        strangers = [*list_usable_strangers(state)]
+        check_strangers(len(strangers), fpir)
+        nearest = state.index.nearest(stack_parts(state, strangers), 1)
+        # A stranger who equals the centre of all vectors resembles nobody.
+        return np.array([match.best[0][1] if match.best else -math.inf for match in nearest])
+
+    best = state.index.remember("strangers", compare)
+    check_strangers(len(best), fpir)
+    return measure_threshold(best, fpir, len(state.index.names))
+
+
+def choose_rule(state: State, fpir: float | None, threshold: float | None) -> NamingRule:
+    """Returns the rule that decides if a clip gets a name, see `Gallery.identify`."""
+    require_people(state)
+    check_choice(fpir, threshold)
+    if card_notes.compare(state).problem == "blind":
+        is_default = fpir is None and threshold is None
+        return NamingRule("threshold", math.inf, is_default, None, card_notes.NOBODY)
+    if threshold is not None:
+        about = f"the probability is {100 * threshold:.10g} % or more"
+        return NamingRule("threshold", math.log(threshold), False, None, about)
+    wanted = count_needed_strangers(DEFAULT_FPIR)
+    strangers = len([*itertools.islice(list_usable_strangers(state), wanted)])
+    if fpir is None and strangers < wanted:
+        about = ABOVE_HALF
+        about += f", which {OF_STRANGERS} of strangers reach" if state.origin.cards else ""
+        about += f"; with {wanted} clips of strangers instead of {strangers}, at most "
+        about += f"{100 * DEFAULT_FPIR:g} % of new strangers would get a name"
+        return NamingRule("new", math.log(MIN_NAMED_PROBABILITY), True, None, about)
+    limit = measure_on_strangers(state, DEFAULT_FPIR if fpir is None else fpir)
+    about = f"the probability is {describe_probability(limit.score)} or more, "
+    about += f"which at most {100 * limit.fpir:.10g} % of new strangers reach, and is higher "
+    about += "than the probability of all other enrolled people together"
+    return NamingRule("fpir", limit.score, fpir is None, limit, about)
+
+
+def identify(
+    state: State,
+    rule: NamingRule,
+    vectors: Vectors,
+    k: int,
+    groups: Mapping[str, str] | None,
+    advance: Advance,
+) -> dict[str, Answer]:
+    """Identifies the person in each clip by `rule`, see `Gallery.identify`."""
+    parts, owner = list(vectors.parts.values()), np.arange(len(vectors.names))
+    if groups is not None:
+        # The bool distinguishes a clip without a group from a group with the name of the clip.
+        keys = [(n in groups, groups.get(n, n)) for n in vectors.names]
+        place = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        owner = np.array([place[key] for key in keys], int)
+    nearest = state.index.nearest(parts, k, owner if groups is not None else None)
+    by_owner, counts = list[Answer](), np.bincount(owner)
+    for match, num_clips in zip(nearest, counts.tolist(), strict=True):
+        by_owner.append(rule.answer(match, cards=bool(state.origin.cards)))
+        advance(num_clips)
+    answers = {clip: by_owner[row] for clip, row in zip(vectors.names, owner, strict=True)}
+    # A group without a name needs no comparison of its clips. At most 10 people have a
+    # probability of at least 0.1.
+    named = np.array([answer.identity is not None for answer in by_owner], bool)
+    shared = np.flatnonzero((counts > 1)[owner] & named[owner])
+    singly = state.index.nearest([x[shared] for x in parts], max(k, 10))
+    for row, match in zip(shared.tolist(), singly, strict=True):
+        own = rule.answer(match, cards=bool(state.origin.cards))
+        answer = join_answers(answers[vectors.names[row]], own)
+        if rule.by != "new" and not rule.names(answer.score):  # a promise for single clips
+            answer = answer._replace(identity=None, evidence=())
+        answers[vectors.names[row]] = answer._replace(best=answer.best[:k])
+    return answers
+
+
+def rank(
+    state: State, rule: NamingRule, vectors: Vectors, advance: Advance
+) -> dict[str, list[tuple[str, float]]]:
+    """Lists the most probable clips of each person, see `Gallery.rank`.
+
+    If the user has chosen `rule`, a list contains only clips that get the name of the person.
+    """
+    searched = state.index
+    identities = labels.sort_identities(searched.names)
+    row = {name: number for number, name in enumerate(searched.names)}
+    columns = np.array([1 + row[name] for name in identities])
+    order = np.argsort(np.array(vectors.names, object), kind="stable")
+    parts = [x[order] for x in vectors.parts.values()]
+    logs, clip_has = searched.search(parts), np.array([x.any(axis=1) for x in parts])
+    person_has = searched.counts[:, columns - 1] > 0
+
+    def blocks() -> Iterator[topk.ScoreBlock]:
+        for at in range(0, len(order), RANK_ROWS):
+            scores = np.array([row[columns] for row in itertools.islice(logs, RANK_ROWS)])
+            index = np.arange(at, at + len(scores), dtype=np.int32)
+            if not rule.default:
+                # float64 is needed: a threshold is hardly higher than a stranger's score.
+                passes = rule.names(scores, _sum_others(scores))
+                if state.origin.cards:  # as in `NamingRule.answer`
+                    passes &= clip_has[:, index].T @ person_has
+                scores[~passes] = -np.inf
+            yield scores, index, np.ones(len(index), bool)
+            advance(len(index))
+
+    top = topk.rank(blocks(), len(columns))
+    names = {place: vectors.names[row] for place, row in enumerate(order.tolist())}
+    if not rule.default:
+        top = top._replace(index=np.where(top.scores > -np.inf, top.index, topk.NO_CLIP))
+    return topk.convert_to_lists(identities, names, top)
+
+
+def _sum_others(scores: np.ndarray) -> np.ndarray:
+    """Returns the argument `others` [Q, N] of `NamingRule.names` for Q clips and N people.
+
+    `scores` [Q, N] are log-probabilities. For the most probable person of a clip, the result is the
+    log-probability of all other people together. For other people, it is the highest score of the
+    clip, so that they get no name.
+    """
+    # Only the most probable person can have a higher probability than all others together.
+    others = np.repeat(scores.max(axis=1, keepdims=True), scores.shape[1], axis=1)
+    for row, best in enumerate(scores.argmax(axis=1).tolist()):
+        others[row, best] = index_lib.sum_others(scores[row], best)
+    return others
+
+
 def name_groups(clips: Sequence[str], labels: np.ndarray) -> dict[str, str]:
     """Names the groups of N clips: `unknown 1` for the largest group, and so on.
 
     `labels` [N] int are the groups of the clips. Returns clip -> name of its group.
     """
-    groups, first, counts = np.unique(labels, return_index=True, return_counts=True)
-    order = np.lexsort((first, -counts))
-    number = {int(groups[row]): place + 1 for place, row in enumerate(order.tolist())}
+    order = Counter(labels.tolist()).most_common()  # equal counts are in the order of the clips
+    number = {label: place for place, (label, _) in enumerate(order, 1)}
     return {c: f"{UNKNOWN}{number[label]}" for c, label in zip(clips, labels.tolist(), strict=True)}
 
 

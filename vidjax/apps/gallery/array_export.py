@@ -72,8 +72,8 @@ def write_table(gallery: Gallery, path: Path) -> int:
                 f"'{gallery.folder}' has vectors named '{part}', like a column of the table\n"
                 "export the gallery in another format: vidjax export G --format=numpy --to=DIR"
             )
-        unit = z / np.linalg.norm(z, axis=1, keepdims=True)
-        columns[part] = ("float32", np.nan_to_num(unit).astype(np.float32))
+        norm = np.linalg.norm(z, axis=1, keepdims=True)
+        columns[part] = ("float32", (z / np.where(norm > 0, norm, 1)).astype(np.float32))
     with files.atomic_file(path) as file:
         files.hide(Path(file.name))
         file.write(tables.to_parquet(tables.to_arrow(columns)))

@@ -18,11 +18,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from msgspec import Struct
 from threadpoolctl import ThreadpoolController
 
 from vidjax.models import card_backend, two_covariance
 from vidjax.models.card_backend import Distances
 from vidjax.models.two_covariance import Settings, Space, make_blank_space
+from vidjax.utils.json_files import Size, Text
 from vidjax.utils.terminal import say
 
 if TYPE_CHECKING:
@@ -117,11 +119,9 @@ class Backend(NamedTuple):
         return [unit(part, x) for part, x in zip(self.parts, parts, strict=True)]
 
     def whiten(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Returns `Part.coordinates` of Q clips, M arrays [Q, D]; NaN for a missing modality."""
-        white = [part.coordinates(x) for part, x in zip(self.parts, self.units(parts), strict=True)]
-        for z, x in zip(white, parts, strict=True):
-            z[~np.any(x != 0, axis=1)] = np.nan
-        return white
+        """Returns `Part.coordinates` of Q clips, M arrays [Q, D]; 0 for a missing modality."""
+        pairs = zip(self.parts, self.units(parts), strict=True)
+        return [np.where(x.any(axis=1, keepdims=True), part.coordinates(x), 0) for part, x in pairs]
 
     def enrol(
         self,
@@ -143,11 +143,9 @@ class Backend(NamedTuple):
             similar clips of other people count as fewer clips. By default, all are False.
         """
         linear, constants, counts = [], [], []
+        exact = np.zeros(len(names), bool) if independent is None else independent
         for part, x in zip(self.parts, self.split(vectors), strict=True):
-            count, total = sum_by_owner(unit(part, x), owner, len(names))
-            if part.space is not None:
-                exact = np.zeros(len(names), bool) if independent is None else independent
-                count, total = _add_independent(part, (count, total), (x, owner, film), exact)
+            count, total = _sum_clips(part, x, owner, film, exact)
             coefficients, constant = part.describe(count, total)
             linear.append(coefficients.astype(np.float32))
             constants.append(constant)
@@ -253,30 +251,28 @@ def compare_equal(old: Backend, new: Backend) -> bool:
     )
 
 
-def _add_independent(
-    part: Part,
-    sums: tuple[np.ndarray, np.ndarray],
-    clips: tuple[np.ndarray, np.ndarray, np.ndarray | None],
-    independent: np.ndarray,
+def _sum_clips(
+    part: Part, x: np.ndarray, owner: np.ndarray, film: np.ndarray | None, exact: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the number n of independent clips of each person [P], and n x their mean [P, D].
+    """Returns the number n of clips of each of P people, [P], and n x their mean, [P, D].
 
-    `sums` are the number [P] and the sum [P, D] of all clips of each person. `clips` are the
-    arguments `vectors`, `owner` and `film` of `Backend.enrol`, for this part. For `independent`,
-    see `Backend.enrol`.
+    `x` [N, D] are the vectors of this part. For `owner` and `film`, see `Backend.enrol`. With PLDA,
+    n is the number of independent clips, or of all clips if `exact` [P] is True for the person.
     """
-    assert part.space is not None
-    (count, total), (x, owner, film) = sums, clips
+    count, total = sum_by_owner(unit(part, x), owner, len(exact))
+    if part.space is None:
+        return count, total
+    most, sums = count, total
     if film is not None:
         first = np.unique(film, return_index=True)[1]
         in_film, added = sum_by_owner(x, film, len(first))
         means = (added / np.maximum(in_film, 1)[:, None]).astype(np.float32)
-        count, total = sum_by_owner(unit(part, means), owner[first], len(count))
+        most, sums = sum_by_owner(unit(part, means), owner[first], len(exact))
     with one_thread():
         within = two_covariance.compute_within(part.space)
-    effective = two_covariance.count_independent(within, *sums, most=count)
-    effective = np.where(independent, count, effective)
-    return effective, total * (effective / np.maximum(count, 1))[:, None]
+    effective = two_covariance.count_independent(within, count, total, most=most)
+    effective = np.where(exact, most, effective)
+    return effective, sums * (effective / np.maximum(most, 1))[:, None]
 
 
 def sum_by_owner(units: np.ndarray, owner: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
@@ -297,13 +293,13 @@ def unit(part: Part, x: np.ndarray) -> np.ndarray:
     return two_covariance.unit_vectors_from(part.centre, np.asarray(x, np.float64))
 
 
-class Kind(NamedTuple):
+class Kind(Struct, omit_defaults=True):
     """A description of the arrays of a part, see `Part.arrays`."""
 
-    name: str  # the modality, or `embedding`
-    width: int  # D
-    by_card: bool  # True if vectors are compared by distances, and False for PLDA
-    has_mean: bool  # True if the card contains the mean of all people
+    name: Text  # the modality, or `embedding`
+    width: Size  # D
+    by_card: bool = False  # True if vectors are compared by distances, and False for PLDA
+    has_mean: bool = False  # True if the card contains the mean of all people
 
     @property
     def sizes(self) -> list[int]:
@@ -316,23 +312,17 @@ class Kind(NamedTuple):
 
 def from_numbers(kinds: Sequence[Kind], settings: Settings, numbers: np.ndarray) -> Backend:
     """Makes a back end from `numbers`, which `Backend.numbers` returned."""
-    parts, at = [], 0
+    parts, left = [], numbers.astype(np.float64)
     for kind in kinds:
-        name, width, arrays = kind.name, kind.width, []
-        for size in kind.sizes:
-            arrays.append(numbers[at : at + size].astype(np.float64))
-            at += size
+        centre, *arrays, left = np.split(left, np.cumsum(kind.sizes))
         if kind.by_card:
-            centre, values, *means = arrays
-            parts.append(Part(name, centre, None, Distances(*values.tolist()), *means))
+            values, *means = arrays
+            parts.append(Part(kind.name, centre, None, Distances(*values.tolist()), *means))
         else:
-            centre, mean, transform, ratio = arrays
-            space = Space(mean, transform.reshape(width, width), ratio)
-            parts.append(Part(name, centre, space))
+            mean, transform, ratio = arrays
+            space = Space(mean, transform.reshape(kind.width, kind.width), ratio)
+            parts.append(Part(kind.name, centre, space))
     return Backend(tuple(parts), settings)
-
-
-# A forked process, such as a worker of multiprocessing, does not inherit the threads.
 
 
 _libraries = functools.cache(ThreadpoolController)  # the search for libraries is slow

@@ -5,7 +5,7 @@ A card is the JSON file of a net. See `models.card_check` for how far a card can
 
 import os
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +13,8 @@ import msgspec
 import numpy as np
 
 from vidjax.apps.gallery import backend as backend_lib
-from vidjax.apps.gallery.backend import Backend
 from vidjax.apps.gallery.enrolment import check_width, make_state
-from vidjax.apps.gallery.store import State, VectorOrigin
+from vidjax.apps.gallery.store import State, StoredClip, VectorOrigin
 from vidjax.models.card_check import Comparison
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, check_argument
@@ -80,64 +79,37 @@ def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> t
         folder, or has changed.
     """
     origin, back_ends = read_cards(models)
-    with gallery.begin_change() as (state, write):
-        wide = widen(state, origin, back_ends, gallery.folder, replace=replace)
-        if wide is not state:
-            write(wide)
-    was = state.origin.cards
-    return tuple(part for part, digest in origin.cards.items() if digest != was.get(part))
-
-
-def widen(
-    state: State,
-    origin: VectorOrigin,
-    back_ends: "Mapping[str, BackEnd]",
-    folder: Path,
-    *,
-    replace: bool = False,
-) -> State:
-    """Returns a state with other numbers, more modalities, or other models, see `adopt`.
-
-    `origin` and `back_ends` are of `read_cards`. `folder` is the folder of the gallery, for
-    messages. If nothing changes, returns `state`.
-    """
-    was, now = state.origin.cards, origin.cards
-    changed = sorted(part for part in was if was[part] != now.get(part))
-    blind = state.origin.blind and not changed
-    origin = msgspec.structs.replace(origin, blind=blind)
-    if not was or (changed and (not replace or was.keys() - now.keys())):
-        made = f"other models of {', '.join(changed)}" if was else "a run, not with models"
-        raise UserError(
-            f"gallery '{folder}' was made with {made}\n"
-            "use the same models, or name a new folder: --out=DIR"
-        )
-    backend = state.index.backend
-    wide = backend_lib.make_card_backend(back_ends)
-    is_equal = not changed and backend_lib.compare_equal(backend, wide)
-    if was == now and is_equal and origin == state.origin:
-        return state
-    if not is_equal and not changed:
-        say(
-            f"gallery '{folder}': the numbers in the card of the net have changed, "
-            "and the gallery uses the new numbers"
-        )
-    check_width(wide)
-    clips = {
-        name: clip._replace(vector=_widen(clip.vector, backend, wide, changed))
-        for name, clip in state.clips.items()
-    }
-    clips = {name: clip for name, clip in clips.items() if clip.vector.any()}
-    return make_state(state.version + 1, origin, wide, clips)
-
-
-def _widen(
-    vector: np.ndarray, backend: Backend, wide: Backend, changed: Collection[str]
-) -> np.ndarray:
-    """Extends a clip's vector to the modalities of `wide`. New and `changed` modalities are 0."""
-    present = dict(zip(backend.widths, backend.split(vector[None]), strict=True))
-    present = {part: x for part, x in present.items() if part not in changed}
-    parts = [present.get(part, np.zeros((1, width))) for part, width in wide.widths.items()]
-    return np.concatenate(parts, axis=1, dtype=np.float32)[0]
+    with gallery.change() as draft:
+        state = draft.present
+        was, now, backend = state.origin.cards, origin.cards, state.index.backend
+        changed = sorted(part for part in was if was[part] != now.get(part))
+        if not was or (changed and (not replace or was.keys() - now.keys())):
+            made = f"other models of {', '.join(changed)}" if was else "a run, not with models"
+            raise UserError(
+                f"gallery '{gallery.folder}' was made with {made}\n"
+                "use the same models, or name a new folder: --out=DIR"
+            )
+        origin = msgspec.structs.replace(origin, blind=state.origin.blind and not changed)
+        wide = backend_lib.make_card_backend(back_ends)
+        is_equal = not changed and backend_lib.compare_equal(backend, wide)
+        if is_equal and origin == state.origin:
+            return ()
+        if not is_equal and not changed:
+            say(
+                f"gallery '{gallery.folder}': the numbers in the card of the net have changed, "
+                "and the gallery uses the new numbers"
+            )
+        check_width(wide)
+        clips = dict[str, StoredClip]()
+        for name, clip in state.clips.items():
+            parts = {part: np.zeros((1, width)) for part, width in wide.widths.items()}
+            known = zip(backend.widths, backend.split(clip.vector[None]), strict=True)
+            parts |= {part: x for part, x in known if part not in changed}
+            vector = np.concatenate([*parts.values()], axis=1, dtype=np.float32)[0]
+            if vector.any():
+                clips[name] = clip._replace(vector=vector)
+        draft.replacement = make_state(state.version + 1, origin, wide, clips)
+    return tuple(part for part, digest in now.items() if digest != was.get(part))
 
 
 def compare(state: State) -> Comparison:
@@ -157,11 +129,12 @@ def check_mirrored(gallery: "Gallery", cosines: Sequence[float]) -> None:
     """
     if len(cosines) < 2:
         return
-    with gallery.begin_change() as (state, write):
+    with gallery.change() as draft:
+        state = draft.present
         blind = state.index.card_comparison.is_blind(cosines)
         if blind != state.origin.blind:
             origin = msgspec.structs.replace(state.origin, blind=blind)
-            write(state._replace(version=state.version + 1, origin=origin))
+            draft.replacement = state._replace(version=state.version + 1, origin=origin)
 
 
 def describe(state: State) -> str:
@@ -175,53 +148,42 @@ def describe(state: State) -> str:
     if is_old and comparison.problem != "blind":
         words = ["vidjax", "measure-card", models, "--gallery=G"]
         return f"the card of the net has newer numbers\nto use them: {shlex.join(words)}"
-    if problem := describe_problem(comparison, models):
+    if problem := _describe_problem(comparison, models):
         return problem
     face = back_ends.get("face")
-    return describe_default(models) if face and not face.is_measured else ""
+    if not face or face.is_measured:
+        return ""
+    text = "the card of the net is not measured on your photos, so fewer people get a name"
+    return f"{text}\n{_advise_to_measure(models)}"
 
 
 def warn(state: State) -> None:
     """Prints a warning if the enrolled people contradict the card of the net."""
-    if problem := describe_problem(compare(state), state.origin.workdir):
+    if problem := _describe_problem(compare(state), state.origin.workdir):
         say(problem, warning=True)
 
 
-def describe_problem(comparison: Comparison, models: str) -> str:
+def _describe_problem(comparison: Comparison, models: str) -> str:
     """Returns how the enrolled people contradict the card, with a remedy, or "".
 
     `models` is the folder of the net.
     """
-    between, within = f"{comparison.between:.2g}", f"{comparison.within:.2g}"
-    texts = {
-        "closer": f"the enrolled people differ only {between} times as much as the card of the "
-        "net expects: similar people, such as relatives, may get a wrong name",
-        "varied": f"the photos of one person differ {within} times as much as the card of the net "
-        "expects: many names are missing or wrong",
-        "farther": f"the enrolled people differ {between} times as much as the card of the net "
-        "expects: many names are missing or wrong",
-    }
-    if comparison.problem == "blind":
-        return (
-            f"{NOBODY}\n{TWO_NAMES}\n"
-            "if not, convert the net again: the order of colours or the scale may be wrong"
-        )
     if comparison.problem == "closer" and comparison.between < SAME:
         return f"the enrolled people are as alike as photos of one person\n{TWO_NAMES}"
-    if comparison.problem:
-        return f"{texts[comparison.problem]}\n{advise_to_measure(models)}"
-    return ""
+    measure, between = _advise_to_measure(models), f"{comparison.between:.2g}"
+    return {
+        "": "",
+        "blind": f"{NOBODY}\n{TWO_NAMES}\n"
+        "if not, convert the net again: the order of colours or the scale may be wrong",
+        "closer": f"the enrolled people differ only {between} times as much as the card of the "
+        f"net expects: similar people, such as relatives, may get a wrong name\n{measure}",
+        "varied": f"the photos of one person differ {comparison.within:.2g} times as much as the "
+        f"card of the net expects: many names are missing or wrong\n{measure}",
+        "farther": f"the enrolled people differ {between} times as much as the card of the net "
+        f"expects: many names are missing or wrong\n{measure}",
+    }[comparison.problem]
 
 
-def describe_default(models: str) -> str:
-    """Returns a note about a card with the default numbers of a family of nets."""
-    return (
-        "the card of the net is not measured on your photos, so fewer people get a name\n"
-        f"{advise_to_measure(models)}"
-    )
-
-
-def advise_to_measure(models: str) -> str:
-    """Returns the command that measures a card."""
+def _advise_to_measure(models: str) -> str:
     words = ["vidjax", "measure-card", models, "--photos=FOLDER"]
     return f"to measure the card on photos of your people: {shlex.join(words)}"

@@ -6,7 +6,7 @@ from typing import TypeVar
 import numpy as np
 
 from vidjax.apps.gallery.backend import Backend, People
-from vidjax.apps.gallery.enrolment import enrol_in_blocks
+from vidjax.apps.gallery.enrolment import enrol, refit
 from vidjax.apps.gallery.store import MAX_NAME_LETTERS, STRANGER, State, StoredClip
 from vidjax.apps.said import Act
 from vidjax.utils.errors import UserError, check_argument, closest
@@ -29,7 +29,8 @@ class Draft:
     """The future content of a gallery. The `with` block of `Gallery.change` edits the draft."""
 
     def __init__(self, state: State):
-        self._state = state
+        self.present = state
+        self.replacement: State | None = None  # if given, is written instead of the other changes
         # False after the block of `Gallery.change`, when the gallery may share this content.
         self.is_open = True
         self.clips = dict(state.clips)  # name -> clip, including strangers
@@ -41,11 +42,19 @@ class Draft:
 
     def __bool__(self) -> bool:
         """Returns whether the draft has changes."""
-        return bool(self._changed_clips)
+        return bool(self._changed_clips or self.replacement)
 
     def add(self, clips: Mapping[str, StoredClip]) -> int:
-        """Adds clips; returns the number of new or changed clips, see `Gallery.add`."""
-        width = sum(self._state.index.backend.widths.values())
+        """Adds clips whose vectors are known; returns the number of new or changed clips.
+
+        A clip that is already enrolled is skipped. If it is enrolled as a clip of a stranger, it is
+        changed: it gets the person in `clips`.
+
+        Raises:
+          UserError: a clip is malformed, or already enrolled for another person or with another
+            vector. Then no clip is added.
+        """
+        width = sum(self.present.index.backend.widths.values())
         checked: dict[str, StoredClip] = {}
         for given, clip in clips.items():
             clip = check_clip(given, clip, width)
@@ -71,7 +80,7 @@ class Draft:
         `vectors` are clip -> vector of all modalities. Returns the clips that have this vector now.
         """
         vectors = {self._find_name(name): vector for name, vector in vectors.items()}
-        equal = find_equal(vectors, self.clips, self._state.index.backend)
+        equal = find_equal(vectors, self.clips, self.present.index.backend)
         new = [name for name in equal if not np.array_equal(self.clips[name].vector, vectors[name])]
         self._edit({name: self.clips[name]._replace(vector=vectors[name]) for name in new})
         return equal
@@ -194,59 +203,42 @@ class Draft:
             return True
         if clip.identity is None and old.identity is not None:
             return False
-        problem = remedy = ""
+        remedy = "relabel"
         if old.identity not in (None, clip.identity):
             problem = f"as {_describe_person(old.identity)}, not {_describe_person(clip.identity)}"
-            remedy = "relabel the enrolled clip"
         elif old.vector.tobytes() != clip.vector.tobytes():
-            problem = (
-                "with another vector: its features have changed, or another clip has this name"
-            )
-            remedy = "remove the enrolled clip"
-        if problem:
-            raise UserError(
-                f"clip '{show(name)}' is already enrolled {problem}\n"
-                f"if it is another clip, give it another name; if not, {remedy}"
-            )
-        return old.identity != clip.identity
+            remedy, problem = "remove", "with another vector: its features have changed, or another"
+            problem += " clip has this name"
+        else:
+            return old.identity != clip.identity
+        raise UserError(
+            f"clip '{show(name)}' is already enrolled {problem}\n"
+            f"if it is another clip, give it another name; if not, {remedy} the enrolled clip"
+        )
 
     # ---- results
 
     @property
     def similar(self) -> dict[str, str]:
         """New people whose names resemble an enrolled name: new name -> enrolled name."""
-        new = self.clips_of.keys() & self._changed_people - self._state.clips_of.keys() - {STRANGER}
+        new = self.clips_of.keys() & self._changed_people - self.present.clips_of.keys() - {
+            STRANGER
+        }
         others = {*new, STRANGER}
         return find_similar_names(
             sorted(new), (name for name in self.clips_of if name not in others)
         )
 
-    def _list_old_and_new(self) -> list[tuple[StoredClip | None, StoredClip | None]]:
-        return [(self._state.clips.get(name), self.clips.get(name)) for name in self._changed_clips]
-
-    @property
-    def refits(self) -> bool:
-        """True if PLDA must be fitted again: a clip of the fit is removed or has a new vector."""
-        fitted = [(old, new) for old, new in self._list_old_and_new() if old and old.fitted]
-        return any(new is None or new.vector is not old.vector for old, new in fitted)
-
-    @property
-    def inserted(self) -> dict[str, StoredClip] | None:
-        """The clips to add to the file: new clips, and strangers' clips that got a person.
-
-        None if the draft has any other change. The whole file must then be written again.
-        """
-        for old, new in self._list_old_and_new():
-            if new is None or (old and (old.identity or new.vector is not old.vector)):
-                return None
-        return {name: self.clips[name] for name in self._changed_clips}
-
-    def state(self, advance: Callable[[int], None] = ignore_count) -> tuple[State, list[People]]:
-        """Returns the new content, and the coefficients of all people whose clips changed.
+    def finish(
+        self, advance: Callable[[int], None] = ignore_count
+    ) -> tuple[State, Mapping[str, StoredClip] | None, list[People] | None]:
+        """Returns the new content, and the clips and people to add to the file, see `Store.write`.
 
         `advance` is called with the number of new and changed clips in each finished block.
         """
-        old = self._state
+        if self.replacement:
+            return self.replacement, None, None
+        old = self.present
         # `keys & set` iterates over the small set, but `set & keys` over all keys.
         changed = sorted(self.clips_of.keys() & self._changed_people)
         clips_of = {name: tuple(sorted(self.clips_of[name])) for name in changed}
@@ -254,7 +246,7 @@ class Draft:
         clips_of.pop(STRANGER, None)
         of_plda = old.origin.counts_every_clip
         people = list[People]()
-        for block in enrol_in_blocks(old.index.backend, clips_of, self.clips, of_plda=of_plda):
+        for block in enrol(old.index.backend, clips_of, self.clips, of_plda=of_plda):
             people.append(block)
             advance(sum(len(self._changed_clips.intersection(clips_of[x])) for x in block.names))
         state = old._replace(
@@ -264,7 +256,18 @@ class Draft:
             clips_of=self.clips_of,
             denied={},
         )
-        return state, people
+        pairs = [(old.clips.get(name), self.clips.get(name)) for name in self._changed_clips]
+        # Only new clips, and strangers' clips that got a person, can be added to the file.
+        other = [(x, y) for x, y in pairs if y is None or (x and (x.identity or _differ(x, y)))]
+        if any(x and x.fitted and _differ(x, y) for x, y in other):
+            return refit(state), None, None
+        new = {name: self.clips[name] for name in self._changed_clips} if not other else None
+        return state, new, people
+
+
+def _differ(old: StoredClip, new: StoredClip | None) -> bool:
+    """Returns whether a clip was removed or has another vector."""
+    return new is None or new.vector is not old.vector
 
 
 def find_equal(

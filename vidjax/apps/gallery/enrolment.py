@@ -1,6 +1,6 @@
 """Computes the people of a gallery from their clips, and fits the back end of the gallery."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -27,8 +27,8 @@ def enrol(
     clips: Mapping[str, StoredClip],
     *,
     of_plda: bool = False,
-) -> People:
-    """Computes the coefficients of people from their clips.
+) -> Iterator[People]:
+    """Computes the coefficients of people from their clips. Yields blocks, which need less memory.
 
     With PLDA, all clips of a person in a film count as one clip. Similar clips count less, see
     `two_covariance.count_independent` and `card_backend.effective_count`.
@@ -40,62 +40,34 @@ def enrol(
       of_plda: True for the gallery of a PLDA run. If PLDA was fitted to all clips of a person, each
         clip of the person then counts fully, as in the run.
     """
-    names = (name for clip_names in clips_of.values() for name in clip_names)
-    films = group_by_film(names, clips)
-    place = {identity: number for number, identity in enumerate(clips_of)}
-    owner = np.array([place[identity] for identity, _ in films], int)
-    film = np.repeat(np.arange(len(films)), [*map(len, films.values())])
-    ordered = [name for clip_names in films.values() for name in clip_names]
-    vectors = stack_vectors(ordered, clips, sum(backend.widths.values()))
-    return backend.enrol(
-        tuple(clips_of),
-        vectors,
-        owner[film],
-        film if len(films) < len(ordered) else None,
-        np.array([of_plda and all(clips[x].fitted for x in names) for names in clips_of.values()]),
-    )
+    identities, width = [*clips_of], sum(backend.widths.values())
+    for at in range(0, len(identities), MAX_BLOCK_PEOPLE):
+        block = identities[at : at + MAX_BLOCK_PEOPLE]
+        names = [name for identity in block for name in clips_of[identity]]
+        people, film, vectors = _stack_films(names, clips, width)
+        place = {identity: number for number, identity in enumerate(block)}
+        owner = np.array([place[identity] for identity in people])[film]
+        independent = [of_plda and all(clips[x].fitted for x in clips_of[y]) for y in block]
+        has_films = len(people) < len(names)
+        yield backend.enrol(
+            block, vectors, owner, film if has_films else None, np.array(independent)
+        )
 
 
-def enrol_in_blocks(
-    backend: Backend,
-    clips_of: Mapping[str, Sequence[str]],
-    clips: Mapping[str, StoredClip],
-    *,
-    of_plda: bool = False,
-) -> Iterator[People]:
-    """Yields blocks of people, which need little memory. The arguments are as in `enrol`."""
-    names = [*clips_of]
-    for at in range(0, len(names), MAX_BLOCK_PEOPLE):
-        some = {name: clips_of[name] for name in names[at : at + MAX_BLOCK_PEOPLE]}
-        yield enrol(backend, some, clips, of_plda=of_plda)
+def _stack_films(
+    names: Iterable[str], clips: Mapping[str, StoredClip], width: int
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Groups N clips by person and film. The clips of a film are adjacent in the results.
 
-
-def group_by_film(
-    names: Iterable[str], clips: Mapping[str, StoredClip]
-) -> dict[tuple[str, str], list[str]]:
-    """Groups the clips `names` by person and film; returns (identity, film) -> names of clips."""
-    return group_by_key(
+    Returns the person of each film, the film of each clip, [N] int, and the vectors of the clips,
+    [N, width] float32.
+    """
+    films = group_by_key(
         ((clips[name].identity or STRANGER, cut_film_name(name)), name) for name in names
     )
-
-
-def stack_films(
-    films: Collection[Sequence[str]], clips: Mapping[str, StoredClip], widths: Mapping[str, int]
-) -> np.ndarray:
-    """Returns the mean vector of each of N films, [N, sum of D] float32.
-
-    `films` lists the names of each film's clips. `widths` are modality -> D. The mean of a modality
-    is the mean over the clips that have the modality.
-    """
-    width, ends = sum(widths.values()), np.cumsum([*widths.values()])[:-1].tolist()
-    vectors = stack_vectors([names[0] for names in films], clips, width)
-    for row, names in enumerate(films):
-        if len(names) > 1:
-            parts = np.split(stack_vectors(names, clips, width), ends, axis=1)
-            counts = [max(np.any(x != 0, axis=1).sum(), 1) for x in parts]
-            means = [x.sum(axis=0, dtype=float) / n for x, n in zip(parts, counts, strict=True)]
-            vectors[row] = np.concatenate(means)
-    return vectors
+    film = np.repeat(np.arange(len(films)), [*map(len, films.values())])
+    ordered = [name for clip_names in films.values() for name in clip_names]
+    return [identity for identity, _ in films], film, stack_vectors(ordered, clips, width)
 
 
 def stack_vectors(names: Sequence[str], clips: Mapping[str, StoredClip], width: int) -> np.ndarray:
@@ -128,31 +100,24 @@ def fit_backend(
     `clips` are name -> clip, in any order. `widths` are modality -> length of its vectors. For
     `centred` and `settings`, see `backend.fit`.
     """
-    labels, vectors, enrolled = _stack_people(clips, widths)
-    return backend_lib.fit(vectors, labels, enrolled, centred=centred, settings=settings)
+    return backend_lib.fit(*stack_people(clips, widths), centred=centred, settings=settings)
 
 
-def measure_shared(clips: Mapping[str, StoredClip], widths: Mapping[str, int]) -> float:
-    """Returns how alike the clips of a person are, 0 to 1, see `backend.measure_shared`."""
-    labels, vectors, _ = _stack_people(clips, widths)
-    return backend_lib.measure_shared(vectors, labels)
-
-
-def _stack_people(
+def stack_people(
     clips: Mapping[str, StoredClip], widths: Mapping[str, int]
-) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Returns the arguments `labels`, `vectors` and `enrolled` of `backend.fit`."""
+) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray]]:
+    """Returns the arguments `vectors`, `labels` and `enrolled` of `backend.fit`."""
     # Clips of a person from the same film are alike. People are enrolled with their mean.
     names = sorted(name for name, clip in clips.items() if clip.identity is not None)
-    films = group_by_film(names, clips)
-    people = np.array([identity for identity, _ in films], object)
-    labels = 1 + np.unique(people, return_inverse=True)[1]
+    people, film, stacked = _stack_films(names, clips, sum(widths.values()))
+    labels = 1 + np.unique(np.array(people, object), return_inverse=True)[1]
+    first, vectors, enrolled = np.unique(film, return_index=True)[1], {}, {}
     ends = np.cumsum(list(widths.values()))[:-1].tolist()
-    vectors, enrolled = (
-        dict(zip(widths, np.split(stack_films(some, clips, widths), ends, axis=1), strict=True))
-        for some in ([names[:1] for names in films.values()], films.values())
-    )
-    return labels, vectors, enrolled
+    for part, x in zip(widths, np.split(stacked, ends, axis=1), strict=True):
+        count, total = backend_lib.sum_by_owner(x, film, len(people))
+        vectors[part] = x[first]
+        enrolled[part] = (total / np.maximum(count, 1)[:, None]).astype(np.float32)
+    return vectors, labels, enrolled
 
 
 def refit(state: State) -> State:
@@ -173,7 +138,7 @@ def make_state(
     """Returns a state, with the coefficients of all people in `clips`."""
     clips_of = list_clips_of(clips)
     people = {name: clips_of[name] for name in sorted(clips_of.keys() - {STRANGER})}
-    blocks = enrol_in_blocks(backend, people, clips, of_plda=origin.counts_every_clip)
+    blocks = enrol(backend, people, clips, of_plda=origin.counts_every_clip)
     return State(version, origin, Index(backend, blocks), clips, clips_of)
 
 

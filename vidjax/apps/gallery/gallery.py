@@ -32,44 +32,38 @@ import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, TypeAlias
 
 from vidjax.apps import earlier_said
 from vidjax.apps.gallery import (
     answers as answers_lib,
     backend as backend_lib,
     card_notes,
-    creation,
     grouping,
-    identification,
     labelling,
     run_vectors,
     verification,
 )
 from vidjax.apps.gallery.answers import Answer, NamingRule, Threshold
 from vidjax.apps.gallery.backend import Backend
-from vidjax.apps.gallery.changes import Draft
-from vidjax.apps.gallery.enrolment import refit
+from vidjax.apps.gallery.changes import Draft, check_clip
+from vidjax.apps.gallery.enrolment import check_width, make_state
 from vidjax.apps.gallery.index import Index
 from vidjax.apps.gallery.labelling import Enrolment
 from vidjax.apps.gallery.run_vectors import RunVectors
 from vidjax.apps.gallery.store import STRANGER, State, Store, StoredClip, VectorOrigin
-from vidjax.apps.gallery.vectors import NetVectors, Vectors, check_modalities
+from vidjax.apps.gallery.vectors import NetVectors, Vectors, select_usable_clips
 from vidjax.apps.gallery.verification import Match, MatchRule, Verification
 from vidjax.data.dataset import Dataset
 from vidjax.data.memory import FrameClips, MemoryClips, load_clips
 from vidjax.utils.errors import UserError, check_argument
-from vidjax.utils.names import normal_form
+from vidjax.utils.names import find_similar_names, normal_form
 from vidjax.utils.terminal import ignore_count
 
 if TYPE_CHECKING:
     from vidjax.evaluation.predict import Predictor
 
-T = TypeVar("T")
 AnyClips: TypeAlias = FrameClips | Vectors
-MOST_REMEMBERED = 100  # values that are kept until the gallery changes
 
 
 class Gallery:
@@ -100,7 +94,7 @@ class Gallery:
           ValueError: the folder contains no gallery, or a file of the gallery is damaged.
         """
         check_argument("Gallery: folder", folder, (str, os.PathLike), "the path of a folder")
-        self._store = Store(Path(folder).expanduser().absolute())
+        self._store = Store(folder)
         self._state = self._store.read()
         self._lock = threading.RLock()  # an older state must not replace a newer `_state`
         self._is_changing = False
@@ -111,8 +105,6 @@ class Gallery:
             )
         self._run = run
         self._checked: tuple[str, Predictor] | None = None  # digest of the run, and the run
-        # A state, and values that were computed for it, see `_remember`.
-        self._known: tuple[State, dict[object, Any]] = self._state, {}
 
     @classmethod
     def create(
@@ -144,7 +136,7 @@ class Gallery:
           ValueError: the folder is not empty, or no training clip has a label.
         """
         check_argument("Gallery.create: folder", folder, (str, os.PathLike), "the path of a folder")
-        creation.check_new(Path(folder))
+        Store(folder).check_new()
         run = run_vectors.restore(run)
         data = run_vectors.load_data(run, data)
         origin, backend, clips = run_vectors.fit(run, data, strangers=strangers, empty=empty)
@@ -182,7 +174,12 @@ class Gallery:
         `origin` describes the run or the models that computed the vectors. `backend` has the
         parameters that compare vectors. `clips` are name -> clip. `run` is the loaded run, if any.
         """
-        creation.write(Path(folder), origin, backend, clips)
+        store, width = Store(folder), check_width(backend)
+        clips = {name: check_clip(name, clip, width) for name, clip in clips.items()}
+        store.make_folder()
+        state = make_state(1, origin, backend, clips)
+        store.create(state)
+        labelling.warn_of_similar(store.folder, find_similar_names(state.people, ()))
         return cls(folder, run=run)
 
     def __repr__(self) -> str:
@@ -274,43 +271,6 @@ class Gallery:
             self.refresh()
             return self._state
 
-    @contextlib.contextmanager
-    def begin_change(self) -> Iterator[tuple[State, Callable[..., None]]]:
-        """Begins a change; yields the present content, and a function that writes other content.
-
-        The arguments of the function are those of `Store.write` after the transaction.
-        """
-        with self._store.open(write=True) as transaction:
-
-            def write(*content: Any) -> None:  # noqa: ANN401  (the arguments of `Store.write`)
-                state = self._store.write(transaction, *content)
-                with self._lock:
-                    self._state = state
-
-            present = self.state
-            self._is_changing = True
-            try:
-                yield present, write
-            finally:
-                self._is_changing = False
-
-    def _remember(self, state: State, key: object, compute: Callable[[], T]) -> T:
-        """Returns `compute()`, which is not None, or its earlier result for this state and key.
-
-        The values that were used last are kept, at most MOST_REMEMBERED.
-        """
-        of, known = self._known  # another thread may replace the attribute
-        if of is not state:
-            self._known = state, (known := {})
-        value = known.pop(key, None)
-        if value is None:
-            value = compute()
-        with self._lock:  # other threads add and drop values
-            known[key] = value
-            while len(known) > MOST_REMEMBERED:
-                del known[next(iter(known))]
-        return value
-
     @property
     def run(self) -> "Predictor":
         """The training run that computes vectors.
@@ -345,7 +305,13 @@ class Gallery:
         """
         self.refresh()  # another process may have added a modality
         if isinstance(clips, Vectors):
-            return check_modalities(clips, self.backend)
+            widths = {part: x.shape[1] for part, x in clips.parts.items()}
+            if [*widths.items()] != [*self.backend.widths.items()]:
+                raise UserError(
+                    f"the vectors have the widths {widths}, but the gallery compares "
+                    f"{self.backend.widths}\ncompute them with `embed` of this gallery"
+                )
+            return clips
         return self.source.embed(clips, split, advance)
 
     @property
@@ -366,8 +332,8 @@ class Gallery:
     ) -> Iterator[Draft]:
         """Makes several changes at once: `with gallery.change() as draft: draft.remove(...)`.
 
-        The draft has the methods `add`, `remove`, `rename` and `relabel` of this class. It also has
-        `complete`, but with the argument {clip: vector of all modalities}. All changes are written
+        The draft has the methods `remove`, `rename` and `relabel` of this class, and the methods
+        `add` and `complete` for clips whose vectors are known. All changes are written
         at the end of the block. If the block raises an error, nothing is written. During the block,
         no other process can change the gallery. `advance` is called at the end of the block, with
         numbers of new and changed clips that are finished.
@@ -375,19 +341,20 @@ class Gallery:
         If the gallery is in a folder of results of `vidjax who`, the changes are also written into
         the log of the folder, see `said`. If `log` is False, they are already in the log.
         """
-        with self.begin_change() as (present, write):
-            draft = Draft(present)
+        with self._store.open(write=True) as transaction:
+            draft = Draft(present := self.state)
+            self._is_changing = True
             try:
                 yield draft
+                if not draft:
+                    return
+                content, acts = draft.finish(advance), draft.acts if log else ()
+                with earlier_said.log_acts(self.folder.parent, acts, present):
+                    state = self._store.write(transaction, *content)
+                    with self._lock:
+                        self._state = state
             finally:
-                draft.is_open = False
-            if not draft:
-                return
-            state, people = draft.state(advance)
-            if draft.refits:
-                state = refit(state)
-            with earlier_said.log_acts(self.folder.parent, draft.acts if log else (), present):
-                write(state, draft.inserted, people)
+                self._is_changing = draft.is_open = False
         labelling.warn_of_similar(self.folder, draft.similar)
 
     def enrol(
@@ -428,19 +395,6 @@ class Gallery:
         labelling.advise_other_films(state := self.state, people)
         rivals = labelling.find_rivals(state, chosen)
         return Enrolment(new, len(chosen) - new, refused, draft.similar, rivals)
-
-    def add(self, clips: Mapping[str, StoredClip]) -> int:
-        """Adds clips whose vectors are known; returns the number of new or changed clips.
-
-        A clip that is already enrolled is skipped. If it is enrolled as a clip of a stranger, it is
-        changed: it gets the person in `clips`.
-
-        Raises:
-          ValueError: a clip is malformed, or already enrolled for another person or with another
-            vector. Then no clip is added.
-        """
-        with self.change() as draft:
-            return draft.add(clips)
 
     def remove(
         self,
@@ -509,11 +463,12 @@ class Gallery:
             are larger, and a few contain clips of two people.
         """
         vectors = self.embed(vectors)
-        labels = grouping.group_vectors(
-            self.backend, vectors, apart, clarity or {}, together or {}, settled,
-            for_votes=for_votes,
+        vectors = vectors.only(select_usable_clips(vectors))
+        labels = grouping.group(
+            self.backend, vectors.names, [*vectors.parts.values()], apart, clarity=clarity,
+            together=together, settled=settled, for_votes=for_votes,
         )  # fmt: skip
-        return answers_lib.name_groups([*labels], np.array([*labels.values()], int))
+        return answers_lib.name_groups(vectors.names, labels)
 
     def threshold(self, fpir: float) -> Threshold:
         """Returns the threshold that limits the share of new strangers who get a name to `fpir`.
@@ -524,11 +479,11 @@ class Gallery:
           ValueError: nobody is enrolled, or there are fewer than 1 / fpir - 1 clips of strangers.
         """
         check_argument("threshold: fpir", fpir, numbers.Real, "a number")
-        return identification.measure_threshold(self.state, fpir, self._remember)
+        return answers_lib.measure_on_strangers(self.state, fpir)
 
     def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> NamingRule:
         """Returns the rule that decides if a clip gets a name. See `identify` for the arguments."""
-        return identification.choose_rule(self.state, fpir, threshold, self._remember)
+        return answers_lib.choose_rule(self.state, fpir, threshold)
 
     def identify(
         self,
@@ -577,15 +532,15 @@ class Gallery:
         if not isinstance(clips, Vectors):  # reports mistakes before vectors are computed
             self.rule(fpir=fpir, threshold=threshold)
         vectors, state = self.embed(clips, split), self.state
-        rule = identification.choose_rule(state, fpir, threshold, self._remember)
-        return identification.identify(state, rule, vectors, k, groups, advance)
+        rule = answers_lib.choose_rule(state, fpir, threshold)
+        return answers_lib.identify(state, rule, vectors, k, groups, advance)
 
     def match_rule(self, identity: str | None = None, *, fmr: float | None = None) -> MatchRule:
         """Returns the rule by which `verify` accepts clips of the person `identity`.
 
         If `identity` is None, returns the rule by which `compare` accepts two clips.
         """
-        return verification.choose_rule(self.state, identity, fmr, self._remember)
+        return verification.choose_rule(self.state, identity, fmr)
 
     def verify(
         self,
@@ -627,7 +582,7 @@ class Gallery:
         if not isinstance(clips, Vectors):  # reports mistakes before vectors are computed
             self.match_rule(identity, fmr=fmr)
         vectors, state = self.embed(clips, split), self.state
-        rule = verification.choose_rule(state, identity, fmr, self._remember)
+        rule = verification.choose_rule(state, identity, fmr)
         return verification.verify(state, rule, vectors, identity)
 
     def find_misfits(self, identity: str, clips: Collection[str] | None = None) -> dict[str, float]:
@@ -659,7 +614,7 @@ class Gallery:
         self.match_rule(fmr=fmr)  # reports mistakes before vectors are computed
         first = self.embed(clips)
         second, state = first if others is None else self.embed(others), self.state
-        rule = verification.choose_rule(state, None, fmr, self._remember)
+        rule = verification.choose_rule(state, None, fmr)
         return verification.compare(state, rule, first, None if others is None else second)
 
     def rank(
@@ -689,5 +644,5 @@ class Gallery:
         """
         self.rule(fpir=fpir, threshold=threshold)  # reports mistakes before vectors are computed
         vectors, state = self.embed(clips, split), self.state
-        rule = identification.choose_rule(state, fpir, threshold, self._remember)
-        return identification.rank(state, rule, vectors, advance)
+        rule = answers_lib.choose_rule(state, fpir, threshold)
+        return answers_lib.rank(state, rule, vectors, advance)

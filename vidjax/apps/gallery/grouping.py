@@ -27,7 +27,6 @@ import numpy as np
 
 from vidjax.apps.gallery import ratios as ratios_lib
 from vidjax.apps.gallery.backend import Backend, sum_by_owner
-from vidjax.apps.gallery.vectors import Vectors
 from vidjax.models.card_backend import LEAST_CLARITY
 from vidjax.utils.names import cut_film_name
 
@@ -137,9 +136,9 @@ def group(
     parts: Sequence[np.ndarray],
     apart: Collection[tuple[str, str]] = (),
     *,
-    clarity: Sequence[float] | None = None,
-    start: Sequence[int] | None = None,
-    settled: Sequence[bool] | None = None,
+    clarity: Mapping[str, float] | None = None,
+    together: Mapping[str, int] | None = None,
+    settled: Collection[int] = (),
     for_votes: bool = False,
 ) -> np.ndarray:
     """Groups clips that show the same person; returns the group of each clip, [N] int, from 0.
@@ -147,25 +146,19 @@ def group(
     Args:
       names: [N], the names of the clips. A name starts with the name of the film.
       parts: the vectors of the clips, M arrays [N, D] float32; 0 if a modality is missing.
-      apart: pairs of names of clips that show different people.
-      clarity: [N], 0 to 1, the clarity of each clip's best face, see `align.measure_clarity`. By
-        default, it is 1.
-      start: [N], for each clip the index of a clip that certainly shows the same person. It is the
-        same index for all clips of the person. By default, it is the index of the clip itself.
-      settled: [N], True for the clips of earlier groups. Only other clips are grouped, with each
-        other and with the earlier groups. `start` contains the earlier groups.
-      for_votes: True for groups whose clips vote on one name.
+      apart, clarity, together, settled, for_votes: see `Gallery.group`.
     """
     place = {name: number for number, name in enumerate(names)}
     pairs = [(place[x], place[y]) for x, y in apart if x in place and y in place]
     pairs = np.array(pairs, int).reshape(-1, 2)
-    coordinates = [np.nan_to_num(z) for z in backend.whiten(parts)]
+    coordinates = backend.whiten(parts)
     order = np.argsort([cut_film_name(name) for name in names], kind="stable")
     labels = np.argsort(order)  # each clip is a group; groups of a film have adjacent numbers
-    if start is not None:
-        labels = np.unique(labels[np.array(start, int)], return_inverse=True)[1]
-    old = np.array(settled or np.zeros(len(names)), bool)
-    clear = np.ones(len(names)) if clarity is None else np.array(clarity, float)
+    people = [(together or {}).get(name, name) for name in names]
+    first = dict(zip(reversed(people), reversed(labels.tolist()), strict=True))
+    labels = np.unique(np.array([first[x] for x in people], int), return_inverse=True)[1]
+    old = np.array([person in settled for person in people], bool)
+    clear = np.array([(clarity or {}).get(name, 1.0) for name in names])
 
     def join(rows: np.ndarray, *, absorb: bool) -> np.ndarray:
         """Joins the groups of the clips `rows` (indices); returns the new groups of these clips."""
@@ -197,32 +190,6 @@ def group(
             first = int(joined[rows].max()) + 1
         labels = joined
     return labels
-
-
-def group_vectors(
-    backend: Backend,
-    vectors: Vectors,
-    apart: Collection[tuple[str, str]],
-    clarity: Mapping[str, float],
-    together: Mapping[str, int],
-    settled: Collection[int],
-    *,
-    for_votes: bool,
-) -> dict[str, int]:
-    """Groups clips; returns clip -> group, without clips that have no usable frame.
-
-    For the arguments, see `Gallery.group`.
-    """
-    usable = np.flatnonzero(np.any([x.any(axis=1) for x in vectors.parts.values()], axis=0))
-    names = [vectors.names[place] for place in usable.tolist()]
-    first, people = dict[object, int](), [together.get(name, name) for name in names]
-    labels = group(
-        backend, names, [x[usable] for x in vectors.parts.values()], apart,
-        clarity=[clarity.get(name, 1.0) for name in names],
-        start=[first.setdefault(person, row) for row, person in enumerate(people)],
-        settled=[person in settled for person in people], for_votes=for_votes,
-    )  # fmt: skip
-    return dict(zip(names, labels.tolist(), strict=True))
 
 
 def _split_into_blocks(means: np.ndarray, turn: int) -> np.ndarray:

@@ -4,25 +4,21 @@ import functools
 import heapq
 import itertools
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from vidjax.apps.gallery import ratios as ratios_lib
+from vidjax.apps.gallery.backend import Backend, Part, People, one_thread, sum_by_owner
 from vidjax.apps.gallery.ratios import MAX_VOICE_RATIO
 from vidjax.models import card_backend, card_check, two_covariance
 from vidjax.models.card_backend import Distances
 from vidjax.models.card_check import Comparison
 from vidjax.utils.machine import num_cores
 
-if TYPE_CHECKING:
-    pass
-
-
-from vidjax.apps.gallery.backend import Backend, Part, People, one_thread, sum_by_owner
-
+T = TypeVar("T")
 MAX_QUERY_CLIPS = 64  # clips that are compared together
 
 MAX_PAIRED_NUMBERS = 1 << 20  # numbers in an array with a vector for each pair of clip and person
@@ -41,6 +37,8 @@ MAX_FINE_PEOPLE = 4096  # people that are compared in float64 because they tie w
 # From a shift of the mean of all people by this distance on, inner products with the mean are
 # computed again in float64. A smaller shift is added in float32, with an error below 1e-9.
 MOST_SHIFT = 1e-3
+
+MOST_REMEMBERED = 100  # values that an index remembers
 
 # People are split into groups of this size. The k-th highest logit of all people is not lower than
 # the k-th highest of the groups' best logits.
@@ -153,9 +151,8 @@ class Ratios:
         )
         self._part, self._scale, self._constant = part, scale, scale * constant
 
-    def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def ask(self, units: np.ndarray, _: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns coordinates [Q, D] and terms [Q, U] of unit vectors [Q, D], for `_Queries`."""
-        del effective  # only `DistanceRatios` compares groups of clips
         z = self._part.coordinates(units)
         return self._scale * z, self._scale * z**2 @ self.curve.T
 
@@ -251,6 +248,20 @@ class Index:
         """Makes an index of the people in all `blocks`. Each person is in a single block."""
         self.backend = backend
         self.blocks = [x if isinstance(x, Block) else Block(*x) for x in blocks if x.names]
+        self._known: dict[object, Any] = {}
+
+    def remember(self, key: object, compute: Callable[[], T]) -> T:
+        """Returns `compute()`, which is not None, or its earlier result for this key.
+
+        The values that were used last are kept. A change of the gallery makes a new index.
+        """
+        value = self._known.pop(key, None)
+        if value is None:
+            value = compute()
+        self._known[key] = value
+        for old in [*self._known][:-MOST_REMEMBERED]:
+            self._known.pop(old, None)  # another thread may have dropped it
+        return value
 
     @functools.cached_property
     def names(self) -> list[str]:
@@ -278,18 +289,16 @@ class Index:
     @functools.cached_property
     def scorers(self) -> "list[Ratios | DistanceRatios]":
         """The objects that compute log-likelihood ratios, one for each of M modalities."""
-        scorers: list[Ratios | DistanceRatios] = []
-        for number, part in enumerate(self.backend.parts):
-            if part.distances is None:
-                constants = [np.zeros(0), *(block.constant[number] for block in self.blocks)]
-                scale = float(self.backend.settings.scale)
-                constant = np.concatenate(constants)
-                scorers.append(Ratios(part, scale, self.counts[number], constant))
-            else:
-                with one_thread():
-                    means = self._list_means(number, part.distances)
-                    scorers.append(DistanceRatios(part, means))
-        return scorers
+        return [*map(self._make_scorer, range(len(self.backend.parts)))]
+
+    def _make_scorer(self, number: int) -> "Ratios | DistanceRatios":
+        part = self.backend.parts[number]
+        if part.distances is not None:
+            with one_thread():
+                return DistanceRatios(part, self._list_means(number, part.distances))
+        constants = [np.zeros(0), *(block.constant[number] for block in self.blocks)]
+        scale = float(self.backend.settings.scale)
+        return Ratios(part, scale, self.counts[number], np.concatenate(constants))
 
     def _list_means(self, number: int, distances: Distances) -> list[Means]:
         """Returns the means of each block, or of a block of nobody, see `Block.means`."""
@@ -302,15 +311,15 @@ class Index:
 
         Unknown names in `removed` are ignored.
         """
-        removed, kept = set(removed), []
-        small = [block for block in new if len(block.names) < MIN_BLOCK_PEOPLE]
+        removed, blocks = set(removed), list[People]()
         for block in self.blocks:
             if removed and not removed.isdisjoint(block.names):
                 rows = [row for row, name in enumerate(block.names) if name not in removed]
                 block = block.take(rows)
-            (small if len(block.names) < MIN_BLOCK_PEOPLE else kept).append(block)
-        kept += [block for block in new if len(block.names) >= MIN_BLOCK_PEOPLE]
-        if small:
+            blocks.append(block)
+        blocks += new
+        kept = [block for block in blocks if len(block.names) >= MIN_BLOCK_PEOPLE]
+        if small := [block for block in blocks if len(block.names) < MIN_BLOCK_PEOPLE]:
             joined = join(small)
             rows = np.arange(len(joined.names))
             starts = range(0, len(rows), MAX_BLOCK_PEOPLE)
@@ -360,15 +369,10 @@ class Index:
         [M, Q], True for each modality that both the clip and the person have.
         """
         row, units = self.names.index(name), self.backend.units(parts)
-        ratios = np.zeros(len(units[0]))
-        for at in range(0, len(ratios), MAX_QUERY_CLIPS):
-            some = [x[at : at + MAX_QUERY_CLIPS] for x in units]
-            owner = np.arange(len(some[0]))
-            queries = self._prepare(some, [np.ones(len(owner))] * len(some))
-            rows = np.full(len(owner), row)
-            ratios[at : at + len(owner)] = self._logits_of(rows, owner, queries)
-        present = np.array([x.any(axis=1) for x in units])
-        return ratios, present & (self.counts[:, [row]] > 0)
+        owner = np.arange(len(units[0]))
+        queries = self._prepare(units, [np.ones(len(owner))] * len(units))
+        ratios = self._logits_of(np.full(len(owner), row), owner, queries)
+        return ratios, ~queries.missing & (self.counts[:, [row]] > 0)
 
     def _compared(
         self, parts: Sequence[np.ndarray], k: int, owner: np.ndarray | None = None

@@ -1,4 +1,4 @@
-"""Finds the people of clips to enrol, and warns of people who may be mixed up."""
+"""Finds the people of clips to enrol, also from another gallery, and people who may be mixed up."""
 
 import itertools
 import math
@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from vidjax.apps.gallery import card_notes, ratios
+from vidjax.apps.gallery.backend import sum_by_owner
 from vidjax.apps.gallery.changes import check_person, find_equal
-from vidjax.apps.gallery.enrolment import stack_parts, stack_vectors
+from vidjax.apps.gallery.enrolment import stack_vectors
 from vidjax.apps.gallery.ratios import LEAST_ODDS
 from vidjax.apps.gallery.store import STRANGER, State, StoredClip
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.utils import messages
 from vidjax.utils.errors import UserError, check_argument, warn
-from vidjax.utils.names import cut_film_name, show, strip_ending
+from vidjax.utils.names import IGNORED, cut_film_name, show, strip_ending
 from vidjax.utils.terminal import say
 
 if TYPE_CHECKING:
-    from vidjax.apps.gallery.gallery import Gallery
+    from vidjax.apps.gallery.gallery import AnyClips, Gallery
+
 MOST_PAIRS = 10**9  # of a new clip and a person that `find_rivals` compares, in about 30 seconds
 
 
@@ -177,17 +179,11 @@ def _is_twin(state: State, name: str, clip: StoredClip, like: str) -> bool:
     mates = [x for x in own if strip_ending(x) != strip_ending(name)]
     if not mates:
         return False
-    backend = state.index.backend
-    groups = [backend.split(clip.vector[None])]
-    groups += [stack_parts(state, names) for names in (mates, state.clips_of[like])]
-    singles = [ratios.of_clips(backend, parts) for parts in groups]
-    sums = [
-        (
-            np.array([single.counts[number].sum() for single in singles]),
-            np.array([single.means[number].sum(axis=0) for single in singles]),
-        )
-        for number in range(len(backend.parts))
-    ]
+    backend, others = state.index.backend, state.clips_of[like]
+    vectors = [clip.vector, *(state.clips[x].vector for x in (*mates, *others))]
+    owner = np.repeat(np.arange(3), [1, len(mates), len(others)])
+    white = backend.whiten(backend.split(np.array(vectors)))
+    sums = [sum_by_owner(z, owner, 3) for z in white]
     three = ratios.of_sums(backend, sums, np.ones(3), ratios.invert(backend))
     (fit, other_fit, alike), _ = ratios.compare(
         backend, three.take([0, 0, 1]), three.take([1, 2, 2])
@@ -210,10 +206,9 @@ def advise_other_films(state: State, people: Iterable[str]) -> None:
     """Prints which `people` have only clips of a single film, or clips that count as one clip."""
     enrolled, index = state.clips_of, state.index
     counts = dict(zip(index.names, index.counts.max(axis=0).tolist(), strict=True))
-    clips_of = {name: enrolled.get(name, ()) for name in people}
     few = [
-        name for name, clips in clips_of.items()
-        if len(clips) > 1 and (len({*map(cut_film_name, clips)}) == 1 or counts[name] == 1)
+        name for name in people if len(clips := enrolled.get(name, ())) > 1
+        and (len({*map(cut_film_name, clips)}) == 1 or counts[name] == 1)
     ]  # fmt: skip
     if few:
         named = messages.list_some([*map(show, few)], 3)
@@ -221,3 +216,54 @@ def advise_other_films(state: State, people: Iterable[str]) -> None:
             f"for {named}: the clips of each person are from one film or day and look alike: "
             "add clips from other films or days"
         )
+
+
+class Migration(NamedTuple):
+    """The result of a migration."""
+
+    moved: int  # the number of clips that are new or have another person in the new gallery
+    unchanged: int  # the number of clips that an earlier call has moved
+    relabelled: dict[str, str]  # clip -> its former person in the new gallery, who was replaced
+    missing: list[str]  # the clips of the old gallery that the new gallery lacks
+    lost: list[str]  # the people of the old gallery who have no clip in the new gallery
+
+
+def migrate(old: "Gallery", new: "Gallery", clips: "AnyClips") -> Migration:
+    """Enrols the clips of the gallery `old` in the gallery `new`, as one change.
+
+    Labels and clips of strangers are copied. Another call adds more clips. `clips` are the features
+    of the clips, which the nets or the run of `new` have computed.
+
+    Raises:
+      UserError: none of the clips is in `old`, or `new` has people or clips that `old` lacks.
+    """
+    old.refresh()
+    person_of = {strip_ending(name): clip.identity for name, clip in old.clips.items()}
+    extra = [name for name, clip in new.clips.items() if clip.identity and name not in person_of]
+    if extra:
+        raise UserError(
+            f"gallery '{new.folder}' contains clips that '{old.folder}' lacks, such as "
+            f"{show(min(extra))}\ncreate it again: with --models, or with --run and --empty"
+        )
+    vectors = new.embed(clips)
+    labels = tuple(person_of.get(strip_ending(name)) for name in vectors.names)
+    known = {name for name in vectors.names if strip_ending(name) in person_of}
+    chosen = select_usable_clips(vectors._replace(labels=labels).only(known))
+    if not chosen:
+        raise UserError(
+            f"no clip of gallery '{old.folder}' has a usable frame in the features: a clip of the "
+            f"gallery is {show(min(person_of, default=''))}, a clip of the features "
+            f"{show(min(vectors.names, default=''))}\nuse the clip names of the old gallery"
+        )
+    with new.change() as draft:
+        added, relabelled = dict[str, StoredClip](), dict[str, str]()
+        for name, clip in chosen.items():
+            before = draft.clips.get(strip_ending(name))
+            if before is None:
+                added[name] = clip
+            elif before.identity != clip.identity:  # a label that was changed since an earlier call
+                relabelled[name] = draft.relabel(name, clip.identity) or IGNORED
+        moved = draft.add(added) + len(relabelled)
+    missing = sorted(person_of.keys() - new.clips.keys())
+    lost = sorted(old.people.keys() - new.people.keys())
+    return Migration(moved, len(chosen) - moved, relabelled, missing, lost)

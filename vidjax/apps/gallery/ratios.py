@@ -45,11 +45,9 @@ class Summary(NamedTuple):
 
 def of_clips(backend: "Backend", parts: Sequence[np.ndarray]) -> Summary:
     """Returns N single clips as groups. `parts` are their vectors, M arrays [N, D]."""
-    white = backend.whiten(parts)
-    present = [~np.isnan(z[:, 0]) for z in white]
-    means, ones = [np.nan_to_num(z) for z in white], np.ones(len(white[0]))
-    squares = [np.vecdot(z, z) for z in means]
-    return Summary([x.astype(int) for x in present], means, squares, [ones] * len(white), ones)
+    means, ones = backend.whiten(parts), np.ones(len(parts[0]))
+    counts, squares = [z.any(axis=1).astype(int) for z in means], [np.vecdot(z, z) for z in means]
+    return Summary(counts, means, squares, [ones] * len(means), ones)
 
 
 def of_sums(

@@ -10,7 +10,7 @@ import numpy as np
 
 from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery.backend import Backend
-from vidjax.apps.gallery.enrolment import fit_backend, measure_shared
+from vidjax.apps.gallery.enrolment import fit_backend, stack_people
 from vidjax.apps.gallery.store import StoredClip, UnreadableError, VectorOrigin
 from vidjax.apps.gallery.vectors import Advance, Vectors, select_usable_clips
 from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, longest
@@ -167,7 +167,8 @@ def fit(
         )
     origin = make_origin(run)
     settings = run.model.system.model.gallery_settings()
-    if settings and measure_shared(clips, widths) > backend_lib.MOST_SHARED:
+    vectors, labels, _ = stack_people(clips, widths)
+    if settings and backend_lib.measure_shared(vectors, labels) > backend_lib.MOST_SHARED:
         say(
             "the clips of each person are as alike as photos of one day, so they count as "
             "fewer clips\nto name more clips, train on clips of different days"

@@ -26,7 +26,6 @@ import gc
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import shlex
@@ -34,9 +33,7 @@ import sqlite3
 import stat
 import time
 import unicodedata
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple, TypeAlias
@@ -62,7 +59,6 @@ MAX_PARTS, MAX_VECTOR_WIDTH = 64, 16_384
 MAX_NAME_LETTERS = 1000
 MAX_VALUE_BYTES = 1 << 26  # largest text, blob and row
 ROW_BYTES = 1 << 19  # largest array of numbers that is written to a row
-READ_AHEAD = 8  # rows that are read while earlier rows are checked in threads
 PAGE_BYTES = 1 << 16
 SCHEMA_SECONDS = 10.0  # limit for reading the schema
 LOCK_SECONDS = 0.2  # how long a change waits for another change to end
@@ -78,6 +74,7 @@ SCHEMA = {
     "clip": ROWS,  # the names, and then the people
 }
 ROW_KINDS = (int, str, bytes)
+Finite = Annotated[float, Meta(ge=json_files.LOWEST_FLOAT, le=-json_files.LOWEST_FLOAT)]
 BACKEND_LAYOUT = np.dtype([("number", "<f8")])
 
 
@@ -100,13 +97,6 @@ class VectorOrigin(Struct, frozen=True, omit_defaults=True):
         return self.centred and not self.refitted
 
 
-class _Part(Struct, omit_defaults=True):
-    name: Text
-    width: Size
-    by_card: bool = False
-    has_mean: bool = False
-
-
 # Digest of a film -> clip of the film -> people whom the clip does not show, as a user said. Only
 # galleries of version 0.1.0 contain them, see `earlier_said`.
 Denials: TypeAlias = Annotated[
@@ -118,8 +108,8 @@ Denials: TypeAlias = Annotated[
 class _Facts(Struct, omit_defaults=True):
     version: Size
     origin: VectorOrigin = msgspec.field(name="run")
-    parts: Annotated[list[_Part], Meta(min_length=1, max_length=MAX_PARTS)]
-    settings: dict[str, float]
+    parts: Annotated[list[Kind], Meta(min_length=1, max_length=MAX_PARTS)]
+    settings: dict[str, Finite]
     clips: Count
     people: Count
     rows: Sha256  # the sum of the digests of all other rows
@@ -187,19 +177,38 @@ class NoGalleryError(UnreadableError):
 
 
 class Store:
-    """Reads and writes the file of the gallery in `folder`, an absolute path."""
+    """Reads and writes the file of the gallery in `folder`."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.path = folder, folder / GALLERY_FILE
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder).expanduser().absolute()
+        self.path = self.folder / GALLERY_FILE
 
     # ---- opening
 
-    def foreign(self) -> str | None:
-        """Returns the name of a file in the folder that does not belong to a gallery, or None."""
-        names = {*os.listdir(self.folder)} - {GALLERY_FILE, JOURNAL_FILE}
-        return min((name for name in names if not PROBE.fullmatch(name)), default=None)
+    def check_new(self) -> None:
+        """Raises UserError if the folder contains files. Files of a killed process are ignored."""
+        if not self.folder.is_dir():
+            return
+        ours = {GALLERY_FILE, JOURNAL_FILE}
+        foreign = [x for x in os.listdir(self.folder) if x not in ours and not PROBE.fullmatch(x)]
+        if foreign:
+            raise UserError(
+                f"'{self.folder}' is not empty: it contains '{show(min(foreign))}'\n"
+                f"{self._advise_on_run() or 'name a new folder'}"
+            )
+        with contextlib.suppress(NoGalleryError):
+            self.sha256()
+            raise UserError(f"'{self.folder}' already contains a gallery: name another folder")
 
-    def advise_on_run(self) -> str:
+    def make_folder(self) -> None:
+        """Makes the folder. Raises UserError if it contains files."""
+        with contextlib.suppress(FileExistsError):
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700)
+        files.make_folder(self.folder, "gallery:")
+        self.check_new()
+
+    def _advise_on_run(self) -> str:
         """Returns advice on how to make a gallery of the run in the folder, or "" without a run."""
         if not files.exists(self.folder / "config.json"):
             return ""
@@ -208,7 +217,7 @@ class Store:
 
     def _no_gallery(self) -> NoGalleryError:
         command = f"vidjax gallery create {shlex.quote(str(self.folder))} --models=DIR"
-        advice = self.advise_on_run() or f"to make a gallery: {command} (or --run=RUN)"
+        advice = self._advise_on_run() or f"to make a gallery: {command} (or --run=RUN)"
         # A user may name the folder of `vidjax who`, or the file of a gallery.
         for folder in (self.folder / "gallery", self.folder.parent):
             if files.exists(folder / GALLERY_FILE):
@@ -509,7 +518,7 @@ def _pack_people(people: People) -> np.ndarray:
 def _facts(state: State) -> str:
     backend = state.index.backend
     parts = [
-        _Part(x.name, len(x.centre), x.distances is not None, x.mean is not None)
+        Kind(x.name, len(x.centre), x.distances is not None, x.mean is not None)
         for x in backend.parts
     ]
     settings = {name: float(x) for name, x in backend.settings._asdict().items()}
@@ -573,38 +582,20 @@ def _read_table(
     (size,) = connection.execute(f"SELECT total(length(numbers)) FROM {table}").fetchone()
     numbers, at, total = np.empty(int(size) // layout.itemsize, layout), 0, 0
     words: list[list[str]] = [[] for _ in range(num_words)]
-    checks: deque[Future[int]] = deque()
-    with ThreadPoolExecutor(2) as threads:
-        for row in connection.execute(f"SELECT * FROM {table} ORDER BY place"):
-            count = len(row[2]) // layout.itemsize if tuple(map(type, row)) == ROW_KINDS else 0
-            lines = row[1].split("\n") if count and num_words else []
-            if not count or len(row[2]) % layout.itemsize or len(lines) != num_words * count:
-                raise UserError(f"a row of its table '{table}' has the wrong types or length")
-            _check_names(lines, lines[:count])
-            for n, column in enumerate(words):
-                column += lines[n * count : (n + 1) * count]
-            checks.append(threads.submit(_copy, row, numbers[at : at + count]))
-            if len(checks) > READ_AHEAD:
-                total += checks.popleft().result()
-            at += count
-        total += sum(check.result() for check in checks)
+    for row in connection.execute(f"SELECT * FROM {table} ORDER BY place"):
+        count = len(row[2]) // layout.itemsize if tuple(map(type, row)) == ROW_KINDS else 0
+        lines = row[1].split("\n") if count and num_words else []
+        if not count or len(row[2]) % layout.itemsize or len(lines) != num_words * count:
+            raise UserError(f"a row of its table '{table}' has the wrong types or length")
+        _check_names(lines, lines[:count])
+        for n, column in enumerate(words):
+            column += lines[n * count : (n + 1) * count]
+        copied = numbers[at : at + count] = np.frombuffer(row[2], layout)
+        if not all(np.isfinite(copied[field]).all() for field in layout.names or ()):
+            raise UserError("one of its rows contains NaN or infinity")
+        at, total = at + count, total + _digest(row)
     numbers.flags.writeable = False
     return words, numbers, total
-
-
-def _copy(row: tuple[int, str, bytes], numbers: np.ndarray) -> int:
-    """Copies the numbers of a row to the array `numbers`; returns the sha256 of the row.
-
-    Raises UserError if a number is not finite.
-    """
-    numbers.view(np.uint8)[...] = np.frombuffer(row[2], np.uint8)
-    _check_finite(numbers)
-    return _digest(row)
-
-
-def _check_finite(numbers: np.ndarray) -> None:
-    if not all(np.isfinite(numbers[field]).all() for field in numbers.dtype.names or ()):
-        raise UserError("one of its rows contains NaN or infinity")
 
 
 def _check_names(names: Sequence[str], clips: Sequence[str]) -> None:
@@ -621,13 +612,10 @@ def _check_names(names: Sequence[str], clips: Sequence[str]) -> None:
 
 
 def _make_backend(numbers: np.ndarray, facts: _Facts) -> Backend:
-    kinds = [Kind(*msgspec.structs.astuple(part)) for part in facts.parts]
-    if len(numbers) != sum(sum(kind.sizes) for kind in kinds):
+    if len(numbers) != sum(sum(kind.sizes) for kind in facts.parts):
         raise UserError("its table 'backend' has the wrong number of values")
     settings = Settings(**{name: facts.settings[name] for name in Settings._fields})
-    if not all(map(math.isfinite, settings)):
-        raise UserError("one of its settings is NaN or infinite")
-    backend = from_numbers(kinds, settings, numbers)
+    backend = from_numbers(facts.parts, settings, numbers)
     if any(part.space is not None and np.any(part.space.ratio < 0) for part in backend.parts):
         raise UserError("its table 'backend' contains a variance below 0")
     if any(part.distances is not None and min(part.distances) <= 0 for part in backend.parts):

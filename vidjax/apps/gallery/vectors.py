@@ -74,14 +74,3 @@ def select_usable_clips(vectors: Vectors) -> dict[str, StoredClip]:
     rows = np.concatenate(list(vectors.parts.values()), axis=1)
     clips = zip(vectors.names, vectors.labels, rows, strict=True)
     return {name: StoredClip(label, row) for name, label, row in clips if row.any()}
-
-
-def check_modalities(vectors: Vectors, backend: Backend) -> Vectors:
-    """Returns `vectors`. Raises UserError if the back end compares other modalities or widths."""
-    widths = {part: x.shape[1] for part, x in vectors.parts.items()}
-    if [*widths.items()] != [*backend.widths.items()]:
-        raise UserError(
-            f"the vectors have the widths {widths}, but the gallery compares {backend.widths}\n"
-            "compute them with `embed` of this gallery"
-        )
-    return vectors

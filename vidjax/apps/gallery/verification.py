@@ -16,20 +16,18 @@ clips of other people that reach the threshold. There are two ways to choose a t
   ratio of these clips is 1. It holds only if the clips are distributed as the back end assumes.
 """
 
+import itertools
 import math
-import numbers
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from vidjax.apps.gallery import card_notes, ratios as ratios_lib
-from vidjax.apps.gallery.answers import Threshold, count_needed_strangers, measure_threshold, share
+from vidjax.apps.gallery import answers as answers_lib, card_notes, ratios as ratios_lib
 from vidjax.apps.gallery.backend import Backend
 from vidjax.apps.gallery.changes import find_person
 from vidjax.apps.gallery.enrolment import list_usable_strangers, stack_parts
-from vidjax.apps.gallery.identification import Remember
 from vidjax.apps.gallery.store import State
 from vidjax.apps.gallery.vectors import Vectors
 from vidjax.utils import tables
@@ -89,7 +87,7 @@ class MatchRule(NamedTuple):
     by: Kind
     fmr: float
     log_ratio: float
-    threshold: Threshold | None
+    threshold: answers_lib.Threshold | None
     about: str
 
     def match(self, ratio: float, evidence: tuple[str, ...]) -> Match:
@@ -115,10 +113,11 @@ class MatchRule(NamedTuple):
     def describe(self) -> dict[str, str]:
         """Returns rows for the terminal, label -> text."""
         rows = {"accepted if": self.about}
-        if self.threshold is not None:
-            count, low, high = self.threshold.num_strangers, *map(share, self.threshold.interval)
-            rows["false matches"] = f"{low} to {high} at 95 % confidence, measured on {count:,} "
-            rows["false matches"] += f"comparisons, of which {self.threshold.num_alarms:,} reach it"
+        if limit := self.threshold:
+            low, high = map(answers_lib.share, limit.interval)
+            rows["false matches"] = f"{low} to {high} at 95 % confidence, measured on "
+            rows["false matches"] += f"{limit.num_strangers:,} comparisons, "
+            rows["false matches"] += f"of which {limit.num_alarms:,} reach it"
         return rows
 
 
@@ -136,13 +135,6 @@ class Verification(NamedTuple):
     misfits: dict[str, float]
 
 
-def check_fmr(fmr: float | None) -> None:
-    """Raises UserError if `fmr` is neither None nor a number between 0 and 1."""
-    check_argument("fmr", fmr, (numbers.Real, type(None)), "a number, or None")
-    if fmr is not None and not 0 < fmr < 1:
-        raise UserError(f"fmr={fmr:g} is not a rate: give a number above 0 and below 1")
-
-
 def make_rule(ratios: np.ndarray, fmr: float | None, *, pairs: bool) -> MatchRule:
     """Makes a rule from the log ratios [S] of comparisons of different people.
 
@@ -150,9 +142,9 @@ def make_rule(ratios: np.ndarray, fmr: float | None, *, pairs: bool) -> MatchRul
     Raises UserError if `fmr` is given and there are too few comparisons.
     """
     rate, each = fmr or DEFAULT_FMR, 2 if pairs else 1
-    needed = each * count_needed_strangers(rate)
+    needed = each * answers_lib.count_needed_strangers(rate)
     if each * len(ratios) >= needed:
-        limit = measure_threshold(ratios, rate, 1)
+        limit = answers_lib.measure_threshold(ratios, rate, 1)
         about = f"the log ratio is {limit.score:.6g} or more, which on average at most "
         about += f"{100 * rate:.10g} % of comparisons with new strangers reach"
         return MatchRule("measured", rate, limit.score, limit, about)
@@ -179,14 +171,9 @@ def pair_strangers(backend: Backend, parts: Sequence[np.ndarray]) -> tuple[np.nd
     return ratios_lib.compare(backend, first, second)
 
 
-def choose_rule(
-    state: State, identity: str | None, fmr: float | None, remember: Remember
-) -> MatchRule:
-    """Returns the rule by which a clip is accepted, see `Gallery.match_rule`.
-
-    `remember` is described in the module `identification`.
-    """
-    check_fmr(fmr)
+def choose_rule(state: State, identity: str | None, fmr: float | None) -> MatchRule:
+    """Returns the rule by which a clip is accepted, see `Gallery.match_rule`."""
+    answers_lib.check_rate("fmr", fmr)
     if identity is not None:
         check_argument("identity", identity, str, "the name of a person")
         find_person(identity := normal_form(identity), state.clips_of)
@@ -201,7 +188,7 @@ def choose_rule(
             ratios, shared = pair_strangers(state.index.backend, parts)
         return ratios[shared.any(axis=0)]
 
-    ratios = remember(state, ("verify", identity), compare_strangers)
+    ratios = state.index.remember(("verify", identity), compare_strangers)
     return make_rule(ratios, fmr, pairs=identity is None)
 
 
@@ -209,9 +196,15 @@ def verify(state: State, rule: MatchRule, vectors: Vectors, identity: str) -> Ve
     """Decides by `rule` for each clip if it shows a person, see `Gallery.verify_person`."""
     parts, person = [*vectors.parts.values()], normal_form(identity)
     backend, names = state.index.backend, state.clips_of[person]
-    matches = make_matches(rule, backend, *state.index.ratios(parts, person))
-    matches = add_fits(backend, matches, parts, names, stack_parts(state, names))
-    matches = dict(zip(vectors.names, matches, strict=True))
+    clips, known = (ratios_lib.of_clips(backend, x) for x in (parts, stack_parts(state, names)))
+    matches = dict[str, Match]()
+    made = make_matches(rule, backend, *state.index.ratios(parts, person))
+    for row, (clip, match) in enumerate(zip(vectors.names, made, strict=True)):
+        ratios, shared = ratios_lib.compare(backend, clips.take([row]), known)
+        pairs = zip(names, ratios.tolist(), np.any(shared, axis=0).tolist(), strict=True)
+        fits = [(name, ratio) for name, ratio, is_compared in pairs if is_compared]
+        best, worst = (f(fits, key=lambda x: x[1], default=None) for f in (max, min))
+        matches[clip] = match._replace(best=best, worst=worst)
     return Verification(matches, rule, find_misfits(state, person))
 
 
@@ -219,14 +212,23 @@ def compare(
     state: State, rule: MatchRule, first: Vectors, second: Vectors | None
 ) -> dict[tuple[str, str], Match]:
     """Decides by `rule` for pairs of clips if they show one person, see `Gallery.compare`."""
-    others = first if second is None else second
-    rows, columns = list_pairs(len(first.names), None if second is None else len(second.names))
-    backend = state.index.backend
+    num = len(first.names)
+    count, remedy = num * (num - 1) // 2, "give at least two clips, or --with=PATH"
+    if second is not None:
+        count, remedy = num * len(second.names), "give at least one clip and one other clip"
+    if not 0 < count <= MAX_PAIRS:
+        remedy = f"give fewer clips: at most {MAX_PAIRS:,} pairs are compared" if count else remedy
+        raise UserError(f"there are {count:,} pairs of clips to compare\n{remedy}")
+    others, backend = second or first, state.index.backend
+    rows, columns = (
+        np.triu_indices(num, 1)
+        if second is None
+        else np.divmod(np.arange(count), len(others.names))
+    )
     x, y = (ratios_lib.of_clips(backend, [*v.parts.values()]) for v in (first, others))
     ratios, shared = ratios_lib.compare(backend, x.take(rows), y.take(columns))
-    matches = make_matches(rule, backend, ratios, shared)
     keys = ((first.names[a], others.names[b]) for a, b in zip(rows, columns, strict=True))
-    return dict(zip(keys, matches, strict=True))
+    return dict(zip(keys, make_matches(rule, backend, ratios, shared), strict=True))
 
 
 def make_matches(
@@ -234,51 +236,7 @@ def make_matches(
 ) -> Iterator[Match]:
     """Makes Q comparisons from log ratios [Q], and from the compared modalities, [M, Q] bool."""
     for ratio, compared in zip(ratios.tolist(), shared.T, strict=True):
-        parts = zip(backend.parts, compared.tolist(), strict=True)
-        yield rule.match(ratio, tuple(part.name for part, is_shared in parts if is_shared))
-
-
-def list_pairs(num_clips: int, num_others: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the indices [P] of P pairs: of each clip with each other clip, or of two clips.
-
-    If `num_others` is None, the pairs are of two different clips of `num_clips`. Raises UserError
-    if there are no pairs, or more than MAX_PAIRS.
-    """
-    if num_others is None:
-        count, text = num_clips * (num_clips - 1) // 2, "give at least two clips, or --with=PATH"
-    else:
-        count, text = num_clips * num_others, "give at least one clip and one other clip"
-    if not 0 < count <= MAX_PAIRS:
-        remedy = f"give fewer clips: at most {MAX_PAIRS:,} pairs are compared" if count else text
-        raise UserError(f"there are {count:,} pairs of clips to compare\n{remedy}")
-    if num_others is None:
-        return np.triu_indices(num_clips, 1)
-    rows = np.indices((num_clips, num_others)).reshape(2, -1)
-    return rows[0], rows[1]
-
-
-def add_fits(
-    backend: Backend,
-    matches: Iterable[Match],
-    parts: Sequence[np.ndarray],
-    names: Sequence[str],
-    vectors: Sequence[np.ndarray],
-) -> Iterator[Match]:
-    """Adds the best and worst of a person's clips to the comparisons of Q clips.
-
-    `parts` are the vectors of the Q clips, M arrays [Q, D]. `names` are the person's K clips, and
-    `vectors` their vectors, M arrays [K, D].
-    """
-    clips, known = (ratios_lib.of_clips(backend, x) for x in (parts, vectors))
-    for row, match in enumerate(matches):
-        ratios, shared = ratios_lib.compare(backend, clips.take([row]), known)
-        places = np.flatnonzero(shared.any(axis=0))
-        if len(places):
-            found = ratios[places]
-            high, low = places[[found.argmax(), found.argmin()]].tolist()
-            best, worst = ((names[place], float(ratios[place])) for place in (high, low))
-            match = match._replace(best=best, worst=worst)
-        yield match
+        yield rule.match(ratio, tuple(itertools.compress(backend.widths, compared)))
 
 
 def find_misfits(
@@ -317,7 +275,7 @@ def table(matches: Matches | PairMatches) -> Iterator[tuple[str, ...]]:
     for key, match in matches.items():
         fits = [f"{show(x[0])} {x[1]:.3g}" if x else "" for x in (match.best, match.worst)]
         cells = ["yes" if match.accepted else "no", f"{match.log_ratio:.4g}"]
-        cells.append(share(match.probability) if match.evidence else "not compared")
+        cells.append(answers_lib.share(match.probability) if match.evidence else "not compared")
         cells.append(show(key if isinstance(key, str) else ", ".join(key)))
         yield (*cells, *fits)
 

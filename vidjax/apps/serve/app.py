@@ -9,12 +9,10 @@ on the disk and all answers that could still contain the person are finished.
 
 import asyncio
 import contextlib
-import functools
 import itertools
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from http import HTTPStatus
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
@@ -28,7 +26,6 @@ from starlette.routing import Route, Router
 from vidjax.apps.gallery import answers as answers_lib, verification
 from vidjax.apps.gallery.changes import NotEnrolledError
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.vectors import Vectors
 from vidjax.apps.serve import gallery_model
 from vidjax.apps.serve.batcher import Batcher, Changes
 from vidjax.apps.serve.gallery_model import DEFAULT_K, Frames, GalleryModel, Question
@@ -45,6 +42,7 @@ from vidjax.apps.serve.limits import (
 )
 from vidjax.apps.server_limits import Limits
 from vidjax.data import clip_files
+from vidjax.data.packed_clips import is_finite
 from vidjax.data.packing import Clip
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, check_argument
@@ -122,28 +120,25 @@ class EnrolRequest(Struct, forbid_unknown_fields=True):
 
 
 class EnrolAnswer(Struct):
-    """The result of an enrolment."""
+    """The result of an enrolment.
 
-    enrolled: Annotated[int, Meta(description="the number of new clips")]
-    unchanged: Annotated[int, Meta(description="the number of clips that were enrolled before")]
-    refused: Annotated[list[str], Meta(description="clips without a usable frame: not enrolled")]
-    similar: Annotated[
-        dict[str, str], Meta(description="new person: an enrolled person with a similar name")
-    ]
-    rivals: Annotated[
-        dict[str, str],
-        Meta(
-            description="clip of the request that seems to show another enrolled person, too: this "
-            "person. The clip is enrolled, too."
-        ),
-    ]
-    misfits: Annotated[
-        dict[str, float],
-        Meta(
-            description="clip of the request that probably shows another person than most clips of "
-            "its person: median of its log ratios, below 0. The clip is enrolled, too."
-        ),
-    ]
+    Attributes:
+      enrolled: the number of new clips.
+      unchanged: the number of clips that were enrolled before.
+      refused: clips without a usable frame: not enrolled.
+      similar: new person: an enrolled person with a similar name.
+      rivals: clip of the request that seems to show another enrolled person, too: this person. The
+        clip is enrolled, too.
+      misfits: clip of the request that probably shows another person than most clips of its person:
+        median of its log ratios, below 0. The clip is enrolled, too.
+    """
+
+    enrolled: int
+    unchanged: int
+    refused: list[str]
+    similar: dict[str, str]
+    rivals: dict[str, str]
+    misfits: dict[str, float]
 
 
 CLIP_REQUESTS = (IdentifyRequest, VerifyRequest, EnrolRequest)
@@ -162,7 +157,8 @@ class Endpoint(NamedTuple):
     path: str  # the path, with parameters such as `{name}`
     # Answers a request. The first line of its docstring appears in the OpenAPI description.
     answer: Callable[[Request], Awaitable[Response]]
-    errors: tuple[int, ...] = ()  # the HTTP statuses of errors, in addition to COMMON_ERRORS
+    # The HTTP statuses of errors, in addition to COMMON_ERRORS, and with a body to BODY_ERRORS.
+    errors: tuple[int, ...] = ()
     body: type[msgspec.Struct] | None = None  # the type of a JSON body
     query: type[msgspec.Struct] | None = None  # the type of the query
     result: type[msgspec.Struct] | None = None  # the type of the JSON in the answer
@@ -174,35 +170,29 @@ class Application:
     def __init__(self, gallery: Gallery, bodies: Bodies, limits: Limits, metrics: ServerMetrics):
         self.bodies, self.limits, self.metrics = bodies, limits, metrics
         self.model, self.gallery = GalleryModel(gallery), gallery
-        self.batcher = Batcher[Question, Any](self.model.answer, limits, metrics)
+        self.batcher = Batcher(self.model.answer, limits, metrics)
         self.changes = Changes(limits)
         # Large bodies are parsed one at a time, because the memory of a parsed body is counted only
         # after parsing.
         self.reader = ThreadPoolExecutor(1, "vidjax-bodies")
-        self.embedding = 0  # number of clips of enrolments whose vectors are not computed yet
         self.ready = self.broken = False
         for name, about, value in (
             ("ready", "1 if all programs are compiled.", lambda: self.ready),
-            ("waiting_clips", "Clips that wait to be scored or enrolled.", self._count_waiting),
+            ("waiting_clips", "Clips that wait to be scored.", lambda: self.batcher.size),
             ("waiting_changes", "Changes that wait.", lambda: self.changes.waiting),
             ("people", "People when the gallery was last read.", lambda: len(gallery.index.names)),
             ("clips", "Clips when the gallery was last read.", lambda: len(gallery.clips)),
         ):
             Gauge(name, about, namespace="vidjax", registry=metrics.registry).set_function(value)
 
-    def _count_waiting(self) -> int:
-        return self.embedding + self.batcher.size
-
     def list_endpoints(self) -> list[Endpoint]:
         """Returns all endpoints. The first endpoint that matches a request answers it."""
         return [
             Endpoint("GET", "/v2/health/live", self.live),
             Endpoint("GET", "/v2/health/ready", self.is_ready),
-            Endpoint("POST", "/identify", self.identify, (409, *BODY_ERRORS), IdentifyRequest),
-            Endpoint("POST", "/verify", self.verify, (404, 409, *BODY_ERRORS), VerifyRequest),
-            Endpoint(
-                "POST", "/enrol", self.enrol, (*BODY_ERRORS, 507), EnrolRequest, result=EnrolAnswer
-            ),
+            Endpoint("POST", "/identify", self.identify, (409,), IdentifyRequest),
+            Endpoint("POST", "/verify", self.verify, (404, 409), VerifyRequest),
+            Endpoint("POST", "/enrol", self.enrol, (507,), EnrolRequest, result=EnrolAnswer),
             Endpoint("GET", "/identities", self.identities, (422,), query=PageQuery),
             Endpoint("DELETE", "/identities/{name:path}", self.remove_identity, (404, 429, 507)),
             Endpoint("DELETE", "/clips/{name:path}", self.remove_clip, (404, 429, 507)),
@@ -212,15 +202,14 @@ class Application:
         ]
 
     @contextlib.asynccontextmanager
-    async def run_lifespan(self, app: object) -> AsyncIterator[None]:
+    async def run_lifespan(self, _: object) -> AsyncIterator[None]:
         """Compiles the programs when the server starts, and stops the threads when it ends."""
-        del app
         warm = asyncio.create_task(self._warm())
         yield
         with contextlib.suppress(asyncio.CancelledError):
             await warm
-        for thread in (self.batcher, self.changes):
-            await asyncio.to_thread(thread.stop)
+        for thread in (self.batcher.thread, self.changes.thread):
+            await asyncio.to_thread(thread.shutdown)
         self.reader.shutdown()
 
     async def _warm(self) -> None:
@@ -238,26 +227,23 @@ class Application:
     async def live(self, _: Request) -> Response:
         """Returns status 200 while the server runs, and 503 if its start has failed."""
         if self.broken:
-            status = HTTPStatus.SERVICE_UNAVAILABLE
-            raise Refused(status, "the start of the server has failed: see the log")
+            raise Refused(503, "the start of the server has failed: see the log")
         return _encode_json({"live": True})
 
     async def is_ready(self, request: Request) -> Response:
         """Returns status 200 if the server can answer requests, and 503 otherwise."""
         self._check_ready()
         if request.scope["vidjax.leaving"]:
-            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the server will end: ask another")
+            raise Refused(503, "the server will end: ask another")
         try:
             await asyncio.to_thread(self.model.check)
         except (UserError, OSError):  # is not logged, because any client may send this request
-            status = HTTPStatus.SERVICE_UNAVAILABLE
-            raise Refused(status, "the gallery cannot be read", 1) from None
+            raise Refused(503, "the gallery cannot be read", 1) from None
         return _encode_json({"ready": True})
 
     def _check_ready(self) -> None:
         if not self.ready:
-            text = "the server still compiles its programs: try again"
-            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, text, 1)
+            raise Refused(503, "the server still compiles its programs: try again", 1)
 
     # ---- people by name
 
@@ -265,15 +251,13 @@ class Application:
         """Identifies the person in each clip. An unknown person is null."""
         clips, body = await self._read(request, IdentifyRequest)
         question = Question(clips, body.k, body.fpir, body.threshold)
-        self._check_ready()
         answers = await self.batcher.ask(question, len(clips))
         return _encode_json({"clips": [*map(answers_lib.as_json, clips, answers)]})
 
     async def verify(self, request: Request) -> Response:
         """Decides if each clip shows the given person."""
         clips, body = await self._read(request, VerifyRequest)
-        self._check_ready()
-        vectors = await self._embed(clips)
+        vectors = await self.batcher.run(lambda: self.gallery.embed(clips), len(clips))
 
         def answer() -> dict[str, object]:
             identity = normal_form(body.identity)
@@ -282,17 +266,6 @@ class Application:
             return {"clips": clips, "rule": done.rule.to_dict(), "misfits": done.misfits}
 
         return _encode_json(await self.batcher.run(answer))
-
-    async def _embed(self, clips: Mapping[str, Mapping[str, Frames]]) -> Vectors:
-        """Computes the vectors of clips. Raises Refused (status 429) if too many clips wait."""
-        waiting = self._count_waiting()
-        if waiting and waiting + len(clips) > self.limits.waiting_clips:
-            raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "too many clips are waiting: try again", 1)
-        self.embedding += len(clips)
-        try:
-            return await self.batcher.run(functools.partial(self.gallery.embed, clips))
-        finally:
-            self.embedding -= len(clips)
 
     async def enrol(self, request: Request) -> Response:
         """Enrols clips of people or strangers. If one clip is wrong, no clip is enrolled."""
@@ -305,14 +278,13 @@ class Application:
         names = identities.values() if body.identity is None else [body.identity]
         people = {clean_identity(name) for name in names}
         if stray := identities.keys() - clips.keys():
-            text = f"identities has the clip '{show(min(stray))}', but clips lacks it: send it, too"
-            raise unprocessable(text)
-        self._check_ready()
-        vectors = await self._embed(clips)
-        make = functools.partial(
-            self.gallery.enrol, vectors, people_of_clips, strangers=body.strangers
+            place = f"identities has the clip '{show(min(stray))}', but "
+            raise unprocessable("clips lacks it: send it, too", place)
+        vectors = await self.batcher.run(lambda: self.gallery.embed(clips), len(clips))
+        strangers = body.strangers
+        done = await self._change(
+            request, lambda: self.gallery.enrol(vectors, people_of_clips, strangers=strangers)
         )
-        done = await self._change(request, make)
 
         def find_misfits() -> dict[str, float]:
             misfits = dict[str, float]()
@@ -326,7 +298,7 @@ class Application:
 
     async def identities(self, request: Request) -> Response:
         """Lists the next 10,000 people, sorted by name, with their numbers of clips."""
-        after = normal_form(_read_query(request.query_params, PageQuery).after)
+        after = normal_form(_convert(request.query_params, PageQuery).after)
         self._check_ready()
         people = await self.batcher.run(lambda: self.gallery.identities)
         names = [name for name in people if name > after]
@@ -358,7 +330,7 @@ class Application:
 
     async def threshold(self, request: Request) -> Response:
         """Returns the rule and the threshold by which a clip gets a name."""
-        query = _read_query(request.query_params, RuleParameters)
+        query = _convert(request.query_params, RuleParameters)
         self._check_ready()
         rule = await self.batcher.run(
             lambda: self.gallery.rule(fpir=query.fpir, threshold=query.threshold)
@@ -375,8 +347,7 @@ class Application:
 
     async def describe(self, _: Request) -> Response:
         """Returns this OpenAPI description."""
-        content = describe(self.list_endpoints(), self.model.widths, self.limits)
-        return _encode_json(content)
+        return _encode_json(describe(self.list_endpoints(), self.model.widths, self.limits))
 
     # ---- reading
 
@@ -389,8 +360,7 @@ class Application:
         """
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type not in (*NPZ_TYPES, "application/json"):
-            status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
-            raise Refused(status, "send Content-Type: application/json or application/x-npz")
+            raise Refused(415, "send Content-Type: application/json or application/x-npz")
         npz = content_type in NPZ_TYPES
         limit = self.limits.body_bytes if npz else self.limits.json_bytes
         body = await self.bodies.read(request, limit)
@@ -409,11 +379,11 @@ class Application:
 
         def read() -> tuple[dict[str, Any], Any]:
             if npz:
-                fields = _read_query({"clips": [{"clip": name}], **words}, kind)
+                fields = _convert({"clips": [{"clip": name}], **words}, kind)
                 nets = self.gallery.origin.cards
                 found = clip_files.read_npz_bytes(body, name, limit, nets)
             else:
-                fields = _decode(body, kind)
+                fields = _convert(body, kind)
                 rows = enumerate(fields.clips)
                 found = (clip_files.read_json(clip, f"clips[{n}]") for n, clip in rows)
             most = self.limits.clips
@@ -427,6 +397,7 @@ class Application:
         clips, fields = await self._parse(read, large=npz or len(body) > LARGE_BYTES)
         self.bodies.hold(request.scope, 2 * gallery_model.count_bytes(clips))
         request.scope["vidjax.clips"] = len(clips)
+        self._check_ready()
         return clips, fields
 
     async def _parse(self, read: Callable[[], T], *, large: bool) -> T:
@@ -435,31 +406,26 @@ class Application:
         return read()
 
 
-def _read_query(words: Mapping[str, object], kind: Any) -> Any:  # noqa: ANN401 (an instance of kind)
-    """Converts a query, name -> value, to the type `kind`. Text such as "5" becomes a number."""
-    try:
-        return msgspec.convert(dict(words), kind, strict=False)
-    except msgspec.ValidationError as error:
-        raise unprocessable(f"the query is wrong: {_describe_error(error, kind)}") from None
+def _convert(given: bytes | Mapping[str, object], kind: Any) -> Any:  # noqa: ANN401 (of this kind)
+    """Converts a JSON body, or a query, name -> value, to the type `kind`.
 
-
-def _decode(content: bytes, kind: Any) -> Any:  # noqa: ANN401 (an instance of kind)
-    """Decodes JSON to an object of the type `kind`. Raises Refused if it does not fit the type."""
+    Text such as "5" in a query becomes a number. Raises Refused if `given` does not fit the type.
+    """
     try:
-        return msgspec.json.decode(content, type=kind)
+        if isinstance(given, bytes):
+            return msgspec.json.decode(given, type=kind)
+        return msgspec.convert(dict(given), kind, strict=False)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        nan = re.search(rb"\b(NaN|Infinity)\b", content) and "invalid character" in str(error)
-        hint = ": NaN and Infinity are not allowed" if nan else ""
-        raise unprocessable(f"{_describe_error(error, kind)}{hint}") from None
+        text = show(str(error)).replace("Input data was truncated", "the JSON ends too early")
     except RecursionError:
         raise unprocessable("the JSON is nested too deeply: see /openapi.json") from None
-
-
-def _describe_error(error: Exception, kind: Any) -> str:  # noqa: ANN401 (the type of a body or query)
-    """Returns the message of an error of msgspec, on one line, with the known fields."""
-    text = show(str(error)).replace("Input data was truncated", "the JSON ends too early")
-    is_field = "unknown field" in text and " - at `$" not in text  # not of a nested object
-    return f"{text}: choose from {', '.join(kind.__struct_fields__)}" if is_field else text
+    if "unknown field" in text and " - at `$" not in text:  # not of a nested object
+        text += f": choose from {', '.join(kind.__struct_fields__)}"
+    if not isinstance(given, bytes):
+        raise unprocessable("see /openapi.json", f"the query is wrong: {text}: ")
+    nan = re.search(rb"\b(NaN|Infinity)\b", given) and "invalid character" in text
+    hint = "NaN and Infinity are not allowed" if nan else "see /openapi.json"
+    raise unprocessable(hint, f"{text}: ")
 
 
 def _check_clips(
@@ -476,28 +442,35 @@ def _check_clips(
         name = clip.given or clip.name
         place = f"clip '{show(name)}'"
         if name in checked:
-            raise unprocessable(f"{place} occurs twice: give each clip another name")
+            raise unprocessable("occurs twice: give each clip another name", f"{place} ")
         checked[name] = {}
         for modality in widths.keys() & clip.modalities.keys():
             frames = dict(clip.modalities[modality])
-            gallery_model.check_finite(frames, f"{place}, {modality}")
-            features = np.atleast_1d(frames["features"]).astype(np.float32, copy=False)
-            frames["features"] = features
-            problem = ""
-            if features.size and features.shape[-1] != widths[modality]:
-                problem = f"features are {features.shape[-1]} wide, but must be {widths[modality]}"
-            elif features.ndim > 1 and len(features) > limits.frames:
-                problem = f"there are {len(features):,} frames: send at most {limits.frames:,}"
-            if problem:
-                raise unprocessable(f"{place}, {modality}: {problem}")
+            frames["features"] = np.atleast_1d(frames["features"])
+            if problem := _find_problem(frames, widths[modality], limits.frames):
+                raise unprocessable(f"{modality}: {problem}", f"{place}, ")
+            frames["features"] = frames["features"].astype(np.float32, copy=False)
             checked[name][modality] = frames
         if clip.modalities and not checked[name]:
-            names = show(", ".join(map(str, clip.modalities)))
-            raise unprocessable(
-                f"{place} has only {names}, but the gallery uses {', '.join(widths)}: send one of "
-                "these modalities"
-            )
+            place += f" has only {show(', '.join(map(str, clip.modalities)))}, but "
+            text = f"the gallery uses {', '.join(widths)}: send one of these modalities"
+            raise unprocessable(text, place)
     return checked
+
+
+def _find_problem(frames: Frames, width: int, most: int) -> str:
+    """Returns what is wrong with the frames of a clip and modality, or ""."""
+    for field, array in frames.items():
+        if array.dtype.kind not in "fiu":
+            return f"the values of {field} must be numbers"
+        if not is_finite(array).all():
+            return f"a value of {field} is not finite: remove the frame"
+    features = frames["features"]
+    if features.size and features.shape[-1] != width:
+        return f"features are {features.shape[-1]} wide, but must be {width}"
+    if features.ndim > 1 and len(features) > most:
+        return f"there are {len(features):,} frames: send at most {most:,}"
+    return ""
 
 
 def _encode_json(content: object) -> Response:
@@ -551,7 +524,8 @@ def describe(
             {"name": name, "in": "path", "required": True, "schema": text}
             for name in re.findall(r"{(\w+)}", path)
         ]
-        errors = {str(status): {"$ref": ERROR_REF} for status in (*COMMON_ERRORS, *point.errors)}
+        statuses = [*COMMON_ERRORS, *point.errors, *(BODY_ERRORS if point.body else ())]
+        errors = {str(status): {"$ref": ERROR_REF} for status in statuses}
         done: dict[str, object] = {"description": "done"}
         if point.result:
             schema = {"$ref": f"#/components/schemas/{point.result.__name__}"}

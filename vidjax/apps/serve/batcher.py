@@ -11,15 +11,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from http import HTTPStatus
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+from vidjax.apps.gallery.answers import Answer
+from vidjax.apps.serve.gallery_model import Question
 from vidjax.apps.serve.limits import Refused, ServerMetrics
 from vidjax.apps.server_limits import Limits
 from vidjax.utils.errors import InUseError, mute_thread
 
-Q = TypeVar("Q")
-A = TypeVar("A")
 T = TypeVar("T")
 LINGER_SECONDS = 0.01  # longest wait for more requests after a batch of several requests
 
@@ -29,46 +28,50 @@ def _make_thread(name: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, name, initializer=mute_thread)
 
 
-class _Waiting(NamedTuple, Generic[Q, A]):
+class _Waiting(NamedTuple):
     """A question about `size` clips that waits for an answer."""
 
-    question: Q
+    question: Question
     size: int
-    answer: "asyncio.Future[A]"
+    answer: asyncio.Future[Any]
 
 
-class Batcher(Generic[Q, A]):
+class Batcher:
     """Answers questions about clips in batches, in a thread. Its methods need an event loop."""
 
     def __init__(
         self,
-        answer: Callable[[Sequence[Q]], Sequence[A | Exception]],
+        answer: Callable[[Sequence[Question]], Sequence[Any]],
         limits: Limits,
         metrics: ServerMetrics,
     ):
         """Makes a batcher. `answer` computes an answer or an error for each question of a batch."""
         self._answer, self._limits, self._metrics = answer, limits, metrics
-        self._waiting: deque[_Waiting[Q, A]] = deque()
-        self._thread = _make_thread("vidjax-answers")
+        self._waiting: deque[_Waiting] = deque()
+        self.thread = _make_thread("vidjax-answers")
         self._batch: asyncio.Task[None] | None = None
-        self.size = 0  # number of clips that wait
+        self.size = 0  # number of clips that wait for an answer or for their vectors
         self._target, self._enough = 0, asyncio.Event()  # the event is set when _target clips wait
 
-    async def ask(self, question: Q, size: int) -> A:
+    async def ask(self, question: Question, size: int) -> list[Answer]:
         """Returns the answer to a question about `size` clips.
 
         Raises Refused (status 429) if too many clips wait.
         """
-        if self.size + size > self._limits.waiting_clips and self._waiting:
-            raise Refused(HTTPStatus.TOO_MANY_REQUESTS, "too many clips are waiting: try again", 1)
-        future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
+        self._add(size)
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(question, size, future))
-        self.size += size
         if self.size >= self._target:
             self._enough.set()
         if self._batch is None:
             self._batch = asyncio.create_task(self._work())
         return await future
+
+    def _add(self, size: int) -> None:
+        """Counts clips that wait. Raises Refused (status 429) if too many clips wait."""
+        if self.size and self.size + size > self._limits.waiting_clips:
+            raise Refused(429, "too many clips are waiting: try again", 1)
+        self.size += size
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
@@ -76,7 +79,7 @@ class Batcher(Generic[Q, A]):
             while batch := self._take_batch():
                 questions = [request.question for request in batch]
                 try:
-                    answers = await loop.run_in_executor(self._thread, self._answer, questions)
+                    answers = await loop.run_in_executor(self.thread, self._answer, questions)
                 except Exception as error:
                     answers = [error] * len(batch)
                 self._metrics.clips.observe(sum(request.size for request in batch))
@@ -105,9 +108,9 @@ class Batcher(Generic[Q, A]):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._enough.wait(), LINGER_SECONDS)
 
-    def _take_batch(self) -> list[_Waiting[Q, A]]:
+    def _take_batch(self) -> list[_Waiting]:
         """Takes the next batch from the queue. Requests whose clients have gone are left out."""
-        batch: list[_Waiting[Q, A]] = []
+        batch: list[_Waiting] = []
         clips = 0
         while self._waiting and (
             not batch or clips + self._waiting[0].size <= self._limits.batch_clips
@@ -119,25 +122,30 @@ class Batcher(Generic[Q, A]):
                 clips += request.size
         return batch
 
-    async def run(self, function: Callable[[], T]) -> T:
-        """Calls a function in the thread, between two batches. Returns the result."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+    async def run(self, function: Callable[[], T], embedded: int = 0) -> T:
+        """Calls a function in the thread, between two batches. Returns the result.
+
+        `embedded` is the number of clips whose vectors the function computes. Raises Refused
+        (status 429) if too many clips wait.
+        """
+        if embedded:
+            self._add(embedded)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.thread, function)
+        finally:
+            self.size -= embedded
 
     async def settle(self) -> None:
         """Waits until the current batch has ended and its answers are delivered."""
         await self.run(lambda: None)
         await asyncio.sleep(0)  # the event loop delivers the answers
 
-    def stop(self) -> None:
-        """Ends the thread after the current batch."""
-        self._thread.shutdown()
-
 
 class Changes:
     """Makes changes of a gallery one after the other, in a thread."""
 
     def __init__(self, limits: Limits):
-        self._limits, self._thread = limits, _make_thread("vidjax-changes")
+        self._limits, self.thread = limits, _make_thread("vidjax-changes")
         self.waiting = 0
 
     async def make(self, change: Callable[[], T]) -> T:
@@ -148,16 +156,14 @@ class Changes:
         client disconnects.
         """
         if self.waiting >= self._limits.waiting_changes:
-            status = HTTPStatus.TOO_MANY_REQUESTS
-            raise Refused(status, "too many changes are waiting: try again", 2)
+            raise Refused(429, "too many changes are waiting: try again", 2)
         self.waiting += 1
-        work = asyncio.get_running_loop().run_in_executor(self._thread, self._try, change)
+        work = asyncio.get_running_loop().run_in_executor(self.thread, self._try, change)
         work.add_done_callback(self._done)
         await asyncio.wait([work], timeout=self._limits.change_seconds)
         if not work.done():
-            status = HTTPStatus.SERVICE_UNAVAILABLE
             text = "the change is not finished and goes on: check later whether it was made"
-            raise Refused(status, text, 5)
+            raise Refused(503, text, 5)
         return work.result()
 
     def _try(self, change: Callable[[], T]) -> T:
@@ -174,7 +180,3 @@ class Changes:
         self.waiting -= 1
         if not work.cancelled():
             work.exception()  # otherwise asyncio logs the error if the client has gone
-
-    def stop(self) -> None:
-        """Waits for all changes, and ends the thread."""
-        self._thread.shutdown()

@@ -11,9 +11,9 @@ import numpy as np
 
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.serve.limits import unprocessable
 from vidjax.data.clips import PAD_LENGTHS
-from vidjax.data.packed_clips import FRAME_FIELDS, is_finite
+from vidjax.data.packed_clips import FRAME_FIELDS
+from vidjax.utils.groups import group_by_key
 
 DEFAULT_K = 5
 Frames = Mapping[str, np.ndarray]  # field, such as `features` -> array [T, ...] of T frames
@@ -28,15 +28,6 @@ class Question(NamedTuple):
     # When a clip gets a name, see `Gallery.identify`.
     fpir: float | None = None
     threshold: float | None = None
-
-
-def check_finite(frames: Frames, place: str) -> None:
-    """Raises Refused if a value is not finite in float32. `place` names the clip in the message."""
-    for field, array in frames.items():
-        if array.dtype.kind not in "fiu":
-            raise unprocessable(f"{place}: the values of {field} must be numbers")
-        if not is_finite(array).all():
-            raise unprocessable(f"{place}: a value of {field} is not finite: remove the frame")
 
 
 def count_bytes(clips: Mapping[str, Mapping[str, Frames]]) -> int:
@@ -92,17 +83,14 @@ class GalleryModel:
     def answer_batch(self, questions: Sequence[Question]) -> list[list[Answer]]:
         """Identifies the clips of all questions; returns the answers of each question."""
         embedded = self.gallery.embed(_join_clips(questions))
-        ends = np.cumsum([0, *(len(question.clips) for question in questions)]).tolist()
-        rows = [slice(*pair) for pair in itertools.pairwise(ends)]
-        names_of: dict[tuple[int, float | None, float | None], list[str]] = {}
-        for question, place in zip(questions, rows, strict=True):
-            names_of.setdefault(question[1:], []).extend(embedded.names[place])
+        left = iter(embedded.names)
+        names_of = [[*itertools.islice(left, len(question.clips))] for question in questions]
+        pairs = ((x[1:], names) for x, names in zip(questions, names_of, strict=True))
         answers: dict[str, Answer] = {}
-        for (k, fpir, threshold), names in names_of.items():
-            subset = embedded.only({*names})
+        for (k, fpir, threshold), names in group_by_key(pairs).items():
+            subset = embedded.only({*itertools.chain.from_iterable(names)})
             answers |= self.gallery.identify(subset, k, fpir=fpir, threshold=threshold)
-        ordered = [answers[name] for name in embedded.names]
-        return [ordered[place] for place in rows]
+        return [[answers[name] for name in names] for names in names_of]
 
     def warm(self) -> None:
         """Compiles all programs of the gallery's run, so that the first requests do not wait."""

@@ -15,7 +15,6 @@ import threading
 import traceback
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,9 @@ from starlette.routing import Router
 from starlette.types import Message, Receive, Scope, Send
 
 from vidjax.apps import web
+from vidjax.apps.gallery.answers import NobodyError
 from vidjax.apps.gallery.changes import NotEnrolledError
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.identification import NobodyError
 from vidjax.apps.gallery.store import UncertainWriteError, UnreadableError, UnwritableError
 from vidjax.apps.server_limits import Limits
 from vidjax.utils import files
@@ -49,22 +48,16 @@ CHANGED = "vidjax.changed"  # a key of the scope of a request that has changed t
 PIECE_BYTES = 1 << 16  # largest part of an answer that is sent at once
 SEE_LOG = ": see the log"
 # Type of an error -> status and text of the answer, and seconds until the client may try again.
-REFUSALS: dict[type[Exception], tuple[HTTPStatus, str, int | None]] = {
-    NotEnrolledError: (HTTPStatus.NOT_FOUND, "no such name is enrolled", None),
-    NobodyError: (HTTPStatus.CONFLICT, "nobody is enrolled in the gallery: enrol clips", None),
-    InUseError: (
-        HTTPStatus.SERVICE_UNAVAILABLE, "another process is changing the gallery: try again", 1
-    ),
-    UnreadableError: (HTTPStatus.SERVICE_UNAVAILABLE, "the gallery cannot be read" + SEE_LOG, None),
-    UnwritableError: (
-        HTTPStatus.SERVICE_UNAVAILABLE, "the gallery cannot be changed" + SEE_LOG, None
-    ),
-    UncertainWriteError: (
-        HTTPStatus.INSUFFICIENT_STORAGE, "the gallery was changed, but its disk fails" + SEE_LOG, 10
-    ),
-    PermissionError: (HTTPStatus.SERVICE_UNAVAILABLE, "the gallery cannot be used" + SEE_LOG, None),
-    TimeoutError: (HTTPStatus.SERVICE_UNAVAILABLE, "the answer took too long: try again", 1),
-}  # fmt: skip
+REFUSALS: dict[type[Exception], tuple[int, str, int | None]] = {
+    NotEnrolledError: (404, "no such name is enrolled", None),
+    NobodyError: (409, "nobody is enrolled in the gallery: enrol clips", None),
+    InUseError: (503, "another process is changing the gallery: try again", 1),
+    UnreadableError: (503, "the gallery cannot be read" + SEE_LOG, None),
+    UnwritableError: (503, "the gallery cannot be changed" + SEE_LOG, None),
+    UncertainWriteError: (507, "the gallery was changed, but its disk fails" + SEE_LOG, 10),
+    PermissionError: (503, "the gallery cannot be used" + SEE_LOG, None),
+    TimeoutError: (503, "the answer took too long: try again", 1),
+}
 # Platforms such as Kubernetes ask these paths without a token.
 OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
 
@@ -77,7 +70,8 @@ class ServerMetrics:
         shared: dict[str, Any] = {"namespace": "vidjax", "registry": self.registry}
         about = f"Requests. Code {CLIENT_GONE}: the client has gone."
         self.requests = Counter("requests", about, ["route", "code"], **shared)
-        self.seconds = Histogram("request_seconds", "Seconds from request to answer.", **shared)
+        about = "Seconds from request to answer."
+        self.seconds = Histogram("request_seconds", about, ["route"], **shared)
         about, sizes = "Clips that were scored together.", [2**n for n in range(9)]
         self.clips = Histogram("batch_clips", about, buckets=sizes, **shared)
 
@@ -86,14 +80,16 @@ class Refused(Expected):
     """An error that the server sends to a client.
 
     The client may try again after `retry_after` seconds. If it is None, a second try cannot help.
+    The client gets `place` and `text`. The log gets only `text`, because a place may contain names.
     """
 
-    def __init__(self, status: HTTPStatus, text: str, retry_after: int | None = None):
-        super().__init__(text)
-        self.status, self.text, self.headers = status, one_line(text), dict[str, str]()
+    def __init__(self, status: int, text: str, retry_after: int | None = None, place: str = ""):
+        super().__init__(place + text)
+        self.status, self.text, self.reason = status, one_line(place + text), text
+        self.headers = dict[str, str]()
         if retry_after is not None:
             self.headers["retry-after"] = str(retry_after)
-        if status == HTTPStatus.UNAUTHORIZED:
+        if status == 401:
             self.headers["www-authenticate"] = "Bearer"
         if status in ENDING_STATUSES:
             self.headers["connection"] = "close"
@@ -147,11 +143,9 @@ class Bodies:
         """
         headers = request.headers
         if headers.get("content-encoding", "identity").strip().lower() != "identity":
-            raise Refused(
-                HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send the body without Content-Encoding"
-            )
+            raise Refused(415, "send the body without Content-Encoding")
         if "upgrade" in headers:  # the HTTP parser then takes the body for another protocol
-            raise Refused(HTTPStatus.BAD_REQUEST, "send the body without the header Upgrade")
+            raise Refused(400, "send the body without the header Upgrade")
         length = headers.get("content-length", "0")
         if not length.isdigit() or len(length) > 15 or int(length) > limit:
             raise _too_large(limit)
@@ -174,8 +168,7 @@ class Bodies:
         """
         more = size - scope["vidjax.held"]
         if more > 0 and self._held + more > self._limits.held_bytes and not scope.get(CHANGED):
-            text = "all requests together take too much memory: try again"
-            raise Refused(HTTPStatus.TOO_MANY_REQUESTS, text, 1)
+            raise Refused(429, "all requests together take too much memory: try again", 1)
         self._held += more
         scope["vidjax.held"] = size
 
@@ -186,8 +179,7 @@ def set_clock(scope: Scope, seconds: float) -> None:
 
 
 def _too_large(limit: int) -> Refused:
-    text = f"the body is too large: send at most {limit:,} bytes"
-    return Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
+    return Refused(413, f"the body is too large: send at most {limit:,} bytes")
 
 
 class Guard:
@@ -206,7 +198,6 @@ class Guard:
         gallery: Gallery,
         token: bytes | None,
     ):
-        self.routes = app.routes
         self.leaving = threading.Event()  # set when the server will end
         self._paths = {route.endpoint: route.path for route in reversed(app.routes)}  # pyright: ignore
         self._app, self._bodies, self._limits, self._metrics = app, bodies, limits, metrics
@@ -217,7 +208,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status, headers = 0, Headers(scope=scope)
+        status, reason, headers = 0, "", Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID_FORM.fullmatch(given) else os.urandom(8).hex()
         REQUEST_ID.set(request_id)
@@ -258,31 +249,32 @@ class Guard:
                 # The traceback and the error refer to each other. The body would stay in memory
                 # until Python searches for such cycles.
                 error.__traceback__ = None
-                status = refused.status
+                status, reason = refused.status, refused.reason
                 content = msgspec.json.encode({"error": refused.text})
                 response = Response(content, status, refused.headers | more, "application/json")
                 await response(scope, receive, send)
         finally:
             self._bodies.hold(scope, 0)
-        self._record(scope, status, asyncio.get_running_loop().time() - began)
+        self._record(scope, status, reason, asyncio.get_running_loop().time() - began)
 
-    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, status: int, reason: str, seconds: float) -> None:
         """Counts and logs a request. The log contains no name, token or body."""
         path = self._paths.get(scope.get("endpoint"), "other").replace(":path", "")
         self._metrics.requests.labels(path, status).inc()
-        self._metrics.seconds.observe(seconds)
+        self._metrics.seconds.labels(path).observe(seconds)
         if ACCESS.isEnabledFor(logging.INFO):
             line = {
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
                 "request_id": REQUEST_ID.get(),
                 "method": scope["method"],
                 "route": path,
-                "status": int(status),
+                "status": status,
                 "ms": round(1000 * seconds, 1),
                 "clips": scope["vidjax.clips"],
                 "gallery": self._gallery.version,
                 "model": self._gallery.origin.digest[:12],
             }
+            line |= {"reason": reason} if reason else {}
             ACCESS.info("%s", msgspec.json.encode(line).decode())
 
     def _check_sender(self, scope: Scope, headers: Headers) -> None:
@@ -293,21 +285,18 @@ class Guard:
         """
         hosts = headers.getlist("host")
         if len(hosts) > 1 or (not hosts and scope["http_version"] == "1.1"):
-            raise Refused(HTTPStatus.BAD_REQUEST, "send a single header Host")
+            raise Refused(400, "send a single header Host")
         if self._token is not None:
             scheme, _, token = headers.get("authorization", "").partition(" ")
             is_right = hmac.compare_digest(token.strip().encode("latin-1"), self._token)
             if not (is_right and scheme.lower() == "bearer") and scope["path"] not in OPEN_PATHS:
-                raise Refused(
-                    HTTPStatus.UNAUTHORIZED, "send the header Authorization: Bearer TOKEN"
-                )
+                raise Refused(401, "send the header Authorization: Bearer TOKEN")
             return
         if not web.is_local(headers):
-            text = "the header Host is the address of another machine: use localhost"
-            raise Refused(HTTPStatus.FORBIDDEN, text)
+            raise Refused(403, "the header Host is the address of another machine: use localhost")
         if not web.is_same_site(headers):
             text = "a web page of another site sent this request: open the address of the server"
-            raise Refused(HTTPStatus.FORBIDDEN, text)
+            raise Refused(403, text)
 
 
 def to_refusal(error: Exception) -> Refused:
@@ -319,7 +308,7 @@ def to_refusal(error: Exception) -> Refused:
     if isinstance(error, Refused):
         return error
     if isinstance(error, HTTPException):
-        refused = Refused(HTTPStatus(error.status_code), f"{error.detail}: see /openapi.json")
+        refused = Refused(error.status_code, f"{error.detail}: see /openapi.json")
         refused.headers |= error.headers or {}
         return refused
     for kind, (status, text, retry_after) in REFUSALS.items():
@@ -327,23 +316,25 @@ def to_refusal(error: Exception) -> Refused:
             if text.endswith(SEE_LOG):
                 _log_error(one_line(str(error)))
             return Refused(status, text, retry_after)
+    # Messages may contain names of people, so the log gets the place of the error instead.
+    frames = [*traceback.walk_tb(error.__traceback__)][-1:-5:-1]
+    places = (f"{Path(frame.f_code.co_filename).name}:{line}" for frame, line in frames)
+    reason = f"{type(error).__name__} at {' < '.join(places)}"
     if isinstance(error, UserError):
-        return unprocessable(str(error))
+        refused = unprocessable(str(error))
+        refused.reason = reason
+        return refused
     if text := describe_system_error(error):
         _log_error(one_line(text))
-        status = HTTPStatus.INSUFFICIENT_STORAGE
-        return Refused(status, f"the gallery cannot be written{SEE_LOG}", 10)
-    # The message of the error is not logged, because it may contain names of people.
-    frames = reversed(traceback.extract_tb(error.__traceback__)[-4:])
-    places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
-    _log_error(f"internal error: {type(error).__name__} at {places}")
-    return Refused(HTTPStatus.INTERNAL_SERVER_ERROR, f"internal error{SEE_LOG}")
+        return Refused(507, f"the gallery cannot be written{SEE_LOG}", 10)
+    _log_error(f"internal error: {reason}")
+    return Refused(500, f"internal error{SEE_LOG}")
 
 
 def _log_error(text: str) -> None:
     LOG.error("%s (request %s)", text, REQUEST_ID.get())
 
 
-def unprocessable(text: str) -> Refused:
+def unprocessable(text: str, place: str = "") -> Refused:
     """Returns an error with the HTTP status 422, for a request with a wrong value."""
-    return Refused(HTTPStatus.UNPROCESSABLE_ENTITY, text)
+    return Refused(422, text, place=place)
