@@ -23,7 +23,6 @@ class Data(Struct, kw_only=True):
     name: Text | None = None
     dir: Text | None = None
     digest: Text | None = None  # sha256
-    title: Text | None = None
     size: Scalar = None  # `data.size` of the configuration, for the synthetic dataset
     seed: Scalar = None  # `data.seed` of the configuration, for the synthetic dataset
 

@@ -17,9 +17,9 @@ from markupsafe import Markup
 
 from vidjax.core import metrics
 from vidjax.data import sources
-from vidjax.evaluation import significance
+from vidjax.evaluation import comparison, significance
 from vidjax.evaluation.report import html
-from vidjax.runs import facts, results as results_lib, schemas
+from vidjax.runs import config as config_lib, facts, results as results_lib, schemas
 from vidjax.runs.run_folder import IDENTITIES, RunFolder
 from vidjax.utils import files, json_files
 from vidjax.utils.errors import UserError
@@ -32,6 +32,8 @@ KINDS = {
     "out_of_fold": "out of fold: every clip is scored by members that were not trained on it",
     "in_sample": "in sample: the run was trained on clips that are scored, and MAP is too high",
 }
+NUM_SHOWN = 5  # results under the score; the others are in a table that a reader opens
+NUM_BARS = 20  # of the histogram of average precisions
 LOGARITHMS = "Scores are natural logarithms of probabilities: 0 is certain."
 TERMS = {
     "MAP@100": "mean average precision. Every identity has a list of its 100 best clips. Its "
@@ -74,7 +76,21 @@ class RunFiles(NamedTuple):
 
 
 def title(run: RunFiles) -> str:
-    """Returns the title of a report, with the model, the modalities and the data of the run."""
+    """Returns the folder of a run, with what its command adds: words and changed fields."""
+    folder, added = run.folder.name, list[str]()
+    for word in (run.metrics.command or "").replace("'", "").split():
+        name, _, value = word.partition("=")
+        if name == "--config":
+            file, _, words = value.partition(":")
+            added += [Path(file).stem, *filter(None, words.split(","))]
+        elif name.startswith("--config.") and name[9:] not in config_lib.UNNAMED:
+            added.append(word[9:])
+    added = [text for text in added if text not in folder]
+    return f"{folder}: {', '.join(added)}" if added else folder
+
+
+def describe_system(run: RunFiles) -> str:
+    """Returns the model, the modalities and the data of a run."""
     data = _data_of(run) or "unknown data"
     if joined := run.metrics.runs:
         return f"blend of {len(joined)} runs on {data}"
@@ -89,13 +105,21 @@ def summary(run: RunFiles) -> Markup:
     parts = [_score(run)]
     if run.values and run.analysis.split is None:
         parts.append(html.paragraph("The evaluation was made without an analysis."))
+    head, rows = ("result", "value", "95 % interval"), result_rows(run)
     tables = [
-        html.table("Results", ("result", "value"), result_rows(run)),
+        html.table("Results", head, rows[:NUM_SHOWN]),
         html.table("The run", ("setting", "value"), run_rows(run)),
+    ]
+    own = comparison.list_fields(run.config, run.values)
+    default = comparison.list_fields(config_lib.default().to_dict(), {})
+    changed = comparison.make_config_table(("default", "this run"), (default, own))
+    folded = [
+        html.folded_table("All other results", head, rows[NUM_SHOWN:]),
+        html.folded_table("Fields that differ from their defaults", *changed),
     ]
     others = [_split_row(run, *item) for item in run.other_metrics.items()]
     head = ("split", "MAP@100", "kind", "clips", "report")
-    parts += [html.beside("tables", tables), html.table("Other evaluations", head, others)]
+    parts += [html.beside("tables", tables), *folded, html.table("Other evaluations", head, others)]
     if run.metrics.command:
         words = (Markup("<span>{}</span>").format(word) for word in run.metrics.command.split(" "))
         parts.append(html.paragraph("Command that repeats the run:"))
@@ -139,7 +163,10 @@ def _split_row(run: RunFiles, split: str, values: Mapping[str, Any]) -> tuple[ob
 
 
 def result_rows(run: RunFiles) -> Rows:
-    """Returns the rows of a table of the results in `metrics.json`, with their intervals."""
+    """Returns the rows (label, value, interval) of the results in `metrics.json`.
+
+    The metrics with `log=True` come first.
+    """
     labels = [
         ("num_clips", "ranked clips", 0),
         ("num_identities", "identities", 0),
@@ -153,12 +180,11 @@ def result_rows(run: RunFiles) -> Rows:
         ("seconds", "seconds in all: start, data, training, evaluations", 1),
     ]
     rows: Rows = []
-    for name, metric in metrics.CLIP_METRICS.items():
-        rows += _labelled(run.values, [(name, f"{metric.label}: {metric.about}", metric.digits)])
-        if name in run.analysis.intervals:
-            interval = html.between(*run.analysis.intervals[name], metric.digits)
-            rows.append((f"{metric.label}: 95 % interval", interval))
-    return rows + _labelled(run.values, labels)
+    for name, metric in sorted(metrics.CLIP_METRICS.items(), key=lambda item: not item[1].log):
+        label, interval = f"{metric.label}: {metric.about}", run.analysis.intervals.get(name)
+        between = html.between(*interval, metric.digits) if interval else html.Number()
+        rows += [(*row, between) for row in _labelled(run.values, [(name, label, metric.digits)])]
+    return rows + [(*row, html.Number()) for row in _labelled(run.values, labels)]
 
 
 def _labelled(values: Mapping[str, Any], labels: Sequence[tuple[str, str, int]]) -> Rows:
@@ -205,10 +231,8 @@ def _join(values: Iterable[object] | None) -> str:
 
 
 def _data_of(run: RunFiles) -> str:
-    """Returns the title of a run's dataset. Without a title, returns the name and the folder."""
+    """Returns the name and the folder of a run's dataset."""
     values = run.config["data"] | run.values.get("data", {})
-    if values.get("title"):
-        return str(values["title"])
     folder = Path(str(values["dir"])).name if values.get("dir") else ""
     named = {key: value for key, value in values.items() if value is not None}
     return " ".join(word for word in (sources.describe(named), folder) if word)
@@ -289,7 +313,7 @@ def _column(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
 
 
 def identities(run: RunFiles) -> Markup | None:
-    """Returns quantiles of the average precision (AP) and a table of the worst identities."""
+    """Returns a histogram of the average precision (AP), and a table of the worst identities."""
     if "ap" not in run.arrays:
         return None
     values = run.averages()
@@ -301,7 +325,20 @@ def identities(run: RunFiles) -> Markup | None:
         html.number(perfect, 1, percent=True), html.number(len(values)), html.number(median, 3),
         html.number(low, 3),
     )  # fmt: skip
-    return words + _worst_identities(run)
+    figures = html.beside("figures", [_draw_averages(values)])
+    return words + figures + _worst_identities(run)
+
+
+def _draw_averages(values: np.ndarray) -> Markup:
+    counts, edges = np.histogram(values, NUM_BARS, (0, 1))
+    plot = html.Plot(2.0, x="average precision", y="identities")
+    plot.axes.stairs(counts, edges, color=html.FIRST, fill=True)
+    plot.axes.yaxis.get_major_locator().set_params(integer=True)
+    description = (
+        f"{counts[-1]:,} of {len(values):,} identities have an average precision of "
+        f"{edges[-2]:.2f} or more, and {counts[0]:,} of less than {edges[1]:.2f}."
+    )
+    return plot.html("averages", "Identities by average precision", description)
 
 
 def _worst_identities(run: RunFiles) -> Markup:
@@ -381,9 +418,10 @@ def _confused_pairs(run: RunFiles, pairs: Sequence[schemas.ConfusedPair]) -> Mar
             *(both(int(x[pair.first]), int(x[pair.second])) for x in known.values()),
         )
         for pair in pairs
+        if sum(pair.counts) > 1  # a single clip may be chance
     ]
     if not rows:
-        return html.paragraph("No clip of a known person scores highest for another person.")
+        return html.paragraph("No two clips of a person score highest for the same other person.")
     head = ("identity", "other identity", "confused clips", *known)
     return html.table("Pairs of identities that are confused most", head, rows) + html.paragraph(
         "Confused clips: clips of the first identity that score highest for the other identity, + "
@@ -605,7 +643,7 @@ def write(folder: RunFolder) -> Path:
 def render(run: RunFiles) -> str:
     """Returns a report as HTML. Raises UserError if its files come from different evaluations."""
     date = run.metrics.eval_date or run.metrics.date  # of the evaluation
-    lead = [f"Folder {run.folder.name}", f"evaluated on {run.split}", date]
+    lead = [describe_system(run), f"evaluated on {run.split}", date]
     try:
         shown = [(make.__name__, heading, make(run)) for make, heading in SECTIONS.items()]
         return html.page(
