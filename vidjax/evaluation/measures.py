@@ -22,7 +22,6 @@ from vidjax.data.clips import SPLITS, Split
 from vidjax.evaluation.scoring import TrainedModel
 from vidjax.evaluation.significance import FEWEST_IDENTITIES, compute_gap_interval, map_interval
 from vidjax.evaluation.topk import TopK
-from vidjax.runs import schemas
 from vidjax.runs.schemas import (
     ConfusedPair,
     Copies,
@@ -170,7 +169,7 @@ def measure_strata(
             for label, chosen in group_by_count(train_clips)
             if (chosen & known).any()
         ]
-        tables.append(Strata(by=schemas.TRAIN_CLIPS, rows=rows))
+        tables.append(Strata(by="training clips of the identity", rows=rows))
     lengths = split.lengths[primary]
     groups = group_by_quantile(split.quality[primary], lengths > 0)
     if groups:

@@ -182,7 +182,6 @@ class Mistake(Struct, kw_only=True):
 
 
 Mistakes = list[Mistake]
-TRAIN_CLIPS = "training clips of the identity"  # `Strata.by` of groups by this number
 Pair = tuple[Column, Column]  # the index of an identity or -1, and a number of clips
 
 

@@ -91,7 +91,10 @@ def title(run: RunFiles) -> str:
 
 def describe_system(run: RunFiles) -> str:
     """Returns the model, the modalities and the data of a run."""
-    data = _data_of(run) or "unknown data"
+    section = run.config["data"] | run.values.get("data", {})
+    named = {key: value for key, value in section.items() if value is not None}
+    folder = Path(str(named.get("dir", ""))).name
+    data = " ".join(filter(None, (sources.describe(named), folder))) or "unknown data"
     if joined := run.metrics.runs:
         return f"blend of {len(joined)} runs on {data}"
     model = str(run.config["model"].get("name", "no model"))
@@ -198,13 +201,10 @@ def _labelled(values: Mapping[str, Any], labels: Sequence[tuple[str, str, int]])
 
 def run_rows(run: RunFiles) -> Rows:
     """Returns the rows of a table of the settings of a run."""
-    own, config = run.metrics, run.config
+    own = run.metrics
     settings = {
-        "data": _data_of(run),
         "data digest": (own.data and own.data.digest) or "",
-        "trained on": _join(config["data"]["train_splits"]),
-        "evaluated on": run.split,
-        "modalities": _join(config["modalities"]),
+        "trained on": "" if own.runs else _join(run.config["data"]["train_splits"]),
         "joined runs": _join(f"{row.name} (weight {row.weight})" for row in own.runs or ()),
         "scored with": results_lib.describe_overrides(run.values),
         **facts.list_rows(run.values),
@@ -213,8 +213,6 @@ def run_rows(run: RunFiles) -> Rows:
         "evaluated": own.eval_date or "",
         "versions": _join(f"{name} {version}" for name, version in (own.versions or {}).items()),
     }
-    if own.runs:
-        del settings["trained on"], settings["modalities"]  # a blend does not use them
     labels = [
         ("seed", "seed", 0),
         ("step", "steps", 0),
@@ -228,14 +226,6 @@ def run_rows(run: RunFiles) -> Rows:
 
 def _join(values: Iterable[object] | None) -> str:
     return ", ".join(map(str, values or ()))
-
-
-def _data_of(run: RunFiles) -> str:
-    """Returns the name and the folder of a run's dataset."""
-    values = run.config["data"] | run.values.get("data", {})
-    folder = Path(str(values["dir"])).name if values.get("dir") else ""
-    named = {key: value for key, value in values.items() if value is not None}
-    return " ".join(word for word in (sources.describe(named), folder) if word)
 
 
 def reading(run: RunFiles) -> Markup | None:
@@ -252,9 +242,11 @@ def learning(run: RunFiles) -> Markup | None:
     train = [line for line in run.lines if "learning_rate" in line]
     if not train:
         return None
-    loss = _draw_curve(train, "train_loss", "Training loss", run.lines)
+    loss = _draw_curve(train, "train_loss", "Training loss", run.lines, "eval_loss", "loss")
+    accuracy = "train_accuracy", "Training accuracy"
+    scores = _draw_curve(train, *accuracy, run.lines, "map", "MAP@100")
     rate = _draw_curve(train, "learning_rate", "Learning rate")
-    figures = html.beside("figures", [loss, _draw_scores(train, run.lines), rate])
+    figures = html.beside("figures", [loss, scores, rate])
     bad_steps = sum(line.get("bad_steps", 0) for line in train)
     if not bad_steps:
         return figures
@@ -266,46 +258,27 @@ def _draw_curve(
     train: Sequence[Mapping[str, Any]],
     field: str,
     title: str,
-    lines: Sequence[Mapping[str, Any]] = (),
+    lines: Iterable[Mapping[str, Any]] = (),
+    scored_field: str = "",
+    scored_title: str = "",
 ) -> Markup:
-    """Draws a curve of training and, if `lines` have losses of evaluations, these as points."""
-    x, y = _column(train, "epoch"), _column(train, field)
+    """Draws a curve of training and, as points, the `scored_field` of evaluations in `lines`."""
+    x, y, last = _column(train, "epoch"), _column(train, field), train[-1]
     plot = html.Plot(x="epoch", y=title.lower())
     plot.curve(x, y, label="training")
-    first, most, last = (f"{value:.3g}" for value in (y[0], y.max(), y[-1]))
-    words = f"{title} starts at {first}, is {most} at most, and ends at {last}."
-    if scored := [line for line in lines if "eval_loss" in line]:
-        losses, split = _column(scored, "eval_loss"), html.short(scored[-1].get("split", ""))
-        plot.axes.plot(_epochs(train, scored), losses, "o-", color=html.SECOND, ms=4, label=split)
+    if field == "train_accuracy":
+        plot.axes.set_ylim(0, 1.04)
+    first, most, end = (f"{value:.3g}" for value in (y[0], y.max(), y[-1]))
+    words = f"{title} starts at {first}, is {most} at most, and ends at {end}."
+    if scored := [line for line in lines if scored_field in line]:
+        values = _column(scored, scored_field)
+        label = f"{scored_title} on {html.short(scored[-1].get('split', ''))}"
+        epochs = _column(scored, "step") * last["epoch"] / max(last["step"], 1)
+        plot.axes.plot(epochs, values, "o-", color=html.SECOND, ms=4, label=label)
         plot.legend()
-        words += f" The loss on {split} ends at {losses[-1]:.3g}."
+        title = f"{title} and {label}"
+        words += f" {label} ends at {values[-1]:.4g}, after {len(values)} evaluations."
     return plot.html(field, title, words)
-
-
-def _epochs(train: Sequence[Mapping[str, Any]], lines: Iterable[Mapping[str, Any]]) -> list[float]:
-    """Returns the epoch of each evaluation in `lines`."""
-    last = train[-1]
-    return [line["step"] * last["epoch"] / max(last["step"], 1) for line in lines]
-
-
-def _draw_scores(train: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]]) -> Markup:
-    x, accuracy = _column(train, "epoch"), _column(train, "train_accuracy")
-    plot = html.Plot(x="epoch", y="share")
-    plot.curve(x, accuracy, label="training accuracy")
-    description = f"Training accuracy ends at {accuracy[-1]:.3f}."
-    scored = [line for line in lines if "map" in line]
-    if scored:
-        places = _epochs(train, scored)
-        values = [line["map"] for line in scored]
-        split = scored[-1].get("split", "")
-        label = f"MAP@100 on {html.short(split)}"
-        plot.axes.plot(places, values, "o-", color=html.SECOND, ms=4, label=label)
-        count = f"{len(values)} evaluations"
-        description += f" MAP@100 on {split} ends at {values[-1]:.4f}, after {count}."
-    plot.axes.set_ylim(0, 1.04)
-    plot.legend()
-    heading = "Training accuracy and MAP" if scored else "Training accuracy"
-    return plot.html("scores", heading, description)
 
 
 def _column(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
@@ -391,16 +364,11 @@ def mistakes(run: RunFiles) -> Markup | None:
 
 
 def errors(run: RunFiles) -> Markup | None:
-    """Returns the most confused pairs, suspected labels, and MAP by number of training clips."""
-    if run.analysis.pairs is None:
+    """Returns the most confused pairs of identities, and suspected labels."""
+    pairs, suspects = run.analysis.pairs, run.analysis.suspects
+    if pairs is None:
         return None
-    parts = [_confused_pairs(run, run.analysis.pairs)]
-    if suspects := run.analysis.suspects:
-        parts.append(_suspects(run, suspects))
-    for table in run.analysis.strata or ():
-        if table.by == schemas.TRAIN_CLIPS and len(table.rows) > 1:
-            parts.append(html.beside("figures", [_draw_by_clips(table.rows)]))
-    return Markup().join(parts)
+    return _confused_pairs(run, pairs) + (_suspects(run, suspects) if suspects else "")
 
 
 def _confused_pairs(run: RunFiles, pairs: Sequence[schemas.ConfusedPair]) -> Markup:
@@ -450,27 +418,6 @@ def _suspects(run: RunFiles, suspects: schemas.Suspects) -> Markup:
     ]
     head = ("clip", "label", "best identity", "score")
     return rule + words + html.table("Suspected labels with the highest scores", head, rows)
-
-
-def _draw_by_clips(rows: Sequence[schemas.Stratum]) -> Markup:
-    plot = html.Plot(x="training clips of a person (below: number of people)", y="MAP@100")
-    places, values = np.arange(len(rows)), np.array([row.map for row in rows])
-    plot.axes.plot(places, values, "o-", color=html.FIRST)
-    for place, row in zip(places, rows, strict=True):
-        if row.low is not None and row.high is not None:
-            plot.axes.vlines(place, row.low, row.high, color=html.FIRST)
-    labels = [row.label.replace(" to ", "-").replace("over ", ">") for row in rows]
-    people = [f"{row.identities:,}" if row.identities is not None else "" for row in rows]
-    ticks = [f"{html.short(text)}\n{count}" for text, count in zip(labels, people, strict=True)]
-    plot.axes.set_xticks(places, ticks, fontsize=8)
-    plot.axes.set_ylim(0, 1.04)
-    first, last = rows[0], rows[-1]
-    description = (
-        f"MAP is {first.map:.3f} for people with {first.label} training clips, and {last.map:.3f} "
-        f"for people with {last.label}."
-    )
-    caption = "MAP by number of training clips. Vertical lines are 95 % intervals."
-    return plot.html("by-clips", "MAP by number of training clips", description, caption)
 
 
 def strata(run: RunFiles) -> Markup | None:
