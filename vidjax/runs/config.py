@@ -414,6 +414,21 @@ MAY_CHANGE = (*UNNAMED, *PATHS)  # when a run resumes, because the results stay 
 SPECIFICATIONS = ("model.", "fusion.")
 # The fields that the evaluation of a blend reads, in addition to some fields of `data` and `join`.
 BLEND_FIELDS = ("eval.split", "eval.block_size", "eval.report", "eval.keep_scores")
+# Names that Lightning, the Trainer of Hugging Face and scikit-learn have for a field.
+OTHER_NAMES = {
+    "batch_size": "per_device_train_batch_size",
+    "dtype": "precision bf16",
+    "eval.every_epochs": "eval_steps",
+    "log_every_steps": "logging_steps",
+    "num_epochs": "max_steps",
+    "optim.accumulate": "accumulate_grad_batches gradient_accumulation_steps",
+    "optim.clip_norm": "gradient_clip_val max_grad_norm",
+    "optim.decay": "lr_scheduler lr_scheduler_type scheduler",
+    "optim.learning_rate": "lr",
+    "optim.name": "optimizer",
+    "optim.warmup": "warmup_ratio warmup_steps",
+    "seed": "random_state",
+}
 # With these fields of `ensemble`, a member is not trained on some clips, so that it can score them.
 HOLD_OUT_FIELDS = ("folds", "bootstraps")
 
@@ -649,8 +664,11 @@ def explain_unread(name: str, values: Values) -> str:
 
 def find_closest_field(name: str, known: Collection[str]) -> str | None:
     """Returns the field in `known` that the misspelt `name` probably means, or None."""
-    name = re.sub(r"\blr$", "learning_rate", name.replace("-", "_").lower())
+    name = name.replace("-", "_").lower()
     group, _, leaf = name.rpartition(".")
+    for field, words in OTHER_NAMES.items():
+        if leaf in words.split() and field in known:
+            return field
     inside = {field.rpartition(".")[2]: field for field in known if field.startswith(f"{group}.")}
     if match := closest(leaf, inside, cutoff=0.7):
         return inside[match]
