@@ -416,10 +416,8 @@ SPECIFICATIONS = ("model.", "fusion.")
 BLEND_FIELDS = ("eval.split", "eval.block_size", "eval.report", "eval.keep_scores")
 # Names that Lightning, the Trainer of Hugging Face and scikit-learn have for a field.
 OTHER_NAMES = {
-    "batch_size": "per_device_train_batch_size",
     "dtype": "precision bf16",
     "eval.every_epochs": "eval_steps",
-    "log_every_steps": "logging_steps",
     "num_epochs": "max_steps",
     "optim.accumulate": "accumulate_grad_batches gradient_accumulation_steps",
     "optim.clip_norm": "gradient_clip_val max_grad_norm",

@@ -263,12 +263,12 @@ def _make_hparams(config: Config) -> object:
     """Returns the fields that differ from their defaults as hyperparameters for TensorBoard."""
     from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 
-    changed = config_lib.differences(config_lib.default(), config)
-    values = {name: value for name, (_, value) in changed.items()} | {"seed": config.seed}
-    return hparams_pb({
-        name: value if isinstance(value, (int, float)) else config_io.value_text(value)
-        for name, value in values.items()
-    })  # fmt: skip
+    changed = dict[str, Any]()
+    for name, value in config_lib.fields(config):
+        if name == "seed" or value != config_lib.DEFAULTS.get(name):
+            is_number = isinstance(value, (int, float))
+            changed[name] = value if is_number else config_io.value_text(value)
+    return hparams_pb(changed)
 
 
 class Logs:

@@ -35,19 +35,6 @@ KINDS = {
 NUM_SHOWN = 5  # results under the score; the others are in a table that a reader opens
 NUM_BARS = 20  # of the histogram of average precisions
 LOGARITHMS = "Scores are natural logarithms of probabilities: 0 is certain."
-TERMS = {
-    "MAP@100": "mean average precision. Every identity has a list of its 100 best clips. Its "
-    "average precision is 1 if all its clips come first in the list. It is lower if its clips come "
-    "later or are missing. MAP is the mean over identities.",
-    "Distractor": "a clip that shows none of the identities.",
-    "Threshold": "the score from which a clip is identified.",
-    "FPIR": "the share of distractors whose best score reaches the threshold.",
-    "FNIR": "the share of clips of known people whose best score stays below the threshold, or is "
-    "of another person.",
-    "Top-1": "the share of clips of known people whose best identity is right.",
-    "AUROC": "the probability that a clip of a known person scores above a distractor.",
-    "95 % interval": "where the value would probably lie for other identities of the same kind.",
-}
 
 
 class RunFiles(NamedTuple):
@@ -230,11 +217,7 @@ def _join(values: Iterable[object] | None) -> str:
 
 def reading(run: RunFiles) -> Markup | None:
     """Returns definitions of the terms of a report, or None if the run has no MAP."""
-    if run.metrics.map is None:
-        return None
-    words = Markup("<div><dt>{}</dt><dd>{}</dd></div>")
-    terms = Markup().join(words.format(*item) for item in TERMS.items())
-    return Markup("<dl>{}</dl>").format(terms)
+    return None if run.metrics.map is None else html.parts().terms()
 
 
 def learning(run: RunFiles) -> Markup | None:
