@@ -96,10 +96,8 @@ def find_run(
         raise UnreadableError(
             f"this version of vidjax cannot read the run of gallery '{folder}': "
             f"{str(error).splitlines()[0]}\n"
-            "train the run again in another folder, and make a gallery of it: "
-            "vidjax gallery create NEW --run=FOLDER --empty\n"
-            f"then move the people: vidjax gallery migrate {shlex.quote(str(folder))} NEW "
-            "--input=FEATURES"
+            "train the run again, and use vidjax gallery create NEW --run=FOLDER --empty\n"
+            f"then vidjax gallery migrate {shlex.quote(str(folder))} NEW --input=FEATURES"
         ) from error
     if make_origin(run).digest != origin.digest:
         raise UnreadableError(
