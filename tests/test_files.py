@@ -186,7 +186,7 @@ def test_logs_have_the_last_value_of_steps_that_a_run_repeats(tmp_path):
 @pytest.mark.slow
 def test_tensorboard_shows_groups_of_metrics_and_changed_fields(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+    from tensorboard.plugins.hparams import plugin_data_pb2
 
     config = config_lib.default()
     config.update(seed=0, batch_size=7, modalities=("face", "head"))
@@ -197,7 +197,8 @@ def test_tensorboard_shows_groups_of_metrics_and_changed_fields(tmp_path):
     names = "train/epoch train/learning_rate train/loss val/epoch val/map test/map"
     assert {*events.Tags()["scalars"]} == {*names.split()}
     (content,) = events.PluginTagToContent("hparams").values()
-    fields = HParamsPluginData.FromString(content).session_start_info.hparams
+    kind = plugin_data_pb2.HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]
+    fields = kind.FromString(content).session_start_info.hparams
     assert {*fields} == {"batch_size", "modalities", "seed"}
     assert fields["batch_size"].number_value == 7
     assert fields["modalities"].string_value == "face,head"

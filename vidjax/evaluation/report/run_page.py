@@ -289,7 +289,7 @@ def _draw_averages(values: np.ndarray) -> Markup:
     counts, edges = np.histogram(values, NUM_BARS, (0, 1))
     plot = html.Plot(2.0, x="average precision", y="identities")
     plot.axes.stairs(counts, edges, color=html.FIRST, fill=True)
-    plot.axes.yaxis.get_major_locator().set_params(integer=True)
+    plot.axes.locator_params("y", integer=True)
     description = (
         f"{counts[-1]:,} of {len(values):,} identities have an average precision of "
         f"{edges[-2]:.2f} or more, and {counts[0]:,} of less than {edges[1]:.2f}."
