@@ -87,6 +87,8 @@ WORDS = {
     "--config=knn --workdir=s3://bucket/run": "is an address",
     "gallery list ''": "has no value", "forget --identity= x": "--identity= has no value",
     f"{TRAIN} --config.optimizer.learning_rate=1": "--config.optim.learning_rate",
+    f"{TRAIN} --config.accumulate_grad_batches=4": "--config.optim.accumulate?",
+    f"{TRAIN} --config.lr=1": "--config.optim.learning_rate?",
     f"{TRAIN} --config.seed": "--config.seed=...",
     f"{TRAIN} --config.seed=1 --config.batch_size=abc": "--config.batch_size=abc",
     f"{TRAIN} --config.batch_size=12.5": "whole number",

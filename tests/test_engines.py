@@ -2,7 +2,6 @@
 
 import os
 import time
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 from tests.helpers import clip_files, limited_job
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.datasets import record_digests
+from tests.helpers.limits import traced_memory
 from vidjax.data import arrays, iqiyi_vid, store
 from vidjax.data.iqiyi_vid import OfficialFiles
 from vidjax.data.store import convert
@@ -124,14 +124,11 @@ def test_a_limited_job_gets_arguments_but_no_sockets_or_programs():
     assert answer["refused"] == ["socket", "program"]
 
 
-@pytest.mark.parametrize("pipe", [2, 3])
-def test_output_of_a_job_cannot_fill_the_memory_of_the_parent(pipe):
-    tracemalloc.start()
-    with pytest.raises(UserError, match=r"film\.mp4"):
-        run("flood", cpu_seconds=1, pipe=pipe)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < (4 if pipe == 3 else 0.1) * processes.OUTPUT_BYTES
+@pytest.mark.parametrize("results", [False, True], ids=["errors", "results"])
+def test_output_of_a_job_cannot_fill_the_memory_of_the_parent(results):
+    with traced_memory() as peak, pytest.raises(UserError, match=r"film\.mp4"):
+        run("flood", cpu_seconds=1, results=results)
+    assert peak[0] < (4 if results else 0.1) * processes.OUTPUT_BYTES
 
 
 def test_a_job_cannot_write_a_file_longer_than_its_memory(tmp_path):

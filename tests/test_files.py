@@ -22,7 +22,7 @@ from tests.helpers.seen import refused
 from tests.helpers.small_runs import ROOT, flat
 from vidjax.core import devices
 from vidjax.data.store import exclusive
-from vidjax.runs import checkpoint, results, signals
+from vidjax.runs import checkpoint, config as config_lib, results, signals
 from vidjax.runs.results import Logs
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
@@ -179,8 +179,29 @@ def test_logs_have_the_last_value_of_steps_that_a_run_repeats(tmp_path):
     values = [(1, 0.5), (2, 0.5), (3, 9.0)]
     lines = results.read_lines(tmp_path / "metrics.jsonl")
     assert [(line["step"], line["train_loss"]) for line in lines] == values
-    events = EventAccumulator(str(tmp_path)).Reload().Scalars("train_loss")
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
     assert [(event.step, event.value) for event in events] == values
+
+
+@pytest.mark.slow
+def test_tensorboard_shows_groups_of_metrics_and_changed_fields(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    config = config_lib.default()
+    config.update(seed=0, batch_size=7, modalities=("face", "head"))
+    with contextlib.closing(Logs(tmp_path, step=0, config=config)) as logs:
+        logs.metrics(1, {"epoch": 1.0, "learning_rate": 0.1, "train_loss": 2.0})
+        logs.metrics(1, {"epoch": 1.0, "split": "val", "map": 0.5, "test/map": 0.4})
+    events = EventAccumulator(str(tmp_path)).Reload()
+    names = "train/epoch train/learning_rate train/loss val/epoch val/map test/map"
+    assert {*events.Tags()["scalars"]} == {*names.split()}
+    (content,) = events.PluginTagToContent("hparams").values()
+    kind = plugin_data_pb2.HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]
+    fields = kind.FromString(content).session_start_info.hparams
+    assert {*fields} == {"batch_size", "modalities", "seed"}
+    assert fields["batch_size"].number_value == 7
+    assert fields["modalities"].string_value == "face,head"
 
 
 @pytest.fixture

@@ -225,9 +225,10 @@ def test_several_splits_are_evaluated_and_one_chooses_the_best_step(tmp_path, sa
     run = f"--workdir={tmp_path / 'run'}"
     flags = (*write_labelled(tmp_path / "data"), run)
     words = ("--config.early_stop.patience=2", "--config.optim.learning_rate=0")
-    words += ("--config.eval.splits=test", "--config.profile=1,3", "--config.num_epochs=9")
+    words += ("--config.eval.splits=test,train", "--config.profile=1,3", "--config.num_epochs=9")
     out = say(*flags, *words)
     assert "ended early" in out and "map has not improved since step 2" in out
+    assert "in sample: the run was trained" in out.partition("on train")[2]
     assert "on test" in out and (tmp_path / "run" / "profile").is_dir()
     assert say(*flags, *words).count("map has not improved since step 2") == 1  # the finished run
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -237,6 +238,7 @@ def test_several_splits_are_evaluated_and_one_chooses_the_best_step(tmp_path, sa
     results = {name: RunFolder(tmp_path / "run").metrics() for name in ("val",)}
     folder = RunFolder(tmp_path / "run")
     results["test"] = folder.metrics(folder.paths("test"))
+    assert folder.metrics(folder.paths("train"))["map_kind"] == "in_sample"
     assert results["val"]["best_map"] == results["test"]["best_map"] == scored[0]["map"]
     assert results["val"]["early_stop"]["stopped"]
     for key in ("map", "top1", "eval_loss"):
@@ -253,7 +255,7 @@ def test_several_splits_are_evaluated_and_one_chooses_the_best_step(tmp_path, sa
 
     page = (folder.path / "report.html").read_text()
     assert "report_test.html" in page and "has not improved" in page
-    for bad in ("--config.eval.splits=train", "--config.profile=3,1", "--config.profile=999,1000"):
+    for bad in ("--config.eval.split=train", "--config.profile=3,1", "--config.profile=999,1000"):
         assert command(*flags[:-1], bad, f"--workdir={tmp_path / 'new'}").refused(
             bad.partition("=")[0].removeprefix("--")
         )

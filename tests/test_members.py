@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import time
+import zipfile
 from typing import Any
 
 import jax
@@ -12,9 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import vidjax
 from tests.helpers import limits
 from tests.helpers.batches import assert_equal
+from tests.helpers.seen import refused
 from tests.helpers.small_runs import (
+    ROOT,
     Spoilt,
     evaluate,
     make_earlier,
@@ -141,6 +145,31 @@ def test_run_of_version_0_1_0_is_restored_if_its_files_are_unchanged(nearest_run
             assert len(str(caught.value).splitlines()) == 2
         (folder / name).write_bytes(content)
     assert restored(folder).digest == earlier.digest
+
+
+def test_gallery_of_version_0_1_0_answers_as_before_or_names_the_command_to_migrate(tmp_path):
+    """That version has trained the run, made the gallery and written the answers."""
+    with zipfile.ZipFile(ROOT / "tests/helpers/frozen_galleries/with_run_0_1_0.zip") as content:
+        content.extractall(tmp_path)
+    clips: dict[str, Any] = {}
+    for name, features in np.load(tmp_path / "queries.npz").items():
+        clip, _, modality = name.partition("/")
+        clips.setdefault(clip, {})[modality] = features
+    found = vidjax.Gallery(tmp_path / "gallery").identify(clips, k=6)
+    answers = json.loads((tmp_path / "answers.json").read_text())
+    assert len(answers) == 16
+    for clip, answer in answers.items():
+        assert found[clip].identity == answer["identity"]
+        assert dict(found[clip].best) == pytest.approx(dict(answer["best"]), abs=1e-6)
+
+    path = tmp_path / "runs/run/checkpoints/1/manifest.json"
+    manifest = files.read_manifest(path)
+    manifest["arrays"] = {f"{name}['old']": kind for name, kind in manifest["arrays"].items()}
+    files.write_manifest(path, manifest)
+    refused(
+        lambda: vidjax.Gallery(tmp_path / "gallery").identify(clips),
+        "gallery create NEW --run=FOLDER --empty", f"gallery migrate {tmp_path / 'gallery'} NEW",
+    )  # fmt: skip
 
 
 def npz(trained=(), **texts):

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import resource
 import shutil
-import tracemalloc
 from dataclasses import replace
 
 import jax
@@ -13,6 +12,7 @@ import pytest
 
 from tests.helpers import clip_files, made_galleries, small_runs
 from tests.helpers.cases import quick_first
+from tests.helpers.limits import traced_memory
 from tests.helpers.seen import refused
 from vidjax.data import sources
 from vidjax.data.clips import Split
@@ -221,13 +221,11 @@ def test_identify_needs_no_memory_for_all_scores(restored, monkeypatch):
     monkeypatch.setattr(predict.Predictor, "_score_blocks", score_blocks)
     run = replace(restored("knn"), identities=people)
 
-    tracemalloc.start()
-    answers = run.identify({}, threshold=-1.0)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
+    with traced_memory() as peak:
+        answers = run.identify({}, threshold=-1.0)
 
     assert answers == {name: [("0", 0.0)] for name in names}  # all scores are equal
-    assert peak < 8e6
+    assert peak[0] < 8e6
 
 
 @pytest.mark.parametrize(("features", "message"), [

@@ -31,7 +31,7 @@ EVIL = (
 TAGS = """
 html head meta link title style body header h1 nav ul li a main footer section h2 h3 p strong span
 code pre dl dt dd div table caption thead tbody tr th td data br figure figcaption
-bdi svg desc defs g path use clippath rect text"""
+bdi svg desc defs g path use clippath rect text details summary"""
 
 
 def check_page(text):
@@ -70,15 +70,17 @@ def test_report_of_a_trained_net_shows_its_results(data, tmp_path):
     config = shrunk(*words, spec="configs/quality_fusion.py:iqiyi_vid")
     results = loop.train(config, tmp_path, data, num_devices=1, command="a & b")
     text = (tmp_path / "report.html").read_text()
-    # Loss, scores and learning rate; histograms, error rates and calibration.
-    assert len(check_page(text).all("figure")) == 6
+    # Loss, scores and learning rate; AP; histograms, error rates and calibration.
+    assert len(check_page(text).all("figure")) == 7
     summary = section(text, "summary")
     numbers = values(summary)
-    for name in ("map", "top1", "auroc", "num_clips", "seed", "num_params", "step"):
+    for name in ("map", "top1", "seed", "num_params", "step"):
         assert results[name] in numbers, name
     _, people, low, high = numbers[:4]  # MAP, number of identities, and the interval of MAP
     assert low < results["map"] < high and people == results["num_map_identities"]
-    assert "top-1: 95 % interval" in text and "AUROC: 95 % interval" in text
+    shown, _, hidden = summary.partition("<details>")
+    assert results["auroc"] in values(shown) and "95 % interval" in shown
+    assert results["num_clips"] in values(hidden)
     assert "<span>a</span> <span>&amp;</span> <span>b</span>" in summary
     check_numbers(tmp_path, text)
 
@@ -96,7 +98,6 @@ def full(tmp_path_factory):
     facts = made_runs.example(schemas.Analysis, {"clip": "clip {}", "label": name, "vectors": name})
     # A group without an interval; -1 is a distractor.
     facts["strata"][0]["rows"][0] |= {"low": None, "high": None}
-    facts["strata"][1]["by"] = schemas.TRAIN_CLIPS
     facts["worst"][0] |= {"lost_to": [[-1, 1]], "mixed_with": [[2, 1], [-1, 1]]}
     facts["wrong_clips"]["distractors"][0]["shows"] = -1
     enough = {"rate": 0.1, "fewest": 10, "threshold": -1.5, "fpir": 0.1, "fnir": 0.375}
@@ -196,12 +197,35 @@ def test_report_of_an_old_run_has_no_error_analysis(full, page):
     trained = full.arrays["train_clips"]
     assert [*pair.counts, trained[pair.first], trained[pair.second]] == [*shown[:2], *shown[4:6]]
     assert {suspects.count, suspects.gain, suspects.low, suspects.high} <= {*shown}
-    assert 'id="by-clips"' in page or "by-clips-" in page
     old = msgspec.structs.replace(full.analysis, pairs=None, suspects=None)
     text = run_page.render(full._replace(analysis=old))
     assert [attrs["id"] for attrs in check_page(text).all("section")] == [
         name for name in SECTIONS if name != "errors"
     ]
+
+
+@pytest.mark.parametrize(("command", "title"), {
+    "--config=configs/mine.py:poly,face --config.seed=1 --config.log_every_steps=9 --workdir=a-1":
+        "a-1: mine, poly, face, seed=1",
+    "--config=a:1 '--config.optim.freeze=^a b'": "a-1: optim.freeze=^a",
+    "--config=a": "a-1", "": "a-1",
+}.items())  # fmt: skip
+def test_title_of_a_report_is_the_folder_and_what_the_command_changed(tmp_path, command, title):
+    results = {"command": f"vidjax {command}", "data": {"name": "synthetic", "seed": 3}}
+    folder = made_runs.write(tmp_path / "a-1", averages(0), "--config.seed=1", results=results)
+    text = run_page.render(run_page.load(RunFolder(folder)))
+    assert f"<title>{title}</title>" in text and f"<h1>{title}</h1>" in text
+    assert "data seed 3" in text
+    rows = re.findall("<tr>.*?</tr>", text.partition("differ from")[2], re.DOTALL)
+    assert "seed01" in [Page(row).text().strip() for row in rows]
+
+
+def test_report_lists_pairs_with_at_least_two_confused_clips(full):
+    few = [msgspec.structs.replace(x, counts=(0, 1)) for x in full.analysis.pairs]
+    for pairs, shown in (few, False), ([*few, full.analysis.pairs[0]], True):
+        analysis = msgspec.structs.replace(full.analysis, pairs=pairs)
+        text = section(run_page.render(full._replace(analysis=analysis)), "errors")
+        assert ("Pairs of identities" in text) == shown != ("No two clips" in text)
 
 
 def test_report_explains_missing_results(tmp_path):

@@ -313,7 +313,7 @@ def test_command_prints_and_writes_the_answers_of_python(tell, tmp_path):
         ((given, "--identity=Person 3"), "did you mean 'person 3'"),
         ((given, "--identity=person 3", "--fmr=1%"), "write 0.01"),
         ((given, "--identity=person 3", "--fmr=0.001"), "the lowest is 0.0083"),
-        ((given, "--identity=person 3", f"--with={tmp_path}/b"), "not allowed with"),
+        ((given, "--identity=person 3", f"--with={tmp_path}/b"), "cannot be used together"),
         ((f"--input={tmp_path}/one",), "--with=PATH"),
         ((given, f"--with={tmp_path}/none"), "none"),
         ((given, *words, f"--out={tmp_path}/identity.csv"), "exists and is not overwritten"),

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import time
-import tracemalloc
 import warnings
 
 import jax
@@ -135,11 +134,9 @@ def test_deeply_nested_json_and_json_of_30_gb_end_in_short_errors(stranger, comp
 def test_analysis_that_unpacks_to_256_mb_is_refused_before_it_is_unpacked(stranger, complaint):
     np.savez_compressed(stranger / "analysis.npz", ap=np.zeros(1 << 25))  # 8 bytes each
 
-    tracemalloc.start()
-    code, output = complaint("report", stranger)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert code == 2 and "analysis.npz" in output and peak < 64 * files.MB
+    with limits.traced_memory() as peak:
+        code, output = complaint("report", stranger)
+    assert code == 2 and "analysis.npz" in output and peak[0] < 64 * files.MB
 
 
 @pytest.mark.parametrize("content", [

@@ -11,7 +11,6 @@ import os
 import resource
 import tarfile
 import time
-import tracemalloc
 import zipfile
 import zlib
 
@@ -20,7 +19,7 @@ import pytest
 
 from tests.campaigns import mutations
 from tests.helpers.cases import quick_first
-from tests.helpers.limits import slowness
+from tests.helpers.limits import slowness, traced_memory
 from tests.helpers.seen import refused
 from vidjax.apps import bulk, forget
 from vidjax.apps.video import net_packages
@@ -95,12 +94,10 @@ BOMBS = {  # name -> function that makes the bytes of the zip
 @contextlib.contextmanager
 def bounds():
     """Asserts that the context takes less than 32 MB of memory and 10 s of CPU time."""
-    tracemalloc.start()
     began = time.process_time()
-    yield
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 2 * SMALL and time.process_time() - began < 10 * slowness()
+    with traced_memory() as peak:
+        yield
+    assert peak[0] < 2 * SMALL and time.process_time() - began < 10 * slowness()
 
 
 @pytest.mark.parametrize("kind", BOMBS)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import threading
 import time
+import tracemalloc
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -64,6 +65,18 @@ def peak_of(measure: Callable[[], int], every_s: float) -> Iterator[list[int]]:
 
     with repeat(watch, every_s):
         yield peak
+
+
+@contextlib.contextmanager
+def traced_memory() -> Iterator[list[int]]:
+    """Yields a list that gets the peak of the memory that Python allocates in the context."""
+    peak = list[int]()
+    tracemalloc.start()
+    try:
+        yield peak
+    finally:  # otherwise, the next test would include the memory of all tests before it
+        peak.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ pyarrow would decode all of them. So a child process with limits decodes the pag
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -241,7 +242,7 @@ def _open(path: Path) -> Iterator["parquet.ParquetFile"]:
     """
     with files.open_input(path) as opened:
         require_packages(str(path), "pyarrow", extra="parquet")
-        try:
+        with files.damaged_file(functools.partial(_damaged, path)):
             import pyarrow
             from pyarrow import parquet
 
@@ -261,13 +262,6 @@ def _open(path: Path) -> Iterator["parquet.ParquetFile"]:
             yield parquet.ParquetFile(
                 opened, metadata=meta, read_dictionary=text, page_checksum_verification=True
             )
-        except (UserError, MemoryError):
-            raise
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno:
-                raise
-            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-            raise _damaged(path, reason) from error
 
 
 def _check_names(path: Path, names: Sequence[str]) -> list[str]:

@@ -150,10 +150,11 @@ def _parse_synthetic_options(data: Section) -> SyntheticOptions:
 
 
 def describe(data: Section) -> str:
-    """Returns the name of a dataset. Adds size, seed and changed options of the synthetic one."""
+    """Returns the name of a dataset. Adds size and changed options of the synthetic one."""
     name = data.get("name", "")
     if name != "synthetic":
         return name
     options, usual = _parse_synthetic_options(data)._asdict(), synthetic.CALIBRATED._asdict()
     words = "".join(f", {name} {x:g}" for name, x in options.items() if x != usual[name])
-    return f"{name}, size {data.get('size')}, seed {data.get('seed')}{words}"
+    seed = f", data seed {data['seed']}" if data.get("seed") else ""
+    return f"{name}, size {data.get('size')}{seed}{words}"

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import itertools
 import shlex
 import time
@@ -14,8 +15,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vidjax.core import devices
-from vidjax.evaluation import blend, eval_step as eval_step_lib, measures, ranking
+from vidjax.evaluation import blend, measures, ranking
 from vidjax.evaluation.blend import Load
+from vidjax.evaluation.eval_step import attention_step
 from vidjax.evaluation.measures import Arrays, ScoredSplit
 from vidjax.evaluation.scores import Evaluation, count_positives, save, score, write_scores
 from vidjax.evaluation.scoring import TrainedModel, iterate_windows
@@ -88,7 +90,7 @@ def measure_attention(model: TrainedModel, split_name: str) -> np.ndarray | None
     sums to 1, or to 0 if no clip has the vector.
     """
     own, total = model.member(0), None
-    step = eval_step_lib.make_attention_step(model.system, model.mesh)
+    step = devices.jit(functools.partial(attention_step, model.system), model.mesh)
     for block in itertools.chain.from_iterable(iterate_windows(model, split_name)):
         attended = step(*own, block)
         real, attended = devices.fetch((block.batch_mask, attended))

@@ -88,7 +88,7 @@ class Comparison(NamedTuple):
 
     def config_lines(self, width: float = math.inf) -> list[str]:
         """Returns the fields in which the configurations differ, as a table for the terminal."""
-        (_, *names), rows = make_config_table(self.runs)
+        (_, *names), rows = _compare_fields(self.runs)
         if not rows:
             return ["the configurations are equal"]
 
@@ -218,7 +218,7 @@ def _warn_of_left_out() -> Iterator[None]:
 
 def _check_seeds(runs: Sequence[RankedRun]) -> None:
     """Raises UserError if runs differ in more than their seeds, or if two have the same seed."""
-    fields = [list_fields(run) for run in runs]
+    fields = [list_fields(run.config, run.metrics) for run in runs]
     first, seeds = fields[0], [own.get("seed") for own in fields]
     names = [run.name for run in runs]
     for name, own in zip(names[1:], fields[1:], strict=True):
@@ -400,29 +400,40 @@ def make_metric_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
     return head, [list(row) for row in zip(*columns, strict=True)] if head[1:] else []
 
 
-def make_config_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
-    """Returns the titles and the rows of a table of the fields in which configurations differ."""
-    every, rows = [list_fields(run) for run in runs], []
+def _compare_fields(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
+    every = [list_fields(run.config, run.metrics) for run in runs]
+    return make_config_table(shorten_names(runs), every)
+
+
+def make_config_table(
+    names: Sequence[str], every: Sequence[Mapping[str, str]]
+) -> tuple[list[str], Rows]:
+    """Returns the titles and the rows of a table of the fields in which configurations differ.
+
+    `names` are the titles of the columns, and `every` are the fields of each configuration.
+    """
+    rows = []
     for name in dict.fromkeys(name for values in every for name in values):
         # A blend has only the fields `join`, so only runs can differ in other fields.
         compared = [values for values in every if "seed" in values or name.startswith("join.")]
         if len({values.get(name, "") for values in compared}) > 1:
             rows.append([name, *(values.get(name, "") for values in every)])
-    return ["field", *shorten_names(runs)], rows
+    return ["field", *names], rows
 
 
-def list_fields(run: RankedRun) -> dict[str, str]:
+def list_fields(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, str]:
     """Returns the configuration with which a run was evaluated: field -> value as text.
 
-    For a blend, only the fields of `config.join` are returned, because the blended runs may differ
-    in all other fields. `eval.checkpoint` is the checkpoint that was scored, by default the latest.
+    `metrics` is the content of `metrics.json`. For a blend, only the fields of `config.join` are
+    returned, because the blended runs may differ in all other fields. `eval.checkpoint` is the
+    checkpoint that was scored, by default the latest.
     """
-    values = dict(config_lib.fields(run.config)) | {"eval.checkpoint": "latest"}
-    values |= run.metrics.get("overrides") or {}
-    values["num_epochs"] = facts.EXTENDED.text(run.metrics) or values["num_epochs"]
-    if run.metrics.get("runs"):
+    values = dict(config_lib.fields(config)) | {"eval.checkpoint": "latest"}
+    values |= metrics.get("overrides") or {}
+    values["num_epochs"] = facts.EXTENDED.text(metrics) or values["num_epochs"]
+    if metrics.get("runs"):
         # The weights in `config.json` are of the last evaluation, maybe of another split.
-        weights = tuple(row.get("weight") for row in run.metrics.get("runs") or ())
+        weights = tuple(row.get("weight") for row in metrics.get("runs") or ())
         own = {name: value for name, value in values.items() if name.startswith("join.")}
         values = own | {"join.weights": weights}
     return {name: config_io.value_text(value) for name, value in values.items()}
@@ -560,7 +571,7 @@ def _render_page(runs: Sequence[RankedRun], differences: Sequence[Difference]) -
         html.beside("figures", [_draw_intervals(names, differences)]),
         _make_table("Other metrics", *make_metric_table(runs)),
     ]
-    changed = html.table("Fields in which the configurations differ", *make_config_table(runs))
+    changed = html.table("Fields in which the configurations differ", *_compare_fields(runs))
     others = zip(runs[1:], names[1:], strict=True)
     gaps = [_make_gap_table(first, run, names[0], name) for run, name in others]
     return html.page(

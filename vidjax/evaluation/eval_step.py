@@ -5,7 +5,6 @@ each of B clips. `hidden_chunk`, [] int32, is the number of the part of every fe
 hidden from a member. If `System.num_chunks` is None, no part is hidden, and the number is not used.
 """
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -212,11 +211,6 @@ def make_predict_step(system: System, mesh: Mesh) -> EvalStep:
         return jnp.argmax(jnp.where(system.class_mask, scores, -jnp.inf), axis=1)
 
     return _shard_rows(step, mesh)
-
-
-def make_attention_step(system: System, mesh: Mesh) -> EvalStep:
-    """Returns a compiled `attention_step`."""
-    return devices.jit(functools.partial(attention_step, system), mesh)
 
 
 def _shard_rows(step: EvalStep, mesh: Mesh) -> EvalStep:

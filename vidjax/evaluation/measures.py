@@ -23,18 +23,6 @@ from vidjax.evaluation.scoring import TrainedModel
 from vidjax.evaluation.significance import FEWEST_IDENTITIES, compute_gap_interval, map_interval
 from vidjax.evaluation.topk import TopK
 from vidjax.runs import schemas
-from vidjax.runs.schemas import (
-    ConfusedPair,
-    Copies,
-    Mistake,
-    OpenSet,
-    Rate,
-    Strata,
-    Stratum,
-    Suspects,
-    WorstIdentity,
-    WrongClips,
-)  # fmt: skip
 
 MOST_GROUPS = 8  # sets of modalities with separate groups; all other sets form one group
 DRAWS = 1000  # for the interval of a group
@@ -128,7 +116,7 @@ class ScoredSplit:
         return best, best_scores
 
 
-def measure_copies(scored: ScoredSplit, split: Split, model: TrainedModel) -> Copies | None:
+def measure_copies(scored: ScoredSplit, split: Split, model: TrainedModel) -> schemas.Copies | None:
     """Finds the ranked clips that are copies of training clips of other splits, or returns None."""
     found: dict[int, tuple[Split, int]] = {}
     others = [x for x in find_training_clips(model) if x[0].name != split.name]
@@ -143,7 +131,7 @@ def measure_copies(scored: ScoredSplit, split: Split, model: TrainedModel) -> Co
     averages, positives = scored.averages_without(np.isin(np.arange(len(scored.pool)), [*found]))
     known = averages[positives > 0]
     value = float(known.mean()) if split.labelled and len(known) else None
-    return Copies(count=len(found), example=example, map=value)
+    return schemas.Copies(count=len(found), example=example, map=value)
 
 
 def measure_strata(
@@ -151,16 +139,16 @@ def measure_strata(
     split: Split,
     modalities: Sequence[str],
     train_clips: np.ndarray | None,
-) -> list[Strata]:
+) -> list[schemas.Strata]:
     """Returns tables of the MAP of groups of identities, and of groups of clips.
 
     `train_clips` [C] is the number of training clips of each identity, or None if it is unknown.
     """
     primary, ranked = modalities[0], scored.pool & (scored.labels > 0)
 
-    def table(by: str, groups: Groups) -> Strata:
+    def table(by: str, groups: Groups) -> schemas.Strata:
         rows = [(label, *scored.averages_among(chosen & ranked)) for label, chosen in groups]
-        return Strata(by=by, rows=[_make_row(*group) for group in rows if len(group[1])])
+        return schemas.Strata(by=by, rows=[_make_row(*group) for group in rows if len(group[1])])
 
     tables = []
     if train_clips is not None:
@@ -170,7 +158,7 @@ def measure_strata(
             for label, chosen in group_by_count(train_clips)
             if (chosen & known).any()
         ]
-        tables.append(Strata(by=schemas.TRAIN_CLIPS, rows=rows))
+        tables.append(schemas.Strata(by="training clips of the identity", rows=rows))
     lengths = split.lengths[primary]
     groups = group_by_quantile(split.quality[primary], lengths > 0)
     if groups:
@@ -183,11 +171,11 @@ def measure_strata(
     return tables
 
 
-def _make_row(label: str, averages: np.ndarray, clips: int) -> Stratum:
+def _make_row(label: str, averages: np.ndarray, clips: int) -> schemas.Stratum:
     enough = len(averages) >= FEWEST_IDENTITIES
     low, high = map_interval(averages, draws=DRAWS) if enough else (None, None)
     value, num = float(averages.mean()), len(averages)
-    return Stratum(label=label, map=value, low=low, high=high, identities=num, clips=clips)
+    return schemas.Stratum(label=label, map=value, low=low, high=high, identities=num, clips=clips)
 
 
 def group_by_count(counts: np.ndarray) -> Groups:
@@ -245,7 +233,7 @@ def find_training_clips(model: TrainedModel) -> list[tuple[Split, np.ndarray]]:
     return [(split, np.isin(split.clips, model.training_sets.clips)) for split in splits]
 
 
-def find_worst_identities(scored: ScoredSplit) -> list[WorstIdentity]:
+def find_worst_identities(scored: ScoredSplit) -> list[schemas.WorstIdentity]:
     """Returns a row for each of the identities with the lowest average precision, worst first.
 
     Two fields of a row list up to three pairs (index of another identity, number of clips):
@@ -265,22 +253,19 @@ def find_worst_identities(scored: ScoredSplit) -> list[WorstIdentity]:
         places = scored.columns[identity, : positives[identity]]
         wrong = Counter((places[(places >= 0) & (places != identity + 1)] - 1).tolist())
         ap, clips = float(average[identity]), int(positives[identity])
-        lost_to, mixed_with = lost.most_common(3), wrong.most_common(3)
-        row = WorstIdentity(
-            identity=identity, ap=ap, clips=clips, lost_to=lost_to, mixed_with=mixed_with
-        )
-        rows.append(row)
+        others = {"lost_to": lost.most_common(3), "mixed_with": wrong.most_common(3)}
+        rows.append(schemas.WorstIdentity(identity=identity, ap=ap, clips=clips, **others))
     return rows
 
 
-def find_wrong_clips(scored: ScoredSplit) -> WrongClips:
+def find_wrong_clips(scored: ScoredSplit) -> schemas.WrongClips:
     """Returns rows of clips that score highest for a wrong identity, highest scores first.
 
     Clips that are not in the list of the wrong identity are left out.
     """
     (identity, score), shows = scored.best_lists, scored.labels - 1
     wrong = scored.pool & (identity >= 0) & (identity != shows)
-    return WrongClips(
+    return schemas.WrongClips(
         distractors=_list_mistakes(scored, wrong & (shows < 0), identity, score),
         known=_list_mistakes(scored, wrong & (shows >= 0), identity, score),
     )
@@ -288,7 +273,7 @@ def find_wrong_clips(scored: ScoredSplit) -> WrongClips:
 
 def _list_mistakes(
     scored: ScoredSplit, wrong: np.ndarray, identity: np.ndarray, score: np.ndarray
-) -> list[Mistake]:
+) -> list[schemas.Mistake]:
     """Returns a row for each of the `wrong` [N] clips with the highest `score` [N].
 
     `identity` [N] is the index of the wrong identity of each clip.
@@ -297,14 +282,14 @@ def _list_mistakes(
     worst = places[np.lexsort((places, -score[places]))][:NUM_WRONG]
     rows = zip(worst, scored.labels[worst], identity[worst], score[worst], strict=True)
     return [
-        Mistake(
+        schemas.Mistake(
             clip=scored.names[int(i)], shows=int(label) - 1, identity=int(found), score=float(value)
         )
         for i, label, found, value in rows
     ]
 
 
-def find_confused_pairs(clips: ClipScores, labels: np.ndarray) -> list[ConfusedPair]:
+def find_confused_pairs(clips: ClipScores, labels: np.ndarray) -> list[schemas.ConfusedPair]:
     """Returns the pairs of identities with the most confused clips, most clips first.
 
     `labels` [N] int is 0 for a distractor.
@@ -315,13 +300,13 @@ def find_confused_pairs(clips: ClipScores, labels: np.ndarray) -> list[ConfusedP
     lost = Counter(zip((labels[wrong] - 1).tolist(), (best[wrong] - 1).tolist(), strict=True))
     pairs = {(min(pair), max(pair)) for pair in lost}
     rows = [
-        ConfusedPair(first=one, second=two, counts=(lost[one, two], lost[two, one]))
+        schemas.ConfusedPair(first=one, second=two, counts=(lost[one, two], lost[two, one]))
         for one, two in sorted(pairs)
     ]
     return sorted(rows, key=lambda row: -sum(row.counts))[:NUM_PAIRS]
 
 
-def measure_suspects(scored: ScoredSplit, clips: ClipScores) -> Suspects:
+def measure_suspects(scored: ScoredSplit, clips: ClipScores) -> schemas.Suspects:
     """Measures how MAP changes without the clips whose labels are suspected to be wrong.
 
     A label is suspected if the best identity of its clip has a probability of SURE or more, and
@@ -335,7 +320,7 @@ def measure_suspects(scored: ScoredSplit, clips: ClipScores) -> Suspects:
     known = positives > 0
     gaps = (averages - scored.averages)[known]
     low, high, _ = compute_gap_interval(gaps, draws=DRAWS) if known.any() else (0.0, 0.0, 1.0)
-    return Suspects(
+    return schemas.Suspects(
         sure=SURE, above=NUM_ABOVE, count=int(doubted.sum()),
         clips=_list_mistakes(scored, doubted, clips.identity - 1, clips.best),
         identities=int(known.sum()), gain=float(gaps.mean()) if known.any() else 0.0,
@@ -381,7 +366,7 @@ def compute_error_curve(clips: ClipScores, labels: np.ndarray) -> dict[str, np.n
     }
 
 
-def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> OpenSet | None:
+def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> schemas.OpenSet | None:
     """Returns thresholds that 1 % and 10 % of distractors may reach, and their FPIR and FNIR.
 
     If there is no distractor (`labels` 0) or no known clip, returns None. If a rate is below
@@ -398,7 +383,7 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> Open
         return None
     rows = []
     for rate in RATES:
-        row = Rate(rate=rate, fewest=math.ceil(1 / rate) - 1)
+        row = schemas.Rate(rate=rate, fewest=math.ceil(1 / rate) - 1)
         errors = metrics.identification_errors(best, right, known, fpir=rate)
         if errors:
             passed = round(errors.fpir * num_strange)
@@ -409,7 +394,7 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> Open
             low, high = np.quantile(drawn, bounds).tolist()
             row.fnir_low, row.fnir_high = min(low, errors.fnir), max(high, errors.fnir)
         rows.append(row)
-    return OpenSet(
+    return schemas.OpenSet(
         num_identities=num_identities, num_known=int(known.sum()),
         num_people=len(np.unique(people[known])), num_strange=num_strange,
         resamples=RESAMPLES, rates=rows,

@@ -27,17 +27,10 @@ from vidjax.data.clips import ClipSource
 from vidjax.data.dataset import Dataset
 from vidjax.data.memory import FrameClips, MemoryClips, load_clips
 from vidjax.data.packing import Clips
-from vidjax.evaluation import blend, eval_step as eval_step_lib, topk
+from vidjax.evaluation import blend, eval_step as eval_step_lib, topk, trained_runs
 from vidjax.evaluation.scores import Scores, describe, read_blocks
 from vidjax.evaluation.scoring import ScoreBlock, TrainedModel, iterate_windows, score_blocks
 from vidjax.evaluation.topk import TopK
-from vidjax.evaluation.trained_runs import (
-    check_widths,
-    find_run,
-    load_model,
-    select_sets,
-    warn_of_missing_modalities,
-)
 from vidjax.runs import config as config_lib, config_io, programs, schemas
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import RunFolder
@@ -241,7 +234,7 @@ class Ranker:
         size = self.config.eval.block_size
         if hasattr(clips, "train_batches"):
             data, split = cast(Dataset, clips), split or str(self.config.eval.split)
-            check_widths(data, self.modalities)
+            trained_runs.check_widths(data, self.modalities)
             names = data.split(split).clips
             return Request(data, split, np.arange(len(names)), names, size)
         if split is not None:
@@ -306,7 +299,7 @@ class Predictor(Ranker):
         """
         request = self.request(clips, split)
         model = self.model._replace(data=request.data, block_size=request.block_size)
-        warn_of_missing_modalities(request.data.split(request.split), self.modalities)
+        trained_runs.warn_of_missing_modalities(request.data.split(request.split), self.modalities)
         vectors: np.ndarray | None = None
         for blocks in iterate_windows(model, request.split):
             for block, block_vectors in zip(blocks, self.embed_blocks(blocks), strict=True):
@@ -323,13 +316,13 @@ class Predictor(Ranker):
 
     def model_of(self, request: Request) -> TrainedModel:
         """Returns the model for the clips of a request. No member scores its training clips."""
-        data, split, size = request.data, request.split, request.block_size
-        sets = select_sets(self.model.training_sets, self.manifest["data"], data, split)
-        return self.model._replace(training_sets=sets, data=data, block_size=size)
+        data, own = request.data, self.manifest["data"]
+        sets = trained_runs.select_sets(self.model.training_sets, own, data, request.split)
+        return self.model._replace(training_sets=sets, data=data, block_size=request.block_size)
 
     def _score_blocks(self, request: Request) -> Iterator[ScoreBlock]:
         model = self.model_of(request)
-        warn_of_missing_modalities(request.data.split(request.split), self.modalities)
+        trained_runs.warn_of_missing_modalities(request.data.split(request.split), self.modalities)
         return score_blocks(model, request.split, describe(model, request.split).use)
 
     def embed_blocks(self, blocks: Sequence[Batch]) -> list[np.ndarray]:
@@ -424,8 +417,8 @@ def restore_run(
     config.eval.checkpoint = step
     programs.cache_programs(files.cache_root())
     mesh = devices.make_mesh(num_devices)
-    run = find_run(config, folder)
-    model = load_model(config, run, mesh)
+    run = trained_runs.find_run(config, folder)
+    model = trained_runs.load_model(config, run, mesh)
     return Predictor(
         workdir=workdir,
         step=run.manifest["step"],

@@ -40,6 +40,10 @@ class CheckpointError(Expected):
     exit_code = 3
 
 
+class OtherModelError(CheckpointError):
+    """A checkpoint belongs to another model, perhaps of an earlier version of vidjax."""
+
+
 class DamagedError(CheckpointError):
     """A file of a checkpoint is missing, or has changed since it was saved."""
 
@@ -224,7 +228,7 @@ def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) ->
         changed since the checkpoint was saved.
 
     Raises:
-      CheckpointError: an array has another shape or dtype, or is missing.
+      OtherModelError: an array has another shape or dtype, or is missing.
       DamagedError: the arrays cannot be read.
     """
     from orbax.checkpoint import v1 as ocp  # this import takes half a second
@@ -233,7 +237,7 @@ def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) ->
     saved = checkpoint.manifest["arrays"]
     for name, kind in _describe_arrays(abstract).items():
         if saved.get(name) != kind:
-            raise CheckpointError(
+            raise OtherModelError(
                 f"'{checkpoint.folder}' belongs to another model: the array {name}\n"
                 f"is {saved.get(name, 'absent')} in the checkpoint and {kind} in this model\n"
                 "train this model in another folder: --workdir=FOLDER"

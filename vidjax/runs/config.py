@@ -289,7 +289,8 @@ TABLE: tuple[Field | Group, ...] = (
     Field("eval.split", "val", "split to evaluate; it may be among `data.train_splits` only with "
           "folds or bootstrap samples", affects=SCORES),
     Field("eval.splits", (), "labelled splits to evaluate, too, e.g. `train,test`; only "
-          "`eval.split` chooses the best step; empty: none", affects=NOTHING),
+          "`eval.split` chooses the best step; the MAP of training clips is `in_sample`; empty: "
+          "none", affects=NOTHING),
     Field("eval.every_epochs", 0.0, "epochs between two evaluations; 0: only after training, "
           "or 1 with `early_stop.patience`", low=0, high=1e6, affects=LOGS),
     Field("eval.block_size", 256, "clips that a device scores at a time", low=1, high=2**20,
@@ -413,6 +414,19 @@ MAY_CHANGE = (*UNNAMED, *PATHS)  # when a run resumes, because the results stay 
 SPECIFICATIONS = ("model.", "fusion.")
 # The fields that the evaluation of a blend reads, in addition to some fields of `data` and `join`.
 BLEND_FIELDS = ("eval.split", "eval.block_size", "eval.report", "eval.keep_scores")
+# Names that Lightning, the Trainer of Hugging Face and scikit-learn have for a field.
+OTHER_NAMES = {
+    "dtype": "precision bf16",
+    "eval.every_epochs": "eval_steps",
+    "num_epochs": "max_steps",
+    "optim.accumulate": "accumulate_grad_batches gradient_accumulation_steps",
+    "optim.clip_norm": "gradient_clip_val max_grad_norm",
+    "optim.decay": "lr_scheduler lr_scheduler_type scheduler",
+    "optim.learning_rate": "lr",
+    "optim.name": "optimizer",
+    "optim.warmup": "warmup_ratio warmup_steps",
+    "seed": "random_state",
+}
 # With these fields of `ensemble`, a member is not trained on some clips, so that it can score them.
 HOLD_OUT_FIELDS = ("folds", "bootstraps")
 
@@ -587,14 +601,13 @@ def _find_untrainable(values: Values) -> Iterator[str]:
         yield f"{text}: must be two whole numbers, such as --config.profile=20,30"
     elif window and not 0 <= window[0] < window[1]:
         yield f"{text}: the first step must be 0 or more, and the last step larger"
+    split = values["eval.split"]
     leaves_clips_out = any(values[f"ensemble.{name}"] for name in HOLD_OUT_FIELDS)
-    for split in (values["eval.split"], *values["eval.splits"]):
-        if split not in values["data.train_splits"] or leaves_clips_out:
-            continue
-        field = "split" if split == values["eval.split"] else "splits"
+    if split in values["data.train_splits"] and not leaves_clips_out:
         yield (
-            f"config.eval.{field}='{split}' is among config.data.train_splits, but a score on "
-            "training clips means nothing\nto measure out of fold, use --config.ensemble.folds=5\n"
+            f"config.eval.split='{split}' is among config.data.train_splits, but training clips "
+            f"cannot choose the best step\nto score them, too, use --config.eval.splits={split}; "
+            "to measure out of fold, use --config.ensemble.folds=5\n"
             "to train on all clips and rank test, use --config=FILE:everything "
             "--config.eval.split=test"
         )
@@ -649,8 +662,11 @@ def explain_unread(name: str, values: Values) -> str:
 
 def find_closest_field(name: str, known: Collection[str]) -> str | None:
     """Returns the field in `known` that the misspelt `name` probably means, or None."""
-    name = re.sub(r"\blr$", "learning_rate", name.replace("-", "_").lower())
+    name = name.replace("-", "_").lower()
     group, _, leaf = name.rpartition(".")
+    for field, words in OTHER_NAMES.items():
+        if leaf in words.split() and field in known:
+            return field
     inside = {field.rpartition(".")[2]: field for field in known if field.startswith(f"{group}.")}
     if match := closest(leaf, inside, cutoff=0.7):
         return inside[match]

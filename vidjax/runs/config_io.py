@@ -22,7 +22,8 @@ from vidjax.utils.files import INTEGER_LIMIT
 
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 MAX_SUFFIX_LENGTH = 100  # characters of `folder_suffix`
-SHIPPED_FUNCTIONS = {"get_config", "follow"}  # all that most files of vidjax define
+# All that most files of vidjax define; from Python 3.14 on, `__annotate__` computes annotations.
+SHIPPED_FUNCTIONS = {"get_config", "follow", "__annotate__"}
 own_files: list[str] = []  # configuration files that were executed and may contain code of a user
 
 

@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 
 from vidjax.runs import config as config_lib, config_io, facts, schemas
+from vidjax.runs.config import Config
 from vidjax.utils import distributed, files, json_files, messages
 from vidjax.utils.errors import UserError, warn
 from vidjax.utils.terminal import say
@@ -258,18 +259,32 @@ def keep_earlier_logs(workdir: Path) -> None:
             return
 
 
+def _make_hparams(config: Config) -> object:
+    """Returns the fields that differ from their defaults as hyperparameters for TensorBoard."""
+    from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+
+    changed = dict[str, Any]()
+    for name, value in config_lib.fields(config):
+        if name == "seed" or value != config_lib.DEFAULTS.get(name):
+            is_number = isinstance(value, (int, float))
+            changed[name] = value if is_number else config_io.value_text(value)
+    return hparams_pb(changed)
+
+
 class Logs:
     """Writes the logs of a run: `metrics.jsonl`, `timing.jsonl` and a file for TensorBoard.
 
     If several processes train the run, only the first process writes. A resumed run continues after
     `step`: later lines are removed, and TensorBoard hides later entries. `evaluated` is True if
     `step` was evaluated. If `step` is 0, the run begins, and earlier logs get other names. `log`
-    gets each line of `metrics.jsonl` as a dict, after the line is written.
+    gets each line of `metrics.jsonl` as a dict, after the line is written. TensorBoard shows the
+    fields of `config` that differ from their defaults.
     """
 
     def __init__(
-        self, workdir: Path, *, step: int, evaluated: bool = True, log: LogFunction | None = None
-    ):
+        self, workdir: Path, *, step: int, evaluated: bool = True, log: LogFunction | None = None,
+        config: Config | None = None,
+    ):  # fmt: skip
         self._files: dict[str, io.FileIO] = {}
         self._log = log
         if not distributed.is_first():
@@ -283,12 +298,24 @@ class Logs:
         self._files["events"] = files.open_log(workdir / name)
         self._event(file_version="brain.Event:2")
         self._event(step=step + 1, session_log={"status": "START"})
+        if config:
+            self._event(summary=_make_hparams(config))
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes the metrics of a step to `metrics.jsonl`, and the numbers to TensorBoard."""
+        """Writes the metrics of a step to `metrics.jsonl`, and the numbers to TensorBoard.
+
+        In TensorBoard, the names of metrics are such as `train/loss` and `val/map`.
+        """
         self._line(METRICS_LOG, step, values)
-        numbers = {name: x for name, x in values.items() if isinstance(x, (int, float))}
-        scalars = [{"tag": name, "simple_value": x} for name, x in numbers.items()]
+        group = values.get("split", "train")
+        scalars = [
+            {
+                "tag": tag if "/" in tag else f"{group}/{tag.removeprefix('train_')}",
+                "simple_value": x,
+            }
+            for tag, x in values.items()
+            if isinstance(x, (int, float))
+        ]
         self._event(step=step, summary={"value": scalars})
         if self._log and self._files:
             self._log({"step": step, **values})

@@ -109,13 +109,10 @@ class RunFolder:
         """
         split, rows = config.eval.split, dict[str, str]()
         if "map" in metrics:
-            kind = metrics["map_kind"].replace("_", " ")
-            kind = split if kind in ("val", split) else f"{split}, {kind}"
-            if metrics["map_kind"] == "in_sample":
-                kind += ": the run was trained on these clips, so MAP is too high"
-            rows["MAP@100"] = _describe_scores(metrics, f" on {kind}")
+            rows["MAP@100"] = _describe_scores(metrics, f" on {_describe_kind(metrics, split)}")
             for name, other in self.split_metrics(config).items():
-                rows[f"on {name}"] = _describe_scores(other)
+                kind = _describe_kind(other, name).removeprefix(name)
+                rows[f"on {name}"] = _describe_scores(other, kind)
         else:
             rows["MAP@100"] = f"none: {split} has no ground truth, so it is ranked but not scored"
             reason = results.explain_unmeasured(config.to_dict(), self.path)
@@ -149,7 +146,14 @@ class RunFolder:
         vars(self).pop("_config", None)
 
 
-def _describe_scores(metrics: Mapping[str, Any], place: str = "") -> str:
+def _describe_kind(metrics: Mapping[str, Any], split: str) -> str:
+    """Returns the split, and the kind of its MAP, such as `train, out of fold`."""
+    if metrics.get("map_kind") == "in_sample":
+        return f"{split}, in sample: the run was trained on these clips, so MAP is too high"
+    return f"{split}, out of fold" if metrics.get("map_kind") == "out_of_fold" else split
+
+
+def _describe_scores(metrics: Mapping[str, Any], place: str) -> str:
     score = [f"{metrics['map']:.4f}{place}"] if "map" in metrics else []
     return "; ".join(score + metrics_lib.describe(metrics))
 

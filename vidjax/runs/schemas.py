@@ -23,7 +23,6 @@ class Data(Struct, kw_only=True):
     name: Text | None = None
     dir: Text | None = None
     digest: Text | None = None  # sha256
-    title: Text | None = None
     size: Scalar = None  # `data.size` of the configuration, for the synthetic dataset
     seed: Scalar = None  # `data.seed` of the configuration, for the synthetic dataset
 
@@ -183,7 +182,6 @@ class Mistake(Struct, kw_only=True):
 
 
 Mistakes = list[Mistake]
-TRAIN_CLIPS = "training clips of the identity"  # `Strata.by` of groups by this number
 Pair = tuple[Column, Column]  # the index of an identity or -1, and a number of clips
 
 

@@ -108,7 +108,9 @@ class TrainingLoop:
         self._is_pending = run.step in schedule["evaluate"] and not run.is_evaluated
         self._evaluated: list[Evaluation] = []  # the last evaluation of each split
         self._timing: dict[str, float] = {}  # measured times since the previous pause
-        self._logs = Logs(run.workdir, step=run.step, evaluated=not self._is_pending, log=log)
+        self._logs = Logs(
+            run.workdir, step=run.step, evaluated=not self._is_pending, log=log, config=config
+        )
         stack.callback(self._logs.close)
         num_drawn = plan.batches.num_drawn
         self._progress = Progress(

@@ -38,7 +38,9 @@ def run_main(main: Callable[[], int]) -> NoReturn:
     logging.basicConfig(format="%(message)s")
     logging.getLogger().handlers[0].setFormatter(_Printable("%(message)s"))
     logging.getLogger("vidjax").setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # its errors also arrive as exceptions
+    # The errors of absl, TensorFlow and XLA also arrive as exceptions.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # By default, Python would search for garbage 800 times in a short training, and find little.
     gc.set_threshold(100_000, 20, 50)
     code = main()

@@ -1,6 +1,7 @@
 """Computes the vectors of a gallery with a training run. Functions that use the run import JAX."""
 
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -70,7 +71,8 @@ def find_run(
     `given` is the run or its folder, or None for the folder in `origin`.
 
     Raises:
-      UserError: the gallery has no run, the run is missing, or its weights have changed.
+      UserError: the gallery has no run, or the run is missing, of a model that this version of
+        vidjax lacks, or has other weights.
     """
     if origin.cards:
         raise UserError(
@@ -86,7 +88,17 @@ def find_run(
             f"the run that made gallery '{folder}' is neither at '{place}' nor at "
             f"'{copied}'\n{remedy}"
         )
-    run = restore(places[0] if given is None else given)
+    from vidjax.runs import checkpoint
+
+    try:
+        run = restore(places[0] if given is None else given)
+    except checkpoint.OtherModelError as error:
+        raise UnreadableError(
+            f"this version of vidjax cannot read the run of gallery '{folder}': "
+            f"{str(error).splitlines()[0]}\n"
+            "train the run again, and use vidjax gallery create NEW --run=FOLDER --empty\n"
+            f"then vidjax gallery migrate {shlex.quote(str(folder))} NEW --input=FEATURES"
+        ) from error
     if make_origin(run).digest != origin.digest:
         raise UnreadableError(
             f"gallery '{folder}' was made with the run at '{place}', but "

@@ -73,10 +73,12 @@ def tensorflow(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
             f"--format=saved_model: TensorFlow allows no '-' in names, as in '{refused[0]}'\n"
             "choose --format=stablehlo or --format=onnx"
         )
+    from vidjax.data.tfds.streaming import tf  # first, because it hides messages of TensorFlow
+
+    # isort: split
     import jax
     from jax.experimental import jax2tf
 
-    from vidjax.data.tfds.streaming import tf
     from vidjax.evaluation.export import function
 
     path = folder / "saved_model"

@@ -155,10 +155,9 @@ def _compute_scores(run: Predictor, members: Sequence[Member], batch: Batch) -> 
     scores = each[0]
     if len(each) > 1:
         total = eval_step.make_no_scores(scores, logs=system.scores_are_logs)
-        for member_scores in each:
-            total = eval_step.add_scores(
-                total, member_scores, jnp.ones(scores.shape[0], scores.dtype)
-            )
+        weight = jnp.ones(scores.shape[0], scores.dtype)
+        for one in each:
+            total = eval_step.add_scores(total, one, weight)
         scores = eval_step.mean_scores(total)
     return keep_best(system, scores)
 

@@ -104,6 +104,12 @@ def table(caption: str, head: Sequence[object], rows: Iterable[Sequence[object]]
     return parts().table(caption, head, kinds, cells)
 
 
+def folded_table(caption: str, head: Sequence[object], rows: Sequence[Sequence[object]]) -> Markup:
+    """Returns a table that is hidden until a reader opens it, or nothing without rows."""
+    words = Markup("<details><summary>{}: {}</summary>{}</details>")
+    return words.format(caption, len(rows), table(caption, head, rows)) if rows else Markup()
+
+
 def _column_kind(cells: Sequence[Markup]) -> str:
     """Returns the CSS class of a column: `number`, `number bar`, or "" for text."""
     filled = [value for value in cells if value]

@@ -17,9 +17,9 @@ from markupsafe import Markup
 
 from vidjax.core import metrics
 from vidjax.data import sources
-from vidjax.evaluation import significance
+from vidjax.evaluation import comparison, significance
 from vidjax.evaluation.report import html
-from vidjax.runs import facts, results as results_lib, schemas
+from vidjax.runs import config as config_lib, facts, results as results_lib, schemas
 from vidjax.runs.run_folder import IDENTITIES, RunFolder
 from vidjax.utils import files, json_files
 from vidjax.utils.errors import UserError
@@ -32,20 +32,9 @@ KINDS = {
     "out_of_fold": "out of fold: every clip is scored by members that were not trained on it",
     "in_sample": "in sample: the run was trained on clips that are scored, and MAP is too high",
 }
+NUM_SHOWN = 5  # results under the score; the others are in a table that a reader opens
+NUM_BARS = 20  # of the histogram of average precisions
 LOGARITHMS = "Scores are natural logarithms of probabilities: 0 is certain."
-TERMS = {
-    "MAP@100": "mean average precision. Every identity has a list of its 100 best clips. Its "
-    "average precision is 1 if all its clips come first in the list. It is lower if its clips come "
-    "later or are missing. MAP is the mean over identities.",
-    "Distractor": "a clip that shows none of the identities.",
-    "Threshold": "the score from which a clip is identified.",
-    "FPIR": "the share of distractors whose best score reaches the threshold.",
-    "FNIR": "the share of clips of known people whose best score stays below the threshold, or is "
-    "of another person.",
-    "Top-1": "the share of clips of known people whose best identity is right.",
-    "AUROC": "the probability that a clip of a known person scores above a distractor.",
-    "95 % interval": "where the value would probably lie for other identities of the same kind.",
-}
 
 
 class RunFiles(NamedTuple):
@@ -74,8 +63,25 @@ class RunFiles(NamedTuple):
 
 
 def title(run: RunFiles) -> str:
-    """Returns the title of a report, with the model, the modalities and the data of the run."""
-    data = _data_of(run) or "unknown data"
+    """Returns the folder of a run, with what its command adds: words and changed fields."""
+    folder, added = run.folder.name, list[str]()
+    for word in (run.metrics.command or "").replace("'", "").split():
+        name, _, value = word.partition("=")
+        if name == "--config":
+            file, _, words = value.partition(":")
+            added += [Path(file).stem, *filter(None, words.split(","))]
+        elif name.startswith("--config.") and name[9:] not in config_lib.UNNAMED:
+            added.append(word[9:])
+    added = [text for text in added if text not in folder]
+    return f"{folder}: {', '.join(added)}" if added else folder
+
+
+def describe_system(run: RunFiles) -> str:
+    """Returns the model, the modalities and the data of a run."""
+    section = run.config["data"] | run.values.get("data", {})
+    named = {key: value for key, value in section.items() if value is not None}
+    folder = Path(str(named.get("dir", ""))).name
+    data = " ".join(filter(None, (sources.describe(named), folder))) or "unknown data"
     if joined := run.metrics.runs:
         return f"blend of {len(joined)} runs on {data}"
     model = str(run.config["model"].get("name", "no model"))
@@ -89,13 +95,21 @@ def summary(run: RunFiles) -> Markup:
     parts = [_score(run)]
     if run.values and run.analysis.split is None:
         parts.append(html.paragraph("The evaluation was made without an analysis."))
+    head, rows = ("result", "value", "95 % interval"), result_rows(run)
     tables = [
-        html.table("Results", ("result", "value"), result_rows(run)),
+        html.table("Results", head, rows[:NUM_SHOWN]),
         html.table("The run", ("setting", "value"), run_rows(run)),
+    ]
+    own = comparison.list_fields(run.config, run.values)
+    default = comparison.list_fields(config_lib.default().to_dict(), {})
+    changed = comparison.make_config_table(("default", "this run"), (default, own))
+    folded = [
+        html.folded_table("All other results", head, rows[NUM_SHOWN:]),
+        html.folded_table("Fields that differ from their defaults", *changed),
     ]
     others = [_split_row(run, *item) for item in run.other_metrics.items()]
     head = ("split", "MAP@100", "kind", "clips", "report")
-    parts += [html.beside("tables", tables), html.table("Other evaluations", head, others)]
+    parts += [html.beside("tables", tables), *folded, html.table("Other evaluations", head, others)]
     if run.metrics.command:
         words = (Markup("<span>{}</span>").format(word) for word in run.metrics.command.split(" "))
         parts.append(html.paragraph("Command that repeats the run:"))
@@ -139,7 +153,10 @@ def _split_row(run: RunFiles, split: str, values: Mapping[str, Any]) -> tuple[ob
 
 
 def result_rows(run: RunFiles) -> Rows:
-    """Returns the rows of a table of the results in `metrics.json`, with their intervals."""
+    """Returns the rows (label, value, interval) of the results in `metrics.json`.
+
+    The metrics with `log=True` come first.
+    """
     labels = [
         ("num_clips", "ranked clips", 0),
         ("num_identities", "identities", 0),
@@ -153,12 +170,11 @@ def result_rows(run: RunFiles) -> Rows:
         ("seconds", "seconds in all: start, data, training, evaluations", 1),
     ]
     rows: Rows = []
-    for name, metric in metrics.CLIP_METRICS.items():
-        rows += _labelled(run.values, [(name, f"{metric.label}: {metric.about}", metric.digits)])
-        if name in run.analysis.intervals:
-            interval = html.between(*run.analysis.intervals[name], metric.digits)
-            rows.append((f"{metric.label}: 95 % interval", interval))
-    return rows + _labelled(run.values, labels)
+    for name, metric in sorted(metrics.CLIP_METRICS.items(), key=lambda item: not item[1].log):
+        label, interval = f"{metric.label}: {metric.about}", run.analysis.intervals.get(name)
+        between = html.between(*interval, metric.digits) if interval else html.Number()
+        rows += [(*row, between) for row in _labelled(run.values, [(name, label, metric.digits)])]
+    return rows + [(*row, html.Number()) for row in _labelled(run.values, labels)]
 
 
 def _labelled(values: Mapping[str, Any], labels: Sequence[tuple[str, str, int]]) -> Rows:
@@ -172,13 +188,10 @@ def _labelled(values: Mapping[str, Any], labels: Sequence[tuple[str, str, int]])
 
 def run_rows(run: RunFiles) -> Rows:
     """Returns the rows of a table of the settings of a run."""
-    own, config = run.metrics, run.config
+    own = run.metrics
     settings = {
-        "data": _data_of(run),
         "data digest": (own.data and own.data.digest) or "",
-        "trained on": _join(config["data"]["train_splits"]),
-        "evaluated on": run.split,
-        "modalities": _join(config["modalities"]),
+        "trained on": "" if own.runs else _join(run.config["data"]["train_splits"]),
         "joined runs": _join(f"{row.name} (weight {row.weight})" for row in own.runs or ()),
         "scored with": results_lib.describe_overrides(run.values),
         **facts.list_rows(run.values),
@@ -187,8 +200,6 @@ def run_rows(run: RunFiles) -> Rows:
         "evaluated": own.eval_date or "",
         "versions": _join(f"{name} {version}" for name, version in (own.versions or {}).items()),
     }
-    if own.runs:
-        del settings["trained on"], settings["modalities"]  # a blend does not use them
     labels = [
         ("seed", "seed", 0),
         ("step", "steps", 0),
@@ -204,23 +215,9 @@ def _join(values: Iterable[object] | None) -> str:
     return ", ".join(map(str, values or ()))
 
 
-def _data_of(run: RunFiles) -> str:
-    """Returns the title of a run's dataset. Without a title, returns the name and the folder."""
-    values = run.config["data"] | run.values.get("data", {})
-    if values.get("title"):
-        return str(values["title"])
-    folder = Path(str(values["dir"])).name if values.get("dir") else ""
-    named = {key: value for key, value in values.items() if value is not None}
-    return " ".join(word for word in (sources.describe(named), folder) if word)
-
-
 def reading(run: RunFiles) -> Markup | None:
     """Returns definitions of the terms of a report, or None if the run has no MAP."""
-    if run.metrics.map is None:
-        return None
-    words = Markup("<div><dt>{}</dt><dd>{}</dd></div>")
-    terms = Markup().join(words.format(*item) for item in TERMS.items())
-    return Markup("<dl>{}</dl>").format(terms)
+    return None if run.metrics.map is None else html.parts().terms()
 
 
 def learning(run: RunFiles) -> Markup | None:
@@ -228,9 +225,11 @@ def learning(run: RunFiles) -> Markup | None:
     train = [line for line in run.lines if "learning_rate" in line]
     if not train:
         return None
-    loss = _draw_curve(train, "train_loss", "Training loss", run.lines)
+    loss = _draw_curve(train, "train_loss", "Training loss", run.lines, "eval_loss", "loss")
+    accuracy = "train_accuracy", "Training accuracy"
+    scores = _draw_curve(train, *accuracy, run.lines, "map", "MAP@100")
     rate = _draw_curve(train, "learning_rate", "Learning rate")
-    figures = html.beside("figures", [loss, _draw_scores(train, run.lines), rate])
+    figures = html.beside("figures", [loss, scores, rate])
     bad_steps = sum(line.get("bad_steps", 0) for line in train)
     if not bad_steps:
         return figures
@@ -242,46 +241,27 @@ def _draw_curve(
     train: Sequence[Mapping[str, Any]],
     field: str,
     title: str,
-    lines: Sequence[Mapping[str, Any]] = (),
+    lines: Iterable[Mapping[str, Any]] = (),
+    scored_field: str = "",
+    scored_title: str = "",
 ) -> Markup:
-    """Draws a curve of training and, if `lines` have losses of evaluations, these as points."""
-    x, y = _column(train, "epoch"), _column(train, field)
+    """Draws a curve of training and, as points, the `scored_field` of evaluations in `lines`."""
+    x, y, last = _column(train, "epoch"), _column(train, field), train[-1]
     plot = html.Plot(x="epoch", y=title.lower())
     plot.curve(x, y, label="training")
-    first, most, last = (f"{value:.3g}" for value in (y[0], y.max(), y[-1]))
-    words = f"{title} starts at {first}, is {most} at most, and ends at {last}."
-    if scored := [line for line in lines if "eval_loss" in line]:
-        losses, split = _column(scored, "eval_loss"), html.short(scored[-1].get("split", ""))
-        plot.axes.plot(_epochs(train, scored), losses, "o-", color=html.SECOND, ms=4, label=split)
+    if field == "train_accuracy":
+        plot.axes.set_ylim(0, 1.04)
+    first, most, end = (f"{value:.3g}" for value in (y[0], y.max(), y[-1]))
+    words = f"{title} starts at {first}, is {most} at most, and ends at {end}."
+    if scored := [line for line in lines if scored_field in line]:
+        values = _column(scored, scored_field)
+        label = f"{scored_title} on {html.short(scored[-1].get('split', ''))}"
+        epochs = _column(scored, "step") * last["epoch"] / max(last["step"], 1)
+        plot.axes.plot(epochs, values, "o-", color=html.SECOND, ms=4, label=label)
         plot.legend()
-        words += f" The loss on {split} ends at {losses[-1]:.3g}."
+        title = f"{title} and {label}"
+        words += f" {label} ends at {values[-1]:.4g}, after {len(values)} evaluations."
     return plot.html(field, title, words)
-
-
-def _epochs(train: Sequence[Mapping[str, Any]], lines: Iterable[Mapping[str, Any]]) -> list[float]:
-    """Returns the epoch of each evaluation in `lines`."""
-    last = train[-1]
-    return [line["step"] * last["epoch"] / max(last["step"], 1) for line in lines]
-
-
-def _draw_scores(train: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]]) -> Markup:
-    x, accuracy = _column(train, "epoch"), _column(train, "train_accuracy")
-    plot = html.Plot(x="epoch", y="share")
-    plot.curve(x, accuracy, label="training accuracy")
-    description = f"Training accuracy ends at {accuracy[-1]:.3f}."
-    scored = [line for line in lines if "map" in line]
-    if scored:
-        places = _epochs(train, scored)
-        values = [line["map"] for line in scored]
-        split = scored[-1].get("split", "")
-        label = f"MAP@100 on {html.short(split)}"
-        plot.axes.plot(places, values, "o-", color=html.SECOND, ms=4, label=label)
-        count = f"{len(values)} evaluations"
-        description += f" MAP@100 on {split} ends at {values[-1]:.4f}, after {count}."
-    plot.axes.set_ylim(0, 1.04)
-    plot.legend()
-    heading = "Training accuracy and MAP" if scored else "Training accuracy"
-    return plot.html("scores", heading, description)
 
 
 def _column(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
@@ -289,7 +269,7 @@ def _column(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
 
 
 def identities(run: RunFiles) -> Markup | None:
-    """Returns quantiles of the average precision (AP) and a table of the worst identities."""
+    """Returns a histogram of the average precision (AP), and a table of the worst identities."""
     if "ap" not in run.arrays:
         return None
     values = run.averages()
@@ -301,7 +281,20 @@ def identities(run: RunFiles) -> Markup | None:
         html.number(perfect, 1, percent=True), html.number(len(values)), html.number(median, 3),
         html.number(low, 3),
     )  # fmt: skip
-    return words + _worst_identities(run)
+    figures = html.beside("figures", [_draw_averages(values)])
+    return words + figures + _worst_identities(run)
+
+
+def _draw_averages(values: np.ndarray) -> Markup:
+    counts, edges = np.histogram(values, NUM_BARS, (0, 1))
+    plot = html.Plot(2.0, x="average precision", y="identities")
+    plot.axes.stairs(counts, edges, color=html.FIRST, fill=True)
+    plot.axes.locator_params("y", integer=True)
+    description = (
+        f"{counts[-1]:,} of {len(values):,} identities have an average precision of "
+        f"{edges[-2]:.2f} or more, and {counts[0]:,} of less than {edges[1]:.2f}."
+    )
+    return plot.html("averages", "Identities by average precision", description)
 
 
 def _worst_identities(run: RunFiles) -> Markup:
@@ -354,16 +347,11 @@ def mistakes(run: RunFiles) -> Markup | None:
 
 
 def errors(run: RunFiles) -> Markup | None:
-    """Returns the most confused pairs, suspected labels, and MAP by number of training clips."""
-    if run.analysis.pairs is None:
+    """Returns the most confused pairs of identities, and suspected labels."""
+    pairs, suspects = run.analysis.pairs, run.analysis.suspects
+    if pairs is None:
         return None
-    parts = [_confused_pairs(run, run.analysis.pairs)]
-    if suspects := run.analysis.suspects:
-        parts.append(_suspects(run, suspects))
-    for table in run.analysis.strata or ():
-        if table.by == schemas.TRAIN_CLIPS and len(table.rows) > 1:
-            parts.append(html.beside("figures", [_draw_by_clips(table.rows)]))
-    return Markup().join(parts)
+    return _confused_pairs(run, pairs) + (_suspects(run, suspects) if suspects else "")
 
 
 def _confused_pairs(run: RunFiles, pairs: Sequence[schemas.ConfusedPair]) -> Markup:
@@ -381,9 +369,10 @@ def _confused_pairs(run: RunFiles, pairs: Sequence[schemas.ConfusedPair]) -> Mar
             *(both(int(x[pair.first]), int(x[pair.second])) for x in known.values()),
         )
         for pair in pairs
+        if sum(pair.counts) > 1  # a single clip may be chance
     ]
     if not rows:
-        return html.paragraph("No clip of a known person scores highest for another person.")
+        return html.paragraph("No two clips of a person score highest for the same other person.")
     head = ("identity", "other identity", "confused clips", *known)
     return html.table("Pairs of identities that are confused most", head, rows) + html.paragraph(
         "Confused clips: clips of the first identity that score highest for the other identity, + "
@@ -412,27 +401,6 @@ def _suspects(run: RunFiles, suspects: schemas.Suspects) -> Markup:
     ]
     head = ("clip", "label", "best identity", "score")
     return rule + words + html.table("Suspected labels with the highest scores", head, rows)
-
-
-def _draw_by_clips(rows: Sequence[schemas.Stratum]) -> Markup:
-    plot = html.Plot(x="training clips of a person (below: number of people)", y="MAP@100")
-    places, values = np.arange(len(rows)), np.array([row.map for row in rows])
-    plot.axes.plot(places, values, "o-", color=html.FIRST)
-    for place, row in zip(places, rows, strict=True):
-        if row.low is not None and row.high is not None:
-            plot.axes.vlines(place, row.low, row.high, color=html.FIRST)
-    labels = [row.label.replace(" to ", "-").replace("over ", ">") for row in rows]
-    people = [f"{row.identities:,}" if row.identities is not None else "" for row in rows]
-    ticks = [f"{html.short(text)}\n{count}" for text, count in zip(labels, people, strict=True)]
-    plot.axes.set_xticks(places, ticks, fontsize=8)
-    plot.axes.set_ylim(0, 1.04)
-    first, last = rows[0], rows[-1]
-    description = (
-        f"MAP is {first.map:.3f} for people with {first.label} training clips, and {last.map:.3f} "
-        f"for people with {last.label}."
-    )
-    caption = "MAP by number of training clips. Vertical lines are 95 % intervals."
-    return plot.html("by-clips", "MAP by number of training clips", description, caption)
 
 
 def strata(run: RunFiles) -> Markup | None:
@@ -605,7 +573,7 @@ def write(folder: RunFolder) -> Path:
 def render(run: RunFiles) -> str:
     """Returns a report as HTML. Raises UserError if its files come from different evaluations."""
     date = run.metrics.eval_date or run.metrics.date  # of the evaluation
-    lead = [f"Folder {run.folder.name}", f"evaluated on {run.split}", date]
+    lead = [describe_system(run), f"evaluated on {run.split}", date]
     try:
         shown = [(make.__name__, heading, make(run)) for make, heading in SECTIONS.items()]
         return html.page(

@@ -13,6 +13,7 @@ from vidjax.utils.files.reading import (
     PIECE_BYTES,
     absolute,
     cache_root,
+    damaged_file,
     hash_opened,
     is_file,
     is_present,

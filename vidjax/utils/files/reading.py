@@ -16,7 +16,7 @@ import re
 import stat
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeVar, cast
 
@@ -245,7 +245,7 @@ def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> "dict[
     import numpy as np
 
     arrays = {}
-    with _npz_errors():
+    with damaged_file(_describe_npz):
         for name, entry, _ in _open_arrays(file, limit, least):
             entry.seek(0)
             arrays[name] = np.lib.format.read_array(entry, allow_pickle=False)
@@ -265,22 +265,29 @@ def npz_bytes(content: bytes, limit: int) -> int:
 
     Raises UserError above `limit` bytes. The arrays are not unpacked.
     """
-    with _npz_errors():
+    with damaged_file(_describe_npz):
         return sum(size for *_, size in _open_arrays(io.BytesIO(content), limit, least=4))
 
 
 @contextlib.contextmanager
-def _npz_errors() -> Iterator[None]:
-    """Turns the errors of zlib, zipfile and numpy for a damaged archive into a UserError."""
+def damaged_file(make_error: Callable[[str], UserError]) -> Iterator[None]:
+    """Turns the errors of libraries about the content of a file into `make_error(REASON)`.
+
+    UserError, MemoryError and errors of the system are raised again.
+    """
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno:
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"it is damaged or not an .npz ({reason}): write it again") from error
+        raise make_error(reason) from error
+
+
+def _describe_npz(reason: str) -> UserError:
+    return UserError(f"it is damaged or not an .npz ({reason}): write it again")
 
 
 def _open_arrays(
