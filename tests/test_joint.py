@@ -16,6 +16,7 @@ from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused
 from vidjax.apps import forget
 from vidjax.evaluation import calibration, predict
+from vidjax.models import plda_fit
 from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.run_folder import RunFolder, make_and_lock
 from vidjax.training import public
@@ -101,6 +102,15 @@ def test_strangers_are_recognised_if_no_stranger_was_among_the_clips_to_learn_fr
     of_strangers = np.stack([make_scores(nobody, nobody, 3.0) for _ in range(2)])
     joined = calibration.join_scores(of_strangers, calibration.Calibration(*(x[-1] for x in sets)))
     assert np.median(np.exp(np.asarray(joined)).sum(axis=1)) < 0.1
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fixed_settings():
+    """PLDA has these settings: to fit them takes longer than everything else in this file."""
+    fixed = {"within": 0.5, "between": 0.5, "scale": 0.1, "unenrolled": -1.0, "stranger": -1.0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plda_fit, "fit_member_settings", lambda given, clips: {"centred": 1.0} | fixed)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +262,18 @@ def test_scores_are_kept_as_an_array_if_the_user_asks(copied):
     config.eval.keep_scores = False
     public.evaluate_run(config, single, data)  # scores of an earlier evaluation are deleted
     assert not (folder / "1_plda" / "scores.npy").exists()
+
+
+def test_all_runs_of_a_blend_are_checked(copied, cache_dir, command):
+    _, folder, _ = copied
+    words = "check", f"--workdir={folder}", f"--config.data.cache_dir={cache_dir}"
+    done = command(*words)
+    assert done.code == 0
+    for name in ("1_plda", "2_plda", "1_plda_all", "2_plda_all"):
+        assert f"{name}: run: step" in done.out
+    next((folder / "2_plda" / "checkpoints").rglob("_METADATA")).write_text("{}")
+    done = command(*words)
+    assert done.code == 3 and "2_plda: checkpoint" in done.out.splitlines()[-1]
 
 
 def test_learned_numbers_of_another_blend_are_refused(copied):

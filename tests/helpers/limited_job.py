@@ -20,6 +20,8 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
         case "time":
             while True:
                 np.sort(np.arange(10000.0))
+        case "process":
+            return {"process": os.getpid()}
         case "work":
             start = time.process_time()
             while time.process_time() < start + 0.8:
@@ -30,8 +32,9 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
         case "print":  # the file 3 is the pipe for results
             os.write(3, arguments["text"].encode() + b"\n")
         case "flood":  # the files 2 and 3 are the pipes for errors and for results
-            while True:
+            for _ in range(256):
                 os.write(arguments["pipe"], b"x" * (1 << 20))
+            os.abort()
         case "disk":
             with open(arguments["file"], "wb") as file:
                 file.truncate(1 << 40)
