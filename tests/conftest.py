@@ -184,6 +184,22 @@ def read_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "run_limited_each", read)
 
 
+@pytest.fixture
+def tables_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are read in this process, because a new child process takes half a second."""
+    pytest.importorskip("pyarrow")
+    from vidjax.utils import errors, processes
+
+    def read(module: str, path: Path, words: Any, **limits: Any) -> Any:
+        answer = processes._answer(sys.modules[module].work, str(path), words, "")
+        found = processes._parse_answer(path, json.dumps(answer).encode())
+        if isinstance(found, errors.UserError):
+            raise found
+        return found
+
+    monkeypatch.setattr(processes, "run_limited", read)
+
+
 @pytest.fixture(scope="session")
 def official_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of official files: 12 identities, three splits, face, head and audio."""

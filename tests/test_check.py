@@ -182,11 +182,3 @@ def test_check_of_a_gallery_reports_its_people_and_damage(tmp_path, check):
     os.truncate(tmp_path / "gallery.sqlite", 5000)
     code, lines = check(f"--workdir={tmp_path}")
     assert code == 2 and lines[-1].startswith("FAULT")
-
-
-def test_the_systems_of_a_blend_are_checked(official_dir, cache_dir, check):
-    data = ("ensemble.folds=2", f"data.dir={official_dir}", f"data.cache_dir={cache_dir}")
-    flags = [f"--config.{word}" for word in data]
-    code, lines = check("--config=joint:iqiyi_vid,few,plda,face", *flags)
-    assert code == 0 and lines[-1] == "all good"
-    assert any(line.strip().startswith("ok     data: ") for line in lines)

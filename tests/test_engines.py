@@ -52,10 +52,6 @@ def test_two_cores_convert_to_the_same_bytes_as_one(kind, tmp_path, monkeypatch)
     assert len(found[0]) > 10  # each of three splits has 4 files, and there are 3 other files
 
 
-def test_conversion_command_prints_the_clips_of_each_split(tmp_path, official_dir, say):
-    assert "train: " in say(official_dir, f"--cache_dir={tmp_path}", program=iqiyi_vid.main)
-
-
 def test_digest_of_a_file_written_within_a_clock_tick_is_not_kept(tmp_path, monkeypatch):
     """If a file is written twice within a tick of the clock, its time stays the same.
 

@@ -227,6 +227,7 @@ def averages(seed):
     return dict(zip(NAMES, np.random.default_rng(seed).beta(4, 1, len(NAMES)), strict=True))
 
 
+@pytest.mark.slow  # the next tests compare intervals with their definitions
 def test_interval_of_a_paired_difference_covers_the_true_difference():
     """The average precisions of a system are x ~ Beta(3, 1), and of another system x ** power."""
     rng = np.random.default_rng(50)
@@ -252,6 +253,7 @@ GAPS: dict[str, dict[float, float]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "num"),
     [("10 % -.45", 3), ("5 % -.95", 50), ("0 or 1, p = .7", 10), ("2 % ±1", 300), ("10 % ±.5", 5)],
@@ -265,6 +267,7 @@ def test_interval_covers_a_difference_of_zero_if_gaps_are_rare_or_skewed(name, n
     assert np.array_equal((low > 0) | (high < 0), p < 0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num", "deviation"), [(10, 0.05), (20, 0.1), (50, 0.05), (100, 0.1)])
 def test_a_difference_of_three_errors_is_found_nearly_as_often_as_by_a_t_test(num, deviation):
     rng = np.random.default_rng(num)
