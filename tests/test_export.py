@@ -127,10 +127,20 @@ def test_difference_of_outputs_is_large_if_only_one_is_not_finite():
         assert function.difference({"scores": [other]}, expected) > array_files.TOLERANCE  # 1e-5
 
 
-def test_format_that_a_user_adds_is_offered_by_the_command(tmp_path, export, monkeypatch):
-    mine = formats.Format("mine.bin", lambda *_: dict, (), "")
-    monkeypatch.setitem(FORMATS, "mine", mine)
+def test_format_that_a_user_adds_is_written_and_compared_with_the_run(
+    nearest_run, tmp_path, export, monkeypatch
+):
+    def write(run, inputs, folder):
+        (folder / "mine.bin").write_text(" ".join(inputs))
+        compute = jax.jit(function.make_function(run))
+        return lambda given: {name: 3e-6 + np.asarray(x) for name, x in compute(given).items()}
+
+    monkeypatch.setitem(FORMATS, "mine", formats.Format("mine.bin", write, (), ""))
+    facts = export(nearest_run, "mine")
+    assert 1e-6 < facts["difference"] < array_files.TOLERANCE
+    assert facts["inputs"].keys() == {*(tmp_path / "out" / "mine.bin").read_text().split()}
     people = made_galleries.make(tmp_path / "people").folder
+    shutil.rmtree(tmp_path / "out")
     assert "choose --format=safetensors or --format=numpy" in export(people, "mine", code=2)
 
 
