@@ -7,6 +7,7 @@ import runpy
 import shutil
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -125,6 +126,18 @@ def test_difference_of_outputs_is_large_if_only_one_is_not_finite():
     assert function.difference(expected, expected) == 0
     for other in ([np.nan, -np.inf], [np.inf, -np.inf], [1.00002, -np.inf], [1, np.nan], [1, 1]):
         assert function.difference({"scores": [other]}, expected) > array_files.TOLERANCE  # 1e-5
+
+
+@pytest.mark.parametrize("logs", [True, False])
+def test_exported_scores_are_the_mean_of_the_members(monkeypatch, logs):
+    """The scores of a member are its parameters here. Column 0, a stranger, is left out."""
+    monkeypatch.setattr(function.eval_step, "eval_step", lambda system, params, *_: params)
+    system = SimpleNamespace(scores_are_logs=logs, top_classes=0)
+    run: Any = SimpleNamespace(model=SimpleNamespace(system=system), identities=("a", "b"))
+    scores = -np.random.default_rng(0).uniform(1, 9, (3, 4, 3)).astype(np.float32)  # [E, B, K]
+    found = function._compute_scores(run, [(x, {}, None) for x in scores], None)
+    wanted = np.log(np.exp(scores).mean(axis=0)) if logs else scores.mean(axis=0)
+    np.testing.assert_allclose(found, wanted[:, 1:], rtol=1e-5)
 
 
 def test_format_that_a_user_adds_is_written_and_compared_with_the_run(
@@ -376,7 +389,6 @@ def as_onnx(*names):
     return model.SerializeToString(), inputs
 
 
-@pytest.mark.slow
 def test_onnx_operations_equal_jax_operations_or_are_refused():
     onnxruntime = pytest.importorskip("onnxruntime")
     graph, inputs = as_onnx(*OPERATIONS.keys() - {"lgamma"})

@@ -104,6 +104,20 @@ def test_strangers_are_recognised_if_no_stranger_was_among_the_clips_to_learn_fr
     assert np.median(np.exp(np.asarray(joined)).sum(axis=1)) < 0.1
 
 
+def test_numbers_for_a_part_are_learned_from_the_clips_of_other_parts():
+    labels = RNG.integers(0, 1 + C, 450)
+    part = calibration.split_clips(labels)
+    logs = np.stack([make_scores(labels, labels, 1.0) for _ in range(2)])
+    spoilt = logs.copy()
+    spoilt[0, part == 1] = logs[0, part == 1, ::-1]  # scores of other people
+    before, after = (
+        calibration.learn([calibration.choose_candidates(x, labels, part)]) for x in (logs, spoilt)
+    )
+    for x, y in zip(before, after, strict=True):
+        np.testing.assert_array_equal(x[1], y[1])
+    assert (before.trust[[0, 2, 3], 0] > after.trust[[0, 2, 3], 0]).all()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def fixed_settings():
     """PLDA has these settings: to fit them takes longer than everything else in this file."""

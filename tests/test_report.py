@@ -214,6 +214,17 @@ def test_report_explains_missing_results(tmp_path):
     assert "and there is no MAP" in section(text, "summary")
 
 
+def test_summary_has_the_scores_of_each_split(tmp_path):
+    for split, suffix, seed in (("val", "", 0), ("test", "_test", 1)):
+        words = "--config.eval.splits=test"
+        made_runs.write(tmp_path, averages(seed), words, split=split, suffix=suffix)
+    folder = RunFolder(tmp_path)
+    rows = folder.describe(folder.config, folder.metrics())
+    scores = [np.mean(list(averages(seed).values())) for seed in (0, 1)]
+    assert rows["MAP@100"].startswith(f"{scores[0]:.4f} on val")
+    assert rows["on test"].startswith(f"{scores[1]:.4f}")
+
+
 def test_warning_about_a_failed_report_names_the_command_for_its_split(tmp_path):
     wanted = r"ValueError: no axis\n.*\n.* --config.eval.split=test$"
     with pytest.warns(VidjaxWarning, match=wanted), analysis.describe_faults(tmp_path, "test"):
