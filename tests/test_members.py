@@ -107,6 +107,11 @@ def test_run_is_restored_from_its_checkpoint_and_not_from_copies(nearest_run, da
         assert (folder / name).read_bytes() == (nearest_run / name).read_bytes()
 
 
+def test_results_name_the_step_with_the_best_map(nearest_run):
+    metrics, (step,) = RunFolder(nearest_run).metrics(), checkpoint.manifests(nearest_run)
+    assert (metrics["best_step"], metrics["best_map"]) == (step, metrics["map"])
+
+
 COPIES = ("identities.json", "members.npz")
 
 
