@@ -357,7 +357,8 @@ def test_the_program_whose_memory_was_compared_is_the_one_that_runs(
         monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: free)
         compiled.clear()
         words_of_run = *words, f"--config.num_epochs={epochs}", f"--config.data.mode={mode}"
-        small.run(small.shrunk(*words_of_run), tmp_path / name, data)
+        spec = "configs/quality_fusion.py:iqiyi_vid"
+        small.run(small.shrunk(*words_of_run, spec=spec), tmp_path / name, data)
         found = manifests(tmp_path / name)
         manifest = found[max(found)]
         return manifest["mode"], manifest["group_size"], len(compiled)
@@ -380,7 +381,8 @@ def test_the_program_whose_memory_was_compared_is_the_one_that_runs(
 @pytest.mark.slow
 def test_memory_of_a_step_contains_no_state_and_no_clips(data):
     """More members need more memory. Streamed clips need the memory of two batches."""
-    config = small.shrunk("--config.ensemble.seeds=4", "--config.batch_size=64")
+    words = "--config.ensemble.seeds=4", "--config.batch_size=64", "--config.modalities=face"
+    config = small.shrunk(*words)
     plan, mesh = plan_lib.make_plan(config, data), devices_lib.make_mesh(1)
     layout = resident.make_resident_plan(data, plan.batches, ["val"])
     rngs = ensemble.make_rngs(plan.training_sets.members, 0)
