@@ -120,14 +120,14 @@ def test_a_limited_job_gets_arguments_but_no_sockets_or_programs():
     assert answer["refused"] == ["socket", "program"]
 
 
-@pytest.mark.parametrize("pipe", [2, 3])
+@pytest.mark.parametrize("pipe", ["errors", "results"])
 def test_output_of_a_job_cannot_fill_the_memory_of_the_parent(pipe):
     tracemalloc.start()
     with pytest.raises(UserError, match=r"film\.mp4"):
         run("flood", cpu_seconds=1, pipe=pipe)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < (4 if pipe == 3 else 0.1) * processes.OUTPUT_BYTES
+    assert peak < (4 if pipe == "results" else 0.1) * processes.OUTPUT_BYTES
 
 
 def test_a_job_cannot_write_a_file_longer_than_its_memory(tmp_path):

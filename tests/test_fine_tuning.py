@@ -22,7 +22,6 @@ from vidjax.training.plan import make_plan
 from vidjax.utils.errors import UserError, VidjaxWarning
 
 MLP = "configs/quality_fusion.py:iqiyi_vid"
-LEAVE_OUT = "--config.data.distractors=leave_out"
 NAMES = ("cosine", "mma", "deepmef", "residual_dense:face,one", "noise_classes")
 
 

@@ -341,24 +341,6 @@ def test_folds_measure_a_training_split_and_runs_on_all_clips_rank_the_others(
     assert runs == folds + [(f"{name}_all", of_all, 0) for name, *_ in folds if of_all]
 
 
-@pytest.mark.slow
-def test_a_blend_that_is_trained_only_on_train_ranks_val_with_the_runs_on_all_clips(
-    joint, tmp_path
-):
-    config, data = copy.deepcopy(joint[0]), joint[2]
-    config.data.train_splits = ("train",)
-    results, _ = public.train_run(config, RunFolder(tmp_path), data)
-    folder = RunFolder(tmp_path)
-    metrics = {split: folder.metrics(folder.paths(split)) for split in ("train", "val")}
-    assert results["map"] == metrics["val"]["map"] > 0.5
-    assert (metrics["train"]["map_kind"], metrics["val"]["map_kind"]) == ("out_of_fold", "val")
-    names = [Path(row["name"]).name for row in metrics["train"]["runs"]]
-    assert names == ["1_plda", "2_plda"]
-    assert metrics["val"]["runs"][0]["name"].endswith("1_plda_all")
-    again, was_finished = public.train_run(config, RunFolder(tmp_path), data)
-    assert was_finished and again["map"] == results["map"]
-
-
 def test_splits_without_ground_truth_and_fields_that_no_system_reads_are_refused(joint, tmp_path):
     config, data = copy.deepcopy(joint[0]), joint[2]
     config.data.train_splits = ("train", "test")

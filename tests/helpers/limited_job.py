@@ -1,7 +1,9 @@
 """A job of `vidjax.utils.processes` that does what a test asks for."""
 
+import contextlib
 import os
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -11,6 +13,15 @@ import numpy as np
 
 from vidjax.utils import processes
 from vidjax.utils.errors import UserError
+
+
+def find_results() -> int:
+    """Returns the number of the pipe for results, which differs between versions of Python."""
+    for number in range(3, 100):
+        with contextlib.suppress(OSError):  # there is no such file
+            if stat.S_ISFIFO(os.fstat(number).st_mode):
+                return number
+    raise AssertionError("there is no pipe for results")
 
 
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -29,11 +40,12 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
             return {"process": os.getpid()}
         case "crash":
             os.abort()
-        case "print":  # the file 3 is the pipe for results
-            os.write(3, arguments["text"].encode() + b"\n")
-        case "flood":  # the files 2 and 3 are the pipes for errors and for results
+        case "print":
+            os.write(find_results(), arguments["text"].encode() + b"\n")
+        case "flood":  # standard error is file 2
+            pipe = 2 if arguments["pipe"] == "errors" else find_results()
             for _ in range(256):
-                os.write(arguments["pipe"], b"x" * (1 << 20))
+                os.write(pipe, b"x" * (1 << 20))
             os.abort()
         case "disk":
             with open(arguments["file"], "wb") as file:
