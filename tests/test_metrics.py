@@ -314,7 +314,7 @@ def test_map_without_suspected_labels_equals_map_of_the_other_clips():
     labels[:8] = (shown[:8] + 1) % people + 1
     scores[np.arange(4), labels[:4] - 1] = 6.0  # the label is the second best
     labels[50:] = 0  # distractors
-    scores -= special.logsumexp(scores, axis=1, keepdims=True)
+    scores -= np.asarray(special.logsumexp(scores, axis=1, keepdims=True))
     pool = np.arange(num) < num - 1
 
     def rank(clips, labels):
