@@ -245,15 +245,20 @@ def test_runs_that_score_no_common_clip_are_refused(thirds, evaluate_blend, tmp_
     assert not [*tmp_path.iterdir()]
 
 
-def test_restored_blend_ranks_new_clips_as_the_command_did(joint):
-    _, folder, data = joint
+@pytest.fixture(scope="module")
+def restored(joint):
+    """The restored blend, and its scores of test."""
+    run = vidjax.restore(joint[1])
+    return run, run.scores(joint[2], split="test")
+
+
+def test_restored_blend_ranks_new_clips_as_the_command_did(joint, restored):
+    (_, folder, data), (restored, scores) = joint, restored
     clips = data.split("test").clips
-    restored = vidjax.restore(folder)
     ranking = restored.rank(data, split="test")
     names = [line.split()[1:] for line in (folder / "ranking_test.txt").read_text().splitlines()]
     expected = [[name.removesuffix(".mp4") for name in row] for row in names]
     assert [[clip for clip, _ in row] for row in ranking.values()] == expected
-    scores = restored.scores(data, split="test")
     shown = {clip: score for clip, score in ranking[restored.identities[3]]}
     for clip, row in zip(clips, scores, strict=True):
         assert clip not in shown or shown[clip] == row[3]
@@ -262,7 +267,7 @@ def test_restored_blend_ranks_new_clips_as_the_command_did(joint):
     refused(lambda: predict.restore_run(folder), str(folder / "1_plda_all"))
 
 
-def test_scores_are_kept_as_an_array_if_the_user_asks(copied):
+def test_scores_are_kept_as_an_array_if_the_user_asks(copied, restored):
     _, folder, data = copied
     config = RunFolder(folder).config
     config.eval.keep_scores, config.eval.split = True, "test"
@@ -272,7 +277,7 @@ def test_scores_are_kept_as_an_array_if_the_user_asks(copied):
     assert names == {"clips": [*data.split("test").clips], "identities": [*data.identities]}
     found = forget.forget([], [names["clips"][0]], [folder]).found
     assert folder in {place.path for place in found}
-    np.testing.assert_array_equal(scores, vidjax.restore(folder).scores(data, split="test"))
+    np.testing.assert_array_equal(scores, restored[1])
     single = RunFolder(folder / "1_plda")
     config = single.config
     config.eval.keep_scores = True
