@@ -47,8 +47,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # Files with few, long tests. If such a file started last, the other processes would be idle.
 LONG_FILES = {
     "test_adding.py", "test_blend.py", "test_distributed.py", "test_run_data.py",
-    "test_export.py", "test_gallery_commands.py", "test_kill.py", "test_notebooks.py",
-    "test_readme.py", "test_train.py",
+    "test_export.py", "test_gallery_commands.py", "test_joint.py", "test_kill.py",
+    "test_notebooks.py", "test_readme.py", "test_train.py",
 }  # fmt: skip
 
 
@@ -187,6 +187,22 @@ def read_here(monkeypatch: pytest.MonkeyPatch) -> None:
         return subprocess.CompletedProcess([], 0, lines, b"")
 
     monkeypatch.setattr(processes.Children, "run", run)
+
+
+@pytest.fixture
+def tables_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are read in this process, because a new child process takes half a second."""
+    pytest.importorskip("pyarrow")
+    from vidjax.utils import errors, processes
+
+    def read(module: str, path: Path, words: Any, **limits: Any) -> Any:
+        answer = processes._answer(sys.modules[module].work, str(path), words, "")
+        found = processes._parse_answer(path, json.dumps(answer).encode())
+        if isinstance(found, errors.UserError):
+            raise found
+        return found
+
+    monkeypatch.setattr(processes, "run_limited", read)
 
 
 @pytest.fixture(scope="session")

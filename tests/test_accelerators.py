@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from tests.benchmarks import accelerators, common
+from tests.helpers.cases import quick_first
 from vidjax.core import devices
 
 # In a streamed batch, a device has only its clips, so joined clips need the clips of all devices.
@@ -20,7 +21,7 @@ def assert_only_reduces(system, program, row):
     assert row["collectives"].keys() <= allowed, (system, program)
 
 
-@pytest.mark.parametrize("program", accelerators.TRAINING)
+@pytest.mark.parametrize("program", quick_first(accelerators.TRAINING))
 def test_devices_join_clips_without_sorting_them_together(program):
     """Two members train together. With a sort over all devices, XLA exchanges more arrays."""
     words = "batch_size=16", "ensemble.folds=2", "model.layers=()"

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.cases import quick_first
 from vidjax.core import augment, fusion, losses, metrics, optim
 from vidjax.data import sources
 from vidjax.data.arrays import FeatureDict
@@ -141,10 +142,10 @@ MISTAKES = {
              "config.loss.classification = 'own'"),
     "margin": (losses.MARGINS, "losses.MARGINS", "def own(logits, labels, *, margin, scale):",
                "own", "config.loss.update(margin=0.5, margin_type='own')"),
-    "metric": (metrics.CLIP_METRICS, "metrics.CLIP_METRICS", "def own(clips, labels):",
-               "metrics.Metric('own', '', own)", "pass"),
     "fusion": (fusion.FUSIONS, "fusion.FUSIONS", "def own(frames):", "own",
                "config.fusion.face.train = ConfigDict({'name': 'own'})"),
+    "metric": (metrics.CLIP_METRICS, "metrics.CLIP_METRICS", "def own(clips, labels):",
+               "metrics.Metric('own', '', own)", "pass"),
     "transform": (augment.TRANSFORMS, "augment.TRANSFORMS", "def own(rng, clips):",
                   "augment.Transform(own)", "config.transforms = ('own',)"),
     "optimizer": (optim.OPTIMIZERS, "optim.OPTIMIZERS", OPTIMIZER, "own",
@@ -173,7 +174,8 @@ def train_own(tmp_path, monkeypatch, command):
     return train
 
 
-@pytest.mark.parametrize("name", MISTAKES)
+# The next test has quick cases of the other tables.
+@pytest.mark.parametrize("name", quick_first(MISTAKES, 4))
 def test_mistake_in_an_added_function_is_reported_with_its_line_before_data_are_read(
     train_own, name
 ):
@@ -203,7 +205,9 @@ def test_own_code_in_the_folder_of_the_shipped_files_is_traced(train_own, tmp_pa
     assert "own.py' line" in train_own("decay", "jnp.mistake")[0]
 
 
-def test_added_fact_about_a_run_is_stored_kept_and_described(tmp_path, monkeypatch, say):
+def test_added_fact_about_a_run_is_stored_kept_and_described(
+    tmp_path, monkeypatch, official_dir, say
+):
     """Only the tuple of facts and the function that computes the new fact change."""
     added = facts.Fact(
         key="sensor", kind=str, describe="a {} camera".format, label="camera",
@@ -219,7 +223,8 @@ def test_added_fact_about_a_run_is_stored_kept_and_described(tmp_path, monkeypat
 
     monkeypatch.setattr(resume, "start", start_with_fact)
     run, other = tmp_path / "run", tmp_path / "other"
-    summary = say("--config=configs/knn.py", f"--workdir={run}")
+    words = "--config=knn:iqiyi_vid,face", f"--config.data.dir={official_dir}"
+    summary = say(*words, "--config.eval.block_size=16", f"--workdir={run}")
     shutil.copytree(run, other)
     (entries,) = checkpoint.manifests(run).values()
     assert entries["sensor"] == json.loads((run / "metrics.json").read_text())["sensor"] == "new"

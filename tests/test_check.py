@@ -12,7 +12,6 @@ import pytest
 
 from tests.helpers import clip_files, made_galleries
 from tests.helpers.datasets import prepare
-from vidjax.main import main
 from vidjax.runs import checkpoint
 from vidjax.utils import confinement
 from vidjax.utils.errors import VidjaxWarning
@@ -193,28 +192,3 @@ def test_check_of_a_gallery_reports_its_people_and_damage(tmp_path, check):
     os.truncate(tmp_path / "gallery.sqlite", 5000)
     code, lines = check(f"--workdir={tmp_path}")
     assert code == 2 and lines[-1].startswith("FAULT")
-
-
-def test_a_blend_is_checked_with_all_its_systems_and_runs(official_dir, cache_dir, tmp_path, check):
-    words = (
-        "ensemble.folds=2", f"data.dir={official_dir}", f"data.cache_dir={cache_dir}",
-        "eval.report=False",
-    )  # fmt: skip
-    flags = [f"--config.{word}" for word in words]
-    config = "--config=joint:iqiyi_vid,few,plda,face"
-    code, lines = check(config, *flags)
-    assert code == 0 and lines[-1] == "all good"
-    assert any(line.strip().startswith("ok     data: ") for line in lines)
-    config_lib_flags = [config, *flags, f"--workdir={tmp_path / 'best'}"]
-    assert main(["train", *config_lib_flags]) == 0
-    place = f"--workdir={tmp_path / 'best'}", f"--config.data.cache_dir={cache_dir}"
-    code, lines = check(*place)
-    assert code == 0
-    assert {"1_plda: run", "1_plda_all: run"} <= {
-        line.split("ok     ")[1].rpartition(": step")[0].rpartition("/")[2] for line in lines
-        if ": step" in line
-    }  # fmt: skip
-    data = next((tmp_path / "best" / "1_plda" / "checkpoints").rglob("_METADATA"))
-    data.write_text("{}")
-    code, lines = check(*place)
-    assert code == 3 and "1_plda: checkpoint" in lines[-1]

@@ -52,10 +52,6 @@ def test_two_cores_convert_to_the_same_bytes_as_one(kind, tmp_path, monkeypatch)
     assert len(found[0]) > 10  # each of three splits has 4 files, and there are 3 other files
 
 
-def test_conversion_command_prints_the_clips_of_each_split(tmp_path, official_dir, say):
-    assert "train: " in say(official_dir, f"--cache_dir={tmp_path}", program=iqiyi_vid.main)
-
-
 def test_digest_of_a_file_written_within_a_clock_tick_is_not_kept(tmp_path, monkeypatch):
     """If a file is written twice within a tick of the clock, its time stays the same.
 
@@ -165,17 +161,17 @@ def test_job_that_prints_no_result_is_an_error(text):
 
 
 def test_job_that_crashes_or_takes_too_long_does_not_affect_other_jobs():
-    """The CPU time is limited for each job. The others take 2.4 s together, in one process."""
-    wanted = ["work", "crash", "work", "work", "work", "time", "work"]
+    """The CPU time is limited for each job. The last three take 2.4 s together, in one process."""
+    wanted = ["time", "process", "crash", "work", "work", "work"]
     given = [(Path(f"{number}.mp4"), {"wanted": job}) for number, job in enumerate(wanted)]
     answers = processes.run_limited_each(
         limited_job.__name__, given, memory_bytes=1 << 31, cpu_seconds=2
     )
     failed = {number: str(x) for number, x in enumerate(answers) if isinstance(x, UserError)}
-    assert [*failed] == [1, 5] and len(answers) == len(wanted)
-    assert "'1.mp4' is damaged" in failed[1] and "'5.mp4' is refused" in failed[5]
+    assert [*failed] == [0, 2] and len(answers) == len(wanted)
+    assert "'0.mp4' is refused" in failed[0] and "'2.mp4' is damaged" in failed[2]
     ids = [answer["process"] for answer in answers if isinstance(answer, dict)]
-    assert [ids.count(number) for number in dict.fromkeys(ids)] == [1, 3, 1]
+    assert [ids.count(number) for number in dict.fromkeys(ids)] == [1, 3]
 
 
 @pytest.mark.parametrize(("groups", "files", "limit", "free", "cores"), [

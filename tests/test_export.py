@@ -7,6 +7,7 @@ import runpy
 import shutil
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -127,10 +128,34 @@ def test_difference_of_outputs_is_large_if_only_one_is_not_finite():
         assert function.difference({"scores": [other]}, expected) > array_files.TOLERANCE  # 1e-5
 
 
-def test_format_that_a_user_adds_is_offered_by_the_command(tmp_path, export, monkeypatch):
-    mine = formats.Format("mine.bin", lambda *_: dict, (), "")
-    monkeypatch.setitem(FORMATS, "mine", mine)
+@pytest.mark.parametrize("logs", [True, False])
+def test_exported_scores_are_the_mean_of_the_members(monkeypatch, logs):
+    """The scores of a member are its parameters here. Column 0, a stranger, is left out."""
+    monkeypatch.setattr(function.eval_step, "eval_step", lambda system, params, *_: params)
+    system = SimpleNamespace(scores_are_logs=logs, top_classes=0)
+    run: Any = SimpleNamespace(model=SimpleNamespace(system=system), identities=("a", "b"))
+    scores = -np.random.default_rng(0).uniform(1, 9, (3, 4, 3)).astype(np.float32)  # [E, B, K]
+    members: Any = [(x, {}, None) for x in scores]
+    batch: Any = None
+    found = function._compute_scores(run, members, batch)
+    wanted = np.log(np.exp(scores).mean(axis=0)) if logs else scores.mean(axis=0)
+    np.testing.assert_allclose(found, wanted[:, 1:], rtol=1e-5)
+
+
+def test_format_that_a_user_adds_is_written_and_compared_with_the_run(
+    nearest_run, tmp_path, export, monkeypatch
+):
+    def write(run, inputs, folder):
+        (folder / "mine.bin").write_text(" ".join(inputs))
+        compute = jax.jit(function.make_function(run))
+        return lambda given: {name: 3e-6 + np.asarray(x) for name, x in compute(given).items()}
+
+    monkeypatch.setitem(FORMATS, "mine", formats.Format("mine.bin", write, (), ""))
+    facts = export(nearest_run, "mine")
+    assert 1e-6 < facts["difference"] < array_files.TOLERANCE
+    assert facts["inputs"].keys() == {*(tmp_path / "out" / "mine.bin").read_text().split()}
     people = made_galleries.make(tmp_path / "people").folder
+    shutil.rmtree(tmp_path / "out")
     assert "choose --format=safetensors or --format=numpy" in export(people, "mine", code=2)
 
 
@@ -366,7 +391,6 @@ def as_onnx(*names):
     return model.SerializeToString(), inputs
 
 
-@pytest.mark.slow
 def test_onnx_operations_equal_jax_operations_or_are_refused():
     onnxruntime = pytest.importorskip("onnxruntime")
     graph, inputs = as_onnx(*OPERATIONS.keys() - {"lgamma"})

@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,12 +17,11 @@ from vidjax.core import devices, ensemble
 from vidjax.core.ensemble import Member, TrainingSets
 from vidjax.runs import checkpoint, config_io, members_file, signals
 from vidjax.runs.run_folder import RunFolder
-from vidjax.training import early_stop, init_from, public, train_step
+from vidjax.training import early_stop, init_from, profiler, public, resume, train_step
 from vidjax.training.plan import make_plan
 from vidjax.utils.errors import UserError, VidjaxWarning
 
 MLP = "configs/quality_fusion.py:iqiyi_vid"
-LEAVE_OUT = "--config.data.distractors=leave_out"
 NAMES = ("cosine", "mma", "deepmef", "residual_dense:face,one", "noise_classes")
 
 
@@ -205,6 +205,39 @@ def test_training_ends_after_evaluations_without_a_better_value(metric, values, 
     refused(lambda: early_stop.add_evaluation(config, None, 1, {}), metric, "eval.split")
     config.early_stop.metric = "mpa"
     refused(lambda: early_stop.check_metric(config), "did you mean 'map'?")
+
+
+def test_more_epochs_continue_a_training_that_ended_early():
+    stopped = {"metric": "map", "best": 0.5, "step": 2, "waited": 2, "stopped": True}
+    manifest = {"step": 6, "config": {"num_epochs": 5}, "early_stop": stopped}
+    again, longer = (resume.continue_facts(manifest, number)["early_stop"] for number in (5, 6))
+    assert again.stopped and not longer.stopped
+    assert (longer.waited, longer.best, longer.step) == (0, 0.5, 2)
+
+
+@pytest.mark.parametrize(("manifest", "num_epochs", "wanted"), [
+    ({"step": 3, "config": {"num_epochs": 5}}, 5, []),
+    ({"step": 3, "config": {"num_epochs": 5}}, 6, [[0, 5], [3, 6]]),
+    ({"step": 9, "config": {"num_epochs": 6}, "extended": [[0, 5], [3, 6]]}, 6, [[0, 5], [3, 6]]),
+    # No step was trained with 6 epochs.
+    ({"step": 3, "config": {"num_epochs": 6}, "extended": [[0, 5], [3, 6]]}, 8, [[0, 5], [3, 8]]),
+])  # fmt: skip
+def test_epochs_of_a_run_are_listed_from_the_step_of_each_change(manifest, num_epochs, wanted):
+    assert resume.list_epochs(manifest, num_epochs) == wanted
+
+
+@pytest.mark.parametrize(("window", "traced"), [((), []), ((1, 3), [2, 3]), ((3, 9), [4, 5])])
+def test_steps_of_the_window_are_traced(tmp_path, monkeypatch, window, traced):
+    """A run of 5 steps. The trace also ends if the training ends before the window."""
+    running, seen = [False], []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: running.__setitem__(0, True))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: running.__setitem__(0, False))
+    with profiler.trace_steps(tmp_path, window) as start_or_stop:
+        for step in range(5):
+            start_or_stop(step)
+            seen += [step + 1] * running[0]
+        start_or_stop(5)
+    assert seen == traced and not running[0]
 
 
 def write_labelled(folder):

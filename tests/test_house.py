@@ -35,10 +35,15 @@ WITHOUT = {
 
 
 @functools.cache
+def nodes(path):
+    return [*ast.walk(ast.parse(path.read_text()))]
+
+
+@functools.cache
 def imports(path):
     """Returns the modules that a file imports, in functions too, except for type checkers."""
     modules, ignored = set(), set()
-    for node in ast.walk(ast.parse(path.read_text())):  # an `if` comes before its body
+    for node in nodes(path):  # an `if` comes before its body
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             ignored |= {*node.body}
         elif isinstance(node, ast.Import) and node not in ignored:
@@ -58,9 +63,8 @@ def test_folders_import_only_lower_folders_without_cycles():
         if not module.startswith("vidjax.data.tfds"):
             assert not {name.split(".")[0] for name in names} & TENSORFLOW, module
         for name in names:
-            assert name != "vidjax", (
-                module
-            )  # it imports everything: `utils.version` has the version
+            # `vidjax` imports everything. `utils.version` has the version.
+            assert name != "vidjax", module
             if name.startswith("vidjax."):
                 below = name.split(".")[1]
                 assert FOLDERS.index(below) <= FOLDERS.index(folder), f"{module} imports {name}"
@@ -116,9 +120,9 @@ def is_unsafe(node):
 
 def test_no_module_executes_data_as_code():
     for path in (*MODULES.values(), *(ROOT / "configs").rglob("*.py")):
-        text = path.read_text()
-        assert not any(map(is_unsafe, ast.walk(ast.parse(text)))), path
-        assert not re.search(r"/work/|/root/|/tmp/", text), path  # folders of developers
+        assert not any(map(is_unsafe, nodes(path))), path
+        # No path of a developer is in a file.
+        assert not re.search(r"/work/|/root/|/tmp/", path.read_text()), path
 
 
 def test_workflows_pin_their_actions_and_ask_for_few_rights():

@@ -1,7 +1,6 @@
 """Systems that one command trains and joins: learned numbers against an oracle, files, repeats."""
 
 import copy
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -16,9 +15,10 @@ from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused
 from vidjax.apps import forget
 from vidjax.evaluation import calibration, predict
+from vidjax.models import plda_fit, two_covariance
 from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.run_folder import RunFolder, make_and_lock
-from vidjax.training import public
+from vidjax.training import joint as joint_lib, public
 from vidjax.training.dry_run import dry_run
 
 C = 6
@@ -74,9 +74,10 @@ def test_a_run_that_shows_the_wrong_person_in_some_clips_is_trusted_less():
 
 
 def test_numbers_learned_from_candidates_are_as_good_as_those_from_all_identities(monkeypatch):
-    """A run without strangers has the highest odds of all runs for thousands of identities."""
+    """A run without strangers has the highest odds of all runs for hundreds of identities."""
+    monkeypatch.setattr(calibration, "CANDIDATES", 40)
     count = 8 * calibration.CANDIDATES
-    labels = RNG.integers(1, 1 + count, 600)
+    labels = RNG.integers(1, 1 + count, 300)
     logs = np.stack([make_scores(labels, labels, 1.8, count) for _ in range(2)])
     logs[0] -= logsumexp(logs[0], axis=1, keepdims=True)  # it never sees a stranger
     part = calibration.split_clips(labels)
@@ -93,7 +94,7 @@ def test_numbers_learned_from_candidates_are_as_good_as_those_from_all_identitie
 
 
 def test_strangers_are_recognised_if_no_stranger_was_among_the_clips_to_learn_from():
-    labels = RNG.integers(1, 1 + C, 900)
+    labels = RNG.integers(1, 1 + C, 450)
     scores = np.stack([make_scores(labels, labels, 3.0) for _ in range(2)])
     part = calibration.split_clips(labels)
     sets = calibration.learn([calibration.choose_candidates(scores, labels, part)])
@@ -101,6 +102,31 @@ def test_strangers_are_recognised_if_no_stranger_was_among_the_clips_to_learn_fr
     of_strangers = np.stack([make_scores(nobody, nobody, 3.0) for _ in range(2)])
     joined = calibration.join_scores(of_strangers, calibration.Calibration(*(x[-1] for x in sets)))
     assert np.median(np.exp(np.asarray(joined)).sum(axis=1)) < 0.1
+
+
+def test_numbers_for_a_part_are_learned_from_the_clips_of_other_parts():
+    labels = RNG.integers(0, 1 + C, 450)
+    part = calibration.split_clips(labels)
+    logs = np.stack([make_scores(labels, labels, 1.0) for _ in range(2)])
+    spoilt = logs.copy()
+    spoilt[0, part == 1] = logs[0, part == 1, ::-1]  # scores of other people
+    before, after = (
+        calibration.learn([calibration.choose_candidates(x, labels, part)]) for x in (logs, spoilt)
+    )
+    for x, y in zip(before, after, strict=True):
+        np.testing.assert_array_equal(x[1], y[1])
+    assert (before.trust[[0, 2, 3], 0] > after.trust[[0, 2, 3], 0]).all()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fixed_settings():
+    """PLDA has these settings: to fit them takes longer than everything else in this file."""
+    settings = two_covariance.Settings(
+        within=0.5, between=0.5, scale=0.1, unenrolled=-1.0, stranger=-1.0, centred=1.0
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plda_fit, "fit_member_settings", lambda *_: settings._asdict())
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -180,49 +206,59 @@ def test_a_deleted_report_is_written_again(copied):
     assert not was_finished and RunFolder(folder).metrics()["finished"]
 
 
-def test_runs_with_other_folds_are_refused_if_numbers_are_learned(joint, tmp_path, cache_dir):
-    config, folder, data = joint
+@pytest.fixture(scope="module")
+def thirds(joint, tmp_path_factory):
+    """The folders of two runs of the second system. Each scores another third of the clips."""
+    config, _, data = joint
     own = config_io.load_system(config, config.join.systems[1], final=False)
     own.ensemble.folds, own.eval.split = 3, "val"
-    with make_and_lock(tmp_path / "three"):
-        public.train_run(own, RunFolder(tmp_path / "three"), data)
-    blend_config = config_lib.default()
-    blend_config.join.learned = True
-    made = RunFolder(tmp_path / "made")
-    made.path.mkdir()
-    for runs in itertools.permutations((str(folder / "1_plda"), str(tmp_path / "three"))):
-        blend_config.join.runs = runs
-        refused(lambda: public.evaluate_run(blend_config, made, data), "ensemble.folds")
-    blend_config.join.learned = False
-    metrics = public.evaluate_run(blend_config, made, data)["val"]
-    assert metrics["num_clips"] == len(data.split("val").clips)
-
-
-def test_runs_that_score_no_common_clip_are_refused(joint, tmp_path):
-    config, _, data = joint
-    own = config_io.load_system(config, config.join.systems[0], final=False)
-    own.eval.split = "val"
+    folders = []
     for number in (0, 1):
         own.ensemble.only = (number,)
-        with make_and_lock(tmp_path / str(number)):
-            public.train_run(own, RunFolder(tmp_path / str(number)), data)
-    config = config_lib.default()
-    config.join.runs = (str(tmp_path / "0"), str(tmp_path / "1"))
-    made = RunFolder(tmp_path / "made")
-    made.path.mkdir()
-    refused(lambda: public.evaluate_run(config, made, data), "no clip is scored by all", "folds")
-    assert not [*made.path.iterdir()]
+        folders.append(tmp_path_factory.mktemp("runs") / str(number))
+        with make_and_lock(folders[-1]):
+            public.train_run(own, RunFolder(folders[-1]), data)
+    return folders
 
 
-def test_restored_blend_ranks_new_clips_as_the_command_did(joint):
-    _, folder, data = joint
+@pytest.fixture
+def evaluate_blend(joint, tmp_path):
+    """Returns a function: folders of runs -> the metrics of their blend in `tmp_path` on val."""
+
+    def evaluate(*folders, learned=False):
+        config = config_lib.default()
+        config.join.runs, config.join.learned = (*map(str, folders),), learned
+        return public.evaluate_run(config, RunFolder(tmp_path), joint[2])["val"]
+
+    return evaluate
+
+
+def test_runs_with_other_folds_are_refused_if_numbers_are_learned(joint, thirds, evaluate_blend):
+    folders = (joint[1] / "1_plda", thirds[0])
+    for order in (folders, folders[::-1]):
+        refused(lambda order=order: evaluate_blend(*order, learned=True), "ensemble.folds")
+    assert evaluate_blend(*folders)["num_clips"] == RunFolder(thirds[0]).metrics()["num_clips"]
+
+
+def test_runs_that_score_no_common_clip_are_refused(thirds, evaluate_blend, tmp_path):
+    refused(lambda: evaluate_blend(*thirds), "no clip is scored by all", "folds")
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.fixture(scope="module")
+def restored(joint):
+    """The restored blend, and its scores of test."""
+    run = vidjax.restore(joint[1])
+    return run, run.scores(joint[2], split="test")
+
+
+def test_restored_blend_ranks_new_clips_as_the_command_did(joint, restored):
+    (_, folder, data), (restored, scores) = joint, restored
     clips = data.split("test").clips
-    restored = vidjax.restore(folder)
     ranking = restored.rank(data, split="test")
     names = [line.split()[1:] for line in (folder / "ranking_test.txt").read_text().splitlines()]
     expected = [[name.removesuffix(".mp4") for name in row] for row in names]
     assert [[clip for clip, _ in row] for row in ranking.values()] == expected
-    scores = restored.scores(data, split="test")
     shown = {clip: score for clip, score in ranking[restored.identities[3]]}
     for clip, row in zip(clips, scores, strict=True):
         assert clip not in shown or shown[clip] == row[3]
@@ -231,7 +267,7 @@ def test_restored_blend_ranks_new_clips_as_the_command_did(joint):
     refused(lambda: predict.restore_run(folder), str(folder / "1_plda_all"))
 
 
-def test_scores_are_kept_as_an_array_if_the_user_asks(copied):
+def test_scores_are_kept_as_an_array_if_the_user_asks(copied, restored):
     _, folder, data = copied
     config = RunFolder(folder).config
     config.eval.keep_scores, config.eval.split = True, "test"
@@ -241,7 +277,7 @@ def test_scores_are_kept_as_an_array_if_the_user_asks(copied):
     assert names == {"clips": [*data.split("test").clips], "identities": [*data.identities]}
     found = forget.forget([], [names["clips"][0]], [folder]).found
     assert folder in {place.path for place in found}
-    np.testing.assert_array_equal(scores, vidjax.restore(folder).scores(data, split="test"))
+    np.testing.assert_array_equal(scores, restored[1])
     single = RunFolder(folder / "1_plda")
     config = single.config
     config.eval.keep_scores = True
@@ -252,6 +288,22 @@ def test_scores_are_kept_as_an_array_if_the_user_asks(copied):
     config.eval.keep_scores = False
     public.evaluate_run(config, single, data)  # scores of an earlier evaluation are deleted
     assert not (folder / "1_plda" / "scores.npy").exists()
+
+
+def test_all_systems_and_runs_of_a_blend_are_checked(copied, official_dir, cache_dir, command):
+    _, folder, _ = copied
+    data = f"--config.data.dir={official_dir}", f"--config.data.cache_dir={cache_dir}"
+    system = "--config=joint:iqiyi_vid,few,plda,face", "--config.ensemble.folds=2"
+    done = command("check", *system, *data)
+    assert done.code == 0 and "ok     data: " in done.out and done.out.endswith("all good\n")
+    words = "check", f"--workdir={folder}", data[1]
+    done = command(*words)
+    assert done.code == 0
+    for name in ("1_plda", "2_plda", "1_plda_all", "2_plda_all"):
+        assert f"{name}: run: step" in done.out
+    next((folder / "2_plda" / "checkpoints").rglob("_METADATA")).write_text("{}")
+    done = command(*words)
+    assert done.code == 3 and "2_plda: checkpoint" in done.out.splitlines()[-1]
 
 
 def test_learned_numbers_of_another_blend_are_refused(copied):
@@ -272,21 +324,26 @@ def test_too_little_space_for_scores_is_one_error(joint, monkeypatch):
     refused(lambda: vidjax.restore(joint[1]).scores(joint[2], split="test"), "No space left")
 
 
-def test_a_blend_that_is_trained_only_on_train_ranks_val_with_the_runs_on_all_clips(
-    joint, tmp_path
+@pytest.mark.parametrize(("trained", "asked", "wanted", "of_all"), [
+    (("train", "val"), "val", ("val", "test"), "test"),
+    (("train",), "val", ("train", "val", "test"), "test"),
+    (("train", "val"), "test", ("val", "test"), "test"),
+    (("train", "val", "test"), "val", ("val",), None),
+])  # fmt: skip
+def test_folds_measure_a_training_split_and_runs_on_all_clips_rank_the_others(
+    joint, tmp_path, monkeypatch, trained, asked, wanted, of_all
 ):
-    config, data = copy.deepcopy(joint[0]), joint[2]
-    config.data.train_splits = ("train",)
-    results, _ = public.train_run(config, RunFolder(tmp_path), data)
-    folder = RunFolder(tmp_path)
-    metrics = {split: folder.metrics(folder.paths(split)) for split in ("train", "val")}
-    assert results["map"] == metrics["val"]["map"] > 0.5
-    assert (metrics["train"]["map_kind"], metrics["val"]["map_kind"]) == ("out_of_fold", "val")
-    names = [Path(row["name"]).name for row in metrics["train"]["runs"]]
-    assert names == ["1_plda", "2_plda"]
-    assert metrics["val"]["runs"][0]["name"].endswith("1_plda_all")
-    again, was_finished = public.train_run(config, RunFolder(tmp_path), data)
-    assert was_finished and again["map"] == results["map"]
+    config, data, runs = copy.deepcopy(joint[0]), joint[2], []
+    config.data.train_splits, config.eval.split, config.join.learned = trained, asked, False
+    monkeypatch.setattr(joint_lib.analysis, "score_splits", lambda *words: words[-len(wanted) :])
+    monkeypatch.setattr(joint_lib.analysis, "write_results", lambda *words: {asked: words[2]})
+    found = joint_lib.train_systems(
+        config, RunFolder(tmp_path), data,
+        lambda own, folder, _: runs.append((folder.path.name, own.eval.split, own.ensemble.folds)),
+    )  # fmt: skip
+    assert found == wanted
+    folds = [(name, wanted[0], 2) for name in ("1_plda", "2_plda")]
+    assert runs == folds + [(f"{name}_all", of_all, 0) for name, *_ in folds if of_all]
 
 
 def test_splits_without_ground_truth_and_fields_that_no_system_reads_are_refused(joint, tmp_path):

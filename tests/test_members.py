@@ -93,24 +93,27 @@ def test_training_sets_match_clips_by_name_and_survive_saving(tmp_path):
     np.testing.assert_array_equal(loaded.trained, trained)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"[]", b'["a", 3]', b"\x93NUMPY"])
-def test_run_is_restored_from_its_checkpoint_and_not_from_copies(
-    nearest_run, data, tmp_path, content
-):
+def test_run_is_restored_from_its_checkpoint_and_not_from_copies(nearest_run, data, tmp_path):
     """The next evaluation repairs `identities.json`, because its results refer to the file."""
     folder, wanted = shutil.copytree(nearest_run, tmp_path / "run"), restored(nearest_run)
-    for name in COPIES:
-        (folder / name).unlink()
-        if content is not None:
-            (folder / name).write_bytes(content)
-    run = restored(folder)
-    assert (run.identities, run.digest) == (wanted.identities, wanted.digest)
+    for content in (b"", b"[]", b"\x93NUMPY", None, b'["a", 3]'):
+        for name in COPIES:
+            (folder / name).unlink(missing_ok=True)
+            if content is not None:
+                (folder / name).write_bytes(content)
+        run = restored(folder)
+        assert (run.identities, run.digest) == (wanted.identities, wanted.digest)
     np.testing.assert_array_equal(run.scores(data), wanted.scores(data))
 
     (folder / "ranking.txt").unlink()
     evaluate(RunFolder(folder).config, folder, data)
     for name in ("ranking.txt", "identities.json"):
         assert (folder / name).read_bytes() == (nearest_run / name).read_bytes()
+
+
+def test_results_name_the_step_with_the_best_map(nearest_run):
+    metrics, (step,) = RunFolder(nearest_run).metrics(), checkpoint.manifests(nearest_run)
+    assert (metrics["best_step"], metrics["best_map"]) == (step, metrics["map"])
 
 
 COPIES = ("identities.json", "members.npz")

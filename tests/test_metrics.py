@@ -64,28 +64,6 @@ def test_map_of_files_matches_hand_computed_values(tmp_path, ground_truth, submi
     assert score_files(*paths) == pytest.approx(float(Fraction(*score)), rel=0, abs=1e-15)
 
 
-def test_submission_with_more_than_100_names_in_a_line_is_refused(tmp_path):
-    paths = write(tmp_path, "1 p0.mp4", f"2 p0.mp4\n1 {HUNDRED} {HUNDRED} p0.mp4 x.mp4")
-    with pytest.raises(map_oracle.Refused):
-        map_oracle.mean_average_precision(*paths)
-    refused(lambda: score_files(*paths), "ranking.txt: line 2", "101 clips", "at most 100")
-
-
-@pytest.mark.parametrize(("ground_truth", "words"), [
-    ("1 a.mp4\n2 b.mp4\n1 c.mp4", "line 3"),  # a repeated identity
-    ("1 a.mp4 b.mp4\n2", "line 2"),  # an identity without a positive
-    ("1 a.mp4\n2 b.mp4 a.mp4", "line 2"),  # a clip of two identities
-    ("a.mp4 1\nb.mp4 1\na.mp4 2", "line 3"),  # a clip with two labels
-    ("a.mp4 1\nb.mp4 1 2", "line 2"),  # three words
-    ("", "gt"),  # the name of the file
-])  # fmt: skip
-def test_invalid_ground_truth_is_refused_with_its_line(tmp_path, ground_truth, words):
-    paths = write(tmp_path, ground_truth, "1 a.mp4")
-    with pytest.raises(map_oracle.Refused):
-        map_oracle.mean_average_precision(*paths)
-    refused(lambda: score_files(*paths), words)
-
-
 def test_map_of_arrays_equals_map_of_files_bit_for_bit(tmp_path):
     """30 identities, 400 clips. One list is short, and two clips of an identity have no record."""
     rng = np.random.default_rng(1)
@@ -336,7 +314,7 @@ def test_map_without_suspected_labels_equals_map_of_the_other_clips():
     labels[:8] = (shown[:8] + 1) % people + 1
     scores[np.arange(4), labels[:4] - 1] = 6.0  # the label is the second best
     labels[50:] = 0  # distractors
-    scores -= special.logsumexp(scores, axis=1, keepdims=True)
+    scores -= np.asarray(special.logsumexp(scores, axis=1, keepdims=True))
     pool = np.arange(num) < num - 1
 
     def rank(clips, labels):

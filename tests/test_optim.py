@@ -159,9 +159,10 @@ def test_accumulated_gradients_equal_their_mean():
         tx, schedule = optim.make_optimizer(
             SPEC | spec | more, total_steps=steps, steps_per_epoch=steps / 3
         )
+        update = jax.jit(tx.update)
         state, now, kept = tx.init(params), params, []
         for grad in grads:
-            updates, state = tx.update(grad, state, now)
+            updates, state = update(grad, state, now)
             now = optax.apply_updates(now, updates)
             kept.append(now)
         return kept, schedule(np.arange(steps))

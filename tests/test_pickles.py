@@ -91,18 +91,9 @@ EDITORS: dict[str, Callable[[str], str]] = {
 }
 
 
+# test_ranking.py has the same test of ground truth.
 @pytest.mark.parametrize("edit", EDITORS.values(), ids=EDITORS)
-def test_label_and_weight_files_parse_equally_after_any_editor(edit, tmp_path):
-    # A line has a clip and its identity, or an identity and its clips.
-    wanted = {"V_70": "9", "V_8": "10", "V_900": "9"}
-    by_clip = "V_70.mp4 9\nV_8.mp4 10\nV_900.mp4 9\n"
-    by_identity = "9 V_70.mp4 V_900.mp4\n10 V_8.mp4\n"
-    assert truth(tmp_path, edit(by_clip)) == wanted
-    assert truth(tmp_path, edit(by_identity)) == wanted
-    # Without .mp4, the name of the file decides: only train has the clips in the first column.
-    for text, name in ((by_clip, "train_gt.txt"), (by_identity, "val_gt.txt")):
-        assert truth(tmp_path, edit(text).replace(".mp4", ""), name) == wanted
-
+def test_weight_files_parse_equally_after_any_editor(edit, tmp_path):
     text = "a.mp4 0.5\nb.mp4 2\nd.mp4 0.25\ne.mp4 0\n"
     expected = [0.5, 2, 1, 0.25, 0]  # c has no line
     assert weights(tmp_path, edit(text)) == expected
@@ -125,6 +116,8 @@ def test_column_order_of_labels_is_inferred_or_refused(tmp_path):
     (truth, b"a.mp4 1\n\xff.mp4 2\n", "line 2 is not UTF-8 text (byte 8)"),
     (truth, "a.mp4 1\nb.mp4 2 3\n", "line 2: the line has 3 words: write a clip and its"),
     (truth, "a.mp4 1\n2 b.mp4\n", "line 2: the clip is not in the same column"),
+    (truth, "1 a.mp4 b.mp4\n2\n", "line 2"),
+    (truth, "a.mp4 1\nb.mp4 1\na.mp4 2\n", "line 3: clip a is already in line 1"),
     (truth, "1 a.mp4\n2 b.mp4\n1 c.mp4\n", "line 3: identity 1 is already in line 1: join"),
     (truth, "1 a.mp4 b.mp4\n2 b.mp4\n", "line 2: clip b is already in line 1, with the identity 1"),
     (truth, "a.mp4 1\nb.mp4 2\nc.mp4 x\n", "line 3: identity x is not a whole number, unlike most"),

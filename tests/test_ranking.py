@@ -122,7 +122,7 @@ def test_check_new_refuses_paths_that_cannot_be_written(tmp_path, monkeypatch):
     assert "end the name" not in error  # no other ending is allowed
 
 
-def test_load_clips_reads_every_layout_without_labels(official_dir, tmp_path):
+def test_load_clips_reads_every_layout_without_labels(official_dir, tmp_path, tables_here):
     clips, face = make_clips("new", 5), {"face": np.ones((1, DIM), np.float32)}
     table = clip_files.write_parquet(tmp_path / "test.parquet", clips)
     clip_files.write_npz(tmp_path, {"arrays": {"Ada Byron": face, "b.mp4": face}})

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from tests.helpers import small_runs as small
-from tests.helpers.batches import assert_equal, eval_batches, rows_of, train_batches
+from tests.helpers.batches import assert_equal, eval_batches, real_frames, rows_of, train_batches
 from tests.helpers.cases import nightly_after_first, quick_first
 from tests.helpers.clip_files import RAGGED, as_arrays, ragged_clips, random_clip, write_ragged
 from tests.helpers.datasets import load_dataset
@@ -357,7 +357,8 @@ def test_the_program_whose_memory_was_compared_is_the_one_that_runs(
         monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: free)
         compiled.clear()
         words_of_run = *words, f"--config.num_epochs={epochs}", f"--config.data.mode={mode}"
-        small.run(small.shrunk(*words_of_run), tmp_path / name, data)
+        spec = "configs/quality_fusion.py:iqiyi_vid"
+        small.run(small.shrunk(*words_of_run, spec=spec), tmp_path / name, data)
         found = manifests(tmp_path / name)
         manifest = found[max(found)]
         return manifest["mode"], manifest["group_size"], len(compiled)
@@ -380,7 +381,8 @@ def test_the_program_whose_memory_was_compared_is_the_one_that_runs(
 @pytest.mark.slow
 def test_memory_of_a_step_contains_no_state_and_no_clips(data):
     """More members need more memory. Streamed clips need the memory of two batches."""
-    config = small.shrunk("--config.ensemble.seeds=4", "--config.batch_size=64")
+    words = "--config.ensemble.seeds=4", "--config.batch_size=64", "--config.modalities=face"
+    config = small.shrunk(*words)
     plan, mesh = plan_lib.make_plan(config, data), devices_lib.make_mesh(1)
     layout = resident.make_resident_plan(data, plan.batches, ["val"])
     rngs = ensemble.make_rngs(plan.training_sets.members, 0)
@@ -406,6 +408,21 @@ def test_memory_of_a_step_contains_no_state_and_no_clips(data):
         # Ten times as many clips change the memory of a resident step by less than their frames.
         taken = measure("resident", 1, layout._replace(num_frames=many), mesh)
         assert taken < measure("resident", 1, mesh=mesh) + layout.nbytes / 100
+
+
+def test_best_frames_of_a_clip_are_stored_in_time_order(data):
+    clips, *_ = clips_of(data, ("face",), crop="quality", max_frames=2)
+    stored = jax.tree.map(np.asarray, clips.train["face"])
+    lengths = data.split("train").lengths["face"]
+    np.testing.assert_array_equal(stored.length, np.minimum(lengths, 2))
+    assert np.sum(lengths > 2) > 9
+    for clip, frames in real_frames(data, "train"):
+        best = np.sort(np.argsort(-frames.quality, kind="stable")[:2])
+        rows = slice(stored.start[clip], stored.start[clip] + len(best))
+        for field in ("features", "quality", "number"):
+            np.testing.assert_array_equal(
+                getattr(stored, field)[rows], getattr(frames, field)[best]
+            )
 
 
 def test_uploading_clips_in_chunks_changes_no_value(data, monkeypatch):

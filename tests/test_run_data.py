@@ -114,7 +114,8 @@ def test_clips_in_memory_are_written_only_into_the_folder_of_a_run(tmp_path, mon
 
     def train(mode, clips=clips, **more):
         flags = [f"--config.{key}={x}" for key, x in {"data.mode": mode, **more}.items()]
-        config = vidjax.load_config("mma:face", "--config.batch_size=8", *flags)
+        flags += ["--config.batch_size=8", "--config.model.embed_dim=8"]
+        config = vidjax.load_config("mma:face", *flags)
         return vidjax.train(config, tmp_path / mode, vidjax.load_data(clips, labels))
 
     for mode in ("resident", "streaming"):

@@ -21,7 +21,6 @@ from tests.helpers.small_runs import ROOT, RUN_FILES, Interrupting, assert_same_
 from vidjax.core import devices
 from vidjax.evaluation import predict
 from vidjax.runs import checkpoint, config as config_lib, config_io, signals
-from vidjax.training import resume
 from vidjax.utils import exit_codes, files
 
 # After a failed save, threads of Orbax call an event loop that is already closed.
@@ -216,17 +215,6 @@ def test_extended_run_is_marked_if_and_only_if_it_was_extended(command, words, f
     assert read_metrics(finished)["extended"] == wanted
     done = command(*words, "--config.num_epochs=7")
     assert "was finished before" in done.out and "warning" not in done.err
-
-
-@pytest.mark.parametrize(("manifest", "num_epochs", "wanted"), [
-    ({"step": 3, "config": {"num_epochs": 5}}, 5, []),
-    ({"step": 3, "config": {"num_epochs": 5}}, 6, [[0, 5], [3, 6]]),
-    ({"step": 9, "config": {"num_epochs": 6}, "extended": [[0, 5], [3, 6]]}, 6, [[0, 5], [3, 6]]),
-    # No step was trained with 6 epochs.
-    ({"step": 3, "config": {"num_epochs": 6}, "extended": [[0, 5], [3, 6]]}, 8, [[0, 5], [3, 8]]),
-])  # fmt: skip
-def test_epochs_of_a_run_are_listed_from_the_step_of_each_change(manifest, num_epochs, wanted):
-    assert resume.list_epochs(manifest, num_epochs) == wanted
 
 
 def test_extension_without_a_decay_gives_the_same_weights_and_no_warning(

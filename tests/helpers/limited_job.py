@@ -31,6 +31,8 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
         case "time":
             while True:
                 np.sort(np.arange(10000.0))
+        case "process":
+            return {"process": os.getpid()}
         case "work":
             start = time.process_time()
             while time.process_time() < start + 0.8:
@@ -42,8 +44,9 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
             os.write(find_results(), arguments["text"].encode() + b"\n")
         case "flood":
             pipe = find_results() if arguments["results"] else 2
-            while True:
+            for _ in range(256):
                 os.write(pipe, b"x" * (1 << 20))
+            os.abort()
         case "disk":
             with open(arguments["file"], "wb") as file:
                 file.truncate(1 << 40)

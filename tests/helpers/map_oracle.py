@@ -7,10 +7,6 @@ from fractions import Fraction
 from pathlib import Path
 
 
-class Refused(Exception):
-    """A ground truth is invalid, or a line of a submission has too many names."""
-
-
 def lines_of(path, encoding="utf-8-sig"):
     """Returns the lines of a text file, without a BOM, CR and blanks at the ends of lines."""
     text = Path(path).read_bytes().decode(encoding).replace("\r\n", "\n")
@@ -21,19 +17,19 @@ def ground_truth(path):
     """Returns identity -> set of clips. A line has a clip and its identity, or the reverse."""
     rows = [line.split() for line in lines_of(path)]
     if any(len(row) < 2 for row in rows):
-        raise Refused("a blank line, or an identity without a positive")
+        raise ValueError("a blank line, or an identity without a positive")
     direct = all(row[0].endswith(".mp4") for row in rows)
     direct = direct or (all(len(row) == 2 and row[1].isdigit() for row in rows))
     if direct:
         if any(len(row) != 2 for row in rows):
-            raise Refused("a clip with more than one label")
+            raise ValueError("a clip with more than one label")
         labels = {row[1] for row in rows}
         rows = [[label, *(row[0] for row in rows if row[1] == label)] for label in labels]
     if len({identity for identity, *_ in rows}) < len(rows):
-        raise Refused("an identity has two lines")
+        raise ValueError("an identity has two lines")
     listed = [clip for _, *clips in rows for clip in clips]
     if len(set(listed)) < len(listed):
-        raise Refused("a clip is listed twice")
+        raise ValueError("a clip is listed twice")
     return {identity: set(clips) for identity, *clips in rows}
 
 
@@ -48,7 +44,7 @@ def submission(path):
             identity, *names = line.split()
             ranking[identity] = list(dict.fromkeys(names))
             if len(ranking[identity]) > 100:
-                raise Refused("a line has more than 100 names")
+                raise ValueError("a line has more than 100 names")
     return ranking
 
 
