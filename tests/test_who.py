@@ -25,7 +25,6 @@ from tests.helpers.clip_files import read_arrays
 from tests.helpers.drawn_people import COLOURS, tags, tone, write_film, write_photo, write_voices
 from tests.helpers.seen import refused
 from vidjax.apps import features_folder, said
-from vidjax.apps.features_folder import hash_film
 from vidjax.apps.gallery.answers import Answer, read_groups, table
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import people_photos, pipeline, who
@@ -144,7 +143,7 @@ def test_unknown_people_keep_their_numbers_across_calls(drawn):
     for path in (drawn.out / "features").rglob("a.*"):
         path.unlink()
     numbers(films / "b.mkv")
-    kept = {hash_film(x) for x in features_folder.read_media_files(drawn.out / "features")}
+    kept = {x.digest for x in features_folder.read_media_files(drawn.out / "features")}
     assert {*read_numbers(drawn.out).films} == kept and len(kept) == 3
     # The numbers of Eve and Ada, whose films are gone, are not used again.
     write_film(films / "e.mkv", shot("Ada"))

@@ -28,7 +28,7 @@ from vidjax.utils.errors import UserError, require_packages
 from vidjax.utils.machine import num_cores
 from vidjax.utils.messages import Result
 from vidjax.utils.parser import Parser, whole_number
-from vidjax.utils.terminal import say
+from vidjax.utils.terminal import print_note, say
 
 SIZE_RANGE = (32, 8192)  # pixels of the longer side
 MAX_WORKERS = 10_000
@@ -113,7 +113,7 @@ def run_extract(args: argparse.Namespace) -> Result:
     outcomes = pipeline.extract(
         [Path(name).expanduser() for name in args.files], out,
         Path(args.models).expanduser(), read_settings(args, out), workers=workers,
-        done=print_outcome, check=args.check,
+        done=print_outcome, tell=print_note, check=args.check,
         drop=pipeline.choose_drop(args.prune, args.forget_missing),
     )  # fmt: skip
     films = [outcome.media for outcome in outcomes if outcome.media]
@@ -225,7 +225,7 @@ def name_people(args: argparse.Namespace) -> Result:
         Path(args.models).expanduser(), read_settings(args, out / FEATURES),
         workers=workers, thumbnails=args.thumbnails, fpir=args.fpir, threshold=args.threshold,
         padding=args.padding, check=args.check, prune=args.prune,
-        forget_missing=args.forget_missing, done=print_outcome,
+        forget_missing=args.forget_missing, done=print_outcome, tell=print_note,
     )  # fmt: skip
     if args.review:
         from vidjax.apps.video import review  # it needs starlette
@@ -378,7 +378,7 @@ def measure_card(args: argparse.Namespace) -> Result:
 
 def _measure_photos(models: Path, args: argparse.Namespace) -> Result:
     photos, workers = files.local(args.photos), count_workers(args)
-    return describe_cards(measured_cards.measure_photos(models, photos, workers))
+    return describe_cards(measured_cards.measure_photos(models, photos, workers, print_note))
 
 
 def describe_cards(done: Sequence[MeasuredCard]) -> Result:

@@ -403,7 +403,7 @@ def _enrol_photos(args: argparse.Namespace) -> Result:
     gallery = _open(args)
     models = clip_inputs.find_models(gallery, args.models)
     people = Path(args.photos).expanduser()
-    done = people_photos.enrol_folder(gallery, people, models, num_cores())
+    done = people_photos.enrol_folder(gallery, people, models, num_cores(), terminal.print_note)
     card_notes.warn(gallery.state)
     rows = {
         "enrolled": f"{messages.count(done.enrolled, 'face')}, {done.unchanged:,} enrolled before",

@@ -9,7 +9,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -29,6 +29,20 @@ class Result(NamedTuple):
     table: Iterable[Sequence[str]] = ()  # rows of cells, printed after the text as columns
     note: str = ""  # the end of the heading. The heading begins with the name of the command.
     code: int = 0  # the exit code
+
+
+class Note(NamedTuple):
+    """A message about a call that continues. The program that made the call prints it."""
+
+    text: str
+    warning: bool = True
+
+
+Tell = Callable[[Note], object]  # a function that is called with each note
+
+
+def ignore_note(note: Note) -> None:
+    """Does nothing. It is the default of arguments of the type `Tell`."""
 
 
 def print_text(text: str) -> bool:

@@ -52,6 +52,11 @@ def say(text: str, *, warning: bool = False) -> None:
             messages.drop_output(sys.stderr)
 
 
+def print_note(note: messages.Note) -> None:
+    """Prints a note, see `say`."""
+    say(note.text, warning=note.warning)
+
+
 def measure_rate(began: float, clips: int) -> tuple[dict[str, str], dict[str, float]]:
     """Returns the time since `began`, and the clips per second: as text, and as numbers.
 

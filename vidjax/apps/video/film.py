@@ -22,19 +22,12 @@ import numpy as np
 
 from vidjax.apps import cards, features_folder
 from vidjax.apps.features_folder import ExtractionSettings, FaceTrack, FileStamp, MediaFile
-from vidjax.apps.video import align, decode, photos, regions
+from vidjax.apps.video import align, decode, photos, regions, tracks, voices
 from vidjax.apps.video.nets import Detector, Embedder, Faces, NetError
 from vidjax.apps.video.search import FilmSearch, SearchedFrame
 from vidjax.apps.video.shots import ShotDetector
-from vidjax.apps.video.tracks import (
-    MainFigures,
-    Track,
-    Tracker,
-    choose_gap_seconds,
-    choose_held_seconds,
-    find_changes,
-)
-from vidjax.apps.video.voices import RATE, Listener, Voice, cut_spans, find_solo_spans
+from vidjax.apps.video.tracks import MainFigures, Track, Tracker
+from vidjax.apps.video.voices import Listener, Voice
 from vidjax.data.clip_files import write_npz
 from vidjax.utils import files, processes
 
@@ -153,7 +146,7 @@ class ClipBuilder:
         times = np.array([x.time_s for x in sightings])
         back_end = self._nets.embed.card.back_end if split else None
         sighting_s = float(np.median(np.subtract(track.ends, track.times)))
-        places = find_changes(vectors, times, sighting_s > self._held, back_end)
+        places = tracks.find_changes(vectors, times, sighting_s > self._held, back_end)
         middles = [float(times[place - 1 : place + 1].mean()) for place in places]
         vector_of = {x.number: vector for x, vector in zip(sightings, vectors, strict=True)}
         parts = np.searchsorted(middles, times)
@@ -215,15 +208,15 @@ class ClipBuilder:
         """
         assert self._nets.listen
         clips = {track.clip for track in self.tracks}
-        spans = (span for span in find_solo_spans(seen) if span.clip in clips)
+        spans = (span for span in voices.find_solo_spans(seen) if span.clip in clips)
         heard: dict[str, list[Voice]] = {}
-        for span, samples in cut_spans(sound, spans):
+        for span, samples in voices.cut_spans(sound, spans):
             voice = self._nets.listen(samples)
             if len(voice.begin):
-                voice = voice._replace(begin=span.start_s + voice.begin / RATE)
+                voice = voice._replace(begin=span.start_s + voice.begin / voices.RATE)
                 heard.setdefault(span.clip, []).append(voice)
-        for clip, voices in heard.items():
-            voice = Voice(*map(np.concatenate, zip(*voices, strict=True)))
+        for clip, parts in heard.items():
+            voice = Voice(*map(np.concatenate, zip(*parts, strict=True)))
             best = np.argsort(-voice.quality, kind="stable")[:MOST_FRAMES]
             begin, vectors, quality = (x[np.sort(best)] for x in voice)
             number = np.minimum(begin * 1000, np.iinfo(np.int32).max).astype(np.int32)
@@ -256,7 +249,9 @@ def extract(
     Raises:
       UserError: the file cannot be decoded.
     """
-    clips = ClipBuilder(nets, out / features_folder.THUMBNAILS, choose_held_seconds(settings.fps))
+    clips = ClipBuilder(
+        nets, out / features_folder.THUMBNAILS, tracks.choose_held_seconds(settings.fps)
+    )
     photo = photos.read_photo(path)
     if photo:
         tags = regions.read_tags(path) if tagged else regions.Tags([])
@@ -304,7 +299,9 @@ def _make_clips(
     Returns the detector of the shots, and the tracks of all people.
     """
     fps, cuts, search = settings.fps, ShotDetector(), FilmSearch(nets.detect)
-    tracker = Tracker(choose_gap_seconds(min(fps, video.info.rate)), choose_held_seconds(fps))
+    tracker = Tracker(
+        tracks.choose_gap_seconds(min(fps, video.info.rate)), tracks.choose_held_seconds(fps)
+    )
     main = MainFigures() if settings.unit == "shot" else None
     seen, numbers = [], defaultdict[int, Iterator[int]](itertools.count)
 

@@ -6,16 +6,16 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from vidjax.apps import features_folder
-from vidjax.apps.features_folder import FaceTrack, MediaFile
+from vidjax.apps.features_folder import FaceTrack, MediaFile, PhotoFace, locate_people
 from vidjax.apps.gallery import card_notes
-from vidjax.apps.gallery.changes import check_person
+from vidjax.apps.gallery.changes import Draft, check_person
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.labelling import advise_other_films
 from vidjax.apps.gallery.store import StoredClip
@@ -27,89 +27,43 @@ from vidjax.data.checks import list_entries
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError
 from vidjax.utils.groups import group_by_key
-from vidjax.utils.names import make_folder_name, normal_form, read_folder_name, show
-from vidjax.utils.terminal import Progress, say
+from vidjax.utils.messages import Note, Tell
+from vidjax.utils.names import normal_form, read_folder_name, show
+from vidjax.utils.terminal import Progress
 
 MOST_LOCKED = 200  # folders of people that are locked at once; each lock is an open file
-# The flags of `vidjax who` and `vidjax gallery enrol` that name the folder of photos.
-WHO_FLAG, ENROL_FLAG = "--people", "--photos"
+# The flags of `vidjax who` and of other commands that name the folder of photos.
+WHO_FLAG, PHOTOS_FLAG = "--people", "--photos"
 EQUAL_SQUARES = 1e-5  # the largest squared distance of two vectors of the same picture
 MISFIT_REMEDY = "nobody is enrolled from it. Tag its faces again"
 
 
-class PhotoFace(NamedTuple):
-    """An enrolled face of a photo.
+class FoundFace(NamedTuple):
+    """A face in a photo of a folder of people."""
 
-    `str(face)` is the name of its clip in the gallery, such as `people/Ada/IMG_1.f02`. If a face
-    tag names another person than the folder, the name ends with this person: `.../IMG_1.f02/Bob`.
-    """
-
-    folder: str  # the name of the folder in `OUT/people` that contains the features of the photo
-    clip: str  # the name of the clip in these features
-    person: str  # the name of the folder, or the name in the face tag
-
-    def __str__(self) -> str:
-        tag = "" if self.person == self.folder else f"/{self.person}"
-        return f"{PEOPLE}/{self.folder}/{self.clip}{tag}"
-
-    @property
-    def plain(self) -> str:
-        """The name of the clip in a gallery of `enrol_folder`, such as `Ada/IMG_1.f02`."""
-        return f"{self.folder}/{self.clip}"
-
-    @property
-    def key(self) -> str:
-        """The name of the clip without the person, see `list_photo_files`."""
-        return f"{PEOPLE}/{self.plain}"
-
-    @classmethod
-    def of(cls, clip: str) -> "PhotoFace | None":
-        """Parses the name of a clip in the gallery; returns None for a clip of a film."""
-        parts = clip.split("/", 3)
-        if parts[0] != PEOPLE or len(parts) < 3:
-            return None
-        return cls(normal_form(parts[1]), parts[2], normal_form(parts[3 if len(parts) > 3 else 1]))
+    face: PhotoFace
+    path: Path  # of the photo
+    photo: MediaFile
+    track: FaceTrack
+    features: Path  # the folder of features
 
 
 class FoundFaces(NamedTuple):
-    """The usable faces in photos of a folder of people, see `check_photos`."""
+    """The faces in photos of a folder of people, see `check_photos`."""
 
     people: Path  # the folder of photos
     outcomes_of: Mapping[Path, Sequence[FileOutcome]]  # folder of features -> outcomes of photos
     failed: dict[str, str]  # path of each unusable photo -> remedy
     names: set[str]  # all people
-    usable: dict[PhotoFace, Path]  # usable face -> folder of features
-
-    def list_tracks(self) -> Iterator[tuple[PhotoFace, Path, MediaFile, FaceTrack]]:
-        """Yields each known face with the path and the description of its photo, and its track."""
-        for folder, outcomes in self.outcomes_of.items():
-            owner = read_folder_name(folder.name)
-            for outcome in outcomes:
-                if photo := outcome.known:
-                    for track in photo.tracks:
-                        face = PhotoFace(owner, track.clip, track.name or owner)
-                        yield face, outcome.path, photo, track
+    # Clip in the gallery -> face. `vidjax who` names clips as `people/Ada/IMG_1.f02`, see
+    # `PhotoFace`, and other commands as `Ada/IMG_1.f02`.
+    faces: dict[str, FoundFace]
+    usable: set[str]  # the clips of usable faces
 
     def list_mirrored(self) -> list[float]:
         """Returns `FaceTrack.mirrored` of each usable face."""
-        return [
-            track.mirrored for face, _, _, track in self.list_tracks()
-            if face in self.usable and track.mirrored is not None
-        ]  # fmt: skip
-
-
-def locate_people(out: Path, names: Iterable[str]) -> dict[str, Path]:
-    """Returns name of a person -> folder in `OUT/people`, for `names` and all existing folders.
-
-    A new folder gets a name that all file systems allow, see `make_folder_name`.
-    """
-    known = {read_folder_name(path.name): path for path in sorted((out / PEOPLE).glob("[!.]*"))}
-    taken = {path.name.casefold() for path in known.values()}
-    for name in names:
-        if name not in known:
-            known[name] = out / PEOPLE / make_folder_name(name, taken)
-            taken.add(known[name].name.casefold())
-    return known
+        cosines = (self.faces[clip].track.mirrored for clip in self.usable)
+        return [cosine for cosine in cosines if cosine is not None]
 
 
 def list_faces(gallery: Gallery) -> dict[str, PhotoFace]:
@@ -121,7 +75,7 @@ def list_unread(out: Path) -> dict[str, PhotoFace]:
     """Returns clip -> face in photos that are not yet read again after nets have changed."""
     faces = (
         PhotoFace(owner, track.clip, track.name or owner)
-        for owner, folder in locate_people(out, ()).items()
+        for owner, folder in locate_people(out).items()
         for photo in features_folder.find_unread(folder).values() for track in photo.tracks
     )  # fmt: skip
     return {str(face): face for face in faces}
@@ -130,7 +84,7 @@ def list_unread(out: Path) -> dict[str, PhotoFace]:
 def list_photo_files(out: Path) -> list[MediaFile]:
     """Returns the photos of people, in which the names of clips are those of `PhotoFace.key`."""
     photos = list[MediaFile]()
-    for owner, folder in locate_people(out, ()).items():
+    for owner, folder in locate_people(out).items():
         for photo in features_folder.describe_media_files(folder).values():
             for track in photo.tracks:
                 track.clip = PhotoFace(owner, track.clip, owner).key
@@ -154,10 +108,7 @@ def find_missing(enrolled: Mapping[str, PhotoFace], found: FoundFaces, out: Path
         return absent
     outcomes = itertools.chain(*found.outcomes_of.values())
     has_others = any(outcome.path.parent == found.people for outcome in outcomes)
-    new = {
-        photo.sha256 for face, _, photo, _ in found.list_tracks()
-        if face in found.usable and str(face) not in enrolled
-    }  # fmt: skip
+    new = {found.faces[clip].photo.sha256 for clip in found.usable - enrolled.keys()}
     place, missing = Path(os.path.realpath(found.people)), set[str]()
     places = locate_people(out, absent)
     for folder in absent:
@@ -169,7 +120,7 @@ def find_missing(enrolled: Mapping[str, PhotoFace], found: FoundFaces, out: Path
     return missing
 
 
-def list_photos(people: Path, out: Path, flag: str = WHO_FLAG) -> dict[str, list[Path]]:
+def list_photos(people: Path, out: Path, tell: Tell, flag: str = WHO_FLAG) -> dict[str, list[Path]]:
     """Returns the photos of each person, from folders PEOPLE/NAME/ and files PEOPLE/NAME.jpg.
 
     Messages name `flag`, the flag that names the folder `people`. Raises UserError if there are no
@@ -185,8 +136,8 @@ def list_photos(people: Path, out: Path, flag: str = WHO_FLAG) -> dict[str, list
             f"name a folder of only people, {flag}=DIR, or another folder for --out"
         )
     photos_of: dict[str, list[Path]] = {}
-    media_files.say_left_out([people])
-    single, known = media_files.split_files(people)[0], locate_people(out, ())
+    _tell_all(tell, media_files.describe_left_out([people]))
+    single, known = media_files.split_files(people)[0], locate_people(out)
     for path in list_entries(people):
         if (is_file := files.is_file(path)) and path not in single:
             continue
@@ -195,7 +146,7 @@ def list_photos(people: Path, out: Path, flag: str = WHO_FLAG) -> dict[str, list
             photos = [*itertools.chain(*map(_list_stills, media_files.list_folders(path)))]
         if not photos and normal_form(path.name) not in known:
             place = show(str(path))
-            _warn([f"{show(path.name)} cannot be recognised: there is no photo in '{place}'"])
+            tell(Note(f"{show(path.name)} cannot be recognised: there is no photo in '{place}'"))
         elif photos:
             try:
                 name = check_person(path.name if path.is_dir() else path.stem)
@@ -211,10 +162,9 @@ def list_photos(people: Path, out: Path, flag: str = WHO_FLAG) -> dict[str, list
     return photos_of
 
 
-def _warn(texts: Iterable[str]) -> None:
-    """Prints warnings."""
-    for text in texts:
-        say(text, warning=True)
+def _tell_all(tell: Tell, notes: Iterable[Note | str]) -> None:
+    for note in notes:
+        tell(Note(note) if isinstance(note, str) else note)
 
 
 def _refuse_people(people: Path, flag: str = WHO_FLAG) -> UserError:
@@ -250,21 +200,15 @@ def extract_photos(
     return outcomes_of
 
 
-def embed_photos(
-    gallery: Gallery,
-    people: Path,
-    out: Path,
-    **options: Any,  # noqa: ANN401  (the arguments of `extract_folders`)
-) -> Iterator[tuple[str, np.ndarray, FaceTrack, Path]]:
-    """Yields person, vector, track and photo of each usable face in `people/NAME/PHOTO.jpg`.
-
-    Features are written to `out`. `gallery` computes the vectors. Nobody is enrolled.
-    """
-    found = check_photos({}, extract_photos(list_photos(people, out), out, **options), people)
-    found_at = {face: (track, path) for face, path, _, track in found.list_tracks()}
-    for face, entry in embed_usable(gallery, found.usable).items():
-        parts = zip(gallery.backend.widths, gallery.backend.split(entry.vector[None]), strict=True)
-        yield face.person, dict(parts)["face"][0], *found_at[face]
+def find_faces(people: Path, out: Path, models: Path, workers: int, tell: Tell) -> FoundFaces:
+    """Finds the faces in `people/NAME/PHOTO.jpg`, and writes their features to the folder `out`."""
+    photos = list_photos(people, out, tell, PHOTOS_FLAG)
+    bar = Progress(sum(map(len, photos.values())), unit="photo", label="photos", leave=False)
+    with contextlib.closing(bar):
+        outcomes_of = extract_photos(
+            photos, out, models=models, workers=workers, tell=tell, done=lambda _: bar.advance(1)
+        )
+    return check_photos({}, outcomes_of, people, tell, PHOTOS_FLAG)
 
 
 def check_people(
@@ -295,11 +239,9 @@ def check_people(
 
 def _were_renamed(photos: Mapping[str, Sequence[Path]], out: Path) -> bool:
     """Returns whether one of the photos has the same content as a photo of an earlier call."""
-    folders = [folder for folder in (out / PEOPLE).glob("[!.]*") if folder.is_dir()]
-    known_in = map(features_folder.describe_media_files, folders)
-    known = [photo for in_folder in known_in for photo in in_folder.values()]
+    known = list_photo_files(out)
     sizes, digests = {photo.source.size for photo in known}, {photo.sha256 for photo in known}
-    paths = (path for paths in photos.values() for path in paths if os.path.exists(path))
+    paths = filter(os.path.exists, itertools.chain(*photos.values()))
     return any(
         path.stat().st_size in sizes and files.sha256_file(path) in digests for path in paths
     )
@@ -353,111 +295,158 @@ def check_photos(
     enrolled: Mapping[str, PhotoFace],
     outcomes_of: Mapping[Path, Sequence[FileOutcome]],
     people: Path,
+    tell: Tell,
     flag: str = WHO_FLAG,
 ) -> FoundFaces:
-    """Finds the usable faces in photos, and prints problems of photos.
+    """Finds the usable faces in photos, and reports problems of photos.
 
     If a photo program has tagged faces in a photo, each face gets the name of its tag. If a photo
     has no tags, its face gets the name of the folder. `outcomes_of` is folder of features -> the
     outcomes of its photos. `enrolled` is clip -> face in the gallery. For `flag`, see
     `list_photos`.
     """
-    failed, names = dict[str, str](), set[str]()
-    usable, poor = dict[PhotoFace, Path](), dict[PhotoFace, str]()
+    done = FoundFaces(people, outcomes_of, {}, set(), {}, set())
     single: list[str] = []  # people whose photo is a file in the folder of people
     known = {photo.person for photo in enrolled.values()}
     for folder, outcomes in outcomes_of.items():
         owner, found, shown = read_folder_name(folder.name), set[str](), set[str]()
         tags = {name for outcome in outcomes if outcome.known for name in outcome.known.tags}
         for outcome in outcomes:
-            people_of, faces, bad = _check_photo(owner, outcome)
-            if not outcome.media:  # a user may have removed faces of a missing photo
-                faces = [face for face in faces if str(face) in enrolled]
-            found |= people_of
-            shown |= {face.person for face in faces}
-            usable |= dict.fromkeys(faces, folder)
-            poor |= {face: problem for face, problem in bad.items() if face in usable}
-            failed |= {} if faces and outcome.media else {str(outcome.path): outcome.remedy}
+            named, clips = _check_photo(owner, outcome, tell)
+            found |= named
+            faces = _locate_faces(owner, outcome, folder, flag)
+            # A user may have removed faces of a missing photo.
+            usable = {
+                clip for clip, x in faces.items()
+                if x.track.clip in clips and (outcome.media or clip in enrolled)
+            }  # fmt: skip
+            done.faces.update(faces)
+            done.usable.update(usable)
+            shown |= {faces[clip].face.person for clip in usable}
+            if not (usable and outcome.media):
+                done.failed[str(outcome.path)] = outcome.remedy
         # A folder of photos in which other people are tagged is not a person.
         if tags and owner not in {*tags, *shown, *known}:
             found.discard(owner)
-        names |= found
+        done.names.update(found)
         # If a photo cannot be read, the people of its tags are not forgotten.
         if not all(outcome.media for outcome in outcomes):
-            names |= {photo.person for photo in enrolled.values() if photo.folder == owner}
+            done.names.update(x.person for x in enrolled.values() if x.folder == owner)
         if outcomes[0].path.parent == people:
             single.append(owner)
-        _warn(_describe_foreign_tags(owner, outcomes, people))
-    _warn(_leave_out_hidden(usable, poor))
+        _tell_all(tell, _describe_foreign_tags(owner, outcomes, people))
+    _tell_all(tell, _leave_out_poor(done))
     only_files = len(single) == len(outcomes_of) and not known
-    single = [name for name in single if name in names]
-    _warn(_describe_numbers(single, people, only_files, flag))
-    return FoundFaces(people, outcomes_of, failed, names, usable)
+    single = [name for name in single if name in done.names]
+    _tell_all(tell, _describe_numbers(single, people, only_files, flag))
+    return done
 
 
-def _leave_out_hidden(usable: dict[PhotoFace, Path], poor: Mapping[PhotoFace, str]) -> list[str]:
-    """Leaves out usable faces with sunglasses if the person has a good face; returns warnings.
+def _locate_faces(
+    owner: str, outcome: FileOutcome, features: Path, flag: str
+) -> dict[str, FoundFace]:
+    """Returns clip in the gallery -> face, for all faces in a photo."""
+    faces = dict[str, FoundFace]()
+    if photo := outcome.known:
+        for track in photo.tracks:
+            face = PhotoFace(owner, track.clip, track.name or owner)
+            clip = str(face) if flag == WHO_FLAG else f"{owner}/{track.clip}"
+            faces[clip] = FoundFace(face, outcome.path, photo, track, features)
+    return faces
 
-    `poor` is usable face with a problem -> the problem, or "" if it was printed before.
+
+def _check_photo(owner: str, outcome: FileOutcome, tell: Tell) -> tuple[set[str], set[str]]:
+    """Reports problems of a photo, except poor faces; returns its people, and the clips of faces.
+
+    If the photo has no face tags, the only person is `owner`, the name of the folder.
     """
-    good, texts = {face.person for face in usable.keys() - poor.keys()}, list[str]()
-    for face, problem in poor.items():
-        if problem and face.person in good:
-            del usable[face]
-            problem += f"; it is left out, because {show(face.person)} has better photos"
-        texts.append(problem)
-    return [*filter(None, texts)]
+    photo, names, clips, problems = outcome.known, {owner}, set[str](), [outcome.error]
+    if photo and photo.tags:
+        names, clips = photo.tags, {str(track.clip) for track in photo.tracks if track.name}
+        problems += [photo.bad_tags, photo.misfit and f"{photo.misfit}: {MISFIT_REMEDY}"]
+        if not photo.misfit:
+            problems += [f"there is no face at the tag of {show(tag)}" for tag in photo.lost_tags]
+    elif photo:
+        clip, problem = features_folder.check_photo(photo)
+        clips |= {clip} if clip else set()
+        problems += [photo.bad_tags, "" if clip else problem]
+    place = str(outcome.path)
+    _tell_all(tell, (x if place in x else f"{place}: {x}" for x in problems if x))
+    return names, clips
 
 
-def embed_usable(gallery: Gallery, usable: Mapping[PhotoFace, Path]) -> dict[PhotoFace, StoredClip]:
-    """Computes the vectors of faces. `usable` is face -> folder of features."""
-    found: dict[PhotoFace, StoredClip] = {}
-    for folder, faces in group_by_key((folder, face) for face, folder in usable.items()).items():
-        face_of = {face.clip: face for face in faces}
-        clips = select_usable_clips(features_folder.embed_clips(gallery, folder, face_of))
-        found |= {face_of[clip]: entry for clip, entry in clips.items()}
-    return found
+def _leave_out_poor(found: FoundFaces) -> Iterator[str]:
+    """Leaves out faces with sunglasses if the person has a good face; yields a text for each face.
 
-
-def enrol_photos(
-    gallery: Gallery,
-    enrolled: Collection[str],
-    faces: Mapping[PhotoFace, StoredClip],
-    label: Callable[[PhotoFace], str | None],
-    renamed: Mapping[str, str],
-) -> None:
-    """Enrols faces of photos, and removes the other faces in `enrolled` from the gallery.
-
-    `enrolled` are clips of the gallery. `label` returns the name of a face, or None for a stranger.
-    `renamed` is old name -> new name of the other clips of people.
+    Also yields texts for other poor faces.
     """
-    clips = {str(face): x._replace(identity=label(face)) for face, x in faces.items()}
-    with gallery.change(log=False) as draft:
-        unchanged = draft.complete({clip: entry.vector for clip, entry in clips.items()})
-        draft.remove(clip={*enrolled} - unchanged)
-        new = {clip: entry for clip, entry in clips.items() if clip not in unchanged}
-        names = {x: renamed.get(draft.clips[x].identity or "") for x in draft.clips.keys() - clips}
-        for clip, name in names.items():
-            _ = name and draft.relabel(clip, name)
-        draft.add(new)
-    people = {entry.identity for entry in new.values()} - {None}
-    advise_other_films(gallery.state, sorted(map(str, people)))
+    usable = [(clip, found.faces[clip]) for clip in sorted(found.usable)]
+    poor = {clip: text for clip, x in usable if (text := features_folder.check_face(x.track))}
+    good = {x.face.person for clip, x in usable if clip not in poor}
+    for clip, problem in poor.items():
+        (_, _, person), path, _, track, _ = found.faces[clip]
+        text = f"{path}: {show(person)}: {problem}" if track.name else f"{path}: {problem}"
+        if track.dark_eyes and person in good:
+            found.usable.remove(clip)
+            text += f"; it is left out, because {show(person)} has better photos"
+        yield text
+
+
+def embed_usable(gallery: Gallery, found: FoundFaces) -> dict[str, StoredClip]:
+    """Computes the vectors of usable faces; returns clip in the gallery -> entry."""
+    entries: dict[str, StoredClip] = {}
+    groups = group_by_key((found.faces[clip].features, clip) for clip in found.usable)
+    for folder, clips in groups.items():
+        clip_of = {found.faces[clip].track.clip: clip for clip in clips}
+        embedded = select_usable_clips(features_folder.embed_clips(gallery, folder, clip_of))
+        entries |= {clip_of[clip]: entry for clip, entry in embedded.items()}
+    return entries
+
+
+def enrol_faces(
+    draft: Draft,
+    found: FoundFaces,
+    entries: Mapping[str, StoredClip],
+    tell: Tell,
+    before: Collection[str] = (),
+) -> tuple[list[str], set[str]]:
+    """Enrols faces of photos; returns the new clips, and the clips that were enrolled before.
+
+    A face that is enrolled with the same vector keeps its name. If a face is refused, its photo is
+    added to `found.failed`. `entries` is clip -> vector and person. The clips `before` are removed
+    from the gallery if their faces are not found any more, or have other vectors.
+    """
+    unchanged = draft.complete({clip: entry.vector for clip, entry in entries.items()})
+    draft.remove(clip={*before} - unchanged)
+    new = list[str]()
+    for clip in sorted(entries.keys() - unchanged):
+        try:
+            draft.add({clip: entries[clip]})
+            new.append(clip)
+        except UserError as error:
+            path = found.faces[clip].path
+            problem, _, found.failed[str(path)] = str(error).partition("\n")
+            tell(Note(f"{path}: {problem}"))
+    return new, unchanged
 
 
 def find_renamed(
-    gallery: Gallery, enrolled: Mapping[str, PhotoFace], faces: Mapping[PhotoFace, StoredClip]
+    gallery: Gallery,
+    enrolled: Mapping[str, PhotoFace],
+    found: FoundFaces,
+    entries: Mapping[str, StoredClip],
 ) -> dict[str, set[str]]:
     """Finds people whose photos are all photos of other people now.
 
-    `enrolled` is clip -> face in the gallery. `faces` are the faces of this call. Returns person ->
-    people who have the photos now. A face is recognised by its vector.
+    `enrolled` is clip -> face in the gallery. `entries` are the vectors of this call. Returns
+    person -> people who have the photos now. A face is recognised by its vector.
     """
+    person_of = {clip: found.faces[clip].face.person for clip in entries}
     new = {
-        face: x.vector for face, x in faces.items()
-        if not (old := gallery.clips.get(str(face)))
-        or not _is_equal(old.vector, x.vector)
+        clip: x.vector for clip, x in entries.items()
+        if not (old := gallery.clips.get(clip)) or not _is_equal(old.vector, x.vector)
     }  # fmt: skip
-    kept = {face.person for face in faces.keys() - new.keys()}
+    kept = {person_of[clip] for clip in entries.keys() - new.keys()}
     gone = group_by_key(
         (face.person, gallery.clips[clip].vector) for clip, face in enrolled.items()
         if face.person not in kept
@@ -465,7 +454,7 @@ def find_renamed(
     moved: dict[str, set[str]] = {}
     for person, vectors in gone.items() if new else ():
         owners = [
-            {face.person for face, x in new.items() if _is_equal(vector, x)} - {person}
+            {person_of[clip] for clip, x in new.items() if _is_equal(vector, x)} - {person}
             for vector in vectors
         ]
         if all(owners):
@@ -478,6 +467,18 @@ def _is_equal(first: np.ndarray, second: np.ndarray) -> bool:
     return bool(np.square(first - second).sum() < EQUAL_SQUARES)
 
 
+def embed_photos(
+    gallery: Gallery, people: Path, out: Path, models: Path, workers: int, tell: Tell
+) -> Iterator[tuple[FoundFace, np.ndarray]]:
+    """Yields each usable face in `people/NAME/PHOTO.jpg`, and its vector. Nobody is enrolled."""
+    found, part = (
+        find_faces(people, out, models, workers, tell),
+        [*gallery.backend.widths].index("face"),
+    )
+    for clip, entry in sorted(embed_usable(gallery, found).items()):
+        yield found.faces[clip], gallery.backend.split(entry.vector[None])[part][0]
+
+
 class PhotoEnrolment(NamedTuple):
     """The result of `enrol_folder`."""
 
@@ -486,80 +487,35 @@ class PhotoEnrolment(NamedTuple):
     failed: dict[str, str]  # path of a photo that is not enrolled -> remedy, or ""
 
 
-def enrol_folder(gallery: Gallery, people: Path, models: Path, workers: int) -> PhotoEnrolment:
+def enrol_folder(
+    gallery: Gallery, people: Path, models: Path, workers: int, tell: Tell
+) -> PhotoEnrolment:
     """Enrols the photos `people/NAME/PHOTO.jpg` and `people/NAME.jpg` in a gallery of models.
 
     The faces that another call has enrolled stay as they are, even if they were renamed. New photos
     of a renamed person get the new name. The features of the photos are deleted at the end.
     """
     with files.scratch_folder() as out:
-        photos_of = list_photos(people, out, ENROL_FLAG)
-        total = sum(map(len, photos_of.values()))
-        bar = Progress(total, unit="photo", label="photos", leave=False)
-        with contextlib.closing(bar):
-            outcomes_of = extract_photos(
-                photos_of, out, models=models, workers=workers, done=lambda _: bar.advance(1)
-            )
-        found = check_photos({}, outcomes_of, people, ENROL_FLAG)
-        entries = embed_usable(gallery, found.usable)
-        faces = {face.plain: face for face in entries}
-        clips = {face.plain: entry for face, entry in entries.items()}
-    path_of = {face.plain: path for face, path, _, _ in found.list_tracks()}
+        found = find_faces(people, out, models, workers, tell)
+        entries = embed_usable(gallery, found)
+    person_of = {clip: found.faces[clip].face.person for clip in entries}
     with gallery.change() as draft:
         before = group_by_key(
-            (face.person, label) for clip, face in faces.items()
+            (person, label) for clip, person in person_of.items()
             if (label := clip in draft.clips and draft.clips[clip].identity)
         )  # fmt: skip
         labels = {x: _choose_label(x, before.get(x, ()), found.names) for x in found.names}
-        unchanged = draft.complete({clip: entry.vector for clip, entry in clips.items()})
-        new = dict[str, str]()
-        for clip in sorted(clips.keys() - unchanged):
-            try:
-                new[clip] = labels[faces[clip].person]
-                draft.add({clip: clips[clip]._replace(identity=new[clip])})
-            except UserError as error:
-                new.pop(clip)
-                problem, _, found.failed[str(path_of[clip])] = str(error).partition("\n")
-                _warn([f"{path_of[clip]}: {problem}"])
-    lost = map(show, sorted(found.names - {face.person for face in faces.values()}))
-    _warn(f"{name} cannot be recognised: no photo of {name} can be used" for name in lost)
-    if gallery.clips.keys() <= clips.keys():  # no photo of another call is missing
+        entries = {
+            clip: x._replace(identity=labels[person_of[clip]]) for clip, x in entries.items()
+        }
+        new, unchanged = enrol_faces(draft, found, entries, tell)
+    lost = map(show, sorted(found.names - {*person_of.values()}))
+    _tell_all(tell, (f"{x} cannot be recognised: no photo of {x} can be used" for x in lost))
+    if gallery.clips.keys() <= entries.keys():  # no photo of another call is missing
         card_notes.check_mirrored(gallery, found.list_mirrored())
-    advise_other_films(gallery.state, sorted({*new.values()}))
-    warn_of_doubts(gallery, found, lambda face: face.plain)
+    advise_other_films(gallery.state, sorted({str(entries[clip].identity) for clip in new}))
+    _tell_all(tell, describe_doubts(gallery, found)[0])
     return PhotoEnrolment(len(new), len(unchanged), found.failed)
-
-
-def _check_photo(
-    owner: str, outcome: FileOutcome
-) -> tuple[set[str], list[PhotoFace], dict[PhotoFace, str]]:
-    """Prints problems of a photo, except sunglasses.
-
-    Returns the people in it, the usable faces, and usable face with a problem -> the problem, or ""
-    if the problem was printed. If the photo has no face tags, the only person is `owner`, the name
-    of the folder.
-    """
-    photo, bad = outcome.known, dict[PhotoFace, str]()
-    names, person_of, problems = {owner}, dict[str, str](), [outcome.error]
-    if photo and photo.tags:
-        names = photo.tags
-        person_of = {track.clip: track.name for track in photo.tracks if track.name}
-        problems += [photo.bad_tags, photo.misfit and f"{photo.misfit}: {MISFIT_REMEDY}"]
-        if not photo.misfit:
-            problems += [f"there is no face at the tag of {show(tag)}" for tag in photo.lost_tags]
-    elif photo:
-        clip, problem = features_folder.check_photo(photo)
-        person_of = {clip: owner} if clip else {}
-        problems += [photo.bad_tags, "" if clip else problem]
-    faces = {clip: PhotoFace(owner, clip, name) for clip, name in person_of.items()}
-    for track in photo.tracks if photo else ():
-        if (face := faces.get(track.clip)) and (problem := features_folder.check_face(track)):
-            problem = f"{show(face.person)}: {problem}" if track.name else problem
-            bad[face] = f"{outcome.path}: {problem}" if track.dark_eyes else ""
-            problems += [] if track.dark_eyes else [problem]
-    place = str(outcome.path)
-    _warn(x if place in x else f"{place}: {x}" for x in problems if x)
-    return names, [*faces.values()], bad
 
 
 def _describe_foreign_tags(
@@ -593,17 +549,14 @@ def _choose_label(name: str, labels: Collection[str], names: Collection[str]) ->
     return min(order)[-1] if order else name
 
 
-def warn_of_doubts(
-    gallery: Gallery, found: FoundFaces, name_clip: Callable[[PhotoFace], str] = str
-) -> bool:
-    """Prints warnings of photos that may show another person or are enrolled for two people.
+def describe_doubts(gallery: Gallery, found: FoundFaces) -> tuple[list[str], bool]:
+    """Returns warnings of photos that may show another person or are enrolled for two people.
 
-    `name_clip` returns the name of a face's clip in the gallery. If the net does not separate
-    people, photos are not compared. Returns whether two names may be one person.
+    If the net does not separate people, photos are not compared. Also returns whether two names may
+    be one person.
     """
-    given = {name_clip(face): (path, photo) for face, path, photo, _ in found.list_tracks()}
     person_of = {clip: entry.identity for clip, entry in gallery.clips.items() if entry.identity}
-    whole = {clip: photo.sha256 for clip, (_, photo) in given.items() if not photo.tags}
+    whole = {clip: x.photo.sha256 for clip, x in found.faces.items() if not x.photo.tags}
     # The people of a file, by its sha256.
     owners = group_by_key(
         {(whole[clip], person_of[clip]) for clip in whole.keys() & person_of.keys()}
@@ -611,39 +564,40 @@ def warn_of_doubts(
     twins = {clip for clip, digest in whole.items() if len(owners.get(digest, ())) > 1}
     single = {clip: person_of[clip] for clip in person_of.keys() - twins}
     is_blind = card_notes.compare(gallery.state).problem == "blind"
-    doubtful = doubts.find_doubtful_photos(gallery, {} if is_blind else single)
-    for clip in sorted(given.keys() & (twins | doubtful.photos.keys()) & person_of.keys()):
-        (path, photo), name = given[clip], show(person_of[clip])
+    doubtful, texts = doubts.find_doubtful_photos(gallery, {} if is_blind else single), list[str]()
+    for clip in sorted(found.faces.keys() & (twins | doubtful.photos.keys()) & person_of.keys()):
+        (_, path, photo, _, _), name = found.faces[clip], show(person_of[clip])
         if clip in twins:
             others = ", ".join(map(show, sorted({*owners[photo.sha256]} - {person_of[clip]})))
-            _warn([f"{path} is also a photo of {others}: delete the wrong copy"])
+            texts.append(f"{path} is also a photo of {others}: delete the wrong copy")
         else:
             like = doubtful.photos[clip]
             seems = f"looks like {show(like)}" if like else f"differs from {name}'s other photos"
             wrong = "correct its tag" if photo.tags else "move it"
             about = f"{path} is enrolled as {name}, but {seems}"
-            _warn([f"{about}: {wrong} if it shows another person"])
-    path_of = {clip: path for clip, (path, _) in given.items()}
-    _warn(_describe_contradictions(doubtful, person_of, path_of, found.people))
+            texts.append(f"{about}: {wrong} if it shows another person")
+    texts += _describe_contradictions(doubtful, person_of, found)
     likes = [*doubtful.photos.values()]
     likes += [side.like for sides in doubtful.mixed.values() for side in sides]
-    return bool(twins or doubtful.alike or any(likes))
+    return texts, bool(twins or doubtful.alike or any(likes))
 
 
 def _describe_contradictions(
-    doubtful: doubts.Doubts, person_of: Mapping[str, str], path_of: Mapping[str, Path], people: Path
+    doubtful: doubts.Doubts, person_of: Mapping[str, str], found: FoundFaces
 ) -> Iterator[str]:
     """Yields warnings of photos that contradict each other, if it is not clear which are wrong.
 
-    `person_of` is clip -> person, and `path_of` is clip -> photo, for the photos of this call.
+    `person_of` is clip -> person.
     """
 
     def locate(clip: str) -> str:
-        path = path_of.get(clip, Path(clip))
-        return show(str(path.relative_to(people) if path.is_relative_to(people) else path))
+        path = found.faces[clip].path if clip in found.faces else Path(clip)
+        return show(
+            str(path.relative_to(found.people) if path.is_relative_to(found.people) else path)
+        )
 
     for name, all_sides in doubtful.mixed.items():
-        sides = [side for side in all_sides if not path_of.keys().isdisjoint(side.photos)]
+        sides = [side for side in all_sides if not found.faces.keys().isdisjoint(side.photos)]
         if len(sides) < 2:
             continue  # the other side has only clips of films, to which a user gave this name
         number = "two" if len(sides) == 2 else f"{len(sides):,}"

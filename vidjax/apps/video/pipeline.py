@@ -24,6 +24,7 @@ from vidjax.apps.video.media_files import PHOTOS, has_files, is_missing
 from vidjax.data.checks import list_entries
 from vidjax.utils import files, json_files, messages
 from vidjax.utils.errors import UserError, describe_system_error
+from vidjax.utils.messages import Note, Tell, ignore_note
 from vidjax.utils.names import show
 from vidjax.utils.processes import Children, map_children, run_limited, run_limited_each
 from vidjax.utils.terminal import Progress, say
@@ -94,6 +95,7 @@ def extract_folders(
     check: bool = False,
     tagged: bool = False,
     done: Callable[[FileOutcome], None] = lambda outcome: None,
+    tell: Tell = ignore_note,
 ) -> dict[Path, list[FileOutcome]]:
     """Extracts faces and voices from videos and photos; returns the outcomes for each folder.
 
@@ -125,6 +127,7 @@ def extract_folders(
         compares only the path, the size, the time of the last change, and the inode.
       tagged: whether names that photo programs stored for faces are read, see `regions`.
       done: a function that is called with each outcome, in any order.
+      tell: a function that is called with each message about a folder.
 
     Raises:
       UserError: a net is missing, a folder contains a link, or a folder contains features of other
@@ -141,13 +144,14 @@ def extract_folders(
         unsure: dict[Path, list[FileOutcome]] = {}
         for out, inputs in paths.items():
             listed = media_files.list_files(inputs)
-            media_files.say_left_out(inputs)
+            for note in media_files.describe_left_out(inputs):
+                tell(note)
             media_files.check_apart(listed, out)
             out.mkdir(mode=0o700, parents=True, exist_ok=True)
             locked.enter_context(files.lock(files.make_folder(out, "out"), "features"))
             files.refuse_links(out)
             used = _check_extraction(out, digests, settings, upgrade)
-            stems, unsure[out] = _prepare_folder(out, listed, drop, thumbnails)
+            stems, unsure[out] = _prepare_folder(out, listed, drop, thumbnails, tell)
             jobs += [_Job(path, stem, out, used, tagged) for path, stem in stems.items()]
 
         outcomes_of = _process_jobs(jobs, models, workers, check, done)
@@ -235,7 +239,7 @@ def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
 
 
 def _prepare_folder(
-    out: Path, listed: Sequence[Path], drop: Drop, pictures: bool
+    out: Path, listed: Sequence[Path], drop: Drop, pictures: bool, tell: Tell
 ) -> tuple[dict[Path, str], list[FileOutcome]]:
     """Removes outdated files from a folder of features; returns input file -> stem.
 
@@ -254,9 +258,10 @@ def _prepare_folder(
     known = features_folder.describe_media_files(out)
     for path in (out / VIDEOS).glob("*.json"):
         if path.stem not in known:
-            say(f"{path} is damaged: it is removed, and the film is read again if you name it")
+            about = "it is removed, and the film is read again if you name it"
+            tell(Note(f"{path} is damaged: {about}", warning=False))
             features_folder.remove_media_file(out, path.stem)
-    stems = _choose_stems(listed, known)
+    stems = _choose_stems(listed, known, tell)
     kept, unsure, lost = {*stems.values()}, list[MediaFile](), list[FileOutcome]()
     others = drop in ("others", "all others")
     for stem in sorted(known.keys() - kept if drop != "nothing" else ()):
@@ -266,10 +271,10 @@ def _prepare_folder(
             kept.add(stem)
             error = f"{path} cannot be reached: is the drive connected?"
             remedy = FORGET_REMEDY if missing else ""
-            earlier = features_folder.find_media_file(out, stem)
+            earlier = known[stem] if features_folder.has_features(out, stem) else None
             lost.append(FileOutcome(path, None, error, remedy=remedy, earlier=earlier))
         elif deleted and not others:
-            say(f"{path} no longer exists: its features are removed")
+            tell(Note(f"{path} no longer exists: its features are removed", warning=False))
         elif not others:
             kept.add(stem)
             unsure += [known[stem]] * missing
@@ -339,7 +344,9 @@ def _check_extraction(
     return before.settings
 
 
-def _choose_stems(paths: Sequence[Path], known: Mapping[str, MediaFile]) -> dict[Path, str]:
+def _choose_stems(
+    paths: Sequence[Path], known: Mapping[str, MediaFile], tell: Tell
+) -> dict[Path, str]:
     """Returns file -> stem, with which the names of the file's clips begin.
 
     `known` is stem -> film of an earlier call. These films keep their stems, even if they were
@@ -369,7 +376,7 @@ def _choose_stems(paths: Sequence[Path], known: Mapping[str, MediaFile]) -> dict
                 stem = owner if same else f"{stem}~{sha256[:8]}"
         owners.setdefault(stem.lower(), stem)
         if stems.setdefault(stem, path) != path and stem not in known:
-            say(f"{path} is a copy of {stems[stem]} and is left out")
+            tell(Note(f"{path} is a copy of {stems[stem]} and is left out", warning=False))
     return {path: stem for stem, path in stems.items()}
 
 
@@ -427,13 +434,19 @@ def _read(
     )
 
 
+def _find_earlier(job: _Job) -> MediaFile | None:
+    """Returns the description of a file whose features are complete."""
+    known = features_folder.describe_media_file(job.out, job.stem)
+    return known if features_folder.has_features(job.out, job.stem) else None
+
+
 def _compare(job: _Job, check: bool, folders: contextlib.ExitStack) -> FileOutcome | dict[str, Any]:
     """Returns the outcome of a file whose features are up to date, or arguments of `film.work`.
 
     With these arguments, `film.work` extracts the features into a temporary folder. When `folders`
     is closed, it deletes this folder.
     """
-    before = features_folder.find_media_file(job.out, job.stem)
+    before = _find_earlier(job)
     sidecars = regions.list_sidecars(job.path) if job.tagged else ()
     source = features_folder.FileStamp.of(job.path, sidecars)
     complete = before and not features_folder.lacks_pictures(job.out, job.stem)
@@ -505,7 +518,7 @@ def _take_results(
 
 def _describe_failure(job: _Job, error: UserError | OSError) -> FileOutcome:
     """Returns the outcome of a file that failed. If the disk is full, raises `error`."""
-    earlier = features_folder.find_media_file(job.out, job.stem)
+    earlier = _find_earlier(job)
     if not features_folder.describe_media_file(job.out, job.stem):
         features_folder.remove_media_file(job.out, job.stem)  # incomplete files
     if isinstance(error, OSError) and error.errno in FULL_DISK_ERRORS:

@@ -42,7 +42,7 @@ class UnknownNumbers(Struct, kw_only=True, forbid_unknown_fields=True):
     """The contents of `unknown.json`."""
 
     format: Literal[2] = 2
-    # Digests of the films and their clips, see `features_folder.hash_film`.
+    # Digests of the films and their clips, see `MediaFile.digest`.
     films: Annotated[list[Sha256], Meta(max_length=files.MAX_ITEMS)] = []
     # If a face gets a name, its number is kept.
     faces: Annotated[list[NumberedFace], Meta(max_length=files.MAX_ITEMS)] = []
