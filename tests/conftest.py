@@ -174,7 +174,7 @@ def read_here(monkeypatch: pytest.MonkeyPatch) -> None:
     from vidjax.utils import processes
 
     def read(_: str, given: Any, **limits: Any) -> Any:
-        film._load_nets.cache_clear()
+        film.load_nets.cache_clear()
         answers = [processes._answer(film.work, str(path), words, "") for path, words in given]
         return [
             processes._parse_answer(path, json.dumps(answer).encode())

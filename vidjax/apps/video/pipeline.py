@@ -69,7 +69,9 @@ class _Job(NamedTuple):
     stem: str  # the first part of the names of the file's clips
     out: Path  # the folder of features
     settings: ExtractionSettings
+    models: Path  # the folder of nets
     tagged: bool  # whether names that photo programs stored for faces are read
+    check: bool  # whether the content of the file is compared, see `extract_folders`
 
 
 def extract(
@@ -152,9 +154,9 @@ def extract_folders(
             files.refuse_links(out)
             used = _check_extraction(out, digests, settings, upgrade)
             stems, unsure[out] = _prepare_folder(out, listed, drop, thumbnails, tell)
-            jobs += [_Job(path, stem, out, used, tagged) for path, stem in stems.items()]
+            jobs += [_Job(x, stem, out, used, models, tagged, check) for x, stem in stems.items()]
 
-        outcomes_of = _process_jobs(jobs, models, workers, check, done)
+        outcomes_of = _process_jobs(jobs, workers, done)
         for out, outcomes in unsure.items():
             for outcome in outcomes:
                 done(outcome)
@@ -169,9 +171,9 @@ def read_digests(models: Path) -> dict[str, str]:
 
 def check_nets(models: Path, settings: ExtractionSettings) -> None:
     """Loads all nets in a folder and tests them. Raises UserError if a net cannot be used."""
-    arguments = {"models": str(models), "settings": msgspec.to_builtins(settings)}
+    task = film_lib.Task(models=str(models), settings=settings)
     answer = run_limited(
-        film_lib.__name__, models, arguments, reads=cards_lib.list_files(models),
+        film_lib.__name__, models, msgspec.to_builtins(task), reads=cards_lib.list_files(models),
         memory_bytes=MEMORY_BYTES, cpu_seconds=PHOTO_SECONDS,
     )  # fmt: skip
     if "net_error" in answer:
@@ -179,11 +181,7 @@ def check_nets(models: Path, settings: ExtractionSettings) -> None:
 
 
 def _process_jobs(
-    jobs: Sequence[_Job],
-    models: Path,
-    workers: int,
-    check: bool,
-    done: Callable[[FileOutcome], None],
+    jobs: Sequence[_Job], workers: int, done: Callable[[FileOutcome], None]
 ) -> dict[Path, list[FileOutcome]]:
     """Extracts features from files in child processes; returns the outcomes of each folder."""
     twins = Counter(job.path.name for job in jobs)
@@ -195,7 +193,7 @@ def _process_jobs(
     def read(children: Children, numbered: tuple[int, Sequence[_Job]]) -> list[FileOutcome]:
         number, batch = numbered  # each film is a batch, and films come before photos
         title = f"{number:,} of {num_films:,}: {label[batch[0]]}" if number <= num_films else ""
-        outcomes = _extract_batch(children, batch, models, check, title)
+        outcomes = _extract_batch(children, batch, title)
         for job, outcome in zip(batch, outcomes, strict=True):
             left.pop(job)
             done(outcome._replace(label=label[job]))
@@ -387,49 +385,47 @@ def _sha256_or_of_name(path: Path) -> str:
         return files.sha256_json(str(path.absolute()))
 
 
-def _extract_batch(
-    children: Children, jobs: Sequence[_Job], models: Path, check: bool, title: str
-) -> list[FileOutcome]:
+def _extract_batch(children: Children, jobs: Sequence[_Job], title: str) -> list[FileOutcome]:
     """Extracts features from the new and changed files of a batch in one process.
 
-    `title` is printed for a film, and is empty for photos. For `check`, see `extract_folders`.
+    `title` is printed for a film, and is empty for photos.
     """
     outcomes: dict[_Job, FileOutcome] = {}
-    pending: dict[_Job, dict[str, Any]] = {}
+    pending: dict[_Job, film_lib.Task] = {}
     with contextlib.ExitStack() as folders:
         for job in jobs:
             try:
-                outcome = _compare(job, check, folders)
+                outcome = _compare(job, folders)
             except (UserError, OSError) as error:
                 outcome = _describe_failure(job, error)
-            if isinstance(outcome, dict):
-                pending[job] = outcome | {"models": str(models.absolute())}
-            else:
+            if isinstance(outcome, FileOutcome):
                 outcomes[job] = outcome
+            else:
+                pending[job] = outcome
         if pending:
             photos = messages.count(len(pending), "photo")
             say(f"{features_folder.make_printable(title) or photos} ...")
-        answers = _read(children, pending, models) if pending else []
-        for (job, arguments), answer in zip(pending.items(), answers, strict=True):
-            outcomes[job] = _take_results(job, arguments, answer)
+        answers = _read(children, pending) if pending else []
+        for (job, task), answer in zip(pending.items(), answers, strict=True):
+            outcomes[job] = _take_results(job, Path(task.out), answer)
     return [outcomes[job] for job in jobs]
 
 
 def _read(
-    children: Children, pending: Mapping[_Job, dict[str, Any]], models: Path
+    children: Children, pending: Mapping[_Job, film_lib.Task]
 ) -> list[dict[str, Any] | UserError]:
     """Calls `film.work` for each file; returns a result or an error for each file."""
     tagged = (job.path for job in pending if job.tagged)
     sidecars = [x for path in tagged for x in regions.list_sidecars(path) if not x.is_symlink()]
-    size = sum(arguments["source"]["size"] for arguments in pending.values())
+    size = sum(task.source.size for task in pending.values() if task.source)
     photos = all(job.path.suffix.lower() in PHOTOS for job in pending)
     return run_limited_each(
         film_lib.__name__,
-        [(job.path, arguments) for job, arguments in pending.items()],
+        [(job.path, msgspec.to_builtins(task)) for job, task in pending.items()],
         memory_bytes=MEMORY_BYTES,
         cpu_seconds=PHOTO_SECONDS if photos else FILM_SECONDS + size // FILM_BYTES_PER_SECOND,
-        reads=[*cards_lib.list_files(models), *sidecars],
-        writes=[arguments["out"] for arguments in pending.values()],
+        reads=[*cards_lib.list_files(min(job.models for job in pending)), *sidecars],
+        writes=[Path(task.out) for task in pending.values()],
         children=children,
     )
 
@@ -440,21 +436,21 @@ def _find_earlier(job: _Job) -> MediaFile | None:
     return known if features_folder.has_features(job.out, job.stem) else None
 
 
-def _compare(job: _Job, check: bool, folders: contextlib.ExitStack) -> FileOutcome | dict[str, Any]:
-    """Returns the outcome of a file whose features are up to date, or arguments of `film.work`.
+def _compare(job: _Job, folders: contextlib.ExitStack) -> FileOutcome | film_lib.Task:
+    """Returns the outcome of a file whose features are up to date, or a task for `film.work`.
 
-    With these arguments, `film.work` extracts the features into a temporary folder. When `folders`
-    is closed, it deletes this folder.
+    `film.work` extracts the features into a temporary folder. When `folders` is closed, this folder
+    is deleted.
     """
     before = _find_earlier(job)
     sidecars = regions.list_sidecars(job.path) if job.tagged else ()
     source = features_folder.FileStamp.of(job.path, sidecars)
     complete = before and not features_folder.lacks_pictures(job.out, job.stem)
-    if before and complete and before.source == source and not check:
+    if before and complete and before.source == source and not job.check:
         return FileOutcome(job.path, before, kept=True)
     sha256 = files.sha256_file(job.path)
-    same_file = before is not None and before.sha256 == sha256
-    if before and complete and same_file and before.source.sidecars == source.sidecars:
+    is_same = before and before.sha256 == sha256 and before.source.sidecars == source.sidecars
+    if before and complete and is_same:
         before.source, before.video = source, features_folder.make_printable(job.path.name)
         features_folder.write(job.out / VIDEOS / f"{job.stem}.json", before)
         return FileOutcome(job.path, before, kept=True)
@@ -463,22 +459,14 @@ def _compare(job: _Job, check: bool, folders: contextlib.ExitStack) -> FileOutco
     )
     if (job.out / THUMBNAILS).exists():
         (partial / THUMBNAILS).mkdir(mode=0o700)
-    return {
-        "path": str(job.path.absolute()),
-        "out": str(partial.absolute()),
-        "stem": job.stem,
-        "settings": msgspec.to_builtins(job.settings),
-        "tagged": job.tagged,
-        "sha256": sha256,
-        "source": msgspec.to_builtins(source),
-        "replaced": before is not None and not same_file,
-    }
+    return film_lib.Task(
+        models=str(job.models.absolute()), settings=job.settings, path=str(job.path.absolute()),
+        out=str(partial.absolute()), stem=job.stem, source=source, sha256=sha256, tagged=job.tagged,
+    )  # fmt: skip
 
 
-def _take_results(
-    job: _Job, arguments: Mapping[str, Any], answer: dict[str, Any] | UserError
-) -> FileOutcome:
-    """Moves results of `film.work` from the temporary folder to `job.out`; returns the outcome.
+def _take_results(job: _Job, partial: Path, answer: dict[str, Any] | UserError) -> FileOutcome:
+    """Moves results of `film.work` from the folder `partial` to `job.out`; returns the outcome.
 
     If the file could not be read, the results of an earlier call are kept: the file may be on a
     drive that fails, or a placeholder for a file in a cloud. If a net cannot be used, raises
@@ -501,7 +489,7 @@ def _take_results(
                     f"{job.path}: the sidecar file with its face tags is missing: copy it back, or "
                     "delete the photo"
                 )
-        partial = Path(arguments["out"])
+        known = _find_earlier(job)
         features_folder.remove_media_file(job.out, job.stem)
         os.replace(partial / f"{job.stem}.npz", job.out / f"{job.stem}.npz")
         thumbnails = [folder / THUMBNAILS for folder in (partial, job.out)]
@@ -513,7 +501,7 @@ def _take_results(
         features_folder.write(job.out / VIDEOS / f"{job.stem}.json", film)
     except (UserError, OSError) as error:
         return _describe_failure(job, error)
-    return FileOutcome(job.path, film, replaced=arguments["replaced"])
+    return FileOutcome(job.path, film, replaced=known is not None and known.sha256 != film.sha256)
 
 
 def _describe_failure(job: _Job, error: UserError | OSError) -> FileOutcome:

@@ -30,7 +30,7 @@ import math
 import os
 import shlex
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,29 +132,22 @@ def name_people(
     if not 0 <= padding < math.inf:
         raise UserError(f"--padding={padding:g} is not a duration: give seconds, 0 or more")
     media_files.check_apart(media_files.list_files(films), out)
-    notes = list[Note]()
-
-    def note(x: Note) -> None:
-        notes.append(x)
-        tell(x)
-
-    photos = {} if people is None else people_photos.list_photos(people, out, note)
+    call = _Call(out, models, tell)
+    photos = {} if people is None else people_photos.list_photos(people, out, call.tell)
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     with files.lock(files.make_folder(out, "out"), "out"):
         files.refuse_links(out)
-        gallery = _open_gallery(out, models, note)
+        gallery = call.open_gallery()
         had_page = files.exists(out / PAGE)
         options = {
             "models": models, "thumbnails": _choose_thumbnails(out, thumbnails), "upgrade": True,
-            "check": check, "workers": workers, "tell": note,
+            "check": check, "workers": workers, "tell": call.tell,
         }  # fmt: skip
         failed, names, is_explained = dict[str, str](), set[str](), False
         with lock_changes(out):
-            typed = _read_typed_names(out, note)
+            typed = call.read_typed_names()
         if people is not None:
-            found, is_explained = _update_people(
-                gallery, people, photos, out, forget_missing, options
-            )
+            found, is_explained = call.update_people(people, photos, forget_missing, options)
             failed, names = found.failed, found.names
         is_known = gallery.identities or people_photos.list_unread(out)
         if people is not None and not is_known and not any(read_said(out, ()).names.values()):
@@ -177,14 +170,14 @@ def name_people(
         failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.media}
         identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
         with lock_changes(out):
-            decision = _name_films(gallery, out, identify, prune, note)
+            decision = call.name_films(identify, prune)
             advise_other_films(gallery.state, sorted(typed))
             if is_explained:
                 decision = decision._replace(card="")
             results.write(out, decision, padding)
         enrolled = people_photos.list_faces(gallery).values()
         missed = sorted(names - {photo.person for photo in enrolled})
-        return WhoResults(decision.count_clips(), decision, failed, missed, notes)
+        return WhoResults(decision.count_clips(), decision, failed, missed, call.notes)
 
 
 def _choose_thumbnails(out: Path, thumbnails: bool | None) -> bool:
@@ -197,331 +190,330 @@ def _choose_thumbnails(out: Path, thumbnails: bool | None) -> bool:
     return thumbnails
 
 
-def _name_films(
-    gallery: Gallery, out: Path, identify: Callable[..., dict[str, Answer]], prune: bool, tell: Tell
-) -> Decision:
-    """Names the people in all films of a folder of results, and reports problems of the films.
+class _Call:
+    """A call of `vidjax who`, which changes the folder of results `out`."""
 
-    For `identify`, see `decide`.
-    """
-    films = features_folder.read_media_files(out / FEATURES)
-    unread = features_folder.find_unread(out / FEATURES)
-    for note in (*_describe_films(films, out, prune), *_describe_unread(out, unread)):
-        tell(note)
-    decision = decide(gallery, out, films, identify)
-    lost = decision.said.list_lost({film.sha256 for film in unread.values()})
-    _write_unmatched(out, lost, tell)
-    return decision
+    def __init__(self, out: Path, models: Path, tell: Tell):
+        self.out, self.models, self.features = out, models, out / FEATURES
+        self.notes, self._tell = list[Note](), tell
 
+    def tell(self, note: Note) -> None:
+        """Adds a note to the results, and reports it."""
+        self.notes.append(note)
+        self._tell(note)
 
-def _update_people(
-    gallery: Gallery,
-    people: Path,
-    photos: Mapping[str, Sequence[Path]],
-    out: Path,
-    forget_missing: bool,
-    options: Mapping[str, Any],
-) -> tuple[FoundFaces, bool]:
-    """Enrols the photos of each person, and forgets people whose photos were deleted.
+    def warn(self, text: str) -> None:
+        self.tell(Note(text))
 
-    Returns the faces in the photos, and whether people look alike because two names may be one
-    person. This was reported. `options` are arguments of `pipeline.extract_folders`.
-    """
-    tell: Tell = options["tell"]
-    people_photos.check_people(gallery, photos, people, out, forget_missing)
-    drop: pipeline.Drop = "all others" if forget_missing else "others"
-    outcomes_of = people_photos.extract_photos(photos, out, drop=drop, **options)
-    with lock_changes(out):
-        gallery.refresh()  # another process may have changed the gallery in the meantime
-        unread = people_photos.list_unread(out)
-        enrolled = people_photos.list_faces(gallery)
-        known = unread | enrolled
-        found = people_photos.check_photos(known, outcomes_of, people, tell)
-        missing = set[str]() if forget_missing else people_photos.find_missing(known, found, out)
-        if missing:
-            kept = {photo.person for photo in known.values() if photo.folder in missing}
-            found.names.update(kept)
-            found.failed.update({str(people / folder): "" for folder in sorted(missing)})
-            hint = "" if os.path.isdir(people) else messages.suggest_path(people)
-            tell(Note(
-                f"photos of {messages.list_some([*map(show, sorted(kept))])} are missing in "
-                f"'{show(str(people))}': is the drive connected? These people stay enrolled\n"
-                f"to forget people whose photos are missing, add --forget-missing{hint}"
-            ))  # fmt: skip
-        entries = people_photos.embed_usable(gallery, found)
-        moved = people_photos.find_renamed(gallery, enrolled, found, entries)
-        unsure = {photo.person for photo in known.values() if photo.folder in missing}
-        renamed = _follow_photos(
-            gallery, out, {photo.person for photo in enrolled.values()},
-            {person: owners for person, owners in moved.items() if person not in unsure}, tell,
-        )  # fmt: skip
-        said = read_said(out, ())
-        for clip, entry in entries.items():
-            face = found.faces[clip].face
-            entries[clip] = entry._replace(identity=said.label(face.key, face.person))
-        checked = {clip for clip, x in enrolled.items()
-                   if clip not in unread and x.folder not in missing}  # fmt: skip
-        with gallery.change(log=False) as draft:
-            new, _ = people_photos.enrol_faces(draft, found, entries, tell, checked)
-            for clip in draft.clips.keys() - entries.keys():
-                if name := renamed.get(draft.clips[clip].identity or ""):
-                    draft.relabel(clip, name)
-        advise_other_films(
-            gallery.state, sorted({x for clip in new if (x := entries[clip].identity)})
-        )
-        _forget(gallery, out, known, found.names, {*photos, *missing}, forget_missing, tell)
-    card_notes.check_mirrored(gallery, found.list_mirrored())
-    doubts, is_doubtful = people_photos.describe_doubts(gallery, found)
-    for text in doubts:
-        tell(Note(text))
-    return found, is_doubtful and card_notes.compare(gallery.state).problem == "closer"
+    def say(self, text: str) -> None:
+        self.tell(Note(text, warning=False))
 
+    def name_films(self, identify: Callable[..., dict[str, Answer]], prune: bool) -> Decision:
+        """Names the people in all films of a folder of results, and reports problems of the films.
 
-def _describe_films(films: Sequence[MediaFile], out: Path, pruned: bool) -> Iterator[Note]:
-    """Yields how many films are missing or too dark, and a film without thumbnails, with remedies.
+        For `identify`, see `decide`.
+        """
+        films = features_folder.read_media_files(self.features)
+        unread = features_folder.find_unread(self.features)
+        self._report_films(films, prune)
+        self._report_unread(unread)
+        decision = decide(self.gallery, self.out, films, identify)
+        self._write_unmatched(decision.said.list_lost({film.sha256 for film in unread.values()}))
+        return decision
 
-    If `pruned` is True, `--prune` is given, and missing films are left out.
-    """
-    missing = [film.video for film in films if not os.path.exists(film.source.path)]
-    if missing and not pruned:
-        count = f"{messages.count(len(missing), 'film')} cannot be found, such as {missing[0]}"
-        yield Note(f"{count}: to delete the results of missing films, add --prune", warning=False)
-    if dark := [film.video for film in films if film.is_dark]:
-        yield Note(
-            f"{messages.count(len(dark), 'film')} too dark to find faces, such as {dark[0]}: "
-            "brighten the pictures, and call vidjax who again"
-        )
-    for film in films:
-        stem = film.tracks[0].clip.partition(".")[0] if film.tracks else None
-        lacks = stem and features_folder.lacks_pictures(out / FEATURES, stem)
-        if lacks and os.path.exists(film.source.path):
-            text = f"there are no thumbnails of {film.video}: add this film to the command"
-            yield Note(text, warning=False)
-            return
+    def update_people(
+        self,
+        people: Path,
+        photos: Mapping[str, Sequence[Path]],
+        forget_missing: bool,
+        options: Mapping[str, Any],
+    ) -> tuple[FoundFaces, bool]:
+        """Enrols the photos of each person, and forgets people whose photos were deleted.
 
-
-def _open_gallery(out: Path, models: Path, tell: Tell) -> Gallery:
-    """Opens or creates the gallery in `out`; raises UserError if another program wrote `out`."""
-    path = out / "gallery"
-    if not files.exists(path) and (foreign := list_entries(out)):
-        if files.exists(out / FEATURES):
-            raise UserError(
-                f"'{path}' is missing, the gallery of earlier calls\n"
-                "copy it back, or name a new folder: --out=FOLDER"
+        Returns the faces in the photos, and whether people look alike because two names may be one
+        person. This was reported. `options` are arguments of `pipeline.extract_folders`.
+        """
+        gallery, out = self.gallery, self.out
+        people_photos.check_people(gallery, photos, people, out, forget_missing)
+        drop: pipeline.Drop = "all others" if forget_missing else "others"
+        outcomes_of = people_photos.extract_photos(photos, out, drop=drop, **options)
+        with lock_changes(out):
+            gallery.refresh()  # another process may have changed the gallery in the meantime
+            unread = people_photos.list_unread(out)
+            enrolled = people_photos.list_faces(gallery)
+            known = unread | enrolled
+            found = people_photos.check_photos(known, outcomes_of, people, self.tell)
+            missing = (
+                set[str]() if forget_missing else people_photos.find_missing(known, found, out)
             )
-        raise UserError(
-            f"--out={out} contains '{show(foreign[0].name)}', which `vidjax who` did not write\n"
-            "name a new folder"
-        )
-    try:
-        gallery = Gallery(path)
-    except store.NoGalleryError:  # also if an earlier call was killed while it made the gallery
-        gallery = Gallery.of_models(path, models)
-    with lock_changes(out):
-        _convert(gallery, out)
-        _change_nets(gallery, out, models, tell)
-    return gallery
-
-
-def _convert(gallery: Gallery, out: Path) -> None:
-    """Makes the log. If version 0.1.0 has written the results, converts them."""
-    if not said_lib.has_log(out):
-        said_lib.append(out, earlier_said.list_lines(out, gallery.state))
-    earlier_said.move_descriptions(out)
-    # Clips that waited for other nets.
-    if waiting := [clip for clip, x in gallery.clips.items() if not x.vector.any()]:
-        present = features_folder.read_extraction(out / FEATURES)
-        for folder in locate_people(out).values():
-            if features_folder.read_extraction(folder) != present:
-                features_folder.set_aside(folder)
-        with gallery.change(log=False) as draft:
-            draft.remove(clip=waiting)
-
-
-def _change_nets(gallery: Gallery, out: Path, models: Path, tell: Tell) -> None:
-    """If `models` has other or more nets than before, prepares the results for these nets.
-
-    If this is interrupted, the next call repeats it, because `extract.json` is written last.
-    """
-    features = out / FEATURES
-    before, digests = features_folder.read_extraction(features), pipeline.read_digests(models)
-    if before is None or before.models == digests or before.models.keys() - digests.keys():
-        card_notes.adopt(gallery, models)
-        return
-    pipeline.check_nets(models, before.settings)  # before features are removed
-    changed = {role for role, digest in before.models.items() if digests[role] != digest}
-    _read_typed_names(out, tell)  # the names of the clips may change
-    for folder in (features, *locate_people(out).values()):
-        features_folder.set_aside(folder)
-    own = {track.clip for film in features_folder.describe_media_files(features).values()
-           for track in film.tracks} | people_photos.list_faces(gallery).keys()  # fmt: skip
-    clips = {name: x.identity for name, x in gallery.clips.items() if name not in own}
-    parts = card_notes.adopt(gallery, models, replace=bool(changed))
-    lost = sorted(clips.keys() - gallery.clips.keys())
-    unmatched = [Lost("", None, f"{name}: {clips[name] or IGNORED}") for name in lost]
-    _write_unmatched(out, unmatched, tell)
-    before.models = digests
-    features_folder.write(features / features_folder.NAME, before)
-    text = (
-        f"there are new nets ({', '.join(parts or sorted(changed))}): the films and photos of this "
-        "call are read again, and names are kept\n"
-        "to read other films again, repeat the command with them"
-    )
-    tell(Note(text, warning=False))
-
-
-def _write_unmatched(out: Path, lost: Sequence[Lost], tell: Tell) -> None:
-    """Adds what was said about lost faces to `unmatched.tsv`, and reports how many rows are new."""
-    path, rows = out / UNMATCHED, list[tuple[str, ...]]()
-    known = [tuple(cells) for _, cells in tables.read_text(path)][1:] if files.exists(path) else []
-    for x in lost:
-        time = "" if x.at_s is None else format_time(x.at_s)
-        rows.append((x.video, time, x.correction))
-    if new := sorted({*rows} - {*known}):
-        files.write_text(path, tables.to_text([UNMATCHED_COLUMNS, *known, *new], ".tsv"))
-        files.hide(path)
-        count = f"corrections whose faces are not found again: {len(new):,}, see {path}"
-        tell(Note(f"{count}\nto repeat them: vidjax who ... --review"))
-
-
-def _describe_unread(out: Path, films: Mapping[str, MediaFile]) -> Iterator[Note]:
-    """Yields how many `films` and photos have not been read since the nets were changed."""
-    for film in [*films.values()][:1]:
-        yield Note(
-            f"films that were not read with the new nets: {len(films):,}, such as {film.video}. "
-            "Names and corrections are kept, but the tables lack these films\n"
-            "to read them, add them to the command"
-        )
-    faces = people_photos.list_unread(out)
-    for face in sorted(faces.values())[:1]:
-        yield Note(
-            f"photos that were not read with the new nets: {len(faces):,}, such as {face.clip} of "
-            f"{show(face.person)}. They identify nobody until --people contains them again"
-        )
-
-
-def _read_typed_names(out: Path, tell: Tell) -> set[str]:
-    """Adds names that a user has typed into `unknown.tsv` to the log; returns these names."""
-    path = out / UNKNOWN
-    names = answers_lib.read_groups(path) if files.exists(path) else {}
-    # If the last call was interrupted, a replaced film may have other clips with the same names.
-    numbered = {*read_numbers(out).films}
-    films = features_folder.read_media_files(out / FEATURES)
-    found = {
-        track.clip: film for film in films if film.digest in numbered
-        for track in film.tracks if track.clip in names
-    }  # fmt: skip
-    if lost := names.keys() - found.keys():
-        about = f"that no longer exist, such as {show(min(lost))}, are ignored: {len(lost):,}"
-        tell(Note(f"names of clips in {path} {about}"))
-    lines, said = list[Line](), read_said(out, films)
-    with prefix_errors(str(path)):
-        for clip, film in found.items():
-            name, old = check_person(names[clip]), said.names.get(clip)
-            if old not in (None, name):
-                raise UserError(
-                    f"clip '{clip}' already has the name '{show(old)}', not '{show(name)}'\n"
-                    "correct the name on the page, or delete this row"
+            if missing:
+                kept = {photo.person for photo in known.values() if photo.folder in missing}
+                found.names.update(kept)
+                found.failed.update({str(people / folder): "" for folder in sorted(missing)})
+                hint = "" if os.path.isdir(people) else messages.suggest_path(people)
+                self.warn(
+                    f"photos of {messages.list_some([*map(show, sorted(kept))])} are missing in "
+                    f"'{show(str(people))}': is the drive connected? These people stay enrolled\n"
+                    f"to forget people whose photos are missing, add --forget-missing{hint}"
                 )
-            if old is None and (face := film.faces.get(clip)):
-                lines.append(said_lib.about(face, "is", of=name, video=film.video))
-    if lines:
-        said_lib.append(out, said_lib.stamp(lines))
-    if found:
-        path.unlink()  # the table is written again
-    for name, count in sorted(Counter(map(names.get, found)).items()):
-        text = (
-            f"{show(str(name))} is enrolled with {messages.count(count, 'clip')} from {path.name}"
+            entries = people_photos.embed_usable(gallery, found)
+            moved = people_photos.find_renamed(gallery, enrolled, found, entries)
+            unsure = {photo.person for photo in known.values() if photo.folder in missing}
+            moved = {person: owners for person, owners in moved.items() if person not in unsure}
+            renamed = self._follow_photos({photo.person for photo in enrolled.values()}, moved)
+            said = read_said(out, ())
+            for clip, entry in entries.items():
+                face = found.faces[clip].face
+                entries[clip] = entry._replace(identity=said.label(face.key, face.person))
+            checked = {clip for clip, x in enrolled.items()
+                       if clip not in unread and x.folder not in missing}  # fmt: skip
+            with gallery.change(log=False) as draft:
+                new, _ = people_photos.enrol_faces(draft, found, entries, self.tell, checked)
+                for clip in draft.clips.keys() - entries.keys():
+                    if name := renamed.get(draft.clips[clip].identity or ""):
+                        draft.relabel(clip, name)
+            advise_other_films(
+                gallery.state, sorted({x for clip in new if (x := entries[clip].identity)})
+            )
+            self._forget(known, found.names, {*photos, *missing}, forget_missing)
+        card_notes.check_mirrored(gallery, found.list_mirrored())
+        doubts, is_doubtful = people_photos.describe_doubts(gallery, found)
+        for text in doubts:
+            self.warn(text)
+        return found, is_doubtful and card_notes.compare(gallery.state).problem == "closer"
+
+    def _report_films(self, films: Sequence[MediaFile], pruned: bool) -> None:
+        """Reports films that are missing, too dark, or without thumbnails, with remedies.
+
+        If `pruned` is True, `--prune` is given, and missing films are left out.
+        """
+        missing = [film.video for film in films if not os.path.exists(film.source.path)]
+        if missing and not pruned:
+            count = f"{messages.count(len(missing), 'film')} cannot be found, such as {missing[0]}"
+            self.say(f"{count}: to delete the results of missing films, add --prune")
+        if dark := [film.video for film in films if film.is_dark]:
+            self.warn(
+                f"{messages.count(len(dark), 'film')} too dark to find faces, such as {dark[0]}: "
+                "brighten the pictures, and call vidjax who again"
+            )
+        for film in films:
+            stem = film.tracks[0].clip.partition(".")[0] if film.tracks else None
+            lacks = stem and features_folder.lacks_pictures(self.features, stem)
+            if lacks and os.path.exists(film.source.path):
+                self.say(f"there are no thumbnails of {film.video}: add this film to the command")
+                return
+
+    def open_gallery(self) -> Gallery:
+        """Opens or creates the gallery. Raises UserError if another program wrote `out`."""
+        out, path = self.out, self.out / "gallery"
+        if not files.exists(path) and (foreign := list_entries(out)):
+            if files.exists(out / FEATURES):
+                raise UserError(
+                    f"'{path}' is missing, the gallery of earlier calls\n"
+                    "copy it back, or name a new folder: --out=FOLDER"
+                )
+            text = (
+                f"--out={out} contains '{show(foreign[0].name)}', which `vidjax who` did not write"
+            )
+            raise UserError(f"{text}\nname a new folder")
+        try:
+            self.gallery = Gallery(path)
+        except store.NoGalleryError:  # also if an earlier call was killed while it made the gallery
+            self.gallery = Gallery.of_models(path, self.models)
+        with lock_changes(out):
+            self._convert()
+            self._change_nets()
+        return self.gallery
+
+    def _convert(self) -> None:
+        """Makes the log. If version 0.1.0 has written the results, converts them."""
+        gallery, out = self.gallery, self.out
+        if not said_lib.has_log(out):
+            said_lib.append(out, earlier_said.list_lines(out, gallery.state))
+        earlier_said.move_descriptions(out)
+        # Clips that waited for other nets.
+        if waiting := [clip for clip, x in gallery.clips.items() if not x.vector.any()]:
+            present = features_folder.read_extraction(self.features)
+            for folder in locate_people(out).values():
+                if features_folder.read_extraction(folder) != present:
+                    features_folder.set_aside(folder)
+            with gallery.change(log=False) as draft:
+                draft.remove(clip=waiting)
+
+    def _change_nets(self) -> None:
+        """If `models` has other or more nets than before, prepares the results for these nets.
+
+        If this is interrupted, the next call repeats it, because `extract.json` is written last.
+        """
+        gallery, models, features = self.gallery, self.models, self.features
+        before, digests = features_folder.read_extraction(features), pipeline.read_digests(models)
+        if before is None or before.models == digests or before.models.keys() - digests.keys():
+            card_notes.adopt(gallery, models)
+            return
+        pipeline.check_nets(models, before.settings)  # before features are removed
+        changed = {role for role, digest in before.models.items() if digests[role] != digest}
+        self.read_typed_names()  # the names of the clips may change
+        for folder in (features, *locate_people(self.out).values()):
+            features_folder.set_aside(folder)
+        own = {track.clip for film in features_folder.describe_media_files(features).values()
+               for track in film.tracks} | people_photos.list_faces(gallery).keys()  # fmt: skip
+        clips = {name: x.identity for name, x in gallery.clips.items() if name not in own}
+        parts = card_notes.adopt(gallery, models, replace=bool(changed))
+        lost = sorted(clips.keys() - gallery.clips.keys())
+        self._write_unmatched([Lost("", None, f"{x}: {clips[x] or IGNORED}") for x in lost])
+        before.models = digests
+        features_folder.write(features / features_folder.NAME, before)
+        new = ", ".join(parts or sorted(changed))
+        self.say(
+            f"there are new nets ({new}): the films and photos of this call are read again, and "
+            "names are kept\n"
+            "to read other films again, repeat the command with them"
         )
-        tell(Note(text, warning=False))
-    return {str(line.of) for line in lines}
 
+    def _write_unmatched(self, lost: Sequence[Lost]) -> None:
+        """Adds what was said about lost faces to `unmatched.tsv`, and reports new rows."""
+        path, rows = self.out / UNMATCHED, list[tuple[str, ...]]()
+        table = [*tables.read_text(path)][1:] if files.exists(path) else []
+        known = [tuple(cells) for _, cells in table]
+        for x in lost:
+            time = "" if x.at_s is None else format_time(x.at_s)
+            rows.append((x.video, time, x.correction))
+        if new := sorted({*rows} - {*known}):
+            files.write_text(path, tables.to_text([UNMATCHED_COLUMNS, *known, *new], ".tsv"))
+            files.hide(path)
+            count = f"corrections whose faces are not found again: {len(new):,}, see {path}"
+            self.warn(f"{count}\nto repeat them: vidjax who ... --review")
 
-def _follow_photos(
-    gallery: Gallery,
-    out: Path,
-    known: Collection[str],
-    moved: Mapping[str, Collection[str]],
-    tell: Tell,
-) -> dict[str, str]:
-    """Gives the typed names of people to the people who have all their photos now.
+    def _report_unread(self, films: Mapping[str, MediaFile]) -> None:
+        """Reports how many `films` and photos have not been read since the nets were changed."""
+        for film in [*films.values()][:1]:
+            self.warn(
+                f"films that were not read with the new nets: {len(films):,}, such as "
+                f"{film.video}. Names and corrections are kept, but the tables lack these films\n"
+                "to read them, add them to the command"
+            )
+        faces = people_photos.list_unread(self.out)
+        for face in sorted(faces.values())[:1]:
+            self.warn(
+                f"photos that were not read with the new nets: {len(faces):,}, such as {face.clip} "
+                f"of {show(face.person)}. They identify nobody until --people contains them again"
+            )
 
-    `known` are the people with enrolled photos. `moved` is person -> people who have the photos. If
-    they are several people, the typed names stay, and a line asks. Returns old name -> new name.
-    """
-    said = read_said(out, features_folder.read_media_files(out / FEATURES)) if moved else Said()
-    lines, renamed = list[Line](), dict[str, str]()
-    for person, owners in moved.items():
-        label, owner = str(said.label("", person)), min(owners)
-        named, wanted = said.list_named(label), str(said.label("", owner))
-        count = messages.count(len(named), "name")
-        if len(owners) > 1 and named:
-            words = [str(gallery.folder), f"--identity={label}", "--to=NAME"]
-            tell(Note(
-                f"the photos of {show(person)} are now photos of "
-                f"{messages.list_some([*map(show, sorted(owners))])}, but {count} that you typed "
-                f"stay {show(label)}\nto change them: vidjax gallery rename {shlex.join(words)}"
-            ))  # fmt: skip
-        elif len(owners) == 1 and label != wanted:
-            renamed[label] = wanted
-            lines += said.repeat(named, "is", wanted)
-            if owner not in known or owner in moved:  # else the photos may have been wrong photos
-                lines += said.repeat(said.list_denied(label), "not", wanted)
-            text = f"all photos of {show(person)} are now photos of {show(owner)}"
-            text += f": {count} that you typed follow" * bool(named)
-            tell(Note(text, warning=False))
-    if lines:
-        said_lib.append(out, said_lib.stamp(lines))
-    return renamed
+    def read_typed_names(self) -> set[str]:
+        """Adds names that a user has typed into `unknown.tsv` to the log; returns these names."""
+        out, path = self.out, self.out / UNKNOWN
+        names = answers_lib.read_groups(path) if files.exists(path) else {}
+        # After an interrupted call, a replaced film may have other clips with the same names.
+        numbered = {*read_numbers(out).films}
+        films = features_folder.read_media_files(out / FEATURES)
+        found = {
+            track.clip: film for film in films if film.digest in numbered
+            for track in film.tracks if track.clip in names
+        }  # fmt: skip
+        if lost := names.keys() - found.keys():
+            about = f"that no longer exist, such as {show(min(lost))}, are ignored: {len(lost):,}"
+            self.warn(f"names of clips in {path} {about}")
+        lines, said = list[Line](), read_said(out, films)
+        with prefix_errors(str(path)):
+            for clip, film in found.items():
+                name, old = check_person(names[clip]), said.names.get(clip)
+                if old not in (None, name):
+                    raise UserError(
+                        f"clip '{clip}' already has the name '{show(old)}', not '{show(name)}'\n"
+                        "correct the name on the page, or delete this row"
+                    )
+                if old is None and (face := film.faces.get(clip)):
+                    lines.append(said_lib.about(face, "is", of=name, video=film.video))
+        if lines:
+            said_lib.append(out, said_lib.stamp(lines))
+        if found:
+            path.unlink()  # the table is written again
+        for name, count in sorted(Counter(map(names.get, found)).items()):
+            clips = messages.count(count, "clip")
+            self.say(f"{show(str(name))} is enrolled with {clips} from {path.name}")
+        return {str(line.of) for line in lines}
 
+    def _follow_photos(
+        self, known: Collection[str], moved: Mapping[str, Collection[str]]
+    ) -> dict[str, str]:
+        """Gives the typed names of people to the people who have all their photos now.
 
-def _forget(
-    gallery: Gallery,
-    out: Path,
-    before: Mapping[str, PhotoFace],
-    names: Collection[str],
-    places: Collection[str],
-    forget_missing: bool,
-    tell: Tell,
-) -> None:
-    """Forgets people who are not in `names`, and deletes features of photos outside of `places`.
+        `known` are the people with enrolled photos. `moved` is person -> people who have the
+        photos. If they are several people, the typed names stay, and a line asks. Returns old name
+        -> new name.
+        """
+        films = features_folder.read_media_files(self.features) if moved else ()
+        said = read_said(self.out, films) if moved else Said()
+        lines, renamed = list[Line](), dict[str, str]()
+        for person, owners in moved.items():
+            label, owner = str(said.label("", person)), min(owners)
+            named, wanted = said.list_named(label), str(said.label("", owner))
+            count = messages.count(len(named), "name")
+            if len(owners) > 1 and named:
+                words = [str(self.gallery.folder), f"--identity={label}", "--to=NAME"]
+                others = messages.list_some([*map(show, sorted(owners))])
+                self.warn(
+                    f"the photos of {show(person)} are now photos of {others}, but {count} that "
+                    f"you typed stay {show(label)}\n"
+                    f"to change them: vidjax gallery rename {shlex.join(words)}"
+                )
+            elif len(owners) == 1 and label != wanted:
+                renamed[label] = wanted
+                lines += said.repeat(named, "is", wanted)
+                if (
+                    owner not in known or owner in moved
+                ):  # else the photos may have been wrong photos
+                    lines += said.repeat(said.list_denied(label), "not", wanted)
+                text = f"all photos of {show(person)} are now photos of {show(owner)}"
+                self.say(text + f": {count} that you typed follow" * bool(named))
+        if lines:
+            said_lib.append(self.out, said_lib.stamp(lines))
+        return renamed
 
-    `before` are the known faces before this call. Names that a user has typed stay, unless
-    `forget_missing` is True.
-    """
-    said = read_said(out, features_folder.read_media_files(out / FEATURES))
-    faces = people_photos.list_faces(gallery)
-    kept = {gallery.clips[clip].identity for clip in faces}
-    kept |= {said.label("", name) for name in names}
-    gone = {said.label(x.key, x.person) for x in before.values() if x.person not in names} - kept
-    forgotten, notes = set[str](), list[str]()
-    for name in sorted(map(str, gone - {None})):
-        count = len({*gallery.people.get(name, ()), *said.list_named(name)})
-        typed = f"{messages.count(count, 'name')} that you typed"
-        if count and not forget_missing:
-            command = ["vidjax", "gallery", "remove", str(gallery.folder), f"--identity={name}"]
-            notes += [f"{show(name)} no longer has photos, but {typed} stay\n"
-                      f"to forget {show(name)}: {shlex.join(command)}"]  # fmt: skip
-            continue
-        notes += [
-            f"{show(name)} no longer has photos and is forgotten" + f", with {typed}" * bool(count)
-        ]
-        forgotten.add(name)
-    if forget_missing:
-        for name in forgotten:
-            said_lib.forget(out, name)
-        clips = [clip for clip, x in gallery.clips.items() if x.identity in forgotten]
-        with gallery.change(log=False) as draft:
-            draft.remove(clip=clips)
-    for name, folder in locate_people(out).items():
-        if name not in places and name in names:
-            notes += [f"{show(name)} no longer has a folder, but is still named by face tags"]
-        if name not in places and not features_folder.remove_features(folder):
-            notes += [
-                f"'{show(str(folder))}' contains files that vidjax did not write: they are kept"
-            ]
-    # Page and tables contain their names, and this call may fail before it writes new ones.
-    if forgotten:
-        results.remove_results(out)
-    for text in notes:
-        tell(Note(text, warning=False))
+    def _forget(
+        self,
+        before: Mapping[str, PhotoFace],
+        names: Collection[str],
+        places: Collection[str],
+        forget_missing: bool,
+    ) -> None:
+        """Forgets people who are not in `names`, and features of photos outside of `places`.
+
+        `before` are the known faces before this call. Names that a user has typed stay, unless
+        `forget_missing` is True.
+        """
+        gallery, out = self.gallery, self.out
+        said = read_said(out, features_folder.read_media_files(self.features))
+        faces = people_photos.list_faces(gallery)
+        kept = {gallery.clips[clip].identity for clip in faces}
+        kept |= {said.label("", name) for name in names}
+        gone = {
+            said.label(x.key, x.person) for x in before.values() if x.person not in names
+        } - kept
+        forgotten = set[str]()
+        for name in sorted(map(str, gone - {None})):
+            count = len({*gallery.people.get(name, ()), *said.list_named(name)})
+            typed = f"{messages.count(count, 'name')} that you typed"
+            if count and not forget_missing:
+                command = ["vidjax", "gallery", "remove", str(gallery.folder), f"--identity={name}"]
+                self.say(f"{show(name)} no longer has photos, but {typed} stay\n"
+                         f"to forget {show(name)}: {shlex.join(command)}")  # fmt: skip
+                continue
+            text = f"{show(name)} no longer has photos and is forgotten"
+            self.say(text + f", with {typed}" * bool(count))
+            forgotten.add(name)
+        if forget_missing:
+            for name in forgotten:
+                said_lib.forget(out, name)
+            clips = [clip for clip, x in gallery.clips.items() if x.identity in forgotten]
+            with gallery.change(log=False) as draft:
+                draft.remove(clip=clips)
+        for name, folder in locate_people(out).items():
+            if name not in places and name in names:
+                self.say(f"{show(name)} no longer has a folder, but is still named by face tags")
+            if name not in places and not features_folder.remove_features(folder):
+                place = show(str(folder))
+                self.say(f"'{place}' contains files that vidjax did not write: they are kept")
+        # Page and tables contain their names, and this call may fail before it writes new ones.
+        if forgotten:
+            results.remove_results(out)
