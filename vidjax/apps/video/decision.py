@@ -16,7 +16,7 @@ from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.said import Line
 from vidjax.apps.video import naming, people_photos, unknown_numbers
 from vidjax.apps.video.faces import Said
-from vidjax.apps.video.naming import Appearance, NamedTracks
+from vidjax.apps.video.naming import Appearance, NamedTracks, Tracks
 from vidjax.apps.video.unknown_numbers import UnknownNumbers
 from vidjax.utils import files
 
@@ -114,9 +114,8 @@ def decide(
     named, numbers = NamedTracks({}, {}, votes, {}), dict[str, int]()
     if vectors is not None:
         highest = max(last.numbers.highest, last.said.highest) if last else before.highest
-        named, numbers = name_and_number(
-            gallery, vectors, films, said, before, answer, votes, highest
-        )
+        tracks = Tracks(gallery, vectors, films)
+        named, numbers = name_and_number(tracks, said, before, answer, votes, highest)
     answers, votes, twins = named.answers, named.votes, named.twins
     groups = {clip: f"{answers_lib.UNKNOWN}{number}" for clip, number in numbers.items()}
     groups = naming.mark_unclear(groups, films)
@@ -140,9 +139,7 @@ def decide(
 
 
 def name_and_number(
-    gallery: Gallery,
-    vectors: Vectors,
-    films: Sequence[MediaFile],
+    tracks: Tracks,
     said: Said,
     before: UnknownNumbers,
     identify: Callable[..., Mapping[str, Answer]],
@@ -156,12 +153,11 @@ def name_and_number(
     the arguments, see `naming.name_tracks` and `unknown_numbers.number_people`.
     """
     while True:
-        named = naming.name_tracks(gallery, vectors, films, identify, votes, said)
+        named = naming.name_tracks(tracks, identify, votes, said)
         nameless = {clip for clip, answer in named.answers.items() if answer.identity is None}
         nameless -= named.told.keys()
-        numbers = unknown_numbers.number_people(
-            gallery, vectors.only(nameless), films, said, before, highest
-        )
+        rest = tracks._replace(vectors=tracks.vectors.only(nameless))
+        numbers = unknown_numbers.number_people(rest, said, before, highest)
         known, said.numbers = said.numbers, said.numbers | numbers
         if not said.apart or said.numbers == known:
             return named, numbers

@@ -100,6 +100,14 @@ def pair_seen_together(films: Iterable[MediaFile]) -> list[tuple[str, str]]:
     return pairs
 
 
+class Tracks(NamedTuple):
+    """The tracks of films, and the gallery that names people."""
+
+    gallery: Gallery
+    vectors: Vectors  # the embeddings of the tracks
+    films: Sequence[MediaFile]
+
+
 class NamedTracks(NamedTuple):
     """The people in tracks of films."""
 
@@ -113,9 +121,7 @@ class NamedTracks(NamedTuple):
 
 
 def name_tracks(
-    gallery: Gallery,
-    vectors: Vectors,
-    films: Sequence[MediaFile],
+    tracks: Tracks,
     identify: Callable[..., Mapping[str, Answer]],
     votes: dict[str, str] | None = None,
     said: Said | None = None,
@@ -129,9 +135,10 @@ def name_tracks(
     `identify` is the method `gallery.identify`, with fixed arguments. If `votes` are given, the
     tracks are not grouped again. `said` is what people said about the tracks.
     """
+    gallery, vectors, films = tracks
     answers, said = dict.fromkeys(vectors.names, NOBODY), said or Said()
     if gallery.identities:
-        votes = votes or group_votes(gallery, vectors, films)
+        votes = votes or group_votes(tracks)
         answers = remove_unclear_names(identify(vectors, groups=votes), gallery, films)
     told = find_known(gallery.state, vectors)
     ignored = {clip: said.ignored[clip] for clip in answers if clip in said.ignored}
@@ -198,13 +205,12 @@ def _tell_apart(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
     return answers
 
 
-def group_votes(
-    gallery: Gallery, vectors: Vectors, films: Sequence[MediaFile]
-) -> dict[str, str] | None:
+def group_votes(tracks: Tracks) -> dict[str, str] | None:
     """Groups tracks that vote on one name; returns clip -> group, for `Gallery.identify`.
 
     A gallery of a run cannot compare groups. For such a gallery, the result is None.
     """
+    gallery, vectors, films = tracks
     if not gallery.origin.cards:
         return None
     # A face that is only a little unclear counts as clear, because other tracks of the group
@@ -214,9 +220,7 @@ def group_votes(
 
 
 def group_unknown(
-    gallery: Gallery,
-    vectors: Vectors,
-    films: Collection[MediaFile],
+    tracks: Tracks,
     together: Mapping[str, int] | None = None,
     apart: Collection[tuple[int, int]] = (),
     settled: Collection[int] = (),
@@ -229,7 +233,7 @@ def group_unknown(
     `together` is clip -> number. Clips with the same number are one person. `apart` are pairs of
     these numbers, of people who differ. For `settled`, see `Gallery.group`.
     """
-    together = together or {}
+    (gallery, vectors, films), together = tracks, together or {}
     unclear = list_unclear(films)
     faces = sorted(unclear & select_usable_clips(vectors).keys())
     clear = vectors.only({*vectors.names} - unclear)
