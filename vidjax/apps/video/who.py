@@ -45,7 +45,7 @@ from vidjax.apps.said import FEATURES, Line
 from vidjax.apps.video import media_files, names_page, naming, people_photos, pipeline, results
 from vidjax.apps.video.decision import Decision, decide, lock_changes, read_said
 from vidjax.apps.video.faces import Lost, Said
-from vidjax.apps.video.people_photos import FoundFaces
+from vidjax.apps.video.people_photos import Photos
 from vidjax.apps.video.pipeline import FileOutcome
 from vidjax.apps.video.results import PADDING_SECONDS, PAGE, UNKNOWN
 from vidjax.apps.video.subtitles import format_time
@@ -133,7 +133,7 @@ def name_people(
         raise UserError(f"--padding={padding:g} is not a duration: give seconds, 0 or more")
     media_files.check_apart(media_files.list_files(films), out)
     call = _Call(out, models, tell)
-    photos = {} if people is None else people_photos.list_photos(people, out, call.tell)
+    photos = None if people is None else Photos(people, out, call.tell)
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     with files.lock(files.make_folder(out, "out"), "out"):
         files.refuse_links(out)
@@ -141,16 +141,16 @@ def name_people(
         had_page = files.exists(out / PAGE)
         options = {
             "models": models, "thumbnails": _choose_thumbnails(out, thumbnails), "upgrade": True,
-            "check": check, "workers": workers, "tell": call.tell,
+            "check": check, "workers": workers,
         }  # fmt: skip
         failed, names, is_explained = dict[str, str](), set[str](), False
         with lock_changes(out):
             typed = call.read_typed_names()
-        if people is not None:
-            found, is_explained = call.update_people(people, photos, forget_missing, options)
-            failed, names = found.failed, found.names
+        if photos:
+            is_explained = call.update_people(photos, forget_missing, options)
+            failed, names = photos.failed, photos.names
         is_known = gallery.identities or people_photos.list_unread(out)
-        if people is not None and not is_known and not any(read_said(out, ()).names.values()):
+        if photos and not is_known and not any(read_said(out, ()).names.values()):
             lost = had_page and not files.exists(out / PAGE)
             raise UserError(
                 f"no photo in '{people}' can be used, so nobody can be recognised\n"
@@ -164,7 +164,7 @@ def name_people(
             if not is_explained:
                 card_notes.warn(gallery.state)
         outcomes = pipeline.extract(
-            films, out / FEATURES, settings=settings, done=done,
+            films, out / FEATURES, settings=settings, done=done, tell=call.tell,
             drop=pipeline.choose_drop(prune, forget_missing), **options,
         )  # fmt: skip
         failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.media}
@@ -222,65 +222,57 @@ class _Call:
         return decision
 
     def update_people(
-        self,
-        people: Path,
-        photos: Mapping[str, Sequence[Path]],
-        forget_missing: bool,
-        options: Mapping[str, Any],
-    ) -> tuple[FoundFaces, bool]:
+        self, photos: Photos, forget_missing: bool, options: Mapping[str, Any]
+    ) -> bool:
         """Enrols the photos of each person, and forgets people whose photos were deleted.
 
-        Returns the faces in the photos, and whether people look alike because two names may be one
-        person. This was reported. `options` are arguments of `pipeline.extract_folders`.
+        Returns whether people look alike because two names may be one person. This was reported.
+        `options` are arguments of `pipeline.extract_folders`.
         """
-        gallery, out = self.gallery, self.out
-        people_photos.check_people(gallery, photos, people, out, forget_missing)
+        gallery, out, people = self.gallery, self.out, photos.people
+        photos.check_people(gallery, forget_missing)
         drop: pipeline.Drop = "all others" if forget_missing else "others"
-        outcomes_of = people_photos.extract_photos(photos, out, drop=drop, **options)
+        photos.extract(drop=drop, **options)
         with lock_changes(out):
             gallery.refresh()  # another process may have changed the gallery in the meantime
             unread = people_photos.list_unread(out)
             enrolled = people_photos.list_faces(gallery)
             known = unread | enrolled
-            found = people_photos.check_photos(known, outcomes_of, people, self.tell)
-            missing = (
-                set[str]() if forget_missing else people_photos.find_missing(known, found, out)
-            )
+            photos.check(known)
+            missing = set[str]() if forget_missing else photos.find_missing(known)
             if missing:
-                kept = {photo.person for photo in known.values() if photo.folder in missing}
-                found.names.update(kept)
-                found.failed.update({str(people / folder): "" for folder in sorted(missing)})
+                kept = {x.person for x in known.values() if x.folder in missing}
+                photos.names.update(kept)
+                photos.failed.update({str(people / folder): "" for folder in sorted(missing)})
                 hint = "" if os.path.isdir(people) else messages.suggest_path(people)
                 self.warn(
                     f"photos of {messages.list_some([*map(show, sorted(kept))])} are missing in "
                     f"'{show(str(people))}': is the drive connected? These people stay enrolled\n"
                     f"to forget people whose photos are missing, add --forget-missing{hint}"
                 )
-            entries = people_photos.embed_usable(gallery, found)
-            moved = people_photos.find_renamed(gallery, enrolled, found, entries)
-            unsure = {photo.person for photo in known.values() if photo.folder in missing}
+            entries = photos.embed(gallery)
+            moved = photos.find_renamed(gallery, enrolled, entries)
+            unsure = {x.person for x in known.values() if x.folder in missing}
             moved = {person: owners for person, owners in moved.items() if person not in unsure}
-            renamed = self._follow_photos({photo.person for photo in enrolled.values()}, moved)
+            renamed = self._follow_photos({x.person for x in enrolled.values()}, moved)
             said = read_said(out, ())
             for clip, entry in entries.items():
-                face = found.faces[clip].face
+                face = photos.faces[clip].face
                 entries[clip] = entry._replace(identity=said.label(face.key, face.person))
             checked = {clip for clip, x in enrolled.items()
                        if clip not in unread and x.folder not in missing}  # fmt: skip
             with gallery.change(log=False) as draft:
-                new, _ = people_photos.enrol_faces(draft, found, entries, self.tell, checked)
+                new, _ = photos.enrol(draft, entries, checked)
                 for clip in draft.clips.keys() - entries.keys():
                     if name := renamed.get(draft.clips[clip].identity or ""):
                         draft.relabel(clip, name)
             advise_other_films(
                 gallery.state, sorted({x for clip in new if (x := entries[clip].identity)})
             )
-            self._forget(known, found.names, {*photos, *missing}, forget_missing)
-        card_notes.check_mirrored(gallery, found.list_mirrored())
-        doubts, is_doubtful = people_photos.describe_doubts(gallery, found)
-        for text in doubts:
-            self.warn(text)
-        return found, is_doubtful and card_notes.compare(gallery.state).problem == "closer"
+            self._forget(known, photos.names, {*photos.paths_of, *missing}, forget_missing)
+        card_notes.check_mirrored(gallery, photos.list_mirrored())
+        is_doubtful = photos.report_doubts(gallery)
+        return is_doubtful and card_notes.compare(gallery.state).problem == "closer"
 
     def _report_films(self, films: Sequence[MediaFile], pruned: bool) -> None:
         """Reports films that are missing, too dark, or without thumbnails, with remedies.
