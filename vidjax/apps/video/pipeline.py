@@ -24,6 +24,7 @@ from vidjax.apps.video.media_files import PHOTOS, has_files, is_missing
 from vidjax.data.checks import list_entries
 from vidjax.utils import files, json_files, messages
 from vidjax.utils.errors import UserError, describe_system_error
+from vidjax.utils.groups import group_by_key
 from vidjax.utils.messages import Note, Tell, ignore_note
 from vidjax.utils.names import show
 from vidjax.utils.processes import Children, map_children, run_limited, run_limited_each
@@ -189,23 +190,19 @@ def _process_jobs(
     left = {job: job.path.stat().st_size if job.path.exists() else 0 for job in jobs}
     batches = _make_batches(jobs, workers)
     num_films = sum(job.path.suffix.lower() not in PHOTOS for job in jobs)
+    outcome_of = dict[_Job, FileOutcome]()
 
-    def read(children: Children, numbered: tuple[int, Sequence[_Job]]) -> list[FileOutcome]:
+    def read(children: Children, numbered: tuple[int, Sequence[_Job]]) -> None:
         number, batch = numbered  # each film is a batch, and films come before photos
         title = f"{number:,} of {num_films:,}: {label[batch[0]]}" if number <= num_films else ""
-        outcomes = _extract_batch(children, batch, title)
-        for job, outcome in zip(batch, outcomes, strict=True):
+        for job, outcome in _extract_batch(children, batch, title).items():
             left.pop(job)
+            outcome_of[job] = outcome
             done(outcome._replace(label=label[job]))
-        return outcomes
 
     with _show_progress(left) if num_films and sys.stderr.isatty() else contextlib.nullcontext():
-        outcomes_of_batches = map_children(read, [*enumerate(batches, 1)], workers)
-    outcomes_of: dict[Path, list[FileOutcome]] = {job.out: [] for job in jobs}
-    for batch, outcomes in zip(batches, outcomes_of_batches, strict=True):
-        for job, outcome in zip(batch, outcomes, strict=True):
-            outcomes_of[job.out].append(outcome)
-    return outcomes_of
+        map_children(read, [*enumerate(batches, 1)], workers)
+    return group_by_key((job.out, outcome_of[job]) for job in jobs)
 
 
 @contextlib.contextmanager
@@ -260,7 +257,7 @@ def _prepare_folder(
             tell(Note(f"{path} is damaged: {about}", warning=False))
             features_folder.remove_media_file(out, path.stem)
     stems = _choose_stems(listed, known, tell)
-    kept, unsure, lost = {*stems.values()}, list[MediaFile](), list[FileOutcome]()
+    kept, unsure, lost = {*stems.values()}, list[Path](), list[FileOutcome]()
     others = drop in ("others", "all others")
     for stem in sorted(known.keys() - kept if drop != "nothing" else ()):
         path, missing = known[stem].source.path, is_missing(known[stem].source.path)
@@ -275,22 +272,19 @@ def _prepare_folder(
             tell(Note(f"{path} no longer exists: its features are removed", warning=False))
         elif not others:
             kept.add(stem)
-            unsure += [known[stem]] * missing
+            unsure += [path] * missing
     features_folder.remove_leftovers(out, None if drop == "nothing" else kept)
-    return stems, lost + ([_report_unsure(unsure)] if unsure else [])
+    if unsure:
+        path, rest = unsure[0], messages.count(len(unsure) - 1, "more file")
+        more = f" (and of {rest})" if unsure[1:] else ""
+        error = f"the folder of {path}{more} is missing or empty: is the drive connected?"
+        lost.append(FileOutcome(path, None, f"{error} The results are kept", remedy=FORGET_REMEDY))
+    return stems, lost
 
 
 def choose_drop(prune: bool, forget_missing: bool) -> Drop:
     """Returns the argument `drop` of `extract_folders` for the flags of a command."""
     return ("missing" if forget_missing else "deleted") if prune else "nothing"
-
-
-def _report_unsure(films: Sequence[MediaFile]) -> FileOutcome:
-    """Returns an error for films whose whole folder is missing or empty."""
-    path = films[0].source.path
-    more = f" (and of {messages.count(len(films) - 1, 'more file')})" if films[1:] else ""
-    problem = f"the folder of {path}{more} is missing or empty: is the drive connected?"
-    return FileOutcome(path, None, f"{problem} The results are kept", remedy=FORGET_REMEDY)
 
 
 def _make_batches(jobs: Sequence[_Job], workers: int) -> list[list[_Job]]:
@@ -385,7 +379,7 @@ def _sha256_or_of_name(path: Path) -> str:
         return files.sha256_json(str(path.absolute()))
 
 
-def _extract_batch(children: Children, jobs: Sequence[_Job], title: str) -> list[FileOutcome]:
+def _extract_batch(children: Children, jobs: Sequence[_Job], title: str) -> dict[_Job, FileOutcome]:
     """Extracts features from the new and changed files of a batch in one process.
 
     `title` is printed for a film, and is empty for photos.
@@ -408,7 +402,7 @@ def _extract_batch(children: Children, jobs: Sequence[_Job], title: str) -> list
         answers = _read(children, pending) if pending else []
         for (job, task), answer in zip(pending.items(), answers, strict=True):
             outcomes[job] = _take_results(job, Path(task.out), answer)
-    return [outcomes[job] for job in jobs]
+    return outcomes
 
 
 def _read(
