@@ -124,7 +124,7 @@ def measure_net(models: Path, photos: str, tracks: str) -> list[list[str]]:
     """Returns the rows of a folder of nets: the cells of HEADER."""
     roles = cards.load(models)
     pair = [cards.require(roles, role, models) for role in pipeline.ROLES]
-    times = [net_checks.measure_milliseconds(x, nets.open_session(x)) for x in pair]
+    times = [net_checks.measure_milliseconds(nets.Net(x)) for x in pair]
     back_end = pair[1].back_end
     if back_end is None:
         raise SystemExit(f"{pair[1].path} has no back_end: vidjax convert writes it")

@@ -22,13 +22,13 @@ import numpy as np
 from vidjax.apps import cards
 from vidjax.apps.cards import Card, Role, Written
 from vidjax.apps.video import net_packages, nets
+from vidjax.apps.video.nets import Net
 from vidjax.utils import processes
 from vidjax.utils.errors import UserError, require_packages
 from vidjax.utils.names import show
 
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto
-    from onnxruntime import InferenceSession
 
 MEMORY_BYTES, CPU_SECONDS = 4 << 30, 600  # limits of the child process
 TEMPLATE_SIDE = 112  # the side in pixels of the crops to which the templates of families belong
@@ -289,15 +289,15 @@ def _measure(fields: dict[str, Any], family: str, net: ForeignNet) -> Written:
     draft = msgspec.convert({**fields, **width}, Written)
     card = Card(**msgspec.structs.asdict(draft), path=Path(fields["file"]), digest="")
     try:
-        session = nets.start_session(card, net.content)
+        opened = nets.Net(card, net.content)
         if card.role == "face_detector":
             for size in (card.input.size,) if card.input.size else FREE_SIZES:
-                _check_outputs(family, card, session, net, size)
+                _check_outputs(family, opened, net, size)
         else:
-            width = _find_width(family, card, session, net)
+            width = _find_width(family, opened, net)
             back_end = {"centre": [0.0] * width, **FAMILIES[family]["back_end"]}
             fields |= {"width": width, "back_end": back_end}
-        output, other = (nets.answer_formula(card, session, seed) for seed in (SEED, OTHER_SEED))
+        output, other = (opened.answer_formula(seed) for seed in (SEED, OTHER_SEED))
     except UserError as error:
         if card.role == "face_detector" and not card.input.size:
             fixed = {**fields["input"], "size": [PADDED_SIDE] * 2}
@@ -318,13 +318,10 @@ def _measure(fields: dict[str, Any], family: str, net: ForeignNet) -> Written:
     return msgspec.convert(fields, Written)
 
 
-def _check_outputs(
-    family: str, card: Card, session: "InferenceSession", net: ForeignNet, size: tuple[int, int]
-) -> None:
+def _check_outputs(family: str, opened: Net, net: ForeignNet, size: tuple[int, int]) -> None:
     """Raises UserError if the outputs of a detector have other shapes than its family."""
     height, width = size
-    answer = nets.ask_net(session, card, nets.make_formula_inputs(card, SEED, size))
-    outputs = [*answer.values()]
+    outputs = [*opened.ask(nets.make_formula_inputs(opened.card, SEED, size)).values()]
     many = family == "scrfd" and len(outputs) == 3 * len(nets.MANY_STRIDES)
     strides = nets.MANY_STRIDES if many else nets.STRIDES
     anchors = 2 if family == "scrfd" and not many else 1
@@ -342,15 +339,15 @@ def _check_outputs(
         raise net.refuse(family, f" for an image of {width} x {height} pixels", show(texts))
 
 
-def _find_width(family: str, card: Card, session: "InferenceSession", net: ForeignNet) -> int:
+def _find_width(family: str, opened: Net, net: ForeignNet) -> int:
     """Returns the width of an embedder's vectors. Checks that it embeds faces one by one."""
-    first, second = (nets.make_formula_inputs(card, seed) for seed in (SEED, OTHER_SEED))
-    single, *more = nets.ask_net(session, card, first).values()
+    first, second = (nets.make_formula_inputs(opened.card, seed) for seed in (SEED, OTHER_SEED))
+    single, *more = opened.ask(first).values()
     if more or single.ndim != 2 or len(single) != 1:
         raise net.refuse(family)
-    if nets.takes_many(session):
+    if opened.takes_many:
         pair = {name: np.concatenate([x, second[name]]) for name, x in first.items()}
-        (both,) = nets.ask_net(session, card, pair).values()
+        (both,) = opened.ask(pair).values()
         most = HALF_TOLERANCE * np.abs(single).max()
         if both.shape != (2, single.shape[1]) or np.abs(both[0] - single[0]).max() > most:
             raise net.refuse(family, " and computes other vectors for two faces than for one")

@@ -55,7 +55,7 @@ def convert(name: str, path: Path, folder: Path) -> Path:
     if "back_end" in card:  # no centre was measured for the published nets
         card["back_end"] = {"centre": [0.0] * card["width"], **card["back_end"]}
     card_path = write_net(folder, msgspec.convert(card, Written), net)
-    nets.open_session(cards.read(card_path))
+    nets.Net(cards.read(card_path))
     return card_path
 
 

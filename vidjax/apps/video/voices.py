@@ -56,8 +56,7 @@ class Listener:
     """Detects speech with one net, and computes embeddings of voices with another net."""
 
     def __init__(self, cards: Mapping[Role, Card]):
-        self._hears = cards["voice_activity"]
-        self._session = nets.open_session(self._hears)
+        self._hears = nets.Net(cards["voice_activity"])
         self._embeds = open_voice_embedder(cards["voice_embedder"])
 
     def __call__(self, samples: np.ndarray) -> Voice:
@@ -81,9 +80,9 @@ class Listener:
         probabilities, state = np.zeros(count, np.float32), None
         for step in range(count):
             piece = padded[None, step * STEP : (step + 1) * STEP + CONTEXT]
-            inputs = nets.make_silero_inputs(self._hears, piece, state)
-            outputs = nets.ask_net(self._session, self._hears, inputs)
-            with nets.blame_net(self._hears):
+            inputs = nets.make_silero_inputs(self._hears.card, piece, state)
+            outputs = self._hears.ask(inputs)
+            with self._hears.blame():
                 probability, state = outputs.values()
                 probabilities[step] = probability[0, 0]
         return probabilities
