@@ -293,11 +293,9 @@ def pad(image: np.ndarray, height: int = 0, width: int = 0) -> np.ndarray:
 
     A `height` or `width` of 0 means the next multiple of 32.
     """
-    sides = (height or -image.shape[0] % STRIDE + image.shape[0],
-             width or -image.shape[1] % STRIDE + image.shape[1])  # fmt: skip
-    padded = np.zeros((*sides, 3), image.dtype)
-    padded[: image.shape[0], : image.shape[1]] = image
-    return padded
+    down = height - image.shape[0] if height else -image.shape[0] % STRIDE
+    right = width - image.shape[1] if width else -image.shape[1] % STRIDE
+    return np.pad(image, [(0, down), (0, right), (0, 0)])
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
