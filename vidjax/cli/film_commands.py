@@ -110,12 +110,12 @@ def run_extract(args: argparse.Namespace) -> Result:
     """Extracts features from films and photos. If a file cannot be read, the exit code is 1."""
     began = time.monotonic()
     workers, out = count_workers(args), Path(args.out).expanduser()
-    outcomes = pipeline.extract(
-        [Path(name).expanduser() for name in args.files], out,
+    outcomes = pipeline.extract_folders(
+        {out: [Path(name).expanduser() for name in args.files]},
         Path(args.models).expanduser(), read_settings(args, out), workers=workers,
         done=print_outcome, tell=print_note, check=args.check,
         drop=pipeline.choose_drop(args.prune, args.forget_missing),
-    )  # fmt: skip
+    )[out]  # fmt: skip
     films = [outcome.media for outcome in outcomes if outcome.media]
     failed = {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.media}
     new = [outcome.media for outcome in outcomes if outcome.media and not outcome.kept]

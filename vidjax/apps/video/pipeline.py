@@ -75,17 +75,6 @@ class _Job(NamedTuple):
     check: bool  # whether the content of the file is compared, see `extract_folders`
 
 
-def extract(
-    paths: Sequence[Path],
-    out: Path,
-    models: Path,
-    settings: ExtractionSettings | None = None,
-    **options: Any,  # noqa: ANN401  (the arguments of `extract_folders`)
-) -> list[FileOutcome]:
-    """Extracts features of faces and voices into the folder `out`, see `extract_folders`."""
-    return extract_folders({out: paths}, models, settings, **options)[out]
-
-
 def extract_folders(
     paths: Mapping[Path, Sequence[Path]],
     models: Path,

@@ -163,10 +163,10 @@ def name_people(
             gallery.rule(fpir=fpir, threshold=threshold)
             if not is_explained:
                 card_notes.warn(gallery.state)
-        outcomes = pipeline.extract(
-            films, out / FEATURES, settings=settings, done=done, tell=call.tell,
+        outcomes = pipeline.extract_folders(
+            {call.features: films}, settings=settings, done=done, tell=call.tell,
             drop=pipeline.choose_drop(prune, forget_missing), **options,
-        )  # fmt: skip
+        )[call.features]  # fmt: skip
         failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.media}
         identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
         with lock_changes(out):
