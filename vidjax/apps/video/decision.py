@@ -116,7 +116,7 @@ def decide(
         highest = max(last.numbers.highest, last.said.highest) if last else before.highest
         tracks = Tracks(gallery, vectors, films)
         named, numbers = name_and_number(tracks, said, before, answer, votes, highest)
-    answers, votes, twins = named.answers, named.votes, named.twins
+    answers = named.answers
     groups = {clip: f"{answers_lib.UNKNOWN}{number}" for clip, number in numbers.items()}
     groups = naming.mark_unclear(groups, films)
     unread = {film.sha256 for film in features_folder.find_unread(out / said_lib.FEATURES).values()}
@@ -133,8 +133,8 @@ def decide(
     people |= {name: () for name in waiting if name and name not in people}
     card = card_notes.describe(gallery.state)
     return Decision(
-        digest, people, films, vectors, votes, answers, groups, in_films, after, said, twins,
-        (rows, raw), card,
+        digest, people, films, vectors, named.votes, answers, groups, in_films, after, said,
+        named.twins, (rows, raw), card,
     )  # fmt: skip
 
 

@@ -252,7 +252,7 @@ class _Call:
                 )
             entries = photos.embed(gallery)
             moved = photos.find_renamed(gallery, enrolled, entries)
-            unsure = {x.person for x in known.values() if x.folder in missing}
+            unsure = {x.person for x in enrolled.values() if x.folder in missing}
             moved = {person: owners for person, owners in moved.items() if person not in unsure}
             renamed = self._follow_photos({x.person for x in enrolled.values()}, moved)
             said = read_said(out, ())
