@@ -331,7 +331,7 @@ def test_raise_level_amplifies_faint_windows_and_keeps_loud_windows():
 
 def test_voice_embeddings_are_computed_from_the_mels(tmp_path):
     card = cards.read(made_nets.write(tmp_path, "voice", "voice_embedder"))
-    embedder = voices.open_voice_embedder(card)
+    embedder = voices.VoiceEmbedder(card)
     windows = noise(nets.BLOCK_CROPS + 3, voices.WINDOW)  # two blocks
     wanted = voices.make_mels(windows).astype(float).mean(axis=1) @ made_nets.voice_weights()
     np.testing.assert_allclose(embedder(windows), wanted, rtol=1e-3, atol=1e-4)

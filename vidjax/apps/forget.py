@@ -154,11 +154,7 @@ def _open_galleries(folders: Iterable[Path], found: list[Place]) -> Iterator["Ga
 
 
 def _search_galleries(
-    galleries: Iterable["Gallery"],
-    people: Collection[str],
-    asked: Collection[str],
-    *,
-    delete: bool,
+    galleries: Iterable["Gallery"], people: Collection[str], asked: Collection[str], *, delete: bool
 ) -> tuple[list[Place], set[str], list[np.ndarray]]:
     """Finds the clips of `people`, the clips `asked`, and copies of these clips.
 

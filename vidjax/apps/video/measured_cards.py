@@ -53,9 +53,7 @@ class MeasuredCard(NamedTuple):
     unclear: int  # number of faces that were not measured, see `FaceTrack.unclear`
 
 
-def measure_photos(
-    models: Path, people: Path, workers: int = 1, tell: Tell = lambda note: None
-) -> list[MeasuredCard]:
+def measure_photos(models: Path, people: Path, workers: int, tell: Tell) -> list[MeasuredCard]:
     """Measures the card of the net of faces on photos `people/NAME/PHOTO.jpg`, and writes it.
 
     `models` is the folder of nets. Raises UserError if fewer than 5 people have two usable photos,

@@ -204,18 +204,11 @@ class Detector(Net):
 
 
 class Embedder(Net):
-    """Computes embeddings of crops or sound with the net that a card, a JSON file, describes."""
+    """Computes embeddings of crops with the net that a card, a JSON file, describes."""
 
-    def __init__(
-        self, card: Card, make_input: Callable[[np.ndarray, Input], np.ndarray] | None = None
-    ):
-        """Opens the net. `make_input` converts crops or sound to the input of the net.
-
-        The default of `make_input`, which is `prepare_images`, is for crops.
-        """
-        super().__init__(card)
-        self._make_input = make_input or prepare_images
-        self._block = BLOCK_CROPS if self.takes_many else 1
+    def prepare(self, inputs: np.ndarray) -> np.ndarray:
+        """Converts crops, uint8 [N, H, W, 3] RGB, to the input of the net."""
+        return prepare_images(inputs, self.card.input)
 
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
         """Returns embeddings, float32 [N, D], of N crops or of N windows of sound.
@@ -223,9 +216,10 @@ class Embedder(Net):
         Crops are uint8 [N, H, W, 3] RGB. Windows are samples [N, T] from -1 to 1. Raises UserError
         if D differs from `width` in the card.
         """
+        size = BLOCK_CROPS if self.takes_many else 1
         vectors = np.zeros((len(inputs), self.card.width or 0), np.float32)
-        for start in range(0, len(inputs), self._block):
-            block = self._make_input(inputs[start : start + self._block], self.card.input)
+        for start in range(0, len(inputs), size):
+            block = self.prepare(inputs[start : start + size])
             (output, *_) = self.ask({self.card.input.name: block}).values()
             if output.shape != (len(block), self.card.width):
                 raise UserError(
