@@ -156,7 +156,7 @@ def test_clip_has_a_voice_if_its_face_is_the_only_visible_face(tmp_path, models)
     first = clips["film.s000.t00"]
     np.testing.assert_allclose(first["audio_number"], [800, 1600, 2400], atol=1)
     np.testing.assert_allclose(first["audio_quality"], [1.4 / 1.6, 1, 1], atol=0.03)
-    embed = voices.open_voice_embedder(cards.load(models)["voice_embedder"])
+    embed = voices.VoiceEmbedder(cards.load(models)["voice_embedder"])
     windows = tone(440, 3.2).astype(np.float32).reshape(2, -1)  # from 0 and from 1.6 s
     wanted = embed(windows)[1]
     np.testing.assert_allclose(first["audio"][1], wanted, rtol=0.05, atol=0.02 * abs(wanted).max())

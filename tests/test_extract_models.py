@@ -148,15 +148,15 @@ def test_net_with_another_answer_than_the_card_says_is_refused(tmp_path):
     image = (np.arange(8 * 8 * 3) * 7919 + 7) % 256  # the image of the formula, seed 7
     vector = image @ made_nets.WEIGHTS.astype(float)
     card = cards.read(made_nets.write(tmp_path))
-    answer = nets.answer_formula(card, nets.open_session(card), 7)
+    answer = nets.Net(card).answer_formula(7)
     np.testing.assert_allclose(answer, vector[:4], rtol=1e-4)
 
     # The net is accepted. If a wrong card changes the pixels, the answer differs by over 0.01.
     test = {"seed": 7, "output": answer.tolist(), "tolerance": 1e-4}
-    nets.open_session(cards.read(made_nets.write(tmp_path, test=test)))
+    nets.Net(cards.read(made_nets.write(tmp_path, test=test)))
     for wrong in ({"colour": "bgr"}, {"mean": [1.0, 0.0, 0.0]}, {"scale": [1.0, 1.0, 1.1]}):
         card = cards.read(made_nets.write(tmp_path, test=test | {"tolerance": 0.01}, input=wrong))
-        refused(partial(nets.open_session, card), "face.json", "convert")
+        refused(partial(nets.Net, card), "face.json", "convert")
 
 
 def test_onnx_runtime_writes_no_identifier_of_the_machine(python, tmp_path):
@@ -283,7 +283,7 @@ def test_raise_level_amplifies_faint_windows_and_keeps_loud_windows():
 
 def test_voice_embeddings_are_computed_from_the_mels(tmp_path):
     card = cards.read(made_nets.write(tmp_path, "voice", "voice_embedder"))
-    embedder = voices.open_voice_embedder(card)
+    embedder = voices.VoiceEmbedder(card)
     windows = noise(nets.BLOCK_CROPS + 3, voices.WINDOW)  # two blocks
     wanted = voices.make_mels(windows).astype(float).mean(axis=1) @ made_nets.voice_weights()
     np.testing.assert_allclose(embedder(windows), wanted, rtol=1e-3, atol=1e-4)
@@ -292,7 +292,7 @@ def test_voice_embeddings_are_computed_from_the_mels(tmp_path):
     # The test input is one channel of an image, divided by 256. The answer is 4 of 5 numbers.
     numbers = nets.make_formula_image((160, 40), 7).astype(float)[:, :, 0] / 256
     wanted = (numbers.mean(axis=0) @ made_nets.voice_weights())[:4]
-    answer = nets.answer_formula(card, nets.open_session(card), 7)
+    answer = nets.Net(card).answer_formula(7)
     np.testing.assert_allclose(answer, wanted, rtol=1e-4)
 
 
@@ -399,7 +399,7 @@ def test_converted_nets_load_and_reproduce_a_recorded_vector(converted):
     loaded = cards.load(converted)
     assert set(loaded) == {"face_detector", "face_embedder", *cards.VOICE_ROLES}
     for card in loaded.values():
-        nets.open_session(card)
+        nets.Net(card)
     embedder = loaded["face_embedder"]
     assert embedder.back_end and len(embedder.back_end.centre) == embedder.width == 128
     vector = nets.Embedder(embedder)(nets.make_formula_image((150, 150), 1)[None])[0]
@@ -431,11 +431,11 @@ def test_converted_centerface_equals_the_published_net_and_accepts_any_size(conv
     options = runtime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
     published = runtime.InferenceSession(content, options, ["CPUExecutionProvider"])
-    session = nets.open_session(card)
+    net = nets.Net(card)
 
     def ask(images):
         inputs = {card.input.name: nets.prepare_images(images, card.input)}
-        return nets.ask_net(session, card, inputs)
+        return net.ask(inputs)
 
     images = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), np.uint8)
     wanted = published.run(None, {"input.1": nets.prepare_images(images, card.input)})

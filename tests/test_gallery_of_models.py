@@ -352,7 +352,7 @@ def test_only_the_clip_of_an_unclear_face_gets_the_name_of_the_face(gallery):
         track.clarity = 0.1 if track.clip in ("a0", "a2", "b1") else 1.0
     given = {x.clip: answer({"a": "Ada", "b": "Bob"}[x.clip[0]]) for x in tracks.tracks}
     vectors = gallery.embed(faces("a", ada[[0, 0, 0]]) | faces("b", bob[[0, 0]]))
-    named = naming.name_tracks(gallery, vectors, [tracks], lambda *_, **more: given)
+    named = naming.name_tracks(naming.Tracks(gallery, vectors, [tracks]), lambda *_, **more: given)
     names = {clip: x.identity for clip, x in named.answers.items()}
     assert names == {"a0": "Ada", "a1": None, "a2": None, "b0": "Bob", "b1": "Bob"}
 

@@ -275,7 +275,7 @@ def test_scores_are_kept_as_an_array_if_the_user_asks(copied, restored):
     scores = np.load(folder / "scores_test.npy", mmap_mode="r")
     names = json.loads((folder / "scores_test.json").read_text())
     assert names == {"clips": [*data.split("test").clips], "identities": [*data.identities]}
-    found = forget.forget([], [names["clips"][0]], [folder]).found
+    found = forget.forget([], [names["clips"][0]], [folder])[0]
     assert folder in {place.path for place in found}
     np.testing.assert_array_equal(scores, restored[1])
     single = RunFolder(folder / "1_plda")

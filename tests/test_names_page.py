@@ -17,7 +17,8 @@ def render(appearances, answers=None, people=("Ada", "Bob"), photo=False):
         return "../a%20film.mp4" + ("" if film.photo else f"#t={seconds:.1f}")
 
     films, pictures = [film(photo=photo)], {name: [] for name in people}
-    return names_page.render(appearances, films, pictures, "{}.png".format, answers or {}, address)
+    data = appearances, films, pictures, "{}.png".format, answers or {}, address
+    return names_page.render(names_page.PageData(*data))
 
 
 def text_of(html):
@@ -108,10 +109,10 @@ def test_faces_of_a_person_begin_with_the_clearest_face():
         track.clarity = clarity[track.clip]
     x = appearance(0, 5, "unknown 1", None)._replace(clips=("a", "b", "c"))
     address = lambda film, seconds: f"play/0?t={seconds:.1f}"  # noqa: E731
-    html = names_page.render(
+    html = names_page.render(names_page.PageData(
         [x], [a_film], {}, "{}.png".format, {}, address, names_page.Forms(person="unknown 1"),
         twins={"c": "Ada"},
-    )  # fmt: skip
+    ))  # fmt: skip
     assert re.findall('href="frame/(.)"', html) == ["b", "c", "a"]
     assert re.findall(r"t=(\d)", html) == ["2", "4", "0"], "each face has its own time"
     assert text_of(html).count("unclear") == 1

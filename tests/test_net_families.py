@@ -304,9 +304,9 @@ def test_changed_bytes_and_a_changed_card_are_refused(convert):
     path = convert(VECTORS, "--like=arcface")[1]
     load = partial(cards.load, path.parent)
     net, card = path.with_suffix(".onnx"), path.read_text()
-    nets.open_session(load()["face_embedder"])
+    nets.Net(load()["face_embedder"])
     path.write_text(card.replace('"rgb"', '"bgr"'))
-    refused(lambda: nets.open_session(load()["face_embedder"]), "net.json", "convert")
+    refused(lambda: nets.Net(load()["face_embedder"]), "net.json", "convert")
     path.write_text(card)
     net.write_bytes(VECTORS[:5000] + bytes([VECTORS[5000] ^ 1]) + VECTORS[5001:])
     refused(load, "sha256", "convert")

@@ -33,7 +33,6 @@ from tests.helpers.drawn_people import (
 )
 from tests.helpers.seen import refused
 from vidjax.apps import features_folder, said
-from vidjax.apps.features_folder import hash_film
 from vidjax.apps.gallery.answers import read_groups
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import people_photos, pipeline, who
@@ -145,7 +144,7 @@ def test_unknown_people_keep_their_numbers_across_calls(drawn):
     for path in (drawn.out / "features").rglob("a.*"):
         path.unlink()
     numbers(films / "b.mkv")
-    kept = {hash_film(x) for x in features_folder.read_media_files(drawn.out / "features")}
+    kept = {x.digest for x in features_folder.read_media_files(drawn.out / "features")}
     assert {*read_numbers(drawn.out).films} == kept and len(kept) == 3
     # The numbers of Eve and Ada, whose films are gone, are not used again.
     write_film(films / "e.mkv", shot("Ada"))
@@ -453,7 +452,7 @@ def test_people_with_only_voices_have_no_doubtful_photos(drawn):
 def test_enrol_refuses_two_faces_of_a_photo_as_one_person(drawn):
     two, gallery = drawn.folder / "two", drawn.folder / "g"
     write_photo(drawn.folder / "two.png", ("Ada", 20, 20), ("Bob", 80, 60))
-    pipeline.extract([drawn.folder / "two.png"], two, drawn.models)
+    pipeline.extract_folders({two: [drawn.folder / "two.png"]}, drawn.models)
     Gallery.of_models(gallery, drawn.models)
     words = ("gallery", "enrol", gallery, f"--input={two}", "--identity=Bob")
     assert "two.f01 and two.f02 are seen together" in drawn.run(*words, code=2).output
@@ -684,19 +683,23 @@ def test_identify_counts_the_names_in_a_file_with_times(drawn):
 
 
 def test_features_of_other_nets_or_settings_are_refused(drawn):
-    arguments = [drawn.group()], drawn.out, drawn.models
-    pipeline.extract(*arguments)
+    arguments = {drawn.out: [drawn.group()]}, drawn.models
+    pipeline.extract_folders(*arguments)
 
     slower = features_folder.ExtractionSettings(fps=2.0)
-    refused(lambda: pipeline.extract(*arguments, slower), "other settings (fps: 5.0, not 2.0")
+    refused(
+        lambda: pipeline.extract_folders(*arguments, slower), "other settings (fps: 5.0, not 2.0"
+    )
     # A folder has the settings of its first call. In later calls, flags may be left out.
-    words = ["extract", *arguments[0], f"--models={drawn.models}", f"--out={drawn.folder / 'fast'}"]
+    words = ["extract", drawn.group(), f"--models={drawn.models}", f"--out={drawn.folder / 'fast'}"]
     for flags in (("--fps=2", "--size=448"), ("--fps=2",), ()):
         drawn.run(*words, *flags)
 
     card = drawn.models / "embed.json"
     card.write_text(json.dumps(json.loads(card.read_text()) | {"notes": "another"}))
-    refused(lambda: pipeline.extract(*arguments), "with another net for the role face_embedder")
+    refused(
+        lambda: pipeline.extract_folders(*arguments), "with another net for the role face_embedder"
+    )
 
 
 def test_python_names_people_of_paths_that_are_texts(drawn):

@@ -23,7 +23,7 @@ from PIL import Image
 
 from tests.benchmarks import common
 from tests.helpers import films, limits
-from vidjax.apps import cards, features_folder
+from vidjax.apps import features_folder
 from vidjax.apps.video import film, who
 
 SIZES = {"360p": (360, 640), "1080p": (1080, 1920)}
@@ -94,8 +94,12 @@ def measure_speed(folder: Path, photos: list[list[Path]], models: Path) -> Itera
         films.write(path, show_photos(photos, *size))
         stamp = features_folder.FileStamp.of(path)
         for preset, settings in PRESETS.items():
-            nets, start = film.load_nets(cards.load(models), settings.size), time.process_time()
-            report = film.extract(path, folder, name, nets, settings, stamp, "0" * 64)
+            task = film.Task(
+                models=str(models), settings=settings, path=str(path), out=str(folder), stem=name,
+                source=stamp, sha256="0" * 64,
+            )  # fmt: skip
+            nets, start = film.load_nets(task.models, settings.size), time.process_time()
+            report = film.extract(task, nets)
             speeds[preset] = round(report.seconds / (time.process_time() - start), 2)
         yield {name: speeds}
 

@@ -22,6 +22,7 @@ from vidjax.apps import cards
 from vidjax.apps.gallery import backend
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import net_checks, nets, people_photos, pipeline
+from vidjax.utils import terminal
 
 HEIGHTS = (0, 100, 200, np.inf)  # limits of the groups of faces by their height in pixels
 COUNTS = (1, 3)  # photos of each person
@@ -43,13 +44,13 @@ def read_photos(models: Path, folder: Path) -> SimpleNamespace:
     with tempfile.TemporaryDirectory(prefix="vidjax-") as scratch:
         out = Path(scratch)
         gallery = Gallery.of_models(out / "vectors", models)
-        found = people_photos.embed_photos(gallery, folder, out, models=models)
-        for person, vector, track, path in found:
+        found = people_photos.embed_photos(gallery, folder, out, models, 1, terminal.print_note)
+        for (face, path, _, track, _), vector in found:
             assert track.box
             with Image.open(path) as image:
                 height = ImageOps.exif_transpose(image).height
             faces["vectors"].append(vector)
-            faces["people"].append(person)
+            faces["people"].append(face.person)
             faces["clarity"].append(track.clarity)
             faces["heights"].append(height * (track.box[3] - track.box[1]))
     names, people = np.unique(faces.pop("people"), return_inverse=True)
@@ -123,7 +124,7 @@ def measure_net(models: Path, photos: str, tracks: str) -> list[list[str]]:
     """Returns the rows of a folder of nets: the cells of HEADER."""
     roles = cards.load(models)
     pair = [cards.require(roles, role, models) for role in pipeline.ROLES]
-    times = [net_checks.measure_milliseconds(x, nets.open_session(x)) for x in pair]
+    times = [net_checks.measure_milliseconds(nets.Net(x)) for x in pair]
     back_end = pair[1].back_end
     if back_end is None:
         raise SystemExit(f"{pair[1].path} has no back_end: vidjax convert writes it")

@@ -170,7 +170,7 @@ def test_odd_file_names_give_distinct_printable_clip_names(drawn, read_here):
     assert all("/" not in clip and clip.isprintable() for clip in clips)
     # If the order of the files changes, clips keep their names, and nothing is extracted again.
     paths = [film, *reversed(sorted(place.iterdir()))]
-    again = pipeline.extract(paths, features, drawn.models)
+    again = pipeline.extract_folders({features: paths}, drawn.models)[features]
     assert all(outcome.kept for outcome in again)
 
 
@@ -207,7 +207,7 @@ def test_hostile_feature_folders_end_in_short_errors(drawn, read_here):
         refused(lambda: features_folder.read_extraction(drawn.out))
 
 
-def test_folders_that_may_not_be_read_are_reported(tmp_path, monkeypatch, capsys):
+def test_folders_that_may_not_be_read_are_reported(tmp_path, monkeypatch):
     (tmp_path / "films" / "closed").mkdir(parents=True, mode=0)
     (tmp_path / "films" / "a.mp4").touch()
     tmp_path.chmod(0o755)
@@ -219,10 +219,10 @@ def test_folders_that_may_not_be_read_are_reported(tmp_path, monkeypatch, capsys
         with pytest.raises(PermissionError):
             media_files.list_files([Path("films/closed")])
         assert media_files.list_files([Path("films")]) == [Path("films/a.mp4")]
-        media_files.say_left_out([Path("films"), Path("films/a.mp4")])
+        notes = [*media_files.describe_left_out([Path("films"), Path("films/a.mp4")])]
     finally:
         os.seteuid(user)
-    assert capsys.readouterr().err.count("closed is left out, because you may not read") == 1
+    assert "closed is left out, because you may not read" in notes[0].text and len(notes) == 1
 
 
 def test_who_refuses_to_write_into_a_folder_with_other_files(drawn):

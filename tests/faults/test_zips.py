@@ -113,7 +113,7 @@ def test_zip_bomb_is_refused_before_it_unpacks(tmp_path, kind):
         refused(lambda: files.npz_bytes(bomb, SMALL))
         refused(lambda: [*clip_files.read_npz_bytes(bomb, "c", SMALL)])
         refused(lambda: memory.load_clips(tmp_path / "clips", {"face": 4}, ()), "c.npz")
-        matches = forget.forget(["Ada"], [], [tmp_path / "records"]).found
+        matches = forget.forget(["Ada"], [], [tmp_path / "records"])[0]
     assert [match.kind for match in matches] == ["unread"]  # `forget` lists files it cannot read
 
 

@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 
 from tests.helpers import clip_files, films, made_nets, xmp
-from vidjax.apps import cards, features_folder
+from vidjax.apps import features_folder
 from vidjax.apps.video import film
 
 SIDE = made_nets.FACE
@@ -103,10 +103,13 @@ def write_party(path):
 def extract(path, out, models, **settings):
     """Extracts a film or photo into `out`; returns its description, and clip -> name -> array."""
     settings = features_folder.ExtractionSettings(**settings)
-    nets, stamp = film.load_nets(cards.load(models), settings.size), features_folder.FileStamp
     out.mkdir(exist_ok=True)
-    facts = film.extract(path, out, path.stem, nets, settings, stamp.of(path), "0" * 64)
-    return facts, clip_files.read_arrays(out)
+    task = film.Task(
+        models=str(models), settings=settings, path=str(path), out=str(out), stem=path.stem,
+        source=features_folder.FileStamp.of(path), sha256="0" * 64,
+    )  # fmt: skip
+    nets = film.load_nets.__wrapped__(task.models, settings.size)
+    return film.extract(task, nets), clip_files.read_arrays(out)
 
 
 def restore(folder, make):

@@ -10,15 +10,14 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vidjax.apps import features_folder, said
-from vidjax.apps.features_folder import VIDEOS, FaceFinder, SeenClip
-from vidjax.apps.said import FEATURES, PEOPLE, Act, Face, Line
+from vidjax.apps.features_folder import VIDEOS, FaceFinder, PhotoFace, SeenClip, locate_people
+from vidjax.apps.said import FEATURES, Act, Face, Line
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 from vidjax.utils.groups import group_by_key
-from vidjax.utils.names import normal_form
 
 if TYPE_CHECKING:
     from vidjax.apps.gallery.store import State
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 EARLIER = "earlier"
 NUMBERS = "unknown.json"
 MOST_BYTES = 256 * files.MB
+T = TypeVar("T")
 
 
 class _Results:
@@ -45,6 +45,13 @@ class _Results:
                     self.of_digest[key] = clips
                     self.of_clip |= {"/".join([*earlier, clip]): x for clip, x in clips.items()}
 
+    def locate(self, films: Mapping[str, Mapping[str, T]]) -> Iterator[tuple[SeenClip, T]]:
+        """Yields face and value for the clips that are found: digest of film -> clip -> value."""
+        for digest, of in films.items():
+            for clip, value in of.items():
+                if x := self.of_digest.get(digest, {}).get(clip):
+                    yield x, value
+
 
 def read_numbers(out: Path) -> dict[str, Any] | None:
     """Returns `unknown.json` of version 0.1.0, or None if another version has written it."""
@@ -63,14 +70,13 @@ def is_earlier(content: Any) -> bool:  # noqa: ANN401  (any JSON)
 
 def number_faces(out: Path) -> tuple[list[str], dict[Face, int], int]:
     """Returns the numbers of `unknown.json`: digests of films, face -> number, the highest."""
-    content, results = read_numbers(out) or {}, _Results(out)
-    pairs = [
-        (results.of_digest.get(digest, {}).get(clip), number)
-        for digest, of in content.get("films", {}).items() for clip, number in of.items()
-    ]  # fmt: skip
-    numbers = [number for _, number in pairs]
-    highest = max(content.get("removed", 0), *content.get("fixed", ()), *numbers, 0)
-    return [*content.get("films", {})], {x.face: n for x, n in pairs if x and n}, highest
+    content = read_numbers(out) or {}
+    films, numbers = content.get("films", {}), dict[Face, int]()
+    for x, number in _Results(out).locate(films):
+        numbers |= {x.face: number} if number else {}
+    given = (number for of in films.values() for number in of.values())
+    highest = max(content.get("removed", 0), *content.get("fixed", ()), *given, 0)
+    return [*films], numbers, highest
 
 
 @contextlib.contextmanager
@@ -115,17 +121,14 @@ def _record(out: Path, acts: Iterable[Act]) -> list[Line]:
 def list_lines(out: Path, gallery: "State") -> list[Line]:
     """Returns what version 0.1.0 has stored in a folder of results, as lines of a log."""
     results, content = _Results(out), read_numbers(out) or {}
-    clips, denied = {name: x.identity for name, x in gallery.clips.items()}, gallery.denied
+    clips = {name: x.identity for name, x in gallery.clips.items()}
     lines = [*_list_numbers(results, content)]
-    for digest, of in denied.items():
-        for clip, names in of.items():
-            if x := results.of_digest.get(digest, {}).get(clip):
-                lines += [said.about(x.face, "not", of=name, video=x.video) for name in names]
+    for x, names in results.locate(gallery.denied):
+        lines += [said.about(x.face, "not", of=name, video=x.video) for name in names]
     photos = dict[str, str]()  # clip -> the person of the folder or tag
     for clip, name in clips.items():
-        parts = clip.split("/", 3)
-        if parts[0] == PEOPLE and len(parts) > 2:
-            photos[clip] = normal_form(parts[-1] if len(parts) > 3 else parts[1])
+        if photo := PhotoFace.of(clip):
+            photos[clip] = photo.person
         elif x := results.of_clip.get(clip):
             lines.append(said.about(x.face, "is", of=name, video=x.video))
     return said.stamp([*_list_photos(results, clips, photos), *lines])
@@ -147,11 +150,8 @@ def _list_photos(
 
 def _list_numbers(results: _Results, content: Mapping[str, Any]) -> Iterator[Line]:
     """Yields lines about ignored faces, and about unknown people that a user has changed."""
-    faces_of: dict[int, list[SeenClip]] = {}
-    for digest, of in content.get("films", {}).items():
-        for clip, number in of.items():
-            if x := results.of_digest.get(digest, {}).get(clip):
-                faces_of.setdefault(number, []).append(x)
+    located: Iterator[tuple[SeenClip, int]] = results.locate(content.get("films", {}))
+    faces_of = group_by_key((number, x) for x, number in located)
     for x in faces_of.pop(0, ()):
         yield said.about(x.face, "ignore", video=x.video)
     for number in content.get("fixed", ()):
@@ -164,7 +164,7 @@ def _list_numbers(results: _Results, content: Mapping[str, Any]) -> Iterator[Lin
 
 def move_descriptions(out: Path) -> None:
     """Moves descriptions of films and photos that wait for other nets to their present place."""
-    for folder in (out / FEATURES, *(out / PEOPLE).glob("[!.]*")):
+    for folder in (out / FEATURES, *locate_people(out).values()):
         for path in (folder / EARLIER).glob("*.json"):
             if (folder / VIDEOS / path.name).exists():
                 path.unlink()

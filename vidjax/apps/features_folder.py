@@ -22,7 +22,7 @@ import operator
 import os
 import re
 import urllib.parse
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
@@ -38,7 +38,7 @@ from vidjax.utils import files, json_files
 from vidjax.utils.errors import UserError
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.json_files import Count, Sha256, Share, Size, Text
-from vidjax.utils.names import check_name, normal_form, read_folder_name
+from vidjax.utils.names import check_name, make_folder_name, normal_form, read_folder_name
 
 if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery
@@ -185,7 +185,8 @@ class MediaFile(Struct, kw_only=True, dict=True):
     @functools.cached_property
     def digest(self) -> str:
         """A digest of the file and its clips."""
-        return hash_film(self)
+        tracks = [[track.clip, track.start_s, track.end_s] for track in self.tracks]
+        return files.sha256_json([self.sha256, tracks])
 
     @functools.cached_property
     def faces(self) -> dict[str, Face]:
@@ -252,7 +253,7 @@ def read_media_files(folder: Path) -> list[MediaFile]:
     If several films have the same file name, folders of their paths are added to their names.
     """
     paths = sorted((folder / VIDEOS).glob("*.json"))
-    films = [read_media_file(path) for path in paths if files.exists(folder / f"{path.stem}.npz")]
+    films = [read_media_file(path) for path in paths if has_features(folder, path.stem)]
     for twins in group_by_key((film.video, film) for film in films).values():
         if len(twins) > 1:
             _distinguish(twins)
@@ -270,38 +271,17 @@ def _distinguish(twins: Sequence[MediaFile]) -> None:
         film.video = "/".join(part[-depth:])
 
 
-def hash_film(film: MediaFile) -> str:
-    """Returns a digest of the file and the clips of a film."""
-    tracks = [[track.clip, track.start_s, track.end_s] for track in film.tracks]
-    return files.sha256_json([film.sha256, tracks])
-
-
-def find_media_files(out: Path) -> dict[str, MediaFile]:
-    """Returns stem -> film or photo in a folder of features. Damaged ones are left out."""
-    return {
-        stem: film for stem, film in describe_media_files(out).items()
-        if files.exists(out / f"{stem}.npz")
-    }  # fmt: skip
-
-
-def find_media_file(out: Path, stem: str) -> MediaFile | None:
-    """Returns the film or photo `stem`, or None if its features are damaged or missing."""
-    return describe_media_file(out, stem) if files.exists(out / f"{stem}.npz") else None
+def describe_media_files(out: Path) -> dict[str, MediaFile]:
+    """Returns stem -> film or photo, also if it is not yet read again after nets have changed."""
+    stems = [path.stem for path in sorted((out / VIDEOS).glob("*.json"))]
+    return {stem: film for stem in stems if (film := describe_media_file(out, stem))}
 
 
 def find_unread(out: Path) -> dict[str, MediaFile]:
     """Returns stem -> film or photo that is not yet read again after nets have changed."""
-    stems = [stem for stem in _list_stems(out) if not files.exists(out / f"{stem}.npz")]
-    return {stem: film for stem in stems if (film := describe_media_file(out, stem))}
-
-
-def describe_media_files(out: Path) -> dict[str, MediaFile]:
-    """Returns stem -> film or photo, also if it is not yet read again after nets have changed."""
-    return {stem: film for stem in _list_stems(out) if (film := describe_media_file(out, stem))}
-
-
-def _list_stems(out: Path) -> list[str]:
-    return [path.stem for path in sorted((out / VIDEOS).glob("*.json"))]
+    stems = [path.stem for path in (out / VIDEOS).glob("*.json")]
+    unread = (stem for stem in sorted(stems) if not has_features(out, stem))
+    return {stem: film for stem in unread if (film := describe_media_file(out, stem))}
 
 
 def describe_media_file(out: Path, stem: str) -> MediaFile | None:
@@ -309,6 +289,53 @@ def describe_media_file(out: Path, stem: str) -> MediaFile | None:
     with contextlib.suppress(UserError, FileNotFoundError):
         return read_media_file(out / VIDEOS / f"{stem}.json")
     return None
+
+
+def has_features(out: Path, stem: str) -> bool:
+    """Returns False if a film or photo is not yet read again after nets have changed."""
+    return files.exists(out / f"{stem}.npz")
+
+
+class PhotoFace(NamedTuple):
+    """A face of a photo in a folder of results.
+
+    `str(face)` is the name of its clip in the gallery, such as `people/Ada/IMG_1.f02`. If a face
+    tag names another person than the folder, the name ends with this person: `.../IMG_1.f02/Bob`.
+    """
+
+    folder: str  # the name of the folder in `OUT/people` that contains the features of the photo
+    clip: str  # the name of the clip in these features
+    person: str  # the name of the folder, or the name in the face tag
+
+    def __str__(self) -> str:
+        return self.key + ("" if self.person == self.folder else f"/{self.person}")
+
+    @property
+    def key(self) -> str:
+        """The name of the clip without the person."""
+        return f"{PEOPLE}/{self.folder}/{self.clip}"
+
+    @classmethod
+    def of(cls, clip: str) -> "PhotoFace | None":
+        """Parses the name of a clip in the gallery; returns None for a clip of a film."""
+        parts = clip.split("/", 3)
+        if parts[0] != PEOPLE or len(parts) < 3:
+            return None
+        return cls(normal_form(parts[1]), parts[2], normal_form(parts[3 if len(parts) > 3 else 1]))
+
+
+def locate_people(out: Path, names: Iterable[str] = ()) -> dict[str, Path]:
+    """Returns name of a person -> folder in `OUT/people`, for `names` and all existing folders.
+
+    A new folder gets a name that all file systems allow, see `make_folder_name`.
+    """
+    known = {read_folder_name(path.name): path for path in sorted((out / PEOPLE).glob("[!.]*"))}
+    taken = {path.name.casefold() for path in known.values()}
+    for name in names:
+        if name not in known:
+            known[name] = out / PEOPLE / make_folder_name(name, taken)
+            taken.add(known[name].name.casefold())
+    return known
 
 
 class SeenClip(NamedTuple):
@@ -322,17 +349,14 @@ class FaceFinder:
     """Finds the faces of clips in a folder of results, with few readings of files."""
 
     def __init__(self, out: Path):
-        self._out = out
-        self._folders: dict[str, Path] = {
-            read_folder_name(place.name): place for place in (out / PEOPLE).glob("[!.]*")
-        }
+        self._out, self._people = out, locate_people(out)
         self._read = functools.cache(describe_media_file)
 
     def __call__(self, clip: str) -> SeenClip | None:
         """Returns the face of a clip in the gallery, or None if it is no face of the results."""
-        folder, parts = self._out / FEATURES, clip.split("/", 3)
-        if parts[0] == PEOPLE and len(parts) > 2:
-            folder, clip = self._folders.get(normal_form(parts[1])), parts[2]
+        folder = self._out / FEATURES
+        if photo := PhotoFace.of(clip):
+            folder, clip = self._people.get(photo.folder), photo.clip
         film = self._read(folder, clip.partition(".")[0]) if folder else None
         face = film.faces.get(clip) if film else None
         return SeenClip(face, film.video) if film and face else None

@@ -18,19 +18,10 @@ import numpy as np
 from vidjax.apps import said
 from vidjax.apps.traces import PARTIAL, Traces
 from vidjax.data import store
-from vidjax.utils import files, messages
+from vidjax.utils import files, messages, names as names_lib
 from vidjax.utils.errors import UserError, closest
 from vidjax.utils.groups import group_by_key
-from vidjax.utils.names import (
-    ENDING,
-    check_name,
-    clean_name,
-    fold,
-    normal_form,
-    show,
-    strip_accents,
-    strip_ending,
-)
+from vidjax.utils.names import normal_form, show
 
 if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery
@@ -71,24 +62,21 @@ class Place(NamedTuple):
         return self.kind != "unread" and not self.remedy.startswith("deleted")
 
 
-class Forgotten(NamedTuple):
-    """The result of a search."""
-
-    found: list[Place]  # the places that contain a name or vector, or could not be searched
-    similar: dict[str, str]  # searched name -> another stored name, such as `ada` for `Ada`
-
-
 class Survey(NamedTuple):
     """The folders and files that must be searched."""
 
     kind_of: dict[Path, str]  # folder -> kind, see `_find_kind`
-    whole_of: dict[Path, Path]  # folder in a folder of a kind in REMEDIES, or itself -> that folder
     paths: list[Path]  # sorted files and folders, except inside "records" and "unfinished"
     found: list[Place]  # places that are empty or cannot be read
 
     def list_folders(self, kind: str) -> list[Path]:
         """Returns the sorted folders of a kind."""
         return sorted(folder for folder, found in self.kind_of.items() if found == kind)
+
+    def find_whole(self, path: Path) -> Path | None:
+        """Returns the innermost folder of a kind in REMEDIES that is `path` or contains it."""
+        folders = (path, *path.parents)
+        return next((x for x in folders if self.kind_of.get(x) in REMEDIES), None)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # equal clips of two galleries are two clips
@@ -111,17 +99,21 @@ def forget(
     places: Iterable[Path],
     *,
     delete: bool = False,
-) -> Forgotten:
+) -> tuple[list[Place], dict[str, str]]:
     """Searches people and clips in all galleries, datasets and files below the folders `places`.
 
     `identities` are the names of people, whose clips are also searched. `clips` are the names of
     other clips. If `delete` is True, the clips are deleted from galleries, and converted datasets
-    with any of the clips are deleted. Raises UserError if a folder does not exist, or a name is
-    empty or invalid.
+    with any of the clips are deleted. Returns the places that contain a name or vector, or could
+    not be searched, and searched name -> another stored name, such as `ada` for `Ada`.
+
+    Raises UserError if a folder does not exist, or a name is empty or invalid.
     """
-    people = {normal_form(check_name(name, "identity")) for name in identities}
-    bare = {normal_form(clean_name(name)) for name in clips}
-    asked = bare | {name + end for name in bare for end in (ENDING, ENDING.upper())}
+    people = {normal_form(names_lib.check_name(name, "identity")) for name in identities}
+    bare = {normal_form(names_lib.clean_name(name)) for name in clips}
+    asked = bare | {
+        name + end for name in bare for end in (names_lib.ENDING, names_lib.ENDING.upper())
+    }
     survey = _survey(places)
     found, known = survey.found, set[str]()
     galleries = [*_open_galleries(survey.list_folders("gallery"), found)]
@@ -147,7 +139,7 @@ def forget(
             remedy = "make the gallery again with a new run"
             found.append(Place("gallery", gallery.folder, about, remedy))
     wanted = people | bare
-    return Forgotten(found, _find_similar(wanted, known - wanted, closely=not found))
+    return found, _find_similar(wanted, known - wanted, closely=not found)
 
 
 def _open_galleries(folders: Iterable[Path], found: list[Place]) -> Iterator["Gallery"]:
@@ -162,11 +154,7 @@ def _open_galleries(folders: Iterable[Path], found: list[Place]) -> Iterator["Ga
 
 
 def _search_galleries(
-    galleries: Iterable["Gallery"],
-    people: Collection[str],
-    asked: Collection[str],
-    *,
-    delete: bool,
+    galleries: Iterable["Gallery"], people: Collection[str], asked: Collection[str], *, delete: bool
 ) -> tuple[list[Place], set[str], list[np.ndarray]]:
     """Finds the clips of `people`, the clips `asked`, and copies of these clips.
 
@@ -182,7 +170,7 @@ def _search_galleries(
     any_named = traces.in_text("\n".join(clip.name for clip in others))  # fast
     named = {
         clip for clip in others
-        if strip_ending(normal_form(clip.name)) in clear
+        if names_lib.strip_ending(normal_form(clip.name)) in clear
         or (any_named and traces.in_text(clip.name))
     }  # fmt: skip
     found = [_report_gallery(*group, delete=delete) for group in _by_gallery(own | copies)]
@@ -251,9 +239,9 @@ def is_spelling(name: str, people: Iterable[str]) -> bool:
     Every word of the shorter name is a word of the longer name, or its first letter, as in
     `lovelace, a.` and `Ada Lovelace`.
     """
-    words = re.findall(r"[^\W_]+", strip_accents(name))
+    words = re.findall(r"[^\W_]+", names_lib.strip_accents(name))
     for person in people:
-        others = re.findall(r"[^\W_]+", strip_accents(person))
+        others = re.findall(r"[^\W_]+", names_lib.strip_accents(person))
         short, long = sorted((words, others), key=len)
         if short and {*short} <= {*long, *(word[0] for word in long)}:
             return True
@@ -280,7 +268,7 @@ def list_clear_names(clips: Iterable[str]) -> set[str]:
 
     Nearly every file contains such short names. Their clips are found by person and by vector.
     """
-    bare = map(strip_ending, clips)
+    bare = map(names_lib.strip_ending, clips)
     return {name for name in bare if len(name) >= MIN_LETTERS and not name.isdigit()}
 
 
@@ -294,7 +282,7 @@ def _search_files(survey: Survey, traces: Traces, *, delete: bool) -> Iterator[P
 
     seen = set[Path | None]()  # listed folders, and files of the same film or photo
     for path in survey.paths:
-        whole = survey.whole_of.get(path) or survey.whole_of.get(path.parent)
+        whole = survey.find_whole(path)
         if is_partial := PARTIAL.fullmatch(path.name) is not None:
             whole = None  # no program replaces or deletes it
         if not seen.isdisjoint({path, path.parent, whole}):
@@ -343,9 +331,9 @@ def _find_similar(wanted: set[str], others: set[str], *, closely: bool) -> dict[
 
     If no name is equal and `closely` is True, a name with a similar spelling is returned.
     """
-    looks = {fold(name): name for name in sorted(others, reverse=True)}
+    looks = {names_lib.fold(name): name for name in sorted(others, reverse=True)}
     near = {
-        name: looks.get(fold(name)) or (closest(name, others) if closely else None)
+        name: looks.get(names_lib.fold(name)) or (closest(name, others) if closely else None)
         for name in wanted
     }
     return {name: other for name, other in near.items() if other}
@@ -356,7 +344,6 @@ def _survey(places: Iterable[Path]) -> Survey:
     from vidjax.apps.gallery.store import GALLERY_FILE, JOURNAL_FILE
 
     kind_of, paths, found = dict[Path, str](), set[Path](), list[Place]()
-    whole_of = dict[Path, Path]()
     for root in (place.expanduser().absolute() for place in places):
         if not root.is_dir():
             raise UserError(f"'{root}' is not a folder: name an existing folder as PLACE")
@@ -370,14 +357,10 @@ def _survey(places: Iterable[Path]) -> Survey:
             if kind in ("records", "unfinished"):
                 inner.clear()
                 names = ["index.npz"] if kind == "records" else []
-            if kind in REMEDIES:
-                whole_of[folder] = folder
-            elif folder.parent in whole_of:
-                whole_of[folder] = whole_of[folder.parent]
             here = {*inner, *names} - {GALLERY_FILE, JOURNAL_FILE}
             paths |= {folder / name for name in here}
         found += [_list_unread(error.filename or root, error) for error in unread]
-    return Survey(kind_of, whole_of, sorted(paths), found)
+    return Survey(kind_of, sorted(paths), found)
 
 
 def _find_kind(folder: Path, there: set[str]) -> str:

@@ -20,7 +20,7 @@ from vidjax.utils.errors import UserError, require_packages
 from vidjax.utils.machine import num_cores
 from vidjax.utils.messages import Result
 from vidjax.utils.parser import Parser, whole_number
-from vidjax.utils.terminal import say
+from vidjax.utils.terminal import print_note, say
 
 SIZE_RANGE = (32, 8192)  # pixels of the longer side
 MAX_WORKERS = 10_000
@@ -80,12 +80,12 @@ def run_extract(args: argparse.Namespace) -> Result:
     began, out = time.monotonic(), Path(args.out).expanduser()
     given = {"fps": args.fps, "size": args.size, "unit": args.unit}
     settings = features_folder.choose_settings(out, **given)
-    outcomes = pipeline.extract(
-        [Path(name).expanduser() for name in args.files], out,
+    outcomes = pipeline.extract_folders(
+        {out: [Path(name).expanduser() for name in args.files]},
         Path(args.models).expanduser(), settings, workers=args.workers,
-        done=print_outcome, check=args.check,
+        done=print_outcome, tell=print_note, check=args.check,
         drop=pipeline.choose_drop(args.prune, args.forget_missing),
-    )  # fmt: skip
+    )[out]  # fmt: skip
     films = [outcome.media for outcome in outcomes if outcome.media]
     failed = {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.media}
     new = [outcome.media for outcome in outcomes if outcome.media and not outcome.kept]
@@ -184,7 +184,7 @@ def name_people(args: argparse.Namespace) -> Result:
         films, Path(args.people).expanduser() if args.people else None, out,
         Path(args.models).expanduser(), settings,
         workers=args.workers, thumbnails=args.thumbnails, check=args.check, prune=args.prune,
-        forget_missing=args.forget_missing, done=print_outcome, **chosen,
+        forget_missing=args.forget_missing, done=print_outcome, tell=print_note, **chosen,
     )  # fmt: skip
     if args.review:
         from vidjax.apps.video import review  # it needs starlette
@@ -275,7 +275,7 @@ def convert_nets(args: argparse.Namespace) -> Result:
         written = [net_packages.convert(args.kind, paths[0], out)]
     measured = Result({})
     if args.photos:
-        done = measured_cards.measure_photos(out, files.local(args.photos), num_cores())
+        done = measured_cards.measure_photos(out, files.local(args.photos), num_cores(), print_note)
         measured = describe_cards(done)
     texts = {"card": ""}
     for card in map(cards.read, written):
@@ -321,7 +321,9 @@ def measure_card(args: argparse.Namespace) -> Result:
     gallery = Gallery(files.local(args.gallery)) if args.gallery else None
     done = list[MeasuredCard]()
     if args.photos:
-        done = measured_cards.measure_photos(models, files.local(args.photos), args.workers)
+        done = measured_cards.measure_photos(
+            models, files.local(args.photos), args.workers, print_note
+        )
     elif args.input:
         done = measured_cards.measure_features(models, files.local(args.input))
     if gallery:

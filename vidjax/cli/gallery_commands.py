@@ -374,7 +374,7 @@ def _enrol_photos(args: argparse.Namespace) -> Result:
     gallery = _open(args)
     models = clip_inputs.find_models(gallery, args.models)
     people = Path(args.photos).expanduser()
-    done = people_photos.enrol_folder(gallery, people, models, num_cores())
+    done = people_photos.enrol_folder(gallery, people, models, num_cores(), terminal.print_note)
     facts, texts = (
         done._asdict() | {"failed": [*done.failed]},
         messages.describe_failed(done.failed),

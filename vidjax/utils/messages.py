@@ -13,7 +13,7 @@ import shutil
 import string
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -40,6 +40,20 @@ class Result(NamedTuple):
     text: str = ""  # text above the table, which replaces the facts
     note: str = ""  # the end of the heading
     code: int = 0  # the exit code
+
+
+class Note(NamedTuple):
+    """A message about a call that continues. The program that made the call prints it."""
+
+    text: str
+    warning: bool = True
+
+
+Tell = Callable[[Note], object]  # a function that is called with each note
+
+
+def ignore_note(note: Note) -> None:
+    """Does nothing. It is the default of arguments of the type `Tell`."""
 
 
 def print_text(text: str) -> None:

@@ -52,6 +52,11 @@ def say(text: str, *, warning: bool = False) -> None:
             messages.drop_output(sys.stderr)
 
 
+def print_note(note: messages.Note) -> None:
+    """Prints a note, see `say`."""
+    say(note.text, warning=note.warning)
+
+
 def measure_rate(began: float, clips: int) -> dict[str, float]:
     """Returns the seconds since `began`, of `time.monotonic()`, and the clips per second."""
     seconds = time.monotonic() - began

@@ -17,7 +17,7 @@ from vidjax.apps.gallery.labelling import Enrolment, check_given
 from vidjax.apps.gallery.vectors import Vectors
 from vidjax.apps.video import faces, naming
 from vidjax.apps.video.media_files import PHOTOS
-from vidjax.apps.video.naming import NamedTracks
+from vidjax.apps.video.naming import NamedTracks, Tracks
 from vidjax.data import memory, parquet
 from vidjax.data.clips import SPLITS
 from vidjax.data.dataset import Dataset
@@ -282,7 +282,7 @@ def name_clips(
     """
     if films:
         said = faces.read_for(gallery, films)
-        return naming.name_tracks(gallery, vectors, films, identify, said=said)
+        return naming.name_tracks(Tracks(gallery, vectors, films), identify, said=said)
     answers = identify(vectors) if gallery.identities else {}
     return NamedTracks({**answers}, {}, None, {})
 
@@ -293,5 +293,6 @@ def group_unknown(gallery: Gallery, vectors: Vectors, films: Sequence[MediaFile]
     known = {clip for clip, answer in named.answers.items() if answer.identity is not None}
     vectors = vectors.only({*vectors.names} - known - named.told.keys())
     if films and gallery.origin.cards:
-        return naming.mark_unclear(naming.group_unknown(gallery, vectors, films), films)
+        tracks = Tracks(gallery, vectors, films)
+        return naming.mark_unclear(naming.group_unknown(tracks), films)
     return gallery.group(vectors)

@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -90,10 +89,9 @@ class Review:
 
     def _set_films(self, films: Sequence[MediaFile]) -> None:
         self._films = {film.video: film for film in films}
-        self._face_of, self._shot_of = dict[str, SeenClip](), dict[str, int]()  # of each clip
-        for film in films:
-            self._shot_of |= {track.clip: track.shot for track in film.tracks}
-            self._face_of |= {clip: SeenClip(x, film.video) for clip, x in film.faces.items()}
+        self._face_of = {  # of each clip
+            clip: SeenClip(x, film.video) for film in films for clip, x in film.faces.items()
+        }
 
     def _set_names(self, decision: Decision) -> None:
         self._decision = decision
@@ -254,60 +252,67 @@ class Review:
                 if not unknown:
                     raise UserError("a known person is selected: type the name")
                 name = min(unknown, key=rank_group)
-            subject = self._describe(found, name)
-            if action in ("ignore", "once"):
-                self._ignore(found, subject, after, said.ONCE if action == "once" else None)
-            elif action == "deny" and name:
-                self._deny_name(found, subject, name)
-            elif action in ("deny", "apart"):
-                self._move(found, subject, "")
-            elif action not in ("name", "twin", "join") or not name:
-                raise UserError("the name is empty: type a name")
-            elif is_unknown(name):
-                self._move(found, subject, after, self._find_group(name))
-            else:
-                self._give_name(found, subject, after, check_person(name))
+            subject, before = self._describe(found, name), self._shown
+            is_apart = action == "apart" or (action == "deny" and not name)
+            words, lines, clips = self._list_lines(action, found, name)
+            identities = {clip: self._gallery.clips[clip].identity for clip in clips}
+            step = Step(f"{subject} {words}", found[0].key, said.stamp(lines), identities)
+            self._apply(step.lines, dict.fromkeys(clips, words))
+            self._steps.append(step)
+            self._changed[""] = self.version
+            about = self._describe_apart(found, before) if is_apart else "."
+            after = "" if is_apart else found[0].key if action == "deny" else after
+            self._forms = Forms(message=f"Saved: {step.words}{about}", at=after)
 
-    def _ignore(self, found: Sequence[Subject], subject: str, after: str, of: str | None) -> None:
+    def _list_lines(
+        self, action: str, found: Sequence[Subject], name: str
+    ) -> tuple[str, list[Line], Collection[str]]:
+        """Returns what a change says about `found`, as a text and as lines, see `change`.
+
+        If the text is the new name of people, also returns their clips that are not in the log.
+        """
+        if action in ("ignore", "once"):
+            return "ignored", self._ignore(found, said.ONCE if action == "once" else None), ()
+        if action == "deny" and name:
+            if name not in self._decision.people:
+                raise UserError(f"'{name}' is not a person on this page: reload the page")
+            return f"not {name}", self._say(found, "not", of=name), ()
+        if action in ("deny", "apart"):
+            names = dict.fromkeys(x.name for x in found)
+            return f"not {' or '.join(names)}", self._part(found), ()
+        if action not in ("name", "twin", "join") or not name:
+            raise UserError("the name is empty: type a name")
+        if is_unknown(name):
+            group = self._find_group(name)
+            return group, self._join(found, parse_group_number(group)), ()
+        name = check_person(name)
+        return name, *self._give_name(found, name)
+
+    def _ignore(self, found: Sequence[Subject], of: str | None) -> list[Line]:
         lines = self._say(found, "ignore", of=of)
+        find = features_folder.FaceFinder(self._out)
         photos = {x for subject in found for x in subject.clips} - self._face_of.keys()
-        lines += [said.about(x.face, "is", video=x.video) for x in self._find_photos(photos)]
-        self._finish(f"{subject} ignored", found, after, lines)
+        seen = filter(None, map(find, sorted(photos)))
+        return lines + [said.about(x.face, "is", video=x.video) for x in seen]
 
-    def _deny_name(self, found: Sequence[Subject], subject: str, name: str) -> None:
-        if name not in self._decision.people:
-            raise UserError(f"'{name}' is not a person on this page: reload the page")
-        lines = self._say(found, "not", of=name)
-        self._finish(f"{subject} not {name}", found, found[0].key, lines)
-
-    def _give_name(self, found: Sequence[Subject], subject: str, after: str, name: str) -> None:
-        people = self._decision.people
+    def _give_name(self, found: Sequence[Subject], name: str) -> tuple[list[Line], set[str]]:
+        """Returns the lines of the log, and clips of renamed people that are not in the log."""
+        people, vectors = self._decision.people, self._decision.vectors
         renamed = [x.name for x in found if x.is_person and x.name in people]
         faces = [x for x in found if x.name not in renamed or not x.is_person]
-        clear = {clip for x in faces for clip in x.clips} & self._list_usable()
+        clear = select_usable_clips(vectors) if vectors else ()
         faces = [x._replace(clips=[clip for clip in x.clips if clip in clear]) for x in faces]
         lines = [Line(says="rename", person=person, of=name) for person in renamed]
         lines += self._say(faces, "is", of=name)
         if not lines:
             raise UserError("no face in this appearance is clear enough: name another appearance")
-        known = {clip for clip in self._decision.said.names if isinstance(clip, str)}
-        clips = {clip for person in renamed for clip in people[person]} - known
-        clips -= people_photos.list_faces(self._gallery).keys()
-        self._finish(f"{subject} {name}", found, after, lines, dict.fromkeys(clips, name))
+        known = self._decision.said.names.keys() | people_photos.list_faces(self._gallery).keys()
+        return lines, {clip for person in renamed for clip in people[person]} - known
 
     def _say(self, found: Sequence[Subject], says: str, **values: Any) -> list[Line]:  # noqa: ANN401
         """Returns a line about each face of films in `found`."""
         faces = (self._face_of.get(clip) for x in found for clip in x.clips)
         return [said.about(x.face, says, video=x.video, **values) for x in faces if x]
-
-    def _find_photos(self, clips: Iterable[str]) -> list[SeenClip]:
-        """Returns the faces of enrolled photos."""
-        find = features_folder.FaceFinder(self._out)
-        return [x for clip in sorted(clips) if (x := find(clip))]
-
-    def _list_usable(self) -> set[str]:
-        vectors = self._decision.vectors
-        return {*select_usable_clips(vectors)} if vectors else set()
 
     def _list_seen_once(self) -> list[str]:
         seen = Counter(x.identity for x in self._decision.appearances)
@@ -429,57 +434,43 @@ class Review:
             )
         return group
 
-    def _move(self, found: Sequence[Subject], about: str, after: str, group: str = "") -> None:
-        """Takes faces out of people, and joins people, so that all are the unknown person `group`.
-
-        If `group` is "", the faces of each person become a new unknown person. `about` begins the
-        description of the change.
-        """
-        people = [x.name for x in found if x.is_person]
-        joined = {parse_group_number(self._find_group(x)) for x in [*people, group] if group}
-        if people and not group:
+    def _part(self, found: Sequence[Subject]) -> list[Line]:
+        """Takes faces out of people: the faces of each person become a new unknown person."""
+        if people := [x.name for x in found if x.is_person]:
             raise UserError(
                 f"'{people[0]}' is a person: choose an appearance that does not show {people[0]}"
             )
-        subjects_of = group_by_key((x.name, x) for x in found)
-        lines, number = self._join(joined), self._decision.numbers.highest
-        for name, subjects in subjects_of.items():
+        lines, number = list[Line](), self._decision.numbers.highest
+        for name, subjects in group_by_key((x.name, x) for x in found).items():
             clips = {clip for x in subjects for clip in x.clips}
             rest = sorted({*self._clips_of.get(name, ())} - clips)
-            if group:
-                faces = [x for x in subjects if not x.is_person]
-                lines += self._say(faces, "same", number=min(joined), of=lines[0].face)
-            elif name in self._clips_of and not rest:
+            if name in self._clips_of and not rest:
                 raise UserError(f"these are all faces of {name}: select only the wrong faces")
-            else:
-                number += 1
-                other = self._face_of[rest[0]].face if rest else None
-                own = self._find_number(clips) or number
-                lines += self._say(subjects, "apart", number=own, of=other)
-            if name in self._decision.people:
-                lines += self._say(subjects, "not", of=name)
-        known, names = self._shown, " or ".join(subjects_of)
-        words = f"{about} {group or f'not {names}'}"
-        self._finish(words, found, after, lines)
-        if not group:
-            about = f"Saved: {words}, but {self._name(found[0].clips[0])}."
-            for name in subjects_of.keys() & self._decision.people.keys():
-                clips = {clip for x in subjects_of[name] for clip in x.clips}
-                about += self._describe_rivals(clips, name, known)
-            self._forms = self._forms._replace(message=about)
+            number += 1
+            other = self._face_of[rest[0]].face if rest else None
+            own = self._find_number(clips) or number
+            lines += self._say(subjects, "apart", number=own, of=other)
+            lines += self._deny(subjects)
+        return lines
 
-    def _join(self, numbers: Collection[int]) -> list[Line]:
-        """Returns lines that make one person, with the lowest number, of unknown people."""
-        lines, first = list[Line](), None
+    def _deny(self, found: Iterable[Subject]) -> list[Line]:
+        """Returns lines that deny the names that the subjects have."""
+        named = (x for x in found if x.name in self._decision.people)
+        return [line for x in named for line in self._say([x], "not", of=x.name)]
+
+    def _join(self, found: Sequence[Subject], group: int) -> list[Line]:
+        """Makes one person, with the lowest number, of unknown people, of faces, and of `group`."""
+        numbers = {parse_group_number(self._find_group(x.name)) for x in found if x.is_person}
+        numbers, lines = numbers | {group}, list[Line]()
         clip_of = {parse_group_number(x): clips[0] for x, clips in self._clips_of.items()}
         for number in sorted(numbers):
             face, video = self._face_of[clip_of[number]]
-            first, person = first or face, f"{UNKNOWN}{number}"
-            whole = None if first == face else person
-            lines.append(said.about(
-                face, "same", number=min(numbers), of=first, person=whole, video=video
-            ))  # fmt: skip
-        return lines
+            person = f"{UNKNOWN}{number}" if lines else None
+            values = {"of": lines[0].face if lines else face, "person": person, "video": video}
+            lines.append(said.about(face, "same", number=min(numbers), **values))
+        faces = [x for x in found if not x.is_person]
+        lines += self._say(faces, "same", number=min(numbers), of=lines[0].face)
+        return lines + self._deny(faces)
 
     def _find_number(self, clips: Collection[str]) -> int | None:
         """Returns the number of an unknown person who consists of these clips, or None."""
@@ -491,20 +482,26 @@ class Review:
     def _name(self, clip: str) -> str:
         return (x.identity if (x := self._shown.get(clip)) else None) or IGNORED
 
-    def _describe_rivals(
-        self, clips: Collection[str], name: str, before: Mapping[str, Appearance]
-    ) -> str:
-        """Returns a sentence about faces that got `name`, because `clips` have lost it."""
-        shots = {(x.video, self._shot_of[clip]) for clip in clips if (x := self._shown.get(clip))}
-        found = [
-            x for clip, x in self._shown.items()
-            if x.identity == name and (x.video, self._shot_of[clip]) in shots
-            and (clip not in before or before[clip].identity != name)
-        ]  # fmt: skip
-        if not found:
-            return ""
-        time = format_appearance_time(found[0], self._films[found[0].video])
-        return f" Another face of the same shot now has the name {name}: {found[0].video}, {time}."
+    def _describe_apart(self, found: Sequence[Subject], before: Mapping[str, Appearance]) -> str:
+        """Returns the end of a sentence: the new name of faces that were taken out of people.
+
+        Also returns sentences about other faces that got the names of these people.
+        """
+        about = f", but {self._name(found[0].clips[0])}."
+        shot_of = {
+            x.clip: (film.video, x.shot) for film in self._films.values() for x in film.tracks
+        }
+        for name in {x.name for x in found} & self._decision.people.keys():
+            shots = {shot_of[clip] for x in found if x.name == name for clip in x.clips}
+            rivals = (
+                x for clip, x in self._shown.items()
+                if x.identity == name and shot_of[clip] in shots
+                and (clip not in before or before[clip].identity != name)
+            )  # fmt: skip
+            for x in [*rivals][:1]:
+                place = f"{x.video}, {format_appearance_time(x, self._films[x.video])}"
+                about += f" Another face of the same shot now has the name {name}: {place}."
+        return about
 
     def _apply(self, lines: Sequence[Line], clips: Mapping[str, str | None]) -> None:
         """Decides all names with more lines, and adds these to the log.
@@ -534,26 +531,6 @@ class Review:
             for clip, name in clips.items():
                 if draft.clips[clip].identity != name:
                     draft.relabel(clip, name)
-
-    def _finish(
-        self,
-        words: str,
-        found: Sequence[Subject],
-        after: str,
-        lines: Sequence[Line],
-        clips: Mapping[str, str | None] = MappingProxyType({}),
-    ) -> None:
-        """Applies a change that can be undone, and shows its description `words` on the page.
-
-        `found` are the changed people and faces. `lines` are the new lines of the log. For `after`,
-        see `change`, and for `clips`, see `_apply`.
-        """
-        lines = said.stamp(lines)
-        before = {clip: self._gallery.clips[clip].identity for clip in clips}
-        self._apply(lines, clips)
-        self._steps.append(Step(words, found[0].key, lines, before))
-        self._changed[""] = self.version
-        self._forms = Forms(message=f"Saved: {words}.", at=after)
 
 
 def _number_again(line: Line, decision: Decision) -> Line:

@@ -14,15 +14,10 @@ from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.labelling import complete, find_known
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.said import Line
-from vidjax.apps.video import naming, people_photos
+from vidjax.apps.video import naming, people_photos, unknown_numbers
 from vidjax.apps.video.faces import Said
-from vidjax.apps.video.naming import Appearance, NamedTracks
-from vidjax.apps.video.unknown_numbers import (
-    UnknownNumbers,
-    number_people,
-    read_numbers,
-    write_numbers,
-)
+from vidjax.apps.video.naming import Appearance, NamedTracks, Tracks
+from vidjax.apps.video.unknown_numbers import UnknownNumbers
 from vidjax.utils import files
 
 WAIT_SECONDS = 20.0  # the longest time for which a change of names waits for another program
@@ -76,7 +71,7 @@ def read_said(
     known = {film.sha256 for film in films}
     is_film = all(line.film is None or line.film in known for line in lines)
     photos = [] if is_film else people_photos.list_photo_files(out)
-    return Said(lines, [*films, *photos], (numbers or read_numbers(out)).of_faces())
+    return Said(lines, [*films, *photos], (numbers or unknown_numbers.read_numbers(out)).of_faces())
 
 
 def decide(
@@ -103,7 +98,7 @@ def decide(
     if not last and (clips := {track.clip for film in films for track in film.tracks}):
         vectors = features_folder.embed_clips(gallery, out / said_lib.FEATURES, clips)
         complete(gallery, vectors)
-    before = read_numbers(out)
+    before = unknown_numbers.read_numbers(out)
     said = read_said(out, films, lines, before)
     if vectors:
         enrol_named(gallery, vectors, said)
@@ -119,17 +114,16 @@ def decide(
     named, numbers = NamedTracks({}, {}, votes, {}), dict[str, int]()
     if vectors is not None:
         highest = max(last.numbers.highest, last.said.highest) if last else before.highest
-        named, numbers = name_and_number(
-            gallery, vectors, films, said, before, answer, votes, highest
-        )
-    answers, votes, twins = named.answers, named.votes, named.twins
+        tracks = Tracks(gallery, vectors, films)
+        named, numbers = name_and_number(tracks, said, before, answer, votes, highest)
+    answers = named.answers
     groups = {clip: f"{answers_lib.UNKNOWN}{number}" for clip, number in numbers.items()}
     groups = naming.mark_unclear(groups, films)
     unread = {film.sha256 for film in features_folder.find_unread(out / said_lib.FEATURES).values()}
     after = before.update(films, said, numbers, unread)
     # The clips of `unknown.tsv` are enrolled only if their films are in `unknown.json`.
     if after != before:
-        write_numbers(out, after)
+        unknown_numbers.write_numbers(out, after)
     in_films = naming.find_appearances(answers, films, groups)
     people |= {x.identity: () for x in answers.values() if x.identity and x.identity not in people}
     # People who are known only from films that are not read with the present nets.
@@ -139,15 +133,13 @@ def decide(
     people |= {name: () for name in waiting if name and name not in people}
     card = card_notes.describe(gallery.state)
     return Decision(
-        digest, people, films, vectors, votes, answers, groups, in_films, after, said, twins,
-        (rows, raw), card,
+        digest, people, films, vectors, named.votes, answers, groups, in_films, after, said,
+        named.twins, (rows, raw), card,
     )  # fmt: skip
 
 
 def name_and_number(
-    gallery: Gallery,
-    vectors: Vectors,
-    films: Sequence[MediaFile],
+    tracks: Tracks,
     said: Said,
     before: UnknownNumbers,
     identify: Callable[..., Mapping[str, Answer]],
@@ -158,13 +150,14 @@ def name_and_number(
 
     Names depend on numbers of people who differ. So names are decided until numbers stay the same,
     because the next call must find the same names. `said.numbers` contains the numbers then. For
-    the arguments, see `naming.name_tracks` and `number_people`.
+    the arguments, see `naming.name_tracks` and `unknown_numbers.number_people`.
     """
     while True:
-        named = naming.name_tracks(gallery, vectors, films, identify, votes, said)
+        named = naming.name_tracks(tracks, identify, votes, said)
         nameless = {clip for clip, answer in named.answers.items() if answer.identity is None}
         nameless -= named.told.keys()
-        numbers = number_people(gallery, vectors.only(nameless), films, said, before, highest)
+        rest = tracks._replace(vectors=tracks.vectors.only(nameless))
+        numbers = unknown_numbers.number_people(rest, said, before, highest)
         known, said.numbers = said.numbers, said.numbers | numbers
         if not said.apart or said.numbers == known:
             return named, numbers

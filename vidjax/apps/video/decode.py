@@ -159,14 +159,12 @@ class Video:
             sampled = time_s * fps >= sample - 1e-3
             try:
                 small = _resize(shrink, decoded, SMALL_SHAPE[1], SMALL_SHAPE[0])
-                width = max(1, round(decoded.width * self.info.aspect))
-                rgb = _resize(convert, decoded, width, decoded.height) if sampled else None
+                rgb = self._convert(convert, decoded) if sampled else None
             except (FFmpegError, ValueError):  # a pixel format that cannot be converted
                 self.counts.refused += 1
                 continue
             if rgb is not None:
                 sample = int(time_s * fps + 1e-3) + 1
-                rgb = _turn_upright(rgb, decoded)
             self.counts.frames += 1
             self.counts.repaired = clock.repaired
             self.counts.seconds = self._find_end(time_s, decoded)
@@ -193,10 +191,12 @@ class Video:
             if last is not None and frame.time is not None and frame.time > wanted:
                 break
             last = frame
-        if last is None:
-            return None
-        width = max(1, round(last.width * self.info.aspect))
-        return _turn_upright(_resize(VideoReformatter(), last, width, last.height), last)
+        return None if last is None else self._convert(VideoReformatter(), last)
+
+    def _convert(self, reformatter: "VideoReformatter", frame: "VideoFrame") -> np.ndarray:
+        """Returns the upright picture, uint8 [H, W, 3], with square pixels."""
+        width = max(1, round(frame.width * self.info.aspect))
+        return _turn_upright(_resize(reformatter, frame, width, frame.height), frame)
 
     def _find_end(self, time_s: float, frame: "VideoFrame") -> float:
         """Returns the end of a frame in seconds. A frame lasts at least 1 / `info.rate` seconds."""

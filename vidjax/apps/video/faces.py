@@ -62,9 +62,7 @@ def match(faces: Iterable[Face], films: Iterable[MediaFile]) -> dict[Face, list[
     found: dict[Face, list[str]] = {}
     for film in films:
         if film.sha256 in asked:
-            present = {
-                said_lib.make_face(film.sha256, track): [track.clip] for track in film.tracks
-            }
+            present = {face: [clip] for clip, face in film.faces.items()}
             known = {face: present[face] for face in asked[film.sha256] if face in present}
             others = [face for face in asked[film.sha256] if face not in present]
             found |= known | (_match_paths(others, film.tracks) if others else {})

@@ -19,22 +19,16 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+from msgspec import Struct
 
 from vidjax.apps import cards, features_folder
 from vidjax.apps.features_folder import ExtractionSettings, FaceTrack, FileStamp, MediaFile
-from vidjax.apps.video import align, decode, photos, regions
+from vidjax.apps.video import align, decode, photos, regions, tracks, voices
 from vidjax.apps.video.nets import Detector, Embedder, Faces, NetError
 from vidjax.apps.video.search import FilmSearch, SearchedFrame
 from vidjax.apps.video.shots import ShotDetector
-from vidjax.apps.video.tracks import (
-    MainFigures,
-    Track,
-    Tracker,
-    choose_gap_seconds,
-    choose_held_seconds,
-    find_changes,
-)
-from vidjax.apps.video.voices import RATE, Listener, Voice, cut_spans, find_solo_spans
+from vidjax.apps.video.tracks import MainFigures, Track, Tracker
+from vidjax.apps.video.voices import Listener, Voice
 from vidjax.data.clip_files import write_npz
 from vidjax.utils import files, processes
 
@@ -43,6 +37,20 @@ MOST_FRAMES = 32
 # The best picture of each span of KEPT_SECONDS of a track is kept. If a track has more than
 # MOST_KEPT pictures, the spans are doubled.
 MOST_KEPT, KEPT_SECONDS = 96, 0.2
+
+
+class Task(Struct, kw_only=True):
+    """A film or photo whose features `work` extracts. Without a path, only nets are loaded."""
+
+    models: str  # the folder of nets
+    settings: ExtractionSettings
+    path: str = ""
+    out: str = ""  # an existing folder
+    stem: str = ""  # the first part of the names of the clips
+    # The properties and the sha256 of the file, which are copied to the description.
+    source: FileStamp | None = None
+    sha256: str = ""
+    tagged: bool = False  # whether names that photo programs stored for faces are read from a photo
 
 
 class Nets(NamedTuple):
@@ -54,11 +62,13 @@ class Nets(NamedTuple):
     digests: Mapping[str, str] = MappingProxyType({})  # modality -> digest of the embedder's card
 
 
-def load_nets(cards_of: Mapping[cards.Role, cards.Card], size: int) -> Nets:
-    """Loads the nets that cards, which are JSON files, describe.
+@functools.lru_cache(1)
+def load_nets(models: str, size: int) -> Nets:
+    """Loads the nets in the folder `models`.
 
     The detector shrinks pictures until their longer side has `size` pixels.
     """
+    cards_of = cards.load(Path(models))
     listen = Listener(cards_of) if cards_of.keys() >= {*cards.VOICE_ROLES} else None
     detect = Detector(cards_of["face_detector"], size)
     digests = {part: card.digest for part, card in cards.list_embedders(cards_of).items()}
@@ -153,7 +163,7 @@ class ClipBuilder:
         times = np.array([x.time_s for x in sightings])
         back_end = self._nets.embed.card.back_end if split else None
         sighting_s = float(np.median(np.subtract(track.ends, track.times)))
-        places = find_changes(vectors, times, sighting_s > self._held, back_end)
+        places = tracks.find_changes(vectors, times, sighting_s > self._held, back_end)
         middles = [float(times[place - 1 : place + 1].mean()) for place in places]
         vector_of = {x.number: vector for x, vector in zip(sightings, vectors, strict=True)}
         parts = np.searchsorted(middles, times)
@@ -215,15 +225,15 @@ class ClipBuilder:
         """
         assert self._nets.listen
         clips = {track.clip for track in self.tracks}
-        spans = (span for span in find_solo_spans(seen) if span.clip in clips)
+        spans = (span for span in voices.find_solo_spans(seen) if span.clip in clips)
         heard: dict[str, list[Voice]] = {}
-        for span, samples in cut_spans(sound, spans):
+        for span, samples in voices.cut_spans(sound, spans):
             voice = self._nets.listen(samples)
             if len(voice.begin):
-                voice = voice._replace(begin=span.start_s + voice.begin / RATE)
+                voice = voice._replace(begin=span.start_s + voice.begin / voices.RATE)
                 heard.setdefault(span.clip, []).append(voice)
-        for clip, voices in heard.items():
-            voice = Voice(*map(np.concatenate, zip(*voices, strict=True)))
+        for clip, parts in heard.items():
+            voice = Voice(*map(np.concatenate, zip(*parts, strict=True)))
             best = np.argsort(-voice.quality, kind="stable")[:MOST_FRAMES]
             begin, vectors, quality = (x[np.sort(best)] for x in voice)
             number = np.minimum(begin * 1000, np.iinfo(np.int32).max).astype(np.int32)
@@ -232,54 +242,44 @@ class ClipBuilder:
         return len(heard)
 
 
-def extract(
-    path: Path,
-    out: Path,
-    stem: str,
-    nets: Nets,
-    settings: ExtractionSettings,
-    source: FileStamp,
-    sha256: str,
-    tagged: bool = False,
-) -> MediaFile:
-    """Writes the features of a video or photo to `out/STEM.npz`; returns its description.
+def extract(task: Task, nets: Nets) -> MediaFile:
+    """Writes the features of a video or photo to `OUT/STEM.npz`; returns its description.
 
-    Each face of a photo is a clip. If `out` contains a folder for thumbnails, a picture of the best
+    Each face of a photo is a clip. If OUT contains a folder for thumbnails, a picture of the best
     face of each clip is written into this folder. The memory grows only with the number of clips.
-
-    Args:
-      out: an existing folder.
-      stem: the first part of the names of the clips.
-      source, sha256: the properties and the sha256 of the file, which are copied to the result.
-      tagged: whether names that photo programs stored for faces are read from a photo.
 
     Raises:
       UserError: the file cannot be decoded.
     """
-    clips = ClipBuilder(nets, out / features_folder.THUMBNAILS, choose_held_seconds(settings.fps))
+    path, out, held_s = (
+        Path(task.path),
+        Path(task.out),
+        tracks.choose_held_seconds(task.settings.fps),
+    )
+    clips = ClipBuilder(nets, out / features_folder.THUMBNAILS, held_s)
     photo = photos.read_photo(path)
     if photo:
-        tags = regions.read_tags(path) if tagged else regions.Tags([])
-        facts = _read_photo(photo, tags, clips, nets, stem)
+        tags = regions.read_tags(path) if task.tagged else regions.Tags([])
+        facts = _read_photo(photo, tags, clips, nets, task.stem)
     else:
-        facts = _read_film(path, clips, nets, stem, out, settings)
-    write_npz(out / f"{stem}.npz", clips.arrays, nets.digests)
+        facts = _read_film(task, clips, nets)
+    write_npz(out / f"{task.stem}.npz", clips.arrays, nets.digests)
+    assert task.source
     return MediaFile(
         video=features_folder.make_printable(path.name),
-        source=source,
-        sha256=sha256,
+        source=task.source,
+        sha256=task.sha256,
         photo=photo is not None,
         tracks=sorted(clips.tracks, key=lambda track: (track.start_s, track.clip)),
         **facts,
     )
 
 
-def _read_film(
-    path: Path, clips: ClipBuilder, nets: Nets, stem: str, out: Path, settings: ExtractionSettings
-) -> dict[str, Any]:
+def _read_film(task: Task, clips: ClipBuilder, nets: Nets) -> dict[str, Any]:
     """Makes the clips of a video; returns the other fields of its `MediaFile`."""
+    path = Path(task.path)
     with decode.open_video(path) as video:
-        cuts, seen = _make_clips(video, clips, nets, stem, out, settings)
+        cuts, seen = _make_clips(video, clips, nets, task)
     facts = {"shots": cuts.shots(video.counts.seconds), "brightness": cuts.brightness}
     facts |= {"others": video.info.others, "rate": video.info.rate}
     facts |= dataclasses.asdict(video.counts)
@@ -292,31 +292,28 @@ def _read_film(
 
 
 def _make_clips(
-    video: decode.Video,
-    clips: ClipBuilder,
-    nets: Nets,
-    stem: str,
-    out: Path,
-    settings: ExtractionSettings,
+    video: decode.Video, clips: ClipBuilder, nets: Nets, task: Task
 ) -> tuple[ShotDetector, list[FaceTrack]]:
     """Makes a clip of each track in a video, or with `--unit=shot`, of each shot's main person.
 
     Returns the detector of the shots, and the tracks of all people.
     """
-    fps, cuts, search = settings.fps, ShotDetector(), FilmSearch(nets.detect)
-    tracker = Tracker(choose_gap_seconds(min(fps, video.info.rate)), choose_held_seconds(fps))
-    main = MainFigures() if settings.unit == "shot" else None
+    fps, cuts, search = task.settings.fps, ShotDetector(), FilmSearch(nets.detect)
+    tracker = Tracker(
+        tracks.choose_gap_seconds(min(fps, video.info.rate)), tracks.choose_held_seconds(fps)
+    )
+    main = MainFigures() if task.settings.unit == "shot" else None
     seen, numbers = [], defaultdict[int, Iterator[int]](itertools.count)
 
     def end_clips() -> None:
         for track in tracker.take_ended():
-            shot = f"{stem}.s{track.shot:03}"
+            shot = f"{task.stem}.s{track.shot:03}"
             if main is None:
                 clips.end(track, (f"{shot}.t{number:02}" for number in numbers[track.shot]))
             else:
                 seen.append(_to_face_track(track, shot))
         for track in main.take_ended() if main else ():
-            clips.end(track, iter([f"{stem}.s{track.shot:03}"]), split=False)
+            clips.end(track, iter([f"{task.stem}.s{track.shot:03}"]), split=False)
         clips.keep((main or tracker).live)
 
     def end_shot(time_s: float) -> None:
@@ -333,7 +330,7 @@ def _make_clips(
             clips.add(frame.time_s, frame.number, owners, frame.faces, frame.rgb)
             end_clips()
 
-    with (out / features_folder.PROGRESS).open("wb", buffering=0) as progress:
+    with (Path(task.out) / features_folder.PROGRESS).open("wb", buffering=0) as progress:
         for number, frame in enumerate(video.frames(fps)):
             if cuts.update(frame.time_s, frame.small) and number:
                 take(search.end_shot())
@@ -380,27 +377,14 @@ def _to_face_track(track: Track, clip: str) -> FaceTrack:
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
     """Calls `extract` in a child process; arguments and result are JSON objects.
 
-    If a net cannot be used, the result is only {"net_error": the message}. Without the argument
-    `path`, only the nets are loaded.
+    If a net cannot be used, the result is only {"net_error": the message}.
     """
-    settings = msgspec.convert(arguments["settings"], ExtractionSettings)
+    task = msgspec.convert(arguments, Task)
     try:
-        nets = _load_nets(arguments["models"], settings.size)
+        nets = load_nets(task.models, task.settings.size)
     except NetError as error:
         return {"net_error": str(error)}
-    if "path" not in arguments:
-        return {}
-    film = extract(
-        Path(arguments["path"]), Path(arguments["out"]), arguments["stem"], nets, settings,
-        msgspec.convert(arguments["source"], FileStamp), arguments["sha256"],
-        arguments["tagged"],
-    )  # fmt: skip
-    return msgspec.to_builtins(film)
-
-
-@functools.lru_cache(1)
-def _load_nets(models: str, size: int) -> Nets:
-    return load_nets(cards.load(Path(models)), size)
+    return msgspec.to_builtins(extract(task, nets)) if task.path else {}
 
 
 if __name__ == "__main__":

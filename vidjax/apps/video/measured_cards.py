@@ -22,6 +22,7 @@ from vidjax.models.card_backend import LEAST_CLARITY
 from vidjax.models.card_measure import FEWEST_PEOPLE, Measured, Spread
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError
+from vidjax.utils.messages import Tell
 from vidjax.utils.names import show
 
 PEOPLE_FOR_MEAN = 20  # with fewer people, the mean vector in the card stays
@@ -52,7 +53,7 @@ class MeasuredCard(NamedTuple):
     unclear: int  # number of faces that were not measured, see `FaceTrack.unclear`
 
 
-def measure_photos(models: Path, people: Path, workers: int = 1) -> list[MeasuredCard]:
+def measure_photos(models: Path, people: Path, workers: int, tell: Tell) -> list[MeasuredCard]:
     """Measures the card of the net of faces on photos `people/NAME/PHOTO.jpg`, and writes it.
 
     `models` is the folder of nets. Raises UserError if fewer than 5 people have two usable photos,
@@ -67,17 +68,16 @@ def measure_photos(models: Path, people: Path, workers: int = 1) -> list[Measure
                 f"{cards.describe_remedy('face_embedder', models)}"
             )
         faces, owners = list[tuple[np.ndarray, str, float]](), dict[tuple[str, bytes], str]()
-        for person, vector, track, path in people_photos.embed_photos(
-            gallery, people, out, models=models, workers=workers
-        ):
+        for x, vector in people_photos.embed_photos(gallery, people, out, models, workers, tell):
+            person = x.face.person
             # A copy would be measured as the most similar face of another person.
-            owner = owners.setdefault((files.sha256_file(path), vector.tobytes()), person)
+            owner = owners.setdefault((x.photo.sha256, vector.tobytes()), person)
             if owner != person:
                 raise UserError(
-                    f"'{path}', a photo of {show(person)}, is also a photo of {show(owner)}\n"
+                    f"'{x.path}', a photo of {show(person)}, is also a photo of {show(owner)}\n"
                     "delete the wrong copy, and repeat the command"
                 )
-            faces.append((vector, person, track.quality))
+            faces.append((vector, person, x.track.quality))
         given = {"face": Samples(*map(np.array, zip(*faces, strict=True)))} if faces else {}
         return _measure_all(gallery, models, given, "photo")
 

@@ -1,16 +1,15 @@
 """Finds the films and photos that a user names, and the files of earlier calls that are missing."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from vidjax.apps import features_folder
 from vidjax.data.checks import list_entries
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
-from vidjax.utils.messages import suggest_path
+from vidjax.utils.messages import Note, suggest_path
 from vidjax.utils.names import show
-from vidjax.utils.terminal import say
 
 # The endings of films and photos in folders. A file that a user names may have any ending.
 FILMS = {
@@ -103,8 +102,8 @@ def split_files(path: Path) -> tuple[list[Path], list[Path]]:
     return [x for x in paths if x in accepted], [x for x in paths if x not in accepted]
 
 
-def say_left_out(paths: Iterable[Path]) -> None:
-    """Prints which folders contain unused files, contain no film or photo, or may not be read."""
+def describe_left_out(paths: Iterable[Path]) -> Iterator[Note]:
+    """Yields which folders contain unused files, contain no film or photo, or may not be read."""
     from vidjax.apps.video import regions  # slow to import, and few commands search files
 
     for named in paths:
@@ -112,7 +111,7 @@ def say_left_out(paths: Iterable[Path]) -> None:
         folders = list_folders(named, unreadable.append)
         for error in (x for x in unreadable if isinstance(x, PermissionError)):
             text = "is left out, because you may not read this folder"
-            say(f"{show(error.filename)} {text}", warning=True)
+            yield Note(f"{show(error.filename)} {text}")
         for path in folders:
             accepted, others = split_files(path)
             count += len(accepted)
@@ -121,9 +120,9 @@ def say_left_out(paths: Iterable[Path]) -> None:
             if others := [x for x in others if x not in expected]:
                 more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
                 left_out = f"files in {show(str(path))} that are not films or photos are left out"
-                say(f"{left_out}: {show(others[0].name)}{more}")
+                yield Note(f"{left_out}: {show(others[0].name)}{more}", warning=False)
         if named.is_dir() and not count:
-            say(f"'{show(str(named))}' contains no film and no photo", warning=True)
+            yield Note(f"'{show(str(named))}' contains no film and no photo")
 
 
 def check_apart(listed: Sequence[Path], out: Path) -> None:

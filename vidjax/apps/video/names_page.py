@@ -1,6 +1,7 @@
 """Renders the page `names.html`, with a timeline of each film and the times of each person."""
 
 import base64
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -35,16 +36,26 @@ CLIP = "clip:\t"  # begins the key of an appearance; `check_name` refuses names 
 Picture = tuple[str, str, str, str]
 
 
-class PageData(NamedTuple):
-    """The data from which all entries of a page are made, see `render`."""
+@dataclasses.dataclass(frozen=True)
+class PageData:
+    """The contents of a page."""
 
-    tracks: Mapping[str, FaceTrack]  # clip -> track
-    answers: Mapping[str, Answer]
-    address: Callable[[MediaFile, float], str]
-    twins: Mapping[str, str]
-    people: Mapping[str, Sequence[Picture]]
-    picture: Callable[[str], str]
-    has_forms: bool
+    appearances: Sequence[Appearance]  # in order of time
+    films: Sequence[MediaFile]  # in the order in which the page shows them
+    people: Mapping[str, Sequence[Picture]]  # name of each person -> pictures of the photos
+    picture: Callable[[str], str]  # returns the URL of a clip's picture, or "" if there is none
+    answers: Mapping[str, Answer]  # clip -> answer of the gallery, with the other likely people
+    address: Callable[[MediaFile, float], str]  # returns the URL of a film at a time in seconds
+    # The state of the forms with which a user corrects names. If None, there are no forms.
+    forms: "Forms | None" = None
+    note: str = ""  # a text about all names
+    # Clip -> name that a more similar face of the same time has, see `NamedTracks`.
+    twins: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def tracks(self) -> dict[str, FaceTrack]:
+        """Clip -> track."""
+        return {track.clip: track for film in self.films for track in film.tracks}
 
     def rank(self, clip: str) -> tuple[float, ...]:
         """Returns a value by which the faces of clips are sorted, from the clearest face on."""
@@ -59,8 +70,8 @@ class PageData(NamedTuple):
         found = ((entry, self.picture(entry.best)) for entry in best)
         pictures = (
             (source, entry.time, f"frame/{quote(entry.best)}", entry.box)
-            if self.has_forms else (source, entry.time, source, "")
-            for entry, source in found if source or self.has_forms
+            if self.forms else (source, entry.time, source, "")
+            for entry, source in found if source or self.forms
         )  # fmt: skip
         return [*itertools.islice(pictures, MOST_PICTURES)]
 
@@ -193,49 +204,10 @@ class Forms(NamedTuple):
         return urlencode({name: word for name, word in words.items() if word})
 
 
-class PersonAppearances(NamedTuple):
-    """The appearances of a person in one or all films."""
-
-    name: str
-    entries: list[PageEntry]
-    total: str  # the total duration of the appearances as text
-
-
-class FilmSection(NamedTuple):
-    """A film as the page shows it."""
-
-    video: str
-    about: str  # a short description, such as the length
-    rows: list[PersonAppearances]
-
-
-def render(
-    appearances: Sequence[Appearance],
-    films: Sequence[MediaFile],
-    people: Mapping[str, Sequence[Picture]],
-    picture: Callable[[str], str],
-    answers: Mapping[str, Answer],
-    address: Callable[[MediaFile, float], str],
-    forms: Forms | None = None,
-    note: str = "",
-    twins: Mapping[str, str] | None = None,
-) -> str:
-    """Returns the page that shows who appears when in films, as HTML.
-
-    Args:
-      appearances: the appearances in order of time.
-      films: the films, in the order in which the page shows them.
-      people: the pictures of each enrolled person's photos, by name.
-      picture: a function that returns the URL of a clip's picture, or "" if there is no picture.
-      answers: the answer of the gallery for each clip, with the other likely people.
-      address: a function that returns the URL of a film at a time in seconds.
-      forms: the state of the forms with which a user corrects names. If None, there are no forms.
-      note: a text about all names, or "".
-      twins: clip -> name that a more similar face of the same time has, see `NamedTracks`.
-    """
-    tracks = {track.clip: track for film in films for track in film.tracks}
-    data = PageData(tracks, answers, address, twins or {}, people, picture, forms is not None)
-    by_video, entries_of = group_by_video(appearances), dict[str, list[PageEntry]]()
+def render(data: PageData) -> str:
+    """Returns the page that shows who appears when in films, as HTML."""
+    forms, people, films = data.forms, data.people, data.films
+    by_video, entries_of = group_by_video(data.appearances), dict[str, list[PageEntry]]()
     times = {name: list[PageEntry]() for name in people}
     for film in films:
         in_film = by_video.get(film.video, ())
@@ -259,7 +231,8 @@ def render(
     grid = [face for entry in entries for face in entry.split()]
     if view.person:
         grid.sort(key=lambda face: data.rank(face.best))
-    doubtful = [] if view.part else _list_doubtful(entries_of.values())
+    doubtful = [x for of in entries_of.values() for x in of if x.doubt and not view.part]
+    doubtful.sort(key=lambda entry: -entry.doubt)
     step, count = (MOST_FACES, len(grid)) if view.part else (MOST_SHOWN, len(shown))
     first = min(view.first, max(count - 1, 0) // step * step)
     last = first + step if forms else None
@@ -275,7 +248,7 @@ def render(
         shown = shown[first:last]
     template, script, digest = _load_template()
     return template.render(
-        part=view.part, forms=forms, note=note, script=script, digest=digest,
+        part=view.part, forms=forms, note=data.note, script=script, digest=digest,
         doubtful=[] if view.find else doubtful[:MOST_DOUBTFUL], num_doubtful=len(doubtful),
         videos=find(view.find, texts),
         films=[_make_section(film, entries_of[film.video], people) for film in listed],
@@ -289,12 +262,6 @@ def render(
         likely=_list_likely, ignored=IGNORED, percent=format_percent,
         most_times=MOST_TIMES, most_shown=MOST_SHOWN,
     )  # fmt: skip
-
-
-def _list_doubtful(by_film: Iterable[Sequence[PageEntry]]) -> list[PageEntry]:
-    """Returns the entries whose names may be wrong, the most doubtful first."""
-    doubtful = [entry for entries in by_film for entry in entries if entry.doubt]
-    return sorted(doubtful, key=lambda entry: -entry.doubt)
 
 
 def _list_likely(entries: Iterable[PageEntry]) -> list[tuple[str, float]]:
@@ -344,25 +311,23 @@ def format_appearance_time(appearance: Appearance, film: MediaFile) -> str:
 
 def _make_section(
     film: MediaFile, entries: list[PageEntry], people: Collection[str]
-) -> FilmSection:
-    """Returns a film with its appearances by person. `people` are the known people.
+) -> tuple[str, str, list[tuple[str, list[PageEntry], str]]]:
+    """Returns the name of a film, its description, and its appearances by person.
 
-    Known people come first, then unknown people, unclear faces, and ignored people. Within each of
-    these groups, the person with the longest total time comes first.
+    The appearances are the person, the entries, and their total duration as text. Known `people`
+    come first, then unknown people, unclear faces, and ignored people. Within each of these groups,
+    the person with the longest total time comes first.
     """
-    by_name = group_by_key((entry.name, entry) for entry in entries)
-    ranks, rows = dict[str, tuple[object, ...]](), dict[str, PersonAppearances]()
-    for name, group in by_name.items():
+    rows = []
+    for name, group in group_by_key((entry.name, entry) for entry in entries).items():
         total = round(sum(entry.seconds for entry in group), 3)
-        kind = name == IGNORED, name.startswith(FACE), name not in people
-        ranks[name] = *kind, -total, len(name), name
+        rank = name == IGNORED, name.startswith(FACE), name not in people, -total, len(name), name
         duration = "" if film.photo else f"in all {_format_length(total)}"
-        rows[name] = PersonAppearances(name, group, duration)
+        rows.append((rank, (name, group, duration)))
     length = "Photo" if film.photo else f"Length {_format_length(film.seconds)}"
     about = "; the file ends earlier than it declares" if film.damaged else ""
     about += "; too dark to find faces" if film.is_dark else ""
-    ordered = [rows[name] for name in sorted(rows, key=ranks.__getitem__)]
-    return FilmSection(film.video, length + about, ordered)
+    return film.video, length + about, [row for _, row in sorted(rows, key=lambda pair: pair[0])]
 
 
 def _format_length(seconds: float) -> str:

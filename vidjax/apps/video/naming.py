@@ -69,7 +69,13 @@ def find_appearances(
         for (known, name), tracks in by_name.items():
             for joined in _join_tracks(tracks) if name else ([track] for track in tracks):
                 found = [answers[track.clip] for track in joined]
-                appearances.append(_make_appearance(film, name, known, joined, found))
+                evidence = dict.fromkeys(part for x in found for part in x.evidence if name)
+                best = max(joined, key=lambda track: track.seen)
+                appearances.append(Appearance(
+                    film.video, joined[0].start_s, max(x.end_s for x in joined), name,
+                    min(x.probability for x in found) if known else None,
+                    tuple(x.clip for x in joined), tuple(evidence), best.box, best.box_at_s,
+                ))  # fmt: skip
     return sorted(appearances, key=lambda x: (x.video, x.start_s, x.identity or ""))
 
 
@@ -100,6 +106,14 @@ def pair_seen_together(films: Iterable[MediaFile]) -> list[tuple[str, str]]:
     return pairs
 
 
+class Tracks(NamedTuple):
+    """The tracks of films, and the gallery that names people."""
+
+    gallery: Gallery
+    vectors: Vectors  # the embeddings of the tracks
+    films: Sequence[MediaFile]
+
+
 class NamedTracks(NamedTuple):
     """The people in tracks of films."""
 
@@ -113,9 +127,7 @@ class NamedTracks(NamedTuple):
 
 
 def name_tracks(
-    gallery: Gallery,
-    vectors: Vectors,
-    films: Sequence[MediaFile],
+    tracks: Tracks,
     identify: Callable[..., Mapping[str, Answer]],
     votes: dict[str, str] | None = None,
     said: Said | None = None,
@@ -129,10 +141,11 @@ def name_tracks(
     `identify` is the method `gallery.identify`, with fixed arguments. If `votes` are given, the
     tracks are not grouped again. `said` is what people said about the tracks.
     """
+    gallery, vectors, films = tracks
     answers, said = dict.fromkeys(vectors.names, NOBODY), said or Said()
     if gallery.identities:
-        votes = votes or group_votes(gallery, vectors, films)
-        answers = remove_unclear_names(identify(vectors, groups=votes), gallery, films)
+        votes = votes or group_votes(tracks)
+        answers = _remove_unclear_names(identify(vectors, groups=votes), tracks)
     told = find_known(gallery.state, vectors)
     ignored = {clip: said.ignored[clip] for clip in answers if clip in said.ignored}
     told = {clip: None for clip, yields in ignored.items() if not yields} | told
@@ -175,10 +188,11 @@ def _tell_apart(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
     user is kept. It counts only if more than half of the clips have it, because a user may name
     wrong faces one by one.
     """
-    answers, clips_of = dict(answers), dict[int, list[str]]()
-    for clip, number in said.numbers.items() if said.apart else ():
-        if isinstance(clip, str) and clip in answers:
-            clips_of.setdefault(number, []).append(clip)
+    answers = dict(answers)
+    clips_of = group_by_key(
+        (number, clip) for clip, number in said.numbers.items()
+        if said.apart and isinstance(clip, str) and clip in answers
+    )  # fmt: skip
 
     def list_clips(number: int) -> dict[str, list[str]]:
         clips = sorted(clips_of.get(number, ()))
@@ -198,13 +212,12 @@ def _tell_apart(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
     return answers
 
 
-def group_votes(
-    gallery: Gallery, vectors: Vectors, films: Sequence[MediaFile]
-) -> dict[str, str] | None:
+def group_votes(tracks: Tracks) -> dict[str, str] | None:
     """Groups tracks that vote on one name; returns clip -> group, for `Gallery.identify`.
 
     A gallery of a run cannot compare groups. For such a gallery, the result is None.
     """
+    gallery, vectors, films = tracks
     if not gallery.origin.cards:
         return None
     # A face that is only a little unclear counts as clear, because other tracks of the group
@@ -214,9 +227,7 @@ def group_votes(
 
 
 def group_unknown(
-    gallery: Gallery,
-    vectors: Vectors,
-    films: Collection[MediaFile],
+    tracks: Tracks,
     together: Mapping[str, int] | None = None,
     apart: Collection[tuple[int, int]] = (),
     settled: Collection[int] = (),
@@ -229,7 +240,7 @@ def group_unknown(
     `together` is clip -> number. Clips with the same number are one person. `apart` are pairs of
     these numbers, of people who differ. For `settled`, see `Gallery.group`.
     """
-    together = together or {}
+    (gallery, vectors, films), together = tracks, together or {}
     unclear = list_unclear(films)
     faces = sorted(unclear & select_usable_clips(vectors).keys())
     clear = vectors.only({*vectors.names} - unclear)
@@ -255,16 +266,14 @@ def mark_unclear(groups: Mapping[str, str], films: Iterable[MediaFile]) -> dict[
     }  # fmt: skip
 
 
-def remove_unclear_names(
-    answers: Mapping[str, Answer], gallery: Gallery, films: Iterable[MediaFile]
-) -> dict[str, Answer]:
+def _remove_unclear_names(answers: Mapping[str, Answer], tracks: Tracks) -> dict[str, Answer]:
     """Removes names of people of whom only unclear faces are enrolled.
 
     We enrolled each of 47 unclear faces of women: of all clear faces that then got the same name,
     only 27 % showed the same woman.
     """
-    unclear = list_unclear(films)
-    clear = {entry.identity for clip, entry in gallery.clips.items() if clip not in unclear}
+    unclear, clips = list_unclear(tracks.films), tracks.gallery.clips
+    clear = {entry.identity for clip, entry in clips.items() if clip not in unclear}
     clear.add(None)
     return {clip: x if x.identity in clear else _unname(x) for clip, x in answers.items()}
 
@@ -280,36 +289,15 @@ def settle_answers(answers: Mapping[str, Answer], films: Iterable[MediaFile]) ->
     If two such tracks have the same name, the less probable name is removed. A name that a user
     gave to a track remains.
     """
-    apart: dict[str, set[str]] = {}
-    for clip, rival in pair_seen_together(films):
-        apart.setdefault(clip, set()).add(rival)
-        apart.setdefault(rival, set()).add(clip)
-    settled = dict(answers)
+    pairs, settled = pair_seen_together(films), dict(answers)
+    apart = group_by_key((x, y) for pair in pairs for x, y in (pair, pair[::-1]))
     for clip in sorted(answers.keys() & apart.keys(), key=lambda clip: (answers[clip].score, clip)):
         name = answers[clip].identity
-        rivals = (settled[rival].identity for rival in apart[clip] & settled.keys())
+        rivals = (settled[rival].identity for rival in apart[clip] if rival in settled)
         by_user = answers[clip].evidence == (TOLD,)
         if name is not None and not by_user and name in rivals:
             settled[clip] = _unname(answers[clip])
     return settled
-
-
-def _make_appearance(
-    film: MediaFile,
-    name: str | None,
-    known: bool,
-    tracks: Sequence[FaceTrack],
-    answers: Sequence[Answer],
-) -> Appearance:
-    """Joins tracks of a person in order of time. `known` is False for an unknown person."""
-    end, clips = max(track.end_s for track in tracks), tuple(track.clip for track in tracks)
-    probability = min(answer.probability for answer in answers) if known else None
-    evidence = (part for answer in answers for part in answer.evidence) if name else ()
-    best, begin = max(tracks, key=lambda track: track.seen), tracks[0].start_s
-    return Appearance(
-        film.video, begin, end, name, probability, clips, tuple(dict.fromkeys(evidence)),
-        best.box, best.box_at_s,
-    )  # fmt: skip
 
 
 def _join_tracks(tracks: Iterable[FaceTrack]) -> Iterator[list[FaceTrack]]:

@@ -7,17 +7,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vidjax.apps import cards
-from vidjax.apps.cards import BackEnd, Card
+from vidjax.apps.cards import BackEnd
 from vidjax.apps.video import nets
 from vidjax.apps.video.net_families import CPU_SECONDS, MEMORY_BYTES
 from vidjax.utils import processes
 from vidjax.utils.errors import warn
-
-if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
 
 REPEATS = 5  # the fastest of these calls is reported
 FRAME = 640  # pixels of the sides of the image in which a detector searches
@@ -61,24 +58,24 @@ def _describe_file(path: Path) -> str:
 def work(arguments: dict[str, Any]) -> dict[str, Any]:
     """Tests the net of the card `path`, and describes it: {"text": ...}."""
     card = cards.read(Path(arguments["path"]))
-    session = nets.open_session(card)
+    net = nets.Net(card)
     parts = [
         f"{card.role}, {card.decoder}, from {card.source.describe()}",
         "test passed",
-        f"{measure_milliseconds(card, session):.3g} ms of CPU time per {INPUTS[card.role]}",
+        f"{measure_milliseconds(net):.3g} ms of CPU time per {INPUTS[card.role]}",
         f"weights {card.licence.weights}",
     ]
     text = "; ".join(parts + ([describe_back_end(card.back_end)] if card.back_end else []))
     return {"text": text}
 
 
-def measure_milliseconds(card: Card, session: "InferenceSession") -> float:
+def measure_milliseconds(net: nets.Net) -> float:
     """Returns the CPU time of a call of a net in milliseconds, for the input in `INPUTS`."""
-    inputs = nets.make_formula_inputs(card, card.test.seed, (FRAME, FRAME))
+    inputs = nets.make_formula_inputs(net.card, net.card.test.seed, (FRAME, FRAME))
     times = []
     for _ in range(REPEATS):
         start = time.thread_time()
-        nets.ask_net(session, card, inputs)
+        net.ask(inputs)
         times.append(time.thread_time() - start)
     return 1000 * min(times)
 

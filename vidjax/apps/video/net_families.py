@@ -22,13 +22,13 @@ import numpy as np
 from vidjax.apps import cards
 from vidjax.apps.cards import Card, Role, Written
 from vidjax.apps.video import net_packages, nets
+from vidjax.apps.video.nets import Net
 from vidjax.utils import processes
 from vidjax.utils.errors import UserError, require_packages
 from vidjax.utils.names import show
 
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto
-    from onnxruntime import InferenceSession
 
 MEMORY_BYTES, CPU_SECONDS = 4 << 30, 600  # limits of the child process
 TEMPLATE_SIDE = 112  # the side in pixels of the crops to which the templates of families belong
@@ -157,7 +157,6 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
     stem = re.sub(r"[^A-Za-z0-9_.-]", "_", name.removesuffix(".onnx")).lstrip(".-")[:90] or family
     form, unknown = FAMILIES[family], {"package": cards.UNKNOWN, "version": cards.UNKNOWN}
     source = {key: known.get(key, value) for key, value in unknown.items()}
-    fit = _fit_embedder if form["role"] == "face_embedder" else _fit_detector
     fields = {
         "format": 1, "file": f"{stem}.onnx", "sha256": sha256, "norm_is_quality": False,
         "role": form["role"], "decoder": form["decoder"], "notes": form["notes"],
@@ -165,7 +164,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
         "source": {**source, "file": name, "sha256": sha256},
         "conversion": f"vidjax.apps.video.net_families {family}: none",
         "test": {"seed": SEED, "output": [0.0] * 4, "tolerance": 1.0},
-        **fit(family, net, arguments["side"]),
+        **_fit(family, net, arguments["side"]),
     }  # fmt: skip
     try:
         return msgspec.to_builtins(_measure(fields, family, net))
@@ -239,19 +238,38 @@ def guess_family(net: ForeignNet, families: Sequence[str]) -> str:
     return ""
 
 
-def _fit_embedder(family: str, net: ForeignNet, side: int | None) -> dict[str, Any]:
-    """Returns fields of the card of an embedder. `side` is in pixels, or None for the default."""
-    (name, (batch, channels, *sides)), form = _get_input(family, net), FAMILIES[family]
-    side = side or next(filter(None, sides), TEMPLATE_SIDE)
-    if batch not in (None, 1) or channels != 3 or not {*sides} <= {None, side}:
-        raise net.refuse(family, f" for crops of {side} x {side} pixels")
-    input_ = form["input"]
-    if family == "arcface" and _normalises(net.model):
-        input_ = input_ | {"mean": 0.0, "scale": 1.0}
-    return {
-        "input": {"name": name, "size": [side, side], **_spread(input_)},
-        "template": (np.array(form["template"]) * side / TEMPLATE_SIDE).tolist(),
-    }
+def _fit(family: str, net: ForeignNet, side: int | None) -> dict[str, Any]:
+    """Returns fields of the card that depend on the declared inputs and outputs.
+
+    `side` is the side in pixels of an embedder's input, or None for the default.
+    """
+    form, inputs, count = FAMILIES[family], [*net.inputs.items()], len(net.outputs)
+    if len(inputs) != 1 or len(inputs[0][1]) != 4:
+        raise net.refuse(family)
+    name, (batch, channels, *sides) = inputs[0]
+    is_wrong, template, values = batch not in (None, 1) or channels != 3, None, form["input"]
+    if form["role"] == "face_embedder":
+        side = side or next(filter(None, sides), TEMPLATE_SIDE)
+        if is_wrong or not {*sides} <= {None, side}:
+            raise net.refuse(family, f" for crops of {side} x {side} pixels")
+        if family == "arcface" and _normalises(net.model):
+            values = values | {"mean": 0.0, "scale": 1.0}
+        size, template = [side] * 2, (np.array(form["template"]) * side / TEMPLATE_SIDE).tolist()
+    else:
+        if family == "scrfd" and count in POINTS_MISSING:
+            raise UserError(
+                f"'{show(net.name)}' finds boxes without points ({count} outputs), but the five "
+                "points are needed to align faces\n"
+                "use the SCRFD net with points; its name often contains kps"
+            )
+        if side or is_wrong:
+            raise net.refuse(family, "; --size is for nets that compute vectors" * bool(side))
+        if any(value and value % cards.STRIDE for value in sides):
+            raise net.refuse(family, f" with sides that are multiples of {cards.STRIDE}")
+        is_fixed = any(sides) or count == 3 * len(nets.MANY_STRIDES)
+        size = [side or PADDED_SIDE for side in sides] if is_fixed else None
+    values = {**values, "mean": [values["mean"]] * 3, "scale": [values["scale"]] * 3}
+    return {"input": {"name": name, "size": size, **values}, "template": template}
 
 
 def _normalises(model: "ModelProto") -> bool:
@@ -259,34 +277,6 @@ def _normalises(model: "ModelProto") -> bool:
     skipped = ("Cast", "Constant", "Identity")
     first = [node.op_type for node in model.graph.node if node.op_type not in skipped][:2]
     return first in (["Sub", "Mul"], ["Sub", "Div"])
-
-
-def _fit_detector(family: str, net: ForeignNet, side: int | None) -> dict[str, Any]:
-    """Returns fields of the card of a detector."""
-    (name, (batch, channels, *sides)), count = _get_input(family, net), len(net.outputs)
-    if family == "scrfd" and count in POINTS_MISSING:
-        raise UserError(
-            f"'{show(net.name)}' finds boxes without points ({count} outputs), but the five points "
-            "are needed to align faces\nuse the SCRFD net with points; its name often contains kps"
-        )
-    if side or batch not in (None, 1) or channels != 3:
-        raise net.refuse(family, "; --size is for nets that compute vectors" if side else "")
-    if any(value and value % cards.STRIDE for value in sides):
-        raise net.refuse(family, f" with sides that are multiples of {cards.STRIDE}")
-    is_fixed = any(sides) or count == 3 * len(nets.MANY_STRIDES)
-    size = [side or PADDED_SIDE for side in sides] if is_fixed else None
-    return {"input": {"name": name, "size": size, **_spread(FAMILIES[family]["input"])}}
-
-
-def _get_input(family: str, net: ForeignNet) -> tuple[str, list[int | None]]:
-    inputs = [*net.inputs.items()]
-    if len(inputs) != 1 or len(inputs[0][1]) != 4:
-        raise net.refuse(family)
-    return inputs[0]
-
-
-def _spread(form: Mapping[str, Any]) -> dict[str, Any]:
-    return {**form, "mean": [form["mean"]] * 3, "scale": [form["scale"]] * 3}
 
 
 def _measure(fields: dict[str, Any], family: str, net: ForeignNet) -> Written:
@@ -299,15 +289,15 @@ def _measure(fields: dict[str, Any], family: str, net: ForeignNet) -> Written:
     draft = msgspec.convert({**fields, **width}, Written)
     card = Card(**msgspec.structs.asdict(draft), path=Path(fields["file"]), digest="")
     try:
-        session = nets.start_session(card, net.content)
+        opened = nets.Net(card, net.content)
         if card.role == "face_detector":
             for size in (card.input.size,) if card.input.size else FREE_SIZES:
-                _check_outputs(family, card, session, net, size)
+                _check_outputs(family, opened, net, size)
         else:
-            width = _find_width(family, card, session, net)
+            width = _find_width(family, opened, net)
             back_end = {"centre": [0.0] * width, **FAMILIES[family]["back_end"]}
             fields |= {"width": width, "back_end": back_end}
-        output, other = (nets.answer_formula(card, session, seed) for seed in (SEED, OTHER_SEED))
+        output, other = (opened.answer_formula(seed) for seed in (SEED, OTHER_SEED))
     except UserError as error:
         if card.role == "face_detector" and not card.input.size:
             fixed = {**fields["input"], "size": [PADDED_SIDE] * 2}
@@ -328,13 +318,10 @@ def _measure(fields: dict[str, Any], family: str, net: ForeignNet) -> Written:
     return msgspec.convert(fields, Written)
 
 
-def _check_outputs(
-    family: str, card: Card, session: "InferenceSession", net: ForeignNet, size: tuple[int, int]
-) -> None:
+def _check_outputs(family: str, opened: Net, net: ForeignNet, size: tuple[int, int]) -> None:
     """Raises UserError if the outputs of a detector have other shapes than its family."""
     height, width = size
-    answer = nets.ask_net(session, card, nets.make_formula_inputs(card, SEED, size))
-    outputs = [*answer.values()]
+    outputs = [*opened.ask(nets.make_formula_inputs(opened.card, SEED, size)).values()]
     many = family == "scrfd" and len(outputs) == 3 * len(nets.MANY_STRIDES)
     strides = nets.MANY_STRIDES if many else nets.STRIDES
     anchors = 2 if family == "scrfd" and not many else 1
@@ -352,15 +339,15 @@ def _check_outputs(
         raise net.refuse(family, f" for an image of {width} x {height} pixels", show(texts))
 
 
-def _find_width(family: str, card: Card, session: "InferenceSession", net: ForeignNet) -> int:
+def _find_width(family: str, opened: Net, net: ForeignNet) -> int:
     """Returns the width of an embedder's vectors. Checks that it embeds faces one by one."""
-    first, second = (nets.make_formula_inputs(card, seed) for seed in (SEED, OTHER_SEED))
-    single, *more = nets.ask_net(session, card, first).values()
+    first, second = (nets.make_formula_inputs(opened.card, seed) for seed in (SEED, OTHER_SEED))
+    single, *more = opened.ask(first).values()
     if more or single.ndim != 2 or len(single) != 1:
         raise net.refuse(family)
-    if nets.takes_many(session):
+    if opened.takes_many:
         pair = {name: np.concatenate([x, second[name]]) for name, x in first.items()}
-        (both,) = nets.ask_net(session, card, pair).values()
+        (both,) = opened.ask(pair).values()
         most = HALF_TOLERANCE * np.abs(single).max()
         if both.shape != (2, single.shape[1]) or np.abs(both[0] - single[0]).max() > most:
             raise net.refuse(family, " and computes other vectors for two faces than for one")

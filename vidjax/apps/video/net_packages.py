@@ -55,7 +55,7 @@ def convert(name: str, path: Path, folder: Path) -> Path:
     if "back_end" in card:  # no centre was measured for the published nets
         card["back_end"] = {"centre": [0.0] * card["width"], **card["back_end"]}
     card_path = write_net(folder, msgspec.convert(card, Written), net)
-    nets.open_session(cards.read(card_path))
+    nets.Net(cards.read(card_path))
     return card_path
 
 
@@ -223,7 +223,7 @@ def convert_silero(content: bytes) -> "ModelProto":
     return onnx.load_model_from_string(content)
 
 
-FACE_SIDE = 150  # pixels
+FACE_SIDE, FIRST_SIDE = 150, 35  # pixels of a face, and of the input of the first block
 VECTOR_WIDTH = 128
 # The channels of each residual block, and whether the block halves the image.
 BLOCKS = (
@@ -232,41 +232,22 @@ BLOCKS = (
 )  # fmt: skip
 
 
-class DlibNet:
-    """Builds an ONNX graph, node by node, with the weights in dlib's file.
+class Graph:
+    """Builds an ONNX graph, node by node."""
 
-    The file contains the layers of the net in order. Each layer has a name, whole numbers, and
-    tensors. Only the tensors are read. A tensor is found by a search for the name of its layer.
-    """
-
-    def __init__(self, content: bytes):
-        self.content, self.place = content, 0  # the place is the end of the last tensor
+    def __init__(self) -> None:
         self.nodes: list[NodeProto] = []
         self.weights: dict[str, np.ndarray] = {}  # name -> constant of the graph
-        # The name of the last node's output, and its channels, rows and columns.
-        self.at, self.shape = "face", (3, FACE_SIDE, FACE_SIDE)
-
-    def read_tensor(self, layer: str, *shape: int, after: Sequence[int] = ()) -> np.ndarray:
-        """Reads the tensor, float32 [*shape], of the next layer with the name `layer`.
-
-        `after` are integers in the file between the name and the tensor.
-        """
-        # Before each integer, a byte contains its length. 2 is the version of the format.
-        whole = (*after, 2, *shape)
-        start = self.content.index(layer.encode(), self.place) + len(layer)
-        start += sum(1 + (number.bit_length() + 7) // 8 for number in whole)
-        self.place = start + 4 * math.prod(shape)
-        return np.frombuffer(self.content[start : self.place], "<f4").reshape(shape)
 
     def add(self, kind: str, *inputs: str, **attributes: list[int]) -> str:
         """Adds a node with the ONNX operator `kind`; returns the name of its output."""
         from onnx import helper
 
-        self.at = f"{kind.lower()}_{len(self.nodes)}"
-        node = helper.make_node(kind, inputs, [self.at])
+        output = f"{kind.lower()}_{len(self.nodes)}"
+        node = helper.make_node(kind, inputs, [output])
         node.attribute.extend(helper.make_attribute(*pair) for pair in attributes.items())
         self.nodes.append(node)
-        return self.at
+        return output
 
     def add_constant(self, values: np.ndarray) -> str:
         """Adds a constant; returns its name."""
@@ -274,76 +255,67 @@ class DlibNet:
         self.weights[name] = values
         return name
 
-    def shrink_shape(self, channels: int, kernel: int, stride: int, padding: int = 0) -> None:
-        """Updates `shape` after a convolution or pooling with a square kernel."""
-        sides = [(side + 2 * padding - kernel) // stride + 1 for side in self.shape[1:]]
-        self.shape = (channels, *sides)
-
-    def add_convolution(self, channels: int, kernel: int, stride: int) -> None:
-        """Reads a convolution and the affine layer after it, and adds both as a single node."""
-        shape, padding = (channels, self.shape[0], kernel, kernel), 0 if stride > 1 else kernel // 2
-        size = math.prod(shape)
-        numbers = self.read_tensor("con_4", size + channels, 1, 1, 1).ravel().astype(np.float64)
-        affine = self.read_tensor("affine_", 2 * channels, 1, 1, 1)
-        gain, shift = affine.reshape(2, -1).astype(np.float64)
-        weights = numbers[:size].reshape(shape) * gain[:, None, None, None]
-        biases = numbers[size:] * gain + shift
-        arrays = [self.add_constant(array.astype(np.float32)) for array in (weights, biases)]
-        self.add("Conv", self.at, *arrays, strides=[stride] * 2, pads=[padding] * 4)
-        self.shrink_shape(channels, kernel, stride, padding)
-
-    def add_pooling(self, kind: str, kernel: int) -> None:
+    def add_pooling(self, kind: str, at: str, kernel: int) -> str:
         """Adds a pooling with the ONNX operator `kind` and stride 2, without incomplete windows."""
-        self.add(kind, self.at, kernel_shape=[kernel] * 2, strides=[2, 2])
-        self.shrink_shape(self.shape[0], kernel, 2)
+        return self.add(kind, at, kernel_shape=[kernel] * 2, strides=[2, 2])
 
-    def add_block(self, channels: int, *, halves: bool) -> None:
-        """Adds a residual block of two convolutions. If `halves`, it halves rows and columns."""
-        start, start_shape = self.at, self.shape
-        self.add_convolution(channels, 3, 2 if halves else 1)
-        self.add("Relu", self.at)
-        self.add_convolution(channels, 3, 1)
-        end, end_shape = self.at, self.shape
-        if halves:
-            self.at, self.shape = start, start_shape
-            self.add_pooling("AveragePool", 2)
-            start, start_shape = self.at, self.shape
-        shape = tuple(map(max, end_shape, start_shape))
-        end = self.pad_output(end, end_shape, shape)
-        self.add("Add", end, self.pad_output(start, start_shape, shape))
-        self.shape = shape
-        self.add("Relu", self.at)
-
-    def pad_output(self, name: str, shape: tuple[int, ...], target_shape: tuple[int, ...]) -> str:
-        """Pads an output with zeros at the end of each axis, as dlib does when it adds tensors."""
-        if shape == target_shape:
-            return name
-        pads = [0] * 5 + [target - side for side, target in zip(shape, target_shape, strict=True)]
-        return self.add("Pad", name, self.add_constant(np.array(pads, np.int64)))
-
-    def add_vector(self) -> None:
-        """Adds the last layers: the means of the channels are multiplied by a matrix."""
-        mean = self.add("GlobalAveragePool", self.at)
-        channels = self.shape[0]
-        shape, after = (channels, VECTOR_WIDTH, 1, 1), (VECTOR_WIDTH, channels)
-        matrix = self.read_tensor("fc_2", *shape, after=after)[..., 0, 0]
-        self.add("MatMul", self.add("Flatten", mean), self.add_constant(matrix))
-        self.nodes[-1].output[0] = "vector"
+    def pad(self, at: str, channels: int, side: int) -> str:
+        """Adds zeros after the last channel, row and column, as dlib does to add two tensors."""
+        if not (channels or side):
+            return at
+        pads = np.array([0] * 5 + [channels, side, side], np.int64)
+        return self.add("Pad", at, self.add_constant(pads))
 
 
 def convert_dlib(content: bytes) -> "ModelProto":
     """Converts dlib's net, which maps faces [B, 3, 150, 150] to vectors [B, 128].
 
+    The file contains the layers of the net in order. Each layer has a name, whole numbers, and
+    tensors. Only the tensors are read. A tensor is found by a search for the name of its layer.
+
     Source: He et al., Deep Residual Learning for Image Recognition, 2016, with half the channels.
     dlib's example dnn_face_recognition_ex lists the layers.
     """
-    graph = DlibNet(content)
-    graph.add_convolution(32, 7, 2)
-    graph.add("Relu", graph.at)
-    graph.add_pooling("MaxPool", 3)
-    for channels, halves in BLOCKS:
-        graph.add_block(channels, halves=halves)
-    graph.add_vector()
+    graph, place = Graph(), 0  # the place is the end of the last tensor
+
+    def read_tensor(layer: str, *shape: int, after: Sequence[int] = ()) -> np.ndarray:
+        """Reads a tensor. `after` are whole numbers after the name of its layer."""
+        nonlocal place
+        # Before each integer, a byte contains its length. 2 is the version of the format.
+        start = content.index(layer.encode(), place) + len(layer)
+        start += sum(1 + (number.bit_length() + 7) // 8 for number in (*after, 2, *shape))
+        place = start + 4 * math.prod(shape)
+        return np.frombuffer(content[start:place], "<f4").reshape(shape)
+
+    def convolve(at: str, before: int, channels: int, kernel: int, stride: int) -> str:
+        """Reads a convolution and the affine layer after it, and adds both as a single node."""
+        shape = channels, before, kernel, kernel
+        size, padding = math.prod(shape), 0 if stride > 1 else kernel // 2
+        numbers = read_tensor("con_4", size + channels, 1, 1, 1).ravel().astype(np.float64)
+        affine = read_tensor("affine_", 2 * channels, 1, 1, 1)
+        gain, shift = affine.reshape(2, -1).astype(np.float64)
+        weights = numbers[:size].reshape(shape) * gain[:, None, None, None]
+        biases = numbers[size:] * gain + shift
+        arrays = [graph.add_constant(array.astype(np.float32)) for array in (weights, biases)]
+        return graph.add("Conv", at, *arrays, strides=[stride] * 2, pads=[padding] * 4)
+
+    at = graph.add_pooling("MaxPool", graph.add("Relu", convolve("face", 3, 32, 7, 2)), 3)
+    before, side = 32, FIRST_SIDE
+    for channels, halves in BLOCKS:  # each has two convolutions, which are added to the input
+        inner = graph.add("Relu", convolve(at, before, channels, 3, 2 if halves else 1))
+        inner = convolve(inner, channels, channels, 3, 1)
+        if halves:
+            at, sides = graph.add_pooling("AveragePool", at, 2), ((side - 1) // 2, side // 2)
+            side = max(sides)
+            inner = graph.pad(inner, 0, side - sides[0])
+            at = graph.pad(at, channels - before, side - sides[1])
+        at, before = graph.add("Relu", graph.add("Add", inner, at)), channels
+    mean = graph.add("Flatten", graph.add("GlobalAveragePool", at))
+    matrix = read_tensor("fc_2", before, VECTOR_WIDTH, 1, 1, after=(VECTOR_WIDTH, before))[
+        ..., 0, 0
+    ]
+    graph.add("MatMul", mean, graph.add_constant(matrix))
+    graph.nodes[-1].output[0] = "vector"
     face, vector = ("face", ["B", 3, FACE_SIDE, FACE_SIDE]), ("vector", ["B", VECTOR_WIDTH])
     return to_model("dlib_face", graph.nodes, face, vector, graph.weights)
 

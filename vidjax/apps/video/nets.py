@@ -7,16 +7,13 @@ are ordered from left to right in the image. A card is a JSON file that describe
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from vidjax.apps.cards import REMEDY, STRIDE, Card, Input
 from vidjax.apps.video.tracks import measure_overlaps
 from vidjax.utils.errors import UserError, require_packages
-
-if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
 
 BLOCK_CROPS = 32  # the largest number of crops in one call of a net
 LEAST_SCORE = 0.5  # a detection with a higher score counts as a face
@@ -30,6 +27,8 @@ CELL = 4  # the side of CenterFace's cells, in pixels
 # ONNX Runtime's errors may name a line of its source, and the function there with its arguments.
 IN_SOURCE = re.compile(r"/\S+\.(?:cc|h):\d+ .*?\) ")
 FORMULA_STEP = 7919  # see `make_formula_image`
+# The errors of code that reads the outputs of a net, if the outputs have other shapes.
+UNREADABLE = (LookupError, TypeError, ValueError)
 STRIDES = (8, 16, 32)  # sides of the cells of YuNet and SCRFD, in pixels
 MANY_STRIDES = (*STRIDES, 64, 128)  # of SCRFD with 15 outputs
 
@@ -67,7 +66,87 @@ class Region(NamedTuple):
     scale: float
 
 
-class Detector:
+class Net:
+    """A net that runs in ONNX Runtime on a single thread, and its card, a JSON file."""
+
+    def __init__(self, card: Card, content: bytes | None = None):
+        """Opens a net.
+
+        If the bytes `content` are given, they are not tested. If not, the file of the net is read.
+
+        Raises UserError if the net is damaged, or if its sha256, or its output for a test input,
+        differs from the card.
+        """
+        given = card.read_net() if content is None else content
+        require_packages(f"'{card.path}', a net,", "onnxruntime", extra="video")
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 3  # errors
+        self.card = card
+        with self.blame((Exception,)):  # a damaged net may raise any error
+            self.session = onnxruntime.InferenceSession(given, options, ["CPUExecutionProvider"])
+        if content is None:
+            self._test()
+
+    @property
+    def takes_many(self) -> bool:
+        """Whether the net accepts any number of crops at once, and not only a single crop."""
+        return self.session.get_inputs()[0].shape[:1] != [1]
+
+    @contextlib.contextmanager
+    def blame(self, kinds: tuple[type[Exception], ...] = UNREADABLE) -> Iterator[None]:
+        """Turns errors in a `with` block into NetErrors.
+
+        By default, these are errors of code that reads the outputs of the net.
+        """
+        try:
+            yield
+        except kinds as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason, path = IN_SOURCE.sub("", reason)[:200], self.card.path
+            raise NetError(
+                f"'{path.with_name(self.card.file)}' is not the net that '{path.name}' describes "
+                f"({reason})\n{REMEDY}"
+            ) from error
+
+    def _test(self) -> None:
+        """Raises UserError if the output for a test input differs from the output in the card."""
+        test = self.card.test
+        gap = float(np.abs(self.answer_formula(test.seed) - np.array(test.output)).max())
+        if not gap <= test.tolerance:  # NaN, too
+            raise NetError(
+                f"the output of the net differs from the test in '{self.card.path}' by {gap:.1e}, "
+                f"more than {test.tolerance:.0e}\n"
+                f"correct `colour`, `mean` and `scale` in this file, or {REMEDY}"
+            )
+
+    def answer_formula(self, seed: int) -> np.ndarray:
+        """Returns four numbers, float64 [4], of the output for a test input.
+
+        The numbers are at 1/8, 3/8, 5/8 and 7/8 of the length of the last output. The input depends
+        on `seed`, see `make_formula_inputs`.
+        """
+        outputs = self.ask(make_formula_inputs(self.card, seed))
+        with self.blame():  # the other outputs are probabilities near 0 or 1: they hide errors
+            output = [*outputs.values()][-1].ravel()
+            return output[len(output) // 8 :: len(output) // 4][:4].astype(np.float64)
+
+    def ask(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Runs the net; returns its outputs by name, float32.
+
+        Raises NetError if the net refuses `inputs`, or an output is not an array of numbers.
+        """
+        half = {x.name for x in self.session.get_inputs() if x.type == "tensor(float16)"}
+        given = {name: x.astype(np.float16) if name in half else x for name, x in inputs.items()}
+        with self.blame((Exception,)):  # ONNX Runtime raises many types of errors
+            names = [output.name for output in self.session.get_outputs()]
+            answers = [np.asarray(answer, np.float32) for answer in self.session.run(names, given)]
+        return dict(zip(names, answers, strict=True))
+
+
+class Detector(Net):
     """Detects faces in images with the net that a card, a JSON file, describes.
 
     Large images are shrunk until their longer side has `size` pixels. If the net has an input of
@@ -75,8 +154,8 @@ class Detector:
     """
 
     def __init__(self, card: Card, size: int = 640):
-        self.card, self.size = card, size
-        self.session = open_session(card)
+        super().__init__(card)
+        self.size = size
 
     def __call__(self, image: np.ndarray) -> Faces:
         """Returns the faces in an image, uint8 [H, W, 3] RGB, in pixels of this image."""
@@ -109,8 +188,8 @@ class Detector:
         small = resize(part, *(max(1, round(side * region.scale)) for side in part.shape[:2]))
         padded = pad(small, *(self.card.input.size or ()))
         given = {self.card.input.name: prepare_images(padded[None], self.card.input)}
-        outputs = ask_net(self.session, self.card, given)
-        with blame_net(self.card):
+        outputs = self.ask(given)
+        with self.blame():
             faces = DECODERS[self.card.decoder](outputs, padded.shape[1])
         # Overlaps are removed first: a second, worse box of a cut face may lie inside the border.
         faces = suppress_overlaps(faces, MOST_OVERLAP)
@@ -124,19 +203,12 @@ class Detector:
         return Faces(boxes, faces.scores, points).take(inside.all(1))
 
 
-class Embedder:
-    """Computes embeddings of crops or sound with the net that a card, a JSON file, describes."""
+class Embedder(Net):
+    """Computes embeddings of crops with the net that a card, a JSON file, describes."""
 
-    def __init__(
-        self, card: Card, make_input: Callable[[np.ndarray, Input], np.ndarray] | None = None
-    ):
-        """Opens the net. `make_input` converts crops or sound to the input of the net.
-
-        The default of `make_input`, which is `prepare_images`, is for crops.
-        """
-        self.card, self.session = card, open_session(card)
-        self._make_input = make_input or prepare_images
-        self._block = BLOCK_CROPS if takes_many(self.session) else 1
+    def prepare(self, inputs: np.ndarray) -> np.ndarray:
+        """Converts crops, uint8 [N, H, W, 3] RGB, to the input of the net."""
+        return prepare_images(inputs, self.card.input)
 
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
         """Returns embeddings, float32 [N, D], of N crops or of N windows of sound.
@@ -144,10 +216,11 @@ class Embedder:
         Crops are uint8 [N, H, W, 3] RGB. Windows are samples [N, T] from -1 to 1. Raises UserError
         if D differs from `width` in the card.
         """
+        size = BLOCK_CROPS if self.takes_many else 1
         vectors = np.zeros((len(inputs), self.card.width or 0), np.float32)
-        for start in range(0, len(inputs), self._block):
-            block = self._make_input(inputs[start : start + self._block], self.card.input)
-            (output, *_) = ask_net(self.session, self.card, {self.card.input.name: block}).values()
+        for start in range(0, len(inputs), size):
+            block = self.prepare(inputs[start : start + size])
+            (output, *_) = self.ask({self.card.input.name: block}).values()
             if output.shape != (len(block), self.card.width):
                 raise UserError(
                     f"the net of '{self.card.path}' computes an array {list(output.shape)} from "
@@ -156,77 +229,6 @@ class Embedder:
                 )
             vectors[start : start + len(block)] = output
         return vectors
-
-
-def open_session(card: Card) -> "InferenceSession":
-    """Opens a net in ONNX Runtime for a single thread.
-
-    Raises UserError if the net's sha256, or its output for a test input, differs from the card.
-    """
-    session = start_session(card, card.read_net())
-    check_test_vector(card, session)
-    return session
-
-
-def start_session(card: Card, content: bytes) -> "InferenceSession":
-    """Opens the net with the bytes `content`, without a test. If it is damaged, raises NetError."""
-    require_packages(f"'{card.path}', a net,", "onnxruntime", extra="video")
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors
-    try:
-        return onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
-    except Exception as error:  # a damaged net may raise any error
-        raise _make_error(card, error) from error
-
-
-def takes_many(session: "InferenceSession") -> bool:
-    """Returns whether a net accepts any number of crops at once, and not only a single crop."""
-    return session.get_inputs()[0].shape[:1] != [1]
-
-
-def _make_error(card: Card, error: Exception) -> NetError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    reason = IN_SOURCE.sub("", reason)[:200]
-    return NetError(
-        f"'{card.path.with_name(card.file)}' is not the net that '{card.path.name}' describes "
-        f"({reason})\n{REMEDY}"
-    )
-
-
-@contextlib.contextmanager
-def blame_net(card: Card) -> Iterator[None]:
-    """Turns errors in a `with` block, which reads the outputs of a net, into UserErrors."""
-    try:
-        yield
-    except (LookupError, TypeError, ValueError) as error:
-        raise _make_error(card, error) from error
-
-
-def check_test_vector(card: Card, session: "InferenceSession") -> None:
-    """Raises UserError if the net's output for a test input differs from the output in `card`."""
-    output = answer_formula(card, session, card.test.seed)
-    gap = float(np.abs(output - np.array(card.test.output)).max())
-    if not gap <= card.test.tolerance:  # NaN, too
-        raise NetError(
-            f"the output of the net differs from the test in '{card.path}' by {gap:.1e}, "
-            f"more than {card.test.tolerance:.0e}\n"
-            f"correct `colour`, `mean` and `scale` in this file, or {REMEDY}"
-        )
-
-
-def answer_formula(card: Card, session: "InferenceSession", seed: int) -> np.ndarray:
-    """Returns four numbers, float64 [4], of a net's output for a test input.
-
-    The numbers are at 1/8, 3/8, 5/8 and 7/8 of the length of the net's last output. The input
-    depends on `seed`, see `make_formula_inputs`.
-    """
-    outputs = ask_net(session, card, make_formula_inputs(card, seed))
-    with blame_net(card):  # the other outputs are probabilities near 0 or 1: they hide errors
-        output = [*outputs.values()][-1].ravel()
-        return output[len(output) // 8 :: len(output) // 4][:4].astype(np.float64)
 
 
 def make_formula_inputs(
@@ -265,23 +267,6 @@ def make_formula_image(size: tuple[int, int], seed: int) -> np.ndarray:
     return numbers.astype(np.uint8).reshape(height, width, 3)
 
 
-def ask_net(
-    session: "InferenceSession", card: Card, inputs: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Runs a net; returns its outputs by name, float32.
-
-    Raises NetError if the net refuses `inputs`, or an output is not an array of numbers.
-    """
-    half = {x.name for x in session.get_inputs() if x.type == "tensor(float16)"}
-    given = {name: x.astype(np.float16) if name in half else x for name, x in inputs.items()}
-    try:
-        names = [output.name for output in session.get_outputs()]
-        answers = [np.asarray(answer, np.float32) for answer in session.run(names, given)]
-    except Exception as error:  # ONNX Runtime raises many types of errors
-        raise _make_error(card, error) from error
-    return dict(zip(names, answers, strict=True))
-
-
 def prepare_images(images: np.ndarray, form: Input) -> np.ndarray:
     """Converts images, uint8 [N, H, W, 3] RGB, to the float32 input that `form` describes."""
     if form.colour == "bgr":
@@ -302,11 +287,9 @@ def pad(image: np.ndarray, height: int = 0, width: int = 0) -> np.ndarray:
 
     A `height` or `width` of 0 means the next multiple of 32.
     """
-    sides = (height or -image.shape[0] % STRIDE + image.shape[0],
-             width or -image.shape[1] % STRIDE + image.shape[1])  # fmt: skip
-    padded = np.zeros((*sides, 3), image.dtype)
-    padded[: image.shape[0], : image.shape[1]] = image
-    return padded
+    down = height - image.shape[0] if height else -image.shape[0] % STRIDE
+    right = width - image.shape[1] if width else -image.shape[1] % STRIDE
+    return np.pad(image, [(0, down), (0, right), (0, 0)])
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:

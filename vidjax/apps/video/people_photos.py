@@ -6,16 +6,16 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from vidjax.apps import features_folder
-from vidjax.apps.features_folder import FaceTrack, MediaFile
+from vidjax.apps.features_folder import FaceTrack, MediaFile, PhotoFace, locate_people
 from vidjax.apps.gallery import card_notes
-from vidjax.apps.gallery.changes import check_person
+from vidjax.apps.gallery.changes import Draft, check_person
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.labelling import advise_other_films
 from vidjax.apps.gallery.store import StoredClip
@@ -27,89 +27,25 @@ from vidjax.data.checks import list_entries
 from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError
 from vidjax.utils.groups import group_by_key
-from vidjax.utils.names import make_folder_name, normal_form, read_folder_name, show
-from vidjax.utils.terminal import Progress, say
+from vidjax.utils.messages import Note, Tell
+from vidjax.utils.names import normal_form, read_folder_name, show
+from vidjax.utils.terminal import Progress
 
 MOST_LOCKED = 200  # folders of people that are locked at once; each lock is an open file
-# The flags of `vidjax who` and `vidjax gallery enrol` that name the folder of photos.
-WHO_FLAG, ENROL_FLAG = "--people", "--photos"
+# The flags of `vidjax who` and of other commands that name the folder of photos.
+WHO_FLAG, PHOTOS_FLAG = "--people", "--photos"
 EQUAL_SQUARES = 1e-5  # the largest squared distance of two vectors of the same picture
 MISFIT_REMEDY = "nobody is enrolled from it. Tag its faces again"
 
 
-class PhotoFace(NamedTuple):
-    """An enrolled face of a photo.
+class FoundFace(NamedTuple):
+    """A face in a photo of a folder of people."""
 
-    `str(face)` is the name of its clip in the gallery, such as `people/Ada/IMG_1.f02`. If a face
-    tag names another person than the folder, the name ends with this person: `.../IMG_1.f02/Bob`.
-    """
-
-    folder: str  # the name of the folder in `OUT/people` that contains the features of the photo
-    clip: str  # the name of the clip in these features
-    person: str  # the name of the folder, or the name in the face tag
-
-    def __str__(self) -> str:
-        tag = "" if self.person == self.folder else f"/{self.person}"
-        return f"{PEOPLE}/{self.folder}/{self.clip}{tag}"
-
-    @property
-    def plain(self) -> str:
-        """The name of the clip in a gallery of `enrol_folder`, such as `Ada/IMG_1.f02`."""
-        return f"{self.folder}/{self.clip}"
-
-    @property
-    def key(self) -> str:
-        """The name of the clip without the person, see `list_photo_files`."""
-        return f"{PEOPLE}/{self.plain}"
-
-    @classmethod
-    def of(cls, clip: str) -> "PhotoFace | None":
-        """Parses the name of a clip in the gallery; returns None for a clip of a film."""
-        parts = clip.split("/", 3)
-        if parts[0] != PEOPLE or len(parts) < 3:
-            return None
-        return cls(normal_form(parts[1]), parts[2], normal_form(parts[3 if len(parts) > 3 else 1]))
-
-
-class FoundFaces(NamedTuple):
-    """The usable faces in photos of a folder of people, see `check_photos`."""
-
-    people: Path  # the folder of photos
-    outcomes_of: Mapping[Path, Sequence[FileOutcome]]  # folder of features -> outcomes of photos
-    failed: dict[str, str]  # path of each unusable photo -> remedy
-    names: set[str]  # all people
-    usable: dict[PhotoFace, Path]  # usable face -> folder of features
-
-    def list_tracks(self) -> Iterator[tuple[PhotoFace, Path, MediaFile, FaceTrack]]:
-        """Yields each known face with the path and the description of its photo, and its track."""
-        for folder, outcomes in self.outcomes_of.items():
-            owner = read_folder_name(folder.name)
-            for outcome in outcomes:
-                if photo := outcome.known:
-                    for track in photo.tracks:
-                        face = PhotoFace(owner, track.clip, track.name or owner)
-                        yield face, outcome.path, photo, track
-
-    def list_mirrored(self) -> list[float]:
-        """Returns `FaceTrack.mirrored` of each usable face."""
-        return [
-            track.mirrored for face, _, _, track in self.list_tracks()
-            if face in self.usable and track.mirrored is not None
-        ]  # fmt: skip
-
-
-def locate_people(out: Path, names: Iterable[str]) -> dict[str, Path]:
-    """Returns name of a person -> folder in `OUT/people`, for `names` and all existing folders.
-
-    A new folder gets a name that all file systems allow, see `make_folder_name`.
-    """
-    known = {read_folder_name(path.name): path for path in sorted((out / PEOPLE).glob("[!.]*"))}
-    taken = {path.name.casefold() for path in known.values()}
-    for name in names:
-        if name not in known:
-            known[name] = out / PEOPLE / make_folder_name(name, taken)
-            taken.add(known[name].name.casefold())
-    return known
+    face: PhotoFace
+    path: Path  # of the photo
+    photo: MediaFile
+    track: FaceTrack
+    features: Path  # the folder of features
 
 
 def list_faces(gallery: Gallery) -> dict[str, PhotoFace]:
@@ -121,7 +57,7 @@ def list_unread(out: Path) -> dict[str, PhotoFace]:
     """Returns clip -> face in photos that are not yet read again after nets have changed."""
     faces = (
         PhotoFace(owner, track.clip, track.name or owner)
-        for owner, folder in locate_people(out, ()).items()
+        for owner, folder in locate_people(out).items()
         for photo in features_folder.find_unread(folder).values() for track in photo.tracks
     )  # fmt: skip
     return {str(face): face for face in faces}
@@ -130,206 +66,12 @@ def list_unread(out: Path) -> dict[str, PhotoFace]:
 def list_photo_files(out: Path) -> list[MediaFile]:
     """Returns the photos of people, in which the names of clips are those of `PhotoFace.key`."""
     photos = list[MediaFile]()
-    for owner, folder in locate_people(out, ()).items():
+    for owner, folder in locate_people(out).items():
         for photo in features_folder.describe_media_files(folder).values():
             for track in photo.tracks:
                 track.clip = PhotoFace(owner, track.clip, owner).key
             photos.append(photo)
     return photos
-
-
-def find_missing(enrolled: Mapping[str, PhotoFace], found: FoundFaces, out: Path) -> set[str]:
-    """Returns the folders in `OUT/people` whose photos are missing, but were not deleted by a user.
-
-    A user has deleted a photo if it was in a folder that has other photos. If new photos have the
-    same content, a user has moved or renamed them. The folders of such photos are left out.
-
-    `enrolled` is clip -> face in the gallery. `found` are the faces of this call. `out` is the
-    folder of results.
-    """
-    absent = {photo.folder for photo in enrolled.values()} - {
-        read_folder_name(x.name) for x in found.outcomes_of
-    }
-    if not absent:
-        return absent
-    outcomes = itertools.chain(*found.outcomes_of.values())
-    has_others = any(outcome.path.parent == found.people for outcome in outcomes)
-    new = {
-        photo.sha256 for face, _, photo, _ in found.list_tracks()
-        if face in found.usable and str(face) not in enrolled
-    }  # fmt: skip
-    place, missing = Path(os.path.realpath(found.people)), set[str]()
-    places = locate_people(out, absent)
-    for folder in absent:
-        known = features_folder.describe_media_files(places[folder]).values()
-        paths = [photo.source.path for photo in known]
-        deleted = has_others and all(x.parent == place and media_files.is_missing(x) for x in paths)
-        if not known or not (deleted or new & {photo.sha256 for photo in known}):
-            missing.add(folder)
-    return missing
-
-
-def list_photos(people: Path, out: Path, flag: str = WHO_FLAG) -> dict[str, list[Path]]:
-    """Returns the photos of each person, from folders PEOPLE/NAME/ and files PEOPLE/NAME.jpg.
-
-    Messages name `flag`, the flag that names the folder `people`. Raises UserError if there are no
-    photos, and there is no gallery of an earlier call.
-    """
-    if not os.path.isdir(people):
-        if not os.path.exists(people) and files.exists(out / "gallery"):
-            return {}
-        raise _refuse_people(people, flag)
-    if out.resolve().parent == people.resolve():
-        raise UserError(
-            f"--out={out} is inside {flag}={people}, where each folder is a person\n"
-            f"name a folder of only people, {flag}=DIR, or another folder for --out"
-        )
-    photos_of: dict[str, list[Path]] = {}
-    media_files.say_left_out([people])
-    single, known = media_files.split_files(people)[0], locate_people(out, ())
-    for path in list_entries(people):
-        if (is_file := files.is_file(path)) and path not in single:
-            continue
-        photos = [path] if is_file or _is_lost_photo(path) else []
-        if path.is_dir():
-            photos = [*itertools.chain(*map(_list_stills, media_files.list_folders(path)))]
-        if not photos and normal_form(path.name) not in known:
-            place = show(str(path))
-            _warn([f"{show(path.name)} cannot be recognised: there is no photo in '{place}'"])
-        elif photos:
-            try:
-                name = check_person(path.name if path.is_dir() else path.stem)
-            except UserError as error:
-                problem = str(error).partition("\n")[0]
-                kind = "folder" if path.is_dir() else "photo"
-                raise UserError(f"'{show(str(path))}': {problem}\nrename the {kind}") from None
-            photos_of.setdefault(name, []).extend(photos)
-    if not photos_of and not files.exists(out / "gallery"):
-        raise UserError(
-            f"'{people}' contains no photos\nadd photos {people}/NAME/PHOTO.jpg of each person"
-        )
-    return photos_of
-
-
-def _warn(texts: Iterable[str]) -> None:
-    """Prints warnings."""
-    for text in texts:
-        say(text, warning=True)
-
-
-def _refuse_people(people: Path, flag: str = WHO_FLAG) -> UserError:
-    hint = "" if os.path.exists(people) else messages.suggest_path(people)
-    if files.is_file(people):
-        one, all_ = (messages.relative_path(x) for x in (*people.resolve().parents,)[:2])
-        return UserError(
-            f"{flag}={people} is a file, not a folder: name its folder, {flag}={one}\n"
-            f"if this is the folder of one person, name the folder above: {flag}={all_}"
-        )
-    return UserError(
-        f"'{people}' is not a folder: add photos {people}/NAME/PHOTO.jpg of each person{hint}"
-    )
-
-
-def extract_photos(
-    photos: Mapping[str, Sequence[Path]],
-    out: Path,
-    **options: Any,  # noqa: ANN401  (the arguments of `extract_folders`)
-) -> dict[Path, list[FileOutcome]]:
-    """Extracts features of photos into folders of `out/people`; returns folder -> outcomes.
-
-    `photos` are name of a person -> photos.
-    """
-    (out / PEOPLE).mkdir(exist_ok=True)
-    files.hide(out / PEOPLE)  # the names of its folders are names of people
-    places = locate_people(out, photos)
-    folders = [(places[name], paths) for name, paths in photos.items()]
-    outcomes_of: dict[Path, list[FileOutcome]] = {}
-    for first in range(0, len(folders), MOST_LOCKED):
-        group = dict(folders[first : first + MOST_LOCKED])
-        outcomes_of |= extract_folders(group, tagged=True, **options)
-    return outcomes_of
-
-
-def embed_photos(
-    gallery: Gallery,
-    people: Path,
-    out: Path,
-    **options: Any,  # noqa: ANN401  (the arguments of `extract_folders`)
-) -> Iterator[tuple[str, np.ndarray, FaceTrack, Path]]:
-    """Yields person, vector, track and photo of each usable face in `people/NAME/PHOTO.jpg`.
-
-    Features are written to `out`. `gallery` computes the vectors. Nobody is enrolled.
-    """
-    found = check_photos({}, extract_photos(list_photos(people, out), out, **options), people)
-    found_at = {face: (track, path) for face, path, _, track in found.list_tracks()}
-    for face, entry in embed_usable(gallery, found.usable).items():
-        parts = zip(gallery.backend.widths, gallery.backend.split(entry.vector[None]), strict=True)
-        yield face.person, dict(parts)["face"][0], *found_at[face]
-
-
-def check_people(
-    gallery: Gallery,
-    photos: Mapping[str, Sequence[Path]],
-    people: Path,
-    out: Path,
-    forget_missing: bool,
-) -> None:
-    """Raises UserError if the folder `people` seems wrong, because it has no enrolled person."""
-    enrolled = (list_unread(out) | list_faces(gallery)).values()
-    before = {name for photo in enrolled for name in (photo.folder, photo.person)}
-    if not os.path.isdir(people) and (forget_missing or not before):
-        raise _refuse_people(people)
-    if not photos or before & {*photos}:
-        return
-    is_person = normal_form(people.resolve().name) in before
-    # If a single person is missing, the person is kept or replaced.
-    if not is_person and (forget_missing or len(before) < 2 or _were_renamed(photos, out)):
-        return
-    remedy = "to forget them, add --forget-missing; to keep them, name another --out"
-    if is_person:
-        above = shlex.quote(messages.relative_path(people.resolve().parent))
-        remedy = f"it is the folder of one person: name the folder above, --people={above}"
-    names = messages.list_some([*map(show, sorted(before))])
-    raise UserError(f"'{people}' contains none of the people of earlier calls ({names})\n{remedy}")
-
-
-def _were_renamed(photos: Mapping[str, Sequence[Path]], out: Path) -> bool:
-    """Returns whether one of the photos has the same content as a photo of an earlier call."""
-    folders = [folder for folder in (out / PEOPLE).glob("[!.]*") if folder.is_dir()]
-    known_in = map(features_folder.describe_media_files, folders)
-    known = [photo for in_folder in known_in for photo in in_folder.values()]
-    sizes, digests = {photo.source.size for photo in known}, {photo.sha256 for photo in known}
-    paths = (path for paths in photos.values() for path in paths if os.path.exists(path))
-    return any(
-        path.stat().st_size in sizes and files.sha256_file(path) in digests for path in paths
-    )
-
-
-def _describe_numbers(
-    names: Sequence[str], people: Path, only_files: bool, flag: str
-) -> Iterator[str]:
-    """Yields a warning if photos such as Ada_1.jpg and Ada_2.jpg count as two people.
-
-    `names` are the people whose photo is a file directly in the folder `people`. `only_files` is
-    True if all people are such files, and nobody was enrolled before. Then two photos with any
-    names, or a photo with a number in its name, cause a warning, because `people` may be the folder
-    of one person.
-    """
-    if only_files and (len(names) > 1 or any(re.search(r"\d", name) for name in names)):
-        above = shlex.quote(messages.relative_path(people.resolve().parent))
-        examples = " and ".join(map(show, names[:2]))
-        yield (
-            f"photos lie directly in '{people}', so each counts as a different person, such as "
-            f"{examples}. If all show the same person, name the folder above: {flag}={above}"
-        )
-        return
-    numbered = (re.fullmatch(r"(.*[^\W\d_])[\W_]*\d+\W*", name) for name in names)
-    for name, twins in group_by_key((x[1], x[0]) for x in numbered if x).items():
-        if len(twins) > 1:
-            yield (
-                f"{show(twins[0])} and {show(twins[1])} count as two people. If they are the same "
-                f"person, put the photos into '{people}/{show(name)}/'"
-            )
 
 
 def _list_stills(folder: Path) -> list[Path]:
@@ -349,133 +91,462 @@ def _is_lost_photo(path: Path) -> bool:
     return path.suffix.lower() in media_files.PHOTOS and not os.path.exists(path)
 
 
-def check_photos(
-    enrolled: Mapping[str, PhotoFace],
-    outcomes_of: Mapping[Path, Sequence[FileOutcome]],
-    people: Path,
-    flag: str = WHO_FLAG,
-) -> FoundFaces:
-    """Finds the usable faces in photos, and prints problems of photos.
-
-    If a photo program has tagged faces in a photo, each face gets the name of its tag. If a photo
-    has no tags, its face gets the name of the folder. `outcomes_of` is folder of features -> the
-    outcomes of its photos. `enrolled` is clip -> face in the gallery. For `flag`, see
-    `list_photos`.
-    """
-    failed, names = dict[str, str](), set[str]()
-    usable, poor = dict[PhotoFace, Path](), dict[PhotoFace, str]()
-    single: list[str] = []  # people whose photo is a file in the folder of people
-    known = {photo.person for photo in enrolled.values()}
-    for folder, outcomes in outcomes_of.items():
-        owner, found, shown = read_folder_name(folder.name), set[str](), set[str]()
-        tags = {name for outcome in outcomes if outcome.known for name in outcome.known.tags}
-        for outcome in outcomes:
-            people_of, faces, bad = _check_photo(owner, outcome)
-            if not outcome.media:  # a user may have removed faces of a missing photo
-                faces = [face for face in faces if str(face) in enrolled]
-            found |= people_of
-            shown |= {face.person for face in faces}
-            usable |= dict.fromkeys(faces, folder)
-            poor |= {face: problem for face, problem in bad.items() if face in usable}
-            failed |= {} if faces and outcome.media else {str(outcome.path): outcome.remedy}
-        # A folder of photos in which other people are tagged is not a person.
-        if tags and owner not in {*tags, *shown, *known}:
-            found.discard(owner)
-        names |= found
-        # If a photo cannot be read, the people of its tags are not forgotten.
-        if not all(outcome.media for outcome in outcomes):
-            names |= {photo.person for photo in enrolled.values() if photo.folder == owner}
-        if outcomes[0].path.parent == people:
-            single.append(owner)
-        _warn(_describe_foreign_tags(owner, outcomes, people))
-    _warn(_leave_out_hidden(usable, poor))
-    only_files = len(single) == len(outcomes_of) and not known
-    single = [name for name in single if name in names]
-    _warn(_describe_numbers(single, people, only_files, flag))
-    return FoundFaces(people, outcomes_of, failed, names, usable)
-
-
-def _leave_out_hidden(usable: dict[PhotoFace, Path], poor: Mapping[PhotoFace, str]) -> list[str]:
-    """Leaves out usable faces with sunglasses if the person has a good face; returns warnings.
-
-    `poor` is usable face with a problem -> the problem, or "" if it was printed before.
-    """
-    good, texts = {face.person for face in usable.keys() - poor.keys()}, list[str]()
-    for face, problem in poor.items():
-        if problem and face.person in good:
-            del usable[face]
-            problem += f"; it is left out, because {show(face.person)} has better photos"
-        texts.append(problem)
-    return [*filter(None, texts)]
-
-
-def embed_usable(gallery: Gallery, usable: Mapping[PhotoFace, Path]) -> dict[PhotoFace, StoredClip]:
-    """Computes the vectors of faces. `usable` is face -> folder of features."""
-    found: dict[PhotoFace, StoredClip] = {}
-    for folder, faces in group_by_key((folder, face) for face, folder in usable.items()).items():
-        face_of = {face.clip: face for face in faces}
-        clips = select_usable_clips(features_folder.embed_clips(gallery, folder, face_of))
-        found |= {face_of[clip]: entry for clip, entry in clips.items()}
-    return found
-
-
-def enrol_photos(
-    gallery: Gallery,
-    enrolled: Collection[str],
-    faces: Mapping[PhotoFace, StoredClip],
-    label: Callable[[PhotoFace], str | None],
-    renamed: Mapping[str, str],
-) -> None:
-    """Enrols faces of photos, and removes the other faces in `enrolled` from the gallery.
-
-    `enrolled` are clips of the gallery. `label` returns the name of a face, or None for a stranger.
-    `renamed` is old name -> new name of the other clips of people.
-    """
-    clips = {str(face): x._replace(identity=label(face)) for face, x in faces.items()}
-    with gallery.change(log=False) as draft:
-        unchanged = draft.complete({clip: entry.vector for clip, entry in clips.items()})
-        draft.remove(clip={*enrolled} - unchanged)
-        new = {clip: entry for clip, entry in clips.items() if clip not in unchanged}
-        names = {x: renamed.get(draft.clips[x].identity or "") for x in draft.clips.keys() - clips}
-        for clip, name in names.items():
-            _ = name and draft.relabel(clip, name)
-        draft.add(new)
-    people = {entry.identity for entry in new.values()} - {None}
-    advise_other_films(gallery.state, sorted(map(str, people)))
-
-
-def find_renamed(
-    gallery: Gallery, enrolled: Mapping[str, PhotoFace], faces: Mapping[PhotoFace, StoredClip]
-) -> dict[str, set[str]]:
-    """Finds people whose photos are all photos of other people now.
-
-    `enrolled` is clip -> face in the gallery. `faces` are the faces of this call. Returns person ->
-    people who have the photos now. A face is recognised by its vector.
-    """
-    new = {
-        face: x.vector for face, x in faces.items()
-        if not (old := gallery.clips.get(str(face)))
-        or not _is_equal(old.vector, x.vector)
-    }  # fmt: skip
-    kept = {face.person for face in faces.keys() - new.keys()}
-    gone = group_by_key(
-        (face.person, gallery.clips[clip].vector) for clip, face in enrolled.items()
-        if face.person not in kept
-    )  # fmt: skip
-    moved: dict[str, set[str]] = {}
-    for person, vectors in gone.items() if new else ():
-        owners = [
-            {face.person for face, x in new.items() if _is_equal(vector, x)} - {person}
-            for vector in vectors
-        ]
-        if all(owners):
-            moved[person] = set[str]().union(*owners)
-    return moved
-
-
 def _is_equal(first: np.ndarray, second: np.ndarray) -> bool:
     """Returns whether two vectors are of the same picture, up to rounding errors."""
     return bool(np.square(first - second).sum() < EQUAL_SQUARES)
+
+
+class Photos:
+    """The photos of people in a folder, and the faces in them.
+
+    `people` is the folder of photos. `out` is the folder of results, with features of the photos in
+    `OUT/people`. Messages name `flag`, the flag of the folder `people`. `tell` is called with each
+    problem of a photo.
+    """
+
+    def __init__(self, people: Path, out: Path, tell: Tell, flag: str = WHO_FLAG):
+        """Lists the photos. Raises UserError as `_list`."""
+        self.people, self.out, self.tell, self._flag = people, out, tell, flag
+        self.paths_of = self._list()  # person -> photos
+        # Folder of features -> outcomes of photos.
+        self.outcomes_of: dict[Path, list[FileOutcome]] = {}
+        self.failed: dict[str, str] = {}  # path of each unusable photo -> remedy
+        self.names: set[str] = set()  # all people
+        # Clip in the gallery -> face. `vidjax who` names clips as `people/Ada/IMG_1.f02`, see
+        # `PhotoFace`, and other commands as `Ada/IMG_1.f02`.
+        self.faces: dict[str, FoundFace] = {}
+        self.usable: set[str] = set()  # the clips of usable faces
+
+    def warn(self, texts: Iterable[str]) -> None:
+        """Reports problems of photos."""
+        for text in texts:
+            self.tell(Note(text))
+
+    def _list(self) -> dict[str, list[Path]]:
+        """Returns the photos of each person, from folders PEOPLE/NAME/ and files PEOPLE/NAME.jpg.
+
+        Raises UserError if there are no photos, and there is no gallery of an earlier call.
+        """
+        people, out, flag = self.people, self.out, self._flag
+        if not os.path.isdir(people):
+            if not os.path.exists(people) and files.exists(out / "gallery"):
+                return {}
+            raise self._refuse()
+        if out.resolve().parent == people.resolve():
+            raise UserError(
+                f"--out={out} is inside {flag}={people}, where each folder is a person\n"
+                f"name a folder of only people, {flag}=DIR, or another folder for --out"
+            )
+        photos_of: dict[str, list[Path]] = {}
+        for note in media_files.describe_left_out([people]):
+            self.tell(note)
+        single, known = media_files.split_files(people)[0], locate_people(out)
+        for path in list_entries(people):
+            if (is_file := files.is_file(path)) and path not in single:
+                continue
+            photos = [path] if is_file or _is_lost_photo(path) else []
+            if path.is_dir():
+                photos = [*itertools.chain(*map(_list_stills, media_files.list_folders(path)))]
+            if not photos and normal_form(path.name) not in known:
+                place = show(str(path))
+                self.warn(
+                    [f"{show(path.name)} cannot be recognised: there is no photo in '{place}'"]
+                )
+            elif photos:
+                try:
+                    name = check_person(path.name if path.is_dir() else path.stem)
+                except UserError as error:
+                    problem = str(error).partition("\n")[0]
+                    kind = "folder" if path.is_dir() else "photo"
+                    raise UserError(f"'{show(str(path))}': {problem}\nrename the {kind}") from None
+                photos_of.setdefault(name, []).extend(photos)
+        if not photos_of and not files.exists(out / "gallery"):
+            raise UserError(
+                f"'{people}' contains no photos\nadd photos {people}/NAME/PHOTO.jpg of each person"
+            )
+        return photos_of
+
+    def _refuse(self) -> UserError:
+        people, flag = self.people, self._flag
+        hint = "" if os.path.exists(people) else messages.suggest_path(people)
+        if files.is_file(people):
+            one, all_ = (messages.relative_path(x) for x in (*people.resolve().parents,)[:2])
+            return UserError(
+                f"{flag}={people} is a file, not a folder: name its folder, {flag}={one}\n"
+                f"if this is the folder of one person, name the folder above: {flag}={all_}"
+            )
+        return UserError(
+            f"'{people}' is not a folder: add photos {people}/NAME/PHOTO.jpg of each person{hint}"
+        )
+
+    def extract(self, **options: Any) -> None:  # noqa: ANN401  (the arguments of `extract_folders`)
+        """Extracts features of the photos."""
+        place = self.out / PEOPLE
+        place.mkdir(exist_ok=True)
+        files.hide(place)  # the names of its folders are names of people
+        places = locate_people(self.out, self.paths_of)
+        folders = [(places[name], paths) for name, paths in self.paths_of.items()]
+        for first in range(0, len(folders), MOST_LOCKED):
+            group = dict(folders[first : first + MOST_LOCKED])
+            self.outcomes_of |= extract_folders(group, tagged=True, tell=self.tell, **options)
+
+    def check_people(self, gallery: Gallery, forget_missing: bool) -> None:
+        """Raises UserError if the folder seems wrong, because it has no enrolled person."""
+        people, photos = self.people, self.paths_of
+        enrolled = (list_unread(self.out) | list_faces(gallery)).values()
+        before = {name for photo in enrolled for name in (photo.folder, photo.person)}
+        if not os.path.isdir(people) and (forget_missing or not before):
+            raise self._refuse()
+        if not photos or before & {*photos}:
+            return
+        is_person = normal_form(people.resolve().name) in before
+        # If a single person is missing, the person is kept or replaced.
+        if not is_person and (forget_missing or len(before) < 2 or self._were_renamed()):
+            return
+        remedy = "to forget them, add --forget-missing; to keep them, name another --out"
+        if is_person:
+            above = shlex.quote(messages.relative_path(people.resolve().parent))
+            remedy = f"it is the folder of one person: name the folder above, --people={above}"
+        names = messages.list_some([*map(show, sorted(before))])
+        raise UserError(
+            f"'{people}' contains none of the people of earlier calls ({names})\n{remedy}"
+        )
+
+    def _were_renamed(self) -> bool:
+        """Returns whether one of the photos has the same content as a photo of an earlier call."""
+        known = list_photo_files(self.out)
+        sizes, digests = {photo.source.size for photo in known}, {photo.sha256 for photo in known}
+        paths = filter(os.path.exists, itertools.chain(*self.paths_of.values()))
+        return any(
+            path.stat().st_size in sizes and files.sha256_file(path) in digests for path in paths
+        )
+
+    def check(self, enrolled: Mapping[str, PhotoFace]) -> None:
+        """Finds the usable faces in photos, and reports problems of photos.
+
+        If a photo program has tagged faces in a photo, each face gets the name of its tag. If a
+        photo has no tags, its face gets the name of the folder. `enrolled` is clip -> face in the
+        gallery.
+        """
+        single: list[str] = []  # people whose photo is a file in the folder of people
+        known = {photo.person for photo in enrolled.values()}
+        for folder, outcomes in self.outcomes_of.items():
+            owner, found, shown = read_folder_name(folder.name), set[str](), set[str]()
+            tags = {name for outcome in outcomes if outcome.known for name in outcome.known.tags}
+            for outcome in outcomes:
+                named, clips = self._check_photo(owner, outcome)
+                found |= named
+                faces = self._locate_faces(owner, outcome, folder)
+                # A user may have removed faces of a missing photo.
+                usable = {
+                    clip for clip, x in faces.items()
+                    if x.track.clip in clips and (outcome.media or clip in enrolled)
+                }  # fmt: skip
+                self.faces |= faces
+                self.usable |= usable
+                shown |= {faces[clip].face.person for clip in usable}
+                if not (usable and outcome.media):
+                    self.failed[str(outcome.path)] = outcome.remedy
+            # A folder of photos in which other people are tagged is not a person.
+            if tags and owner not in {*tags, *shown, *known}:
+                found.discard(owner)
+            self.names |= found
+            # If a photo cannot be read, the people of its tags are not forgotten.
+            if not all(outcome.media for outcome in outcomes):
+                self.names |= {x.person for x in enrolled.values() if x.folder == owner}
+            if outcomes[0].path.parent == self.people:
+                single.append(owner)
+            self.warn(self._describe_foreign_tags(owner, outcomes))
+        self.warn(self._leave_out_poor())
+        only_files = len(single) == len(self.outcomes_of) and not known
+        single = [name for name in single if name in self.names]
+        self.warn(self._describe_numbers(single, only_files))
+
+    def _locate_faces(
+        self, owner: str, outcome: FileOutcome, features: Path
+    ) -> dict[str, FoundFace]:
+        """Returns clip in the gallery -> face, for all faces in a photo."""
+        faces = dict[str, FoundFace]()
+        if photo := outcome.known:
+            for track in photo.tracks:
+                face = PhotoFace(owner, track.clip, track.name or owner)
+                clip = str(face) if self._flag == WHO_FLAG else f"{owner}/{track.clip}"
+                faces[clip] = FoundFace(face, outcome.path, photo, track, features)
+        return faces
+
+    def _check_photo(self, owner: str, outcome: FileOutcome) -> tuple[set[str], set[str]]:
+        """Reports problems of a photo; returns its people, and the clips of faces.
+
+        Poor faces are not reported. If the photo has no face tags, the only person is `owner`, the
+        name of the folder.
+        """
+        photo, names, clips, problems = outcome.known, {owner}, set[str](), [outcome.error]
+        if photo and photo.tags:
+            names, clips = photo.tags, {str(track.clip) for track in photo.tracks if track.name}
+            problems += [photo.bad_tags, photo.misfit and f"{photo.misfit}: {MISFIT_REMEDY}"]
+            if not photo.misfit:
+                problems += [
+                    f"there is no face at the tag of {show(tag)}" for tag in photo.lost_tags
+                ]
+        elif photo:
+            clip, problem = features_folder.check_photo(photo)
+            clips |= {clip} if clip else set()
+            problems += [photo.bad_tags, "" if clip else problem]
+        place = str(outcome.path)
+        self.warn(x if place in x else f"{place}: {x}" for x in problems if x)
+        return names, clips
+
+    def _leave_out_poor(self) -> Iterator[str]:
+        """Leaves out faces with sunglasses if the person has a good face; yields a text for each.
+
+        Also yields texts for other poor faces.
+        """
+        usable = [(clip, self.faces[clip]) for clip in sorted(self.usable)]
+        poor = {clip: text for clip, x in usable if (text := features_folder.check_face(x.track))}
+        good = {x.face.person for clip, x in usable if clip not in poor}
+        for clip, problem in poor.items():
+            (_, _, person), path, _, track, _ = self.faces[clip]
+            text = f"{path}: {show(person)}: {problem}" if track.name else f"{path}: {problem}"
+            if track.dark_eyes and person in good:
+                self.usable.remove(clip)
+                text += f"; it is left out, because {show(person)} has better photos"
+            yield text
+
+    def _describe_foreign_tags(self, name: str, outcomes: Sequence[FileOutcome]) -> Iterator[str]:
+        """Yields a warning if new photos in the folder of the person `name` tag only other people.
+
+        Photos whose tags do not fit are left out, because their tags are not used.
+        """
+        new = [
+            (outcome.path, outcome.media.tags) for outcome in outcomes
+            if outcome.media and not (outcome.kept or outcome.media.misfit)
+            and outcome.path.parent != self.people
+        ]  # fmt: skip
+        if foreign := [(path, names) for path, names in new if names and name not in names]:
+            path, names = foreign[0]
+            tagged = messages.list_some([*map(show, sorted(names))], 3)
+            more = f"; {messages.count(len(foreign) - 1, 'more such photo')}" if foreign[1:] else ""
+            used = f"not {show(name)}: the tags are used{more}"
+            yield f"the face tags in {path} name {tagged}, {used}"
+
+    def _describe_numbers(self, names: Sequence[str], only_files: bool) -> Iterator[str]:
+        """Yields a warning if photos such as Ada_1.jpg and Ada_2.jpg count as two people.
+
+        `names` are the people whose photo is a file directly in the folder `people`. `only_files`
+        is True if all people are such files, and nobody was enrolled before. Then two photos with
+        any names, or a photo with a number in its name, cause a warning, because `people` may be
+        the folder of one person.
+        """
+        people, flag = self.people, self._flag
+        if only_files and (len(names) > 1 or any(re.search(r"\d", name) for name in names)):
+            above = shlex.quote(messages.relative_path(people.resolve().parent))
+            examples = " and ".join(map(show, names[:2]))
+            yield (
+                f"photos lie directly in '{people}', so each counts as a different person, such as "
+                f"{examples}. If all show the same person, name the folder above: {flag}={above}"
+            )
+            return
+        numbered = (re.fullmatch(r"(.*[^\W\d_])[\W_]*\d+\W*", name) for name in names)
+        for name, twins in group_by_key((x[1], x[0]) for x in numbered if x).items():
+            if len(twins) > 1:
+                yield (
+                    f"{show(twins[0])} and {show(twins[1])} count as two people. If they are the "
+                    f"same person, put the photos into '{people}/{show(name)}/'"
+                )
+
+    def find_missing(self, enrolled: Mapping[str, PhotoFace]) -> set[str]:
+        """Returns the folders in `OUT/people` whose photos are missing, but were not deleted.
+
+        A user has deleted a photo if it was in a folder that has other photos. If new photos have
+        the same content, a user has moved or renamed them. The folders of such photos are left out.
+
+        `enrolled` is clip -> face in the gallery.
+        """
+        absent = {photo.folder for photo in enrolled.values()} - {
+            read_folder_name(x.name) for x in self.outcomes_of
+        }
+        if not absent:
+            return absent
+        outcomes = itertools.chain(*self.outcomes_of.values())
+        has_others = any(outcome.path.parent == self.people for outcome in outcomes)
+        new = {self.faces[clip].photo.sha256 for clip in self.usable - enrolled.keys()}
+        place, missing = Path(os.path.realpath(self.people)), set[str]()
+        places = locate_people(self.out, absent)
+        for folder in absent:
+            known = features_folder.describe_media_files(places[folder]).values()
+            paths = [photo.source.path for photo in known]
+            deleted = has_others and all(
+                x.parent == place and media_files.is_missing(x) for x in paths
+            )
+            if not known or not (deleted or new & {photo.sha256 for photo in known}):
+                missing.add(folder)
+        return missing
+
+    def embed(self, gallery: Gallery) -> dict[str, StoredClip]:
+        """Computes the vectors of usable faces; returns clip in the gallery -> entry."""
+        entries: dict[str, StoredClip] = {}
+        groups = group_by_key((self.faces[clip].features, clip) for clip in self.usable)
+        for folder, clips in groups.items():
+            clip_of = {self.faces[clip].track.clip: clip for clip in clips}
+            embedded = select_usable_clips(features_folder.embed_clips(gallery, folder, clip_of))
+            entries |= {clip_of[clip]: entry for clip, entry in embedded.items()}
+        return entries
+
+    def enrol(
+        self, draft: Draft, entries: Mapping[str, StoredClip], before: Collection[str] = ()
+    ) -> tuple[list[str], set[str]]:
+        """Enrols faces of photos; returns the new clips, and the clips that were enrolled before.
+
+        A face that is enrolled with the same vector keeps its name. If a face is refused, its photo
+        is added to `failed`. `entries` is clip -> vector and person. The clips `before` are removed
+        from the gallery if their faces are not found any more, or have other vectors.
+        """
+        unchanged = draft.complete({clip: entry.vector for clip, entry in entries.items()})
+        draft.remove(clip={*before} - unchanged)
+        new = list[str]()
+        for clip in sorted(entries.keys() - unchanged):
+            try:
+                draft.add({clip: entries[clip]})
+                new.append(clip)
+            except UserError as error:
+                path = self.faces[clip].path
+                problem, _, self.failed[str(path)] = str(error).partition("\n")
+                self.warn([f"{path}: {problem}"])
+        return new, unchanged
+
+    def find_renamed(
+        self,
+        gallery: Gallery,
+        enrolled: Mapping[str, PhotoFace],
+        entries: Mapping[str, StoredClip],
+    ) -> dict[str, set[str]]:
+        """Finds people whose photos are all photos of other people now.
+
+        `enrolled` is clip -> face in the gallery. `entries` are the vectors of this call. Returns
+        person -> people who have the photos now. A face is recognised by its vector.
+        """
+        person_of = {clip: self.faces[clip].face.person for clip in entries}
+        new = {
+            clip: x.vector for clip, x in entries.items()
+            if not (old := gallery.clips.get(clip)) or not _is_equal(old.vector, x.vector)
+        }  # fmt: skip
+        kept = {person_of[clip] for clip in entries.keys() - new.keys()}
+        gone = group_by_key(
+            (face.person, gallery.clips[clip].vector) for clip, face in enrolled.items()
+            if face.person not in kept
+        )  # fmt: skip
+        moved: dict[str, set[str]] = {}
+        for person, vectors in gone.items() if new else ():
+            owners = [
+                {person_of[clip] for clip, x in new.items() if _is_equal(vector, x)} - {person}
+                for vector in vectors
+            ]
+            if all(owners):
+                moved[person] = set[str]().union(*owners)
+        return moved
+
+    def list_mirrored(self) -> list[float]:
+        """Returns `FaceTrack.mirrored` of each usable face."""
+        cosines = (self.faces[clip].track.mirrored for clip in self.usable)
+        return [cosine for cosine in cosines if cosine is not None]
+
+    def report_doubts(self, gallery: Gallery) -> bool:
+        """Reports photos that may show another person or are enrolled for two people.
+
+        If the net does not separate people, photos are not compared. Returns whether two names may
+        be one person.
+        """
+        person_of = {
+            clip: entry.identity for clip, entry in gallery.clips.items() if entry.identity
+        }
+        whole = {clip: x.photo.sha256 for clip, x in self.faces.items() if not x.photo.tags}
+        # The people of a file, by its sha256.
+        owners = group_by_key(
+            {(whole[clip], person_of[clip]) for clip in whole.keys() & person_of.keys()}
+        )
+        twins = {clip for clip, digest in whole.items() if len(owners.get(digest, ())) > 1}
+        single = {clip: person_of[clip] for clip in person_of.keys() - twins}
+        is_blind = card_notes.compare(gallery.state).problem == "blind"
+        doubtful, texts = (
+            doubts.find_doubtful_photos(gallery, {} if is_blind else single),
+            list[str](),
+        )
+        for clip in sorted(self.faces.keys() & (twins | doubtful.photos.keys()) & person_of.keys()):
+            (_, path, photo, _, _), name = self.faces[clip], show(person_of[clip])
+            if clip in twins:
+                others = ", ".join(map(show, sorted({*owners[photo.sha256]} - {person_of[clip]})))
+                texts.append(f"{path} is also a photo of {others}: delete the wrong copy")
+            else:
+                like = doubtful.photos[clip]
+                seems = (
+                    f"looks like {show(like)}" if like else f"differs from {name}'s other photos"
+                )
+                wrong = "correct its tag" if photo.tags else "move it"
+                about = f"{path} is enrolled as {name}, but {seems}"
+                texts.append(f"{about}: {wrong} if it shows another person")
+        texts += self._describe_contradictions(doubtful, person_of)
+        self.warn(texts)
+        likes = [*doubtful.photos.values()]
+        likes += [side.like for sides in doubtful.mixed.values() for side in sides]
+        return bool(twins or doubtful.alike or any(likes))
+
+    def _describe_contradictions(
+        self, doubtful: doubts.Doubts, person_of: Mapping[str, str]
+    ) -> Iterator[str]:
+        """Yields warnings of photos that contradict each other, if it is not clear which are wrong.
+
+        `person_of` is clip -> person.
+        """
+
+        def locate(clip: str) -> str:
+            path = self.faces[clip].path if clip in self.faces else Path(clip)
+            return show(
+                str(path.relative_to(self.people) if path.is_relative_to(self.people) else path)
+            )
+
+        for name, all_sides in doubtful.mixed.items():
+            sides = [side for side in all_sides if not self.faces.keys().isdisjoint(side.photos)]
+            if len(sides) < 2:
+                continue  # the other side has only clips of films, to which a user gave this name
+            number = "two" if len(sides) == 2 else f"{len(sides):,}"
+            texts = [
+                messages.list_some([*map(locate, side.photos)], 3)
+                + (f" (like {show(side.like)})" if side.like else "")
+                for side in sides[:3]
+            ] + ["..."] * (len(sides) > 3)
+            yield (
+                f"the photos of {show(name)} show {number} people: {' / '.join(texts)}\n"
+                f"move the photos that do not show {show(name)}"
+            )
+        for first, second in doubtful.alike:
+            names = " and ".join(show(person_of[clip]) for clip in (first, second))
+            yield (
+                f"{locate(first)} and {locate(second)} are enrolled as {names}, but seem to show "
+                "one person: move the wrong photo"
+            )
+
+
+def find_faces(people: Path, out: Path, models: Path, workers: int, tell: Tell) -> Photos:
+    """Finds the faces in `people/NAME/PHOTO.jpg`, and writes their features to the folder `out`."""
+    photos = Photos(people, out, tell, PHOTOS_FLAG)
+    total = sum(map(len, photos.paths_of.values()))
+    bar = Progress(total, unit="photo", label="photos", leave=False)
+    with contextlib.closing(bar):
+        photos.extract(models=models, workers=workers, done=lambda _: bar.advance(1))
+    photos.check({})
+    return photos
+
+
+def embed_photos(
+    gallery: Gallery, people: Path, out: Path, models: Path, workers: int, tell: Tell
+) -> Iterator[tuple[FoundFace, np.ndarray]]:
+    """Yields each usable face in `people/NAME/PHOTO.jpg`, and its vector. Nobody is enrolled."""
+    found, part = (
+        find_faces(people, out, models, workers, tell),
+        [*gallery.backend.widths].index("face"),
+    )
+    for clip, entry in sorted(found.embed(gallery).items()):
+        yield found.faces[clip], gallery.backend.split(entry.vector[None])[part][0]
 
 
 class PhotoEnrolment(NamedTuple):
@@ -486,99 +557,35 @@ class PhotoEnrolment(NamedTuple):
     failed: dict[str, str]  # path of a photo that is not enrolled -> remedy, or ""
 
 
-def enrol_folder(gallery: Gallery, people: Path, models: Path, workers: int) -> PhotoEnrolment:
+def enrol_folder(
+    gallery: Gallery, people: Path, models: Path, workers: int, tell: Tell
+) -> PhotoEnrolment:
     """Enrols the photos `people/NAME/PHOTO.jpg` and `people/NAME.jpg` in a gallery of models.
 
     The faces that another call has enrolled stay as they are, even if they were renamed. New photos
     of a renamed person get the new name. The features of the photos are deleted at the end.
     """
     with files.scratch_folder() as out:
-        photos_of = list_photos(people, out, ENROL_FLAG)
-        total = sum(map(len, photos_of.values()))
-        bar = Progress(total, unit="photo", label="photos", leave=False)
-        with contextlib.closing(bar):
-            outcomes_of = extract_photos(
-                photos_of, out, models=models, workers=workers, done=lambda _: bar.advance(1)
-            )
-        found = check_photos({}, outcomes_of, people, ENROL_FLAG)
-        entries = embed_usable(gallery, found.usable)
-        faces = {face.plain: face for face in entries}
-        clips = {face.plain: entry for face, entry in entries.items()}
-    path_of = {face.plain: path for face, path, _, _ in found.list_tracks()}
+        found = find_faces(people, out, models, workers, tell)
+        entries = found.embed(gallery)
+    person_of = {clip: found.faces[clip].face.person for clip in entries}
     with gallery.change() as draft:
         before = group_by_key(
-            (face.person, label) for clip, face in faces.items()
+            (person, label) for clip, person in person_of.items()
             if (label := clip in draft.clips and draft.clips[clip].identity)
         )  # fmt: skip
         labels = {x: _choose_label(x, before.get(x, ()), found.names) for x in found.names}
-        unchanged = draft.complete({clip: entry.vector for clip, entry in clips.items()})
-        new = dict[str, str]()
-        for clip in sorted(clips.keys() - unchanged):
-            try:
-                new[clip] = labels[faces[clip].person]
-                draft.add({clip: clips[clip]._replace(identity=new[clip])})
-            except UserError as error:
-                new.pop(clip)
-                problem, _, found.failed[str(path_of[clip])] = str(error).partition("\n")
-                _warn([f"{path_of[clip]}: {problem}"])
-    lost = map(show, sorted(found.names - {face.person for face in faces.values()}))
-    _warn(f"{name} cannot be recognised: no photo of {name} can be used" for name in lost)
-    if gallery.clips.keys() <= clips.keys():  # no photo of another call is missing
+        entries = {
+            clip: x._replace(identity=labels[person_of[clip]]) for clip, x in entries.items()
+        }
+        new, unchanged = found.enrol(draft, entries)
+    lost = map(show, sorted(found.names - {*person_of.values()}))
+    found.warn(f"{x} cannot be recognised: no photo of {x} can be used" for x in lost)
+    if gallery.clips.keys() <= entries.keys():  # no photo of another call is missing
         card_notes.check_mirrored(gallery, found.list_mirrored())
-    advise_other_films(gallery.state, sorted({*new.values()}))
-    warn_of_doubts(gallery, found, lambda face: face.plain)
+    advise_other_films(gallery.state, sorted({str(entries[clip].identity) for clip in new}))
+    found.report_doubts(gallery)
     return PhotoEnrolment(len(new), len(unchanged), found.failed)
-
-
-def _check_photo(
-    owner: str, outcome: FileOutcome
-) -> tuple[set[str], list[PhotoFace], dict[PhotoFace, str]]:
-    """Prints problems of a photo, except sunglasses.
-
-    Returns the people in it, the usable faces, and usable face with a problem -> the problem, or ""
-    if the problem was printed. If the photo has no face tags, the only person is `owner`, the name
-    of the folder.
-    """
-    photo, bad = outcome.known, dict[PhotoFace, str]()
-    names, person_of, problems = {owner}, dict[str, str](), [outcome.error]
-    if photo and photo.tags:
-        names = photo.tags
-        person_of = {track.clip: track.name for track in photo.tracks if track.name}
-        problems += [photo.bad_tags, photo.misfit and f"{photo.misfit}: {MISFIT_REMEDY}"]
-        if not photo.misfit:
-            problems += [f"there is no face at the tag of {show(tag)}" for tag in photo.lost_tags]
-    elif photo:
-        clip, problem = features_folder.check_photo(photo)
-        person_of = {clip: owner} if clip else {}
-        problems += [photo.bad_tags, "" if clip else problem]
-    faces = {clip: PhotoFace(owner, clip, name) for clip, name in person_of.items()}
-    for track in photo.tracks if photo else ():
-        if (face := faces.get(track.clip)) and (problem := features_folder.check_face(track)):
-            problem = f"{show(face.person)}: {problem}" if track.name else problem
-            bad[face] = f"{outcome.path}: {problem}" if track.dark_eyes else ""
-            problems += [] if track.dark_eyes else [problem]
-    place = str(outcome.path)
-    _warn(x if place in x else f"{place}: {x}" for x in problems if x)
-    return names, [*faces.values()], bad
-
-
-def _describe_foreign_tags(
-    name: str, outcomes: Sequence[FileOutcome], people: Path
-) -> Iterator[str]:
-    """Yields one warning if new photos in the folder of the person `name` tag only other people.
-
-    Photos whose tags do not fit are left out, because their tags are not used.
-    """
-    new = [
-        (outcome.path, outcome.media.tags) for outcome in outcomes
-        if outcome.media and not (outcome.kept or outcome.media.misfit)
-        and outcome.path.parent != people
-    ]  # fmt: skip
-    if foreign := [(path, names) for path, names in new if names and name not in names]:
-        path, names = foreign[0]
-        tagged = messages.list_some([*map(show, sorted(names))], 3)
-        more = f"; {messages.count(len(foreign) - 1, 'more such photo')}" if foreign[1:] else ""
-        yield f"the face tags in {path} name {tagged}, not {show(name)}: the tags are used{more}"
 
 
 def _choose_label(name: str, labels: Collection[str], names: Collection[str]) -> str:
@@ -591,74 +598,3 @@ def _choose_label(name: str, labels: Collection[str], names: Collection[str]) ->
     count = Counter(labels)
     order = [(label != name and label in names, -count[label], label) for label in count]
     return min(order)[-1] if order else name
-
-
-def warn_of_doubts(
-    gallery: Gallery, found: FoundFaces, name_clip: Callable[[PhotoFace], str] = str
-) -> bool:
-    """Prints warnings of photos that may show another person or are enrolled for two people.
-
-    `name_clip` returns the name of a face's clip in the gallery. If the net does not separate
-    people, photos are not compared. Returns whether two names may be one person.
-    """
-    given = {name_clip(face): (path, photo) for face, path, photo, _ in found.list_tracks()}
-    person_of = {clip: entry.identity for clip, entry in gallery.clips.items() if entry.identity}
-    whole = {clip: photo.sha256 for clip, (_, photo) in given.items() if not photo.tags}
-    # The people of a file, by its sha256.
-    owners = group_by_key(
-        {(whole[clip], person_of[clip]) for clip in whole.keys() & person_of.keys()}
-    )
-    twins = {clip for clip, digest in whole.items() if len(owners.get(digest, ())) > 1}
-    single = {clip: person_of[clip] for clip in person_of.keys() - twins}
-    is_blind = card_notes.compare(gallery.state).problem == "blind"
-    doubtful = doubts.find_doubtful_photos(gallery, {} if is_blind else single)
-    for clip in sorted(given.keys() & (twins | doubtful.photos.keys()) & person_of.keys()):
-        (path, photo), name = given[clip], show(person_of[clip])
-        if clip in twins:
-            others = ", ".join(map(show, sorted({*owners[photo.sha256]} - {person_of[clip]})))
-            _warn([f"{path} is also a photo of {others}: delete the wrong copy"])
-        else:
-            like = doubtful.photos[clip]
-            seems = f"looks like {show(like)}" if like else f"differs from {name}'s other photos"
-            wrong = "correct its tag" if photo.tags else "move it"
-            about = f"{path} is enrolled as {name}, but {seems}"
-            _warn([f"{about}: {wrong} if it shows another person"])
-    path_of = {clip: path for clip, (path, _) in given.items()}
-    _warn(_describe_contradictions(doubtful, person_of, path_of, found.people))
-    likes = [*doubtful.photos.values()]
-    likes += [side.like for sides in doubtful.mixed.values() for side in sides]
-    return bool(twins or doubtful.alike or any(likes))
-
-
-def _describe_contradictions(
-    doubtful: doubts.Doubts, person_of: Mapping[str, str], path_of: Mapping[str, Path], people: Path
-) -> Iterator[str]:
-    """Yields warnings of photos that contradict each other, if it is not clear which are wrong.
-
-    `person_of` is clip -> person, and `path_of` is clip -> photo, for the photos of this call.
-    """
-
-    def locate(clip: str) -> str:
-        path = path_of.get(clip, Path(clip))
-        return show(str(path.relative_to(people) if path.is_relative_to(people) else path))
-
-    for name, all_sides in doubtful.mixed.items():
-        sides = [side for side in all_sides if not path_of.keys().isdisjoint(side.photos)]
-        if len(sides) < 2:
-            continue  # the other side has only clips of films, to which a user gave this name
-        number = "two" if len(sides) == 2 else f"{len(sides):,}"
-        texts = [
-            messages.list_some([*map(locate, side.photos)], 3)
-            + (f" (like {show(side.like)})" if side.like else "")
-            for side in sides[:3]
-        ] + ["..."] * (len(sides) > 3)
-        yield (
-            f"the photos of {show(name)} show {number} people: {' / '.join(texts)}\n"
-            f"move the photos that do not show {show(name)}"
-        )
-    for first, second in doubtful.alike:
-        names = " and ".join(show(person_of[clip]) for clip in (first, second))
-        yield (
-            f"{locate(first)} and {locate(second)} are enrolled as {names}, but seem to show one "
-            "person: move the wrong photo"
-        )

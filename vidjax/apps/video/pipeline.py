@@ -24,6 +24,8 @@ from vidjax.apps.video.media_files import PHOTOS, has_files, is_missing
 from vidjax.data.checks import list_entries
 from vidjax.utils import files, json_files, messages
 from vidjax.utils.errors import UserError, describe_system_error
+from vidjax.utils.groups import group_by_key
+from vidjax.utils.messages import Note, Tell, ignore_note
 from vidjax.utils.names import show
 from vidjax.utils.processes import Children, map_children, run_limited, run_limited_each
 from vidjax.utils.terminal import Progress, say
@@ -68,18 +70,9 @@ class _Job(NamedTuple):
     stem: str  # the first part of the names of the file's clips
     out: Path  # the folder of features
     settings: ExtractionSettings
+    models: Path  # the folder of nets
     tagged: bool  # whether names that photo programs stored for faces are read
-
-
-def extract(
-    paths: Sequence[Path],
-    out: Path,
-    models: Path,
-    settings: ExtractionSettings | None = None,
-    **options: Any,  # noqa: ANN401  (the arguments of `extract_folders`)
-) -> list[FileOutcome]:
-    """Extracts features of faces and voices into the folder `out`, see `extract_folders`."""
-    return extract_folders({out: paths}, models, settings, **options)[out]
+    check: bool  # whether the content of the file is compared, see `extract_folders`
 
 
 def extract_folders(
@@ -94,6 +87,7 @@ def extract_folders(
     check: bool = False,
     tagged: bool = False,
     done: Callable[[FileOutcome], None] = lambda outcome: None,
+    tell: Tell = ignore_note,
 ) -> dict[Path, list[FileOutcome]]:
     """Extracts faces and voices from videos and photos; returns the outcomes for each folder.
 
@@ -125,6 +119,7 @@ def extract_folders(
         compares only the path, the size, the time of the last change, and the inode.
       tagged: whether names that photo programs stored for faces are read, see `regions`.
       done: a function that is called with each outcome, in any order.
+      tell: a function that is called with each message about a folder.
 
     Raises:
       UserError: a net is missing, a folder contains a link, or a folder contains features of other
@@ -141,16 +136,17 @@ def extract_folders(
         unsure: dict[Path, list[FileOutcome]] = {}
         for out, inputs in paths.items():
             listed = media_files.list_files(inputs)
-            media_files.say_left_out(inputs)
+            for note in media_files.describe_left_out(inputs):
+                tell(note)
             media_files.check_apart(listed, out)
             out.mkdir(mode=0o700, parents=True, exist_ok=True)
             locked.enter_context(files.lock(files.make_folder(out, "out"), "features"))
             files.refuse_links(out)
             used = _check_extraction(out, digests, settings, upgrade)
-            stems, unsure[out] = _prepare_folder(out, listed, drop, thumbnails)
-            jobs += [_Job(path, stem, out, used, tagged) for path, stem in stems.items()]
+            stems, unsure[out] = _prepare_folder(out, listed, drop, thumbnails, tell)
+            jobs += [_Job(x, stem, out, used, models, tagged, check) for x, stem in stems.items()]
 
-        outcomes_of = _process_jobs(jobs, models, workers, check, done)
+        outcomes_of = _process_jobs(jobs, workers, done)
         for out, outcomes in unsure.items():
             for outcome in outcomes:
                 done(outcome)
@@ -165,9 +161,9 @@ def read_digests(models: Path) -> dict[str, str]:
 
 def check_nets(models: Path, settings: ExtractionSettings) -> None:
     """Loads all nets in a folder and tests them. Raises UserError if a net cannot be used."""
-    arguments = {"models": str(models), "settings": msgspec.to_builtins(settings)}
+    task = film_lib.Task(models=str(models), settings=settings)
     answer = run_limited(
-        film_lib.__name__, models, arguments, reads=cards_lib.list_files(models),
+        film_lib.__name__, models, msgspec.to_builtins(task), reads=cards_lib.list_files(models),
         memory_bytes=MEMORY_BYTES, cpu_seconds=PHOTO_SECONDS,
     )  # fmt: skip
     if "net_error" in answer:
@@ -175,11 +171,7 @@ def check_nets(models: Path, settings: ExtractionSettings) -> None:
 
 
 def _process_jobs(
-    jobs: Sequence[_Job],
-    models: Path,
-    workers: int,
-    check: bool,
-    done: Callable[[FileOutcome], None],
+    jobs: Sequence[_Job], workers: int, done: Callable[[FileOutcome], None]
 ) -> dict[Path, list[FileOutcome]]:
     """Extracts features from files in child processes; returns the outcomes of each folder."""
     twins = Counter(job.path.name for job in jobs)
@@ -187,23 +179,19 @@ def _process_jobs(
     left = {job: job.path.stat().st_size if job.path.exists() else 0 for job in jobs}
     batches = _make_batches(jobs, workers)
     num_films = sum(job.path.suffix.lower() not in PHOTOS for job in jobs)
+    outcome_of = dict[_Job, FileOutcome]()
 
-    def read(children: Children, numbered: tuple[int, Sequence[_Job]]) -> list[FileOutcome]:
+    def read(children: Children, numbered: tuple[int, Sequence[_Job]]) -> None:
         number, batch = numbered  # each film is a batch, and films come before photos
         title = f"{number:,} of {num_films:,}: {label[batch[0]]}" if number <= num_films else ""
-        outcomes = _extract_batch(children, batch, models, check, title)
-        for job, outcome in zip(batch, outcomes, strict=True):
+        for job, outcome in _extract_batch(children, batch, title).items():
             left.pop(job)
+            outcome_of[job] = outcome
             done(outcome._replace(label=label[job]))
-        return outcomes
 
     with _show_progress(left) if num_films and sys.stderr.isatty() else contextlib.nullcontext():
-        outcomes_of_batches = map_children(read, [*enumerate(batches, 1)], workers)
-    outcomes_of: dict[Path, list[FileOutcome]] = {job.out: [] for job in jobs}
-    for batch, outcomes in zip(batches, outcomes_of_batches, strict=True):
-        for job, outcome in zip(batch, outcomes, strict=True):
-            outcomes_of[job.out].append(outcome)
-    return outcomes_of
+        map_children(read, [*enumerate(batches, 1)], workers)
+    return group_by_key((job.out, outcome_of[job]) for job in jobs)
 
 
 @contextlib.contextmanager
@@ -235,7 +223,7 @@ def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
 
 
 def _prepare_folder(
-    out: Path, listed: Sequence[Path], drop: Drop, pictures: bool
+    out: Path, listed: Sequence[Path], drop: Drop, pictures: bool, tell: Tell
 ) -> tuple[dict[Path, str], list[FileOutcome]]:
     """Removes outdated files from a folder of features; returns input file -> stem.
 
@@ -254,10 +242,11 @@ def _prepare_folder(
     known = features_folder.describe_media_files(out)
     for path in (out / VIDEOS).glob("*.json"):
         if path.stem not in known:
-            say(f"{path} is damaged: it is removed, and the film is read again if you name it")
+            about = "it is removed, and the film is read again if you name it"
+            tell(Note(f"{path} is damaged: {about}", warning=False))
             features_folder.remove_media_file(out, path.stem)
-    stems = _choose_stems(listed, known)
-    kept, unsure, lost = {*stems.values()}, list[MediaFile](), list[FileOutcome]()
+    stems = _choose_stems(listed, known, tell)
+    kept, unsure, lost = {*stems.values()}, list[Path](), list[FileOutcome]()
     others = drop in ("others", "all others")
     for stem in sorted(known.keys() - kept if drop != "nothing" else ()):
         path, missing = known[stem].source.path, is_missing(known[stem].source.path)
@@ -266,28 +255,25 @@ def _prepare_folder(
             kept.add(stem)
             error = f"{path} cannot be reached: is the drive connected?"
             remedy = FORGET_REMEDY if missing else ""
-            earlier = features_folder.find_media_file(out, stem)
+            earlier = known[stem] if features_folder.has_features(out, stem) else None
             lost.append(FileOutcome(path, None, error, remedy=remedy, earlier=earlier))
         elif deleted and not others:
-            say(f"{path} no longer exists: its features are removed")
+            tell(Note(f"{path} no longer exists: its features are removed", warning=False))
         elif not others:
             kept.add(stem)
-            unsure += [known[stem]] * missing
+            unsure += [path] * missing
     features_folder.remove_leftovers(out, None if drop == "nothing" else kept)
-    return stems, lost + ([_report_unsure(unsure)] if unsure else [])
+    if unsure:
+        path, rest = unsure[0], messages.count(len(unsure) - 1, "more file")
+        more = f" (and of {rest})" if unsure[1:] else ""
+        error = f"the folder of {path}{more} is missing or empty: is the drive connected?"
+        lost.append(FileOutcome(path, None, f"{error} The results are kept", remedy=FORGET_REMEDY))
+    return stems, lost
 
 
 def choose_drop(prune: bool, forget_missing: bool) -> Drop:
     """Returns the argument `drop` of `extract_folders` for the flags of a command."""
     return ("missing" if forget_missing else "deleted") if prune else "nothing"
-
-
-def _report_unsure(films: Sequence[MediaFile]) -> FileOutcome:
-    """Returns an error for films whose whole folder is missing or empty."""
-    path = films[0].source.path
-    more = f" (and of {messages.count(len(films) - 1, 'more file')})" if films[1:] else ""
-    problem = f"the folder of {path}{more} is missing or empty: is the drive connected?"
-    return FileOutcome(path, None, f"{problem} The results are kept", remedy=FORGET_REMEDY)
 
 
 def _make_batches(jobs: Sequence[_Job], workers: int) -> list[list[_Job]]:
@@ -339,7 +325,9 @@ def _check_extraction(
     return before.settings
 
 
-def _choose_stems(paths: Sequence[Path], known: Mapping[str, MediaFile]) -> dict[Path, str]:
+def _choose_stems(
+    paths: Sequence[Path], known: Mapping[str, MediaFile], tell: Tell
+) -> dict[Path, str]:
     """Returns file -> stem, with which the names of the file's clips begin.
 
     `known` is stem -> film of an earlier call. These films keep their stems, even if they were
@@ -369,7 +357,7 @@ def _choose_stems(paths: Sequence[Path], known: Mapping[str, MediaFile]) -> dict
                 stem = owner if same else f"{stem}~{sha256[:8]}"
         owners.setdefault(stem.lower(), stem)
         if stems.setdefault(stem, path) != path and stem not in known:
-            say(f"{path} is a copy of {stems[stem]} and is left out")
+            tell(Note(f"{path} is a copy of {stems[stem]} and is left out", warning=False))
     return {path: stem for stem, path in stems.items()}
 
 
@@ -380,68 +368,72 @@ def _sha256_or_of_name(path: Path) -> str:
         return files.sha256_json(str(path.absolute()))
 
 
-def _extract_batch(
-    children: Children, jobs: Sequence[_Job], models: Path, check: bool, title: str
-) -> list[FileOutcome]:
+def _extract_batch(children: Children, jobs: Sequence[_Job], title: str) -> dict[_Job, FileOutcome]:
     """Extracts features from the new and changed files of a batch in one process.
 
-    `title` is printed for a film, and is empty for photos. For `check`, see `extract_folders`.
+    `title` is printed for a film, and is empty for photos.
     """
     outcomes: dict[_Job, FileOutcome] = {}
-    pending: dict[_Job, dict[str, Any]] = {}
+    pending: dict[_Job, film_lib.Task] = {}
     with contextlib.ExitStack() as folders:
         for job in jobs:
             try:
-                outcome = _compare(job, check, folders)
+                outcome = _compare(job, folders)
             except (UserError, OSError) as error:
                 outcome = _describe_failure(job, error)
-            if isinstance(outcome, dict):
-                pending[job] = outcome | {"models": str(models.absolute())}
-            else:
+            if isinstance(outcome, FileOutcome):
                 outcomes[job] = outcome
+            else:
+                pending[job] = outcome
         if pending:
             photos = messages.count(len(pending), "photo")
             say(f"{features_folder.make_printable(title) or photos} ...")
-        answers = _read(children, pending, models) if pending else []
-        for (job, arguments), answer in zip(pending.items(), answers, strict=True):
-            outcomes[job] = _take_results(job, arguments, answer)
-    return [outcomes[job] for job in jobs]
+        answers = _read(children, pending) if pending else []
+        for (job, task), answer in zip(pending.items(), answers, strict=True):
+            outcomes[job] = _take_results(job, Path(task.out), answer)
+    return outcomes
 
 
 def _read(
-    children: Children, pending: Mapping[_Job, dict[str, Any]], models: Path
+    children: Children, pending: Mapping[_Job, film_lib.Task]
 ) -> list[dict[str, Any] | UserError]:
     """Calls `film.work` for each file; returns a result or an error for each file."""
     tagged = (job.path for job in pending if job.tagged)
     sidecars = [x for path in tagged for x in regions.list_sidecars(path) if not x.is_symlink()]
-    size = sum(arguments["source"]["size"] for arguments in pending.values())
+    size = sum(task.source.size for task in pending.values() if task.source)
     photos = all(job.path.suffix.lower() in PHOTOS for job in pending)
     return run_limited_each(
         film_lib.__name__,
-        [(job.path, arguments) for job, arguments in pending.items()],
+        [(job.path, msgspec.to_builtins(task)) for job, task in pending.items()],
         memory_bytes=MEMORY_BYTES,
         cpu_seconds=PHOTO_SECONDS if photos else FILM_SECONDS + size // FILM_BYTES_PER_SECOND,
-        reads=[*cards_lib.list_files(models), *sidecars],
-        writes=[arguments["out"] for arguments in pending.values()],
+        reads=[*cards_lib.list_files(min(job.models for job in pending)), *sidecars],
+        writes=[Path(task.out) for task in pending.values()],
         children=children,
     )
 
 
-def _compare(job: _Job, check: bool, folders: contextlib.ExitStack) -> FileOutcome | dict[str, Any]:
-    """Returns the outcome of a file whose features are up to date, or arguments of `film.work`.
+def _find_earlier(job: _Job) -> MediaFile | None:
+    """Returns the description of a file whose features are complete."""
+    known = features_folder.describe_media_file(job.out, job.stem)
+    return known if features_folder.has_features(job.out, job.stem) else None
 
-    With these arguments, `film.work` extracts the features into a temporary folder. When `folders`
-    is closed, it deletes this folder.
+
+def _compare(job: _Job, folders: contextlib.ExitStack) -> FileOutcome | film_lib.Task:
+    """Returns the outcome of a file whose features are up to date, or a task for `film.work`.
+
+    `film.work` extracts the features into a temporary folder. When `folders` is closed, this folder
+    is deleted.
     """
-    before = features_folder.find_media_file(job.out, job.stem)
+    before = _find_earlier(job)
     sidecars = regions.list_sidecars(job.path) if job.tagged else ()
     source = features_folder.FileStamp.of(job.path, sidecars)
     complete = before and not features_folder.lacks_pictures(job.out, job.stem)
-    if before and complete and before.source == source and not check:
+    if before and complete and before.source == source and not job.check:
         return FileOutcome(job.path, before, kept=True)
     sha256 = files.sha256_file(job.path)
-    same_file = before is not None and before.sha256 == sha256
-    if before and complete and same_file and before.source.sidecars == source.sidecars:
+    is_same = before and before.sha256 == sha256 and before.source.sidecars == source.sidecars
+    if before and complete and is_same:
         before.source, before.video = source, features_folder.make_printable(job.path.name)
         features_folder.write(job.out / VIDEOS / f"{job.stem}.json", before)
         return FileOutcome(job.path, before, kept=True)
@@ -450,22 +442,14 @@ def _compare(job: _Job, check: bool, folders: contextlib.ExitStack) -> FileOutco
     )
     if (job.out / THUMBNAILS).exists():
         (partial / THUMBNAILS).mkdir(mode=0o700)
-    return {
-        "path": str(job.path.absolute()),
-        "out": str(partial.absolute()),
-        "stem": job.stem,
-        "settings": msgspec.to_builtins(job.settings),
-        "tagged": job.tagged,
-        "sha256": sha256,
-        "source": msgspec.to_builtins(source),
-        "replaced": before is not None and not same_file,
-    }
+    return film_lib.Task(
+        models=str(job.models.absolute()), settings=job.settings, path=str(job.path.absolute()),
+        out=str(partial.absolute()), stem=job.stem, source=source, sha256=sha256, tagged=job.tagged,
+    )  # fmt: skip
 
 
-def _take_results(
-    job: _Job, arguments: Mapping[str, Any], answer: dict[str, Any] | UserError
-) -> FileOutcome:
-    """Moves results of `film.work` from the temporary folder to `job.out`; returns the outcome.
+def _take_results(job: _Job, partial: Path, answer: dict[str, Any] | UserError) -> FileOutcome:
+    """Moves results of `film.work` from the folder `partial` to `job.out`; returns the outcome.
 
     If the file could not be read, the results of an earlier call are kept: the file may be on a
     drive that fails, or a placeholder for a file in a cloud. If a net cannot be used, raises
@@ -488,7 +472,7 @@ def _take_results(
                     f"{job.path}: the sidecar file with its face tags is missing: copy it back, or "
                     "delete the photo"
                 )
-        partial = Path(arguments["out"])
+        known = _find_earlier(job)
         features_folder.remove_media_file(job.out, job.stem)
         os.replace(partial / f"{job.stem}.npz", job.out / f"{job.stem}.npz")
         thumbnails = [folder / THUMBNAILS for folder in (partial, job.out)]
@@ -500,12 +484,12 @@ def _take_results(
         features_folder.write(job.out / VIDEOS / f"{job.stem}.json", film)
     except (UserError, OSError) as error:
         return _describe_failure(job, error)
-    return FileOutcome(job.path, film, replaced=arguments["replaced"])
+    return FileOutcome(job.path, film, replaced=known is not None and known.sha256 != film.sha256)
 
 
 def _describe_failure(job: _Job, error: UserError | OSError) -> FileOutcome:
     """Returns the outcome of a file that failed. If the disk is full, raises `error`."""
-    earlier = features_folder.find_media_file(job.out, job.stem)
+    earlier = _find_earlier(job)
     if not features_folder.describe_media_file(job.out, job.stem):
         features_folder.remove_media_file(job.out, job.stem)  # incomplete files
     if isinstance(error, OSError) and error.errno in FULL_DISK_ERRORS:

@@ -13,7 +13,7 @@ from vidjax.apps import features_folder
 from vidjax.apps.features_folder import MediaFile
 from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.said import FEATURES
-from vidjax.apps.video import cuts, names_page, naming, people_photos, subtitles
+from vidjax.apps.video import cuts, names_page, naming, subtitles
 from vidjax.utils import files
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import fold, make_file_stems
@@ -98,19 +98,19 @@ def render_page(
     time. If `forms` is given, the page has forms with which a user corrects names.
     """
     people: dict[str, list[names_page.Picture]] = {}
-    places = people_photos.locate_people(out, ())
+    places = features_folder.locate_people(out)
     for name, clips in sorted(decision.people.items()):
-        faces = filter(None, map(people_photos.PhotoFace.of, sorted(clips)))
+        faces = filter(None, map(features_folder.PhotoFace.of, sorted(clips)))
         pictures = (
             _locate_picture(out, places[x.folder], x.clip) for x in faces if x.folder in places
         )
         people[name] = [(picture, name, picture, "") for picture in pictures if picture]
     locate = functools.partial(_locate_picture, out, out / FEATURES)
     films = sorted(decision.films, key=lambda film: film.video.casefold())
-    return names_page.render(
+    return names_page.render(names_page.PageData(
         decision.appearances, films, people, locate, decision.answers, address, forms,
         decision.card, decision.twins,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def _locate_picture(out: Path, features: Path, clip: str) -> str:

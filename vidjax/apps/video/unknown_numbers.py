@@ -8,9 +8,9 @@ they stay apart from the rest of this person.
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -18,15 +18,12 @@ from msgspec import Meta, Struct
 from vidjax.apps import earlier_said
 from vidjax.apps.features_folder import NUMBERS, MediaFile
 from vidjax.apps.gallery.answers import parse_group_number
-from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
+from vidjax.apps.gallery.vectors import select_usable_clips
 from vidjax.apps.said import Face
 from vidjax.apps.video.faces import Said
-from vidjax.apps.video.naming import group_unknown
+from vidjax.apps.video.naming import Tracks, group_unknown
 from vidjax.utils import files, json_files
 from vidjax.utils.json_files import Count, Sha256, Size
-
-if TYPE_CHECKING:
-    from vidjax.apps.gallery.gallery import Gallery
 
 REMEDY = "delete it; the next call then numbers unknown people again"
 MOST_BYTES = 256 * files.MB  # the largest `unknown.json` that is read
@@ -42,7 +39,7 @@ class UnknownNumbers(Struct, kw_only=True, forbid_unknown_fields=True):
     """The contents of `unknown.json`."""
 
     format: Literal[2] = 2
-    # Digests of the films and their clips, see `features_folder.hash_film`.
+    # Digests of the films and their clips, see `MediaFile.digest`.
     films: Annotated[list[Sha256], Meta(max_length=files.MAX_ITEMS)] = []
     # If a face gets a name, its number is kept.
     faces: Annotated[list[NumberedFace], Meta(max_length=files.MAX_ITEMS)] = []
@@ -97,12 +94,7 @@ def write_numbers(out: Path, numbers: UnknownNumbers) -> None:
 
 
 def number_people(
-    gallery: "Gallery",
-    vectors: Vectors,
-    films: Collection[MediaFile],
-    said: Said,
-    before: UnknownNumbers,
-    highest: int,
+    tracks: Tracks, said: Said, before: UnknownNumbers, highest: int
 ) -> dict[str, int]:
     """Returns clip -> number of the unknown person, for clips without a name.
 
@@ -111,21 +103,22 @@ def number_people(
     number, and new people, are grouped and may join these people.
 
     Args:
-      vectors: the vectors of the clips.
+      tracks: the clips without a name.
       before: the numbers of the last call.
       highest: the people with higher numbers are new, because a user has made them.
     """
+    vectors = tracks.vectors
     kept = {clip: said.numbers[clip] for clip in vectors.names if clip in said.numbers}
     together, settled = kept, {number for number in kept.values() if number <= highest}
     known_films = {*before.films}
-    if any(film.digest not in known_films for film in films):
+    if any(film.digest not in known_films for film in tracks.films):
         together = {clip: number for clip, number in kept.items() if number in said.fixed}
         settled = said.fixed
     elif settled >= {*kept.values()} and not select_usable_clips(
         vectors.only({*vectors.names} - kept.keys())
     ):
         return kept
-    groups = group_unknown(gallery, vectors, films, together, said.apart, settled)
+    groups = group_unknown(tracks, together, said.apart, settled)
     return _keep_numbers(groups, kept, said.fixed, max(before.highest, said.highest))
 
 

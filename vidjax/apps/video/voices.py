@@ -28,12 +28,12 @@ PIECE_WINDOWS = 74  # windows that are processed at once (60 s)
 LEAST_LEVEL = 10 ** (-30 / 20)  # the root mean square to which fainter windows are amplified
 
 
-def open_voice_embedder(card: Card) -> nets.Embedder:
-    """Opens the net that computes embeddings of voices.
+class VoiceEmbedder(nets.Embedder):
+    """Computes embeddings of N windows of 1.6 s of sound, [N, 25600] from -1 to 1."""
 
-    The result is called with N windows of 1.6 s of sound, [N, 25600] from -1 to 1.
-    """
-    return nets.Embedder(card, lambda windows, _: make_mels(raise_level(windows)))
+    def prepare(self, inputs: np.ndarray) -> np.ndarray:
+        """Converts windows of sound to the input of the net."""
+        return make_mels(raise_level(inputs))
 
 
 class Span(NamedTuple):
@@ -56,9 +56,8 @@ class Listener:
     """Detects speech with one net, and computes embeddings of voices with another net."""
 
     def __init__(self, cards: Mapping[Role, Card]):
-        self._hears = cards["voice_activity"]
-        self._session = nets.open_session(self._hears)
-        self._embeds = open_voice_embedder(cards["voice_embedder"])
+        self._hears = nets.Net(cards["voice_activity"])
+        self._embeds = VoiceEmbedder(cards["voice_embedder"])
 
     def __call__(self, samples: np.ndarray) -> Voice:
         """Returns embeddings of the windows of 1.6 seconds with enough speech.
@@ -81,9 +80,9 @@ class Listener:
         probabilities, state = np.zeros(count, np.float32), None
         for step in range(count):
             piece = padded[None, step * STEP : (step + 1) * STEP + CONTEXT]
-            inputs = nets.make_silero_inputs(self._hears, piece, state)
-            outputs = nets.ask_net(self._session, self._hears, inputs)
-            with nets.blame_net(self._hears):
+            inputs = nets.make_silero_inputs(self._hears.card, piece, state)
+            outputs = self._hears.ask(inputs)
+            with self._hears.blame():
                 probability, state = outputs.values()
                 probabilities[step] = probability[0, 0]
         return probabilities

@@ -35,34 +35,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vidjax.apps import earlier_said, features_folder, said as said_lib
-from vidjax.apps.features_folder import THUMBNAILS, ExtractionSettings, MediaFile
+from vidjax.apps.features_folder import ExtractionSettings, MediaFile, PhotoFace, locate_people
 from vidjax.apps.gallery import answers as answers_lib, card_notes, store
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.labelling import advise_other_films
-from vidjax.apps.gallery.store import StoredClip
 from vidjax.apps.said import FEATURES, Line
-from vidjax.apps.video import (
-    media_files,
-    names_page,
-    naming,
-    people_photos,
-    pipeline,
-    results,
-    subtitles,
-)
+from vidjax.apps.video import media_files, names_page, naming, people_photos, pipeline, results
 from vidjax.apps.video.decision import Decision, decide, lock_changes, read_said
 from vidjax.apps.video.faces import Lost, Said
-from vidjax.apps.video.people_photos import PhotoFace
+from vidjax.apps.video.people_photos import Photos
 from vidjax.apps.video.pipeline import FileOutcome
 from vidjax.apps.video.results import PADDING_SECONDS, PAGE, UNKNOWN
+from vidjax.apps.video.subtitles import format_time
 from vidjax.apps.video.unknown_numbers import read_numbers
 from vidjax.data.checks import list_entries
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import UserError, prefix_errors
+from vidjax.utils.messages import Note, Tell, ignore_note
 from vidjax.utils.names import IGNORED, show
-from vidjax.utils.terminal import say
 
 UNMATCHED = "unmatched.tsv"
 UNMATCHED_COLUMNS = ("video", "time", "correction")
@@ -77,6 +69,7 @@ class WhoResults(NamedTuple):
     # the remedy was already printed.
     failed: dict[str, str]
     missed: Sequence[str] = ()  # the people without a usable photo, who cannot be recognised
+    notes: Sequence[Note] = ()  # also given to `tell` of `name_people`
 
     @property
     def lines(self) -> list[tuple[str, str, str]]:
@@ -106,6 +99,7 @@ def name_people(
     prune: bool = False,
     forget_missing: bool = False,
     done: Callable[[FileOutcome], None] = lambda outcome: None,
+    tell: Tell = ignore_note,
 ) -> WhoResults:
     """Names the people in films, and writes tables, a page, subtitles and cut lists into `out`.
 
@@ -125,7 +119,7 @@ def name_people(
       prune: whether films of earlier calls are removed if their files were deleted.
       forget_missing: whether people are forgotten if all their photos are missing. With `prune`,
         films whose whole folder is missing or empty are removed, too.
-      models, settings, workers, check, done: see `pipeline.extract_folders`.
+      models, settings, workers, check, done, tell: see `pipeline.extract_folders`.
 
     Raises:
       UserError: there is no film, there is no usable photo, a net is missing, or the folder for
@@ -138,11 +132,12 @@ def name_people(
     if not 0 <= padding < math.inf:
         raise UserError(f"--padding={padding:g} is not a duration: give seconds, 0 or more")
     media_files.check_apart(media_files.list_files(films), out)
-    photos = {} if people is None else people_photos.list_photos(people, out)
+    call = _Call(out, models, tell)
+    photos = None if people is None else Photos(people, out, call.tell)
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     with files.lock(files.make_folder(out, "out"), "out"):
         files.refuse_links(out)
-        gallery = _open_gallery(out, models)
+        gallery = call.open_gallery()
         had_page = files.exists(out / PAGE)
         options = {
             "models": models, "thumbnails": _choose_thumbnails(out, thumbnails), "upgrade": True,
@@ -150,13 +145,12 @@ def name_people(
         }  # fmt: skip
         failed, names, is_explained = dict[str, str](), set[str](), False
         with lock_changes(out):
-            typed = _read_typed_names(out)
-        if people is not None:
-            failed, names, is_explained = _update_people(
-                gallery, people, photos, out, forget_missing, options
-            )
+            typed = call.read_typed_names()
+        if photos:
+            is_explained = call.update_people(photos, forget_missing, options)
+            failed, names = photos.failed, photos.names
         is_known = gallery.identities or people_photos.list_unread(out)
-        if people is not None and not is_known and not any(read_said(out, ()).names.values()):
+        if photos and not is_known and not any(read_said(out, ()).names.values()):
             lost = had_page and not files.exists(out / PAGE)
             raise UserError(
                 f"no photo in '{people}' can be used, so nobody can be recognised\n"
@@ -169,357 +163,349 @@ def name_people(
             gallery.rule(fpir=fpir, threshold=threshold)
             if not is_explained:
                 card_notes.warn(gallery.state)
-        outcomes = pipeline.extract(
-            films, out / FEATURES, settings=settings, done=done,
+        outcomes = pipeline.extract_folders(
+            {call.features: films}, settings=settings, done=done, tell=call.tell,
             drop=pipeline.choose_drop(prune, forget_missing), **options,
-        )  # fmt: skip
+        )[call.features]  # fmt: skip
         failed |= {str(outcome.path): outcome.remedy for outcome in outcomes if not outcome.media}
         identify = functools.partial(gallery.identify, fpir=fpir, threshold=threshold)
         with lock_changes(out):
-            decision = _name_films(gallery, out, identify, prune)
+            decision = call.name_films(identify, prune)
             advise_other_films(gallery.state, sorted(typed))
             if is_explained:
                 decision = decision._replace(card="")
             results.write(out, decision, padding)
         enrolled = people_photos.list_faces(gallery).values()
         missed = sorted(names - {photo.person for photo in enrolled})
-        return WhoResults(decision.count_clips(), decision, failed, missed)
+        return WhoResults(decision.count_clips(), decision, failed, missed, call.notes)
 
 
 def _choose_thumbnails(out: Path, thumbnails: bool | None) -> bool:
     """Returns whether pictures of faces are kept. If not, deletes the pictures of earlier calls."""
     if thumbnails is None:
-        thumbnails = files.exists(out / FEATURES / THUMBNAILS)
+        thumbnails = files.exists(out / FEATURES / features_folder.THUMBNAILS)
     if not thumbnails:
         for folder in (*out.glob(f"{FEATURES}/"), *(out / people_photos.PEOPLE).glob("*/")):
             features_folder.remove_thumbnails(folder)
     return thumbnails
 
 
-def _name_films(
-    gallery: Gallery, out: Path, identify: Callable[..., dict[str, Answer]], prune: bool
-) -> Decision:
-    """Names the people in all films of a folder of results, and prints problems of the films.
+class _Call:
+    """A call of `vidjax who`, which changes the folder of results `out`."""
 
-    For `identify`, see `decide`.
-    """
-    films = features_folder.read_media_files(out / FEATURES)
-    _report_missing(films, out, prune)
-    _report_unread(out)
-    decision = decide(gallery, out, films, identify)
-    unread = {film.sha256 for film in features_folder.find_unread(out / FEATURES).values()}
-    _write_unmatched(out, decision.said.list_lost(unread))
-    return decision
+    def __init__(self, out: Path, models: Path, tell: Tell):
+        self.out, self.models, self.features = out, models, out / FEATURES
+        self.notes, self._tell = list[Note](), tell
 
+    def tell(self, note: Note) -> None:
+        """Adds a note to the results, and reports it."""
+        self.notes.append(note)
+        self._tell(note)
 
-def _update_people(
-    gallery: Gallery,
-    people: Path,
-    photos: Mapping[str, Sequence[Path]],
-    out: Path,
-    forget_missing: bool,
-    options: Mapping[str, Any],
-) -> tuple[dict[str, str], set[str], bool]:
-    """Enrols the photos of each person, and forgets people whose photos were deleted.
+    def warn(self, text: str) -> None:
+        self.tell(Note(text))
 
-    Returns path of each unusable photo -> remedy, the names of all people with photos, and whether
-    people look alike because two names may be one person. This was printed.
-    `options` are arguments of `pipeline.extract_folders`.
-    """
-    people_photos.check_people(gallery, photos, people, out, forget_missing)
-    drop: pipeline.Drop = "all others" if forget_missing else "others"
-    outcomes_of = people_photos.extract_photos(photos, out, drop=drop, **options)
-    with lock_changes(out):
-        gallery.refresh()  # another process may have changed the gallery in the meantime
-        unread = people_photos.list_unread(out)
-        enrolled = people_photos.list_faces(gallery)
-        known = unread | enrolled
-        found = people_photos.check_photos(known, outcomes_of, people)
-        failed, names = found.failed, found.names
-        missing = set[str]() if forget_missing else people_photos.find_missing(known, found, out)
-        if missing:
-            kept = {photo.person for photo in known.values() if photo.folder in missing}
-            names |= kept
-            failed |= {str(people / folder): "" for folder in sorted(missing)}
-            _report_missing_photos(kept, people)
-        faces = people_photos.embed_usable(gallery, found.usable)
-        renamed = _follow_photos(gallery, out, enrolled, faces, missing)
-        said = read_said(out, ())
-        checked = {
-            clip for clip, photo in enrolled.items()
-            if clip not in unread and photo.folder not in missing
-        }  # fmt: skip
-        people_photos.enrol_photos(
-            gallery, checked, faces, lambda x: said.label(x.key, x.person), renamed
-        )
-        _forget(gallery, out, known, names, {*photos, *missing}, forget_missing)
-    card_notes.check_mirrored(gallery, found.list_mirrored())
-    doubted = people_photos.warn_of_doubts(gallery, found)
-    return failed, names, doubted and card_notes.compare(gallery.state).problem == "closer"
+    def say(self, text: str) -> None:
+        self.tell(Note(text, warning=False))
 
+    def name_films(self, identify: Callable[..., dict[str, Answer]], prune: bool) -> Decision:
+        """Names the people in all films of a folder of results, and reports problems of the films.
 
-def _report_missing_photos(kept: Collection[str], people: Path) -> None:
-    """Prints that `kept` people stay enrolled although their photos are missing, with remedies."""
-    hint = "" if os.path.isdir(people) else messages.suggest_path(people)
-    say(
-        f"photos of {messages.list_some([*map(show, sorted(kept))])} are missing in "
-        f"'{show(str(people))}': is the drive connected? These people stay enrolled\n"
-        f"to forget people whose photos are missing, add --forget-missing{hint}",
-        warning=True,
-    )
+        For `identify`, see `decide`.
+        """
+        films = features_folder.read_media_files(self.features)
+        unread = features_folder.find_unread(self.features)
+        self._report_films(films, prune)
+        self._report_unread(unread)
+        decision = decide(self.gallery, self.out, films, identify)
+        self._write_unmatched(decision.said.list_lost({film.sha256 for film in unread.values()}))
+        return decision
 
+    def update_people(
+        self, photos: Photos, forget_missing: bool, options: Mapping[str, Any]
+    ) -> bool:
+        """Enrols the photos of each person, and forgets people whose photos were deleted.
 
-def _report_missing(films: Sequence[MediaFile], out: Path, pruned: bool) -> None:
-    """Prints how many films are missing or too dark, and a film without thumbnails, with remedies.
-
-    If `pruned` is True, `--prune` is given, and missing films are not printed.
-    """
-    missing = [film.video for film in films if not os.path.exists(film.source.path)]
-    if missing and not pruned:
-        say(
-            f"{messages.count(len(missing), 'film')} cannot be found, such as {missing[0]}: "
-            "to delete the results of missing films, add --prune"
-        )
-    dark = [film.video for film in films if film.is_dark]
-    if dark:
-        say(
-            f"{messages.count(len(dark), 'film')} too dark to find faces, such as {dark[0]}: "
-            "brighten the pictures, and call vidjax who again",
-            warning=True,
-        )
-    for film in films:
-        stem = film.tracks[0].clip.partition(".")[0] if film.tracks else None
-        lacks = stem and features_folder.lacks_pictures(out / FEATURES, stem)
-        if lacks and os.path.exists(film.source.path):
-            say(f"there are no thumbnails of {film.video}: add this film to the command")
-            return
-
-
-def _open_gallery(out: Path, models: Path) -> Gallery:
-    """Opens or creates the gallery in `out`; raises UserError if another program wrote `out`."""
-    path = out / "gallery"
-    if not files.exists(path) and (foreign := list_entries(out)):
-        if files.exists(out / FEATURES):
-            raise UserError(
-                f"'{path}' is missing, the gallery of earlier calls\n"
-                "copy it back, or name a new folder: --out=FOLDER"
-            )
-        raise UserError(
-            f"--out={out} contains '{show(foreign[0].name)}', which `vidjax who` did not write\n"
-            "name a new folder"
-        )
-    try:
-        gallery = Gallery(path)
-    except store.NoGalleryError:  # also if an earlier call was killed while it made the gallery
-        gallery = Gallery.of_models(path, models)
-    with lock_changes(out):
-        _convert(gallery, out)
-        _change_nets(gallery, out, models)
-    return gallery
-
-
-def _convert(gallery: Gallery, out: Path) -> None:
-    """Makes the log. If version 0.1.0 has written the results, converts them."""
-    if not said_lib.has_log(out):
-        said_lib.append(out, earlier_said.list_lines(out, gallery.state))
-    earlier_said.move_descriptions(out)
-    # Clips that waited for other nets.
-    if waiting := [clip for clip, x in gallery.clips.items() if not x.vector.any()]:
-        present = features_folder.read_extraction(out / FEATURES)
-        for folder in people_photos.locate_people(out, ()).values():
-            if features_folder.read_extraction(folder) != present:
-                features_folder.set_aside(folder)
-        with gallery.change(log=False) as draft:
-            draft.remove(clip=waiting)
-
-
-def _change_nets(gallery: Gallery, out: Path, models: Path) -> None:
-    """If `models` has other or more nets than before, prepares the results for these nets.
-
-    If this is interrupted, the next call repeats it, because `extract.json` is written last.
-    """
-    features = out / FEATURES
-    before, digests = features_folder.read_extraction(features), pipeline.read_digests(models)
-    if before is None or before.models == digests or before.models.keys() - digests.keys():
-        card_notes.adopt(gallery, models)
-        return
-    pipeline.check_nets(models, before.settings)  # before features are removed
-    changed = {role for role, digest in before.models.items() if digests[role] != digest}
-    _read_typed_names(out)  # the names of the clips may change
-    for folder in (features, *people_photos.locate_people(out, ()).values()):
-        features_folder.set_aside(folder)
-    own = {track.clip for film in features_folder.describe_media_files(features).values()
-           for track in film.tracks} | people_photos.list_faces(gallery).keys()  # fmt: skip
-    clips = {name: x.identity for name, x in gallery.clips.items() if name not in own}
-    parts = card_notes.adopt(gallery, models, replace=bool(changed))
-    lost = sorted(clips.keys() - gallery.clips.keys())
-    _write_unmatched(out, [Lost("", None, f"{name}: {clips[name] or IGNORED}") for name in lost])
-    before.models = digests
-    features_folder.write(features / features_folder.NAME, before)
-    say(
-        f"there are new nets ({', '.join(parts or sorted(changed))}): the films and photos of this "
-        "call are read again, and names are kept\n"
-        "to read other films again, repeat the command with them"
-    )
-
-
-def _write_unmatched(out: Path, lost: Sequence[Lost]) -> None:
-    """Adds what was said about lost faces to `unmatched.tsv`, and prints the number of new rows."""
-    path, rows = out / UNMATCHED, list[tuple[str, ...]]()
-    known = [tuple(cells) for _, cells in tables.read_text(path)][1:] if files.exists(path) else []
-    for x in lost:
-        time = "" if x.at_s is None else subtitles.format_time(x.at_s)
-        rows.append((x.video, time, x.correction))
-    if new := sorted({*rows} - {*known}):
-        files.write_text(path, tables.to_text([UNMATCHED_COLUMNS, *known, *new], ".tsv"))
-        files.hide(path)
-        say(
-            f"corrections whose faces are not found again: {len(new):,}, see {path}\n"
-            "to repeat them: vidjax who ... --review",
-            warning=True,
-        )
-
-
-def _report_unread(out: Path) -> None:
-    """Prints how many films and photos have not been read since the nets were changed."""
-    if films := [*features_folder.find_unread(out / FEATURES).values()]:
-        say(
-            f"films that were not read with the new nets: {len(films):,}, such as "
-            f"{films[0].video}. Names and corrections are kept, but the tables lack these films\n"
-            "to read them, add them to the command",
-            warning=True,
-        )
-    if faces := people_photos.list_unread(out):
-        example = min(faces.values())
-        say(
-            f"photos that were not read with the new nets: {len(faces):,}, such as "
-            f"{example.clip} of {show(example.person)}. They identify nobody until --people "
-            "contains them again",
-            warning=True,
-        )
-
-
-def _read_typed_names(out: Path) -> set[str]:
-    """Adds names that a user has typed into `unknown.tsv` to the log; returns these names."""
-    path = out / UNKNOWN
-    names = answers_lib.read_groups(path) if files.exists(path) else {}
-    # If the last call was interrupted, a replaced film may have other clips with the same names.
-    numbered = {*read_numbers(out).films}
-    films = features_folder.find_media_files(out / FEATURES).values()
-    found = {
-        track.clip: film for film in films if film.digest in numbered
-        for track in film.tracks if track.clip in names
-    }  # fmt: skip
-    if lost := names.keys() - found.keys():
-        say(
-            f"names of clips in {path} that no longer exist, such as {show(min(lost))}, are "
-            f"ignored: {len(lost):,}",
-            warning=True,
-        )
-    lines, said = list[Line](), read_said(out, [*films])
-    with prefix_errors(str(path)):
-        for clip, film in found.items():
-            name, old = check_person(names[clip]), said.names.get(clip)
-            if old not in (None, name):
-                raise UserError(
-                    f"clip '{clip}' already has the name '{show(old)}', not '{show(name)}'\n"
-                    "correct the name on the page, or delete this row"
+        Returns whether people look alike because two names may be one person. This was reported.
+        `options` are arguments of `pipeline.extract_folders`.
+        """
+        gallery, out, people = self.gallery, self.out, photos.people
+        photos.check_people(gallery, forget_missing)
+        drop: pipeline.Drop = "all others" if forget_missing else "others"
+        photos.extract(drop=drop, **options)
+        with lock_changes(out):
+            gallery.refresh()  # another process may have changed the gallery in the meantime
+            unread = people_photos.list_unread(out)
+            enrolled = people_photos.list_faces(gallery)
+            known = unread | enrolled
+            photos.check(known)
+            missing = set[str]() if forget_missing else photos.find_missing(known)
+            if missing:
+                kept = {x.person for x in known.values() if x.folder in missing}
+                photos.names.update(kept)
+                photos.failed.update({str(people / folder): "" for folder in sorted(missing)})
+                hint = "" if os.path.isdir(people) else messages.suggest_path(people)
+                self.warn(
+                    f"photos of {messages.list_some([*map(show, sorted(kept))])} are missing in "
+                    f"'{show(str(people))}': is the drive connected? These people stay enrolled\n"
+                    f"to forget people whose photos are missing, add --forget-missing{hint}"
                 )
-            if old is None and (face := film.faces.get(clip)):
-                lines.append(said_lib.about(face, "is", of=name, video=film.video))
-    if lines:
-        said_lib.append(out, said_lib.stamp(lines))
-    if found:
-        path.unlink()  # the table is written again
-    for name, count in sorted(Counter(map(names.get, found)).items()):
-        say(f"{show(str(name))} is enrolled with {messages.count(count, 'clip')} from {path.name}")
-    return {str(line.of) for line in lines}
-
-
-def _follow_photos(
-    gallery: Gallery,
-    out: Path,
-    enrolled: Mapping[str, PhotoFace],
-    faces: Mapping[PhotoFace, StoredClip],
-    missing: Collection[str],
-) -> dict[str, str]:
-    """Gives the typed names of people to the people who have all their photos now.
-
-    If several people have the photos, the typed names stay, and a line asks. `missing` are folders
-    of photos that are missing. Returns old name -> new name.
-    """
-    unsure = {photo.person for photo in enrolled.values() if photo.folder in missing}
-    moved = people_photos.find_renamed(gallery, enrolled, faces)
-    moved = {person: owners for person, owners in moved.items() if person not in unsure}
-    said = read_said(out, features_folder.read_media_files(out / FEATURES)) if moved else Said()
-    known, lines = {photo.person for photo in enrolled.values()}, list[Line]()
-    renamed: dict[str, str] = {}
-    for person, owners in moved.items():
-        label, owner = str(said.label("", person)), min(owners)
-        named, wanted = said.list_named(label), str(said.label("", owner))
-        count = messages.count(len(named), "name")
-        if len(owners) > 1 and named:
-            say(
-                f"the photos of {show(person)} are now photos of "
-                f"{messages.list_some([*map(show, sorted(owners))])}, but {count} that you typed "
-                f"stay {show(label)}\nto change them: vidjax gallery rename "
-                f"{shlex.join([str(gallery.folder), f'--identity={label}', '--to=NAME'])}",
-                warning=True,
+            entries = photos.embed(gallery)
+            moved = photos.find_renamed(gallery, enrolled, entries)
+            unsure = {x.person for x in enrolled.values() if x.folder in missing}
+            moved = {person: owners for person, owners in moved.items() if person not in unsure}
+            renamed = self._follow_photos({x.person for x in enrolled.values()}, moved)
+            said = read_said(out, ())
+            for clip, entry in entries.items():
+                face = photos.faces[clip].face
+                entries[clip] = entry._replace(identity=said.label(face.key, face.person))
+            checked = {clip for clip, x in enrolled.items()
+                       if clip not in unread and x.folder not in missing}  # fmt: skip
+            with gallery.change(log=False) as draft:
+                new, _ = photos.enrol(draft, entries, checked)
+                for clip in draft.clips.keys() - entries.keys():
+                    if name := renamed.get(draft.clips[clip].identity or ""):
+                        draft.relabel(clip, name)
+            advise_other_films(
+                gallery.state, sorted({x for clip in new if (x := entries[clip].identity)})
             )
-        elif len(owners) == 1 and label != wanted:
-            renamed[label] = wanted
-            lines += said.repeat(named, "is", wanted)
-            if owner not in known or owner in moved:  # else the photos may have been wrong photos
-                lines += said.repeat(said.list_denied(label), "not", wanted)
-            say(
-                f"all photos of {show(person)} are now photos of {show(owner)}"
-                + f": {count} that you typed follow" * bool(named)
+            self._forget(known, photos.names, {*photos.paths_of, *missing}, forget_missing)
+        card_notes.check_mirrored(gallery, photos.list_mirrored())
+        is_doubtful = photos.report_doubts(gallery)
+        return is_doubtful and card_notes.compare(gallery.state).problem == "closer"
+
+    def _report_films(self, films: Sequence[MediaFile], pruned: bool) -> None:
+        """Reports films that are missing, too dark, or without thumbnails, with remedies.
+
+        If `pruned` is True, `--prune` is given, and missing films are left out.
+        """
+        missing = [film.video for film in films if not os.path.exists(film.source.path)]
+        if missing and not pruned:
+            count = f"{messages.count(len(missing), 'film')} cannot be found, such as {missing[0]}"
+            self.say(f"{count}: to delete the results of missing films, add --prune")
+        if dark := [film.video for film in films if film.is_dark]:
+            self.warn(
+                f"{messages.count(len(dark), 'film')} too dark to find faces, such as {dark[0]}: "
+                "brighten the pictures, and call vidjax who again"
             )
-    if lines:
-        said_lib.append(out, said_lib.stamp(lines))
-    return renamed
+        for film in films:
+            stem = film.tracks[0].clip.partition(".")[0] if film.tracks else None
+            lacks = stem and features_folder.lacks_pictures(self.features, stem)
+            if lacks and os.path.exists(film.source.path):
+                self.say(f"there are no thumbnails of {film.video}: add this film to the command")
+                return
 
+    def open_gallery(self) -> Gallery:
+        """Opens or creates the gallery. Raises UserError if another program wrote `out`."""
+        out, path = self.out, self.out / "gallery"
+        if not files.exists(path) and (foreign := list_entries(out)):
+            if files.exists(out / FEATURES):
+                raise UserError(
+                    f"'{path}' is missing, the gallery of earlier calls\n"
+                    "copy it back, or name a new folder: --out=FOLDER"
+                )
+            text = (
+                f"--out={out} contains '{show(foreign[0].name)}', which `vidjax who` did not write"
+            )
+            raise UserError(f"{text}\nname a new folder")
+        try:
+            self.gallery = Gallery(path)
+        except store.NoGalleryError:  # also if an earlier call was killed while it made the gallery
+            self.gallery = Gallery.of_models(path, self.models)
+        with lock_changes(out):
+            self._convert()
+            self._change_nets()
+        return self.gallery
 
-def _forget(
-    gallery: Gallery,
-    out: Path,
-    before: Mapping[str, PhotoFace],
-    names: Collection[str],
-    places: Collection[str],
-    forget_missing: bool,
-) -> None:
-    """Forgets people who are not in `names`, and deletes features of photos outside of `places`.
+    def _convert(self) -> None:
+        """Makes the log. If version 0.1.0 has written the results, converts them."""
+        gallery, out = self.gallery, self.out
+        if not said_lib.has_log(out):
+            said_lib.append(out, earlier_said.list_lines(out, gallery.state))
+        earlier_said.move_descriptions(out)
+        # Clips that waited for other nets.
+        if waiting := [clip for clip, x in gallery.clips.items() if not x.vector.any()]:
+            present = features_folder.read_extraction(self.features)
+            for folder in locate_people(out).values():
+                if features_folder.read_extraction(folder) != present:
+                    features_folder.set_aside(folder)
+            with gallery.change(log=False) as draft:
+                draft.remove(clip=waiting)
 
-    `before` are the known faces before this call. Names that a user has typed stay, unless
-    `forget_missing` is True.
-    """
-    said = read_said(out, features_folder.read_media_files(out / FEATURES))
-    faces = people_photos.list_faces(gallery)
-    kept = {gallery.clips[clip].identity for clip in faces}
-    kept |= {said.label("", name) for name in names}
-    gone = {said.label(x.key, x.person) for x in before.values() if x.person not in names} - kept
-    forgotten = set[str]()
-    for name in sorted(map(str, gone - {None})):
-        count = len({*gallery.people.get(name, ()), *said.list_named(name)})
-        typed = f"{messages.count(count, 'name')} that you typed"
-        if count and not forget_missing:
-            command = ["vidjax", "gallery", "remove", str(gallery.folder), f"--identity={name}"]
-            say(f"{show(name)} no longer has photos, but {typed} stay\n"
-                f"to forget {show(name)}: {shlex.join(command)}")  # fmt: skip
-            continue
-        say(f"{show(name)} no longer has photos and is forgotten" + f", with {typed}" * bool(count))
-        forgotten.add(name)
-    if forget_missing:
-        for name in forgotten:
-            said_lib.forget(out, name)
-        clips = [clip for clip, x in gallery.clips.items() if x.identity in forgotten]
-        with gallery.change(log=False) as draft:
-            draft.remove(clip=clips)
-    for name, folder in people_photos.locate_people(out, ()).items():
-        if name not in places and name in names:
-            say(f"{show(name)} no longer has a folder, but is still named by face tags")
-        if name not in places and not features_folder.remove_features(folder):
-            say(f"'{show(str(folder))}' contains files that vidjax did not write: they are kept")
-    # Page and tables contain their names, and this call may fail before it writes new ones.
-    if forgotten:
-        results.remove_results(out)
+    def _change_nets(self) -> None:
+        """If `models` has other or more nets than before, prepares the results for these nets.
+
+        If this is interrupted, the next call repeats it, because `extract.json` is written last.
+        """
+        gallery, models, features = self.gallery, self.models, self.features
+        before, digests = features_folder.read_extraction(features), pipeline.read_digests(models)
+        if before is None or before.models == digests or before.models.keys() - digests.keys():
+            card_notes.adopt(gallery, models)
+            return
+        pipeline.check_nets(models, before.settings)  # before features are removed
+        changed = {role for role, digest in before.models.items() if digests[role] != digest}
+        self.read_typed_names()  # the names of the clips may change
+        for folder in (features, *locate_people(self.out).values()):
+            features_folder.set_aside(folder)
+        own = {track.clip for film in features_folder.describe_media_files(features).values()
+               for track in film.tracks} | people_photos.list_faces(gallery).keys()  # fmt: skip
+        clips = {name: x.identity for name, x in gallery.clips.items() if name not in own}
+        parts = card_notes.adopt(gallery, models, replace=bool(changed))
+        lost = sorted(clips.keys() - gallery.clips.keys())
+        self._write_unmatched([Lost("", None, f"{x}: {clips[x] or IGNORED}") for x in lost])
+        before.models = digests
+        features_folder.write(features / features_folder.NAME, before)
+        new = ", ".join(parts or sorted(changed))
+        self.say(
+            f"there are new nets ({new}): the films and photos of this call are read again, and "
+            "names are kept\n"
+            "to read other films again, repeat the command with them"
+        )
+
+    def _write_unmatched(self, lost: Sequence[Lost]) -> None:
+        """Adds what was said about lost faces to `unmatched.tsv`, and reports new rows."""
+        path, rows = self.out / UNMATCHED, list[tuple[str, ...]]()
+        table = [*tables.read_text(path)][1:] if files.exists(path) else []
+        known = [tuple(cells) for _, cells in table]
+        for x in lost:
+            time = "" if x.at_s is None else format_time(x.at_s)
+            rows.append((x.video, time, x.correction))
+        if new := sorted({*rows} - {*known}):
+            files.write_text(path, tables.to_text([UNMATCHED_COLUMNS, *known, *new], ".tsv"))
+            files.hide(path)
+            count = f"corrections whose faces are not found again: {len(new):,}, see {path}"
+            self.warn(f"{count}\nto repeat them: vidjax who ... --review")
+
+    def _report_unread(self, films: Mapping[str, MediaFile]) -> None:
+        """Reports how many `films` and photos have not been read since the nets were changed."""
+        for film in [*films.values()][:1]:
+            self.warn(
+                f"films that were not read with the new nets: {len(films):,}, such as "
+                f"{film.video}. Names and corrections are kept, but the tables lack these films\n"
+                "to read them, add them to the command"
+            )
+        faces = people_photos.list_unread(self.out)
+        for face in sorted(faces.values())[:1]:
+            self.warn(
+                f"photos that were not read with the new nets: {len(faces):,}, such as {face.clip} "
+                f"of {show(face.person)}. They identify nobody until --people contains them again"
+            )
+
+    def read_typed_names(self) -> set[str]:
+        """Adds names that a user has typed into `unknown.tsv` to the log; returns these names."""
+        out, path = self.out, self.out / UNKNOWN
+        names = answers_lib.read_groups(path) if files.exists(path) else {}
+        # After an interrupted call, a replaced film may have other clips with the same names.
+        numbered = {*read_numbers(out).films}
+        films = features_folder.read_media_files(out / FEATURES)
+        found = {
+            track.clip: film for film in films if film.digest in numbered
+            for track in film.tracks if track.clip in names
+        }  # fmt: skip
+        if lost := names.keys() - found.keys():
+            about = f"that no longer exist, such as {show(min(lost))}, are ignored: {len(lost):,}"
+            self.warn(f"names of clips in {path} {about}")
+        lines, said = list[Line](), read_said(out, films)
+        with prefix_errors(str(path)):
+            for clip, film in found.items():
+                name, old = check_person(names[clip]), said.names.get(clip)
+                if old not in (None, name):
+                    raise UserError(
+                        f"clip '{clip}' already has the name '{show(old)}', not '{show(name)}'\n"
+                        "correct the name on the page, or delete this row"
+                    )
+                if old is None and (face := film.faces.get(clip)):
+                    lines.append(said_lib.about(face, "is", of=name, video=film.video))
+        if lines:
+            said_lib.append(out, said_lib.stamp(lines))
+        if found:
+            path.unlink()  # the table is written again
+        for name, count in sorted(Counter(map(names.get, found)).items()):
+            clips = messages.count(count, "clip")
+            self.say(f"{show(str(name))} is enrolled with {clips} from {path.name}")
+        return {str(line.of) for line in lines}
+
+    def _follow_photos(
+        self, known: Collection[str], moved: Mapping[str, Collection[str]]
+    ) -> dict[str, str]:
+        """Gives the typed names of people to the people who have all their photos now.
+
+        `known` are the people with enrolled photos. `moved` is person -> people who have the
+        photos. If they are several people, the typed names stay, and a line asks. Returns old name
+        -> new name.
+        """
+        films = features_folder.read_media_files(self.features) if moved else ()
+        said = read_said(self.out, films) if moved else Said()
+        lines, renamed = list[Line](), dict[str, str]()
+        for person, owners in moved.items():
+            label, owner = str(said.label("", person)), min(owners)
+            named, wanted = said.list_named(label), str(said.label("", owner))
+            count = messages.count(len(named), "name")
+            if len(owners) > 1 and named:
+                words = [str(self.gallery.folder), f"--identity={label}", "--to=NAME"]
+                others = messages.list_some([*map(show, sorted(owners))])
+                self.warn(
+                    f"the photos of {show(person)} are now photos of {others}, but {count} that "
+                    f"you typed stay {show(label)}\n"
+                    f"to change them: vidjax gallery rename {shlex.join(words)}"
+                )
+            elif len(owners) == 1 and label != wanted:
+                renamed[label] = wanted
+                lines += said.repeat(named, "is", wanted)
+                if (
+                    owner not in known or owner in moved
+                ):  # else the photos may have been wrong photos
+                    lines += said.repeat(said.list_denied(label), "not", wanted)
+                text = f"all photos of {show(person)} are now photos of {show(owner)}"
+                self.say(text + f": {count} that you typed follow" * bool(named))
+        if lines:
+            said_lib.append(self.out, said_lib.stamp(lines))
+        return renamed
+
+    def _forget(
+        self,
+        before: Mapping[str, PhotoFace],
+        names: Collection[str],
+        places: Collection[str],
+        forget_missing: bool,
+    ) -> None:
+        """Forgets people who are not in `names`, and features of photos outside of `places`.
+
+        `before` are the known faces before this call. Names that a user has typed stay, unless
+        `forget_missing` is True.
+        """
+        gallery, out = self.gallery, self.out
+        said = read_said(out, features_folder.read_media_files(self.features))
+        faces = people_photos.list_faces(gallery)
+        kept = {gallery.clips[clip].identity for clip in faces}
+        kept |= {said.label("", name) for name in names}
+        gone = {
+            said.label(x.key, x.person) for x in before.values() if x.person not in names
+        } - kept
+        forgotten = set[str]()
+        for name in sorted(map(str, gone - {None})):
+            count = len({*gallery.people.get(name, ()), *said.list_named(name)})
+            typed = f"{messages.count(count, 'name')} that you typed"
+            if count and not forget_missing:
+                command = ["vidjax", "gallery", "remove", str(gallery.folder), f"--identity={name}"]
+                self.say(f"{show(name)} no longer has photos, but {typed} stay\n"
+                         f"to forget {show(name)}: {shlex.join(command)}")  # fmt: skip
+                continue
+            text = f"{show(name)} no longer has photos and is forgotten"
+            self.say(text + f", with {typed}" * bool(count))
+            forgotten.add(name)
+        if forget_missing:
+            for name in forgotten:
+                said_lib.forget(out, name)
+            clips = [clip for clip, x in gallery.clips.items() if x.identity in forgotten]
+            with gallery.change(log=False) as draft:
+                draft.remove(clip=clips)
+        for name, folder in locate_people(out).items():
+            if name not in places and name in names:
+                self.say(f"{show(name)} no longer has a folder, but is still named by face tags")
+            if name not in places and not features_folder.remove_features(folder):
+                place = show(str(folder))
+                self.say(f"'{place}' contains files that vidjax did not write: they are kept")
+        # Page and tables contain their names, and this call may fail before it writes new ones.
+        if forgotten:
+            results.remove_results(out)
