@@ -66,9 +66,13 @@ def drawn(place, command):
     return Drawn(restore(place, lambda now: Reviewed(Drawn(now, command)).make()), command)
 
 
-@pytest.fixture
-def reviewed(drawn, monkeypatch):
+@pytest.fixture(autouse=True)
+def never_idle(monkeypatch):
     monkeypatch.setattr(corrections, "IDLE_SECONDS", 0)  # results are written after this time
+
+
+@pytest.fixture
+def reviewed(drawn):
     return Reviewed(drawn).open()
 
 
