@@ -397,7 +397,10 @@ class _Call:
         names = answers_lib.read_groups(path) if files.exists(path) else {}
         # After an interrupted call, a replaced film may have other clips with the same names.
         numbered = {*read_numbers(out).films}
-        films = features_folder.read_media_files(out / FEATURES)
+        films = [  # if the files of a film are damaged, it is read again later
+            film for stem, film in features_folder.describe_media_files(self.features).items()
+            if features_folder.has_features(self.features, stem)
+        ]  # fmt: skip
         found = {
             track.clip: film for film in films if film.digest in numbered
             for track in film.tracks if track.clip in names
