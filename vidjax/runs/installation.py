@@ -59,7 +59,7 @@ def check_packages(extra: str) -> str:
 def list_packages(extra: str) -> dict[str, str]:
     """Returns the packages that an extra of vidjax adds, package -> module.
 
-    Raises AbsentError if vidjax was not installed, because pip stores the list of packages.
+    pip stores the list of packages. Raises AbsentError if pip did not install vidjax.
     """
     try:
         required = importlib.metadata.requires("vidjax") or []
@@ -86,7 +86,10 @@ def _check_jax() -> dict[str, str]:
 
 
 def _check_confinement() -> str:
-    """Describes what this system forbids processes that read files of strangers."""
+    """Describes how this system limits processes that read files of strangers.
+
+    Raises AbsentError if the system lacks a limit.
+    """
     if gaps := confinement.list_gaps():
         raise AbsentError(
             f"a process that reads them could {', '.join(gaps)}\n"

@@ -126,7 +126,9 @@ def _list_nets(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
             # macOS adds hidden files with the same endings.
             yield from ((net, net.name) for net in sorted(path.glob("[!.]*.onnx")))
         elif path.name.endswith((".tar.gz", ".tgz")):
-            raise UserError(f"'{path}' is no .zip: unpack it, and name the net or the folder in it")
+            raise UserError(
+                f"'{path}' is not a .zip file: unpack it, and name the net or its folder"
+            )
         elif path.name.endswith(net_packages.ZIP_ENDINGS):
             yield from ((path, name) for name in net_packages.list_members(path, ".onnx"))
         else:
