@@ -226,7 +226,7 @@ def _is_external(weights: "TensorProto") -> bool:
 
 
 def guess_family(net: ForeignNet, families: Sequence[str]) -> str:
-    """Returns the family whose inputs and outputs look like those of a net, or ""."""
+    """Returns the family with inputs and outputs like the net, or "" if there is none."""
     sides = [shape[1:] for shape in net.inputs.values()]
     widths = [shape[1:] for shape in net.outputs.values()]
     if len(sides) != 1 or len(sides[0]) != 3:
