@@ -64,7 +64,9 @@ def list_packages(extra: str) -> dict[str, str]:
     try:
         required = importlib.metadata.requires("vidjax") or []
     except importlib.metadata.PackageNotFoundError:
-        raise AbsentError("not known without pip install: in a checkout, pip install .") from None
+        raise AbsentError(
+            "unknown, because pip has not installed vidjax: in a checkout, pip install ."
+        ) from None
     of_extra = re.compile(rf"([\w-]+)[^\w\[-].*extra == ['\"]{extra}['\"]")
     names = [found[1] for line in required if (found := of_extra.match(line))]
     return {name: MODULES.get(name, name.replace("-", "_")) for name in names}

@@ -375,7 +375,9 @@ def _confused_pairs(run: RunFiles, pairs: Sequence[schemas.ConfusedPair]) -> Mar
         if sum(pair.counts) > 1  # a single clip may be chance
     ]
     if not rows:
-        return html.paragraph("No two clips of a person score highest for the same other person.")
+        return html.paragraph(
+            "No person has two clips that score highest for the same other person."
+        )
     head = ("identity", "other identity", "confused clips", *known)
     return html.table("Pairs of identities that are confused most", head, rows) + html.paragraph(
         "Confused clips: clips of the first identity that score highest for the other identity, + "
