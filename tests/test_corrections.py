@@ -427,4 +427,4 @@ def test_film_that_is_too_dark_is_reported(drawn, read_here):
     assert "too dark" not in output and Gallery(drawn.out / "gallery").identities == {"Ada": 1}
     films.write(film, (np.full((96, 128, 3), 3, np.uint8) for _ in range(20)), "ffv1", 10)
     _, output = drawn.who(film)
-    assert "1 film too dark to find faces, such as night.mkv" in output
+    assert "films that are too dark to find faces: 1, such as night.mkv" in output

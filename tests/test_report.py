@@ -226,7 +226,7 @@ def test_report_lists_pairs_with_at_least_two_confused_clips(full):
     for pairs, shown in (few, False), ([*few, full.analysis.pairs[0]], True):
         analysis = msgspec.structs.replace(full.analysis, pairs=pairs)
         text = section(run_page.render(full._replace(analysis=analysis)), "errors")
-        assert ("Pairs of identities" in text) == shown != ("No two clips" in text)
+        assert ("Pairs of identities" in text) == shown != ("No person has two clips" in text)
 
 
 def test_report_explains_missing_results(tmp_path):

@@ -310,7 +310,8 @@ def test_typed_names_follow_a_renamed_folder_of_photos(party, name):
     _, output = party.who(party.folder / "party.mkv")
     wanted = {clip: name if x == "Ada" else x for clip, x in before.items()}
     assert party.names() == wanted and "Ada" not in wanted.values()
-    assert f"all photos of Ada are now photos of {name}: 1 name that you typed follow" in output
+    moved = f"all photos of Ada are now photos of {name}, and {name} gets 1 name that you typed"
+    assert moved in output
     (party.friends / name).rename(party.friends / "Ada")
     party.who(party.folder / "party.mkv")
     assert party.names() == before
@@ -351,7 +352,9 @@ def test_photos_that_went_to_several_people_leave_typed_names_and_ask(party):
         (friends / "Ada" / f"{number}.png").rename(friends / name / f"{number}.png")
     (friends / "Ada").rmdir()
     _, output = party.who(film)
-    assert "the photos of Ada are now photos of Cleo, Dora, but 1 name that you typed" in output
+    assert (
+        "photos of Ada are now photos of Cleo, Dora, but Ada keeps 1 name that you typed" in output
+    )
     assert "vidjax gallery rename" in output and party.names()["party.s001.t00"] == "Ada"
 
 
@@ -380,7 +383,7 @@ def test_photo_that_goes_leaves_typed_names(party, way):
         (friends / "Ada").rmdir()
     _, output = party.who(film, code=int(way == "missing"))
     assert party.names()["party.s001.t00"] == "Ada"
-    assert ("1 name that you typed stay" in output) == (way == "deleted")
+    assert ("but keeps 1 name that you typed" in output) == (way == "deleted")
     if way == "deleted":
         party.gallery("remove", "--identity=Ada")
     _, output = party.who(film, flags=["--forget-missing"])

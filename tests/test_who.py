@@ -549,7 +549,7 @@ def test_person_known_only_by_face_tags_is_forgotten_with_the_tags_and_names(dra
     if flags:
         assert "Bob no longer has photos and is forgotten, with 1 name that you typed" in output
     else:  # the name that a user typed stays until it is forgotten
-        assert "Bob no longer has photos, but 1 name that you typed stay" in output
+        assert "Bob no longer has photos, but keeps 1 name that you typed" in output
         assert Gallery(drawn.out / "gallery").people["Bob"] == ("party.s002.t00",)
         drawn.run("forget", "--identity=Bob", "--delete", drawn.out, code=1)
         drawn.who(film)

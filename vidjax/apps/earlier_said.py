@@ -46,7 +46,10 @@ class _Results:
                     self.of_clip |= {"/".join([*earlier, clip]): x for clip, x in clips.items()}
 
     def locate(self, films: Mapping[str, Mapping[str, T]]) -> Iterator[tuple[SeenClip, T]]:
-        """Yields face and value for the clips that are found: digest of film -> clip -> value."""
+        """Yields the face and the value of each clip that is in the results.
+
+        `films` is digest of film -> clip -> value.
+        """
         for digest, of in films.items():
             for clip, value in of.items():
                 if x := self.of_digest.get(digest, {}).get(clip):

@@ -234,7 +234,7 @@ def read_extraction(folder: Path) -> Extraction | None:
 def choose_settings(folder: Path, **given: object) -> ExtractionSettings | None:
     """Returns the settings `given` for a folder of features, or None if all given values are None.
 
-    A setting that is None has the value of the last call, or in a new folder its default.
+    A setting that is None keeps the value of the last call. In a new folder, it gets its default.
     """
     changed = {name: value for name, value in given.items() if value is not None}
     before = read_extraction(folder) if changed else None
@@ -292,7 +292,7 @@ def describe_media_file(out: Path, stem: str) -> MediaFile | None:
 
 
 def has_features(out: Path, stem: str) -> bool:
-    """Returns False if a film or photo is not yet read again after nets have changed."""
+    """Returns False if a film or photo must be read again, because nets have changed."""
     return files.exists(out / f"{stem}.npz")
 
 

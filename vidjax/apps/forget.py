@@ -74,7 +74,7 @@ class Survey(NamedTuple):
         return sorted(folder for folder, found in self.kind_of.items() if found == kind)
 
     def find_whole(self, path: Path) -> Path | None:
-        """Returns the innermost folder of a kind in REMEDIES that is `path` or contains it."""
+        """Returns the nearest folder of a kind in REMEDIES: `path` or a folder above it."""
         folders = (path, *path.parents)
         return next((x for x in folders if self.kind_of.get(x) in REMEDIES), None)
 
@@ -104,8 +104,10 @@ def forget(
 
     `identities` are the names of people, whose clips are also searched. `clips` are the names of
     other clips. If `delete` is True, the clips are deleted from galleries, and converted datasets
-    with any of the clips are deleted. Returns the places that contain a name or vector, or could
-    not be searched, and searched name -> another stored name, such as `ada` for `Ada`.
+    with any of the clips are deleted.
+
+    Returns two results. The first is the list of places that contain a name or vector, or could not
+    be searched. The second is searched name -> similar stored name, such as `Ada` -> `ada`.
 
     Raises UserError if a folder does not exist, or a name is empty or invalid.
     """

@@ -332,7 +332,7 @@ def measure_card(args: argparse.Namespace) -> Result:
 
 
 def describe_cards(done: Sequence[MeasuredCard], gallery: Gallery | None = None) -> Result:
-    """Returns the result of measured cards, whose numbers `gallery` uses."""
+    """Returns the result of measured cards. `gallery` uses their numbers, if it is given."""
     content, texts, rows = list[object](), dict[str, str](), list[tuple[str, ...]]()
     for card, found, back_end, by_quality, unclear in done:
         assert card.back_end

@@ -77,7 +77,7 @@ def _add_create(parser: Parser) -> None:
 
 
 def _add_clips(parser: Parser, **options: Any) -> "argparse._MutuallyExclusiveGroup":  # noqa: ANN401
-    """Adds the flags that name clips; returns their group. `options` are of the flag --input."""
+    """Adds the flags that name clips; returns their group. `options` belong to `--input`."""
     clips = parser.add_mutually_exclusive_group(required=True)
     about = "clips: a folder, a .parquet table or a .npz file"
     parser.flag("--input PATH", about + "; may be repeated" * bool(options), of=clips, **options)

@@ -188,7 +188,7 @@ def find_equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> 
 
 
 def _list_counts(report: Mapping[str, Any], splits: Iterable[str], modality: str) -> list[Any]:
-    """Returns the counts of a modality in those of `splits` that have it, from the data report."""
+    """Returns the counts of a modality in each of `splits` that has it, from the data report."""
     found = (report["splits"][split]["modalities"].get(modality) for split in splits)
     return [counts for counts in found if counts]
 

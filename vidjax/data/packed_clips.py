@@ -374,7 +374,7 @@ class Reader:
     """
 
     def __init__(self, splits: Sequence[PackedClips]):
-        """Numbers the clips of `splits`, which have the same modalities."""
+        """Numbers the clips of all `splits`. The splits must have the same modalities."""
         self._splits = splits
         sizes = [len(split.names) for split in splits]
         self._owner = np.repeat(np.arange(len(splits)), sizes)  # [N], the split of each clip

@@ -150,7 +150,7 @@ def _parse_synthetic_options(data: Section) -> SyntheticOptions:
 
 
 def describe(data: Section) -> str:
-    """Returns the name of a dataset. Adds size and changed options of the synthetic one."""
+    """Returns the name of a dataset. If it is synthetic, adds its size and changed options."""
     name = data.get("name", "")
     if name != "synthetic":
         return name

@@ -352,7 +352,7 @@ def _refuse_shared_clips(packed: Mapping[str, PackedClips], place: str) -> None:
 
 
 def join_fingerprints(prints: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns the fingerprints of clips [N] uint64 from those of their modalities."""
+    """Joins the fingerprints of the modalities of clips; returns [N] uint64."""
     names = {name: np.uint64(int(sha256_json(name)[:16], 16)) for name in prints}
     parts = [scramble(x ^ names[name]) * (x > 0) for name, x in prints.items()]
     return np.asarray(np.sum(parts, axis=0, dtype=np.uint64))

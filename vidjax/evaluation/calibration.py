@@ -46,12 +46,12 @@ class Calibration(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """Scores of n clips for K candidates. The right column is 0 for a stranger, else 1 to K."""
+    """Scores of n clips for K candidates. `right` is the true candidate, or 0 for a stranger."""
 
     logs: np.ndarray  # [R, n, K] float32, logarithms of probabilities
     unknown: np.ndarray  # [R, n] float32, log of the probability of a stranger
     weight: np.ndarray  # [n, K] float32, the number of identities that a candidate represents
-    right: np.ndarray  # [n] int32
+    right: np.ndarray  # [n] int32, from 0 to K
     part: np.ndarray  # [n] int32, from 0 to PARTS - 1
 
 
@@ -192,7 +192,7 @@ def _loss(
 
 
 def _concatenate(examples: Sequence[Examples]) -> Examples:
-    """Concatenates the clips, which are axis 1 of `logs` and `unknown`, and axis 0 of the rest."""
+    """Concatenates clips: axis 1 of `logs` and `unknown`, and axis 0 of the other fields."""
     fields = zip((1, 1, 0, 0, 0), *examples, strict=True)
     return Examples(*(np.concatenate(parts, axis=axis) for axis, *parts in fields))
 

@@ -1,4 +1,4 @@
-"""Re-ranks a batch of clips: the probabilities of a clip are averaged with those of similar clips.
+"""Re-ranks a batch of clips by averages of the probabilities of similar clips.
 
 PLDA compares all pairs of clips. The neighbours of a clip are the NEIGHBOURS clips that most
 probably show the same person. If P are the probabilities of the clips, clips are ranked by
@@ -122,7 +122,7 @@ def _compare(
 
 
 def rank(scores: Scores, weights: scipy.sparse.csr_array) -> TopK:
-    """Ranks clips by their probabilities after diffusion. The scores are those before it.
+    """Ranks clips by their probabilities after diffusion. The scores do not change.
 
     Args:
       scores: logarithms of probabilities, with a row for each of n clips.

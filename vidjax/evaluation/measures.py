@@ -310,8 +310,9 @@ def measure_suspects(scored: ScoredSplit, clips: ClipScores) -> schemas.Suspects
     """Measures how MAP changes without the clips whose labels are suspected to be wrong.
 
     A label is suspected if the best identity of its clip has a probability of SURE or more, and
-    NUM_ABOVE or more identities score above the label. `clips` are logarithms of probabilities of a
-    model that was not trained on these clips. Identities without another clip are left out.
+    NUM_ABOVE or more identities score above the label. Identities without other clips are left out.
+
+    The scores in `clips` are logarithms of probabilities. Their model was not trained on the clips.
     """
     assert clips.identity is not None and clips.rank is not None
     doubted = clips.pool & (scored.labels > 0) & (clips.rank >= NUM_ABOVE)

@@ -215,9 +215,9 @@ class Ranker:
         """Returns identity -> its best 100 clips as (name, score), best first.
 
         Clips with equal scores are in the order of their names. If the run is a blend with
-        `config.join.diffusion`, similar clips of the request also change the order, and the scores
-        are those without this change. For `clips` and `split`, see `Ranker`. `advance` is called
-        with the number of rows of each finished block, including padding.
+        `config.join.diffusion`, similar clips of the request also change the order, but not
+        the scores. For `clips` and `split`, see `Ranker`. `advance` is called with the number of
+        rows of each finished block, including padding.
         """
         request = self.request(clips, split)
         top = self._rank(request, advance)

@@ -40,10 +40,10 @@ class Comparison(NamedTuple):
     def is_blind(self, mirrored: Sequence[float]) -> bool:
         """Returns whether a mirrored face differs from the face almost like another person.
 
-        `mirrored` are the cosines of photos and their mirror images. Of 1 - cosine of two people,
-        1 - cosine of a mirrored photo is 5 % for dlib's net, and 40 to 70 % for nets with random
-        weights that do not only average over the picture. `compare` alone finds none of 300 such
-        nets with one photo of each person, and 20 % of them with two photos of three people.
+        `mirrored` are the cosines of photos and their mirror images. For dlib's net, 1 - cosine of
+        a mirrored photo is 5 % of 1 - cosine of two people. It is 40 to 70 % for nets with random
+        weights that do not only average over the picture. `compare` finds few such nets: none of
+        300 with one photo of each person, and 20 % with two photos of three people.
         """
         if self is NO_PROBLEM:
             return False

@@ -80,8 +80,8 @@ class FallbackIdentifier(Identifier):
         for part in (self.main, self.other):
             if part.min_epochs:
                 raise UserError(
-                    f"model 'fallback': main or other is {type(part).__name__}, which needs "
-                    "separate passes over the clips\n"
+                    f"model 'fallback': main or other is {type(part).__name__}, and this "
+                    "model needs separate passes over the clips\n"
                     "choose a network instead, or train a separate run of this model and blend both"
                 )
         if self.main.logit_scale != self.other.logit_scale:

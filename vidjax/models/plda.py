@@ -123,7 +123,10 @@ class PLDAIdentifier(Identifier):
         return centred
 
     def score_vectors(self, vectors: Mapping[str, Array]) -> ModelOutput:
-        """Computes the logits of unit vectors, modality -> [B, D], with the collection `solved`."""
+        """Computes the logits of unit vectors, modality -> [B, D].
+
+        The model reads its parameters from the collection `solved`.
+        """
         ratios, known, centred = [], [], []  # of each modality
         for name, x in vectors.items():
             solved = self.get_variable("solved", name)

@@ -59,12 +59,14 @@ def check_packages(extra: str) -> str:
 def list_packages(extra: str) -> dict[str, str]:
     """Returns the packages that an extra of vidjax adds, package -> module.
 
-    Raises AbsentError if vidjax was not installed, because pip stores the list of packages.
+    pip stores the list of packages. Raises AbsentError if pip did not install vidjax.
     """
     try:
         required = importlib.metadata.requires("vidjax") or []
     except importlib.metadata.PackageNotFoundError:
-        raise AbsentError("not known without pip install: in a checkout, pip install .") from None
+        raise AbsentError(
+            "unknown, because pip has not installed vidjax: in a checkout, pip install ."
+        ) from None
     of_extra = re.compile(rf"([\w-]+)[^\w\[-].*extra == ['\"]{extra}['\"]")
     names = [found[1] for line in required if (found := of_extra.match(line))]
     return {name: MODULES.get(name, name.replace("-", "_")) for name in names}
@@ -86,7 +88,10 @@ def _check_jax() -> dict[str, str]:
 
 
 def _check_confinement() -> str:
-    """Describes what this system forbids processes that read files of strangers."""
+    """Describes how this system limits processes that read files of strangers.
+
+    Raises AbsentError if the system lacks a limit.
+    """
     if gaps := confinement.list_gaps():
         raise AbsentError(
             f"a process that reads them could {', '.join(gaps)}\n"

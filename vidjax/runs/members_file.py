@@ -66,7 +66,7 @@ def _read(identities: Path, members: Path) -> Lists:
 
 
 def _read_earlier(saved: checkpoint.Checkpoint) -> Lists:
-    """Reads the copies, if the checkpoint has only their digests, as those of version 0.1.0.
+    """Reads the copies, if the checkpoint has only their digests, as in version 0.1.0.
 
     The release after the next one does not read such runs: then delete this function.
     """

@@ -304,7 +304,7 @@ class Logs:
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes the metrics of a step to `metrics.jsonl`, and the numbers to TensorBoard.
 
-        In TensorBoard, the names of metrics are such as `train/loss` and `val/map`.
+        In TensorBoard, metrics have names such as `train/loss` and `val/map`.
         """
         self._line(METRICS_LOG, step, values)
         group = values.get("split", "train")

@@ -178,6 +178,8 @@ def _restrict_files(
 ) -> None:
     """Allows this process to use only the listed files and folders.
 
+    `version` is the version of Landlock in the kernel.
+
     Source: landlock(7) of Linux.
     """
     rights = (1 << NUM_RIGHTS[min(version, max(NUM_RIGHTS))]) - 1

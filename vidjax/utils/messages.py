@@ -29,7 +29,8 @@ class Result(NamedTuple):
     """The result of a command: it is printed as a table with a summary, or as JSON.
 
     The summary has a line for each fact that is a text, a path or a number, and for each item of
-    `texts`. If there is a `text`, only for `texts`. Its heading is the name of the command.
+    `texts`. If there is a `text`, the summary has lines only for `texts`. The name of the command
+    is the heading of the summary.
     """
 
     facts: Mapping[str, Any]  # name -> value, the JSON object that `--json` prints

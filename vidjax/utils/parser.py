@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
         of: "argparse._ArgumentGroup | None" = None,
         **options: Any,  # noqa: ANN401 (the options of `add_argument`)
     ) -> None:
-        """Adds a flag with a value, such as `--workdir FOLDER`, or one without, such as `--check`.
+        """Adds a flag, such as `--check`, or a flag with a value, such as `--workdir FOLDER`.
 
         `about` is the help text. `of` is a group of flags, such as flags that exclude each other.
         """

@@ -58,7 +58,7 @@ def print_note(note: messages.Note) -> None:
 
 
 def measure_rate(began: float, clips: int) -> dict[str, float]:
-    """Returns the seconds since `began`, of `time.monotonic()`, and the clips per second."""
+    """Returns the seconds since the time `began` of `time.monotonic()`, and clips per second."""
     seconds = time.monotonic() - began
     return {"seconds": seconds, "clips_per_second": clips / max(seconds, 1e-9)}
 

@@ -119,7 +119,10 @@ class Backend(NamedTuple):
         return [unit(part, x) for part, x in zip(self.parts, parts, strict=True)]
 
     def whiten(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Returns `Part.coordinates` of Q clips, M arrays [Q, D]; 0 for a missing modality."""
+        """Returns the coordinates of Q clips, M arrays [Q, D], see `Part.coordinates`.
+
+        A missing modality has coordinates of 0.
+        """
         pairs = zip(self.parts, self.units(parts), strict=True)
         return [np.where(x.any(axis=1, keepdims=True), part.coordinates(x), 0) for part, x in pairs]
 

@@ -160,7 +160,7 @@ class Draft:
         return [name for name in spellings if name in self.clips]
 
     def _find_name(self, clip: str) -> str:
-        """Returns the name under which a clip is enrolled. A new clip has no ending."""
+        """Returns the name under which a clip is enrolled. A new name has no `.mp4`."""
         return next(iter(self._find_names(clip)), strip_ending(clip))
 
     def _find_clips(self, identity: str) -> tuple[str, ...]:

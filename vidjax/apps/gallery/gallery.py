@@ -308,7 +308,7 @@ class Gallery:
             widths = {part: x.shape[1] for part, x in clips.parts.items()}
             if [*widths.items()] != [*self.backend.widths.items()]:
                 raise UserError(
-                    f"the vectors have the widths {widths}, but the gallery compares "
+                    f"the vectors have the lengths {widths}, but the gallery has "
                     f"{self.backend.widths}\ncompute them with `embed` of this gallery"
                 )
             return clips

@@ -61,7 +61,10 @@ class Means:
     def __init__(
         self, distances: Distances, linear: np.ndarray, square: np.ndarray, count: np.ndarray
     ):
-        """`linear` [P, D] float32 are the means, and `count` [P] the numbers of clips."""
+        """`linear` [P, D] float32 are the means. `count` [P] are the numbers of clips.
+
+        For `square`, see the class. `distances` are the parameters of the comparison.
+        """
         self._linear, self.square = linear, square
         self.effective = card_backend.effective_count(distances, count, square)
         weights = card_backend.weigh(distances, self.effective, count)
@@ -251,7 +254,7 @@ class Index:
         self._known: dict[object, Any] = {}
 
     def remember(self, key: object, compute: Callable[[], T]) -> T:
-        """Returns `compute()`, which is not None, or its earlier result for this key.
+        """Returns `compute()`, or its earlier result for this key. The result must not be None.
 
         The values that were used last are kept. A change of the gallery makes a new index.
         """

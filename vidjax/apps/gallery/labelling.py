@@ -1,4 +1,4 @@
-"""Finds the people of clips to enrol, also from another gallery, and people who may be mixed up."""
+"""Finds the people of new clips and people who may be mixed up. Migrates clips to a new gallery."""
 
 import itertools
 import math
@@ -243,7 +243,8 @@ def migrate(old: "Gallery", new: "Gallery", clips: "AnyClips") -> Migration:
     if extra:
         raise UserError(
             f"gallery '{new.folder}' contains clips that '{old.folder}' lacks, such as "
-            f"{show(min(extra))}\ncreate it again: with --models, or with --run and --empty"
+            f"{show(min(extra))}\n"
+            "create the new gallery again: with --models, or with --run and --empty"
         )
     vectors = new.embed(clips)
     labels = tuple(person_of.get(strip_ending(name)) for name in vectors.names)

@@ -71,8 +71,8 @@ def find_run(
     `given` is the run or its folder, or None for the folder in `origin`.
 
     Raises:
-      UserError: the gallery has no run, or the run is missing, of a model that this version of
-        vidjax lacks, or has other weights.
+      UserError: the gallery has no run, or the run is missing, or its weights have changed, or this
+        version of vidjax lacks its model.
     """
     if origin.cards:
         raise UserError(

@@ -125,12 +125,12 @@ class EnrolAnswer(Struct):
     Attributes:
       enrolled: the number of new clips.
       unchanged: the number of clips that were enrolled before.
-      refused: clips without a usable frame: not enrolled.
-      similar: new person: an enrolled person with a similar name.
-      rivals: clip of the request that seems to show another enrolled person, too: this person. The
-        clip is enrolled, too.
-      misfits: clip of the request that probably shows another person than most clips of its person:
-        median of its log ratios, below 0. The clip is enrolled, too.
+      refused: clips without a usable frame. They are not enrolled.
+      similar: new person -> an enrolled person with a similar name.
+      rivals: clip of the request -> another enrolled person. The clip seems to show this person,
+        too. It is enrolled.
+      misfits: clip of the request -> median of its log ratios, below 0. The clip probably shows
+        another person than most clips of its person. It is enrolled.
     """
 
     enrolled: int
@@ -459,7 +459,7 @@ def _check_clips(
 
 
 def _find_problem(frames: Frames, width: int, most: int) -> str:
-    """Returns what is wrong with the frames of a clip and modality, or ""."""
+    """Describes a problem of the frames of a clip in one modality; returns "" if there is none."""
     for field, array in frames.items():
         if array.dtype.kind not in "fiu":
             return f"the values of {field} must be numbers"

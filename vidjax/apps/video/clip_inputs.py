@@ -120,9 +120,10 @@ def enrol(
       begin: is called with the number of an input, from 1, and the input, before it is read.
 
     Raises:
-      UserError: an input is wrong, see `check_input`. No clip has a person, two faces of one
-        picture would become one person, or as in `Gallery.enrol`: then the inputs before the wrong
-        one are enrolled.
+      UserError: `check_input` refuses an input. Then nothing is enrolled.
+      UserError: an input has another problem: no clip has a person, two faces of one picture would
+        become one person, or `Gallery.enrol` raises the error. Then only the inputs before it are
+        enrolled.
     """
     several, names, done = len(inputs) > 1, set[str](), list[Enrolment]()
     if clip and several:

@@ -267,9 +267,10 @@ class Review:
     def _list_lines(
         self, action: str, found: Sequence[Subject], name: str
     ) -> tuple[str, list[Line], Collection[str]]:
-        """Returns what a change says about `found`, as a text and as lines, see `change`.
+        """Returns a text about a change of `found`, such as `not Ada`, and the lines for the log.
 
-        If the text is the new name of people, also returns their clips that are not in the log.
+        If known people get a new name, also returns their clips that are not in the log. For
+        `action` and `name`, see `change`.
         """
         if action in ("ignore", "once"):
             return "ignored", self._ignore(found, said.ONCE if action == "once" else None), ()
@@ -296,7 +297,7 @@ class Review:
         return lines + [said.about(x.face, "is", video=x.video) for x in seen]
 
     def _give_name(self, found: Sequence[Subject], name: str) -> tuple[list[Line], set[str]]:
-        """Returns the lines of the log, and clips of renamed people that are not in the log."""
+        """Returns lines that give the name, and clips of renamed people that the log lacks."""
         people, vectors = self._decision.people, self._decision.vectors
         renamed = [x.name for x in found if x.is_person and x.name in people]
         faces = [x for x in found if x.name not in renamed or not x.is_person]
@@ -435,7 +436,10 @@ class Review:
         return group
 
     def _part(self, found: Sequence[Subject]) -> list[Line]:
-        """Takes faces out of people: the faces of each person become a new unknown person."""
+        """Returns lines that take faces out of people.
+
+        The faces of each person become a new unknown person.
+        """
         if people := [x.name for x in found if x.is_person]:
             raise UserError(
                 f"'{people[0]}' is a person: choose an appearance that does not show {people[0]}"
@@ -454,12 +458,15 @@ class Review:
         return lines
 
     def _deny(self, found: Iterable[Subject]) -> list[Line]:
-        """Returns lines that deny the names that the subjects have."""
+        """Returns lines that deny the present names of the subjects."""
         named = (x for x in found if x.name in self._decision.people)
         return [line for x in named for line in self._say([x], "not", of=x.name)]
 
     def _join(self, found: Sequence[Subject], group: int) -> list[Line]:
-        """Makes one person, with the lowest number, of unknown people, of faces, and of `group`."""
+        """Returns lines that join unknown people, faces and the unknown person `group`.
+
+        The joint person gets the lowest number.
+        """
         numbers = {parse_group_number(self._find_group(x.name)) for x in found if x.is_person}
         numbers, lines = numbers | {group}, list[Line]()
         clip_of = {parse_group_number(x): clips[0] for x, clips in self._clips_of.items()}
@@ -483,9 +490,10 @@ class Review:
         return (x.identity if (x := self._shown.get(clip)) else None) or IGNORED
 
     def _describe_apart(self, found: Sequence[Subject], before: Mapping[str, Appearance]) -> str:
-        """Returns the end of a sentence: the new name of faces that were taken out of people.
+        """Returns the end of a message about faces that were taken out of people.
 
-        Also returns sentences about other faces that got the names of these people.
+        It contains the new name of the faces. Sentences about other faces follow, if these got the
+        names of the people.
         """
         about = f", but {self._name(found[0].clips[0])}."
         shot_of = {

@@ -146,11 +146,15 @@ def name_and_number(
     votes: dict[str, str] | None,
     highest: int,
 ) -> tuple[NamedTracks, dict[str, int]]:
-    """Names the people in tracks, and numbers those without a name; returns clip -> number, too.
+    """Names the people in tracks, and gives numbers to people without a name.
 
-    Names depend on numbers of people who differ. So names are decided until numbers stay the same,
-    because the next call must find the same names. `said.numbers` contains the numbers then. For
-    the arguments, see `naming.name_tracks` and `unknown_numbers.number_people`.
+    Returns the names, and clip -> number. Also adds the numbers to `said.numbers`.
+
+    A user may have said that people with two numbers differ. Then the names depend on the numbers.
+    So names and numbers are decided again until the numbers stay the same. Then the next call finds
+    the same names.
+
+    For the arguments, see `naming.name_tracks` and `unknown_numbers.number_people`.
     """
     while True:
         named = naming.name_tracks(tracks, identify, votes, said)

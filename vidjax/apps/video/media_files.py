@@ -103,7 +103,7 @@ def split_files(path: Path) -> tuple[list[Path], list[Path]]:
 
 
 def describe_left_out(paths: Iterable[Path]) -> Iterator[Note]:
-    """Yields which folders contain unused files, contain no film or photo, or may not be read."""
+    """Yields notes about unused files, folders without films and photos, and unreadable folders."""
     from vidjax.apps.video import regions  # slow to import, and few commands search files
 
     for named in paths:

@@ -205,7 +205,7 @@ class Forms(NamedTuple):
 
 
 def render(data: PageData) -> str:
-    """Returns the page that shows who appears when in films, as HTML."""
+    """Returns the HTML of the page that shows who appears in films, and when."""
     forms, people, films = data.forms, data.people, data.films
     by_video, entries_of = group_by_video(data.appearances), dict[str, list[PageEntry]]()
     times = {name: list[PageEntry]() for name in people}

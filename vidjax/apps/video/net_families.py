@@ -126,7 +126,9 @@ def _list_nets(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
             # macOS adds hidden files with the same endings.
             yield from ((net, net.name) for net in sorted(path.glob("[!.]*.onnx")))
         elif path.name.endswith((".tar.gz", ".tgz")):
-            raise UserError(f"'{path}' is no .zip: unpack it, and name the net or the folder in it")
+            raise UserError(
+                f"'{path}' is not a .zip file: unpack it, and name the net or its folder"
+            )
         elif path.name.endswith(net_packages.ZIP_ENDINGS):
             yield from ((path, name) for name in net_packages.list_members(path, ".onnx"))
         else:
@@ -224,7 +226,7 @@ def _is_external(weights: "TensorProto") -> bool:
 
 
 def guess_family(net: ForeignNet, families: Sequence[str]) -> str:
-    """Returns the family whose inputs and outputs look like those of a net, or ""."""
+    """Returns the family with inputs and outputs like the net, or "" if there is none."""
     sides = [shape[1:] for shape in net.inputs.values()]
     widths = [shape[1:] for shape in net.outputs.values()]
     if len(sides) != 1 or len(sides[0]) != 3:

@@ -72,7 +72,8 @@ class Net:
     def __init__(self, card: Card, content: bytes | None = None):
         """Opens a net.
 
-        If the bytes `content` are given, they are not tested. If not, the file of the net is read.
+        `content` are the bytes of the net. They are not tested. Without them, the file of the net
+        is read and tested.
 
         Raises UserError if the net is damaged, or if its sha256, or its output for a test input,
         differs from the card.
@@ -99,7 +100,8 @@ class Net:
     def blame(self, kinds: tuple[type[Exception], ...] = UNREADABLE) -> Iterator[None]:
         """Turns errors in a `with` block into NetErrors.
 
-        By default, these are errors of code that reads the outputs of the net.
+        `kinds` are the types of the errors. By default, they are errors of code that reads the
+        outputs of the net.
         """
         try:
             yield

@@ -64,7 +64,7 @@ def list_unread(out: Path) -> dict[str, PhotoFace]:
 
 
 def list_photo_files(out: Path) -> list[MediaFile]:
-    """Returns the photos of people, in which the names of clips are those of `PhotoFace.key`."""
+    """Returns the photos of people, with clips that have the names of `PhotoFace.key`."""
     photos = list[MediaFile]()
     for owner, folder in locate_people(out).items():
         for photo in features_folder.describe_media_files(folder).values():
@@ -297,9 +297,9 @@ class Photos:
         return names, clips
 
     def _leave_out_poor(self) -> Iterator[str]:
-        """Leaves out faces with sunglasses if the person has a good face; yields a text for each.
+        """Yields a text for each poor face.
 
-        Also yields texts for other poor faces.
+        A face with sunglasses is left out if the person has a good face.
         """
         usable = [(clip, self.faces[clip]) for clip in sorted(self.usable)]
         poor = {clip: text for clip, x in usable if (text := features_folder.check_face(x.track))}
@@ -315,7 +315,7 @@ class Photos:
     def _describe_foreign_tags(self, name: str, outcomes: Sequence[FileOutcome]) -> Iterator[str]:
         """Yields a warning if new photos in the folder of the person `name` tag only other people.
 
-        Photos whose tags do not fit are left out, because their tags are not used.
+        Photos with tags that do not fit are ignored, because their tags are not used.
         """
         new = [
             (outcome.path, outcome.media.tags) for outcome in outcomes
@@ -357,8 +357,8 @@ class Photos:
     def find_missing(self, enrolled: Mapping[str, PhotoFace]) -> set[str]:
         """Returns the folders in `OUT/people` whose photos are missing, but were not deleted.
 
-        A user has deleted a photo if it was in a folder that has other photos. If new photos have
-        the same content, a user has moved or renamed them. The folders of such photos are left out.
+        A photo counts as deleted if its folder still contains other photos. It counts as moved if a
+        new photo has the same content. The folders of deleted and moved photos are left out.
 
         `enrolled` is clip -> face in the gallery.
         """
@@ -493,9 +493,10 @@ class Photos:
     def _describe_contradictions(
         self, doubtful: doubts.Doubts, person_of: Mapping[str, str]
     ) -> Iterator[str]:
-        """Yields warnings of photos that contradict each other, if it is not clear which are wrong.
+        """Yields warnings about photos that contradict each other.
 
-        `person_of` is clip -> person.
+        There is a warning only if it is not clear which of the photos are wrong. `person_of` is
+        clip -> person.
         """
 
         def locate(clip: str) -> str:

@@ -414,7 +414,7 @@ def _read(
 
 
 def _find_earlier(job: _Job) -> MediaFile | None:
-    """Returns the description of a file whose features are complete."""
+    """Returns the description of a file, or None if its features are not complete."""
     known = features_folder.describe_media_file(job.out, job.stem)
     return known if features_folder.has_features(job.out, job.stem) else None
 

@@ -286,7 +286,7 @@ def _has_shape(shape: tuple[float, float], size: tuple[int, int], turn: int) -> 
 
 
 def _read(tags: Tags, faces: np.ndarray, size: tuple[int, int], turn: int) -> _Reading:
-    """Returns the faces at the tags, if the tagged picture was turned by the orientation `turn`."""
+    """Finds the face at each tag, as if the orientation `turn` had turned the tagged picture."""
     boxes = turn_boxes(np.array([tag.box for tag in tags.tags]).reshape(-1, 4), turn)
     boxes = boxes * np.array(size * 2)
     found = _pair_boxes(boxes, faces)

@@ -226,8 +226,9 @@ class _Call:
     ) -> bool:
         """Enrols the photos of each person, and forgets people whose photos were deleted.
 
-        Returns whether people look alike because two names may be one person. This was reported.
-        `options` are arguments of `pipeline.extract_folders`.
+        Returns True if people look more alike than the card of the net says, and two names may be
+        one person. These names were reported. `options` are arguments of
+        `pipeline.extract_folders`.
         """
         gallery, out, people = self.gallery, self.out, photos.people
         photos.check_people(gallery, forget_missing)
@@ -277,7 +278,7 @@ class _Call:
     def _report_films(self, films: Sequence[MediaFile], pruned: bool) -> None:
         """Reports films that are missing, too dark, or without thumbnails, with remedies.
 
-        If `pruned` is True, `--prune` is given, and missing films are left out.
+        If `pruned` is True, the flag `--prune` was given. Then missing films are not reported.
         """
         missing = [film.video for film in films if not os.path.exists(film.source.path)]
         if missing and not pruned:
@@ -285,7 +286,7 @@ class _Call:
             self.say(f"{count}: to delete the results of missing films, add --prune")
         if dark := [film.video for film in films if film.is_dark]:
             self.warn(
-                f"{messages.count(len(dark), 'film')} too dark to find faces, such as {dark[0]}: "
+                f"films that are too dark to find faces: {len(dark):,}, such as {dark[0]}\n"
                 "brighten the pictures, and call vidjax who again"
             )
         for film in films:
@@ -363,7 +364,7 @@ class _Call:
         )
 
     def _write_unmatched(self, lost: Sequence[Lost]) -> None:
-        """Adds what was said about lost faces to `unmatched.tsv`, and reports new rows."""
+        """Adds corrections of lost faces to `unmatched.tsv`, and reports new rows."""
         path, rows = self.out / UNMATCHED, list[tuple[str, ...]]()
         table = [*tables.read_text(path)][1:] if files.exists(path) else []
         known = [tuple(cells) for _, cells in table]
@@ -431,11 +432,11 @@ class _Call:
     def _follow_photos(
         self, known: Collection[str], moved: Mapping[str, Collection[str]]
     ) -> dict[str, str]:
-        """Gives the typed names of people to the people who have all their photos now.
+        """Changes typed names of a person if another person has all photos of the person now.
 
         `known` are the people with enrolled photos. `moved` is person -> people who have the
-        photos. If they are several people, the typed names stay, and a line asks. Returns old name
-        -> new name.
+        photos. If several people have them, the typed names stay, and a warning says how to change
+        them. Returns old name -> new name.
         """
         films = features_folder.read_media_files(self.features) if moved else ()
         said = read_said(self.out, films) if moved else Said()
@@ -448,8 +449,8 @@ class _Call:
                 words = [str(self.gallery.folder), f"--identity={label}", "--to=NAME"]
                 others = messages.list_some([*map(show, sorted(owners))])
                 self.warn(
-                    f"the photos of {show(person)} are now photos of {others}, but {count} that "
-                    f"you typed stay {show(label)}\n"
+                    f"the photos of {show(person)} are now photos of {others}, but "
+                    f"{show(label)} keeps {count} that you typed\n"
                     f"to change them: vidjax gallery rename {shlex.join(words)}"
                 )
             elif len(owners) == 1 and label != wanted:
@@ -460,7 +461,7 @@ class _Call:
                 ):  # else the photos may have been wrong photos
                     lines += said.repeat(said.list_denied(label), "not", wanted)
                 text = f"all photos of {show(person)} are now photos of {show(owner)}"
-                self.say(text + f": {count} that you typed follow" * bool(named))
+                self.say(text + f", and {show(wanted)} gets {count} that you typed" * bool(named))
         if lines:
             said_lib.append(self.out, said_lib.stamp(lines))
         return renamed
@@ -491,7 +492,7 @@ class _Call:
             typed = f"{messages.count(count, 'name')} that you typed"
             if count and not forget_missing:
                 command = ["vidjax", "gallery", "remove", str(gallery.folder), f"--identity={name}"]
-                self.say(f"{show(name)} no longer has photos, but {typed} stay\n"
+                self.say(f"{show(name)} no longer has photos, but keeps {typed}\n"
                          f"to forget {show(name)}: {shlex.join(command)}")  # fmt: skip
                 continue
             text = f"{show(name)} no longer has photos and is forgotten"

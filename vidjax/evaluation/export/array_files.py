@@ -1,4 +1,4 @@
-"""Writes arrays of a PLDA run or a gallery, and compares exported outputs with those of vidjax.
+"""Writes arrays of a PLDA run or a gallery, and compares exported outputs with vidjax's outputs.
 
 The format `numpy`, and the format `safetensors` of a gallery, contain arrays with which `reader.py`
 scores clips. PART is a modality, and D is the length of its vectors. N is the number of people, in

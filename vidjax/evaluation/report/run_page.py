@@ -63,7 +63,7 @@ class RunFiles(NamedTuple):
 
 
 def title(run: RunFiles) -> str:
-    """Returns the folder of a run, with what its command adds: words and changed fields."""
+    """Returns the name of the folder of a run, and settings of its command that the name lacks."""
     folder, added = run.folder.name, list[str]()
     for word in (run.metrics.command or "").replace("'", "").split():
         name, _, value = word.partition("=")
@@ -245,7 +245,10 @@ def _draw_curve(
     scored_field: str = "",
     scored_title: str = "",
 ) -> Markup:
-    """Draws a curve of training and, as points, the `scored_field` of evaluations in `lines`."""
+    """Draws the curve of `field` in training, and a point for each evaluation in `lines`.
+
+    The height of a point is the value of `scored_field`.
+    """
     x, y, last = _column(train, "epoch"), _column(train, field), train[-1]
     plot = html.Plot(x="epoch", y=title.lower())
     plot.curve(x, y, label="training")
@@ -372,7 +375,9 @@ def _confused_pairs(run: RunFiles, pairs: Sequence[schemas.ConfusedPair]) -> Mar
         if sum(pair.counts) > 1  # a single clip may be chance
     ]
     if not rows:
-        return html.paragraph("No two clips of a person score highest for the same other person.")
+        return html.paragraph(
+            "No person has two clips that score highest for the same other person."
+        )
     head = ("identity", "other identity", "confused clips", *known)
     return html.table("Pairs of identities that are confused most", head, rows) + html.paragraph(
         "Confused clips: clips of the first identity that score highest for the other identity, + "
