@@ -148,9 +148,9 @@ def read_clip_names(path: Path) -> list[str]:
 
 
 def read_labels(path: Path) -> Iterator[tuple[int, Any, Any]]:
-    """Yields the different pairs of a clip and its identity in a parquet table, and their rows.
+    """Yields (row, clip, identity) for each distinct pair of clip and identity in a parquet table.
 
-    A row is the number of the first row of a pair, from 1. A missing identity is "" or NaN.
+    `row` is the number of the first row with this pair, from 1. A missing identity is "" or NaN.
     """
     from pyarrow import types
 

@@ -101,7 +101,7 @@ class MultimodalIdentifier(Identifier):
     ) -> ModelOutput:
         """Computes the logits of one branch, [B, 1, 1 + C], and the attention.
 
-        The embedding is the feature map.
+        The embedding is the input of the classifier.
         """
         frames, present = real_frames(frames, self.modalities, clips.mask)
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)

@@ -80,7 +80,7 @@ def write(
 
 
 def to_edl(title: str, rate: float, cuts: Sequence[Cut]) -> str:
-    """Returns the text of a cut list (.edl). The cuts follow each other without gaps."""
+    """Returns the text of an .edl file that plays the cuts one after the other, without gaps."""
     lines, at = [f"TITLE: {title}", "FCM: NON-DROP FRAME"], 0
     for number, (film, begin, end) in enumerate(cuts, 1):
         frames = (begin, end, at, at + end - begin)

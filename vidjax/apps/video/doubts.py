@@ -120,9 +120,10 @@ def divide_photos(
 ) -> tuple[dict[int, int | None], dict[int, Sides]]:
     """Divides the photos of each person into sides that show different faces.
 
-    If a side is right, the photos of the other sides are wrong. If the side also resembles another
-    person, the photos of this person are wrong, too. The right side is clear if all other sides
-    would make at least three times as many photos wrong. For the arguments, see `compare_photos`.
+    Each side is tried as the right side. The photos of the person's other sides are then wrong. If
+    the tried side resembles another person, the photos of the most similar side of that person are
+    wrong, too. The right side is clear if each other side would make at least three times as many
+    photos wrong. For the arguments, see `compare_photos`.
 
     Returns:
       For people whose right side is clear: row of a wrong photo -> number of the person whom the

@@ -117,7 +117,7 @@ def measure_overlap(old: FacePath, new: FacePath) -> float:
 
 
 class Lost(NamedTuple):
-    """Something that was said about a face that is not found."""
+    """A correction without effect: its face is not in the present films and photos."""
 
     video: str
     at_s: float | None
