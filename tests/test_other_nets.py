@@ -7,6 +7,10 @@ shot change their names. The new embedder permutes the values of its vectors, an
 import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ import pytest
 pytest.importorskip("starlette.testclient")
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
+from tests.conftest import ROOT
 from tests.helpers import made_nets, made_shelf
 from tests.helpers.drawn_people import EMBED, Drawn, restore, write_film, write_photo
 from tests.helpers.interrupted import count_down
@@ -53,11 +58,11 @@ class Archive:
     def __init__(self, drawn):
         self.drawn, self.out, self.films = drawn, drawn.out, drawn.folder / "films"
 
-    def make(self):
+    def make(self, num_films=3):
         drawn = self.drawn
         self.films.mkdir()
-        for number in range(3):
-            places = [(left, top + number) for left, top in PLACES]
+        for number in range(num_films):
+            places = [(left + number // 6, top + number % 6) for left, top in PLACES]
             write_film(
                 self.films / f"{number:02}.mkv",
                 (2, 20, [("Ada", *places[0])]), (2, 60, [("Eve", *places[1])]),
@@ -239,6 +244,35 @@ def test_interrupted_change_of_nets_continues(archive, drawn, monkeypatch, fault
     drawn.models = old
     archive.who()
     assert archive.list_corrections() == before, "with the old nets again"
+
+
+@pytest.mark.nightly
+def test_corrections_of_34_films_are_kept_although_the_command_is_killed(
+    tmp_path, command, read_here, fault_seed
+):
+    archive = Archive(drawn := Drawn(tmp_path, command))
+    archive.make(34)
+    before, rng = archive.list_corrections(), random.Random(fault_seed)
+    models = write_nets(drawn.folder / "new")
+    words = [
+        "-m", "vidjax", "who", archive.films, f"--people={drawn.friends}", f"--models={models}",
+        f"--out={archive.out}", "--workers=2",
+    ]  # fmt: skip
+    died = 0
+    for _ in range(6):
+        process = subprocess.Popen(
+            [sys.executable, *map(str, words)], cwd=ROOT, start_new_session=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        time.sleep(rng.uniform(1.5, 8))
+        os.killpg(process.pid, signal.SIGKILL)
+        died += process.wait() == -signal.SIGKILL
+    assert died
+    drawn.models = models
+    archive.who()
+    assert archive.list_corrections() == before
+    sys.stdout.write(f"{len(before)} corrections of 34 films are kept after {died} kills\n")
 
 
 def track(clip, begin, end, *places):

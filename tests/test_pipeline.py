@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from tests.helpers.batches import eval_batches, rows_of, train_batches
+from tests.helpers.batches import assert_equal, eval_batches, rows_of, train_batches
 from tests.helpers.clip_files import (
     RAGGED,
     as_arrays,
@@ -70,6 +70,35 @@ def test_quality_crop_of_several_splits_keeps_the_best_frames(dataset):
     for number, frames in clips.items():
         split, index = ("val", number) if number < 26 else ("train", number - 26)
         assert_best_frames(frames["face"], source_clip(dataset, split, "face", index), MAX_FRAMES)
+
+
+@streams
+def test_every_training_clip_is_drawn_once_per_epoch(dataset):
+    batches = take_batches(dataset, 17)  # three epochs of 45 clips in batches of 8, and one clip
+    assert all(batch.clip_index.shape == (8,) and batch.batch_mask.all() for batch in batches)
+    epochs = np.concatenate([batch.clip_index for batch in batches])[: 3 * 45].reshape(3, 45)
+    np.testing.assert_array_equal(np.sort(epochs), [np.arange(45)] * 3)
+    assert (epochs[0] != epochs[1]).any()
+
+
+@streams
+def test_last_batch_of_an_epoch_of_chosen_clips_is_padded(dataset):
+    examples = np.arange(0, 45, 2)  # 23 clips, so an epoch has 3 batches of 8 rows
+    batches = take_batches(dataset, 6, epoch_clips=examples)
+    for epoch in (batches[:3], batches[3:]):
+        order = np.concatenate([batch.clip_index[batch.batch_mask] for batch in epoch])
+        np.testing.assert_array_equal(np.sort(order), examples)
+        assert epoch[2].batch_mask.tolist() == [True] * 7 + [False]
+        for frames in epoch[2].frames.values():
+            assert not any(field[7:].any() for field in frames)
+
+
+@streams
+def test_resumed_stream_equals_the_uninterrupted_stream(dataset):
+    for examples in (None, np.arange(0, 60, 2)):
+        options = {"splits": ("train", "val"), "batch_size": 9, "epoch_clips": examples}
+        whole = take_batches(dataset, 12, **options)
+        assert_equal(whole[5:], take_batches(dataset, 7, step=5, **options))
 
 
 @streams

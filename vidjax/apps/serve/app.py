@@ -178,7 +178,7 @@ class Application:
         self.ready = self.broken = False
         for name, about, value in (
             ("ready", "1 if all programs are compiled.", lambda: self.ready),
-            ("waiting_clips", "Clips that wait to be scored.", lambda: self.batcher.size),
+            ("waiting_clips", "Clips to score or to enrol that wait.", lambda: self.batcher.size),
             ("waiting_changes", "Changes that wait.", lambda: self.changes.waiting),
             ("people", "People when the gallery was last read.", lambda: len(gallery.index.names)),
             ("clips", "Clips when the gallery was last read.", lambda: len(gallery.clips)),

@@ -250,7 +250,7 @@ class Review:
             elif action == "join":
                 unknown = [x.name for x in found if is_unknown(x.name)]
                 if not unknown:
-                    raise UserError("all selected people have a name: type the name of this person")
+                    raise UserError("all selected people have names: type a name for all of them")
                 name = min(unknown, key=rank_group)
             subject, before = self._describe(found, name), self._shown
             is_apart = action == "apart" or (action == "deny" and not name)
@@ -449,7 +449,7 @@ class Review:
             clips = {clip for x in subjects for clip in x.clips}
             rest = sorted({*self._clips_of.get(name, ())} - clips)
             if name in self._clips_of and not rest:
-                raise UserError(f"all faces of {name} are selected: select only the wrong faces")
+                raise UserError(f"you selected all faces of {name}: select only the wrong faces")
             number += 1
             other = self._face_of[rest[0]].face if rest else None
             own = self._find_number(clips) or number
