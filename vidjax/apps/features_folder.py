@@ -22,27 +22,22 @@ import operator
 import os
 import re
 import urllib.parse
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct
 
 from vidjax.apps.cards import EMBEDDER_ROLES
 from vidjax.apps.said import FEATURES, PEOPLE, Face, make_face
-from vidjax.data.clip_files import check_nets, read_clips
-from vidjax.data.memory import MemoryClips
+from vidjax.data.clip_files import check_nets
 from vidjax.models.card_backend import LEAST_CLARITY
 from vidjax.utils import files, json_files
 from vidjax.utils.errors import UserError
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.json_files import Count, Sha256, Share, Size, Text
 from vidjax.utils.names import check_name, make_folder_name, normal_form, read_folder_name
-
-if TYPE_CHECKING:
-    from vidjax.apps.gallery.gallery import Gallery
-    from vidjax.apps.gallery.vectors import Vectors
 
 NAME = "extract.json"
 NUMBERS = "unknown.json"  # marks a folder with results of `vidjax who`
@@ -474,14 +469,3 @@ def check_models(path: Path, cards: Mapping[str, str]) -> None:
     if extraction:
         made = {part: extraction.models.get(EMBEDDER_ROLES.get(part, part)) for part in cards}
         check_nets(path, {part: digest for part, digest in made.items() if digest}, cards)
-
-
-def embed_clips(gallery: "Gallery", features: Path, clips: Collection[str]) -> "Vectors":
-    """Computes the embeddings of clips from a folder of features."""
-    paths = sorted({features / f"{clip.partition('.')[0]}.npz" for clip in clips})
-    reads = gallery.backend.widths
-    known = (
-        clip._replace(modalities={part: x for part, x in clip.modalities.items() if part in reads})
-        for clip in read_clips(paths) if clip.name in clips
-    )  # fmt: skip
-    return gallery.embed(MemoryClips.pack(known, reads, ()))

@@ -15,7 +15,7 @@ from vidjax.apps.said import FEATURES
 from vidjax.apps.video import measured_cards, net_families, net_packages, pipeline, results, who
 from vidjax.apps.video.measured_cards import MeasuredCard
 from vidjax.cli.gallery_commands import add_rule
-from vidjax.utils import files, messages
+from vidjax.utils import messages
 from vidjax.utils.errors import UserError, require_packages
 from vidjax.utils.machine import num_cores
 from vidjax.utils.messages import Result
@@ -77,12 +77,11 @@ def _list_problems(film: features_folder.MediaFile, path: Path) -> list[str]:
 
 def run_extract(args: argparse.Namespace) -> Result:
     """Extracts features from films and photos. If a file cannot be read, the exit code is 1."""
-    began, out = time.monotonic(), Path(args.out).expanduser()
+    began, out = time.monotonic(), args.out
     given = {"fps": args.fps, "size": args.size, "unit": args.unit}
     settings = features_folder.choose_settings(out, **given)
     outcomes = pipeline.extract_folders(
-        {out: [Path(name).expanduser() for name in args.files]},
-        Path(args.models).expanduser(), settings, workers=args.workers,
+        {out: args.files}, args.models, settings, workers=args.workers,
         done=print_outcome, tell=print_note, check=args.check,
         drop=pipeline.choose_drop(args.prune, args.forget_missing),
     )[out]  # fmt: skip
@@ -92,7 +91,7 @@ def run_extract(args: argparse.Namespace) -> Result:
     minutes = sum(film.seconds for film in new if not film.photo) / 60
     rate = minutes / max((time.monotonic() - began) / 60, 1e-9)
     facts = {
-        "out": args.out,
+        "out": str(out),
         "files": len(films),
         "clips": sum(len(film.tracks) for film in films),
         "failed": [*failed],
@@ -176,13 +175,11 @@ def name_people(args: argparse.Namespace) -> Result:
     """
     if args.review:
         require_packages("--review", "starlette", "uvicorn", extra="serve")
-    films = [Path(name).expanduser() for name in args.files]
-    out = Path(args.out).expanduser()
+    out = args.out
     settings = features_folder.choose_settings(out / FEATURES, fps=args.fps, size=args.size)
     chosen = {"fpir": args.fpir, "threshold": args.threshold, "padding": args.padding}
     done = who.name_people(
-        films, Path(args.people).expanduser() if args.people else None, out,
-        Path(args.models).expanduser(), settings,
+        args.files, args.people, out, args.models, settings,
         workers=args.workers, thumbnails=args.thumbnails, check=args.check, prune=args.prune,
         forget_missing=args.forget_missing, done=print_outcome, tell=print_note, **chosen,
     )  # fmt: skip
@@ -261,7 +258,7 @@ def add_convert_flags(parser: Parser) -> None:
 
 def convert_nets(args: argparse.Namespace) -> Result:
     """Makes nets for `vidjax who`. Writes each net, and a JSON file that describes it."""
-    paths, out = [files.local(path) for path in args.paths], files.local(args.out)
+    paths, out = args.paths, args.out
     if (args.kind == "own") != bool(args.like) or (args.size and args.kind != "own"):
         raise UserError(
             "--like is needed with own, and --like and --size have no effect without own\n"
@@ -275,7 +272,7 @@ def convert_nets(args: argparse.Namespace) -> Result:
         written = [net_packages.convert(args.kind, paths[0], out)]
     measured = Result({})
     if args.photos:
-        done = measured_cards.measure_photos(out, files.local(args.photos), num_cores(), print_note)
+        done = measured_cards.measure_photos(out, args.photos, num_cores(), print_note)
         measured = describe_cards(done)
     texts = {"card": ""}
     for card in map(cards.read, written):
@@ -312,20 +309,18 @@ def add_measure_card_flags(parser: Parser) -> None:
 
 def measure_card(args: argparse.Namespace) -> Result:
     """Measures the cards of nets on photos or features, and writes the cards."""
-    models = files.local(args.models)
+    models = args.models
     if not (args.photos or args.input or args.gallery):
         raise UserError(
             "a card is measured on photos or features: add --photos=DIR or --input=DIR\n"
             "to use the present numbers of the cards in a gallery: --gallery=G"
         )
-    gallery = Gallery(files.local(args.gallery)) if args.gallery else None
+    gallery = Gallery(args.gallery) if args.gallery else None
     done = list[MeasuredCard]()
     if args.photos:
-        done = measured_cards.measure_photos(
-            models, files.local(args.photos), args.workers, print_note
-        )
+        done = measured_cards.measure_photos(models, args.photos, args.workers, print_note)
     elif args.input:
-        done = measured_cards.measure_features(models, files.local(args.input))
+        done = measured_cards.measure_features(models, args.input)
     if gallery:
         card_notes.adopt(gallery, models)
     return describe_cards(done, gallery)
