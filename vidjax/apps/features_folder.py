@@ -152,11 +152,12 @@ class MediaFile(Struct, kw_only=True, dict=True):
     # The start and end of each shot.
     shots: Annotated[list[tuple[Seconds, Seconds]], Meta(max_length=files.MAX_ITEMS)]
     tracks: Annotated[list[FaceTrack], Meta(max_length=files.MAX_ITEMS)]
-    # The next five fields are explained in `decode.DecodeCounts`.
+    # The next six fields are explained in `decode.DecodeCounts`.
     frames: Count
     corrupt: Count = 0
     refused: Count = 0
     repaired: Count = 0
+    jumps: Annotated[list[tuple[Seconds, Seconds]], Meta(max_length=files.MAX_ITEMS)] = []
     damaged: bool = False
     rate: Annotated[float, Meta(gt=0, le=1000)] | None = None  # frames per second; None for photos
     # The mean brightness of all pictures. Older versions did not measure it.

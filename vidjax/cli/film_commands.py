@@ -12,7 +12,15 @@ from vidjax.apps.gallery import card_notes
 from vidjax.apps.gallery.answers import count_unknown
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.said import FEATURES
-from vidjax.apps.video import measured_cards, net_families, net_packages, pipeline, results, who
+from vidjax.apps.video import (
+    measured_cards,
+    net_families,
+    net_packages,
+    pipeline,
+    results,
+    subtitles,
+    who,
+)
 from vidjax.apps.video.measured_cards import MeasuredCard
 from vidjax.cli.gallery_commands import add_rule
 from vidjax.utils import messages
@@ -53,7 +61,11 @@ def print_outcome(outcome: pipeline.FileOutcome) -> None:
 
 def _list_problems(film: features_folder.MediaFile, path: Path) -> list[str]:
     problems = []
-    if not film.photo and film.frames < MIN_RATE * film.seconds:
+    if jumps := film.jumps:
+        at, by = (subtitles.format_time(seconds, short=True) for seconds in jumps[0])
+        more = f", and {messages.count(len(jumps) - 1, 'more time')}" if jumps[1:] else ""
+        problems.append(f"the clock jumps by {by} at {at}{more}")
+    if (film.rate or 0) < MIN_RATE if jumps else film.frames < MIN_RATE * film.seconds:
         problems.append(f"it has fewer than {MIN_RATE} frames per second, so people may be missed")
     if film.others:
         problems.append(

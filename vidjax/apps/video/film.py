@@ -285,7 +285,7 @@ def _read_film(task: Task, clips: ClipBuilder, nets: Nets) -> dict[str, Any]:
     facts |= dataclasses.asdict(video.counts)
     if nets.listen and video.info.sound:
         with decode.open_video(path) as video:
-            facts["voices"] = clips.hear(video.sound(), seen)
+            facts["voices"] = clips.hear(video.sound(facts["jumps"]), seen)
             sound = video.counts
         facts["lost_sound"] = sound.corrupt + sound.refused + sound.damaged
     return facts
@@ -316,10 +316,10 @@ def _make_clips(
             clips.end(track, iter([f"{task.stem}.s{track.shot:03}"]), split=False)
         clips.keep((main or tracker).live)
 
-    def end_shot(time_s: float) -> None:
-        tracker.cut(time_s)
+    def end_shot(time_s: float, next_s: float | None = None) -> None:
+        tracker.cut(time_s, next_s)
         if main:
-            main.cut(time_s)
+            main.cut(time_s, next_s)
         end_clips()
 
     def take(frames: Iterable[SearchedFrame]) -> None:
@@ -332,9 +332,10 @@ def _make_clips(
 
     with (Path(task.out) / features_folder.PROGRESS).open("wb", buffering=0) as progress:
         for number, frame in enumerate(video.frames(fps)):
-            if cuts.update(frame.time_s, frame.small) and number:
+            jumps = frame.gap_s < frame.time_s
+            if cuts.update(frame.time_s, frame.small, jumps) and number:
                 take(search.end_shot())
-                end_shot(cuts.starts[-1])
+                end_shot(frame.gap_s if jumps else cuts.starts[-1], cuts.starts[-1])
             if frame.rgb is not None:
                 progress.seek(0)  # the number only grows; opening the file again is slow
                 progress.write(str(video.tell()).encode())
