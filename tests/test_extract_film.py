@@ -1,6 +1,7 @@
 """Films of drawn people: search of faces, tracks, kept pictures, and voices."""
 
 import shlex
+from itertools import chain
 from unittest import mock
 
 import numpy as np
@@ -15,6 +16,7 @@ from tests.helpers.drawn_people import SIDE, extract, picture, tone, write_film,
 from vidjax.apps import cards
 from vidjax.apps.video import film, nets, voices
 from vidjax.apps.video.search import FilmSearch
+from vidjax.cli import film_commands
 
 SLIDES = ("Ada", "Eve", "Ada", "Bob")
 # Signs of (red, green, blue) of a face minus the mean that the net subtracts -> name.
@@ -71,6 +73,53 @@ def test_each_picture_of_a_slow_film_is_a_track_of_its_person(tmp_path, drawn, h
 
     expected = [(held_s * n, held_s * (n + 1), name) for n, name in enumerate(SLIDES)]
     assert read_tracks(tmp_path / "slides.mkv", drawn.models) == expected
+
+
+def write_joined(path, begins, faces, codec="libx264"):
+    """Writes parts of 3 s, which begin at the seconds `begins`, with a tone and `faces`, as a film.
+
+    A .ts file consists of several files, as a joined recording.
+    """
+    stamps = [[round(1000 * begin_s) + 100 * n for n in range(30)] for begin_s in begins]
+    if path.suffix != ".ts":
+        films.write(path, [picture(faces)] * 30 * len(begins), codec, 10, stamps=[*chain(*stamps)])
+        return
+    for begin_s, times in zip(begins, stamps, strict=True):
+        part = path.with_suffix(f".{begin_s}.ts")
+        sound = tone(440, 3)
+        films.write(part, [picture(faces)] * 30, stamps=times, sound=sound, start_s=begin_s)
+        with path.open("ab") as file:
+            file.write(part.read_bytes())
+
+
+# The name of a film, the starts of its parts in seconds -> tracks, jumps, start of the last voice.
+JOINED = [
+    ("a.mkv", (0, 183), [(0, 3), (183, 186)], [(3, 180)], None),
+    ("a.mp4", (5, 68, 400), [(0, 3), (63, 66), (395, 398)], [(3, 60), (66, 329)], None),
+    ("a.ts", (0, 183), [(0, 6)], [(3, 180)], 4),
+    ("a.ts", (0, 183, 400), [(0, 9)], [(3, 180), (6, 214)], 7),
+    ("a.ts", (0, 183, 50), [(0, 9)], [(3, 180)], 4),  # the last step is back: its sound is left out
+]
+
+
+@pytest.mark.parametrize(("name", "begins", "spans", "jumps", "voice"), JOINED)
+def test_nobody_is_visible_while_the_clock_jumps(
+    tmp_path, models, name, begins, spans, jumps, voice
+):
+    path = tmp_path / name
+    write_joined(path, begins, [ADA])
+    found, clips = extract(path, tmp_path / "out", models)
+    tracks = sorted((track.start_s, track.end_s) for track in found.tracks)
+    np.testing.assert_allclose(tracks, spans, atol=0.1)
+    np.testing.assert_allclose(found.jumps, jumps, atol=0.3)
+    assert found.rate == pytest.approx(10, abs=0.1)
+    line = f"the clock jumps by {jumps[0][1] // 60}:00 at 0:03"
+    lines = film_commands._list_problems(found, path)
+    assert lines[0].startswith(line) and not any("fewer than" in x for x in lines)
+    if voice:
+        assert max(x["audio_number"].max() for x in clips.values()) / 1000 == pytest.approx(
+            voice, abs=1
+        )
 
 
 @pytest.mark.slow

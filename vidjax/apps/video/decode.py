@@ -49,6 +49,7 @@ MISSING_FRACTION = 0.05
 # The clock jumps at a step of more than JUMP_SECONDS that is more than JUMP_STEPS times as long as
 # each of the NEAR_STEPS steps before and after it. So the pictures of a slide show are no jumps.
 JUMP_SECONDS, JUMP_STEPS, NEAR_STEPS = 10.0, 50, 3
+KEY_SECONDS = 10.0  # the longest time between two key frames of a broadcast
 BROADCASTS = ("mpegts", "mpeg")  # formats whose clock may begin anew, for example in joined files
 Jump = tuple[float, float]  # when the clock jumps, and by how much, in seconds
 
@@ -234,8 +235,10 @@ class Video:
 
         wanted, last = seconds + self.info.start_s + 1e-3, None
         wanted += self._resets * sum(by for at, by in jumps if at <= seconds)
+        # In a broadcast, FFmpeg finds a place near the time, but not the key frame before it.
+        begin_s = wanted - self._resets * KEY_SECONDS
         with contextlib.suppress(FFmpegError):  # a format without a seek is read from the start
-            self._container.seek(max(0, int(wanted * 1e6)))
+            self._container.seek(max(0, int(begin_s * 1e6)))
         for frame in self._decode(self._stream, VideoFrame):
             if last is not None and frame.time is not None and frame.time > wanted:
                 break
@@ -266,13 +269,14 @@ class Video:
 
         for stream in _list_sound_streams(self._container)[:1]:
             stream.codec_context.thread_count = 1
-            time_s = 0.0
+            time_s, removed, left = 0.0, 0.0, [*jumps] if self._resets else []
             for block in self._resample(self._decode(stream, AudioFrame)):
                 # Small differences are ignored, because some formats round time stamps.
                 if block.time is not None:
-                    stamp_s = block.time - self.info.start_s
-                    for at, by in jumps if self._resets else ():
-                        stamp_s -= by if stamp_s > at + by / 2 else 0.0
+                    stamp_s = block.time - self.info.start_s - removed
+                    while left and stamp_s > left[0][0] + left[0][1] / 2:
+                        removed += left[0][1]
+                        stamp_s -= left.pop(0)[1]
                     if stamp_s < time_s - BACK_SECONDS:  # later times are unknown
                         self.counts.damaged = True
                         return
