@@ -15,6 +15,7 @@ from tests.helpers.cases import nightly_after_first
 from tests.helpers.drawn_people import SIDE, extract, picture, tone, write_film, write_voices
 from vidjax.apps import cards
 from vidjax.apps.video import film, nets, voices
+from vidjax.apps.video.halves import HalvesDetector
 from vidjax.apps.video.search import FilmSearch
 from vidjax.cli import film_commands
 
@@ -120,6 +121,53 @@ def test_nobody_is_visible_while_the_clock_jumps(
         assert max(x["audio_number"].max() for x in clips.values()) / 1000 == pytest.approx(
             voice, abs=1
         )
+
+
+def lay_out(name, number):
+    """Returns a picture of two halves. `number` is the number of the picture in the film."""
+    first = picture([("Ada", 20 + number, 30)])
+    shifted = np.roll(first, -2, 1)  # the other eye
+    wall = films.scene(3, 96, 128) // 2
+    return {
+        "side by side": np.hstack([first, shifted]),
+        "half width": np.hstack([first[:, ::2], shifted[:, ::2]]),
+        "one above the other": np.vstack([first, shifted]),
+        "half height": np.vstack([first[::2], shifted[::2]]),
+        "two people": np.hstack([first, picture([("Bob", 20 + number, 30)])]),
+        "two rooms": np.hstack([first, np.maximum(first, wall)]),
+        "mirrored": np.hstack([first, first[:, ::-1]]),
+        "one person": first,
+        "a room with two": picture([("Ada", 10 + number, 30), ("Ada", 74 + number, 40)]),
+        "black": np.zeros((96, 256, 3), np.uint8),
+    }[name]
+
+
+LAYOUTS = ("side by side", "one above the other")
+SINGLE = ("two people", "two rooms", "mirrored", "one person", "a room with two", "black")
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, *SINGLE])
+def test_film_with_two_equal_halves_is_reported_with_a_command_that_cuts_it(tmp_path, drawn, name):
+    path = tmp_path / "two eyes.mkv"
+    films.write(path, [lay_out(name, n) for n in range(20)], "ffv1", fps=10)
+    found, _ = extract(path, tmp_path / "out", drawn.models)
+    assert found.halves == (name if name in LAYOUTS else None)
+    lines = film_commands._list_problems(found, path)
+    assert len(lines) == (name in LAYOUTS)
+    assert all(f"{name} (3D)" in x and f"-i '{path}' -vf crop=iw" in x for x in lines)
+
+
+@pytest.mark.parametrize("name", ["half width", "half height"])
+def test_halves_of_half_the_width_or_height_are_found(name):
+    detector = HalvesDetector()
+    for number in range(5):
+        rgb = lay_out(name, number)
+        box = np.array([20 + number, 30, 20 + number + SIDE, 30 + SIDE], float)
+        box[0::2] /= 1 + (name == "half width")
+        box[1::2] /= 1 + (name == "half height")
+        moved = [rgb.shape[1] / 2, 0] if name == "half width" else [0, rgb.shape[0] / 2]
+        detector.add(rgb, np.array([box, box + np.tile(moved, 2)]))
+    assert detector.layout == name
 
 
 @pytest.mark.slow

@@ -36,6 +36,13 @@ PHOTOS_TO_MEASURE = (
     "DIR/NAME/PHOTO.jpg of at least five people, with at least two photos of each. The photos "
     "should be of different days, and the people like the people of your films"
 )
+# Layout of a film with two equal halves -> its description, and the argument of ffmpeg's filter.
+CROPS: dict[features_folder.Layout, tuple[str, str]] = {
+    "side by side": ("side by side", "iw/2:ih:0:0"),
+    "half width": ("side by side", "iw/2:ih:0:0,scale=2*iw:ih"),
+    "one above the other": ("one above the other", "iw:ih/2:0:0"),
+    "half height": ("one above the other", "iw:ih/2:0:0,scale=iw:2*ih"),
+}
 MIN_RATE = 2  # frames per second below which a film gets a warning
 
 
@@ -67,6 +74,13 @@ def _list_problems(film: features_folder.MediaFile, path: Path) -> list[str]:
         problems.append(f"the clock jumps by {by} at {at}{more}")
     if (film.rate or 0) < MIN_RATE if jumps else film.frames < MIN_RATE * film.seconds:
         problems.append(f"it has fewer than {MIN_RATE} frames per second, so people may be missed")
+    if film.halves:
+        layout, crop = CROPS[film.halves]
+        problems.append(
+            f"it shows the same picture twice, {layout} (3D), so each face is found twice; to use "
+            f"one half: ffmpeg -i {shlex.quote(str(path))} -vf crop={crop} -map 0:V:0 -map 0:a? "
+            "half.mkv"
+        )
     if film.others:
         problems.append(
             f"only the first of its {film.others + 1} video streams is used; to use the second, "

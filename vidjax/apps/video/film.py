@@ -22,8 +22,15 @@ import numpy as np
 from msgspec import Struct
 
 from vidjax.apps import cards, features_folder
-from vidjax.apps.features_folder import ExtractionSettings, FaceTrack, FileStamp, MediaFile
+from vidjax.apps.features_folder import (
+    ExtractionSettings,
+    FaceTrack,
+    FileStamp,
+    Layout,
+    MediaFile,
+)
 from vidjax.apps.video import align, decode, photos, regions, tracks, voices
+from vidjax.apps.video.halves import HalvesDetector
 from vidjax.apps.video.nets import Detector, Embedder, Faces, NetError
 from vidjax.apps.video.search import FilmSearch, SearchedFrame
 from vidjax.apps.video.shots import ShotDetector
@@ -279,9 +286,9 @@ def _read_film(task: Task, clips: ClipBuilder, nets: Nets) -> dict[str, Any]:
     """Makes the clips of a video; returns the other fields of its `MediaFile`."""
     path = Path(task.path)
     with decode.open_video(path) as video:
-        cuts, seen = _make_clips(video, clips, nets, task)
+        cuts, seen, layout = _make_clips(video, clips, nets, task)
     facts = {"shots": cuts.shots(video.counts.seconds), "brightness": cuts.brightness}
-    facts |= {"others": video.info.others, "rate": video.info.rate}
+    facts |= {"others": video.info.others, "rate": video.info.rate, "halves": layout}
     facts |= dataclasses.asdict(video.counts)
     if nets.listen and video.info.sound:
         with decode.open_video(path) as video:
@@ -293,12 +300,13 @@ def _read_film(task: Task, clips: ClipBuilder, nets: Nets) -> dict[str, Any]:
 
 def _make_clips(
     video: decode.Video, clips: ClipBuilder, nets: Nets, task: Task
-) -> tuple[ShotDetector, list[FaceTrack]]:
+) -> tuple[ShotDetector, list[FaceTrack], Layout | None]:
     """Makes a clip of each track in a video, or with `--unit=shot`, of each shot's main person.
 
-    Returns the detector of the shots, and the tracks of all people.
+    Returns the detector of the shots, the tracks of all people, and the layout of equal halves.
     """
     fps, cuts, search = task.settings.fps, ShotDetector(), FilmSearch(nets.detect)
+    halves = HalvesDetector()
     tracker = Tracker(
         tracks.choose_gap_seconds(min(fps, video.info.rate)), tracks.choose_held_seconds(fps)
     )
@@ -327,6 +335,7 @@ def _make_clips(
             owners = tracker.update(frame.time_s, frame.faces.boxes)
             if main:
                 owners = main.update(frame.time_s, frame.faces.boxes)
+            halves.add(frame.rgb, frame.faces.boxes)
             clips.add(frame.time_s, frame.number, owners, frame.faces, frame.rgb)
             end_clips()
 
@@ -342,7 +351,7 @@ def _make_clips(
                 take(search.add(number, frame.time_s, frame.rgb))
     take(search.end_shot())
     end_shot(video.counts.seconds)
-    return cuts, seen if main else clips.tracks
+    return cuts, seen if main else clips.tracks, halves.layout
 
 
 def _read_photo(
