@@ -139,7 +139,6 @@ def test_numbers_and_missing_values_of_pandas_and_parquet_are_read_as_such(tmp_p
             assert labels.load_label_table(given, known) == {"train": wanted}
         texts = [str(warning.message) for warning in caught]
         assert "identity 100.0 is read as 100 (such clips: 3)" in texts[1]
-
     # Larger floats have lost digits.
     for large in (2.0**60, np.float32(123456789)):
         with pytest.warns(VidjaxWarning, match="scientific notation"):

@@ -62,7 +62,6 @@ def test_photos_of_all_people_are_enrolled_in_one_call(command, folder, friends)
     assert [Path(path).name for path in content["failed"]] == ["group.png", "wall.png"]
     assert "group.png: the photo shows 2 faces: give a photo of only one person" in done.err
     assert "wall.png: the photo shows no face" in done.err
-
     (friends / "Bob/group.png").unlink()
     (friends / "Bob/wall.png").unlink()
     before = Gallery(folder).digest
@@ -74,7 +73,6 @@ def test_photos_of_all_people_are_enrolled_in_one_call(command, folder, friends)
     assert "1 face, 4 enrolled before" in command(*words).out
     renamed = dict.fromkeys(("Ada/1", "Ada/2", "Ada/3"), "Countess")
     assert list_clips(folder) == renamed | {"Bob/1": "Robert", "Eve/Eve": "Eve"}
-
     write_photo(friends / "Ada/3.png", ("Eve", 20, 50))  # another photo of this name
     write_photo(friends / "Dan/1.png", ("Bob", 50, 20))
     done = command(*words)
@@ -158,7 +156,6 @@ def test_answers_of_identify_are_labels_of_many_tables(say, folder, tmp_path, en
     say("gallery", "enrol", folder, f"--input={day}/0.parquet", f"--input={day}/1.parquet")
     rows = {f"c{number}": name for number, name in enumerate(("Ada", "Eve", "Ada", "Bob"))}
     assert list_clips(folder) == rows
-
     answers, other = tmp_path / f"answers.{ending}", tmp_path / "other"
     say("gallery", "create", other, f"--models={tmp_path / 'nets'}")
     for number in (0, 1):  # `identify` writes the answers of a table

@@ -87,18 +87,15 @@ def test_commands_enrol_rename_relabel_and_remove_a_person(tell, folder, tmp_pat
     write_clips(tmp_path / "ada", "Ada", seed=2)  # the same names, other frames
     error = tell(*ada, "--identity=Ada", code=2)
     assert "clip 'Ada 0' is already enrolled with another vector" in error
-
     output = tell("rename", folder, "--identity=Ada", "--to=Eve")
     assert "renamed     Ada is Eve, with 2 clips" in output
     output = tell("relabel", folder, "--clip=Ada 1", "--identity=Grace")
     assert "Ada 1 showed Eve; it shows Grace, who is new" in output and "people      14" in output
-
     merge = ("rename", folder, "--identity=Grace", "--to=Eve")
     output = tell(*merge, code=2)
     assert "two people would become one" in output and "--merge" in output
     tell(*merge, "--merge")
     assert tell("list", folder, "--clips", "--json")["clips"]["Eve"] == ["Ada 0", "Ada 1"]
-
     output = tell("relabel", folder, "--clip=Ada 1", "--strangers")
     assert "Ada 1 showed Eve; it shows a stranger" in output
     tell("relabel", folder, "--clip=Ada 1", "--identity=Eve")
@@ -126,7 +123,6 @@ def test_identify_writes_equal_answers_in_each_format(tell, tmp_path, of_run, da
     as_rows = list_rows(answers)
     for ending in ("csv", "jsonl", "parquet"):
         tell(*words, f"--out={tmp_path}/a.{ending}")
-
     json_lines = (tmp_path / "a.jsonl").read_text().splitlines()
     assert [*map(json.loads, json_lines)] == tell(*words, "--json")["answers"] == as_json
     assert parquet.read_table(tmp_path / "a.parquet").to_pylist() == as_rows
@@ -151,7 +147,6 @@ def test_enrol_reads_one_subfolder_per_person_and_refuses_splits(tell, folder, t
     # There is no warning, not even about the clips of other people.
     with warnings.catch_warnings(action="error", category=VidjaxWarning):
         assert "1 clip," in tell("enrol", folder, f"--input={photos}", "--clip=Eve/Eve 1")
-
     for split in ("train", "val"):
         write_clips(tmp_path / "splits" / split, "Ada")
     words = ("enrol", folder, f"--input={tmp_path / 'splits'}")
@@ -166,7 +161,6 @@ def test_clip_without_a_usable_frame_is_named_and_stays_unknown(tell, folder, tm
     np.savez(photos / "Ada" / "empty.npz", face=np.zeros((0, WIDTH), np.float16))
     with pytest.warns(UserWarning, match="1 clip without a usable frame, Ada/empty"):
         assert "enrolled    2 clips" in tell("enrol", folder, f"--input={photos}")
-
     identify = ("identify", folder, f"--input={photos / 'Ada'}")
     assert re.search("empty +unknown +no usable frame\n", tell(*identify))
     scores = {row["clip"]: row["score"] for row in tell(*identify, "--json")["answers"]}
@@ -211,7 +205,6 @@ def test_names_with_and_without_mp4_are_one_clip(tell, folder, tmp_path):
     assert Gallery(folder).identities["Ada"] == 1 and "a" in Gallery(folder).clips
     tell("relabel", folder, "--clip=a.mp4", "--identity=Eve")
     tell("remove", folder, "--clip=a.mp4")
-
     old = made_galleries.make(tmp_path / "old", {"c.mp4": made_galleries.make_clip(1, "Ada")})
     vectors = made_galleries.vectors_of(old, {"c": made_galleries.make_clip(1, "Ada")})
     assert old.enrol(vectors, {"c.mp4": "Ada"}).unchanged == 1 and len(old.clips) == 1
@@ -299,11 +292,9 @@ def test_usage_errors_name_the_remedy_and_change_nothing(tell, folder, day):
 def test_export_writes_a_table_of_the_enrolled_clips(tell, tmp_path):
     people, table = made_galleries.make(tmp_path / "g"), tmp_path / "people.parquet"
     enrolled = {name: clip for name, clip in people.clips.items() if clip.identity}
-
     words = ("export", people.folder, f"--out={table}")
     assert f"clips       {len(enrolled)}" in tell(*words)
     assert stat.S_IMODE(table.stat().st_mode) == 0o600
-
     rows = {row["clip"]: row for row in parquet.read_table(table).to_pylist()}
     assert rows.keys() == enrolled.keys()
     for name, clip in enrolled.items():
@@ -313,7 +304,6 @@ def test_export_writes_a_table_of_the_enrolled_clips(tell, tmp_path):
             # If the clip lacks a part (face or audio), `white` is NaN. The table has zeros.
             wanted = white / (np.linalg.norm(white) or 1)
             np.testing.assert_allclose(rows[name][part], wanted, atol=1e-6)
-
     assert "exists and is not overwritten" in tell(*words, code=2)
 
 
@@ -393,12 +383,10 @@ def test_ranking_of_many_tables_equals_ranking_of_one_table(say, nearest_run, da
         write_parquet(day / f"part-{number}.parquet", dict.fromkeys(names, CLIPS["clip 0-0"]))
     tables = [parquet.read_table(table) for table in bulk.list_tables(day)]
     parquet.write_table(pyarrow.concat_tables(tables), tmp_path / "all.parquet")
-
     words = ("rank", f"--workdir={nearest_run}", "--json")
     done = say(*words, f"--input={day}", f"--out={tmp_path / 'ranked'}")
     one_table = tmp_path / "all_ranked.parquet"
     say(*words, f"--input={tmp_path / 'all.parquet'}", f"--out={one_table}")
-
     rows, wanted = (parquet.read_table(path).to_pylist() for path in (done["results"], one_table))
     scores = [row.pop("score") for row in rows]
     assert scores == pytest.approx([row.pop("score") for row in wanted], abs=1e-5)
@@ -432,16 +420,13 @@ def test_ranking_refuses_a_clip_that_is_in_two_tables(say, nearest_run, day, tmp
     write_parquet(day / "part-4.parquet", dict.fromkeys([*hundred, "z.mp4"], same))
     write_parquet(day / "part-5.parquet", {"z": same})
     words = ("rank", f"--workdir={nearest_run}", f"--input={day}", f"--out={tmp_path}/r", "--json")
-
     error = say(*words, code=2)
     assert "clip 'z' is in two tables, part-4.parquet and part-5.parquet" in error
     assert not (tmp_path / "r" / "ranking.parquet").exists()
-
     (day / "part-5.parquet").unlink()
     done = say(*words)
     # The refused command has written the results of each table.
     assert done["skipped"] == 5 and Path(done["results"]).exists()
-
     # If a later call cannot complete a ranking, the old ranking of fewer tables is deleted.
     (day / "part-6.parquet").write_bytes(b"PAR1 no table")
     say(*words, code=2)
@@ -464,7 +449,6 @@ def test_results_do_not_change_if_a_simultaneous_call_is_killed(say, folder, day
         assert killed.wait(60) == -signal.SIGKILL
         _, errors = other.communicate(timeout=200)
         assert other.returncode == 0, errors
-
     done = say(*words, f"--out={out}", "--json")
     assert done["skipped"] == 7  # the other call has written all tables
     say(*words, f"--out={tmp_path / 'undisturbed'}")
@@ -575,9 +559,7 @@ def test_ray_results_equal_one_machine(say, request, day, tmp_path, monkeypatch,
         **os.environ, "PYTHONPATH": str(PAGE.parents[2]), "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "disabled", "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     }  # fmt: skip
-
     subprocess.run([sys.executable, "recipe.py"], env=env, timeout=800, check=True)
-
     assert Path("worker_killed").exists()
     say(*words, f"--input={day}", "--out=one_machine")
     pair = [

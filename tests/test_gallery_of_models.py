@@ -160,7 +160,6 @@ def test_values_of_frames_in_a_dict_are_read_as_from_a_file(tmp_path, gallery):
         assert gallery.identify({"x": form}) == of_file
         assert gallery.rank({"x": form}) == gallery.rank(gallery.load(tmp_path / "x.npz"))
     assert of_file["x"].identity == "Bob"
-
     for wrong, words in (
         ({"face": both, "face_qualty": quality}, "'face_qualty' is probably misspelt"),
         ({"face": both, "quality": quality}, "for example to 'face_quality'"),
@@ -189,7 +188,6 @@ def test_scaled_vectors_get_the_answers_of_the_vectors(tmp_path, gallery, factor
         best = [(person, pytest.approx(p, abs=1e-5)) for person, p in answer.best]
         assert list(answers[name].best) == best and answers[name].identity == answer.identity
         assert np.exp(logs[row, 1:].max()) == pytest.approx(answer.probability, abs=1e-5)
-
     gallery.enrol({"small": {"face": small[:1]}}, "Small")  # does not resemble other small vectors
     assert gallery.identify(faces("x", small[6:7]))["x0"].identity is None
 
@@ -215,7 +213,6 @@ def test_clips_whose_vectors_are_rounding_errors_are_unknown_and_reported(tmp_pa
     for name, clip in clips.items():
         with pytest.warns(VidjaxWarning, match=f"face: 1 clip, such as {name}, have a vector"):
             assert gallery.identify({name: clip})[name].identity is None
-
     centred = backend.Part("face", np.ones(WIDTH), distances=BACKEND.parts[0].distances)
     other = Gallery.of_clips(
         tmp_path / "centred", gallery.origin, BACKEND._replace(parts=(centred,)), {}
@@ -231,14 +228,12 @@ def test_adding_a_modality_keeps_answers_and_completes_clips(gallery, models):
     gallery.enrol({"ada 1": {"face": ada[:1]}, "bob 1": {"face": bob[:1]}}, people)
     asked = {"query": {"face": ada[1:2]}}
     before = gallery.identify(asked)["query"]
-
     made_nets.write(models, "voice", "voice_embedder", back_end=made_nets.back_end())
     enrolling, asking = Gallery(gallery.folder), Gallery(gallery.folder)  # other processes
     assert card_notes.adopt(gallery, models) == ("audio",)
     # `enrol` reads the gallery with voices, in which the clip is already enrolled.
     assert enrolling.enrol({"ada 1": {"face": ada[:1]}}, "Ada").unchanged == 1
     assert asking.identify(asking.embed(asked))["query"].identity == "Ada"
-
     after = Gallery(gallery.folder).identify(asked)["query"]
     assert after.identity == "Ada" and after.score == pytest.approx(before.score, rel=1e-5)
     clips = {"ada 1": {"face": ada[:1], "audio": VOICE}, "new": {"face": ada[2:]}}
@@ -280,7 +275,6 @@ def test_gallery_migrates_to_another_net_by_the_names_of_clips(tmp_path, gallery
         clips |= faces(f"zoe {folder}", zoe[:1])  # whom the gallery lacks
         write_npz(tmp_path, {folder: {x: {"face": y["face"] @ turned} for x, y in clips.items()}})
     words = ("gallery", "migrate", gallery.folder, to.folder)
-
     done = say(*words, f"--input={features}", "--json", code=1)
     assert (done["moved"], done["unchanged"], done["lost"]) == (3, 0, ["Bob", "Eve"])
     assert done["missing"] == ["ada3", "bob0", "eve0", "eve1", "eve2", "eve3"]
@@ -290,7 +284,6 @@ def test_gallery_migrates_to_another_net_by_the_names_of_clips(tmp_path, gallery
     done = say(*words, f"--input={features}", "--json", code=1)
     assert (done["moved"], done["unchanged"]) == (1, 2), "only ada2 has another label"
     assert done["relabelled"] == {"ada2": "Ada"}
-
     to.refresh()
     kept = {name: clip.identity for name, clip in gallery.clips.items()}
     assert {name: clip.identity for name, clip in to.clips.items()} == {
@@ -298,7 +291,6 @@ def test_gallery_migrates_to_another_net_by_the_names_of_clips(tmp_path, gallery
     }  # fmt: skip
     assert to.strangers == ["eve3"]
     assert to.identify({"q": {"face": ada[3:] @ turned}})["q"].identity == "Ada"
-
     # All or nothing: nothing is changed if NEW contains other clips, or nothing fits.
     before = to.digest
     say("gallery", "migrate", to.folder, gallery.folder, f"--input={features}", code=2)
@@ -363,7 +355,6 @@ def test_tables_and_rttm_files_have_exact_times_and_safe_names(tmp_path):
     for ending, text in texts.items():
         subtitles.write(tmp_path / f"a{ending}", [appearance(1 / 3, 2 / 3, "=cmd()")], [film()])
         assert text in (tmp_path / f"a{ending}").read_text()
-
     # Blanks separate columns. They become `_`, or %20 if the name with `_` is another name.
     names = {"unknown 1": "unknown_1", "Ada O": "Ada%20O", "Ada_O": "Ada_O", "99 %": "99_%"}
     names |= {"Ada%20O": "Ada%2520O", "Ada%2520O": "Ada%252520O"}
@@ -404,7 +395,6 @@ def test_voice_changes_the_odds_of_a_face_at_most_ninefold(with_voices):
     evidence = {clip: (answer.identity, answer.evidence) for clip, answer in answers.items()}
     assert (evidence["both"], evidence["mute"]) == (("Ada", ("face", "audio")), ("Ada", ("face",)))
     assert evidence["dubbed"] == (None, ()), "a voice does not outweigh another face"
-
     # A score is the logarithm of a probability p, and the odds are p / (1 - p).
     odds = {clip: 1 / np.expm1(-answer.score) for clip, answer in answers.items()}
     assert odds["both"] == pytest.approx(9 * odds["mute"], rel=1e-4)
@@ -428,9 +418,7 @@ def test_clips_of_a_group_get_one_name_and_the_lower_of_two_probabilities(galler
     gallery.enrol({"photo": {"face": ada[:1]}}, "Ada")
     clips = faces("a", ada[1:]) | faces("e", eve[1:])  # a0 to a6, e0 to e6
     vectors = gallery.embed(clips)
-
     refused(lambda: gallery.embed(clips, "val"), "leave it out")  # `val` is a split of a dataset
-
     groups = gallery.group(clips)
     assert groups == gallery.group(vectors)
     assert len(groups) == 14 and len({*groups.values()}) == 2
@@ -442,7 +430,6 @@ def test_clips_of_a_group_get_one_name_and_the_lower_of_two_probabilities(galler
     for clip in known.names:
         lower = min(np.exp(vote.best[0][1]), single[clip].probability)
         assert answers[clip].probability == pytest.approx(lower)
-
     # A group is called e0, like a clip. The clip e0 is in no group and does not vote.
     answers = gallery.identify(vectors, groups={f"a{n}": "e0" for n in range(7)})
     assert answers["a0"].identity == "Ada" and answers["e0"].identity is None
@@ -486,13 +473,11 @@ def test_subtitles_list_all_visible_known_people_and_do_not_overlap():
         "3\n00:00:04,000 --> 00:00:05,000\n\u2039i\u203aA --\u203a a & b\nEve\n\n"
         "4\n00:00:05,000 --> 00:00:09,500\n\u2039i\u203aA --\u203a a & b\nEve\n"
     )
-
     unknown = appearance(0, 9, "unknown 1", probability=None)
     vtt = subtitles.to_subtitles([*found, unknown], ".vtt")
     assert vtt.startswith("WEBVTT\n\n00:00:00.000 --> 00:00:03.250\nEve\n\n00:00:03.250 -->")
     assert vtt.count("-->") == 4 and "&lt;i>A --&gt; a &amp; b\nEve" in vtt and "unknown" not in vtt
     assert [subtitles.to_subtitles([], end) for end in (".vtt", ".srt")] == ["WEBVTT\n", ""]
-
     two_films = [appearance(0, 1), appearance(0, 1, video="b.mp4")]
     refused(lambda: subtitles.to_subtitles(two_films, ".srt"), "--input=FOLDER/VIDEO.npz")
 
@@ -505,11 +490,9 @@ def test_tables_survive_a_spreadsheet_and_impossible_tables_are_refused(tmp_path
     path.write_bytes(text.encode("cp1252"))
     with pytest.warns(UserWarning, match="is read as Windows-1252: check its names"):
         assert answers_lib.read_groups(path) == {"x": "Zo\u00eb"}
-
     for content in ("one cell\n", "a\t" + "b" * 200_000, "a\tb\na\tc\n"):
         path.write_text(content)
         assert len(refused(lambda: answers_lib.read_groups(path), "unknown.tsv")) < 1000
-
     # Names are guarded against formulas, and may be quoted.
     clips = ("+1", "-x", "=cmd|' /C calc'!A0", "'quoted", "\uff1d1")
     path.unlink()
@@ -564,7 +547,6 @@ def test_log_odds_of_gaussian_vectors_equal_ratios_of_joint_densities(people, ha
     counts = rng.integers(1, 5, people)
     owner = np.repeat(np.arange(people), counts)
     photos, clip = rng.normal(size=(len(owner), width)), rng.normal(size=width)
-
     means = np.stack([photos[owner == n].mean(axis=0) for n in range(people)])
     effective = counts.astype(float)  # independent photos: all count
     weights, blocks = card_backend.weigh(card, effective, counts), (slice(0, 2), slice(2, None))
@@ -602,12 +584,10 @@ def test_people_are_named_and_probabilities_of_strangers_are_calibrated(people, 
             shown = np.concatenate([known[person], strangers])
             photos, clips = made.photos(known, count, shared), unit(shown + made.noise(300))
             stranger, *of_people = np.exp(log_probabilities(photos, clips)).T
-
             best = np.argmax(of_people, axis=0)
             has_name, is_right = np.max(of_people, axis=0) > 0.5, best[:150] == person
             right, wrong = np.mean(has_name[:150] & is_right), np.mean(has_name[:150] & ~is_right)
             figures.append((stranger.mean(), right, wrong, has_name[150:].mean()))
-
         probability, right, wrong, strangers_named = np.mean(figures, axis=0)
         assert right >= 0.97 and wrong <= 0.01 and strangers_named <= 0.02
         assert abs(probability - 0.5) < most_error

@@ -80,7 +80,6 @@ def test_adding_and_removing_clips_equals_creating_the_gallery_at_once(tmp_path_
         patch.setattr(enrolment, "MAX_BLOCK_PEOPLE", 4)
         present = data.draw(st.sets(st.sampled_from(names)))
         people = make(folder / "g", {name: CLIPS[name] for name in present})
-
         for _ in range(data.draw(st.integers(1, 4))):
             batch = data.draw(st.sets(st.sampled_from(names), min_size=1, max_size=12))
             if data.draw(st.booleans()):
@@ -91,7 +90,6 @@ def test_adding_and_removing_clips_equals_creating_the_gallery_at_once(tmp_path_
                 present -= batch
             if data.draw(st.integers(0, 3)) == 0:
                 people = Gallery(folder / "g")
-
         check_same(people, make(folder / "once", {name: CLIPS[name] for name in present}))
 
 
@@ -164,7 +162,6 @@ def test_only_blocks_with_changed_people_are_computed_again(tmp_path, monkeypatc
 @pytest.mark.parametrize("together", [False, True], ids=["one by one", "as one change"])
 def test_renaming_and_relabelling_equals_creating_the_gallery_at_once(gallery, together):
     clips_of = list_clips_of(CLIPS)  # person -> names of clips
-
     with gallery.change() if together else contextlib.nullcontext(gallery) as people:
         assert people.rename("person 3", "Ada") == len(clips_of["person 3"])
         assert people.relabel(clips_of["person 7"][0], "Grace") == "person 7"
@@ -173,7 +170,6 @@ def test_renaming_and_relabelling_equals_creating_the_gallery_at_once(gallery, t
         assert people.relabel("clip 90", None) == "person 9"
         _ = people.add(NEW) if isinstance(people, Draft) else add(people, NEW)
         people.remove(clip=clips_of["person 5"][0])
-
     assert gallery.version == 1 + (1 if together else 7)  # the calls above are 7 changes
     # Clip -> its new person.
     names = dict.fromkeys([*clips_of["person 3"], "stranger 1"], "Ada")
@@ -277,16 +273,13 @@ def test_replaced_names_leave_no_byte_on_disk(gallery):
     assert add(gallery, {"stranger 3": stranger}) == 0  # the clip keeps its person
     gallery.remove(identity="known now")
     assert "stranger 3" not in gallery.strangers and not holds(gallery, stranger.vector.tobytes())
-
     gallery.rename("person 7", "Ada")
     assert holds(gallery, b"Ada") and not holds(gallery, b"person 7")
-
     with gallery.change() as draft:
         draft.rename("Ada", "Eve")
         draft.remove(clip="clip 51")
         draft.remove(identity="person 4")
         draft.add({"clip 40": CLIPS["clip 40"]._replace(identity="Zoe")})  # a clip of person 4
-
     assert not any(holds(gallery, name) for name in (b"Ada", b"clip 51", b"person 4"))
     assert gallery.clips["clip 40"].identity == "Zoe"
 
@@ -319,9 +312,7 @@ def test_removing_clips_leaves_no_byte_after_sqlite_has_moved_pages(tmp_path, mo
         add(people, {f"{turn}:{n}:{rng.random()}": clip for n, clip in enumerate(clips)})
         gone = rng.sample(sorted(people.clips), 10)
         vectors = pieces([people.clips[name].vector for name in gone])
-
         people.remove(clip=gone)
-
         content = (tmp_path / "g" / store_lib.GALLERY_FILE).read_bytes()
         assert not [x for x in (*vectors, *map(str.encode, gone)) if x in content]
 
@@ -520,7 +511,6 @@ def test_the_backup_commands_of_the_page_copy_a_gallery_that_is_being_changed(ga
         finally:
             stop.set()
         changes.result()
-
     # The open gallery notices the restored file, although a journal of another file was left.
     before = answers(Gallery(place / "backup"))
     people.remove(identity=["person 7"])
@@ -585,7 +575,6 @@ def test_journal_of_a_killed_change_is_rolled_back_unless_it_names_another_file(
     cut_off(gallery.folder)
     add(gallery, NEW)
     assert set(Gallery(gallery.folder).clips) == set(gallery.clips) == {*CLIPS, "new"}
-
     # SQLite would delete the named file after it has applied the journal.
     thesis = tmp_path / "thesis.tex"
     thesis.write_text("mine")
@@ -596,7 +585,6 @@ def test_journal_of_a_killed_change_is_rolled_back_unless_it_names_another_file(
     end = b"\0\0\0\0" + name + struct.pack(">II", len(name), checksum) + store_lib.SUPER_JOURNAL
     with (gallery.folder / store_lib.JOURNAL_FILE).open("ab") as journal:
         journal.write(end)
-
     refused(lambda: Gallery(gallery.folder), "path of another file")
     assert thesis.read_text() == "mine"
 
@@ -732,7 +720,6 @@ def test_forged_tables_and_facts_are_refused(gallery):
         else:
             forged(gallery.folder, facts=forgery)
         refused(lambda: Gallery(folder), folder)
-
     path.write_bytes(content)
     forged(gallery.folder, facts={}, digest=True)  # changes nothing
     assert answers(Gallery(folder)) == answers(gallery)
@@ -766,7 +753,6 @@ def test_a_schema_with_exponentially_many_rows_is_refused_quickly(gallery, monke
     row = b"\x0e\1" + b"\6\x17\x0f\x0f\1\0" + b"indexxx\2"  # 'index', 'x', 'x', 2, NULL
     header = struct.pack(">B2xHHxH", 13, 1, size - len(row), size - len(row))
     path.write_bytes(b"".join([*pages, header.ljust(size - len(row), b"\0") + row]))
-
     refused(lambda: Gallery(gallery.folder), str(gallery.folder), "damaged")
 
 
@@ -810,7 +796,6 @@ def test_a_gallery_of_an_earlier_version_keeps_its_answers(path, tmp_path):
     assert bool(people.state.denied) == path.stem.endswith("denied")
     check_frozen(people, frozen)
     assert (tmp_path / store_lib.GALLERY_FILE).read_bytes() == frozen["sqlite"].tobytes()
-
     add(people, {"new": StoredClip("new", np.ones(frozen["shown"].shape[1], np.float32))})
     people.remove(identity="new")
     for opened in (people, Gallery(tmp_path)):

@@ -60,7 +60,6 @@ def test_change_by_one_process_is_in_the_next_answer_of_every_server(tmp_path):
             assert {*pool.map(enrol, range(60))} == {200}
         wanted = {f"Bo {number}" for number in range(60)}
         assert wanted <= names_of(first, "Bo 0") & names_of(second, "Bo 0")
-
         # A change that lasts longer than `lock_seconds`, 5 s.
         with Gallery(folder)._store.open(write=True):
             began = time.monotonic()

@@ -160,7 +160,6 @@ def test_threshold_is_measured_on_strangers_or_follows_from_the_model(people, tm
     assert (pairs.by, pairs.threshold.num_strangers) == ("measured", 60)
     assert people.match_rule().by == "model"  # 1 % of pairs needs 198 strangers
     assert people.match_rule().log_ratio == pytest.approx(np.log(100))
-
     people.remove(clip=people.strangers[0])  # changes the measured threshold
     assert people.match_rule("person 3", fmr=0.02).threshold.num_strangers == 119
 
@@ -304,7 +303,6 @@ def test_command_prints_and_writes_the_answers_of_python(tell, tmp_path):
         with (tmp_path / f"{second[0]}.csv").open() as file:
             text = [{k: "" if x is None else str(x) for k, x in row.items()} for row in rows]
             assert [*csv.DictReader(file)] == text
-
     printed = tell(tmp_path / "g", given, *words)
     assert "yes" in printed and "accepted    1" in printed, printed
     assert "measured on 120 comparisons, of which 0 reach it" in printed

@@ -99,7 +99,6 @@ def test_server_survives_mutated_requests_without_using_more_memory(tmp_path, fa
     query = {"clips": servers.as_json({"q": servers.make_frames(7030, "person 3")})}
     with servers.served(tmp_path / "g") as server:
         wanted = server.ask("POST", "/identify", query)[1]["clips"][0]
-
         for number in range(2000 if campaign else 200):
             answer = b""
             connection = socket.create_connection(("127.0.0.1", server.port), timeout=25)
@@ -110,14 +109,12 @@ def test_server_survives_mutated_requests_without_using_more_memory(tmp_path, fa
                     answer += part
             statuses[answer[9:12]] += 1  # the HTTP status; empty if the server closed early
             assert answer[9:10] < b"5", (number, answer[:200])
-
             if number % 50 == 49:  # an intact request gets the right answer
                 best = server.ask("POST", "/identify", query)[1]["clips"][0]
                 assert best["identity"] == wanted["identity"] == "person 3"
                 assert best["score"] == pytest.approx(wanted["score"], abs=1e-6)
                 held.append(limits.held_by(server.process.pid))
         assert server.end() == 0
-
     assert statuses[b"422"] > statuses.total() / 8  # many requests were read, and found invalid
     assert held[-1] <= held[len(held) // 2] + (64 << 20)  # bytes, in the second half
 
@@ -143,14 +140,12 @@ def test_killed_server_keeps_every_change_that_it_confirmed(tmp_path, fault_seed
     rng, number = random.Random(fault_seed), 0
     enrolled = {*servers.make_gallery(tmp_path / "g").identities}
     unsure: set[str] = set()  # people whose last change was not confirmed, because of a kill
-
     for _ in range(50 if campaign else 2):
         with servers.served(tmp_path / "g") as server:
             # After a restart, the gallery has all confirmed changes.
             found = {*server.ask("GET", "/identities")[1]["identities"]}
             assert found - unsure == enrolled - unsure
             enrolled, unsure = found, set()
-
             # Changes follow each other until the server is killed.
             timer = threading.Timer(rng.uniform(1, 2), server.process.kill)
             timer.start()
@@ -162,7 +157,6 @@ def test_killed_server_keeps_every_change_that_it_confirmed(tmp_path, fault_seed
                     change_and_identify(server, name, number, enrolled)
                     unsure.discard(name)
             timer.join()
-
     assert number > 4, "too few changes were made"
 
 
@@ -179,7 +173,6 @@ def change_and_identify(server, name, number, enrolled):
         status, answer = server.ask("POST", "/enrol", {"clips": clips, "identity": name})
     assert status == 200, (status, answer)
     enrolled ^= {name}
-
     query = {"clips": servers.as_json({"q": frames}), "k": 100}
     status, answer = server.ask("POST", "/identify", query)
     assert status == 200
