@@ -104,15 +104,10 @@ def question(clips):
     })  # fmt: skip
 
 
-def enrolment(name, *numbers):
-    clips = {f"{name} {n}": servers.make_frames(8000 + n, name) for n in numbers}
-    return {"clips": servers.as_json(clips), "identity": name}
-
-
 def test_enrolment_lists_clips_of_another_person_and_of_another_enrolled_person(folder):
     """Of Zoë, a clip shows Eve. The clip of Ada is a copy of a clip of person 3."""
     names = dict.fromkeys(("Zoë 0", "Zoë 1", "Zoë 2", "Eve 7"), "Zoë") | {"copy": "Ada"}
-    clips = enrolment("Zoë", 0, 1, 2)["clips"] + enrolment("Eve", 7)["clips"]
+    clips = servers.enrolment("Zoë", 0, 1, 2)["clips"] + servers.enrolment("Eve", 7)["clips"]
     clips += servers.as_json({"copy": servers.make_frames(30, "person 3")})
     with Inside(Gallery(folder)) as server:
         answer = server.ask("POST", "/enrol", {"clips": clips, "identities": names})[1]
@@ -121,7 +116,7 @@ def test_enrolment_lists_clips_of_another_person_and_of_another_enrolled_person(
         assert answer["rivals"] == {"copy": "person 3"}
         described = server.ask("GET", "/openapi.json")[1]["components"]["schemas"]["EnrolAnswer"]
         assert described["properties"].keys() == answer.keys() == {*described["required"]}
-        more = enrolment("Zoë", 3)  # only clips of the request are listed
+        more = servers.enrolment("Zoë", 3)  # only clips of the request are listed
         assert server.ask("POST", "/enrol", more)[1]["misfits"] == {}
 
 
@@ -143,7 +138,7 @@ def test_npz_and_json_requests_get_the_answers_of_python(inside, people, tmp_pat
     long = {f"c {n}": CLIPS["query 0"] for n in range(33)}
     for name, clips, nets in (
         ("many", CLIPS, people.origin.cards), ("other", CLIPS, {"face": "1" * 64}),
-        ("long", long, None),
+        ("long", long, {}),
     ):  # fmt: skip
         clip_files.write_npz(tmp_path / f"{name}.npz", clips, nets)
     many, other, too_many = (
@@ -296,7 +291,7 @@ def test_people_are_enrolled_listed_and_never_named_after_removal(folder):
         return best["identity"], name in [other["identity"] for other in best["best"]]
 
     with Inside(Gallery(folder)) as server:
-        body = enrolment("Zoë / 2", 0, 1, 2)
+        body = servers.enrolment("Zoë / 2", 0, 1, 2)
         assert server.ask("POST", "/enrol", body)[1]["enrolled"] == 3
         assert Gallery(folder).identities["Zoë / 2"] == 3  # on the disk
         body["identity"] = "Zoe\u0308 / 2"  # the other form
@@ -333,7 +328,7 @@ def test_people_are_enrolled_listed_and_never_named_after_removal(folder):
 
 def test_gallery_errors_are_logged_without_leaking_to_clients(tmp_path, folder, caplog):
     people, path = Gallery(folder), folder / "gallery.sqlite"
-    body = enrolment("Secret", 0)
+    body = servers.enrolment("Secret", 0)
     query = ("POST", "/identify", {"clips": body["clips"]})
     with Inside(people) as server:
 
@@ -485,7 +480,7 @@ def test_access_log_has_ids_counts_and_routes_but_no_names(folder, caplog):
     caplog.set_level(logging.INFO, limits_lib.ACCESS.name)
     secret, path = "s" * 40, folder / "gallery.sqlite"
     head = f"Authorization: Bearer {secret}\r\nConnection: close\r\n"
-    body = json.dumps(enrolment("Secret", 0, 1)).encode()
+    body = json.dumps(servers.enrolment("Secret", 0, 1)).encode()
     post = f"POST /enrol HTTP/1.1\r\nHost: a\r\n{head}Content-Type: application/json\r\n"
     post += f"Content-Length: {len(body)}\r\n"
     ids = []
@@ -525,7 +520,7 @@ def test_access_log_has_ids_counts_and_routes_but_no_names(folder, caplog):
 def test_reasons_in_the_access_log_contain_no_names(inside, caplog):
     """The client gets the names, and the log gets the rest of the message, or the lines of code."""
     caplog.set_level(logging.INFO, limits_lib.ACCESS.name)
-    good = enrolment("Secret", 0)
+    good = servers.enrolment("Secret", 0)
     (clip,) = good["clips"]
     for change, answered, logged in (
         ({"clips": [clip, clip]}, "Secret 0", "occurs twice: give each clip another name"),
@@ -748,9 +743,12 @@ def test_waiting_enrolments_are_limited_like_questions(folder, monkeypatch):
         return embed(people, clips, *more)
 
     monkeypatch.setattr(Gallery, "embed", slow)
-    limits, enrol_2 = replace(SMALL, waiting_clips=4), ("POST", "/enrol", enrolment("Bob", 0, 1))
+    limits, enrol_2 = (
+        replace(SMALL, waiting_clips=4),
+        ("POST", "/enrol", servers.enrolment("Bob", 0, 1)),
+    )
     with Inside(Gallery(folder), limits=limits) as server, ThreadPoolExecutor(1) as pool:
-        first = pool.submit(server.ask, "POST", "/enrol", enrolment("Ada", 0, 1, 2))
+        first = pool.submit(server.ask, "POST", "/enrol", servers.enrolment("Ada", 0, 1, 2))
         assert begun.wait(10)
         assert b"vidjax_waiting_clips 3" in server.ask("GET", "/metrics")[1]
         assert server.ask(*enrol_2)[0] == 429  # 3 + 2 clips are more than 4
@@ -849,7 +847,7 @@ def test_serve_command_uses_the_given_run_for_a_gallery_whose_run_was_moved(
 def test_serve_command_prints_no_names_and_exits_with_0_after_a_signal(folder, say):
     with servers.served(folder) as server:
         assert len(server.ask("GET", "/identities")[1]["identities"]) == 12  # people
-        assert server.ask("POST", "/enrol", enrolment("Ada Secret", 0))[0] == 200
+        assert server.ask("POST", "/enrol", servers.enrolment("Ada Secret", 0))[0] == 200
         assert server.ask("DELETE", "/identities/Ada%20Secret")[0] == 200
         assert server.end() == 0
         out, err = server.process.communicate()
@@ -862,7 +860,7 @@ def test_serve_command_prints_no_names_and_exits_with_0_after_a_signal(folder, s
 def test_application_in_a_foreign_server_prints_no_names(folder, capfd, recwarn):
     with Inside(Gallery(folder)) as server:
         for name in ("Zoe Secret", "zoe secret"):  # alike, and each with the clips of one day
-            body = enrolment(name, 0)
+            body = servers.enrolment(name, 0)
             body["clips"] += [{**body["clips"][0], "clip": f"{name} 1"}]
             answer = server.ask("POST", "/enrol", body)[1]
         assert answer["similar"] == {"zoe secret": "Zoe Secret"}
