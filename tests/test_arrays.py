@@ -235,17 +235,6 @@ def test_a_folder_may_contain_any_table_of_labels_with_titles_in_capitals(tmp_pa
     seen.refused(lambda: load_dataset("arrays", directory=folder), name, "named Clip and clip")
 
 
-def test_empty_labels_give_a_warning_with_the_clip(tmp_path, load):
-    splits = make_splits()
-    labels = {"train_01": 3, "train_02": float("nan"), "val_03": 3}
-    with pytest.warns(UserWarning, match=r"train_02: its identity is empty.*clips: 1\)\n.*None"):
-        load(splits, labels)
-    # Line 1 of the table is the header, line 2 is train_01, and line 3 is train_02.
-    table = clip_files.write_labels(tmp_path / "empty.csv", labels | {"train_02": ""})
-    with pytest.warns(UserWarning, match=r"empty.csv: line 3: clip train_02: its identity"):
-        load(splits, table)
-
-
 def test_frames_are_sorted_by_time_and_lists_are_read_as_arrays(load):
     features = [[1.0, 2.0], [3.0, 4.0]]
     late = {"features": features, "number": [7, 5], "quality": [10, 20]}

@@ -7,7 +7,6 @@ import fcntl
 import functools
 import os
 import pwd
-import shutil
 import signal
 import subprocess
 import sys
@@ -256,22 +255,6 @@ def test_second_ctrl_c_in_a_notebook_raises_keyboard_interrupt_and_keeps_the_pro
         assert signal.getsignal(signal.SIGINT) is notebook
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def test_checkpoint_that_is_deleted_during_a_search_is_skipped(tmp_path, items, monkeypatch):
-    for step in (2, 3):
-        checkpoint.save(tmp_path, step, items, {})
-    list_manifests = checkpoint.manifests
-
-    def list_and_delete(workdir):
-        listed = list_manifests(workdir)
-        shutil.rmtree(workdir / "checkpoints" / "3")
-        return listed
-
-    monkeypatch.setattr(checkpoint, "manifests", list_and_delete)
-    with pytest.warns(match="checkpoint 3 is not used"):
-        latest = checkpoint.find(tmp_path)
-    assert latest and latest.manifest["step"] == 2
 
 
 EVALUATED = {"evaluated": True, "map": 0.5}

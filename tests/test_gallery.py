@@ -26,7 +26,6 @@ from vidjax.apps.gallery.store import StoredClip, list_clips_of
 from vidjax.core import metrics
 from vidjax.models import card_backend
 
-NOBODY_IS_NEW = SETTINGS._replace(stranger=-6.0)  # logarithm of the prior odds of a stranger
 PEOPLE = 700
 
 
@@ -215,30 +214,6 @@ def test_table_of_answers_says_why_a_clip_has_no_candidates():
     for evidence, words in (((), "no usable frame"), (("told",), "enrolled as a stranger")):
         answer = answers_lib.Answer(None, 0.0, -np.inf, (), evidence)
         assert [*answers_lib.table({"clip": answer})][-1][-1] == words
-
-
-def test_at_most_a_share_of_the_enrolled_strangers_is_named_and_ranked(tmp_path):
-    """The threshold is just above the score of one stranger, who must not be named."""
-    clips = make_clips(strangers=100)
-    people = make(tmp_path / "g", clips, settings=NOBODY_IS_NEW)
-    strangers = vectors_of(people, {name: clips[name] for name in people.strangers})
-    for fpir in (0.01, 0.2, 0.5):
-        answers = people.identify(strangers, k=1, fpir=fpir)
-        named = {name for name, answer in answers.items() if answer.identity}
-        lists = people.rank(strangers, fpir=fpir)
-        assert named == {clip for pairs in lists.values() for clip, _ in pairs}
-        assert len(named) <= fpir * len(strangers.names)
-
-
-def test_answers_use_the_threshold_of_the_people_now_enrolled(tmp_path):
-    """Another process removes 10 of 12 people. The clips show the 12 people and 12 other people."""
-    people = make(tmp_path / "g", make_clips(strangers=100), settings=NOBODY_IS_NEW)
-    before = people.rule(fpir=0.25)
-    Gallery(people.folder).remove(identity=[f"person {n}" for n in range(10)])
-    assert people.rule(fpir=0.25).score != before.score
-    shown = {f"query {n}": make_clip(700 + n, f"person {n % 24}") for n in range(50)}
-    for answer in people.identify(vectors_of(people, shown), fpir=0.25).values():
-        assert (answer.identity is not None) == people.rule(fpir=0.25).names(answer.score)
 
 
 @nightly_after_first("num_people", [5, 1, 20])

@@ -359,6 +359,13 @@ def test_identify_writes_an_answer_for_each_clip_of_each_table(tell, folder, mad
         before = contents(out)
         assert "was not written by this command, or is damaged" in tell(*words, code=2)
         assert contents(out) == before
+    for number in (0, 1):
+        (out / f"part-{number}.parquet").unlink()
+    tell(*words)
+    (out / "part-0.parquet").unlink()  # the next call has to write part-0
+    write_parquet(day / "part-1.parquet", clips_of(7))  # and the result of part-1 is outdated
+    before, error = contents(out), tell(*words, code=2)
+    assert "part-1.parquet'" in error and "--out=FOLDER" in error and contents(out) == before
 
 
 @pytest.mark.slow
@@ -454,20 +461,6 @@ def test_results_do_not_change_if_a_simultaneous_call_is_killed(say, folder, day
     say(*words, f"--out={tmp_path / 'undisturbed'}")
     tables = {path.name: path.read_bytes() for path in out.glob("part-*.parquet")}
     assert tables == contents(tmp_path / "undisturbed") and len(tables) == 7
-
-
-def test_outdated_results_are_refused_and_kept(tell, folder, day, tmp_path):
-    out = tmp_path / "out"
-    words = ["identify", folder, f"--input={day}", f"--out={out}", "--json"]
-    tell(*words)
-    (out / "part-0.parquet").unlink()  # so the next call has to write part-0
-    write_parquet(day / "part-1.parquet", clips_of(7))  # so the result of part-1 is outdated
-    before = contents(out)
-    error = tell(*words, code=2)
-    assert "part-1.parquet'" in error and "--out=FOLDER" in error
-    assert contents(out) == before
-    (out / "part-1.parquet").unlink()
-    assert tell(*words)["skipped"] == 2  # parts 2 and 3
 
 
 def test_call_ends_with_an_error_if_the_gallery_changes(tell, folder, day, tmp_path, monkeypatch):
