@@ -291,10 +291,7 @@ def test_error_names_the_split_and_clip_of_a_wrong_dict(refused):
         ({"clip": one}, "'clip' is not the name of a split", "{'train': {clip:"),
         ({"train": {"a": np.zeros((1, 2))}}, "train: clip a is of type ndarray"),
         ({"train": {"a": {"fa ce": np.zeros((1, 2))}}}, "clip a", "modality 'fa ce'"),
-        (
-            {"train": {"a": one, "a.mp4": one}},
-            "train: clip a comes twice, as 'a' and 'a.mp4', because .mp4",
-        ),
+        ({"train": {"a": one, "a.mp4": one}}, "clip a comes twice, as 'a' and 'a.mp4', because"),
         ({"train": {7: one}}, "clip name 7 is of type int"),
         ({"train": {"a": one | {7: [1.0]}}}, "train: clip a: modality 7 is of type int", "a name"),
         ({"train": {"a": one | {"F": [1.0]}}}, "clip a", "differs only in upper and lower"),

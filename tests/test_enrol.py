@@ -110,9 +110,8 @@ def test_mistakes_about_photos_name_the_remedy(say, folder, friends, tmp_path, m
     for words, remedy in MISTAKES.items():
         assert remedy in say("gallery", "enrol", folder, *words.split(), code=2), words
     of_run = made_galleries.make(tmp_path / "run").folder
-    assert "gallery create NEW --models=DIR" in say(
-        "gallery", "enrol", of_run, "--photos=P", code=2
-    )  # fmt: skip
+    error = say("gallery", "enrol", of_run, "--photos=P", code=2)
+    assert "gallery create NEW --models=DIR" in error
 
 
 def write_table(path, people, *, first=0, frames=2):

@@ -99,20 +99,6 @@ def test_onnx_file_takes_any_number_of_clips_and_frames(nearest_run, tmp_path, e
         assert function.difference(answers, clips.expected) <= array_files.TOLERANCE
 
 
-@pytest.mark.slow
-def test_imported_run_gives_identical_scores_and_embeddings(made, data, tmp_path, export, command):
-    exported, imported = made("knn"), tmp_path / "again"
-    export(exported, "safetensors")
-    assert command("import", tmp_path / "out", f"--to={imported}").code == 0
-    before, after = (predict.restore_run(folder, num_devices=1) for folder in (exported, imported))
-    for fact in ("step", "identities", "threshold"):
-        assert getattr(after, fact) == getattr(before, fact)
-    for call in ("scores", "embed"):
-        left, right = (getattr(run, call)(data, split="val") for run in (before, after))
-        np.testing.assert_array_equal(left, right)
-    small_runs.assert_equal_weights(exported, imported)
-
-
 def test_difference_of_outputs_is_large_if_only_one_is_not_finite():
     expected = {"scores": np.array([[1.0, -np.inf]], np.float32)}
     assert function.difference(expected, expected) == 0
@@ -203,11 +189,18 @@ def test_import_refuses_damaged_or_missing_weights(nearest_run, tmp_path, comman
         cut.write_bytes(content)
 
 
-def test_exported_identities_are_of_the_checkpoint_and_not_of_the_copy(nearest_run, tmp_path):
-    run, out = shutil.copytree(nearest_run, tmp_path / "run"), tmp_path / "out"
+def test_exported_weights_and_identities_are_of_the_checkpoint_and_not_of_the_copy(
+    nearest_run, tmp_path, export, command
+):
+    run, out, imported = (tmp_path / name for name in ("run", "out", "imported"))
+    shutil.copytree(nearest_run, run)
     (run / "identities.json").write_text('["Eve"]')
-    out.mkdir()
-    weights.write(run, out, "latest")
+    export(run, "safetensors")
+    assert command("import", out, f"--to={imported}").code == 0
+    small_runs.assert_equal_weights(nearest_run, imported)
+    before, after = (predict.restore_run(x, num_devices=1) for x in (nearest_run, imported))
+    for fact in ("step", "identities", "threshold"):
+        assert getattr(after, fact) == getattr(before, fact)
     copy = (nearest_run / "identities.json").read_bytes()
     assert (out / "identities.json").read_bytes() == copy
     (out / "identities.json").unlink()
