@@ -432,10 +432,10 @@ def test_clips_of_a_group_get_one_name_and_the_lower_of_two_probabilities(galler
 
 
 def test_clips_that_speak_against_the_name_leave_their_group(gallery):
-    """`a0` to `a7` show Ada. Each of the clips `like0` to `like100` is between Ada and Eve."""
+    """`a0` to `a7` show Ada. Each of the clips `like0` to `like33` is between Ada and Eve."""
     ada, eve = draw(5, people=2, clips=9)
     gallery.enrol({"photo": {"face": ada[:1]}}, "Ada")
-    shares = np.linspace(0, 1, 101, dtype=np.float32)[:, None]
+    shares = np.linspace(0, 1, 34, dtype=np.float32)[:, None]
     lookalikes = unit(eve[0] + shares * (ada[0] - eve[0]))
     vectors = gallery.embed(faces("a", ada[1:]) | faces("like", lookalikes))
     single, left = gallery.identify(vectors), set[str]()
@@ -453,7 +453,7 @@ def test_clips_that_speak_against_the_name_leave_their_group(gallery):
             # With a threshold, each clip needs this probability itself.
             chosen = gallery.identify(vectors.only(group), groups=group, threshold=0.6)[clip]
             assert chosen.identity == ("Ada" if own >= 0.6 else None) and chosen.best == joined.best
-    assert 10 < len(left) < 90
+    assert 3 < len(left) < 30
 
 
 def test_subtitles_list_all_visible_known_people_and_do_not_overlap():
@@ -787,6 +787,7 @@ def test_equal_clips_are_grouped_in_few_comparisons(monkeypatch):
     assert ratios.call_count < 3 * len(labels)
 
 
+@pytest.mark.slow
 def test_real_people_are_identified_and_strangers_are_grouped():
     folder = Path(os.environ.get("VIDJAX_REAL_DATA", "/nowhere")).parent / "tracks"
     if not folder.exists():
