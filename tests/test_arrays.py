@@ -11,7 +11,6 @@ import shlex
 import subprocess
 import sys
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -501,16 +500,6 @@ def test_only_regular_files_are_read_as_clips(tmp_path):
     assert load_faces(folder).names == ("x",)
 
 
-def twice():
-    """Returns an .npz that contains two arrays with the same name."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, value in (("face.npy", 1.0), ("face", 2.0)):
-            with archive.open(name, "w") as entry:
-                np.lib.format.write_array(entry, np.full((1, 4), value))
-    return file.getvalue()
-
-
 def begins_too_early():
     """Returns an .npz whose list of entries claims to begin a byte later than it does."""
     file = io.BytesIO()
@@ -521,7 +510,6 @@ def begins_too_early():
 
 
 @pytest.mark.parametrize(("content", "words"), [
-    pytest.param(twice(), "contains the array 'face' twice", id="a name twice"),
     pytest.param(begins_too_early(), "): write it again", id="entry before the file"),
     pytest.param(b"no archive", "): write it again", id="text"),
     pytest.param(b"", "): write it again", id="empty"),

@@ -24,8 +24,9 @@ from tests.helpers import clip_files, limits, made_galleries, made_nets, made_ru
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.clip_files import write_parquet
 from tests.helpers.seen import contents
-from vidjax.apps import bulk
+from vidjax.apps import bulk, web
 from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.serve import app as app_lib
 from vidjax.utils.errors import UserError, VidjaxWarning
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -239,7 +240,9 @@ def test_create_command_equals_the_api(tell, nearest_run, tmp_path, of_run):
 
 
 @pytest.mark.slow
-def test_identify_accepts_a_moved_run_but_no_other_run(of_run, nearest_run, tmp_path, command):
+def test_identify_and_serve_accept_a_moved_run_but_no_other_run(
+    of_run, nearest_run, tmp_path, command, monkeypatch
+):
     other = made_galleries.make(tmp_path / "other").folder  # names a run that does not exist
     for flags in ((), (f"--run={nearest_run}",)):  # no flag, and a run of another gallery
         done = command("gallery", "identify", other, "--split=val", *flags)
@@ -249,6 +252,11 @@ def test_identify_accepts_a_moved_run_but_no_other_run(of_run, nearest_run, tmp_
     assert done.code == 0, done.err
     assert "vectors: " in done.err and " clips/s" in done.err  # progress, also without a terminal
     assert "--threshold=P" in done.out  # how to choose another rule than the default
+    served = []
+    monkeypatch.setattr(app_lib, "make_app", lambda gallery, *_: served.append(gallery))
+    monkeypatch.setattr(web, "serve", lambda *_: True)
+    command("serve", f"--gallery={of_run.folder}", f"--run={moved}", "--port=0")
+    assert served[0].run.workdir == moved
 
 
 @pytest.mark.slow

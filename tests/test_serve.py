@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import shlex
-import shutil
 import socket
 import sqlite3
 import subprocess
@@ -440,6 +439,8 @@ def test_requests_need_the_token_of_a_long_and_private_file(people, tmp_path, sa
     path = tmp_path / "my token"
     monkeypatch.setenv("HOME", str(tmp_path))  # a shell leaves the `~` in `--flag=~/token`
     assert str(path) in say("serve", "--gallery=x", "--token-file=~/my token", code=2)
+    # A server that other machines can reach needs a token.
+    assert "--token-file" in say("serve", f"--gallery={people.folder}", "--host=0.0.0.0", code=2)
     for text, mode, remedy in (  # the first remedy contains: openssl rand -hex 32 > PATH
         ("short\n", 0o600, f"32 > '{path}'"), ("a" * 40, 0o644, f"chmod 600 '{path}'"),
     ):  # fmt: skip
@@ -826,35 +827,6 @@ def test_signal_ends_the_server_despite_stuck_threads(folder):
         assert time.monotonic() - began < 10
         assert process.stderr.read().splitlines()[-1] == "ended before its work was finished"
     assert Gallery(folder).identities["person 3"] == 4, "none of the 4 clips was removed"
-
-
-@pytest.mark.slow
-def test_serve_command_uses_the_given_run_for_a_gallery_whose_run_was_moved(
-    nearest_run, data, tmp_path, say, monkeypatch
-):
-    shutil.copytree(nearest_run, old := tmp_path / "old")
-    gallery = Gallery.create(tmp_path / "g", old, data)
-    moved = old.rename(tmp_path / "new")
-    served = []
-    monkeypatch.setattr(app_lib, "make_app", lambda gallery, *_: served.append(gallery))
-    monkeypatch.setattr(web, "serve", lambda *_: True)
-    monkeypatch.setenv(terminal.QUIET, "1")
-    say("serve", f"--gallery={gallery.folder}", f"--run={moved}", "--port=0")
-    assert served[0].run.workdir == moved
-
-
-@pytest.mark.slow
-def test_serve_command_prints_no_names_and_exits_with_0_after_a_signal(folder, say):
-    with servers.served(folder) as server:
-        assert len(server.ask("GET", "/identities")[1]["identities"]) == 12  # people
-        assert server.ask("POST", "/enrol", servers.enrolment("Ada Secret", 0))[0] == 200
-        assert server.ask("DELETE", "/identities/Ada%20Secret")[0] == 200
-        assert server.end() == 0
-        out, err = server.process.communicate()
-        assert "ready" in err and "ended" in out
-        assert "Secret" not in out + err
-    # Another property: a server that other machines can reach needs a token.
-    assert "--token-file" in say("serve", f"--gallery={folder}", "--host=0.0.0.0", code=2)
 
 
 def test_application_in_a_foreign_server_prints_no_names(folder, capfd, recwarn):

@@ -203,9 +203,11 @@ def test_change_by_one_process_is_in_the_next_answer_of_every_server(tmp_path):
 
 
 @pytest.mark.parametrize("signals", [1, 2])
-def test_signal_makes_a_server_unready_before_it_ends(tmp_path, signals):
+def test_signal_makes_a_server_unready_before_it_ends_without_printed_names(tmp_path, signals):
     folder = servers.make_gallery(tmp_path / "g").folder
     with servers.served(folder, "--unready_seconds=4") as server:
+        assert server.ask("POST", "/enrol", servers.enrolment("Ada Secret", 0))[0] == 200
+        assert server.ask("DELETE", "/identities/Ada%20Secret")[0] == 200
         began = time.monotonic()
         server.process.terminate()
         while server.is_ready():
@@ -213,6 +215,8 @@ def test_signal_makes_a_server_unready_before_it_ends(tmp_path, signals):
         assert server.candidates("person 1") and not server.is_ready()
         assert (server.end() if signals == 2 else server.process.wait(60)) == 0
         assert (time.monotonic() - began > 4) == (signals == 1)
+        out, err = server.process.communicate()
+        assert "ready" in err and "ended" in out and "Secret" not in out + err
 
 
 def find_ports(count):
