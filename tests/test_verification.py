@@ -1,5 +1,7 @@
 """Verification: does a clip show a given person, and do two clips show the same person?"""
 
+import json
+
 import numpy as np
 import pytest
 from scipy import stats
