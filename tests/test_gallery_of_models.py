@@ -87,11 +87,6 @@ def gallery(tmp_path, models):
     return Gallery.of_models(tmp_path / "g", models)
 
 
-def test_a_run_is_refused_because_nets_compute_the_vectors(gallery, tmp_path):
-    with pytest.raises(ValueError, match=r"made from nets.*\n.*--run"):
-        Gallery(gallery.folder, run=tmp_path)
-
-
 def faces(name, vectors):
     """Returns clips of one face each: NAME0, NAME1 and so on."""
     return {f"{name}{n}": {"face": x[None]} for n, x in enumerate(vectors)}
@@ -241,7 +236,9 @@ def test_adding_a_modality_keeps_answers_and_completes_clips(gallery, models):
     assert gallery.clips["ada 1"].vector[WIDTH:].tolist() == VOICE[0].tolist()
 
 
-def test_replacing_a_net_removes_clips_without_another_modality(tmp_path, gallery, models):
+def test_replacing_a_net_removes_clips_without_another_modality_and_a_run_is_refused(
+    tmp_path, gallery, models
+):
     ada, bob = draw(6, people=2, clips=2)
     made_nets.write(models, "voice", "voice_embedder", back_end=made_nets.back_end())
     card_notes.adopt(gallery, models)
@@ -252,6 +249,7 @@ def test_replacing_a_net_removes_clips_without_another_modality(tmp_path, galler
     made_nets.write(new, "embed", width=width, back_end=made_nets.back_end(width=width))
     made_nets.write(new, "voice", "voice_embedder", back_end=made_nets.back_end())
     refused(lambda: card_notes.adopt(gallery, new), "other models of face", "--out=DIR")
+    refused(lambda: Gallery(gallery.folder, run=tmp_path), "made from nets", "--run")
     assert card_notes.adopt(gallery, new, replace=True) == ("face",)
     assert gallery.people == {"Ada": ("ada0",)} and card_notes.adopt(gallery, new) == ()
     assert gallery.identify({"q": {"audio": VOICE}})["q"].identity == "Ada"
