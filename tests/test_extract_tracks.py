@@ -155,7 +155,6 @@ def test_overlap_is_intersection_over_union():
     for place in np.ndindex(2, 9):
         left, top, right, bottom = boxes[place]
         pixels[place][top:bottom, left:right] = True
-
     both = (pixels[0][:, None] & pixels[1]).sum((2, 3))
     either = (pixels[0][:, None] | pixels[1]).sum((2, 3))
     np.testing.assert_allclose(tracks.measure_overlaps(*boxes.astype(float)), both / either)
@@ -221,7 +220,6 @@ def test_real_tracks_are_split_only_if_they_show_two_people():
         vectors, times = arrays["vector"][low:high], arrays["time_s"][low:high]
         places = tracks.find_changes(vectors, times, held=False, back_end=DLIB)
         split[bool(num_main_person < 0.8 * len(person))].append(bool(places))
-
     assert len(split[True]) == 13 and sum(split[True]) >= 12
     assert len(split[False]) == 221 and not any(split[False])
 
@@ -271,7 +269,6 @@ def test_reduced_crops_are_means_over_areas():
     board = np.indices((240, 320)).sum(0) % 2 * 255  # finer than any small crop can show
     noise = np.random.default_rng(2).integers(0, 256, board.shape)
     rgb = np.stack([board, noise, np.full_like(board, 80)], -1).astype(np.uint8)
-
     for scale in (0.3, 0.07):
         crop = align.warp_faces(rgb, turn(0.4, scale)[None], size=200)[0]
         inside = crop[crop[..., 2] == 80].astype(float)  # without the black border
@@ -459,7 +456,6 @@ def test_flash_brighter_lamp_and_flicker_are_not_taken_for_cuts():
     flash[30] = 250
     lamp[30:] *= 1.6
     assert find_cuts(flash) == find_cuts(filmed(rng, lamp)) == []
-
     light = (np.indices((36, 64)).sum(0) // 4 % 2 * 255)[..., None].repeat(3, 2).astype(np.uint8)
     dark = 255 - light
     # The first change is a cut. A later change of the flicker is neither a cut nor a dissolve.

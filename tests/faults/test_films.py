@@ -203,7 +203,6 @@ def test_who_refuses_to_write_into_a_folder_with_other_files(drawn):
     (mine / "subtitles").mkdir(parents=True)
     (mine / "subtitles" / "own.vtt").write_text("mine")
     before = contents(drawn.folder)
-
     for out in (mine, drawn.folder, drawn.friends, drawn.friends / "out"):
         drawn.out = out
         _, stderr = drawn.who(film, code=2)
