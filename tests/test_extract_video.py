@@ -589,3 +589,11 @@ def test_tags_of_a_picture_of_another_shape_are_not_believed(shape, size, orient
     face = np.array([[0.45, 0.45, 0.55, 0.55]]) * np.array(size * 2)
     found, problem = regions.match_faces(tags, face, size, orientation)
     assert found.tolist() == [0 if fits else -1] and (SHAPE in problem) == (not fits)
+
+
+def test_each_face_matches_at_most_one_tag_and_the_best_pairs_come_first():
+    """Tags 0, 1 and 2 cover face 0, and tag 2 fits it best. Only tag 0 covers face 1."""
+    boxes = [(0, 0, 1, 1), (0.1, 0.1, 0.4, 0.5), (0.14, 0.29, 0.33, 0.54), (0.6, 0.6, 0.9, 0.9)]
+    faces = np.array([[60, 90, 130, 160], [200, 30, 280, 90]])
+    found = regions._pair_boxes(np.array(boxes) * (400, 300, 400, 300), faces)
+    assert found.tolist() == [1, -1, 0, -1]
