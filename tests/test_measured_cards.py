@@ -129,6 +129,14 @@ def read_card(models):
     return card
 
 
+def give_default_numbers(models):
+    """Changes the card of the face embedder: its numbers were not measured."""
+    path = models / "embed.json"
+    card = json.loads(path.read_text())
+    card["back_end"]["data"] = f"{cards.NOT_MEASURED}: defaults of a family"
+    path.write_text(json.dumps(card))
+
+
 def test_measured_card_is_used_by_its_galleries_and_knows_no_names(tmp_path, models, command):
     wide = card_backend.from_cosines((0.9, 0.03), (0.6, 0.06))
     made = Population(1, wide)
@@ -258,14 +266,10 @@ def test_a_net_that_does_not_separate_people_names_nobody(tmp_path, models, comm
 
 
 def test_default_numbers_are_mentioned_where_names_are(tmp_path, models, command):
-    path = models / "embed.json"
-    card = json.loads(path.read_text())
-    card["back_end"]["data"] = f"{cards.NOT_MEASURED}: defaults of a family"
-    path.write_text(json.dumps(card))
+    give_default_numbers(models)
     made = Population(2)
-    features = write_features(
-        tmp_path / "features", made.photos(made.people(6), 3).astype(np.float32)
-    )
+    photos = made.photos(made.people(6), 3).astype(np.float32)
+    features = write_features(tmp_path / "features", photos)
     Gallery.of_models(tmp_path / "g", models)
     assert command("gallery", "enrol", tmp_path / "g", f"--input={features}").code == 0
     words = ["gallery", "identify", tmp_path / "g", f"--input={features / 'p00'}"]
@@ -286,10 +290,8 @@ def test_cards_without_new_numbers_have_the_digest_of_their_file(tmp_path):
 
 def test_photos_of_a_folder_measure_the_card_of_a_net(drawn, tmp_path, monkeypatch, read_here):
     """The page and the summary of `vidjax who` mention default numbers until they are measured."""
+    give_default_numbers(drawn.models)
     path = drawn.models / "embed.json"
-    card = json.loads(path.read_text())
-    card["back_end"]["data"] = f"{cards.NOT_MEASURED}: defaults of a family"
-    path.write_text(json.dumps(card))
     drawn.meet("Ada", "Bob")
     page, command = drawn.out / "names.html", f"vidjax measure-card {drawn.models}"
     assert page.read_text().count(command) == 1

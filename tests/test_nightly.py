@@ -14,11 +14,11 @@ import pytest
 
 from tests.benchmarks import qdrant
 from tests.helpers import clip_files, made_nets
+from tests.helpers.limits import ROOT
 from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.cli.program import main
 
-ROOT = Path(__file__).parent.parent
 NIGHTLY, RECIPES = (ROOT / "vidjax/apps/gallery" / f"{x}.md" for x in ("NIGHTLY", "RECIPES"))
 BLOCKS = dict(re.findall(r"<!-- nightly: (\w+) -->\n```sh\n(.*?)```", NIGHTLY.read_text(), re.S))
 DAYS = ("2026-01-01", "2026-01-02")
