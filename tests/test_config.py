@@ -1,5 +1,6 @@
 """Configurations: overrides, JSON, shipped files, refused values, and that every field is read."""
 
+import ast
 import functools
 import math
 import shutil
@@ -8,11 +9,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from tests.helpers import docs, recorded_config
+from tests.helpers import docs
 from tests.helpers.seen import refused
 from vidjax.cli import program, run_commands
-from vidjax.cli.program import main
-from vidjax.core import optim
 from vidjax.data.synthetic import CALIBRATED
 from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.run_folder import describe_changes
@@ -284,42 +283,11 @@ def test_page_of_configurations_equals_the_generated_documentation():
     assert docs.update(page) == page, "python -m tests.helpers.docs configs/README.md"
 
 
-@pytest.mark.nightly
-def test_every_field_is_read_by_a_command(monkeypatch, official_dir, cache_dir, tmp_path, capsys):
-    # `reads` gets the fields that are read. Nothing reads the fields of `invented`, so only they
-    # remain at the end: `steps`, and one in each group whose fields are looked up by name.
-    reads, override, record = set(), config_io.override, recorded_config.record
-    monkeypatch.setattr(config_io, "override", lambda *given: record(override(*given), reads))
-    groups = ("data", "ensemble", "noise", "eval", "loss", "join")
-    names = ("steps", *(f"{group}.unread" for group in groups))
-    invented = {name: config_lib.Field(name, 1, "nothing reads it") for name in names}
-    monkeypatch.setattr(config_lib, "TABLE", (*config_lib.TABLE, *invented.values()))
-    monkeypatch.setattr(config_lib, "FIELDS", config_lib.FIELDS | invented)
-    run = f"--workdir={tmp_path}/a"
-    words = [
-        "--config=configs/noise_classes.py:iqiyi_vid,few", f"--config.data.dir={official_dir}",
-        "--config.model.layers=((4,'linear',False,0.0),)", "--config.batch_size=32",
-        "--config.num_epochs=2", "--config.ensemble.folds=2", "--config.noise.eps=1.1",
-        "--config.eval.report=false", "--config.ensemble.views=2", "--config.optim.name=sgd",
-        "--config.optim.decay=steps", "--config.ensemble.min_quality=(0.0,)",
-        "--config.loss.schedule=((0,0.5),)", run,  # a focal loss reads its exponent
-    ]  # fmt: skip
-
-    # Train, repeat the command of the finished run, evaluate, and blend two runs.
-    assert main(words) == 0, capsys.readouterr().err
-    assert main(words) == 0
-    assert main(["--mode=evaluate", run]) == 0
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    joined = ["--mode=evaluate", f"--workdir={tmp_path}/c", f"--runs={tmp_path}/a,{tmp_path}/b"]
-    assert main([*joined, "--config.eval.report=false"]) == 0
-    # Other optimisers and decays than those of the run read other fields.
-    for fields in (["decay=piecewise", "points=((0,1),)"], ["name=adam"]):
-        spec = config_io.override(load("knn"), [f"--config.optim.{word}" for word in fields]).optim
-        optim.make_schedule(spec.to_dict(), total_steps=2, steps_per_epoch=1)
-
-    names = {name for name, _ in config_lib.fields(config_io.load_file("knn"))}
-    names = {name for name in names if not name.startswith(("model.", "fusion."))}
-    # A run on official files reads no option of other datasets, which have other tests.
-    others = (config_lib.SYNTHETIC, config_lib.OWN_FEATURES)
-    names -= {name for name, field in config_lib.FIELDS.items() if field.read_when in others}
-    assert names - reads == invented.keys()
+def test_every_field_is_read_outside_of_the_table_of_fields():
+    """Its name is an attribute, an argument or a text in another module of the package."""
+    used = set()
+    for path in (ROOT / "vidjax").rglob("*.py"):
+        if path.name != "config.py":
+            for node in ast.walk(ast.parse(path.read_text())):
+                used |= {getattr(node, kind, None) for kind in ("attr", "arg", "value")}
+    assert not {name for name in config_lib.FIELDS if name.rpartition(".")[2] not in used}

@@ -1,6 +1,5 @@
 """A run does not depend on the number of devices and processes that share its clips."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 
 from tests.helpers.cases import nightly_after_first
-from tests.helpers.limits import running
 from tests.helpers.small_runs import LAYER, QUICK, ROOT, flat, run, saved, shrunk, weights
 from vidjax.cli import program
 from vidjax.core import devices
@@ -175,45 +173,6 @@ def test_each_process_connects_once_and_wrong_indices_are_refused(address, capsy
     assert sorted(found) == [1, 2, 3]
     for peer in (*peers, *found.values()):
         peer.close()
-
-
-# A process of three: its address, its index, and its exit code. Without JAX, it starts fast.
-PROCESS = """
-import sys, time
-from vidjax.utils import rendezvous
-from vidjax.utils import exit_codes
-from vidjax.utils.errors import Expected
-
-class Damaged(Expected):
-    exit_code = 3
-
-address, index, code = sys.argv[1:]
-
-def command():
-    rendezvous.meet(address, 3, int(index), 300)
-    if code == "3":
-        raise Damaged("damaged")
-    time.sleep(300)
-
-code = exit_codes.run_to_exit_code(command)
-rendezvous.leave(code)
-sys.exit(code)
-"""
-
-
-def test_process_that_fails_prints_only_its_error_and_the_others_name_it(address):
-    with contextlib.ExitStack() as stack:
-        command = [sys.executable, "-c", PROCESS, address]
-        codes = {"0": 2, "1": 3, "2": 2}
-        processes = [
-            stack.enter_context(running([*command, index, str(code)], cwd=ROOT))
-            for index, code in codes.items()
-        ]
-        for process, (index, code) in zip(processes, codes.items(), strict=True):
-            _, output = process.communicate(timeout=SECONDS)
-            assert process.returncode == code, output
-            assert ("damaged" in output) == (index == "1")
-            assert ("process 1 of 3 has ended" in output) == (index != "1"), output
 
 
 @pytest.mark.slow

@@ -189,16 +189,3 @@ def test_tfds_loads_the_clips_that_load_data_loads(tmp_path, monkeypatch):
                 wanted = getattr(clips, field)[rows]
                 np.testing.assert_array_equal(frames[name][field], wanted)
     assert len(labels) == 20 and sorted(filter(None, labels.values())) == ["7", "9"]
-
-
-@pytest.mark.nightly
-def test_run_with_data_in_memory_imports_no_tensorflow(tmp_path, official_dir, python):
-    """The first run converts the files. The second run reads them."""
-    words = ["--config=configs/knn.py:iqiyi_vid,face", f"--config.data.dir={official_dir}"]
-    code = (
-        "import sys\nfrom vidjax.cli.program import main\nbanned, *words = sys.argv[1:]\n"
-        "assert main(words) == 0\nassert not {'tensorflow', banned} & {*sys.modules}"
-    )
-    for name in ("first", "second"):
-        workdir = f"--workdir={tmp_path / name}"
-        python(code, "tensorflow_datasets", *words, workdir, VIDJAX_CACHE=str(tmp_path / "cache"))

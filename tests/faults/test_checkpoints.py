@@ -293,18 +293,13 @@ def lose_and_forget_evaluations(folder):
     log.write_text("".join(lines))
 
 
-def empty(folder):
-    lose(folder)
-    (folder / "checkpoints").mkdir()
-
-
 def empty_steps(folder):
     for step in checkpoint.manifests(folder):
         for path in (folder / "checkpoints" / str(step)).iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-@pytest.mark.parametrize("remove", [lose, lose_and_forget_evaluations, empty, empty_steps])
+@pytest.mark.parametrize("remove", [lose, lose_and_forget_evaluations, empty_steps])
 def test_run_without_its_checkpoints_is_refused_and_keeps_its_logs(
     command, config, data, words, parts, whole, tmp_path, remove
 ):
@@ -333,16 +328,6 @@ def test_finished_run_without_checkpoints_keeps_its_results(command, words, fini
         (finished / name).unlink()
 
 
-class Failing(Interrupting):
-    """A dataset whose training batch number `batch` cannot be read."""
-
-    def train_batches(self, plan, **options):
-        for i, batch in enumerate(self._data.train_batches(plan, **options)):
-            if i == self._batch:
-                raise OSError("the disk is gone")
-            yield batch
-
-
 def test_run_that_failed_before_its_first_checkpoint_starts_again(
     config, data, tmp_path, whole, capsys, monkeypatch
 ):
@@ -350,7 +335,7 @@ def test_run_that_failed_before_its_first_checkpoint_starts_again(
     folder, logs = tmp_path / "run", []
     for batch in (4, 4):  # twice, so that two earlier logs are kept
         with pytest.raises(OSError, match="disk is gone"):
-            run(config, folder, Failing(data, batch, None))
+            run(config, folder, Interrupting(data, batch, None))
         logs.append((folder / "metrics.jsonl").read_bytes())
     assert all(logs) and not checkpoint.manifests(folder)
 
@@ -364,15 +349,11 @@ def test_run_that_failed_before_its_first_checkpoint_starts_again(
 def test_missing_best_or_latest_checkpoint_is_reported(command, words, finished, tmp_path):
     logged = map(json.loads, (finished / "metrics.jsonl").read_text().splitlines())
     best = max((line["map"], line["step"]) for line in logged if "map" in line)[1]
-    for number, (prefer, step, again) in enumerate(
-        (
-            ("best", best, ("evaluate", "--config.eval.checkpoint=best")),
-            ("best", best, ("check",)),
-            ("latest", 15, ("evaluate",)),
-            ("latest", 15, ("check",)),
-            ("latest", 15, (*words, "--config.num_epochs=6")),
-        )
-    ):
+    for number, (prefer, step, again) in enumerate((
+        ("best", best, ("evaluate", "--config.eval.checkpoint=best")), ("best", best, ("check",)),
+        ("latest", 15, ("evaluate",)), ("latest", 15, ("check",)),
+        ("latest", 15, (*words, "--config.num_epochs=6")),
+    )):  # fmt: skip
         folder = shutil.copytree(finished, tmp_path / str(number))
         shutil.rmtree(folder / "checkpoints" / str(step))
         with pytest.warns(UserWarning, match=f"the {prefer} checkpoint, of step {step}, is missin"):
