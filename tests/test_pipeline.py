@@ -140,6 +140,7 @@ def test_streamed_bytes_are_the_frames_of_batches_in_memory(dataset, monkeypatch
     wanted = take_batches(sources.load({"train": as_arrays(CLIPS["train"])}), 9)
     fake, waiting = mock.MagicMock(), collections.deque()
     fake.errors.OpError, fake.queue.FIFOQueue.return_value.enqueue = KeyError, waiting.append
+    monkeypatch.setattr("vidjax.data.dataset.require_packages", mock.Mock())
     package: Any = types.ModuleType("vidjax.data.tfds")
     package.__path__ = [str(ROOT / "vidjax/data/tfds")]
     pipeline = mock.Mock(as_numpy_iterator=lambda: iter(waiting.popleft, None))
