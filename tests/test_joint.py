@@ -11,7 +11,6 @@ from scipy.special import expit, logsumexp
 
 import vidjax
 from tests.helpers import small_runs
-from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused
 from vidjax.apps import forget
 from vidjax.evaluation import calibration, predict
@@ -130,7 +129,7 @@ def fixed_settings():
 
 
 @pytest.fixture(scope="module")
-def joint(official_dir, cache_dir, tmp_path_factory):
+def joint(official_dir, official_data, tmp_path_factory):
     """A joint run of two systems in closed form, its configuration, and the data."""
     config = config_lib.default()
     config.data.update(name="iqiyi_vid", dir=str(official_dir), train_splits=("train", "val"))
@@ -138,14 +137,14 @@ def joint(official_dir, cache_dir, tmp_path_factory):
     config.eval.update(block_size=32)
     config.join.systems = ("plda:iqiyi_vid,few,face", "plda:iqiyi_vid,few,head")
     config.join.learned = config.join.diffusion = True
-    data = load_dataset("iqiyi_vid", directory=official_dir, cache_dir=cache_dir)
     folder = tmp_path_factory.mktemp("runs") / "joint"
     folder.mkdir()
     lines = []
-    results, was_finished = public.train_run(config, RunFolder(folder), data, log=lines.append)
+    train = public.train_run
+    results, was_finished = train(config, RunFolder(folder), official_data, log=lines.append)
     assert {line["split"] for line in lines if "split" in line} == {"val", "test"}
     assert results["map_kind"] == "out_of_fold" and not was_finished
-    return config, folder, data
+    return config, folder, official_data
 
 
 @pytest.fixture
@@ -176,20 +175,6 @@ def test_one_command_measures_out_of_fold_and_ranks_test(copied):
     config = copy.deepcopy(config)
     config.ensemble.folds = 3
     refused(lambda: public.train_run(config, RunFolder(moved), data), "--workdir")
-
-
-def test_an_evaluation_with_other_settings_replaces_nothing_of_the_training(copied):
-    config, folder, data = copied
-    before = read_results(folder)
-    other = RunFolder(folder).config
-    other.join.learned = other.join.diffusion = False
-    metrics = public.evaluate_run(other, RunFolder(folder), data)["val"]
-    assert metrics["overrides"] == {"join.diffusion": False, "join.learned": False}
-    assert read_results(folder) == before
-    assert (folder / "ranking_val.txt").read_bytes() != before["ranking.txt"]
-    assert public.train_run(config, RunFolder(folder), data)[1]
-    public.evaluate(folder, data, split="test")  # with the learned numbers
-    assert read_results(folder) == before
 
 
 def test_a_deleted_report_is_written_again(copied):
@@ -272,22 +257,21 @@ def test_scores_are_kept_as_an_array_if_the_user_asks(copied, restored):
     config = RunFolder(folder).config
     config.eval.keep_scores, config.eval.split = True, "test"
     public.evaluate_run(config, RunFolder(folder), data)
-    scores = np.load(folder / "scores_test.npy", mmap_mode="r")
+    np.testing.assert_array_equal(np.load(folder / "scores_test.npy", mmap_mode="r"), restored[1])
     names = json.loads((folder / "scores_test.json").read_text())
     assert names == {"clips": [*data.split("test").clips], "identities": [*data.identities]}
     found = forget.forget([], [names["clips"][0]], [folder])[0]
     assert folder in {place.path for place in found}
-    np.testing.assert_array_equal(scores, restored[1])
-    single = RunFolder(folder / "1_plda")
+    single, path = RunFolder(folder / "1_plda"), folder / "1_plda" / "scores.npy"
     config = single.config
     config.eval.keep_scores = True
     public.evaluate_run(config, single, data)
-    kept = np.load(folder / "1_plda" / "scores.npy")
-    expected = small_runs.scores(small_runs.restored(single.path, data))
-    np.testing.assert_array_equal(kept, expected)
+    np.testing.assert_array_equal(
+        np.load(path), small_runs.scores(small_runs.restored(single.path, data))
+    )
     config.eval.keep_scores = False
     public.evaluate_run(config, single, data)  # scores of an earlier evaluation are deleted
-    assert not (folder / "1_plda" / "scores.npy").exists()
+    assert not path.exists()
 
 
 def test_all_systems_and_runs_of_a_blend_are_checked(copied, official_dir, cache_dir, command):
@@ -357,28 +341,25 @@ def test_splits_without_ground_truth_and_fields_that_no_system_reads_are_refused
 
 
 def test_the_shipped_configuration_gives_data_and_seed_to_its_systems():
+    def load(config):
+        """Returns the configurations of the first system for its folds and for all clips."""
+        name = config.join.systems[0]
+        return [config_io.load_system(config, name, final=final) for final in (False, True)]
+
     config = config_io.load_file("configs/joint.py:iqiyi_vid,few,face,audio")
     config.seed, config.data.dir = 3, "somewhere"
     config_lib.check(config)
-    assert config.join.systems == (
-        "cosine:iqiyi_vid,few,ensemble,face,audio",
-        "plda:iqiyi_vid,few,face",
-        "plda:iqiyi_vid,few,audio",
-    )
-    folds, final = (
-        config_io.load_system(config, config.join.systems[0], final=x) for x in (False, True)
-    )
-    assert (folds.seed, folds.data.dir, folds.ensemble.folds, folds.ensemble.seeds) == (
-        3, "somewhere", 5, 1,
-    )  # fmt: skip
-    assert (final.ensemble.folds, final.ensemble.seeds) == (0, 3)
+    first, *others = config.join.systems
+    assert first == "cosine:iqiyi_vid,few,ensemble,face,audio"
+    assert others == ["plda:iqiyi_vid,few,face", "plda:iqiyi_vid,few,audio"]
+    folds, final = load(config)
+    assert (folds.seed, folds.data.dir) == (3, "somewhere")
+    members = [(x.ensemble.folds, x.ensemble.seeds) for x in (folds, final)]
+    assert members == [(5, 1), (0, 3)]
     without = config_io.load_file("configs/joint.py:iqiyi_vid,few,plda,face,audio")
-    assert without.join.systems == config.join.systems[1:]
+    assert [*without.join.systems] == others
     config = config_io.load_file("configs/joint.py:iqiyi_vid")  # one net measures, and one ranks
-    measured, final = (
-        config_io.load_system(config, config.join.systems[0], final=x) for x in (False, True)
-    )
+    measured, final = load(config)
     assert (measured.ensemble.only, final.ensemble.only) == ((0,), ())
-    assert measured.modalities == ("face",)
+    assert measured.modalities == ("face",) and final.data.train_splits == ("train", "val")
     refused(lambda: config_io.load_system(config, "/tmp/x.py", final=False), "configs/NAME.py")
-    assert final.data.train_splits == ("train", "val")

@@ -14,19 +14,10 @@ import numpy as np
 import pytest
 
 import vidjax
-from tests.helpers import limits
+from tests.helpers import limits, small_runs
 from tests.helpers.batches import assert_equal
 from tests.helpers.seen import refused
-from tests.helpers.small_runs import (
-    ROOT,
-    Spoilt,
-    evaluate,
-    make_earlier,
-    run,
-    shrunk,
-    training_sets,
-    weights,
-)
+from tests.helpers.small_runs import ROOT, evaluate, training_sets, weights
 from vidjax.core import devices, ensemble
 from vidjax.evaluation import eval_step, predict
 from vidjax.models.build_system import TaskSpec, make_model
@@ -125,7 +116,7 @@ def restored(folder):
 
 def test_run_of_version_0_1_0_is_restored_if_its_files_are_unchanged(nearest_run, data, tmp_path):
     folder, run = shutil.copytree(nearest_run, tmp_path / "run"), restored(nearest_run)
-    digests = make_earlier(folder)
+    digests = small_runs.make_earlier(folder)
     earlier = restored(folder)
     assert earlier.identities == run.identities
     np.testing.assert_array_equal(earlier.scores(data), run.scores(data))
@@ -256,7 +247,8 @@ def test_means_and_sums_of_log_probabilities_keep_their_precision():
 
 def train(folder, data, *words):
     """Trains three members on train and val; each leaves out a fold. Returns the metrics."""
-    return run(shrunk(*FOLDS, *words, spec="configs/quality_fusion.py:iqiyi_vid"), folder, data)
+    config = small_runs.shrunk(*FOLDS, *words, spec="configs/quality_fusion.py:iqiyi_vid")
+    return small_runs.run(config, folder, data)
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +305,7 @@ def test_members_do_not_depend_on_clips_they_leave_out(data, ensemble_run, tmp_p
     left_out = ~training_sets(plain).trained[1]
     rows = {"train": slice(0, 96), "val": slice(96, 156)}  # the clips of each split
 
-    class Relabelled(Spoilt):
+    class Relabelled(small_runs.Spoilt):
         def split(self, name):
             split = data.split(name)
             wrong = np.full_like(split.positives, 99)  # not the true numbers of clips

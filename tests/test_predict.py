@@ -135,23 +135,14 @@ def test_only_the_training_data_of_a_run_is_scored_out_of_fold(restored, data, c
             np.testing.assert_array_equal(run.scores(given, split=split), wanted)
 
 
-ONLY_FACE = r"uses head, audio, but of \d+ clips, 0 % have head, 0 % have audio$"
-
-
 def test_clips_that_lack_a_modality_of_the_run_are_reported(restored, clips):
     """The run uses face, head and audio. It is normal that a few clips have no audio."""
-    run = restored("mma")
-    some = {name: {**clip} for name, clip in [*clips["val"].items()][:20]}
-    only_face = {name: {"face": clip.get("face", np.ones((1, WIDTH), np.float32))}
-                 for name, clip in some.items()}  # fmt: skip
-    for method in (run.rank, run.scores, run.embed):
+    run, some = restored("mma"), dict([*clips["val"].items()][:20])
+    face = {"face": np.ones((1, WIDTH), np.float32)}
+    for method in (run.rank, run.scores, run.embed, functools.partial(run.identify, threshold=-1)):
         method(some)  # no warning, which would be an error
-        with pytest.warns(UserWarning, match=ONLY_FACE):
-            method(only_face)
-    with pytest.warns(UserWarning, match=ONLY_FACE):
-        run.identify(only_face, threshold=-1.0)
-    name, clip = next((name, clip) for name, clip in some.items() if "head" in clip)
-    run.rank({name: {key: frames for key, frames in clip.items() if key != "audio"}})
+        with pytest.warns(UserWarning, match="uses head, audio, but of 20 clips, 0 % have head, 0"):
+            method(dict.fromkeys(some, face))
 
 
 @pytest.mark.parametrize(("counts", "wanted"), [
@@ -206,6 +197,9 @@ def test_identify_uses_a_measured_threshold_only_if_it_holds_for_new_clips(resto
     assert few.identify(five, threshold=-1.0) == many.identify(five)
     # Without distractors, no score is too low, so every clip gets a name.
     assert all(replace(val, results={"num_distractors": 0}).identify(five).values())
+    (three,) = run.identify(dict([*five.items()][:1]), k=3, threshold=float("-inf")).values()
+    assert len(three) == 3 and three[0][1] >= three[1][1] >= three[2][1]
+    refused(lambda: run.identify(five, k=0), "k=0: give 1 or more")
 
 
 def test_identify_needs_no_memory_for_all_scores(restored, monkeypatch):

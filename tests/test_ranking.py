@@ -18,16 +18,15 @@ from tests.helpers.seen import refused
 from vidjax.data import labels
 from vidjax.data.memory import load_clips
 from vidjax.evaluation import ranking, topk
-from vidjax.runs.run_folder import RunFolder
 from vidjax.utils import tables
 
 # Parts of names that break programs: blanks, quotes, HTML, formulas, forms of Unicode.
 FRAGMENTS = (
-    *(" ", "  ", "\u00a0", "\u3000", "\ufb01", "\u0661", "é", "名前", "🎬"),
-    *('"', "'", "`", ",", ";", "|", "\\", "/", "../", "#", "${HOME}", "**b**"),
-    *("<img src=x onerror=alert(1)>", "&amp;", "</td>", "-->", "x" * 300),
-    *("=1+1", "+1", "-2+3", "@SUM(A1)", "%20", "%", "NaN", "null", "-inf", "1e5", "007"),
-)
+    " ", "  ", "\u00a0", "\u3000", "\ufb01", "\u0661", "é", "名前", "🎬", '"', "'", "`", ",", ";",
+    "|", "\\", "/", "../", "#", "${HOME}", "**b**", "<img src=x onerror=alert(1)>", "&amp;",
+    "</td>", "-->", "x" * 300, "=1+1", "+1", "-2+3", "@SUM(A1)", "%20", "%", "NaN", "null", "-inf", "1e5",
+    "007",
+)  # fmt: skip
 # 101 names without outer blanks; some differ in only one character.
 NAMES = [f"{part}Ada Byron".strip() for part in FRAGMENTS]
 NAMES += [f"{text}Ada" for text in NAMES]
@@ -73,12 +72,10 @@ def read(path):
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    """A run on clips of NAMES, and on 99 distractors, which a threshold needs."""
+    """A run on clips of NAMES."""
     folder = tmp_path_factory.mktemp("odd")
     splits = {split: make_clips(split, seed) for seed, split in enumerate(("train", "val"))}
     labels = dict(zip(itertools.chain(*splits.values()), NAMES * 2, strict=True))
-    distractor = np.random.default_rng(7).normal(size=(1, DIM)).astype(np.float32)
-    splits["val"] |= {f"nobody {i}": {"face": distractor + i} for i in range(99)}
     with pytest.warns(UserWarning, match="'NaN' looks like a word for a missing value"):
         data = vidjax.load_data(splits, labels, cache_dir=folder / "cache")
     words = "--config.data.name=arrays", "--config.eval.report=False"
@@ -154,10 +151,8 @@ def test_rank_command_writes_the_ranking_of_predict(run_dir, tmp_path, command):
 
     words = ("rank", f"--workdir={run_dir}", f"--input={table}")
     done = command(*words, f"--out={out}", "--json")
-
     facts = json.loads(done.out)
-    assert facts["num_clips"] == len(clips)
-    assert facts["seconds"] > 0 and facts["clips_per_second"] > 0
+    assert facts["num_clips"] == len(clips) and min(facts["seconds"], facts["clips_per_second"]) > 0
     assert f"rank: {len(clips)} of {len(clips)} clips" in done.err
     wanted = rows_of(vidjax.restore(run_dir).rank(clips))
     assert [(*row[:3], np.float32(row[3])) for row in read(out)] == wanted
@@ -167,28 +162,6 @@ def test_rank_command_writes_the_ranking_of_predict(run_dir, tmp_path, command):
     # `vidjax rank` does not train, so it has no seed. The error names a field of `vidjax rank`.
     other = (f"--out={tmp_path}/b.tsv", "--config.seed=1")
     assert command(*words, *other).refused("--config.eval.split")
-
-
-@pytest.mark.slow
-def test_identify_uses_the_threshold_that_evaluation_measured(run_dir):
-    run, metrics = vidjax.restore(run_dir, num_devices=1), RunFolder(run_dir).metrics()
-    limit = metrics["threshold_at_fpir_0.01"]
-    assert limit is not None and run.threshold == limit
-    known, new = make_clips("val", seed=1), {"stranger": {"face": -np.ones((1, DIM), np.float32)}}
-
-    matches = run.identify(known | new)
-
-    for (clip, answers), row in zip(matches.items(), run.scores(known | new), strict=True):
-        best = int(np.argmax(row))
-        assert answers == ([(run.identities[best], row[best])] if row[best] >= limit else []), clip
-    # FNIR is the share of clips of known people with no name or a wrong name.
-    named = [[name for name, _ in matches[clip]] for clip in known]
-    missed = np.mean([given != [person] for given, person in zip(named, NAMES, strict=True)])
-    assert missed == pytest.approx(metrics["fnir_at_fpir_0.01"], abs=1e-9)
-
-    three = run.identify(new, k=3, threshold=float("-inf"))["stranger"]
-    assert len(three) == 3 and three[0][1] >= three[1][1] >= three[2][1]
-    refused(lambda: run.identify(new, k=0), "k=0: give 1 or more")
 
 
 def top_of(*rows):
@@ -248,12 +221,10 @@ def test_score_command_prints_the_score_on_the_last_line_and_hints(tmp_path, com
         assert "2 of them ranked, 1 missing, 0 identities unknown and ignored" in out
     out = command("score", *write(tmp_path, "1 a.mp4\n", "1 a.mp4\n2 b.mp4\n")).out
     assert "1 identity, 1 clip\n" in out and "0 missing, 1 identity unknown and ignored" in out
-
     # A score of 0 without any match gets a hint.
     for submission, hint in (("1 a b\n", "no clip"), ("id1 a.mp4\n", "no identity")):
         code, out, err = command("score", *write(tmp_path, "1 a.mp4\n", submission))
-        assert (code, out.splitlines()[-1]) == (0, "0")
-        assert hint in err
+        assert (code, out.splitlines()[-1]) == (0, "0") and hint in err
 
 
 # Fault of a submission -> submission, score against "1 a.mp4", words of the warning.

@@ -172,6 +172,13 @@ def test_unread_split_may_come_from_other_data(own, tmp_path, evaluate):
     evaluate(test, data_dir)
     assert json.loads((own / "run" / "metrics_test.json").read_text())["num_clips"] == CLIPS
 
+    # A folder without training clips and labels is ranked, too.
+    shutil.rmtree(other / "train")
+    (other / "labels.csv").unlink()
+    evaluate(test, data_dir)
+    metrics = read_metrics(own / "run", "metrics_test.json")
+    assert metrics["num_clips"] == CLIPS and "copies" not in metrics
+
     # A stranger may have written config.json. Without --config.data.dir, the folder in this file is
     # used only if a split of the run is unchanged there: own / "data" has `val`, `other` none.
     (own / "data" / "test").mkdir()
@@ -184,16 +191,6 @@ def test_unread_split_may_come_from_other_data(own, tmp_path, evaluate):
         (own / "run" / "config.json").write_text(json.dumps(manifest["config"]))
         printed = evaluate(test, code=code)
         assert code == 0 or "--config.data.dir=" in printed
-
-
-def test_folder_without_training_clips_is_ranked(own, tmp_path, evaluate):
-    _, data_dir = write(tmp_path / "other", seed=1)
-    shutil.move(tmp_path / "other" / "val", tmp_path / "other" / "test")
-    shutil.rmtree(tmp_path / "other" / "train")
-    (tmp_path / "other" / "labels.csv").unlink()
-    evaluate("--config.eval.split=test", data_dir)
-    metrics = json.loads((own / "run" / "metrics_test.json").read_text())
-    assert metrics["num_clips"] == CLIPS and "copies" not in metrics
 
 
 def test_data_with_other_modalities_are_compared_by_clips_and_labels(tmp_path):

@@ -217,20 +217,6 @@ def test_extended_run_is_marked_if_and_only_if_it_was_extended(command, words, f
     assert "was finished before" in done.out and "warning" not in done.err
 
 
-def test_extension_without_a_decay_gives_the_same_weights_and_no_warning(
-    command, words, data, tmp_path
-):
-    words = (
-        *words, "--config.optim.decay=constant", "--config.optim.warmup=0",
-        "--config.optim.warmup_scale=0", "--config.optim.total_decay=0",
-    )  # fmt: skip
-    for epochs in (1, 2):
-        done = command(*words, f"--workdir={tmp_path}/parts", f"--config.num_epochs={epochs}")
-        assert done.code == 0 and "warning" not in done.err
-    assert command(*words, f"--workdir={tmp_path}/whole", "--config.num_epochs=2").code == 0
-    small_runs.assert_equal_weights(tmp_path / "parts", tmp_path / "whole")
-
-
 def test_fields_that_a_memory_error_names_may_change_in_a_resumed_run(command, words, parts, whole):
     remedies = exit_codes.describe_error(MemoryError()).replace(";", "").split()
     flags = [word for word in remedies if word.startswith("--config.")]
