@@ -111,7 +111,6 @@ def test_blend_refuses_runs_with_other_identities_or_clips(runs, train, load, fo
     clip_files.write_learnable(fewer, num_identities=10, num_clips={"train": 96, "val": 60})
     other = train("configs/knn.py:iqiyi_vid", fewer)
     check((runs[0], other), load, "val", "different lists of identities")
-
     # The folder of one run gains a clip after training.
     moved = shutil.copytree(folders / "others", tmp_path / "moved")
     clip = clip_files.random_clip(np.random.default_rng(0), 3, clip_files.WIDTHS["head"])
@@ -139,7 +138,6 @@ def test_blend_command_writes_ranking_and_report(runs, load, official_dir, tmp_p
         of_run = json.loads((folder / "metrics.json").read_text())["map"]
         assert (facts["name"], facts["weight"]) == (str(folder), weight)
         assert facts["map"] == pytest.approx(of_run, abs=1e-12)
-
     # The same folder evaluates another split with the same runs and weights.
     say(*words, "--config.eval.split=test")
     check_ranking(tmp_path / "ranking_test.txt", runs, load, weights=(1.0, 3.0), split="test")

@@ -85,12 +85,10 @@ def assert_close(left, right):
     assert arrays.keys() == wanted.keys()
     for name, x in arrays.items():
         np.testing.assert_allclose(x, wanted[name], rtol=1e-5, atol=1e-6, err_msg=name)
-
     logs = (results.read_lines(folder / "metrics.jsonl") for folder in (left, right))
     for mine, theirs in zip(*logs, strict=True):
         assert mine.pop("split", "") == theirs.pop("split", "")
         assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
-
     maps = [json.loads((folder / "metrics.json").read_text())["map"] for folder in (left, right)]
     assert maps[0] == pytest.approx(maps[1], abs=1e-6)
 
@@ -107,7 +105,6 @@ def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path
     two, nightly = tmp_path / "two", mode == "streaming"
     words = f"--config={SPEC}", *WORDS, f"--config.data.mode={mode}"
     words += ("--config.checkpoint_every_seconds=0.1", f"--config.eval.report={nightly}")
-
     for signum in (signal.SIGTERM, signal.SIGKILL) if nightly else (signal.SIGKILL,):
         pair = start(*words)
         wait_for_checkpoint(two, pair)
@@ -119,7 +116,6 @@ def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path
             assert first == 2
             lines = (tmp_path / "0.txt").read_text().splitlines()
             assert "process 1 of 2 has ended" in lines[-2] and "same command" in lines[-1]
-
     assert wait(start(*words)) == [0, 0], (tmp_path / "0.txt").read_text()
     assert_close(two, tmp_path / "one")
     assert "MAP" in (tmp_path / "0.txt").read_text()
@@ -223,7 +219,6 @@ def test_a_warning_reports_a_gpu_that_jax_does_not_use(tmp_path, monkeypatch, re
         monkeypatch.setattr(devices, "NVIDIA", driver)
         jax.config.update("jax_platforms", platforms)
         devices.make_mesh(1)
-
     monkeypatch.setattr(devices, "NVIDIA", tmp_path)  # exists, so there is a GPU
     with pytest.warns(VidjaxWarning, match=r"(?s)uses the CPU.*vidjax\[cuda13\].*\[cuda12\]"):
         devices.make_mesh(1)

@@ -39,11 +39,9 @@ def make_members(**options):
 
 def test_members_are_the_product_of_folds_seeds_views_and_qualities():
     assert make_members() == (ensemble.Member(),)
-
     members = make_members(folds=2, seeds=2)
     assert [(member.fold, member.number) for member in members] == [(0, 0), (0, 1), (1, 2), (1, 3)]
     assert make_members(folds=2, seeds=2, only=(3, 1)) == (members[3], members[1])
-
     views = make_members(views=2, min_quality=(-1e9, 20))
     pairs = {(member.view, member.min_quality) for member in views}
     assert pairs == {(0, -1e9), (0, 20), (1, -1e9), (1, 20)}
@@ -74,7 +72,6 @@ def test_training_sets_match_clips_by_name_and_survive_saving(tmp_path):
     scoring, in_sample = ensemble.choose_scoring_members(sets, ("c", "new", "ünï-§", "a"))
     assert not in_sample  # True needs members that were all trained on all three clips
     np.testing.assert_array_equal(scoring, [[0, 1, 1, 0], [0, 1, 0, 1]])  # [members, clips]
-
     lists = members_file.make_lists(("Ä", "b"), sets)
     assert lists != members_file.make_lists(("Ä", "b"), sets._replace(trained=~trained))
     checkpoint.save(tmp_path, 1, {"params": jnp.ones(2), **lists}, {})
@@ -95,7 +92,6 @@ def test_run_is_restored_from_its_checkpoint_and_not_from_copies(nearest_run, da
         run = restored(folder)
         assert (run.identities, run.digest) == (wanted.identities, wanted.digest)
     np.testing.assert_array_equal(run.scores(data), wanted.scores(data))
-
     (folder / "ranking.txt").unlink()
     evaluate(RunFolder(folder).config, folder, data)
     for name in ("ranking.txt", "identities.json"):
@@ -123,7 +119,6 @@ def test_run_of_version_0_1_0_is_restored_if_its_files_are_unchanged(nearest_run
     # A gallery of the run compares this digest.
     known = {"files": earlier.manifest["files"], **digests}
     assert earlier.digest == files.sha256_json([known, config_io.to_json(earlier.config)])
-
     for name, changed in (
         ("identities.json", json.dumps([*run.identities[::-1]]).encode()),
         ("members.npz", npz(members="[[0]]", clips="a\nb", trained=[[True, False]])),
@@ -155,7 +150,6 @@ def test_gallery_of_version_0_1_0_answers_as_before_or_names_the_command_to_migr
     for clip, answer in answers.items():
         assert found[clip].identity == answer["identity"]
         assert dict(found[clip].best) == pytest.approx(dict(answer["best"]), abs=1e-6)
-
     path = tmp_path / "runs/run/checkpoints/1/manifest.json"
     manifest = files.read_manifest(path)
     manifest["arrays"] = {f"{name}['old']": kind for name, kind in manifest["arrays"].items()}
@@ -221,7 +215,6 @@ def test_member_scores_are_averaged_and_log_scores_as_probabilities(logs):
     has_score = rng.random((4, 6)) < 0.6  # [E, B]
     has_score[:, 0] = False  # no member scores clip 0
     has_score[:, 1] = True  # all members score clip 1
-
     means = np.asarray(eval_step.mean_scores(add_up(scores, has_score, logs=logs)))
     assert (means[0] == -np.inf).all()
     for clip in range(1, 6):
@@ -236,7 +229,6 @@ def test_means_and_sums_of_log_probabilities_keep_their_precision():
     total = add_up(-complements[..., None], np.ones((2, 2)), logs=True)
     means = eval_step.mean_scores(total)[:, 0]
     np.testing.assert_allclose(means, -complements.mean(axis=0), rtol=1e-5)
-
     # Weighted sums of two equal scores. The weights add up to 2 or 0.75.
     p = np.array([1e-6, 0.3, 0.5, 0.7, 0.9, 1 - 1e-6])
     for weight in (1.0, 0.375):
@@ -267,10 +259,8 @@ def member_of(folder, number):
 def test_a_member_equals_a_separate_run_bit_for_bit(data, ensemble_run, tmp_path):
     folder, of_all = ensemble_run
     of_one = train(tmp_path, data, "--config.ensemble.only=1")
-
     assert_equal(member_of(tmp_path, 0), member_of(folder, 1))
     assert of_all["members"][1]["map"] == of_one["map"]
-
     # One member scores only the fold that it leaves out; three members score all clips.
     assert of_one["map_kind"] == of_all["map_kind"] == "out_of_fold"
     assert of_one["num_clips"] < of_all["num_clips"] == len(data.split("val").clips)
@@ -319,7 +309,6 @@ def test_members_do_not_depend_on_clips_they_leave_out(data, ensemble_run, tmp_p
     folds = ensemble.assign_folds(labels, 3, config_lib.default().seed)
     monkeypatch.setattr(ensemble, "assign_folds", lambda *args: folds)
     train(tmp_path, Relabelled(data, {name: left_out[at] for name, at in rows.items()}))
-
     assert_equal(member_of(plain, 1), member_of(tmp_path, 1))
     with pytest.raises(AssertionError):  # other members were trained on these clips
         assert_equal(member_of(plain, 0), member_of(tmp_path, 0))
@@ -334,7 +323,6 @@ def test_bootstrap_samples_lose_no_identity_but_samples_of_all_clips_do():
     draw = ensemble.draw_bootstrap
     of_identities = np.stack([draw(labels, number, seed=0) for number in range(400)])
     of_all = np.stack([draw(labels, number, seed=0, resample="all") for number in range(400)])
-
     assert (of_all.sum(axis=1) == len(labels)).all()
     for n in (1, 2, 3):
         # Identities n - 1, n + 2, n + 5 and so on have n clips.
@@ -344,7 +332,6 @@ def test_bootstrap_samples_lose_no_identity_but_samples_of_all_clips_do():
         assert left_out == pytest.approx((1 - 1 / n) ** n, abs=0.02)
         lost = np.mean([of_all[:, clips].sum(axis=1) == 0 for clips in masks])  # all n clips
         assert lost == pytest.approx(np.exp(-n), abs=0.02)
-
     members = make_members(bootstraps=2)
     uses = ensemble.count_clip_uses(members, labels, folds=0, seed=0, resample="all")
     np.testing.assert_array_equal(uses, of_all[:2])

@@ -72,7 +72,6 @@ def test_map_of_arrays_equals_map_of_files_bit_for_bit(tmp_path):
     positives = np.bincount(labels, minlength=31)[1:]  # without label 0, a distractor
     positives[5] += 2  # two clips of identity 6 without a record
     score = metrics.mean_average_precision(index, labels, positives)
-
     # The same as files.
     names = {c: [f"c{i}.mp4" for i in np.flatnonzero(labels == c)] for c in range(1, 31)}
     names[6] += ["lost1.mp4", "lost2.mp4"]
@@ -80,9 +79,7 @@ def test_map_of_arrays_equals_map_of_files_bit_for_bit(tmp_path):
     gt_path, path = write(tmp_path, gt, "")
     top = topk.TopK(np.zeros(index.shape, np.float32), index)
     ranking.write_ranking(path, list(map(str, names)), [f"c{i}" for i in range(400)], top)
-
     assert score_files(gt_path, path) == score
-
     # The same in exact fractions, from the definition.
     total = Fraction(0)
     for identity, clips in enumerate(index, 1):
@@ -115,15 +112,12 @@ def test_auroc_is_the_share_of_correctly_ordered_pairs():
         scores = tied_scores(rng, 40)
         positive = rng.random(40) < rng.uniform(0.1, 0.9)
         positive[:2] = True, False
-
         ranked = np.where(np.isnan(scores), -np.inf, scores)  # NaN counts as the worst score
         above, below = ranked[positive][:, None], ranked[~positive]
         expected = np.mean((above > below) + 0.5 * (above == below))
-
         ours = metrics.auroc(scores, positive)
         assert type(ours) is float
         assert ours == pytest.approx(expected, rel=0, abs=1e-15)
-
     assert metrics.auroc([1.0, 2.0], [True, True]) is None  # without a negative
     assert metrics.auroc([], []) is None
 
@@ -136,9 +130,7 @@ def test_identification_errors_match_a_direct_count(dtype):
         known, correct = rng.random((2, 60)) < 0.6  # `correct` of a stranger does not count
         num_strangers = np.sum(~known)
         fpir = float(rng.choice([0, 0.01, 0.1, 0.29, 0.5, 1]))
-
         errors = metrics.identification_errors(scores, correct, known, fpir=fpir)
-
         # The next stranger may pass, so with S strangers the lowest rate is 1 / (S + 1).
         assert (errors is None) == (1 / (num_strangers + 1) > fpir)
         if errors is None:
@@ -150,7 +142,6 @@ def test_identification_errors_match_a_direct_count(dtype):
         assert errors.fpir == pytest.approx(passed[~known].mean(), rel=0, abs=1e-15)
         found = (passed & correct)[known].mean()
         assert errors.fnir == pytest.approx(1 - found, rel=0, abs=1e-15)
-
         # The rate is kept even if one more stranger comes and passes. It would be exceeded if the
         # best rejected strangers passed. The threshold is the next number above their score.
         num_passed = np.sum(passed[~known])
@@ -169,7 +160,6 @@ def test_identification_errors_need_strangers_and_known_people_and_a_rate():
     compute = functools.partial(metrics.identification_errors, scores, all_known, all_known)
     for wrong in (-0.1, np.nan):
         refused(lambda x=wrong: compute(fpir=x), "fpir must be from 0 to 1")
-
     # A new stranger may pass, too. So 28 of 99 strangers count as 29 of 100, a rate of 0.29. And 0
     # of 9 count as 1 of 10, a rate of 0.1. In floating point, 0.29 * 100 is below 29, and 1 - 0.9
     # is below 0.1. These errors must not change the counts.
@@ -209,7 +199,6 @@ def test_analysis_counts_every_clip_and_agrees_with_the_results(workdir, data):
     for kind, clips in facts["wrong_clips"].items():  # a distractor shows -1
         assert all((clip["shows"] < 0) == (kind == "distractors") for clip in clips)
         assert all(clip["shows"] != clip["identity"] for clip in clips)
-
     # `num_others` identities of the ground truth have no training clip. Their AP is 0.
     of_known = arrays["ap"][arrays["positives"] > 0]
     assert math.fsum(of_known) / (len(of_known) + facts["num_others"]) == results["map"]
@@ -233,10 +222,8 @@ def test_failed_report_loses_no_metrics_or_ranking(workdir, data, tmp_path, monk
     (folder / "ranking.txt").unlink()
     monkeypatch.setattr(f"vidjax.evaluation.{failing}", fail)
     config = config_io.load_workdir(folder)
-
     with pytest.warns(UserWarning, match="cannot allocate 9 GB"):
         results = small_runs.evaluate(config, folder, data, num_devices=1)
-
     assert json.loads((folder / "metrics.json").read_text())["map"] == results["map"]
     assert (folder / "ranking.txt").read_bytes() == (workdir / "ranking.txt").read_bytes()
     # If the analysis fails, the analysis of the earlier results is deleted.
@@ -253,7 +240,6 @@ def test_average_precisions_among_a_subset_of_clips_equal_a_loop():
     best = np.zeros(40, np.float32)
     scored = measures.ScoredSplit(top, best, labels, **all_clips, positives=positives)
     chosen = (labels > 0) & (rng.random(40) < 0.6)
-
     # The clips of an identity that are not chosen are deleted from its list.
     averages = []
     for identity in range(1, 5):
@@ -261,11 +247,9 @@ def test_average_precisions_among_a_subset_of_clips_equal_a_loop():
         clips = [clip for clip in index[identity - 1] if labels[clip] != identity or chosen[clip]]
         ranks = [rank for rank, clip in enumerate(clips, 1) if clip in wanted]
         averages.append(sum(n / rank for n, rank in enumerate(ranks, 1)) / len(wanted))
-
     precisions, num_clips = scored.averages_among(chosen)
     np.testing.assert_allclose(precisions, averages)
     assert num_clips == chosen.sum()
-
     # Among all clips, the mean is MAP.
     of_all, _ = scored.averages_among(labels > 0)
     assert of_all.mean() == pytest.approx(metrics.mean_average_precision(index, labels, positives))
@@ -281,7 +265,6 @@ def test_clips_that_score_highest_for_the_right_person_are_no_mistakes():
     top = topk.rank([(scores, np.arange(153, dtype=np.int32), pool)], 2)
     best, positives = scores.max(axis=1), np.array([150, 3])
     scored = measures.ScoredSplit(top, best, labels, names, pool, positives)
-
     mistake = schemas.Mistake(clip="151", shows=1, identity=0, score=-0.5)
     assert measures.find_wrong_clips(scored) == schemas.WrongClips(distractors=[], known=[mistake])
     lost = {row.identity: row.lost_to for row in measures.find_worst_identities(scored)}
@@ -347,11 +330,9 @@ def test_intervals_of_top1_auroc_and_fnir_equal_map_interval_with_one_clip_per_p
     labels = np.arange(1, 61)
     right = labels <= 60 * share_right
     expected = significance.map_interval(right.astype(float))
-
     intervals = measures.compute_clip_intervals(clip_scores(labels, right), labels)
     assert intervals.keys() == {"top1"}  # without distractors, there is no AUROC
     np.testing.assert_allclose(intervals["top1"], expected, atol=0.02)
-
     # Labels are scores: 60 clips are above 60 distractors, and FNIR is the share of wrong clips.
     labels = np.append(labels, np.zeros(60, int))
     clips = clip_scores(labels, np.append(right, np.zeros(60, bool)))
@@ -383,9 +364,7 @@ def test_open_set_summary_equals_identification_errors():
     clips = clip_scores(rng.normal(size=500).round(1), (labels > 0) & (rng.random(500) < 0.8))
     pool = rng.random(500) < 0.9  # only these clips count
     clips = clips._replace(pool=pool)
-
     result = open_set(clips, labels, num_identities=8)
-
     assert result.num_known == np.sum(labels[pool] > 0)
     assert (result.num_people, result.num_identities) == (8, 8)
     in_pool = (clips.best[pool], clips.right[pool], labels[pool] > 0)
@@ -402,12 +381,10 @@ def test_intervals_treat_clips_of_one_person_as_dependent():
     best = np.random.default_rng(1).normal(size=350) + 2 * (labels > 0)
     clips = clip_scores(best, labels > 0)
     _, single = open_set(clips, labels, num_identities=200).rates  # FPIR of 1 % and of 10 %
-
     known = np.flatnonzero(labels)
     again = np.r_[np.arange(len(labels)), known, known, known]
     copies = clip_scores(clips.best[again], clips.right[again])
     _, copied = open_set(copies, labels[again], num_identities=200).rates
-
     assert single.fnir_low == pytest.approx(copied.fnir_low)
     assert single.fnir_high == pytest.approx(copied.fnir_high)
 
@@ -416,7 +393,6 @@ def test_calibration_stays_finite_for_certain_but_wrong_clips():
     rng = np.random.default_rng(2)
     log_p = special.log_expit(2.5 * rng.normal(size=3000))
     log_p[:5], log_p[5:8] = 0.0, -np.inf  # 5 certain clips, and 3 without a score
-
     measured: Any = measures.measure_calibration(clip_scores(log_p, rng.random(3000) < 0.4))
     bins, error = measured
     assert np.isfinite(bins).all() and 0 < error < 1

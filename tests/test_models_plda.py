@@ -95,7 +95,6 @@ def test_plda_training_counts_every_clip_once():
     used = [clip for clip in range(NUM_CLIPS) if clip % 3]  # the others belong to another fold
     drawn = [*TWICE, *range(14)]
     rows = np.where(np.isin(drawn, used), drawn, -1)  # clips of another fold are padded rows
-
     state = train(frames, labels, np.split(rows, 2))["sums"]
     for name in DIMS:
         centre, sums = oracle(frames, labels, name, used)
@@ -120,7 +119,6 @@ def test_plda_logits_match_the_equations():
             frames[name] = part._replace(features=part.features.astype(np.float64))
         (state,) = solved(train(frames, labels, [TWICE]))
         logits = logits_of(state, frames)
-
         wanted = np.zeros((NUM_CLIPS, NUM_CLASSES))
         for name in DIMS:
             # The two covariances of the modality, with the shrinkage of SETTINGS.
@@ -146,7 +144,6 @@ def test_plda_members_with_different_clips_are_solved_separately():
     frames, labels = make_clips()
     half = [clip if clip % 2 else -1 for clip in TWICE]  # -1 is a padded row
     states = [train(frames, labels, [rows]) for rows in (TWICE, half)]
-
     for state, of_two in zip(states, solved(*states), strict=True):
         (of_one,) = solved(state)
         np.testing.assert_array_equal(logits_of(of_one, frames), logits_of(of_two, frames))
@@ -164,14 +161,12 @@ def test_fitted_settings_favour_no_modality():
         centres, noise = rng.normal(size=(61, 12)), rng.normal(size=(len(labels), 12))
         vectors[name] = unit(centres[labels] + 0.5 * noise).astype(np.float32)
     vectors["audio"][enrolled & voiceless] = 0
-
     known = {name: x[enrolled] for name, x in vectors.items()}
     backend = backend_lib.fit(known, labels[enrolled], centred=False)
     names, joined = [str(n) for n in range(1, 61)], np.concatenate([*known.values()], axis=1)
     index = index_lib.Index(backend, [backend.enrol(names, joined, labels[enrolled] - 1)])
     answers = index.nearest([x[~enrolled] for x in vectors.values()], k=1)
     named = np.array([int(answer.best[0][0]) for answer in answers])  # the most likely people
-
     right, has_voice = named == labels[~enrolled], ~voiceless[~enrolled]
     assert right[has_voice].mean() > 0.9
     assert right[~has_voice].mean() > 0.8
@@ -329,11 +324,9 @@ def test_settings_of_a_fold_do_not_depend_on_clips_that_it_leaves_out(data, monk
     settings: Any = plda_fit.fit_member_settings(given, clips)
     assert len(set(settings["scale"])) == 3  # a different scale for each member
     assert "within" not in settings  # it is given, so it is not fitted
-
     # A run of only member 1 (see `ensemble.only`) has its scale. All members share `centred`.
     single: Any = plda_fit.fit_member_settings(given, clips._replace(used=used[1:2]))
     assert single["centred"] == settings["centred"] and single["scale"] == settings["scale"][1]
-
     # The clips that member 1 leaves out lose their labels. Settings of member 1 do not change.
     unlabelled = clips._replace(labels=np.where(used[1], labels, 0))
     changed: Any = plda_fit.fit_member_settings(given, unlabelled)
@@ -387,7 +380,6 @@ def test_log_ratios_equal_ratios_of_joint_densities(within, between):
     close(ratios[:, 1:], [[wanted(group, [clip]) for group in groups] for clip in new])
     assert not enrolled.known[0]  # a class without a clip
     assert np.abs(ratios[:, 0]).max() < 1e-9
-
     counts = np.array([1, 2, 4])  # clips of three groups, which are compared with each other
     groups = [group[:count] for group, count in zip(groups, counts, strict=False)]
     means = [((group - space.mean) @ space.transform).mean(axis=0) for group in groups]
@@ -405,12 +397,10 @@ def test_covariances_equal_their_definitions():
     fit = two_covariance.covariances(sums)
     num_people, num_clips = len(np.unique(labels)), len(vectors)
     prior = np.mean(vectors**2) * np.eye(WIDTH) / 2  # half is noise, half are people
-
     gaps = vectors - np.stack([vectors[labels == label].mean(axis=0) for label in labels])
     within = (gaps.T @ gaps + 10 * prior) / (num_clips - num_people + 10)
     np.testing.assert_allclose(fit.axes * fit.within @ fit.axes.T, within, atol=1e-10)
     np.testing.assert_allclose(fit.mean, num_people / (num_people + 0.5) * vectors.mean(axis=0))
-
     spread = (vectors - fit.mean).T @ (vectors - fit.mean) / num_clips
     between = ((num_people - 1) * (spread - within) + 10 * prior) / (num_people - 1 + 10)
     values, axes = np.linalg.eigh(between)

@@ -21,9 +21,7 @@ def test_clusters_are_chains_of_neighbouring_finite_directions(min_samples, want
     lengths = np.array([1, 5, 2, 0.1, 30, 0, 7])
     vectors = (lengths * [np.cos(angles), np.sin(angles)]).T
     distance_of_12_degrees = 2 * np.sin(np.deg2rad(12) / 2)
-
     clusters = noise_classes.cluster(vectors, eps=distance_of_12_degrees, min_samples=min_samples)
-
     assert clusters.tolist() == wanted
     nothing = noise_classes.cluster(np.zeros((0, 4)), eps=0.5, min_samples=5)
     assert nothing.shape == (0,)
@@ -52,7 +50,6 @@ def test_clustered_clips_start_in_their_cluster_and_other_clips_at_random() -> N
     labels = noise_classes.initial_labels(clusters, LAYOUT, seed=3)
     assert (labels[clusters == 0] == 4).all()
     assert (labels[clusters == 1] == 5).all()
-
     drawn = labels[clusters == -1]
     assert set(drawn.tolist()) == {6, 7, 8}
     assert np.bincount(drawn).max() < 0.45 * len(drawn)  # about a third for each mirror class

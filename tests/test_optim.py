@@ -89,7 +89,6 @@ def test_sgd_steps_match_hand_computed_updates(decay_all):
     params["slope"] = np.float32(7)
     gradient = jax.tree.map(lambda x: np.full_like(x, 2), params)  # 7 numbers
     state, momentum, wanted = optimizer.init(params), dict.fromkeys(params, 0), dict(params)
-
     for _ in range(2):
         updates, state = optimizer.update(gradient, state, params)
         params = optax.apply_updates(params, updates)
@@ -119,7 +118,6 @@ def test_optimizer_restart_equals_a_fresh_optimizer():
     params = {"kernel": np.full((2, 3), 2, "f4")}
     grads = np.random.default_rng(0).normal(size=(6, 2, 3)).astype(np.float32)
     state, plain_state = restarted.init(params), plain.init(params)
-
     for step, grad in enumerate(grads):
         plain_state = plain.init(params) if step == 3 else plain_state
         updates, state = restarted.update({"kernel": grad}, state, params)

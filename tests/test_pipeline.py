@@ -110,12 +110,10 @@ def test_evaluation_batches_contain_every_clip_once_with_its_best_frames(
         data = MemoryClips.pack(as_arrays(CLIPS[split]), {"face": 6, "audio": 4}, ())
     batches = [*eval_batches(data, split=split, modalities=("face", "audio"), rows=rows)]
     assert all(batch.clip_index.shape == batch.batch_mask.shape == (rows,) for batch in batches)
-
     clips = rows_of(batches)
     for index, modality in itertools.product(clips, ("face", "audio")):
         clip = source_clip(dataset, split, modality, index)
         assert_best_frames(clips[index][modality], clip, count=512)
-
     # Clips of up to 32, up to 128 and more frames are padded or cut to 32, 128 and 512 frames.
     lengths = data.split(split).lengths["face"]
     padded = [len(clips[index]["face"].mask) for index in range(len(lengths))]

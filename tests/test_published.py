@@ -192,7 +192,6 @@ def test_quality_fusion_reweights_its_losses_after_24_and_99_epochs():
     # Sigmoids: probabilities that class 1 is right, and that classes 0 and 2 are not.
     right = special.expit(np.array([-1, 1, -1]) * logits[0])
     focal = np.sum((1 - right) ** 2 * -np.log(right))  # training.py:267-282, gamma 2
-
     epoch_steps = CLIPS / config.batch_size
     sizes = {"class_mask": None, "steps_per_epoch": epoch_steps}
     objective = losses.make_objective(config.loss.to_dict(), **sizes, logit_scale=1.0)
@@ -222,7 +221,6 @@ def test_deepmef_views_hide_the_same_feature_chunks_as_the_code():
     config, system = official(f"{DEEPMEF},views")
     members = ensemble.make_members(config.ensemble.to_dict())
     assert [member.view for member in members] == [0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 15]
-
     # Features count from 0, so that the features of a view show which of 16 chunks is hidden.
     ones, widths = jnp.ones((1, 1)), {"face": 512, "scene": 2048}
     frames = {
@@ -234,7 +232,6 @@ def test_deepmef_views_hide_the_same_feature_chunks_as_the_code():
         for name, width in widths.items():
             hidden = np.s_[width // 16 * view : width // 16 * (view + 1)]
             assert {*seen[name].features[0, 0].tolist()} == {*np.delete(range(width), hidden)}
-
     only_scene = load_file("deepmef:scene,published,views").ensemble.to_dict()
     views = [member.view for member in ensemble.make_members(only_scene)]
     assert views == [1, 2, 3, 4, 6, 8, 10, 11, 12, 14, 15]
@@ -256,12 +253,10 @@ def test_deepmef_channel_attention_equals_the_attention_of_its_code():
     variables = init(layer, frames.features, frames.mask)
     for name in ("theta", "phi", "out"):  # all start at 0, so theta and phi never learn
         np.testing.assert_array_equal(variables["params"][name]["kernel"], 0)
-
     params = randomised(variables["params"])
     assert all({*params[name]} == {"kernel"} for name in ("theta", "phi", "g", "out"))  # no bias
     apply = jax.jit(functools.partial(layer.apply, train=True, mutable=["batch_stats"]))
     out, new = apply({**variables, "params": params}, frames.features, frames.mask)
-
     real = np.array([0, 1, 3])  # the clips with frames
     rows = np.swapaxes(frames.features[real], 1, 2).astype(np.float64)  # [B, D, T]
 
@@ -276,7 +271,6 @@ def test_deepmef_channel_attention_equals_the_attention_of_its_code():
     wanted = frames.features[real] + np.swapaxes(added, 1, 2)
     np.testing.assert_allclose(out[real], wanted, atol=1e-4)
     np.testing.assert_array_equal(out[2], 0)
-
     means = new["batch_stats"]["theta_norm"]["mean"]  # moves by 0.1 to the mean, as in torch
     wanted_means = 0.1 * (rows @ params["theta"]["kernel"]).mean((0, 1))
     np.testing.assert_allclose(means, wanted_means, atol=1e-5)
@@ -360,7 +354,6 @@ def test_long_noise_clips_are_cut_to_pieces_of_random_length():
     cut = functools.partial(augment.concat_clips, frames=frames, pieces="random", **options)
     draw = jax.jit(jax.vmap(lambda key: cut(key).mask))
     masks = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
-
     assert masks[:, 1].sum(axis=1).tolist() == [60] * 4000  # clip 1 is not chosen
     # Joined clips have 120 places. Clip 0 has 60 frames.
     first, last = masks[:, 0].argmax(axis=1), 119 - masks[:, 0, ::-1].argmax(axis=1)

@@ -207,7 +207,6 @@ def test_pages_and_notebooks_use_only_public_names_of_python():
         programs += ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     used = {name for program in programs for name in find_used_names(program)}
     used = {name for name in used if name.startswith("vidjax.")}
-
     contributing = (ROOT / ".github/CONTRIBUTING.md").read_text()
     section = contributing.partition("## Where things go")[2].partition("\n## ")[0]
     modules = [path[:-3].replace("/", ".") for path in re.findall(r"`(vidjax/\S+\.py)`", section)]
@@ -241,7 +240,6 @@ def test_readme_example_of_a_system_runs(official_dir, say, one_device, forget_o
     # of 13 columns (12 identities and `other`) with a bias, and a weight.
     assert results["num_params"] == 2 * (24 + 16 + 8) + (24 + 16 + 8 + 3) * 13 + 3
     assert results["map"] > 0.8
-
     assert "--config=FILE" in command("--mode=evaluate", code=2)
     assert command("--mode=evaluate", own)["map"] == results["map"]
     command("--mode=rank", own, f"--input={official_dir}", "--config.eval.split=val", "--out=a.tsv")
@@ -269,7 +267,6 @@ def test_page_of_experiments_runs_as_it_stands(
         assert MAINS[module](words) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
     assert "95 % interval" in printed and "runs/b1+runs/b2+runs/b3" in printed
-
     monkeypatch.setattr(vidjax, "load_config", lambda *words: load_config(*words, *short))
     monkeypatch.syspath_prepend(tmp_path)
     for name, code in TRACKERS.items():
@@ -377,14 +374,12 @@ def test_every_benchmark_command_of_the_readmes_runs(cache_dir, tmp_path, monkey
     No system has the name `nothing`. At night, `knn` is timed, and its digests are computed.
     """
     before, written = json.loads(scores.RESULTS.read_text()), speed.PAGE.read_text()
-
     pages = {name: Path(shutil.copy(page, tmp_path / name)) for name, page in scores.PAGES.items()}
     monkeypatch.setattr(scores, "PAGES", pages)
     monkeypatch.setattr(scores, "CONFIGS", shutil.copytree(scores.CONFIGS, tmp_path / "headers"))
     monkeypatch.setattr(scores, "RESULTS", Path(shutil.copy(scores.RESULTS, tmp_path)))
     monkeypatch.setattr(speed, "PAGE", Path(shutil.copy(speed.PAGE, tmp_path)))
     monkeypatch.chdir(tmp_path)
-
     for module, *words in commands():
         if module == "tests.benchmarks.scores":
             scores.main([*words, f"--only={only}" if "--time" in words else "--collect"])
@@ -396,7 +391,6 @@ def test_every_benchmark_command_of_the_readmes_runs(cache_dir, tmp_path, monkey
                 assert same_bytes.main(words) in (0, None)
         else:
             assert module in MAINS, "see test_every_readme_command_runs"
-
     after = json.loads(scores.RESULTS.read_text())
     assert after["rows"] == before["rows"] and after["rungs"] == before["rungs"]
     assert speed.PAGE.read_text() == written
@@ -413,7 +407,6 @@ def test_readme_example_of_own_features_in_python_runs(
     runpy.run_path(write("features.py"))
     load_config = functools.partial(vidjax.load_config, spec, NO_REPORT)
     monkeypatch.setattr(vidjax, "load_config", lambda _, *words: load_config(*words))
-
     names = runpy.run_path(write("memory.py"))
     assert "config.batch_size" not in capsys.readouterr().err  # there is no hint
     assert names["scores"].shape == (1, 20) and len(names["vectors"]) == 1
@@ -431,7 +424,6 @@ def test_readme_query_finds_films_that_show_two_people_together(drawn):
     for path, year in ((old, 2023), (film, 2024), (photo, 2024)):
         os.utime(path, (0, datetime(year, 12, 31, 23, 59, tzinfo=UTC).timestamp()))
     drawn.who(film, old, photo)
-
     rows, database = drawn.rows(), sqlite3.connect(":memory:")  # for names.jsonl
     database.execute(f"CREATE TABLE names ({', '.join(map(json.dumps, rows[0]))})")
     marks = ", ".join("?" * len(rows[0]))

@@ -39,7 +39,6 @@ def check_page(text):
     """Asserts properties of every report; returns the parsed page."""
     page = Page(text)
     assert page.open == [] and len(text.encode()) < 5e6
-
     # Sections are in this order. Links lead to the sections, to other reports and to the top.
     sections = [attrs["id"] for attrs in page.all("section")]
     assert sections == [name for name in SECTIONS if name in sections]
@@ -48,7 +47,6 @@ def check_page(text):
     assert links.pop() == "#top"
     pages = re.compile(r"report_[\w%.-]+\.html")
     assert all(pages.fullmatch(address) for address in links[len(sections) :])
-
     # Nothing is loaded from elsewhere, and no script runs.
     assert {tag for tag, _, _ in page.tags} <= set(TAGS.split())
     assert len(page.all("meta")) == 4 and "http" not in text.replace("http-equiv", "")
@@ -57,7 +55,6 @@ def check_page(text):
             address = attrs.get(name, "#")
             assert address.startswith(("#", "data:")) or address in links, attrs
         assert not any(name.startswith("on") for name in attrs)
-
     for attrs in page.all("svg"):
         title, description = attrs["aria-labelledby"].split()
         assert attrs["role"] == "img" and re.search(rf'<title id="{title}">[^<]+</title>', text)
@@ -84,7 +81,6 @@ def test_report_of_a_trained_net_shows_its_results(data, tmp_path):
     assert results["num_clips"] in values(hidden)
     assert "<span>a</span> <span>&amp;</span> <span>b</span>" in summary
     check_numbers(tmp_path, text)
-
     run_page.write(RunFolder(tmp_path))
     assert (tmp_path / "report.html").read_text() == text  # the same files give the same page
 
@@ -161,7 +157,6 @@ def test_report_omits_error_rates_that_the_sample_cannot_measure(full, page):
     before, after = text.split("are too few for a threshold")
     assert values(before)[-1] == open_set.num_strange
     assert values(after)[:2] == [few.rate, few.fewest]
-
     analysis = msgspec.structs.replace(full.analysis, open_set=None)
     text = run_page.render(full._replace(analysis=analysis))
     assert "<table" not in section(text, "open_set")
@@ -289,7 +284,6 @@ def test_interval_of_a_difference_is_the_wider_of_t_and_a_bootstrap_with_an_unse
     t = stats.ttest_1samp(gaps, 0)
     bounds = [*t.confidence_interval(), t[1]]
     assert (bootstrap[0] < bounds[0]) == (bootstrap[1] > bounds[1]) == (num == 7)
-
     low, high, p = significance.compute_gap_interval(gaps)
     wanted = bootstrap if num == 7 else bounds
     assert (low, high, p) == pytest.approx(wanted, abs=0.006)
@@ -407,7 +401,6 @@ def test_compare_refuses_groups_that_are_not_the_seeds_of_a_configuration(tmp_pa
     write_groups(tmp_path)
     made_runs.write(tmp_path / "c1", averages(0), "--config.seed=1")  # the seed of b1
     made_runs.write(tmp_path / "c2", averages(0), "--config.num_epochs=7")
-
     # A single run, a run of the first group, two runs with one seed, runs with other epochs.
     for group, words in {
         "b1": "--runs=A1+A2+A3,B1+B2+B3", "a1+b2+b3": "named twice",
@@ -422,7 +415,6 @@ def test_compare_marks_extended_runs_and_other_checkpoints(tmp_path, compared):
     made_runs.write(tmp_path / "c1", averages(0), "--config.seed=1", results=extended)
     best = {"overrides": {"eval.checkpoint": "best"}}
     made_runs.write(tmp_path / "c2", averages(0), "--config.seed=2", results=best)
-
     done = compared("--json", runs=("a1", "c1", "c2"))
     facts = json.loads(done.out)
     assert [row.get("extended") for row in facts["runs"]] == [None, extended["extended"], None]
@@ -430,7 +422,6 @@ def test_compare_marks_extended_runs_and_other_checkpoints(tmp_path, compared):
     page = Page((tmp_path / "out" / "comparison.html").read_text()).text()
     for text in (facts["table"], page, (tmp_path / "out" / "comparison.tex").read_text()):
         assert all(mark in text for mark in marks)
-
     plain = compared(runs=("a1", "a2")).out
     assert "Extended" not in plain and "settings" not in plain
     # An extended run is no other seed of a run that was not extended.
@@ -450,7 +441,6 @@ def test_blends_differ_only_in_their_runs_and_weights(tmp_path, compared):
         joined = f"--config.join.runs=('{name}',)", "--config.join.weights=(2,)"
         results = {"runs": [{"name": name, "weight": 3.0}]}
         made_runs.write(tmp_path / name, averages(0), *joined, results=results)
-
     assert compared(runs=("a1+a2", "blend1+blend2")).code == 0
     page = (tmp_path / "out" / "comparison.html").read_text()
     table = page.rpartition("configurations differ")[2].partition("</table>")[0]

@@ -90,7 +90,6 @@ def clips_of(data, modalities=MODALITIES, devices=1, splits=("train",), **change
 def test_resident_evaluation_batches_equal_streaming_batches(ragged, in_memory, split, devices):
     (clips, *_), count = clips_of(ragged, devices=devices), COUNTS[split]
     assert clips.split(split) is ragged.split(split) and clips.identities == ragged.identities
-
     only = np.random.default_rng(0).random(count) < 0.4  # scores only these clips
     for names, chosen, number in (
         (("face",), {"only": only}, only.sum()), (("face",), {"only": np.zeros_like(only)}, 0),
@@ -118,7 +117,6 @@ def test_resident_training_batches_equal_streaming_batches(
     """The steps cover three epochs of chosen clips or of all clips."""
     options = {"splits": splits, "crop": crop, "epoch_clips": epoch_clips}
     clips, _, plan = clips_of(ragged, modalities, batch_size=12, **options)
-
     num_steps = 3 * plan.num_places // plan.batch_size
     drawn = jax.device_put(resident.draw_steps(plan, first_step, num_steps))
 
@@ -197,7 +195,6 @@ def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, m
     with pytest.warns(UserWarning, match="up to step 10, 1 step had no effect"):
         small.run(config, tmp_path / "one", with_nan(sixth))
     assert all(np.isfinite(value).all() for value in small.weights(tmp_path / "one").values())
-
     three = with_nan(sixth, seventh, eighth)
     message = "not finite at step 8 and", "config.optim.learning_rate"
     refused(lambda: small.run(config, tmp_path / "three", three), *message)
@@ -270,7 +267,6 @@ def test_auto_mode_is_resident_if_clips_fit_in_memory_and_frames_in_int32(choose
         assert {mode for mode, _ in choose.measured} == {*measured}
         for mode in ("resident", "streaming"):
             assert choose.placement(free, mode) == (mode, 1)
-
     huge = {"num_frames": {"face": 2**31 - 1}}
     assert choose.placement(float("inf"), **huge) == ("streaming", 1)
     with pytest.raises(ValueError, match="too many for an int32"):

@@ -55,7 +55,6 @@ def test_synthetic_set_has_the_specified_statistics(make):
     pairs = itertools.product(MODALITIES, SPLITS)
     clips: dict[tuple[str, str], Any] = {pair: clips_of(folder, *pair) for pair in pairs}
     labels = {split: load_ground_truth(folder / f"{split}_gt.txt") for split in SPLITS}
-
     # Every split shows all 30 people. 37.5 % of val and test show strangers, without labels.
     names = [name for split in SPLITS for name in clips["scene", split]]
     assert len({*names}) == len(names)
@@ -63,7 +62,6 @@ def test_synthetic_set_has_the_specified_statistics(make):
         assert {*labels[split].values()} == {*map(str, range(1, 31))}
         assert labels[split].keys() <= clips["scene", split].keys()
         assert len(labels[split]) / len(clips["scene", split]) == pytest.approx(share, abs=0.01)
-
     # Some clips lack a modality, at the rates that the docstring of `missing_rate` gives. About
     # 2 % of the clips have no frame with a face.
     for modality, rate in {"face": 0.0, "head": 0.02, "body": 0.05, "audio": 0.15}.items():
@@ -98,11 +96,9 @@ def test_label_noise_and_distractors_change_only_train_files(make):
     plain, noisy, strange = make(), make(label_noise=0.2), make(train_distractors=0.375)
     labels = [load_ground_truth(made / "train_gt.txt") for made in (plain, noisy, strange)]
     before, after, labelled = labels
-
     assert changed_files(plain, noisy) == {"train_gt.txt"}
     assert before.keys() == after.keys() and set(after.values()) <= set(before.values())
     assert 0.1 < np.mean([before[name] != after[name] for name in before]) < 0.3
-
     names = clips_of(strange, "scene", "train").keys()
     assert len(names - labelled.keys()) / len(names) == pytest.approx(0.375, abs=0.01)
     train = {file_name(modality, "train") for modality in MODALITIES}
@@ -138,7 +134,6 @@ def test_synthetic_data_are_written_once_per_setting(tmp_path, monkeypatch):
 
     monkeypatch.setattr(synthetic, "write", write)
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path))
-
     for seed, blur in ((5, 1.0), (5, 1.0), (6, 1.0), (6, 2.0), (6, 2.0)):
         dataset = load_dataset("synthetic", seed=seed, blur=blur)
         assert dataset.split("train").clips == ("a",) and dataset.identities == ("1",)

@@ -54,7 +54,6 @@ def test_top_k_equals_a_full_sort(monkeypatch, name):
         expected = full_sort(scores, clip_index, K)
         order = rng.permutation(num_clips)
         blocks = list(blocks_of(scores[order], clip_index[order], rows=16, rng=rng))
-
         # Identities that are ranked together, and scores that may wait before they are merged.
         for chunk, candidates in ((C, 0), (3, 10), (3, 10**6)):
             monkeypatch.setattr(topk, "CHUNK", chunk)
@@ -71,11 +70,9 @@ def test_top_k_orders_nan_zeros_infinities_and_bfloat16_scores():
     top = topk.rank([(scores, clips, np.ones(7, bool))], num_identities=1, k=7)
     assert top.index.tolist() == [[3, 4, 5, 6, 1, 0, 2]]
     assert top.scores.tolist() == [[0.0, 0.0, 0.0, 0.0, -1.0, -np.inf, -np.inf]]
-
     # Ties have the same order if each clip is a block.
     one_by_one = [(scores[[i]], clips[[i]], np.ones(1, bool)) for i in range(7)]
     assert topk.rank(one_by_one, num_identities=1, k=3).index.tolist() == [[3, 4, 5]]
-
     halves = jnp.arange(7, dtype=jnp.bfloat16)[:, None]
     block = halves, np.arange(7, dtype=np.int32), np.ones(7, bool)
     assert topk.rank([block], num_identities=1, k=3).index.tolist() == [[6, 5, 4]]

@@ -37,7 +37,6 @@ def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, signum, spec, m
     words = ("--config.eval.every_epochs=2", "--config.num_epochs=4")
     config, parts = small.shrunk(*words, spec=spec), tmp_path / "parts"
     small.run(config_io.override(config, [small.STREAMED]), tmp_path / "whole", data)
-
     # In the first part, memory is too small for resident clips. Later parts continue to stream.
     monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: 0.0)
     for batch in (4, 7):  # a signal before this batch of the part; an epoch has 3 or 5 steps
@@ -47,7 +46,6 @@ def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, signum, spec, m
         assert caught.value.exit_code == 128 + signum
     small.evaluate(config, parts, data, num_devices=1)
     assert resume.read_finished_metrics(RunFolder(parts), config) is None
-
     small.run(config, parts, data)
     small.assert_same_run(parts, tmp_path / "whole")
 
@@ -85,11 +83,9 @@ def test_clip_weight_is_the_file_weight_times_the_class_balance(data, tmp_path, 
     path = tmp_path / "weights.txt"
     lines = (f"{c}.mp4 {w}\n" for c, w in zip(clips, of_file, strict=True) if w != 1)
     path.write_text("".join(lines))
-
     words = ("--config.data.train_splits=train,val", "--config.eval.split=test")
     words += ("--config.data.balance=0.5", f"--config.data.weights={path}")
     made = make_plan(small.shrunk(*words, spec=spec), data)
-
     class_sizes = np.bincount(made.labels)[made.labels]
     wanted = of_file * class_sizes**-0.5 * made.training_sets.trained[0]
     weight = made.constants.weight[0]
@@ -101,7 +97,6 @@ def test_epoch_has_only_clips_with_a_frame_that_a_member_learns_from(data):
     config = small.shrunk(*(f"--config.{word}" for word in words), spec=MLP)
     # One member learns from frames of quality 90 or more, the other from 100 or more.
     wanted = [clip for clip, face in real_frames(data, "train") if (face.quality >= 90).any()]
-
     assert 0 < len(wanted) < len(data.split("train").clips)
     np.testing.assert_array_equal(make_plan(config, data).batches.epoch_clips, sorted(wanted))
 

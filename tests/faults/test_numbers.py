@@ -78,13 +78,11 @@ def test_train_and_check_refuse_a_modality_of_only_nan(tmp_path, command):
     folder = write_npz(tmp_path / "own", clips)
     write_labels(folder / "labels.csv", labels_of(clips))
     data = ("--config.data.name=arrays", f"--config.data.dir={folder}")
-
     for words in (("train", f"--workdir={tmp_path / 'run'}"), ("check",)):
         done = command(*words, "--config=cosine:face,head", *data)
         error = done.out + done.err
         assert done.code == 2 and "head: all 12 frames of train contain a NaN" in error
         assert "config.modalities" in error
-
     assert command("check", "--config=cosine:face", *data).code == 0
 
 
@@ -92,7 +90,6 @@ def test_splits_of_zero_features_or_without_frames_give_a_warning_or_error(tmp_p
     clips = make_clips() | {"val": make_clips(np.zeros_like)["val"]}
     with pytest.warns(UserWarning, match="all features of val are 0"):
         plan.make_plan(make_config(), load(tmp_path, clips))
-
     nothing = {"face": {"file": "face_train", "frames_seen": 0, "frames": 0}}
     report = {"splits": {"train": {"modalities": nothing}}}
     assert "no clip of train has a frame" in next(find_unusable(report, ["train"], ["face"]))
@@ -117,7 +114,6 @@ def test_clips_with_nan_scores_are_counted_and_ranked_last():
     assert counts == {"num_nan_clips": 1}
     assert clips.best[:3].tolist() == [0.5, -np.inf, 0.25]
     assert not clips.right[1]
-
     assert without_nan(0.0, 0.0, 0.0, np.nan)[1] == {}
     refused(lambda: without_nan(np.nan, np.nan, np.nan, 0.0), "3 of 3 clips ", "divide")
 
@@ -163,10 +159,8 @@ def test_misspelt_labels_fields_and_modalities_get_a_suggestion(tmp_path):
     (tmp_path / "label.csv").write_text("clip,identity\na,1\n")
     refused(lambda: folder.read(tmp_path / "scratch"), "rename it to 'face_quality'")
     refused(lambda: folder.read_labels({"train": ["a"]}), "rename it to labels.csv")
-
     known = {"head": Modality(DIM, "float16")}
     refused(lambda: select_modalities(("heda",), known), "no modality 'heda': did you mean 'head'")
-
     # `find_misspelt` gets split -> modality -> numbers of frames of the clips.
     some, none = np.array([1, 2]), np.array([0, 0])
     (problem,) = find_misspelt({"train": {"fase": some, "head": some}, "val": {"face": some}})
@@ -211,7 +205,6 @@ def test_training_on_extreme_features_is_finite_or_one_error(tmp_path, system):
     config = small_runs.shrunk(*words, spec=f"configs/{system}")
     for name, (odd, refuses) in ODD.items():
         clips = make_clips(odd, 1 if name == "one clip" else 36, WIDTHS)
-
         try:
             results = small_runs.run(config, tmp_path / name, load(tmp_path / "cache", clips))
         except (ValueError, CheckpointError) as error:
