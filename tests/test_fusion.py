@@ -335,6 +335,19 @@ def test_drawn_samples_are_different_frames_in_time_order():
     np.testing.assert_array_equal(drawn.features[7, 0], SAMPLED.features[0, number[7, 0]])
 
 
+def test_samples_with_replacement_are_in_random_order_and_repeat_frames_of_short_clips():
+    """As by np.random.choice(frames, 5, replace=len(frames) < 5). Without a key, it is fixed."""
+    options = {"num_frames": 5, "order": "random", "replacement": True}
+    pick = jax.vmap(lambda rng: fusion.sample_frames(rng, SAMPLED, **options).number)
+    drawn = np.asarray(jax.jit(pick)(jax.random.split(jax.random.key(2), 600))) // 10
+    assert all(len({*sample}) == 5 for sample in drawn[:, 1])  # 5 of 10 frames
+    assert 3.8 < drawn[:, 1].mean(axis=0).min() < drawn[:, 1].mean(axis=0).max() < 5.2  # not sorted
+    count = drawn[:, 2].sum(axis=1)  # of frame 1 of the 2 frames of clip 2, which is binomial
+    assert (count.min(), count.max()) == (0, 5) and abs(count.var() - 1.25) < 0.2
+    fixed = [np.asarray(fuse("sample", None, SAMPLED, **options).number) for _ in range(2)]
+    np.testing.assert_array_equal(*fixed)
+
+
 def test_samples_without_a_key_are_evenly_spaced():
     """A sample has the middle frames of five equal pieces of a clip. Clip 3 is empty."""
     even = fuse("sample", None, SAMPLED, num_frames=5)

@@ -320,9 +320,10 @@ def test_bootstrap_samples_lose_no_identity_but_samples_of_all_clips_do():
     So a draw from all clips lacks all n clips of an identity with a probability near exp(-n).
     """
     labels = np.repeat(np.arange(60), np.arange(60) % 3 + 1)  # one, two or three clips each
-    draw = ensemble.draw_bootstrap
-    of_identities = np.stack([draw(labels, number, seed=0) for number in range(400)])
-    of_all = np.stack([draw(labels, number, seed=0, resample="all") for number in range(400)])
+    of_identities, of_all = (
+        np.stack([ensemble.draw_bootstrap(labels, n, seed=0, resample=kind) for n in range(400)])
+        for kind in ("identity", "all")
+    )
     assert (of_all.sum(axis=1) == len(labels)).all()
     for n in (1, 2, 3):
         # Identities n - 1, n + 2, n + 5 and so on have n clips.
@@ -332,8 +333,9 @@ def test_bootstrap_samples_lose_no_identity_but_samples_of_all_clips_do():
         assert left_out == pytest.approx((1 - 1 / n) ** n, abs=0.02)
         lost = np.mean([of_all[:, clips].sum(axis=1) == 0 for clips in masks])  # all n clips
         assert lost == pytest.approx(np.exp(-n), abs=0.02)
-    members = make_members(bootstraps=2)
-    uses = ensemble.count_clip_uses(members, labels, folds=0, seed=0, resample="all")
+    uses = ensemble.count_clip_uses(
+        make_members(bootstraps=2), labels, folds=0, seed=0, resample="all"
+    )
     np.testing.assert_array_equal(uses, of_all[:2])
 
 

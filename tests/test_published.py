@@ -19,7 +19,7 @@ from scipy import special
 
 from tests.helpers.made_frames import make_frames, one_hot_frames
 from tests.helpers.made_models import init, randomised
-from vidjax.core import augment, ensemble, fusion, losses
+from vidjax.core import augment, ensemble, losses
 from vidjax.core.batch import Frames, ModelOutput
 from vidjax.models.build_system import System, TaskSpec, make_system
 from vidjax.models.deepmef import ChannelAttention
@@ -115,6 +115,9 @@ def test_learning_rates_equal_the_published_rates(spec, epochs, published):
         "optim.weight_decay": 1e-5, "optim.decay_all": True, "optim.total_decay": 0,
         "loss.margin": 0.5, "loss.gamma": 2, "data.distractors": "leave_out",
         "mixup": 0, "transforms": (), "model.main.modality_dropout_rate": 0,
+        # np.random.choice(frames, 40, replace=len(frames) < 40), also in the evaluation
+        **{f"fusion.face.{part}.{name}": value for part in ("train", "evaluate") for name, value in
+           {"name": "sample", "num_frames": 40, "order": "random", "replacement": True}.items()},
         # demo_test_face_scene_multi_view.py: Softmax of the net's output, without its factor.
         "eval.temperature": 30, "model.main.logit_scale": 30, "model.other.logit_scale": 30,
         # sep_cat_qds_face_scene_transforms: the feature, quality / 100, detection.
@@ -274,31 +277,6 @@ def test_deepmef_channel_attention_equals_the_attention_of_its_code():
     means = new["batch_stats"]["theta_norm"]["mean"]  # moves by 0.1 to the mean, as in torch
     wanted_means = 0.1 * (rows @ params["theta"]["kernel"]).mean((0, 1))
     np.testing.assert_allclose(means, wanted_means, atol=1e-5)
-
-
-@pytest.mark.nightly
-def test_deepmef_samples_40_frames_and_repeats_frames_of_short_clips():
-    """np.random.choice(frames, 40, replace=len(frames) < 40); evaluation always draws the same."""
-    spec = load_file(DEEPMEF).fusion.face.train.to_dict()
-    assert spec == load_file(DEEPMEF).fusion.face.evaluate.to_dict()
-    sample, frames = fusion.make_fusion(spec), make_frames([50, 40, 5, 5, 0], max_frames=50)
-    draw = jax.jit(jax.vmap(lambda key: sample(key, frames).number))
-    # Frame t of `make_frames` has the number 10 * t. [400 draws, 5 clips, 40 frames]
-    drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 400))) // 10
-    counts = np.sum(drawn[..., None] == np.arange(50), axis=2)  # [400 draws, 5 clips, 50 frames]
-    # 50 frames: 40 different frames are drawn, each with the same probability, 40 / 50.
-    assert counts[:, 0].max() == 1
-    np.testing.assert_allclose(counts[:, 0].mean(axis=0), 0.8, atol=0.08)
-    # 40 frames: all are drawn, in random order. The mean place of frame 7 is near 39 / 2.
-    assert (counts[:, 1, :40] == 1).all()
-    assert 17 < np.argmax(drawn[:, 1] == 7, axis=1).mean() < 22
-    # 5 frames: each is drawn 8 times on average, and its count is binomial.
-    np.testing.assert_allclose(counts[:, 2, :5].var(axis=0), 40 * 0.2 * 0.8, rtol=0.25)
-    # Evaluation has no key. Its draw is fixed, and is equal for clips of equal length.
-    fixed = np.asarray(sample(None, frames).number) // 10
-    assert len(set(fixed[0].tolist())) == 40 and (np.diff(fixed[0]) < 0).any()  # not by time
-    np.testing.assert_array_equal(fixed[2], fixed[3])
-    assert len(set(np.bincount(fixed[2], minlength=5).tolist())) > 1  # not each frame 8 times
 
 
 def test_deepmef_focal_factor_uses_the_mean_loss_of_the_batch():

@@ -1,6 +1,5 @@
 """Training from start to end: learning, resuming, devices, and the shipped configurations."""
 
-import json
 import os
 import signal
 
@@ -104,29 +103,6 @@ def test_epoch_has_only_clips_with_a_frame_that_a_member_learns_from(data):
 REAL_DATA = os.environ.get("VIDJAX_REAL_DATA")
 
 
-def train_by_command(vidjax_command, workdir, *words):
-    done = vidjax_command(*words, "--config.eval.report=False", f"--workdir={workdir}")
-    assert done.returncode == 0, done.stderr
-    return json.loads((workdir / "metrics.json").read_text())
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize(("seed", "ones"), [(0, ["face"]), (1, ["face", "head", "audio"])])
-def test_all_modalities_beat_one_modality_and_neighbours(
-    vidjax_command, tmp_path, cache_dir, seed, ones
-):
-    """The first command of the README, with two seeds. `ones` are runs with one modality."""
-    specs = ("configs/mma.py", "configs/knn.py", *(f"configs/mma.py:{name}" for name in ones))
-    seeds = (f"--config.seed={seed}", f"--config.data.seed={seed}")
-    whole, *others = (
-        train_by_command(vidjax_command, tmp_path / str(number), f"--config={spec}", *seeds)["map"]
-        for number, spec in enumerate(specs)
-    )
-    assert whole > max(others), others
-    # As for users, the commands keep the compiled training loop in their cache.
-    assert list((cache_dir / "programs").glob("*/jit_loop-*")), "no compiled program was kept"
-
-
 @pytest.mark.nightly
 @pytest.mark.skipif(not REAL_DATA, reason="needs the folder VIDJAX_REAL_DATA")
 @pytest.mark.parametrize(("name", "words", "least"), [
@@ -134,13 +110,18 @@ def test_all_modalities_beat_one_modality_and_neighbours(
     # 0.909 to 0.912 in the benchmarks, as processors round differently.
     ("mma", ("--config.ensemble.seeds=3",), 0.905),
 ])  # fmt: skip
-def test_map_on_real_clips_reaches_the_benchmark(vidjax_command, tmp_path, name, words, least):
-    spec = f"configs/{name}.py:iqiyi_vid,few,face,head,audio"
-    words = (f"--config={spec}", f"--config.data.dir={REAL_DATA}", *words)
-    metrics = train_by_command(vidjax_command, tmp_path, *words)
+def test_map_on_real_clips_reaches_the_benchmark(
+    vidjax_command, tmp_path, cache_dir, name, words, least
+):
+    spec = f"--config=configs/{name}.py:iqiyi_vid,few,face,head,audio"
+    words = (*words, f"--config.data.dir={REAL_DATA}", "--config.eval.report=False")
+    done = vidjax_command(spec, *words, f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    metrics = RunFolder(tmp_path).metrics()
     counts = [metrics[key] for key in ("num_clips", "num_distractors", "num_identities")]
-    assert metrics["map_kind"] == "val"
+    assert metrics["map_kind"] == "val" and metrics["map"] >= least
     assert counts == [1232, 373, 413]  # of the folder
-    assert metrics["map"] >= least
     scored = vidjax_command("score", f"{REAL_DATA}/val_gt.txt", tmp_path / "ranking.txt")
     assert float(scored.stdout.split()[-1]) == metrics["map"]
+    # As for users, the commands keep the compiled training loop in their cache.
+    assert name == "plda" or list((cache_dir / "programs").glob("*/jit_loop-*"))
