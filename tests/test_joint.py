@@ -4,6 +4,8 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +15,10 @@ import vidjax
 from tests.helpers import small_runs
 from tests.helpers.seen import refused
 from vidjax.apps import forget
-from vidjax.evaluation import calibration, predict
+from vidjax.evaluation import blend, calibration, predict, scores as scores_lib
 from vidjax.models import plda_fit, two_covariance
 from vidjax.runs import config as config_lib, config_io
-from vidjax.runs.run_folder import RunFolder, make_and_lock
+from vidjax.runs.run_folder import RunFolder
 from vidjax.training import joint as joint_lib, public
 from vidjax.training.dry_run import dry_run
 
@@ -191,43 +193,18 @@ def test_a_deleted_report_is_written_again(copied):
     assert not was_finished and RunFolder(folder).metrics()["finished"]
 
 
-@pytest.fixture(scope="module")
-def thirds(joint, tmp_path_factory):
-    """The folders of two runs of the second system. Each scores another third of the clips."""
-    config, _, data = joint
-    own = config_io.load_system(config, config.join.systems[1], final=False)
-    own.ensemble.folds, own.eval.split = 3, "val"
-    folders = []
-    for number in (0, 1):
-        own.ensemble.only = (number,)
-        folders.append(tmp_path_factory.mktemp("runs") / str(number))
-        with make_and_lock(folders[-1]):
-            public.train_run(own, RunFolder(folders[-1]), data)
-    return folders
+def test_runs_with_other_folds_or_without_a_common_clip_are_refused():
+    uses = [np.array(use, bool) for use in ([[1, 1, 0], [0, 0, 1]], [[1, 0, 0]], [[0, 0, 1]])]
+    runs: list[Any] = [SimpleNamespace(use=use, pool=use.any(axis=0)) for use in uses]
 
+    def check(*chosen):
+        names = [SimpleNamespace(name=str(number)) for number in range(len(chosen))]
+        blended: Any = SimpleNamespace(runs=chosen, models=names)
+        blend.Blend.check_folds(blended)
 
-@pytest.fixture
-def evaluate_blend(joint, tmp_path):
-    """Returns a function: folders of runs -> the metrics of their blend in `tmp_path` on val."""
-
-    def evaluate(*folders, learned=False):
-        config = config_lib.default()
-        config.join.runs, config.join.learned = (*map(str, folders),), learned
-        return public.evaluate_run(config, RunFolder(tmp_path), joint[2])["val"]
-
-    return evaluate
-
-
-def test_runs_with_other_folds_are_refused_if_numbers_are_learned(joint, thirds, evaluate_blend):
-    folders = (joint[1] / "1_plda", thirds[0])
-    for order in (folders, folders[::-1]):
-        refused(lambda order=order: evaluate_blend(*order, learned=True), "ensemble.folds")
-    assert evaluate_blend(*folders)["num_clips"] == RunFolder(thirds[0]).metrics()["num_clips"]
-
-
-def test_runs_that_score_no_common_clip_are_refused(thirds, evaluate_blend, tmp_path):
-    refused(lambda: evaluate_blend(*thirds), "no clip is scored by all", "folds")
-    assert not [*tmp_path.iterdir()]
+    check(runs[0], runs[0])
+    refused(lambda: check(*runs[:2]), "different folds", "0, 1", "ensemble.folds")
+    refused(lambda: scores_lib.combine(runs[1:], max, None), "no clip is scored by all", "folds")
 
 
 @pytest.fixture(scope="module")

@@ -236,9 +236,9 @@ def test_average_precisions_among_a_subset_of_clips_equal_a_loop():
     index = np.stack([rng.permutation(40)[:30] for _ in range(4)])
     positives = np.bincount(labels, minlength=5)[1:]  # label 0: no identity
     top = topk.TopK(np.zeros(index.shape, np.float32), index)
-    all_clips: Any = {"names": ["c"] * 40, "pool": np.ones(40, bool)}
-    best = np.zeros(40, np.float32)
-    scored = measures.ScoredSplit(top, best, labels, **all_clips, positives=positives)
+    scored = measures.ScoredSplit(
+        top, np.zeros(40, np.float32), labels, ["c"] * 40, np.ones(40, bool), positives
+    )
     chosen = (labels > 0) & (rng.random(40) < 0.6)
     # The clips of an identity that are not chosen are deleted from its list.
     averages = []
@@ -250,8 +250,7 @@ def test_average_precisions_among_a_subset_of_clips_equal_a_loop():
     precisions, num_clips = scored.averages_among(chosen)
     np.testing.assert_allclose(precisions, averages)
     assert num_clips == chosen.sum()
-    # Among all clips, the mean is MAP.
-    of_all, _ = scored.averages_among(labels > 0)
+    of_all, _ = scored.averages_among(labels > 0)  # among all clips, the mean is MAP
     assert of_all.mean() == pytest.approx(metrics.mean_average_precision(index, labels, positives))
 
 
@@ -423,8 +422,7 @@ def test_metric_sees_the_best_identity_of_each_clip_and_the_rank_of_its_label():
     rng = np.random.default_rng(0)
     scores = rng.integers(0, 9, (40, 12)).astype(np.float32)  # with ties
     scores[3], scores[4, 5] = -np.inf, np.nan
-    labels = rng.integers(0, 13, 40).astype(np.int32)
-    names = tuple(map(str, range(40)))
+    labels, names = rng.integers(0, 13, 40).astype(np.int32), tuple(map(str, range(40)))
     use = np.ones((1, 40), bool)
     described = scores_lib.Scores(scores, use, "val", True, True, names, names[:12])
     places, real = np.append(np.arange(40), 0).astype(np.int32), np.arange(41) < 40
@@ -432,10 +430,9 @@ def test_metric_sees_the_best_identity_of_each_clip_and_the_rank_of_its_label():
     block = scoring.ScoreBlock(np.vstack([scores, scores[:1]]), places, real)
     scores_lib._add_clips(found, labels, block)
     for clip, (row, label) in enumerate(zip(scores, labels, strict=True)):
-        scored = np.isfinite(row).all()
-        assert found.identity[clip] == (row.argmax() + 1 if scored else 0)
-        assert bool(found.right[clip]) == (scored and label > 0 and row.argmax() + 1 == label)
-        if label and scored:
-            assert found.rank[clip] == np.sum(row > row[label - 1])
-            assert found.own[clip] == row[label - 1]
+        best = row.argmax() + 1 if np.isfinite(row).all() else 0
+        assert found.identity[clip] == best and found.right[clip] == (0 < label == best)
+        if label and best:
+            wanted = np.sum(row > row[label - 1]), row[label - 1]
+            assert (found.rank[clip], found.own[clip]) == wanted
     assert found.rank[3] == found.rank[4] == 12

@@ -20,7 +20,7 @@ from tests.helpers.embeddings import exact, unit
 from tests.helpers.made_frames import make_frames
 from tests.helpers.made_models import init_identifier
 from tests.helpers.seen import refused
-from vidjax.apps.gallery import backend as backend_lib, grouping, index as index_lib
+from vidjax.apps.gallery import backend as backend_lib, index as index_lib
 from vidjax.core import ensemble
 from vidjax.core.batch import ClipInfo
 from vidjax.models import plda_fit, two_covariance
@@ -149,30 +149,6 @@ def test_plda_members_with_different_clips_are_solved_separately():
         np.testing.assert_array_equal(logits_of(of_one, frames), logits_of(of_two, frames))
 
 
-@pytest.mark.slow
-def test_fitted_settings_favour_no_modality():
-    """Half of the people are enrolled without a voice. They are named as often as the others."""
-    rng = np.random.default_rng(1)
-    labels = np.repeat(np.arange(1, 61), 12)
-    # Every second clip of a person is enrolled. The other clips are identified.
-    enrolled, voiceless = np.arange(len(labels)) % 2 == 0, labels > 30
-    vectors = {}
-    for name in ("face", "audio"):
-        centres, noise = rng.normal(size=(61, 12)), rng.normal(size=(len(labels), 12))
-        vectors[name] = unit(centres[labels] + 0.5 * noise).astype(np.float32)
-    vectors["audio"][enrolled & voiceless] = 0
-    known = {name: x[enrolled] for name, x in vectors.items()}
-    backend = backend_lib.fit(known, labels[enrolled], centred=False)
-    names, joined = [str(n) for n in range(1, 61)], np.concatenate([*known.values()], axis=1)
-    index = index_lib.Index(backend, [backend.enrol(names, joined, labels[enrolled] - 1)])
-    answers = index.nearest([x[~enrolled] for x in vectors.values()], k=1)
-    named = np.array([int(answer.best[0][0]) for answer in answers])  # the most likely people
-    right, has_voice = named == labels[~enrolled], ~voiceless[~enrolled]
-    assert right[has_voice].mean() > 0.9
-    assert right[~has_voice].mean() > 0.8
-    assert abs((named > 30).mean() - 0.5) < 0.06  # half of the clips show voiceless people
-
-
 def test_settings_given_at_evaluation_replace_fitted_settings():
     config = config_io.load_file("plda:face,audio")
     sizes: Any = {"num_identities": 4, "num_clusters": None, "num_clips": 9, "total_steps": 2}
@@ -222,23 +198,6 @@ def test_few_people_of_a_fit_do_not_name_strangers_as_people_who_are_enrolled_la
         results.append((new, right.mean(), named[100:].mean()))
     new, known, named_strangers = np.mean(results, axis=0)
     assert 0.4 < new < 0.6 and known > 0.75 and named_strangers < 0.15
-
-
-@pytest.mark.slow
-def test_clips_of_several_days_form_few_groups_of_a_person():
-    """Clips of a day share 70 % of the noise. 20 people have 4 clips on each of 3 days."""
-    rng = np.random.default_rng(0)
-    fitted = draw_photos(rng, 100, 3)
-    backend = backend_lib.fit(
-        {"face": fitted.reshape(-1, 64)}, np.repeat(np.arange(1, 101), 4), centred=False
-    )
-    noise = np.sqrt(0.7) * rng.normal(size=(20, 3, 1, 64))
-    noise = noise + np.sqrt(0.3) * rng.normal(size=(20, 3, 4, 64))
-    x = unit(rng.normal(size=(20, 1, 1, 64)) + noise).reshape(-1, 64).astype(np.float32)
-    labels = grouping.group(backend, [f"clip {n}" for n in range(len(x))], [x])
-    assert len(np.unique(labels)) <= 25
-    people = np.arange(len(x)) // 12
-    assert all(len(np.unique(people[labels == label])) == 1 for label in np.unique(labels))
 
 
 @pytest.mark.parametrize(("shared", "most", "low", "high"), [

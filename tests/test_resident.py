@@ -34,24 +34,20 @@ def test_drawn_clips_equal_a_plain_loop_over_epochs(chosen, batch_size):
     rows = []
     for epoch in range(60):
         rng = np.random.Generator(np.random.Philox(key=[5, epoch]))
-        order = rng.permutation(num_clips)
-        uniform = rng.random((2, plan.num_places))
+        order, uniform = rng.permutation(num_clips), rng.random((2, plan.num_places))
         for place in range(plan.num_places):
             clip = order[place] if place < num_clips else -1
             clip = clip if chosen is None else chosen[clip]
-            firsts = [
-                int(number[place] * (max(0, lengths[name][clip] - padded[name]) + 1))
-                for name, number in zip(lengths, uniform, strict=True)
-            ]
-            rows.append([clip, place < num_clips, *firsts])
+            spare = [max(0, lengths[name][clip] - padded[name]) + 1 for name in lengths]
+            rows.append([clip, place < num_clips, *(uniform[:, place] * spare).astype(int)])
     for step, count in ((0, 1), (0, 5), (3, 4), (7, 1)):
         drawn = draw_clips(plan, step, count)
         assert [x.dtype for x in jax.tree.leaves(drawn)] == [np.int32, bool, np.int32, np.int32]
         found = np.stack([*drawn[:2], *(drawn.first[name] for name in lengths)], axis=1)
         wanted = np.array(rows[step * batch_size : (step + count) * batch_size])
         np.testing.assert_array_equal(found, wanted)
-        stacked = resident.draw_steps(plan, step, count)
-        stacked = np.stack(jax.tree.leaves(stacked), axis=-1)[..., [0, 1, 3, 2]]
+        stacked = jax.tree.leaves(resident.draw_steps(plan, step, count))
+        stacked = np.stack(stacked, axis=-1)[..., [0, 1, 3, 2]]
         assert stacked.shape == (resident.DRAWN_CLIPS // batch_size, batch_size, 4)
         np.testing.assert_array_equal(stacked[:count].reshape(wanted.shape), wanted)
         assert not stacked[count:].any()
@@ -316,32 +312,29 @@ def test_the_program_whose_memory_was_compared_is_the_one_that_runs(
 ):
     """A second program is compiled only if clips fit, but not together with a step."""
     words = "--config.ensemble.seeds=2", "--config.eval.split=val", "--config.modalities=face"
-
-    def train(name, *more, epochs=1, mode="auto", on_cpu=True, free=float("inf")):
-        """Trains a run; returns its mode, its group size, and the number of compiled loops."""
-        monkeypatch.setattr(devices_lib, "is_cpu", lambda mesh: on_cpu)
-        monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: free)
+    spec = "configs/quality_fusion.py:iqiyi_vid"
+    sizes: Any = {"batch_size": 32, "max_frames": 64, "crop": "window", "seed": 0}
+    plan = make_batch_plan([data.split("train")], ("face",), **sizes)
+    twice = 2.0 * resident.make_resident_plan(data, plan, ["val"]).nbytes
+    for name, epochs, asked, on_cpu, free, mode, group_size, num_compiled in (
+        ("auto", 1, "auto", True, np.inf, "resident", 1, 1),
+        ("auto", 2, "auto", False, np.inf, "resident", 1, 1),  # as in the first epoch
+        ("given", 1, "resident", True, np.inf, "resident", 1, 1),
+        ("streamed", 1, "streaming", True, np.inf, "streaming", 1, 1),
+        ("accelerator", 1, "auto", False, np.inf, "resident", 2, 1),
+        ("tight", 1, "auto", True, twice, "streaming", 1, 2),
+        ("full", 1, "auto", True, twice - 1, "streaming", 1, 1),
+        # Without memory, no number of members fits. A device would raise an error.
+        ("none", 1, "auto", False, 0.0, "streaming", 1, 2),
+    ):
+        monkeypatch.setattr(devices_lib, "is_cpu", lambda mesh, on_cpu=on_cpu: on_cpu)
+        monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh, free=free: free)
         compiled.clear()
-        words_of_run = *words, f"--config.num_epochs={epochs}", f"--config.data.mode={mode}"
-        spec = "configs/quality_fusion.py:iqiyi_vid"
-        small.run(small.shrunk(*words_of_run, spec=spec), tmp_path / name, data)
-        found = manifests(tmp_path / name)
-        manifest = found[max(found)]
-        return manifest["mode"], manifest["group_size"], len(compiled)
-
-    plan = make_batch_plan(
-        [data.split("train")], ("face",), batch_size=32, max_frames=64, crop="window", seed=0
-    )
-    nbytes = resident.make_resident_plan(data, plan, ["val"]).nbytes
-    assert train("auto") == ("resident", 1, 1)
-    assert train("auto", epochs=2, on_cpu=False) == ("resident", 1, 1)  # as before
-    assert train("given", mode="resident") == ("resident", 1, 1)
-    assert train("streamed", mode="streaming") == ("streaming", 1, 1)
-    assert train("accelerator", on_cpu=False) == ("resident", 2, 1)
-    assert train("tight", free=2.0 * nbytes) == ("streaming", 1, 2)
-    assert train("full", free=2.0 * nbytes - 1) == ("streaming", 1, 1)
-    # Without memory, no number of members fits. A device would raise an error.
-    assert train("none", on_cpu=False, free=0.0) == ("streaming", 1, 2)
+        more = f"--config.num_epochs={epochs}", f"--config.data.mode={asked}"
+        small.run(small.shrunk(*words, *more, spec=spec), tmp_path / name, data)
+        manifest = max(manifests(tmp_path / name).items())[1]
+        found = manifest["mode"], manifest["group_size"], len(compiled)
+        assert found == (mode, group_size, num_compiled), name
 
 
 @pytest.mark.slow

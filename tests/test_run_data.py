@@ -108,21 +108,25 @@ def test_clips_in_memory_are_written_only_into_the_folder_of_a_run(tmp_path, mon
         clips[split][f"{split}{i}"] = {"face": rng.normal(size=(1 + i % 3, 4)).astype("f2")}
         labels[f"{split}{i}"] = f"person {i % 4}"
 
-    def train(mode, clips=clips, **more):
-        flags = [f"--config.{key}={x}" for key, x in {"data.mode": mode, **more}.items()]
-        flags += ["--config.batch_size=8", "--config.model.embed_dim=8"]
-        config = vidjax.load_config("mma:face", *flags)
+    def train(mode, num_epochs, clips=clips):
+        fields = (
+            "batch_size=8",
+            "model.embed_dim=8",
+            f"data.mode={mode}",
+            f"num_epochs={num_epochs}",
+        )
+        config = vidjax.load_config("mma:face", *(f"--config.{field}" for field in fields))
         return vidjax.train(config, tmp_path / mode, vidjax.load_data(clips, labels))
 
     for mode in ("resident", "streaming"):
-        train(mode, num_epochs=1)
-        resumed = train(mode, num_epochs=2)
+        train(mode, 1)
+        resumed = train(mode, 2)
         data = vidjax.load_data(clips, labels)
         assert vidjax.evaluate(tmp_path / mode, data).map == resumed.map
         assert vidjax.restore(tmp_path / mode).rank(clips["val"])
     other = copy.deepcopy(clips)
     other["train"]["train3"]["face"][0, 0] += 1
-    error = refused(lambda: train("resident", other, num_epochs=2), "train has other features")
+    error = refused(lambda: train("resident", 2, other), "train has other features")
     assert "vidjax.load_data" in error and "data.dir" not in error
     written = [str(x.relative_to(tmp_path)) for x in tmp_path.rglob("*") if x.is_file()]
     # matplotlib lists the fonts of the system.

@@ -97,12 +97,8 @@ def test_splits_of_zero_features_or_without_frames_give_a_warning_or_error(tmp_p
 
 def test_clips_with_nan_scores_are_counted_and_ranked_last():
     """Of the clips a, b, c and d, clip d is not evaluated, so its NaN does not count."""
-    ones = np.ones(4, np.int32)
-    split = Split(
-        "val", ("a", "b", "c", "d"), labels=ones, labelled=True, positives=np.array([4]),
-        num_others=0, lengths={"face": ones},
-    )  # fmt: skip
-    evaluated = np.array([True, True, True, False])
+    ones, evaluated = np.ones(4, np.int32), np.arange(4) < 3
+    split = Split("val", tuple("abcd"), ones, True, np.array([4]), 0, {"face": ones})
 
     def without_nan(*best):
         """Replaces NaN in `best`, the scores of the clips; returns the new scores, and counts."""
@@ -111,9 +107,8 @@ def test_clips_with_nan_scores_are_counted_and_ranked_last():
 
     with pytest.warns(UserWarning, match="1 of 3 clips .* such as b\n.*divide"):
         clips, counts = without_nan(0.5, np.nan, 0.25, np.nan)
-    assert counts == {"num_nan_clips": 1}
+    assert counts == {"num_nan_clips": 1} and not clips.right[1]
     assert clips.best[:3].tolist() == [0.5, -np.inf, 0.25]
-    assert not clips.right[1]
     assert without_nan(0.0, 0.0, 0.0, np.nan)[1] == {}
     refused(lambda: without_nan(np.nan, np.nan, np.nan, 0.0), "3 of 3 clips ", "divide")
 
