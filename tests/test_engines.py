@@ -158,11 +158,11 @@ def test_job_that_prints_no_result_is_an_error(text):
 
 
 def test_job_that_crashes_or_takes_too_long_does_not_affect_other_jobs():
-    """The CPU time is limited for each job. The last three take 1.2 s together, in one process."""
+    """The CPU time is limited for each job. The last three take 2.4 s together, in one process."""
     wanted = ["time", "process", "crash", "work", "work", "work"]
     given = [(Path(f"{number}.mp4"), {"wanted": job}) for number, job in enumerate(wanted)]
     answers = processes.run_limited_each(
-        limited_job.__name__, given, memory_bytes=1 << 31, cpu_seconds=1
+        limited_job.__name__, given, memory_bytes=1 << 31, cpu_seconds=2
     )
     failed = {number: str(x) for number, x in enumerate(answers) if isinstance(x, UserError)}
     assert [*failed] == [0, 2] and len(answers) == len(wanted)

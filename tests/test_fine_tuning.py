@@ -104,9 +104,7 @@ OPTIONS = (
 
 
 @pytest.mark.slow
-def test_resumed_fine_tuning_equals_an_uninterrupted_one_without_the_first_run(
-    data, half_run, tmp_path
-):
+def test_resumed_fine_tuning_equals_a_whole_one_without_the_first_run(data, half_run, tmp_path):
     """Training is stopped in the middle of an accumulation, and after the last evaluation."""
     source = shutil.copytree(half_run(), tmp_path / "source")
     config = small.shrunk(*OPTIONS, small.STREAMED, f"--config.init_from={source}", spec=MLP)

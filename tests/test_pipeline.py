@@ -102,9 +102,7 @@ def test_window_crop_keeps_short_clips_whole_and_cuts_long_clips(dataset):
 @pytest.mark.parametrize(("split", "rows", "in_memory"), [
     ("train", 4, False), ("val", 64, False), ("val", 64, True),
 ])  # fmt: skip
-def test_evaluation_batches_contain_every_clip_once_with_its_best_frames(
-    dataset, split, rows, in_memory
-):
+def test_evaluation_batches_have_each_clip_once_with_best_frames(dataset, split, rows, in_memory):
     data = dataset
     if in_memory:
         data = MemoryClips.pack(as_arrays(CLIPS[split]), {"face": 6, "audio": 4}, ())

@@ -294,9 +294,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", TRUTH)
-def test_perfect_ranking_scores_1_with_every_ground_truth_that_training_accepts(
-    tmp_path, command, name, form
-):
+def test_perfect_ranking_scores_1_with_any_truth_that_training_reads(tmp_path, command, name, form):
     truth = tmp_path / name
     truth.write_bytes(FORMS[form](TRUTH[name]).encode())
     read_labels = labels.load_label_table(truth, {"val": [*CLIPS]})["val"]

@@ -253,9 +253,7 @@ def test_readme_example_of_a_system_runs(official_dir, say, one_device, forget_o
 
 
 @pytest.mark.slow
-def test_page_of_experiments_runs_as_it_stands(
-    tmp_path, monkeypatch, one_device, capsys, forget_own
-):
+def test_page_of_experiments_runs_as_it_is(tmp_path, monkeypatch, one_device, capsys, forget_own):
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
     tiny = synthetic.SIZES["small"]._replace(identities=20, mean_frames=4.0)
     monkeypatch.setitem(synthetic.SIZES, "small", tiny)
@@ -400,9 +398,7 @@ def test_every_benchmark_command_of_the_readmes_runs(cache_dir, tmp_path, monkey
 
 @pytest.mark.slow
 @nightly_after_first("spec", ["knn:face", "mma:face"])
-def test_readme_example_of_own_features_in_python_runs(
-    tmp_path, monkeypatch, capsys, one_device, spec
-):
+def test_readme_example_of_own_features_runs(tmp_path, monkeypatch, capsys, one_device, spec):
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
     runpy.run_path(write("features.py"))
     load_config = functools.partial(vidjax.load_config, spec, NO_REPORT)

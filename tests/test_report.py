@@ -449,9 +449,7 @@ def test_blends_differ_only_in_their_runs_and_weights(tmp_path, compared):
     assert "(3.0,)" in table and "(2,)" not in table
 
 
-def test_compare_prints_the_difference_that_few_identities_or_equal_gaps_cannot_show(
-    tmp_path, compared
-):
+def test_compare_prints_the_difference_that_few_identities_or_equal_gaps_hide(tmp_path, compared):
     rng, line = np.random.default_rng(4), "No difference in MAP below about"
     cases = (20, 0, " 0.169 can"), (20, 0.1, " 0.0"), (60, 0, " 0.0"), (60, 0.1, None)
     for num, deviation, shown in cases:

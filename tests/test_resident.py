@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -200,20 +201,15 @@ def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, m
 @pytest.mark.slow
 def test_number_of_clips_drawn_at_once_changes_no_weight(data, tmp_path, monkeypatch):
     """A call of the compiled loop takes at most three steps, or 2 ** 18 / 8."""
-    config, counts = small.shrunk("--config.batch_size=8", "--config.num_epochs=3"), []
-
-    def draw(plan, step, count, draw=resident.draw_steps):
-        drawn = draw(plan, step, count)
-        counts.append((count, len(drawn.clip_index)))
-        return drawn
-
+    config = small.shrunk("--config.batch_size=8", "--config.num_epochs=3")
+    draw = mock.Mock(wraps=resident.draw_steps)
     monkeypatch.setattr(resident, "draw_steps", draw)
-    small.run(config, tmp_path / "many", data)
-    assert {size for _, size in counts} == {1 << 15} and max(counts)[0] > 3
-    counts.clear()
-    monkeypatch.setattr(resident, "DRAWN_CLIPS", 31)
-    small.run(config, tmp_path / "three", data)
-    assert {size for _, size in counts} == {3} and max(counts)[0] == 3
+    for name, drawn_clips in (("many", 1 << 18), ("three", 31)):
+        monkeypatch.setattr(resident, "DRAWN_CLIPS", drawn_clips)
+        draw.reset_mock()
+        small.run(config, tmp_path / name, data)
+        most = max(count for _, _, count in (call.args for call in draw.call_args_list))
+        assert most == 3 if name == "three" else most > 3
     assert_equal(*(small.weights(tmp_path / name) for name in ("many", "three")))
 
 
@@ -307,9 +303,7 @@ def compiled():
 
 
 @pytest.mark.slow
-def test_the_program_whose_memory_was_compared_is_the_one_that_runs(
-    data, tmp_path, monkeypatch, compiled
-):
+def test_program_whose_memory_was_compared_is_the_one_run(data, tmp_path, monkeypatch, compiled):
     """A second program is compiled only if clips fit, but not together with a step."""
     words = "--config.ensemble.seeds=2", "--config.eval.split=val", "--config.modalities=face"
     spec = "configs/quality_fusion.py:iqiyi_vid"

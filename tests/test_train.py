@@ -110,9 +110,7 @@ REAL_DATA = os.environ.get("VIDJAX_REAL_DATA")
     # 0.909 to 0.912 in the benchmarks, as processors round differently.
     ("mma", ("--config.ensemble.seeds=3",), 0.905),
 ])  # fmt: skip
-def test_map_on_real_clips_reaches_the_benchmark(
-    vidjax_command, tmp_path, cache_dir, name, words, least
-):
+def test_map_on_real_clips_is_high_enough(vidjax_command, tmp_path, cache_dir, name, words, least):
     spec = f"--config=configs/{name}.py:iqiyi_vid,few,face,head,audio"
     words = (*words, f"--config.data.dir={REAL_DATA}", "--config.eval.report=False")
     done = vidjax_command(spec, *words, f"--workdir={tmp_path}")

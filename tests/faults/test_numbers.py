@@ -63,9 +63,7 @@ def make_config(*words):
     (lambda x: x * 1e-20, r"face: .* become 0 in float32\nmultiply them"),
     (lambda x: x.astype(np.float64) * 1e300, "all 24 frames"),  # 12 clips of two frames
 ], ids=["zero", "huge", "tiny", "beyond float32"])  # fmt: skip
-def test_features_that_are_zero_or_beyond_float32_are_an_error_with_a_remedy(
-    tmp_path, value, message
-):
+def test_features_of_zero_or_beyond_float32_are_an_error_with_a_remedy(tmp_path, value, message):
     with pytest.raises(ValueError, match=message):
         plan.make_plan(make_config(), load(tmp_path, make_clips(value)))
 

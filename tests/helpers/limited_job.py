@@ -35,7 +35,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
             return {"process": os.getpid()}
         case "work":
             start = time.process_time()
-            while time.process_time() < start + 0.4:
+            while time.process_time() < start + 0.8:
                 np.sort(np.arange(10000.0))
             return {"process": os.getpid()}
         case "crash":
