@@ -12,17 +12,15 @@ import pytest
 from scipy import ndimage
 
 from tests.helpers.cases import nightly_after_first
+from tests.helpers.embeddings import CARD
 from tests.helpers.made_appearances import appearance, film
 from tests.helpers.seen import refused
 from vidjax.apps import cards
-from vidjax.apps.cards import BackEnd
 from vidjax.apps.video import align, cuts, media_files, shots, tracks, who
 
 # Embeddings of the faces of 234 tracks of real films, and who they show.
 TRACKS = Path(os.environ.get("VIDJAX_REAL_DATA", "/nowhere")).parent / "tracks" / "tracks.npz"
 BOX = np.array([[10, 10, 60, 70]])
-# The distribution of cosines in the card of dlib's net.
-DLIB = BackEnd(**{**cards.PUBLISHED["dlib"]["back_end"], "centre": [0.0] * 128})
 TEMPLATE = np.array([[47, 48], [103.5, 48], [73.7, 76.8], [50.6, 102.5], [97.5, 102.5]])
 RATE = 25  # frames per second
 
@@ -198,7 +196,7 @@ def test_track_is_split_where_another_person_appears():
         for seed in range(3):
             # Only the direction of vectors counts, so the length may differ from 1.
             vectors, times = 1.5 * faces(order, seed=seed), np.arange(len(order)) / 5
-            assert tracks.find_changes(vectors, times, held=False, back_end=DLIB) == places
+            assert tracks.find_changes(vectors, times, held=False, back_end=CARD) == places
             # If the cosines of one person and of two people are not known, no track is split.
             assert tracks.find_changes(vectors, times, held=False, back_end=None) == []
 
@@ -206,7 +204,7 @@ def test_track_is_split_where_another_person_appears():
     for order in ([0, 1, 0, 1], [0, 0, 1, 2, 2, 2, 0], [0] * 5, [0]):
         vectors, times = faces(order, alike=0.95), 4.0 * np.arange(len(order))
         places = [n for n in range(1, len(order)) if order[n] != order[n - 1]]
-        assert tracks.find_changes(vectors, times, held=True, back_end=DLIB) == places
+        assert tracks.find_changes(vectors, times, held=True, back_end=CARD) == places
 
 
 @pytest.mark.skipif(not TRACKS.exists(), reason="no tracks next to VIDJAX_REAL_DATA")
@@ -218,7 +216,7 @@ def test_real_tracks_are_split_only_if_they_show_two_people():
         person = arrays["person"][low:high]  # of each face
         num_main_person = np.unique(person, return_counts=True)[1].max()
         vectors, times = arrays["vector"][low:high], arrays["time_s"][low:high]
-        places = tracks.find_changes(vectors, times, held=False, back_end=DLIB)
+        places = tracks.find_changes(vectors, times, held=False, back_end=CARD)
         split[bool(num_main_person < 0.8 * len(person))].append(bool(places))
     assert len(split[True]) == 13 and sum(split[True]) >= 12
     assert len(split[False]) == 221 and not any(split[False])

@@ -14,18 +14,16 @@ import pytest
 
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
-from tests.benchmarks import contradictions, decision
+from tests.benchmarks import contradictions
 from tests.helpers import docs, drawn_people, family_nets, films, made_nets
 from tests.helpers.clip_files import write_npz
-from tests.helpers.embeddings import DIFFERENT, SAME, WIDTH, Population
+from tests.helpers.embeddings import CARD, DIFFERENT, SAME, WIDTH, Population
 from tests.helpers.seen import refused
 from vidjax.apps import cards
 from vidjax.apps.gallery import card_notes
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import measured_cards
 from vidjax.models import card_backend, card_measure
-
-CARD = decision.CARD  # of dlib's net
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +47,9 @@ def test_people_half_as_far_apart_contradict_the_card_and_other_people_do_not(pe
 
 def test_real_people_contradict_the_card_only_if_they_are_half_as_far_apart(actors):
     photos, tracks = actors
-    for draw in (contradictions.draw_photos(photos), contradictions.draw_tracks(tracks)):
+    for draw in (contradictions.draw_vectors(photos), contradictions.draw_vectors(tracks)):
         assert contradictions.measure(draw, 5, 3)[""] >= 0.98
-    half = contradictions.draw_photos(photos, 0.5)
+    half = contradictions.draw_vectors(photos, 0.5)
     assert contradictions.measure(half, 5, 3)["closer"] >= 0.95
 
 
