@@ -12,7 +12,7 @@ from tests.helpers.embeddings import DIFFERENT, SAME, WIDTH, Population
 from tests.helpers.made_galleries import make_clip, vectors_of
 from tests.helpers.seen import refused
 from vidjax.apps.cards import BackEnd
-from vidjax.apps.gallery import backend as backend_lib, index, verification
+from vidjax.apps.gallery import backend as backend_lib, index, ratios, verification
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import StoredClip, VectorOrigin
 from vidjax.apps.gallery.verification import MAX_PAIRS, Match
@@ -165,6 +165,58 @@ def test_threshold_is_measured_on_strangers_or_follows_from_the_model(people, tm
     assert people.match_rule("person 3", fmr=0.02).threshold.num_strangers == 119
 
 
+CARD = backend_lib.make_card_backend(
+    {"face": BackEnd(**made_nets.back_end(SAME, DIFFERENT, WIDTH))}
+)
+NETS = VectorOrigin("/models", "0" * 64, centred=True, cards={"face": "0" * 64})
+
+
+def make_people(folder, made, strangers, order):
+    """Makes a gallery of 20 people with 3 clips, and of clips of strangers named by `order`.
+
+    `strangers` are the numbers of people and of clips. Returns the gallery, and log ratios of 1,000
+    pairs of clips of two other people, and of 1,000 pairs of one person.
+    """
+    enrolled = made.photos(made.people(20), 3).astype(np.float32)
+    clips = {f"p{i} {j}": StoredClip(f"p{i}", enrolled[i, j]) for i, j in np.ndindex(20, 3)}
+    new = made.photos(made.people(strangers[0]), strangers[1]).astype(np.float32)
+    clips |= {order.format(i, j): StoredClip(None, new[i, j]) for i, j in np.ndindex(strangers)}
+    others = made.photos(made.people(1000), 2).astype(np.float32).swapaxes(0, 1)
+    x, y = (ratios.of_clips(CARD, [part]) for part in others)
+    pairs = [ratios.compare(CARD, x, y.take(np.roll(np.arange(1000), n)))[0] for n in (1, 0)]
+    return Gallery.of_clips(folder, NETS, CARD, clips), *pairs
+
+
+@pytest.mark.parametrize("order", ["day{1} {0:03}", "{0:03} day{1}", "{1}{0}"])
+def test_pairs_of_strangers_do_not_depend_on_the_order_of_names(tmp_path, order):
+    """Each of 99 strangers has two clips, so some pair in any order shows one stranger."""
+    people, two, one = make_people(tmp_path / "g", Population(1), (99, 2), order)
+    rule = people.match_rule()
+    assert rule.by == "measured" and "look like one person" not in rule.about
+    assert np.mean(two >= rule.log_ratio) < 0.04 and np.mean(one >= rule.log_ratio) > 0.8
+
+
+def test_few_strangers_with_many_clips_are_reported(tmp_path):
+    people, *_ = make_people(tmp_path / "g", Population(2), (12, 17), "{0} {1}")
+    assert "pairs of strangers look like one person" in people.match_rule().about
+    assert "only about 12 people" in people.match_rule("p0").about
+    people, *_ = make_people(tmp_path / "g2", Population(2), (120, 1), "{0} {1}")
+    assert "about 1" not in people.match_rule("p0").about
+
+
+def test_without_strangers_people_who_are_closer_than_the_card_says_need_a_higher_ratio(tmp_path):
+    made = Population(3)
+    assert make_people(tmp_path / "g", made, (0, 1), "")[0].match_rule().log_ratio == pytest.approx(
+        np.log(100)
+    )
+    made.between /= 4
+    people, two, one = make_people(tmp_path / "g4", made, (0, 1), "")
+    rule = people.match_rule()
+    assert rule.by == "model" and "as near each other as here" in rule.about
+    assert np.mean(two >= np.log(100)) > 0.05
+    assert np.mean(two >= rule.log_ratio) < 0.025 and np.mean(one >= rule.log_ratio) > 0.3
+
+
 def test_rates_and_people_of_clients_do_not_fill_the_memory(people, monkeypatch):
     monkeypatch.setattr(index, "MOST_REMEMBERED", 5)
     names, rates = [*people.identities], np.linspace(0.02, 0.5, 30).tolist()
@@ -224,10 +276,7 @@ def test_photo_of_another_person_does_not_fit(tmp_path):
         f"{name} {n}": StoredClip(name, x)
         for name, mine in zip(names, photos, strict=True) for n, x in enumerate(mine)
     }  # fmt: skip
-    fit = BackEnd(**made_nets.back_end(SAME, DIFFERENT, WIDTH))
-    model = backend_lib.make_card_backend({"face": fit})
-    origin = VectorOrigin("/models", "0" * 64, centred=True, cards={"face": "0" * 64})
-    people = Gallery.of_clips(tmp_path / "g", origin, model, clips)
+    people = Gallery.of_clips(tmp_path / "g", NETS, CARD, clips)
     found = {name: [*people.find_misfits(name)] for name in names}
     assert found.pop("Ada") == ["Ada 5"]
     assert not any(found.values())
