@@ -42,7 +42,7 @@ from vidjax.utils.names import normal_form, show
 
 DEFAULT_FMR = 0.01  # false match rate: 99 strangers can show it
 MAX_PAIRS = 10_000  # of clips that are compared with each other
-MAX_COMPARED = 100  # other clips of a person with which each clip is compared
+MISFIT_ODDS = 10.0  # against the person, from which on a clip does not fit the other clips
 # Pairs of strangers that show one stranger, as far as the model knows. Chance explains this number,
 # and other pairs replace these pairs. Of more such pairs, the user is told.
 MAX_DOUBLES = 3
@@ -138,7 +138,7 @@ class Verification(NamedTuple):
     Attributes:
       matches: clip -> its comparison with the person.
       rule: the rule that decides if a clip is accepted.
-      misfits: clip of the person that differs from most others -> median of its log ratios.
+      misfits: clip of the person that does not fit the others -> log ratio, see `find_misfits`.
     """
 
     matches: dict[str, Match]
@@ -258,7 +258,7 @@ def choose_rule(state: State, identity: str | None, fmr: float | None) -> MatchR
         note = f"; {doubles} pairs of strangers look like one person, so the threshold may be far "
         note += "too high: enrol one clip of each stranger"
     elif not problem:  # if people are close, two may look like one
-        people = state.index.remember("strangers", lambda: count_strangers(state))
+        people = state.index.remember("people of strangers", lambda: count_strangers(state))
         if people < MIN_STRANGERS * answers_lib.count_needed_strangers(rate):
             note = f"; the clips of strangers show only about {people} people, so the rate may be "
             note += "wrong: enrol clips of more strangers"
@@ -315,23 +315,18 @@ def make_matches(
 def find_misfits(
     state: State, identity: str, checked: Collection[str] | None = None
 ) -> dict[str, float]:
-    """Finds clips of a person that differ from most of the other clips, see `Gallery`.
-
-    Each clip is compared with the other clips, or with MAX_COMPARED of them.
-    """
+    """Finds clips of a person that do not fit the person's other clips, see `Gallery`."""
     names = find_person(identity, state.clips_of)
-    backend, misfits = state.index.backend, dict[str, float]()
-    clips = ratios_lib.of_clips(backend, stack_parts(state, names))
-    step = -(-len(names) // MAX_COMPARED)
-    rows = (x for x in enumerate(names) if checked is None or x[1] in checked)
-    for row, name in rows:
-        ratios, shared = ratios_lib.compare(
-            backend, clips.take([row]), clips.take(slice(None, None, step))
-        )
-        others = shared.any(axis=0) & (np.arange(len(names))[::step] != row)
-        if others.any() and (middle := float(np.median(ratios[others]))) < 0:
-            misfits[name] = middle
-    return dict(sorted(misfits.items(), key=lambda pair: pair[1]))
+    backend, parts = state.index.backend, stack_parts(state, names)
+    # The number and the sum of the coordinates of all other clips, for each clip.
+    coordinates = ((x, x.any(axis=1)) for x in backend.whiten(parts))
+    others = [(has.sum() - has, x.sum(axis=0) - x) for x, has in coordinates]
+    inverses = ratios_lib.invert(backend)
+    rest = ratios_lib.of_sums(backend, others, np.ones(len(names)), inverses)
+    ratios, shared = ratios_lib.compare(backend, ratios_lib.of_clips(backend, parts), rest)
+    rows = np.flatnonzero(shared.any(axis=0) & (ratios < -math.log(MISFIT_ODDS)))
+    found = {names[row]: float(ratios[row]) for row in rows[np.argsort(ratios[rows])]}
+    return {name: x for name, x in found.items() if checked is None or name in checked}
 
 
 def as_json(key: str | tuple[str, str], match: Match, identity: str = "") -> dict[str, object]:
