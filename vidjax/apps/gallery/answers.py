@@ -55,6 +55,9 @@ RANK_ROWS = 64  # clips that are ranked together
 # The share of strangers with a probability above 0.5 in galleries of nets, see the benchmarks
 # `calibration` and `decision`.
 OF_STRANGERS = "2 to 7 %"
+# If a gallery has more people for each person to whom its run was fitted, many known clips get no
+# name. In a simulation with a number of 500, it was every second clip.
+MAX_GROWTH = 20
 # The score of a clip depends on the batch of clips that it is in, by at most this relative error.
 SCORE_ROUNDING = 1e-7
 
@@ -331,12 +334,28 @@ def choose_rule(state: State, fpir: float | None, threshold: float | None) -> Na
         about += f", which {OF_STRANGERS} of strangers reach" if state.origin.cards else ""
         about += f"; with {wanted} clips of strangers instead of {strangers}, at most "
         about += f"{100 * DEFAULT_FPIR:g} % of new strangers would get a name"
+        if not state.origin.cards:
+            about += _describe_growth(state)
         return NamingRule("new", math.log(MIN_NAMED_PROBABILITY), True, None, about)
     limit = measure_on_strangers(state, DEFAULT_FPIR if fpir is None else fpir)
     about = f"the probability is {describe_probability(limit.score)} or more, "
     about += f"which at most {100 * limit.fpir:.10g} % of new strangers reach, and is higher "
     about += "than the probability of all other enrolled people together"
     return NamingRule("fpir", limit.score, fpir is None, limit, about)
+
+
+def _describe_growth(state: State) -> str:
+    """Returns why known clips get no name in a gallery that has outgrown its run, or ""."""
+    clips = state.clips.values()
+    fitted = state.index.remember(
+        "fitted", lambda: len({x.identity for x in clips if x.fitted and x.identity})
+    )
+    if not 0 < MAX_GROWTH * fitted < (people := len(state.index.names)):
+        return ""
+    return (
+        f". The probabilities were fitted to {fitted:,} people, so with {people:,} people, many "
+        "known clips get no name"
+    )
 
 
 def identify(
