@@ -429,6 +429,23 @@ def test_clips_of_a_group_get_one_name_and_the_lower_of_two_probabilities(galler
     assert answers["a0"].identity == "Ada" and answers["e0"].identity is None
 
 
+def test_a_group_gets_a_name_only_if_one_of_its_clips_would_get_it():
+    """The clip at 0.3 keeps the name with its own probability, and says what the name rests on."""
+
+    def answer(probability, name=None):
+        return Answer(name, probability, np.log(probability), (("Ada", probability),), ("face",))
+
+    vote, weak, strong = answer(0.97, "Ada"), answer(0.3), answer(0.6, "Ada")
+    against = answer(0.05)
+    assert answers_lib.join_answers(vote, [weak, against]) == [weak, against]
+    assert answers_lib.join_answers(vote, [strong, weak, against]) == [
+        strong, answer(0.3, "Ada")._replace(evidence=("face", "clips")), against,
+    ]  # fmt: skip
+    found = appearance(0, 1, "Ada")._replace(probability=0.3, evidence=("face", "clips"))
+    assert naming.format_certainty(found) == "30 %, by other shots"
+    assert naming.format_certainty(found._replace(evidence=("face",))) == "30 %"
+
+
 def test_clips_that_speak_against_the_name_leave_their_group(gallery):
     """`a0` to `a7` show Ada. Each of the clips `like0` to `like33` is between Ada and Eve."""
     ada, eve = draw(5, people=2, clips=9)
