@@ -51,7 +51,7 @@ def compile_step(system, mode, mesh, *words, group=1, num_clips=57_820, num_clus
     kinds = {name: Modality(common.DIM, "float16") for name in frames}
     layout = resident.ResidentPlan((), (), frames, {}, 0, kinds)
     step, nbytes = placement.compile_loop(plan, layout, state, mesh, mode, group)
-    text = step.as_text()
+    text = str(step.as_text())
     assert not re.findall(UNWANTED, text)
     found = {*re.findall(rf" ({COLLECTIVES})(?:-start)?\(", text)}
     assert found <= {"all-reduce"} | ({"all-gather"} if (system, mode) in GATHERS else set())

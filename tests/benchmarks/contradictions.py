@@ -8,7 +8,7 @@ the line before together, until their distances are half as long.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +47,7 @@ def draw_model(scale: float = 1.0) -> Draw:
     return draw
 
 
-def draw_vectors(vectors: Sequence[np.ndarray], scale: float = 1.0) -> Draw:
+def draw_vectors(vectors: Iterable[np.ndarray], scale: float = 1.0) -> Draw:
     """Draws from the vectors [N, D] of real people. `scale` multiplies distances of two people."""
     rng, means = np.random.default_rng(0), np.array([x.mean(0) for x in vectors])
     shifts = (1 - scale) * (means - means.mean(0))

@@ -120,7 +120,7 @@ def benchmark(name: str, args: argparse.Namespace) -> list[Any]:
         train_step.make_member_constants(plan.members, np.ones((1, num_clips))),
         make_clips(plan.config.modalities, num_clips), resident.draw_steps(plan.batches, 0, STEPS),
     ))  # fmt: skip
-    loop = train_step.make_train_loop(plan.system, mesh, plan.batches)
+    loop: Any = train_step.make_train_loop(plan.system, mesh, plan.batches)
 
     def take_step(state: Any, clips: Any) -> Any:
         rows = jax.tree.map(lambda rows: rows[state.step], drawn)
