@@ -1,4 +1,4 @@
-"""Decodes a video, which may be malicious, with FFmpeg.
+"""Decodes a video with FFmpeg. The video may be malicious.
 
 Call this module only in a child process with limits, see `vidjax.utils.processes`. FFmpeg reads the
 bytes of an open regular file, and cannot open playlists, other files, or network connections. Times
@@ -122,7 +122,7 @@ class Clock:
         self.repaired = 0
 
     def time(self, stamp_s: float | None, usual_s: float | None = None) -> float:
-        """Returns the time in seconds of the next frame, which may have no time stamp.
+        """Returns the time in seconds of the next frame. The frame may have no time stamp.
 
         `usual_s` is the usual step if the clock jumps before the frame, see `find_jumps`.
         """
