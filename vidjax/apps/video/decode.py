@@ -126,8 +126,8 @@ class Clock:
 
         `usual_s` is the usual step if the clock jumps before the frame, see `find_jumps`.
         """
-        self.step = self.step if usual_s is None else min(self.step, usual_s)
-        after = 0.0 if self._last is None else self._last + self.step
+        after = 0.0 if self._last is None else self._last + (usual_s or self.step)
+        self.step = min(self.step, usual_s or self.step)
         time = after if stamp_s is None else stamp_s + self._shift
         bad = stamp_s is None or (self._last is not None and time <= self._last)
         if bad or time > self._latest:

@@ -22,13 +22,7 @@ import numpy as np
 from msgspec import Struct
 
 from vidjax.apps import cards, features_folder
-from vidjax.apps.features_folder import (
-    ExtractionSettings,
-    FaceTrack,
-    FileStamp,
-    Layout,
-    MediaFile,
-)
+from vidjax.apps.features_folder import ExtractionSettings, FaceTrack, FileStamp, MediaFile
 from vidjax.apps.video import align, decode, photos, regions, tracks, voices
 from vidjax.apps.video.halves import HalvesDetector
 from vidjax.apps.video.nets import Detector, Embedder, Faces, NetError
@@ -300,7 +294,7 @@ def _read_film(task: Task, clips: ClipBuilder, nets: Nets) -> dict[str, Any]:
 
 def _make_clips(
     video: decode.Video, clips: ClipBuilder, nets: Nets, task: Task
-) -> tuple[ShotDetector, list[FaceTrack], Layout | None]:
+) -> tuple[ShotDetector, list[FaceTrack], features_folder.Layout | None]:
     """Makes a clip of each track in a video, or with `--unit=shot`, of each shot's main person.
 
     Returns the detector of the shots, the tracks of all people, and the layout of equal halves.

@@ -31,14 +31,10 @@ class HalvesDetector:
     def add(self, rgb: np.ndarray, boxes: np.ndarray) -> None:
         """Adds a picture, uint8 [H, W, 3], and the boxes [N, 4] of its faces, in pixels."""
         self._pictures += len(boxes) > 0
-        height, width = rgb.shape[:2]
-        if len(boxes) > 1 and _has_twins(rgb, boxes, 1):
-            wide: Layout = "side by side" if width / 2 / height > HALF_WIDTH else "half width"
-            self._equal[wide] += 1
-        elif len(boxes) > 1 and _has_twins(rgb, boxes, 0):
-            is_full = 2 * width / height < HALF_HEIGHT
-            high: Layout = "one above the other" if is_full else "half height"
-            self._equal[high] += 1
+        ratio = rgb.shape[1] / rgb.shape[0]
+        wide: Layout = "side by side" if ratio / 2 > HALF_WIDTH else "half width"
+        high: Layout = "one above the other" if ratio * 2 < HALF_HEIGHT else "half height"
+        self._equal.update(x for axis, x in enumerate((high, wide)) if _has_twins(rgb, boxes, axis))
 
     @property
     def layout(self) -> Layout | None:
@@ -68,9 +64,8 @@ def _has_twins(rgb: np.ndarray, boxes: np.ndarray, axis: int) -> bool:
 
 def _crop(picture: np.ndarray, box: np.ndarray) -> np.ndarray:
     """Returns the middle of a face in a small size, [8, 8, 3]."""
-    low, high = box[:2], box[2:]
-    middle = [0.8 * low + 0.2 * high, 0.2 * low + 0.8 * high]
-    left, top, right, bottom = np.round(middle).clip(0).astype(int).ravel().tolist()
+    middle = 0.8 * box + 0.2 * box[[2, 3, 0, 1]]
+    left, top, right, bottom = np.round(middle).clip(0).astype(int).tolist()
     return _shrink(picture[top : max(bottom, top + 1), left : max(right, left + 1)], FACE_GRID)
 
 
