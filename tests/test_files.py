@@ -55,6 +55,34 @@ def test_atomic_folder_removes_what_killed_calls_left(tmp_path):
     assert {*os.listdir(tmp_path)} == {"x", "x.mine.partial", "y.0123abcd.partial"}
 
 
+@pytest.mark.parametrize("replace", [True, False])
+def test_next_write_removes_what_killed_writes_of_the_same_file_left(tmp_path, replace):
+    command = "import os, pathlib; from vidjax.utils import files\n"
+    command += "with files.atomic_file(pathlib.Path('x.tsv')): os.kill(os.getpid(), 9)"
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", command], cwd=tmp_path)
+    mine = ["x.tsv.0123abcd.partial", ".x.tsv.partial", ".y.tsv.0123abcd.partial", "y.partial"]
+    for name in mine:
+        (tmp_path / name).touch()
+    (tmp_path / ".x.tsv.01234567.partial").symlink_to("/dev/zero")
+    with files.atomic_file(tmp_path / "x.tsv") as file:  # another command at the same time
+        file.write(b"first")
+        assert len(os.listdir(tmp_path)) == len(mine) + 2
+        files.write_bytes(tmp_path / "x.tsv", b"second", replace=replace)
+        if not replace:
+            (tmp_path / "x.tsv").unlink()
+    assert (tmp_path / "x.tsv").read_bytes() == b"first"
+    assert {*os.listdir(tmp_path)} == {"x.tsv", ".x.tsv.01234567.partial", *mine}
+
+
+def test_writers_of_the_same_file_do_not_disturb_each_other(tmp_path):
+    write = functools.partial(files.write_bytes, tmp_path / "x", b"x" * 100)
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        for written in [threads.submit(write) for _ in range(400)]:
+            written.result()
+    assert os.listdir(tmp_path) == ["x"]
+
+
 def test_folder_on_a_disk_without_permissions_is_complete(tmp_path, monkeypatch):
     def refuse(path, mode, **options):
         raise PermissionError(errno.EPERM, "Operation not permitted", str(path))  # as on CIFS

@@ -215,7 +215,7 @@ def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Process
 def _write(results: Path, content: bytes, note: bytes) -> None:
     """Writes results to a new file. The file may already exist if it contains the same results."""
     try:
-        tables.write_new(results, content)
+        files.write_bytes(results, content, replace=False)
     except UserError:
         if not _is_made(results, note):
             raise

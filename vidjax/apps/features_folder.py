@@ -48,8 +48,7 @@ NAME = "extract.json"
 NUMBERS = "unknown.json"  # marks a folder with results of `vidjax who`
 VIDEOS = "videos"
 THUMBNAILS = "thumbnails"
-# The names of temporary files and folders, which remain if a call is killed.
-PARTIAL = re.compile(r"\.extract-[0-9a-f]{8}|\..+\.[0-9a-f]{8}\.partial")
+SCRATCH = re.compile(r"\.extract-[0-9a-f]{8}")  # a folder that remains if a call is killed
 PROGRESS = "progress"  # a file with the number of bytes that were read of a film so far
 FILE_BYTES = 256 * files.MB  # the largest JSON file that is read
 # The mean brightness below which faces are not found. CenterFace found all faces in a film that was
@@ -427,9 +426,10 @@ def remove_features(out: Path) -> bool:
 def remove_leftovers(out: Path, stems: set[str] | None) -> None:
     """Removes temporary files, and if `stems` is given, the features of all other stems."""
     videos = out / VIDEOS
-    for entry in [*out.iterdir(), *(videos.iterdir() if videos.is_dir() else ())]:
-        if PARTIAL.fullmatch(entry.name):
-            files.remove_tree(entry) if entry.is_dir() else entry.unlink()
+    files.remove_partials(out, rf"{re.escape(NAME)}|.+\.npz")
+    files.remove_partials(videos, r".+\.json")
+    for entry in filter(lambda entry: SCRATCH.fullmatch(entry.name), [*out.iterdir()]):
+        files.remove_tree(entry)
     if stems is not None:
         present = {path.stem for path in (*out.glob("*.npz"), *videos.glob("*.json"))}
         for stem in present - stems:
