@@ -626,6 +626,23 @@ def test_thumbnails_are_optional_and_deleted_with_the_person(drawn):
     assert not pictures() and not list(out.rglob("thumbnails")) and b"<img" not in page.read_bytes()
 
 
+def test_next_call_removes_what_killed_calls_have_left_and_keeps_files_of_the_user(drawn):
+    film, out = drawn.meet("Ada", "Bob"), drawn.out
+    left = (
+        "names.html", "names.tsv", "names.jsonl", "unknown.json", "unknown.tsv", "unmatched.tsv",
+        "said.jsonl", "cuts/Ada.edl", "subtitles/party.vtt", "features/party.npz",
+        "features/videos/party.json", "features/extract.json", "people/Ada/1.npz",
+    )  # fmt: skip
+    for path in map(out.joinpath, left):
+        path.with_name(f".{path.name}.0123abcd.partial").write_text("Ada")
+    own = {"own.partial", ".notes.txt.0123abcd.partial", "cuts/.Ada.edl.partial"}
+    for name in own:
+        (out / name).write_text("mine")
+    shutil.rmtree(drawn.friends / "Ada")
+    drawn.who(film, flags=["--forget-missing"])
+    assert {str(path.relative_to(out)) for path in out.rglob("*.partial")} == own
+
+
 def test_wrong_people_folder_is_refused_and_nobody_is_forgotten(drawn):
     group = drawn.group()
     drawn.befriend("Ada", "Bob")
