@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 PEOPLE_BYTES = 512 * files.MB  # limit for the list of people of a run
 DELETE_FILE = "delete it"  # the remedy for a file that vidjax wrote
+WAIT = "another program writes it: run the command again"
 LOOK = "look at it, and delete it or the name in it"  # for files of other programs, too
 REMOVE = "look at them; to delete one: vidjax gallery remove GALLERY --clip=NAME"
 MIN_LETTERS = 4  # of a clip whose name is searched in files
@@ -309,7 +310,8 @@ def _search_files(survey: Survey, traces: Traces, *, delete: bool) -> Iterator[P
             seen.update(group)
             remedy = DELETE_FILE if group or trace.ours else LOOK
             if is_partial:
-                remedy = _delete_partial(path) if delete else "--delete"
+                is_gone = delete and files.remove_partial(path)
+                remedy = "deleted" if is_gone else WAIT if delete else "--delete"
             for file in group or [path]:
                 yield Place("file", file, f"it {trace.about}", remedy)
 
@@ -398,12 +400,6 @@ def _delete_records(folder: Path) -> str:
         if store.remove(folder):
             return "deleted: the next run converts your files again"
     return "some files are left in this folder: run the command again to search them"
-
-
-def _delete_partial(path: Path) -> str:
-    """Deletes an unfinished file; returns the remedy in `Place`."""
-    is_gone = files.remove_partial(path)
-    return "deleted" if is_gone else "another program writes it: run the command again"
 
 
 def _report_unfinished(folder: Path, *, delete: bool) -> Place:

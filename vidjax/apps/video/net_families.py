@@ -306,8 +306,9 @@ def _measure(fields: dict[str, Any], family: str, net: ForeignNet) -> Written:
             return _measure({**fields, "input": fixed}, family, net)
         if not isinstance(error, nets.NetError):
             raise
-        reason = str(error).partition("\n")[0].partition("describes ")[2]
-        raise net.refuse(family, f" and cannot be run {reason}") from None
+        reason = str(error).partition("\n")[0].partition("describes (")[2].removesuffix(")")
+        text = f"'{show(net.name)}' cannot be used: {reason}\nexport it again, or use another net"
+        raise UserError(text) from None
     if not np.isfinite(output).all() or np.array_equal(output, other):
         raise UserError(
             f"'{show(net.name)}' has the same output for different images, or an output "

@@ -26,7 +26,6 @@ from vidjax.utils import files, json_files, messages
 from vidjax.utils.errors import UserError, describe_system_error
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.messages import Note, Tell, ignore_note
-from vidjax.utils.names import show
 from vidjax.utils.processes import Children, map_children, run_limited, run_limited_each
 from vidjax.utils.terminal import Progress, say
 
@@ -235,10 +234,7 @@ def _prepare_folder(
     if pictures:
         (out / THUMBNAILS).mkdir(mode=0o700, exist_ok=True)
     elif not features_folder.remove_thumbnails(out):
-        raise UserError(
-            f"'{out / THUMBNAILS}' contains files that vidjax did not write\n"
-            "move these files, or name another folder"
-        )
+        raise files.foreign_error(out / THUMBNAILS)
     known = features_folder.describe_media_files(out)
     for path in (out / VIDEOS).glob("*.json"):
         if path.stem not in known:
@@ -297,10 +293,7 @@ def _check_extraction(
     before = features_folder.read_extraction(out)
     if before is None:
         if foreign := list_entries(out):
-            raise UserError(
-                f"'{out}' is not a folder of features: it contains '{show(foreign[0].name)}'\n"
-                "name a new folder"
-            )
+            raise files.foreign_error(foreign[0])
         settings = settings or ExtractionSettings()
         extraction = features_folder.Extraction(models=digests, settings=settings)
         features_folder.write(out / features_folder.NAME, extraction)

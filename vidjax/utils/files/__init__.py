@@ -44,6 +44,7 @@ from vidjax.utils.files.writing import (
     atomic_folder,
     describe_existing,
     disk_errors,
+    foreign_error,
     hide,
     make_folder,
     make_private,

@@ -162,6 +162,14 @@ def describe_existing(path: Path) -> str:
     return f"--out={path} exists and is not overwritten: name another file, or delete it"
 
 
+def foreign_error(path: Path, flag: str = "--out") -> UserError:
+    """Returns the error for a file or folder at a place where a command writes its own files."""
+    return UserError(
+        f"'{path}' was not written by vidjax, or is damaged, so it is not replaced\n"
+        f"move it away, or name another folder: {flag}=FOLDER"
+    )
+
+
 def append(file: io.FileIO, content: bytes) -> None:
     """Adds `content` to the end of an unbuffered file. After an error, the file is as before."""
     before = file.seek(0, os.SEEK_END)
