@@ -16,6 +16,7 @@ from tests.helpers import drawn_people, family_nets as made, made_nets
 from tests.helpers.seen import refused
 from vidjax.apps import cards
 from vidjax.apps.video import net_families, nets
+from vidjax.utils.errors import VidjaxWarning
 
 # Published: the five points of faces in crops of 112 x 112, rounded (face_align.py).
 POINTS = [[38.29, 51.70], [73.53, 51.50], [56.03, 71.74], [41.55, 92.37], [70.73, 92.20]]
@@ -257,6 +258,14 @@ def grow(model):
         node.input[:] = ["data2" if x == "data" else x for x in node.input]
 
 
+def rename_operator(model):
+    model.graph.node[0].op_type = "Conv2"
+
+
+def set_version(model):
+    model.ir_version = 99
+
+
 VECTORS = made.embedder()
 
 
@@ -273,6 +282,9 @@ VECTORS = made.embedder()
     ("8192 8224 supported", "arcface", edit(VECTORS, enlarge)),
     ("8192 8224 supported", "scrfd", edit(made.scrfd(), enlarge)),
     ("same output", "arcface", edit(VECTORS, set_weights(0))),
+    *(("used: its output has fewer than 4 numbers", "arcface", made.embedder(n)) for n in (1, 3)),
+    ("used: No Op registered for Conv2", "arcface", edit(VECTORS, rename_operator)),
+    ("used: Unsupported model IR version: 99,", "arcface", edit(VECTORS, set_version)),
     ("same output", "arcface", edit(VECTORS, set_weights(np.nan))),
     ("[2, 3, 112, 112] supported", "arcface", made.embedder(batch=2)),
     ("free, 1, 112, 112] supported", "arcface", edit(VECTORS, make_grey)),
@@ -338,6 +350,27 @@ def test_card_of_another_kind_or_with_measured_numbers_is_not_replaced(convert):
     assert convert(VECTORS, "--like=arcface")[0].code == 0
     other = made.embedder(64)
     assert convert(other, "--like=arcface")[0].refused("measured card", "name another --out")
+
+
+def test_only_nets_and_cards_of_vidjax_are_replaced(convert):
+    path = convert(VECTORS, "--like=arcface")[1]
+    net, card = path.with_suffix(".onnx"), path.read_bytes()
+    net.unlink()
+    assert convert(VECTORS, "--like=arcface")[0].code == 0  # it was missing
+    other = made.embedder(64)
+    for content in (other, VECTORS):  # the card in the folder is the card of the replaced net
+        with pytest.warns(VidjaxWarning, match="differed, and was replaced"):
+            assert convert(content, "--like=arcface")[0].code == 0
+    assert path.read_bytes() == card
+    for place, content in ((net, b"mine"), (path, b"{}"), (path, b"\xff"), (path, b"")):
+        before = place.read_bytes()
+        place.write_bytes(content)
+        assert convert(other, "--like=arcface")[0].refused(str(place), "move it away", "--out")
+        assert place.read_bytes() == content
+        place.write_bytes(before)
+    path.unlink()  # without its card, nobody knows who wrote the net
+    assert convert(other, "--like=arcface")[0].refused(str(net))
+    assert convert(VECTORS, "--like=arcface")[0].code == 0  # the same net
 
 
 def test_package_without_nets_of_faces_is_refused_by_its_name(convert, command, tmp_path):

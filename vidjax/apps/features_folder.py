@@ -56,7 +56,7 @@ FILE_BYTES = 256 * files.MB  # the largest JSON file that is read
 DARK = 0.02
 POOR_QUALITY = 0.01  # faces of lower quality are often not recognised
 MOST_STEM_BYTES = 120  # most file systems allow 255 bytes for the name of a file
-REMEDY = "delete the folder, and extract the files again"
+REMEDY = "name another folder; or delete the folder if vidjax wrote it, and extract the files again"
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 # Left, top, right and bottom, as fractions of the width and height of the upright picture.
 Box = tuple[Share, Share, Share, Share]
