@@ -15,15 +15,13 @@ import numpy as np
 
 from tests.benchmarks import common
 from tests.benchmarks.calibration import compute_calibration_error
-from tests.helpers.embeddings import unit
-from vidjax.apps.cards import PUBLISHED, BackEnd
+from tests.helpers.embeddings import CARD, unit
 from vidjax.apps.gallery import answers, backend, grouping
 from vidjax.apps.gallery.index import Index
 from vidjax.apps.video import align
 from vidjax.apps.video.tracks import find_changes
 from vidjax.models.card_backend import LEAST_CLARITY
 
-CARD = BackEnd(**{"centre": [0.0] * 128, **PUBLISHED["dlib"]["back_end"]})
 RULE = answers.NamingRule("new", np.log(0.5), True, None, "")  # a probability above 0.5
 
 

@@ -154,7 +154,7 @@ def differences(averages: Sequence[np.ndarray]) -> list[Difference]:
 def differences_of_seeds(groups: Sequence[Sequence[np.ndarray]]) -> list[Difference]:
     """Compares every group of runs with the first group, by their mean MAP.
 
-    A group has average precisions [C] for each of two or more runs, which differ only in their
+    A group has average precisions [C] for each of two or more runs. The runs differ only in their
     seeds. Runs of two groups are paired in their order. There must be two or more identities.
 
     The interval adds the variances over identities and over seeds. It is at least as wide as the

@@ -269,7 +269,7 @@ class Gallery:
 
     @property
     def state(self) -> State:
-        """The current content, which does not change if the gallery changes."""
+        """The current content. If the gallery changes, this object stays the same."""
         with self._lock:
             self.refresh()
             return self._state

@@ -91,7 +91,7 @@ class MatchRule(NamedTuple):
     about: str
 
     def match(self, ratio: float, evidence: tuple[str, ...]) -> Match:
-        """Returns the comparison with the log ratio `ratio`, which used the parts `evidence`."""
+        """Returns the comparison with the log ratio `ratio` of the parts `evidence`."""
         ratio = ratio if evidence else 0.0
         accepted = bool(evidence) and ratio >= self.log_ratio
         probability = 1 / (1 + math.exp(-ratio)) if ratio > -700 else 0.0

@@ -213,7 +213,7 @@ def _tell_apart(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
 
 
 def group_votes(tracks: Tracks) -> dict[str, str] | None:
-    """Groups tracks that vote on one name; returns clip -> group, for `Gallery.identify`.
+    """Returns clip -> group, for `Gallery.identify`. The tracks of a group get one name together.
 
     A gallery of a run cannot compare groups. For such a gallery, the result is None.
     """

@@ -191,7 +191,7 @@ def _choose_thumbnails(out: Path, thumbnails: bool | None) -> bool:
 
 
 class _Call:
-    """A call of `vidjax who`, which changes the folder of results `out`."""
+    """A call of `vidjax who`. The call changes the folder of results `out`."""
 
     def __init__(self, out: Path, models: Path, tell: Tell):
         self.out, self.models, self.features = out, models, out / FEATURES
