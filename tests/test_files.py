@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.helpers import limits
 from tests.helpers.batches import assert_equal
 from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused
@@ -24,7 +25,7 @@ from vidjax.data.store import exclusive
 from vidjax.runs import checkpoint, config as config_lib, results, signals
 from vidjax.runs.results import Logs
 from vidjax.utils import files
-from vidjax.utils.errors import UserError
+from vidjax.utils.errors import DiskError, UserError
 
 
 def test_failed_write_leaves_no_file(tmp_path):
@@ -72,6 +73,13 @@ def test_next_write_removes_what_killed_writes_of_the_same_file_left(tmp_path, r
             (tmp_path / "x.tsv").unlink()
     assert (tmp_path / "x.tsv").read_bytes() == b"first"
     assert {*os.listdir(tmp_path)} == {"x.tsv", ".x.tsv.01234567.partial", *mine}
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_error_of_a_full_disk_names_the_file_of_the_user(tmp_path, replace):
+    with limits.file_limit(100), pytest.raises(DiskError, match=f"'{tmp_path}/x.tsv'"):
+        files.write_bytes(tmp_path / "x.tsv", bytes(9999), replace=replace)
+    assert os.listdir(tmp_path) == []
 
 
 def test_writers_of_the_same_file_do_not_disturb_each_other(tmp_path):

@@ -323,6 +323,20 @@ def test_card_of_another_kind_or_with_measured_numbers_is_not_replaced(convert):
     assert convert(other, "--like=arcface")[0].refused("measured card", "name another --out")
 
 
+def test_zips_that_cannot_be_read_are_to_be_unpacked(command, tmp_path):
+    with zipfile.ZipFile(tmp_path / "many.zip", "w") as archive:
+        for number in range(20_000):
+            archive.writestr(f"{number}.onnx", b"")
+    with zipfile.ZipFile(tmp_path / "locked.zip", "w") as archive:
+        archive.writestr("net.onnx", VECTORS)
+    content = bytearray((tmp_path / "locked.zip").read_bytes())
+    content[6] = content[content.rindex(b"PK\1\2") + 8] = 1  # the flags of an encrypted entry
+    (tmp_path / "locked.zip").write_bytes(content)
+    for name, words in (("many.zip", "pack fewer files"), ("locked.zip", "has a password")):
+        done = command("convert", "insightface", tmp_path / name, f"--out={tmp_path / 'models'}")
+        assert done.refused(name, words, "unpack"), done.err
+
+
 def test_only_nets_and_cards_of_vidjax_are_replaced(convert):
     path = convert(VECTORS, "--like=arcface")[1]
     net, card = path.with_suffix(".onnx"), path.read_bytes()
