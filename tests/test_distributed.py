@@ -1,6 +1,6 @@
 """A run does not depend on the number of devices and processes that share its clips."""
 
-import json
+import functools
 import os
 import shutil
 import signal
@@ -19,6 +19,7 @@ from tests.helpers.small_runs import LAYER, QUICK, ROOT, flat, run, saved, shrun
 from vidjax.cli import program
 from vidjax.core import devices
 from vidjax.runs import checkpoint, results
+from vidjax.runs.run_folder import RunFolder
 from vidjax.utils import rendezvous
 from vidjax.utils.errors import UserError, VidjaxWarning
 
@@ -41,15 +42,20 @@ def test_error_of_a_wrong_number_of_devices_names_the_number_of_devices():
             devices.make_mesh(number)
 
 
+def find_address():
+    """Returns a free port of this machine, as HOST:PORT."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
 @pytest.fixture
 def start(official_dir, cache_dir, tmp_path):
     """Returns a function: flags of both processes, and of the second process -> the processes."""
     processes = []
 
     def run(*words, second=()):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            place = f"--coordinator=127.0.0.1:{free.getsockname()[1]}"
+        place = f"--coordinator={find_address()}"
         env = {**os.environ, **QUICK, "VIDJAX_CACHE": str(cache_dir), "JAX_NUM_CPU_DEVICES": "1"}
         words = [*words, f"--workdir={tmp_path}/two", f"--config.data.dir={official_dir}", place]
         command = [sys.executable, "-m", "vidjax.main", *words, "--num_processes=2"]
@@ -81,15 +87,13 @@ def wait_for_checkpoint(folder, processes):
 
 def assert_close(left, right):
     """Asserts that parameters, moments, losses and results of two runs are close."""
-    arrays, wanted = flat(saved(left)), flat(saved(right))
-    assert arrays.keys() == wanted.keys()
-    for name, x in arrays.items():
-        np.testing.assert_allclose(x, wanted[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, flat(saved(left)), flat(saved(right)))
     logs = (results.read_lines(folder / "metrics.jsonl") for folder in (left, right))
     for mine, theirs in zip(*logs, strict=True):
         assert mine.pop("split", "") == theirs.pop("split", "")
         assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
-    maps = [json.loads((folder / "metrics.json").read_text())["map"] for folder in (left, right)]
+    maps = [RunFolder(folder).metrics()["map"] for folder in (left, right)]
     assert maps[0] == pytest.approx(maps[1], abs=1e-6)
 
 
@@ -126,16 +130,9 @@ def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path
         assert (two / "ranking.txt").read_bytes() == ranking
 
 
-@pytest.fixture
-def address():
-    """A free port of this machine, as HOST:PORT."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
-
-
 @pytest.mark.parametrize(("index", "remedy"), [(0, "--process_id=1"), (1, "--process_id=0")])
-def test_process_waits_for_missing_processes_and_names_them(capsys, address, index, remedy):
+def test_process_waits_for_missing_processes_and_names_them(capsys, index, remedy):
+    address = find_address()
     place = f"--coordinator={address} --num_processes=2 --process_id={index}"
     code = program.main(f"train --config=mma {place} --coordinator_timeout=0.2".split())
     waiting, *error = capsys.readouterr().err.splitlines()
@@ -145,8 +142,8 @@ def test_process_waits_for_missing_processes_and_names_them(capsys, address, ind
     assert remedy in error[1] and "--coordinator_timeout=SECONDS" in error[1]
 
 
-def test_each_process_connects_once_and_wrong_indices_are_refused(address, capsys):
-    end, found = time.monotonic() + SECONDS, {}
+def test_each_process_connects_once_and_wrong_indices_are_refused(capsys):
+    address, end, found = find_address(), time.monotonic() + SECONDS, {}
     gather = lambda: found.update(rendezvous._gather(address, 4, end))  # noqa: E731
     thread = threading.Thread(target=gather, daemon=True)
     thread.start()

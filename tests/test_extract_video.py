@@ -2,6 +2,7 @@
 
 import io
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -294,6 +295,16 @@ def test_file_that_is_not_a_film_is_refused(tmp_path, name, film):
     error = refused(tmp_path / name, name)
     assert ("an empty file" if name == "empty.mp4" else "MP4") in error
     assert ("copy the file again" in error) == (Path(name).suffix not in (".txt", ".psd"))
+
+
+def test_list_of_addresses_connects_to_nobody(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/x.ts"
+        (tmp_path / "a.m3u8").write_text(films.PLAYLIST.format(address))
+        refused(tmp_path / "a.m3u8", "damaged")
+        server.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            server.accept()
 
 
 def test_damaged_file_of_a_known_format_is_to_be_copied_again(tmp_path):

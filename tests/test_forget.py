@@ -430,7 +430,8 @@ def test_the_printed_line_deletes_no_files_of_other_programs(tmp_path, say):
         "package.json": json.dumps({"author": GONE}), "labels.csv": f"clip,identity\nx,{GONE}\n",
         "people.tsv": f"name\tborn\n{GONE}\t1815\n", "notes.txt": text, "page.html": text,
         "log.jsonl": json.dumps({"user": GONE}), "film.srt": f"1\n{cue}{text}",
-        "film.vtt": f"WEBVTT\n\n{cue.replace(',', '.')}{text}", "cut.edl": f"TITLE: {GONE}\n",
+        "film.vtt": f"WEBVTT\n\n{cue.replace(',', '.')}{text}",
+        "cut.otio": f'{{"name": "{GONE}"}}\n',
         "other.rttm": "SPEAKER x 1 0.000 2.000 <NA> <NA> Ada_Lovelace <NA> <NA>\n",
     }  # fmt: skip
     for name, content in (ours | others).items():
