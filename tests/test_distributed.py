@@ -1,6 +1,7 @@
 """A run does not depend on the number of devices and processes that share its clips."""
 
-import functools
+import contextlib
+import json
 import os
 import shutil
 import signal
@@ -15,11 +16,11 @@ import numpy as np
 import pytest
 
 from tests.helpers.cases import nightly_after_first
+from tests.helpers.limits import running
 from tests.helpers.small_runs import LAYER, QUICK, ROOT, flat, run, saved, shrunk, weights
 from vidjax.cli import program
 from vidjax.core import devices
 from vidjax.runs import checkpoint, results
-from vidjax.runs.run_folder import RunFolder
 from vidjax.utils import rendezvous
 from vidjax.utils.errors import UserError, VidjaxWarning
 
@@ -42,20 +43,15 @@ def test_error_of_a_wrong_number_of_devices_names_the_number_of_devices():
             devices.make_mesh(number)
 
 
-def find_address():
-    """Returns a free port of this machine, as HOST:PORT."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
-
-
 @pytest.fixture
 def start(official_dir, cache_dir, tmp_path):
     """Returns a function: flags of both processes, and of the second process -> the processes."""
     processes = []
 
     def run(*words, second=()):
-        place = f"--coordinator={find_address()}"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = f"--coordinator=127.0.0.1:{free.getsockname()[1]}"
         env = {**os.environ, **QUICK, "VIDJAX_CACHE": str(cache_dir), "JAX_NUM_CPU_DEVICES": "1"}
         words = [*words, f"--workdir={tmp_path}/two", f"--config.data.dir={official_dir}", place]
         command = [sys.executable, "-m", "vidjax.main", *words, "--num_processes=2"]
@@ -87,13 +83,17 @@ def wait_for_checkpoint(folder, processes):
 
 def assert_close(left, right):
     """Asserts that parameters, moments, losses and results of two runs are close."""
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-    jax.tree.map(close, flat(saved(left)), flat(saved(right)))
+    arrays, wanted = flat(saved(left)), flat(saved(right))
+    assert arrays.keys() == wanted.keys()
+    for name, x in arrays.items():
+        np.testing.assert_allclose(x, wanted[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
     logs = (results.read_lines(folder / "metrics.jsonl") for folder in (left, right))
     for mine, theirs in zip(*logs, strict=True):
         assert mine.pop("split", "") == theirs.pop("split", "")
         assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
-    maps = [RunFolder(folder).metrics()["map"] for folder in (left, right)]
+
+    maps = [json.loads((folder / "metrics.json").read_text())["map"] for folder in (left, right)]
     assert maps[0] == pytest.approx(maps[1], abs=1e-6)
 
 
@@ -109,6 +109,7 @@ def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path
     two, nightly = tmp_path / "two", mode == "streaming"
     words = f"--config={SPEC}", *WORDS, f"--config.data.mode={mode}"
     words += ("--config.checkpoint_every_seconds=0.1", f"--config.eval.report={nightly}")
+
     for signum in (signal.SIGTERM, signal.SIGKILL) if nightly else (signal.SIGKILL,):
         pair = start(*words)
         wait_for_checkpoint(two, pair)
@@ -120,6 +121,7 @@ def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path
             assert first == 2
             lines = (tmp_path / "0.txt").read_text().splitlines()
             assert "process 1 of 2 has ended" in lines[-2] and "same command" in lines[-1]
+
     assert wait(start(*words)) == [0, 0], (tmp_path / "0.txt").read_text()
     assert_close(two, tmp_path / "one")
     assert "MAP" in (tmp_path / "0.txt").read_text()
@@ -130,9 +132,16 @@ def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path
         assert (two / "ranking.txt").read_bytes() == ranking
 
 
+@pytest.fixture
+def address():
+    """A free port of this machine, as HOST:PORT."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
 @pytest.mark.parametrize(("index", "remedy"), [(0, "--process_id=1"), (1, "--process_id=0")])
-def test_process_waits_for_missing_processes_and_names_them(capsys, index, remedy):
-    address = find_address()
+def test_process_waits_for_missing_processes_and_names_them(capsys, address, index, remedy):
     place = f"--coordinator={address} --num_processes=2 --process_id={index}"
     code = program.main(f"train --config=mma {place} --coordinator_timeout=0.2".split())
     waiting, *error = capsys.readouterr().err.splitlines()
@@ -142,8 +151,8 @@ def test_process_waits_for_missing_processes_and_names_them(capsys, index, remed
     assert remedy in error[1] and "--coordinator_timeout=SECONDS" in error[1]
 
 
-def test_each_process_connects_once_and_wrong_indices_are_refused(capsys):
-    address, end, found = find_address(), time.monotonic() + SECONDS, {}
+def test_each_process_connects_once_and_wrong_indices_are_refused(address, capsys):
+    end, found = time.monotonic() + SECONDS, {}
     gather = lambda: found.update(rendezvous._gather(address, 4, end))  # noqa: E731
     thread = threading.Thread(target=gather, daemon=True)
     thread.start()
@@ -166,6 +175,45 @@ def test_each_process_connects_once_and_wrong_indices_are_refused(capsys):
     assert sorted(found) == [1, 2, 3]
     for peer in (*peers, *found.values()):
         peer.close()
+
+
+# A process of three: its address, its index, and its exit code. Without JAX, it starts fast.
+PROCESS = """
+import sys, time
+from vidjax.utils import rendezvous
+from vidjax.utils import exit_codes
+from vidjax.utils.errors import Expected
+
+class Damaged(Expected):
+    exit_code = 3
+
+address, index, code = sys.argv[1:]
+
+def command():
+    rendezvous.meet(address, 3, int(index), 300)
+    if code == "3":
+        raise Damaged("damaged")
+    time.sleep(300)
+
+code = exit_codes.run_to_exit_code(command)
+rendezvous.leave(code)
+sys.exit(code)
+"""
+
+
+def test_process_that_fails_prints_only_its_error_and_the_others_name_it(address):
+    with contextlib.ExitStack() as stack:
+        command = [sys.executable, "-c", PROCESS, address]
+        codes = {"0": 2, "1": 3, "2": 2}
+        processes = [
+            stack.enter_context(running([*command, index, str(code)], cwd=ROOT))
+            for index, code in codes.items()
+        ]
+        for process, (index, code) in zip(processes, codes.items(), strict=True):
+            _, output = process.communicate(timeout=SECONDS)
+            assert process.returncode == code, output
+            assert ("damaged" in output) == (index == "1")
+            assert ("process 1 of 3 has ended" in output) == (index != "1"), output
 
 
 @pytest.mark.slow
@@ -216,6 +264,7 @@ def test_a_warning_reports_a_gpu_that_jax_does_not_use(tmp_path, monkeypatch, re
         monkeypatch.setattr(devices, "NVIDIA", driver)
         jax.config.update("jax_platforms", platforms)
         devices.make_mesh(1)
+
     monkeypatch.setattr(devices, "NVIDIA", tmp_path)  # exists, so there is a GPU
     with pytest.warns(VidjaxWarning, match=r"(?s)uses the CPU.*vidjax\[cuda13\].*\[cuda12\]"):
         devices.make_mesh(1)

@@ -239,8 +239,19 @@ def averages(seed):
 
 @pytest.mark.slow  # the next tests compare intervals with their definitions
 def test_95_percent_of_the_intervals_of_a_difference_contain_the_true_mean():
-    for name, num in (("normal, sd .1", 50), ("10 % -.45, 90 % +.05", 3), ("1 % -1, 1 % +1", 300)):
+    for name, num in (
+        ("normal, sd .1", 50), ("10 % -.45, 90 % +.05", 3), ("1 % -1, 1 % +1", 300),
+        ("3 % -.4, 20 % normal(.01, .02)", 20), ("5 % +.5, 19 % ±.001", 20),
+    ):  # fmt: skip
         assert float(intervals.measure(name, num, repetitions=500).split()[0]) >= 0.93, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["normal, sd .05", "normal, sd .1", "50 % normal, sd .1"])
+@pytest.mark.parametrize("num", [20, 50])
+def test_a_difference_of_three_errors_is_found_nearly_as_often_as_by_a_t_test(num, name):
+    shares = re.findall(r"\d\.\d+", intervals.find(name, num, 300))
+    assert float(shares[0]) >= 0.9 * float(shares[1]) > 0.6
 
 
 def test_interval_excludes_0_if_p_is_below_5_percent_and_is_not_narrower_than_a_t_interval():
@@ -255,10 +266,11 @@ def test_interval_excludes_0_if_p_is_below_5_percent_and_is_not_narrower_than_a_
 def test_interval_of_a_difference_is_the_wider_of_t_and_a_bootstrap_with_an_unseen_identity(gaps):
     gaps, num = np.array(gaps), len(gaps)
     ties = 1 / 10 if num == 5 else 15 / 21  # the share of pairs with equal gaps
+    rare = max(0, 1.5 * ties - 0.5)
     low_end, high_end = (gaps.mean() + gaps.min()) / 2, (gaps.mean() + gaps.max()) / 2
     weights = np.random.default_rng(1).dirichlet(np.ones(num + 1), 200_000)
-    lows = weights @ [*gaps, low_end + ties**2 * (-1 - low_end)]
-    highs = weights @ [*gaps, high_end + ties**2 * (1 - high_end)]
+    lows = weights @ [*gaps, low_end + rare * (-1 - low_end)]
+    highs = weights @ [*gaps, high_end + rare * (1 - high_end)]
     bootstrap = np.quantile(lows, 0.025), np.quantile(highs, 0.975), 2 * np.mean(lows <= 0)
     t = stats.ttest_1samp(gaps, 0)
     bounds = [*t.confidence_interval(), t[1]]
