@@ -216,8 +216,8 @@ def read_all(folder: Path) -> dict[Role, Card]:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """Returns a folder of nets and all files in it, which may be links to other folders."""
-    return [folder, *folder.iterdir()]
+    """Returns a folder of nets, and its cards and nets, which may be links to other folders."""
+    return [folder, *folder.glob("*.json"), *folder.glob("*.onnx")]
 
 
 def read(path: Path) -> Card:
