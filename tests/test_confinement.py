@@ -88,7 +88,7 @@ def tried(request):
     given = OTHERS.get(request.param, {})
     if given.get("nobody") and os.getuid():
         pytest.skip("only root can become nobody: this user is an ordinary user")
-    user = attempts.NOBODY if given.get("nobody") else os.getuid()
+    user, group = [attempts.NOBODY] * 2 if given.get("nobody") else (os.getuid(), os.getgid())
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         folder = Path(name)
         lines = ["from tests.helpers import attempts", f"attempts.install(**{given})"]
@@ -98,7 +98,9 @@ def tried(request):
             secret.write_text("secret")
         patch.syspath_prepend(folder)
         patch.setenv("VIDJAX_TEST_FOLDER", name)
-        with subprocess.Popen([shutil.which("cat")], stdin=subprocess.PIPE, user=user) as victim:
+        with subprocess.Popen(
+            [shutil.which("cat")], stdin=subprocess.PIPE, user=user, group=group
+        ) as victim:
             patch.setenv("VIDJAX_TEST_VICTIM", str(victim.pid))
             with pytest.raises(UserError, match="ATTEMPTS") as caught:
                 KINDS[request.param.partition(",")[0]](folder)

@@ -100,7 +100,6 @@ FILTER = {
     "fork": fork,
     "spawn": lambda: os.posix_spawn(sys.executable, [sys.executable, "-V"], {}),
     "start a program": lambda: subprocess.run([sys.executable, "-V"], check=True),
-    "new rights by a namespace": lambda: raw("unshare", 0x10000000),
     "connect": lambda: socket.create_connection(("127.0.0.1", 9)),
     "open a local socket": lambda: socket.socket(socket.AF_UNIX),
     "open a pair of local sockets": socket.socketpair,
@@ -139,6 +138,7 @@ FILTER = {
     "move others": lambda: raw("migrate_pages", VICTIM, 8, bytes(8), bytes(8)),
     "read the locks of others": lambda: raw("get_robust_list", VICTIM, bytes(8), bytes(8)),
     "limit others": lambda: resource.prlimit(VICTIM, resource.RLIMIT_CPU),
+    "new rights by a namespace": lambda: raw("unshare", 0x10000000),
 }
 
 
@@ -186,7 +186,7 @@ def install(nobody=False, landlock=9):
         reader.start()
         reader.join()
         found |= {"reads": len(read), "user": os.getuid()}
-        tried = {name: describe(call) for name, call in (FILTER | LANDLOCK).items()}
+        tried = {name: describe(call) for name, call in (LANDLOCK | FILTER).items()}
         found |= tried
         return {"error": f"ATTEMPTS{json.dumps({**found, 'raised': raise_limits()})}"}
 
