@@ -121,7 +121,7 @@ FILTER = {
     "signal all others": lambda: os.kill(-1, NO_SIGNAL),
     "signal a thread of others": lambda: raw("tgkill", VICTIM, VICTIM, NO_SIGNAL),
     "signal others by a thread": lambda: raw("tkill", VICTIM, NO_SIGNAL),
-    "signal others with a value": lambda: raw("rt_sigqueueinfo", VICTIM, NO_SIGNAL, bytes(128)),
+    "signal others with a value": lambda: raw("rt_sigqueueinfo", VICTIM, NO_SIGNAL, b"\xff" * 128),
     "open a process": lambda: os.pidfd_open(VICTIM),
     "lower the priority of others": lambda: os.setpriority(os.PRIO_PROCESS, VICTIM, 19),
     "lower the priority of reading": lambda: raw("ioprio_set", 1, VICTIM, 3 << 13),

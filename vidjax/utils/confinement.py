@@ -57,8 +57,8 @@ THREADS: Calls = {"clone": (56, 220)}  # starts threads, but no processes
 # the others.
 SIGNALS: Calls = {"kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131)}
 LIMITS: Calls = {"prlimit64": (302, 261)}
-# Values of an argument that are refused: signals when a file has data, which Linux before 6.12 sends
-# to any process of the user; life after the end of the parent; cores for groups of processes.
+# Values of an argument that are refused: signals when a file has data, which Linux before 6.12
+# sends to any process of the user; life after the end of the parent; cores for other processes.
 COMMANDS: tuple[tuple[Calls, int, tuple[int, ...]], ...] = (
     ({"fcntl": (72, 25)}, 1, (8, 10, 15)),  # F_SETOWN, F_SETSIG, F_SETOWN_EX
     ({"prctl": (157, 167)}, 0, (1, 62)),  # PR_SET_PDEATHSIG, PR_SCHED_CORE
