@@ -98,9 +98,8 @@ def tried(request):
             secret.write_text("secret")
         patch.syspath_prepend(folder)
         patch.setenv("VIDJAX_TEST_FOLDER", name)
-        with subprocess.Popen(
-            [shutil.which("cat")], stdin=subprocess.PIPE, user=user, group=group
-        ) as victim:
+        command = [shutil.which("cat") or "cat"]  # it waits for the end of its input
+        with subprocess.Popen(command, stdin=subprocess.PIPE, user=user, group=group) as victim:
             patch.setenv("VIDJAX_TEST_VICTIM", str(victim.pid))
             with pytest.raises(UserError, match="ATTEMPTS") as caught:
                 KINDS[request.param.partition(",")[0]](folder)

@@ -124,7 +124,7 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
 
     format: Literal[1]
     role: Role
-    file: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\.onnx$")]
+    file: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\.onnx\Z")]
     sha256: Sha256
     decoder: Literal["centerface", "yunet", "scrfd", "silero", "vectors"]
     input: Input

@@ -38,7 +38,15 @@ from vidjax.utils import files, json_files
 from vidjax.utils.errors import UserError
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.json_files import Count, Sha256, Share, Size, Text
-from vidjax.utils.names import check_name, make_folder_name, normal_form, read_folder_name
+from vidjax.utils.names import (
+    check_name,
+    clean_identity,
+    is_reserved,
+    make_folder_name,
+    normal_form,
+    read_folder_name,
+    show,
+)
 
 if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery
@@ -118,7 +126,7 @@ class FileStamp(Struct, kw_only=True, frozen=True):
     """The path and properties of a file. A file is read again only if one of them changes."""
 
     # The absolute path, with special characters quoted as in a URL (`%20`).
-    address: Annotated[str, Meta(pattern=r"^/[!-~]*$", max_length=20_000)]
+    address: Annotated[str, Meta(pattern=r"^/[!-~]*\Z", max_length=20_000)]
     size: Annotated[int, Meta(ge=0, le=2**62)]
     mtime_ns: Annotated[int, Meta(ge=-(2**62), le=2**62)]
     inode: Annotated[int, Meta(ge=0)]
@@ -176,6 +184,8 @@ class MediaFile(Struct, kw_only=True, dict=True):
 
     def __post_init__(self) -> None:
         _check_file_name(self.video)
+        if wrong := [x for x in self.tags if is_reserved(x) or clean_identity(x) != x]:
+            raise ValueError(f"'{show(wrong[0])}' is not the name of a person")
 
     @property
     def is_dark(self) -> bool:

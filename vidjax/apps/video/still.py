@@ -3,10 +3,11 @@
 `read_still` starts this module as a child process with limits. The picture is stored nowhere.
 """
 
-import base64
 import io
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from vidjax.apps.video import decode, photos
 from vidjax.utils import processes
@@ -16,20 +17,25 @@ MOST_SIDE = 1280  # pixels of the longer side
 MEMORY_BYTES, CPU_SECONDS = 4 << 30, 30
 
 
+class Still(Struct):
+    """A picture of a film, or a photo."""
+
+    jpeg: bytes
+
+
 def read_still(path: Path, seconds: float) -> bytes:
     """Returns the upright picture of a film at a time, or a photo, as JPEG.
 
     Raises UserError if the file cannot be decoded.
     """
     arguments = {"path": str(path.absolute()), "seconds": seconds}
-    answer = processes.run_limited(
-        __name__, path, arguments, memory_bytes=MEMORY_BYTES, cpu_seconds=CPU_SECONDS
-    )
-    return base64.b64decode(answer["jpeg"])
+    return processes.run_limited(
+        __name__, path, arguments, Still, memory_bytes=MEMORY_BYTES, cpu_seconds=CPU_SECONDS
+    ).jpeg
 
 
-def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Decodes a picture in a child process; arguments and result are JSON objects."""
+def work(arguments: dict[str, Any]) -> Still:
+    """Decodes a picture in a child process; the arguments are a JSON object."""
     from PIL import Image
 
     path = Path(arguments["path"])
@@ -43,7 +49,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
     picture, file = Image.fromarray(rgb), io.BytesIO()
     picture.thumbnail((MOST_SIDE, MOST_SIDE))
     picture.save(file, "jpeg", quality=85)
-    return {"jpeg": base64.b64encode(file.getvalue()).decode()}
+    return Still(file.getvalue())
 
 
 if __name__ == "__main__":
