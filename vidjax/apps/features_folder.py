@@ -34,19 +34,11 @@ from vidjax.apps.said import FEATURES, PEOPLE, Face, make_face
 from vidjax.data.clip_files import check_nets, read_clips
 from vidjax.data.memory import MemoryClips
 from vidjax.models.card_backend import LEAST_CLARITY
-from vidjax.utils import files, json_files
+from vidjax.utils import files, json_files, names as names_lib
 from vidjax.utils.errors import UserError
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.json_files import Count, Sha256, Share, Size, Text
-from vidjax.utils.names import (
-    check_name,
-    clean_identity,
-    is_reserved,
-    make_folder_name,
-    normal_form,
-    read_folder_name,
-    show,
-)
+from vidjax.utils.names import check_name, make_folder_name, normal_form, read_folder_name
 
 if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery
@@ -184,8 +176,8 @@ class MediaFile(Struct, kw_only=True, dict=True):
 
     def __post_init__(self) -> None:
         _check_file_name(self.video)
-        if wrong := [x for x in self.tags if is_reserved(x) or clean_identity(x) != x]:
-            raise ValueError(f"'{show(wrong[0])}' is not the name of a person")
+        if any(names_lib.is_reserved(x) or names_lib.clean_identity(x) != x for x in self.tags):
+            raise ValueError("a face tag has no name of a person")
 
     @property
     def is_dark(self) -> bool:

@@ -38,13 +38,6 @@ CPU_SECONDS, CPU_BYTES_PER_SECOND = 30, 4 << 20
 Result = TypeVar("Result")
 
 
-class Contents(Struct):
-    """The texts and the names of all columns of a table, see `read_contents`."""
-
-    text: list[str]
-    columns: list[str]
-
-
 class Columns(Struct):
     """The texts of a table for `read`, and the number and the dtype of the values of features."""
 
@@ -86,15 +79,18 @@ def read(path: Path) -> Rows:
 
 def _check_rows(rows: Rows) -> None:
     """Raises ValueError if the arrays that a child wrote do not fit."""
-    numbers = [(rows.width, len(rows.values) + 1)]  # with the numbers that are too large
-    numbers += [(codes, len(texts)) for texts, codes in rows.text.values()]
-    for array in (*rows.scalars.values(), *(x for x, _ in numbers)):
-        if array.shape != (len(rows.width),) or array.dtype.kind not in "iuf":
-            raise ValueError("a column has another length, or has no numbers")
-    if any(x.dtype.kind == "f" or not ((x >= 0) & (x < most)).all() for x, most in numbers):
-        raise ValueError("a number is out of its range")
-    if rows.width.sum(dtype=float) != len(rows.values) or {*rows.scalars} - {*OPTIONAL_COLUMNS}:
-        raise ValueError("the features have other lengths, or a column is unknown")
+    bounds = [(codes, len(texts)) for texts, codes in rows.text.values()]
+    bounds += [(rows.width, len(rows.values) + 1)]
+    columns = [*rows.scalars.values(), *(x for x, _ in bounds)]
+    if (
+        any(
+            x.shape != rows.width.shape or x.dtype.kind not in "iuf" or x.ndim != 1 for x in columns
+        )
+        or any(x.dtype.kind == "f" or (x < 0).any() or (x >= bound).any() for x, bound in bounds)
+        or rows.width.sum(dtype=float) != len(rows.values)
+        or {*rows.scalars} - {*OPTIONAL_COLUMNS}
+    ):
+        raise ValueError("the columns do not fit")
 
 
 def _load_columns(path: Path, folder: Path) -> dict[str, np.ndarray]:
@@ -110,9 +106,9 @@ def read_contents(path: Path) -> tuple[list[str], list[np.ndarray], list[str]]:
     """
     with files.scratch_folder() as scratch:
         arguments = {"out_dir": str(scratch), "any_columns": True}
-        found = _run(path, arguments, Contents, [scratch])
+        texts, columns = _run(path, arguments, tuple[list[str], list[str]], [scratch])
         with processes.doubt(path):
-            return found.text, [*_load_columns(path, scratch).values()], found.columns
+            return texts, [*_load_columns(path, scratch).values()], columns
 
 
 def _run(
@@ -134,7 +130,7 @@ def _run(
     )
 
 
-def work(arguments: dict[str, Any]) -> Columns | Contents | None:
+def work(arguments: dict[str, Any]) -> Columns | tuple[list[str], list[str]] | None:
     """Decodes columns of a table in the child process.
 
     If the folder `out_dir` is given, writes all columns to it, and returns their names. Otherwise,
@@ -157,7 +153,7 @@ def work(arguments: dict[str, Any]) -> Columns | Contents | None:
                     elif "string" in str(leaf.type):
                         texts.update(map(str, leaf.unique().to_pylist()))
         np.savez(folder / "columns.npz", *numbers)
-        return Contents(sorted(texts), names)
+        return sorted(texts), names
     with _open(path) as file:
         names = _check_names(path, file.schema_arrow.names)
         _check_types(path, file.schema_arrow)

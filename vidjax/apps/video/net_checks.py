@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from msgspec import Struct
-
 from vidjax.apps import cards
 from vidjax.apps.cards import BackEnd
 from vidjax.apps.video import nets
@@ -25,12 +23,6 @@ INPUTS: dict[cards.Role, str] = {
     "face_detector": f"frame of {FRAME} x {FRAME}", "face_embedder": "face",
     "voice_activity": "32 ms of sound", "voice_embedder": "1.6 s of sound",
 }  # fmt: skip
-
-
-class Speed(Struct):
-    """The CPU time of a call of a net."""
-
-    milliseconds: cards.Finite
 
 
 def list_checks(folder: Path) -> dict[str, Callable[[], str]]:
@@ -58,22 +50,22 @@ def _check_folder(folder: Path) -> str:
 def _describe_file(path: Path) -> str:
     """Tests a net in a child process, and describes it."""
     card = cards.read(path)
-    speed = processes.run_limited(
-        __name__, path, {"path": str(path)}, Speed, memory_bytes=MEMORY_BYTES,
+    milliseconds = processes.run_limited(
+        __name__, path, {"path": str(path)}, float, memory_bytes=MEMORY_BYTES,
         cpu_seconds=CPU_SECONDS, reads=cards.list_files(path.parent),
     )  # fmt: skip
     parts = [
         f"{card.role}, {card.decoder}, from {card.source.describe()}",
         "test passed",
-        f"{speed.milliseconds:.3g} ms of CPU time per {INPUTS[card.role]}",
+        f"{milliseconds:.3g} ms of CPU time per {INPUTS[card.role]}",
         f"weights {card.licence.weights}",
     ]
     return "; ".join(parts + ([describe_back_end(card.back_end)] if card.back_end else []))
 
 
-def work(arguments: dict[str, Any]) -> Speed:
-    """Tests the net of the card `path`, and measures its speed."""
-    return Speed(measure_milliseconds(nets.Net(cards.read(Path(arguments["path"])))))
+def work(arguments: dict[str, Any]) -> float:
+    """Tests the net of the card `path`; returns the result of `measure_milliseconds`."""
+    return measure_milliseconds(nets.Net(cards.read(Path(arguments["path"]))))
 
 
 def measure_milliseconds(net: nets.Net) -> float:

@@ -7,20 +7,12 @@ import io
 from pathlib import Path
 from typing import Any
 
-from msgspec import Struct
-
 from vidjax.apps.video import decode, photos
 from vidjax.utils import processes
 from vidjax.utils.errors import UserError
 
 MOST_SIDE = 1280  # pixels of the longer side
 MEMORY_BYTES, CPU_SECONDS = 4 << 30, 30
-
-
-class Still(Struct):
-    """A picture of a film, or a photo."""
-
-    jpeg: bytes
 
 
 def read_still(path: Path, seconds: float) -> bytes:
@@ -30,11 +22,11 @@ def read_still(path: Path, seconds: float) -> bytes:
     """
     arguments = {"path": str(path.absolute()), "seconds": seconds}
     return processes.run_limited(
-        __name__, path, arguments, Still, memory_bytes=MEMORY_BYTES, cpu_seconds=CPU_SECONDS
-    ).jpeg
+        __name__, path, arguments, bytes, memory_bytes=MEMORY_BYTES, cpu_seconds=CPU_SECONDS
+    )
 
 
-def work(arguments: dict[str, Any]) -> Still:
+def work(arguments: dict[str, Any]) -> bytes:
     """Decodes a picture in a child process; the arguments are a JSON object."""
     from PIL import Image
 
@@ -49,7 +41,7 @@ def work(arguments: dict[str, Any]) -> Still:
     picture, file = Image.fromarray(rgb), io.BytesIO()
     picture.thumbnail((MOST_SIDE, MOST_SIDE))
     picture.save(file, "jpeg", quality=85)
-    return Still(file.getvalue())
+    return file.getvalue()
 
 
 if __name__ == "__main__":
