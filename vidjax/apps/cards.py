@@ -216,7 +216,7 @@ def read_all(folder: Path) -> dict[Role, Card]:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """Returns a folder of nets, and its cards and nets, which may be links to other folders."""
+    """Returns a folder of nets, its cards and its nets, which may be links to other folders."""
     return [folder, *folder.glob("*.json"), *folder.glob("*.onnx")]
 
 
