@@ -34,7 +34,7 @@ from vidjax.apps.said import FEATURES, PEOPLE, Face, make_face
 from vidjax.data.clip_files import check_nets, read_clips
 from vidjax.data.memory import MemoryClips
 from vidjax.models.card_backend import LEAST_CLARITY
-from vidjax.utils import files, json_files
+from vidjax.utils import files, json_files, names as names_lib
 from vidjax.utils.errors import UserError
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.json_files import Count, Sha256, Share, Size, Text
@@ -117,7 +117,7 @@ class FileStamp(Struct, kw_only=True, frozen=True):
     """The path and properties of a file. A file is read again only if one of them changes."""
 
     # The absolute path, with special characters quoted as in a URL (`%20`).
-    address: Annotated[str, Meta(pattern=r"^/[!-~]*$", max_length=20_000)]
+    address: Annotated[str, Meta(pattern=r"^/[!-~]*\Z", max_length=20_000)]
     size: Annotated[int, Meta(ge=0, le=2**62)]
     mtime_ns: Annotated[int, Meta(ge=-(2**62), le=2**62)]
     inode: Annotated[int, Meta(ge=0)]
@@ -175,6 +175,8 @@ class MediaFile(Struct, kw_only=True, dict=True):
 
     def __post_init__(self) -> None:
         _check_file_name(self.video)
+        if any(names_lib.is_reserved(x) or names_lib.clean_identity(x) != x for x in self.tags):
+            raise ValueError("a face tag has no name of a person")
 
     @property
     def is_dark(self) -> bool:

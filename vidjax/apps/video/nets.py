@@ -14,7 +14,7 @@ import numpy as np
 
 from vidjax.apps.cards import REMEDY, STRIDE, Card, Input
 from vidjax.apps.video.tracks import measure_overlaps
-from vidjax.utils.errors import UserError, require_packages
+from vidjax.utils.errors import NetError, UserError, require_packages
 
 BLOCK_CROPS = 32  # the largest number of crops in one call of a net
 LEAST_SCORE = 0.5  # a detection with a higher score counts as a face
@@ -34,10 +34,6 @@ FORMULA_STEP = 7919  # see `make_formula_image`
 UNREADABLE = (LookupError, TypeError, ValueError)
 STRIDES = (8, 16, 32)  # sides of the cells of YuNet and SCRFD, in pixels
 MANY_STRIDES = (*STRIDES, 64, 128)  # of SCRFD with 15 outputs
-
-
-class NetError(UserError):
-    """A net cannot be run, or is not the net that its card, a JSON file, describes."""
 
 
 class Faces(NamedTuple):
