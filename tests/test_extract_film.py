@@ -141,19 +141,24 @@ def lay_out(name, number):
     }[name]
 
 
-LAYOUTS = ("side by side", "one above the other")
+LAYOUTS = {
+    "side by side": "iw/2:ih:0:0",
+    "half width": "iw/2:ih:0:0,scale=2*iw:ih",
+    "one above the other": "iw:ih/2:0:0",
+    "half height": "iw:ih/2:0:0,scale=iw:2*ih",
+}
 SINGLE = ("two people", "two rooms", "mirrored", "one person", "a room with two", "black")
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, *SINGLE])
+@pytest.mark.parametrize("name", ["side by side", "one above the other", *SINGLE])
 def test_film_with_two_equal_halves_is_reported_with_a_command_that_cuts_it(tmp_path, drawn, name):
     path = tmp_path / "two eyes.mkv"
     films.write(path, [lay_out(name, n) for n in range(20)], "ffv1", fps=10)
     found, _ = extract(path, tmp_path / "out", drawn.models)
-    assert found.halves == (name if name in LAYOUTS else None)
+    assert found.halves == LAYOUTS.get(name)
     lines = film_commands._list_problems(found, path)
     assert len(lines) == (name in LAYOUTS)
-    assert all(f"{name} (3D)" in x and f"-i '{path}' -vf crop=iw" in x for x in lines)
+    assert all(f"{name} (3D)" in x and f"-i '{path}' -vf crop={found.halves} " in x for x in lines)
 
 
 @pytest.mark.parametrize("name", ["half width", "half height"])
@@ -166,7 +171,7 @@ def test_halves_of_half_the_width_or_height_are_found(name):
         box[1::2] /= 1 + (name == "half height")
         moved = [rgb.shape[1] / 2, 0] if name == "half width" else [0, rgb.shape[0] / 2]
         detector.add(rgb, np.array([box, box + np.tile(moved, 2)]))
-    assert detector.layout == name
+    assert detector.layout == LAYOUTS[name]
 
 
 @pytest.mark.slow

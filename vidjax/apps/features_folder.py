@@ -55,8 +55,10 @@ REMEDY = "name another folder; or delete the folder if vidjax wrote it, and extr
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 # Left, top, right and bottom, as fractions of the width and height of the upright picture.
 Box = tuple[Share, Share, Share, Share]
-# Two pictures of full size or of half the width are side by side, the others one above the other.
-Layout = Literal["side by side", "half width", "one above the other", "half height"]
+# The first of two halves, for the filter `crop` of ffmpeg. `scale` restores the width or height.
+Layout = Literal[
+    "iw/2:ih:0:0", "iw/2:ih:0:0,scale=2*iw:ih", "iw:ih/2:0:0", "iw:ih/2:0:0,scale=iw:2*ih"
+]  # fmt: skip
 Place = tuple[Seconds, Box]  # the time of a picture, and the box of a face in it
 
 
@@ -163,7 +165,7 @@ class MediaFile(Struct, kw_only=True, dict=True):
     rate: Annotated[float, Meta(gt=0, le=1000)] | None = None  # frames per second; None for photos
     # The mean brightness of all pictures. Older versions did not measure it.
     brightness: Share | None = None
-    halves: Layout | None = None  # of two halves that show the same picture
+    halves: Layout | None = None  # if two halves show the same picture
     others: Count = 0  # number of further video streams, which were not read
     voices: Count = 0  # number of tracks with a voice
     lost_sound: Count = 0  # number of frames and packets of sound that could not be decoded

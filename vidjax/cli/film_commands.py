@@ -12,16 +12,9 @@ from vidjax.apps.gallery import card_notes
 from vidjax.apps.gallery.answers import count_unknown
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.said import FEATURES
-from vidjax.apps.video import (
-    measured_cards,
-    net_families,
-    net_packages,
-    pipeline,
-    results,
-    subtitles,
-    who,
-)
+from vidjax.apps.video import measured_cards, net_families, net_packages, pipeline, results, who
 from vidjax.apps.video.measured_cards import MeasuredCard
+from vidjax.apps.video.subtitles import format_time
 from vidjax.cli.gallery_commands import add_rule
 from vidjax.utils import messages
 from vidjax.utils.errors import UserError, require_packages
@@ -36,13 +29,6 @@ PHOTOS_TO_MEASURE = (
     "DIR/NAME/PHOTO.jpg of at least five people, with at least two photos of each. The photos "
     "should be of different days, and the people like the people of your films"
 )
-# Layout of a film with two equal halves -> its description, and the argument of ffmpeg's filter.
-CROPS: dict[features_folder.Layout, tuple[str, str]] = {
-    "side by side": ("side by side", "iw/2:ih:0:0"),
-    "half width": ("side by side", "iw/2:ih:0:0,scale=2*iw:ih"),
-    "one above the other": ("one above the other", "iw:ih/2:0:0"),
-    "half height": ("one above the other", "iw:ih/2:0:0,scale=iw:2*ih"),
-}
 MIN_RATE = 2  # frames per second below which a film gets a warning
 
 
@@ -69,17 +55,17 @@ def print_outcome(outcome: pipeline.FileOutcome) -> None:
 def _list_problems(film: features_folder.MediaFile, path: Path) -> list[str]:
     problems = []
     if jumps := film.jumps:
-        at, by = (subtitles.format_time(seconds, short=True) for seconds in jumps[0])
+        at, by = (format_time(seconds, short=True) for seconds in jumps[0])
         more = f", and {messages.count(len(jumps) - 1, 'more time')}" if jumps[1:] else ""
         problems.append(f"the clock jumps by {by} at {at}{more}")
     if (film.rate or 0) < MIN_RATE if jumps else film.frames < MIN_RATE * film.seconds:
         problems.append(f"it has fewer than {MIN_RATE} frames per second, so people may be missed")
     if film.halves:
-        layout, crop = CROPS[film.halves]
+        layout = "side by side" if "iw/2" in film.halves else "one above the other"
         problems.append(
             f"it shows the same picture twice, {layout} (3D), so each face is found twice; to use "
-            f"one half: ffmpeg -i {shlex.quote(str(path))} -vf crop={crop} -map 0:V:0 -map 0:a? "
-            "half.mkv"
+            f"one half: ffmpeg -i {shlex.quote(str(path))} -vf crop={film.halves} -map 0:V:0 "
+            "-map 0:a? half.mkv"
         )
     if film.others:
         problems.append(
