@@ -339,18 +339,14 @@ def test_readers_see_the_old_state_during_a_change_and_other_changes_are_refused
     with Gallery(gallery.folder).change() as draft:
         draft.rename("person 3", "Ada")
         assert answers(gallery) == answers(Gallery(gallery.folder)) == before
-        began = time.monotonic()
-        refused(lambda: gallery.remove(clip=["clip 30"]), "an open 'with gallery.change", "draft")
-        assert time.monotonic() - began < 1  # a change of the same thread cannot end before
         gallery.lock_seconds = 0.2
         remove = functools.partial(gallery.remove, clip=["clip 30"])
-        with ThreadPoolExecutor() as threads:
-            message = refused(
-                lambda: threads.submit(remove).result(), str(gallery.folder),
-                "in use by another program, such as `vidjax serve`", "try again",
-            )  # fmt: skip
-            monkeypatch.setattr(fcntl, "lockf", refuse)  # SQLite calls such a file busy, too
-            refused(lambda: threads.submit(remove).result(), "without locks", "on another disk")
+        message = refused(
+            remove, str(gallery.folder), "in use by another program, such as `vidjax serve`",
+            "an open 'with gallery.change", "try again",
+        )  # fmt: skip
+        monkeypatch.setattr(fcntl, "lockf", refuse)  # SQLite calls such a file busy, too
+        refused(remove, "without locks", "on another disk")
         assert message.startswith("gallery ")
     assert "Ada" in Gallery(gallery.folder) and gallery.remove(clip=["clip 30"]) == 1
     # After a removal, the file of another hard link would still contain the person.

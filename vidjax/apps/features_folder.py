@@ -43,7 +43,6 @@ NAME = "extract.json"
 NUMBERS = "unknown.json"  # marks a folder with results of `vidjax who`
 VIDEOS = "videos"
 THUMBNAILS = "thumbnails"
-SCRATCH = re.compile(r"\.extract-[0-9a-f]{8}")  # a folder that remains if a call is killed
 PROGRESS = "progress"  # a file with the number of bytes that were read of a film so far
 FILE_BYTES = 256 * files.MB  # the largest JSON file that is read
 # The mean brightness below which faces are not found. CenterFace found all faces in a film that was
@@ -57,7 +56,7 @@ Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Box = tuple[Share, Share, Share, Share]
 # The first of two halves, for the filter `crop` of ffmpeg. `scale` restores the width or height.
 Layout = Literal[
-    "iw/2:ih:0:0", "iw/2:ih:0:0,scale=2*iw:ih", "iw:ih/2:0:0", "iw:ih/2:0:0,scale=iw:2*ih"
+    "iw:ih/2:0:0", "iw:ih/2:0:0,scale=iw:2*ih", "iw/2:ih:0:0", "iw/2:ih:0:0,scale=2*iw:ih"
 ]  # fmt: skip
 Place = tuple[Seconds, Box]  # the time of a picture, and the box of a face in it
 
@@ -431,8 +430,8 @@ def remove_leftovers(out: Path, stems: set[str] | None) -> None:
     videos = out / VIDEOS
     files.remove_partials(out, rf"{re.escape(NAME)}|.+\.npz")
     files.remove_partials(videos, r".+\.json")
-    for entry in filter(lambda entry: SCRATCH.fullmatch(entry.name), [*out.iterdir()]):
-        files.remove_tree(entry)
+    for folder in [*out.glob(f".extract-{8 * '[0-9a-f]'}")]:  # of a call that was killed
+        files.remove_tree(folder)
     if stems is not None:
         present = {path.stem for path in (*out.glob("*.npz"), *videos.glob("*.json"))}
         for stem in present - stems:

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import resource
 import time
 import warnings
 from pathlib import Path
@@ -145,6 +146,8 @@ def serve(args: argparse.Namespace) -> Result:
     Store(gallery.folder).remove_leftovers()
     app = app_lib.make_app(gallery, limits, token)
     listener = web.listen(args.host, args.port, limits)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each connection is an open file
     with listener:
         address, number = listener.getsockname()[:2]
         host = f"[{address}]" if ":" in address else address

@@ -12,9 +12,8 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
-import msgspec
 import numpy as np
 from msgspec import Struct
 from numpy.typing import ArrayLike
@@ -56,8 +55,8 @@ DTYPES: tuple[DType, ...] = get_args(DType)
 MAX_HALF, NEGATIVE_ZERO = float(np.finfo(np.float16).max), 0x8000  # in float16
 CHECKSUM_WORDS = 1 << 16  # words of 64 bits that are added at once
 WEIGHTS = ("quality", "detection")  # frames may be weighted with these values
-REASONS = ("empty", "non_finite", *(f"non_finite_{name}" for name in WEIGHTS))  # see `Counts`
 ROWS_AT_ONCE = 1 << 14  # frames whose values are checked at once
+REASONS = ("empty", "non_finite", *(f"non_finite_{name}" for name in WEIGHTS))  # see `Counts`
 
 # modality -> field -> a list of n arrays, [t] or [t, D], the frames of n clips
 ClipArrays = dict[str, dict[str, list[np.ndarray]]]
@@ -309,28 +308,21 @@ class Summary(Struct):
 
     def __post_init__(self) -> None:
         clips, frames, skipped, skipped_clips, warnings, examples = self.counts
-        sizes = [len(self.names), len({*self.names}), clips, sum(skipped_clips.values())]
-        sizes += [frames - sum(skipped.values())]
-        count, total = len(self.lengths), sum(self.lengths)
+        names, count, total = {*self.names}, len(self.lengths), sum(self.lengths)
+        sizes = [len(self.names), len(names), clips, sum(skipped_clips.values())]
+        sizes += [frames - sum(skipped.values()), self.width > 0 or not total]
         wrong = {*skipped, *skipped_clips, *warnings} - {*REASONS} | {*warnings} ^ {*examples}
-        wrong |= {*examples.values()} - {*self.names} | {*map(clean_name, self.names)} - {
-            *self.names
-        }
-        if (
-            wrong
-            or sizes != [count] * 3 + [self.lengths.count(0), total]
-            or total > total * self.width
-        ):
+        wrong |= ({*examples.values()} | {*map(clean_name, self.names)}) - names
+        if wrong or sizes != [count] * 3 + [self.lengths.count(0), total, True]:
             raise ValueError("the parts do not fit")
 
 
 def summarise(modality: str, packed: PackedClips) -> Summary:
     """Returns all but the values of frames, for `open_packed`."""
     frames = packed.frames[modality]
-    features = frames.features
-    facts = {"names": [*packed.names], "lengths": np.asarray(frames.length).tolist()}
-    facts |= {"width": features.shape[1], "dtype": np.dtype(features.dtype).name}
-    return msgspec.convert({**facts, "counts": packed.counts[modality]}, Summary)
+    lengths, dtype = np.asarray(frames.length).tolist(), np.dtype(frames.features.dtype).name
+    facts = [*packed.names], lengths, frames.features.shape[1], cast(DType, dtype)
+    return Summary(*facts, packed.counts[modality])
 
 
 def open_packed(modality: str, folder: Path, summary: Summary) -> PackedClips:
@@ -339,10 +331,9 @@ def open_packed(modality: str, folder: Path, summary: Summary) -> PackedClips:
     Raises an error if the files, which another process wrote, do not fit.
     """
     files.refuse_links(folder)
-    count = sum(summary.lengths)
-    arrays = map_files(folder, summary.width, summary.dtype, count)
+    arrays = map_files(folder, summary.width, summary.dtype, sum(summary.lengths))
     frames = pack_arrays(arrays, summary.lengths)
-    for at in range(0, count, ROWS_AT_ONCE):
+    for at in range(0, sum(summary.lengths), ROWS_AT_ONCE):
         mapped = map_again(frames)  # frees the memory of the rows before
         rows = (getattr(mapped, name)[at : at + ROWS_AT_ONCE] for name in BATCHED)
         if not all(is_finite(row).all() for row in rows):

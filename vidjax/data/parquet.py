@@ -81,15 +81,11 @@ def _check_rows(rows: Rows) -> None:
     """Raises ValueError if the arrays that a child wrote do not fit."""
     bounds = [(codes, len(texts)) for texts, codes in rows.text.values()]
     bounds += [(rows.width, len(rows.values) + 1)]
-    columns = [*rows.scalars.values(), *(x for x, _ in bounds)]
-    if (
-        any(
-            x.shape != rows.width.shape or x.dtype.kind not in "iuf" or x.ndim != 1 for x in columns
-        )
-        or any(x.dtype.kind == "f" or (x < 0).any() or (x >= bound).any() for x, bound in bounds)
-        or rows.width.sum(dtype=float) != len(rows.values)
-        or {*rows.scalars} - {*OPTIONAL_COLUMNS}
-    ):
+    fits = [x.dtype.kind in "iuf" for x in rows.scalars.values()]
+    fits += [x.dtype.kind in "iu" and not ((x < 0) | (x >= end)).any() for x, end in bounds]
+    shapes = {x.shape for x in (*rows.scalars.values(), *(x for x, _ in bounds))}
+    fits += [shapes == {(len(rows.width),)}, {*rows.scalars} <= {*OPTIONAL_COLUMNS}]
+    if not all(fits) or rows.width.sum(dtype=float) != len(rows.values):
         raise ValueError("the columns do not fit")
 
 

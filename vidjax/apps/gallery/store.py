@@ -33,7 +33,6 @@ import shlex
 import sqlite3
 import stat
 import tempfile
-import threading
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -78,7 +77,6 @@ SCHEMA = {
     "clip": ROWS,  # the names, and then the people
 }
 ROW_KINDS = (int, str, bytes)
-_changes = set[tuple[Path, int]]()  # files that this process changes, and the threads that do it
 Finite = Annotated[float, Meta(ge=json_files.LOWEST_FLOAT, le=-json_files.LOWEST_FLOAT)]
 BACKEND_LAYOUT = np.dtype([("number", "<f8")])
 
@@ -269,23 +267,14 @@ class Store:
         At the beginning, SQLite undoes an interrupted change of another process. At the end of the
         `with` block, changes without a COMMIT are undone. If `write` is True, no other process can
         change the gallery during the block. If another process changes it for longer than `wait`
-        seconds, raises InUseError. If this thread changes it, raises InUseError at once.
+        seconds, raises InUseError.
         """
         self._check_files(write=write)
-        change = (self.path.resolve(), threading.get_ident()) if write else None
-        if change in _changes:
-            raise InUseError(
-                f"gallery '{self.folder}' is in use by an open 'with gallery.change()' of this "
-                "program\nchange the draft of this block, or change the gallery after the block"
-            )
-        with contextlib.ExitStack() as ended:
-            connection = ended.enter_context(contextlib.closing(_connect(self.path)))
+        with contextlib.closing(_connect(self.path)) as connection:
             with _translate_errors(self.path, write=write):
-                if change:
+                if write:
                     connection.execute("PRAGMA synchronous=EXTRA")
                     _begin_change(connection, time.monotonic() + wait)
-                    _changes.add(change)
-                    ended.callback(_changes.discard, change)
                 else:
                     connection.execute("PRAGMA query_only=ON")
                     connection.execute("BEGIN")  # all queries then read the same state
@@ -410,8 +399,9 @@ def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
         name = getattr(error, "sqlite_errorname", "")
         if name.startswith("SQLITE_BUSY") and _has_locks(path.parent):
             raise InUseError(
-                f"gallery '{path.parent}' is in use by another program, such as `vidjax serve`\n"
-                "try again when the changes of this program have ended"
+                f"gallery '{path.parent}' is in use by another program, such as `vidjax serve`, or "
+                "by an open 'with gallery.change()' of this program\n"
+                "try again when the other change has ended"
             ) from error
         if re.match("SQLITE_(BUSY|PERM|IOERR.*LOCK$)", name):
             kind = UnwritableError if write else UnreadableError
@@ -457,11 +447,9 @@ def _begin_change(connection: sqlite3.Connection, end: float) -> None:
 def _has_locks(folder: Path) -> bool:
     """Returns whether the disk of a folder has locks. SQLite calls a file without locks busy."""
     with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-    return True
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return not os.access(folder, os.W_OK)
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -193,11 +193,10 @@ class Video:
         clock = Clock(1.0 / self.info.rate, self.info.seconds, resets=self._resets)
         # Two reformatters, because each caches its conversion for a single size and format.
         shrink, convert = VideoReformatter(), VideoReformatter()
-        sample, gap_s = 0, np.inf
+        sample = 0
         for decoded, usual_s in find_jumps(self._decode(self._stream, VideoFrame)):
             stamp = decoded.time
             time_s = clock.time(None if stamp is None else stamp - self.info.start_s, usual_s)
-            gap_s = min(gap_s, clock.gap_s)
             # The tolerance is needed because time stamps are rounded to milliseconds.
             sampled = time_s * fps >= sample - 1e-3
             try:
@@ -211,8 +210,7 @@ class Video:
             self.counts.frames += 1
             self.counts.repaired, self.counts.jumps = clock.repaired, clock.jumps
             self.counts.seconds = self._find_end(time_s, decoded, clock.step)
-            yield Frame(time_s, small, rgb, gap_s)
-            gap_s = np.inf
+            yield Frame(time_s, small, rgb, clock.gap_s)
         if not self.counts.frames:
             problem = f"'{self._path}' is damaged: no picture in it can be decoded"
             raise UserError(f"{problem}\ncopy the file again, or leave it out")
@@ -236,9 +234,8 @@ class Video:
         wanted, last = seconds + self.info.start_s + 1e-3, None
         wanted += self._resets * sum(by for at, by in jumps if at <= seconds)
         # In a broadcast, FFmpeg finds a place near the time, but not the key frame before it.
-        begin_s = wanted - self._resets * KEY_SECONDS
         with contextlib.suppress(FFmpegError):  # a format without a seek is read from the start
-            self._container.seek(max(0, int(begin_s * 1e6)))
+            self._container.seek(max(0, int(1e6 * (wanted - self._resets * KEY_SECONDS))))
         for frame in self._decode(self._stream, VideoFrame):
             if last is not None and frame.time is not None and frame.time > wanted:
                 break

@@ -32,10 +32,9 @@ class HalvesDetector:
         """Adds a picture, uint8 [H, W, 3], and the boxes [N, 4] of its faces, in pixels."""
         self._pictures += len(boxes) > 0
         ratio = rgb.shape[1] / rgb.shape[0]
-        wide, half_width, high, half_height = get_args(Layout)
-        layouts = (half_height if ratio * 2 >= HALF_HEIGHT else high,)
-        layouts += (half_width if ratio / 2 <= HALF_WIDTH else wide,)
-        self._equal.update(x for axis, x in enumerate(layouts) if _has_twins(rgb, boxes, axis))
+        is_halved = ratio * 2 >= HALF_HEIGHT, ratio / 2 <= HALF_WIDTH
+        axes = [axis for axis in (0, 1) if _has_twins(rgb, boxes, axis)]
+        self._equal.update(get_args(Layout)[2 * axis + is_halved[axis]] for axis in axes)
 
     @property
     def layout(self) -> Layout | None:

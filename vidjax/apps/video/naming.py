@@ -8,14 +8,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import NamedTuple
 
 from vidjax.apps.features_folder import Box, FaceTrack, MediaFile
-from vidjax.apps.gallery.answers import (
-    FACE,
-    NOBODY,
-    OTHER_CLIPS,
-    UNKNOWN,
-    Answer,
-    parse_group_number,
-)
+from vidjax.apps.gallery import answers as answers_lib
+from vidjax.apps.gallery.answers import FACE, NOBODY, UNKNOWN, Answer
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.labelling import find_known
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
@@ -51,7 +45,7 @@ def format_certainty(appearance: Appearance) -> str:
         return ""
     if appearance.evidence == (TOLD,):
         return "as you said"
-    other = ", by other shots" if OTHER_CLIPS in appearance.evidence else ""
+    other = ", by other shots" if answers_lib.OTHER_CLIPS in appearance.evidence else ""
     return format_percent(appearance.probability) + other
 
 
@@ -270,7 +264,7 @@ def mark_unclear(groups: Mapping[str, str], films: Iterable[MediaFile]) -> dict[
     """Renames the unknown people who are single unclear faces, such as `unknown face 4`."""
     unclear, sizes = list_unclear(films), Counter(groups.values())
     return {
-        clip: f"{FACE}{parse_group_number(group)}"
+        clip: f"{FACE}{answers_lib.parse_group_number(group)}"
         if clip in unclear and sizes[group] == 1 else group  # else a user has joined it to others
         for clip, group in groups.items()
     }  # fmt: skip

@@ -96,11 +96,16 @@ def convert(
     for path, name in _list_nets(paths):
         given = {"path": str(path), "name": name, "kind": kind, "like": like, "side": side}
         written = processes.run_limited(
-            __name__, path, given, list[Written], memory_bytes=MEMORY_BYTES, cpu_seconds=CPU_SECONDS
-        )
-        for card in written:
+            __name__, path, given, dict[str, Written], memory_bytes=MEMORY_BYTES,
+            cpu_seconds=CPU_SECONDS,
+        )  # fmt: skip
+        for family, made in written.items():
+            content = net_packages.unpack(path, name, cards.MODEL_BYTES)
             with processes.doubt(path):
-                _check_card(card, kind, name, net_packages.unpack(path, name, cards.MODEL_BYTES))
+                form = {x: FAMILIES[x] for x in KINDS[kind]["families"]}[family]
+                back_end = made.width and {"centre": [0.0] * made.width, **form["back_end"]}
+                known = _describe(kind, family, name, content) | {"back_end": back_end}
+                card = msgspec.convert(msgspec.to_builtins(made) | known, Written)
             if card.role in found:
                 raise UserError(
                     f"{card.source.file} and {found[card.role][2].source.file} are both nets for "
@@ -114,6 +119,8 @@ def convert(
             f"'{paths[0]}' contains no net for the role {lost[0]}\n"
             "check the package, or convert a single net: vidjax convert own FILE --like=FAMILY"
         )
+    for _, _, card in found.values():
+        net_packages.check_place(folder, card)  # before the first net is written
     return [
         net_packages.write_net(folder, card, net_packages.unpack(path, name, cards.MODEL_BYTES))
         for path, name, card in found.values()
@@ -136,21 +143,8 @@ def _list_nets(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
             yield path, path.name
 
 
-def _check_card(card: Written, kind: str, name: str, content: bytes) -> None:
-    """Raises ValueError if a card that a child made has fields of another net or family."""
-    for family in KINDS[kind]["families"]:
-        if FAMILIES[family]["role"] == card.role:
-            right = msgspec.to_builtins(card) | _describe(kind, family, name, content)
-            if card.back_end:
-                centre = {"centre": card.back_end.centre}
-                right["back_end"] = centre | FAMILIES[family]["back_end"]
-            if msgspec.convert(right, Written) == card:
-                return
-    raise ValueError("the card is of another net")
-
-
-def work(arguments: dict[str, Any]) -> list[Written]:
-    """Returns the card of a net. The arguments are in `convert`.
+def work(arguments: dict[str, Any]) -> dict[str, Written]:
+    """Returns family -> the card of a net. The arguments are in `convert`.
 
     If the net is part of a package and belongs to no family, returns no card.
     """
@@ -161,7 +155,7 @@ def work(arguments: dict[str, Any]) -> list[Written]:
     family = known.get("family") or like or guess_family(net, families)
     if family not in families:
         if kind == "insightface":
-            return []
+            return {}
         shapes = "; ".join(f"{x}: {FAMILIES[x]['supported']}" for x in families)
         raise UserError(f"'{show(name)}' has {net.describe()}\nsupported are {shapes}")
     if like not in ("", family):
@@ -172,7 +166,7 @@ def work(arguments: dict[str, Any]) -> list[Written]:
     fields = _describe(kind, family, name, content) | _fit(family, net, arguments["side"])
     fields["test"] = {"seed": SEED, "output": [0.0] * 4, "tolerance": 1.0}
     try:
-        return [_measure(fields, family, net)]
+        return {family: _measure(fields, family, net)}
     except msgspec.ValidationError as error:  # for example, a side is too large for a card
         raise net.refuse(family, f" ({error})") from None
 

@@ -491,12 +491,10 @@ def _check_results(job: _Job, task: film_lib.Task, film: MediaFile) -> MediaFile
     with doubt(job.path):
         files.refuse_links(out)
         clips = sorted(clip.name for clip in read_clips([out / f"{job.stem}.npz"]))
-        stems = {clip.partition(".")[0] for clip in clips} - {job.stem}
-        pictures = [
-            out / THUMBNAILS / f"{clip}.png" for clip in clips if (out / THUMBNAILS).exists()
-        ]
-        wrong = stems or clips != sorted(track.clip for track in film.tracks)
-        if wrong or not all(map(files.is_file, pictures)):
+        shown = clips if (out / THUMBNAILS).exists() else ()
+        lacks = not all(files.is_file(out / THUMBNAILS / f"{clip}.png") for clip in shown)
+        others = {clip.partition(".")[0] for clip in clips} - {job.stem}
+        if lacks or others or clips != sorted(track.clip for track in film.tracks):
             raise ValueError("other clips")
     return film
 

@@ -114,36 +114,35 @@ def atomic_file(path: Path, *, sync: bool = True, replace: bool = True) -> Itera
     if sync:
         remove_partials(path.parent, re.escape(path.name))
     try:
-        with _make_partial(path) as partial:
-            with partial.open("r+b") as file:
-                yield file
-                file.flush()
-                if sync:
-                    os.fsync(file.fileno())
-            os.replace(partial, path) if replace else _link_new(partial, path)
+        with _open_partial(path) as file:
+            yield file
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+            os.replace(file.name, path) if replace else _link_new(file.name, path)
     except OSError as error:
         raise _make_disk_error(path, error) from error
 
 
 @contextlib.contextmanager
-def _make_partial(path: Path) -> Iterator[Path]:
-    """Makes an unfinished file for `path`. The lock of a living process protects it."""
+def _open_partial(path: Path) -> Iterator[BinaryIO]:
+    """Opens an unfinished file for `path`. The lock of a living process protects it."""
     while True:
         # The name has random digits, because processes in containers often have equal numbers.
         partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
         try:
-            with partial.open("xb") as held:
+            with partial.open("x+b") as file:
                 with contextlib.suppress(OSError):  # some drives have no locks
-                    fcntl.flock(held, fcntl.LOCK_EX)
+                    fcntl.flock(file, fcntl.LOCK_EX)
                 if partial.exists():  # another process may have removed it before it was locked
-                    yield partial
+                    yield file
                     return
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
 
 
-def _link_new(partial: Path, path: Path) -> None:
+def _link_new(partial: str, path: Path) -> None:
     """Renames a file. Raises UserError if `path` exists."""
     try:
         try:
@@ -301,14 +300,12 @@ def remove_partials(folder: Path, ours: str) -> None:
 
     `ours` is a regular expression that matches the whole names of the finished files and folders.
     """
-    partials = list[Path]()
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            dot = "" if entry.is_dir(follow_symlinks=False) else r"\."
-            if re.fullmatch(rf"{dot}({ours})\.[0-9a-f]{{8}}\.partial", entry.name):
-                partials.append(Path(entry.path))
-    for partial in partials:
-        remove_partial(partial)
+    with contextlib.suppress(OSError):
+        # A folder may contain many thousands of files: most are only compared with the ending.
+        for path in (folder / name for name in os.listdir(folder) if name.endswith(".partial")):
+            dot = "" if path.is_dir() else r"\."
+            if re.fullmatch(rf"{dot}({ours})\.[0-9a-f]{{8}}\.partial", path.name):
+                remove_partial(path)
 
 
 def remove_partial(path: Path) -> bool:
@@ -322,7 +319,9 @@ def remove_partial(path: Path) -> bool:
 @contextlib.contextmanager
 def _lock_partial(path: Path) -> Iterator[None]:
     """Locks an unfinished file or folder. Raises OSError if another process has locked it."""
-    descriptor = os.open(path, os.O_NOFOLLOW | os.O_NONBLOCK)
+    # NFS locks only files that are open for writing.
+    access = os.O_RDWR if path.is_file() else os.O_RDONLY
+    descriptor = os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
