@@ -187,9 +187,7 @@ class Transform(NamedTuple):
 
 
 # name in `config.transforms` -> transform. To add a transform, write a function and a line here.
-TRANSFORMS: dict[str, Transform] = {
-    "by_example": Transform(by_example),
-}
+TRANSFORMS: dict[str, Transform] = {"by_example": Transform(by_example)}
 
 
 def make_transforms(

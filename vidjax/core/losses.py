@@ -197,10 +197,7 @@ CLASSIFICATION: dict[str, Callable[..., Array]] = {
 }
 
 # name -> margin of a cosine classifier: (logits, labels, *, margin, scale) -> logits
-MARGINS: dict[str, Callable[..., Array]] = {
-    "angular": angular_margin,
-    "cosine": cosine_margin,
-}
+MARGINS: dict[str, Callable[..., Array]] = {"angular": angular_margin, "cosine": cosine_margin}
 
 # (output, labels [B] int32, weight [B] of each example in a mean, step [] int32) -> [B]
 Objective = Callable[[ModelOutput, Array, Array, Array], Array]

@@ -166,10 +166,7 @@ def sgd(*, momentum: float) -> optax.GradientTransformation:
 
 # name in `config.optim.name` -> function (*, options) that returns a transformation of the
 # gradient. The learning rate is applied later.
-OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
-    "adam": adam,
-    "sgd": sgd,
-}
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"adam": adam, "sgd": sgd}
 
 
 class RestartState(NamedTuple):

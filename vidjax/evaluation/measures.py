@@ -135,10 +135,7 @@ def measure_copies(scored: ScoredSplit, split: Split, model: TrainedModel) -> sc
 
 
 def measure_strata(
-    scored: ScoredSplit,
-    split: Split,
-    modalities: Sequence[str],
-    train_clips: np.ndarray | None,
+    scored: ScoredSplit, split: Split, modalities: Sequence[str], train_clips: np.ndarray | None
 ) -> list[schemas.Strata]:
     """Returns tables of the MAP of groups of identities, and of groups of clips.
 

@@ -192,9 +192,7 @@ def _find_faults(line: str, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def list_mismatches(
-    path: str | Path,
-    positives: Mapping[str, Sequence[str]],
-    ranking: Mapping[str, Sequence[str]],
+    path: str | Path, positives: Mapping[str, Sequence[str]], ranking: Mapping[str, Sequence[str]]
 ) -> list[str]:
     """Returns why the submission `path` has no identity or no clip of the ground truth, or [].
 

@@ -173,10 +173,7 @@ def stranger_log_density(
 
 
 def pair_log_ratios(
-    distances: Distances,
-    square: np.ndarray,
-    noise: np.ndarray,
-    clarity: np.ndarray | float = 1.0,
+    distances: Distances, square: np.ndarray, noise: np.ndarray, clarity: np.ndarray | float = 1.0
 ) -> np.ndarray:
     """Computes log(p(clips | one person) / p(clips | two people)) for pairs of groups of clips.
 

@@ -43,10 +43,7 @@ from vidjax.models.two_covariance import Enrolled, Settings, Space, compute_stra
 from vidjax.utils.machine import num_cores
 
 # Shares of shrinkage that are tried. While `within` is chosen, `between` has its first value.
-SHARES: Mapping[str, tuple[float, ...]] = {
-    "within": (0.8, 0.7, 0.9),
-    "between": (0.75, 0.5),
-}
+SHARES: Mapping[str, tuple[float, ...]] = {"within": (0.8, 0.7, 0.9), "between": (0.75, 0.5)}
 # The prior of the optimised settings is Gaussian. Its means are log(DIRECTIONS / width) for
 # log(scale), and PRIOR for the other settings; its standard deviations are DEVIATIONS. The means
 # are typical of embeddings. The cosines of different people spread as in 46 dimensions for the 128

@@ -130,10 +130,7 @@ def refit(state: State) -> State:
 
 
 def make_state(
-    version: int,
-    origin: VectorOrigin,
-    backend: Backend,
-    clips: Mapping[str, StoredClip],
+    version: int, origin: VectorOrigin, backend: Backend, clips: Mapping[str, StoredClip]
 ) -> State:
     """Returns a state, with the coefficients of all people in `clips`."""
     clips_of = list_clips_of(clips)

@@ -546,12 +546,7 @@ class Gallery:
         return verification.choose_rule(self.state, identity, fmr)
 
     def verify(
-        self,
-        clips: AnyClips,
-        identity: str,
-        *,
-        fmr: float | None = None,
-        split: str | None = None,
+        self, clips: AnyClips, identity: str, *, fmr: float | None = None, split: str | None = None
     ) -> dict[str, Match]:
         """Decides for each clip if it shows the person `identity`; returns clip -> comparison.
 
@@ -569,12 +564,7 @@ class Gallery:
         return self.verify_person(clips, identity, fmr=fmr, split=split).matches
 
     def verify_person(
-        self,
-        clips: AnyClips,
-        identity: str,
-        *,
-        fmr: float | None = None,
-        split: str | None = None,
+        self, clips: AnyClips, identity: str, *, fmr: float | None = None, split: str | None = None
     ) -> Verification:
         """Decides as `verify`; also returns the rule, and the person's clips that do not fit.
 

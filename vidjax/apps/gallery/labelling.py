@@ -67,11 +67,7 @@ def check_identities(identities: str | Mapping[str, str | None] | None) -> None:
 
 
 def choose_clips(
-    vectors: Vectors,
-    identities: str | Mapping[str, str] | None,
-    source: str,
-    *,
-    strangers: bool,
+    vectors: Vectors, identities: str | Mapping[str, str] | None, source: str, *, strangers: bool
 ) -> tuple[dict[str, StoredClip], tuple[str, ...]]:
     """Returns name -> clip for the clips to enrol, and the clips without a usable frame.
 

@@ -103,8 +103,7 @@ class VectorOrigin(Struct, frozen=True, omit_defaults=True):
 # Digest of a film -> clip of the film -> people whom the clip does not show, as a user said. Only
 # galleries of version 0.1.0 contain them, see `earlier_said`.
 Denials: TypeAlias = Annotated[
-    Mapping[Sha256, Mapping[Text, Sequence[Text]]],
-    Meta(max_length=files.MAX_ITEMS),
+    Mapping[Sha256, Mapping[Text, Sequence[Text]]], Meta(max_length=files.MAX_ITEMS)
 ]
 
 

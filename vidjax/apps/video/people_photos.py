@@ -415,10 +415,7 @@ class Photos:
         return new, unchanged
 
     def find_renamed(
-        self,
-        gallery: Gallery,
-        enrolled: Mapping[str, PhotoFace],
-        entries: Mapping[str, StoredClip],
+        self, gallery: Gallery, enrolled: Mapping[str, PhotoFace], entries: Mapping[str, StoredClip]
     ) -> dict[str, set[str]]:
         """Finds people whose photos are all photos of other people now.
 
