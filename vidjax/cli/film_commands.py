@@ -274,8 +274,7 @@ def convert_nets(args: argparse.Namespace) -> Result:
     if len(paths) > (2 if args.kind == "opencv" else 1):
         raise UserError(f"{args.kind} needs one FILE, not {len(paths)}: repeat the command")
     if args.kind in net_families.KINDS:
-        form = args.like or "", args.size, args.colour
-        written = net_families.convert(args.kind, paths, out, *form)
+        written = net_families.convert(args.kind, paths, out, args.like, args.size, args.colour)
     else:
         written = [net_packages.convert(args.kind, paths[0], out)]
     measured = Result({})

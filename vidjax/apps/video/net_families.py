@@ -82,8 +82,8 @@ def _join(shapes: Mapping[str, list[int | None]]) -> str:
 
 
 def convert(
-    kind: str, paths: Sequence[Path], folder: Path, like: str = "", side: int | None = None,
-    colour: str | None = None,
+    kind: str, paths: Sequence[Path], folder: Path, like: str | None = None,
+    side: int | None = None, colour: str | None = None,
 ) -> list[Path]:  # fmt: skip
     """Copies nets into `folder`, and writes their cards; returns the paths of the cards.
 
@@ -91,7 +91,7 @@ def convert(
       kind: a key of `KINDS`. "insightface" finds the nets for faces in a package of several nets.
       paths: nets (.onnx), or a folder or .zip with nets.
       folder: the folder for the nets and their cards.
-      like: the family. If it is "", the net's inputs and outputs determine the family.
+      like: the family. If it is None, the net's inputs and outputs determine the family.
       side: the side in pixels of an embedder's input, if the net allows any side.
       colour: the order of the colours, "rgb" or "bgr". If it is None, the order of the family.
 
@@ -127,8 +127,7 @@ def _read_net(path: Path, given: dict[str, Any]) -> tuple[dict[str, Any], bytes]
         limits = {"memory_bytes": MEMORY_BYTES, "cpu_seconds": CPU_SECONDS, "writes": [scratch]}
         fields = processes.run_limited(__name__, path, given, **limits)
         if name := fields.get("weights"):
-            weights = path.with_name(Path(name).name)
-            given["weights"] = str(weights)
+            given["weights"] = str(weights := path.with_name(Path(name).name))
             fields = processes.run_limited(__name__, path, given, reads=[weights], **limits)
         return (fields, files.read_bytes(Path(given["out"]), LIMIT)) if fields else None
 
@@ -167,7 +166,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
             return {}
         shapes = "; ".join(f"{x}: {FAMILIES[x]['supported']}" for x in families)
         raise UserError(f"'{show(name)}' has {net.describe()}\nsupported are {shapes}")
-    if like not in ("", family):
+    if like not in (None, family):
         raise UserError(
             f"'{show(name)}' is {known['file']} of {known['package']}: use --like={family}"
         )
