@@ -255,11 +255,8 @@ def extract(task: Task, nets: Nets) -> MediaFile:
     Raises:
       UserError: the file cannot be decoded.
     """
-    path, out, held_s = (
-        Path(task.path),
-        Path(task.out),
-        tracks.choose_held_seconds(task.settings.fps),
-    )
+    path, out = Path(task.path), Path(task.out)
+    held_s = tracks.choose_held_seconds(task.settings.fps)
     clips = ClipBuilder(nets, out / features_folder.THUMBNAILS, held_s)
     photo = photos.read_photo(path)
     if photo:
