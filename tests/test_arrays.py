@@ -11,7 +11,6 @@ import shlex
 import subprocess
 import sys
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +69,6 @@ def test_arrays_and_official_files_have_the_same_digests(tmp_path, load):
         given[split] = clip_files.as_arrays(clip_files.ragged_clips(split, count))
         # The same labels as `write_ragged` writes.
         identities |= {name: str(i % 5 + 1) for i, name in enumerate(sorted(given[split]))}
-
     folder = clip_files.write_ragged(tmp_path, counts)
     official, own = load_dataset("iqiyi_vid", directory=folder), load(given, identities)
     assert digest(own) == digest(official)
@@ -116,7 +114,6 @@ def test_clips_in_one_level_of_folders_have_the_name_of_their_folder(tmp_path, l
     splits["val"] = dict.fromkeys(names["val"], other)
     folder = clip_files.write_npz(tmp_path / "own", splits)
     (folder / "labels.tsv").write_text("monday/1\tAda\nmonday/1b\tAda\n")
-
     data = load(folder)
     assert digest(data) == digest(load(splits, {"monday/1": "Ada", "monday/1b": "Ada"}))
     assert data.split("train").clips == tuple(names["train"])
@@ -127,7 +124,6 @@ def test_clips_in_one_level_of_folders_have_the_name_of_their_folder(tmp_path, l
     assert read(folder / "train").names == tuple(names["train"][1:])
     write_npz(folder / "train/monday/two.npz", {"a": face, "b": face})
     assert {"monday/a", "monday/b"} <= {*read(folder / "train").names}
-
     # The cache is filled again if a clip is moved, because its name is another.
     (folder / "train/monday/1.npz").rename(folder / "train/tuesday/one.npz")
     (folder / "labels.tsv").write_text("1\tAda\n")
@@ -152,7 +148,7 @@ def load(path, map_location): return numpy.load(open(path, "rb")).view(Tensor)
 
 
 @pytest.mark.parametrize(
-    "ending", quick_first([".npy", ".PT", ".pkl", ".hdf5", ".pt", ".pth", ".h5"], 4)
+    "ending", quick_first([".npy", ".PT", ".pkl", ".hdf5", ".pt", ".pth", ".h5"], 2)
 )
 def test_printed_command_converts_files_of_other_kinds(tmp_path, load, ending):
     for name, code in STUBS.items():
@@ -182,7 +178,6 @@ def test_printed_command_converts_files_of_other_kinds(tmp_path, load, ending):
     seen.refused(lambda: read(folder), f"a{ending}' would be ignored", "move it away")
     for path in folder.glob(f"*{ending}"):
         path.unlink()
-
     data = load(folder.parents[1])
     frames = dict(real_frames(data, "train"))
     assert data.split("train").clips == ("day 1/a", "day 1/b")
@@ -197,7 +192,6 @@ def test_labels_are_read_from_a_dict_a_table_or_official_text(tmp_path, load):
     table = clip_files.write_labels(tmp_path / "any.csv", listed)
     text = tmp_path / "any_gt.txt"
     text.write_text("".join(f"{k}.mp4 {v}\n" for k, v in listed.items()))
-
     datasets = [load(splits, LABELS), load(splits, table), load(folder, text)]
     table.rename(folder / "labels.csv")  # is read if no labels are given
     for data in (*datasets, load_dataset("arrays", directory=folder)):
@@ -209,7 +203,6 @@ def test_labels_are_read_from_a_dict_a_table_or_official_text(tmp_path, load):
         assert declared.identities == ("7", "9", "3")
         assert declared.split("val").labels[3] == 1
         assert declared.split("train").positives.tolist() == [1, 0, 2]
-
     only_train = load(splits, {"train_01": 3})
     assert only_train.split("train").labelled and not only_train.split("val").labelled
 
@@ -241,22 +234,10 @@ def test_a_folder_may_contain_any_table_of_labels_with_titles_in_capitals(tmp_pa
     seen.refused(lambda: load_dataset("arrays", directory=folder), name, "named Clip and clip")
 
 
-def test_empty_labels_give_a_warning_with_the_clip(tmp_path, load):
-    splits = make_splits()
-    labels = {"train_01": 3, "train_02": float("nan"), "val_03": 3}
-    with pytest.warns(UserWarning, match=r"train_02: its identity is empty.*clips: 1\)\n.*None"):
-        load(splits, labels)
-    # Line 1 of the table is the header, line 2 is train_01, and line 3 is train_02.
-    table = clip_files.write_labels(tmp_path / "empty.csv", labels | {"train_02": ""})
-    with pytest.warns(UserWarning, match=r"empty.csv: line 3: clip train_02: its identity"):
-        load(splits, table)
-
-
 def test_frames_are_sorted_by_time_and_lists_are_read_as_arrays(load):
     features = [[1.0, 2.0], [3.0, 4.0]]
     late = {"features": features, "number": [7, 5], "quality": [10, 20]}
     clips = {"late.mp4": {"face": late}, "plain": {"face": features}}
-
     (batch,) = eval_batches(load({"val": clips}), split="val", modalities=("face",), rows=2)
     face = batch.frames["face"]
     assert face.number[:, :2].tolist() == [[5, 7], [0, 1]]
@@ -309,10 +290,7 @@ def test_error_names_the_split_and_clip_of_a_wrong_dict(refused):
         ({"clip": one}, "'clip' is not the name of a split", "{'train': {clip:"),
         ({"train": {"a": np.zeros((1, 2))}}, "train: clip a is of type ndarray"),
         ({"train": {"a": {"fa ce": np.zeros((1, 2))}}}, "clip a", "modality 'fa ce'"),
-        (
-            {"train": {"a": one, "a.mp4": one}},
-            "train: clip a comes twice, as 'a' and 'a.mp4', because .mp4",
-        ),
+        ({"train": {"a": one, "a.mp4": one}}, "clip a comes twice, as 'a' and 'a.mp4', because"),
         ({"train": {7: one}}, "clip name 7 is of type int"),
         ({"train": {"a": one | {7: [1.0]}}}, "train: clip a: modality 7 is of type int", "a name"),
         ({"train": {"a": one | {"F": [1.0]}}}, "clip a", "differs only in upper and lower"),
@@ -394,14 +372,12 @@ def test_folder_with_missing_misnamed_or_equal_splits_is_refused(tmp_path, refus
             np.savez(path, face=np.ones((1, 2)))
         else:
             path.touch()
-
     refused(tmp_path, *words)
 
 
 def test_npz_file_of_several_clips_needs_a_length_for_each_clip(tmp_path):
     path, face = tmp_path / "all.npz", np.ones((3, 2), np.float32)
     load = functools.partial(memory.load_clips, tmp_path, {"face": 2}, ())
-
     # The file has 3 frames of two clips. The sum of two lengths must be 3, as in [1, 2].
     half = 2**63  # the sum of [half, half + 3] overflows to 3
     for length in (
@@ -475,7 +451,6 @@ def test_bad_parquet_table_of_frames_is_refused(tmp_path, refused, monkeypatch, 
     path = tmp_path / "train.parquet"
     good = {"clip": ["a", "a"], "modality": ["f", "f"], "features": [[1.0, 2.0], [3.0, 4.0]]}
     latin = pyarrow.array([b"\xff", b"\xfe"]).view(pyarrow.string())
-
     # Columns that replace columns of the good table or are added to it, and words of the error.
     for change, words in (
         ({"features": [[1.0, 2.0], [3.0]]}, ("clip a, f", "width 1 in row 2, but width 2 in ro")),
@@ -491,13 +466,11 @@ def test_bad_parquet_table_of_frames_is_refused(tmp_path, refused, monkeypatch, 
     ):
         parquet.write_table(pyarrow.table(good | change), path)
         refused(tmp_path, str(path), *words)
-
     two_of_a_name = pyarrow.table(good).append_column("clip", [["b", "b"]])
     parquet.write_table(two_of_a_name, path)
     refused(tmp_path, f"{path}: two columns are named clip: delete one")
     parquet.write_table(pyarrow.table({"clip": ["a"], "face": [[[1.0, 2.0]]]}), path)
     refused(tmp_path, str(path), "no column modality", "a row for each frame")
-
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     refused(tmp_path, str(path), "vidjax[parquet]")
 
@@ -517,26 +490,14 @@ def test_only_regular_files_are_read_as_clips(tmp_path):
     folder, real = tmp_path / "clips", tmp_path / "real.npz"
     folder.mkdir()
     path = folder / "x.npz"
-
     for kind, name in {"pipe": "pipe", "zero": "device", "folder": "folder"}.items():
         mutations.put(path, kind, tmp_path)
         faces_refused(folder, f"is a {name}")
         path.rmdir() if kind == "folder" else path.unlink()
-
     np.savez(real, face=np.ones((1, 4), np.float32))
     path.symlink_to(real)  # users may make a folder of links to their clips
     (folder / "._x.npz").write_text("macOS writes such a file next to each file")
     assert load_faces(folder).names == ("x",)
-
-
-def twice():
-    """Returns an .npz that contains two arrays with the same name."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, value in (("face.npy", 1.0), ("face", 2.0)):
-            with archive.open(name, "w") as entry:
-                np.lib.format.write_array(entry, np.full((1, 4), value))
-    return file.getvalue()
 
 
 def begins_too_early():
@@ -549,7 +510,6 @@ def begins_too_early():
 
 
 @pytest.mark.parametrize(("content", "words"), [
-    pytest.param(twice(), "contains the array 'face' twice", id="a name twice"),
     pytest.param(begins_too_early(), "): write it again", id="entry before the file"),
     pytest.param(b"no archive", "): write it again", id="text"),
     pytest.param(b"", "): write it again", id="empty"),
@@ -605,7 +565,6 @@ def test_checksums_and_encodings_of_other_programs_are_read(tmp_path, tables_her
         options = {"use_dictionary": False, "column_encoding": {"clip": encoding}}
         path = clip_files.write_parquet(tmp_path / "clips.parquet", clips, **options)
         assert [*load_faces(path).names] == [*clips]
-
     options = {"write_page_checksum": True, "use_dictionary": False, "compression": "none"}
     path = clip_files.write_parquet(path, clips, **options)
     assert [*load_faces(path).names] == [*clips]
@@ -619,7 +578,6 @@ def test_frames_with_non_finite_values_are_skipped_and_counted(tmp_path):
     face[1:3, 2] = np.nan, 1e39  # 1e39 is infinite in float32
     np.savez(tmp_path / "a.npz", face=face, face_quality=quality)
     np.savez(tmp_path / "b.npz", face=np.full((1, 4), np.inf))
-
     with pytest.warns(errors.VidjaxWarning) as caught:  # the category that commands show
         memory.load_clips(tmp_path, {"face": 4}, ())
     features, qualities = (str(warning.message) for warning in caught)

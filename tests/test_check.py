@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from tests.helpers import clip_files, made_galleries
 from tests.helpers.datasets import prepare
 from vidjax.runs import checkpoint
 from vidjax.utils import confinement
-from vidjax.utils.errors import VidjaxWarning
 
 
 @pytest.fixture
@@ -42,20 +40,6 @@ def check(command):
 def check_run(folder, check):
     words = f"--workdir={folder}/run", f"--config.data.cache_dir={folder}/cache"
     return lambda *more: check(*words, *more)
-
-
-def test_check_reports_negative_qualities(tmp_path, command):
-    (tmp_path / "train").mkdir()
-    for name in "abcd":
-        quality: Any = {"face_quality": [1, -1]} if name == "c" else {}
-        np.savez(tmp_path / "train" / f"{name}.npz", face=np.ones((2, 4), np.float32), **quality)
-    (tmp_path / "labels.csv").write_text("clip,identity\na,Ada\nb,Bob\nc,Ada\n")
-    words = ("name=arrays", f"dir={tmp_path}", f"cache_dir={tmp_path}/cache")
-    flags = [f"--config.data.{word}" for word in words]
-    more = ("--config.modalities=face", "--config.eval.split=train", "--config.ensemble.folds=2")
-    wanted = "train, face: 1 of 8 frames have a quality that is negative, such as in clip c: "
-    with pytest.warns(VidjaxWarning, match=wanted):
-        assert command("check", "--config=mma", *flags, *more)[0] == 0
 
 
 def test_parts_that_are_not_installed_or_need_another_processor_are_no_faults(tmp_path, python):

@@ -1,5 +1,6 @@
 """Configurations: overrides, JSON, shipped files, refused values, and that every field is read."""
 
+import ast
 import functools
 import math
 import shutil
@@ -8,11 +9,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from tests.helpers import docs, recorded_config
+from tests.helpers import docs
 from tests.helpers.seen import refused
 from vidjax.cli import program, run_commands
-from vidjax.cli.program import main
-from vidjax.core import optim
 from vidjax.data.synthetic import CALIBRATED
 from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.run_folder import describe_changes
@@ -25,7 +24,6 @@ load = config_io.load_file
 def test_shipped_configuration_is_valid_and_survives_json(name):
     words = config_io.load_module(ROOT / "configs" / f"{name}.py").WORDS
     as_json = {}  # word after the name, such as `mma:face` -> JSON of the configuration
-
     for word in ("", *words):
         # `few` is refused without `iqiyi_vid`.
         config = load(f"{name}:{'iqiyi_vid,few' if word == 'few' else word}")
@@ -39,7 +37,6 @@ def test_shipped_configuration_is_valid_and_survives_json(name):
         assert list(map(type, values.values())) == list(map(type, expected.values()))
         # Fields without a value can still be set.
         assert config_io.override(again, ["--config.data.dir=/data"]).data.dir == "/data"
-
     # Every word changes something, except `mlp5`, which names the default.
     without_change = [word for word in words if as_json[word] == as_json[""]]
     assert without_change == (["mlp5"] if "mlp5" in words else [])
@@ -70,9 +67,7 @@ def test_override_has_the_type_of_its_field_and_the_last_one_counts():
         config = config_io.override(load("mma"), [f"--config.{word}"])
         actual = dict(config_lib.fields(config))[word.partition("=")[0]]
         assert (actual, type(actual)) == (value, type(value)), word
-
     assert config_io.override(load("mma"), ["--config.seed=1", "--config.seed=2"]).seed == 2
-
     config = load("plda")  # a file of a user may set an argument to None, or to a list
     config.model.update(within=None, centred=None, sizes=[3])
     words = ("within=0.5", "centred=None", "sizes=4,5")
@@ -85,10 +80,8 @@ def test_differences_of_configurations_omit_unread_fields():
     # `eps` is read only for noise classes, and `momentum` only for SGD.
     other = config_io.override(plain, ["--config.noise.eps=0.5", "--config.optim.momentum=0.5"])
     sgd = config_io.override(other, ["--config.optim.name=sgd"])
-
     assert config_lib.differences(plain, other) == {}
     assert set(config_lib.differences(plain, sgd)) == {"optim.name", "optim.momentum"}
-
     # JSON has no tuples, so a tuple and a list with the same content do not differ.
     plain.model.sizes = ([1, 2], {"a": [3]})
     assert config_lib.differences(config_io.from_json(config_io.to_json(plain)), plain) == {}
@@ -147,7 +140,6 @@ def test_value_of_a_field_that_is_not_read_is_refused_with_a_remedy():
             assert remedy in problem
             if needed_word:
                 assert problems(f"{name}={value}", needed_word) == []
-
     for name, (value, excluding_word) in READ.items():
         assert problems(f"{name}={value}") == []
         assert len(problems(f"{name}={value}", excluding_word)) == 1
@@ -159,7 +151,6 @@ def test_values_of_two_other_fields_decide_whether_a_field_is_read():
     (problem,) = problems(*words)
     assert "--config.noise.relabel_every_epochs=1" in problem
     assert problems("optim.decay_all=true", "optim.total_decay=1") == []  # as with weight decay
-
     # Some loss of weight above 0 must read `gamma`; softmax does not. `loss.focal` has weight 0.
     assert problems("loss.gamma=3", "loss.classification=binary") == []
     (problem,) = problems("loss.gamma=3", "loss.classification=binary", "loss.focal=softmax")
@@ -242,7 +233,6 @@ def test_values_outside_the_range_of_a_field_are_refused():
             outside.append(math.inf)
         if name in ("modalities", "data.train_splits"):
             outside.append(("face", 1))
-
         for value in outside:
             with pytest.raises(ValueError, match=rf"^config\.{name}=.*: (must be|choose from) "):
                 config_lib.check_ranges(values | {name: value})
@@ -254,18 +244,15 @@ def test_values_outside_the_range_of_a_field_are_refused():
 def test_configuration_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-
     assert config_io.load_file("mma:face").modalities == ("face",)
     assert config_io.load_file("knn:head").modalities == ("head",)
     for name in ("mmaa", "configs/mma.py", "mma.py"):
         with pytest.raises(ValueError, match="'mma'"):  # the error suggests this name
             config_io.load_file(name)
-
     (tmp_path / "configs").mkdir()
     shutil.copy(ROOT / "configs" / "knn.py", tmp_path / "configs" / "mma.py")
     assert config_io.load_file("mma").model.name == "knn"  # from the working directory
     assert config_io.load_file("~/configs/mma.py").model.name == "knn"
-
     shutil.copy(ROOT / "configs" / "mma.py", tmp_path / "configs" / "mine.py")
     assert config_io.load_file("mine").model.name == "mma"
     refused(lambda: load("mine:published"), "published/mine.py", "copy this file, too")
@@ -284,42 +271,11 @@ def test_page_of_configurations_equals_the_generated_documentation():
     assert docs.update(page) == page, "python -m tests.helpers.docs configs/README.md"
 
 
-@pytest.mark.nightly
-def test_every_field_is_read_by_a_command(monkeypatch, official_dir, cache_dir, tmp_path, capsys):
-    # `reads` gets the fields that are read. Nothing reads the fields of `invented`, so only they
-    # remain at the end: `steps`, and one in each group whose fields are looked up by name.
-    reads, override, record = set(), config_io.override, recorded_config.record
-    monkeypatch.setattr(config_io, "override", lambda *given: record(override(*given), reads))
-    groups = ("data", "ensemble", "noise", "eval", "loss", "join")
-    names = ("steps", *(f"{group}.unread" for group in groups))
-    invented = {name: config_lib.Field(name, 1, "nothing reads it") for name in names}
-    monkeypatch.setattr(config_lib, "TABLE", (*config_lib.TABLE, *invented.values()))
-    monkeypatch.setattr(config_lib, "FIELDS", config_lib.FIELDS | invented)
-    run = f"--workdir={tmp_path}/a"
-    words = [
-        "--config=configs/noise_classes.py:iqiyi_vid,few", f"--config.data.dir={official_dir}",
-        "--config.model.layers=((4,'linear',False,0.0),)", "--config.batch_size=32",
-        "--config.num_epochs=2", "--config.ensemble.folds=2", "--config.noise.eps=1.1",
-        "--config.eval.report=false", "--config.ensemble.views=2", "--config.optim.name=sgd",
-        "--config.optim.decay=steps", "--config.ensemble.min_quality=(0.0,)",
-        "--config.loss.schedule=((0,0.5),)", run,  # a focal loss reads its exponent
-    ]  # fmt: skip
-
-    # Train, repeat the command of the finished run, evaluate, and blend two runs.
-    assert main(words) == 0, capsys.readouterr().err
-    assert main(words) == 0
-    assert main(["--mode=evaluate", run]) == 0
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    joined = ["--mode=evaluate", f"--workdir={tmp_path}/c", f"--runs={tmp_path}/a,{tmp_path}/b"]
-    assert main([*joined, "--config.eval.report=false"]) == 0
-    # Other optimisers and decays than those of the run read other fields.
-    for fields in (["decay=piecewise", "points=((0,1),)"], ["name=adam"]):
-        spec = config_io.override(load("knn"), [f"--config.optim.{word}" for word in fields]).optim
-        optim.make_schedule(spec.to_dict(), total_steps=2, steps_per_epoch=1)
-
-    names = {name for name, _ in config_lib.fields(config_io.load_file("knn"))}
-    names = {name for name in names if not name.startswith(("model.", "fusion."))}
-    # A run on official files reads no option of other datasets, which have other tests.
-    others = (config_lib.SYNTHETIC, config_lib.OWN_FEATURES)
-    names -= {name for name, field in config_lib.FIELDS.items() if field.read_when in others}
-    assert names - reads == invented.keys()
+def test_every_field_is_read_outside_of_the_table_of_fields():
+    """Its name is an attribute, an argument or a text in another module of the package."""
+    used = set()
+    for path in (ROOT / "vidjax").rglob("*.py"):
+        if path.name != "config.py":
+            for node in ast.walk(ast.parse(path.read_text())):
+                used |= {getattr(node, kind, None) for kind in ("attr", "arg", "value")}
+    assert not {name for name in config_lib.FIELDS if name.rpartition(".")[2] not in used}

@@ -5,9 +5,10 @@ The results are a shelf of made-up films, see `tests.helpers.made_shelf`.
 
 import itertools
 import re
-import threading
+from concurrent import futures
 from pathlib import PurePath
 from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -61,8 +62,8 @@ class Shelf:
 
     def people(self):
         """Returns the unknown people, with the most frequent person first."""
-        return sorted({*filter(None, self.names().values())} - {*self.made.truth.values()},
-                      key=lambda name: -len(self.clips(name)))  # fmt: skip
+        unknown = {*filter(None, self.names().values())} - {*self.made.truth.values()}
+        return sorted(unknown, key=lambda name: -len(self.clips(name)))
 
     def client(self):
         app = review.make_app(self.page, TOKEN)
@@ -144,9 +145,7 @@ def test_everybody_seen_once_is_ignored_and_gets_names_later(tmp_path):
     shelf = Shelf(tmp_path, people=130, films=10, known=1, faces=14)
     once = [name for name in shelf.people() if len(shelf.clips(name)) == 1]
     clips = [shelf.clips(name)[0] for name in once]
-    assert (
-        len(once) > 99
-    )  # with 99 clips of strangers in the gallery, names would need another rule
+    assert len(once) > 99  # with 99 strangers in the gallery, names would need another rule
     before = shelf.names()
     shelf.page.change("once", [])
     assert shelf.names() == before | dict.fromkeys(clips) == shelf.later()
@@ -247,7 +246,7 @@ def test_two_browsers_and_vidjax_who_at_once_lose_no_change(
     names = shelf.who()
     clips = [clip for clip, name in names.items() if name not in truth.values()][:count]
     assert len(clips) == count
-    wanted, errors = dict[str, str | None](), list[BaseException]()
+    wanted = dict[str, str | None]()
     shelf.open()
 
     def edit(number):
@@ -269,21 +268,12 @@ def test_two_browsers_and_vidjax_who_at_once_lose_no_change(
             if not alone:
                 wanted[clip] = {"name": form["new"], "ignore": None, "deny": ""}[kind]
 
-    def call(function, *arguments):
-        try:
-            function(*arguments)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=call, args=(edit, number)) for number in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for show in shows:  # in each call, a film is new
-        show()
-        call(shelf.who)
-    for thread in threads:
-        thread.join()
-    assert not errors, errors
+    with futures.ThreadPoolExecutor() as pool:
+        edits = [pool.submit(edit, number) for number in (0, 1)]
+        for show in shows:  # in each call, a film is new
+            show()
+            shelf.who()
+        assert [x.result() for x in edits] == [None, None]
     shelf.page.save()
     found = shelf.names()
     assert {x[:8] for x in found} >= {*new}
@@ -345,10 +335,8 @@ def test_message_says_that_another_face_of_the_shot_got_the_denied_name(tmp_path
     shelf.page.change("deny", keys([kept]))
     assert shelf.names()[twin] == ada
     text = shelf.page.render({})
-    assert (
-        f"{ada}, too</button>" not in text
-        and f"Another face of the same shot now has the name {ada}" in text
-    )
+    assert f"{ada}, too</button>" not in text
+    assert f"Another face of the same shot now has the name {ada}" in text
     shelf.page.undo()
     shelf.page.change("twin", keys([twin]))
     assert {shelf.names()[kept], shelf.names()[twin]} == {ada}
@@ -361,14 +349,8 @@ def test_suggested_name_that_a_user_refuses_is_not_suggested_again(tmp_path):
     clip, name = next((c, pairs[0][0]) for c, pairs in sorted(best.items()) if len(pairs) > 1)
     client = shelf.client()
     assert client.get(f"{SITE}/favicon.ico").status_code == 204
-    form = {
-        "do": "name",
-        "of": CLIP + clip,
-        "version": str(page.version),
-        "person": "",
-        "not": name,
-    }
-    before = shelf.names()
+    form = {"do": "name", "of": CLIP + clip, "version": str(page.version), "person": ""}
+    form["not"], before = name, shelf.names()
     assert f"is not {name}." in client.post("change", data=form).text
     assert shelf.names() == before == shelf.later()
     assert name not in dict(page._decision.answers[clip].best)
@@ -379,14 +361,13 @@ def test_suggested_name_that_a_user_refuses_is_not_suggested_again(tmp_path):
 
 
 def test_subtitles_have_the_names_of_their_films():
-    paths = [
-        "/a/2019/IMG_1.MP4", "/a/2020/IMG_1.MOV", "/a/2020/only.mp4", "/b/Twin.mp4", "/b/twin.MOV",
-        "/c/x/y.mp4", "/d/x/y.mp4", "/a/con.mp4",
-    ]  # fmt: skip
-    videos = [SimpleNamespace(source=SimpleNamespace(path=PurePath(x))) for x in paths]
-    assert [str(x) for x in results._place_subtitles(videos)] == [  # pyright: ignore
-        "2019/IMG_1", "2020/IMG_1", "only", "Twin.mp4", "twin.MOV", "c/x/y", "d/x/y", "con_",
-    ]  # fmt: skip
+    names = {
+        "/a/2019/IMG_1.MP4": "2019/IMG_1", "/a/2020/IMG_1.MOV": "2020/IMG_1",
+        "/a/2020/only.mp4": "only", "/b/Twin.mp4": "Twin.mp4", "/b/twin.MOV": "twin.MOV",
+        "/c/x/y.mp4": "c/x/y", "/d/x/y.mp4": "d/x/y", "/a/con.mp4": "con_",
+    }  # fmt: skip
+    videos: Any = [SimpleNamespace(source=SimpleNamespace(path=PurePath(x))) for x in names]
+    assert [str(x) for x in results._place_subtitles(videos)] == [*names.values()]
 
 
 def test_subtitles_of_twins_are_replaced_and_files_of_others_stay(shelf, tmp_path):

@@ -41,13 +41,11 @@ def test_two_cores_convert_to_the_same_bytes_as_one(kind, tmp_path, monkeypatch)
     else:
         clip_files.write_learnable(folder)
         reader = OfficialFiles
-
     found = []
     for count in (1, 2):
         for module in (store, iqiyi_vid):
             monkeypatch.setattr(module, "num_cores", lambda count=count: count)
         found.append(record_digests(convert(reader(folder), tmp_path / str(count)).folder))
-
     assert found[0] == found[1]
     assert len(found[0]) > 10  # each of three splits has 4 files, and there are 3 other files
 
@@ -69,7 +67,6 @@ def test_digest_of_a_file_written_within_a_clock_tick_is_not_kept(tmp_path, monk
         return sha256_file(path)
 
     monkeypatch.setattr(files, "sha256_file", slow_sha256_file)
-
     first = store.digest_files([path], tmp_path / "cache")
     path.write_bytes(b"2")
     assert store.digest_files([path], tmp_path / "cache") != first
@@ -195,7 +192,6 @@ def test_memory_and_cores_are_read_from_cgroups(tmp_path, groups, files, limit, 
     for name, text in texts.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-
     # Without limits, the values of the machine count. Its free memory is not known, which gives 0.
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert machine.memory_bytes(tmp_path) == (limit or physical)

@@ -1,5 +1,6 @@
 """Export and import: other runtimes give the same outputs, and a failed export leaves no files."""
 
+import functools
 import importlib.util
 import json
 import re
@@ -21,9 +22,6 @@ from tests.helpers import made_galleries, small_runs
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.limits import file_limit
 from tests.helpers.seen import refused
-from vidjax.apps.cards import BackEnd
-from vidjax.apps.gallery.backend import make_card_backend
-from vidjax.apps.gallery.gallery import Gallery
 from vidjax.core import fusion
 from vidjax.evaluation import predict
 from vidjax.evaluation.export import array_files, formats, function, reader, weights
@@ -74,15 +72,12 @@ def test_every_system_is_exported_to_every_format_or_refused(name, made, tmp_pat
         if not all(map(importlib.util.find_spec, FORMATS[chosen].packages)):
             continue  # the packages of the format are not installed
         if chosen == "numpy" and name != "plda":
-            assert "--format=numpy supports only runs of configs/plda.py" in export(
-                made(name), chosen, code=2
-            )
+            error = export(made(name), chosen, code=2)
+            assert "--format=numpy supports only runs of configs/plda.py" in error
             continue
-
         assert export(made(name), chosen, to=chosen)["difference"] <= array_files.TOLERANCE
         for file in (FORMATS[chosen].file, weights.WEIGHTS):
             assert (tmp_path / chosen / file).exists()
-
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -90,11 +85,9 @@ def test_every_system_is_exported_to_every_format_or_refused(name, made, tmp_pat
 def test_onnx_file_takes_any_number_of_clips_and_frames(nearest_run, tmp_path, export, monkeypatch):
     onnx, onnxruntime = map(pytest.importorskip, ("onnx", "onnxruntime"))
     facts, path = export(nearest_run, "onnx"), tmp_path / "out" / "model.onnx"
-
     assert facts["inputs"]["face_features"] == {"shape": ["B", "T_face", 24], "dtype": "float32"}
     kinds = [node.op_type for node in onnx.load(path).graph.node]
     assert kinds.count("Loop") == 1  # drops frames of long clips
-
     session = onnxruntime.InferenceSession(path)
     run = predict.restore_run(nearest_run, num_devices=1)
     for lengths in ((23, 5, 9), (700, 3)):  # a run uses the best 512 of 700 frames
@@ -104,21 +97,6 @@ def test_onnx_file_takes_any_number_of_clips_and_frames(nearest_run, tmp_path, e
         outputs = session.run(list(formats.OUTPUTS), given)
         answers = dict(zip(formats.OUTPUTS, outputs, strict=True))
         assert function.difference(answers, clips.expected) <= array_files.TOLERANCE
-
-
-@pytest.mark.slow
-def test_imported_run_gives_identical_scores_and_embeddings(made, data, tmp_path, export, command):
-    exported, imported = made("knn"), tmp_path / "again"
-    export(exported, "safetensors")
-    assert command("import", tmp_path / "out", f"--to={imported}").code == 0
-
-    before, after = (predict.restore_run(folder, num_devices=1) for folder in (exported, imported))
-    for fact in ("step", "identities", "threshold"):
-        assert getattr(after, fact) == getattr(before, fact)
-    for call in ("scores", "embed"):
-        left, right = (getattr(run, call)(data, split="val") for run in (before, after))
-        np.testing.assert_array_equal(left, right)
-    small_runs.assert_equal_weights(exported, imported)
 
 
 def test_difference_of_outputs_is_large_if_only_one_is_not_finite():
@@ -191,7 +169,6 @@ def test_import_refuses_damaged_or_missing_weights(nearest_run, tmp_path, comman
     file.parent.mkdir()
     weights.write(nearest_run, file.parent, "latest")
     good, name = load_file(file), "model_state/memory/vectors"
-
     for damage, words in (
         (lambda: save_file({**good, name: good[name][:, :-1].copy()}, file), "not fit config.json"),
         (lambda: save_file({n: x for n, x in good.items() if n != name}, file), "is missing, but"),
@@ -202,7 +179,6 @@ def test_import_refuses_damaged_or_missing_weights(nearest_run, tmp_path, comman
         damage()
         assert command("import", file.parent, f"--to={again}").refused(words)
         assert not again.exists()
-
     weights.write(nearest_run, file.parent, "latest")
     for name in weights.COPIED_FILES:
         cut = file.with_name(name)
@@ -213,11 +189,19 @@ def test_import_refuses_damaged_or_missing_weights(nearest_run, tmp_path, comman
         cut.write_bytes(content)
 
 
-def test_exported_identities_are_of_the_checkpoint_and_not_of_the_copy(nearest_run, tmp_path):
-    run, out = shutil.copytree(nearest_run, tmp_path / "run"), tmp_path / "out"
+def test_exported_weights_and_identities_are_of_the_checkpoint_and_not_of_the_copy(
+    nearest_run, tmp_path, command
+):
+    run, out, imported = (tmp_path / name for name in ("run", "out", "imported"))
+    shutil.copytree(nearest_run, run)
     (run / "identities.json").write_text('["Eve"]')
     out.mkdir()
     weights.write(run, out, "latest")
+    assert command("import", out, f"--to={imported}").code == 0
+    small_runs.assert_equal_weights(nearest_run, imported)
+    before, after = (predict.restore_run(x, num_devices=1) for x in (nearest_run, imported))
+    for fact in ("step", "identities", "threshold"):
+        assert getattr(after, fact) == getattr(before, fact)
     copy = (nearest_run / "identities.json").read_bytes()
     assert (out / "identities.json").read_bytes() == copy
     (out / "identities.json").unlink()
@@ -236,12 +220,10 @@ def test_export_of_version_0_1_0_is_imported_if_its_files_are_unchanged(nearest_
     digests = small_runs.make_earlier(shutil.copytree(nearest_run, tmp_path / "run"))
     earlier = {key: x for key, x in contents.items() if key not in ("identities", "members")}
     files.write_manifest(out / weights.CHECKPOINT, earlier | digests)
-
     weights.read(out, again)
     small_runs.assert_equal_weights(nearest_run, again)
     before, after = (predict.restore_run(x, num_devices=1) for x in (nearest_run, again))
     assert before.identities == after.identities
-
     (out / "identities.json").write_text(json.dumps(before.identities[::-1]))
     remedy = f"{out / 'identities.json'}' is not the file", "\nexport the run again"
     refused(lambda: weights.read(out, tmp_path / "third"), *remedy)
@@ -251,7 +233,6 @@ def test_export_and_import_errors_name_remedies(nearest_run, tmp_path, command):
     run, empty, new = nearest_run, tmp_path / "empty", tmp_path / "deep" / "new"
     empty.mkdir()
     people = made_galleries.make(tmp_path / "people").folder
-
     for words, remedy in {
         f"export {run} --to={new}": "export needs --format",
         f"export {run} --to={run} --format=numpy": "name a new folder",
@@ -284,21 +265,12 @@ def test_export_leaves_no_program_in_the_cache(nearest_run, tmp_path, python):
     assert programs and not [name for name in programs if name.startswith("jit_call")]
 
 
-def make_gallery_of_cards(folder):
-    """Makes a gallery whose parameters come from cards of nets, not from a trained run."""
-    fit: Any = {"same": (0.6, 0.2), "different": (0.0, 0.2), "pairs": (9, 9), "data": "made"}
-    parts = made_galleries.WIDTHS.items()
-    backend = make_card_backend({n: BackEnd(centre=[0.1] * width, **fit) for n, width in parts})
-    return Gallery.of_clips(folder, made_galleries.CARDS, backend, made_galleries.make_clips())
-
-
 @pytest.mark.parametrize(("name", "make"), [
-    ("numpy", made_galleries.make), ("numpy", make_gallery_of_cards),
-    ("safetensors", made_galleries.make),
-], ids=["numpy", "numpy of cards", "safetensors"])  # fmt: skip
+    ("numpy", made_galleries.make), ("safetensors", made_galleries.make),
+    ("numpy", functools.partial(made_galleries.make_with_cards, centre=0.1)),
+], ids=["numpy", "safetensors", "numpy of cards"])  # fmt: skip
 def test_exported_gallery_gives_the_log_probabilities_of_the_gallery(name, make, tmp_path, export):
     gallery = make(tmp_path / "people")
-
     facts = export(gallery.folder, name)
     assert facts["difference"] <= 1e-6 and facts["parts"] == made_galleries.WIDTHS
     names = json.loads((tmp_path / "out" / "identities.json").read_text())
@@ -327,9 +299,7 @@ def test_reader_is_exact_for_probabilities_close_to_0_and_1(members):
         **{f"face/{name}": nothing[:, 0] for name in ("centre", "mean", "constant", "kind")},
     }  # fmt: skip
     vectors = np.stack([leads / 1000, np.sqrt(1 - (leads / 1000) ** 2)], axis=1)
-
     logs = reader.log_probabilities(arrays, {"face": vectors})[:, 1]  # of the first person
-
     by_member = arrays["scale"][:, None] * leads  # difference of the logits: [members, vectors]
     # log(1 - mean probability of the second person), and log(mean probability of the first person)
     sure = np.log1p(-np.exp(-np.logaddexp(0, abs(by_member))).mean(axis=0))
@@ -398,7 +368,6 @@ def test_onnx_operations_equal_jax_operations_or_are_refused():
     for (name, x), output in zip(inputs.items(), session.run(None, inputs), strict=True):
         expected = np.asarray(OPERATIONS[name][0](jnp.asarray(x)))
         np.testing.assert_allclose(output, expected, rtol=2e-6, atol=1e-30, err_msg=name)
-
     refused(lambda: as_onnx("lgamma"), "does not support an operation of this model: 'lgamma'")
 
 
@@ -440,7 +409,6 @@ def test_snippets_of_the_page_give_the_scores_of_the_run(name, made, tmp_path, e
     for package in FORMATS[name].packages:
         pytest.importorskip(package, reason="the extra is not installed")
     export(made("plda"), name, to="exported")
-
     page = (ROOT / "vidjax/evaluation/export/README.md").read_text()
     blocks = dict(re.findall(r"<!-- (\w+) -->\n```python\n(.*?)```", page, re.DOTALL))
     (tmp_path / "snippet.py").write_text(blocks["inputs"] + "\n" + blocks[name])
@@ -449,12 +417,10 @@ def test_snippets_of_the_page_give_the_scores_of_the_run(name, made, tmp_path, e
     for module in ("exported", "exported.reader"):  # of another case of this test
         monkeypatch.delitem(sys.modules, module, raising=False)
     variables = runpy.run_path(str(tmp_path / "snippet.py"))
-
     if name == "safetensors":
         # The shape has one member, and the width 24 of a face twice.
         assert variables["sizes"]["model_state/sums/face/scatter"] == (1, 24, 24)
         return
-
     run = predict.restore_run(made("plda"), num_devices=1)
     fields = [field for field in function.FIELDS if field != "mask"]
     inputs = variables["inputs"]  # of three clips

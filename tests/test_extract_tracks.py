@@ -3,26 +3,25 @@
 import functools
 import itertools
 import os
-import re
 from collections import defaultdict
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from scipy import ndimage
 
 from tests.helpers.cases import nightly_after_first
+from tests.helpers.embeddings import CARD
 from tests.helpers.made_appearances import appearance, film
 from tests.helpers.seen import refused
 from vidjax.apps import cards
-from vidjax.apps.cards import BackEnd
 from vidjax.apps.video import align, cuts, media_files, shots, tracks, who
 
 # Embeddings of the faces of 234 tracks of real films, and who they show.
 TRACKS = Path(os.environ.get("VIDJAX_REAL_DATA", "/nowhere")).parent / "tracks" / "tracks.npz"
 BOX = np.array([[10, 10, 60, 70]])
-# The distribution of cosines in the card of dlib's net.
-DLIB = BackEnd(**{**cards.PUBLISHED["dlib"]["back_end"], "centre": [0.0] * 128})
 TEMPLATE = np.array([[47, 48], [103.5, 48], [73.7, 76.8], [50.6, 102.5], [97.5, 102.5]])
 RATE = 25  # frames per second
 
@@ -76,10 +75,8 @@ def test_two_heads_that_cross_keep_their_tracks(fps, below):
 ])  # fmt: skip
 def test_track_never_mixes_two_people_who_meet_while_one_is_hidden(turns, speed, below, hidden):
     """They meet after 2.5 s, and then go on, or turn back."""
-    ways = [
-        walk((200 - 2.5 * speed, 100), (speed, 0)),
-        walk((200 + 2.5 * speed, 100 + below), (-speed, 0)),
-    ]
+    one, two = (200 - 2.5 * speed, 100), (200 + 2.5 * speed, 100 + below)
+    ways = walk(one, (speed, 0)), walk(two, (-speed, 0))
     people = [lambda t, way=way: way(min(t, 5 - t) if turns else t) for way in ways]
     for seed in range(5):
         _, people_of_tracks = follow(people, seconds=5, hidden=hidden, seed=seed)
@@ -157,7 +154,6 @@ def test_overlap_is_intersection_over_union():
     for place in np.ndindex(2, 9):
         left, top, right, bottom = boxes[place]
         pixels[place][top:bottom, left:right] = True
-
     both = (pixels[0][:, None] & pixels[1]).sum((2, 3))
     either = (pixels[0][:, None] | pixels[1]).sum((2, 3))
     np.testing.assert_allclose(tracks.measure_overlaps(*boxes.astype(float)), both / either)
@@ -201,7 +197,7 @@ def test_track_is_split_where_another_person_appears():
         for seed in range(3):
             # Only the direction of vectors counts, so the length may differ from 1.
             vectors, times = 1.5 * faces(order, seed=seed), np.arange(len(order)) / 5
-            assert tracks.find_changes(vectors, times, held=False, back_end=DLIB) == places
+            assert tracks.find_changes(vectors, times, held=False, back_end=CARD) == places
             # If the cosines of one person and of two people are not known, no track is split.
             assert tracks.find_changes(vectors, times, held=False, back_end=None) == []
 
@@ -209,7 +205,7 @@ def test_track_is_split_where_another_person_appears():
     for order in ([0, 1, 0, 1], [0, 0, 1, 2, 2, 2, 0], [0] * 5, [0]):
         vectors, times = faces(order, alike=0.95), 4.0 * np.arange(len(order))
         places = [n for n in range(1, len(order)) if order[n] != order[n - 1]]
-        assert tracks.find_changes(vectors, times, held=True, back_end=DLIB) == places
+        assert tracks.find_changes(vectors, times, held=True, back_end=CARD) == places
 
 
 @pytest.mark.skipif(not TRACKS.exists(), reason="no tracks next to VIDJAX_REAL_DATA")
@@ -221,9 +217,8 @@ def test_real_tracks_are_split_only_if_they_show_two_people():
         person = arrays["person"][low:high]  # of each face
         num_main_person = np.unique(person, return_counts=True)[1].max()
         vectors, times = arrays["vector"][low:high], arrays["time_s"][low:high]
-        places = tracks.find_changes(vectors, times, held=False, back_end=DLIB)
+        places = tracks.find_changes(vectors, times, held=False, back_end=CARD)
         split[bool(num_main_person < 0.8 * len(person))].append(bool(places))
-
     assert len(split[True]) == 13 and sum(split[True]) >= 12
     assert len(split[False]) == 221 and not any(split[False])
 
@@ -273,7 +268,6 @@ def test_reduced_crops_are_means_over_areas():
     board = np.indices((240, 320)).sum(0) % 2 * 255  # finer than any small crop can show
     noise = np.random.default_rng(2).integers(0, 256, board.shape)
     rgb = np.stack([board, noise, np.full_like(board, 80)], -1).astype(np.uint8)
-
     for scale in (0.3, 0.07):
         crop = align.warp_faces(rgb, turn(0.4, scale)[None], size=200)[0]
         inside = crop[crop[..., 2] == 80].astype(float)  # without the black border
@@ -298,16 +292,9 @@ def test_size_grows_with_the_face_and_frontality_falls_with_the_turn_of_the_head
     assert align.measure_size(none) == 0 and align.measure_frontality(none) <= 1  # not NaN
 
 
-@pytest.mark.parametrize(
-    ("move", "angle", "scale"),
-    [
-        ((60, 80), 0.5, 1),
-        ((0, -40), 0, 1),
-        ((-60, 0), 0, 1),
-        ((150, 120), 1.2, 2),
-        ((0, 0), 0, 0.3),
-    ],
-)
+@pytest.mark.parametrize(("move", "angle", "scale"), [
+    ((60, 80), 0.5, 1), ((0, -40), 0, 1), ((-60, 0), 0, 1), ((150, 120), 1.2, 2), ((0, 0), 0, 0.3),
+])  # fmt: skip
 def test_quality_falls_if_the_border_of_the_picture_cuts_off_a_face(move, angle, scale):
     picture = np.full((200, 260, 3), 255, np.uint8)
     faces = (TEMPLATE @ turn(angle, scale)[:, :2].T + move)[None]
@@ -468,77 +455,62 @@ def test_flash_brighter_lamp_and_flicker_are_not_taken_for_cuts():
     flash[30] = 250
     lamp[30:] *= 1.6
     assert find_cuts(flash) == find_cuts(filmed(rng, lamp)) == []
-
     light = (np.indices((36, 64)).sum(0) // 4 % 2 * 255)[..., None].repeat(3, 2).astype(np.uint8)
     dark = 255 - light
     # The first change is a cut. A later change of the flicker is neither a cut nor a dissolve.
     assert find_cuts([light, dark] * 15 + [light] * 3 + [dark] * 60) == [1]
 
 
-def read_times(path):
-    """Returns the times of each event: begin and end in the film, begin and end in the list."""
-    return re.findall("AA/V  C        (.*)", path.read_text())
+def test_cuts_contain_each_appearance_with_a_margin(tmp_path):
+    """A margin is 1 s, or less at the ends of a film. Overlapping stretches are joined.
 
-
-def test_cut_list_contains_each_appearance_with_a_margin(tmp_path):
-    """A margin is 1 s, or less at the ends of a film. Events with overlapping margins are joined.
-
-    Photos and unknown people are left out. A rate of 24.99 counts as 25. Times are rounded.
+    Photos and unknown people are left out. Times are whole frames at the rate of the film.
     """
-    films = [film(rate=25), film("b.mov", rate=24.99, seconds=4000.0)]
-    films.append(film("c.jpg", photo=True, seconds=0))
+    films = [film(rate=25), film("b.mov", rate=30000 / 1001, seconds=4000.0)]
+    films += [film("c.jpg", photo=True, seconds=0), film("d.avi", rate=None)]
     appearances = [
         appearance(0.4, 3), appearance(4.9, 6), appearance(5.2, 5.5), appearance(98, 100),
         appearance(20, 30, "unknown 1", None), appearance(50, 51, "Bob"),
         appearance(3600.01, 3601, video="b.mov"), appearance(0, 0, video="c.jpg"),
+        appearance(0, 1, video="d.avi"),
     ]  # fmt: skip
-
     cuts.write(tmp_path, appearances, films, padding_s=1.0)
-
-    assert {path.name for path in tmp_path.iterdir()} == {"Ada.edl", "Bob.edl"}
-    assert read_times(tmp_path / "Ada.edl") == [
-        "00:00:00:00 00:00:07:00 00:00:00:00 00:00:07:00",
-        "00:01:37:00 00:01:40:00 00:00:07:00 00:00:10:00",
-        "00:59:59:00 01:00:02:00 00:00:10:00 00:00:13:00",
+    names = {"Ada.otio", "Ada.m3u", "Bob.otio", "Bob.m3u"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert (tmp_path / "Bob.m3u").read_text().splitlines() == [
+        "#EXTM3U", "#EXTINF:3,a.mp4", "#EXTVLCOPT:start-time=49.000",
+        "#EXTVLCOPT:stop-time=52.000", "file:///films/a.mp4",
+    ]  # fmt: skip
+    found = [
+        (x.film.video, x.begin, x.end)
+        for x in cuts.find_cuts(appearances, films, padding_s=1.0)["Ada"]
     ]
-    assert (tmp_path / "Bob.edl").read_text().splitlines() == [
-        "TITLE: Bob 25 fps", "FCM: NON-DROP FRAME", "",
-        "001  AX       AA/V  C        00:00:49:00 00:00:52:00 00:00:00:00 00:00:03:00",
-        "* FROM CLIP NAME: a.mp4", "* SOURCE FILE: /films/a.mp4",
+    assert found == [
+        ("a.mp4", 0, 175), ("a.mp4", 97 * 25, 2500), ("b.mov", 107862, 107952), ("d.avi", 0, 50)
     ]  # fmt: skip
 
 
-def test_time_codes_of_rates_such_as_29_97_count_whole_frames(tmp_path):
-    # At 30000/1001 frames per second, 1000 s are 29970 frames, which count as 999 s of 30 frames.
-    for rate, times in (
-        (29.98, "00:16:39:00 00:33:18:00 00:00:00:00 00:16:39:00"),  # the usual rate is 30000/1001
-        (14.7, "00:16:39:00 00:33:18:00 00:00:00:00 00:16:39:00"),  # the lowest is 24000/1001
-        (30, "00:16:40:00 00:33:20:00 00:00:00:00 00:16:40:00"),
-    ):
-        films = [film(rate=rate, seconds=5000.0)]
-        cuts.write(tmp_path, [appearance(1000, 2000)], films, padding_s=0.0)
-        assert read_times(tmp_path / "Ada.edl") == [times]
-
-
-def test_cut_lists_are_split_by_frame_rate_and_length(tmp_path):
-    films = [film(rate=29.97), film("b.mp4", rate=25, seconds=9000.0)]
-    appearances = [appearance(1, 2)]
-    appearances += [appearance(4 * n, 4 * n + 1, video="b.mp4") for n in range(1000)]
-    cuts.write(tmp_path, appearances, films, padding_s=1.0)
-    # A cut list has at most 999 events. The film of 25 frames per second has 1000.
-    for name, count in (("29.97 fps", 1), ("25 fps", 999), ("25 fps part 2", 1)):
-        assert len(read_times(tmp_path / f"Ada {name}.edl")) == count
-
-
-def test_each_person_has_a_cut_list_with_a_safe_file_name(tmp_path):
-    long = "\U0001f600" * 300
-    names = ["Ada", "ADA", "../Ada", "A/B", "A:B", ".Eve", "Dr.", "-v", long, f"{long}2", "Ada (2)"]
-    appearances = [appearance(1, 2, name) for name in names]
-    cuts.write(tmp_path, appearances, [film(rate=25)], padding_s=1.0)
-    files = [path.name for path in tmp_path.iterdir()]
-    assert len({name.casefold() for name in files}) == len(names)
-    assert max(len(name.encode()) for name in files) <= 200 + len(".edl")
-    assert not any(re.search(r"[/\\:]|^\.", name) for name in files)
+@pytest.mark.parametrize("rate", [24000 / 1001, 25.0, 30000 / 1001, 14.7, 59.94])
+def test_other_programs_read_the_rate_the_film_and_the_times_of_a_cut_list(tmp_path, rate):
+    """OpenTimelineIO reads the timeline, and the converter of Kdenlive makes a project of it."""
+    otio = pytest.importorskip("opentimelineio")
+    kdenlive = pytest.importorskip("otio_kdenlive_adapter.adapters.kdenlive")
+    films = [film("Sommer # 1 ä.mp4", rate=rate), film("b.mp4", rate=25)]
+    appearances = [appearance(3, 5, video=x.video) for x in films] + [appearance(8, 9)]
+    cuts.write(tmp_path, appearances, films, padding_s=0.5)
+    timeline = otio.adapters.read_from_file(str(tmp_path / "Ada.otio"))
+    assert timeline.name == "Ada" and [t.kind for t in timeline.tracks] == ["Video", "Audio"]
+    for track in timeline.tracks:
+        for clip, made in zip(track, films, strict=True):
+            times, url = clip.source_range, clip.media_reference.target_url
+            assert unquote(urlsplit(url).path) == str(made.source.path)
+            assert times.start_time.rate == made.rate
+            assert times.start_time.to_seconds() == pytest.approx(2.5, abs=0.51 / made.rate)
+            assert times.duration.to_seconds() == pytest.approx(3, abs=1.01 / made.rate)
+            assert clip.available_range().duration.to_seconds() == pytest.approx(100, abs=0.1)
+    project = ElementTree.fromstring(kdenlive.write_to_string(timeline))  # noqa: S314
+    resources = {x.text for x in project.iter("property") if x.get("name") == "resource"}
+    assert {str(x.source.path) for x in films} <= resources
 
 
 def test_errors_of_wrong_paths_of_films_and_people_name_the_remedy(tmp_path):

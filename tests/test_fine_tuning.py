@@ -80,7 +80,6 @@ def test_classes_get_the_weights_of_the_same_name_and_new_classes_stay_random(da
     config.init_from = str(folder)
     fresh, loaded = started(config, data, init_from.find_source(config))
     old = small.weights(folder)
-
     assert fresh.keys() == loaded.keys() == old.keys()
     classes = [key for key in old if old[key].shape != fresh[key].shape]
     assert classes and len(classes) < len(old)
@@ -105,9 +104,7 @@ OPTIONS = (
 
 
 @pytest.mark.slow
-def test_resumed_fine_tuning_equals_an_uninterrupted_one_without_the_first_run(
-    data, half_run, tmp_path
-):
+def test_resumed_fine_tuning_equals_a_whole_one_without_the_first_run(data, half_run, tmp_path):
     """Training is stopped in the middle of an accumulation, and after the last evaluation."""
     source = shutil.copytree(half_run(), tmp_path / "source")
     config = small.shrunk(*OPTIONS, small.STREAMED, f"--config.init_from={source}", spec=MLP)
@@ -129,7 +126,6 @@ def test_resumed_fine_tuning_equals_an_uninterrupted_one_without_the_first_run(
     small.run(config, parts, data)
     small.assert_same_run(parts, whole)
     small.assert_same_run(parts, whole, ("members.npz", "identities.json"))
-
     frozen = [key for key in small.weights(whole) if "layer_0" in key and "kernel" in key]
     assert frozen
     for key in frozen:
@@ -184,7 +180,6 @@ def test_a_member_has_seen_the_clips_of_the_run_that_it_continues():
     np.testing.assert_array_equal(both.trained, [[1, 1, 1], [0, 1, 1]])
     again = ensemble.add_trained_clips(two, both)  # as a resumed run does
     assert members_file.make_lists([], again) == members_file.make_lists([], both)
-
     alone = ensemble.add_trained_clips(one._replace(clips=("c", "d")), one)
     assert ensemble.choose_scoring_members(alone, ["x", "y"])[1]  # in sample
 

@@ -44,10 +44,8 @@ def test_drawn_frames_are_weighted_by_quality():
     expected = shares * np.maximum(quality, 0)
     expected = np.where(expected.any(axis=1, keepdims=True), expected, shares)  # only negative
     expected /= expected.sum(axis=1, keepdims=True)
-
     frames = one_hot_frames(quality)
     weighted = fuse("random", jax.random.key(3), frames, weighting="quality", **options)
-
     np.testing.assert_allclose(weighted.features[0], expected, rtol=1e-6)
     np.testing.assert_allclose(weighted.quality[0], expected @ quality, rtol=1e-6)  # a mean
 
@@ -96,10 +94,8 @@ def test_weights_that_are_all_0_count_as_equal():
 def test_padding_and_bad_quality_do_not_change_fused_features(name, options):
     frames = make_frames([5, 0, 1, 3, 3], max_frames=5)  # clip 1 is empty
     frames.quality[3:, :3] = [[np.nan, np.inf, -1], [-1, -2, np.nan]]
-
     short = fuse(name, jax.random.key(5), frames, **options)
     long = fuse(name, jax.random.key(5), pad(frames, count=7), **options)
-
     np.testing.assert_array_equal(short.mask.sum(axis=1), long.mask.sum(axis=1))
     np.testing.assert_array_equal(short.mask.any(axis=1), [True, False, True, True, True])
     for field in ("features", "quality", "detection", "number"):
@@ -154,10 +150,8 @@ def windows_oracle(frames, clip, max_frames):
 def test_fixed_windows_match_a_loop(dtype, x64):
     frames = make_frames([9, 1, 3, 0, 6], max_frames=9, dtype=dtype)
     frames.mask[0, 4] = frames.mask[4, 0] = False  # as if a filter had removed two frames
-
     with jax.enable_x64(x64):  # the hash is the same with 64-bit integers
         union = fuse("windows", None, frames, max_frames=4)
-
     assert union.features.dtype == dtype
     for clip in (0, 1, 2, 4):  # clip 3 has no frame
         expected = windows_oracle(frames, clip, max_frames=4)
@@ -174,7 +168,6 @@ def test_random_windows_average_their_frame_and_one_to_four_others():
     frames = one_hot_frames(np.ones(length), padding=2)
     merge = jax.vmap(lambda rng: fusion.merged_windows(rng, frames))
     union = jax.jit(merge)(jax.random.split(jax.random.key(9), 500))
-
     # First the frames themselves with their padding, then the averages of frames.
     own, means = np.split(np.asarray(union.features[:, 0], np.float32), 2, axis=1)
     np.testing.assert_array_equal(own[:, :length], [np.eye(length)] * 500)
@@ -194,7 +187,6 @@ def test_crops_are_weighted_means_of_their_frames(always_shorter):
     frames = make_frames([7, 12, 3, 2, 1, 0], max_frames=13)
     frames.mask[1, 3] = False  # 11 real frames are left
     crops = fuse("crops", None, frames, always_shorter=always_shorter)
-
     # Number of frames -> (begin, end) of each crop: all, without the first third, without the last
     # third, without both sixths.
     bounds = {
@@ -298,7 +290,6 @@ TOP = make_frames([3, 1, 0, 3, 40], max_frames=40)
 
 def test_top_frames_are_the_best_frames_repeated_in_turn_in_short_clips():
     turns = fuse("top", None, TOP)
-
     best = np.sort(np.argsort(-TOP.quality[4], kind="stable")[:32])
     np.testing.assert_array_equal(turns.number[4], TOP.number[4, best])
     np.testing.assert_array_equal(turns.features[4], TOP.features[4, best], strict=True)
@@ -318,7 +309,6 @@ def test_randomly_repeated_top_frames_include_every_frame():
     counts = np.stack([np.sum(drawn == 10 * t, axis=1) for t in range(3)])
     assert counts.min() >= 1 and counts.std() > 1  # not 11, 11 and 10, as in turn
     np.testing.assert_allclose(counts.mean(axis=1), 32 / 3, atol=0.7)
-
     fixed = fuse("top", None, TOP, repeats="random")
     counts = np.bincount(np.asarray(fixed.number[0]) // 10, minlength=3)
     assert counts.min() >= 1 and counts.max() > 11
@@ -335,7 +325,6 @@ def test_drawn_samples_are_different_frames_in_time_order():
     """Clip 2 has only frames 0 and 1, which repeat in its sample of 5 frames."""
     pick = jax.vmap(lambda rng: fusion.sample_frames(rng, SAMPLED, num_frames=5))
     drawn = jax.jit(pick)(jax.random.split(jax.random.key(1), 600))
-
     number = np.asarray(drawn.number) // 10  # [600 keys, 4 clips, 5 frames]
     assert np.all(np.diff(number[:, 0]) > 0) and np.all(np.diff(number[:, 2]) >= 0)
     share = np.bincount(number[:, 0].ravel(), minlength=12) / 600
@@ -344,6 +333,19 @@ def test_drawn_samples_are_different_frames_in_time_order():
     assert (count.min(), count.max()) == (1, 4)  # so each sample has both frames
     np.testing.assert_array_equal(drawn.mask[0], [[True] * 5] * 3 + [[False] * 5])
     np.testing.assert_array_equal(drawn.features[7, 0], SAMPLED.features[0, number[7, 0]])
+
+
+def test_samples_with_replacement_are_in_random_order_and_repeat_frames_of_short_clips():
+    """As by np.random.choice(frames, 5, replace=len(frames) < 5). Without a key, it is fixed."""
+    options = {"num_frames": 5, "order": "random", "replacement": True}
+    pick = jax.vmap(lambda rng: fusion.sample_frames(rng, SAMPLED, **options).number)
+    drawn = np.asarray(jax.jit(pick)(jax.random.split(jax.random.key(2), 600))) // 10
+    assert all(len({*sample}) == 5 for sample in drawn[:, 1])  # 5 of 10 frames
+    assert 3.8 < drawn[:, 1].mean(axis=0).min() < drawn[:, 1].mean(axis=0).max() < 5.2  # not sorted
+    count = drawn[:, 2].sum(axis=1)  # of frame 1 of the 2 frames of clip 2, which is binomial
+    assert (count.min(), count.max()) == (0, 5) and abs(count.var() - 1.25) < 0.2
+    fixed = [np.asarray(fuse("sample", None, SAMPLED, **options).number) for _ in range(2)]
+    np.testing.assert_array_equal(*fixed)
 
 
 def test_samples_without_a_key_are_evenly_spaced():
@@ -361,9 +363,7 @@ def test_frames_are_drawn_in_proportion_to_quality():
     expected = np.array([[0.25, 0, 0.75, 0], [0, 0.5, 0, 0.5], [0.25] * 4, [0.25, 0.75, 0, 0]])
     frames = jax.tree.map(lambda *clip: np.concatenate(clip), *map(one_hot_frames, quality))
     options = {"num_draws": 20_000, "max_frames": 1, "sampling": "quality"}
-
     fused = fuse("random", jax.random.key(1), frames, **options)
-
     drawn = np.asarray(fused.features)
     np.testing.assert_array_equal(drawn.max(axis=2), 1)  # a single frame is drawn
     np.testing.assert_array_equal(np.argmax(drawn, axis=2), fused.number)
@@ -418,7 +418,6 @@ def test_short_clips_are_joined_long_clips_are_cut_and_other_clips_stay_as_they_
         np.testing.assert_array_equal(real(union["face"], 2), real(face, 2)[start : start + 6])
         assert len(real(union["audio"], 2)) == 6  # of 7
         starts.add(start)
-
     assert set(pairs) == set(itertools.product((0, 1, 3), repeat=2))
     unchanged = [partner == clip for clip, partner in pairs]
     np.testing.assert_allclose(np.mean(unchanged), 0.5, atol=0.13)  # half are joined

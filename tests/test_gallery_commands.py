@@ -24,8 +24,9 @@ from tests.helpers import clip_files, limits, made_galleries, made_nets, made_ru
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.clip_files import write_parquet
 from tests.helpers.seen import contents
-from vidjax.apps import bulk
+from vidjax.apps import bulk, web
 from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.serve import app as app_lib
 from vidjax.utils.errors import UserError, VidjaxWarning
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -87,18 +88,15 @@ def test_commands_enrol_rename_relabel_and_remove_a_person(tell, folder, tmp_pat
     write_clips(tmp_path / "ada", "Ada", seed=2)  # the same names, other frames
     error = tell(*ada, "--identity=Ada", code=2)
     assert "clip 'Ada 0' is already enrolled with another vector" in error
-
     output = tell("rename", folder, "--identity=Ada", "--to=Eve")
     assert "renamed     Ada is Eve, with 2 clips" in output
     output = tell("relabel", folder, "--clip=Ada 1", "--identity=Grace")
     assert "Ada 1 showed Eve; it shows Grace, who is new" in output and "people      14" in output
-
     merge = ("rename", folder, "--identity=Grace", "--to=Eve")
     output = tell(*merge, code=2)
     assert "two people would become one" in output and "--merge" in output
     tell(*merge, "--merge")
     assert tell("list", folder, "--clips", "--json")["clips"]["Eve"] == ["Ada 0", "Ada 1"]
-
     output = tell("relabel", folder, "--clip=Ada 1", "--strangers")
     assert "Ada 1 showed Eve; it shows a stranger" in output
     tell("relabel", folder, "--clip=Ada 1", "--identity=Eve")
@@ -126,7 +124,6 @@ def test_identify_writes_equal_answers_in_each_format(tell, tmp_path, of_run, da
     as_rows = list_rows(answers)
     for ending in ("csv", "jsonl", "parquet"):
         tell(*words, f"--out={tmp_path}/a.{ending}")
-
     json_lines = (tmp_path / "a.jsonl").read_text().splitlines()
     assert [*map(json.loads, json_lines)] == tell(*words, "--json")["answers"] == as_json
     assert parquet.read_table(tmp_path / "a.parquet").to_pylist() == as_rows
@@ -151,7 +148,6 @@ def test_enrol_reads_one_subfolder_per_person_and_refuses_splits(tell, folder, t
     # There is no warning, not even about the clips of other people.
     with warnings.catch_warnings(action="error", category=VidjaxWarning):
         assert "1 clip," in tell("enrol", folder, f"--input={photos}", "--clip=Eve/Eve 1")
-
     for split in ("train", "val"):
         write_clips(tmp_path / "splits" / split, "Ada")
     words = ("enrol", folder, f"--input={tmp_path / 'splits'}")
@@ -166,7 +162,6 @@ def test_clip_without_a_usable_frame_is_named_and_stays_unknown(tell, folder, tm
     np.savez(photos / "Ada" / "empty.npz", face=np.zeros((0, WIDTH), np.float16))
     with pytest.warns(UserWarning, match="1 clip without a usable frame, Ada/empty"):
         assert "enrolled    2 clips" in tell("enrol", folder, f"--input={photos}")
-
     identify = ("identify", folder, f"--input={photos / 'Ada'}")
     assert re.search("empty +unknown +no usable frame\n", tell(*identify))
     scores = {row["clip"]: row["score"] for row in tell(*identify, "--json")["answers"]}
@@ -211,7 +206,6 @@ def test_names_with_and_without_mp4_are_one_clip(tell, folder, tmp_path):
     assert Gallery(folder).identities["Ada"] == 1 and "a" in Gallery(folder).clips
     tell("relabel", folder, "--clip=a.mp4", "--identity=Eve")
     tell("remove", folder, "--clip=a.mp4")
-
     old = made_galleries.make(tmp_path / "old", {"c.mp4": made_galleries.make_clip(1, "Ada")})
     vectors = made_galleries.vectors_of(old, {"c": made_galleries.make_clip(1, "Ada")})
     assert old.enrol(vectors, {"c.mp4": "Ada"}).unchanged == 1 and len(old.clips) == 1
@@ -246,7 +240,9 @@ def test_create_command_equals_the_api(tell, nearest_run, tmp_path, of_run):
 
 
 @pytest.mark.slow
-def test_identify_accepts_a_moved_run_but_no_other_run(of_run, nearest_run, tmp_path, command):
+def test_identify_and_serve_accept_a_moved_run_but_no_other_run(
+    of_run, nearest_run, tmp_path, command, monkeypatch
+):
     other = made_galleries.make(tmp_path / "other").folder  # names a run that does not exist
     for flags in ((), (f"--run={nearest_run}",)):  # no flag, and a run of another gallery
         done = command("gallery", "identify", other, "--split=val", *flags)
@@ -256,6 +252,11 @@ def test_identify_accepts_a_moved_run_but_no_other_run(of_run, nearest_run, tmp_
     assert done.code == 0, done.err
     assert "vectors: " in done.err and " clips/s" in done.err  # progress, also without a terminal
     assert "--threshold=P" in done.out  # how to choose another rule than the default
+    served = []
+    monkeypatch.setattr(app_lib, "make_app", lambda gallery, *_: served.append(gallery))
+    monkeypatch.setattr(web, "serve", lambda *_: True)
+    command("serve", f"--gallery={of_run.folder}", f"--run={moved}", "--port=0")
+    assert served[0].run.workdir == moved
 
 
 @pytest.mark.slow
@@ -299,11 +300,9 @@ def test_usage_errors_name_the_remedy_and_change_nothing(tell, folder, day):
 def test_export_writes_a_table_of_the_enrolled_clips(tell, tmp_path):
     people, table = made_galleries.make(tmp_path / "g"), tmp_path / "people.parquet"
     enrolled = {name: clip for name, clip in people.clips.items() if clip.identity}
-
     words = ("export", people.folder, f"--out={table}")
     assert f"clips       {len(enrolled)}" in tell(*words)
     assert stat.S_IMODE(table.stat().st_mode) == 0o600
-
     rows = {row["clip"]: row for row in parquet.read_table(table).to_pylist()}
     assert rows.keys() == enrolled.keys()
     for name, clip in enrolled.items():
@@ -313,7 +312,6 @@ def test_export_writes_a_table_of_the_enrolled_clips(tell, tmp_path):
             # If the clip lacks a part (face or audio), `white` is NaN. The table has zeros.
             wanted = white / (np.linalg.norm(white) or 1)
             np.testing.assert_allclose(rows[name][part], wanted, atol=1e-6)
-
     assert "exists and is not overwritten" in tell(*words, code=2)
 
 
@@ -369,6 +367,13 @@ def test_identify_writes_an_answer_for_each_clip_of_each_table(tell, folder, mad
         before = contents(out)
         assert "was not written by this command, or is damaged" in tell(*words, code=2)
         assert contents(out) == before
+    for number in (0, 1):
+        (out / f"part-{number}.parquet").unlink()
+    tell(*words)
+    (out / "part-0.parquet").unlink()  # the next call has to write part-0
+    write_parquet(day / "part-1.parquet", clips_of(7))  # and the result of part-1 is outdated
+    before, error = contents(out), tell(*words, code=2)
+    assert "part-1.parquet'" in error and "--out=FOLDER" in error and contents(out) == before
 
 
 @pytest.mark.slow
@@ -393,12 +398,10 @@ def test_ranking_of_many_tables_equals_ranking_of_one_table(say, nearest_run, da
         write_parquet(day / f"part-{number}.parquet", dict.fromkeys(names, CLIPS["clip 0-0"]))
     tables = [parquet.read_table(table) for table in bulk.list_tables(day)]
     parquet.write_table(pyarrow.concat_tables(tables), tmp_path / "all.parquet")
-
     words = ("rank", f"--workdir={nearest_run}", "--json")
     done = say(*words, f"--input={day}", f"--out={tmp_path / 'ranked'}")
     one_table = tmp_path / "all_ranked.parquet"
     say(*words, f"--input={tmp_path / 'all.parquet'}", f"--out={one_table}")
-
     rows, wanted = (parquet.read_table(path).to_pylist() for path in (done["results"], one_table))
     scores = [row.pop("score") for row in rows]
     assert scores == pytest.approx([row.pop("score") for row in wanted], abs=1e-5)
@@ -432,16 +435,13 @@ def test_ranking_refuses_a_clip_that_is_in_two_tables(say, nearest_run, day, tmp
     write_parquet(day / "part-4.parquet", dict.fromkeys([*hundred, "z.mp4"], same))
     write_parquet(day / "part-5.parquet", {"z": same})
     words = ("rank", f"--workdir={nearest_run}", f"--input={day}", f"--out={tmp_path}/r", "--json")
-
     error = say(*words, code=2)
     assert "clip 'z' is in two tables, part-4.parquet and part-5.parquet" in error
     assert not (tmp_path / "r" / "ranking.parquet").exists()
-
     (day / "part-5.parquet").unlink()
     done = say(*words)
     # The refused command has written the results of each table.
     assert done["skipped"] == 5 and Path(done["results"]).exists()
-
     # If a later call cannot complete a ranking, the old ranking of fewer tables is deleted.
     (day / "part-6.parquet").write_bytes(b"PAR1 no table")
     say(*words, code=2)
@@ -464,26 +464,11 @@ def test_results_do_not_change_if_a_simultaneous_call_is_killed(say, folder, day
         assert killed.wait(60) == -signal.SIGKILL
         _, errors = other.communicate(timeout=200)
         assert other.returncode == 0, errors
-
     done = say(*words, f"--out={out}", "--json")
     assert done["skipped"] == 7  # the other call has written all tables
     say(*words, f"--out={tmp_path / 'undisturbed'}")
     tables = {path.name: path.read_bytes() for path in out.glob("part-*.parquet")}
     assert tables == contents(tmp_path / "undisturbed") and len(tables) == 7
-
-
-def test_outdated_results_are_refused_and_kept(tell, folder, day, tmp_path):
-    out = tmp_path / "out"
-    words = ["identify", folder, f"--input={day}", f"--out={out}", "--json"]
-    tell(*words)
-    (out / "part-0.parquet").unlink()  # so the next call has to write part-0
-    write_parquet(day / "part-1.parquet", clips_of(7))  # so the result of part-1 is outdated
-    before = contents(out)
-    error = tell(*words, code=2)
-    assert "part-1.parquet'" in error and "--out=FOLDER" in error
-    assert contents(out) == before
-    (out / "part-1.parquet").unlink()
-    assert tell(*words)["skipped"] == 2  # parts 2 and 3
 
 
 def test_call_ends_with_an_error_if_the_gallery_changes(tell, folder, day, tmp_path, monkeypatch):
@@ -575,9 +560,7 @@ def test_ray_results_equal_one_machine(say, request, day, tmp_path, monkeypatch,
         **os.environ, "PYTHONPATH": str(PAGE.parents[2]), "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "disabled", "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     }  # fmt: skip
-
     subprocess.run([sys.executable, "recipe.py"], env=env, timeout=800, check=True)
-
     assert Path("worker_killed").exists()
     say(*words, f"--input={day}", "--out=one_machine")
     pair = [

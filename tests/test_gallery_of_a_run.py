@@ -85,7 +85,6 @@ def test_empty_gallery_has_strangers_and_accepts_new_people(tmp_path, run, data,
     assert made.strangers and not {*of_train} & {*made.strangers}
     for action in (gallery.identify, gallery.rank):
         refused(lambda action=action: action(clips), "nobody is enrolled")
-
     people = {name: f"person of {name}" for name in clips}
     gallery.enrol(clips, people)
     assert {name: answer.identity for name, answer in gallery.identify(clips).items()} == people
@@ -125,7 +124,6 @@ def test_people_with_photos_of_one_day_are_recognised_on_other_days(tmp_path, ca
     vidjax.train(config, tmp_path / "run", data)
     gallery = vidjax.Gallery.create(tmp_path / "g", tmp_path / "run", data)
     assert "as alike as photos of one day" in capsys.readouterr().err
-
     new = {f"{p}": {"face": people[p] + 1.2 * draw(1)} for p in range(40)}
     answers = gallery.identify(new | {f"s{n}": {"face": draw(1)} for n in range(100)})
     named = [clip for clip, answer in answers.items() if answer.identity == f"person {clip}"]

@@ -76,7 +76,6 @@ def test_folders_import_only_lower_folders_without_cycles():
             if folder == "apps" and name.startswith("vidjax.apps."):
                 below = name.split(".")[2]
                 assert APPS.index(below) <= APPS.index(rest[0]), f"{module} imports {name}"
-
     graph = {module: imports(path) & {*MODULES} - {module} for module, path in MODULES.items()}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
 
@@ -88,7 +87,6 @@ def test_folders_import_without_their_forbidden_libraries(python, package):
     if package == "vidjax":
         modules = [name for name in modules if not name.startswith("vidjax.data.")]
     forbidden = sorted(WITHOUT.get(package, TENSORFLOW))
-
     python(
         "import importlib, sys\n"
         f"for name in {forbidden}: sys.modules[name] = None\n"  # an import then raises ImportError

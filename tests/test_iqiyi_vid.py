@@ -42,9 +42,7 @@ def test_converted_files_are_not_read_again(converted, source, monkeypatch, say)
     monkeypatch.setattr(sandbox, "unpack", lambda *_: pytest.fail("read again"))
     monkeypatch.setattr(StoredFile, "check", lambda *_: pytest.fail("read again"))
     cache = converted.folder.parent.parent
-
     again = prepare(source, cache)
-
     assert again.folder == converted.folder and again.report == converted.report
     assert again.splits["val"].clips == converted.splits["val"].clips
     # The command does not, either. It prints the clips of each split.
@@ -57,10 +55,8 @@ def test_cache_folder_depends_on_the_content_of_the_files(tmp_path):
     path = write_pickle(small, "face", "train", {"s1": clip})
     os.utime(path, ns=(1, 1))
     first = prepare(small, cache).folder
-
     shutil.copytree(small, tmp_path / "other")
     assert prepare(tmp_path / "other", cache).folder == first  # the same content
-
     # The content changes, but not the name, size and time of the file.
     size = path.stat().st_size
     write_pickle(small, "face", "train", {"s1": clip._replace(features=clip.features / 2)})
@@ -68,7 +64,6 @@ def test_cache_folder_depends_on_the_content_of_the_files(tmp_path):
     os.utime(path, ns=(1, 1))
     second = prepare(small, cache).folder
     assert second != first
-
     write_truth(small, "train", {"s1": "3"})  # a label is no reason to convert
     assert prepare(small, cache).folder == second
 
@@ -81,7 +76,6 @@ def test_labels_number_the_identities_of_train_and_val_in_sorted_order(source, c
     truth = load_official_truth(source, converted.clips)
     with pytest.warns(UserWarning, match="test has 1 clip of identities that are not in"):
         identities, labels, report = label_clips(converted, truth)
-
     assert identities == tuple(str(i) for i in range(1, 11))
     val, facts = labels["val"], report["splits"]["val"]
     assert labels["train"].labels.tolist() == [i % 7 + 1 for i in range(40)]
@@ -98,7 +92,6 @@ def test_splits_of_two_dtypes_are_stored_in_the_wider_dtype(tmp_path):
     clip = random_clip(RNG, 2, 4, "float32")
     write_pickle(tmp_path, "face", "train", {"t": random_clip(RNG, 2, 4, "float16")})
     write_pickle(tmp_path, "face", "val", {"v": clip})
-
     converted = prepare(tmp_path, tmp_path / "cache")
     assert converted.modalities["face"].dtype == "float32"
     ((_, frames),) = Dataset(converted, {}).packed("val", ("face",))
@@ -144,7 +137,6 @@ def test_reader_returns_the_clips_that_were_written(tmp_path):
     clips = write_modalities(tmp_path, rng)
     store = prepare(tmp_path, tmp_path / "cache")
     assert store.modalities == MODALITIES
-
     reader, places = Reader([store.splits["train"].packed]), rng.permutation(20)
     read = reader.read(places, MODALITIES)
     assert sorted(reader.order) == [*range(20)]
@@ -170,7 +162,6 @@ def test_tfds_loads_the_clips_that_load_data_loads(tmp_path, monkeypatch):
     data = sources.load(source)
     (numbers, packed), *_ = data.packed("train", [*MODALITIES])
     place = {data.split("train").clips[clip]: row for row, clip in enumerate(numbers)}
-
     config = builders.Config(name="mine", modalities=(*MODALITIES, "absent"), dtype="float64")
     download = tfds.download.DownloadConfig(manual_dir=str(source))
     examples = tfds.load(
@@ -189,16 +180,3 @@ def test_tfds_loads_the_clips_that_load_data_loads(tmp_path, monkeypatch):
                 wanted = getattr(clips, field)[rows]
                 np.testing.assert_array_equal(frames[name][field], wanted)
     assert len(labels) == 20 and sorted(filter(None, labels.values())) == ["7", "9"]
-
-
-@pytest.mark.nightly
-def test_run_with_data_in_memory_imports_no_tensorflow(tmp_path, official_dir, python):
-    """The first run converts the files. The second run reads them."""
-    words = ["--config=configs/knn.py:iqiyi_vid,face", f"--config.data.dir={official_dir}"]
-    code = (
-        "import sys\nfrom vidjax.cli.program import main\nbanned, *words = sys.argv[1:]\n"
-        "assert main(words) == 0\nassert not {'tensorflow', banned} & {*sys.modules}"
-    )
-    for name in ("first", "second"):
-        workdir = f"--workdir={tmp_path / name}"
-        python(code, "tensorflow_datasets", *words, workdir, VIDJAX_CACHE=str(tmp_path / "cache"))

@@ -4,6 +4,8 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +13,12 @@ from scipy.special import expit, logsumexp
 
 import vidjax
 from tests.helpers import small_runs
-from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused
 from vidjax.apps import forget
-from vidjax.evaluation import calibration, predict
+from vidjax.evaluation import blend, calibration, predict, scores as scores_lib
 from vidjax.models import plda_fit, two_covariance
 from vidjax.runs import config as config_lib, config_io
-from vidjax.runs.run_folder import RunFolder, make_and_lock
+from vidjax.runs.run_folder import RunFolder
 from vidjax.training import joint as joint_lib, public
 from vidjax.training.dry_run import dry_run
 
@@ -130,7 +131,7 @@ def fixed_settings():
 
 
 @pytest.fixture(scope="module")
-def joint(official_dir, cache_dir, tmp_path_factory):
+def joint(official_dir, official_data, tmp_path_factory):
     """A joint run of two systems in closed form, its configuration, and the data."""
     config = config_lib.default()
     config.data.update(name="iqiyi_vid", dir=str(official_dir), train_splits=("train", "val"))
@@ -138,14 +139,14 @@ def joint(official_dir, cache_dir, tmp_path_factory):
     config.eval.update(block_size=32)
     config.join.systems = ("plda:iqiyi_vid,few,face", "plda:iqiyi_vid,few,head")
     config.join.learned = config.join.diffusion = True
-    data = load_dataset("iqiyi_vid", directory=official_dir, cache_dir=cache_dir)
     folder = tmp_path_factory.mktemp("runs") / "joint"
     folder.mkdir()
     lines = []
-    results, was_finished = public.train_run(config, RunFolder(folder), data, log=lines.append)
+    train = public.train_run
+    results, was_finished = train(config, RunFolder(folder), official_data, log=lines.append)
     assert {line["split"] for line in lines if "split" in line} == {"val", "test"}
     assert results["map_kind"] == "out_of_fold" and not was_finished
-    return config, folder, data
+    return config, folder, official_data
 
 
 @pytest.fixture
@@ -178,20 +179,6 @@ def test_one_command_measures_out_of_fold_and_ranks_test(copied):
     refused(lambda: public.train_run(config, RunFolder(moved), data), "--workdir")
 
 
-def test_an_evaluation_with_other_settings_replaces_nothing_of_the_training(copied):
-    config, folder, data = copied
-    before = read_results(folder)
-    other = RunFolder(folder).config
-    other.join.learned = other.join.diffusion = False
-    metrics = public.evaluate_run(other, RunFolder(folder), data)["val"]
-    assert metrics["overrides"] == {"join.diffusion": False, "join.learned": False}
-    assert read_results(folder) == before
-    assert (folder / "ranking_val.txt").read_bytes() != before["ranking.txt"]
-    assert public.train_run(config, RunFolder(folder), data)[1]
-    public.evaluate(folder, data, split="test")  # with the learned numbers
-    assert read_results(folder) == before
-
-
 def test_a_deleted_report_is_written_again(copied):
     config, folder, data = copied
     (folder / "report.html").unlink()
@@ -206,43 +193,18 @@ def test_a_deleted_report_is_written_again(copied):
     assert not was_finished and RunFolder(folder).metrics()["finished"]
 
 
-@pytest.fixture(scope="module")
-def thirds(joint, tmp_path_factory):
-    """The folders of two runs of the second system. Each scores another third of the clips."""
-    config, _, data = joint
-    own = config_io.load_system(config, config.join.systems[1], final=False)
-    own.ensemble.folds, own.eval.split = 3, "val"
-    folders = []
-    for number in (0, 1):
-        own.ensemble.only = (number,)
-        folders.append(tmp_path_factory.mktemp("runs") / str(number))
-        with make_and_lock(folders[-1]):
-            public.train_run(own, RunFolder(folders[-1]), data)
-    return folders
+def test_runs_with_other_folds_or_without_a_common_clip_are_refused():
+    uses = [np.array(use, bool) for use in ([[1, 1, 0], [0, 0, 1]], [[1, 0, 0]], [[0, 0, 1]])]
+    runs: list[Any] = [SimpleNamespace(use=use, pool=use.any(axis=0)) for use in uses]
 
+    def check(*chosen):
+        names = [SimpleNamespace(name=str(number)) for number in range(len(chosen))]
+        blended: Any = SimpleNamespace(runs=chosen, models=names)
+        blend.Blend.check_folds(blended)
 
-@pytest.fixture
-def evaluate_blend(joint, tmp_path):
-    """Returns a function: folders of runs -> the metrics of their blend in `tmp_path` on val."""
-
-    def evaluate(*folders, learned=False):
-        config = config_lib.default()
-        config.join.runs, config.join.learned = (*map(str, folders),), learned
-        return public.evaluate_run(config, RunFolder(tmp_path), joint[2])["val"]
-
-    return evaluate
-
-
-def test_runs_with_other_folds_are_refused_if_numbers_are_learned(joint, thirds, evaluate_blend):
-    folders = (joint[1] / "1_plda", thirds[0])
-    for order in (folders, folders[::-1]):
-        refused(lambda order=order: evaluate_blend(*order, learned=True), "ensemble.folds")
-    assert evaluate_blend(*folders)["num_clips"] == RunFolder(thirds[0]).metrics()["num_clips"]
-
-
-def test_runs_that_score_no_common_clip_are_refused(thirds, evaluate_blend, tmp_path):
-    refused(lambda: evaluate_blend(*thirds), "no clip is scored by all", "folds")
-    assert not [*tmp_path.iterdir()]
+    check(runs[0], runs[0])
+    refused(lambda: check(*runs[:2]), "different folds", "0, 1", "ensemble.folds")
+    refused(lambda: scores_lib.combine(runs[1:], max, None), "no clip is scored by all", "folds")
 
 
 @pytest.fixture(scope="module")
@@ -272,22 +234,21 @@ def test_scores_are_kept_as_an_array_if_the_user_asks(copied, restored):
     config = RunFolder(folder).config
     config.eval.keep_scores, config.eval.split = True, "test"
     public.evaluate_run(config, RunFolder(folder), data)
-    scores = np.load(folder / "scores_test.npy", mmap_mode="r")
+    np.testing.assert_array_equal(np.load(folder / "scores_test.npy", mmap_mode="r"), restored[1])
     names = json.loads((folder / "scores_test.json").read_text())
     assert names == {"clips": [*data.split("test").clips], "identities": [*data.identities]}
     found = forget.forget([], [names["clips"][0]], [folder])[0]
     assert folder in {place.path for place in found}
-    np.testing.assert_array_equal(scores, restored[1])
-    single = RunFolder(folder / "1_plda")
+    single, path = RunFolder(folder / "1_plda"), folder / "1_plda" / "scores.npy"
     config = single.config
     config.eval.keep_scores = True
     public.evaluate_run(config, single, data)
-    kept = np.load(folder / "1_plda" / "scores.npy")
-    expected = small_runs.scores(small_runs.restored(single.path, data))
-    np.testing.assert_array_equal(kept, expected)
+    np.testing.assert_array_equal(
+        np.load(path), small_runs.scores(small_runs.restored(single.path, data))
+    )
     config.eval.keep_scores = False
     public.evaluate_run(config, single, data)  # scores of an earlier evaluation are deleted
-    assert not (folder / "1_plda" / "scores.npy").exists()
+    assert not path.exists()
 
 
 def test_all_systems_and_runs_of_a_blend_are_checked(copied, official_dir, cache_dir, command):
@@ -357,28 +318,25 @@ def test_splits_without_ground_truth_and_fields_that_no_system_reads_are_refused
 
 
 def test_the_shipped_configuration_gives_data_and_seed_to_its_systems():
+    def load(config):
+        """Returns the configurations of the first system for its folds and for all clips."""
+        name = config.join.systems[0]
+        return [config_io.load_system(config, name, final=final) for final in (False, True)]
+
     config = config_io.load_file("configs/joint.py:iqiyi_vid,few,face,audio")
     config.seed, config.data.dir = 3, "somewhere"
     config_lib.check(config)
-    assert config.join.systems == (
-        "cosine:iqiyi_vid,few,ensemble,face,audio",
-        "plda:iqiyi_vid,few,face",
-        "plda:iqiyi_vid,few,audio",
-    )
-    folds, final = (
-        config_io.load_system(config, config.join.systems[0], final=x) for x in (False, True)
-    )
-    assert (folds.seed, folds.data.dir, folds.ensemble.folds, folds.ensemble.seeds) == (
-        3, "somewhere", 5, 1,
-    )  # fmt: skip
-    assert (final.ensemble.folds, final.ensemble.seeds) == (0, 3)
+    first, *others = config.join.systems
+    assert first == "cosine:iqiyi_vid,few,ensemble,face,audio"
+    assert others == ["plda:iqiyi_vid,few,face", "plda:iqiyi_vid,few,audio"]
+    folds, final = load(config)
+    assert (folds.seed, folds.data.dir) == (3, "somewhere")
+    members = [(x.ensemble.folds, x.ensemble.seeds) for x in (folds, final)]
+    assert members == [(5, 1), (0, 3)]
     without = config_io.load_file("configs/joint.py:iqiyi_vid,few,plda,face,audio")
-    assert without.join.systems == config.join.systems[1:]
+    assert [*without.join.systems] == others
     config = config_io.load_file("configs/joint.py:iqiyi_vid")  # one net measures, and one ranks
-    measured, final = (
-        config_io.load_system(config, config.join.systems[0], final=x) for x in (False, True)
-    )
+    measured, final = load(config)
     assert (measured.ensemble.only, final.ensemble.only) == ((0,), ())
-    assert measured.modalities == ("face",)
+    assert measured.modalities == ("face",) and final.data.train_splits == ("train", "val")
     refused(lambda: config_io.load_system(config, "/tmp/x.py", final=False), "configs/NAME.py")
-    assert final.data.train_splits == ("train", "val")

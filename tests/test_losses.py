@@ -51,12 +51,10 @@ def test_losses_match_their_equations_in_float64(name, gamma):
     logits, labels = example()
     options = {"gamma": gamma} if gamma else {}
     loss = jax.jit(functools.partial(LOSSES[name], **options))
-
     for num_masked in (0, 1):  # a masked column has a huge logit
         class_mask = np.arange(logits.shape[1]) >= num_masked
         expected = oracle(name, logits, labels, gamma, class_mask)
         given = np.where(class_mask, logits, np.float32(1e4))
-
         np.testing.assert_allclose(loss(given, labels, class_mask=class_mask), expected, rtol=1e-5)
         with jax.enable_x64(True):
             exact = loss(given.astype(np.float64), labels, class_mask=class_mask)
@@ -89,7 +87,6 @@ def test_losses_have_finite_gradients_at_extreme_logits_and_cosines(name):
         assert np.isfinite(gradient).all()
         if name != "smoothed":  # a step never decreases the logit of the label
             assert np.all(np.asarray(gradient)[np.arange(15), labels] <= 0)
-
     # Cosines just below, at and just above 1 and -1, with ArcFace's margin. All 7 labels are 0.
     ends = np.nextafter(np.float32(1), np.array([0, 1, 2], np.float32))
     of_label = 30 * np.concatenate([ends, -ends, [0]])
@@ -116,7 +113,6 @@ def test_margins_match_their_equations_for_fixed_and_learned_scales(name, margin
     arc_face = np.where(angle < np.pi, np.cos(angle), cosine - margin * np.sin(margin))
     harder = {"angular": arc_face, "cosine": cosine - margin}[name]
     harder = np.where(np.arange(6) == labels[:, None], harder, cosine)
-
     for scale in (30.0, jnp.where(labels % 2, 20.0, 3.0)):  # a learned scale differs between clips
         margin_fn = jax.jit(functools.partial(losses.MARGINS[name], margin=margin, scale=scale))
         factor = np.asarray(scale, np.float64).reshape(-1, 1)

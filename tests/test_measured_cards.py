@@ -14,18 +14,16 @@ import pytest
 
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
-from tests.benchmarks import contradictions, decision
+from tests.benchmarks import contradictions
 from tests.helpers import docs, drawn_people, family_nets, films, made_nets
 from tests.helpers.clip_files import write_npz
-from tests.helpers.embeddings import DIFFERENT, SAME, WIDTH, Population
+from tests.helpers.embeddings import CARD, DIFFERENT, SAME, WIDTH, Population
 from tests.helpers.seen import refused
 from vidjax.apps import cards
 from vidjax.apps.gallery import card_notes
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import measured_cards
 from vidjax.models import card_backend, card_measure
-
-CARD = decision.CARD  # of dlib's net
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +47,9 @@ def test_people_half_as_far_apart_contradict_the_card_and_other_people_do_not(pe
 
 def test_real_people_contradict_the_card_only_if_they_are_half_as_far_apart(actors):
     photos, tracks = actors
-    for draw in (contradictions.draw_photos(photos), contradictions.draw_tracks(tracks)):
+    for draw in (contradictions.draw_vectors(photos), contradictions.draw_vectors(tracks)):
         assert contradictions.measure(draw, 5, 3)[""] >= 0.98
-    half = contradictions.draw_photos(photos, 0.5)
+    half = contradictions.draw_vectors(photos, 0.5)
     assert contradictions.measure(half, 5, 3)["closer"] >= 0.95
 
 
@@ -127,6 +125,14 @@ def read_card(models):
     card = cards.load(models)["face_embedder"]
     assert card.back_end
     return card
+
+
+def give_default_numbers(models):
+    """Changes the card of the face embedder: its numbers were not measured."""
+    path = models / "embed.json"
+    card = json.loads(path.read_text())
+    card["back_end"]["data"] = f"{cards.NOT_MEASURED}: defaults of a family"
+    path.write_text(json.dumps(card))
 
 
 def test_measured_card_is_used_by_its_galleries_and_knows_no_names(tmp_path, models, command):
@@ -258,14 +264,10 @@ def test_a_net_that_does_not_separate_people_names_nobody(tmp_path, models, comm
 
 
 def test_default_numbers_are_mentioned_where_names_are(tmp_path, models, command):
-    path = models / "embed.json"
-    card = json.loads(path.read_text())
-    card["back_end"]["data"] = f"{cards.NOT_MEASURED}: defaults of a family"
-    path.write_text(json.dumps(card))
+    give_default_numbers(models)
     made = Population(2)
-    features = write_features(
-        tmp_path / "features", made.photos(made.people(6), 3).astype(np.float32)
-    )
+    photos = made.photos(made.people(6), 3).astype(np.float32)
+    features = write_features(tmp_path / "features", photos)
     Gallery.of_models(tmp_path / "g", models)
     assert command("gallery", "enrol", tmp_path / "g", f"--input={features}").code == 0
     words = ["gallery", "identify", tmp_path / "g", f"--input={features / 'p00'}"]
@@ -286,10 +288,8 @@ def test_cards_without_new_numbers_have_the_digest_of_their_file(tmp_path):
 
 def test_photos_of_a_folder_measure_the_card_of_a_net(drawn, tmp_path, monkeypatch, read_here):
     """The page and the summary of `vidjax who` mention default numbers until they are measured."""
+    give_default_numbers(drawn.models)
     path = drawn.models / "embed.json"
-    card = json.loads(path.read_text())
-    card["back_end"]["data"] = f"{cards.NOT_MEASURED}: defaults of a family"
-    path.write_text(json.dumps(card))
     drawn.meet("Ada", "Bob")
     page, command = drawn.out / "names.html", f"vidjax measure-card {drawn.models}"
     assert page.read_text().count(command) == 1

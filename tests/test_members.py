@@ -14,19 +14,10 @@ import numpy as np
 import pytest
 
 import vidjax
-from tests.helpers import limits
+from tests.helpers import limits, small_runs
 from tests.helpers.batches import assert_equal
 from tests.helpers.seen import refused
-from tests.helpers.small_runs import (
-    ROOT,
-    Spoilt,
-    evaluate,
-    make_earlier,
-    run,
-    shrunk,
-    training_sets,
-    weights,
-)
+from tests.helpers.small_runs import ROOT, evaluate, training_sets, weights
 from vidjax.core import devices, ensemble
 from vidjax.evaluation import eval_step, predict
 from vidjax.models.build_system import TaskSpec, make_model
@@ -48,11 +39,9 @@ def make_members(**options):
 
 def test_members_are_the_product_of_folds_seeds_views_and_qualities():
     assert make_members() == (ensemble.Member(),)
-
     members = make_members(folds=2, seeds=2)
     assert [(member.fold, member.number) for member in members] == [(0, 0), (0, 1), (1, 2), (1, 3)]
     assert make_members(folds=2, seeds=2, only=(3, 1)) == (members[3], members[1])
-
     views = make_members(views=2, min_quality=(-1e9, 20))
     pairs = {(member.view, member.min_quality) for member in views}
     assert pairs == {(0, -1e9), (0, 20), (1, -1e9), (1, 20)}
@@ -83,7 +72,6 @@ def test_training_sets_match_clips_by_name_and_survive_saving(tmp_path):
     scoring, in_sample = ensemble.choose_scoring_members(sets, ("c", "new", "ünï-§", "a"))
     assert not in_sample  # True needs members that were all trained on all three clips
     np.testing.assert_array_equal(scoring, [[0, 1, 1, 0], [0, 1, 0, 1]])  # [members, clips]
-
     lists = members_file.make_lists(("Ä", "b"), sets)
     assert lists != members_file.make_lists(("Ä", "b"), sets._replace(trained=~trained))
     checkpoint.save(tmp_path, 1, {"params": jnp.ones(2), **lists}, {})
@@ -104,7 +92,6 @@ def test_run_is_restored_from_its_checkpoint_and_not_from_copies(nearest_run, da
         run = restored(folder)
         assert (run.identities, run.digest) == (wanted.identities, wanted.digest)
     np.testing.assert_array_equal(run.scores(data), wanted.scores(data))
-
     (folder / "ranking.txt").unlink()
     evaluate(RunFolder(folder).config, folder, data)
     for name in ("ranking.txt", "identities.json"):
@@ -125,14 +112,13 @@ def restored(folder):
 
 def test_run_of_version_0_1_0_is_restored_if_its_files_are_unchanged(nearest_run, data, tmp_path):
     folder, run = shutil.copytree(nearest_run, tmp_path / "run"), restored(nearest_run)
-    digests = make_earlier(folder)
+    digests = small_runs.make_earlier(folder)
     earlier = restored(folder)
     assert earlier.identities == run.identities
     np.testing.assert_array_equal(earlier.scores(data), run.scores(data))
     # A gallery of the run compares this digest.
     known = {"files": earlier.manifest["files"], **digests}
     assert earlier.digest == files.sha256_json([known, config_io.to_json(earlier.config)])
-
     for name, changed in (
         ("identities.json", json.dumps([*run.identities[::-1]]).encode()),
         ("members.npz", npz(members="[[0]]", clips="a\nb", trained=[[True, False]])),
@@ -164,7 +150,6 @@ def test_gallery_of_version_0_1_0_answers_as_before_or_names_the_command_to_migr
     for clip, answer in answers.items():
         assert found[clip].identity == answer["identity"]
         assert dict(found[clip].best) == pytest.approx(dict(answer["best"]), abs=1e-6)
-
     path = tmp_path / "runs/run/checkpoints/1/manifest.json"
     manifest = files.read_manifest(path)
     manifest["arrays"] = {f"{name}['old']": kind for name, kind in manifest["arrays"].items()}
@@ -230,7 +215,6 @@ def test_member_scores_are_averaged_and_log_scores_as_probabilities(logs):
     has_score = rng.random((4, 6)) < 0.6  # [E, B]
     has_score[:, 0] = False  # no member scores clip 0
     has_score[:, 1] = True  # all members score clip 1
-
     means = np.asarray(eval_step.mean_scores(add_up(scores, has_score, logs=logs)))
     assert (means[0] == -np.inf).all()
     for clip in range(1, 6):
@@ -245,7 +229,6 @@ def test_means_and_sums_of_log_probabilities_keep_their_precision():
     total = add_up(-complements[..., None], np.ones((2, 2)), logs=True)
     means = eval_step.mean_scores(total)[:, 0]
     np.testing.assert_allclose(means, -complements.mean(axis=0), rtol=1e-5)
-
     # Weighted sums of two equal scores. The weights add up to 2 or 0.75.
     p = np.array([1e-6, 0.3, 0.5, 0.7, 0.9, 1 - 1e-6])
     for weight in (1.0, 0.375):
@@ -256,7 +239,8 @@ def test_means_and_sums_of_log_probabilities_keep_their_precision():
 
 def train(folder, data, *words):
     """Trains three members on train and val; each leaves out a fold. Returns the metrics."""
-    return run(shrunk(*FOLDS, *words, spec="configs/quality_fusion.py:iqiyi_vid"), folder, data)
+    config = small_runs.shrunk(*FOLDS, *words, spec="configs/quality_fusion.py:iqiyi_vid")
+    return small_runs.run(config, folder, data)
 
 
 @pytest.fixture(scope="module")
@@ -275,10 +259,8 @@ def member_of(folder, number):
 def test_a_member_equals_a_separate_run_bit_for_bit(data, ensemble_run, tmp_path):
     folder, of_all = ensemble_run
     of_one = train(tmp_path, data, "--config.ensemble.only=1")
-
     assert_equal(member_of(tmp_path, 0), member_of(folder, 1))
     assert of_all["members"][1]["map"] == of_one["map"]
-
     # One member scores only the fold that it leaves out; three members score all clips.
     assert of_one["map_kind"] == of_all["map_kind"] == "out_of_fold"
     assert of_one["num_clips"] < of_all["num_clips"] == len(data.split("val").clips)
@@ -313,7 +295,7 @@ def test_members_do_not_depend_on_clips_they_leave_out(data, ensemble_run, tmp_p
     left_out = ~training_sets(plain).trained[1]
     rows = {"train": slice(0, 96), "val": slice(96, 156)}  # the clips of each split
 
-    class Relabelled(Spoilt):
+    class Relabelled(small_runs.Spoilt):
         def split(self, name):
             split = data.split(name)
             wrong = np.full_like(split.positives, 99)  # not the true numbers of clips
@@ -327,7 +309,6 @@ def test_members_do_not_depend_on_clips_they_leave_out(data, ensemble_run, tmp_p
     folds = ensemble.assign_folds(labels, 3, config_lib.default().seed)
     monkeypatch.setattr(ensemble, "assign_folds", lambda *args: folds)
     train(tmp_path, Relabelled(data, {name: left_out[at] for name, at in rows.items()}))
-
     assert_equal(member_of(plain, 1), member_of(tmp_path, 1))
     with pytest.raises(AssertionError):  # other members were trained on these clips
         assert_equal(member_of(plain, 0), member_of(tmp_path, 0))
@@ -339,10 +320,10 @@ def test_bootstrap_samples_lose_no_identity_but_samples_of_all_clips_do():
     So a draw from all clips lacks all n clips of an identity with a probability near exp(-n).
     """
     labels = np.repeat(np.arange(60), np.arange(60) % 3 + 1)  # one, two or three clips each
-    draw = ensemble.draw_bootstrap
-    of_identities = np.stack([draw(labels, number, seed=0) for number in range(400)])
-    of_all = np.stack([draw(labels, number, seed=0, resample="all") for number in range(400)])
-
+    of_identities, of_all = (
+        np.stack([ensemble.draw_bootstrap(labels, n, seed=0, resample=kind) for n in range(400)])
+        for kind in ("identity", "all")
+    )
     assert (of_all.sum(axis=1) == len(labels)).all()
     for n in (1, 2, 3):
         # Identities n - 1, n + 2, n + 5 and so on have n clips.
@@ -352,9 +333,9 @@ def test_bootstrap_samples_lose_no_identity_but_samples_of_all_clips_do():
         assert left_out == pytest.approx((1 - 1 / n) ** n, abs=0.02)
         lost = np.mean([of_all[:, clips].sum(axis=1) == 0 for clips in masks])  # all n clips
         assert lost == pytest.approx(np.exp(-n), abs=0.02)
-
-    members = make_members(bootstraps=2)
-    uses = ensemble.count_clip_uses(members, labels, folds=0, seed=0, resample="all")
+    uses = ensemble.count_clip_uses(
+        make_members(bootstraps=2), labels, folds=0, seed=0, resample="all"
+    )
     np.testing.assert_array_equal(uses, of_all[:2])
 
 

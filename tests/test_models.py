@@ -20,7 +20,7 @@ from vidjax.core.batch import ClipInfo
 from vidjax.models import build_system, layers
 from vidjax.models.build_system import TaskSpec, make_system
 from vidjax.models.dense import MLP, ResidualDenseNet
-from vidjax.models.layers import CosineClassifier, Dropout, NetVLAD, drop_modalities
+from vidjax.models.layers import Dropout, NetVLAD, drop_modalities
 from vidjax.models.multimodal import MultimodalAttention
 from vidjax.runs import config_io
 
@@ -64,9 +64,7 @@ def test_netvlad_matches_the_equations_of_the_iqiyi_vid_paper(reduce, batch_norm
         frames = make_frames([4, 2, 0, 1], max_frames=4, dtype="float64")
         model = NetVLAD(num_clusters=3, reduce=reduce, batch_norm=batch_norm, dtype=FLOAT64)
         variables = randomised(model, frames.features, frames.mask)
-
         pooled = train(model, variables, frames.features, frames.mask)
-
         params = variables["params"]
         expected = netvlad_oracle(params, frames.features, frames.mask, reduce, batch_norm)
         np.testing.assert_allclose(pooled, expected, atol=1e-6)
@@ -78,7 +76,6 @@ def test_dropout_of_modalities_never_drops_the_last_one():
     kept = np.asarray(drop_modalities(jax.random.key(1), jnp.asarray(present), rate=0.999))
     assert not np.any(kept & ~present)
     np.testing.assert_array_equal(kept.any(axis=1), present.any(axis=1))
-
     # With probability 0.3 ** 3 = 0.027 all three would be dropped. Then one of them stays.
     all_three = jnp.ones((20_000, 3), bool)
     kept = np.asarray(drop_modalities(jax.random.key(2), all_three, rate=0.3))
@@ -93,7 +90,6 @@ def test_dropout_keeps_the_mean_and_drops_columns_independently(rate):
         return Dropout(rate).apply({}, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
 
     y = np.asarray(drop_out(jnp.ones((4999, 7))))  # 7 numbers do not fill words of 32 bits
-
     kept = y != 0
     assert abs(kept.mean() - (1 - rate)) < 0.012  # 4 standard errors
     np.testing.assert_allclose(y[kept], 1 / (1 - rate) if rate < 1 else 1, rtol=1e-4)
@@ -117,7 +113,6 @@ def test_knn_scores_are_the_best_cosine_of_every_identity():
     queries = make_frames([1, 1, 1, 0], max_frames=1)._replace(features=asked[:, None])
     four_clips = jax.tree.map(lambda x: x[:4], clips)
     scores = made.eval_logits(model, memory, {"face": queries}, four_clips)
-
     for query, row in zip(unit(asked[:3]), scores[:3], strict=True):
         cosines = unit(learned) @ query
         cosines[[7, 9]] = -2  # below every cosine
@@ -140,7 +135,6 @@ def test_matmul_values_and_gradients_are_accumulated_in_float32(dtype):
 
     gradients, value = gradient(x, kernel)
     assert {value.dtype, *(g.dtype for g in gradients)} == {jnp.dtype("float32")}
-
     # `dtype` rounds only the operands. The errors of products and sums in float32 are tiny.
     x, kernel, weight = (a.astype(dtype).astype(np.float64) for a in operands)
     expected = (x @ kernel, weight @ kernel.T, x.T @ weight)  # value, gradients of x and kernel
@@ -171,27 +165,6 @@ def layer_oracle(params, rows, mask, activation, batch_norm, norm_first=False):
     return norm(out) if batch_norm and not norm_first else out
 
 
-def test_cosine_of_a_zero_vector_is_zero_with_a_gradient_of_zero():
-    x = np.array([[0] * 5, [1e18] * 5], np.float32)  # a clip of zeros, and an enormous clip
-    kernel = np.random.default_rng(5).standard_normal((5, 3)).astype(np.float32)
-    kernel[:, 0] = 0  # of the first class
-    model = CosineClassifier(num_classes=3, scale=64.0)
-
-    @jax.jit
-    @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
-    def gradient(kernel, x):
-        logits: Any = model.apply({"params": {"kernel": kernel}}, x)
-        return jnp.sum((1 + logits) ** 2), logits  # the slope at a logit of 0 is not 0
-
-    (by_kernel, by_x), logits = gradient(kernel, x)
-
-    for of_zeros in (logits[0], logits[:, 0], by_x[0], by_kernel[:, 0]):
-        np.testing.assert_array_equal(of_zeros, 0)
-    assert 0 < np.abs(logits[1, 1:]).max() <= 64.001  # a cosine is at most 1
-    assert np.isfinite(by_kernel).all()
-    assert np.isfinite(by_x).all()
-
-
 def test_mlp_matches_its_equations():
     # (width, activation, has BatchNorm, dropout rate) of each layer; layer 1 has no BatchNorm.
     specs = tuple((4 + i, name, i != 1, 0.0) for i, name in enumerate(ACTIVATIONS))
@@ -200,7 +173,6 @@ def test_mlp_matches_its_equations():
         x = np.random.default_rng(0).standard_normal((5, 3))
         model = MLP(specs, FLOAT64)
         variables = randomised(model, x, mask)
-
         expected = x
         for i, (_, activation, batch_norm, _) in enumerate(specs):
             layer = variables["params"][f"layer_{i}"]
@@ -309,7 +281,6 @@ def test_deepmef_matches_a_float64_loop_over_frames(form, rms_norm, layer_form, 
         model = made.make_model(SMALL, dtype="float64", channel_attention=form, **options)
         variables = made.init_identifier(model, frames, clips)
         params = made.randomised(variables["params"])
-
         wanted = deepmef_oracle(params, frames, clips.mask, form, **options)
         logits, _ = made.train_logits(model, {**variables, "params": params}, frames, clips)
         np.testing.assert_allclose(logits, wanted, atol=1e-6)
@@ -344,7 +315,6 @@ def test_cosine_net_matches_its_float64_equations(train, feature_scale):
         # Each modality starts with half of the weight of the modality before it.
         np.testing.assert_array_equal(variables["params"]["weights"], [1, 0.5, 0.25])
         assert variables["params"]["scale"] == 9
-
         params = made.randomised(variables["params"])
         stats = jax.tree.map(np.abs, made.randomised(variables["batch_stats"]))
         variables = {"params": params, "batch_stats": stats}
@@ -352,7 +322,6 @@ def test_cosine_net_matches_its_float64_equations(train, feature_scale):
             output, _ = made.train_output(model, variables, frames, clips, jax.random.key(0))
         else:
             output = made.eval_output(model, variables, frames, clips)
-
         stats = None if train else stats
         z, logits = cosine_oracle(params, stats, frames, clips, feature_scale=feature_scale)
         assert output.embedding.dtype == np.float64
@@ -389,7 +358,6 @@ def test_attention_matches_equations_1_to_3_of_the_iqiyi_vid_paper():
 
         params, outputs = run(x)
         w_f = np.asarray(params["w_f"]["kernel"]).T
-
         for fill, (out, y) in zip((False, True), outputs, strict=True):
             for b in range(3):
                 expected = attention_oracle(x[b].T, exists[b], w_f, 0.3, fill=fill, scale=0.5)
@@ -438,7 +406,6 @@ def test_published_configuration_matches_the_equations_of_the_paper(words, parts
     counts: Any = {"num_identities": 6, "num_clusters": None, "num_clips": 4, "total_steps": 9}
     task = TaskSpec(sizes, **counts, train_other=True)
     system = make_system(config, task)
-
     # Three clips of up to 40 faces. The second has no audio, and the third no face.
     lengths = {"face": [40, 3, 0], "head": [9, 2, 4], "body": [3, 1, 1], "audio": [1, 0, 1]}
     frames = {
@@ -446,7 +413,6 @@ def test_published_configuration_matches_the_equations_of_the_paper(words, parts
         for name, dim in sizes.items()
     }
     clips = ClipInfo(np.arange(3, dtype=np.int32), np.ones(3, bool), np.zeros(3, np.int32))
-
     # Random parameters, and the initial statistics of BatchNorm.
     fused = jax.jit(lambda: system.fuse(None, frames, jnp.int32(-1)))()  # -1: uses all features
     shapes = jax.eval_shape(lambda: made.init_identifier(system.model, fused, clips))
@@ -454,7 +420,6 @@ def test_published_configuration_matches_the_equations_of_the_paper(words, parts
     params = jax.tree.map(lambda x: draw(0, 0.4, x.shape).astype("f4"), shapes["params"])
     norm = {"mean": np.zeros(2, np.float32), "var": np.ones(2, np.float32)}
     stats = {"face_netvlad": {"norm": norm}} if parts["netvlad"] else {}
-
     variables = {"params": params, "batch_stats": stats}
     logits = made.eval_logits(system.model, variables, fused, clips)
     expected = logits_of_the_paper(params, fused, **parts)

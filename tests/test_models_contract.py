@@ -39,13 +39,10 @@ def test_fallback_weights_match_a_loop_over_clips(measure, threshold):
     clips = clips._replace(measure=fusion.mean_measure(face, measure))
     bare = {"name": "dense", "layers": ()}
     model = tiny.make_model(FALLBACK, main=bare, other=bare, measure=measure, threshold=threshold)
-
     out = tiny.eval_output(model, tiny.init_identifier(model, frames, clips), frames, clips)
-
     has_face, has_head = (clips.mask & part.mask.any(axis=1) for part in (face, head))
     norms = np.linalg.norm(face.features.astype(float), axis=2)
     measures = norms if measure == "norm" else face.quality
-
     wanted = []  # weights of the branches (main, other); 0.95, 0.2 and 0.8 are the defaults
     for b in range(8):
         if has_head[b] and not has_face[b]:
@@ -73,7 +70,6 @@ def test_each_branch_equals_a_separate_model_on_its_clips(names):
     out, after = tiny.train_output(model, variables, frames, clips, jax.random.key(5))
     evaluated = tiny.eval_output(model, variables, frames, clips)
     np.testing.assert_array_equal(evaluated.logit_scale, [16, 21])
-
     for branch, (part, spec, used) in enumerate((
         ("main", main, names or tuple(tiny.DIMS)), ("other", other, ("head",)),
     )):  # fmt: skip
@@ -99,7 +95,6 @@ def test_fallback_threshold_is_a_quantile_of_the_training_clips_or_a_given_numbe
     )  # fmt: skip
     fitted: Any = plan_lib.make_plan(shrunk(*words, spec=f"{spec},trainval"), data).task.settings
     assert fitted["threshold"] == pytest.approx(norms[int(0.2 * len(norms))], rel=1e-6)
-
     # The configuration has a `threshold_share`.
     absolute = shrunk("--config.model.threshold=2.5", spec=spec)
     with pytest.raises(ValueError, match="set one of them to 0"):
@@ -181,7 +176,6 @@ def test_outputs_do_not_depend_on_padding_or_the_order_of_frames(name):
     net = made(name)
     output, after, _ = learned(*net)
     assert output.logits.dtype == np.float32 and np.isfinite(output.logits).all()
-
     # The same clips with reversed frames, with garbage in padded rows, and with more padding.
     real = net.clips.mask
     reverse, garbage, longer = {}, {}, {}
@@ -191,7 +185,6 @@ def test_outputs_do_not_depend_on_padding_or_the_order_of_frames(name):
         quality = np.where(real[:, None], value.quality, np.nan)
         garbage[key] = value._replace(features=features, quality=quality)
         longer[key] = pad(value, 3)
-
     # Training gives the same logits and statistics.
     results = [learned(*net._replace(frames=frames))[:2] for frames in (reverse, garbage)]
     results.append(tiny.train_output(*net._replace(frames=longer), jax.random.key(5)))
@@ -201,7 +194,6 @@ def test_outputs_do_not_depend_on_padding_or_the_order_of_frames(name):
         np.testing.assert_allclose(other.logits[real], output.logits[real], atol=atol)
         for part in other_after.keys() - {"params"}:
             jax.tree.map(assert_close, other_after[part], after[part])
-
     # Evaluation gives the same outputs despite garbage in the padded rows 6 and 7, also for these
     # rows. Only knn gives other outputs for the padded rows, because it scores the garbage.
     before, other = (evaluated(net.model, after, x, net.clips)[0] for x in (net.frames, garbage))
@@ -219,7 +211,6 @@ def test_gradients_are_finite_without_features_and_zero_without_frames(name):
         output, after, gradient = learned(*net._replace(frames=frames))
         for leaf in jax.tree.leaves((gradient, output.logits, after)):
             assert np.isfinite(leaf).all()
-
     # The last gradient is of clips without frames. It is 0 for the layers of each modality.
     for part, leaves in gradient.items():
         if part.startswith(tuple(f"{key}_" for key in tiny.DIMS)):
@@ -236,7 +227,6 @@ def test_bfloat16_outputs_are_close_to_float32_with_float32_parameters(name):
     half = net._replace(model=tiny.make_model(MODELS[name][0], dtype="bfloat16"))
     fresh = jax.eval_shape(lambda: tiny.init_identifier(half.model, net.frames, net.clips))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(fresh)} == {"float32"}
-
     (output, _), (other, _) = evaluated(*net), evaluated(*half)
     assert other.embedding.dtype == other.logits.dtype == np.float32
     scale = net.model.logit_scale  # above 1, the logits are cosines x scale
@@ -257,12 +247,10 @@ DROPOUT = {
 def test_dropout_is_used_only_in_training(name):
     plain = made(name)
     dropping = plain._replace(model=tiny.make_model({**MODELS[name][0], **DROPOUT[name]}))
-
     (without, *_), (with_dropout, *_) = learned(*plain), learned(*dropping)
     assert not np.array_equal(with_dropout.logits, without.logits)
     with_another_seed, *_ = learned(*dropping, seed=6)
     assert not np.array_equal(with_dropout.logits, with_another_seed.logits)
-
     evaluated(*dropping)  # without a random key, so dropout would raise an error
 
 
@@ -312,7 +300,6 @@ def test_numbers_of_numpy_are_possible_model_options():
 def test_embedding_is_the_input_of_the_classifier(name):
     net = made(name)
     output, inputs = evaluated(*net)
-
     wanted = inputs
     if name == "fallback":  # the unit vectors of both branches, or 0 if a branch has the weight 0
         weights = np.asarray(output.score_weight).T[..., None]  # [branches, clips, 1]

@@ -72,7 +72,6 @@ def test_names_of_photo_folders_become_nfc_and_hidden_files_are_ignored(tmp_path
     for hidden in (".trash/x.npz", f"{NFC}/._2.npz"):  # macOS and others write such files
         (tmp_path / hidden).parent.mkdir(exist_ok=True)
         (tmp_path / hidden).touch()
-
     loaded, identity = memory.load_people(tmp_path, {"face": 4})
     assert identity == {f"{NFC}/1": NFC, f"{NFC}/2": NFC} and set(loaded.names) == {*identity}
     (tmp_path / NFC / "3.npy").touch()
@@ -102,7 +101,6 @@ def test_similar_names_get_a_warning_with_the_command_to_merge_them(name, other,
     gallery = make(tmp_path / "a gallery", {"x": make_clip(1, name)})
     with pytest.warns(UserWarning, match="looks like") as caught:
         done = gallery.enrol(vectors_of(gallery, {"y": make_clip(2, None)}), other)
-
     new, message = names.clean_identity(other), str(caught[0].message)
     assert done.similar == {new: name} and name in message and new in message
     words = shlex.split(message.partition("the same: ")[2])
@@ -114,7 +112,9 @@ FOREIGN = ("Who?", 'A: "B"*', "CON", "com1.x", "Ada.", ".Eve", "a/b", "50%", "%4
 
 
 def test_names_of_files_and_folders_are_allowed_on_all_drives():
-    stems = names.make_file_stems([*FOREIGN, "ada", "ADA"])
+    long = "\U0001f600" * 300
+    *stems, one, two = names.make_file_stems([*FOREIGN, "ada", "ADA", long, f"{long}2"])
+    assert one != two and max(len(one.encode()), len(two.encode())) <= 200
     assert stems == [
         "Who_", "A_ _B__", "CON_", "com1_.x", "Ada_", "_Eve", "a_b", "50%", "%41da", "Zo\u00eb",
         "ada", "ADA (2)",

@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.benchmarks import qdrant
+from tests.benchmarks import gallery as made
 from tests.helpers import clip_files, made_nets
-from vidjax.apps.gallery import answers as answers_lib
+from tests.helpers.limits import ROOT
+from vidjax.apps.cards import BackEnd
+from vidjax.apps.gallery import answers as answers_lib, backend as backend_lib
 from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.store import StoredClip
 from vidjax.cli.program import main
 
-ROOT = Path(__file__).parent.parent
 NIGHTLY, RECIPES = (ROOT / "vidjax/apps/gallery" / f"{x}.md" for x in ("NIGHTLY", "RECIPES"))
 BLOCKS = dict(re.findall(r"<!-- nightly: (\w+) -->\n```sh\n(.*?)```", NIGHTLY.read_text(), re.S))
 DAYS = ("2026-01-01", "2026-01-02")
@@ -131,10 +133,32 @@ def test_nearest_qdrant_vectors_agree_with_the_gallery(monkeypatch, tmp_path):
 def test_program_that_asks_qdrant_gives_the_answers_of_the_gallery(monkeypatch, tmp_path):
     pytest.importorskip("qdrant_client")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("QDRANT", "")  # `measure` sets both
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    found = qdrant.measure(num_people=3000, width=64, num_clips=12, many=1000)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("QDRANT", ":memory:")
+    rng, card = np.random.default_rng(0), made_nets.back_end((0.8, 0.075), (0.0, 0.125), width=64)
+    centres = rng.standard_normal((3000, 64), np.float32)
+    stored = enumerate(made.near(centres, rng))
+    clips = {f"clip_{n}": StoredClip(f"person_{n}", row) for n, row in stored}
+    backend = backend_lib.make_card_backend({"face": BackEnd(**card)})
+    people = Gallery.of_clips(tmp_path / "people", made.CARDS, backend, clips)
+    shown = centres[:12]
+    shown[1::2] = rng.standard_normal((6, 64))  # strangers
+    shown = made.near(shown, rng)
+
+    assert main(["export", "people", "--to=exported", "--format=safetensors", "--quiet"]) == 0
+    (program,) = re.findall(
+        r"<!-- recipe: many -->\n```python\n(.*?)```", RECIPES.read_text(), re.S
+    )
+    Path("many.py").write_text(program)
+    recipe = runpy.run_path("many.py")
+    recipe["upload"]()
+    for one, (best, _) in zip(
+        people.index.nearest([shown], 1000), recipe["identify"](shown), strict=True
+    ):
+        names, probabilities = zip(*best, strict=True)
+        wanted, logs = zip(*one.best[: len(best)], strict=True)
+        assert names == wanted
+        np.testing.assert_allclose(probabilities, np.exp(logs), atol=1e-6)
+        np.testing.assert_allclose(np.diff(np.log(probabilities)), np.diff(logs), atol=1e-6)
     for name in ("exported", "exported.reader"):
         del sys.modules[name]
-    assert found["difference of log-likelihood ratios"] < 1e-6
-    assert found["difference of probabilities"] < 1e-6

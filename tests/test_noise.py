@@ -21,29 +21,28 @@ def test_clusters_are_chains_of_neighbouring_finite_directions(min_samples, want
     lengths = np.array([1, 5, 2, 0.1, 30, 0, 7])
     vectors = (lengths * [np.cos(angles), np.sin(angles)]).T
     distance_of_12_degrees = 2 * np.sin(np.deg2rad(12) / 2)
-
     clusters = noise_classes.cluster(vectors, eps=distance_of_12_degrees, min_samples=min_samples)
-
     assert clusters.tolist() == wanted
-    assert noise_classes.cluster(np.zeros((0, 4)), eps=0.5, min_samples=5).shape == (
-        0,
-    )  # no vectors
+    nothing = noise_classes.cluster(np.zeros((0, 4)), eps=0.5, min_samples=5)
+    assert nothing.shape == (0,)
     refused(lambda: noise_classes.cluster(vectors * np.nan, eps=0.5, min_samples=2), "not finite")
 
 
 @pytest.mark.parametrize("keep", ["label", "prediction"])
 def test_relabelling_matches_the_published_arithmetic_of_columns(keep) -> None:
     """The published code has no class "other" (0), so its numbers of classes are lower by 1."""
-    layout = NoiseClassLayout(num_identities=4934, num_clusters=3691)
-    assert layout.num_columns == 1 + 2 * 4934 + 3691
-    predicted = np.arange(layout.num_columns - 1)  # every class, with its published number
-    label = np.full(len(predicted), layout.num_columns - 2)  # the last class, a mirror class
-
-    new = noise_classes.relabel(label + 1, predicted + 1, layout, keep=keep) - 1
-
-    # A predicted identity (below 4934) becomes its mirror class. Otherwise, `keep` says what stays.
-    kept = predicted if keep == "prediction" else label
-    np.testing.assert_array_equal(new, np.where(predicted < 4934, predicted + 4934 + 3691, kept))
+    labels, predicted = np.indices((9, 9))  # every label with every prediction
+    mirrors = predicted + 3 + 2  # see LAYOUT
+    if keep == "prediction":  # the prediction stays, unless it is an identity or "other"
+        kept = np.where(predicted == 0, labels, predicted)
+        wanted = np.where(np.isin(predicted, (1, 2, 3)), mirrors, kept)
+    else:  # only clips of mirror classes move
+        moves = np.isin(labels, (6, 7, 8)) & np.isin(predicted, (1, 2, 3))
+        wanted = np.where(moves, mirrors, labels)
+    new = noise_classes.relabel(labels, predicted, LAYOUT, keep=keep)
+    np.testing.assert_array_equal(new, wanted)
+    np.testing.assert_array_equal(noise_classes.relabel(new, predicted, LAYOUT, keep=keep), new)
+    assert NoiseClassLayout(num_identities=4934, num_clusters=3691).num_columns == 13_560
 
 
 def test_clustered_clips_start_in_their_cluster_and_other_clips_at_random() -> None:
@@ -51,18 +50,7 @@ def test_clustered_clips_start_in_their_cluster_and_other_clips_at_random() -> N
     labels = noise_classes.initial_labels(clusters, LAYOUT, seed=3)
     assert (labels[clusters == 0] == 4).all()
     assert (labels[clusters == 1] == 5).all()
-
     drawn = labels[clusters == -1]
     assert set(drawn.tolist()) == {6, 7, 8}
     assert np.bincount(drawn).max() < 0.45 * len(drawn)  # about a third for each mirror class
     assert (drawn != noise_classes.initial_labels(clusters, LAYOUT, seed=4)[clusters == -1]).any()
-
-
-def test_relabelling_moves_only_mirror_clips_predicted_as_an_identity() -> None:
-    labels, predicted = np.indices((9, 9))  # every label with every prediction
-    moves = np.isin(labels, (6, 7, 8)) & np.isin(predicted, (1, 2, 3))
-    new = noise_classes.relabel(labels, predicted, LAYOUT)
-    np.testing.assert_array_equal(new, np.where(moves, predicted + 3 + 2, labels))  # see LAYOUT
-    np.testing.assert_array_equal(
-        noise_classes.relabel(new, predicted, LAYOUT), new
-    )  # nothing moves twice

@@ -71,7 +71,6 @@ def test_setup_cell_keeps_installed_packages_unless_they_are_too_old(monkeypatch
         return commands
 
     assert commands_of_setup("pip", "vidjax", "tensorflow") == []  # vidjax is already installed
-
     # The command names all needed packages. Installed packages keep their versions.
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
@@ -80,7 +79,6 @@ def test_setup_cell_keeps_installed_packages_unless_they_are_too_old(monkeypatch
     assert [python, *words[:4]] == [sys.executable, "-m", "pip", "install", "-q"]
     assert {*words[4:]} == needed | {f"{name}=={version}" for name, version in HOSTED.items()}
     assert not capsys.readouterr().out  # no warning
-
     # If jax is too old, it is upgraded together with its plugin for CUDA.
     ((_, *words),) = commands_of_setup("jax", "jaxlib", "jax-cuda12-plugin", "numpy", jax="0.7.2")
     assert [word for word in words if "==" in word] == [f"numpy=={HOSTED['numpy']}"]
@@ -119,9 +117,7 @@ def test_notebook_runs_from_top_to_bottom(name, cache_dir, official_dir, tmp_pat
         # The small data have only the identities 1 to 12.
         cell.source = cell.source.replace('identity = "42"', 'identity = "5"')
     assert ("embed_dim=16" in str(shorter)) == (name == "quickstart")  # `main(...)` was replaced
-
     executed = run(shorter, tmp_path, cache_dir, **QUICK)
-
     for cell, before in zip(executed.cells, read(name).cells, strict=True):
         if cell.cell_type == "code":
             errors = [f"{o.ename}: {o.evalue}" for o in cell.outputs if o.output_type == "error"]

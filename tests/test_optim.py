@@ -1,5 +1,6 @@
 """Learning rate schedules equal their formulas, and optimiser steps equal steps by hand."""
 
+import functools
 import math
 from fractions import Fraction
 from typing import Any
@@ -89,7 +90,6 @@ def test_sgd_steps_match_hand_computed_updates(decay_all):
     params["slope"] = np.float32(7)
     gradient = jax.tree.map(lambda x: np.full_like(x, 2), params)  # 7 numbers
     state, momentum, wanted = optimizer.init(params), dict.fromkeys(params, 0), dict(params)
-
     for _ in range(2):
         updates, state = optimizer.update(gradient, state, params)
         params = optax.apply_updates(params, updates)
@@ -117,13 +117,12 @@ def test_optimizer_restart_equals_a_fresh_optimizer():
     plain = make_optimizer(**options)
     restarted = make_optimizer(**options, restart_epoch=3.0)  # an epoch has one step
     params = {"kernel": np.full((2, 3), 2, "f4")}
-    grads = np.random.default_rng(0).normal(size=(6, 2, 3)).astype(np.float32)
     state, plain_state = restarted.init(params), plain.init(params)
-
-    for step, grad in enumerate(grads):
+    for step, grad in enumerate(np.random.default_rng(0).normal(size=(6, 2, 3))):
+        grads = {"kernel": np.float32(grad)}
         plain_state = plain.init(params) if step == 3 else plain_state
-        updates, state = restarted.update({"kernel": grad}, state, params)
-        wanted, plain_state = plain.update({"kernel": grad}, plain_state, params)
+        updates, state = restarted.update(grads, state, params)
+        wanted, plain_state = plain.update(grads, plain_state, params)
         np.testing.assert_allclose(updates["kernel"], wanted["kernel"], rtol=1e-6)
 
 
@@ -147,20 +146,14 @@ def test_impossible_optimiser_specifications_are_refused(spec, message, monkeypa
 def test_accumulated_gradients_equal_their_mean():
     """Schedules, decay and restart count updates."""
     spec: Any = {"weight_decay": 0.1, "total_decay": 0.5, "clip_norm": 0.3, "restart_epoch": 2.0}
-    rng = np.random.default_rng(0)
-    sizes = {"w": (3, 2), "b": (2,)}
-
-    def draw():
-        return {name: rng.normal(size=size).astype(np.float32) for name, size in sizes.items()}
-
-    params, grads = draw(), [draw() for _ in range(24)]
+    draw = np.random.default_rng(0).normal
+    params, *grads = ({"w": np.float32(draw(size=(3, 2))), "b": np.float32(draw(size=2))}
+                      for _ in range(25))  # fmt: skip
 
     def run(steps, grads, **more):
-        tx, schedule = optim.make_optimizer(
-            SPEC | spec | more, total_steps=steps, steps_per_epoch=steps / 3
-        )
-        update = jax.jit(tx.update)
-        state, now, kept = tx.init(params), params, []
+        sizes = {"total_steps": steps, "steps_per_epoch": steps / 3}
+        tx, schedule = optim.make_optimizer(SPEC | spec | more, **sizes)
+        update, state, now, kept = jax.jit(tx.update), tx.init(params), params, []
         for grad in grads:
             updates, state = update(grad, state, now)
             now = optax.apply_updates(now, updates)
@@ -168,14 +161,11 @@ def test_accumulated_gradients_equal_their_mean():
         return kept, schedule(np.arange(steps))
 
     fine, rates_of_steps = run(24, grads, accumulate=4)
-    means = [
-        jax.tree.map(lambda *x: np.mean(x, axis=0), *grads[i : i + 4]) for i in range(0, 24, 4)
-    ]
-    coarse, rates_of_updates = run(6, means)
-    for number, wanted in enumerate(coarse):
-        jax.tree.map(
-            lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), fine[4 * number + 3], wanted
-        )
+    parts = [grads[i : i + 4] for i in range(0, 24, 4)]
+    coarse, rates_of_updates = run(6, [jax.tree.map(lambda *x: np.mean(x, 0), *x) for x in parts])
+    close = functools.partial(np.testing.assert_allclose, atol=1e-6)
+    for found, wanted in zip(fine[3::4], coarse, strict=True):
+        jax.tree.map(close, found, wanted)
     np.testing.assert_array_equal(rates_of_steps, np.repeat(rates_of_updates, 4))
 
 

@@ -20,8 +20,7 @@ import pytest
 pytest.importorskip("starlette.testclient")
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
-from tests.conftest import ROOT
-from tests.helpers import made_nets, made_shelf
+from tests.helpers import limits, made_appearances, made_nets, made_shelf
 from tests.helpers.drawn_people import EMBED, Drawn, restore, write_film, write_photo
 from tests.helpers.interrupted import count_down
 from vidjax.apps import features_folder, said
@@ -121,10 +120,8 @@ class Archive:
         for stem, film in films.items():
             for track in film.tracks:
                 assert track.box
-                clip, place = (
-                    track.clip,
-                    (stem, round(track.start_s), round(2 * sum(track.box[::2]))),
-                )
+                clip, column = track.clip, round(2 * sum(track.box[::2]))
+                place = stem, round(track.start_s), column
                 found += [(*place, said.names[clip])] if clip in said.names else []
                 found += [(*place, f"not {name}") for name in said.denied.get(clip, ())]
                 found += [(*place, "ignored")] * (clip in said.ignored)
@@ -158,12 +155,11 @@ def test_corrections_are_kept_when_all_nets_change(archive, drawn):
         assert archive.list_corrections() == before
 
 
-@pytest.mark.parametrize("which", ["detect", "embed"])
-def test_corrections_are_kept_when_one_net_changes(archive, drawn, which):
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", ["detect", "embed"])
+def test_corrections_are_kept_when_one_net_changes(archive, drawn, kept):
     before = archive.list_corrections()
-    drawn.models = write_nets(
-        drawn.folder / "new", **{"detect": False, "embed": False, which: True}
-    )
+    drawn.models = write_nets(drawn.folder / "new", **{kept: False})
     archive.who()
     assert archive.list_corrections() == before
 
@@ -254,20 +250,15 @@ def test_corrections_of_34_films_are_kept_although_the_command_is_killed(
     archive.make(34)
     before, rng = archive.list_corrections(), random.Random(fault_seed)
     models = write_nets(drawn.folder / "new")
-    words = [
-        "-m", "vidjax", "who", archive.films, f"--people={drawn.friends}", f"--models={models}",
-        f"--out={archive.out}", "--workers=2",
-    ]  # fmt: skip
-    died = 0
+    words = [sys.executable, "-m", "vidjax", "who", archive.films, f"--people={drawn.friends}"]
+    words += [f"--models={models}", f"--out={archive.out}", "--workers=2"]
+    env, died = os.environ | {"PYTHONPATH": str(limits.ROOT)}, 0
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     for _ in range(6):
-        process = subprocess.Popen(
-            [sys.executable, *map(str, words)], cwd=ROOT, start_new_session=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        time.sleep(rng.uniform(1.5, 8))
-        os.killpg(process.pid, signal.SIGKILL)
-        died += process.wait() == -signal.SIGKILL
+        with limits.running(words, env=env, start_new_session=True, **quiet) as process:
+            time.sleep(rng.uniform(1.5, 8))
+            os.killpg(process.pid, signal.SIGKILL)
+            died += process.wait() == -signal.SIGKILL
     assert died
     drawn.models = models
     archive.who()
@@ -285,9 +276,7 @@ def track(clip, begin, end, *places):
 
 
 def film(*tracks, photo=False):
-    from tests.helpers.made_appearances import film as make
-
-    made = make(photo=photo)
+    made = made_appearances.film(photo=photo)
     made.tracks = [*tracks]
     return made
 

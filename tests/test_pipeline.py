@@ -1,23 +1,24 @@
 """Batches of training and evaluation: their clips, the order, and the frames of each clip."""
 
+import collections
 import functools
 import itertools
+import sys
+import types
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from tests.helpers.batches import assert_equal, eval_batches, rows_of, train_batches
-from tests.helpers.clip_files import (
-    RAGGED,
-    as_arrays,
-    as_read,
-    ragged_clips,
-    random_clip,
-    write_ragged,
-)
+from tests.conftest import ROOT
+from tests.helpers import clip_files
+from tests.helpers.batches import eval_batches, rows_of, train_batches
+from tests.helpers.clip_files import RAGGED, as_arrays, ragged_clips
 from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused
-from vidjax.core.batch import Frames
+from vidjax.core.batch import BATCHED, Frames
+from vidjax.data import sources
 from vidjax.data.memory import MemoryClips
 
 COUNTS = {"train": 45, "val": 26}
@@ -32,7 +33,9 @@ streams = pytest.mark.slow  # imports TensorFlow, which takes most of the time
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     """The clips of CLIPS, read from official files; val has no file of bodies."""
-    folder = write_ragged(tmp_path_factory.mktemp("source"), COUNTS, lacks=[("body", "val")])
+    folder = clip_files.write_ragged(
+        tmp_path_factory.mktemp("source"), COUNTS, lacks=[("body", "val")]
+    )
     with pytest.warns(UserWarning, match="val: the split has no features of body"):
         return load_dataset("iqiyi_vid", directory=folder, cache_dir=folder / "cache")
 
@@ -43,9 +46,9 @@ def take_batches(dataset, count, **options):
 
 def source_clip(dataset, split, modality, index):
     """Returns the frames that a batch must contain of a clip of CLIPS."""
-    empty = random_clip(np.random.default_rng(0), 0, RAGGED[modality])
+    empty = clip_files.random_clip(np.random.default_rng(0), 0, RAGGED[modality])
     name = dataset.split(split).clips[index]
-    return as_read(modality, CLIPS[split][modality].get(name, empty))
+    return clip_files.as_read(modality, CLIPS[split][modality].get(name, empty))
 
 
 def real_fields(frames):
@@ -70,35 +73,6 @@ def test_quality_crop_of_several_splits_keeps_the_best_frames(dataset):
     for number, frames in clips.items():
         split, index = ("val", number) if number < 26 else ("train", number - 26)
         assert_best_frames(frames["face"], source_clip(dataset, split, "face", index), MAX_FRAMES)
-
-
-@streams
-def test_every_training_clip_is_drawn_once_per_epoch(dataset):
-    batches = take_batches(dataset, 17)  # three epochs of 45 clips in batches of 8, and one clip
-    assert all(batch.clip_index.shape == (8,) and batch.batch_mask.all() for batch in batches)
-    epochs = np.concatenate([batch.clip_index for batch in batches])[: 3 * 45].reshape(3, 45)
-    np.testing.assert_array_equal(np.sort(epochs), [np.arange(45)] * 3)
-    assert (epochs[0] != epochs[1]).any()
-
-
-@streams
-def test_last_batch_of_an_epoch_of_chosen_clips_is_padded(dataset):
-    examples = np.arange(0, 45, 2)  # 23 clips, so an epoch has 3 batches of 8 rows
-    batches = take_batches(dataset, 6, epoch_clips=examples)
-    for epoch in (batches[:3], batches[3:]):
-        order = np.concatenate([batch.clip_index[batch.batch_mask] for batch in epoch])
-        np.testing.assert_array_equal(np.sort(order), examples)
-        assert epoch[2].batch_mask.tolist() == [True] * 7 + [False]
-        for frames in epoch[2].frames.values():
-            assert not any(field[7:].any() for field in frames)
-
-
-@streams
-def test_resumed_stream_equals_the_uninterrupted_stream(dataset):
-    for examples in (None, np.arange(0, 60, 2)):
-        options = {"splits": ("train", "val"), "batch_size": 9, "epoch_clips": examples}
-        whole = take_batches(dataset, 12, **options)
-        assert_equal(whole[5:], take_batches(dataset, 7, step=5, **options))
 
 
 @streams
@@ -128,20 +102,16 @@ def test_window_crop_keeps_short_clips_whole_and_cuts_long_clips(dataset):
 @pytest.mark.parametrize(("split", "rows", "in_memory"), [
     ("train", 4, False), ("val", 64, False), ("val", 64, True),
 ])  # fmt: skip
-def test_evaluation_batches_contain_every_clip_once_with_its_best_frames(
-    dataset, split, rows, in_memory
-):
+def test_evaluation_batches_have_each_clip_once_with_best_frames(dataset, split, rows, in_memory):
     data = dataset
     if in_memory:
         data = MemoryClips.pack(as_arrays(CLIPS[split]), {"face": 6, "audio": 4}, ())
     batches = [*eval_batches(data, split=split, modalities=("face", "audio"), rows=rows)]
     assert all(batch.clip_index.shape == batch.batch_mask.shape == (rows,) for batch in batches)
-
     clips = rows_of(batches)
     for index, modality in itertools.product(clips, ("face", "audio")):
         clip = source_clip(dataset, split, modality, index)
         assert_best_frames(clips[index][modality], clip, count=512)
-
     # Clips of up to 32, up to 128 and more frames are padded or cut to 32, 128 and 512 frames.
     lengths = data.split(split).lengths["face"]
     padded = [len(clips[index]["face"].mask) for index in range(len(lengths))]
@@ -158,3 +128,26 @@ def test_batch_streams_refuse_invalid_arguments(dataset):
         ({"splits": ()}, "config.data.train_splits=: name"),
     ):
         refused(functools.partial(take_batches, dataset, 1, **changed), message)
+
+
+@pytest.mark.filterwarnings("ignore:train, face. 1 of 10,883 frames have a quality")
+def test_streamed_bytes_are_the_frames_of_batches_in_memory(dataset, monkeypatch):
+    """TensorFlow, whose import takes seconds, is replaced: a queue returns what it gets."""
+    wanted = take_batches(sources.load({"train": as_arrays(CLIPS["train"])}), 9)
+    fake, waiting = mock.MagicMock(), collections.deque()
+    fake.errors.OpError, fake.queue.FIFOQueue.return_value.enqueue = KeyError, waiting.append
+    monkeypatch.setattr("vidjax.data.dataset.require_packages", mock.Mock())
+    package: Any = types.ModuleType("vidjax.data.tfds")
+    package.__path__ = [str(ROOT / "vidjax/data/tfds")]
+    pipeline = mock.Mock(as_numpy_iterator=lambda: iter(waiting.popleft, None))
+    with mock.patch.dict(sys.modules, {"tensorflow": fake, "vidjax.data.tfds": package}):
+        sys.modules.pop("vidjax.data.tfds.streaming", None)
+        from vidjax.data.tfds import streaming
+
+        monkeypatch.setattr(streaming, "_make_pipeline", lambda *_: pipeline)
+        found: Any = take_batches(dataset, 9)
+    for (clip_index, _, *strings), batch in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(clip_index, batch.clip_index)
+        fields = [(x.mask, getattr(x, f)) for x in batch.frames.values() for f in BATCHED]
+        for rows, (mask, values) in zip(strings, fields, strict=True):
+            assert rows == [x[real].tobytes() for x, real in zip(values, mask, strict=True)]

@@ -62,16 +62,13 @@ def ranked(run, clips):
 def test_restore_errors_name_the_cause(train, restored, data, tmp_path):
     folder = train("mma")
     refused(lambda: restored("knn").scores(data, split="dev"), "no split 'dev'")
-
     config = config_lib.default()
     config.join.runs = ("runs/a", "runs/b")
     (tmp_path / "config.json").write_text(config_io.to_json(config))
     refused(lambda: predict.restore_run(tmp_path), "is a blend of other runs")
-
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint"):
         predict.restore_run(tmp_path)
-
     # An absurd size is refused before anything is allocated for it.
     theirs = shutil.copytree(folder, tmp_path / "theirs")
     for step, manifest in checkpoint.manifests(theirs).items():
@@ -87,14 +84,12 @@ def test_restore_errors_name_the_cause(train, restored, data, tmp_path):
 def test_predicted_scores_and_rankings_equal_evaluation(name, data, train, restored, clips):
     folder, run = train(name), restored(name)
     assert run.workdir == folder and run.step == max(checkpoint.manifests(folder))
-
     wanted = small_runs.scores(small_runs.restored(folder, data))
     lines = (folder / "ranking.txt").read_text().splitlines()
     scores = run.scores(data)
     assert scores.dtype == np.float32
     np.testing.assert_array_equal(scores, wanted.astype(np.float32))
     assert ranked(run, data) == lines
-
     # The same clips in memory, in another order. Members of an ensemble score only dataset clips
     # that they were not trained on, but all clips in memory.
     order = [data.split("val").clips.index(clip) for clip in clips["val"]]
@@ -108,7 +103,6 @@ def test_predicted_scores_and_rankings_equal_evaluation(name, data, train, resto
         with jax.enable_x64(True):  # as in a notebook that needs float64 for other things
             wide = predict.restore_run(folder, num_devices=1).scores(clips["val"])
         np.testing.assert_allclose(wide, scores[order], rtol=1e-5)
-
     # Embeddings have the length 1, or 0 for a clip without frames.
     vectors = run.embed(clips["val"])
     has_frames = np.isfinite(scores[order]).any(axis=1)
@@ -120,10 +114,8 @@ def test_only_the_training_data_of_a_run_is_scored_out_of_fold(restored, data, c
     """Training clips are scored by members not trained on them. All members score other clips."""
     run = restored("ensemble")  # trained on folds of train and val
     load = functools.partial(sources.load, cache_dir=tmp_path)
-
     # The same training data from memory and from the official files. Both calls score val.
     np.testing.assert_array_equal(run.scores(load(clips), split="val"), run.scores(data))
-
     # Each name of val gets the frames of the next clip. `wanted` are scores by all members.
     names, values = zip(*sorted(clips["val"].items()), strict=True)
     others = dict(zip(names, values[1:] + values[:1], strict=True))
@@ -135,23 +127,14 @@ def test_only_the_training_data_of_a_run_is_scored_out_of_fold(restored, data, c
             np.testing.assert_array_equal(run.scores(given, split=split), wanted)
 
 
-ONLY_FACE = r"uses head, audio, but of \d+ clips, 0 % have head, 0 % have audio$"
-
-
 def test_clips_that_lack_a_modality_of_the_run_are_reported(restored, clips):
     """The run uses face, head and audio. It is normal that a few clips have no audio."""
-    run = restored("mma")
-    some = {name: {**clip} for name, clip in [*clips["val"].items()][:20]}
-    only_face = {name: {"face": clip.get("face", np.ones((1, WIDTH), np.float32))}
-                 for name, clip in some.items()}  # fmt: skip
-    for method in (run.rank, run.scores, run.embed):
+    run, some = restored("mma"), dict([*clips["val"].items()][:20])
+    face = {"face": np.ones((1, WIDTH), np.float32)}
+    for method in (run.rank, run.scores, run.embed, functools.partial(run.identify, threshold=-1)):
         method(some)  # no warning, which would be an error
-        with pytest.warns(UserWarning, match=ONLY_FACE):
-            method(only_face)
-    with pytest.warns(UserWarning, match=ONLY_FACE):
-        run.identify(only_face, threshold=-1.0)
-    name, clip = next((name, clip) for name, clip in some.items() if "head" in clip)
-    run.rank({name: {key: frames for key, frames in clip.items() if key != "audio"}})
+        with pytest.warns(UserWarning, match="uses head, audio, but of 20 clips, 0 % have head, 0"):
+            method(dict.fromkeys(some, face))
 
 
 @pytest.mark.parametrize(("counts", "wanted"), [
@@ -195,17 +178,18 @@ def test_identify_uses_a_measured_threshold_only_if_it_holds_for_new_clips(resto
     # Logarithms of probabilities are at most 0.
     refused(lambda: run.identify(five, threshold=0.5), "probability p, give threshold=math.log")
     assert run.identify(five, threshold=-1.0).keys() == five.keys()
-
     # The threshold of a run that was trained without the clips of val is used.
     val = replace(run, results={**results, "map_kind": "val"})
     assert val.threshold == -1.0 and val.identify(five) == run.identify(five, threshold=-1.0)
-
     few, many = (replace(val, results={**val.results, "num_distractors": n}) for n in (98, 99))
     assert few.threshold is None and many.threshold == -1.0
     refused(lambda: few.identify(five), "98 clips of strangers are too few", "\ngive a threshold")
     assert few.identify(five, threshold=-1.0) == many.identify(five)
     # Without distractors, no score is too low, so every clip gets a name.
     assert all(replace(val, results={"num_distractors": 0}).identify(five).values())
+    (three,) = run.identify(dict([*five.items()][:1]), k=3, threshold=float("-inf")).values()
+    assert len(three) == 3 and three[0][1] >= three[1][1] >= three[2][1]
+    refused(lambda: run.identify(five, k=0), "k=0: give 1 or more")
 
 
 def test_identify_needs_no_memory_for_all_scores(restored, monkeypatch):
@@ -220,10 +204,8 @@ def test_identify_needs_no_memory_for_all_scores(restored, monkeypatch):
     monkeypatch.setattr(predict.Predictor, "request", lambda *_: request)
     monkeypatch.setattr(predict.Predictor, "_score_blocks", score_blocks)
     run = replace(restored("knn"), identities=people)
-
     with traced_memory() as peak:
         answers = run.identify({}, threshold=-1.0)
-
     assert answers == {name: [("0", 0.0)] for name in names}  # all scores are equal
     assert peak[0] < 8e6
 

@@ -19,7 +19,7 @@ from scipy import special
 
 from tests.helpers.made_frames import make_frames, one_hot_frames
 from tests.helpers.made_models import init, randomised
-from vidjax.core import augment, ensemble, fusion, losses
+from vidjax.core import augment, ensemble, losses
 from vidjax.core.batch import Frames, ModelOutput
 from vidjax.models.build_system import System, TaskSpec, make_system
 from vidjax.models.deepmef import ChannelAttention
@@ -81,6 +81,9 @@ def test_learning_rates_equal_the_published_rates(spec, epochs, published):
         "ensemble.folds": 10,  # line 22
         "fusion.face.train.name": "windows",  # line 32: all frames, and merged frames
         "fusion.face.train.max_frames": 5,  # line 32: a frame is merged with 1 to 4 others
+        "fusion.face.evaluate.name": "windows", "fusion.face.evaluate.kept_share": 0.7,  # line 36
+        # Line 32: three nets learn from all frames, from frames > 20, and from frames > 40.
+        "ensemble.min_quality": (-1000, 20 + 2**-19, 40 + 2**-18), "ensemble.poor_clips": "drop",
         "transforms": ("by_example",),  # line 32: long clips have more frames
         "eval.top_classes": 100, "after_fusion": "examples", "eval.reduce": "mean",  # line 36
     }),
@@ -91,6 +94,7 @@ def test_learning_rates_equal_the_published_rates(spec, epochs, published):
         "fusion.face.train.poor_clips": "drop",  # 98
         "fusion.face.train.probs": (0.25, 0, 0.65, 0, 0.1),  # of 1 to 5 faces, 162-167
         "fusion.face.evaluate.weighting": "graded",  # inference.py:95-104
+        "eval.scores": "log_sigmoid",  # inference.py:169
     }),
     ("mma:published,iqiyi_vid,ensemble", {  # lines of the iQIYI-VID paper
         "data.crop": "quality",  # the best faces of the clip, not of a window
@@ -111,6 +115,9 @@ def test_learning_rates_equal_the_published_rates(spec, epochs, published):
         "optim.weight_decay": 1e-5, "optim.decay_all": True, "optim.total_decay": 0,
         "loss.margin": 0.5, "loss.gamma": 2, "data.distractors": "leave_out",
         "mixup": 0, "transforms": (), "model.main.modality_dropout_rate": 0,
+        # np.random.choice(frames, 40, replace=len(frames) < 40), also in the evaluation
+        **{f"fusion.face.{part}.{name}": value for part in ("train", "evaluate") for name, value in
+           {"name": "sample", "num_frames": 40, "order": "random", "replacement": True}.items()},
         # demo_test_face_scene_multi_view.py: Softmax of the net's output, without its factor.
         "eval.temperature": 30, "model.main.logit_scale": 30, "model.other.logit_scale": 30,
         # sep_cat_qds_face_scene_transforms: the feature, quality / 100, detection.
@@ -178,54 +185,7 @@ def test_parameters_have_the_published_shapes(spec, wanted):
     assert not {name for name in sizes if name.endswith("kernel")} - wanted.keys()
 
 
-def training_weight(system, frames, min_quality):
-    """Returns the weight of the loss of one clip with these faces."""
-    ones = jnp.ones(1)
-    clips = augment.MemberClips({"face": frames}, ones, ones, jnp.float32(min_quality), ())
-    for transform in system.clip_transforms:
-        clips = transform(jax.random.key(0), clips)
-    fused = system.fuse(jax.random.key(1), clips.frames, jnp.int32(-1))  # all features
-    clips = clips._replace(frames=fused, weight=clips.weight * fusion.has_frames(fused))
-    for transform in system.transforms:
-        clips = transform(jax.random.key(2), clips)
-    return float(clips.weight[0])
-
-
-# Residual Dense Net: lines of the article.
-
-
-@pytest.mark.nightly
-def test_residual_dense_trains_three_nets_on_frames_above_quality_bounds():
-    config, system = official(f"{RESIDUAL_DENSE},face,trainval")
-    members = ensemble.make_members(config.ensemble.to_dict())
-    assert [member.fold for member in members] == [0, 0, 0]  # all leave out fold 0
-
-    # Each kept frame counts twice, because training adds a merged frame for each frame.
-    frames = one_clip([-5, 19.9, 20, 20.1, 40, 40.1])
-    weights = [training_weight(system, frames, member.min_quality) for member in members]
-    assert weights == [2 * 6, 2 * 3, 2 * 1]  # line 32: all, > 20, > 40
-    # The second member drops a clip whose frames are all at most 20.
-    assert training_weight(system, one_clip([20.0, 3.0]), members[1].min_quality) == 0
-
-
-@pytest.mark.nightly
-def test_residual_dense_keeps_the_best_70_percent_of_its_own_and_merged_frames():
-    _, system = official(f"{RESIDUAL_DENSE},face")
-    fused = system.fuse(None, {"face": make_frames([10, 1], max_frames=10)}, jnp.int32(-1))["face"]
-    # Line 36 of the article: 70 % of 10 own and 10 merged frames, or of 1 own and 1 merged.
-    np.testing.assert_array_equal(fused.mask.sum(axis=1), [14, 2])  # 0.7 x 2 = 1.4 is rounded up
-    quality, kept = np.asarray(fused.quality)[0], np.asarray(fused.mask)[0]  # of clip 0
-    assert quality[kept].min() >= quality[~kept].max()
-
-
 # Quality fusion: lines of the article; training.py and inference.py at 60f5127.
-
-
-def test_quality_fusion_scores_by_sigmoids():
-    _, system = official(QUALITY_FUSION)
-    scores = system.score_fn(jnp.array([0.0, 2.0]), jnp.ones(2, bool))
-    np.testing.assert_allclose(np.exp(scores), [0.5, 0.880797], rtol=1e-5)  # inference.py:169
-    assert system.scores_are_logs
 
 
 def test_quality_fusion_reweights_its_losses_after_24_and_99_epochs():
@@ -235,7 +195,6 @@ def test_quality_fusion_reweights_its_losses_after_24_and_99_epochs():
     # Sigmoids: probabilities that class 1 is right, and that classes 0 and 2 are not.
     right = special.expit(np.array([-1, 1, -1]) * logits[0])
     focal = np.sum((1 - right) ** 2 * -np.log(right))  # training.py:267-282, gamma 2
-
     epoch_steps = CLIPS / config.batch_size
     sizes = {"class_mask": None, "steps_per_epoch": epoch_steps}
     objective = losses.make_objective(config.loss.to_dict(), **sizes, logit_scale=1.0)
@@ -265,7 +224,6 @@ def test_deepmef_views_hide_the_same_feature_chunks_as_the_code():
     config, system = official(f"{DEEPMEF},views")
     members = ensemble.make_members(config.ensemble.to_dict())
     assert [member.view for member in members] == [0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 15]
-
     # Features count from 0, so that the features of a view show which of 16 chunks is hidden.
     ones, widths = jnp.ones((1, 1)), {"face": 512, "scene": 2048}
     frames = {
@@ -277,7 +235,6 @@ def test_deepmef_views_hide_the_same_feature_chunks_as_the_code():
         for name, width in widths.items():
             hidden = np.s_[width // 16 * view : width // 16 * (view + 1)]
             assert {*seen[name].features[0, 0].tolist()} == {*np.delete(range(width), hidden)}
-
     only_scene = load_file("deepmef:scene,published,views").ensemble.to_dict()
     views = [member.view for member in ensemble.make_members(only_scene)]
     assert views == [1, 2, 3, 4, 6, 8, 10, 11, 12, 14, 15]
@@ -299,12 +256,10 @@ def test_deepmef_channel_attention_equals_the_attention_of_its_code():
     variables = init(layer, frames.features, frames.mask)
     for name in ("theta", "phi", "out"):  # all start at 0, so theta and phi never learn
         np.testing.assert_array_equal(variables["params"][name]["kernel"], 0)
-
     params = randomised(variables["params"])
     assert all({*params[name]} == {"kernel"} for name in ("theta", "phi", "g", "out"))  # no bias
     apply = jax.jit(functools.partial(layer.apply, train=True, mutable=["batch_stats"]))
     out, new = apply({**variables, "params": params}, frames.features, frames.mask)
-
     real = np.array([0, 1, 3])  # the clips with frames
     rows = np.swapaxes(frames.features[real], 1, 2).astype(np.float64)  # [B, D, T]
 
@@ -319,40 +274,9 @@ def test_deepmef_channel_attention_equals_the_attention_of_its_code():
     wanted = frames.features[real] + np.swapaxes(added, 1, 2)
     np.testing.assert_allclose(out[real], wanted, atol=1e-4)
     np.testing.assert_array_equal(out[2], 0)
-
     means = new["batch_stats"]["theta_norm"]["mean"]  # moves by 0.1 to the mean, as in torch
     wanted_means = 0.1 * (rows @ params["theta"]["kernel"]).mean((0, 1))
     np.testing.assert_allclose(means, wanted_means, atol=1e-5)
-
-
-@pytest.mark.nightly
-def test_deepmef_samples_40_frames_and_repeats_frames_of_short_clips():
-    """np.random.choice(frames, 40, replace=len(frames) < 40); evaluation always draws the same."""
-    spec = load_file(DEEPMEF).fusion.face.train.to_dict()
-    assert spec == load_file(DEEPMEF).fusion.face.evaluate.to_dict()
-    sample, frames = fusion.make_fusion(spec), make_frames([50, 40, 5, 5, 0], max_frames=50)
-    draw = jax.jit(jax.vmap(lambda key: sample(key, frames).number))
-
-    # Frame t of `make_frames` has the number 10 * t. [400 draws, 5 clips, 40 frames]
-    drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 400))) // 10
-    counts = np.sum(drawn[..., None] == np.arange(50), axis=2)  # [400 draws, 5 clips, 50 frames]
-
-    # 50 frames: 40 different frames are drawn, each with the same probability, 40 / 50.
-    assert counts[:, 0].max() == 1
-    np.testing.assert_allclose(counts[:, 0].mean(axis=0), 0.8, atol=0.08)
-    # 40 frames: all are drawn, in random order. The mean place of frame 7 is near 39 / 2.
-    assert (counts[:, 1, :40] == 1).all()
-    assert 17 < np.argmax(drawn[:, 1] == 7, axis=1).mean() < 22
-    # 5 frames: each is drawn 8 times on average, and its count is binomial.
-    np.testing.assert_allclose(counts[:, 2, :5].mean(axis=0), 8, atol=0.4)
-    np.testing.assert_allclose(counts[:, 2, :5].var(axis=0), 40 * 0.2 * 0.8, rtol=0.25)
-
-    # Evaluation has no key. Its draw is fixed, and is equal for clips of equal length.
-    fixed = np.asarray(sample(None, frames).number) // 10
-    assert len(set(fixed[0].tolist())) == 40
-    assert (np.diff(fixed[0]) < 0).any()  # not in order of time
-    np.testing.assert_array_equal(fixed[2], fixed[3])
-    assert len(set(np.bincount(fixed[2], minlength=5).tolist())) > 1  # not each frame 8 times
 
 
 def test_deepmef_focal_factor_uses_the_mean_loss_of_the_batch():
@@ -408,7 +332,6 @@ def test_long_noise_clips_are_cut_to_pieces_of_random_length():
     cut = functools.partial(augment.concat_clips, frames=frames, pieces="random", **options)
     draw = jax.jit(jax.vmap(lambda key: cut(key).mask))
     masks = np.asarray(draw(jax.random.split(jax.random.key(0), 4000)))
-
     assert masks[:, 1].sum(axis=1).tolist() == [60] * 4000  # clip 1 is not chosen
     # Joined clips have 120 places. Clip 0 has 60 frames.
     first, last = masks[:, 0].argmax(axis=1), 119 - masks[:, 0, ::-1].argmax(axis=1)

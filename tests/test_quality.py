@@ -30,7 +30,6 @@ def test_all_readers_compute_the_quality_that_the_setting_asks_for(tmp_path):
     a, b = (np.linalg.norm(frames.astype(float), axis=1) for frames in (bare, rated))
     widths, cache = {"face": DIM, "voice": DIM}, tmp_path / "cache"
     folder = clip_files.write_npz(tmp_path / "own", {"val": clips})
-
     # Clip a has no qualities, so its qualities are the norms with both settings.
     wanted: Any = {"given": [a, given], "norm": [a, b]}
     for quality, of_clips in wanted.items():
@@ -44,7 +43,6 @@ def test_all_readers_compute_the_quality_that_the_setting_asks_for(tmp_path):
             np.testing.assert_allclose(qualities(reader), of_clips, rtol=1e-6)
         of_voice, _ = qualities(own, "voice")  # clip b has no voice
         np.testing.assert_allclose(of_voice, [np.linalg.norm(voice.astype(float))])
-
     if importlib.util.find_spec("pyarrow"):  # a table has no column of quality
         faces = {"a": {"face": bare}, "b": {"face": rated}}
         table = clip_files.write_parquet(tmp_path / "table.parquet", faces)
@@ -61,11 +59,9 @@ def test_run_scores_new_clips_with_its_configured_quality(tmp_path):
     made = [*clip_files.learnable_clips()]
     splits = {split: clip_files.as_arrays(clips) for split, clips, _ in made}
     labels = {clip: identity for *_, truth in made for clip, identity in truth.items()}
-
     data = vidjax.load_data(splits, labels, cache_dir=tmp_path, quality="norm")
     words = ("--config.data.name=arrays", "--config.data.quality=norm", "--config.num_epochs=1")
     small_runs.run(small_runs.shrunk(*words, spec="configs/knn.py:face"), tmp_path / "run", data)
-
     run = vidjax.restore(tmp_path / "run", num_devices=1)
     wanted = run.scores(data, split="val")  # `load_data` has replaced the given quality
     np.testing.assert_allclose(run.scores(splits["val"]), wanted, rtol=1e-6)
@@ -85,7 +81,6 @@ def test_unit_length_features_without_quality_warn_once(tmp_path):
     with pytest.warns(UserWarning, match=r"(?s)^face:.*face_quality") as caught:
         load({"face": units.astype(np.float16), "head": x})
     assert len(caught) == 1
-
     # Tests turn other warnings into errors.
     load({"face": x})  # not of unit length
     load({"face": {"features": units, "quality": [1.0, 2.0, 3.0, 4.0]}})

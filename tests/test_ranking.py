@@ -18,16 +18,15 @@ from tests.helpers.seen import refused
 from vidjax.data import labels
 from vidjax.data.memory import load_clips
 from vidjax.evaluation import ranking, topk
-from vidjax.runs.run_folder import RunFolder
 from vidjax.utils import tables
 
 # Parts of names that break programs: blanks, quotes, HTML, formulas, forms of Unicode.
 FRAGMENTS = (
-    *(" ", "  ", "\u00a0", "\u3000", "\ufb01", "\u0661", "é", "名前", "🎬"),
-    *('"', "'", "`", ",", ";", "|", "\\", "/", "../", "#", "${HOME}", "**b**"),
-    *("<img src=x onerror=alert(1)>", "&amp;", "</td>", "-->", "x" * 300),
-    *("=1+1", "+1", "-2+3", "@SUM(A1)", "%20", "%", "NaN", "null", "-inf", "1e5", "007"),
-)
+    " ", "  ", "\u00a0", "\u3000", "\ufb01", "\u0661", "é", "名前", "🎬", '"', "'", "`", ",", ";",
+    "|", "\\", "/", "../", "#", "${HOME}", "**b**", "<img src=x onerror=alert(1)>", "&amp;",
+    "</td>", "-->", "x" * 300, "=1+1", "+1", "-2+3", "@SUM(A1)", "%20", "%", "NaN", "null", "-inf",
+    "1e5", "007",
+)  # fmt: skip
 # 101 names without outer blanks; some differ in only one character.
 NAMES = [f"{part}Ada Byron".strip() for part in FRAGMENTS]
 NAMES += [f"{text}Ada" for text in NAMES]
@@ -73,12 +72,10 @@ def read(path):
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    """A run on clips of NAMES, and on 99 distractors, which a threshold needs."""
+    """A run on clips of NAMES."""
     folder = tmp_path_factory.mktemp("odd")
     splits = {split: make_clips(split, seed) for seed, split in enumerate(("train", "val"))}
     labels = dict(zip(itertools.chain(*splits.values()), NAMES * 2, strict=True))
-    distractor = np.random.default_rng(7).normal(size=(1, DIM)).astype(np.float32)
-    splits["val"] |= {f"nobody {i}": {"face": distractor + i} for i in range(99)}
     with pytest.warns(UserWarning, match="'NaN' looks like a word for a missing value"):
         data = vidjax.load_data(splits, labels, cache_dir=folder / "cache")
     words = "--config.data.name=arrays", "--config.eval.report=False"
@@ -98,11 +95,9 @@ def test_odd_names_and_scores_survive_every_ranking_format(tmp_path, monkeypatch
     }
     path = tmp_path / f"out{suffix}"
     tables.write_ranking(path, ranked)
-
     rows = read(path)
     assert [row[:3] for row in rows] == [row[:3] for row in rows_of(ranked)]
     assert [np.float32(row[3]) for row in rows] == scores * len(NAMES)
-
     before = path.read_bytes()
     for write in (lambda: tables.check_new(path), lambda: tables.write_ranking(path, {})):
         refused(write, "name another file, or delete it")  # the file exists
@@ -127,14 +122,12 @@ def test_load_clips_reads_every_layout_without_labels(official_dir, tmp_path, ta
     table = clip_files.write_parquet(tmp_path / "test.parquet", clips)
     clip_files.write_npz(tmp_path, {"arrays": {"Ada Byron": face, "b.mp4": face}})
     load = functools.partial(load_clips, modalities={"face": DIM}, identities=NAMES)
-
     assert {*load(table).names} == {*clips}
     assert {*load(tmp_path).names} == {*clips}, "in a folder with a table, only tables are read"
     assert {*load(tmp_path / "arrays").names} == {"Ada Byron", "b.mp4"}
     for path in (table, tmp_path, tmp_path / "arrays"):
         refused(functools.partial(load, path, split="val"), "has no split")
     refused(lambda: load(tmp_path / "none.parquet"), "does not exist")
-
     # Official files need a split and their modalities.
     load = functools.partial(load_clips, official_dir, identities=())
     two_of_three = {name: clip_files.WIDTHS[name] for name in ("face", "audio")}
@@ -151,44 +144,18 @@ def test_rank_command_writes_the_ranking_of_predict(run_dir, tmp_path, command):
     clips, out = make_clips("new", 5), tmp_path / "out.tsv"
     table = clip_files.write_parquet(tmp_path / "new.parquet", clips)
     before = made_runs.snapshot(run_dir)
-
     words = ("rank", f"--workdir={run_dir}", f"--input={table}")
     done = command(*words, f"--out={out}", "--json")
-
     facts = json.loads(done.out)
-    assert facts["num_clips"] == len(clips)
-    assert facts["seconds"] > 0 and facts["clips_per_second"] > 0
+    assert facts["num_clips"] == len(clips) and min(facts["seconds"], facts["clips_per_second"]) > 0
     assert f"rank: {len(clips)} of {len(clips)} clips" in done.err
     wanted = rows_of(vidjax.restore(run_dir).rank(clips))
     assert [(*row[:3], np.float32(row[3])) for row in read(out)] == wanted
     assert made_runs.snapshot(run_dir) == before
-
     assert command(*words, f"--out={out}").refused("name another file, or delete it")
     # `vidjax rank` does not train, so it has no seed. The error names a field of `vidjax rank`.
     other = (f"--out={tmp_path}/b.tsv", "--config.seed=1")
     assert command(*words, *other).refused("--config.eval.split")
-
-
-@pytest.mark.slow
-def test_identify_uses_the_threshold_that_evaluation_measured(run_dir):
-    run, metrics = vidjax.restore(run_dir, num_devices=1), RunFolder(run_dir).metrics()
-    limit = metrics["threshold_at_fpir_0.01"]
-    assert limit is not None and run.threshold == limit
-    known, new = make_clips("val", seed=1), {"stranger": {"face": -np.ones((1, DIM), np.float32)}}
-
-    matches = run.identify(known | new)
-
-    for (clip, answers), row in zip(matches.items(), run.scores(known | new), strict=True):
-        best = int(np.argmax(row))
-        assert answers == ([(run.identities[best], row[best])] if row[best] >= limit else []), clip
-    # FNIR is the share of clips of known people with no name or a wrong name.
-    named = [[name for name, _ in matches[clip]] for clip in known]
-    missed = np.mean([given != [person] for given, person in zip(named, NAMES, strict=True)])
-    assert missed == pytest.approx(metrics["fnir_at_fpir_0.01"], abs=1e-9)
-
-    three = run.identify(new, k=3, threshold=float("-inf"))["stranger"]
-    assert len(three) == 3 and three[0][1] >= three[1][1] >= three[2][1]
-    refused(lambda: run.identify(new, k=0), "k=0: give 1 or more")
 
 
 def top_of(*rows):
@@ -203,12 +170,10 @@ def test_write_ranking_round_trips_and_refuses_repeated_or_invalid_names(tmp_pat
     path = tmp_path / "ranking.txt"
     clips = ["b", "a.mp4", "../up", "日本語", "x" * 300]
     ranking.write_ranking(path, ["195", "7"], clips, top_of([4, 0, 1], [2, 3]))
-
     text = f"195 {'x' * 300}.mp4 b.mp4 a.mp4\n7 ../up.mp4 日本語.mp4\n"
     assert path.read_text(encoding="utf-8") == text
     lists = {"195": ["x" * 300 + ".mp4", "b.mp4", "a.mp4"], "7": ["../up.mp4", "日本語.mp4"]}
     assert made_runs.lists(path) == lists
-
     for identities, names, rows, message in (
         (["1"], ["a", "a.mp4"], [[0]], r"clip 'a\.mp4' is repeated"),
         (["1", "1"], ["a"], [[0], [0]], "identity '1' is repeated"),
@@ -216,7 +181,6 @@ def test_write_ranking_round_trips_and_refuses_repeated_or_invalid_names(tmp_pat
     ):
         with pytest.raises(ValueError, match=message):
             ranking.write_ranking(path, identities, names, top_of(*rows))
-
     # Names that would break the file. Clips may be called "" and " ", because .mp4 is added.
     for bad in ("", " ", "a\tb", "a\nb", "a\u2028b", "a\x1bb", "a\udc80b"):
         bad_clip = bad if bad.strip() else "\n"
@@ -248,12 +212,10 @@ def test_score_command_prints_the_score_on_the_last_line_and_hints(tmp_path, com
         assert "2 of them ranked, 1 missing, 0 identities unknown and ignored" in out
     out = command("score", *write(tmp_path, "1 a.mp4\n", "1 a.mp4\n2 b.mp4\n")).out
     assert "1 identity, 1 clip\n" in out and "0 missing, 1 identity unknown and ignored" in out
-
     # A score of 0 without any match gets a hint.
     for submission, hint in (("1 a b\n", "no clip"), ("id1 a.mp4\n", "no identity")):
         code, out, err = command("score", *write(tmp_path, "1 a.mp4\n", submission))
-        assert (code, out.splitlines()[-1]) == (0, "0")
-        assert hint in err
+        assert (code, out.splitlines()[-1]) == (0, "0") and hint in err
 
 
 # Fault of a submission -> submission, score against "1 a.mp4", words of the warning.
@@ -280,12 +242,10 @@ FAULTS = {
 def test_ranking_faults_warn_and_are_errors_with_strict(tmp_path, command, fault):
     submission, score, words = FAULTS[fault]
     paths = write(tmp_path, "1 a.mp4\n", submission)
-
     code, out, err = command("score", *paths)
     assert (code, out.splitlines()[-1]) == (0, score)
     warning = err.splitlines()[0]
     assert warning.startswith(f"vidjax: warning: {paths[1]}: ") and words in warning
-
     error = f"{warning.replace('warning', 'error', 1)}\n"
     assert command("score", *paths, "--strict") == (2, "", error)
 
@@ -334,9 +294,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", TRUTH)
-def test_perfect_ranking_scores_1_with_every_ground_truth_that_training_accepts(
-    tmp_path, command, name, form
-):
+def test_perfect_ranking_scores_1_with_any_truth_that_training_reads(tmp_path, command, name, form):
     truth = tmp_path / name
     truth.write_bytes(FORMS[form](TRUTH[name]).encode())
     read_labels = labels.load_label_table(truth, {"val": [*CLIPS]})["val"]
@@ -344,7 +302,6 @@ def test_perfect_ranking_scores_1_with_every_ground_truth_that_training_accepts(
     people, clips, path = sorted({*CLIPS.values()}), [*CLIPS], tmp_path / "ranking.txt"
     rows = [[n for n, clip in enumerate(clips) if CLIPS[clip] == person] for person in people]
     ranking.write_ranking(path, people, clips, top_of(*rows))
-
     words = {"empty lines": "line 1: the line is empty", "Windows": "line 1: a byte order mark pre"}
     warned = contextlib.nullcontext()
     if form in words:

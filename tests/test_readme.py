@@ -64,21 +64,14 @@ TINY = {"mma.py": (*SMALL, "--config.modalities=face,audio"), "quality_fusion.py
 # Modules with the calls of `configs/experiments.md`. They keep the lines that they get.
 TRACKERS = {
     "wandb": """
-import contextlib
-LINES, summary = [], {}
 def log(line, step): LINES.append(line | {"step": step})
-@contextlib.contextmanager
 def init(*, project, mode, config):
     assert mode == "offline" and config["loss"]["classification"] == "poly"
-    import wandb
-    yield wandb
+    return contextlib.nullcontext(sys.modules["wandb"])
 """,
     "mlflow": """
-import contextlib
-LINES, log_params = [], dict
 def log_metrics(line, step): LINES.append(line | {"step": step})
-@contextlib.contextmanager
-def start_run(*, run_name): yield
+def start_run(*, run_name): return contextlib.nullcontext()
 """,
 }
 
@@ -214,7 +207,6 @@ def test_pages_and_notebooks_use_only_public_names_of_python():
         programs += ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     used = {name for program in programs for name in find_used_names(program)}
     used = {name for name in used if name.startswith("vidjax.")}
-
     contributing = (ROOT / ".github/CONTRIBUTING.md").read_text()
     section = contributing.partition("## Where things go")[2].partition("\n## ")[0]
     modules = [path[:-3].replace("/", ".") for path in re.findall(r"`(vidjax/\S+\.py)`", section)]
@@ -248,7 +240,6 @@ def test_readme_example_of_a_system_runs(official_dir, say, one_device, forget_o
     # of 13 columns (12 identities and `other`) with a bias, and a weight.
     assert results["num_params"] == 2 * (24 + 16 + 8) + (24 + 16 + 8 + 3) * 13 + 3
     assert results["map"] > 0.8
-
     assert "--config=FILE" in command("--mode=evaluate", code=2)
     assert command("--mode=evaluate", own)["map"] == results["map"]
     command("--mode=rank", own, f"--input={official_dir}", "--config.eval.split=val", "--out=a.tsv")
@@ -262,27 +253,23 @@ def test_readme_example_of_a_system_runs(official_dir, say, one_device, forget_o
 
 
 @pytest.mark.slow
-def test_page_of_experiments_runs_as_it_stands(
-    tmp_path, monkeypatch, one_device, capsys, forget_own
-):
+def test_page_of_experiments_runs_as_it_is(tmp_path, monkeypatch, one_device, capsys, forget_own):
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
     tiny = synthetic.SIZES["small"]._replace(identities=20, mean_frames=4.0)
     monkeypatch.setitem(synthetic.SIZES, "small", tiny)
-    short, load_config = (
-        ("--config.num_epochs=2", "--config.eval.every_epochs=1"),
-        vidjax.load_config,
-    )
+    short = "--config.num_epochs=2", "--config.eval.every_epochs=1"
+    load_config = vidjax.load_config
     write("configs/mine.py", kind="example", page=EXPERIMENTS)
     for module, *words in commands([EXPERIMENTS]):
         words += short if words[0] == "train" else ()
         assert MAINS[module](words) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
     assert "95 % interval" in printed and "runs/b1+runs/b2+runs/b3" in printed
-
     monkeypatch.setattr(vidjax, "load_config", lambda *words: load_config(*words, *short))
     monkeypatch.syspath_prepend(tmp_path)
     for name, code in TRACKERS.items():
-        Path(f"{name}.py").write_text(code)
+        start = "import contextlib, sys\nLINES, summary, log_params = [], {}, dict"
+        Path(f"{name}.py").write_text(start + code)
         runpy.run_path(write(f"{name}_run.py", page=EXPERIMENTS))
         tracked = importlib.import_module(name).LINES
         log = Path(f"runs/{name}/metrics.jsonl").read_text()
@@ -385,14 +372,12 @@ def test_every_benchmark_command_of_the_readmes_runs(cache_dir, tmp_path, monkey
     No system has the name `nothing`. At night, `knn` is timed, and its digests are computed.
     """
     before, written = json.loads(scores.RESULTS.read_text()), speed.PAGE.read_text()
-
     pages = {name: Path(shutil.copy(page, tmp_path / name)) for name, page in scores.PAGES.items()}
     monkeypatch.setattr(scores, "PAGES", pages)
     monkeypatch.setattr(scores, "CONFIGS", shutil.copytree(scores.CONFIGS, tmp_path / "headers"))
     monkeypatch.setattr(scores, "RESULTS", Path(shutil.copy(scores.RESULTS, tmp_path)))
     monkeypatch.setattr(speed, "PAGE", Path(shutil.copy(speed.PAGE, tmp_path)))
     monkeypatch.chdir(tmp_path)
-
     for module, *words in commands():
         if module == "tests.benchmarks.scores":
             scores.main([*words, f"--only={only}" if "--time" in words else "--collect"])
@@ -404,7 +389,6 @@ def test_every_benchmark_command_of_the_readmes_runs(cache_dir, tmp_path, monkey
                 assert same_bytes.main(words) in (0, None)
         else:
             assert module in MAINS, "see test_every_readme_command_runs"
-
     after = json.loads(scores.RESULTS.read_text())
     assert after["rows"] == before["rows"] and after["rungs"] == before["rungs"]
     assert speed.PAGE.read_text() == written
@@ -414,14 +398,11 @@ def test_every_benchmark_command_of_the_readmes_runs(cache_dir, tmp_path, monkey
 
 @pytest.mark.slow
 @nightly_after_first("spec", ["knn:face", "mma:face"])
-def test_readme_example_of_own_features_in_python_runs(
-    tmp_path, monkeypatch, capsys, one_device, spec
-):
+def test_readme_example_of_own_features_runs(tmp_path, monkeypatch, capsys, one_device, spec):
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
     runpy.run_path(write("features.py"))
     load_config = functools.partial(vidjax.load_config, spec, NO_REPORT)
     monkeypatch.setattr(vidjax, "load_config", lambda _, *words: load_config(*words))
-
     names = runpy.run_path(write("memory.py"))
     assert "config.batch_size" not in capsys.readouterr().err  # there is no hint
     assert names["scores"].shape == (1, 20) and len(names["vectors"]) == 1
@@ -439,7 +420,6 @@ def test_readme_query_finds_films_that_show_two_people_together(drawn):
     for path, year in ((old, 2023), (film, 2024), (photo, 2024)):
         os.utime(path, (0, datetime(year, 12, 31, 23, 59, tzinfo=UTC).timestamp()))
     drawn.who(film, old, photo)
-
     rows, database = drawn.rows(), sqlite3.connect(":memory:")  # for names.jsonl
     database.execute(f"CREATE TABLE names ({', '.join(map(json.dumps, rows[0]))})")
     marks = ", ".join("?" * len(rows[0]))

@@ -77,7 +77,6 @@ def test_distractors_are_clustered_by_their_quality_weighted_mean_faces(data):
             weights = weights if weights.any() else np.ones(len(weights))
             if len(weights):
                 vectors[offset + clip] = np.average(frames.features, axis=0, weights=weights)
-
     wanted = noise_classes.cluster(
         vectors[labels == 0], eps=noise.eps, min_samples=noise.min_samples
     )

@@ -1,13 +1,12 @@
 """Resident clips, which stay in the memory of devices, give the same batches as streamed clips."""
 
-import itertools
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
-from scipy import stats
 
 from tests.helpers import small_runs as small
 from tests.helpers.batches import assert_equal, eval_batches, real_frames, rows_of, train_batches
@@ -25,35 +24,6 @@ from vidjax.training import placement, plan as plan_lib, train_step
 MODALITIES = ("face", "audio", "body")
 
 
-def test_shuffles_are_uniform_and_differ_between_epochs_and_seeds():
-    """Chi-squared tests of the places of clips, and of pairs of neighbours."""
-    n, epochs = 12, 3000
-
-    def orders_of(seed, first_epoch):
-        """Returns the clip at each place of each epoch, [epochs, n]."""
-        plan = BatchPlan(("train",), n, n, {"face": 1}, "quality", {}, seed)
-        return draw_clips(plan, first_epoch, epochs).clip_index.reshape(epochs, n)
-
-    orders = orders_of(seed=0, first_epoch=0)
-    np.testing.assert_array_equal(np.sort(orders), [np.arange(n)] * epochs)
-
-    # Every clip is equally often at every place, with (n - 1)^2 degrees of freedom. The usual
-    # statistic is multiplied by (n - 1) / n, because a clip has exactly one place in each epoch.
-    counts = np.stack([np.bincount(place, minlength=n) for place in orders.T])
-    statistic = np.sum((counts - epochs / n) ** 2) / (epochs / n) * (n - 1) / n
-    assert stats.chi2.sf(statistic, (n - 1) ** 2) > 1e-3
-
-    # Every pair of different clips is equally often at two neighbouring places.
-    for left, right in itertools.pairwise(orders.T):
-        pairs = np.bincount(n * left + right, minlength=n**2).reshape(n, n)[~np.eye(n, dtype=bool)]
-        assert stats.chisquare(pairs, np.full(pairs.size, epochs / pairs.size)).pvalue > 1e-4
-
-    # Other epochs and seeds have other orders. The order depends only on the seed and the epoch.
-    assert (orders_of(seed=1, first_epoch=0) != orders).any()
-    assert len(np.unique(orders, axis=0)) > 2990  # of 3000 epochs
-    np.testing.assert_array_equal(orders[20:], orders_of(seed=0, first_epoch=20)[:-20])
-
-
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 16, 50])
 @pytest.mark.parametrize("chosen", [None, np.array([8, 3, 5, 0, 6, 1, 9])])
 def test_drawn_clips_equal_a_plain_loop_over_epochs(chosen, batch_size):
@@ -65,24 +35,20 @@ def test_drawn_clips_equal_a_plain_loop_over_epochs(chosen, batch_size):
     rows = []
     for epoch in range(60):
         rng = np.random.Generator(np.random.Philox(key=[5, epoch]))
-        order = rng.permutation(num_clips)
-        uniform = rng.random((2, plan.num_places))
+        order, uniform = rng.permutation(num_clips), rng.random((2, plan.num_places))
         for place in range(plan.num_places):
             clip = order[place] if place < num_clips else -1
             clip = clip if chosen is None else chosen[clip]
-            firsts = [
-                int(number[place] * (max(0, lengths[name][clip] - padded[name]) + 1))
-                for name, number in zip(lengths, uniform, strict=True)
-            ]
-            rows.append([clip, place < num_clips, *firsts])
+            spare = [max(0, lengths[name][clip] - padded[name]) + 1 for name in lengths]
+            rows.append([clip, place < num_clips, *(uniform[:, place] * spare).astype(int)])
     for step, count in ((0, 1), (0, 5), (3, 4), (7, 1)):
         drawn = draw_clips(plan, step, count)
         assert [x.dtype for x in jax.tree.leaves(drawn)] == [np.int32, bool, np.int32, np.int32]
         found = np.stack([*drawn[:2], *(drawn.first[name] for name in lengths)], axis=1)
         wanted = np.array(rows[step * batch_size : (step + count) * batch_size])
         np.testing.assert_array_equal(found, wanted)
-        stacked = resident.draw_steps(plan, step, count)
-        stacked = np.stack(jax.tree.leaves(stacked), axis=-1)[..., [0, 1, 3, 2]]
+        stacked = jax.tree.leaves(resident.draw_steps(plan, step, count))
+        stacked = np.stack(stacked, axis=-1)[..., [0, 1, 3, 2]]
         assert stacked.shape == (resident.DRAWN_CLIPS // batch_size, batch_size, 4)
         np.testing.assert_array_equal(stacked[:count].reshape(wanted.shape), wanted)
         assert not stacked[count:].any()
@@ -121,7 +87,6 @@ def clips_of(data, modalities=MODALITIES, devices=1, splits=("train",), **change
 def test_resident_evaluation_batches_equal_streaming_batches(ragged, in_memory, split, devices):
     (clips, *_), count = clips_of(ragged, devices=devices), COUNTS[split]
     assert clips.split(split) is ragged.split(split) and clips.identities == ragged.identities
-
     only = np.random.default_rng(0).random(count) < 0.4  # scores only these clips
     for names, chosen, number in (
         (("face",), {"only": only}, only.sum()), (("face",), {"only": np.zeros_like(only)}, 0),
@@ -149,7 +114,6 @@ def test_resident_training_batches_equal_streaming_batches(
     """The steps cover three epochs of chosen clips or of all clips."""
     options = {"splits": splits, "crop": crop, "epoch_clips": epoch_clips}
     clips, _, plan = clips_of(ragged, modalities, batch_size=12, **options)
-
     num_steps = 3 * plan.num_places // plan.batch_size
     drawn = jax.device_put(resident.draw_steps(plan, first_step, num_steps))
 
@@ -228,7 +192,6 @@ def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, m
     with pytest.warns(UserWarning, match="up to step 10, 1 step had no effect"):
         small.run(config, tmp_path / "one", with_nan(sixth))
     assert all(np.isfinite(value).all() for value in small.weights(tmp_path / "one").values())
-
     three = with_nan(sixth, seventh, eighth)
     message = "not finite at step 8 and", "config.optim.learning_rate"
     refused(lambda: small.run(config, tmp_path / "three", three), *message)
@@ -238,20 +201,15 @@ def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, m
 @pytest.mark.slow
 def test_number_of_clips_drawn_at_once_changes_no_weight(data, tmp_path, monkeypatch):
     """A call of the compiled loop takes at most three steps, or 2 ** 18 / 8."""
-    config, counts = small.shrunk("--config.batch_size=8", "--config.num_epochs=3"), []
-
-    def draw(plan, step, count, draw=resident.draw_steps):
-        drawn = draw(plan, step, count)
-        counts.append((count, len(drawn.clip_index)))
-        return drawn
-
+    config = small.shrunk("--config.batch_size=8", "--config.num_epochs=3")
+    draw = mock.Mock(wraps=resident.draw_steps)
     monkeypatch.setattr(resident, "draw_steps", draw)
-    small.run(config, tmp_path / "many", data)
-    assert {size for _, size in counts} == {1 << 15} and max(counts)[0] > 3
-    counts.clear()
-    monkeypatch.setattr(resident, "DRAWN_CLIPS", 31)
-    small.run(config, tmp_path / "three", data)
-    assert {size for _, size in counts} == {3} and max(counts)[0] == 3
+    for name, drawn_clips in (("many", 1 << 18), ("three", 31)):
+        monkeypatch.setattr(resident, "DRAWN_CLIPS", drawn_clips)
+        draw.reset_mock()
+        small.run(config, tmp_path / name, data)
+        most = max(count for _, _, count in (call.args for call in draw.call_args_list))
+        assert most == 3 if name == "three" else most > 3
     assert_equal(*(small.weights(tmp_path / name) for name in ("many", "three")))
 
 
@@ -301,7 +259,6 @@ def test_auto_mode_is_resident_if_clips_fit_in_memory_and_frames_in_int32(choose
         assert {mode for mode, _ in choose.measured} == {*measured}
         for mode in ("resident", "streaming"):
             assert choose.placement(free, mode) == (mode, 1)
-
     huge = {"num_frames": {"face": 2**31 - 1}}
     assert choose.placement(float("inf"), **huge) == ("streaming", 1)
     with pytest.raises(ValueError, match="too many for an int32"):
@@ -313,19 +270,20 @@ def test_members_train_together_as_far_as_the_memory_allows(choose):
     nbytes, sizes = choose.nbytes, (8, 4, 2, 1)
     assert nbytes > 8000
     for size in sizes:
-        assert choose.placement(1000 * size + 2 * nbytes, sizes=sizes) == ("resident", 8)
-        free = 1000 * size + nbytes
-        assert choose.placement(free, "resident", sizes) == ("resident", size)
         below = max(1, size // 2)
-        assert choose.placement(free - 1, "resident", sizes) == ("resident", below)
-        assert choose.placement(free + 100, "streaming", sizes)[1] == 8
-        assert choose.placement(1000 * size + 100, "streaming", sizes)[1] == size
-        assert choose.placement(1000 * size + 99, "streaming", sizes)[1] == below
+        for free, mode, wanted in (
+            (1000 * size + 2 * nbytes, "auto", ("resident", 8)),
+            (1000 * size + nbytes, "resident", ("resident", size)),
+            (1000 * size + nbytes - 1, "resident", ("resident", below)),
+            (1000 * size + 100, "streaming", ("streaming", size)),
+            (1000 * size + 99, "streaming", ("streaming", below)),
+        ):
+            assert choose.placement(free, mode, sizes) == wanted, (size, mode)
     # A step of a single member leaves enough room for clips, and a step of all members does not.
     assert choose.placement(1000 + 2 * nbytes, sizes=sizes) == ("resident", 8)
     assert choose.measured[-1] == ("resident", 1)
     assert choose.placement(999 + 2 * nbytes, sizes=sizes) == ("streaming", 8)
-    assert choose.placement(2000 + nbytes, "resident", (2, 8, 4, 1))[1] == 2  # as before
+    assert choose.placement(2000 + nbytes, "resident", (2, 8, 4, 1))[1] == 2
     assert choose.placement(0.0, sizes=sizes) == ("streaming", 1)  # the device raises an error
 
 
@@ -345,45 +303,39 @@ def compiled():
 
 
 @pytest.mark.slow
-def test_the_program_whose_memory_was_compared_is_the_one_that_runs(
-    data, tmp_path, monkeypatch, compiled
-):
+def test_program_whose_memory_was_compared_is_the_one_run(data, tmp_path, monkeypatch, compiled):
     """A second program is compiled only if clips fit, but not together with a step."""
     words = "--config.ensemble.seeds=2", "--config.eval.split=val", "--config.modalities=face"
-
-    def train(name, *more, epochs=1, mode="auto", on_cpu=True, free=float("inf")):
-        """Trains a run; returns its mode, its group size, and the number of compiled loops."""
-        monkeypatch.setattr(devices_lib, "is_cpu", lambda mesh: on_cpu)
-        monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: free)
+    spec = "configs/quality_fusion.py:iqiyi_vid"
+    sizes: Any = {"batch_size": 32, "max_frames": 64, "crop": "window", "seed": 0}
+    plan = make_batch_plan([data.split("train")], ("face",), **sizes)
+    twice = 2.0 * resident.make_resident_plan(data, plan, ["val"]).nbytes
+    for name, epochs, asked, on_cpu, free, mode, group_size, num_compiled in (
+        ("auto", 1, "auto", True, np.inf, "resident", 1, 1),
+        ("auto", 2, "auto", False, np.inf, "resident", 1, 1),  # as in the first epoch
+        ("given", 1, "resident", True, np.inf, "resident", 1, 1),
+        ("streamed", 1, "streaming", True, np.inf, "streaming", 1, 1),
+        ("accelerator", 1, "auto", False, np.inf, "resident", 2, 1),
+        ("tight", 1, "auto", True, twice, "streaming", 1, 2),
+        ("full", 1, "auto", True, twice - 1, "streaming", 1, 1),
+        # Without memory, no number of members fits. A device would raise an error.
+        ("none", 1, "auto", False, 0.0, "streaming", 1, 2),
+    ):
+        monkeypatch.setattr(devices_lib, "is_cpu", lambda mesh, on_cpu=on_cpu: on_cpu)
+        monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh, free=free: free)
         compiled.clear()
-        words_of_run = *words, f"--config.num_epochs={epochs}", f"--config.data.mode={mode}"
-        spec = "configs/quality_fusion.py:iqiyi_vid"
-        small.run(small.shrunk(*words_of_run, spec=spec), tmp_path / name, data)
-        found = manifests(tmp_path / name)
-        manifest = found[max(found)]
-        return manifest["mode"], manifest["group_size"], len(compiled)
-
-    plan = make_batch_plan(
-        [data.split("train")], ("face",), batch_size=32, max_frames=64, crop="window", seed=0
-    )
-    nbytes = resident.make_resident_plan(data, plan, ["val"]).nbytes
-    assert train("auto") == ("resident", 1, 1)
-    assert train("auto", epochs=2, on_cpu=False) == ("resident", 1, 1)  # as before
-    assert train("given", mode="resident") == ("resident", 1, 1)
-    assert train("streamed", mode="streaming") == ("streaming", 1, 1)
-    assert train("accelerator", on_cpu=False) == ("resident", 2, 1)
-    assert train("tight", free=2.0 * nbytes) == ("streaming", 1, 2)
-    assert train("full", free=2.0 * nbytes - 1) == ("streaming", 1, 1)
-    # Without memory, no number of members fits. A device would raise an error.
-    assert train("none", on_cpu=False, free=0.0) == ("streaming", 1, 2)
+        more = f"--config.num_epochs={epochs}", f"--config.data.mode={asked}"
+        small.run(small.shrunk(*words, *more, spec=spec), tmp_path / name, data)
+        manifest = max(manifests(tmp_path / name).items())[1]
+        found = manifest["mode"], manifest["group_size"], len(compiled)
+        assert found == (mode, group_size, num_compiled), name
 
 
 @pytest.mark.slow
 def test_memory_of_a_step_contains_no_state_and_no_clips(data):
     """More members need more memory. Streamed clips need the memory of two batches."""
     words = "--config.ensemble.seeds=4", "--config.batch_size=64", "--config.modalities=face"
-    config = small.shrunk(*words)
-    plan, mesh = plan_lib.make_plan(config, data), devices_lib.make_mesh(1)
+    plan, mesh = plan_lib.make_plan(small.shrunk(*words), data), devices_lib.make_mesh(1)
     layout = resident.make_resident_plan(data, plan.batches, ["val"])
     rngs = ensemble.make_rngs(plan.training_sets.members, 0)
     labels = np.tile(plan.labels, (4, 1))
@@ -394,9 +346,9 @@ def test_memory_of_a_step_contains_no_state_and_no_clips(data):
 
     one, four = measure("resident", 1), measure("resident", 4)
     assert 3 * one < four < 5 * one
-    huge = {name: 2**31 + count for name, count in layout.num_frames.items()}
-    assert measure("streaming", 1, layout._replace(num_frames=huge)) == measure("streaming", 1)
-    many = {name: 10 * count for name, count in layout.num_frames.items()}
+    # Ten times as many clips change the memory of a resident step by less than their frames.
+    many = layout._replace(num_frames={k: 10 * count for k, count in layout.num_frames.items()})
+    assert measure("resident", 1, many) < one + layout.nbytes / 100
     for devices in (1, 2):
         mesh = devices_lib.make_mesh(devices)
         loop, taken = placement.compile_loop(plan, layout, state, mesh, "streaming", 1)
@@ -405,9 +357,6 @@ def test_memory_of_a_step_contains_no_state_and_no_clips(data):
         batch = next(data.train_batches(plan.batches))
         waiting = 2 * sum(x.nbytes for x in jax.tree.leaves(batch)) / devices
         assert taken == memory.temp_size_in_bytes + new + waiting
-        # Ten times as many clips change the memory of a resident step by less than their frames.
-        taken = measure("resident", 1, layout._replace(num_frames=many), mesh)
-        assert taken < measure("resident", 1, mesh=mesh) + layout.nbytes / 100
 
 
 def test_best_frames_of_a_clip_are_stored_in_time_order(data):

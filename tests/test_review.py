@@ -16,6 +16,7 @@ from starlette import testclient
 
 from tests.benchmarks import review_page
 from tests.helpers import browser, made_shelf
+from tests.helpers.cases import quick_first
 from tests.helpers.drawn_people import Drawn, restore, write_film, write_photo
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import corrections, names_page, results, review
@@ -119,9 +120,9 @@ def test_review_joins_ignores_and_names_people_and_asks_about_similar_names(revi
     # Guest 1 and Guest 2 are similar, too, but no question is asked.
     for of, person in {"Ad a": "Guest 1", "unknown 2": "Guest 2"}.items():
         assert f"Saved: {of} is {person}." in reviewed.post(do="name", of=of, person=person)
-    # Bob appears at 2 s of more.mkv. The cut begins 0.25 s earlier: at 1 s and 18 of 24 frames.
-    guest = drawn.out / "cuts" / f"{reviewed.names()['more.s001.t00']}.edl"
-    assert " C        00:00:01:18 " in guest.read_text()
+    # Bob appears at 2 s of more.mkv. The cut begins 0.25 s earlier.
+    guest = drawn.out / "cuts" / f"{reviewed.names()['more.s001.t00']}.m3u"
+    assert "start-time=1.75" in guest.read_text() or "start-time=1.8" in guest.read_text()
     assert {*reviewed.names().values()} == {"Ada", "Guest 1", "Guest 2"}
     assert reviewed.names() == reviewed.names_after_restart()
 
@@ -148,26 +149,18 @@ def test_page_of_a_person_or_film_is_shown_again_after_a_change(reviewed):
     assert "<title>Who appears" in reviewed.client.get("?film=less.mkv").text
 
 
-def test_people_and_faces_are_changed_together_in_one_step(reviewed):
+def test_buttons_join_people_and_ignore_everybody_seen_once(reviewed):
+    """test_corrections.py tests changes of several people and faces."""
     before, unknown = reviewed.names(), ["unknown 1", "unknown 2"]
-
-    def renamed(name):
-        return {clip: name if x in unknown else x for clip, x in before.items()}
-
-    text = reviewed.post(do="name", of=unknown, person="Guest")
-    assert "Saved: unknown 1 and 1 more are Guest." in text and reviewed.names() == renamed("Guest")
-    assert "Undone" in reviewed.post("undo") and reviewed.names() == before
     text = reviewed.post(do="join", of=unknown)
-    assert reviewed.names() == renamed("unknown 1") and "Saved: unknown 2 is unknown 1." in text
-    reviewed.post("undo")
+    joined = {clip: "unknown 1" if x in unknown else x for clip, x in before.items()}
+    assert reviewed.names() == joined and "Saved: unknown 2 is unknown 1." in text
+    assert "Undone" in reviewed.post("undo") and reviewed.names() == before
     # A button with a likely name is sent after the empty or half-typed field.
     reviewed.post(do="name", of="unknown 1", person=["Ex", "Ada"])
     assert "unknown 1" not in reviewed.names().values()
     reviewed.post("undo")
     faces = [f"clip:\t{clip}" for clip, name in before.items() if name == "unknown 1"]
-    reviewed.post(do="name", of=faces, person="Bob")
-    assert reviewed.names() == {c: "Bob" if x == "unknown 1" else x for c, x in before.items()}
-    reviewed.post("undo")
     reviewed.post(do="apart", of=faces[0])  # each of the two faces is now another person
     text = reviewed.client.get("").text
     ((do, count),) = re.findall('value="([a-z]+)">Ignore everybody seen once .([0-9]+)', text)
@@ -299,17 +292,12 @@ def test_page_shows_changes_that_another_command_makes_in_the_gallery(reviewed, 
     assert 'value="clip:\tparty.s000.t00"' in reviewed.client.get("?person=Eva").text
     (version, *_) = re.findall('name="version" value="([0-9]+)"', page)
     reviewed.post(status=409, version=version, do="name", of="Ada")  # the page was out of date
-    # A name that was denied remains denied under the new name.
-    text, denied = reviewed.post(do="deny", of="clip:\tparty.s000.t00"), reviewed.names()
-    unknown = denied["party.s000.t00"]
+    text = reviewed.post(do="deny", of="clip:\tparty.s000.t00")
+    unknown = reviewed.names()["party.s000.t00"]
     assert f"Saved: party.mkv, 0:00\u20130:02, is not Eva, but {unknown}." in text
-    drawn.gallery("rename", "--identity=Eva", "--to=Ada Lovelace")
-    reviewed.client.get("")  # the page reads the new name
-    renamed = {clip: "Ada Lovelace" if x == "Eva" else x for clip, x in denied.items()}
-    assert reviewed.names_after_restart() == renamed and "Eva" in denied.values()
 
 
-@pytest.mark.parametrize("how", ["rename", "relabel", "merge", "photos"])
+@pytest.mark.parametrize("how", quick_first(["rename", "relabel", "merge", "photos"]))
 def test_a_denied_name_stays_denied_after_any_rename(reviewed, drawn, how):
     reviewed.post(do="deny", of="clip:\tparty.s000.t00")
     reviewed.review.save()
@@ -361,9 +349,8 @@ def test_names_are_written_from_one_state_although_another_program_renames(revie
 
 def test_only_naming_asks_about_similar_names(reviewed):
     """A word in the field of the name has no effect on the other buttons."""
-    assert "Saved: unknown 1 is ignored." in reviewed.post(
-        do="ignore", of="unknown 1", person="ada"
-    )
+    text = reviewed.post(do="ignore", of="unknown 1", person="ada")
+    assert "Saved: unknown 1 is ignored." in text
     text = reviewed.post(do="deny", of="clip:\tparty.s000.t00", person="adaa", view="person=Ada")
     assert "is not Ada" in text and "there is already" not in text
     assert reviewed.names()["party.s000.t00"] != "Ada"

@@ -71,13 +71,10 @@ def test_evaluation_with_other_settings_keeps_the_results_of_the_run(own, evalua
         evaluate(report, "--config=mma", "--config.eval.block_size=3")  # does not change results
     names = ("metrics.json", "ranking.txt", "analysis.npz")
     before = [(run / name).read_bytes() for name in names]
-
     out = evaluate(report, "--config.eval.temperature=4")  # writes other files, such as *_val.txt
-
     assert "eval.temperature=4.0" in out and "ranking_val.txt" in out
     assert [(run / name).read_bytes() for name in names] == before
     assert "eval.temperature=4.0" in (run / "report_val.html").read_text()
-
     # An evaluation without a report deletes the analysis of the evaluation before.
     evaluate()
     assert not (run / "analysis.npz").exists() and not (run / "report.html").exists()
@@ -96,7 +93,6 @@ def test_run_refuses_other_data(own, tmp_path, evaluate, train_again, change, me
     if "shift" not in change:  # a shift changes only train, but evaluation reads val
         assert "vidjax rank" in evaluate(data_dir, code=2)
     assert path.read_bytes() == before
-
     path.unlink()  # as in a stopped run
     assert message in train_again(words, code=2)
 
@@ -112,22 +108,25 @@ def test_clips_in_memory_are_written_only_into_the_folder_of_a_run(tmp_path, mon
         clips[split][f"{split}{i}"] = {"face": rng.normal(size=(1 + i % 3, 4)).astype("f2")}
         labels[f"{split}{i}"] = f"person {i % 4}"
 
-    def train(mode, clips=clips, **more):
-        flags = [f"--config.{key}={x}" for key, x in {"data.mode": mode, **more}.items()]
-        flags += ["--config.batch_size=8", "--config.model.embed_dim=8"]
-        config = vidjax.load_config("mma:face", *flags)
+    def train(mode, num_epochs, clips=clips):
+        fields = (
+            "batch_size=8",
+            "model.embed_dim=8",
+            f"data.mode={mode}",
+            f"num_epochs={num_epochs}",
+        )
+        config = vidjax.load_config("mma:face", *(f"--config.{field}" for field in fields))
         return vidjax.train(config, tmp_path / mode, vidjax.load_data(clips, labels))
 
     for mode in ("resident", "streaming"):
-        train(mode, num_epochs=1)
-        resumed = train(mode, num_epochs=2)
+        train(mode, 1)
+        resumed = train(mode, 2)
         data = vidjax.load_data(clips, labels)
         assert vidjax.evaluate(tmp_path / mode, data).map == resumed.map
         assert vidjax.restore(tmp_path / mode).rank(clips["val"])
-
     other = copy.deepcopy(clips)
     other["train"]["train3"]["face"][0, 0] += 1
-    error = refused(lambda: train("resident", other, num_epochs=2), "train has other features")
+    error = refused(lambda: train("resident", 2, other), "train has other features")
     assert "vidjax.load_data" in error and "data.dir" not in error
     written = [str(x.relative_to(tmp_path)) for x in tmp_path.rglob("*") if x.is_file()]
     # matplotlib lists the fonts of the system.
@@ -138,7 +137,6 @@ def test_clips_in_memory_are_written_only_into_the_folder_of_a_run(tmp_path, mon
 def test_only_a_run_without_a_checkpoint_accepts_another_configuration(own, train_again):
     words = ["--config.data.name=arrays", f"--config.data.dir={own}/data", "--config.seed=7"]
     assert "--workdir=FOLDER" in train_again(words, code=2)
-
     # As in a run that was stopped before its first checkpoint.
     (own / "run" / "metrics.json").unlink()
     shutil.rmtree(own / "run" / "checkpoints")
@@ -152,14 +150,12 @@ def test_moved_data_are_accepted_and_a_killed_run_is_completed(own, evaluate, tr
     shutil.move(own / "data", own / "moved")
     assert "finished before" in train_again(words)
     evaluate(new_dir)
-
     # A run that was killed before its report is completed.
     results = json.loads((path / "metrics.json").read_text())
     (path / "metrics.json").write_text(json.dumps(results | {"finished": False}))
     assert "finished before" not in train_again(words)
     completed = json.loads((path / "metrics.json").read_text())
     assert completed["finished"] and completed["map"] == results["map"]
-
     # Other content of the file of weights is other data.
     (own / "weights.txt").write_text("train1.mp4 0\n")
     assert "config.data.weights" in train_again(words, code=2)
@@ -171,7 +167,12 @@ def test_unread_split_may_come_from_other_data(own, tmp_path, evaluate):
     shutil.move(other / "val", other / "test")
     evaluate(test, data_dir)
     assert json.loads((own / "run" / "metrics_test.json").read_text())["num_clips"] == CLIPS
-
+    # A folder without training clips and labels is ranked, too.
+    shutil.rmtree(other / "train")
+    (other / "labels.csv").unlink()
+    evaluate(test, data_dir)
+    metrics = read_metrics(own / "run", "metrics_test.json")
+    assert metrics["num_clips"] == CLIPS and "copies" not in metrics
     # A stranger may have written config.json. Without --config.data.dir, the folder in this file is
     # used only if a split of the run is unchanged there: own / "data" has `val`, `other` none.
     (own / "data" / "test").mkdir()
@@ -184,16 +185,6 @@ def test_unread_split_may_come_from_other_data(own, tmp_path, evaluate):
         (own / "run" / "config.json").write_text(json.dumps(manifest["config"]))
         printed = evaluate(test, code=code)
         assert code == 0 or "--config.data.dir=" in printed
-
-
-def test_folder_without_training_clips_is_ranked(own, tmp_path, evaluate):
-    _, data_dir = write(tmp_path / "other", seed=1)
-    shutil.move(tmp_path / "other" / "val", tmp_path / "other" / "test")
-    shutil.rmtree(tmp_path / "other" / "train")
-    (tmp_path / "other" / "labels.csv").unlink()
-    evaluate("--config.eval.split=test", data_dir)
-    metrics = json.loads((own / "run" / "metrics_test.json").read_text())
-    assert metrics["num_clips"] == CLIPS and "copies" not in metrics
 
 
 def test_data_with_other_modalities_are_compared_by_clips_and_labels(tmp_path):
@@ -239,7 +230,6 @@ def test_copies_of_training_clips_are_reported_with_the_map_without_them(tmp_pat
     line = f"12 clips are training clips: {copies['example']}; MAP@100 without them"
     assert line in printed
     assert "12 clips are training clips" in (tmp_path / "run" / "report.html").read_text()
-
     # MAP without the copies is the MAP of the same clips in a split without copies.
     for name in filter(lambda name: name.startswith("copy"), [*labels]):
         (tmp_path / "data" / "val" / f"{name}.npz").unlink()
@@ -281,7 +271,6 @@ def test_run_on_everything_ranks_test_and_measures_nothing(everything, official_
     scores = ("map", "best", "top1", "auroc", "fnir", "threshold")
     assert not [key for key in results if key.startswith(scores)]
     assert not [line for line in results_lib.read_lines(folder / "metrics.jsonl") if "map" in line]
-
     (line,) = [line for line in out.splitlines() if "  measured" in line]
     assert "nothing: the run was trained on train and val" in line
     assert FOLDS in line and ON_VAL in line
@@ -317,14 +306,12 @@ def test_val_is_in_sample_after_a_run_on_everything(everything, official_dir, tm
     assert "in sample" in line and "trained on these clips" in line
     assert "map" not in read_metrics(folder)  # the results of test have no MAP, as before
     assert "all good" in say("--mode=check", f"--workdir={folder}")
-
     say(KNN, f"--config.data.dir={official_dir}", f"--workdir={on_train}")
     runs = f"--runs={folder},{on_train}"
     words = ("--mode=compare", f"--workdir={tmp_path}/out", runs)
     assert FOLDS in say(*words, code=2)  # on test, the split of `folder`
     (line,) = [line for line in say(*words, ON_VAL).splitlines() if "In sample" in line]
     assert str(folder) in line and str(on_train) not in line
-
     words = ("--mode=evaluate", f"--workdir={blend}", runs)
     assert "in sample" in say(*words)  # on val, the default split
     assert read_metrics(blend)["map_kind"] == "in_sample"

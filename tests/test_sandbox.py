@@ -207,7 +207,6 @@ def refusal(data):
 def test_scalars_of_every_pickle_protocol_load_exactly(dumps, protocol):
     scalars = [np.float16(2.5), np.float64(0.1), np.int64(-7), np.uint8(200), np.True_]
     assert load(dumps(scalars, protocol)) == [2.5, 0.1, -7, 200, True]
-
     # Python 2 pickles a scalar as a function, its arguments, and an opcode that calls the function.
     # The pickle of the arguments ends with STOP.
     arguments = python2.dumps((np.dtype(">f8"), struct.pack(">d", 0.1)), 1)[:-1]
@@ -231,7 +230,6 @@ def test_second_dtype_state_does_not_change_arrays_already_loaded():
     list_of_array = python2.dumps([array], 2)[:-1]
     get_dtype, build, append = b"j\x01\x00\x00\x00", b"b", b"a"  # opcodes; memo 1 is the dtype
     other_order = python2.dumps((3, b">", *[None] * 3, -1, -1, 0), 1)[:-1]
-
     first, _ = load(list_of_array + get_dtype + other_order + build + append + b".")
     assert first.code == "<f2" and first.data == array.tobytes()
 

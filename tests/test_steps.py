@@ -97,7 +97,6 @@ def test_voting_takes_the_mean_or_maximum_over_frames(scores, reduce):
     batch = make_batch()
     state = init(system, np.arange(5))
     scored = evaluate(system, state, batch)
-
     logits = np.stack([linear_logits(state, batch, frame) / 1.5 for frame in range(11)])
     probabilities = {"log_softmax": np.exp(log_softmax(logits)), "log_sigmoid": expit(logits)}
     votes = probabilities.get(scores, logits)  # [frames, clips, columns]
@@ -119,7 +118,6 @@ def test_loss_of_frame_examples_is_the_mean_over_the_frames_of_a_clip(mean_over)
     system = make(after_fusion="examples", loss__mean_over=mean_over)
     state = init(system, labels)
     _, loss = train(system, state, batch, weight)
-
     counted, total = np.array([1.0, 0.5, 2.0, 0.0, 0.0]), 0.0  # clip 3 has no frames
     for clip in np.flatnonzero(counted):
         frames = examples_of(batch, clip)
@@ -151,9 +149,7 @@ def test_mixup_equals_a_numpy_reference():
     weight = np.array([1.0, 1.0, 1.0, 0.0, 1.0], np.float32)
     labels = np.arange(5, dtype=np.int32)  # the label of each clip is its number
     clips = augment.MemberClips(batch.frames, labels, weight, jnp.float32(0), ())
-
     clips = jax.jit(functools.partial(augment.mix_up, alpha=0.7))(jax.random.key(0), clips)
-
     (own, share), (partner, rest) = jax.tree.map(np.asarray, clips.targets)
     np.testing.assert_array_equal(own, labels)
     np.testing.assert_array_equal(rest, 1 - share)
@@ -161,7 +157,6 @@ def test_mixup_equals_a_numpy_reference():
     assert (share >= 0.5).all()
     assert (share < 1).any()  # some clips are mixed
     assert (share[weight[partner] == 0] == 1).all()
-
     for name, before in batch.frames.items():
         mixed, has_partner = clips.frames[name], before.mask[partner] & (share < 1)[:, None]
         np.testing.assert_array_equal(mixed.mask, before.mask | has_partner)
@@ -183,9 +178,7 @@ def test_clips_without_good_frames_are_kept_or_dropped(poor_clips, bound, weight
     frames = {**batch.frames, "face": face._replace(quality=quality)}
     weight = np.array([2.0, 1.0, 1.0, 1.0, 0.0], np.float32)
     clips = augment.MemberClips(frames, np.arange(5), weight, jnp.float32(bound), ())
-
     after = augment.drop_poor_frames(jax.random.key(0), clips, poor_clips=poor_clips)
-
     np.testing.assert_array_equal(after.weight, weight_after)
     if bound == 40:  # a clip without a good frame keeps all its frames
         np.testing.assert_array_equal(after.frames["face"].mask.sum(axis=1), [1, 3, 3, 0, 1])
@@ -254,7 +247,6 @@ def test_losses_and_scores_of_branches_are_weighted(scores):
     params = jax.tree.map(lambda x: np.asarray(x[0], np.float64), state.params)
     layers, voice = (params["branch_0"], params["branch_1"]), batch.frames["audio"].features[:, 0]
     logits = [voice @ layer["kernel"] + layer["bias"] for layer in layers]
-
     _, loss = train(system, state, batch, weight)
     losses = np.stack([-log_softmax(branch)[np.arange(5), labels] for branch in logits], axis=1)
     counted = TRAIN_WEIGHT * weight[:, None]  # [clips, branches]
@@ -264,7 +256,6 @@ def test_losses_and_scores_of_branches_are_weighted(scores):
     _, loss = train(separate, state, batch, weight)
     wanted_loss = np.sum(np.sum(counted * losses, axis=0) / counted.sum(axis=0))
     assert float(loss[0]) == pytest.approx(wanted_loss, rel=1e-5)
-
     # The weights multiply probabilities, or logits.
     parts = logits if scores == "logits" else [np.exp(log_softmax(branch)) for branch in logits]
     wanted = sum(EVAL_WEIGHT[:, i, None] * branch for i, branch in enumerate(parts))
@@ -290,11 +281,9 @@ def test_empty_clips_and_padded_rows_do_not_affect_training():
 
     spoilt = batch._replace(frames={name: spoil(part) for name, part in batch.frames.items()})
     spoilt_state = state.replace(labels=jnp.where(unused, 9, state.labels))
-
     weight = np.ones(5)  # of each clip
     after, loss = train(system, state, batch, weight)
     spoilt_after, spoilt_loss = train(system, spoilt_state, spoilt, weight)
-
     expected = loss, after.params, after.model_state, after.sums
     actual = spoilt_loss, spoilt_after.params, spoilt_after.model_state, spoilt_after.sums
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
@@ -323,9 +312,7 @@ def test_log_softmax_keeps_the_order_of_probabilities_near_one():
     logits[..., 0], logits[..., 3] = leads, -1
     logits[0, :, 2], logits[1, :, 2] = 99, -99
     has_clips = np.array([True, True, False, True])
-
     logs = np.asarray(jax.jit(losses.log_softmax)(jnp.asarray(logits, jnp.float32), has_clips))
-
     others = 1 + np.exp(-1.0)  # so log p of column 0 is -log(1 + exp(-lead) others)
     np.testing.assert_allclose(logs[..., 0], -np.log1p(others * np.exp(-leads)), rtol=2e-5)
     np.testing.assert_allclose(logs[..., 1], -np.logaddexp(leads, np.log(others)), rtol=1e-5)

@@ -55,7 +55,6 @@ def test_synthetic_set_has_the_specified_statistics(make):
     pairs = itertools.product(MODALITIES, SPLITS)
     clips: dict[tuple[str, str], Any] = {pair: clips_of(folder, *pair) for pair in pairs}
     labels = {split: load_ground_truth(folder / f"{split}_gt.txt") for split in SPLITS}
-
     # Every split shows all 30 people. 37.5 % of val and test show strangers, without labels.
     names = [name for split in SPLITS for name in clips["scene", split]]
     assert len({*names}) == len(names)
@@ -63,7 +62,6 @@ def test_synthetic_set_has_the_specified_statistics(make):
         assert {*labels[split].values()} == {*map(str, range(1, 31))}
         assert labels[split].keys() <= clips["scene", split].keys()
         assert len(labels[split]) / len(clips["scene", split]) == pytest.approx(share, abs=0.01)
-
     # Some clips lack a modality, at the rates that the docstring of `missing_rate` gives. About
     # 2 % of the clips have no frame with a face.
     for modality, rate in {"face": 0.0, "head": 0.02, "body": 0.05, "audio": 0.15}.items():
@@ -79,10 +77,11 @@ def test_equal_seeds_write_equal_bytes(make):
     assert len(changed_files(make(), make(seed=4))) == 18  # 15 pickles, 3 lists of labels
 
 
-def test_missing_rate_only_empties_modalities(make):
-    """Even at a rate of 0, clips lack a face, head or voice with the probability `least`."""
-    plain, sparse = make(), make(missing_rate=0.3)
+@pytest.mark.slow
+def test_options_change_only_their_files_and_as_many_clips_as_asked(make):
+    plain, sparse, noisy = make(), make(missing_rate=0.3), make(label_noise=0.2)
     count = len(clips_of(plain, "scene", "val"))
+    # Even at a rate of 0, clips lack a face, head or voice with the probability `least`.
     for modality, least in (("face", 0.02), ("head", 0.02), ("audio", 0.15)):
         before, after = (clips_of(x, modality, "val") for x in (plain, sparse))
         present = {clip: frames for clip, frames in after.items() if len(frames)}
@@ -92,43 +91,33 @@ def test_missing_rate_only_empties_modalities(make):
     same = {f"scene_{split}.pickle" for split in SPLITS} | {f"{s}_gt.txt" for s in SPLITS}
     assert not changed_files(plain, sparse) & same
 
-
-@pytest.mark.slow
-def test_label_noise_and_distractors_change_only_train_files(make):
-    plain, noisy, strange = make(), make(label_noise=0.2), make(train_distractors=0.375)
-    labels = [load_ground_truth(made / "train_gt.txt") for made in (plain, noisy, strange)]
-    before, after, labelled = labels
-
+    strange, false = make(train_distractors=0.375), make(false_modality=1.0)
+    before, after, labelled = (
+        load_ground_truth(x / "train_gt.txt") for x in (plain, noisy, strange)
+    )
     assert changed_files(plain, noisy) == {"train_gt.txt"}
     assert before.keys() == after.keys() and set(after.values()) <= set(before.values())
     assert 0.1 < np.mean([before[name] != after[name] for name in before]) < 0.3
-
     names = clips_of(strange, "scene", "train").keys()
     assert len(names - labelled.keys()) / len(names) == pytest.approx(0.375, abs=0.01)
     train = {file_name(modality, "train") for modality in MODALITIES}
     assert changed_files(plain, strange) == train | {"train_gt.txt"}
-
-
-@pytest.mark.slow
-def test_false_modality_replaces_the_face_or_the_voice_of_a_clip(make):
-    plain, false = make(), make(false_modality=1.0)
-    files = {file_name(modality, split) for modality in ("face", "audio") for split in SPLITS}
-    assert changed_files(plain, false) == files
-    faces, new_faces = (clips_of(made, "face", "val") for made in (plain, false))
-    voices, new_voices = (clips_of(made, "audio", "val") for made in (plain, false))
-
-    kept_parts = []  # for each clip, whether the face and the voice are kept
+    # Either the face or the voice of a clip is replaced, with equal probability.
+    assert changed_files(plain, false) == {
+        file_name(modality, split) for modality in ("face", "audio") for split in SPLITS
+    }
+    (faces, voices), (new_faces, new_voices) = (
+        [clips_of(x, kind, "val") for kind in ("face", "audio")] for x in (plain, false)
+    )
+    kept = []  # for each clip, whether the face and the voice are kept
     for name in [name for name, frames in faces.items() if frames and name in voices]:
         pairs = list(zip(faces[name], new_faces[name], strict=True))
-        # A frame is [number, box, detection, quality, features].
-        assert all(before[:4] == after[:4] for before, after in pairs)
-        kept = np.mean([np.array_equal(before[4], after[4]) for before, after in pairs])
-        # Frames that already showed another person stay the same: in most clips less than 20 %.
-        kept_parts.append((kept > 0.2, np.array_equal(voices[name], new_voices[name])))
-    # Either the face or the voice is replaced, with equal probability.
-    share_of_kept_faces, _ = np.mean(kept_parts, axis=0)
-    assert 0.4 < share_of_kept_faces < 0.62
-    assert all(map(any, kept_parts))
+        # A frame is [number, box, detection, quality, features]. Frames that already showed another
+        # person stay the same: in most clips less than 20 %.
+        assert all(old[:4] == new[:4] for old, new in pairs)
+        share = np.mean([np.array_equal(old[4], new[4]) for old, new in pairs])
+        kept.append((share > 0.2, np.array_equal(voices[name], new_voices[name])))
+    assert 0.4 < np.mean(kept, axis=0)[0] < 0.62 and all(map(any, kept))
 
 
 def test_synthetic_data_are_written_once_per_setting(tmp_path, monkeypatch):
@@ -141,7 +130,6 @@ def test_synthetic_data_are_written_once_per_setting(tmp_path, monkeypatch):
 
     monkeypatch.setattr(synthetic, "write", write)
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path))
-
     for seed, blur in ((5, 1.0), (5, 1.0), (6, 1.0), (6, 2.0), (6, 2.0)):
         dataset = load_dataset("synthetic", seed=seed, blur=blur)
         assert dataset.split("train").clips == ("a",) and dataset.identities == ("1",)

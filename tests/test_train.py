@@ -1,6 +1,5 @@
 """Training from start to end: learning, resuming, devices, and the shipped configurations."""
 
-import json
 import os
 import signal
 
@@ -37,7 +36,6 @@ def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, signum, spec, m
     words = ("--config.eval.every_epochs=2", "--config.num_epochs=4")
     config, parts = small.shrunk(*words, spec=spec), tmp_path / "parts"
     small.run(config_io.override(config, [small.STREAMED]), tmp_path / "whole", data)
-
     # In the first part, memory is too small for resident clips. Later parts continue to stream.
     monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: 0.0)
     for batch in (4, 7):  # a signal before this batch of the part; an epoch has 3 or 5 steps
@@ -47,7 +45,6 @@ def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, signum, spec, m
         assert caught.value.exit_code == 128 + signum
     small.evaluate(config, parts, data, num_devices=1)
     assert resume.read_finished_metrics(RunFolder(parts), config) is None
-
     small.run(config, parts, data)
     small.assert_same_run(parts, tmp_path / "whole")
 
@@ -85,11 +82,9 @@ def test_clip_weight_is_the_file_weight_times_the_class_balance(data, tmp_path, 
     path = tmp_path / "weights.txt"
     lines = (f"{c}.mp4 {w}\n" for c, w in zip(clips, of_file, strict=True) if w != 1)
     path.write_text("".join(lines))
-
     words = ("--config.data.train_splits=train,val", "--config.eval.split=test")
     words += ("--config.data.balance=0.5", f"--config.data.weights={path}")
     made = make_plan(small.shrunk(*words, spec=spec), data)
-
     class_sizes = np.bincount(made.labels)[made.labels]
     wanted = of_file * class_sizes**-0.5 * made.training_sets.trained[0]
     weight = made.constants.weight[0]
@@ -101,35 +96,11 @@ def test_epoch_has_only_clips_with_a_frame_that_a_member_learns_from(data):
     config = small.shrunk(*(f"--config.{word}" for word in words), spec=MLP)
     # One member learns from frames of quality 90 or more, the other from 100 or more.
     wanted = [clip for clip, face in real_frames(data, "train") if (face.quality >= 90).any()]
-
     assert 0 < len(wanted) < len(data.split("train").clips)
     np.testing.assert_array_equal(make_plan(config, data).batches.epoch_clips, sorted(wanted))
 
 
 REAL_DATA = os.environ.get("VIDJAX_REAL_DATA")
-
-
-def train_by_command(vidjax_command, workdir, *words):
-    done = vidjax_command(*words, "--config.eval.report=False", f"--workdir={workdir}")
-    assert done.returncode == 0, done.stderr
-    return json.loads((workdir / "metrics.json").read_text())
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize(("seed", "ones"), [(0, ["face"]), (1, ["face", "head", "audio"])])
-def test_all_modalities_beat_one_modality_and_neighbours(
-    vidjax_command, tmp_path, cache_dir, seed, ones
-):
-    """The first command of the README, with two seeds. `ones` are runs with one modality."""
-    specs = ("configs/mma.py", "configs/knn.py", *(f"configs/mma.py:{name}" for name in ones))
-    seeds = (f"--config.seed={seed}", f"--config.data.seed={seed}")
-    whole, *others = (
-        train_by_command(vidjax_command, tmp_path / str(number), f"--config={spec}", *seeds)["map"]
-        for number, spec in enumerate(specs)
-    )
-    assert whole > max(others), others
-    # As for users, the commands keep the compiled training loop in their cache.
-    assert list((cache_dir / "programs").glob("*/jit_loop-*")), "no compiled program was kept"
 
 
 @pytest.mark.nightly
@@ -139,13 +110,16 @@ def test_all_modalities_beat_one_modality_and_neighbours(
     # 0.909 to 0.912 in the benchmarks, as processors round differently.
     ("mma", ("--config.ensemble.seeds=3",), 0.905),
 ])  # fmt: skip
-def test_map_on_real_clips_reaches_the_benchmark(vidjax_command, tmp_path, name, words, least):
-    spec = f"configs/{name}.py:iqiyi_vid,few,face,head,audio"
-    words = (f"--config={spec}", f"--config.data.dir={REAL_DATA}", *words)
-    metrics = train_by_command(vidjax_command, tmp_path, *words)
+def test_map_on_real_clips_is_high_enough(vidjax_command, tmp_path, cache_dir, name, words, least):
+    spec = f"--config=configs/{name}.py:iqiyi_vid,few,face,head,audio"
+    words = (*words, f"--config.data.dir={REAL_DATA}", "--config.eval.report=False")
+    done = vidjax_command(spec, *words, f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    metrics = RunFolder(tmp_path).metrics()
     counts = [metrics[key] for key in ("num_clips", "num_distractors", "num_identities")]
-    assert metrics["map_kind"] == "val"
+    assert metrics["map_kind"] == "val" and metrics["map"] >= least
     assert counts == [1232, 373, 413]  # of the folder
-    assert metrics["map"] >= least
     scored = vidjax_command("score", f"{REAL_DATA}/val_gt.txt", tmp_path / "ranking.txt")
     assert float(scored.stdout.split()[-1]) == metrics["map"]
+    # As for users, the commands keep the compiled training loop in their cache.
+    assert name == "plda" or list((cache_dir / "programs").glob("*/jit_loop-*"))

@@ -23,7 +23,6 @@ import numpy as np
 
 from tests.benchmarks import common
 from tests.helpers import embeddings
-from vidjax.apps.cards import PUBLISHED, BackEnd
 from vidjax.apps.gallery import backend
 from vidjax.apps.gallery.index import Index
 from vidjax.core import metrics
@@ -80,8 +79,7 @@ def measure(num_people: int, *, clips: int, width: int, within: float, seed: int
 
 def measure_net(num_people: int, *, clips: int, seed: int) -> dict[str, float]:
     """Enrols `clips` clips of each person in a gallery of a net, and identifies 1,000 clips."""
-    fit = BackEnd(**{"centre": [0.0] * embeddings.WIDTH, **PUBLISHED["dlib"]["back_end"]})
-    fit.mean = None
+    fit = embeddings.CARD_WITHOUT_MEAN
     made = embeddings.Population(seed, card_backend.from_cosines(fit.same, fit.different))
     known, strangers = made.people(num_people), made.people(500)
     person = made.rng.integers(0, num_people, 500)  # whom each of the first 500 clips shows

@@ -1,10 +1,6 @@
-"""Functions that several benchmarks share: arguments, timing, tables, and systems to train.
-
-Random clips are drawn on the device, so a benchmark needs neither TensorFlow nor a dataset.
-"""
+"""Functions that several benchmarks share: arguments, timing, tables, and systems to train."""
 
 import argparse
-import math
 import os
 import re
 import resource
@@ -12,35 +8,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from vidjax.core import devices, ensemble, fusion
-from vidjax.core.batch import Array, Batch, Frames, Packed
-from vidjax.data import resident
+from vidjax.core import ensemble
 from vidjax.data.clips import BatchPlan
 from vidjax.models.build_system import TaskSpec, make_system
 from vidjax.runs import config_io
-from vidjax.training import train_step
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 IDENTITIES = 10_034  # of the official files
-ROUNDS = 5
-MAX_STEPS = 4  # of a call of a training loop
 DIM = 512  # width of features
 # Clips have 1 to this number of frames, so 30 on average.
 MAX_FRAMES = {"face": 59, "head": 59, "body": 29, "audio": 1}
 PADDED_FRAMES = {"face": 64, "head": 64, "body": 32, "audio": 1}
-DISTINCT_FRAMES = 1 << 16  # if a modality has more frames, frames are repeated
-MIN_SECONDS = 0.25  # a function is called again and again for this time, because a call is short
 
 
 def parse(doc: str | None, *flags: str, argv: Any = None, **options: Any) -> argparse.Namespace:
@@ -91,31 +76,6 @@ def alternate(functions: Mapping[str, Callable[[int], Any]], rounds: int) -> dic
     return results
 
 
-def time_calls(function: Callable[[], Any], count: int) -> float:
-    """Returns the seconds per call of `count` calls, which do not wait for earlier results."""
-    start, result = time.perf_counter(), None
-    for _ in range(count):
-        result = function()
-    jax.block_until_ready(result)
-    return (time.perf_counter() - start) / count
-
-
-def time_functions(functions: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:
-    """Returns name -> the seconds per call in each of ROUNDS rounds. The functions take turns."""
-    timers: dict[str, Callable[[int], float]] = {}
-    for name, function in functions.items():
-        jax.block_until_ready(function())  # compiles
-        count = math.ceil(MIN_SECONDS / time_calls(function, 1))
-        timers[name] = lambda _, function=function, count=count: time_calls(function, count)
-    return alternate(timers, ROUNDS)
-
-
-def format_ratio(seconds: Mapping[str, Sequence[float]], numerator: str, divisor: str) -> str:
-    """Returns median and range over rounds of a ratio of times, such as `1.20 (1.10-1.30)`."""
-    ratios = [a / b for a, b in zip(seconds[numerator], seconds[divisor], strict=True)]
-    return f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-
-
 def peak_bytes() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -157,28 +117,6 @@ def replace_table(page: str, name: str, table: str) -> str:
     return new_page
 
 
-def make_clips(modalities: Sequence[str], num_clips: int) -> dict[str, Packed]:
-    """Returns modality -> random clips on the device. A frame has 512 features in float16."""
-    clips = {}
-    for seed, name in enumerate(modalities):
-        lengths = np.random.default_rng((0, seed)).integers(1, MAX_FRAMES[name] + 1, num_clips)
-        fields = _draw_frames(jax.random.key(seed), 1 + int(lengths.sum()))
-        start = jnp.asarray(np.cumsum(lengths) - lengths, jnp.int32)
-        clips[name] = Packed(*fields, start=start, length=jnp.asarray(lengths, jnp.int32))
-    return clips
-
-
-@partial(jax.jit, static_argnums=1)
-def _draw_frames(key: Array, count: int) -> list[Array]:
-    """Returns features, qualities, detections and numbers. The last frame is padding."""
-    keys, number = jax.random.split(key, 3), jnp.arange(count, dtype=jnp.int32)
-    distinct = jax.random.normal(keys[0], (DISTINCT_FRAMES, DIM), jnp.float16)
-    features = distinct[number % DISTINCT_FRAMES].at[-1].set(0)
-    quality = jax.random.uniform(keys[1], (count,), minval=1, maxval=100)
-    detection = jax.random.uniform(keys[2], (count,), minval=0.5, maxval=1)
-    return [features, quality, detection, number]
-
-
 def make_plan(
     spec: str, *overrides: str, num_clips: int, num_clusters: int | None = None, **settings: Any
 ) -> Any:
@@ -200,40 +138,3 @@ def make_plan(
             ("train",), config.batch_size, num_clips, padded, "window", {}, config.seed
         ),
     )
-
-
-def make_run(spec: str, *overrides: str, batch_size: int, num_clips: int, **options: Any) -> Any:
-    """Returns a system, and random clips on the device to train it. Arguments: see `make_plan`."""
-    words = [f"batch_size={batch_size}", "data.distractors=other", *overrides]
-    plan = make_plan(spec, *words, num_clips=num_clips, **options)
-    system, members, mesh = plan.system, plan.members, devices.make_mesh(1)
-    shape = len(members), num_clips
-    labels = np.random.default_rng(1).integers(0, 1 + IDENTITIES, shape).astype(np.int32)
-    rngs = ensemble.make_rngs(members, plan.config.seed)
-    init = partial(train_step.init_state, system, rngs, jnp.asarray(labels))
-    state = train_step.make_state(init, system.tx, mesh)
-    constants = train_step.make_member_constants(members, np.ones(shape))
-    constants = devices.replicate(mesh, constants)
-    drawn = resident.draw_steps(plan.batches, 0, MAX_STEPS)
-    clips = devices.replicate(mesh, make_clips(plan.config.modalities, num_clips))
-    loop = train_step.make_train_loop(system, mesh, plan.batches)  # takes several steps
-    drawn = devices.replicate(mesh, drawn)
-
-    def gather(clips: Any, number: Any) -> Batch:
-        rows = jax.tree.map(lambda rows: rows[number], drawn)
-        return resident.gather_batch(clips, *rows, sizes=plan.batches.padded_lengths.items())
-
-    return SimpleNamespace(
-        system=system, state=state, constants=constants, clips=clips, plan=plan.batches,
-        drawn=drawn, gather=gather, loop=loop,
-    )  # fmt: skip
-
-
-def make_torch_batch(frames: Mapping[str, Frames], labels: np.ndarray) -> Any:
-    from tests.benchmarks import peer
-
-    arrays = {
-        name: [np.array(x) for x in (fusion.read(f.features), f.quality, f.detection, f.mask)]
-        for name, f in frames.items()
-    }
-    return peer.make_batch(arrays, labels)

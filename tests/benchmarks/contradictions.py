@@ -8,16 +8,16 @@ the line before together, until their distances are half as long.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
 from tests.benchmarks import common, decision
-from tests.helpers.embeddings import Population, unit
+from tests.helpers.embeddings import CARD, Population, unit
 from vidjax.models import card_backend, card_check, card_measure
 
-SHIPPED = card_backend.from_cosines(decision.CARD.same, decision.CARD.different)
+SHIPPED = card_backend.from_cosines(CARD.same, CARD.different)
 CASES = [(5, 3), (5, 2), (5, 1), (12, 3), (3, 3), (2, 1)]  # people, photos of each
 DRAWS = 2000
 
@@ -47,24 +47,14 @@ def draw_model(scale: float = 1.0) -> Draw:
     return draw
 
 
-def draw_photos(photos: np.ndarray, scale: float = 1.0) -> Draw:
-    """Draws from `photos` [P, K, D] of real people. `scale` multiplies distances of two people."""
-    rng, means = np.random.default_rng(0), photos.mean(1, keepdims=True)
-    moved = unit(photos - (1 - scale) * (means - means.mean(0)))
+def draw_vectors(vectors: Iterable[np.ndarray], scale: float = 1.0) -> Draw:
+    """Draws from the vectors [N, D] of real people. `scale` multiplies distances of two people."""
+    rng, means = np.random.default_rng(0), np.array([x.mean(0) for x in vectors])
+    shifts = (1 - scale) * (means - means.mean(0))
+    moved = [unit(x - shift) for x, shift in zip(vectors, shifts, strict=True)]
 
     def draw(people: int, count: int) -> np.ndarray:
-        chosen = moved[rng.permutation(len(moved))[:people]]
-        return chosen[:, rng.permutation(moved.shape[1])[:count]]
-
-    return draw
-
-
-def draw_tracks(tracks: list[np.ndarray]) -> Draw:
-    """Draws from the vectors [N, D] of the tracks of each person."""
-    rng = np.random.default_rng(0)
-
-    def draw(people: int, count: int) -> np.ndarray:
-        chosen = [tracks[row] for row in rng.permutation(len(tracks))[:people]]
+        chosen = [moved[row] for row in rng.permutation(len(moved))[:people]]
         return np.array([rng.permutation(x)[:count] for x in chosen])
 
     return draw
@@ -83,7 +73,7 @@ if __name__ == "__main__":
     people, count, width = photos.shape
     found = card_measure.measure(photos.reshape(-1, width), np.repeat(np.arange(people), count))
     for name, spread in (("same", found.same), ("different", found.different)):
-        shipped = getattr(decision.CARD, name)
+        shipped = getattr(CARD, name)
         ends = [f"{low:.3f} to {high:.3f}" for low, high in spread[2:]]
         common.print_text(
             f"{name}: mean {spread.mean:.4f} ({ends[0]}), deviation {spread.deviation:.4f} "
@@ -92,8 +82,8 @@ if __name__ == "__main__":
     common.print_text(f"pairs {found.pairs}, equal error rate {found.equal_error_rate:.3f}")
     draws = {
         "as the card says": draw_model(), "half as far": draw_model(0.5),
-        "photos of actors": draw_photos(photos), "actors half as far": draw_photos(photos, 0.5),
-        "tracks of actors": draw_tracks(tracks),
+        "photos of actors": draw_vectors(photos), "actors half as far": draw_vectors(photos, 0.5),
+        "tracks of actors": draw_vectors(tracks),
     }  # fmt: skip
     for name, draw in draws.items():
         for people, count in CASES:

@@ -15,15 +15,13 @@ import numpy as np
 
 from tests.benchmarks import common
 from tests.benchmarks.calibration import compute_calibration_error
-from tests.helpers.embeddings import unit
-from vidjax.apps.cards import PUBLISHED, BackEnd
+from tests.helpers.embeddings import CARD, unit
 from vidjax.apps.gallery import answers, backend, grouping
 from vidjax.apps.gallery.index import Index
 from vidjax.apps.video import align
 from vidjax.apps.video.tracks import find_changes
 from vidjax.models.card_backend import LEAST_CLARITY
 
-CARD = BackEnd(**{"centre": [0.0] * 128, **PUBLISHED["dlib"]["back_end"]})
 RULE = answers.NamingRule("new", np.log(0.5), True, None, "")  # a probability above 0.5
 
 
@@ -81,8 +79,12 @@ def decide(
     index, known = Index(model, [enrolled]), len(people)
     by_group = [RULE.answer(x, cards=True) for x in index.nearest([films.vectors], known, owner)]
     singly = [RULE.answer(x, cards=True) for x in index.nearest([films.vectors], known)]
-    pairs = zip(owner.tolist(), singly, strict=True)
-    decided = [answers.join_answers(by_group[group], own) for group, own in pairs]
+    decided = dict[int, answers.Answer]()
+    for group, vote in enumerate(by_group):
+        rows = np.flatnonzero(owner == group).tolist()
+        joined = answers.join_answers(vote, [singly[row] for row in rows])
+        decided |= zip(rows, joined, strict=True)
+    decided = [decided[row] for row in range(len(owner))]
     return SimpleNamespace(
         named=np.array([answer.identity is not None for answer in decided]),
         best=np.array([int(answer.best[0][0]) for answer in decided]),

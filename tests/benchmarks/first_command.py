@@ -9,6 +9,7 @@ repeats the command with the same cache. The figures are medians of the rounds.
 import shutil
 import tempfile
 from pathlib import Path
+from statistics import median
 
 from tests.benchmarks import common
 
@@ -30,7 +31,7 @@ if __name__ == "__main__":
 
         seconds = common.alternate({"cold": train, "warm": train}, args.rounds)
     rows = [
-        [name, *(f"{common.median(column):.1f}" for column in zip(*times, strict=True))]
+        [name, *(f"{median(column):.1f}" for column in zip(*times, strict=True))]
         for name, times in seconds.items()
     ]
     common.print_table(["the first command", "seconds", "of the processor"], rows)

@@ -23,8 +23,7 @@ import msgspec
 import numpy as np
 
 from tests.benchmarks import common
-from tests.benchmarks.decision import CARD
-from tests.helpers.embeddings import unit
+from tests.helpers.embeddings import CARD, CARD_WITHOUT_MEAN, unit
 from tests.helpers.made_galleries import add, vectors_of
 from vidjax.apps.gallery import backend as backend_lib, index as index_lib
 from vidjax.apps.gallery.gallery import Gallery
@@ -150,7 +149,7 @@ def measure_changes(
     vectors = unit(rng.standard_normal((len(numbers), width), np.float32))
     all_clips = {f"c{n}": StoredClip(f"p{n}", vectors[n]) for n in numbers}
     kept = {name: all_clips[name] for name in [*all_clips][:num_people]}
-    card = msgspec.structs.replace(CARD, centre=[0.0] * width, mean=None)
+    card = msgspec.structs.replace(CARD_WITHOUT_MEAN, centre=[0.0] * width)
     if cards:
         backend, origin = backend_lib.make_card_backend({"face": card}), CARDS
     else:

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.rehearsal FOLDER [--only=STEP,STEP] [--scale=F] [--collect]
 
 The files have 10,034 identities, 57,620 training clips and 72,730 clips to rank. Each step adds a
-row to `FOLDER/rows.json`. Steps with a row are skipped, and unfinished runs are resumed. All steps
-take more than a day on 2 cores, 25 GB of disk and 8 GB of memory.
+row to `FOLDER/rows.json`, and is skipped if it has a row. All steps take more than a day on 2
+cores, 25 GB of disk and 8 GB of memory.
 
 - `--scale` is the share of the identities. If it is below 1, runs have at most two epochs. Use it
   to test this script.
@@ -137,34 +137,28 @@ def make_words(run: tuple[str, int, str], folder: Path, workdir: Path, scale: fl
 def run_step(step: str, folder: Path, scale: float) -> dict[str, Any]:
     log, workdir = folder / f"{step}.log", folder / "runs" / step
     files, cache = folder / "files", folder / "cache"
+    shutil.rmtree({"files": files, "convert": cache}.get(step, workdir), ignore_errors=True)
     if step == "files":
-        shutil.rmtree(files, ignore_errors=True)
         files.mkdir(parents=True)
         with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as processes:
             list(processes.map(write_split, [files] * 2, ["train", "val"], [scale] * 2))
         return {"disk": count_bytes(files)}
     if step == "convert":
-        shutil.rmtree(cache, ignore_errors=True)
         run_module(["vidjax.data.iqiyi_vid", str(files), f"--cache_dir={cache}"], log)
         return {"disk": count_bytes(cache)}
     if step == "resume":
         return resume(folder, workdir, log, scale)
+    run_module(make_words(RUNS[step], folder, workdir, scale), log)
     # In a joint run on train, `metrics.json` has the metrics on train, out of fold.
     results = workdir / ("metrics_val.json" if step == "joint" else "metrics.json")
-    if results.exists():
-        shutil.rmtree(workdir)  # its row was deleted, so the step is repeated
-    resumed = workdir.exists()
-    run_module(make_words(RUNS[step], folder, workdir, scale), log)
     metrics, disk = json.loads(results.read_text()), count_bytes(workdir)
     for checkpoints in [*workdir.rglob("checkpoints")]:
         shutil.rmtree(checkpoints)  # they take gigabytes
-    mode = metrics.get("mode")  # None for a joint run
-    return {"map": metrics["map"], "mode": mode, "resumed": resumed, "disk": disk}
+    return {"map": metrics["map"], "mode": metrics.get("mode"), "disk": disk}  # no mode if joint
 
 
 def resume(folder: Path, workdir: Path, log: Path, scale: float) -> dict[str, Any]:
     """Trains two equal runs. The second is killed after a checkpoint, and resumed."""
-    shutil.rmtree(workdir, ignore_errors=True)
     whole, killed = workdir / "whole", workdir / "killed"
     run_module(make_words(KILLED, folder, whole, scale), log)
     words, checkpoints = make_words(KILLED, folder, killed, scale), killed / "checkpoints"
@@ -179,7 +173,8 @@ def render(rows: Mapping[str, Mapping[str, Any]]) -> str:
     lines, machine = [], next(iter(rows.values()))["machine"]
     for step in (step for step in STEPS if step in rows):
         row = rows[step]
-        used, epochs, hours, score = row["processor_seconds"], "", "", ""
+        used, name, epochs, hours = row["processor_seconds"], OTHER_STEPS.get(step), "", ""
+        score = {True: "equal", False: "differs", None: ""}[row.get("equal")]
         if step in RUNS:
             spec, few, _ = RUNS[step]
             all_epochs = count_epochs(spec)
@@ -187,14 +182,8 @@ def render(rows: Mapping[str, Mapping[str, Any]]) -> str:
             epochs = f"{few or all_epochs} of {all_epochs}"
             hours = f"{used / 3600 * all_epochs / (few or all_epochs):,.1f}"
             score = "" if few else f"{row['map']:.3f}"
-        else:
-            name = OTHER_STEPS[step]
-        if step == "resume":
-            score = "equal" if row["equal"] else "differs"
-        if row.get("resumed"):
-            hours = "interrupted"
         if row["machine"] != machine:
-            name += f" ({row['machine']})"
+            name = f"{name} ({row['machine']})"
         sizes = (f"{row[key] / GB:.1f}" for key in ("memory", "disk"))
         lines.append([name, epochs, f"{used / 60:,.0f}", hours, *sizes, score])
     header = [f"step, on {machine}", "epochs", "CPU minutes", "CPU hours, all epochs"]

@@ -24,7 +24,6 @@ import numpy as np
 
 from tests.benchmarks import common, decision
 from tests.helpers import embeddings
-from vidjax.apps.cards import PUBLISHED, BackEnd
 from vidjax.apps.gallery import backend as backend_lib, index as index_lib, ratios, verification
 from vidjax.apps.gallery.backend import Backend
 
@@ -65,7 +64,7 @@ def measure(draws: Iterator[Draw], rate: float, *, pairs: bool = False) -> dict[
         compare = make_comparison(draw, pairs=pairs)
         if pairs:
             known, other = (
-                verification.pair_strangers(draw.backend, [x])[0]
+                verification.pair_strangers(draw.backend, [*map(str, range(len(x)))], [x])[0]
                 for x in (draw.strangers, draw.others)
             )
         else:
@@ -85,14 +84,12 @@ def measure(draws: Iterator[Draw], rate: float, *, pairs: bool = False) -> dict[
 
 def draw_card(seed: int, strangers: int, others: int) -> Draw:
     """Draws clips to which the card of dlib's net applies."""
-    fit = BackEnd(**{"centre": [0.0] * embeddings.WIDTH, **PUBLISHED["dlib"]["back_end"]})
-    fit.mean = None
     made = embeddings.Population(seed)
     clips = made.photos(made.people(PEOPLE), ENROLLED + NEW).astype(np.float32)
     new = made.photos(made.people(strangers + others), 1).astype(np.float32)[:, 0]
     return Draw(
-        backend_lib.make_card_backend({"face": fit}), clips[:, :ENROLLED], new[:strangers],
-        new[strangers:], clips[0, ENROLLED:],
+        backend_lib.make_card_backend({"face": embeddings.CARD_WITHOUT_MEAN}),
+        clips[:, :ENROLLED], new[:strangers], new[strangers:], clips[0, ENROLLED:],
     )  # fmt: skip
 
 
@@ -188,7 +185,7 @@ def load_tracks(folder: Path) -> tuple[np.ndarray, np.ndarray, Callable[..., Bac
     films, photos = decision.load(folder)
     vectors = np.concatenate([photos.reshape(-1, photos.shape[-1]), films.vectors])
     people = np.concatenate([np.arange(len(photos)).repeat(photos.shape[1]), films.people])
-    model = backend_lib.make_card_backend({"face": decision.CARD})
+    model = backend_lib.make_card_backend({"face": embeddings.CARD})
     return vectors, people, lambda x, labels: model
 
 

@@ -149,19 +149,16 @@ def world(tmp_path_factory, nearest_run, official_dir):
     report = "--config.eval.report=True"  # `compare` reads its analysis
     assert call(f"evaluate --workdir={{world}}/run {report}", **words) == 0
     shutil.copytree(folder / "run", folder / "run2")
-
     drawn_people.write_models(folder / "models")
     drawn_people.write_party(folder / "film.mkv")
     drawn_people.write_portraits(folder / "portraits")
     for name in ("Ada", "Bob"):
         drawn_people.write_photo(folder / "friends" / name / "1.png", (name, 40, 40))
-
     (folder / "synthetic").mkdir()
     face = write_tables(folder / "tables")
     own = {"train": {"a_00": face, "train_00": face}, "val": {"b": face}}
     labels = dict.fromkeys(["a_00", "train_00", "b"], "p")
     clip_files.write_labels(clip_files.write_npz(folder / "own", own) / "labels.csv", labels)
-
     for name, command in MADE.items():
         at = readable(folder / name) if name in OF_PEOPLE else folder / name
         assert call(command, at=at, **words) == 0, name
@@ -211,10 +208,8 @@ def test_commands_change_nothing_behind_a_link_in_their_folder(world, tmp_path, 
             else:
                 mutations.put(place, kind, victim)
             before = made_runs.snapshot(victim)
-
             new = tmp_path / f"new{number}{kind}"
             call(row.words, at=at, new=new, **world)
-
             assert made_runs.snapshot(victim) == before, (place, kind)
             # No command copies the link, because the copy would lead to the files of the victim.
             assert not [path for path in new.rglob("*") if path.is_symlink()]
@@ -229,7 +224,6 @@ def test_commands_keep_user_files_next_to_files_of_vidjax(world, tmp_path, name)
     at = shutil.copytree(world["world"] / row.made, tmp_path / "at")
     for folder in [at, *filter(Path.is_dir, entries(at, row.depth))]:
         add_user_files(folder)
-
     # Name -> number of files. Commands may rename the folder of a checkpoint.
     before = Counter(path.name for path in at.rglob("*") if path.is_file())
     call(row.words, at=at, new=tmp_path / "new", **world)
@@ -244,6 +238,5 @@ def test_export_does_not_copy_a_private_key_in_place_of_a_run_file(nearest_run, 
     (tmp_path / "id_rsa").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\n")
     (run / name).unlink()
     os.link(tmp_path / "id_rsa", run / name)
-
     assert call("export {run} --to={run}2 --format=safetensors", run=run) in (2, 3)
     assert {path.name for path in tmp_path.iterdir()} == {"run", "id_rsa"}  # no run2

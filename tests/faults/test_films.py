@@ -121,34 +121,6 @@ def test_extract_on_a_full_disk_leaves_no_partial_files(drawn):
     assert drawn.extract(film)[0]["clips"] == 4
 
 
-def test_extract_reports_bad_files_briefly_and_reads_the_good_files(drawn):
-    where, whole = drawn.folder / "in", drawn.film().read_bytes()
-    where.mkdir()
-    # Bad files: they refer to an address or a device. Other bad files: test_extract_video.py.
-    server = socket.create_server(("127.0.0.1", 0))
-    address = f"http://127.0.0.1:{server.getsockname()[1]}/x.ts"
-    (where / "http.m3u8").write_text(films.PLAYLIST.format(address))
-    (where / "device.mp4").symlink_to("/dev/zero")
-    os.mkfifo(where / "pipe.mp4")
-    failing = sorted(path.name for path in where.iterdir())
-    # Good files: a film, and the first half of the film.
-    (where / "whole.mkv").write_bytes(whole)
-    (where / "cut.mkv").write_bytes(whole[: len(whole) // 2])
-
-    content, stderr = drawn.extract(*sorted(where.iterdir()), flags=["--workers=4"], code=1)
-
-    assert content["files"] == 2
-    assert sorted(map(os.path.basename, content["failed"])) == failing
-    assert all(f"/{name}'" in stderr for name in failing) and "Traceback" not in stderr
-    assert len(stderr.splitlines()) <= 3 * (len(failing) + 2)  # 3 lines for each file
-    read = {film.video: film for film in features_folder.read_media_files(drawn.out)}
-    assert read["cut.mkv"].damaged and not read["whole.mkv"].damaged
-    assert len(read["whole.mkv"].tracks) == 4
-    server.settimeout(0)
-    with server, pytest.raises(BlockingIOError):  # nobody has connected to the address
-        server.accept()
-
-
 def test_odd_file_names_give_distinct_printable_clip_names(drawn, read_here):
     odd_names = [
         b"x..png", b"=cmd().png", b"new\nline.png", b"\x1b[2J.png", b"not \xff utf-8.png",
@@ -231,7 +203,6 @@ def test_who_refuses_to_write_into_a_folder_with_other_files(drawn):
     (mine / "subtitles").mkdir(parents=True)
     (mine / "subtitles" / "own.vtt").write_text("mine")
     before = contents(drawn.folder)
-
     for out in (mine, drawn.folder, drawn.friends, drawn.friends / "out"):
         drawn.out = out
         _, stderr = drawn.who(film, code=2)

@@ -49,13 +49,11 @@ def test_unusable_workdir_is_refused_before_compilation(tmp_path, mounted):
     places = [tmp_path / "file/below", closed / "w", tmp_path / ("x" * 300)]
     if read_only := mounted("ro"):
         places.append(read_only)
-
     # Without these packages, a run would fail with another error when it imports them.
     env = without(tmp_path / "hidden", "tensorflow", "tensorflow_datasets", "orbax")
     env["VIDJAX_CACHE"] = str(tmp_path / "cache")
     commands = (["--config=knn", f"--workdir={place}"] for place in places)
     errors, _ = complaints(*commands, env=env)
-
     assert all(str(place) in error for place, error in zip(places, errors, strict=True))
     assert (tmp_path / "file").read_text() == "mine"
     # Neither clips nor compiled programs were written.
@@ -92,7 +90,6 @@ def test_folder_in_use_is_refused_and_a_stale_lock_is_replaced(say, tmp_path):
             error = say(*words, f"--workdir={tmp_path}", code=2)
             assert f"in use by process {child.pid} {here}" in error
             (tmp_path / "config.json").write_text("{}")  # `evaluate`, which is next, needs it
-
     # Ended processes left these locks, whose texts are shorter or longer than the new text.
     assert str(child.pid) in lock.read_text()
     for dead in ("process 1 on vm", f"process {10**9} on {'host' * 9}"):
@@ -118,7 +115,6 @@ def test_log_cut_at_any_byte_is_repaired_to_its_complete_lines_up_to_a_step(tmp_
         # A line is complete even without its newline. The line of step 10 is always removed.
         complete = [n for n in range(1, 4) if len(b"".join(lines[:n])) - 1 <= cut]
         assert path.read_bytes() == b"".join(lines[: len(complete)]), cut
-
     # Other damaged lines are removed, too. The warning omits line 5, because a kill can cut it.
     path.write_bytes(lines[0] + b"\x00\xff\x00\n7\n" + lines[1] + b'{"st')
     with pytest.warns(UserWarning, match=r"damaged lines are removed from .*: 2, 3"):
@@ -140,10 +136,8 @@ def test_log_that_cannot_grow_ends_with_a_whole_line_and_is_continued_later(tmp_
 
     with file_limit(1000), pytest.raises(OSError, match=f"cannot write '{path}': File too large"):
         write(*range(1, 100))
-
     count = len(logged_steps())
     assert logged_steps() == [*range(1, count + 1)] and path.read_text().endswith("\n")
     assert 4 < count < 12  # lines of over 100 bytes in 1000 bytes
-
     write(*range(count, 20))  # there is room again; the line of step `count` is replaced
     assert logged_steps() == [*range(1, 20)]

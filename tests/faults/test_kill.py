@@ -124,10 +124,8 @@ def disturbed(official_dir, tmp_path_factory):
 def test_killed_run_resumes_to_the_same_bytes(disturbed, fault_seed, campaign, case):
     rng, (run, wanted) = random.Random(fault_seed), disturbed(case)
     assert any("opt_state" in name for name in wanted)  # the outcome includes the optimiser
-
     died = [run.kill(phase, rng) for phase in (20 * [*PHASES] if campaign else ["save"])]
     run.finish()
-
     assert any(died), "every kill came too late"
     assert run.outcome() == wanted, died
 

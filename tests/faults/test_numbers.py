@@ -63,9 +63,7 @@ def make_config(*words):
     (lambda x: x * 1e-20, r"face: .* become 0 in float32\nmultiply them"),
     (lambda x: x.astype(np.float64) * 1e300, "all 24 frames"),  # 12 clips of two frames
 ], ids=["zero", "huge", "tiny", "beyond float32"])  # fmt: skip
-def test_features_that_are_zero_or_beyond_float32_are_an_error_with_a_remedy(
-    tmp_path, value, message
-):
+def test_features_of_zero_or_beyond_float32_are_an_error_with_a_remedy(tmp_path, value, message):
     with pytest.raises(ValueError, match=message):
         plan.make_plan(make_config(), load(tmp_path, make_clips(value)))
 
@@ -78,13 +76,11 @@ def test_train_and_check_refuse_a_modality_of_only_nan(tmp_path, command):
     folder = write_npz(tmp_path / "own", clips)
     write_labels(folder / "labels.csv", labels_of(clips))
     data = ("--config.data.name=arrays", f"--config.data.dir={folder}")
-
     for words in (("train", f"--workdir={tmp_path / 'run'}"), ("check",)):
         done = command(*words, "--config=cosine:face,head", *data)
         error = done.out + done.err
         assert done.code == 2 and "head: all 12 frames of train contain a NaN" in error
         assert "config.modalities" in error
-
     assert command("check", "--config=cosine:face", *data).code == 0
 
 
@@ -92,7 +88,6 @@ def test_splits_of_zero_features_or_without_frames_give_a_warning_or_error(tmp_p
     clips = make_clips() | {"val": make_clips(np.zeros_like)["val"]}
     with pytest.warns(UserWarning, match="all features of val are 0"):
         plan.make_plan(make_config(), load(tmp_path, clips))
-
     nothing = {"face": {"file": "face_train", "frames_seen": 0, "frames": 0}}
     report = {"splits": {"train": {"modalities": nothing}}}
     assert "no clip of train has a frame" in next(find_unusable(report, ["train"], ["face"]))
@@ -100,12 +95,8 @@ def test_splits_of_zero_features_or_without_frames_give_a_warning_or_error(tmp_p
 
 def test_clips_with_nan_scores_are_counted_and_ranked_last():
     """Of the clips a, b, c and d, clip d is not evaluated, so its NaN does not count."""
-    ones = np.ones(4, np.int32)
-    split = Split(
-        "val", ("a", "b", "c", "d"), labels=ones, labelled=True, positives=np.array([4]),
-        num_others=0, lengths={"face": ones},
-    )  # fmt: skip
-    evaluated = np.array([True, True, True, False])
+    ones, evaluated = np.ones(4, np.int32), np.arange(4) < 3
+    split = Split("val", tuple("abcd"), ones, True, np.array([4]), 0, {"face": ones})
 
     def without_nan(*best):
         """Replaces NaN in `best`, the scores of the clips; returns the new scores, and counts."""
@@ -114,10 +105,8 @@ def test_clips_with_nan_scores_are_counted_and_ranked_last():
 
     with pytest.warns(UserWarning, match="1 of 3 clips .* such as b\n.*divide"):
         clips, counts = without_nan(0.5, np.nan, 0.25, np.nan)
-    assert counts == {"num_nan_clips": 1}
+    assert counts == {"num_nan_clips": 1} and not clips.right[1]
     assert clips.best[:3].tolist() == [0.5, -np.inf, 0.25]
-    assert not clips.right[1]
-
     assert without_nan(0.0, 0.0, 0.0, np.nan)[1] == {}
     refused(lambda: without_nan(np.nan, np.nan, np.nan, 0.0), "3 of 3 clips ", "divide")
 
@@ -163,10 +152,8 @@ def test_misspelt_labels_fields_and_modalities_get_a_suggestion(tmp_path):
     (tmp_path / "label.csv").write_text("clip,identity\na,1\n")
     refused(lambda: folder.read(tmp_path / "scratch"), "rename it to 'face_quality'")
     refused(lambda: folder.read_labels({"train": ["a"]}), "rename it to labels.csv")
-
     known = {"head": Modality(DIM, "float16")}
     refused(lambda: select_modalities(("heda",), known), "no modality 'heda': did you mean 'head'")
-
     # `find_misspelt` gets split -> modality -> numbers of frames of the clips.
     some, none = np.array([1, 2]), np.array([0, 0])
     (problem,) = find_misspelt({"train": {"fase": some, "head": some}, "val": {"face": some}})
@@ -211,7 +198,6 @@ def test_training_on_extreme_features_is_finite_or_one_error(tmp_path, system):
     config = small_runs.shrunk(*words, spec=f"configs/{system}")
     for name, (odd, refuses) in ODD.items():
         clips = make_clips(odd, 1 if name == "one clip" else 36, WIDTHS)
-
         try:
             results = small_runs.run(config, tmp_path / name, load(tmp_path / "cache", clips))
         except (ValueError, CheckpointError) as error:

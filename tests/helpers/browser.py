@@ -1,6 +1,5 @@
 """A Chromium without a window, which is controlled over two pipes (the DevTools protocol)."""
 
-import base64
 import fcntl
 import itertools
 import json
@@ -116,8 +115,3 @@ class Browser:
 
     def type(self, text):
         self.call("Input.insertText", text=text)
-
-    def save_picture(self, path, whole=False):
-        """Writes a picture of the window, or of the whole page."""
-        data = self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
-        path.write_bytes(base64.b64decode(data))

@@ -1,13 +1,17 @@
 """Random vectors of photos: as similar as vectors of dlib, or from the two-covariance model."""
 
+import msgspec
 import numpy as np
 
+from vidjax.apps.cards import PUBLISHED, BackEnd
 from vidjax.models import card_backend
 
 # Mean and deviation of the cosine of two vectors of dlib: of one person, and of two people.
 SAME, DIFFERENT = (0.958, 0.0146), (0.8305, 0.0352)
 WIDTH = 128
 DLIB = card_backend.from_cosines(SAME, DIFFERENT)
+CARD = BackEnd(**{**PUBLISHED["dlib"]["back_end"], "centre": [0.0] * WIDTH})  # of dlib's net
+CARD_WITHOUT_MEAN = msgspec.structs.replace(CARD, mean=None)  # for people who are drawn
 
 
 def unit(x):

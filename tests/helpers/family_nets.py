@@ -3,7 +3,9 @@
 from typing import Any
 
 import numpy as np
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
+
+from tests.helpers import made_nets
 
 rng = np.random.default_rng
 YUNET = {"cls": 1, "obj": 1, "bbox": 4, "kps": 10}  # outputs and their widths
@@ -37,29 +39,16 @@ class Builder:
         """
         for name, (node, _) in outputs.items():
             self.nodes.append(helper.make_node("Identity", [node], [name]))
-        value = helper.make_tensor_value_info
-        ins, weights = [value("data", kind, shape)], self.weights.items()
+        ins = {name: (kind, x.shape) for name, x in self.weights.items()} if listed else {}
         out = TensorProto.FLOAT if kind == TensorProto.UINT8 else kind
-        outs = [value(name, out, dims) for name, (_, dims) in outputs.items()]
-        if listed:
-            ins = [value(name, kind, x.shape) for name, x in weights] + ins
-        named = [numpy_helper.from_array(array, name) for name, array in weights]
-        graph = helper.make_graph(self.nodes, "made", ins, outs, named)
-        opsets = [helper.make_opsetid("", 17)]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
+        outs = {name: (out, dims) for name, (_, dims) in outputs.items()}
+        return made_nets.write_graph(self.nodes, self.weights, ins | {"data": (kind, shape)}, outs)
 
 
 def embedder(
-    width=512,
-    batch: Any = "N",
-    side: Any = 112,
-    *,
-    half: Any = False,
-    normalises=False,
-    at_side=112,
-    form="",
-    **options,
-):
+    width=512, batch: Any = "N", side: Any = 112, *, half: Any = False, normalises=False,
+    at_side=112, form="", **options,
+):  # fmt: skip
     """Returns a net that multiplies 7 x 7 squares of a crop by random weights.
 
     If `half` is True, input and weights have 16 bits. If it is "weights", the input has 32 bits.

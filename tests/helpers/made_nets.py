@@ -107,11 +107,17 @@ def model(nodes, weights, shape, outputs, more=None):
 
     `weights` are name -> array. `more` inputs are name -> (type, shape).
     """
-    value = helper.make_tensor_value_info
-    named = [numpy_helper.from_array(array, name) for name, array in weights.items()]
     inputs = {"x": (TensorProto.FLOAT, ["B", *shape]), **(more or {})}
-    ins = [value(name, kind, dims) for name, (kind, dims) in inputs.items()]
-    outs = [value(name, TensorProto.FLOAT, None) for name in outputs]
+    return write_graph(nodes, weights, inputs, dict.fromkeys(outputs, (TensorProto.FLOAT, None)))
+
+
+def write_graph(nodes, weights, inputs, outputs):
+    """Returns the bytes of an ONNX net. `inputs` and `outputs` are name -> (type, shape)."""
+    named = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    ins, outs = (
+        [helper.make_tensor_value_info(name, *facts) for name, facts in x.items()]
+        for x in (inputs, outputs)
+    )
     graph = helper.make_graph(nodes, "made", ins, outs, named)
     opsets = [helper.make_opsetid("", 17)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()

@@ -10,13 +10,7 @@ from PIL import Image, ImageDraw
 from tests.helpers import films as films_lib, made_nets
 from tests.helpers.embeddings import unit
 from vidjax.apps import features_folder
-from vidjax.apps.features_folder import (
-    Extraction,
-    ExtractionSettings,
-    FaceTrack,
-    FileStamp,
-    MediaFile,
-)
+from vidjax.apps.features_folder import FaceTrack, FileStamp, MediaFile
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import StoredClip
 from vidjax.apps.said import FEATURES
@@ -43,9 +37,8 @@ def draw_face(person: int, number: int, side=56) -> np.ndarray:
     x, y = 28 * unit_ + small.integers(-4, 5), 30 * unit_ + small.integers(-3, 4)
     wide, high = rng.uniform(11, 17) * unit_, rng.uniform(14, 20) * unit_
     draw.rectangle((x - 20 * unit_, y + high, x + 20 * unit_, side), fill=shirt)
-    draw.ellipse(
-        (x - wide - 3, y - high - 5, x + wide + 3, y + high * rng.uniform(0, 0.9)), fill=hair
-    )
+    low = y + high * rng.uniform(0, 0.9)
+    draw.ellipse((x - wide - 3, y - high - 5, x + wide + 3, low), fill=hair)
     draw.ellipse((x - wide, y - high, x + wide, y + high), fill=skin)
     for sign in (-1, 1):
         left = x + sign * wide * 0.45
@@ -80,8 +73,8 @@ def make(
     gallery, digests = Gallery.of_models(out / "gallery", models), pipeline.read_digests(models)
     features = out / FEATURES
     (features / features_folder.VIDEOS).mkdir(parents=True)
-    settings = ExtractionSettings()
-    extraction = Extraction(models=digests, settings=settings)
+    settings = features_folder.ExtractionSettings()
+    extraction = features_folder.Extraction(models=digests, settings=settings)
     features_folder.write(features / features_folder.NAME, extraction)
 
     centres = unit(rng.normal(size=(people, WIDTH)))
@@ -109,22 +102,19 @@ def make(
             quality = float(rng.uniform(0.3, 0.9))
             vectors = np.stack([look(person, like) for _ in range(3)])
             arrays[clip] = {"face": vectors, "face_quality": np.full(3, quality, np.float32)}
-            begin = face * SHOT_SECONDS
-            box = (0.25, 0.15, 0.75, 0.9)
+            begin, box = face * SHOT_SECONDS, (0.25, 0.15, 0.75, 0.9)
             tracks.append(FaceTrack(
                 clip=clip, shot=face, start_s=begin, end_s=begin + 3.8, seen=10, quality=quality,
                 box=box, box_at_s=begin + 2, places=[(begin + 2, box)],
             ))  # fmt: skip
-            write_png(
-                features_folder.locate_thumbnail(features, clip), draw_face(person, next(numbers))
-            )
+            thumbnail = features_folder.locate_thumbnail(features, clip)
+            write_png(thumbnail, draw_face(person, next(numbers)))
         path = folder / "films" / f"{stem}.mp4"
         path.parent.mkdir(exist_ok=True)
         if real:
             shots = [draw_face(NAMES_INDEX[truth[x.clip]], x.shot, 160) for x in tracks]
-            films_lib.write(
-                path, (shot for shot in shots for _ in range(int(SHOT_SECONDS * 5))), "libx264", 5
-            )
+            pictures = (shot for shot in shots for _ in range(int(SHOT_SECONDS * 5)))
+            films_lib.write(path, pictures, "libx264", 5)
         else:
             path.write_bytes(b"")
         write_npz(features / f"{stem}.npz", arrays, {"face": digests["face_embedder"]})

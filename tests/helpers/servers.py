@@ -33,6 +33,12 @@ def as_json(clips):
     return [{"clip": clip, **parts} for clip, parts in lists.items()]
 
 
+def enrolment(name, *numbers):
+    """Returns the body of a request that enrols the clips `NAME NUMBER` of a person."""
+    clips = {f"{name} {n}": make_frames(8000 + n, name) for n in numbers}
+    return {"clips": as_json(clips), "identity": name}
+
+
 class Served:
     """A running server; `ask` sends a request on a new connection."""
 
@@ -51,6 +57,13 @@ class Served:
             content = answer.read()
             kind = answer.getheader("content-type", "")
             return answer.status, json.loads(content) if "json" in kind else content
+
+    def candidates(self, name, number=9000) -> set[str]:
+        """Returns the people with whom the server compares a clip of a person."""
+        body = {"clips": as_json({"q": make_frames(number, name)}), "k": 1000}
+        status, answer = self.ask("POST", "/identify", body)
+        assert status == 200, answer
+        return {best["identity"] for best in answer["clips"][0]["best"]}
 
     def wait(self):
         end = time.monotonic() + 60

@@ -145,7 +145,10 @@ class Spoilt:
 
 
 class Interrupting:
-    """A dataset that sends a signal to this process before batch number `batch` of training."""
+    """A dataset that sends a signal to this process before batch number `batch` of training.
+
+    If `signum` is None, the batch cannot be read.
+    """
 
     def __init__(self, data, batch, signum):
         self._data, self._batch, self._signum = data, batch, signum
@@ -155,6 +158,8 @@ class Interrupting:
 
     def train_batches(self, plan, **options):
         for i, batch in enumerate(self._data.train_batches(plan, **options)):
+            if i == self._batch and self._signum is None:
+                raise OSError("the disk is gone")
             if i == self._batch:
                 os.kill(os.getpid(), self._signum)
             yield batch

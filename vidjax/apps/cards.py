@@ -217,7 +217,7 @@ def read_all(folder: Path) -> dict[Role, Card]:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """Returns a folder of nets and all files in it, which may be links to other folders."""
+    """Returns a folder of nets and the files in it. The files may be links to other folders."""
     return [folder, *folder.iterdir()]
 
 

@@ -222,7 +222,7 @@ def make_printable(name: str) -> str:
 
 
 def locate_thumbnail(folder: Path, clip: str) -> Path:
-    """Returns the path of a clip's thumbnail, which exists only if --thumbnails was given."""
+    """Returns the path of a clip's thumbnail. It exists only with --thumbnails."""
     return folder / THUMBNAILS / clip.partition(".")[0] / f"{clip}.png"
 
 
@@ -273,13 +273,13 @@ def _distinguish(twins: Sequence[MediaFile]) -> None:
 
 
 def describe_media_files(out: Path) -> dict[str, MediaFile]:
-    """Returns stem -> film or photo, also if it is not yet read again after nets have changed."""
+    """Returns stem -> each film or photo, with the files that must be read again."""
     stems = [path.stem for path in sorted((out / VIDEOS).glob("*.json"))]
     return {stem: film for stem in stems if (film := describe_media_file(out, stem))}
 
 
 def find_unread(out: Path) -> dict[str, MediaFile]:
-    """Returns stem -> film or photo that is not yet read again after nets have changed."""
+    """Returns stem -> film or photo that must be read again, because nets have changed."""
     stems = [path.stem for path in (out / VIDEOS).glob("*.json")]
     unread = (stem for stem in sorted(stems) if not has_features(out, stem))
     return {stem: film for stem in unread if (film := describe_media_file(out, stem))}

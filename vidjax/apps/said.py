@@ -110,7 +110,7 @@ def stamp(lines: Iterable[Line]) -> list[Line]:
 
 
 def undo(lines: Sequence[Line]) -> list[Line]:
-    """Returns the line that undoes a step, which consists of `lines`."""
+    """Returns the line that undoes the step of `lines`."""
     return stamp([Line(says="undo", of=lines[0].when)] if lines else [])
 
 
@@ -192,7 +192,7 @@ def _end_last_line(path: Path) -> None:
 
 
 class Act(NamedTuple):
-    """A change in the gallery of a folder of results, which the log must contain."""
+    """A change in the gallery of a folder of results. The log must contain the change."""
 
     says: str  # "is", "rename", "undo", or "forgotten" for a removed person
     what: str  # the clip, or the person

@@ -20,7 +20,7 @@ MANIFEST = "export.json"
 
 
 def _read_paths(args: argparse.Namespace) -> tuple[Path, Path]:
-    """Returns the folder to read, which must exist, and the folder to write, which must not."""
+    """Returns the folder to read and the folder to write. Only the first folder may exist."""
     source, to = (Path(name).expanduser().absolute() for name in (args.folder, args.to))
     if not source.is_dir():
         raise UserError(f"'{args.folder}' is not a folder: name the folder to {args.command}")

@@ -454,7 +454,7 @@ def _verify(args: argparse.Namespace) -> Result:
         )
     if misfits:
         texts["does not fit"] = (
-            f"{messages.list_some([*misfits], 3)}: unlike most other clips of the person. To move "
+            f"{messages.list_some([*misfits], 3)}: unlike the other clips of the person. To move "
             "or delete a clip: vidjax gallery relabel, vidjax gallery remove"
         )
     texts["card"] = card_notes.describe(gallery.state)

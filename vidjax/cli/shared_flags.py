@@ -29,7 +29,7 @@ def add_definitions(parser: Parser) -> None:
 
 
 def load_definitions(args: argparse.Namespace) -> str | None:
-    """Runs the Python file of `--config`, which may define additional models and losses.
+    """Runs the Python file of `--config`. The file may define additional models and losses.
 
     The configuration that the file returns is not used. Returns the name of its model.
     """

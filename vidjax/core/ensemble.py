@@ -91,7 +91,7 @@ def assign_folds(labels: np.ndarray, num_folds: int, seed: int) -> np.ndarray:
     """Returns the fold of each clip, [N] int32 from 0. Every identity is spread over all folds.
 
     The sizes of two folds differ by at most 1 clip, in total and within every identity. Labels are
-    [N] int. Distractors, which have the label 0, count as an identity.
+    [N] int. Distractors have the label 0. They count as an identity.
     """
     # The clips of an identity go to the folds in turn. The next identity starts at the next fold.
     order = np.random.default_rng(seed).permutation(len(labels))

@@ -112,7 +112,7 @@ def explain_unread(path: Path, folder: Path | None = None) -> str:
 
 
 def refuse_unread(entries: Iterable[Path], wanted: str) -> None:
-    """Raises UserError if one of `entries`, which are ignored, contains features.
+    """Raises UserError if one of the ignored `entries` contains features.
 
     `wanted` is the text for the message that names the files to read.
     """

@@ -321,7 +321,7 @@ def make_batch_plan(
 ) -> BatchPlan:
     """Plans the training batches. For the arguments, see BatchPlan.
 
-    A modality is padded to the length of its longest clip, which `padded` rounds up, but to at most
+    A modality is padded to the length of its longest clip, rounded up by `padded`, and to at most
     `max_frames` frames.
     """
     names = tuple(split.name for split in splits)

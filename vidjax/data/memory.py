@@ -30,7 +30,7 @@ MAX_ROUNDING = 1e-6  # largest rounding error of a mean of float32 numbers, rela
 
 
 class MemoryClips:
-    """Clips in memory that a model can score. They form a single split, which is called `clips`.
+    """Clips in memory that a model can score. They form a single split with the name `clips`.
 
     Attributes:
       identities: the names of the classes of the model.
@@ -98,10 +98,10 @@ class MemoryClips:
         """Checks clips, and makes an object of this class from them.
 
         `clips` may be a dict, clip -> modality -> features [T, D]. The model reads only
-        `modalities`, which is modality -> feature width. A clip that has only other modalities
-        becomes a clip without frames, with a warning. Another warning appears if the name of a
-        modality may be misspelt. `quality` (see `Quality`) must be as in the training. Raises
-        UserError if all modalities of the clips are unknown to the model.
+        `modalities` (modality -> feature width). A clip that has only other modalities becomes a
+        clip without frames, with a warning. Another warning appears if the name of a modality may
+        be misspelt. `quality` (see `Quality`) must be as in the training. Raises UserError if all
+        modalities of the clips are unknown to the model.
         """
         names: dict[str, str] = {}  # clip -> its name in the input
         given: dict[str, frozenset[str]] = {}  # clip -> all its modalities in the input

@@ -145,7 +145,7 @@ class StoredFile(NamedTuple):
 
 
 class FlatFile:
-    """An array [F] or [F, D] in a file, of which slices are read.
+    """An array [F] or [F, D] in a file. Slices of the array are read when they are needed.
 
     The file is not mapped into memory, because the system kills a process if a mapped file is
     truncated.
@@ -260,7 +260,7 @@ def pack_arrays(arrays: Mapping[str, Any], length: ArrayLike) -> Packed:
 
 
 def get_dtype(field: str, features: str | np.dtype) -> np.dtype:
-    """Returns the dtype of a field of frames. `features` is the dtype of features."""
+    """Returns the dtype of a field of frames. The field `features` has the dtype `features`."""
     return np.dtype(features if field == "features" else FRAME_FIELDS[field].dtype)
 
 

@@ -95,7 +95,7 @@ def gather_frames(
       clip_index: [B] int32, the clips to return.
       batch_mask: [B] bool, False for rows that stay empty.
       first: [B] int32, the frame of each clip from which on frames are taken.
-      lazy: whether features become LazyFeatures, which are read when a model uses them.
+      lazy: whether features become LazyFeatures. They are read when a model uses them.
     """
     start = clips.start[clip_index] + first
     length = jnp.where(batch_mask, jnp.minimum(clips.length[clip_index], size), 0)

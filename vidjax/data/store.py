@@ -128,8 +128,8 @@ def _read_file_state(path: Path) -> tuple[int, ...]:
 def fill(folder: Path, write: Callable[[Path], None], last: str = "") -> None:
     """Fills a folder of the cache, unless it contains the file `last`, and notes that it was used.
 
-    Only one process fills it. `write(partial)` writes to a folder with a temporary name, which is
-    renamed when it is complete.
+    Only one process fills it. `write(partial)` writes to a folder with a temporary name. The
+    complete folder is renamed.
     """
     if not files.exists(folder / last):
         with exclusive(folder):

@@ -95,8 +95,8 @@ SIZES = {
 class SyntheticOptions(NamedTuple):
     """The difficulty of the dataset. The defaults are the calibrated values.
 
-    An option changes only the property that it describes. All other random values stay the same.
-    The exception is `train_distractors`, which changes the whole train split.
+    An option changes only the property that it describes. All other random values stay the same. If
+    `train_distractors` changes, the whole train split changes.
 
     Attributes:
       wrong_clips: share of clips in which a third of the frames show another person. These frames
@@ -139,7 +139,7 @@ def write(
     machine with the same version of numpy.
 
     Args:
-      out_dir: the folder, which is empty or does not exist.
+      out_dir: the folder. It must be empty or missing.
       size: 'small' or 'standard'.
       seed: the random seed, 0 or more.
     """

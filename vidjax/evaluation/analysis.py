@@ -157,7 +157,7 @@ def write_results(
 def describe_evaluation(folder: RunFolder, config: Config, step: int | None) -> dict[str, Any]:
     """Returns entries of the metrics after an evaluation of a trained run.
 
-    They are the entries that describe the training, which an evaluation does not change, the date,
+    They are the entries that describe the training (an evaluation does not change them), the date,
     and `overrides`: field -> value of the fields of `config` that change scores since the training.
     With overrides, the names of the result files contain the name of the split, so that no result
     of the training is replaced.

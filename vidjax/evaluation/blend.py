@@ -220,7 +220,7 @@ def _learn(blend: Blend, config: Config, folder: RunFolder, load: Load, mesh: Me
 
 
 def make_missing_error(folder: RunFolder, split: str) -> UserError:
-    """Returns the error if a blend lacks its learned numbers, which it learns from `split`."""
+    """Returns the error if a blend lacks the numbers that it learns from `split`."""
     return UserError(
         f"'{folder.path / JOIN}' is missing, which contains the learned numbers of the blend\n"
         f"to learn them: vidjax evaluate --workdir={folder.path} --config.eval.split={split}"

@@ -122,7 +122,7 @@ class Comparison(NamedTuple):
         }
 
     def to_latex(self) -> str:
-        """Returns the comparison as a LaTeX table, which needs the LaTeX package booktabs."""
+        """Returns the comparison as a LaTeX table. The table needs the LaTeX package booktabs."""
         named = rename(self.runs, shorten_names(self.runs))
         head, rows = make_difference_table(named, self.differences)
         lines = [" & ".join(map(_format_latex_cell, row)) + r" \\" for row in [head, *rows]]
@@ -148,8 +148,8 @@ def compare(groups: Sequence[Sequence[str]], *, split: str | None = None) -> Com
     """Compares the MAP of runs with the MAP of the first run, on the same clips.
 
     `groups` are lists of the folders of runs. To compare runs, every list has a single folder. To
-    compare systems by their mean MAP, every list has the same number of runs, which differ only in
-    their seeds. `split` is by default `eval.split` of each run.
+    compare systems by their mean MAP, every list has the same number of runs. The runs of a list
+    differ only in their seeds. `split` is by default `eval.split` of each run.
     """
     named = [name for group in groups for name in group]
     if len({Path(name).resolve() for name in named}) < len(named):
@@ -298,7 +298,7 @@ def read(name: str, split: str | None = None) -> RankedRun:
 
 
 def align(first: RankedRun, run: RankedRun) -> RankedRun:
-    """Returns `run` with its identities in the order of `first`, which must have the same clips."""
+    """Returns `run` with its identities in the order of `first`. Both must have the same clips."""
     both = f"'{first.name}' and '{run.name}'"
     if run.split != first.split:
         raise UserError(
@@ -520,7 +520,7 @@ LATEX = str.maketrans(
 
 
 def _format_latex_cell(text: str) -> str:
-    """Escapes text for LaTeX. Numbers with a sign are in math mode, which has a minus sign."""
+    """Escapes text for LaTeX. Math mode has a minus sign, so it contains numbers with a sign."""
     if re.fullmatch(r"[+-]\d[\d.]*( to [+-]\d[\d.]*)?", text):
         return re.sub(r"[+-]\d[\d.]*", lambda match: f"${match[0]}$", text)
     return html.plain(text).translate(LATEX).replace("<", r"$<$")

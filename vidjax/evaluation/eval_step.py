@@ -1,4 +1,4 @@
-"""Computes scores, embeddings and attention of a member, which is one net of an ensemble.
+"""Computes scores, embeddings and attention of a member. A member is one net of an ensemble.
 
 Every evaluation step maps (params, model_state, hidden_chunk, batch) to an array with a row for
 each of B clips. `hidden_chunk`, [] int32, is the number of the part of every feature vector that is

@@ -439,9 +439,9 @@ def compute_clip_intervals(clips: ClipScores, labels: np.ndarray) -> dict[str, t
     """Returns the 95 % intervals (low, high) of the metrics `top1` and `auroc`.
 
     The intervals are from a Bayesian bootstrap over people: all clips of a person get the same
-    random weight. For `auroc`, each distractor gets a random weight, too. If there are no
-    distractors (`labels` 0), `auroc` is left out. An unseen person and an unseen distractor are
-    added, so that an interval always has a width.
+    random weight. For `auroc`, each distractor gets a random weight, too. Without distractors
+    (`labels` 0), there is no `auroc`. The bootstrap adds a made-up person and a made-up distractor.
+    Without them, the interval of a perfect metric would have width 0.
     """
     best, right, people = (part[clips.pool] for part in (clips.best, clips.right, labels))
     known, rng = people > 0, np.random.default_rng(0)

@@ -217,7 +217,7 @@ def list_mismatches(
 
 
 def find_spellings(positives: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Returns name in a submission -> clip of `positives`, which is the name or a spelling of it.
+    """Returns name in a submission -> clip of `positives`. The name is a spelling of the clip.
 
     A ground truth may lack the ending `.mp4`, or have a clip whose name contains `%20`. A clip has
     two spellings: the text in the ground truth, and the text that `write_ranking` writes for it.

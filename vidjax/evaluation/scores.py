@@ -245,7 +245,7 @@ def evaluate(
       blocks: the scores of the clips, and of each of `members`.
       scores: the description of the scores. The array is not read.
       model: the model, or the first model of a blend. It contains the labels of the clips.
-      top: another ranking of the clips, which replaces the ranking by scores.
+      top: another ranking of the clips. It replaces the ranking by scores.
       members, check: see `score`.
     """
     began, pool, split = time.monotonic(), scores.pool, model.data.split(split_name)

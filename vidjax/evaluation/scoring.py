@@ -98,7 +98,7 @@ def score_blocks(
 def _start_blocks(
     model: TrainedModel, split_name: str, use: np.ndarray, *, each_member: bool
 ) -> Iterator[ScoreBlock]:
-    """Yields the blocks of `score_blocks` as arrays on the devices, which may not be computed."""
+    """Yields the blocks of `score_blocks` as arrays on the devices. Devices may still compute."""
     system, windows = model.system, iterate_windows(model, split_name, use)
     if len(use) == 1:
         own = model.member(0)

@@ -44,9 +44,9 @@ class HostTopK:
         """Adds a block: the scores [B, C] of B clips for C identities.
 
         `clip_index` [B] int32 has the indices of the clips. `batch_mask` [B] bool is False for
-        padding, which is ignored. A clip must not be added twice. The result does not depend on the
-        order, size and padding of the blocks. NaN counts as -inf, and magnitudes below the smallest
-        normal float32 count as 0.
+        padding. Padding is ignored. A clip must not be added twice. The result does not depend on
+        the order, size and padding of the blocks. NaN counts as -inf, and magnitudes below the
+        smallest normal float32 count as 0.
         """
         if not batch_mask.all():
             scores, clip_index = scores[batch_mask], clip_index[batch_mask]

@@ -183,7 +183,7 @@ def warn_of_missing_modalities(split: Split, modalities: Collection[str]) -> Non
 def select_sets(
     sets: ensemble.TrainingSets, own: DataDigests, data: ClipSource, split: str
 ) -> ensemble.TrainingSets:
-    """Returns the training clips of each member, which the member must not score.
+    """Returns the training clips of each member. The member must not score them.
 
     `own` are the digests of the data of the run. If `data` are the same data, or if `sets` let all
     members score all clips of `split`, returns `sets`. Otherwise, some clips have the names of

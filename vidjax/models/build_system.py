@@ -89,7 +89,8 @@ class System(NamedTuple):
     def init(self, rng: Array, fuse_rng: Array) -> tuple[Params, ModelState]:
         """Draws the parameters and the other variables of the model with the PRNG key `rng`.
 
-        `fuse_rng` is a key for the fusion of blank clips, which give the shapes of the inputs.
+        `fuse_rng` is a key for the fusion of blank clips. Blank clips give the shapes of the
+        inputs.
         """
         fused = self.fuse(fuse_rng, make_blank_clips(self.task.modalities), jnp.int32(0))
         fused, exists = self.to_examples(fused)

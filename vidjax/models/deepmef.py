@@ -153,7 +153,7 @@ class DeepMEF(Identifier):
 
 
 class ChannelAttention(nn.Module):
-    """Adds to each frame of a clip a mixture of all its frames, which damps outliers.
+    """Adds to each frame of a clip a mixture of all frames of the clip. The mixture damps outliers.
 
     x [T, D] are the frames of a clip, y are the new frames, and A is the attention. theta, phi, g
     and out are linear maps with a bias. The map out and the factor gamma start at 0, so y starts as

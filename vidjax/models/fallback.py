@@ -143,9 +143,10 @@ class FallbackIdentifier(Identifier):
     ) -> ModelOutput:
         """Computes the logits of both models, and the weight of each model for each clip.
 
-        Branch 0 is `main`, and branch 1 is `other`. In training, each model gets a mask of the
-        clips from which it learns. If `clips.measure` is None, no clip is below the threshold. The
-        embedding joins the unit vectors of both models. If a model has weight 0, its vector is 0.
+        Branch 0 is `main`, and branch 1 is `other`. In training, a model learns only from the clips
+        that have one of its modalities. If `clips.measure` is None, no clip is below the threshold.
+        The embedding joins the unit vectors of both models. If a model has weight 0, its vector is
+        0.
         """
         real, present = real_frames(frames, self.modalities, clips.mask)
         has = dict(zip(real, present.T, strict=True))  # modality -> [B]

@@ -249,7 +249,7 @@ class ResidualBlock(nn.Module):
         width of x.
 
     Source: DeepMEF (3rd place 2019), authors' code, in which all networks end with this block.
-    Weights start as in Kaiming (He et al. 2015), biases at 0. We added the masks, which exclude
+    Weights start as in Kaiming (He et al. 2015), biases at 0. We added the masks. They exclude
     padded rows from the batch statistics.
     """
 

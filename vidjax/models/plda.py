@@ -68,7 +68,7 @@ class PLDAIdentifier(Identifier):
         return plda_fit.fit_member_settings(given, clips)
 
     def gallery_settings(self) -> Settings:
-        """Returns the settings of the first member, which galleries use."""
+        """Returns the settings of the first member. Galleries use these settings."""
         return self.settings()
 
     @nn.compact

@@ -271,7 +271,7 @@ class Settings(NamedTuple):
     Attributes:
       within, between: shares of the covariances within and between classes that are replaced by
         multiples of the identity matrix.
-      scale: factor on the log-likelihood ratios, which would otherwise be too confident.
+      scale: factor on the log-likelihood ratios. Without it, the ratios are too confident.
       unenrolled: value that replaces scale x ratio if no clip of an identity has the modality.
       stranger: logarithm of the prior odds of a stranger against all known people together.
       centred: share of the mean of all vectors that is subtracted from each vector.
@@ -286,7 +286,7 @@ class Settings(NamedTuple):
 
 
 def fit(part: Mapping[str, Array], settings: Settings, least_within: float = 0.0) -> Space:
-    """Computes the space of a modality from `part`, which contains the fields of `Sums`.
+    """Computes the space of a modality from `part`. `part` contains the fields of `Sums`.
 
     For `least_within`, see `covariances`.
     """

@@ -76,7 +76,7 @@ def check_data(
     trains: bool = True,
     named: bool = True,
 ) -> None:
-    """Raises UserError if `data` differ from the data of a run, which have the digests `own`.
+    """Raises UserError if `data` differ from the data of a run with the digests `own`.
 
     If the training continues (`trains` is True), all splits of the run must be unchanged. If the
     run is evaluated, `eval.split` must be unchanged, or be a split that the run has not read.

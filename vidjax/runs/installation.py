@@ -73,7 +73,7 @@ def list_packages(extra: str) -> dict[str, str]:
 
 
 def _check_jax() -> dict[str, str]:
-    """Returns the device of jax and the git commit. Raises AbsentError if jax needs another CPU."""
+    """Returns the device of jax and the git commit. Raises AbsentError if the CPU is too old."""
     try:
         from vidjax.core import devices
         from vidjax.runs.versions import collect_versions

@@ -250,8 +250,8 @@ def describe_changes(old: Config, new: Config) -> str:
 def check_resumes(workdir: Path, old: Config, new: Config) -> None:
     """Raises UserError if the run in `workdir`, trained with `old`, cannot resume with `new`.
 
-    A run that resumes does not need the run `init_from`, which may be gone. If it is in another
-    folder now, its content is compared.
+    A run that resumes does not need the run `init_from`: it may be gone. If it is in another folder
+    now, its content is compared.
     """
     from vidjax.runs import checkpoint  # it imports JAX
 

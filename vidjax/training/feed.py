@@ -30,7 +30,7 @@ Dispatched = tuple[list[TrainState], list[list[LoopResult]]]
 
 
 class DispatchResult(NamedTuple):
-    """The result of a dispatch, which is one or more training steps."""
+    """The result of a dispatch. A dispatch is one or more training steps."""
 
     states: list[TrainState]  # of every group of members (nets of an ensemble)
     num_steps: int

@@ -1,4 +1,4 @@
-"""Noise classes: classes of distractors, which are clips of unknown people.
+"""Noise classes: classes of distractors. Distractors are clips of unknown people.
 
 Each cluster of distractors is a class. Each identity also has a mirror class, for strangers who
 resemble the identity. A distractor in no cluster starts in a random mirror class. Every

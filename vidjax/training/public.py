@@ -75,7 +75,7 @@ def name_run(spec: str, config: Config, overrides: Sequence[str]) -> str:
 
 
 def configure_blend(names: Sequence[str], folder: RunFolder) -> Config:
-    """Returns the configuration of a blend, which averages the scores of runs.
+    """Returns the configuration of a blend. A blend averages the scores of runs.
 
     `names` are the folders of the runs. `folder` is the folder of the blend. If all runs have the
     same `eval.split`, the blend has the same split. Raises UserError if there is only one run, or
@@ -346,7 +346,7 @@ def evaluate(
 ) -> "Results":
     """Ranks a split of the data with a trained run. Returns the results, as `train` does.
 
-    The results and a report are written to the folder of the run, which is locked until the end.
+    Writes the results and a report to the folder of the run. The folder is locked until the end.
 
     Args:
       workdir: the folder of a run.

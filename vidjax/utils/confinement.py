@@ -102,7 +102,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def confine(reads: Iterable[str | Path], writes: Iterable[str | Path]) -> None:
-    """Takes rights from this process, which must not have started threads.
+    """Takes rights from this process. The process must not have started threads.
 
     Afterwards, it can read only the files and folders `reads`, the installed packages and libraries
     of the system, and the folders `writes`. Only in `writes`, it can write and delete files.
@@ -239,7 +239,7 @@ def _load_argument(number: int) -> Step:
 
 
 def _forbid_calls(steps: list[Step]) -> None:
-    """Installs a filter of system calls, which a process cannot remove. Source: seccomp(2)."""
+    """Installs a filter of system calls. A process cannot remove the filter. Source: seccomp(2)."""
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))
     program = ctypes.create_string_buffer(struct.pack("@HP", len(steps), ctypes.addressof(code)))
     zero = ctypes.c_ulong(0)

@@ -67,7 +67,7 @@ def count() -> int:
 
 
 def is_first() -> bool:
-    """Returns True in process 0, which writes the files of the run."""
+    """Returns True in process 0. Process 0 writes the files of the run."""
     return count() == 1 or sys.modules["jax"].process_index() == 0
 
 

@@ -81,7 +81,7 @@ def print_escaped(text: str, stream: TextIO) -> None:
 
 
 def drop_output(stream: TextIO) -> None:
-    """Discards all later output of `stream`, which is a closed pipe or a file on a full disk."""
+    """Discards all later output of `stream`: a closed pipe, or a file on a full disk."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -194,7 +194,7 @@ def count(number: int, noun: str) -> str:
 def align_columns(
     rows: Sequence[Sequence[str]], *, width: float = math.inf, numbers: bool = False
 ) -> list[str]:
-    """Returns lines of text for rows of cells, which are padded to columns.
+    """Returns lines of text for rows of cells. The cells are padded to columns.
 
     If a line would be longer than `width`, the widest columns are wrapped. If `numbers` is True,
     all columns except the first are aligned to the right.

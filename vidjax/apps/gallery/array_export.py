@@ -20,9 +20,9 @@ from vidjax.utils.version import VERSION
 def write_gallery(format_name: str, gallery: Gallery, folder: Path) -> dict[str, Any]:
     """Writes the arrays of a gallery and `reader.py` into a folder.
 
-    The scores of random clips are compared with the scores of the gallery. Returns what
-    `export.json` says about the arrays. Raises UserError if the largest error is above
-    `array_files.TOLERANCE`, or if the format is only for runs.
+    Reads the files again and compares the scores of random clips with the scores of the gallery.
+    Returns the entries of `export.json` that describe the arrays. Raises UserError if the largest
+    error is above `array_files.TOLERANCE`, or if the format is only for runs.
     """
     if not (name := FORMATS[format_name].gallery_file):
         raise UserError(

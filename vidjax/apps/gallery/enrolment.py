@@ -28,7 +28,7 @@ def enrol(
     *,
     of_plda: bool = False,
 ) -> Iterator[People]:
-    """Computes the coefficients of people from their clips. Yields blocks, which need less memory.
+    """Computes the coefficients of people from their clips. Yields blocks. Blocks need less memory.
 
     With PLDA, all clips of a person in a film count as one clip. Similar clips count less, see
     `two_covariance.count_independent` and `card_backend.effective_count`.

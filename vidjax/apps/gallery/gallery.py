@@ -266,7 +266,7 @@ class Gallery:
 
     @property
     def state(self) -> State:
-        """The current content, which does not change if the gallery changes."""
+        """The current content. If the gallery changes, this object stays the same."""
         with self._lock:
             self.refresh()
             return self._state
@@ -586,11 +586,12 @@ class Gallery:
         return verification.verify(state, rule, vectors, identity)
 
     def find_misfits(self, identity: str, clips: Collection[str] | None = None) -> dict[str, float]:
-        """Finds enrolled clips that differ from most clips of the person `identity`.
+        """Finds enrolled clips that do not fit the other clips of the person `identity`.
 
-        Each clip is compared with the person's other clips. If the names `clips` are given, only
-        these clips are compared with the others. Returns clip -> median of its log ratios, if the
-        median is below 0, lowest first.
+        Each clip is compared with all other clips of the person. If at even odds two people are 10
+        times more probable than one person, the clip is listed. Of two clips that differ, both are
+        listed, because nothing shows which clip is wrong. If the names `clips` are given, only
+        these clips are listed. Returns clip -> log ratio, lowest first.
         """
         return verification.find_misfits(self.state, identity, clips)
 

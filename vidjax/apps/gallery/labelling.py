@@ -33,7 +33,7 @@ class Enrolment(NamedTuple):
     Attributes:
       enrolled: the number of new clips.
       unchanged: the number of clips that were enrolled before.
-      refused: the clips without a usable frame, which were not enrolled.
+      refused: the clips that were not enrolled, because they have no usable frame.
       similar: new person -> an enrolled person with a similar name.
       rivals: clip -> another enrolled person whom it probably shows, see `find_rivals`. The clip is
         enrolled, too.
@@ -146,8 +146,8 @@ def find_rivals(state: State, clips: Mapping[str, StoredClip]) -> dict[str, str]
 
     Returns clip -> the other person, who has a clip with an equal vector, or the odds that the clip
     shows this person, and not a person who is not enrolled, are above 200 to 1. A clip of a twin is
-    left out: it fits its own person's other clips better, and these clips differ from the other
-    person's clips.
+    left out: it fits the other clips of the twin better, and these clips differ from the clips of
+    the second twin.
 
     If a comparison of all `clips` would take minutes, the last clips are not compared, with a
     message. If the vectors do not separate people, the result is empty.
@@ -232,7 +232,7 @@ def migrate(old: "Gallery", new: "Gallery", clips: "AnyClips") -> Migration:
     """Enrols the clips of the gallery `old` in the gallery `new`, as one change.
 
     Labels and clips of strangers are copied. Another call adds more clips. `clips` are the features
-    of the clips, which the nets or the run of `new` have computed.
+    of the clips. The nets or the run of `new` must have computed them.
 
     Raises:
       UserError: none of the clips is in `old`, or `new` has people or clips that `old` lacks.

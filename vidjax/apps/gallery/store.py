@@ -426,7 +426,7 @@ def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    """Opens an existing database, which may be forged: its SQL code never runs."""
+    """Opens an existing database. The database may be forged: its SQL code never runs."""
     connection = sqlite3.connect(
         f"{path.as_uri()}?mode=rw", uri=True, timeout=WAIT_SECONDS, isolation_level=None
     )

@@ -1,5 +1,5 @@
 """Extracts features from films and photos, and names the people who appear in them.
 
-No training is needed. `who` names people. `pipeline` extracts the features of many files in child
-processes with limits, which run `film`. `net_packages` converts published nets.
+No training is needed. `who` names people. `pipeline` extracts the features of many files. It starts
+child processes with limits. They run `film`. `net_packages` converts published nets.
 """

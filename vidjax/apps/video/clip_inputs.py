@@ -111,7 +111,7 @@ def enrol(
     """Enrols the clips of several inputs, one after the other.
 
     Args:
-      inputs: the paths of clips, see `list_inputs`, or a dataset, of which `split` is read.
+      inputs: the paths of clips, see `list_inputs`, or a dataset. Of a dataset, `split` is read.
       identities: the person of all clips, or clip -> person. By default, the inputs contain the
         people: a table has a column `identity`, a folder has a folder for each person.
       clip: the only clip to enrol; None for all.
@@ -207,7 +207,10 @@ def load_all(gallery: Gallery, path: Path) -> MemoryClips:
 def _choose(
     vectors: Vectors, people: Person, clip: str | None, *, several: bool
 ) -> tuple[Vectors, Person]:
-    """Returns the vectors to enrol, and their people, which may be {} for one of several inputs."""
+    """Returns the vectors to enrol, and the person of each clip.
+
+    For one of several inputs, the people may be {}.
+    """
     if clip:
         bare = strip_ending(clip)
         vectors = vectors.only({name for name in vectors.names if strip_ending(name) == bare})
@@ -222,7 +225,7 @@ def _choose(
 def check_seen_together(
     films: Iterable[MediaFile], identity: str | Mapping[str, str], clips: Iterable[str]
 ) -> None:
-    """Raises UserError if two faces of one picture, which differ, would be enrolled as one person.
+    """Raises UserError if two different faces of one picture would be enrolled as one person.
 
     `films` describe the clips. `identity` is the person of all `clips`, or clip -> person.
     """

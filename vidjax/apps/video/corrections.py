@@ -269,8 +269,8 @@ class Review:
     ) -> tuple[str, list[Line], Collection[str]]:
         """Returns a text about a change of `found`, such as `not Ada`, and the lines for the log.
 
-        If known people get a new name, also returns their clips that are not in the log. For
-        `action` and `name`, see `change`.
+        If known people get a new name, also returns the clips of these people without a line in the
+        log. For `action` and `name`, see `change`.
         """
         if action in ("ignore", "once"):
             return "ignored", self._ignore(found, said.ONCE if action == "once" else None), ()
@@ -542,7 +542,7 @@ class Review:
 
 
 def _number_again(line: Line, decision: Decision) -> Line:
-    """Returns a line with the number that a face got, which was taken out of a person.
+    """Returns a line with the number of a face that was taken out of a person.
 
     The face may resemble another unknown person. Then it has the number of this person.
     """

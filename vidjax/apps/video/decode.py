@@ -1,4 +1,4 @@
-"""Decodes a video, which may be malicious, with FFmpeg.
+"""Decodes a video with FFmpeg. The video may be malicious.
 
 Call this module only in a child process with limits, see `vidjax.utils.processes`. FFmpeg reads the
 bytes of an open regular file, and cannot open playlists, other files, or network connections. Times
@@ -108,7 +108,7 @@ class Clock:
         self.repaired = 0
 
     def time(self, stamp_s: float | None) -> float:
-        """Returns the time in seconds of the next frame, which may have no time stamp."""
+        """Returns the time in seconds of the next frame. The frame may have no time stamp."""
         after = 0.0 if self._last is None else self._last + self._step
         time = after if stamp_s is None else stamp_s + self._shift
         bad = stamp_s is None or (self._last is not None and time <= self._last)

@@ -99,7 +99,7 @@ class BestPictures:
         self._best: dict[int, Sighting] = {}
 
     def add(self, new: Sighting) -> None:
-        """Adds a picture, which must be later than all earlier pictures."""
+        """Adds a picture. The picture must be later than all earlier pictures."""
         span = int(new.time_s / self._seconds + 1e-3)
         self._best[span] = max(new, self._best.get(span, new))
         if len(self._best) > MOST_KEPT:

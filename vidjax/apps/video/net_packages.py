@@ -158,7 +158,7 @@ def list_members(path: Path, ending: str) -> list[str]:
 
 @contextlib.contextmanager
 def _blame_package(path: Path) -> Iterator[None]:
-    """Turns errors in a `with` block, which reads a package, into UserErrors."""
+    """Turns errors while a package is read, in a `with` block, into UserErrors."""
     try:
         yield
     except UserError as error:
@@ -217,7 +217,7 @@ def convert_centerface(content: bytes) -> "ModelProto":
 
 
 def convert_silero(content: bytes) -> "ModelProto":
-    """Returns Silero's net, which is already an ONNX file, unchanged."""
+    """Returns Silero's net unchanged, because it is already an ONNX file."""
     import onnx
 
     return onnx.load_model_from_string(content)

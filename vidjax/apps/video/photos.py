@@ -1,4 +1,4 @@
-"""Decodes a photo, which may be malicious, with Pillow.
+"""Decodes a photo with Pillow. The photo may be malicious.
 
 Call this module only in a child process with limits, see `vidjax.utils.processes`.
 """

@@ -289,10 +289,10 @@ def _check_extraction(
 ) -> ExtractionSettings:
     """Checks that features can be added to the folder `out`. Returns the settings of its features.
 
-    If `settings` is None, the settings are the settings of earlier features, or the defaults.
-    Raises UserError if the folder has features of other nets or settings, or files of another
-    program. If `upgrade` is True and no net is missing, features of other nets are set aside.
-    `digests` is role of a net -> sha256 of the net's card, a JSON file.
+    If `settings` is None, uses the settings of earlier features, or the defaults. If the folder has
+    features of other nets or settings, or files of another program, raises UserError. If `upgrade`
+    is True and no net is missing, moves features of other nets aside instead. `digests` is role of
+    a net -> sha256 of the net's card, a JSON file.
     """
     before = features_folder.read_extraction(out)
     if before is None:

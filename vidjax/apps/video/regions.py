@@ -236,9 +236,9 @@ def match_faces(
     Also returns why no tag can be believed, or "". If a photo was turned, mirrored or cropped after
     it was tagged, its tags name wrong faces.
 
-    Some programs draw the boxes of tags in the stored picture, which may lie on its side. Others
-    draw the boxes in the displayed, upright picture. `tags.shape` may show which picture was used.
-    If not, the picture in which the tags fit the faces better is chosen.
+    Some programs draw the boxes of tags in the stored picture. The stored picture may lie on its
+    side. Others draw the boxes in the displayed, upright picture. `tags.shape` may show which
+    picture was used. If not, the picture in which the tags fit the faces better is chosen.
 
     `faces` [N, 4] are boxes in pixels of the displayed picture, and `size` is its width and height.
     `orientation` is the EXIF orientation of the stored picture, 1 to 8.

@@ -125,4 +125,4 @@ def remove_results(out: Path, *, page: bool = True) -> None:
         (out / name).unlink(missing_ok=True)
     for folder, _, _ in os.walk(out / SUBTITLES, topdown=False):
         files.remove_ours(Path(folder), r".+\.(vtt|srt)")
-    files.remove_ours(out / CUTS, r".+\.edl")
+    files.remove_ours(out / CUTS, r".+\.(otio|m3u|edl)")  # .edl: of version 0.1.0

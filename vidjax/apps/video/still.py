@@ -1,4 +1,4 @@
-"""Decodes a single picture of a film or photo, which may be malicious.
+"""Decodes a single picture of a film or photo. The file may be malicious.
 
 `read_still` starts this module as a child process with limits. The picture is stored nowhere.
 """

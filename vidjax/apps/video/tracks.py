@@ -118,7 +118,7 @@ class Tracker:
         self._tracks = 0
 
     def update(self, time_s: float, boxes: np.ndarray) -> np.ndarray:
-        """Adds the detections `boxes` [N, 4] of the next frame, which is at `time_s` seconds.
+        """Adds the detections `boxes` [N, 4] of the next frame, at `time_s` seconds.
 
         Returns [N] int, the number of each detection's track. The number of a dropped detection,
         where one person may hide another, is -1.
@@ -239,7 +239,7 @@ class MainFigures:
 
     @property
     def live(self) -> set[int]:
-        """The number of the current shot, which is the number of its track."""
+        """The number of the current shot. The track of the shot has the same number."""
         return {self._shot}
 
     def take_ended(self) -> list[Track]:
@@ -341,7 +341,7 @@ def pair_greedily(overlaps: np.ndarray, least: float = LEAST_OVERLAP) -> dict[in
     """Pairs L boxes with N other boxes by their overlaps [L, N]; returns column -> row.
 
     The pair with the largest overlap is chosen first. No box is in two pairs. The overlap of each
-    pair is above `least`, which must be 0 or more.
+    pair is above `least`. `least` must be 0 or more.
     """
     remaining = overlaps.copy()
     pairs: dict[int, int] = {}

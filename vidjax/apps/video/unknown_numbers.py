@@ -1,4 +1,4 @@
-"""The numbers of unknown people in films, which later calls of `vidjax who` keep.
+"""The numbers of unknown people in films. Later calls of `vidjax who` keep the numbers.
 
 The person with number 3 has the name `unknown 3`. `unknown.json` contains the numbers as the
 program has given them. Lines of the log `said.jsonl` change numbers, see `faces.Said`. Clips keep

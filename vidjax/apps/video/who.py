@@ -14,7 +14,7 @@ The results are these files:
     OUT/unknown.json   the numbers of unknown people, for later calls
     OUT/unmatched.tsv  names and corrections of faces that are not found again
     OUT/subtitles/     a .vtt and a .srt file for each video
-    OUT/cuts/          .edl files for each person, for programs that edit films
+    OUT/cuts/          an .otio file for programs that edit films, and a playlist, for each person
 
 Each call replaces the tables, the page, the subtitles and the cut lists. If a photo is removed from
 a folder that has other files, the next call forgets it. If a whole folder of photos is missing, the
@@ -191,7 +191,7 @@ def _choose_thumbnails(out: Path, thumbnails: bool | None) -> bool:
 
 
 class _Call:
-    """A call of `vidjax who`, which changes the folder of results `out`."""
+    """A call of `vidjax who`. The call changes the folder of results `out`."""
 
     def __init__(self, out: Path, models: Path, tell: Tell):
         self.out, self.models, self.features = out, models, out / FEATURES

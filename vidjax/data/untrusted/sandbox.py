@@ -70,9 +70,8 @@ def unpack(
     'head', 'body', 'audio' or 'scene', the values are as in the iQIYI-VID dataset. Otherwise, the
     majority of the clips decides which values a frame has.
 
-    The returned arrays are memory maps of files in `out_dir`, which must exist as long as the
-    arrays. No other call may use this folder. With `children`, another thread can kill the child
-    process.
+    The returned arrays are memory maps of files in `out_dir`. Keep `out_dir` as long as the arrays.
+    No other call may use this folder. With `children`, another thread can kill the child process.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     size = path.stat().st_size

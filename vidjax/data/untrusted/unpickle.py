@@ -3,7 +3,7 @@
 A pickle can name any global of any module. Here, only the globals that numpy writes into pickles of
 arrays are resolved, and they resolve to classes of this module that check their arguments. Arrays
 stay plain bytes, so numpy never unpickles them. A few bytes can still allocate gigabytes. So call
-`load` only in the child process of `sandbox`, which has limits.
+`load` only in the child process of `sandbox`. The child process has limits.
 """
 
 import pickle
@@ -168,7 +168,7 @@ _GLOBALS: dict[tuple[str, str], type] = {
 
 
 class Unpickler(pickle.Unpickler):
-    """Python's unpickler, which resolves only the globals in _GLOBALS."""
+    """Python's unpickler. It resolves only the globals in _GLOBALS."""
 
     def find_class(self, module_name: str, global_name: str) -> type:
         """Returns the class that replaces a global. Raises UserError for all other globals."""

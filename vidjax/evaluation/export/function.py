@@ -66,7 +66,8 @@ def compute_outputs(run: Predictor, members: Sequence[Member], inputs: Inputs) -
     """Computes the outputs of B clips: `scores` [B, C] and `embeddings` [B, D], both float32.
 
     C is the number of identities, and D the length of an embedding. `inputs` are name -> array, see
-    `input_shapes`. The weights are from `members`, see `get_members`, and not from `run`.
+    `input_shapes`. The weights are from `members`, see `get_members`. The weights of `run` are not
+    used.
     """
     batch = make_batch(run, inputs)
     if run.model.system.frame_is_example:

@@ -457,7 +457,7 @@ def _top_k(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
 
 
 def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    """Adds nodes for the gather of JAX, which takes one or more slices of an operand.
+    """Adds nodes for the gather of JAX. A gather takes one or more slices of an operand.
 
     If there are several slices, each has size 1 along the axes with an index, and the whole size
     along other axes. An index outside of the operand is moved to its border, never filled with NaN.

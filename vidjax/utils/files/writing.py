@@ -192,8 +192,8 @@ def scratch_folder(folder: Path | None = None) -> Iterator[Path]:
     """Makes a folder that only this user can read, yields its path, and removes it at the end.
 
     A signal that ends the command also removes the folder, because it may contain features of
-    people. `folder` is the path of the folder, which must not exist. By default, the system chooses
-    a path.
+    people. `folder` is the path of the folder. It must not exist. By default, the system chooses a
+    path.
     """
     if folder is None:
         folder = Path(tempfile.mkdtemp())
