@@ -17,7 +17,7 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 import onnx
-from onnx import numpy_helper
+from onnx import external_data_helper, numpy_helper
 from onnx.helper import make_node
 
 from tests.helpers import drawn_people, family_nets as made, made_nets
@@ -275,7 +275,7 @@ def split_weights(content, *paths):
     for weights, path in zip(big, itertools.cycle(paths), strict=False):
         with path.open("ab") as file:
             place = path.name, file.tell(), len(weights.raw_data)
-            onnx.external_data_helper.set_external_data(weights, *place)
+            external_data_helper.set_external_data(weights, *place)
             file.write(weights.raw_data)
         weights.ClearField("raw_data")
     return model.SerializeToString()
