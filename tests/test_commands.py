@@ -86,6 +86,8 @@ WORDS = {
     "report --workdir=~no-such-user/run": "write ~/",
     "--config=knn --workdir=s3://bucket/run": "is an address",
     "gallery list ''": "has no value", "forget --identity= x": "--identity= has no value",
+    "extract x --out= --models=m": "--out= has no value: give a value\n",
+    "extract x --out=o --models=m --fps=": "--fps= has no value: give a value, or leave it out",
     f"{TRAIN} --config.optimizer.learning_rate=1": "--config.optim.learning_rate",
     f"{TRAIN} --config.accumulate_grad_batches=4": "--config.optim.accumulate?",
     f"{TRAIN} --config.lr=1": "--config.optim.learning_rate?",
@@ -416,6 +418,60 @@ def test_suggested_commands_run(tmp_path, nearest_run, official_dir, data, say, 
         assert match, typed
         words = corrected.format(match[1]).removeprefix("vidjax ")
         assert say(*shlex.split(words)), typed
+
+
+# Command -> files of the user at its places. In the second table, an earlier result is replaced.
+NEW_FILES = {
+    "rank --workdir=run --input=clips --out=o.tsv": "o.tsv",
+    "rank --workdir=run --input=day --out=d": "d/ranking.parquet",
+    "embed --workdir=run --input=clips --out=o.parquet": "o.parquet",
+    "embed --workdir=run --input=day --out=d": "d/1.parquet",
+    "gallery identify g --input=clips --out=o.csv": "o.csv",
+    "gallery identify g --input=day --out=d": "d/1.parquet",
+    "gallery verify g --input=clips --with=clips --out=o.jsonl": "o.jsonl",
+    "gallery group g --input=clips --out=o.tsv": "o.tsv",
+    "gallery rank g --input=clips --out=o.parquet": "o.parquet",
+    "gallery export g --out=o.parquet": "o.parquet",
+    "gallery create d --run=run": "d/notes.txt",
+    "export run --to=d --format=safetensors": "d/notes.txt",
+    "import run --to=d": "d/notes.txt",
+    "train --workdir=d --config=knn": "d/config.json",
+}
+REPLACED_FILES = {
+    "convert own net.onnx --like=arcface --out=d": "d/net.json d/net.onnx",
+    "convert own net.onnx --like=arcface --out=.": "net.json",
+    "compare --runs=run,again --workdir=d": "d/comparison.json d/comparison.html d/comparison.tex",
+    "extract group.png --models=models --out=d": "d/extract.json d/group.npz d/videos",
+    "who group.png --models=models --out=d": "d/names.html d/features d/gallery",
+}
+
+
+@pytest.mark.slow
+def test_no_command_replaces_a_file_of_the_user(
+    drawn, nearest_run, data, command, monkeypatch, read_here
+):
+    from tests.helpers import family_nets
+
+    monkeypatch.chdir(drawn.folder)
+    drawn.group()
+    Path("run").symlink_to(nearest_run)
+    shutil.copytree(nearest_run, "again")
+    Gallery.create("g", nearest_run, data)
+    clips = {"a": {"face": np.random.default_rng(0).normal(size=(2, 24)).astype(np.float32)}}
+    for folder in ("clips", "day", "d"):
+        Path(folder).mkdir()
+    np.savez("clips/a.npz", **clips["a"])
+    clip_files.write_parquet(Path("day/1.parquet"), clips)
+    Path("net.onnx").write_bytes(family_nets.embedder())
+    for typed, mine in (NEW_FILES | REPLACED_FILES).items():
+        for path in map(Path, mine.split()):
+            path.write_text("mine")
+            assert command(*shlex.split(typed)).refused(path.parts[0]), typed
+            assert path.read_text() == "mine", typed
+            path.unlink()
+    for typed in REPLACED_FILES:
+        assert [command(*shlex.split(typed)).code for _ in range(2)] == [0, 0], typed
+        shutil.rmtree("d", ignore_errors=True)
 
 
 def test_errors_pass_from_one_process_to_another():

@@ -151,7 +151,7 @@ def check_out(out: str | None, inputs: Sequence[Path], work: type[TableTask]) ->
     if path.exists() and path.samefile(inputs[0].parent):
         raise UserError(f"--out={out} is the folder of the clips\nname another folder")
     if work.joined and files.exists(joined := path / RANKING) and _read_note(joined) != JOINED_NOTE:
-        raise _foreign_error(joined)
+        raise files.foreign_error(joined)
     if work.joined and (path / LISTS).is_symlink():
         raise UserError(
             f"'{path / LISTS}' must be a folder, but is a link\nname another folder: --out=FOLDER"
@@ -215,7 +215,7 @@ def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Process
 def _write(results: Path, content: bytes, note: bytes) -> None:
     """Writes results to a new file. The file may already exist if it contains the same results."""
     try:
-        tables.write_new(results, content)
+        files.write_bytes(results, content, replace=False)
     except UserError:
         if not _is_made(results, note):
             raise
@@ -235,20 +235,13 @@ def _is_made(results: Path, note: bytes) -> bool:
         return False
     found = _read_note(results)
     if found is None:
-        raise _foreign_error(results)
+        raise files.foreign_error(results)
     if found != note:
         raise UserError(
             f"'{results}' contains results of other clips or of another run, gallery or rule\n"
             "delete it, or name another folder: --out=FOLDER"
         )
     return True
-
-
-def _foreign_error(results: Path) -> UserError:
-    return UserError(
-        f"'{results}' was not written by this command, or is damaged, so it is not replaced\n"
-        "move it away, or name another folder: --out=FOLDER"
-    )
 
 
 def _read_note(results: Path) -> bytes | None:

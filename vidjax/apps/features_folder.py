@@ -34,7 +34,7 @@ from vidjax.apps.said import FEATURES, PEOPLE, Face, make_face
 from vidjax.data.clip_files import check_nets, read_clips
 from vidjax.data.memory import MemoryClips
 from vidjax.models.card_backend import LEAST_CLARITY
-from vidjax.utils import files, json_files
+from vidjax.utils import files, json_files, names as names_lib
 from vidjax.utils.errors import UserError
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.json_files import Count, Sha256, Share, Size, Text
@@ -48,8 +48,7 @@ NAME = "extract.json"
 NUMBERS = "unknown.json"  # marks a folder with results of `vidjax who`
 VIDEOS = "videos"
 THUMBNAILS = "thumbnails"
-# The names of temporary files and folders, which remain if a call is killed.
-PARTIAL = re.compile(r"\.extract-[0-9a-f]{8}|\..+\.[0-9a-f]{8}\.partial")
+SCRATCH = re.compile(r"\.extract-[0-9a-f]{8}")  # a folder that remains if a call is killed
 PROGRESS = "progress"  # a file with the number of bytes that were read of a film so far
 FILE_BYTES = 256 * files.MB  # the largest JSON file that is read
 # The mean brightness below which faces are not found. CenterFace found all faces in a film that was
@@ -57,7 +56,7 @@ FILE_BYTES = 256 * files.MB  # the largest JSON file that is read
 DARK = 0.02
 POOR_QUALITY = 0.01  # faces of lower quality are often not recognised
 MOST_STEM_BYTES = 120  # most file systems allow 255 bytes for the name of a file
-REMEDY = "delete the folder, and extract the files again"
+REMEDY = "name another folder; or delete the folder if vidjax wrote it, and extract the files again"
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 # Left, top, right and bottom, as fractions of the width and height of the upright picture.
 Box = tuple[Share, Share, Share, Share]
@@ -118,7 +117,7 @@ class FileStamp(Struct, kw_only=True, frozen=True):
     """The path and properties of a file. A file is read again only if one of them changes."""
 
     # The absolute path, with special characters quoted as in a URL (`%20`).
-    address: Annotated[str, Meta(pattern=r"^/[!-~]*$", max_length=20_000)]
+    address: Annotated[str, Meta(pattern=r"^/[!-~]*\Z", max_length=20_000)]
     size: Annotated[int, Meta(ge=0, le=2**62)]
     mtime_ns: Annotated[int, Meta(ge=-(2**62), le=2**62)]
     inode: Annotated[int, Meta(ge=0)]
@@ -177,6 +176,8 @@ class MediaFile(Struct, kw_only=True, dict=True):
 
     def __post_init__(self) -> None:
         _check_file_name(self.video)
+        if any(names_lib.is_reserved(x) or names_lib.clean_identity(x) != x for x in self.tags):
+            raise ValueError("a face tag has no name of a person")
 
     @property
     def is_dark(self) -> bool:
@@ -428,9 +429,10 @@ def remove_features(out: Path) -> bool:
 def remove_leftovers(out: Path, stems: set[str] | None) -> None:
     """Removes temporary files, and if `stems` is given, the features of all other stems."""
     videos = out / VIDEOS
-    for entry in [*out.iterdir(), *(videos.iterdir() if videos.is_dir() else ())]:
-        if PARTIAL.fullmatch(entry.name):
-            files.remove_tree(entry) if entry.is_dir() else entry.unlink()
+    files.remove_partials(out, rf"{re.escape(NAME)}|.+\.npz")
+    files.remove_partials(videos, r".+\.json")
+    for entry in filter(lambda entry: SCRATCH.fullmatch(entry.name), [*out.iterdir()]):
+        files.remove_tree(entry)
     if stems is not None:
         present = {path.stem for path in (*out.glob("*.npz"), *videos.glob("*.json"))}
         for stem in present - stems:

@@ -236,7 +236,7 @@ def add_convert_flags(parser: Parser) -> None:
         "package. opencv: one or two nets. own: a file with weights must be in the same folder"
     )
     parser.add_argument("paths", metavar="FILE", nargs="+", help=about)
-    about = "the folder for the net; it is made if it does not exist"
+    about = "the folder for the net; only files that vidjax wrote are replaced in it"
     parser.flag("--out MODELS", about, required=True)
     about = (
         "with own: the published nets whose input and output the net has. arcface and sface "

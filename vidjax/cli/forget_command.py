@@ -22,9 +22,10 @@ galleries are fitted again. Converted datasets that contain a clip are deleted
 from the cache: the next run converts the remaining files again. A clip with the
 vector of a deleted clip is deleted, too, if it belongs to a stranger or to
 another spelling of the name. If it belongs to another person, it is listed.
+Files that a killed command has not finished are deleted, too.
 
 Runs are only listed: their weights depend on the training clips, so a run must
-be trained again. Files are only listed, too. An rm command deletes the files
+be trained again. Other files are only listed, too. An rm command deletes the files
 that vidjax wrote. If another program may have written a file, look at it, and
 delete it or the name in it. Of photos, films and other files that are not text,
 only the names and the first megabyte are searched. Search compressed files of

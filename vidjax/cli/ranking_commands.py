@@ -82,7 +82,7 @@ def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Re
         vectors = trained.embed(clips, advance=progress.advance)
         facts |= {"width": vectors.shape[1], "vectors": str(out.absolute())}
         columns = {"clip": ("string", clips.names), "vector": ("float32", vectors)}
-        tables.write_new(out, tables.to_parquet(tables.to_arrow(columns)))
+        files.write_bytes(out, tables.to_parquet(tables.to_arrow(columns)), replace=False)
     progress.close()
     return Result(facts | terminal.measure_rate(began, size))
 

@@ -24,7 +24,7 @@ from msgspec import Struct
 from vidjax.apps import cards, features_folder
 from vidjax.apps.features_folder import ExtractionSettings, FaceTrack, FileStamp, MediaFile
 from vidjax.apps.video import align, decode, photos, regions, tracks, voices
-from vidjax.apps.video.nets import Detector, Embedder, Faces, NetError
+from vidjax.apps.video.nets import Detector, Embedder, Faces
 from vidjax.apps.video.search import FilmSearch, SearchedFrame
 from vidjax.apps.video.shots import ShotDetector
 from vidjax.apps.video.tracks import MainFigures, Track, Tracker
@@ -376,17 +376,14 @@ def _to_face_track(track: Track, clip: str) -> FaceTrack:
     return FaceTrack(clip=clip, shot=track.shot, start_s=start_s, end_s=end_s, seen=seen)
 
 
-def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Calls `extract` in a child process; arguments and result are JSON objects.
+def work(arguments: dict[str, Any]) -> MediaFile | None:
+    """Calls `extract` in a child process; the arguments are a JSON object.
 
-    If a net cannot be used, the result is only {"net_error": the message}.
+    Without a path, returns None. If a net cannot be used, raises NetError.
     """
     task = msgspec.convert(arguments, Task)
-    try:
-        nets = load_nets(task.models, task.settings.size)
-    except NetError as error:
-        return {"net_error": str(error)}
-    return msgspec.to_builtins(extract(task, nets)) if task.path else {}
+    nets = load_nets(task.models, task.settings.size)
+    return extract(task, nets) if task.path else None
 
 
 if __name__ == "__main__":

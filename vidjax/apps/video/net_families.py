@@ -26,7 +26,7 @@ from vidjax.apps.cards import Card, Role, Written
 from vidjax.apps.video import net_packages, nets
 from vidjax.apps.video.nets import Net
 from vidjax.utils import files, processes
-from vidjax.utils.errors import UserError, require_packages
+from vidjax.utils.errors import NetError, UserError, require_packages
 from vidjax.utils.names import show
 
 if TYPE_CHECKING:
@@ -58,7 +58,6 @@ class ForeignNet(NamedTuple):
     model: "ModelProto"
     inputs: dict[str, list[int | None]]  # name -> shape. A free side is None.
     outputs: dict[str, list[int | None]]
-    changes: tuple[str, ...] = ()  # how `content` differs from the file
 
     def describe(self) -> str:
         """Returns the inputs and outputs as text."""
@@ -102,15 +101,14 @@ def convert(
     found: dict[Role, tuple[Written, bytes]] = {}
     for path, name in _list_nets(paths):
         given = {"name": name, "kind": kind, "like": like, "side": side, "colour": colour}
-        if not (answer := _read_net(path, given)):
-            continue
-        card = msgspec.convert(answer[0], Written)
-        if card.role in found:
-            raise UserError(
-                f"{card.source.file} and {found[card.role][0].source.file} are both nets for the "
-                f"role {card.role}\nconvert one of them: vidjax convert own FILE --like=FAMILY"
-            )
-        found[card.role] = card, answer[1]
+        for card, content in _read_net(path, given):
+            if card.role in found:
+                raise UserError(
+                    f"{card.source.file} and {found[card.role][0].source.file} are both nets for "
+                    f"the role {card.role}\nconvert one of them: vidjax convert own FILE "
+                    "--like=FAMILY"
+                )
+            found[card.role] = card, content
     wanted = {FAMILIES[family]["role"] for family in KINDS[kind]["families"]}
     if lost := sorted(wanted - found.keys()) if kind == "insightface" or not found else ():
         raise UserError(
@@ -120,16 +118,24 @@ def convert(
     return [net_packages.write_net(folder, card, content) for card, content in found.values()]
 
 
-def _read_net(path: Path, given: dict[str, Any]) -> tuple[dict[str, Any], bytes] | None:
-    """Calls `work` in a child process. Returns the fields of the card, and the converted net."""
+def _read_net(path: Path, given: dict[str, Any]) -> list[tuple[Written, bytes]]:
+    """Calls `work` in a child process. Returns the card and the converted net, or nothing."""
     with files.scratch_folder() as scratch:
         given |= {"path": str(path), "out": str(scratch / "net.onnx"), "weights": ""}
         limits = {"memory_bytes": MEMORY_BYTES, "cpu_seconds": CPU_SECONDS, "writes": [scratch]}
-        fields = processes.run_limited(__name__, path, given, **limits)
-        if name := fields.get("weights"):
-            given["weights"] = str(weights := path.with_name(Path(name).name))
-            fields = processes.run_limited(__name__, path, given, reads=[weights], **limits)
-        return (fields, files.read_bytes(Path(given["out"]), LIMIT)) if fields else None
+        answer = processes.run_limited(__name__, path, given, list[Written | str], **limits)
+        for name in [x for x in answer if isinstance(x, str)][:1]:
+            with processes.doubt(path):
+                given["weights"] = str(weights := path.with_name(Path(name).name))
+            limits["reads"] = [weights]
+            answer = processes.run_limited(__name__, path, given, list[Written | str], **limits)
+        with processes.doubt(path):
+            found = list[tuple[Written, bytes]]()
+            for card in (x for x in answer if isinstance(x, Written)):
+                content = net_packages.unpack(path, given["name"], LIMIT)
+                found.append((card, files.read_bytes(Path(given["out"]), LIMIT)))
+                _check_card(card, given["kind"], given["name"], content, found[-1][1])
+    return found
 
 
 def _list_nets(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
@@ -148,22 +154,34 @@ def _list_nets(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
             yield path, path.name
 
 
-def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields of the card of a net, as JSON, and writes the net into the file `out`.
+def _check_card(card: Written, kind: str, name: str, content: bytes, converted: bytes) -> None:
+    """Raises ValueError if a card that a child made has fields of another net or family."""
+    for family in KINDS[kind]["families"]:
+        if FAMILIES[family]["role"] == card.role:
+            right = msgspec.to_builtins(card) | _describe(kind, family, name, content, converted)
+            if card.back_end:
+                centre = {"centre": card.back_end.centre}
+                right["back_end"] = centre | FAMILIES[family]["back_end"]
+            if msgspec.convert(right, Written) == card:
+                return
+    raise ValueError("the card is of another net")
+
+
+def work(arguments: dict[str, Any]) -> list[Written | str]:
+    """Returns the card of a net, and writes the converted net into the file `out`.
 
     The other arguments are in `convert`. If the net is part of a package and belongs to no family,
-    returns {}. If it has weights in a second file and the argument `weights`, the path of this
-    file, is "", returns {"weights": name of the file}.
+    returns no card. If it has weights in a second file, and the argument `weights`, the path of
+    this file, is "", returns the name of the file.
     """
     kind, name, like = (arguments[key] for key in ("kind", "name", "like"))
     content = net_packages.unpack(Path(arguments["path"]), name, cards.MODEL_BYTES)
-    net = parse_net(content, name)
-    sha256, families = hashlib.sha256(content).hexdigest(), KINDS[kind]["families"]
-    known = KNOWN.get(sha256, {})
+    net, families = parse_net(content, name), KINDS[kind]["families"]
+    known = KNOWN.get(hashlib.sha256(content).hexdigest(), {})
     family = known.get("family") or like or guess_family(net, families)
     if family not in families:
         if kind == "insightface":
-            return {}
+            return []
         shapes = "; ".join(f"{x}: {FAMILIES[x]['supported']}" for x in families)
         raise UserError(f"'{show(name)}' has {net.describe()}\nsupported are {shapes}")
     if like not in (None, family):
@@ -172,26 +190,41 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
         )
     if second := find_weights(net, Path(arguments["path"]).parent):
         if not arguments["weights"]:
-            return {"weights": second}
+            return [second]
         net = _join_weights(net, net_packages.unpack(Path(arguments["weights"]), second, LIMIT))
     refuse_unsafe(net)
+    fields = _describe(kind, family, name, content, content)
+    fields |= _fit(family, net, arguments["side"], arguments["colour"])
+    fields["test"] = {"seed": SEED, "output": [0.0] * 4, "tolerance": 1.0}
+    try:
+        card, converted = _measure(fields, family, net)
+        fields = msgspec.to_builtins(card) | _describe(kind, family, name, content, converted)
+        files.write_bytes(Path(arguments["out"]), converted)
+        return [msgspec.convert(fields, Written)]
+    except msgspec.ValidationError as error:  # for example, a side is too large for a card
+        raise net.refuse(family, f" ({error})") from None
+
+
+def _describe(
+    kind: str, family: str, name: str, content: bytes, converted: bytes
+) -> dict[str, Any]:
+    """Returns the fields of a card that depend only on the file and the family of a net.
+
+    `content` is of the file, and `converted` are the bytes of the net that `convert` writes.
+    """
+    sha256, form = hashlib.sha256(content).hexdigest(), FAMILIES[family]
     stem = re.sub(r"[^A-Za-z0-9_.-]", "_", name.removesuffix(".onnx")).lstrip(".-")[:90] or family
-    form, unknown = FAMILIES[family], {"package": cards.UNKNOWN, "version": cards.UNKNOWN}
+    known, unknown = KNOWN.get(sha256, {}), {"package": cards.UNKNOWN, "version": cards.UNKNOWN}
     source = {key: known.get(key, value) for key, value in unknown.items()}
-    fields = {
-        "format": 1, "file": f"{stem}.onnx", "norm_is_quality": False,
+    change = "none" if converted == content else "one file with one output [N, D]"
+    return {
+        "format": 1, "file": f"{stem}.onnx", "sha256": hashlib.sha256(converted).hexdigest(),
+        "norm_is_quality": False,
         "role": form["role"], "decoder": form["decoder"], "notes": form["notes"],
         "licence": known.get("licence") or KINDS[kind]["licence"],
         "source": {**source, "file": name, "sha256": sha256},
-        "test": {"seed": SEED, "output": [0.0] * 4, "tolerance": 1.0},
-        **_fit(family, net, arguments["side"], arguments["colour"]),
+        "conversion": f"vidjax.apps.video.net_families {family}: {change}",
     }  # fmt: skip
-    try:
-        card, content = _measure(fields, family, net)
-        files.write_bytes(Path(arguments["out"]), content)
-        return msgspec.to_builtins(card)
-    except msgspec.ValidationError as error:  # for example, a side is too large for a card
-        raise net.refuse(family, f" ({error})") from None
 
 
 def parse_net(content: bytes, name: str) -> ForeignNet:
@@ -253,13 +286,7 @@ def _join_weights(net: ForeignNet, data: bytes) -> ForeignNet:
         x.raw_data = data[start : start + length] if length else data[start:]
         x.ClearField("external_data")
         x.ClearField("data_location")
-    return _replace_model(net, "weights joined")
-
-
-def _replace_model(net: ForeignNet, change: str) -> ForeignNet:
-    """Returns a net with the bytes of its changed `model`. `change` describes the change."""
-    content = net.model.SerializeToString(deterministic=True)
-    return net._replace(content=content, changes=(*net.changes, change))
+    return net._replace(content=net.model.SerializeToString(deterministic=True))
 
 
 def refuse_unsafe(net: ForeignNet) -> None:
@@ -350,9 +377,6 @@ def _measure(fields: dict[str, Any], family: str, net: ForeignNet) -> tuple[Writ
     If a detector does not run with every size that it declares, its size is set to 640 x 640. Of an
     embedder, only the vector is kept.
     """
-    fields["sha256"] = hashlib.sha256(net.content).hexdigest()
-    changes = ", ".join(net.changes) or "none"
-    fields["conversion"] = f"vidjax.apps.video.net_families {family}: {changes}"
     # Other fields are known after the net has run.
     width = {"width": 1} if fields["role"] == "face_embedder" else {}
     draft = msgspec.convert({**fields, **width}, Written)
@@ -373,10 +397,11 @@ def _measure(fields: dict[str, Any], family: str, net: ForeignNet) -> tuple[Writ
         if card.role == "face_detector" and not card.input.size:
             fixed = {**fields["input"], "size": [PADDED_SIDE] * 2}
             return _measure({**fields, "input": fixed}, family, net)
-        if not isinstance(error, nets.NetError):
+        if not isinstance(error, NetError):
             raise
-        reason = str(error).partition("\n")[0].partition("describes ")[2]
-        raise net.refuse(family, f" and cannot be run {reason}") from None
+        reason = str(error).partition("\n")[0].partition("describes (")[2].removesuffix(")")
+        text = f"'{show(net.name)}' cannot be used: {reason}\nexport it again, or use another net"
+        raise UserError(text) from None
     if not np.isfinite(output).all() or np.array_equal(output, other):
         raise UserError(
             f"'{show(net.name)}' has the same output for different images, or an output "
@@ -416,7 +441,7 @@ def _find_vector(family: str, opened: Net, net: ForeignNet) -> str:
     Other outputs have one number for a face, such as the norm of the vector.
     """
     answers = opened.ask(nets.make_formula_inputs(opened.card, SEED))
-    wide = [name for name, x in answers.items() if x.size > 1]
+    wide = [name for name, x in answers.items() if x.size > 1] or [*answers]
     shape = answers[wide[0]].shape if len(wide) == 1 else ()
     if shape[:1] != (1,) or math.prod(shape) != max(shape):
         raise net.refuse(family)
@@ -432,7 +457,7 @@ def _keep_vector(net: ForeignNet, vector: str) -> ForeignNet:
     graph.node.append(helper.make_node("Flatten", [vector], [VECTOR]))
     del graph.output[:]
     graph.output.append(helper.make_tensor_value_info(VECTOR, kind, None))
-    return _replace_model(net, "only the vector")
+    return net._replace(content=net.model.SerializeToString(deterministic=True))
 
 
 def _find_width(family: str, opened: Net, net: ForeignNet) -> int:

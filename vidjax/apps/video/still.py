@@ -3,7 +3,6 @@
 `read_still` starts this module as a child process with limits. The picture is stored nowhere.
 """
 
-import base64
 import io
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,13 @@ def read_still(path: Path, seconds: float) -> bytes:
     Raises UserError if the file cannot be decoded.
     """
     arguments = {"path": str(path.absolute()), "seconds": seconds}
-    answer = processes.run_limited(
-        __name__, path, arguments, memory_bytes=MEMORY_BYTES, cpu_seconds=CPU_SECONDS
+    return processes.run_limited(
+        __name__, path, arguments, bytes, memory_bytes=MEMORY_BYTES, cpu_seconds=CPU_SECONDS
     )
-    return base64.b64decode(answer["jpeg"])
 
 
-def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Decodes a picture in a child process; arguments and result are JSON objects."""
+def work(arguments: dict[str, Any]) -> bytes:
+    """Decodes a picture in a child process; the arguments are a JSON object."""
     from PIL import Image
 
     path = Path(arguments["path"])
@@ -43,7 +41,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
     picture, file = Image.fromarray(rgb), io.BytesIO()
     picture.thumbnail((MOST_SIDE, MOST_SIDE))
     picture.save(file, "jpeg", quality=85)
-    return {"jpeg": base64.b64encode(file.getvalue()).decode()}
+    return file.getvalue()
 
 
 if __name__ == "__main__":

@@ -310,10 +310,7 @@ class _Call:
                     f"'{path}' is missing, the gallery of earlier calls\n"
                     "copy it back, or name a new folder: --out=FOLDER"
                 )
-            text = (
-                f"--out={out} contains '{show(foreign[0].name)}', which `vidjax who` did not write"
-            )
-            raise UserError(f"{text}\nname a new folder")
+            raise files.foreign_error(foreign[0])
         try:
             self.gallery = Gallery(path)
         except store.NoGalleryError:  # also if an earlier call was killed while it made the gallery

@@ -353,9 +353,8 @@ class _InPieces(io.BufferedReader):
         wanted = PIECE_BYTES + 1 if size is None or size < 0 else min(size, PIECE_BYTES + 1)
         content = super().read(wanted)
         if len(content) > PIECE_BYTES:
-            raise UserError(
-                f"its list of entries has over {PIECE_BYTES:,} bytes: save fewer arrays"
-            )
+            about = f"its list of entries has over {PIECE_BYTES:,} bytes"
+            raise UserError(f"{about}: unpack it, or pack fewer files or arrays")
         return content
 
 
@@ -371,13 +370,13 @@ def open_zip(file: io.FileIO | io.BytesIO) -> Iterator[zipfile.ZipFile]:
 
 
 def open_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> IO[bytes]:
-    """Opens an entry of a zip. Raises UserError for other compression than deflate."""
+    """Opens an entry of a zip. Raises UserError if it has a password, or is not deflated."""
     # With other compression, such as LZMA, Python may unpack a short piece to gigabytes at once.
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise UserError(
-            f"entry '{entry.filename[:50]}' has an unsupported method of compression: "
-            "pack the zip with store or deflate"
-        )
+    is_locked = bool(entry.flag_bits & 1)
+    if is_locked or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        about = "has a password" if is_locked else "has an unsupported method of compression"
+        name = entry.filename[:50]
+        raise UserError(f"entry '{name}' {about}: unpack the zip, or pack it again with deflate")
     return archive.open(entry)
 
 
