@@ -181,6 +181,11 @@ def test_urls_are_refused_as_folders_and_paths_are_normalised(tmp_path):
     for text in ("s3://bucket/ok", "gs://a", "s3:/bucket"):  # Path("s3://b") is s3:/b
         refused(functools.partial(files.local, text), "copy or mount the files")
         refused(functools.partial(load_dataset, "arrays", directory=text), "an address")
+        assert files.local(f"./{text}") == tmp_path.cwd() / text
+    for text in ("C:\\a", "d:/a"):
+        refused(functools.partial(files.local, text), "in WSL")
+    for text in ("a:b", "s3", "a/s3://b", "/s3://b", "~/s3://b"):
+        files.local(text)
     (tmp_path / "a").mkdir()
     assert files.absolute(tmp_path / "a" / ".." / "b") == tmp_path.resolve() / "b"
 

@@ -127,7 +127,7 @@ def list_tables(source: str | Path) -> list[Path]:
     If `source` is no folder, or a dataset with a table for each split, such as `val.parquet`, the
     list is empty. Raises UserError if the folder contains tables and other files.
     """
-    source = Path(source).expanduser()
+    source = files.local(source)
     entries = sorted(source.iterdir()) if source.is_dir() else []
     entries = [path for path in entries if not path.name.startswith(HIDDEN_PREFIXES)]
     inputs = [path for path in entries if path.suffix == ".parquet"]
@@ -138,9 +138,9 @@ def list_tables(source: str | Path) -> list[Path]:
     return inputs
 
 
-def check_out(out: str | None, inputs: Sequence[Path], work: type[TableTask]) -> None:
+def check_out(out: str | Path | None, inputs: Sequence[Path], work: type[TableTask]) -> None:
     """Raises UserError if `out`, the value of `--out`, cannot be the folder for the results."""
-    path = Path(out).expanduser() if out else None
+    path = files.local(out) if out else None
     endings = (*tables.ENDINGS, ".txt")
     if path is None or path.suffix in endings or (path.exists() and not path.is_dir()):
         flag = f"--out={out}" if out else "without --out"
@@ -166,7 +166,7 @@ class Processed(NamedTuple):
     results: str  # the file or the folder of the results
 
 
-def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Processed:
+def process_tables(inputs: Sequence[Path], out: str | Path, work: TableTask) -> Processed:
     """Writes the results of each table that has no results yet.
 
     If the process is killed, no file is incomplete, and the next call continues. If `work` is
@@ -177,7 +177,7 @@ def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Process
         another run, gallery or option.
       UserError: a table cannot be read. This error is raised after all other tables are processed.
     """
-    out_folder = Path(out).expanduser()
+    out_folder = files.local(out)
     folder = files.make_folder(out_folder / LISTS if work.joined else out_folder, "--out")
     notes = {table: _make_note(table, work) for table in inputs}
     left = [table for table, note in notes.items() if not _is_made(folder / table.name, note)]

@@ -320,7 +320,7 @@ def list_roots(places: Iterable[Path]) -> list[Path]:
     """Returns the folders to search: `places`, by default the current folder, and the cache."""
     cache = files.cache_root()
     roots = [*places] or [x for x in (Path(),) if not _is_empty(x)]
-    inside = any(cache.resolve().is_relative_to(x.expanduser().resolve()) for x in roots)
+    inside = any(cache.resolve().is_relative_to(x.resolve()) for x in roots)
     roots += [cache] if cache.exists() and not inside and not _is_empty(cache) else []
     return roots or [Path()]
 
@@ -351,7 +351,7 @@ def _survey(places: Iterable[Path]) -> Survey:
     from vidjax.apps.gallery.store import GALLERY_FILE, JOURNAL_FILE
 
     kind_of, paths, found = dict[Path, str](), set[Path](), list[Place]()
-    for root in (place.expanduser().absolute() for place in places):
+    for root in map(Path.absolute, places):
         if not root.is_dir():
             raise UserError(f"'{root}' is not a folder: name an existing folder as PLACE")
         if _is_empty(root):

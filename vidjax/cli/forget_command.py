@@ -1,7 +1,6 @@
 """`vidjax forget`: lists folders of vidjax that contain a name, and deletes clips from some."""
 
 import argparse
-from pathlib import Path
 
 from vidjax.apps.forget import DELETE_FILE, forget, list_roots
 from vidjax.utils.errors import UserError
@@ -58,7 +57,7 @@ def forget_names(args: argparse.Namespace) -> Result:
     """
     if not args.identity and not args.clip:
         raise UserError("no name is given: add --identity=NAME or --clip=NAME")
-    roots = list_roots(map(Path, args.places))
+    roots = list_roots(args.places)
     places, similar = forget(args.identity, args.clip, roots, delete=args.delete)
     left = sum(place.left for place in places)
     unread = sum(place.kind == "unread" for place in places)

@@ -189,7 +189,7 @@ def split_groups(runs: str) -> list[list[str]]:
     names = [name.strip() for name in runs.split(",") if name.strip()]
     return [
         [name]
-        if Path(name).expanduser().exists()
+        if files.local(name).exists()
         else [folder.strip() for folder in name.split("+") if folder.strip()]
         for name in names
     ]

@@ -41,7 +41,7 @@ def check_new(out: str | Path, endings: Sequence[str] = ENDINGS) -> Path:
 
     Raises UserError if the table cannot be written.
     """
-    path = Path(out).expanduser()
+    path = files.local(out)
     if path.suffix not in endings:
         names = " or ".join(filter(None, (", ".join(endings[:-1]), endings[-1])))
         raise UserError(f"--out={path}: end the name in {names}")

@@ -185,7 +185,7 @@ class Store:
     """Reads and writes the file of the gallery in `folder`."""
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder).expanduser().absolute()
+        self.folder = files.local(folder).absolute()
         self.path = self.folder / GALLERY_FILE
 
     # ---- opening

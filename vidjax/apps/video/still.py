@@ -4,6 +4,7 @@
 """
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ MOST_SIDE = 1280  # pixels of the longer side
 MEMORY_BYTES, CPU_SECONDS = 4 << 30, 30
 
 
-def read_still(path: Path, seconds: float) -> bytes:
+def read_still(path: Path, seconds: float, jumps: Sequence[decode.Jump] = ()) -> bytes:
     """Returns the upright picture of a film at a time, or a photo, as JPEG.
+
+    `jumps` are `MediaFile.jumps` of the film.
 
     Raises UserError if the file cannot be decoded.
     """
-    arguments = {"path": str(path.absolute()), "seconds": seconds}
+    arguments = {"path": str(path.absolute()), "seconds": seconds, "jumps": jumps}
     return processes.run_limited(
         __name__, path, arguments, bytes, memory_bytes=MEMORY_BYTES, cpu_seconds=CPU_SECONDS
     )
@@ -35,7 +38,7 @@ def work(arguments: dict[str, Any]) -> bytes:
         rgb = photo.rgb
     else:
         with decode.open_video(path) as video:
-            rgb = video.still(arguments["seconds"])
+            rgb = video.still(arguments["seconds"], arguments["jumps"])
     if rgb is None:
         raise UserError(f"'{path}' has no picture at {arguments['seconds']:.1f} s")
     picture, file = Image.fromarray(rgb), io.BytesIO()

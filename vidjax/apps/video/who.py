@@ -125,9 +125,9 @@ def name_people(
       UserError: there is no film, there is no usable photo, a net is missing, or the folder for
         results contains a link.
     """
-    films = [Path(film) for film in ([films] if isinstance(films, str | Path) else films)]
-    people = None if people is None else Path(people)
-    out, models = Path(out), Path(models)
+    films = [files.local(film) for film in ([films] if isinstance(films, str | Path) else films)]
+    people = None if people is None else files.local(people)
+    out, models = files.local(out), files.local(models)
     answers_lib.check_choice(fpir, threshold)
     if not 0 <= padding < math.inf:
         raise UserError(f"--padding={padding:g} is not a duration: give seconds, 0 or more")
