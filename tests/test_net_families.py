@@ -185,6 +185,11 @@ def test_package_of_insightface_is_searched_for_its_two_nets(command, tmp_path, 
     (folder / "vec.onnx").write_bytes(members["vec.onnx"])
     (folder / "vec2.onnx").write_bytes(members["vec.onnx"])
     assert convert().refused("vec.onnx", "vec2.onnx", "convert own")
+    (folder / "vec2.onnx").unlink()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "vec.onnx").write_bytes(b"of the user")
+    assert convert().refused("vec.onnx", "was not written by vidjax")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["vec.onnx"]
 
 
 def test_nets_of_opencv_are_recognised_by_their_outputs(command, tmp_path, read_here):

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import resource
 import shlex
 import socket
 import sqlite3
@@ -565,6 +566,18 @@ def test_slow_malformed_or_ambiguous_requests_are_cut_off(inside):
     with contextlib.suppress(ConnectionError):
         assert b" 413 " in talk(inside.port, too_long.encode())
     assert inside.ask("GET", web.LIVE)[0] == 200
+
+
+def test_server_may_open_as_many_files_as_the_system_allows(tmp_path):
+    """Otherwise, idle connections would leave no file for the check of a container."""
+    servers.make_gallery(tmp_path / "g")
+    _, hard = usual = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard // 2, hard))
+    try:
+        with servers.served(tmp_path / "g") as server:
+            assert resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, usual)
 
 
 def test_number_of_connections_is_limited(inside):
