@@ -40,19 +40,9 @@ from vidjax.utils.parser import PATHS, Parser
 
 # The metavars of arguments that are not paths, or whose commands take paths from a longer text.
 NO_PATHS = {
-    "A,B",
-    "ADDRESS",
-    "CLIP",
-    "FILE[:ARG,...]",
-    "HOST:PORT",
-    "I",
-    "K",
-    "N",
-    "NAME",
-    "P",
-    "R",
-}
-NO_PATHS |= {"S", "SECONDS", "VALUE"}
+    "A,B", "ADDRESS", "CLIP", "FILE[:ARG,...]", "HOST:PORT", "I", "K", "N", "NAME", "P", "R", "S",
+    "SECONDS", "VALUE",
+}  # fmt: skip
 TRAIN = "--config=knn --workdir=new"
 ARRAYS = ("--config.data.name=arrays",)
 OWN = "--config=mma:face --config.data.name=arrays --workdir=new --config.data.dir="
@@ -323,11 +313,8 @@ def test_wrong_command_fails_before_tensorflow_or_a_device_starts(tmp_path, pyth
 
 @pytest.mark.nightly
 def test_commands_of_a_user_exit_and_print_as_listed(tmp_path):
-    no_cache, no_gpu, run = (
-        {"VIDJAX_CACHE": "/proc/none"},
-        {"JAX_PLATFORMS": "cuda"},
-        "--workdir=run",
-    )
+    no_cache, no_gpu = {"VIDJAX_CACHE": "/proc/none"}, {"JAX_PLATFORMS": "cuda"}
+    run = "--workdir=run"
     for words, wanted, code, env in (
         ("--version", "vidjax 0.", 0, {}),
         (f"--config=knn {run} --config.eval.report=false --json", '"map":', 0, {}),
@@ -341,9 +328,8 @@ def test_commands_of_a_user_exit_and_print_as_listed(tmp_path):
         usual = {"JAX_PLATFORMS": "", "TQDM_DISABLE": "", "VIDJAX_CACHE": f"{tmp_path}/cache"}
         ended = execute(("-m", "vidjax.main", *words.split()), tmp_path, **{**usual, **env})
         assert ended.returncode == code and wanted in ended.stdout + ended.stderr, (words, ended)
-        assert "Traceback" not in ended.stderr and (not code or ended.stderr.count("\n") <= 3), (
-            ended
-        )
+        lines = ended.stderr.count("\n")
+        assert "Traceback" not in ended.stderr and (not code or lines <= 3), ended
         assert "--json" not in words or isinstance(json.loads(ended.stdout), dict)
     # One run was trained without --workdir. Refused commands have --workdir=new.
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["knn_seed=1"]
