@@ -175,11 +175,11 @@ def _describe_problem(comparison: Comparison, models: str) -> str:
         "": "",
         "blind": f"{NOBODY}\n{TWO_NAMES}\n"
         "if not, convert the net again: the order of colours or the scale may be wrong",
-        "closer": f"the people of your photos differ only {between} times as much as the net "
+        "closer": f"your people differ only {between} times as much as the net "
         f"expects: similar people, such as relatives, may get a wrong name\n{measure}",
         "varied": f"the photos of one person differ {comparison.within:.2g} times as much as the "
         f"net expects: many names are missing or wrong\n{measure}",
-        "farther": f"the people of your photos differ {between} times as much as the net "
+        "farther": f"your people differ {between} times as much as the net "
         f"expects: many names are missing or wrong\n{measure}",
     }[comparison.problem]
 
