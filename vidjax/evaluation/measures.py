@@ -62,7 +62,7 @@ class ScoredSplit:
 
     @cached_property
     def hits(self) -> np.ndarray:
-        """True where a ranked clip shows the identity of its list, [C, k] bool."""
+        """Whether each ranked clip shows the identity that it is ranked for, [C, k] bool."""
         return self.columns == np.arange(1, len(self.columns) + 1)[:, None]
 
     @cached_property

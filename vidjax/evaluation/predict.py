@@ -124,7 +124,7 @@ class Ranker:
         return float(value) if isinstance(value, (int, float)) else None
 
     def _explain_no_threshold(self) -> str:
-        """Returns why `threshold` is None, or "" if it is known or no stranger was evaluated."""
+        """Returns why `threshold` is None. If it is a number, or without strangers, returns ""."""
         if not self.results:
             words = f"vidjax evaluate --workdir={shlex.quote(str(self.workdir))}"
             words += " --config.eval.checkpoint=best" * (self.config.eval.checkpoint == "best")

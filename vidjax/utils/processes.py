@@ -113,8 +113,8 @@ def _exchange(
 ) -> tuple[bytes, bytes]:
     """Sends `given` to a process. Returns its output, and the last bytes of its standard error.
 
-    Unlike `Popen.communicate`, it never keeps more than the limits in memory. For the limits and
-    errors, see `Children.run`.
+    `Popen.communicate` would keep an output of any size in memory. Here, the output is limited. For
+    `output_bytes` and the errors, see `Children.run`.
     """
     assert child.stdin and child.stdout and child.stderr
     left, end = memoryview(given), time.monotonic() + timeout

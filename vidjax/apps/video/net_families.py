@@ -241,7 +241,7 @@ def guess_family(net: ForeignNet, families: Sequence[str]) -> str:
 
 
 def _fit(family: str, net: ForeignNet, side: int | None) -> dict[str, Any]:
-    """Returns fields of the card that depend on the declared inputs and outputs.
+    """Returns the fields of a net's card that depend on the inputs and outputs that it declares.
 
     `side` is the side in pixels of an embedder's input, or None for the default.
     """
