@@ -383,7 +383,7 @@ class Photos:
         return missing
 
     def embed(self, gallery: Gallery) -> dict[str, StoredClip]:
-        """Computes the vectors of usable faces; returns clip in the gallery -> vector and person."""
+        """Computes the vectors of usable faces; returns clip in the gallery -> stored clip."""
         entries: dict[str, StoredClip] = {}
         groups = group_by_key((self.faces[clip].features, clip) for clip in self.usable)
         for folder, clips in groups.items():
