@@ -18,6 +18,7 @@ from tests.helpers import drawn_people, family_nets as made, made_nets
 from tests.helpers.seen import refused
 from vidjax.apps import cards
 from vidjax.apps.video import net_families, nets
+from vidjax.utils.errors import VidjaxWarning
 
 # Published: the five points of faces in crops of 112 x 112, rounded (face_align.py).
 POINTS = [[38.29, 51.70], [73.53, 51.50], [56.03, 71.74], [41.55, 92.37], [70.73, 92.20]]
@@ -248,6 +249,7 @@ SPARSE = make_node("Constant", [], ["y"], sparse_value=onnx.SparseTensorProto())
 BRANCH = make_node("If", ["data"], ["y"], then_branch=BODY, else_branch=BODY)
 OTHER = onnx.NodeProto(domain="com.example")
 FUNCTION = onnx.FunctionProto(name="f", domain="com.example")
+OLD, NEWER = onnx.NodeProto(op_type="Old"), onnx.ModelProto(ir_version=99)
 
 
 # Words of the error, the family, and the net.
@@ -263,6 +265,9 @@ FUNCTION = onnx.FunctionProto(name="f", domain="com.example")
     ("8192 8224 supported", "arcface", edit(VECTORS, resize(8224, 8224))),
     ("8192 8224 supported", "scrfd", edit(made.scrfd(), resize(8224, 8224))),
     ("same output", "arcface", edit(VECTORS, set_weights(0))),
+    *(("used: its output has fewer than 4 numbers", "arcface", made.embedder(n)) for n in (1, 3)),
+    ("used: No Op registered", "arcface", edit(VECTORS, lambda x: x.graph.node[0].MergeFrom(OLD))),
+    ("used: Unsupported model IR", "arcface", edit(VECTORS, lambda x: x.MergeFrom(NEWER))),
     ("same output", "arcface", edit(VECTORS, set_weights(np.nan))),
     ("[2, 3, 112, 112] supported", "arcface", made.embedder(batch=2)),
     ("free, 1, 112, 112] supported", "arcface", edit(VECTORS, resize(1, 112, 112))),
@@ -285,7 +290,7 @@ def test_small_net_that_needs_much_memory_is_refused_in_a_child_process(command,
     (tmp_path / "net.onnx").write_bytes(edit(VECTORS, grow))
     words = ("convert", "own", tmp_path / "net.onnx", "--like=arcface")
     done = command(*words, f"--out={tmp_path / 'models'}")
-    assert done.refused("cannot be run", "supported", "Failed to allocate memory")
+    assert done.refused("cannot be used: Failed to allocate memory", "use another net")
     assert ".cc" not in done.err and "onnxruntime::" not in done.err  # the place in its source
     assert not (tmp_path / "models").exists()
 
@@ -316,6 +321,41 @@ def test_card_of_another_kind_or_with_measured_numbers_is_not_replaced(convert):
     assert convert(VECTORS, "--like=arcface")[0].code == 0
     other = made.embedder(64)
     assert convert(other, "--like=arcface")[0].refused("measured card", "name another --out")
+
+
+def test_zips_that_cannot_be_read_are_to_be_unpacked(command, tmp_path):
+    with zipfile.ZipFile(tmp_path / "many.zip", "w") as archive:
+        for number in range(20_000):
+            archive.writestr(f"{number}.onnx", b"")
+    with zipfile.ZipFile(tmp_path / "locked.zip", "w") as archive:
+        archive.writestr("net.onnx", VECTORS)
+    content = bytearray((tmp_path / "locked.zip").read_bytes())
+    content[6] = content[content.rindex(b"PK\1\2") + 8] = 1  # the flags of an encrypted entry
+    (tmp_path / "locked.zip").write_bytes(content)
+    for name, words in (("many.zip", "pack fewer files"), ("locked.zip", "has a password")):
+        done = command("convert", "insightface", tmp_path / name, f"--out={tmp_path / 'models'}")
+        assert done.refused(name, words, "unpack"), done.err
+
+
+def test_only_nets_and_cards_of_vidjax_are_replaced(convert):
+    path = convert(VECTORS, "--like=arcface")[1]
+    net, card = path.with_suffix(".onnx"), path.read_bytes()
+    net.unlink()
+    assert convert(VECTORS, "--like=arcface")[0].code == 0  # it was missing
+    other = made.embedder(64)
+    for content in (other, VECTORS):  # the card in the folder is the card of the replaced net
+        with pytest.warns(VidjaxWarning, match="differed, and was replaced"):
+            assert convert(content, "--like=arcface")[0].code == 0
+    assert path.read_bytes() == card
+    for place, content in ((net, b"mine"), (path, b"{}"), (path, b"\xff"), (path, b"")):
+        before = place.read_bytes()
+        place.write_bytes(content)
+        assert convert(other, "--like=arcface")[0].refused(str(place), "move it away", "--out")
+        assert place.read_bytes() == content
+        place.write_bytes(before)
+    path.unlink()  # without its card, nobody knows who wrote the net
+    assert convert(other, "--like=arcface")[0].refused(str(net))
+    assert convert(VECTORS, "--like=arcface")[0].code == 0  # the same net
 
 
 def test_net_without_a_card_is_answered_with_the_command_that_writes_it(

@@ -124,7 +124,7 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
 
     format: Literal[1]
     role: Role
-    file: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\.onnx$")]
+    file: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\.onnx\Z")]
     sha256: Sha256
     decoder: Literal["centerface", "yunet", "scrfd", "silero", "vectors"]
     input: Input
@@ -216,8 +216,8 @@ def read_all(folder: Path) -> dict[Role, Card]:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """Returns a folder of nets and the files in it. The files may be links to other folders."""
-    return [folder, *folder.iterdir()]
+    """Returns a folder of nets, its cards and its nets, which may be links to other folders."""
+    return [folder, *folder.glob("*.json"), *folder.glob("*.onnx")]
 
 
 def read(path: Path) -> Card:

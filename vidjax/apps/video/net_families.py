@@ -24,7 +24,7 @@ from vidjax.apps.cards import Card, Role, Written
 from vidjax.apps.video import net_packages, nets
 from vidjax.apps.video.nets import Net
 from vidjax.utils import processes
-from vidjax.utils.errors import UserError, require_packages
+from vidjax.utils.errors import NetError, UserError, require_packages
 from vidjax.utils.names import show
 
 if TYPE_CHECKING:
@@ -95,18 +95,19 @@ def convert(
     found: dict[Role, tuple[Path, str, Written]] = {}
     for path, name in _list_nets(paths):
         given = {"path": str(path), "name": name, "kind": kind, "like": like, "side": side}
-        fields = processes.run_limited(
-            __name__, path, given, memory_bytes=MEMORY_BYTES, cpu_seconds=CPU_SECONDS
+        written = processes.run_limited(
+            __name__, path, given, list[Written], memory_bytes=MEMORY_BYTES, cpu_seconds=CPU_SECONDS
         )
-        if not fields:
-            continue
-        card = msgspec.convert(fields, Written)
-        if card.role in found:
-            raise UserError(
-                f"{card.source.file} and {found[card.role][2].source.file} are both nets for the "
-                f"role {card.role}\nconvert one of them: vidjax convert own FILE --like=FAMILY"
-            )
-        found[card.role] = path, name, card
+        for card in written:
+            with processes.doubt(path):
+                _check_card(card, kind, name, net_packages.unpack(path, name, cards.MODEL_BYTES))
+            if card.role in found:
+                raise UserError(
+                    f"{card.source.file} and {found[card.role][2].source.file} are both nets for "
+                    f"the role {card.role}\nconvert one of them: vidjax convert own FILE "
+                    "--like=FAMILY"
+                )
+            found[card.role] = path, name, card
     wanted = {FAMILIES[family]["role"] for family in KINDS[kind]["families"]}
     if lost := sorted(wanted - found.keys()) if kind == "insightface" or not found else ():
         raise UserError(
@@ -135,20 +136,32 @@ def _list_nets(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
             yield path, path.name
 
 
-def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields of the card of a net, as JSON. The arguments are in `convert`.
+def _check_card(card: Written, kind: str, name: str, content: bytes) -> None:
+    """Raises ValueError if a card that a child made has fields of another net or family."""
+    for family in KINDS[kind]["families"]:
+        if FAMILIES[family]["role"] == card.role:
+            right = msgspec.to_builtins(card) | _describe(kind, family, name, content)
+            if card.back_end:
+                centre = {"centre": card.back_end.centre}
+                right["back_end"] = centre | FAMILIES[family]["back_end"]
+            if msgspec.convert(right, Written) == card:
+                return
+    raise ValueError("the card is of another net")
 
-    If the net is part of a package and belongs to no family, returns {}.
+
+def work(arguments: dict[str, Any]) -> list[Written]:
+    """Returns the card of a net. The arguments are in `convert`.
+
+    If the net is part of a package and belongs to no family, returns no card.
     """
     kind, name, like = (arguments[key] for key in ("kind", "name", "like"))
     content = net_packages.unpack(Path(arguments["path"]), name, cards.MODEL_BYTES)
-    net = parse_net(content, name)
-    sha256, families = hashlib.sha256(content).hexdigest(), KINDS[kind]["families"]
-    known = KNOWN.get(sha256, {})
+    net, families = parse_net(content, name), KINDS[kind]["families"]
+    known = KNOWN.get(hashlib.sha256(content).hexdigest(), {})
     family = known.get("family") or like or guess_family(net, families)
     if family not in families:
         if kind == "insightface":
-            return {}
+            return []
         shapes = "; ".join(f"{x}: {FAMILIES[x]['supported']}" for x in families)
         raise UserError(f"'{show(name)}' has {net.describe()}\nsupported are {shapes}")
     if like not in ("", family):
@@ -156,22 +169,27 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
             f"'{show(name)}' is {known['file']} of {known['package']}: use --like={family}"
         )
     refuse_unsafe(net)
+    fields = _describe(kind, family, name, content) | _fit(family, net, arguments["side"])
+    fields["test"] = {"seed": SEED, "output": [0.0] * 4, "tolerance": 1.0}
+    try:
+        return [_measure(fields, family, net)]
+    except msgspec.ValidationError as error:  # for example, a side is too large for a card
+        raise net.refuse(family, f" ({error})") from None
+
+
+def _describe(kind: str, family: str, name: str, content: bytes) -> dict[str, Any]:
+    """Returns the fields of a card that depend only on the file and the family of a net."""
+    sha256, form = hashlib.sha256(content).hexdigest(), FAMILIES[family]
     stem = re.sub(r"[^A-Za-z0-9_.-]", "_", name.removesuffix(".onnx")).lstrip(".-")[:90] or family
-    form, unknown = FAMILIES[family], {"package": cards.UNKNOWN, "version": cards.UNKNOWN}
+    known, unknown = KNOWN.get(sha256, {}), {"package": cards.UNKNOWN, "version": cards.UNKNOWN}
     source = {key: known.get(key, value) for key, value in unknown.items()}
-    fields = {
+    return {
         "format": 1, "file": f"{stem}.onnx", "sha256": sha256, "norm_is_quality": False,
         "role": form["role"], "decoder": form["decoder"], "notes": form["notes"],
         "licence": known.get("licence") or KINDS[kind]["licence"],
         "source": {**source, "file": name, "sha256": sha256},
         "conversion": f"vidjax.apps.video.net_families {family}: none",
-        "test": {"seed": SEED, "output": [0.0] * 4, "tolerance": 1.0},
-        **_fit(family, net, arguments["side"]),
     }  # fmt: skip
-    try:
-        return msgspec.to_builtins(_measure(fields, family, net))
-    except msgspec.ValidationError as error:  # for example, a side is too large for a card
-        raise net.refuse(family, f" ({error})") from None
 
 
 def parse_net(content: bytes, name: str) -> ForeignNet:
@@ -304,10 +322,11 @@ def _measure(fields: dict[str, Any], family: str, net: ForeignNet) -> Written:
         if card.role == "face_detector" and not card.input.size:
             fixed = {**fields["input"], "size": [PADDED_SIDE] * 2}
             return _measure({**fields, "input": fixed}, family, net)
-        if not isinstance(error, nets.NetError):
+        if not isinstance(error, NetError):
             raise
-        reason = str(error).partition("\n")[0].partition("describes ")[2]
-        raise net.refuse(family, f" and cannot be run {reason}") from None
+        reason = str(error).partition("\n")[0].partition("describes (")[2].removesuffix(")")
+        text = f"'{show(net.name)}' cannot be used: {reason}\nexport it again, or use another net"
+        raise UserError(text) from None
     if not np.isfinite(output).all() or np.array_equal(output, other):
         raise UserError(
             f"'{show(net.name)}' has the same output for different images, or an output "
