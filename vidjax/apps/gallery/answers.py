@@ -271,7 +271,7 @@ def check_choice(fpir: float | None, threshold: float | None) -> None:
 
 
 def count_needed_strangers(fpir: float) -> int:
-    """Returns how many clips of strangers a threshold for `fpir` needs: 1 / fpir - 1, or 1."""
+    """Returns how many clips of strangers a threshold for `fpir` needs, at least 1."""
     return max(1, math.ceil(min(1 / fpir, 1e18) - 1e-9) - 1)
 
 
