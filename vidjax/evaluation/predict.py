@@ -327,7 +327,7 @@ class Predictor(Ranker):
         return score_blocks(model, request.split, describe(model, request.split).use)
 
     def embed_blocks(self, blocks: Sequence[Batch]) -> list[np.ndarray]:
-        """Returns for each block an array [B, D], the concatenated embeddings of all members."""
+        """Returns an array [B, D] for each block: the embeddings of all members, concatenated."""
         parts: list[list[np.ndarray]] = [[] for _ in blocks]
         for number in range(len(self.model.training_sets.members)):
             own = self.model.member(number)
