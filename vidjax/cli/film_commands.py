@@ -73,7 +73,7 @@ def _list_problems(film: features_folder.MediaFile, path: Path) -> list[str]:
         more = f", and {messages.count(len(jumps) - 1, 'more time')}" if jumps[1:] else ""
         problems.append(f"the clock jumps by {by} at {at}{more}")
     if (film.rate or 0) < MIN_RATE if jumps else film.frames < MIN_RATE * film.seconds:
-        problems.append(f"it has fewer than {MIN_RATE} frames per second, so people may be missed")
+        problems.append(f"it has fewer than {MIN_RATE} pictures a second, so people may be missed")
     if film.halves:
         layout, crop = CROPS[film.halves]
         problems.append(
@@ -87,10 +87,10 @@ def _list_problems(film: features_folder.MediaFile, path: Path) -> list[str]:
             f"copy it: ffmpeg -i {shlex.quote(str(path))} -map 0:V:1 -map 0:a? -c copy second.mkv"
         )
     counts = {
-        "damaged frames, which were left out": film.corrupt,
-        "packets that could not be decoded": film.refused,
+        "damaged pictures, which were left out": film.corrupt,
+        "pieces of the film that could not be read": film.refused,
         "wrong time stamps, which were estimated": film.repaired,
-        "pieces of sound that could not be decoded": film.lost_sound,
+        "pieces of sound that could not be read": film.lost_sound,
     }
     problems += [f"{problem}: {count:,}" for problem, count in counts.items() if count]
     if film.damaged:

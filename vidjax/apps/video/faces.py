@@ -259,7 +259,7 @@ class Said:
 
 
 def read_for(gallery: Gallery, films: Iterable[MediaFile]) -> Said:
-    """Returns what people said about `films`. It is empty if `vidjax who` made no such gallery."""
+    """Returns what people said about `films`: nothing if `vidjax who` did not make the gallery."""
     out = gallery.folder.parent
     if said_lib.has_log(out):
         return Said(said_lib.read(out), films)
