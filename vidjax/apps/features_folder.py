@@ -164,6 +164,7 @@ class MediaFile(Struct, kw_only=True, dict=True):
     # The mean brightness of all pictures. Older versions did not measure it.
     brightness: Share | None = None
     halves: Layout | None = None  # of two halves that show the same picture
+    upside_down: bool = False  # whether half of the faces in a video or more are upside down
     others: Count = 0  # number of further video streams, which were not read
     voices: Count = 0  # number of tracks with a voice
     lost_sound: Count = 0  # number of frames and packets of sound that could not be decoded

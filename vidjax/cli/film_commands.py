@@ -266,7 +266,7 @@ def add_convert_flags(parser: Parser) -> None:
     parser.add_argument("kind", choices=kinds, metavar="KIND", help=about)
     about = (
         "the downloaded package, or the file of the net in it. insightface: also the folder of the "
-        "package. opencv: one or two nets"
+        "package. opencv: one or two nets. own: a file with weights must be in the same folder"
     )
     parser.add_argument("paths", metavar="FILE", nargs="+", help=about)
     about = "the folder for the net; only files that vidjax wrote are replaced in it"
@@ -281,6 +281,8 @@ def add_convert_flags(parser: Parser) -> None:
         "the file, or 112)"
     )
     parser.flag("--size N", about, type=whole_number(*SIZE_RANGE))
+    about = "with own: the order of the colours that the net expects (default: as --like)"
+    parser.add_argument("--colour", choices=("rgb", "bgr"), help=about)
     about = f"measures the card of a net that computes vectors on photos {PHOTOS_TO_MEASURE}"
     parser.flag("--photos DIR", about)
     parser.command(
@@ -289,21 +291,22 @@ def add_convert_flags(parser: Parser) -> None:
         "insightface buffalo_l.zip --out=models",
         "opencv face_detection_yunet_2023mar.onnx face_recognition_sface_2021dec.onnx --out=models",
         "own net.onnx --like=arcface --out=models",
+        "own adaface.onnx --like=arcface --colour=bgr --out=models",
     )
 
 
 def convert_nets(args: argparse.Namespace) -> Result:
     """Makes nets for `vidjax who`. Writes each net, and a JSON file that describes it."""
     paths, out = args.paths, args.out
-    if (args.kind == "own") != bool(args.like) or (args.size and args.kind != "own"):
+    if (args.kind == "own") != bool(args.like) or ((args.size or args.colour) and not args.like):
         raise UserError(
-            "--like is needed with own, and --like and --size have no effect without own\n"
+            "--like is needed with own, and --like, --size and --colour are only for own\n"
             "example: vidjax convert own net.onnx --like=arcface --out=models"
         )
     if len(paths) > (2 if args.kind == "opencv" else 1):
         raise UserError(f"{args.kind} needs one FILE, not {len(paths)}: repeat the command")
     if args.kind in net_families.KINDS:
-        written = net_families.convert(args.kind, paths, out, args.like or "", args.size)
+        written = net_families.convert(args.kind, paths, out, args.like, args.size, args.colour)
     else:
         written = [net_packages.convert(args.kind, paths[0], out)]
     measured = Result({})

@@ -38,6 +38,7 @@ MOST_FRAMES = 32
 # The best picture of each span of KEPT_SECONDS of a track is kept. If a track has more than
 # MOST_KEPT pictures, the spans are doubled.
 MOST_KEPT, KEPT_SECONDS = 96, 0.2
+LEAST_TURNED = 5  # a film with fewer faces upside down does not count as upside down
 
 
 class Task(Struct, kw_only=True):
@@ -127,6 +128,7 @@ class ClipBuilder:
         self.tracks: list[FaceTrack] = []  # of finished clips, in the order in which they ended
         self.arrays: dict[str, dict[str, np.ndarray]] = {}  # name of a clip -> arrays of the `.npz`
         self.mirrors = False  # whether `FaceTrack.mirrored` is computed
+        self.seen = self.turned = 0  # numbers of detected faces, and of faces upside down
 
     def add(
         self, time_s: float, frame: int, owners: np.ndarray, faces: Faces, rgb: np.ndarray
@@ -139,6 +141,8 @@ class ClipBuilder:
         chosen = np.flatnonzero(owners >= 0)
         if not len(chosen):
             return
+        self.seen += len(owners)
+        self.turned += int(align.find_upside_down(faces.points).sum())
         faces, card = faces.take(chosen), self._nets.embed.card
         template, (side, _) = np.array(card.template), card.input.size or (0, 0)
         crops = align.warp_faces(rgb, align.fit_similarity(faces.points, template), side)
@@ -252,11 +256,8 @@ def extract(task: Task, nets: Nets) -> MediaFile:
     Raises:
       UserError: the file cannot be decoded.
     """
-    path, out, held_s = (
-        Path(task.path),
-        Path(task.out),
-        tracks.choose_held_seconds(task.settings.fps),
-    )
+    path, out = Path(task.path), Path(task.out)
+    held_s = tracks.choose_held_seconds(task.settings.fps)
     clips = ClipBuilder(nets, out / features_folder.THUMBNAILS, held_s)
     photo = photos.read_photo(path)
     if photo:
@@ -284,6 +285,7 @@ def _read_film(task: Task, clips: ClipBuilder, nets: Nets) -> dict[str, Any]:
     facts = {"shots": cuts.shots(video.counts.seconds), "brightness": cuts.brightness}
     facts |= {"others": video.info.others, "rate": video.info.rate, "halves": layout}
     facts |= dataclasses.asdict(video.counts)
+    facts["upside_down"] = clips.turned >= max(LEAST_TURNED, clips.seen / 2)
     if nets.listen and video.info.sound:
         with decode.open_video(path) as video:
             facts["voices"] = clips.hear(video.sound(facts["jumps"]), seen)

@@ -289,6 +289,11 @@ class _Call:
                 f"films that are too dark to find faces: {len(dark):,}, such as {dark[0]}\n"
                 "brighten the pictures, and call vidjax who again"
             )
+        if turned := [film.video for film in films if film.upside_down]:
+            self.warn(
+                f"films that are upside down, so that faces are missed: {len(turned):,}, such as "
+                f"{turned[0]}: turn them by 180 degrees, and call vidjax who again"
+            )
         for film in films:
             stem = film.tracks[0].clip.partition(".")[0] if film.tracks else None
             lacks = stem and features_folder.lacks_pictures(self.features, stem)
