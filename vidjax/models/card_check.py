@@ -38,7 +38,7 @@ class Comparison(NamedTuple):
     cosine: float  # mean cosine of two clips of two people
 
     def is_blind(self, mirrored: Sequence[float]) -> bool:
-        """Returns whether the mirror image of a face differs from the face as much as others do.
+        """Returns whether a face and its mirror image differ almost like faces of two people.
 
         `mirrored` are the cosines of photos and their mirror images. For dlib's net, 1 - cosine of
         a mirrored photo is 5 % of 1 - cosine of two people. It is 40 to 70 % for nets with random
