@@ -190,7 +190,7 @@ def assert_refused(command, words, remedy, seconds):
     assert (time.process_time() - began) / slowness() < seconds
     lines = done.err.splitlines()
     error = [line for line in lines if not line.startswith(("making ", "converting "))]
-    assert done.out == "" and done._replace(err="\n".join(error)).refused(remedy), done
+    assert done.out == "" and done._replace(err="\n".join([*error, ""])).refused(remedy), done
 
 
 @pytest.mark.parametrize("words", WORDS)
