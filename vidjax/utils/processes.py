@@ -54,6 +54,7 @@ VARIABLES = (
 )  # fmt: skip
 
 _PARENT_DEATH = 1
+CHILD = "VIDJAX_CHILD"  # an environment variable that is set only in a child process
 # Key of an answer -> the error that `work` raised.
 _ERRORS = {"error": UserError, "os_error": DiskError, "net_error": NetError}
 # Errors of the system that the files of a child can cause.
@@ -217,6 +218,7 @@ def serve(work: Callable[[dict[str, Any]], object]) -> NoReturn:
     Jobs come as JSON from standard input, and results go to standard output. Text that libraries
     print goes to standard error. Ends the process with the exit code 0.
     """
+    os.environ[CHILD] = "1"
     # Kills this process when its parent process ends.
     ctypes.CDLL(None).prctl(_PARENT_DEATH, ctypes.c_ulong(signal.SIGKILL))
     with open(0, "rb", closefd=False) as given:

@@ -5,6 +5,7 @@ are ordered from left to right in the image. A card is a JSON file that describe
 """
 
 import contextlib
+import os
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,7 @@ import numpy as np
 
 from vidjax.apps.cards import REMEDY, STRIDE, Card, Input
 from vidjax.apps.video.tracks import measure_overlaps
+from vidjax.utils import processes
 from vidjax.utils.errors import NetError, UserError, require_packages
 
 BLOCK_CROPS = 32  # the largest number of crops in one call of a net
@@ -86,8 +88,9 @@ class Net:
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 3  # errors
         # Without this entry, weights below 1e-38 make some processors six times slower. It changes
-        # the arithmetic of the whole process if this is the first session of the process.
-        options.add_session_config_entry("session.set_denormal_as_zero", "1")
+        # the arithmetic of the whole process, so only a child process that runs nets has it.
+        in_child = os.environ.get(processes.CHILD, "0")
+        options.add_session_config_entry("session.set_denormal_as_zero", in_child)
         self.card = card
         with self.blame((Exception,)):  # a damaged net may raise any error
             self.session = onnxruntime.InferenceSession(given, options, ["CPUExecutionProvider"])
