@@ -5,7 +5,7 @@ A card is the JSON file of a net. See `models.card_check` for how far a card can
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,8 @@ import numpy as np
 from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery.enrolment import check_width, make_state
 from vidjax.apps.gallery.store import State, StoredClip, VectorOrigin
+from vidjax.apps.gallery.vectors import Vectors
+from vidjax.models import card_check
 from vidjax.models.card_check import Comparison
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, check_argument
@@ -25,6 +27,15 @@ if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery
 
 NOBODY = "nobody gets a name: vectors of two people are as alike as vectors of one person"
+ALONE = (
+    "nobody gets a name: only one person is enrolled, and no faces seen at the same time show that "
+    "the net separates people"
+)
+REFUSED = {"blind": NOBODY, "alone": ALONE}  # problem -> why nobody gets a name
+CONVERT = (
+    "convert the net again: the order of colours (--colour), the scale, or the points of a face "
+    "(--like) may be wrong"
+)
 TWO_NAMES = "if two names are one person, or a photo shows another person, correct them"
 SAME = 0.1  # people who differ less than this share of what the card says look like one person
 
@@ -47,7 +58,10 @@ def read_cards(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
             f"{cards.describe_remedy('face_embedder', path)}"
         )
     digests = {part: usable[part].digest for part in back_ends}
-    return VectorOrigin(str(path), files.sha256_json(digests), True, digests), back_ends
+    face = back_ends.get("face")
+    origin = VectorOrigin(str(path), files.sha256_json(digests), True, digests)
+    is_default = face is not None and not face.is_measured
+    return msgspec.structs.replace(origin, unmeasured=is_default), back_ends
 
 
 def _read_back_ends(origin: VectorOrigin) -> "dict[str, BackEnd]":
@@ -115,24 +129,57 @@ def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> t
 def compare(state: State) -> Comparison:
     """Compares the enrolled people with the card of the net of faces.
 
-    If there is no such card, the people do not contradict it.
+    If there is no such card, the people do not contradict it. A single person contradicts only a
+    card that nobody has measured, unless films show that the net separates people.
     """
     comparison = state.index.card_comparison
-    return comparison._replace(problem="blind") if state.origin.blind else comparison
+    if state.origin.blind:
+        return comparison._replace(problem="blind")
+    is_known = state.separates or not state.origin.unmeasured
+    return (
+        comparison._replace(problem="")
+        if comparison.problem == "alone" and is_known
+        else comparison
+    )
+
+
+def check_apart(
+    state: State, vectors: Vectors, apart: Collection[tuple[str, str]], clarity: Mapping[str, float]
+) -> bool:
+    """Returns whether pairs of faces differ as the card says, see `Gallery.check_apart`."""
+    if not state.origin.unmeasured or state.index.card_comparison.problem != "alone":
+        return False
+    backend = state.index.backend
+    number = [*backend.widths].index("face")
+    units = dict(zip(vectors.names, backend.units([*vectors.parts.values()])[number], strict=True))
+    distances, usable = backend.parts[number].distances, {x for x in units if units[x].any()}
+    pairs = [(x, y) for x, y in apart if {x, y} <= usable]
+    cosines = np.array([units[x] @ units[y] for x, y in pairs])
+    clear = np.array([max(clarity[x], clarity[y]) for x, y in pairs])
+    return distances is not None and card_check.differ(distances, cosines, clear)
+
+
+def is_blind(state: State, mirrored: Sequence[float]) -> bool:
+    """Returns whether a mirrored photo differs like the photo of another person.
+
+    `mirrored` are as in `check_mirrored`. If there are too few, returns the earlier result.
+    """
+    is_alone = state.origin.unmeasured and state.index.card_comparison.problem == "alone"
+    if len(mirrored) < (1 if is_alone else 2):
+        return state.origin.blind
+    return state.index.card_comparison.is_blind(mirrored)
 
 
 def check_mirrored(gallery: "Gallery", cosines: Sequence[float]) -> None:
     """Makes a gallery name nobody if a mirrored photo differs like the photo of another person.
 
     `cosines` are of the vectors of enrolled photos and their mirror images. If there are fewer than
-    two, for example because photos are missing, the earlier result stays.
+    two, for example because photos are missing, the earlier result stays. For a single person and a
+    card that nobody has measured, one cosine is enough.
     """
-    if len(cosines) < 2:
-        return
     with gallery.change() as draft:
         state = draft.present
-        blind = state.index.card_comparison.is_blind(cosines)
-        if blind != state.origin.blind:
+        if (blind := is_blind(state, cosines)) != state.origin.blind:
             origin = msgspec.structs.replace(state.origin, blind=blind)
             draft.replacement = state._replace(version=state.version + 1, origin=origin)
 
@@ -148,7 +195,7 @@ def describe(state: State) -> str:
     if is_old and comparison.problem != "blind":
         words = ["vidjax", "measure-card", models, "--gallery=G"]
         return f"the card of the net has newer numbers\nto use them: {shlex.join(words)}"
-    if problem := _describe_problem(comparison, models):
+    if problem := _describe_problem(comparison, state.origin):
         return problem
     face = back_ends.get("face")
     if not face or face.is_measured:
@@ -159,22 +206,19 @@ def describe(state: State) -> str:
 
 def warn(state: State) -> None:
     """Prints a warning if the enrolled people contradict the card of the net."""
-    if problem := _describe_problem(compare(state), state.origin.workdir):
+    if problem := _describe_problem(compare(state), state.origin):
         say(problem, warning=True)
 
 
-def _describe_problem(comparison: Comparison, models: str) -> str:
-    """Returns how the enrolled people contradict the card, with a remedy, or "".
-
-    `models` is the folder of the net.
-    """
+def _describe_problem(comparison: Comparison, origin: VectorOrigin) -> str:
+    """Returns how the enrolled people contradict the card, with a remedy, or ""."""
     if comparison.problem == "closer" and comparison.between < SAME:
         return f"the enrolled people are as alike as photos of one person\n{TWO_NAMES}"
-    measure, between = _advise_to_measure(models), f"{comparison.between:.2g}"
+    measure, between = _advise_to_measure(origin.workdir), f"{comparison.between:.2g}"
     return {
         "": "",
-        "blind": f"{NOBODY}\n{TWO_NAMES}\n"
-        "if not, convert the net again: the order of colours or the scale may be wrong",
+        "alone": f"{ALONE}\n{measure}\nor enrol a second person",
+        "blind": f"{NOBODY}\n{TWO_NAMES}" + f"\nif not, {CONVERT}" * origin.unmeasured,
         "closer": f"the enrolled people differ only {between} times as much as the card of the "
         f"net expects: similar people, such as relatives, may get a wrong name\n{measure}",
         "varied": f"the photos of one person differ {comparison.within:.2g} times as much as the "

@@ -470,6 +470,19 @@ class Gallery:
         )  # fmt: skip
         return answers_lib.name_groups(vectors.names, labels)
 
+    def check_apart(
+        self, vectors: Vectors, apart: Collection[tuple[str, str]], clarity: Mapping[str, float]
+    ) -> None:
+        """Compares faces that differ, if a single person is enrolled, with the card of the net.
+
+        If they do not differ as the card says, and nobody has measured the card, nobody gets a
+        name. The result is for this object: no file changes. For the arguments, see `group`.
+        """
+        with self._lock:
+            state = self.state
+            separates = card_notes.check_apart(state, vectors, apart, clarity)
+            self._state = state._replace(separates=separates)
+
     def threshold(self, fpir: float) -> Threshold:
         """Returns the threshold that limits the share of new strangers who get a name to `fpir`.
 

@@ -154,6 +154,9 @@ def name_tracks(
     gallery, vectors, films = tracks
     answers, said = dict.fromkeys(vectors.names, NOBODY), said or Said()
     if gallery.identities:
+        clear, pairs = {*vectors.names} - list_unclear(films), pair_seen_together(films)
+        clarity = {track.clip: track.clarity for film in films for track in film.tracks}
+        gallery.check_apart(vectors.only(clear), pairs, clarity)
         votes = votes or group_votes(tracks)
         answers = _remove_unclear_names(identify(vectors, groups=votes), tracks)
     told = find_known(gallery.state, vectors)

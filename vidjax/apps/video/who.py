@@ -150,7 +150,11 @@ def name_people(
             is_explained = call.update_people(photos, forget_missing, options)
             failed, names = photos.failed, photos.names
         is_known = gallery.identities or people_photos.list_unread(out)
-        if photos and not is_known and not any(read_said(out, ()).names.values()):
+        if (
+            photos
+            and not (is_known or photos.withheld)
+            and not any(read_said(out, ()).names.values())
+        ):
             lost = had_page and not files.exists(out / PAGE)
             raise UserError(
                 f"no photo in '{people}' can be used, so nobody can be recognised\n"
@@ -161,7 +165,7 @@ def name_people(
         if gallery.identities and not features_folder.find_unread(out / FEATURES):
             # Mistakes in the flags are reported here, because reading the films takes long.
             gallery.rule(fpir=fpir, threshold=threshold)
-            if not is_explained:
+            if not is_explained and len(gallery.identities) > 1:
                 card_notes.warn(gallery.state)
         outcomes = pipeline.extract_folders(
             {call.features: films}, settings=settings, done=done, tell=call.tell,
@@ -174,6 +178,8 @@ def name_people(
             advise_other_films(gallery.state, sorted(typed))
             if is_explained:
                 decision = decision._replace(card="")
+            if len(gallery.identities) == 1:  # the films may show that the net separates people
+                card_notes.warn(gallery.state)
             results.write(out, decision, padding)
         enrolled = people_photos.list_faces(gallery).values()
         missed = sorted(names - {photo.person for photo in enrolled})
@@ -263,16 +269,16 @@ class _Call:
             checked = {clip for clip, x in enrolled.items()
                        if clip not in unread and x.folder not in missing}  # fmt: skip
             with gallery.change(log=False) as draft:
-                new, _ = photos.enrol(draft, entries, checked)
                 for clip in draft.clips.keys() - entries.keys():
                     if name := renamed.get(draft.clips[clip].identity or ""):
                         draft.relabel(clip, name)
+                new, _ = photos.enrol(draft, entries, checked)
             advise_other_films(
                 gallery.state, sorted({x for clip in new if (x := entries[clip].identity)})
             )
             self._forget(known, photos.names, {*photos.paths_of, *missing}, forget_missing)
         card_notes.check_mirrored(gallery, photos.list_mirrored())
-        is_doubtful = photos.report_doubts(gallery)
+        is_doubtful = photos.report_doubts()
         return is_doubtful and card_notes.compare(gallery.state).problem == "closer"
 
     def _report_films(self, films: Sequence[MediaFile], pruned: bool) -> None:
