@@ -5,7 +5,7 @@ A card is the JSON file of a net. See `models.card_check` for how far a card can
 
 import os
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,15 +27,9 @@ if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery
 
 NOBODY = "nobody gets a name: vectors of two people are as alike as vectors of one person"
-ALONE = (
-    "nobody gets a name: only one person is enrolled, and no faces seen at the same time show that "
-    "the net separates people"
-)
+ALONE = "nobody gets a name: only one person is enrolled, and no faces show that the net fits"
 REFUSED = {"blind": NOBODY, "alone": ALONE}  # problem -> why nobody gets a name
-CONVERT = (
-    "convert the net again: the order of colours (--colour), the scale, or the points of a face "
-    "(--like) may be wrong"
-)
+CONVERT = "convert the net again: its colours (--colour), scale or points (--like) may be wrong"
 TWO_NAMES = "if two names are one person, or a photo shows another person, correct them"
 SAME = 0.1  # people who differ less than this share of what the card says look like one person
 
@@ -58,10 +52,9 @@ def read_cards(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
             f"{cards.describe_remedy('face_embedder', path)}"
         )
     digests = {part: usable[part].digest for part in back_ends}
-    face = back_ends.get("face")
-    origin = VectorOrigin(str(path), files.sha256_json(digests), True, digests)
-    is_default = face is not None and not face.is_measured
-    return msgspec.structs.replace(origin, unmeasured=is_default), back_ends
+    default = "face" in back_ends and not back_ends["face"].is_measured
+    digest = files.sha256_json(digests)
+    return VectorOrigin(str(path), digest, True, digests, unmeasured=default), back_ends
 
 
 def _read_back_ends(origin: VectorOrigin) -> "dict[str, BackEnd]":
@@ -133,55 +126,44 @@ def compare(state: State) -> Comparison:
     card that nobody has measured, unless films show that the net separates people.
     """
     comparison = state.index.card_comparison
-    if state.origin.blind:
-        return comparison._replace(problem="blind")
-    is_known = state.separates or not state.origin.unmeasured
-    return (
-        comparison._replace(problem="")
-        if comparison.problem == "alone" and is_known
-        else comparison
-    )
+    if comparison.problem == "alone" and (state.separates or not state.origin.unmeasured):
+        comparison = comparison._replace(problem="")
+    return comparison._replace(problem="blind") if state.origin.blind else comparison
 
 
-def check_apart(
-    state: State, vectors: Vectors, apart: Collection[tuple[str, str]], clarity: Mapping[str, float]
-) -> bool:
-    """Returns whether pairs of faces differ as the card says, see `Gallery.check_apart`."""
-    if not state.origin.unmeasured or state.index.card_comparison.problem != "alone":
-        return False
-    backend = state.index.backend
-    number = [*backend.widths].index("face")
-    units = dict(zip(vectors.names, backend.units([*vectors.parts.values()])[number], strict=True))
-    distances, usable = backend.parts[number].distances, {x for x in units if units[x].any()}
-    pairs = [(x, y) for x, y in apart if {x, y} <= usable]
-    cosines = np.array([units[x] @ units[y] for x, y in pairs])
-    clear = np.array([max(clarity[x], clarity[y]) for x, y in pairs])
-    return distances is not None and card_check.differ(distances, cosines, clear)
+def check_apart(state: State, vectors: Vectors, apart: Iterable[tuple[str, str, float]]) -> State:
+    """Returns a state with the result `separates`, see `Gallery.check_apart`."""
+    backend, separates = state.index.backend, False
+    if state.origin.unmeasured and state.index.card_comparison.problem == "alone":
+        number = [*backend.widths].index("face")
+        units = backend.units([*vectors.parts.values()])[number]
+        face = {name: x for name, x in zip(vectors.names, units, strict=True) if x.any()}
+        pairs = [(face[x] @ face[y], clarity) for x, y, clarity in apart if {x, y} <= face.keys()]
+        distances, found = backend.parts[number].distances, np.array(pairs).reshape(-1, 2)
+        separates = distances is not None and card_check.differ(distances, *found.T)
+    return state._replace(separates=separates)
 
 
-def is_blind(state: State, mirrored: Sequence[float]) -> bool:
-    """Returns whether a mirrored photo differs like the photo of another person.
+def judge(state: State, mirrored: Sequence[float]) -> State:
+    """Returns a state that names nobody if a mirrored photo differs like another person.
 
-    `mirrored` are as in `check_mirrored`. If there are too few, returns the earlier result.
+    `mirrored` are cosines of the vectors of enrolled photos and their mirror images. If there are
+    fewer than two, for example because photos are missing, the earlier result stays. For a single
+    person and a card that nobody has measured, one cosine is enough.
     """
-    is_alone = state.origin.unmeasured and state.index.card_comparison.problem == "alone"
-    if len(mirrored) < (1 if is_alone else 2):
-        return state.origin.blind
-    return state.index.card_comparison.is_blind(mirrored)
+    comparison, origin = state.index.card_comparison, state.origin
+    if len(mirrored) < (1 if comparison.problem == "alone" and origin.unmeasured else 2):
+        return state
+    blind = comparison.is_blind(mirrored)
+    return state._replace(origin=msgspec.structs.replace(origin, blind=blind))
 
 
 def check_mirrored(gallery: "Gallery", cosines: Sequence[float]) -> None:
-    """Makes a gallery name nobody if a mirrored photo differs like the photo of another person.
-
-    `cosines` are of the vectors of enrolled photos and their mirror images. If there are fewer than
-    two, for example because photos are missing, the earlier result stays. For a single person and a
-    card that nobody has measured, one cosine is enough.
-    """
+    """Changes a gallery if `judge` finds that its net does or does not separate people."""
     with gallery.change() as draft:
-        state = draft.present
-        if (blind := is_blind(state, cosines)) != state.origin.blind:
-            origin = msgspec.structs.replace(state.origin, blind=blind)
-            draft.replacement = state._replace(version=state.version + 1, origin=origin)
+        state = judge(draft.present, cosines)
+        if state.origin != draft.present.origin:
+            draft.replacement = state._replace(version=state.version + 1)
 
 
 def describe(state: State) -> str:
@@ -217,7 +199,7 @@ def _describe_problem(comparison: Comparison, origin: VectorOrigin) -> str:
     measure, between = _advise_to_measure(origin.workdir), f"{comparison.between:.2g}"
     return {
         "": "",
-        "alone": f"{ALONE}\n{measure}\nor enrol a second person",
+        "alone": f"{ALONE}\nenrol a second person, or add a film with faces of two people\n{measure}",
         "blind": f"{NOBODY}\n{TWO_NAMES}" + f"\nif not, {CONVERT}" * origin.unmeasured,
         "closer": f"the enrolled people differ only {between} times as much as the card of the "
         f"net expects: similar people, such as relatives, may get a wrong name\n{measure}",

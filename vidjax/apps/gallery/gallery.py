@@ -30,7 +30,7 @@ import contextlib
 import numbers
 import os
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -470,18 +470,15 @@ class Gallery:
         )  # fmt: skip
         return answers_lib.name_groups(vectors.names, labels)
 
-    def check_apart(
-        self, vectors: Vectors, apart: Collection[tuple[str, str]], clarity: Mapping[str, float]
-    ) -> None:
-        """Compares faces that differ, if a single person is enrolled, with the card of the net.
+    def check_apart(self, vectors: Vectors, apart: Iterable[tuple[str, str, float]]) -> None:
+        """Compares faces of different people with the card of the net, if one person is enrolled.
 
-        If they do not differ as the card says, and nobody has measured the card, nobody gets a
-        name. The result is for this object: no file changes. For the arguments, see `group`.
+        If nobody has measured the card, and the faces do not differ as the card says, nobody gets a
+        name. The result is for this object: no file changes. `apart` are two clips, and the clarity
+        of the better face.
         """
         with self._lock:
-            state = self.state
-            separates = card_notes.check_apart(state, vectors, apart, clarity)
-            self._state = state._replace(separates=separates)
+            self._state = card_notes.check_apart(self.state, vectors, apart)
 
     def threshold(self, fpir: float) -> Threshold:
         """Returns the threshold that limits the share of new strangers who get a name to `fpir`.

@@ -67,7 +67,9 @@ def find_doubtful_photos(backend: Backend, photos: Mapping[str, StoredClip]) -> 
         units = backend.units(backend.split(vectors))[number]
         valid = units.any(axis=1)
         clips, units = clips[valid], units[valid]
-        names, owner = np.unique([photos[clip].identity for clip in clips], return_inverse=True)
+        names, owner = np.unique(
+            [str(photos[clip].identity) for clip in clips], return_inverse=True
+        )
         faces = backend._replace(parts=(part,))
         wrong, mixed = divide_photos(faces, units, owner)
         for person, sides in mixed.items():

@@ -116,8 +116,7 @@ class Photos:
         # `PhotoFace`, and other commands as `Ada/IMG_1.f02`.
         self.faces: dict[str, FoundFace] = {}
         self.usable: set[str] = set()  # the clips of usable faces
-        self.withheld: set[str] = set()  # the clips that `enrol` left out, see `_withhold`
-        # After `enrol`, the person of each clip, also of clips that were left out.
+        # After `enrol`, the person of each clip, also of clips that `_withhold` left out.
         self._person_of: dict[str, str] = {}
         self._twins: set[str] = set()  # clips of photos that are in the folders of two people
         self._doubtful = doubts.Doubts({}, {}, [])
@@ -428,24 +427,20 @@ class Photos:
         photos contradict each other, see `doubts.divide_photos`. If the net does not separate
         people, photos are not compared.
         """
-        state, _, _ = draft.finish()
+        state = card_notes.judge(draft.finish()[0], self.list_mirrored())
         named = {clip: x for clip, x in state.clips.items() if x.identity}
         self._person_of = {clip: str(x.identity) for clip, x in named.items()}
-        whole = {
-            c: x.photo.sha256 for c, x in self.faces.items() if c in named and not x.photo.tags
-        }
+        faces = {clip: x.photo for clip, x in self.faces.items() if clip in named}
+        whole = {clip: photo.sha256 for clip, photo in faces.items() if not photo.tags}
         # The people of a file, by its sha256.
         owners = group_by_key({(digest, self._person_of[clip]) for clip, digest in whole.items()})
         self._twins = {clip for clip, digest in whole.items() if len(owners[digest]) > 1}
-        if card_notes.compare(state).problem != "blind" and not card_notes.is_blind(
-            state, self.list_mirrored()
-        ):
+        if card_notes.compare(state).problem != "blind":
             single = {clip: x for clip, x in named.items() if clip not in self._twins}
             self._doubtful = doubts.find_doubtful_photos(state.index.backend, single)
         mixed = (self._list_sides(name) for name in self._doubtful.mixed)
         photos = {x for sides in mixed if len(sides) > 1 for side in sides for x in side.photos}
-        self.withheld = self._twins | (photos & self.faces.keys())
-        draft.remove(clip=self.withheld)
+        draft.remove(clip=self._twins | (photos & faces.keys()))
 
     def _list_sides(self, name: str) -> list[doubts.Side]:
         """Returns the sides of a person that have photos.

@@ -152,7 +152,7 @@ def name_people(
         is_known = gallery.identities or people_photos.list_unread(out)
         if (
             photos
-            and not (is_known or photos.withheld)
+            and not (is_known or photos.usable)
             and not any(read_said(out, ()).names.values())
         ):
             lost = had_page and not files.exists(out / PAGE)
