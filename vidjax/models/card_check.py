@@ -105,11 +105,12 @@ def compare(
     return Comparison(problem, share, varied, cosine)
 
 
-def differ(distances: Distances, cosines: np.ndarray, clarity: np.ndarray) -> bool:
+def differ(distances: Distances, cosines: np.ndarray, clarity: np.ndarray) -> bool | None:
     """Returns whether at least half of N pairs of faces differ as the card says of two people.
 
     Each pair was seen at the same time. Mirrors and split screens show one person twice, and twins
-    are alike. So some pairs may be alike.
+    are alike. So pairs that are alike prove nothing, and the result is then None. If a pair differs
+    more than two people ever do, the result is False. It is so for nets that only see colours.
 
     Args:
       distances: the distributions of the card.
@@ -118,8 +119,9 @@ def differ(distances: Distances, cosines: np.ndarray, clarity: np.ndarray) -> bo
     """
     # Without within, the squared distance is B on average, and B x clarity for unclear faces.
     gap = (1 - cosines - distances.within) / distances.between
-    is_apart = (gap > APART[0] * clarity) & (gap < APART[1])
-    return len(gap) > 0 and float(np.mean(is_apart)) >= 0.5
+    is_far = gap >= APART[1]
+    is_apart = (gap > APART[0] * clarity) & ~is_far
+    return bool(2 * is_apart.sum() >= len(gap) > 0) or (False if is_far.any() else None)
 
 
 def quantile(free: float, z: float) -> float:

@@ -122,25 +122,26 @@ def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> t
 def compare(state: State) -> Comparison:
     """Compares the enrolled people with the card of the net of faces.
 
-    If there is no such card, the people do not contradict it. A single person contradicts only a
-    card that nobody has measured, unless films show that the net separates people.
+    If there is no such card, the people do not contradict it. If nobody has measured the card, the
+    result is of films, too, and a single person is compared only with films.
     """
     comparison = state.index.card_comparison
     if comparison.problem == "alone" and (state.separates or not state.origin.unmeasured):
         comparison = comparison._replace(problem="")
-    return comparison._replace(problem="blind") if state.origin.blind else comparison
+    is_blind = state.origin.blind or state.separates is False
+    return comparison._replace(problem="blind") if is_blind else comparison
 
 
 def check_apart(state: State, vectors: Vectors, apart: Iterable[tuple[str, str, float]]) -> State:
     """Returns a state with the result `separates`, see `Gallery.check_apart`."""
-    backend, separates = state.index.backend, False
-    if state.origin.unmeasured and state.index.card_comparison.problem == "alone":
+    backend, separates = state.index.backend, None
+    if state.origin.unmeasured:
         number = [*backend.widths].index("face")
         units = backend.units([*vectors.parts.values()])[number]
         face = {name: x for name, x in zip(vectors.names, units, strict=True) if x.any()}
         pairs = [(face[x] @ face[y], clarity) for x, y, clarity in apart if {x, y} <= face.keys()]
         distances, found = backend.parts[number].distances, np.array(pairs).reshape(-1, 2)
-        separates = distances is not None and card_check.differ(distances, *found.T)
+        separates = card_check.differ(distances, *found.T) if distances else None
     return state._replace(separates=separates)
 
 
@@ -186,10 +187,12 @@ def describe(state: State) -> str:
     return f"{text}\n{_advise_to_measure(models)}"
 
 
-def warn(state: State) -> None:
-    """Prints a warning if the enrolled people contradict the card of the net."""
-    if problem := _describe_problem(compare(state), state.origin):
+def warn(state: State, known: str = "") -> str:
+    """Prints a warning if people contradict the card, unless it is `known`; returns the warning."""
+    problem = _describe_problem(compare(state), state.origin)
+    if problem not in ("", known):
         say(problem, warning=True)
+    return problem
 
 
 def _describe_problem(comparison: Comparison, origin: VectorOrigin) -> str:
@@ -199,7 +202,7 @@ def _describe_problem(comparison: Comparison, origin: VectorOrigin) -> str:
     measure, between = _advise_to_measure(origin.workdir), f"{comparison.between:.2g}"
     return {
         "": "",
-        "alone": f"{ALONE}\nenrol a second person, or add a film with faces of two people\n{measure}",
+        "alone": f"{ALONE}\nenrol a second person, or add a film of two people\n{measure}",
         "blind": f"{NOBODY}\n{TWO_NAMES}" + f"\nif not, {CONVERT}" * origin.unmeasured,
         "closer": f"the enrolled people differ only {between} times as much as the card of the "
         f"net expects: similar people, such as relatives, may get a wrong name\n{measure}",

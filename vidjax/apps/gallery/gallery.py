@@ -471,11 +471,11 @@ class Gallery:
         return answers_lib.name_groups(vectors.names, labels)
 
     def check_apart(self, vectors: Vectors, apart: Iterable[tuple[str, str, float]]) -> None:
-        """Compares faces of different people with the card of the net, if one person is enrolled.
+        """Compares faces of different people with a card that nobody has measured.
 
-        If nobody has measured the card, and the faces do not differ as the card says, nobody gets a
-        name. The result is for this object: no file changes. `apart` are two clips, and the clarity
-        of the better face.
+        If the faces contradict the card, nobody gets a name. A single enrolled person gets names
+        only if the faces fit the card. The result is for this object: no file changes. `apart` are
+        two clips, and the clarity of the better face.
         """
         with self._lock:
             self._state = card_notes.check_apart(self.state, vectors, apart)

@@ -146,9 +146,9 @@ class State(NamedTuple):
     rows: int = 0  # the sum of the sha256 of all rows of the tables, which shows damaged rows
     entries: int = 0  # the number of people and clips in the file, including outdated entries
     sha256: bytes = b""  # of the whole content
-    # Whether films show that the model of faces separates people, see `Gallery.check_apart`. It is
-    # not in the file.
-    separates: bool = False
+    # Whether films show that the model of faces separates people, see `Gallery.check_apart`; None
+    # if they show nothing. It is not in the file.
+    separates: bool | None = None
 
     @property
     def people(self) -> dict[str, tuple[str, ...]]:

@@ -143,7 +143,7 @@ def name_people(
             "models": models, "thumbnails": _choose_thumbnails(out, thumbnails), "upgrade": True,
             "check": check, "workers": workers,
         }  # fmt: skip
-        failed, names, is_explained = dict[str, str](), set[str](), False
+        failed, names, is_explained, known = dict[str, str](), set[str](), False, ""
         with lock_changes(out):
             typed = call.read_typed_names()
         if photos:
@@ -166,7 +166,7 @@ def name_people(
             # Mistakes in the flags are reported here, because reading the films takes long.
             gallery.rule(fpir=fpir, threshold=threshold)
             if not is_explained and len(gallery.identities) > 1:
-                card_notes.warn(gallery.state)
+                known = card_notes.warn(gallery.state)
         outcomes = pipeline.extract_folders(
             {call.features: films}, settings=settings, done=done, tell=call.tell,
             drop=pipeline.choose_drop(prune, forget_missing), **options,
@@ -178,8 +178,8 @@ def name_people(
             advise_other_films(gallery.state, sorted(typed))
             if is_explained:
                 decision = decision._replace(card="")
-            if len(gallery.identities) == 1:  # the films may show that the net separates people
-                card_notes.warn(gallery.state)
+            else:  # the films may have shown whether the net separates people
+                card_notes.warn(gallery.state, known)
             results.write(out, decision, padding)
         enrolled = people_photos.list_faces(gallery).values()
         missed = sorted(names - {photo.person for photo in enrolled})
