@@ -580,6 +580,23 @@ def test_thumbnails_are_optional_and_deleted_with_a_flag(drawn):
     assert not pictures() and not list(out.rglob("thumbnails")) and b"<img" not in page.read_bytes()
 
 
+def test_next_call_removes_what_killed_calls_have_left_and_keeps_files_of_the_user(drawn):
+    film, out = drawn.meet("Ada", "Bob"), drawn.out
+    left = (
+        "names.html", "names.tsv", "names.jsonl", "unknown.json", "unknown.tsv", "unmatched.tsv",
+        "said.jsonl", "cuts/Ada.edl", "subtitles/party.vtt", "features/party.npz",
+        "features/videos/party.json", "features/extract.json", "people/Ada/1.npz",
+    )  # fmt: skip
+    for path in map(out.joinpath, left):
+        path.with_name(f".{path.name}.0123abcd.partial").write_text("Ada")
+    own = {"own.partial", ".notes.txt.0123abcd.partial", "cuts/.Ada.edl.partial"}
+    for name in own:
+        (out / name).write_text("mine")
+    shutil.rmtree(drawn.friends / "Ada")
+    drawn.who(film, flags=["--forget-missing"])
+    assert {str(path.relative_to(out)) for path in out.rglob("*.partial")} == own
+
+
 def test_terminal_shows_names_and_probabilities_but_no_messages_if_quiet(drawn, command):
     """The film shows Ada and Bob, who have photos, and Eve. --threshold=1 leaves out all names."""
     photo = drawn.folder / "photo.png"

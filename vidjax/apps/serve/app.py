@@ -485,6 +485,7 @@ def make_app(gallery: Gallery, limits: Limits | None = None, token: bytes | None
     """
     check_argument("make_app: gallery", gallery, Gallery, "a gallery: vidjax.Gallery(FOLDER)")
     limits, metrics = limits or Limits(), ServerMetrics()
+    gallery.lock_seconds = limits.lock_seconds
     bodies = Bodies(limits)
     application = Application(gallery, bodies, limits, metrics)
     endpoints = application.list_endpoints()
