@@ -149,12 +149,9 @@ def name_people(
         if photos:
             is_explained = call.update_people(photos, forget_missing, options)
             failed, names = photos.failed, photos.names
-        is_known = gallery.identities or people_photos.list_unread(out)
-        if (
-            photos
-            and not (is_known or photos.usable)
-            and not any(read_said(out, ()).names.values())
-        ):
+        is_known = not photos or photos.usable or gallery.identities
+        is_known = is_known or people_photos.list_unread(out)
+        if not is_known and not any(read_said(out, ()).names.values()):
             lost = had_page and not files.exists(out / PAGE)
             raise UserError(
                 f"no photo in '{people}' can be used, so nobody can be recognised\n"
@@ -176,7 +173,7 @@ def name_people(
         with lock_changes(out):
             decision = call.name_films(identify, prune)
             advise_other_films(gallery.state, sorted(typed))
-            if is_explained:
+            if is_explained and card_notes.compare(gallery.state).problem == "closer":
                 decision = decision._replace(card="")
             else:  # the films may have shown whether the net separates people
                 card_notes.warn(gallery.state, known)
