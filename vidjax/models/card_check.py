@@ -19,7 +19,7 @@ from vidjax.models.card_backend import Distances
 LOW, HIGH = -3.0, 3.0
 CLOSE, VARIED, FAR = 0.75, 2.0, 2.5  # smaller deviations from the card do no harm
 MIRRORED = 0.3  # see `Comparison.is_blind`
-APART = 0.5, 2.0  # see `differ`
+APART = 0.75, 2.0  # see `differ`
 FEWEST_PEOPLE = 3  # with two clips each, from whom W and B = 0 can be seen
 
 # How people contradict a card:
