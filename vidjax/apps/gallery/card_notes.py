@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vidjax.apps.cards import BackEnd
     from vidjax.apps.gallery.gallery import Gallery
 
-NOBODY = "nobody gets a name: vectors of two people are as alike as vectors of one person"
+NOBODY = "nobody gets a name: for the net, two people are as alike as photos of one person"
 ALONE = "nobody gets a name: only one person is enrolled, and no faces show that the net fits"
 REFUSED = {"blind": NOBODY, "alone": ALONE}  # problem -> why nobody gets a name
 CONVERT = "convert the net again: its colours (--colour), scale or points (--like) may be wrong"
@@ -183,7 +183,7 @@ def describe(state: State) -> str:
     face = back_ends.get("face")
     if not face or face.is_measured:
         return ""
-    text = "the card of the net is not measured on your photos, so fewer people get a name"
+    text = "this net is not yet tested on your photos, so fewer people get a name"
     return f"{text}\n{_advise_to_measure(models)}"
 
 
@@ -198,21 +198,21 @@ def warn(state: State, known: str = "") -> str:
 def _describe_problem(comparison: Comparison, origin: VectorOrigin) -> str:
     """Returns how the enrolled people contradict the card, with a remedy, or ""."""
     if comparison.problem == "closer" and comparison.between < SAME:
-        return f"the enrolled people are as alike as photos of one person\n{TWO_NAMES}"
+        return f"your people are as alike as photos of one person\n{TWO_NAMES}"
     measure, between = _advise_to_measure(origin.workdir), f"{comparison.between:.2g}"
     return {
         "": "",
         "alone": f"{ALONE}\nenrol a second person, or add a film of two people\n{measure}",
         "blind": f"{NOBODY}\n{TWO_NAMES}" + f"\nif not, {CONVERT}" * origin.unmeasured,
-        "closer": f"the enrolled people differ only {between} times as much as the card of the "
-        f"net expects: similar people, such as relatives, may get a wrong name\n{measure}",
+        "closer": f"your people differ only {between} times as much as the net "
+        f"expects: similar people, such as relatives, may get a wrong name\n{measure}",
         "varied": f"the photos of one person differ {comparison.within:.2g} times as much as the "
-        f"card of the net expects: many names are missing or wrong\n{measure}",
-        "farther": f"the enrolled people differ {between} times as much as the card of the net "
+        f"net expects: many names are missing or wrong\n{measure}",
+        "farther": f"your people differ {between} times as much as the net "
         f"expects: many names are missing or wrong\n{measure}",
     }[comparison.problem]
 
 
 def _advise_to_measure(models: str) -> str:
     words = ["vidjax", "measure-card", models, "--photos=FOLDER"]
-    return f"to measure the card on photos of your people: {shlex.join(words)}"
+    return f"to test the net on photos of your people: {shlex.join(words)}"
