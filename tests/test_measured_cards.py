@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
 from tests.benchmarks import contradictions
-from tests.helpers import docs, drawn_people, family_nets, films, made_nets
+from tests.helpers import docs, drawn_people, family_nets, films, made_nets, made_shelf
 from tests.helpers.clip_files import write_npz
 from tests.helpers.embeddings import CARD, DIFFERENT, SAME, WIDTH, Population
 from tests.helpers.seen import refused
@@ -23,6 +23,7 @@ from vidjax.apps import cards
 from vidjax.apps.gallery import card_notes
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import clip_inputs, measured_cards
+from vidjax.apps.video.review import Review
 from vidjax.models import card_backend, card_measure
 
 
@@ -263,6 +264,18 @@ def test_a_net_that_does_not_separate_people_names_nobody(tmp_path, models, comm
         assert "named       0" in asked.out and "nobody gets a name" in asked.out
 
 
+@pytest.mark.parametrize("is_measured", [True, False])
+def test_only_a_card_that_nobody_has_measured_may_have_wrong_facts(tmp_path, models, is_measured):
+    """Two people are equal, such as twins."""
+    if not is_measured:
+        give_default_numbers(models)
+    gallery = Gallery.of_models(tmp_path / "g", models)
+    gallery.enrol({x: {"face": np.ones((1, WIDTH))} for x in "ab"}, {"a": "Ada", "b": "Bob"})
+    text = card_notes.describe(gallery.state)
+    assert text.startswith(card_notes.NOBODY) and "if two names are one person" in text
+    assert ("--like" in text and "--colour" in text and "scale" in text) == (not is_measured)
+
+
 def test_default_numbers_are_mentioned_where_names_are(tmp_path, models, command):
     give_default_numbers(models)
     made = Population(2)
@@ -398,3 +411,60 @@ def test_a_net_of_random_weights_names_nobody_with_one_photo_each(drawn, places,
         drawn.friends.rename(drawn.folder / "away")  # as if a drive is not connected
         again = drawn.who(film, code=1)
         assert "nobody gets a name" in again.output and again.content["named"] == 0
+
+
+ARCFACE = made_nets.back_end((0.68, 0.12), (0.2, 0.12))  # the default numbers of a family
+GROUP = drawn_people.GROUP
+MIRROR = [GROUP[0], ("Ada", 70, 40)]
+# The net, whether its card was measured, the shots of a film, and whether the only enrolled person,
+# Ada, is named in it. By the net "alike", the cosines of two drawn faces are 0.8. By the net "far",
+# they are -0.3, which is too low for its card.
+ALONE = {
+    "fits": ("fits", False, [GROUP], True),
+    "does not fit": ("alike", False, [GROUP], False),
+    "sees only colours": ("far", False, [GROUP], False),
+    "nothing shows that it fits": ("fits", False, [GROUP[:1], GROUP[1:]], False),
+    "twice in a mirror": ("fits", False, [GROUP, MIRROR], True),
+    "only in a mirror": ("fits", False, [MIRROR], False),
+    "known net": ("fits", True, [GROUP[:1]], True),
+    "known net in a mirror": ("fits", True, [MIRROR], True),
+}
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_one_enrolled_person_is_named_only_if_something_shows_that_the_net_fits(
+    drawn, case, read_here
+):
+    net, is_measured, shots, is_named = ALONE[case]
+    if net != "fits":
+        given = drawn_people.EMBED | ({"input": {}} if net == "alike" else {})
+        made_nets.write(drawn.models, "embed", back_end=ARCFACE, **given)
+    if not is_measured:
+        give_default_numbers(drawn.models)
+    film = drawn.folder / "film.mkv"
+    drawn_people.write_film(film, *((1, 20 + 20 * n, faces) for n, faces in enumerate(shots)))
+    drawn.befriend("Ada")
+    output = drawn.who(film).output
+    why = card_notes.NOBODY if net == "far" else card_notes.ALONE
+    page = (drawn.out / "names.html").read_text()
+    assert ("Ada" in drawn.names().values()) == is_named, output
+    assert output.count(why) == page.count(why) == (not is_named)
+    assert "Bob" not in drawn.names().values()
+    shown = made_shelf.decide(drawn.out)
+    again = Review(drawn.out, shown)._decide([], shown.films, shown)
+    assert again.appearances == shown.appearances and again.card == shown.card
+    assert [x.identity for x in shown.appearances] == [row["identity"] for row in drawn.rows()]
+
+    # A gallery decides in the same way. To identify changes no byte.
+    gallery = drawn.folder / "gallery"
+    Gallery.of_models(gallery, drawn.models)
+    drawn.run("gallery", "enrol", gallery, f"--photos={drawn.friends}")
+    content = (gallery / "gallery.sqlite").read_bytes()
+    done = drawn.run("gallery", "identify", gallery, f"--input={drawn.out / 'features'}")
+    assert (done.content["named"] > 0) == is_named
+    assert (gallery / "gallery.sqlite").read_bytes() == content
+    if net != "alike":  # it is right for drawn people
+        drawn.befriend("Bob")
+        assert drawn.who(film).output.count(why) == (net == "far")
+        named = {name for faces in shots for name, _, _ in faces if net == "fits"}
+        assert {"Ada", "Bob"} & {*drawn.names().values()} == named

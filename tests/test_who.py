@@ -269,8 +269,8 @@ def test_impossible_name_of_a_person_is_refused_before_anything_is_written(drawn
 
 def test_numbered_photos_in_one_folder_get_a_warning(drawn):
     """A photo that is in no folder of a person counts as a person. Its file name is the name."""
-    for name in ("Ada_1", "Ada_2"):
-        write_photo(drawn.friends / f"{name}.png", ("Ada", 40, 40))
+    for left, name in ((40, "Ada_1"), (42, "Ada_2")):
+        write_photo(drawn.friends / f"{name}.png", ("Ada", left, 40))
     group = drawn.group()
     assert "counts as a different person" in drawn.who(group).output
     # Later, people are enrolled, so this is not the folder of only one person.

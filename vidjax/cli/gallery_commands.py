@@ -420,6 +420,7 @@ def _identify(args: argparse.Namespace) -> Result:
     timed = terminal.measure_rate(began, len(answers))
     named = sum(answer.identity is not None for answer in answers.values())
     facts = {"clips": len(answers), "named": named, "unknown": len(answers) - named}
+    rule = gallery.rule(**chosen)  # films may show that the net separates people
     facts |= rule.to_entries() | timed
     texts = rule.describe(answers_lib.count_doubtful(answers))
     texts["card"] = card_notes.describe(gallery.state)

@@ -19,14 +19,16 @@ from vidjax.models.card_backend import Distances
 LOW, HIGH = -3.0, 3.0
 CLOSE, VARIED, FAR = 0.75, 2.0, 2.5  # smaller deviations from the card do no harm
 MIRRORED = 0.3  # see `Comparison.is_blind`
+APART = 0.75, 2.0  # see `differ`
 FEWEST_PEOPLE = 3  # with two clips each, from whom W and B = 0 can be seen
 
 # How people contradict a card:
+#   alone: there is one person, so nothing was compared.
 #   blind: the vectors do not separate the people.
 #   closer: people differ less than the card says.
 #   varied: the clips of a person differ more than the card says.
 #   farther: people differ more than the card says.
-Problem = Literal["", "blind", "closer", "varied", "farther"]
+Problem = Literal["", "alone", "blind", "closer", "varied", "farther"]
 
 
 class Comparison(NamedTuple):
@@ -35,7 +37,7 @@ class Comparison(NamedTuple):
     problem: Problem  # "" if the people do not contradict the card
     between: float  # estimate of B / B of the card
     within: float  # median over people of W / W of the card; 1 if nobody has two clips
-    cosine: float  # mean cosine of two clips of two people
+    cosine: float  # mean cosine of two clips of two people; of one person, as the card says
 
     def is_blind(self, mirrored: Sequence[float]) -> bool:
         """Returns whether a face and its mirror image differ almost like faces of two people.
@@ -68,7 +70,7 @@ def compare(
     repeated, people = counts > 1, len(counts)
     between, within = distances.between, distances.within
     if people < 2:
-        return NO_PROBLEM
+        return Comparison("alone", 1.0, 1.0, 1 - within - between) if people else NO_PROBLEM
     k, noise, spread = counts[repeated], float(np.mean(1 / counts)), 0.0
     varied = 1.0
     if len(k):
@@ -101,6 +103,25 @@ def compare(
     if is_equal or (len(k) >= FEWEST_PEOPLE and estimate < 0.07 * within):
         problem = "blind"
     return Comparison(problem, share, varied, cosine)
+
+
+def differ(distances: Distances, cosines: np.ndarray, clarity: np.ndarray) -> bool | None:
+    """Returns whether at least half of N pairs of faces differ as the card says of two people.
+
+    Each pair was seen at the same time. Mirrors and split screens show one person twice, and twins
+    are alike. So pairs that are alike prove nothing, and the result is then None. If a pair differs
+    more than two people ever do, the result is False. It is so for nets that only see colours.
+
+    Args:
+      distances: the distributions of the card.
+      cosines: [N], of the vectors of two faces.
+      clarity: [N], of the better face, see `align.measure_clarity`.
+    """
+    # Without within, the squared distance is B on average, and B x clarity for unclear faces.
+    gap = (1 - cosines - distances.within) / distances.between
+    is_far = gap >= APART[1]
+    is_apart = (gap > APART[0] * clarity) & ~is_far
+    return bool(2 * is_apart.sum() >= len(gap) > 0) or (False if is_far.any() else None)
 
 
 def quantile(free: float, z: float) -> float:

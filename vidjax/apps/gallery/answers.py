@@ -332,9 +332,9 @@ def choose_rule(state: State, fpir: float | None, threshold: float | None) -> Na
     """Returns the rule that decides if a clip gets a name, see `Gallery.identify`."""
     require_people(state)
     check_choice(fpir, threshold)
-    if card_notes.compare(state).problem == "blind":
+    if about := card_notes.REFUSED.get(card_notes.compare(state).problem):
         is_default = fpir is None and threshold is None
-        return NamingRule("threshold", math.inf, is_default, None, card_notes.NOBODY)
+        return NamingRule("threshold", math.inf, is_default, None, about)
     if threshold is not None:
         about = f"the probability is {100 * threshold:.10g} % or more"
         return NamingRule("threshold", math.log(threshold), False, None, about)

@@ -5,7 +5,7 @@ A card is the JSON file of a net. See `models.card_check` for how far a card can
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,8 @@ import numpy as np
 from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery.enrolment import check_width, make_state
 from vidjax.apps.gallery.store import State, StoredClip, VectorOrigin
+from vidjax.apps.gallery.vectors import Vectors
+from vidjax.models import card_check
 from vidjax.models.card_check import Comparison
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, check_argument
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery
 
 NOBODY = "nobody gets a name: for the net, two people are as alike as photos of one person"
+ALONE = "nobody gets a name: only one person is enrolled, and no faces show that the net fits"
+REFUSED = {"blind": NOBODY, "alone": ALONE}  # problem -> why nobody gets a name
+CONVERT = "convert the net again: its colours (--colour), scale or points (--like) may be wrong"
 TWO_NAMES = "if two names are one person, or a photo shows another person, correct them"
 SAME = 0.1  # people who differ less than this share of what the card says look like one person
 
@@ -47,7 +52,9 @@ def read_cards(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
             f"{cards.describe_remedy('face_embedder', path)}"
         )
     digests = {part: usable[part].digest for part in back_ends}
-    return VectorOrigin(str(path), files.sha256_json(digests), True, digests), back_ends
+    default = "face" in back_ends and not back_ends["face"].is_measured
+    digest = files.sha256_json(digests)
+    return VectorOrigin(str(path), digest, True, digests, unmeasured=default), back_ends
 
 
 def _read_back_ends(origin: VectorOrigin) -> "dict[str, BackEnd]":
@@ -115,26 +122,49 @@ def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> t
 def compare(state: State) -> Comparison:
     """Compares the enrolled people with the card of the net of faces.
 
-    If there is no such card, the people do not contradict it.
+    If there is no such card, the people do not contradict it. If nobody has measured the card, the
+    result is of films, too, and a single person is compared only with films.
     """
     comparison = state.index.card_comparison
-    return comparison._replace(problem="blind") if state.origin.blind else comparison
+    if comparison.problem == "alone" and (state.separates or not state.origin.unmeasured):
+        comparison = comparison._replace(problem="")
+    is_blind = state.origin.blind or state.separates is False
+    return comparison._replace(problem="blind") if is_blind else comparison
+
+
+def check_apart(state: State, vectors: Vectors, apart: Iterable[tuple[str, str, float]]) -> State:
+    """Returns a state with the result `separates`, see `Gallery.check_apart`."""
+    backend, separates = state.index.backend, None
+    if state.origin.unmeasured:
+        number = [*backend.widths].index("face")
+        units = backend.units([*vectors.parts.values()])[number]
+        face = {name: x for name, x in zip(vectors.names, units, strict=True) if x.any()}
+        pairs = [(face[x] @ face[y], clarity) for x, y, clarity in apart if {x, y} <= face.keys()]
+        distances, found = backend.parts[number].distances, np.array(pairs).reshape(-1, 2)
+        separates = card_check.differ(distances, *found.T) if distances else None
+    return state._replace(separates=separates)
+
+
+def judge(state: State, mirrored: Sequence[float]) -> State:
+    """Returns a state that names nobody if a mirrored photo differs like another person.
+
+    `mirrored` are cosines of the vectors of enrolled photos and their mirror images. If there are
+    fewer than two, for example because photos are missing, the earlier result stays. For a single
+    person and a card that nobody has measured, one cosine is enough.
+    """
+    comparison, origin = state.index.card_comparison, state.origin
+    if len(mirrored) < (1 if comparison.problem == "alone" and origin.unmeasured else 2):
+        return state
+    blind = comparison.is_blind(mirrored)
+    return state._replace(origin=msgspec.structs.replace(origin, blind=blind))
 
 
 def check_mirrored(gallery: "Gallery", cosines: Sequence[float]) -> None:
-    """Makes a gallery name nobody if a mirrored photo differs like the photo of another person.
-
-    `cosines` are of the vectors of enrolled photos and their mirror images. If there are fewer than
-    two, for example because photos are missing, the earlier result stays.
-    """
-    if len(cosines) < 2:
-        return
+    """Changes a gallery if `judge` finds that its net does or does not separate people."""
     with gallery.change() as draft:
-        state = draft.present
-        blind = state.index.card_comparison.is_blind(cosines)
-        if blind != state.origin.blind:
-            origin = msgspec.structs.replace(state.origin, blind=blind)
-            draft.replacement = state._replace(version=state.version + 1, origin=origin)
+        state = judge(draft.present, cosines)
+        if state.origin != draft.present.origin:
+            draft.replacement = state._replace(version=state.version + 1)
 
 
 def describe(state: State) -> str:
@@ -148,7 +178,7 @@ def describe(state: State) -> str:
     if is_old and comparison.problem != "blind":
         words = ["vidjax", "measure-card", models, "--gallery=G"]
         return f"the card of the net has newer numbers\nto use them: {shlex.join(words)}"
-    if problem := _describe_problem(comparison, models):
+    if problem := _describe_problem(comparison, state.origin):
         return problem
     face = back_ends.get("face")
     if not face or face.is_measured:
@@ -157,24 +187,23 @@ def describe(state: State) -> str:
     return f"{text}\n{_advise_to_measure(models)}"
 
 
-def warn(state: State) -> None:
-    """Prints a warning if the enrolled people contradict the card of the net."""
-    if problem := _describe_problem(compare(state), state.origin.workdir):
+def warn(state: State, known: str = "") -> str:
+    """Prints a warning if people contradict the card, unless it is `known`; returns the warning."""
+    problem = _describe_problem(compare(state), state.origin)
+    if problem not in ("", known):
         say(problem, warning=True)
+    return problem
 
 
-def _describe_problem(comparison: Comparison, models: str) -> str:
-    """Returns how the enrolled people contradict the card, with a remedy, or "".
-
-    `models` is the folder of the net.
-    """
+def _describe_problem(comparison: Comparison, origin: VectorOrigin) -> str:
+    """Returns how the enrolled people contradict the card, with a remedy, or ""."""
     if comparison.problem == "closer" and comparison.between < SAME:
         return f"your people are as alike as photos of one person\n{TWO_NAMES}"
-    measure, between = _advise_to_measure(models), f"{comparison.between:.2g}"
+    measure, between = _advise_to_measure(origin.workdir), f"{comparison.between:.2g}"
     return {
         "": "",
-        "blind": f"{NOBODY}\n{TWO_NAMES}\n"
-        "if not, convert the net again: the order of colours or the scale may be wrong",
+        "alone": f"{ALONE}\nenrol a second person, or add a film of two people\n{measure}",
+        "blind": f"{NOBODY}\n{TWO_NAMES}" + f"\nif not, {CONVERT}" * origin.unmeasured,
         "closer": f"your people differ only {between} times as much as the net "
         f"expects: similar people, such as relatives, may get a wrong name\n{measure}",
         "varied": f"the photos of one person differ {comparison.within:.2g} times as much as the "

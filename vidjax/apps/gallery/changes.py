@@ -182,7 +182,8 @@ class Draft:
             if clip is not None:
                 self._open_clips(clip.identity).add(name)
                 self.clips[name] = clip
-        self._changed_clips |= clips.keys()
+            is_equal = self.clips.get(name) is self.present.clips.get(name)
+            (self._changed_clips.discard if is_equal else self._changed_clips.add)(name)
 
     def _open_clips(self, identity: str | None) -> set[str]:
         key = identity or STRANGER

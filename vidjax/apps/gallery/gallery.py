@@ -30,7 +30,7 @@ import contextlib
 import numbers
 import os
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -472,6 +472,16 @@ class Gallery:
             together=together, settled=settled, for_votes=for_votes,
         )  # fmt: skip
         return answers_lib.name_groups(vectors.names, labels)
+
+    def check_apart(self, vectors: Vectors, apart: Iterable[tuple[str, str, float]]) -> None:
+        """Compares faces of different people with a card that nobody has measured.
+
+        If the faces contradict the card, nobody gets a name. A single enrolled person gets names
+        only if the faces fit the card. The result is for this object: no file changes. `apart` are
+        two clips, and the clarity of the better face.
+        """
+        with self._lock:
+            self._state = card_notes.check_apart(self.state, vectors, apart)
 
     def threshold(self, fpir: float) -> Threshold:
         """Returns the threshold that limits the share of new strangers who get a name to `fpir`.

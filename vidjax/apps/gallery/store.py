@@ -93,6 +93,8 @@ class VectorOrigin(Struct, frozen=True, omit_defaults=True):
     refitted: bool = False
     # True if photos show that the model of faces does not separate people, see `card_check`.
     blind: bool = False
+    # True if the card of the model of faces has default numbers, which nobody has measured.
+    unmeasured: bool = False
 
     @property
     def counts_every_clip(self) -> bool:
@@ -133,7 +135,7 @@ class StoredClip(NamedTuple):
 class State(NamedTuple):
     """The whole content of a gallery. A state is immutable.
 
-    `Store.write` computes the last three fields, which describe the file.
+    `Store.write` computes `rows`, `entries` and `sha256`, which describe the file.
     """
 
     version: int  # the number of changes, including the creation
@@ -146,6 +148,9 @@ class State(NamedTuple):
     rows: int = 0  # the sum of the sha256 of all rows of the tables, which shows damaged rows
     entries: int = 0  # the number of people and clips in the file, including outdated entries
     sha256: bytes = b""  # of the whole content
+    # Whether films show that the model of faces separates people, see `Gallery.check_apart`; None
+    # if they show nothing. It is not in the file.
+    separates: bool | None = None
 
     @property
     def people(self) -> dict[str, tuple[str, ...]]:

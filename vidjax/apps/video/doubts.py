@@ -23,9 +23,9 @@ import numpy as np
 
 from vidjax.apps.gallery import ratios as ratios_lib
 from vidjax.apps.gallery.backend import Backend, sum_by_owner
-from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.grouping import Groups, agglomerate
 from vidjax.apps.gallery.ratios import LEAST_ODDS, Summary
+from vidjax.apps.gallery.store import StoredClip
 
 FEWEST_OTHERS = 2  # with fewer other photos, a photo is not doubted for differing from them
 # It is clear which photos are wrong if this many times more photos must be wrong otherwise.
@@ -52,23 +52,25 @@ class Doubts(NamedTuple):
     alike: list[tuple[str, str]]
 
 
-def find_doubtful_photos(gallery: Gallery, person_of: Mapping[str, str]) -> Doubts:
-    """Finds photos in a gallery that may show another person.
+def find_doubtful_photos(backend: Backend, photos: Mapping[str, StoredClip]) -> Doubts:
+    """Finds photos that may show another person than the person whose name they have.
 
-    `person_of` is clip -> person for the photos to check. If the card of the net contains no
+    `photos` are name of a clip -> clip with a person. If the card of the net contains no
     distribution of distances, the result is empty.
     """
     found = Doubts({}, {}, [])
-    clips = np.array(sorted(person_of))
-    for number, part in enumerate(gallery.backend.parts):
+    clips = np.array(sorted(photos))
+    for number, part in enumerate(backend.parts):
         if part.name != "face" or part.distances is None or not len(clips):
             continue
-        vectors = np.stack([gallery.clips[clip].vector for clip in clips.tolist()])
-        units = gallery.backend.units(gallery.backend.split(vectors))[number]
+        vectors = np.stack([photos[clip].vector for clip in clips.tolist()])
+        units = backend.units(backend.split(vectors))[number]
         valid = units.any(axis=1)
         clips, units = clips[valid], units[valid]
-        names, owner = np.unique([person_of[clip] for clip in clips], return_inverse=True)
-        faces = gallery.backend._replace(parts=(part,))
+        names, owner = np.unique(
+            [str(photos[clip].identity) for clip in clips], return_inverse=True
+        )
+        faces = backend._replace(parts=(part,))
         wrong, mixed = divide_photos(faces, units, owner)
         for person, sides in mixed.items():
             parts = [Side(clips[rows].tolist(), _name(names, like)) for rows, like in sides]

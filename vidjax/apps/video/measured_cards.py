@@ -13,6 +13,7 @@ import numpy as np
 
 from vidjax.apps import cards, features_folder
 from vidjax.apps.cards import BackEnd, Card
+from vidjax.apps.gallery import card_notes
 from vidjax.apps.gallery.backend import unit
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import align, people_photos
@@ -157,7 +158,7 @@ def _measure(
         raise UserError(
             f"'{card.path}' stays as it is: the net does not separate these people. The mean "
             f"cosine of two {kind}s is {same[0]:.3f} for a person, and {different[0]:.3f} for two "
-            "people\nconvert the net again: the order of colours or the scale may be wrong"
+            f"people\n{card_notes.CONVERT}"
         )
     earlier, date = card.back_end, datetime.datetime.now(datetime.UTC).date()
     has_mean = found.people >= PEOPLE_FOR_MEAN

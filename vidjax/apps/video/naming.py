@@ -148,6 +148,9 @@ def name_tracks(
     gallery, vectors, films = tracks
     answers, said = dict.fromkeys(vectors.names, NOBODY), said or Said()
     if gallery.identities:
+        clear = {x.clip: x.clarity for film in films for x in film.tracks if not x.unclear}
+        pairs = [pair for pair in pair_seen_together(films) if {*pair} <= clear.keys()]
+        gallery.check_apart(vectors, [(x, y, max(clear[x], clear[y])) for x, y in pairs])
         votes = votes or group_votes(tracks)
         answers = _remove_unclear_names(identify(vectors, groups=votes), tracks)
     told = find_known(gallery.state, vectors)

@@ -116,6 +116,10 @@ class Photos:
         # `PhotoFace`, and other commands as `Ada/IMG_1.f02`.
         self.faces: dict[str, FoundFace] = {}
         self.usable: set[str] = set()  # the clips of usable faces
+        # After `enrol`, the person of each clip, also of clips that `_withhold` left out.
+        self._person_of: dict[str, str] = {}
+        self._twins: set[str] = set()  # clips of photos that are in the folders of two people
+        self._doubtful = doubts.Doubts({}, {}, [])
 
     def warn(self, texts: Iterable[str]) -> None:
         """Reports problems of photos."""
@@ -399,7 +403,8 @@ class Photos:
 
         A face that is enrolled with the same vector keeps its name. If a face is refused, its photo
         is added to `failed`. `entries` is clip -> vector and person. The clips `before` are removed
-        from the gallery if their faces are not found any more, or have other vectors.
+        from the gallery if their faces are not found any more, or have other vectors. Faces are
+        left out if it is not clear whom they show, see `_withhold`.
         """
         unchanged = draft.complete({clip: entry.vector for clip, entry in entries.items()})
         draft.remove(clip={*before} - unchanged)
@@ -412,7 +417,38 @@ class Photos:
                 path = self.faces[clip].path
                 problem, _, self.failed[str(path)] = str(error).partition("\n")
                 self.warn([f"{path}: {problem}"])
-        return new, unchanged
+        self._withhold(draft)
+        return [clip for clip in new if clip in draft.clips], unchanged & draft.clips.keys()
+
+    def _withhold(self, draft: Draft) -> None:
+        """Removes photos of people from a gallery if it is not clear whom the photos show.
+
+        These are photos that are in the folders of two people, and all photos of a person whose
+        photos contradict each other, see `doubts.divide_photos`. If the net does not separate
+        people, photos are not compared.
+        """
+        state = card_notes.judge(draft.finish()[0], self.list_mirrored())
+        named = {clip: x for clip, x in state.clips.items() if x.identity}
+        self._person_of = {clip: str(x.identity) for clip, x in named.items()}
+        faces = {clip: x.photo for clip, x in self.faces.items() if clip in named}
+        whole = {clip: photo.sha256 for clip, photo in faces.items() if not photo.tags}
+        # The people of a file, by its sha256.
+        owners = group_by_key({(digest, self._person_of[clip]) for clip, digest in whole.items()})
+        self._twins = {clip for clip, digest in whole.items() if len(owners[digest]) > 1}
+        if card_notes.compare(state).problem != "blind":
+            single = {clip: x for clip, x in named.items() if clip not in self._twins}
+            self._doubtful = doubts.find_doubtful_photos(state.index.backend, single)
+        mixed = (self._list_sides(name) for name in self._doubtful.mixed)
+        photos = {x for sides in mixed if len(sides) > 1 for side in sides for x in side.photos}
+        draft.remove(clip=self._twins | (photos & faces.keys()))
+
+    def _list_sides(self, name: str) -> list[doubts.Side]:
+        """Returns the sides of a person that have photos.
+
+        Other sides have only clips of films, to which a user gave this name.
+        """
+        sides = self._doubtful.mixed[name]
+        return [side for side in sides if not self.faces.keys().isdisjoint(side.photos)]
 
     def find_renamed(
         self, gallery: Gallery, enrolled: Mapping[str, PhotoFace], entries: Mapping[str, StoredClip]
@@ -447,32 +483,21 @@ class Photos:
         cosines = (self.faces[clip].track.mirrored for clip in self.usable)
         return [cosine for cosine in cosines if cosine is not None]
 
-    def report_doubts(self, gallery: Gallery) -> bool:
-        """Reports photos that may show another person or are enrolled for two people.
+    def report_doubts(self) -> bool:
+        """Reports photos that may show another person or are photos of two people, after `enrol`.
 
-        If the net does not separate people, photos are not compared. Returns whether two names may
-        be one person.
+        Returns whether two names may be one person.
         """
-        person_of = {
-            clip: entry.identity for clip, entry in gallery.clips.items() if entry.identity
-        }
-        whole = {clip: x.photo.sha256 for clip, x in self.faces.items() if not x.photo.tags}
-        # The people of a file, by its sha256.
-        owners = group_by_key(
-            {(whole[clip], person_of[clip]) for clip in whole.keys() & person_of.keys()}
-        )
-        twins = {clip for clip, digest in whole.items() if len(owners.get(digest, ())) > 1}
-        single = {clip: person_of[clip] for clip in person_of.keys() - twins}
-        is_blind = card_notes.compare(gallery.state).problem == "blind"
-        doubtful, texts = (
-            doubts.find_doubtful_photos(gallery, {} if is_blind else single),
-            list[str](),
-        )
+        person_of, twins, doubtful = self._person_of, self._twins, self._doubtful
+        people = group_by_key((self.faces[x].photo.sha256, person_of[x]) for x in sorted(twins))
+        texts = list[str]()
         for clip in sorted(self.faces.keys() & (twins | doubtful.photos.keys()) & person_of.keys()):
             (_, path, photo, _, _), name = self.faces[clip], show(person_of[clip])
             if clip in twins:
-                others = ", ".join(map(show, sorted({*owners[photo.sha256]} - {person_of[clip]})))
-                texts.append(f"{path} is also a photo of {others}: delete the wrong copy")
+                others = ", ".join(map(show, sorted({*people[photo.sha256]} - {person_of[clip]})))
+                texts.append(
+                    f"{path} is also a photo of {others}, so it is not used: delete the wrong copy"
+                )
             else:
                 like = doubtful.photos[clip]
                 seems = (
@@ -481,19 +506,16 @@ class Photos:
                 wrong = "correct its tag" if photo.tags else "move it"
                 about = f"{path} counts as a photo of {name}, but {seems}"
                 texts.append(f"{about}: {wrong} if it shows another person")
-        texts += self._describe_contradictions(doubtful, person_of)
+        texts += self._describe_contradictions()
         self.warn(texts)
         likes = [*doubtful.photos.values()]
         likes += [side.like for sides in doubtful.mixed.values() for side in sides]
         return bool(twins or doubtful.alike or any(likes))
 
-    def _describe_contradictions(
-        self, doubtful: doubts.Doubts, person_of: Mapping[str, str]
-    ) -> Iterator[str]:
+    def _describe_contradictions(self) -> Iterator[str]:
         """Yields warnings about photos that contradict each other.
 
-        There is a warning only if it is not clear which of the photos are wrong. `person_of` is
-        clip -> person.
+        There is a warning only if it is not clear which of the photos are wrong.
         """
 
         def locate(clip: str) -> str:
@@ -502,10 +524,9 @@ class Photos:
                 str(path.relative_to(self.people) if path.is_relative_to(self.people) else path)
             )
 
-        for name, all_sides in doubtful.mixed.items():
-            sides = [side for side in all_sides if not self.faces.keys().isdisjoint(side.photos)]
-            if len(sides) < 2:
-                continue  # the other side has only clips of films, to which a user gave this name
+        for name in self._doubtful.mixed:
+            if len(sides := self._list_sides(name)) < 2:
+                continue
             number = "two" if len(sides) == 2 else f"{len(sides):,}"
             texts = [
                 messages.list_some([*map(locate, side.photos)], 3)
@@ -514,10 +535,10 @@ class Photos:
             ] + ["..."] * (len(sides) > 3)
             yield (
                 f"the photos of {show(name)} show {number} people: {' / '.join(texts)}\n"
-                f"move the photos that do not show {show(name)}"
+                f"these photos are not used: move the photos that do not show {show(name)}"
             )
-        for first, second in doubtful.alike:
-            names = " and ".join(show(person_of[clip]) for clip in (first, second))
+        for first, second in self._doubtful.alike:
+            names = " and ".join(show(self._person_of[clip]) for clip in (first, second))
             yield (
                 f"{locate(first)} and {locate(second)} count as photos of {names}, but seem to "
                 "show one person: move the wrong photo"
@@ -577,12 +598,12 @@ def enrol_folder(
             clip: x._replace(identity=labels[person_of[clip]]) for clip, x in entries.items()
         }
         new, unchanged = found.enrol(draft, entries)
-    lost = map(show, sorted(found.names - {*person_of.values()}))
+    lost = map(show, sorted(x for x in found.names if labels[x] not in gallery))
     found.warn(f"{x} cannot be recognised: no photo of {x} can be used" for x in lost)
     if gallery.clips.keys() <= entries.keys():  # no photo of another call is missing
         card_notes.check_mirrored(gallery, found.list_mirrored())
     advise_other_films(gallery.state, sorted({str(entries[clip].identity) for clip in new}))
-    found.report_doubts(gallery)
+    found.report_doubts()
     return PhotoEnrolment(len(new), len(unchanged), found.failed)
 
 

@@ -143,14 +143,15 @@ def name_people(
             "models": models, "thumbnails": _choose_thumbnails(out, thumbnails), "upgrade": True,
             "check": check, "workers": workers,
         }  # fmt: skip
-        failed, names, is_explained = dict[str, str](), set[str](), False
+        failed, names, is_explained, known = dict[str, str](), set[str](), False, ""
         with lock_changes(out):
             typed = call.read_typed_names()
         if photos:
             is_explained = call.update_people(photos, forget_missing, options)
             failed, names = photos.failed, photos.names
-        is_known = gallery.identities or people_photos.list_unread(out)
-        if photos and not is_known and not any(read_said(out, ()).names.values()):
+        is_known = not photos or photos.usable or gallery.identities
+        is_known = is_known or people_photos.list_unread(out)
+        if not is_known and not any(read_said(out, ()).names.values()):
             lost = had_page and not files.exists(out / PAGE)
             raise UserError(
                 f"no photo in '{people}' can be used, so nobody can be recognised\n"
@@ -161,8 +162,8 @@ def name_people(
         if gallery.identities and not features_folder.find_unread(out / FEATURES):
             # Mistakes in the flags are reported here, because reading the films takes long.
             gallery.rule(fpir=fpir, threshold=threshold)
-            if not is_explained:
-                card_notes.warn(gallery.state)
+            if not is_explained and len(gallery.identities) > 1:
+                known = card_notes.warn(gallery.state)
         outcomes = pipeline.extract_folders(
             {call.features: films}, settings=settings, done=done, tell=call.tell,
             drop=pipeline.choose_drop(prune, forget_missing), **options,
@@ -172,8 +173,10 @@ def name_people(
         with lock_changes(out):
             decision = call.name_films(identify, prune)
             advise_other_films(gallery.state, sorted(typed))
-            if is_explained:
+            if is_explained and card_notes.compare(gallery.state).problem == "closer":
                 decision = decision._replace(card="")
+            else:  # the films may have shown whether the net separates people
+                card_notes.warn(gallery.state, known)
             results.write(out, decision, padding)
         enrolled = people_photos.list_faces(gallery).values()
         missed = sorted(names - {photo.person for photo in enrolled})
@@ -263,16 +266,16 @@ class _Call:
             checked = {clip for clip, x in enrolled.items()
                        if clip not in unread and x.folder not in missing}  # fmt: skip
             with gallery.change(log=False) as draft:
-                new, _ = photos.enrol(draft, entries, checked)
                 for clip in draft.clips.keys() - entries.keys():
                     if name := renamed.get(draft.clips[clip].identity or ""):
                         draft.relabel(clip, name)
+                new, _ = photos.enrol(draft, entries, checked)
             advise_other_films(
                 gallery.state, sorted({x for clip in new if (x := entries[clip].identity)})
             )
             self._forget(known, photos.names, {*photos.paths_of, *missing}, forget_missing)
         card_notes.check_mirrored(gallery, photos.list_mirrored())
-        is_doubtful = photos.report_doubts(gallery)
+        is_doubtful = photos.report_doubts()
         return is_doubtful and card_notes.compare(gallery.state).problem == "closer"
 
     def _report_films(self, films: Sequence[MediaFile], pruned: bool) -> None:
