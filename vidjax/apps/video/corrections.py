@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import itertools
 import re
+import shlex
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +14,15 @@ from typing import Any, NamedTuple
 import msgspec
 
 from vidjax.apps import features_folder, said
-from vidjax.apps.features_folder import NUMBERS, THUMBNAILS, FileStamp, MediaFile, SeenClip
+from vidjax.apps.features_folder import (
+    NUMBERS,
+    THUMBNAILS,
+    FileStamp,
+    MediaFile,
+    PhotoFace,
+    SeenClip,
+)
+from vidjax.apps.forget import forget, list_roots
 from vidjax.apps.gallery.answers import FACE, UNKNOWN, parse_group_number, rank_group
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery
@@ -27,6 +37,7 @@ from vidjax.utils.errors import Expected, InUseError, UserError, closest
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import IGNORED, is_unknown, normal_form, strip_accents
 
+MOST_LEFT = 10  # places that a message about a forgotten person lists
 IDLE_SECONDS = 1.0  # the results are written after this time without another change
 
 
@@ -42,6 +53,10 @@ class Step(NamedTuple):
     lines: Sequence[Line]  # of the log
     # Clip -> person before the change, for clips of a renamed person that are not in the log.
     clips: Mapping[str, str | None]
+
+    def is_about(self, person: str) -> bool:
+        """Returns whether the change contains a name."""
+        return person == self.at or any(person in (x.of, x.person) for x in self.lines)
 
 
 class Subject(NamedTuple):
@@ -63,13 +78,15 @@ class Review:
     def __init__(
         self,
         out: Path,
-        decision: Decision,
+        decision: Decision | None = None,
         *,
         fpir: float | None = None,
         threshold: float | None = None,
         padding: float = results.PADDING_SECONDS,
     ):
         """Opens the folder of results `out`. `decision` contains the names before corrections.
+
+        Without `decision`, decides the names again. This needs neither films nor photos nor nets.
 
         For the other arguments, see `who.name_people`.
         """
@@ -84,6 +101,10 @@ class Review:
         self._changed: dict[str, int] = {}
         self._forms = Forms()
         self._stamp: FileStamp | None = None  # of the last `unknown.json` that was read
+        if decision is None:
+            with lock_changes(out):
+                films = features_folder.read_media_files(out / said.FEATURES)
+                decision = self._decide(self._lines, films, None)
         self._set_films(decision.films)
         self._set_names(decision)
 
@@ -170,6 +191,26 @@ class Review:
         films = self._decision.films
         return _find_source(films[number]) if number < len(films) else None
 
+    def list_visible(self, number: int, at_s: float) -> list[tuple[str, str, str, str]]:
+        """Returns who is visible in film `number` at a time in seconds, and when again.
+
+        These are names, times, and addresses and descriptions of the next appearances, or "".
+        """
+        films, found = self._decision.films, list[tuple[str, str, str, str]]()
+        places = {film.video: (place, film) for place, film in enumerate(films)}
+        rows = [(*places[x.video], x) for x in self._decision.appearances]
+        for order, (place, film, x) in enumerate(rows):
+            # An address has a time with one digit after the point.
+            if place == number and x.identity and x.start_s - 0.1 < at_s < x.end_s + 0.1:
+                later = (row for row in rows[order + 1 :] if row[2].identity == x.identity)
+                address, about = "", ""
+                for next_place, next_film, y in itertools.islice(later, 1):
+                    address = f"{next_place}?t={y.start_s:.1f}"
+                    about = f"{y.video}, " * (y.video != x.video)
+                    about += format_appearance_time(y, next_film)
+                found.append((x.identity, format_appearance_time(x, film), address, about))
+        return found
+
     def frame(self, clip: str) -> bytes | None:
         """Returns the picture with the best face of a clip as JPEG, or None if it is missing.
 
@@ -225,7 +266,8 @@ class Review:
           action: "name" gives all of them the name `name`. "deny" and "apart" say that the faces
             show somebody else: they become a new unknown person. "deny" with a name says that this
             suggested name is wrong: it is not suggested any more. "ignore" shows people and faces
-            as ignored, without a name. "once" ignores all unknown people who appear once.
+            as ignored, without a name. "once" ignores all unknown people who appear once. "show"
+            shows ignored faces again.
             "join" makes one unknown person of all, with the lowest number. "twin" gives faces the
             name of another face of the same time. Both have the name then, as in a mirror.
           of: the people, and the keys of the faces, to change.
@@ -274,6 +316,8 @@ class Review:
         """
         if action in ("ignore", "once"):
             return "ignored", self._ignore(found, said.ONCE if action == "once" else None), ()
+        if action == "show":
+            return "shown again", self._say(found, "undo"), ()
         if action == "deny" and name:
             if name not in self._decision.people:
                 raise UserError(f"'{name}' is not a person on this page: reload the page")
@@ -370,6 +414,47 @@ class Review:
             self._forms = Forms(message=f"Undone: {step.words}.", at=step.at)
             return step.at
 
+    def forget(self, person: str, version: int | None = None) -> None:
+        """Does what `vidjax forget --delete` does in the folder, and deletes the photos' features.
+
+        This cannot be undone. The message lists places that still contain the name. For `version`,
+        see `change`.
+        """
+        with self._lock(version, [person]):
+            if person not in (people := self._decision.people):
+                raise UserError(f"'{person}' is no longer on the page: reload the page")
+            places = features_folder.locate_people(self._out)
+            faces = [x for clip in people[person] if (x := PhotoFace.of(clip))]
+            folders = {x.folder: places[x.folder] for x in faces if x.folder in places}
+            photos = [
+                photo.source.path for folder in folders.values()
+                for stem, photo in features_folder.describe_media_files(folder).items()
+                if any(x.clip.partition(".")[0] == stem for x in faces)
+            ]  # fmt: skip
+            clips = [str(clip) for clip in self._decision.said.list_named(person)]
+            named = self._say([Subject(person, clips, person, is_person=True)], "undo")
+            said.append(self._out, said.stamp(named))
+            forget([person], (), [self._out], delete=True)
+            kept = {x.folder for clip in self._gallery.clips if (x := PhotoFace.of(clip))}
+            for folder in folders.keys() - kept:
+                features_folder.remove_features(folders[folder])
+            self._steps = [x for x in self._steps if not x.is_about(person)]
+            self._lines, shown = said.read(self._out), self._decision
+            self._show(self._decide(self._lines, shown.films, shown))
+            self._changed[""] = self.version
+        with contextlib.suppress(InUseError):  # `vidjax who` writes the results at its end
+            self.save()
+        about = "a photo, from which vidjax who would take the name again"
+        left = [f"{photo}: {about}" for photo in photos]
+        found, _ = forget([person], (), list_roots([self._out]))
+        left += [f"{place.path}: {place.about}" for place in found if place.left]
+        more = [f"and {len(left) - MOST_LEFT} more"] * (len(left) > MOST_LEFT)
+        lines = [f"Saved: {person} is forgotten in this folder."]
+        lines += [*["Delete what still contains the name:"] * bool(left), *left[:MOST_LEFT], *more]
+        command = f"vidjax forget --identity={shlex.quote(person)} FOLDER"
+        lines.append(f"To search other folders: {command}")
+        self._forms = Forms(message="\n".join(lines))
+
     def has_person(self, name: str) -> bool:
         """Returns whether the page shows a known or unknown person with this name."""
         return name in self._decision.people or name in self._clips_of
@@ -406,6 +491,8 @@ class Review:
         if clip != of and (x := self._shown.get(clip)):
             return Subject(of, [clip], x.identity or IGNORED, is_person=False)
         clips = [*self._clips_of.get(of, ()), *self._decision.people.get(of, ())]
+        if of == IGNORED:
+            clips = [clip for clip, x in self._shown.items() if not x.identity]
         if not clips and of not in self._decision.people:
             raise UserError(f"'{of}' is no longer on the page: reload the page, and choose again")
         return Subject(of, sorted(clips), of, is_person=True)
