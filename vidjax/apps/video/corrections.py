@@ -201,7 +201,11 @@ class Review:
         rows = [(*places[x.video], x) for x in self._decision.appearances]
         for order, (place, film, x) in enumerate(rows):
             # An address has a time with one digit after the point.
-            if place == number and x.identity and x.start_s - 0.1 < at_s < x.end_s + 0.1:
+            if (
+                place == number
+                and x.identity
+                and x.start_s - 0.1 < at_s < max(x.end_s, x.start_s + 0.1)
+            ):
                 later = (row for row in rows[order + 1 :] if row[2].identity == x.identity)
                 address, about = "", ""
                 for next_place, next_film, y in itertools.islice(later, 1):
@@ -267,7 +271,7 @@ class Review:
             show somebody else: they become a new unknown person. "deny" with a name says that this
             suggested name is wrong: it is not suggested any more. "ignore" shows people and faces
             as ignored, without a name. "once" ignores all unknown people who appear once. "show"
-            shows ignored faces again.
+            shows ignored faces again, or all of them if `of` is IGNORED.
             "join" makes one unknown person of all, with the lowest number. "twin" gives faces the
             name of another face of the same time. Both have the name then, as in a mirror.
           of: the people, and the keys of the faces, to change.
@@ -283,6 +287,8 @@ class Review:
         keys = {*of, name.casefold()} if is_unknown(name) else of
         with self._lock(version, keys):
             of = self._list_seen_once() if action == "once" else of
+            if action == "show" and IGNORED in of:
+                of = [CLIP + clip for clip, x in self._shown.items() if not x.identity]
             found = [self._find(key) for key in dict.fromkeys(of)]
             if not found:
                 raise UserError("nobody is selected: select people or faces first")
@@ -435,13 +441,13 @@ class Review:
             named = self._say([Subject(person, clips, person, is_person=True)], "undo")
             said.append(self._out, said.stamp(named))
             forget([person], (), [self._out], delete=True)
-            kept = {x.folder for clip in self._gallery.clips if (x := PhotoFace.of(clip))}
-            for folder in folders.keys() - kept:
-                features_folder.remove_features(folders[folder])
             self._steps = [x for x in self._steps if not x.is_about(person)]
             self._lines, shown = said.read(self._out), self._decision
             self._show(self._decide(self._lines, shown.films, shown))
             self._changed[""] = self.version
+            kept = {x.folder for clip in self._gallery.clips if (x := PhotoFace.of(clip))}
+            for folder in folders.keys() - kept:
+                features_folder.remove_features(folders[folder])
         with contextlib.suppress(InUseError):  # `vidjax who` writes the results at its end
             self.save()
         about = "a photo, from which vidjax who would take the name again"
@@ -491,8 +497,6 @@ class Review:
         if clip != of and (x := self._shown.get(clip)):
             return Subject(of, [clip], x.identity or IGNORED, is_person=False)
         clips = [*self._clips_of.get(of, ()), *self._decision.people.get(of, ())]
-        if of == IGNORED:
-            clips = [clip for clip, x in self._shown.items() if not x.identity]
         if not clips and of not in self._decision.people:
             raise UserError(f"'{of}' is no longer on the page: reload the page, and choose again")
         return Subject(of, sorted(clips), of, is_person=True)
@@ -604,7 +608,9 @@ class Review:
         `clips` is clip -> person, for clips of the gallery that are not in the log. If the names
         cannot be decided, nothing is changed.
         """
-        before, shown = {clip: self._gallery.clips[clip].identity for clip in clips}, self._decision
+        # Another program may have removed a clip since the step that is undone.
+        clips, shown = {x: clips[x] for x in clips if x in self._gallery.clips}, self._decision
+        before = {clip: self._gallery.clips[clip].identity for clip in clips}
         try:
             self._relabel(clips)
             decision = self._decide([*self._lines, *lines], shown.films, shown)
