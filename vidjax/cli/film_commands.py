@@ -164,9 +164,7 @@ def add_who_flags(parser: Parser) -> None:
     about += "(default: as before)"
     parser.add_argument("--thumbnails", action=argparse.BooleanOptionalAction, help=about)
     _add_padding(parser)
-    parser.flag(
-        "--review", "at the end, serves the page of vidjax review, on which you name people"
-    )
+    parser.flag("--review", "at the end, opens the page of vidjax review, on which you name people")
     example = "holiday.mp4 --people=friends --models=models --out=names"
     parser.command(name_people, example, f"{example} --review")
 
@@ -189,21 +187,17 @@ def review_names(args: argparse.Namespace) -> Result:
     """Serves the page on which a user corrects the names in a folder of results, until Ctrl-C."""
     out = Path(args.out).expanduser()
     if not said.has_log(out):
-        raise UserError(
-            f"'{out}' has no results of vidjax who: name the folder that you gave as --out\n"
-            "if version 0.1.0 wrote the results, call vidjax who once"
-        )
+        about = f"'{out}' has no results: name the folder that you gave as --out"
+        raise UserError(f"{about}, or call vidjax who first")
     return describe_names(_review(out, args), out)
 
 
-def _review(
-    out: Path, args: argparse.Namespace, decision: Decision | None = None
-) -> who.WhoResults:
+def _review(out: Path, args: argparse.Namespace, *given: Decision) -> who.WhoResults:
     require_packages("the page", "starlette", "uvicorn", extra="serve")
     from vidjax.apps.video import review  # it needs starlette
 
     chosen = {"fpir": args.fpir, "threshold": args.threshold, "padding": args.padding}
-    return review.serve_review(review.Review(out, decision, **chosen))
+    return review.serve_review(review.Review(out, *given, **chosen))
 
 
 def name_people(args: argparse.Namespace) -> Result:

@@ -14,14 +14,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from vidjax.apps import features_folder, said
-from vidjax.apps.features_folder import (
-    NUMBERS,
-    THUMBNAILS,
-    FileStamp,
-    MediaFile,
-    PhotoFace,
-    SeenClip,
-)
+from vidjax.apps.features_folder import NUMBERS, THUMBNAILS, FileStamp, MediaFile, SeenClip
 from vidjax.apps.forget import forget, list_roots
 from vidjax.apps.gallery.answers import FACE, UNKNOWN, parse_group_number, rank_group
 from vidjax.apps.gallery.changes import check_person
@@ -37,7 +30,7 @@ from vidjax.utils.errors import Expected, InUseError, UserError, closest
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import IGNORED, is_unknown, normal_form, strip_accents
 
-MOST_LEFT = 10  # places that a message about a forgotten person lists
+MOST_LEFT = 20  # places that a message about a forgotten person lists
 IDLE_SECONDS = 1.0  # the results are written after this time without another change
 
 
@@ -66,6 +59,10 @@ class Subject(NamedTuple):
     clips: Sequence[str]
     name: str  # of the person, or IGNORED
     is_person: bool  # False for a face
+
+
+# An appearance, the next appearance of the person, if any, and the number of its film.
+Seen = tuple[Appearance, Appearance | None, int]
 
 
 class Review:
@@ -191,29 +188,17 @@ class Review:
         films = self._decision.films
         return _find_source(films[number]) if number < len(films) else None
 
-    def list_visible(self, number: int, at_s: float) -> list[tuple[str, str, str, str]]:
-        """Returns who is visible in film `number` at a time in seconds, and when again.
-
-        These are names, times, and addresses and descriptions of the next appearances, or "".
-        """
-        films, found = self._decision.films, list[tuple[str, str, str, str]]()
-        places = {film.video: (place, film) for place, film in enumerate(films)}
-        rows = [(*places[x.video], x) for x in self._decision.appearances]
-        for order, (place, film, x) in enumerate(rows):
-            # An address has a time with one digit after the point.
-            if (
-                place == number
-                and x.identity
-                and x.start_s - 0.1 < at_s < max(x.end_s, x.start_s + 0.1)
-            ):
-                later = (row for row in rows[order + 1 :] if row[2].identity == x.identity)
-                address, about = "", ""
-                for next_place, next_film, y in itertools.islice(later, 1):
-                    address = f"{next_place}?t={y.start_s:.1f}"
-                    about = f"{y.video}, " * (y.video != x.video)
-                    about += format_appearance_time(y, next_film)
-                found.append((x.identity, format_appearance_time(x, film), address, about))
-        return found
+    def list_seen(self, number: int, at_s: float) -> list[Seen]:
+        """Returns who is visible in film `number` at a time in seconds."""
+        numbers = {x.video: place for place, x in enumerate(self._decision.films) if not x.photo}
+        shown = (x for x in self._decision.appearances if x.identity and x.video in numbers)
+        of = group_by_key((x.identity, x) for x in shown)
+        return [
+            (x, later, numbers[later.video] if later else 0)
+            for group in of.values() for x, later in itertools.zip_longest(group, group[1:])
+            # The address of an appearance has its start with one digit after the point.
+            if numbers[x.video] == number and x.start_s - 0.1 < at_s < max(x.end_s, x.start_s + 0.1)
+        ]  # fmt: skip
 
     def frame(self, clip: str) -> bytes | None:
         """Returns the picture with the best face of a clip as JPEG, or None if it is missing.
@@ -430,13 +415,9 @@ class Review:
             if person not in (people := self._decision.people):
                 raise UserError(f"'{person}' is no longer on the page: reload the page")
             places = features_folder.locate_people(self._out)
-            faces = [x for clip in people[person] if (x := PhotoFace.of(clip))]
-            folders = {x.folder: places[x.folder] for x in faces if x.folder in places}
-            photos = [
-                photo.source.path for folder in folders.values()
-                for stem, photo in features_folder.describe_media_files(folder).items()
-                if any(x.clip.partition(".")[0] == stem for x in faces)
-            ]  # fmt: skip
+            faces = [*filter(None, map(features_folder.PhotoFace.of, sorted(people[person])))]
+            keys, photos = {x.key for x in faces}, people_photos.list_photo_files(self._out)
+            left = {str(x.source.path): None for x in photos if keys & x.faces.keys()}
             clips = [str(clip) for clip in self._decision.said.list_named(person)]
             named = self._say([Subject(person, clips, person, is_person=True)], "undo")
             said.append(self._out, said.stamp(named))
@@ -445,21 +426,17 @@ class Review:
             self._lines, shown = said.read(self._out), self._decision
             self._show(self._decide(self._lines, shown.films, shown))
             self._changed[""] = self.version
-            kept = {x.folder for clip in self._gallery.clips if (x := PhotoFace.of(clip))}
-            for folder in folders.keys() - kept:
-                features_folder.remove_features(folders[folder])
+            kept = map(features_folder.PhotoFace.of, self._gallery.clips)
+            for folder in {x.folder for x in faces} - {x.folder for x in kept if x}:
+                features_folder.remove_features(places[folder])
         with contextlib.suppress(InUseError):  # `vidjax who` writes the results at its end
             self.save()
-        about = "a photo, from which vidjax who would take the name again"
-        left = [f"{photo}: {about}" for photo in photos]
-        found, _ = forget([person], (), list_roots([self._out]))
-        left += [f"{place.path}: {place.about}" for place in found if place.left]
-        more = [f"and {len(left) - MOST_LEFT} more"] * (len(left) > MOST_LEFT)
+        for place in forget([person], (), list_roots([self._out]))[0]:
+            left |= {str(place.path): None} if place.left else {}
         lines = [f"Saved: {person} is forgotten in this folder."]
-        lines += [*["Delete what still contains the name:"] * bool(left), *left[:MOST_LEFT], *more]
+        lines += ["Delete what still shows the name:", *[*left][:MOST_LEFT]] if left else []
         command = f"vidjax forget --identity={shlex.quote(person)} FOLDER"
-        lines.append(f"To search other folders: {command}")
-        self._forms = Forms(message="\n".join(lines))
+        self._forms = Forms(message="\n".join([*lines, f"To search other folders: {command}"]))
 
     def has_person(self, name: str) -> bool:
         """Returns whether the page shows a known or unknown person with this name."""

@@ -290,7 +290,7 @@ def render(data: PageData) -> str:
 
 def render_note(**values: object) -> str:
     """Returns a page with a short text, or with a film. For `values`, see its template."""
-    return _load_template("note.html.j2")[0].render(values)
+    return _load_template("note.html.j2")[0].render(values, time=format_span)
 
 
 def _list_likely(entries: Iterable[PageEntry]) -> list[tuple[str, float]]:

@@ -99,8 +99,9 @@ class _Pages:
             f"browser does not support its format. Open it in a player, such as VLC: {path}"
         )
         with self._lock:
-            people = self._review.list_visible(int(number), seconds)
-        title = f"{', '.join(name for name, *_ in people)} in {path.name}" if people else path.name
+            people = self._review.list_seen(int(number), seconds)
+        names = ", ".join(str(x.identity) for x, *_ in people)
+        title = f"{names} in {path.name}" if names else path.name
         film = f"../film/{number}#t={seconds:.1f}"
         return _make_note(title, about, film=film, people=people)
 
