@@ -50,7 +50,7 @@ function show(step) {
   const image = frame.querySelector("img");
   const [left, top, width, height] = (shown[place].dataset.box ?? "").split(" ");
   for (const [name, share] of Object.entries({ left, top, width, height })) box.style[name] = `${share}%`;
-  const about = holder(shown[place])?.querySelector(".grid p, h3 bdi, .name")?.innerText || "";
+  const about = holder(shown[place])?.querySelector(".grid p, h3 bdi, .doubt > p")?.innerText || "";
   const others = all(".guess", holder(shown[place]) ?? frame).map((guess) => guess.cloneNode(true));
   for (const button of others.flatMap((guess) => all("button", guess))) button.remove();
   large().querySelector(".others").replaceChildren(...others);
@@ -61,7 +61,7 @@ function show(step) {
   for (const button of all("[value]", large())) button.hidden = shown.length < 2;
   image.src = shown[place].href;
   image.alt = shown[place].title;
-  large().querySelector("p").textContent =
+  large().querySelector(".frame + p").textContent =
     `${about.includes(image.alt) ? about : `${about} ${image.alt}`} (${place + 1} of ${shown.length})`;
 }
 
