@@ -1,4 +1,4 @@
-"""`vidjax who --review`: names are corrected on a page, and the next call keeps the corrections."""
+"""`vidjax review`: names are corrected on a page, and the next call keeps the corrections."""
 
 import asyncio
 import contextlib

@@ -590,7 +590,7 @@ def test_terminal_shows_names_and_probabilities_but_no_messages_if_quiet(drawn, 
     assert re.search("photo.png +in the photo +Ada, over 99 %", done.out)
     assert "party.mkv: 6.0 s, 3 shots, 4 faces" in done.err
     assert "over 99 %" in done.out and "100 %" not in done.out
-    assert "1 person without a name: to name them, add --review" in done.out  # Eve
+    assert "1 person without a name: to name them, vidjax review " in done.out  # Eve
     assert "party.mkv" not in command("who", drawn.film(), *words, "--quiet").err
 
     assert drawn.names()["photo"] == "Ada"
