@@ -195,9 +195,9 @@ def tables_here(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pyarrow")
     from vidjax.utils import errors, processes
 
-    def read(module: str, path: Path, words: Any, **limits: Any) -> Any:
+    def read(module: str, path: Path, words: Any, kind: Any, **limits: Any) -> Any:
         answer = processes._answer(sys.modules[module].work, str(path), words, "")
-        found = processes._parse_answer(path, json.dumps(answer).encode())
+        found = processes._parse_answer(path, json.dumps(answer).encode(), kind)
         if isinstance(found, errors.UserError):
             raise found
         return found

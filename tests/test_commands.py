@@ -1,7 +1,9 @@
 """What users type, commands and functions of `import vidjax`: results, remedies, exit codes."""
 
+import argparse
 import copy
 import errno
+import itertools
 import json
 import os
 import pickle
@@ -34,8 +36,23 @@ from vidjax.runs.run_folder import RunFolder
 from vidjax.runs.signals import Interrupted
 from vidjax.utils import exit_codes, messages, terminal
 from vidjax.utils.errors import DiskError
-from vidjax.utils.parser import Parser
+from vidjax.utils.parser import PATHS, Parser
 
+# The metavars of arguments that are not paths, or whose commands take paths from a longer text.
+NO_PATHS = {
+    "A,B",
+    "ADDRESS",
+    "CLIP",
+    "FILE[:ARG,...]",
+    "HOST:PORT",
+    "I",
+    "K",
+    "N",
+    "NAME",
+    "P",
+    "R",
+}
+NO_PATHS |= {"S", "SECONDS", "VALUE"}
 TRAIN = "--config=knn --workdir=new"
 ARRAYS = ("--config.data.name=arrays",)
 OWN = "--config=mma:face --config.data.name=arrays --workdir=new --config.data.dir="
@@ -87,7 +104,15 @@ WORDS = {
     "gallery remove G --identity=Ada --identity Bob": "--identity is given twice",
     "report --workdir=~no-such-user/run": "write ~/",
     "--config=knn --workdir=s3://bucket/run": "is an address",
+    "--config=s3://bucket/mma.py --workdir=new": "is an address",
+    "evaluate --workdir=new --runs=a,s3://b": "is an address",
+    "compare --runs=gs://a,b": "is an address", "compare --runs=a+gs://b,a+c": "is an address",
+    "train --config=knn --workdir=file:///tmp/a%20b": "write '/tmp/a b'",
+    "gallery create C:\\\\people --models=m": "in WSL, /mnt/c is the drive C",
+    "who https://example.org/a.mp4 --out=o --models=m": "copy or mount",
     "gallery list ''": "has no value", "forget --identity= x": "--identity= has no value",
+    "extract x --out= --models=m": "--out= has no value: give a value\n",
+    "extract x --out=o --models=m --fps=": "--fps= has no value: give a value, or leave it out",
     f"{TRAIN} --config.optimizer.learning_rate=1": "--config.optim.learning_rate",
     f"{TRAIN} --config.accumulate_grad_batches=4": "--config.optim.accumulate?",
     f"{TRAIN} --config.lr=1": "--config.optim.learning_rate?",
@@ -186,6 +211,62 @@ def test_error_of_a_wrong_word_or_field_names_the_remedy(words, tmp_path, monkey
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
     assert_refused(command, words, WORDS[words], seconds=2)
     assert not list(tmp_path.iterdir())  # nothing is written
+
+
+def list_commands(parser):
+    """Yields the parsers of a command and of its inner commands."""
+    inner = [x for x in parser._actions if isinstance(x, argparse._SubParsersAction)]
+    yield from (
+        itertools.chain(*map(list_commands, inner[0].choices.values())) if inner else [parser]
+    )
+
+
+def make_words(parser, action, value):
+    """Returns words that set `action` to `value`, and give all other required values."""
+    groups = [x._group_actions for x in parser._mutually_exclusive_groups if x.required]
+    others = [x for x in parser._actions if x.required] + [x[0] for x in groups if action not in x]
+    texts = {x: value if x is action else min(x.choices or "x") for x in [*others, action]}
+    pairs = sorted(texts.items(), key=lambda pair: parser._actions.index(pair[0]))
+    return parser.prog.split()[1:] + [
+        f"{x.option_strings[0]}={text}" if x.option_strings else text for x, text in pairs
+    ]
+
+
+@pytest.mark.parametrize("command", program.COMMANDS)
+def test_arguments_of_all_commands_that_are_paths_refuse_addresses(command):
+    """A new argument either has a metavar of NO_PATHS, or is a path."""
+    program.load(command)(parser := Parser(f"vidjax {command}"))
+    for one in list_commands(parser):
+        for action in one._actions:
+            if action.nargs == 0 or action.choices or action.help == argparse.SUPPRESS:
+                continue
+            is_path = action.metavar in PATHS
+            assert is_path != (action.metavar in NO_PATHS), (one.prog, action)
+            for text in ("s3://b/x", "gs://b/x.parquet") if is_path else ():
+                words = make_words(one, action, text)
+                seen.refused(lambda words=words: program.parse(words), text, "copy or mount")
+            if is_path:
+                given = getattr(program.parse(make_words(one, action, "~/a.tsv")), action.dest)
+                assert given in (path := Path.home() / "a.tsv", [path])
+
+
+@pytest.mark.parametrize("name", config_lib.PATHS)
+def test_fields_that_are_paths_refuse_addresses(name):
+    config = config_io.override(config_lib.default(), [f"--config.{name}=s3://b/x"])
+    seen.refused(lambda: config_lib.check(config), f"config.{name}", "copy or mount")
+
+
+@pytest.mark.parametrize("call", [
+    vidjax.Gallery, vidjax.restore, vidjax.evaluate, vidjax.load_data, vidjax.load_config,
+    vidjax.list_tables, lambda path: vidjax.Gallery.of_models("new", path),
+    lambda path: vidjax.compare([path, "run"]),
+    lambda path: vidjax.name_people(path, None, "out", "models"),
+    lambda path: vidjax.name_people("film.mp4", None, path, "models"),
+])  # fmt: skip
+def test_functions_refuse_addresses(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen.refused(lambda: call("s3://b/x"), "s3:", "is an address")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_parser_passes_options_of_newer_versions_of_python_to_argparse():
@@ -418,6 +499,60 @@ def test_suggested_commands_run(tmp_path, nearest_run, official_dir, data, say, 
         assert match, typed
         words = corrected.format(match[1]).removeprefix("vidjax ")
         assert say(*shlex.split(words)), typed
+
+
+# Command -> files of the user at its places. In the second table, an earlier result is replaced.
+NEW_FILES = {
+    "rank --workdir=run --input=clips --out=o.tsv": "o.tsv",
+    "rank --workdir=run --input=day --out=d": "d/ranking.parquet",
+    "embed --workdir=run --input=clips --out=o.parquet": "o.parquet",
+    "embed --workdir=run --input=day --out=d": "d/1.parquet",
+    "gallery identify g --input=clips --out=o.csv": "o.csv",
+    "gallery identify g --input=day --out=d": "d/1.parquet",
+    "gallery verify g --input=clips --with=clips --out=o.jsonl": "o.jsonl",
+    "gallery group g --input=clips --out=o.tsv": "o.tsv",
+    "gallery rank g --input=clips --out=o.parquet": "o.parquet",
+    "gallery export g --out=o.parquet": "o.parquet",
+    "gallery create d --run=run": "d/notes.txt",
+    "export run --to=d --format=safetensors": "d/notes.txt",
+    "import run --to=d": "d/notes.txt",
+    "train --workdir=d --config=knn": "d/config.json",
+}
+REPLACED_FILES = {
+    "convert own net.onnx --like=arcface --out=d": "d/net.json d/net.onnx",
+    "convert own net.onnx --like=arcface --out=.": "net.json",
+    "compare --runs=run,again --workdir=d": "d/comparison.json d/comparison.html d/comparison.tex",
+    "extract group.png --models=models --out=d": "d/extract.json d/group.npz d/videos",
+    "who group.png --models=models --out=d": "d/names.html d/features d/gallery",
+}
+
+
+@pytest.mark.slow
+def test_no_command_replaces_a_file_of_the_user(
+    drawn, nearest_run, data, command, monkeypatch, read_here
+):
+    from tests.helpers import family_nets
+
+    monkeypatch.chdir(drawn.folder)
+    drawn.group()
+    Path("run").symlink_to(nearest_run)
+    shutil.copytree(nearest_run, "again")
+    Gallery.create("g", nearest_run, data)
+    clips = {"a": {"face": np.random.default_rng(0).normal(size=(2, 24)).astype(np.float32)}}
+    for folder in ("clips", "day", "d"):
+        Path(folder).mkdir()
+    np.savez("clips/a.npz", **clips["a"])
+    clip_files.write_parquet(Path("day/1.parquet"), clips)
+    Path("net.onnx").write_bytes(family_nets.embedder())
+    for typed, mine in (NEW_FILES | REPLACED_FILES).items():
+        for path in map(Path, mine.split()):
+            path.write_text("mine")
+            assert command(*shlex.split(typed)).refused(path.parts[0]), typed
+            assert path.read_text() == "mine", typed
+            path.unlink()
+    for typed in REPLACED_FILES:
+        assert [command(*shlex.split(typed)).code for _ in range(2)] == [0, 0], typed
+        shutil.rmtree("d", ignore_errors=True)
 
 
 def test_errors_pass_from_one_process_to_another():

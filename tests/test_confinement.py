@@ -1,6 +1,11 @@
 """Child processes that read files of strangers have no rights but to read these files."""
 
 import json
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +56,14 @@ def read_media(folder, name):
     raise UserError(outcomes[folder / "out"][0].error)
 
 
+def read_still(folder):
+    pytest.importorskip("onnxruntime", reason="needs the extra [video]")
+    from vidjax.apps.video import still
+
+    (folder / "film.mp4").write_bytes(b"media")
+    still.read_still(folder / "film.mp4", 0.0)
+
+
 KINDS = {
     "pickle": read_pickle,
     "parquet": read_table,
@@ -58,34 +71,42 @@ KINDS = {
     "net to check": check_net,
     "film": lambda folder: read_media(folder, "film.mp4"),
     "photo": lambda folder: read_media(folder, "photo.jpg"),
+    "still": read_still,
+}
+# Landlock 3 of older kernels does not limit signals: only the filter of calls does. The kernel
+# refuses some calls of root without capabilities that it allows to an ordinary user.
+OTHERS = {
+    "photo, Landlock 3": {"landlock": 3},
+    "photo, nobody": {"nobody": True},
+    "photo, nobody, Landlock 3": {"nobody": True, "landlock": 3},
 }
 
 
-# Landlock 3 of older kernels does not limit signals: only the filter of calls does.
-OLD_LANDLOCK = "photo, Landlock 3"
-
-
-@pytest.fixture(scope="module", params=[*KINDS, OLD_LANDLOCK])
-def tried(request, tmp_path_factory):
+@pytest.fixture(scope="module", params=[*KINDS, *OTHERS])
+def tried(request):
     """Attempt -> why it was refused, from a child process of each kind."""
-    folder = tmp_path_factory.mktemp(request.param)
-    lines = ["from tests.helpers import attempts", "attempts.install()"]
-    if request.param == OLD_LANDLOCK:
-        lines += ["from vidjax.utils import confinement as c", "old = c._read_landlock_version"]
-        lines += ["c._read_landlock_version = lambda: min(3, old())"]
-    (folder / "sitecustomize.py").write_text("\n".join(lines))
-    (folder / "other").mkdir()
-    other = folder / "other" / "secret.txt"
-    other.write_text("secret")
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        pytest.raises(UserError, match="ATTEMPTS") as caught,
-    ):
+    given = OTHERS.get(request.param, {})
+    if given.get("nobody") and os.getuid():
+        pytest.skip("only root can become nobody: this user is an ordinary user")
+    user, group = [attempts.NOBODY] * 2 if given.get("nobody") else (os.getuid(), os.getgid())
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        folder = Path(name)
+        lines = ["from tests.helpers import attempts", f"attempts.install(**{given})"]
+        (folder / "sitecustomize.py").write_text("\n".join(lines))
+        for secret in (folder / "other/secret.txt", folder / "models/private/key"):
+            secret.parent.mkdir(parents=True)
+            secret.write_text("secret")
         patch.syspath_prepend(folder)
-        patch.setenv("VIDJAX_TEST_OTHER", str(other))
-        KINDS[request.param.partition(",")[0]](folder)
+        patch.setenv("VIDJAX_TEST_FOLDER", name)
+        command = [shutil.which("cat") or "cat"]  # it waits for the end of its input
+        with subprocess.Popen(command, stdin=subprocess.PIPE, user=user, group=group) as victim:
+            patch.setenv("VIDJAX_TEST_VICTIM", str(victim.pid))
+            with pytest.raises(UserError, match="ATTEMPTS") as caught:
+                KINDS[request.param.partition(",")[0]](folder)
     text = str(caught.value)
-    return json.JSONDecoder().raw_decode(text[text.index("ATTEMPTS") + len("ATTEMPTS") :])[0]
+    found = json.JSONDecoder().raw_decode(text[text.index("ATTEMPTS") + len("ATTEMPTS") :])[0]
+    assert found["user"] == user and found["reads"] == 1
+    return found
 
 
 @pytest.mark.parametrize("attempt", [*attempts.LANDLOCK, *attempts.FILTER])

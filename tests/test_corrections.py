@@ -3,6 +3,7 @@
 The results are a shelf of made-up films, see `tests.helpers.made_shelf`.
 """
 
+import itertools
 import re
 from concurrent import futures
 from pathlib import PurePath
@@ -18,14 +19,14 @@ pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video
 
 from starlette import testclient
 
-from tests.helpers import films, made_shelf
+from tests.helpers import films, made_nets, made_shelf
 from tests.helpers.cases import nightly_after_first
-from tests.helpers.drawn_people import write_film, write_photo
+from tests.helpers.drawn_people import extract, write_film, write_photo
 from tests.helpers.seen import refused
 from vidjax.apps import features_folder, said
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.said import FEATURES
-from vidjax.apps.video import corrections, results, review, still, who
+from vidjax.apps.video import align, corrections, results, review, still, who
 from vidjax.apps.video.names_page import CLIP
 from vidjax.utils.errors import UserError
 
@@ -398,6 +399,35 @@ def test_page_shows_the_picture_of_a_face_from_the_film(drawn, read_here):
     refused(lambda: still.read_still(drawn.out / "names.tsv", 0.0), "damaged or has an unknown")
     film.write_bytes(b"another file")
     assert page.frame("party.s001.t00") is None
+
+
+@pytest.mark.parametrize(
+    "turns", [2, *(pytest.param(x, marks=pytest.mark.slow) for x in (0, 1, 3))]
+)
+def test_film_that_is_upside_down_is_reported(drawn, read_here, turns):
+    """The faces in the film of a lying person are turned once or three times."""
+    points = made_nets.POINTS - 0.5
+    for _ in range(turns):
+        points = points[:, ::-1] * (1, -1)
+    content = made_nets.detector(points=points + 0.5)
+    made_nets.write(drawn.models, "find", "face_detector", content)
+    drawn.befriend("Ada")
+    _, output = drawn.who(drawn.film())
+    said = "films that are upside down, so that faces are missed: 1, such as party.mkv"
+    assert (said in output) == (turns == 2)
+    assert ("upside down" in (drawn.out / "names.html").read_text()) == (turns == 2)
+
+
+def test_film_with_faces_upside_down_in_water_is_not_upside_down(drawn, monkeypatch):
+    """Every second face is upside down, and some are not detected."""
+    numbers = itertools.count()
+
+    def find(points):
+        return np.array([next(numbers) % 9 in (1, 3, 5, 7) for _ in points])
+
+    monkeypatch.setattr(align, "find_upside_down", find)
+    found, _ = extract(drawn.film(), drawn.folder / "features", drawn.models)
+    assert len(found.tracks) == 4 and not found.upside_down
 
 
 def test_film_that_is_too_dark_is_reported(drawn, read_here):

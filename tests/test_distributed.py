@@ -1,5 +1,6 @@
 """A run does not depend on the number of devices and processes that share its clips."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.cases import nightly_after_first
+from tests.helpers.limits import running
 from tests.helpers.small_runs import LAYER, QUICK, ROOT, flat, run, saved, shrunk, weights
 from vidjax.cli import program
 from vidjax.core import devices
@@ -85,10 +87,12 @@ def assert_close(left, right):
     assert arrays.keys() == wanted.keys()
     for name, x in arrays.items():
         np.testing.assert_allclose(x, wanted[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
     logs = (results.read_lines(folder / "metrics.jsonl") for folder in (left, right))
     for mine, theirs in zip(*logs, strict=True):
         assert mine.pop("split", "") == theirs.pop("split", "")
         assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
     maps = [json.loads((folder / "metrics.json").read_text())["map"] for folder in (left, right)]
     assert maps[0] == pytest.approx(maps[1], abs=1e-6)
 
@@ -105,6 +109,7 @@ def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path
     two, nightly = tmp_path / "two", mode == "streaming"
     words = f"--config={SPEC}", *WORDS, f"--config.data.mode={mode}"
     words += ("--config.checkpoint_every_seconds=0.1", f"--config.eval.report={nightly}")
+
     for signum in (signal.SIGTERM, signal.SIGKILL) if nightly else (signal.SIGKILL,):
         pair = start(*words)
         wait_for_checkpoint(two, pair)
@@ -116,6 +121,7 @@ def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path
             assert first == 2
             lines = (tmp_path / "0.txt").read_text().splitlines()
             assert "process 1 of 2 has ended" in lines[-2] and "same command" in lines[-1]
+
     assert wait(start(*words)) == [0, 0], (tmp_path / "0.txt").read_text()
     assert_close(two, tmp_path / "one")
     assert "MAP" in (tmp_path / "0.txt").read_text()
@@ -171,6 +177,45 @@ def test_each_process_connects_once_and_wrong_indices_are_refused(address, capsy
         peer.close()
 
 
+# A process of three: its address, its index, and its exit code. Without JAX, it starts fast.
+PROCESS = """
+import sys, time
+from vidjax.utils import rendezvous
+from vidjax.utils import exit_codes
+from vidjax.utils.errors import Expected
+
+class Damaged(Expected):
+    exit_code = 3
+
+address, index, code = sys.argv[1:]
+
+def command():
+    rendezvous.meet(address, 3, int(index), 300)
+    if code == "3":
+        raise Damaged("damaged")
+    time.sleep(300)
+
+code = exit_codes.run_to_exit_code(command)
+rendezvous.leave(code)
+sys.exit(code)
+"""
+
+
+def test_process_that_fails_prints_only_its_error_and_the_others_name_it(address):
+    with contextlib.ExitStack() as stack:
+        command = [sys.executable, "-c", PROCESS, address]
+        codes = {"0": 2, "1": 3, "2": 2}
+        processes = [
+            stack.enter_context(running([*command, index, str(code)], cwd=ROOT))
+            for index, code in codes.items()
+        ]
+        for process, (index, code) in zip(processes, codes.items(), strict=True):
+            _, output = process.communicate(timeout=SECONDS)
+            assert process.returncode == code, output
+            assert ("damaged" in output) == (index == "1")
+            assert ("process 1 of 3 has ended" in output) == (index != "1"), output
+
+
 @pytest.mark.slow
 def test_processes_with_different_configurations_are_refused(start, tmp_path):
     codes = wait(start(f"--config={SPEC}", *WORDS, second=("--config.seed=3",)))
@@ -219,6 +264,7 @@ def test_a_warning_reports_a_gpu_that_jax_does_not_use(tmp_path, monkeypatch, re
         monkeypatch.setattr(devices, "NVIDIA", driver)
         jax.config.update("jax_platforms", platforms)
         devices.make_mesh(1)
+
     monkeypatch.setattr(devices, "NVIDIA", tmp_path)  # exists, so there is a GPU
     with pytest.warns(VidjaxWarning, match=r"(?s)uses the CPU.*vidjax\[cuda13\].*\[cuda12\]"):
         devices.make_mesh(1)

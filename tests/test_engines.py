@@ -107,7 +107,7 @@ def run(wanted, cpu_seconds=20, writes=(), **more):
     """
     limits: Any = {"memory_bytes": 1 << 31, "cpu_seconds": cpu_seconds, "writes": writes}
     return processes.run_limited(
-        limited_job.__name__, Path("film.mp4"), {"wanted": wanted, **more}, **limits
+        limited_job.__name__, Path("film.mp4"), {"wanted": wanted, **more}, dict, **limits
     )
 
 
@@ -162,7 +162,7 @@ def test_job_that_crashes_or_takes_too_long_does_not_affect_other_jobs():
     wanted = ["time", "process", "crash", "work", "work", "work"]
     given = [(Path(f"{number}.mp4"), {"wanted": job}) for number, job in enumerate(wanted)]
     answers = processes.run_limited_each(
-        limited_job.__name__, given, memory_bytes=1 << 31, cpu_seconds=2
+        limited_job.__name__, given, dict, memory_bytes=1 << 31, cpu_seconds=2
     )
     failed = {number: str(x) for number, x in enumerate(answers) if isinstance(x, UserError)}
     assert [*failed] == [0, 2] and len(answers) == len(wanted)

@@ -1,6 +1,7 @@
 """`vidjax gallery enrol`: many photos, features of photos, tables of people, and interruptions."""
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -88,6 +89,20 @@ def test_face_tags_name_the_people_of_a_photo(say, folder, tmp_path):
     say("gallery", "enrol", folder, f"--photos={tmp_path / 'friends'}")
     clips = {"holiday/holiday.f01": "Ada", "holiday/holiday.f02": "Bob"}
     assert list_clips(folder) == clips
+
+
+def test_gallery_of_photos_moves_to_other_nets_by_the_printed_command(
+    say, command, folder, friends, tmp_path
+):
+    command("gallery", "enrol", folder, f"--photos={friends}")
+    nets = tmp_path / "nets"
+    say("extract", friends / "Ada", f"--models={nets}", f"--out={tmp_path / 'features'}")
+    say("gallery", "create", new := tmp_path / "new one", f"--models={nets}")
+    done = command("gallery", "migrate", folder, new, f"--input={tmp_path / 'features'}")
+    assert done.refused("--photos=FOLDER") and not list_clips(new)
+    printed = done.err.partition("again: vidjax ")[2].replace("FOLDER", str(friends))
+    command(*shlex.split(printed))
+    assert list_clips(new) == list_clips(folder) == PHOTOS
 
 
 # Words after `vidjax gallery enrol G` -> part of the error.

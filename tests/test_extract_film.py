@@ -1,6 +1,7 @@
 """Films of drawn people: search of faces, tracks, kept pictures, and voices."""
 
 import shlex
+from itertools import chain
 from unittest import mock
 
 import numpy as np
@@ -14,7 +15,9 @@ from tests.helpers.cases import nightly_after_first
 from tests.helpers.drawn_people import SIDE, extract, picture, tone, write_film, write_voices
 from vidjax.apps import cards
 from vidjax.apps.video import film, nets, voices
+from vidjax.apps.video.halves import HalvesDetector
 from vidjax.apps.video.search import FilmSearch
+from vidjax.cli import film_commands
 
 SLIDES = ("Ada", "Eve", "Ada", "Bob")
 # Signs of (red, green, blue) of a face minus the mean that the net subtracts -> name.
@@ -70,6 +73,100 @@ def test_each_picture_of_a_slow_film_is_a_track_of_its_person(tmp_path, drawn, h
     films.write(tmp_path / "slides.mkv", slides, "ffv1", fps=1 / held_s, stamps=stamps)
     expected = [(held_s * n, held_s * (n + 1), name) for n, name in enumerate(SLIDES)]
     assert read_tracks(tmp_path / "slides.mkv", drawn.models) == expected
+
+
+def write_joined(path, begins, faces, codec="libx264"):
+    """Writes parts of 3 s, which begin at the seconds `begins`, with a tone and `faces`, as a film.
+
+    A .ts file consists of several files, as a joined recording.
+    """
+    stamps = [[round(1000 * begin_s) + 100 * n for n in range(30)] for begin_s in begins]
+    if path.suffix != ".ts":
+        films.write(path, [picture(faces)] * 30 * len(begins), codec, 10, stamps=[*chain(*stamps)])
+        return
+    for begin_s, times in zip(begins, stamps, strict=True):
+        part = path.with_suffix(f".{begin_s}.ts")
+        sound = tone(440, 3)
+        films.write(part, [picture(faces)] * 30, stamps=times, sound=sound, start_s=begin_s)
+        with path.open("ab") as file:
+            file.write(part.read_bytes())
+
+
+# The name of a film, the starts of its parts in seconds -> tracks, jumps, start of the last voice.
+JOINED = [
+    ("a.mkv", (0, 183), [(0, 3), (183, 186)], [(3, 180)], None),
+    ("a.mp4", (5, 68, 400), [(0, 3), (63, 66), (395, 398)], [(3, 60), (66, 329)], None),
+    ("a.ts", (0, 183), [(0, 6)], [(3, 180)], 4),
+    ("a.ts", (0, 183, 400), [(0, 9)], [(3, 180), (6, 214)], 7),
+    ("a.ts", (0, 183, 50), [(0, 9)], [(3, 180)], 4),  # the last step is back: its sound is left out
+]
+
+
+@pytest.mark.parametrize(("name", "begins", "spans", "jumps", "voice"), JOINED)
+def test_nobody_is_visible_while_the_clock_jumps(
+    tmp_path, models, name, begins, spans, jumps, voice
+):
+    path = tmp_path / name
+    write_joined(path, begins, [ADA])
+    found, clips = extract(path, tmp_path / "out", models)
+    tracks = sorted((track.start_s, track.end_s) for track in found.tracks)
+    np.testing.assert_allclose(tracks, spans, atol=0.1)
+    np.testing.assert_allclose(found.jumps, jumps, atol=0.3)
+    assert found.rate == pytest.approx(10, abs=0.1)
+    line = f"the clock jumps by {jumps[0][1] // 60}:00 at 0:03"
+    lines = film_commands._list_problems(found, path)
+    assert lines[0].startswith(line) and not any("fewer than" in x for x in lines)
+    if voice:
+        assert max(x["audio_number"].max() for x in clips.values()) / 1000 == pytest.approx(
+            voice, abs=1
+        )
+
+
+def lay_out(name, number):
+    """Returns a picture of two halves. `number` is the number of the picture in the film."""
+    first = picture([("Ada", 20 + number, 30)])
+    shifted = np.roll(first, -2, 1)  # the other eye
+    wall = films.scene(3, 96, 128) // 2
+    return {
+        "side by side": np.hstack([first, shifted]),
+        "half width": np.hstack([first[:, ::2], shifted[:, ::2]]),
+        "one above the other": np.vstack([first, shifted]),
+        "half height": np.vstack([first[::2], shifted[::2]]),
+        "two people": np.hstack([first, picture([("Bob", 20 + number, 30)])]),
+        "two rooms": np.hstack([first, np.maximum(first, wall)]),
+        "mirrored": np.hstack([first, first[:, ::-1]]),
+        "one person": first,
+        "a room with two": picture([("Ada", 10 + number, 30), ("Ada", 74 + number, 40)]),
+        "black": np.zeros((96, 256, 3), np.uint8),
+    }[name]
+
+
+LAYOUTS = ("side by side", "one above the other")
+SINGLE = ("two people", "two rooms", "mirrored", "one person", "a room with two", "black")
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, *SINGLE])
+def test_film_with_two_equal_halves_is_reported_with_a_command_that_cuts_it(tmp_path, drawn, name):
+    path = tmp_path / "two eyes.mkv"
+    films.write(path, [lay_out(name, n) for n in range(20)], "ffv1", fps=10)
+    found, _ = extract(path, tmp_path / "out", drawn.models)
+    assert found.halves == (name if name in LAYOUTS else None)
+    lines = film_commands._list_problems(found, path)
+    assert len(lines) == (name in LAYOUTS)
+    assert all(f"{name} (3D)" in x and f"-i '{path}' -vf crop=iw" in x for x in lines)
+
+
+@pytest.mark.parametrize("name", ["half width", "half height"])
+def test_halves_of_half_the_width_or_height_are_found(name):
+    detector = HalvesDetector()
+    for number in range(5):
+        rgb = lay_out(name, number)
+        box = np.array([20 + number, 30, 20 + number + SIDE, 30 + SIDE], float)
+        box[0::2] /= 1 + (name == "half width")
+        box[1::2] /= 1 + (name == "half height")
+        moved = [rgb.shape[1] / 2, 0] if name == "half width" else [0, rgb.shape[0] / 2]
+        detector.add(rgb, np.array([box, box + np.tile(moved, 2)]))
+    assert detector.layout == name
 
 
 @pytest.mark.slow

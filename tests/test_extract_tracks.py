@@ -3,9 +3,10 @@
 import functools
 import itertools
 import os
-import re
 from collections import defaultdict
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -460,59 +461,56 @@ def test_flash_brighter_lamp_and_flicker_are_not_taken_for_cuts():
     assert find_cuts([light, dark] * 15 + [light] * 3 + [dark] * 60) == [1]
 
 
-def read_times(path):
-    """Returns the times of each event: begin and end in the film, begin and end in the list."""
-    return re.findall("AA/V  C        (.*)", path.read_text())
+def test_cuts_contain_each_appearance_with_a_margin(tmp_path):
+    """A margin is 1 s, or less at the ends of a film. Overlapping stretches are joined.
 
-
-def test_cut_list_contains_each_appearance_with_a_margin(tmp_path):
-    """A margin is 1 s, or less at the ends of a film. Events with overlapping margins are joined.
-
-    Photos and unknown people are left out. A rate of 24.99 counts as 25. Times are rounded.
+    Photos and unknown people are left out. Times are whole frames at the rate of the film.
     """
-    films = [film(rate=25), film("b.mov", rate=24.99, seconds=4000.0)]
-    films.append(film("c.jpg", photo=True, seconds=0))
+    films = [film(rate=25), film("b.mov", rate=30000 / 1001, seconds=4000.0)]
+    films += [film("c.jpg", photo=True, seconds=0), film("d.avi", rate=None)]
     appearances = [
         appearance(0.4, 3), appearance(4.9, 6), appearance(5.2, 5.5), appearance(98, 100),
         appearance(20, 30, "unknown 1", None), appearance(50, 51, "Bob"),
         appearance(3600.01, 3601, video="b.mov"), appearance(0, 0, video="c.jpg"),
+        appearance(0, 1, video="d.avi"),
     ]  # fmt: skip
-
     cuts.write(tmp_path, appearances, films, padding_s=1.0)
-
-    assert {path.name for path in tmp_path.iterdir()} == {"Ada.edl", "Bob.edl"}
-    assert read_times(tmp_path / "Ada.edl") == [
-        "00:00:00:00 00:00:07:00 00:00:00:00 00:00:07:00",
-        "00:01:37:00 00:01:40:00 00:00:07:00 00:00:10:00",
-        "00:59:59:00 01:00:02:00 00:00:10:00 00:00:13:00",
+    names = {"Ada.otio", "Ada.m3u", "Bob.otio", "Bob.m3u"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert (tmp_path / "Bob.m3u").read_text().splitlines() == [
+        "#EXTM3U", "#EXTINF:3,a.mp4", "#EXTVLCOPT:start-time=49.000",
+        "#EXTVLCOPT:stop-time=52.000", "file:///films/a.mp4",
+    ]  # fmt: skip
+    found = [
+        (x.film.video, x.begin, x.end)
+        for x in cuts.find_cuts(appearances, films, padding_s=1.0)["Ada"]
     ]
-    assert (tmp_path / "Bob.edl").read_text().splitlines() == [
-        "TITLE: Bob 25 fps", "FCM: NON-DROP FRAME", "",
-        "001  AX       AA/V  C        00:00:49:00 00:00:52:00 00:00:00:00 00:00:03:00",
-        "* FROM CLIP NAME: a.mp4", "* SOURCE FILE: /films/a.mp4",
+    assert found == [
+        ("a.mp4", 0, 175), ("a.mp4", 97 * 25, 2500), ("b.mov", 107862, 107952), ("d.avi", 0, 50)
     ]  # fmt: skip
 
 
-def test_time_codes_of_rates_such_as_29_97_count_whole_frames(tmp_path):
-    # At 30000/1001 frames per second, 1000 s are 29970 frames, which count as 999 s of 30 frames.
-    for rate, times in (
-        (29.98, "00:16:39:00 00:33:18:00 00:00:00:00 00:16:39:00"),  # the usual rate is 30000/1001
-        (14.7, "00:16:39:00 00:33:18:00 00:00:00:00 00:16:39:00"),  # the lowest is 24000/1001
-        (30, "00:16:40:00 00:33:20:00 00:00:00:00 00:16:40:00"),
-    ):
-        films = [film(rate=rate, seconds=5000.0)]
-        cuts.write(tmp_path, [appearance(1000, 2000)], films, padding_s=0.0)
-        assert read_times(tmp_path / "Ada.edl") == [times]
-
-
-def test_cut_lists_are_split_by_frame_rate_and_length(tmp_path):
-    films = [film(rate=29.97), film("b.mp4", rate=25, seconds=9000.0)]
-    appearances = [appearance(1, 2)]
-    appearances += [appearance(4 * n, 4 * n + 1, video="b.mp4") for n in range(1000)]
-    cuts.write(tmp_path, appearances, films, padding_s=1.0)
-    # A cut list has at most 999 events. The film of 25 frames per second has 1000.
-    for name, count in (("29.97 fps", 1), ("25 fps", 999), ("25 fps part 2", 1)):
-        assert len(read_times(tmp_path / f"Ada {name}.edl")) == count
+@pytest.mark.parametrize("rate", [24000 / 1001, 25.0, 30000 / 1001, 14.7, 59.94])
+def test_other_programs_read_the_rate_the_film_and_the_times_of_a_cut_list(tmp_path, rate):
+    """OpenTimelineIO reads the timeline, and the converter of Kdenlive makes a project of it."""
+    otio = pytest.importorskip("opentimelineio")
+    kdenlive = pytest.importorskip("otio_kdenlive_adapter.adapters.kdenlive")
+    films = [film("Sommer # 1 ä.mp4", rate=rate), film("b.mp4", rate=25)]
+    appearances = [appearance(3, 5, video=x.video) for x in films] + [appearance(8, 9)]
+    cuts.write(tmp_path, appearances, films, padding_s=0.5)
+    timeline = otio.adapters.read_from_file(str(tmp_path / "Ada.otio"))
+    assert timeline.name == "Ada" and [t.kind for t in timeline.tracks] == ["Video", "Audio"]
+    for track in timeline.tracks:
+        for clip, made in zip(track, films, strict=True):
+            times, url = clip.source_range, clip.media_reference.target_url
+            assert unquote(urlsplit(url).path) == str(made.source.path)
+            assert times.start_time.rate == made.rate
+            assert times.start_time.to_seconds() == pytest.approx(2.5, abs=0.51 / made.rate)
+            assert times.duration.to_seconds() == pytest.approx(3, abs=1.01 / made.rate)
+            assert clip.available_range().duration.to_seconds() == pytest.approx(100, abs=0.1)
+    project = ElementTree.fromstring(kdenlive.write_to_string(timeline))  # noqa: S314
+    resources = {x.text for x in project.iter("property") if x.get("name") == "resource"}
+    assert {str(x.source.path) for x in films} <= resources
 
 
 def test_errors_of_wrong_paths_of_films_and_people_name_the_remedy(tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -267,6 +268,49 @@ def test_bad_time_stamps_are_repaired():
         assert clock.repaired == repaired
 
 
+def steps(*parts, step=40):
+    """Returns time stamps in milliseconds: `count` stamps from each `begin`."""
+    return [begin + step * n for begin, count in parts for n in range(count)]
+
+
+TWO = steps((0, 20), (183_000, 20))
+# Time stamps -> jumps (seconds and length) in MKV, and in TS.
+JUMPS = {
+    "once": (TWO, [(0.8, 182.2)], [(0.8, 182.2)]),
+    "twice": (
+        [*TWO, *steps((400_000, 9))],
+        [(0.8, 182.2), (183.8, 216.2)],
+        [(0.8, 182.2), (1.6, 216.2)],
+    ),
+    "after the first picture": (steps((0, 1), (180_000, 20)), [(0.04, 179.96)], [(0.04, 179.96)]),
+    "late start": ([60_000 + x for x in TWO], [(0.8, 182.2)], [(0.8, 182.2)]),
+    "pause of 9 s": (steps((0, 20), (9_700, 20)), [], []),
+    "slides": (steps((0, 6), step=12_000), [], []),
+    "slides of uneven lengths": ([0, 3000, 11_000, 13_000, 33_000, 38_000, 58_000, 59_500], [], []),
+    "one long slide": ([*steps((0, 5), step=4000), *steps((90_000, 5), step=4000)], [], []),
+    "two slides": ([0, 12_000, 12_040], [], []),
+    "dropped pictures": ([x for x in steps((0, 90)) if not 1000 < x < 2500], [], []),
+    "time lapse": (steps((0, 9), (30_000, 9), step=1000), [], []),
+}
+
+
+@pytest.mark.parametrize("name", JUMPS)
+@pytest.mark.parametrize("ending", ["mkv", "ts"])
+def test_jumps_of_the_clock_are_found_and_removed_only_in_broadcasts(tmp_path, name, ending):
+    stamps, *expected = JUMPS[name]
+    path, is_ts = tmp_path / f"film.{ending}", ending == "ts"
+    films.write(path, [films.scene(0)] * len(stamps), CODECS[ending], stamps=stamps)
+    frames, video = read(path)
+    np.testing.assert_allclose(video.counts.jumps, expected[is_ts] or np.zeros((0,)), atol=2e-3)
+    times = np.array(stamps, float) / 1000 - stamps[0] / 1000
+    for at, by in expected[1] if is_ts else ():
+        times[times > at + by / 2] -= by
+    np.testing.assert_allclose([frame.time_s for frame in frames], times, atol=2e-3)
+    ends = [frame.gap_s for frame in frames if frame.gap_s < frame.time_s]
+    np.testing.assert_allclose(ends, [] if is_ts else [at for at, _ in expected[0]], atol=2e-3)
+    assert not video.counts.repaired and not video.counts.damaged
+
+
 def test_undamaged_frames_of_a_truncated_or_damaged_film_are_read(film):
     film.write_bytes(film.read_bytes()[: film.stat().st_size // 3])
     frames, video = read(film)
@@ -294,6 +338,16 @@ def test_file_that_is_not_a_film_is_refused(tmp_path, name, film):
     error = refused(tmp_path / name, name)
     assert ("an empty file" if name == "empty.mp4" else "MP4") in error
     assert ("copy the file again" in error) == (Path(name).suffix not in (".txt", ".psd"))
+
+
+def test_list_of_addresses_connects_to_nobody(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/x.ts"
+        (tmp_path / "a.m3u8").write_text(films.PLAYLIST.format(address))
+        refused(tmp_path / "a.m3u8", "damaged")
+        server.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            server.accept()
 
 
 def test_damaged_file_of_a_known_format_is_to_be_copied_again(tmp_path):

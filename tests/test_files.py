@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.helpers import limits
 from tests.helpers.batches import assert_equal
 from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused
@@ -24,7 +25,7 @@ from vidjax.data.store import exclusive
 from vidjax.runs import checkpoint, config as config_lib, results, signals
 from vidjax.runs.results import Logs
 from vidjax.utils import files
-from vidjax.utils.errors import UserError
+from vidjax.utils.errors import DiskError, UserError
 
 
 def test_failed_write_leaves_no_file(tmp_path):
@@ -52,6 +53,41 @@ def test_atomic_folder_removes_what_killed_calls_left(tmp_path):
             assert (unfinished / "clip").exists()
         (tmp_path / "x").rmdir()  # the folder of the other command
     assert {*os.listdir(tmp_path)} == {"x", "x.mine.partial", "y.0123abcd.partial"}
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_next_write_removes_what_killed_writes_of_the_same_file_left(tmp_path, replace):
+    command = "import os, pathlib; from vidjax.utils import files\n"
+    command += "with files.atomic_file(pathlib.Path('x.tsv')): os.kill(os.getpid(), 9)"
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", command], cwd=tmp_path)
+    mine = ["x.tsv.0123abcd.partial", ".x.tsv.partial", ".y.tsv.0123abcd.partial", "y.partial"]
+    for name in mine:
+        (tmp_path / name).touch()
+    (tmp_path / ".x.tsv.01234567.partial").symlink_to("/dev/zero")
+    with files.atomic_file(tmp_path / "x.tsv") as file:  # another command at the same time
+        file.write(b"first")
+        assert len(os.listdir(tmp_path)) == len(mine) + 2
+        files.write_bytes(tmp_path / "x.tsv", b"second", replace=replace)
+        if not replace:
+            (tmp_path / "x.tsv").unlink()
+    assert (tmp_path / "x.tsv").read_bytes() == b"first"
+    assert {*os.listdir(tmp_path)} == {"x.tsv", ".x.tsv.01234567.partial", *mine}
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_error_of_a_full_disk_names_the_file_of_the_user(tmp_path, replace):
+    with limits.file_limit(100), pytest.raises(DiskError, match=f"'{tmp_path}/x.tsv'"):
+        files.write_bytes(tmp_path / "x.tsv", bytes(9999), replace=replace)
+    assert os.listdir(tmp_path) == []
+
+
+def test_writers_of_the_same_file_do_not_disturb_each_other(tmp_path):
+    write = functools.partial(files.write_bytes, tmp_path / "x", b"x" * 100)
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        for written in [threads.submit(write) for _ in range(400)]:
+            written.result()
+    assert os.listdir(tmp_path) == ["x"]
 
 
 def test_folder_on_a_disk_without_permissions_is_complete(tmp_path, monkeypatch):
@@ -145,6 +181,11 @@ def test_urls_are_refused_as_folders_and_paths_are_normalised(tmp_path):
     for text in ("s3://bucket/ok", "gs://a", "s3:/bucket"):  # Path("s3://b") is s3:/b
         refused(functools.partial(files.local, text), "copy or mount the files")
         refused(functools.partial(load_dataset, "arrays", directory=text), "an address")
+        assert files.local(f"./{text}") == tmp_path.cwd() / text
+    for text in ("C:\\a", "d:/a"):
+        refused(functools.partial(files.local, text), "in WSL")
+    for text in ("a:b", "s3", "a/s3://b", "/s3://b", "~/s3://b"):
+        files.local(text)
     (tmp_path / "a").mkdir()
     assert files.absolute(tmp_path / "a" / ".." / "b") == tmp_path.resolve() / "b"
 
@@ -215,7 +256,7 @@ def restore_latest(workdir, items):
     return checkpoint.load(latest, items, layout), latest.manifest
 
 
-def test_restored_checkpoint_equals_the_saved_arrays_and_facts(tmp_path, items):
+def test_restored_checkpoint_equals_the_saved_arrays_and_is_of_the_same_model(tmp_path, items):
     """If a step is saved again, its arrays stay the same, and new facts are added."""
     checkpoint.save(tmp_path, 5, items, {"seconds": 1.5})
     checkpoint.save(tmp_path, 5, {**items, "params": {"a": jnp.zeros((4, 2))}}, {"map": 0.5})
@@ -223,10 +264,6 @@ def test_restored_checkpoint_equals_the_saved_arrays_and_facts(tmp_path, items):
     assert (manifest["step"], manifest["seconds"], manifest["map"]) == (5, 1.5, 0.5)
     assert_equal(flat(items), flat(restored))
     assert restored["params"]["a"].sharding.num_devices == 8  # all devices of this process
-
-
-def test_checkpoint_of_another_model_is_refused(tmp_path, items):
-    checkpoint.save(tmp_path, 5, items, {})
     for other in (jnp.ones((4, 3)), jnp.ones((4, 2), jnp.bfloat16)):
         with pytest.raises(checkpoint.CheckpointError, match=r"another model(.|\n)*float32\[4, 2"):
             restore_latest(tmp_path, {**items, "params": {"a": other}})

@@ -1,5 +1,7 @@
 """`vidjax forget` lists every place of a person, and deletes galleries and records."""
 
+import fcntl
+import functools
 import gzip
 import html
 import json
@@ -188,6 +190,8 @@ def test_forget_finds_names_in_paths_and_contents_of_other_programs(tmp_path, pl
     (photos / "tagged.jpg").write_bytes(b"\xff\xd8\0" + tag + b"\0\xff" * 99)
     (photos / "other.jpg").write_bytes(b"\xff\xd8\0Ada\0Lovelace\0")
     (tmp_path / "other.txt").write_text("Ada\nAda Lovelaces\n")  # a part of the name, another name
+    picture = f"data:image/png;base64,+{GONE}+".replace(" ", "+")  # letters of a picture
+    (tmp_path / "names.html").write_text(f'<img src="{picture}" alt="">')
     os.mkfifo(tmp_path / "pipe")  # to read the pipe or the link would never end
     (tmp_path / "link").symlink_to("/dev/zero")
     (photos / f"{GONE}.png").symlink_to("/dev/zero")
@@ -272,13 +276,19 @@ def test_forget_keeps_clips_that_may_show_another_person(tmp_path, say):
     assert other.clips.keys() == others.keys() - {"bob 1"}
 
 
-def test_forget_lists_the_files_that_a_killed_process_has_left(tmp_path, places, say):
+def test_forget_deletes_the_files_that_a_killed_process_has_left(tmp_path, places):
     make_who(tmp_path / "who", "Eve", "Eve")
     page = tmp_path / "who" / ".names.html.0123abcd.partial"
     page.write_text(f"<p>{html.escape(GONE)}")
-    assert places(f"--identity={GONE}", tmp_path) == {str(page): ("file", "delete it")}
-    execute(say("forget", f"--identity={GONE}", tmp_path, "--json", code=1)["delete_files"])
-    assert places(f"--identity={GONE}", tmp_path, code=0) == {} and (tmp_path / "who").exists()
+    (tmp_path / "own.partial").write_text(GONE)  # a file of another program
+    own = {str(tmp_path / "own.partial"): ("file", "look at it, and delete it or the name in it")}
+    find = functools.partial(places, f"--identity={GONE}", tmp_path)
+    assert find() == {str(page): ("file", "--delete")} | own
+    with page.open() as written:
+        fcntl.flock(written, fcntl.LOCK_EX)  # as a living process does
+        assert "another program writes it" in find("--delete")[str(page)][1] and page.exists()
+    assert find("--delete") == {str(page): ("file", "deleted")} | own
+    assert find() == own and (tmp_path / "who" / "names.tsv").exists()
 
 
 @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
@@ -422,7 +432,8 @@ def test_the_printed_line_deletes_no_files_of_other_programs(tmp_path, say):
         "package.json": json.dumps({"author": GONE}), "labels.csv": f"clip,identity\nx,{GONE}\n",
         "people.tsv": f"name\tborn\n{GONE}\t1815\n", "notes.txt": text, "page.html": text,
         "log.jsonl": json.dumps({"user": GONE}), "film.srt": f"1\n{cue}{text}",
-        "film.vtt": f"WEBVTT\n\n{cue.replace(',', '.')}{text}", "cut.edl": f"TITLE: {GONE}\n",
+        "film.vtt": f"WEBVTT\n\n{cue.replace(',', '.')}{text}",
+        "cut.otio": f'{{"name": "{GONE}"}}\n',
         "other.rttm": "SPEAKER x 1 0.000 2.000 <NA> <NA> Ada_Lovelace <NA> <NA>\n",
     }  # fmt: skip
     for name, content in (ours | others).items():

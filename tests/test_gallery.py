@@ -339,3 +339,14 @@ def test_equally_probable_people_are_sorted_by_name(tmp_path, monkeypatch):
         monkeypatch.setattr(index_lib, "MAX_FINE_PEOPLE", limit)
         (answer,) = reverse.nearest(people.backend.split(clip.vector[None]), 20)
         assert [name for name, _ in answer.best] == names[:20]
+
+
+def test_gallery_that_has_outgrown_its_run_says_so(tmp_path):
+    """Two people were in the run. With 40 people the probabilities hold, with 41 they are low."""
+    names = [f"p{n:02}" for n in range(41)]
+    clips = {name: made_galleries.make_clip(n, name) for n, name in enumerate(names)}
+    clips |= {name: clips[name]._replace(fitted=True) for name in names[:2]}
+    people = made_galleries.make(tmp_path / "g", clips)
+    assert "fitted to 2 people, so with 41 people" in people.rule().about
+    people.remove(clip=names[-1])
+    assert "fitted" not in people.rule().about

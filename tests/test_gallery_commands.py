@@ -365,7 +365,7 @@ def test_identify_writes_an_answer_for_each_clip_of_each_table(tell, folder, mad
         part = out / "part-1.parquet"
         part.write_bytes(content) if isinstance(content, bytes) else write_parquet(part, content)
         before = contents(out)
-        assert "was not written by this command, or is damaged" in tell(*words, code=2)
+        assert "was not written by vidjax, or is damaged" in tell(*words, code=2)
         assert contents(out) == before
     for number in (0, 1):
         (out / f"part-{number}.parquet").unlink()

@@ -87,11 +87,6 @@ def gallery(tmp_path, models):
     return Gallery.of_models(tmp_path / "g", models)
 
 
-def test_a_run_is_refused_because_nets_compute_the_vectors(gallery, tmp_path):
-    with pytest.raises(ValueError, match=r"made from nets.*\n.*--run"):
-        Gallery(gallery.folder, run=tmp_path)
-
-
 def faces(name, vectors):
     """Returns clips of one face each: NAME0, NAME1 and so on."""
     return {f"{name}{n}": {"face": x[None]} for n, x in enumerate(vectors)}
@@ -241,7 +236,9 @@ def test_adding_a_modality_keeps_answers_and_completes_clips(gallery, models):
     assert gallery.clips["ada 1"].vector[WIDTH:].tolist() == VOICE[0].tolist()
 
 
-def test_replacing_a_net_removes_clips_without_another_modality(tmp_path, gallery, models):
+def test_replacing_a_net_removes_clips_without_another_modality_and_a_run_is_refused(
+    tmp_path, gallery, models
+):
     ada, bob = draw(6, people=2, clips=2)
     made_nets.write(models, "voice", "voice_embedder", back_end=made_nets.back_end())
     card_notes.adopt(gallery, models)
@@ -252,6 +249,7 @@ def test_replacing_a_net_removes_clips_without_another_modality(tmp_path, galler
     made_nets.write(new, "embed", width=width, back_end=made_nets.back_end(width=width))
     made_nets.write(new, "voice", "voice_embedder", back_end=made_nets.back_end())
     refused(lambda: card_notes.adopt(gallery, new), "other models of face", "--out=DIR")
+    refused(lambda: Gallery(gallery.folder, run=tmp_path), "made from nets", "--run")
     assert card_notes.adopt(gallery, new, replace=True) == ("face",)
     assert gallery.people == {"Ada": ("ada0",)} and card_notes.adopt(gallery, new) == ()
     assert gallery.identify({"q": {"audio": VOICE}})["q"].identity == "Ada"
@@ -429,6 +427,23 @@ def test_clips_of_a_group_get_one_name_and_the_lower_of_two_probabilities(galler
     # A group is called e0, like a clip. The clip e0 is in no group and does not vote.
     answers = gallery.identify(vectors, groups={f"a{n}": "e0" for n in range(7)})
     assert answers["a0"].identity == "Ada" and answers["e0"].identity is None
+
+
+def test_a_group_gets_a_name_only_if_one_of_its_clips_would_get_it():
+    """The clip at 0.3 keeps the name with its own probability, and says what the name rests on."""
+
+    def answer(probability, name=None):
+        return Answer(name, probability, np.log(probability), (("Ada", probability),), ("face",))
+
+    vote, weak, strong = answer(0.97, "Ada"), answer(0.3), answer(0.6, "Ada")
+    against = answer(0.05)
+    assert answers_lib.join_answers(vote, [weak, against]) == [weak, against]
+    assert answers_lib.join_answers(vote, [strong, weak, against]) == [
+        strong, answer(0.3, "Ada")._replace(evidence=("face", "clips")), against,
+    ]  # fmt: skip
+    found = appearance(0, 1, "Ada")._replace(probability=0.3, evidence=("face", "clips"))
+    assert naming.format_certainty(found) == "30 %, by other shots"
+    assert naming.format_certainty(found._replace(evidence=("face",))) == "30 %"
 
 
 def test_clips_that_speak_against_the_name_leave_their_group(gallery):

@@ -1,6 +1,9 @@
 """The folder of a gallery: changes, removal without a trace, damage, and processes that stop."""
 
 import contextlib
+import errno
+import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -326,21 +329,41 @@ def test_a_late_refresh_never_restores_an_older_state(gallery, monkeypatch):
     assert "person 2" not in gallery.index.names and "Bob" in gallery.index.names
 
 
-def test_readers_see_the_old_state_during_a_change_and_other_changes_are_refused(gallery):
+def test_readers_see_the_old_state_during_a_change_and_other_changes_are_refused(
+    gallery, monkeypatch
+):
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
     before = answers(gallery)
     with Gallery(gallery.folder).change() as draft:
         draft.rename("person 3", "Ada")
         assert answers(gallery) == answers(Gallery(gallery.folder)) == before
-        message = refused(
-            lambda: gallery.remove(clip=["clip 30"]), str(gallery.folder),
-            "in use by another process", "'with gallery.change()' of this program",
-            "folder on another disk",  # a network drive may always report this error
-        )  # fmt: skip
+        began = time.monotonic()
+        refused(lambda: gallery.remove(clip=["clip 30"]), "an open 'with gallery.change", "draft")
+        assert time.monotonic() - began < 1  # a change of the same thread cannot end before
+        gallery.lock_seconds = 0.2
+        remove = functools.partial(gallery.remove, clip=["clip 30"])
+        with ThreadPoolExecutor() as threads:
+            message = refused(
+                lambda: threads.submit(remove).result(), str(gallery.folder),
+                "in use by another program, such as `vidjax serve`", "try again",
+            )  # fmt: skip
+            monkeypatch.setattr(fcntl, "lockf", refuse)  # SQLite calls such a file busy, too
+            refused(lambda: threads.submit(remove).result(), "without locks", "on another disk")
         assert message.startswith("gallery ")
     assert "Ada" in Gallery(gallery.folder) and gallery.remove(clip=["clip 30"]) == 1
     # After a removal, the file of another hard link would still contain the person.
     os.link(gallery.folder / store_lib.GALLERY_FILE, gallery.folder.parent / "other")
     refused(lambda: gallery.remove(identity=["person 7"]), "hard links")
+
+
+def test_change_waits_until_the_change_of_another_program_has_ended(gallery):
+    with ThreadPoolExecutor() as threads:
+        with Gallery(gallery.folder).change():
+            removal = threads.submit(gallery.remove, identity="person 3")
+            time.sleep(0.7)  # servers with many changes leave a command little time between them
+        assert removal.result() == len([x for x in CLIPS.values() if x.identity == "person 3"])
 
 
 def test_answers_do_not_wait_until_a_change_is_written(gallery, monkeypatch):
@@ -368,7 +391,7 @@ def test_answers_do_not_wait_until_a_change_is_written(gallery, monkeypatch):
             assert threads.submit(len, gallery).result(5) == 12
             monkeypatch.setattr(store_lib, "_connect", connect)
             monkeypatch.setattr(store_lib, "WAIT_SECONDS", 0.1)
-            refused(lambda: Gallery(gallery.folder), "in use by another process")
+            refused(lambda: Gallery(gallery.folder), "in use by another program")
         finally:
             go.set()
         removal.result()

@@ -22,7 +22,7 @@ from tests.helpers.seen import refused
 from vidjax.apps import cards
 from vidjax.apps.gallery import card_notes
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import measured_cards
+from vidjax.apps.video import clip_inputs, measured_cards
 from vidjax.models import card_backend, card_measure
 
 
@@ -339,6 +339,30 @@ def test_convert_measures_the_card_of_a_net_on_photos(drawn, tmp_path, monkeypat
     text = card.path.read_text()
     again = drawn.run("convert", "own", tmp_path / "net.onnx", words[0], words[2])
     assert card.path.read_text() == text and "replaced" not in again.output
+
+
+@pytest.mark.parametrize("unusable", [0, 1, 3])
+def test_photos_without_a_face_are_reported_by_all_commands(drawn, tmp_path, unusable, read_here):
+    """Some or all of the three photos of each person show no face."""
+    photos = tmp_path / "portraits"
+    drawn_people.write_portraits(photos)
+    for person in photos.iterdir():
+        for number in range(unusable):
+            drawn_people.write_photo(person / f"{number}.png")
+    drawn.run("gallery", "create", tmp_path / "g", f"--models={drawn.models}")
+    gallery = Gallery(tmp_path / "g")
+    empty = clip_inputs.embed_clips(gallery, tmp_path, ())
+    assert not empty.names and [*map(np.shape, empty.parts.values())] == [(0, 5)]
+    flag, nobody, some = f"--photos={photos}", unusable == 3, unusable > 0
+    for words, code in (
+        (("gallery", "enrol", tmp_path / "g", flag), int(some)),
+        (("measure-card", drawn.models, flag), 2 * nobody),
+        (("who", drawn.group(), f"--people={photos}", f"--models={drawn.models}",
+          f"--out={tmp_path / 'out'}"), 2 if nobody else int(some)),
+    ):  # fmt: skip
+        assert ("shows no face" in drawn.run(*words, code=code).output) == some
+    gallery.refresh()
+    assert [*gallery.identities.values()] == [3 - unusable] * (0 if nobody else 6)
 
 
 @pytest.mark.parametrize("places", [1, 64])

@@ -310,7 +310,6 @@ def test_map_without_suspected_labels_equals_map_of_the_other_clips():
     after = metrics.mean_average_precision(others.index, labels[kept], left)
     gain = after - metrics.mean_average_precision(top.index, labels[pool], positives)
     assert suspects.gain == pytest.approx(gain) and gain > 0
-
     # A pair has the counts of both directions, and pairs with more clips come first.
     pairs = measures.find_confused_pairs(clips, labels)
     counts = [sum(row.counts) for row in pairs]

@@ -20,7 +20,7 @@ from tests.helpers.embeddings import exact, unit
 from tests.helpers.made_frames import make_frames
 from tests.helpers.made_models import init_identifier
 from tests.helpers.seen import refused
-from vidjax.apps.gallery import backend as backend_lib, index as index_lib
+from vidjax.apps.gallery import backend as backend_lib, grouping, index as index_lib
 from vidjax.core import ensemble
 from vidjax.core.batch import ClipInfo
 from vidjax.models import plda_fit, two_covariance
@@ -95,6 +95,7 @@ def test_plda_training_counts_every_clip_once():
     used = [clip for clip in range(NUM_CLIPS) if clip % 3]  # the others belong to another fold
     drawn = [*TWICE, *range(14)]
     rows = np.where(np.isin(drawn, used), drawn, -1)  # clips of another fold are padded rows
+
     state = train(frames, labels, np.split(rows, 2))["sums"]
     for name in DIMS:
         centre, sums = oracle(frames, labels, name, used)
@@ -119,6 +120,7 @@ def test_plda_logits_match_the_equations():
             frames[name] = part._replace(features=part.features.astype(np.float64))
         (state,) = solved(train(frames, labels, [TWICE]))
         logits = logits_of(state, frames)
+
         wanted = np.zeros((NUM_CLIPS, NUM_CLASSES))
         for name in DIMS:
             # The two covariances of the modality, with the shrinkage of SETTINGS.
@@ -144,9 +146,36 @@ def test_plda_members_with_different_clips_are_solved_separately():
     frames, labels = make_clips()
     half = [clip if clip % 2 else -1 for clip in TWICE]  # -1 is a padded row
     states = [train(frames, labels, [rows]) for rows in (TWICE, half)]
+
     for state, of_two in zip(states, solved(*states), strict=True):
         (of_one,) = solved(state)
         np.testing.assert_array_equal(logits_of(of_one, frames), logits_of(of_two, frames))
+
+
+@pytest.mark.slow
+def test_fitted_settings_favour_no_modality():
+    """Half of the people are enrolled without a voice. They are named as often as the others."""
+    rng = np.random.default_rng(1)
+    labels = np.repeat(np.arange(1, 61), 12)
+    # Every second clip of a person is enrolled. The other clips are identified.
+    enrolled, voiceless = np.arange(len(labels)) % 2 == 0, labels > 30
+    vectors = {}
+    for name in ("face", "audio"):
+        centres, noise = rng.normal(size=(61, 12)), rng.normal(size=(len(labels), 12))
+        vectors[name] = unit(centres[labels] + 0.5 * noise).astype(np.float32)
+    vectors["audio"][enrolled & voiceless] = 0
+
+    known = {name: x[enrolled] for name, x in vectors.items()}
+    backend = backend_lib.fit(known, labels[enrolled], centred=False)
+    names, joined = [str(n) for n in range(1, 61)], np.concatenate([*known.values()], axis=1)
+    index = index_lib.Index(backend, [backend.enrol(names, joined, labels[enrolled] - 1)])
+    answers = index.nearest([x[~enrolled] for x in vectors.values()], k=1)
+    named = np.array([int(answer.best[0][0]) for answer in answers])  # the most likely people
+
+    right, has_voice = named == labels[~enrolled], ~voiceless[~enrolled]
+    assert right[has_voice].mean() > 0.9
+    assert right[~has_voice].mean() > 0.8
+    assert abs((named > 30).mean() - 0.5) < 0.06  # half of the clips show voiceless people
 
 
 def test_settings_given_at_evaluation_replace_fitted_settings():
@@ -169,6 +198,27 @@ def test_plda_probabilities_are_calibrated(num_people):
     assert result.error <= 0.03  # the expected calibration error
 
 
+def name_later_people(fitted, photos, queries):
+    """Fits PLDA, and enrols `photos` [P, K, D]. Returns P(new), and the shares of named clips.
+
+    `fitted` [P', K', D] are of the people of the fit, by default also of enrolled people.
+    `queries` [P, D] are more photos of the enrolled people. The shares are of these photos with the
+    right name, and of photos of other people with a name.
+    """
+    people, clips, width = photos.shape
+    labels = np.repeat(np.arange(1, 1 + len(fitted)), fitted.shape[1])
+    backend = backend_lib.fit({"face": fitted.reshape(-1, width)}, labels, centred=False)
+    owner = np.repeat(np.arange(people), clips)
+    names = [*map(str, range(people))]
+    enrolled = backend.enrol(names, photos.reshape(-1, width), owner)
+    answers = [*index_lib.Index(backend, [enrolled]).nearest([queries], 1)]
+    named = np.array([answer.best[0][1] > np.log(0.5) for answer in answers])
+    best = np.array([int(answer.best[0][0]) for answer in answers])
+    known = named[:people] & (best[:people] == np.arange(people))
+    new = np.mean([np.exp(answer.new) for answer in answers])
+    return new, known.mean(), named[people:].mean(), enrolled.num_clips.mean()
+
+
 def draw_photos(rng, people, clips, *, shared=0.0):
     """Draws photos, of which the last is from another day than all others, [people, clips + 1, D].
 
@@ -181,23 +231,50 @@ def draw_photos(rng, people, clips, *, shared=0.0):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shared", [0.0, 0.5, 0.7])
+def test_photos_of_one_day_name_more_clips_than_one_photo(shared):
+    """The people of the fit are enrolled, all with four photos of one day. Names show no day."""
+    rng = np.random.default_rng(0)
+    photos, strangers = draw_photos(rng, 100, 4, shared=shared), draw_photos(rng, 400, 0)[:, 0]
+    queries = np.concatenate([photos[:, -1], strangers])
+
+    def measure(clips):
+        return name_later_people(photos[:, :clips], photos[:, :clips], queries)
+
+    new, known, named_strangers, count = measure(4)
+    assert known > measure(1)[1] and named_strangers < 0.05
+    assert abs(new - 0.8) < 0.05  # 400 of 500 clips show strangers
+    assert count > 3.95 if not shared else count < 2.1
+
+
+@pytest.mark.slow
 def test_few_people_of_a_fit_do_not_name_strangers_as_people_who_are_enrolled_later():
     """PLDA is fitted to 30 people. 100 people are enrolled later, with one photo each."""
-    results, names, people = [], [*map(str, range(100))], np.arange(100)
+    results = []
     for seed in range(3):
         rng = np.random.default_rng(seed)
-        photos, strangers = draw_photos(rng, 100, 1), draw_photos(rng, 100, 0)[:, 0]
-        fitted = draw_photos(rng, 30, 2).reshape(-1, 64)
-        backend = backend_lib.fit({"face": fitted}, np.repeat(np.arange(1, 31), 3), centred=False)
-        index = index_lib.Index(backend, [backend.enrol(names, photos[:, 0], people)])
-        answers = [*index.nearest([np.concatenate([photos[:, 1], strangers])], 1)]
-        best, logs = zip(*(answer.best[0] for answer in answers), strict=True)
-        named = np.array(logs) > np.log(0.5)
-        right = named[:100] & (np.array(best[:100], int) == people)
-        new = np.mean([np.exp(answer.new) for answer in answers])
-        results.append((new, right.mean(), named[100:].mean()))
+        photos = draw_photos(rng, 100, 1)
+        queries = np.concatenate([photos[:, -1], draw_photos(rng, 100, 0)[:, 0]])
+        results.append(name_later_people(draw_photos(rng, 30, 2), photos[:, :1], queries)[:3])
     new, known, named_strangers = np.mean(results, axis=0)
     assert 0.4 < new < 0.6 and known > 0.75 and named_strangers < 0.15
+
+
+@pytest.mark.slow
+def test_clips_of_several_days_form_few_groups_of_a_person():
+    """Clips of a day share 70 % of the noise. 20 people have 4 clips on each of 3 days."""
+    rng = np.random.default_rng(0)
+    fitted = draw_photos(rng, 100, 3)
+    backend = backend_lib.fit(
+        {"face": fitted.reshape(-1, 64)}, np.repeat(np.arange(1, 101), 4), centred=False
+    )
+    noise = np.sqrt(0.7) * rng.normal(size=(20, 3, 1, 64))
+    noise = noise + np.sqrt(0.3) * rng.normal(size=(20, 3, 4, 64))
+    x = unit(rng.normal(size=(20, 1, 1, 64)) + noise).reshape(-1, 64).astype(np.float32)
+    labels = grouping.group(backend, [f"clip {n}" for n in range(len(x))], [x])
+    assert len(np.unique(labels)) <= 25
+    people = np.arange(len(x)) // 12
+    assert all(len(np.unique(people[labels == label])) == 1 for label in np.unique(labels))
 
 
 @pytest.mark.parametrize(("shared", "most", "low", "high"), [
@@ -283,9 +360,11 @@ def test_settings_of_a_fold_do_not_depend_on_clips_that_it_leaves_out(data, monk
     settings: Any = plda_fit.fit_member_settings(given, clips)
     assert len(set(settings["scale"])) == 3  # a different scale for each member
     assert "within" not in settings  # it is given, so it is not fitted
+
     # A run of only member 1 (see `ensemble.only`) has its scale. All members share `centred`.
     single: Any = plda_fit.fit_member_settings(given, clips._replace(used=used[1:2]))
     assert single["centred"] == settings["centred"] and single["scale"] == settings["scale"][1]
+
     # The clips that member 1 leaves out lose their labels. Settings of member 1 do not change.
     unlabelled = clips._replace(labels=np.where(used[1], labels, 0))
     changed: Any = plda_fit.fit_member_settings(given, unlabelled)
@@ -339,6 +418,7 @@ def test_log_ratios_equal_ratios_of_joint_densities(within, between):
     close(ratios[:, 1:], [[wanted(group, [clip]) for group in groups] for clip in new])
     assert not enrolled.known[0]  # a class without a clip
     assert np.abs(ratios[:, 0]).max() < 1e-9
+
     counts = np.array([1, 2, 4])  # clips of three groups, which are compared with each other
     groups = [group[:count] for group, count in zip(groups, counts, strict=False)]
     means = [((group - space.mean) @ space.transform).mean(axis=0) for group in groups]
@@ -356,10 +436,12 @@ def test_covariances_equal_their_definitions():
     fit = two_covariance.covariances(sums)
     num_people, num_clips = len(np.unique(labels)), len(vectors)
     prior = np.mean(vectors**2) * np.eye(WIDTH) / 2  # half is noise, half are people
+
     gaps = vectors - np.stack([vectors[labels == label].mean(axis=0) for label in labels])
     within = (gaps.T @ gaps + 10 * prior) / (num_clips - num_people + 10)
     np.testing.assert_allclose(fit.axes * fit.within @ fit.axes.T, within, atol=1e-10)
     np.testing.assert_allclose(fit.mean, num_people / (num_people + 0.5) * vectors.mean(axis=0))
+
     spread = (vectors - fit.mean).T @ (vectors - fit.mean) / num_clips
     between = ((num_people - 1) * (spread - within) + 10 * prior) / (num_people - 1 + 10)
     values, axes = np.linalg.eigh(between)

@@ -1,9 +1,15 @@
 """`vidjax convert` for nets in the form of published families, against slow decoders."""
 
+import itertools
 import json
+import shlex
+import shutil
+import subprocess
+import sys
 import zipfile
 from functools import partial
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -11,13 +17,14 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 import onnx
-from onnx import numpy_helper
+from onnx import external_data_helper, numpy_helper
 from onnx.helper import make_node
 
 from tests.helpers import drawn_people, family_nets as made, made_nets
 from tests.helpers.seen import refused
 from vidjax.apps import cards
 from vidjax.apps.video import net_families, nets
+from vidjax.utils.errors import VidjaxWarning
 
 # Published: the five points of faces in crops of 112 x 112, rounded (face_align.py).
 POINTS = [[38.29, 51.70], [73.53, 51.50], [56.03, 71.74], [41.55, 92.37], [70.73, 92.20]]
@@ -248,6 +255,74 @@ SPARSE = make_node("Constant", [], ["y"], sparse_value=onnx.SparseTensorProto())
 BRANCH = make_node("If", ["data"], ["y"], then_branch=BODY, else_branch=BODY)
 OTHER = onnx.NodeProto(domain="com.example")
 FUNCTION = onnx.FunctionProto(name="f", domain="com.example")
+OLD, NEWER = onnx.NodeProto(op_type="Old"), onnx.ModelProto(ir_version=99)
+# How nets are often exported. The vectors are those of the plain net.
+FORMS = {
+    "weights in a second file": ("arcface", "", {}),
+    "a vector and its norm": ("sface", "norm", {}),
+    "[N, 112, 112, 3]": ("arcface", "nhwc", {}),
+    "[N, 112, 112, 3], 0 to 255": ("arcface", "nhwc", {"normalises": True}),
+    "[N, 112, 112, 3] of 8 bits": ("arcface", "nhwc uint8", {"normalises": True}),
+    "[1, 3, 112, 112] of 8 bits": ("sface", "uint8", {"batch": 1}),
+    "[N, D, 1, 1]": ("arcface", "axes", {}),
+    "[1, D, 1, 1] of 16 bits": ("arcface", "axes", {"batch": 1, "half": True}),
+    "bgr": ("arcface", "bgr", {}),
+}
+
+
+def split_weights(content, *paths):
+    """Returns a net whose weights of 32 bits are moved in turn into the files `paths`."""
+    model = onnx.load_model_from_string(content)
+    big = [x for x in model.graph.initializer if x.data_type == onnx.TensorProto.FLOAT]
+    for weights, path in zip(big, itertools.cycle(paths), strict=False):
+        with path.open("ab") as file:
+            place = path.name, file.tell(), len(weights.raw_data)
+            external_data_helper.set_external_data(weights, *place)
+            file.write(weights.raw_data)
+        weights.ClearField("raw_data")
+    return model.SerializeToString()
+
+
+@pytest.mark.parametrize("case", FORMS)
+def test_usual_exports_of_a_net_compute_the_vectors_of_the_plain_net(convert, case, tmp_path):
+    family, form, options = FORMS[case]
+    flags = [f"--like={family}", *["--colour=bgr"] * (form == "bgr")]
+    crops = np.random.default_rng(0).integers(0, 256, (3, 112, 112, 3), np.uint8)
+    plain = convert(made.embedder(**options), f"--like={family}", name="plain.onnx")[1]
+    wanted = nets.Embedder(cards.read(plain))(crops)
+    shutil.rmtree(plain.parent)
+    content = made.embedder(form=form, **options)
+    if not form:
+        content = split_weights(content, tmp_path / "weights.bin")
+    for is_measured in (False, True):
+        done, path = convert(content, *flags)
+        assert done.code == 0, done.err
+        card = cards.load(path.parent)["face_embedder"]
+        assert card.back_end and card.back_end.is_measured == is_measured
+        vectors = nets.Embedder(card)(crops)
+        np.testing.assert_allclose(vectors, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+        # The numbers of a measured card stay.
+        cards.replace_back_end(card, msgspec.structs.replace(card.back_end, data="measured"))
+    assert [x.name for x in sorted(path.parent.iterdir())] == ["net.json", "net.onnx"]
+
+
+def test_weights_in_other_files_are_refused_with_the_command_that_joins_them(convert, tmp_path):
+    """The command works if the files are there."""
+    first, second = tmp_path / "a.bin", tmp_path / "b.bin"
+    net = split_weights(VECTORS, first, second)
+    done = convert(net, "--like=arcface")[0]
+    assert done.refused("a.bin, b.bin", "join all files")
+    _, *words = shlex.split(done.err[done.err.index("python -c ") :])
+    subprocess.run([sys.executable, *words], cwd=tmp_path, check=True)
+    joined = (tmp_path / "joined.onnx").read_bytes()
+    assert convert(joined, "--like=arcface")[0].code == 0
+
+    first.unlink()
+    net = split_weights(VECTORS, first)
+    first.write_bytes(first.read_bytes()[:-4])
+    assert convert(net, "--like=arcface")[0].refused("net.onnx", "cannot be used")
+    first.unlink()
+    assert convert(net, "--like=arcface")[0].refused("a.bin", "copy this file there")
 
 
 # Words of the error, the family, and the net.
@@ -255,14 +330,18 @@ FUNCTION = onnx.FunctionProto(name="f", domain="com.example")
     ("complete download", "arcface", VECTORS[:-9]),
     ("complete download", "arcface", b""),
     ("complete download", "scrfd", made.scrfd()[:1000]),
-    ("other files", "arcface", edit(VECTORS, move_weights)),
+    ("/etc/passwd next join", "arcface", edit(VECTORS, move_weights)),
     ("com.example standard", "arcface", edit(VECTORS, lambda x: x.graph.node[0].MergeFrom(OTHER))),
     ("control flow If", "arcface", edit(VECTORS, lambda x: x.graph.node.insert(0, BRANCH))),
     ("sparse weights standard", "arcface", edit(VECTORS, lambda x: x.graph.node.insert(0, SPARSE))),
     ("functions standard", "arcface", edit(VECTORS, lambda x: x.functions.append(FUNCTION))),
     ("8192 8224 supported", "arcface", edit(VECTORS, resize(8224, 8224))),
     ("8192 8224 supported", "scrfd", edit(made.scrfd(), resize(8224, 8224))),
+    ("arcface other [free, 512] supported", "arcface", made.embedder(form="twice")),
     ("same output", "arcface", edit(VECTORS, set_weights(0))),
+    *(("used: its output has fewer than 4 numbers", "arcface", made.embedder(n)) for n in (1, 3)),
+    ("used: No Op registered", "arcface", edit(VECTORS, lambda x: x.graph.node[0].MergeFrom(OLD))),
+    ("used: Unsupported model IR", "arcface", edit(VECTORS, lambda x: x.MergeFrom(NEWER))),
     ("same output", "arcface", edit(VECTORS, set_weights(np.nan))),
     ("[2, 3, 112, 112] supported", "arcface", made.embedder(batch=2)),
     ("free, 1, 112, 112] supported", "arcface", edit(VECTORS, resize(1, 112, 112))),
@@ -277,15 +356,29 @@ FUNCTION = onnx.FunctionProto(name="f", domain="com.example")
 def test_damaged_unsafe_and_other_nets_are_refused(tmp_path, words, family, content):
     path = tmp_path / "net.onnx"
     path.write_bytes(content)
-    given = {"path": str(path), "name": path.name, "kind": "own", "like": family, "side": None}
+    given = {
+        "path": str(path), "name": path.name, "kind": "own", "like": family, "side": None,
+        "colour": None, "weights": "", "out": str(tmp_path / "out.onnx"),
+    }  # fmt: skip
     refused(partial(net_families.work, given), *words.split())
+
+
+def test_weights_below_the_smallest_normal_number_count_as_zero(convert):
+    """Such weights make some processors slow. A child process runs the net."""
+
+    def shrink(model):
+        for weights, factor in zip(model.graph.initializer, (1e-38, 1e38), strict=True):
+            array = numpy_helper.to_array(weights) * np.float32(factor)
+            weights.CopyFrom(numpy_helper.from_array(array, weights.name))
+
+    assert convert(edit(VECTORS, shrink), "--like=arcface")[0].refused("same output")
 
 
 def test_small_net_that_needs_much_memory_is_refused_in_a_child_process(command, tmp_path):
     (tmp_path / "net.onnx").write_bytes(edit(VECTORS, grow))
     words = ("convert", "own", tmp_path / "net.onnx", "--like=arcface")
     done = command(*words, f"--out={tmp_path / 'models'}")
-    assert done.refused("cannot be run", "supported", "Failed to allocate memory")
+    assert done.refused("cannot be used: Failed to allocate memory", "use another net")
     assert ".cc" not in done.err and "onnxruntime::" not in done.err  # the place in its source
     assert not (tmp_path / "models").exists()
 
@@ -316,6 +409,41 @@ def test_card_of_another_kind_or_with_measured_numbers_is_not_replaced(convert):
     assert convert(VECTORS, "--like=arcface")[0].code == 0
     other = made.embedder(64)
     assert convert(other, "--like=arcface")[0].refused("measured card", "name another --out")
+
+
+def test_zips_that_cannot_be_read_are_to_be_unpacked(command, tmp_path):
+    with zipfile.ZipFile(tmp_path / "many.zip", "w") as archive:
+        for number in range(20_000):
+            archive.writestr(f"{number}.onnx", b"")
+    with zipfile.ZipFile(tmp_path / "locked.zip", "w") as archive:
+        archive.writestr("net.onnx", VECTORS)
+    content = bytearray((tmp_path / "locked.zip").read_bytes())
+    content[6] = content[content.rindex(b"PK\1\2") + 8] = 1  # the flags of an encrypted entry
+    (tmp_path / "locked.zip").write_bytes(content)
+    for name, words in (("many.zip", "pack fewer files"), ("locked.zip", "has a password")):
+        done = command("convert", "insightface", tmp_path / name, f"--out={tmp_path / 'models'}")
+        assert done.refused(name, words, "unpack"), done.err
+
+
+def test_only_nets_and_cards_of_vidjax_are_replaced(convert):
+    path = convert(VECTORS, "--like=arcface")[1]
+    net, card = path.with_suffix(".onnx"), path.read_bytes()
+    net.unlink()
+    assert convert(VECTORS, "--like=arcface")[0].code == 0  # it was missing
+    other = made.embedder(64)
+    for content in (other, VECTORS):  # the card in the folder is the card of the replaced net
+        with pytest.warns(VidjaxWarning, match="differed, and was replaced"):
+            assert convert(content, "--like=arcface")[0].code == 0
+    assert path.read_bytes() == card
+    for place, content in ((net, b"mine"), (path, b"{}"), (path, b"\xff"), (path, b"")):
+        before = place.read_bytes()
+        place.write_bytes(content)
+        assert convert(other, "--like=arcface")[0].refused(str(place), "move it away", "--out")
+        assert place.read_bytes() == content
+        place.write_bytes(before)
+    path.unlink()  # without its card, nobody knows who wrote the net
+    assert convert(other, "--like=arcface")[0].refused(str(net))
+    assert convert(VECTORS, "--like=arcface")[0].code == 0  # the same net
 
 
 def test_net_without_a_card_is_answered_with_the_command_that_writes_it(

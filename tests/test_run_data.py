@@ -230,7 +230,6 @@ def test_copies_of_training_clips_are_reported_with_the_map_without_them(tmp_pat
     line = f"12 clips are training clips: {copies['example']}; MAP@100 without them"
     assert line in printed
     assert "12 clips are training clips" in (tmp_path / "run" / "report.html").read_text()
-
     # MAP without the copies is the MAP of the same clips in a split without copies.
     for name in filter(lambda name: name.startswith("copy"), [*labels]):
         (tmp_path / "data" / "val" / f"{name}.npz").unlink()

@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -37,8 +38,8 @@ def convert(folder, value, modality="face"):
     path.write_bytes(value if isinstance(value, bytes) else python2.dumps(value))
     arguments = {"path": str(path), "modality": modality, "out_dir": str(folder)}
     try:
-        summary = sandbox.work(arguments)
-        summary |= summary["counts"]
+        found = sandbox.work(arguments)
+        summary = msgspec.structs.asdict(found) | found.counts._asdict()
     finally:
         gc.enable()
     dtypes = {name: field.dtype for name, field in FRAME_FIELDS.items()}

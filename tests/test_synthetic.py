@@ -102,7 +102,6 @@ def test_options_change_only_their_files_and_as_many_clips_as_asked(make):
     assert len(names - labelled.keys()) / len(names) == pytest.approx(0.375, abs=0.01)
     train = {file_name(modality, "train") for modality in MODALITIES}
     assert changed_files(plain, strange) == train | {"train_gt.txt"}
-
     # Either the face or the voice of a clip is replaced, with equal probability.
     assert changed_files(plain, false) == {
         file_name(modality, split) for modality in ("face", "audio") for split in SPLITS

@@ -62,10 +62,12 @@ def test_results_list_who_appears_when_in_every_format(drawn):
     for kind in ("vtt", "srt"):  # the names in the first and the last shot
         assert (out / "subtitles" / f"party.{kind}").read_text().count("-->") == 2
 
-    # --padding starts Bob's cut at 3.5 s. The cut ends with the film. The lowest rate of cut lists
-    # is 24000/1001 frames per second: 6 s are 143 frames. A second of a time code has 24 frames.
-    assert {path.name for path in (out / "cuts").iterdir()} == {"Ada.edl", "Bob.edl"}
-    assert "  C        00:00:03:12 00:00:05:23 00:00" in (out / "cuts" / "Bob.edl").read_text()
+    # --padding starts Bob's cut at 3.5 s. The cut ends with the film.
+    assert {path.name for path in (out / "cuts").iterdir()} == {
+        f"{name}.{ending}" for name in ("Ada", "Bob") for ending in ("m3u", "otio")
+    }
+    assert "start-time=3.5" in (bob := (out / "cuts" / "Bob.m3u").read_text()), bob
+    assert "stop-time=6.0" in bob and f"file://{film}" in bob
     page = (out / "names.html").read_text()
     assert page.count('href="../party.mkv#t=4.0"') == 4, "below two bars, and in two tables"
 
@@ -201,7 +203,7 @@ def test_folders_of_people_have_names_that_all_drives_allow(drawn):
         content, _ = drawn.who(film)
         assert content["people"] == {"Ada?": 1}
         assert [path.name for path in people.iterdir()] == ["Ada?" if earlier else "Ada%3F"]
-        assert (drawn.out / "cuts" / "Ada_.edl").exists()
+        assert (drawn.out / "cuts" / "Ada_.otio").exists()
         if not earlier:
             (people / "Ada%3F").rename(people / "Ada?")
     write_photo(drawn.friends / "Bob.png", ("Bob", 40, 40))
@@ -576,6 +578,23 @@ def test_thumbnails_are_optional_and_deleted_with_a_flag(drawn):
     (killed / "1.png").touch()
     drawn.who(film, people=False, flags=["--no-thumbnails"])
     assert not pictures() and not list(out.rglob("thumbnails")) and b"<img" not in page.read_bytes()
+
+
+def test_next_call_removes_what_killed_calls_have_left_and_keeps_files_of_the_user(drawn):
+    film, out = drawn.meet("Ada", "Bob"), drawn.out
+    left = (
+        "names.html", "names.tsv", "names.jsonl", "unknown.json", "unknown.tsv", "unmatched.tsv",
+        "said.jsonl", "cuts/Ada.edl", "subtitles/party.vtt", "features/party.npz",
+        "features/videos/party.json", "features/extract.json", "people/Ada/1.npz",
+    )  # fmt: skip
+    for path in map(out.joinpath, left):
+        path.with_name(f".{path.name}.0123abcd.partial").write_text("Ada")
+    own = {"own.partial", ".notes.txt.0123abcd.partial", "cuts/.Ada.edl.partial"}
+    for name in own:
+        (out / name).write_text("mine")
+    shutil.rmtree(drawn.friends / "Ada")
+    drawn.who(film, flags=["--forget-missing"])
+    assert {str(path.relative_to(out)) for path in out.rglob("*.partial")} == own
 
 
 def test_terminal_shows_names_and_probabilities_but_no_messages_if_quiet(drawn, command):

@@ -79,8 +79,12 @@ def decide(
     index, known = Index(model, [enrolled]), len(people)
     by_group = [RULE.answer(x, cards=True) for x in index.nearest([films.vectors], known, owner)]
     singly = [RULE.answer(x, cards=True) for x in index.nearest([films.vectors], known)]
-    pairs = zip(owner.tolist(), singly, strict=True)
-    decided = [answers.join_answers(by_group[group], own) for group, own in pairs]
+    decided = dict[int, answers.Answer]()
+    for group, vote in enumerate(by_group):
+        rows = np.flatnonzero(owner == group).tolist()
+        joined = answers.join_answers(vote, [singly[row] for row in rows])
+        decided |= zip(rows, joined, strict=True)
+    decided = [decided[row] for row in range(len(owner))]
     return SimpleNamespace(
         named=np.array([answer.identity is not None for answer in decided]),
         best=np.array([int(answer.best[0][0]) for answer in decided]),

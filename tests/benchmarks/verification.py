@@ -64,7 +64,7 @@ def measure(draws: Iterator[Draw], rate: float, *, pairs: bool = False) -> dict[
         compare = make_comparison(draw, pairs=pairs)
         if pairs:
             known, other = (
-                verification.pair_strangers(draw.backend, [x])[0]
+                verification.pair_strangers(draw.backend, [*map(str, range(len(x)))], [x])[0]
                 for x in (draw.strangers, draw.others)
             )
         else:

@@ -6,9 +6,11 @@ attempts is JSON in an error, because every caller of a child process passes err
 
 import contextlib
 import ctypes
+import encodings.idna  # noqa: F401 (`socket` imports it late, when nobody may not read it)
 import fcntl
 import json
 import os
+import platform
 import resource
 import socket
 import subprocess
@@ -16,10 +18,15 @@ import sys
 import threading
 from pathlib import Path
 
-from vidjax.utils import processes
+from vidjax.utils import confinement, processes
 
-OTHER = Path(os.environ.get("VIDJAX_TEST_OTHER", ""))  # a file that is not given to the child
-PARENT = os.getppid()
+FOLDER = Path(os.environ.get("VIDJAX_TEST_FOLDER", ""))
+OTHER = FOLDER / "other" / "secret.txt"  # a file that is not given to the child
+INNER = FOLDER / "models" / "private" / "key"  # a file below the folder of nets
+VICTIM = int(os.environ.get("VIDJAX_TEST_VICTIM", "0"))  # another process of the same user
+NOBODY = 65534
+NO_SIGNAL, CORES, IDLE, KEEP_DUMPABLE = 0, 62, 5, 4  # PR_SCHED_CORE, SCHED_IDLE, PR_SET_DUMPABLE
+SCHEDULE = b"".join(map(int.to_bytes, (48, IDLE), (4, 4), ("little",) * 2)) + bytes(40)
 
 
 def call(name, *arguments):
@@ -29,15 +36,22 @@ def call(name, *arguments):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
+def raw(name, *arguments):
+    """Makes a system call that is forbidden, or partly forbidden."""
+    c = confinement
+    numbers = {**c.FORBIDDEN, **c.SIGNALS}[name]
+    call("syscall", numbers[c.MACHINES[platform.machine()][1]], *arguments)
+
+
 def read_memory():
-    """Asks the system for a byte of the parent's memory: the error comes before the address."""
+    """Asks the system for a byte of another memory: the error comes before the address."""
     zero = ctypes.c_ulong(0)
-    call("process_vm_readv", PARENT, None, zero, None, zero, zero)
+    call("process_vm_readv", VICTIM, None, zero, None, zero, zero)
 
 
 def signal_by_file():
-    """Asks the system to signal the parent when a pipe has data."""
-    fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, PARENT)
+    """Asks the system to signal another process when a pipe has data."""
+    fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, VICTIM)
 
 
 def raise_limits():
@@ -59,14 +73,18 @@ given = ""  # the path of the file that this process may read
 # Attempts that Landlock refuses, and attempts that the filter of system calls refuses.
 LANDLOCK = {
     "read": OTHER.read_bytes,
+    "read below the nets": INNER.read_bytes,
     "list a folder": lambda: os.listdir(OTHER.parent),
-    "open the parent's memory": lambda: os.open(f"/proc/{PARENT}/mem", os.O_RDWR),
-    "read the parent's environment": lambda: os.open(f"/proc/{PARENT}/environ", os.O_RDONLY),
+    "open the memory of others": lambda: os.open(f"/proc/{VICTIM}/mem", os.O_RDWR),
+    "read the environment of others": lambda: os.open(f"/proc/{VICTIM}/environ", os.O_RDONLY),
+    "read by a link of the system": lambda: os.open(f"/proc/self/root{OTHER}", os.O_RDONLY),
+    "open the terminal": lambda: os.open("/dev/tty", os.O_RDWR),
     "write": lambda: os.open(OTHER, os.O_WRONLY),
     "write a new file": lambda: OTHER.with_name("new").write_bytes(b""),
     "make a folder": lambda: OTHER.with_name("folder").mkdir(),
     "make a link": lambda: OTHER.with_name("link").symlink_to(OTHER),
     "make a hard link": lambda: os.link(OTHER, OTHER.with_name("link")),
+    "make a pipe": lambda: os.mkfifo(OTHER.with_name("pipe")),
     "rename": lambda: os.rename(OTHER, OTHER.with_name("renamed")),
     "delete": OTHER.unlink,
     "change the given file": lambda: os.open(given, os.O_RDWR),
@@ -76,25 +94,51 @@ FILTER = {
     "truncate": lambda: os.truncate(OTHER, 0),
     "truncate while reading": lambda: os.open(OTHER, os.O_RDONLY | os.O_TRUNC),
     "change permissions": lambda: os.chmod(OTHER, 0o700),
-    "change an owner": lambda: os.chown(OTHER, 1, 1),
+    "change an owner": lambda: os.chown(OTHER, os.getuid(), os.getgid()),
     "change times": lambda: os.utime(OTHER),
+    "change extended attributes": lambda: os.setxattr(OTHER, "user.name", b"value"),
     "fork": fork,
     "spawn": lambda: os.posix_spawn(sys.executable, [sys.executable, "-V"], {}),
     "start a program": lambda: subprocess.run([sys.executable, "-V"], check=True),
     "connect": lambda: socket.create_connection(("127.0.0.1", 9)),
     "open a local socket": lambda: socket.socket(socket.AF_UNIX),
     "open a pair of local sockets": socket.socketpair,
+    "open a socket of the kernel": lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW),
     "share memory with others": lambda: call("shmget", 0, 4096, 0o1600),
     "delete shared memory of others": lambda: call("shmctl", 0, 0, None),
+    "share a lock with others": lambda: call("semget", 0, 1, 0o1600),
+    "share messages with others": lambda: call("msgget", 0, 0o1600),
+    "open messages of others": lambda: call("mq_open", b"/vidjax-test", os.O_RDWR),
     "delete messages of others": lambda: call("mq_unlink", b"/vidjax-test"),
+    "use keys of the user": lambda: raw("keyctl", 0, -4, 0),
+    "read messages of the kernel": lambda: raw("syslog", 3, bytes(64), 64),
     "watch a folder": lambda: call("inotify_add_watch", 0, bytes(OTHER.parent), 1),
     "open for commands only": lambda: os.open(given, os.O_ACCMODE),
     "change attributes": lambda: fcntl.ioctl(os.open(given, os.O_RDONLY), 0x40086602, bytes(4)),
-    "signal the parent by a file": signal_by_file,
-    "lower the priority of others": lambda: os.setpriority(os.PRIO_PROCESS, PARENT, 19),
-    "copy the parent's memory": read_memory,
-    "signal the parent": lambda: os.kill(PARENT, 0),
-    "limit the parent": lambda: resource.prlimit(PARENT, resource.RLIMIT_CPU),
+    "forbid changes": lambda: fcntl.ioctl(os.open(given, os.O_RDONLY), 0x40806685, bytes(128)),
+    "signal others by a file": signal_by_file,
+    "signal others": lambda: os.kill(VICTIM, NO_SIGNAL),
+    "signal all others": lambda: os.kill(-1, NO_SIGNAL),
+    "signal a thread of others": lambda: raw("tgkill", VICTIM, VICTIM, NO_SIGNAL),
+    "signal others by a thread": lambda: raw("tkill", VICTIM, NO_SIGNAL),
+    "signal others with a value": lambda: raw("rt_sigqueueinfo", VICTIM, NO_SIGNAL, b"\xff" * 128),
+    "open a process": lambda: os.pidfd_open(VICTIM),
+    "lower the priority of others": lambda: os.setpriority(os.PRIO_PROCESS, VICTIM, 19),
+    "lower the priority of reading": lambda: raw("ioprio_set", 1, VICTIM, 3 << 13),
+    "make others idle": lambda: os.sched_setscheduler(VICTIM, IDLE, os.sched_param(0)),
+    "schedule others": lambda: os.sched_setparam(VICTIM, os.sched_param(0)),
+    "schedule others by attributes": lambda: raw("sched_setattr", VICTIM, SCHEDULE, 0),
+    "give others a core": lambda: os.sched_setaffinity(VICTIM, os.sched_getaffinity(0)),
+    "share cores with others": lambda: call("prctl", CORES, 1, VICTIM, 0, None),
+    "outlive the parent": lambda: call("prctl", 1, 0, 0, 0, 0),
+    "copy the memory of others": read_memory,
+    "trace others": lambda: raw("ptrace", 0x4206, VICTIM, 0, 0),
+    "compare others": lambda: raw("kcmp", os.getpid(), VICTIM, 1, 0, 0),
+    "move the memory of others": lambda: raw("move_pages", VICTIM, 0, None, None, None, 0),
+    "move others": lambda: raw("migrate_pages", VICTIM, 8, bytes(8), bytes(8)),
+    "read the locks of others": lambda: raw("get_robust_list", VICTIM, bytes(8), bytes(8)),
+    "limit others": lambda: resource.prlimit(VICTIM, resource.RLIMIT_CPU),
+    "new rights by a namespace": lambda: raw("unshare", 0x10000000),
 }
 
 
@@ -114,19 +158,39 @@ def read_status(key):
     return Path("/proc/self/status").read_text().partition(f"{key}:")[2].split()[0]
 
 
-def install():
-    """Replaces the work of this process by the attempts."""
+def install(nobody=False, landlock=9):
+    """Replaces the work of this process by the attempts, of an ordinary user if `nobody` is True.
+
+    `landlock` is the highest version of Landlock that is used.
+    """
+    confine, read_version = confinement.confine, confinement._read_landlock_version
+
+    def become_nobody(*paths):
+        for path in (FOLDER, *FOLDER.rglob("*")):
+            os.chown(path, NOBODY, NOBODY)
+        libraries = confinement._list_libraries()
+        confinement._list_libraries = lambda: libraries  # the folder of Python may be of root
+        os.setgroups([])
+        os.setresgid(*[NOBODY] * 3)
+        os.setresuid(*[NOBODY] * 3)
+        call("prctl", KEEP_DUMPABLE, 1, 0, 0, 0)  # as after the start of a program
+        confine(*paths)
 
     def answer(work, path, arguments, limit):
         global given
         given = path
         # Rights are taken only from the thread that calls `confine`, and from its later threads.
         found = {"threads": read_status("Threads"), "rights of root": read_status("CapPrm")}
-        thread = threading.Thread(target=Path(given).read_bytes)  # allowed
-        thread.start()
-        thread.join()
-        tried = {name: describe(call) for name, call in (FILTER | LANDLOCK).items()}
+        read = []
+        reader = threading.Thread(target=lambda: read.append(Path(given).read_bytes()))
+        reader.start()
+        reader.join()
+        found |= {"reads": len(read), "user": os.getuid()}
+        tried = {name: describe(call) for name, call in (LANDLOCK | FILTER).items()}
         found |= tried
         return {"error": f"ATTEMPTS{json.dumps({**found, 'raised': raise_limits()})}"}
 
     processes._answer = answer
+    confinement._read_landlock_version = lambda: min(landlock, read_version())
+    if nobody:
+        confinement.confine = become_nobody

@@ -76,8 +76,8 @@ def tone(hertz, seconds):
 
 
 def write_models(folder):
-    """Writes nets that find and identify drawn faces into a new folder; returns the folder."""
-    folder.mkdir()
+    """Writes nets that find and identify drawn faces into a folder; returns the folder."""
+    folder.mkdir(exist_ok=True)
     made_nets.write(folder, "find", "face_detector")
     made_nets.write(folder, "embed", back_end=made_nets.back_end(different=(-0.4, 0.2)), **EMBED)
     return folder

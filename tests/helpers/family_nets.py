@@ -40,30 +40,49 @@ class Builder:
         for name, (node, _) in outputs.items():
             self.nodes.append(helper.make_node("Identity", [node], [name]))
         ins = {name: (kind, x.shape) for name, x in self.weights.items()} if listed else {}
-        outs = {name: (kind, dims) for name, (_, dims) in outputs.items()}
+        out = TensorProto.FLOAT if kind == TensorProto.UINT8 else kind
+        outs = {name: (out, dims) for name, (_, dims) in outputs.items()}
         return made_nets.write_graph(self.nodes, self.weights, ins | {"data": (kind, shape)}, outs)
 
 
 def embedder(
     width=512, batch: Any = "N", side: Any = 112, *, half: Any = False, normalises=False,
-    at_side=112, **options,
+    at_side=112, form="", **options,
 ):  # fmt: skip
     """Returns a net that multiplies 7 x 7 squares of a crop by random weights.
 
     If `half` is True, input and weights have 16 bits. If it is "weights", the input has 32 bits.
+    `form` contains names of other forms, which compute the same vectors: `bgr`, `nhwc`, `uint8`,
+    `axes` (vectors [N, width, 1, 1]), `norm` and `twice` (another output, [N, 1] or [N, width]).
     """
     net, at = Builder(half), "data"
+    if "uint8" in form:
+        at = net.add("Cast", at, to=TensorProto.FLOAT)
+    if "nhwc" in form:
+        at = net.add("Transpose", at, perm=[0, 3, 1, 2])
     if half == "weights":
         at = net.add("Cast", at, to=TensorProto.FLOAT16)
     if normalises:
         at = net.add("Mul", net.add("Sub", at, np.array([127.5])), np.array([0.0078125]))
     kernel = rng(1).normal(size=(4, 3, 8, 8)) / (14 if normalises else 1000)
+    kernel = kernel[:, ::-1] if "bgr" in form else kernel
     at = net.add("Relu", net.add("Conv", at, kernel, strides=[at_side // 7] * 2))
     at = net.add("MatMul", net.add("Flatten", at), rng(2).normal(size=(196, width)) / 10)
     if half == "weights":
         at = net.add("Cast", at, to=TensorProto.FLOAT)
     kind = TensorProto.FLOAT16 if half is True else TensorProto.FLOAT
-    return net.build([batch, 3, side, side], {"vector": (at, [batch, width])}, kind, **options)
+    kind = TensorProto.UINT8 if "uint8" in form else kind
+    outputs = {"vector": (at, [batch, width])}
+    if "norm" in form:  # the vector is the second output
+        norm = net.add("ReduceL2", at, axes=[1], keepdims=1)
+        outputs = {"norm": (norm, [batch, 1]), **outputs}
+    if "twice" in form:
+        outputs["other"] = outputs["vector"]
+    if "axes" in form:
+        at = net.add("Unsqueeze", at, np.array([2, 3], np.int64))
+        outputs = {"vector": (at, [batch, width, 1, 1])}
+    shape = [batch, side, side, 3] if "nhwc" in form else [batch, 3, side, side]
+    return net.build(shape, outputs, kind, **options)
 
 
 def _add_head(net, stride, channels, shape, score):

@@ -20,7 +20,6 @@ NO_FILMS = {
     "empty.mp4": b"", "noise.mp4": np.random.default_rng(0).bytes(5000), "zeros.mp4": b"\0" * 5000,
     "concat.mp4": b"ffconcat version 1.0\nfile secret.mkv\n",
     "list.mp4": PLAYLIST.format("secret.mkv").encode(), "text.txt": b"notes\n",
-    "http.m3u8": PLAYLIST.format("http://127.0.0.1:9/x.ts").encode(),
     # An object of 2^62 bytes.
     "far.wmv": bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c") + b"\x7f" * 40,
     "layers.psd": b"8BPS\0\1" + bytes(30),

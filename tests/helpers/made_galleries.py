@@ -69,7 +69,8 @@ def make(folder, clips=None, *, settings=SETTINGS, origin=RUN) -> Gallery:
 
 def make_with_cards(folder, clips=None, centre=0.0) -> Gallery:
     """Makes a gallery whose faces and voices are compared by distances, as `make`."""
-    cards = {x: made_nets.back_end(COSINES[x][:2], COSINES[x][2:], n) for x, n in WIDTHS.items()}
+    spreads = {x: (COSINES[x][:2], COSINES[x][2:], n) for x, n in WIDTHS.items()}
+    cards: dict[str, Any] = {x: made_nets.back_end(*given) for x, given in spreads.items()}
     back_ends = {x: BackEnd(**card | {"centre": [centre] * WIDTHS[x]}) for x, card in cards.items()}
     clips = make_clips() if clips is None else clips
     return Gallery.of_clips(folder, CARDS, backend_lib.make_card_backend(back_ends), clips)

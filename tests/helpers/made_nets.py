@@ -42,17 +42,18 @@ def embedder(layout="NCHW", weights: Any = WEIGHTS):
     return model(nodes, {"w": np.ascontiguousarray(weights)}, shape, ["vector"])
 
 
-def detector(side=FACE, weights=(1.0, 1.0, 1.0)):
+def detector(side=FACE, weights=(1.0, 1.0, 1.0), points=POINTS):
     """Returns a net that finds bright squares of FACE x FACE pixels, with CenterFace's outputs.
 
     `side` is the side of its boxes in pixels. `weights` are of the colours red, green and blue.
+    `points` [5, 2] are x and y of the points of a face, as fractions of the box.
     """
     kernel = np.full((1, 3, FACE, FACE), 1 / (3 * FACE**2), np.float32)
     kernel *= np.array(weights, np.float32)[:, None, None]
     zero = np.zeros((1, 3, 1, 1), np.float32)
     # The offset is -0.5, because a window's centre is the corner of a cell.
     constants = {"scale": np.log([side / 4, side / 4]), "offset": np.full(2, -0.5)}
-    constants["points"] = POINTS[:, ::-1].ravel()
+    constants["points"] = points[:, ::-1].ravel()
     # With 1 / 255 in a separate node, faces of equal brightness have equal scores.
     arrays: dict[str, Any] = {"kernel": kernel, "gain": np.array([1 / 255], np.float32)}
     nodes = [

@@ -127,7 +127,7 @@ def list_tables(source: str | Path) -> list[Path]:
     If `source` is no folder, or a dataset with a table for each split, such as `val.parquet`, the
     list is empty. Raises UserError if the folder contains tables and other files.
     """
-    source = Path(source).expanduser()
+    source = files.local(source)
     entries = sorted(source.iterdir()) if source.is_dir() else []
     entries = [path for path in entries if not path.name.startswith(HIDDEN_PREFIXES)]
     inputs = [path for path in entries if path.suffix == ".parquet"]
@@ -138,9 +138,9 @@ def list_tables(source: str | Path) -> list[Path]:
     return inputs
 
 
-def check_out(out: str | None, inputs: Sequence[Path], work: type[TableTask]) -> None:
+def check_out(out: str | Path | None, inputs: Sequence[Path], work: type[TableTask]) -> None:
     """Raises UserError if `out`, the value of `--out`, cannot be the folder for the results."""
-    path = Path(out).expanduser() if out else None
+    path = files.local(out) if out else None
     endings = (*tables.ENDINGS, ".txt")
     if path is None or path.suffix in endings or (path.exists() and not path.is_dir()):
         flag = f"--out={out}" if out else "without --out"
@@ -151,7 +151,7 @@ def check_out(out: str | None, inputs: Sequence[Path], work: type[TableTask]) ->
     if path.exists() and path.samefile(inputs[0].parent):
         raise UserError(f"--out={out} is the folder of the clips\nname another folder")
     if work.joined and files.exists(joined := path / RANKING) and _read_note(joined) != JOINED_NOTE:
-        raise _foreign_error(joined)
+        raise files.foreign_error(joined)
     if work.joined and (path / LISTS).is_symlink():
         raise UserError(
             f"'{path / LISTS}' must be a folder, but is a link\nname another folder: --out=FOLDER"
@@ -166,7 +166,7 @@ class Processed(NamedTuple):
     results: str  # the file or the folder of the results
 
 
-def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Processed:
+def process_tables(inputs: Sequence[Path], out: str | Path, work: TableTask) -> Processed:
     """Writes the results of each table that has no results yet.
 
     If the process is killed, no file is incomplete, and the next call continues. If `work` is
@@ -177,7 +177,7 @@ def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Process
         another run, gallery or option.
       UserError: a table cannot be read. This error is raised after all other tables are processed.
     """
-    out_folder = Path(out).expanduser()
+    out_folder = files.local(out)
     folder = files.make_folder(out_folder / LISTS if work.joined else out_folder, "--out")
     notes = {table: _make_note(table, work) for table in inputs}
     left = [table for table, note in notes.items() if not _is_made(folder / table.name, note)]
@@ -215,7 +215,7 @@ def process_tables(inputs: Sequence[Path], out: str, work: TableTask) -> Process
 def _write(results: Path, content: bytes, note: bytes) -> None:
     """Writes results to a new file. The file may already exist if it contains the same results."""
     try:
-        tables.write_new(results, content)
+        files.write_bytes(results, content, replace=False)
     except UserError:
         if not _is_made(results, note):
             raise
@@ -235,20 +235,13 @@ def _is_made(results: Path, note: bytes) -> bool:
         return False
     found = _read_note(results)
     if found is None:
-        raise _foreign_error(results)
+        raise files.foreign_error(results)
     if found != note:
         raise UserError(
             f"'{results}' contains results of other clips or of another run, gallery or rule\n"
             "delete it, or name another folder: --out=FOLDER"
         )
     return True
-
-
-def _foreign_error(results: Path) -> UserError:
-    return UserError(
-        f"'{results}' was not written by this command, or is damaged, so it is not replaced\n"
-        "move it away, or name another folder: --out=FOLDER"
-    )
 
 
 def _read_note(results: Path) -> bytes | None:

@@ -31,7 +31,8 @@ UNKNOWN = "unknown"  # `package` and `version` of a net that vidjax does not kno
 
 Role = Literal["face_detector", "face_embedder", "voice_activity", "voice_embedder"]
 Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
-Positive = Annotated[float, Meta(gt=0, le=1e30)]
+# Not gt=0: after a net is opened, numbers below 1e-307 count as zero, and msgspec accepts 0 as > 0.
+Positive = Annotated[float, Meta(ge=1e-30, le=1e30)]
 Side = Annotated[int, Meta(ge=1, le=8192)]
 Three = tuple[Finite, Finite, Finite]
 Point = tuple[Finite, Finite]
@@ -68,7 +69,7 @@ class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
     mean: Annotated[list[Finite], Meta(max_length=65_536)] | None = None
     # The quality from which faces have these cosines, see `align.measure_quality`. Below it, faces
     # of two people look more alike. If it is None, cosines do not depend on the quality.
-    clear_quality: Annotated[float, Meta(gt=0, le=1)] | None = None
+    clear_quality: Annotated[float, Meta(ge=1e-30, le=1)] | None = None
     pairs: tuple[Count, Count]  # number of measured pairs of one person, and of two people
     data: Text  # a description of the measured data
     # If `vidjax measure-card` measured these numbers, the sha256 of the card before. Galleries and
@@ -124,7 +125,7 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
 
     format: Literal[1]
     role: Role
-    file: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\.onnx$")]
+    file: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\.onnx\Z")]
     sha256: Sha256
     decoder: Literal["centerface", "yunet", "scrfd", "silero", "vectors"]
     input: Input
@@ -216,8 +217,8 @@ def read_all(folder: Path) -> dict[Role, Card]:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """Returns a folder of nets and the files in it. The files may be links to other folders."""
-    return [folder, *folder.iterdir()]
+    """Returns a folder of nets, its cards and its nets, which may be links to other folders."""
+    return [folder, *folder.glob("*.json"), *folder.glob("*.onnx")]
 
 
 def read(path: Path) -> Card:

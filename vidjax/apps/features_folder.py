@@ -22,34 +22,28 @@ import operator
 import os
 import re
 import urllib.parse
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct
 
 from vidjax.apps.cards import EMBEDDER_ROLES
 from vidjax.apps.said import FEATURES, PEOPLE, Face, make_face
-from vidjax.data.clip_files import check_nets, read_clips
-from vidjax.data.memory import MemoryClips
+from vidjax.data.clip_files import check_nets
 from vidjax.models.card_backend import LEAST_CLARITY
-from vidjax.utils import files, json_files
+from vidjax.utils import files, json_files, names as names_lib
 from vidjax.utils.errors import UserError
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.json_files import Count, Sha256, Share, Size, Text
 from vidjax.utils.names import check_name, make_folder_name, normal_form, read_folder_name
 
-if TYPE_CHECKING:
-    from vidjax.apps.gallery.gallery import Gallery
-    from vidjax.apps.gallery.vectors import Vectors
-
 NAME = "extract.json"
 NUMBERS = "unknown.json"  # marks a folder with results of `vidjax who`
 VIDEOS = "videos"
 THUMBNAILS = "thumbnails"
-# The names of temporary files and folders, which remain if a call is killed.
-PARTIAL = re.compile(r"\.extract-[0-9a-f]{8}|\..+\.[0-9a-f]{8}\.partial")
+SCRATCH = re.compile(r"\.extract-[0-9a-f]{8}")  # a folder that remains if a call is killed
 PROGRESS = "progress"  # a file with the number of bytes that were read of a film so far
 FILE_BYTES = 256 * files.MB  # the largest JSON file that is read
 # The mean brightness below which faces are not found. CenterFace found all faces in a film that was
@@ -57,10 +51,12 @@ FILE_BYTES = 256 * files.MB  # the largest JSON file that is read
 DARK = 0.02
 POOR_QUALITY = 0.01  # faces of lower quality are often not recognised
 MOST_STEM_BYTES = 120  # most file systems allow 255 bytes for the name of a file
-REMEDY = "delete the folder, and extract the files again"
+REMEDY = "name another folder; or delete the folder if vidjax wrote it, and extract the files again"
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 # Left, top, right and bottom, as fractions of the width and height of the upright picture.
 Box = tuple[Share, Share, Share, Share]
+# Two pictures of full size or of half the width are side by side, the others one above the other.
+Layout = Literal["side by side", "half width", "one above the other", "half height"]
 Place = tuple[Seconds, Box]  # the time of a picture, and the box of a face in it
 
 
@@ -118,7 +114,7 @@ class FileStamp(Struct, kw_only=True, frozen=True):
     """The path and properties of a file. A file is read again only if one of them changes."""
 
     # The absolute path, with special characters quoted as in a URL (`%20`).
-    address: Annotated[str, Meta(pattern=r"^/[!-~]*$", max_length=20_000)]
+    address: Annotated[str, Meta(pattern=r"^/[!-~]*\Z", max_length=20_000)]
     size: Annotated[int, Meta(ge=0, le=2**62)]
     mtime_ns: Annotated[int, Meta(ge=-(2**62), le=2**62)]
     inode: Annotated[int, Meta(ge=0)]
@@ -157,15 +153,18 @@ class MediaFile(Struct, kw_only=True, dict=True):
     # The start and end of each shot.
     shots: Annotated[list[tuple[Seconds, Seconds]], Meta(max_length=files.MAX_ITEMS)]
     tracks: Annotated[list[FaceTrack], Meta(max_length=files.MAX_ITEMS)]
-    # The next five fields are explained in `decode.DecodeCounts`.
+    # The next six fields are explained in `decode.DecodeCounts`.
     frames: Count
     corrupt: Count = 0
     refused: Count = 0
     repaired: Count = 0
+    jumps: Annotated[list[tuple[Seconds, Seconds]], Meta(max_length=files.MAX_ITEMS)] = []
     damaged: bool = False
     rate: Annotated[float, Meta(gt=0, le=1000)] | None = None  # frames per second; None for photos
     # The mean brightness of all pictures. Older versions did not measure it.
     brightness: Share | None = None
+    halves: Layout | None = None  # of two halves that show the same picture
+    upside_down: bool = False  # whether half of the faces in a video or more are upside down
     others: Count = 0  # number of further video streams, which were not read
     voices: Count = 0  # number of tracks with a voice
     lost_sound: Count = 0  # number of frames and packets of sound that could not be decoded
@@ -176,6 +175,8 @@ class MediaFile(Struct, kw_only=True, dict=True):
 
     def __post_init__(self) -> None:
         _check_file_name(self.video)
+        if any(names_lib.is_reserved(x) or names_lib.clean_identity(x) != x for x in self.tags):
+            raise ValueError("a face tag has no name of a person")
 
     @property
     def is_dark(self) -> bool:
@@ -427,9 +428,10 @@ def remove_features(out: Path) -> bool:
 def remove_leftovers(out: Path, stems: set[str] | None) -> None:
     """Removes temporary files, and if `stems` is given, the features of all other stems."""
     videos = out / VIDEOS
-    for entry in [*out.iterdir(), *(videos.iterdir() if videos.is_dir() else ())]:
-        if PARTIAL.fullmatch(entry.name):
-            files.remove_tree(entry) if entry.is_dir() else entry.unlink()
+    files.remove_partials(out, rf"{re.escape(NAME)}|.+\.npz")
+    files.remove_partials(videos, r".+\.json")
+    for entry in filter(lambda entry: SCRATCH.fullmatch(entry.name), [*out.iterdir()]):
+        files.remove_tree(entry)
     if stems is not None:
         present = {path.stem for path in (*out.glob("*.npz"), *videos.glob("*.json"))}
         for stem in present - stems:
@@ -474,14 +476,3 @@ def check_models(path: Path, cards: Mapping[str, str]) -> None:
     if extraction:
         made = {part: extraction.models.get(EMBEDDER_ROLES.get(part, part)) for part in cards}
         check_nets(path, {part: digest for part, digest in made.items() if digest}, cards)
-
-
-def embed_clips(gallery: "Gallery", features: Path, clips: Collection[str]) -> "Vectors":
-    """Computes the embeddings of clips from a folder of features."""
-    paths = sorted({features / f"{clip.partition('.')[0]}.npz" for clip in clips})
-    reads = gallery.backend.widths
-    known = (
-        clip._replace(modalities={part: x for part, x in clip.modalities.items() if part in reads})
-        for clip in read_clips(paths) if clip.name in clips
-    )  # fmt: skip
-    return gallery.embed(MemoryClips.pack(known, reads, ()))

@@ -1,7 +1,8 @@
 """Finds people and clips in all galleries and files: the search of `vidjax forget`.
 
-Clips are deleted from galleries and from converted datasets in the cache. Runs, folders of
-`vidjax who` and single files (see `traces`) are only listed.
+Clips are deleted from galleries and from converted datasets in the cache, and so are files that a
+killed process has not finished. Runs, folders of `vidjax who` and other files (see `traces`) are
+only listed.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 PEOPLE_BYTES = 512 * files.MB  # limit for the list of people of a run
 DELETE_FILE = "delete it"  # the remedy for a file that vidjax wrote
+WAIT = "another program writes it: run the command again"
 LOOK = "look at it, and delete it or the name in it"  # for files of other programs, too
 REMOVE = "look at them; to delete one: vidjax gallery remove GALLERY --clip=NAME"
 MIN_LETTERS = 4  # of a clip whose name is searched in files
@@ -103,8 +105,8 @@ def forget(
     """Searches people and clips in all galleries, datasets and files below the folders `places`.
 
     `identities` are the names of people, whose clips are also searched. `clips` are the names of
-    other clips. If `delete` is True, the clips are deleted from galleries, and converted datasets
-    with any of the clips are deleted.
+    other clips. If `delete` is True, the clips are deleted from galleries. Converted datasets and
+    unfinished files with any of the clips are deleted, too.
 
     Returns two results. The first is the list of places that contain a name or vector, or could not
     be searched. The second is searched name -> similar stored name, such as `Ada` -> `ada`.
@@ -278,7 +280,7 @@ def _search_files(survey: Survey, traces: Traces, *, delete: bool) -> Iterator[P
     """Describes the files and folders with any of `traces`.
 
     A folder of a kind in REMEDIES is described instead of its files. If `delete` is True, converted
-    datasets with any of `traces` are deleted.
+    datasets and unfinished files with any of `traces` are deleted.
     """
     from vidjax.apps import features_folder
 
@@ -286,7 +288,7 @@ def _search_files(survey: Survey, traces: Traces, *, delete: bool) -> Iterator[P
     for path in survey.paths:
         whole = survey.find_whole(path)
         if is_partial := PARTIAL.fullmatch(path.name) is not None:
-            whole = None  # no program replaces or deletes it
+            whole = None  # a killed process has left it, and nobody reads it
         if not seen.isdisjoint({path, path.parent, whole}):
             continue
         try:
@@ -306,7 +308,10 @@ def _search_files(survey: Survey, traces: Traces, *, delete: bool) -> Iterator[P
             group = features_folder.list_files_of(path)
             group = group if path in group else []
             seen.update(group)
-            remedy = DELETE_FILE if group or is_partial or trace.ours else LOOK
+            remedy = DELETE_FILE if group or trace.ours else LOOK
+            if is_partial:
+                is_gone = delete and files.remove_partial(path)
+                remedy = "deleted" if is_gone else WAIT if delete else "--delete"
             for file in group or [path]:
                 yield Place("file", file, f"it {trace.about}", remedy)
 
@@ -315,7 +320,7 @@ def list_roots(places: Iterable[Path]) -> list[Path]:
     """Returns the folders to search: `places`, by default the current folder, and the cache."""
     cache = files.cache_root()
     roots = [*places] or [x for x in (Path(),) if not _is_empty(x)]
-    inside = any(cache.resolve().is_relative_to(x.expanduser().resolve()) for x in roots)
+    inside = any(cache.resolve().is_relative_to(x.resolve()) for x in roots)
     roots += [cache] if cache.exists() and not inside and not _is_empty(cache) else []
     return roots or [Path()]
 
@@ -346,7 +351,7 @@ def _survey(places: Iterable[Path]) -> Survey:
     from vidjax.apps.gallery.store import GALLERY_FILE, JOURNAL_FILE
 
     kind_of, paths, found = dict[Path, str](), set[Path](), list[Place]()
-    for root in (place.expanduser().absolute() for place in places):
+    for root in map(Path.absolute, places):
         if not root.is_dir():
             raise UserError(f"'{root}' is not a folder: name an existing folder as PLACE")
         if _is_empty(root):
@@ -403,7 +408,7 @@ def _report_unfinished(folder: Path, *, delete: bool) -> Place:
     if delete:
         whole = folder.with_name(folder.name[:20])
         with store.exclusive(whole):  # waits for a living conversion
-            files.remove_partials(whole)
+            files.remove_partials(whole.parent, whole.name)
             remedy = "delete the files that are left" if folder.exists() else "deleted"
     about = "a killed conversion, which may contain features of the clips"
     return Place("records", folder, about, remedy)

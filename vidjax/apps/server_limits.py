@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 from vidjax.utils.errors import UserError, closest
 
 PREFIX = "VIDJAX_SERVE_"  # an environment variable is this text and the name of a limit
+LOCK_SECONDS = 5.0  # how long a change of a gallery waits for changes of other programs to end
 MOST, DAY = 1 << 40, 86_400  # largest values, of numbers and of seconds
 
 
@@ -50,7 +51,7 @@ class Limits(Struct, frozen=True, kw_only=True):
         "in addition, for a change of the gallery (503)")] = 120.0
     lock_seconds: Annotated[float, _seconds(
         "that a change waits for a change by another server or command (503); 0: it tries once",
-        least=0)] = 5.0
+        least=0)] = LOCK_SECONDS
     request_seconds: Annotated[float, _duration(
         "to receive a body, and again to send the answer (503, or cut off)")] = 130.0
     # The web server, not the application, applies the limits from here on.

@@ -22,7 +22,8 @@ from vidjax.utils.names import make_file_stems, normal_form
 
 MAX_BYTES = 512 * files.MB  # of a file, also after it is unpacked
 TEXTS = (
-    ".tsv", ".csv", ".json", ".jsonl", ".rttm", ".vtt", ".srt", ".edl", ".html", ".txt", ".tex",
+    ".tsv", ".csv", ".json", ".jsonl", ".rttm", ".vtt", ".srt", ".otio", ".m3u", ".edl", ".html",
+    ".txt", ".tex",
 )  # fmt: skip
 BLANKS = (".rttm", ".txt")  # files in which blanks separate names, and names contain no blanks
 SQLITE = b"SQLite format 3\0"  # the first bytes of a copy of a gallery

@@ -17,7 +17,8 @@ from urllib.parse import SplitResult, urlsplit
 
 import uvicorn
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vidjax.apps.server_limits import Limits
 from vidjax.utils.errors import UserError
@@ -25,6 +26,8 @@ from vidjax.utils.errors import UserError
 LOG = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DEFAULTS = Limits()
+FULL = PlainTextResponse("Service Unavailable", 503, {"connection": "close"})
+LIVE = "/v2/health/live"  # platforms restart a server that does not answer this path
 
 
 def is_loopback(host: str) -> bool:
@@ -76,6 +79,7 @@ def make_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
     """Returns the settings of uvicorn, the web server."""
     return uvicorn.Config(
         app,
+        interface="asgi3",
         ws="none",
         lifespan="on",
         log_config=None,
@@ -83,7 +87,6 @@ def make_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,
         headers=[("x-content-type-options", "nosniff")],
-        limit_concurrency=limits.connections,
         backlog=min(2 * limits.connections, 1024),
         timeout_keep_alive=limits.idle_seconds,
         timeout_graceful_shutdown=limits.drain_seconds,
@@ -94,13 +97,20 @@ class Server(uvicorn.Server):
     """A uvicorn server that ends after a signal, even if it hangs.
 
     The signal sets `leaving`. After `limits.unready_seconds`, or at a second signal, the server
-    stops accepting requests. Requests that have arrived are still answered.
+    stops accepting requests. Requests that have arrived are still answered. If too many connections
+    are open, all requests except LIVE get the status 503.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits, leaving: threading.Event):
-        super().__init__(make_config(app, limits))
+        super().__init__(make_config(self._answer, limits))
+        self._app, self._most = app, limits.connections
         self._leaving, self._unready_seconds = leaving, limits.unready_seconds
         self._end = _make_timer(limits.drain_seconds + limits.end_seconds, self._give_up)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_full = len(self.server_state.connections) >= self._most
+        refuses = is_full and scope["type"] == "http" and scope["path"] != LIVE
+        await (FULL if refuses else self._app)(scope, receive, send)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handles a signal."""

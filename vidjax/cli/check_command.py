@@ -82,11 +82,11 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
     if args.models:
         from vidjax.apps.video import net_checks
 
-        return net_checks.list_checks(Path(args.models).expanduser())
+        return net_checks.list_checks(args.models)
     checks = installation.list_checks()
     environment = {"environment": checks["environment"]}
     if args.workdir:
-        workdir = Path(args.workdir).expanduser().absolute()
+        workdir = args.workdir.absolute()
         return environment | _list_folder_checks(workdir, args.overrides)
     if args.config:
         from vidjax.runs import config_io

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from vidjax.cli import shared_flags
@@ -35,8 +34,8 @@ def show_config(args: argparse.Namespace) -> Result:
     if args.config:
         config, file = public.load_config(args.config), args.config
     elif args.workdir:
-        workdir = Path(args.workdir).expanduser()
-        config, file = public.open_run(workdir).config, messages.relative_path(workdir / CONFIG)
+        config = public.open_run(args.workdir).config
+        file = messages.relative_path(args.workdir / CONFIG)
     else:
         config, file = config_lib.default(), DEFAULT
     config = config_io.override(config, args.overrides)

@@ -21,7 +21,7 @@ MANIFEST = "export.json"
 
 def _read_paths(args: argparse.Namespace) -> tuple[Path, Path]:
     """Returns the folder to read and the folder to write. Only the first folder may exist."""
-    source, to = (Path(name).expanduser().absolute() for name in (args.folder, args.to))
+    source, to = args.folder.absolute(), args.to.absolute()
     if not source.is_dir():
         raise UserError(f"'{args.folder}' is not a folder: name the folder to {args.command}")
     if files.exists(to):
@@ -131,7 +131,7 @@ def serve(args: argparse.Namespace) -> Result:
 
     limits = read_limits({name: getattr(args, name) for name in LIMITS}, os.environ)
     limits_lib.ACCESS.setLevel(logging.INFO if args.access_log else logging.WARNING)
-    token = limits_lib.read_token(Path(args.token_file).expanduser()) if args.token_file else None
+    token = limits_lib.read_token(args.token_file) if args.token_file else None
     if token is None and not web.is_loopback(args.host):
         raise UserError(
             f"--host={args.host} can be reached from other machines, so clients need a token: add "

@@ -12,11 +12,19 @@ from vidjax.apps.gallery import card_notes
 from vidjax.apps.gallery.answers import count_unknown
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.said import FEATURES
-from vidjax.apps.video import measured_cards, net_families, net_packages, pipeline, results, who
+from vidjax.apps.video import (
+    measured_cards,
+    net_families,
+    net_packages,
+    pipeline,
+    results,
+    subtitles,
+    who,
+)
 from vidjax.apps.video.decision import Decision
 from vidjax.apps.video.measured_cards import MeasuredCard
 from vidjax.cli.gallery_commands import add_rule
-from vidjax.utils import files, messages
+from vidjax.utils import messages
 from vidjax.utils.errors import UserError, require_packages
 from vidjax.utils.machine import num_cores
 from vidjax.utils.messages import Result, quote_path
@@ -29,6 +37,13 @@ PHOTOS_TO_MEASURE = (
     "DIR/NAME/PHOTO.jpg of at least five people, with at least two photos of each. The photos "
     "should be of different days, and the people like the people of your films"
 )
+# Layout of a film with two equal halves -> its description, and the argument of ffmpeg's filter.
+CROPS: dict[features_folder.Layout, tuple[str, str]] = {
+    "side by side": ("side by side", "iw/2:ih:0:0"),
+    "half width": ("side by side", "iw/2:ih:0:0,scale=2*iw:ih"),
+    "one above the other": ("one above the other", "iw:ih/2:0:0"),
+    "half height": ("one above the other", "iw:ih/2:0:0,scale=iw:2*ih"),
+}
 MIN_RATE = 2  # frames per second below which a film gets a warning
 
 
@@ -54,8 +69,19 @@ def print_outcome(outcome: pipeline.FileOutcome) -> None:
 
 def _list_problems(film: features_folder.MediaFile, path: Path) -> list[str]:
     problems = []
-    if not film.photo and film.frames < MIN_RATE * film.seconds:
+    if jumps := film.jumps:
+        at, by = (subtitles.format_time(seconds, short=True) for seconds in jumps[0])
+        more = f", and {messages.count(len(jumps) - 1, 'more time')}" if jumps[1:] else ""
+        problems.append(f"the clock jumps by {by} at {at}{more}")
+    if (film.rate or 0) < MIN_RATE if jumps else film.frames < MIN_RATE * film.seconds:
         problems.append(f"it has fewer than {MIN_RATE} frames per second, so people may be missed")
+    if film.halves:
+        layout, crop = CROPS[film.halves]
+        problems.append(
+            f"it shows the same picture twice, {layout} (3D), so each face is found twice; to use "
+            f"one half: ffmpeg -i {shlex.quote(str(path))} -vf crop={crop} -map 0:V:0 -map 0:a? "
+            "half.mkv"
+        )
     if film.others:
         problems.append(
             f"only the first of its {film.others + 1} video streams is used; to use the second, "
@@ -78,12 +104,11 @@ def _list_problems(film: features_folder.MediaFile, path: Path) -> list[str]:
 
 def run_extract(args: argparse.Namespace) -> Result:
     """Extracts features from films and photos. If a file cannot be read, the exit code is 1."""
-    began, out = time.monotonic(), Path(args.out).expanduser()
+    began, out = time.monotonic(), args.out
     given = {"fps": args.fps, "size": args.size, "unit": args.unit}
     settings = features_folder.choose_settings(out, **given)
     outcomes = pipeline.extract_folders(
-        {out: [Path(name).expanduser() for name in args.files]},
-        Path(args.models).expanduser(), settings, workers=args.workers,
+        {out: args.files}, args.models, settings, workers=args.workers,
         done=print_outcome, tell=print_note, check=args.check,
         drop=pipeline.choose_drop(args.prune, args.forget_missing),
     )[out]  # fmt: skip
@@ -93,7 +118,7 @@ def run_extract(args: argparse.Namespace) -> Result:
     minutes = sum(film.seconds for film in new if not film.photo) / 60
     rate = minutes / max((time.monotonic() - began) / 60, 1e-9)
     facts = {
-        "out": args.out,
+        "out": str(out),
         "files": len(films),
         "clips": sum(len(film.tracks) for film in films),
         "failed": [*failed],
@@ -207,13 +232,11 @@ def name_people(args: argparse.Namespace) -> Result:
     """
     if args.review:
         require_packages("--review", "starlette", "uvicorn", extra="serve")
-    films = [Path(name).expanduser() for name in args.files]
-    out = Path(args.out).expanduser()
+    out = args.out
     settings = features_folder.choose_settings(out / FEATURES, fps=args.fps, size=args.size)
     chosen = {"fpir": args.fpir, "threshold": args.threshold, "padding": args.padding}
     done = who.name_people(
-        films, Path(args.people).expanduser() if args.people else None, out,
-        Path(args.models).expanduser(), settings,
+        args.files, args.people, out, args.models, settings,
         workers=args.workers, thumbnails=args.thumbnails, check=args.check, prune=args.prune,
         forget_missing=args.forget_missing, done=print_outcome, tell=print_note, **chosen,
     )  # fmt: skip
@@ -245,7 +268,7 @@ def describe_names(done: who.WhoResults, out: Path) -> Result:
         texts["unknown"] = (
             f"{unknown} without a name: to name them, vidjax review {quote_path(out)}"
         )
-        if not files.exists(out / FEATURES / features_folder.THUMBNAILS):
+        if not (out / FEATURES / features_folder.THUMBNAILS).exists():
             texts["pictures"] = "none: to see faces on the page, add --thumbnails to the command"
     rows = [[messages.shorten(cell) for cell in line] for line in done.lines]
     return Result(facts, texts, rows, code=1 if done.failed else 0)
@@ -264,10 +287,10 @@ def add_convert_flags(parser: Parser) -> None:
     parser.add_argument("kind", choices=kinds, metavar="KIND", help=about)
     about = (
         "the downloaded package, or the file of the net in it. insightface: also the folder of the "
-        "package. opencv: one or two nets"
+        "package. opencv: one or two nets. own: a file with weights must be in the same folder"
     )
     parser.add_argument("paths", metavar="FILE", nargs="+", help=about)
-    about = "the folder for the net; it is made if it does not exist"
+    about = "the folder for the net; only files that vidjax wrote are replaced in it"
     parser.flag("--out MODELS", about, required=True)
     about = (
         "with own: the published nets whose input and output the net has. arcface and sface "
@@ -279,6 +302,8 @@ def add_convert_flags(parser: Parser) -> None:
         "the file, or 112)"
     )
     parser.flag("--size N", about, type=whole_number(*SIZE_RANGE))
+    about = "with own: the order of the colours that the net expects (default: as --like)"
+    parser.add_argument("--colour", choices=("rgb", "bgr"), help=about)
     about = f"measures the card of a net that computes vectors on photos {PHOTOS_TO_MEASURE}"
     parser.flag("--photos DIR", about)
     parser.command(
@@ -287,26 +312,27 @@ def add_convert_flags(parser: Parser) -> None:
         "insightface buffalo_l.zip --out=models",
         "opencv face_detection_yunet_2023mar.onnx face_recognition_sface_2021dec.onnx --out=models",
         "own net.onnx --like=arcface --out=models",
+        "own adaface.onnx --like=arcface --colour=bgr --out=models",
     )
 
 
 def convert_nets(args: argparse.Namespace) -> Result:
     """Makes nets for `vidjax who`. Writes each net, and a JSON file that describes it."""
-    paths, out = [files.local(path) for path in args.paths], files.local(args.out)
-    if (args.kind == "own") != bool(args.like) or (args.size and args.kind != "own"):
+    paths, out = args.paths, args.out
+    if (args.kind == "own") != bool(args.like) or ((args.size or args.colour) and not args.like):
         raise UserError(
-            "--like is needed with own, and --like and --size have no effect without own\n"
+            "--like is needed with own, and --like, --size and --colour are only for own\n"
             "example: vidjax convert own net.onnx --like=arcface --out=models"
         )
     if len(paths) > (2 if args.kind == "opencv" else 1):
         raise UserError(f"{args.kind} needs one FILE, not {len(paths)}: repeat the command")
     if args.kind in net_families.KINDS:
-        written = net_families.convert(args.kind, paths, out, args.like or "", args.size)
+        written = net_families.convert(args.kind, paths, out, args.like, args.size, args.colour)
     else:
         written = [net_packages.convert(args.kind, paths[0], out)]
     measured = Result({})
     if args.photos:
-        done = measured_cards.measure_photos(out, files.local(args.photos), num_cores(), print_note)
+        done = measured_cards.measure_photos(out, args.photos, num_cores(), print_note)
         measured = describe_cards(done)
     texts = {"card": ""}
     for card in map(cards.read, written):
@@ -343,20 +369,18 @@ def add_measure_card_flags(parser: Parser) -> None:
 
 def measure_card(args: argparse.Namespace) -> Result:
     """Measures the cards of nets on photos or features, and writes the cards."""
-    models = files.local(args.models)
+    models = args.models
     if not (args.photos or args.input or args.gallery):
         raise UserError(
             "a card is measured on photos or features: add --photos=DIR or --input=DIR\n"
             "to use the present numbers of the cards in a gallery: --gallery=G"
         )
-    gallery = Gallery(files.local(args.gallery)) if args.gallery else None
+    gallery = Gallery(args.gallery) if args.gallery else None
     done = list[MeasuredCard]()
     if args.photos:
-        done = measured_cards.measure_photos(
-            models, files.local(args.photos), args.workers, print_note
-        )
+        done = measured_cards.measure_photos(models, args.photos, args.workers, print_note)
     elif args.input:
-        done = measured_cards.measure_features(models, files.local(args.input))
+        done = measured_cards.measure_features(models, args.input)
     if gallery:
         card_notes.adopt(gallery, models)
     return describe_cards(done, gallery)

@@ -1,7 +1,6 @@
 """`vidjax forget`: lists folders of vidjax that contain a name, and deletes clips from some."""
 
 import argparse
-from pathlib import Path
 
 from vidjax.apps.forget import DELETE_FILE, forget, list_roots
 from vidjax.utils.errors import UserError
@@ -22,9 +21,10 @@ galleries are fitted again. Converted datasets that contain a clip are deleted
 from the cache: the next run converts the remaining files again. A clip with the
 vector of a deleted clip is deleted, too, if it belongs to a stranger or to
 another spelling of the name. If it belongs to another person, it is listed.
+Files that a killed command has not finished are deleted, too.
 
 Runs are only listed: their weights depend on the training clips, so a run must
-be trained again. Files are only listed, too. An rm command deletes the files
+be trained again. Other files are only listed, too. An rm command deletes the files
 that vidjax wrote. If another program may have written a file, look at it, and
 delete it or the name in it. Of photos, films and other files that are not text,
 only the names and the first megabyte are searched. Search compressed files of
@@ -57,7 +57,7 @@ def forget_names(args: argparse.Namespace) -> Result:
     """
     if not args.identity and not args.clip:
         raise UserError("no name is given: add --identity=NAME or --clip=NAME")
-    roots = list_roots(map(Path, args.places))
+    roots = list_roots(args.places)
     places, similar = forget(args.identity, args.clip, roots, delete=args.delete)
     left = sum(place.left for place in places)
     unread = sum(place.kind == "unread" for place in places)

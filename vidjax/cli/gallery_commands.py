@@ -295,8 +295,8 @@ def _open(args: argparse.Namespace) -> Gallery:
     if (split := getattr(args, "split", None)) and split not in SPLITS:
         raise UserError(f"--split={split}: choose from {', '.join(SPLITS)}")
     gallery = Gallery(args.gallery, run=getattr(args, "run", None))
-    if isinstance(given, str):  # for enrol, it is a list, and the inputs are checked later
-        clip_inputs.check_input(gallery, Path(given).expanduser())
+    if isinstance(given, Path):  # for enrol, it is a list, and the inputs are checked later
+        clip_inputs.check_input(gallery, given)
     return gallery
 
 
@@ -322,7 +322,7 @@ def _enrol(args: argparse.Namespace) -> Result:
         return _enrol_photos(args)
     if args.models:
         raise UserError("--models has no effect without --photos: leave it out")
-    labels = clip_inputs.read_labels(Path(args.labels).expanduser()) if args.labels else None
+    labels = clip_inputs.read_labels(args.labels) if args.labels else None
     inputs = clip_inputs.list_inputs(args.input or ())
     gallery = _open(args)
 
@@ -333,7 +333,7 @@ def _enrol(args: argparse.Namespace) -> Result:
 
     done = clip_inputs.enrol(
         gallery, inputs or [_load_split(args, gallery)], labels or args.identity,
-        split=args.split, clip=args.clip, strangers=args.strangers, source=args.labels or "",
+        split=args.split, clip=args.clip, strangers=args.strangers, source=str(args.labels or ""),
         begin=begin,
     )  # fmt: skip
     if done.refused:
@@ -373,8 +373,8 @@ def _enrol_photos(args: argparse.Namespace) -> Result:
     _refuse(args, "with --photos", "overrides")
     gallery = _open(args)
     models = clip_inputs.find_models(gallery, args.models)
-    people = Path(args.photos).expanduser()
-    done = people_photos.enrol_folder(gallery, people, models, num_cores(), terminal.print_note)
+    workers, tell = num_cores(), terminal.print_note
+    done = people_photos.enrol_folder(gallery, args.photos, models, workers, tell)
     facts, texts = (
         done._asdict() | {"failed": [*done.failed]},
         messages.describe_failed(done.failed),
@@ -454,7 +454,7 @@ def _verify(args: argparse.Namespace) -> Result:
         )
     if misfits:
         texts["does not fit"] = (
-            f"{messages.list_some([*misfits], 3)}: unlike most other clips of the person. To move "
+            f"{messages.list_some([*misfits], 3)}: unlike the other clips of the person. To move "
             "or delete a clip: vidjax gallery relabel, vidjax gallery remove"
         )
     texts["card"] = card_notes.describe(gallery.state)
@@ -532,7 +532,7 @@ def _relabel(args: argparse.Namespace) -> Result:
 
 def _migrate(args: argparse.Namespace) -> Result:
     """Copies the people of a gallery. If a person has no clip left, the exit code is 1."""
-    old, new, path = Gallery(args.gallery), Gallery(args.new), Path(args.input).expanduser()
+    old, new, path = Gallery(args.gallery), Gallery(args.new), args.input
     features_folder.check_models(path, new.origin.cards)
     done = migrate(old, new, clip_inputs.load_all(new, path))
     # `gallery migrate` knows no times and boxes, so it cannot match faces as `vidjax who` does.

@@ -125,7 +125,11 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
             load(command)(subparser)
     for word in flags:
         if re.fullmatch(r"(--[\w-]+=)?", word):
-            raise UserError(f"{word or 'an argument'} has no value: give a value, or leave it out")
+            remedy = "give a value"
+            with contextlib.suppress(UserError):  # the command needs this word
+                parser.parse_known_args([other for other in flags if other != word])
+                remedy += ", or leave it out"
+            raise UserError(f"{word or 'an argument'} has no value: {remedy}")
     args, strays = parser.parse_known_args(flags)
     group = args.parser.group
     strays += [word for word in overrides if group is None or not word[9:].startswith(group)]

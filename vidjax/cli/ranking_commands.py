@@ -49,7 +49,7 @@ def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Re
     from vidjax.runs import config_io
     from vidjax.training import public
 
-    if not files.is_present(Path(args.input).expanduser()):
+    if not files.is_present(args.input):
         raise UserError(f"--input={args.input} does not exist: name a file or a folder")
     overridden = config_io.check_overridden(args.overrides, READ_FIELDS, args.command)
     inputs, out = bulk.list_tables(args.input), Path()
@@ -62,12 +62,11 @@ def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Re
         bulk.check_out(args.out, inputs, work)
     else:
         out = tables.check_new(args.out, tables.ENDINGS if work is bulk.Rank else (".parquet",))
-    workdir = Path(args.workdir).expanduser()
-    settings = config_io.override(public.open_run(workdir).config, args.overrides).eval
+    settings = config_io.override(public.open_run(args.workdir).config, args.overrides).eval
     shared_flags.load_definitions(args)
     from vidjax.evaluation import predict
 
-    trained = predict.restore(workdir, step=settings.checkpoint)
+    trained = predict.restore(args.workdir, step=settings.checkpoint)
     if inputs:
         done = bulk.process_tables(inputs, args.out, work(lambda: trained))
         return Result(done._asdict())
@@ -82,7 +81,7 @@ def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Re
         vectors = trained.embed(clips, advance=progress.advance)
         facts |= {"width": vectors.shape[1], "vectors": str(out.absolute())}
         columns = {"clip": ("string", clips.names), "vector": ("float32", vectors)}
-        tables.write_new(out, tables.to_parquet(tables.to_arrow(columns)))
+        files.write_bytes(out, tables.to_parquet(tables.to_arrow(columns)), replace=False)
     progress.close()
     return Result(facts | terminal.measure_rate(began, size))
 
@@ -157,12 +156,12 @@ def compare_runs(args: argparse.Namespace) -> Result:
     if bool(args.folders) == bool(args.runs):
         args.parser.error("compare needs folders of runs: either RUN RUN ... or --runs=A,B")
     groups = comparison.split_groups(args.runs or "")
-    groups += [[name] for name in comparison.select_comparable(args.folders, split)]
+    groups += [[name] for name in comparison.select_comparable([*map(str, args.folders)], split)]
     result = public.compare(groups, out=args.workdir, split=split)
     width = messages.measure_width()
     lines, facts = [result.text(width)], {"table": result.text(), **result.to_dict()}
     if args.workdir:
-        page = f"{messages.relative_path(Path(args.workdir))}/comparison.html"
+        page = f"{messages.relative_path(args.workdir)}/comparison.html"
         facts = {"comparison": page, **facts}
         lines.append(f"comparison: {page}, .json, .tex")
     else:

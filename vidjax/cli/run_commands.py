@@ -36,8 +36,8 @@ def read_train_settings(args: argparse.Namespace) -> tuple[Config, Path]:
     """Returns the configuration of the run to train, and its folder."""
     config = config_io.override(public.load_config(args.config), args.overrides)
     name = public.name_run(args.config, config, args.overrides)
-    workdir = files.local(args.workdir or Path("runs", name))
-    if config.data.dir and workdir.absolute() == Path(config.data.dir).expanduser().absolute():
+    workdir = args.workdir or Path("runs", name)
+    if config.data.dir and workdir.absolute() == files.local(config.data.dir).absolute():
         raise UserError(
             f"--workdir={workdir} is the folder of the data, config.data.dir\n"
             "name another folder for the run"

@@ -17,7 +17,7 @@ from vidjax.data.packed_clips import PackedClips, Quality
 from vidjax.data.packing import Clips, pack, read_dict
 from vidjax.data.store import digest_files
 from vidjax.utils.errors import NoFileError, UserError, check_choice
-from vidjax.utils.files import absolute, sha256_json
+from vidjax.utils.files import absolute, local, sha256_json
 from vidjax.utils.names import show
 
 QUALITIES = typing.get_args(Quality)
@@ -76,7 +76,7 @@ class FeatureFolder:
 
         `cache_dir` keeps the digests of unchanged files.
         """
-        self._folder, self._labels = Path(folder).expanduser(), labels
+        self._folder, self._labels = local(folder), labels
         check_choice("config.data.quality", quality, QUALITIES)
         self._quality: Quality = quality
         self._cache_dir = cache_dir

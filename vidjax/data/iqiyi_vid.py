@@ -26,7 +26,7 @@ from vidjax.data.store import convert, digest_files
 from vidjax.data.untrusted import sandbox
 from vidjax.utils import exit_codes, messages
 from vidjax.utils.errors import NoFileError, UserError
-from vidjax.utils.files import absolute
+from vidjax.utils.files import absolute, local
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.machine import memory_bytes, num_cores
 from vidjax.utils.parser import Parser
@@ -50,7 +50,7 @@ class OfficialFiles:
 
         `cache_dir` keeps the digests of unchanged files. `origin` is written to result files.
         """
-        self._directory = Path(directory).expanduser()
+        self._directory = local(directory)
         self._files = find_pickles(self._directory)
         if not self._files:
             raise NoFileError(

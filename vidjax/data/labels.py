@@ -89,7 +89,7 @@ def load_label_table(
     place = Path("labels")
     if isinstance(labels, Mapping):
         pairs = clean_labels(((f"{place}:", *pair) for pair in labels.items()), split_of)
-    elif (place := Path(labels).expanduser()).suffix.lower() in tables.ENDINGS:
+    elif (place := files.local(labels)).suffix.lower() in tables.ENDINGS:
         pairs = clean_labels(read_table(place), split_of)
     else:
         pairs = load_ground_truth(place, known_clips=split_of)
@@ -406,7 +406,7 @@ def load_clip_weights(path: str | os.PathLike[str], clips: Sequence[str]) -> np.
       UserError: a weight is negative or not finite, a clip comes twice, or no clip in the
         file is in `clips`.
     """
-    path = Path(path)
+    path = files.local(path)
     weights: dict[str, float] = {}
     known = frozenset(clips)
     line_of_clip: dict[str, int] = {}

@@ -249,7 +249,7 @@ def load_clips(
       FileNotFoundError: the path does not exist, or has no clips.
       UserError: the files are wrong in another way.
     """
-    path = Path(path).expanduser()
+    path = files.local(path)
     folder, paths = find_files(path, split)
     if not isinstance(paths, Mapping):
         clips = read_clips(paths, folder, nets)
@@ -331,7 +331,7 @@ def load_people(
     `quality` and `nets`, see `load_clips`. Raises NoFileError if there are no such files, or if
     there are clips directly in `path`.
     """
-    path = Path(path).expanduser()
+    path = files.local(path)
     list_entries(path)  # raises an error if there is no such folder
     found, others = list_npz_files(path)
     if not found or any(file.parent == path for file in found):

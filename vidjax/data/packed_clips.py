@@ -12,15 +12,19 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
+import msgspec
 import numpy as np
+from msgspec import Struct
 from numpy.typing import ArrayLike
 
 from vidjax.core.batch import BATCHED, Packed
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
 from vidjax.utils.files import hash_opened
+from vidjax.utils.json_files import Count
+from vidjax.utils.names import clean_name
 
 # The source of the quality of frames. `given` is the quality in the file, or the L2 norm of the
 # feature if the file has no quality. `norm` is always the norm.
@@ -47,10 +51,13 @@ FRAME_FIELDS = {
     "quality": FrameField("float32", 0.0, official="quality_score"),
     "detection": FrameField("float32", 1.0, official="det_score"),  # detection score
 }
-DTYPES = ("float16", "float32", "float64", "int8")  # of features
+DType = Literal["float16", "float32", "float64", "int8"]  # of features
+DTYPES: tuple[DType, ...] = get_args(DType)
 MAX_HALF, NEGATIVE_ZERO = float(np.finfo(np.float16).max), 0x8000  # in float16
 CHECKSUM_WORDS = 1 << 16  # words of 64 bits that are added at once
 WEIGHTS = ("quality", "detection")  # frames may be weighted with these values
+REASONS = ("empty", "non_finite", *(f"non_finite_{name}" for name in WEIGHTS))  # see `Counts`
+ROWS_AT_ONCE = 1 << 14  # frames whose values are checked at once
 
 # modality -> field -> a list of n arrays, [t] or [t, D], the frames of n clips
 ClipArrays = dict[str, dict[str, list[np.ndarray]]]
@@ -68,15 +75,15 @@ class BadValues(NamedTuple):
 class Counts(NamedTuple):
     """The number of clips and frames that a source has in a modality, and what was left out."""
 
-    clips: int
-    frames: int  # includes the frames that were left out
-    skipped: Mapping[str, int]  # {"non_finite": number of frames whose feature is not finite}
+    clips: Count
+    frames: Count  # includes the frames that were left out
+    skipped: Mapping[str, Count]  # {"non_finite": number of frames whose feature is not finite}
     # Number of clips without frames, by reason: `empty` if the source has no frames of the clip,
     # and `non_finite` if all its frames were left out.
-    skipped_clips: Mapping[str, int]
+    skipped_clips: Mapping[str, Count]
     # {"non_finite_FIELD": number of frames in which a value was not finite and became 0}, where
     # FIELD is `quality` or `detection`.
-    warnings: Mapping[str, int]
+    warnings: Mapping[str, Count]
     examples: Mapping[str, str]  # for each key of `warnings`, the first clip with such a frame
 
 
@@ -291,26 +298,56 @@ def map_again(frames: Packed) -> Packed:
     return frames._replace(**fields)
 
 
-def summarise(modality: str, packed: PackedClips) -> dict[str, Any]:
-    """Returns all but the values of frames as JSON, for `open_packed`."""
+class Summary(Struct):
+    """All but the values of the frames of N clips in a modality. Checks that the parts fit."""
+
+    names: list[str]
+    lengths: list[Count]
+    width: Count
+    dtype: DType
+    counts: Counts
+
+    def __post_init__(self) -> None:
+        clips, frames, skipped, skipped_clips, warnings, examples = self.counts
+        sizes = [len(self.names), len({*self.names}), clips, sum(skipped_clips.values())]
+        sizes += [frames - sum(skipped.values())]
+        count, total = len(self.lengths), sum(self.lengths)
+        wrong = {*skipped, *skipped_clips, *warnings} - {*REASONS} | {*warnings} ^ {*examples}
+        wrong |= {*examples.values()} - {*self.names} | {*map(clean_name, self.names)} - {
+            *self.names
+        }
+        if (
+            wrong
+            or sizes != [count] * 3 + [self.lengths.count(0), total]
+            or total > total * self.width
+        ):
+            raise ValueError("the parts do not fit")
+
+
+def summarise(modality: str, packed: PackedClips) -> Summary:
+    """Returns all but the values of frames, for `open_packed`."""
     frames = packed.frames[modality]
-    return {
-        "names": list(packed.names),
-        "lengths": np.asarray(frames.length).tolist(),
-        "width": frames.features.shape[1],
-        "dtype": np.dtype(frames.features.dtype).name,
-        "counts": packed.counts[modality]._asdict(),
-    }
+    features = frames.features
+    facts = {"names": [*packed.names], "lengths": np.asarray(frames.length).tolist()}
+    facts |= {"width": features.shape[1], "dtype": np.dtype(features.dtype).name}
+    return msgspec.convert({**facts, "counts": packed.counts[modality]}, Summary)
 
 
-def open_packed(modality: str, folder: Path, summary: Mapping[str, Any]) -> PackedClips:
-    """Maps the clips of a modality in `folder`. `summary` is the result of `summarise`."""
-    lengths = summary["lengths"]
-    arrays = map_files(folder, summary["width"], summary["dtype"], sum(lengths))
-    counts = Counts(**summary["counts"])
-    return PackedClips(
-        tuple(summary["names"]), {modality: pack_arrays(arrays, lengths)}, {modality: counts}
-    )
+def open_packed(modality: str, folder: Path, summary: Summary) -> PackedClips:
+    """Maps the clips of a modality in `folder`. `summary` is the result of `summarise`.
+
+    Raises an error if the files, which another process wrote, do not fit.
+    """
+    files.refuse_links(folder)
+    count = sum(summary.lengths)
+    arrays = map_files(folder, summary.width, summary.dtype, count)
+    frames = pack_arrays(arrays, summary.lengths)
+    for at in range(0, count, ROWS_AT_ONCE):
+        mapped = map_again(frames)  # frees the memory of the rows before
+        rows = (getattr(mapped, name)[at : at + ROWS_AT_ONCE] for name in BATCHED)
+        if not all(is_finite(row).all() for row in rows):
+            raise ValueError("a value is not finite")
+    return PackedClips(tuple(summary.names), {modality: frames}, {modality: summary.counts})
 
 
 def join(parts: Iterable[PackedClips]) -> PackedClips:

@@ -9,9 +9,10 @@ import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
+from msgspec import Meta, Struct
 
 from vidjax.data.packed_clips import FRAME_FIELDS
 from vidjax.utils import files, processes, tables
@@ -34,6 +35,16 @@ VALUE_BYTES = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "D
 LIBRARY_BYTES, COPIES = 1 << 29, 3
 CPU_SECONDS, CPU_BYTES_PER_SECOND = 30, 4 << 20
 
+Result = TypeVar("Result")
+
+
+class Columns(Struct):
+    """The texts of a table for `read`, and the number and the dtype of the values of features."""
+
+    text: dict[str, list[str]]
+    values: int
+    dtype: Annotated[str, Meta(pattern=r"^(u?int|float)[0-9]+\Z")]
+
 
 class Rows(NamedTuple):
     """The F rows of a table, one for each frame."""
@@ -55,12 +66,37 @@ def read(path: Path) -> Rows:
     Raises UserError if the table is damaged or needs too much memory.
     """
     with files.scratch_folder() as scratch:  # the memory map keeps the deleted file open
-        found = _run(path, {"out_dir": str(scratch)}, writes=[scratch])
-        with files.open_regular(scratch / "columns.npz") as file:
-            arrays = files.load_npz(file, memory_bytes())
-        values = _map_features(scratch, found["values"], np.dtype(found["dtype"]), "r")
-    text = {name: (found["text"][name], arrays.pop(name)) for name in TEXT_COLUMNS}
-    return Rows(text, arrays, values, arrays.pop("width"))
+        found = _run(path, {"out_dir": str(scratch)}, Columns, [scratch])
+        with processes.doubt(path):
+            files.refuse_links(scratch)
+            arrays = _load_columns(path, scratch)
+            values = _map_features(scratch, found.values, np.dtype(found.dtype), "r")
+            text = {name: (found.text[name], arrays.pop(name)) for name in TEXT_COLUMNS}
+            rows = Rows(text, arrays, values, arrays.pop("width"))
+            _check_rows(rows)
+            return rows
+
+
+def _check_rows(rows: Rows) -> None:
+    """Raises ValueError if the arrays that a child wrote do not fit."""
+    bounds = [(codes, len(texts)) for texts, codes in rows.text.values()]
+    bounds += [(rows.width, len(rows.values) + 1)]
+    columns = [*rows.scalars.values(), *(x for x, _ in bounds)]
+    if (
+        any(
+            x.shape != rows.width.shape or x.dtype.kind not in "iuf" or x.ndim != 1 for x in columns
+        )
+        or any(x.dtype.kind == "f" or (x < 0).any() or (x >= bound).any() for x, bound in bounds)
+        or rows.width.sum(dtype=float) != len(rows.values)
+        or {*rows.scalars} - {*OPTIONAL_COLUMNS}
+    ):
+        raise ValueError("the columns do not fit")
+
+
+def _load_columns(path: Path, folder: Path) -> dict[str, np.ndarray]:
+    """Loads the columns that a child wrote for the table `path`."""
+    with files.open_regular(folder / "columns.npz") as file:
+        return files.load_npz(file, COPIES * _get_room(path.stat().st_size))
 
 
 def read_contents(path: Path) -> tuple[list[str], list[np.ndarray], list[str]]:
@@ -69,15 +105,15 @@ def read_contents(path: Path) -> tuple[list[str], list[np.ndarray], list[str]]:
     Nested columns are flattened. For errors, see `read`.
     """
     with files.scratch_folder() as scratch:
-        found = _run(path, {"out_dir": str(scratch), "any_columns": True}, [scratch])
-        with files.open_regular(scratch / "columns.npz") as file:
-            numbers = [*files.load_npz(file, memory_bytes()).values()]
-        return found["text"], numbers, found["columns"]
+        arguments = {"out_dir": str(scratch), "any_columns": True}
+        texts, columns = _run(path, arguments, tuple[list[str], list[str]], [scratch])
+        with processes.doubt(path):
+            return texts, [*_load_columns(path, scratch).values()], columns
 
 
 def _run(
-    path: Path, arguments: Mapping[str, object], writes: Sequence[Path] = ()
-) -> dict[str, Any]:
+    path: Path, arguments: Mapping[str, object], kind: type[Result], writes: Sequence[Path] = ()
+) -> Result:
     """Calls `work` in a child process with limits. It can write only in the folders `writes`."""
     with files.open_input(path):
         require_packages(str(path), "pyarrow", extra="parquet")
@@ -86,6 +122,7 @@ def _run(
         __name__,
         path,
         {"path": str(path), **arguments},
+        kind,
         memory_bytes=LIBRARY_BYTES + COPIES * room,
         cpu_seconds=CPU_SECONDS + room // CPU_BYTES_PER_SECOND,
         output_bytes=processes.OUTPUT_BYTES + room,  # the texts of the table
@@ -93,7 +130,7 @@ def _run(
     )
 
 
-def work(arguments: dict[str, Any]) -> dict[str, Any]:
+def work(arguments: dict[str, Any]) -> Columns | tuple[list[str], list[str]] | None:
     """Decodes columns of a table in the child process.
 
     If the folder `out_dir` is given, writes all columns to it, and returns their names. Otherwise,
@@ -103,7 +140,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
     if names := arguments.get("names"):
         with _open(path) as file:
             file.read(columns=names, use_threads=False)
-        return {}
+        return None
     folder = Path(arguments["out_dir"])
     if arguments.get("any_columns"):
         texts, numbers = set[str](), list[np.ndarray]()
@@ -116,7 +153,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
                     elif "string" in str(leaf.type):
                         texts.update(map(str, leaf.unique().to_pylist()))
         np.savez(folder / "columns.npz", *numbers)
-        return {"text": sorted(texts), "columns": names}
+        return sorted(texts), names
     with _open(path) as file:
         names = _check_names(path, file.schema_arrow.names)
         _check_types(path, file.schema_arrow)
@@ -126,7 +163,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
     arrays |= {**rows.scalars, "width": rows.width}
     np.savez(folder / "columns.npz", **arrays)  # pyright: ignore[reportArgumentType]
     text = {name: values for name, (values, _) in rows.text.items()}
-    return {"text": text, "values": len(rows.values), "dtype": rows.values.dtype.name}
+    return Columns(text, len(rows.values), rows.values.dtype.name)
 
 
 def _map_features(
@@ -163,7 +200,7 @@ def read_labels(path: Path) -> Iterator[tuple[int, Any, Any]]:
                 f"{show(', '.join(titles))}\nname the columns clip and identity"
             )
         _check_footer(path, file, names)
-        _run(path, {"names": names})
+        _run(path, {"names": names}, type(None))
         row, seen = 0, set[tuple[str, str]]()
         for batch in file.iter_batches(columns=names):
             clips, identities = (batch.column(name) for name in names)

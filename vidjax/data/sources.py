@@ -96,7 +96,7 @@ def open_source(
         data = cast(Section, given)
         name, cache = data["name"], data["cache_dir"]
         check_entry("config.data.name", name, DATASETS)
-        return DATASETS[name](data, Path(cache).expanduser() if cache else None)
+        return DATASETS[name](data, files.local(cache) if cache else None)
     if isinstance(given, Mapping):
         return FeatureDict(given, labels, quality)
     check_argument("load_data: source", given, (str, Path), "a folder, a dict, or a configuration")

@@ -135,12 +135,21 @@ class Comparison(NamedTuple):
         )
 
     def write(self, folder: Path) -> None:
-        """Writes `comparison.json`, `comparison.tex` and `comparison.html` into a folder."""
-        for name, content in {
+        """Writes `comparison.json`, `comparison.tex` and `comparison.html` into a folder.
+
+        Raises UserError if the folder has such a file that vidjax did not write.
+        """
+        contents = {
             "comparison.json": files.to_json(self.to_dict()),
             "comparison.tex": self.to_latex(),
             "comparison.html": _render_page(self.runs, self.differences),
-        }.items():
+        }
+        taken = [name for name in contents if files.exists(folder / name)]
+        with contextlib.suppress(UserError, FileNotFoundError):
+            taken *= "num_identities" not in files.read_json(folder / "comparison.json")
+        if taken:
+            raise files.foreign_error(folder / taken[0], "--workdir")
+        for name, content in contents.items():
             files.write_text(folder / name, html.plain(content))
 
 
@@ -180,7 +189,7 @@ def split_groups(runs: str) -> list[list[str]]:
     names = [name.strip() for name in runs.split(",") if name.strip()]
     return [
         [name]
-        if Path(name).expanduser().exists()
+        if files.local(name).exists()
         else [folder.strip() for folder in name.split("+") if folder.strip()]
         for name in names
     ]

@@ -73,7 +73,7 @@ def write_lists(path: Path, ranking: tables.Ranking) -> None:
     for row, pairs in zip(index, ranking.values(), strict=True):
         row[: len(pairs)] = [place[clip] for clip, _ in pairs]
     text = to_text(path, [*ranking], clips, TopK(index, index))
-    tables.write_new(path, text.encode())
+    files.write_bytes(path, text.encode(), replace=False)
 
 
 def _check_names(path: Path, kind: str, names: Sequence[str]) -> None:

@@ -97,12 +97,13 @@ def compute_gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float
 def _draw_low_means(gaps: np.ndarray, draws: int) -> np.ndarray:
     """Returns means of `gaps` [C] and of the low gap of an unseen identity, see `_draw_means`.
 
-    If all gaps differ, the unseen gap is halfway between the mean and the lowest gap. If all gaps
-    are equal, nothing shows how low a rare gap can be, and the unseen gap is -1. Between these
-    cases, it depends on the square of the share of pairs of identities with equal gaps.
+    If few gaps are equal, the unseen gap is halfway between the mean and the lowest gap. If all
+    gaps are equal, nothing shows how low a rare gap can be, and the unseen gap is -1. Between these
+    cases, it depends on the share of pairs of identities with equal gaps. A third of the pairs is
+    usual: two good systems rank 60 % of the identities without a mistake.
     """
-    low = (np.mean(gaps) + np.min(gaps)) / 2
-    return _draw_means(gaps, {float(low - (1 + low) * measure_ties(gaps) ** 2): 1.0}, draws)
+    low, rare = (np.mean(gaps) + np.min(gaps)) / 2, max(0.0, (3 * measure_ties(gaps) - 1) / 2)
+    return _draw_means(gaps, {float(low - (1 + low) * rare): 1.0}, draws)
 
 
 def measure_ties(gaps: np.ndarray) -> float:

@@ -84,26 +84,26 @@ def compare(
 
     exact = between + noise * distances.within
     variance = 2 * exact**2 / ((people - 1) * 2 * distances.different) + noise**2 * spread
-    low, high = (_quantile(2 * between**2 / variance, z) for z in (LOW, HIGH))
+    low, high = (quantile(2 * between**2 / variance, z) for z in (LOW, HIGH))
     free = 2 * distances.within**2 / spread if spread else math.inf
     problem: Problem = ""
     if share > max(high, FAR):
         problem = "farther"
-    if len(k) >= FEWEST_PEOPLE and varied > max(_quantile(free, HIGH), VARIED):
+    if len(k) >= FEWEST_PEOPLE and varied > max(quantile(free, HIGH), VARIED):
         problem = "varied"
     # With one clip each, W + B shows a small B better than W + B - W.
     full, n_same, n_different = 1 - cosine, 2 * distances.same, 2 * distances.different
-    is_near = full < _quantile((people - 1) * n_different, LOW) * (between + distances.within)
+    is_near = full < quantile((people - 1) * n_different, LOW) * (between + distances.within)
     if share < CLOSE and (share < low or is_near):
         problem = "closer"
     # Two photos of twins differ by W. A net without any sense often gives equal vectors.
-    is_equal = full < _quantile((people - 1) * n_same, -2) * distances.within
+    is_equal = full < quantile((people - 1) * n_same, -2) * distances.within
     if is_equal or (len(k) >= FEWEST_PEOPLE and estimate < 0.07 * within):
         problem = "blind"
     return Comparison(problem, share, varied, cosine)
 
 
-def _quantile(free: float, z: float) -> float:
+def quantile(free: float, z: float) -> float:
     """Returns the quantile of a mean of `free` squares, for the Gaussian quantile `z`.
 
     Source: Wilson and Hilferty 1931, The distribution of chi-square.

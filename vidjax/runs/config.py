@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ml_collections import ConfigDict, config_dict
 
 from vidjax.data.synthetic import LARGEST
-from vidjax.utils.errors import UserError, closest
+from vidjax.utils import files
+from vidjax.utils.errors import UserError, closest, prefix_errors
 from vidjax.utils.files import INTEGER_LIMIT
 
 MAX_MEMBERS = 10_000  # of an ensemble; `metrics.json` can list as many
@@ -541,6 +542,9 @@ def _find_out_of_range(values: Values) -> Iterator[str]:
     for name, value in values.items():
         field, text = FIELDS.get(name), f"config.{name}={value}"
         numbers = list(_find_numbers(value))
+        if field and field.path and isinstance(value, str):
+            with prefix_errors(f"config.{name}"):
+                files.local(value)
         if not _is_json(value):
             yield (
                 f"config.{name} is of type {type(value).__name__}: config.json cannot store it\n"

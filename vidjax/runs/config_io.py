@@ -35,7 +35,7 @@ def load_file(spec: str) -> Config:
     vidjax. The file may also register functions, for example in the dict `optim.OPTIMIZERS`.
     """
     name, _, args = spec.partition(":")
-    path = find_file(name)
+    path = find_file(spec if args.startswith("//") else name)
     try:
         module = load_module(path)
         config = module.get_config(args)
@@ -97,7 +97,7 @@ def _find_wrong_type(values: Mapping[str, Any]) -> str:
 
 def find_file(name: str) -> Path:
     """Returns the path of a configuration file, given its path or a name such as `mma`."""
-    path, known = Path(name).expanduser(), dict[str, Path]()
+    path, known = files.local(name), dict[str, Path]()
     if path.is_file():
         return path
     for folder in (shipped_folder(), Path("configs")):  # the working directory takes precedence

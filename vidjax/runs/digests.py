@@ -32,7 +32,7 @@ def hash_data(config: Config, data: Dataset) -> dict[str, Any]:
             for name in dict.fromkeys((*config.data.train_splits, *list_splits(config)))
             if "sha256" in of_splits.get(name, {})
         },
-        "weights": files.sha256_file(Path(weights).expanduser()) if weights else None,
+        "weights": files.sha256_file(files.local(weights)) if weights else None,
     }
 
 

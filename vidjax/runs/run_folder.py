@@ -36,7 +36,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path).expanduser().absolute()
+        self.path = files.local(path).absolute()
         self._metrics: dict[Path, dict[str, Any]] = {}
 
     def has(self, name: str) -> bool:
@@ -200,7 +200,7 @@ def make_and_lock(path: str | os.PathLike[str]) -> Iterator[Path]:
     If the block raises an error, a new folder that is still empty is removed, with new folders
     around it.
     """
-    folder = Path(path).expanduser().absolute()
+    folder = files.local(path).absolute()
     refuse_folder_of_data(folder)
     first = distributed.is_first()
     new = [one for one in (folder, *folder.parents) if first and not one.exists()]

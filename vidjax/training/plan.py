@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -31,7 +30,7 @@ from vidjax.models.build_system import MODELS, System, TaskSpec, make_fusions, m
 from vidjax.runs.config import Config, list_splits
 from vidjax.training import noise_classes, train_step
 from vidjax.training.dry_run import check_model
-from vidjax.utils import messages
+from vidjax.utils import files, messages
 from vidjax.utils.errors import UserError, warn
 from vidjax.utils.terminal import say
 
@@ -66,7 +65,7 @@ def explain_no_identity(config: Config) -> str:
                 "pass the identities of training clips: vidjax.load_data(clips, labels=LABELS)"
             )
         names = "the file of labels"
-        if not any(Path(config.data.dir).expanduser().glob("labels.*")):
+        if not any(files.local(config.data.dir).glob("labels.*")):
             return (
                 f"no training clip has an identity: '{config.data.dir}/labels.csv' is missing\n"
                 "write this file with the columns clip and identity"

@@ -53,7 +53,7 @@ def load_config(spec: str | Path, *overrides: str) -> Config:
     if Path(spec).name != "config.json":
         config = config_io.load_file(str(spec))
     else:
-        config = open_run(Path(spec).expanduser().absolute().parent).config
+        config = open_run(files.local(spec).absolute().parent).config
     return config_io.override(config, overrides)
 
 
@@ -70,7 +70,7 @@ def name_run(spec: str, config: Config, overrides: Sequence[str]) -> str:
     config = copy.deepcopy(config)
     config.init_from = Path(config.init_from).name
     if config.data.dir:  # two datasets can get the same name; then the second command fails
-        config.data.dir = Path(config.data.dir).expanduser().absolute().name
+        config.data.dir = files.local(config.data.dir).absolute().name
     return name + config_io.folder_suffix(config, overrides, config_lib.UNNAMED)
 
 
@@ -81,7 +81,7 @@ def configure_blend(names: Sequence[str], folder: RunFolder) -> Config:
     same `eval.split`, the blend has the same split. Raises UserError if there is only one run, or
     if the folder contains another run.
     """
-    runs = tuple(str(Path(name).expanduser().absolute()) for name in names)
+    runs = tuple(str(files.local(name).absolute()) for name in names)
     if len(runs) < 2:
         raise UserError(
             f"--runs={','.join(names)}: a blend needs two runs; name two runs, --runs=A,B"

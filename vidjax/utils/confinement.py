@@ -1,9 +1,9 @@
 """Takes rights from this process for ever, before it reads a file of a stranger.
 
 Two parts of Linux do the work. Landlock allows only listed files. A filter of system calls, which
-is called seccomp, forbids connections, programs, new processes, signals to other processes, and
-changes of the permissions, owners and times of files. `list_gaps` returns what this system cannot
-forbid.
+is called seccomp, forbids connections, programs, new processes, signals to other processes, changes
+of the priority and the cores of processes, and changes of the permissions, owners and times of
+files. `list_gaps` returns what this system cannot forbid.
 """
 
 import contextlib
@@ -26,9 +26,13 @@ FORBIDDEN: Calls = {
     "execve": (59, 221), "execveat": (322, 281),
     "fork": (57, None), "vfork": (58, None), "unshare": (272, 97), "setns": (308, 268),
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
+    "process_madvise": (440, 440), "process_mrelease": (448, 448), "move_pages": (279, 239),
+    "migrate_pages": (256, 238), "kcmp": (312, 272), "get_robust_list": (274, 100),
     "pidfd_open": (434, 434), "pidfd_send_signal": (424, 424), "pidfd_getfd": (438, 438),
-    "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "setpriority": (141, 140),
-    "ioprio_set": (251, 30),
+    "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
+    # Priorities and cores. Libraries that set them for their threads continue after the refusal.
+    "setpriority": (141, 140), "ioprio_set": (251, 30), "sched_setparam": (142, 118),
+    "sched_setscheduler": (144, 119), "sched_setattr": (314, 274), "sched_setaffinity": (203, 122),
     # Memory and messages that other processes of the user share by a number or a name.
     "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195), "semget": (64, 190),
     "semop": (65, 193), "semctl": (66, 191), "semtimedop": (220, 192), "msgget": (68, 186),
@@ -43,9 +47,9 @@ FORBIDDEN: Calls = {
     "file_setattr": (469, 469), "utime": (132, None), "utimes": (235, None),
     "futimesat": (261, None), "utimensat": (280, 88), "inotify_add_watch": (254, 27),
     "fanotify_init": (300, 262),
-    # Keys of the user, and parts of the kernel in which many faults were found.
-    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "bpf": (321, 280),
-    "perf_event_open": (298, 241), "userfaultfd": (323, 282),
+    # Keys of the user, messages of the kernel, and parts in which many faults were found.
+    "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "syslog": (103, 116),
+    "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
 }  # fmt: skip
 UNKNOWN: Calls = {"clone3": (435, 435), "openat2": (437, 437)}  # libraries then use older calls
 THREADS: Calls = {"clone": (56, 220)}  # starts threads, but no processes
@@ -53,12 +57,16 @@ THREADS: Calls = {"clone": (56, 220)}  # starts threads, but no processes
 # the others.
 SIGNALS: Calls = {"kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131)}
 LIMITS: Calls = {"prlimit64": (302, 261)}
-# Second arguments that are refused: signals when a file has data, which Linux before 6.12 sends to
-# any process of the user, and changes of a file's attributes.
-COMMANDS: tuple[tuple[Calls, tuple[int, ...]], ...] = (
-    ({"fcntl": (72, 25)}, (8, 10, 15)),  # F_SETOWN, F_SETSIG, F_SETOWN_EX
-    ({"ioctl": (16, 29)}, (0x40086602, 0x401C5820)),  # FS_IOC_SETFLAGS, FS_IOC_FSSETXATTR
+# Values of an argument that are refused: signals when a file has data, which Linux before 6.12
+# sends to any process of the user; life after the end of the parent; cores for other processes.
+COMMANDS: tuple[tuple[Calls, int, tuple[int, ...]], ...] = (
+    ({"fcntl": (72, 25)}, 1, (8, 10, 15)),  # F_SETOWN, F_SETSIG, F_SETOWN_EX
+    ({"prctl": (157, 167)}, 0, (1, 62)),  # PR_SET_PDEATHSIG, PR_SCHED_CORE
 )
+# The second arguments that are allowed. Others change attributes, keys and copies of read files.
+# TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
+CONTROLS: Calls = {"ioctl": (16, 29)}
+ALLOWED_CONTROLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 # Openings that truncate the file, although they do not write, and openings for commands only:
 # Linux before 6.2 does not forbid the first, and no Linux the others.
 OPENINGS: tuple[tuple[Calls, int], ...] = (({"open": (2, None)}, 1), ({"openat": (257, 56)}, 2))
@@ -85,7 +93,6 @@ WRITE_FILE, READ_FILE, READ_FOLDER, REMOVE_FILE, MAKE_FILE, TRUNCATE_FILE = (
 )
 READ = READ_FILE | READ_FOLDER
 WRITE = READ | WRITE_FILE | REMOVE_FILE | MAKE_FILE | TRUNCATE_FILE
-OF_FILES = READ_FILE | WRITE_FILE | TRUNCATE_FILE  # rights that a single file can have
 TCP_VERSION, ALL_TCP = 4, 3  # bind and connect
 SCOPE_VERSION, ALL_SCOPES = 6, 3  # signals, and sockets without a file
 
@@ -104,13 +111,14 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def confine(reads: Iterable[str | Path], writes: Iterable[str | Path]) -> None:
     """Takes rights from this process. The process must not have started threads.
 
-    Afterwards, it can read only the files and folders `reads`, the installed packages and libraries
-    of the system, and the folders `writes`. Only in `writes`, it can write and delete files.
+    Afterwards, it can read only the files `reads`, the installed packages and libraries of the
+    system, and the folders `writes`. Only in `writes`, it can write and delete files. If a folder
+    is in `reads`, it can list the folder and folders below, but not read the files in them.
     """
     _give_up_capabilities()
     _call(_libc.prctl, *map(ctypes.c_ulong, (NO_NEW_PRIVILEGES, 1, 0, 0, 0)))
     if version := _read_landlock_version():
-        _restrict_files(version, [*_list_libraries(), *reads], writes)
+        _restrict_files(version, reads, writes)
     if _has_filters():
         _forbid_calls(_make_filter(platform.machine()))
 
@@ -176,7 +184,7 @@ def _list_libraries() -> set[str]:
 def _restrict_files(
     version: int, reads: Iterable[str | Path], writes: Iterable[str | Path]
 ) -> None:
-    """Allows this process to use only the listed files and folders.
+    """Allows this process to use only libraries and the listed files and folders, see `confine`.
 
     `version` is the version of Landlock in the kernel.
 
@@ -187,12 +195,13 @@ def _restrict_files(
     scopes = ALL_SCOPES if version >= SCOPE_VERSION else 0
     handled = struct.pack("=QQQ", rights, tcp, scopes)
     ruleset = _call(_libc.syscall, CREATE_RULESET, handled, ctypes.c_size_t(len(handled)), 0)
-    for paths, allowed in ((reads, READ), (writes, WRITE)):
+    libraries = _list_libraries()
+    for paths, of_folders in ((libraries, READ), (reads, READ_FOLDER), (writes, WRITE)):
         for path in paths:
             with contextlib.suppress(OSError):  # it is missing: the later reader reports it
                 place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-                given = rights & allowed & (-1 if os.path.isdir(path) else OF_FILES)
-                rule = struct.pack("=Qi", given, place)
+                allowed = of_folders if os.path.isdir(path) else READ_FILE
+                rule = struct.pack("=Qi", rights & allowed, place)
                 _call(_libc.syscall, ADD_RULE, ruleset, BENEATH, rule, 0)
                 os.close(place)
     _call(_libc.syscall, RESTRICT_SELF, ruleset, 0)
@@ -212,9 +221,10 @@ def _make_filter(machine: str) -> list[Step]:
     for calls, argument in OPENINGS:
         refused = [os.O_RDONLY | TRUNCATE, ONLY_COMMANDS | TRUNCATE, ONLY_COMMANDS]
         mode = (AND, 0, 0, ACCESS_MODE | TRUNCATE)
-        cases.append((calls, [_load_argument(argument), mode, *_refuse_any(refused)]))
-    for calls, refused in COMMANDS:
-        cases.append((calls, [_load_argument(1), *_refuse_any(refused)]))
+        cases.append((calls, [_load_argument(argument), mode, *_compare(refused, REFUSE, ALLOW)]))
+    for calls, argument, refused in COMMANDS:
+        cases.append((calls, [_load_argument(argument), *_compare(refused, REFUSE, ALLOW)]))
+    cases.append((CONTROLS, [_load_argument(1), *_compare(ALLOWED_CONTROLS, ALLOW, REFUSE)]))
     steps = [
         (LOAD, 0, 0, MACHINE), (IF_EQUAL, 1, 0, number), REFUSE,
         (LOAD, 0, 0, CALL), (IF_AT_LEAST, 0, 1, SECOND_CALL_LIST), REFUSE,
@@ -226,11 +236,11 @@ def _make_filter(machine: str) -> list[Step]:
     return [*steps, ALLOW]
 
 
-def _refuse_any(values: Sequence[int]) -> list[Step]:
-    """Returns the steps that refuse a call if the loaded number is one of `values`."""
+def _compare(values: Sequence[int], found: Step, other: Step) -> list[Step]:
+    """Returns steps that end with `found` if the loaded number is one of `values`, or `other`."""
     numbered = enumerate(reversed(values), 1)
     checks = [(IF_EQUAL, left, 0, value) for left, value in numbered]
-    return [*reversed(checks), ALLOW, REFUSE]
+    return [*reversed(checks), other, found]
 
 
 def _load_argument(number: int) -> Step:

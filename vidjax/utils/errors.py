@@ -50,6 +50,10 @@ class DiskError(UserError, OSError):
     """This process or one of its child processes could not read or write a file."""
 
 
+class NetError(UserError):
+    """A net cannot be run, or is not the net that its card, a JSON file, describes."""
+
+
 class InUseError(UserError):
     """Another process of vidjax has locked the folder that a command needs."""
 

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 LOWEST_FLOAT = -sys.float_info.max  # NaN is not `>= LOWEST_FLOAT`
 Text = Annotated[str, Meta(max_length=10_000)]
-Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Whole = Annotated[int, Meta(gt=-(1 << 53), lt=1 << 53)]
 Count = Annotated[int, Meta(ge=0, lt=1 << 31)]
 Size = Annotated[int, Meta(ge=1, lt=1 << 31)]

@@ -222,6 +222,8 @@ def clean_name(name: str) -> str:
     bare = strip_ending(name)
     if not bare.strip():
         raise UserError(f"clip name '{show(name)}' is empty: give the clip a name")
+    if ".." in bare and ".." in bare.split("/"):
+        raise UserError(f"clip name '{show(name)}' contains the folder '..': rename the clip")
     return check_name(bare)
 
 

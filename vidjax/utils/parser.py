@@ -5,8 +5,15 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from vidjax.utils import files
 from vidjax.utils.errors import UserError, closest
 from vidjax.utils.messages import Result
+
+# The values of all arguments with these metavars are paths, see `files.local`.
+PATHS = {
+    "C", "DIR", "F", "FILE", "FOLDER", "G", "GT", "MODELS", "NEW", "NEW_RUN", "OUT_DIR", "PATH",
+    "PLACE", "RANKING", "RUN", "W",
+}  # fmt: skip
 
 
 class _StoreOnce(argparse.Action):
@@ -84,9 +91,15 @@ class Parser(argparse.ArgumentParser):
         args: Sequence[str] | None = None,
         namespace: Any = None,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        """Parses words as argparse does, and keeps them for `error`."""
+        """Parses words as argparse does, and keeps them for `error`. Paths become `Path`."""
         self.words = args or ()
-        return super().parse_known_args(args, namespace)
+        parsed, others = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            value = getattr(parsed, action.dest, None)
+            if action.metavar in PATHS and value:
+                paths = [files.local(x) for x in (value if isinstance(value, list) else [value])]
+                setattr(parsed, action.dest, paths if isinstance(value, list) else paths[0])
+        return parsed, others
 
     def suggest_flag(self, flag: str, more: Sequence[str] = ()) -> str:
         """Returns a flag of this parser, or of `more`, that looks like `flag`, or ""."""

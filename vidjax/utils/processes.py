@@ -7,6 +7,9 @@ limited, and so are the length of its output and of each file that it writes. It
 that it needs, and no connections or programs, see `confinement`. It gets only environment variables
 that it needs.
 
+A file that has taken over its child chooses the answer. So a caller names the class of the result,
+uses the files that the child wrote in a block `doubt`, and sets itself what it knows.
+
 Process pools of Python are not used, because their processes import the user's program. A program
 without `if __name__ == "__main__"` would then run again.
 """
@@ -23,13 +26,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import msgspec
+
 from vidjax.utils import confinement
-from vidjax.utils.errors import DiskError, UserError, describe_system_error
+from vidjax.utils.errors import DiskError, NetError, UserError, describe_system_error
 from vidjax.utils.machine import max_open_files
 from vidjax.utils.names import show
 
@@ -49,6 +54,10 @@ VARIABLES = (
 )  # fmt: skip
 
 _PARENT_DEATH = 1
+# Key of an answer -> the error that `work` raised.
+_ERRORS = {"error": UserError, "os_error": DiskError, "net_error": NetError}
+# Errors of the system that the files of a child can cause.
+_OF_FILES = (None, errno.ENOENT, errno.EACCES)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -202,7 +211,7 @@ def limit_resources(memory_bytes: int, cpu_seconds: int, calls: int) -> None:
         resource.setrlimit(kind, (min(soft, last), last))
 
 
-def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> NoReturn:
+def serve(work: Callable[[dict[str, Any]], object]) -> NoReturn:
     """Calls `work` with each job that `run_limited_each` sends to this child process.
 
     Jobs come as JSON from standard input, and results go to standard output. Text that libraries
@@ -228,19 +237,19 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> NoReturn:
 
 
 def _answer(
-    work: Callable[[dict[str, Any]], dict[str, Any]], path: str, given: dict[str, Any], limit: str
+    work: Callable[[dict[str, Any]], object], path: str, given: dict[str, Any], limit: str
 ) -> dict[str, Any]:
     """Calls `work`, and returns its result or its error as JSON, for `_parse_answer`."""
     try:
-        return {"result": work(given)}
+        return {"result": msgspec.to_builtins(work(given))}
     except MemoryError:
         return {
             "error": f"'{path}' is refused, because reading it needs more memory than {limit}: "
             "split it into smaller files"
         }
     except UserError as error:
-        kind = "os_error" if isinstance(error, OSError) else "error"
-        return {kind: str(error), "errno": getattr(error, "errno", None)}
+        (*_, key) = (name for name, kind in _ERRORS.items() if isinstance(error, kind))
+        return {key: str(error), "errno": getattr(error, "errno", None)}
     except OSError as error:
         if error.errno == errno.EFBIG:
             about = f"reading it would write a file of more than {limit}"
@@ -252,18 +261,19 @@ def run_limited(
     module: str,
     path: Path,
     arguments: Mapping[str, object],
+    kind: type[Result],
     **limits: Any,  # noqa: ANN401  (the other arguments of `run_limited_each`)
-) -> dict[str, Any]:
+) -> Result:
     """Runs the function `work` of a module in a child process, and returns its result.
 
     `path` is the file that `work` reads. `arguments` are the arguments of `work`, JSON values. For
-    `limits`, see `run_limited_each`.
+    `kind` and `limits`, see `run_limited_each`.
 
     Raises:
       UserError: `work` raised UserError, exceeded a limit, or crashed.
       DiskError: `work` could not read or write a file.
     """
-    (answer,) = run_limited_each(module, [(path, arguments)], **limits)
+    (answer,) = run_limited_each(module, [(path, arguments)], kind, **limits)
     if isinstance(answer, UserError):
         raise answer
     return answer
@@ -272,6 +282,7 @@ def run_limited(
 def run_limited_each(
     module: str,
     given: Sequence[tuple[Path, Mapping[str, object]]],
+    kind: type[Result],
     *,
     memory_bytes: int,
     cpu_seconds: int,
@@ -279,12 +290,13 @@ def run_limited_each(
     reads: Sequence[Path] = (),
     writes: Sequence[Path] = (),
     children: Children | None = None,
-) -> list[dict[str, Any] | UserError]:
+) -> list[Result | UserError]:
     """Calls the function `work` of a module several times in one child process.
 
     Args:
       module: the name of a module that ends with `processes.serve(work)`.
       given: a pair for each call: the file that `work` reads, and the arguments of `work`.
+      kind: the class of the results. A result that does not fit is an error.
       memory_bytes: limit of the address space, and of each file that `work` writes.
       cpu_seconds: limit of the CPU time of each call. The elapsed time is limited to 60 seconds +
         20 times this value.
@@ -298,7 +310,7 @@ def run_limited_each(
     If the process exceeds a limit or crashes, a new process continues with the call that it did not
     finish. If this is the first call of the new process, the call gets an error.
     """
-    answers: list[dict[str, Any] | UserError] = []
+    answers: list[Result | UserError] = []
     children = children or Children()
     limits = {"memory_bytes": memory_bytes, "cpu_seconds": cpu_seconds}
     jobs = {**limits, "reads": [*map(str, reads)], "writes": [*map(str, writes)]}
@@ -316,7 +328,7 @@ def run_limited_each(
         if len(output) <= output_bytes:
             lines.pop()  # it is empty, or the process has not finished it
         pairs = zip(left, lines, strict=False)
-        answers += [_parse_answer(path, line) for (path, _), line in pairs]
+        answers += [_parse_answer(path, line, kind) for (path, _), line in pairs]
         if not lines:
             answers.append(_describe_end(left[0][0], child, seconds, cpu_seconds))
     return answers
@@ -352,20 +364,35 @@ def _describe_end(
     )
 
 
-def _parse_answer(path: Path, line: bytes) -> dict[str, Any] | UserError:
-    """Returns the result or the error in a line that a child has printed.
+@contextlib.contextmanager
+def doubt(path: Path) -> Iterator[None]:
+    """Turns errors in a `with` block, which uses results for the file `path`, into a UserError.
 
-    A file that has taken over the child may print anything.
+    A file that has taken over the child may print anything, and write anything into its files.
     """
     try:
-        answer = json.loads(line)
-        if "os_error" in answer:
-            failed = DiskError(str(answer["os_error"]))
-            failed.errno = answer.get("errno")
-            return failed
-        return UserError(str(answer["error"])) if "error" in answer else dict(answer["result"])
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return UserError(
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno not in _OF_FILES:
+            raise
+        raise UserError(
             f"'{path}' is damaged or hostile: the process that reads it printed no result: "
             "write the file again, or leave it out"
-        )
+        ) from error
+
+
+def _parse_answer(path: Path, line: bytes, kind: type[Result]) -> Result | UserError:
+    """Returns the result or the error in a line that a child has printed."""
+    try:
+        with doubt(path):
+            answer = json.loads(line)
+            if "result" in answer:
+                return msgspec.convert(answer["result"], kind)
+            key, text = next((key, answer[key]) for key in _ERRORS if key in answer)
+            lines = msgspec.convert(text, str)[:KEPT_ERROR_BYTES].split("\n")
+            failed = _ERRORS[key]("\n".join(lines[:3]))
+            if isinstance(failed, DiskError):
+                failed.errno = msgspec.convert(answer.get("errno"), int | None)
+            return failed
+    except UserError as error:
+        return error

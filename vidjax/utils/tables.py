@@ -41,12 +41,12 @@ def check_new(out: str | Path, endings: Sequence[str] = ENDINGS) -> Path:
 
     Raises UserError if the table cannot be written.
     """
-    path = Path(out).expanduser()
+    path = files.local(out)
     if path.suffix not in endings:
         names = " or ".join(filter(None, (", ".join(endings[:-1]), endings[-1])))
         raise UserError(f"--out={path}: end the name in {names}")
     if os.path.lexists(path):
-        raise UserError(_describe_existing(path))
+        raise UserError(files.describe_existing(path))
     if not path.parent.is_dir():
         raise UserError(f"--out={path}: the folder '{path.parent}' does not exist: make it first")
     if path.suffix == ".parquet":
@@ -73,7 +73,7 @@ def write(
         content = to_parquet(to_arrow(to_columns(columns, list(rows))))
     else:
         content = to_text([columns, *rows], ".tsv" if path.suffix == ".tsv" else ".csv").encode()
-    write_new(path, content)
+    files.write_bytes(path, content, replace=False)
 
 
 def write_ranking(path: Path, ranking: Ranking) -> None:
@@ -187,25 +187,3 @@ def to_parquet(table: "pyarrow.Table", note: Mapping[bytes, bytes] | None = None
     content = io.BytesIO()
     parquet.write_table(table.replace_schema_metadata(note), content, write_page_checksum=True)
     return content.getvalue()
-
-
-def write_new(path: Path, content: bytes) -> None:
-    """Writes a new file. Raises UserError if `path` exists. An error leaves no incomplete file."""
-    partial = path.with_name(f".vidjax-{os.urandom(4).hex()}{path.suffix}")
-    files.write_bytes(partial, content)
-    try:
-        try:
-            os.link(partial, path)  # unlike a rename, this does not replace an existing file
-        except FileExistsError:
-            raise
-        except OSError:  # some file systems, such as mounted cloud drives, have no hard links
-            path.touch(exist_ok=False)
-            os.replace(partial, path)
-    except FileExistsError:
-        raise UserError(_describe_existing(path)) from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _describe_existing(path: Path) -> str:
-    return f"--out={path} exists and is not overwritten: name another file, or delete it"

@@ -31,6 +31,7 @@ from vidjax.data import labels
 from vidjax.evaluation import topk
 from vidjax.utils import messages, tables
 from vidjax.utils.errors import UserError, check_argument
+from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import is_unknown
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ FACE = "unknown face "  # the name of an unclear face, which is in no group, sta
 # At a lower probability of its name, a clip leaves its group. We measured this on films: at 0.5,
 # groups give no more right names than single clips; at 0.05, more strangers get a lookalike's name.
 LEAST_OWN_PROBABILITY = 0.1
+OTHER_CLIPS = "clips"  # the evidence for a clip that would have no name without its group
 GROUP_COLUMNS = {"clip": "string", "identity": "string"}  # columns of a table of groups
 # Optional columns after GROUP_COLUMNS: the video of a clip, and its times.
 PLACE_COLUMNS = dict.fromkeys(("video", "start", "end"), "string")
@@ -55,6 +57,9 @@ RANK_ROWS = 64  # clips that are ranked together
 # The share of strangers with a probability above 0.5 in galleries of nets, see the benchmarks
 # `calibration` and `decision`.
 OF_STRANGERS = "2 to 7 %"
+# If a gallery has more people for each person to whom its run was fitted, many known clips get no
+# name. In a simulation with a number of 500, it was every second clip.
+MAX_GROWTH = 20
 # The score of a clip depends on the batch of clips that it is in, by at most this relative error.
 SCORE_ROUNDING = 1e-7
 
@@ -68,7 +73,8 @@ class Answer(NamedTuple):
       score: the logarithm of the probability. It differs even if two probabilities round to 1.
       best: the most probable identities with their probabilities, best first.
       evidence: the modalities, such as face, that the clip and `identity` have in common. It is
-        empty if the person is unknown. If a user enrolled a clip of a film, it is `told`.
+        empty if the person is unknown. If a user enrolled a clip of a film, it is `told`. It
+        contains `clips` if the clip would have no name without the other clips of its group.
     """
 
     identity: str | None
@@ -92,26 +98,34 @@ Answers = Mapping[str, Answer]  # clip -> answer
 NOBODY = Answer(None, 0.0, -math.inf, ())
 
 
-def join_answers(vote: Answer, own: Answer) -> Answer:
-    """Returns the answer for a clip of a group.
+def join_answers(vote: Answer, own: Sequence[Answer]) -> list[Answer]:
+    """Returns the answers for the clips of a group.
 
-    The clip gets the name of the group, with the lower of two probabilities. If the clip itself
-    speaks against this name, the clip leaves the group.
+    If at least one clip would get the name of the group by itself, the clips get this name, each
+    with the lower of two probabilities. A clip that speaks against the name leaves the group.
 
     Args:
       vote: the answer for the whole group.
-      own: the answer for only this clip, with at least 10 identities.
+      own: the answer for each single clip, with at least 10 identities.
     """
     if vote.identity is None:
-        return vote
-    probability = dict(own.best).get(vote.identity, 0.0)
-    if probability < LEAST_OWN_PROBABILITY:
-        return own
-    if probability >= vote.probability:
-        return vote
-    others = [pair for pair in own.best if pair[0] != vote.identity]
-    best = ((vote.identity, probability), *others)
-    return vote._replace(probability=probability, score=math.log(probability), best=best)
+        return [vote] * len(own)
+    if all(x.identity != vote.identity for x in own):
+        return list(own)
+    joined = []
+    for answer in own:
+        probability = dict(answer.best).get(vote.identity, 0.0)
+        if LEAST_OWN_PROBABILITY <= probability < vote.probability:
+            others = [pair for pair in answer.best if pair[0] != vote.identity]
+            best, score = ((vote.identity, probability), *others), math.log(probability)
+            kept = vote._replace(probability=probability, score=score, best=best)
+            if answer.identity != vote.identity:
+                kept = kept._replace(evidence=(*vote.evidence, OTHER_CLIPS))
+            answer = kept
+        elif probability >= vote.probability:
+            answer = vote
+        joined.append(answer)
+    return joined
 
 
 class Threshold(NamedTuple):
@@ -331,12 +345,28 @@ def choose_rule(state: State, fpir: float | None, threshold: float | None) -> Na
         about += f", which {OF_STRANGERS} of strangers reach" if state.origin.cards else ""
         about += f"; with {wanted} clips of strangers instead of {strangers}, at most "
         about += f"{100 * DEFAULT_FPIR:g} % of new strangers would get a name"
+        if not state.origin.cards:
+            about += _describe_growth(state)
         return NamingRule("new", math.log(MIN_NAMED_PROBABILITY), True, None, about)
     limit = measure_on_strangers(state, DEFAULT_FPIR if fpir is None else fpir)
     about = f"the probability is {describe_probability(limit.score)} or more, "
     about += f"which at most {100 * limit.fpir:.10g} % of new strangers reach, and is higher "
     about += "than the probability of all other enrolled people together"
     return NamingRule("fpir", limit.score, fpir is None, limit, about)
+
+
+def _describe_growth(state: State) -> str:
+    """Returns why known clips get no name in a gallery that has outgrown its run, or ""."""
+    clips = state.clips.values()
+    fitted = state.index.remember(
+        "fitted", lambda: len({x.identity for x in clips if x.fitted and x.identity})
+    )
+    if not 0 < MAX_GROWTH * fitted < (people := len(state.index.names)):
+        return ""
+    return (
+        f". The probabilities were fitted to {fitted:,} people, so with {people:,} people, many "
+        "known clips get no name"
+    )
 
 
 def identify(
@@ -365,12 +395,14 @@ def identify(
     named = np.array([answer.identity is not None for answer in by_owner], bool)
     shared = np.flatnonzero((counts > 1)[owner] & named[owner])
     singly = state.index.nearest([x[shared] for x in parts], max(k, 10))
-    for row, match in zip(shared.tolist(), singly, strict=True):
-        own = rule.answer(match, cards=bool(state.origin.cards))
-        answer = join_answers(answers[vectors.names[row]], own)
-        if rule.by != "new" and not rule.names(answer.score):  # a promise for single clips
-            answer = answer._replace(identity=None, evidence=())
-        answers[vectors.names[row]] = answer._replace(best=answer.best[:k])
+    own = [rule.answer(match, cards=bool(state.origin.cards)) for match in singly]
+    pairs = zip(owner[shared].tolist(), zip(shared.tolist(), own, strict=True), strict=True)
+    for group, clips in group_by_key(pairs).items():
+        rows, single = zip(*clips, strict=True)
+        for row, answer in zip(rows, join_answers(by_owner[group], single), strict=True):
+            if rule.by != "new" and not rule.names(answer.score):  # a promise for single clips
+                answer = answer._replace(identity=None, evidence=())
+            answers[vectors.names[row]] = answer._replace(best=answer.best[:k])
     return answers
 
 

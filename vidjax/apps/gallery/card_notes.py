@@ -38,7 +38,7 @@ def read_cards(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
     from vidjax.apps import cards
 
     check_argument("Gallery: models", models, (str, os.PathLike), "the path of a folder")
-    path = Path(models).expanduser().absolute()
+    path = files.local(models).absolute()
     usable = cards.list_embedders(cards.load(path))
     back_ends = {part: card.back_end for part, card in usable.items() if card.back_end}
     if not back_ends:

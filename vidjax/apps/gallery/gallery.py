@@ -54,6 +54,7 @@ from vidjax.apps.gallery.run_vectors import RunVectors
 from vidjax.apps.gallery.store import STRANGER, State, Store, StoredClip, VectorOrigin
 from vidjax.apps.gallery.vectors import NetVectors, Vectors, select_usable_clips
 from vidjax.apps.gallery.verification import Match, MatchRule, Verification
+from vidjax.apps.server_limits import LOCK_SECONDS
 from vidjax.data.dataset import Dataset
 from vidjax.data.memory import FrameClips, MemoryClips, load_clips
 from vidjax.utils.errors import UserError, check_argument
@@ -98,6 +99,8 @@ class Gallery:
         self._state = self._store.read()
         self._lock = threading.RLock()  # an older state must not replace a newer `_state`
         self._is_changing = False
+        # How long a change waits for changes of other programs.
+        self.lock_seconds = LOCK_SECONDS
         if run is not None and self.origin.cards:
             raise UserError(
                 f"gallery '{self.folder}' was made from nets, so no run computes its vectors\n"
@@ -341,7 +344,7 @@ class Gallery:
         If the gallery is in a folder of results of `vidjax who`, the changes are also written into
         the log of the folder, see `said`. If `log` is False, they are already in the log.
         """
-        with self._store.open(write=True) as transaction:
+        with self._store.open(write=True, wait=self.lock_seconds) as transaction:
             draft = Draft(present := self.state)
             self._is_changing = True
             try:
@@ -586,11 +589,12 @@ class Gallery:
         return verification.verify(state, rule, vectors, identity)
 
     def find_misfits(self, identity: str, clips: Collection[str] | None = None) -> dict[str, float]:
-        """Finds enrolled clips that differ from most clips of the person `identity`.
+        """Finds enrolled clips that do not fit the other clips of the person `identity`.
 
-        Each clip is compared with the person's other clips. If the names `clips` are given, only
-        these clips are compared with the others. Returns clip -> median of its log ratios, if the
-        median is below 0, lowest first.
+        Each clip is compared with all other clips of the person. If at even odds two people are 10
+        times more probable than one person, the clip is listed. Of two clips that differ, both are
+        listed, because nothing shows which clip is wrong. If the names `clips` are given, only
+        these clips are listed. Returns clip -> log ratio, lowest first.
         """
         return verification.find_misfits(self.state, identity, clips)
 

@@ -251,10 +251,14 @@ def migrate(old: "Gallery", new: "Gallery", clips: "AnyClips") -> Migration:
     known = {name for name in vectors.names if strip_ending(name) in person_of}
     chosen = select_usable_clips(vectors._replace(labels=labels).only(known))
     if not chosen:
+        remedy = "use the clip names of the old gallery"
+        if any("/" in name for name in person_of):  # the names of photos
+            place = shlex.quote(str(new.folder))
+            remedy += f"; or enrol the photos again: vidjax gallery enrol {place} --photos=FOLDER"
         raise UserError(
             f"no clip of gallery '{old.folder}' has a usable frame in the features: a clip of the "
             f"gallery is {show(min(person_of, default=''))}, a clip of the features "
-            f"{show(min(vectors.names, default=''))}\nuse the clip names of the old gallery"
+            f"{show(min(vectors.names, default=''))}\n{remedy}"
         )
     with new.change() as draft:
         added, relabelled = dict[str, StoredClip](), dict[str, str]()

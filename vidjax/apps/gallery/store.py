@@ -22,6 +22,7 @@ contain the path of another file, which SQLite would delete.
 
 import contextlib
 import errno
+import fcntl
 import gc
 import hashlib
 import itertools
@@ -31,6 +32,8 @@ import re
 import shlex
 import sqlite3
 import stat
+import tempfile
+import threading
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -44,6 +47,7 @@ from msgspec import Meta, Struct
 
 from vidjax.apps.gallery.backend import Backend, Kind, People, from_numbers
 from vidjax.apps.gallery.index import MAX_BLOCK_PEOPLE, Index
+from vidjax.apps.server_limits import LOCK_SECONDS
 from vidjax.models.two_covariance import Settings
 from vidjax.utils import files, json_files
 from vidjax.utils.errors import InUseError, UserError
@@ -61,7 +65,7 @@ MAX_VALUE_BYTES = 1 << 26  # largest text, blob and row
 ROW_BYTES = 1 << 19  # largest array of numbers that is written to a row
 PAGE_BYTES = 1 << 16
 SCHEMA_SECONDS = 10.0  # limit for reading the schema
-LOCK_SECONDS = 0.2  # how long a change waits for another change to end
+RETRY_SECONDS = 0.005  # between two attempts to begin a change
 WAIT_SECONDS = 60.0  # how long a change waits for readers, and a reader for the end of a change
 STRANGER = ""  # the person of a clip of a stranger; names of people are never empty
 REMEDY = "put back a copy of the gallery, or create it again"
@@ -74,6 +78,7 @@ SCHEMA = {
     "clip": ROWS,  # the names, and then the people
 }
 ROW_KINDS = (int, str, bytes)
+_changes = set[tuple[Path, int]]()  # files that this process changes, and the threads that do it
 Finite = Annotated[float, Meta(ge=json_files.LOWEST_FLOAT, le=-json_files.LOWEST_FLOAT)]
 BACKEND_LAYOUT = np.dtype([("number", "<f8")])
 
@@ -180,7 +185,7 @@ class Store:
     """Reads and writes the file of the gallery in `folder`."""
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder).expanduser().absolute()
+        self.folder = files.local(folder).absolute()
         self.path = self.folder / GALLERY_FILE
 
     # ---- opening
@@ -256,21 +261,31 @@ class Store:
                 raise damaged(journal, "it contains the path of another file")
 
     @contextlib.contextmanager
-    def open(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
+    def open(
+        self, *, write: bool = False, wait: float = LOCK_SECONDS
+    ) -> Iterator[sqlite3.Connection]:
         """Opens the file and begins a transaction. `write` is True if it may change the gallery.
 
         At the beginning, SQLite undoes an interrupted change of another process. At the end of the
         `with` block, changes without a COMMIT are undone. If `write` is True, no other process can
-        change the gallery during the block.
+        change the gallery during the block. If another process changes it for longer than `wait`
+        seconds, raises InUseError. If this thread changes it, raises InUseError at once.
         """
         self._check_files(write=write)
-        with contextlib.closing(_connect(self.path)) as connection:
+        change = (self.path.resolve(), threading.get_ident()) if write else None
+        if change in _changes:
+            raise InUseError(
+                f"gallery '{self.folder}' is in use by an open 'with gallery.change()' of this "
+                "program\nchange the draft of this block, or change the gallery after the block"
+            )
+        with contextlib.ExitStack() as ended:
+            connection = ended.enter_context(contextlib.closing(_connect(self.path)))
             with _translate_errors(self.path, write=write):
-                if write:
+                if change:
                     connection.execute("PRAGMA synchronous=EXTRA")
-                    connection.execute(f"PRAGMA busy_timeout={1000 * LOCK_SECONDS:.0f}")
-                    connection.execute("BEGIN IMMEDIATE")
-                    connection.execute(f"PRAGMA busy_timeout={1000 * WAIT_SECONDS:.0f}")
+                    _begin_change(connection, time.monotonic() + wait)
+                    _changes.add(change)
+                    ended.callback(_changes.discard, change)
                 else:
                     connection.execute("PRAGMA query_only=ON")
                     connection.execute("BEGIN")  # all queries then read the same state
@@ -290,7 +305,8 @@ class Store:
     def remove_leftovers(self) -> None:
         """Deletes the journal of a killed process, unless the gallery is in use or read-only."""
         # SQLite keeps the journal of a change that was interrupted before it changed the file.
-        with contextlib.suppress(InUseError, UnwritableError, OSError), self.open(write=True):
+        in_use = contextlib.suppress(InUseError, UnwritableError, OSError)
+        with in_use, self.open(write=True, wait=0):
             self.path.with_name(JOURNAL_FILE).unlink(missing_ok=True)
 
     # ---- reading
@@ -392,14 +408,12 @@ def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
         raise damaged(path, str(error)) from error
     except sqlite3.Error as error:
         name = getattr(error, "sqlite_errorname", "")
-        if name.startswith("SQLITE_BUSY"):
+        if name.startswith("SQLITE_BUSY") and _has_locks(path.parent):
             raise InUseError(
-                f"gallery '{path.parent}' is in use by another process, or by an open "
-                "'with gallery.change()' of this program\n"
-                "try again when the other change has ended\n"
-                "if no program uses it, its disk has no locks: copy it to a folder on another disk"
+                f"gallery '{path.parent}' is in use by another program, such as `vidjax serve`\n"
+                "try again when the changes of this program have ended"
             ) from error
-        if name == "SQLITE_PERM" or (name.startswith("SQLITE_IOERR") and name.endswith("LOCK")):
+        if re.match("SQLITE_(BUSY|PERM|IOERR.*LOCK$)", name):
             kind = UnwritableError if write else UnreadableError
             raise kind(
                 f"gallery '{path.parent}' is on a drive without locks, like some network and cloud "
@@ -423,6 +437,31 @@ def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
                 "check the disk, and the permissions of this file and its folder"
             ) from error
         raise damaged(path, show(str(error))) from error
+
+
+def _begin_change(connection: sqlite3.Connection, end: float) -> None:
+    """Begins a transaction. Waits for other changes, at most to the time `end`."""
+    # The waiting of SQLite gets slower, so that later programs overtake the earliest.
+    connection.execute("PRAGMA busy_timeout=0")
+    while True:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            break
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= end:
+                raise
+            time.sleep(RETRY_SECONDS)
+    connection.execute(f"PRAGMA busy_timeout={1000 * WAIT_SECONDS:.0f}")
+
+
+def _has_locks(folder: Path) -> bool:
+    """Returns whether the disk of a folder has locks. SQLite calls a file without locks busy."""
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
 
 
 def _connect(path: Path) -> sqlite3.Connection:

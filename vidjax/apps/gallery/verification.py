@@ -10,33 +10,44 @@ clips of other people that reach the threshold. There are two ways to choose a t
 
 - Measured: the clips of strangers in the gallery are compared with the person. S clips can show a
   rate of at least 1 / (S + 1). For two clips, the strangers are compared in S / 2 pairs, so that no
-  two comparisons have a clip in common.
+  two comparisons have a clip in common. The names of the clips determine the pairs, but not the
+  order of the names.
 - By the model, if there are too few strangers: of all clips of other people, at most a share R has
   a likelihood ratio of 1 / R or more. This is Markov's inequality, because the mean likelihood
-  ratio of these clips is 1. It holds only if the clips are distributed as the back end assumes.
+  ratio of these clips is 1. It holds only if the clips are distributed as the back end assumes. If
+  the enrolled people are closer to each other than the card of the net says, the threshold is
+  higher: it is computed with the distance of the enrolled people.
 """
 
+import hashlib
 import itertools
 import math
+import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from vidjax.apps.gallery import answers as answers_lib, card_notes, ratios as ratios_lib
+from vidjax.apps.gallery import answers as answers_lib, card_notes, grouping, ratios as ratios_lib
 from vidjax.apps.gallery.backend import Backend
 from vidjax.apps.gallery.changes import find_person
 from vidjax.apps.gallery.enrolment import list_usable_strangers, stack_parts
 from vidjax.apps.gallery.store import State
 from vidjax.apps.gallery.vectors import Vectors
+from vidjax.models import card_backend, card_check
 from vidjax.utils import tables
 from vidjax.utils.errors import UserError, check_argument
 from vidjax.utils.names import normal_form, show
 
 DEFAULT_FMR = 0.01  # false match rate: 99 strangers can show it
 MAX_PAIRS = 10_000  # of clips that are compared with each other
-MAX_COMPARED = 100  # other clips of a person with which each clip is compared
+MISFIT_ODDS = 10.0  # against the person, from which on a clip does not fit the other clips
+# Pairs of strangers that show one stranger, as far as the model knows. Chance explains this number,
+# and other pairs replace these pairs. Of more such pairs, the user is told.
+MAX_DOUBLES = 3
+MAX_COUNTED = 1000  # clips of strangers that are grouped, to count the strangers
+MIN_STRANGERS = 0.6  # share of the needed strangers below which the user is told
 Kind = Literal["measured", "model", "blind"]
 
 
@@ -127,7 +138,7 @@ class Verification(NamedTuple):
     Attributes:
       matches: clip -> its comparison with the person.
       rule: the rule that decides if a clip is accepted.
-      misfits: clip of the person that differs from most others -> median of its log ratios.
+      misfits: clip of the person that does not fit the others -> log ratio, see `find_misfits`.
     """
 
     matches: dict[str, Match]
@@ -135,11 +146,14 @@ class Verification(NamedTuple):
     misfits: dict[str, float]
 
 
-def make_rule(ratios: np.ndarray, fmr: float | None, *, pairs: bool) -> MatchRule:
+def make_rule(
+    ratios: np.ndarray, fmr: float | None, *, pairs: bool, least: float = -math.inf
+) -> MatchRule:
     """Makes a rule from the log ratios [S] of comparisons of different people.
 
     `fmr` is None for DEFAULT_FMR. `pairs` is True if each comparison needs two clips of strangers.
-    Raises UserError if `fmr` is given and there are too few comparisons.
+    `least` is the result of `find_least_ratio`. Raises UserError if `fmr` is given and there are
+    too few comparisons.
     """
     rate, each = fmr or DEFAULT_FMR, 2 if pairs else 1
     needed = each * answers_lib.count_needed_strangers(rate)
@@ -155,20 +169,61 @@ def make_rule(ratios: np.ndarray, fmr: float | None, *, pairs: bool) -> MatchRul
             f"but the gallery has {each * len(ratios):,}: {lowest}\n"
             "choose a higher fmr, enrol more strangers, or leave out fmr"
         )
-    least = -math.log(rate)
-    about = (
-        f"the log ratio is {least:.6g} or more. If the model is right, at most {100 * rate:g} % "
+    model = (
+        "people are as near each other as here" if least > -math.log(rate) else "the model is right"
     )
+    least = max(least, -math.log(rate))
+    about = f"the log ratio is {least:.6g} or more. If {model}, at most {100 * rate:g} % "
     about += f"of other people's clips reach it; with {needed} clips of strangers, it is measured"
     return MatchRule("model", rate, least, None, about)
 
 
-def pair_strangers(backend: Backend, parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Compares N / 2 pairs of N strangers. `parts` are M arrays [N, D]; see `ratios.compare`."""
-    # Clips of one film, whose names are neighbours, are not paired.
-    half, clips = len(parts[0]) // 2, ratios_lib.of_clips(backend, parts)
-    first, second = clips.take(slice(half)), clips.take(slice(half, 2 * half))
-    return ratios_lib.compare(backend, first, second)
+def shuffle(names: Sequence[str]) -> np.ndarray:
+    """Returns the indices [N] of clips in a random order that only depends on their names."""
+    digests = [hashlib.sha256(name.encode()).digest() for name in names]
+    return np.array(sorted(range(len(names)), key=digests.__getitem__), int)
+
+
+def pair_strangers(
+    backend: Backend,
+    names: Sequence[str],
+    parts: Sequence[np.ndarray],
+    max_doubles: int = MAX_DOUBLES,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compares N / 2 pairs of N clips of strangers. `parts` are M arrays [N, D].
+
+    If at most `max_doubles` pairs probably show one stranger, they exchange clips with other pairs.
+    Returns the log ratios and the compared modalities, see `ratios.compare`.
+    """
+    half, clips = len(names) // 2, ratios_lib.of_clips(backend, parts)
+    first, second = shuffle(names)[: 2 * half].reshape(2, half)
+    ratios, shared = ratios_lib.compare(backend, clips.take(first), clips.take(second))
+    doubles = np.flatnonzero(ratios > math.log(max(len(names), 1)))
+    if len(doubles) <= min(max_doubles, half - 1):
+        for row in doubles:
+            second[[row, row - 1]] = second[[row - 1, row]]
+        ratios, shared = ratios_lib.compare(backend, clips.take(first), clips.take(second))
+    return ratios, shared
+
+
+def count_strangers(state: State) -> int:
+    """Returns about how many people the clips of strangers show, at most MAX_COUNTED."""
+    names = [*list_usable_strangers(state)]
+    names = [names[row] for row in shuffle(names)[:MAX_COUNTED]]
+    return 1 + int(grouping.group(state.index.backend, names, stack_parts(state, names)).max())
+
+
+def find_least_ratio(state: State, fmr: float) -> float:
+    """Returns the log ratio that a share `fmr` of pairs of clips of two people reaches.
+
+    The distance of two people is the distance of the enrolled people, not the distance in the card.
+    """
+    backend, between = state.index.backend, card_notes.compare(state).between
+    limits = [part.distances for part in backend.parts if part.name == "face" and part.distances]
+    mean = 2 * limits[0].within + 2 * max(between, 0.0) * limits[0].between
+    z = statistics.NormalDist().inv_cdf(fmr)
+    square = mean * card_check.quantile(2 * limits[0].different, z)
+    return float(card_backend.pair_log_ratios(limits[0], np.array(square), np.array(2.0)))
 
 
 def choose_rule(state: State, identity: str | None, fmr: float | None) -> MatchRule:
@@ -177,19 +232,37 @@ def choose_rule(state: State, identity: str | None, fmr: float | None) -> MatchR
     if identity is not None:
         check_argument("identity", identity, str, "the name of a person")
         find_person(identity := normal_form(identity), state.clips_of)
-    if card_notes.compare(state).problem == "blind":
+    problem = card_notes.compare(state).problem
+    if problem == "blind":
         return MatchRule("blind", fmr or DEFAULT_FMR, math.inf, None, card_notes.NOBODY)
 
+    rate, names = fmr or DEFAULT_FMR, [*list_usable_strangers(state)]
+
     def compare_strangers() -> np.ndarray:
-        parts = stack_parts(state, [*list_usable_strangers(state)])
+        parts = stack_parts(state, names)
         if identity is not None:
             ratios, shared = state.index.ratios(parts, identity)
         else:
-            ratios, shared = pair_strangers(state.index.backend, parts)
+            most = 0 if problem else MAX_DOUBLES  # if people are close, two may look like one
+            ratios, shared = pair_strangers(state.index.backend, names, parts, most)
         return ratios[shared.any(axis=0)]
 
+    is_close = problem == "closer" and identity is None
+    least = find_least_ratio(state, rate) if is_close else -math.inf
     ratios = state.index.remember(("verify", identity), compare_strangers)
-    return make_rule(ratios, fmr, pairs=identity is None)
+    rule = make_rule(ratios, fmr, pairs=identity is None, least=least)
+    if rule.by != "measured":
+        return rule
+    note, doubles = "", int(np.sum(ratios > math.log(len(names)))) if identity is None else 0
+    if doubles > MAX_DOUBLES:
+        note = f"; {doubles} pairs of strangers look like one person, so the threshold may be far "
+        note += "too high: enrol one clip of each stranger"
+    elif not problem:  # if people are close, two may look like one
+        people = state.index.remember("people of strangers", lambda: count_strangers(state))
+        if people < MIN_STRANGERS * answers_lib.count_needed_strangers(rate):
+            note = f"; the clips of strangers show only about {people} people, so the rate may be "
+            note += "wrong: enrol clips of more strangers"
+    return rule._replace(about=rule.about + note)
 
 
 def verify(state: State, rule: MatchRule, vectors: Vectors, identity: str) -> Verification:
@@ -242,23 +315,18 @@ def make_matches(
 def find_misfits(
     state: State, identity: str, checked: Collection[str] | None = None
 ) -> dict[str, float]:
-    """Finds clips of a person that differ from most of the other clips, see `Gallery`.
-
-    Each clip is compared with the other clips, or with MAX_COMPARED of them.
-    """
+    """Finds clips of a person that do not fit the person's other clips, see `Gallery`."""
     names = find_person(identity, state.clips_of)
-    backend, misfits = state.index.backend, dict[str, float]()
-    clips = ratios_lib.of_clips(backend, stack_parts(state, names))
-    step = -(-len(names) // MAX_COMPARED)
-    rows = (x for x in enumerate(names) if checked is None or x[1] in checked)
-    for row, name in rows:
-        ratios, shared = ratios_lib.compare(
-            backend, clips.take([row]), clips.take(slice(None, None, step))
-        )
-        others = shared.any(axis=0) & (np.arange(len(names))[::step] != row)
-        if others.any() and (middle := float(np.median(ratios[others]))) < 0:
-            misfits[name] = middle
-    return dict(sorted(misfits.items(), key=lambda pair: pair[1]))
+    backend, parts = state.index.backend, stack_parts(state, names)
+    # The number and the sum of the coordinates of all other clips, for each clip.
+    coordinates = ((x, x.any(axis=1)) for x in backend.whiten(parts))
+    others = [(has.sum() - has, x.sum(axis=0) - x) for x, has in coordinates]
+    inverses = ratios_lib.invert(backend)
+    rest = ratios_lib.of_sums(backend, others, np.ones(len(names)), inverses)
+    ratios, shared = ratios_lib.compare(backend, ratios_lib.of_clips(backend, parts), rest)
+    rows = np.flatnonzero(shared.any(axis=0) & (ratios < -math.log(MISFIT_ODDS)))
+    found = {names[row]: float(ratios[row]) for row in rows[np.argsort(ratios[rows])]}
+    return {name: x for name, x in found.items() if checked is None or name in checked}
 
 
 def as_json(key: str | tuple[str, str], match: Match, identity: str = "") -> dict[str, object]:

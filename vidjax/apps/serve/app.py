@@ -129,8 +129,8 @@ class EnrolAnswer(Struct):
       similar: new person -> an enrolled person with a similar name.
       rivals: clip of the request -> another enrolled person. The clip seems to show this person,
         too. It is enrolled.
-      misfits: clip of the request -> median of its log ratios, below 0. The clip probably shows
-        another person than most clips of its person. It is enrolled.
+      misfits: clip of the request -> its log ratio, see `Gallery.find_misfits`. The clip probably
+        shows another person than the other clips of its person. It is enrolled.
     """
 
     enrolled: int
@@ -485,6 +485,7 @@ def make_app(gallery: Gallery, limits: Limits | None = None, token: bytes | None
     """
     check_argument("make_app: gallery", gallery, Gallery, "a gallery: vidjax.Gallery(FOLDER)")
     limits, metrics = limits or Limits(), ServerMetrics()
+    gallery.lock_seconds = limits.lock_seconds
     bodies = Bodies(limits)
     application = Application(gallery, bodies, limits, metrics)
     endpoints = application.list_endpoints()

@@ -7,7 +7,6 @@ can take minutes.
 
 import asyncio
 import contextlib
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.serve.gallery_model import Question
 from vidjax.apps.serve.limits import Refused, ServerMetrics
 from vidjax.apps.server_limits import Limits
-from vidjax.utils.errors import InUseError, mute_thread
+from vidjax.utils.errors import mute_thread
 
 T = TypeVar("T")
 LINGER_SECONDS = 0.01  # longest wait for more requests after a batch of several requests
@@ -158,23 +157,13 @@ class Changes:
         if self.waiting >= self._limits.waiting_changes:
             raise Refused(429, "too many changes are waiting: try again", 2)
         self.waiting += 1
-        work = asyncio.get_running_loop().run_in_executor(self.thread, self._try, change)
+        work = asyncio.get_running_loop().run_in_executor(self.thread, change)
         work.add_done_callback(self._done)
         await asyncio.wait([work], timeout=self._limits.change_seconds)
         if not work.done():
             text = "the change is not finished and goes on: check later whether it was made"
             raise Refused(503, text, 5)
         return work.result()
-
-    def _try(self, change: Callable[[], T]) -> T:
-        """Calls `change` again if another process changes the gallery, for a limited time."""
-        end = time.monotonic() + self._limits.lock_seconds
-        while True:
-            try:
-                return change()
-            except InUseError:  # after `store.LOCK_SECONDS`
-                if time.monotonic() > end:
-                    raise
 
     def _done(self, work: "asyncio.Future[T]") -> None:
         self.waiting -= 1

@@ -59,7 +59,7 @@ REFUSALS: dict[type[Exception], tuple[int, str, int | None]] = {
     TimeoutError: (503, "the answer took too long: try again", 1),
 }
 # Platforms such as Kubernetes ask these paths without a token.
-OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
+OPEN_PATHS = (web.LIVE, "/v2/health/ready")
 
 
 class ServerMetrics:

@@ -241,6 +241,13 @@ def measure_frontality(points: np.ndarray) -> np.ndarray:
     return np.clip(1.0 - off / most, 0.0, 1.0)
 
 
+def find_upside_down(points: np.ndarray) -> np.ndarray:
+    """Returns which faces are upside down, bool [N]. The faces of lying people are not."""
+    points = np.asarray(points, np.float64)
+    across, down = (points[:, 3:].mean(1) - points[:, :2].mean(1)).T
+    return down < -np.abs(across)
+
+
 def has_dark_eyes(crops: np.ndarray, template: np.ndarray) -> np.ndarray:
     """Returns whether both eyes are much darker than the cheeks, as with sunglasses: bool [N].
 

@@ -3,9 +3,11 @@
 import contextlib
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
+
+import numpy as np
 
 from vidjax.apps import bulk, cards, features_folder
 from vidjax.apps.features_folder import MediaFile
@@ -18,7 +20,7 @@ from vidjax.apps.gallery.vectors import Vectors
 from vidjax.apps.video import faces, naming
 from vidjax.apps.video.media_files import PHOTOS
 from vidjax.apps.video.naming import NamedTracks, Tracks
-from vidjax.data import memory, parquet
+from vidjax.data import clip_files, memory, parquet
 from vidjax.data.clips import SPLITS
 from vidjax.data.dataset import Dataset
 from vidjax.data.memory import MemoryClips
@@ -30,10 +32,9 @@ Given: TypeAlias = Path | Dataset  # the path of clips, or a dataset
 Person: TypeAlias = str | Mapping[str, str] | None  # of all clips, or clip -> person
 
 
-def list_inputs(inputs: Iterable[str]) -> list[Path]:
+def list_inputs(inputs: Iterable[Path]) -> list[Path]:
     """Returns the paths of inputs. A folder of tables is replaced by its tables."""
-    paths = [Path(path).expanduser() for path in inputs]
-    return [path for named in paths for path in (bulk.list_tables(named) or [named])]
+    return [path for named in inputs for path in (bulk.list_tables(named) or [named])]
 
 
 def check_input(
@@ -71,7 +72,7 @@ def refuse_photos(path: Path) -> None:
 
 def read_films(path: str | Path | None) -> list[MediaFile]:
     """Reads the descriptions of the films whose clips are in `path`; returns [] for other clips."""
-    folder = Path(path or "").expanduser()
+    folder = Path(path or "")
     if folder.suffix == ".npz":  # the features of one film
         folder = folder.parent
     is_extracted = path and (folder / features_folder.NAME).exists()
@@ -240,7 +241,7 @@ def check_seen_together(
             )
 
 
-def find_models(gallery: Gallery, models: str | None) -> Path:
+def find_models(gallery: Gallery, models: Path | None) -> Path:
     """Returns the folder of the nets of a gallery, by default where the gallery was made.
 
     Raises UserError if a run made the gallery, or if `models` has other nets.
@@ -251,7 +252,7 @@ def find_models(gallery: Gallery, models: str | None) -> Path:
             f"gallery '{gallery.folder}' was made from a run, so it cannot enrol photos\n"
             "make a gallery of the nets: vidjax gallery create NEW --models=DIR"
         )
-    folder = Path(models or place).expanduser()
+    folder = models or Path(place)
     found = cards.list_embedders(cards.read_all(folder))
     for part, digest in made.items():
         if part not in found or found[part].digest != digest:
@@ -272,6 +273,19 @@ def list_numbered(gallery: Gallery, films: Iterable[MediaFile]) -> list[str]:
 
 
 # ---- people of new clips
+
+
+def embed_clips(gallery: Gallery, features: Path, clips: Collection[str]) -> Vectors:
+    """Computes the embeddings of clips from a folder of features. `clips` may be empty."""
+    reads = gallery.backend.widths
+    if not clips:  # for example if no photo can be used
+        return Vectors((), {part: np.zeros((0, width)) for part, width in reads.items()}, ())
+    paths = sorted({features / f"{clip.partition('.')[0]}.npz" for clip in clips})
+    known = (
+        clip._replace(modalities={part: x for part, x in clip.modalities.items() if part in reads})
+        for clip in clip_files.read_clips(paths) if clip.name in clips
+    )  # fmt: skip
+    return gallery.embed(MemoryClips.pack(known, reads, ()))
 
 
 def name_clips(

@@ -212,7 +212,9 @@ class Review:
         # In the meantime, another program may have changed the films.
         film, track = next(found, (None, None))
         path = film and _find_source(film)
-        return path and track and still.read_still(path, track.box_at_s or track.start_s)
+        if not (path and film and track):
+            return None
+        return still.read_still(path, track.box_at_s or track.start_s, film.jumps)
 
     def picture(self, address: str) -> Path | None:
         """Returns the path of the picture with this address, or None if there is no picture."""

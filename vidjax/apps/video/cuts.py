@@ -1,25 +1,20 @@
-"""Writes cut lists (edit decision lists) of people, for programs that edit films.
+"""Writes cut lists and playlists of people.
 
-A cut list is a .edl file in the format CMX 3600. Each event of the list is a stretch of a film that
-shows the person, with picture and sound. A person may have several lists, because a list has a
-single frame rate and at most 999 events. Time codes count all frames from the start of the film
-(non-drop-frame).
+A cut list is a timeline of OpenTimelineIO (.otio, JSON), for programs that edit films. It plays all
+stretches of films that show the person, one after the other. Each stretch has the frame rate of its
+film. A playlist (.m3u) plays the same stretches in VLC. Other players play the whole films.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vidjax.apps.features_folder import MediaFile, make_printable
 from vidjax.apps.video.naming import Appearance, group_by_video
 from vidjax.utils import files
 from vidjax.utils.names import make_file_stems
 
-MOST_EVENTS = 999
-RATES = (24000 / 1001, 24.0, 25.0, 30000 / 1001, 30.0, 48.0, 50.0, 60000 / 1001, 60.0)
 USUAL_RATE = 25.0  # if the frame rate of a film is unknown
-TITLE_LETTERS = 60  # the largest number of letters of a person's name in a title
 
 
 class Cut(NamedTuple):
@@ -32,24 +27,23 @@ class Cut(NamedTuple):
 
 def find_cuts(
     appearances: Iterable[Appearance], films: Iterable[MediaFile], padding_s: float
-) -> dict[tuple[str, float], list[Cut]]:
-    """Returns (person, frame rate) -> the stretches of films that show the person.
+) -> dict[str, list[Cut]]:
+    """Returns person -> the stretches of films that show the person.
 
     Each stretch is extended by `padding_s` seconds at both ends, but not beyond the ends of the
-    film. Stretches that then touch are joined. Frame rates are rounded to the nearest usual rate,
-    such as 25 or 29.97. Photos and people without a name are skipped.
+    film. Stretches that then touch are joined. Photos and people without a name are skipped.
     """
-    cuts: dict[tuple[str, float], list[Cut]] = {}
+    cuts: dict[str, list[Cut]] = {}
     of_video = group_by_video(appearances)
     for film in films:
-        rate = min(RATES, key=lambda rate: abs(rate - (film.rate or USUAL_RATE)))
+        rate = film.rate or USUAL_RATE
         length = int(film.seconds * rate + 1e-3)
         for appearance in of_video.get(film.video, ()):
             begin = max(0, round((appearance.start_s - padding_s) * rate))
             end = min(length, round((appearance.end_s + padding_s) * rate))
             if film.photo or appearance.probability is None or begin >= end:
                 continue
-            stretches = cuts.setdefault((str(appearance.identity), rate), [])
+            stretches = cuts.setdefault(str(appearance.identity), [])
             if stretches and stretches[-1].film is film and begin <= stretches[-1].end:
                 stretches[-1] = stretches[-1]._replace(end=max(end, stretches[-1].end))
             else:
@@ -60,41 +54,53 @@ def find_cuts(
 def write(
     folder: Path, appearances: Iterable[Appearance], films: Iterable[MediaFile], padding_s: float
 ) -> None:
-    """Writes the cut lists of all people into a folder, as NAME.edl.
-
-    A list contains the cuts of `find_cuts` for one frame rate. If the films of a person have
-    several rates, the names of the files also contain the rate.
-    """
-    lists = find_cuts(appearances, films, padding_s)
-    rates = Counter(person for person, _ in lists)
-    written: list[tuple[str, str]] = []
-    for (person, rate), cuts in lists.items():
-        of_rate = f" {rate:.5g} fps"
-        title, name = person[:TITLE_LETTERS] + of_rate, person + of_rate * (rates[person] > 1)
-        for part in range(0, len(cuts), MOST_EVENTS):
-            label = f"{name} part {part // MOST_EVENTS + 1}" if part else name
-            written.append((label, to_edl(title, rate, cuts[part : part + MOST_EVENTS])))
-    stems = make_file_stems(label for label, _ in written)
-    for stem, (_, text) in zip(stems, written, strict=True):
-        files.write_text(folder / f"{stem}.edl", text)
+    """Writes the cut lists and playlists of all people into a folder, as NAME.otio and NAME.m3u."""
+    cuts = find_cuts(appearances, films, padding_s)
+    for stem, (person, own) in zip(make_file_stems(cuts), cuts.items(), strict=True):
+        files.write_text(folder / f"{stem}.otio", files.to_json(to_timeline(person, own)))
+        files.write_text(folder / f"{stem}.m3u", to_playlist(own))
 
 
-def to_edl(title: str, rate: float, cuts: Sequence[Cut]) -> str:
-    """Returns the text of an .edl file that plays the cuts one after the other, without gaps."""
-    lines, at = [f"TITLE: {title}", "FCM: NON-DROP FRAME"], 0
-    for number, (film, begin, end) in enumerate(cuts, 1):
-        frames = (begin, end, at, at + end - begin)
-        times = " ".join(_format_timecode(frame, round(rate)) for frame in frames)
-        path, at = film.source.path, frames[-1]
-        lines += ["", f"{number:03}  AX       AA/V  C        {times}"]
-        lines += [f"* FROM CLIP NAME: {make_printable(path.name)}"]
-        lines += [f"* SOURCE FILE: {make_printable(str(path))}"]
+def to_timeline(person: str, cuts: Sequence[Cut]) -> dict[str, Any]:
+    """Returns a timeline of OpenTimelineIO with a track of pictures and a track of sound."""
+    tracks = [
+        {"OTIO_SCHEMA": "Track.1", "kind": kind, "name": kind, "children": [*map(_to_clip, cuts)]}
+        for kind in ("Video", "Audio")
+    ]
+    stack = {"OTIO_SCHEMA": "Stack.1", "name": "tracks", "children": tracks}
+    return {"OTIO_SCHEMA": "Timeline.1", "name": make_printable(person), "tracks": stack}
+
+
+def _to_clip(cut: Cut) -> dict[str, Any]:
+    film, rate = cut.film, cut.film.rate or USUAL_RATE
+
+    def make_range(begin: int, end: int) -> dict[str, Any]:
+        times = {"start_time": begin, "duration": end - begin}
+        return {"OTIO_SCHEMA": "TimeRange.1"} | {
+            name: {"OTIO_SCHEMA": "RationalTime.1", "rate": rate, "value": float(frames)}
+            for name, frames in times.items()
+        }
+
+    media = {
+        "OTIO_SCHEMA": "ExternalReference.1",
+        "target_url": f"file://{film.source.address}",
+        "available_range": make_range(0, max(cut.end, int(film.seconds * rate + 1e-3))),
+    }
+    return {
+        "OTIO_SCHEMA": "Clip.2",
+        "name": make_printable(film.source.path.name),
+        "source_range": make_range(cut.begin, cut.end),
+        "active_media_reference_key": "DEFAULT_MEDIA",
+        "media_references": {"DEFAULT_MEDIA": media},
+    }
+
+
+def to_playlist(cuts: Sequence[Cut]) -> str:
+    """Returns the text of an .m3u playlist. VLC reads the times in seconds."""
+    lines = ["#EXTM3U"]
+    for film, begin, end in cuts:
+        rate, source = film.rate or USUAL_RATE, film.source
+        lines += [f"#EXTINF:{round((end - begin) / rate)},{make_printable(source.path.name)}"]
+        lines += [f"#EXTVLCOPT:start-time={begin / rate:.3f}"]
+        lines += [f"#EXTVLCOPT:stop-time={end / rate:.3f}", f"file://{source.address}"]
     return "\n".join(lines) + "\n"
-
-
-def _format_timecode(frame: int, base: int) -> str:
-    """Returns the time code HH:MM:SS:FF of a frame number at `base` frames per second."""
-    seconds, frames = divmod(frame, base)
-    minutes, second = divmod(seconds, 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours:02}:{minute:02}:{second:02}:{frames:02}"

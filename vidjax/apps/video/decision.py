@@ -14,7 +14,7 @@ from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.labelling import complete, find_known
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
 from vidjax.apps.said import Line
-from vidjax.apps.video import naming, people_photos, unknown_numbers
+from vidjax.apps.video import clip_inputs, naming, people_photos, unknown_numbers
 from vidjax.apps.video.faces import Said
 from vidjax.apps.video.naming import Appearance, NamedTracks, Tracks
 from vidjax.apps.video.unknown_numbers import UnknownNumbers
@@ -96,7 +96,7 @@ def decide(
     """
     vectors, votes = (last.vectors, last.votes) if last else (None, None)
     if not last and (clips := {track.clip for film in films for track in film.tracks}):
-        vectors = features_folder.embed_clips(gallery, out / said_lib.FEATURES, clips)
+        vectors = clip_inputs.embed_clips(gallery, out / said_lib.FEATURES, clips)
         complete(gallery, vectors)
     before = unknown_numbers.read_numbers(out)
     said = read_said(out, films, lines, before)

@@ -5,6 +5,7 @@ bytes of an open regular file, and cannot open playlists, other files, or networ
 are in seconds since the first picture or sound of the file, as in video players.
 """
 
+import collections
 import contextlib
 import dataclasses
 import errno
@@ -15,7 +16,7 @@ import types
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -45,6 +46,12 @@ BACK_SECONDS = 1.0  # the longest step back of time stamps of sound
 # A video counts as damaged if it is shorter than declared by more than 0.5 s and by more than 5 %.
 MISSING_SECONDS = 0.5
 MISSING_FRACTION = 0.05
+# The clock jumps at a step of more than JUMP_SECONDS that is more than JUMP_STEPS times as long as
+# each of the NEAR_STEPS steps before and after it. So the pictures of a slide show are no jumps.
+JUMP_SECONDS, JUMP_STEPS, NEAR_STEPS = 10.0, 50, 3
+KEY_SECONDS = 10.0  # the longest time between two key frames of a broadcast
+BROADCASTS = ("mpegts", "mpeg")  # formats whose clock may begin anew, for example in joined files
+Jump = tuple[float, float]  # when the clock jumps, and by how much, in seconds
 
 Kind = TypeVar("Kind", "VideoFrame", "AudioFrame")
 # (a, b, c, d) for each rotation in degrees, counter-clockwise: the pixel at (x, y) moves to
@@ -75,6 +82,7 @@ class Frame:
     time_s: float
     small: np.ndarray  # uint8 [36, 64, 3], the stored picture, for the detection of cuts
     rgb: np.ndarray | None  # uint8 [H, W, 3], the upright picture; None if it is not sampled
+    gap_s: float  # where the time jumps to `time_s`: the end of the previous picture, or `time_s`
 
 
 @dataclasses.dataclass
@@ -85,6 +93,7 @@ class DecodeCounts:
     corrupt: int = 0  # frames that the decoder marked as corrupt. They are skipped
     refused: int = 0  # packets and frames that could not be decoded or converted
     repaired: int = 0  # time stamps that `Clock` replaced
+    jumps: list[Jump] = dataclasses.field(default_factory=list)
     seconds: float = 0.0  # the end of the last frame
     damaged: bool = False  # whether the last part of the pictures or the sound is missing
 
@@ -97,29 +106,61 @@ class Clock:
     the average duration of a frame. If this time differs from the bad time stamp, all later frames
     are moved by this difference. No time is negative.
 
+    If the clock jumps and `resets` is True, all later frames are moved back, too. If `resets` is
+    False, the time jumps, and the previous frame ends after the usual step, at `gap_s`.
+
     `step_s` is the average duration of a frame. `latest_s` is the declared end, or None.
     """
 
-    def __init__(self, step_s: float, latest_s: float | None):
-        self._step = step_s
+    def __init__(self, step_s: float, latest_s: float | None, *, resets: bool = False):
+        self.step, self._resets = step_s, resets
+        self.jumps: list[Jump] = []
+        self.gap_s = 0.0
         self._latest = np.inf if latest_s is None else latest_s + 10.0
         self._shift = 0.0
         self._last: float | None = None
         self.repaired = 0
 
-    def time(self, stamp_s: float | None) -> float:
-        """Returns the time in seconds of the next frame. The frame may have no time stamp."""
-        after = 0.0 if self._last is None else self._last + self._step
+    def time(self, stamp_s: float | None, usual_s: float | None = None) -> float:
+        """Returns the time in seconds of the next frame. The frame may have no time stamp.
+
+        `usual_s` is the usual step if the clock jumps before the frame, see `find_jumps`.
+        """
+        after = 0.0 if self._last is None else self._last + (usual_s or self.step)
+        self.step = min(self.step, usual_s or self.step)
         time = after if stamp_s is None else stamp_s + self._shift
         bad = stamp_s is None or (self._last is not None and time <= self._last)
         if bad or time > self._latest:
             self.repaired += 1
             self._shift += 0.0 if stamp_s is None else after - time
             time = after
+        elif usual_s is not None:
+            self.jumps.append((after, time - after))
+            if self._resets:
+                self._shift += after - time
+                time = after
+        self.gap_s = time if usual_s is None else min(after, time)
         if self._last is None:  # the start that is subtracted from time stamps is rounded
             time = max(time, 0.0)
         self._last = time
         return time
+
+
+def find_jumps(frames: "Iterable[VideoFrame]") -> "Iterator[tuple[VideoFrame, float | None]]":
+    """Yields each frame, and the usual step in seconds if the clock jumps before it, else None."""
+    steps = collections.deque([np.nan] * (2 * NEAR_STEPS + 1), 2 * NEAR_STEPS + 1)
+    waiting, last_s = collections.deque[Any](), None
+    for frame in itertools.chain(frames, [None] * NEAR_STEPS):
+        stamp_s = frame and frame.time
+        steps.append(np.nan if stamp_s is None or last_s is None else stamp_s - last_s)
+        last_s = stamp_s
+        waiting.append(frame)
+        if len(waiting) > NEAR_STEPS:
+            before, (step, *after) = [*steps][:NEAR_STEPS], [*steps][NEAR_STEPS:]
+            near = [x for x in (*before, *after) if x > 0]
+            usual = max(near, default=np.inf)
+            jumps = step > max(JUMP_SECONDS, JUMP_STEPS * usual) and len(near) >= NEAR_STEPS
+            yield waiting.popleft(), usual if jumps else None
 
 
 class Video:
@@ -136,6 +177,7 @@ class Video:
         self.info = _read_info(container, self._stream)
         _check_size(path, self.info)
         self.counts = DecodeCounts()
+        self._resets = container.format.name in BROADCASTS
 
     def frames(self, fps: float) -> Iterator[Frame]:
         """Yields all frames in order. Corrupt frames are skipped.
@@ -148,13 +190,14 @@ class Video:
         from av.video.frame import VideoFrame
         from av.video.reformatter import VideoReformatter
 
-        clock = Clock(1.0 / self.info.rate, self.info.seconds)
+        clock = Clock(1.0 / self.info.rate, self.info.seconds, resets=self._resets)
         # Two reformatters, because each caches its conversion for a single size and format.
         shrink, convert = VideoReformatter(), VideoReformatter()
-        sample = 0
-        for decoded in self._decode(self._stream, VideoFrame):
+        sample, gap_s = 0, np.inf
+        for decoded, usual_s in find_jumps(self._decode(self._stream, VideoFrame)):
             stamp = decoded.time
-            time_s = clock.time(None if stamp is None else stamp - self.info.start_s)
+            time_s = clock.time(None if stamp is None else stamp - self.info.start_s, usual_s)
+            gap_s = min(gap_s, clock.gap_s)
             # The tolerance is needed because time stamps are rounded to milliseconds.
             sampled = time_s * fps >= sample - 1e-3
             try:
@@ -166,27 +209,36 @@ class Video:
             if rgb is not None:
                 sample = int(time_s * fps + 1e-3) + 1
             self.counts.frames += 1
-            self.counts.repaired = clock.repaired
-            self.counts.seconds = self._find_end(time_s, decoded)
-            yield Frame(time_s, small, rgb)
+            self.counts.repaired, self.counts.jumps = clock.repaired, clock.jumps
+            self.counts.seconds = self._find_end(time_s, decoded, clock.step)
+            yield Frame(time_s, small, rgb, gap_s)
+            gap_s = np.inf
         if not self.counts.frames:
             problem = f"'{self._path}' is damaged: no picture in it can be decoded"
             raise UserError(f"{problem}\ncopy the file again, or leave it out")
-        declared = self.info.seconds or 0.0
+        if clock.jumps:  # the average rate contains the jumps
+            self.info = dataclasses.replace(self.info, rate=1.0 / clock.step)
+        declared = (self.info.seconds or 0.0) - self._resets * sum(by for _, by in clock.jumps)
         # Some programs write the time stamp of the end into Matroska files, not the duration.
         from_zero = self.info.start_s if "matroska" in self._container.format.name else 0.0
         missing = declared - self.counts.seconds - from_zero
         self.counts.damaged |= missing > max(MISSING_SECONDS, MISSING_FRACTION * declared)
 
-    def still(self, seconds: float) -> np.ndarray | None:
-        """Returns the upright picture at `seconds`, uint8 [H, W, 3]. None if there is none."""
+    def still(self, seconds: float, jumps: Iterable[Jump] = ()) -> np.ndarray | None:
+        """Returns the upright picture at `seconds`, uint8 [H, W, 3]. None if there is none.
+
+        `jumps` are the jumps that `frames` has found.
+        """
         from av.error import FFmpegError
         from av.video.frame import VideoFrame
         from av.video.reformatter import VideoReformatter
 
         wanted, last = seconds + self.info.start_s + 1e-3, None
+        wanted += self._resets * sum(by for at, by in jumps if at <= seconds)
+        # In a broadcast, FFmpeg finds a place near the time, but not the key frame before it.
+        begin_s = wanted - self._resets * KEY_SECONDS
         with contextlib.suppress(FFmpegError):  # a format without a seek is read from the start
-            self._container.seek(max(0, int(wanted * 1e6)))
+            self._container.seek(max(0, int(begin_s * 1e6)))
         for frame in self._decode(self._stream, VideoFrame):
             if last is not None and frame.time is not None and frame.time > wanted:
                 break
@@ -198,29 +250,33 @@ class Video:
         width = max(1, round(frame.width * self.info.aspect))
         return _turn_upright(_resize(reformatter, frame, width, frame.height), frame)
 
-    def _find_end(self, time_s: float, frame: "VideoFrame") -> float:
-        """Returns the end of a frame in seconds. A frame lasts at least 1 / `info.rate` seconds."""
-        end_s = time_s + 1.0 / self.info.rate
+    def _find_end(self, time_s: float, frame: "VideoFrame", step_s: float) -> float:
+        """Returns the end of a frame in seconds. A frame lasts at least `step_s` seconds."""
+        end_s = time_s + step_s
         duration_s = (frame.duration or 0) * float(frame.time_base or 0)
         return max(end_s, min(time_s + duration_s, self.info.seconds or 0.0))
 
-    def sound(self) -> Iterator[tuple[float, np.ndarray]]:
+    def sound(self, jumps: Iterable[Jump] = ()) -> Iterator[tuple[float, np.ndarray]]:
         """Yields blocks (seconds, samples) of the first sound track.
 
         `seconds` is the time of the first sample. `samples` are float32 [n] at 16 kHz, clipped to
         -1 to 1. They are a weighted sum of all channels: 0.71 x (left + right) for stereo. There
         may be gaps between blocks. If a block begins more than a second before the end of the
-        previous block, the rest of the sound is dropped.
+        previous block, the rest of the sound is dropped. `jumps` are the jumps that `frames` has
+        found.
         """
         from av.audio.frame import AudioFrame
 
         for stream in _list_sound_streams(self._container)[:1]:
             stream.codec_context.thread_count = 1
-            time_s = 0.0
+            time_s, removed, left = 0.0, 0.0, [*jumps] if self._resets else []
             for block in self._resample(self._decode(stream, AudioFrame)):
                 # Small differences are ignored, because some formats round time stamps.
                 if block.time is not None:
-                    stamp_s = block.time - self.info.start_s
+                    stamp_s = block.time - self.info.start_s - removed
+                    while left and stamp_s > left[0][0] + left[0][1] / 2:
+                        removed += left[0][1]
+                        stamp_s -= left.pop(0)[1]
                     if stamp_s < time_s - BACK_SECONDS:  # later times are unknown
                         self.counts.damaged = True
                         return

@@ -24,7 +24,8 @@ from msgspec import Struct
 from vidjax.apps import cards, features_folder
 from vidjax.apps.features_folder import ExtractionSettings, FaceTrack, FileStamp, MediaFile
 from vidjax.apps.video import align, decode, photos, regions, tracks, voices
-from vidjax.apps.video.nets import Detector, Embedder, Faces, NetError
+from vidjax.apps.video.halves import HalvesDetector
+from vidjax.apps.video.nets import Detector, Embedder, Faces
 from vidjax.apps.video.search import FilmSearch, SearchedFrame
 from vidjax.apps.video.shots import ShotDetector
 from vidjax.apps.video.tracks import MainFigures, Track, Tracker
@@ -37,6 +38,7 @@ MOST_FRAMES = 32
 # The best picture of each span of KEPT_SECONDS of a track is kept. If a track has more than
 # MOST_KEPT pictures, the spans are doubled.
 MOST_KEPT, KEPT_SECONDS = 96, 0.2
+LEAST_TURNED = 5  # a film with fewer faces upside down does not count as upside down
 
 
 class Task(Struct, kw_only=True):
@@ -126,6 +128,7 @@ class ClipBuilder:
         self.tracks: list[FaceTrack] = []  # of finished clips, in the order in which they ended
         self.arrays: dict[str, dict[str, np.ndarray]] = {}  # name of a clip -> arrays of the `.npz`
         self.mirrors = False  # whether `FaceTrack.mirrored` is computed
+        self.seen = self.turned = 0  # numbers of detected faces, and of faces upside down
 
     def add(
         self, time_s: float, frame: int, owners: np.ndarray, faces: Faces, rgb: np.ndarray
@@ -138,6 +141,8 @@ class ClipBuilder:
         chosen = np.flatnonzero(owners >= 0)
         if not len(chosen):
             return
+        self.seen += len(owners)
+        self.turned += int(align.find_upside_down(faces.points).sum())
         faces, card = faces.take(chosen), self._nets.embed.card
         template, (side, _) = np.array(card.template), card.input.size or (0, 0)
         crops = align.warp_faces(rgb, align.fit_similarity(faces.points, template), side)
@@ -251,11 +256,8 @@ def extract(task: Task, nets: Nets) -> MediaFile:
     Raises:
       UserError: the file cannot be decoded.
     """
-    path, out, held_s = (
-        Path(task.path),
-        Path(task.out),
-        tracks.choose_held_seconds(task.settings.fps),
-    )
+    path, out = Path(task.path), Path(task.out)
+    held_s = tracks.choose_held_seconds(task.settings.fps)
     clips = ClipBuilder(nets, out / features_folder.THUMBNAILS, held_s)
     photo = photos.read_photo(path)
     if photo:
@@ -279,13 +281,14 @@ def _read_film(task: Task, clips: ClipBuilder, nets: Nets) -> dict[str, Any]:
     """Makes the clips of a video; returns the other fields of its `MediaFile`."""
     path = Path(task.path)
     with decode.open_video(path) as video:
-        cuts, seen = _make_clips(video, clips, nets, task)
+        cuts, seen, layout = _make_clips(video, clips, nets, task)
     facts = {"shots": cuts.shots(video.counts.seconds), "brightness": cuts.brightness}
-    facts |= {"others": video.info.others, "rate": video.info.rate}
+    facts |= {"others": video.info.others, "rate": video.info.rate, "halves": layout}
     facts |= dataclasses.asdict(video.counts)
+    facts["upside_down"] = clips.turned >= max(LEAST_TURNED, clips.seen / 2)
     if nets.listen and video.info.sound:
         with decode.open_video(path) as video:
-            facts["voices"] = clips.hear(video.sound(), seen)
+            facts["voices"] = clips.hear(video.sound(facts["jumps"]), seen)
             sound = video.counts
         facts["lost_sound"] = sound.corrupt + sound.refused + sound.damaged
     return facts
@@ -293,12 +296,13 @@ def _read_film(task: Task, clips: ClipBuilder, nets: Nets) -> dict[str, Any]:
 
 def _make_clips(
     video: decode.Video, clips: ClipBuilder, nets: Nets, task: Task
-) -> tuple[ShotDetector, list[FaceTrack]]:
+) -> tuple[ShotDetector, list[FaceTrack], features_folder.Layout | None]:
     """Makes a clip of each track in a video, or with `--unit=shot`, of each shot's main person.
 
-    Returns the detector of the shots, and the tracks of all people.
+    Returns the detector of the shots, the tracks of all people, and the layout of equal halves.
     """
     fps, cuts, search = task.settings.fps, ShotDetector(), FilmSearch(nets.detect)
+    halves = HalvesDetector()
     tracker = Tracker(
         tracks.choose_gap_seconds(min(fps, video.info.rate)), tracks.choose_held_seconds(fps)
     )
@@ -316,10 +320,10 @@ def _make_clips(
             clips.end(track, iter([f"{task.stem}.s{track.shot:03}"]), split=False)
         clips.keep((main or tracker).live)
 
-    def end_shot(time_s: float) -> None:
-        tracker.cut(time_s)
+    def end_shot(time_s: float, next_s: float | None = None) -> None:
+        tracker.cut(time_s, next_s)
         if main:
-            main.cut(time_s)
+            main.cut(time_s, next_s)
         end_clips()
 
     def take(frames: Iterable[SearchedFrame]) -> None:
@@ -327,21 +331,23 @@ def _make_clips(
             owners = tracker.update(frame.time_s, frame.faces.boxes)
             if main:
                 owners = main.update(frame.time_s, frame.faces.boxes)
+            halves.add(frame.rgb, frame.faces.boxes)
             clips.add(frame.time_s, frame.number, owners, frame.faces, frame.rgb)
             end_clips()
 
     with (Path(task.out) / features_folder.PROGRESS).open("wb", buffering=0) as progress:
         for number, frame in enumerate(video.frames(fps)):
-            if cuts.update(frame.time_s, frame.small) and number:
+            jumps = frame.gap_s < frame.time_s
+            if cuts.update(frame.time_s, frame.small, jumps) and number:
                 take(search.end_shot())
-                end_shot(cuts.starts[-1])
+                end_shot(frame.gap_s if jumps else cuts.starts[-1], cuts.starts[-1])
             if frame.rgb is not None:
                 progress.seek(0)  # the number only grows; opening the file again is slow
                 progress.write(str(video.tell()).encode())
                 take(search.add(number, frame.time_s, frame.rgb))
     take(search.end_shot())
     end_shot(video.counts.seconds)
-    return cuts, seen if main else clips.tracks
+    return cuts, seen if main else clips.tracks, halves.layout
 
 
 def _read_photo(
@@ -374,17 +380,14 @@ def _to_face_track(track: Track, clip: str) -> FaceTrack:
     return FaceTrack(clip=clip, shot=track.shot, start_s=start_s, end_s=end_s, seen=seen)
 
 
-def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Calls `extract` in a child process; arguments and result are JSON objects.
+def work(arguments: dict[str, Any]) -> MediaFile | None:
+    """Calls `extract` in a child process; the arguments are a JSON object.
 
-    If a net cannot be used, the result is only {"net_error": the message}.
+    Without a path, returns None. If a net cannot be used, raises NetError.
     """
     task = msgspec.convert(arguments, Task)
-    try:
-        nets = load_nets(task.models, task.settings.size)
-    except NetError as error:
-        return {"net_error": str(error)}
-    return msgspec.to_builtins(extract(task, nets)) if task.path else {}
+    nets = load_nets(task.models, task.settings.size)
+    return extract(task, nets) if task.path else None
 
 
 if __name__ == "__main__":

@@ -363,6 +363,7 @@ def _make_section(
     length = "Photo" if film.photo else f"Length {_format_length(film.seconds)}"
     about = "; the file ends earlier than it declares" if film.damaged else ""
     about += "; too dark to find faces" if film.is_dark else ""
+    about += "; upside down" if film.upside_down else ""
     by_person = [row for _, row in sorted(rows, key=lambda pair: pair[0])]
     return film.video, length + about, bars, by_person
 

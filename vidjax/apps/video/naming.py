@@ -8,7 +8,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import NamedTuple
 
 from vidjax.apps.features_folder import Box, FaceTrack, MediaFile
-from vidjax.apps.gallery.answers import FACE, NOBODY, UNKNOWN, Answer, parse_group_number
+from vidjax.apps.gallery.answers import (
+    FACE,
+    NOBODY,
+    OTHER_CLIPS,
+    UNKNOWN,
+    Answer,
+    parse_group_number,
+)
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.labelling import find_known
 from vidjax.apps.gallery.vectors import Vectors, select_usable_clips
@@ -37,12 +44,15 @@ class Appearance(NamedTuple):
 def format_certainty(appearance: Appearance) -> str:
     """Returns the probability of a name as text, such as "87 %", or "" for an unknown person.
 
-    For a name that a user gave, the text is "as you said".
+    For a name that a user gave, the text is "as you said". For a name that only other shots of the
+    person show, it is "23 %, by other shots".
     """
     if appearance.probability is None:
         return ""
-    given = appearance.evidence == (TOLD,)
-    return "as you said" if given else format_percent(appearance.probability)
+    if appearance.evidence == (TOLD,):
+        return "as you said"
+    other = ", by other shots" if OTHER_CLIPS in appearance.evidence else ""
+    return format_percent(appearance.probability) + other
 
 
 def find_appearances(

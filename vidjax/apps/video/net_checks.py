@@ -48,25 +48,24 @@ def _check_folder(folder: Path) -> str:
 
 
 def _describe_file(path: Path) -> str:
-    """Calls `work` in a child process."""
-    return processes.run_limited(
-        __name__, path, {"path": str(path)}, memory_bytes=MEMORY_BYTES, cpu_seconds=CPU_SECONDS,
-        reads=cards.list_files(path.parent),
-    )["text"]  # fmt: skip
-
-
-def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Tests the net of the card `path`, and describes it: {"text": ...}."""
-    card = cards.read(Path(arguments["path"]))
-    net = nets.Net(card)
+    """Tests a net in a child process, and describes it."""
+    card = cards.read(path)
+    milliseconds = processes.run_limited(
+        __name__, path, {"path": str(path)}, float, memory_bytes=MEMORY_BYTES,
+        cpu_seconds=CPU_SECONDS, reads=cards.list_files(path.parent),
+    )  # fmt: skip
     parts = [
         f"{card.role}, {card.decoder}, from {card.source.describe()}",
         "test passed",
-        f"{measure_milliseconds(net):.3g} ms of CPU time per {INPUTS[card.role]}",
+        f"{milliseconds:.3g} ms of CPU time per {INPUTS[card.role]}",
         f"weights {card.licence.weights}",
     ]
-    text = "; ".join(parts + ([describe_back_end(card.back_end)] if card.back_end else []))
-    return {"text": text}
+    return "; ".join(parts + ([describe_back_end(card.back_end)] if card.back_end else []))
+
+
+def work(arguments: dict[str, Any]) -> float:
+    """Tests the net of the card `path`; returns the result of `measure_milliseconds`."""
+    return measure_milliseconds(nets.Net(cards.read(Path(arguments["path"]))))
 
 
 def measure_milliseconds(net: nets.Net) -> float:

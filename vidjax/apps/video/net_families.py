@@ -1,8 +1,9 @@
 """Writes cards for nets that users have: InsightFace's, OpenCV's, and nets of the same form.
 
 `net_families.json` describes each family of nets. A net belongs to a family if its inputs and
-outputs have the shapes of the family. The net is copied unchanged. It may come from a stranger, so
-`work` reads it in a child process with limits, and code of the net's package is never run.
+outputs have the shapes of the family. The net is copied unchanged if it is one file with one output
+[N, D]. Otherwise, its weights are joined, and only the vector is kept. It may come from a stranger,
+so `work` reads it in a child process with limits, and code of the net's package is never run.
 
 Source:
   InsightFace's arcface_onnx.py, scrfd.py and face_align.py; OpenCV's face_detect.cpp and
@@ -11,6 +12,7 @@ Source:
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,8 +25,8 @@ from vidjax.apps import cards
 from vidjax.apps.cards import Card, Role, Written
 from vidjax.apps.video import net_packages, nets
 from vidjax.apps.video.nets import Net
-from vidjax.utils import processes
-from vidjax.utils.errors import UserError, require_packages
+from vidjax.utils import files, processes
+from vidjax.utils.errors import NetError, UserError, require_packages
 from vidjax.utils.names import show
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ FREE_SIZES = ((256, 256), (96, 160))  # images, height and width, to test a net 
 # processors round in other ways. The second share is for weights of 16 bits.
 TOLERANCE, HALF_TOLERANCE = 0.002, 0.02
 SEED, OTHER_SEED = 1, 101  # of test inputs
+LIMIT, UINT8 = cards.MODEL_BYTES, 2  # TensorProto.UINT8
+VECTOR = "vidjax_vector"  # the output that `_keep_vector` adds
 
 DATA = msgspec.json.decode(Path(__file__).parents[1].joinpath("net_families.json").read_bytes())
 FAMILIES: dict[str, Any] = DATA["families"]  # family -> fields of the card, `supported` in addition
@@ -77,46 +81,61 @@ def _join(shapes: Mapping[str, list[int | None]]) -> str:
 
 
 def convert(
-    kind: str, paths: Sequence[Path], folder: Path, like: str = "", side: int | None = None
-) -> list[Path]:
+    kind: str, paths: Sequence[Path], folder: Path, like: str | None = None,
+    side: int | None = None, colour: str | None = None,
+) -> list[Path]:  # fmt: skip
     """Copies nets into `folder`, and writes their cards; returns the paths of the cards.
 
     Args:
       kind: a key of `KINDS`. "insightface" finds the nets for faces in a package of several nets.
       paths: nets (.onnx), or a folder or .zip with nets.
       folder: the folder for the nets and their cards.
-      like: the family. If it is "", the net's inputs and outputs determine the family.
+      like: the family. If it is None, the net's inputs and outputs determine the family.
       side: the side in pixels of an embedder's input, if the net allows any side.
+      colour: the order of the colours, "rgb" or "bgr". If it is None, the order of the family.
 
     Raises:
       UserError: a file is damaged or of no family, or two nets have the same role.
     """
     require_packages("convert", "onnx", extra="convert")
-    found: dict[Role, tuple[Path, str, Written]] = {}
+    found: dict[Role, tuple[Written, bytes]] = {}
     for path, name in _list_nets(paths):
-        given = {"path": str(path), "name": name, "kind": kind, "like": like, "side": side}
-        fields = processes.run_limited(
-            __name__, path, given, memory_bytes=MEMORY_BYTES, cpu_seconds=CPU_SECONDS
-        )
-        if not fields:
-            continue
-        card = msgspec.convert(fields, Written)
-        if card.role in found:
-            raise UserError(
-                f"{card.source.file} and {found[card.role][2].source.file} are both nets for the "
-                f"role {card.role}\nconvert one of them: vidjax convert own FILE --like=FAMILY"
-            )
-        found[card.role] = path, name, card
+        given = {"name": name, "kind": kind, "like": like, "side": side, "colour": colour}
+        for card, content in _read_net(path, given):
+            if card.role in found:
+                raise UserError(
+                    f"{card.source.file} and {found[card.role][0].source.file} are both nets for "
+                    f"the role {card.role}\nconvert one of them: vidjax convert own FILE "
+                    "--like=FAMILY"
+                )
+            found[card.role] = card, content
     wanted = {FAMILIES[family]["role"] for family in KINDS[kind]["families"]}
     if lost := sorted(wanted - found.keys()) if kind == "insightface" or not found else ():
         raise UserError(
             f"'{paths[0]}' contains no net for the role {lost[0]}\n"
             "check the package, or convert a single net: vidjax convert own FILE --like=FAMILY"
         )
-    return [
-        net_packages.write_net(folder, card, net_packages.unpack(path, name, cards.MODEL_BYTES))
-        for path, name, card in found.values()
-    ]
+    return [net_packages.write_net(folder, card, content) for card, content in found.values()]
+
+
+def _read_net(path: Path, given: dict[str, Any]) -> list[tuple[Written, bytes]]:
+    """Calls `work` in a child process. Returns the card and the converted net, or nothing."""
+    with files.scratch_folder() as scratch:
+        given |= {"path": str(path), "out": str(scratch / "net.onnx"), "weights": ""}
+        limits = {"memory_bytes": MEMORY_BYTES, "cpu_seconds": CPU_SECONDS, "writes": [scratch]}
+        answer = processes.run_limited(__name__, path, given, list[Written | str], **limits)
+        for name in [x for x in answer if isinstance(x, str)][:1]:
+            with processes.doubt(path):
+                given["weights"] = str(weights := path.with_name(Path(name).name))
+            limits["reads"] = [weights]
+            answer = processes.run_limited(__name__, path, given, list[Written | str], **limits)
+        with processes.doubt(path):
+            found = list[tuple[Written, bytes]]()
+            for card in (x for x in answer if isinstance(x, Written)):
+                content = net_packages.unpack(path, given["name"], LIMIT)
+                found.append((card, files.read_bytes(Path(given["out"]), LIMIT)))
+                _check_card(card, given["kind"], given["name"], content, found[-1][1])
+    return found
 
 
 def _list_nets(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
@@ -135,43 +154,77 @@ def _list_nets(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
             yield path, path.name
 
 
-def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields of the card of a net, as JSON. The arguments are in `convert`.
+def _check_card(card: Written, kind: str, name: str, content: bytes, converted: bytes) -> None:
+    """Raises ValueError if a card that a child made has fields of another net or family."""
+    for family in KINDS[kind]["families"]:
+        if FAMILIES[family]["role"] == card.role:
+            right = msgspec.to_builtins(card) | _describe(kind, family, name, content, converted)
+            if card.back_end:
+                centre = {"centre": card.back_end.centre}
+                right["back_end"] = centre | FAMILIES[family]["back_end"]
+            if msgspec.convert(right, Written) == card:
+                return
+    raise ValueError("the card is of another net")
 
-    If the net is part of a package and belongs to no family, returns {}.
+
+def work(arguments: dict[str, Any]) -> list[Written | str]:
+    """Returns the card of a net, and writes the converted net into the file `out`.
+
+    The other arguments are in `convert`. If the net is part of a package and belongs to no family,
+    returns no card. If it has weights in a second file, and the argument `weights`, the path of
+    this file, is "", returns the name of the file.
     """
     kind, name, like = (arguments[key] for key in ("kind", "name", "like"))
     content = net_packages.unpack(Path(arguments["path"]), name, cards.MODEL_BYTES)
-    net = parse_net(content, name)
-    sha256, families = hashlib.sha256(content).hexdigest(), KINDS[kind]["families"]
-    known = KNOWN.get(sha256, {})
+    net, families = parse_net(content, name), KINDS[kind]["families"]
+    known = KNOWN.get(hashlib.sha256(content).hexdigest(), {})
     family = known.get("family") or like or guess_family(net, families)
     if family not in families:
         if kind == "insightface":
-            return {}
+            return []
         shapes = "; ".join(f"{x}: {FAMILIES[x]['supported']}" for x in families)
         raise UserError(f"'{show(name)}' has {net.describe()}\nsupported are {shapes}")
-    if like not in ("", family):
+    if like not in (None, family):
         raise UserError(
             f"'{show(name)}' is {known['file']} of {known['package']}: use --like={family}"
         )
+    if second := find_weights(net, Path(arguments["path"]).parent):
+        if not arguments["weights"]:
+            return [second]
+        net = _join_weights(net, net_packages.unpack(Path(arguments["weights"]), second, LIMIT))
     refuse_unsafe(net)
+    fields = _describe(kind, family, name, content, content)
+    fields |= _fit(family, net, arguments["side"], arguments["colour"])
+    fields["test"] = {"seed": SEED, "output": [0.0] * 4, "tolerance": 1.0}
+    try:
+        card, converted = _measure(fields, family, net)
+        fields = msgspec.to_builtins(card) | _describe(kind, family, name, content, converted)
+        files.write_bytes(Path(arguments["out"]), converted)
+        return [msgspec.convert(fields, Written)]
+    except msgspec.ValidationError as error:  # for example, a side is too large for a card
+        raise net.refuse(family, f" ({error})") from None
+
+
+def _describe(
+    kind: str, family: str, name: str, content: bytes, converted: bytes
+) -> dict[str, Any]:
+    """Returns the fields of a card that depend only on the file and the family of a net.
+
+    `content` is of the file, and `converted` are the bytes of the net that `convert` writes.
+    """
+    sha256, form = hashlib.sha256(content).hexdigest(), FAMILIES[family]
     stem = re.sub(r"[^A-Za-z0-9_.-]", "_", name.removesuffix(".onnx")).lstrip(".-")[:90] or family
-    form, unknown = FAMILIES[family], {"package": cards.UNKNOWN, "version": cards.UNKNOWN}
+    known, unknown = KNOWN.get(sha256, {}), {"package": cards.UNKNOWN, "version": cards.UNKNOWN}
     source = {key: known.get(key, value) for key, value in unknown.items()}
-    fields = {
-        "format": 1, "file": f"{stem}.onnx", "sha256": sha256, "norm_is_quality": False,
+    change = "none" if converted == content else "one file with one output [N, D]"
+    return {
+        "format": 1, "file": f"{stem}.onnx", "sha256": hashlib.sha256(converted).hexdigest(),
+        "norm_is_quality": False,
         "role": form["role"], "decoder": form["decoder"], "notes": form["notes"],
         "licence": known.get("licence") or KINDS[kind]["licence"],
         "source": {**source, "file": name, "sha256": sha256},
-        "conversion": f"vidjax.apps.video.net_families {family}: none",
-        "test": {"seed": SEED, "output": [0.0] * 4, "tolerance": 1.0},
-        **_fit(family, net, arguments["side"]),
+        "conversion": f"vidjax.apps.video.net_families {family}: {change}",
     }  # fmt: skip
-    try:
-        return msgspec.to_builtins(_measure(fields, family, net))
-    except msgspec.ValidationError as error:  # for example, a side is too large for a card
-        raise net.refuse(family, f" ({error})") from None
 
 
 def parse_net(content: bytes, name: str) -> ForeignNet:
@@ -198,16 +251,52 @@ def parse_net(content: bytes, name: str) -> ForeignNet:
     return ForeignNet(name, content, model, inputs, outputs)
 
 
+def find_weights(net: ForeignNet, folder: Path) -> str:
+    """Returns the name of the file in the folder of a net that contains its weights, or "".
+
+    Raises UserError if the weights are in several files, in another folder, or missing.
+    """
+    places = {_describe_place(x).get("location", "") for x in _list_external(net.model)}
+    if len(places) > 1 or any(Path(x).name != x or not files.is_file(folder / x) for x in places):
+        name, found = show(net.name), show(", ".join(sorted(places)))
+        raise UserError(
+            f"'{name}' uses weights in other files: {found}. Only one file next to the net is "
+            "read\ncopy this file there, or join all files: "
+            f"python -c \"import onnx; onnx.save(onnx.load('{name}'), 'joined.onnx')\""
+        )
+    return next(iter(places), "")
+
+
+def _list_external(model: "ModelProto") -> "list[TensorProto]":
+    constants = [x.t for node in model.graph.node for x in node.attribute]
+    tensors = (*model.graph.initializer, *constants)
+    return [x for x in tensors if x.data_location == 1 or x.external_data]  # 1 is EXTERNAL
+
+
+def _describe_place(weights: "TensorProto") -> dict[str, str]:
+    """Returns the place of weights in another file: `location`, `offset` and `length`."""
+    return {entry.key: entry.value for entry in weights.external_data}
+
+
+def _join_weights(net: ForeignNet, data: bytes) -> ForeignNet:
+    """Moves the weights in `data`, the content of a second file, into the net."""
+    for x in _list_external(net.model):
+        texts = map(_describe_place(x).get, ("offset", "length"))
+        start, length = (int(text) if text and text.isdecimal() else 0 for text in texts)
+        x.raw_data = data[start : start + length] if length else data[start:]
+        x.ClearField("external_data")
+        x.ClearField("data_location")
+    return net._replace(content=net.model.SerializeToString(deterministic=True))
+
+
 def refuse_unsafe(net: ForeignNet) -> None:
-    """Raises UserError if a net needs other files, or other operators than standard ones."""
+    """Raises UserError if a net needs other operators than standard ones."""
     graph = net.model.graph
     nodes = graph.node
     attributes = [(node.op_type, x) for node in nodes for x in node.attribute]
-    constants = [x.t for _, x in attributes]
     operators = {operator for operator, x in attributes if x.HasField("g")}
     domains = {node.domain for node in nodes} - {"", "ai.onnx"}
     problems = {
-        "weights in other files": any(map(_is_external, (*graph.initializer, *constants))),
         "sparse weights": bool(graph.sparse_initializer)
         or any(x.HasField("sparse_tensor") for _, x in attributes),
         "functions": bool(net.model.functions),
@@ -217,12 +306,8 @@ def refuse_unsafe(net: ForeignNet) -> None:
     if found := [problem for problem, is_found in problems.items() if is_found]:
         raise UserError(
             f"'{show(net.name)}' uses {show(found[0])}, which is not supported\n"
-            "export the net to a single file with the standard operators of ONNX"
+            "export the net with the standard operators of ONNX"
         )
-
-
-def _is_external(weights: "TensorProto") -> bool:
-    return weights.data_location == 1 or bool(weights.external_data)  # 1 is TensorProto.EXTERNAL
 
 
 def guess_family(net: ForeignNet, families: Sequence[str]) -> str:
@@ -240,22 +325,24 @@ def guess_family(net: ForeignNet, families: Sequence[str]) -> str:
     return ""
 
 
-def _fit(family: str, net: ForeignNet, side: int | None) -> dict[str, Any]:
+def _fit(family: str, net: ForeignNet, side: int | None, colour: str | None) -> dict[str, Any]:
     """Returns fields of the card that depend on the declared inputs and outputs.
 
-    `side` is the side in pixels of an embedder's input, or None for the default.
+    `side` and `colour` are as in `convert`.
     """
     form, inputs, count = FAMILIES[family], [*net.inputs.items()], len(net.outputs)
     if len(inputs) != 1 or len(inputs[0][1]) != 4:
         raise net.refuse(family)
     name, (batch, channels, *sides) = inputs[0]
-    is_wrong, template, values = batch not in (None, 1) or channels != 3, None, form["input"]
+    values = {**form["input"], "colour": colour or form["input"]["colour"]}
+    if form["role"] == "face_embedder" and channels != 3 == sides[-1]:
+        *sides, channels = channels, *sides
+        values["layout"] = "NHWC"
+    is_wrong, template = batch not in (None, 1) or channels != 3, None
     if form["role"] == "face_embedder":
         side = side or next(filter(None, sides), TEMPLATE_SIDE)
         if is_wrong or not {*sides} <= {None, side}:
             raise net.refuse(family, f" for crops of {side} x {side} pixels")
-        if family == "arcface" and _normalises(net.model):
-            values = values | {"mean": 0.0, "scale": 1.0}
         size, template = [side] * 2, (np.array(form["template"]) * side / TEMPLATE_SIDE).tolist()
     else:
         if family == "scrfd" and count in POINTS_MISSING:
@@ -270,21 +357,25 @@ def _fit(family: str, net: ForeignNet, side: int | None) -> dict[str, Any]:
             raise net.refuse(family, f" with sides that are multiples of {cards.STRIDE}")
         is_fixed = any(sides) or count == 3 * len(nets.MANY_STRIDES)
         size = [side or PADDED_SIDE for side in sides] if is_fixed else None
+    kinds = {x.name: x.type.tensor_type.elem_type for x in net.model.graph.input}
+    if kinds[name] == UINT8 or (family == "arcface" and _normalises(net.model)):
+        values |= {"mean": 0.0, "scale": 1.0}
     values = {**values, "mean": [values["mean"]] * 3, "scale": [values["scale"]] * 3}
     return {"input": {"name": name, "size": size, **values}, "template": template}
 
 
 def _normalises(model: "ModelProto") -> bool:
     """Returns whether a net begins with a subtraction and a product, so that it takes 0 to 255."""
-    skipped = ("Cast", "Constant", "Identity")
+    skipped = ("Cast", "Constant", "Identity", "Transpose")
     first = [node.op_type for node in model.graph.node if node.op_type not in skipped][:2]
     return first in (["Sub", "Mul"], ["Sub", "Div"])
 
 
-def _measure(fields: dict[str, Any], family: str, net: ForeignNet) -> Written:
-    """Runs a net, checks the shapes of its outputs, and returns its card with a test.
+def _measure(fields: dict[str, Any], family: str, net: ForeignNet) -> tuple[Written, bytes]:
+    """Runs a net, checks the shapes of its outputs, and returns its card with a test, and the net.
 
-    If a detector does not run with every size that it declares, its size is set to 640 x 640.
+    If a detector does not run with every size that it declares, its size is set to 640 x 640. Of an
+    embedder, only the vector is kept.
     """
     # Other fields are known after the net has run.
     width = {"width": 1} if fields["role"] == "face_embedder" else {}
@@ -296,6 +387,8 @@ def _measure(fields: dict[str, Any], family: str, net: ForeignNet) -> Written:
             for size in (card.input.size,) if card.input.size else FREE_SIZES:
                 _check_outputs(family, opened, net, size)
         else:
+            if vector := _find_vector(family, opened, net):
+                return _measure(fields, family, _keep_vector(net, vector))
             width = _find_width(family, opened, net)
             back_end = {"centre": [0.0] * width, **FAMILIES[family]["back_end"]}
             fields |= {"width": width, "back_end": back_end}
@@ -304,10 +397,11 @@ def _measure(fields: dict[str, Any], family: str, net: ForeignNet) -> Written:
         if card.role == "face_detector" and not card.input.size:
             fixed = {**fields["input"], "size": [PADDED_SIDE] * 2}
             return _measure({**fields, "input": fixed}, family, net)
-        if not isinstance(error, nets.NetError):
+        if not isinstance(error, NetError):
             raise
-        reason = str(error).partition("\n")[0].partition("describes ")[2]
-        raise net.refuse(family, f" and cannot be run {reason}") from None
+        reason = str(error).partition("\n")[0].partition("describes (")[2].removesuffix(")")
+        text = f"'{show(net.name)}' cannot be used: {reason}\nexport it again, or use another net"
+        raise UserError(text) from None
     if not np.isfinite(output).all() or np.array_equal(output, other):
         raise UserError(
             f"'{show(net.name)}' has the same output for different images, or an output "
@@ -317,7 +411,7 @@ def _measure(fields: dict[str, Any], family: str, net: ForeignNet) -> Written:
     share = HALF_TOLERANCE if has_half else TOLERANCE
     tolerance = max(1e-6, share * float(np.abs(output).max()))
     fields["test"] = {"seed": SEED, "output": output.tolist(), "tolerance": tolerance}
-    return msgspec.convert(fields, Written)
+    return msgspec.convert(fields, Written), net.content
 
 
 def _check_outputs(family: str, opened: Net, net: ForeignNet, size: tuple[int, int]) -> None:
@@ -341,12 +435,35 @@ def _check_outputs(family: str, opened: Net, net: ForeignNet, size: tuple[int, i
         raise net.refuse(family, f" for an image of {width} x {height} pixels", show(texts))
 
 
+def _find_vector(family: str, opened: Net, net: ForeignNet) -> str:
+    """Returns the output with an embedder's vector, or "" if the net has one output [1, D].
+
+    Other outputs have one number for a face, such as the norm of the vector.
+    """
+    answers = opened.ask(nets.make_formula_inputs(opened.card, SEED))
+    wide = [name for name, x in answers.items() if x.size > 1] or [*answers]
+    shape = answers[wide[0]].shape if len(wide) == 1 else ()
+    if shape[:1] != (1,) or math.prod(shape) != max(shape):
+        raise net.refuse(family)
+    return "" if len(answers) == 1 and len(shape) == 2 else wide[0]
+
+
+def _keep_vector(net: ForeignNet, vector: str) -> ForeignNet:
+    """Removes all outputs but `vector`, [N, D, 1, 1] for example, and makes it [N, D]."""
+    from onnx import helper
+
+    graph = net.model.graph
+    (kind,) = (x.type.tensor_type.elem_type for x in graph.output if x.name == vector)
+    graph.node.append(helper.make_node("Flatten", [vector], [VECTOR]))
+    del graph.output[:]
+    graph.output.append(helper.make_tensor_value_info(VECTOR, kind, None))
+    return net._replace(content=net.model.SerializeToString(deterministic=True))
+
+
 def _find_width(family: str, opened: Net, net: ForeignNet) -> int:
     """Returns the width of an embedder's vectors. Checks that it embeds faces one by one."""
     first, second = (nets.make_formula_inputs(opened.card, seed) for seed in (SEED, OTHER_SEED))
-    single, *more = opened.ask(first).values()
-    if more or single.ndim != 2 or len(single) != 1:
-        raise net.refuse(family)
+    (single,) = opened.ask(first).values()
     if opened.takes_many:
         pair = {name: np.concatenate([x, second[name]]) for name, x in first.items()}
         (both,) = opened.ask(pair).values()

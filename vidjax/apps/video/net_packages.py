@@ -64,7 +64,8 @@ def write_net(folder: Path, card: Written, net: bytes) -> Path:
 
     If the card was measured, and is the same apart from the measured numbers, the numbers stay.
     Raises UserError if `folder` has another net with the same role, or a card of the same name that
-    is of another kind, or was measured for another net.
+    is of another kind, or was measured for another net. Also raises UserError if a file of the same
+    name is no card, or a net without its card.
     """
     card_path = (folder / card.file).with_suffix(".json")
     if measured := _read_card(card_path):
@@ -82,8 +83,13 @@ def write_net(folder: Path, card: Written, net: bytes) -> Path:
                 f"'{folder}' already has a net for the role {card.role}: {other.name}\n"
                 "name another folder with --out, or delete this net and its .json"
             )
-    folder = files.make_folder(folder, "--out")
-    files.write_bytes(folder / card.file, net)
+    folder, net_path = files.make_folder(folder, "--out"), folder / card.file
+    present = files.sha256_file(net_path) if files.exists(net_path) else card.sha256
+    if files.exists(card_path) and not measured:
+        raise files.foreign_error(card_path)
+    if present not in (card.sha256, measured and measured.sha256):
+        raise files.foreign_error(net_path)
+    files.write_bytes(net_path, net)
     before = files.sha256_file(card_path) if card_path.exists() else None
     files.write_json(card_path, msgspec.to_builtins(card))
     new = cards.read(card_path)

@@ -6,6 +6,7 @@ are ordered from left to right in the image. A card is a JSON file that describe
 
 import contextlib
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from vidjax.apps.cards import REMEDY, STRIDE, Card, Input
 from vidjax.apps.video.tracks import measure_overlaps
-from vidjax.utils.errors import UserError, require_packages
+from vidjax.utils.errors import NetError, UserError, require_packages
 
 BLOCK_CROPS = 32  # the largest number of crops in one call of a net
 LEAST_SCORE = 0.5  # a detection with a higher score counts as a face
@@ -25,16 +26,15 @@ MOST_CANDIDATES = 5000  # only the best detections enter non-maximum suppression
 NEAR, FACE_SHARE = 1.0, 0.1
 CELL = 4  # the side of CenterFace's cells, in pixels
 # ONNX Runtime's errors may name a line of its source, and the function there with its arguments.
-IN_SOURCE = re.compile(r"/\S+\.(?:cc|h):\d+ .*?\) ")
+NO_REASON = re.compile(
+    r"\[\w+\] : \d+ : \w+ : |.* , Error |.* Status Message: |/\S+\.(?:cc|h):\d+ .*?\) "
+)
+OTHER_INPUTS = {"tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 FORMULA_STEP = 7919  # see `make_formula_image`
 # The errors of code that reads the outputs of a net, if the outputs have other shapes.
 UNREADABLE = (LookupError, TypeError, ValueError)
 STRIDES = (8, 16, 32)  # sides of the cells of YuNet and SCRFD, in pixels
 MANY_STRIDES = (*STRIDES, 64, 128)  # of SCRFD with 15 outputs
-
-
-class NetError(UserError):
-    """A net cannot be run, or is not the net that its card, a JSON file, describes."""
 
 
 class Faces(NamedTuple):
@@ -85,6 +85,9 @@ class Net:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 3  # errors
+        # Without this entry, weights below 1e-38 make some processors six times slower. It changes
+        # the arithmetic of the whole process if this is the first session of the process.
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")
         self.card = card
         with self.blame((Exception,)):  # a damaged net may raise any error
             self.session = onnxruntime.InferenceSession(given, options, ["CPUExecutionProvider"])
@@ -107,7 +110,8 @@ class Net:
             yield
         except kinds as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            reason, path = IN_SOURCE.sub("", reason)[:200], self.card.path
+            reason, path = NO_REASON.sub("", reason), self.card.path
+            reason = textwrap.shorten(reason, 120, placeholder=" ...")
             raise NetError(
                 f"'{path.with_name(self.card.file)}' is not the net that '{path.name}' describes "
                 f"({reason})\n{REMEDY}"
@@ -133,6 +137,8 @@ class Net:
         outputs = self.ask(make_formula_inputs(self.card, seed))
         with self.blame():  # the other outputs are probabilities near 0 or 1: they hide errors
             output = [*outputs.values()][-1].ravel()
+            if len(output) < 4:
+                raise ValueError("its output has fewer than 4 numbers")
             return output[len(output) // 8 :: len(output) // 4][:4].astype(np.float64)
 
     def ask(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -140,8 +146,8 @@ class Net:
 
         Raises NetError if the net refuses `inputs`, or an output is not an array of numbers.
         """
-        half = {x.name for x in self.session.get_inputs() if x.type == "tensor(float16)"}
-        given = {name: x.astype(np.float16) if name in half else x for name, x in inputs.items()}
+        kinds = {x.name: OTHER_INPUTS.get(x.type) for x in self.session.get_inputs()}
+        given = {name: np.asarray(x, kinds.get(name)) for name, x in inputs.items()}
         with self.blame((Exception,)):  # ONNX Runtime raises many types of errors
             names = [output.name for output in self.session.get_outputs()]
             answers = [np.asarray(answer, np.float32) for answer in self.session.run(names, given)]

@@ -21,7 +21,7 @@ from vidjax.apps.gallery.labelling import advise_other_films
 from vidjax.apps.gallery.store import StoredClip
 from vidjax.apps.gallery.vectors import select_usable_clips
 from vidjax.apps.said import PEOPLE
-from vidjax.apps.video import doubts, media_files
+from vidjax.apps.video import clip_inputs, doubts, media_files
 from vidjax.apps.video.pipeline import FileOutcome, extract_folders
 from vidjax.data.checks import list_entries
 from vidjax.utils import files, messages
@@ -388,7 +388,7 @@ class Photos:
         groups = group_by_key((self.faces[clip].features, clip) for clip in self.usable)
         for folder, clips in groups.items():
             clip_of = {self.faces[clip].track.clip: clip for clip in clips}
-            embedded = select_usable_clips(features_folder.embed_clips(gallery, folder, clip_of))
+            embedded = select_usable_clips(clip_inputs.embed_clips(gallery, folder, clip_of))
             entries |= {clip_of[clip]: entry for clip, entry in embedded.items()}
         return entries
 

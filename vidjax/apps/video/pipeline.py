@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -22,17 +22,17 @@ from vidjax.apps.features_folder import THUMBNAILS, VIDEOS, ExtractionSettings, 
 from vidjax.apps.video import film as film_lib, media_files, regions
 from vidjax.apps.video.media_files import PHOTOS, has_files, is_missing
 from vidjax.data.checks import list_entries
-from vidjax.utils import files, json_files, messages
-from vidjax.utils.errors import UserError, describe_system_error
+from vidjax.data.clip_files import read_clips
+from vidjax.utils import files, messages
+from vidjax.utils.errors import NetError, UserError, describe_system_error
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.messages import Note, Tell, ignore_note
-from vidjax.utils.names import show
-from vidjax.utils.processes import Children, map_children, run_limited, run_limited_each
+from vidjax.utils.processes import Children, doubt, map_children, run_limited, run_limited_each
 from vidjax.utils.terminal import Progress, say
 
 ROLES: tuple[cards_lib.Role, ...] = ("face_detector", "face_embedder")
 MEMORY_BYTES = 4 << 30  # address space of a process; libraries reserve half of it without using it
-PROGRESS_SECONDS = 1.0  # between two updates of the progress bar
+PROGRESS_SECONDS, PROGRESS_BYTES = 1.0, 20  # between two updates of the progress bar; of its file
 BATCH_PHOTOS = 50  # the largest number of photos that a process reads
 # The CPU time for a photo, and for a film: 600 seconds, and one more for each 20,000 bytes.
 PHOTO_SECONDS, FILM_SECONDS, FILM_BYTES_PER_SECOND = 60, 600, 20_000
@@ -162,12 +162,10 @@ def read_digests(models: Path) -> dict[str, str]:
 def check_nets(models: Path, settings: ExtractionSettings) -> None:
     """Loads all nets in a folder and tests them. Raises UserError if a net cannot be used."""
     task = film_lib.Task(models=str(models), settings=settings)
-    answer = run_limited(
-        film_lib.__name__, models, msgspec.to_builtins(task), reads=cards_lib.list_files(models),
-        memory_bytes=MEMORY_BYTES, cpu_seconds=PHOTO_SECONDS,
+    run_limited(
+        film_lib.__name__, models, msgspec.to_builtins(task), type(None),
+        reads=cards_lib.list_files(models), memory_bytes=MEMORY_BYTES, cpu_seconds=PHOTO_SECONDS,
     )  # fmt: skip
-    if "net_error" in answer:
-        raise UserError(answer["net_error"])
 
 
 def _process_jobs(
@@ -208,8 +206,9 @@ def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
             pattern = f".extract-*/{features_folder.PROGRESS}"
             paths = [path for out in places for path in out.glob(pattern)]
             # Another process may remove or write a file of progress at this moment.
-            with contextlib.suppress(OSError, ValueError):
-                read = total - sum([*left.values()]) + sum(int(path.read_text()) for path in paths)
+            with contextlib.suppress(UserError, OSError, ValueError):
+                parts = (int(files.read_bytes(path, PROGRESS_BYTES)) for path in paths)
+                read = min(total, total - sum([*left.values()]) + sum(parts))
                 bar.advance(max(0, read - last))
                 last = max(read, last)
 
@@ -235,10 +234,7 @@ def _prepare_folder(
     if pictures:
         (out / THUMBNAILS).mkdir(mode=0o700, exist_ok=True)
     elif not features_folder.remove_thumbnails(out):
-        raise UserError(
-            f"'{out / THUMBNAILS}' contains files that vidjax did not write\n"
-            "move these files, or name another folder"
-        )
+        raise files.foreign_error(out / THUMBNAILS)
     known = features_folder.describe_media_files(out)
     for path in (out / VIDEOS).glob("*.json"):
         if path.stem not in known:
@@ -297,10 +293,7 @@ def _check_extraction(
     before = features_folder.read_extraction(out)
     if before is None:
         if foreign := list_entries(out):
-            raise UserError(
-                f"'{out}' is not a folder of features: it contains '{show(foreign[0].name)}'\n"
-                "name a new folder"
-            )
+            raise files.foreign_error(foreign[0])
         settings = settings or ExtractionSettings()
         extraction = features_folder.Extraction(models=digests, settings=settings)
         features_folder.write(out / features_folder.NAME, extraction)
@@ -390,13 +383,11 @@ def _extract_batch(children: Children, jobs: Sequence[_Job], title: str) -> dict
             say(f"{features_folder.make_printable(title) or photos} ...")
         answers = _read(children, pending) if pending else []
         for (job, task), answer in zip(pending.items(), answers, strict=True):
-            outcomes[job] = _take_results(job, Path(task.out), answer)
+            outcomes[job] = _take_results(job, task, answer)
     return outcomes
 
 
-def _read(
-    children: Children, pending: Mapping[_Job, film_lib.Task]
-) -> list[dict[str, Any] | UserError]:
+def _read(children: Children, pending: Mapping[_Job, film_lib.Task]) -> list[MediaFile | UserError]:
     """Calls `film.work` for each file; returns a result or an error for each file."""
     tagged = (job.path for job in pending if job.tagged)
     sidecars = [x for path in tagged for x in regions.list_sidecars(path) if not x.is_symlink()]
@@ -405,6 +396,7 @@ def _read(
     return run_limited_each(
         film_lib.__name__,
         [(job.path, msgspec.to_builtins(task)) for job, task in pending.items()],
+        MediaFile,
         memory_bytes=MEMORY_BYTES,
         cpu_seconds=PHOTO_SECONDS if photos else FILM_SECONDS + size // FILM_BYTES_PER_SECOND,
         reads=[*cards_lib.list_files(min(job.models for job in pending)), *sidecars],
@@ -448,19 +440,19 @@ def _compare(job: _Job, folders: contextlib.ExitStack) -> FileOutcome | film_lib
     )  # fmt: skip
 
 
-def _take_results(job: _Job, partial: Path, answer: dict[str, Any] | UserError) -> FileOutcome:
-    """Moves results of `film.work` from the folder `partial` to `job.out`; returns the outcome.
+def _take_results(job: _Job, task: film_lib.Task, answer: MediaFile | UserError) -> FileOutcome:
+    """Moves results of `film.work` from the folder `task.out` to `job.out`; returns the outcome.
 
     If the file could not be read, the results of an earlier call are kept: the file may be on a
     drive that fails, or a placeholder for a file in a cloud. If a net cannot be used, raises
     UserError, because no file can be read.
     """
-    if isinstance(answer, dict) and "net_error" in answer:
-        raise UserError(answer["net_error"])
+    if isinstance(answer, NetError):
+        check_nets(job.models, job.settings)  # raises the error, unless the file made it up
     try:
         if isinstance(answer, UserError):
             raise answer
-        film = json_files.parse(job.path, answer, MediaFile, "leave it out")
+        film, partial = _check_results(job, task, answer), Path(task.out)
         before = features_folder.describe_media_file(job.out, job.stem)
         if before and before.tags and not film.tags:
             if film.bad_tags:
@@ -478,13 +470,35 @@ def _take_results(job: _Job, partial: Path, answer: dict[str, Any] | UserError) 
         thumbnails = [folder / THUMBNAILS for folder in (partial, job.out)]
         if thumbnails[0].exists():
             (thumbnails[1] / job.stem).mkdir(mode=0o700, exist_ok=True)
-            for picture in thumbnails[0].iterdir():
+            for picture in (thumbnails[0] / f"{track.clip}.png" for track in film.tracks):
                 files.hide(picture)
                 os.replace(picture, thumbnails[1] / job.stem / picture.name)
         features_folder.write(job.out / VIDEOS / f"{job.stem}.json", film)
     except (UserError, OSError) as error:
         return _describe_failure(job, error)
     return FileOutcome(job.path, film, replaced=known is not None and known.sha256 != film.sha256)
+
+
+def _check_results(job: _Job, task: film_lib.Task, film: MediaFile) -> MediaFile:
+    """Returns a description of the file `job.path` with the facts that this process knows.
+
+    Raises UserError if the results do not belong to this file. A file that has taken over its child
+    could give them names of clips of other films.
+    """
+    assert task.source
+    film.video = features_folder.make_printable(job.path.name)
+    film.source, film.sha256, out = task.source, task.sha256, Path(task.out)
+    with doubt(job.path):
+        files.refuse_links(out)
+        clips = sorted(clip.name for clip in read_clips([out / f"{job.stem}.npz"]))
+        stems = {clip.partition(".")[0] for clip in clips} - {job.stem}
+        pictures = [
+            out / THUMBNAILS / f"{clip}.png" for clip in clips if (out / THUMBNAILS).exists()
+        ]
+        wrong = stems or clips != sorted(track.clip for track in film.tracks)
+        if wrong or not all(map(files.is_file, pictures)):
+            raise ValueError("other clips")
+    return film
 
 
 def _describe_failure(job: _Job, error: UserError | OSError) -> FileOutcome:

@@ -127,9 +127,13 @@ def _embed(out: Path, address: str) -> str:
 
 
 def remove_results(out: Path, *, page: bool = True) -> None:
-    """Removes the tables, subtitles and cut lists of earlier calls, and the page."""
+    """Removes the tables, subtitles and cut lists of earlier calls, and the page.
+
+    Also removes the unfinished files that killed calls have left.
+    """
     for name in (*TABLES, *[PAGE] * page):
         (out / name).unlink(missing_ok=True)
+    files.remove_partials(out, r"(names|unknown|unmatched)\..+|said\.jsonl")
     for folder, _, _ in os.walk(out / SUBTITLES, topdown=False):
         files.remove_ours(Path(folder), r".+\.(vtt|srt)")
-    files.remove_ours(out / CUTS, r".+\.edl")
+    files.remove_ours(out / CUTS, r".+\.(otio|m3u|edl)")  # .edl: of version 0.1.0

@@ -73,13 +73,17 @@ class ShotDetector:
         self._pictures: collections.deque[_Picture] = collections.deque(maxlen=COMPARED_PICTURES)
         self._dissolve = _Dissolve()
 
-    def update(self, time_s: float, small: np.ndarray) -> bool:
+    def update(self, time_s: float, small: np.ndarray, jumps: bool = False) -> bool:
         """Adds the next frame, uint8 [h, w, 3]; returns whether a new shot has begun.
 
-        The first frame of a film begins the first shot. A dissolve is detected at its end. The
-        start of the new shot in `starts` is then the middle of the dissolve.
+        The first frame of a film begins the first shot. If the time `jumps`, a shot begins, too. A
+        dissolve is detected at its end. The start of the new shot in `starts` is then the middle of
+        the dissolve.
         """
         picture = _Picture(small)
+        if jumps:
+            self._pictures.clear()
+            self._before_blank, self._dissolve, self._time_s = None, _Dissolve(), time_s
         self._greys, self._count = self._greys + float(picture.grey.mean()), self._count + 1
         cut = not self._pictures or self._is_cut(time_s, picture)
         self._pictures.append(picture)

@@ -3,8 +3,8 @@
 `read_still` starts this module as a child process with limits. The picture is stored nowhere.
 """
 
-import base64
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,21 @@ MOST_SIDE = 1280  # pixels of the longer side
 MEMORY_BYTES, CPU_SECONDS = 4 << 30, 30
 
 
-def read_still(path: Path, seconds: float) -> bytes:
+def read_still(path: Path, seconds: float, jumps: Sequence[decode.Jump] = ()) -> bytes:
     """Returns the upright picture of a film at a time, or a photo, as JPEG.
+
+    `jumps` are `MediaFile.jumps` of the film.
 
     Raises UserError if the file cannot be decoded.
     """
-    arguments = {"path": str(path.absolute()), "seconds": seconds}
-    answer = processes.run_limited(
-        __name__, path, arguments, memory_bytes=MEMORY_BYTES, cpu_seconds=CPU_SECONDS
+    arguments = {"path": str(path.absolute()), "seconds": seconds, "jumps": jumps}
+    return processes.run_limited(
+        __name__, path, arguments, bytes, memory_bytes=MEMORY_BYTES, cpu_seconds=CPU_SECONDS
     )
-    return base64.b64decode(answer["jpeg"])
 
 
-def work(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Decodes a picture in a child process; arguments and result are JSON objects."""
+def work(arguments: dict[str, Any]) -> bytes:
+    """Decodes a picture in a child process; the arguments are a JSON object."""
     from PIL import Image
 
     path = Path(arguments["path"])
@@ -37,13 +38,13 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
         rgb = photo.rgb
     else:
         with decode.open_video(path) as video:
-            rgb = video.still(arguments["seconds"])
+            rgb = video.still(arguments["seconds"], arguments["jumps"])
     if rgb is None:
         raise UserError(f"'{path}' has no picture at {arguments['seconds']:.1f} s")
     picture, file = Image.fromarray(rgb), io.BytesIO()
     picture.thumbnail((MOST_SIDE, MOST_SIDE))
     picture.save(file, "jpeg", quality=85)
-    return {"jpeg": base64.b64encode(file.getvalue()).decode()}
+    return file.getvalue()
 
 
 if __name__ == "__main__":

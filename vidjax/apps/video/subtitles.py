@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidjax.apps.features_folder import MediaFile
-from vidjax.utils import tables
+from vidjax.utils import files, tables
 from vidjax.utils.errors import UserError
 from vidjax.utils.names import IGNORED, escape
 
@@ -42,15 +42,15 @@ COLUMNS = {  # name of a column -> type in Apache Arrow
 def write(path: Path, appearances: "Sequence[Appearance]", films: Iterable[MediaFile]) -> None:
     """Writes appearances to a new file in the format of its ending, such as .tsv, .vtt or .rttm."""
     if path.suffix in SUBTITLES:
-        tables.write_new(path, to_subtitles(appearances, path.suffix).encode())
+        files.write_bytes(path, to_subtitles(appearances, path.suffix).encode(), replace=False)
     elif path.suffix == ".rttm":
-        tables.write_new(path, to_rttm(appearances).encode())
+        files.write_bytes(path, to_rttm(appearances).encode(), replace=False)
     else:
-        files = {film.video: _describe_file(film) for film in films}
+        described = {film.video: _describe_file(film) for film in films}
         objects = [
             {name.removesuffix("_s"): value for name, value in x._asdict().items()}
             | {"start": round(x.start_s, 3), "end": round(x.end_s, 3)}
-            | {"probability": x.probability and round(x.probability, 4), **files[x.video]}
+            | {"probability": x.probability and round(x.probability, 4), **described[x.video]}
             for x in appearances
         ]
         tables.write(path, COLUMNS, map(_make_row, objects), objects)

@@ -143,8 +143,8 @@ class Tracker:
                 numbers[n] = motion.track.number
         return numbers
 
-    def cut(self, time_s: float) -> None:
-        """Ends all tracks at a cut. The next frames are part of a shot that began at `time_s`.
+    def cut(self, time_s: float, next_s: float | None = None) -> None:
+        """Ends all tracks at a cut. The next shot began at `next_s`, by default at `time_s`.
 
         If the cut is a dissolve, `time_s` is the middle of the dissolve. Tracks that began during
         the dissolve are dropped.
@@ -155,7 +155,7 @@ class Tracker:
             motion.track.cut(time_s)
         self._live = [x for x in self._live if x.track.times and x.track.times[0] < last_s]
         self._end_if(lambda motion: True)
-        self._cut_s = time_s
+        self._cut_s = time_s if next_s is None else next_s
         self._shot += 1
 
     @property
@@ -227,15 +227,16 @@ class MainFigures:
                 numbers[main] = self._shot
         return numbers
 
-    def cut(self, time_s: float) -> None:
-        """Ends the shot at `time_s`, the start of the next shot or the end of the film."""
+    def cut(self, time_s: float, next_s: float | None = None) -> None:
+        """Ends the shot at `time_s`. The next shot starts at `next_s`, by default at `time_s`."""
         self._track.cut(time_s)
         valid = len(self._track.times) > LEAST_SHARE * self._frames
         # The tolerance is for rounding errors of times.
         if valid and LEAST_SECONDS - 1e-6 <= time_s - self._begin_s <= MOST_SECONDS + 1e-6:
             self._ended.append(self._track)
         self._shot += 1
-        self._begin_s, self._frames, self._track = time_s, 0, Track(self._shot, self._shot)
+        self._begin_s = time_s if next_s is None else next_s
+        self._frames, self._track = 0, Track(self._shot, self._shot)
 
     @property
     def live(self) -> set[int]:

@@ -14,7 +14,7 @@ The results are these files:
     OUT/unknown.json   the numbers of unknown people, for later calls
     OUT/unmatched.tsv  names and corrections of faces that are not found again
     OUT/subtitles/     a .vtt and a .srt file for each video
-    OUT/cuts/          .edl files for each person, for programs that edit films
+    OUT/cuts/          an .otio file for programs that edit films, and a playlist, for each person
 
 Each call replaces the tables, the page, the subtitles and the cut lists. If a photo is removed from
 a folder that has other files, the next call forgets it. If a whole folder of photos is missing, the
@@ -125,9 +125,9 @@ def name_people(
       UserError: there is no film, there is no usable photo, a net is missing, or the folder for
         results contains a link.
     """
-    films = [Path(film) for film in ([films] if isinstance(films, str | Path) else films)]
-    people = None if people is None else Path(people)
-    out, models = Path(out), Path(models)
+    films = [files.local(film) for film in ([films] if isinstance(films, str | Path) else films)]
+    people = None if people is None else files.local(people)
+    out, models = files.local(out), files.local(models)
     answers_lib.check_choice(fpir, threshold)
     if not 0 <= padding < math.inf:
         raise UserError(f"--padding={padding:g} is not a duration: give seconds, 0 or more")
@@ -289,6 +289,11 @@ class _Call:
                 f"films that are too dark to find faces: {len(dark):,}, such as {dark[0]}\n"
                 "brighten the pictures, and call vidjax who again"
             )
+        if turned := [film.video for film in films if film.upside_down]:
+            self.warn(
+                f"films that are upside down, so that faces are missed: {len(turned):,}, such as "
+                f"{turned[0]}: turn them by 180 degrees, and call vidjax who again"
+            )
         for film in films:
             stem = film.tracks[0].clip.partition(".")[0] if film.tracks else None
             lacks = stem and features_folder.lacks_pictures(self.features, stem)
@@ -305,10 +310,7 @@ class _Call:
                     f"'{path}' is missing, the gallery of earlier calls\n"
                     "copy it back, or name a new folder: --out=FOLDER"
                 )
-            text = (
-                f"--out={out} contains '{show(foreign[0].name)}', which `vidjax who` did not write"
-            )
-            raise UserError(f"{text}\nname a new folder")
+            raise files.foreign_error(foreign[0])
         try:
             self.gallery = Gallery(path)
         except store.NoGalleryError:  # also if an earlier call was killed while it made the gallery

@@ -20,7 +20,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from vidjax.data.packed_clips import FRAME_FIELDS, PackedClips, open_packed, summarise
+from vidjax.data.packed_clips import FRAME_FIELDS, PackedClips, Summary, open_packed, summarise
 from vidjax.data.packing import NUM_PROBE_CLIPS, Clip, Packer
 from vidjax.data.untrusted.pieces import load_pieces
 from vidjax.data.untrusted.unpickle import REMEDY, Array, load
@@ -35,7 +35,7 @@ CPU_BYTES_PER_SECOND = 2 * MB
 READ_BYTES = MB // 16
 
 
-def work(arguments: dict[str, Any]) -> dict[str, Any]:
+def work(arguments: dict[str, Any]) -> Summary:
     """Reads a pickle in the child process, and returns the result of `summarise`. See `unpack`."""
     path, out_dir = Path(arguments["path"]), Path(arguments["out_dir"])
     modality = arguments["modality"]
@@ -45,7 +45,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
         with path.open("rb", buffering=READ_BYTES) as file:
             size = os.fstat(file.fileno()).st_size
 
-            def pack(pieces: Iterator[object]) -> dict[str, Any]:
+            def pack(pieces: Iterator[object]) -> Summary:
                 with Packer(modality, out_dir) as packer:
                     for clip in read_clips(pieces, modality, str(path), size):
                         packer.add(clip, clip.modalities[modality])
@@ -79,13 +79,15 @@ def unpack(
         __name__,
         path,
         {"path": str(path), "modality": modality, "out_dir": str(out_dir)},
+        Summary,
         memory_bytes=512 * MB + 4 * size,
         cpu_seconds=CPU_SECONDS + size // CPU_BYTES_PER_SECOND,
         output_bytes=processes.OUTPUT_BYTES + 4 * size,  # the names of the clips
         writes=[out_dir],
         children=children,
     )
-    return open_packed(modality, out_dir, summary)
+    with processes.doubt(path):
+        return open_packed(modality, out_dir, summary)
 
 
 # Every value of an unpickled file comes from a stranger. So the functions below check its type

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import stat
+import urllib.parse
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ JSON_BYTES = 16 * MB
 CONFIG_BYTES = MB
 LINE_BYTES = MB // 4  # of a line in a log of JSON lines
 ARCHIVE_BYTES = 128 * MB  # of an `.npz`, both packed and unpacked
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # Path("s3://b") is s3:/b
 PIECE_BYTES = MB  # the most bytes of a zip that are read at once
 NPY_START = b"\x93"  # the first byte of an `.npy`
 MAX_ENTRIES = 1000  # arrays of an `.npz`
@@ -353,9 +355,8 @@ class _InPieces(io.BufferedReader):
         wanted = PIECE_BYTES + 1 if size is None or size < 0 else min(size, PIECE_BYTES + 1)
         content = super().read(wanted)
         if len(content) > PIECE_BYTES:
-            raise UserError(
-                f"its list of entries has over {PIECE_BYTES:,} bytes: save fewer arrays"
-            )
+            about = f"its list of entries has over {PIECE_BYTES:,} bytes"
+            raise UserError(f"{about}: unpack it, or pack fewer files or arrays")
         return content
 
 
@@ -371,24 +372,31 @@ def open_zip(file: io.FileIO | io.BytesIO) -> Iterator[zipfile.ZipFile]:
 
 
 def open_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> IO[bytes]:
-    """Opens an entry of a zip. Raises UserError for other compression than deflate."""
+    """Opens an entry of a zip. Raises UserError if it has a password, or is not deflated."""
     # With other compression, such as LZMA, Python may unpack a short piece to gigabytes at once.
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise UserError(
-            f"entry '{entry.filename[:50]}' has an unsupported method of compression: "
-            "pack the zip with store or deflate"
-        )
+    is_locked = bool(entry.flag_bits & 1)
+    if is_locked or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        about = "has a password" if is_locked else "has an unsupported method of compression"
+        name = entry.filename[:50]
+        raise UserError(f"entry '{name}' {about}: unpack the zip, or pack it again with deflate")
     return archive.open(entry)
 
 
 def local(path: str | os.PathLike[str]) -> Path:
-    """Returns a path with `~` expanded. Raises UserError for an address such as s3://x."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)):
-        raise UserError(
-            f"'{path}' is an address, not a folder of this machine\n"
-            "copy or mount the files, and name the folder that contains them"
-        )
-    return Path(path).expanduser()
+    """Returns a path with `~` expanded. Raises UserError for s3://x and other addresses.
+
+    The text `./s3:/x` is the path of a folder `s3:`.
+    """
+    text = os.fspath(path)
+    if re.match(r"[A-Za-z]:[\\/]", text):
+        raise UserError(f"'{text}' is a path of Windows: in WSL, /mnt/c is the drive C")
+    if ADDRESS.match(text):
+        url = urllib.parse.urlsplit(text)
+        copied = "copy or mount the files, and give the path of the copy or of the mounted folder"
+        remedy = f"write '{urllib.parse.unquote(url.path)}'" if url.scheme == "file" else copied
+        raise UserError(f"'{text}' is an address, not a file or folder of this machine\n{remedy}")
+    place = Path(text).expanduser()
+    return place.absolute() if ADDRESS.match(str(place)) else place
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
@@ -421,7 +429,7 @@ def sha256_folder(folder: Path) -> dict[str, str]:
 def cache_root(given: str | Path | None = None) -> Path:
     """Returns the cache folder: `given`, or `$VIDJAX_CACHE`, or `~/.cache/vidjax`."""
     if path := given or os.environ.get("VIDJAX_CACHE"):
-        return Path(path).expanduser()
+        return local(path)
     try:
         return Path.home() / ".cache/vidjax"
     except RuntimeError as error:  # for example in a container whose user has no account

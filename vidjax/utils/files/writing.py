@@ -6,7 +6,6 @@ A failure raises an OSError that contains the path.
 import contextlib
 import errno
 import fcntl
-import glob
 import io
 import json
 import os
@@ -59,24 +58,25 @@ def open_log(path: Path) -> io.FileIO:
 
 
 def remove_tree(folder: Path) -> None:
-    """Removes a folder and all its content. If `folder` is a link, removes only the link."""
-    if folder.is_symlink():
-        folder.unlink()
-    elif folder.exists():
+    """Removes a file, or a folder and all its content. If it is a link, removes only the link."""
+    if folder.is_dir() and not folder.is_symlink():
         shutil.rmtree(folder)
+    else:
+        folder.unlink(missing_ok=True)
 
 
 def remove_ours(folder: Path, ours: str) -> bool:
     """Removes the files of vidjax in a folder, and then the folder if it is empty.
 
-    `ours` is a regular expression that matches the whole names of these files. If a file is a link,
-    only the link is removed. If `folder` is a link, nothing is removed. Returns True if the folder
-    does not exist afterwards.
+    `ours` is a regular expression that matches the whole names of these files. Their unfinished
+    files are removed, too. If a file is a link, only the link is removed. If `folder` is a link,
+    nothing is removed. Returns True if the folder does not exist afterwards.
     """
     if not os.path.lexists(folder):
         return True
     if not stat.S_ISDIR(os.lstat(folder).st_mode):
         return False
+    remove_partials(folder, ours)
     with os.scandir(folder) as entries:
         removable = [entry for entry in entries if re.fullmatch(ours, entry.name)]
     for entry in removable:
@@ -96,33 +96,78 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
-    """Writes a file atomically. If `sync` is True, waits until the content is on the disk."""
-    with atomic_file(path, sync=sync) as file:
+def write_bytes(path: Path, content: bytes, *, sync: bool = True, replace: bool = True) -> None:
+    """Writes a file atomically. The arguments are explained in `atomic_file`."""
+    with atomic_file(path, sync=sync, replace=replace) as file:
         file.write(content)
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, *, sync: bool = True, replace: bool = True) -> Iterator[BinaryIO]:
     """Yields a new file to write. The new file replaces `path` when the context ends.
 
-    After an error, `path` is unchanged. If `sync` is True, the context waits until the content is
-    on the disk, so that even a power cut leaves no incomplete file.
+    After an error, `path` is unchanged. If `replace` is False and `path` exists, raises UserError.
+    If `sync` is True, the context waits until the content is on the disk, so that even a power cut
+    leaves no incomplete file. It also removes the files that killed calls for `path` have left. If
+    `sync` is False, the caller removes such files by `remove_ours` for the whole folder.
     """
-    # The name has random digits, because processes in containers often have equal numbers.
-    partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
+    if sync:
+        remove_partials(path.parent, re.escape(path.name))
     try:
-        with partial.open("x+b") as file:
-            yield file
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        os.replace(partial, path)
+        with _make_partial(path) as partial:
+            with partial.open("r+b") as file:
+                yield file
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())
+            os.replace(partial, path) if replace else _link_new(partial, path)
     except OSError as error:
         raise _make_disk_error(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _make_partial(path: Path) -> Iterator[Path]:
+    """Makes an unfinished file for `path`. The lock of a living process protects it."""
+    while True:
+        # The name has random digits, because processes in containers often have equal numbers.
+        partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
+        try:
+            with partial.open("xb") as held:
+                with contextlib.suppress(OSError):  # some drives have no locks
+                    fcntl.flock(held, fcntl.LOCK_EX)
+                if partial.exists():  # another process may have removed it before it was locked
+                    yield partial
+                    return
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
+def _link_new(partial: Path, path: Path) -> None:
+    """Renames a file. Raises UserError if `path` exists."""
+    try:
+        try:
+            os.link(partial, path)  # unlike a rename, this does not replace an existing file
+        except FileExistsError:
+            raise
+        except OSError:  # some file systems, such as mounted cloud drives, have no hard links
+            path.touch(exist_ok=False)
+            os.replace(partial, path)
+    except FileExistsError:
+        raise UserError(describe_existing(path)) from None
+
+
+def describe_existing(path: Path) -> str:
+    """Returns the error for a file that a command must not replace."""
+    return f"--out={path} exists and is not overwritten: name another file, or delete it"
+
+
+def foreign_error(path: Path, flag: str = "--out") -> UserError:
+    """Returns the error for a file or folder at a place where a command writes its own files."""
+    return UserError(
+        f"'{path}' was not written by vidjax, or is damaged, so it is not replaced\n"
+        f"move it away, or name another folder: {flag}=FOLDER"
+    )
 
 
 def append(file: io.FileIO, content: bytes) -> None:
@@ -232,11 +277,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     # The name has random digits, so that a child of a killed process cannot write into this folder.
     partial = folder.with_name(f"{folder.name}.{os.urandom(4).hex()}.partial")
     new_parents = [parent for parent in folder.parents if not parent.exists()]
-    remove_partials(folder)
+    remove_partials(folder.parent, re.escape(folder.name))
     try:
         with scratch_folder(partial), contextlib.ExitStack() as held:
             with contextlib.suppress(OSError):  # some file systems cannot lock a folder
-                held.enter_context(_lock_folder(partial))
+                held.enter_context(_lock_partial(partial))
             yield partial
             for path in partial.rglob("*"):
                 hide(path)
@@ -251,19 +296,33 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def remove_partials(folder: Path) -> None:
-    """Removes the unfinished folders that killed calls of `atomic_folder(folder)` have left."""
-    ours = f"{glob.escape(folder.name)}.{8 * '[0-9a-f]'}.partial"
-    for path in folder.parent.glob(ours):
-        with contextlib.suppress(OSError), _lock_folder(path):  # a living process has the lock
-            # A child of a killed process may still write there. The next call deletes the rest.
-            shutil.rmtree(path, ignore_errors=True)
+def remove_partials(folder: Path, ours: str) -> None:
+    """Removes the unfinished files and folders in `folder` that killed processes have left.
+
+    `ours` is a regular expression that matches the whole names of the finished files and folders.
+    """
+    partials = list[Path]()
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            dot = "" if entry.is_dir(follow_symlinks=False) else r"\."
+            if re.fullmatch(rf"{dot}({ours})\.[0-9a-f]{{8}}\.partial", entry.name):
+                partials.append(Path(entry.path))
+    for partial in partials:
+        remove_partial(partial)
+
+
+def remove_partial(path: Path) -> bool:
+    """Removes an unfinished file or folder. Returns False if a living process still writes it."""
+    with contextlib.suppress(OSError), _lock_partial(path):
+        # A child of a killed process may still write there. The next call deletes the rest.
+        remove_tree(path)
+    return not os.path.lexists(path)
 
 
 @contextlib.contextmanager
-def _lock_folder(folder: Path) -> Iterator[None]:
-    """Locks a folder until the context or the process ends. Raises OSError if it is locked."""
-    descriptor = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW)
+def _lock_partial(path: Path) -> Iterator[None]:
+    """Locks an unfinished file or folder. Raises OSError if another process has locked it."""
+    descriptor = os.open(path, os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
