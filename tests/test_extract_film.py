@@ -207,7 +207,7 @@ def test_extract_warns_of_slow_films_and_unused_video_streams(tmp_path, drawn, e
     films.double(single, both, cover=ending == ".mp4")
     for path, count in ((single, 0), (both, 1)):
         _, text = drawn.extract(path, flags=["--quiet"])  # does not hide warnings
-        assert f"{path.name}: 3.0 s" in text and "fewer than 2 frames per second" in text
+        assert f"{path.name}: 3.0 s" in text and "fewer than 2 pictures a second" in text
         remedy = f"ffmpeg -i {shlex.quote(str(path))} -map 0:V:1 -map 0:a? -c copy second.mkv"
         assert text.count(remedy) == count
 
@@ -275,7 +275,7 @@ def test_broken_sound_is_reported_and_the_film_is_still_extracted(tmp_path, mode
     assert extracted.lost_sound > 10, "of 16 damaged packets"
     assert not extracted.damaged and extracted.refused == 0, "only the sound is damaged"
     _, warnings = drawn.extract(path)
-    assert f"pieces of sound that could not be decoded: {extracted.lost_sound:,}" in warnings
+    assert f"pieces of sound that could not be read: {extracted.lost_sound:,}" in warnings
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ from vidjax.apps.gallery.answers import read_groups
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import people_photos, pipeline, who
 from vidjax.apps.video.unknown_numbers import read_numbers
+from vidjax.cli import program
 from vidjax.data.clip_files import write_npz
 
 pytestmark = pytest.mark.usefixtures("read_here")
@@ -169,7 +170,7 @@ def test_names_in_the_unknown_table_are_used_unless_they_contradict_earlier_name
     assert content["people"] == {"Ada": 1, name: 1}
     assert content["groups"] == 1, "only Eve is still an unknown person"
     assert "no longer exist, such as gone.s000.t00, are ignored: 1" in output
-    assert f"{name} is enrolled with 1 clip from unknown.tsv" in output
+    assert f"{name} is the name of 1 face, as unknown.tsv says" in output
     (row,) = table.read_text().splitlines()[1:]
     assert row.startswith("party.s001.t00\tunknown 1\tparty.mkv\t00:00:0")
 
@@ -615,6 +616,15 @@ def test_terminal_shows_names_and_probabilities_but_no_messages_if_quiet(drawn, 
     assert "over 99 %" in done.out and "100 %" not in done.out
     assert "1 person without a name: to name them, vidjax review " in done.out  # Eve
     assert "party.mkv" not in command("who", drawn.film(), *words, "--quiet").err
+    shutil.rmtree(drawn.friends / "Bob")
+    done = command("who", photo, *words)
+    assert re.search("missing +1: .*Bob\n", done.out) and "not used" not in done.out
+    help_text = program.parse(["who", str(photo), *words]).parser.format_help()
+    usual, programs = help_text.partition("usual:")[2].split("for programs:")
+    assert "--review" in usual and re.findall(r"^  --(\w+)", programs, re.MULTILINE) == [
+        "workers", "check", "fpir", "threshold", "padding", "quiet", "json", "debug",
+    ]  # fmt: skip
+    drawn.befriend("Bob")
 
     assert drawn.names()["photo"] == "Ada"
     drawn.who(photo, flags=["--threshold=1"])

@@ -257,11 +257,11 @@ WRONG = {
     "two wrong of nobody": ({"Ada": "Ada Eve Eve", "Bob": "Bob"},
                             f"{SHOW} Ada/2.png, Ada/3.png / Ada/1.png"),
     "one photo each": ({"Ada": "Ada", "Bob": "- Ada"},
-                       "Ada/1.png and Bob/2.png are enrolled as Ada and Bob, but"),
+                       "Ada/1.png and Bob/2.png count as photos of Ada and Bob, but"),
     "clear": ({"Ada": "Ada Ada Ada Bob", "Bob": "Bob Bob Bob"},
-              "Ada/4.png is enrolled as Ada, but looks like Bob"),
+              "Ada/4.png counts as a photo of Ada, but looks like Bob"),
     "of nobody": ({"Ada": "Ada Ada Ada", "Bob": "Bob Bob Bob Eve"},
-                  "Bob/4.png is enrolled as Bob, but differs from Bob's other photos"),
+                  "Bob/4.png counts as a photo of Bob, but differs from Bob's other photos"),
     "nothing": ({"Ada": "Ada Ada", "Bob": "Bob Bob"}, ""),
 }  # fmt: skip
 

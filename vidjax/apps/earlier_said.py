@@ -166,7 +166,7 @@ def _list_numbers(results: _Results, content: Mapping[str, Any]) -> Iterator[Lin
 
 
 def move_descriptions(out: Path) -> None:
-    """Moves descriptions of films and photos that wait for other nets to their present place."""
+    """Moves the descriptions of films and photos that version 0.1.0 kept for other nets."""
     for folder in (out / FEATURES, *locate_people(out).values()):
         for path in (folder / EARLIER).glob("*.json"):
             if (folder / VIDEOS / path.name).exists():

@@ -181,7 +181,7 @@ def _is_whole(text: bytes) -> bool:
 
 
 def _end_last_line(path: Path) -> None:
-    """Removes the end of a line that a killed program has not finished, or adds a line end."""
+    """Removes the last line if a killed program has not finished it. Adds a missing line end."""
     content = files.read_bytes(path, MOST_BYTES)
     begin = content.rfind(b"\n") + 1
     if end := content[begin:]:
@@ -192,7 +192,7 @@ def _end_last_line(path: Path) -> None:
 
 
 class Act(NamedTuple):
-    """A change in the gallery of a folder of results. The log must contain the change."""
+    """A change of names in a gallery that `vidjax who` made. It is written into the log, too."""
 
     says: str  # "is", "rename", "undo", or "forgotten" for a removed person
     what: str  # the clip, or the person

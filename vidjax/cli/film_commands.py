@@ -74,7 +74,7 @@ def _list_problems(film: features_folder.MediaFile, path: Path) -> list[str]:
         more = f", and {messages.count(len(jumps) - 1, 'more time')}" if jumps[1:] else ""
         problems.append(f"the clock jumps by {by} at {at}{more}")
     if (film.rate or 0) < MIN_RATE if jumps else film.frames < MIN_RATE * film.seconds:
-        problems.append(f"it has fewer than {MIN_RATE} frames per second, so people may be missed")
+        problems.append(f"it has fewer than {MIN_RATE} pictures a second, so people may be missed")
     if film.halves:
         layout, crop = CROPS[film.halves]
         problems.append(
@@ -88,10 +88,10 @@ def _list_problems(film: features_folder.MediaFile, path: Path) -> list[str]:
             f"copy it: ffmpeg -i {shlex.quote(str(path))} -map 0:V:1 -map 0:a? -c copy second.mkv"
         )
     counts = {
-        "damaged frames, which were left out": film.corrupt,
-        "packets that could not be decoded": film.refused,
+        "damaged pictures, which were left out": film.corrupt,
+        "pieces of the film that could not be read": film.refused,
         "wrong time stamps, which were estimated": film.repaired,
-        "pieces of sound that could not be decoded": film.lost_sound,
+        "pieces of sound that could not be read": film.lost_sound,
     }
     problems += [f"{problem}: {count:,}" for problem, count in counts.items() if count]
     if film.damaged:
@@ -133,14 +133,18 @@ def add_shared_flags(parser: Parser) -> None:
     about = "videos and photos, or folders of them"
     parser.add_argument("files", nargs="+", metavar="FILE", help=about)
     parser.flag("--out DIR", "the folder for the results", required=True)
-    parser.flag("--models DIR", "the folder of the nets that vidjax convert made", required=True)
-    about = "frames per second that are searched for faces (default: as before, at first 5)"
+    about = "the folder of nets that vidjax convert made. A net is a program that has learned from "
+    about += "examples to find or to compare faces or voices"
+    parser.flag("--models DIR", about, required=True)
+    about = "searches N pictures of each second of film. Fewer are faster, and miss more people "
+    about += "(default: as in the last call, 5 in the first call)"
     parser.flag("--fps N", about, type=_parse_rate)
-    about = "longer side of frames after shrinking, in pixels (default: as before, at first 640)"
+    about = "shrinks pictures to N pixels on the longer side. Smaller is faster, and misses more "
+    about += "people (default: as in the last call, 640 in the first call)"
     parser.flag("--size N", about, type=whole_number(*SIZE_RANGE))
     _add_workers(parser)
     about = "compares the contents of all files with the last call, not only their size and time"
-    parser.flag("--check", about)
+    parser.flag("--check", about, of=parser.programs)
     about = (
         "deletes the results of deleted files. If the whole folder of a file is missing or empty, "
         "the results are kept, because a drive may not be connected"
@@ -152,7 +156,8 @@ def _add_workers(parser: Parser) -> None:
     cores, read = num_cores(), whole_number(1, MAX_WORKERS)
     about = "number of processes, at most 4 per core (default: the number of cores)"
     most = 4 * cores  # each process loads all nets
-    parser.flag("--workers N", about, type=lambda text: min(read(text), most), default=cores)
+    options = {"type": lambda text: min(read(text), most), "default": cores}
+    parser.flag("--workers N", about, of=parser.programs, **options)
 
 
 def add_extract_flags(parser: Parser) -> None:
@@ -177,26 +182,31 @@ def _parse_rate(text: str) -> float:
 
 def add_who_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax who`."""
-    add_shared_flags(parser)
+    parser._optionals.title = "usual"
+    parser.programs = parser.add_argument_group("for programs")
     parser.flag("--people DIR", "the photos of the people: DIR/NAME/PHOTO.jpg or DIR/NAME.jpg")
+    about = "stores pictures of faces, and shows them on the page. Films that were read without it "
+    about += "are read again. --no-thumbnails deletes all pictures (default: as in the last call)"
+    parser.add_argument("--thumbnails", action=argparse.BooleanOptionalAction, help=about)
+    about = "at the end, prints the address of a page on which you can name people. Open it in a "
+    parser.flag("--review", f"{about}browser on this machine")
+    add_shared_flags(parser)
     about = (
-        "forgets photos that are missing, even if their folder or all folders are missing. "
-        "With --prune, it also deletes the results of films whose whole folder is missing or empty"
+        "forgets missing photos, even if whole folders are missing. A person without photos is "
+        "forgotten, with the names that you typed. With --prune, it also deletes the results of "
+        "films whose whole folder is missing or empty"
     )
     parser.flag("--forget-missing", about)
     add_rule(parser)
-    about = "stores pictures of faces, and shows them on the page; --no-thumbnails deletes them "
-    about += "(default: as before)"
-    parser.add_argument("--thumbnails", action=argparse.BooleanOptionalAction, help=about)
     _add_padding(parser)
-    parser.flag("--review", "at the end, opens the page of vidjax review, on which you name people")
-    example = "holiday.mp4 --people=friends --models=models --out=names"
+    example = "holiday.mp4 --people=friends --models=models --out=names --thumbnails"
     parser.command(name_people, example, f"{example} --review")
 
 
 def _add_padding(parser: Parser) -> None:
-    about = "seconds added before and after each appearance in cut lists (default: 1)"
-    parser.flag("--padding SECONDS", about, type=float, default=results.PADDING_SECONDS)
+    about = "seconds before and after each scene in playlists and timelines (default: 1)"
+    options = {"type": float, "default": results.PADDING_SECONDS}
+    parser.flag("--padding SECONDS", about, of=parser.programs, **options)
 
 
 def add_review_flags(parser: Parser) -> None:

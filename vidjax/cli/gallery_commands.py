@@ -89,10 +89,10 @@ def _add_clips(parser: Parser, **options: Any) -> "argparse._MutuallyExclusiveGr
 
 def add_rule(parser: Parser) -> None:
     """Adds the flags `--fpir` and `--threshold`, which decide when a clip gets a name."""
-    rule = parser.add_mutually_exclusive_group()
+    rule = (parser.programs or parser).add_mutually_exclusive_group()
     about = "the share of strangers who may wrongly get a name, e.g. 0.01"
     parser.flag("--fpir R", about, of=rule, type=_number)
-    about = "instead of --fpir: the lowest probability at which a clip gets a name, e.g. 0.9"
+    about = "instead of --fpir: the lowest probability of a name, e.g. 0.9"
     parser.flag("--threshold P", about, of=rule, type=_number)
 
 

@@ -55,7 +55,7 @@ class NoiseClassLayout(NamedTuple):
         return (columns >= 1) & (columns <= self.num_identities)
 
     def is_mirror(self, columns: Array) -> Array:
-        """Returns True for columns of mirrors (see above); `columns` are integers of any shape."""
+        """Returns True for the columns of mirrors; `columns` are integers of any shape."""
         return (columns > self.mirror_shift) & (columns < self.num_columns)
 
 

@@ -164,9 +164,9 @@ def choose_scoring_members(
 ) -> tuple[np.ndarray, bool]:
     """Decides which of E members score which of n clips, by the names of the clips.
 
-    A member scores the clips that it was not trained on. There is an exceptional case: if all
-    members were trained on all training clips, and `clips` contains a training clip, all members
-    score all clips. Returns [E, n] bool, and True in the exceptional case.
+    A member scores the clips that it was not trained on. If all members were trained on all
+    training clips, and `clips` contains a training clip, all members score all clips. Returns
+    [E, n] bool, and whether all members score all clips for this reason.
     """
     position = _index_clips(training_sets.clips)
     rows = np.array([position.get(name, -1) for name in clips], np.int64)

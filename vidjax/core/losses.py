@@ -262,15 +262,15 @@ def make_loss(
       spec: these fields of `config.loss`, and the options of the losses:
         classification, focal: keys of CLASSIFICATION.
         schedule: pairs (epoch, w), see `optim.make_piecewise`.
-        margin_type, margin: key of MARGINS, and size of the margin; 0 if logits are not cosines.
+        margin_type, margin: a key of MARGINS, and a size. If logits are not cosines, the size is 0.
       class_mask: [K] bool, True for columns that take part. None means all columns.
       steps_per_epoch: optimiser steps per epoch; may be a fraction.
       logit_scale: factor on the cosines of the model, or 1 if its logits are not cosines.
 
     Returns:
       Function (logits [..., K], labels [...] int32, step [] int32, scale, counted) -> loss [...]
-        float. The step may be traced. If `scale` is not None, it is a learned scale that broadcasts
-        to [...] and replaces `logit_scale`. For `counted`, see `batch_focal`.
+        float. JAX may trace `step`. `scale` is None, or a learned scale that replaces `logit_scale`
+        and broadcasts to [...]. For `counted`, see `batch_focal`.
     """
     margin = "--config.loss.classification=softmax --config.loss.margin=0.5"
     elsewhere = {

@@ -223,7 +223,7 @@ def freeze(tx: optax.GradientTransformation, pattern: str) -> optax.GradientTran
     try:
         found = re.compile(pattern).search
     except re.error as error:
-        raise UserError(f"config.optim.freeze={pattern}: {error}: correct it") from error
+        raise UserError(f"config.optim.freeze={pattern}: {error}: correct the pattern") from error
 
     def label(params: optax.Params) -> optax.Params:
         names = list_names(params)

@@ -29,7 +29,7 @@ def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
 
 
 def check_folder(folder: Path, remedy: str) -> None:
-    """Raises NoFileError, whose message ends with `remedy`, if there is no such folder."""
+    """Raises NoFileError if there is no such folder. The message ends with `remedy`."""
     if not folder.is_dir():
         problem = "is not a folder" if files.is_present(folder) else "does not exist"
         raise NoFileError(f"'{folder}' {problem}: {remedy}")

@@ -148,8 +148,8 @@ def read_npz_bytes(content: bytes, name: str, limit: int, nets: Nets = NO_NETS) 
 
     `name` is the name of a single clip. It must be empty if the file contains the names of clips.
     `nets` are the nets of the gallery, see `check_nets`. Raises UserError if the content is damaged
-    or needs more than `limit` bytes of memory. The bytes are counted before the arrays are
-    unpacked, with at least 4 per number.
+    or needs more than `limit` bytes of memory. This is checked before the arrays are unpacked. A
+    number counts as at least 4 bytes.
     """
     clean = clean_name_at("clip:", name) if name else ""
     with prefix_errors(f"clip {show(clean)}" if name else "npz"):

@@ -40,7 +40,7 @@ class FrameField(NamedTuple):
     official: str  # the name of the value in the pickles of the iQIYI-VID dataset
 
     def default(self, num_frames: int) -> np.ndarray:
-        """Returns the default values of `num_frames` frames."""
+        """Returns the values [num_frames] of this field for frames without stored values."""
         if self.missing is None:
             return np.arange(num_frames, dtype=self.dtype)
         return np.full(num_frames, self.missing, self.dtype)
@@ -92,11 +92,11 @@ class PackedClips(NamedTuple):
 
     Attributes:
       names: N clip names without `.mp4`.
-      frames: modality -> the frames of all clips. Features are float16, float32, float64 or int8,
-        and have the width 0 if there are no frames. `start` is [N] int64.
-      counts: modality -> the counts of clips and frames.
-      checksums: modality -> [N] uint64, see `compute_checksum`. Readers compare the checksums of
-        clips in files. For clips in memory, the dict may be empty.
+      frames: modality -> the frames of all clips. The dtype of features is float16, float32,
+        float64 or int8. Without frames, features have the width 0. `start` is [N] int64.
+      counts: modality -> the numbers of clips and frames.
+      checksums: modality -> [N] uint64, a checksum of each clip, see `compute_checksum`. Readers
+        of files compare them. For clips in memory, the dict may be empty.
     """
 
     names: tuple[str, ...]
@@ -183,9 +183,9 @@ class FlatFile:
         return self.shape[0]
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        """Returns the rows `start` to `stop`. If the file was cut, the result has fewer rows.
+        """Returns a slice of rows. If the end of the file is missing, the result has fewer rows.
 
-        A small file, with a number per frame, is checked and read as a whole at the first call.
+        If the file has one number per frame, the first call checks and reads the whole file.
         """
         if len(self.shape) > 1:
             return self._read(rows.start, rows.stop)
@@ -267,7 +267,7 @@ def pack_arrays(arrays: Mapping[str, Any], length: ArrayLike) -> Packed:
 
 
 def get_dtype(field: str, features: str | np.dtype) -> np.dtype:
-    """Returns the dtype of a field of frames. The field `features` has the dtype `features`."""
+    """Returns the dtype of a field of frames. For the field "features", it is `features`."""
     return np.dtype(features if field == "features" else FRAME_FIELDS[field].dtype)
 
 

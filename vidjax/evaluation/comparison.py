@@ -529,7 +529,7 @@ LATEX = str.maketrans(
 
 
 def _format_latex_cell(text: str) -> str:
-    """Escapes text for LaTeX. Math mode has a minus sign, so it contains numbers with a sign."""
+    """Escapes text for LaTeX. Numbers with a sign get math mode, which prints a real minus sign."""
     if re.fullmatch(r"[+-]\d[\d.]*( to [+-]\d[\d.]*)?", text):
         return re.sub(r"[+-]\d[\d.]*", lambda match: f"${match[0]}$", text)
     return html.plain(text).translate(LATEX).replace("<", r"$<$")

@@ -130,8 +130,8 @@ def _reduce_examples(
     """Reduces the values of the examples (frames) of every clip to one row per clip, [B, K].
 
     `values_of` maps the frames [B G, 1, ...] and the mask [B, G] of G examples per clip to values
-    [B G, K]. `reduce` is `mean` or `max`. If `logs` is True, the values are logarithms, and their
-    mean is the logarithm of the mean exponential.
+    [B G, K]. `reduce` is `mean` or `max`. If `logs` is True, values are logarithms: their mean is
+    the logarithm of the mean of their exponentials.
     """
     fused = system.fuse(None, batch.frames, hidden_chunk)
     with jax.default_matmul_precision(system.precision):

@@ -62,7 +62,7 @@ class ScoredSplit:
 
     @cached_property
     def hits(self) -> np.ndarray:
-        """True where a ranked clip shows the identity of its list, [C, k] bool."""
+        """Whether each ranked clip shows the identity that it is ranked for, [C, k] bool."""
         return self.columns == np.arange(1, len(self.columns) + 1)[:, None]
 
     @cached_property
@@ -409,9 +409,9 @@ def resample_fnir(
 ) -> np.ndarray:
     """Returns the FNIR of each bootstrap sample of people and distractors, [RESAMPLES] float64.
 
-    Each sample sets its own threshold for the FPIR `rate`. All clips of a person get the same
-    random weight. Clips of an unseen person are added, with a random weight. A random share of
-    these clips counts as missed, so FNIR varies even if no known clip is missed.
+    In each sample, the threshold for the FPIR `rate` is computed again. All clips of a person get
+    the same random weight. A made-up person is added, with a random weight. A random share of this
+    person's clips counts as missed. So FNIR varies even if no real clip is missed.
 
     Args:
       strange: [S] scores of the distractors.

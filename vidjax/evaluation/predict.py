@@ -124,7 +124,7 @@ class Ranker:
         return float(value) if isinstance(value, (int, float)) else None
 
     def _explain_no_threshold(self) -> str:
-        """Returns why `threshold` is None, or "" if it is known or no stranger was evaluated."""
+        """Returns why `threshold` is None. If it is a number, or without strangers, returns ""."""
         if not self.results:
             words = f"vidjax evaluate --workdir={shlex.quote(str(self.workdir))}"
             words += " --config.eval.checkpoint=best" * (self.config.eval.checkpoint == "best")
@@ -327,7 +327,7 @@ class Predictor(Ranker):
         return score_blocks(model, request.split, describe(model, request.split).use)
 
     def embed_blocks(self, blocks: Sequence[Batch]) -> list[np.ndarray]:
-        """Returns for each block an array [B, D], the concatenated embeddings of all members."""
+        """Returns an array [B, D] for each block: the embeddings of all members, concatenated."""
         parts: list[list[np.ndarray]] = [[] for _ in blocks]
         for number in range(len(self.model.training_sets.members)):
             own = self.model.member(number)

@@ -38,7 +38,7 @@ class ScoreBlock(NamedTuple):
     member: int = ALL  # the position of the member in its ensemble
 
     def without_padding(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the scores [b, C] and the clip indices [b] of the b rows in the mask."""
+        """Returns the scores [b, C] and clip indices [b] of the b rows where `mask` is True."""
         rows = slice(None) if self.mask.all() else self.mask
         return self.scores[rows], self.clip_index[rows]
 

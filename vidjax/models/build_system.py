@@ -230,7 +230,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
 
 
 def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
-    """Builds the model. If `config.ensemble.views` is set, its inputs lack a chunk of features."""
+    """Builds the model. With `config.ensemble.views`, it gets all features except one chunk."""
     spec = config["model"]
     if task.settings:
         check_entry("model.name", spec.get("name"), MODELS)
@@ -363,7 +363,7 @@ def _make_column_weight(
 
 
 def _check_dtype(dtype: str) -> None:
-    """Raises UserError if JAX would silently compute in another dtype."""
+    """Raises UserError if JAX would compute in another dtype than `dtype`, without a message."""
     if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
         raise UserError(
             f"config.dtype={dtype}: JAX computes in float32 in this process\n"

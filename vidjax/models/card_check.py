@@ -1,9 +1,9 @@
 """Compares enrolled people with the card of their net, see `card_backend`.
 
-The vectors of P people give estimates of W and B, in which each person has the same weight. If the
-card is right, the estimate of B is distributed approximately like a mean of squares: P - 1
-differences of people, each with the n dimensions of the card. A card is blamed only if such an
-estimate is improbable, and if it also differs from the card by a large factor.
+From the vectors of P people, two variances are estimated: W between clips of one person, and B
+between people. Each person has the same weight. If the card is right, the estimate of B is about a
+mean of squares, of P - 1 differences between people in the n dimensions of the card. A card is
+blamed only if an estimate is improbable, and also differs from the card by a large factor.
 """
 
 import math
@@ -38,7 +38,7 @@ class Comparison(NamedTuple):
     cosine: float  # mean cosine of two clips of two people
 
     def is_blind(self, mirrored: Sequence[float]) -> bool:
-        """Returns whether a mirrored face differs from the face almost like another person.
+        """Returns whether a face and its mirror image differ almost like faces of two people.
 
         `mirrored` are the cosines of photos and their mirror images. For dlib's net, 1 - cosine of
         a mirrored photo is 5 % of 1 - cosine of two people. It is 40 to 70 % for nets with random

@@ -360,7 +360,7 @@ def _hold_out(
 
 
 def _choose_first_clips(labels: np.ndarray) -> np.ndarray:
-    """Chooses the first clip of people with odd labels [N], and all but the last of the others."""
+    """Marks the first clip of each person with an odd label; of others, all clips but the last."""
     order = np.argsort(labels, kind="stable")
     place, count = np.empty(len(labels), int), np.bincount(labels)[labels]
     place[order] = np.arange(len(labels)) - np.searchsorted(labels[order], labels[order])

@@ -213,7 +213,7 @@ def enrol(space: Space, count: Array, total: Array) -> Enrolled:
 
 
 def compute_coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> Enrolled:
-    """Enrols K classes with `count` [K] clips whose coordinates z add up to `sums` [K, D]."""
+    """Enrols K classes. Class k has `count[k]` clips, whose coordinates add up to `sums[k]` [D]."""
     # After k clips with the mean z, the posterior of the vector of the class has the mean
     # k psi z / (k psi + 1) and the variance psi / (k psi + 1), where psi is `space.ratio`. A new
     # clip adds the variance within classes, which is 1.

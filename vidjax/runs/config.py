@@ -34,7 +34,7 @@ class ReadWhen(NamedTuple):
 
 
 class Affects(enum.Flag):
-    """What the value of a field changes. NOTHING means no result, except for rounding."""
+    """What the value of a field changes. NOTHING: all results stay equal, except for rounding."""
 
     NOTHING = 0
     TRAINING = enum.auto()  # what every model learns

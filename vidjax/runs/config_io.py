@@ -193,7 +193,7 @@ def check_overridden(overrides: Sequence[str], readable: Collection[str], comman
 
 
 def refuse_training_fields(overrides: Sequence[str]) -> None:
-    """Raises UserError if a word overrides a field that only a training reads."""
+    """Raises UserError if one of `overrides` changes a field that only a training reads."""
     for name in filter(config_lib.is_of_training, override_names(overrides)):
         raise UserError(
             f"config.{name} has no effect, because evaluate does not train\n"

@@ -82,8 +82,8 @@ def check_data(
     run is evaluated, `eval.split` must be unchanged, or be a split that the run has not read.
 
     `named` is True if the user has named the folder of the data. If `named` is False, the folder is
-    from `config.json`, which a stranger may have written. Then a split that the run has not read
-    needs proof: another split of the run must be unchanged.
+    from `config.json`, which a stranger may have written. Then a split that the run has not read is
+    only accepted if another split, which the run has read, is unchanged.
     """
     split = config.eval.split
     names = [split] if not trains and split in own["splits"] else list(own["splits"])

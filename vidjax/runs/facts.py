@@ -117,6 +117,6 @@ def list_rows(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def list_sentences(run: str, values: Mapping[str, Any]) -> list[str]:
-    """Returns the sentences of a comparison about the facts in the `metrics.json` of `run`."""
+    """Returns sentences about the facts of a run, for the text that compares runs."""
     texts = ((fact.sentence, fact.text(values)) for fact in FACTS if fact.sentence)
     return [sentence.format(run=run, text=text) for sentence, text in texts if text]

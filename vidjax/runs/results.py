@@ -173,9 +173,9 @@ def find_last_saved(workdir: Path) -> int:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of `metrics.jsonl` or `timing.jsonl`. If there is no file, returns [].
 
-    Damaged lines are skipped, because a run may still write the last line. If the file has more
-    than 20,000 lines, only evenly spaced lines, at most 20,000, and the first 20,000 evaluations
-    are returned.
+    Damaged lines are skipped, because a run may still write the last line. Of a file with more than
+    20,000 lines, the result contains at most 20,000 evenly spaced lines, and the lines of the first
+    20,000 evaluations.
     """
     if not files.exists(path):
         return []

@@ -128,7 +128,7 @@ def make_plan(config: Config, data: Dataset) -> RunPlan:
 
 
 def count_steps(config: Config, num_places: int) -> int:
-    """Returns the number of steps of a run. The last step completes an update of parameters."""
+    """Returns the number of steps of a run, rounded up to whole updates of the parameters."""
     every = config.optim.accumulate
     return math.ceil(config.num_epochs * num_places / (config.batch_size * every)) * every
 

@@ -91,9 +91,9 @@ def make_state(
 ) -> TrainState:
     """Returns the state at step 0, on every device of `mesh`.
 
-    `init` calls `init_state`. Its optimiser state is dropped, and computed again from the optimiser
-    `tx`, because two programs need less memory than one. Before that, `change` may change the
-    weights.
+    `init` calls `init_state`, and `change` may change the weights. The optimiser state of `init` is
+    not used: it is computed from the optimiser `tx` in a second program, because two programs need
+    less memory than one.
     """
     draw, complete = make_init_programs(init, tx, mesh)
     return complete(change(draw()))

@@ -126,7 +126,7 @@ def require_packages(what: str, *packages: str, extra: str, instead: str = "") -
 def check_argument(
     argument: str, value: object, kinds: type | tuple[type, ...], wanted: str
 ) -> None:
-    """Raises ArgumentError, "ARGUMENT must be WANTED, not ...", if `value` is not of `kinds`."""
+    """Raises ArgumentError if the type of `value` is not in `kinds`. `wanted` describes `kinds`."""
     if not isinstance(value, kinds):
         text = f" {value!r}" if isinstance(value, str | int | float | None) else ""
         kind = "" if value is None else f" {type(value).__name__}"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from vidjax.utils.errors import escape_controls
+from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import show
 
 PLURALS = {"person": "people", "identity": "identities"}  # plurals without the usual s
@@ -217,8 +218,8 @@ def align_columns(
 def describe_failed(failed: Mapping[str, str]) -> dict[str, str]:
     """Returns rows about files that were not used: their number and names, and remedies.
 
-    `failed` is path of a file -> remedy, or "". Of different remedies, three are listed, with the
-    names of their files.
+    `failed` is path of a file -> remedy, or "". A missing folder of photos is listed as missing. Of
+    different remedies, three are listed, with the names of their files.
     """
     if not failed:
         return {}
@@ -227,5 +228,8 @@ def describe_failed(failed: Mapping[str, str]) -> dict[str, str]:
         files_of.setdefault(remedy, show(Path(path).name))
     files_of.pop("", None)
     texts = [f"{name}: {x}" if len(files_of) > 1 else x for x, name in files_of.items()]
-    used = f"{len(failed):,}: {list_some(sorted(failed), 3)}"
-    return {"not used": used, "remedy": "; ".join(texts[:3])}
+    rows = group_by_key(
+        ("not used" if os.path.isfile(path) else "missing", path) for path in sorted(failed)
+    )
+    shown = {key: f"{len(paths):,}: {list_some(paths, 3)}" for key, paths in rows.items()}
+    return {**shown, "remedy": "; ".join(texts[:3])}

@@ -43,6 +43,7 @@ class Parser(argparse.ArgumentParser):
         self.words: Sequence[str] = ()  # of the command line, without the words before the command
         # The command may override fields that begin with this text, or no field if it is None.
         self.group: str | None = None
+        self.programs: argparse._ArgumentGroup | None = None  # has --quiet, --json and --debug
 
     def flag(
         self,
@@ -81,9 +82,9 @@ class Parser(argparse.ArgumentParser):
                 line = f"  {self.prog} {first} \\\n      --{others}"
             lines.append(line)
         self.epilog = "\n".join([f"example{'s' * (len(examples) > 1)}:", *lines])
-        self.flag("--quiet", "prints only the result")
-        self.flag("--json", "prints the result as JSON")
-        self.flag("--debug", "shows tracebacks")
+        self.flag("--quiet", "prints only the result", of=self.programs)
+        self.flag("--json", "prints the result as JSON", of=self.programs)
+        self.flag("--debug", "shows tracebacks", of=self.programs)
         self.set_defaults(execute=run, parser=self)
 
     def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]  (it has overloads)

@@ -7,8 +7,8 @@ limited, and so are the length of its output and of each file that it writes. It
 that it needs, and no connections or programs, see `confinement`. It gets only environment variables
 that it needs.
 
-A file that has taken over its child chooses the answer. So a caller names the class of the result,
-uses the files that the child wrote in a block `doubt`, and sets itself what it knows.
+A file may take over the child, and then chooses the answer. So a caller names the class of the
+result, reads files of the child in a block `doubt`, and takes no fact from it that it knows itself.
 
 Process pools of Python are not used, because their processes import the user's program. A program
 without `if __name__ == "__main__"` would then run again.
@@ -122,8 +122,8 @@ def _exchange(
 ) -> tuple[bytes, bytes]:
     """Sends `given` to a process. Returns its output, and the last bytes of its standard error.
 
-    Unlike `Popen.communicate`, it never keeps more than the limits in memory. For the limits and
-    errors, see `Children.run`.
+    `Popen.communicate` would keep an output of any size in memory. Here, the output is limited. For
+    `output_bytes` and the errors, see `Children.run`.
     """
     assert child.stdin and child.stdout and child.stderr
     left, end = memoryview(given), time.monotonic() + timeout

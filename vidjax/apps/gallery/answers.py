@@ -248,7 +248,7 @@ class NamingRule(NamedTuple):
 
 
 def check_rate(name: str, rate: float | None) -> None:
-    """Raises UserError if `rate`, the argument `name`, is neither None nor between 0 and 1."""
+    """Raises UserError for a `rate` outside of (0, 1). None is accepted. `name` is in errors."""
     check_argument(name, rate, (numbers.Real, type(None)), "a number, or None")
     if rate is not None and not 0 < rate < 1:
         raise UserError(f"{name}={rate:g} is not a rate: give a number above 0 and below 1")
@@ -271,7 +271,7 @@ def check_choice(fpir: float | None, threshold: float | None) -> None:
 
 
 def count_needed_strangers(fpir: float) -> int:
-    """Returns how many clips of strangers a threshold for `fpir` needs: 1 / fpir - 1, or 1."""
+    """Returns how many clips of strangers a threshold for `fpir` needs, at least 1."""
     return max(1, math.ceil(min(1 / fpir, 1e18) - 1e-9) - 1)
 
 

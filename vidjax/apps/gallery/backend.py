@@ -174,11 +174,11 @@ def fit(
     Args:
       vectors: modality -> unit vectors [N, D] float32.
       labels: [N] int, the person of each clip, from 1.
-      enrolled: modality -> [N, D] float32. To fit the settings, row n enrols the person of clip n.
-        It may be the mean of the person's clips in a film. The default is `vectors`.
+      enrolled: modality -> [N, D] float32. The settings are fitted as if row n were enrolled for
+        the person of clip n, such as the mean of the person's clips in a film. Default: `vectors`.
       centred: True if the run has already subtracted a centre from the vectors.
-      settings: the settings of PLDA. By default, they are fitted, too, and W is at least a typical
-        share of the variance, see `two_covariance.covariances`.
+      settings: the settings of PLDA. By default, they are fitted, too, and the variance of a
+        person's clips is at least a typical share, see `two_covariance.covariances`.
     """
     from vidjax.models import plda_fit  # imports JAX
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vidjax.apps.cards import BackEnd
     from vidjax.apps.gallery.gallery import Gallery
 
-NOBODY = "nobody gets a name: vectors of two people are as alike as vectors of one person"
+NOBODY = "nobody gets a name: for the net, two people are as alike as photos of one person"
 TWO_NAMES = "if two names are one person, or a photo shows another person, correct them"
 SAME = 0.1  # people who differ less than this share of what the card says look like one person
 
@@ -153,7 +153,7 @@ def describe(state: State) -> str:
     face = back_ends.get("face")
     if not face or face.is_measured:
         return ""
-    text = "the card of the net is not measured on your photos, so fewer people get a name"
+    text = "this net is not yet tested on your photos, so fewer people get a name"
     return f"{text}\n{_advise_to_measure(models)}"
 
 
@@ -169,21 +169,21 @@ def _describe_problem(comparison: Comparison, models: str) -> str:
     `models` is the folder of the net.
     """
     if comparison.problem == "closer" and comparison.between < SAME:
-        return f"the enrolled people are as alike as photos of one person\n{TWO_NAMES}"
+        return f"your people are as alike as photos of one person\n{TWO_NAMES}"
     measure, between = _advise_to_measure(models), f"{comparison.between:.2g}"
     return {
         "": "",
         "blind": f"{NOBODY}\n{TWO_NAMES}\n"
         "if not, convert the net again: the order of colours or the scale may be wrong",
-        "closer": f"the enrolled people differ only {between} times as much as the card of the "
-        f"net expects: similar people, such as relatives, may get a wrong name\n{measure}",
+        "closer": f"your people differ only {between} times as much as the net "
+        f"expects: similar people, such as relatives, may get a wrong name\n{measure}",
         "varied": f"the photos of one person differ {comparison.within:.2g} times as much as the "
-        f"card of the net expects: many names are missing or wrong\n{measure}",
-        "farther": f"the enrolled people differ {between} times as much as the card of the net "
+        f"net expects: many names are missing or wrong\n{measure}",
+        "farther": f"your people differ {between} times as much as the net "
         f"expects: many names are missing or wrong\n{measure}",
     }[comparison.problem]
 
 
 def _advise_to_measure(models: str) -> str:
     words = ["vidjax", "measure-card", models, "--photos=FOLDER"]
-    return f"to measure the card on photos of your people: {shlex.join(words)}"
+    return f"to test the net on photos of your people: {shlex.join(words)}"

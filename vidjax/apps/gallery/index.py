@@ -155,7 +155,7 @@ class Ratios:
         self._part, self._scale, self._constant = part, scale, scale * constant
 
     def ask(self, units: np.ndarray, _: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns coordinates [Q, D] and terms [Q, U] of unit vectors [Q, D], for `_Queries`."""
+        """Returns fields of `_Queries` for unit vectors [Q, D]: coordinates, and terms [Q, U]."""
         z = self._part.coordinates(units)
         return self._scale * z, self._scale * z**2 @ self.curve.T
 

@@ -123,8 +123,8 @@ def check_given(identities: Mapping[str, str], clips: Collection[str], source: s
 def complete(gallery: "Gallery", vectors: Vectors) -> set[str]:
     """Adds missing modalities to enrolled clips.
 
-    `vectors` are clips with all modalities. A clip is skipped if it is not enrolled, or if it is
-    enrolled with another vector of a modality. Returns the clips that are not skipped.
+    `vectors` are clips with all modalities. A clip is left out if it is not enrolled, or if it
+    is enrolled with another vector of a modality. Returns the other clips, which are now complete.
     """
     clips = select_usable_clips(vectors)
     with gallery.change() as draft:
@@ -256,9 +256,9 @@ def migrate(old: "Gallery", new: "Gallery", clips: "AnyClips") -> Migration:
             place = shlex.quote(str(new.folder))
             remedy += f"; or enrol the photos again: vidjax gallery enrol {place} --photos=FOLDER"
         raise UserError(
-            f"no clip of gallery '{old.folder}' has a usable frame in the features: a clip of the "
-            f"gallery is {show(min(person_of, default=''))}, a clip of the features "
-            f"{show(min(vectors.names, default=''))}\n{remedy}"
+            f"the features have no usable clip with the name of a clip in gallery '{old.folder}': "
+            f"a name in the gallery is {show(min(person_of, default=''))}, a name in the features "
+            f"is {show(min(vectors.names, default=''))}\n{remedy}"
         )
     with new.change() as draft:
         added, relabelled = dict[str, StoredClip](), dict[str, str]()

@@ -54,7 +54,7 @@ def check_input(
         if of_person and not is_flat:
             raise UserError(
                 f"'{path}' contains folders of clips, which may show several people\n"
-                "leave out --identity if a folder is a person, or name each folder: --input=DIR"
+                "if each folder is a person, leave out --identity; else give --input=DIR for each"
             )
     if gallery.origin.cards:
         features_folder.check_models(path, gallery.origin.cards)

@@ -36,7 +36,7 @@ Sides = list[tuple[np.ndarray, int | None]]  # the rows of each side, and the pe
 
 
 class Side(NamedTuple):
-    """A side: photos in the name of a person that show the same face."""
+    """Photos of a person that show the same face. Photos of another face are another side."""
 
     photos: Sequence[str]  # names of clips in the gallery
     like: str | None = None  # another person whom this face resembles

@@ -259,7 +259,7 @@ class Said:
 
 
 def read_for(gallery: Gallery, films: Iterable[MediaFile]) -> Said:
-    """Returns what people said about `films`, if the gallery is in results of `vidjax who`."""
+    """Returns what people said about `films`: nothing if `vidjax who` did not make the gallery."""
     out = gallery.folder.parent
     if said_lib.has_log(out):
         return Said(said_lib.read(out), films)

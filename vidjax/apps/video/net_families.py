@@ -326,7 +326,7 @@ def guess_family(net: ForeignNet, families: Sequence[str]) -> str:
 
 
 def _fit(family: str, net: ForeignNet, side: int | None, colour: str | None) -> dict[str, Any]:
-    """Returns fields of the card that depend on the declared inputs and outputs.
+    """Returns the fields of a net's card that depend on the inputs and outputs that it declares.
 
     `side` and `colour` are as in `convert`.
     """

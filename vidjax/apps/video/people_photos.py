@@ -35,7 +35,7 @@ MOST_LOCKED = 200  # folders of people that are locked at once; each lock is an 
 # The flags of `vidjax who` and of other commands that name the folder of photos.
 WHO_FLAG, PHOTOS_FLAG = "--people", "--photos"
 EQUAL_SQUARES = 1e-5  # the largest squared distance of two vectors of the same picture
-MISFIT_REMEDY = "nobody is enrolled from it. Tag its faces again"
+MISFIT_REMEDY = "this photo is not used. Tag its faces again"
 
 
 class FoundFace(NamedTuple):
@@ -383,7 +383,7 @@ class Photos:
         return missing
 
     def embed(self, gallery: Gallery) -> dict[str, StoredClip]:
-        """Computes the vectors of usable faces; returns clip in the gallery -> entry."""
+        """Computes the vectors of usable faces; returns clip in the gallery -> stored clip."""
         entries: dict[str, StoredClip] = {}
         groups = group_by_key((self.faces[clip].features, clip) for clip in self.usable)
         for folder, clips in groups.items():
@@ -482,7 +482,7 @@ class Photos:
                     f"looks like {show(like)}" if like else f"differs from {name}'s other photos"
                 )
                 wrong = "correct its tag" if photo.tags else "move it"
-                about = f"{path} is enrolled as {name}, but {seems}"
+                about = f"{path} counts as a photo of {name}, but {seems}"
                 texts.append(f"{about}: {wrong} if it shows another person")
         texts += self._describe_contradictions(doubtful, person_of)
         self.warn(texts)
@@ -522,8 +522,8 @@ class Photos:
         for first, second in doubtful.alike:
             names = " and ".join(show(person_of[clip]) for clip in (first, second))
             yield (
-                f"{locate(first)} and {locate(second)} are enrolled as {names}, but seem to show "
-                "one person: move the wrong photo"
+                f"{locate(first)} and {locate(second)} count as photos of {names}, but seem to "
+                "show one person: move the wrong photo"
             )
 
 

@@ -254,7 +254,7 @@ def _prepare_folder(
             earlier = known[stem] if features_folder.has_features(out, stem) else None
             lost.append(FileOutcome(path, None, error, remedy=remedy, earlier=earlier))
         elif deleted and not others:
-            tell(Note(f"{path} no longer exists: its features are removed", warning=False))
+            tell(Note(f"{path} no longer exists: its results are deleted", warning=False))
         elif not others:
             kept.add(stem)
             unsure += [path] * missing
@@ -312,7 +312,7 @@ def _check_extraction(
         old, new = map(msgspec.structs.asdict, (before.settings, settings))
         changed = [f"{name}: {old[name]}, not {x}" for name, x in new.items() if old[name] != x]
         raise UserError(
-            f"the features in '{out}' were extracted with other settings ({'; '.join(changed)})\n"
+            f"the files in '{out}' were read with other settings ({'; '.join(changed)})\n"
             "name a new folder, or use the same settings"
         )
     return before.settings

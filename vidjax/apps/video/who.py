@@ -248,7 +248,7 @@ class _Call:
                 hint = "" if os.path.isdir(people) else messages.suggest_path(people)
                 self.warn(
                     f"photos of {messages.list_some([*map(show, sorted(kept))])} are missing in "
-                    f"'{show(str(people))}': is the drive connected? These people stay enrolled\n"
+                    f"'{show(str(people))}': is the drive connected? These people stay known\n"
                     f"to forget people whose photos are missing, add --forget-missing{hint}"
                 )
             entries = photos.embed(gallery)
@@ -410,14 +410,14 @@ class _Call:
         }  # fmt: skip
         if lost := names.keys() - found.keys():
             about = f"that no longer exist, such as {show(min(lost))}, are ignored: {len(lost):,}"
-            self.warn(f"names of clips in {path} {about}")
+            self.warn(f"names in {path} for faces {about}")
         lines, said = list[Line](), read_said(out, films)
         with prefix_errors(str(path)):
             for clip, film in found.items():
                 name, old = check_person(names[clip]), said.names.get(clip)
                 if old not in (None, name):
                     raise UserError(
-                        f"clip '{clip}' already has the name '{show(old)}', not '{show(name)}'\n"
+                        f"face '{clip}' already has the name '{show(old)}', not '{show(name)}'\n"
                         "correct the name on the page, or delete this row"
                     )
                 if old is None and (face := film.faces.get(clip)):
@@ -427,8 +427,8 @@ class _Call:
         if found:
             path.unlink()  # the table is written again
         for name, count in sorted(Counter(map(names.get, found)).items()):
-            clips = messages.count(count, "clip")
-            self.say(f"{show(str(name))} is enrolled with {clips} from {path.name}")
+            faces = messages.count(count, "face")
+            self.say(f"{show(str(name))} is the name of {faces}, as {path.name} says")
         return {str(line.of) for line in lines}
 
     def _follow_photos(

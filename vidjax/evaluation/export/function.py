@@ -97,7 +97,7 @@ def make_batch(run: Predictor, inputs: Inputs) -> Batch:
 
 
 def _mask_best_frames(quality: Array, mask: Array) -> Array:
-    """Returns a mask [B, T], True for the best MAX_EVAL_FRAMES real frames of each clip."""
+    """Returns a mask [B, T], True for the best MAX_EVAL_FRAMES frames without padding."""
     least = jnp.finfo(jnp.float32).min
     ordered = jnp.where(jnp.isnan(quality), least, jnp.maximum(quality, least))
 
