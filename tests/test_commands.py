@@ -48,7 +48,8 @@ ARRAYS = ("--config.data.name=arrays",)
 OWN = "--config=mma:face --config.data.name=arrays --workdir=new --config.data.dir="
 # Commands with mistakes -> a part of the error, mostly the remedy.
 WORDS = {
-    "": "--config=configs/mma.py", "--config=": "--config= has no value",
+    "revie": "did you mean 'review'", "review": "vidjax review names",
+    "--config=": "--config= has no value",
     f"{TRAIN} --learning-rate=0.1": "--config.optim.learning_rate",
     f"{TRAIN} --quite": "--quiet",
     f"{TRAIN} --xyzzy=1": "example: vidjax train", f"{TRAIN} stray": "no flag\nexample",
@@ -68,6 +69,7 @@ WORDS = {
     )},
     "--config=mma --config.data.name=arrays --config.data.dir=w --workdir=w":
         "is the folder of the data",
+    "review .": "name the folder that you gave as --out", "home": "vidjax who --help",
     "gallery creat": "did you mean 'create'", "gallery enroll G --input=x": "'enrol'?",
     "gallery G list": "vidjax gallery identify G --input=PATH",
     "gallery list G stray": "'stray' has no flag\nexample",

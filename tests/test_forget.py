@@ -190,6 +190,9 @@ def test_forget_finds_names_in_paths_and_contents_of_other_programs(tmp_path, pl
     (photos / "tagged.jpg").write_bytes(b"\xff\xd8\0" + tag + b"\0\xff" * 99)
     (photos / "other.jpg").write_bytes(b"\xff\xd8\0Ada\0Lovelace\0")
     (tmp_path / "other.txt").write_text("Ada\nAda Lovelaces\n")  # a part of the name, another name
+    picture = "data:image/png;base64,AA/Eve/AA=="  # the letters are no name
+    (tmp_path / "names.html").write_text(f'<img src="{picture}" alt="">')
+    assert places("--identity=Eve", tmp_path, code=0) == {}
     os.mkfifo(tmp_path / "pipe")  # to read the pipe or the link would never end
     (tmp_path / "link").symlink_to("/dev/zero")
     (photos / f"{GONE}.png").symlink_to("/dev/zero")

@@ -20,7 +20,7 @@ FOLDERS = ("utils", "core", "data", "runs", "models", "evaluation", "training", 
 # The same for vidjax/apps/.
 APPS = (
     "bulk", "cards", "server_limits", "web", "said", "features_folder", "earlier_said", "gallery",
-    "video", "serve", "traces", "forget",
+    "traces", "forget", "video", "serve",
 )  # fmt: skip
 TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
 JAX = {"flax", "jax", "optax", "orbax"}

@@ -5,37 +5,42 @@ import hashlib
 import re
 from unittest import mock
 
+import pytest
+
 from tests.helpers.made_appearances import appearance, film
 from vidjax.apps.gallery.answers import Answer
 from vidjax.apps.video import names_page
 
 
-def render(appearances, answers=None, people=("Ada", "Bob"), photo=False):
+def render(appearances, answers=None, people=("Ada", "Bob"), photo=False, **more):
     """Returns the page of a film of 100 s, or of a photo, with these appearances of people."""
 
     def address(film, seconds):
         return "../a%20film.mp4" + ("" if film.photo else f"#t={seconds:.1f}")
 
-    films, pictures = [film(photo=photo)], {name: [] for name in people}
+    films, pictures = [film(photo=photo)], dict[str, list[names_page.Picture]]()
+    for name in people:
+        pictures[name] = [(f"{name[0].lower()}.png", name, "", "")] if answers else []
     data = appearances, films, pictures, "{}.png".format, answers or {}, address
-    return names_page.render(names_page.PageData(*data))
+    return names_page.render(names_page.PageData(*data, **more))
 
 
 def text_of(html):
     """Returns the text that a page shows."""
     body = re.sub(r"<style>.*?</style>|<script>.*?</script>", "", html, flags=re.DOTALL)
-    return " ".join(re.sub(r"<[^>]+>", " ", body).split()).replace(" ,", ",")
+    return re.sub("[ \n]+", " ", re.sub(r"<[^>]+>", " ", body)).replace(" ,", ",")
 
 
 def test_page_shows_times_probabilities_and_links_as_text():
     html = render([appearance(12.34, 75.0, probability=0.97)])
-    assert "Ada in all 1:03 0:12\u20131:15 97 %" in text_of(html)
-    assert html.count('href="../a%20film.mp4#t=12.3"') == 2  # below the bar, and in Ada's table
+    assert "Ada in all 1:03 0:12\u20131:15 97\u00a0%" in text_of(html)
+    # The bar of the timeline, the times of the film, and Ada's table.
+    assert html.count('href="../a%20film.mp4#t=12.3"') == 3
     assert "Bob This person is in no film." in text_of(html)
     html = render([appearance(12.34, 75.0, probability=0.995)])
-    assert "0:12\u20131:15 over 99 %" in text_of(html)
+    assert "0:12\u20131:15 over 99\u00a0%" in text_of(html)
     html = render([appearance(0, 0, probability=0.9)], photo=True)
-    assert "in the photo 90 %" in text_of(html) and "#t=" not in html
+    assert "in the photo 90\u00a0%" in text_of(html) and "#t=" not in html
 
 
 def test_page_compares_each_name_with_few_others():
@@ -49,7 +54,7 @@ def test_page_compares_each_name_with_few_others():
     assert 0 < compare.call_count < 20 * len(rows)  # far below 400 * 400
 
 
-def test_doubtful_names_are_listed_first_with_other_candidates():
+def test_doubtful_names_are_listed_next_to_the_people_whom_the_faces_may_show():
     """The doubt is 30 % for Ada and 45 % for unknown 2. It is small for Bob and unknown 1."""
     bob = appearance(2, 3, "Bob", 0.95, clip="b")
     appearances = [
@@ -62,13 +67,15 @@ def test_doubtful_names_are_listed_first_with_other_candidates():
         "c": (("Ada", 0.45), ("Bob", 0.1)), "d": (("Ada", 0.02),),
     }  # fmt: skip
     answers = {clip: Answer(None, found[0][1], 0.0, found) for clip, found in best.items()}
-    words = text_of(render(appearances, answers))
-    doubtful = words[words.index("other likely people") : words.index("a.mp4 Length 1:40")]
-    assert doubtful == (
-        "other likely people unknown 2 a.mp4 0:04\u20130:05 Ada 45 %, Bob 10 % "
-        "Ada a.mp4 0:00\u20130:01 70 % Bob 20 % "
-    )
-    people = words[words.rindex("People") :]
+    html = render(appearances, answers)
+    doubtful = html[html.index("<h2>Doubtful") : html.index("<h2>Films")]
+    shown = re.findall('src="([a-z])|<bdi class="name"[^>]*>(.+?)<|([0-9]+)\u00a0%', doubtful)
+    assert [*map("".join, shown)] == [
+        "c", "a", "Ada", "45", "b", "Bob", "10", "unknown 2",
+        "a", "a", "Ada", "70", "b", "Bob", "20", "Ada", "70",
+    ], "a face, then the likely people, each with a picture"  # fmt: skip
+    people = text_of(html)
+    people = people[people.rindex("Times of each person") :]
     places = [people.index(name) for name in ("Ada", "Bob", "unknown 1", "unknown 2")]
     assert places == sorted(places), "the list of people is in this order"
     assert "Doubtful" not in render([bob], answers)
@@ -77,9 +84,9 @@ def test_doubtful_names_are_listed_first_with_other_candidates():
 def test_unclear_faces_are_listed_after_unknown_people():
     names = {"unknown face 1": "a", "unknown 3": "b", "unknown face 12": "c", "unknown 2": "d"}
     html = render([appearance(0, 1, name, None, clip=clip) for name, clip in names.items()])
-    film, people = html.split('id="people"')
-    assert film.count("<details>") == film.count("</details>") == 1
-    assert "unknown 3" not in film[film.index("<details>") :]
+    people, film = html[html.index('id="people"') : html.index('id="times"')].split('id="films"')
+    assert film.count("<details>") == film.count("</details>") == 2
+    assert "unknown 3" not in film[film.rindex("<details>") :]
     words = text_of(people)
     order = ("unknown 2", "unknown 3", "Unclear faces", "unknown face 1", "unknown face 12")
     assert [*sorted(order, key=words.index)] == [*order]
@@ -117,3 +124,36 @@ def test_faces_of_a_person_begin_with_the_clearest_face():
     assert re.findall(r"t=(\d)", html) == ["2", "4", "0"], "each face has its own time"
     assert text_of(html).count("unclear") == 1
     assert text_of(html).count("Another face at this time is Ada .") == 1
+
+
+@pytest.mark.parametrize("at", ["unknown 1", names_page.CLIP + "c", names_page.CLIP + "gone"])
+def test_a_field_has_the_focus_after_the_last_doubtful_name_was_confirmed(at):
+    """The doubtful face c is the only one that is left."""
+    x = [appearance(0, 1, "unknown 1", None, clip="c")]
+    answers = {"c": Answer(None, 0.45, 0.0, (("Ada", 0.45),))}
+    page = render(x, answers, forms=names_page.Forms(message="Saved.", at=at))
+    before = page[: page.index("autofocus")]
+    focus = at.replace("gone", "c")
+    assert f'name="of" value="{focus}"' in before[before.rindex("<form") :]
+
+
+def test_unknown_people_come_after_known_people_and_the_most_frequent_comes_first():
+    rows = [appearance(n, n, f"unknown {n % 3}", None, clip=f"c{n}") for n in (0, 1, 2, 5, 8, 4)]
+    html = render([*rows, appearance(9, 9)])
+    order = re.findall('class="cover".*?class="name" title="([^"]+)', html)
+    assert order == ["Ada", "Bob", "unknown 2", "unknown 1", "unknown 0"]
+
+
+def test_no_two_bars_of_a_timeline_overlap():
+    rows = [appearance(a, b, "Ada", 0.97, clip=f"c{a}") for a, b in ((0, 50), (20, 30), (30.5, 80))]
+    html = render([*rows, appearance(90, 90.1), appearance(91, 91)])
+    assert re.findall("--row:([0-9])", html) == ["0", "1", "1", "0", "1"]
+    assert "--rows:2" in html
+    for row in rows:  # a focused bar shows the face, the name and the time
+        assert re.search(rf'class="bar.*?src="{row.clips[0]}.png".*?<b><bdi>Ada', html)
+
+
+def test_names_of_films_run_from_left_to_right_and_a_sent_page_shows_faces():
+    html = render([appearance(0, 1)], embed="data:{}".format)
+    assert html.count('<bdi dir="ltr">a.mp4</bdi>') >= 2 and "<bdi>a.mp4" not in html
+    assert 'src="data:a.mp4.png"' in html or 'src="data:' in html

@@ -181,7 +181,7 @@ def test_films_and_photos_that_are_missing_keep_their_corrections(archive, drawn
     write_film(archive.films / "other" / "00.mkv", (1, 70, [("Eve", *PLACES[0])]))
     archive.who(code=1)
     assert [x for x in archive.list_corrections() if "00~" not in x] == before
-    archive.open().change("name", ["Eve 00"], "Eva")  # on the page of `--review`
+    archive.open().change("name", ["Eve 00"], "Eva")  # on the page of `vidjax review`
 
     shutil.move(drive / "00.mkv", archive.films)
     shutil.move(drive / "Ada", drawn.friends)

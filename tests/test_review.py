@@ -1,4 +1,4 @@
-"""`vidjax who --review`: names are corrected on a page, and the next call keeps the corrections."""
+"""`vidjax review`: names are corrected on a page, and the next call keeps the corrections."""
 
 import asyncio
 import contextlib
@@ -442,3 +442,102 @@ def test_errors_of_the_disk_and_closed_connections_get_answers(reviewed, drawn, 
     shutil.rmtree(drawn.out / "gallery")
     answer = client.get("")
     assert answer.status_code == 503 and "gallery" in answer.text
+
+
+def test_review_opens_the_page_without_films_photos_and_nets(reviewed, drawn, monkeypatch):
+    reviewed.post(do="name", of="unknown 1", person="Bob")
+    reviewed.review.save()
+    before = drawn.names()
+    for path in (*reviewed.films, drawn.friends, drawn.models):
+        path.rename(drawn.folder / f"away {path.name}")
+
+    def serve(again):
+        reviewed.review, reviewed.client = again, testclient.TestClient(
+            review.make_app(again, TOKEN), base_url=f"{SITE}/{TOKEN}/", headers={"origin": SITE},
+        )  # fmt: skip
+        text = reviewed.client.get("").text
+        pictures = re.findall('<img[^>]* src="([^"]+)"', text)
+        assert "Ada" in text and pictures
+        assert all(reviewed.client.get(x).status_code == 200 for x in pictures)
+        reviewed.post(do="name", of="unknown 2", person="Eve")
+        again.save()
+        return again.done
+
+    monkeypatch.setattr(review, "serve_review", serve)
+    assert drawn.run("review", drawn.out).content["people"] == {"Ada": 1, "Bob": 2, "Eve": 2}
+    renamed = {clip: "Eve" if name == "unknown 2" else name for clip, name in before.items()}
+    assert drawn.names() == renamed
+    for path in (*reviewed.films, drawn.friends, drawn.models):
+        (drawn.folder / f"away {path.name}").rename(path)
+    assert reviewed.names_after_restart() == renamed, "the next call agrees"
+
+
+def test_undo_works_after_another_call_and_after_a_clip_was_removed(reviewed, drawn):
+    reviewed.post(do="name", of="unknown 1", person="Bob")
+    assert "Bob" in reviewed.names_after_restart().values()
+    assert "Undo: unknown 1 is Bob" in reviewed.client.get("").text
+    assert "Undone" in reviewed.post("undo") and reviewed.names() == reviewed.before
+    clip = "of another program"
+    gallery = Gallery(drawn.out / "gallery")
+    with gallery.change() as draft:
+        draft.add({clip: draft.clips[next(iter(gallery.people["Ada"]))]})
+    reviewed.post(do="name", of="Ada", person="Eva")
+    gallery.remove(clip=clip)
+    assert "Undone" in reviewed.post("undo") and reviewed.names() == reviewed.before
+
+
+def test_ignored_faces_are_no_person_and_are_shown_again(reviewed):
+    before = reviewed.names()
+    faces = [f"clip:\t{clip}" for clip, name in before.items() if name == "unknown 1"]
+    reviewed.post(do="ignore", of=faces)
+    text = reviewed.client.get("").text
+    assert "People (2)" in text and "Ignored: 2 times" in text
+    text = reviewed.client.get("?person=ignored").text
+    assert text.count(">Show again<") == 1 and ">Somebody else<" not in text
+    assert "is shown again." in reviewed.post(do="show", of=faces[0], view="person=ignored")
+    assert [*reviewed.names().values()].count(None) == 1
+    assert "shown again." in reviewed.post(do="show", of="ignored")
+    assert reviewed.names() == before == reviewed.names_after_restart()
+    reviewed.post("undo")
+    assert [*reviewed.names().values()].count(None) == 1
+
+
+def test_question_shows_the_faces_of_both_people(reviewed):
+    reviewed.post(do="name", of="unknown 1", person="Bob")
+    for of, person, other in (("unknown 2", "ada", "Ada"), ("Ada", "Bob", "Bob")):
+        text = reviewed.post(status=422, do="name", of=of, person=person)
+        asked = text[text.index('class="pair"') : text.index("</form>", text.index('class="pair"'))]
+        face, guess = asked.split('class="guess"')
+        assert face.count("<img") == 1 == guess.count("<img") and f">{other}<" in guess
+
+
+def test_forgotten_person_leaves_no_trace_in_the_folder_but_the_photos_are_named(
+    reviewed, drawn, say
+):
+    reviewed.post(do="name", of="unknown 1", person="Bob")
+    reviewed.post(do="name", of="Ada", person="Eva")  # a chain of names
+    reviewed.post(do="name", of="unknown 2", person="Eva", new="Eva")
+    assert "Forget Eva" in reviewed.client.get("?person=Eva").text
+    text = reviewed.post(do="forget", of="Eva", view="person=Eva")
+    photo = drawn.friends / "Ada.png"
+    assert "Saved: Eva is forgotten in this folder." in text and str(photo) in text
+    assert "<title>Who appears" in text and "Undo: unknown 1 is Bob" in text
+    names = reviewed.names()
+    assert "Eva" not in names.values() and "Bob" in names.values()
+    said = say("forget", "--identity=Eva", drawn.out, "--json", code=0)
+    assert said["places"] == [] and "Eva" not in (drawn.out / "said.jsonl").read_text()
+    assert [*(drawn.out / "people").rglob("*")] == []
+    photo.unlink()
+    write_photo(drawn.friends / "Eve.png", ("Eve", 40, 40))
+    assert not {"Ada", "Eva"} & {*reviewed.names_after_restart().values()}
+
+
+def test_film_is_played_with_the_names_and_the_next_appearances(reviewed):
+    reviewed.names_after_restart()  # records that the films are copies
+    reviewed.open()
+    text = reviewed.client.get("play/1?t=0.0").text
+    assert "<title>Ada in party.mkv<" in text and "prefers-color-scheme: dark" in text
+    assert re.findall('<a href="([^"]+)">next: <bdi dir="ltr">([^<]+)', text) == [
+        ("1?t=4.0", "0:04\u20130:06")
+    ]
+    assert ">Ada<" in reviewed.client.get("play/1?t=4.0").text

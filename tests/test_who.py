@@ -5,6 +5,7 @@ and Ada. `drawn.meet("Ada")` enrols one photo of Ada and runs `vidjax who` on th
 party.s002.t01 is track 1 of shot 2 of party.mkv, and 2.f01 is face 1 of photo 2.
 """
 
+import base64
 import csv
 import json
 import os
@@ -454,7 +455,10 @@ def pictures_of(path):
     """
     shown_faces, page = {}, path.read_text()
     for source, alt in re.findall(r'<img [^>]*src="([^"]+)" alt="([^"]*)"', page):
-        rgb = films.read_photo(path.parent / source)
+        place, _, content = source.partition("base64,")
+        if content:
+            (place := path.parent.parent / "embedded.png").write_bytes(base64.b64decode(content))
+        rgb = films.read_photo(path.parent / place)
         middle = rgb[len(rgb) // 3 : -len(rgb) // 3].mean((0, 1))
         person = min(COLOURS, key=lambda name: np.abs(middle - COLOURS[name]).sum())
         shown_faces.setdefault(alt, []).append(person)
@@ -557,12 +561,12 @@ def test_thumbnails_are_optional_and_deleted_with_a_flag(drawn):
     expected = [f"features/thumbnails/party/{clip}.png" for clip in clips]
     expected += [f"people/{name}/thumbnails/1/1.png" for name in ("Ada", "Bob")]
     assert pictures() == expected and (out / "features" / "party.npz").read_bytes() == features
-    # The page shows a face for each appearance, and for each person.
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src 'self' file:;"
+    # The page shows a face for each person, and one that appears for each bar of a timeline.
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src 'self' file: data:;"
     assert policy in page.read_text()
     assert pictures_of(page) == {
-        "0:00\u20130:02": ["Ada"], "0:02\u20130:04": ["Eve"] * 2,  # also in the list of people
-        "0:04\u20130:06": ["Ada", "Bob"], "Ada": ["Ada"], "Bob": ["Bob"],
+        "": [*["Ada"] * 3, *["Bob"] * 2, *["Eve"] * 2],
+        "0:02\u20130:04": ["Eve"], "Ada": ["Ada"], "Bob": ["Bob"],  # in the times of each person
     }  # fmt: skip
 
     # A film without thumbnails is reported, so that it is read again. A deleted film is not.
@@ -610,7 +614,7 @@ def test_terminal_shows_names_and_probabilities_but_no_messages_if_quiet(drawn, 
     assert re.search("photo.png +in the photo +Ada, over 99 %", done.out)
     assert "party.mkv: 6.0 s, 3 shots, 4 faces" in done.err
     assert "over 99 %" in done.out and "100 %" not in done.out
-    assert "1 person without a name: to name them, add --review" in done.out  # Eve
+    assert "1 person without a name: to name them, vidjax review " in done.out  # Eve
     assert "party.mkv" not in command("who", drawn.film(), *words, "--quiet").err
     shutil.rmtree(drawn.friends / "Bob")
     done = command("who", photo, *words)

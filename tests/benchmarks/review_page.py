@@ -187,14 +187,14 @@ def use_keyboard(folder: Path, page: Browser) -> None:
         done("Undone")
         reach("[type=checkbox]")
         page.press(" ")
-        page.press("ArrowDown")
-        page.press("ArrowDown")
+        page.press("ArrowRight")
+        page.press("ArrowRight")
         page.press(" ", shift=True)
         assert page.run("document.querySelector('#count').innerText") == "3 people selected"
         page.press("Escape")
         assert not page.run("document.querySelectorAll(':checked').length")
         page.press(" ")
-        page.press("ArrowUp")
+        page.press("ArrowLeft")
         page.press(" ")
         reach("#selection [value=join]")
         page.press("Enter")
@@ -250,7 +250,7 @@ def check_pages(folder: Path, page: Browser, axe: str) -> None:
                 faults = Counter[str]()
                 for place in (address, f"{address}?person=unknown+1", f"{address}?person=Ada",
                               f"{address}?film=film_003.mp4", f"{address}play/0?t=1",
-                              (shelf.out / "names.html").as_uri()):  # fmt: skip
+                              (shelf.out / "names.html").resolve().as_uri()):  # fmt: skip
                     page.open(place)
                     page.run("document.querySelector('[type=checkbox]')?.click()")
                     wide = page.run("document.documentElement.scrollWidth > innerWidth")

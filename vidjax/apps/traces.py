@@ -36,6 +36,7 @@ HEAD_BYTES = 1 << 20  # are read of files of other programs, such as photos, whi
 _STRINGS = re.compile(rb"(?:[\t\n\r -~]|[\xc2-\xf4][\x80-\xbf]{1,3}){16,}")
 _UTF16 = re.compile(r"(?:\\u[0-9a-fA-F]{4})+")  # letters in JSON
 _NO_WORD = re.compile(r"\W")
+_PICTURE = re.compile(r"data:image/png;base64,[\w+/=]*")  # its letters are no names
 _RATE = re.compile(r" [\d.]+ fps\b")  # `cuts` adds it to the name of a person
 _LONGER = re.compile(r"\w ?\Z"), re.compile(r" ?\w")  # before and after a part of a longer name
 
@@ -199,7 +200,8 @@ def read(path: Path, name: str) -> Content:
                 raise UserError(f"'{path}' unpacks to more than {MAX_BYTES:,} bytes")
         return Content(_list_texts(text, kinds[-2:-1]))
     if kinds[-1:] and kinds[-1] in TEXTS:
-        return Content(_list_texts(decode(files.read_bytes(path, MAX_BYTES)), kinds[-1:]))
+        text = _PICTURE.sub("", decode(files.read_bytes(path, MAX_BYTES)))
+        return Content(_list_texts(text, kinds[-1:]))
     with files.open_regular(path) as file:
         return Content(head=file.read(HEAD_BYTES))
 

@@ -1,4 +1,4 @@
-"""`vidjax extract`, `who` and `convert`: read films and photos, and name the people in them."""
+"""`vidjax extract`, `who`, `review` and `convert`: read films, and name the people in them."""
 
 import argparse
 import contextlib
@@ -7,19 +7,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from vidjax.apps import cards, features_folder
+from vidjax.apps import cards, features_folder, said
 from vidjax.apps.gallery import card_notes
 from vidjax.apps.gallery.answers import count_unknown
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.said import FEATURES
 from vidjax.apps.video import measured_cards, net_families, net_packages, pipeline, results, who
+from vidjax.apps.video.decision import Decision
 from vidjax.apps.video.measured_cards import MeasuredCard
 from vidjax.apps.video.subtitles import format_time
 from vidjax.cli.gallery_commands import add_rule
 from vidjax.utils import messages
 from vidjax.utils.errors import UserError, require_packages
 from vidjax.utils.machine import num_cores
-from vidjax.utils.messages import Result
+from vidjax.utils.messages import Result, quote_path
 from vidjax.utils.parser import Parser, whole_number
 from vidjax.utils.terminal import print_note, say
 
@@ -183,11 +184,41 @@ def add_who_flags(parser: Parser) -> None:
     )
     parser.flag("--forget-missing", about)
     add_rule(parser)
+    _add_padding(parser)
+    example = "holiday.mp4 --people=friends --models=models --out=names --thumbnails"
+    parser.command(name_people, example, f"{example} --review")
+
+
+def _add_padding(parser: Parser) -> None:
     about = "seconds before and after each scene in playlists and timelines (default: 1)"
     options = {"type": float, "default": results.PADDING_SECONDS}
     parser.flag("--padding SECONDS", about, of=parser.programs, **options)
-    example = "holiday.mp4 --people=friends --models=models --out=names --thumbnails"
-    parser.command(name_people, example, f"{example} --review")
+
+
+def add_review_flags(parser: Parser) -> None:
+    """Adds the flags of `vidjax review`."""
+    about = "the folder of results: --out of vidjax who. Its films, photos and nets are not needed"
+    parser.add_argument("out", metavar="FOLDER", help=about)
+    add_rule(parser)
+    _add_padding(parser)
+    parser.command(review_names, "names")
+
+
+def review_names(args: argparse.Namespace) -> Result:
+    """Serves the page on which a user corrects the names in a folder of results, until Ctrl-C."""
+    out = Path(args.out).expanduser()
+    if not said.has_log(out):
+        about = f"'{out}' has no results: name the folder that you gave as --out"
+        raise UserError(f"{about}, or call vidjax who first")
+    return describe_names(_review(out, args), out)
+
+
+def _review(out: Path, args: argparse.Namespace, *given: Decision) -> who.WhoResults:
+    require_packages("the page", "starlette", "uvicorn", extra="serve")
+    from vidjax.apps.video import review  # it needs starlette
+
+    chosen = {"fpir": args.fpir, "threshold": args.threshold, "padding": args.padding}
+    return review.serve_review(review.Review(out, *given, **chosen))
 
 
 def name_people(args: argparse.Namespace) -> Result:
@@ -206,9 +237,7 @@ def name_people(args: argparse.Namespace) -> Result:
         forget_missing=args.forget_missing, done=print_outcome, tell=print_note, **chosen,
     )  # fmt: skip
     if args.review:
-        from vidjax.apps.video import review  # it needs starlette
-
-        reviewed = review.serve_review(review.Review(out, done.decision, **chosen))
+        reviewed = _review(out, args, done.decision)
         done = reviewed._replace(failed=done.failed, missed=done.missed)
     return describe_names(done, out)
 
@@ -233,8 +262,10 @@ def describe_names(done: who.WhoResults, out: Path) -> Result:
     }
     if num_unknown or num_faces:
         texts["unknown"] = (
-            f"{unknown} without a name: to name them, add --review --thumbnails to the command"
+            f"{unknown} without a name: to name them, vidjax review {quote_path(out)}"
         )
+        if not (out / FEATURES / features_folder.THUMBNAILS).exists():
+            texts["pictures"] = "none: to see faces on the page, add --thumbnails to the command"
     rows = [[messages.shorten(cell) for cell in line] for line in done.lines]
     return Result(facts, texts, rows, code=1 if done.failed else 0)
 

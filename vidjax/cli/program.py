@@ -5,7 +5,6 @@ The form `python -m vidjax.main --config=FILE [--mode=COMMAND]` is accepted, too
 
 import argparse
 import contextlib
-import importlib.util
 import itertools
 import json
 import os
@@ -13,6 +12,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from vidjax.cli import shared_flags
@@ -38,13 +38,14 @@ COMMANDS = {
     "convert": "makes a net for extract and who from a downloaded package or net",
     "measure-card": "measures on your photos how much people differ for a net",
     "who": "finds who appears when in videos, from a few photos of each person",
+    "review": "opens the results of who as a page, on which you name and correct people",
     "serve": "identifies the people of clips for other programs, over HTTP",
     "export": "writes a run or a gallery in the format of another runtime",
     "import": "makes a run from the weights of an exported folder",
     "forget": "lists all places that contain a name, and deletes it from some of them",
 }
 # Commands whose files contain features or names of people. Only this user may read the files.
-PRIVATE = ("rank", "embed", "gallery", "extract", "who", "serve", "forget")
+PRIVATE = ("rank", "embed", "gallery", "extract", "who", "review", "serve", "forget")
 SWITCHES = ("--quiet", "--json", "--debug")  # flags that may stand before the command
 DESCRIPTION = """\
 Identify people in video: train a system on features of frames, and rank the
@@ -57,6 +58,9 @@ examples:
     vidjax --config=mma
   train on the files of iQIYI-VID
     vidjax train --config=mma:iqiyi_vid --config.data.dir=PATH
+  find who appears in films, then name people on a page
+    vidjax who FILM --people=PHOTOS --models=MODELS --out=names
+    vidjax review names
   rank new clips: a folder of features, or a table
     vidjax rank --workdir=runs/mma --input=PATH --out=ranking.tsv
 
@@ -159,11 +163,16 @@ def _put_command_first(words: Sequence[str]) -> list[str]:
     if len({*names}) > 1:
         raise UserError(f"{' and '.join(names)} are two commands: name only one")
     if names and names[0] not in COMMANDS:
+        from vidjax.apps import said  # it takes time to import
+
+        if said.has_log(Path(names[0])):
+            raise UserError(f"to see the people: vidjax review {shlex.quote(names[0])}")
         raise UserError(
             f"there is no command '{names[0]}': {suggest(names[0].lower(), COMMANDS)}\n"
+            "to name people in films: vidjax who --help, then vidjax review FOLDER\n"
             "to name a configuration: --config=FILE"
         )
-    if not words and not importlib.util.find_spec("ml_collections"):  # a package of `train`
+    if not words:
         return ["--help"]
     if not names and rest and rest[0] in ("-h", "--help", "--version"):
         return rest
@@ -184,7 +193,7 @@ def load(name: str) -> Callable[[Parser], None]:
             from vidjax.cli import config_command as commands
         case "gallery":
             from vidjax.cli import gallery_commands as commands
-        case "extract" | "convert" | "measure-card" | "who":
+        case "extract" | "convert" | "measure-card" | "who" | "review":
             from vidjax.cli import film_commands as commands
         case "export" | "import" | "serve":
             from vidjax.cli import deployment_commands as commands

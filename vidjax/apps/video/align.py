@@ -16,7 +16,7 @@ HALF_SHARP = 1200.0  # the sharpness is 0.5 at this variance; grey levels are 0 
 # The next two lengths are in units of the distance between the eyes.
 PROFILE_OFFSET = 0.5  # in a profile, the distance of the nose from the middle line of the face
 EYE_RADIUS = 0.22  # the radius of the discs in which the brightness of eyes and cheeks is measured
-THUMBNAIL_SIDE = 80  # largest side of a thumbnail in pixels
+THUMBNAIL_SIDE = 160  # largest side of a thumbnail in pixels
 # Eyes count as covered below this share of the brightness of the cheeks. Bare eyes have 0.8 to 1.2.
 DARK_EYES_RATIO = 0.6
 GREY = np.array([0.299, 0.587, 0.114], np.float32)  # luma of ITU-R BT.601

@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import itertools
 import re
+import shlex
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +15,7 @@ import msgspec
 
 from vidjax.apps import features_folder, said
 from vidjax.apps.features_folder import NUMBERS, THUMBNAILS, FileStamp, MediaFile, SeenClip
+from vidjax.apps.forget import forget, list_roots
 from vidjax.apps.gallery.answers import FACE, UNKNOWN, parse_group_number, rank_group
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery
@@ -27,6 +30,7 @@ from vidjax.utils.errors import Expected, InUseError, UserError, closest
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import IGNORED, is_unknown, normal_form, strip_accents
 
+MOST_LEFT = 20  # places that a message about a forgotten person lists
 IDLE_SECONDS = 1.0  # the results are written after this time without another change
 
 
@@ -43,6 +47,10 @@ class Step(NamedTuple):
     # Clip -> person before the change, for clips of a renamed person that are not in the log.
     clips: Mapping[str, str | None]
 
+    def is_about(self, person: str) -> bool:
+        """Returns whether the change contains a name."""
+        return person == self.at or any(person in (x.of, x.person) for x in self.lines)
+
 
 class Subject(NamedTuple):
     """A person or a face on the page."""
@@ -51,6 +59,10 @@ class Subject(NamedTuple):
     clips: Sequence[str]
     name: str  # of the person, or IGNORED
     is_person: bool  # False for a face
+
+
+# An appearance, the next appearance of the person, if any, and the number of its film.
+Seen = tuple[Appearance, Appearance | None, int]
 
 
 class Review:
@@ -63,13 +75,15 @@ class Review:
     def __init__(
         self,
         out: Path,
-        decision: Decision,
+        decision: Decision | None = None,
         *,
         fpir: float | None = None,
         threshold: float | None = None,
         padding: float = results.PADDING_SECONDS,
     ):
         """Opens the folder of results `out`. `decision` contains the names before corrections.
+
+        Without `decision`, decides the names again. This needs neither films nor photos nor nets.
 
         For the other arguments, see `who.name_people`.
         """
@@ -84,6 +98,10 @@ class Review:
         self._changed: dict[str, int] = {}
         self._forms = Forms()
         self._stamp: FileStamp | None = None  # of the last `unknown.json` that was read
+        if decision is None:
+            with lock_changes(out):
+                films = features_folder.read_media_files(out / said.FEATURES)
+                decision = self._decide(self._lines, films, None)
         self._set_films(decision.films)
         self._set_names(decision)
 
@@ -170,6 +188,18 @@ class Review:
         films = self._decision.films
         return _find_source(films[number]) if number < len(films) else None
 
+    def list_seen(self, number: int, at_s: float) -> list[Seen]:
+        """Returns who is visible in film `number` at a time in seconds."""
+        numbers = {x.video: place for place, x in enumerate(self._decision.films) if not x.photo}
+        shown = (x for x in self._decision.appearances if x.identity and x.video in numbers)
+        of = group_by_key((x.identity, x) for x in shown)
+        return [
+            (x, later, numbers[later.video] if later else 0)
+            for group in of.values() for x, later in itertools.zip_longest(group, group[1:])
+            # The address of an appearance has its start with one digit after the point.
+            if numbers[x.video] == number and x.start_s - 0.1 < at_s < max(x.end_s, x.start_s + 0.1)
+        ]  # fmt: skip
+
     def frame(self, clip: str) -> bytes | None:
         """Returns the picture with the best face of a clip as JPEG, or None if it is missing.
 
@@ -227,7 +257,8 @@ class Review:
           action: "name" gives all of them the name `name`. "deny" and "apart" say that the faces
             show somebody else: they become a new unknown person. "deny" with a name says that this
             suggested name is wrong: it is not suggested any more. "ignore" shows people and faces
-            as ignored, without a name. "once" ignores all unknown people who appear once.
+            as ignored, without a name. "once" ignores all unknown people who appear once. "show"
+            shows ignored faces again, or all of them if `of` is IGNORED.
             "join" makes one unknown person of all, with the lowest number. "twin" gives faces the
             name of another face of the same time. Both have the name then, as in a mirror.
           of: the people, and the keys of the faces, to change.
@@ -243,6 +274,8 @@ class Review:
         keys = {*of, name.casefold()} if is_unknown(name) else of
         with self._lock(version, keys):
             of = self._list_seen_once() if action == "once" else of
+            if action == "show" and IGNORED in of:
+                of = [CLIP + clip for clip, x in self._shown.items() if not x.identity]
             found = [self._find(key) for key in dict.fromkeys(of)]
             if not found:
                 raise UserError("nobody is selected: select people or faces first")
@@ -276,6 +309,8 @@ class Review:
         """
         if action in ("ignore", "once"):
             return "ignored", self._ignore(found, said.ONCE if action == "once" else None), ()
+        if action == "show":
+            return "shown again", self._say(found, "undo"), ()
         if action == "deny" and name:
             if name not in self._decision.people:
                 raise UserError(f"'{name}' is not a person on this page: reload the page")
@@ -371,6 +406,39 @@ class Review:
             self._changed[""] = self.version
             self._forms = Forms(message=f"Undone: {step.words}.", at=step.at)
             return step.at
+
+    def forget(self, person: str, version: int | None = None) -> None:
+        """Does what `vidjax forget --delete` does in the folder, and deletes the photos' features.
+
+        This cannot be undone. The message lists places that still contain the name. For `version`,
+        see `change`.
+        """
+        with self._lock(version, [person]):
+            if person not in (people := self._decision.people):
+                raise UserError(f"'{person}' is no longer on the page: reload the page")
+            places = features_folder.locate_people(self._out)
+            faces = [*filter(None, map(features_folder.PhotoFace.of, sorted(people[person])))]
+            keys, photos = {x.key for x in faces}, people_photos.list_photo_files(self._out)
+            left = {str(x.source.path): None for x in photos if keys & x.faces.keys()}
+            clips = [str(clip) for clip in self._decision.said.list_named(person)]
+            named = self._say([Subject(person, clips, person, is_person=True)], "undo")
+            said.append(self._out, said.stamp(named))
+            forget([person], (), [self._out], delete=True)
+            self._steps = [x for x in self._steps if not x.is_about(person)]
+            self._lines, shown = said.read(self._out), self._decision
+            self._show(self._decide(self._lines, shown.films, shown))
+            self._changed[""] = self.version
+            kept = map(features_folder.PhotoFace.of, self._gallery.clips)
+            for folder in {x.folder for x in faces} - {x.folder for x in kept if x}:
+                features_folder.remove_features(places[folder])
+        with contextlib.suppress(InUseError):  # `vidjax who` writes the results at its end
+            self.save()
+        for place in forget([person], (), list_roots([self._out]))[0]:
+            left |= {str(place.path): None} if place.left else {}
+        lines = [f"Saved: {person} is forgotten in this folder."]
+        lines += ["Delete what still shows the name:", *[*left][:MOST_LEFT]] if left else []
+        command = f"vidjax forget --identity={shlex.quote(person)} FOLDER"
+        self._forms = Forms(message="\n".join([*lines, f"To search other folders: {command}"]))
 
     def has_person(self, name: str) -> bool:
         """Returns whether the page shows a known or unknown person with this name."""
@@ -519,7 +587,9 @@ class Review:
         `clips` is clip -> person, for clips of the gallery that are not in the log. If the names
         cannot be decided, nothing is changed.
         """
-        before, shown = {clip: self._gallery.clips[clip].identity for clip in clips}, self._decision
+        # Another program may have removed a clip since the step that is undone.
+        clips, shown = {x: clips[x] for x in clips if x in self._gallery.clips}, self._decision
+        before = {clip: self._gallery.clips[clip].identity for clip in clips}
         try:
             self._relabel(clips)
             decision = self._decide([*self._lines, *lines], shown.films, shown)

@@ -1,10 +1,10 @@
-// A click on a bar of a timeline plays the film at this time. A click on a face shows a larger
-// picture, or selects the face if others are selected. Words in the search field hide all people
-// and films that match fewer words than others. Changes are sent without a new page.
+// A click on a face shows a larger picture, next to the people whom the face may show. If others are
+// selected, it selects the face. Words in the search field hide all people and films that match
+// fewer words than others. Changes are sent without a new page.
 const all = (selector, part = document) => [...part.querySelectorAll(selector)];
 const boxes = () => all("[form=selection][type=checkbox]").filter((box) => box.checkVisibility());
 const chosen = () => all("[form=selection]:checked");
-const holder = (element) => element.closest(".grid li, .person, tr"); // what a change hides
+const holder = (element) => element.closest(".grid li, .person, .doubt, .said"); // what a change hides
 let last = null; // the box of which a range begins
 
 function count() {
@@ -45,12 +45,15 @@ const large = () => document.querySelector("#large");
 let shown = [], place = 0;
 function show(step) {
   place = (place + step + shown.length) % shown.length;
-  const frame = large().querySelector("div"), box = frame.querySelector("i");
+  const frame = large().querySelector(".frame > div"), box = frame.querySelector("i");
   if (!frame.querySelector("img")) frame.prepend(new Image());
   const image = frame.querySelector("img");
   const [left, top, width, height] = (shown[place].dataset.box ?? "").split(" ");
   for (const [name, share] of Object.entries({ left, top, width, height })) box.style[name] = `${share}%`;
-  const about = holder(shown[place])?.querySelector(".grid p, h3, th bdi")?.innerText || "";
+  const about = holder(shown[place])?.querySelector(".grid p, h3 bdi, .doubt > p")?.innerText || "";
+  const others = all(".guess", holder(shown[place]) ?? frame).map((guess) => guess.cloneNode(true));
+  for (const button of others.flatMap((guess) => all("button", guess))) button.remove();
+  large().querySelector(".others").replaceChildren(...others);
   const small = shown[place].querySelector("img")?.src;
   image.onload = () => (box.hidden = !width || image.src === small);
   image.onerror = () => small && image.src !== small && (image.src = small); // the film is missing
@@ -58,17 +61,13 @@ function show(step) {
   for (const button of all("[value]", large())) button.hidden = shown.length < 2;
   image.src = shown[place].href;
   image.alt = shown[place].title;
-  large().querySelector("p").textContent =
+  large().querySelector(".frame + p").textContent =
     `${about.includes(image.alt) ? about : `${about} ${image.alt}`} (${place + 1} of ${shown.length})`;
 }
 
 document.addEventListener("click", (event) => {
-  const target = event.target, bar = target.closest(".track i");
-  if (bar) {
-    const place = [...bar.parentElement.children].indexOf(bar);
-    all(".times li", bar.closest(".line"))[place].querySelector("a").click();
-  }
-  const link = target.closest(".times a[href*='t='], .grid p a[href*='t=']");
+  const target = event.target;
+  const link = target.closest(":is(.bar, .times a, .grid p a)[href*='t=']");
   if (link) link.target = "film";
   if (target.matches("[form=selection][type=checkbox]")) select(target, event.shiftKey);
   const face = target.closest("a.face");
@@ -125,7 +124,7 @@ function replace(text, next) {
   if (again) again.value = typed[1];
   const asked = again?.matches("[aria-describedby]") && document.querySelector(".said [autofocus]");
   const wanted = asked || again || document.querySelector("[autofocus]");
-  (wanted || boxes().find((box) => box.value === next))?.focus();
+  (wanted || boxes().find((box) => box.value === next) || document.querySelector("main")).focus();
 }
 async function send(form, data) {
   data.set("version", version ?? data.get("version"));
@@ -160,7 +159,7 @@ document.addEventListener("submit", (event) => {
   if (next) (holder(next).querySelector("[name=person]") ?? next).focus();
   waiting += 1;
   sent = sent.then(() => send(form, data)).catch(() => {
-    said.firstChild.textContent = "Nothing was saved: vidjax who --review has ended. Call it again.";
+    said.firstChild.textContent = "Nothing was saved: vidjax has ended. Type vidjax review FOLDER.";
     waiting = 0;
   });
 });
@@ -172,7 +171,7 @@ document.addEventListener("input", (event) => {
   if (!find) return;
   const wanted = plain(event.target.value).split(/\s+/).filter(Boolean);
   const matched = (text) => wanted.filter((word) => plain(text).includes(word)).length;
-  const kind = (part) => part.closest("#films, #doubtful, #people").id;
+  const kind = (part) => part.closest("#films, #doubtful, #people, #times").id;
   const best = new Map(), parts = all("[data-find]").map((part) => {
     const lines = all(".line", part), names = lines.map((line) => line.firstElementChild.textContent);
     const number = matched([part.dataset.find, ...names].join(" "));

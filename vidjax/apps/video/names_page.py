@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 MOST_PICTURES = 8  # pictures of a person in a film, from as many appearances
 MOST_SHOWN = 100  # unknown people, or known people with a picture, on a page with forms
 MOST_FACES = 200  # faces of a person or film on a page with forms
+MOST_FILMS = 24  # films with a timeline on a page with forms
 LEAST_WIDTH = 0.4  # per cent of the timeline, so that short appearances are visible
+LEAST_GAP = 2.5  # per cent of the timeline from bar to bar, so that each bar can be clicked
 SURE_PROBABILITY = 0.9  # a name with a lower probability is listed as doubtful
 LIKELY_PROBABILITY = 0.1  # the page shows other people who are at least this likely
-MOST_TIMES = 6  # times of a person below a timeline; further times are folded
 MOST_LIKELY = 3  # people whom a click chooses
 MOST_DOUBTFUL = 100  # doubtful names that are listed
 CLIP = "clip:\t"  # begins the key of an appearance; `check_name` refuses names with a tab
@@ -51,6 +52,8 @@ class PageData:
     note: str = ""  # a text about all names
     # Clip -> name that a more similar face of the same time has, see `NamedTracks`.
     twins: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # Returns the URL of a picture that contains the picture, so that the page needs no other file.
+    embed: Callable[[str], str] = str
 
     @functools.cached_property
     def tracks(self) -> dict[str, FaceTrack]:
@@ -115,8 +118,8 @@ class PageEntry:
 
     @property
     def certainty(self) -> str:
-        """The probability as text, see `format_certainty`."""
-        return format_certainty(self._x)
+        """The probability as text, see `format_certainty`, without a line break before "%"."""
+        return format_certainty(self._x).replace(" %", "\u00a0%")
 
     @property
     def time(self) -> str:
@@ -214,7 +217,10 @@ def render(data: PageData) -> str:
         entries_of[film.video] = [PageEntry(x, film, data) for x in in_film]
         for entry in entries_of[film.video]:
             times.setdefault(entry.name, []).append(entry)
-    unknown = sorted(times.keys() - people.keys() - {IGNORED}, key=rank_group)
+    unknown = sorted(
+        times.keys() - people.keys() - {IGNORED},
+        key=lambda name: (name.startswith(FACE), -len(times[name]), rank_group(name)),
+    )
     unclear = {name for name in unknown if name.startswith(FACE)}
     everyone = [*people, *unknown, *({IGNORED} & times.keys())]
     if forms and forms.film not in entries_of and forms.person not in times:
@@ -237,31 +243,54 @@ def render(data: PageData) -> str:
     first = min(view.first, max(count - 1, 0) // step * step)
     last = first + step if forms else None
 
+    @functools.cache
+    def portray(key: str) -> Picture | None:
+        """Returns a picture of a person, or of the face with this key, or None."""
+        clip, found = key.removeprefix(CLIP), times.get(key, [])
+        if clip != key:
+            faces = (face for of in entries_of.values() for entry in of for face in entry.split())
+            found = [face for face in faces if face.best == clip]
+        return next(iter(data.list_faces(found, key)), None)
+
     def turn(first: int) -> str:
         """Returns the URL of this page from the face or person with the number `first` on."""
         return f"./?{view._replace(first=max(first, 0)).url_query}"
 
     texts = {video: " ".join([video, *{x.name for x in of}]) for video, of in entries_of.items()}
-    listed = [film for film in films if not forms or film.video == view.film]
-    index = [name for name in found if name == IGNORED or name in people]
+    videos = find(view.find, texts)
+    banded = {view.film} if view.part else {*videos[: MOST_FILMS if forms else None]}
     if not view.part:
         shown = shown[first:last]
-    template, script, digest = _load_template()
+        doubtful = [] if view.find else doubtful
+        order = [*(x.keys[0] for x in doubtful[:MOST_DOUBTFUL]), *shown]
+        if forms and forms.at and forms.at not in order:  # the changed row is not shown any more
+            forms = forms._replace(at=next(iter(order), ""))
+    template, script, digest = _load_template("names.html.j2")
     return template.render(
         part=view.part, forms=forms, note=data.note, script=script, digest=digest,
-        doubtful=[] if view.find else doubtful[:MOST_DOUBTFUL], num_doubtful=len(doubtful),
-        videos=find(view.find, texts),
-        films=[_make_section(film, entries_of[film.video], people) for film in listed],
-        index=index, people=shown, times_of=times, grid=grid[first:last], count=count,
+        doubtful=doubtful[:MOST_DOUBTFUL], num_doubtful=len(doubtful),
+        videos=videos, banded=banded,
+        films=[
+            _make_section(film, entries_of[film.video], people)
+            for film in films if film.video in banded
+        ],
+        index=[name for name in found if name in people], people=shown, times_of=times,
+        grid=grid[first:last], count=count,
         earlier=turn(first - step) if first else "",
         later=turn(first + step) if forms and first + step < count else "",
         once=sum(len(times[name]) == 1 for name in unknown),
-        faces=data.list_faces, named=people, unknown={*unknown}, unclear=unclear,
+        faces=data.list_faces, portray=portray, named=people, unknown={*unknown}, unclear=unclear,
         num_people=sum(name != IGNORED and name not in unclear for name in found),
         anchors={name: number for number, name in enumerate(everyone, 1)},
-        likely=_list_likely, ignored=IGNORED, percent=format_percent,
-        most_times=MOST_TIMES, most_shown=MOST_SHOWN,
+        embedded={*everyone[:MOST_SHOWN]}, embed=data.embed,
+        likely=_list_likely, ignored=IGNORED, most_shown=MOST_SHOWN,
+        percent=lambda share: format_percent(share).replace(" %", "\u00a0%"),
     )  # fmt: skip
+
+
+def render_note(**values: object) -> str:
+    """Returns a page with a short text, or with a film. For `values`, see its template."""
+    return _load_template("note.html.j2")[0].render(values, time=format_span)
 
 
 def _list_likely(entries: Iterable[PageEntry]) -> list[tuple[str, float]]:
@@ -287,8 +316,8 @@ def find(words: str, texts: Mapping[str, str]) -> list[str]:
 
 
 @functools.cache
-def _load_template() -> "tuple[jinja2.Template, str, str]":
-    """Returns the template of the page, its script, and the digest that allows only this script."""
+def _load_template(name: str) -> "tuple[jinja2.Template, str, str]":
+    """Returns a template, the script of the page, and the digest that allows only this script."""
     import jinja2
 
     from vidjax.evaluation import report
@@ -301,7 +330,7 @@ def _load_template() -> "tuple[jinja2.Template, str, str]":
     )  # fmt: skip
     script = (folders[0] / "names.js").read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("names.html.j2"), script, digest
+    return environment.get_template(name), script, digest
 
 
 def format_appearance_time(appearance: Appearance, film: MediaFile) -> str:
@@ -311,24 +340,32 @@ def format_appearance_time(appearance: Appearance, film: MediaFile) -> str:
 
 def _make_section(
     film: MediaFile, entries: list[PageEntry], people: Collection[str]
-) -> tuple[str, str, list[tuple[str, list[PageEntry], str]]]:
-    """Returns the name of a film, its description, and its appearances by person.
+) -> tuple[str, str, list[tuple[PageEntry, int]], list[tuple[str, list[PageEntry], str]]]:
+    """Returns the name of a film, its description, its timeline, and its appearances by person.
 
+    The timeline is a list of entries, each with the number of a row, so that no two bars overlap.
     The appearances are the person, the entries, and their total duration as text. Known `people`
     come first, then unknown people, unclear faces, and ignored people. Within each of these groups,
     the person with the longest total time comes first.
     """
-    rows = []
+    rows, bars, ends = [], list[tuple[PageEntry, int]](), list[float]()
     for name, group in group_by_key((entry.name, entry) for entry in entries).items():
         total = round(sum(entry.seconds for entry in group), 3)
         rank = name == IGNORED, name.startswith(FACE), name not in people, -total, len(name), name
         duration = "" if film.photo else f"in all {_format_length(total)}"
         rows.append((rank, (name, group, duration)))
+    for entry in () if film.photo else entries:
+        if entry.name != IGNORED:
+            left, width = entry.place
+            row = next((n for n, end in enumerate(ends) if end <= left), len(ends))
+            ends[row : row + 1] = [left + max(width, LEAST_GAP)]
+            bars.append((entry, row))
     length = "Photo" if film.photo else f"Length {_format_length(film.seconds)}"
     about = "; the file ends earlier than it declares" if film.damaged else ""
     about += "; too dark to find faces" if film.is_dark else ""
     about += "; upside down" if film.upside_down else ""
-    return film.video, length + about, [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+    by_person = [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+    return film.video, length + about, bars, by_person
 
 
 def _format_length(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """Writes the tables, the page, the subtitles and the cut lists of `vidjax who`."""
 
+import base64
 import functools
 import itertools
 import os
@@ -7,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
-from urllib.parse import quote
+from urllib.parse import quote, unquote_to_bytes
 
 from vidjax.apps import features_folder
 from vidjax.apps.features_folder import MediaFile
@@ -109,7 +110,7 @@ def render_page(
     films = sorted(decision.films, key=lambda film: film.video.casefold())
     return names_page.render(names_page.PageData(
         decision.appearances, films, people, locate, decision.answers, address, forms,
-        decision.card, decision.twins,
+        decision.card, decision.twins, functools.partial(_embed, out),
     ))  # fmt: skip
 
 
@@ -117,6 +118,12 @@ def _locate_picture(out: Path, features: Path, clip: str) -> str:
     """Returns the URL of a clip's picture, relative to the page, or "" if there is no picture."""
     path = features_folder.locate_thumbnail(features, clip)
     return quote(os.fsencode(path.relative_to(out))) if path.exists() else ""
+
+
+def _embed(out: Path, address: str) -> str:
+    """Returns the URL that contains the picture with this address."""
+    content = (out / os.fsdecode(unquote_to_bytes(address))).read_bytes()
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
 def remove_results(out: Path, *, page: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Serves a page on which a user corrects the names of people in films (`vidjax who --review`).
+"""Serves a page on which a user corrects the names of people in films (`vidjax review`).
 
 The server runs on the user's machine. The address of the page contains a secret word. Requests
 without this word, and changes that other pages send, are refused. Each change is saved immediately,
@@ -8,7 +8,6 @@ result files are written a second after the last change, and when the server end
 
 import asyncio
 import hmac
-import html
 import re
 import secrets
 import threading
@@ -26,7 +25,7 @@ from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route
 
 from vidjax.apps import web
-from vidjax.apps.video import who
+from vidjax.apps.video import names_page, who
 from vidjax.apps.video.corrections import OutdatedError, Review
 from vidjax.apps.video.names_page import Forms
 from vidjax.apps.video.subtitles import format_time
@@ -94,15 +93,17 @@ class _Pages:
         """Answers with a page that plays a film from the time `t` in the query, in seconds."""
         path, query = self._find_film(request), request.query_params
         seconds = float(query["t"]) if re.fullmatch(r"\d{1,9}(\.\d)?", query.get("t", "")) else 0.0
-        address = f"../film/{request.path_params['number']}#t={seconds:.1f}"
+        number = request.path_params["number"]
         about = (
             f"{path.name}, from {format_time(seconds, short=True)}. If it does not play, your "
             f"browser does not support its format. Open it in a player, such as VLC: {path}"
         )
-        back = '<p><a href="../">All people and films</a></p>'
-        return _make_note(
-            path.name, about, back + f'<video src="{address}" controls autoplay></video>'
-        )
+        with self._lock:
+            people = self._review.list_seen(int(number), seconds)
+        names = ", ".join(str(x.identity) for x, *_ in people)
+        title = f"{names} in {path.name}" if names else path.name
+        film = f"../film/{number}#t={seconds:.1f}"
+        return _make_note(title, about, film=film, people=people)
 
     def send_film(self, request: Request) -> Response:
         path = self._find_film(request)
@@ -159,6 +160,9 @@ class _Pages:
                     changed = review.undo(version)
                     if "person" in view and not review.has_person(view["person"]):
                         view["person"] = changed  # the person was renamed
+                elif action == "forget":
+                    review.forget("".join(of[:1]), version)
+                    view = {}
                 elif asks and (other := review.similar(name, of)):
                     problem = problem._replace(asked=True, similar=other)
                     raise UserError(f"there is already {other}: is it the same person?")
@@ -219,18 +223,10 @@ def make_app(review: Review, token: str) -> Starlette:
     )
 
 
-def _make_note(title: str, about: str, more: str = "", status: int = HTTPStatus.OK) -> Response:
-    """Returns a page that shows the text `about` below the HTML `more`."""
+def _make_note(title: str, about: str, status: int = HTTPStatus.OK, **more: object) -> Response:
+    """Returns a page that shows the text `about`. For `more`, see `names_page.render_note`."""
     policy = "default-src 'none'; media-src 'self'; style-src 'unsafe-inline'"
-    page = (
-        '<!DOCTYPE html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width"><meta name="color-scheme" '
-        f'content="light dark"><title>{html.escape(title)}</title><style>body {{ font: 1rem/1.5 '
-        "system-ui, sans-serif; overflow-wrap: anywhere; background: Canvas; color: CanvasText; } "
-        "h1 { font-size: 1.4rem; } a { display: inline-block; line-height: 2; } "
-        "video { max-width: 100%; }</style>"
-        f"<main><h1>{html.escape(title)}</h1>{more}<p>{html.escape(about)}</p></main></html>"
-    )
+    page = names_page.render_note(title=title, about=about, **more)
     return HTMLResponse(page, status, {"Content-Security-Policy": policy, **HEADERS})
 
 

@@ -380,7 +380,7 @@ class _Call:
             files.write_text(path, tables.to_text([UNMATCHED_COLUMNS, *known, *new], ".tsv"))
             files.hide(path)
             count = f"corrections whose faces are not found again: {len(new):,}, see {path}"
-            self.warn(f"{count}\nto repeat them: vidjax who ... --review")
+            self.warn(f"{count}\nto repeat them: vidjax review {messages.quote_path(self.out)}")
 
     def _report_unread(self, films: Mapping[str, MediaFile]) -> None:
         """Reports how many `films` and photos have not been read since the nets were changed."""
