@@ -71,7 +71,7 @@ def test_results_list_who_appears_when_in_every_format(drawn):
     assert "start-time=3.5" in (bob := (out / "cuts" / "Bob.m3u").read_text()), bob
     assert "stop-time=6.0" in bob and f"file://{film}" in bob
     page = (out / "names.html").read_text()
-    assert page.count('href="../party.mkv#t=4.0"') == 4, "below two bars, and in two tables"
+    assert page.count('href="../party.mkv#t=4.0"') == 6, "bars of two people, and in tables"
 
 
 def test_films_and_photos_in_subfolders_are_read_and_other_files_are_skipped(drawn):

@@ -59,6 +59,7 @@ ROWS = {
     "convert": Row("models", "convert centerface {package} --out={at}"),
     "measure-card": Row("models", "measure-card {at} --photos={world}/portraits"),
     "serve": Row("it changes galleries by the functions of the commands of galleries"),
+    "review": Row("it opens a page that changes a folder of results as `who --review` does"),
     "export": Row("run", "export {at} --to={new} --format=safetensors", 1),
     "import": Row("exported", "import {at} --to={new}"),
     "gallery create": Row("gallery", "gallery create {at} --run={world}/run"),
