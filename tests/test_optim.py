@@ -183,7 +183,7 @@ def test_frozen_parameters_stay_and_others_are_updated_as_without_them():
     alone = step({"head": params["head"]}, {"head": grads["head"]})
     np.testing.assert_array_equal(frozen["head"]["w"], alone["head"]["w"])
     names = "head/w, net/b, net/w"
-    for pattern, wanted in (("x", "no parameter"), (".", "all parameters"), ("(", "correct the pattern")):
+    for pattern, wanted in (("x", "no parameter"), (".", "all parameters"), ("(", "correct the")):
         words = [wanted, *([names] if pattern != "(" else [])]
         refused(lambda pattern=pattern: step(params, grads, freeze=pattern), *words)
     told = optim.describe_frozen(params, "^net/")
