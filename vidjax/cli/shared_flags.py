@@ -37,7 +37,7 @@ def load_definitions(args: argparse.Namespace) -> str | None:
         return None
     from vidjax.runs import config_io
 
-    return config_io.load_file(args.config).model.get("name")
+    return config_io.load_file(str(args.config)).model.get("name")
 
 
 def add_processes(parser: Parser) -> None:
