@@ -65,7 +65,7 @@ class TakenOver:
         folders = [Path(folder) for folder in jobs["writes"]]
         if not self.files:
             work = importlib.import_module(module).work
-            self.answer = processes._answer(work, *jobs["given"][0], "")
+            self.answer = processes._answer(work, jobs["given"][0][0], jobs["given"][0][1], "")
             self.line = json.dumps(self.answer).encode() + b"\n"
             self.files = [contents(folder) for folder in folders] or [{}]
         for folder, known in zip(folders, self.files, strict=False):
@@ -177,7 +177,7 @@ def read_media(folder, ending):
             raise UserError(outcome.error)
         film = features_folder.describe_media_file(out, "x")
         assert film and film.digest and isinstance(film.faces, dict)
-        wanted = features_folder.FileStamp.of(path, film.source.sidecars and [path])
+        wanted = features_folder.FileStamp.of(path, [path] if film.source.sidecars else ())
         right = (film.source.path, film.video) == (path.resolve(), path.name)
         names = {x for x in contents(out) if not x.startswith(("x.", "videos/x.", "thumbnails/x/"))}
         return right and wanted.size == film.source.size and names == {*known}

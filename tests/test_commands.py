@@ -527,7 +527,7 @@ def test_no_command_replaces_a_file_of_the_user(
     clips = {"a": {"face": np.random.default_rng(0).normal(size=(2, 24)).astype(np.float32)}}
     for folder in ("clips", "day", "d"):
         Path(folder).mkdir()
-    np.savez("clips/a.npz", **clips["a"])
+    np.savez("clips/a.npz", **clips["a"])  # pyright: ignore[reportArgumentType]
     clip_files.write_parquet(Path("day/1.parquet"), clips)
     Path("net.onnx").write_bytes(family_nets.embedder())
     for typed, mine in (NEW_FILES | REPLACED_FILES).items():

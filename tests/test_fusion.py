@@ -344,8 +344,8 @@ def test_samples_with_replacement_are_in_random_order_and_repeat_frames_of_short
     assert 3.8 < drawn[:, 1].mean(axis=0).min() < drawn[:, 1].mean(axis=0).max() < 5.2  # not sorted
     count = drawn[:, 2].sum(axis=1)  # of frame 1 of the 2 frames of clip 2, which is binomial
     assert (count.min(), count.max()) == (0, 5) and abs(count.var() - 1.25) < 0.2
-    fixed = [np.asarray(fuse("sample", None, SAMPLED, **options).number) for _ in range(2)]
-    np.testing.assert_array_equal(*fixed)
+    one, two = (np.asarray(fuse("sample", None, SAMPLED, **options).number) for _ in range(2))
+    np.testing.assert_array_equal(one, two)
 
 
 def test_samples_without_a_key_are_evenly_spaced():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -437,7 +438,7 @@ def test_one_enrolled_person_is_named_only_if_something_shows_that_the_net_fits(
 ):
     net, is_measured, shots, is_named = ALONE[case]
     if net != "fits":
-        given = drawn_people.EMBED | ({"input": {}} if net == "alike" else {})
+        given: Any = drawn_people.EMBED | ({"input": {}} if net == "alike" else {})
         made_nets.write(drawn.models, "embed", back_end=ARCFACE, **given)
     if not is_measured:
         give_default_numbers(drawn.models)

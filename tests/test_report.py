@@ -262,11 +262,18 @@ def test_interval_excludes_0_if_p_is_below_5_percent_and_is_not_narrower_than_a_
     assert np.all(p >= oracle.pvalue * (1 - 1e-9))
 
 
-@pytest.mark.parametrize("gaps", [(0.3, 0.25, 0.2, 0.0, 0.0), (0.1,) * 5 + (0.1 + 1e-12, 0.3)])
+@pytest.mark.parametrize(
+    "gaps",
+    [
+        (0.3, 0.25, 0.2, 0.0, 0.0),
+        (0.1,) * 5 + (0.1 + 1e-12, 0.3),
+        (0.0,) * 14 + (0.3, 0.25, 0.2, 0.1, -0.1, -0.2),
+    ],
+)
 def test_interval_of_a_difference_is_the_wider_of_t_and_a_bootstrap_with_an_unseen_identity(gaps):
     gaps, num = np.array(gaps), len(gaps)
-    ties = 1 / 10 if num == 5 else 15 / 21  # the share of pairs with equal gaps
-    rare = max(0, 1.5 * ties - 0.5)
+    # From the share of pairs with equal gaps.
+    rare = {5: (1 / 10) ** 2, 7: (15 / 21) ** 2, 20: 1.5 * 91 / 190 - 0.5}[num]
     low_end, high_end = (gaps.mean() + gaps.min()) / 2, (gaps.mean() + gaps.max()) / 2
     weights = np.random.default_rng(1).dirichlet(np.ones(num + 1), 200_000)
     lows = weights @ [*gaps, low_end + rare * (-1 - low_end)]
@@ -274,9 +281,9 @@ def test_interval_of_a_difference_is_the_wider_of_t_and_a_bootstrap_with_an_unse
     bootstrap = np.quantile(lows, 0.025), np.quantile(highs, 0.975), 2 * np.mean(lows <= 0)
     t = stats.ttest_1samp(gaps, 0)
     bounds = [*t.confidence_interval(), t[1]]
-    assert (bootstrap[0] < bounds[0]) == (bootstrap[1] > bounds[1]) == (num == 7)
+    assert (bootstrap[0] < bounds[0]) == (bootstrap[1] > bounds[1]) == (num != 5)
     low, high, p = significance.compute_gap_interval(gaps)
-    wanted = bootstrap if num == 7 else bounds
+    wanted = bootstrap if num != 5 else bounds
     assert (low, high, p) == pytest.approx(wanted, abs=0.006)
     # Exchanged runs have the negative interval.
     assert significance.compute_gap_interval(-gaps) == (-high, -low, p)

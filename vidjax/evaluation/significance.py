@@ -100,9 +100,11 @@ def _draw_low_means(gaps: np.ndarray, draws: int) -> np.ndarray:
     If few gaps are equal, the unseen gap is halfway between the mean and the lowest gap. If all
     gaps are equal, nothing shows how low a rare gap can be, and the unseen gap is -1. Between these
     cases, it depends on the share of pairs of identities with equal gaps. A third of the pairs is
-    usual: two good systems rank 60 % of the identities without a mistake.
+    usual: two good systems rank 60 % of the identities without a mistake. If there are few
+    identities, fewer equal gaps are suspicious.
     """
-    low, rare = (np.mean(gaps) + np.min(gaps)) / 2, max(0.0, (3 * measure_ties(gaps) - 1) / 2)
+    low, ties = (np.mean(gaps) + np.min(gaps)) / 2, measure_ties(gaps)
+    rare = max(0.0, 1.5 * ties - 0.5) if len(gaps) >= FEWEST_IDENTITIES else ties**2
     return _draw_means(gaps, {float(low - (1 + low) * rare): 1.0}, draws)
 
 

@@ -542,7 +542,7 @@ def _find_out_of_range(values: Values) -> Iterator[str]:
     for name, value in values.items():
         field, text = FIELDS.get(name), f"config.{name}={value}"
         numbers = list(_find_numbers(value))
-        if field and field.path and isinstance(value, str):
+        if field and field.path and type(value) is str:
             with prefix_errors(f"config.{name}"):
                 files.local(value)
         if not _is_json(value):
