@@ -267,7 +267,7 @@ def test_interval_excludes_0_if_p_is_below_5_percent_and_is_not_narrower_than_a_
     [
         (0.3, 0.25, 0.2, 0.0, 0.0),
         (0.1,) * 5 + (0.1 + 1e-12, 0.3),
-        (0.0,) * 14 + (0.3, 0.25, 0.2, 0.1, -0.1, -0.2),
+        (0.0,) * 14 + (0.3, 0.25, 0.2, 0.15, 0.1, 0.05),
     ],
 )
 def test_interval_of_a_difference_is_the_wider_of_t_and_a_bootstrap_with_an_unseen_identity(gaps):

@@ -542,9 +542,9 @@ def _find_out_of_range(values: Values) -> Iterator[str]:
     for name, value in values.items():
         field, text = FIELDS.get(name), f"config.{name}={value}"
         numbers = list(_find_numbers(value))
-        if field and field.path and type(value) is str:
+        if field and field.path:
             with prefix_errors(f"config.{name}"):
-                files.local(value)
+                files.local(f"{value}")
         if not _is_json(value):
             yield (
                 f"config.{name} is of type {type(value).__name__}: config.json cannot store it\n"
