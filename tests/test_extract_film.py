@@ -14,10 +14,9 @@ from tests.helpers.batches import assert_equal
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.drawn_people import SIDE, extract, picture, tone, write_film, write_voices
 from vidjax.apps import cards
-from vidjax.apps.video import film, nets, voices
+from vidjax.apps.video import film, nets, results, voices
 from vidjax.apps.video.halves import HalvesDetector
 from vidjax.apps.video.search import FilmSearch
-from vidjax.cli import film_commands
 
 SLIDES = ("Ada", "Eve", "Ada", "Bob")
 # Signs of (red, green, blue) of a face minus the mean that the net subtracts -> name.
@@ -114,7 +113,7 @@ def test_nobody_is_visible_while_the_clock_jumps(
     np.testing.assert_allclose(found.jumps, jumps, atol=0.3)
     assert found.rate == pytest.approx(10, abs=0.1)
     line = f"the clock jumps by {jumps[0][1] // 60}:00 at 0:03"
-    lines = film_commands._list_problems(found, path)
+    lines = results.list_problems(found, path)
     assert lines[0].startswith(line) and not any("fewer than" in x for x in lines)
     if voice:
         assert max(x["audio_number"].max() for x in clips.values()) / 1000 == pytest.approx(
@@ -156,7 +155,7 @@ def test_film_with_two_equal_halves_is_reported_with_a_command_that_cuts_it(tmp_
     films.write(path, [lay_out(name, n) for n in range(20)], "ffv1", fps=10)
     found, _ = extract(path, tmp_path / "out", drawn.models)
     assert found.halves == LAYOUTS.get(name)
-    lines = film_commands._list_problems(found, path)
+    lines = results.list_problems(found, path)
     assert len(lines) == (name in LAYOUTS)
     assert all(f"{name} (3D)" in x and f"-i '{path}' -vf crop={found.halves} " in x for x in lines)
 

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from vidjax.apps.said import FEATURES
 from vidjax.apps.video import measured_cards, net_families, net_packages, pipeline, results, who
 from vidjax.apps.video.decision import Decision
 from vidjax.apps.video.measured_cards import MeasuredCard
-from vidjax.apps.video.subtitles import format_time
 from vidjax.cli.gallery_commands import add_rule
 from vidjax.utils import messages
 from vidjax.utils.errors import UserError, require_packages
@@ -30,7 +28,6 @@ PHOTOS_TO_MEASURE = (
     "DIR/NAME/PHOTO.jpg of at least five people, with at least two photos of each. The photos "
     "should be of different days, and the people like the people of your films"
 )
-MIN_RATE = 2  # frames per second below which a film gets a warning
 
 
 def print_outcome(outcome: pipeline.FileOutcome) -> None:
@@ -45,47 +42,12 @@ def print_outcome(outcome: pipeline.FileOutcome) -> None:
     if outcome.replaced:
         note = ", replaces another file of this name"
     voices = f", {film.voices:,} with a voice" if film.voices else ""
-    problems = _list_problems(film, outcome.path)
+    problems = results.list_problems(film, outcome.path)
     for line in (
         f"{features_folder.make_printable(outcome.label)}: {about}, {faces}{voices}{note}",
         *(f"  {problem}" for problem in problems),
     ):
         say(line, warning=bool(problems))
-
-
-def _list_problems(film: features_folder.MediaFile, path: Path) -> list[str]:
-    problems = []
-    if jumps := film.jumps:
-        at, by = (format_time(seconds, short=True) for seconds in jumps[0])
-        more = f", and {messages.count(len(jumps) - 1, 'more time')}" if jumps[1:] else ""
-        problems.append(f"the clock jumps by {by} at {at}{more}")
-    if (film.rate or 0) < MIN_RATE if jumps else film.frames < MIN_RATE * film.seconds:
-        problems.append(f"it has fewer than {MIN_RATE} pictures a second, so people may be missed")
-    if film.halves:
-        layout = "side by side" if "iw/2" in film.halves else "one above the other"
-        problems.append(
-            f"it shows the same picture twice, {layout} (3D), so each face is found twice; to use "
-            f"one half: ffmpeg -i {shlex.quote(str(path))} -vf crop={film.halves} -map 0:V:0 "
-            "-map 0:a? half.mkv"
-        )
-    if film.others:
-        problems.append(
-            f"only the first of its {film.others + 1} video streams is used; to use the second, "
-            f"copy it: ffmpeg -i {shlex.quote(str(path))} -map 0:V:1 -map 0:a? -c copy second.mkv"
-        )
-    counts = {
-        "damaged pictures, which were left out": film.corrupt,
-        "pieces of the film that could not be read": film.refused,
-        "wrong time stamps, which were estimated": film.repaired,
-        "pieces of sound that could not be read": film.lost_sound,
-    }
-    problems += [f"{problem}: {count:,}" for problem, count in counts.items() if count]
-    if film.damaged:
-        problems.append(
-            f"it ends at {film.seconds:.1f} s, before its declared end: check that the file is "
-            "complete"
-        )
-    return problems
 
 
 def run_extract(args: argparse.Namespace) -> Result:
@@ -206,7 +168,7 @@ def add_review_flags(parser: Parser) -> None:
 
 def review_names(args: argparse.Namespace) -> Result:
     """Serves the page on which a user corrects the names in a folder of results, until Ctrl-C."""
-    out = Path(args.out).expanduser()
+    out = args.out
     if not said.has_log(out):
         about = f"'{out}' has no results: name the folder that you gave as --out"
         raise UserError(f"{about}, or call vidjax who first")

@@ -4,6 +4,7 @@ import base64
 import functools
 import itertools
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
@@ -15,7 +16,7 @@ from vidjax.apps.features_folder import MediaFile
 from vidjax.apps.gallery import answers as answers_lib
 from vidjax.apps.said import FEATURES
 from vidjax.apps.video import cuts, names_page, naming, subtitles
-from vidjax.utils import files
+from vidjax.utils import files, messages
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import fold, make_file_stems
 
@@ -26,6 +27,7 @@ PAGE, SUBTITLES, CUTS = "names.html", "subtitles", "cuts"
 PADDING_SECONDS = 1.0  # before and after each appearance in cut lists
 TABLES = ("names.tsv", "names.jsonl")
 UNKNOWN = "unknown.tsv"
+MIN_RATE = 2  # frames per second below which a film gets a warning
 
 
 def write(out: Path, decision: "Decision", padding: float = PADDING_SECONDS) -> None:
@@ -137,3 +139,39 @@ def remove_results(out: Path, *, page: bool = True) -> None:
     for folder, _, _ in os.walk(out / SUBTITLES, topdown=False):
         files.remove_ours(Path(folder), r".+\.(vtt|srt)")
     files.remove_ours(out / CUTS, r".+\.(otio|m3u|edl)")  # .edl: of version 0.1.0
+
+
+def list_problems(film: MediaFile, path: Path) -> list[str]:
+    """Returns what a user must know about a film: what was not read, and what is unusual in it."""
+    problems = []
+    if jumps := film.jumps:
+        at, by = (subtitles.format_time(seconds, short=True) for seconds in jumps[0])
+        more = f", and {messages.count(len(jumps) - 1, 'more time')}" if jumps[1:] else ""
+        problems.append(f"the clock jumps by {by} at {at}{more}")
+    if (film.rate or 0) < MIN_RATE if jumps else film.frames < MIN_RATE * film.seconds:
+        problems.append(f"it has fewer than {MIN_RATE} pictures a second, so people may be missed")
+    if film.halves:
+        layout = "side by side" if "iw/2" in film.halves else "one above the other"
+        problems.append(
+            f"it shows the same picture twice, {layout} (3D), so each face is found twice; to use "
+            f"one half: ffmpeg -i {shlex.quote(str(path))} -vf crop={film.halves} -map 0:V:0 "
+            "-map 0:a? half.mkv"
+        )
+    if film.others:
+        problems.append(
+            f"only the first of its {film.others + 1} video streams is used; to use the second, "
+            f"copy it: ffmpeg -i {shlex.quote(str(path))} -map 0:V:1 -map 0:a? -c copy second.mkv"
+        )
+    counts = {
+        "damaged pictures, which were left out": film.corrupt,
+        "pieces of the film that could not be read": film.refused,
+        "wrong time stamps, which were estimated": film.repaired,
+        "pieces of sound that could not be read": film.lost_sound,
+    }
+    problems += [f"{problem}: {count:,}" for problem, count in counts.items() if count]
+    if film.damaged:
+        problems.append(
+            f"it ends at {film.seconds:.1f} s, before its declared end: check that the file is "
+            "complete"
+        )
+    return problems
