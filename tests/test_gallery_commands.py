@@ -27,6 +27,7 @@ from tests.helpers.seen import contents
 from vidjax.apps import bulk, web
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.serve import app as app_lib
+from vidjax.utils import terminal
 from vidjax.utils.errors import UserError, VidjaxWarning
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -255,6 +256,7 @@ def test_identify_and_serve_accept_a_moved_run_but_no_other_run(
     served = []
     monkeypatch.setattr(app_lib, "make_app", lambda gallery, *_: served.append(gallery))
     monkeypatch.setattr(web, "serve", lambda *_: True)
+    monkeypatch.setenv(terminal.QUIET, "1")  # `serve` sets it for its whole process
     command("serve", f"--gallery={of_run.folder}", f"--run={moved}", "--port=0")
     assert served[0].run.workdir == moved
 

@@ -124,12 +124,12 @@ def test_people_with_photos_of_one_day_are_recognised_on_other_days(tmp_path, ca
     vidjax.train(config, tmp_path / "run", data)
     gallery = vidjax.Gallery.create(tmp_path / "g", tmp_path / "run", data)
     assert "as alike as photos of one day" in capsys.readouterr().err
-    new = {f"{p}": {"face": people[p] + 1.2 * draw(1)} for p in range(40)}
+    new = {f"{p}.{n}": {"face": people[p] + 1.2 * draw(1)} for p in range(40) for n in range(10)}
     answers = gallery.identify(new | {f"s{n}": {"face": draw(1)} for n in range(100)})
-    named = [clip for clip, answer in answers.items() if answer.identity == f"person {clip}"]
-    assert len(named) > 12, "as with one photo of each person"
-    assert sum(answer.identity is not None for answer in answers.values()) <= len(named) + 5
+    right = [x.identity == f"person {clip.split('.')[0]}" for clip, x in answers.items()]
+    assert sum(right) > 120, "30 %, as with one photo of each person"
+    assert sum(answer.identity is not None for answer in answers.values()) <= sum(right) + 20
     with gallery.change() as draft:  # the counts of clips are stored
         draft.rename("person 0", "Ada")
     again = vidjax.Gallery(tmp_path / "g").identify(new)
-    assert again["1"].probability == pytest.approx(answers["1"].probability)
+    assert again["1.0"].probability == pytest.approx(answers["1.0"].probability)
