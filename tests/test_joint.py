@@ -161,6 +161,7 @@ def read_results(folder):
     return {name: (folder / name).read_bytes() for name in names}
 
 
+@pytest.mark.slow
 def test_one_command_measures_out_of_fold_and_ranks_test(copied):
     config, folder, data = copied
     metrics = RunFolder(folder).metrics()
@@ -179,6 +180,7 @@ def test_one_command_measures_out_of_fold_and_ranks_test(copied):
     refused(lambda: public.train_run(config, RunFolder(moved), data), "--workdir")
 
 
+@pytest.mark.slow
 def test_a_deleted_report_is_written_again(copied):
     config, folder, data = copied
     (folder / "report.html").unlink()
@@ -214,6 +216,7 @@ def restored(joint):
     return run, run.scores(joint[2], split="test")
 
 
+@pytest.mark.slow
 def test_restored_blend_ranks_new_clips_as_the_command_did(joint, restored):
     (_, folder, data), (restored, scores) = joint, restored
     clips = data.split("test").clips
@@ -229,6 +232,7 @@ def test_restored_blend_ranks_new_clips_as_the_command_did(joint, restored):
     refused(lambda: predict.restore_run(folder), str(folder / "1_plda_all"))
 
 
+@pytest.mark.slow
 def test_scores_are_kept_as_an_array_if_the_user_asks(copied, restored):
     _, folder, data = copied
     config = RunFolder(folder).config
@@ -251,6 +255,7 @@ def test_scores_are_kept_as_an_array_if_the_user_asks(copied, restored):
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_all_systems_and_runs_of_a_blend_are_checked(copied, official_dir, cache_dir, command):
     _, folder, _ = copied
     data = f"--config.data.dir={official_dir}", f"--config.data.cache_dir={cache_dir}"
@@ -267,6 +272,7 @@ def test_all_systems_and_runs_of_a_blend_are_checked(copied, official_dir, cache
     assert done.code == 3 and "2_plda: checkpoint" in done.out.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_learned_numbers_of_another_blend_are_refused(copied):
     _, folder, _ = copied
     numbers = json.loads((folder / "join.json").read_text())
@@ -277,6 +283,7 @@ def test_learned_numbers_of_another_blend_are_refused(copied):
     refused(lambda: vidjax.restore(folder), "--config.eval.split=val")
 
 
+@pytest.mark.slow
 def test_too_little_space_for_scores_is_one_error(joint, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
@@ -285,6 +292,7 @@ def test_too_little_space_for_scores_is_one_error(joint, monkeypatch):
     refused(lambda: vidjax.restore(joint[1]).scores(joint[2], split="test"), "No space left")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("trained", "asked", "wanted", "of_all"), [
     (("train", "val"), "val", ("val", "test"), "test"),
     (("train",), "val", ("train", "val", "test"), "test"),
@@ -307,6 +315,7 @@ def test_folds_measure_a_training_split_and_runs_on_all_clips_rank_the_others(
     assert runs == folds + [(f"{name}_all", of_all, 0) for name, *_ in folds if of_all]
 
 
+@pytest.mark.slow
 def test_splits_without_ground_truth_and_fields_that_no_system_reads_are_refused(joint, tmp_path):
     config, data = copy.deepcopy(joint[0]), joint[2]
     config.data.train_splits = ("train", "test")
