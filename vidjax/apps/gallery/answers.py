@@ -57,8 +57,8 @@ RANK_ROWS = 64  # clips that are ranked together
 # The share of strangers with a probability above 0.5 in galleries of nets, see the benchmarks
 # `calibration` and `decision`.
 OF_STRANGERS = "2 to 7 %"
-# If a gallery has more people for each person to whom its run was fitted, many known clips get no
-# name. In a simulation with a number of 500, it was every second clip.
+# If a gallery has more than this many times the people to whom its run was fitted, many known clips
+# get no name. In a simulation with 500 times the people, it was every second clip.
 MAX_GROWTH = 20
 # The score of a clip depends on the batch of clips that it is in, by at most this relative error.
 SCORE_ROUNDING = 1e-7
@@ -112,20 +112,23 @@ def join_answers(vote: Answer, own: Sequence[Answer]) -> list[Answer]:
         return [vote] * len(own)
     if all(x.identity != vote.identity for x in own):
         return list(own)
-    joined = []
-    for answer in own:
-        probability = dict(answer.best).get(vote.identity, 0.0)
-        if LEAST_OWN_PROBABILITY <= probability < vote.probability:
-            others = [pair for pair in answer.best if pair[0] != vote.identity]
-            best, score = ((vote.identity, probability), *others), math.log(probability)
-            kept = vote._replace(probability=probability, score=score, best=best)
-            if answer.identity != vote.identity:
-                kept = kept._replace(evidence=(*vote.evidence, OTHER_CLIPS))
-            answer = kept
-        elif probability >= vote.probability:
-            answer = vote
-        joined.append(answer)
-    return joined
+    return [_join_answer(vote, x) for x in own]
+
+
+def _join_answer(vote: Answer, own: Answer) -> Answer:
+    """Returns the answer for a clip of a group that has a name."""
+    probability = dict(own.best).get(str(vote.identity), 0.0)
+    if probability < LEAST_OWN_PROBABILITY:
+        return own
+    if probability >= vote.probability:
+        return vote
+    others = [pair for pair in own.best if pair[0] != vote.identity]
+    best = ((str(vote.identity), probability), *others)
+    rests_on = () if own.identity == vote.identity else (OTHER_CLIPS,)
+    return vote._replace(
+        probability=probability, score=math.log(probability), best=best,
+        evidence=vote.evidence + rests_on,
+    )  # fmt: skip
 
 
 class Threshold(NamedTuple):

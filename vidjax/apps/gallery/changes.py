@@ -182,8 +182,10 @@ class Draft:
             if clip is not None:
                 self._open_clips(clip.identity).add(name)
                 self.clips[name] = clip
-            is_equal = self.clips.get(name) is self.present.clips.get(name)
-            (self._changed_clips.discard if is_equal else self._changed_clips.add)(name)
+            if self.clips.get(name) is self.present.clips.get(name):
+                self._changed_clips.discard(name)  # the change was undone
+            else:
+                self._changed_clips.add(name)
 
     def _open_clips(self, identity: str | None) -> set[str]:
         key = identity or STRANGER

@@ -43,11 +43,11 @@ from vidjax.utils.names import normal_form, show
 DEFAULT_FMR = 0.01  # false match rate: 99 strangers can show it
 MAX_PAIRS = 10_000  # of clips that are compared with each other
 MISFIT_ODDS = 10.0  # against the person, from which on a clip does not fit the other clips
-# Pairs of strangers that show one stranger, as far as the model knows. Chance explains this number,
-# and other pairs replace these pairs. Of more such pairs, the user is told.
+# If at most this many pairs of strangers seem to show one stranger, they are chance, and exchange
+# clips with other pairs. If there are more, the rule says so.
 MAX_DOUBLES = 3
 MAX_COUNTED = 1000  # clips of strangers that are grouped, to count the strangers
-MIN_STRANGERS = 0.6  # share of the needed strangers below which the user is told
+MIN_STRANGERS = 0.6  # if strangers are fewer than this share of the needed number, the rule says so
 Kind = Literal["measured", "model", "blind"]
 
 
@@ -178,8 +178,8 @@ def make_rule(
     return MatchRule("model", rate, least, None, about)
 
 
-def shuffle(names: Sequence[str]) -> np.ndarray:
-    """Returns the indices [N] of clips in a random order that only depends on their names."""
+def order_by_hash(names: Sequence[str]) -> np.ndarray:
+    """Returns the indices [N] of clips in the order of the sha256 of their names."""
     digests = [hashlib.sha256(name.encode()).digest() for name in names]
     return np.array(sorted(range(len(names)), key=digests.__getitem__), int)
 
@@ -196,10 +196,10 @@ def pair_strangers(
     Returns the log ratios and the compared modalities, see `ratios.compare`.
     """
     half, clips = len(names) // 2, ratios_lib.of_clips(backend, parts)
-    first, second = shuffle(names)[: 2 * half].reshape(2, half)
+    first, second = order_by_hash(names)[: 2 * half].reshape(2, half)
     ratios, shared = ratios_lib.compare(backend, clips.take(first), clips.take(second))
     doubles = np.flatnonzero(ratios > math.log(max(len(names), 1)))
-    if len(doubles) <= min(max_doubles, half - 1):
+    if 0 < len(doubles) <= min(max_doubles, half - 1):
         for row in doubles:
             second[[row, row - 1]] = second[[row - 1, row]]
         ratios, shared = ratios_lib.compare(backend, clips.take(first), clips.take(second))
@@ -209,7 +209,7 @@ def pair_strangers(
 def count_strangers(state: State) -> int:
     """Returns about how many people the clips of strangers show, at most MAX_COUNTED."""
     names = [*list_usable_strangers(state)]
-    names = [names[row] for row in shuffle(names)[:MAX_COUNTED]]
+    names = [names[row] for row in order_by_hash(names)[:MAX_COUNTED]]
     return 1 + int(grouping.group(state.index.backend, names, stack_parts(state, names)).max())
 
 

@@ -1,8 +1,8 @@
-"""Writes cut lists and playlists of people.
+"""Writes timelines and playlists of people.
 
-A cut list is a timeline of OpenTimelineIO (.otio, JSON), for programs that edit films. It plays all
-stretches of films that show the person, one after the other. Each stretch has the frame rate of its
-film. A playlist (.m3u) plays the same stretches in VLC. Other players play the whole films.
+A timeline of OpenTimelineIO (.otio, JSON) is for programs that edit films. It plays all stretches
+of films that show the person, one after the other. Each stretch has the frame rate of its film. A
+playlist (.m3u) plays the same stretches in VLC. Other players play the whole films.
 """
 
 from collections.abc import Iterable, Sequence
@@ -36,8 +36,7 @@ def find_cuts(
     cuts: dict[str, list[Cut]] = {}
     of_video = group_by_video(appearances)
     for film in films:
-        rate = film.rate or USUAL_RATE
-        length = int(film.seconds * rate + 1e-3)
+        rate, length = _get_rate(film), _count_frames(film)
         for appearance in of_video.get(film.video, ()):
             begin = max(0, round((appearance.start_s - padding_s) * rate))
             end = min(length, round((appearance.end_s + padding_s) * rate))
@@ -51,10 +50,18 @@ def find_cuts(
     return cuts
 
 
+def _get_rate(film: MediaFile) -> float:
+    return film.rate or USUAL_RATE
+
+
+def _count_frames(film: MediaFile) -> int:
+    return int(film.seconds * _get_rate(film) + 1e-3)
+
+
 def write(
     folder: Path, appearances: Iterable[Appearance], films: Iterable[MediaFile], padding_s: float
 ) -> None:
-    """Writes the cut lists and playlists of all people into a folder, as NAME.otio and NAME.m3u."""
+    """Writes the timelines and playlists of all people into a folder, as NAME.otio and NAME.m3u."""
     cuts = find_cuts(appearances, films, padding_s)
     for stem, (person, own) in zip(make_file_stems(cuts), cuts.items(), strict=True):
         files.write_text(folder / f"{stem}.otio", files.to_json(to_timeline(person, own)))
@@ -72,7 +79,7 @@ def to_timeline(person: str, cuts: Sequence[Cut]) -> dict[str, Any]:
 
 
 def _to_clip(cut: Cut) -> dict[str, Any]:
-    film, rate = cut.film, cut.film.rate or USUAL_RATE
+    film, rate = cut.film, _get_rate(cut.film)
 
     def make_range(begin: int, end: int) -> dict[str, Any]:
         times = {"start_time": begin, "duration": end - begin}
@@ -84,7 +91,7 @@ def _to_clip(cut: Cut) -> dict[str, Any]:
     media = {
         "OTIO_SCHEMA": "ExternalReference.1",
         "target_url": f"file://{film.source.address}",
-        "available_range": make_range(0, max(cut.end, int(film.seconds * rate + 1e-3))),
+        "available_range": make_range(0, _count_frames(film)),
     }
     return {
         "OTIO_SCHEMA": "Clip.2",
@@ -99,7 +106,7 @@ def to_playlist(cuts: Sequence[Cut]) -> str:
     """Returns the text of an .m3u playlist. VLC reads the times in seconds."""
     lines = ["#EXTM3U"]
     for film, begin, end in cuts:
-        rate, source = film.rate or USUAL_RATE, film.source
+        rate, source = _get_rate(film), film.source
         lines += [f"#EXTINF:{round((end - begin) / rate)},{make_printable(source.path.name)}"]
         lines += [f"#EXTVLCOPT:start-time={begin / rate:.3f}"]
         lines += [f"#EXTVLCOPT:stop-time={end / rate:.3f}", f"file://{source.address}"]

@@ -1,4 +1,4 @@
-"""Writes the tables, the page, the subtitles and the cut lists of `vidjax who`."""
+"""Writes the tables, the page, the subtitles and the timelines of `vidjax who`."""
 
 import base64
 import functools
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from vidjax.apps.video.decision import Decision
 
 PAGE, SUBTITLES, CUTS = "names.html", "subtitles", "cuts"
-PADDING_SECONDS = 1.0  # before and after each appearance in cut lists
+PADDING_SECONDS = 1.0  # before and after each appearance in timelines
 TABLES = ("names.tsv", "names.jsonl")
 UNKNOWN = "unknown.tsv"
 MIN_RATE = 2  # frames per second below which a film gets a warning
 
 
 def write(out: Path, decision: "Decision", padding: float = PADDING_SECONDS) -> None:
-    """Writes the tables, page, subtitles and cut lists. `padding` in seconds is for cut lists."""
+    """Writes the tables, page, subtitles and timelines. `padding` in seconds is for timelines."""
     here = out.resolve()
     place_of = {
         film.video: quote(os.fsencode(os.path.relpath(film.source.path, here)))
@@ -129,7 +129,7 @@ def _embed(out: Path, address: str) -> str:
 
 
 def remove_results(out: Path, *, page: bool = True) -> None:
-    """Removes the tables, subtitles and cut lists of earlier calls, and the page.
+    """Removes the tables, subtitles and timelines of earlier calls, and the page.
 
     Also removes the unfinished files that killed calls have left.
     """

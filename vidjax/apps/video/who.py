@@ -16,7 +16,7 @@ The results are these files:
     OUT/subtitles/     a .vtt and a .srt file for each video
     OUT/cuts/          an .otio file for programs that edit films, and a playlist, for each person
 
-Each call replaces the tables, the page, the subtitles and the cut lists. If a photo is removed from
+Each call replaces the tables, the page, the subtitles and the timelines. If a photo is removed from
 a folder that has other files, the next call forgets it. If a whole folder of photos is missing, the
 photos stay enrolled unless the call has --forget-missing: a drive may not be connected. A call
 without a folder of people keeps every person of the gallery. The log `said.jsonl` also contains
@@ -101,7 +101,7 @@ def name_people(
     done: Callable[[FileOutcome], None] = lambda outcome: None,
     tell: Tell = ignore_note,
 ) -> WhoResults:
-    """Names the people in films, and writes tables, a page, subtitles and cut lists into `out`.
+    """Names the people in films, and writes the results into the folder `out`, see the module.
 
     The results contain these films and all films of earlier calls.
 
@@ -115,7 +115,7 @@ def name_people(
         None keeps the choice of the last call.
       fpir: the largest share of strangers that may get a name, see `Gallery.identify`.
       threshold: the probability that a name needs. If it is given, `fpir` must be None.
-      padding: the seconds that are added before and after each appearance in cut lists.
+      padding: the seconds that are added before and after each appearance in timelines.
       prune: whether films of earlier calls are removed if their files were deleted.
       forget_missing: whether people are forgotten if all their photos are missing. With `prune`,
         films whose whole folder is missing or empty are removed, too.
