@@ -23,12 +23,12 @@ APART = 0.75, 2.0  # see `differ`
 FEWEST_PEOPLE = 3  # with two clips each, from whom W and B = 0 can be seen
 
 # How people contradict a card:
-#   alone: there is one person, so nothing was compared.
+#   few: too few people show whether the net fits, see `card_notes.compare`.
 #   blind: the vectors do not separate the people.
 #   closer: people differ less than the card says.
 #   varied: the clips of a person differ more than the card says.
 #   farther: people differ more than the card says.
-Problem = Literal["", "alone", "blind", "closer", "varied", "farther"]
+Problem = Literal["", "few", "blind", "closer", "varied", "farther"]
 
 
 class Comparison(NamedTuple):
@@ -70,7 +70,7 @@ def compare(
     repeated, people = counts > 1, len(counts)
     between, within = distances.between, distances.within
     if people < 2:
-        return Comparison("alone", 1.0, 1.0, 1 - within - between) if people else NO_PROBLEM
+        return Comparison("", 1.0, 1.0, 1 - within - between) if people else NO_PROBLEM
     k, noise, spread = counts[repeated], float(np.mean(1 / counts)), 0.0
     varied = 1.0
     if len(k):

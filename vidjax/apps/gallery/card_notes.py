@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery
 
 NOBODY = "nobody gets a name: for the net, two people are as alike as photos of one person"
-ALONE = "nobody gets a name: only one person is enrolled, and no faces show that the net fits"
-REFUSED = {"blind": NOBODY, "alone": ALONE}  # problem -> why nobody gets a name
+FEW = "nobody gets a name: at most two people are enrolled, and no faces show that the net fits"
+REFUSED = {"blind": NOBODY, "few": FEW}  # problem -> why nobody gets a name
 CONVERT = "convert the net again: its colours (--colour), scale or points (--like) may be wrong"
 TWO_NAMES = "if two names are one person, or a photo shows another person, correct them"
 SAME = 0.1  # people who differ less than this share of what the card says look like one person
@@ -123,13 +123,14 @@ def compare(state: State) -> Comparison:
     """Compares the enrolled people with the card of the net of faces.
 
     If there is no such card, the people do not contradict it. If nobody has measured the card, the
-    result is of films, too, and a single person is compared only with films.
+    result is of films, too, and one or two people do not show that the net fits.
     """
     comparison = state.index.card_comparison
-    if comparison.problem == "alone" and (state.separates or not state.origin.unmeasured):
-        comparison = comparison._replace(problem="")
-    is_blind = state.origin.blind or state.separates is False
-    return comparison._replace(problem="blind") if is_blind else comparison
+    if state.origin.blind or state.separates is False:
+        return comparison._replace(problem="blind")
+    is_few = len(state.index.names) < card_check.FEWEST_PEOPLE and comparison.problem != "blind"
+    is_few = is_few and state.origin.unmeasured and not state.separates
+    return comparison._replace(problem="few") if is_few else comparison
 
 
 def check_apart(state: State, vectors: Vectors, apart: Iterable[tuple[str, str, float]]) -> State:
@@ -153,7 +154,7 @@ def judge(state: State, mirrored: Sequence[float]) -> State:
     person and a card that nobody has measured, one cosine is enough.
     """
     comparison, origin = state.index.card_comparison, state.origin
-    if len(mirrored) < (1 if comparison.problem == "alone" and origin.unmeasured else 2):
+    if len(mirrored) < (1 if len(state.index.names) == 1 and origin.unmeasured else 2):
         return state
     blind = comparison.is_blind(mirrored)
     return state._replace(origin=msgspec.structs.replace(origin, blind=blind))
@@ -202,7 +203,7 @@ def _describe_problem(comparison: Comparison, origin: VectorOrigin) -> str:
     measure, between = _advise_to_measure(origin.workdir), f"{comparison.between:.2g}"
     return {
         "": "",
-        "alone": f"{ALONE}\nenrol a second person, or add a film of two people\n{measure}",
+        "few": f"{FEW}\nenrol a third person, or add a film of two people\n{measure}",
         "blind": f"{NOBODY}\n{TWO_NAMES}" + f"\nif not, {CONVERT}" * origin.unmeasured,
         "closer": f"your people differ only {between} times as much as the net "
         f"expects: similar people, such as relatives, may get a wrong name\n{measure}",
