@@ -277,6 +277,30 @@ def test_only_a_card_that_nobody_has_measured_may_have_wrong_facts(tmp_path, mod
     assert ("--like" in text and "--colour" in text and "scale" in text) == (not is_measured)
 
 
+@pytest.mark.parametrize("is_measured", [True, False])
+def test_a_card_that_nobody_has_measured_accepts_nobody_if_nothing_shows_that_it_fits(
+    tmp_path, models, is_measured
+):
+    """The vectors of the third gallery are of a net that sees little: their cosines vary."""
+    if not is_measured:
+        give_default_numbers(models)
+    made = Population(2)
+    people = made.photos(made.people(7), 2).astype(np.float32)
+    draws = np.random.default_rng(0).normal(size=(7, 1, 2))
+    varied = np.concatenate([np.ones((7, 1, 1)), 0.3 * draws, np.zeros((7, 1, WIDTH - 3))], 2)
+    for number, (vectors, why) in enumerate((
+        (people[:2], card_notes.FEW), (people, None), (varied, card_notes.NOBODY)
+    )):  # fmt: skip
+        gallery = Gallery.of_models(tmp_path / str(number), models)
+        clips = {f"c{n}": {"face": x[:1]} for n, x in enumerate(vectors)}
+        gallery.enrol(clips, {clip: clip for clip in clips})
+        names_somebody = is_measured or why is None
+        assert (gallery.rule().about == why) == (not names_somebody), number
+        pair = {"a": {"face": people[0, :1]}, "b": {"face": people[0, 1:]}}
+        (match,) = gallery.compare(pair).values()
+        assert match.accepted == names_somebody
+
+
 def test_default_numbers_are_mentioned_where_names_are(tmp_path, models, command):
     give_default_numbers(models)
     made = Population(2)

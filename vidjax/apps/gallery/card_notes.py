@@ -31,7 +31,8 @@ FEW = "nobody gets a name: at most two people are enrolled, and no faces show th
 REFUSED = {"blind": NOBODY, "few": FEW}  # problem -> why nobody gets a name
 CONVERT = "convert the net again: its colours (--colour), scale or points (--like) may be wrong"
 TWO_NAMES = "if two names are one person, or a photo shows another person, correct them"
-SAME = 0.1  # people who differ less than this share of what the card says look like one person
+# Of people whose net does not fit a card that nobody has measured, see `Comparison`.
+LEAST_BETWEEN, MOST_SPREAD = 0.5, 1.4
 
 
 def read_cards(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
@@ -125,11 +126,13 @@ def compare(state: State) -> Comparison:
     If there is no such card, the people do not contradict it. If nobody has measured the card, the
     result is of films, too, and one or two people do not show that the net fits.
     """
-    comparison = state.index.card_comparison
-    if state.origin.blind or state.separates is False:
+    comparison, unmeasured = state.index.card_comparison, state.origin.unmeasured
+    is_wrong = comparison.problem == "closer" and comparison.between < LEAST_BETWEEN
+    is_wrong = unmeasured and (is_wrong or comparison.spread > MOST_SPREAD)
+    if state.origin.blind or state.separates is False or is_wrong:
         return comparison._replace(problem="blind")
     is_few = len(state.index.names) < card_check.FEWEST_PEOPLE and comparison.problem != "blind"
-    is_few = is_few and state.origin.unmeasured and not state.separates
+    is_few = is_few and unmeasured and not state.separates
     return comparison._replace(problem="few") if is_few else comparison
 
 
@@ -170,16 +173,16 @@ def check_mirrored(gallery: "Gallery", cosines: Sequence[float]) -> None:
 
 def describe(state: State) -> str:
     """Returns why names cannot be believed or are rare, with a remedy, or ""."""
-    comparison, models = compare(state), state.origin.workdir
+    models = state.origin.workdir
     if not state.index.names:
         return ""
     back_ends = _read_back_ends(state.origin)
     present = backend_lib.make_card_backend(back_ends) if back_ends else state.index.backend
     is_old = not backend_lib.compare_equal(state.index.backend, present)
-    if is_old and comparison.problem != "blind":
+    if is_old and compare(state).problem != "blind":
         words = ["vidjax", "measure-card", models, "--gallery=G"]
         return f"the card of the net has newer numbers\nto use them: {shlex.join(words)}"
-    if problem := _describe_problem(comparison, state.origin):
+    if problem := _describe_problem(state):
         return problem
     face = back_ends.get("face")
     if not face or face.is_measured:
@@ -190,15 +193,16 @@ def describe(state: State) -> str:
 
 def warn(state: State, known: str = "") -> str:
     """Prints a warning if people contradict the card, unless it is `known`; returns the warning."""
-    problem = _describe_problem(compare(state), state.origin)
+    problem = _describe_problem(state)
     if problem not in ("", known):
         say(problem, warning=True)
     return problem
 
 
-def _describe_problem(comparison: Comparison, origin: VectorOrigin) -> str:
+def _describe_problem(state: State) -> str:
     """Returns how the enrolled people contradict the card, with a remedy, or ""."""
-    if comparison.problem == "closer" and comparison.between < SAME:
+    comparison, origin = compare(state), state.origin
+    if comparison.problem == "closer" and comparison.between < card_check.SAME:
         return f"your people are as alike as photos of one person\n{TWO_NAMES}"
     measure, between = _advise_to_measure(origin.workdir), f"{comparison.between:.2g}"
     return {
