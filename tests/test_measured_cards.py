@@ -442,8 +442,8 @@ ARCFACE = made_nets.back_end((0.68, 0.12), (0.2, 0.12))  # the default numbers o
 GROUP = drawn_people.GROUP
 MIRROR = [GROUP[0], ("Ada", 70, 40)]
 # The net, whether its card was measured, the shots of a film, and whether Ada, who is enrolled
-# without or with Bob, is named in it. By the net "alike", the cosines of two drawn faces are 0.8. By the net "far",
-# they are -0.3, which is too low for its card.
+# without or with Bob, is named in it. By the net "alike", the cosines of two drawn faces are 0.8.
+# By the net "far", they are -0.3, which is too low for its card.
 ALONE = {
     "fits": ("fits", False, [GROUP], True),
     "does not fit": ("alike", False, [GROUP], False),

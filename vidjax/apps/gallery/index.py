@@ -287,15 +287,13 @@ class Index:
             if part.name == "face" and part.distances is not None:
                 with one_thread():
                     means = self._list_means(number, part.distances)
-                    vectors = means[0].linear[:MOST_COMPARED]
-                    cosines = vectors[vectors.any(axis=1)] @ vectors[vectors.any(axis=1)].T
+                    some = means[0].linear[:MOST_COMPARED]
+                    some = some[some.any(axis=1)]
+                    pairs = (some @ some.T)[np.triu_indices(len(some), 1)]
                 total = np.sum([x.total for x in means], axis=0)
                 squares = np.concatenate([x.square for x in means])
-                pairs = cosines[np.triu_indices(len(cosines), 1)]
-                return card_check.compare(
-                    part.distances, total, squares, self.counts[number],
-                    float(np.std(pairs)) if len(pairs) else 0.0,
-                )  # fmt: skip
+                deviation, counts = float(np.std(pairs)) if len(pairs) else 0.0, self.counts[number]
+                return card_check.compare(part.distances, total, squares, counts, deviation)
         return card_check.NO_PROBLEM
 
     @functools.cached_property
