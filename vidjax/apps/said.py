@@ -151,7 +151,7 @@ def append(out: Path, lines: Sequence[Line]) -> None:
 
 
 def forget(out: Path, person: str) -> int:
-    """Deletes the lines of a person; returns their number. Each leaves a line without content."""
+    """Replaces the lines of a person by lines without content; returns the number of lines."""
     if not has_log(out):
         return 0
     with _lock(out):

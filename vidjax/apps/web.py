@@ -44,7 +44,7 @@ def is_local(headers: Headers) -> bool:
 
 
 def is_same_site(headers: Headers) -> bool:
-    """Returns whether no page of another site has sent a request."""
+    """Returns False if a page of another site has sent a request."""
     origin = headers.get("origin")
     same_origin = origin is None or _split(origin).netloc == headers.get("host")
     return same_origin and headers.get("sec-fetch-site", "none") in ("none", "same-origin")

@@ -65,7 +65,7 @@ class OfficialFiles:
 
     @property
     def modalities(self) -> dict[str, int]:
-        """Modality -> 0. The value stands for an unknown feature width."""
+        """The modalities, as modality -> 0. The value 0 stands for an unknown feature width."""
         return {name: 0 for name, _ in self._files}
 
     def fingerprint(self) -> list[dict[str, Any]]:

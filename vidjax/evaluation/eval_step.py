@@ -237,9 +237,9 @@ LOG_2 = math.log(2.0)
 class MeanScores(NamedTuple):
     """Sums from which `mean_scores` computes a weighted mean of scores.
 
-    If the scores are log-probabilities, the mean is the logarithm of the mean probability. A sum of
-    probabilities near 1 loses the digits of a logarithm near 0. So the complements, 1 minus each
-    probability, are added, too.
+    If the scores are log-probabilities, the mean is the logarithm of the mean probability. If
+    probabilities are near 1, the logarithm of their mean is near 0, and loses digits. So the
+    complements, 1 minus each probability, are added, too.
     """
 
     total: Array  # [B, K] weighted sum of scores, or log of the weighted sum of probabilities

@@ -71,7 +71,7 @@ class ScoredSplit:
         return metrics.average_precision(self.hits, self.positives)
 
     def averages_among(self, chosen: np.ndarray) -> tuple[np.ndarray, int]:
-        """Returns the average precisions of identities in a group of clips, and the group's size.
+        """Returns the average precisions of identities among a group of clips, and its size.
 
         `chosen` [N] is True for the clips of the group. Identities without a chosen clip are left
         out. The other clips of an identity are removed from its list, but wrong clips stay in it.
@@ -84,8 +84,8 @@ class ScoredSplit:
     def averages_without(self, removed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the average precisions [C] if the clips `removed` [N] are in no list.
 
-        The second value is the number of clips that each identity keeps, [C]. A shorter list is not
-        filled with the clips behind its last place.
+        The second value is the number of clips that each identity keeps, [C]. A list that gets
+        shorter is not filled up.
         """
         gone = np.bincount(self.labels[removed & self.pool], minlength=len(self.hits) + 1)[1:]
         kept = ~np.append(removed, False)[np.minimum(self.top.index, len(removed))]
@@ -235,7 +235,7 @@ def find_worst_identities(scored: ScoredSplit) -> list[schemas.WorstIdentity]:
 
     Two fields of a row list up to three pairs (index of another identity, number of clips):
     - `lost_to`: clips of the identity that score highest for the other identity. The index -1
-      counts clips whose best identity is unknown, because its list of k clips lacks them.
+      counts clips whose best identity is unknown, see `best_lists`.
     - `mixed_with`: clips of the other identity among the first n places of the list, where n is the
       number of clips of the identity. The index -1 counts distractors.
     """
@@ -307,7 +307,8 @@ def measure_suspects(scored: ScoredSplit, clips: ClipScores) -> schemas.Suspects
     """Measures how MAP changes without the clips whose labels are suspected to be wrong.
 
     A label is suspected if the best identity of its clip has a probability of SURE or more, and
-    NUM_ABOVE or more identities score above the label. Identities without other clips are left out.
+    NUM_ABOVE or more identities score above the label. Identities without remaining clips are left
+    out.
 
     The scores in `clips` are logarithms of probabilities. Their model was not trained on the clips.
     """

@@ -83,7 +83,7 @@ class Evaluation(NamedTuple):
 
 
 def describe(model: TrainedModel, split_name: str) -> Scores:
-    """Returns the Scores of a model without the array.
+    """Returns the Scores of a model, without an array.
 
     The score of a clip is the mean over the members that were not trained on the clip. If all
     members were trained on all training clips, all members score all clips. Raises UserError if no
@@ -239,7 +239,7 @@ def evaluate(
 ) -> Evaluation:
     """Ranks the clips of a split by their scores, and computes the metrics.
 
-    Clips with NaN scores are ranked last, with a warning.
+    If clips have NaN scores, they are ranked last, with a warning.
 
     Args:
       blocks: the scores of the clips, and of each of `members`.

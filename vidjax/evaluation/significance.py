@@ -69,16 +69,16 @@ def map_interval(averages: np.ndarray, *, draws: int = DRAWS) -> tuple[float, fl
 def compute_gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float, float, float]:
     """Returns the bounds of the 95 % interval of the mean of `gaps`, and its two-sided p-value.
 
-    `gaps` [C] are differences in average precision. Each bound is the outer one of the bounds of a
-    paired t interval and of a Bayesian bootstrap with an unseen identity, see `_draw_low_means`.
-    The p-value tests a mean of 0. It is below 5 % exactly if the interval excludes 0. If the runs
-    are exchanged, the interval changes its sign.
+    `gaps` [C] are differences in average precision. The interval contains a paired t interval, and
+    the interval of a Bayesian bootstrap with an unseen identity, see `_draw_low_means`. The p-value
+    tests a mean of 0. It is below 5 % exactly if the interval excludes 0. If the runs are
+    exchanged, the interval changes its sign.
 
     Source: Gaffke 2005, Three test statistics for a nonparametric one-sided hypothesis on the mean
     of a nonnegative variable; Learned-Miller and Thomas 2019, A new confidence interval for the
-    mean of a bounded random variable. Deliberate difference: the unseen value is a bound of the
-    range in the publications, but it depends on the gaps here. Otherwise, few identities could not
-    show a difference that a t test finds.
+    mean of a bounded random variable. Deliberate difference: in the publications, the unseen value
+    is a bound of the range. Here, it depends on the gaps. Otherwise, few identities could not show
+    a difference that a t test finds.
     """
     lows, highs = _draw_low_means(gaps, draws), -_draw_low_means(-gaps, draws)
     low, high = _compute_bounds(lows, gaps)[0], _compute_bounds(highs, gaps)[1]

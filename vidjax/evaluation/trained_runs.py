@@ -32,8 +32,8 @@ FEWEST_GAPS = 3  # of clips times rare modalities; fewer may be chance
 class FoundRun(NamedTuple):
     """A run, except for its weights. `config.json` and the checkpoint belong to the same run.
 
-    `checkpoint` has been compared with its sha256. Column c of the logits is for the c-th of the C
-    `identities`, counted from 1.
+    `checkpoint` has been compared with its sha256. Column c of the logits belongs to identity c of
+    the C `identities`, counted from 1.
     """
 
     folder: RunFolder
@@ -183,7 +183,7 @@ def warn_of_missing_modalities(split: Split, modalities: Collection[str]) -> Non
 def select_sets(
     sets: ensemble.TrainingSets, own: DataDigests, data: ClipSource, split: str
 ) -> ensemble.TrainingSets:
-    """Returns the training clips of each member. The member must not score them.
+    """Returns the training clips that each member must not score.
 
     `own` are the digests of the data of the run. If `data` are the same data, or if `sets` let all
     members score all clips of `split`, returns `sets`. Otherwise, some clips have the names of
@@ -198,8 +198,8 @@ def select_sets(
     if now and all(x and {*find_changes(old, x)} <= {"labels"} for old, x in pairs):
         return sets
     warn(
-        "some clips have names of training clips, but may be other clips: they are scored as new "
-        "clips\nif they are the training clips, use vidjax evaluate: then no member of the "
-        "ensemble scores a clip that it was trained on"
+        "clips with names of training clips may be other clips, and are scored as new clips\n"
+        "if they are the training clips, use vidjax evaluate: then no member of the ensemble "
+        "scores a clip that it was trained on"
     )
     return sets._replace(trained=np.zeros_like(sets.trained))

@@ -80,8 +80,8 @@ class FallbackIdentifier(Identifier):
         for part in (self.main, self.other):
             if part.min_epochs:
                 raise UserError(
-                    f"model 'fallback': main or other is {type(part).__name__}, and this "
-                    "model needs separate passes over the clips\n"
+                    f"model 'fallback': {type(part).__name__} cannot be main or other, because it "
+                    "needs separate passes over the clips\n"
                     "choose a network instead, or train a separate run of this model and blend both"
                 )
         if self.main.logit_scale != self.other.logit_scale:
@@ -103,8 +103,8 @@ class FallbackIdentifier(Identifier):
     def prepare(self, clips: TrainingClips) -> Mapping[str, float]:
         """Returns {"threshold": t}. The share `threshold_share` of the training clips is below t.
 
-        The share is of all training clips that have `self.modality`, in all folds, with or without
-        an identity. If several clips have equal measures, fewer clips may be below t.
+        All training clips with `self.modality` count, in all folds, with or without an identity. If
+        several clips have equal measures, fewer clips may be below t.
         """
         if not self.threshold_share:
             return {}
@@ -135,7 +135,7 @@ class FallbackIdentifier(Identifier):
         return {**spec, **prepared}
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
-        """Returns the measure of `self.modality` of each clip, [B]. Without a threshold, None."""
+        """Returns the measure of `self.modality` of each clip, [B], or None without a threshold."""
         return fusion.mean_measure(frames[self.modality], self.measure) if self.threshold else None
 
     def __call__(

@@ -1,4 +1,4 @@
-"""Checks the installation for `vidjax check`: packages, devices, and limits for strangers' files.
+"""Checks the installation for `vidjax check`: packages, devices, and limits of child processes.
 
 A check is a function that returns a summary. If a part is absent, it raises AbsentError.
 """

@@ -1,4 +1,4 @@
-"""Compiled programs: their cache on the disk, and the flag of XLA for equal bits."""
+"""Caches compiled programs on the disk, and sets the flag of XLA for equal bits."""
 
 import contextlib
 import hashlib

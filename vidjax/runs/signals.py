@@ -1,7 +1,7 @@
 """Makes the first signal of `exit_codes.SIGNALS` save and stop a run.
 
-If SIGINT or SIGTERM follows, a command ends. In a program of a user, the second of them has its
-usual effect: in a notebook, Ctrl-C raises KeyboardInterrupt. SIGHUP and SIGUSR1 may be repeated
+A second signal, SIGINT or SIGTERM, ends a command. In a program of a user, the second signal has
+its usual effect: in a notebook, Ctrl-C raises KeyboardInterrupt. SIGHUP and SIGUSR1 may be repeated
 without an effect: if a terminal is closed, the shell and the system both send SIGHUP.
 """
 

@@ -30,7 +30,7 @@ MAX_PARAMS = 10**10  # of a member; no device can store more
 
 
 def check_model(config: Config) -> None:
-    """Raises UserError if the model needs more epochs, or ignores a field not at its default."""
+    """Raises UserError if the model needs more epochs, or ignores a field that was changed."""
     name = config.model.get("name")
     model = MODELS.get(name, Identifier)
     if not issubclass(model, Identifier):

@@ -125,7 +125,7 @@ class StreamingFeed(Feed):
 
 
 class ResidentFeed(Feed):
-    """Gathers batches from clips in device memory, so that no step waits for the host."""
+    """Gathers batches from clips on the devices, so that no step waits for the host."""
 
     mode = "resident"
 

@@ -1,4 +1,4 @@
-"""Compares clips with enrolled people: the coefficients of people, and the nearest of a clip."""
+"""Compares clips with enrolled people, and finds the most probable people of a clip."""
 
 import functools
 import heapq
@@ -86,9 +86,9 @@ class Means:
 
 
 class Block(People):
-    """People who are compared together. An index and a changed index after it share blocks.
+    """People who are compared together. A new index keeps the unchanged blocks of the old index.
 
-    So a block keeps values that do not depend on other people.
+    So the values of a block do not depend on people in other blocks.
     """
 
     @functools.cached_property
@@ -178,8 +178,8 @@ class DistanceRatios:
 
     Attributes:
       population: the distribution of the vectors of all people. Its mean is m.
-      share: [N] float64, from 0 to 1. A person's posterior mean is at m for 0, and at the mean of
-        the person's clips for 1.
+      share: [N] float64, from 0 to 1. With 0, a person's posterior mean is m. With 1, it is the
+        mean of the person's clips.
       variance: [N] float64, the variance of a person's posterior, summed over the dimensions.
       radius: [N] float64, the squared distance of a person's posterior mean from m.
     """
@@ -254,7 +254,7 @@ class Index:
         self._known: dict[object, Any] = {}
 
     def remember(self, key: object, compute: Callable[[], T]) -> T:
-        """Returns `compute()`, or its earlier result for this key. The result must not be None.
+        """Returns `compute()`, or an earlier result for this key. The result must not be None.
 
         The values that were used last are kept. A change of the gallery makes a new index.
         """
@@ -279,7 +279,7 @@ class Index:
 
     @functools.cached_property
     def card_comparison(self) -> Comparison:
-        """The enrolled people, compared with the card of the net of faces, if there is one."""
+        """The enrolled people, compared with the card of the net of faces, if there is a card."""
         for number, part in enumerate(self.backend.parts):
             if part.name == "face" and part.distances is not None:
                 with one_thread():
@@ -524,7 +524,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def sum_others(logs: np.ndarray, best: int) -> float:
-    """Returns log(the sum of all exp(`logs`) except exp(`logs[best]`)). `logs` are [K]."""
+    """Returns the logarithm of the sum of exp(`logs`) without element `best`. `logs` are [K]."""
     others = np.delete(logs, best)
     top = others.max(initial=-np.inf)
     return float(top + np.log(np.exp(others - top).sum())) if top > -np.inf else -np.inf

@@ -22,7 +22,7 @@ LEAST_ODDS = 200.0  # with which we say that clips show one person, or two
 
 
 class Summary(NamedTuple):
-    """The numbers of groups of clips that comparisons need, in M modalities.
+    """The numbers by which groups of clips are compared, in M modalities.
 
     All arrays of groups have the shape [...], such as [G] for G groups.
     """
@@ -39,12 +39,12 @@ class Summary(NamedTuple):
         return Summary(counts, means, squares, noises, self.clarity[rows])
 
     def across(self) -> "Summary":
-        """Returns G groups as [G, 1], to compare each with each of [H] other groups."""
+        """Returns G groups as [G, 1], so that each is compared with each of H other groups."""
         return self.take((slice(None), None))
 
 
 def of_clips(backend: "Backend", parts: Sequence[np.ndarray]) -> Summary:
-    """Returns N single clips as groups. `parts` are their vectors, M arrays [N, D]."""
+    """Returns N groups of a single clip. `parts` are the vectors of the clips, M arrays [N, D]."""
     means, ones = backend.whiten(parts), np.ones(len(parts[0]))
     counts, squares = [z.any(axis=1).astype(int) for z in means], [np.vecdot(z, z) for z in means]
     return Summary(counts, means, squares, [ones] * len(means), ones)
@@ -56,7 +56,7 @@ def of_sums(
     clarity: np.ndarray,
     inverses: Sequence[np.ndarray | None] | None = None,
 ) -> Summary:
-    """Returns G groups.
+    """Returns G groups of clips, given sums over the clips.
 
     `sums` are the number [G] and the sum [G, D] of the coordinates of each group's clips, for each
     of M modalities. `clarity` is [G]. PLDA needs `inverses`, see `invert`.

@@ -98,7 +98,7 @@ class VectorOrigin(Struct, frozen=True, omit_defaults=True):
 
     @property
     def counts_every_clip(self) -> bool:
-        """Whether the clips of a person to which the gallery was fitted count as in the run."""
+        """Whether clips to which the gallery was fitted count fully, as in the run."""
         return self.centred and not self.refitted
 
 
@@ -154,7 +154,7 @@ class State(NamedTuple):
 
     @property
     def people(self) -> dict[str, tuple[str, ...]]:
-        """Identity -> sorted names of its clips, sorted by identity, without strangers."""
+        """The people, sorted by name, without strangers: identity -> sorted names of its clips."""
         return {name: clips for name, clips in sorted(self.clips_of.items()) if name != STRANGER}
 
 

@@ -278,8 +278,8 @@ class Application:
         names = identities.values() if body.identity is None else [body.identity]
         people = {clean_identity(name) for name in names}
         if stray := identities.keys() - clips.keys():
-            place = f"identities has the clip '{show(min(stray))}', but "
-            raise unprocessable("clips lacks it: send it, too", place)
+            place = f"clip '{show(min(stray))}' is in identities, but "
+            raise unprocessable("not in clips: send the clip, too", place)
         vectors = await self.batcher.run(lambda: self.gallery.embed(clips), len(clips))
         strangers = body.strangers
         done = await self._change(

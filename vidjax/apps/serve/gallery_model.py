@@ -64,7 +64,7 @@ class GalleryModel:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Modality -> width of the features."""
+        """The width of the features of each modality."""
         return self.gallery.source.reads[0]
 
     def answer(self, questions: Sequence[Question]) -> list[Any]:

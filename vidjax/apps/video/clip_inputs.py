@@ -42,9 +42,9 @@ def check_input(
 ) -> None:
     """Checks an input of a gallery without reading its clips.
 
-    `has_people` is True if its folders are people. `of_person` is True if all clips show the same
-    person. Raises UserError if there are no clips, if they may show several people although
-    `of_person` is True, or if other nets have computed the features.
+    `has_people` is True if each folder in the input is a person. `of_person` is True if all clips
+    show the same person. Raises UserError if there are no clips, if they may show several people
+    although `of_person` is True, or if other nets have computed the features.
     """
     if has_people or bulk.list_tables(path):
         memory.check_path(path)
@@ -71,7 +71,7 @@ def refuse_photos(path: Path) -> None:
 
 
 def read_films(path: str | Path | None) -> list[MediaFile]:
-    """Reads the descriptions of the films whose clips are in `path`; returns [] for other clips."""
+    """Reads the descriptions of films whose clips are in `path`; returns [] if there are none."""
     folder = Path(path or "")
     if folder.suffix == ".npz":  # the features of one film
         folder = folder.parent
@@ -118,12 +118,12 @@ def enrol(
       clip: the only clip to enrol; None for all.
       strangers: True to enrol only the clips without a person, as clips of strangers.
       source: the file of `identities`, for messages.
-      begin: is called with the number of an input, from 1, and the input, before it is read.
+      begin: is called before an input is read, with its number, from 1, and the input.
 
     Raises:
       UserError: `check_input` refuses an input. Then nothing is enrolled.
       UserError: an input has another problem: no clip has a person, two faces of one picture would
-        become one person, or `Gallery.enrol` raises the error. Then only the inputs before it are
+        become one person, or `Gallery.enrol` raises the error. Then only earlier inputs are
         enrolled.
     """
     several, names, done = len(inputs) > 1, set[str](), list[Enrolment]()

@@ -1,4 +1,4 @@
-"""Finds photos that may show a person other than the person under whose name they are enrolled.
+"""Finds photos that may show another person than the person whose name they have.
 
 Each photo is compared with the other photos of the named person, and with the photos of all other
 people. A photo is doubtful in two cases:
@@ -11,9 +11,9 @@ people. A photo is doubtful in two cases:
 A wrong photo also makes right photos of the same person doubtful. To find only the wrong photo, the
 most doubtful photo of each person is set aside, and the remaining photos are compared again.
 
-First, the photos of each person are divided into sides: groups that show the same face, with odds
-above 200 to 1 between any two sides. If it is not clear which side shows the named person, any side
-may be right. Then no photo is doubtful, and all sides are returned.
+First, the photos of each person are divided into sides. A side shows one face. The odds that two
+sides show different faces are above 200 to 1. If it is not clear which side shows the named person,
+any side may be right. Then no photo is doubtful, and all sides are returned.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ Sides = list[tuple[np.ndarray, int | None]]  # the rows of each side, and the pe
 
 
 class Side(NamedTuple):
-    """Photos of a person that show the same face. Photos of another face are another side."""
+    """Photos of a person that show the same face. Other faces make other sides."""
 
     photos: Sequence[str]  # names of clips in the gallery
     like: str | None = None  # another person whom this face resembles

@@ -57,7 +57,7 @@ class PageData:
 
     @functools.cached_property
     def tracks(self) -> dict[str, FaceTrack]:
-        """Clip -> track."""
+        """The track of each clip."""
         return {track.clip: track for film in self.films for track in film.tracks}
 
     def rank(self, clip: str) -> tuple[float, ...]:
@@ -82,7 +82,7 @@ class PageData:
 class PageEntry:
     """An appearance of a person in a film, as the page shows it.
 
-    A page shows few of many appearances. So texts are made when they are shown.
+    A page shows few of many appearances, so texts are made when they are shown.
     """
 
     def __init__(self, x: Appearance, film: MediaFile, data: PageData):
@@ -93,7 +93,7 @@ class PageEntry:
 
     @property
     def keys(self) -> list[str]:
-        """Texts that identify the clips. They differ from all names of people.
+        """Texts that identify the clips. No text is the name of a person.
 
         A clip with a twin comes first, see `twin`.
         """
@@ -106,7 +106,7 @@ class PageEntry:
 
     @property
     def box(self) -> str:
-        """The place of the best face in its frame: left, top, width and height in per cent."""
+        """The box of the best face in its frame: left, top, width and height in per cent."""
         x = self._data.tracks.get(self.best)
         left, top, right, bottom = x.box if x and x.box else (0.0, 0.0, 0.0, 0.0)
         return " ".join(f"{100 * x:.4g}" for x in (left, top, right - left, bottom - top))
@@ -304,7 +304,7 @@ def _list_likely(entries: Iterable[PageEntry]) -> list[tuple[str, float]]:
 def find(words: str, texts: Mapping[str, str]) -> list[str]:
     """Returns the keys whose texts contain most of the `words`. Case and accents are ignored.
 
-    If no text contains all words, the texts with the next highest number of words are found.
+    If no text contains all words, the texts with the most words are found.
     """
     wanted = strip_accents(words).split()
     if not wanted:

@@ -84,7 +84,7 @@ def find_appearances(
 
 
 def group_by_video(appearances: Iterable[Appearance]) -> dict[str, list[Appearance]]:
-    """Returns name of a video -> appearances in this video, in the given order."""
+    """Groups appearances by video: name of a video -> its appearances, in the given order."""
     return group_by_key((appearance.video, appearance) for appearance in appearances)
 
 
@@ -245,7 +245,7 @@ def group_unknown(
     that no other track has, unless it is in `together`.
 
     `together` is clip -> number. Clips with the same number are one person. `apart` are pairs of
-    these numbers, of people who differ. For `settled`, see `Gallery.group`.
+    numbers of two different people. For `settled`, see `Gallery.group`.
     """
     (gallery, vectors, films), together = tracks, together or {}
     unclear = list_unclear(films)

@@ -54,7 +54,7 @@ def list_faces(gallery: Gallery) -> dict[str, PhotoFace]:
 
 
 def list_unread(out: Path) -> dict[str, PhotoFace]:
-    """Returns clip -> face in photos that are not yet read again after nets have changed."""
+    """Returns clip -> face, for photos that new nets have not yet read again."""
     faces = (
         PhotoFace(owner, track.clip, track.name or owner)
         for owner, folder in locate_people(out).items()
@@ -453,7 +453,7 @@ class Photos:
     def find_renamed(
         self, gallery: Gallery, enrolled: Mapping[str, PhotoFace], entries: Mapping[str, StoredClip]
     ) -> dict[str, set[str]]:
-        """Finds people whose photos are all photos of other people now.
+        """Finds people all of whose photos are now photos of other people.
 
         `enrolled` is clip -> face in the gallery. `entries` are the vectors of this call. Returns
         person -> people who have the photos now. A face is recognised by its vector.

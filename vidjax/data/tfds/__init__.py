@@ -25,7 +25,7 @@ class Config(tfds.core.BuilderConfig):  # type: ignore[misc]
     """Selects the modalities of the clips.
 
     Attributes:
-      modalities: their names. In a modality without a file, clips have no frames.
+      modalities: the names of the modalities. Without a file, clips have no frames in a modality.
       dtype: the dtype of features. float32 contains all values of float16 and int8.
     """
 

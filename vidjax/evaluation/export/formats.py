@@ -258,9 +258,9 @@ def write_run(
 ) -> dict[str, Any]:
     """Writes a run in the format `name`, and checks that the file gives the same outputs.
 
-    `folder` gets the weights and the model. Returns what `export.json` says about them: the step,
-    the inputs and outputs, and the largest difference of outputs. Raises UserError if the
-    difference is too large, or if the format is limited to fewer weights.
+    `folder` gets the weights and the model. Returns the entries of `export.json`: the step, the
+    inputs and outputs, and the largest difference of outputs. Raises UserError if the difference is
+    too large, or if the format is limited to fewer weights.
     """
     import jax
 
