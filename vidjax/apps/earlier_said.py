@@ -1,8 +1,8 @@
 """Reads what people said in folders of results that version 0.1.0 of `vidjax who` has written.
 
-The log replaces these places: the names of clips in the gallery, the denied names in the gallery,
-and the entries `films`, `fixed` and `apart` of `unknown.json`. The folders `earlier` contained
-descriptions of films that other nets had to read again.
+Before there was a log, the gallery stored names and denied names of clips, and the entries `films`,
+`fixed` and `apart` of `unknown.json` stored the rest. The folders `earlier` contained descriptions
+of films that other nets had to read again.
 """
 
 import contextlib

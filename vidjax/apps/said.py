@@ -1,19 +1,19 @@
 """The log of what people said about faces: `said.jsonl` in a folder of results of `vidjax who`.
 
-A line is about a face, which is identified by the sha256 of its film or photo, a time in seconds,
-and a box (left, top, width and height, as fractions of the picture). So a line stays true if nets,
-file names or names of clips change. Lines are only added. The lines of a step have the same time
-`when`. These are the words `says`:
+A line is about a face. The sha256 of the film or photo, a time in seconds, and a box (left, top,
+width and height, as fractions of the picture) identify the face. So a line stays true if nets, file
+names or names of clips change. Lines are only added. The lines of a step have the same time `when`.
+These are the words `says`:
 
     is      the face shows the person `of`, or if `of` is null, a stranger
     not     the face does not show the person `of`
-    same    the face shows the unknown person `number`, as the face `of` does. If `person` is given,
-            such as `unknown 7`, all faces of this person do
+    same    the face shows the unknown person `number`, like the face `of`. If `person` is given,
+            such as `unknown 7`, all faces of this person show the person `number`
     apart   the face shows the unknown person `number`, who is not the person of the face `of`
-    ignore  the face does not matter. If `of` is "once", a person who is enrolled later is named
+    ignore  the face gets no name. If `of` is "once", it gets the name of a person enrolled later
     rename  the person `person` is called `of` from now on
-    undo    the step with the time `of` does not count. If `of` is null: what was said about the
-            face does not count
+    undo    the step with the time `of` does not count. If `of` is null, no earlier line about the
+            face counts
     forgotten  replaces the lines of a forgotten person
 """
 

@@ -88,9 +88,9 @@ def concat_clips(
     """Concatenates short clips with other short clips of the batch, and cuts long clips.
 
     With probability 0.5, a short clip gets the frames of another chosen short clip at its end.
-    Their numbers follow the number of its last frame. A long clip is cut to a random piece. To
-    extend all modalities of a clip by the same clip, and to cut them at the same relative position,
-    call this function for each modality with the same `rng`, `chosen` and `short`.
+    Their numbers follow the number of its last frame. A long clip is cut to a random piece. Call
+    this function for each modality with the same `rng`, `chosen` and `short`. Then all modalities
+    of a clip get the same other clip, and are cut at the same relative position.
 
     Args:
       chosen: [B] bool, True for clips that may change. It must be False on padded rows.

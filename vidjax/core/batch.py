@@ -1,8 +1,8 @@
 """The structures of a batch of clips, and the conventions for axes and class columns.
 
 The letters in shapes mean the same in all modules. B counts the clips of a batch, N the clips of a
-dataset, T frames, M modalities (such as face and voice) or the vectors that a model computes from
-them, D features, K clusters or class columns, C identities, and E members (nets) of an ensemble. G
+dataset, T frames, D features, K clusters or class columns, C identities, and E members (nets) of an
+ensemble. M counts modalities, such as face and voice, or the vectors of modalities in a model. G
 counts the branches (sets of logits) of a model, or the examples of a clip.
 
 Class columns are the columns of logits and scores, [B, 1 + C]. Column 0 is "other": distractors,

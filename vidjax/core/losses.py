@@ -118,8 +118,8 @@ def binary_focal(
       [...] float. With p = sigmoid(logit): -(1 - p)^gamma log p in the column of the label, plus
         the sum of -p^gamma log(1 - p) over the other columns.
 
-    Source: Lin et al., Focal Loss for Dense Object Detection, equation 4 without alpha, summed over
-    all columns as in quality fusion (4th place 2019).
+    Source: Lin et al., Focal Loss for Dense Object Detection, equation 4 without alpha. The sum
+    over all columns is from quality fusion (4th place 2019).
     """
     # A step with `optax.losses.sigmoid_focal_loss` takes two to four times as long. Here no one-hot
     # target is built: the sum over all columns is corrected in the column of the label.

@@ -109,8 +109,8 @@ def find_pickles(directory: str | os.PathLike[str]) -> dict[tuple[str, str], Pat
     """Returns a sorted dict, (modality, split) -> path, of the feature pickles in a directory.
 
     A pickle is named `{modality}_{split}.pickle` or `{modality}_{split}_v2.pickle`. If both exist,
-    the second is used. Raises UserError if a file is not a pickle, its split is misspelt, or the
-    name of its modality has other characters than letters, digits, '-' and '_'.
+    the second is used. Raises UserError if a file is not a pickle, or its split is misspelt. The
+    name of a modality may only have letters, digits, '-' and '_'.
     """
     files: dict[tuple[str, str], Path] = {}
     pattern = rf"(.*?)_({'|'.join(SPLITS)})(_v2)?\.pickle"

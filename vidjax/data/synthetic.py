@@ -102,9 +102,9 @@ class SyntheticOptions(NamedTuple):
       wrong_clips: share of clips in which a third of the frames show another person. These frames
         are consecutive. If they include the first frame, the voice and the scene differ, too. The
         iQIYI-VID paper allows several people in up to 70 % of the frames (section 3.2).
-      blur: how strongly the noise of a frame, exp(blur (78 - quality) / 50), depends on quality.
-        For a blur of 0, 1, 1.5 and 2, weighting faces by quality raises the MAP of nearest
-        neighbours on the small dataset by 0.002, 0.005, 0.009 and 0.021.
+      blur: how strongly the noise of a frame, exp(blur (78 - quality) / 50), depends on quality. If
+        faces are weighted by quality, the MAP of nearest neighbours on the small dataset rises: by
+        0.002, 0.005, 0.009 and 0.021 for a blur of 0, 1, 1.5 and 2.
       label_noise: share of labelled train clips with the label of another person. The iQIYI-VID
         paper reports at most 0.002 (section 3.4).
       train_distractors: share of train clips that show a stranger. In iQIYI-VID, the share is 0 in

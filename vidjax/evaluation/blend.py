@@ -1,7 +1,7 @@
 """Joins the scores of several runs.
 
-A blend joins the runs `config.join.runs` (`vidjax evaluate --runs`), or the runs of the systems
-`config.join.systems`, which `vidjax train` trains in the folder of the blend.
+A blend joins the runs `config.join.runs` (`vidjax evaluate --runs`). Or `vidjax train` trains the
+systems `config.join.systems` in the folder of the blend, and the blend joins these runs.
 """
 
 import itertools

@@ -5,12 +5,12 @@ probably show the same person. If P are the probabilities of the clips, clips ar
 
     (1 - sum of w) P + w P,    w = (1 - max P) v / (1 + sum of v),    v = (1 - D) sigmoid(A - t)
 
-where A is the sum of the log-likelihood ratios of a pair, over the modalities that both clips have,
-times SCALE and the learned scale of the run. D is the probability by P that the clips show two
-people whom the runs know. Without D, a clip would be averaged with clips of a lookalike, because
-the ratios compare with random people. A clip that certainly shows somebody (max P) needs no
-neighbours. The threshold t is the prior log odds that two of N clips show two people, but at least
-THRESHOLD. The prior gives each clip OTHERS neighbours.
+where A sums the log-likelihood ratios of a pair over the modalities of both clips, times SCALE and
+the learned scale of the run. D is the probability by P that the clips show two people whom the runs
+know. Without D, a clip would be averaged with clips of a lookalike, because the ratios compare with
+random people. A clip that certainly shows somebody (max P) needs no neighbours. The threshold t is
+the prior log odds that two of N clips show two people, but at least THRESHOLD. The prior gives each
+clip OTHERS neighbours.
 
 Source: Donoser and Bischof 2013, Diffusion processes for retrieval revisited; Iscen and others
 2017, Efficient diffusion on region manifolds. The weights w are not published.

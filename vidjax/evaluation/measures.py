@@ -236,8 +236,8 @@ def find_worst_identities(scored: ScoredSplit) -> list[schemas.WorstIdentity]:
     Two fields of a row list up to three pairs (index of another identity, number of clips):
     - `lost_to`: clips of the identity that score highest for the other identity. The index -1
       counts clips whose best identity is unknown, see `best_lists`.
-    - `mixed_with`: clips of the other identity among the first n places of the list, where n is the
-      number of clips of the identity. The index -1 counts distractors.
+    - `mixed_with`: clips of the other identity in the first n places of the list. The identity has
+      n clips. The index -1 counts distractors.
     """
     positives, average = scored.positives, scored.averages
     known = np.flatnonzero(positives > 0)

@@ -257,10 +257,9 @@ def score(positives: Mapping[str, Sequence[str]], ranking: Mapping[str, Sequence
 def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
     """Returns identity -> the clips that show the identity, as they are written in the file.
 
-    The file is read as for training, see `labels.load_ground_truth`. Warnings appear if the scoring
-    script of the challenge would read the file in another way: if a line is empty, the script
-    counts it as an identity. If the file begins with a byte order mark, the script reads the mark
-    as a letter.
+    The file is read as for training, see `labels.load_ground_truth`. A warning appears if the
+    scoring script of the challenge would read the file in another way. The script counts an empty
+    line as an identity, and reads a byte order mark as a letter.
     """
     positives: dict[str, list[str]] = {}
     for line in labels.read_truth(path):

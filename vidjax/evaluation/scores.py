@@ -42,9 +42,9 @@ class Scores:
     Attributes:
       array: [n, C] float32, a row for each clip in `pool`, mapped into memory.
       use: [E, N] bool, True where one of E members scored one of the N clips of the split.
-      kind: the entry `map_kind` of `metrics.json`: `in_sample` if a member scored its training
-        clips, `out_of_fold` if members of folds or bootstrap samples skipped clips, or else the
-        name of the split.
+      kind: the entry `map_kind` of `metrics.json`. It is `in_sample` if a member scored its
+        training clips, and `out_of_fold` if members of folds or bootstrap samples skipped clips.
+        Otherwise, it is the name of the split.
       logs: True if the scores are logarithms of probabilities.
       complete: True if the scores of all identities are kept, not only the best.
       clips, identities: the names of the N clips of the split and of the C identities.

@@ -1,11 +1,11 @@
 """Computes confidence intervals of MAP and of differences in MAP, and p-values of differences.
 
-The interval of a single run comes from a Bayesian bootstrap over the identities: MAP is computed
-many times, each time with random weights of the identities. The bootstrap adds an unseen identity,
-so that the interval has a width even if all values are equal. The average precision of the unseen
-identity is 0 or 1, each with half of the weight of an identity. If all values are 0 or 1, the
-interval equals the Jeffreys interval of a proportion. If the values vary, the interval is hardly
-wider than a t interval.
+The interval of a single run comes from a Bayesian bootstrap over the identities. MAP is computed
+many times, with random weights of the identities. The bootstrap adds an unseen identity, so that
+the interval has a width even if all values are equal. The average precision of the unseen identity
+is 0 or 1, each with half of the weight of an identity. If all values are 0 or 1, the interval
+equals the Jeffreys interval of a proportion. If the values vary, the interval is hardly wider than
+a t interval.
 
 The interval of the difference between two runs is the wider of a paired t interval and a Bayesian
 bootstrap with another unseen identity. The interval of the difference between two groups of runs

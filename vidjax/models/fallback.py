@@ -42,11 +42,11 @@ class FallbackIdentifier(Identifier):
 
     Source: DeepMEF (3rd place 2019), with a main model of face and scene, and a fallback model of
     the scene. The article uses the fallback model for clips without a face, and both models for the
-    1 % of clips of the lowest quality. The code has a `missing_scale` of 0.95, and the shares 0.2
-    and 0.8 for norms below 8.867, which are 1 % of the official faces. Residual Dense Net (2nd
-    place 2019) uses only the body for clips without a face. Unlike in both systems, a single run
-    trains both models, and the threshold is a quantile of the training clips, because norms differ
-    between face networks.
+    1 % of clips of the lowest quality. The code has a `missing_scale` of 0.95. Below a norm of
+    8.867, the shares are 0.2 and 0.8. This norm is the 1 % quantile of the official faces. Residual
+    Dense Net (2nd place 2019) uses only the body for clips without a face. Unlike in both systems,
+    a single run trains both models. The threshold is a quantile of the training clips, because
+    norms differ between face networks.
     """
 
     modalities: Mapping[str, int]

@@ -4,8 +4,8 @@ The folder `checkpoints/<step>/` contains the folder `state`, which Orbax writes
 `manifest.json`. In `state` are the arrays of a run, and its people and clips as JSON, see
 `members_file`. The manifest lists the sha256 of every file in `state`, and a digest of its other
 entries. A checkpoint is written to `checkpoints/.partial/`, and renamed when the manifest is
-complete. A checkpoint is not used if a file differs from the manifest, if `state` has a file that
-the manifest does not list, or if a path contains a link.
+complete. A checkpoint is not used if a file differs from the manifest, if `state` has other files,
+or if a path contains a link.
 
 At most three checkpoints are kept: the latest checkpoint, the best checkpoint by MAP, and the last
 evaluated checkpoint before the latest. If no earlier checkpoint was evaluated, the checkpoint

@@ -59,8 +59,8 @@ def dry_run(config: Config, data: Dataset | None = None) -> None:
 
     If `data` is None, the names of the files in `config.data` give the modalities. No features are
     read, and no device is used. This takes a tenth of a second. All metrics of four made-up clips
-    are computed. If a configuration file of a user was executed, or a program passes `data`, a
-    training step is traced, too, because it may call functions of the user. Then a dry run takes a
+    are computed. A training step may call functions of the user. So it is traced, too, if a
+    configuration file of a user was executed, or if a program passes `data`. Then a dry run takes a
     second.
     """
     if config.join.systems:

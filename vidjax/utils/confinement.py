@@ -1,9 +1,9 @@
 """Takes rights from this process for ever, before the process reads a file of a stranger.
 
 Two parts of Linux do the work. Landlock allows only listed files. The filter seccomp forbids system
-calls: connections, programs, new processes, signals to other processes, and changes of the priority
-and cores of processes, and of the permissions, owners and times of files. `list_gaps` returns what
-this system cannot forbid.
+calls: connections, programs, new processes, and signals to other processes. It also forbids to
+change the priority and cores of processes, and the permissions, owners and times of files.
+`list_gaps` returns what this system cannot forbid.
 """
 
 import contextlib

@@ -9,8 +9,8 @@
 | no memory is left, or a package is not installed | a remedy | 2 |
 | any other exception: a bug, including a ValueError of numpy or of vidjax | its traceback | 1 |
 
-If a library raises an error, the code that calls the library catches it, and raises a UserError
-that names the file, clip or field.
+Code that calls a library catches its errors, and raises a UserError that names the file, clip or
+field.
 """
 
 import contextlib

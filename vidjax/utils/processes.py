@@ -2,10 +2,9 @@
 
 A child process runs a module of this package that ends with `processes.serve(work)`. `run_limited`
 starts the module, and returns the result of its function `work`. Arguments and result are JSON
-values; arrays are passed in files. The CPU time and the address space of the child are limited, and
-so are the length of its output and of each file that it writes. The child can use only files that
-it needs, and no connections or programs, see `confinement`. It gets only environment variables that
-it needs.
+values; arrays are passed in files. The child has limits of CPU time, address space, output, and
+size of each written file. The child can use only files that it needs, and no connections or
+programs, see `confinement`. It gets only environment variables that it needs.
 
 A hostile file may take over the child, and then chooses the answer. So a caller names the class of
 the result, and reads files of the child in a block `doubt`. The caller does not ask the child for

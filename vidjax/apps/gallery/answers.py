@@ -102,8 +102,9 @@ NOBODY = Answer(None, 0.0, -math.inf, ())
 def join_answers(vote: Answer, own: Sequence[Answer]) -> list[Answer]:
     """Returns the answers for the clips of a group.
 
-    If at least one clip would get the name of the group by itself, the clips get this name, each
-    with the lower of two probabilities. A clip that speaks against the name leaves the group.
+    If at least one clip would get the name of the group by itself, all clips get this name. The
+    probability is the lower one of the group and the clip. A clip that speaks against the name
+    leaves the group.
 
     Args:
       vote: the answer for the whole group.
@@ -291,7 +292,7 @@ def check_strangers(count: int, fpir: float) -> None:
 
 
 def measure_threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
-    """Returns the threshold that limits the share of new strangers who get a name to `fpir`.
+    """Returns the threshold at which at most a share `fpir` of new strangers gets a name.
 
     `best` [S] float64 is the log-probability of the most probable person for each of S strangers.
     First call `check_strangers`.

@@ -298,8 +298,8 @@ def _describe_person(identity: str | None) -> str:
 def check_clip(name: str, clip: StoredClip, width: int) -> StoredClip:
     """Checks a clip; returns the clip with the cleaned name of its person.
 
-    Raises UserError if a name is invalid, if the vector is not finite float32 [width], or if the
-    vector is 0, because no frame of the clip is usable.
+    Raises UserError if a name is invalid, or if the vector is not finite float32 [width]. The
+    vector 0 is refused, too: no frame of such a clip is usable.
     """
     check_argument("clip name", name, str, "a name")
     _check_length("clip name", check_name(name))

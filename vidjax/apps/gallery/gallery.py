@@ -8,8 +8,8 @@
     gallery.remove(identity="Ada")
 
 Thresholds are measured on strangers, clips of people who are not enrolled. The parameters that
-compare vectors are called the back end. The order of changes does not matter: a new gallery of the
-same clips with the same back end gives the same answers to 1e-6.
+compare vectors are called the back end. The order of changes does not matter. A new gallery with
+the same clips and back end gives the same answers to 1e-6.
 
 An open gallery always answers from the current content of its folder, even if another process has
 changed the folder. `len`, `in`, iteration, `identities` and `digest` are current, too. Other
@@ -341,8 +341,8 @@ class Gallery:
         no other process can change the gallery. `advance` is called at the end of the block, with
         numbers of new and changed clips that are finished.
 
-        If the gallery is in a folder of results of `vidjax who`, the changes are also written into
-        the log of the folder, see `said`. If `log` is False, they are already in the log.
+        In a folder of results of `vidjax who`, the changes are also written into the log, see
+        `said`. If `log` is False, the log already contains the changes.
         """
         with self._store.open(write=True, wait=self.lock_seconds) as transaction:
             draft = Draft(present := self.state)
@@ -384,8 +384,8 @@ class Gallery:
           advance: is called with numbers of new clips whose people are finished.
 
         Raises:
-          ValueError: no clip has a person, no clip has a usable frame, the features do not fit the
-            gallery, or a clip is already enrolled for another person or with another vector.
+          ValueError: no clip has a person or a usable frame, the features do not fit the gallery,
+            or a clip is already enrolled with another person or vector.
         """
         labelling.check_identities(identities)  # before the vectors are computed
         vectors = self.embed(clips, split)
@@ -484,7 +484,7 @@ class Gallery:
             self._state = card_notes.check_apart(self.state, vectors, apart)
 
     def threshold(self, fpir: float) -> Threshold:
-        """Returns the threshold that limits the share of new strangers who get a name to `fpir`.
+        """Returns the threshold at which at most a share `fpir` of new strangers gets a name.
 
         The first call after a change is slow: all clips of strangers are compared with all people.
 
@@ -633,8 +633,8 @@ class Gallery:
 
         Args:
           clips, split: see the class.
-          fpir, threshold: if one of them is given, the list of a person contains only clips whose
-            probability is high enough for a name, see `identify`.
+          fpir, threshold: see `identify`. If one is given, the list of a person contains only clips
+            that get this person's name.
           advance: is called with the number of clips of each finished block.
 
         Returns:

@@ -214,9 +214,9 @@ class DistanceRatios:
         """Returns the coordinates [Q, D] and terms [Q, 4] of Q groups of clips, for `_Queries`.
 
         `units` [Q, D] are the mean unit vectors x of the groups. `effective` [Q] are the effective
-        numbers of their clips, see `card_backend.effective_count`. The coordinates are x - m. The
-        terms are `(x - m) . m`, `|x - m|^2`, the variance of x for a known person, and the log
-        density of x for a stranger.
+        numbers of their clips, see `card_backend.effective_count`. The coordinates are x - m, where
+        m is the mean of all people. The terms are `(x - m) . m`, `|x - m|^2`, the variance of x for
+        a known person, and the log density of x for a stranger.
         """
         distances, noise = self._distances, self._distances.within / effective
         x = units - self.population.mean
@@ -368,8 +368,8 @@ class Index:
     def ratios(self, parts: Sequence[np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
         """Compares Q clips with the person `name`. `parts` are their vectors, M arrays [Q, D].
 
-        Returns the log-likelihood ratios [Q] float64 of this person against a stranger, and bool
-        [M, Q], True for each modality that both the clip and the person have.
+        Returns the log-likelihood ratios [Q] float64 of this person against a stranger. Also
+        returns bool [M, Q], True if the clip and the person have the modality.
         """
         row, units = self.names.index(name), self.backend.units(parts)
         owner = np.arange(len(units[0]))

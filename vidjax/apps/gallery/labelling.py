@@ -140,9 +140,8 @@ def find_rivals(state: State, clips: Mapping[str, StoredClip]) -> dict[str, str]
     """Finds enrolled clips that seem to show another enrolled person, too.
 
     Returns clip -> the other person. Either this person has a clip with an equal vector, or the
-    odds of this person against a stranger are above 200 to 1. Clips of twins are left out: a clip
-    of a twin fits the twin's other clips better, and these clips differ from the clips of the other
-    twin.
+    odds of this person against a stranger are above 200 to 1. A clip of a twin is left out: it fits
+    the other clips of its person better, and they differ from the clips of the other twin.
 
     If a comparison of all `clips` would take minutes, the last clips are not compared, with a
     message. If the vectors do not separate people, the result is empty.

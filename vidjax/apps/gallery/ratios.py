@@ -94,8 +94,8 @@ def measure_noise(
 def compare(backend: "Backend", x: Summary, y: Summary) -> tuple[np.ndarray, np.ndarray]:
     """Compares groups x with groups y, whose shapes broadcast.
 
-    Returns the log ratios [...] float64 (0 if two groups have no modality in common), and bool [M,
-    ...], True for each modality that both groups have.
+    Returns the log ratios [...] float64, and bool [M, ...], True if both groups have the modality.
+    If two groups have no modality in common, the ratio is 0.
     """
     shared = np.array([(a > 0) & (b > 0) for a, b in zip(x.counts, y.counts, strict=True)])
     several, total = shared.sum(axis=0) > 1, np.zeros(shared.shape[1:])

@@ -3,8 +3,8 @@
     gallery.sqlite            the tables of SCHEMA
     gallery.sqlite-journal    exists during a change, and after an interrupted change
 
-For speed, a row of a table contains many people or clips: their names are the lines of the column
-`words`, and their numbers are entries of an array in the column `numbers`.
+For speed, a row of a table contains many people or clips. The column `words` has a name on each
+line. The column `numbers` has the numbers in an array.
 
 A change is a single transaction. If it was interrupted, the next process that opens the file undoes
 it. If the disk fails after the change, in the last step, UncertainWriteError is raised. An

@@ -12,11 +12,11 @@ clips of other people that reach the threshold. There are two ways to choose a t
   lowest rate that can be measured is 1 / (S + 1). For two clips, the strangers are compared in S /
   2 pairs, so that no two comparisons have a clip in common. The pairs depend on the names of the
   clips, but not on their order.
-- By the model, if there are too few strangers: of all clips of other people, at most a share R has
-  a likelihood ratio of 1 / R or more. This is Markov's inequality, because the mean likelihood
-  ratio of these clips is 1. It holds only if the clips are distributed as the back end assumes. If
-  the enrolled people are closer to each other than the card of the net says, the threshold is
-  higher, because it is computed from the distance of these people.
+- By the model, if there are too few strangers: at most a share R of the clips of other people has a
+  likelihood ratio of 1 / R or more. This is Markov's inequality, because the mean likelihood ratio
+  of these clips is 1. It holds only if the clips are distributed as the back end assumes. If the
+  enrolled people are closer to each other than the card of the net says, the threshold is higher,
+  because it is computed from the distance of these people.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """Cuts aligned crops of faces out of pictures, and measures the quality of faces.
 
 Coordinates are (x, y) in pixels, and (0, 0) is the centre of the top left pixel. A face has five
-points: the right eye, which is on the left of the picture, the left eye, the nose, the right corner
-of the mouth, and the left corner.
+points: right eye, left eye, nose, right corner of the mouth, left corner. The right eye is on the
+left of the picture.
 """
 
 import io

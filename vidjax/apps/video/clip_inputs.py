@@ -43,8 +43,8 @@ def check_input(
     """Checks an input of a gallery without reading its clips.
 
     `has_people` is True if each folder in the input is a person. `of_person` is True if all clips
-    show the same person. Raises UserError if there are no clips, if they may show several people
-    although `of_person` is True, or if other nets have computed the features.
+    show the same person. Raises UserError if there are no clips, or if other nets have computed the
+    features. If `of_person` is True, an input that may show several people is refused, too.
     """
     if has_people or bulk.list_tables(path):
         memory.check_path(path)
@@ -179,8 +179,8 @@ def load_people(
     """Loads an input that contains the people of its clips. Returns the clips, and clip -> person.
 
     The input is a parquet table with a column `identity`, or a folder of files
-    `path/PERSON/CLIP.npz`. Raises UserError if the clips are in no folder of a person, or if
-    `required` is True and no clip of a table has a person.
+    `path/PERSON/CLIP.npz`. Raises UserError if the clips are in no folder of a person. If
+    `required` is True, a table without a person is refused, too.
     """
     if path.suffix == ".parquet" and parquet.has_column(path, "identity"):
         person_of = read_labels(path) if required else answers_lib.read_groups(path)
@@ -258,7 +258,7 @@ def find_models(gallery: Gallery, models: Path | None) -> Path:
         if part not in found or found[part].digest != digest:
             raise UserError(
                 f"'{folder}' lacks the net for {part} that made gallery '{gallery.folder}'\n"
-                f"name the folder of the gallery's nets, --models=DIR (at first '{place}')"
+                f"name the folder of the gallery's nets, --models=DIR (it was '{place}')"
             )
     return folder
 

@@ -5,8 +5,8 @@ people. A photo is doubtful in two cases:
 
 - The odds that the photo shows one of the other people are above 200 to 1. All other people have
   the same prior probability.
-- The named person has at least two other photos, and the odds that the photo shows a different
-  person than these photos are above 200 to 1.
+- The named person has at least two other photos, and the odds are above 200 to 1 that the photo
+  shows a different person.
 
 A wrong photo also makes right photos of the same person doubtful. To find only the wrong photo, the
 most doubtful photo of each person is set aside, and the remaining photos are compared again.
@@ -128,8 +128,8 @@ def divide_photos(
     photos wrong. For the arguments, see `compare_photos`.
 
     Returns:
-      For people whose right side is clear: row of a wrong photo -> number of the person whom the
-        photo resembles, or None for nobody.
+      For people whose right side is clear: row of a wrong photo -> number of the person that the
+        photo resembles, or None.
       For people whose right side is not clear: number of the person -> sides.
     """
     rows_of = np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner))[:-1])
@@ -183,7 +183,7 @@ def compare_photos(backend: Backend, units: np.ndarray, owner: np.ndarray) -> di
       owner: [N] int, the person in whose folder each photo is. People are numbered from 0.
 
     Returns:
-      Row of such a photo -> number of the person whom it resembles, or None for nobody.
+      Row of such a photo -> number of the person that the photo resembles, or None.
     """
     doubtful: dict[int, int | None] = {}
     rows, kept = np.arange(len(units)), np.ones(len(units), bool)

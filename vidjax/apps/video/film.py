@@ -4,8 +4,8 @@
 or Pillow.
 
 A clip is the track of a person in a shot. With `--unit=shot`, it is the track of the main person of
-a shot. Speech counts as the person's voice while no other person is in the picture. The speaker may
-still be off screen.
+a shot. While no other person is in the picture, speech counts as the person's voice. But the
+speaker may be off screen.
 """
 
 import dataclasses

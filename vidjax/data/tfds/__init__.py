@@ -36,9 +36,8 @@ class Config(tfds.core.BuilderConfig):  # type: ignore[misc]
 class IqiyiVid(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
     """Reads a folder of official files. An example is a clip.
 
-    An example has the name of the clip, the identity ("" for a distractor or an unlabelled clip)
-    and, for each modality, the fields of T frames: features [T, D] and quality, detection and
-    number, each [T].
+    An example has the name and the identity of the clip. The identity is "" for a distractor or an
+    unlabelled clip. Each modality has features [T, D], and quality, detection and number [T].
     """
 
     VERSION = tfds.core.Version("1.0.0")

@@ -1,8 +1,8 @@
 """Writes runs in the formats of `vidjax export`.
 
-Each format is a function that writes a file, and also loads the file with the runtime of the
-format, so that the results can be compared with vidjax. JAX and other runtimes are imported only in
-these functions. So a command finds a mistake in its flags immediately.
+Each format is a function that writes a file. To compare results with vidjax, the function also
+loads the file with the runtime of the format. JAX and other runtimes are imported only in these
+functions. So a command finds a mistake in its flags immediately.
 """
 
 import shutil
