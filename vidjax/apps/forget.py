@@ -76,7 +76,7 @@ class Survey(NamedTuple):
         return sorted(folder for folder, found in self.kind_of.items() if found == kind)
 
     def find_whole(self, path: Path) -> Path | None:
-        """Returns the nearest folder of a kind in REMEDIES: `path` or a folder above it."""
+        """Returns `path` or the nearest folder above that has a kind in REMEDIES."""
         folders = (path, *path.parents)
         return next((x for x in folders if self.kind_of.get(x) in REMEDIES), None)
 

@@ -192,7 +192,7 @@ def _end_last_line(path: Path) -> None:
 
 
 class Act(NamedTuple):
-    """A change of names in a gallery that `vidjax who` made. It is written into the log, too."""
+    """A change of names in a gallery of `vidjax who`. It is written into the log, too."""
 
     says: str  # "is", "rename", "undo", or "forgotten" for a removed person
     what: str  # the clip, or the person

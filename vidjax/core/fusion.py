@@ -197,7 +197,7 @@ def shuffle(rng: Array | None, mask: Array) -> Array:
 
 
 def per_frame_uniform(rng: Array, mask: Array) -> Array:
-    """Draws a number from [0, 1) for every frame, [B, T] float32. The padding has no effect."""
+    """Draws a number from [0, 1) for every frame, [B, T] float32. Padding does not change it."""
     # A draw depends on its flat index. With frames as the slow axis, padding only appends draws.
     return jax.random.uniform(rng, mask.shape[::-1], jnp.float32).T
 

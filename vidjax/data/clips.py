@@ -122,7 +122,7 @@ class BatchPlan(NamedTuple):
 
 
 class DrawnClips(NamedTuple):
-    """The clips in R rows of batches."""
+    """The clips that fill R rows of batches."""
 
     clip_index: np.ndarray  # [R] int32, the number of each clip in the training splits
     batch_mask: np.ndarray  # [R] bool, False for empty rows of the last batch of an epoch

@@ -172,7 +172,7 @@ def _map_features(
 
 
 def read_clip_names(path: Path) -> list[str]:
-    """Returns the distinct clip names of a table, in any order. `read` must have read it."""
+    """Returns the distinct clip names of a table, in any order. First call `read`."""
     with _open(path) as file:
         _check_footer(path, file, ["clip"])
         column = file.read(columns=["clip"])["clip"].combine_chunks()

@@ -117,7 +117,7 @@ class ScoredSplit:
 
 
 def measure_copies(scored: ScoredSplit, split: Split, model: TrainedModel) -> schemas.Copies | None:
-    """Finds the ranked clips that are copies of training clips of other splits, or returns None."""
+    """Finds ranked clips that are copies of training clips. Without such clips, returns None."""
     found: dict[int, tuple[Split, int]] = {}
     others = [x for x in find_training_clips(model) if x[0].name != split.name]
     for other, trained in others:

@@ -231,7 +231,7 @@ class Ranker:
         return load_clips(path, self.modalities, self.identities, split=split, quality=quality)
 
     def request(self, clips: FrameClips, split: str | None) -> Request:
-        """Converts clips in any form that `Ranker` takes. Few clips get a small `block_size`."""
+        """Makes a request of clips in any form of `Ranker`. Few clips get a small `block_size`."""
         size = self.config.eval.block_size
         if hasattr(clips, "train_batches"):
             data, split = cast(Dataset, clips), split or str(self.config.eval.split)

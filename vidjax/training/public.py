@@ -220,9 +220,9 @@ def train(
       workdir: the folder for checkpoints, metrics, rankings and the report.
       data: the result of `load_data`.
       num_devices: the number of devices to use. None means all.
-      log: a function that gets each line of `metrics.jsonl` as a dict, after it is written. If
-        it raises an error, training stops, and the same call resumes it. After a resume, it may get
-        lines again. With several processes, only the first process calls it.
+      log: a function that gets each line of `metrics.jsonl` as a dict, after it is written. If it
+        raises an error, training stops, and the same call resumes the training. Then `log` may get
+        some lines again. With several processes, only the first process calls it.
 
     Returns:
       The results of the run: `map` and all other entries of `metrics.json`.

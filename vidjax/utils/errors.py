@@ -78,7 +78,7 @@ def is_muted() -> bool:
 def warn(message: str) -> None:
     """Warns the user. A command prints these warnings, and hides the warnings of libraries.
 
-    Python shows the line of the user that called vidjax.
+    In a program, Python shows the user's line that called vidjax.
     """
     if is_muted():
         return

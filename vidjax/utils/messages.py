@@ -82,7 +82,7 @@ def print_escaped(text: str, stream: TextIO) -> None:
 
 
 def drop_output(stream: TextIO) -> None:
-    """Discards all later output of `stream`: a closed pipe, or a file on a full disk."""
+    """Discards all later output of `stream`, because its pipe is closed or its disk is full."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

@@ -128,7 +128,7 @@ def fold(name: str) -> str:
 
 
 def find_similar_names(new: Iterable[str], known: Iterable[str]) -> dict[str, str]:
-    """Returns new name -> another new or known name with the same simplified name (`fold`)."""
+    """Returns new name -> another name, new or known, that is equal after `fold`."""
     new, known = [*new], [*known] if new else []
     folded, known_folded = _fold_all(new), _fold_all(known)
     words = set(folded)

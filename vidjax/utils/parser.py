@@ -92,7 +92,7 @@ class Parser(argparse.ArgumentParser):
         args: Sequence[str] | None = None,
         namespace: Any = None,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        """Parses words as argparse does, and keeps them for `error`. Paths become `Path`."""
+        """Parses words as argparse does, and keeps the words for `error`. Paths become `Path`."""
         self.words = args or ()
         parsed, others = super().parse_known_args(args, namespace)
         for action in self._actions:

@@ -6,7 +6,7 @@ connections stay open while the processes work. If a process dies, the system cl
 connections, and the other processes end with a message before JAX aborts them.
 
 A message is a line of text: `I of N` from process I to process 0, and the answer `start` or
-`refused REASON`. At its end, a process sends `done` or `failed`. Process 0 sends `lost I` if
+`refused REASON`. When a process ends, it sends `done` or `failed`. Process 0 sends `lost I` if
 process I has died.
 """
 

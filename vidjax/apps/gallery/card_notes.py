@@ -122,8 +122,8 @@ def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> t
 def compare(state: State) -> Comparison:
     """Compares the enrolled people with the card of the net of faces.
 
-    Without such a card, there is no contradiction. If nobody has measured the card, `check_apart`
-    and `judge` decide, too, and a single person needs their result.
+    Without such a card, there is no problem. If nobody has measured the card, `check_apart` and
+    `judge` may find a problem, too, and a single person is only compared by these functions.
     """
     comparison = state.index.card_comparison
     if comparison.problem == "alone" and (state.separates or not state.origin.unmeasured):

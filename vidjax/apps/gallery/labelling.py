@@ -46,7 +46,7 @@ class Enrolment(NamedTuple):
 
     @classmethod
     def join(cls, parts: "Sequence[Enrolment]") -> "Enrolment":
-        """Returns the result of several calls."""
+        """Joins the results of several calls."""
         similar = {name: other for part in parts for name, other in part.similar.items()}
         rivals = {clip: person for part in parts for clip, person in part.rivals.items()}
         refused = tuple(clip for part in parts for clip in part.refused)

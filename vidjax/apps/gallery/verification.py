@@ -214,7 +214,7 @@ def count_strangers(state: State) -> int:
 
 
 def find_least_ratio(state: State, fmr: float) -> float:
-    """Returns the log ratio that a share `fmr` of pairs of clips of two people reaches.
+    """Returns the log ratio that a share `fmr` of pairs reaches, if a pair shows two people.
 
     The distance of two people is from the enrolled people, not from the card.
     """

@@ -242,7 +242,7 @@ def check_seen_together(
 
 
 def find_models(gallery: Gallery, models: Path | None) -> Path:
-    """Returns the folder of the nets of a gallery, by default where the gallery was made.
+    """Returns the folder of a gallery's nets, by default the folder at the creation.
 
     Raises UserError if a run made the gallery, or if `models` has other nets.
     """
@@ -294,7 +294,7 @@ def name_clips(
     films: Sequence[MediaFile],
     identify: Callable[..., Mapping[str, Answer]],
 ) -> NamedTracks:
-    """Names the people in clips: clips of `films` as `vidjax who` does, other clips one by one.
+    """Names the people in clips of `films` as `vidjax who` does, and in other clips one by one.
 
     `identify` is the method `gallery.identify`, with fixed arguments.
     """

@@ -408,7 +408,7 @@ class Review:
             return step.at
 
     def forget(self, person: str, version: int | None = None) -> None:
-        """Does what `vidjax forget --delete` does in the folder, and deletes the photos' features.
+        """Forgets a person, as `vidjax forget --delete`, and deletes the features of the photos.
 
         This cannot be undone. The message lists places that still contain the name. For `version`,
         see `change`.
@@ -461,7 +461,7 @@ class Review:
     def save(self, wait: float = WAIT_SECONDS) -> None:
         """Writes the results if names have changed since the results were last written.
 
-        Raises InUseError if another program uses the folder of results for longer than `wait`.
+        Raises InUseError if another program uses the folder of results for `wait` seconds.
         """
         with files.lock(self._out, "out", wait=wait):
             self.refresh()

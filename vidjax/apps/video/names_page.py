@@ -128,7 +128,7 @@ class PageEntry:
 
     @property
     def address(self) -> str:
-        """The URL of the film at this time."""
+        """The URL of the film at the start of the appearance."""
         return self._data.address(self._film, self._x.start_s)
 
     @property

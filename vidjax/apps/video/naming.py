@@ -264,7 +264,7 @@ def group_unknown(
 
 
 def mark_unclear(groups: Mapping[str, str], films: Iterable[MediaFile]) -> dict[str, str]:
-    """Renames the unknown people who are single unclear faces, such as `unknown face 4`."""
+    """Renames unknown people with a single, unclear face, for example to `unknown face 4`."""
     unclear, sizes = list_unclear(films), Counter(groups.values())
     return {
         clip: f"{FACE}{answers_lib.parse_group_number(group)}"

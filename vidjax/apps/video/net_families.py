@@ -292,7 +292,7 @@ def _join_weights(net: ForeignNet, data: bytes) -> ForeignNet:
 
 
 def refuse_unsafe(net: ForeignNet) -> None:
-    """Raises UserError if a net needs other operators than standard ones."""
+    """Raises UserError if a net needs operators that are not standard."""
     graph = net.model.graph
     nodes = graph.node
     attributes = [(node.op_type, x) for node in nodes for x in node.attribute]

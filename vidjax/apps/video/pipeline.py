@@ -458,7 +458,7 @@ def _take_results(job: _Job, task: film_lib.Task, answer: MediaFile | UserError)
                 film.source.sidecars
             ):
                 raise UserError(
-                    f"{job.path}: the sidecar file with its face tags is missing: copy it back, or "
+                    f"{job.path}: the sidecar file with the face tags is missing: copy it back, or "
                     "delete the photo"
                 )
         known = _find_earlier(job)

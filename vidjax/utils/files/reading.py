@@ -372,7 +372,7 @@ def open_zip(file: io.FileIO | io.BytesIO) -> Iterator[zipfile.ZipFile]:
 
 
 def open_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> IO[bytes]:
-    """Opens an entry of a zip. Raises UserError if it has a password, or is not deflated."""
+    """Opens an entry of a zip. Raises UserError if it is encrypted, or not packed with deflate."""
     # With other compression, such as LZMA, Python may unpack a short piece to gigabytes at once.
     is_locked = bool(entry.flag_bits & 1)
     if is_locked or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
