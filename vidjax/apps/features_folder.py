@@ -181,7 +181,7 @@ class MediaFile(Struct, kw_only=True, dict=True):
 
     @property
     def is_dark(self) -> bool:
-        """Whether no face was found, and the pictures are too dark to find faces."""
+        """Whether no face was found, because the pictures are too dark."""
         return not self.tracks and (self.brightness or 1.0) < DARK
 
     @functools.cached_property

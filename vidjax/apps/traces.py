@@ -138,7 +138,7 @@ class Traces:
             yield decode(head) if is_text else decode(b"\n".join(_STRINGS.findall(head)))
 
     def in_lines(self, array: np.ndarray) -> bool:
-        """Returns whether a list of names, the lines of a text in uint8, contains a name."""
+        """Returns whether a line of a text, an array of uint8, is a searched name."""
         return not self._lines.isdisjoint(map(normal_form, decode(array.tobytes()).split("\n")))
 
     def in_text(self, text: str) -> bool:

@@ -376,7 +376,7 @@ def mask_logits(logits: Array, class_mask: Array | None) -> Array:
 
 
 def log_softmax(logits: Array, class_mask: Array) -> Array:
-    """Computes the logarithm of the softmax of logits [..., K], precisely near probability 1.
+    """Computes the logarithm of the softmax of logits [..., K], precise even near probability 1.
 
     The softmax is taken over the columns where `class_mask` [K] bool is True. In other columns, the
     result may exceed 0.

@@ -216,7 +216,7 @@ def top1(clips: ClipScores, labels: np.ndarray) -> float:
 
 
 def mean_loss(clips: ClipScores, labels: np.ndarray) -> float | None:
-    """Returns the mean loss of known clips, minus `clips.own`. For the arguments, see `top1`."""
+    """Returns the mean of the loss -`clips.own` of known clips. For the arguments, see `top1`."""
     if clips.own is None:
         return None
     values = clips.own[clips.pool & (labels > 0)].astype(np.float64)

@@ -397,7 +397,7 @@ class Reader:
     """Reads the clips of several splits, in memory or in files.
 
     Attributes:
-      order: [N] int32, the clips in the order in which most of their bytes are stored. Clips are
+      order: [N] int32, the clips in the order in which the largest modality is stored. Clips are
         numbered split after split, and by name within a split.
     """
 

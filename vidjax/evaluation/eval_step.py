@@ -292,7 +292,7 @@ def mean_scores(mean: MeanScores) -> Array:
 
 
 def sum_scores(mean: MeanScores) -> Array:
-    """Returns the weighted sum of the scores, [B, K]. Log-probabilities add as probabilities."""
+    """Returns the weighted sum of scores, [B, K]. Log-probabilities are summed as probabilities."""
     if mean.rest is None:
         return mean.total
     lack = jnp.log(jnp.maximum(1.0 - mean.weight, 0.0))[:, None]

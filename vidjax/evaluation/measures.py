@@ -71,7 +71,7 @@ class ScoredSplit:
         return metrics.average_precision(self.hits, self.positives)
 
     def averages_among(self, chosen: np.ndarray) -> tuple[np.ndarray, int]:
-        """Returns the average precisions of identities among a group of clips, and its size.
+        """Returns the average precisions of identities in a group of clips, and the group's size.
 
         `chosen` [N] is True for the clips of the group. Identities without a chosen clip are left
         out. The other clips of an identity are removed from its list, but wrong clips stay in it.
@@ -211,7 +211,7 @@ def group_by_modalities(split: Split, names: Sequence[str], pool: np.ndarray) ->
 
 
 def count_train_clips(model: TrainedModel) -> np.ndarray | None:
-    """Counts the training clips of each identity that are in `model.data`, [C] int.
+    """Counts each identity's training clips in `model.data`, [C] int.
 
     If `model.data` has no labelled training clip, returns None.
     """

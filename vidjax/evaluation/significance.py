@@ -161,7 +161,7 @@ def differences_of_seeds(groups: Sequence[Sequence[np.ndarray]]) -> list[Differe
     seeds. Runs of two groups are paired in their order. There must be two or more identities.
 
     The interval adds the variances over identities and over seeds. It is at least as wide as the
-    interval of the mean average precisions, which accounts for rare identities.
+    interval of the mean average precisions, because this interval accounts for rare identities.
 
     Source: Cochran and Cox 1950, Experimental designs: the t quantile is the mean of both t
     quantiles, weighted by the variances. The degrees of freedom of Satterthwaite 1946 give

@@ -44,8 +44,8 @@ class Comparison(NamedTuple):
 
         `mirrored` are the cosines of photos and their mirror images. For dlib's net, 1 - cosine of
         a mirrored photo is 5 % of 1 - cosine of two people. It is 40 to 70 % for nets with random
-        weights that do not only average over the picture. `compare` finds few such nets: none of
-        300 with one photo of each person, and 20 % with two photos of three people.
+        weights, except nets that only average over the picture. `compare` finds few such nets: none
+        of 300 with one photo of each person, and 20 % with two photos of three people.
         """
         if self is NO_PROBLEM:
             return False

@@ -298,8 +298,8 @@ class CosineClassifier(nn.Module):
 
     Attributes:
       scale: factor on the cosines, the s of ArcFace.
-      dropout_rate: dropout rate of the unit vectors. Dropout makes cosines beyond 1. Only
-        `losses.cosine_margin` allows them.
+      dropout_rate: dropout rate of the unit vectors. Dropout leads to cosines above 1. Only
+        `losses.cosine_margin` allows such cosines.
 
     Source: Deng et al., ArcFace, equation 2. The dropout is not in the paper.
     """

@@ -63,7 +63,7 @@ def disable_program_cache() -> Iterator[None]:
 
 
 def make_deterministic() -> None:
-    """Sets the XLA flag for bit-identical GPU runs. Warns if it is too late: jax uses the GPU."""
+    """Sets the XLA flag for bit-identical GPU runs. Warns if jax already uses the GPU."""
     known, flag = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_deterministic_ops=true"
     if flag in known.split():
         return

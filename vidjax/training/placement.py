@@ -73,7 +73,7 @@ def choose_placement(
     mode: str, layout: ResidentPlan, mesh: Mesh, sizes: Sequence[int],
     measure: Callable[[str, int], float],
 ) -> tuple[str, int]:  # fmt: skip
-    """Chooses where the clips are, and how many members train together. All processes agree.
+    """Chooses where the clips are, and how many members train together, for all processes.
 
     Clips come first: they stay on the devices if a step of a single member leaves room for them.
 

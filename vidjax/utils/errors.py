@@ -209,9 +209,8 @@ SUGGEST_SECONDS = 0.5  # the search for a similar word ends after this time
 def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Returns the word of `known` that is spelled most like `word`, or None if none is similar.
 
-    Words are similar if `difflib` computes a ratio of at least `cutoff`. Equal words have the ratio
-    1. Words with the same part after the last dot, such as `optim.name` and `name`, are similar,
-    too.
+    Words are similar if `difflib` computes a ratio of at least `cutoff`. Equal words have ratio 1.
+    Words with the same part after the last dot, such as `optim.name` and `name`, are similar, too.
     """
     known, end = list(known), time.monotonic() + SUGGEST_SECONDS
     last = [name for name in known if name.rpartition(".")[2] == word.rpartition(".")[2]]

@@ -188,7 +188,7 @@ def describe(state: State) -> str:
 
 
 def warn(state: State, known: str = "") -> str:
-    """Prints a warning if people contradict the card, unless it is `known`; returns the warning."""
+    """Returns how people contradict the card, or "". Prints the text unless it is `known`."""
     problem = _describe_problem(compare(state), state.origin)
     if problem not in ("", known):
         say(problem, warning=True)

@@ -96,7 +96,7 @@ class Block(People):
         return {}
 
     def means(self, number: int, distances: Distances) -> Means:
-        """Returns the means of the modality `number`, whose vectors `distances` compare."""
+        """Returns the means of modality `number`. `distances` are the distributions of its card."""
         if number not in self._means:
             arrays = self.linear[number], self.constant[number], self.num_clips[number]
             self._means[number] = Means(distances, *arrays)

@@ -102,7 +102,7 @@ class MatchRule(NamedTuple):
     about: str
 
     def match(self, ratio: float, evidence: tuple[str, ...]) -> Match:
-        """Returns the comparison with the log ratio `ratio` of the parts `evidence`."""
+        """Makes a comparison from the log ratio `ratio`, and the compared modalities `evidence`."""
         ratio = ratio if evidence else 0.0
         accepted = bool(evidence) and ratio >= self.log_ratio
         probability = 1 / (1 + math.exp(-ratio)) if ratio > -700 else 0.0

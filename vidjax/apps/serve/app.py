@@ -82,7 +82,7 @@ BODY_ERRORS = (413, 415, 422, 429)  # HTTP statuses of errors of endpoints that 
 
 
 class RuleParameters(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The rule by which a clip gets a name. If both are None, the gallery chooses the rule."""
+    """The rule by which a clip gets a name. Without `fpir` and `threshold`, the gallery chooses."""
 
     fpir: Fpir | None = None
     threshold: Probability | None = None

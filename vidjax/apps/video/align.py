@@ -242,7 +242,7 @@ def measure_frontality(points: np.ndarray) -> np.ndarray:
 
 
 def find_upside_down(points: np.ndarray) -> np.ndarray:
-    """Returns which faces are upside down, bool [N]. The faces of lying people are not."""
+    """Returns bool [N], True for faces that are upside down, but not for faces of lying people."""
     points = np.asarray(points, np.float64)
     across, down = (points[:, 3:].mean(1) - points[:, :2].mean(1)).T
     return down < -np.abs(across)

@@ -242,7 +242,7 @@ def check_seen_together(
 
 
 def find_models(gallery: Gallery, models: Path | None) -> Path:
-    """Returns the folder of a gallery's nets, by default the folder at the creation.
+    """Returns the folder of a gallery's nets, by default the folder from which it was made.
 
     Raises UserError if a run made the gallery, or if `models` has other nets.
     """

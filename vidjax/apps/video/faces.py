@@ -102,7 +102,7 @@ def _match_paths(faces: Sequence[Face], tracks: Sequence[FaceTrack]) -> dict[Fac
 
 
 def measure_overlap(old: FacePath, new: FacePath) -> float:
-    """Returns common time x overlap of boxes of two paths. 0 if they show two faces."""
+    """Returns the common time of two paths x the overlap of their boxes. 0 if the faces differ."""
     seconds = min(old.end_s, new.end_s) - max(old.start_s, new.start_s)
     if seconds < LEAST_SHARE * min(old.end_s - old.start_s, new.end_s - new.start_s):
         return 0.0

@@ -66,7 +66,7 @@ class PageData:
         return (-x.clarity, -x.quality, -x.seen) if x else ()
 
     def list_faces(self, entries: "Sequence[PageEntry]", name: str = "") -> list[Picture]:
-        """Returns photos of the person `name`. If there are none: the best faces in `entries`."""
+        """Returns photos of the person `name`, or without photos, the best faces of `entries`."""
         if self.people.get(name):
             return [*self.people[name]]
         best = sorted(entries, key=lambda entry: self.rank(entry.best))
@@ -113,7 +113,7 @@ class PageEntry:
 
     @property
     def unclear(self) -> bool:
-        """Whether no face is clear."""
+        """Whether all faces are unclear."""
         return self.best in self._data.tracks and self._data.tracks[self.best].unclear
 
     @property
@@ -302,9 +302,9 @@ def _list_likely(entries: Iterable[PageEntry]) -> list[tuple[str, float]]:
 
 
 def find(words: str, texts: Mapping[str, str]) -> list[str]:
-    """Returns the keys whose texts contain most of the `words`. Case and accents are ignored.
+    """Returns the keys whose texts contain all `words`. Case and accents are ignored.
 
-    If no text contains all words, the texts with the most words are found.
+    If no text contains all words, returns the keys of the texts with the most words.
     """
     wanted = strip_accents(words).split()
     if not wanted:

@@ -64,7 +64,7 @@ def list_unread(out: Path) -> dict[str, PhotoFace]:
 
 
 def list_photo_files(out: Path) -> list[MediaFile]:
-    """Returns the photos of people, with clips that have the names of `PhotoFace.key`."""
+    """Returns the photos of people. The names of their clips are as in `PhotoFace.key`."""
     photos = list[MediaFile]()
     for owner, folder in locate_people(out).items():
         for photo in features_folder.describe_media_files(folder).values():
