@@ -314,7 +314,7 @@ def warn_of_changed(places: Mapping[str, str]) -> None:
     if texts:
         warn(
             f"{first}: identity {', '.join(texts)}: if a program has changed "
-            "identities, write them as text, and leave missing identities empty"
+            "identities, write identities as text, and leave missing identities empty"
         )
 
 

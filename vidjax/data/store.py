@@ -346,7 +346,7 @@ def _refuse_shared_clips(packed: Mapping[str, PackedClips], place: str) -> None:
         more = ", ..." if len(shared) > 5 else ""
         clips = f"{messages.count(len(shared), 'clip')} {'are' if shared[1:] else 'is'}"
         raise UserError(
-            f"{place}: {clips} in two splits: remove each of them from one split\n"
+            f"{place}: {clips} in two splits: remove each clip from one split\n"
             f"{', '.join(shared[:5])}{more}"
         )
 

@@ -267,14 +267,14 @@ def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
     text = _read_text(Path(path))
     if text.startswith(BOM):
         warn(
-            f"{path}: line 1: the organisers' script does not find '{show(text[1:].split()[0])}' "
-            "after the byte order mark: save the file without the mark"
+            f"{path}: line 1: a byte order mark precedes '{show(text[1:].split()[0])}', so the "
+            "organisers' script does not find this name: save the file without the mark"
         )
     lines = enumerate(_split(text.removeprefix(BOM)), 1)
     if empty := [number for number, line in lines if not line.strip()]:
         warn(
-            f"{path}: line {empty[0]}: the organisers' script counts an empty line as an identity: "
-            "delete it"
+            f"{path}: line {empty[0]}: the line is empty, but the organisers' script counts it as "
+            "an identity: delete it"
         )
     return positives
 

@@ -303,7 +303,7 @@ def _check_extraction(
         if before.models.get(role) != digests.get(role):
             raise UserError(
                 f"the features in '{out}' were computed with another net for the role {role}\n"
-                "name a new folder, or the folder of nets with which they were computed"
+                "name a new folder, or the folder of nets with which the features were computed"
             )
     if settings and settings != before.settings:
         old, new = map(msgspec.structs.asdict, (before.settings, settings))
