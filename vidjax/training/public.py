@@ -156,10 +156,10 @@ def load_data(
         - The path of a folder of iQIYI-VID pickles, `.npz` files or parquet tables.
         - A configuration. Its fields `config.data` describe the dataset: give no other argument.
       labels: a dict, clip name -> identity, for all splits. Or the path of a table (.csv, .tsv or
-      .parquet) with the columns `clip` and `identity`, or of ground truth in the iQIYI-VID format.
-      A clip without a label, or with the label None, is a distractor. A split
-        without a labelled clip is ranked but not scored. None means the ground truth in the folder
-        of the features.
+        .parquet) with the columns `clip` and `identity`, or of ground truth in the iQIYI-VID
+        format. A clip without a label, or with the label None, is a distractor. A split without a
+        labelled clip is ranked but not scored. None means the ground truth in the folder of the
+        features.
       cache_dir: the cache folder for clips in files. None means `$VIDJAX_CACHE` or
         `~/.cache/vidjax`.
       quality: how the quality of a frame of your own features is measured. `given` uses `quality`

@@ -17,7 +17,8 @@ properties, such as `clips` and `version`, show the content that was read last, 
 
 A change makes a new `State`, the content in memory, and never edits the old state. So a thread that
 computes an answer uses one state. A change is first written to the folder. If writing fails, folder
-and memory stay as they were. `store.UncertainWriteError` is an exception.
+and memory stay as they were. For a disk that fails at the end of a change, see
+`store.UncertainWriteError`.
 
 A removed person leaves no trace in the folder. The vector of one clip could be computed from the
 back end and all other clips. Therefore `remove` fits the back end again to all clips that are left.

@@ -9,9 +9,9 @@ A clip is accepted if its ratio reaches a threshold. The false match rate (FMR) 
 clips of other people that reach the threshold. There are two ways to choose a threshold:
 
 - Measured: the clips of strangers in the gallery are compared with the person. With S clips, the
-  lowest rate that can be measured is 1 / (S + 1). For two clips, the strangers are compared in S /
-  2 pairs, so that no two comparisons have a clip in common. The pairs depend on the names of the
-  clips, but not on their order.
+  lowest rate that can be measured is 1 / (S + 1). For two clips, the strangers form S / 2 pairs, so
+  that no two comparisons have a clip in common. The pairs depend on the names of the clips, but not
+  on their order.
 - By the model, if there are too few strangers: at most a share R of the clips of other people has a
   likelihood ratio of 1 / R or more. This is Markov's inequality, because the mean likelihood ratio
   of these clips is 1. It holds only if the clips are distributed as the back end assumes. If the
