@@ -56,7 +56,7 @@ class Face(Struct, kw_only=True, frozen=True, omit_defaults=True):
 
 
 class Line(Struct, kw_only=True, frozen=True, omit_defaults=True):
-    """A line of the log, see the module."""
+    """A line of the log. The module describes the fields."""
 
     says: Literal["is", "not", "same", "apart", "ignore", "rename", "undo", "forgotten"]
     film: Sha256 | None = None
@@ -97,7 +97,7 @@ def _to_size(box: Sequence[float]) -> Box:
 
 
 def about(face: Face, says: Any, **values: Any) -> Line:  # noqa: ANN401  (fields of `Line`)
-    """Returns a line about a face."""
+    """Returns a line of the log that is about a face."""
     return Line(
         says=says, film=face.film, at=face.at, box=face.box, places=face.places, **values
     )  # fmt: skip

@@ -77,7 +77,7 @@ class Limits(Struct, frozen=True, kw_only=True):
 
 
 class Limit(NamedTuple):
-    """A field of `Limits`."""
+    """A limit, which is a field of `Limits`."""
 
     kind: Any  # int or float, with its range
     meta: Meta  # the range and the meaning

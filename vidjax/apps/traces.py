@@ -61,7 +61,7 @@ PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{8}\.partial")
 
 
 class Trace(NamedTuple):
-    """What was found in a file."""
+    """The reason why `vidjax forget` lists a file."""
 
     about: str
     ours: bool  # True if no other program writes such a file

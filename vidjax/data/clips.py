@@ -33,7 +33,7 @@ MAX_EXTRA_FRAMES = 1 << 16
 
 
 class Modality(NamedTuple):
-    """The features of a modality."""
+    """The form of the features of a modality."""
 
     dim: int  # the width D of a feature
     dtype: str  # the dtype on disk, such as 'float16'

@@ -542,7 +542,7 @@ def shorten_names(runs: Sequence[RankedRun]) -> list[str]:
 
 
 def rename(runs: Sequence[RankedRun], names: Sequence[str]) -> list[RankedRun]:
-    """Returns the runs with other names."""
+    """Returns `runs` with the names `names`."""
     return [run._replace(name=name) for run, name in zip(runs, names, strict=True)]
 
 

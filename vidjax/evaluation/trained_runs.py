@@ -161,8 +161,8 @@ def check_widths(data: Dataset, modalities: Mapping[str, int]) -> None:
     for name, width in modalities.items():
         if widths[name] != width:
             raise UserError(
-                f"modality '{name}': the run was trained on features of width {width}, but these "
-                f"have width {widths[name]}\nname the dataset of the run: --config.data.dir=FOLDER"
+                f"modality '{name}': the run was trained on features of width {width}, not "
+                f"{widths[name]}\nname the dataset of the run: --config.data.dir=FOLDER"
             )
 
 

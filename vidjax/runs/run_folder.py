@@ -49,7 +49,7 @@ class RunFolder:
 
     @property
     def config(self) -> Config:
-        """A copy of the configuration."""
+        """A copy of the configuration of the run."""
         return copy.deepcopy(self._config)
 
     @functools.cached_property

@@ -43,12 +43,12 @@ class Interruption:
             self.signum = signum
 
     def replace_handlers(self) -> None:
-        """Makes `handle` the handler of the signals."""
+        """Makes `handle` the handler of all signals in SIGNALS."""
         for number in self._handlers:
             signal.signal(number, self.handle)
 
     def restore_handlers(self) -> None:
-        """Undoes `replace_handlers`."""
+        """Restores the handlers that `replace_handlers` has replaced."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 

@@ -320,7 +320,7 @@ class Gallery:
 
     @property
     def source(self) -> NetVectors | RunVectors:
-        """Reads clips and computes their vectors."""
+        """The object that reads clips, and computes their vectors."""
         return NetVectors(self.backend) if self.origin.cards else RunVectors(self.run)
 
     def load(self, path: str | Path) -> MemoryClips:

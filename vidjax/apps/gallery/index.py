@@ -86,9 +86,9 @@ class Means:
 
 
 class Block(People):
-    """People who are compared together. A new index keeps the unchanged blocks of the old index.
+    """A group of people. When a gallery changes, the new index keeps the unchanged blocks.
 
-    So the values of a block do not depend on people in other blocks.
+    So a block stores only values that do not depend on other blocks.
     """
 
     @functools.cached_property
@@ -228,7 +228,7 @@ class DistanceRatios:
     def finish(
         self, ratios: np.ndarray, rows: slice | np.ndarray, owner: np.ndarray, terms: np.ndarray
     ) -> None:
-        """Computes log-likelihood ratios in place, like `Ratios.finish`."""
+        """Turns the products `ratios` into log-likelihood ratios in place, see `Ratios.finish`."""
         kind = ratios.dtype
         across, square, noise, new = (x[owner] for x in terms.T.astype(kind))
         share, radius, variance = (

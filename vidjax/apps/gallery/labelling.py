@@ -140,8 +140,8 @@ def find_rivals(state: State, clips: Mapping[str, StoredClip]) -> dict[str, str]
     """Finds enrolled clips that seem to show another enrolled person, too.
 
     Returns clip -> the other person. Either this person has a clip with an equal vector, or the
-    odds of this person against a stranger are above 200 to 1. A clip of a twin is left out: it fits
-    the other clips of its person better, and they differ from the clips of the other twin.
+    odds of this person against a stranger are above 200 to 1. Clips of twins are left out: such a
+    clip fits its person better, and the clips of the two people differ.
 
     If a comparison of all `clips` would take minutes, the last clips are not compared, with a
     message. If the vectors do not separate people, the result is empty.
@@ -213,7 +213,7 @@ def advise_other_films(state: State, people: Iterable[str]) -> None:
 
 
 class Migration(NamedTuple):
-    """The result of a migration."""
+    """The result of `migrate`."""
 
     moved: int  # the number of clips that are new or have another person in the new gallery
     unchanged: int  # the number of clips that an earlier call has moved

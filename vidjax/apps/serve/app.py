@@ -346,7 +346,7 @@ class Application:
         return Response(content, headers={"content-type": exposition.CONTENT_TYPE_LATEST})
 
     async def describe(self, _: Request) -> Response:
-        """Returns this OpenAPI description."""
+        """Returns the OpenAPI description of the server."""
         return _encode_json(describe(self.list_endpoints(), self.model.widths, self.limits))
 
     # ---- reading

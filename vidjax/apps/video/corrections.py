@@ -180,7 +180,7 @@ class Review:
 
     @property
     def done(self) -> who.WhoResults:
-        """The results after all changes."""
+        """The results of `vidjax who` after all changes."""
         return who.WhoResults(self._decision.count_clips(), self._decision, {})
 
     def film(self, number: int) -> Path | None:

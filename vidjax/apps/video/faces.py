@@ -35,7 +35,7 @@ class FacePath(NamedTuple):
 
     @classmethod
     def of_track(cls, track: FaceTrack) -> "FacePath":
-        """Returns the places of a track."""
+        """Returns the times and boxes of the face in a track."""
         places = track.places
         if not places and track.box:
             places = [(track.start_s if track.box_at_s is None else track.box_at_s, track.box)]
@@ -45,7 +45,7 @@ class FacePath(NamedTuple):
 
     @classmethod
     def of_face(cls, face: Face) -> "FacePath":
-        """Returns the places of a face in the log."""
+        """Returns the times and boxes of a face in the log."""
         places = face.places or ((face.at, face.box),)
         times, boxes = (np.array(x, float) for x in zip(*places, strict=True))
         boxes[:, 2:] += boxes[:, :2]

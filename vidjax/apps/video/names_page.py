@@ -39,7 +39,7 @@ Picture = tuple[str, str, str, str]
 
 @dataclasses.dataclass(frozen=True)
 class PageData:
-    """The contents of a page."""
+    """The contents of the page of names."""
 
     appearances: Sequence[Appearance]  # in order of time
     films: Sequence[MediaFile]  # in the order in which the page shows them

@@ -119,7 +119,7 @@ class Tracks(NamedTuple):
 
 
 class NamedTracks(NamedTuple):
-    """The people in tracks of films."""
+    """The names of the people in tracks of films."""
 
     answers: dict[str, Answer]  # clip -> answer
     # Clip -> its person, as a user said; None for a stranger or an ignored face.

@@ -479,7 +479,7 @@ class Photos:
         return moved
 
     def list_mirrored(self) -> list[float]:
-        """Returns `FaceTrack.mirrored` of each usable face."""
+        """Returns the value `FaceTrack.mirrored` of each usable face."""
         cosines = (self.faces[clip].track.mirrored for clip in self.usable)
         return [cosine for cosine in cosines if cosine is not None]
 
