@@ -7,7 +7,7 @@ These are the words `says`:
 
     is      the face shows the person `of`, or if `of` is null, a stranger
     not     the face does not show the person `of`
-    same    the face shows the unknown person `number`, like the face `of`. If `person` is given,
+    same    this face and the face `of` show the unknown person `number`. If `person` is given,
             such as `unknown 7`, all faces of this person show the person `number`
     apart   the face shows the unknown person `number`, who is not the person of the face `of`
     ignore  the face gets no name. If `of` is "once", it gets the name of a person enrolled later

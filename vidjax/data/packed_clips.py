@@ -172,7 +172,7 @@ class FlatFile:
         if not stat or (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
             file.check()
         if file.size != len(self) * self._row_bytes:
-            raise UserError(f"'{file.path}' has {file.size:,} bytes, unlike index.npz")
+            raise UserError(f"'{file.path}': its {file.size:,} bytes do not fit index.npz")
         with files.open_regular(file.path, below=file.folder) as opened:
             self._descriptor = os.dup(opened.fileno())
         weakref.finalize(self, os.close, self._descriptor)

@@ -122,7 +122,7 @@ class Blend:
         return scores_lib.combine(self.runs, join_block, self._folder)
 
     def rank(self, joined: Scores, numbers: schemas.Join | None) -> TopK:
-        """Ranks the clips by their joint scores or, if there are numbers, after diffusion."""
+        """Ranks the clips by joint scores. With learned numbers, diffusion changes the order."""
         if not numbers:
             return rank_array(joined)
         groups, factors = group_clips(joined.use), np.exp(numbers.scale[-1]).tolist()

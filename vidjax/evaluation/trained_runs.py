@@ -185,9 +185,9 @@ def select_sets(
 ) -> ensemble.TrainingSets:
     """Returns the training clips that each member must not score.
 
-    `own` are the digests of the data of the run. If `data` are the same data, or if `sets` let all
-    members score all clips of `split`, returns `sets`. Otherwise, some clips have the names of
-    training clips, but may be other clips. Then warns, and returns empty sets, with which all
+    `own` are the digests of the data of the run. If `data` are the same data, or if all members may
+    score all clips of `split`, returns `sets`. Otherwise, some clips have the names of training
+    clips, but may be other clips. Then this function warns, and returns empty sets, so that all
     members score all clips.
     """
     if ensemble.choose_scoring_members(sets, data.split(split).clips)[0].all():
