@@ -55,7 +55,7 @@ class Examples(NamedTuple):
     part: np.ndarray  # [n] int32, from 0 to PARTS - 1
 
 
-def log_odds_unknown(logs: Array) -> Array:
+def log_unknown(logs: Array) -> Array:
     """Computes the log of the probability that a clip shows a stranger, [..., B], from [..., B, C].
 
     `logs` are logarithms of the probabilities of all identities.
@@ -70,7 +70,7 @@ def join_logs(logs: Array, unknown: Array, calibration: Calibration) -> Array:
     Args:
       logs: [R, B, K], logarithms of the probabilities of K identities in each run. A run that
         cannot score a clip has a row of -inf. A run that does not know an identity has -inf.
-      unknown: [R, B], see `log_odds_unknown`.
+      unknown: [R, B], see `log_unknown`.
       calibration: arrays [R], or [B, R].
     """
     numbers = [jnp.moveaxis(jnp.asarray(x), -1, 0)[..., None] for x in calibration[:-1]]
@@ -87,7 +87,7 @@ def join_logs(logs: Array, unknown: Array, calibration: Calibration) -> Array:
 @jax.jit
 def join_scores(logs: Array, calibration: Calibration) -> Array:
     """Joins the scores of R runs, [R, B, C], to logarithms of probabilities, [B, C]."""
-    logits = join_logs(logs, log_odds_unknown(logs), calibration)
+    logits = join_logs(logs, log_unknown(logs), calibration)
     return log_softmax(logits, jnp.ones(logits.shape[1], bool))[:, 1:]
 
 
@@ -138,7 +138,7 @@ def choose_candidates(logs: np.ndarray, labels: np.ndarray, part: np.ndarray) ->
     share = (num_columns - chosen) / np.maximum(number - chosen, 1)
     drawn = np.take_along_axis(key, columns, axis=1) >= 0
     weight = np.where(drawn, share, 1.0).astype(np.float32)
-    unknown = np.asarray(log_odds_unknown(logs))
+    unknown = np.asarray(log_unknown(logs))
     logs = np.take_along_axis(logs, columns[None], axis=2)
     return Examples(logs, unknown, weight, known.astype(np.int32), part)
 

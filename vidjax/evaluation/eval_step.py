@@ -248,7 +248,7 @@ class MeanScores(NamedTuple):
 
 
 def make_no_scores(like: Array, *, logs: bool) -> MeanScores:
-    """Returns an empty mean, for scores of the shape and dtype of `like` [B, K].
+    """Returns the mean of no scores. Later scores have the shape and dtype of `like` [B, K].
 
     If `logs` is True, the scores are logarithms of probabilities.
     """

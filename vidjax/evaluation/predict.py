@@ -200,8 +200,8 @@ class Ranker:
     def scores(self, clips: FrameClips, *, split: str | None = None) -> np.ndarray:
         """Returns the scores of N clips (see `Ranker`) for each identity, [N, C] float32.
 
-        The scores are logarithms of probabilities, or logits with `config.eval.scores=logits`. Rows
-        are in the order of the dict, or of the split's clip names.
+        The scores are logarithms of probabilities, or logits with `config.eval.scores=logits`. Row
+        n is clip n of the given dict, or of the clip names of the split.
         """
         request = self.request(clips, split)
         scores = np.full((len(request.clip_index), len(self.identities)), -np.inf, np.float32)

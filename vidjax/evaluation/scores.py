@@ -129,7 +129,7 @@ def write_scores(
 
 
 def allocate(scores: Scores, folder: Path | None = None) -> Scores:
-    """Returns `scores` with a new array, in a scratch file that is deleted with the array.
+    """Returns `scores` with a new array. The file of the array is deleted with the array.
 
     The file is in `folder`, or in the folder of temporary files. Raises DiskError if the disk has
     too little space.

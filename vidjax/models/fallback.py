@@ -135,7 +135,7 @@ class FallbackIdentifier(Identifier):
         return {**spec, **prepared}
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
-        """Returns the measure of `self.modality` of each clip, [B], or None without a threshold."""
+        """Returns the length or quality of each clip, [B], or None if `threshold` is 0."""
         return fusion.mean_measure(frames[self.modality], self.measure) if self.threshold else None
 
     def __call__(

@@ -168,7 +168,7 @@ def check_mirrored(gallery: "Gallery", cosines: Sequence[float]) -> None:
 
 
 def describe(state: State) -> str:
-    """Returns why names cannot be believed or are rare, with a remedy, or ""."""
+    """Returns why names are wrong or seldom given, and a remedy. Returns "" if names are right."""
     comparison, models = compare(state), state.origin.workdir
     if not state.index.names:
         return ""

@@ -591,10 +591,11 @@ class Gallery:
     def find_misfits(self, identity: str, clips: Collection[str] | None = None) -> dict[str, float]:
         """Finds enrolled clips that do not fit the other clips of the person `identity`.
 
-        Each clip is compared with all other clips of the person. A clip is listed if, at even odds,
-        two people are 10 times more probable than one person. If two clips differ, both are listed,
-        because nothing shows which clip is wrong. If the names `clips` are given, only these clips
-        are listed. Returns clip -> log ratio, lowest first.
+        Each clip is compared with all other clips of the person. The prior probability of two
+        people is one half. A clip is listed if two people are 10 times more probable than one
+        person. If two clips differ, both are listed, because nothing shows which clip is wrong. If
+        the names `clips` are given, only these clips are listed. Returns clip -> log ratio, lowest
+        first.
         """
         return verification.find_misfits(self.state, identity, clips)
 

@@ -84,7 +84,7 @@ def choose_clips(
     if not vectors.names and strangers:
         raise UserError(
             "every clip has a label, so no clip shows a stranger\n"
-            "leave out --strangers, in Python strangers=True"
+            "leave out --strangers (in Python: strangers=True)"
         )
     if not vectors.names:
         raise UserError(
@@ -127,9 +127,9 @@ def complete(gallery: "Gallery", vectors: Vectors) -> set[str]:
 
 
 def find_known(state: State, vectors: Vectors) -> dict[str, str | None]:
-    """Finds enrolled clips that have these vectors; returns clip -> person or None.
+    """Finds enrolled clips that have these vectors. They may lack a modality.
 
-    None stands for a stranger. An enrolled clip may lack a modality.
+    Returns clip -> person. The person is None for a stranger.
     """
     given = {name: clip.vector for name, clip in select_usable_clips(vectors).items()}
     equal = find_equal(given, state.clips, state.index.backend)

@@ -660,7 +660,7 @@ def _make_blocks(names: Sequence[str], numbers: np.ndarray) -> Iterator[People]:
     If a name occurs several times, only its last row counts.
     """
     if (numbers["num_clips"] < 0).any():
-        raise UserError("its table 'person' contains a number of clips below 0")
+        raise UserError("its table 'person' contains a negative number of clips")
     last = {name: place for place, name in enumerate(names)}
     kept = sorted(last.values())
     for at in range(0, len(kept), MAX_BLOCK_PEOPLE):

@@ -127,10 +127,10 @@ class EnrolAnswer(Struct):
       unchanged: the number of clips that were enrolled before.
       refused: clips without a usable frame. They are not enrolled.
       similar: new person -> an enrolled person with a similar name.
-      rivals: clip of the request -> another enrolled person. The clip seems to show this person,
-        too. It is enrolled.
-      misfits: clip of the request -> its log ratio, see `Gallery.find_misfits`. The clip probably
-        shows another person than the other clips of its person. It is enrolled.
+      rivals: clip of the request -> another enrolled person. The clip is enrolled, although it
+        seems to show this person, too.
+      misfits: clip of the request -> its log ratio, see `Gallery.find_misfits`. The clip is
+        enrolled, although it probably does not show its person.
     """
 
     enrolled: int
