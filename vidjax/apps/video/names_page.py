@@ -66,7 +66,7 @@ class PageData:
         return (-x.clarity, -x.quality, -x.seen) if x else ()
 
     def list_faces(self, entries: "Sequence[PageEntry]", name: str = "") -> list[Picture]:
-        """Returns the photos of the person `name`. If there are none, the best faces of `entries`."""
+        """Returns the photos of the person `name`, or if there are none, the best `entries`."""
         if self.people.get(name):
             return [*self.people[name]]
         best = sorted(entries, key=lambda entry: self.rank(entry.best))
