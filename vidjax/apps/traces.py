@@ -61,7 +61,7 @@ PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{8}\.partial")
 
 
 class Trace(NamedTuple):
-    """The reason why a file is listed."""
+    """The reason why `vidjax forget` lists a file."""
 
     about: str
     ours: bool  # True if no other program writes such a file
@@ -178,7 +178,7 @@ class Traces:
 
 
 def read(path: Path, name: str) -> Content:
-    """Reads a file. Its ending in `name` shows its kind."""
+    """Reads a file. The ending of `name` shows the kind of the file."""
     kinds = [kind.lower() for kind in Path(name).suffixes]
     with files.open_regular(path) as file:
         is_sqlite = file.read(len(SQLITE)) == SQLITE
