@@ -106,7 +106,9 @@ def compare(
     is_near = full < quantile((people - 1) * n_different, LOW) * (between + distances.within)
     if share < CLOSE and (share < low or is_near):
         problem = "closer"
-    if problem == "closer" and max(share, (full - distances.within) / between) < SAME:
+    # Of two equal people, one may have two names.
+    is_same = max(share, (full - distances.within) / between) < SAME
+    if problem == "closer" and is_same and people >= FEWEST_PEOPLE:
         problem = "blind"
     # Two photos of twins differ by W. A net without any sense often gives equal vectors.
     is_equal = full < quantile((people - 1) * n_same, -2) * distances.within
