@@ -173,9 +173,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("place")
 
 
-@pytest.fixture
-def read_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs of child processes run in this process, because a new process takes a second."""
+def run_here(patch: pytest.MonkeyPatch) -> None:
+    """Makes jobs of child processes run in this process, because a new process takes a second."""
     from vidjax.utils import processes
 
     def run(_: Any, module: str, *, given: bytes, **limits: Any) -> Any:
@@ -183,10 +182,17 @@ def read_here(monkeypatch: pytest.MonkeyPatch) -> None:
         for function in vars(lib).values():  # a new process remembers no results
             getattr(function, "cache_clear", lambda: None)()
         answers = [processes._answer(lib.work, path, words, "") for path, words in jobs["given"]]
+        gc.enable()  # a job may disable it, because its process ends soon
         lines = b"".join(json.dumps(answer).encode() + b"\n" for answer in answers)
         return subprocess.CompletedProcess([], 0, lines, b"")
 
-    monkeypatch.setattr(processes.Children, "run", run)
+    patch.setattr(processes.Children, "run", run)
+
+
+@pytest.fixture
+def read_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of child processes run in this process."""
+    run_here(monkeypatch)
 
 
 @pytest.fixture
@@ -217,7 +223,9 @@ def official_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def official_data(official_dir: Path, cache_dir: Path) -> Any:
     from tests.helpers.datasets import load_dataset
 
-    return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
+    with pytest.MonkeyPatch.context() as patch:
+        run_here(patch)
+        return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
 
 
 @pytest.fixture(scope="session")
