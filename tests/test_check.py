@@ -160,7 +160,7 @@ def test_check_reports_labels_that_differ_from_those_of_training(folder, check_r
 
 
 def test_check_of_a_configuration_reports_missing_data_and_wrong_fields(check, official_dir):
-    words = ["--config=mma:iqiyi_vid,face,head,audio"]
+    words = ["--config=cosine:iqiyi_vid,face,head,audio"]
     official = [*words, f"--config.data.dir={official_dir}"]
     assert check(*official)[1][-1] == "all good"
     no_width = [*official, "--config.model.embed_dim=0"]
