@@ -204,6 +204,8 @@ def test_error_of_a_wrong_word_or_field_names_the_remedy(words, tmp_path, monkey
 
 def list_commands(parser):
     """Yields the parsers of a command and of its inner commands."""
+    if parser.later:
+        parser.later(parser)
     inner = [x for x in parser._actions if isinstance(x, argparse._SubParsersAction)]
     yield from (
         itertools.chain(*map(list_commands, inner[0].choices.values())) if inner else [parser]
