@@ -45,7 +45,7 @@ NO_PATHS = {
 }  # fmt: skip
 TRAIN = "--config=knn --workdir=new"
 ARRAYS = ("--config.data.name=arrays",)
-OWN = "--config=mma:face --config.data.name=arrays --workdir=new --config.data.dir="
+OWN = "--config=knn:face --config.data.name=arrays --workdir=new --config.data.dir="
 # Commands with mistakes -> a part of the error, mostly the remedy.
 WORDS = {
     "revie": "did you mean 'review'", "review": "vidjax review names",
@@ -169,9 +169,9 @@ PLACES = {
     "export nowhere --to=new/deep/folder --format=numpy": "is not a folder",
     "--config=configs": "choose from cosine",
     **{f"--config=mine/{name}": remedy for name, (_, remedy) in MINE.items()},
-    "--config=mma:iqiyi_vid,face,head --workdir=new --config.data.dir=zip":
+    "--config=knn:iqiyi_vid,face --workdir=new --config.data.dir=zip":
         "such as face_train.pickle",
-    "--config=mma:iqiyi_vid,face,head --workdir=new --config.data.dir=lfs": "Git LFS",
+    "--config=knn:iqiyi_vid,face --workdir=new --config.data.dir=lfs": "Git LFS",
     "--config=knn:iqiyi_vid,face --workdir=new --config.data.dir=official "
     "--config.data.cache_dir=file": "file'",
     f"{TRAIN} --config.data.dir=official": "--config.data.name=iqiyi_vid",

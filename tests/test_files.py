@@ -299,7 +299,7 @@ EVALUATED = {"evaluated": True, "map": 0.5}
 
 # Facts of the checkpoints of steps 1, 2, ..., and the steps that are kept.
 @pytest.mark.parametrize(("facts_of_steps", "kept"), [
-    ([{"map": 0.2}, {"map": 0.9}, {"map": 0.5}, {}, {"map": 0.1}], [2, 4, 5]),  # the latest: 4, 5
+    ([{"map": 0.2}, {"map": 0.9}, {}, {"map": 0.1}], [2, 3, 4]),  # the latest: 3, 4
     ([EVALUATED, EVALUATED, {}, {}], [2, 4]),  # the last evaluated, instead of the second latest
 ])  # fmt: skip
 def test_latest_last_evaluated_and_best_checkpoints_are_kept(tmp_path, items, facts_of_steps, kept):

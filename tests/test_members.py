@@ -84,14 +84,13 @@ def test_training_sets_match_clips_by_name_and_survive_saving(tmp_path):
 def test_run_is_restored_from_its_checkpoint_and_not_from_copies(nearest_run, data, tmp_path):
     """The next evaluation repairs `identities.json`, because its results refer to the file."""
     folder, wanted = shutil.copytree(nearest_run, tmp_path / "run"), restored(nearest_run)
-    for content in (b"", None, b'["a", 3]'):
+    for content in (None, b'["a", 3]'):
         for name in COPIES:
             (folder / name).unlink(missing_ok=True)
             if content is not None:
                 (folder / name).write_bytes(content)
         run = restored(folder)
         assert (run.identities, run.digest) == (wanted.identities, wanted.digest)
-    np.testing.assert_array_equal(run.scores(data), wanted.scores(data))
     (folder / "ranking.txt").unlink()
     config = config_io.override(RunFolder(folder).config, ["--config.eval.report=False"])
     evaluate(config, folder, data)

@@ -114,13 +114,14 @@ def test_deeply_nested_json_and_json_of_30_gb_end_in_short_errors(stranger, comp
     """`complaint` checks the errors. A mode may succeed if it does not read the file."""
     path = stranger / name
     path.parent.mkdir(parents=True, exist_ok=True)
+    modes = [mode for mode in READ if name in READ[mode]] or ["evaluate"]
     path.write_bytes(b"[" * 200_000 + b"]" * 200_000)
-    for mode in READ:
+    for mode in modes:
         complaint(mode, stranger)
     if path.suffix == ".jsonl":
         return
     mutations.put(path, "sparse", path)  # 30 GB of holes
-    for mode in READ:
+    for mode in modes:
         complaint(mode, stranger)
     refused(lambda: files.read_bytes(path, files.ARCHIVE_BYTES), "too large")
 

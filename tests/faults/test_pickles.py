@@ -77,7 +77,7 @@ def test_hostile_and_mutated_pickles_end_in_a_one_line_error_and_run_no_code(tmp
     files = {n: data for n, data in collection(mark).items() if not n.startswith("greed")}
     parts = [data for data, _ in attacks.values()] + [*hostile.TRICKS.values()]
     grafts = [data[:-1] for data in parts]  # without the last byte, the opcode STOP
-    seeds, count = [*python2.real().values()], 2000 if campaign else 50
+    seeds, count = [*python2.real().values()], 2000 if campaign else 80
     files |= {f"mutated {n}": hostile.mutate(seeds, grafts, chance) for n in range(count)}
 
     ends = read_all(files, tmp_path, "fork")
