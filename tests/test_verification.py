@@ -313,9 +313,7 @@ def as_rows(matches, second):
 
 
 def test_command_prints_and_writes_the_answers_of_python(tell, tmp_path):
-    people = made_galleries.make_with_cards(
-        tmp_path / "g", made_galleries.make_clips(strangers=99)
-    )
+    people = made_galleries.make_with_cards(tmp_path / "g", made_galleries.make_clips(strangers=99))
     for name, numbers in (("a", (3, 4)), ("b", (3, 5)), ("one", (1,))):
         clip_files.write_npz(tmp_path, {name: frames(*numbers)})
     given, pairs = f"--input={tmp_path}/a", [("q3", "q3"), ("q3", "q5"), ("q4", "q3"), ("q4", "q5")]
