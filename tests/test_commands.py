@@ -115,7 +115,7 @@ WORDS = {
     "--config=mma --workdir=new --config.optim.name=adamw": "total_decay=1",
     "--config=quality_fusion --workdir=new --config.model.layers=((0,None,False,0.5),)":
         "Expected `int` >= 1",
-    "--config=mma --workdir=new --config.model.embed_dim=100000000": "reduce its sizes",
+    "--config=cosine:face --workdir=new --config.model.embed_dim=100000000": "reduce its sizes",
     "--config=mma --workdir=new --config.transforms=5": "config.transforms='5' is unknown",
     "--config=plda --workdir=new --config.model.scale=nan": "must be a number such as 1.0",
     "--config=plda --workdir=new --config.model.scal=1":
