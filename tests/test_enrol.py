@@ -223,7 +223,7 @@ def test_labels_that_no_input_has_are_reported_once(say, command, folder, tmp_pa
     assert "--labels=FILE" in error and "a column identity in the table" in error
 
 
-def test_an_interrupted_enrolment_continues(folder, say, tmp_path, monkeypatch):
+def test_an_interrupted_enrolment_continues(folder, say, command, tmp_path, monkeypatch):
     """Tables that were finished before the interruption are not enrolled twice."""
     day = tmp_path / "day"
     for number in range(3):
@@ -233,5 +233,7 @@ def test_an_interrupted_enrolment_continues(folder, say, tmp_path, monkeypatch):
         interrupted.count_down(patch, (Gallery, "load"))[0] = 3
         say(*words, code=130)
     assert list_clips(folder).keys() == {"c0", "c1", "c2", "c3"}
-    assert "2 clips, 4 enrolled before" in say(*words)
+    done = command(*words)
+    assert "2 clips, 4 enrolled before" in done.out and "3 of 3: " in done.err
+    assert "3 of 3: " not in command(*words, "--quiet").err
     assert list_clips(folder)["c5"] == "Person 2"
