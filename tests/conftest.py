@@ -254,12 +254,13 @@ def trained(official_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
 @pytest.fixture(scope="session")
 def nearest_run(official_data: Any, official_dir: Path, tmp_path_factory: Any) -> Path:
-    """The folder of a run of nearest neighbours, which needs no training. No test may change it."""
+    """The folder of a run of nearest neighbours without a report. No test may change it."""
     from tests.helpers import small_runs
     from vidjax.runs import config_io
 
     config = config_io.load_file(f"{ROOT}/configs/knn.py:iqiyi_vid,face")
     words = [f"--config.data.dir={official_dir}", "--config.eval.block_size=16"]
+    words.append("--config.eval.report=False")
     folder = tmp_path_factory.mktemp("runs") / "knn"
     small_runs.run(config_io.override(config, words), folder, official_data)
     return folder

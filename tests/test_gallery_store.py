@@ -45,9 +45,15 @@ FITTED = {name: clip._replace(fitted=bool(clip.identity)) for name, clip in CLIP
 NEW = {"new": make_clip(7777, "new")}
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder of a gallery of CLIPS."""
+    return make(tmp_path_factory.mktemp("made") / "g").folder
+
+
 @pytest.fixture
-def gallery(tmp_path):
-    return make(tmp_path / "g")
+def gallery(made, tmp_path):
+    return Gallery(shutil.copytree(made, tmp_path / "g"))
 
 
 def check_same(gallery, wanted):

@@ -92,8 +92,7 @@ def test_run_is_restored_from_its_checkpoint_and_not_from_copies(nearest_run, da
         run = restored(folder)
         assert (run.identities, run.digest) == (wanted.identities, wanted.digest)
     (folder / "ranking.txt").unlink()
-    config = config_io.override(RunFolder(folder).config, ["--config.eval.report=False"])
-    evaluate(config, folder, data)
+    evaluate(RunFolder(folder).config, folder, data)
     for name in ("ranking.txt", "identities.json"):
         assert (folder / name).read_bytes() == (nearest_run / name).read_bytes()
 

@@ -12,6 +12,7 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -76,8 +77,9 @@ def people(tmp_path_factory):
 
 
 @pytest.fixture
-def folder(tmp_path):
-    return servers.make_gallery(tmp_path / "g").folder
+def folder(people, tmp_path):
+    """A copy of the gallery, which a test may change."""
+    return shutil.copytree(people.folder, tmp_path / "g")
 
 
 @pytest.fixture(scope="module")
@@ -576,13 +578,12 @@ def test_slow_malformed_or_ambiguous_requests_are_cut_off(inside):
     assert inside.ask("GET", web.LIVE)[0] == 200
 
 
-def test_server_may_open_as_many_files_as_the_system_allows(tmp_path):
+def test_server_may_open_as_many_files_as_the_system_allows(people):
     """Otherwise, idle connections would leave no file for the check of a container."""
-    servers.make_gallery(tmp_path / "g")
     _, hard = usual = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard // 2, hard))
     try:
-        with servers.served(tmp_path / "g") as server:
+        with servers.served(people.folder) as server:
             assert resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, usual)
