@@ -60,7 +60,6 @@ WORDS = {
     "--config=mma --workdir=new --config.loss.classification=ArcFace": "loss.margin_type=angular",
     "rank --workdir=run clips": "needs --input", "export run new --format=onnx": "needs --to",
     "compare --workdir=out --runs=A, B": "RUN RUN ... or --runs=A,B", "predict": "rank, embed",
-    "evalaute --workdir=run": "'evaluate'?",
     "evaluate --workdir=run --out=o.tsv": "no flag --out",
     "rank": "needs --workdir, --input, --out",
     **{f"--mode=evaluate --workdir=w --config.{field}": "no effect" for field in (
@@ -70,7 +69,7 @@ WORDS = {
     "--config=mma --config.data.name=arrays --config.data.dir=w --workdir=w":
         "is the folder of the data",
     "review .": "name the folder that you gave as --out", "home": "vidjax who --help",
-    "gallery creat": "did you mean 'create'", "gallery enroll G --input=x": "'enrol'?",
+    "gallery enroll G --input=x": "'enrol'?",
     "gallery G list": "vidjax gallery identify G --input=PATH",
     "gallery list G stray": "'stray' has no flag\nexample",
     "gallery enrol G --input=x --config.seed=1": "--config.data.FIELD",
@@ -79,8 +78,7 @@ WORDS = {
     "serve --gallery=g --port=99999": "from 0 to 65,535",
     "export run --to=x --format=onxn": "onnx", "score gt.txt": "needs RANKING",
     "who film.mp4": "needs --out, --models", "train --confg=mma": "did you mean --config?",
-    "evaluate --workdr=x --quiet": "did you mean --workdir?", "evaluate --foo=1": "needs --workdir",
-    "gallery enrol --identiy=Ada": "did you mean --identity?", "gallery --quiet": "needs COMMAND",
+    "evaluate --foo=1": "needs --workdir", "gallery --quiet": "needs COMMAND",
     "extract none.mp4 --out=x --models=m --size=1": "32 to 8,192",
     "extract none.mp4 --out=x --models=m --fps=nan": "a number above 0",
     "convert dlib": "needs FILE, --out", "forget": "--identity=NAME",

@@ -201,32 +201,23 @@ def test_concurrent_writers_do_not_mix_their_contents(tmp_path):
 
 
 @pytest.mark.slow
-def test_logs_have_the_last_value_of_steps_that_a_run_repeats(tmp_path):
+def test_tensorboard_shows_groups_changed_fields_and_the_last_value_of_repeated_steps(tmp_path):
     """A run is killed after step 3, and resumes from the checkpoint of step 2."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for first_step, loss in ((1, 0.5), (3, 9.0)):
-        with contextlib.closing(Logs(tmp_path, step=first_step - 1)) as logs:
-            for step in range(first_step, 4):
-                logs.metrics(step, {"train_loss": loss})
-    values = [(1, 0.5), (2, 0.5), (3, 9.0)]
-    lines = results.read_lines(tmp_path / "metrics.jsonl")
-    assert [(line["step"], line["train_loss"]) for line in lines] == values
-    events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
-    assert [(event.step, event.value) for event in events] == values
-
-
-@pytest.mark.slow
-def test_tensorboard_shows_groups_of_metrics_and_changed_fields(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams import plugin_data_pb2
 
     config = config_lib.default()
     config.update(seed=0, batch_size=7, modalities=("face", "head"))
-    with contextlib.closing(Logs(tmp_path, step=0, config=config)) as logs:
-        logs.metrics(1, {"epoch": 1.0, "learning_rate": 0.1, "train_loss": 2.0})
-        logs.metrics(1, {"epoch": 1.0, "split": "val", "map": 0.5, "test/map": 0.4})
+    for first_step, loss in ((1, 0.5), (3, 9.0)):
+        with contextlib.closing(Logs(tmp_path, step=first_step - 1, config=config)) as logs:
+            for step in range(first_step, 4):
+                logs.metrics(step, {"epoch": 1.0, "learning_rate": 0.1, "train_loss": loss})
+    with contextlib.closing(Logs(tmp_path, step=3)) as logs:
+        logs.metrics(4, {"epoch": 1.0, "split": "val", "map": 0.5, "test/map": 0.4})
+    *lines, _ = results.read_lines(tmp_path / "metrics.jsonl")
     events = EventAccumulator(str(tmp_path)).Reload()
+    values = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert values == [(x["step"], x["train_loss"]) for x in lines] == [(1, 0.5), (2, 0.5), (3, 9)]
     names = "train/epoch train/learning_rate train/loss val/epoch val/map test/map"
     assert {*events.Tags()["scalars"]} == {*names.split()}
     (content,) = events.PluginTagToContent("hparams").values()
