@@ -352,10 +352,10 @@ def unpack_in_fork(paths: list[Path], place: Path) -> Iterator[str]:
     ]
     for path in paths:
         (place / path.name).mkdir()
-    limits = {"memory_bytes": 512 << 20, "cpu_seconds": 2}
     found = processes.run_limited_each(
-        sandbox.__name__, given, Summary, **limits, writes=[place], children=_Fork(place.parent)
-    )
+        sandbox.__name__, given, Summary, memory_bytes=512 << 20, cpu_seconds=2, writes=[place],
+        children=_Fork(place.parent),
+    )  # fmt: skip
     for path, one in zip(paths, found, strict=True):
         if not isinstance(one, UserError):
             with processes.doubt(path):
