@@ -144,8 +144,8 @@ def test_only_blocks_with_changed_people_are_computed_again(tmp_path, monkeypatc
 def test_memory_of_a_large_enrolment_is_little_more_than_its_people(tmp_path, monkeypatch):
     """Blocks of people are computed one after the other, because the computation is in float64."""
     monkeypatch.setattr(made_galleries, "WIDTHS", {"face": 384})
-    monkeypatch.setattr(enrolment, "MAX_BLOCK_PEOPLE", 128)
-    people, count = make(tmp_path / "g", {}), 1024
+    monkeypatch.setattr(enrolment, "MAX_BLOCK_PEOPLE", 256)
+    people, count = made_galleries.make_with_cards(tmp_path / "g", {}), 2048
     vectors = np.random.default_rng(0).standard_normal((count, 384)).astype(np.float32)
     clips = {f"c{n}": StoredClip(f"p{n}", row) for n, row in enumerate(vectors)}
     finished = list[int]()
