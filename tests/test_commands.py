@@ -188,7 +188,8 @@ def assert_refused(command, words, remedy, seconds):
     done = command(*shlex.split(words))
     assert (time.process_time() - began) / slowness() < seconds
     lines = done.err.splitlines()
-    error = [line for line in lines if not line.startswith(("making ", "converting "))]
+    error = [line for line in lines if not line.startswith("converting ")]
+    assert not done.err.startswith("making "), "a mistake is found before clips are made"
     assert done.out == "" and done._replace(err="\n".join([*error, ""])).refused(remedy), done
 
 
