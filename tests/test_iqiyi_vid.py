@@ -1,6 +1,7 @@
 """Conversion of official files: the cache, labels, and readers of stored clips."""
 
 import concurrent.futures
+import itertools
 import os
 import shutil
 from unittest import mock
@@ -23,8 +24,9 @@ RNG = np.random.default_rng(1)
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A directory of official files: 40 train, 21 val and 3 test clips, but no bodies of val."""
-    counts, lacks = {"train": 40, "val": 21, "test": 3}, [("body", "val")]
+    """A directory of official files of faces: 40 train, 21 val and 3 test clips."""
+    counts = {"train": 40, "val": 21, "test": 3}
+    lacks = [*itertools.product(("body", "audio"), counts)]
     folder = write_ragged(tmp_path_factory.mktemp("source"), counts, lacks)
     write_truth(folder, "train", {f"train_{i:03d}": str(i % 7 + 1) for i in range(40)})
     write_truth(folder, "val", {f"val_{i:03d}": str(i % 9 + 2) for i in range(15)})
@@ -104,7 +106,7 @@ def test_concurrent_conversions_unpack_each_file_once(source, tmp_path, monkeypa
     monkeypatch.setattr(sandbox, "unpack", unpack)
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         folders = list(threads.map(lambda _: prepare(source, tmp_path).folder, range(2)))
-    assert unpack.call_count == 8  # 3 modalities of train and of test, 2 of val
+    assert unpack.call_count == 3  # faces of train, val and test
     assert folders[0] == folders[1]
 
 

@@ -58,10 +58,12 @@ def init(system, labels):
     return state.replace(params=moved)
 
 
-def train(system, state, batch, weight):
-    """Returns the next state, and the loss."""
+def train(system, weight, *starts):
+    """Yields the next state, and the loss, for each start (state, batch)."""
     constants = train_step.make_member_constants((ensemble.Member(),), weight[None])
-    return jax.jit(functools.partial(train_step.train_step, system))(state, constants, batch)
+    step = jax.jit(functools.partial(train_step.train_step, system))
+    for state, batch in starts:
+        yield step(state, constants, batch)
 
 
 def evaluate(system, state, batch):
@@ -117,7 +119,7 @@ def test_loss_of_frame_examples_is_the_mean_over_the_frames_of_a_clip(mean_over)
     weight = np.array([1.0, 0.5, 2.0, 7.0, 0.0])
     system = make(after_fusion="examples", loss__mean_over=mean_over)
     state = init(system, labels)
-    _, loss = train(system, state, batch, weight)
+    ((_, loss),) = train(system, weight, (state, batch))
     counted, total = np.array([1.0, 0.5, 2.0, 0.0, 0.0]), 0.0  # clip 3 has no frames
     for clip in np.flatnonzero(counted):
         frames = examples_of(batch, clip)
@@ -247,13 +249,13 @@ def test_losses_and_scores_of_branches_are_weighted(scores):
     params = jax.tree.map(lambda x: np.asarray(x[0], np.float64), state.params)
     layers, voice = (params["branch_0"], params["branch_1"]), batch.frames["audio"].features[:, 0]
     logits = [voice @ layer["kernel"] + layer["bias"] for layer in layers]
-    _, loss = train(system, state, batch, weight)
+    ((_, loss),) = train(system, weight, (state, batch))
     losses = np.stack([-log_softmax(branch)[np.arange(5), labels] for branch in logits], axis=1)
     counted = TRAIN_WEIGHT * weight[:, None]  # [clips, branches]
     assert float(loss[0]) == pytest.approx(np.sum(counted * losses) / weight.sum(), rel=1e-5)
     # Now the loss of each branch is divided by the sum of the weights of this branch.
     separate = make(loss__mean_over="branches")._replace(model=model())
-    _, loss = train(separate, state, batch, weight)
+    ((_, loss),) = train(separate, weight, (state, batch))
     wanted_loss = np.sum(np.sum(counted * losses, axis=0) / counted.sum(axis=0))
     assert float(loss[0]) == pytest.approx(wanted_loss, rel=1e-5)
     # The weights multiply probabilities, or logits.
@@ -281,9 +283,8 @@ def test_empty_clips_and_padded_rows_do_not_affect_training():
 
     spoilt = batch._replace(frames={name: spoil(part) for name, part in batch.frames.items()})
     spoilt_state = state.replace(labels=jnp.where(unused, 9, state.labels))
-    weight = np.ones(5)  # of each clip
-    after, loss = train(system, state, batch, weight)
-    spoilt_after, spoilt_loss = train(system, spoilt_state, spoilt, weight)
+    starts = (state, batch), (spoilt_state, spoilt)
+    (after, loss), (spoilt_after, spoilt_loss) = train(system, np.ones(5), *starts)
     expected = loss, after.params, after.model_state, after.sums
     actual = spoilt_loss, spoilt_after.params, spoilt_after.model_state, spoilt_after.sums
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
