@@ -173,8 +173,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("place")
 
 
-@pytest.fixture
-def read_here(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextlib.contextmanager
+def reading_here() -> Iterator[None]:
     """Jobs of child processes run in this process, because a new process takes a second."""
     from vidjax.utils import processes
 
@@ -183,10 +183,19 @@ def read_here(monkeypatch: pytest.MonkeyPatch) -> None:
         for function in vars(lib).values():  # a new process remembers no results
             getattr(function, "cache_clear", lambda: None)()
         answers = [processes._answer(lib.work, path, words, "") for path, words in jobs["given"]]
+        gc.enable()  # readers of pickles disable it
         lines = b"".join(json.dumps(answer).encode() + b"\n" for answer in answers)
         return subprocess.CompletedProcess([], 0, lines, b"")
 
-    monkeypatch.setattr(processes.Children, "run", run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes.Children, "run", run)
+        yield
+
+
+@pytest.fixture
+def read_here() -> Iterator[None]:
+    with reading_here():
+        yield
 
 
 @pytest.fixture
@@ -217,7 +226,8 @@ def official_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def official_data(official_dir: Path, cache_dir: Path) -> Any:
     from tests.helpers.datasets import load_dataset
 
-    return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
+    with reading_here():
+        return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
 
 
 @pytest.fixture(scope="session")

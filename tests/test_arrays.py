@@ -409,7 +409,7 @@ def test_negative_and_infinite_weights_of_frames_are_reported_with_a_clip(tmp_pa
             assert any(wanted in text and effect in text for text in texts), texts
 
 
-def test_official_files_may_have_negative_qualities_but_not_only_negative_ones(tmp_path):
+def test_official_files_may_have_negative_qualities_but_not_only_negative_ones(tmp_path, read_here):
     rng = np.random.default_rng(0)
     clips = {name: clip_files.random_clip(rng, 3, DIM) for name in ("a", "b")}
     load = functools.partial(memory.load_clips, tmp_path, {"face": DIM}, ())

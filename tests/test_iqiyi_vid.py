@@ -9,6 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from tests.conftest import reading_here
 from tests.helpers.clip_files import as_read, random_clip, write_pickle, write_ragged, write_truth
 from tests.helpers.datasets import prepare
 from vidjax.core.batch import BATCHED
@@ -36,7 +37,8 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def converted(source, tmp_path_factory):
-    return prepare(source, tmp_path_factory.mktemp("cache"))
+    with reading_here():
+        return prepare(source, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.mark.filterwarnings("ignore:test has 1 clip of identities")
@@ -51,7 +53,7 @@ def test_converted_files_are_not_read_again(converted, source, monkeypatch, say)
     assert "train: " in say(source, f"--cache_dir={cache}", program=iqiyi_vid.main)
 
 
-def test_cache_folder_depends_on_the_content_of_the_files(tmp_path):
+def test_cache_folder_depends_on_the_content_of_the_files(tmp_path, read_here):
     small, cache, clip = tmp_path / "small", tmp_path / "cache", random_clip(RNG, 1, 4)
     small.mkdir()
     path = write_pickle(small, "face", "train", {"s1": clip})
@@ -90,7 +92,7 @@ def test_labels_number_the_identities_of_train_and_val_in_sorted_order(source, c
     assert report["splits"]["test"]["unlisted_identities"] == 1
 
 
-def test_splits_of_two_dtypes_are_stored_in_the_wider_dtype(tmp_path):
+def test_splits_of_two_dtypes_are_stored_in_the_wider_dtype(tmp_path, read_here):
     clip = random_clip(RNG, 2, 4, "float32")
     write_pickle(tmp_path, "face", "train", {"t": random_clip(RNG, 2, 4, "float16")})
     write_pickle(tmp_path, "face", "val", {"v": clip})
@@ -134,7 +136,7 @@ def write_modalities(folder, rng):
     return clips
 
 
-def test_reader_returns_the_clips_that_were_written(tmp_path):
+def test_reader_returns_the_clips_that_were_written(tmp_path, read_here):
     rng = np.random.default_rng(0)
     clips = write_modalities(tmp_path, rng)
     store = prepare(tmp_path, tmp_path / "cache")
