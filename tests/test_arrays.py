@@ -84,7 +84,7 @@ def write_parquet_of_each_split(folder, splits):
     pytest.param(write_npz_of_each_split, id="an npz file per split"),
     pytest.param(write_parquet_of_each_split, id="a table per split"),
 ])  # fmt: skip
-def test_npz_and_parquet_folders_convert_to_the_records_of_arrays(tmp_path, load, write):
+def test_npz_and_parquet_folders_convert_to_the_records_of_arrays(tmp_path, load, write, read_here):
     splits = make_splits()
     write(tmp_path / "own", splits)
     data = load(tmp_path / "own")
@@ -199,7 +199,9 @@ def test_labels_are_read_from_a_dict_a_table_or_official_text(tmp_path, load):
 
 @pytest.mark.parametrize("name", ["labels.csv", "LABELS.CSV", "labels.tsv", "labels.jsonl",
                                   "labels.parquet"])  # fmt: skip
-def test_a_folder_may_contain_any_table_of_labels_with_titles_in_capitals(tmp_path, load, name):
+def test_a_folder_may_contain_any_table_of_labels_with_titles_in_capitals(
+    tmp_path, load, name, read_here
+):
     folder, splits = clip_files.write_npz(tmp_path / "own", make_splits()), make_splits()
 
     def write(*titles):

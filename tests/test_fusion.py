@@ -87,7 +87,7 @@ def test_weights_that_are_all_0_count_as_equal():
 
 
 @nightly_after_first("name, options", [
-    ("random", {"num_draws": 2, "replacement": False, "weighting": "mixup"}),
+    ("random", {"num_draws": 2, "max_frames": 3, "replacement": False, "weighting": "mixup"}),
     ("random", {"num_draws": 3, "sampling": "quality", "weighting": "quality"}),
     ("mean", {"weighting": "graded"}),
     ("sample", {"num_frames": 4}),

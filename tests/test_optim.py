@@ -108,10 +108,17 @@ def test_total_decay_is_spread_over_a_run_and_shrinks_only_matrices():
     """With gradients of 0, matrices shrink to exp(-total_decay), and biases do not change."""
     optimizer = make_optimizer(total_steps=300, name="adam", learning_rate=1e-3, total_decay=0.7)
     params: Any = {"kernel": np.full((1, 1), 2, "f4"), "bias": np.full(1, 2, "f4")}
-    state, zeros = optimizer.init(params), jax.tree.map(np.zeros_like, params)
-    for _ in range(300):
-        updates, state = optimizer.update(zeros, state, params)
-        params = optax.apply_updates(params, updates)
+    zeros = jax.tree.map(np.zeros_like, params)
+
+    def update(carry, _):
+        updates, state = optimizer.update(zeros, carry[1], carry[0])
+        return (optax.apply_updates(carry[0], updates), state), None
+
+    @jax.jit
+    def train(params):
+        return jax.lax.scan(update, (params, optimizer.init(params)), length=300)[0][0]
+
+    params = train(params)
     np.testing.assert_allclose(params["kernel"], [[2 * math.exp(-0.7)]], rtol=2e-2)
     np.testing.assert_array_equal(params["bias"], [2.0])
 

@@ -452,10 +452,12 @@ def test_compare_prints_the_difference_that_few_identities_or_equal_gaps_hide(tm
         first = rng.uniform(0.3, 0.6, num)
         for name, ap in (("a", first), ("b", first + rng.normal(0, deviation, num))):
             made_runs.write(tmp_path / name, {f"person_{i}": x for i, x in enumerate(ap)})
-        text = compared().out
+        text = vidjax.compare([tmp_path / "a", tmp_path / "b"]).text()
         assert (f"{line}{shown}" in text) == (line in text) == (shown is not None)
-        page = Page((tmp_path / "out" / "comparison.html").read_text()).text()
-        assert (line in page) == (shown is not None)
+        if deviation:  # a figure takes time
+            compared()
+            page = Page((tmp_path / "out" / "comparison.html").read_text()).text()
+            assert (line in page) == (shown is not None)
 
 
 def test_comparison_states_which_runs_were_trained_on_the_clips(tmp_path, compared):
