@@ -38,7 +38,8 @@ def test_shipped_configuration_is_valid_and_survives_json(name):
     without_change = [word for word in words if as_json[word] == as_json[""]]
     assert without_change == (["mlp5"] if "mlp5" in words else [])
     few = load("joint:plda,face" if name == "joint" else name)
-    few.modalities = few.modalities[:2]  # each modality and each system takes time
+    # Each modality and each system takes time. A model with parts needs two modalities.
+    few.modalities = few.modalities[: 1 + ("main" in few.model)]
     dry_run(few)
 
 

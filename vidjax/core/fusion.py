@@ -172,12 +172,14 @@ def frame_weights(frames: Frames, weighting: str) -> Array:
 def mean_measure(frames: Frames, measure: str) -> Array:
     """Computes the mean L2 `norm` or the mean `quality` of the frames of each clip, [B] float32."""
 
-    def value(t: Array | None) -> Array:
+    def values(t: Array | None) -> tuple[Array]:
         if measure == "norm":
-            return jnp.linalg.norm(_read_frame(frames.features, t).astype(jnp.float32), axis=-1)
-        return _read_frame(_replace_non_finite(frames.quality), t)
+            features = _read_frame(frames.features, t).astype(jnp.float32)
+            return (jnp.linalg.norm(features, axis=-1),)
+        return (_read_frame(_replace_non_finite(frames.quality), t),)
 
-    return _average_over_frames(frames.mask, frames.mask.astype(jnp.float32), value)
+    (means,) = _average_over_frames(frames.mask, frames.mask.astype(jnp.float32), values)
+    return means
 
 
 def shuffle(rng: Array | None, mask: Array) -> Array:
@@ -417,12 +419,14 @@ def mean_frame(frames: Frames, *, weighting: str = "uniform") -> Frames:
     )
 
 
-def _average_over_frames(mask: Array, weights: Array, values_of: Callable[[Any], Any]) -> Any:
-    """Computes weighted means over the frames of each clip, a tree of [B, ...].
+def _average_over_frames(
+    mask: Array, weights: Array, values_of: Callable[[Array | None], tuple[Array, ...]]
+) -> tuple[Array, ...]:
+    """Computes weighted means over the frames of each clip, several [B, ...].
 
     `weights` are [B, T]. If all weights of a clip are 0, its means are 0. `values_of(t)` returns
-    the values of frame t of every clip, a tree of [B, ...]. `values_of(None)` returns the values of
-    all frames, [B, T, ...].
+    several values of frame t of every clip, [B, ...]. `values_of(None)` returns the values of all
+    frames, [B, T, ...].
     """
     total = jnp.sum(weights, axis=1, keepdims=True)
     weights = weights / jnp.where(total > 0, total, 1.0)  # [B, T]
@@ -434,22 +438,21 @@ def _average_over_frames(mask: Array, weights: Array, values_of: Callable[[Any],
             precision = jax.lax.Precision.HIGHEST
             return jnp.einsum("bt,bt...->b...", weights, values, precision=precision)
 
-        return jax.tree.map(mean, values_of(None))
+        return tuple(map(mean, values_of(None)))
     # Blocks are padded to a few lengths. Frames after the last real frame of the batch are skipped.
     end = jnp.max(jnp.where(mask, jnp.arange(1, 1 + mask.shape[1]), 0))
 
     # Reading a frame at a time in the stored dtype is 15 times faster on CPU than summing float32
     # [B, T, D], and the result does not depend on the length of the padding.
-    def add(t: Array, totals: Any) -> Any:
+    def add(t: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
         weight = _read_frame(weights, t)
-
-        def add_weighted(total: Array, value: Array) -> Array:
-            return total + value * weight.reshape(-1, *[1] * (value.ndim - 1))
-
-        return jax.tree.map(add_weighted, totals, values_of(t))
+        return tuple(
+            total + value * weight.reshape(-1, *[1] * (value.ndim - 1))
+            for total, value in zip(totals, values_of(t), strict=True)
+        )
 
     first = jax.eval_shape(values_of, jnp.int32(0))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _widen_dtype(x)), first)
+    zeros = tuple(jnp.zeros(x.shape, _widen_dtype(x)) for x in first)
     return jax.lax.fori_loop(0, end, add, zeros)
 
 
