@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from tests.helpers import clip_files, small_runs as small
-from tests.helpers.cases import quick_first
 from tests.helpers.seen import refused
 from vidjax.core import devices, ensemble
 from vidjax.core.ensemble import Member, TrainingSets
@@ -22,11 +21,6 @@ from vidjax.training.plan import make_plan
 from vidjax.utils.errors import UserError, VidjaxWarning
 
 MLP = "configs/quality_fusion.py:iqiyi_vid"
-FACE = ("configs/cosine.py:iqiyi_vid", "--config.modalities=face")  # the quickest to compile
-RUNS = [FACE, *((f"configs/{name}",) for name in (
-    "quality_fusion.py:iqiyi_vid", "mma.py:iqiyi_vid", "deepmef.py:iqiyi_vid",
-    "residual_dense.py:iqiyi_vid,face,one", "noise_classes.py:iqiyi_vid",
-))]  # fmt: skip
 
 
 def halve(data):
@@ -75,10 +69,11 @@ def flat(state):
     return small.flat({"params": state.params, "model_state": state.model_state})
 
 
-@pytest.mark.parametrize("run", quick_first([(run,) for run in RUNS]))
-def test_classes_get_the_weights_of_the_same_name_and_new_classes_stay_random(data, half_run, run):
-    folder, (spec, *words) = half_run(*run), run
-    config = small.shrunk(*words, spec=spec)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["quality_fusion", "mma", "deepmef", "noise_classes"])
+def test_classes_get_the_weights_of_the_same_name_and_new_classes_stay_random(data, half_run, name):
+    spec = f"configs/{name}.py:iqiyi_vid"
+    folder, config = half_run(spec), small.shrunk(spec=spec)
     config.init_from = str(folder)
     fresh, loaded = started(config, data, init_from.find_source(config))
     old = small.weights(folder)
@@ -165,9 +160,10 @@ def test_runs_of_other_kinds_are_refused(half_run, trained, official_dir, tmp_pa
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_nothing_that_fits_is_refused(data, half_run):
-    config = small.shrunk("--config.model.embed_dim=9", spec=FACE[0])
-    config.init_from, config.modalities = str(half_run(*FACE)), ("audio",)
+    config = small.shrunk("--config.model.layers=((9,'swish',True,0.5),)", spec=MLP)
+    config.init_from, config.modalities = str(half_run()), ("audio",)
     source = init_from.find_source(config)
     refused(lambda: started(config, data, source), "no matrix", "--config.modalities")
 
