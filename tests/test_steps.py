@@ -187,6 +187,22 @@ def test_clips_without_good_frames_are_kept_or_dropped(poor_clips, bound, weight
         np.testing.assert_array_equal(after.frames["face"].mask.sum(axis=1), [1, 3, 3, 0, 1])
 
 
+def test_only_short_clips_of_strangers_are_joined():
+    """Identities are 1 to 3, so the labels 0 and 9 are of strangers. Clip 4 has the weight 0."""
+    batch, labels = make_batch((3, 2, 1, 2, 3)), np.array([0, 2, 9, 3, 0])
+    weight = np.array([1, 1, 1, 1, 0], np.float32)
+    clips = augment.MemberClips(batch.frames, labels, weight, jnp.float32(0), ())
+
+    @jax.jit
+    @jax.vmap
+    def count(rng):
+        joined = augment.concat_noise(rng, clips, num_identities=3)
+        return joined.frames["face"].mask.sum(axis=1)
+
+    counts = np.asarray(count(jax.random.split(jax.random.key(0), 20)))  # [keys, clips]
+    assert [{*column} for column in counts.T.tolist()] == [{3, 4}, {2}, {1, 4}, {2}, {3}]
+
+
 def test_keep_best_masks_all_but_the_best_classes_of_a_clip():
     inf = jnp.inf
     system: Any = SimpleNamespace(top_classes=2)
