@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from tests.conftest import reading_here
+from tests.conftest import run_here
 from tests.helpers.clip_files import as_read, random_clip, write_pickle, write_ragged, write_truth
 from tests.helpers.datasets import prepare
 from vidjax.core.batch import BATCHED
@@ -37,7 +37,8 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def converted(source, tmp_path_factory):
-    with reading_here():
+    with pytest.MonkeyPatch.context() as patch:
+        run_here(patch)
         return prepare(source, tmp_path_factory.mktemp("cache"))
 
 

@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT, reading_here
+from tests.conftest import ROOT, run_here
 from tests.helpers import clip_files
 from tests.helpers.batches import eval_batches, rows_of, train_batches
 from tests.helpers.clip_files import RAGGED, as_arrays, ragged_clips
@@ -37,7 +37,8 @@ def dataset(tmp_path_factory):
         tmp_path_factory.mktemp("source"), COUNTS, lacks=[("body", "val")]
     )
     match = "val: the split has no features of body"
-    with pytest.warns(UserWarning, match=match), reading_here():
+    with pytest.warns(UserWarning, match=match), pytest.MonkeyPatch.context() as patch:
+        run_here(patch)
         return load_dataset("iqiyi_vid", directory=folder, cache_dir=folder / "cache")
 
 
