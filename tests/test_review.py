@@ -250,9 +250,9 @@ def test_review_serves_only_films_and_pictures_of_faces(reviewed, drawn):
         assert client.get(address).status_code == 404
 
     # Film 1 is party.mkv. A link opens a page that plays the film from a time.
-    assert 'href="play/1?t=2.0"' in client.get("").text
-    text = client.get("play/1?t=2.0").text
-    assert 'src="../film/1#t=2.0"' in text and "party.mkv, from 0:02" in text
+    assert 'href="play/1?t=1.0"' in client.get("").text
+    text = client.get("play/1?t=1.0").text
+    assert 'src="../film/1#t=1.0"' in text and "party.mkv, from 0:01" in text
     for time in ("%22%3E", "1.2.3"):  # a time that is no number is ignored
         assert "#t=0.0" in client.get(f"play/1?t={time}").text
 
@@ -294,7 +294,7 @@ def test_page_shows_changes_that_another_command_makes_in_the_gallery(reviewed, 
     reviewed.post(status=409, version=version, do="name", of="Ada")  # the page was out of date
     text = reviewed.post(do="deny", of="clip:\tparty.s000.t00")
     unknown = reviewed.names()["party.s000.t00"]
-    assert f"Saved: party.mkv, 0:00\u20130:02, is not Eva, but {unknown}." in text
+    assert f"Saved: party.mkv, 0:00\u20130:01, is not Eva, but {unknown}." in text
 
 
 @pytest.mark.parametrize("how", quick_first(["rename", "relabel", "merge", "photos"]))
@@ -538,6 +538,6 @@ def test_film_is_played_with_the_names_and_the_next_appearances(reviewed):
     text = reviewed.client.get("play/1?t=0.0").text
     assert "<title>Ada in party.mkv<" in text and "prefers-color-scheme: dark" in text
     assert re.findall('<a href="([^"]+)">next: <bdi dir="ltr">([^<]+)', text) == [
-        ("1?t=4.0", "0:04\u20130:06")
+        ("1?t=3.0", "0:03\u20130:04")
     ]
-    assert ">Ada<" in reviewed.client.get("play/1?t=4.0").text
+    assert ">Ada<" in reviewed.client.get("play/1?t=3.0").text

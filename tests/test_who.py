@@ -1,8 +1,8 @@
 """`vidjax who` finds names for the people in films, with drawn people and nets that tests make.
 
-The film of `drawn.film` and `drawn.meet` has three shots of 2 seconds: of Ada, of Eve, and of Bob
-and Ada. `drawn.meet("Ada")` enrols one photo of Ada and runs `vidjax who` on this film. Clip
-party.s002.t01 is track 1 of shot 2 of party.mkv, and 2.f01 is face 1 of photo 2.
+The film of `drawn.film` and `drawn.meet` has three shots, from 0, 1 and 3 s to 4 s: of Ada, of Eve,
+and of Bob and Ada. `drawn.meet("Ada")` enrols one photo of Ada and runs `vidjax who` on this film.
+Clip party.s002.t01 is track 1 of shot 2 of party.mkv, and 2.f01 is face 1 of photo 2.
 """
 
 import base64
@@ -49,7 +49,7 @@ def test_results_list_who_appears_when_in_every_format(drawn):
     # names.jsonl: Eve has no photo, so she is unknown.
     rows = drawn.rows()
     appearances = [(row["identity"], round(row["start"]), round(row["end"])) for row in rows]
-    assert appearances == [("Ada", 0, 2), ("unknown 1", 2, 4), ("Ada", 4, 6), ("Bob", 4, 6)]
+    assert appearances == [("Ada", 0, 1), ("unknown 1", 1, 3), ("Ada", 3, 4), ("Bob", 3, 4)]
     ada, unknown, *_ = rows
     assert unknown["probability"] is None and ada["probability"] > 0.5
 
@@ -57,21 +57,21 @@ def test_results_list_who_appears_when_in_every_format(drawn):
     with (out / "names.tsv").open(newline="") as file:
         (_, cells, *_) = csv.DictReader(file, delimiter="\t")
     assert cells["box"] == " ".join(map(str, unknown["box"])) and cells["probability"] == ""
-    assert 2 <= float(cells["box_at"]) == unknown["box_at"] < 4
+    assert 1 <= float(cells["box_at"]) == unknown["box_at"] < 3
     assert cells["path"] == str(film.resolve()) and cells["date"] == unknown["date"]
     assert datetime.fromisoformat(cells["date"]).timestamp() == int(film.stat().st_mtime)
 
     for kind in ("vtt", "srt"):  # the names in the first and the last shot
         assert (out / "subtitles" / f"party.{kind}").read_text().count("-->") == 2
 
-    # --padding starts Bob's cut at 3.5 s. The cut ends with the film.
+    # --padding starts Bob's cut at 2.5 s. The cut ends with the film.
     assert {path.name for path in (out / "cuts").iterdir()} == {
         f"{name}.{ending}" for name in ("Ada", "Bob") for ending in ("m3u", "otio")
     }
-    assert "start-time=3.5" in (bob := (out / "cuts" / "Bob.m3u").read_text()), bob
-    assert "stop-time=6.0" in bob and f"file://{film}" in bob
+    assert "start-time=2.5" in (bob := (out / "cuts" / "Bob.m3u").read_text()), bob
+    assert "stop-time=4.0" in bob and f"file://{film}" in bob
     page = (out / "names.html").read_text()
-    assert page.count('href="../party.mkv#t=4.0"') == 6, "bars of two people, and in tables"
+    assert page.count('href="../party.mkv#t=3.0"') == 6, "bars of two people, and in tables"
 
 
 def test_films_and_photos_in_subfolders_are_read_and_other_files_are_skipped(drawn):
@@ -149,9 +149,11 @@ def test_unknown_people_keep_their_numbers_across_calls(drawn):
 def test_work_does_not_grow_with_the_number_of_people_and_clips(drawn, monkeypatch):
     list_faces = mock.Mock(wraps=people_photos.list_faces)  # lists the faces of people in photos
     monkeypatch.setattr(people_photos, "list_faces", list_faces)
-    drawn.meet("Eve")
+    drawn.befriend("Eve")
+    drawn.who(group := drawn.group())
     calls_for_one_person = list_faces.call_count
-    drawn.meet("Ada", "Bob")  # now three people have photos
+    drawn.befriend("Ada", "Bob")
+    drawn.who(group)
     assert list_faces.call_count == 2 * calls_for_one_person  # in two calls of vidjax who
 
 
@@ -377,7 +379,7 @@ def test_results_contain_all_films_and_each_film_is_read_once(drawn, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "film_lib", None)
         moved = film.rename(film.with_name("the party.mkv"))
-        assert "the party.mkv: 6.0 s, 3 shots, 4 faces, as before" in drawn.who(moved).output
+        assert "the party.mkv: 4.0 s, 3 shots, 4 faces, as before" in drawn.who(moved).output
     assert list_films() == ({"the party.mkv", "party.mkv"}, {"the party", "party"})
 
     # If a film changes but keeps its size and time, only --check sees the change.
@@ -566,7 +568,7 @@ def test_thumbnails_are_optional_and_deleted_with_a_flag(drawn):
     assert policy in page.read_text()
     assert pictures_of(page) == {
         "": [*["Ada"] * 3, *["Bob"] * 2, *["Eve"] * 2],
-        "0:02\u20130:04": ["Eve"], "Ada": ["Ada"], "Bob": ["Bob"],  # in the times of each person
+        "0:01\u20130:03": ["Eve"], "Ada": ["Ada"], "Bob": ["Bob"],  # in the times of each person
     }  # fmt: skip
 
     # A film without thumbnails is reported, so that it is read again. A deleted film is not.
@@ -612,7 +614,7 @@ def test_terminal_shows_names_and_probabilities_but_no_messages_if_quiet(drawn, 
     done = command("who", drawn.film(), photo, *words)
 
     assert re.search("photo.png +in the photo +Ada, over 99 %", done.out)
-    assert "party.mkv: 6.0 s, 3 shots, 4 faces" in done.err
+    assert "party.mkv: 4.0 s, 3 shots, 4 faces" in done.err
     assert "over 99 %" in done.out and "100 %" not in done.out
     assert "1 person without a name: to name them, vidjax review " in done.out  # Eve
     assert "party.mkv" not in command("who", drawn.film(), *words, "--quiet").err
@@ -664,6 +666,6 @@ def test_features_of_other_nets_or_settings_are_refused(drawn):
 
 def test_python_names_people_of_paths_that_are_texts(drawn):
     drawn.befriend("Ada")
-    film = drawn.film()
-    done = vidjax.name_people(str(film), str(drawn.friends), str(drawn.out), str(drawn.models))
+    paths = drawn.group(), drawn.friends, drawn.out, drawn.models
+    done = vidjax.name_people(*map(str, paths))
     assert done.people == {"Ada": 1} and "Ada" in drawn.names().values()
