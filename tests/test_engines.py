@@ -133,7 +133,8 @@ def test_output_of_a_job_cannot_fill_the_memory_of_the_parent(results):
 # What jobs of one call do, and their errors. The last two take 1.2 s together, in one process.
 FAILED = [
     ("time", UserError, r"0' is refused.* 1 s of CPU time"), ("process", dict, ""),
-    ("memory", UserError, "2' is refused.* 2,048 MB"), ("mistake", UserError, r"^film\.mp4: give another film$"),
+    ("memory", UserError, "2' is refused.* 2,048 MB"),
+    ("mistake", UserError, r"^film\.mp4: give another film$"),
     ("disk", UserError, "4' is refused.* file of more than 2,048 MB"),
     ("missing", DiskError, r"nowhere(.|\n)*correct the path"),
     ("crash", UserError, "6' is damaged or hostile: .* SIGABRT"),
