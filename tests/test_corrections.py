@@ -235,6 +235,7 @@ def test_random_changes_stay_as_they_were_said_in_every_later_call(tmp_path, see
         assert not [pair for pair in same if not {*pair} <= said.keys()]
 
 
+@pytest.mark.slow
 @nightly_after_first("people, films, faces, count", [(8, 4, 8, 12), (40, 10, 28, 200)])
 def test_two_browsers_and_vidjax_who_at_once_lose_no_change(
     tmp_path, monkeypatch, people, films, faces, count

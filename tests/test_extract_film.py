@@ -76,27 +76,27 @@ def test_each_picture_of_a_slow_film_is_a_track_of_its_person(tmp_path, drawn, h
 
 
 def write_joined(path, begins, faces, codec="libx264"):
-    """Writes parts of 3 s, which begin at the seconds `begins`, with a tone and `faces`, as a film.
+    """Writes parts of 2 s, which begin at the seconds `begins`, with a tone and `faces`, as a film.
 
     A .ts file consists of several files, as a joined recording.
     """
-    stamps = [[round(1000 * begin_s) + 100 * n for n in range(30)] for begin_s in begins]
+    stamps = [[round(1000 * begin_s) + 100 * n for n in range(20)] for begin_s in begins]
     if path.suffix != ".ts":
-        films.write(path, [picture(faces)] * 30 * len(begins), codec, 10, stamps=[*chain(*stamps)])
+        films.write(path, [picture(faces)] * 20 * len(begins), codec, 10, stamps=[*chain(*stamps)])
         return
     for begin_s, times in zip(begins, stamps, strict=True):
         part = path.with_suffix(f".{begin_s}.ts")
-        sound = tone(440, 3)
-        films.write(part, [picture(faces)] * 30, stamps=times, sound=sound, start_s=begin_s)
+        sound = tone(440, 2)
+        films.write(part, [picture(faces)] * 20, stamps=times, sound=sound, start_s=begin_s)
         with path.open("ab") as file:
             file.write(part.read_bytes())
 
 
 # The name of a film, the starts of its parts in seconds -> tracks, jumps, start of the last voice.
 JOINED = [
-    ("a.mp4", (5, 68, 400), [(0, 3), (63, 66), (395, 398)], [(3, 60), (66, 329)], None),
-    ("a.ts", (0, 183, 400), [(0, 9)], [(3, 180), (6, 214)], 7),
-    ("a.ts", (0, 183, 50), [(0, 9)], [(3, 180)], 4),  # the last step is back: its sound is left out
+    ("a.mp4", (5, 67, 400), [(0, 2), (62, 64), (395, 397)], [(2, 60), (64, 331)], None),
+    ("a.ts", (0, 182, 400), [(0, 6)], [(2, 180), (4, 216)], 4),
+    ("a.ts", (0, 182, 50), [(0, 6)], [(2, 180)], 2),  # the last step is back: its sound is left out
 ]
 
 
@@ -111,7 +111,7 @@ def test_nobody_is_visible_while_the_clock_jumps(
     np.testing.assert_allclose(tracks, spans, atol=0.1)
     np.testing.assert_allclose(found.jumps, jumps, atol=0.3)
     assert found.rate == pytest.approx(10, abs=0.1)
-    line = f"the clock jumps by {jumps[0][1] // 60}:00 at 0:03"
+    line = f"the clock jumps by {jumps[0][1] // 60}:00 at 0:02"
     lines = results.list_problems(found, path)
     assert lines[0].startswith(line) and not any("fewer than" in x for x in lines)
     if voice:

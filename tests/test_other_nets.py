@@ -65,7 +65,7 @@ class Archive:
             write_film(
                 self.films / f"{number:02}.mkv",
                 (1, 20, [("Ada", *places[0])]), (2, 60, [("Eve", *places[1])]),
-                (1, 120, [("Bob", *places[2]), ("Ada", *places[1])]),
+                (2, 35, [("Bob", *places[2]), ("Ada", *places[1])]),
             )  # fmt: skip
         for number in (1, 2, 3):
             write_photo(drawn.friends / "Ada" / f"{number}.png", ("Ada", 30 + number, 40))

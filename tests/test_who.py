@@ -23,7 +23,9 @@ pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video
 import vidjax
 from tests.helpers import drawn_people, films, made_nets
 from tests.helpers.clip_files import read_arrays
-from tests.helpers.drawn_people import COLOURS, GROUP, tags, tone, write_film, write_photo
+from tests.helpers.drawn_people import (
+    COLOURS, GROUP, Drawn, restore, tags, tone, write_film, write_photo,
+)  # fmt: skip
 from tests.helpers.seen import refused
 from vidjax.apps import features_folder, said
 from vidjax.apps.gallery.answers import read_groups
@@ -41,8 +43,18 @@ def shot(name, left=20):
     return 2, 20, [(name, left, 30)]
 
 
-def test_results_list_who_appears_when_in_every_format(drawn):
-    film, out = drawn.meet("Ada", "Bob", flags=["--workers=1", "--padding=0.5"]), drawn.out
+@pytest.fixture
+def met(place, command):
+    """Ada and Bob have photos, and `vidjax who` has read the film."""
+
+    def make(folder):
+        Drawn(folder, command).meet("Ada", "Bob", flags=["--workers=1", "--padding=0.5"])
+
+    return Drawn(restore(place, make), command)
+
+
+def test_results_list_who_appears_when_in_every_format(met):
+    drawn, film, out = met, met.folder / "party.mkv", met.out
     assert Gallery(out / "gallery").identities == {"Ada": 1, "Bob": 1}  # one photo each
     assert os.stat(out).st_mode & 0o077 == 0, "private to the user"
 
@@ -587,8 +599,8 @@ def test_thumbnails_are_optional_and_deleted_with_a_flag(drawn):
     assert not pictures() and not list(out.rglob("thumbnails")) and b"<img" not in page.read_bytes()
 
 
-def test_next_call_removes_what_killed_calls_have_left_and_keeps_files_of_the_user(drawn):
-    film, out = drawn.meet("Ada", "Bob"), drawn.out
+def test_next_call_removes_what_killed_calls_have_left_and_keeps_files_of_the_user(met):
+    out = met.out
     left = (
         "names.html", "names.tsv", "names.jsonl", "unknown.json", "unknown.tsv", "unmatched.tsv",
         "said.jsonl", "cuts/Ada.edl", "subtitles/party.vtt", "features/party.npz",
@@ -599,8 +611,8 @@ def test_next_call_removes_what_killed_calls_have_left_and_keeps_files_of_the_us
     own = {"own.partial", ".notes.txt.0123abcd.partial", "cuts/.Ada.edl.partial"}
     for name in own:
         (out / name).write_text("mine")
-    shutil.rmtree(drawn.friends / "Ada")
-    drawn.who(film, flags=["--forget-missing"])
+    shutil.rmtree(met.friends / "Ada")
+    met.who(met.folder / "party.mkv", flags=["--forget-missing"])
     assert {str(path.relative_to(out)) for path in out.rglob("*.partial")} == own
 
 
