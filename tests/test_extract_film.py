@@ -96,7 +96,7 @@ def write_joined(path, begins, faces, codec="libx264"):
 JOINED = [
     ("a.mp4", (5, 67, 400), [(0, 2), (62, 64), (395, 397)], [(2, 60), (64, 331)], None),
     ("a.ts", (0, 182, 400), [(0, 6)], [(2, 180), (4, 216)], 4),
-    ("a.ts", (0, 182, 50), [(0, 6)], [(2, 180)], 2),  # the last step is back: its sound is left out
+    ("a.ts", (0, 182, 50), [(0, 6)], [(2, 180)], 3),  # the last step is back: its sound is left out
 ]
 
 

@@ -342,8 +342,8 @@ def test_convert_measures_the_card_of_a_net_on_photos(drawn, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("unusable", [1, 3])
-def test_photos_without_a_face_are_reported_by_enrol_and_measure_card(drawn, tmp_path, unusable, read_here):
-    """Some or all of the three photos of each person show no face."""
+def test_photos_without_a_face_are_reported_by_all_commands(drawn, tmp_path, unusable, read_here):
+    """Some or all of the three photos of each person show no face. test_who.py tests `who`."""
     photos = tmp_path / "portraits"
     drawn_people.write_portraits(photos)
     for person in photos.iterdir():

@@ -23,9 +23,7 @@ pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video
 import vidjax
 from tests.helpers import drawn_people, films, made_nets
 from tests.helpers.clip_files import read_arrays
-from tests.helpers.drawn_people import (
-    COLOURS, GROUP, Drawn, restore, tags, tone, write_film, write_photo,
-)  # fmt: skip
+from tests.helpers.drawn_people import COLOURS, GROUP, tags, tone, write_film, write_photo
 from tests.helpers.seen import refused
 from vidjax.apps import features_folder, said
 from vidjax.apps.gallery.answers import read_groups
@@ -39,8 +37,8 @@ pytestmark = pytest.mark.usefixtures("read_here")
 
 
 def shot(name, left=20):
-    """Returns a shot of two seconds that shows only one person."""
-    return 2, 20, [(name, left, 30)]
+    """Returns a shot of a second that shows only one person."""
+    return 1, 20, [(name, left, 30)]
 
 
 @pytest.fixture
@@ -48,9 +46,10 @@ def met(place, command):
     """Ada and Bob have photos, and `vidjax who` has read the film."""
 
     def make(folder):
-        Drawn(folder, command).meet("Ada", "Bob", flags=["--workers=1", "--padding=0.5"])
+        flags = ["--workers=1", "--padding=0.5"]
+        drawn_people.Drawn(folder, command).meet("Ada", "Bob", flags=flags)
 
-    return Drawn(restore(place, make), command)
+    return drawn_people.Drawn(drawn_people.restore(place, make), command)
 
 
 def test_results_list_who_appears_when_in_every_format(met):
@@ -229,26 +228,27 @@ def test_folders_of_people_have_names_that_all_drives_allow(drawn):
 
 
 def test_unclear_faces_are_not_grouped_and_a_name_is_for_one_face(drawn):
-    """The card of the net declares that all faces in the film are unclear."""
+    """The card of the net declares that all faces in the photos are unclear."""
     card = drawn.models / "embed.json"
     content = json.loads(card.read_text())
     content["back_end"]["clear_quality"] = 1.0
     card.write_text(json.dumps(content))
-    film, table = drawn.folder / "film.mkv", drawn.out / "unknown.tsv"
-    places = (20, "Ada", 20), (60, "Eve", 80), (35, "Ada", 50), (90, "Eve", 10), (20, "Bob", 90)
-    write_film(film, *((2, bright, [(name, left, 30)]) for bright, name, left in places))
+    table, photos = drawn.out / "unknown.tsv", [drawn.folder / f"p{n}.png" for n in range(5)]
+    places = ("Ada", 20), ("Eve", 80), ("Ada", 50), ("Eve", 10), ("Bob", 90)
+    for photo, place in zip(photos, places, strict=True):
+        write_photo(photo, (*place, 30))
     write_photo(drawn.friends / "Ada.png", ("Ada", 40, 40))
-    ada = dict.fromkeys(("film.s000.t00", "film.s002.t00"), "Ada")  # each by its probability
-    eve, again, bob = (f"film.s{number:03}.t00" for number in (1, 3, 4))
+    ada = dict.fromkeys(("p0", "p2"), "Ada")  # each by its probability
+    eve, again, bob = "p1", "p3", "p4"
     faces = {eve: "unknown face 1", again: "unknown face 2", bob: "unknown face 3"}
 
-    content, _ = drawn.who(film)
+    content, _ = drawn.who(*photos)
     assert drawn.names() == ada | faces and (content["groups"], content["unclear"]) == (0, 3)
     assert "Unclear faces (3)" in (drawn.out / "names.html").read_text()
 
     # Eve gets a name in one clip. Other clips do not get the name of this unclear face.
     table.write_text(table.read_text().replace("unknown face 1", "Eve"))
-    content, _ = drawn.who(film)
+    content, _ = drawn.who(*photos)
     assert content["people"] == {"Ada": 1, "Eve": 1}
     assert drawn.names() == ada | faces | {eve: "Eve"}
     words = (drawn.out / "gallery", f"--input={drawn.out / 'features'}", "--json")
@@ -263,10 +263,10 @@ def test_unclear_faces_are_not_grouped_and_a_name_is_for_one_face(drawn):
     both = [found.face for clip in (again, bob) if (found := find(clip))]
     joined = [said.about(face, "same", number=2, of=both[0]) for face in both]
     said.append(drawn.out, said.stamp(joined))
-    drawn.who(film)
+    drawn.who(*photos)
     assert drawn.names() == ada | {eve: "Eve", again: "unknown 2", bob: "unknown 2"}
     write_photo(drawn.friends / "Eve.png", ("Eve", 40, 40))
-    drawn.who(film)
+    drawn.who(*photos)
     assert drawn.names() == ada | {eve: "Eve", again: "Eve", bob: "unknown face 2"}
 
 
@@ -523,39 +523,42 @@ def test_person_known_only_by_face_tags_is_forgotten_with_the_tags(drawn):
     """test_said.py tests people whose names a user has typed, too."""
     photo = drawn.friends / "Ada" / "2.png"
     write_photo(photo, *GROUP, tagged=GROUP)
-    film = drawn.meet("Ada", "Eve")
+    drawn.befriend("Ada", "Eve")
+    drawn.who(group := drawn.group())
     whole = photo.read_bytes()
     photo.write_bytes(b"damaged")
-    content, output = drawn.who(film, code=1)
+    content, output = drawn.who(group, code=1)
     assert content["people"]["Bob"] == 1 and "results of an earlier call are kept" in output
     photo.write_bytes(whole)
-    assert drawn.who(film).content["people"] == {"Ada": 2, "Bob": 1, "Eve": 1}
+    assert drawn.who(group).content["people"] == {"Ada": 2, "Bob": 1, "Eve": 1}
     # The code is 1, because the gallery and the results still contain Bob.
     content, _ = drawn.run("forget", "--identity=Bob", drawn.out, code=1)
     assert {place["kind"] for place in content["places"]} == {"gallery", "who"}
     write_photo(photo, ("Ada", 20, 20))
-    assert "Bob no longer has photos and is forgotten" in drawn.who(film).output
+    assert "Bob no longer has photos and is forgotten" in drawn.who(group).output
     assert drawn.run("forget", "--identity=Bob", drawn.out).content["places"] == []
 
 
 def test_last_person_without_photos_is_forgotten_although_the_call_fails(drawn):
-    film, out = drawn.meet("Ada", flags=["--thumbnails"]), drawn.out
+    group, out = drawn.group(), drawn.out
+    drawn.befriend("Ada")
+    drawn.who(group, flags=["--thumbnails"])
     shutil.rmtree(drawn.friends / "Ada")
-    _, output = drawn.who(film, flags=["--forget-missing"], code=2)
+    _, output = drawn.who(group, flags=["--forget-missing"], code=2)
     assert "Ada no longer has photos and is forgotten" in output
     assert not Gallery(out / "gallery").identities and not (out / "people/Ada").exists()
     named = [path for path in out.rglob("*") if path.is_file() and b"Ada" in path.read_bytes()]
     assert not named and not list(out.rglob("names.*")), "pages that name Ada are deleted"
     assert "names.html and the tables are deleted" in output and list(out.rglob("*.png"))
-    _, output = drawn.who(film, flags=["--no-thumbnails"], code=2)
+    _, output = drawn.who(group, flags=["--no-thumbnails"], code=2)
     assert "are deleted" not in output and not list(out.rglob("*.png"))
     shutil.rmtree(out)
-    assert "contains no photos" in drawn.who(film, code=2).output
+    assert "contains no photos" in drawn.who(group, code=2).output
     assert not out.exists()
 
     # Now there is a gallery, because the first call had no folder of people.
-    drawn.who(film, people=False)
-    assert "add photos" in drawn.who(film, code=2).output
+    drawn.who(group, people=False)
+    assert "add photos" in drawn.who(group, code=2).output
 
 
 @pytest.mark.slow
