@@ -123,7 +123,7 @@ def test_nobody_is_visible_while_the_clock_jumps(
 def lay_out(name, number):
     """Returns a picture of two halves. `number` is the number of the picture in the film."""
     first = picture([("Ada", 20 + number, 30)])
-    shifted = np.roll(first, -2, 1)  # the other eye
+    shifted = np.roll(np.minimum(first, 250) + 2, -2, 1)  # the other eye, a little brighter
     wall = films.scene(3, 96, 128) // 2
     return {
         "side by side": np.hstack([first, shifted]),
