@@ -26,6 +26,7 @@ from vidjax.apps.video import net_packages
 from vidjax.data import clip_files, memory
 from vidjax.utils import files
 from vidjax.utils.errors import UserError
+from vidjax.utils.files import reading
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -213,6 +214,12 @@ def refuse_table(path, *words):
     assert time.process_time() - began < 5 * slowness()
 
 
+def test_small_table_of_many_zeros_is_refused(tmp_path, tables_here, monkeypatch):
+    monkeypatch.setattr(reading, "LARGE_BYTES", files.MB)
+    refuse_table(write(tmp_path / "a.parquet", files.MB), "4,194,4", "bytes of almost equal values")
+
+
+@pytest.mark.slow
 def test_table_that_unpacks_to_80_mb_of_zeros_is_refused(tmp_path):
     path = write(tmp_path / "a.parquet", ZEROS)
     assert path.stat().st_size < 2000
