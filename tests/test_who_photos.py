@@ -71,7 +71,7 @@ def test_a_photo_whose_tags_cannot_be_read_any_more_keeps_its_people(drawn):
     for sidecar in sidecars:
         sidecar.unlink()
     content, output = drawn.who(group, code=1)
-    assert content["people"] == both and "the sidecar file with its face" in output
+    assert content["people"] == both and "the sidecar file with the face" in output
     assert {*drawn.names().values()} == {"Ada", "Bob"}
     sidecars[0].write_bytes(tags(PAIR[0]))  # a user has removed a tag
     assert drawn.who(group, code=1).content["people"] == {"Ada": 2}
