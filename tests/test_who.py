@@ -37,8 +37,8 @@ pytestmark = pytest.mark.usefixtures("read_here")
 
 
 def shot(name, left=20):
-    """Returns a shot of a second that shows only one person."""
-    return 1, 20, [(name, left, 30)]
+    """Returns a shot of two seconds that shows only one person."""
+    return 2, 20, [(name, left, 30)]
 
 
 @pytest.fixture

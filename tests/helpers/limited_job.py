@@ -33,7 +33,7 @@ def work(arguments: dict[str, Any]) -> dict[str, Any]:
             return {"process": os.getpid()}
         case "work":
             start = time.process_time()
-            while time.process_time() < start + 0.6:
+            while time.process_time() < start + 0.7:
                 pass
             return {"process": os.getpid()}
         case "crash":
