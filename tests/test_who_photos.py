@@ -46,8 +46,8 @@ def test_tags_that_do_not_fit_their_photo_enrol_nobody(drawn):
     drawn.out.mkdir()
     found = people_photos.find_faces(drawn.friends, drawn.out, drawn.models, 1, notes.append)
     people = {x: [] for x in path_of.values()}
-    for face in map(found.faces.get, sorted(found.usable)):
-        people[face.path].append(face.face.person)
+    for clip in sorted(found.usable):
+        people[found.faces[clip].path].append(found.faces[clip].face.person)
     for change, (_, _, words, names) in TAGGED.items():
         path = path_of[change]
         assert people[path] == names.split() and (str(path) in found.failed) == (not names), change
