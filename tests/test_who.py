@@ -684,6 +684,6 @@ def test_features_of_other_nets_or_settings_are_refused(drawn):
 
 def test_python_names_people_of_paths_that_are_texts(drawn):
     drawn.befriend("Ada")
-    paths = drawn.group(), drawn.friends, drawn.out, drawn.models
-    done = vidjax.name_people(*map(str, paths))
+    out, models = str(drawn.out), str(drawn.models)
+    done = vidjax.name_people(str(drawn.group()), str(drawn.friends), out, models)
     assert done.people == {"Ada": 1} and "Ada" in drawn.names().values()
