@@ -55,7 +55,8 @@ def _get_rate(film: MediaFile) -> float:
 
 
 def _count_frames(film: MediaFile) -> int:
-    return int(film.seconds * _get_rate(film) + 1e-3)
+    # Times in .mkv files are rounded to milliseconds, so the last picture may seem to be shorter.
+    return int(film.seconds * _get_rate(film) + 0.1)
 
 
 def write(

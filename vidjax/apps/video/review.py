@@ -171,7 +171,7 @@ class _Pages:
                     raise UserError(f"there is already {name}. Is {merged[0]} the same person?")
                 elif asks and name and not is_unknown(name) and review.is_unclear(of):
                     problem = problem._replace(asked=True)
-                    raise UserError("the face is unclear, and may be of somebody else. Are you sure?")
+                    raise UserError("the face is unclear, and may be somebody else. Are you sure?")
                 else:
                     review.change(action, of, name, after, version)
                     if action == "name" and [view.get("person")] == of:
