@@ -59,7 +59,7 @@ def test_changed_identities_get_one_line_and_other_names_none(identities, words)
         warn_of_changed(places_of(identities))
     (text,) = [str(warning.message) for warning in caught]
     assert words in text and text.startswith("labels.csv: line ") and "\n" not in text
-    assert "write them as text" in text
+    assert "write identities as text" in text
 
 
 @pytest.mark.parametrize("blank", ["\u00a0", "  ", "\u2009", "\u202f"])

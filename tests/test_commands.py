@@ -87,7 +87,7 @@ WORDS = {
     f"{TRAIN} --coordinator=a:9": "also needs --num_processes",
     **{f"{TRAIN} --num_processes=2 --process_id=0 --coordinator={address}": "HOST:PORT"
        for address in ("a", ":9", "a:", "a:nine", "a:0", "a:65536")},
-    f"{TRAIN} --num_processes=2 --process_id=2 --coordinator=a:9": "--process_id=0 to 1",
+    f"{TRAIN} --num_processes=2 --process_id=2 --coordinator=a:9": "must be from 0 to 1",
     f"{TRAIN} --num_processes=0 --process_id=0 --coordinator=a:9": "1 or more",
     f"{TRAIN} --num_processes=2 --process_id=0 --coordinator=a:9 --coordinator_timeout=nan":
         "give seconds",

@@ -112,7 +112,7 @@ def test_nobody_is_visible_while_the_clock_jumps(
     np.testing.assert_allclose(tracks, spans, atol=0.1)
     np.testing.assert_allclose(found.jumps, jumps, atol=0.3)
     assert found.rate == pytest.approx(10, abs=0.1)
-    line = f"the clock jumps by {jumps[0][1] // 60}:00 at 0:03"
+    line = f"the times of the pictures jump by {jumps[0][1] // 60}:00 at 0:03"
     lines = results.list_problems(found, path)
     assert lines[0].startswith(line) and not any("fewer than" in x for x in lines)
     if voice:

@@ -348,7 +348,7 @@ def test_migration_warns_of_clips_that_another_detector_may_have_numbered(archiv
     drawn.run("extract", archive.films, f"--models={models}", f"--out={features}")
     words = ["gallery", "migrate", archive.out / "gallery", drawn.folder / "g"]
     done = drawn.run(*words, f"--input={features}")
-    assert "clips with the number of a face: 3, such as 00.s001.t00" in done.output
+    assert "the names of 3 clips, such as 00.s001.t00, are numbers of faces" in done.output
 
 
 def test_photos_that_were_saved_again_keep_a_changed_name_when_nets_change(archive, drawn):

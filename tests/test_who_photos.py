@@ -62,7 +62,7 @@ def test_a_photo_whose_tags_cannot_be_read_any_more_keeps_its_people(drawn):
     assert content["people"] == {"Ada": 1, "Bob": 1} and "1.png.xmp" in output
     sidecar.unlink()
     content, output = drawn.who(drawn.group(), code=1)
-    assert content["people"] == {"Ada": 1, "Bob": 1} and "the sidecar file with its face" in output
+    assert content["people"] == {"Ada": 1, "Bob": 1} and "the sidecar file with the face" in output
     sidecar.write_bytes(tags(PAIR[0]))  # a user has removed a tag
     assert drawn.who(drawn.group()).content["people"] == {"Ada": 1}
 

@@ -39,7 +39,7 @@ MAX_LISTED_CLIPS = 100  # per identity
 
 
 class TableTask:
-    """Computes a table of results from a parquet table of clips. Subclasses: `Embed` and `Rank`."""
+    """Makes a table of results from a parquet table of clips. Subclasses: `Embed` and `Rank`."""
 
     joined = False  # True if `join_rankings` joins the results of all tables
 
@@ -124,8 +124,8 @@ def join_rankings(lists: "pyarrow.Table") -> "pyarrow.Table":
 def list_tables(source: str | Path) -> list[Path]:
     """Returns the sorted paths of the parquet tables in a folder.
 
-    If `source` is no folder, or a dataset with a table for each split, such as `val.parquet`, the
-    list is empty. Raises UserError if the folder contains tables and other files.
+    The list is empty if `source` is no folder, or is a dataset with a table for each split, such as
+    `val.parquet`. Raises UserError if the folder contains tables and other files.
     """
     source = files.local(source)
     entries = sorted(source.iterdir()) if source.is_dir() else []

@@ -85,7 +85,7 @@ class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def is_measured(self) -> bool:
-        """False for the default numbers of a family of nets."""
+        """False if the numbers are the default of a family of nets."""
         return not self.data.startswith(NOT_MEASURED)
 
 
@@ -106,14 +106,14 @@ class Source(Struct, kw_only=True, forbid_unknown_fields=True):
     sha256: Sha256
 
     def describe(self) -> str:
-        """Returns the name of the file and of its package, or that vidjax does not know them."""
+        """Returns a text with the names of the file and its package, if they are known."""
         if self.package == UNKNOWN:
             return f"{self.file}, which is not a known file (sha256 {self.sha256[:12]}...)"
         return f"{self.file} of {self.package} {self.version}"
 
 
 class Vector(Struct, kw_only=True, forbid_unknown_fields=True):
-    """Four numbers of a net's output for a test. They are checked when the net is loaded."""
+    """Four numbers of a net's output for a test input. They are checked when the net is loaded."""
 
     seed: Count  # determines the input of the test, see `nets.make_formula_inputs`
     output: tuple[Finite, Finite, Finite, Finite]
@@ -166,7 +166,8 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
 class Card(Written, kw_only=True, forbid_unknown_fields=True):
     """A card that was read from the JSON file `path`.
 
-    `digest` is the sha256 of this file, before the numbers of its back end were measured again.
+    `digest` is the sha256 of this file. If the numbers of `back_end` were measured again, it is the
+    sha256 of the file before.
     """
 
     path: Path
@@ -203,7 +204,7 @@ def load(folder: Path) -> dict[Role, Card]:
 
 
 def read_all(folder: Path) -> dict[Role, Card]:
-    """Reads the cards in a folder without their nets; returns role -> card."""
+    """Reads the cards in a folder, but not their nets; returns role -> card."""
     cards: dict[Role, Card] = {}
     for path in sorted(folder.glob("*.json")):
         card = read(path)
@@ -217,7 +218,7 @@ def read_all(folder: Path) -> dict[Role, Card]:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """Returns a folder of nets, its cards and its nets, which may be links to other folders."""
+    """Returns the paths of a folder of nets, of its cards and of its nets. A net may be a link."""
     return [folder, *folder.glob("*.json"), *folder.glob("*.onnx")]
 
 
@@ -291,5 +292,5 @@ PUBLISHED: dict[str, Any] = msgspec.json.decode(Path(__file__).with_name("nets.j
 
 
 def list_embedders(cards: Mapping[Role, Card]) -> dict[str, Card]:
-    """Returns modality, such as `face`, -> card of the net that computes its embeddings."""
+    """Returns modality -> card of the net that computes the embeddings of this modality."""
     return {part: cards[role] for part, role in EMBEDDER_ROLES.items() if role in cards}

@@ -1,8 +1,8 @@
 """Reads what people said in folders of results that version 0.1.0 of `vidjax who` has written.
 
-The log replaces these places: the names of clips in the gallery, the denied names in the gallery,
-and the entries `films`, `fixed` and `apart` of `unknown.json`. The folders `earlier` contained
-descriptions of films that other nets had to read again.
+Before there was a log, the gallery stored names and denied names of clips, and the entries `films`,
+`fixed` and `apart` of `unknown.json` stored the rest. The folders `earlier` contained descriptions
+of films that other nets had to read again.
 """
 
 import contextlib
@@ -72,7 +72,7 @@ def is_earlier(content: Any) -> bool:  # noqa: ANN401  (any JSON)
 
 
 def number_faces(out: Path) -> tuple[list[str], dict[Face, int], int]:
-    """Returns the numbers of `unknown.json`: digests of films, face -> number, the highest."""
+    """Returns three entries of `unknown.json`: digests of films, face -> number, highest number."""
     content = read_numbers(out) or {}
     films, numbers = content.get("films", {}), dict[Face, int]()
     for x, number in _Results(out).locate(films):
@@ -166,7 +166,7 @@ def _list_numbers(results: _Results, content: Mapping[str, Any]) -> Iterator[Lin
 
 
 def move_descriptions(out: Path) -> None:
-    """Moves the descriptions of films and photos that version 0.1.0 kept for other nets."""
+    """Moves the descriptions of films and photos that other nets had to read again."""
     for folder in (out / FEATURES, *locate_people(out).values()):
         for path in (folder / EARLIER).glob("*.json"):
             if (folder / VIDEOS / path.name).exists():

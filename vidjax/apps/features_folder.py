@@ -11,8 +11,8 @@ shot, such as `STEM.s003`. A photo with a single face is the clip `STEM`. A phot
 has the clips `STEM.f01`, `STEM.f02` and so on. `vidjax.data.arrays` reads the clips.
 
 `videos/STEM.json` is written last. If it is missing, the extraction was interrupted, and the next
-call extracts the video again. If only `STEM.npz` is missing, nets have changed, and the file is not
-read again yet.
+call extracts the video again. If only `STEM.npz` is missing, the nets have changed, and the video
+was not yet read again.
 """
 
 import contextlib
@@ -107,7 +107,7 @@ class FaceTrack(Struct, kw_only=True):
 
     @property
     def unclear(self) -> bool:
-        """Whether the faces are too small or too blurred to compare them with such faces."""
+        """Whether the faces are too small or blurred to compare them with other unclear faces."""
         return self.clarity < LEAST_CLARITY
 
 
@@ -181,7 +181,7 @@ class MediaFile(Struct, kw_only=True, dict=True):
 
     @property
     def is_dark(self) -> bool:
-        """Whether no face was found, and the pictures are too dark to find faces."""
+        """Whether no face was found, because the pictures are too dark."""
         return not self.tracks and (self.brightness or 1.0) < DARK
 
     @functools.cached_property
@@ -192,7 +192,7 @@ class MediaFile(Struct, kw_only=True, dict=True):
 
     @functools.cached_property
     def faces(self) -> dict[str, Face]:
-        """Clip -> its face, as the log of names identifies it."""
+        """Clip -> face. The log of names identifies clips by such faces."""
         faces = ((track.clip, make_face(self.sha256, track)) for track in self.tracks)
         return {clip: face for clip, face in faces if face}
 
@@ -234,7 +234,7 @@ def read_extraction(folder: Path) -> Extraction | None:
 
 
 def choose_settings(folder: Path, **given: object) -> ExtractionSettings | None:
-    """Returns the settings `given` for a folder of features, or None if all given values are None.
+    """Returns the settings for a folder of features, or None if all `given` values are None.
 
     A setting that is None keeps the value of the last call. In a new folder, it gets its default.
     """
@@ -274,13 +274,13 @@ def _distinguish(twins: Sequence[MediaFile]) -> None:
 
 
 def describe_media_files(out: Path) -> dict[str, MediaFile]:
-    """Returns stem -> each film or photo, with the files that must be read again."""
+    """Returns stem -> film or photo, even if the film or photo must be read again."""
     stems = [path.stem for path in sorted((out / VIDEOS).glob("*.json"))]
     return {stem: film for stem in stems if (film := describe_media_file(out, stem))}
 
 
 def find_unread(out: Path) -> dict[str, MediaFile]:
-    """Returns stem -> film or photo that must be read again, because nets have changed."""
+    """Returns stem -> film or photo that other nets must read again."""
     stems = [path.stem for path in (out / VIDEOS).glob("*.json")]
     unread = (stem for stem in sorted(stems) if not has_features(out, stem))
     return {stem: film for stem in unread if (film := describe_media_file(out, stem))}
@@ -294,7 +294,7 @@ def describe_media_file(out: Path, stem: str) -> MediaFile | None:
 
 
 def has_features(out: Path, stem: str) -> bool:
-    """Returns False if a film or photo must be read again, because nets have changed."""
+    """Returns False if other nets must read a film or photo again."""
     return files.exists(out / f"{stem}.npz")
 
 
@@ -348,7 +348,7 @@ class SeenClip(NamedTuple):
 
 
 class FaceFinder:
-    """Finds the faces of clips in a folder of results, with few readings of files."""
+    """Finds the faces of clips in a folder of results. Files are read only if needed."""
 
     def __init__(self, out: Path):
         self._out, self._people = out, locate_people(out)
@@ -365,7 +365,7 @@ class FaceFinder:
 
 
 def set_aside(out: Path) -> None:
-    """Removes all features before other nets are used, but keeps the descriptions of the files."""
+    """Removes all features, so that other nets can be used. Keeps the descriptions of the files."""
     known = describe_media_files(out)
     for path in out.glob("*.npz"):
         if path.stem in known:
@@ -382,7 +382,7 @@ def lacks_pictures(out: Path, stem: str) -> bool:
 
 
 def list_files_of(path: Path) -> list[Path]:
-    """Returns the files and the thumbnails of the media file to which a file of features belongs.
+    """Returns all files and thumbnails of the film or photo whose features are in `path`.
 
     Returns [] if `path` is not in a folder of features.
     """
@@ -427,7 +427,7 @@ def remove_features(out: Path) -> bool:
 
 
 def remove_leftovers(out: Path, stems: set[str] | None) -> None:
-    """Removes temporary files, and if `stems` is given, the features of all other stems."""
+    """Removes temporary files and, if `stems` is given, the features of all other stems."""
     videos = out / VIDEOS
     files.remove_partials(out, rf"{re.escape(NAME)}|.+\.npz")
     files.remove_partials(videos, r".+\.json")
@@ -441,7 +441,7 @@ def remove_leftovers(out: Path, stems: set[str] | None) -> None:
 
 
 def check_photo(file: MediaFile) -> tuple[str | None, str]:
-    """Returns the clip of the only face in a photo, and the problem of the photo.
+    """Returns the clip of the only face in a photo, and a problem of the photo.
 
     If the photo does not show exactly one face, the clip is None. If there is one good face, the
     problem is "".

@@ -1,7 +1,7 @@
 """Finds people and clips in all galleries and files: the search of `vidjax forget`.
 
-Clips are deleted from galleries and from converted datasets in the cache, and so are files that a
-killed process has not finished. Runs, folders of `vidjax who` and other files (see `traces`) are
+Clips are deleted from galleries and from converted datasets in the cache. Unfinished files of
+killed processes are deleted, too. Runs, folders of `vidjax who` and other files (see `traces`) are
 only listed.
 """
 
@@ -76,7 +76,7 @@ class Survey(NamedTuple):
         return sorted(folder for folder, found in self.kind_of.items() if found == kind)
 
     def find_whole(self, path: Path) -> Path | None:
-        """Returns the nearest folder of a kind in REMEDIES: `path` or a folder above it."""
+        """Returns `path` or the nearest folder above that has a kind in REMEDIES."""
         folders = (path, *path.parents)
         return next((x for x in folders if self.kind_of.get(x) in REMEDIES), None)
 
@@ -270,7 +270,8 @@ def _report_gallery(gallery: "Gallery", clips: Collection[Clip], *, delete: bool
 def list_clear_names(clips: Iterable[str]) -> set[str]:
     """Returns the names of clips without their ending. Leaves out names such as `1` or `a`.
 
-    Nearly every file contains such short names. Their clips are found by person and by vector.
+    Nearly every file contains such short names. Clips with short names are found by person and
+    vector.
     """
     bare = map(names_lib.strip_ending, clips)
     return {name for name in bare if len(name) >= MIN_LETTERS and not name.isdigit()}

@@ -1,19 +1,19 @@
 """The log of what people said about faces: `said.jsonl` in a folder of results of `vidjax who`.
 
-A line is about a face, which is identified by the sha256 of its film or photo, a time in seconds,
-and a box (left, top, width and height, as fractions of the picture). So a line stays true if nets,
-file names or names of clips change. Lines are only added. The lines of a step have the same time
-`when`. These are the words `says`:
+A line is about a face. The sha256 of the film or photo, a time in seconds, and a box (left, top,
+width and height, as fractions of the picture) identify the face. So a line stays true if nets, file
+names or names of clips change. Lines are only added. The lines of a step have the same time `when`.
+These are the words `says`:
 
     is      the face shows the person `of`, or if `of` is null, a stranger
     not     the face does not show the person `of`
-    same    the face shows the unknown person `number`, as the face `of` does. If `person` is given,
-            such as `unknown 7`, all faces of this person do
+    same    this face and the face `of` show the unknown person `number`. If `person` is given,
+            such as `unknown 7`, all faces of this person show the person `number`
     apart   the face shows the unknown person `number`, who is not the person of the face `of`
-    ignore  the face does not matter. If `of` is "once", a person who is enrolled later is named
+    ignore  the face gets no name. If `of` is "once", it gets the name of a person enrolled later
     rename  the person `person` is called `of` from now on
-    undo    the step with the time `of` does not count. If `of` is null: what was said about the
-            face does not count
+    undo    the step with the time `of` does not count. If `of` is null, no earlier line about the
+            face counts
     forgotten  replaces the lines of a forgotten person
 """
 
@@ -56,7 +56,7 @@ class Face(Struct, kw_only=True, frozen=True, omit_defaults=True):
 
 
 class Line(Struct, kw_only=True, frozen=True, omit_defaults=True):
-    """A line of the log, see the module."""
+    """A line of the log. The module describes the fields."""
 
     says: Literal["is", "not", "same", "apart", "ignore", "rename", "undo", "forgotten"]
     film: Sha256 | None = None
@@ -97,7 +97,7 @@ def _to_size(box: Sequence[float]) -> Box:
 
 
 def about(face: Face, says: Any, **values: Any) -> Line:  # noqa: ANN401  (fields of `Line`)
-    """Returns a line about a face."""
+    """Returns a line of the log that is about a face."""
     return Line(
         says=says, film=face.film, at=face.at, box=face.box, places=face.places, **values
     )  # fmt: skip
@@ -151,7 +151,7 @@ def append(out: Path, lines: Sequence[Line]) -> None:
 
 
 def forget(out: Path, person: str) -> int:
-    """Deletes the lines of a person; returns their number. Each leaves a line without content."""
+    """Replaces the lines of a person by lines without content; returns the number of lines."""
     if not has_log(out):
         return 0
     with _lock(out):
@@ -192,7 +192,7 @@ def _end_last_line(path: Path) -> None:
 
 
 class Act(NamedTuple):
-    """A change of names in a gallery that `vidjax who` made. It is written into the log, too."""
+    """A change of names in a gallery of `vidjax who`. It is written into the log, too."""
 
     says: str  # "is", "rename", "undo", or "forgotten" for a removed person
     what: str  # the clip, or the person

@@ -1,7 +1,7 @@
 """The limits of a server: their defaults, their ranges, and how a user sets them.
 
-The fields of `Limits` are the only list of limits. The flags of `vidjax serve`, its environment
-variables, its help, `/openapi.json` and the table in the page of the server come from it.
+The fields of `Limits` are the only list of limits. The flags, environment variables and help of
+`vidjax serve`, `/openapi.json` and the table in the page of the server come from these fields.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ def _duration(about: str) -> Meta:
 
 
 class Limits(Struct, frozen=True, kw_only=True):
-    """The limits of a server. `_bytes` are sizes in bytes, and `_seconds` are times in seconds."""
+    """The limits of a server. Names end in `_bytes` for sizes, and in `_seconds` for times."""
 
     # fmt: off
     body_bytes: Annotated[int, _size(
@@ -77,7 +77,7 @@ class Limits(Struct, frozen=True, kw_only=True):
 
 
 class Limit(NamedTuple):
-    """A field of `Limits`."""
+    """A limit, which is a field of `Limits`."""
 
     kind: Any  # int or float, with its range
     meta: Meta  # the range and the meaning

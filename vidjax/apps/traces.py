@@ -61,7 +61,7 @@ PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{8}\.partial")
 
 
 class Trace(NamedTuple):
-    """The reason why a file is listed."""
+    """The reason why `vidjax forget` lists a file."""
 
     about: str
     ours: bool  # True if no other program writes such a file
@@ -138,7 +138,7 @@ class Traces:
             yield decode(head) if is_text else decode(b"\n".join(_STRINGS.findall(head)))
 
     def in_lines(self, array: np.ndarray) -> bool:
-        """Returns whether a list of names, the lines of a text in uint8, contains a name."""
+        """Returns whether a line of a text, an array of uint8, is a searched name."""
         return not self._lines.isdisjoint(map(normal_form, decode(array.tobytes()).split("\n")))
 
     def in_text(self, text: str) -> bool:
@@ -179,7 +179,7 @@ class Traces:
 
 
 def read(path: Path, name: str) -> Content:
-    """Reads a file. Its ending in `name` shows its kind."""
+    """Reads a file. The ending of `name` shows the kind of the file."""
     kinds = [kind.lower() for kind in Path(name).suffixes]
     with files.open_regular(path) as file:
         is_sqlite = file.read(len(SQLITE)) == SQLITE

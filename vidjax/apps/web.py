@@ -44,7 +44,7 @@ def is_local(headers: Headers) -> bool:
 
 
 def is_same_site(headers: Headers) -> bool:
-    """Returns whether no page of another site has sent a request."""
+    """Returns False if a page of another site has sent a request."""
     origin = headers.get("origin")
     same_origin = origin is None or _split(origin).netloc == headers.get("host")
     return same_origin and headers.get("sec-fetch-site", "none") in ("none", "same-origin")
@@ -113,7 +113,7 @@ class Server(uvicorn.Server):
         await (FULL if refuses else self._app)(scope, receive, send)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Handles a signal."""
+        """Handles a signal that asks the server to end."""
         if self._unready_seconds and not self._leaving.is_set():
             _make_timer(self._unready_seconds, self._stop).start()
         elif self.should_exit:

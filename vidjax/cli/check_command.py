@@ -35,7 +35,7 @@ def check(args: argparse.Namespace) -> Result:
     """Checks the installation, and the run, gallery or configuration that a flag names.
 
     Prints the result of a check when the check ends. The exit code is 0 if no check fails, 3 if a
-    checkpoint is damaged, and 2 for other faults. Parts that are not installed are no faults. The
+    checkpoint is damaged, and 2 for other faults. A part that is not installed is no fault. The
     verdict counts the warnings of the checks.
     """
     findings, code = [], 0
@@ -70,7 +70,8 @@ def check(args: argparse.Namespace) -> Result:
 def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
     """Returns the checks that the flags ask for, subject -> function. A subject is, e.g., `data`.
 
-    The function returns a summary of the subject. If the subject has a fault, it raises an error.
+    A function returns a summary of its subject. If the subject has a fault, the function raises an
+    error.
     """
     if args.overrides and not (args.workdir or args.config):
         raise UserError(

@@ -279,7 +279,7 @@ def convert_nets(args: argparse.Namespace) -> Result:
     paths, out = args.paths, args.out
     if (args.kind == "own") != bool(args.like) or ((args.size or args.colour) and not args.like):
         raise UserError(
-            "--like is needed with own, and --like, --size and --colour are only for own\n"
+            "own needs --like, and only own allows --like, --size and --colour\n"
             "example: vidjax convert own net.onnx --like=arcface --out=models"
         )
     if len(paths) > (2 if args.kind == "opencv" else 1):
@@ -345,7 +345,7 @@ def measure_card(args: argparse.Namespace) -> Result:
 
 
 def describe_cards(done: Sequence[MeasuredCard], gallery: Gallery | None = None) -> Result:
-    """Returns the result of measured cards. `gallery` uses their numbers, if it is given."""
+    """Returns the result of `vidjax measure-card`. `gallery`, if given, gets the new numbers."""
     content, texts, rows = list[object](), dict[str, str](), list[tuple[str, ...]]()
     for card, found, back_end, by_quality, unclear in done:
         assert card.back_end

@@ -408,7 +408,7 @@ def _identify(args: argparse.Namespace) -> Result:
     has_times = bool(out) and out.suffix in subtitles.FORMATS
     if has_times and not films:
         raise UserError(
-            f"--out={out} is a file with times, and only features of vidjax extract have times\n"
+            f"--out={out} needs the times of clips: only features of vidjax extract have times\n"
             "to write a table without times: --out=answers.tsv"
         )
     gallery, chosen = _open(args), _read_rule(args)
@@ -539,8 +539,8 @@ def _migrate(args: argparse.Namespace) -> Result:
     # `gallery migrate` knows no times and boxes, so it cannot match faces as `vidjax who` does.
     if numbered := clip_inputs.list_numbered(old, clip_inputs.read_films(path)):
         terminal.say(
-            f"clips with the number of a face: {len(numbered):,}, such as {show(numbered[0])}. "
-            "Another detector may have given this number to another person's face\n"
+            f"the names of {len(numbered):,} clips, such as {show(numbered[0])}, are numbers of "
+            "faces. Another detector numbers faces in another way\n"
             "if the detector has changed, create NEW again with features by the old detector",
             warning=True,
         )

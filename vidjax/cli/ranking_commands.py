@@ -99,8 +99,8 @@ def add_score_flags(parser: Parser) -> None:
 def score_files(args: argparse.Namespace) -> Result:
     """Scores a submission file against a ground truth file. Prints the MAP@100 on the last line.
 
-    A submission that the organisers' script refuses is refused. Other faults of the submission are
-    printed as warnings. If `--strict` is given, they are errors.
+    If the organisers' script refuses a submission, so does this command. Other faults of the
+    submission are printed as warnings. If `--strict` is given, they are errors.
     """
     from vidjax.evaluation import ranking
 
@@ -145,7 +145,7 @@ def add_compare_flags(parser: Parser) -> None:
 
 
 def compare_runs(args: argparse.Namespace) -> Result:
-    """Compares the MAP of each run with the MAP of the first."""
+    """Compares the MAP of each run with the MAP of the first run."""
     from vidjax.evaluation import comparison
     from vidjax.runs import config as config_lib, config_io
     from vidjax.training import public

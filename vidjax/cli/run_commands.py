@@ -103,7 +103,7 @@ def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]
 
 
 def evaluate(args: argparse.Namespace) -> Result:
-    """Ranks the clips of a split with a run, or with the averaged scores of several runs."""
+    """Ranks the clips of a split with a run, or with the mean scores of several runs."""
     began = time.monotonic()
     config, folder = read_evaluate_settings(args)
     from vidjax.training.dry_run import dry_run

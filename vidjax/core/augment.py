@@ -20,7 +20,7 @@ NOISE_FRAMES = 50  # shorter distractor clips are concatenated (code of 5th plac
 
 
 class MemberClips(NamedTuple):
-    """The B clips of a training step, as a member (net) of an ensemble receives them."""
+    """The B clips of a training step that a member (net) of an ensemble receives."""
 
     frames: Mapping[str, Frames]  # modality -> Frames [B, T]
     labels: Array  # [B] int32, column of the class of each clip in the logits
@@ -35,7 +35,7 @@ BatchTransform = Callable[[Array, MemberClips], MemberClips]
 
 
 def drop_poor_frames(rng: Array, clips: MemberClips, *, poor_clips: str = "keep") -> MemberClips:
-    """Drops the frames whose quality is below `clips.min_quality`.
+    """Drops frames with a quality below `clips.min_quality`.
 
     If all frames of a clip in a modality are too poor, they are kept. With `poor_clips="drop"`, the
     weight of a clip becomes 0 if all its frames in the first modality are too poor.
@@ -87,10 +87,10 @@ def concat_clips(
 ) -> Frames:
     """Concatenates short clips with other short clips of the batch, and cuts long clips.
 
-    With probability 0.5, the frames of another chosen short clip are appended to a short clip, and
-    numbered after its last frame. A long clip is cut to a random piece. To extend all modalities of
-    a clip by the same clip, and to cut them at the same relative position, call this function for
-    each modality with the same `rng`, `chosen` and `short`.
+    With probability 0.5, a short clip gets the frames of another chosen short clip at its end.
+    Their numbers follow the number of its last frame. A long clip is cut to a random piece. Call
+    this function for each modality with the same `rng`, `chosen` and `short`. Then all modalities
+    of a clip get the same other clip, and are cut at the same relative position.
 
     Args:
       chosen: [B] bool, True for clips that may change. It must be False on padded rows.

@@ -1,9 +1,9 @@
 """The structures of a batch of clips, and the conventions for axes and class columns.
 
 The letters in shapes mean the same in all modules. B counts the clips of a batch, N the clips of a
-dataset, T frames, M modalities (such as face and voice) or the vectors that a model computes from
-them, D features, K clusters or class columns, C identities, E members (nets) of an ensemble, and G
-branches (sets of logits) of a model, or examples of a clip.
+dataset, T frames, D features, K clusters or class columns, C identities, and E members (nets) of an
+ensemble. M counts modalities, such as face and voice, or the vectors of modalities in a model. G
+counts the branches (sets of logits) of a model, or the examples of a clip.
 
 Class columns are the columns of logits and scores, [B, 1 + C]. Column 0 is "other": distractors,
 which show none of the identities. Columns 1..C are the identities in the order of
@@ -60,7 +60,7 @@ class NoiseClassLayout(NamedTuple):
 
 
 class LazyFeatures(NamedTuple):
-    """Features of frames as rows of a large array. `fusion.read` gathers them into [B, T, D].
+    """Features of frames as rows of a large array. `fusion.read` gathers the rows into [B, T, D].
 
     Attributes:
       values: [F, D], features of all F frames of the dataset, in the stored dtype.
@@ -118,7 +118,7 @@ class ClipInfo(NamedTuple):
       index: [B] int32, row of each clip among the training clips; 0 on padded rows.
       mask: [B] bool, True for real clips. Padded rows must not affect the batch statistics.
       labels: [B] int32, class columns in training; None in evaluation.
-      measure: [B] float32, quality by `Identifier.measure_clips`, or None. None in training.
+      measure: [B] float32, quality by `Identifier.measure_clips`, or None. It is None in training.
     """
 
     index: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
@@ -138,8 +138,8 @@ class ModelOutput(NamedTuple):
       embedding: [B, D] float32, input of the classifier.
       loss_weight: [B, G] float32, weight of each branch in the loss; 0 if the branch does not
         learn from the clip.
-      score_weight: [B, G] float32, weight of each branch in evaluation. It is a factor of the
-        branch's probabilities, not of its logits. Smaller weights rank the clip lower.
+      score_weight: [B, G] float32, weight of each branch in evaluation. It multiplies
+        probabilities, not logits. Smaller weights rank the clip lower.
       attention: [B, M, M] weights between M vectors, such as one per modality. Entry [b, i, j] is
         the weight of vector i in the new vector j. None without attention.
       logit_scale: [G] float32, learned factor on the cosines in the logits of each branch, or None.
@@ -154,7 +154,7 @@ class ModelOutput(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """All F frames of N clips in a modality: arrays without padding, clip after clip."""
+    """All F frames of N clips in a modality, clip after clip, in arrays without padding."""
 
     features: Array  # [F, D] in the stored dtype
     quality: Array  # [F] float32, see Frames

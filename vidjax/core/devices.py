@@ -109,7 +109,7 @@ def _return_unchanged(x: Array) -> Array:
 
 
 def shapes(tree: Tree, layout: NamedSharding) -> Tree:
-    """Returns the shapes of a tree of arrays that have the layout `layout` on the devices."""
+    """Returns the shapes, dtypes and `layout` of a tree of arrays, without the arrays."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), tree)
 
 

@@ -33,7 +33,7 @@ class Member(NamedTuple):
 
 
 class TrainingSets(NamedTuple):
-    """The clips that each of the E members (nets) of an ensemble was trained on."""
+    """The training clips of each of the E members (nets) of an ensemble."""
 
     members: tuple[Member, ...]
     clips: tuple[str, ...]  # names of the N training clips
@@ -141,9 +141,9 @@ def count_clip_uses(
 
 
 def add_trained_clips(sets: TrainingSets, earlier: TrainingSets) -> TrainingSets:
-    """Returns `sets` with the clips of `earlier`, because training continued from its weights.
+    """Adds the clips of an earlier training to `sets`, because its weights were trained further.
 
-    A member of `sets` continues the member of `earlier` at the same place, or its only member.
+    Member i of `sets` continues member i of `earlier`, or the only member of `earlier`.
     """
     known = _index_clips(sets.clips)
     more = tuple(clip for clip in earlier.clips if clip not in known)
@@ -166,7 +166,7 @@ def choose_scoring_members(
 
     A member scores the clips that it was not trained on. If all members were trained on all
     training clips, and `clips` contains a training clip, all members score all clips. Returns
-    [E, n] bool, and whether all members score all clips for this reason.
+    [E, n] bool, and True if this exception applies.
     """
     position = _index_clips(training_sets.clips)
     rows = np.array([position.get(name, -1) for name in clips], np.int64)

@@ -2,10 +2,10 @@
 
 A fusion maps Frames [B, T] to Frames [B, T'], and can be jitted. Random numbers are drawn in the
 shape of the whole batch, so they do not depend on the number of devices. Selected features keep
-their stored dtype. Of LazyFeatures, only the selected rows are read. In a mask, real frames may
-come after masked frames, for example after `filter_frames`. If a clip has no frames, its new mask
-is False, and its means are 0. Of frames with equal quality, the earlier frame counts as better. NaN
-is the lowest quality.
+their stored dtype. Only the selected rows of LazyFeatures are read. In a mask, real frames may come
+after masked frames, for example after `filter_frames`. If a clip has no frames, its new mask is
+False, and its means are 0. If two frames have equal quality, the earlier frame counts as better.
+NaN is the lowest quality.
 """
 
 import fractions
@@ -71,9 +71,9 @@ def top_frames(
 ) -> Frames:
     """Selects the `num_frames` frames of highest quality of every clip, in time order.
 
-    A clip with fewer frames keeps all frames and repeats some. Returns Frames [B, num_frames].
-    If `rng` is a PRNG key, the repeated frames are random. If `rng` is None, `repeats` decides:
-    `turn` repeats the frames in turn, the best first, and `random` draws them with a fixed key.
+    If a clip has fewer frames, some frames are repeated. Returns Frames [B, num_frames]. If `rng`
+    is a PRNG key, the repeated frames are random. If `rng` is None, `repeats` decides: `turn`
+    repeats the frames in turn, the best first, and `random` draws them with a fixed key.
 
     Source: iQIYI-VID paper, section 5.1. The paper has no `turn`.
     """
@@ -197,7 +197,7 @@ def shuffle(rng: Array | None, mask: Array) -> Array:
 
 
 def per_frame_uniform(rng: Array, mask: Array) -> Array:
-    """Draws a number from [0, 1) for every frame, [B, T] float32. The padding has no effect."""
+    """Draws a number from [0, 1) for every frame, [B, T] float32. Padding does not change it."""
     # A draw depends on its flat index. With frames as the slow axis, padding only appends draws.
     return jax.random.uniform(rng, mask.shape[::-1], jnp.float32).T
 
@@ -306,7 +306,7 @@ def random_fusion(
       replacement: True to draw frames with replacement. If False, a fused frame repeats a frame
         only after all frames that can be drawn.
       sampling: relative probabilities of the frames, a weighting of `frame_weights` such as
-        `quality`. They are rounded to 1/4096 of the largest.
+        `quality`. Probabilities are rounded to 1/4096 of the largest.
       weighting: weights of the frames in the mean, a weighting of `frame_weights`. `mixup` draws
         random weights (Dirichlet with parameters 1).
 
@@ -496,7 +496,7 @@ FUSIONS: dict[str, Callable[..., Frames]] = {
 
 
 def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Frames]:
-    """Builds the fusion that a specification describes: (rng, Frames [B, T]) -> Frames [B, T'].
+    """Builds a fusion, (rng, Frames [B, T]) -> Frames [B, T'], from a specification.
 
     `rng` is a PRNG key, or None in evaluation. The fusion `random` needs a key.
 
@@ -544,7 +544,7 @@ REQUIRED = inspect.Parameter.empty  # instead of the default of an option that h
 def check_options(
     what: str, known: Mapping[str, Any], options: Mapping[str, Any], more: str = ""
 ) -> None:
-    """Raises UserError if an option is unknown or missing, or is not a bool although it must be.
+    """Raises UserError if an option is unknown or missing, or must be a bool but is not.
 
     `known` is option -> default, or REQUIRED if there is no default. If a default is True or False,
     the value must be True or False. The message begins with `what`, such as `fusion 'top'`. A

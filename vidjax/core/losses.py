@@ -118,8 +118,8 @@ def binary_focal(
       [...] float. With p = sigmoid(logit): -(1 - p)^gamma log p in the column of the label, plus
         the sum of -p^gamma log(1 - p) over the other columns.
 
-    Source: Lin et al., Focal Loss for Dense Object Detection, equation 4 without alpha, summed over
-    all columns as in quality fusion (4th place 2019).
+    Source: Lin et al., Focal Loss for Dense Object Detection, equation 4 without alpha. The sum
+    over all columns is from quality fusion (4th place 2019).
     """
     # A step with `optax.losses.sigmoid_focal_loss` takes two to four times as long. Here no one-hot
     # target is built: the sum over all columns is corrected in the column of the label.
@@ -159,7 +159,7 @@ def batch_focal(
     class_mask: Array | None = None,
     counted: Array | None = None,
 ) -> Array:
-    """Computes a focal loss, (1 - p)^gamma x cross-entropy, with a single p for the whole batch.
+    """Computes the focal loss (1 - p)^gamma x cross-entropy. The whole batch has a single p.
 
     -log p is the weighted mean of all cross-entropies in the batch. If a model has G branches (sets
     of logits for each example), each branch has a separate p. Returns the loss of each label,
@@ -173,8 +173,7 @@ def batch_focal(
       counted: [B, G] float, weight of each cross-entropy in the mean. None means a single branch
         with equal weights.
 
-    Source: models/losses.py in the code of DeepMEF (3rd place 2019), which computes the focal
-    factor from the mean.
+    Source: models/losses.py in the code of DeepMEF (3rd place 2019).
     """
     cross_entropy = softmax_cross_entropy(logits, labels, class_mask)
     rows = cross_entropy.reshape(-1, 1 if counted is None else counted.shape[1])
@@ -352,8 +351,8 @@ def _select_at_label_jvp(
 def is_argmax(scores: Array, column: Array) -> Array:
     """Returns [B] bool, True where `argmax(scores, axis=1) == column`.
 
-    Scores are [B, K] float, and the column is [B] int32. Of equal scores, the first column counts
-    as the highest. The result is False for a row with NaN.
+    Scores are [B, K] float, and the column is [B] int32. If scores are equal, the first column
+    counts as the highest. The result is False for a row with NaN.
     """
     # On a CPU this is 9 times faster than `argmax`.
     value = jnp.take_along_axis(scores, column[:, None], axis=-1)
@@ -377,7 +376,7 @@ def mask_logits(logits: Array, class_mask: Array | None) -> Array:
 
 
 def log_softmax(logits: Array, class_mask: Array) -> Array:
-    """Computes the logarithm of the softmax of logits [..., K], precisely near probability 1.
+    """Computes the logarithm of the softmax of logits [..., K], precise even near probability 1.
 
     The softmax is taken over the columns where `class_mask` [K] bool is True. In other columns, the
     result may exceed 0.

@@ -89,7 +89,7 @@ def auroc(scores: ArrayLike, positive: ArrayLike) -> float | None:
 
 
 class IdentificationErrors(NamedTuple):
-    """The errors of open-set identification at a threshold. Distractors show unknown people."""
+    """The errors of open-set identification at a threshold. Distractors are unknown people."""
 
     threshold: float  # a clip is identified if its best score is at least this score
     fpir: float  # false-positive identification rate, the share of distractors that get a name
@@ -99,18 +99,18 @@ class IdentificationErrors(NamedTuple):
 def identification_errors(
     scores: ArrayLike, correct: ArrayLike, known: ArrayLike, *, fpir: float
 ) -> IdentificationErrors | None:
-    """Computes the errors at the lowest threshold that keeps the FPIR on new clips within a limit.
+    """Computes the errors at the lowest threshold at which at most `fpir` of new distractors pass.
 
     Args:
       scores: [N] float below inf, score of the best identity for each clip. -inf and NaN are never
         identified.
       correct: [N] bool, True where the best identity is right.
       known: [N] bool, False for distractors (clips of unknown people).
-      fpir: the limit from 0 to 1: the largest share of new distractors that may get a name.
+      fpir: the largest share of new distractors that may get a name, from 0 to 1.
 
     Returns:
       The errors. The threshold has the precision of the scores. If no clip is known, or if there
-        are too few distractors for the limit, returns None.
+        are too few distractors for `fpir`, returns None.
 
     Source: ISO/IEC 19795-1, FPIR and FNIR at rank 1.
     """
@@ -131,7 +131,7 @@ def identification_errors(
 
 
 def count_allowed(num_distractors: int, fpir: float) -> int:
-    """Returns how many of S = `num_distractors` distractors may reach a threshold.
+    """Returns how many of S (`num_distractors`) distractors may reach a threshold.
 
     A distractor is a clip of an unknown person. If r distractors reach the threshold, a new
     distractor reaches it with probability (r + 1) / (S + 1), on average over all samples. The
@@ -216,7 +216,7 @@ def top1(clips: ClipScores, labels: np.ndarray) -> float:
 
 
 def mean_loss(clips: ClipScores, labels: np.ndarray) -> float | None:
-    """Returns the mean of minus `clips.own` over known clips. For the arguments, see `top1`."""
+    """Returns the mean of the loss -`clips.own` of known clips. For the arguments, see `top1`."""
     if clips.own is None:
         return None
     values = clips.own[clips.pool & (labels > 0)].astype(np.float64)
@@ -230,11 +230,7 @@ def clip_auroc(clips: ClipScores, labels: np.ndarray) -> float | None:
 
 
 def open_set(clips: ClipScores, labels: np.ndarray, *, value: str, fpir: float) -> float | None:
-    """Returns the `threshold` for an FPIR of at most `fpir`, or the `fnir` at this threshold.
-
-    `value` selects `threshold` or `fnir`, see `IdentificationErrors`. If `identification_errors`
-    returns None, this function returns None.
-    """
+    """Returns the value `threshold` or `fnir` of `identification_errors`, or None."""
     pool = clips.pool
     known = labels[pool] > 0
     errors = identification_errors(clips.best[pool], clips.right[pool], known, fpir=fpir)
@@ -303,7 +299,7 @@ def compute_clip_metrics(clips: ClipScores, labels: np.ndarray) -> dict[str, flo
 
 
 def select_logged(results: Mapping[str, Any]) -> dict[str, float]:
-    """Selects MAP and the metrics with `log=True` from the results, without values of None."""
+    """Selects MAP and the metrics with `log=True` from the results, except values of None."""
     names = ("map", *(name for name, metric in CLIP_METRICS.items() if metric.log))
     return {name: results[name] for name in names if results.get(name) is not None}
 

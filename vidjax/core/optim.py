@@ -177,7 +177,7 @@ class RestartState(NamedTuple):
 
 
 def restart_before(tx: optax.GradientTransformation, step: int) -> optax.GradientTransformation:
-    """Returns the optimiser `tx` with a reset of its state before update `step`, counted from 0."""
+    """Returns the optimiser `tx`, but resets its state before update `step`, counted from 0."""
 
     def init(params: optax.Params) -> RestartState:
         return RestartState(tx.init(params), jnp.int32(0))
@@ -201,7 +201,7 @@ def list_names(params: optax.Params) -> list[str]:
 
 
 def describe_frozen(params: optax.Params, pattern: str) -> str:
-    """Returns which of the parameters of a net `freeze` does not update, and their number."""
+    """Returns a text about the parameters that `freeze` does not update: their number and names."""
     names, sizes = list_names(params), [math.prod(x.shape) for x in jax.tree.leaves(params)]
     frozen = [name for name in names if re.search(pattern, name)]
     number = sum(size for name, size in zip(names, sizes, strict=True) if name in frozen)
@@ -212,7 +212,7 @@ def describe_frozen(params: optax.Params, pattern: str) -> str:
 
 
 def freeze(tx: optax.GradientTransformation, pattern: str) -> optax.GradientTransformation:
-    """Returns the optimiser `tx` without updates of the parameters whose names match `pattern`.
+    """Returns the optimiser `tx`, but never updates parameters whose names match `pattern`.
 
     A name matches if the regular expression is found in it. `init` raises UserError if no name
     matches, or if all match.
@@ -228,7 +228,7 @@ def freeze(tx: optax.GradientTransformation, pattern: str) -> optax.GradientTran
         if len({*labels}) < 2:
             what = "no parameter" if "trained" in labels else "all parameters"
             raise UserError(
-                f"config.optim.freeze={pattern} is found in the names of {what}\n"
+                f"config.optim.freeze={pattern} matches the names of {what}\n"
                 f"the names are {messages.list_some(names, 20)}"
             )
         return jax.tree.unflatten(jax.tree.structure(params), labels)
@@ -280,8 +280,8 @@ def make_optimizer(
     options = select_options(OPTIMIZERS[name], spec)
     if "learning_rate" in options:  # `optax.adamw` would multiply by it, and by -1, a second time
         raise UserError(
-            f"config.optim.name='{name}': the optimiser takes learning_rate, but must not\n"
-            "the rate is applied later: return, for example, optax.scale_by_adam()"
+            f"config.optim.name='{name}': the optimiser must not take learning_rate\n"
+            "training applies the rate later: return, for example, optax.scale_by_adam()"
         )
     scaled = OPTIMIZERS[name](**options)
     restart = round(spec["restart_epoch"] * steps_per_epoch)

@@ -60,7 +60,7 @@ _OTHER_FILES = {
 
 
 def refuse_other_files(file: BinaryIO, place: str = "") -> None:
-    """Raises UserError if a file is of a kind that users mistake for pickles, such as `.npz`."""
+    """Raises UserError if a file is of another known kind than pickle, such as `.npz`."""
     start = file.read(64).lstrip()
     for magic, kind in _OTHER_FILES.items():
         if start[: len(magic)].lower() == magic.lower():
@@ -70,8 +70,8 @@ def refuse_other_files(file: BinaryIO, place: str = "") -> None:
 def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
     """Raises UserError if `word` is probably a misspelt split, such as `valid` for `val`.
 
-    `word` is the place of the split in the name of the file `path`. `present` are the splits whose
-    files were found. A misspelling of one of these splits raises no error.
+    In the name of the file `path`, `word` is where the split should be. `present` are the splits
+    whose files were found. A misspelling of one of these splits raises no error.
     """
     lower = word.lower() if word not in SPLITS else ""
     longer = [split for split in SPLITS if lower.startswith(split)]
@@ -114,7 +114,7 @@ def explain_unread(path: Path, folder: Path | None = None) -> str:
 def refuse_unread(entries: Iterable[Path], wanted: str) -> None:
     """Raises UserError if one of the ignored `entries` contains features.
 
-    `wanted` is the text for the message that names the files to read.
+    In the message, `wanted` names the files that are read.
     """
     for path in entries:
         inside = path.iterdir() if path.is_dir() else [path]
@@ -173,7 +173,7 @@ def find_transposed(
 
 
 def find_equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> Iterator[str]:
-    """Yields a message for each modality whose qualities are norms of features, all nearly equal.
+    """Yields a message for each modality whose qualities are almost equal norms of features.
 
     `report` is the data report.
     """
@@ -314,7 +314,7 @@ def warn_of_changed(places: Mapping[str, str]) -> None:
     if texts:
         warn(
             f"{first}: identity {', '.join(texts)}: if a program has changed "
-            "identities, write them as text, and leave missing identities empty"
+            "identities, write identities as text, and leave missing identities empty"
         )
 
 

@@ -1,10 +1,9 @@
 """Reads and writes files of a user's own features: `.npz` files and parquet tables.
 
-An `.npz` file usually contains a single clip. If it contains several clips, the array `clips` [N]
-has their names, the arrays `face` [T, D], `face_quality` [T] and so on have the frames of all
-clips, and `face_length` [N] has the number of frames of each clip. If `vidjax extract` wrote the
-file, the array `nets` has the modalities and the digests of the nets. A parquet table has a row per
-frame.
+An `.npz` file usually contains a single clip. If it contains several clips, `clips` [N] are their
+names. Arrays such as `face` [T, D] and `face_quality` [T] have the frames of all clips, and
+`face_length` [N] has the number of frames of each clip. If `vidjax extract` wrote the file, the
+array `nets` has the modalities and the digests of the nets. A parquet table has a row per frame.
 """
 
 import io
@@ -68,7 +67,7 @@ def _take_nets(arrays: dict[str, np.ndarray]) -> dict[str, str]:
 
 
 def check_nets(path: Path, made: Nets, wanted: Nets) -> None:
-    """Raises UserError if other nets made the vectors in `path` than the vectors of a gallery.
+    """Raises UserError if the vectors in `path` are from other nets than the vectors of a gallery.
 
     `made` and `wanted` are modality -> digest of a net. Modalities without a digest are accepted.
     """
@@ -148,8 +147,8 @@ def read_npz_bytes(content: bytes, name: str, limit: int, nets: Nets = NO_NETS) 
 
     `name` is the name of a single clip. It must be empty if the file contains the names of clips.
     `nets` are the nets of the gallery, see `check_nets`. Raises UserError if the content is damaged
-    or needs more than `limit` bytes of memory. This is checked before the arrays are unpacked. A
-    number counts as at least 4 bytes.
+    or needs more than `limit` bytes of memory. The size is checked before the arrays are unpacked.
+    A number counts as at least 4 bytes.
     """
     clean = clean_name_at("clip:", name) if name else ""
     with prefix_errors(f"clip {show(clean)}" if name else "npz"):

@@ -1,8 +1,8 @@
 """Describes the clips of a split, plans and draws batches, and defines what a dataset can do.
 
-Evaluation reads clips through the protocol `ClipSource`. The classes with its methods are `Dataset`
-(labelled clips), `Resident` (clips on the devices) and `MemoryClips` (clips in memory, without
-labels). This module needs only numpy.
+Evaluation reads clips through the protocol `ClipSource`. Three classes have the methods of
+`ClipSource`: `Dataset` (labelled clips), `Resident` (clips on the devices) and `MemoryClips` (clips
+in memory, without labels). This module needs only numpy.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ MAX_EXTRA_FRAMES = 1 << 16
 
 
 class Modality(NamedTuple):
-    """The features of a modality."""
+    """The form of the features of a modality."""
 
     dim: int  # the width D of a feature
     dtype: str  # the dtype on disk, such as 'float16'
@@ -59,7 +59,7 @@ class Split:
     fingerprints: np.ndarray | None = None
 
     def find_copies(self, other: "Split") -> dict[int, int]:
-        """Returns clips with the frames of a clip of another split: index -> index in `other`."""
+        """Finds clips whose frames are also in the split `other`: index -> index in `other`."""
         own, theirs = self.fingerprints, other.fingerprints
         if own is None or theirs is None:
             return {}
@@ -85,7 +85,7 @@ class EvalPlan(NamedTuple):
 
 
 class BatchPlan(NamedTuple):
-    """Settings that determine which clips and frames form each training batch."""
+    """The settings that determine the clips and frames of each training batch."""
 
     # The training splits. `clip_index` numbers their clips from 0, split after split.
     splits: tuple[str, ...]
@@ -122,7 +122,7 @@ class BatchPlan(NamedTuple):
 
 
 class DrawnClips(NamedTuple):
-    """The clips in R rows of batches."""
+    """The clips that fill R rows of batches."""
 
     clip_index: np.ndarray  # [R] int32, the number of each clip in the training splits
     batch_mask: np.ndarray  # [R] bool, False for empty rows of the last batch of an epoch
@@ -195,9 +195,9 @@ class ClipSource(Protocol):
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
         """Yields every clip of `plan` once, in batches of `rows` clips of similar length.
 
-        The last batch of each bucket may have empty rows, where `batch_mask` is False. Of a clip
-        with more than 512 frames, the 512 frames of the best quality are taken, in time order.
-        Among frames of equal quality, the earlier frame is preferred.
+        The last batch of each bucket may have empty rows, where `batch_mask` is False. If a clip
+        has more than 512 frames, the 512 frames of the best quality are taken, in time order. If
+        two frames have equal quality, the earlier frame is preferred.
         """
         ...
 
@@ -261,7 +261,7 @@ def _check_distinct(field: str, names: Sequence[str]) -> None:
 
 
 def check_modalities(split: Split, modalities: Sequence[str]) -> None:
-    """Raises UserError if a split lacks one of `modalities`, or if one of them is given twice."""
+    """Raises UserError if a split lacks one of `modalities`, or if a modality is given twice."""
     _check_distinct("config.modalities", modalities)
     for name in modalities:
         if name not in split.lengths:
@@ -362,8 +362,8 @@ def count_cropped(
 def choose_best_frames(quality: np.ndarray, count: int) -> np.ndarray:
     """Returns the positions of the `count` frames of the highest quality, in ascending order.
 
-    `quality` is [T], with T >= `count`. A NaN counts as the lowest quality. Among frames of equal
-    quality, earlier frames are preferred.
+    `quality` is [T], with T >= `count`. A NaN counts as the lowest quality. If two frames have
+    equal quality, the earlier frame is preferred.
     """
     ordered = np.where(np.isnan(quality), -np.inf, quality)
     return np.sort(np.argsort(-ordered, kind="stable")[:count])
@@ -381,7 +381,7 @@ def pad(
     modality: Modality,
     first: np.ndarray | None = None,
 ) -> Frames:
-    """Joins the frames of up to B clips to arrays [B, T], padded with zeros. `shape` is (B, T).
+    """Joins the frames of up to B clips to arrays [B, T] with zeros as padding. `shape` is (B, T).
 
     `frames` is field -> a list of arrays, [t] or [t, D], one per clip. `first` is as in
     `choose_frames`.
@@ -401,7 +401,7 @@ def pad(
 def choose_frames(
     quality: Sequence[np.ndarray], size: int, first: np.ndarray | None = None
 ) -> Iterator[slice | np.ndarray]:
-    """Yields for each of n clips which frames a batch contains, if it has room for `size` frames.
+    """Yields the frames of each of n clips that a batch with room for `size` frames contains.
 
     `quality` is a list of n arrays, [t]. From a clip with more than `size` frames, consecutive
     frames from frame `first` [n] int on are taken. If `first` is None, the frames of the highest

@@ -19,8 +19,8 @@ def report_modality(
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Counts the clips and frames of a modality. `path` is the file of its features.
 
-    The second result has the fingerprint of each clip, [N] uint64. It does not depend on the order
-    of frames. The fingerprint of a clip without frames, or with frames of zeros, is 0.
+    The second result has the fingerprint of each clip, [N] uint64. The order of frames does not
+    change a fingerprint. The fingerprint of a clip without frames, or with frames of zeros, is 0.
     """
     frames, counts = split.frames[modality], split.counts[modality]
     lengths = np.asarray(frames.length)

@@ -46,8 +46,8 @@ class Dataset:
     Attributes:
       identities: the names of the classes. Label c of a clip means `identities[c - 1]`.
       modalities: modality -> width and dtype of its features.
-      report: the data report, which counts frames, clips and labels. Its entry `data` has the name,
-        the folder and the digest of the dataset.
+      report: the data report, which counts frames, clips and labels. Its entry `data` names the
+        dataset, its folder and its digest.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Dataset:
         return self._splits[name]
 
     def with_identities(self, identities: Sequence[str]) -> "Dataset":
-        """Returns the same clips with `identities` as classes. All other clips get the label 0."""
+        """Returns the same clips with `identities` as classes. Other identities get the label 0."""
         if tuple(identities) == self.identities:
             return self
         return Dataset(self._store, self._truth, identities=identities, origin=self._origin)

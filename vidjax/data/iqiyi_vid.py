@@ -65,7 +65,7 @@ class OfficialFiles:
 
     @property
     def modalities(self) -> dict[str, int]:
-        """Modality -> 0. The value stands for an unknown feature width."""
+        """The modalities, as modality -> 0. The value 0 stands for an unknown feature width."""
         return {name: 0 for name, _ in self._files}
 
     def fingerprint(self) -> list[dict[str, Any]]:
@@ -109,8 +109,8 @@ def find_pickles(directory: str | os.PathLike[str]) -> dict[tuple[str, str], Pat
     """Returns a sorted dict, (modality, split) -> path, of the feature pickles in a directory.
 
     A pickle is named `{modality}_{split}.pickle` or `{modality}_{split}_v2.pickle`. If both exist,
-    the second is used. Raises UserError if a file is not a pickle, its split is misspelt, or the
-    name of its modality has other characters than letters, digits, '-' and '_'.
+    the second is used. Raises UserError if a file is not a pickle, or its split is misspelt. The
+    name of a modality may only have letters, digits, '-' and '_'.
     """
     files: dict[tuple[str, str], Path] = {}
     pattern = rf"(.*?)_({'|'.join(SPLITS)})(_v2)?\.pickle"

@@ -259,8 +259,8 @@ def load_ground_truth(
 
     There are two forms of files. The direct form has a line `NAME.mp4 ID` for each clip. The
     inverted form has a line `ID NAME.mp4 NAME.mp4 ...` for each identity. If no name ends in
-    `.mp4`, train_gt.txt is read as direct, and val_gt.txt and test_gt.txt as inverted. A blank in
-    a name is written `%20`. `known_clips` are names in which `%20` does not mean a blank. A warning
+    `.mp4`, train_gt.txt is read as direct, and val_gt.txt and test_gt.txt as inverted. A blank in a
+    name is written `%20`. In the names `known_clips`, `%20` does not mean a blank. A warning
     appears if a program has probably changed identities.
 
     Raises:
@@ -446,7 +446,7 @@ def check_known(
         raise UserError(
             f"{path}: none of its {len(named)} clips has features\n"
             f"the labels name {show(unknown[0])}, but the features belong to "
-            f"{show(min(like or known))}{form}\ngive the clips the same names in both"
+            f"{show(min(like or known))}{form}\nuse equal names in labels and features"
         )
     form = " (the features have this name in another Unicode form)" * bool(like)
     warn(

@@ -147,8 +147,8 @@ class MemoryClips:
         """Returns [N, D] float32, the mean feature of each clip of `names`.
 
         Frames are weighted by quality. If no frame of a clip has a quality above 0, all its frames
-        have equal weights. The mean of a clip without frames is 0. A mean is also 0, with a
-        warning, if it consists of rounding errors of its frames, or of numbers below `least`.
+        have equal weights. The mean of a clip without frames is 0. If a mean consists only of
+        rounding errors, or of numbers below `least`, it becomes 0, with a warning.
         """
         vectors = np.zeros((len(self.names), self._modalities[modality].dim), np.float32)
         features, quality, *_, starts, lengths = self._packed.frames[modality]
@@ -277,11 +277,11 @@ def load_clips(
 def find_files(
     path: Path, split: str | None = None
 ) -> tuple[Path, Sequence[Path] | Mapping[str, Path]]:
-    """Returns the folder of the clips of a folder or file, and their files, without reading them.
+    """Finds the files of clips without reading them. Returns their folder, and the files.
 
-    The files are a list of `CLIP.npz` and `DAY/CLIP.npz`, or of one parquet table. For pickles of
-    the iQIYI-VID dataset, they are modality -> pickle. `split` is the split, or None if there is
-    only one.
+    The files are a list of `CLIP.npz` and `DAY/CLIP.npz`, or a list of one parquet table. Pickles
+    of the iQIYI-VID dataset are a dict, modality -> pickle. `split` is the split, or None if there
+    is only one.
 
     Raises:
       FileNotFoundError: the path does not exist, or has no clips.
@@ -325,7 +325,7 @@ def load_people(
     quality: Quality = "given",
     nets: Nets = NO_NETS,
 ) -> tuple[MemoryClips, dict[str, str]]:
-    """Loads the files `path/PERSON/CLIP.npz`. Returns their clips, and clip -> person.
+    """Loads the files `path/PERSON/CLIP.npz`. Returns the clips, and clip -> person.
 
     The name of a clip is `PERSON/CLIP`. `modalities` is modality to read -> feature width. For
     `quality` and `nets`, see `load_clips`. Raises NoFileError if there are no such files, or if

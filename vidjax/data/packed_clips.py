@@ -105,11 +105,11 @@ class PackedClips(NamedTuple):
 
     @property
     def lengths(self) -> dict[str, np.ndarray]:
-        """Modality -> [N] int32, the number of frames of each clip."""
+        """The number of frames of each clip: modality -> [N] int32."""
         return {name: np.asarray(frames.length) for name, frames in self.frames.items()}
 
     def find_bad_values(self, modality: str) -> Iterator[BadValues]:
-        """Yields the values of frames that were not finite, and the negative weights of frames."""
+        """Yields the frames whose values were not finite, or whose weights are negative."""
         frames, counts = self.frames[modality], self.counts[modality]
         for reason, count in sorted(counts.warnings.items()):
             field = reason.removeprefix("non_finite_")
@@ -172,7 +172,7 @@ class FlatFile:
         if not stat or (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
             file.check()
         if file.size != len(self) * self._row_bytes:
-            raise UserError(f"'{file.path}' has {file.size:,} bytes, unlike index.npz")
+            raise UserError(f"'{file.path}': its {file.size:,} bytes do not fit index.npz")
         with files.open_regular(file.path, below=file.folder) as opened:
             self._descriptor = os.dup(opened.fileno())
         weakref.finalize(self, os.close, self._descriptor)
@@ -231,7 +231,7 @@ FACTORS = scramble(np.arange(1, CHECKSUM_WORDS + 1, dtype=np.uint64)) | np.uint6
 
 
 def fingerprint_frames(features: np.ndarray) -> np.ndarray:
-    """Returns a number for each frame of features [F, D], [F] uint64. Equal frames have equal ones.
+    """Returns a number for each frame of features [F, D], [F] uint64, equal for equal frames.
 
     Features are rounded to float16, so that copies in another dtype are equal. The number of a
     frame of zeros is 0.
@@ -259,14 +259,14 @@ def is_finite(values: np.ndarray) -> np.ndarray:
 
 
 def pack_arrays(arrays: Mapping[str, Any], length: ArrayLike) -> Packed:
-    """Returns the frames of clips, whose numbers of frames are `length`, from field -> array."""
+    """Makes the frames of clips from field -> array. `length` are the clips' numbers of frames."""
     counts = np.array(length, np.int32)
     fields = {name: arrays[name] for name in BATCHED}
     return Packed(**fields, start=np.cumsum(counts, dtype=np.int64) - counts, length=counts)
 
 
 def get_dtype(field: str, features: str | np.dtype) -> np.dtype:
-    """Returns the dtype of a field of frames. For the field "features", it is `features`."""
+    """Returns the dtype of a field of frames: `features` for the field "features"."""
     return np.dtype(features if field == "features" else FRAME_FIELDS[field].dtype)
 
 
@@ -298,7 +298,7 @@ def map_again(frames: Packed) -> Packed:
 
 
 class Summary(Struct):
-    """All but the values of the frames of N clips in a modality. Checks that the parts fit."""
+    """The facts about N clips in a modality, without the values of frames. Checks the facts."""
 
     names: list[str]
     lengths: list[Count]
@@ -318,7 +318,7 @@ class Summary(Struct):
 
 
 def summarise(modality: str, packed: PackedClips) -> Summary:
-    """Returns all but the values of frames, for `open_packed`."""
+    """Returns the facts about the clips in a modality, for `open_packed`."""
     frames = packed.frames[modality]
     lengths, dtype = np.asarray(frames.length).tolist(), np.dtype(frames.features.dtype).name
     facts = [*packed.names], lengths, frames.features.shape[1], cast(DType, dtype)
@@ -366,7 +366,7 @@ def complete(packed: PackedClips, modalities: Mapping[str, tuple[int, str]]) -> 
     """Returns the same clips in exactly these modalities.
 
     `modalities` is modality -> width and dtype of features. Features of another dtype are
-    converted. In a new modality, all clips are without frames.
+    converted. In a new modality, no clip has frames.
     """
     frames = {}
     for name, (dim, dtype) in modalities.items():
@@ -397,7 +397,7 @@ class Reader:
     """Reads the clips of several splits, in memory or in files.
 
     Attributes:
-      order: [N] int32, the clips in the order in which most of their bytes are stored. Clips are
+      order: [N] int32, the clips in the order in which the largest modality is stored. Clips are
         numbered split after split, and by name within a split.
     """
 

@@ -109,8 +109,8 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
     """Checks the frames of a clip in a modality. Returns field -> array, sorted by frame number.
 
     `value` is an array of features: [T, D], or [D] for a single frame. It may also be a dict with
-    `features` and, optionally, `number`, `quality` and `detection`. The result has all four fields,
-    or is {} if the clip has no frames. `features` [T, D] keep their dtype. Errors begin with
+    `features` and, optionally, `number`, `quality` and `detection`. The result has all four fields.
+    If the clip has no frames, it is {}. `features` [T, D] keep their dtype. Errors begin with
     `place`. See `Quality` for `quality`.
     """
     given = dict(value) if isinstance(value, Mapping) else {"features": value}

@@ -39,7 +39,7 @@ Result = TypeVar("Result")
 
 
 class Columns(Struct):
-    """The texts of a table for `read`, and the number and the dtype of the values of features."""
+    """The texts of a table, and the number and dtype of all values of its features."""
 
     text: dict[str, list[str]]
     values: int
@@ -96,7 +96,7 @@ def _load_columns(path: Path, folder: Path) -> dict[str, np.ndarray]:
 
 
 def read_contents(path: Path) -> tuple[list[str], list[np.ndarray], list[str]]:
-    """Returns all texts of a table, the numbers of each column of floats, and the columns' names.
+    """Returns all texts of a table, the numbers of each float column, and the names of all columns.
 
     Nested columns are flattened. For errors, see `read`.
     """
@@ -172,7 +172,7 @@ def _map_features(
 
 
 def read_clip_names(path: Path) -> list[str]:
-    """Returns the distinct clip names of a table, in any order. `read` must have read it."""
+    """Returns the distinct clip names of a table, in any order. First call `read`."""
     with _open(path) as file:
         _check_footer(path, file, ["clip"])
         column = file.read(columns=["clip"])["clip"].combine_chunks()
@@ -183,7 +183,7 @@ def read_clip_names(path: Path) -> list[str]:
 def read_labels(path: Path) -> Iterator[tuple[int, Any, Any]]:
     """Yields (row, clip, identity) for each distinct pair of clip and identity in a parquet table.
 
-    `row` is the number of the first row with this pair, from 1. A missing identity is "" or NaN.
+    `row` is the first row with this pair, counted from 1. A missing identity is "" or NaN.
     """
     from pyarrow import types
 

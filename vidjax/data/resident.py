@@ -47,7 +47,7 @@ def count_steps(plan: BatchPlan) -> int:
 def draw_steps(plan: BatchPlan, step: int, count: int) -> DrawnClips:
     """Draws the clips of `count` training steps from `step` on, padded with zeros to [S, B].
 
-    With one shape for all counts, a training has one program. For S, see `count_steps`.
+    The shape does not depend on `count`, so a training has one program. For S, see `count_steps`.
     """
     padding = (0, count_steps(plan) - count), (0, 0)
     drawn = draw_clips(plan, step, count)
@@ -94,8 +94,8 @@ def gather_frames(
       clips: the joined frames of all clips. The last frame is zeros, for padding.
       clip_index: [B] int32, the clips to return.
       batch_mask: [B] bool, False for rows that stay empty.
-      first: [B] int32, the frame of each clip from which on frames are taken.
-      lazy: whether features become LazyFeatures. They are read when a model uses them.
+      first: [B] int32, the first frame that is taken from each clip.
+      lazy: whether features become LazyFeatures, which are read when a model uses them.
     """
     start = clips.start[clip_index] + first
     length = jnp.where(batch_mask, jnp.minimum(clips.length[clip_index], size), 0)

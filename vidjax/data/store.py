@@ -2,9 +2,9 @@
 
 A folder of the cache contains `SPLIT/MODALITY/FIELD.bin`, the values of a field of all frames, clip
 after clip. It also contains `index.npz` (names, places, lengths, quality and checksums of clips),
-`data_report.json` and `manifest.json`. The manifest is written last, and contains the sha256 of all
-other files and of its other entries. Equal datasets give equal files. Features identify people, so
-only the user may read the files of the cache.
+`data_report.json` and `manifest.json`. The manifest is written last. It contains the sha256 of all
+other files, and of the other entries of the manifest. Equal datasets give equal files. Features
+identify people, so only the user may read the files of the cache.
 """
 
 import contextlib
@@ -80,7 +80,7 @@ class Store(NamedTuple):
 
     @property
     def clips(self) -> dict[str, tuple[str, ...]]:
-        """Split -> clip names in byte order."""
+        """The names of all clips: split -> names in byte order."""
         return {name: split.clips for name, split in self.splits.items()}
 
 
@@ -126,7 +126,7 @@ def _read_file_state(path: Path) -> tuple[int, ...]:
 
 
 def fill(folder: Path, write: Callable[[Path], None], last: str = "") -> None:
-    """Fills a folder of the cache, unless it contains the file `last`, and notes that it was used.
+    """Fills a folder of the cache, unless it contains the file `last`. Notes the time of this use.
 
     Only one process fills it. `write(partial)` writes to a folder with a temporary name. The
     complete folder is renamed.
@@ -346,7 +346,7 @@ def _refuse_shared_clips(packed: Mapping[str, PackedClips], place: str) -> None:
         more = ", ..." if len(shared) > 5 else ""
         clips = f"{messages.count(len(shared), 'clip')} {'are' if shared[1:] else 'is'}"
         raise UserError(
-            f"{place}: {clips} in two splits: remove each of them from one split\n"
+            f"{place}: {clips} in two splits: remove each clip from one split\n"
             f"{', '.join(shared[:5])}{more}"
         )
 

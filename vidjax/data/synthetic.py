@@ -100,18 +100,18 @@ class SyntheticOptions(NamedTuple):
 
     Attributes:
       wrong_clips: share of clips in which a third of the frames show another person. These frames
-        are consecutive. If the first frame is one of them, the voice and the scene differ, too. The
+        are consecutive. If they include the first frame, the voice and the scene differ, too. The
         iQIYI-VID paper allows several people in up to 70 % of the frames (section 3.2).
-      blur: how strongly the noise of a frame, exp(blur (78 - quality) / 50), depends on quality.
-        For a blur of 0, 1, 1.5 and 2, weighting faces by quality raises the MAP of nearest
-        neighbours on the small dataset by 0.002, 0.005, 0.009 and 0.021.
+      blur: how strongly the noise of a frame, exp(blur (78 - quality) / 50), depends on quality. If
+        faces are weighted by quality, the MAP of nearest neighbours on the small dataset rises: by
+        0.002, 0.005, 0.009 and 0.021 for a blur of 0, 1, 1.5 and 2.
       label_noise: share of labelled train clips with the label of another person. The iQIYI-VID
         paper reports at most 0.002 (section 3.4).
       train_distractors: share of train clips that show a stranger. In iQIYI-VID, the share is 0 in
         train, and 0.375 in val.
       missing_rate: share of clips without a face. Heads, bodies and voices are missing with the
-        same rate, independently of each other. If it is 0, still 0.02 of the clips have no face,
-        0.02 no head, 0.05 no body, and 0.15 no voice.
+        same rate, independently of each other. Even at a rate of 0, a share of 0.02 of the clips
+        has no face, 0.02 no head, 0.05 no body, and 0.15 no voice.
       false_modality: share of clips in which the face or the voice (with equal probability) belongs
         to another person. The causes in real clips are a tracker that follows the wrong face, and a
         voice-over (iQIYI-VID paper, sections 1, 6.4).

@@ -83,7 +83,7 @@ def make_scored_split(evaluation: Evaluation) -> ScoredSplit:
 
 
 def measure_attention(model: TrainedModel, split_name: str) -> np.ndarray | None:
-    """Returns the mean attention of a model, [V, V] float64, or None if it has no attention.
+    """Returns the mean attention of a model, [V, V] float64. None for a model without attention.
 
     The attention is between the V input vectors of the first member. Element [i, j] is the
     attention of vector j to vector i, averaged over the clips that have vector j. So each column
@@ -157,14 +157,12 @@ def write_results(
 def describe_evaluation(folder: RunFolder, config: Config, step: int | None) -> dict[str, Any]:
     """Returns entries of the metrics after an evaluation of a trained run.
 
-    They are the entries that describe the training (an evaluation does not change them), the date,
-    and `overrides`: field -> value of the fields of `config` that change scores since the training.
-    With overrides, the names of the result files contain the name of the split, so that no result
-    of the training is replaced.
+    The entries are the date, the entries that describe the training, and `overrides`: field ->
+    value of `config`, if the value affects scores and differs from the training. With overrides,
+    the names of the result files contain the split, so that no result of the training is replaced.
 
-    Training evaluates the latest checkpoint. If a finished run has lost this checkpoint, the
-    checkpoint of an earlier `step` is scored, and the value of `eval.checkpoint` is the step. For a
-    blend, `step` is None.
+    If a finished run has lost its latest checkpoint, an earlier checkpoint is scored. Then the
+    value of `eval.checkpoint` is the `step` of this checkpoint. For a blend, `step` is None.
     """
     own, trained = folder.config, folder.metrics()
     own.eval.split = config.eval.split  # another split has other files anyway
@@ -223,7 +221,7 @@ def evaluate(
 
     Args:
       load: loads the dataset of a run, given the configuration of the run.
-      num_devices: the scores do not depend on it. None means all devices.
+      num_devices: the number of devices to use. None means all. Scores do not depend on it.
       command: the command line that makes a blend again.
     """
     mesh, is_new = devices.make_mesh(num_devices), not folder.has(CONFIG)
@@ -244,7 +242,7 @@ def score_splits(
 ) -> list[Evaluation]:
     """Scores splits, in their order, with a run or, if `run` is None, with a blend of runs.
 
-    The default of `splits` are all splits of `config`. In the result, `config.eval.split` is first.
+    By default, `splits` are all splits of `config`. In the result, `config.eval.split` is first.
     """
     evaluated: dict[str, Evaluation] = {}
     for split in splits or config_lib.list_splits(config):

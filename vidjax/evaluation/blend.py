@@ -1,7 +1,7 @@
 """Joins the scores of several runs.
 
-A blend joins the runs `config.join.runs` (`vidjax evaluate --runs`), or the runs of the systems
-`config.join.systems`, which `vidjax train` trains in the folder of the blend.
+A blend joins the runs `config.join.runs` (`vidjax evaluate --runs`). Or `vidjax train` trains the
+systems `config.join.systems` in the folder of the blend, and the blend joins these runs.
 """
 
 import itertools
@@ -84,7 +84,7 @@ class Blend:
             )
 
     def check_folds(self) -> None:
-        """Raises UserError if runs leave out different clips in their folds."""
+        """Raises UserError if the folds of the runs leave out different clips."""
         uses = [run.use for run in self.runs]
         if len(group_clips(np.concatenate(uses))) > max(len(group_clips(use)) for use in uses):
             names = ", ".join(model.name for model in self.models)
@@ -122,7 +122,7 @@ class Blend:
         return scores_lib.combine(self.runs, join_block, self._folder)
 
     def rank(self, joined: Scores, numbers: schemas.Join | None) -> TopK:
-        """Ranks the clips by their joint scores or, if there are numbers, after diffusion."""
+        """Ranks the clips by joint scores. With learned numbers, diffusion changes the order."""
         if not numbers:
             return rank_array(joined)
         groups, factors = group_clips(joined.use), np.exp(numbers.scale[-1]).tolist()
@@ -150,7 +150,7 @@ def group_clips(use: np.ndarray) -> list[np.ndarray]:
     """Returns the clip indices of each group of clips that the same members score.
 
     `use` [E, N] bool is True where one of E members scores one of N clips. The members that score
-    the clips of a group may know the labels of the clips of another group.
+    one group may have been trained on another group.
     """
     clips = np.flatnonzero(use.any(axis=0))
     packed = np.packbits(use[:, clips], axis=0)
@@ -220,9 +220,9 @@ def _learn(blend: Blend, config: Config, folder: RunFolder, load: Load, mesh: Me
 
 
 def make_missing_error(folder: RunFolder, split: str) -> UserError:
-    """Returns the error if a blend lacks the numbers that it learns from `split`."""
+    """Returns the error for a blend without learned numbers, which it learns from `split`."""
     return UserError(
-        f"'{folder.path / JOIN}' is missing, which contains the learned numbers of the blend\n"
+        f"'{folder.path / JOIN}', the file of the learned numbers of the blend, is missing\n"
         f"to learn them: vidjax evaluate --workdir={folder.path} --config.eval.split={split}"
     )
 

@@ -1,8 +1,8 @@
 """Learns how to join the scores of several runs, on clips that the runs were not trained on.
 
 A run that has learned only heads is often sure of a wrong person if a clip shows no clear head. So
-a run counts only with a probability, its *trust*: otherwise, its scores of the clip say nothing.
-The log odds of identity j against a stranger are
+the scores of a run say something only with a probability, the *trust* in the run. The log odds of
+identity j against a stranger are
 
     sum over the runs that can score the clip and know identity j of log(1 - trust + trust x_j)
 
@@ -37,7 +37,7 @@ LEAST = 1e-6  # of the probability of a stranger; float32 does not distinguish s
 
 
 class Calibration(NamedTuple):
-    """The numbers that join R runs. Arrays may have more axes in front, for parts or clips."""
+    """The numbers that join R runs. Arrays may have further first axes, for parts or clips."""
 
     scale: Array  # [R] logarithm of the scale
     offset: Array  # [R]
@@ -55,7 +55,7 @@ class Examples(NamedTuple):
     part: np.ndarray  # [n] int32, from 0 to PARTS - 1
 
 
-def log_odds_unknown(logs: Array) -> Array:
+def log_unknown(logs: Array) -> Array:
     """Computes the log of the probability that a clip shows a stranger, [..., B], from [..., B, C].
 
     `logs` are logarithms of the probabilities of all identities.
@@ -70,7 +70,7 @@ def join_logs(logs: Array, unknown: Array, calibration: Calibration) -> Array:
     Args:
       logs: [R, B, K], logarithms of the probabilities of K identities in each run. A run that
         cannot score a clip has a row of -inf. A run that does not know an identity has -inf.
-      unknown: [R, B], see `log_odds_unknown`.
+      unknown: [R, B], see `log_unknown`.
       calibration: arrays [R], or [B, R].
     """
     numbers = [jnp.moveaxis(jnp.asarray(x), -1, 0)[..., None] for x in calibration[:-1]]
@@ -87,7 +87,7 @@ def join_logs(logs: Array, unknown: Array, calibration: Calibration) -> Array:
 @jax.jit
 def join_scores(logs: Array, calibration: Calibration) -> Array:
     """Joins the scores of R runs, [R, B, C], to logarithms of probabilities, [B, C]."""
-    logits = join_logs(logs, log_odds_unknown(logs), calibration)
+    logits = join_logs(logs, log_unknown(logs), calibration)
     return log_softmax(logits, jnp.ones(logits.shape[1], bool))[:, 1:]
 
 
@@ -114,7 +114,7 @@ def make_examples(runs: Sequence[Scores], labels: np.ndarray, drawn: np.ndarray)
 
 
 def choose_candidates(logs: np.ndarray, labels: np.ndarray, part: np.ndarray) -> Examples:
-    """Keeps the scores of the right identity, of the best ones of each run, and of random others.
+    """Keeps the scores of the right identity, of each run's best identities, and of random others.
 
     Without random others, the learned numbers could raise the odds of all other identities. A
     random identity stands for several identities, so its odds are multiplied by their number.
@@ -124,7 +124,7 @@ def choose_candidates(logs: np.ndarray, labels: np.ndarray, part: np.ndarray) ->
       labels: [n], columns from 1 to C, or 0 for strangers.
       part: [n], see `split_clips`.
 
-    Source: Bengio and Senécal 2008, importance sampling. Here, only a part is drawn.
+    Source: Bengio and Senécal 2008, importance sampling. Here, only the random others are drawn.
     """
     num_runs, num_clips, num_columns = logs.shape
     number, rows = min(CANDIDATES, num_columns), np.arange(num_clips)
@@ -138,7 +138,7 @@ def choose_candidates(logs: np.ndarray, labels: np.ndarray, part: np.ndarray) ->
     share = (num_columns - chosen) / np.maximum(number - chosen, 1)
     drawn = np.take_along_axis(key, columns, axis=1) >= 0
     weight = np.where(drawn, share, 1.0).astype(np.float32)
-    unknown = np.asarray(log_odds_unknown(logs))
+    unknown = np.asarray(log_unknown(logs))
     logs = np.take_along_axis(logs, columns[None], axis=2)
     return Examples(logs, unknown, weight, known.astype(np.int32), part)
 
@@ -146,8 +146,9 @@ def choose_candidates(logs: np.ndarray, labels: np.ndarray, part: np.ndarray) ->
 def learn(examples: Sequence[Examples]) -> Calibration:
     """Learns the numbers for each part, from the clips of the other parts.
 
-    If no clip shows a stranger, each clip also counts as a clip of a stranger: without the scores
-    of the right identity. Returns arrays [PARTS + 1, R]. The last numbers are learned on all clips.
+    If no clip shows a stranger, each clip counts a second time, as a clip of a stranger, without
+    the scores of the right identity. Returns arrays [PARTS + 1, R]. The last numbers are learned on
+    all clips.
     """
     joined = _concatenate(examples)
     weights = np.ones(len(joined.right), np.float32)

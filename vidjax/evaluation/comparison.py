@@ -196,7 +196,7 @@ def split_groups(runs: str) -> list[list[str]]:
 
 
 def select_comparable(names: Sequence[str], split: str | None) -> list[str]:
-    """Returns the folders of the most frequent dataset, and warns of all others.
+    """Returns the folders with the most frequent dataset. Warns of all other folders.
 
     The folders come from a pattern such as `runs/*`, so some may contain no results or runs of
     another dataset.
@@ -487,8 +487,8 @@ def sentences(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> l
 def describe_unusual(runs: Sequence[RankedRun]) -> list[str]:
     """Returns sentences about runs with unusual results.
 
-    A run is unusual if a fact about it has a sentence, or if its evaluation changed fields of the
-    configuration.
+    A run is unusual if a fact in `facts.FACTS` has a sentence about it, or if its evaluation
+    changed fields of the configuration.
     """
     texts = []
     for run in runs:
@@ -542,12 +542,12 @@ def shorten_names(runs: Sequence[RankedRun]) -> list[str]:
 
 
 def rename(runs: Sequence[RankedRun], names: Sequence[str]) -> list[RankedRun]:
-    """Returns the runs with other names."""
+    """Returns `runs` with the names `names`."""
     return [run._replace(name=name) for run, name in zip(runs, names, strict=True)]
 
 
 def drop_common(names: Sequence[str]) -> list[str]:
-    """Leaves out the beginning and the end that all names have in common, up to a `/` or `_`."""
+    """Leaves out the common beginning and the common end of all names, up to a `/` or `_`."""
     parts = [re.split("(?<=[/_])", name) for name in names]
     for _ in range(2):  # at the beginning, then at the end
         while min(map(len, parts)) > 1 and len({x[0] for x in parts}) == 1:

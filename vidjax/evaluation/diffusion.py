@@ -5,12 +5,12 @@ probably show the same person. If P are the probabilities of the clips, clips ar
 
     (1 - sum of w) P + w P,    w = (1 - max P) v / (1 + sum of v),    v = (1 - D) sigmoid(A - t)
 
-where A is the sum of the log-likelihood ratios of a pair, over the modalities that both clips have,
-times SCALE and the learned scale of the run. D is the probability by P that the clips show two
-people whom the runs know. Without D, a clip would be averaged with clips of a lookalike, because
-the ratios compare with random people. A clip that certainly shows somebody (max P) needs no
-neighbours. The threshold t is the prior log odds that two of N clips show two people, if a clip has
-OTHERS neighbours; it is at least THRESHOLD.
+where A sums the log-likelihood ratios of a pair over the modalities of both clips, times SCALE and
+the learned scale of the run. D is the probability by P that the clips show two people whom the runs
+know. Without D, a clip would be averaged with clips of a lookalike, because the ratios compare with
+random people. A clip that certainly shows somebody (max P) needs no neighbours. The threshold t is
+the prior log odds that two of N clips show two people, but at least THRESHOLD. The prior gives each
+clip OTHERS neighbours.
 
 Source: Donoser and Bischof 2013, Diffusion processes for retrieval revisited; Iscen and others
 2017, Efficient diffusion on region manifolds. The weights w are not published.
@@ -42,7 +42,7 @@ MAX_VALUES = 1 << 22  # probabilities or pairs in memory at a time
 
 
 class View(NamedTuple):
-    """What a member of a run sees of n clips in a modality."""
+    """The numbers by which a member of a run compares n clips in a modality."""
 
     vectors: np.ndarray  # [n, D] float32, coordinates of `two_covariance.Space`
     present: np.ndarray  # [n] bool, True if the clip has the modality
@@ -57,7 +57,7 @@ def view_groups(
     groups: Sequence[np.ndarray],
     factor: float,
 ) -> Iterator[list[View]]:
-    """Yields what a PLDA model sees of groups of clips, in each modality.
+    """Yields a `View` of each group of clips in each modality, for a PLDA model.
 
     Args:
       use: [E, N] bool, True where one of E members scores one of the N clips of the split.

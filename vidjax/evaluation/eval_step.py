@@ -237,9 +237,9 @@ LOG_2 = math.log(2.0)
 class MeanScores(NamedTuple):
     """Sums from which `mean_scores` computes a weighted mean of scores.
 
-    If the scores are log-probabilities, the mean is the logarithm of the mean probability. A sum of
-    probabilities near 1 loses the digits of a logarithm near 0. So the complements, 1 minus each
-    probability, are added, too.
+    If the scores are log-probabilities, the mean is the logarithm of the mean probability. If
+    probabilities are near 1, the logarithm of their mean is near 0, and loses digits. So the
+    complements, 1 minus each probability, are added, too.
     """
 
     total: Array  # [B, K] weighted sum of scores, or log of the weighted sum of probabilities
@@ -248,7 +248,7 @@ class MeanScores(NamedTuple):
 
 
 def make_no_scores(like: Array, *, logs: bool) -> MeanScores:
-    """Returns an empty mean, for scores of the shape and dtype of `like` [B, K].
+    """Returns the mean of no scores. Later scores have the shape and dtype of `like` [B, K].
 
     If `logs` is True, the scores are logarithms of probabilities.
     """
@@ -292,7 +292,7 @@ def mean_scores(mean: MeanScores) -> Array:
 
 
 def sum_scores(mean: MeanScores) -> Array:
-    """Returns the weighted sum of the scores, [B, K], or the log of the sum of probabilities."""
+    """Returns the weighted sum of scores, [B, K]. Log-probabilities are summed as probabilities."""
     if mean.rest is None:
         return mean.total
     lack = jnp.log(jnp.maximum(1.0 - mean.weight, 0.0))[:, None]

@@ -84,8 +84,8 @@ class ScoredSplit:
     def averages_without(self, removed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the average precisions [C] if the clips `removed` [N] are in no list.
 
-        The second value is the number of clips that each identity keeps, [C]. A shorter list is not
-        filled with the clips behind its last place.
+        The second value is the number of clips that each identity keeps, [C]. A list that gets
+        shorter is not filled up.
         """
         gone = np.bincount(self.labels[removed & self.pool], minlength=len(self.hits) + 1)[1:]
         kept = ~np.append(removed, False)[np.minimum(self.top.index, len(removed))]
@@ -117,7 +117,7 @@ class ScoredSplit:
 
 
 def measure_copies(scored: ScoredSplit, split: Split, model: TrainedModel) -> schemas.Copies | None:
-    """Finds the ranked clips that are copies of training clips of other splits, or returns None."""
+    """Finds ranked clips that are copies of training clips. Without such clips, returns None."""
     found: dict[int, tuple[Split, int]] = {}
     others = [x for x in find_training_clips(model) if x[0].name != split.name]
     for other, trained in others:
@@ -211,7 +211,7 @@ def group_by_modalities(split: Split, names: Sequence[str], pool: np.ndarray) ->
 
 
 def count_train_clips(model: TrainedModel) -> np.ndarray | None:
-    """Counts the training clips of each identity that are in `model.data`, [C] int.
+    """Counts each identity's training clips in `model.data`, [C] int.
 
     If `model.data` has no labelled training clip, returns None.
     """
@@ -235,9 +235,9 @@ def find_worst_identities(scored: ScoredSplit) -> list[schemas.WorstIdentity]:
 
     Two fields of a row list up to three pairs (index of another identity, number of clips):
     - `lost_to`: clips of the identity that score highest for the other identity. The index -1
-      counts clips whose best identity is unknown, because its list of k clips lacks them.
-    - `mixed_with`: clips of the other identity among the first n places of the list, where n is the
-      number of clips of the identity. The index -1 counts distractors.
+      counts clips whose best identity is unknown, see `best_lists`.
+    - `mixed_with`: clips of the other identity in the first n places of the list. The identity has
+      n clips. The index -1 counts distractors.
     """
     positives, average = scored.positives, scored.averages
     known = np.flatnonzero(positives > 0)
@@ -307,7 +307,8 @@ def measure_suspects(scored: ScoredSplit, clips: ClipScores) -> schemas.Suspects
     """Measures how MAP changes without the clips whose labels are suspected to be wrong.
 
     A label is suspected if the best identity of its clip has a probability of SURE or more, and
-    NUM_ABOVE or more identities score above the label. Identities without other clips are left out.
+    NUM_ABOVE or more identities score above the label. Identities without remaining clips are left
+    out.
 
     The scores in `clips` are logarithms of probabilities. Their model was not trained on the clips.
     """

@@ -5,8 +5,8 @@
 
 Scores of the evaluated split equal the scores of `vidjax evaluate` to the bit, because the same
 program runs on the same batches of clips. A small request, of at most 4 clips in memory, is scored
-by another program in milliseconds. Its scores of a clip differ from the scores in a large request
-by less than 1e-4. In all small requests, a clip gets the same scores to the bit.
+by another program in milliseconds. The scores of small and large requests differ by less than 1e-4.
+In all small requests, a clip gets the same scores to the bit.
 """
 
 import dataclasses
@@ -200,8 +200,8 @@ class Ranker:
     def scores(self, clips: FrameClips, *, split: str | None = None) -> np.ndarray:
         """Returns the scores of N clips (see `Ranker`) for each identity, [N, C] float32.
 
-        The scores are logarithms of probabilities, or logits with `config.eval.scores=logits`. Rows
-        are in the order of the dict, or of the split's clip names.
+        The scores are logarithms of probabilities, or logits with `config.eval.scores=logits`. Row
+        n is clip n of the given dict, or of the clip names of the split.
         """
         request = self.request(clips, split)
         scores = np.full((len(request.clip_index), len(self.identities)), -np.inf, np.float32)
@@ -231,7 +231,7 @@ class Ranker:
         return load_clips(path, self.modalities, self.identities, split=split, quality=quality)
 
     def request(self, clips: FrameClips, split: str | None) -> Request:
-        """Converts clips in any form that `Ranker` takes. Few clips get a small `block_size`."""
+        """Makes a request of clips in any form of `Ranker`. Few clips get a small `block_size`."""
         size = self.config.eval.block_size
         if hasattr(clips, "train_batches"):
             data, split = cast(Dataset, clips), split or str(self.config.eval.split)
@@ -341,9 +341,9 @@ class JointPredictor(Ranker):
     """A blend of R runs, which ranks like `vidjax evaluate`. For `clips`, see `Ranker`.
 
     Attributes:
-      runs: the runs on all clips of a blend that `vidjax train` has made, or else all runs.
+      runs: the runs of the blend. If `vidjax train` has made the blend, only its runs on all clips.
       numbers: the learned numbers of the blend, or None.
-      weights: the weights [R] of the runs. They count only without learned numbers.
+      weights: the weights [R] of the runs, which are used only without learned numbers.
     """
 
     runs: tuple[Predictor, ...]

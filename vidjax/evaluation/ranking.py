@@ -194,7 +194,7 @@ def _find_faults(line: str, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
 def list_mismatches(
     path: str | Path, positives: Mapping[str, Sequence[str]], ranking: Mapping[str, Sequence[str]]
 ) -> list[str]:
-    """Returns why the submission `path` has no identity or no clip of the ground truth, or [].
+    """Returns problems: the submission `path` has no identity, or no clip, of the ground truth.
 
     `positives`, the ground truth, and `ranking`, the submission, are identity -> clips.
     """
@@ -215,7 +215,7 @@ def list_mismatches(
 
 
 def find_spellings(positives: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Returns name in a submission -> clip of `positives`. The name is a spelling of the clip.
+    """Returns the spellings of the clips of `positives` in a submission: spelling -> clip.
 
     A ground truth may lack the ending `.mp4`, or have a clip whose name contains `%20`. A clip has
     two spellings: the text in the ground truth, and the text that `write_ranking` writes for it.
@@ -257,10 +257,9 @@ def score(positives: Mapping[str, Sequence[str]], ranking: Mapping[str, Sequence
 def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
     """Returns identity -> the clips that show the identity, as they are written in the file.
 
-    The file is read as for training, see `labels.load_ground_truth`. Warnings appear if the scoring
-    script of the challenge would read the file in another way: if a line is empty, the script
-    counts it as an identity. If the file begins with a byte order mark, the script reads the mark
-    as a letter.
+    The file is read as for training, see `labels.load_ground_truth`. A warning appears if the
+    scoring script of the challenge would read the file in another way. The script counts an empty
+    line as an identity, and reads a byte order mark as a letter.
     """
     positives: dict[str, list[str]] = {}
     for line in labels.read_truth(path):
@@ -268,15 +267,14 @@ def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
     text = _read_text(Path(path))
     if text.startswith(BOM):
         warn(
-            f"{path}: line 1: a byte order mark precedes '{show(text[1:].split()[0])}', and is "
-            "left out, but the organisers' script does not find this name: save the file without "
-            "the mark"
+            f"{path}: line 1: a byte order mark precedes '{show(text[1:].split()[0])}', so the "
+            "organisers' script does not find this name: save the file without the mark"
         )
     lines = enumerate(_split(text.removeprefix(BOM)), 1)
     if empty := [number for number, line in lines if not line.strip()]:
         warn(
-            f"{path}: line {empty[0]}: the line is empty, and is left out, but the organisers' "
-            "script counts it as an identity: delete it"
+            f"{path}: line {empty[0]}: the line is empty, but the organisers' script counts it as "
+            "an identity: delete it"
         )
     return positives
 

@@ -42,9 +42,9 @@ class Scores:
     Attributes:
       array: [n, C] float32, a row for each clip in `pool`, mapped into memory.
       use: [E, N] bool, True where one of E members scored one of the N clips of the split.
-      kind: the entry `map_kind` of `metrics.json`: `in_sample` if a member scored its training
-        clips, `out_of_fold` if members of folds or bootstrap samples skipped clips, or else the
-        name of the split.
+      kind: the entry `map_kind` of `metrics.json`. It is `in_sample` if a member scored its
+        training clips, and `out_of_fold` if members of folds or bootstrap samples skipped clips.
+        Otherwise, it is the name of the split.
       logs: True if the scores are logarithms of probabilities.
       complete: True if the scores of all identities are kept, not only the best.
       clips, identities: the names of the N clips of the split and of the C identities.
@@ -83,7 +83,7 @@ class Evaluation(NamedTuple):
 
 
 def describe(model: TrainedModel, split_name: str) -> Scores:
-    """Returns the Scores of a model without the array.
+    """Returns the Scores of a model, without an array.
 
     The score of a clip is the mean over the members that were not trained on the clip. If all
     members were trained on all training clips, all members score all clips. Raises UserError if no
@@ -129,7 +129,7 @@ def write_scores(
 
 
 def allocate(scores: Scores, folder: Path | None = None) -> Scores:
-    """Returns `scores` with a new array, in a scratch file that is deleted with the array.
+    """Returns `scores` with a new array. The file of the array is deleted with the array.
 
     The file is in `folder`, or in the folder of temporary files. Raises DiskError if the disk has
     too little space.
@@ -239,7 +239,7 @@ def evaluate(
 ) -> Evaluation:
     """Ranks the clips of a split by their scores, and computes the metrics.
 
-    Clips with NaN scores are ranked last, with a warning.
+    If clips have NaN scores, they are ranked last, with a warning.
 
     Args:
       blocks: the scores of the clips, and of each of `members`.

@@ -82,9 +82,9 @@ def score_blocks(
 ) -> Iterator[ScoreBlock]:
     """Yields the scores of the clips of a split, in blocks of numpy arrays.
 
-    The score of a clip is the mean over the members that score the clip, with `member` = ALL. If
-    `each_member` is True, and there are several members, the scores of each member are yielded,
-    too. For `use`, see `iterate_windows`.
+    A block with `member` = ALL has the mean over the members that score the clip. If `each_member`
+    is True, and there are several members, blocks of each member are yielded, too. For `use`, see
+    `iterate_windows`.
     """
     waiting: list[ScoreBlock] = []
     # A block is fetched after the next block was started, so that devices work while the host does.

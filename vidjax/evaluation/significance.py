@@ -1,11 +1,11 @@
 """Computes confidence intervals of MAP and of differences in MAP, and p-values of differences.
 
-The interval of a single run comes from a Bayesian bootstrap over the identities: MAP is computed
-many times, each time with random weights of the identities. The bootstrap adds an unseen identity,
-so that the interval has a width even if all values are equal. The average precision of the unseen
-identity is 0 or 1, each with half of the weight of an identity. If all values are 0 or 1, the
-interval equals the Jeffreys interval of a proportion. If the values vary, the interval is hardly
-wider than a t interval.
+The interval of a single run comes from a Bayesian bootstrap over the identities. MAP is computed
+many times, with random weights of the identities. The bootstrap adds an unseen identity, so that
+the interval has a width even if all values are equal. The average precision of the unseen identity
+is 0 or 1, each with half of the weight of an identity. If all values are 0 or 1, the interval
+equals the Jeffreys interval of a proportion. If the values vary, the interval is hardly wider than
+a t interval.
 
 The interval of the difference between two runs is the wider of a paired t interval and a Bayesian
 bootstrap with another unseen identity. The interval of the difference between two groups of runs
@@ -69,16 +69,16 @@ def map_interval(averages: np.ndarray, *, draws: int = DRAWS) -> tuple[float, fl
 def compute_gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float, float, float]:
     """Returns the bounds of the 95 % interval of the mean of `gaps`, and its two-sided p-value.
 
-    `gaps` [C] are differences in average precision. Each bound is the outer one of the bounds of a
-    paired t interval and of a Bayesian bootstrap with an unseen identity, see `_draw_low_means`.
-    The p-value tests a mean of 0. It is below 5 % exactly if the interval excludes 0. If the runs
-    are exchanged, the interval changes its sign.
+    `gaps` [C] are differences in average precision. The interval contains a paired t interval, and
+    the interval of a Bayesian bootstrap with an unseen identity, see `_draw_low_means`. The p-value
+    tests a mean of 0. It is below 5 % exactly if the interval excludes 0. If the runs are
+    exchanged, the interval changes its sign.
 
     Source: Gaffke 2005, Three test statistics for a nonparametric one-sided hypothesis on the mean
     of a nonnegative variable; Learned-Miller and Thomas 2019, A new confidence interval for the
-    mean of a bounded random variable. Deliberate difference: the unseen value is a bound of the
-    range in the publications, but it depends on the gaps here. Otherwise, few identities could not
-    show a difference that a t test finds.
+    mean of a bounded random variable. Deliberate difference: in the publications, the unseen value
+    is a bound of the range. Here, it depends on the gaps. Otherwise, few identities could not show
+    a difference that a t test finds.
     """
     lows, highs = _draw_low_means(gaps, draws), -_draw_low_means(-gaps, draws)
     low, high = _compute_bounds(lows, gaps)[0], _compute_bounds(highs, gaps)[1]
@@ -161,7 +161,7 @@ def differences_of_seeds(groups: Sequence[Sequence[np.ndarray]]) -> list[Differe
     seeds. Runs of two groups are paired in their order. There must be two or more identities.
 
     The interval adds the variances over identities and over seeds. It is at least as wide as the
-    interval of the mean average precisions, which accounts for rare identities.
+    interval of the mean average precisions, because this interval accounts for rare identities.
 
     Source: Cochran and Cox 1950, Experimental designs: the t quantile is the mean of both t
     quantiles, weighted by the variances. The degrees of freedom of Satterthwaite 1946 give

@@ -32,8 +32,8 @@ FEWEST_GAPS = 3  # of clips times rare modalities; fewer may be chance
 class FoundRun(NamedTuple):
     """A run, except for its weights. `config.json` and the checkpoint belong to the same run.
 
-    `checkpoint` has been compared with its sha256. Column c of the logits is for the c-th of the C
-    `identities`, counted from 1.
+    `checkpoint` has been compared with its sha256. Column c of the logits belongs to identity c of
+    the C `identities`, counted from 1.
     """
 
     folder: RunFolder
@@ -161,8 +161,8 @@ def check_widths(data: Dataset, modalities: Mapping[str, int]) -> None:
     for name, width in modalities.items():
         if widths[name] != width:
             raise UserError(
-                f"modality '{name}': the run was trained on features of width {width}, but these "
-                f"have width {widths[name]}\nname the dataset of the run: --config.data.dir=FOLDER"
+                f"modality '{name}': the run was trained on features of width {width}, not "
+                f"{widths[name]}\nname the dataset of the run: --config.data.dir=FOLDER"
             )
 
 
@@ -183,11 +183,11 @@ def warn_of_missing_modalities(split: Split, modalities: Collection[str]) -> Non
 def select_sets(
     sets: ensemble.TrainingSets, own: DataDigests, data: ClipSource, split: str
 ) -> ensemble.TrainingSets:
-    """Returns the training clips of each member. The member must not score them.
+    """Returns the training clips that each member must not score.
 
-    `own` are the digests of the data of the run. If `data` are the same data, or if `sets` let all
-    members score all clips of `split`, returns `sets`. Otherwise, some clips have the names of
-    training clips, but may be other clips. Then warns, and returns empty sets, with which all
+    `own` are the digests of the data of the run. If `data` are the same data, or if all members may
+    score all clips of `split`, returns `sets`. Otherwise, some clips have the names of training
+    clips, but may be other clips. Then this function warns, and returns empty sets, so that all
     members score all clips.
     """
     if ensemble.choose_scoring_members(sets, data.split(split).clips)[0].all():
@@ -198,8 +198,8 @@ def select_sets(
     if now and all(x and {*find_changes(old, x)} <= {"labels"} for old, x in pairs):
         return sets
     warn(
-        "some clips have names of training clips, but may be other clips: they are scored as new "
-        "clips\nif they are the training clips, use vidjax evaluate: then no member of the "
-        "ensemble scores a clip that it was trained on"
+        "clips with names of training clips may be other clips, and are scored as new clips\n"
+        "if they are the training clips, use vidjax evaluate: then no member of the ensemble "
+        "scores a clip that it was trained on"
     )
     return sets._replace(trained=np.zeros_like(sets.trained))

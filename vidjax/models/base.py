@@ -55,8 +55,8 @@ class Identifier(nn.Module):
       scores_unknown: True if the model computes the logit of column 0, "other", even if no training
         clip is labelled "other".
       min_epochs: number of passes over the training clips that the model needs.
-      parts: for each field that contains a model, the field that lists the modalities of this
-        model, such as {"main": "main_modalities"}.
+      parts: field that contains a model -> field that lists the modalities of this model, such as
+        {"main": "main_modalities"}.
     """
 
     vector_names: ClassVar[tuple[str, ...]] = ()
@@ -123,7 +123,7 @@ class Identifier(nn.Module):
     ) -> Mapping[str, Any]:
         """Returns the attributes `spec` of a model, completed by the attributes in `prepared`.
 
-        `prepared` is the result of `prepare`. Attributes with a value other than None stay.
+        `prepared` is the result of `prepare`. Only attributes whose value is None are replaced.
         """
         return {**spec, **{name: x for name, x in prepared.items() if spec.get(name) is None}}
 

@@ -139,7 +139,7 @@ class System(NamedTuple):
 
 
 def make_blank_clips(modalities: Mapping[str, int]) -> dict[str, Frames]:
-    """Returns two clips, each of a single frame of zeros, as modality -> Frames [2, 1]."""
+    """Returns two clips with a single frame of zeros: modality -> Frames [2, 1]."""
     row = jnp.zeros((2, 1), jnp.float32)
     return {
         name: Frames(jnp.zeros((2, 1, dim), row.dtype), row, row, row.astype(jnp.int32), row == 0)
@@ -263,10 +263,10 @@ def make_identifier(
 ) -> Identifier:
     """Builds a model, a hashable linen module, from its specification.
 
-    `spec` is a dict of `name`, a key of MODELS, and attributes of that model. If an attribute is
-    itself a model, as in FallbackIdentifier, its value is again a specification. `modalities` is
-    name -> feature width. `num_classes` is the number of logits. `num_clips` is the number of
-    training clips, for models that store clips.
+    `spec` is a dict of `name`, a key of MODELS, and attributes of that model. If an attribute is a
+    model, as in FallbackIdentifier, its value is a specification, too. `modalities` is name ->
+    feature width. `num_classes` is the number of logits. `num_clips` is the number of training
+    clips, for models that store clips.
     """
     options = dict(spec)
     name = options.pop("name", None)

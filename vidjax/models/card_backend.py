@@ -114,9 +114,9 @@ def population(
 ) -> Population:
     """Computes the posterior of the mean vector of all people.
 
-    `mean` [D] is the mean of people in the card of the net, if the card contains it. `weighed` are,
-    for each block of people, the weighted sum [D] of the means of the unit vectors of each person,
-    and the sum of the weights, see `weigh`. There is at least one block.
+    `mean` [D] is the mean of people in the card of the net, if the card contains it. `weighed` has
+    two values for each block of people: the weighted sum [D] of the people's mean unit vectors, and
+    the sum of the weights, see `weigh`. There is at least one block.
     """
     sums, totals = map(list, zip(*weighed, strict=True))
     if mean is not None:

@@ -1,9 +1,9 @@
 """Compares enrolled people with the card of their net, see `card_backend`.
 
 From the vectors of P people, two variances are estimated: W between clips of one person, and B
-between people. Each person has the same weight. If the card is right, the estimate of B is about a
-mean of squares, of P - 1 differences between people in the n dimensions of the card. A card is
-blamed only if an estimate is improbable, and also differs from the card by a large factor.
+between people. Each person has the same weight. If the card is right, the estimate of B spreads
+like a mean of (P - 1) n squares, where n is a number of dimensions from the card. A card is blamed
+only if an estimate is improbable, and also differs from the card by a large factor.
 """
 
 import math
@@ -44,8 +44,8 @@ class Comparison(NamedTuple):
 
         `mirrored` are the cosines of photos and their mirror images. For dlib's net, 1 - cosine of
         a mirrored photo is 5 % of 1 - cosine of two people. It is 40 to 70 % for nets with random
-        weights that do not only average over the picture. `compare` finds few such nets: none of
-        300 with one photo of each person, and 20 % with two photos of three people.
+        weights, except nets that only average over the picture. `compare` finds few such nets: none
+        of 300 with one photo of each person, and 20 % with two photos of three people.
         """
         if self is NO_PROBLEM:
             return False
@@ -109,8 +109,8 @@ def differ(distances: Distances, cosines: np.ndarray, clarity: np.ndarray) -> bo
     """Returns whether at least half of N pairs of faces differ as the card says of two people.
 
     Each pair was seen at the same time. Mirrors and split screens show one person twice, and twins
-    are alike. So pairs that are alike prove nothing, and the result is then None. If a pair differs
-    more than two people ever do, the result is False. It is so for nets that only see colours.
+    are alike. So if pairs are alike, the result is None. If a pair differs more than two people
+    ever do, as with nets that only see colours, the result is False.
 
     Args:
       distances: the distributions of the card.

@@ -62,9 +62,8 @@ class DeepMEF(Identifier):
     the widths are 480 and 120. (In the article, the last width is 128 = 2048/16.) The hidden layer
     has twice the width of the aggregated face. Logits are 30 times the cosine in training. In the
     article, quality is joined to normalised features, because the margin loss discards the
-    magnitude of features. Not published are masks, modality dropout, the vector of a missing
-    modality (0 even after its layers), and the root mean square of 1, which brings features to the
-    magnitude of quality / 100.
+    magnitude of features. Not published are masks, modality dropout, the vector 0 of a missing
+    modality, and the root mean square of 1, the magnitude of quality / 100.
     """
 
     modalities: Mapping[str, int]

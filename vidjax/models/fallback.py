@@ -42,11 +42,11 @@ class FallbackIdentifier(Identifier):
 
     Source: DeepMEF (3rd place 2019), with a main model of face and scene, and a fallback model of
     the scene. The article uses the fallback model for clips without a face, and both models for the
-    1 % of clips of the lowest quality. The code has a `missing_scale` of 0.95, and the shares 0.2
-    and 0.8 for norms below 8.867, which are 1 % of the official faces. Residual Dense Net (2nd
-    place 2019) uses only the body for clips without a face. Unlike in both systems, a single run
-    trains both models, and the threshold is a quantile of the training clips, because norms differ
-    between face networks.
+    1 % of clips of the lowest quality. The code has a `missing_scale` of 0.95. Below a norm of
+    8.867, the shares are 0.2 and 0.8. This norm is the 1 % quantile of the official faces. Residual
+    Dense Net (2nd place 2019) uses only the body for clips without a face. Unlike in both systems,
+    a single run trains both models. The threshold is a quantile of the training clips, because
+    norms differ between face networks.
     """
 
     modalities: Mapping[str, int]
@@ -80,8 +80,8 @@ class FallbackIdentifier(Identifier):
         for part in (self.main, self.other):
             if part.min_epochs:
                 raise UserError(
-                    f"model 'fallback': main or other is {type(part).__name__}, and this "
-                    "model needs separate passes over the clips\n"
+                    f"model 'fallback': {type(part).__name__} cannot be main or other, because it "
+                    "needs separate passes over the clips\n"
                     "choose a network instead, or train a separate run of this model and blend both"
                 )
         if self.main.logit_scale != self.other.logit_scale:
@@ -103,8 +103,8 @@ class FallbackIdentifier(Identifier):
     def prepare(self, clips: TrainingClips) -> Mapping[str, float]:
         """Returns {"threshold": t}. The share `threshold_share` of the training clips is below t.
 
-        The share is of all training clips that have `self.modality`, in all folds, with or without
-        an identity. If several clips have equal measures, fewer clips may be below t.
+        All training clips with `self.modality` count, in all folds, with or without an identity. If
+        several clips have equal measures, fewer clips may be below t.
         """
         if not self.threshold_share:
             return {}
@@ -135,7 +135,7 @@ class FallbackIdentifier(Identifier):
         return {**spec, **prepared}
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
-        """Returns the measure of `self.modality` of each clip, [B]. Without a threshold, None."""
+        """Returns the length or quality of each clip, [B], or None if `threshold` is 0."""
         return fusion.mean_measure(frames[self.modality], self.measure) if self.threshold else None
 
     def __call__(

@@ -136,7 +136,7 @@ def _contract(left: Array, right: Array, axis: int, dtype: jnp.dtype) -> Array:
 
 
 def transpose_in_memory(x: Array) -> Array:
-    """Returns the transpose of a matrix. On CPUs, the transpose is a copy in memory."""
+    """Returns the transpose of a matrix. On CPUs, it is a copy in memory."""
 
     def copy(x: Array) -> Array:
         return with_layout_constraint(x.T, Layout(major_to_minor=(0, 1)))
@@ -298,8 +298,8 @@ class CosineClassifier(nn.Module):
 
     Attributes:
       scale: factor on the cosines, the s of ArcFace.
-      dropout_rate: dropout rate of the unit vectors. Dropout makes cosines beyond 1. Only
-        `losses.cosine_margin` allows them.
+      dropout_rate: dropout rate of the unit vectors. Dropout leads to cosines above 1. Only
+        `losses.cosine_margin` allows such cosines.
 
     Source: Deng et al., ArcFace, equation 2. The dropout is not in the paper.
     """

@@ -24,10 +24,10 @@ Scale = Annotated[float, Meta(gt=0)]
 class PLDAIdentifier(Identifier):
     """Two-covariance PLDA: log-likelihood ratios, added over the modalities that a clip has.
 
-    The vector of a clip is the mean of its frames, scaled to length 1, minus `centred` x the mean
-    of all clips, and scaled to length 1 again. Training passes over the clips twice. The first pass
-    sums the vectors, for the mean. The second pass sums the centred vectors. `finalise_state`
-    computes the coefficients that score clips from these sums.
+    The vector of a clip starts as the mean of its frames, scaled to length 1. Then `centred` x the
+    mean of all clips is subtracted, and the result is scaled to length 1 again. Training passes
+    over the clips twice. The first pass sums the vectors, for the mean. The second pass sums the
+    centred vectors. `finalise_state` computes the coefficients that score clips from these sums.
 
     Attributes:
       within, between, scale, unenrolled, stranger: see `Settings`. Each is a number, a tuple with

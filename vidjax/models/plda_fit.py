@@ -1,7 +1,7 @@
 """Computes logits by PLDA, and fits the settings of PLDA on held-out clips.
 
 For the fit, some clips are held out. The other clips are enrolled: the model learns which identity
-they show. Some identities are strangers. None of their clips is enrolled. If there are several
+they show. Some identities are strangers. No clip of a stranger is enrolled. If there are several
 modalities, some identities lack a modality, because enrolled people may lack one.
 
 `within` and `between` (see `Settings`) are chosen by MAP, the mean average precision, and by AUROC
@@ -68,7 +68,7 @@ def unit_mean(frames: Frames) -> Array:
 
 
 def to_device_arrays(space: Space, enrolled: Enrolled, dtype: jnp.dtype) -> tuple[Space, Enrolled]:
-    """Copies `space` and `enrolled` to the device, and converts their floats to `dtype`."""
+    """Copies `space` and `enrolled` to the device. Floats get the dtype `dtype`."""
 
     def cast(x: Array) -> jax.Array:
         floats = np.issubdtype(np.asarray(x).dtype, np.floating)
@@ -173,9 +173,9 @@ def _count_repeated(labels: np.ndarray) -> int:
 def draw_identities(labels: np.ndarray, seed: int) -> np.ndarray:
     """Chooses the clips on which settings are fitted, [N] bool.
 
-    If possible, all clips with labels above 0 are chosen. If there are more than MAX_FITTED_CLIPS,
-    only clips of random identities are chosen, at most MAX_CLIPS_OF_A_PERSON of each. At least
-    FEWEST_PEOPLE of these identities have two clips or more, if there are so many.
+    All clips with labels above 0 are chosen, unless there are more than MAX_FITTED_CLIPS. Then only
+    clips of random identities are chosen, at most MAX_CLIPS_OF_A_PERSON of each. If possible,
+    FEWEST_PEOPLE or more of these identities have two clips or more.
     """
     wanted = labels > 0
     if np.sum(wanted) <= MAX_FITTED_CLIPS:

@@ -1,15 +1,15 @@
 """Two-covariance PLDA scores whether vectors of clips belong to the same identity.
 
-A vector is x = m + y + e: m is the mean of all vectors, y ~ N(0, B) belongs to the identity, and
-e ~ N(0, W) to the clip. The model is computed from three sums over the clips, see `Sums`. To enrol
-a clip, it is added to the sums; to remove a clip, it is subtracted. The fit takes three
-eigendecompositions of [D, D] in float64. This file uses only numpy, because galleries do not wait
-for JAX. `plda_fit` works on the device.
+A vector is x = m + y + e: m is the mean of all vectors, y ~ N(0, B) belongs to the identity, and e
+~ N(0, W) to the clip. The model is computed from three sums over the clips, see `Sums`. An enrolled
+clip is added to the sums, and a removed clip is subtracted. The fit takes three eigendecompositions
+of [D, D] in float64. This file uses only numpy, because galleries do not wait for JAX. `plda_fit`
+works on the device.
 
-Clips of the same day share a part of e. If all clips of each person are from one day, the clips do
-not show it: the shared part counts as a part of y. So galleries assume that W is at least a typical
-share of the variance, see `covariances`. A person's clips that differ less than W predicts count
-as fewer clips, see `count_independent`.
+Clips of the same day share a part of e. If all clips of each person are from one day, this part
+cannot be seen, and counts as a part of y. So galleries assume that W is at least a typical share of
+the variance, see `covariances`. A person's clips that differ less than W predicts count as fewer
+clips, see `count_independent`.
 
 Source: Brümmer and de Villiers 2010, The speaker partitioning problem (two-covariance model). The
 shrinkage of both covariances towards a multiple of the identity, and the counts of clips that are
@@ -58,8 +58,8 @@ class Space(NamedTuple):
 class Enrolled(NamedTuple):
     """The coefficients that score clips against K enrolled classes.
 
-    The log-likelihood ratio of a clip with the coordinates z (see Space) is the sum of linear . z,
-    curve . z^2 and the constant.
+    A clip has coordinates z, see `Space`. The log-likelihood ratio is linear . z + curve . z^2 +
+    constant.
     """
 
     linear: Array  # [K, D] float, coefficients of z
@@ -238,8 +238,8 @@ def pair_log_ratios(
     """Compares groups x of clips with groups y. All arguments broadcast; returns [...].
 
     A result is log(p(clips | the same person) / p(clips | two people)). `x` and `y` [..., D] are
-    the means of the coordinates of each group. `noise` and `other` [...] are 1 / the numbers of
-    clips in each group.
+    the mean coordinates of each group. `noise` and `other` [...] are 1 / the number of clips of
+    each group.
     """
     noise, other = noise[..., None], other[..., None]
     share = space.ratio / (space.ratio + noise)

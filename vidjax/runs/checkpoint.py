@@ -1,18 +1,18 @@
-"""Saves, finds and loads checkpoints with Orbax, and compares them with sha256 digests.
+"""Saves, finds and loads checkpoints with Orbax, and checks their sha256 digests.
 
 The folder `checkpoints/<step>/` contains the folder `state`, which Orbax writes, and
 `manifest.json`. In `state` are the arrays of a run, and its people and clips as JSON, see
 `members_file`. The manifest lists the sha256 of every file in `state`, and a digest of its other
 entries. A checkpoint is written to `checkpoints/.partial/`, and renamed when the manifest is
-complete. A checkpoint is not used if a file differs from the manifest, if `state` has a file that
-the manifest does not list, or if a path contains a link.
+complete. A checkpoint is not used if a file differs from the manifest, if `state` has other files,
+or if a path contains a link.
 
 At most three checkpoints are kept: the latest checkpoint, the best checkpoint by MAP, and the last
 evaluated checkpoint before the latest. If no earlier checkpoint was evaluated, the checkpoint
 before the latest is kept. Other files in `checkpoints/` are not changed.
 
-`training.Checkpointer` of Orbax does not fit: it renames a step before the manifest exists, and it
-needs the MAP when it saves, but vidjax saves a step before the evaluation.
+`training.Checkpointer` of Orbax is not used. It renames a step before the manifest exists. It needs
+the MAP when it saves, but vidjax saves a step before the evaluation.
 """
 
 import contextlib
@@ -124,7 +124,7 @@ def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -
 
 
 def list_folders(workdir: Path) -> dict[int, Path]:
-    """Returns step -> folder of every checkpoint, also of damaged ones, in ascending order."""
+    """Returns step -> folder of every checkpoint, even if it is damaged, in ascending order."""
     folder = workdir / "checkpoints"
     _refuse_link(folder)
     paths = {
@@ -204,7 +204,7 @@ def explain_lost(workdir: Path) -> str:
 
 
 def warn_of_lost(workdir: Path, prefer: str) -> None:
-    """Warns if the `latest` or `best` checkpoint (`prefer`) that the logs list is missing."""
+    """Warns if the checkpoint `prefer`, `latest` or `best`, is in the logs but is missing."""
     step = results.find_last_saved(workdir) if prefer == "latest" else 0
     if prefer == "best":
         lines = results.read_lines(workdir / results.METRICS_LOG)

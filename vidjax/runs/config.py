@@ -3,7 +3,7 @@
 A row of `TABLE` contains the default value, the meaning and the range of a field. Some fields have
 an effect only if another field has a certain value (`Field.read_when`). For example,
 `optim.momentum` has no effect if `optim.name` is `adam`. If a field without effect differs from its
-default, no training starts: the change would look like an experiment.
+default, no training starts, because the change would look like an experiment.
 """
 
 import enum
@@ -63,8 +63,8 @@ class Field(NamedTuple):
         None, the value has no upper bound, but must be finite.
       choices: the accepted values. If `choices` is empty, every value in the range is accepted.
       read_when: the condition under which the field has an effect. None means always.
-      affects: what the value changes or, if the field is a path, what the files change.
-      path: True for a file or a folder. The path may change, because the content is compared.
+      affects: what a change of the value changes. For a path, what a change of the files changes.
+      path: True for a file or a folder. The path may change, because only the content is compared.
     """
 
     name: str
@@ -511,7 +511,7 @@ def changes_scores(name: str) -> bool:
 
 
 def is_of_training(name: str) -> bool:
-    """Returns True if a field changes only what training does, so that evaluation ignores it."""
+    """Returns True if a field changes only training. Evaluation ignores such a field."""
     changed = affects(name)
     return changed != NOTHING and not changed & (SCORES | CHECKPOINT)
 

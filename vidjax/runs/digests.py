@@ -50,9 +50,9 @@ def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 def describe_difference(
     split: str, before: Mapping[str, Any], now: Mapping[str, Any] | None
 ) -> str:
-    """Returns a phrase that says how a split has changed, or "" if it has not.
+    """Returns a phrase about the changes of a split, or "" if nothing has changed.
 
-    `before` and `now` are its digests. If the split is missing now, `now` is None.
+    `before` and `now` are digests of the split. If the split is missing now, `now` is None.
     """
     if now is None:
         return f"{split} is missing"

@@ -1,7 +1,7 @@
 """Defines the facts about a training, such as the run whose weights it started with.
 
-The loop of the training writes each fact that it computes to the manifests of checkpoints and to
-`metrics.json`. The summary, the report and comparisons describe the facts in `FACTS`.
+Training writes each fact to the manifests of checkpoints and to `metrics.json`. The summary, the
+report and comparisons describe the facts in `FACTS`.
 """
 
 from collections.abc import Callable, Mapping
@@ -48,7 +48,7 @@ class EarlyStop(Struct, kw_only=True):
     stopped: bool = False  # True if training ended for this reason
 
     def describe(self) -> str:
-        """Returns why the training ended early, or "" if it did not."""
+        """Returns why the training ended early, or "" if it did not end early."""
         waited = messages.count(self.waited, "evaluation")
         reason = f"{self.metric} has not improved since step {self.step:,}, for {waited}"
         return reason if self.stopped else ""

@@ -1,4 +1,4 @@
-"""Checks the installation for `vidjax check`: packages, devices, and limits for strangers' files.
+"""Checks the installation for `vidjax check`: packages, devices, and limits of child processes.
 
 A check is a function that returns a summary. If a part is absent, it raises AbsentError.
 """
@@ -94,7 +94,7 @@ def _check_confinement() -> str:
     """
     if gaps := confinement.list_gaps():
         raise AbsentError(
-            f"a process that reads them could {', '.join(gaps)}\n"
+            f"a process that reads such files could {', '.join(gaps)}\n"
             "to forbid it, use Linux 5.13 or later with Landlock, on x86-64 or 64-bit ARM"
         )
     return "a process that reads them uses no other files, connections or programs"

@@ -1,7 +1,8 @@
 """Stores the identities of a run, its members, and the training clips of each member.
 
-Every checkpoint contains them as two JSON values. The files `identities.json` and `members.npz` in
-the folder of the run are copies for users and reports. No run is restored from the copies.
+Every checkpoint contains this content as two JSON values. The files `identities.json` and
+`members.npz` in the folder of the run are copies for users and reports. No run is restored from the
+copies.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Compiled programs: their cache on the disk, and the flag of XLA for equal bits."""
+"""Caches compiled programs on the disk, and sets the flag of XLA for equal bits."""
 
 import contextlib
 import hashlib
@@ -63,7 +63,7 @@ def disable_program_cache() -> Iterator[None]:
 
 
 def make_deterministic() -> None:
-    """Sets the XLA flag for bit-identical GPU runs. Warns if it is too late: jax uses the GPU."""
+    """Sets the XLA flag for bit-identical GPU runs. Warns if jax already uses the GPU."""
     known, flag = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_deterministic_ops=true"
     if flag in known.split():
         return

@@ -158,7 +158,8 @@ def explain_unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
 def find_last_saved(workdir: Path) -> int:
     """Returns the last step that the logs list as saved in a checkpoint, or 0 if there is none.
 
-    A step is saved before it is evaluated. `timing.jsonl` lists the other saved steps.
+    Every evaluated step in `metrics.jsonl` was saved before. `timing.jsonl` lists other saved
+    steps.
     """
     last = 0
     for path in (workdir / METRICS_LOG, workdir / TIMING_LOG):
@@ -173,9 +174,9 @@ def find_last_saved(workdir: Path) -> int:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of `metrics.jsonl` or `timing.jsonl`. If there is no file, returns [].
 
-    Damaged lines are skipped, because a run may still write the last line. Of a file with more than
-    20,000 lines, the result contains at most 20,000 evenly spaced lines, and the lines of the first
-    20,000 evaluations.
+    Damaged lines are skipped, because a run may still write the last line. If the file has more
+    than 20,000 lines, the result contains at most 20,000 evenly spaced lines, and the lines of the
+    first 20,000 evaluations.
     """
     if not files.exists(path):
         return []
@@ -203,7 +204,7 @@ def save_analysis(
 
 
 def load_analysis(path: Path) -> tuple[schemas.Analysis, Arrays]:
-    """Reads the values and the arrays that `save_analysis` wrote."""
+    """Reads the values and the arrays that `save_analysis` has written."""
     arrays = files.read_npz(path)
     text = arrays.pop("facts", np.zeros(0, np.uint8)).tobytes()
     try:

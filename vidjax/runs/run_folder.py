@@ -49,7 +49,7 @@ class RunFolder:
 
     @property
     def config(self) -> Config:
-        """A copy of the configuration."""
+        """A copy of the configuration of the run."""
         return copy.deepcopy(self._config)
 
     @functools.cached_property
@@ -83,9 +83,9 @@ class RunFolder:
     def list_runs(self, config: Config | None = None, *, final: bool = True) -> list[Path]:
         """Returns the folders of the runs that a blend with `config` joins, or [] for another run.
 
-        The default of `config` is the configuration of the folder. If `final` is True, these are
-        the runs on all clips of a blend that `vidjax train` has made. If there are none, or if
-        `final` is False, these are the runs in folds.
+        The default of `config` is the configuration of the folder. If `final` is True, and `vidjax
+        train` has made the blend, returns the runs on all clips. Otherwise, or if there are no such
+        runs, returns the runs in folds.
         """
         config = config or self._config
         names = config.join.runs or name_systems(config, final=False)
@@ -250,8 +250,8 @@ def describe_changes(old: Config, new: Config) -> str:
 def check_resumes(workdir: Path, old: Config, new: Config) -> None:
     """Raises UserError if the run in `workdir`, trained with `old`, cannot resume with `new`.
 
-    A run that resumes does not need the run `init_from`: it may be gone. If it is in another folder
-    now, its content is compared.
+    The run `config.init_from` may be gone, because no run needs it to resume. If it is in another
+    folder now, its content is compared.
     """
     from vidjax.runs import checkpoint  # it imports JAX
 

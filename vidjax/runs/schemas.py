@@ -47,7 +47,7 @@ class SplitDigests(Struct, kw_only=True):
 
 
 class DataDigests(Struct, kw_only=True):
-    """The digests of the data of a run. They show whether the data have changed since."""
+    """The digests of the data of a run. They show whether the data have changed since then."""
 
     splits: dict[str, SplitDigests]
     weights: Text | None = None  # sha256 of the file `data.weights`
@@ -56,7 +56,7 @@ class DataDigests(Struct, kw_only=True):
 class Training(Entries, Struct, kw_only=True):
     """The entries of `metrics.json` that describe the training.
 
-    A later evaluation keeps them, except for some facts.
+    A later evaluation keeps these entries, except for some facts.
     """
 
     date: Text | None = None  # UTC: end of the training

@@ -1,7 +1,7 @@
 """Makes the first signal of `exit_codes.SIGNALS` save and stop a run.
 
-If SIGINT or SIGTERM follows, a command ends. In a program of a user, the second of them has its
-usual effect: in a notebook, Ctrl-C raises KeyboardInterrupt. SIGHUP and SIGUSR1 may be repeated
+A second signal, SIGINT or SIGTERM, ends a command. In a program of a user, the second signal has
+its usual effect: in a notebook, Ctrl-C raises KeyboardInterrupt. SIGHUP and SIGUSR1 may be repeated
 without an effect: if a terminal is closed, the shell and the system both send SIGHUP.
 """
 
@@ -43,12 +43,12 @@ class Interruption:
             self.signum = signum
 
     def replace_handlers(self) -> None:
-        """Makes `handle` the handler of the signals."""
+        """Makes `handle` the handler of all signals in SIGNALS."""
         for number in self._handlers:
             signal.signal(number, self.handle)
 
     def restore_handlers(self) -> None:
-        """Undoes `replace_handlers`."""
+        """Restores the handlers that `replace_handlers` has replaced."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 

@@ -30,7 +30,7 @@ MAX_PARAMS = 10**10  # of a member; no device can store more
 
 
 def check_model(config: Config) -> None:
-    """Raises UserError if the model needs more epochs, or ignores a field not at its default."""
+    """Raises UserError if the model needs more epochs, or ignores a field that was changed."""
     name = config.model.get("name")
     model = MODELS.get(name, Identifier)
     if not issubclass(model, Identifier):
@@ -59,8 +59,8 @@ def dry_run(config: Config, data: Dataset | None = None) -> None:
 
     If `data` is None, the names of the files in `config.data` give the modalities. No features are
     read, and no device is used. This takes a tenth of a second. All metrics of four made-up clips
-    are computed. If a configuration file of a user was executed, or a program passes `data`, a
-    training step is traced, too, because it may call functions of the user. Then a dry run takes a
+    are computed. A training step may call functions of the user. So it is traced, too, if a
+    configuration file of a user was executed, or if a program passes `data`. Then a dry run takes a
     second.
     """
     if config.join.systems:

@@ -88,8 +88,9 @@ class StreamingFeed(Feed):
     """Streams clips. The host reads the next batch while the devices train on the present batch.
 
     The host reads the result of a step after it has started the next step, so that no device waits
-    for the host. The devices store at most two batches. `waited` is an estimate: if a step ends
-    before the next batch is read, the time of reading minus the time of the fastest step is added.
+    for the host. The devices store at most two batches. `waited` is an estimate. If a step ends
+    before the next batch is read, it grows by the time of reading minus the time of the fastest
+    step.
     """
 
     mode = "streaming"
@@ -125,7 +126,7 @@ class StreamingFeed(Feed):
 
 
 class ResidentFeed(Feed):
-    """Gathers batches from clips in device memory, so that no step waits for the host."""
+    """Gathers batches from clips on the devices, so that no step waits for the host."""
 
     mode = "resident"
 

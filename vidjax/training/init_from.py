@@ -61,7 +61,7 @@ def find_source(config: Config) -> trained_runs.FoundRun:
         if members not in (1, wanted):
             raise UserError(
                 f"the run in '{folder.path}' has {members} members, but this run has {wanted}\n"
-                f"name a run with 1 or {wanted}, or use its groups ensemble of the configuration"
+                f"name a run with 1 or {wanted} members, or use the config.ensemble of that run"
             )
     return source
 
@@ -81,9 +81,9 @@ def load_state(
 
     Args:
       system: the system of the new run.
-      config: its configuration.
-      identities: its identities. The first has class column 1.
-      state: its state at step 0.
+      config: the configuration of the new run.
+      identities: the identities of the new run. The first has class column 1.
+      state: the state of the new run at step 0.
 
     Returns:
       The state, and the fact `init_from` of the new run.

@@ -28,10 +28,10 @@ def train_systems(
 ) -> dict[str, Any]:
     """Trains each system in folds and on all clips with `train`, and joins their scores.
 
-    The function `train` is `public.train_run`. The folds measure the blend on `config.eval.split`,
-    or on the last split of `config.data.train_splits` if the systems are not trained on
-    `config.eval.split`. The runs on all clips rank the other splits that are evaluated. Returns the
-    metrics on `config.eval.split`.
+    The function `train` is `public.train_run`. If the systems are trained on `config.eval.split`,
+    the folds measure the blend on this split. If not, the folds measure the blend on the last split
+    of `config.data.train_splits`. The runs on all clips rank the other splits that are evaluated.
+    Returns the metrics on `config.eval.split`.
     """
     began = time.monotonic() if began is None else began
     asked, trained, known = config.eval.split, config.data.train_splits, data.report["splits"]

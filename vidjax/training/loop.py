@@ -37,7 +37,7 @@ FIRST_STEPS = (1, 2, 5, 10)
 
 
 def make_schedule(config: Config, plan: RunPlan) -> dict[str, frozenset[int]]:
-    """Returns the name of a task -> the steps after which it is done."""
+    """Returns task, such as `log` -> the steps after which the task is done."""
     total = plan.task.total_steps
 
     def every(epochs: float) -> frozenset[int]:
@@ -201,14 +201,14 @@ def write_description(
 class TrainingRun:
     """A run in training. Its methods train, evaluate, log and save.
 
-    A run has one or more members, the nets of an ensemble. The groups of members that a program
-    trains together are chosen by `placement.choose_placement`.
+    A run has one or more members, the nets of an ensemble. `placement.choose_placement` chooses
+    which members a program trains together.
 
     Attributes:
       config, workdir, plan, mesh: the arguments of `__init__`.
       step: the number of finished optimiser steps.
       is_evaluated: True if the restored checkpoint has been evaluated.
-      training_sets: the clips that each member was trained on, also before `config.init_from`.
+      training_sets: the training clips of each member, including the clips of `config.init_from`.
       next_save: the time at which the next checkpoint is due, in seconds of `time.monotonic()`.
     """
 
@@ -343,7 +343,7 @@ class TrainingRun:
         return {"clips_per_second": rate, "waited_seconds": self._feed.waited}
 
     def relabel(self) -> None:
-        """Changes each member's labels of distractors in no cluster: `noise_classes.relabel`."""
+        """Changes each member's labels of unclustered distractors, see `noise_classes.relabel`."""
         labels = self._compute_labels(self.state, self._clips)
         self._states = [
             state.replace(labels=self._replicate(part))

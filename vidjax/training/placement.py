@@ -1,4 +1,4 @@
-"""Chooses what stays in the memory of the devices: clips, and members that train together."""
+"""Chooses whether clips stay in the memory of the devices, and which members train together."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -37,8 +37,8 @@ def compile_loop(
     """Compiles the training loop of `group_size` members, before the clips are on the devices.
 
     `state` is the state of all members, or its shapes. Returns the loop, and the number of bytes
-    that a step needs on a device. They include two streamed batches, but no state and no resident
-    clips.
+    that a step needs on a device. The bytes include two streamed batches, but no state and no
+    resident clips.
     """
     batches, whole = plan.batches, devices.replicated_layout(mesh)
     table: Any = jax.ShapeDtypeStruct(plan.labels.shape, np.int32)
@@ -73,7 +73,7 @@ def choose_placement(
     mode: str, layout: ResidentPlan, mesh: Mesh, sizes: Sequence[int],
     measure: Callable[[str, int], float],
 ) -> tuple[str, int]:  # fmt: skip
-    """Chooses where the clips are, and how many members train together, in all processes alike.
+    """Chooses where the clips are, and how many members train together, for all processes.
 
     Clips come first: they stay on the devices if a step of a single member leaves room for them.
 

@@ -260,8 +260,9 @@ def compute_values(
 def make_relabel(config: Config, plan: RunPlan, mesh: Mesh) -> Relabel:
     """Returns a function that computes new labels, [E, N] int32, see `noise_classes.relabel`.
 
-    Its arguments are the state of all members and the source of the clips. It changes each member's
-    labels of distractors in no cluster. All processes of the run must call it together.
+    Its arguments are the state of all members and the source of the clips. For each
+    member, the function changes the labels of distractors that are in no cluster. All processes of
+    the run must call the function together.
     """
     classes, system = plan.task.layout, plan.system
     if config.noise.relabel_by == "train":

@@ -155,11 +155,11 @@ def load_data(
           clip may lack modalities, or have no frame.
         - The path of a folder of iQIYI-VID pickles, `.npz` files or parquet tables.
         - A configuration. Its fields `config.data` describe the dataset: give no other argument.
-      labels: a dict, clip name -> identity, for all splits. It may also be the path of a table
-        (.csv, .tsv or .parquet) with the columns `clip` and `identity`, or of ground truth in the
-        iQIYI-VID format. A clip without a label, or with the label None, is a distractor. A split
-        without a labelled clip is ranked but not scored. None means the ground truth in the folder
-        of the features.
+      labels: a dict, clip name -> identity, for all splits. Or the path of a table (.csv, .tsv or
+        .parquet) with the columns `clip` and `identity`, or of ground truth in the iQIYI-VID
+        format. A clip without a label, or with the label None, is a distractor. A split without a
+        labelled clip is ranked but not scored. None means the ground truth in the folder of the
+        features.
       cache_dir: the cache folder for clips in files. None means `$VIDJAX_CACHE` or
         `~/.cache/vidjax`.
       quality: how the quality of a frame of your own features is measured. `given` uses `quality`
@@ -220,9 +220,9 @@ def train(
       workdir: the folder for checkpoints, metrics, rankings and the report.
       data: the result of `load_data`.
       num_devices: the number of devices to use. None means all.
-      log: a function that gets each line of `metrics.jsonl` as a dict, after it is written. If
-        it raises an error, training stops, and the same call resumes it. After a resume, it may get
-        lines again. With several processes, only the first process calls it.
+      log: a function that gets each line of `metrics.jsonl` as a dict, after it is written. If it
+        raises an error, training stops, and the same call resumes the training. Then `log` may get
+        some lines again. With several processes, only the first process calls it.
 
     Returns:
       The results of the run: `map` and all other entries of `metrics.json`.

@@ -77,7 +77,7 @@ def start(config: Config, workdir: Path, data: Dataset, plan: RunPlan, mesh: Mes
         if ensemble.choose_scoring_members(sets, split.clips)[1]:
             warn(
                 f"the run config.init_from was trained on clips of {split.name}, so MAP is too "
-                "high\nto measure, choose another split: --config.eval.split=SPLIT"
+                "high\nto measure MAP, choose another split: --config.eval.split=SPLIT"
             )
         known: dict[str, Any] = {}
 
@@ -140,7 +140,7 @@ def report_changes(old: Config, config: Config, plan: RunPlan, manifest: Mapping
     step = manifest["step"]
     for name, (before, now) in differences(old, config).items():
         if affects(name) & ROUNDING:
-            say(f"config.{name} changes from {before} to {now}: later steps round otherwise")
+            say(f"config.{name} changes from {before} to {now}: later steps round in another way")
     if config.num_epochs == old.num_epochs or plan.system.model.is_closed_form:
         return
     _, earlier = optim.make_optimizer(

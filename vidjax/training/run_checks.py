@@ -16,7 +16,7 @@ from vidjax.utils import messages
 
 
 def list_checks(workdir: Path, overrides: Sequence[str] = ()) -> dict[str, Callable[[], str]]:
-    """Returns name of a checkpoint or of a run's data -> function that checks it.
+    """Returns name -> function that checks a checkpoint, or the data of a run.
 
     `overrides` are words such as `--config.data.dir=PATH`. Raises UserError if there is no run.
     """

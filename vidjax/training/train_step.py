@@ -183,8 +183,8 @@ def take_member_step(
 ) -> tuple[TrainState, jax.Array]:
     """Updates one net (member) with a batch of B clips. Returns the new state and the loss [].
 
-    `step` [] int32 is the number of earlier steps. `learned` has the fields of one member's state
-    that a step changes. The other fields are None.
+    `step` [] int32 is the number of earlier steps. `learned` is the state of the member. Fields
+    that a step does not change are None.
     """
     member_rng, *_ = inputs
     keys = jax.random.split(jax.random.fold_in(member_rng, step), 4)
@@ -353,7 +353,7 @@ def make_train_loop(system: System, mesh: Mesh, plan: BatchPlan) -> jax.stages.W
     """Returns a compiled function that takes `count` training steps.
 
     The function maps (state, constants, clips, count) to (state, result). The memory of the first
-    argument is used again (donated). Two calls give the same state as one call with the sum of the
+    argument is used again (donated). Two calls give the same state as one call with the sum of both
     counts. If clips are streamed, `count` is None, and the function takes one step.
     """
     place = functools.partial(devices.constrain_batch, mesh)

@@ -1,9 +1,9 @@
-"""Takes rights from this process for ever, before it reads a file of a stranger.
+"""Takes rights from this process for ever, before the process reads a file of a stranger.
 
-Two parts of Linux do the work. Landlock allows only listed files. A filter of system calls, which
-is called seccomp, forbids connections, programs, new processes, signals to other processes, changes
-of the priority and the cores of processes, and changes of the permissions, owners and times of
-files. `list_gaps` returns what this system cannot forbid.
+Two parts of Linux do the work. Landlock allows only listed files. The filter seccomp forbids system
+calls: connections, programs, new processes, and signals to other processes. It also forbids to
+change the priority and cores of processes, and the permissions, owners and times of files.
+`list_gaps` returns what this system cannot forbid.
 """
 
 import contextlib
@@ -112,8 +112,9 @@ def confine(reads: Iterable[str | Path], writes: Iterable[str | Path]) -> None:
     """Takes rights from this process. The process must not have started threads.
 
     Afterwards, it can read only the files `reads`, the installed packages and libraries of the
-    system, and the folders `writes`. Only in `writes`, it can write and delete files. If a folder
-    is in `reads`, it can list the folder and folders below, but not read the files in them.
+    system, and the folders `writes`. Only in `writes`, it can write and delete files. If `reads`
+    contains a folder, the process can list this folder and the folders below, but cannot read their
+    files.
     """
     _give_up_capabilities()
     _call(_libc.prctl, *map(ctypes.c_ulong, (NO_NEW_PRIVILEGES, 1, 0, 0, 0)))

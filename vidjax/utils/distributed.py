@@ -1,7 +1,7 @@
 """Coordinates processes that train or evaluate a run together, by `jax.distributed`.
 
 Each process runs the same program on the same clips, and computes on its devices. Process 0 writes
-the files of the run, except that Orbax writes the arrays of a checkpoint in every process. If a
+the files of the run. Only the arrays of a checkpoint are written in every process, by Orbax. If a
 process ends with an error, `rendezvous` ends the other processes.
 """
 
@@ -38,8 +38,8 @@ def join(coordinator: str, num_processes: int, process_id: int, coordinator_time
         raise UserError(f"--num_processes={count}: give the number of all processes, 1 or more")
     if not 0 <= index < count:
         raise UserError(
-            f"--process_id={index} is not the index of one of {count} processes\n"
-            f"give --process_id=0 to {count - 1}, and each to one process"
+            f"--process_id={index}: must be from 0 to {count - 1} for {count} processes\n"
+            "give each process another number"
         )
     if not 0 < seconds <= MAX_WAIT_SECONDS:
         raise UserError(
@@ -87,7 +87,7 @@ def barrier() -> None:
 
 
 def check_same(facts: Mapping[str, Any]) -> None:
-    """Raises UserError in all processes if their `facts` (setting -> JSON value) differ."""
+    """Raises UserError in all processes if their `facts`, setting -> JSON value, differ."""
     for name, value in facts.items():
         number = int(files.sha256_json(value)[:7], 16)
         if max_over_processes(number, -number) != [number, -number]:

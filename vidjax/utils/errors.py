@@ -9,8 +9,8 @@
 | no memory is left, or a package is not installed | a remedy | 2 |
 | any other exception: a bug, including a ValueError of numpy or of vidjax | its traceback | 1 |
 
-If a library raises an error, the code that calls the library catches it, and raises a UserError
-that names the file, clip or field.
+Code that calls a library catches its errors, and raises a UserError that names the file, clip or
+field.
 """
 
 import contextlib
@@ -78,7 +78,7 @@ def is_muted() -> bool:
 def warn(message: str) -> None:
     """Warns the user. A command prints these warnings, and hides the warnings of libraries.
 
-    Python shows the line of the user that called vidjax.
+    In a program, Python shows the user's line that called vidjax.
     """
     if is_muted():
         return
@@ -126,7 +126,7 @@ def require_packages(what: str, *packages: str, extra: str, instead: str = "") -
 def check_argument(
     argument: str, value: object, kinds: type | tuple[type, ...], wanted: str
 ) -> None:
-    """Raises ArgumentError if the type of `value` is not in `kinds`. `wanted` describes `kinds`."""
+    """Raises ArgumentError if `value` has no type in `kinds`. `wanted` describes the types."""
     if not isinstance(value, kinds):
         text = f" {value!r}" if isinstance(value, str | int | float | None) else ""
         kind = "" if value is None else f" {type(value).__name__}"
@@ -172,7 +172,7 @@ _WITHOUT_PATH = (
 
 
 def describe_system_error(error: BaseException) -> str | None:
-    """Returns a message and a remedy, or None if `error` is no system error with a remedy."""
+    """Returns the message and the remedy of a system error, or None for any other error."""
     if isinstance(error, UnicodeEncodeError) and not sys.getfilesystemencoding().startswith("utf"):
         return (
             "the locale of this process cannot encode the file name "
@@ -209,7 +209,7 @@ SUGGEST_SECONDS = 0.5  # the search for a similar word ends after this time
 def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Returns the word of `known` that is spelled most like `word`, or None if none is similar.
 
-    Similar words have a ratio (of `difflib`) of at least `cutoff`. Equal words have the ratio 1.
+    Words are similar if `difflib` computes a ratio of at least `cutoff`. Equal words have ratio 1.
     Words with the same part after the last dot, such as `optim.name` and `name`, are similar, too.
     """
     known, end = list(known), time.monotonic() + SUGGEST_SECONDS
@@ -233,7 +233,7 @@ def check_entry(
     """Raises UserError if `name`, the value of `field`, is not in `table`, such as `OPTIMIZERS`.
 
     A configuration file may add names to `table`, so the message explains how to load the file.
-    `elsewhere` is the name that another library uses -> the fields that do the same here.
+    `elsewhere` is name in another library -> fields of vidjax that do the same.
     """
     if not isinstance(name, str) or name not in table:
         fields = (elsewhere or {}).get(str(name).lower())

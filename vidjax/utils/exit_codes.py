@@ -125,13 +125,13 @@ def get_exit_code(error: Exception) -> int | None:
 
 
 def show_warning(message: object, *args: object, **kwargs: object) -> None:
-    """Prints a warning without the line of code. It replaces `warnings.showwarning`."""
+    """Prints a warning without the line of code. This function replaces `warnings.showwarning`."""
     del args, kwargs
     print_problem(f"warning: {message}")
 
 
 def stop_at_once(signum: int, frame: object = None) -> NoReturn:
-    """Ends the process immediately with exit code 128 + `signum`. It is a signal handler."""
+    """Handles a signal: ends the process immediately with exit code 128 + `signum`."""
     del frame
     # An exception would be lost during an import or in the callback of a library.
     with contextlib.suppress(OSError):  # the terminal may be closed

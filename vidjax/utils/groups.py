@@ -8,7 +8,7 @@ V = TypeVar("V")
 
 
 def group_by_key(pairs: Iterable[tuple[K, V]]) -> dict[K, list[V]]:
-    """Returns key -> the values of all (key, value) in `pairs`, in their order."""
+    """Groups pairs (key, value): returns key -> its values, in the order of `pairs`."""
     values_of: dict[K, list[V]] = {}
     for key, value in pairs:
         values_of.setdefault(key, []).append(value)

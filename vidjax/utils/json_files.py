@@ -39,7 +39,7 @@ def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
 
 
 def load(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) -> tuple[Any, T]:
-    """Reads a JSON file of at most `limit` bytes. Returns the value as JSON, and as a `kind`.
+    """Reads a JSON file of at most `limit` bytes; returns the JSON value, and a `kind` object.
 
     For `remedy`, see `parse`.
     """

@@ -1,7 +1,7 @@
 """Reads how many cores, bytes of memory and open files this process may use.
 
-The limits of a container are the limits of a Linux control group, version 1 or 2. A process must
-also keep the limits of all groups that contain its group. Limits are read from files below `root`.
+The limits of a container are the limits of a Linux control group, version 1 or 2. The limits of all
+groups around this group apply, too. Limits are read from files below `root`.
 """
 
 import contextlib

@@ -29,9 +29,9 @@ _PLAIN = string.ascii_letters + string.digits + " /._-"  # never part of a code 
 class Result(NamedTuple):
     """The result of a command: it is printed as a table with a summary, or as JSON.
 
-    The summary has a line for each fact that is a text, a path or a number, and for each item of
-    `texts`. If there is a `text`, the summary has lines only for `texts`. The name of the command
-    is the heading of the summary.
+    The summary has a line for each item of `texts`. If there is no `text`, it also has a line for
+    each fact that is a text, a path or a number. The name of the command is the heading of the
+    summary.
     """
 
     facts: Mapping[str, Any]  # name -> value, the JSON object that `--json` prints
@@ -82,7 +82,7 @@ def print_escaped(text: str, stream: TextIO) -> None:
 
 
 def drop_output(stream: TextIO) -> None:
-    """Discards all later output of `stream`: a closed pipe, or a file on a full disk."""
+    """Discards all later output of `stream`, because its pipe is closed or its disk is full."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -218,8 +218,8 @@ def align_columns(
 def describe_failed(failed: Mapping[str, str]) -> dict[str, str]:
     """Returns rows about files that were not used: their number and names, and remedies.
 
-    `failed` is path of a file -> remedy, or "". A missing folder of photos is listed as missing. Of
-    different remedies, three are listed, with the names of their files.
+    `failed` is path of a file -> remedy, or "". A missing folder of photos is called missing. If
+    the remedies differ, three remedies are listed, each with the names of its files.
     """
     if not failed:
         return {}

@@ -128,7 +128,7 @@ def fold(name: str) -> str:
 
 
 def find_similar_names(new: Iterable[str], known: Iterable[str]) -> dict[str, str]:
-    """Returns new name -> another new or known name with the same simplified name (`fold`)."""
+    """Returns new name -> another name, new or known, that is equal after `fold`."""
     new, known = [*new], [*known] if new else []
     folded, known_folded = _fold_all(new), _fold_all(known)
     words = set(folded)
@@ -155,8 +155,8 @@ def _fold_all(names: list[str]) -> list[str]:
 def make_file_stems(labels: Iterable[str]) -> list[str]:
     """Returns a file name without suffix for each label, of at most 200 bytes.
 
-    All file systems allow the names. They differ from each other, even if a file system ignores
-    case. For the labels `ada`, `Ada` and `Who?`, they are `ada`, `Ada (2)` and `Who_`.
+    All file systems allow the names. No two names differ only in case. The labels `ada`, `Ada` and
+    `Who?` get the names `ada`, `Ada (2)` and `Who_`.
     """
     stems, taken = list[str](), Counter[str]()
     for label in labels:
@@ -175,9 +175,9 @@ def make_file_stems(labels: Iterable[str]) -> list[str]:
 def make_folder_name(name: str, taken: Collection[str]) -> str:
     """Returns a name for the folder of a person: `Who?` becomes `Who%3F`.
 
-    `read_folder_name` reverses it. `taken` are names of folders in `str.casefold`. If the new name
-    is one of them, because `Ada` and `ADA` are two people, all letters are written as numbers. If
-    the new name is longer than file systems allow, `name` is returned.
+    `read_folder_name` reverses it. `taken` are the lower-case names (`str.casefold`) of other
+    folders. If the new name is taken, because `Ada` and `ADA` are two people, all letters are
+    written as numbers. If the new name is longer than file systems allow, `name` is returned.
     """
     code = re.sub(rf"{_NOT_PORTABLE.pattern}|%(?=[0-9a-f]{{2}})", _to_numbers, name, flags=re.I)
     if code.casefold() in taken:
@@ -186,7 +186,7 @@ def make_folder_name(name: str, taken: Collection[str]) -> str:
 
 
 def read_folder_name(text: str) -> str:
-    """Returns the name of the person to whom a folder of `make_folder_name` belongs."""
+    """Returns the name of a person from the name of a folder. It reverses `make_folder_name`."""
     return normal_form(urllib.parse.unquote(text))
 
 

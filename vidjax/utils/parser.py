@@ -62,7 +62,7 @@ class Parser(argparse.ArgumentParser):
         (of or self).add_argument(name, help=about, **options)
 
     def fields(self, group: str = "", *, example: str) -> None:
-        """Lets the command override fields that begin with `group`, e.g. `data.`, or all fields.
+        """Lets users override the fields whose names begin with `group`, by default all fields.
 
         `example` is shown by `--help`, such as `seed=1` for `--config.seed=1`.
         """
@@ -92,7 +92,7 @@ class Parser(argparse.ArgumentParser):
         args: Sequence[str] | None = None,
         namespace: Any = None,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        """Parses words as argparse does, and keeps them for `error`. Paths become `Path`."""
+        """Parses words as argparse does, and keeps the words for `error`. Paths become `Path`."""
         self.words = args or ()
         parsed, others = super().parse_known_args(args, namespace)
         for action in self._actions:
@@ -153,7 +153,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def describe(about: str) -> dict[str, Any]:
-    """Returns the texts of the help of a command. `about` is a sentence without a period."""
+    """Returns the short and the long help of a command. `about` is a sentence without a period."""
     return {"help": about, "description": f"{about[0].upper()}{about[1:]}."}
 
 
@@ -171,7 +171,7 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns the words that override no field, and the words that override a field.
+    """Divides words: returns the words that override no field, and the words that do.
 
     The two words `--config.FIELD VALUE` become a single word, `--config.FIELD=VALUE`.
     """

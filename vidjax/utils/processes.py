@@ -1,14 +1,14 @@
 """Runs functions in child processes with limits, so that they can read files from strangers.
 
-A child process runs a module of this package that ends with `processes.serve(work)`.
-`run_limited` starts the module, and returns the result of its function `work`. Arguments and result
-are JSON values; arrays are passed in files. The CPU time and the address space of the child are
-limited, and so are the length of its output and of each file that it writes. It can use only files
-that it needs, and no connections or programs, see `confinement`. It gets only environment variables
-that it needs.
+A child process runs a module of this package that ends with `processes.serve(work)`. `run_limited`
+starts the module, and returns the result of its function `work`. Arguments and result are JSON
+values; arrays are passed in files. The child has limits of CPU time, address space, output, and
+size of each written file. The child can use only files that it needs, and no connections or
+programs, see `confinement`. It gets only environment variables that it needs.
 
-A file may take over the child, and then chooses the answer. So a caller names the class of the
-result, reads files of the child in a block `doubt`, and takes no fact from it that it knows itself.
+A hostile file may take over the child, and then chooses the answer. So a caller names the class of
+the result, and reads files of the child in a block `doubt`. The caller does not ask the child for
+facts that the caller knows.
 
 Process pools of Python are not used, because their processes import the user's program. A program
 without `if __name__ == "__main__"` would then run again.
@@ -305,12 +305,12 @@ def run_limited_each(
       output_bytes: limit of the JSON of the results.
       reads: files and folders that `work` may read, besides the files in `given`.
       writes: folders in which `work` may write and delete files.
-      children: an object with which another thread can kill the child.
+      children: an object through which another thread can kill the child.
 
     Returns the result or the error of each call.
 
-    If the process exceeds a limit or crashes, a new process continues with the call that it did not
-    finish. If this is the first call of the new process, the call gets an error.
+    If a process exceeds a limit or crashes, a new process starts with the unfinished call. If a
+    process does not finish its first call, this call gets an error.
     """
     answers: list[Result | UserError] = []
     children = children or Children()
@@ -368,7 +368,7 @@ def _describe_end(
 
 @contextlib.contextmanager
 def doubt(path: Path) -> Iterator[None]:
-    """Turns errors in a `with` block, which uses results for the file `path`, into a UserError.
+    """Turns errors in a `with` block that uses the results for a file into a UserError.
 
     A file that has taken over the child may print anything, and write anything into its files.
     """

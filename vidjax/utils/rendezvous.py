@@ -6,7 +6,7 @@ connections stay open while the processes work. If a process dies, the system cl
 connections, and the other processes end with a message before JAX aborts them.
 
 A message is a line of text: `I of N` from process I to process 0, and the answer `start` or
-`refused REASON`. At its end, a process sends `done` or `failed`. Process 0 sends `lost I` if
+`refused REASON`. When a process ends, it sends `done` or `failed`. Process 0 sends `lost I` if
 process I has died.
 """
 
@@ -36,11 +36,11 @@ _has_failed = threading.Event()  # set when this process has printed an error of
 
 
 def meet(address: str, count: int, index: int, timeout: float) -> None:
-    """Connects this process with the others, and from then on ends it if another one dies.
+    """Connects this process with the others. If another process dies later, ends this process.
 
-    Process 0 connects with all processes, and each other process with process 0. `address` is
-    HOST:PORT of process 0, `count` the number of processes, and `index` the index of this one.
-    Raises UserError if a process does not come within `timeout` seconds.
+    Process 0 is connected with all other processes. `address` is HOST:PORT of process 0. `count` is
+    the number of processes, and `index` the number of this process. Raises UserError if a process
+    does not come within `timeout` seconds.
     """
     end = time.monotonic() + timeout
     _peers.update(
@@ -58,8 +58,8 @@ def meet(address: str, count: int, index: int, timeout: float) -> None:
 def leave(code: int) -> None:
     """Reports to the other processes that this process ends with the exit code `code`.
 
-    If it fails, the other processes end, too, and this process waits for them: without process 0,
-    JAX would abort them.
+    If the code reports a failure, the other processes end, too. This process waits for them,
+    because JAX aborts processes when process 0 has ended.
     """
     failed = code not in (0, 130, 143)
     if failed:
@@ -72,7 +72,7 @@ def leave(code: int) -> None:
 
 @contextlib.contextmanager
 def blame_lost_process() -> Iterator[None]:
-    """If the block fails because another process has died, ends this process with that reason."""
+    """Ends this process with a message if the block fails because another process has died."""
     try:
         yield
     except Exception as error:

@@ -4,7 +4,8 @@ The ending of the file name decides the format. A .tsv or .csv has a line of col
 line per row. A .jsonl has a JSON object per line. A .parquet has the columns of the .tsv.
 
 A spreadsheet would run cells such as `=1+1` in a .tsv or .csv as formulas. So a `'` is put before
-them, and before cells that begin with `'`. A program that reads the table must remove this `'`.
+such cells, and before cells that begin with `'`. A program that reads the table must remove this
+`'`.
 """
 
 import codecs
@@ -37,7 +38,7 @@ SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
 def check_new(out: str | Path, endings: Sequence[str] = ENDINGS) -> Path:
-    """Returns the path of a new table, the value of the flag `--out`, with `~` expanded.
+    """Returns the path of a new table, the value of `--out`. A `~` becomes the home folder.
 
     Raises UserError if the table cannot be written.
     """
@@ -147,8 +148,8 @@ def read_text(path: Path) -> Iterator[tuple[int, list[str]]]:
 def find_columns(place: str, titles: Collection[str], wanted: Sequence[str]) -> list[str]:
     """Returns the titles of the `wanted` columns, or [] if one of them is missing.
 
-    `titles` may be in upper or lower case. If two of them are the same column, raises UserError,
-    which begins with `place`.
+    `titles` may be in upper or lower case. If two titles mean the same column, raises UserError.
+    The message begins with `place`.
     """
     found = [[x for x in titles if x.strip().lower() == column] for column in wanted]
     if twice := next((same for same in found if len(same) > 1), []):

@@ -144,7 +144,7 @@ class Progress:
             yield f"{left // 60}:{left % 60:02} left"
 
     def close(self) -> None:
-        """Ends the display."""
+        """Ends the display of the progress."""
         if self._bar is not None:
             self._bar.close()
 

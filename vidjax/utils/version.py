@@ -1,3 +1,3 @@
-"""The version of vidjax."""
+"""Contains the version of vidjax."""
 
 VERSION = "0.1.0"

@@ -2,8 +2,8 @@
 
 A clip gets the name of its most probable person if the probability reaches a threshold. The user
 can choose the threshold. By default, the threshold is measured on strangers, clips of people who
-are not enrolled. The name must then also be more probable than all other enrolled people together.
-If there are too few strangers, the probability must be above 0.5.
+are not enrolled. Then the person must also be more probable than all other enrolled people
+together. If there are too few strangers, the probability must be above 0.5.
 
 A .tsv or .csv table has the columns clip, identity, probability, score, best_1, probability_1, ...
 A line of .jsonl has the fields clip, identity, probability, score, best and evidence. The identity
@@ -70,10 +70,11 @@ class Answer(NamedTuple):
     Attributes:
       identity: the person; None if unknown.
       probability: the probability of the most probable identity; 0 if the clip has no usable frame.
-      score: the logarithm of the probability. It differs even if two probabilities round to 1.
-      best: the most probable identities with their probabilities, best first.
+      score: the logarithm of the probability. Two scores differ even if both probabilities round to
+        1.
+      best: (identity, probability) of the most probable identities, best first.
       evidence: the modalities, such as face, that the clip and `identity` have in common. It is
-        empty if the person is unknown. If a user enrolled a clip of a film, it is `told`. It
+        empty if the person is unknown. If a user named the face in a film, it is `told`. It
         contains `clips` if the clip would have no name without the other clips of its group.
     """
 
@@ -101,8 +102,9 @@ NOBODY = Answer(None, 0.0, -math.inf, ())
 def join_answers(vote: Answer, own: Sequence[Answer]) -> list[Answer]:
     """Returns the answers for the clips of a group.
 
-    If at least one clip would get the name of the group by itself, the clips get this name, each
-    with the lower of two probabilities. A clip that speaks against the name leaves the group.
+    If at least one clip would get the name of the group by itself, all clips get this name. The
+    probability is the lower one of the group and the clip. A clip that speaks against the name
+    leaves the group.
 
     Args:
       vote: the answer for the whole group.
@@ -138,7 +140,7 @@ class Threshold(NamedTuple):
       fpir: the false positive identification rate that the user chose: the largest share of new
         strangers that may get a name.
       score: the threshold, for the log-probability of the most probable identity.
-      num_identities: the number of enrolled people, with whom each stranger was compared.
+      num_identities: the number of enrolled people. Each stranger was compared with them.
       num_strangers: the number of clips of strangers.
       num_alarms: the number of clips of strangers that reach the threshold.
     """
@@ -251,7 +253,7 @@ class NamingRule(NamedTuple):
 
 
 def check_rate(name: str, rate: float | None) -> None:
-    """Raises UserError for a `rate` outside of (0, 1). None is accepted. `name` is in errors."""
+    """Raises UserError for a `rate` outside of (0, 1). None is accepted. `name` is for messages."""
     check_argument(name, rate, (numbers.Real, type(None)), "a number, or None")
     if rate is not None and not 0 < rate < 1:
         raise UserError(f"{name}={rate:g} is not a rate: give a number above 0 and below 1")
@@ -290,7 +292,7 @@ def check_strangers(count: int, fpir: float) -> None:
 
 
 def measure_threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
-    """Returns the threshold that limits the share of new strangers who get a name to `fpir`.
+    """Returns the threshold at which at most a share `fpir` of new strangers gets a name.
 
     `best` [S] float64 is the log-probability of the most probable person for each of S strangers.
     First call `check_strangers`.
@@ -475,7 +477,7 @@ def parse_group_number(group: str) -> int:
 
 
 def count_unknown(groups: Iterable[str]) -> tuple[int, int, str]:
-    """Returns the numbers of unknown people and of unclear faces in `groups`, and both as text."""
+    """Counts unknown people and unclear faces in `groups`. Also returns both counts as text."""
     names = {*groups}
     faces = sum(name.startswith(FACE) for name in names)
     people = len(names) - faces
@@ -540,7 +542,7 @@ def describe_probability(score: float) -> str:
 
 
 def count_doubtful(answers: Answers) -> int:
-    """Returns how many unknown clips have a person with a probability of 0.1 to 0.5."""
+    """Counts clips without a name whose most probable person has a probability of 0.1 to 0.5."""
     limits = MIN_DOUBTFUL_PROBABILITY, MIN_NAMED_PROBABILITY
     unknown = [answer.probability for answer in answers.values() if answer.identity is None]
     return sum(limits[0] <= probability <= limits[1] for probability in unknown)

@@ -1,4 +1,4 @@
-"""Writes a gallery as arrays, with which numpy scores clips without vidjax, or as a table."""
+"""Writes a gallery as a table, or as arrays with which numpy scores clips without vidjax."""
 
 from collections.abc import Sequence
 from pathlib import Path

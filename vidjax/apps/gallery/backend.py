@@ -45,7 +45,7 @@ class Part(NamedTuple):
 
     @property
     def may_be_offscreen(self) -> bool:
-        """True for voices that are compared by distances: the speaker may not be in the picture."""
+        """True for voices that are compared by distances, because the speaker may be off screen."""
         return self.distances is not None and self.name == "audio"
 
     def coordinates(self, x: np.ndarray) -> np.ndarray:
@@ -106,7 +106,7 @@ class Backend(NamedTuple):
 
     @property
     def widths(self) -> dict[str, int]:
-        """Modality -> D, the length of its vectors."""
+        """The length D of the vectors of each modality: modality -> D."""
         return {part.name: len(part.centre) for part in self.parts}
 
     def split(self, vectors: np.ndarray) -> list[np.ndarray]:
@@ -141,7 +141,7 @@ class Backend(NamedTuple):
           vectors: [N, sum of D].
           owner: [N] int, each clip's person, an index in `names`.
           film: [N] int, from 0. With PLDA, all clips of a person with the same number count as at
-            most one clip. By default, each clip has another number.
+            most one clip. By default, all numbers differ.
           independent: [P] bool, True if a person's clips are known to be independent. With PLDA,
             similar clips of other people count as fewer clips. By default, all are False.
         """
@@ -174,8 +174,8 @@ def fit(
     Args:
       vectors: modality -> unit vectors [N, D] float32.
       labels: [N] int, the person of each clip, from 1.
-      enrolled: modality -> [N, D] float32. The settings are fitted as if row n were enrolled for
-        the person of clip n, such as the mean of the person's clips in a film. Default: `vectors`.
+      enrolled: modality -> [N, D] float32. For the fit of the settings, row n is enrolled for the
+        person of clip n. It may be the mean of the person's clips in a film. Default: `vectors`.
       centred: True if the run has already subtracted a centre from the vectors.
       settings: the settings of PLDA. By default, they are fitted, too, and the variance of a
         person's clips is at least a typical share, see `two_covariance.covariances`.
@@ -209,7 +209,7 @@ def fit(
 
 
 def measure_shared(vectors: Mapping[str, np.ndarray], labels: np.ndarray) -> float:
-    """Returns how much of the variance within a person is missing, as in photos of one day: 0 to 1.
+    """Returns the share of the variance within people that is missing, as in photos of one day.
 
     The result is the smallest `Covariances.shared` of all modalities. `vectors` are modality ->
     unit vectors [N, D], and `labels` [N] int the person of each clip, from 1.
@@ -242,7 +242,7 @@ def make_card_backend(back_ends: "Mapping[str, BackEnd]") -> Backend:
 
 
 def compare_equal(old: Backend, new: Backend) -> bool:
-    """Returns whether two back ends compare the modalities of `old` by the same numbers.
+    """Returns whether two back ends have the same numbers for the modalities of `old`.
 
     Rounding errors are ignored.
     """
@@ -306,7 +306,7 @@ class Kind(Struct, omit_defaults=True):
 
     @property
     def sizes(self) -> list[int]:
-        """The number of elements of each array."""
+        """The number of values in each array of a part."""
         width = self.width
         if self.by_card:
             return [width, len(Distances._fields), *([width] if self.has_mean else [])]
@@ -332,5 +332,5 @@ _libraries = functools.cache(ThreadpoolController)  # the search for libraries i
 
 
 def one_thread() -> contextlib.AbstractContextManager[object]:
-    """Limits BLAS to one thread in a `with` block: threads that wait use whole processors."""
+    """Limits BLAS to one thread in a `with` block. Waiting threads would use whole processors."""
     return _libraries().limit(limits=1, user_api="blas")

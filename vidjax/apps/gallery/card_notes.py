@@ -1,6 +1,6 @@
 """The cards of a gallery's nets: reads them, compares people with them, and describes problems.
 
-A card is the JSON file of a net. See `models.card_check` for how far a card can be believed.
+A card is the JSON file of a net. `models.card_check` explains how far a card can be believed.
 """
 
 import os
@@ -122,8 +122,8 @@ def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> t
 def compare(state: State) -> Comparison:
     """Compares the enrolled people with the card of the net of faces.
 
-    If there is no such card, the people do not contradict it. If nobody has measured the card, the
-    result is of films, too, and a single person is compared only with films.
+    Without such a card, there is no problem. If nobody has measured the card, `check_apart` and
+    `judge` may find a problem, too, and a single person is only compared by these functions.
     """
     comparison = state.index.card_comparison
     if comparison.problem == "alone" and (state.separates or not state.origin.unmeasured):
@@ -160,7 +160,7 @@ def judge(state: State, mirrored: Sequence[float]) -> State:
 
 
 def check_mirrored(gallery: "Gallery", cosines: Sequence[float]) -> None:
-    """Changes a gallery if `judge` finds that its net does or does not separate people."""
+    """Stores the result of `judge` in a gallery: whether its net separates people."""
     with gallery.change() as draft:
         state = judge(draft.present, cosines)
         if state.origin != draft.present.origin:
@@ -168,7 +168,7 @@ def check_mirrored(gallery: "Gallery", cosines: Sequence[float]) -> None:
 
 
 def describe(state: State) -> str:
-    """Returns why names cannot be believed or are rare, with a remedy, or ""."""
+    """Returns why names are wrong or seldom given, and a remedy. Returns "" if names are right."""
     comparison, models = compare(state), state.origin.workdir
     if not state.index.names:
         return ""
@@ -188,7 +188,7 @@ def describe(state: State) -> str:
 
 
 def warn(state: State, known: str = "") -> str:
-    """Prints a warning if people contradict the card, unless it is `known`; returns the warning."""
+    """Returns how people contradict the card, or "". Prints the text unless it is `known`."""
     problem = _describe_problem(compare(state), state.origin)
     if problem not in ("", known):
         say(problem, warning=True)

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class Draft:
-    """The future content of a gallery. The `with` block of `Gallery.change` edits the draft."""
+    """The future content of a gallery, which the `with` block of `Gallery.change` edits."""
 
     def __init__(self, state: State):
         self.present = state
@@ -223,7 +223,7 @@ class Draft:
 
     @property
     def similar(self) -> dict[str, str]:
-        """New people whose names resemble an enrolled name: new name -> enrolled name."""
+        """The new names that resemble an enrolled name: new name -> enrolled name."""
         new = self.clips_of.keys() & self._changed_people - self.present.clips_of.keys() - {
             STRANGER
         }
@@ -235,7 +235,7 @@ class Draft:
     def finish(
         self, advance: Callable[[int], None] = ignore_count
     ) -> tuple[State, Mapping[str, StoredClip] | None, list[People] | None]:
-        """Returns the new content, and the clips and people to add to the file, see `Store.write`.
+        """Returns the new content, and the arguments `new` and `people` of `Store.write`.
 
         `advance` is called with the number of new and changed clips in each finished block.
         """
@@ -276,7 +276,7 @@ def _differ(old: StoredClip, new: StoredClip | None) -> bool:
 def find_equal(
     vectors: Mapping[str, np.ndarray], clips: Mapping[str, StoredClip], backend: Backend
 ) -> set[str]:
-    """Returns the names in `vectors` that are enrolled with an equal vector of each modality.
+    """Returns the names in `vectors` whose vectors of all modalities equal the enrolled vectors.
 
     `vectors` are clip -> vector of all modalities. A modality that the enrolled clip lacks is not
     compared.
@@ -298,8 +298,8 @@ def _describe_person(identity: str | None) -> str:
 def check_clip(name: str, clip: StoredClip, width: int) -> StoredClip:
     """Checks a clip; returns the clip with the cleaned name of its person.
 
-    Raises UserError if a name is invalid, if the vector is not finite float32 [width], or if the
-    vector is 0, because no frame of the clip is usable.
+    Raises UserError if a name is invalid, or if the vector is not finite float32 [width]. The
+    vector 0 is refused, too: no frame of such a clip is usable.
     """
     check_argument("clip name", name, str, "a name")
     _check_length("clip name", check_name(name))
@@ -345,7 +345,7 @@ def find_enrolled(kind: str, name: str, among: Mapping[str, T]) -> T:
 
 
 def find_person(name: str, clips_of: Mapping[str, T]) -> T:
-    """Returns `clips_of[name]` of the person `name`, or raises NotEnrolledError."""
+    """Returns `clips_of[name]`, or raises NotEnrolledError if there is no such person."""
     if name == STRANGER:
         raise NotEnrolledError("identity", name, ())
     return find_enrolled("identity", normal_form(name), clips_of)

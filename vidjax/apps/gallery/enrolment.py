@@ -28,7 +28,7 @@ def enrol(
     *,
     of_plda: bool = False,
 ) -> Iterator[People]:
-    """Computes the coefficients of people from their clips. Yields blocks. Blocks need less memory.
+    """Computes the coefficients of people from their clips. Yields blocks, which need less memory.
 
     With PLDA, all clips of a person in a film count as one clip. Similar clips count less, see
     `two_covariance.count_independent` and `card_backend.effective_count`.
@@ -37,8 +37,8 @@ def enrol(
       backend: the parameters that compare vectors.
       clips_of: identity -> names of the person's clips.
       clips: name -> clip.
-      of_plda: True for the gallery of a PLDA run. If PLDA was fitted to all clips of a person, each
-        clip of the person then counts fully, as in the run.
+      of_plda: True for the gallery of a PLDA run. Then each clip of a person counts fully, as in
+        the run, if PLDA was fitted to all clips of the person.
     """
     identities, width = [*clips_of], sum(backend.widths.values())
     for at in range(0, len(identities), MAX_BLOCK_PEOPLE):

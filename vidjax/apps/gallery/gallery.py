@@ -8,22 +8,23 @@
     gallery.remove(identity="Ada")
 
 Thresholds are measured on strangers, clips of people who are not enrolled. The parameters that
-compare vectors are called the back end. The order of changes does not matter: a new gallery of the
-same clips with the same back end gives the same answers to 1e-6.
+compare vectors are called the back end. The order of changes does not matter. A new gallery with
+the same clips and back end gives the same answers to 1e-6.
 
 An open gallery always answers from the current content of its folder, even if another process has
-changed the folder. `len`, `in`, iteration, `identities` and `digest` are current, too. The other
+changed the folder. `len`, `in`, iteration, `identities` and `digest` are current, too. Other
 properties, such as `clips` and `version`, show the content that was read last, see `refresh`.
 
 A change makes a new `State`, the content in memory, and never edits the old state. So a thread that
 computes an answer uses one state. A change is first written to the folder. If writing fails, folder
-and memory stay as they were, see `store.UncertainWriteError` for an exception.
+and memory stay as they were. For a disk that fails at the end of a change, see
+`store.UncertainWriteError`.
 
-A removed person leaves no trace in the folder. From the back end and all clips except one, the
-vector of this one clip could be computed. Therefore `remove` fits the back end again to all clips
-that are left. Clips that are enrolled after the removal do not change the back end. The training
-run still depends on its training clips, and so does the back end of a gallery that was made with
-`empty=True`. Only a new training run without the clips removes this dependence.
+A removed person leaves no trace in the folder. The vector of one clip could be computed from the
+back end and all other clips. Therefore `remove` fits the back end again to all clips that are left.
+Clips that are enrolled after the removal do not change the back end. The training run still depends
+on its training clips, and so does the back end of a gallery that was made with `empty=True`. Only a
+new training run without the clips removes this dependence.
 """
 
 import contextlib
@@ -241,7 +242,7 @@ class Gallery:
 
     @property
     def clips(self) -> Mapping[str, StoredClip]:
-        """Name -> clip, including clips of strangers."""
+        """All clips, including clips of strangers: name -> clip."""
         return self._state.clips
 
     @property
@@ -319,7 +320,7 @@ class Gallery:
 
     @property
     def source(self) -> NetVectors | RunVectors:
-        """Reads clips and computes their vectors."""
+        """The object that reads clips, and computes their vectors."""
         return NetVectors(self.backend) if self.origin.cards else RunVectors(self.run)
 
     def load(self, path: str | Path) -> MemoryClips:
@@ -341,8 +342,8 @@ class Gallery:
         no other process can change the gallery. `advance` is called at the end of the block, with
         numbers of new and changed clips that are finished.
 
-        If the gallery is in a folder of results of `vidjax who`, the changes are also written into
-        the log of the folder, see `said`. If `log` is False, they are already in the log.
+        In a folder of results of `vidjax who`, the changes are also written into the log, see
+        `said`. If `log` is False, the log already contains the changes.
         """
         with self._store.open(write=True, wait=self.lock_seconds) as transaction:
             draft = Draft(present := self.state)
@@ -384,8 +385,8 @@ class Gallery:
           advance: is called with numbers of new clips whose people are finished.
 
         Raises:
-          ValueError: no clip has a person, no clip has a usable frame, the features do not fit the
-            gallery, or a clip is already enrolled for another person or with another vector.
+          ValueError: no clip has a person or a usable frame, the features do not fit the gallery,
+            or a clip is already enrolled with another person or vector.
         """
         labelling.check_identities(identities)  # before the vectors are computed
         vectors = self.embed(clips, split)
@@ -460,8 +461,8 @@ class Gallery:
             default, it is 1. Unclear faces, with a clarity below 0.35, are never grouped only with
             each other.
           together: clip -> number. Clips with the same number certainly show the same person.
-          settled: numbers in `together` of people who certainly differ from each other. Groups
-            without these people are joined only with each other or with one of these people.
+          settled: numbers in `together` of people who certainly differ from each other. Any other
+            group may join one of these people.
           for_votes: True for the groups of `identify`, whose clips vote on one name. These groups
             are larger, and a few contain clips of two people.
         """
@@ -477,14 +478,14 @@ class Gallery:
         """Compares faces of different people with a card that nobody has measured.
 
         If the faces contradict the card, nobody gets a name. A single enrolled person gets names
-        only if the faces fit the card. The result is for this object: no file changes. `apart` are
-        two clips, and the clarity of the better face.
+        only if the faces fit the card. Only this object changes, and no file. `apart` lists (clip,
+        other clip, clarity of the better face).
         """
         with self._lock:
             self._state = card_notes.check_apart(self.state, vectors, apart)
 
     def threshold(self, fpir: float) -> Threshold:
-        """Returns the threshold that limits the share of new strangers who get a name to `fpir`.
+        """Returns the threshold at which at most a share `fpir` of new strangers gets a name.
 
         The first call after a change is slow: all clips of strangers are compared with all people.
 
@@ -578,8 +579,7 @@ class Gallery:
     ) -> Verification:
         """Decides as `verify`; also returns the rule, and the person's clips that do not fit.
 
-        The results of `verify`, `match_rule` and `find_misfits` are of one content of the gallery,
-        although another process may change the gallery.
+        All results are from the same content of the gallery, even if another process changes it.
         """
         check_argument("verify: identity", identity, str, "the name of a person")
         if not isinstance(clips, Vectors):  # reports mistakes before vectors are computed
@@ -591,10 +591,11 @@ class Gallery:
     def find_misfits(self, identity: str, clips: Collection[str] | None = None) -> dict[str, float]:
         """Finds enrolled clips that do not fit the other clips of the person `identity`.
 
-        Each clip is compared with all other clips of the person. If at even odds two people are 10
-        times more probable than one person, the clip is listed. Of two clips that differ, both are
-        listed, because nothing shows which clip is wrong. If the names `clips` are given, only
-        these clips are listed. Returns clip -> log ratio, lowest first.
+        Each clip is compared with all other clips of the person. The prior probability of two
+        people is one half. A clip is listed if two people are 10 times more probable than one
+        person. If two clips differ, both are listed, because nothing shows which clip is wrong. If
+        the names `clips` are given, only these clips are listed. Returns clip -> log ratio, lowest
+        first.
         """
         return verification.find_misfits(self.state, identity, clips)
 
@@ -606,8 +607,8 @@ class Gallery:
         Args:
           clips, others: see the class. Each of `clips` is compared with each of `others`. If
             `others` is None, each of `clips` is compared with each other clip.
-          fmr: as in `verify`. For two clips, the threshold is measured on pairs of strangers, so
-            twice as many are needed.
+          fmr: as in `verify`. The threshold is measured on pairs of strangers, so twice as many
+            strangers are needed.
 
         Returns:
           (clip, other clip) -> comparison.
@@ -634,8 +635,8 @@ class Gallery:
 
         Args:
           clips, split: see the class.
-          fpir, threshold: if one of them is given, the list of a person contains only clips whose
-            probability is high enough for a name, see `identify`.
+          fpir, threshold: see `identify`. If one is given, the list of a person contains only clips
+            that get this person's name.
           advance: is called with the number of clips of each finished block.
 
         Returns:

@@ -1,7 +1,7 @@
 """Groups clips of unknown people, so that the clips of a group show the same person.
 
-1. Each clip starts as a group. The two groups that most probably show the same person are joined,
-   again and again, until the probability is at most 0.5 for every pair. The prior odds that a pair
+1. Each clip starts as a group. The two groups that most probably show the same person are joined.
+   This is repeated until every pair has a probability of at most 0.5. The prior odds that a pair
    shows the same person are 1 / G, where G is the present number of groups. For groups that vote on
    a name, the prior odds are 4 / G.
 2. Small groups are joined to larger groups of more than 3 clips, if one of the two groups is clear.

@@ -1,4 +1,4 @@
-"""Compares clips with enrolled people: the coefficients of people, and the nearest of a clip."""
+"""Compares clips with enrolled people, and finds the most probable people of a clip."""
 
 import functools
 import heapq
@@ -86,9 +86,9 @@ class Means:
 
 
 class Block(People):
-    """People who are compared together. An index and a changed index after it share blocks.
+    """A group of people. When a gallery changes, the new index keeps the unchanged blocks.
 
-    So a block keeps values that do not depend on other people.
+    So a block stores only values that do not depend on other blocks.
     """
 
     @functools.cached_property
@@ -96,7 +96,7 @@ class Block(People):
         return {}
 
     def means(self, number: int, distances: Distances) -> Means:
-        """Returns the means of the modality `number`, whose vectors `distances` compare."""
+        """Returns the means of modality `number`. `distances` are the distributions of its card."""
         if number not in self._means:
             arrays = self.linear[number], self.constant[number], self.num_clips[number]
             self._means[number] = Means(distances, *arrays)
@@ -178,8 +178,8 @@ class DistanceRatios:
 
     Attributes:
       population: the distribution of the vectors of all people. Its mean is m.
-      share: [N] float64, from 0 to 1. A person's posterior mean is at m for 0, and at the mean of
-        the person's clips for 1.
+      share: [N] float64, from 0 to 1. With 0, a person's posterior mean is m. With 1, it is the
+        mean of the person's clips.
       variance: [N] float64, the variance of a person's posterior, summed over the dimensions.
       radius: [N] float64, the squared distance of a person's posterior mean from m.
     """
@@ -214,9 +214,9 @@ class DistanceRatios:
         """Returns the coordinates [Q, D] and terms [Q, 4] of Q groups of clips, for `_Queries`.
 
         `units` [Q, D] are the mean unit vectors x of the groups. `effective` [Q] are the effective
-        numbers of their clips, see `card_backend.effective_count`. The coordinates are x - m. The
-        terms are `(x - m) . m`, `|x - m|^2`, the variance of x for a known person, and the log
-        density of x for a stranger.
+        numbers of their clips, see `card_backend.effective_count`. The coordinates are x - m, where
+        m is the mean of all people. The terms are `(x - m) . m`, `|x - m|^2`, the variance of x for
+        a known person, and the log density of x for a stranger.
         """
         distances, noise = self._distances, self._distances.within / effective
         x = units - self.population.mean
@@ -228,7 +228,7 @@ class DistanceRatios:
     def finish(
         self, ratios: np.ndarray, rows: slice | np.ndarray, owner: np.ndarray, terms: np.ndarray
     ) -> None:
-        """Computes log-likelihood ratios in place, like `Ratios.finish`."""
+        """Turns the products `ratios` into log-likelihood ratios in place, see `Ratios.finish`."""
         kind = ratios.dtype
         across, square, noise, new = (x[owner] for x in terms.T.astype(kind))
         share, radius, variance = (
@@ -254,7 +254,7 @@ class Index:
         self._known: dict[object, Any] = {}
 
     def remember(self, key: object, compute: Callable[[], T]) -> T:
-        """Returns `compute()`, or its earlier result for this key. The result must not be None.
+        """Returns `compute()`, or an earlier result for this key. The result must not be None.
 
         The values that were used last are kept. A change of the gallery makes a new index.
         """
@@ -279,7 +279,7 @@ class Index:
 
     @functools.cached_property
     def card_comparison(self) -> Comparison:
-        """The enrolled people, compared with the card of the net of faces, if there is one."""
+        """The enrolled people, compared with the card of the net of faces, if there is a card."""
         for number, part in enumerate(self.backend.parts):
             if part.name == "face" and part.distances is not None:
                 with one_thread():
@@ -368,8 +368,8 @@ class Index:
     def ratios(self, parts: Sequence[np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
         """Compares Q clips with the person `name`. `parts` are their vectors, M arrays [Q, D].
 
-        Returns the log-likelihood ratios [Q] float64 of this person against a stranger, and bool
-        [M, Q], True for each modality that both the clip and the person have.
+        Returns the log-likelihood ratios [Q] float64 of this person against a stranger. Also
+        returns bool [M, Q], True if the clip and the person have the modality.
         """
         row, units = self.names.index(name), self.backend.units(parts)
         owner = np.arange(len(units[0]))
@@ -524,7 +524,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def sum_others(logs: np.ndarray, best: int) -> float:
-    """Returns log(the sum of all exp(`logs`) except exp(`logs[best]`)). `logs` are [K]."""
+    """Returns the logarithm of the sum of exp(`logs`) without element `best`. `logs` are [K]."""
     others = np.delete(logs, best)
     top = others.max(initial=-np.inf)
     return float(top + np.log(np.exp(others - top).sum())) if top > -np.inf else -np.inf

@@ -1,4 +1,4 @@
-"""Finds the people of new clips and people who may be mixed up. Migrates clips to a new gallery."""
+"""Finds the people of new clips, and people who may be mixed up. Moves clips to a new gallery."""
 
 import itertools
 import math
@@ -35,8 +35,7 @@ class Enrolment(NamedTuple):
       unchanged: the number of clips that were enrolled before.
       refused: the clips that were not enrolled, because they have no usable frame.
       similar: new person -> an enrolled person with a similar name.
-      rivals: clip -> another enrolled person whom it probably shows, see `find_rivals`. The clip is
-        enrolled, too.
+      rivals: enrolled clip -> another person whom it probably shows, see `find_rivals`.
     """
 
     enrolled: int
@@ -47,7 +46,7 @@ class Enrolment(NamedTuple):
 
     @classmethod
     def join(cls, parts: "Sequence[Enrolment]") -> "Enrolment":
-        """Returns the result of several calls."""
+        """Joins the results of several calls."""
         similar = {name: other for part in parts for name, other in part.similar.items()}
         rivals = {clip: person for part in parts for clip, person in part.rivals.items()}
         refused = tuple(clip for part in parts for clip in part.refused)
@@ -85,7 +84,7 @@ def choose_clips(
     if not vectors.names and strangers:
         raise UserError(
             "every clip has a label, so no clip shows a stranger\n"
-            "leave out --strangers, in Python strangers=True"
+            "leave out --strangers (in Python: strangers=True)"
         )
     if not vectors.names:
         raise UserError(
@@ -128,9 +127,9 @@ def complete(gallery: "Gallery", vectors: Vectors) -> set[str]:
 
 
 def find_known(state: State, vectors: Vectors) -> dict[str, str | None]:
-    """Finds the clips that are enrolled with these vectors; returns clip -> person or None.
+    """Finds enrolled clips that have these vectors. They may lack a modality.
 
-    None stands for a stranger. An enrolled clip may lack a modality.
+    Returns clip -> person. The person is None for a stranger.
     """
     given = {name: clip.vector for name, clip in select_usable_clips(vectors).items()}
     equal = find_equal(given, state.clips, state.index.backend)
@@ -140,10 +139,9 @@ def find_known(state: State, vectors: Vectors) -> dict[str, str | None]:
 def find_rivals(state: State, clips: Mapping[str, StoredClip]) -> dict[str, str]:
     """Finds enrolled clips that seem to show another enrolled person, too.
 
-    Returns clip -> the other person, who has a clip with an equal vector, or the odds that the clip
-    shows this person, and not a person who is not enrolled, are above 200 to 1. A clip of a twin is
-    left out: it fits the other clips of the twin better, and these clips differ from the clips of
-    the second twin.
+    Returns clip -> the other person. Either this person has a clip with an equal vector, or the
+    odds of this person against a stranger are above 200 to 1. Clips of twins are left out: such a
+    clip fits its person better, and the clips of the two people differ.
 
     If a comparison of all `clips` would take minutes, the last clips are not compared, with a
     message. If the vectors do not separate people, the result is empty.
@@ -215,7 +213,7 @@ def advise_other_films(state: State, people: Iterable[str]) -> None:
 
 
 class Migration(NamedTuple):
-    """The result of a migration."""
+    """The result of `migrate`."""
 
     moved: int  # the number of clips that are new or have another person in the new gallery
     unchanged: int  # the number of clips that an earlier call has moved

@@ -22,7 +22,7 @@ LEAST_ODDS = 200.0  # with which we say that clips show one person, or two
 
 
 class Summary(NamedTuple):
-    """The numbers of groups of clips that comparisons need, in M modalities.
+    """The numbers by which groups of clips are compared, in M modalities.
 
     All arrays of groups have the shape [...], such as [G] for G groups.
     """
@@ -34,17 +34,17 @@ class Summary(NamedTuple):
     clarity: np.ndarray  # [...], the mean clarity of the faces, see `align.measure_clarity`
 
     def take(self, rows: Rows) -> "Summary":
-        """Selects groups by an index of NumPy."""
+        """Selects groups. `rows` is an index of a NumPy array."""
         counts, means, squares, noises = ([x[rows] for x in each] for each in self[:-1])
         return Summary(counts, means, squares, noises, self.clarity[rows])
 
     def across(self) -> "Summary":
-        """Returns G groups as [G, 1], to compare each with each of [H] other groups."""
+        """Returns G groups as [G, 1], so that each is compared with each of H other groups."""
         return self.take((slice(None), None))
 
 
 def of_clips(backend: "Backend", parts: Sequence[np.ndarray]) -> Summary:
-    """Returns N single clips as groups. `parts` are their vectors, M arrays [N, D]."""
+    """Returns N groups of a single clip. `parts` are the vectors of the clips, M arrays [N, D]."""
     means, ones = backend.whiten(parts), np.ones(len(parts[0]))
     counts, squares = [z.any(axis=1).astype(int) for z in means], [np.vecdot(z, z) for z in means]
     return Summary(counts, means, squares, [ones] * len(means), ones)
@@ -56,7 +56,7 @@ def of_sums(
     clarity: np.ndarray,
     inverses: Sequence[np.ndarray | None] | None = None,
 ) -> Summary:
-    """Returns G groups.
+    """Returns G groups of clips, given sums over the clips.
 
     `sums` are the number [G] and the sum [G, D] of the coordinates of each group's clips, for each
     of M modalities. `clarity` is [G]. PLDA needs `inverses`, see `invert`.
@@ -94,8 +94,8 @@ def measure_noise(
 def compare(backend: "Backend", x: Summary, y: Summary) -> tuple[np.ndarray, np.ndarray]:
     """Compares groups x with groups y, whose shapes broadcast.
 
-    Returns the log ratios [...] float64 (0 if two groups have no modality in common), and bool [M,
-    ...], True for each modality that both groups have.
+    Returns the log ratios [...] float64, and bool [M, ...], True if both groups have the modality.
+    If two groups have no modality in common, the ratio is 0.
     """
     shared = np.array([(a > 0) & (b > 0) for a, b in zip(x.counts, y.counts, strict=True)])
     several, total = shared.sum(axis=0) > 1, np.zeros(shared.shape[1:])

@@ -43,7 +43,7 @@ def restore(run: "Predictor | str | Path") -> "Predictor":
 
 
 def load_data(run: "Predictor", data: Dataset | None) -> Dataset:
-    """Returns `data`, or loads the dataset that the run was trained on and checks its digests."""
+    """Returns `data`. By default, loads the dataset of the run, and checks its digests."""
     from vidjax.runs import digests
     from vidjax.training import public
 
@@ -114,7 +114,7 @@ class RunVectors(NamedTuple):
 
     @property
     def reads(self) -> tuple[dict[str, int], Quality]:
-        """See `NetVectors`."""
+        """Modality -> width of the features, and the quality of frames, see `NetVectors`."""
         return dict(self.run.modalities), self.run.config.data.quality
 
     def embed(

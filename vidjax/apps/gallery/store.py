@@ -3,8 +3,8 @@
     gallery.sqlite            the tables of SCHEMA
     gallery.sqlite-journal    exists during a change, and after an interrupted change
 
-For speed, a row of a table contains many people or clips: their names are the lines of the column
-`words`, and their numbers are entries of an array in the column `numbers`.
+For speed, a row of a table contains many people or clips. The column `words` has a name on each
+line. The column `numbers` has the numbers in an array.
 
 A change is a single transaction. If it was interrupted, the next process that opens the file undoes
 it. If the disk fails after the change, in the last step, UncertainWriteError is raised. An
@@ -98,7 +98,7 @@ class VectorOrigin(Struct, frozen=True, omit_defaults=True):
 
     @property
     def counts_every_clip(self) -> bool:
-        """Whether the clips of a person to which the gallery was fitted count as in the run."""
+        """Whether clips to which the gallery was fitted count fully, as in the run."""
         return self.centred and not self.refitted
 
 
@@ -154,7 +154,7 @@ class State(NamedTuple):
 
     @property
     def people(self) -> dict[str, tuple[str, ...]]:
-        """Identity -> sorted names of its clips, sorted by identity, without strangers."""
+        """The people, sorted by name, without strangers: identity -> sorted names of its clips."""
         return {name: clips for name, clips in sorted(self.clips_of.items()) if name != STRANGER}
 
 
@@ -422,7 +422,7 @@ def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
             number = errno.ENOSPC if name == "SQLITE_FULL" else errno.EIO
             if name == "SQLITE_IOERR_DIR_FSYNC":  # the journal is deleted, which ends the change
                 raise UncertainWriteError(
-                    number, f"'{path}' was changed, but may lose the change: {error}"
+                    number, f"'{path}' was changed, but the change may be lost: {error}"
                 ) from error
             if write:
                 raise OSError(number, f"cannot write '{path}': {error}") from error
@@ -660,7 +660,7 @@ def _make_blocks(names: Sequence[str], numbers: np.ndarray) -> Iterator[People]:
     If a name occurs several times, only its last row counts.
     """
     if (numbers["num_clips"] < 0).any():
-        raise UserError("its table 'person' contains a number of clips below 0")
+        raise UserError("its table 'person' contains a negative number of clips")
     last = {name: place for place, name in enumerate(names)}
     kept = sorted(last.values())
     for at in range(0, len(kept), MAX_BLOCK_PEOPLE):

@@ -46,7 +46,7 @@ class NetVectors(NamedTuple):
 
     @property
     def reads(self) -> tuple[dict[str, int], Quality]:
-        """Modality -> width of the features, and the quality of frames: given or norm."""
+        """The width of each modality's features, and the quality of frames: `given` or `norm`."""
         return self.backend.widths, "given"
 
     def embed(self, clips: FrameClips, split: str | None, advance: Advance) -> Vectors:

@@ -8,15 +8,15 @@ probability that the answer is yes is 1 / (1 + exp(-ratio)).
 A clip is accepted if its ratio reaches a threshold. The false match rate (FMR) is the share of
 clips of other people that reach the threshold. There are two ways to choose a threshold:
 
-- Measured: the clips of strangers in the gallery are compared with the person. S clips can show a
-  rate of at least 1 / (S + 1). For two clips, the strangers are compared in S / 2 pairs, so that no
-  two comparisons have a clip in common. The names of the clips determine the pairs, but not the
-  order of the names.
-- By the model, if there are too few strangers: of all clips of other people, at most a share R has
-  a likelihood ratio of 1 / R or more. This is Markov's inequality, because the mean likelihood
-  ratio of these clips is 1. It holds only if the clips are distributed as the back end assumes. If
-  the enrolled people are closer to each other than the card of the net says, the threshold is
-  higher: it is computed with the distance of the enrolled people.
+- Measured: the clips of strangers in the gallery are compared with the person. With S clips, the
+  lowest rate that can be measured is 1 / (S + 1). For two clips, the strangers form S / 2 pairs, so
+  that no two comparisons have a clip in common. The pairs depend on the names of the clips, but not
+  on their order.
+- By the model, if there are too few strangers: at most a share R of the clips of other people has a
+  likelihood ratio of 1 / R or more. This is Markov's inequality, because the mean likelihood ratio
+  of these clips is 1. It holds only if the clips are distributed as the back end assumes. If the
+  enrolled people are closer to each other than the card of the net says, the threshold is higher,
+  because it is computed from the distance of these people.
 """
 
 import hashlib
@@ -59,8 +59,8 @@ class Match(NamedTuple):
       log_ratio: the natural logarithm of the likelihood ratio. It is 0 if no modality is compared.
       probability: the probability that it is the same person, at even odds.
       evidence: the compared modalities, such as face. If there is none, the clip is not accepted.
-      best, worst: the person's enrolled clip that fits this clip best or worst, and the log ratio
-        of the two clips. None for two clips, and if no modality is compared.
+      best, worst: the person's enrolled clip that fits this clip best or worst, with the log ratio
+        of the two clips. None if two clips are compared, or if no modality is compared.
     """
 
     accepted: bool
@@ -102,7 +102,7 @@ class MatchRule(NamedTuple):
     about: str
 
     def match(self, ratio: float, evidence: tuple[str, ...]) -> Match:
-        """Returns the comparison with the log ratio `ratio` of the parts `evidence`."""
+        """Makes a comparison from the log ratio `ratio`, and the compared modalities `evidence`."""
         ratio = ratio if evidence else 0.0
         accepted = bool(evidence) and ratio >= self.log_ratio
         probability = 1 / (1 + math.exp(-ratio)) if ratio > -700 else 0.0
@@ -192,8 +192,8 @@ def pair_strangers(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compares N / 2 pairs of N clips of strangers. `parts` are M arrays [N, D].
 
-    If at most `max_doubles` pairs probably show one stranger, they exchange clips with other pairs.
-    Returns the log ratios and the compared modalities, see `ratios.compare`.
+    If at most `max_doubles` pairs probably show a single stranger, these pairs exchange clips with
+    other pairs. Returns the log ratios and the compared modalities, see `ratios.compare`.
     """
     half, clips = len(names) // 2, ratios_lib.of_clips(backend, parts)
     first, second = order_by_hash(names)[: 2 * half].reshape(2, half)
@@ -207,16 +207,16 @@ def pair_strangers(
 
 
 def count_strangers(state: State) -> int:
-    """Returns about how many people the clips of strangers show, at most MAX_COUNTED."""
+    """Returns a rough number of people in the clips of strangers, at most MAX_COUNTED."""
     names = [*list_usable_strangers(state)]
     names = [names[row] for row in order_by_hash(names)[:MAX_COUNTED]]
     return 1 + int(grouping.group(state.index.backend, names, stack_parts(state, names)).max())
 
 
 def find_least_ratio(state: State, fmr: float) -> float:
-    """Returns the log ratio that a share `fmr` of pairs of clips of two people reaches.
+    """Returns the log ratio that a share `fmr` of pairs reaches, if a pair shows two people.
 
-    The distance of two people is the distance of the enrolled people, not the distance in the card.
+    The distance of two people is from the enrolled people, not from the card.
     """
     backend, between = state.index.backend, card_notes.compare(state).between
     limits = [part.distances for part in backend.parts if part.name == "face" and part.distances]

@@ -82,7 +82,7 @@ BODY_ERRORS = (413, 415, 422, 429)  # HTTP statuses of errors of endpoints that 
 
 
 class RuleParameters(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The rule by which a clip gets a name. If both are None, the gallery chooses the rule."""
+    """The rule by which a clip gets a name. Without `fpir` and `threshold`, the gallery chooses."""
 
     fpir: Fpir | None = None
     threshold: Probability | None = None
@@ -127,10 +127,10 @@ class EnrolAnswer(Struct):
       unchanged: the number of clips that were enrolled before.
       refused: clips without a usable frame. They are not enrolled.
       similar: new person -> an enrolled person with a similar name.
-      rivals: clip of the request -> another enrolled person. The clip seems to show this person,
-        too. It is enrolled.
-      misfits: clip of the request -> its log ratio, see `Gallery.find_misfits`. The clip probably
-        shows another person than the other clips of its person. It is enrolled.
+      rivals: clip of the request -> another enrolled person. The clip is enrolled, although it
+        seems to show this person, too.
+      misfits: clip of the request -> its log ratio, see `Gallery.find_misfits`. The clip is
+        enrolled, although it probably does not show its person.
     """
 
     enrolled: int
@@ -278,8 +278,8 @@ class Application:
         names = identities.values() if body.identity is None else [body.identity]
         people = {clean_identity(name) for name in names}
         if stray := identities.keys() - clips.keys():
-            place = f"identities has the clip '{show(min(stray))}', but "
-            raise unprocessable("clips lacks it: send it, too", place)
+            place = f"clip '{show(min(stray))}' is in identities, but "
+            raise unprocessable("not in clips: send the clip, too", place)
         vectors = await self.batcher.run(lambda: self.gallery.embed(clips), len(clips))
         strangers = body.strangers
         done = await self._change(
@@ -346,7 +346,7 @@ class Application:
         return Response(content, headers={"content-type": exposition.CONTENT_TYPE_LATEST})
 
     async def describe(self, _: Request) -> Response:
-        """Returns this OpenAPI description."""
+        """Returns the OpenAPI description of the server."""
         return _encode_json(describe(self.list_endpoints(), self.model.widths, self.limits))
 
     # ---- reading

@@ -21,7 +21,7 @@ FIELD_BYTES = sum(np.dtype(field.dtype).itemsize for field in FRAME_FIELDS.value
 
 
 class Question(NamedTuple):
-    """Clips to identify."""
+    """A request to identify clips."""
 
     clips: Mapping[str, Mapping[str, Frames]]  # name of the clip -> modality -> frames
     k: int = DEFAULT_K  # the largest number of identities per clip
@@ -64,7 +64,7 @@ class GalleryModel:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Modality -> width of the features."""
+        """The width of the features of each modality."""
         return self.gallery.source.reads[0]
 
     def answer(self, questions: Sequence[Question]) -> list[Any]:

@@ -1,7 +1,7 @@
 """Limits the size of requests, checks their sender, and counts them.
 
-uvicorn limits the number of connections. Slow clients and long headers are not limited. On an open
-network the server needs a proxy for TLS, and the proxy must limit slow clients and long headers.
+uvicorn limits the number of connections, but not slow clients and long headers. On an open network,
+the server needs a proxy for TLS. The proxy must limit slow clients and long headers.
 """
 
 import asyncio
@@ -79,8 +79,9 @@ class ServerMetrics:
 class Refused(Expected):
     """An error that the server sends to a client.
 
-    The client may try again after `retry_after` seconds. If it is None, a second try cannot help.
-    The client gets `place` and `text`. The log gets only `text`, because a place may contain names.
+    The client may try again after `retry_after` seconds. If `retry_after` is None, a second try
+    cannot help. The client gets `place` and `text`. The log gets only `text`, because a place may
+    contain names.
     """
 
     def __init__(self, status: int, text: str, retry_after: int | None = None, place: str = ""):

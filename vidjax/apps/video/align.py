@@ -1,8 +1,8 @@
 """Cuts aligned crops of faces out of pictures, and measures the quality of faces.
 
 Coordinates are (x, y) in pixels, and (0, 0) is the centre of the top left pixel. A face has five
-points: the right eye, which is on the left of the picture, the left eye, the nose, the right corner
-of the mouth, and the left corner.
+points: right eye, left eye, nose, right corner of the mouth, left corner. The right eye is on the
+left of the picture.
 """
 
 import io
@@ -242,7 +242,7 @@ def measure_frontality(points: np.ndarray) -> np.ndarray:
 
 
 def find_upside_down(points: np.ndarray) -> np.ndarray:
-    """Returns which faces are upside down, bool [N]. The faces of lying people are not."""
+    """Returns bool [N], True for faces that are upside down, but not for faces of lying people."""
     points = np.asarray(points, np.float64)
     across, down = (points[:, 3:].mean(1) - points[:, :2].mean(1)).T
     return down < -np.abs(across)

@@ -42,9 +42,9 @@ def check_input(
 ) -> None:
     """Checks an input of a gallery without reading its clips.
 
-    `has_people` is True if its folders are people. `of_person` is True if all clips show the same
-    person. Raises UserError if there are no clips, if they may show several people although
-    `of_person` is True, or if other nets have computed the features.
+    `has_people` is True if each folder in the input is a person. `of_person` is True if all clips
+    show the same person. Raises UserError if there are no clips, or if other nets have computed the
+    features. If `of_person` is True, an input that may show several people is refused, too.
     """
     if has_people or bulk.list_tables(path):
         memory.check_path(path)
@@ -71,7 +71,7 @@ def refuse_photos(path: Path) -> None:
 
 
 def read_films(path: str | Path | None) -> list[MediaFile]:
-    """Reads the descriptions of the films whose clips are in `path`; returns [] for other clips."""
+    """Reads the descriptions of films whose clips are in `path`; returns [] if there are none."""
     folder = Path(path or "")
     if folder.suffix == ".npz":  # the features of one film
         folder = folder.parent
@@ -118,12 +118,12 @@ def enrol(
       clip: the only clip to enrol; None for all.
       strangers: True to enrol only the clips without a person, as clips of strangers.
       source: the file of `identities`, for messages.
-      begin: is called with the number of an input, from 1, and the input, before it is read.
+      begin: is called before an input is read, with its number, from 1, and the input.
 
     Raises:
       UserError: `check_input` refuses an input. Then nothing is enrolled.
       UserError: an input has another problem: no clip has a person, two faces of one picture would
-        become one person, or `Gallery.enrol` raises the error. Then only the inputs before it are
+        become one person, or `Gallery.enrol` raises the error. Then only earlier inputs are
         enrolled.
     """
     several, names, done = len(inputs) > 1, set[str](), list[Enrolment]()
@@ -179,8 +179,8 @@ def load_people(
     """Loads an input that contains the people of its clips. Returns the clips, and clip -> person.
 
     The input is a parquet table with a column `identity`, or a folder of files
-    `path/PERSON/CLIP.npz`. Raises UserError if the clips are in no folder of a person, or if
-    `required` is True and no clip of a table has a person.
+    `path/PERSON/CLIP.npz`. Raises UserError if the clips are in no folder of a person. If
+    `required` is True, a table without a person is refused, too.
     """
     if path.suffix == ".parquet" and parquet.has_column(path, "identity"):
         person_of = read_labels(path) if required else answers_lib.read_groups(path)
@@ -242,7 +242,7 @@ def check_seen_together(
 
 
 def find_models(gallery: Gallery, models: Path | None) -> Path:
-    """Returns the folder of the nets of a gallery, by default where the gallery was made.
+    """Returns the folder of a gallery's nets, by default the folder from which it was made.
 
     Raises UserError if a run made the gallery, or if `models` has other nets.
     """
@@ -258,7 +258,7 @@ def find_models(gallery: Gallery, models: Path | None) -> Path:
         if part not in found or found[part].digest != digest:
             raise UserError(
                 f"'{folder}' lacks the net for {part} that made gallery '{gallery.folder}'\n"
-                f"name the folder of the gallery's nets, --models=DIR (at first '{place}')"
+                f"name the folder of the gallery's nets, --models=DIR (it was '{place}')"
             )
     return folder
 
@@ -294,7 +294,7 @@ def name_clips(
     films: Sequence[MediaFile],
     identify: Callable[..., Mapping[str, Answer]],
 ) -> NamedTracks:
-    """Names the people in clips: clips of `films` as `vidjax who` does, other clips one by one.
+    """Names the people in clips of `films` as `vidjax who` does, and in other clips one by one.
 
     `identify` is the method `gallery.identify`, with fixed arguments.
     """

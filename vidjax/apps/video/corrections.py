@@ -35,7 +35,7 @@ IDLE_SECONDS = 1.0  # the results are written after this time without another ch
 
 
 class OutdatedError(UserError):
-    """The page on which a user made a change no longer shows the present names."""
+    """A user made a change on a page that no longer shows the present names."""
 
 
 class Step(NamedTuple):
@@ -180,7 +180,7 @@ class Review:
 
     @property
     def done(self) -> who.WhoResults:
-        """The results after all changes."""
+        """The results of `vidjax who` after all changes."""
         return who.WhoResults(self._decision.count_clips(), self._decision, {})
 
     def film(self, number: int) -> Path | None:
@@ -254,17 +254,17 @@ class Review:
         """Changes the names of people or faces, as one step that can be undone.
 
         Args:
-          action: "name" gives all of them the name `name`. "deny" and "apart" say that the faces
-            show somebody else: they become a new unknown person. "deny" with a name says that this
-            suggested name is wrong: it is not suggested any more. "ignore" shows people and faces
-            as ignored, without a name. "once" ignores all unknown people who appear once. "show"
-            shows ignored faces again, or all of them if `of` is IGNORED.
-            "join" makes one unknown person of all, with the lowest number. "twin" gives faces the
-            name of another face of the same time. Both have the name then, as in a mirror.
+          action: "name" gives all people and faces the name `name`. "deny" and "apart" say that the
+            faces show somebody else: they become a new unknown person. "deny" with a name says that
+            this suggested name is wrong: it is not suggested any more. "ignore" shows people and
+            faces as ignored, without a name. "once" ignores all unknown people who appear once.
+            "show" shows ignored faces again, or all of them if `of` is IGNORED. "join" makes one
+            unknown person of all, with the lowest number. "twin" gives faces the name of another
+            face of the same time. Both have the name then, as in a mirror.
           of: the people, and the keys of the faces, to change.
-          name: the new name. If it is an unknown person, such as `unknown 4`, this person and the
-            people and faces `of` become one unknown person. Then the people must be unknown.
-          after: the person, or the key of the face, next to which the page says what changed.
+          name: the new name. It may be the name of an unknown person, such as `unknown 4`. Then
+            this person and `of` become one unknown person, and people in `of` must be unknown.
+          after: the person or face next to which the page says what changed.
           version: the version of the page on which the user has made the change.
 
         Raises:
@@ -381,7 +381,7 @@ class Review:
         return letters[best] if best and digits[0] == digits[1] else None
 
     def list_merged(self, name: str, of: Sequence[str]) -> list[str]:
-        """Returns the people in `of` with names, if another person has the name `name` already."""
+        """Returns the people in `of` with names, if another person already has the name `name`."""
         people, name = self._gallery.identities, normal_form(name)
         return [x for x in of if x in people and x != name] if name in people else []
 
@@ -408,7 +408,7 @@ class Review:
             return step.at
 
     def forget(self, person: str, version: int | None = None) -> None:
-        """Does what `vidjax forget --delete` does in the folder, and deletes the photos' features.
+        """Forgets a person, as `vidjax forget --delete`, and deletes the features of the photos.
 
         This cannot be undone. The message lists places that still contain the name. For `version`,
         see `change`.
@@ -461,7 +461,7 @@ class Review:
     def save(self, wait: float = WAIT_SECONDS) -> None:
         """Writes the results if names have changed since the results were last written.
 
-        Raises InUseError if another program uses the folder of results for longer than `wait`.
+        Raises InUseError if another program uses the folder of results for `wait` seconds.
         """
         with files.lock(self._out, "out", wait=wait):
             self.refresh()

@@ -150,9 +150,9 @@ def name_and_number(
 
     Returns the names, and clip -> number. Also adds the numbers to `said.numbers`.
 
-    A user may have said that people with two numbers differ. Then the names depend on the numbers.
-    So names and numbers are decided again until the numbers stay the same. Then the next call finds
-    the same names.
+    If a user has said that two unknown people differ, the names depend on the numbers. So names and
+    numbers are decided again until the numbers stay the same, and the next call finds the same
+    names.
 
     For the arguments, see `naming.name_tracks` and `unknown_numbers.number_people`.
     """

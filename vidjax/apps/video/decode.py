@@ -106,8 +106,8 @@ class Clock:
     the average duration of a frame. If this time differs from the bad time stamp, all later frames
     are moved by this difference. No time is negative.
 
-    If the clock jumps and `resets` is True, all later frames are moved back, too. If `resets` is
-    False, the time jumps, and the previous frame ends after the usual step, at `gap_s`.
+    If the time stamps jump and `resets` is True, all later frames are moved back, too. If `resets`
+    is False, the times jump, and the previous frame ends after the usual step, at `gap_s`.
 
     `step_s` is the average duration of a frame. `latest_s` is the declared end, or None.
     """
@@ -122,9 +122,9 @@ class Clock:
         self.repaired = 0
 
     def time(self, stamp_s: float | None, usual_s: float | None = None) -> float:
-        """Returns the time in seconds of the next frame. The frame may have no time stamp.
+        """Returns the time of the next frame in seconds. The frame may have no time stamp.
 
-        `usual_s` is the usual step if the clock jumps before the frame, see `find_jumps`.
+        `usual_s` is the usual step if the time stamps jump before the frame, see `find_jumps`.
         """
         after = 0.0 if self._last is None else self._last + (usual_s or self.step)
         self.step = min(self.step, usual_s or self.step)
@@ -147,7 +147,7 @@ class Clock:
 
 
 def find_jumps(frames: "Iterable[VideoFrame]") -> "Iterator[tuple[VideoFrame, float | None]]":
-    """Yields each frame, and the usual step in seconds if the clock jumps before it, else None."""
+    """Yields (frame, usual step in seconds if the time jumps before the frame, or None)."""
     steps = collections.deque([np.nan] * (2 * NEAR_STEPS + 1), 2 * NEAR_STEPS + 1)
     waiting, last_s = collections.deque[Any](), None
     for frame in itertools.chain(frames, [None] * NEAR_STEPS):
@@ -223,7 +223,7 @@ class Video:
         self.counts.damaged |= missing > max(MISSING_SECONDS, MISSING_FRACTION * declared)
 
     def still(self, seconds: float, jumps: Iterable[Jump] = ()) -> np.ndarray | None:
-        """Returns the upright picture at `seconds`, uint8 [H, W, 3]. None if there is none.
+        """Returns the upright picture at `seconds`, uint8 [H, W, 3], or None without a picture.
 
         `jumps` are the jumps that `frames` has found.
         """

@@ -1,19 +1,19 @@
-"""Finds photos that may show a person other than the person under whose name they are enrolled.
+"""Finds photos that may show another person than the person whose name they have.
 
 Each photo is compared with the other photos of the named person, and with the photos of all other
 people. A photo is doubtful in two cases:
 
 - The odds that the photo shows one of the other people are above 200 to 1. All other people have
   the same prior probability.
-- The named person has at least two other photos, and the odds that the photo shows a different
-  person than these photos are above 200 to 1.
+- The named person has at least two other photos, and the odds are above 200 to 1 that the photo
+  shows a different person.
 
 A wrong photo also makes right photos of the same person doubtful. To find only the wrong photo, the
 most doubtful photo of each person is set aside, and the remaining photos are compared again.
 
-First, the photos of each person are divided into sides: groups that show the same face, with odds
-above 200 to 1 between any two sides. If it is not clear which side shows the named person, any side
-may be right. Then no photo is doubtful, and all sides are returned.
+First, the photos of each person are divided into sides. A side shows one face. The odds that two
+sides show different faces are above 200 to 1. If it is not clear which side shows the named person,
+any side may be right. Then no photo is doubtful, and all sides are returned.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ Sides = list[tuple[np.ndarray, int | None]]  # the rows of each side, and the pe
 
 
 class Side(NamedTuple):
-    """Photos of a person that show the same face. Photos of another face are another side."""
+    """Photos of a person that show the same face. Other faces make other sides."""
 
     photos: Sequence[str]  # names of clips in the gallery
     like: str | None = None  # another person whom this face resembles
@@ -122,14 +122,14 @@ def divide_photos(
 ) -> tuple[dict[int, int | None], dict[int, Sides]]:
     """Divides the photos of each person into sides that show different faces.
 
-    Each side is tried as the right side. The photos of the person's other sides are then wrong. If
-    the tried side resembles another person, the photos of the most similar side of that person are
-    wrong, too. The right side is clear if each other side would make at least three times as many
-    photos wrong. For the arguments, see `compare_photos`.
+    One side is right. It is the side that makes the fewest photos wrong. If a side is right, the
+    photos of the person's other sides are wrong. If it resembles another person, the photos of the
+    most similar side of that person are wrong, too. The right side is clear if each other side
+    makes at least three times as many photos wrong. For the arguments, see `compare_photos`.
 
     Returns:
-      For people whose right side is clear: row of a wrong photo -> number of the person whom the
-        photo resembles, or None for nobody.
+      For people whose right side is clear: row of a wrong photo -> number of the person that the
+        photo resembles, or None.
       For people whose right side is not clear: number of the person -> sides.
     """
     rows_of = np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner))[:-1])
@@ -183,7 +183,7 @@ def compare_photos(backend: Backend, units: np.ndarray, owner: np.ndarray) -> di
       owner: [N] int, the person in whose folder each photo is. People are numbered from 0.
 
     Returns:
-      Row of such a photo -> number of the person whom it resembles, or None for nobody.
+      Row of such a photo -> number of the person that the photo resembles, or None.
     """
     doubtful: dict[int, int | None] = {}
     rows, kept = np.arange(len(units)), np.ones(len(units), bool)

@@ -26,7 +26,7 @@ Key = str | Face  # a clip, or a face that no present clip shows
 
 
 class FacePath(NamedTuple):
-    """The places of a face."""
+    """The times and boxes of a face in a film or photo."""
 
     start_s: float
     end_s: float
@@ -35,7 +35,7 @@ class FacePath(NamedTuple):
 
     @classmethod
     def of_track(cls, track: FaceTrack) -> "FacePath":
-        """Returns the places of a track."""
+        """Returns the times and boxes of the face in a track."""
         places = track.places
         if not places and track.box:
             places = [(track.start_s if track.box_at_s is None else track.box_at_s, track.box)]
@@ -45,7 +45,7 @@ class FacePath(NamedTuple):
 
     @classmethod
     def of_face(cls, face: Face) -> "FacePath":
-        """Returns the places of a face in the log."""
+        """Returns the times and boxes of a face in the log."""
         places = face.places or ((face.at, face.box),)
         times, boxes = (np.array(x, float) for x in zip(*places, strict=True))
         boxes[:, 2:] += boxes[:, :2]
@@ -102,7 +102,7 @@ def _match_paths(faces: Sequence[Face], tracks: Sequence[FaceTrack]) -> dict[Fac
 
 
 def measure_overlap(old: FacePath, new: FacePath) -> float:
-    """Returns the common time of two paths times the overlap of their boxes; 0 for two faces."""
+    """Returns the common time of two paths x the overlap of their boxes. 0 if the faces differ."""
     seconds = min(old.end_s, new.end_s) - max(old.start_s, new.start_s)
     if seconds < LEAST_SHARE * min(old.end_s - old.start_s, new.end_s - new.start_s):
         return 0.0
@@ -167,7 +167,7 @@ class Said:
                     self._apply(line, self.find(line.face))
 
     def find(self, face: Face) -> list[Key]:
-        """Returns the clips of a face, the best first; or if there is none, the face."""
+        """Returns the clips of a face, the best first. If there is no clip, returns the face."""
         return [*self._found.get(face, [face])]
 
     def label(self, key: Key, person: str) -> str | None:
@@ -187,7 +187,7 @@ class Said:
         return [key for key, names in self.denied.items() if name in names]
 
     def repeat(self, keys: Iterable[Key], says: str, name: str | None) -> list[Line]:
-        """Returns lines about faces of the log, with another name."""
+        """Returns new lines that say the same about faces of the log, with another name."""
         lines = (self._line_of[key] for key in keys)
         return [
             said_lib.about(face, says, of=name, video=line.video)

@@ -4,8 +4,8 @@
 or Pillow.
 
 A clip is the track of a person in a shot. With `--unit=shot`, it is the track of the main person of
-a shot. Speech counts as the person's voice while no other person is in the picture. The speaker may
-still be off screen.
+a shot. While no other person is in the picture, speech counts as the person's voice. But the
+speaker may be off screen.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ LEAST_TURNED = 5  # a film with fewer faces upside down does not count as upside
 
 
 class Task(Struct, kw_only=True):
-    """A film or photo whose features `work` extracts. Without a path, only nets are loaded."""
+    """A film or photo whose features `work` extracts. Without a path, `work` only loads nets."""
 
     models: str  # the folder of nets
     settings: ExtractionSettings
@@ -117,8 +117,8 @@ class ClipBuilder:
     """Collects the best pictures of each track, and makes a clip when the track has ended.
 
     A track is a person in a shot. If the folder `thumbnails` exists, a picture of the best face of
-    each clip is written into this folder. If the pictures of a track are visible for more than
-    `held_s` seconds each, the track is part of a slide show, see `find_changes`.
+    each clip is written into this folder. If each picture of a track is visible for more than
+    `held_s` seconds, the track is part of a slide show, see `find_changes`.
     """
 
     def __init__(self, nets: Nets, thumbnails: Path, held_s: float):

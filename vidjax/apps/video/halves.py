@@ -19,10 +19,10 @@ MOST_FACE_DIFFERENCE = 16.0  # levels, 0 to 255; the faces of two people differ 
 
 
 class HalvesDetector:
-    """Compares the halves of the pictures of a film that have faces.
+    """Compares the two halves of pictures with faces.
 
-    Two halves are equal if at least half of the faces have a twin at the same place of the other
-    half, and both the faces and the halves look alike. The halves of a 3D film differ a little.
+    Two halves are equal if they look alike, and if at least half of the faces have a similar face
+    at the same place of the other half. The halves of a 3D film differ a little.
     """
 
     def __init__(self) -> None:

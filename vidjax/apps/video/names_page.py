@@ -39,7 +39,7 @@ Picture = tuple[str, str, str, str]
 
 @dataclasses.dataclass(frozen=True)
 class PageData:
-    """The contents of a page."""
+    """The contents of the page of names."""
 
     appearances: Sequence[Appearance]  # in order of time
     films: Sequence[MediaFile]  # in the order in which the page shows them
@@ -57,7 +57,7 @@ class PageData:
 
     @functools.cached_property
     def tracks(self) -> dict[str, FaceTrack]:
-        """Clip -> track."""
+        """The track of each clip."""
         return {track.clip: track for film in self.films for track in film.tracks}
 
     def rank(self, clip: str) -> tuple[float, ...]:
@@ -66,7 +66,7 @@ class PageData:
         return (-x.clarity, -x.quality, -x.seen) if x else ()
 
     def list_faces(self, entries: "Sequence[PageEntry]", name: str = "") -> list[Picture]:
-        """Returns photos of the person `name`. If there are none: the best faces in `entries`."""
+        """Returns the photos of the person `name`, or if there are none, the best `entries`."""
         if self.people.get(name):
             return [*self.people[name]]
         best = sorted(entries, key=lambda entry: self.rank(entry.best))
@@ -82,7 +82,7 @@ class PageData:
 class PageEntry:
     """An appearance of a person in a film, as the page shows it.
 
-    A page shows few of many appearances. So texts are made when they are shown.
+    A page shows few of many appearances, so texts are made when they are shown.
     """
 
     def __init__(self, x: Appearance, film: MediaFile, data: PageData):
@@ -93,7 +93,7 @@ class PageEntry:
 
     @property
     def keys(self) -> list[str]:
-        """Texts that identify the clips. They differ from all names of people.
+        """Texts that identify the clips. No text is the name of a person.
 
         A clip with a twin comes first, see `twin`.
         """
@@ -106,14 +106,14 @@ class PageEntry:
 
     @property
     def box(self) -> str:
-        """The place of the best face in its frame: left, top, width and height in per cent."""
+        """The box of the best face in its frame: left, top, width and height in per cent."""
         x = self._data.tracks.get(self.best)
         left, top, right, bottom = x.box if x and x.box else (0.0, 0.0, 0.0, 0.0)
         return " ".join(f"{100 * x:.4g}" for x in (left, top, right - left, bottom - top))
 
     @property
     def unclear(self) -> bool:
-        """Whether no face is clear."""
+        """Whether all faces are unclear."""
         return self.best in self._data.tracks and self._data.tracks[self.best].unclear
 
     @property
@@ -128,7 +128,7 @@ class PageEntry:
 
     @property
     def address(self) -> str:
-        """The URL of the film at this time."""
+        """The URL of the film at the start of the appearance."""
         return self._data.address(self._film, self._x.start_s)
 
     @property
@@ -302,9 +302,9 @@ def _list_likely(entries: Iterable[PageEntry]) -> list[tuple[str, float]]:
 
 
 def find(words: str, texts: Mapping[str, str]) -> list[str]:
-    """Returns the keys whose texts contain most of the `words`. Case and accents are ignored.
+    """Returns the keys whose texts contain all `words`. Case and accents are ignored.
 
-    If no text contains all words, the texts with the next highest number of words are found.
+    If no text contains all words, returns the keys of the texts with the most words.
     """
     wanted = strip_accents(words).split()
     if not wanted:

@@ -84,7 +84,7 @@ def find_appearances(
 
 
 def group_by_video(appearances: Iterable[Appearance]) -> dict[str, list[Appearance]]:
-    """Returns name of a video -> appearances in this video, in the given order."""
+    """Groups appearances by video: name of a video -> its appearances, in the given order."""
     return group_by_key((appearance.video, appearance) for appearance in appearances)
 
 
@@ -119,7 +119,7 @@ class Tracks(NamedTuple):
 
 
 class NamedTracks(NamedTuple):
-    """The people in tracks of films."""
+    """The names of the people in tracks of films."""
 
     answers: dict[str, Answer]  # clip -> answer
     # Clip -> its person, as a user said; None for a stranger or an ignored face.
@@ -245,7 +245,7 @@ def group_unknown(
     that no other track has, unless it is in `together`.
 
     `together` is clip -> number. Clips with the same number are one person. `apart` are pairs of
-    these numbers, of people who differ. For `settled`, see `Gallery.group`.
+    numbers of two different people. For `settled`, see `Gallery.group`.
     """
     (gallery, vectors, films), together = tracks, together or {}
     unclear = list_unclear(films)
@@ -264,7 +264,7 @@ def group_unknown(
 
 
 def mark_unclear(groups: Mapping[str, str], films: Iterable[MediaFile]) -> dict[str, str]:
-    """Renames the unknown people who are single unclear faces, such as `unknown face 4`."""
+    """Renames unknown people with a single, unclear face, for example to `unknown face 4`."""
     unclear, sizes = list_unclear(films), Counter(groups.values())
     return {
         clip: f"{FACE}{answers_lib.parse_group_number(group)}"

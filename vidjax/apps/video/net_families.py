@@ -2,8 +2,8 @@
 
 `net_families.json` describes each family of nets. A net belongs to a family if its inputs and
 outputs have the shapes of the family. The net is copied unchanged if it is one file with one output
-[N, D]. Otherwise, its weights are joined, and only the vector is kept. It may come from a stranger,
-so `work` reads it in a child process with limits, and code of the net's package is never run.
+[N, D]. Otherwise, its weights are joined, and only the vector is kept. The net may come from a
+stranger, so `work` reads it in a child process with limits, and never runs code of its package.
 
 Source:
   InsightFace's arcface_onnx.py, scrfd.py and face_align.py; OpenCV's face_detect.cpp and
@@ -148,7 +148,7 @@ def _list_nets(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
             yield from ((net, net.name) for net in sorted(path.glob("[!.]*.onnx")))
         elif path.name.endswith((".tar.gz", ".tgz")):
             raise UserError(
-                f"'{path}' is not a .zip file: unpack it, and name the net or its folder"
+                f"'{path}': only .zip archives are read: unpack this one, and name the net"
             )
         elif path.name.endswith(net_packages.ZIP_ENDINGS):
             yield from ((path, name) for name in net_packages.list_members(path, ".onnx"))
@@ -173,8 +173,8 @@ def work(arguments: dict[str, Any]) -> list[Written | str]:
     """Returns the card of a net, and writes the converted net into the file `out`.
 
     The other arguments are in `convert`. If the net is part of a package and belongs to no family,
-    returns no card. If it has weights in a second file, and the argument `weights`, the path of
-    this file, is "", returns the name of the file.
+    returns no card. `weights` is the path of a second file with weights. If it is "", but the net
+    needs such a file, returns the name of the file.
     """
     kind, name, like = (arguments[key] for key in ("kind", "name", "like"))
     content = net_packages.unpack(Path(arguments["path"]), name, cards.MODEL_BYTES)
@@ -292,7 +292,7 @@ def _join_weights(net: ForeignNet, data: bytes) -> ForeignNet:
 
 
 def refuse_unsafe(net: ForeignNet) -> None:
-    """Raises UserError if a net needs other operators than standard ones."""
+    """Raises UserError if a net needs operators that are not standard."""
     graph = net.model.graph
     nodes = graph.node
     attributes = [(node.op_type, x) for node in nodes for x in node.attribute]

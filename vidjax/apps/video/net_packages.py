@@ -62,9 +62,9 @@ def convert(name: str, path: Path, folder: Path) -> Path:
 def check_place(folder: Path, card: Written) -> Card | None:
     """Returns the card in `folder` that `card` would replace, or None if there is no such card.
 
-    Raises UserError if `folder` has another net with the same role, or a card of the same name that
-    is of another kind, or was measured for another net. Also raises UserError if a file of the same
-    name is no card, or a net without its card.
+    Raises UserError if `folder` has another net with the same role. A file with the name of the
+    card is replaced only if it is a card of the same kind, and was not measured for another net. A
+    net without a card is not replaced.
     """
     net_path, card_path = folder / card.file, (folder / card.file).with_suffix(".json")
     if measured := _read_card(card_path):
@@ -93,8 +93,8 @@ def check_place(folder: Path, card: Written) -> Card | None:
 def write_net(folder: Path, card: Written, net: bytes) -> Path:
     """Writes a net and its card into `folder`; returns the path of the card, a JSON file.
 
-    If the card was measured, and is the same apart from the measured numbers, the numbers stay. For
-    errors, see `check_place`.
+    If an equal card in the folder has measured numbers, these numbers stay. For errors, see
+    `check_place`.
     """
     measured, card_path = check_place(folder, card), (folder / card.file).with_suffix(".json")
     files.write_bytes(files.make_folder(folder, "--out") / card.file, net)
@@ -274,7 +274,7 @@ class Graph:
         return self.add(kind, at, kernel_shape=[kernel] * 2, strides=[2, 2])
 
     def pad(self, at: str, channels: int, side: int) -> str:
-        """Adds zeros after the last channel, row and column, as dlib does to add two tensors."""
+        """Adds zeros after the last channel, row and column, as dlib does before an addition."""
         if not (channels or side):
             return at
         pads = np.array([0] * 5 + [channels, side, side], np.int64)

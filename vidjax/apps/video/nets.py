@@ -59,7 +59,7 @@ NO_FACES = Faces(*(np.zeros(shape, np.float32) for shape in ((0, 4), 0, (0, 5, 2
 
 
 class Region(NamedTuple):
-    """A rectangle of an image in pixels. A detector searches it shrunk by `scale`, at most 1."""
+    """A rectangle of an image in pixels. A detector shrinks it by the factor `scale`, at most 1."""
 
     left: int
     top: int
@@ -99,7 +99,7 @@ class Net:
 
     @property
     def takes_many(self) -> bool:
-        """Whether the net accepts any number of crops at once, and not only a single crop."""
+        """Whether the net accepts several crops at once."""
         return self.session.get_inputs()[0].shape[:1] != [1]
 
     @contextlib.contextmanager

@@ -54,7 +54,7 @@ def list_faces(gallery: Gallery) -> dict[str, PhotoFace]:
 
 
 def list_unread(out: Path) -> dict[str, PhotoFace]:
-    """Returns clip -> face in photos that are not yet read again after nets have changed."""
+    """Returns clip -> face, for photos that new nets have not yet read again."""
     faces = (
         PhotoFace(owner, track.clip, track.name or owner)
         for owner, folder in locate_people(out).items()
@@ -64,7 +64,7 @@ def list_unread(out: Path) -> dict[str, PhotoFace]:
 
 
 def list_photo_files(out: Path) -> list[MediaFile]:
-    """Returns the photos of people, with clips that have the names of `PhotoFace.key`."""
+    """Returns the photos of people. The names of their clips are as in `PhotoFace.key`."""
     photos = list[MediaFile]()
     for owner, folder in locate_people(out).items():
         for photo in features_folder.describe_media_files(folder).values():
@@ -453,7 +453,7 @@ class Photos:
     def find_renamed(
         self, gallery: Gallery, enrolled: Mapping[str, PhotoFace], entries: Mapping[str, StoredClip]
     ) -> dict[str, set[str]]:
-        """Finds people whose photos are all photos of other people now.
+        """Finds people all of whose photos are now photos of other people.
 
         `enrolled` is clip -> face in the gallery. `entries` are the vectors of this call. Returns
         person -> people who have the photos now. A face is recognised by its vector.
@@ -479,7 +479,7 @@ class Photos:
         return moved
 
     def list_mirrored(self) -> list[float]:
-        """Returns `FaceTrack.mirrored` of each usable face."""
+        """Returns the value `FaceTrack.mirrored` of each usable face."""
         cosines = (self.faces[clip].track.mirrored for clip in self.usable)
         return [cosine for cosine in cosines if cosine is not None]
 

@@ -56,10 +56,7 @@ class FileOutcome(NamedTuple):
 
     @property
     def known(self) -> MediaFile | None:
-        """The description of the film.
-
-        If the film could not be read, it is the description by an earlier call.
-        """
+        """The description of the film by this call or, after an error, by an earlier call."""
         return self.media or self.earlier
 
 
@@ -118,8 +115,8 @@ def extract_folders(
       check: how changes of files are detected. True compares the content of each file. False
         compares only the path, the size, the time of the last change, and the inode.
       tagged: whether names that photo programs stored for faces are read, see `regions`.
-      done: a function that is called with each outcome, in any order.
-      tell: a function that is called with each message about a folder.
+      done: is called with each outcome, in any order.
+      tell: is called with each message about a folder.
 
     Raises:
       UserError: a net is missing, a folder contains a link, or a folder contains features of other
@@ -306,7 +303,7 @@ def _check_extraction(
         if before.models.get(role) != digests.get(role):
             raise UserError(
                 f"the features in '{out}' were computed with another net for the role {role}\n"
-                "name a new folder, or the folder of nets with which they were computed"
+                "name a new folder, or the folder of nets with which the features were computed"
             )
     if settings and settings != before.settings:
         old, new = map(msgspec.structs.asdict, (before.settings, settings))
@@ -461,7 +458,7 @@ def _take_results(job: _Job, task: film_lib.Task, answer: MediaFile | UserError)
                 film.source.sidecars
             ):
                 raise UserError(
-                    f"{job.path}: the sidecar file with its face tags is missing: copy it back, or "
+                    f"{job.path}: the sidecar file with the face tags is missing: copy it back, or "
                     "delete the photo"
                 )
         known = _find_earlier(job)

@@ -147,7 +147,7 @@ def list_problems(film: MediaFile, path: Path) -> list[str]:
     if jumps := film.jumps:
         at, by = (subtitles.format_time(seconds, short=True) for seconds in jumps[0])
         more = f", and {messages.count(len(jumps) - 1, 'more time')}" if jumps[1:] else ""
-        problems.append(f"the clock jumps by {by} at {at}{more}")
+        problems.append(f"the times of the pictures jump by {by} at {at}{more}")
     if (film.rate or 0) < MIN_RATE if jumps else film.frames < MIN_RATE * film.seconds:
         problems.append(f"it has fewer than {MIN_RATE} pictures a second, so people may be missed")
     if film.halves:

@@ -76,9 +76,9 @@ class ShotDetector:
     def update(self, time_s: float, small: np.ndarray, jumps: bool = False) -> bool:
         """Adds the next frame, uint8 [h, w, 3]; returns whether a new shot has begun.
 
-        The first frame of a film begins the first shot. If the time `jumps`, a shot begins, too. A
-        dissolve is detected at its end. The start of the new shot in `starts` is then the middle of
-        the dissolve.
+        The first frame of a film begins the first shot. If `jumps` is True, because the time jumps,
+        a shot begins, too. A dissolve is detected at its end, but the new shot in `starts` starts
+        in its middle.
         """
         picture = _Picture(small)
         if jumps:

@@ -285,8 +285,9 @@ def find_changes(
 ) -> list[int]:
     """Returns the sorted indices at which the faces of a track change to another person.
 
-    At each index, the mean embeddings of a few faces before and after are compared. The track is
-    split at the lowest cosine, if it is too low for one person. Both parts are split likewise.
+    At each index, the mean embeddings of a few faces before and after are compared. If the lowest
+    cosine is too low for one person, the track is split there. Both parts are then split in the
+    same way.
 
     Args:
       vectors, times: the embeddings [N, D] of the faces in order of time, and the seconds [N].

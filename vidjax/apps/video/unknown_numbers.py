@@ -1,10 +1,10 @@
 """The numbers of unknown people in films. Later calls of `vidjax who` keep the numbers.
 
-The person with number 3 has the name `unknown 3`. `unknown.json` contains the numbers as the
-program has given them. Lines of the log `said.jsonl` change numbers, see `faces.Said`. Clips keep
-their numbers until a film is added. Then all clips without a name are grouped again. If a user has
-changed a person, the clips of this person stay together. If a user has taken clips out of a person,
-they stay apart from the rest of this person.
+The person with number 3 has the name `unknown 3`. The program writes the numbers to `unknown.json`.
+Lines of the log `said.jsonl` change numbers, see `faces.Said`. Clips keep their numbers until a
+film is added. Then all clips without a name are grouped again. If a user has changed a person, the
+clips of this person stay together. If a user has taken clips out of a person, they stay apart from
+the rest of this person.
 """
 
 from collections import Counter
@@ -46,7 +46,7 @@ class UnknownNumbers(Struct, kw_only=True, forbid_unknown_fields=True):
     highest: Count = 0  # the highest number that an unknown person has or had
 
     def of_faces(self) -> dict[Face, int]:
-        """Returns face -> number."""
+        """Returns the number of each face's unknown person."""
         return {
             Face(film=x.film, at=x.at, box=x.box, places=x.places): x.number for x in self.faces
         }
@@ -56,8 +56,8 @@ class UnknownNumbers(Struct, kw_only=True, forbid_unknown_fields=True):
     ) -> "UnknownNumbers":
         """Stores the number of each unknown clip, except for numbers in the log.
 
-        `numbers` is clip -> number. `unread` are the sha256 of films that are not read with the
-        present nets, whose faces keep their numbers. Other missing films are forgotten.
+        `numbers` is clip -> number. `unread` are the sha256 of films that the present nets have not
+        read. Faces of these films keep their numbers. Other missing films are forgotten.
         """
         stored = said.given | {x: n for x, n in numbers.items() if x not in said.numbered}
         face_of = {clip: face for film in films for clip, face in film.faces.items()}
@@ -105,7 +105,7 @@ def number_people(
     Args:
       tracks: the clips without a name.
       before: the numbers of the last call.
-      highest: the people with higher numbers are new, because a user has made them.
+      highest: people with higher numbers are new: a user has made them.
     """
     vectors = tracks.vectors
     kept = {clip: said.numbers[clip] for clip in vectors.names if clip in said.numbers}

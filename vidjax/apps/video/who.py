@@ -412,8 +412,8 @@ class _Call:
             for track in film.tracks if track.clip in names
         }  # fmt: skip
         if lost := names.keys() - found.keys():
-            about = f"that no longer exist, such as {show(min(lost))}, are ignored: {len(lost):,}"
-            self.warn(f"names in {path} for faces {about}")
+            about = f"{messages.count(len(lost), 'name')}, such as the name of {show(min(lost))}"
+            self.warn(f"ignored in {path}, because the faces no longer exist: {about}")
         lines, said = list[Line](), read_said(out, films)
         with prefix_errors(str(path)):
             for clip, film in found.items():

@@ -25,7 +25,7 @@ class Config(tfds.core.BuilderConfig):  # type: ignore[misc]
     """Selects the modalities of the clips.
 
     Attributes:
-      modalities: their names. In a modality without a file, clips have no frames.
+      modalities: the names of the modalities. Without a file, clips have no frames in a modality.
       dtype: the dtype of features. float32 contains all values of float16 and int8.
     """
 
@@ -36,9 +36,8 @@ class Config(tfds.core.BuilderConfig):  # type: ignore[misc]
 class IqiyiVid(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
     """Reads a folder of official files. An example is a clip.
 
-    An example has the name of the clip, the identity ("" for a distractor or an unlabelled clip)
-    and, for each modality, the fields of T frames: features [T, D] and quality, detection and
-    number, each [T].
+    An example has the name and the identity of the clip. The identity is "" for a distractor or an
+    unlabelled clip. Each modality has features [T, D], and quality, detection and number [T].
     """
 
     VERSION = tfds.core.Version("1.0.0")

@@ -1,9 +1,9 @@
 """Makes training batches from flat files, while the devices work on earlier batches.
 
-A thread reads the files in Python, and chooses the frames of long clips. TensorFlow would take
-four times as long, and more threads would wait for each other, because only one thread of a process
-runs Python code at a time. Then operations of TensorFlow decode and pad a whole batch. TensorFlow
-calls no Python code, because a process that ends during such a call hangs or aborts.
+A thread reads the files in Python, and chooses the frames of long clips. TensorFlow would take four
+times as long. More threads would wait for each other, because only one thread of a process runs
+Python code at a time. Then operations of TensorFlow decode and pad a whole batch. TensorFlow calls
+no Python code, because a process that ends during such a call hangs or aborts.
 
 All code that uses TensorFlow imports it from this module, which sets it up.
 """

@@ -5,8 +5,8 @@
 1. No code from the file runs, because `unpickle` resolves only the few globals that numpy writes.
 2. The address space (on Linux), the CPU time and the output are limited. The limits grow with the
    size of the file, so a small file that expands to gigabytes causes an error.
-3. The type and shape of every field are checked before it is written to files, from which the
-   parent process reads arrays.
+3. The type and shape of every field are checked. Only then is the field written to the files that
+   the parent process reads.
 """
 
 import contextlib
@@ -65,10 +65,10 @@ def unpack(
 ) -> PackedClips:
     """Reads a pickle of features in a child process with limits.
 
-    The pickle contains a dict, clip -> array of features [D] or [T, D]. Or it contains clip -> list
-    of frames, and a frame is a list of values that ends with the feature. If `modality` is 'face',
-    'head', 'body', 'audio' or 'scene', the values are as in the iQIYI-VID dataset. Otherwise, the
-    majority of the clips decides which values a frame has.
+    The pickle contains a dict, clip -> array of features [D] or [T, D]. Or it contains a dict, clip
+    -> list of frames. A frame is a list of values, the last of which is the feature. If `modality`
+    is 'face', 'head', 'body', 'audio' or 'scene', the values are as in the iQIYI-VID dataset.
+    Otherwise, the majority of the clips decides which values a frame has.
 
     The returned arrays are memory maps of files in `out_dir`. Keep `out_dir` as long as the arrays.
     No other call may use this folder. With `children`, another thread can kill the child process.

@@ -1,9 +1,9 @@
 """Unpickles files from strangers without running code from the file.
 
-A pickle can name any global of any module. Here, only the globals that numpy writes into pickles of
-arrays are resolved, and they resolve to classes of this module that check their arguments. Arrays
-stay plain bytes, so numpy never unpickles them. A few bytes can still allocate gigabytes. So call
-`load` only in the child process of `sandbox`. The child process has limits.
+A pickle can name any global of any module. This module resolves only the globals that numpy writes
+into pickles of arrays. Each becomes a class of this module that checks its arguments. Arrays stay
+plain bytes, so numpy never unpickles them. A few bytes can still allocate gigabytes. So call `load`
+only in the child process of `sandbox`. The child process has limits.
 """
 
 import pickle

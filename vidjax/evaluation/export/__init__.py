@@ -1,1 +1,1 @@
-"""Exports runs to the formats of other runtimes, and imports runs again."""
+"""Exports runs to the formats of other runtimes, and imports the exports."""

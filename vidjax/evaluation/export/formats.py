@@ -1,8 +1,8 @@
 """Writes runs in the formats of `vidjax export`.
 
-Each format is a function that writes a file, and also loads the file with the runtime of the
-format, so that the results can be compared with vidjax. JAX and other runtimes are imported only in
-these functions. So a command finds a mistake in its flags immediately.
+Each format is a function that writes a file. To compare results with vidjax, the function also
+loads the file with the runtime of the format. JAX and other runtimes are imported only in these
+functions. So a command finds a mistake in its flags immediately.
 """
 
 import shutil
@@ -258,9 +258,9 @@ def write_run(
 ) -> dict[str, Any]:
     """Writes a run in the format `name`, and checks that the file gives the same outputs.
 
-    `folder` gets the weights and the model. Returns what `export.json` says about them: the step,
-    the inputs and outputs, and the largest difference of outputs. Raises UserError if the
-    difference is too large, or if the format is limited to fewer weights.
+    `folder` gets the weights and the model. Returns the entries of `export.json`: the step, the
+    inputs and outputs, and the largest difference of outputs. Raises UserError if the difference is
+    too large, or if the format is limited to fewer weights.
     """
     import jax
 

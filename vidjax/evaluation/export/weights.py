@@ -4,8 +4,8 @@ The exported folder contains these files:
 
     config.json, metrics.json         copies from the folder of the run
     identities.json                   the identities
-    checkpoint.json      the manifest of the checkpoint, without its list of files, and with the
-                         identities, members and training clips
+    checkpoint.json      the manifest of the checkpoint. Identities, members and training clips
+                         replace the list of files
     weights.safetensors  the arrays [E, ...], with names such as params/... and model_state/...
 
 E is the number of ensemble members. The state of the optimiser is not exported, so an imported run

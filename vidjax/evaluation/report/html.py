@@ -89,7 +89,7 @@ def between(low: float, high: float, digits: int, *, percent: bool = False) -> N
 
 
 def cell(value: object) -> Markup:
-    """Returns a number, or any other value as text, in HTML. Markup is returned unchanged."""
+    """Returns a value as HTML: a number, or a text. Markup is returned unchanged."""
     if isinstance(value, Markup) or not (value is None or isinstance(value, int | float)):
         return name(value)
     return number(value)
@@ -134,7 +134,7 @@ def parts() -> Any:  # noqa: ANN401
 
 
 def beside(kind: str, blocks: Sequence[Markup]) -> Markup:
-    """Returns HTML that puts blocks side by side on a wide page. `kind`: `figures` or `tables`."""
+    """Returns HTML that puts blocks side by side on a wide page. `kind` is figures or tables."""
     return Markup('<div class="{}">{}</div>').format(kind, Markup().join(blocks))
 
 

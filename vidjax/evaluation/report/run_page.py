@@ -63,7 +63,7 @@ class RunFiles(NamedTuple):
 
 
 def title(run: RunFiles) -> str:
-    """Returns the name of the folder of a run, and settings of its command that the name lacks."""
+    """Returns the name of a run's folder, and the settings of its command that the name lacks."""
     folder, added = run.folder.name, list[str]()
     for word in (run.metrics.command or "").replace("'", "").split():
         name, _, value = word.partition("=")

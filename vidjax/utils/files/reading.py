@@ -1,8 +1,8 @@
 """Reads files that may come from a stranger, and computes digests.
 
 The functions check the size of a file before they read it. They open only regular files. Only
-`open_input` opens a symbolic link. They return bytes, JSON, or arrays without Python objects. They
-raise UserError or an OSError, such as FileNotFoundError.
+`open_input` opens a symbolic link. The functions return bytes, JSON, or arrays without Python
+objects, and raise UserError or an OSError, such as FileNotFoundError.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ def open_regular(
       path: the file. Symbolic links, pipes and other special files raise UserError.
       flags: flags of `os.open`.
       limit: a file with more bytes raises UserError.
-      below: a folder. If links lead to a file outside of this folder, raises UserError.
+      below: a folder. A link that leads out of this folder raises UserError.
     """
     if below is not None and not path.parent.resolve().is_relative_to(below.resolve()):
         raise UserError(
@@ -233,7 +233,7 @@ def iterate_lines(path: Path) -> Iterator[bytes]:
 
 
 def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> "dict[str, np.ndarray]":
-    """Returns name -> array of an `.npz` of at most `limit` bytes, both packed and unpacked."""
+    """Returns name -> array of an `.npz`. The file and its arrays may each take `limit` bytes."""
     with open_regular(path, limit=limit) as file, prefix_errors(f"cannot read '{path}'"):
         return load_npz(file, limit)
 
@@ -257,13 +257,13 @@ def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> "dict[
 
 
 def max_unpacked_bytes(size: int) -> int:
-    """Returns the limit of the unpacked size of an archive: 100 times `size`, or at least 64 MB."""
+    """Returns to how many bytes an archive may unpack: 100 x `size`, but at least 64 MB."""
     # The limit stops zip bombs. Compression makes real features at most 10 times smaller.
     return max(LARGE_BYTES, 100 * size)
 
 
 def npz_bytes(content: bytes, limit: int) -> int:
-    """Returns how many bytes the arrays of an `.npz` need in memory, at least 4 per number.
+    """Returns how many bytes the arrays of an `.npz` need. A number needs at least 4 bytes.
 
     Raises UserError above `limit` bytes. The arrays are not unpacked.
     """
@@ -273,7 +273,7 @@ def npz_bytes(content: bytes, limit: int) -> int:
 
 @contextlib.contextmanager
 def damaged_file(make_error: Callable[[str], UserError]) -> Iterator[None]:
-    """Turns the errors of libraries about the content of a file into `make_error(REASON)`.
+    """Turns an error of a library about the content of a file into `make_error(REASON)`.
 
     UserError, MemoryError and errors of the system are raised again.
     """
@@ -372,7 +372,7 @@ def open_zip(file: io.FileIO | io.BytesIO) -> Iterator[zipfile.ZipFile]:
 
 
 def open_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> IO[bytes]:
-    """Opens an entry of a zip. Raises UserError if it has a password, or is not deflated."""
+    """Opens an entry of a zip. Raises UserError if it is encrypted, or not packed with deflate."""
     # With other compression, such as LZMA, Python may unpack a short piece to gigabytes at once.
     is_locked = bool(entry.flag_bits & 1)
     if is_locked or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):

@@ -108,8 +108,8 @@ def atomic_file(path: Path, *, sync: bool = True, replace: bool = True) -> Itera
 
     After an error, `path` is unchanged. If `replace` is False and `path` exists, raises UserError.
     If `sync` is True, the context waits until the content is on the disk, so that even a power cut
-    leaves no incomplete file. It also removes the files that killed calls for `path` have left. If
-    `sync` is False, the caller removes such files by `remove_ours` for the whole folder.
+    leaves no incomplete file. Files that killed calls for `path` have left are removed, too. If
+    `sync` is False, the caller removes such files with `remove_ours`.
     """
     if sync:
         remove_partials(path.parent, re.escape(path.name))
@@ -184,7 +184,7 @@ def append(file: io.FileIO, content: bytes) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path, kind: type[Exception]) -> Iterator[None]:
-    """Turns an error of type `kind`, of a library that writes `path`, into a DiskError."""
+    """Turns an error of the type `kind` into a DiskError, if a library cannot write `path`."""
     try:
         yield
     except kind as error:
@@ -270,8 +270,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yields a new folder to fill, and renames the new folder to `folder` at the end.
 
     Missing parents of `folder` are made. An error removes the new folder and these parents. Folders
-    of earlier calls that were killed are removed. If another process has made `folder` in the
-    meantime, raises UserError.
+    that killed calls have left are removed. If another process has made `folder` in the meantime,
+    raises UserError.
     """
     # The name has random digits, so that a child of a killed process cannot write into this folder.
     partial = folder.with_name(f"{folder.name}.{os.urandom(4).hex()}.partial")
