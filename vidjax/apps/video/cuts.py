@@ -55,8 +55,7 @@ def _get_rate(film: MediaFile) -> float:
 
 
 def _count_frames(film: MediaFile) -> int:
-    # Times in .mkv files are rounded to milliseconds, so the last picture may seem to be shorter.
-    return int(film.seconds * _get_rate(film) + 0.1)
+    return int(film.seconds * _get_rate(film) + 0.1)  # times in .mkv files are rounded to ms
 
 
 def write(
