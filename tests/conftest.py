@@ -173,9 +173,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("place")
 
 
-@pytest.fixture
-def read_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs of child processes run in this process, because a new process takes a second."""
+def run_here(patch: pytest.MonkeyPatch) -> None:
+    """Makes jobs of child processes run in this process, because a new process takes a second."""
     from vidjax.utils import processes
 
     def run(_: Any, module: str, *, given: bytes, **limits: Any) -> Any:
@@ -183,10 +182,17 @@ def read_here(monkeypatch: pytest.MonkeyPatch) -> None:
         for function in vars(lib).values():  # a new process remembers no results
             getattr(function, "cache_clear", lambda: None)()
         answers = [processes._answer(lib.work, path, words, "") for path, words in jobs["given"]]
+        gc.enable()  # a job may disable it, because its process ends soon
         lines = b"".join(json.dumps(answer).encode() + b"\n" for answer in answers)
         return subprocess.CompletedProcess([], 0, lines, b"")
 
-    monkeypatch.setattr(processes.Children, "run", run)
+    patch.setattr(processes.Children, "run", run)
+
+
+@pytest.fixture
+def read_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of child processes run in this process."""
+    run_here(monkeypatch)
 
 
 @pytest.fixture
@@ -217,7 +223,9 @@ def official_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def official_data(official_dir: Path, cache_dir: Path) -> Any:
     from tests.helpers.datasets import load_dataset
 
-    return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
+    with pytest.MonkeyPatch.context() as patch:
+        run_here(patch)
+        return load_dataset("iqiyi_vid", directory=str(official_dir), cache_dir=str(cache_dir))
 
 
 @pytest.fixture(scope="session")
@@ -246,12 +254,13 @@ def trained(official_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
 @pytest.fixture(scope="session")
 def nearest_run(official_data: Any, official_dir: Path, tmp_path_factory: Any) -> Path:
-    """The folder of a run of nearest neighbours, which needs no training. No test may change it."""
+    """The folder of a run of nearest neighbours without a report. No test may change it."""
     from tests.helpers import small_runs
     from vidjax.runs import config_io
 
     config = config_io.load_file(f"{ROOT}/configs/knn.py:iqiyi_vid,face")
     words = [f"--config.data.dir={official_dir}", "--config.eval.block_size=16"]
+    words.append("--config.eval.report=False")
     folder = tmp_path_factory.mktemp("runs") / "knn"
     small_runs.run(config_io.override(config, words), folder, official_data)
     return folder

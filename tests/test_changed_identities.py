@@ -105,7 +105,7 @@ def test_every_table_that_names_people_warns_once_and_keeps_the_names(tmp_path):
         assert "'nan' looks like a word for a missing value (2 identities)" in text
 
 
-def test_numbers_and_missing_values_of_pandas_and_parquet_are_read_as_such(tmp_path):
+def test_numbers_and_missing_values_of_pandas_and_parquet_are_read_as_such(tmp_path, read_here):
     """A column of pandas with a missing value contains floats."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")

@@ -18,7 +18,7 @@ import pytest
 from tests.helpers import limits
 from tests.helpers.batches import assert_equal
 from tests.helpers.datasets import load_dataset
-from tests.helpers.seen import refused
+from tests.helpers.seen import contents, refused
 from tests.helpers.small_runs import ROOT, flat
 from vidjax.core import devices
 from vidjax.data.store import exclusive
@@ -77,17 +77,12 @@ def test_next_write_removes_what_killed_writes_of_the_same_file_left(tmp_path, r
 
 @pytest.mark.parametrize("replace", [True, False])
 def test_error_of_a_full_disk_names_the_file_of_the_user(tmp_path, replace):
-    with limits.file_limit(100), pytest.raises(DiskError, match=f"'{tmp_path}/x.tsv'"):
+    if replace:
+        files.write_bytes(tmp_path / "x.tsv", b"old")
+    too_large = f"cannot write '{tmp_path}/x.tsv': File too large"
+    with limits.file_limit(100), pytest.raises(DiskError, match=too_large):
         files.write_bytes(tmp_path / "x.tsv", bytes(9999), replace=replace)
-    assert os.listdir(tmp_path) == []
-
-
-def test_writers_of_the_same_file_do_not_disturb_each_other(tmp_path):
-    write = functools.partial(files.write_bytes, tmp_path / "x", b"x" * 100)
-    with concurrent.futures.ThreadPoolExecutor(8) as threads:
-        for written in [threads.submit(write) for _ in range(400)]:
-            written.result()
-    assert os.listdir(tmp_path) == ["x"]
+    assert contents(tmp_path) == ({"x.tsv": b"old"} if replace else {})
 
 
 def test_folder_on_a_disk_without_permissions_is_complete(tmp_path, monkeypatch):
@@ -137,7 +132,7 @@ from vidjax.runs import signals
 from vidjax.utils import exit_codes, files
 {handler}
 with files.atomic_folder(pathlib.Path("new")) as new, files.scratch_folder():
-    for number in range(2000):
+    for number in range(500):
         (new / str(number)).touch()
     os.kill(os.getpid(), signal.{name})
     while True:
@@ -202,35 +197,27 @@ def test_concurrent_writers_do_not_mix_their_contents(tmp_path):
     with concurrent.futures.ThreadPoolExecutor(6) as threads:
         for words in threads.map(write_and_read, range(6)):
             assert len(words) == 4000 and len(set(words)) == 1
+    assert os.listdir(tmp_path) == ["x.txt"]
 
 
 @pytest.mark.slow
-def test_logs_have_the_last_value_of_steps_that_a_run_repeats(tmp_path):
+def test_tensorboard_shows_groups_changed_fields_and_the_last_value_of_repeated_steps(tmp_path):
     """A run is killed after step 3, and resumes from the checkpoint of step 2."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for first_step, loss in ((1, 0.5), (3, 9.0)):
-        with contextlib.closing(Logs(tmp_path, step=first_step - 1)) as logs:
-            for step in range(first_step, 4):
-                logs.metrics(step, {"train_loss": loss})
-    values = [(1, 0.5), (2, 0.5), (3, 9.0)]
-    lines = results.read_lines(tmp_path / "metrics.jsonl")
-    assert [(line["step"], line["train_loss"]) for line in lines] == values
-    events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
-    assert [(event.step, event.value) for event in events] == values
-
-
-@pytest.mark.slow
-def test_tensorboard_shows_groups_of_metrics_and_changed_fields(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams import plugin_data_pb2
 
     config = config_lib.default()
     config.update(seed=0, batch_size=7, modalities=("face", "head"))
-    with contextlib.closing(Logs(tmp_path, step=0, config=config)) as logs:
-        logs.metrics(1, {"epoch": 1.0, "learning_rate": 0.1, "train_loss": 2.0})
-        logs.metrics(1, {"epoch": 1.0, "split": "val", "map": 0.5, "test/map": 0.4})
+    for first_step, loss in ((1, 0.5), (3, 9.0)):
+        with contextlib.closing(Logs(tmp_path, step=first_step - 1, config=config)) as logs:
+            for step in range(first_step, 4):
+                logs.metrics(step, {"epoch": 1.0, "learning_rate": 0.1, "train_loss": loss})
+    with contextlib.closing(Logs(tmp_path, step=3)) as logs:
+        logs.metrics(4, {"epoch": 1.0, "split": "val", "map": 0.5, "test/map": 0.4})
+    *lines, _ = results.read_lines(tmp_path / "metrics.jsonl")
     events = EventAccumulator(str(tmp_path)).Reload()
+    values = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert values == [(x["step"], x["train_loss"]) for x in lines] == [(1, 0.5), (2, 0.5), (3, 9)]
     names = "train/epoch train/learning_rate train/loss val/epoch val/map test/map"
     assert {*events.Tags()["scalars"]} == {*names.split()}
     (content,) = events.PluginTagToContent("hparams").values()
@@ -299,7 +286,7 @@ EVALUATED = {"evaluated": True, "map": 0.5}
 
 # Facts of the checkpoints of steps 1, 2, ..., and the steps that are kept.
 @pytest.mark.parametrize(("facts_of_steps", "kept"), [
-    ([{"map": 0.2}, {"map": 0.9}, {"map": 0.5}, {}, {"map": 0.1}], [2, 4, 5]),  # the latest: 4, 5
+    ([{"map": 0.2}, {"map": 0.9}, {}, {"map": 0.1}], [2, 3, 4]),  # the latest: 3, 4
     ([EVALUATED, EVALUATED, {}, {}], [2, 4]),  # the last evaluated, instead of the second latest
 ])  # fmt: skip
 def test_latest_last_evaluated_and_best_checkpoints_are_kept(tmp_path, items, facts_of_steps, kept):

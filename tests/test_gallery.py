@@ -296,12 +296,11 @@ def test_answers_do_not_depend_on_other_clips_or_the_order_of_people(cards, scal
     everybody, order = index_lib.join(index.blocks), np.random.default_rng(0).permutation(PEOPLE)
     blocks = [everybody.take(rows) for rows in np.array_split(order, [1, 50, 500])]
     shuffled = index_lib.Index(index.backend, blocks)
-    for k in (1, 5, 600):
+    for k, size in ((1, 7), (5, 1), (600, 7)):  # size of a batch of clips
         answers = list(index.nearest(parts, k))
         assert_near(answers, shuffled.nearest(parts, k))
-        for size in (1, 7):  # of a batch of clips
-            batches = [[part[at : at + size] for part in parts] for at in range(0, 30, size)]
-            assert_near(answers, [x for batch in batches for x in index.nearest(batch, k)])
+        batches = [[part[at : at + size] for part in parts] for at in range(0, 30, size)]
+        assert_near(answers, [x for batch in batches for x in index.nearest(batch, k)])
 
 
 @nightly_after_first("stranger, scale", itertools.product([1.0, -30.0, 60.0], [1.0, 0.02]))

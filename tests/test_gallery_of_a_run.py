@@ -1,5 +1,7 @@
 """A gallery of a run gives the same answers as the run."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -86,6 +88,8 @@ def test_empty_gallery_has_strangers_and_accepts_new_people(tmp_path, run, data,
     for action in (gallery.identify, gallery.rank):
         refused(lambda action=action: action(clips), "nobody is enrolled")
     people = {name: f"person of {name}" for name in clips}
+    other: Any = {}
+    refused(lambda: vidjax.Gallery.create(tmp_path / "n", run, other), "data must be the result")
     gallery.enrol(clips, people)
     assert {name: answer.identity for name, answer in gallery.identify(clips).items()} == people
 

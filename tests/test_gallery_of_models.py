@@ -117,7 +117,7 @@ assert child.exitcode == 0
 assert gallery.enrol({"new": clips["0"]}, "0").enrolled == 1
 assert gallery.relabel("new", "1") == "0" and gallery.remove(clip="new") == 1
 for words in (
-    "list g", "identify g --input=in --threshold=0.5", "identify g --input=in --fpir=0.3",
+    "list g", "identify g --input=in --threshold=0.5 --out=a.csv", "identify g --input=in",
     "threshold g --fpir=0.3", "verify g --identity=0 --input=in", "verify g --input=in",
     "enrol g --input=in/0.npz --identity=Ada",
 ):
@@ -163,13 +163,12 @@ def test_values_of_frames_in_a_dict_are_read_as_from_a_file(tmp_path, gallery):
             refused(lambda call=call, wrong=wrong: call({"x": wrong}), words)
 
 
-@pytest.mark.parametrize("factor", [1e-20, 1e-30, 1e-38, 1e-41, 1e30])
+@pytest.mark.parametrize("factor", [1e-30, 1e-41, 1e30])
 def test_scaled_vectors_get_the_answers_of_the_vectors(tmp_path, gallery, factor):
     rng = np.random.default_rng(3)
     people, strangers = unit(rng.normal(size=(2, 6, WIDTH))).astype(np.float32)
     photos = unit(people + 0.02 * rng.normal(size=people.shape)).astype(np.float32)
-    for number, photo in enumerate(photos):
-        gallery.enrol({f"photo{number}": {"face": photo[None]}}, f"person {number}")
+    gallery.enrol(faces("photo", photos), {f"photo{n}": f"person {n}" for n in range(6)})
     # Denormal numbers have few digits, so that the expected answers are of the rounded vectors.
     small = np.float32(factor) * np.concatenate([people, strangers])
     plain = (small.astype(np.float64) / factor).astype(np.float32)
@@ -447,10 +446,10 @@ def test_a_group_gets_a_name_only_if_one_of_its_clips_would_get_it():
 
 
 def test_clips_that_speak_against_the_name_leave_their_group(gallery):
-    """`a0` to `a7` show Ada. Each of the clips `like0` to `like33` is between Ada and Eve."""
+    """`a0` to `a7` show Ada. Each of the clips `like0` to `like16` is between Ada and Eve."""
     ada, eve = draw(5, people=2, clips=9)
     gallery.enrol({"photo": {"face": ada[:1]}}, "Ada")
-    shares = np.linspace(0, 1, 34, dtype=np.float32)[:, None]
+    shares = np.linspace(0, 1, 17, dtype=np.float32)[:, None]
     lookalikes = unit(eve[0] + shares * (ada[0] - eve[0]))
     vectors = gallery.embed(faces("a", ada[1:]) | faces("like", lookalikes))
     single, left = gallery.identify(vectors), set[str]()
@@ -468,7 +467,7 @@ def test_clips_that_speak_against_the_name_leave_their_group(gallery):
             # With a threshold, each clip needs this probability itself.
             chosen = gallery.identify(vectors.only(group), groups=group, threshold=0.6)[clip]
             assert chosen.identity == ("Ada" if own >= 0.6 else None) and chosen.best == joined.best
-    assert 3 < len(left) < 30
+    assert 1 < len(left) < 15
 
 
 def test_subtitles_list_all_visible_known_people_and_do_not_overlap():
@@ -647,18 +646,16 @@ def test_command_warns_of_a_face_under_two_people(gallery, photos, tmp_path, com
     assert done.err.count("seems to show 'person") == 2 and "gallery relabel" in done.err
 
 
-@pytest.mark.parametrize("people", [100, 1000, 5000])
-def test_probabilities_of_strangers_stay_calibrated_with_many_people(people):
+def test_probabilities_of_strangers_stay_calibrated_with_many_people():
     """Half of the clips show strangers, so the mean probability should be 0.5."""
-    made = Population(people)
-    known, strangers = made.people(people), made.people(500)
-    shown = np.concatenate([known[made.rng.integers(0, people, 500)], strangers])
+    made = Population(3000)
+    known, strangers = made.people(3000), made.people(500)
+    shown = np.concatenate([known[made.rng.integers(0, 3000, 500)], strangers])
     log_stranger = log_probabilities(made.photos(known, 1), unit(shown + made.noise(1000)))[:, 0]
     assert np.exp(log_stranger).mean() == pytest.approx(0.5, abs=0.05)
 
 
-@pytest.mark.parametrize("dimensions", [16, 32, 100])
-@pytest.mark.parametrize("variance", [0.04, 0.16, 0.9])
+@pytest.mark.parametrize(("dimensions", "variance"), [(16, 0.9), (32, 0.16), (100, 0.04)])
 def test_shape_of_distances_is_half_the_number_of_dimensions(dimensions, variance):
     """Before they are scaled to unit length, vectors are Gaussian about a common vector."""
     rng = np.random.default_rng(dimensions)

@@ -45,9 +45,15 @@ FITTED = {name: clip._replace(fitted=bool(clip.identity)) for name, clip in CLIP
 NEW = {"new": make_clip(7777, "new")}
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder of a gallery of CLIPS."""
+    return make(tmp_path_factory.mktemp("made") / "g").folder
+
+
 @pytest.fixture
-def gallery(tmp_path):
-    return make(tmp_path / "g")
+def gallery(made, tmp_path):
+    return Gallery(shutil.copytree(made, tmp_path / "g"))
 
 
 def check_same(gallery, wanted):
@@ -99,10 +105,10 @@ def test_changed_galleries_equal_the_opened_folder_and_a_gallery_made_at_once(
 ):
     """The mean of few people moves far. With a large `MOST_SHIFT`, its shifts are still added."""
     monkeypatch.setattr(index_lib, "MOST_SHIFT", shift)
-    people = make_one(tmp_path / "g", made_galleries.make_clips(num_people=40))
+    people = make_one(tmp_path / "g", made_galleries.make_clips(num_people=30))
     rng, before = random.Random(fault_seed), people.state
     first = answers(people)
-    for number in range(30):
+    for number in range(20):
         change_at_random(people, rng, number)
         opened = Gallery(people.folder)
         assert answers(people) == answers(opened)
@@ -139,7 +145,7 @@ def test_memory_of_a_large_enrolment_is_little_more_than_its_people(tmp_path, mo
     """Blocks of people are computed one after the other, because the computation is in float64."""
     monkeypatch.setattr(made_galleries, "WIDTHS", {"face": 384})
     monkeypatch.setattr(enrolment, "MAX_BLOCK_PEOPLE", 256)
-    people, count = make(tmp_path / "g", {}), 2048
+    people, count = made_galleries.make_with_cards(tmp_path / "g", {}), 2048
     vectors = np.random.default_rng(0).standard_normal((count, 384)).astype(np.float32)
     clips = {f"c{n}": StoredClip(f"p{n}", row) for n, row in enumerate(vectors)}
     finished = list[int]()

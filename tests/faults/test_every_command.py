@@ -104,7 +104,7 @@ def assert_private(folder):
     assert paths and not [path for path in paths if path.stat().st_mode & 0o077]
 
 
-def test_only_the_user_can_read_vectors_of_people(nearest_run, tmp_path):
+def test_only_the_user_can_read_vectors_of_people(nearest_run, tmp_path, read_here):
     shutil.copytree(nearest_run, tmp_path / "run")
     write_tables(tmp_path / "tables")
     assert call(MADE["embedded"], at=readable(tmp_path / "at"), world=tmp_path) == 0

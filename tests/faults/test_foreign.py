@@ -114,13 +114,14 @@ def test_deeply_nested_json_and_json_of_30_gb_end_in_short_errors(stranger, comp
     """`complaint` checks the errors. A mode may succeed if it does not read the file."""
     path = stranger / name
     path.parent.mkdir(parents=True, exist_ok=True)
+    modes = [mode for mode in READ if name in READ[mode]] or ["evaluate"]
     path.write_bytes(b"[" * 200_000 + b"]" * 200_000)
-    for mode in READ:
+    for mode in modes:
         complaint(mode, stranger)
     if path.suffix == ".jsonl":
         return
     mutations.put(path, "sparse", path)  # 30 GB of holes
-    for mode in READ:
+    for mode in modes:
         complaint(mode, stranger)
     refused(lambda: files.read_bytes(path, files.ARCHIVE_BYTES), "too large")
 
@@ -276,21 +277,21 @@ def cache(tmp_path):
     return tmp_path / "cache"
 
 
-@pytest.mark.parametrize(
-    "name", ["manifest.json", "index.npz", "data_report.json", "train/face/features.bin"]
-)
-def test_shared_cache_with_pipes_links_or_damaged_files_is_refused(tmp_path, cache, name):
-    (path,) = cache.rglob(name)
-    kept = path.read_bytes()
-    (tmp_path / "kept").write_bytes(kept)
-    for kind in ("pipe", "zero", "link", "folder"):
-        mutations.put(path, kind, tmp_path / "kept")
-        refused(lambda: read_train_clips(cache), "delete")
-        path.rmdir() if kind == "folder" else path.unlink()
-    flipped = bytes([*kept[:-30], kept[-30] ^ 1, *kept[-29:]])  # one bit differs
-    for damaged in (flipped, kept[:-30], kept + b"x", b"{}", b"[" * 100_000):
-        path.write_bytes(damaged)
-        refused(lambda: read_train_clips(cache), path.name, "delete")
+def test_shared_cache_with_pipes_links_or_damaged_files_is_refused(tmp_path, cache):
+    for name in ("manifest.json", "index.npz", "data_report.json", "train/face/features.bin"):
+        (path,) = cache.rglob(name)
+        kept = path.read_bytes()
+        (tmp_path / "kept").write_bytes(kept)
+        for kind in ("pipe", "zero", "link", "folder"):
+            mutations.put(path, kind, tmp_path / "kept")
+            refused(lambda: read_train_clips(cache), "delete")
+            path.rmdir() if kind == "folder" else path.unlink()
+        flipped = bytes([*kept[:-30], kept[-30] ^ 1, *kept[-29:]])  # one bit differs
+        for damaged in (flipped, kept[:-30], kept + b"x", b"{}", b"[" * 100_000):
+            path.write_bytes(damaged)
+            refused(lambda: read_train_clips(cache), path.name, "delete")
+        shutil.rmtree(cache)
+        read_train_clips(cache)
 
 
 def test_shared_cache_behind_a_link_is_refused_and_not_changed(tmp_path, cache):
@@ -306,21 +307,22 @@ def face_of(manifest):
     return manifest["splits"]["train"]["modalities"]["face"]
 
 
-@pytest.mark.parametrize("change", [
-    lambda m: m["modalities"]["face"].update(dim=1 << 40),
-    lambda m: m["splits"]["train"].update(modalities={"../../face": face_of(m)}),
-    lambda m: m["splits"]["train"].update(modalities=5),
-    lambda m: face_of(m).update(dtype="object"),
-    lambda m: face_of(m)["files"]["features"].update(size=1 << 40),
-    lambda m: m.update(files={}),
-], ids=["width", "path outside", "modalities", "dtype", "size", "files"])  # fmt: skip
-def test_hostile_manifest_of_stored_clips_with_a_valid_checksum_is_refused(cache, change):
+def test_hostile_manifest_of_stored_clips_with_a_valid_checksum_is_refused(cache):
     (path,) = cache.rglob("manifest.json")
-    values = json.loads(path.read_text())
-    del values["sha256"]
-    change(values)
-    files.write_manifest(path, values)  # with a new checksum
-    refused(lambda: read_train_clips(cache), "to convert again")
+    content = path.read_text()
+    for change in (
+        lambda m: m["modalities"]["face"].update(dim=1 << 40),
+        lambda m: m["splits"]["train"].update(modalities={"../../face": face_of(m)}),
+        lambda m: m["splits"]["train"].update(modalities=5),
+        lambda m: face_of(m).update(dtype="object"),
+        lambda m: face_of(m)["files"]["features"].update(size=1 << 40),
+        lambda m: m.update(files={}),
+    ):
+        values = json.loads(content)
+        del values["sha256"]
+        change(values)
+        files.write_manifest(path, values)  # with a new checksum
+        refused(lambda: read_train_clips(cache), "to convert again")
 
 
 def test_config_of_a_run_folder_with_a_value_of_a_wrong_type_is_refused(stranger, complaint):

@@ -12,7 +12,6 @@ import pytest
 from tests.conftest import execute
 from tests.helpers import limits
 from tests.helpers.limits import file_limit
-from tests.helpers.seen import contents
 from vidjax.runs.results import Logs, truncate_log
 from vidjax.utils import files
 
@@ -96,14 +95,6 @@ def test_folder_in_use_is_refused_and_a_stale_lock_is_replaced(say, tmp_path):
         lock.write_text(dead)
         with files.lock(tmp_path):
             assert lock.read_text().rstrip() == f"process {os.getpid()} {here}"
-
-
-def test_failed_write_keeps_the_old_file(tmp_path):
-    path = tmp_path / "metrics.json"
-    files.write_text(path, "old")
-    with file_limit(10), pytest.raises(OSError, match=f"cannot write '{path}': File too large"):
-        files.write_text(path, 100 * "new")
-    assert contents(tmp_path) == {"metrics.json": b"old"}
 
 
 def test_log_cut_at_any_byte_is_repaired_to_its_complete_lines_up_to_a_step(tmp_path):

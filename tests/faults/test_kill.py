@@ -162,26 +162,6 @@ def test_results_do_not_depend_on_the_environment_of_the_process(disturbed, offi
 
 
 @pytest.mark.nightly
-def test_killed_evaluation_leaves_earlier_results_unchanged(disturbed, fault_seed, campaign):
-    (run, trained), rng = disturbed("quality_fusion"), random.Random(fault_seed)
-    words = ("--mode=evaluate", f"--workdir={run.workdir}", "--config.eval.split=test")
-    run.finish()
-    began = time.monotonic()
-    run.finish(*words)
-    seconds, evaluated = time.monotonic() - began, run.outcome()
-    # The evaluation of the split test adds a ranking to the results of the training.
-    assert trained.items() <= evaluated.items()
-    assert "ranking_test.txt" in {*evaluated} - {*trained}
-
-    for _ in range(50 if campaign else 1):
-        process = run.start(*words)
-        time.sleep(rng.uniform(0.3, 1.0) * seconds)
-        process.kill()
-        process.wait()
-        assert run.outcome() == evaluated
-
-
-@pytest.mark.nightly
 def test_signals_stop_training_at_once_or_after_a_checkpoint(disturbed):
     run, wanted = disturbed("quality_fusion")
 

@@ -58,7 +58,7 @@ def add_gallery_flags(parser: Parser) -> None:
     for name, (about, add) in COMMANDS.items():
         command = commands.add_parser(name, **describe(about))
         command.add_argument("gallery", metavar="G", help="the folder of the gallery")
-        add(command)
+        command.later = add
 
 
 def _add_create(parser: Parser) -> None:

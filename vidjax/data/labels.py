@@ -109,7 +109,7 @@ def read_table(path: Path) -> Iterator[tuple[str, Any, Any]]:
     `clip` and `identity`, in upper or lower case. If text with tabs has no such names, its first
     two columns are read. A line of .jsonl is an object with these keys.
     """
-    _refuse_no_file(path)
+    refuse_no_file(path)
     if path.suffix.lower() == ".jsonl":
         yield from _read_json_lines(path)
         return
@@ -162,7 +162,8 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, Any, Any]]:
             yield f"{place}:", *(row[title] for title in titles)
 
 
-def _refuse_no_file(path: Path) -> None:
+def refuse_no_file(path: Path) -> None:
+    """Raises NoFileError if a path is not the path of a file."""
     if not path.is_file():
         problem = "is not a file" if files.is_present(path) else "does not exist"
         raise NoFileError(f"'{path}' {problem}: correct the path")
@@ -358,7 +359,7 @@ def split_lines(text: str) -> list[str]:
 
 def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
     """Returns (line number, words) of each line that is not blank. Errors show the line `form`."""
-    _refuse_no_file(path)
+    refuse_no_file(path)
     with files.open_text(path) as file:
         data = file.read()
     try:

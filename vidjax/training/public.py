@@ -296,6 +296,7 @@ def train_run(
     is None, the data that `config` describes are loaded. For the other arguments, see
     `training.loop.train`.
     """
+    from vidjax.data import labels
     from vidjax.evaluation import analysis
     from vidjax.runs import checkpoint, digests
     from vidjax.training import init_from, joint, loop as training, resume
@@ -305,9 +306,11 @@ def train_run(
     results = resume.read_finished_metrics(folder, config)
     if results is None:
         dry_run(config, data)
+        if config.data.weights:  # reports a mistake before the data are read
+            labels.refuse_no_file(Path(config.data.weights))
         set_up_devices(config)
         if config.init_from and not checkpoint.list_folders(folder.path):
-            init_from.find_source(config)  # reports a mistake before the data are read
+            init_from.find_source(config)
     data = load_data(config) if data is None else data
     _check_same(config, data)
     if results is None:

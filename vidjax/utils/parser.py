@@ -44,6 +44,8 @@ class Parser(argparse.ArgumentParser):
         # The command may override fields that begin with this text, or no field if it is None.
         self.group: str | None = None
         self.programs: argparse._ArgumentGroup | None = None  # has --quiet, --json and --debug
+        # Adds the flags before the first use, because flags of unused commands would take time.
+        self.later: Callable[[Parser], None] | None = None
 
     def flag(
         self,
@@ -94,6 +96,9 @@ class Parser(argparse.ArgumentParser):
     ) -> Any:  # noqa: ANN401
         """Parses words as argparse does, and keeps the words for `error`. Paths become `Path`."""
         self.words = args or ()
+        later, self.later = self.later, None
+        if later:
+            later(self)
         parsed, others = super().parse_known_args(args, namespace)
         for action in self._actions:
             value = getattr(parsed, action.dest, None)
