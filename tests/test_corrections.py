@@ -336,7 +336,7 @@ def test_message_says_that_another_face_of_the_shot_got_the_denied_name(tmp_path
     shelf.page.change("deny", keys([kept]))
     assert shelf.names()[twin] == ada
     text = shelf.page.render({})
-    assert f"{ada}, too</button>" not in text
+    assert f"Yes, also {ada}</button>" not in text
     assert f"Another face of the same shot now has the name {ada}" in text
     shelf.page.undo()
     shelf.page.change("twin", keys([twin]))

@@ -468,11 +468,12 @@ def test_cuts_contain_each_appearance_with_a_margin(tmp_path):
     """
     films = [film(rate=25), film("b.mov", rate=30000 / 1001, seconds=4000.0)]
     films += [film("c.jpg", photo=True, seconds=0), film("d.avi", rate=None)]
+    films += [film("e.mkv", seconds=6.0059, rate=24000 / 1001)]  # 144 pictures, 6.006 s
     appearances = [
         appearance(0.4, 3), appearance(4.9, 6), appearance(5.2, 5.5), appearance(98, 100),
         appearance(20, 30, "unknown 1", None), appearance(50, 51, "Bob"),
         appearance(3600.01, 3601, video="b.mov"), appearance(0, 0, video="c.jpg"),
-        appearance(0, 1, video="d.avi"),
+        appearance(0, 1, video="d.avi"), appearance(5, 6.0059, video="e.mkv"),
     ]  # fmt: skip
     cuts.write(tmp_path, appearances, films, padding_s=1.0)
     names = {"Ada.otio", "Ada.m3u", "Bob.otio", "Bob.m3u"}
@@ -486,7 +487,8 @@ def test_cuts_contain_each_appearance_with_a_margin(tmp_path):
         for x in cuts.find_cuts(appearances, films, padding_s=1.0)["Ada"]
     ]
     assert found == [
-        ("a.mp4", 0, 175), ("a.mp4", 97 * 25, 2500), ("b.mov", 107862, 107952), ("d.avi", 0, 50)
+        ("a.mp4", 0, 175), ("a.mp4", 97 * 25, 2500), ("b.mov", 107862, 107952), ("d.avi", 0, 50),
+        ("e.mkv", 96, 144),
     ]  # fmt: skip
 
 

@@ -133,6 +133,11 @@ def test_next_person_or_the_same_person_or_film_is_shown_after_a_change(reviewed
     just_before_field = text[field - 200 : field]
     assert "Who is unknown 1?" in just_before_field
     assert "Saved" not in reviewed.client.get("").text, "the message is shown once"
+    text = reviewed.post(do="deny", of="clip:\tparty.s000.t00", next="unknown 1")
+    assert "Who is unknown 1?" in text[: text.index("autofocus")][-200:]
+
+    # The page of a person is shown again.
+    reviewed.post("undo")
     text = reviewed.post("undo", view="person=Ada")
     assert "<title>Ada: " in text and "Undone" in text
     reviewed.post("undo", status=422)  # nothing is left to undo
@@ -208,7 +213,7 @@ def test_naming_unclear_faces_asks_first(reviewed):
     naming = {"do": "name", "of": ["unknown 1", "unknown 2"]}
     with mock.patch.object(reviewed.review, "is_unclear", return_value=True):
         text = reviewed.post(status=422, **naming, person="Bob")
-        assert "unclear faces of two people look alike" in text and "I am sure: it is Bob" in text
+        assert "the face is unclear" in text and "I am sure: it is Bob" in text
         assert text.count('type="hidden" name="of" value="unknown') > 2, "both are asked about"
         assert "Saved" in reviewed.post(**naming, new="Bob")
     assert {*reviewed.names().values()} == {"Ada", "Bob"}
@@ -271,7 +276,7 @@ def test_review_plays_films_and_serves_only_films_and_pictures_of_faces(reviewed
 
     reviewed.review.film(1).write_bytes(b"another file")
     for answer in map(client.get, ("film/1", "play/1")):
-        assert answer.status_code == 404 and "vidjax who again" in answer.text
+        assert answer.status_code == 404 and "the command vidjax who." in answer.text
 
 
 def test_films_and_photos_are_sent_as_what_they_contain_and_never_as_pages(reviewed, drawn):

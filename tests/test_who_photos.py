@@ -283,14 +283,14 @@ def test_two_names_of_one_person_do_not_blame_the_net(drawn, is_copy):
             write_photo(drawn.friends / name / f"{photo}.png", ("Ada", left, 40))
     output = drawn.who(group).output
     assert ("is also a photo of Ada" if is_copy else "but looks like Ada") in output
-    assert "as much as the card" not in output + (drawn.out / "names.html").read_text()
+    assert "as much as the net" not in output + (drawn.out / "names.html").read_text()
 
     # If a user gave both names, no photo is doubtful.
     shutil.rmtree(drawn.friends)
     if is_copy:
         return  # the copies identify nobody
     output = drawn.who(group, people=False).output + (drawn.out / "names.html").read_text()
-    assert "if two names are one person" in output and "as much as the card" not in output
+    assert "if two names are one person" in output and "as much as the net" not in output
 
 
 @pytest.mark.parametrize("door", ["who", "gallery"])
