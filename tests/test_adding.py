@@ -94,7 +94,7 @@ from vidjax.runs import config_io
     return {wrong}
 {table}["own"] = {value}
 def get_config(args=""):
-    config = config_io.load_file("cosine")
+    config = config_io.load_file("cosine:face")
     {use}
     return config
 """

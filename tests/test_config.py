@@ -1,6 +1,5 @@
-"""Configurations: overrides, JSON, shipped files, refused values, and that every field is read."""
+"""Configurations: overrides, JSON, shipped files, and refused values."""
 
-import ast
 import functools
 import math
 import shutil
@@ -28,8 +27,6 @@ def test_shipped_configuration_is_valid_and_survives_json(name):
         # `few` is refused without `iqiyi_vid`.
         config = load(f"{name}:{'iqiyi_vid,few' if word == 'few' else word}")
         config_lib.check(config)
-        if not word:
-            dry_run(config)
         as_json[word] = config_io.to_json(config)
         again = config_io.from_json(as_json[word])
         values, expected = (dict(config_lib.fields(each)) for each in (again, config))
@@ -40,6 +37,10 @@ def test_shipped_configuration_is_valid_and_survives_json(name):
     # Every word changes something, except `mlp5`, which names the default.
     without_change = [word for word in words if as_json[word] == as_json[""]]
     assert without_change == (["mlp5"] if "mlp5" in words else [])
+    few = load("joint:plda,face" if name == "joint" else name)
+    # Each modality and each system takes time. A model with parts needs two modalities.
+    few.modalities = few.modalities[: 1 + ("main" in few.model)]
+    dry_run(few)
 
 
 @pytest.mark.parametrize(("spec", "error"), [
@@ -269,13 +270,3 @@ def test_file_that_changes_twice_in_a_second_is_read_again(tmp_path):
 def test_page_of_configurations_equals_the_generated_documentation():
     page = (ROOT / "configs" / "README.md").read_text()
     assert docs.update(page) == page, "python -m tests.helpers.docs configs/README.md"
-
-
-def test_every_field_is_read_outside_of_the_table_of_fields():
-    """Its name is an attribute, an argument or a text in another module of the package."""
-    used = set()
-    for path in (ROOT / "vidjax").rglob("*.py"):
-        if path.name != "config.py":
-            for node in ast.walk(ast.parse(path.read_text())):
-                used |= {getattr(node, kind, None) for kind in ("attr", "arg", "value")}
-    assert not {name for name in config_lib.FIELDS if name.rpartition(".")[2] not in used}

@@ -61,6 +61,11 @@ def export(command, tmp_path):
 
 
 @pytest.fixture(scope="module")
+def nearest(nearest_run):
+    return predict.restore_run(nearest_run, num_devices=1)
+
+
+@pytest.fixture(scope="module")
 def made(trained):
     return lambda name: trained(*SYSTEMS[name].split())
 
@@ -115,7 +120,7 @@ def test_exported_scores_are_the_mean_of_the_members(monkeypatch, logs):
     scores = -np.random.default_rng(0).uniform(1, 9, (3, 4, 3)).astype(np.float32)  # [E, B, K]
     members: Any = [(x, {}, None) for x in scores]
     batch: Any = None
-    found = function._compute_scores(run, members, batch)
+    found = jax.jit(lambda: function._compute_scores(run, members, batch))()
     wanted = np.log(np.exp(scores).mean(axis=0)) if logs else scores.mean(axis=0)
     np.testing.assert_allclose(found, wanted[:, 1:], rtol=1e-5)
 
@@ -190,7 +195,7 @@ def test_import_refuses_damaged_or_missing_weights(nearest_run, tmp_path, comman
 
 
 def test_exported_weights_and_identities_are_of_the_checkpoint_and_not_of_the_copy(
-    nearest_run, tmp_path, command
+    nearest_run, nearest, tmp_path, command
 ):
     run, out, imported = (tmp_path / name for name in ("run", "out", "imported"))
     shutil.copytree(nearest_run, run)
@@ -199,9 +204,9 @@ def test_exported_weights_and_identities_are_of_the_checkpoint_and_not_of_the_co
     weights.write(run, out, "latest")
     assert command("import", out, f"--to={imported}").code == 0
     small_runs.assert_equal_weights(nearest_run, imported)
-    before, after = (predict.restore_run(x, num_devices=1) for x in (nearest_run, imported))
+    again = predict.restore_run(imported, num_devices=1)
     for fact in ("step", "identities", "threshold"):
-        assert getattr(after, fact) == getattr(before, fact)
+        assert getattr(again, fact) == getattr(nearest, fact)
     copy = (nearest_run / "identities.json").read_bytes()
     assert (out / "identities.json").read_bytes() == copy
     (out / "identities.json").unlink()
@@ -210,7 +215,9 @@ def test_exported_weights_and_identities_are_of_the_checkpoint_and_not_of_the_co
         assert (tmp_path / "again" / name).read_bytes() == (nearest_run / name).read_bytes()
 
 
-def test_export_of_version_0_1_0_is_imported_if_its_files_are_unchanged(nearest_run, tmp_path):
+def test_export_of_version_0_1_0_is_imported_if_its_files_are_unchanged(
+    nearest_run, nearest, tmp_path
+):
     """Its checkpoint.json has no lists, but digests of `identities.json` and `members.npz`."""
     out, again = tmp_path / "out", tmp_path / "again"
     out.mkdir()
@@ -222,9 +229,8 @@ def test_export_of_version_0_1_0_is_imported_if_its_files_are_unchanged(nearest_
     files.write_manifest(out / weights.CHECKPOINT, earlier | digests)
     weights.read(out, again)
     small_runs.assert_equal_weights(nearest_run, again)
-    before, after = (predict.restore_run(x, num_devices=1) for x in (nearest_run, again))
-    assert before.identities == after.identities
-    (out / "identities.json").write_text(json.dumps(before.identities[::-1]))
+    assert predict.restore_run(again, num_devices=1).identities == nearest.identities
+    (out / "identities.json").write_text(json.dumps(nearest.identities[::-1]))
     remedy = f"{out / 'identities.json'}' is not the file", "\nexport the run again"
     refused(lambda: weights.read(out, tmp_path / "third"), *remedy)
 
@@ -247,8 +253,8 @@ def test_export_and_import_errors_name_remedies(nearest_run, tmp_path, command):
         assert not new.parent.exists()
 
 
-def test_modalities_with_similar_names_may_differ_in_length(nearest_run, tmp_path, export):
-    run = replace(predict.restore_run(nearest_run), modalities={"a-b": 8, "a_b": 8})
+def test_modalities_with_similar_names_may_differ_in_length(nearest, tmp_path):
+    run = replace(nearest, modalities={"a-b": 8, "a_b": 8})
     # Symbols stand for the numbers of frames. A symbol, and a name in TensorFlow, allows no `-`.
     symbols = {name: str(spec.shape[1]) for name, spec in function.input_shapes(run).items()}
     assert symbols["a-b_mask"] != symbols["a_b_mask"]
@@ -366,7 +372,7 @@ def test_onnx_operations_equal_jax_operations_or_are_refused():
     graph, inputs = as_onnx(*OPERATIONS.keys() - {"lgamma"})
     session = onnxruntime.InferenceSession(graph)
     for (name, x), output in zip(inputs.items(), session.run(None, inputs), strict=True):
-        expected = np.asarray(OPERATIONS[name][0](jnp.asarray(x)))
+        expected = jax.jit(OPERATIONS[name][0])(x)
         np.testing.assert_allclose(output, expected, rtol=2e-6, atol=1e-30, err_msg=name)
     refused(lambda: as_onnx("lgamma"), "does not support an operation of this model: 'lgamma'")
 
@@ -388,7 +394,7 @@ def test_openvino_sorts_as_jax(core):
     outputs = core.compile_model(core.read_model(graph, b""), "CPU")(inputs).values()
     for (name, x), output in zip(inputs.items(), outputs, strict=True):
         sort_by_jax, _ = OPERATIONS[name]
-        np.testing.assert_array_equal(output, np.asarray(sort_by_jax(jnp.asarray(x))), name)
+        np.testing.assert_array_equal(output, jax.jit(sort_by_jax)(x), name)
 
 
 @pytest.mark.slow

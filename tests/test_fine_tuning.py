@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from tests.helpers import clip_files, small_runs as small
-from tests.helpers.cases import quick_first
 from tests.helpers.seen import refused
 from vidjax.core import devices, ensemble
 from vidjax.core.ensemble import Member, TrainingSets
@@ -22,7 +21,6 @@ from vidjax.training.plan import make_plan
 from vidjax.utils.errors import UserError, VidjaxWarning
 
 MLP = "configs/quality_fusion.py:iqiyi_vid"
-NAMES = ("cosine", "mma", "deepmef", "residual_dense:face,one", "noise_classes")
 
 
 def halve(data):
@@ -71,12 +69,11 @@ def flat(state):
     return small.flat({"params": state.params, "model_state": state.model_state})
 
 
-@pytest.mark.parametrize("name", quick_first([MLP, *(f"configs/{name}" for name in NAMES)]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["quality_fusion", "mma", "deepmef", "noise_classes"])
 def test_classes_get_the_weights_of_the_same_name_and_new_classes_stay_random(data, half_run, name):
-    stem, _, words = name.removesuffix(".py:iqiyi_vid").partition(":")
-    spec = f"{stem}.py:iqiyi_vid{',' * bool(words)}{words}"
-    folder = half_run(spec)
-    config = small.shrunk(spec=spec)
+    spec = f"configs/{name}.py:iqiyi_vid"
+    folder, config = half_run(spec), small.shrunk(spec=spec)
     config.init_from = str(folder)
     fresh, loaded = started(config, data, init_from.find_source(config))
     old = small.weights(folder)
@@ -163,6 +160,7 @@ def test_runs_of_other_kinds_are_refused(half_run, trained, official_dir, tmp_pa
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_nothing_that_fits_is_refused(data, half_run):
     config = small.shrunk("--config.model.layers=((9,'swish',True,0.5),)", spec=MLP)
     config.init_from, config.modalities = str(half_run()), ("audio",)

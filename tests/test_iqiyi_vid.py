@@ -1,6 +1,7 @@
 """Conversion of official files: the cache, labels, and readers of stored clips."""
 
 import concurrent.futures
+import itertools
 import os
 import shutil
 from unittest import mock
@@ -8,6 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from tests.conftest import run_here
 from tests.helpers.clip_files import as_read, random_clip, write_pickle, write_ragged, write_truth
 from tests.helpers.datasets import prepare
 from vidjax.core.batch import BATCHED
@@ -23,8 +25,9 @@ RNG = np.random.default_rng(1)
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A directory of official files: 40 train, 21 val and 3 test clips, but no bodies of val."""
-    counts, lacks = {"train": 40, "val": 21, "test": 3}, [("body", "val")]
+    """A directory of official files of faces: 40 train, 21 val and 3 test clips."""
+    counts = {"train": 40, "val": 21, "test": 3}
+    lacks = [*itertools.product(("body", "audio"), counts)]
     folder = write_ragged(tmp_path_factory.mktemp("source"), counts, lacks)
     write_truth(folder, "train", {f"train_{i:03d}": str(i % 7 + 1) for i in range(40)})
     write_truth(folder, "val", {f"val_{i:03d}": str(i % 9 + 2) for i in range(15)})
@@ -34,7 +37,9 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def converted(source, tmp_path_factory):
-    return prepare(source, tmp_path_factory.mktemp("cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        run_here(patch)
+        return prepare(source, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.mark.filterwarnings("ignore:test has 1 clip of identities")
@@ -49,7 +54,7 @@ def test_converted_files_are_not_read_again(converted, source, monkeypatch, say)
     assert "train: " in say(source, f"--cache_dir={cache}", program=iqiyi_vid.main)
 
 
-def test_cache_folder_depends_on_the_content_of_the_files(tmp_path):
+def test_cache_folder_depends_on_the_content_of_the_files(tmp_path, read_here):
     small, cache, clip = tmp_path / "small", tmp_path / "cache", random_clip(RNG, 1, 4)
     small.mkdir()
     path = write_pickle(small, "face", "train", {"s1": clip})
@@ -88,7 +93,7 @@ def test_labels_number_the_identities_of_train_and_val_in_sorted_order(source, c
     assert report["splits"]["test"]["unlisted_identities"] == 1
 
 
-def test_splits_of_two_dtypes_are_stored_in_the_wider_dtype(tmp_path):
+def test_splits_of_two_dtypes_are_stored_in_the_wider_dtype(tmp_path, read_here):
     clip = random_clip(RNG, 2, 4, "float32")
     write_pickle(tmp_path, "face", "train", {"t": random_clip(RNG, 2, 4, "float16")})
     write_pickle(tmp_path, "face", "val", {"v": clip})
@@ -104,7 +109,7 @@ def test_concurrent_conversions_unpack_each_file_once(source, tmp_path, monkeypa
     monkeypatch.setattr(sandbox, "unpack", unpack)
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         folders = list(threads.map(lambda _: prepare(source, tmp_path).folder, range(2)))
-    assert unpack.call_count == 8  # 3 modalities of train and of test, 2 of val
+    assert unpack.call_count == 3  # faces of train, val and test
     assert folders[0] == folders[1]
 
 
@@ -132,7 +137,7 @@ def write_modalities(folder, rng):
     return clips
 
 
-def test_reader_returns_the_clips_that_were_written(tmp_path):
+def test_reader_returns_the_clips_that_were_written(tmp_path, read_here):
     rng = np.random.default_rng(0)
     clips = write_modalities(tmp_path, rng)
     store = prepare(tmp_path, tmp_path / "cache")

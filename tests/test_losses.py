@@ -151,6 +151,7 @@ def test_loss_with_the_option_margin_gets_plain_logits_and_the_learned_scale(mon
     objective = losses.make_objective(spec, class_mask=None, steps_per_epoch=10, logit_scale=30.0)
     logits, labels = example()
 
+    @jax.jit
     @jax.value_and_grad
     def total(scale):
         output: Any = losses.ModelOutput(logits[:, None], logits, logit_scale=scale[None])

@@ -66,12 +66,16 @@ def test_piecewise_decay_jumps_and_interpolates_between_points():
 @pytest.mark.parametrize("steps_per_epoch", [10.0, 61.0, 3.3, 7.8125, 109.0])
 def test_jump_is_at_the_first_step_of_its_epoch(steps_per_epoch):
     # Compiled programs multiply by 1 / 61, so that step 183 would be slightly before epoch 3.
-    for epoch in (3.0, 10.0, 32.0):
-        jump_at = optim.make_piecewise([(epoch, 0.0), (epoch, 1.0)])
-        first = math.ceil(epoch * Fraction(str(steps_per_epoch)))
-        compiled = jax.jit(lambda step, jump_at=jump_at: jump_at(step / steps_per_epoch))
-        values = compiled(np.array([first - 1, first], np.int32))
-        np.testing.assert_array_equal(values, [0.0, 1.0])
+    epochs = (3.0, 10.0, 32.0)
+    jump_at = [optim.make_piecewise([(epoch, 0.0), (epoch, 1.0)]) for epoch in epochs]
+    firsts = [math.ceil(epoch * Fraction(str(steps_per_epoch))) for epoch in epochs]
+
+    @jax.jit
+    def compute(steps):
+        return [jump(row / steps_per_epoch) for jump, row in zip(jump_at, steps, strict=True)]
+
+    values = compute(np.array([[first - 1, first] for first in firsts], np.int32))
+    np.testing.assert_array_equal(values, [[0.0, 1.0]] * 3)
 
 
 @pytest.mark.parametrize("decay", ["cosine", "steps"])
@@ -104,10 +108,17 @@ def test_total_decay_is_spread_over_a_run_and_shrinks_only_matrices():
     """With gradients of 0, matrices shrink to exp(-total_decay), and biases do not change."""
     optimizer = make_optimizer(total_steps=300, name="adam", learning_rate=1e-3, total_decay=0.7)
     params: Any = {"kernel": np.full((1, 1), 2, "f4"), "bias": np.full(1, 2, "f4")}
-    state, zeros = optimizer.init(params), jax.tree.map(np.zeros_like, params)
-    for _ in range(300):
-        updates, state = optimizer.update(zeros, state, params)
-        params = optax.apply_updates(params, updates)
+    zeros = jax.tree.map(np.zeros_like, params)
+
+    def update(carry, _):
+        updates, state = optimizer.update(zeros, carry[1], carry[0])
+        return (optax.apply_updates(carry[0], updates), state), None
+
+    @jax.jit
+    def train(params):
+        return jax.lax.scan(update, (params, optimizer.init(params)), length=300)[0][0]
+
+    params = train(params)
     np.testing.assert_allclose(params["kernel"], [[2 * math.exp(-0.7)]], rtol=2e-2)
     np.testing.assert_array_equal(params["bias"], [2.0])
 
@@ -153,19 +164,26 @@ def test_accumulated_gradients_equal_their_mean():
     def run(steps, grads, **more):
         sizes = {"total_steps": steps, "steps_per_epoch": steps / 3}
         tx, schedule = optim.make_optimizer(SPEC | spec | more, **sizes)
-        update, state, now, kept = jax.jit(tx.update), tx.init(params), params, []
-        for grad in grads:
-            updates, state = update(grad, state, now)
-            now = optax.apply_updates(now, updates)
-            kept.append(now)
-        return kept, schedule(np.arange(steps))
 
-    fine, rates_of_steps = run(24, grads, accumulate=4)
-    parts = [grads[i : i + 4] for i in range(0, 24, 4)]
-    coarse, rates_of_updates = run(6, [jax.tree.map(lambda *x: np.mean(x, 0), *x) for x in parts])
+        def update(carry, grad):
+            now, state = carry
+            updates, state = tx.update(grad, state, now)
+            now = optax.apply_updates(now, updates)
+            return (now, state), now
+
+        def train(params, grads):
+            return jax.lax.scan(update, (params, tx.init(params)), grads)[1]
+
+        return jax.jit(train)(params, grads), schedule(np.arange(steps))
+
+    stacked = jax.tree.map(lambda *x: np.stack(x), *grads)
+    means = jax.tree.map(lambda x: x.reshape(6, 4, *x.shape[1:]).mean(axis=1), stacked)
+    (fine, rates_of_steps), (coarse, rates_of_updates) = (
+        run(24, stacked, accumulate=4),
+        run(6, means),
+    )
     close = functools.partial(np.testing.assert_allclose, atol=1e-6)
-    for found, wanted in zip(fine[3::4], coarse, strict=True):
-        jax.tree.map(close, found, wanted)
+    jax.tree.map(close, jax.tree.map(lambda x: x[3::4], fine), coarse)
     np.testing.assert_array_equal(rates_of_steps, np.repeat(rates_of_updates, 4))
 
 

@@ -154,18 +154,6 @@ def test_a_modality_is_missing_if_hardly_any_clip_has_it(counts, wanted):
         trained_runs.warn_of_missing_modalities(split, counts)
 
 
-def test_arrays_are_scored_without_tensorflow(train, python):
-    python(
-        "import sys, numpy as np\n"
-        "sys.modules |= dict.fromkeys(['tensorflow', 'tensorflow_datasets', 'pyarrow'])\n"
-        "from vidjax.evaluation import predict\n"
-        "run = predict.restore_run(sys.argv[1])\n"
-        "clips = {'a': {'face': np.ones((2, 24), np.float32)}}\n"
-        "assert np.isfinite(run.scores(clips)).all() and np.isfinite(run.embed(clips)).all()\n",
-        train("knn"),
-    )
-
-
 def test_identify_uses_a_measured_threshold_only_if_it_holds_for_new_clips(restored, clips):
     """Among 99 distractors, a new stranger has the best score with a probability of 1 %."""
     run, five = restored("ensemble"), {f"new {n}": clips["val"][n] for n in [*clips["val"]][:5]}

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.conftest import run_here
 from tests.helpers import small_runs as small
 from tests.helpers.batches import assert_equal, eval_batches, real_frames, rows_of, train_batches
 from tests.helpers.cases import nightly_after_first, quick_first
@@ -61,7 +62,9 @@ COUNTS = {"train": 33, "val": 20, "test": 6}
 def ragged(tmp_path_factory):
     """Clips of 0 to 10,000 frames. In a few clips, frames have equal qualities."""
     folder = write_ragged(tmp_path_factory.mktemp("ragged"), COUNTS)
-    return load_dataset("iqiyi_vid", directory=folder, cache_dir=folder / "cache")
+    with pytest.MonkeyPatch.context() as patch:
+        run_here(patch)
+        return load_dataset("iqiyi_vid", directory=folder, cache_dir=folder / "cache")
 
 
 @pytest.fixture(scope="module")

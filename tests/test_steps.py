@@ -58,10 +58,12 @@ def init(system, labels):
     return state.replace(params=moved)
 
 
-def train(system, state, batch, weight):
-    """Returns the next state, and the loss."""
+def train(system, weight, *starts):
+    """Yields the next state, and the loss, for each start (state, batch)."""
     constants = train_step.make_member_constants((ensemble.Member(),), weight[None])
-    return jax.jit(functools.partial(train_step.train_step, system))(state, constants, batch)
+    step = jax.jit(functools.partial(train_step.train_step, system))
+    for state, batch in starts:
+        yield step(state, constants, batch)
 
 
 def evaluate(system, state, batch):
@@ -117,7 +119,7 @@ def test_loss_of_frame_examples_is_the_mean_over_the_frames_of_a_clip(mean_over)
     weight = np.array([1.0, 0.5, 2.0, 7.0, 0.0])
     system = make(after_fusion="examples", loss__mean_over=mean_over)
     state = init(system, labels)
-    _, loss = train(system, state, batch, weight)
+    ((_, loss),) = train(system, weight, (state, batch))
     counted, total = np.array([1.0, 0.5, 2.0, 0.0, 0.0]), 0.0  # clip 3 has no frames
     for clip in np.flatnonzero(counted):
         frames = examples_of(batch, clip)
@@ -178,10 +180,27 @@ def test_clips_without_good_frames_are_kept_or_dropped(poor_clips, bound, weight
     frames = {**batch.frames, "face": face._replace(quality=quality)}
     weight = np.array([2.0, 1.0, 1.0, 1.0, 0.0], np.float32)
     clips = augment.MemberClips(frames, np.arange(5), weight, jnp.float32(bound), ())
-    after = augment.drop_poor_frames(jax.random.key(0), clips, poor_clips=poor_clips)
+    drop = functools.partial(augment.drop_poor_frames, poor_clips=poor_clips)
+    after = jax.jit(lambda: drop(jax.random.key(0), clips))()  # an argument would be sorted by name
     np.testing.assert_array_equal(after.weight, weight_after)
     if bound == 40:  # a clip without a good frame keeps all its frames
         np.testing.assert_array_equal(after.frames["face"].mask.sum(axis=1), [1, 3, 3, 0, 1])
+
+
+def test_only_short_clips_of_strangers_are_joined():
+    """Identities are 1 to 3, so the labels 0 and 9 are of strangers. Clip 4 has the weight 0."""
+    batch, labels = make_batch((3, 2, 1, 2, 3)), np.array([0, 2, 9, 3, 0])
+    weight = np.array([1, 1, 1, 1, 0], np.float32)
+    clips = augment.MemberClips(batch.frames, labels, weight, jnp.float32(0), ())
+
+    @jax.jit
+    @jax.vmap
+    def count(rng):
+        joined = augment.concat_noise(rng, clips, num_identities=3)
+        return joined.frames["face"].mask.sum(axis=1)
+
+    counts = np.asarray(count(jax.random.split(jax.random.key(0), 20)))  # [keys, clips]
+    assert [{*column} for column in counts.T.tolist()] == [{3, 4}, {2}, {1, 4}, {2}, {3}]
 
 
 def test_keep_best_masks_all_but_the_best_classes_of_a_clip():
@@ -247,13 +266,13 @@ def test_losses_and_scores_of_branches_are_weighted(scores):
     params = jax.tree.map(lambda x: np.asarray(x[0], np.float64), state.params)
     layers, voice = (params["branch_0"], params["branch_1"]), batch.frames["audio"].features[:, 0]
     logits = [voice @ layer["kernel"] + layer["bias"] for layer in layers]
-    _, loss = train(system, state, batch, weight)
+    ((_, loss),) = train(system, weight, (state, batch))
     losses = np.stack([-log_softmax(branch)[np.arange(5), labels] for branch in logits], axis=1)
     counted = TRAIN_WEIGHT * weight[:, None]  # [clips, branches]
     assert float(loss[0]) == pytest.approx(np.sum(counted * losses) / weight.sum(), rel=1e-5)
     # Now the loss of each branch is divided by the sum of the weights of this branch.
     separate = make(loss__mean_over="branches")._replace(model=model())
-    _, loss = train(separate, state, batch, weight)
+    ((_, loss),) = train(separate, weight, (state, batch))
     wanted_loss = np.sum(np.sum(counted * losses, axis=0) / counted.sum(axis=0))
     assert float(loss[0]) == pytest.approx(wanted_loss, rel=1e-5)
     # The weights multiply probabilities, or logits.
@@ -281,9 +300,8 @@ def test_empty_clips_and_padded_rows_do_not_affect_training():
 
     spoilt = batch._replace(frames={name: spoil(part) for name, part in batch.frames.items()})
     spoilt_state = state.replace(labels=jnp.where(unused, 9, state.labels))
-    weight = np.ones(5)  # of each clip
-    after, loss = train(system, state, batch, weight)
-    spoilt_after, spoilt_loss = train(system, spoilt_state, spoilt, weight)
+    starts = (state, batch), (spoilt_state, spoilt)
+    (after, loss), (spoilt_after, spoilt_loss) = train(system, np.ones(5), *starts)
     expected = loss, after.params, after.model_state, after.sums
     actual = spoilt_loss, spoilt_after.params, spoilt_after.model_state, spoilt_after.sums
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
@@ -298,10 +316,10 @@ def test_is_argmax_equals_numpy_argmax():
     scores[rng.random(scores.shape) < 0.2] = -np.inf
     scores[0] = -np.inf  # all scores are equal
     column = rng.integers(0, 6, 500).astype(np.int32)
-    is_best = jax.jit(losses.is_argmax)(scores, column)
-    np.testing.assert_array_equal(is_best, np.argmax(scores, axis=1) == column)
+    is_best = jax.jit(losses.is_argmax)
+    np.testing.assert_array_equal(is_best(scores, column), np.argmax(scores, axis=1) == column)
     # Unlike np.argmax, a row of NaN has no best column.
-    assert not losses.is_argmax(jnp.full((1, 6), jnp.nan), jnp.zeros(1, jnp.int32))[0]
+    assert not is_best(np.full((500, 6), np.nan, np.float32), column).any()
 
 
 def test_log_softmax_keeps_the_order_of_probabilities_near_one():
@@ -323,6 +341,6 @@ def test_log_softmax_keeps_the_order_of_probabilities_near_one():
 
 def test_log_softmax_of_a_single_column_is_0_and_of_nan_is_nan():
     logits = jnp.array([[5.0, 1.0], [1.0, jnp.nan]])
-    logs = losses.log_softmax(logits, jnp.array([False, True]))  # only column 1 counts
+    logs = jax.jit(losses.log_softmax)(logits, np.array([False, True]))  # only column 1 counts
     assert logs[0, 1] == 0.0
     assert np.isnan(logs[1, 1])

@@ -120,7 +120,7 @@ def test_options_change_only_their_files_and_as_many_clips_as_asked(make):
     assert 0.4 < np.mean(kept, axis=0)[0] < 0.62 and all(map(any, kept))
 
 
-def test_synthetic_data_are_written_once_per_setting(tmp_path, monkeypatch):
+def test_synthetic_data_are_written_once_per_setting(tmp_path, monkeypatch, read_here):
     written = []
 
     def write(out_dir, *, size, seed, options):

@@ -1,8 +1,8 @@
 """`vidjax who` finds names for the people in films, with drawn people and nets that tests make.
 
-The film of `drawn.film` and `drawn.meet` has three shots of 2 seconds: of Ada, of Eve, and of Bob
-and Ada. `drawn.meet("Ada")` enrols one photo of Ada and runs `vidjax who` on this film. Clip
-party.s002.t01 is track 1 of shot 2 of party.mkv, and 2.f01 is face 1 of photo 2.
+The film of `drawn.film` and `drawn.meet` has three shots, from 0, 1 and 3 s to 4 s: of Ada, of Eve,
+and of Bob and Ada. `drawn.meet("Ada")` enrols one photo of Ada and runs `vidjax who` on this film.
+Clip party.s002.t01 is track 1 of shot 2 of party.mkv, and 2.f01 is face 1 of photo 2.
 """
 
 import base64
@@ -41,15 +41,26 @@ def shot(name, left=20):
     return 2, 20, [(name, left, 30)]
 
 
-def test_results_list_who_appears_when_in_every_format(drawn):
-    film, out = drawn.meet("Ada", "Bob", flags=["--workers=1", "--padding=0.5"]), drawn.out
+@pytest.fixture
+def met(place, command):
+    """Ada and Bob have photos, and `vidjax who` has read the film."""
+
+    def make(folder):
+        flags = ["--workers=1", "--padding=0.5"]
+        drawn_people.Drawn(folder, command).meet("Ada", "Bob", flags=flags)
+
+    return drawn_people.Drawn(drawn_people.restore(place, make), command)
+
+
+def test_results_list_who_appears_when_in_every_format(met):
+    drawn, film, out = met, met.folder / "party.mkv", met.out
     assert Gallery(out / "gallery").identities == {"Ada": 1, "Bob": 1}  # one photo each
     assert os.stat(out).st_mode & 0o077 == 0, "private to the user"
 
     # names.jsonl: Eve has no photo, so she is unknown.
     rows = drawn.rows()
     appearances = [(row["identity"], round(row["start"]), round(row["end"])) for row in rows]
-    assert appearances == [("Ada", 0, 2), ("unknown 1", 2, 4), ("Ada", 4, 6), ("Bob", 4, 6)]
+    assert appearances == [("Ada", 0, 1), ("unknown 1", 1, 3), ("Ada", 3, 4), ("Bob", 3, 4)]
     ada, unknown, *_ = rows
     assert unknown["probability"] is None and ada["probability"] > 0.5
 
@@ -57,21 +68,21 @@ def test_results_list_who_appears_when_in_every_format(drawn):
     with (out / "names.tsv").open(newline="") as file:
         (_, cells, *_) = csv.DictReader(file, delimiter="\t")
     assert cells["box"] == " ".join(map(str, unknown["box"])) and cells["probability"] == ""
-    assert 2 <= float(cells["box_at"]) == unknown["box_at"] < 4
+    assert 1 <= float(cells["box_at"]) == unknown["box_at"] < 3
     assert cells["path"] == str(film.resolve()) and cells["date"] == unknown["date"]
     assert datetime.fromisoformat(cells["date"]).timestamp() == int(film.stat().st_mtime)
 
     for kind in ("vtt", "srt"):  # the names in the first and the last shot
         assert (out / "subtitles" / f"party.{kind}").read_text().count("-->") == 2
 
-    # --padding starts Bob's cut at 3.5 s. The cut ends with the film.
+    # --padding starts Bob's cut at 2.5 s. The cut ends with the film.
     assert {path.name for path in (out / "cuts").iterdir()} == {
         f"{name}.{ending}" for name in ("Ada", "Bob") for ending in ("m3u", "otio")
     }
-    assert "start-time=3.5" in (bob := (out / "cuts" / "Bob.m3u").read_text()), bob
-    assert "stop-time=6.0" in bob and f"file://{film}" in bob
+    assert "start-time=2.5" in (bob := (out / "cuts" / "Bob.m3u").read_text()), bob
+    assert "stop-time=4.0" in bob and f"file://{film}" in bob
     page = (out / "names.html").read_text()
-    assert page.count('href="../party.mkv#t=4.0"') == 6, "bars of two people, and in tables"
+    assert page.count('href="../party.mkv#t=3.0"') == 6, "bars of two people, and in tables"
 
 
 def test_films_and_photos_in_subfolders_are_read_and_other_files_are_skipped(drawn):
@@ -80,7 +91,8 @@ def test_films_and_photos_in_subfolders_are_read_and_other_files_are_skipped(dra
     drawn.out = films / "names"
     write_photo(ada / "2020" / "IMG_1.png", ("Ada", 40, 40))
     write_film(ada / "2020" / "IMG_1.mov", (1, 20, [("Ada", 40, 40)]))
-    for name in ("party-poster.jpg", "2019/summer/Bob at the sea.png", ".hidden/Eve.png"):
+    odd = "Bob\x1b at the sea.png"  # its name is changed before it is printed
+    for name in ("party-poster.jpg", f"2019/summer/{odd}", ".hidden/Eve.png"):
         write_photo(films / name, ("Bob", 20, 30))
     write_film(films / "party.MKV", shot("Ada"))
     (films / "link").symlink_to(films / "2019")
@@ -92,7 +104,8 @@ def test_films_and_photos_in_subfolders_are_read_and_other_files_are_skipped(dra
     for _ in range(2):  # in the second call, the folder of films also contains the results
         content, output = drawn.who(films, empty)
         assert content["people"] == {"Ada": 1} and content["failed"] == [], output
-        assert {row["video"] for row in drawn.rows()} == {"party.MKV", "Bob at the sea.png"}
+        shown = features_folder.make_printable(odd)
+        assert {row["video"] for row in drawn.rows()} == {"party.MKV", shown} != {"party.MKV", odd}
         assert output.count(f"'{empty}' contains no film and no photo") == 1
         words = "files in {} that are not films or photos are left out: {}"  # without Thumbs.db
         assert output.count(words.format(films, "party-poster.jpg and 2 more")) == 1
@@ -149,9 +162,11 @@ def test_unknown_people_keep_their_numbers_across_calls(drawn):
 def test_work_does_not_grow_with_the_number_of_people_and_clips(drawn, monkeypatch):
     list_faces = mock.Mock(wraps=people_photos.list_faces)  # lists the faces of people in photos
     monkeypatch.setattr(people_photos, "list_faces", list_faces)
-    drawn.meet("Eve")
+    drawn.befriend("Eve")
+    drawn.who(group := drawn.group())
     calls_for_one_person = list_faces.call_count
-    drawn.meet("Ada", "Bob")  # now three people have photos
+    drawn.befriend("Ada", "Bob")
+    drawn.who(group)
     assert list_faces.call_count == 2 * calls_for_one_person  # in two calls of vidjax who
 
 
@@ -215,26 +230,27 @@ def test_folders_of_people_have_names_that_all_drives_allow(drawn):
 
 
 def test_unclear_faces_are_not_grouped_and_a_name_is_for_one_face(drawn):
-    """The card of the net declares that all faces in the film are unclear."""
+    """The card of the net declares that all faces in the photos are unclear."""
     card = drawn.models / "embed.json"
     content = json.loads(card.read_text())
     content["back_end"]["clear_quality"] = 1.0
     card.write_text(json.dumps(content))
-    film, table = drawn.folder / "film.mkv", drawn.out / "unknown.tsv"
-    places = (20, "Ada", 20), (60, "Eve", 80), (35, "Ada", 50), (90, "Eve", 10), (20, "Bob", 90)
-    write_film(film, *((2, bright, [(name, left, 30)]) for bright, name, left in places))
+    table, photos = drawn.out / "unknown.tsv", [drawn.folder / f"p{n}.png" for n in range(5)]
+    places = ("Ada", 20), ("Eve", 80), ("Ada", 50), ("Eve", 10), ("Bob", 90)
+    for photo, place in zip(photos, places, strict=True):
+        write_photo(photo, (*place, 30))
     write_photo(drawn.friends / "Ada.png", ("Ada", 40, 40))
-    ada = dict.fromkeys(("film.s000.t00", "film.s002.t00"), "Ada")  # each by its probability
-    eve, again, bob = (f"film.s{number:03}.t00" for number in (1, 3, 4))
+    ada = dict.fromkeys(("p0", "p2"), "Ada")  # each by its probability
+    eve, again, bob = "p1", "p3", "p4"
     faces = {eve: "unknown face 1", again: "unknown face 2", bob: "unknown face 3"}
 
-    content, _ = drawn.who(film)
+    content, _ = drawn.who(*photos)
     assert drawn.names() == ada | faces and (content["groups"], content["unclear"]) == (0, 3)
     assert "Unclear faces (3)" in (drawn.out / "names.html").read_text()
 
     # Eve gets a name in one clip. Other clips do not get the name of this unclear face.
     table.write_text(table.read_text().replace("unknown face 1", "Eve"))
-    content, _ = drawn.who(film)
+    content, _ = drawn.who(*photos)
     assert content["people"] == {"Ada": 1, "Eve": 1}
     assert drawn.names() == ada | faces | {eve: "Eve"}
     words = (drawn.out / "gallery", f"--input={drawn.out / 'features'}", "--json")
@@ -249,10 +265,10 @@ def test_unclear_faces_are_not_grouped_and_a_name_is_for_one_face(drawn):
     both = [found.face for clip in (again, bob) if (found := find(clip))]
     joined = [said.about(face, "same", number=2, of=both[0]) for face in both]
     said.append(drawn.out, said.stamp(joined))
-    drawn.who(film)
+    drawn.who(*photos)
     assert drawn.names() == ada | {eve: "Eve", again: "unknown 2", bob: "unknown 2"}
     write_photo(drawn.friends / "Eve.png", ("Eve", 40, 40))
-    drawn.who(film)
+    drawn.who(*photos)
     assert drawn.names() == ada | {eve: "Eve", again: "Eve", bob: "unknown face 2"}
 
 
@@ -377,7 +393,7 @@ def test_results_contain_all_films_and_each_film_is_read_once(drawn, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "film_lib", None)
         moved = film.rename(film.with_name("the party.mkv"))
-        assert "the party.mkv: 6.0 s, 3 shots, 4 faces, as before" in drawn.who(moved).output
+        assert "the party.mkv: 4.0 s, 3 shots, 4 faces, as before" in drawn.who(moved).output
     assert list_films() == ({"the party.mkv", "party.mkv"}, {"the party", "party"})
 
     # If a film changes but keeps its size and time, only --check sees the change.
@@ -436,8 +452,9 @@ def test_enrol_refuses_two_faces_of_a_photo_as_one_person(drawn):
     write_photo(drawn.folder / "two.png", ("Ada", 20, 20), ("Bob", 80, 60))
     pipeline.extract_folders({two: [drawn.folder / "two.png"]}, drawn.models)
     Gallery.of_models(gallery, drawn.models)
-    words = ("gallery", "enrol", gallery, f"--input={two}", "--identity=Bob")
-    assert "two.f01 and two.f02 are seen together" in drawn.run(*words, code=2).output
+    for path in (two / "two.npz", two):
+        words = ("gallery", "enrol", gallery, f"--input={path}", "--identity=Bob")
+        assert "two.f01 and two.f02 are seen together" in drawn.run(*words, code=2).output
     (labels := drawn.folder / "labels.tsv").write_text("two.f01\tBob\ntwo.f02\tBob\n")
     drawn.run("gallery", "enrol", gallery, f"--input={two}", f"--labels={labels}", code=2)
     assert "--photos=FOLDER" in drawn.run(*words[:4], code=2).output
@@ -509,39 +526,42 @@ def test_person_known_only_by_face_tags_is_forgotten_with_the_tags(drawn):
     """test_said.py tests people whose names a user has typed, too."""
     photo = drawn.friends / "Ada" / "2.png"
     write_photo(photo, *GROUP, tagged=GROUP)
-    film = drawn.meet("Ada", "Eve")
+    drawn.befriend("Ada", "Eve")
+    drawn.who(group := drawn.group())
     whole = photo.read_bytes()
     photo.write_bytes(b"damaged")
-    content, output = drawn.who(film, code=1)
+    content, output = drawn.who(group, code=1)
     assert content["people"]["Bob"] == 1 and "results of an earlier call are kept" in output
     photo.write_bytes(whole)
-    assert drawn.who(film).content["people"] == {"Ada": 2, "Bob": 1, "Eve": 1}
+    assert drawn.who(group).content["people"] == {"Ada": 2, "Bob": 1, "Eve": 1}
     # The code is 1, because the gallery and the results still contain Bob.
     content, _ = drawn.run("forget", "--identity=Bob", drawn.out, code=1)
     assert {place["kind"] for place in content["places"]} == {"gallery", "who"}
     write_photo(photo, ("Ada", 20, 20))
-    assert "Bob no longer has photos and is forgotten" in drawn.who(film).output
+    assert "Bob no longer has photos and is forgotten" in drawn.who(group).output
     assert drawn.run("forget", "--identity=Bob", drawn.out).content["places"] == []
 
 
 def test_last_person_without_photos_is_forgotten_although_the_call_fails(drawn):
-    film, out = drawn.meet("Ada", flags=["--thumbnails"]), drawn.out
+    group, out = drawn.group(), drawn.out
+    drawn.befriend("Ada")
+    drawn.who(group, flags=["--thumbnails"])
     shutil.rmtree(drawn.friends / "Ada")
-    _, output = drawn.who(film, flags=["--forget-missing"], code=2)
+    _, output = drawn.who(group, flags=["--forget-missing"], code=2)
     assert "Ada no longer has photos and is forgotten" in output
     assert not Gallery(out / "gallery").identities and not (out / "people/Ada").exists()
     named = [path for path in out.rglob("*") if path.is_file() and b"Ada" in path.read_bytes()]
     assert not named and not list(out.rglob("names.*")), "pages that name Ada are deleted"
     assert "names.html and the tables are deleted" in output and list(out.rglob("*.png"))
-    _, output = drawn.who(film, flags=["--no-thumbnails"], code=2)
+    _, output = drawn.who(group, flags=["--no-thumbnails"], code=2)
     assert "are deleted" not in output and not list(out.rglob("*.png"))
     shutil.rmtree(out)
-    assert "contains no photos" in drawn.who(film, code=2).output
+    assert "contains no photos" in drawn.who(group, code=2).output
     assert not out.exists()
 
     # Now there is a gallery, because the first call had no folder of people.
-    drawn.who(film, people=False)
-    assert "add photos" in drawn.who(film, code=2).output
+    drawn.who(group, people=False)
+    assert "add photos" in drawn.who(group, code=2).output
 
 
 @pytest.mark.slow
@@ -566,7 +586,7 @@ def test_thumbnails_are_optional_and_deleted_with_a_flag(drawn):
     assert policy in page.read_text()
     assert pictures_of(page) == {
         "": [*["Ada"] * 3, *["Bob"] * 2, *["Eve"] * 2],
-        "0:02\u20130:04": ["Eve"], "Ada": ["Ada"], "Bob": ["Bob"],  # in the times of each person
+        "0:01\u20130:03": ["Eve"], "Ada": ["Ada"], "Bob": ["Bob"],  # in the times of each person
     }  # fmt: skip
 
     # A film without thumbnails is reported, so that it is read again. A deleted film is not.
@@ -585,8 +605,8 @@ def test_thumbnails_are_optional_and_deleted_with_a_flag(drawn):
     assert not pictures() and not list(out.rglob("thumbnails")) and b"<img" not in page.read_bytes()
 
 
-def test_next_call_removes_what_killed_calls_have_left_and_keeps_files_of_the_user(drawn):
-    film, out = drawn.meet("Ada", "Bob"), drawn.out
+def test_next_call_removes_what_killed_calls_have_left_and_keeps_files_of_the_user(met):
+    out = met.out
     left = (
         "names.html", "names.tsv", "names.jsonl", "unknown.json", "unknown.tsv", "unmatched.tsv",
         "said.jsonl", "cuts/Ada.edl", "subtitles/party.vtt", "features/party.npz",
@@ -597,8 +617,8 @@ def test_next_call_removes_what_killed_calls_have_left_and_keeps_files_of_the_us
     own = {"own.partial", ".notes.txt.0123abcd.partial", "cuts/.Ada.edl.partial"}
     for name in own:
         (out / name).write_text("mine")
-    shutil.rmtree(drawn.friends / "Ada")
-    drawn.who(film, flags=["--forget-missing"])
+    shutil.rmtree(met.friends / "Ada")
+    met.who(met.folder / "party.mkv", flags=["--forget-missing"])
     assert {str(path.relative_to(out)) for path in out.rglob("*.partial")} == own
 
 
@@ -612,7 +632,7 @@ def test_terminal_shows_names_and_probabilities_but_no_messages_if_quiet(drawn, 
     done = command("who", drawn.film(), photo, *words)
 
     assert re.search("photo.png +in the photo +Ada, over 99 %", done.out)
-    assert "party.mkv: 6.0 s, 3 shots, 4 faces" in done.err
+    assert "party.mkv: 4.0 s, 3 shots, 4 faces" in done.err
     assert "over 99 %" in done.out and "100 %" not in done.out
     assert "1 person without a name: to name them, vidjax review " in done.out  # Eve
     assert "party.mkv" not in command("who", drawn.film(), *words, "--quiet").err
@@ -664,6 +684,6 @@ def test_features_of_other_nets_or_settings_are_refused(drawn):
 
 def test_python_names_people_of_paths_that_are_texts(drawn):
     drawn.befriend("Ada")
-    film = drawn.film()
-    done = vidjax.name_people(str(film), str(drawn.friends), str(drawn.out), str(drawn.models))
+    out, models = str(drawn.out), str(drawn.models)
+    done = vidjax.name_people(str(drawn.group()), str(drawn.friends), out, models)
     assert done.people == {"Ada": 1} and "Ada" in drawn.names().values()

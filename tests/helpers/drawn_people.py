@@ -92,10 +92,10 @@ def write_voices(folder):
 
 
 def write_party(path):
-    """Writes a film of three shots with four faces; returns its path."""
+    """Writes a film of three shots (0, 1 and 3 s) with four faces; returns its path."""
     write_film(
-        path, (2, 20, [("Ada", 20, 30)]), (2, 60, [("Eve", 80, 50)]),
-        (2, 35, [("Bob", 10, 60), ("Ada", 90, 20)]),
+        path, (1, 20, [("Ada", 20, 30)]), (2, 60, [("Eve", 80, 50)]),
+        (1, 35, [("Bob", 10, 60), ("Ada", 90, 20)]),
     )  # fmt: skip
     return path
 

@@ -218,7 +218,7 @@ def describe_names(done: who.WhoResults, out: Path) -> Result:
         "found": f"{len({*named}):,} of them, {messages.count(len(named), 'appearance')}",
         "page": out / results.PAGE,
         "table": out / results.TABLES[0],
-        "card": done.decision.card,
+        "note": done.decision.card,
         "no usable photo": messages.list_some(done.missed),
         **messages.describe_failed(done.failed),
     }

@@ -209,12 +209,12 @@ def _describe_problem(state: State) -> str:
         "": "",
         "few": f"{FEW}\nenrol a third person, or add a film of two people\n{measure}",
         "blind": f"{NOBODY}\n{TWO_NAMES}" + f"\nif not, {CONVERT}" * origin.unmeasured,
-        "closer": f"your people differ only {between} times as much as the net "
-        f"expects: similar people, such as relatives, may get a wrong name\n{measure}",
-        "varied": f"the photos of one person differ {comparison.within:.2g} times as much as the "
-        f"net expects: many names are missing or wrong\n{measure}",
-        "farther": f"your people differ {between} times as much as the net "
-        f"expects: many names are missing or wrong\n{measure}",
+        "closer": "similar people, such as relatives, may get a wrong name: your people differ "
+        f"only {between} times as much as the net expects\n{measure}",
+        "varied": "many names are missing or wrong: the photos of one person differ "
+        f"{comparison.within:.2g} times as much as the net expects\n{measure}",
+        "farther": "many names are missing or wrong: your people differ "
+        f"{between} times as much as the net expects\n{measure}",
     }[comparison.problem]
 
 

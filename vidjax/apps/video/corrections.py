@@ -296,7 +296,7 @@ class Review:
             self._steps.append(step)
             self._changed[""] = self.version
             about = self._describe_apart(found, before) if is_apart else "."
-            after = "" if is_apart else found[0].key if action == "deny" else after
+            after = found[0].key if action == "deny" and name else after
             self._forms = Forms(message=f"Saved: {step.words}{about}", at=after)
 
     def _list_lines(

@@ -55,7 +55,7 @@ def _get_rate(film: MediaFile) -> float:
 
 
 def _count_frames(film: MediaFile) -> int:
-    return int(film.seconds * _get_rate(film) + 1e-3)
+    return int(film.seconds * _get_rate(film) + 0.1)  # times in .mkv files are rounded to ms
 
 
 def write(

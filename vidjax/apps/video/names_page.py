@@ -361,7 +361,7 @@ def _make_section(
             ends[row : row + 1] = [left + max(width, LEAST_GAP)]
             bars.append((entry, row))
     length = "Photo" if film.photo else f"Length {_format_length(film.seconds)}"
-    about = "; the file ends earlier than it declares" if film.damaged else ""
+    about = "; the end of the film is missing" if film.damaged else ""
     about += "; too dark to find faces" if film.is_dark else ""
     about += "; upside down" if film.upside_down else ""
     by_person = [row for _, row in sorted(rows, key=lambda pair: pair[0])]

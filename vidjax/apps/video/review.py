@@ -86,7 +86,7 @@ class _Pages:
         number = request.path_params["number"]
         if re.fullmatch("[0-9]{1,9}", number) and (path := self._review.film(int(number))):
             return path
-        about = "The film is missing or has changed. Put it back, or call vidjax who again."
+        about = "The film is missing or has changed. Put it back, or repeat the command vidjax who."
         raise HTTPException(HTTPStatus.NOT_FOUND, about)
 
     def play(self, request: Request) -> Response:
@@ -131,7 +131,7 @@ class _Pages:
             except UserError:
                 picture = None
         if picture is None:
-            raise HTTPException(HTTPStatus.NOT_FOUND, "The picture cannot be decoded.")
+            raise HTTPException(HTTPStatus.NOT_FOUND, "The picture cannot be read from the film.")
         return Response(picture, media_type="image/jpeg", headers=SANDBOX)
 
     async def change(self, request: Request) -> Response:
@@ -171,7 +171,7 @@ class _Pages:
                     raise UserError(f"there is already {name}. Is {merged[0]} the same person?")
                 elif asks and name and not is_unknown(name) and review.is_unclear(of):
                     problem = problem._replace(asked=True)
-                    raise UserError("unclear faces of two people look alike. Are you sure?")
+                    raise UserError("the face is unclear, and may be somebody else. Are you sure?")
                 else:
                     review.change(action, of, name, after, version)
                     if action == "name" and [view.get("person")] == of:
@@ -254,5 +254,5 @@ def serve_review(review: Review) -> who.WhoResults:
             try:
                 review.save()
             except InUseError:  # all changes are in the gallery and in `unknown.json`
-                messages.print_text("vidjax who is still running: it writes the tables at its end.")
+                messages.print_text("Another vidjax who is running: it will write the tables.")
         return review.done

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 import numpy as np
 from markupsafe import Markup
+from matplotlib.ticker import NullFormatter
 
 from vidjax.core import metrics
 from vidjax.data import sources
@@ -525,7 +526,7 @@ def _errors(run: RunFiles) -> Markup:
     plot.axes.plot(fpir[drawn], fnir[drawn], color=html.FIRST)
     plot.axes.set_xscale("log")
     plot.axes.xaxis.set_major_formatter(lambda x, place: f"{x:g}")
-    plot.axes.xaxis.set_minor_formatter(lambda x, place: "")
+    plot.axes.xaxis.set_minor_formatter(NullFormatter())
     plot.axes.set_ylim(0, 1.02)
     nearest = int(np.argmin(np.abs(fpir - 0.01)))
     description = (
