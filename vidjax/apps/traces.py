@@ -137,10 +137,6 @@ class Traces:
             is_text = b"\0" not in head
             yield decode(head) if is_text else decode(b"\n".join(_STRINGS.findall(head)))
 
-    def in_lines(self, array: np.ndarray) -> bool:
-        """Returns whether a line of a text, an array of uint8, is a searched name."""
-        return not self._lines.isdisjoint(map(normal_form, decode(array.tobytes()).split("\n")))
-
     def in_text(self, text: str) -> bool:
         """Returns whether a text contains a name, but not as a part of a longer name."""
         return any(map(self._in_part, _divide(text)))
@@ -163,8 +159,11 @@ class Traces:
         """Returns whether a vector is a row of `array` [..., D], or the mean of its rows."""
         if array.dtype.kind in "US":
             return self.in_text("\n".join(map(str, array.ravel())))
-        if array.dtype == np.uint8 and array.ndim == 1:
-            return self.in_lines(array) or self.in_text(decode(array.tobytes()))
+        if array.dtype == np.uint8 and array.ndim == 1:  # a text, such as a list of names
+            text = decode(array.tobytes())
+            return not self._lines.isdisjoint(map(normal_form, text.split("\n"))) or self.in_text(
+                text
+            )
         if array.dtype.kind != "f":
             return False
         for width, vectors in self._vectors.items():

@@ -347,7 +347,7 @@ def measure_card(args: argparse.Namespace) -> Result:
 def describe_cards(done: Sequence[MeasuredCard], gallery: Gallery | None = None) -> Result:
     """Returns the result of `vidjax measure-card`. `gallery`, if given, gets the new numbers."""
     content, texts, rows = list[object](), dict[str, str](), list[tuple[str, ...]]()
-    for card, found, back_end, by_quality, unclear in done:
+    for card, found, back_end, unclear in done:
         assert card.back_end
         rows.append(("cosines", "mean", "95 % interval", "deviation", "95 % interval", "before"))
         for name, key in (("of a person", "same"), ("of two people", "different")):
@@ -355,8 +355,6 @@ def describe_cards(done: Sequence[MeasuredCard], gallery: Gallery | None = None)
             ends = measured_cards.format_intervals(getattr(found, key))
             cells = (f"{values[0]:.3f}", ends[0], f"{values[1]:.3f}", ends[1])
             rows.append((name, *cells, f"{before[0]:.3f} +- {before[1]:.3f}"))
-        if len(by_quality) > 1:
-            rows += [("quality", "a person", "two people", "pairs", "", ""), *by_quality]
         clips, people = messages.count(found.clips, "clip"), messages.count(found.people, "person")
         texts[messages.relative_path(card.path)] = f"{clips} of {people}" + (
             f"; {messages.count(unclear, 'unclear face')} left out" if unclear else ""

@@ -34,6 +34,7 @@ MAX_IDENTITIES = 20  # most identities in a table of the page
 FEW, MOST_TIES = 50, 0.9
 SMALL = 0.001  # the sentence is left out if smaller differences can be significant
 HOLM = "p (Holm)"
+NUMBERS = (int, float)  # types of metrics that seeds average
 
 
 class RankedRun(NamedTuple):
@@ -351,10 +352,10 @@ def align(first: RankedRun, run: RankedRun) -> RankedRun:
 def merge_seeds(seeds: Sequence[RankedRun]) -> RankedRun:
     """Merges the results of runs that differ only in their seeds. Each metric becomes its mean."""
     first, kinds = seeds[0], [run.metrics["map_kind"] for run in seeds]
-    metrics = {key: value for key, value in first.metrics.items() if not _is_number(value)}
+    metrics = {key: value for key, value in first.metrics.items() if not isinstance(value, NUMBERS)}
     for key in first.metrics.keys() - metrics.keys():
         values = [run.metrics.get(key) for run in seeds]
-        if all(map(_is_number, values)):
+        if all(isinstance(value, NUMBERS) for value in values):
             metrics[key] = float(np.mean(np.array(values, float)))
     worst = (kind for kind in ("in_sample", "out_of_fold", kinds[0]) if kind in kinds)
     return first._replace(
@@ -363,10 +364,6 @@ def merge_seeds(seeds: Sequence[RankedRun]) -> RankedRun:
         metrics={**metrics, "map_kind": next(worst), "num_clips": first.metrics["num_clips"]},
         seeds=tuple((run.name, float(run.ap.mean())) for run in seeds),
     )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float))
 
 
 Rows = list[list[str]]

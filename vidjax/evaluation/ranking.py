@@ -18,7 +18,7 @@ from vidjax.core import metrics
 from vidjax.data import labels
 from vidjax.evaluation.topk import MAX_NAMES, NO_CLIP, TopK
 from vidjax.utils import files, tables
-from vidjax.utils.errors import UserError, warn
+from vidjax.utils.errors import UserError, prefix_errors, warn
 from vidjax.utils.names import (
     ENDING,
     check_name,
@@ -77,11 +77,9 @@ def write_lists(path: Path, ranking: tables.Ranking) -> None:
 
 
 def _check_names(path: Path, kind: str, names: Sequence[str]) -> None:
-    for name in names:
-        try:
+    with prefix_errors(str(path)):
+        for name in names:
             check_name(name, kind)
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from None
     if len(set(names)) < len(names):
         repeated = next(name for name, count in Counter(names).items() if count > 1)
         text = f"{kind} '{show(repeated)}' is repeated: list each {kind} only once"

@@ -19,16 +19,17 @@ from vidjax.models.card_backend import Distances
 LOW, HIGH = -3.0, 3.0
 CLOSE, VARIED, FAR = 0.75, 2.0, 2.5  # smaller deviations from the card do no harm
 MIRRORED = 0.3  # see `Comparison.is_blind`
-APART = 0.75, 2.0  # see `differ`
+SAME = 0.1  # people who differ less than this share of what the card says look like one person
+APART, MOST_FAR = (0.75, 2.0), 0.05  # see `differ`
 FEWEST_PEOPLE = 3  # with two clips each, from whom W and B = 0 can be seen
 
 # How people contradict a card:
-#   alone: there is one person, so nothing was compared.
+#   few: too few people show whether the net fits, see `card_notes.compare`.
 #   blind: the vectors do not separate the people.
 #   closer: people differ less than the card says.
 #   varied: the clips of a person differ more than the card says.
 #   farther: people differ more than the card says.
-Problem = Literal["", "alone", "blind", "closer", "varied", "farther"]
+Problem = Literal["", "few", "blind", "closer", "varied", "farther"]
 
 
 class Comparison(NamedTuple):
@@ -38,6 +39,8 @@ class Comparison(NamedTuple):
     between: float  # estimate of B / B of the card
     within: float  # median over people of W / W of the card; 1 if nobody has two clips
     cosine: float  # mean cosine of two clips of two people; of one person, as the card says
+    # The standard deviation of cosines of two people, relative to the card; 0 if it is unknown.
+    spread: float = 0.0
 
     def is_blind(self, mirrored: Sequence[float]) -> bool:
         """Returns whether a face and its mirror image differ almost like faces of two people.
@@ -56,7 +59,11 @@ NO_PROBLEM = Comparison("", 1.0, 1.0, 0.0)
 
 
 def compare(
-    distances: Distances, total: np.ndarray, squares: np.ndarray, counts: np.ndarray
+    distances: Distances,
+    total: np.ndarray,
+    squares: np.ndarray,
+    counts: np.ndarray,
+    deviation: float = 0.0,
 ) -> Comparison:
     """Compares P people with a card.
 
@@ -65,12 +72,13 @@ def compare(
       total: [D], the sum of the means of the unit vectors of each person.
       squares: [P], the squared length of each mean.
       counts: [P], the number of clips of each person. People without clips are ignored.
+      deviation: the standard deviation of the cosines of two means; 0 if it is unknown.
     """
     squares, counts = np.asarray(squares)[counts > 0], np.asarray(counts, float)[counts > 0]
     repeated, people = counts > 1, len(counts)
     between, within = distances.between, distances.within
     if people < 2:
-        return Comparison("alone", 1.0, 1.0, 1 - within - between) if people else NO_PROBLEM
+        return Comparison("", 1.0, 1.0, 1 - within - between) if people else NO_PROBLEM
     k, noise, spread = counts[repeated], float(np.mean(1 / counts)), 0.0
     varied = 1.0
     if len(k):
@@ -98,19 +106,24 @@ def compare(
     is_near = full < quantile((people - 1) * n_different, LOW) * (between + distances.within)
     if share < CLOSE and (share < low or is_near):
         problem = "closer"
+    # Of two equal people, one may have two names.
+    is_same = max(share, (full - distances.within) / between) < SAME
+    if problem == "closer" and is_same and people >= FEWEST_PEOPLE:
+        problem = "blind"
     # Two photos of twins differ by W. A net without any sense often gives equal vectors.
     is_equal = full < quantile((people - 1) * n_same, -2) * distances.within
     if is_equal or (len(k) >= FEWEST_PEOPLE and estimate < 0.07 * within):
         problem = "blind"
-    return Comparison(problem, share, varied, cosine)
+    usual = (distances.within + between) / math.sqrt(distances.different)
+    return Comparison(problem, share, varied, cosine, deviation / usual)
 
 
 def differ(distances: Distances, cosines: np.ndarray, clarity: np.ndarray) -> bool | None:
     """Returns whether at least half of N pairs of faces differ as the card says of two people.
 
     Each pair was seen at the same time. Mirrors and split screens show one person twice, and twins
-    are alike. So if pairs are alike, the result is None. If a pair differs more than two people
-    ever do, as with nets that only see colours, the result is False.
+    are alike. So if pairs are alike, the result is None. If more than 5 % of the pairs differ more
+    than two people ever do, as with nets that only see colours, the result is False.
 
     Args:
       distances: the distributions of the card.
@@ -119,9 +132,9 @@ def differ(distances: Distances, cosines: np.ndarray, clarity: np.ndarray) -> bo
     """
     # Without within, the squared distance is B on average, and B x clarity for unclear faces.
     gap = (1 - cosines - distances.within) / distances.between
-    is_far = gap >= APART[1]
-    is_apart = (gap > APART[0] * clarity) & ~is_far
-    return bool(2 * is_apart.sum() >= len(gap) > 0) or (False if is_far.any() else None)
+    if np.sum(gap >= APART[1]) > MOST_FAR * len(gap):
+        return False
+    return bool(2 * np.sum(gap > APART[0] * clarity) >= len(gap) > 0) or None
 
 
 def quantile(free: float, z: float) -> float:

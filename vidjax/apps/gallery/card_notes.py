@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     from vidjax.apps.gallery.gallery import Gallery
 
 NOBODY = "nobody gets a name: for the net, two people are as alike as photos of one person"
-ALONE = "nobody gets a name: only one person is enrolled, and no faces show that the net fits"
-REFUSED = {"blind": NOBODY, "alone": ALONE}  # problem -> why nobody gets a name
+FEW = "nobody gets a name: at most two people are enrolled, and no faces show that the net fits"
+REFUSED = {"blind": NOBODY, "few": FEW}  # problem -> why nobody gets a name
 CONVERT = "convert the net again: its colours (--colour), scale or points (--like) may be wrong"
 TWO_NAMES = "if two names are one person, or a photo shows another person, correct them"
-SAME = 0.1  # people who differ less than this share of what the card says look like one person
+# Of people whose net does not fit a card that nobody has measured, see `Comparison`.
+LEAST_BETWEEN, MOST_SPREAD = 0.5, 1.4
 
 
 def read_cards(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
@@ -123,13 +124,16 @@ def compare(state: State) -> Comparison:
     """Compares the enrolled people with the card of the net of faces.
 
     Without such a card, there is no problem. If nobody has measured the card, `check_apart` and
-    `judge` may find a problem, too, and a single person is only compared by these functions.
+    `judge` may find a problem, too, and one or two people do not show that the net fits.
     """
-    comparison = state.index.card_comparison
-    if comparison.problem == "alone" and (state.separates or not state.origin.unmeasured):
-        comparison = comparison._replace(problem="")
-    is_blind = state.origin.blind or state.separates is False
-    return comparison._replace(problem="blind") if is_blind else comparison
+    comparison, unmeasured = state.index.card_comparison, state.origin.unmeasured
+    is_wrong = comparison.problem == "closer" and comparison.between < LEAST_BETWEEN
+    is_wrong = unmeasured and (is_wrong or comparison.spread > MOST_SPREAD)
+    if state.origin.blind or state.separates is False or is_wrong:
+        return comparison._replace(problem="blind")
+    is_few = len(state.index.names) < card_check.FEWEST_PEOPLE and comparison.problem != "blind"
+    is_few = is_few and unmeasured and not state.separates
+    return comparison._replace(problem="few") if is_few else comparison
 
 
 def check_apart(state: State, vectors: Vectors, apart: Iterable[tuple[str, str, float]]) -> State:
@@ -153,7 +157,7 @@ def judge(state: State, mirrored: Sequence[float]) -> State:
     person and a card that nobody has measured, one cosine is enough.
     """
     comparison, origin = state.index.card_comparison, state.origin
-    if len(mirrored) < (1 if comparison.problem == "alone" and origin.unmeasured else 2):
+    if len(mirrored) < (1 if len(state.index.names) == 1 and origin.unmeasured else 2):
         return state
     blind = comparison.is_blind(mirrored)
     return state._replace(origin=msgspec.structs.replace(origin, blind=blind))
@@ -169,16 +173,16 @@ def check_mirrored(gallery: "Gallery", cosines: Sequence[float]) -> None:
 
 def describe(state: State) -> str:
     """Returns why names are wrong or seldom given, and a remedy. Returns "" if names are right."""
-    comparison, models = compare(state), state.origin.workdir
+    models = state.origin.workdir
     if not state.index.names:
         return ""
     back_ends = _read_back_ends(state.origin)
     present = backend_lib.make_card_backend(back_ends) if back_ends else state.index.backend
     is_old = not backend_lib.compare_equal(state.index.backend, present)
-    if is_old and comparison.problem != "blind":
+    if is_old and compare(state).problem != "blind":
         words = ["vidjax", "measure-card", models, "--gallery=G"]
         return f"the card of the net has newer numbers\nto use them: {shlex.join(words)}"
-    if problem := _describe_problem(comparison, state.origin):
+    if problem := _describe_problem(state):
         return problem
     face = back_ends.get("face")
     if not face or face.is_measured:
@@ -189,20 +193,21 @@ def describe(state: State) -> str:
 
 def warn(state: State, known: str = "") -> str:
     """Returns how people contradict the card, or "". Prints the text unless it is `known`."""
-    problem = _describe_problem(compare(state), state.origin)
+    problem = _describe_problem(state)
     if problem not in ("", known):
         say(problem, warning=True)
     return problem
 
 
-def _describe_problem(comparison: Comparison, origin: VectorOrigin) -> str:
+def _describe_problem(state: State) -> str:
     """Returns how the enrolled people contradict the card, with a remedy, or ""."""
-    if comparison.problem == "closer" and comparison.between < SAME:
+    comparison, origin = compare(state), state.origin
+    if comparison.problem == "closer" and comparison.between < card_check.SAME:
         return f"your people are as alike as photos of one person\n{TWO_NAMES}"
     measure, between = _advise_to_measure(origin.workdir), f"{comparison.between:.2g}"
     return {
         "": "",
-        "alone": f"{ALONE}\nenrol a second person, or add a film of two people\n{measure}",
+        "few": f"{FEW}\nenrol a third person, or add a film of two people\n{measure}",
         "blind": f"{NOBODY}\n{TWO_NAMES}" + f"\nif not, {CONVERT}" * origin.unmeasured,
         "closer": "similar people, such as relatives, may get a wrong name: your people differ "
         f"only {between} times as much as the net expects\n{measure}",

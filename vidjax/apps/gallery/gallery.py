@@ -477,7 +477,7 @@ class Gallery:
     def check_apart(self, vectors: Vectors, apart: Iterable[tuple[str, str, float]]) -> None:
         """Compares faces of different people with a card that nobody has measured.
 
-        If the faces contradict the card, nobody gets a name. A single enrolled person gets names
+        If the faces contradict the card, nobody gets a name. One or two enrolled people get names
         only if the faces fit the card. Only this object changes, and no file. `apart` lists (clip,
         other clip, clarity of the better face).
         """
@@ -602,7 +602,10 @@ class Gallery:
     def compare(
         self, clips: AnyClips, others: AnyClips | None = None, *, fmr: float | None = None
     ) -> dict[tuple[str, str], Match]:
-        """Decides for pairs of clips if they show the same person. Nobody needs to be enrolled.
+        """Decides for pairs of clips if they show the same person.
+
+        Nobody needs to be enrolled, except if nobody has measured the card of the net. Then three
+        people must be enrolled, or no pair is accepted.
 
         Args:
           clips, others: see the class. Each of `clips` is compared with each of `others`. If

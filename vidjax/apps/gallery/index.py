@@ -38,6 +38,8 @@ MAX_FINE_PEOPLE = 4096  # people that are compared in float64 because they tie w
 # computed again in float64. A smaller shift is added in float32, with an error below 1e-9.
 MOST_SHIFT = 1e-3
 
+MOST_COMPARED = 1000  # people whose pairs are compared with a card
+
 MOST_REMEMBERED = 100  # values that an index remembers
 
 # People are split into groups of this size. The k-th highest logit of all people is not lower than
@@ -52,6 +54,7 @@ class Means:
     """The means of the unit vectors of P people in one modality, for the comparison by distances.
 
     Attributes:
+      linear: [P, D] float32, the means.
       square: [P] float64, the squared lengths of the means.
       effective: [P] float64, the effective numbers of clips, see `card_backend.effective_count`.
       total: [D] float64, the sum of the means.
@@ -65,7 +68,7 @@ class Means:
 
         For `square`, see the class. `distances` are the parameters of the comparison.
         """
-        self._linear, self.square = linear, square
+        self.linear, self.square = linear, square
         self.effective = card_backend.effective_count(distances, count, square)
         weights = card_backend.weigh(distances, self.effective, count)
         self.total = linear.sum(axis=0, dtype=np.float64)
@@ -78,9 +81,9 @@ class Means:
         before, products = self._projected
         shift = centre - before
         if np.linalg.norm(shift) < MOST_SHIFT:
-            products = products + self._linear @ shift.astype(np.float32)
+            products = products + self.linear @ shift.astype(np.float32)
         else:
-            products = self._linear @ centre
+            products = self.linear @ centre
             self._projected = centre, products
         return self.square - 2 * products + centre @ centre
 
@@ -284,9 +287,13 @@ class Index:
             if part.name == "face" and part.distances is not None:
                 with one_thread():
                     means = self._list_means(number, part.distances)
+                    some = means[0].linear[:MOST_COMPARED]
+                    some = some[some.any(axis=1)]
+                    pairs = (some @ some.T)[np.triu_indices(len(some), 1)]
                 total = np.sum([x.total for x in means], axis=0)
                 squares = np.concatenate([x.square for x in means])
-                return card_check.compare(part.distances, total, squares, self.counts[number])
+                deviation, counts = float(np.std(pairs)) if len(pairs) else 0.0, self.counts[number]
+                return card_check.compare(part.distances, total, squares, counts, deviation)
         return card_check.NO_PROBLEM
 
     @functools.cached_property

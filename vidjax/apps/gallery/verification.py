@@ -233,8 +233,6 @@ def choose_rule(state: State, identity: str | None, fmr: float | None) -> MatchR
         check_argument("identity", identity, str, "the name of a person")
         find_person(identity := normal_form(identity), state.clips_of)
     problem = card_notes.compare(state).problem
-    if problem == "alone" and identity is None:
-        problem = ""  # nobody needs to be enrolled
     if about := card_notes.REFUSED.get(problem):
         return MatchRule("blind", fmr or DEFAULT_FMR, math.inf, None, about)
 

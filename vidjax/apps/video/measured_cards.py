@@ -4,7 +4,6 @@ Features of the photos are deleted at the end. A card contains numbers of people
 """
 
 import datetime
-import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +26,6 @@ from vidjax.utils.messages import Tell
 from vidjax.utils.names import show
 
 PEOPLE_FOR_MEAN = 20  # with fewer people, the mean vector in the card stays
-QUALITIES = (0.0, 0.05, 0.2, 0.4, 1.0)  # between these qualities, cosines are also listed
 DIGITS = 5  # of the numbers in a card
 
 
@@ -49,8 +47,6 @@ class MeasuredCard(NamedTuple):
     card: Card  # before
     measured: Measured
     back_end: BackEnd  # the new numbers
-    # Quality of the better face, mean cosine of a person and of two people, number of pairs.
-    by_quality: list[tuple[str, ...]]
     unclear: int  # number of faces that were not measured, see `FaceTrack.unclear`
 
 
@@ -122,7 +118,7 @@ def _measure_all(
             most = max(most, count := len({*clear.people[rows]}))
             unclear = len(samples.people) - len(clear.people)
             if count >= FEWEST_PEOPLE:
-                done.append(_measure(card, samples, clear.take(rows), unclear, kind))
+                done.append(_measure(card, clear.take(rows), unclear, kind))
     if not done:
         note = f", without {messages.count(unclear, 'unclear face')}" if unclear else ""
         few = f"there are two usable {kind}s of {messages.count(most, 'person')}"
@@ -138,16 +134,14 @@ def _measure_all(
 
 def _drop_copies(samples: Samples) -> Samples:
     """Leaves out clips without a usable frame, and copies of other clips of the same person."""
-    keys = zip(samples.people.tolist(), map(np.ndarray.tobytes, samples.units), strict=True)
-    first = {key: row for row, key in reversed([*enumerate(keys)])}
-    rows = np.array(sorted(first.values()), int)
+    owner = np.unique(samples.people, return_inverse=True)[1]
+    keys = np.column_stack([owner, samples.units])
+    rows = np.sort(np.unique(keys, axis=0, return_index=True)[1])
     return samples.take(rows[samples.units[rows].any(axis=1)])
 
 
-def _measure(
-    card: Card, samples: Samples, chosen: Samples, unclear: int, kind: str
-) -> MeasuredCard:
-    """Measures a card on the clips `chosen`. `samples`, with unclear faces, are for the table."""
+def _measure(card: Card, chosen: Samples, unclear: int, kind: str) -> MeasuredCard:
+    """Measures a card on the clips `chosen`."""
     owner = np.unique(chosen.people, return_inverse=True)[1]
     found = card_measure.measure(chosen.units, owner)
     same, different = (
@@ -177,27 +171,10 @@ def _measure(
             + ("" if has_mean or not earlier.mean else "; the mean is from the card before")
         ),
     )
-    return MeasuredCard(card, found, back_end, _compare_by_quality(samples), unclear)
+    return MeasuredCard(card, found, back_end, unclear)
 
 
 def format_intervals(spread: Spread) -> tuple[str, str]:
     """Returns the 95 % intervals of a mean and a standard deviation, as texts."""
     (low, high), (least, most) = spread.mean_interval, spread.deviation_interval
     return f"{low:.3f} to {high:.3f}", f"{max(least, 0):.3f} to {most:.3f}"
-
-
-def _compare_by_quality(samples: Samples) -> list[tuple[str, ...]]:
-    """Returns mean cosines for pairs whose better face has a quality between two limits."""
-    rows = card_measure.choose_clips(np.unique(samples.people, return_inverse=True)[1])
-    some, lines = samples.take(rows), list[tuple[str, ...]]()
-    cosine, is_same = some.units @ some.units.T, some.people[:, None] == some.people
-    better = np.maximum(some.quality[:, None], some.quality)
-    upper = np.triu(np.ones(cosine.shape, bool), 1)
-    for low, high in itertools.pairwise(QUALITIES):
-        inside = upper & (better >= low) & ((better < high) | (high == 1))
-        pairs = inside & is_same, inside & ~is_same
-        if any(x.any() for x in pairs):
-            means = [f"{cosine[x].mean():.3f}" if x.any() else "-" for x in pairs]
-            counts = " and ".join(f"{x.sum():,}" for x in pairs)
-            lines.append((f"{low:g} to {high:g}", *means, counts, "", ""))
-    return lines

@@ -144,12 +144,9 @@ class PageEntry:
     @functools.cached_property
     def others(self) -> list[tuple[str, float]]:
         """Other likely people with probabilities, best first."""
-        best = dict[str, float]()
-        for clip in self._x.clips:
-            for other, p in self._data.answers[clip].best if clip in self._data.answers else ():
-                if p >= LIKELY_PROBABILITY and other != self.name:
-                    best[other] = max(p, best.get(other, 0.0))
-        return sorted(best.items(), key=lambda pair: (-pair[1], pair[0]))
+        answers = filter(None, map(self._data.answers.get, self._x.clips))
+        pairs = (pair for answer in answers for pair in answer.best if pair[0] != self.name)
+        return _sort_likely((name, p) for name, p in pairs if p >= LIKELY_PROBABILITY)
 
     @functools.cached_property
     def doubt(self) -> float:
@@ -295,10 +292,13 @@ def render_note(**values: object) -> str:
 
 def _list_likely(entries: Iterable[PageEntry]) -> list[tuple[str, float]]:
     """Returns the most likely known people of all `entries` with probabilities, best first."""
-    best: dict[str, float] = {}
-    for name, share in sorted(pair for entry in entries for pair in entry.others):
-        best[name] = max(share, best.get(name, 0.0))
-    return sorted(best.items(), key=lambda pair: -pair[1])[:MOST_LIKELY]
+    return _sort_likely(pair for entry in entries for pair in entry.others)[:MOST_LIKELY]
+
+
+def _sort_likely(pairs: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
+    """Returns each name with its highest probability, best first."""
+    best = dict(sorted(pairs, key=lambda pair: pair[1]))
+    return sorted(best.items(), key=lambda pair: (-pair[1], pair[0]))
 
 
 def find(words: str, texts: Mapping[str, str]) -> list[str]:

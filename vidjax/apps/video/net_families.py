@@ -148,7 +148,7 @@ def _list_nets(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
             yield from ((net, net.name) for net in sorted(path.glob("[!.]*.onnx")))
         elif path.name.endswith((".tar.gz", ".tgz")):
             raise UserError(
-                f"'{path}': only .zip archives are read: unpack this one, and name the net"
+                f"'{path}': the archive is not a .zip file: unpack it, and name the net"
             )
         elif path.name.endswith(net_packages.ZIP_ENDINGS):
             yield from ((path, name) for name in net_packages.list_members(path, ".onnx"))

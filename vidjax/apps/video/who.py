@@ -162,7 +162,7 @@ def name_people(
         if gallery.identities and not features_folder.find_unread(out / FEATURES):
             # Mistakes in the flags are reported here, because reading the films takes long.
             gallery.rule(fpir=fpir, threshold=threshold)
-            if not is_explained and len(gallery.identities) > 1:
+            if not is_explained and card_notes.compare(gallery.state).problem != "few":
                 known = card_notes.warn(gallery.state)
         outcomes = pipeline.extract_folders(
             {call.features: films}, settings=settings, done=done, tell=call.tell,

@@ -113,15 +113,12 @@ def atomic_file(path: Path, *, sync: bool = True, replace: bool = True) -> Itera
     """
     if sync:
         remove_partials(path.parent, re.escape(path.name))
-    try:
-        with _open_partial(path) as file:
-            yield file
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-            os.replace(file.name, path) if replace else _link_new(file.name, path)
-    except OSError as error:
-        raise _make_disk_error(path, error) from error
+    with disk_errors(path, OSError), _open_partial(path) as file:
+        yield file
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+        os.replace(file.name, path) if replace else _link_new(file.name, path)
 
 
 @contextlib.contextmanager
@@ -173,32 +170,29 @@ def append(file: io.FileIO, content: bytes) -> None:
     """Adds `content` to the end of an unbuffered file. After an error, the file is as before."""
     before = file.seek(0, os.SEEK_END)
     left = content
-    try:
-        while left:
-            left = left[file.write(left) :]
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            file.truncate(before)
-        raise _make_disk_error(file.name, error) from error
+    with disk_errors(file.name, OSError):
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(before)
+            raise
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path, kind: type[Exception]) -> Iterator[None]:
-    """Turns an error of the type `kind` into a DiskError, if a library cannot write `path`."""
+def disk_errors(path: object, kind: type[Exception]) -> Iterator[None]:
+    """Turns an error of the type `kind` into a DiskError, if `path` cannot be written."""
     try:
         yield
     except kind as error:
-        raise _make_disk_error(path, error) from error
-
-
-def _make_disk_error(path: object, error: Exception) -> DiskError:
-    reason = getattr(error, "strerror", None) or (str(error) or repr(error)).splitlines()[0][-200:]
-    with_number = DiskError(
-        f"cannot write '{path}': {reason}\n"
-        "choose another folder or disk; if the disk is full, free some space"
-    )
-    with_number.errno = getattr(error, "errno", None)
-    return with_number
+        reason = getattr(error, "strerror", None) or (str(error) or repr(error)).splitlines()[0]
+        with_number = DiskError(
+            f"cannot write '{path}': {reason[-200:]}\n"
+            "choose another folder or disk; if the disk is full, free some space"
+        )
+        with_number.errno = getattr(error, "errno", None)
+        raise with_number from error
 
 
 def write_json(path: Path, value: object) -> None:
