@@ -38,7 +38,7 @@ MAX_FINE_PEOPLE = 4096  # people that are compared in float64 because they tie w
 # computed again in float64. A smaller shift is added in float32, with an error below 1e-9.
 MOST_SHIFT = 1e-3
 
-MOST_COMPARED = 1000  # people whose pairs are compared with a card
+MOST_COMPARED = 1000  # if more people are enrolled, the spread of their cosines is not measured
 
 MOST_REMEMBERED = 100  # values that an index remembers
 
@@ -285,14 +285,15 @@ class Index:
         """The enrolled people, compared with the card of the net of faces, if there is a card."""
         for number, part in enumerate(self.backend.parts):
             if part.name == "face" and part.distances is not None:
+                counts, deviation = self.counts[number], 0.0
                 with one_thread():
                     means = self._list_means(number, part.distances)
-                    some = means[0].linear[:MOST_COMPARED]
-                    some = some[some.any(axis=1)]
-                    pairs = (some @ some.T)[np.triu_indices(len(some), 1)]
+                    if 1 < np.sum(counts > 0) <= MOST_COMPARED:
+                        some = np.concatenate([x.linear for x in means])[counts > 0]
+                        pairs = (some @ some.T)[np.triu_indices(len(some), 1)]
+                        deviation = float(np.std(pairs))
                 total = np.sum([x.total for x in means], axis=0)
                 squares = np.concatenate([x.square for x in means])
-                deviation, counts = float(np.std(pairs)) if len(pairs) else 0.0, self.counts[number]
                 return card_check.compare(part.distances, total, squares, counts, deviation)
         return card_check.NO_PROBLEM
 
