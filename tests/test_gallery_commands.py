@@ -3,6 +3,7 @@
 import csv
 import functools
 import itertools
+import json
 import os
 import re
 import shutil
@@ -157,9 +158,15 @@ def test_commands_write_the_answers_and_rule_of_python(tell, folder, made, tmp_p
     named = tell("identify", *words, "--k=3", f"--out={answers}")
     ranked = tell("rank", *words, f"--out={ranking}")
     assert (named["answers"], ranked["ranking"]) == (answers, ranking)
-    rows = list_rows(made.identify(made.load(tmp_path / "ada"), k=3, fpir=0.5))
+    found = made.identify(made.load(tmp_path / "ada"), k=3, fpir=0.5)
+    rows = list_rows(found)
     as_text = [{k: "" if cell is None else str(cell) for k, cell in row.items()} for row in rows]
     assert [*csv.DictReader(Path(answers).read_text().splitlines())] == as_text
+    for ending in ("jsonl", "parquet"):
+        tell("identify", *words, "--k=3", f"--out={tmp_path}/answers.{ending}")
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert [*map(json.loads, lines)] == [{"clip": x, **found[x].to_dict()} for x in found]
+    assert parquet.read_table(tmp_path / "answers.parquet").to_pylist() == rows
     assert named["threshold"] == made.threshold(0.5).to_dict() and named["rule"]["by"] == "fpir"
     assert all(named[field] == ranked[field] for field in ("rule", "threshold", "clips"))
     measured = tell("threshold", folder, "--fpir=0.5", "--json")

@@ -76,6 +76,27 @@ def refused(say, cache_dir):
     return convert
 
 
+def test_frames_with_nan_or_inf_are_left_out_and_counted(official, tmp_path):
+    clean, clips = clips_of("train", 20), clips_of("train", 20)
+    clips["train005"].features[1, 2] = np.nan
+    clips["train008"].features[0, 0] = -np.inf
+    clips["train009"].features[:] = np.inf  # its only frame
+    write_pickle(official, "face", "train", clips)
+
+    with pytest.warns(UserWarning, match=r"face_train.pickle: 3 of 39 frames are left out"):
+        data = load(official, cache_dir=tmp_path / "cache")
+
+    loaded = features_of(data, "train")
+    assert all(np.isfinite(features).all() for features in loaded.values())
+    np.testing.assert_array_equal(loaded["train005"], clean["train005"].features[[0, 2]])
+    assert len(loaded["train009"]) == 0
+    counts = data.report["splits"]["train"]["modalities"]["face"]
+    assert counts["frames_skipped"] == {"non_finite": 3}
+    assert counts["clips_skipped"] == {"non_finite": 1}
+    assert counts["clips_without"] == 1
+    assert_adds_up(data.report)
+
+
 def test_splits_with_equal_clips_or_other_widths_are_refused(official, refused):
     write_pickle(official, "face", "train", clips_of("train", 20) | clips_of("val", 7))
     refused(official, "7 clips are in two splits", "(train and val)", ", ...")
