@@ -428,8 +428,8 @@ def test_readme_query_finds_films_that_show_two_people_together(drawn):
     query = example("query: together", ARCHIVES)
     seen = [*database.execute(query.replace("'names/names.jsonl'", "names"))]
     database.close()
-    # The third shot of the film, from 4 to 6 seconds, shows both people.
-    assert seen == [(str(photo.resolve()), 0.0, 0.0), (str(film.resolve()), 4.0, 6.0)]
+    # The last shot of the film, from 3 to 4 seconds, shows both people.
+    assert seen == [(str(photo.resolve()), 0.0, 0.0), (str(film.resolve()), 3.0, 4.0)]
 
 
 def test_every_test_in_the_fault_table_exists():
