@@ -24,7 +24,7 @@ import vidjax
 from tests.helpers import clip_files, drawn_people, made_galleries, servers
 from tests.helpers.limits import file_limit
 from vidjax.apps import traces
-from vidjax.apps.gallery import store as gallery_store
+from vidjax.apps.gallery import gallery as gallery_lib
 from vidjax.apps.gallery.store import StoredClip
 from vidjax.data import store
 from vidjax.utils import files, tables
@@ -121,7 +121,7 @@ def test_nobody_else_may_read_records_or_a_gallery(world):
 def test_forget_lists_every_place_and_deletes_galleries_and_records(
     world, say, places, monkeypatch
 ):
-    monkeypatch.setattr(gallery_store, "WAIT_SECONDS", 0.1)  # for another process
+    monkeypatch.setattr(gallery_lib, "LOCK_SECONDS", 0.1)  # for another process
     people, others = (vidjax.Gallery(world / name) for name in ("g", "others"))
     before = made_galleries.contents(others.folder)
     records = world / "cache" / "arrays"
