@@ -172,14 +172,12 @@ def frame_weights(frames: Frames, weighting: str) -> Array:
 def mean_measure(frames: Frames, measure: str) -> Array:
     """Computes the mean L2 `norm` or the mean `quality` of the frames of each clip, [B] float32."""
 
-    def values(t: Array | None) -> tuple[Array]:
+    def value(t: Array | None) -> Array:
         if measure == "norm":
-            features = _read_frame(frames.features, t).astype(jnp.float32)
-            return (jnp.linalg.norm(features, axis=-1),)
-        return (_read_frame(_replace_non_finite(frames.quality), t),)
+            return jnp.linalg.norm(_read_frame(frames.features, t).astype(jnp.float32), axis=-1)
+        return _read_frame(_replace_non_finite(frames.quality), t)
 
-    (means,) = _average_over_frames(frames.mask, frames.mask.astype(jnp.float32), values)
-    return means
+    return _average_over_frames(frames.mask, frames.mask.astype(jnp.float32), value)
 
 
 def shuffle(rng: Array | None, mask: Array) -> Array:
@@ -400,60 +398,48 @@ def mean_frame(frames: Frames, *, weighting: str = "uniform") -> Frames:
     Returns Frames [B, 1] with float32 features. Quality and detection are means too. `number` is
     the frame number of the first real frame. `weighting` is a weighting of `frame_weights`.
     """
-    fields = (
-        frames.features,
-        _replace_non_finite(frames.quality),
-        _replace_non_finite(frames.detection),
-    )
-    features, quality, detection = _average_over_frames(
-        frames.mask,
-        frame_weights(frames, weighting),
-        lambda t: tuple(_read_frame(values, t) for values in fields),
-    )
+    weights = frame_weights(frames, weighting)
+
+    def mean(values: Array | LazyFeatures) -> Array:
+        means = _average_over_frames(frames.mask, weights, functools.partial(_read_frame, values))
+        return means[:, None]
+
     return Frames(
-        features=features[:, None],  # [B, 1, D]
-        quality=quality[:, None],
-        detection=detection[:, None],
+        features=mean(frames.features),  # [B, 1, D]
+        quality=mean(_replace_non_finite(frames.quality)),
+        detection=mean(_replace_non_finite(frames.detection)),
         number=take(frames.number, jnp.argmax(frames.mask, axis=1)[:, None]),
         mask=jnp.any(frames.mask, axis=1)[:, None],
     )
 
 
 def _average_over_frames(
-    mask: Array, weights: Array, values_of: Callable[[Array | None], tuple[Array, ...]]
-) -> tuple[Array, ...]:
-    """Computes weighted means over the frames of each clip, several [B, ...].
+    mask: Array, weights: Array, value_of: Callable[[Array | None], Array]
+) -> Array:
+    """Computes the weighted mean over the frames of each clip, [B, ...].
 
-    `weights` are [B, T]. If all weights of a clip are 0, its means are 0. `values_of(t)` returns
-    several values of frame t of every clip, [B, ...]. `values_of(None)` returns the values of all
-    frames, [B, T, ...].
+    `weights` are [B, T]. If all weights of a clip are 0, its mean is 0. `value_of(t)` returns the
+    value of frame t of every clip, [B, ...]. `value_of(None)` returns the values of all frames,
+    [B, T, ...].
     """
     total = jnp.sum(weights, axis=1, keepdims=True)
     weights = weights / jnp.where(total > 0, total, 1.0)  # [B, T]
     if any(map(jax.export.is_symbolic_dim, mask.shape)):  # exported: loops are slow in runtimes
-
-        def mean(values: Array) -> Array:
-            counts = mask.reshape(*mask.shape, *[1] * (values.ndim - 2))
-            values = jnp.where(counts, values, 0)
-            precision = jax.lax.Precision.HIGHEST
-            return jnp.einsum("bt,bt...->b...", weights, values, precision=precision)
-
-        return tuple(map(mean, values_of(None)))
+        values = value_of(None)
+        counts = mask.reshape(*mask.shape, *[1] * (values.ndim - 2))
+        values = jnp.where(counts, values, 0)
+        return jnp.einsum("bt,bt...->b...", weights, values, precision=jax.lax.Precision.HIGHEST)
     # Blocks are padded to a few lengths. Frames after the last real frame of the batch are skipped.
     end = jnp.max(jnp.where(mask, jnp.arange(1, 1 + mask.shape[1]), 0))
 
     # Reading a frame at a time in the stored dtype is 15 times faster on CPU than summing float32
     # [B, T, D], and the result does not depend on the length of the padding.
-    def add(t: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
-        weight = _read_frame(weights, t)
-        return tuple(
-            total + value * weight.reshape(-1, *[1] * (value.ndim - 1))
-            for total, value in zip(totals, values_of(t), strict=True)
-        )
+    def add(t: Array, total: Array) -> Array:
+        value = value_of(t)
+        return total + value * _read_frame(weights, t).reshape(-1, *[1] * (value.ndim - 1))
 
-    first = jax.eval_shape(values_of, jnp.int32(0))
-    zeros = tuple(jnp.zeros(x.shape, _widen_dtype(x)) for x in first)
-    return jax.lax.fori_loop(0, end, add, zeros)
+    first = jax.eval_shape(value_of, jnp.int32(0))
+    return jax.lax.fori_loop(0, end, add, jnp.zeros(first.shape, _widen_dtype(first)))
 
 
 def crop_means(

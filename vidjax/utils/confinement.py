@@ -14,6 +14,7 @@ import platform
 import struct
 import sys
 from collections.abc import Iterable, Sequence
+from glob import glob
 from pathlib import Path
 
 # Call -> its numbers on x86_64 and on aarch64, or None if it does not exist there.
@@ -176,17 +177,10 @@ def _list_libraries() -> set[str]:
     return {
         *SYSTEM,
         *(os.path.join(prefix, name) for prefix in prefixes for name in ("lib", "lib64")),
-        *(path for path in sys.path if os.path.isfile(path) or _has_packages(path)),
+        *(path for path in sys.path if os.path.isfile(path) or glob("*.dist-info", root_dir=path)),
         *filter(None, linked),
         str(Path(__file__).parents[1]),
     }
-
-
-def _has_packages(folder: str) -> bool:
-    """Returns whether a folder contains descriptions of packages. Its list may have 1,000 names."""
-    with contextlib.suppress(OSError):
-        return any(name.endswith(".dist-info") for name in os.listdir(folder))
-    return False
 
 
 def _restrict_files(
