@@ -80,6 +80,7 @@ KINDS = {
     "film": (lambda folder: read_media(folder, "film.mp4"), {}),
     "still": (read_still, {}),
     "photo, ordinary user": (read_photo, USER),
+    "photo, Landlock 3": (read_photo, {"landlock": 3}),
     "photo, ordinary user, Landlock 3": (read_photo, {**USER, "landlock": 3}),
 }
 

@@ -137,8 +137,13 @@ def _attacks(mark: Path) -> Iterator[tuple[str, str, bytes]]:
     yield "strange letters", r"os.sys\x1b[31m", name("os sys\x1b[31m\u202etem") + b"."
     calls: dict[str, list[bytes]] = {
         "__builtin__ eval": [text(f"open({str(mark)!r}, 'w').close()")],
-        "os remove": [text(str(mark.parent / "keep"))], "__main__ Array": [],
+        "io open": [path, text("w")], "os remove": [text(str(mark.parent / "keep"))],
+        "subprocess Popen": [b"](" + text("touch") + path + b"e"],
+        "atexit register": [system, command],
+        "os _exit": [part(0)], "__main__ Array": [], "time sleep": [part(3600)],
+        "builtins bytearray": [b"J\xff\xff\xff\x7f"],
         "builtins setattr": [name("numpy ndarray"), text("dtype"), b"N"],
+        "socket create_connection": [part(("127.0.0.1", 9))],
         "numpy.core.numeric load": [path],
         "_codecs decode": [part(b"ab"), text("zlib")],
         "vidjax.data.untrusted.sandbox unpack": [path, text("face"), path],

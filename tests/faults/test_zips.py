@@ -258,11 +258,11 @@ def test_page_that_claims_2_gb_or_a_trillion_items_is_refused_at_once(tmp_path):
     path.write_bytes(content[:at] + varint(2 * ((1 << 31) - 1)) + content[at + 3 :])
     refuse_table(path, "damaged")
     at = parquet.read_metadata(io.BytesIO(content)).row_group(0).column(2).data_page_offset
-    # A list of items of 8 bytes (type 7) is a field of type 9. A size of 15 (in the upper 4 bits)
-    # means: a number follows.
-    header = bytes([0x19, 0xF7]) + varint(1 << 40)
-    path.write_bytes(content[:at] + header + content[at + len(header) :])
-    refuse_table(path, "damaged")
+    for kind in (3, 7):  # items of a byte, and of 8 bytes
+        # A list is a field of type 9. A size of 15 (in the upper 4 bits) means: a number follows.
+        header = bytes([0x19, 0xF0 | kind]) + varint(1 << 40)
+        path.write_bytes(content[:at] + header + content[at + len(header) :])
+        refuse_table(path, "damaged")
 
 
 def test_clip_name_of_1_mb_in_4000_rows_takes_less_than_1_gb(tmp_path):

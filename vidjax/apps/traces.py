@@ -161,9 +161,8 @@ class Traces:
             return self.in_text("\n".join(map(str, array.ravel())))
         if array.dtype == np.uint8 and array.ndim == 1:  # a text, such as a list of names
             text = decode(array.tobytes())
-            return not self._lines.isdisjoint(map(normal_form, text.split("\n"))) or self.in_text(
-                text
-            )
+            lines = {*map(normal_form, text.split("\n"))}
+            return bool(self._lines & lines) or self.in_text(text)
         if array.dtype.kind != "f":
             return False
         for width, vectors in self._vectors.items():

@@ -39,8 +39,8 @@ class Comparison(NamedTuple):
     between: float  # estimate of B / B of the card
     within: float  # median over people of W / W of the card; 1 if nobody has two clips
     cosine: float  # mean cosine of two clips of two people; of one person, as the card says
-    # The standard deviation of cosines of two people, relative to the card; 0 if it is unknown.
-    spread: float = 0.0
+    # The standard deviation of cosines of two people / the same of the card; 0 if it is unknown.
+    deviation: float = 0.0
 
     def is_blind(self, mirrored: Sequence[float]) -> bool:
         """Returns whether a face and its mirror image differ almost like faces of two people.
@@ -106,7 +106,7 @@ def compare(
     is_near = full < quantile((people - 1) * n_different, LOW) * (between + distances.within)
     if share < CLOSE and (share < low or is_near):
         problem = "closer"
-    # Of two equal people, one may have two names.
+    # Only two people may be one person with two names.
     is_same = max(share, (full - distances.within) / between) < SAME
     if problem == "closer" and is_same and people >= FEWEST_PEOPLE:
         problem = "blind"

@@ -31,8 +31,9 @@ FEW = "nobody gets a name: at most two people are enrolled, and no faces show th
 REFUSED = {"blind": NOBODY, "few": FEW}  # problem -> why nobody gets a name
 CONVERT = "convert the net again: its colours (--colour), scale or points (--like) may be wrong"
 TWO_NAMES = "if two names are one person, or a photo shows another person, correct them"
-# Of people whose net does not fit a card that nobody has measured, see `Comparison`.
-LEAST_BETWEEN, MOST_SPREAD = 0.5, 1.4
+# If nobody has measured the card, the net does not fit if people differ less, or if the cosines of
+# two people vary more. Both are relative to the card, see `Comparison`.
+LEAST_BETWEEN, MOST_DEVIATION = 0.5, 1.4
 
 
 def read_cards(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
@@ -127,13 +128,14 @@ def compare(state: State) -> Comparison:
     `judge` may find a problem, too, and one or two people do not show that the net fits.
     """
     comparison, unmeasured = state.index.card_comparison, state.origin.unmeasured
-    is_wrong = comparison.problem == "closer" and comparison.between < LEAST_BETWEEN
-    is_wrong = unmeasured and (is_wrong or comparison.spread > MOST_SPREAD)
+    is_close = comparison.problem == "closer" and comparison.between < LEAST_BETWEEN
+    is_wrong = unmeasured and (is_close or comparison.deviation > MOST_DEVIATION)
     if state.origin.blind or state.separates is False or is_wrong:
         return comparison._replace(problem="blind")
-    is_few = len(state.index.names) < card_check.FEWEST_PEOPLE and comparison.problem != "blind"
-    is_few = is_few and unmeasured and not state.separates
-    return comparison._replace(problem="few") if is_few else comparison
+    is_few = unmeasured and len(state.index.names) < card_check.FEWEST_PEOPLE
+    if is_few and not state.separates and comparison.problem != "blind":
+        return comparison._replace(problem="few")
+    return comparison
 
 
 def check_apart(state: State, vectors: Vectors, apart: Iterable[tuple[str, str, float]]) -> State:
