@@ -32,8 +32,8 @@ from tests.helpers.embeddings import exact, unit
 from tests.helpers.made_galleries import SETTINGS, add, answers, contents, make, make_clip
 from tests.helpers.seen import refused
 from vidjax.apps.gallery import enrolment, index as index_lib, store as store_lib
+from vidjax.apps.gallery.backend import fit
 from vidjax.apps.gallery.changes import Draft
-from vidjax.apps.gallery.enrolment import fit_backend
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import StoredClip, VectorOrigin, list_clips_of
 from vidjax.models import card_backend, two_covariance
@@ -287,7 +287,8 @@ def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred
     removed, *others = drawn.reshape(-1, 16)[1:].astype(np.float32)  # p0 has one clip
     vectors = enumerate([removed, *others])
     clips = {f"{n}": StoredClip(f"p{(n + 1) // 2}", x, fitted=True) for n, x in vectors}
-    backend = fit_backend(clips, {"x": 16}, centred=centred, settings=SETTINGS)
+    fitted = enrolment.stack_people(clips, {"x": 16})
+    backend = fit(*fitted, centred=centred, settings=SETTINGS)
     run = VectorOrigin("somewhere", "0" * 64, centred)
     people = Gallery.of_clips(tmp_path / "g", run, backend, clips)
 

@@ -11,7 +11,7 @@ Data makes one object of the class, and calls the object with paths. See vidjax/
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -158,19 +158,14 @@ def check_out(out: str | Path | None, inputs: Sequence[Path], work: type[TableTa
         )
 
 
-class Processed(NamedTuple):
-    """The result of `process_tables`."""
-
-    tables: int  # number of tables
-    skipped: int  # number of tables that an earlier call has finished
-    results: str  # the file or the folder of the results
-
-
-def process_tables(inputs: Sequence[Path], out: str | Path, work: TableTask) -> Processed:
+def process_tables(inputs: Sequence[Path], out: str | Path, work: TableTask) -> dict[str, object]:
     """Writes the results of each table that has no results yet.
 
     If the process is killed, no file is incomplete, and the next call continues. If `work` is
     `Rank`, OUT/parts contains the ranking of each table, and OUT/ranking.parquet the joint ranking.
+
+    Returns the number of `tables`, the number of `skipped` tables, which an earlier call has
+    finished, and `results`, the path of the file or folder of the results.
 
     Raises:
       UserError: the folder `out` contains results of other clips, or results that were made with
@@ -209,7 +204,8 @@ def process_tables(inputs: Sequence[Path], out: str | Path, work: TableTask) -> 
         _check_once(inputs)
         content = tables.to_parquet(_join(folder, inputs), {NOTE_KEY: JOINED_NOTE})
         _write(out_folder / RANKING, content, JOINED_NOTE)
-    return Processed(len(inputs), skipped, str(out_folder / RANKING if work.joined else out_folder))
+    results = str(out_folder / RANKING if work.joined else out_folder)
+    return {"tables": len(inputs), "skipped": skipped, "results": results}
 
 
 def _write(results: Path, content: bytes, note: bytes) -> None:
@@ -277,14 +273,10 @@ def _join(folder: Path, inputs: Sequence[Path]) -> "pyarrow.Table":
     import pyarrow
     from pyarrow import parquet
 
-    def read_lists(table: Path) -> pyarrow.Table:
+    joined = tables.to_arrow(tables.to_columns(tables.RANKING, []))
+    for table in inputs:  # one by one, because together they may not fit in memory
         with files.open_regular(folder / table.name) as file:
-            return parquet.read_table(file)
-
-    joined = read_lists(inputs[0])  # one by one, because together they may not fit in memory
-    for table in inputs[1:]:
-        joined = join_rankings(pyarrow.concat_tables([joined, read_lists(table)]))
-    joined = join_rankings(joined)
+            joined = join_rankings(pyarrow.concat_tables([joined, parquet.read_table(file)]))
     names = joined["identity"].to_pylist()
     place = {name: number for number, name in enumerate(sort_identities(names))}
     return joined.take(np.argsort([place[name] for name in names], stable=True))

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from vidjax.apps.gallery.store import State
 
 EARLIER = "earlier"
-NUMBERS = "unknown.json"
-MOST_BYTES = 256 * files.MB
 T = TypeVar("T")
 
 
@@ -58,10 +56,10 @@ class _Results:
 
 def read_numbers(out: Path) -> dict[str, Any] | None:
     """Returns `unknown.json` of version 0.1.0, or None if another version has written it."""
-    if not files.exists(out / NUMBERS):
-        return None
-    with contextlib.suppress(UserError):  # a damaged file is reported by another function
-        content = files.read_json(out / NUMBERS, limit=MOST_BYTES)
+    # A damaged file is reported by another function.
+    with contextlib.suppress(UserError, FileNotFoundError):
+        path = out / features_folder.NUMBERS
+        content = files.read_json(path, limit=features_folder.FILE_BYTES)
         return content if is_earlier(content) else None
     return None
 
@@ -89,11 +87,9 @@ def log_acts(out: Path, acts: Sequence[Act], gallery: "State") -> Iterator[None]
     If the `with` block raises an error, the changes are undone in the log. If `out` is not a folder
     of results, nothing is written. `gallery` is the content before the changes.
     """
-    lines = list[Line]()
     if acts and not said.has_log(out) and read_numbers(out):
         said.append(out, list_lines(out, gallery))
-    if acts and said.has_log(out):
-        lines = _record(out, acts)
+    lines = _record(out, acts) if acts and said.has_log(out) else []
     try:
         yield
     except BaseException:
@@ -116,8 +112,7 @@ def _record(out: Path, acts: Iterable[Act]) -> list[Line]:
         elif found := find(act.what):
             lines.append(said.about(found.face, act.says, of=act.of, video=found.video))
     lines = said.stamp(lines)
-    if lines:
-        said.append(out, lines)
+    said.append(out, lines)
     return lines
 
 

@@ -30,7 +30,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from vidjax.apps.cards import EMBEDDER_ROLES
-from vidjax.apps.said import FEATURES, PEOPLE, Face, make_face
+from vidjax.apps.said import FEATURES, PEOPLE, Face, Seconds, make_face
 from vidjax.data.clip_files import check_nets
 from vidjax.models.card_backend import LEAST_CLARITY
 from vidjax.utils import files, json_files, names as names_lib
@@ -51,7 +51,6 @@ DARK = 0.02
 POOR_QUALITY = 0.01  # faces of lower quality are often not recognised
 MOST_STEM_BYTES = 120  # most file systems allow 255 bytes for the name of a file
 REMEDY = "name another folder; or delete the folder if vidjax wrote it, and extract the files again"
-Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 # Left, top, right and bottom, as fractions of the width and height of the upright picture.
 Box = tuple[Share, Share, Share, Share]
 # The first of two halves, for the filter `crop` of ffmpeg. `scale` restores the width or height.

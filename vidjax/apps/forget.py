@@ -12,20 +12,19 @@ import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from vidjax.apps import said
+from vidjax.apps import features_folder, said
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.store import GALLERY_FILE, JOURNAL_FILE
 from vidjax.apps.traces import PARTIAL, Traces
 from vidjax.data import store
 from vidjax.utils import files, messages, names as names_lib
 from vidjax.utils.errors import UserError, closest
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import normal_form, show
-
-if TYPE_CHECKING:
-    from vidjax.apps.gallery.gallery import Gallery
 
 PEOPLE_BYTES = 512 * files.MB  # limit for the list of people of a run
 DELETE_FILE = "delete it"  # the remedy for a file that vidjax wrote
@@ -85,7 +84,7 @@ class Survey(NamedTuple):
 class Clip:
     """A clip of a gallery."""
 
-    gallery: "Gallery"
+    gallery: Gallery
     name: str
     identity: str | None  # None for a stranger
     vectors: dict[str, bytes]  # modality -> the numbers of its vector, if it is not 0
@@ -126,8 +125,8 @@ def forget(
     shown, their_names, vectors = _search_galleries(galleries, people, asked, delete=delete)
     found += shown
     names = people | asked | their_names
-    for folder in survey.list_folders("unfinished"):
-        found.append(_report_unfinished(folder, delete=delete))
+    unfinished = survey.list_folders("unfinished")
+    found += [_report_unfinished(folder, delete=delete) for folder in unfinished]
     for folder in survey.list_folders("run"):
         known |= _read_people(folder, found)
     for path in survey.paths if delete else ():
@@ -146,10 +145,8 @@ def forget(
     return found, _find_similar(wanted, known - wanted, closely=not found)
 
 
-def _open_galleries(folders: Iterable[Path], found: list[Place]) -> Iterator["Gallery"]:
+def _open_galleries(folders: Iterable[Path], found: list[Place]) -> Iterator[Gallery]:
     """Yields the galleries in `folders`. Adds folders that cannot be read to `found`."""
-    from vidjax.apps.gallery.gallery import Gallery
-
     for folder in folders:
         try:
             yield Gallery(folder)
@@ -158,7 +155,7 @@ def _open_galleries(folders: Iterable[Path], found: list[Place]) -> Iterator["Ga
 
 
 def _search_galleries(
-    galleries: Iterable["Gallery"], people: Collection[str], asked: Collection[str], *, delete: bool
+    galleries: Iterable[Gallery], people: Collection[str], asked: Collection[str], *, delete: bool
 ) -> tuple[list[Place], set[str], list[np.ndarray]]:
     """Finds the clips of `people`, the clips `asked`, and copies of these clips.
 
@@ -185,7 +182,7 @@ def _search_galleries(
     return found, names, [np.frombuffer(vector, np.float32) for vector in vectors]
 
 
-def _list_clips(gallery: "Gallery") -> Iterator[Clip]:
+def _list_clips(gallery: Gallery) -> Iterator[Clip]:
     clips = gallery.clips
     if not clips:
         return
@@ -195,7 +192,7 @@ def _list_clips(gallery: "Gallery") -> Iterator[Clip]:
         yield Clip(gallery, name, clip.identity, {kind: x.tobytes() for kind, x in of if x.any()})
 
 
-def _by_gallery(clips: Iterable[Clip]) -> list[tuple["Gallery", list[Clip]]]:
+def _by_gallery(clips: Iterable[Clip]) -> list[tuple[Gallery, list[Clip]]]:
     groups = group_by_key((clip.gallery, clip) for clip in clips)
     return sorted(groups.items(), key=lambda group: group[0].folder)
 
@@ -252,7 +249,7 @@ def is_spelling(name: str, people: Iterable[str]) -> bool:
     return False
 
 
-def _report_gallery(gallery: "Gallery", clips: Collection[Clip], *, delete: bool) -> Place:
+def _report_gallery(gallery: Gallery, clips: Collection[Clip], *, delete: bool) -> Place:
     """Describes a gallery that contains `clips`. If `delete` is True, deletes the clips."""
     counts = Counter(f"'{show(x.identity)}'" if x.identity else "strangers" for x in clips)
     about = ", ".join(f"{messages.count(n, 'clip')} of {x}" for x, n in sorted(counts.items()))
@@ -283,8 +280,6 @@ def _search_files(survey: Survey, traces: Traces, *, delete: bool) -> Iterator[P
     A folder of a kind in REMEDIES is described instead of its files. If `delete` is True, converted
     datasets and unfinished files with any of `traces` are deleted.
     """
-    from vidjax.apps import features_folder
-
     seen = set[Path | None]()  # listed folders, and files of the same film or photo
     for path in survey.paths:
         whole = survey.find_whole(path)
@@ -349,8 +344,6 @@ def _find_similar(wanted: set[str], others: set[str], *, closely: bool) -> dict[
 
 def _survey(places: Iterable[Path]) -> Survey:
     """Finds the folders and files below `places` that must be searched. Does not follow links."""
-    from vidjax.apps.gallery.store import GALLERY_FILE, JOURNAL_FILE
-
     kind_of, paths, found = dict[Path, str](), set[Path](), list[Place]()
     for root in map(Path.absolute, places):
         if not root.is_dir():
@@ -377,8 +370,6 @@ def _find_kind(folder: Path, there: set[str]) -> str:
     It is "gallery", "records" (a converted dataset), "unfinished" (a killed conversion), "run",
     "export" (of a run or a gallery), "who" (results of `vidjax who`), or "" for another folder.
     """
-    from vidjax.apps.gallery.store import GALLERY_FILE
-
     kinds = {
         "unfinished": UNFINISHED.fullmatch(folder.name),
         "gallery": GALLERY_FILE in there,

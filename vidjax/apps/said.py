@@ -18,6 +18,7 @@ These are the words `says`:
 """
 
 import contextlib
+import operator
 import os
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -43,6 +44,7 @@ LOCK_SECONDS = 20.0  # the longest time for which a new line waits for another p
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Box = tuple[Share, Share, Share, Share]  # left, top, width, height
 Place = tuple[Seconds, Box]
+ENCODER = msgspec.json.Encoder()
 Places = Annotated[tuple[Place, ...], Meta(max_length=100)]
 
 
@@ -145,7 +147,7 @@ def append(out: Path, lines: Sequence[Line]) -> None:
         return
     with _lock(out), contextlib.closing(files.open_log(out / NAME)) as log:
         _end_last_line(out / NAME)
-        files.append(log, b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
+        files.append(log, ENCODER.encode_lines(lines))
         os.fsync(log.fileno())
     files.hide(out / NAME)
 
@@ -156,16 +158,12 @@ def forget(out: Path, person: str) -> int:
         return 0
     with _lock(out):
         lines = read(out)
-        gone = [person in (line.of, line.person) for line in lines]
-        if any(gone):
-            kept = (
-                Line(says="forgotten") if is_gone else line
-                for is_gone, line in zip(gone, lines, strict=True)
-            )
-            text = b"".join(msgspec.json.encode(line) + b"\n" for line in kept)
-            files.write_bytes(out / NAME, text)
+        kept = [Line(says="forgotten") if person in (x.of, x.person) else x for x in lines]
+        gone = sum(map(operator.is_not, kept, lines))
+        if gone:
+            files.write_bytes(out / NAME, ENCODER.encode_lines(kept))
             files.hide(out / NAME)
-    return sum(gone)
+    return gone
 
 
 def _lock(out: Path) -> contextlib.AbstractContextManager[None]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidjax.apps import bulk, features_folder
 from vidjax.apps.gallery import answers as answers_lib, card_notes, verification
+from vidjax.apps.gallery.answers import NamingRule
 from vidjax.apps.gallery.changes import find_enrolled
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.labelling import migrate
@@ -313,8 +314,14 @@ def _embed(args: argparse.Namespace, gallery: Gallery) -> "tuple[float, Vectors]
     return time.monotonic(), clip_inputs.embed(gallery, clips, args.split)
 
 
-def _read_rule(args: argparse.Namespace) -> dict[str, Any]:
-    return {"fpir": args.fpir, "threshold": args.threshold}
+def _open_for_names(args: argparse.Namespace) -> tuple[Gallery, dict[str, Any], NamingRule]:
+    """Opens the gallery of a command, and reads `--fpir` and `--threshold`.
+
+    Returns the gallery, the values of the two flags, and the rule by which a clip gets a name. A
+    mistake in a flag is reported here, before clips are read.
+    """
+    gallery, chosen = _open(args), {"fpir": args.fpir, "threshold": args.threshold}
+    return gallery, chosen, gallery.rule(**chosen)
 
 
 def _enrol(args: argparse.Namespace) -> Result:
@@ -411,8 +418,7 @@ def _identify(args: argparse.Namespace) -> Result:
             f"--out={out} needs the times of clips: only features of vidjax extract have times\n"
             "to write a table without times: --out=answers.tsv"
         )
-    gallery, chosen = _open(args), _read_rule(args)
-    rule = gallery.rule(**chosen)  # a mistake is reported before vectors are made
+    gallery, chosen, rule = _open_for_names(args)
     began, vectors = _embed(args, gallery)
     with terminal.show_clips("identify", len(vectors.names)) as bar:
         identify = functools.partial(gallery.identify, k=args.k, advance=bar.advance, **chosen)
@@ -474,10 +480,9 @@ def _process_tables(
     if not inputs:
         return None
     bulk.check_out(args.out, inputs, work)
-    gallery, chosen = _open(args), _read_rule(args)
-    rule = gallery.rule(**chosen)  # a mistake is reported before tables are read
+    gallery, chosen, rule = _open_for_names(args)
     task = work(lambda: gallery, **options, **chosen)
-    done = bulk.process_tables(inputs, args.out, task)._asdict()
+    done = bulk.process_tables(inputs, args.out, task)
     if rule.default and work is bulk.Rank:
         return Result(done)
     texts = rule.describe(getattr(task, "num_doubtful", 0))
@@ -488,8 +493,7 @@ def _rank(args: argparse.Namespace) -> Result:
     if done := _process_tables(args, bulk.Rank):
         return done
     out = tables.check_new(args.out, (".txt", *tables.ENDINGS))
-    gallery, chosen = _open(args), _read_rule(args)
-    rule = gallery.rule(**chosen)  # a mistake is reported before vectors are made
+    gallery, chosen, rule = _open_for_names(args)
     began, vectors = _embed(args, gallery)
     with terminal.show_clips("rank", len(vectors.names)) as bar:
         ranked = gallery.rank(vectors, advance=bar.advance, **chosen)

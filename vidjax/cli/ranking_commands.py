@@ -68,8 +68,7 @@ def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Re
 
     trained = predict.restore(args.workdir, step=settings.checkpoint)
     if inputs:
-        done = bulk.process_tables(inputs, args.out, work(lambda: trained))
-        return Result(done._asdict())
+        return Result(bulk.process_tables(inputs, args.out, work(lambda: trained)))
     clips = trained.load(args.input, settings.split if "eval.split" in overridden else None)
     began, size = time.monotonic(), len(clips.names)
     progress = terminal.Progress(size, unit="clip", label=args.command, leave=False, compiles=True)

@@ -218,8 +218,7 @@ def measure_shared(vectors: Mapping[str, np.ndarray], labels: np.ndarray) -> flo
     for x in vectors.values():
         present = np.any(x != 0, axis=1)
         if present.any():
-            u = np.asarray(x[present], np.float64)
-            sums = two_covariance.make_sums(u, labels[present], int(labels.max()) + 1)
+            sums = two_covariance.make_sums(x[present], labels[present], int(labels.max()) + 1)
             shared.append(two_covariance.covariances(sums, two_covariance.WITHIN).shared)
     return min(shared, default=0.0)
 

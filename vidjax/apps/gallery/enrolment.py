@@ -15,7 +15,6 @@ from vidjax.apps.gallery.store import (
     VectorOrigin,
     list_clips_of,
 )
-from vidjax.models.two_covariance import Settings
 from vidjax.utils.errors import UserError
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import cut_film_name
@@ -88,25 +87,14 @@ def list_usable_strangers(state: State) -> Iterator[str]:
     return (name for name in state.clips_of.get(STRANGER, ()) if state.clips[name].vector.any())
 
 
-def fit_backend(
-    clips: Mapping[str, StoredClip],
-    widths: Mapping[str, int],
-    *,
-    centred: bool,
-    settings: Settings | None = None,
-) -> Backend:
-    """Fits PLDA to one clip of each person in each film. Clips of strangers are ignored.
-
-    `clips` are name -> clip, in any order. `widths` are modality -> length of its vectors. For
-    `centred` and `settings`, see `backend.fit`.
-    """
-    return backend_lib.fit(*stack_people(clips, widths), centred=centred, settings=settings)
-
-
 def stack_people(
     clips: Mapping[str, StoredClip], widths: Mapping[str, int]
 ) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray]]:
-    """Returns the arguments `vectors`, `labels` and `enrolled` of `backend.fit`."""
+    """Returns the arguments `vectors`, `labels` and `enrolled` of `backend.fit`.
+
+    PLDA is fitted to one clip of each person in each film. Clips of strangers are left out. `clips`
+    are name -> clip, in any order. `widths` are modality -> length of its vectors.
+    """
     # Clips of a person from the same film are alike. People are enrolled with their mean.
     names = sorted(name for name, clip in clips.items() if clip.identity is not None)
     people, film, stacked = _stack_films(names, clips, sum(widths.values()))
@@ -122,7 +110,8 @@ def stack_people(
 
 def refit(state: State) -> State:
     """Returns a state whose back end is fitted to its present clips."""
-    backend = fit_backend(state.clips, state.index.backend.widths, centred=state.origin.centred)
+    fitted = stack_people(state.clips, state.index.backend.widths)
+    backend = backend_lib.fit(*fitted, centred=state.origin.centred)
     clips = {
         name: clip._replace(fitted=clip.identity is not None) for name, clip in state.clips.items()
     }

@@ -11,7 +11,7 @@ import numpy as np
 
 from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery.backend import Backend
-from vidjax.apps.gallery.enrolment import fit_backend, stack_people
+from vidjax.apps.gallery.enrolment import stack_people
 from vidjax.apps.gallery.store import StoredClip, UnreadableError, VectorOrigin
 from vidjax.apps.gallery.vectors import Advance, Vectors, select_usable_clips
 from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, longest
@@ -134,7 +134,7 @@ class RunVectors(NamedTuple):
         parts: dict[str, np.ndarray] = {}
         chosen = source.split(split)
         rows = np.argsort(places)  # of each clip of the split in `names`
-        for batch in pad_batches(source, split, tuple(run.modalities), EMBED_ROWS):
+        for batch in pad_batches(run, source, split):
             (block,) = run.embed_blocks([batch])
             real = np.asarray(batch.batch_mask)
             for part, x in _make_parts(run, block[real]).items():
@@ -179,14 +179,14 @@ def fit(
         )
     origin = make_origin(run)
     settings = run.model.system.model.gallery_settings()
-    vectors, labels, _ = stack_people(clips, widths)
+    vectors, labels, enrolled = stack_people(clips, widths)
     if settings and backend_lib.measure_shared(vectors, labels) > backend_lib.MOST_SHARED:
         say(
             "the clips of each person are as alike as photos of one day, so they count as "
             "fewer clips\nto name more clips, train on clips of different days"
         )
         origin, settings = msgspec.structs.replace(origin, refitted=True), None
-    backend = fit_backend(clips, widths, centred=origin.centred, settings=settings)
+    backend = backend_lib.fit(vectors, labels, enrolled, centred=origin.centred, settings=settings)
     chosen = strangers or run.config.eval.split
     kept = {} if empty else clips
     if strangers or data.split(chosen).labelled:
@@ -196,20 +196,19 @@ def fit(
     return origin, backend, kept
 
 
-def pad_batches(
-    source: "ClipSource", split: str, modalities: tuple[str, ...], rows: int
-) -> "Iterator[Batch]":
-    """Yields the clips of a split in batches of `rows` clips.
+def pad_batches(run: "Predictor", source: "ClipSource", split: str) -> "Iterator[Batch]":
+    """Yields the clips of a split in batches of EMBED_ROWS clips.
 
     All modalities of a clip are padded to the same length, the smallest possible length in
     PAD_LENGTHS. So JAX compiles few programs.
     """
+    modalities = tuple(run.modalities)
     lengths = longest(source.split(split), modalities)
     pad = np.searchsorted(PAD_LENGTHS, np.minimum(lengths, MAX_EVAL_FRAMES))
     for number in np.unique(pad).tolist():
         bucket = np.where(pad == number, 0, -1)
         padded = dict.fromkeys(modalities, (PAD_LENGTHS[number],) * len(BUCKETS))
-        yield from source.eval_batches(EvalPlan(split, modalities, bucket, padded), rows=rows)
+        yield from source.eval_batches(EvalPlan(split, modalities, bucket, padded), rows=EMBED_ROWS)
 
 
 def _make_parts(run: "Predictor", values: np.ndarray) -> dict[str, np.ndarray]:

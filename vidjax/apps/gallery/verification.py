@@ -48,7 +48,6 @@ MISFIT_ODDS = 10.0  # against the person, from which on a clip does not fit the 
 MAX_DOUBLES = 3
 MAX_COUNTED = 1000  # clips of strangers that are grouped, to count the strangers
 MIN_STRANGERS = 0.6  # if strangers are fewer than this share of the needed number, the rule says so
-Kind = Literal["measured", "model", "blind"]
 
 
 class Match(NamedTuple):
@@ -95,7 +94,7 @@ class MatchRule(NamedTuple):
       about: a description of the rule for the user.
     """
 
-    by: Kind
+    by: Literal["measured", "model", "blind"]
     fmr: float
     log_ratio: float
     threshold: answers_lib.Threshold | None

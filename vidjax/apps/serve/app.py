@@ -281,9 +281,8 @@ class Application:
             place = f"clip '{show(min(stray))}' is in identities, but "
             raise unprocessable("not in clips: send the clip, too", place)
         vectors = await self.batcher.run(lambda: self.gallery.embed(clips), len(clips))
-        strangers = body.strangers
         done = await self._change(
-            request, lambda: self.gallery.enrol(vectors, people_of_clips, strangers=strangers)
+            request, lambda: self.gallery.enrol(vectors, people_of_clips, strangers=body.strangers)
         )
 
         def find_misfits() -> dict[str, float]:
@@ -368,9 +367,10 @@ class Application:
         name = words.pop("clip", "")
         if request.query_params and not npz:
             raise unprocessable("a request in JSON has no query: send all fields in the body")
+        loop = asyncio.get_running_loop()
         if npz:
             try:
-                size = await self._parse(lambda: files.npz_bytes(body, limit), large=True)
+                size = await loop.run_in_executor(self.reader, files.npz_bytes, body, limit)
             except UserError as error:
                 # curl -d leaves out bytes such as NUL, which every .npz contains.
                 hint = "" if b"\0" in body else ". With curl, use --data-binary instead of -d"
@@ -394,16 +394,12 @@ class Application:
             fields.clips = []  # frees lists of numbers, which take more memory than arrays
             return _check_clips(clips, self.model.widths, self.limits), fields
 
-        clips, fields = await self._parse(read, large=npz or len(body) > LARGE_BYTES)
+        is_large = npz or len(body) > LARGE_BYTES
+        clips, fields = await loop.run_in_executor(self.reader, read) if is_large else read()
         self.bodies.hold(request.scope, 2 * gallery_model.count_bytes(clips))
         request.scope["vidjax.clips"] = len(clips)
         self._check_ready()
         return clips, fields
-
-    async def _parse(self, read: Callable[[], T], *, large: bool) -> T:
-        if large:
-            return await asyncio.get_running_loop().run_in_executor(self.reader, read)
-        return read()
 
 
 def _convert(given: bytes | Mapping[str, object], kind: Any) -> Any:  # noqa: ANN401 (of this kind)
