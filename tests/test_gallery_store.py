@@ -287,8 +287,7 @@ def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred
     removed, *others = drawn.reshape(-1, 16)[1:].astype(np.float32)  # p0 has one clip
     vectors = enumerate([removed, *others])
     clips = {f"{n}": StoredClip(f"p{(n + 1) // 2}", x, fitted=True) for n, x in vectors}
-    fitted = enrolment.stack_people(clips, {"x": 16})
-    backend = fit(*fitted, centred=centred, settings=SETTINGS)
+    backend = fit(*enrolment.stack_people(clips, {"x": 16}), centred=centred, settings=SETTINGS)
     run = VectorOrigin("somewhere", "0" * 64, centred)
     people = Gallery.of_clips(tmp_path / "g", run, backend, clips)
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vidjax.apps import features_folder, said
+from vidjax.apps.gallery.enrolment import stack_parts
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import GALLERY_FILE, JOURNAL_FILE
 from vidjax.apps.traces import PARTIAL, Traces
@@ -76,8 +77,7 @@ class Survey(NamedTuple):
 
     def find_whole(self, path: Path) -> Path | None:
         """Returns `path` or the nearest folder above that has a kind in REMEDIES."""
-        folders = (path, *path.parents)
-        return next((x for x in folders if self.kind_of.get(x) in REMEDIES), None)
+        return next((x for x in (path, *path.parents) if self.kind_of.get(x) in REMEDIES), None)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # equal clips of two galleries are two clips
@@ -183,11 +183,9 @@ def _search_galleries(
 
 
 def _list_clips(gallery: Gallery) -> Iterator[Clip]:
-    clips = gallery.clips
-    if not clips:
-        return
-    parts = gallery.backend.split(np.stack([clip.vector for clip in clips.values()]))
-    for (name, clip), *vectors in zip(clips.items(), *parts, strict=True):
+    state = gallery.state
+    parts = stack_parts(state, [*state.clips])
+    for (name, clip), *vectors in zip(state.clips.items(), *parts, strict=True):
         of = zip(gallery.backend.widths, vectors, strict=True)
         yield Clip(gallery, name, clip.identity, {kind: x.tobytes() for kind, x in of if x.any()})
 

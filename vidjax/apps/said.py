@@ -100,9 +100,7 @@ def _to_size(box: Sequence[float]) -> Box:
 
 def about(face: Face, says: Any, **values: Any) -> Line:  # noqa: ANN401  (fields of `Line`)
     """Returns a line of the log that is about a face."""
-    return Line(
-        says=says, film=face.film, at=face.at, box=face.box, places=face.places, **values
-    )  # fmt: skip
+    return Line(says=says, **msgspec.structs.asdict(face), **values)
 
 
 def stamp(lines: Iterable[Line]) -> list[Line]:

@@ -178,34 +178,33 @@ class Traces:
 
 def read(path: Path, name: str) -> Content:
     """Reads a file. The ending of `name` shows the kind of the file."""
-    kinds = [kind.lower() for kind in Path(name).suffixes]
+    bare, ending = os.path.splitext(name.lower())
     with files.open_regular(path) as file:
-        is_sqlite = file.read(len(SQLITE)) == SQLITE
-    if kinds[-1:] == [".parquet"]:
+        head = file.read(HEAD_BYTES)
+    if ending == ".parquet":
         texts, arrays, columns = parquet.read_contents(path)
         return Content([",".join(columns), *texts], arrays)
-    if kinds[-1:] == [".npz"]:
+    if ending == ".npz":
         limit = min(MAX_BYTES, files.max_unpacked_bytes(path.stat().st_size))
         arrays = files.read_npz(path, limit)
         return Content(["\n".join(arrays)], [*arrays.values()])
-    if is_sqlite or kinds[-1:] == [".safetensors"]:
+    if head.startswith(SQLITE) or ending == ".safetensors":
         raw = files.read_bytes(path, MAX_BYTES)
         return Content([decode(raw)], raw=raw)
-    if kinds[-1:] == [".gz"]:
+    if ending == ".gz":
         with files.open_regular(path) as file, gzip.GzipFile(fileobj=file) as unpacked:
             text = decode(unpacked.read(MAX_BYTES))
             if unpacked.read(1):
                 raise UserError(f"'{path}' unpacks to more than {MAX_BYTES:,} bytes")
-        return Content(_list_texts(text, kinds[-2:-1]))
-    if kinds[-1:] and kinds[-1] in TEXTS:
+        return Content(_list_texts(text, os.path.splitext(bare)[1]))
+    if ending in TEXTS:
         text = _PICTURE.sub("", decode(files.read_bytes(path, MAX_BYTES)))
-        return Content(_list_texts(text, kinds[-1:]))
-    with files.open_regular(path) as file:
-        return Content(head=file.read(HEAD_BYTES))
+        return Content(_list_texts(text, ending))
+    return Content(head=head)
 
 
-def _list_texts(text: str, endings: Sequence[str]) -> list[str]:
-    return [text, *("\n".join(text.split()) for ending in endings if ending in BLANKS)]
+def _list_texts(text: str, ending: str) -> list[str]:
+    return [text, "\n".join(text.split())] if ending in BLANKS else [text]
 
 
 def _divide(text: str) -> Iterator[str]:

@@ -69,9 +69,8 @@ def listen(host: str, port: int, limits: Limits = DEFAULTS) -> socket.socket:
         raise UserError(
             f"cannot listen at {host}:{port}: {reason}\nname another --host or --port"
         ) from None
-    # Closes connections whose clients read nothing.
-    unread = 1000 * limits.unread_seconds
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, unread)
+    # Closes connections whose clients read nothing. The unit is a millisecond.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * limits.unread_seconds)
     return listener
 
 

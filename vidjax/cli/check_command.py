@@ -87,8 +87,7 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
     checks = installation.list_checks()
     environment = {"environment": checks["environment"]}
     if args.workdir:
-        workdir = args.workdir.absolute()
-        return environment | _list_folder_checks(workdir, args.overrides)
+        return environment | _list_folder_checks(args.workdir.absolute(), args.overrides)
     if args.config:
         from vidjax.runs import config_io
         from vidjax.training import public, run_checks

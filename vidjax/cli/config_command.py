@@ -47,8 +47,7 @@ def show_config(args: argparse.Namespace) -> Result:
     for name, row in fields.items():
         default = value_text(row["default"]) if name in DEFAULTS else ""
         rows.append((name, value_text(row["value"]), default, row["from"]))
-    facts = {"fields": fields, "problems": problems}
-    return Result(facts, rows=rows, code=2 if problems else 0)
+    return Result({"fields": fields, "problems": problems}, rows=rows, code=2 if problems else 0)
 
 
 def describe_fields(

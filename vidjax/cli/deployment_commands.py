@@ -32,8 +32,7 @@ def _read_paths(args: argparse.Namespace) -> tuple[Path, Path]:
 
 def add_export_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax export`."""
-    about = "the folder of a run or of a gallery"
-    parser.add_argument("folder", metavar="RUN", help=about)
+    parser.add_argument("folder", metavar="RUN", help="the folder of a run or of a gallery")
     parser.flag("--to DIR", "the new folder", required=True)
     about = "the format; for a gallery only safetensors or numpy"
     parser.add_argument("--format", choices=FORMATS, required=True, help=about)

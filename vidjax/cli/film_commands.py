@@ -123,9 +123,7 @@ def _parse_rate(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < float(text) <= 1000:
             return float(text)
-    raise argparse.ArgumentTypeError(
-        f"must be a number above 0 and at most 1000, not '{text[:20]}'"
-    )
+    raise argparse.ArgumentTypeError(f"must be above 0 and at most 1000, not '{text[:20]}'")
 
 
 def add_who_flags(parser: Parser) -> None:

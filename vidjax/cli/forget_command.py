@@ -57,8 +57,7 @@ def forget_names(args: argparse.Namespace) -> Result:
     """
     if not args.identity and not args.clip:
         raise UserError("no name is given: add --identity=NAME or --clip=NAME")
-    roots = list_roots(args.places)
-    places, similar = forget(args.identity, args.clip, roots, delete=args.delete)
+    places, similar = forget(args.identity, args.clip, list_roots(args.places), delete=args.delete)
     left = sum(place.left for place in places)
     unread = sum(place.kind == "unread" for place in places)
     ours = [place.path for place in places if place.remedy == DELETE_FILE]

@@ -108,9 +108,7 @@ def _number(text: str) -> float:
 
 def _add_enrol(parser: Parser) -> None:
     clips = _add_clips(parser, action="append")
-    about = (
-        "instead of --input: the folder of photos of the people, DIR/NAME/PHOTO.jpg or DIR/NAME.jpg"
-    )
+    about = "instead of --input: photos of the people, DIR/NAME/PHOTO.jpg or DIR/NAME.jpg"
     parser.flag("--photos DIR", about, of=clips)
     about = "with --photos: the folder of nets (default: the folder that made the gallery)"
     parser.flag("--models DIR", about)
@@ -382,10 +380,8 @@ def _enrol_photos(args: argparse.Namespace) -> Result:
     models = clip_inputs.find_models(gallery, args.models)
     workers, tell = num_cores(), terminal.print_note
     done = people_photos.enrol_folder(gallery, args.photos, models, workers, tell)
-    facts, texts = (
-        done._asdict() | {"failed": [*done.failed]},
-        messages.describe_failed(done.failed),
-    )
+    facts, texts = done._asdict(), messages.describe_failed(done.failed)
+    facts["failed"] = [*done.failed]
     result = _show_enrolled(gallery, facts, "face", texts)
     return result._replace(code=1 if done.failed else 0)
 
@@ -531,8 +527,8 @@ def _relabel(args: argparse.Namespace) -> Result:
     gone = before is not None and before not in gallery
     text = f"{args.clip} showed {before or 'a stranger'}{', of whom no clip is left' * gone}"
     text += f"; it shows {identity or 'a stranger'}{', who is new' * new}"
-    facts = {"clip": args.clip, "before": before}
-    return _summarise(gallery, facts, {"clip": text, "before": ""})
+    texts = {"clip": text, "before": ""}
+    return _summarise(gallery, {"clip": args.clip, "before": before}, texts)
 
 
 def _migrate(args: argparse.Namespace) -> Result:

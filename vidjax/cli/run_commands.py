@@ -120,8 +120,7 @@ def write_report(args: argparse.Namespace) -> Result:
     folder = public.open_run(args.workdir)
     from vidjax.evaluation.report import run_page
 
-    page = run_page.write(folder)
-    return Result({"workdir": str(folder.path), "report": str(page)})
+    return Result({"workdir": str(folder.path), "report": str(run_page.write(folder))})
 
 
 def lock_folder(path: Path) -> contextlib.AbstractContextManager[Path]:

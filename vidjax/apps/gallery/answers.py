@@ -43,6 +43,7 @@ MIN_NAMED_PROBABILITY = 0.5  # above it, a name is more probable than all other 
 ABOVE_HALF = f"the probability is above {100 * MIN_NAMED_PROBABILITY:.0f} %"
 # From here to MIN_NAMED_PROBABILITY, an unknown clip is doubtful. The number is our choice.
 MIN_DOUBTFUL_PROBABILITY = 0.1
+DOUBTFUL = f"{100 * MIN_DOUBTFUL_PROBABILITY:.0f} to {100 * MIN_NAMED_PROBABILITY:.0f} %"
 UNKNOWN = "unknown "  # the name of a group of unknown people starts with this word
 FACE = "unknown face "  # the name of an unclear face, which is in no group, starts with these words
 # At a lower probability of its name, a clip leaves its group. We measured this on films: at 0.5,
@@ -227,13 +228,10 @@ class NamingRule(NamedTuple):
         rows = {"named if": self.about + chosen}
         rows |= self.threshold.describe() if self.threshold else {}
         if self.by == "new" and doubtful:
-            low, high = (
-                f"{100 * x:.0f}" for x in (MIN_DOUBTFUL_PROBABILITY, MIN_NAMED_PROBABILITY)
-            )
             wanted = count_needed_strangers(DEFAULT_FPIR)
             rows["doubtful"] = (
-                f"{messages.count(doubtful, 'unknown clip')}, whose best person has {low} to "
-                f"{high} %; with {wanted} clips of strangers, a measured limit decides"
+                f"{messages.count(doubtful, 'unknown clip')}, whose best person has {DOUBTFUL}; "
+                f"with {wanted} clips of strangers, a measured limit decides"
             )
         return rows
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vidjax.apps.gallery.enrolment import stack_vectors
+from vidjax.apps.gallery.enrolment import stack_parts
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.index import Ratios
 from vidjax.apps.gallery.ratios import MAX_VOICE_RATIO
@@ -59,14 +59,14 @@ def write_table(gallery: Gallery, path: Path) -> int:
     0. If a run without PLDA made the gallery, a clip has only one vector. Raises UserError if a
     modality is called like a column.
     """
-    names = sorted(name for name, clip in gallery.clips.items() if clip.identity is not None)
-    vectors = stack_vectors(names, gallery.clips, sum(gallery.backend.widths.values()))
+    state = gallery.state
+    names = sorted(name for name, clip in state.clips.items() if clip.identity is not None)
     columns: dict[str, tuple[str, Sequence[object] | np.ndarray]] = {
         "clip": ("string", names),
-        "identity": ("string", [gallery.clips[name].identity for name in names]),
+        "identity": ("string", [state.clips[name].identity for name in names]),
     }
-    whitened = gallery.backend.whiten(gallery.backend.split(vectors))
-    for part, z in zip(gallery.backend.widths, whitened, strict=True):
+    whitened = state.index.backend.whiten(stack_parts(state, names))
+    for part, z in zip(state.index.backend.widths, whitened, strict=True):
         if part in columns:
             raise UserError(
                 f"'{gallery.folder}' has vectors named '{part}', like a column of the table\n"

@@ -29,7 +29,6 @@ new training run without the clips removes this dependence.
 
 import contextlib
 import numbers
-import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -95,7 +94,6 @@ class Gallery:
         Raises:
           ValueError: the folder contains no gallery, or a file of the gallery is damaged.
         """
-        check_argument("Gallery: folder", folder, (str, os.PathLike), "the path of a folder")
         self._store = Store(folder)
         self._state = self._store.read()
         self._lock = threading.RLock()  # an older state must not replace a newer `_state`
@@ -139,7 +137,6 @@ class Gallery:
         Raises:
           ValueError: the folder is not empty, or no training clip has a label.
         """
-        check_argument("Gallery.create: folder", folder, (str, os.PathLike), "the path of a folder")
         Store(folder).check_new()
         run = run_vectors.restore(run)
         data = run_vectors.load_data(run, data)

@@ -58,9 +58,8 @@ def load_data(run: "Predictor", data: Dataset | None) -> Dataset:
 def make_origin(run: "Predictor") -> VectorOrigin:
     """Describes a run by its folder and a digest of its weights."""
     digest = files.sha256_json(sorted(run.manifest["files"].items()))
-    return VectorOrigin(
-        str(run.workdir), digest, run.model.system.model.gallery_settings() is not None
-    )
+    is_centred = run.model.system.model.gallery_settings() is not None
+    return VectorOrigin(str(run.workdir), digest, is_centred)
 
 
 def find_run(

@@ -49,7 +49,7 @@ from vidjax.apps.gallery.index import MAX_BLOCK_PEOPLE, Index
 from vidjax.apps.server_limits import LOCK_SECONDS
 from vidjax.models.two_covariance import Settings
 from vidjax.utils import files, json_files
-from vidjax.utils.errors import InUseError, UserError
+from vidjax.utils.errors import InUseError, UserError, check_argument
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.json_files import Count, Sha256, Size, Text
 from vidjax.utils.names import check_name, normal_form, show
@@ -187,6 +187,7 @@ class Store:
     """Reads and writes the file of the gallery in `folder`."""
 
     def __init__(self, folder: str | Path):
+        check_argument("Gallery: folder", folder, (str, os.PathLike), "the path of a folder")
         self.folder = files.local(folder).absolute()
         self.path = self.folder / GALLERY_FILE
 

@@ -168,10 +168,9 @@ def make_rule(
             f"but the gallery has {each * len(ratios):,}: {lowest}\n"
             "choose a higher fmr, enrol more strangers, or leave out fmr"
         )
-    model = (
-        "people are as near each other as here" if least > -math.log(rate) else "the model is right"
-    )
-    least = max(least, -math.log(rate))
+    usual = -math.log(rate)
+    model = "people are as near each other as here" if least > usual else "the model is right"
+    least = max(least, usual)
     about = f"the log ratio is {least:.6g} or more. If {model}, at most {100 * rate:g} % "
     about += f"of other people's clips reach it; with {needed} clips of strangers, it is measured"
     return MatchRule("model", rate, least, None, about)

@@ -331,9 +331,7 @@ class Application:
         """Returns the rule and the threshold by which a clip gets a name."""
         query = _convert(request.query_params, RuleParameters)
         self._check_ready()
-        rule = await self.batcher.run(
-            lambda: self.gallery.rule(fpir=query.fpir, threshold=query.threshold)
-        )
+        rule = await self.batcher.run(lambda: self.gallery.rule(**msgspec.structs.asdict(query)))
         strangers = None if rule.threshold is None else rule.threshold.to_dict()
         return _encode_json({**rule.to_dict(), "strangers": strangers})
 
