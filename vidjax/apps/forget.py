@@ -65,18 +65,22 @@ class Place(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """The folders and files that must be searched."""
+    """The folders and files that `vidjax forget` must search."""
 
     kind_of: dict[Path, str]  # folder -> kind, see `_find_kind`
     paths: list[Path]  # sorted files and folders, except inside "records" and "unfinished"
     found: list[Place]  # places that are empty or cannot be read
 
     def list_folders(self, kind: str) -> list[Path]:
-        """Returns the sorted folders of a kind."""
+        """Returns the sorted folders of a kind, such as `gallery`."""
         return sorted(folder for folder, found in self.kind_of.items() if found == kind)
 
     def find_whole(self, path: Path) -> Path | None:
-        """Returns `path` or the nearest folder above that has a kind in REMEDIES."""
+        """Returns the folder that is listed instead of the file `path`, or None.
+
+        It is the nearest folder above the file, or `path` itself, whose kind is in REMEDIES, such
+        as a run.
+        """
         return next((x for x in (path, *path.parents) if self.kind_of.get(x) in REMEDIES), None)
 
 
@@ -105,9 +109,9 @@ def forget(
 
     `identities` are the names of people, whose clips are also searched. `clips` are the names of
     other clips. If `delete` is True, the clips are deleted from galleries. Converted datasets and
-    unfinished files with any of the clips are deleted, too.
+    unfinished files that contain any of the clips are deleted, too.
 
-    Returns two results. The first is the list of places that contain a name or vector, or could not
+    Returns two values. The first is the list of places that contain a name or vector, or could not
     be searched. The second is searched name -> similar stored name, such as `Ada` -> `ada`.
 
     Raises UserError if a folder does not exist, or a name is empty or invalid.
@@ -146,7 +150,7 @@ def forget(
 
 
 def _open_galleries(folders: Iterable[Path], found: list[Place]) -> Iterator[Gallery]:
-    """Yields the galleries in `folders`. Adds folders that cannot be read to `found`."""
+    """Opens and yields the galleries in `folders`. Adds unreadable folders to `found`."""
     for folder in folders:
         try:
             yield Gallery(folder)
@@ -157,10 +161,13 @@ def _open_galleries(folders: Iterable[Path], found: list[Place]) -> Iterator[Gal
 def _search_galleries(
     galleries: Iterable[Gallery], people: Collection[str], asked: Collection[str], *, delete: bool
 ) -> tuple[list[Place], set[str], list[np.ndarray]]:
-    """Finds the clips of `people`, the clips `asked`, and copies of these clips.
+    """Finds the clips of `people`, the clips with the names `asked`, and copies of both.
 
-    If `delete` is True, deletes them. Also finds other clips with a name of these people or clips.
-    Returns the galleries with such clips, and the names and the vectors of the clips.
+    If `delete` is True, these clips are deleted. Other clips that only contain such a name or
+    vector are listed, but not deleted.
+
+    Returns three values: a `Place` for each gallery with such clips, the names of the clips, and
+    their vectors.
     """
     clips = [clip for gallery in galleries for clip in _list_clips(gallery)]
     own = {x for x in clips if x.identity in people or normal_form(x.name) in asked}
@@ -198,16 +205,19 @@ def _by_gallery(clips: Iterable[Clip]) -> list[tuple[Gallery, list[Clip]]]:
 def _find_copies(
     clips: Iterable[Clip], own: set[Clip], people: Iterable[str]
 ) -> tuple[set[Clip], set[Clip], set[bytes]]:
-    """Finds the clips with the same vectors as a clip in `own`, of strangers and of other people.
+    """Finds clips with the same vectors as a clip in `own`, of strangers and of other people.
 
-    All modalities that both clips have must be equal. A copy may have more vectors, so its copies
-    are searched, too. Returns:
-      copies: the clips of strangers, or of another spelling of a name in a gallery without clips
-        in `own`.
-      doubtful clips: the clips of other people. They are kept, because either person may have the
-        wrong clip.
-      vectors: of the copies and of `own`. If more than MOST_COPIES clips of a gallery have a
-        vector, it is no trace, and is left out.
+    The vectors must be equal in each modality, such as face, that both clips have. A copy may have
+    more modalities, so copies of a copy are found, too.
+
+    Returns three values:
+
+    - The copies: clips of strangers, and clips of a person whose name is another spelling of a name
+      in `people`. The second case only counts in galleries without clips in `own`.
+    - The doubtful clips: clips of other people. They are kept, because either person may have the
+      wrong clip.
+    - The vectors of the copies and of `own`. A vector that more than MOST_COPIES clips of a gallery
+      have shows nothing, and is left out.
     """
     holders = group_by_key((vector, clip) for clip in clips for vector in clip.vectors.items())
     spellings = [*people, *{clip.identity for clip in own if clip.identity}]
@@ -263,20 +273,20 @@ def _report_gallery(gallery: Gallery, clips: Collection[Clip], *, delete: bool) 
 
 
 def list_clear_names(clips: Iterable[str]) -> set[str]:
-    """Returns the names of clips without their ending. Leaves out names such as `1` or `a`.
+    """Returns the names of clips without `.mp4`, except short names such as `1` or `a`.
 
-    Nearly every file contains such short names. Clips with short names are found by person and
-    vector.
+    Nearly every file contains a short name. So clips with short names are found only by their
+    person and vector.
     """
     bare = map(names_lib.strip_ending, clips)
     return {name for name in bare if len(name) >= MIN_LETTERS and not name.isdigit()}
 
 
 def _search_files(survey: Survey, traces: Traces, *, delete: bool) -> Iterator[Place]:
-    """Describes the files and folders with any of `traces`.
+    """Searches the files of `survey`; yields a `Place` for each file that contains one of `traces`.
 
-    A folder of a kind in REMEDIES is described instead of its files. If `delete` is True, converted
-    datasets and unfinished files with any of `traces` are deleted.
+    If the file is in a folder of a kind in REMEDIES, such as a run, the folder is listed instead.
+    If `delete` is True, converted datasets and unfinished files that contain a trace are deleted.
     """
     seen = set[Path | None]()  # listed folders, and files of the same film or photo
     for path in survey.paths:
@@ -328,9 +338,11 @@ def _is_empty(folder: Path) -> bool:
 
 
 def _find_similar(wanted: set[str], others: set[str], *, closely: bool) -> dict[str, str]:
-    """Returns wanted name -> name in `others` that equals it after `fold`, as `ada` for `Ada`.
+    """Finds stored names that look like searched names; returns searched name -> stored name.
 
-    If no name is equal and `closely` is True, a name with a similar spelling is returned.
+    `wanted` are the searched names, and `others` the stored names. Two names look alike if they are
+    equal after `names.fold`, as `Ada` and `ada`. If `closely` is True, names with a similar
+    spelling look alike, too.
     """
     looks = {names_lib.fold(name): name for name in sorted(others, reverse=True)}
     near = {
@@ -363,10 +375,11 @@ def _survey(places: Iterable[Path]) -> Survey:
 
 
 def _find_kind(folder: Path, there: set[str]) -> str:
-    """Returns the kind of a folder that contains the files and folders `there`.
+    """Returns the kind of a folder. `there` are the names of its files and inner folders.
 
-    It is "gallery", "records" (a converted dataset), "unfinished" (a killed conversion), "run",
-    "export" (of a run or a gallery), "who" (results of `vidjax who`), or "" for another folder.
+    The kind is "gallery", "records" (a converted dataset), "unfinished" (a killed conversion),
+    "run", "export" (of a run or a gallery), "who" (results of `vidjax who`), or "" for another
+    folder.
     """
     kinds = {
         "unfinished": UNFINISHED.fullmatch(folder.name),
@@ -385,7 +398,7 @@ def _list_unread(path: str | Path, error: Exception) -> Place:
 
 
 def _delete_records(folder: Path) -> str:
-    """Deletes a converted dataset; returns the remedy in `Place`."""
+    """Deletes a converted dataset; returns a text that says what the user must do next."""
     with store.exclusive(folder):
         if store.remove(folder):
             return "deleted: the next run converts your files again"
@@ -405,7 +418,7 @@ def _report_unfinished(folder: Path, *, delete: bool) -> Place:
 
 
 def _read_people(folder: Path, found: list[Place]) -> set[str]:
-    """Returns the names of people in a run. If they cannot be read, adds the folder to `found`."""
+    """Returns the names of the people of a run. Adds the folder to `found` if it is unreadable."""
     path = folder / "identities.json"
     try:
         names = files.read_json(path, list, PEOPLE_BYTES) if files.exists(path) else []

@@ -73,14 +73,17 @@ class Line(Struct, kw_only=True, frozen=True, omit_defaults=True):
 
     @property
     def face(self) -> Face | None:
-        """The face that the line is about, if any."""
+        """The face that the line is about, or None."""
         if self.film is None or self.box is None:
             return None
         return Face(film=self.film, at=self.at, box=self.box, places=self.places)
 
 
 def make_face(film: str, track: "FaceTrack") -> Face | None:
-    """Returns the face of a track, or None if no box is known. `film` is the sha256 of the film."""
+    """Returns the face in a clip, or None if its box is not known.
+
+    `film` is the sha256 of the film. `track` is the clip.
+    """
     if track.box is None:
         return None
     places = track.places
@@ -99,12 +102,18 @@ def _to_size(box: Sequence[float]) -> Box:
 
 
 def about(face: Face, says: Any, **values: Any) -> Line:  # noqa: ANN401  (fields of `Line`)
-    """Returns a line of the log that is about a face."""
+    """Returns a line of the log about a face.
+
+    `says` is the word of the line, such as "is". `values` are other fields of `Line`.
+    """
     return Line(says=says, **msgspec.structs.asdict(face), **values)
 
 
 def stamp(lines: Iterable[Line]) -> list[Line]:
-    """Returns the lines of a step, with the present time. No two steps have the same time."""
+    """Returns the lines of a step with the present time in the field `when`.
+
+    No two steps have the same time.
+    """
     when = datetime.now(UTC).isoformat(timespec="microseconds")
     return [msgspec.structs.replace(line, when=when) for line in lines]
 
@@ -135,12 +144,12 @@ def read(out: Path) -> list[Line]:
 
 
 def has_log(out: Path) -> bool:
-    """Returns whether a folder contains a log."""
+    """Returns whether the folder `out` contains a log of names."""
     return files.exists(out / NAME)
 
 
 def append(out: Path, lines: Sequence[Line]) -> None:
-    """Adds lines to the log of a folder of results. Makes the log if there is none."""
+    """Adds lines to the log in the folder of results `out`. Makes the log if there is none."""
     if not lines and has_log(out):
         return
     with _lock(out), contextlib.closing(files.open_log(out / NAME)) as log:
@@ -151,7 +160,10 @@ def append(out: Path, lines: Sequence[Line]) -> None:
 
 
 def forget(out: Path, person: str) -> int:
-    """Replaces the lines of a person by lines without content; returns the number of lines."""
+    """Replaces all lines of the log that name a person by lines without content.
+
+    Returns the number of replaced lines.
+    """
     if not has_log(out):
         return 0
     with _lock(out):
@@ -169,7 +181,7 @@ def _lock(out: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def _is_whole(text: bytes) -> bool:
-    """Returns whether the end of a log is a line that only lacks its line end."""
+    """Returns whether `text`, the end of a log after its last line end, is a complete line."""
     try:
         return bool(msgspec.json.decode(text))
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -188,7 +200,7 @@ def _end_last_line(path: Path) -> None:
 
 
 class Act(NamedTuple):
-    """A change of names in a gallery of `vidjax who`. It is written into the log, too."""
+    """A change of a name in a gallery of `vidjax who`, which is written into the log, too."""
 
     says: str  # "is", "rename", "undo", or "forgotten" for a removed person
     what: str  # the clip, or the person

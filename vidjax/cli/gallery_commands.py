@@ -78,7 +78,10 @@ def _add_create(parser: Parser) -> None:
 
 
 def _add_clips(parser: Parser, **options: Any) -> "argparse._MutuallyExclusiveGroup":  # noqa: ANN401
-    """Adds the flags that name clips; returns their group. `options` belong to `--input`."""
+    """Adds the flags that name clips, such as `--input`; returns the group of these flags.
+
+    The flags of the group exclude each other. `options` are options of the flag `--input`.
+    """
     clips = parser.add_mutually_exclusive_group(required=True)
     about = "clips: a folder, a .parquet table or a .npz file"
     parser.flag("--input PATH", about + "; may be repeated" * bool(options), of=clips, **options)
@@ -279,7 +282,11 @@ def _create(args: argparse.Namespace) -> Result:
 
 
 def _refuse(args: argparse.Namespace, why: str, *names: str, remedy: str = "leave it out") -> None:
-    """Raises UserError if one of the flags `names` is given. `overrides` are --config.FIELD."""
+    """Raises UserError if one of the flags `names` is given, because it has no effect.
+
+    `why` says in which case, such as "with --models". `remedy` is what the user should do. The name
+    `overrides` stands for the flags --config.FIELD.
+    """
     for name in names:
         if given := getattr(args, name):
             flag = given[0] if name == "overrides" else f"--{name}"
@@ -307,7 +314,10 @@ def _load_split(args: argparse.Namespace, gallery: Gallery) -> "Dataset":
 
 
 def _embed(args: argparse.Namespace, gallery: Gallery) -> "tuple[float, Vectors]":
-    """Returns the time when the clips were loaded, and the embeddings of the clips."""
+    """Loads the clips of a command, and computes their embeddings.
+
+    Returns the time when the clips were loaded, and the embeddings.
+    """
     clips = gallery.load(args.input) if args.input else _load_split(args, gallery)
     return time.monotonic(), clip_inputs.embed(gallery, clips, args.split)
 
@@ -359,14 +369,18 @@ def _enrol(args: argparse.Namespace) -> Result:
 
 
 def _show_enrolled(gallery: Gallery, done: Mapping[str, Any], noun: str, texts: Facts) -> Result:
-    """Returns the result of an enrolment `done`, and warns if people contradict the card."""
+    """Returns the result of an enrolment. Warns if people contradict the card of the net.
+
+    `done` are values for JSON. `noun` is the word for the enrolled things, such as "face". `texts`
+    are further lines of the summary.
+    """
     card_notes.warn(gallery.state)
     enrolled = f"{messages.count(done['enrolled'], noun)}, {done['unchanged']:,} enrolled before"
     return _summarise(gallery, done, {"enrolled": enrolled, "unchanged": "", **texts})
 
 
 def _enrol_photos(args: argparse.Namespace) -> Result:
-    """Enrols the photos of a folder. If a photo is not enrolled, the exit code is 1."""
+    """Enrols the photos of a folder. The exit code is 1 if a photo is not enrolled."""
     from vidjax.apps.video import people_photos
 
     remedy = (
@@ -471,7 +485,11 @@ def _verify(args: argparse.Namespace) -> Result:
 def _process_tables(
     args: argparse.Namespace, work: type[bulk.TableTask], **options: int
 ) -> Result | None:
-    """Answers for a folder of tables. If `--input` is no such folder, returns None."""
+    """Answers for a folder of tables of clips; returns None if `--input` is no such folder.
+
+    `work` is the class that makes the results of a table. `options` are its arguments, in addition
+    to `--fpir` and `--threshold`.
+    """
     inputs = bulk.list_tables(args.input) if args.input else []
     if not inputs:
         return None
@@ -532,7 +550,7 @@ def _relabel(args: argparse.Namespace) -> Result:
 
 
 def _migrate(args: argparse.Namespace) -> Result:
-    """Copies the people of a gallery. If a person has no clip left, the exit code is 1."""
+    """Enrols the people of a gallery in another gallery. The exit code is 1 if a person is lost."""
     old, new, path = Gallery(args.gallery), Gallery(args.new), args.input
     features_folder.check_models(path, new.origin.cards)
     done = migrate(old, new, clip_inputs.load_all(new, path))

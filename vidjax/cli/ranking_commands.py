@@ -45,7 +45,10 @@ def _add_flags(parser: Parser, out: str) -> None:
 
 
 def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Result:
-    """Runs `vidjax rank` or `vidjax embed`, and writes the ranking or the vectors."""
+    """Runs `vidjax rank` or `vidjax embed`: writes a ranking or vectors.
+
+    `work` is the class that makes the results of a table of clips.
+    """
     from vidjax.runs import config_io
     from vidjax.training import public
 

@@ -86,7 +86,7 @@ class Answer(NamedTuple):
     evidence: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
-        """Returns values for JSON. A score of -inf becomes None."""
+        """Returns the fields as values for JSON. A score of -inf becomes None."""
         return {
             "identity": self.identity,
             "probability": self.probability,
@@ -101,14 +101,14 @@ NOBODY = Answer(None, 0.0, -math.inf, ())
 
 
 def join_answers(vote: Answer, own: Sequence[Answer]) -> list[Answer]:
-    """Returns the answers for the clips of a group.
+    """Returns the answers for the clips of a group, whose clips probably show one person.
 
     If at least one clip would get the name of the group by itself, all clips get this name. The
     probability is the lower one of the group and the clip. A clip that speaks against the name
-    leaves the group.
+    leaves the group: it gets its own answer.
 
     Args:
-      vote: the answer for the whole group.
+      vote: the answer for all clips of the group together.
       own: the answer for each single clip, with at least 10 identities.
     """
     if vote.identity is None:
@@ -119,7 +119,7 @@ def join_answers(vote: Answer, own: Sequence[Answer]) -> list[Answer]:
 
 
 def _join_answer(vote: Answer, own: Answer) -> Answer:
-    """Returns the answer for a clip of a group that has a name."""
+    """Returns the answer for a clip with the answer `own`, if its group has the name `vote`."""
     probability = dict(own.best).get(str(vote.identity), 0.0)
     if probability < LEAST_OWN_PROBABILITY:
         return own
@@ -154,7 +154,7 @@ class Threshold(NamedTuple):
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % confidence interval of the share of new strangers that reach the threshold."""
+        """The 95 % confidence interval of the share of new strangers above the threshold."""
         return metrics.fpir_interval(self.num_alarms, self.num_strangers)
 
     def to_dict(self) -> dict[str, object]:
@@ -162,7 +162,7 @@ class Threshold(NamedTuple):
         return {**self._asdict(), **dict(zip(("low", "high"), self.interval, strict=True))}
 
     def describe(self) -> dict[str, str]:
-        """Returns rows for the terminal, label -> text."""
+        """Returns rows for the terminal: label -> text."""
         low, high = map(share, self.interval)
         return {
             "threshold": f"{describe_probability(self.score)} (logarithm {self.score:.6g})",
@@ -207,21 +207,24 @@ class NamingRule(NamedTuple):
         return (best >= self.score) & (best > others)
 
     def to_dict(self) -> dict[str, object]:
-        """Returns values for JSON, without the measured threshold."""
+        """Returns the rule as values for JSON, without the measured threshold."""
         score = self.score if math.isfinite(self.score) else None
         values = {"score": score, "probability": math.exp(min(self.score, 0.0))}
         return {"by": self.by, **values, "default": self.default, "about": self.about}
 
     def to_entries(self) -> dict[str, object]:
-        """Returns the entries `rule` and `threshold` of the result of a command."""
+        """Returns values for JSON: the rule as `rule`, and the measured threshold as `threshold`.
+
+        `threshold` is None if no threshold was measured.
+        """
         limit = self.threshold
         return {"rule": self.to_dict(), "threshold": limit and limit.to_dict()}
 
     def describe(self, doubtful: int = 0) -> dict[str, str]:
-        """Returns rows for the terminal, label -> text.
+        """Returns rows for the terminal: label -> text.
 
-        `doubtful` is the number of doubtful clips, see `count_doubtful`. A rule of the kind `new`
-        has a row about them.
+        `doubtful` is the number of unknown clips with a probability of 0.1 to 0.5, see
+        `count_doubtful`. Only a rule of the kind `new` has a row about them.
         """
         can_choose = self.default and math.isfinite(self.score)
         chosen = " (to choose another rule: --fpir=R or --threshold=P)" if can_choose else ""
@@ -236,9 +239,11 @@ class NamingRule(NamedTuple):
         return rows
 
     def answer(self, nearest: index_lib.Nearest, *, cards: bool) -> Answer:
-        """Returns the answer for a clip, from its most probable people.
+        """Returns the answer for a clip.
 
-        `cards` is True in a gallery of models, see `Gallery.of_models`.
+        `nearest` are the most probable people of the clip. `cards` is True in a gallery of nets,
+        see `Gallery.of_models`. Such a gallery gives a name only if the clip and the person have a
+        modality, such as face, in common.
         """
         if not nearest.best:
             return NOBODY
@@ -258,7 +263,11 @@ def check_rate(name: str, rate: float | None) -> None:
 
 
 def check_choice(fpir: float | None, threshold: float | None) -> None:
-    """Raises UserError if `fpir` is not in (0, 1), `threshold` not in (0, 1], or both are given."""
+    """Checks the two arguments that choose when a clip gets a name.
+
+    Raises UserError if `fpir` is not in (0, 1), if `threshold` is not in (0, 1], or if both are
+    given.
+    """
     check_rate("fpir", fpir)
     check_argument("threshold", threshold, (numbers.Real, type(None)), "a number, or None")
     if fpir is not None and threshold is not None:
@@ -274,12 +283,15 @@ def check_choice(fpir: float | None, threshold: float | None) -> None:
 
 
 def count_needed_strangers(fpir: float) -> int:
-    """Returns how many clips of strangers a threshold for `fpir` needs, at least 1."""
+    """Returns how many clips of strangers a threshold for the rate `fpir` needs, at least 1."""
     return max(1, math.ceil(min(1 / fpir, 1e18) - 1e-9) - 1)
 
 
 def check_strangers(count: int, fpir: float) -> None:
-    """Raises UserError if `count` clips of strangers are too few for a threshold for `fpir`."""
+    """Raises UserError if `count` clips of strangers are too few to measure a threshold.
+
+    `fpir` is the false positive identification rate that the user chose.
+    """
     check_rate("fpir", fpir)
     if count < count_needed_strangers(fpir):
         raise UserError(
@@ -316,7 +328,10 @@ def require_people(state: State) -> None:
 
 
 def measure_on_strangers(state: State, fpir: float) -> Threshold:
-    """Returns the threshold for `fpir`, see `Gallery.threshold`."""
+    """Compares all clips of strangers with all people; returns the threshold for `fpir`.
+
+    For the errors, see `Gallery.threshold`.
+    """
     require_people(state)
 
     def compare() -> np.ndarray:
@@ -332,7 +347,10 @@ def measure_on_strangers(state: State, fpir: float) -> Threshold:
 
 
 def choose_rule(state: State, fpir: float | None, threshold: float | None) -> NamingRule:
-    """Returns the rule that decides if a clip gets a name, see `Gallery.identify`."""
+    """Returns the rule that decides if a clip gets a name.
+
+    For `fpir` and `threshold`, see `Gallery.identify`. At most one of them is given.
+    """
     require_people(state)
     check_choice(fpir, threshold)
     if about := card_notes.REFUSED.get(card_notes.compare(state).problem):
@@ -359,7 +377,7 @@ def choose_rule(state: State, fpir: float | None, threshold: float | None) -> Na
 
 
 def _describe_growth(state: State) -> str:
-    """Returns why known clips get no name in a gallery that has outgrown its run, or ""."""
+    """Returns a warning if a gallery has far more people than its run was fitted to, or ""."""
     clips = state.clips.values()
     fitted = state.index.remember(
         "fitted", lambda: len({x.identity for x in clips if x.fitted and x.identity})
@@ -380,7 +398,10 @@ def identify(
     groups: Mapping[str, str] | None,
     advance: Advance,
 ) -> dict[str, Answer]:
-    """Identifies the person in each clip by `rule`, see `Gallery.identify`."""
+    """Identifies the person in each clip by `rule`; returns clip -> answer.
+
+    `vectors` are the vectors of the clips. For the other arguments, see `Gallery.identify`.
+    """
     parts, owner = list(vectors.parts.values()), np.arange(len(vectors.names))
     if groups is not None:
         # The bool distinguishes a clip without a group from a group with the name of the clip.
@@ -412,9 +433,10 @@ def identify(
 def rank(
     state: State, rule: NamingRule, vectors: Vectors, advance: Advance
 ) -> dict[str, list[tuple[str, float]]]:
-    """Lists the most probable clips of each person, see `Gallery.rank`.
+    """Lists the most probable clips of each person: returns identity -> list of (clip, score).
 
-    If the user has chosen `rule`, a list contains only clips that get the name of the person.
+    `vectors` are the vectors of the clips. If the user has chosen `rule`, a list contains only
+    clips that get the name of the person. For more, see `Gallery.rank`.
     """
     searched = state.index
     identities = labels.sort_identities(searched.names)
@@ -460,9 +482,9 @@ def _sum_others(scores: np.ndarray) -> np.ndarray:
 
 
 def name_groups(clips: Sequence[str], labels: np.ndarray) -> dict[str, str]:
-    """Names the groups of N clips: `unknown 1` for the largest group, and so on.
+    """Names the groups of N clips by size: `unknown 1` is the largest group, and so on.
 
-    `labels` [N] int are the groups of the clips. Returns clip -> name of its group.
+    `labels` [N] int are the groups of the `clips`. Returns clip -> name of its group.
     """
     order = Counter(labels.tolist()).most_common()  # equal counts are in the order of the clips
     number = {label: place for place, (label, _) in enumerate(order, 1)}
@@ -475,7 +497,11 @@ def parse_group_number(group: str) -> int:
 
 
 def count_unknown(groups: Iterable[str]) -> tuple[int, int, str]:
-    """Counts unknown people and unclear faces in `groups`. Also returns both counts as text."""
+    """Counts the unknown people and the unclear faces in `groups`, names such as `unknown 3`.
+
+    Returns the number of people, the number of unclear faces, and both as text, such as `2 people
+    and 1 unclear face`.
+    """
     names = {*groups}
     faces = sum(name.startswith(FACE) for name in names)
     people = len(names) - faces
@@ -504,10 +530,9 @@ def write_groups(
 def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
     """Reads a table of `write_groups` that a user has edited; returns clip -> person.
 
-    Other tables of clips and people are read, too, see `labels.read_table`. Groups that are still
-    called `unknown N` or `unknown face N` are left out, and so are clips without a name. If
-    `unknown` is True, groups are kept. Raises UserError if a line is malformed, or if a clip has
-    two names.
+    Other tables of clips and people are read, too, see `labels.read_table`. Clips without a name
+    are left out. If `unknown` is False, so are clips whose group is still called `unknown N` or
+    `unknown face N`. Raises UserError if a line is malformed, or if a clip has two names.
     """
     names = labels.clean_labels(labels.read_table(path))
     return {clip: name for clip, name in names.items() if unknown or not is_unknown(name)}
@@ -554,12 +579,12 @@ def write(path: Path, answers: Answers) -> None:
 
 
 class Identify(bulk.TableTask):
-    """Identifies the clips of a parquet table. `options` are arguments of `Gallery.identify`."""
+    """Identifies the clips of a parquet table. For the arguments, see `TableTask`."""
 
     num_doubtful = 0  # of all tables, see `count_doubtful`
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
-        """Returns the answers for clips as the columns of a table."""
+        """Returns the answers for `clips` as a table: name of a column -> (type, values)."""
         answers = self.trained.identify(clips, **self.options)
         self.num_doubtful += count_doubtful(answers)
         most = min(int(self.options.get("k") or 5), len(self.trained.identities))
@@ -581,5 +606,5 @@ def _rows(answers: Answers, most: int) -> Iterator[tuple[object, ...]]:
 
 
 def as_json(clip: str, answer: Answer) -> dict[str, object]:
-    """Returns the answer for a clip as values for JSON."""
+    """Returns the name of a clip and the answer for this clip as values for JSON."""
     return {"clip": clip, **answer.to_dict()}

@@ -18,11 +18,11 @@ from vidjax.utils.version import VERSION
 
 
 def write_gallery(format_name: str, gallery: Gallery, folder: Path) -> dict[str, Any]:
-    """Writes the arrays of a gallery and `reader.py` into a folder.
+    """Writes the arrays of a gallery, and `reader.py` that scores clips with them, into a folder.
 
-    Reads the files again and compares the scores of random clips with the scores of the gallery.
-    Returns the entries of `export.json` that describe the arrays. Raises UserError if the largest
-    error is above `array_files.TOLERANCE`, or if the format is only for runs.
+    Reads the files again, and compares the scores of random clips with the scores of the gallery.
+    Returns entries of `export.json`, name -> value, that describe the arrays. Raises UserError if
+    the largest error is above `array_files.TOLERANCE`, or if the format is only for runs.
     """
     if not (name := FORMATS[format_name].gallery_file):
         raise UserError(
@@ -53,11 +53,11 @@ def write_gallery(format_name: str, gallery: Gallery, folder: Path) -> dict[str,
 
 
 def write_table(gallery: Gallery, path: Path) -> int:
-    """Writes a .parquet table of the enrolled clips; returns their number.
+    """Writes a .parquet table of the enrolled clips; returns the number of clips.
 
-    Columns: `clip`, `identity`, and a unit vector per modality. The vector of a missing modality is
-    0. If a run without PLDA made the gallery, a clip has only one vector. Raises UserError if a
-    modality is called like a column.
+    The columns are `clip`, `identity`, and for each modality, such as `face`, a unit vector. The
+    vector of a missing modality is 0. If a run without PLDA made the gallery, a clip has only one
+    vector. Raises UserError if a modality has the name of another column.
     """
     state = gallery.state
     names = sorted(name for name, clip in state.clips.items() if clip.identity is not None)
@@ -81,12 +81,14 @@ def write_table(gallery: Gallery, path: Path) -> int:
 
 
 def make_arrays(gallery: Gallery) -> dict[str, np.ndarray]:
-    """Returns the arrays of a gallery, name -> array. `export.array_files` lists them.
+    """Returns the arrays that `reader.py` of an exported gallery needs: name -> array.
 
-    People are in the order of `gallery.index.names`. If a modality is compared by distances, the
-    arrays `share`, `radius`, `variance` and `card` of `backend.DistanceRatios` replace `transform`,
-    `constant`, `curve`, `kind` and `scale`. Here, `variance` is the sum of the variance of
-    `DistanceRatios` and of `Distances.within`.
+    `evaluation.export.array_files` explains each array. People are in the order of
+    `gallery.index.names`. The arrays of a modality depend on how its vectors are compared:
+
+    - By PLDA: `transform`, `constant`, `curve`, `kind` and `scale`.
+    - By distances: `share`, `radius`, `variance` and `card`, from `index.DistanceRatios`. Here,
+      `variance` also includes the variance of a clip, `Distances.within`.
     """
     index, backend = gallery.index, gallery.backend
     if not index.names:

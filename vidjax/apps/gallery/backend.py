@@ -56,7 +56,7 @@ class Part(NamedTuple):
             return np.asarray((x - self.space.mean) @ self.space.transform)
 
     def describe(self, count: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns `linear` [P, D] and `constant` [P] of P people, as in the class `People`.
+        """Returns the coefficients `linear` [P, D] and `constant` [P] of P people, see `People`.
 
         `count` [P] is the number of clips of each person. `total` [P, D] is the sum of their unit
         vectors.
@@ -92,14 +92,14 @@ class People(NamedTuple):
     num_clips: np.ndarray
 
     def take(self, rows: Sequence[int] | np.ndarray) -> "People":
-        """Selects people by their indices."""
+        """Selects people by their indices `rows`."""
         linear = tuple(x[rows] for x in self.linear)
         names = tuple(self.names[row] for row in rows)
         return People(names, linear, self.constant[:, rows], self.num_clips[:, rows])
 
 
 class Backend(NamedTuple):
-    """The parameters that compare the vectors of M modalities."""
+    """The parameters that compare the vectors of M modalities, such as face and audio."""
 
     parts: tuple[Part, ...]  # the parameters of each modality
     settings: Settings  # the parameters for all modalities
@@ -119,9 +119,10 @@ class Backend(NamedTuple):
         return [unit(part, x) for part, x in zip(self.parts, parts, strict=True)]
 
     def whiten(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Returns the coordinates of Q clips, M arrays [Q, D], see `Part.coordinates`.
+        """Returns the PLDA coordinates of Q clips. `parts` are their vectors, M arrays [Q, D].
 
-        A missing modality has coordinates of 0.
+        The result has M arrays [Q, D], too. A missing modality has coordinates of 0. If a modality
+        is not compared by PLDA, the coordinates are the centred unit vectors.
         """
         pairs = zip(self.parts, self.units(parts), strict=True)
         return [np.where(x.any(axis=1, keepdims=True), part.coordinates(x), 0) for part, x in pairs]
@@ -209,10 +210,12 @@ def fit(
 
 
 def measure_shared(vectors: Mapping[str, np.ndarray], labels: np.ndarray) -> float:
-    """Returns the share of the variance within people that is missing, as in photos of one day.
+    """Measures how much more alike the clips of a person are than clips of different days.
 
-    The result is the smallest `Covariances.shared` of all modalities. `vectors` are modality ->
-    unit vectors [N, D], and `labels` [N] int the person of each clip, from 1.
+    Returns a share from 0 to 1 of the usual variance between a person's clips: the share that is
+    missing, because photos of one day look alike. It is the smallest share of all modalities, see
+    `Covariances.shared`. `vectors` are modality -> unit vectors [N, D], and `labels` [N] int the
+    person of each clip, from 1.
     """
     shared = []
     for x in vectors.values():
@@ -224,10 +227,10 @@ def measure_shared(vectors: Mapping[str, np.ndarray], labels: np.ndarray) -> flo
 
 
 def make_card_backend(back_ends: "Mapping[str, BackEnd]") -> Backend:
-    """Makes a back end that compares clips by distances.
+    """Makes the parameters that compare clips by distances.
 
-    `back_ends` are modality -> distribution of cosines, from the card of an embedding net. Half of
-    the clips are expected to show strangers.
+    `back_ends` are modality -> distributions of cosines, from the card (the JSON file) of each
+    embedding net. Half of the clips are expected to show strangers.
     """
     parts = []
     for name, back_end in back_ends.items():
@@ -241,9 +244,9 @@ def make_card_backend(back_ends: "Mapping[str, BackEnd]") -> Backend:
 
 
 def compare_equal(old: Backend, new: Backend) -> bool:
-    """Returns whether two back ends have the same numbers for the modalities of `old`.
+    """Returns whether two back ends have the same parameters, except for rounding errors.
 
-    Rounding errors are ignored.
+    Only the modalities of `old` are compared.
     """
     parts = {part.name: part.arrays() for part in new.parts}
     pairs = [(part.arrays(), parts.get(part.name, [])) for part in old.parts]
@@ -296,7 +299,7 @@ def unit(part: Part, x: np.ndarray) -> np.ndarray:
 
 
 class Kind(Struct, omit_defaults=True):
-    """A description of the arrays of a part, see `Part.arrays`."""
+    """The sizes of the parameters of one modality, with which `from_numbers` reads them."""
 
     name: Text  # the modality, or `embedding`
     width: Size  # D
@@ -305,7 +308,7 @@ class Kind(Struct, omit_defaults=True):
 
     @property
     def sizes(self) -> list[int]:
-        """The number of values in each array of a part."""
+        """The number of values in each array of `Part.arrays`."""
         width = self.width
         if self.by_card:
             return [width, len(Distances._fields), *([width] if self.has_mean else [])]
@@ -313,7 +316,10 @@ class Kind(Struct, omit_defaults=True):
 
 
 def from_numbers(kinds: Sequence[Kind], settings: Settings, numbers: np.ndarray) -> Backend:
-    """Makes a back end from `numbers`, which `Backend.numbers` returned."""
+    """Makes a back end from a flat float64 array, which `Backend.numbers` returned.
+
+    `kinds` describe the modalities. `settings` are the parameters for all modalities.
+    """
     parts, left = [], numbers.astype(np.float64)
     for kind in kinds:
         centre, *arrays, left = np.split(left, np.cumsum(kind.sizes))

@@ -1,6 +1,7 @@
-"""The cards of a gallery's nets: reads them, compares people with them, and describes problems.
+"""Reads the cards of a gallery's nets, and warns if enrolled people contradict a card.
 
-A card is the JSON file of a net. `models.card_check` explains how far a card can be believed.
+A card is the JSON file of a net. It says how much the vectors of one person and of two people
+differ. `models.card_check` explains how far a card can be believed.
 """
 
 import os
@@ -37,10 +38,10 @@ LEAST_BETWEEN, MOST_DEVIATION = 0.5, 1.4
 
 
 def read_cards(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
-    """Reads the cards of models, the JSON files that describe them.
+    """Reads the JSON files (cards) that describe the nets in the folder `models`.
 
-    Returns a description of the models, and modality -> distribution of cosines. Raises UserError
-    if no card contains such a distribution.
+    Returns a description of the nets, and modality -> distribution of cosines. Raises UserError if
+    no card contains such a distribution.
     """
     from vidjax.apps import cards
 
@@ -60,7 +61,10 @@ def read_cards(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
 
 
 def _read_back_ends(origin: VectorOrigin) -> "dict[str, BackEnd]":
-    """Returns modality -> numbers in the card of its net; {} if the cards are not found."""
+    """Returns modality -> distribution of cosines, from the cards of a gallery's nets.
+
+    Returns {} if the cards are not found, or if the nets have changed.
+    """
     from vidjax.apps import cards
 
     was = origin.cards
@@ -122,10 +126,11 @@ def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> t
 
 
 def compare(state: State) -> Comparison:
-    """Compares the enrolled people with the card of the net of faces.
+    """Compares the enrolled faces with the card of the face net, its JSON file.
 
-    Without such a card, there is no problem. If nobody has measured the card, `check_apart` and
-    `judge` may find a problem, too, and one or two people do not show that the net fits.
+    The field `problem` of the result is "" if the faces fit the card, or if there is no such card.
+    The earlier results of `check_apart` and `judge` count, too. If nobody has measured the card,
+    one or two people are too few to show that the net fits, so `problem` is "few".
     """
     comparison, unmeasured = state.index.card_comparison, state.origin.unmeasured
     is_close = comparison.problem == "closer" and comparison.between < LEAST_BETWEEN
@@ -139,7 +144,11 @@ def compare(state: State) -> Comparison:
 
 
 def check_apart(state: State, vectors: Vectors, apart: Iterable[tuple[str, str, float]]) -> State:
-    """Returns a state with the result `separates`, see `Gallery.check_apart`."""
+    """Compares pairs of faces of two people with a card that nobody has measured.
+
+    Returns `state` with the result in the field `separates`. The result is None if somebody has
+    measured the card. For the other arguments, see `Gallery.check_apart`.
+    """
     backend, separates = state.index.backend, None
     if state.origin.unmeasured:
         number = [*backend.widths].index("face")
@@ -154,9 +163,10 @@ def check_apart(state: State, vectors: Vectors, apart: Iterable[tuple[str, str, 
 def judge(state: State, mirrored: Sequence[float]) -> State:
     """Returns a state that names nobody if a mirrored photo differs like another person.
 
-    `mirrored` are cosines of the vectors of enrolled photos and their mirror images. If there are
-    fewer than two, for example because photos are missing, the earlier result stays. For a single
-    person and a card that nobody has measured, one cosine is enough.
+    `mirrored` are the cosines of the vectors of enrolled photos and of their mirror images. If
+    there are fewer than two cosines, for example because photos are missing, the state stays the
+    same. One cosine is enough if only one person is enrolled and nobody has measured the card of
+    the net.
     """
     comparison, origin = state.index.card_comparison, state.origin
     if len(mirrored) < (1 if len(state.index.names) == 1 and origin.unmeasured else 2):
@@ -166,7 +176,10 @@ def judge(state: State, mirrored: Sequence[float]) -> State:
 
 
 def check_mirrored(gallery: "Gallery", cosines: Sequence[float]) -> None:
-    """Stores the result of `judge` in a gallery: whether its net separates people."""
+    """Stores in a gallery whether its net separates people, as `judge` decides.
+
+    `cosines` are the argument `mirrored` of `judge`.
+    """
     with gallery.change() as draft:
         state = judge(draft.present, cosines)
         if state.origin != draft.present.origin:
@@ -174,7 +187,7 @@ def check_mirrored(gallery: "Gallery", cosines: Sequence[float]) -> None:
 
 
 def describe(state: State) -> str:
-    """Returns why names are wrong or seldom given, and a remedy. Returns "" if names are right."""
+    """Returns why names are wrong or seldom given, with a remedy, or "" if there is no problem."""
     models = state.origin.workdir
     if not state.index.names:
         return ""
@@ -194,7 +207,10 @@ def describe(state: State) -> str:
 
 
 def warn(state: State, known: str = "") -> str:
-    """Returns how people contradict the card, or "". Prints the text unless it is `known`."""
+    """Returns how enrolled people contradict the card of the net, or "".
+
+    Prints the text, except if it equals `known`, the text of an earlier call.
+    """
     problem = _describe_problem(state)
     if problem not in ("", known):
         say(problem, warning=True)
@@ -202,7 +218,7 @@ def warn(state: State, known: str = "") -> str:
 
 
 def _describe_problem(state: State) -> str:
-    """Returns how the enrolled people contradict the card, with a remedy, or ""."""
+    """Returns how enrolled people contradict the card of the net, with a remedy, or ""."""
     comparison, origin = compare(state), state.origin
     if comparison.problem == "closer" and comparison.between < card_check.SAME:
         return f"your people are as alike as photos of one person\n{TWO_NAMES}"

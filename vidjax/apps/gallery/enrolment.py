@@ -56,10 +56,10 @@ def enrol(
 def _stack_films(
     names: Iterable[str], clips: Mapping[str, StoredClip], width: int
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Groups N clips by person and film. The clips of a film are adjacent in the results.
+    """Groups N clips by person and film. In the results, the clips of a film are adjacent.
 
-    Returns the person of each film, the film of each clip, [N] int, and the vectors of the clips,
-    [N, width] float32.
+    Returns three values: the person of each film; the film of each clip, [N] int; the vectors of
+    the clips, [N, width] float32.
     """
     films = group_by_key(
         ((clips[name].identity or STRANGER, cut_film_name(name)), name) for name in names
@@ -76,7 +76,7 @@ def stack_vectors(names: Sequence[str], clips: Mapping[str, StoredClip], width: 
 
 
 def stack_parts(state: State, names: Sequence[str]) -> list[np.ndarray]:
-    """Returns the vectors of N enrolled clips, M arrays [N, D]."""
+    """Returns the vectors of N enrolled clips, an array [N, D] for each of M modalities."""
     backend = state.index.backend
     return backend.split(stack_vectors(names, state.clips, sum(backend.widths.values())))
 
@@ -109,7 +109,10 @@ def stack_people(
 
 
 def refit(state: State) -> State:
-    """Returns a state whose back end is fitted to its present clips."""
+    """Fits the parameters that compare vectors again, to the present clips of a gallery.
+
+    Returns the new content of the gallery.
+    """
     fitted = stack_people(state.clips, state.index.backend.widths)
     backend = backend_lib.fit(*fitted, centred=state.origin.centred)
     clips = {
@@ -121,7 +124,7 @@ def refit(state: State) -> State:
 def make_state(
     version: int, origin: VectorOrigin, backend: Backend, clips: Mapping[str, StoredClip]
 ) -> State:
-    """Returns a state, with the coefficients of all people in `clips`."""
+    """Makes the content of a gallery from its clips: computes the coefficients of all people."""
     clips_of = list_clips_of(clips)
     people = {name: clips_of[name] for name in sorted(clips_of.keys() - {STRANGER})}
     blocks = enrol(backend, people, clips, of_plda=origin.counts_every_clip)

@@ -145,17 +145,17 @@ class Gallery:
 
     @classmethod
     def of_models(cls, folder: str | Path, models: str | Path) -> "Gallery":
-        """Makes an empty gallery for features that `vidjax extract` computes with the given models.
+        """Makes an empty gallery for features that `vidjax extract` computes with the given nets.
 
-        Clips are compared by the distances of their vectors. Each model has a JSON file, its card,
+        Clips are compared by the distances of their vectors. Each net has a JSON file, its card,
         with the distribution of these distances.
 
         Args:
           folder: a new or empty folder.
-          models: the folder of the models and their cards, see `vidjax.apps.cards`.
+          models: the folder of the nets and their cards, see `vidjax.apps.cards`.
 
         Raises:
-          ValueError: no card of a face or voice model contains a distribution of distances.
+          ValueError: no card of a face or voice net contains a distribution of distances.
         """
         origin, back_ends = card_notes.read_cards(models)
         return cls.of_clips(folder, origin, backend_lib.make_card_backend(back_ends), {})
@@ -170,10 +170,14 @@ class Gallery:
         *,
         run: "Predictor | None" = None,
     ) -> "Gallery":
-        """Makes a gallery of clips whose vectors are known, in a new or empty folder.
+        """Makes a gallery of clips whose vectors are known.
 
-        `origin` describes the run or the models that computed the vectors. `backend` has the
-        parameters that compare vectors. `clips` are name -> clip. `run` is the loaded run, if any.
+        Args:
+          folder: a new or empty folder.
+          origin: a description of the run or the nets that computed the vectors.
+          backend: the parameters that compare vectors.
+          clips: name -> clip.
+          run: the loaded run, if a run computed the vectors.
         """
         store, width = Store(folder), check_width(backend)
         clips = {name: check_clip(name, clip, width) for name, clip in clips.items()}
@@ -317,11 +321,11 @@ class Gallery:
 
     @property
     def source(self) -> NetVectors | RunVectors:
-        """The object that reads clips, and computes their vectors."""
+        """The object that reads clips and computes their vectors."""
         return NetVectors(self.backend) if self.origin.cards else RunVectors(self.run)
 
     def load(self, path: str | Path) -> MemoryClips:
-        """Loads the clips of a folder or parquet table with the modalities of the gallery."""
+        """Loads the clips of a folder or table, with the modalities that the gallery uses."""
         widths, quality = self.source.reads
         return load_clips(path, widths, (), quality=quality, nets=self.origin.cards)
 
@@ -472,11 +476,12 @@ class Gallery:
         return answers_lib.name_groups(vectors.names, labels)
 
     def check_apart(self, vectors: Vectors, apart: Iterable[tuple[str, str, float]]) -> None:
-        """Compares faces of different people with a card that nobody has measured.
+        """Compares faces that certainly show different people with a card that nobody has measured.
 
-        If the faces contradict the card, nobody gets a name. One or two enrolled people get names
-        only if the faces fit the card. Only this object changes, and no file. `apart` lists (clip,
-        other clip, clarity of the better face).
+        If the faces contradict the card, the JSON file of the net, nobody gets a name. One or two
+        enrolled people get names only if the faces fit the card. Only this object changes, and no
+        file. `vectors` are the vectors of the clips. `apart` lists (clip, other clip, clarity of
+        the better face, 0 to 1).
         """
         with self._lock:
             self._state = card_notes.check_apart(self.state, vectors, apart)
@@ -493,7 +498,7 @@ class Gallery:
         return answers_lib.measure_on_strangers(self.state, fpir)
 
     def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> NamingRule:
-        """Returns the rule that decides if a clip gets a name. See `identify` for the arguments."""
+        """Returns the rule that decides if a clip gets a name. See `identify` for its arguments."""
         return answers_lib.choose_rule(self.state, fpir, threshold)
 
     def identify(

@@ -1,4 +1,7 @@
-"""Computes the vectors of a gallery with a training run. Functions that use the run import JAX."""
+"""Computes the vectors of a gallery with a training run.
+
+JAX is imported in the functions that use the run.
+"""
 
 import os
 import shlex
@@ -33,7 +36,7 @@ EMBEDDING = "embedding"  # if the run is not PLDA, this word replaces the modali
 
 
 def restore(run: "Predictor | str | Path") -> "Predictor":
-    """Loads a run from its folder. A loaded run is returned unchanged."""
+    """Loads a run from its folder. If `run` is already a loaded run, returns it unchanged."""
     from vidjax.evaluation import predict
 
     if isinstance(run, predict.Predictor):
@@ -43,7 +46,10 @@ def restore(run: "Predictor | str | Path") -> "Predictor":
 
 
 def load_data(run: "Predictor", data: Dataset | None) -> Dataset:
-    """Returns `data`. By default, loads the dataset of the run, and checks its digests."""
+    """Returns the dataset of a run: `data` if it is given, otherwise the loaded dataset.
+
+    A loaded dataset is compared with the digests that the run has stored.
+    """
     from vidjax.runs import digests
     from vidjax.training import public
 
@@ -56,7 +62,7 @@ def load_data(run: "Predictor", data: Dataset | None) -> Dataset:
 
 
 def make_origin(run: "Predictor") -> VectorOrigin:
-    """Describes a run by its folder and a digest of its weights."""
+    """Describes a run: by its folder, a digest of its weights, and whether it centres vectors."""
     digest = files.sha256_json(sorted(run.manifest["files"].items()))
     is_centred = run.model.system.model.gallery_settings() is not None
     return VectorOrigin(str(run.workdir), digest, is_centred)
@@ -107,13 +113,17 @@ def find_run(
 
 
 class RunVectors(NamedTuple):
-    """Computes vectors for a gallery of a run."""
+    """Computes the vectors of clips for a gallery that was made from a run."""
 
     run: "Predictor"
 
     @property
     def reads(self) -> tuple[dict[str, int], Quality]:
-        """Modality -> width of the features, and the quality of frames, see `NetVectors`."""
+        """What is read of a clip: modality -> width of its features, and how frames get a quality.
+
+        With `given`, the quality is in the file or, if it is missing, is the norm of the features.
+        With `norm`, it is always the norm.
+        """
         return dict(self.run.modalities), self.run.config.data.quality
 
     def embed(
@@ -199,7 +209,7 @@ def pad_batches(run: "Predictor", source: "ClipSource", split: str) -> "Iterator
     """Yields the clips of a split in batches of EMBED_ROWS clips.
 
     All modalities of a clip are padded to the same length, the smallest possible length in
-    PAD_LENGTHS. So JAX compiles few programs.
+    PAD_LENGTHS. So there are few different shapes, and JAX compiles few programs.
     """
     modalities = tuple(run.modalities)
     lengths = longest(source.split(split), modalities)
@@ -211,7 +221,7 @@ def pad_batches(run: "Predictor", source: "ClipSource", split: str) -> "Iterator
 
 
 def _make_parts(run: "Predictor", values: np.ndarray) -> dict[str, np.ndarray]:
-    """Splits embeddings [N, sum of D] into unit vectors, modality -> [N, D] float32."""
+    """Splits embeddings [N, sum of D] into unit vectors: modality -> [N, D] float32."""
     model = run.model.system.model
     widths = model.modalities if model.gallery_settings() else {EMBEDDING: values.shape[1]}
     return split_embeddings(values, widths)

@@ -133,7 +133,7 @@ class StoredClip(NamedTuple):
 
 
 class State(NamedTuple):
-    """The whole content of a gallery. A state is immutable.
+    """The whole content of a gallery. A state never changes: a change makes a new state.
 
     `Store.write` computes `rows`, `entries` and `sha256`, which describe the file.
     """
@@ -154,12 +154,15 @@ class State(NamedTuple):
 
     @property
     def people(self) -> dict[str, tuple[str, ...]]:
-        """The people, sorted by name, without strangers: identity -> sorted names of its clips."""
+        """The people, sorted by name, without strangers: name -> sorted names of the clips."""
         return {name: clips for name, clips in sorted(self.clips_of.items()) if name != STRANGER}
 
 
 def list_clips_of(clips: Mapping[str, StoredClip]) -> dict[str, tuple[str, ...]]:
-    """Returns identity -> sorted names of its clips. The key of strangers is STRANGER."""
+    """Groups clips by person: returns name of a person -> sorted names of the clips.
+
+    The key of the clips of strangers is STRANGER.
+    """
     clips_of = group_by_key((clip.identity or STRANGER, name) for name, clip in clips.items())
     return {identity: tuple(sorted(names)) for identity, names in clips_of.items()}
 
@@ -194,7 +197,10 @@ class Store:
     # ---- opening
 
     def check_new(self) -> None:
-        """Raises UserError if the folder contains files. Files of a killed process are ignored."""
+        """Raises UserError if the folder contains files, for example another gallery.
+
+        Files that a killed process has left do not count.
+        """
         if not self.folder.is_dir():
             return
         ours = {GALLERY_FILE, JOURNAL_FILE}
@@ -209,7 +215,7 @@ class Store:
             raise UserError(f"'{self.folder}' already contains a gallery: name another folder")
 
     def make_folder(self) -> None:
-        """Makes the folder. Raises UserError if it contains files."""
+        """Makes the folder of a new gallery. Raises UserError if it contains files."""
         with contextlib.suppress(FileExistsError):
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(mode=0o700)
@@ -271,8 +277,8 @@ class Store:
 
         At the beginning, SQLite undoes an interrupted change of another process. At the end of the
         `with` block, changes without a COMMIT are undone. If `write` is True, no other process can
-        change the gallery during the block. If another process changes it for longer than `wait`
-        seconds, raises InUseError.
+        change the gallery during the block. Raises InUseError if another process is changing the
+        gallery, and does not finish within `wait` seconds.
         """
         self._check_files(write=write)
         with contextlib.closing(_connect(self.path)) as connection:
@@ -306,7 +312,7 @@ class Store:
     # ---- reading
 
     def sha256(self) -> bytes:
-        """Returns the stored sha256 of the whole content, without reading the content."""
+        """Returns the sha256 of the content, as stored in the file. The content is not read."""
         with self.open() as connection, _translate_errors(self.path):
             return _read_facts_row(connection)[1]
 
@@ -320,7 +326,10 @@ class Store:
     # ---- writing
 
     def create(self, state: State) -> None:
-        """Makes the file, and writes the first state. The file may exist if it has no tables."""
+        """Makes the file, and writes the first content, `state`.
+
+        The file may exist if it has no tables. Raises UserError if it contains a gallery.
+        """
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         with self.open(write=True) as connection:
@@ -335,12 +344,17 @@ class Store:
         new: Mapping[str, StoredClip] | None = None,
         people: Sequence[People] | None = None,
     ) -> State:
-        """Writes a state and ends the transaction; returns the state with the new digests.
+        """Writes the content of a gallery, and ends the transaction.
 
-        `connection` is from `open`. By default, all rows are written again. `new` and `people`
-        are the clips and people that differ from the file. If both are given, they are added at
-        the end, and their old entries stay in the file as outdated entries. If about half of all
-        entries would be outdated, all rows are written again.
+        Args:
+          connection: the result of `open`.
+          state: the new content.
+          new, people: the clips and people that differ from the file. If both are given, they are
+            added at the end of the tables, and their old entries stay in the file as outdated
+            entries. Otherwise, or if about half of all entries would be outdated, all rows are
+            written again.
+
+        Returns `state` with the new digests.
         """
         index, clips, rows, entries = state.index, state.clips, state.rows, state.entries
         blocks, most = index.blocks, 2 * (len(clips) + len(index.names))
@@ -386,7 +400,7 @@ def _pause_collection() -> Iterator[None]:
 
 
 def damaged(path: Path, problem: str) -> UnreadableError:
-    """Returns the error for a damaged file. `problem` is the reason, such as "it is a link"."""
+    """Returns the error for a damaged file. `problem` is what is wrong with the file `path`."""
     return UnreadableError(f"'{path}' is damaged: {problem}\n{REMEDY}")
 
 
@@ -394,7 +408,8 @@ def damaged(path: Path, problem: str) -> UnreadableError:
 def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
     """Turns errors of SQLite into OSError or UserError with a message for the user.
 
-    If the `with` block raises UserError, the content is wrong, and UnreadableError is raised.
+    A UserError of the `with` block means that the content is wrong. It becomes an UnreadableError.
+    `write` is True if the block changes the file.
     """
     try:
         yield
@@ -435,7 +450,10 @@ def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
 
 
 def _begin_change(connection: sqlite3.Connection, end: float) -> None:
-    """Begins a transaction. Waits for other changes, at most to the time `end`."""
+    """Begins a transaction. Waits until other changes have ended, at most to the time `end`.
+
+    `end` is a time of `time.monotonic()`. After this time, the error of SQLite is raised.
+    """
     # The waiting of SQLite gets slower, so that later programs overtake the earliest.
     connection.execute("PRAGMA busy_timeout=0")
     while True:
@@ -450,7 +468,10 @@ def _begin_change(connection: sqlite3.Connection, end: float) -> None:
 
 
 def _has_locks(folder: Path) -> bool:
-    """Returns whether the disk of a folder has locks. SQLite calls a file without locks busy."""
+    """Returns whether files on the disk of a folder can be locked.
+
+    If they cannot be locked, SQLite reports that the file is busy.
+    """
     with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -470,7 +491,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _version(connection: sqlite3.Connection) -> tuple[int, set[str]]:
-    """Returns the version of the format, and the SQL code of all tables and other objects."""
+    """Returns two values: the version of the format, and the SQL code of all tables and objects."""
     # The pages of a forged file may refer to each other without end, so the time is limited.
     end = time.monotonic() + SCHEMA_SECONDS
     connection.set_progress_handler(lambda: time.monotonic() > end, 1000)
@@ -496,11 +517,16 @@ def _digest(row: Sequence[Any]) -> int:
 def _append(
     connection: sqlite3.Connection, table: str, words: Sequence[Sequence[str]], numbers: np.ndarray
 ) -> int:
-    """Adds N people or clips to a table; returns the change of `State.rows`, the sum of digests.
+    """Adds N people or clips to the end of a table.
 
-    A row contains many people or clips. The last row is filled before a new row is added. `words`
-    are lists of N names: the names of the people, or the names of the clips and of their people.
-    `numbers` [N] has the dtype of the table.
+    A row contains many people or clips. The last row is filled before a new row is added.
+
+    Args:
+      words: lists of N names: for people, their names; for clips, the names of the clips and the
+        names of their people.
+      numbers: [N], with the dtype of the table.
+
+    Returns the change of `State.rows`, the sum of the digests of all rows.
     """
     place, total = 0, 0
     step = max(1, min(MAX_BLOCK_PEOPLE, ROW_BYTES // numbers.dtype.itemsize))
@@ -607,9 +633,9 @@ def _read_table(
 ) -> tuple[list[list[str]], np.ndarray, int]:
     """Reads and checks a table of N people, clips, or numbers of the back end.
 
-    Returns `num_words` lists of N names, the numbers as an array [N] with the dtype `layout`, and
-    the sum of the sha256 of all rows. `num_words` is 1 for people: their names. It is 2 for clips:
-    the names of the clips, and of their people. It is 0 for the back end.
+    Returns three values: `num_words` lists of N names; the numbers, an array [N] with the dtype
+    `layout`; the sum of the sha256 of all rows. `num_words` is 1 for people: their names. It is 2
+    for clips: the names of the clips, and of their people. It is 0 for the back end.
     """
     (size,) = connection.execute(f"SELECT total(length(numbers)) FROM {table}").fetchone()
     numbers, at, total = np.empty(int(size) // layout.itemsize, layout), 0, 0
@@ -631,7 +657,10 @@ def _read_table(
 
 
 def _check_names(names: Sequence[str], clips: Sequence[str]) -> None:
-    """Raises UserError if a name is invalid. `names` begin with `clips`; the rest are people."""
+    """Raises UserError if a name is invalid.
+
+    `names` contains the names of clips first, which are also in `clips`, and then names of people.
+    """
     text = "".join(names)  # checking all names together is faster
     filled = "" not in clips and "" not in map(str.strip, filter(None, names))
     if filled and text.isprintable() and unicodedata.is_normalized("NFC", text):
@@ -656,7 +685,7 @@ def _make_backend(numbers: np.ndarray, facts: _Facts) -> Backend:
 
 
 def _make_blocks(names: Sequence[str], numbers: np.ndarray) -> Iterator[People]:
-    """Yields blocks of people, from the N names and numbers [N] of the table `person`.
+    """Yields blocks of people from the table `person`, with N names and numbers [N].
 
     If a name occurs several times, only its last row counts.
     """

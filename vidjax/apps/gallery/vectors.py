@@ -40,17 +40,20 @@ class Vectors(NamedTuple):
 
 
 class NetVectors(NamedTuple):
-    """Computes vectors for a gallery of nets, whose features are embeddings."""
+    """Computes the vectors of clips for a gallery of nets, whose features are embeddings."""
 
     backend: Backend
 
     @property
     def reads(self) -> tuple[dict[str, int], Quality]:
-        """The width of each modality's features, and the quality of frames: `given` or `norm`."""
+        """What is read of a clip: modality -> width of its features, and how frames get a quality.
+
+        With `given`, the quality is in the file or, if it is missing, is the norm of the features.
+        """
         return self.backend.widths, "given"
 
     def embed(self, clips: FrameClips, split: str | None, advance: Advance) -> Vectors:
-        """Computes the mean of the frames of each clip, see `Gallery.embed`."""
+        """Computes the vector of each clip, the mean of its frames. See `Gallery.embed`."""
         if isinstance(clips, Mapping):
             clips = MemoryClips.pack(clips, self.backend.widths, ())
         if isinstance(clips, MemoryClips) and split is not None:
@@ -70,7 +73,7 @@ class NetVectors(NamedTuple):
 
 
 def select_usable_clips(vectors: Vectors) -> dict[str, StoredClip]:
-    """Returns name -> clip. Clips without a usable frame are left out: their vectors are 0."""
+    """Returns name -> clip. A clip without a usable frame, whose vectors are 0, is left out."""
     rows = np.concatenate(list(vectors.parts.values()), axis=1)
     clips = zip(vectors.names, vectors.labels, rows, strict=True)
     return {name: StoredClip(label, row) for name, label, row in clips if row.any()}

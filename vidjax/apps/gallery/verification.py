@@ -70,7 +70,7 @@ class Match(NamedTuple):
     worst: tuple[str, float] | None = None
 
     def to_dict(self) -> dict[str, object]:
-        """Returns values for JSON."""
+        """Returns the fields as values for JSON."""
         clips = {"best": self.best, "worst": self.worst}
         fits = {key: x and {"clip": x[0], "log_ratio": x[1]} for key, x in clips.items()}
         return {**self._asdict(), "evidence": [*self.evidence], **fits}
@@ -101,14 +101,22 @@ class MatchRule(NamedTuple):
     about: str
 
     def match(self, ratio: float, evidence: tuple[str, ...]) -> Match:
-        """Makes a comparison from the log ratio `ratio`, and the compared modalities `evidence`."""
+        """Applies the rule to the log ratio `ratio`; returns the comparison.
+
+        `evidence` are the compared modalities, such as face. If there is none, the result is not
+        accepted.
+        """
         ratio = ratio if evidence else 0.0
         accepted = bool(evidence) and ratio >= self.log_ratio
         probability = 1 / (1 + math.exp(-ratio)) if ratio > -700 else 0.0
         return Match(accepted, ratio, probability, evidence)
 
     def to_dict(self) -> dict[str, object]:
-        """Returns values for JSON. `low` and `high` are the 95 % interval of a measured FMR."""
+        """Returns the rule as values for JSON.
+
+        If the rule was measured, the value `measured` contains the numbers of the measurement. Its
+        entries `low` and `high` are the ends of the 95 % interval of the false match rate.
+        """
         limit, measured = self.threshold, {}
         if limit is not None:
             low, high = limit.interval
@@ -121,7 +129,7 @@ class MatchRule(NamedTuple):
         }  # fmt: skip
 
     def describe(self) -> dict[str, str]:
-        """Returns rows for the terminal, label -> text."""
+        """Returns rows for the terminal: label -> text."""
         rows = {"accepted if": self.about}
         if limit := self.threshold:
             low, high = map(answers_lib.share, limit.interval)
@@ -148,11 +156,16 @@ class Verification(NamedTuple):
 def make_rule(
     ratios: np.ndarray, fmr: float | None, *, pairs: bool, least: float = -math.inf
 ) -> MatchRule:
-    """Makes a rule from the log ratios [S] of comparisons of different people.
+    """Makes a rule from the log ratios [S] of S comparisons of different people.
 
-    `fmr` is None for DEFAULT_FMR. `pairs` is True if each comparison needs two clips of strangers.
-    `least` is the result of `find_least_ratio`. Raises UserError if `fmr` is given and there are
-    too few comparisons.
+    Args:
+      ratios: the log ratios.
+      fmr: the largest accepted share of other people's clips, or None for DEFAULT_FMR.
+      pairs: True if each comparison needs two clips of strangers.
+      least: the lowest threshold of a rule that is not measured, see `find_least_ratio`.
+
+    Raises:
+      UserError: `fmr` is given, and there are too few comparisons to measure it.
     """
     rate, each = fmr or DEFAULT_FMR, 2 if pairs else 1
     needed = each * answers_lib.count_needed_strangers(rate)
@@ -188,7 +201,7 @@ def pair_strangers(
     parts: Sequence[np.ndarray],
     max_doubles: int = MAX_DOUBLES,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compares N / 2 pairs of N clips of strangers. `parts` are M arrays [N, D].
+    """Compares N clips of strangers in N / 2 pairs. `parts` are their vectors, M arrays [N, D].
 
     If at most `max_doubles` pairs probably show a single stranger, these pairs exchange clips with
     other pairs. Returns the log ratios and the compared modalities, see `ratios.compare`.
@@ -205,16 +218,17 @@ def pair_strangers(
 
 
 def count_strangers(state: State) -> int:
-    """Returns a rough number of people in the clips of strangers, at most MAX_COUNTED."""
+    """Returns roughly how many people the clips of strangers show, at most MAX_COUNTED."""
     names = [*list_usable_strangers(state)]
     names = [names[row] for row in order_by_hash(names)[:MAX_COUNTED]]
     return 1 + int(grouping.group(state.index.backend, names, stack_parts(state, names)).max())
 
 
 def find_least_ratio(state: State, fmr: float) -> float:
-    """Returns the log ratio that a share `fmr` of pairs reaches, if a pair shows two people.
+    """Returns the log ratio that a share `fmr` of all pairs of two people reaches.
 
-    The distance of two people is from the enrolled people, not from the card.
+    How much two people differ is measured on the enrolled people. The card, the JSON file of the
+    net, is not used for this, because it says that people differ more.
     """
     backend, between = state.index.backend, card_notes.compare(state).between
     limits = [part.distances for part in backend.parts if part.name == "face" and part.distances]
@@ -225,7 +239,11 @@ def find_least_ratio(state: State, fmr: float) -> float:
 
 
 def choose_rule(state: State, identity: str | None, fmr: float | None) -> MatchRule:
-    """Returns the rule by which a clip is accepted, see `Gallery.match_rule`."""
+    """Returns the rule by which a clip is accepted.
+
+    If `identity` is given, the rule decides if a clip shows this person. If it is None, the rule
+    decides if two clips show one person. For `fmr`, see `Gallery.verify`.
+    """
     answers_lib.check_rate("fmr", fmr)
     if identity is not None:
         check_argument("identity", identity, str, "the name of a person")
@@ -264,7 +282,10 @@ def choose_rule(state: State, identity: str | None, fmr: float | None) -> MatchR
 
 
 def verify(state: State, rule: MatchRule, vectors: Vectors, identity: str) -> Verification:
-    """Decides by `rule` for each clip if it shows a person, see `Gallery.verify_person`."""
+    """Decides by `rule` for each clip if it shows the person `identity`.
+
+    `vectors` are the vectors of the clips. For the result, see `Verification`.
+    """
     parts, person = [*vectors.parts.values()], normal_form(identity)
     backend, names = state.index.backend, state.clips_of[person]
     clips, known = (ratios_lib.of_clips(backend, x) for x in (parts, stack_parts(state, names)))
@@ -282,7 +303,11 @@ def verify(state: State, rule: MatchRule, vectors: Vectors, identity: str) -> Ve
 def compare(
     state: State, rule: MatchRule, first: Vectors, second: Vectors | None
 ) -> dict[tuple[str, str], Match]:
-    """Decides by `rule` for pairs of clips if they show one person, see `Gallery.compare`."""
+    """Decides by `rule` for pairs of clips if they show one person.
+
+    Each clip in `first` is compared with each clip in `second`. If `second` is None, each clip in
+    `first` is compared with each other clip. Returns (clip, other clip) -> comparison.
+    """
     num = len(first.names)
     count, remedy = num * (num - 1) // 2, "give at least two clips, or --with=PATH"
     if second is not None:
@@ -305,7 +330,10 @@ def compare(
 def make_matches(
     rule: MatchRule, backend: Backend, ratios: np.ndarray, shared: np.ndarray
 ) -> Iterator[Match]:
-    """Makes Q comparisons from log ratios [Q], and from the compared modalities, [M, Q] bool."""
+    """Yields the comparisons of Q clips, given their log ratios [Q].
+
+    `shared` [M, Q] bool is True for the modalities that were compared.
+    """
     for ratio, compared in zip(ratios.tolist(), shared.T, strict=True):
         yield rule.match(ratio, tuple(itertools.compress(backend.widths, compared)))
 
@@ -313,7 +341,11 @@ def make_matches(
 def find_misfits(
     state: State, identity: str, checked: Collection[str] | None = None
 ) -> dict[str, float]:
-    """Finds clips of a person that do not fit the person's other clips, see `Gallery`."""
+    """Finds clips of a person that do not fit the person's other clips; returns clip -> log ratio.
+
+    If the names `checked` are given, only these clips are listed. For more, see
+    `Gallery.find_misfits`.
+    """
     names = find_person(identity, state.clips_of)
     backend, parts = state.index.backend, stack_parts(state, names)
     # The number and the sum of the coordinates of all other clips, for each clip.
@@ -328,7 +360,10 @@ def find_misfits(
 
 
 def as_json(key: str | tuple[str, str], match: Match, identity: str = "") -> dict[str, object]:
-    """Returns a comparison as values for JSON. `key` is a clip of `identity`, or two clips."""
+    """Returns a comparison as values for JSON.
+
+    `key` is the name of a clip that was compared with the person `identity`, or two names of clips.
+    """
     names = {"clip": key, "identity": identity}
     if not isinstance(key, str):
         names = dict(zip(("clip", "other"), key, strict=True))

@@ -2,9 +2,9 @@
 
     app = make_app(Gallery("people"))  # for any ASGI server
 
-The paths take and return JSON with names of people. `/openapi.json` describes them. Every answer
-uses the current content of the gallery's folder. The server confirms a removal when the removal is
-on the disk and all answers that could still contain the person are finished.
+The endpoints take and return JSON with names of people. `/openapi.json` describes them. Every
+answer uses the current content of the gallery's folder. The server confirms a removal when the
+removal is on the disk, and when all answers that could still contain the person are finished.
 """
 
 import asyncio
@@ -82,7 +82,7 @@ BODY_ERRORS = (413, 415, 422, 429)  # HTTP statuses of errors of endpoints that 
 
 
 class RuleParameters(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The rule by which a clip gets a name. Without `fpir` and `threshold`, the gallery chooses."""
+    """The rule by which a clip gets a name. By default, the gallery chooses the rule."""
 
     fpir: Fpir | None = None
     threshold: Probability | None = None
@@ -165,7 +165,10 @@ class Endpoint(NamedTuple):
 
 
 class Application:
-    """The state of a server, and the functions that answer its requests."""
+    """The state of a server, and the functions that answer its requests.
+
+    The first lines of the functions appear in `/openapi.json`.
+    """
 
     def __init__(self, gallery: Gallery, bodies: Bodies, limits: Limits, metrics: ServerMetrics):
         self.bodies, self.limits, self.metrics = bodies, limits, metrics
@@ -203,7 +206,7 @@ class Application:
 
     @contextlib.asynccontextmanager
     async def run_lifespan(self, _: object) -> AsyncIterator[None]:
-        """Compiles the programs when the server starts, and stops the threads when it ends."""
+        """Compiles all programs when the server starts, and stops all threads when it ends."""
         warm = asyncio.create_task(self._warm())
         yield
         with contextlib.suppress(asyncio.CancelledError):
@@ -349,11 +352,11 @@ class Application:
     # ---- reading
 
     async def _read(self, request: Request, kind: Any) -> tuple[dict[str, Any], Any]:  # noqa: ANN401
-        """Reads a request with clips; returns the clips and the other fields.
+        """Reads a request with clips; returns the clips, and the other fields.
 
-        The clips are the result of `_check_clips`. The fields are an object of the type `kind`. The
-        body is JSON with all fields, or an `.npz` file. For an `.npz` file, the other fields, and
-        the name of a single clip, are in the query.
+        The clips are the result of `_check_clips`. The fields are an object of the class `kind`.
+        The body is JSON with all fields, or an `.npz` file. With an `.npz` file, the other fields,
+        and the name of a single clip, are in the query.
         """
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type not in (*NPZ_TYPES, "application/json"):
@@ -401,9 +404,10 @@ class Application:
 
 
 def _convert(given: bytes | Mapping[str, object], kind: Any) -> Any:  # noqa: ANN401 (of this kind)
-    """Converts a JSON body, or a query, name -> value, to the type `kind`.
+    """Converts a JSON body, or the query of a request, to an object of the class `kind`.
 
-    Text such as "5" in a query becomes a number. Raises Refused if `given` does not fit the type.
+    A query is name -> value. Text such as "5" in a query becomes a number. Raises Refused if
+    `given` does not fit the class.
     """
     try:
         if isinstance(given, bytes):
@@ -425,11 +429,12 @@ def _convert(given: bytes | Mapping[str, object], kind: Any) -> Any:  # noqa: AN
 def _check_clips(
     clips: Sequence[Clip], widths: Mapping[str, int], limits: Limits
 ) -> dict[str, dict[str, Frames]]:
-    """Returns the clips of a request, clip -> modality -> field -> array [T, ...] of T frames.
+    """Checks the clips of a request; returns clip -> modality -> field -> array [T, ...].
 
-    Modalities that the gallery does not use are left out. `widths` are modality -> width of its
-    features. Raises Refused if two clips have the same name, or if a clip has no modality of the
-    gallery, too many frames, a wrong width, or values that are not finite.
+    T is the number of frames. Modalities, such as face, that the gallery does not use are left out.
+    `widths` are modality -> width of its features. Raises Refused if two clips have the same name,
+    or if a clip has no modality of the gallery, too many frames, a wrong width, or values that are
+    not finite.
     """
     checked: dict[str, dict[str, Frames]] = {}
     for clip in clips:
@@ -453,7 +458,10 @@ def _check_clips(
 
 
 def _find_problem(frames: Frames, width: int, most: int) -> str:
-    """Describes a problem of the frames of a clip in one modality; returns "" if there is none."""
+    """Returns what is wrong with the frames of a clip in one modality, or "".
+
+    `width` is the right width of the features. `most` is the largest number of frames.
+    """
     for field, array in frames.items():
         if array.dtype.kind not in "fiu":
             return f"the values of {field} must be numbers"
@@ -491,9 +499,10 @@ def make_app(gallery: Gallery, limits: Limits | None = None, token: bytes | None
 def describe(
     endpoints: Sequence[Endpoint], widths: Mapping[str, int], limits: Limits
 ) -> dict[str, Any]:
-    """Returns the OpenAPI description. `widths` are modality -> width of its features.
+    """Returns the OpenAPI description of a server as values for JSON.
 
-    `info["x-limits"]` contains the limits of the server.
+    `widths` are modality -> width of its features. `info["x-limits"]` of the result contains the
+    limits of the server.
     """
     kinds = [
         kind for point in endpoints for kind in (point.body, point.query, point.result) if kind

@@ -1,4 +1,4 @@
-"""Answers a batch of questions to a gallery at once.
+"""Answers several questions to a gallery at once, which takes less time.
 
 The answer to a question does not depend on the other questions.
 """
@@ -21,7 +21,7 @@ FIELD_BYTES = sum(np.dtype(field.dtype).itemsize for field in FRAME_FIELDS.value
 
 
 class Question(NamedTuple):
-    """A request to identify clips."""
+    """A request to identify clips, with its options."""
 
     clips: Mapping[str, Mapping[str, Frames]]  # name of the clip -> modality -> frames
     k: int = DEFAULT_K  # the largest number of identities per clip
@@ -51,7 +51,7 @@ def _join_clips(questions: Sequence[Question]) -> Mapping[str, Mapping[str, Fram
 
 
 class GalleryModel:
-    """Identifies people with a gallery."""
+    """Answers batches of questions with a gallery."""
 
     def __init__(self, gallery: Gallery):
         self.gallery = gallery
