@@ -327,7 +327,7 @@ class PhotoFace(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The name of the clip without the person."""
+        """The name of the clip, without the person that a face tag may add at its end."""
         return f"{PEOPLE}/{self.folder}/{self.clip}"
 
     @classmethod

@@ -86,7 +86,7 @@ class Survey(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)  # equal clips of two galleries are two clips
 class Clip:
-    """A clip of a gallery."""
+    """A clip of a gallery, with its person and its vectors."""
 
     gallery: Gallery
     name: str
@@ -258,7 +258,7 @@ def is_spelling(name: str, people: Iterable[str]) -> bool:
 
 
 def _report_gallery(gallery: Gallery, clips: Collection[Clip], *, delete: bool) -> Place:
-    """Describes a gallery that contains `clips`. If `delete` is True, deletes the clips."""
+    """Returns a `Place` that describes a gallery with `clips`. With `delete`, deletes the clips."""
     counts = Counter(f"'{show(x.identity)}'" if x.identity else "strangers" for x in clips)
     about = ", ".join(f"{messages.count(n, 'clip')} of {x}" for x, n in sorted(counts.items()))
     remedy = "--delete"
@@ -406,7 +406,10 @@ def _delete_records(folder: Path) -> str:
 
 
 def _report_unfinished(folder: Path, *, delete: bool) -> Place:
-    """Describes the folder of a killed conversion. If `delete` is True, deletes the folder."""
+    """Returns a `Place` that describes the folder of a killed conversion.
+
+    If `delete` is True, deletes the folder.
+    """
     remedy = "--delete"
     if delete:
         whole = folder.with_name(folder.name[:20])

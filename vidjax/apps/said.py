@@ -49,7 +49,7 @@ Places = Annotated[tuple[Place, ...], Meta(max_length=100)]
 
 
 class Face(Struct, kw_only=True, frozen=True, omit_defaults=True):
-    """A face in a film or photo."""
+    """A face: the sha256 of the film or photo, a time in seconds, and a box."""
 
     film: Sha256
     at: Seconds
@@ -58,7 +58,7 @@ class Face(Struct, kw_only=True, frozen=True, omit_defaults=True):
 
 
 class Line(Struct, kw_only=True, frozen=True, omit_defaults=True):
-    """A line of the log. The module describes the fields."""
+    """A line of the log: what a user said about a face. The module describes the words `says`."""
 
     says: Literal["is", "not", "same", "apart", "ignore", "rename", "undo", "forgotten"]
     film: Sha256 | None = None
@@ -119,7 +119,7 @@ def stamp(lines: Iterable[Line]) -> list[Line]:
 
 
 def undo(lines: Sequence[Line]) -> list[Line]:
-    """Returns the line that undoes the step of `lines`."""
+    """Returns a list with the line that undoes the step of `lines`. Without lines, it is empty."""
     return stamp([Line(says="undo", of=lines[0].when)] if lines else [])
 
 

@@ -35,8 +35,8 @@ def check(args: argparse.Namespace) -> Result:
     """Checks the installation, and the run, gallery or configuration that a flag names.
 
     Prints each result when its check ends. The exit code is 0 if no check fails, 3 if a checkpoint
-    is damaged, and 2 for other faults. A part that is not installed is no fault. The last line
-    counts the warnings.
+    is damaged, and 2 for other faults. A part that is not installed is no fault. The text of the
+    result is a verdict, such as "all good".
     """
     findings, code = [], 0
     for subject, run_check in list_checks(args).items():

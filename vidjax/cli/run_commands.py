@@ -1,6 +1,6 @@
 """`vidjax train`, `vidjax evaluate` and `vidjax report`.
 
-Libraries that take seconds to load are imported inside the functions, after the flags were checked.
+The functions import libraries that take seconds to load after they have checked the flags.
 """
 
 import argparse

@@ -45,7 +45,7 @@ class Part(NamedTuple):
 
     @property
     def may_be_offscreen(self) -> bool:
-        """True for voices that are compared by distances, because the speaker may be off screen."""
+        """True for voices that are compared by distances: the speaker may be off screen."""
         return self.distances is not None and self.name == "audio"
 
     def coordinates(self, x: np.ndarray) -> np.ndarray:

@@ -196,7 +196,7 @@ def describe(state: State) -> str:
     is_old = not backend_lib.compare_equal(state.index.backend, present)
     if is_old and compare(state).problem != "blind":
         words = ["vidjax", "measure-card", models, "--gallery=G"]
-        return f"the card of the net has newer numbers\nto use them: {shlex.join(words)}"
+        return f"the JSON file of the net has newer numbers\nto use them: {shlex.join(words)}"
     if problem := _describe_problem(state):
         return problem
     face = back_ends.get("face")

@@ -93,7 +93,7 @@ class Draft:
         identity: str | Collection[str] | None = None,
         clip: str | Collection[str] | None = None,
     ) -> int:
-        """Removes people or clips, see `Gallery.remove`; returns the number of clips."""
+        """Removes people or clips; returns the number of clips. See `Gallery.remove`."""
         if (identity is None) == (clip is None):
             raise UserError(
                 "remove needs either people or clips\n"
@@ -114,7 +114,7 @@ class Draft:
         return len(removed)
 
     def rename(self, identity: str, to: str, *, merge: bool = False) -> int:
-        """Renames a person, see `Gallery.rename`; returns the number of the person's clips."""
+        """Renames a person; returns the number of the person's clips. See `Gallery.rename`."""
         check_argument("rename: identity", identity, str, "a name")
         to, names = check_person(to), self._find_clips(identity)
         if to == normal_form(identity):
@@ -129,7 +129,7 @@ class Draft:
         return len(names)
 
     def relabel(self, clip: str, identity: str | None) -> str | None:
-        """Changes the person of a clip, see `Gallery.relabel`; returns the old person."""
+        """Changes the person of a clip; returns the old person. See `Gallery.relabel`."""
         check_argument("relabel: clip", clip, str, "a name")
         identity = None if identity is None else check_person(identity)
         clip = self._find_name(clip)
@@ -225,7 +225,7 @@ class Draft:
 
     @property
     def similar(self) -> dict[str, str]:
-        """The new names that resemble an enrolled name: new name -> enrolled name."""
+        """The new names of people that look like an enrolled name: new name -> enrolled name."""
         new = self.clips_of.keys() & self._changed_people - self.present.clips_of.keys() - {
             STRANGER
         }

@@ -1,4 +1,7 @@
-"""Computes the people of a gallery from their clips, and fits the back end of the gallery."""
+"""Computes the coefficients of enrolled people from their clips.
+
+Also fits the parameters that compare vectors, the back end, to the clips of a gallery.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -70,7 +73,10 @@ def _stack_films(
 
 
 def stack_vectors(names: Sequence[str], clips: Mapping[str, StoredClip], width: int) -> np.ndarray:
-    """Returns the vectors of clips, [N, width] float32."""
+    """Returns the vectors of the clips `names`, in this order, [N, width] float32.
+
+    `clips` are name -> clip. A vector contains all modalities.
+    """
     vectors = [clips[name].vector for name in names]
     return np.array(vectors, np.float32).reshape(len(names), width)
 
@@ -132,7 +138,10 @@ def make_state(
 
 
 def check_width(backend: Backend) -> int:
-    """Returns the length of a clip's vector. Raises UserError if a gallery cannot store it."""
+    """Returns the length of a clip's vector, the sum over all modalities.
+
+    Raises UserError if the vector is too long for a gallery.
+    """
     width = sum(backend.widths.values())
     if width > MAX_VECTOR_WIDTH:
         raise UserError(

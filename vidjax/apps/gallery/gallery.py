@@ -228,7 +228,7 @@ class Gallery:
 
     @property
     def origin(self) -> VectorOrigin:
-        """The run or the models that compute the vectors."""
+        """The run or the nets that compute the vectors."""
         return self._state.origin
 
     @property
@@ -271,7 +271,7 @@ class Gallery:
 
     @property
     def state(self) -> State:
-        """The current content. If the gallery changes, this object stays the same."""
+        """The current content of the gallery, an object that no later change edits."""
         with self._lock:
             self.refresh()
             return self._state
@@ -296,8 +296,8 @@ class Gallery:
     ) -> Vectors:
         """Computes the vectors of clips.
 
-        In a gallery of a run, the run computes the vectors. In a gallery of models, see
-        `of_models`, the vector of a modality is the mean of its frames. If this mean is almost 0,
+        In a gallery of a run, the run computes the vectors. In a gallery of nets, see `of_models`,
+        the vector of a modality, such as face, is the mean of its frames. If this mean is almost 0,
         the clip has no usable frame, and a warning appears. If `clips` are already vectors, they
         are returned unchanged.
 
@@ -338,13 +338,17 @@ class Gallery:
         """Makes several changes at once: `with gallery.change() as draft: draft.remove(...)`.
 
         The draft has the methods `remove`, `rename` and `relabel` of this class, and the methods
-        `add` and `complete` for clips whose vectors are known. All changes are written
-        at the end of the block. If the block raises an error, nothing is written. During the block,
-        no other process can change the gallery. `advance` is called at the end of the block, with
-        numbers of new and changed clips that are finished.
+        `add` and `complete` for clips whose vectors are known. All changes are written at the end
+        of the block. If the block raises an error, nothing is written. During the block, no other
+        process can change the gallery.
 
         In a folder of results of `vidjax who`, the changes are also written into the log, see
-        `said`. If `log` is False, the log already contains the changes.
+        `said`.
+
+        Args:
+          advance: is called at the end of the block, with numbers of new and changed clips that are
+            finished.
+          log: False if the log already contains the changes.
         """
         with self._store.open(write=True, wait=self.lock_seconds) as transaction:
             draft = Draft(present := self.state)
@@ -579,9 +583,10 @@ class Gallery:
     def verify_person(
         self, clips: AnyClips, identity: str, *, fmr: float | None = None, split: str | None = None
     ) -> Verification:
-        """Decides as `verify`; also returns the rule, and the person's clips that do not fit.
+        """Decides as `verify` does. The result also has the rule, and the person's doubtful clips.
 
-        All results are from the same content of the gallery, even if another process changes it.
+        These are enrolled clips that do not fit the person's other clips, see `find_misfits`. All
+        results are from the same content of the gallery, even if another process changes it.
         """
         check_argument("verify: identity", identity, str, "the name of a person")
         if not isinstance(clips, Vectors):  # reports mistakes before vectors are computed

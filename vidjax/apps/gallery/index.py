@@ -51,7 +51,9 @@ os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 class Means:
-    """The means of the unit vectors of P people in one modality, for the comparison by distances.
+    """For each of P people, the mean of the unit vectors of the person's clips in one modality.
+
+    The means are used by the comparison by distances.
 
     Attributes:
       linear: [P, D] float32, the means.
@@ -220,10 +222,10 @@ class DistanceRatios:
 
     @property
     def card(self) -> np.ndarray:
-        """The float64 array [5] that `reader.py` of an exported gallery needs.
+        """Five numbers that `reader.py` of an exported gallery needs, [5] float64.
 
-        Its values are the shapes for one person and for two people, see `Distances`; the lowest
-        squared distance; the constant and the slope of the log density of a stranger.
+        They are the shapes for one person and for two people, see `Distances`; the lowest squared
+        distance; the constant and the slope of the log density of a stranger.
         """
         distances, zero = self._distances, np.zeros(())
         variance = np.array(distances.within + distances.between + self.population.variance)
@@ -296,7 +298,7 @@ class Index:
 
     @functools.cached_property
     def counts(self) -> np.ndarray:
-        """[M, N] int32, the number of a person's clips that have the modality."""
+        """The number of each person's clips that have the modality, [M, N] int32."""
         none = np.zeros((len(self.backend.parts), 0), np.int32)
         return np.concatenate([none, *(block.num_clips for block in self.blocks)], axis=1)
 
@@ -400,8 +402,9 @@ class Index:
     def ratios(self, parts: Sequence[np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
         """Compares Q clips with the person `name`. `parts` are their vectors, M arrays [Q, D].
 
-        Returns the log-likelihood ratios [Q] float64 of this person against a stranger. Also
-        returns bool [M, Q], True if the clip and the person have the modality.
+        Returns two arrays. The first, [Q] float64, contains the log-likelihood ratios of this
+        person against a stranger. The second, [M, Q] bool, is True if the clip and the person have
+        the modality.
         """
         row, units = self.names.index(name), self.backend.units(parts)
         owner = np.arange(len(units[0]))
@@ -444,9 +447,10 @@ class Index:
                 yield new, clip_logits, rows, clip_fine, has_part
 
     def _prepare(self, units: Sequence[np.ndarray], effective: Sequence[np.ndarray]) -> _Queries:
-        """Prepares the unit vectors of Q groups of clips, M arrays [Q, D], for the comparison.
+        """Prepares Q groups of clips for the comparison with people.
 
-        `effective` are the effective numbers of clips, M arrays [Q].
+        `units` are the unit vectors of the groups, M arrays [Q, D]. `effective` are the effective
+        numbers of their clips, M arrays [Q].
         """
         coordinates, terms = [], []
         for scorer, x, k in zip(self.scorers, units, effective, strict=True):

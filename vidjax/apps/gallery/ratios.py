@@ -34,7 +34,7 @@ class Summary(NamedTuple):
     clarity: np.ndarray  # [...], the mean clarity of the faces, see `align.measure_clarity`
 
     def take(self, rows: Rows) -> "Summary":
-        """Selects groups. `rows` is an index of a NumPy array."""
+        """Selects groups. `rows` is an index of a NumPy array, such as a list or a slice."""
         counts, means, squares, noises = ([x[rows] for x in each] for each in self[:-1])
         return Summary(counts, means, squares, noises, self.clarity[rows])
 

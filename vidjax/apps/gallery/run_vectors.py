@@ -163,9 +163,10 @@ class RunVectors(NamedTuple):
 def fit(
     run: "Predictor", data: Dataset, *, strangers: str | None = None, empty: bool = False
 ) -> tuple[VectorOrigin, Backend, dict[str, StoredClip]]:
-    """Computes the content of a gallery of a run: its origin, its back end and its clips.
+    """Computes the content of a gallery of a run.
 
-    The arguments are as in `Gallery.create`.
+    Returns three values: a description of the run, the parameters that compare vectors, and name ->
+    clip. The arguments are as in `Gallery.create`.
     """
     clips: dict[str, StoredClip] = {}
     labelled, widths = 0, {}

@@ -98,7 +98,10 @@ class VectorOrigin(Struct, frozen=True, omit_defaults=True):
 
     @property
     def counts_every_clip(self) -> bool:
-        """Whether clips to which the gallery was fitted count fully, as in the run."""
+        """Whether each clip counts fully, as in a PLDA run, if the gallery was fitted to this clip.
+
+        Otherwise, similar clips of a person count as fewer clips.
+        """
         return self.centred and not self.refitted
 
 
@@ -317,7 +320,10 @@ class Store:
             return _read_facts_row(connection)[1]
 
     def read(self) -> State:
-        """Reads and checks the whole file. Raises UnreadableError if the file is damaged."""
+        """Reads and checks the whole file; returns the content.
+
+        Raises UnreadableError if the file is damaged.
+        """
         with self.open() as connection, _translate_errors(self.path), _pause_collection():
             if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
                 raise UserError("quick_check of SQLite finds damaged pages")
@@ -597,7 +603,7 @@ def _read_facts_row(connection: sqlite3.Connection) -> tuple[str, bytes]:
 def _read(connection: sqlite3.Connection) -> State:
     text, sha256 = _read_facts_row(connection)
     if hashlib.sha256(text.encode()).digest() != sha256:
-        raise UserError("the facts in its table 'gallery' do not match their sha256")
+        raise UserError("the text in its table 'gallery' does not match its stored sha256")
     facts = json_files.parse(Path(GALLERY_FILE), files.parse_json(text), _Facts, REMEDY)
     if missing := set(Settings._fields) - facts.settings.keys():
         raise UserError(f"its settings lack {min(missing)}")

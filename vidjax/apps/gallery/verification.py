@@ -140,12 +140,13 @@ class MatchRule(NamedTuple):
 
 
 class Verification(NamedTuple):
-    """The comparison of clips with a person.
+    """The comparison of several clips with one person.
 
     Attributes:
       matches: clip -> its comparison with the person.
       rule: the rule that decides if a clip is accepted.
-      misfits: clip of the person that does not fit the others -> log ratio, see `find_misfits`.
+      misfits: enrolled clip of the person that does not fit the person's other clips -> log ratio,
+        see `find_misfits`.
     """
 
     matches: dict[str, Match]
@@ -167,18 +168,18 @@ def make_rule(
     Raises:
       UserError: `fmr` is given, and there are too few comparisons to measure it.
     """
-    rate, each = fmr or DEFAULT_FMR, 2 if pairs else 1
+    rate, count, each = fmr or DEFAULT_FMR, len(ratios), 2 if pairs else 1
     needed = each * answers_lib.count_needed_strangers(rate)
-    if each * len(ratios) >= needed:
+    if each * count >= needed:
         limit = answers_lib.measure_threshold(ratios, rate, 1)
         about = f"the log ratio is {limit.score:.6g} or more, which on average at most "
         about += f"{100 * rate:.10g} % of comparisons with new strangers reach"
         return MatchRule("measured", rate, limit.score, limit, about)
     if fmr is not None:
-        lowest = f"the lowest is {1 / (len(ratios) + 1):.2g}" if len(ratios) else "it can show none"
+        lowest = f"the lowest fmr is {1 / (count + 1):.2g}" if count else "no fmr is possible"
         raise UserError(
             f"fmr={fmr:g} needs at least {needed:,} clips of strangers with the same modality, "
-            f"but the gallery has {each * len(ratios):,}: {lowest}\n"
+            f"but the gallery has {each * count:,}: {lowest}\n"
             "choose a higher fmr, enrol more strangers, or leave out fmr"
         )
     usual = -math.log(rate)

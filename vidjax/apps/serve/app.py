@@ -145,13 +145,13 @@ CLIP_REQUESTS = (IdentifyRequest, VerifyRequest, EnrolRequest)
 
 
 class PageQuery(Struct, forbid_unknown_fields=True):
-    """The query of a page of the list of people."""
+    """The query of a request for the list of people, which is sent in pages."""
 
     after: Annotated[str, Meta(description="the last name of the previous page")] = ""
 
 
 class Endpoint(NamedTuple):
-    """An endpoint of the server."""
+    """An endpoint of the server: a method and a path, and the function that answers requests."""
 
     method: str
     path: str  # the path, with parameters such as `{name}`

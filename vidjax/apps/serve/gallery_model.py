@@ -64,7 +64,7 @@ class GalleryModel:
 
     @property
     def widths(self) -> dict[str, int]:
-        """The width of the features of each modality."""
+        """Modality, such as face -> width of its features."""
         return self.gallery.source.reads[0]
 
     def answer(self, questions: Sequence[Question]) -> list[Any]:
@@ -81,7 +81,7 @@ class GalleryModel:
             return [result for question in questions for result in self.answer([question])]
 
     def answer_batch(self, questions: Sequence[Question]) -> list[list[Answer]]:
-        """Identifies the clips of all questions; returns the answers of each question."""
+        """Identifies the clips of all questions at once; returns the answers of each question."""
         embedded = self.gallery.embed(_join_clips(questions))
         left = iter(embedded.names)
         names_of = [[*itertools.islice(left, len(question.clips))] for question in questions]
