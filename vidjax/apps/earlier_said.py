@@ -80,9 +80,8 @@ def number_faces(out: Path) -> tuple[list[str], dict[Face, int], int]:
     number.
     """
     content = read_numbers(out) or {}
-    films, numbers = content.get("films", {}), dict[Face, int]()
-    for x, number in _Results(out).locate(films):
-        numbers |= {x.face: number} if number else {}
+    films = content.get("films", {})
+    numbers = {x.face: number for x, number in _Results(out).locate(films) if number}
     given = (number for of in films.values() for number in of.values())
     highest = max(content.get("removed", 0), *content.get("fixed", ()), *given, 0)
     return [*films], numbers, highest

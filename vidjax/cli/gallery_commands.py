@@ -85,7 +85,8 @@ def _add_clips(parser: Parser, **options: Any) -> "argparse._MutuallyExclusiveGr
     clips = parser.add_mutually_exclusive_group(required=True)
     about = "clips: a folder, a .parquet table or a .npz file"
     parser.flag("--input PATH", about + "; may be repeated" * bool(options), of=clips, **options)
-    parser.flag("--split S", "instead of --input: a split of the dataset, such as val", of=clips)
+    about = "instead of --input: a split of the dataset, such as val"
+    parser.flag("--split S", about, of=clips, choices=SPLITS)
     parser.flag("--run W", "the folder of the gallery's run, if the run was moved")
     parser.fields("data.", example="data.dir=PATH")
     return clips
@@ -224,16 +225,10 @@ def _add_migrate(parser: Parser) -> None:
 
 # Command -> its description, and the function that adds its flags.
 COMMANDS: Mapping[str, tuple[str, Callable[[Parser], None]]] = {
-    "create": (
-        "makes a gallery of the people of a run, or an empty one for features of vidjax extract",
-        _add_create,
-    ),
+    "create": ("makes a gallery of the people of a run, or an empty one for nets", _add_create),
     "enrol": ("enrols clips of new people, or more clips of enrolled people", _add_enrol),
     "identify": ("names the person in each clip, or answers unknown", _add_identify),
-    "verify": (
-        "decides if clips show a given person, or if two clips show the same person",
-        _add_verify,
-    ),
+    "verify": ("decides if clips show a person, or if two clips show one person", _add_verify),
     "group": ("groups the clips of unknown people, so that you can name them", _add_group),
     "rank": (
         "ranks the clips for every person; with --fpir or --threshold, leaves out clips that get "
@@ -245,10 +240,7 @@ COMMANDS: Mapping[str, tuple[str, Callable[[Parser], None]]] = {
     "relabel": ("moves an enrolled clip to another person, or to the strangers", _add_relabel),
     "migrate": ("enrols the people of a gallery in a gallery of other nets", _add_migrate),
     "remove": ("deletes a person or a clip; this cannot be undone", _add_remove),
-    "threshold": (
-        "prints the probability at which a given share of strangers would get a name",
-        _add_threshold,
-    ),
+    "threshold": ("prints the threshold that few strangers reach", _add_threshold),
     "export": ("writes a parquet table of the enrolled clips: names, people, vectors", _add_export),
 }
 
@@ -294,12 +286,10 @@ def _refuse(args: argparse.Namespace, why: str, *names: str, remedy: str = "leav
 
 
 def _open(args: argparse.Namespace) -> Gallery:
-    """Opens the gallery of a command. Raises UserError if `--input` or `--split` is wrong."""
+    """Opens the gallery of a command. Raises UserError if its clips, `--input`, cannot be used."""
     given = getattr(args, "input", None)
     if given:
         _refuse(args, "with --input", "overrides")
-    if (split := getattr(args, "split", None)) and split not in SPLITS:
-        raise UserError(f"--split={split}: choose from {', '.join(SPLITS)}")
     gallery = Gallery(args.gallery, run=getattr(args, "run", None))
     if isinstance(given, Path):  # for enrol, it is a list, and the inputs are checked later
         clip_inputs.check_input(gallery, given)
@@ -466,9 +456,7 @@ def _verify(args: argparse.Namespace) -> Result:
     facts |= {"comparisons": len(matches), "accepted": accepted, "rule": rule.to_dict()}
     texts = {"identity": show(identity), **rule.describe()}
     if none := sum(not match.evidence for match in matches.values()):
-        texts["not compared"] = (
-            f"{none:,}, without a usable frame of a modality that both sides have: give other clips"
-        )
+        texts["not compared"] = f"{none:,}, which have no modality in common: give other clips"
     if misfits:
         texts["does not fit"] = (
             f"{messages.list_some([*misfits], 3)}: unlike the other clips of the person. To move "

@@ -322,9 +322,7 @@ class NobodyError(UserError):
 def require_people(state: State) -> None:
     """Raises NobodyError if nobody is enrolled."""
     if not state.index.names:
-        raise NobodyError(
-            "nobody is enrolled in the gallery\nenrol people first: vidjax gallery enrol"
-        )
+        raise NobodyError("nobody is enrolled in the gallery\nenrol people: vidjax gallery enrol")
 
 
 def measure_on_strangers(state: State, fpir: float) -> Threshold:
@@ -566,9 +564,8 @@ def describe_probability(score: float) -> str:
 
 def count_doubtful(answers: Answers) -> int:
     """Counts clips without a name whose most probable person has a probability of 0.1 to 0.5."""
-    limits = MIN_DOUBTFUL_PROBABILITY, MIN_NAMED_PROBABILITY
     unknown = [answer.probability for answer in answers.values() if answer.identity is None]
-    return sum(limits[0] <= probability <= limits[1] for probability in unknown)
+    return sum(MIN_DOUBTFUL_PROBABILITY <= x <= MIN_NAMED_PROBABILITY for x in unknown)
 
 
 def write(path: Path, answers: Answers) -> None:

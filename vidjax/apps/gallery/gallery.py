@@ -195,8 +195,7 @@ class Gallery:
         )
 
     def __len__(self) -> int:
-        clips_of = self.state.clips_of
-        return len(clips_of) - (STRANGER in clips_of)
+        return len(self.state.index.names)
 
     def __bool__(self) -> bool:
         return True  # even if nobody is enrolled
