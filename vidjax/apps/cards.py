@@ -55,7 +55,7 @@ class Input(Struct, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if (self.layout in SOUND_LAYOUTS) == (self.colour is not None):
-            raise ValueError("`colour` is required for images, and not allowed for sound")
+            raise ValueError("a net for images needs `colour`; a net for sound must not have it")
 
 
 class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):

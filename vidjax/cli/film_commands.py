@@ -283,8 +283,9 @@ def convert_nets(args: argparse.Namespace) -> Result:
             "own needs --like, and only own allows --like, --size and --colour\n"
             "example: vidjax convert own net.onnx --like=arcface --out=models"
         )
-    if len(paths) > (2 if args.kind == "opencv" else 1):
-        raise UserError(f"{args.kind} needs one FILE, not {len(paths)}: repeat the command")
+    most = 2 if args.kind == "opencv" else 1
+    if len(paths) > most:
+        raise UserError(f"{args.kind} takes {most} FILE at most, not {len(paths)}: repeat it")
     if args.kind in net_families.KINDS:
         written = net_families.convert(args.kind, paths, out, args.like, args.size, args.colour)
     else:

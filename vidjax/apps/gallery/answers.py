@@ -249,7 +249,7 @@ class NamingRule(NamedTuple):
             return NOBODY
         name, score = nearest.best[0]
         best = tuple((name, math.exp(log)) for name, log in nearest.best)
-        # In a gallery of models, the most probable person may have no modality of the clip.
+        # In a gallery of nets, the most probable person may have no modality of the clip.
         is_named = self.names(score, nearest.others) and (nearest.compared or not cards)
         evidence = nearest.compared if is_named else ()
         return Answer(name if is_named else None, best[0][1], score, best, evidence)

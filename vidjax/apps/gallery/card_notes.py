@@ -51,7 +51,7 @@ def read_cards(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
     back_ends = {part: card.back_end for part, card in usable.items() if card.back_end}
     if not back_ends:
         raise UserError(
-            f"'{path}' needs a net of faces or voices whose JSON file has a back_end\n"
+            f"'{path}' has no net of faces or voices whose JSON file has the entry back_end\n"
             f"{cards.describe_remedy('face_embedder', path)}"
         )
     digests = {part: usable[part].digest for part in back_ends}
@@ -77,19 +77,19 @@ def _read_back_ends(origin: VectorOrigin) -> "dict[str, BackEnd]":
 
 
 def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> tuple[str, ...]:
-    """Adds new modalities, such as voices, to a gallery of models; returns their names.
+    """Adds new modalities, such as voices, to a gallery of nets; returns their names.
 
-    The folder `models` contains the models of the gallery, and models of new modalities. Enrolled
-    clips lack the new modalities until `labelling.complete` adds them. If the cards of the models
-    contain new numbers, the gallery uses the new numbers, with a message.
+    The folder `models` contains the nets of the gallery, and nets for new modalities. Enrolled
+    clips lack the new modalities until `labelling.complete` adds them. If the JSON files (cards) of
+    the nets contain new numbers, the gallery uses the new numbers, with a message.
 
-    If `replace` is True, models of the gallery may have changed. The result contains their
+    If `replace` is True, nets of the gallery may have changed. The result contains their
     modalities, too. Enrolled clips lose these modalities. Clips without another modality are
     removed.
 
     Raises:
-      UserError: the gallery was made with a run, or a model of the gallery is missing in the
-        folder, or has changed.
+      UserError: the gallery was made with a run, or a net of the gallery is missing in the folder,
+        or has changed.
     """
     origin, back_ends = read_cards(models)
     with gallery.change() as draft:
@@ -97,10 +97,10 @@ def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> t
         was, now, backend = state.origin.cards, origin.cards, state.index.backend
         changed = sorted(part for part in was if was[part] != now.get(part))
         if not was or (changed and (not replace or was.keys() - now.keys())):
-            made = f"other models of {', '.join(changed)}" if was else "a run, not with models"
+            made = f"other nets for {', '.join(changed)}" if was else "a run, not with nets"
             raise UserError(
                 f"gallery '{gallery.folder}' was made with {made}\n"
-                "use the same models, or name a new folder: --out=DIR"
+                "use the same nets, or name a new folder: --out=DIR"
             )
         origin = msgspec.structs.replace(origin, blind=state.origin.blind and not changed)
         wide = backend_lib.make_card_backend(back_ends)
@@ -109,8 +109,8 @@ def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> t
             return ()
         if not is_equal and not changed:
             say(
-                f"gallery '{gallery.folder}': the numbers in the card of the net have changed, "
-                "and the gallery uses the new numbers"
+                f"gallery '{gallery.folder}': the JSON file of the net has changed, and the "
+                "gallery uses the new numbers in this file"
             )
         check_width(wide)
         clips = dict[str, StoredClip]()

@@ -146,6 +146,6 @@ def check_width(backend: Backend) -> int:
     if width > MAX_VECTOR_WIDTH:
         raise UserError(
             f"the vector of a clip has {width:,} numbers, but a gallery can store at most "
-            f"{MAX_VECTOR_WIDTH:,}\nuse an ensemble with fewer members, or a narrower net"
+            f"{MAX_VECTOR_WIDTH:,}\nuse an ensemble of fewer models, or a net with shorter vectors"
         )
     return width

@@ -103,7 +103,7 @@ class Gallery:
         if run is not None and self.origin.cards:
             raise UserError(
                 f"gallery '{self.folder}' was made from nets, so no run computes its vectors\n"
-                "leave out --run, in Python run="
+                "leave out --run (in Python: run=)"
             )
         self._run = run
         self._checked: tuple[str, Predictor] | None = None  # digest of the run, and the run
@@ -517,7 +517,7 @@ class Gallery:
     ) -> dict[str, Answer]:
         """Identifies the person in each clip; returns clip -> answer.
 
-        The person of a clip without a usable frame is unknown. In a gallery of models, the person
+        The person of a clip without a usable frame is unknown. In a gallery of nets, the person
         is also unknown if the clip and the most probable person have no modality in common.
 
         Args:
@@ -533,7 +533,7 @@ class Gallery:
             get the same name. Each clip has two probabilities of this name: for the whole group,
             and for only this clip. The answer has the lower one, which must reach `threshold` or
             the measured threshold. If the second probability is below 0.1, the clip leaves the
-            group. Only a gallery of models accepts groups.
+            group. Only a gallery of nets accepts groups.
           advance: is called for each answer, with the number of clips that get this answer.
 
         Raises:
@@ -545,8 +545,8 @@ class Gallery:
             raise UserError(f"k={k} is below 1: give the number of identities to list")
         if groups is not None and not self.origin.cards:
             raise UserError(
-                "groups need a gallery that was created with --models; this gallery has a run\n"
-                "leave groups out"
+                "groups are only for a gallery of nets, but this gallery was made from a run\n"
+                "leave out groups, or create a gallery with --models"
             )
         if not isinstance(clips, Vectors):  # reports mistakes before vectors are computed
             self.rule(fpir=fpir, threshold=threshold)

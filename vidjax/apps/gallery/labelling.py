@@ -159,7 +159,7 @@ def find_rivals(state: State, clips: Mapping[str, StoredClip]) -> dict[str, str]
     owned = [name for name, clip in clips.items() if clip.identity in state.clips_of]
     most = max(MOST_PAIRS // max(len(index.names), 1), 1)
     if len(owned) > most:
-        say(f"only {most:,} of {len(owned):,} clips were compared with the other people")
+        say(f"to save time, only {most:,} of {len(owned):,} clips were compared with other people")
     if card_notes.compare(state).problem == "blind" or len(index.names) < 2:
         return {}
     vectors = stack_vectors(owned[:most], clips, sum(index.backend.widths.values()))

@@ -270,7 +270,7 @@ class Store:
             end = os.fstat(file.fileno()).st_size - len(SUPER_JOURNAL)
             file.seek(max(end, 0))  # only the end matters: every journal begins with these bytes
             if end > 0 and file.read(len(SUPER_JOURNAL)) == SUPER_JOURNAL:
-                raise damaged(journal, "it contains the path of another file")
+                raise damaged(journal, "it is a journal of SQLite with the path of another file")
 
     @contextlib.contextmanager
     def open(
@@ -506,7 +506,7 @@ def _version(connection: sqlite3.Connection) -> tuple[int, set[str]]:
     ((mode,),) = connection.execute("PRAGMA journal_mode").fetchall()
     connection.set_progress_handler(None, 0)
     if mode != "delete":
-        raise UserError("its journal_mode is not 'delete'")
+        raise UserError("its setting journal_mode of SQLite is not 'delete'")
     return version, tables
 
 
@@ -606,10 +606,10 @@ def _read(connection: sqlite3.Connection) -> State:
         raise UserError("the text in its table 'gallery' does not match its stored sha256")
     facts = json_files.parse(Path(GALLERY_FILE), files.parse_json(text), _Facts, REMEDY)
     if missing := set(Settings._fields) - facts.settings.keys():
-        raise UserError(f"its settings lack {min(missing)}")
+        raise UserError(f"its table 'gallery' lacks the setting '{min(missing)}'")
     width = sum(facts.widths.values())
     if width > MAX_VECTOR_WIDTH or len(facts.widths) < len(facts.parts):
-        raise UserError("its vectors are too wide, or two of its modalities have the same name")
+        raise UserError(f"its vectors have {width:,} numbers, or two modalities share a name")
     _, numbers, rows = _read_table(connection, "backend", BACKEND_LAYOUT, 0)
     backend = _make_backend(numbers["number"], facts)
     (names, people), numbers, more = _read_table(connection, "clip", _clip_layout(width), 2)

@@ -60,7 +60,7 @@ class NetVectors(NamedTuple):
             raise UserError(f"split={split!r}: clips in memory have no splits: leave it out")
         if not isinstance(clips, MemoryClips):
             raise UserError(
-                "a gallery of models has no run, so it cannot embed a split of a dataset\n"
+                "a gallery of nets has no run, so it cannot read a split of a dataset\n"
                 "give {clip: {modality: features}} in Python, or --input=FOLDER"
             )
         parts = {
