@@ -570,13 +570,11 @@ def _list(args: argparse.Namespace) -> Result:
     if args.identity is not None:
         name = normal_form(args.identity)
         people = {name: find_enrolled("identity", name, people)}
-    facts: dict[str, Any] = {"identities": {name: len(clips) for name, clips in people.items()}}
-    rows = [(name, f"{count:,}") for name, count in facts["identities"].items()]
-    result = _summarise(gallery, facts)
-    if not args.clips:
-        return result._replace(rows=rows)
-    rows = [(name, clip) for name, clips in people.items() for clip in clips]
-    return result._replace(facts={**result.facts, "clips": people}, rows=rows)
+    result = _summarise(gallery, {"identities": {name: len(x) for name, x in people.items()}})
+    if args.clips:
+        rows = [(name, clip) for name, clips in people.items() for clip in clips]
+        return result._replace(facts={**result.facts, "clips": people}, rows=rows)
+    return result._replace(rows=[(name, f"{len(clips):,}") for name, clips in people.items()])
 
 
 def _threshold(args: argparse.Namespace) -> Result:
