@@ -59,7 +59,7 @@ class Input(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
-    """The distributions of the cosine of two embeddings: of one person, and of two people."""
+    """The distributions of the cosine of two embeddings, of the same person and of two people."""
 
     # The mean embedding, which is subtracted before embeddings are scaled to unit length.
     centre: Annotated[list[Finite], Meta(max_length=65_536)]
@@ -107,7 +107,7 @@ class Source(Struct, kw_only=True, forbid_unknown_fields=True):
     sha256: Sha256
 
     def describe(self) -> str:
-        """Returns a text with the names of the file and its package, if they are known."""
+        """Returns a text for the user: the file of the net, and its package if it is known."""
         if self.package == UNKNOWN:
             return f"{self.file}, which is not a known file (sha256 {self.sha256[:12]}...)"
         return f"{self.file} of {self.package} {self.version}"

@@ -354,21 +354,21 @@ def locate_people(out: Path, names: Iterable[str] = ()) -> dict[str, Path]:
 
 
 class SeenClip(NamedTuple):
-    """The face in a clip, and the name of the film or photo of the clip."""
+    """The face in a clip, and the name of the film or photo that contains the clip."""
 
     face: Face
     video: str  # the name of the file
 
 
 class FaceFinder:
-    """Finds the faces of clips in a folder of results. Files are read only if needed."""
+    """Finds the face in a clip, in a folder of results. Files are read only if they are needed."""
 
     def __init__(self, out: Path):
         self._out, self._people = out, locate_people(out)
         self._read = functools.cache(describe_media_file)
 
     def __call__(self, clip: str) -> SeenClip | None:
-        """Returns the face of a clip in the gallery, or None if it is no face of the results."""
+        """Returns the face in the clip `clip` of the gallery, or None if the results lack the clip."""
         folder = self._out / FEATURES
         if photo := PhotoFace.of(clip):
             folder, clip = self._people.get(photo.folder), photo.clip

@@ -205,7 +205,7 @@ def _by_gallery(clips: Iterable[Clip]) -> list[tuple[Gallery, list[Clip]]]:
 def _find_copies(
     clips: Iterable[Clip], own: set[Clip], people: Iterable[str]
 ) -> tuple[set[Clip], set[Clip], set[bytes]]:
-    """Finds clips with the same vectors as a clip in `own`, of strangers and of other people.
+    """Finds clips of strangers and of other people with the same vectors as a clip in `own`.
 
     The vectors must be equal in each modality, such as face, that both clips have. A copy may have
     more modalities, so copies of a copy are found, too.

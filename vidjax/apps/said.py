@@ -112,7 +112,7 @@ def about(face: Face, says: Any, **values: Any) -> Line:  # noqa: ANN401  (field
 def stamp(lines: Iterable[Line]) -> list[Line]:
     """Returns the lines of a step with the present time in the field `when`.
 
-    No two steps have the same time.
+    A step is what a user says at once. No two steps have the same time.
     """
     when = datetime.now(UTC).isoformat(timespec="microseconds")
     return [msgspec.structs.replace(line, when=when) for line in lines]

@@ -115,7 +115,7 @@ class Server(uvicorn.Server):
         await (FULL if refuses else self._app)(scope, receive, send)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Handles a signal that asks the server to end."""
+        """Handles a signal, such as SIGTERM, that asks the server to end. See the class."""
         if self._unready_seconds and not self._leaving.is_set():
             _make_timer(self._unready_seconds, self._stop).start()
         elif self.should_exit:

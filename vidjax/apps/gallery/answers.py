@@ -304,8 +304,9 @@ def check_strangers(count: int, fpir: float) -> None:
 def measure_threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
     """Returns the threshold at which at most a share `fpir` of new strangers gets a name.
 
-    `best` [S] float64 is the log-probability of the most probable person for each of S strangers.
-    First call `check_strangers`.
+    `best` [S] float64 is the log-probability of the most probable person for each of S strangers,
+    who were compared with `num_identities` people. The caller has checked the number S, see
+    `check_strangers`.
 
     Source: FPIR of ISO/IEC 19795-1.
     """

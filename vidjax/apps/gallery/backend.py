@@ -1,8 +1,8 @@
-"""The back end of a gallery, which computes how probably a clip shows each enrolled person.
+"""The parameters with which a gallery computes how probably a clip shows each enrolled person.
 
-A clip has a vector for each of M modalities, such as face or audio. The vector of a missing
-modality is 0. If a run that is not PLDA computes the vectors, the only modality is `embedding`.
-The vectors of a modality are compared in one of two ways:
+These parameters are called the back end. A clip has a vector for each of M modalities, such as face
+or audio. The vector of a missing modality is 0. If a run that is not PLDA computes the vectors, the
+only modality is `embedding`. The vectors of a modality are compared in one of two ways:
 
 - PLDA: `fit` learns the parameters from labelled clips.
 - Distances: a card, the JSON file that describes an embedding net, contains the parameters.
@@ -110,19 +110,23 @@ class Backend(NamedTuple):
         return {part.name: len(part.centre) for part in self.parts}
 
     def split(self, vectors: np.ndarray) -> list[np.ndarray]:
-        """Splits vectors [N, sum of D] of all modalities into M arrays [N, D]."""
+        """Splits vectors [N, sum of D] into M arrays [N, D], one for each modality."""
         ends = np.cumsum(list(self.widths.values()))[:-1]
         return np.split(vectors, ends.tolist(), axis=1)
 
     def units(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Centres vectors of Q clips, M arrays [Q, D], and scales the results to unit length."""
+        """Subtracts the centre from the vectors of Q clips, and scales the results to unit length.
+
+        `parts` and the result are M arrays [Q, D], one for each modality.
+        """
         return [unit(part, x) for part, x in zip(self.parts, parts, strict=True)]
 
     def whiten(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Returns the PLDA coordinates of Q clips. `parts` are their vectors, M arrays [Q, D].
+        """Returns the PLDA coordinates of Q clips: M arrays [Q, D], one for each modality.
 
-        The result has M arrays [Q, D], too. A missing modality has coordinates of 0. If a modality
-        is not compared by PLDA, the coordinates are the centred unit vectors.
+        `parts` are the vectors of the clips, in the same form. If a clip lacks a modality, its
+        coordinates are 0. If a modality is not compared by PLDA, its coordinates are the centred
+        unit vectors.
         """
         pairs = zip(self.parts, self.units(parts), strict=True)
         return [np.where(x.any(axis=1, keepdims=True), part.coordinates(x), 0) for part, x in pairs]
@@ -244,9 +248,9 @@ def make_card_backend(back_ends: "Mapping[str, BackEnd]") -> Backend:
 
 
 def compare_equal(old: Backend, new: Backend) -> bool:
-    """Returns whether two back ends have the same parameters, except for rounding errors.
+    """Returns whether two galleries compare vectors with the same parameters.
 
-    Only the modalities of `old` are compared.
+    Rounding errors are ignored. Only the modalities of `old` are compared.
     """
     parts = {part.name: part.arrays() for part in new.parts}
     pairs = [(part.arrays(), parts.get(part.name, [])) for part in old.parts]
@@ -259,10 +263,11 @@ def compare_equal(old: Backend, new: Backend) -> bool:
 def _sum_clips(
     part: Part, x: np.ndarray, owner: np.ndarray, film: np.ndarray | None, exact: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the number n of clips of each of P people, [P], and n x their mean, [P, D].
+    """Counts and adds up the clips of each of P people, in one modality.
 
-    `x` [N, D] are the vectors of this part. For `owner` and `film`, see `Backend.enrol`. With PLDA,
-    n is the number of independent clips, or of all clips if `exact` [P] is True for the person.
+    Returns the number n of clips, [P], and n x their mean unit vector, [P, D]. `x` [N, D] are the
+    vectors. For `owner` and `film`, see `Backend.enrol`. With PLDA, n is the number of independent
+    clips, or of all clips if `exact` [P] is True for the person.
     """
     count, total = sum_by_owner(unit(part, x), owner, len(exact))
     if part.space is None:
@@ -316,7 +321,7 @@ class Kind(Struct, omit_defaults=True):
 
 
 def from_numbers(kinds: Sequence[Kind], settings: Settings, numbers: np.ndarray) -> Backend:
-    """Makes a back end from a flat float64 array, which `Backend.numbers` returned.
+    """Reverses `Backend.numbers`: makes the parameters of a gallery from a flat float64 array.
 
     `kinds` describe the modalities. `settings` are the parameters for all modalities.
     """

@@ -144,10 +144,11 @@ def compare(state: State) -> Comparison:
 
 
 def check_apart(state: State, vectors: Vectors, apart: Iterable[tuple[str, str, float]]) -> State:
-    """Compares pairs of faces of two people with a card that nobody has measured.
+    """Compares pairs of faces of two people with the card of the face net, its JSON file.
 
     Returns `state` with the result in the field `separates`. The result is None if somebody has
-    measured the card. For the other arguments, see `Gallery.check_apart`.
+    measured the card on real faces, so that no check is needed. For the other arguments, see
+    `Gallery.check_apart`.
     """
     backend, separates = state.index.backend, None
     if state.origin.unmeasured:

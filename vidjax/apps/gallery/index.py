@@ -367,7 +367,7 @@ class Index:
 
         Element 0 belongs to a stranger, and element 1 + r to the person `names[r]`. If a clip lacks
         all modalities, the probability of a stranger is 1. `parts` are the vectors of the clips, M
-        arrays [Q, D].
+        arrays [Q, D], one for each modality.
         """
         for new, logits, rows, fine, _ in self._compared(parts, NUM_FINE_PEOPLE):
             wide = np.empty(1 + len(logits))
@@ -380,8 +380,9 @@ class Index:
     ) -> Iterator[Nearest]:
         """Yields the k most probable people of each group of clips.
 
-        `parts` are the vectors of Q clips, M arrays [Q, D]. `owner` [Q] int is the group of each
-        clip. By default, each clip is a group. A group that lacks all modalities gets no people.
+        `parts` are the vectors of Q clips, M arrays [Q, D], one for each modality. `owner` [Q] int
+        is the group of each clip. By default, each clip is a group. A group that lacks all
+        modalities gets no people.
         """
         for new, logits, rows, fine, has_part in self._compared(parts, k, owner):
             top = max(new, fine.max(initial=-np.inf))
@@ -400,11 +401,11 @@ class Index:
             yield Nearest(float(logs[0]), pairs, compared, rest)
 
     def ratios(self, parts: Sequence[np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Compares Q clips with the person `name`. `parts` are their vectors, M arrays [Q, D].
+        """Compares Q clips with the person `name`.
 
-        Returns two arrays. The first, [Q] float64, contains the log-likelihood ratios of this
-        person against a stranger. The second, [M, Q] bool, is True if the clip and the person have
-        the modality.
+        `parts` are the vectors of the clips, M arrays [Q, D], one for each modality. Returns two
+        arrays. The first, [Q] float64, contains the log-likelihood ratios of this person against a
+        stranger. The second, [M, Q] bool, is True if the clip and the person have the modality.
         """
         row, units = self.names.index(name), self.backend.units(parts)
         owner = np.arange(len(units[0]))
@@ -449,8 +450,8 @@ class Index:
     def _prepare(self, units: Sequence[np.ndarray], effective: Sequence[np.ndarray]) -> _Queries:
         """Prepares Q groups of clips for the comparison with people.
 
-        `units` are the unit vectors of the groups, M arrays [Q, D]. `effective` are the effective
-        numbers of their clips, M arrays [Q].
+        `units` are the unit vectors of the groups, M arrays [Q, D], one for each modality.
+        `effective` are the effective numbers of their clips, M arrays [Q].
         """
         coordinates, terms = [], []
         for scorer, x, k in zip(self.scorers, units, effective, strict=True):

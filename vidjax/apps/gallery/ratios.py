@@ -44,7 +44,10 @@ class Summary(NamedTuple):
 
 
 def of_clips(backend: "Backend", parts: Sequence[np.ndarray]) -> Summary:
-    """Makes a group of each of N clips. `parts` are the vectors of the clips, M arrays [N, D]."""
+    """Makes a group of each of N clips.
+
+    `parts` are the vectors of the clips, M arrays [N, D], one for each modality.
+    """
     means, ones = backend.whiten(parts), np.ones(len(parts[0]))
     counts, squares = [z.any(axis=1).astype(int) for z in means], [np.vecdot(z, z) for z in means]
     return Summary(counts, means, squares, [ones] * len(means), ones)

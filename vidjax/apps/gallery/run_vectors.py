@@ -119,10 +119,10 @@ class RunVectors(NamedTuple):
 
     @property
     def reads(self) -> tuple[dict[str, int], Quality]:
-        """What is read of a clip: modality -> width of its features, and how frames get a quality.
+        """The modalities that are read of a clip, and where the quality of its frames is from.
 
-        With `given`, the quality is in the file or, if it is missing, is the norm of the features.
-        With `norm`, it is always the norm.
+        The first value is modality -> width of its features. The second is `given` (the quality in
+        the file or, if it is missing, the norm of the features) or `norm` (always the norm).
         """
         return dict(self.run.modalities), self.run.config.data.quality
 

@@ -82,7 +82,7 @@ BACKEND_LAYOUT = np.dtype([("number", "<f8")])
 
 
 class VectorOrigin(Struct, frozen=True, omit_defaults=True):
-    """The training run or the pretrained models that computed the vectors of the clips."""
+    """A description of the training run or the nets that computed the vectors of the clips."""
 
     workdir: Text  # the folder of the run or of the models
     digest: Sha256  # the sha256 of the weights of the run, or of `cards`
@@ -226,7 +226,7 @@ class Store:
         self.check_new()
 
     def _advise_on_run(self) -> str:
-        """Returns advice on how to make a gallery of the run in the folder, or "" without a run."""
+        """Returns a text that says how to make a gallery of the run in the folder, or ""."""
         if not files.exists(self.folder / "config.json"):
             return ""
         command = f"vidjax gallery create NEW_FOLDER --run={shlex.quote(str(self.folder))}"

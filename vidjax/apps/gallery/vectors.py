@@ -46,9 +46,10 @@ class NetVectors(NamedTuple):
 
     @property
     def reads(self) -> tuple[dict[str, int], Quality]:
-        """What is read of a clip: modality -> width of its features, and how frames get a quality.
+        """The modalities that are read of a clip, and where the quality of its frames is from.
 
-        With `given`, the quality is in the file or, if it is missing, is the norm of the features.
+        The first value is modality -> width of its features. The second is `given`: the quality in
+        the file or, if it is missing, the norm of the features.
         """
         return self.backend.widths, "given"
 

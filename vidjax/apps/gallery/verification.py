@@ -14,9 +14,9 @@ clips of other people that reach the threshold. There are two ways to choose a t
   on their order.
 - By the model, if there are too few strangers: at most a share R of the clips of other people has a
   likelihood ratio of 1 / R or more. This is Markov's inequality, because the mean likelihood ratio
-  of these clips is 1. It holds only if the clips are distributed as the back end assumes. If the
-  enrolled people are closer to each other than the card of the net says, the threshold is higher,
-  because it is computed from the distance of these people.
+  of these clips is 1. It holds only if the clips are distributed as the gallery assumes. If the
+  enrolled people are closer to each other than the card, the JSON file of the net, says, the
+  threshold is higher, because it is computed from the distance of these people.
 """
 
 import hashlib
@@ -202,10 +202,11 @@ def pair_strangers(
     parts: Sequence[np.ndarray],
     max_doubles: int = MAX_DOUBLES,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compares N clips of strangers in N / 2 pairs. `parts` are their vectors, M arrays [N, D].
+    """Compares the N clips of strangers in N / 2 pairs of clips.
 
-    If at most `max_doubles` pairs probably show a single stranger, these pairs exchange clips with
-    other pairs. Returns the log ratios and the compared modalities, see `ratios.compare`.
+    `parts` are the vectors of the clips, M arrays [N, D], one for each modality. If at most
+    `max_doubles` pairs probably show a single stranger, these pairs exchange clips with other
+    pairs. Returns two arrays: the log ratios, and the compared modalities, see `ratios.compare`.
     """
     half, clips = len(names) // 2, ratios_lib.of_clips(backend, parts)
     first, second = order_by_hash(names)[: 2 * half].reshape(2, half)

@@ -206,7 +206,7 @@ class Application:
 
     @contextlib.asynccontextmanager
     async def run_lifespan(self, _: object) -> AsyncIterator[None]:
-        """Compiles all programs when the server starts, and stops all threads when it ends."""
+        """Compiles all programs when the server starts, and ends all threads when it stops."""
         warm = asyncio.create_task(self._warm())
         yield
         with contextlib.suppress(asyncio.CancelledError):
