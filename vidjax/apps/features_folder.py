@@ -368,7 +368,7 @@ class FaceFinder:
         self._read = functools.cache(describe_media_file)
 
     def __call__(self, clip: str) -> SeenClip | None:
-        """Returns the face in the clip `clip` of the gallery, or None if the results lack the clip."""
+        """Returns the face in a clip of the gallery, or None if the results do not contain it."""
         folder = self._out / FEATURES
         if photo := PhotoFace.of(clip):
             folder, clip = self._people.get(photo.folder), photo.clip

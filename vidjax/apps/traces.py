@@ -68,7 +68,7 @@ class Trace(NamedTuple):
 
 
 class Content(NamedTuple):
-    """The content of a file, in a form in which names and vectors can be searched."""
+    """The content of a file: the texts and arrays in which names and vectors are searched."""
 
     texts: Sequence[str] = ()
     arrays: Sequence[np.ndarray] = ()

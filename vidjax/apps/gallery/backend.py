@@ -143,10 +143,10 @@ class Backend(NamedTuple):
 
         Args:
           names: the names of the people.
-          vectors: [N, sum of D].
-          owner: [N] int, each clip's person, an index in `names`.
-          film: [N] int, from 0. With PLDA, all clips of a person with the same number count as at
-            most one clip. By default, all numbers differ.
+          vectors: [N, sum of D], the vectors of the clips, of all modalities.
+          owner: [N] int, the person of each clip, an index in `names`.
+          film: [N] int, the film of each clip, from 0. With PLDA, all clips of a person in a film
+            count as at most one clip. By default, each clip is from another film.
           independent: [P] bool, True if a person's clips are known to be independent. With PLDA,
             similar clips of other people count as fewer clips. By default, all are False.
         """
@@ -179,8 +179,9 @@ def fit(
     Args:
       vectors: modality -> unit vectors [N, D] float32.
       labels: [N] int, the person of each clip, from 1.
-      enrolled: modality -> [N, D] float32. For the fit of the settings, row n is enrolled for the
-        person of clip n. It may be the mean of the person's clips in a film. Default: `vectors`.
+      enrolled: modality -> [N, D] float32, the vectors with which people are enrolled while the
+        settings are fitted. Row n belongs to the person of clip n. It may be the mean of the
+        person's clips in a film. Default: `vectors`.
       centred: True if the run has already subtracted a centre from the vectors.
       settings: the settings of PLDA. By default, they are fitted, too, and the variance of a
         person's clips is at least a typical share, see `two_covariance.covariances`.

@@ -128,7 +128,7 @@ class _Facts(Struct, omit_defaults=True):
 
 
 class StoredClip(NamedTuple):
-    """A clip of a person or of a stranger."""
+    """A clip of a person or of a stranger, with its vector."""
 
     identity: str | None  # the person; None for a stranger
     vector: np.ndarray  # [sum of D] float32, of all modalities; zeros for a missing modality
@@ -637,11 +637,11 @@ def _read(connection: sqlite3.Connection) -> State:
 def _read_table(
     connection: sqlite3.Connection, table: str, layout: np.dtype, num_words: int
 ) -> tuple[list[list[str]], np.ndarray, int]:
-    """Reads and checks a table of N people, clips, or numbers of the back end.
+    """Reads and checks a table of N people, of N clips, or of N parameters that compare vectors.
 
     Returns three values: `num_words` lists of N names; the numbers, an array [N] with the dtype
     `layout`; the sum of the sha256 of all rows. `num_words` is 1 for people: their names. It is 2
-    for clips: the names of the clips, and of their people. It is 0 for the back end.
+    for clips: the names of the clips, and of their people. It is 0 for parameters.
     """
     (size,) = connection.execute(f"SELECT total(length(numbers)) FROM {table}").fetchone()
     numbers, at, total = np.empty(int(size) // layout.itemsize, layout), 0, 0
