@@ -43,9 +43,8 @@ MOST_PLACES = 5  # of a face
 LOCK_SECONDS = 20.0  # the longest time for which a new line waits for another program
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Box = tuple[Share, Share, Share, Share]  # left, top, width, height
-Place = tuple[Seconds, Box]
 ENCODER = msgspec.json.Encoder()
-Places = Annotated[tuple[Place, ...], Meta(max_length=100)]
+Places = Annotated[tuple[tuple[Seconds, Box], ...], Meta(max_length=100)]
 
 
 class Face(Struct, kw_only=True, frozen=True, omit_defaults=True):

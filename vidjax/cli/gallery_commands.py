@@ -68,10 +68,7 @@ def _add_create(parser: Parser) -> None:
     about = "instead of --run: the folder of the nets with which vidjax extract makes features"
     parser.flag("--models DIR", about, of=model)
     parser.flag("--empty", "leaves out the people of the run and their clips, but stores strangers")
-    about = (
-        "the split whose unlabelled clips are stored as strangers (default: the split that the "
-        "run evaluates)"
-    )
+    about = "the split whose unlabelled clips become strangers (default: the evaluated split)"
     parser.flag("--strangers S", about)
     parser.fields("data.", example="data.dir=PATH")
     parser.command(_create, "G --run=runs/plda", "G --models=models")

@@ -30,7 +30,7 @@ new training run without the clips removes this dependence.
 import contextlib
 import numbers
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -52,7 +52,7 @@ from vidjax.apps.gallery.index import Index
 from vidjax.apps.gallery.labelling import Enrolment
 from vidjax.apps.gallery.run_vectors import RunVectors
 from vidjax.apps.gallery.store import STRANGER, State, Store, StoredClip, VectorOrigin
-from vidjax.apps.gallery.vectors import NetVectors, Vectors, select_usable_clips
+from vidjax.apps.gallery.vectors import Advance, NetVectors, Vectors, select_usable_clips
 from vidjax.apps.gallery.verification import Match, MatchRule, Verification
 from vidjax.apps.server_limits import LOCK_SECONDS
 from vidjax.data.dataset import Dataset
@@ -291,7 +291,7 @@ class Gallery:
         self,
         clips: AnyClips,
         split: str | None = None,
-        advance: Callable[[int], None] = ignore_count,
+        advance: Advance = ignore_count,
     ) -> Vectors:
         """Computes the vectors of clips.
 
@@ -331,9 +331,7 @@ class Gallery:
     # ---- changes
 
     @contextlib.contextmanager
-    def change(
-        self, advance: Callable[[int], None] = ignore_count, *, log: bool = True
-    ) -> Iterator[Draft]:
+    def change(self, advance: Advance = ignore_count, *, log: bool = True) -> Iterator[Draft]:
         """Makes several changes at once: `with gallery.change() as draft: draft.remove(...)`.
 
         The draft has the methods `remove`, `rename` and `relabel` of this class, and the methods
@@ -373,7 +371,7 @@ class Gallery:
         split: str | None = None,
         strangers: bool = False,
         source: str = "identities",
-        advance: Callable[[int], None] = ignore_count,
+        advance: Advance = ignore_count,
     ) -> Enrolment:
         """Enrols clips of new people, or more clips of enrolled people.
 
@@ -513,7 +511,7 @@ class Gallery:
         threshold: float | None = None,
         split: str | None = None,
         groups: Mapping[str, str] | None = None,
-        advance: Callable[[int], None] = ignore_count,
+        advance: Advance = ignore_count,
     ) -> dict[str, Answer]:
         """Identifies the person in each clip; returns clip -> answer.
 
@@ -638,7 +636,7 @@ class Gallery:
         fpir: float | None = None,
         threshold: float | None = None,
         split: str | None = None,
-        advance: Callable[[int], None] = ignore_count,
+        advance: Advance = ignore_count,
     ) -> dict[str, list[tuple[str, float]]]:
         """Lists the most probable clips of each enrolled person.
 

@@ -5,7 +5,7 @@ or by distances, see `backend`. The ratios of all modalities that both groups ha
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,6 @@ from vidjax.models import card_backend, two_covariance
 if TYPE_CHECKING:
     from vidjax.apps.gallery.backend import Backend, Part
 
-Rows: TypeAlias = list[int] | slice | tuple[slice, None] | np.ndarray
 # We assume that 10 % of the voices belong to a person who is not seen. So the likelihood ratio of
 # a voice is at most 9 if the clip also has a face.
 MAX_VOICE_RATIO = np.log(9)
@@ -33,7 +32,7 @@ class Summary(NamedTuple):
     noises: list[np.ndarray]  # M arrays [...], see `measure_noise`
     clarity: np.ndarray  # [...], the mean clarity of the faces, see `align.measure_clarity`
 
-    def take(self, rows: Rows) -> "Summary":
+    def take(self, rows: list[int] | slice | tuple[slice, None] | np.ndarray) -> "Summary":
         """Selects groups. `rows` is an index of a NumPy array, such as a list or a slice."""
         counts, means, squares, noises = ([x[rows] for x in each] for each in self[:-1])
         return Summary(counts, means, squares, noises, self.clarity[rows])

@@ -76,8 +76,8 @@ class Match(NamedTuple):
         return {**self._asdict(), "evidence": [*self.evidence], **fits}
 
 
-Matches: TypeAlias = Mapping[str, Match]  # clip -> its comparison with a person
-PairMatches: TypeAlias = Mapping[tuple[str, str], Match]  # two clips -> their comparison
+# Clip -> its comparison with a person; or two clips -> their comparison.
+Matches: TypeAlias = Mapping[str, Match] | Mapping[tuple[str, str], Match]
 
 
 class MatchRule(NamedTuple):
@@ -372,7 +372,7 @@ def as_json(key: str | tuple[str, str], match: Match, identity: str = "") -> dic
     return names | match.to_dict()
 
 
-def table(matches: Matches | PairMatches) -> Iterator[tuple[str, ...]]:
+def table(matches: Matches) -> Iterator[tuple[str, ...]]:
     """Yields the comparisons as rows of a table for the terminal."""
     yield "accepted", "log ratio", "even odds", "clips", "fits best", "fits worst"
     for key, match in matches.items():
@@ -383,7 +383,7 @@ def table(matches: Matches | PairMatches) -> Iterator[tuple[str, ...]]:
         yield (*cells, *fits)
 
 
-def write(path: Path, matches: Matches | PairMatches, identity: str = "") -> None:
+def write(path: Path, matches: Matches, identity: str = "") -> None:
     """Writes comparisons to a new table. The ending of `path` is the format."""
     objects = [as_json(key, match, identity) for key, match in matches.items()]
     columns = dict.fromkeys([*objects[0]][:2], "string")
