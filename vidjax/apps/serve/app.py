@@ -141,9 +141,6 @@ class EnrolAnswer(Struct):
     misfits: dict[str, float]
 
 
-CLIP_REQUESTS = (IdentifyRequest, VerifyRequest, EnrolRequest)
-
-
 class PageQuery(Struct, forbid_unknown_fields=True):
     """The query of a request for the list of people, which is sent in pages."""
 
@@ -508,7 +505,7 @@ def describe(
         kind for point in endpoints for kind in (point.body, point.query, point.result) if kind
     ]
     _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
-    for kind in CLIP_REQUESTS:
+    for kind in (point.body for point in endpoints if point.body):  # requests with clips
         clip = schemas[kind.__name__]["properties"]["clips"]["items"]["properties"]
         for name, width in widths.items():
             row = {"type": "array", "items": {"type": "number"}}
@@ -518,7 +515,7 @@ def describe(
     for point in endpoints:
         path = point.path.replace(":path", "")
         words = schemas[point.query.__name__]["properties"] if point.query else {}
-        if point.body in CLIP_REQUESTS:
+        if point.body:
             fields = schemas[point.body.__name__]["properties"].keys() - {"clips", "identities"}
             rest = ", ".join(sorted(fields))
             about = f"the name of a single clip in an .npz; with an .npz, the query may have {rest}"
