@@ -285,22 +285,28 @@ def _distinguish(twins: Sequence[MediaFile]) -> None:
 def describe_media_files(out: Path) -> dict[str, MediaFile]:
     """Reads the descriptions of all films and photos in a folder of features.
 
-    Returns stem -> description. Films and photos that other nets must read again are included.
-    Damaged descriptions are left out.
+    Returns stem -> description, where the stem is the name of the file without its ending. Films
+    and photos that other nets must read again are included. Damaged descriptions are left out.
     """
     stems = [path.stem for path in sorted((out / VIDEOS).glob("*.json"))]
     return {stem: film for stem in stems if (film := describe_media_file(out, stem))}
 
 
 def find_unread(out: Path) -> dict[str, MediaFile]:
-    """Finds the films and photos that other nets must read again; returns stem -> description."""
+    """Finds the films and photos in a folder of features that other nets must read again.
+
+    Returns stem -> description, where the stem is the name of the file without its ending.
+    """
     stems = [path.stem for path in (out / VIDEOS).glob("*.json")]
     unread = (stem for stem in sorted(stems) if not has_features(out, stem))
     return {stem: film for stem in unread if (film := describe_media_file(out, stem))}
 
 
 def describe_media_file(out: Path, stem: str) -> MediaFile | None:
-    """Returns the description of a film or photo, or None if it is damaged or missing."""
+    """Reads the description of a film or photo; returns None if it is damaged or missing.
+
+    `out` is the folder of features, and `stem` the name of the film or photo without its ending.
+    """
     with contextlib.suppress(UserError, FileNotFoundError):
         return read_media_file(out / VIDEOS / f"{stem}.json")
     return None

@@ -100,7 +100,8 @@ class Server(uvicorn.Server):
 
     The signal sets the event `leaving`. After `limits.unready_seconds`, or at a second signal, the
     server stops accepting requests. Requests that have arrived are still answered. If too many
-    connections are open, all requests except requests of LIVE get the status 503.
+    connections are open, requests get the status 503. Only health checks, requests of the path
+    LIVE, are always answered.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits, leaving: threading.Event):

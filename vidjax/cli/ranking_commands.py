@@ -147,7 +147,7 @@ def add_compare_flags(parser: Parser) -> None:
 
 
 def compare_runs(args: argparse.Namespace) -> Result:
-    """Compares the MAP of each run with the MAP of the first run."""
+    """Compares the MAP (mean average precision) of each run with the MAP of the first run."""
     from vidjax.evaluation import comparison
     from vidjax.runs import config as config_lib, config_io
     from vidjax.training import public

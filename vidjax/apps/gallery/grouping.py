@@ -123,7 +123,8 @@ class Groups:
 
         A ratio is log(p(clips | the same person) / p(clips | two people)). It is -inf for the group
         itself, for groups without clips, and for groups that certainly show another person. It is
-        also -inf if two groups have no modality in common, or contain only unclear faces.
+        also -inf if two groups have no modality in common, or contain only unclear faces (small or
+        blurred).
         """
         one = self.summary.take([row])
         total, shared = ratios_lib.compare(self._backend, one, self.summary)

@@ -136,9 +136,10 @@ def complete(gallery: "Gallery", vectors: Vectors) -> set[str]:
 
 
 def find_known(state: State, vectors: Vectors) -> dict[str, str | None]:
-    """Finds enrolled clips that have these vectors: returns clip -> person, None for a stranger.
+    """Finds the given clips that are enrolled with these vectors; returns clip -> person.
 
-    The enrolled clip may lack some of the modalities.
+    The person of a stranger is None. The enrolled clip may lack some of the modalities, such as
+    face.
     """
     given = {name: clip.vector for name, clip in select_usable_clips(vectors).items()}
     equal = find_equal(given, state.clips, state.index.backend)

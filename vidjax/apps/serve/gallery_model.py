@@ -21,7 +21,7 @@ FIELD_BYTES = sum(np.dtype(field.dtype).itemsize for field in FRAME_FIELDS.value
 
 
 class Question(NamedTuple):
-    """A request to identify clips, with its options."""
+    """A request to identify clips: the clips, and the options of `Gallery.identify`."""
 
     clips: Mapping[str, Mapping[str, Frames]]  # name of the clip -> modality -> frames
     k: int = DEFAULT_K  # the largest number of identities per clip
