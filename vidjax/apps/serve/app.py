@@ -234,7 +234,7 @@ class Application:
         """Returns status 200 if the server can answer requests, and 503 otherwise."""
         self._check_ready()
         if request.scope["vidjax.leaving"]:
-            raise Refused(503, "the server is about to end: ask another server")
+            raise Refused(503, "the server will end: ask another server")
         try:
             await asyncio.to_thread(self.model.check)
         except (UserError, OSError):  # is not logged, because any client may send this request
