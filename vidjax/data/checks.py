@@ -74,8 +74,8 @@ def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
     whose files were found. A misspelling of one of these splits raises no error.
     """
     lower = word.lower() if word not in SPLITS else ""
-    longer = [split for split in SPLITS if lower.startswith(split)]
-    split = next(iter(longer), None) or closest(lower, SPLITS, cutoff=0.75)
+    longer = (split for split in SPLITS if lower.startswith(split))
+    split = next(longer, None) or closest(lower, SPLITS, cutoff=0.75)
     if split and split not in present:
         head, _, tail = path.name.rpartition(word)
         raise UserError(

@@ -46,7 +46,7 @@ def read_clips(
             yield from read_parquet(path)
             continue
         group = "" if path.parent == (folder or path.parent) else f"{path.parent.name}/"
-        name = clean_name_at(f"{path}:", given := f"{group}{path.stem}")
+        name = clean_name_at(str(path), given := f"{group}{path.stem}")
         with files.open_input(path) as file, prefix_errors(str(path)):
             size = os.fstat(file.fileno()).st_size
             arrays = files.load_npz(file, min(limit, files.max_unpacked_bytes(size)))
@@ -118,7 +118,7 @@ def _split(arrays: Mapping[str, np.ndarray], path: str, group: str = "") -> Iter
             }
             for modality, fields in grouped.items()
         }
-        yield Clip(clean_name_at(f"{path}:", group + given), path, modalities, group + given)
+        yield Clip(clean_name_at(str(path), group + given), path, modalities, group + given)
 
 
 def write_npz(
@@ -150,7 +150,7 @@ def read_npz_bytes(content: bytes, name: str, limit: int, nets: Nets = NO_NETS) 
     or needs more than `limit` bytes of memory. The size is checked before the arrays are unpacked.
     A number counts as at least 4 bytes.
     """
-    clean = clean_name_at("clip:", name) if name else ""
+    clean = clean_name_at("clip", name) if name else ""
     with prefix_errors(f"clip {show(clean)}" if name else "npz"):
         arrays = files.load_npz(io.BytesIO(content), limit, FLOAT_BYTES)
         several = has_several_clips(arrays)
@@ -173,7 +173,7 @@ def read_json(value: object, place: str) -> Clip:
     """
     if not isinstance(value, dict) or not isinstance(given := value.get("clip"), str):
         raise UserError(f'{place}: the clip has no name: write {{"clip": "NAME", "face": [[...]]}}')
-    name = clean_name_at(f"{place}:", given)
+    name = clean_name_at(place, given)
     arrays = {}
     for key, numbers in value.items():
         if key != "clip":
@@ -199,7 +199,7 @@ def read_parquet(path: Path) -> Iterator[Clip]:
     clips: dict[str, dict[str, Any]] = {}
     given: dict[str, str] = {}
     for clip, modality, rows in _group_rows(text["clip"], text["modality"]):
-        name = clean_name_at(f"{path}:", clip)
+        name = clean_name_at(str(path), clip)
         place = f"{path}: clip {show(name)}, {modality}"
         odd = width[rows] != width[rows[0]]
         if odd.any():

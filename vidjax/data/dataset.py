@@ -262,12 +262,11 @@ def _report_labels(
         return {"labelled": False}
     known = len(truth.keys() & set(clips))
     names, positives = np.unique(list(truth.values()), return_counts=True)
-    histogram = {
-        f"{low + 1}-{high}" if high != np.inf else f"over {low}": int(
-            ((positives > low) & (positives <= high)).sum()
-        )
+    ranges = [
+        f"{low + 1}-{high}" if high != np.inf else f"over {low}"
         for low, high in itertools.pairwise(CLIPS_PER_IDENTITY_EDGES)
-    }
+    ]
+    counts, _ = np.histogram(positives, np.add(CLIPS_PER_IDENTITY_EDGES, 0.5))
     return {
         "labelled": True,
         "ground_truth_clips": len(truth),
@@ -276,5 +275,5 @@ def _report_labels(
         "labelled_clips": known,
         "distractors": len(clips) - known,
         "unknown_clips": len(truth) - known,
-        "clips_per_identity": histogram,
+        "clips_per_identity": dict(zip(ranges, counts.tolist(), strict=True)),
     }

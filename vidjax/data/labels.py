@@ -88,7 +88,7 @@ def load_label_table(
     split_of = {name: split for split, names in clips.items() for name in names}
     place = Path("labels")
     if isinstance(labels, Mapping):
-        pairs = clean_labels(((f"{place}:", *pair) for pair in labels.items()), split_of)
+        pairs = clean_labels(((str(place), *pair) for pair in labels.items()), split_of)
     elif (place := files.local(labels)).suffix.lower() in tables.ENDINGS:
         pairs = clean_labels(read_table(place), split_of)
     else:
@@ -115,11 +115,11 @@ def read_table(path: Path) -> Iterator[tuple[str, Any, Any]]:
         return
     if path.suffix.lower() == ".parquet":
         for row, clip, identity in parquet.read_labels(path):
-            yield f"{path}: row {row}:", clip, identity
+            yield f"{path}: row {row}", clip, identity
         return
     is_csv, rows = path.suffix.lower() == ".csv", tables.read_text(path)
     number, header = next(rows, (1, []))
-    titles = tables.find_columns(f"{path}: line {number}:", header, COLUMNS)
+    titles = tables.find_columns(f"{path}: line {number}", header, COLUMNS)
     columns = [*map(header.index, titles)]
     if not columns and is_csv:
         raise UserError(
@@ -129,17 +129,17 @@ def read_table(path: Path) -> Iterator[tuple[str, Any, Any]]:
     if not columns:
         columns, rows = [0, 1], itertools.chain([(number, header)] * bool(header), rows)
     for number, cells in rows:
-        place = f"{path}: line {number}:"
+        place = f"{path}: line {number}"
         if is_csv and (len(cells) <= max(columns) or any(cells[len(header) :])):
             raise UserError(
-                f"{place} the line must have as many values as line 1\n"
+                f"{place}: the line must have as many values as line 1\n"
                 'write names that contain a comma in double quotes: "Smith, John"'
             )
         if len(cells) <= max(columns):
             remedy = "write the clip, a tab and a name"
             if len(cells) == 1 and re.search("[;,]", cells[0]):
                 remedy = "save the table with tabs between the columns, not commas or semicolons"
-            raise UserError(f"{place} the line has no name or no clip\n{remedy}")
+            raise UserError(f"{place}: the line has no name or no clip\n{remedy}")
         clip, identity = (cells[column] for column in columns)
         yield place, clip if is_csv else clip.strip(), identity.strip()
 
@@ -153,13 +153,13 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, Any, Any]]:
             with contextlib.suppress(ValueError):
                 value = files.parse_json(line)
             row = value if isinstance(value, dict) else {}
-            titles = tables.find_columns(f"{place}:", row, COLUMNS)
+            titles = tables.find_columns(place, row, COLUMNS)
             if not titles:
                 raise UserError(
                     f"{place} is not JSON of a clip and its identity\n"
                     'write {"clip": "NAME", "identity": "NAME"}'
                 )
-            yield f"{place}:", *(row[title] for title in titles)
+            yield place, *(row[title] for title in titles)
 
 
 def refuse_no_file(path: Path) -> None:
@@ -186,7 +186,7 @@ def clean_labels(
             name = other
         if identity is None:
             continue
-        row, place = place, f"{place} clip {show(name)}"
+        row, place = place, f"{place}: clip {show(name)}"
         if _is_missing(identity):
             empty.append(f"{place}: its identity is empty, so the clip shows no known person")
             continue
@@ -197,7 +197,7 @@ def clean_labels(
             raise UserError(
                 f"{place} has the labels {show(pairs[name])} and {show(text)}: delete one of them"
             )
-        places.setdefault(text, row.removesuffix(":"))
+        places.setdefault(text, row)
     for found, remedy in (
         (empty, "leave out these clips, or use None in Python"),
         (decimals, "write identities as text"),

@@ -48,7 +48,7 @@ class Clip(NamedTuple):
 def read_dict(clips: Clips, place: str) -> Iterator[Clip]:
     """Yields the clips of a dict, clip -> modality -> features. Errors begin with `place`."""
     for given, modalities in clips.items():
-        name = clean_name_at(f"{place}:", given)
+        name = clean_name_at(place, given)
         if not isinstance(modalities, Mapping):
             raise UserError(
                 f"{place}: clip {show(name)} is of type {type(modalities).__name__}: "
@@ -326,21 +326,16 @@ class Packer(contextlib.ExitStack):
 
     def _check(self, clip: Clip, features: np.ndarray) -> None:
         """Raises UserError for an unusual width or dtype."""
-        width, dtype = self._kind or (0, None)
-        place, problem = locate(clip, self._modality), ""
-        if features.shape[1] != width:
-            shape = list(features.shape)
-            problem = f"{shape[1]} wide, but {width} wide in other clips: " + (
-                "transpose the array, as array.T"
-                if shape[0] == width
-                else f"give arrays [frames, {width}] instead of {shape}"
-            )
-        elif features.dtype != dtype:
-            problem = (
-                f"{features.dtype}, but {dtype} in other clips: use features.astype('{dtype}')"
-            )
-        if problem:
-            raise UserError(f"{place}: features are {problem}")
+        (width, dtype), (num_frames, own) = self._kind or (0, None), features.shape
+        if (own, features.dtype) == (width, dtype):
+            return
+        problem = f"{features.dtype}, but {dtype} in other clips: use features.astype('{dtype}')"
+        if own != width:
+            remedy = f"give arrays [frames, {width}] instead of [{num_frames}, {own}]"
+            if num_frames == width:
+                remedy = "transpose the array, as array.T"
+            problem = f"{own} wide, but {width} wide in other clips: {remedy}"
+        raise UserError(f"{locate(clip, self._modality)}: features are {problem}")
 
     def finish(self) -> PackedClips:
         """Writes the last clips, closes the files, and returns all clips in the given order."""

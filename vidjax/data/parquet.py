@@ -153,13 +153,7 @@ def work(arguments: dict[str, Any]) -> Columns | tuple[list[str], list[str]] | N
     with _open(path) as file:
         names = _check_names(path, file.schema_arrow.names)
         _check_types(path, file.schema_arrow)
-        counted = _check_footer(path, file, names)
-        rows = _read_rows(path, file, names, counted, folder)
-    arrays = {name: codes for name, (_, codes) in rows.text.items()}
-    arrays |= {**rows.scalars, "width": rows.width}
-    np.savez(folder / "columns.npz", **arrays)  # pyright: ignore[reportArgumentType]
-    text = {name: values for name, (values, _) in rows.text.items()}
-    return Columns(text, len(rows.values), rows.values.dtype.name)
+        return _write_columns(path, file, names, _check_footer(path, file, names), folder)
 
 
 def _map_features(
@@ -189,7 +183,7 @@ def read_labels(path: Path) -> Iterator[tuple[int, Any, Any]]:
 
     with _open(path) as file:
         titles = file.schema_arrow.names
-        names = tables.find_columns(f"{path}:", titles, ("clip", "identity"))
+        names = tables.find_columns(str(path), titles, ("clip", "identity"))
         if not names:
             raise UserError(
                 f"{path}: the table has no column clip or no column identity, only "
@@ -322,27 +316,27 @@ def _check_types(path: Path, schema: "pyarrow.Schema") -> None:
     from pyarrow import types
 
     list_kinds = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+    wanted = {"features": "lists of numbers", **dict.fromkeys(OPTIONAL_COLUMNS, "numbers")}
     for column in schema:
-        kind, wanted = column.type, "numbers"
-        if column.name not in ("features", *OPTIONAL_COLUMNS):
-            continue
+        kind, remedy = column.type, wanted.get(column.name)
         if column.name == "features":
-            kind, wanted = getattr(kind, "value_type", None), "lists of numbers"
-            if not any(is_kind(column.type) for is_kind in list_kinds):
-                kind = None
-        if kind is None or not (types.is_integer(kind) or types.is_floating(kind)):
+            kind = kind.value_type if any(is_kind(kind) for is_kind in list_kinds) else None
+        if remedy and (kind is None or not (types.is_integer(kind) or types.is_floating(kind))):
             raise UserError(
-                f"{path}: column {column.name} is of type {column.type}: write {wanted}"
+                f"{path}: column {column.name} is of type {column.type}: write {remedy}"
             )
 
 
-def _read_rows(
+def _write_columns(
     path: Path, file: "parquet.ParquetFile", names: Sequence[str], counted: int, folder: Path
-) -> Rows:
-    """Reads the columns `names`. The `counted` values of features are a file in `folder`."""
+) -> Columns:
+    """Decodes the columns `names`, and writes them to files in `folder`, for `read`.
+
+    `counted` is the number of all values of the features, as the footer of the table lists it.
+    """
     from pyarrow import compute
 
-    widths, first, at = [], 0, 0
+    widths, first, at = [np.empty(0, np.int32)], 0, 0
     scalars = [name for name in names if name != "features"]
     joined = file.read(columns=scalars, use_threads=False)
     values = np.empty(0, np.float32)
@@ -368,18 +362,18 @@ def _read_rows(
             at += len(flat)
     if at != counted:
         raise _damaged(path, f"it has {at:,} values of features, but its footer lists {counted:,}")
-    text, numbers = {}, {}
+    arrays, text = {"width": np.concatenate(widths)}, {}
+    if first != len(joined):
+        raise _damaged(path, f"it has {first:,} rows of features, but {len(joined):,} clips")
     for name in scalars:
         column = joined[name].combine_chunks()
         _refuse_nulls(path, name, column, 0)
         if name in TEXT_COLUMNS:
-            text[name] = _encode_text(path, name, column)
+            text[name], arrays[name] = _encode_text(path, name, column)
         else:
-            numbers[name] = column.to_numpy(zero_copy_only=False)
-    width = np.concatenate(widths) if widths else np.empty(0, np.int32)
-    if len(width) != len(joined):
-        raise _damaged(path, f"it has {len(width):,} rows of features, but {len(joined):,} clips")
-    return Rows(text, numbers, values, width)
+            arrays[name] = column.to_numpy(zero_copy_only=False)
+    np.savez(folder / "columns.npz", **arrays)  # pyright: ignore[reportArgumentType]
+    return Columns(text, counted, values.dtype.name)
 
 
 def _refuse_nulls(path: Path, name: str, column: Any, first: int) -> None:  # noqa: ANN401 (pyarrow)

@@ -142,8 +142,7 @@ class Blend:
 
 def rank_array(scores: Scores) -> TopK:
     """Ranks clips by their scores."""
-    blocks = (block[:3] for block in scores_lib.read_blocks(scores))
-    return topk.rank(blocks, len(scores.identities))
+    return topk.rank(scores_lib.read_blocks(scores), len(scores.identities))
 
 
 def group_clips(use: np.ndarray) -> list[np.ndarray]:

@@ -6,7 +6,7 @@ hidden from a member. If `System.num_chunks` is None, no part is hidden, and the
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -41,10 +41,8 @@ def eval_step(
         weight = output.score_weight  # [B, G]
         if weight is None:
             weight = jnp.ones(logits.shape[:2], logits.dtype)
-        total = make_no_scores(scores[:, 0], logs=system.scores_are_logs)
-        for branch in range(scores.shape[1]):
-            total = add_scores(total, scores[:, branch], weight[:, branch])
-        return sum_scores(total)
+        each, weights = ([x[:, i] for i in range(x.shape[1])] for x in (scores, weight))
+        return sum_scores(collect_scores(each, weights, logs=system.scores_are_logs))
 
     logs = system.scores_are_logs
     scores = _reduce_examples(
@@ -255,6 +253,19 @@ def make_no_scores(like: Array, *, logs: bool) -> MeanScores:
     empty = jnp.full_like(like, -jnp.inf)
     start = empty if logs else jnp.zeros_like(like)
     return MeanScores(start, empty if logs else None, jnp.zeros(like.shape[0], like.dtype))
+
+
+def collect_scores(
+    scores: Sequence[Array] | Array, weights: Iterable[Array], *, logs: bool
+) -> MeanScores:
+    """Returns the sums of n scores, [B, K] each, with n weights, [B] each.
+
+    If `logs` is True, the scores are logarithms of probabilities.
+    """
+    total = make_no_scores(scores[0], logs=logs)
+    for one, weight in zip(scores, weights, strict=True):
+        total = add_scores(total, one, weight)
+    return total
 
 
 def add_scores(mean: MeanScores, scores: Array, weight: Array) -> MeanScores:

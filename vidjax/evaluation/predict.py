@@ -103,7 +103,7 @@ class Ranker:
 
         def blocks() -> Iterator[topk.ScoreBlock]:
             for block in self._score_blocks(request):
-                yield block[:3]
+                yield block
                 advance(len(block.mask))
 
         return topk.rank(blocks(), len(self.identities), k)

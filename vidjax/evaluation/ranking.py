@@ -124,12 +124,10 @@ def read_submission(
     clips = {_try_clean(text): clip for text, clip in spellings.items()}
     clean = functools.cache(_try_clean)
     ranking: dict[str, list[str]] = {}
-    first: dict[str, str] = {}  # kind of fault -> a sentence about the first line with this fault
-    counts: Counter[str] = Counter()
+    faults: dict[str, list[str]] = {}  # kind of fault -> a sentence about each line with this fault
 
     def note(kind: str, sentence: str) -> None:
-        first.setdefault(kind, sentence)
-        counts[kind] += 1
+        faults.setdefault(kind, []).append(sentence)
 
     number, text = 0, _read_text(Path(path))
     if re.search(r"\r(?!\n)", text):
@@ -174,8 +172,11 @@ def read_submission(
         ranking[identity] = names
     if not number:
         note("empty file", f"{path}: the file is empty: write a line for each identity")
-    more = {kind: f" ({n:,} lines have this fault)" if n > 1 else "" for kind, n in counts.items()}
-    return Submission(ranking, [sentence + more[kind] for kind, sentence in first.items()])
+    complaints = [
+        first + f" ({1 + len(others):,} lines have this fault)" * bool(others)
+        for first, *others in faults.values()
+    ]
+    return Submission(ranking, complaints)
 
 
 def _find_faults(line: str, fields: Sequence[str]) -> Iterator[tuple[str, str]]:

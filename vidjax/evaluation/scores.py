@@ -24,12 +24,12 @@ from vidjax.core.batch import Array
 from vidjax.core.metrics import ClipScores
 from vidjax.data.clips import Split
 from vidjax.evaluation import topk
-from vidjax.evaluation.eval_step import add_scores, make_no_scores, mean_scores
+from vidjax.evaluation.eval_step import collect_scores, mean_scores
 from vidjax.evaluation.scoring import ALL, ScoreBlock, TrainedModel, score_blocks
 from vidjax.evaluation.topk import TopK
 from vidjax.utils import files
 from vidjax.utils.errors import DiskError, UserError, warn
-from vidjax.utils.terminal import Progress, say
+from vidjax.utils.terminal import say, show_clips
 
 ROWS = 256  # clips of a block that is read from an array
 LARGE = 10**9  # bytes of a scratch file from which its size is printed
@@ -119,12 +119,11 @@ def write_scores(
     scores = describe(model, split_name)
     use = scores.use if only is None else scores.use & only
     scores = allocate(dataclasses.replace(scores, use=use), folder)
-    progress = Progress(len(scores.array), unit="clip", label="score", leave=False)
-    for block in score_blocks(model, split_name, use):
-        values, index = block.without_padding()
-        scores.array[scores.row[index]] = values
-        progress.advance(len(index))
-    progress.close()
+    with show_clips("score", len(scores.array)) as progress:
+        for block in score_blocks(model, split_name, use):
+            values, index = block.without_padding()
+            scores.array[scores.row[index]] = values
+            progress.advance(len(index))
     return scores
 
 
@@ -199,10 +198,8 @@ def combine(
 @jax.jit
 def mean_logs(logs: Array, weights: Array) -> Array:
     """Computes the log of the mean of the probabilities, with `weights` [R]. `logs` [R, B, C]."""
-    total = make_no_scores(logs[0], logs=True)
-    for run, weight in zip(logs, weights, strict=True):
-        total = add_scores(total, run, jnp.full(len(run), weight))
-    return mean_scores(total)
+    of_clips = (jnp.full(logs.shape[1], weight) for weight in weights)
+    return mean_scores(collect_scores(logs, of_clips, logs=True))
 
 
 def score(
@@ -252,17 +249,15 @@ def evaluate(
     ranked = [] if top else [ALL, *range(len(members))]
     tops = {number: topk.HostTopK(len(scores.identities)) for number in ranked}
     clips = _make_clip_scores(scores)
-    progress = Progress(int(pool.sum()), unit="clip", label="evaluate", leave=False)
-    with devices.compile_seconds() as compiling:
+    with devices.compile_seconds() as compiling, show_clips("evaluate", int(pool.sum())) as bar:
         for block in blocks:
             if block.member in tops:
                 tops[block.member].add(block.scores, block.clip_index, block.mask)
             if block.member == ALL:
                 _add_clips(clips, split.labels, block)
-                progress.advance(int(block.mask.sum()))
+                bar.advance(int(block.mask.sum()))
                 check()
         top = top or tops[ALL].finish()
-    progress.close()
     seconds = time.monotonic() - began - sum(compiling)
     clips, num_nan = _replace_nan(split, clips)
     rows = [

@@ -27,7 +27,8 @@ class TopK(NamedTuple):
     index: np.ndarray  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
 
 
-ScoreBlock = tuple[Any, Any, Any]  # scores, clip_index and batch_mask, see `HostTopK.add`
+# Scores, clip_index and batch_mask, see `HostTopK.add`. `rank` ignores further items.
+ScoreBlock = tuple[Any, Any, Any] | tuple[Any, Any, Any, int]
 
 
 class HostTopK:
@@ -136,7 +137,7 @@ def rank(blocks: Iterable[ScoreBlock], num_identities: int, k: int = MAX_NAMES) 
     """Returns the k best clips of every identity. For blocks of scores, see `HostTopK.add`."""
     top = HostTopK(num_identities, k)
     for block in blocks:
-        top.add(*map(np.asarray, block))
+        top.add(*map(np.asarray, block[:3]))
     return top.finish()
 
 

@@ -43,12 +43,7 @@ def free_bytes(root: Path = ROOT) -> float:
     `root` is `/`, except in tests.
     """
     free = [limit - used for limit, used in _read_memory_limits(root)]
-    try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-        values = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-        free += [1024.0 * int(kilobytes) for kilobytes in values]
-    except (OSError, ValueError, IndexError):
-        pass  # not Linux
+    free += [1024 * kilobytes for kilobytes in _read_entry(root / "proc/meminfo", "MemAvailable:")]
     return max(0.0, min(free, default=0.0))
 
 
@@ -78,7 +73,7 @@ def _read_memory_limits(root: Path) -> Iterator[tuple[float, float]]:
         ):
             most, now = _read_numbers(group / limit), _read_numbers(group / used)
             if most and most[0] < 1 << 60:  # without a limit, version 1 writes a huge number
-                yield most[0], (now or [0.0])[0] - _read_statistic(group / "memory.stat", cached)
+                yield most[0], sum(now) - sum(_read_entry(group / "memory.stat", cached))
 
 
 def _find_groups(controller: str, root: Path) -> Iterator[Path]:
@@ -106,9 +101,10 @@ def _read_numbers(path: Path) -> list[float]:
         return []
 
 
-def _read_statistic(path: Path, name: str) -> float:
+def _read_entry(path: Path, name: str) -> list[float]:
+    """Returns a list with the number after `name` in a file of entries, or [] without a number."""
     try:
-        pairs = [line.split() for line in path.read_text().splitlines()]
-        return next((float(value) for key, value in pairs if key == name), 0.0)
-    except (OSError, ValueError):
-        return 0.0
+        rows = [line.split() for line in path.read_text().splitlines()]
+        return [float(row[1]) for row in rows if row[:1] == [name]]
+    except (OSError, ValueError, IndexError):
+        return []  # not Linux, for example

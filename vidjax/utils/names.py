@@ -7,7 +7,7 @@ import urllib.parse
 from collections import Counter
 from collections.abc import Collection, Iterable
 
-from vidjax.utils.errors import UserError
+from vidjax.utils.errors import UserError, prefix_errors
 
 # Unicode categories that would break the lines of a file: controls, line and paragraph separators.
 _BREAKS = ("Cc", "Zl", "Zp")
@@ -227,13 +227,11 @@ def clean_name(name: str) -> str:
 
 def clean_name_at(place: str, name: object) -> str:
     """Calls `clean_name`. Error messages begin with `place`, such as a file and a line."""
-    if not isinstance(name, str):
-        kind = type(name).__name__
-        raise UserError(f"{place} clip name {name!r:.40} is of type {kind}: convert it with str()")
-    try:
+    with prefix_errors(place):
+        if not isinstance(name, str):
+            kind = type(name).__name__
+            raise UserError(f"clip name {name!r:.40} is of type {kind}: convert it with str()")
         return clean_name(name)
-    except ValueError as error:
-        raise UserError(f"{place} {error}") from None
 
 
 def escape(name: str) -> str:

@@ -19,6 +19,7 @@ import ctypes
 import errno
 import json
 import os
+import re
 import select
 import selectors
 import signal
@@ -46,12 +47,11 @@ OUTPUT_BYTES = 64 * MB  # the results of 50 photos, or of a film with many track
 KEPT_ERROR_BYTES = 1 << 16  # of the end of standard error
 READ_BYTES = 1 << 16
 # Environment variables that a child gets. All others may be secrets, such as AWS_SECRET_ACCESS_KEY.
-# Names that end with `_` are the beginnings of names.
-VARIABLES = (
-    "PATH", "HOME", "LANG", "LANGUAGE", "LC_", "TZ", "TZDIR", "TMPDIR", "TMP", "TEMP",
-    "VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHON", "VIDJAX_",
-    "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "MALLOC_", "GLIBC_TUNABLES", "ORT_", "ARROW_",
-)  # fmt: skip
+VARIABLES = re.compile(
+    "PATH|HOME|LANG|LANGUAGE|TZ|TZDIR|TMPDIR|TMP|TEMP|VIRTUAL_ENV|CONDA_PREFIX|LD_LIBRARY_PATH"
+    "|LD_PRELOAD|GLIBC_TUNABLES|PYTHON.*"
+    "|(LC|VIDJAX|OMP|GOMP|KMP|MKL|OPENBLAS|MALLOC|ORT|ARROW)_.*"
+)
 
 _PARENT_DEATH = 1
 CHILD = "VIDJAX_CHILD"  # an environment variable that is set only in a child process
@@ -83,7 +83,7 @@ class Children:
         # PYTHONPATH makes the child import from the same folders as this process. The child has one
         # BLAS thread, because each thread would reserve address space. The MALLOC variables make
         # glibc keep freed memory, because the system would clear its pages before they are reused.
-        environment = {name: x for name, x in os.environ.items() if _is_passed_on(name)} | {
+        environment = {name: x for name, x in os.environ.items() if VARIABLES.fullmatch(name)} | {
             "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
             "OPENBLAS_NUM_THREADS": "1",
             "OMP_NUM_THREADS": "1",
@@ -111,11 +111,6 @@ class Children:
             self._stopped = True
             for child in self._started:
                 child.kill()
-
-
-def _is_passed_on(name: str) -> bool:
-    """Returns whether a child gets the environment variable `name`."""
-    return name in VARIABLES or name.startswith(("PYTHON", *(x for x in VARIABLES if x[-1] == "_")))
 
 
 def _exchange(
@@ -245,18 +240,27 @@ def _answer(
     try:
         return {"result": msgspec.to_builtins(work(given))}
     except MemoryError:
-        return {
-            "error": f"'{path}' is refused, because reading it needs more memory than {limit}: "
-            "split it into smaller files"
-        }
+        return {"error": _explain_refusal(path, f"needs more memory than {limit}")}
     except UserError as error:
         (*_, key) = (name for name, kind in _ERRORS.items() if isinstance(error, kind))
         return {key: str(error), "errno": getattr(error, "errno", None)}
     except OSError as error:
         if error.errno == errno.EFBIG:
-            about = f"reading it would write a file of more than {limit}"
-            return {"error": f"'{path}' is refused, because {about}: split it into smaller files"}
+            return {"error": _explain_refusal(path, f"would write a file of more than {limit}")}
         return {"os_error": describe_system_error(error) or str(error), "errno": error.errno}
+
+
+def _explain_refusal(path: str | Path, need: str) -> str:
+    """Returns the message for a file that needs more than a child process may take."""
+    return f"'{path}' is refused, because reading it {need}: split it into smaller files"
+
+
+def _make_hostile_error(path: Path, event: str) -> UserError:
+    """Returns the error for a file that has made the child process do something unexpected."""
+    return UserError(
+        f"'{path}' is damaged or hostile: the process that reads it {event}: "
+        "write the file again, or leave it out"
+    )
 
 
 def run_limited(
@@ -342,10 +346,7 @@ def _describe_end(
     """Returns the error for a file whose process gave no answer. It is None after `seconds`."""
     if child is None or child.returncode == -signal.SIGXCPU:
         limit = f"{cpu_seconds} s of CPU time" if child else f"{seconds} s"
-        return UserError(
-            f"'{path}' is refused, because reading it needs more than {limit}: "
-            "split it into smaller files"
-        )
+        return UserError(_explain_refusal(path, f"needs more than {limit}"))
     if child.returncode == -signal.SIGKILL:
         return UserError(
             f"{path}: the process that reads it was killed, perhaps for lack of memory: "
@@ -355,10 +356,7 @@ def _describe_end(
         name = f"signal {-child.returncode}"
         with contextlib.suppress(ValueError):
             name = signal.Signals(-child.returncode).name
-        return UserError(
-            f"'{path}' is damaged or hostile: the process that reads it ended with {name}: "
-            "write the file again, or leave it out"
-        )
+        return _make_hostile_error(path, f"ended with {name}")
     last = child.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
     return UserError(
         f"{path}: the process that reads it failed: {show(last)}\n"
@@ -377,10 +375,7 @@ def doubt(path: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno not in _OF_FILES:
             raise
-        raise UserError(
-            f"'{path}' is damaged or hostile: the process that reads it printed no result: "
-            "write the file again, or leave it out"
-        ) from error
+        raise _make_hostile_error(path, "printed no result") from error
 
 
 def _parse_answer(path: Path, line: bytes, kind: type[Result]) -> Result | UserError:

@@ -164,12 +164,20 @@ def safetensors(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
 def numpy(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
     """Writes the arrays of a PLDA run and `reader.py`; returns a function that scores with them."""
     del inputs
-    from vidjax.evaluation.export import array_files
+    import jax
+
+    from vidjax.evaluation.export import array_files, function
+    from vidjax.models.plda_fit import unit_mean
 
     read = array_files.write_arrays(folder / "arrays.npz", make_run_arrays(run))
 
+    @jax.jit
+    def compute_means(frames: "Mapping[str, Frames]") -> "dict[str, Array]":
+        fused = run.model.system.fuse(None, frames, jax.numpy.int32(0))
+        return {part: unit_mean(fused[part]) for part in run.modalities}
+
     def predict_outputs(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        vectors = compute_unit_means(run, inputs)
+        vectors = jax.device_get(compute_means(function.make_batch(run, inputs).frames))
         logs = read(vectors)[:, 1:]
         logs[~np.any([x.any(axis=1) for x in vectors.values()], axis=0)] = -np.inf
         return {"scores": logs}
@@ -219,26 +227,6 @@ def make_run_arrays(run: "Predictor") -> dict[str, np.ndarray]:
             f"{part}/limit": np.full(members, np.inf),
         }
     return {name: np.ascontiguousarray(value) for name, value in arrays.items()}
-
-
-def compute_unit_means(run: "Predictor", inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the mean vectors of B clips, scaled to unit length: modality -> [B, D].
-
-    The means are the input of `reader.log_probabilities`. `run` is a PLDA run. `inputs` are name ->
-    array, see `function.input_shapes`.
-    """
-    import jax
-
-    from vidjax.evaluation.export import function
-    from vidjax.models.plda_fit import unit_mean
-
-    @jax.jit
-    def compute(frames: "Mapping[str, Frames]") -> "dict[str, Array]":
-        fused = run.model.system.fuse(None, frames, jax.numpy.int32(0))
-        return {part: unit_mean(fused[part]) for part in run.modalities}
-
-    means = compute(function.make_batch(run, inputs).frames)
-    return {part: np.asarray(mean) for part, mean in means.items()}
 
 
 # Name -> format. To add a format, write a function above, and add a line here.

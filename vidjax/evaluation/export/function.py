@@ -153,14 +153,11 @@ def _compute_scores(run: Predictor, members: Sequence[Member], batch: Batch) -> 
         eval_step.eval_step(system, params, state, view, batch)[:, 1 : 1 + count]
         for params, state, view in members
     ]
-    scores = each[0]
-    if len(each) > 1:
-        total = eval_step.make_no_scores(scores, logs=system.scores_are_logs)
-        weight = jnp.ones(scores.shape[0], scores.dtype)
-        for one in each:
-            total = eval_step.add_scores(total, one, weight)
-        scores = eval_step.mean_scores(total)
-    return keep_best(system, scores)
+    if len(each) == 1:
+        return keep_best(system, each[0])
+    weights = [jnp.ones(scores.shape[0], scores.dtype) for scores in each]
+    total = eval_step.collect_scores(each, weights, logs=system.scores_are_logs)
+    return keep_best(system, eval_step.mean_scores(total))
 
 
 def _compute_embeddings(run: Predictor, members: Sequence[Member], batch: Batch) -> Array:

@@ -289,11 +289,9 @@ class Graph:
 
 def _is_foldable(eqn: Eqn) -> bool:
     """Returns True if an operation on constants can be computed during the conversion."""
-    if eqn.primitive.name in ("dim_as_value", *CUSTOM):
-        return False
-    return all(
-        isinstance(dim, int) for var in eqn.outvars for dim in getattr(var.aval, "shape", ())
-    )
+    sizes = (dim for var in eqn.outvars for dim in getattr(var.aval, "shape", ()))
+    unfoldable = eqn.primitive.name in ("dim_as_value", *CUSTOM)
+    return not unfoldable and all(isinstance(dim, int) for dim in sizes)
 
 
 def _log1p(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
@@ -325,13 +323,11 @@ def _expm1(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 
 def _select(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    (which, *cases), aval = x, eqn.outvars[0].aval
-    if eqn.invars[0].aval.dtype == bool:
-        return graph.select(which, cases[1], cases[0], aval)
-    result = cases[0]
-    for number, case in enumerate(cases[1:], 1):
-        is_case = graph.node("Equal", which, graph.constant(number, np.int32))
-        result = graph.select(is_case, case, result, aval)
+    which, result, *others = x
+    is_flag = eqn.invars[0].aval.dtype == bool  # otherwise it is the number of a case
+    for number, case in enumerate(others, 1):
+        chosen = which if is_flag else graph.node("Equal", which, graph.constant(number, np.int32))
+        result = graph.select(chosen, case, result, eqn.outvars[0].aval)
     return result
 
 

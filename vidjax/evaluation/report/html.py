@@ -90,9 +90,7 @@ def between(low: float, high: float, digits: int, *, percent: bool = False) -> N
 
 def cell(value: object) -> Markup:
     """Returns a value as HTML: a number, or a text. Markup is returned unchanged."""
-    if isinstance(value, Markup) or not (value is None or isinstance(value, int | float)):
-        return name(value)
-    return number(value)
+    return number(value) if value is None or isinstance(value, int | float) else name(value)
 
 
 def table(caption: str, head: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:

@@ -232,9 +232,7 @@ def learning(run: RunFiles) -> Markup | None:
     rate = _draw_curve(train, "learning_rate", "Learning rate")
     figures = html.beside("figures", [loss, scores, rate])
     bad_steps = sum(line.get("bad_steps", 0) for line in train)
-    if not bad_steps:
-        return figures
-    words = "{} steps were skipped: loss or gradient was not finite."
+    words = "{} steps were skipped: loss or gradient was not finite." * bool(bad_steps)
     return figures + html.paragraph(words, html.number(bad_steps, 0))
 
 
@@ -446,12 +444,11 @@ def open_set(run: RunFiles) -> Markup | None:
     parts = [html.beside("figures", figures)]
     if open_set := run.analysis.open_set:
         parts.append(_thresholds(run, open_set))
-    if "fpir" not in run.arrays:
-        words = "There are no errors by threshold: the split has no distractor."
-        parts.append(html.paragraph(words))
-    if "calibration" not in run.arrays:
-        words = "There is no calibration: the scores of this run are not probabilities."
-        parts.append(html.paragraph(words))
+    absent = {
+        "fpir": "There are no errors by threshold: the split has no distractor.",
+        "calibration": "There is no calibration: the scores of this run are not probabilities.",
+    }
+    parts += [html.paragraph(words) for name, words in absent.items() if name not in run.arrays]
     return Markup().join(parts)
 
 

@@ -279,10 +279,9 @@ def damaged_file(make_error: Callable[[str], UserError]) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, MemoryError):
-        raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno:
+        is_of_system = isinstance(error, OSError) and error.errno
+        if is_of_system or isinstance(error, UserError | MemoryError):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise make_error(reason) from error
