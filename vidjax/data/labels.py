@@ -145,9 +145,7 @@ def read_table(path: Path) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _read_json_lines(path: Path) -> Iterator[tuple[str, Any, Any]]:
-    with files.open_text(path) as file:
-        lines = file.read().splitlines()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(files.read_input(path).splitlines(), 1):
         if line.strip():
             place, value = f"{path}: line {number}", None
             with contextlib.suppress(ValueError):
@@ -360,8 +358,7 @@ def split_lines(text: str) -> list[str]:
 def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
     """Returns (line number, words) of each line that is not blank. Errors show the line `form`."""
     refuse_no_file(path)
-    with files.open_text(path) as file:
-        data = file.read()
+    data = files.read_input(path)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -55,9 +55,9 @@ class Rows(NamedTuple):
     width: np.ndarray  # [F] int, the number of values of each feature
 
 
-def _get_room(size: int) -> int:
-    """Returns how many bytes the columns of a table of `size` bytes may take."""
-    return min(memory_bytes() // 3, files.max_unpacked_bytes(size))
+def _get_room(path: Path) -> int:
+    """Returns how many bytes the columns of a table may take in memory."""
+    return min(memory_bytes() // 3, files.max_unpacked_bytes(path.stat().st_size))
 
 
 def read(path: Path) -> Rows:
@@ -69,7 +69,7 @@ def read(path: Path) -> Rows:
         found = _run(path, {"out_dir": str(scratch)}, Columns, [scratch])
         with processes.doubt(path):
             files.refuse_links(scratch)
-            arrays = _load_columns(path, scratch)
+            arrays = files.read_npz(scratch / "columns.npz", COPIES * _get_room(path))
             values = _map_features(scratch, found.values, np.dtype(found.dtype), "r")
             text = {name: (found.text[name], arrays.pop(name)) for name in TEXT_COLUMNS}
             rows = Rows(text, arrays, values, arrays.pop("width"))
@@ -89,12 +89,6 @@ def _check_rows(rows: Rows) -> None:
         raise ValueError("the columns do not fit")
 
 
-def _load_columns(path: Path, folder: Path) -> dict[str, np.ndarray]:
-    """Loads the columns that a child wrote for the table `path`."""
-    with files.open_regular(folder / "columns.npz") as file:
-        return files.load_npz(file, COPIES * _get_room(path.stat().st_size))
-
-
 def read_contents(path: Path) -> tuple[list[str], list[np.ndarray], list[str]]:
     """Returns all texts of a table, the numbers of each float column, and the names of all columns.
 
@@ -104,7 +98,8 @@ def read_contents(path: Path) -> tuple[list[str], list[np.ndarray], list[str]]:
         arguments = {"out_dir": str(scratch), "any_columns": True}
         texts, columns = _run(path, arguments, tuple[list[str], list[str]], [scratch])
         with processes.doubt(path):
-            return texts, [*_load_columns(path, scratch).values()], columns
+            arrays = files.read_npz(scratch / "columns.npz", COPIES * _get_room(path))
+            return texts, [*arrays.values()], columns
 
 
 def _run(
@@ -113,7 +108,7 @@ def _run(
     """Calls `work` in a child process with limits. It can write only in the folders `writes`."""
     with files.open_input(path):
         require_packages(str(path), "pyarrow", extra="parquet")
-    room = _get_room(path.stat().st_size)
+    room = _get_room(path)
     return processes.run_limited(
         __name__,
         path,
@@ -238,7 +233,7 @@ def _check_footer(path: Path, file: "parquet.ParquetFile", names: Sequence[str])
             "the memory\nfor rank, embed and gallery identify, split it into several tables\n"
             "for training, write a file SPLIT/CLIP.npz for each clip"
         )
-    if size > _get_room(path.stat().st_size):
+    if size > _get_room(path):
         raise _damaged(path, f"it would unpack to {size:,} bytes of almost equal values")
     return count
 

@@ -89,7 +89,7 @@ def measure_attention(model: TrainedModel, split_name: str) -> np.ndarray | None
     attention of vector j to vector i, averaged over the clips that have vector j. So each column
     sums to 1, or to 0 if no clip has the vector.
     """
-    own, total = model.member(0), None
+    own, total = model.member(0), np.zeros((1, 1))
     step = devices.jit(functools.partial(attention_step, model.system), model.mesh)
     for block in itertools.chain.from_iterable(iterate_windows(model, split_name)):
         attended = step(*own, block)
@@ -97,9 +97,7 @@ def measure_attention(model: TrainedModel, split_name: str) -> np.ndarray | None
         if attended is None:
             return None
         finite = np.where(np.isfinite(attended), attended, 0.0)
-        total = (0.0 if total is None else total) + finite[real].sum(axis=0, dtype=np.float64)
-    if total is None:
-        return None
+        total = total + finite[real].sum(axis=0, dtype=np.float64)
     weight = total.sum(axis=0)  # the number of clips in which vector j has attention
     return total / np.where(weight > 0, weight, 1.0)
 

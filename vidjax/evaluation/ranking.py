@@ -280,8 +280,7 @@ def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
 
 def _read_text(path: Path) -> str:
     """Reads a text. Bytes that are not UTF-8 become lone surrogates, as `_is_text` expects."""
-    with files.open_text(path) as file:
-        return file.read().decode(errors="surrogateescape")
+    return files.read_input(path).decode(errors="surrogateescape")
 
 
 def _split(text: str) -> list[str]:

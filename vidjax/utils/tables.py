@@ -120,8 +120,7 @@ def read_text(path: Path) -> Iterator[tuple[int, list[str]]]:
 
     If the name of the file ends in .csv, cells are separated by commas, otherwise by tabs.
     """
-    with files.open_text(path) as file:
-        content = file.read()
+    content = files.read_input(path)
     separator = SEPARATORS.get(path.suffix.lower(), "\t")
     # Excel saves "Unicode text" as UTF-16, and "Text" as Windows-1252.
     encoding = "utf-16" if content.startswith(BOMS) else "utf-8-sig"

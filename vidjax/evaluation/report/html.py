@@ -73,10 +73,8 @@ def number(value: object, digits: int = 4, *, sign: str = "", percent: bool = Fa
     return Number(Markup('<data value="{}">{}</data>').format(repr(value), shown))
 
 
-def bar(value: float | None) -> Number:
+def bar(value: float) -> Number:
     """Returns a number in 0..1 as HTML, with a bar whose length shows the number."""
-    if value is None:
-        return Number(NONE)
     share = 100 * min(max(value, 0.0), 1.0) if math.isfinite(value) else 0.0
     shown = Markup('<span style="--share: {:.1f}%">{}</span>').format(share, number(value))
     return Bar(shown)

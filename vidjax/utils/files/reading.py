@@ -116,17 +116,19 @@ def open_input(path: Path) -> io.FileIO:
     return open_regular(real)
 
 
-def open_text(path: Path) -> io.BufferedReader:
-    """Opens a text file of the user. Raises UserError if it is too large for the memory."""
-    file = open_input(path)
-    size, limit = os.fstat(file.fileno()).st_size, memory_bytes() // TEXT_FACTOR
-    if size > limit:
-        file.close()
-        raise UserError(
-            f"'{path}' is too large: it has {size:,} bytes, and the memory suffices for {limit:,}\n"
-            "remove lines that are not needed, or use a machine with more memory"
-        )
-    return io.BufferedReader(file)
+def read_input(path: Path) -> bytes:
+    """Returns the content of a text file of the user. The path may be a symbolic link.
+
+    Raises UserError if the file is too large for the memory, or is not a regular file.
+    """
+    with io.BufferedReader(open_input(path)) as file:
+        size, limit = os.fstat(file.fileno()).st_size, memory_bytes() // TEXT_FACTOR
+        if size > limit:
+            raise UserError(
+                f"'{path}' is too large: it has {size:,} bytes, and the memory suffices for "
+                f"{limit:,}\nremove lines that are not needed, or use a machine with more memory"
+            )
+        return file.read()
 
 
 def _find_mode(path: str | os.PathLike[str]) -> int:
