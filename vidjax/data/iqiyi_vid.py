@@ -48,7 +48,8 @@ class OfficialFiles:
     ):
         """Finds the feature pickles.
 
-        `cache_dir` keeps the digests of unchanged files. `origin` is written to result files.
+        The folder `cache_dir` keeps the digests of the files, so that unchanged files are not read
+        again. Result files contain `origin`, the name and the folder of the dataset.
         """
         self._directory = local(directory)
         self._files = find_pickles(self._directory)
@@ -65,11 +66,14 @@ class OfficialFiles:
 
     @property
     def modalities(self) -> dict[str, int]:
-        """The modalities, as modality -> 0. The value 0 stands for an unknown feature width."""
+        """A dict with the modalities as keys. All values are 0: the feature width is unknown."""
         return {name: 0 for name, _ in self._files}
 
     def fingerprint(self) -> list[dict[str, Any]]:
-        """Returns the sha256 of each pickle. Unchanged pickles are not read again."""
+        """Returns a dict for each pickle, with its modality, its split and its sha256.
+
+        Pickles that have not changed since the last call are not read again.
+        """
         entries = []
         for (modality, split), path in sorted(self._files.items()):
             entry = {"official": VERSION, "modality": modality, "split": split}
@@ -137,7 +141,10 @@ def find_pickles(directory: str | os.PathLike[str]) -> dict[tuple[str, str], Pat
 
 
 def _hint(directory: Path) -> str:
-    """Returns a line for a message that says where missing pickles probably are, or ""."""
+    """Returns a line for an error message that says where the missing pickles probably are.
+
+    If no other place is found, returns "".
+    """
     for inner in sorted(directory.glob("*/*_train*.pickle")):
         return f"\nthey are in a folder below: --config.data.dir={inner.parent}"
     for archive in sorted([*directory.glob("*.zip"), *directory.glob("*.tar*")]):

@@ -38,7 +38,8 @@ def load_official_truth(
 ) -> dict[str, dict[str, str]]:
     """Returns split -> clip -> identity, from the files `{split}_gt.txt` of a directory.
 
-    `clips` is split -> the clips that have features. A warning appears if a file names other clips.
+    `clips` is split -> names of the clips with features. A warning appears if a file names other
+    clips.
     """
     truth = {}
     for split, path in find_ground_truth(directory).items():
@@ -103,11 +104,12 @@ def load_label_table(
 
 
 def read_table(path: Path) -> Iterator[tuple[str, Any, Any]]:
-    """Yields (start of an error message, clip, identity) for each row of a table of labels.
+    """Yields (place, clip, identity) for each row of a table of labels.
 
-    A file that does not end in .csv, .jsonl or .parquet is text with tabs. The columns are called
-    `clip` and `identity`, in upper or lower case. If text with tabs has no such names, its first
-    two columns are read. A line of .jsonl is an object with these keys.
+    The place is the file and the line, for error messages. The columns are called `clip` and
+    `identity`, in upper or lower case. A line of a .jsonl is an object with these keys. A file that
+    does not end in .csv, .jsonl or .parquet is text with tabs. If this text has no line of column
+    names, its first two columns are read.
     """
     refuse_no_file(path)
     if path.suffix.lower() == ".jsonl":
@@ -170,10 +172,11 @@ def refuse_no_file(path: Path) -> None:
 def clean_labels(
     rows: Iterable[tuple[str, Any, Any]], known_clips: Collection[str] = ()
 ) -> dict[str, str]:
-    """Returns clip -> identity, from rows of (start of an error message, clip, identity).
+    """Checks labels, and returns clip -> identity as text.
 
-    A clip whose identity is None, NaN or empty is left out. A warning counts the clips with NaN or
-    an empty identity. For `known_clips` see `load_ground_truth`.
+    A row is (place, clip, identity), where the place is a file and a line, for error messages. A
+    clip whose identity is None, NaN or empty is left out. A warning counts the clips with NaN or an
+    empty identity. For `known_clips` see `load_ground_truth`.
     """
     pairs: dict[str, str] = {}
     places: dict[str, str] = {}
@@ -207,7 +210,10 @@ def clean_labels(
 
 
 def _clean_person(place: str, identity: object) -> str:
-    """Returns an identity as text. Error messages begin with `place`. 100.0 becomes 100."""
+    """Returns an identity (text or a number) as text. The number 100.0 becomes `100`.
+
+    Raises UserError, which begins with `place`, for a wrong type or name.
+    """
     if isinstance(identity, (float, np.floating)) and float(identity).is_integer():
         # Larger floats have lost digits. Their text is in scientific notation, with every numpy.
         exact = abs(identity) < 2 ** (np.finfo(type(identity)).nmant + 1)
@@ -227,12 +233,15 @@ def _clean_person(place: str, identity: object) -> str:
 
 
 def _is_missing(identity: object) -> bool:
-    """Returns True for an empty text, for NaN, and for an empty cell of pandas."""
+    """Returns True if an identity is an empty text, NaN, or an empty cell of pandas."""
     return not identity if isinstance(identity, str) else str(identity) in ("nan", "<NA>", "NaT")
 
 
 def find_ground_truth(directory: str | os.PathLike[str]) -> dict[str, Path]:
-    """Returns split -> path of `{split}_gt.txt`, in the order train, val, test."""
+    """Returns split -> path of `{split}_gt.txt`, in the order train, val, test.
+
+    Raises UserError if the name of such a file is probably misspelt.
+    """
     entries = list_entries(directory)
     words = {
         path.name.removesuffix("_gt.txt"): path for path in entries if path.name.endswith("_gt.txt")
@@ -259,8 +268,8 @@ def load_ground_truth(
     There are two forms of files. The direct form has a line `NAME.mp4 ID` for each clip. The
     inverted form has a line `ID NAME.mp4 NAME.mp4 ...` for each identity. If no name ends in
     `.mp4`, train_gt.txt is read as direct, and val_gt.txt and test_gt.txt as inverted. A blank in a
-    name is written `%20`. In the names `known_clips`, `%20` does not mean a blank. A warning
-    appears if a program has probably changed identities.
+    name is written `%20`. If a name with `%20` is in `known_clips`, it is not changed. A warning
+    appears if a program, such as a spreadsheet, has probably changed identities.
 
     Raises:
       UserError: the form is unclear, a line has another form, a clip comes twice, or a name is
@@ -319,7 +328,10 @@ def read_truth(
 
 
 def _is_inverted(path: Path, lines: Sequence[Sequence[str]]) -> bool:
-    """Returns True if the lines of a ground-truth file begin with identities instead of clips."""
+    """Returns True if the lines of a ground-truth file begin with identities instead of clips.
+
+    `lines` has the words of each line. If the file does not show this, raises UserError.
+    """
     for fields in lines:
         for column, name in enumerate(fields):
             if has_ending(name):
@@ -345,7 +357,7 @@ def _check_pair(fields: Sequence[str], form: str) -> None:
 
 
 def _parse_clip(text: str, known: Collection[str]) -> str:
-    """Returns a clip name without `.mp4`. In a name that is not `known`, `%20` becomes a blank."""
+    """Returns a clip name without `.mp4`. If the name is not in `known`, `%20` becomes a blank."""
     clean = clean_name(text)
     return clean if clean in known else clean_name(unescape(text))
 
@@ -356,7 +368,10 @@ def split_lines(text: str) -> list[str]:
 
 
 def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
-    """Returns (line number, words) of each line that is not blank. Errors show the line `form`."""
+    """Returns (line number, words) for each line of a text file that is not blank.
+
+    `form` is an example of a line, which an error message shows.
+    """
     refuse_no_file(path)
     data = files.read_input(path)
     try:
@@ -431,8 +446,9 @@ def check_known(
 ) -> None:
     """Warns if a file names clips without features.
 
-    `named` are the clips in the file, and `clips` are the clips with features. The warning ends
-    with `effect`. Raises UserError if no clip in the file has features.
+    `named` are the clips in the file `path`, and `clips` are the clips with features. `effect` says
+    in the warning what happens to the clips without features. Raises UserError if no clip in the
+    file has features.
     """
     known = frozenset(clips)
     unknown = [name for name in named if name not in known]

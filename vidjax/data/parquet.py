@@ -49,7 +49,8 @@ class Columns(Struct):
 class Rows(NamedTuple):
     """The F rows of a table, one for each frame."""
 
-    text: dict[str, tuple[list[str], np.ndarray]]  # name -> distinct values, and [F] their numbers
+    # Name of a column -> its distinct texts, and [F] int, the index of the text of each row.
+    text: dict[str, tuple[list[str], np.ndarray]]
     scalars: dict[str, np.ndarray]  # name of an optional column -> [F] numbers
     values: np.ndarray  # the features of all rows, joined in one array
     width: np.ndarray  # [F] int, the number of values of each feature
@@ -61,9 +62,9 @@ def _get_room(path: Path) -> int:
 
 
 def read(path: Path) -> Rows:
-    """Reads all rows of a table in a child process. Features are a memory map.
+    """Reads all rows of a table of frames in a child process. Features are a memory map.
 
-    Raises UserError if the table is damaged or needs too much memory.
+    Raises UserError if the table is damaged, needs too much memory, or lacks a column.
     """
     with files.scratch_folder() as scratch:  # the memory map keeps the deleted file open
         found = _run(path, {"out_dir": str(scratch)}, Columns, [scratch])
@@ -78,7 +79,7 @@ def read(path: Path) -> Rows:
 
 
 def _check_rows(rows: Rows) -> None:
-    """Raises ValueError if the arrays that a child wrote do not fit."""
+    """Raises ValueError if the columns that a child process wrote do not fit together."""
     bounds = [(codes, len(texts)) for texts, codes in rows.text.values()]
     bounds += [(rows.width, len(rows.values) + 1)]
     fits = [x.dtype.kind in "iuf" for x in rows.scalars.values()]
@@ -90,9 +91,10 @@ def _check_rows(rows: Rows) -> None:
 
 
 def read_contents(path: Path) -> tuple[list[str], list[np.ndarray], list[str]]:
-    """Returns all texts of a table, the numbers of each float column, and the names of all columns.
+    """Reads any parquet table. Returns its texts, the numbers of its float columns, and all names.
 
-    Nested columns are flattened. For errors, see `read`.
+    The three lists are: the distinct texts of all columns; an array for each column of floats; and
+    the names of all columns. Nested columns are flattened. For errors, see `read`.
     """
     with files.scratch_folder() as scratch:
         arguments = {"out_dir": str(scratch), "any_columns": True}
@@ -105,7 +107,10 @@ def read_contents(path: Path) -> tuple[list[str], list[np.ndarray], list[str]]:
 def _run(
     path: Path, arguments: Mapping[str, object], kind: type[Result], writes: Sequence[Path] = ()
 ) -> Result:
-    """Calls `work` in a child process with limits. It can write only in the folders `writes`."""
+    """Calls `work` in a child process with limits, and returns its result, an object of `kind`.
+
+    `path` is the table. The child process can write only in the folders `writes`.
+    """
     with files.open_input(path):
         require_packages(str(path), "pyarrow", extra="parquet")
     room = _get_room(path)
@@ -124,8 +129,11 @@ def _run(
 def work(arguments: dict[str, Any]) -> Columns | tuple[list[str], list[str]] | None:
     """Decodes columns of a table in the child process.
 
-    If the folder `out_dir` is given, writes all columns to it, and returns their names. Otherwise,
-    decodes only the columns `names`, to find out whether they fit into the limits.
+    The entries of `arguments` decide what is done:
+    - `path` and `out_dir`: writes the columns of a table of frames to the folder `out_dir`.
+    - `path`, `out_dir` and `any_columns`: writes the numbers of any table to the folder, and
+      returns the texts and the names of the columns.
+    - `path` and `names`: decodes only these columns, to find out whether they fit into the limits.
     """
     path = Path(arguments["path"])
     if names := arguments.get("names"):
@@ -154,14 +162,20 @@ def work(arguments: dict[str, Any]) -> Columns | tuple[list[str], list[str]] | N
 def _map_features(
     folder: Path, count: int, dtype: np.dtype, mode: Literal["r", "w+"]
 ) -> np.ndarray:
-    """Maps the file of the features, an array of `count` numbers."""
+    """Maps the file `features.bin` in `folder` into memory: `count` numbers of `dtype`.
+
+    With the mode `w+`, the file is made first.
+    """
     if not count:
         return np.empty(0, dtype)
     return np.asarray(np.memmap(folder / "features.bin", dtype, mode, shape=(count,)))
 
 
 def read_clip_names(path: Path) -> list[str]:
-    """Returns the distinct clip names of a table, in any order. First call `read`."""
+    """Returns the distinct clip names of a table, in any order.
+
+    The table is not checked, so first call `read`.
+    """
     with _open(path) as file:
         _check_footer(path, file, ["clip"])
         column = file.read(columns=["clip"])["clip"].combine_chunks()
@@ -212,9 +226,10 @@ def count_rows(path: Path) -> int:
 
 
 def _check_footer(path: Path, file: "parquet.ParquetFile", names: Sequence[str]) -> int:
-    """Checks the sizes of the columns `names` in the footer. Returns the number of feature values.
+    """Checks the sizes of the columns `names` that the footer of a table lists.
 
-    Raises UserError if the columns need too much memory.
+    Returns the number of values of the column `features`. Raises UserError if the columns need too
+    much memory.
     """
     size = count = 0
     for number in range(file.metadata.num_row_groups):
@@ -243,7 +258,10 @@ def _damaged(path: Path, reason: str) -> UserError:
 
 
 def _flatten(array: Any) -> Iterator[Any]:  # noqa: ANN401 (pyarrow)
-    """Yields the arrays inside of an array of lists or structures, or the array."""
+    """Yields the arrays without nesting that a nested array of Apache Arrow consists of.
+
+    An array that is not nested is yielded itself.
+    """
     from pyarrow import types
 
     kind = array.type
@@ -259,8 +277,8 @@ def _flatten(array: Any) -> Iterator[Any]:  # noqa: ANN401 (pyarrow)
 def _open(path: Path) -> Iterator["parquet.ParquetFile"]:
     """Opens a table in a `with` block.
 
-    Text is dictionary-encoded if pyarrow can do so. Errors of pyarrow in the block become
-    UserError, but errors of the system do not.
+    Columns of text are read as a dictionary and indices, if pyarrow can do so. Errors of pyarrow in
+    the block become UserError. Errors of the operating system stay unchanged.
     """
     with files.open_input(path) as opened:
         require_packages(str(path), "pyarrow", extra="parquet")
@@ -287,7 +305,10 @@ def _open(path: Path) -> Iterator["parquet.ParquetFile"]:
 
 
 def _check_names(path: Path, names: Sequence[str]) -> list[str]:
-    """Selects the columns to read from all columns `names`. Refuses missing or misspelt columns."""
+    """Returns the columns to read, given the names of all columns.
+
+    Raises UserError if a column is missing, or if its name is probably misspelt.
+    """
     known = (*COLUMNS, *OPTIONAL_COLUMNS)
     for name in names:
         similar = closest(name.lower(), known, cutoff=0.75)
@@ -307,7 +328,10 @@ def _check_names(path: Path, names: Sequence[str]) -> list[str]:
 
 
 def _check_types(path: Path, schema: "pyarrow.Schema") -> None:
-    """Checks that `features` are lists of numbers, and that the optional columns are numbers."""
+    """Raises UserError if `features` are not lists of numbers, or other columns not numbers.
+
+    The other columns are the columns of OPTIONAL_COLUMNS.
+    """
     from pyarrow import types
 
     list_kinds = (types.is_list, types.is_large_list, types.is_fixed_size_list)
@@ -378,9 +402,9 @@ def _refuse_nulls(path: Path, name: str, column: Any, first: int) -> None:  # no
 
 
 def _encode_text(path: Path, name: str, column: Any) -> tuple[list[str], np.ndarray]:  # noqa: ANN401
-    """Returns the distinct values of a column of text, and the number of the value in each row.
+    """Returns the distinct texts of a column, and [F] int, the index of the text of each row.
 
-    Raises UserError if the column is not text in UTF-8.
+    `name` is the name of the column. Raises UserError if the column is not text in UTF-8.
     """
     import pyarrow
 

@@ -34,11 +34,11 @@ from vidjax.utils.errors import warn
 
 
 def analyse(evaluation: Evaluation) -> tuple[Analysis, Arrays]:
-    """Returns the values and the arrays of `analysis.npz`.
+    """Analyses an evaluation. Returns the values and the arrays that `analysis.npz` will contain.
 
     If the model has attention, reads the frames of the split again. The analysis of a blend has the
     modalities of its first model, and no attention. The training clips of each identity are counted
-    if they are in the data.
+    if the data contain them.
     """
     model, split = evaluation.model, evaluation.split
     names = () if evaluation.joined else model.system.model.vector_names
@@ -76,18 +76,18 @@ def analyse(evaluation: Evaluation) -> tuple[Analysis, Arrays]:
 
 
 def make_scored_split(evaluation: Evaluation) -> ScoredSplit:
-    """Returns the ranking of an evaluation with the values that `measures` needs."""
+    """Returns the ranking and the labels of an evaluation in the form that `measures` needs."""
     split, clips = evaluation.split, evaluation.clips
     positives = count_positives(split, clips.pool)
     return ScoredSplit(evaluation.top, clips.best, split.labels, split.clips, clips.pool, positives)
 
 
 def measure_attention(model: TrainedModel, split_name: str) -> np.ndarray | None:
-    """Returns the mean attention of a model, [V, V] float64. None for a model without attention.
+    """Returns the mean attention of a model between its V input vectors, [V, V] float64.
 
-    The attention is between the V input vectors of the first member. Element [i, j] is the
-    attention of vector j to vector i, averaged over the clips that have vector j. So each column
-    sums to 1, or to 0 if no clip has the vector.
+    Only the first member of an ensemble is measured. Element [i, j] is the attention of vector j to
+    vector i, averaged over the clips that have vector j. So each column sums to 1, or to 0 if no
+    clip has the vector. If the model has no attention, returns None.
     """
     own, total = model.member(0), np.zeros((1, 1))
     step = devices.jit(functools.partial(attention_step, model.system), model.mesh)
@@ -184,10 +184,10 @@ def write_report(folder: RunFolder, split: str) -> None:
 
 @contextlib.contextmanager
 def describe_faults(workdir: Path, split: str) -> Iterator[None]:
-    """Turns an exception of the analysis or the report of a split into a warning.
+    """Turns an exception in a `with` block that makes an analysis or a report into a warning.
 
-    OSError and Interrupted are raised again. With several processes, all exceptions are raised
-    again, because the other processes would wait for this one.
+    OSError and Interrupted stay exceptions. If several processes evaluate the run, all exceptions
+    stay, because the other processes would wait for this process.
     """
     try:
         yield

@@ -1,8 +1,8 @@
 """Writes runs in the formats of `vidjax export`.
 
-Each format is a function that writes a file. To compare results with vidjax, the function also
-loads the file with the runtime of the format. JAX and other runtimes are imported only in these
-functions. So a command finds a mistake in its flags immediately.
+Each format is a function that writes a file with the model. The function then loads the file with
+the runtime of the format, so that the outputs can be compared with vidjax. JAX and other runtimes
+are imported only in these functions. So a command reports a mistake in its flags immediately.
 """
 
 import shutil
@@ -142,9 +142,9 @@ def onnx(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
 
 
 def safetensors(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
-    """Returns a function that computes outputs with the weights in `folder`, for the comparison.
+    """Returns a function that computes outputs with the weights in `folder`. Writes no file.
 
-    `vidjax export` has already written the weights, in the format safetensors.
+    Every export already contains the weights in the format safetensors.
     """
     del run, inputs
     import jax
@@ -186,7 +186,7 @@ def numpy(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
 
 
 def make_run_arrays(run: "Predictor") -> dict[str, np.ndarray]:
-    """Returns the arrays of a PLDA run, name -> array. `array_files` lists them.
+    """Returns the arrays of a PLDA run, name -> array, which the module `array_files` describes.
 
     Raises UserError for other models and unsupported settings.
     """
@@ -244,11 +244,12 @@ FORMATS = {
 def write_run(
     name: str, workdir: Path, folder: Path, step: Literal["latest", "best"]
 ) -> dict[str, Any]:
-    """Writes a run in the format `name`, and checks that the file gives the same outputs.
+    """Exports the run in `workdir` in the format `name`, and checks the exported outputs.
 
-    `folder` gets the weights and the model. Returns the entries of `export.json`: the step, the
-    inputs and outputs, and the largest difference of outputs. Raises UserError if the difference is
-    too large, or if the format is limited to fewer weights.
+    The weights and the model are written to `folder`. `step` chooses the checkpoint. Returns the
+    entries of `export.json`, such as the inputs, the outputs and their largest difference to the
+    outputs of vidjax. Raises UserError if the difference is too large, or if the format cannot
+    store so many weights.
     """
     import jax
 

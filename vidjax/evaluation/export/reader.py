@@ -4,11 +4,12 @@ import numpy as np
 
 
 def log_probabilities(arrays, vectors):
-    """Returns the logarithms of the probabilities of N people for each of Q clips.
+    """Computes the logarithms of the probabilities that Q clips show each of N people.
 
     Args:
-      arrays: name -> array, as np.load or safetensors.numpy.load_file reads them.
-      vectors: modality -> [Q, D], the vectors of the clips. The vector of a missing modality is 0.
+      arrays: name -> array, as np.load or safetensors.numpy.load_file reads the exported file.
+      vectors: modality -> [Q, D], the vectors of the clips. If a clip lacks a modality, its vector
+        is 0.
 
     Returns:
       [Q, 1 + N]. Column 0 belongs to a stranger, and column 1 + n to identity n.
