@@ -21,6 +21,7 @@ from vidjax.data.packed_clips import FRAME_FIELDS
 from vidjax.data.packing import Clip, group_by_modality
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, prefix_errors
+from vidjax.utils.groups import group_by_key
 from vidjax.utils.machine import memory_bytes
 from vidjax.utils.names import clean_name_at, show
 
@@ -141,15 +142,14 @@ def write_npz(
     `clips` is clip -> name of an array, such as `face_quality` -> array. `nets` is modality ->
     digest of the net that computed the vectors.
     """
-    keys = dict.fromkeys(key for arrays in clips.values() for key in arrays)
+    parts = group_by_key(pair for arrays in clips.values() for pair in arrays.items())
     joined: dict[str, np.ndarray] = {"clips": np.array([*clips], np.str_)}
     if nets:
         joined[NETS] = np.array([f"{modality} {digest}" for modality, digest in nets.items()])
-    for key in keys:
-        parts = [arrays[key] for arrays in clips.values() if key in arrays]
-        joined[key] = np.concatenate(parts)
+    for key, of_key in parts.items():
+        joined[key] = np.concatenate(of_key)
         if key.rpartition("_")[2] not in FRAME_FIELDS:
-            lengths = [len(arrays[key]) if key in arrays else 0 for arrays in clips.values()]
+            lengths = [len(arrays.get(key, ())) for arrays in clips.values()]
             joined[f"{key}_length"] = np.array(lengths, np.int32)
     with files.atomic_file(path) as file:
         np.savez(file, **joined)  # pyright: ignore[reportArgumentType]

@@ -266,7 +266,7 @@ def select_modalities(names: Sequence[str], known: Mapping[str, Modality]) -> di
 
 def _check_distinct(field: str, names: Sequence[str]) -> None:
     if not names or len(set(names)) < len(names):
-        raise UserError(f"{field}={','.join(names)}: name at least one, and each only once")
+        raise UserError(f"{field}={','.join(names)}: give one or more names, each only once")
 
 
 def check_modalities(split: Split, modalities: Sequence[str]) -> None:

@@ -102,9 +102,8 @@ def format_report(report: Mapping[str, Any]) -> str:
             replaced = modality["values_replaced"].items()
             if replaced:
                 line += f", set to 0: {', '.join(f'{n:,} {reason}' for reason, n in replaced)}"
-            negative = [x for x in modality.get("bad_values", ()) if x["problem"] == "negative"]
-            if negative:
-                words = (f"{x['frames']:,} {x['field']}" for x in negative)
-                line += f", negative: {', '.join(words)}"
+            bad = [x for x in modality.get("bad_values", ()) if x["problem"] == "negative"]
+            if negative := ", ".join(f"{x['frames']:,} {x['field']}" for x in bad):
+                line += f", negative: {negative}"
             lines.append(line)
     return "\n".join(lines)

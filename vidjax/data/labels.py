@@ -17,6 +17,7 @@ from vidjax.data.checks import check_file, list_entries, refuse_split, warn_of_c
 from vidjax.data.clips import SPLITS
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import NoFileError, UserError, check_argument, prefix_errors, warn
+from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import (
     clean_identity,
     clean_name,
@@ -96,11 +97,9 @@ def load_label_table(
         pairs = load_ground_truth(place, known_clips=split_of)
     if pairs:
         check_known(place, pairs, split_of)
-    truth: dict[str, dict[str, str]] = {}
-    for name, identity in pairs.items():
-        if name in split_of:
-            truth.setdefault(split_of[name], {})[name] = identity
-    return truth
+    known = ((split_of[name], (name, x)) for name, x in pairs.items() if name in split_of)
+    groups = group_by_key(known)
+    return {split: dict(labels) for split, labels in groups.items()}
 
 
 def read_table(path: Path) -> Iterator[tuple[str, Any, Any]]:
@@ -228,7 +227,9 @@ def _clean_person(place: str, identity: object) -> str:
     with prefix_errors(place):
         text = clean_identity(str(identity))
     if re.fullmatch("-[0-9]+", text):
-        raise UserError(f"{place}: identity {text} is negative: leave out clips of nobody known")
+        raise UserError(
+            f"{place}: identity {text} is negative: leave out clips that show no known person"
+        )
     return text
 
 

@@ -52,13 +52,13 @@ def analyse(evaluation: Evaluation) -> tuple[Analysis, Arrays]:
         found.vectors, arrays["attention"] = list(names), matrix
     if evaluation.results.get("map") is None:
         return found, arrays
-    scored, pool = make_scored_split(evaluation), evaluation.clips.pool
+    scored = make_scored_split(evaluation)
     train_clips = measures.count_train_clips(model)
     if train_clips is not None:
         arrays["train_clips"] = train_clips
     arrays |= {"ap": scored.averages, "positives": scored.positives.astype(np.int64)}
     clips, labels = evaluation.clips, split.labels
-    found.num_others = split.num_others if pool.all() else 0
+    _, found.num_others = count_positives(split, evaluation.clips.pool)
     found.worst = measures.find_worst_identities(scored)
     found.wrong_clips = measures.find_wrong_clips(scored)
     found.pairs = measures.find_confused_pairs(clips, labels)
@@ -78,7 +78,7 @@ def analyse(evaluation: Evaluation) -> tuple[Analysis, Arrays]:
 def make_scored_split(evaluation: Evaluation) -> ScoredSplit:
     """Returns the ranking and the labels of an evaluation in the form that `measures` needs."""
     split, clips = evaluation.split, evaluation.clips
-    positives = count_positives(split, clips.pool)
+    positives, _ = count_positives(split, clips.pool)
     return ScoredSplit(evaluation.top, clips.best, split.labels, split.clips, clips.pool, positives)
 
 

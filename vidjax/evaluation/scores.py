@@ -284,10 +284,15 @@ def evaluate(
     return Evaluation(model, split, top, clips, results)
 
 
-def count_positives(split: Split, pool: np.ndarray) -> np.ndarray:
-    """Returns how many clips in `pool` [N] bool show each identity, [C] int."""
+def count_positives(split: Split, pool: np.ndarray) -> tuple[np.ndarray, int]:
+    """Counts the identities in the ground truth of the clips where `pool` [N] bool is True.
+
+    Returns the number of clips of each identity of the model, [C] int, and the number of other
+    identities, whose average precision is 0. If some clips are not in the pool, other identities
+    are not counted.
+    """
     outside = np.bincount(split.labels[~pool], minlength=len(split.positives) + 1)[1:]
-    return split.positives - outside
+    return split.positives - outside, split.num_others if pool.all() else 0
 
 
 def compute_map(top: TopK, split: Split, pool: np.ndarray) -> float | None:
@@ -295,10 +300,9 @@ def compute_map(top: TopK, split: Split, pool: np.ndarray) -> float | None:
 
     If the split has no ground truth, or these clips show no identity, returns None.
     """
-    positives = count_positives(split, pool)
+    positives, others = count_positives(split, pool)
     if not split.labelled or not positives.any():
         return None
-    others = split.num_others if pool.all() else 0
     return metrics.mean_average_precision(top.index, split.labels, positives, others)
 
 
@@ -312,11 +316,11 @@ def _compute_metrics(top: TopK, clips: ClipScores, split: Split, kind: str) -> d
     results: dict[str, Any] = {}
     value = compute_map(top, split, pool)
     if value is not None:
-        others = split.num_others if pool.all() else 0
+        positives, others = count_positives(split, pool)
         results |= {
             "map": value,
             "map_kind": kind,
-            "num_map_identities": int(np.sum(count_positives(split, pool) > 0)) + others,
+            "num_map_identities": int(np.sum(positives > 0)) + others,
             **metrics.compute_clip_metrics(clips, split.labels),
         }
     return results | {

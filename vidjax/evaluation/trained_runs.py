@@ -181,7 +181,10 @@ def warn_of_missing_modalities(split: Split, modalities: Collection[str]) -> Non
     rare = {name: x for name, x in zip(modalities, shares, strict=True) if x <= RARE}
     if len(rare) * present.shape[1] >= FEWEST_GAPS:
         counts = ", ".join(f"{100 * share:.0f} % have {name}" for name, share in rare.items())
-        warn(f"the run uses {', '.join(rare)}, but of {present.shape[1]:,} clips, {counts}")
+        warn(
+            f"the run reads features of {', '.join(rare)}, but of {present.shape[1]:,} clips, "
+            f"{counts}\nadd these features, or use a run that does not read them"
+        )
 
 
 def select_sets(

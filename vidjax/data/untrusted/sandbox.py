@@ -221,7 +221,7 @@ def _choose_fields(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
         length = lengths.most_common(1)[0][0] if lengths else 1
     if length not in _ENTRIES:
         raise UserError(
-            f"the entries of {modality} have {length} fields, but may have only "
+            f"the frames of {modality} have {length} values, but may have only "
             f"{', '.join(_ENTRIES[5])}: {REMEDY}"
         )
     return _ENTRIES[length]

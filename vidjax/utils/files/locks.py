@@ -51,7 +51,7 @@ def lock(
                 ) from error
         content = file.read(LOCK_BYTES)
         if content and not content.startswith(b"process "):
-            raise UserError(f"'{path}' was not written by vidjax\nmove the file elsewhere")
+            raise UserError(f"the lock file '{path}' is not from vidjax\nmove the file elsewhere")
         owner = f"process {os.getpid()} on {socket.gethostname()}".encode().ljust(len(content))
         # A file with several hard links may also belong to another folder, so it is not changed.
         if owner != content and os.fstat(file.fileno()).st_nlink == 1:
