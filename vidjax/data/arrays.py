@@ -64,7 +64,10 @@ class FeatureDict:
 
 
 class FeatureFolder:
-    """A folder of `.npz` files or parquet tables, which is converted to flat files."""
+    """A dataset in a folder of `.npz` files or parquet tables.
+
+    Its features are converted to flat files in the cache.
+    """
 
     kind = "arrays"
 

@@ -104,9 +104,10 @@ _READERS |= {".pth": _READERS[".pt"], ".hdf5": _READERS[".h5"]}
 
 
 def explain_unread(path: Path, folder: Path | None = None) -> str:
-    """Returns the command that converts a file of features to `.npz`, or "" for another path.
+    """Returns a command that converts a file such as `.npy`, `.pt` or `.h5` to `.npz`.
 
-    If `folder` is given, the command converts all files of this kind in the folder.
+    If `folder` is given, the command converts all files with the same ending in this folder. For a
+    folder, or a file of another kind, returns "".
     """
     if path.is_dir() or not (reader := _READERS.get(path.suffix.lower())):
         return ""
@@ -199,7 +200,7 @@ def find_equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> 
 
 
 def _list_counts(report: Mapping[str, Any], splits: Iterable[str], modality: str) -> list[Any]:
-    """Returns the counts of a modality in each of `splits` that has it, from the data report."""
+    """Returns the entries of a modality in the data report, for those of `splits` that have it."""
     found = (report["splits"][split]["modalities"].get(modality) for split in splits)
     return [counts for counts in found if counts]
 
@@ -243,7 +244,10 @@ def _has_equal_norms(report: Mapping[str, Any]) -> bool:
 def find_unusable(
     report: Mapping[str, Any], splits: Sequence[str], modalities: Sequence[str]
 ) -> Iterator[str]:
-    """Yields a message for each modality without usable features. `report` is the data report."""
+    """Yields a message for each modality without a usable feature in any of `splits`.
+
+    `report` is the data report.
+    """
     place = ", ".join(splits)
     for modality in modalities:
         counts = _list_counts(report, splits, modality)

@@ -233,7 +233,7 @@ def read_parquet(path: Path) -> Iterator[Clip]:
 
 
 def _stack_lists(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarray:
-    """Returns an array [n, width] with the rows `values[start : start + width]` of n `starts`."""
+    """Returns an array [n, width], with a row `values[start : start + width]` for each start."""
     first, count = int(starts[0]), len(starts)
     if not width or int(starts[-1]) - first == width * (count - 1):  # adjacent: needs no copy
         return values[first : first + width * count].reshape(count, width)

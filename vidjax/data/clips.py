@@ -33,7 +33,7 @@ MAX_EXTRA_FRAMES = 1 << 16
 
 
 class Modality(NamedTuple):
-    """The form of the features of a modality."""
+    """The width and the dtype of the features of a modality."""
 
     dim: int  # the width D of a feature
     dtype: str  # the dtype on disk, such as 'float16'
@@ -125,7 +125,7 @@ class BatchPlan(NamedTuple):
 
 
 class DrawnClips(NamedTuple):
-    """The clips that fill R rows of batches."""
+    """The clips that were drawn for R rows of training batches."""
 
     clip_index: np.ndarray  # [R] int32, the number of each clip in the training splits
     batch_mask: np.ndarray  # [R] bool, False for empty rows of the last batch of an epoch
@@ -237,13 +237,17 @@ class FileSource(DataSource, Protocol):
     """
 
     def fingerprint(self) -> list[dict[str, Any]]:
-        """Returns a JSON value that changes if any frame changes. It is the key in the cache."""
+        """Returns a JSON value that changes if any frame of the dataset changes.
+
+        The cache finds the converted files by this value.
+        """
         ...
 
     def read(self, folder: Path) -> Mapping[str, PackedClips]:
-        """Reads all splits. In a split, the features of a modality have one width and dtype.
+        """Reads the dataset, writes its frames to files in `folder`, and returns split -> clips.
 
-        The returned arrays are memory maps of the files `SPLIT/MODALITY/FIELD.bin` in `folder`.
+        The returned arrays are memory maps of the files, `SPLIT/MODALITY/FIELD.bin`. In a split,
+        the features of a modality have one width and dtype.
         """
         ...
 

@@ -36,7 +36,10 @@ VERSION = 2  # increase it if new code reads other frames from the same file, to
 
 
 class OfficialFiles:
-    """A directory of iQIYI-VID files, which are converted to flat files."""
+    """A dataset in a directory of iQIYI-VID files.
+
+    Its features are converted to flat files in the cache.
+    """
 
     kind = "iqiyi_vid"
 
@@ -86,7 +89,10 @@ class OfficialFiles:
         return self._files[modality, split]
 
     def read(self, folder: Path) -> dict[str, PackedClips]:
-        """Reads all pickles in child processes, the largest first. See `FileSource`."""
+        """Reads all pickles in child processes, the largest first.
+
+        Returns split -> its clips. See `FileSource`.
+        """
         sizes = {key: path.stat().st_size for key, path in self._files.items()}
 
         def unpack(children: Children, key: tuple[str, str]) -> PackedClips:
@@ -153,7 +159,10 @@ def _hint(directory: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Converts a directory to flat files, prints its report, and returns the exit code."""
+    """Runs the command that converts a directory and prints the data report.
+
+    `argv` are the words of the command line, by default `sys.argv`. Returns the exit code.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     about = "Convert a directory of iQIYI-VID files to flat files in the cache."
     parser = Parser("python -m vidjax.data.iqiyi_vid", description=about)

@@ -54,10 +54,11 @@ def load_official_truth(
 def load_folder_truth(
     folder: Path, clips: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, str]]:
-    """Returns split -> clip -> identity, from the ground-truth files or one of `TABLES`.
+    """Returns split -> clip -> identity, from the files `{split}_gt.txt` or a table `labels.csv`.
 
-    `clips` is split -> the clips that have features. Raises UserError if the folder has several
-    files of labels, or a misspelt file such as `label.csv`.
+    The table may also end in .tsv, .jsonl or .parquet. `clips` is split -> names of the clips with
+    features. Raises UserError if the folder has several files of labels, or a misspelt file such as
+    `label.csv`.
     """
     official, entries = find_ground_truth(folder), list_entries(folder)
     found = [path for path in entries if path.name.lower() in TABLES]
@@ -80,8 +81,8 @@ def load_label_table(
 ) -> dict[str, dict[str, str]]:
     """Returns split -> clip -> identity, without splits that have no labelled clip.
 
-    `labels` is clip -> identity, a table (see `read_table`) or a ground-truth file. None means no
-    labels. `clips` is split -> the clips that have features.
+    `labels` is a dict, clip -> identity, or the path of a table (see `read_table`) or of a
+    ground-truth file. None means no labels. `clips` is split -> names of the clips with features.
     """
     if labels is None:
         return {}

@@ -186,7 +186,10 @@ def _read_column(
 
 
 def _to_real_array(values: Any, place: str) -> np.ndarray:
-    """Returns an array of real numbers in native byte order. Error messages begin with `place`."""
+    """Converts values to an array of real numbers with 1 or 2 axes, in native byte order.
+
+    Raises UserError, which begins with `place`, for other values.
+    """
     try:
         array = np.asarray(() if values is None else values)
     except (ValueError, TypeError, RuntimeError) as error:  # ragged, or on a device of torch

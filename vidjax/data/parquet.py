@@ -39,7 +39,7 @@ Result = TypeVar("Result")
 
 
 class Columns(Struct):
-    """The texts of a table, and the number and dtype of all values of its features."""
+    """The texts of a table of frames, and how many values its features have, and their dtype."""
 
     text: dict[str, list[str]]
     values: int
@@ -214,7 +214,7 @@ def read_labels(path: Path) -> Iterator[tuple[int, Any, Any]]:
 
 
 def has_column(path: Path, name: str) -> bool:
-    """Returns whether a parquet table has a column, in upper or lower case."""
+    """Returns True if a parquet table has the column `name`, in upper or lower case."""
     with _open(path) as file:
         return name in map(str.lower, file.schema_arrow.names)
 

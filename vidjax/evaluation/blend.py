@@ -86,7 +86,10 @@ class Blend:
             )
 
     def check_folds(self) -> None:
-        """Raises UserError if the folds of the runs leave out different clips."""
+        """Raises UserError if the folds of the runs are different.
+
+        The folds are different if the clips that members left out of the training differ.
+        """
         uses = [run.use for run in self.runs]
         if len(group_clips(np.concatenate(uses))) > max(len(group_clips(use)) for use in uses):
             names = ", ".join(model.name for model in self.models)

@@ -75,7 +75,7 @@ def join_logs(logs: Array, unknown: Array, calibration: Calibration) -> Array:
       logs: [R, B, K], logarithms of the probabilities of K identities in each run. A run that
         cannot score a clip has a row of -inf. A run that does not know an identity has -inf.
       unknown: [R, B], see `log_unknown`.
-      calibration: arrays [R], or [B, R].
+      calibration: the learned numbers, arrays [R], or [B, R] if they differ between the clips.
     """
     numbers = [jnp.moveaxis(jnp.asarray(x), -1, 0)[..., None] for x in calibration[:-1]]
     scale, offset, trust = (x[:, None] if x.ndim == 2 else x for x in numbers)  # [R, 1 or B, 1]
@@ -211,7 +211,10 @@ def _loss(
 
 
 def _concatenate(examples: Sequence[Examples]) -> Examples:
-    """Concatenates clips: axis 1 of `logs` and `unknown`, and axis 0 of the other fields."""
+    """Concatenates the clips of several Examples.
+
+    The clips are axis 1 of `logs` and `unknown`, and axis 0 of the other fields.
+    """
     fields = zip((1, 1, 0, 0, 0), *examples, strict=True)
     return Examples(*(np.concatenate(parts, axis=axis) for axis, *parts in fields))
 

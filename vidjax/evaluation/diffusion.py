@@ -90,12 +90,14 @@ def view_groups(
 def weigh_neighbours(
     scores: Scores, groups: Sequence[tuple[np.ndarray, Sequence[View]]]
 ) -> scipy.sparse.csr_array:
-    """Returns the weights of the neighbours of n clips, [n, n].
+    """Returns the weights of neighbours, a sparse matrix [n, n].
+
+    Element [i, j] is the weight of clip j as a neighbour of clip i.
 
     Args:
-      scores: logarithms of probabilities, with a row for each clip.
-      groups: pairs of the rows of some clips, and the views of these clips. Clips of different
-        groups are not compared.
+      scores: logarithms of probabilities, with a row for each of n clips.
+      groups: a pair for each group of clips: the rows of the clips in `scores`, and their views.
+        Clips of different groups are not compared.
     """
     parts = [part for rows, views in groups for part in _compare(scores.array, rows, views)]
     rows, columns, weights = map(np.concatenate, zip(*parts, strict=True))

@@ -62,7 +62,7 @@ class ScoredSplit:
 
     @cached_property
     def hits(self) -> np.ndarray:
-        """Whether each ranked clip shows the identity that it is ranked for, [C, k] bool."""
+        """True for the ranked clips that show the identity of their list, [C, k] bool."""
         return self.columns == np.arange(1, len(self.columns) + 1)[:, None]
 
     @cached_property

@@ -35,7 +35,7 @@ from vidjax.runs import config as config_lib, config_io, programs, schemas
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import RunFolder
 from vidjax.utils import files
-from vidjax.utils.errors import UserError, check_argument, warn
+from vidjax.utils.errors import UserError, check_argument, check_choice, warn
 from vidjax.utils.terminal import ignore_count
 
 SMALL_REQUEST = 4  # most clips of a small request, which is scored in a block of this size
@@ -417,8 +417,7 @@ def restore_run(
     warning. The folder of the run is not changed. Compiled programs are cached on the disk. Raises
     UserError for a blend of runs.
     """
-    if step not in ("latest", "best"):
-        raise UserError(f"step={step!r}: choose from 'latest' and 'best'")
+    check_choice("step", step, ("latest", "best"))
     folder = RunFolder(workdir)
     workdir, config = folder.path, folder.config
     if paths := folder.list_runs():

@@ -172,7 +172,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def describe(about: str) -> dict[str, Any]:
-    """Returns the short and the long help of a command. `about` is a sentence without a period."""
+    """Returns the arguments `help` and `description` for the parser of a command.
+
+    `about` says what the command does, as in "ranks clips".
+    """
     return {"help": about, "description": f"{about[0].upper()}{about[1:]}."}
 
 

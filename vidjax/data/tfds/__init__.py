@@ -35,7 +35,7 @@ class Config(tfds.core.BuilderConfig):  # type: ignore[misc]
 
 
 class IqiyiVid(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
-    """Reads a folder of official files. An example is a clip.
+    """The builder for TFDS, which reads a folder of official files. An example is a clip.
 
     An example has the name and the identity of the clip. The identity is "" for a distractor or an
     unlabelled clip. Each modality has features [T, D], and quality, detection and number [T].

@@ -112,7 +112,10 @@ def _read_ahead(batches: Iterator[Any]) -> Iterator[Any]:
 
 
 def _make_pipeline(modalities: Mapping[str, Modality], plan: BatchPlan, queue: Any) -> Any:
-    """Returns a `tf.data.Dataset` that makes a batch of each element of `queue`."""
+    """Returns a `tf.data.Dataset` that makes a batch of each element of `queue`.
+
+    An element is a tuple that `_read_batches` has made.
+    """
 
     # The functions have no control flow for TensorFlow, and AutoGraph warns in Python 3.13.
     @tf.autograph.experimental.do_not_convert

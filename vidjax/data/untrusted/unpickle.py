@@ -168,7 +168,7 @@ _GLOBALS: dict[tuple[str, str], type] = {
 
 
 class Unpickler(pickle.Unpickler):
-    """Python's unpickler. It resolves only the globals in _GLOBALS."""
+    """Python's unpickler, which accepts only the functions and classes in _GLOBALS."""
 
     def find_class(self, module_name: str, global_name: str) -> type:
         """Returns the class of this module that replaces a function or class of a pickle.
@@ -182,7 +182,7 @@ class Unpickler(pickle.Unpickler):
         return sealed
 
     def persistent_load(self, pid: object) -> object:
-        """Raises UserError, because the pickle refers to an object outside the file."""
+        """Raises UserError. Python calls this method if a pickle refers to an object elsewhere."""
         raise UserError("the pickle is refused, because it refers to an object outside the file")
 
 

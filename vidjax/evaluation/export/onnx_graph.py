@@ -199,7 +199,7 @@ class Graph:
         return self.node("Concat", *(self.vector(self.size(dim)) for dim in dims), axis=0)
 
     def vector(self, scalar: str) -> str:
-        """Converts a scalar to int64 [1]."""
+        """Adds nodes that convert a scalar to an int64 array [1]."""
         if scalar in self.known:
             return self.constant(self.known[scalar].reshape(1), np.int64)
         return self.cast(self.node("Reshape", scalar, self.ints([1])), np.int64)
@@ -214,12 +214,12 @@ class Graph:
         return self.node("Reshape", x, self.shape(dims))
 
     def transpose(self, x: str, order: Sequence[int]) -> str:
-        """Transposes x. Axis n of the result is axis `order[n]` of x."""
+        """Adds a node that transposes `x`. Axis n of the result is axis `order[n]` of `x`."""
         order = [int(axis) for axis in order]
         return x if order == sorted(order) else self.node("Transpose", x, perm=order)
 
     def cast(self, x: str, dtype: Any) -> str:
-        """Casts x to `dtype`."""
+        """Adds a node that casts `x` to `dtype`."""
         return self.node("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
     def line(self, dims: Sequence[Any], axis: int) -> str:

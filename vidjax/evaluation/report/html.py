@@ -135,7 +135,7 @@ ENVIRONMENT.globals |= {"LONGEST_WORD": LONGEST_WORD, "STACKED": STACKED}
 
 
 def parts() -> Any:  # noqa: ANN401
-    """Returns a module with the macros of `parts.html.j2`: functions that return HTML."""
+    """Returns the template `parts.html.j2` as a module, whose functions (macros) return HTML."""
     return ENVIRONMENT.get_template("parts.html.j2").module
 
 

@@ -162,7 +162,7 @@ def _split_row(run: RunFiles, split: str, values: Mapping[str, Any]) -> tuple[ob
 def result_rows(run: RunFiles) -> Rows:
     """Returns the rows (label, value, interval) of the results in `metrics.json`.
 
-    The metrics with `log=True` come first.
+    The metrics that every evaluation prints come first.
     """
     labels = [
         ("num_clips", "ranked clips", 0),
@@ -344,11 +344,8 @@ def _worst_identities(run: RunFiles) -> Markup:
 def mistakes(run: RunFiles) -> Markup | None:
     """Returns tables of the mistakes with the highest scores."""
     wrong = run.analysis.wrong_clips or schemas.WrongClips()
-    alarms = [(row.clip, run.identity(row.identity), row.score) for row in wrong.distractors or ()]
-    others = [
-        (row.clip, run.identity(row.shows), run.identity(row.identity), row.score)
-        for row in wrong.known or ()
-    ]
+    alarms = [(clip, *rest) for clip, _, *rest in _list_mistakes(run, wrong.distractors)]
+    others = _list_mistakes(run, wrong.known)
     if not alarms and not others:
         return None
     head, caption = ("distractor", "taken for", "score"), "False alarms with the highest scores"
@@ -356,6 +353,14 @@ def mistakes(run: RunFiles) -> Markup | None:
     caption = "Known clips that score highest for another identity"
     tables.append(html.table(caption, ("clip", "shows", *head[1:]), others))
     return html.paragraph(LOGARITHMS if run.analysis.logs else "") + html.beside("tables", tables)
+
+
+def _list_mistakes(run: RunFiles, mistakes: schemas.Mistakes | None) -> Rows:
+    """Returns rows (clip, person in the clip, person with the highest score, this score)."""
+    return [
+        (row.clip, run.identity(row.shows), run.identity(row.identity), row.score)
+        for row in mistakes or ()
+    ]
 
 
 def errors(run: RunFiles) -> Markup | None:
@@ -409,10 +414,7 @@ def _suspects(run: RunFiles, suspects: schemas.Suspects) -> Markup:
         html.number(suspects.count), html.number(suspects.identities),
         html.number(suspects.gain, sign="+"), html.between(suspects.low, suspects.high, 4),
     )  # fmt: skip
-    rows = [
-        (row.clip, run.identity(row.shows), run.identity(row.identity), row.score)
-        for row in suspects.clips
-    ]
+    rows = _list_mistakes(run, suspects.clips)
     head = ("clip", "label", "best identity", "score")
     return rule + words + html.table("Suspected labels with the highest scores", head, rows)
 

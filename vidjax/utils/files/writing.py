@@ -262,7 +262,10 @@ def scratch_folder(folder: Path | None = None) -> Iterator[Path]:
 
 
 def remove_scratch_folders() -> None:
-    """Removes all scratch folders of this process. The caller must then end the process."""
+    """Removes the folders of all open calls of `scratch_folder`, from all threads.
+
+    The caller must then end the process.
+    """
     # The lock stays locked. Otherwise an error of another thread, whose files are gone, could end
     # the process before all folders are removed.
     _scratch_lock.acquire()
