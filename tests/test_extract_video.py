@@ -576,8 +576,8 @@ def judge(faces, drawn_in, orientation, *, known=True, scale=1.0, hidden=()):
     middle, half = (faces[:, :2] + faces[:, 2:]) / 2, (faces[:, 2:] - faces[:, :2]) / 2 * scale
     tags, shape = [], (0, 0)
     for left, top, right, bottom in np.hstack([middle - half, middle + half]).round().astype(int):
-        picture = np.zeros((300, 400))
-        picture[top:bottom, left:right] = 1
+        picture = np.zeros((300, 400), bool)
+        picture[top:bottom, left:right] = True
         stored = xmp.STORED[drawn_in](picture)  # rotates or mirrors the displayed picture
         (y, x), shape = np.nonzero(stored), stored.shape[::-1]
         box = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1]) / np.tile(shape, 2)

@@ -463,7 +463,7 @@ def check_face(track: FaceTrack) -> str:
 
 def write(path: Path, value: Struct) -> None:
     """Writes a JSON file into a folder of features, atomically."""
-    files.write_bytes(path, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+    files.write_json(path, msgspec.to_builtins(value))
 
 
 def check_models(path: Path, cards: Mapping[str, str]) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from vidjax.apps import earlier_said, features_folder
+from vidjax.apps import earlier_said
 from vidjax.apps.features_folder import NUMBERS, MediaFile
 from vidjax.apps.gallery.answers import parse_group_number
 from vidjax.apps.gallery.vectors import select_usable_clips
@@ -89,7 +89,7 @@ def read_numbers(out: Path) -> UnknownNumbers:
 
 def write_numbers(out: Path, numbers: UnknownNumbers) -> None:
     """Writes `unknown.json`."""
-    features_folder.write(out / NUMBERS, numbers)
+    files.write_json(out / NUMBERS, msgspec.to_builtins(numbers))
     files.hide(out / NUMBERS)
 
 
