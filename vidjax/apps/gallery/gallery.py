@@ -12,9 +12,9 @@ compare vectors are called the back end. The order of changes does not matter. A
 the same clips and back end gives the same answers to 1e-6.
 
 An open gallery always answers from the current content of its folder, even if another process has
-changed the folder. On some network drives and USB sticks, it may notice a change a second later.
-`len`, `in`, iteration, `identities` and `digest` are current, too. Other properties, such as
-`clips` and `version`, show the content that was read last, see `refresh`.
+changed the folder. On some network drives, it may notice a change up to a second later. `len`,
+`in`, iteration, `identities` and `digest` are current, too. Other properties, such as `clips` and
+`version`, show the content that was read last, see `refresh`.
 
 A change makes a new `State`, the content in memory, and never edits the old state. So a thread that
 computes an answer uses one state. A change is first written to the folder. If writing fails, folder

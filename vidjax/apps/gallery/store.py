@@ -308,12 +308,13 @@ class Store:
     def stamp(self) -> object:
         """Returns a value that stays equal, for at most a second, while the file is unchanged.
 
-        This is faster than opening the file. On some network drives and USB sticks, the value may
-        change up to a second after the file.
+        This is faster than opening the file. On some network drives, the value may change up to a
+        second after the file.
         """
         with contextlib.suppress(OSError):
             found = os.lstat(self.path), os.lstat(self.folder)  # a journal changes the folder
-            if time.time() - max(x.st_ctime for x in found) > TICK_SECONDS:
+            is_exact = found[0].st_ctime_ns % 10**7  # some USB sticks store whole seconds
+            if is_exact and time.time() - max(x.st_ctime for x in found) > TICK_SECONDS:
                 kept = [(x.st_ino, x.st_size, x.st_ctime_ns) for x in found]
                 return (*kept, int(time.monotonic()))
         return object()  # equals no other value
