@@ -249,7 +249,9 @@ def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> "dict[
     arrays = {}
     with damaged_file(_describe_npz):
         for name, entry, (shape, is_fortran, dtype), _ in _open_arrays(file, limit, least):
-            content = bytearray().join(iter(lambda of=entry: of.read(PIECE_BYTES), b""))
+            content = bytearray()
+            while piece := entry.read(PIECE_BYTES):
+                content += piece
             arrays[name] = np.ndarray(shape, dtype, content, order="F" if is_fortran else "C")
             if len(content) > arrays[name].nbytes:
                 raise UserError(f"more bytes follow the array '{name[:50]}': write the file again")
