@@ -55,6 +55,7 @@ class Examples(NamedTuple):
     part: np.ndarray  # [n] int32, from 0 to PARTS - 1
 
 
+@jax.jit
 def log_unknown(logs: Array) -> Array:
     """Computes the log of the probability that a clip shows a stranger, [..., B], from [..., B, C].
 
