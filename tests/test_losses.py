@@ -113,10 +113,7 @@ def test_margins_match_their_equations_for_fixed_and_learned_scales(name, margin
     arc_face = np.where(angle < np.pi, np.cos(angle), cosine - margin * np.sin(margin))
     harder = {"angular": arc_face, "cosine": cosine - margin}[name]
     harder = np.where(np.arange(6) == labels[:, None], harder, cosine)
-    for scale in (
-        30.0,
-        np.where(labels % 2, np.float32(20), np.float32(3)),
-    ):  # a learned scale differs between clips
+    for scale in (30.0, jnp.where(labels % 2, 20.0, 3.0)):  # a learned scale differs between clips
         margin_fn = jax.jit(functools.partial(losses.MARGINS[name], margin=margin, scale=scale))
         factor = np.asarray(scale, np.float64).reshape(-1, 1)
         given, expected = factor * cosine, factor * harder
