@@ -389,7 +389,6 @@ def merged_windows(rng: Array | None, frames: Frames, *, max_frames: int = 5) ->
     return jax.tree.map(lambda a, b: jnp.concatenate([a, stored(b, a)], 1), frames, merged)
 
 
-@functools.partial(jax.jit, static_argnames="weighting")
 def mean_frame(frames: Frames, *, weighting: str = "uniform") -> Frames:
     """Computes the mean frame of every clip.
 
