@@ -389,12 +389,9 @@ def _compute_ratios(fold: _Fold, within: float, between: float) -> _Ratios:
         parts.append((space, two_covariance.enrol(space, *pair), queries))
     with jax.default_matmul_precision("highest"):  # as in evaluation
         ratios = _stack_ratios(parts)
-    return _Ratios(
-        ratios,
-        np.stack([count > 0 for count, _ in fold.totals]),
-        np.stack([np.any(x != 0, axis=1) for x in fold.queries]),
-        fold.labels,
-    )
+    known = np.stack([count > 0 for count, _ in fold.totals])
+    present = np.stack([np.any(x != 0, axis=1) for x in fold.queries])
+    return jax.device_put(_Ratios(ratios, known, present, fold.labels))
 
 
 @jax.jit  # without jit, every operation is a program
@@ -452,7 +449,7 @@ def _fit(
     num_clips = sum(len(part.labels) for part in parts)
 
     def loss(point: np.ndarray) -> tuple[float, np.ndarray]:
-        at = jnp.asarray(np.where(free, point, start), jnp.float32)
+        at = np.where(free, point, start).astype(np.float32)
         results = [_loss(at, part) for part in parts]
         slope = np.mean([np.asarray(slope, np.float64) for _, slope in results], axis=0)
         gap = (point - start) / DEVIATIONS**2 / num_clips
