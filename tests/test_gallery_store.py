@@ -402,17 +402,6 @@ def test_answers_do_not_wait_until_a_change_is_written(gallery, monkeypatch):
     assert "Bob" in gallery
 
 
-def test_a_gallery_is_opened_again_only_after_a_change(gallery, monkeypatch):
-    time.sleep(2 * store_lib.TICK_SECONDS)
-    monkeypatch.setattr(store_lib.time, "monotonic", lambda: 0.0)
-    gallery.refresh()
-    opened = mock.Mock(side_effect=store_lib._connect)
-    monkeypatch.setattr(store_lib, "_connect", opened)
-    assert len(gallery) == 12 and gallery.digest and not opened.called
-    Gallery(gallery.folder).rename("person 1", "Bob")
-    assert "Bob" in gallery
-
-
 @pytest.mark.parametrize("name", ["SQLITE_IOERR_LOCK", "SQLITE_IOERR_RDLOCK", "SQLITE_PERM"])
 def test_error_of_a_drive_without_locks_names_another_disk(gallery, monkeypatch, name):
     def connect(path):
@@ -423,7 +412,7 @@ def test_error_of_a_drive_without_locks_names_another_disk(gallery, monkeypatch,
         return connection
 
     monkeypatch.setattr(store_lib, "_connect", connect)
-    for action in (lambda: Gallery(gallery.folder), lambda: gallery.remove(clip=["clip 30"])):
+    for action in (gallery.refresh, lambda: gallery.remove(clip=["clip 30"])):
         refused(action, str(gallery.folder), "without locks", "another disk", "--out=FOLDER")
 
 

@@ -12,9 +12,8 @@ compare vectors are called the back end. The order of changes does not matter. A
 the same clips and back end gives the same answers to 1e-6.
 
 An open gallery always answers from the current content of its folder, even if another process has
-changed the folder. On some network drives, it may notice a change up to a second later. `len`,
-`in`, iteration, `identities` and `digest` are current, too. Other properties, such as `clips` and
-`version`, show the content that was read last, see `refresh`.
+changed the folder. `len`, `in`, iteration, `identities` and `digest` are current, too. Other
+properties, such as `clips` and `version`, show the content that was read last, see `refresh`.
 
 A change makes a new `State`, the content in memory, and never edits the old state. So a thread that
 computes an answer uses one state. A change is first written to the folder. If writing fails, folder
@@ -31,7 +30,6 @@ new training run without the clips removes this dependence.
 import contextlib
 import numbers
 import os
-import sqlite3
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -99,7 +97,6 @@ class Gallery:
         """
         check_argument("Gallery: folder", folder, (str, os.PathLike), "the path of a folder")
         self._store = Store(folder)
-        self._stamp = self._store.stamp()
         self._state = self._store.read()
         self._lock = threading.RLock()  # an older state must not replace a newer `_state`
         self._is_changing = False
@@ -268,17 +265,8 @@ class Gallery:
         with self._lock:
             # During a change by this object, no other process can change the file, and the file may
             # be locked for seconds. So other threads answer from the content before the change.
-            if not self._is_changing and self._store.stamp() != self._stamp:
-                self._reload()
-
-    def _reload(self, transaction: sqlite3.Connection | None = None) -> State:
-        """Returns the content of the file, which is read again if its sha256 has changed."""
-        with self._lock:
-            stamp = self._store.stamp()
-            if self._store.sha256(transaction) != self._state.sha256:
+            if not self._is_changing and self._store.sha256() != self._state.sha256:
                 self._state = self._store.read()
-            self._stamp = stamp
-            return self._state
 
     @property
     def state(self) -> State:
@@ -358,7 +346,7 @@ class Gallery:
         `said`. If `log` is False, the log already contains the changes.
         """
         with self._store.open(write=True, wait=self.lock_seconds) as transaction:
-            draft = Draft(present := self._reload(transaction))
+            draft = Draft(present := self.state)
             self._is_changing = True
             try:
                 yield draft

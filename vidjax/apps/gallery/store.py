@@ -65,7 +65,6 @@ ROW_BYTES = 1 << 19  # largest array of numbers that is written to a row
 PAGE_BYTES = 1 << 16
 SCHEMA_SECONDS = 10.0  # limit for reading the schema
 RETRY_SECONDS = 0.005  # between two attempts to begin a change
-TICK_SECONDS = 0.03  # two changes of a file within this time may have the same time
 WAIT_SECONDS = 60.0  # how long a change waits for readers, and a reader for the end of a change
 STRANGER = ""  # the person of a clip of a stranger; names of people are never empty
 REMEDY = "put back a copy of the gallery, or create it again"
@@ -305,24 +304,9 @@ class Store:
 
     # ---- reading
 
-    def stamp(self) -> object:
-        """Returns a value that stays equal, for at most a second, while the file is unchanged.
-
-        This is faster than opening the file. On some network drives, the value may change up to a
-        second after the file.
-        """
-        with contextlib.suppress(OSError):
-            found = os.lstat(self.path), os.lstat(self.folder)  # a journal changes the folder
-            is_exact = found[0].st_ctime_ns % 10**7  # some USB sticks store whole seconds
-            if is_exact and time.time() - max(x.st_ctime for x in found) > TICK_SECONDS:
-                kept = [(x.st_ino, x.st_size, x.st_ctime_ns) for x in found]
-                return (*kept, int(time.monotonic()))
-        return object()  # equals no other value
-
-    def sha256(self, opened: sqlite3.Connection | None = None) -> bytes:
+    def sha256(self) -> bytes:
         """Returns the stored sha256 of the whole content, without reading the content."""
-        source = contextlib.nullcontext(opened) if opened else self.open()
-        with source as connection, _translate_errors(self.path):
+        with self.open() as connection, _translate_errors(self.path):
             return _read_facts_row(connection)[1]
 
     def read(self) -> State:
