@@ -16,7 +16,7 @@ import types
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,12 +25,9 @@ from vidjax.utils import files
 from vidjax.utils.errors import UserError, require_packages
 
 if TYPE_CHECKING:
-    from av.audio.frame import AudioFrame
-    from av.audio.stream import AudioStream
+    from av import AudioFrame, AudioStream, VideoFrame, VideoStream
     from av.container import InputContainer
-    from av.video.frame import VideoFrame
     from av.video.reformatter import VideoReformatter
-    from av.video.stream import VideoStream
 
 VIDEO_FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "asf", "flv")
 # The first bytes of MP4, Matroska, AVI or WebP, JPEG and PNG.
@@ -53,7 +50,6 @@ KEY_SECONDS = 10.0  # the longest time between two key frames of a broadcast
 BROADCASTS = ("mpegts", "mpeg")  # formats whose clock may begin anew, for example in joined files
 Jump = tuple[float, float]  # when the clock jumps, and by how much, in seconds
 
-Kind = TypeVar("Kind", "VideoFrame", "AudioFrame")
 # (a, b, c, d) for each rotation in degrees, counter-clockwise: the pixel at (x, y) moves to
 # (a x + c y, b x + d y).
 TURNS = {0: (1, 0, 0, 1), 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}
@@ -170,6 +166,8 @@ class Video:
     """
 
     def __init__(self, path: Path, file: io.FileIO, container: "InputContainer"):
+        from av.video.reformatter import VideoReformatter
+
         self._path, self._container = path, container
         self.tell = file.tell
         self._stream = _find_video_stream(path, container)
@@ -178,6 +176,8 @@ class Video:
         _check_size(path, self.info)
         self.counts = DecodeCounts()
         self._resets = container.format.name in BROADCASTS
+        # Two reformatters, because each caches its conversion for a single size and format.
+        self._shrinks, self._converts = VideoReformatter(), VideoReformatter()
 
     def frames(self, fps: float) -> Iterator[Frame]:
         """Yields all frames in order. Corrupt frames are skipped.
@@ -187,21 +187,17 @@ class Video:
         frame can be decoded.
         """
         from av.error import FFmpegError
-        from av.video.frame import VideoFrame
-        from av.video.reformatter import VideoReformatter
 
         clock = Clock(1.0 / self.info.rate, self.info.seconds, resets=self._resets)
-        # Two reformatters, because each caches its conversion for a single size and format.
-        shrink, convert = VideoReformatter(), VideoReformatter()
         sample = 0
-        for decoded, usual_s in find_jumps(self._decode(self._stream, VideoFrame)):
+        for decoded, usual_s in find_jumps(self._decode(self._stream)):
             stamp = decoded.time
             time_s = clock.time(None if stamp is None else stamp - self.info.start_s, usual_s)
             # The tolerance is needed because time stamps are rounded to milliseconds.
             sampled = time_s * fps >= sample - 1e-3
             try:
-                small = _resize(shrink, decoded, SMALL_SHAPE[1], SMALL_SHAPE[0])
-                rgb = self._convert(convert, decoded) if sampled else None
+                small = _resize(self._shrinks, decoded, SMALL_SHAPE[1], SMALL_SHAPE[0])
+                rgb = self._convert(decoded) if sampled else None
             except (FFmpegError, ValueError):  # a pixel format that cannot be converted
                 self.counts.refused += 1
                 continue
@@ -228,24 +224,22 @@ class Video:
         `jumps` are the jumps that `frames` has found.
         """
         from av.error import FFmpegError
-        from av.video.frame import VideoFrame
-        from av.video.reformatter import VideoReformatter
 
         wanted, last = seconds + self.info.start_s + 1e-3, None
         wanted += self._resets * sum(by for at, by in jumps if at <= seconds)
         # In a broadcast, FFmpeg finds a place near the time, but not the key frame before it.
         with contextlib.suppress(FFmpegError):  # a format without a seek is read from the start
             self._container.seek(max(0, int(1e6 * (wanted - self._resets * KEY_SECONDS))))
-        for frame in self._decode(self._stream, VideoFrame):
+        for frame in self._decode(self._stream):
             if last is not None and frame.time is not None and frame.time > wanted:
                 break
             last = frame
-        return None if last is None else self._convert(VideoReformatter(), last)
+        return None if last is None else self._convert(last)
 
-    def _convert(self, reformatter: "VideoReformatter", frame: "VideoFrame") -> np.ndarray:
+    def _convert(self, frame: "VideoFrame") -> np.ndarray:
         """Returns the upright picture, uint8 [H, W, 3], with square pixels."""
         width = max(1, round(frame.width * self.info.aspect))
-        return _turn_upright(_resize(reformatter, frame, width, frame.height), frame)
+        return _turn_upright(_resize(self._converts, frame, width, frame.height), frame)
 
     def _find_end(self, time_s: float, frame: "VideoFrame", step_s: float) -> float:
         """Returns the end of a frame in seconds. A frame lasts at least `step_s` seconds."""
@@ -262,12 +256,10 @@ class Video:
         previous block, the rest of the sound is dropped. `jumps` are the jumps that `frames` has
         found.
         """
-        from av.audio.frame import AudioFrame
-
         for stream in _list_sound_streams(self._container)[:1]:
             stream.codec_context.thread_count = 1
             time_s, removed, left = 0.0, 0.0, [*jumps] if self._resets else []
-            for block in self._resample(self._decode(stream, AudioFrame)):
+            for block in self._resample(self._decode(stream)):
                 # Small differences are ignored, because some formats round time stamps.
                 if block.time is not None:
                     stamp_s = block.time - self.info.start_s - removed
@@ -300,7 +292,7 @@ class Video:
                 except (FFmpegError, ValueError):  # a sound format that cannot be converted
                     self.counts.refused += 1
 
-    def _decode(self, stream: "VideoStream | AudioStream", kind: type[Kind]) -> Iterator[Kind]:
+    def _decode(self, stream: "VideoStream | AudioStream") -> Iterator[Any]:
         """Yields the frames of a stream, without frames that the decoder marks as corrupt."""
         from av.error import FFmpegError
 
@@ -314,14 +306,13 @@ class Video:
                 self.counts.damaged = True
                 return
             try:
-                frames = packet.decode()
+                frames: list[Any] = packet.decode()
             except MemoryError:
                 raise
             except FFmpegError:
                 self.counts.refused += 1
                 continue
             for frame in frames:
-                assert isinstance(frame, kind)
                 self.counts.corrupt += frame.is_corrupt
                 if not frame.is_corrupt:
                     yield frame
@@ -383,7 +374,8 @@ def _open_container(path: Path, file: io.FileIO) -> "InputContainer":
     except (FFmpegError, UnicodeDecodeError) as error:
         if not file.seek(0, io.SEEK_END):
             raise UserError(f"'{path}' is an empty file\ncopy the file again") from error
-        problem = f"'{path}' is damaged or has an unknown format: {_describe_error(error)}"
+        reason = str(getattr(error, "strerror", None) or error or type(error).__name__)
+        problem = f"'{path}' is damaged or has an unknown format: {reason[:100]}"
         file.seek(0)
         endings = media_files.FILMS | media_files.PHOTOS
         if path.suffix.lower() in endings or KNOWN_BEGIN.match(file.read(12)):
@@ -396,10 +388,6 @@ def _open_container(path: Path, file: io.FileIO) -> "InputContainer":
             "use MP4, MKV, WebM, MOV, AVI, MPEG, WMV, FLV, JPEG, PNG, WebP, BMP, TIFF, GIF, HEIC "
             "or AVIF\nconvert other formats to MP4: ffmpeg -i FILE FILE.mp4"
         ) from error
-
-
-def _describe_error(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error or type(error).__name__)[:100]
 
 
 def _find_video_stream(path: Path, container: "InputContainer") -> "VideoStream":
