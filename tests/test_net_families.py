@@ -116,7 +116,7 @@ def test_detectors_of_each_family_get_a_card_and_are_decoded_as_published(
     convert, case, monkeypatch
 ):
     # Thousands of random faces overlap.
-    monkeypatch.setattr(nets, "suppress_overlaps", lambda faces, _: faces)
+    monkeypatch.setattr(nets, "suppress_overlaps", lambda faces: faces)
     family, content, size = DETECTORS[case]
     done, path = convert(content, f"--like={family}")
     assert done.code == 0, done.err

@@ -70,13 +70,11 @@ def refuse_photos(path: Path) -> None:
         )
 
 
-def read_films(path: str | Path | None) -> list[MediaFile]:
+def read_films(path: Path | None) -> list[MediaFile]:
     """Reads the descriptions of films whose clips are in `path`; returns [] if there are none."""
-    folder = Path(path or "")
-    if folder.suffix == ".npz":  # the features of one film
-        folder = folder.parent
-    is_extracted = path and (folder / features_folder.NAME).exists()
-    return features_folder.read_media_files(folder) if is_extracted else []
+    folder = path.parent if path and path.suffix == ".npz" else path  # .npz: of one film
+    is_extracted = folder and (folder / features_folder.NAME).exists()
+    return features_folder.read_media_files(folder) if folder and is_extracted else []
 
 
 def embed(gallery: Gallery, clips: MemoryClips | Dataset, split: str | None) -> Vectors:

@@ -107,6 +107,7 @@ class Review:
 
     def _set_films(self, films: Sequence[MediaFile]) -> None:
         self._films = {film.video: film for film in films}
+        self._tracks = {track.clip: track for film in films for track in film.tracks}
         self._face_of = {  # of each clip
             clip: SeenClip(x, film.video) for film in films for clip, x in film.faces.items()
         }
@@ -119,16 +120,10 @@ class Review:
 
     def _show(self, decision: Decision) -> None:
         """Replaces the names on the page, and remembers which people and faces have changed."""
-        before = self._shown
+        before = {(clip, self._name(clip)) for clip in self._shown}
         self._set_names(decision)
-        for clip in before.keys() | self._shown.keys():
-            names = [
-                x and (x.identity or IGNORED) for x in (before.get(clip), self._shown.get(clip))
-            ]
-            if names[0] != names[1]:
-                self._changed |= dict.fromkeys(
-                    [CLIP + clip, *filter(None, names)], self.version + 1
-                )
+        for clip, name in before ^ {(clip, self._name(clip)) for clip in self._shown}:
+            self._changed |= dict.fromkeys((CLIP + clip, name), self.version + 1)
         self.version += 1  # last, because another thread may read the version before the names
 
     @contextlib.contextmanager
@@ -205,14 +200,10 @@ class Review:
 
         The picture is decoded from the film or photo. `Appearance.box` is the place of the face.
         """
-        if not (x := self._shown.get(clip)):
-            return None
-        films = [film for film in self._decision.films if film.video == x.video]
-        found = ((film, track) for film in films for track in film.tracks if track.clip == clip)
+        x, track = self._shown.get(clip), self._tracks.get(clip)
         # In the meantime, another program may have changed the films.
-        film, track = next(found, (None, None))
-        path = film and _find_source(film)
-        if not (path and film and track):
+        film = self._films.get(x.video) if x else None
+        if not (film and track and (path := _find_source(film))):
             return None
         return still.read_still(path, track.box_at_s or track.start_s, film.jumps)
 
@@ -489,7 +480,7 @@ class Review:
         clips = {x.key.removeprefix(CLIP): None for x in found if not x.is_person}
         for x in {self._shown[clip].clips: self._shown[clip] for clip in clips}.values():
             film = self._films[x.video]
-            tracks = [y for y in film.tracks if y.clip in clips and y.clip in x.clips]
+            tracks = [self._tracks[clip] for clip in x.clips if clip in clips]
             start, end = min(y.start_s for y in tracks), max(y.end_s for y in tracks)
             time = format_appearance_time(x._replace(start_s=start, end_s=end), film)
             words.append(f"a face in {x.video}" if film.photo else f"{x.video}, {time},")

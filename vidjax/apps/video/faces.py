@@ -15,6 +15,7 @@ from vidjax.apps.features_folder import FaceTrack, MediaFile
 from vidjax.apps.gallery.answers import UNKNOWN, parse_group_number
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.said import ONCE, Face, Line
+from vidjax.apps.video.subtitles import format_time
 from vidjax.apps.video.tracks import measure_overlaps
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import IGNORED
@@ -120,7 +121,7 @@ class Lost(NamedTuple):
     """A correction without effect: its face is not in the present films and photos."""
 
     video: str
-    at_s: float | None
+    time: str  # such as 00:03:12.500
     correction: str  # such as `Ada`, `not Ada` or `unknown 3`
 
 
@@ -207,7 +208,7 @@ class Said:
             words += [IGNORED] * (key in self.ignored)
             words += [f"not {name}" for name in sorted(self.denied.get(key, ()))]
             words += [f"{UNKNOWN}{self.numbers[key]}"] if key in self.numbered else []
-            lost += [Lost(line.video, key.at, word) for word in words]
+            lost += [Lost(line.video, format_time(key.at), word) for word in words]
         return lost
 
     def _rename(self, names: Mapping[str, str]) -> None:

@@ -14,7 +14,6 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -60,8 +59,8 @@ class Nets(NamedTuple):
 
     detect: Detector  # finds faces
     embed: Embedder  # computes embeddings of faces
-    listen: Listener | None = None  # detects speech and embeds voices; None without these nets
-    digests: Mapping[str, str] = MappingProxyType({})  # modality -> digest of the embedder's card
+    listen: Listener | None  # detects speech and embeds voices; None without these nets
+    digests: Mapping[str, str]  # modality -> digest of the embedder's card
 
 
 @functools.lru_cache(1)
@@ -362,8 +361,7 @@ def _read_photo(
         name = stem if count == 1 else f"{stem}.f{number + 1:02}"
         clips.end(Track(number, shot=0, times=[0.0], ends=[0.0]), iter([name]))
     if tags.tags:
-        height, width = photo.rgb.shape[:2]
-        size = width, height
+        size = photo.rgb.shape[1], photo.rgb.shape[0]
         owners, misfit = regions.match_faces(tags, faces.boxes, size, photo.orientation)
         for tag, face in zip(tags.tags, owners.tolist(), strict=True):
             if face >= 0:

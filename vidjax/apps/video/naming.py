@@ -4,7 +4,7 @@ A track is a person in a shot of a film. Named tracks of a person are joined int
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from vidjax.apps.features_folder import Box, FaceTrack, MediaFile
@@ -307,18 +307,15 @@ def settle_answers(answers: Mapping[str, Answer], films: Iterable[MediaFile]) ->
     return settled
 
 
-def _join_tracks(tracks: Iterable[FaceTrack]) -> Iterator[list[FaceTrack]]:
-    """Yields groups of tracks with gaps below two seconds. `tracks` are in order of time."""
-    group: list[FaceTrack] = []
-    end = 0.0
+def _join_tracks(tracks: Iterable[FaceTrack]) -> list[list[FaceTrack]]:
+    """Returns groups of tracks with gaps below two seconds. `tracks` are in order of time."""
+    groups, end = list[list[FaceTrack]](), -GAP_SECONDS
     for track in tracks:
-        if group and track.start_s - end >= GAP_SECONDS:
-            yield group
-            group = []
+        if track.start_s - end >= GAP_SECONDS:
+            groups.append([])
+        groups[-1].append(track)
         end = max(end, track.end_s)
-        group.append(track)
-    if group:
-        yield group
+    return groups
 
 
 def format_percent(probability: float) -> str:

@@ -188,7 +188,7 @@ class Detector(Net):
             pixels = sum((x.right - x.left) * (x.bottom - x.top) * x.scale**2 for x in parts)
             regions = parts if pixels < height * width * scale**2 else regions
         faces = [self._search_region(image, region) for region in regions]
-        return suppress_overlaps(_join(faces), MOST_OVERLAP) if faces else NO_FACES
+        return suppress_overlaps(_join(faces)) if faces else NO_FACES
 
     def _search_region(self, image: np.ndarray, region: Region) -> Faces:
         """Returns the detections in a region of an image, in pixels of the image.
@@ -203,7 +203,7 @@ class Detector(Net):
         with self.blame():
             faces = DECODERS[self.card.decoder](outputs, padded.shape[1])
         # Overlaps are removed first: a second, worse box of a cut face may lie inside the border.
-        faces = suppress_overlaps(faces, MOST_OVERLAP)
+        faces = suppress_overlaps(faces)
         low, high = np.array([region[:2], region[2:4]])
         ratio = np.array([part.shape[1] / small.shape[1], part.shape[0] / small.shape[0]])
         last = np.array([image.shape[1], image.shape[0]])
@@ -358,18 +358,18 @@ def _overlap(first: Region, second: Region) -> bool:
     return across and first.top < second.bottom and second.top < first.bottom
 
 
-def suppress_overlaps(faces: Faces, most_overlap: float) -> Faces:
+def suppress_overlaps(faces: Faces) -> Faces:
     """Removes faces that overlap a face with a higher score; returns the rest by falling score.
 
-    This is greedy non-maximum suppression. `most_overlap` is the largest intersection over union of
-    two remaining faces.
+    This is greedy non-maximum suppression. The intersection over union of two remaining faces is
+    at most MOST_OVERLAP.
     """
     order = np.argsort(-faces.scores, kind="stable")[:MOST_CANDIDATES]
     boxes, kept = faces.boxes.astype(np.float64), []
     while len(order):
         best, order = order[:1], order[1:]
         kept.append(best)
-        order = order[measure_overlaps(boxes[best], boxes[order])[0] <= most_overlap]
+        order = order[measure_overlaps(boxes[best], boxes[order])[0] <= MOST_OVERLAP]
     return faces.take(np.concatenate(kept) if kept else order)
 
 

@@ -127,7 +127,7 @@ def extract_folders(
     voices = cards_lib.VOICE_ROLES if known.keys() & {*cards_lib.VOICE_ROLES} else ()
     for role in ROLES + voices:
         cards_lib.require(known, role, models)
-    digests = read_digests(models)
+    digests = {role: card.digest for role, card in known.items()}
     with contextlib.ExitStack() as locked:
         jobs: list[_Job] = []
         unsure: dict[Path, list[FileOutcome]] = {}

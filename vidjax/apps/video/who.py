@@ -48,7 +48,6 @@ from vidjax.apps.video.faces import Lost, Said
 from vidjax.apps.video.people_photos import Photos
 from vidjax.apps.video.pipeline import FileOutcome
 from vidjax.apps.video.results import PADDING_SECONDS, PAGE, UNKNOWN
-from vidjax.apps.video.subtitles import format_time
 from vidjax.apps.video.unknown_numbers import read_numbers
 from vidjax.data.checks import list_entries
 from vidjax.utils import files, messages, tables
@@ -358,7 +357,7 @@ class _Call:
         clips = {name: x.identity for name, x in gallery.clips.items() if name not in own}
         parts = card_notes.adopt(gallery, models, replace=bool(changed))
         lost = sorted(clips.keys() - gallery.clips.keys())
-        self._write_unmatched([Lost("", None, f"{x}: {clips[x] or IGNORED}") for x in lost])
+        self._write_unmatched([Lost("", "", f"{x}: {clips[x] or IGNORED}") for x in lost])
         before.models = digests
         features_folder.write(features / features_folder.NAME, before)
         new = ", ".join(parts or sorted(changed))
@@ -370,13 +369,10 @@ class _Call:
 
     def _write_unmatched(self, lost: Sequence[Lost]) -> None:
         """Adds corrections of lost faces to `unmatched.tsv`, and reports new rows."""
-        path, rows = self.out / UNMATCHED, list[tuple[str, ...]]()
+        path = self.out / UNMATCHED
         table = [*tables.read_text(path)][1:] if files.exists(path) else []
         known = [tuple(cells) for _, cells in table]
-        for x in lost:
-            time = "" if x.at_s is None else format_time(x.at_s)
-            rows.append((x.video, time, x.correction))
-        if new := sorted({*rows} - {*known}):
+        if new := sorted({*lost} - {*known}):
             files.write_text(path, tables.to_text([UNMATCHED_COLUMNS, *known, *new], ".tsv"))
             files.hide(path)
             count = f"corrections whose faces are not found again: {len(new):,}, see {path}"
