@@ -11,8 +11,7 @@ import numpy as np
 
 from vidjax.apps import bulk, cards, features_folder
 from vidjax.apps.features_folder import MediaFile
-from vidjax.apps.gallery import answers as answers_lib
-from vidjax.apps.gallery.answers import Answer
+from vidjax.apps.gallery.answers import UNKNOWN, Answer, read_groups
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.labelling import Enrolment, check_given
@@ -88,11 +87,10 @@ def embed(gallery: Gallery, clips: MemoryClips | Dataset, split: str | None) -> 
 
 def read_labels(path: Path) -> dict[str, str]:
     """Reads clip -> person from a table of labels. Raises UserError if it contains no name."""
-    if labels := answers_lib.read_groups(path):
+    if labels := read_groups(path):
         return labels
     raise UserError(
-        f"{path} contains no name\n"
-        f"replace '{answers_lib.UNKNOWN}1' and so on by the names of people"
+        f"{path} contains no name\nreplace '{UNKNOWN}1' and so on by the names of people"
     )
 
 
@@ -181,7 +179,7 @@ def load_people(
     `required` is True, a table without a person is refused, too.
     """
     if path.suffix == ".parquet" and parquet.has_column(path, "identity"):
-        person_of = read_labels(path) if required else answers_lib.read_groups(path)
+        person_of = read_labels(path) if required else read_groups(path)
         return gallery.load(path), person_of
     if stray := path if path.is_file() else min(path.glob("[!.]*.npz"), default=None):
         table = ", or a column identity in the table" if stray.suffix == ".parquet" else ""

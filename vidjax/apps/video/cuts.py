@@ -82,10 +82,9 @@ def _to_clip(cut: Cut) -> dict[str, Any]:
     film, rate = cut.film, _get_rate(cut.film)
 
     def make_range(begin: int, end: int) -> dict[str, Any]:
-        times = {"start_time": begin, "duration": end - begin}
         return {"OTIO_SCHEMA": "TimeRange.1"} | {
             name: {"OTIO_SCHEMA": "RationalTime.1", "rate": rate, "value": float(frames)}
-            for name, frames in times.items()
+            for name, frames in (("start_time", begin), ("duration", end - begin))
         }
 
     media = {

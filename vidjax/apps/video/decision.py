@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 from vidjax.apps import features_folder, said as said_lib
@@ -38,10 +37,10 @@ class Decision(NamedTuple):
     appearances: list[Appearance]  # by video, and in order of time
     numbers: UnknownNumbers
     said: Said
-    twins: Mapping[str, str] = MappingProxyType({})  # see `naming.NamedTracks`
+    twins: Mapping[str, str]  # see `naming.NamedTracks`
     # `State.rows`, and clip -> answer of the gallery before corrections.
-    raw: tuple[int, Mapping[str, Answer]] = (0, MappingProxyType({}))
-    card: str = ""  # see `card_notes.describe`
+    raw: tuple[int, Mapping[str, Answer]]
+    card: str  # see `card_notes.describe`
 
     def count_clips(self) -> dict[str, int]:
         """Returns the number of enrolled clips of each person."""

@@ -205,7 +205,10 @@ class Video:
                 sample = int(time_s * fps + 1e-3) + 1
             self.counts.frames += 1
             self.counts.repaired, self.counts.jumps = clock.repaired, clock.jumps
-            self.counts.seconds = self._find_end(time_s, decoded, clock.step)
+            # A frame lasts at least the usual step. Its declared end may be beyond the film.
+            duration_s = (decoded.duration or 0) * float(decoded.time_base or 0)
+            declared_s = min(time_s + duration_s, self.info.seconds or 0.0)
+            self.counts.seconds = max(time_s + clock.step, declared_s)
             yield Frame(time_s, small, rgb, clock.gap_s)
         if not self.counts.frames:
             problem = f"'{self._path}' is damaged: no picture in it can be decoded"
@@ -240,12 +243,6 @@ class Video:
         """Returns the upright picture, uint8 [H, W, 3], with square pixels."""
         width = max(1, round(frame.width * self.info.aspect))
         return _turn_upright(_resize(self._converts, frame, width, frame.height), frame)
-
-    def _find_end(self, time_s: float, frame: "VideoFrame", step_s: float) -> float:
-        """Returns the end of a frame in seconds. A frame lasts at least `step_s` seconds."""
-        end_s = time_s + step_s
-        duration_s = (frame.duration or 0) * float(frame.time_base or 0)
-        return max(end_s, min(time_s + duration_s, self.info.seconds or 0.0))
 
     def sound(self, jumps: Iterable[Jump] = ()) -> Iterator[tuple[float, np.ndarray]]:
         """Yields blocks (seconds, samples) of the first sound track.

@@ -193,7 +193,7 @@ class ClipBuilder:
             "face_detection": np.array([x.detection for x in best], np.float32),
             "face_quality": np.array([x.quality for x in best], np.float32),
         }
-        top, card = max(best, key=lambda x: (x.quality, x.number)), self._nets.embed.card
+        top, card = max(best), self._nets.embed.card
         clear_quality = card.back_end.clear_quality if card.back_end else None
         written = _to_face_track(track, name)
         written.box = msgspec.convert(top.place.clip(0, 1).round(4).tolist(), features_folder.Box)

@@ -57,7 +57,7 @@ def measure_photos(models: Path, people: Path, workers: int, tell: Tell) -> list
     or if the net does not separate them.
     """
     with files.scratch_folder() as out:
-        # In a folder `gallery`, `embed_photos` would see people of earlier calls.
+        # In a folder `gallery`, `Photos` would see people of earlier calls.
         gallery = Gallery.of_models(out / "vectors", models)
         if "face" not in gallery.backend.widths:
             raise UserError(
@@ -65,7 +65,10 @@ def measure_photos(models: Path, people: Path, workers: int, tell: Tell) -> list
                 f"{cards.describe_remedy('face_embedder', models)}"
             )
         faces, owners = list[tuple[np.ndarray, str, float]](), dict[tuple[str, bytes], str]()
-        for x, vector in people_photos.embed_photos(gallery, people, out, models, workers, tell):
+        found = people_photos.find_faces(people, out, models, workers, tell)
+        part = [*gallery.backend.widths].index("face")
+        for clip, entry in sorted(found.embed(gallery).items()):
+            x, vector = found.faces[clip], gallery.backend.split(entry.vector[None])[part][0]
             person = x.face.person
             # A copy would be measured as the most similar face of another person.
             owner = owners.setdefault((x.photo.sha256, vector.tobytes()), person)

@@ -30,11 +30,8 @@ def list_checks(folder: Path) -> dict[str, Callable[[], str]]:
 
     The entry `models` checks the whole folder. The functions raise UserError for a fault.
     """
-    names = [path.name for path in sorted(folder.glob("*.json"))]
-    return {
-        "models": partial(_check_folder, folder),
-        **{name: partial(_describe_file, folder / name) for name in names},
-    }
+    of_nets = {x.name: partial(_describe_file, x) for x in sorted(folder.glob("*.json"))}
+    return {"models": partial(_check_folder, folder), **of_nets}
 
 
 def _check_folder(folder: Path) -> str:

@@ -120,6 +120,8 @@ class Photos:
         self._person_of: dict[str, str] = {}
         self._twins: set[str] = set()  # clips of photos that are in the folders of two people
         self._doubtful = doubts.Doubts({}, {}, [])
+        # Person -> groups of photos that contradict each other. It is not clear which are right.
+        self._mixed: dict[str, list[doubts.Side]] = {}
 
     def warn(self, texts: Iterable[str]) -> None:
         """Reports problems of photos."""
@@ -240,16 +242,16 @@ class Photos:
             for outcome in outcomes:
                 named, clips = self._check_photo(owner, outcome)
                 found |= named
-                faces = self._locate_faces(owner, outcome, folder)
-                # A user may have removed faces of a missing photo.
-                usable = {
-                    clip for clip, x in faces.items()
-                    if x.track.clip in clips and (outcome.media or clip in enrolled)
-                }  # fmt: skip
-                self.faces |= faces
-                self.usable |= usable
-                shown |= {faces[clip].face.person for clip in usable}
-                if not (usable and outcome.media):
+                if photo := outcome.known:
+                    for track in photo.tracks:
+                        face = PhotoFace(owner, track.clip, track.name or owner)
+                        clip = str(face) if self._flag == WHO_FLAG else f"{owner}/{track.clip}"
+                        self.faces[clip] = FoundFace(face, outcome.path, photo, track, folder)
+                        # A user may have removed faces of a missing photo.
+                        if track.clip in clips and (outcome.media or clip in enrolled):
+                            self.usable.add(clip)
+                            shown.add(face.person)
+                if not (clips and outcome.media):
                     self.failed[str(outcome.path)] = outcome.remedy
             # A folder of photos in which other people are tagged is not a person.
             if tags and owner not in {*tags, *shown, *known}:
@@ -265,18 +267,6 @@ class Photos:
         only_files = len(single) == len(self.outcomes_of) and not known
         single = [name for name in single if name in self.names]
         self.warn(self._describe_numbers(single, only_files))
-
-    def _locate_faces(
-        self, owner: str, outcome: FileOutcome, features: Path
-    ) -> dict[str, FoundFace]:
-        """Returns clip in the gallery -> face, for all faces in a photo."""
-        faces = dict[str, FoundFace]()
-        if photo := outcome.known:
-            for track in photo.tracks:
-                face = PhotoFace(owner, track.clip, track.name or owner)
-                clip = str(face) if self._flag == WHO_FLAG else f"{owner}/{track.clip}"
-                faces[clip] = FoundFace(face, outcome.path, photo, track, features)
-        return faces
 
     def _check_photo(self, owner: str, outcome: FileOutcome) -> tuple[set[str], set[str]]:
         """Reports problems of a photo; returns its people, and the clips of faces.
@@ -369,8 +359,6 @@ class Photos:
         absent = {photo.folder for photo in enrolled.values()} - {
             read_folder_name(x.name) for x in self.outcomes_of
         }
-        if not absent:
-            return absent
         outcomes = itertools.chain(*self.outcomes_of.values())
         has_others = any(outcome.path.parent == self.people for outcome in outcomes)
         new = {self.faces[clip].photo.sha256 for clip in self.usable - enrolled.keys()}
@@ -438,17 +426,12 @@ class Photos:
         if card_notes.compare(state).problem != "blind":
             single = {clip: x for clip, x in named.items() if clip not in self._twins}
             self._doubtful = doubts.find_doubtful_photos(state.index.backend, single)
-        mixed = (self._list_sides(name) for name in self._doubtful.mixed)
-        photos = {x for sides in mixed if len(sides) > 1 for side in sides for x in side.photos}
+        for name, sides in self._doubtful.mixed.items():
+            # Other sides have only clips of films, to which a user gave this name.
+            own = [side for side in sides if not self.faces.keys().isdisjoint(side.photos)]
+            self._mixed |= {name: own} if len(own) > 1 else {}
+        photos = {x for sides in self._mixed.values() for side in sides for x in side.photos}
         draft.remove(clip=self._twins | (photos & faces.keys()))
-
-    def _list_sides(self, name: str) -> list[doubts.Side]:
-        """Returns the sides of a person that have photos.
-
-        Other sides have only clips of films, to which a user gave this name.
-        """
-        sides = self._doubtful.mixed[name]
-        return [side for side in sides if not self.faces.keys().isdisjoint(side.photos)]
 
     def find_renamed(
         self, gallery: Gallery, enrolled: Mapping[str, PhotoFace], entries: Mapping[str, StoredClip]
@@ -524,9 +507,7 @@ class Photos:
                 str(path.relative_to(self.people) if path.is_relative_to(self.people) else path)
             )
 
-        for name in self._doubtful.mixed:
-            if len(sides := self._list_sides(name)) < 2:
-                continue
+        for name, sides in self._mixed.items():
             number = "two" if len(sides) == 2 else f"{len(sides):,}"
             texts = [
                 messages.list_some([*map(locate, side.photos)], 3)
@@ -554,18 +535,6 @@ def find_faces(people: Path, out: Path, models: Path, workers: int, tell: Tell) 
         photos.extract(models=models, workers=workers, done=lambda _: bar.advance(1))
     photos.check({})
     return photos
-
-
-def embed_photos(
-    gallery: Gallery, people: Path, out: Path, models: Path, workers: int, tell: Tell
-) -> Iterator[tuple[FoundFace, np.ndarray]]:
-    """Yields each usable face in `people/NAME/PHOTO.jpg`, and its vector. Nobody is enrolled."""
-    found, part = (
-        find_faces(people, out, models, workers, tell),
-        [*gallery.backend.widths].index("face"),
-    )
-    for clip, entry in sorted(found.embed(gallery).items()):
-        yield found.faces[clip], gallery.backend.split(entry.vector[None])[part][0]
 
 
 class PhotoEnrolment(NamedTuple):

@@ -172,19 +172,22 @@ def _process_jobs(
     twins = Counter(job.path.name for job in jobs)
     label = {job: job.path.name if twins[job.path.name] == 1 else str(job.path) for job in jobs}
     left = {job: job.path.stat().st_size if job.path.exists() else 0 for job in jobs}
-    batches = _make_batches(jobs, workers)
-    num_films = sum(job.path.suffix.lower() not in PHOTOS for job in jobs)
+    # A process reads a single film, or up to 50 photos.
+    photos = [job for job in jobs if job.path.suffix.lower() in PHOTOS]
+    films = [[job] for job in jobs if job.path.suffix.lower() not in PHOTOS]
+    size = max(1, min(BATCH_PHOTOS, -(-len(photos) // workers)))
+    batches = [*films, *(photos[n : n + size] for n in range(0, len(photos), size))]
     outcome_of = dict[_Job, FileOutcome]()
 
     def read(children: Children, numbered: tuple[int, Sequence[_Job]]) -> None:
-        number, batch = numbered  # each film is a batch, and films come before photos
-        title = f"{number:,} of {num_films:,}: {label[batch[0]]}" if number <= num_films else ""
+        number, batch = numbered
+        title = f"{number:,} of {len(films):,}: {label[batch[0]]}" if number <= len(films) else ""
         for job, outcome in _extract_batch(children, batch, title).items():
             left.pop(job)
             outcome_of[job] = outcome
             done(outcome._replace(label=label[job]))
 
-    with _show_progress(left) if num_films and sys.stderr.isatty() else contextlib.nullcontext():
+    with _show_progress(left) if films and sys.stderr.isatty() else contextlib.nullcontext():
         map_children(read, [*enumerate(batches, 1)], workers)
     return group_by_key((job.out, outcome_of[job]) for job in jobs)
 
@@ -269,14 +272,6 @@ def choose_drop(prune: bool, forget_missing: bool) -> Drop:
     return ("missing" if forget_missing else "deleted") if prune else "nothing"
 
 
-def _make_batches(jobs: Sequence[_Job], workers: int) -> list[list[_Job]]:
-    """Divides files into batches, each for one process: a single film, or up to 50 photos."""
-    photos = [job for job in jobs if job.path.suffix.lower() in PHOTOS]
-    films = [[job] for job in jobs if job.path.suffix.lower() not in PHOTOS]
-    size = max(1, min(BATCH_PHOTOS, -(-len(photos) // workers)))
-    return [*films, *(photos[n : n + size] for n in range(0, len(photos), size))]
-
-
 def _check_extraction(
     out: Path, digests: dict[str, str], settings: ExtractionSettings | None, upgrade: bool
 ) -> ExtractionSettings:
@@ -325,11 +320,8 @@ def _choose_stems(
     8 digits of the sha256 are added. If it also has the same content, one of the files is left out.
     """
     of_path = {str(film.source.path): stem for stem, film in known.items()}
-    moved = {
-        film.sha256: (stem, film.source.size)
-        for stem, film in known.items() if is_missing(film.source.path)
-    }  # fmt: skip
-    sizes = {size for _, size in moved.values()}
+    moved = {film.sha256: stem for stem, film in known.items() if is_missing(film.source.path)}
+    sizes = {known[stem].source.size for stem in moved.values()}
     owners = {stem.lower(): stem for stem in known}
     stems = {of_path[real]: path for path in paths if (real := os.path.realpath(path)) in of_path}
     for path in (path for path in paths if os.path.realpath(path) not in of_path):
@@ -338,7 +330,7 @@ def _choose_stems(
         if owner or (path.exists() and path.stat().st_size in sizes):
             sha256 = _sha256_or_of_name(path)
             if sha256 in moved:
-                stem = moved[sha256][0]
+                stem = moved[sha256]
             elif owner:
                 film = known.get(owner)
                 same = sha256 == (film.sha256 if film else _sha256_or_of_name(stems[owner]))
@@ -461,7 +453,7 @@ def _take_results(job: _Job, task: film_lib.Task, answer: MediaFile | UserError)
                     f"{job.path}: the sidecar file with the face tags is missing: copy it back, or "
                     "delete the photo"
                 )
-        known = _find_earlier(job)
+        had_features = features_folder.has_features(job.out, job.stem)
         features_folder.remove_media_file(job.out, job.stem)
         os.replace(partial / f"{job.stem}.npz", job.out / f"{job.stem}.npz")
         thumbnails = [folder / THUMBNAILS for folder in (partial, job.out)]
@@ -473,7 +465,8 @@ def _take_results(job: _Job, task: film_lib.Task, answer: MediaFile | UserError)
         features_folder.write(job.out / VIDEOS / f"{job.stem}.json", film)
     except (UserError, OSError) as error:
         return _describe_failure(job, error)
-    return FileOutcome(job.path, film, replaced=known is not None and known.sha256 != film.sha256)
+    is_other = had_features and before is not None and before.sha256 != film.sha256
+    return FileOutcome(job.path, film, replaced=is_other)
 
 
 def _check_results(job: _Job, task: film_lib.Task, film: MediaFile) -> MediaFile:

@@ -6,7 +6,6 @@ the person in a frame. It lasts until the next frame that is searched, or until 
 
 import dataclasses
 import itertools
-from collections.abc import Callable
 
 import numpy as np
 
@@ -126,7 +125,7 @@ class Tracker:
         for motion in self._live:
             motion.track.end_sighting(time_s)
         self._time_s = time_s
-        self._end_if(lambda motion: time_s - motion.track.ends[-1] > self._gap)
+        self._end([x for x in self._live if time_s - x.track.ends[-1] > self._gap])
         begin_s, self._cut_s = time_s if self._cut_s is None else self._cut_s, None
         boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
         owners, dropped = self._match(time_s, boxes)
@@ -154,7 +153,7 @@ class Tracker:
         for motion in self._live:
             motion.track.cut(time_s)
         self._live = [x for x in self._live if x.track.times and x.track.times[0] < last_s]
-        self._end_if(lambda motion: True)
+        self._end(self._live)
         self._cut_s = time_s if next_s is None else next_s
         self._shot += 1
 
@@ -168,13 +167,12 @@ class Tracker:
         ended, self._ended = self._ended, []
         return ended
 
-    def _end_if(self, ends: Callable[[_Motion], bool]) -> None:
-        over = [motion for motion in self._live if ends(motion)]
+    def _end(self, over: list[_Motion]) -> None:
         self._ended += [
             motion.track for motion in over
             if len(motion.track.times) > 1 or motion.track.ends[0] - motion.time_s > self._held
         ]  # fmt: skip
-        self._live = [motion for motion in self._live if not ends(motion)]
+        self._live = [motion for motion in self._live if motion not in over]
 
     def _match(self, time_s: float, boxes: np.ndarray) -> tuple[dict[int, _Motion], set[int]]:
         """Returns index of a detection -> motion of its track, and the indices to drop."""
