@@ -48,10 +48,11 @@ class Decision(NamedTuple):
 
 
 def lock_changes(out: Path, wait: float = WAIT_SECONDS) -> contextlib.AbstractContextManager[None]:
-    """Locks the names in a folder of results, while they are changed or written.
+    """Locks the names in a folder of results, in a `with` block that changes or writes names.
 
-    `name_people` also locks the folder itself, so that there is only one call at a time. The page
-    of corrections needs only this lock, so that names can be corrected while films are read.
+    Raises InUseError if another program holds the lock for `wait` seconds. `name_people` also locks
+    the folder itself with another lock, so that there is only one call at a time. The page of
+    corrections needs only the lock of the names, so a user can correct names while films are read.
     """
     return files.lock(out, "out", ".changes.lock", wait=wait)
 
@@ -62,9 +63,10 @@ def read_said(
     lines: Sequence[Line] | None = None,
     numbers: UnknownNumbers | None = None,
 ) -> Said:
-    """Returns what people said about the faces of `films`, and of photos of people.
+    """Returns the names and corrections that users gave to faces in films and photos of people.
 
-    `out` is the folder of results. By default, `lines` and `numbers` are read in this folder.
+    `out` is the folder of results. `lines` are the lines of its log, and `numbers` the numbers of
+    unknown people. By default, both are read from files in this folder.
     """
     lines = said_lib.read(out) if lines is None else lines
     known = {film.sha256 for film in films}
@@ -150,7 +152,7 @@ def name_and_number(
     Returns the names, and clip -> number. Also adds the numbers to `said.numbers`.
 
     If a user has said that two unknown people differ, the names depend on the numbers. So names and
-    numbers are decided again until the numbers stay the same, and the next call finds the same
+    numbers are decided again until the numbers stay the same. Then the next call finds the same
     names.
 
     For the arguments, see `naming.name_tracks` and `unknown_numbers.number_people`.
@@ -168,9 +170,11 @@ def name_and_number(
 
 
 def enrol_named(gallery: Gallery, vectors: Vectors, said: Said) -> None:
-    """Makes the gallery contain the names of the log. `vectors` are of all present clips.
+    """Enrols the faces that users have named in the log, with the names in the log.
 
-    Clips of other films, and clips that are no faces of the results, stay as they are.
+    Faces whose names were taken back are removed from the gallery. Enrolled faces in photos of
+    people are renamed as in the log. `vectors` are the embeddings of all clips of the present
+    films. Other enrolled clips stay as they are.
     """
     names = {clip: name for clip, name in said.names.items() if isinstance(clip, str)}
     enrolled = find_known(gallery.state, vectors)  # reads the present state

@@ -78,7 +78,7 @@ class Frame:
     time_s: float
     small: np.ndarray  # uint8 [36, 64, 3], the stored picture, for the detection of cuts
     rgb: np.ndarray | None  # uint8 [H, W, 3], the upright picture; None if it is not sampled
-    gap_s: float  # where the time jumps to `time_s`: the end of the previous picture, or `time_s`
+    gap_s: float  # the end of the previous picture if the time jumps to `time_s`; else `time_s`
 
 
 @dataclasses.dataclass
@@ -143,7 +143,10 @@ class Clock:
 
 
 def find_jumps(frames: "Iterable[VideoFrame]") -> "Iterator[tuple[VideoFrame, float | None]]":
-    """Yields (frame, usual step in seconds if the time jumps before the frame, or None)."""
+    """Yields each frame with the usual step in seconds if the time jumps before it, or else None.
+
+    A jump is a step that is much longer than the steps before and after it, see JUMP_SECONDS.
+    """
     steps = collections.deque([np.nan] * (2 * NEAR_STEPS + 1), 2 * NEAR_STEPS + 1)
     waiting, last_s = collections.deque[Any](), None
     for frame in itertools.chain(frames, [None] * NEAR_STEPS):
@@ -160,9 +163,10 @@ def find_jumps(frames: "Iterable[VideoFrame]") -> "Iterator[tuple[VideoFrame, fl
 
 
 class Video:
-    """An open video, see `open_video`. Call either `frames` or `sound`, and only once.
+    """An open video, see `open_video`. Call only one of its methods, and only once.
 
-    `counts` are complete when the iteration ends. `tell()` returns the position in the file.
+    `counts` are complete when the iteration ends. `tell()` returns the present position in the file
+    in bytes.
     """
 
     def __init__(self, path: Path, file: io.FileIO, container: "InputContainer"):
@@ -240,7 +244,7 @@ class Video:
         return None if last is None else self._convert(last)
 
     def _convert(self, frame: "VideoFrame") -> np.ndarray:
-        """Returns the upright picture, uint8 [H, W, 3], with square pixels."""
+        """Returns the picture of a frame, uint8 [H, W, 3] RGB, upright and with square pixels."""
         width = max(1, round(frame.width * self.info.aspect))
         return _turn_upright(_resize(self._converts, frame, width, frame.height), frame)
 
@@ -272,7 +276,10 @@ class Video:
                 time_s += len(samples) / SOUND_RATE
 
     def _resample(self, frames: "Iterable[AudioFrame]") -> "Iterator[AudioFrame]":
-        """Converts sound to one channel of float32 samples at 16 kHz."""
+        """Yields sound with one channel of float32 samples at 16 kHz.
+
+        Frames whose format cannot be converted are left out, and counted in `counts.refused`.
+        """
         from av.audio.resampler import AudioResampler
         from av.error import FFmpegError
 
@@ -290,7 +297,11 @@ class Video:
                     self.counts.refused += 1
 
     def _decode(self, stream: "VideoStream | AudioStream") -> Iterator[Any]:
-        """Yields the frames of a stream, without frames that the decoder marks as corrupt."""
+        """Yields the frames of a stream of pictures or sound.
+
+        Frames that the decoder marks as corrupt are left out. If the file cannot be read any
+        further, the iteration ends. `counts` counts the errors.
+        """
         from av.error import FFmpegError
 
         packets = self._container.demux(stream)
@@ -318,7 +329,7 @@ class Video:
 def _turn_upright(rgb: np.ndarray, frame: "VideoFrame") -> np.ndarray:
     """Turns or mirrors a picture [H, W, 3] by the metadata of the film, so that it is upright.
 
-    Other angles are rounded to a multiple of 90 degrees.
+    `frame` contains the metadata. An angle is rounded to a multiple of 90 degrees.
     """
     a, b, c, d = TURNS[round(frame.rotation / 90) * 90 % 360]
     # PyAV raises ValueError if it does not know the type of any entry, such as EXIF.
@@ -451,7 +462,7 @@ def _check_size(path: Path, info: Info) -> None:
 
 
 def check_pixels(path: Path, width: int, height: int) -> None:
-    """Raises UserError if a picture has too many pixels."""
+    """Raises UserError if a picture of `width` x `height` pixels is above the limit MOST_PIXELS."""
     if width * height > MOST_PIXELS:
         raise UserError(
             f"'{path}' has pictures of {width} x {height} pixels, more than {MOST_PIXELS:,}\n"

@@ -41,7 +41,7 @@ LEAST_TURNED = 5  # a film with fewer faces upside down does not count as upside
 
 
 class Task(Struct, kw_only=True):
-    """A film or photo whose features `work` extracts. Without a path, `work` only loads nets."""
+    """A film or photo whose features `work` extracts. Without a path, `work` only tests nets."""
 
     models: str  # the folder of nets
     settings: ExtractionSettings
@@ -178,9 +178,9 @@ class ClipBuilder:
     def _end(
         self, track: Track, name: str, pictures: list[Sighting], vectors: Mapping[int, np.ndarray]
     ) -> None:
-        """Makes the clip `name` from pictures of a track.
+        """Makes the clip `name` from the faces in some pictures of a track.
 
-        `vectors` is `Sighting.number` of a picture -> embedding of the face in this picture.
+        `vectors` is number of a sighting -> embedding of the face.
         """
         spans: dict[int, Sighting] = {}
         for index, x in enumerate(pictures):
@@ -379,9 +379,10 @@ def _to_face_track(track: Track, clip: str) -> FaceTrack:
 
 
 def work(arguments: dict[str, Any]) -> MediaFile | None:
-    """Calls `extract` in a child process; the arguments are a JSON object.
+    """Extracts the features of a file in a child process, see `extract`.
 
-    Without a path, returns None. If a net cannot be used, raises NetError.
+    `arguments` are the fields of a `Task` as JSON values. Without a path, returns None. If a net
+    cannot be used, raises NetError.
     """
     task = msgspec.convert(arguments, Task)
     nets = load_nets(task.models, task.settings.size)
