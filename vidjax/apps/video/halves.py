@@ -38,7 +38,7 @@ class HalvesDetector:
 
     @property
     def layout(self) -> Layout | None:
-        """The first of two equal halves, as a filter `crop` of FFmpeg. None if the halves differ."""
+        """The first of two equal halves, as a filter `crop` of FFmpeg. None if they differ."""
         least = max(LEAST_PICTURES, LEAST_SHARE * self._pictures)
         return next((layout for layout, count in self._equal.items() if count >= least), None)
 

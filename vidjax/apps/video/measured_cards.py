@@ -88,7 +88,7 @@ def measure_photos(models: Path, people: Path, workers: int, tell: Tell) -> list
 def measure_features(models: Path, path: Path) -> list[MeasuredCard]:
     """Measures nets on files `path/NAME/CLIP.npz`, and writes the cards of the nets.
 
-    The files contain embeddings of the people NAME, which the nets have computed. `models` is the folder of nets. Raises
+    The files contain embeddings of the people NAME. `models` is the folder of nets. Raises
     UserError as `measure_photos`, or if other nets have computed the embeddings.
     """
     with files.scratch_folder() as scratch:

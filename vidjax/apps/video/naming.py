@@ -172,8 +172,9 @@ def name_tracks(
 
 
 def _tell(name: str | None) -> Answer:
-    """Returns the answer for a face that a user has named, or if `name` is None, for a face without
-    a name, as a user said: a stranger, or an ignored face.
+    """Returns the answer for a face to which a user has given a name.
+
+    If `name` is None, the user has said that the face is a stranger, or is to be ignored.
     """
     known = NOBODY if name is None else Answer(name, 1.0, 0.0, ((name, 1.0),))
     return known._replace(evidence=(TOLD,))
@@ -197,12 +198,11 @@ def _deny(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
 
 
 def _tell_apart(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
-    """Returns answers in which two people have different names if a user said that they differ.
+    """Removes names if a user has said that two unknown people differ, but both get the same name.
 
-    A person is here a number of an unknown person in the log, with all clips of this number. If two
-    people who differ have the same name, the clips of the less probable person lose the name. A
-    clip that a user named keeps its name. Names by a user make a name of the whole person only if
-    more than half of the clips have it, because a user may name wrong faces one by one.
+    The clips of the less probable person lose this name. But a clip that a user has named keeps its
+    name. A name that only a user has given counts as the name of a person if more than half of the
+    person's clips have it, because a user may name wrong faces one by one. Returns all answers.
     """
     answers = dict(answers)
     clips_of = group_by_key(

@@ -26,9 +26,11 @@ INPUTS: dict[cards.Role, str] = {
 
 
 def list_checks(folder: Path) -> dict[str, Callable[[], str]]:
-    """Returns name of a card -> function that checks its net, and returns a description.
+    """Returns the checks of a folder of nets: name -> function.
 
-    The entry `models` checks the whole folder. The functions raise UserError for a fault.
+    A function returns a description of what it has checked. It raises UserError for a fault. The
+    name `models` is the check of the whole folder. Each other name is the file name of a card, a
+    JSON file that describes a net, and the function tests this net.
     """
     of_nets = {x.name: partial(_describe_file, x) for x in sorted(folder.glob("*.json"))}
     return {"models": partial(_check_folder, folder), **of_nets}
@@ -61,12 +63,18 @@ def _describe_file(path: Path) -> str:
 
 
 def work(arguments: dict[str, Any]) -> float:
-    """Tests the net of the card `path`; returns the result of `measure_milliseconds`."""
+    """Tests a net in a child process; returns its CPU time, see `measure_milliseconds`.
+
+    `arguments` has the item `path`, the path of the net's card.
+    """
     return measure_milliseconds(nets.Net(cards.read(Path(arguments["path"]))))
 
 
 def measure_milliseconds(net: nets.Net) -> float:
-    """Returns the CPU time of a call of a net in milliseconds, for the input in `INPUTS`."""
+    """Returns the CPU time of a call of a net in milliseconds: the fastest of 5 calls.
+
+    INPUTS describes the input of the call.
+    """
     inputs = nets.make_formula_inputs(net.card, net.card.test.seed, (FRAME, FRAME))
     times = []
     for _ in range(REPEATS):

@@ -104,10 +104,10 @@ class Net:
 
     @contextlib.contextmanager
     def blame(self, kinds: tuple[type[Exception], ...] = UNREADABLE) -> Iterator[None]:
-        """Turns errors in a `with` block into NetErrors.
+        """Turns errors in a `with` block into NetErrors, which say that the net is not usable.
 
-        `kinds` are the types of the errors. By default, they are errors of code that reads the
-        outputs of the net.
+        `kinds` are the types of the errors. By default, they are the errors of code that reads
+        outputs with unexpected shapes.
         """
         try:
             yield
@@ -134,8 +134,8 @@ class Net:
     def answer_formula(self, seed: int) -> np.ndarray:
         """Returns four numbers, float64 [4], of the output for a test input.
 
-        The numbers are at 1/8, 3/8, 5/8 and 7/8 of the length of the last output. The input depends
-        on `seed`, see `make_formula_inputs`.
+        The numbers are at 1/8, 3/8, 5/8 and 7/8 of the length of the last output. `seed` determines
+        the input, see `make_formula_inputs`.
         """
         outputs = self.ask(make_formula_inputs(self.card, seed))
         with self.blame():  # the other outputs are probabilities near 0 or 1: they hide errors
@@ -279,7 +279,7 @@ def make_formula_image(size: tuple[int, int], seed: int) -> np.ndarray:
 
 
 def prepare_images(images: np.ndarray, form: Input) -> np.ndarray:
-    """Converts images, uint8 [N, H, W, 3] RGB, to the float32 input that `form` describes."""
+    """Converts images, uint8 [N, H, W, 3] RGB, to the float32 input that a net's card describes."""
     if form.colour == "bgr":
         images = images[..., ::-1]
     mean, scale = np.array(form.mean, np.float32), np.array(form.scale, np.float32)
@@ -319,8 +319,9 @@ def choose_regions(
 ) -> list[Region]:
     """Returns regions of an image that do not overlap, and contain all faces with surroundings.
 
-    `boxes` [N, 4] are the faces. Each region has a scale by which the longer side of its smallest
-    face is shrunk to `side` pixels. The scale is at most `most_scale`.
+    `boxes` [N, 4] are the faces, and `width` and `height` the size of the image, in pixels. The
+    scale of a region shrinks the longer side of its smallest face to `side` pixels. The scale is at
+    most `most_scale`.
     """
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 1.0).max(1, keepdims=True)
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -341,7 +342,8 @@ def choose_regions(
 def _fit_region(square: list[float], scale: float, width: int, height: int) -> Region:
     """Returns a region of an image that contains a square and fits the input of a detector.
 
-    `square` is left, top, right and bottom in pixels. Parts outside the image are left out.
+    `square` is left, top, right and bottom in pixels. Parts outside the image, of `width` x
+    `height` pixels, are left out. `scale` is the scale of the region.
     """
     cell, stride = CELL / scale, STRIDE / scale
     # A detector divides the shrunk image into cells of 4 x 4 pixels. If the region begins at the
@@ -376,7 +378,7 @@ def suppress_overlaps(faces: Faces) -> Faces:
 def decode_centerface(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
     """Returns the faces in the outputs of CenterFace, unsorted and in pixels of the input.
 
-    `outputs` contains these arrays, in this order:
+    `width` is not used. `outputs` contains these arrays, in this order:
       heatmap: [1, 1, h, w], the probability of a face's centre in each cell of 4 x 4 pixels.
       scale: [1, 2, h, w], the logarithm of a face's height and width in cells.
       offset: [1, 2, h, w], y and x from the middle of the cell to the face's centre, in cells.
@@ -461,7 +463,7 @@ def decode_scrfd(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
 
 
 def _locate_cells(cells: np.ndarray, width: int) -> np.ndarray:
-    """Returns the column and row, float32 [n, 2], of each cell from its number.
+    """Returns the column and row of each cell, float32 [n, 2], from its number in `cells` [n].
 
     Cells are numbered row by row. Each row has `width` cells.
     """
