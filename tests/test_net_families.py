@@ -501,7 +501,7 @@ def test_net_with_a_wrong_test_stops_who_with_its_own_message(convert, command, 
         drawn_people.write_photo(tmp_path / name)
     words = f"--people={tmp_path}/people", f"--models={path.parent}", f"--out={tmp_path}/out"
     done = command("who", tmp_path / "film.png", *words)
-    assert done.refused("net.json", "differs from the test", "convert")
+    assert done.refused("net.json", "differs from the test output", "convert")
     assert "photo" not in done.err.replace("photo ...", "")
 
 

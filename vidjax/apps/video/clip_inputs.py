@@ -268,7 +268,7 @@ def find_models(gallery: Gallery, models: Path | None) -> Path:
     for part, digest in made.items():
         if part not in found or found[part].digest != digest:
             raise UserError(
-                f"'{folder}' lacks the net for {part} that made gallery '{gallery.folder}'\n"
+                f"'{folder}' lacks the net for the modality {part} of gallery '{gallery.folder}'\n"
                 f"name the folder of the gallery's nets, --models=DIR (it was '{place}')"
             )
     return folder

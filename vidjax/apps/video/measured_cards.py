@@ -64,7 +64,7 @@ def measure_photos(models: Path, people: Path, workers: int, tell: Tell) -> list
         gallery = Gallery.of_models(out / "vectors", models)
         if "face" not in gallery.backend.widths:
             raise UserError(
-                f"'{models}' needs a net of faces whose JSON file has a back_end\n"
+                f"'{models}' needs a net of faces whose JSON file has the key back_end\n"
                 f"{cards.describe_remedy('face_embedder', models)}"
             )
         faces, owners = list[tuple[np.ndarray, str, float]](), dict[tuple[str, bytes], str]()
@@ -129,7 +129,7 @@ def _measure_all(
                 done.append(_measure(card, clear.take(rows), unclear, kind))
     if not done:
         note = f", without {messages.count(unclear, 'unclear face')}" if unclear else ""
-        few = f"there are two usable {kind}s of {messages.count(most, 'person')}"
+        few = f"there are two usable {kind}s of only {messages.count(most, 'person')}"
         raise UserError(
             f"{few if most else f'no person has two usable {kind}s'}{note}: a card needs "
             f"{FEWEST_PEOPLE} people with two {kind}s each\n"

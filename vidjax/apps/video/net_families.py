@@ -72,8 +72,8 @@ class ForeignNet(NamedTuple):
         default, the message has all inputs and outputs of the net.
         """
         return UserError(
-            f"'{show(self.name)}' is not like {family}{more}: it has {found or self.describe()}\n"
-            f"supported is {FAMILIES[family]['supported']}"
+            f"'{show(self.name)}' is no net like {family}{more}: it has "
+            f"{found or self.describe()}\na net like {family} has {FAMILIES[family]['supported']}"
         )
 
 
@@ -203,10 +203,10 @@ def work(arguments: dict[str, Any]) -> list[Written | str]:
         if kind == "insightface":
             return []
         shapes = "; ".join(f"{x}: {FAMILIES[x]['supported']}" for x in families)
-        raise UserError(f"'{show(name)}' has {net.describe()}\nsupported are {shapes}")
+        raise UserError(f"'{show(name)}' has {net.describe()}\nsupported nets: {shapes}")
     if like not in (None, family):
         raise UserError(
-            f"'{show(name)}' is {known['file']} of {known['package']}: use --like={family}"
+            f"'{show(name)}' is the net {known['file']} of {known['package']}: use --like={family}"
         )
     if second := find_weights(net, Path(arguments["path"]).parent):
         if not arguments["weights"]:

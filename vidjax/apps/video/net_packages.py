@@ -166,7 +166,7 @@ def list_members(path: Path, ending: str) -> list[str]:
     for name, other in itertools.pairwise(found):
         if name == other:
             raise UserError(
-                f"two files have the name {show(name)}\nunpack one of them, and convert it"
+                f"in '{path}', two files have the name {show(name)}\nunpack one, and convert it"
             )
     return found
 

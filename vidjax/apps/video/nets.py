@@ -126,8 +126,8 @@ class Net:
         gap = float(np.abs(self.answer_formula(test.seed) - np.array(test.output)).max())
         if not gap <= test.tolerance:  # NaN, too
             raise NetError(
-                f"the output of the net differs from the test in '{self.card.path}' by {gap:.1e}, "
-                f"more than {test.tolerance:.0e}\n"
+                f"the output of the net differs from the test output in '{self.card.path}' by "
+                f"{gap:.1e}, more than the tolerance {test.tolerance:.0e}\n"
                 f"correct `colour`, `mean` and `scale` in this file, or {REMEDY}"
             )
 

@@ -43,10 +43,10 @@ FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class FileOutcome(NamedTuple):
-    """The result of reading a file: either a film, or an error and its remedy."""
+    """The result of reading a film or photo: its description, or an error and a remedy."""
 
     path: Path
-    media: MediaFile | None  # the description of the film; None after an error
+    media: MediaFile | None  # the description of the film or photo; None after an error
     error: str = ""  # "" if there was no error
     kept: bool = False  # whether the features of an earlier call were kept
     replaced: bool = False  # whether features of another file with the same name were replaced
@@ -56,7 +56,7 @@ class FileOutcome(NamedTuple):
 
     @property
     def known(self) -> MediaFile | None:
-        """The description of the film by this call or, after an error, by an earlier call."""
+        """The description by this call, or after an error, by an earlier call, if any."""
         return self.media or self.earlier
 
 
@@ -152,7 +152,7 @@ def extract_folders(
 
 
 def read_digests(models: Path) -> dict[str, str]:
-    """Returns role -> digest of the card of each net in a folder."""
+    """Returns role of a net -> sha256 of the net's card, for all nets in the folder `models`."""
     return {role: card.digest for role, card in cards_lib.read_all(models).items()}
 
 
@@ -194,9 +194,10 @@ def _process_jobs(
 
 @contextlib.contextmanager
 def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
-    """Shows a progress bar in a `with` block. `left` is file -> size in bytes.
+    """Shows a progress bar in a `with` block that reads files.
 
-    The block removes each finished file from `left`.
+    `left` is file -> size in bytes, for the files that are not finished. The block removes each
+    finished file from `left`.
     """
     total, places, ended = sum(left.values()), {job.out for job in left}, threading.Event()
     bar = Progress(total, unit="byte", label="films", leave=False)
@@ -224,11 +225,11 @@ def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
 def _prepare_folder(
     out: Path, listed: Sequence[Path], drop: Drop, pictures: bool, tell: Tell
 ) -> tuple[dict[Path, str], list[FileOutcome]]:
-    """Removes outdated files from a folder of features; returns input file -> stem.
+    """Removes outdated files from the folder of features `out`.
 
-    The names of the file's clips begin with the stem. For `drop` and `pictures`, see `drop` and
-    `thumbnails` of `extract_folders`. Also returns outcomes of files that cannot be found, although
-    their features are kept.
+    Returns input file -> stem, and outcomes. The stem is the first part of the names of the file's
+    clips. The outcomes report files that cannot be found, although their features are kept. For
+    `drop` and `pictures`, see `drop` and `thumbnails` of `extract_folders`.
     """
     (out / VIDEOS).mkdir(exist_ok=True)
     if pictures:
@@ -268,7 +269,10 @@ def _prepare_folder(
 
 
 def choose_drop(prune: bool, forget_missing: bool) -> Drop:
-    """Returns the argument `drop` of `extract_folders` for the flags of a command."""
+    """Returns the argument `drop` of `extract_folders`.
+
+    `prune` and `forget_missing` are the flags --prune and --forget-missing of a command.
+    """
     return ("missing" if forget_missing else "deleted") if prune else "nothing"
 
 
@@ -277,10 +281,10 @@ def _check_extraction(
 ) -> ExtractionSettings:
     """Checks that features can be added to the folder `out`. Returns the settings of its features.
 
-    If `settings` is None, uses the settings of earlier features, or the defaults. If the folder has
-    features of other nets or settings, or files of another program, raises UserError. If `upgrade`
-    is True and no net is missing, moves features of other nets aside instead. `digests` is role of
-    a net -> sha256 of the net's card, a JSON file.
+    `digests` is role of a net -> sha256 of the net's card, a JSON file. If `settings` is None, uses
+    the settings of earlier features, or the defaults. Raises UserError if the folder has features
+    of other nets or settings, or files of another program. If `upgrade` is True and no net is
+    missing, features of other nets are no error: they are set aside.
     """
     before = features_folder.read_extraction(out)
     if before is None:
@@ -351,9 +355,9 @@ def _sha256_or_of_name(path: Path) -> str:
 
 
 def _extract_batch(children: Children, jobs: Sequence[_Job], title: str) -> dict[_Job, FileOutcome]:
-    """Extracts features from the new and changed files of a batch in one process.
+    """Extracts features from the new and changed files of a batch in one child process.
 
-    `title` is printed for a film, and is empty for photos.
+    `title` is printed for a film, and is empty for photos. Returns file -> outcome.
     """
     outcomes: dict[_Job, FileOutcome] = {}
     pending: dict[_Job, film_lib.Task] = {}
@@ -377,7 +381,10 @@ def _extract_batch(children: Children, jobs: Sequence[_Job], title: str) -> dict
 
 
 def _read(children: Children, pending: Mapping[_Job, film_lib.Task]) -> list[MediaFile | UserError]:
-    """Calls `film.work` for each file; returns a result or an error for each file."""
+    """Calls `film.work` for each file in a child process.
+
+    Returns a description or an error for each file, in order.
+    """
     tagged = (job.path for job in pending if job.tagged)
     sidecars = [x for path in tagged for x in regions.list_sidecars(path) if not x.is_symlink()]
     size = sum(task.source.size for task in pending.values() if task.source)
@@ -470,10 +477,10 @@ def _take_results(job: _Job, task: film_lib.Task, answer: MediaFile | UserError)
 
 
 def _check_results(job: _Job, task: film_lib.Task, film: MediaFile) -> MediaFile:
-    """Returns a description of the file `job.path` with the facts that this process knows.
+    """Checks the results of a child process; returns the description of the file `job.path`.
 
-    Raises UserError if the results do not belong to this file. A file that has taken over its child
-    could give them names of clips of other films.
+    A malicious file may take over the child process. So its name, properties and sha256 are set
+    here. Raises UserError if the results have clips of other films, or lack clips or pictures.
     """
     assert task.source
     film.video = features_folder.make_printable(job.path.name)
@@ -490,7 +497,7 @@ def _check_results(job: _Job, task: film_lib.Task, film: MediaFile) -> MediaFile
 
 
 def _describe_failure(job: _Job, error: UserError | OSError) -> FileOutcome:
-    """Returns the outcome of a file that failed. If the disk is full, raises `error`."""
+    """Returns the outcome of a file that could not be read. If the disk is full, raises `error`."""
     earlier = _find_earlier(job)
     if not features_folder.describe_media_file(job.out, job.stem):
         features_folder.remove_media_file(job.out, job.stem)  # incomplete files

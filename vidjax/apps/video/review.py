@@ -74,7 +74,7 @@ class _Pages:
             raise HTTPException(HTTPStatus.FORBIDDEN, "Make changes only on the page of vidjax.")
 
     def show(self, request: Request) -> Response:
-        """Answers with the page of names, for all films, or for one film or person in the query."""
+        """Answers with the page of names: of all films, or of the film or person in the URL."""
         self._check(request)
         with self._lock:
             self._review.refresh()
@@ -188,7 +188,11 @@ class _Pages:
 
 
 def _read_view(query: Mapping[str, str]) -> dict[str, str]:
-    """Returns the parameters of a URL that choose what the page shows, see `Forms.url_query`."""
+    """Returns the parameters of a URL that choose what the page shows. Others are left out.
+
+    `film`, `person` and `find` choose a film, a person, and searched words. `first` is the number
+    of the first shown face or person.
+    """
     view = {name: query[name] for name in ("film", "person", "find") if query.get(name)}
     if re.fullmatch("[1-9][0-9]{0,8}", query.get("first", "")):
         view["first"] = query["first"]

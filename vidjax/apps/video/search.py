@@ -58,7 +58,7 @@ class FilmSearch:
         self._before = None
 
     def _search(self) -> list[SearchedFrame]:
-        """Searches the frames of the group; returns them with detections, and empties the group."""
+        """Searches the frames of the group; returns them with faces, and empties the group."""
         last = detections = self._detector.search(self._group[-1].rgb)
         searched = [_keep_strong(self._group[-1], detections)]
         for frame in self._group[-2::-1]:
@@ -74,9 +74,10 @@ def _keep_strong(frame: SearchedFrame, detections: Faces) -> SearchedFrame:
 
 
 def _search_between(net: Detector, rgb: np.ndarray, before: Faces, after: Faces) -> Faces:
-    """Searches a frame near the detections `before` and `after`; returns detections.
+    """Searches a frame near the faces of an earlier and a later frame; returns detections.
 
-    If fewer people are detected than in one of these two frames, the whole frame is searched.
+    `before` and `after` are the detections in the earlier and the later frame. If fewer people are
+    detected than in one of these two frames, the whole frame is searched.
     """
     moved = measure_overlaps(after.boxes, before.boxes).max(0, initial=0) < LEAST_OVERLAP
     detections = net.search(rgb, np.concatenate([after.boxes, before.boxes[moved]]))

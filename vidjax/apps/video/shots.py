@@ -150,8 +150,8 @@ class ShotDetector:
     def _stands_out(self, change: np.ndarray, times_usual: float, times_last: float) -> np.ndarray:
         """Returns whether each of the two numbers in `change` is much larger than before: bool [2].
 
-        The number must be above `times_usual` times its median in recent changes, and above
-        `times_last` times its value in the last change.
+        `change` [2] is as in `_is_sudden`. A number must be above `times_usual` times its median in
+        recent changes, and above `times_last` times its value in the last change.
         """
         usual = np.median(self._changes, axis=0) if self._changes else np.zeros(2)
         return change > np.maximum(times_usual * usual, times_last * self._last)

@@ -49,7 +49,10 @@ class Track:
         self.end_sighting(time_s)
 
     def split(self, at: list[float]) -> "list[Track]":
-        """Splits the track at the times `at`, in seconds. Each part must contain a sighting."""
+        """Splits the track at the times `at`, in seconds; returns the parts.
+
+        Each part must contain a sighting.
+        """
         places = [0, *np.searchsorted(self.times, at).tolist(), len(self.times)]
         return [
             Track(self.number, self.shot, self.times[low:high], self.ends[low:high])
@@ -175,7 +178,11 @@ class Tracker:
         self._live = [motion for motion in self._live if motion not in over]
 
     def _match(self, time_s: float, boxes: np.ndarray) -> tuple[dict[int, _Motion], set[int]]:
-        """Returns index of a detection -> motion of its track, and the indices to drop."""
+        """Assigns the detections `boxes` [N, 4] at `time_s` seconds to tracks.
+
+        Returns index of a detection -> motion of its track, and the indices of the detections to
+        drop. Detections that belong to no track are in neither of them.
+        """
         live = self._live
         expected = np.array([motion.predict(time_s) for motion in live]).reshape(-1, 4)
         last = np.array([motion.last for motion in live]).reshape(-1, 4)
@@ -283,9 +290,9 @@ def find_changes(
 ) -> list[int]:
     """Returns the sorted indices at which the faces of a track change to another person.
 
-    At each index, the mean embeddings of a few faces before and after are compared. If the lowest
-    cosine is too low for one person, the track is split there. Both parts are then split in the
-    same way.
+    At each index, the mean embedding of the few faces before is compared with the mean embedding of
+    the few faces after. If the lowest cosine is too low for one person, the track is split at its
+    index. Both parts are then split in the same way.
 
     Args:
       vectors, times: the embeddings [N, D] of the faces in order of time, and the seconds [N].

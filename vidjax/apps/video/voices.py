@@ -29,10 +29,10 @@ LEAST_LEVEL = 10 ** (-30 / 20)  # the root mean square to which fainter windows 
 
 
 class VoiceEmbedder(nets.Embedder):
-    """Computes embeddings of N windows of 1.6 s of sound, [N, 25600] from -1 to 1."""
+    """Computes embeddings of voices: of N windows of 1.6 s of sound, [N, 25600] from -1 to 1."""
 
     def prepare(self, inputs: np.ndarray) -> np.ndarray:
-        """Converts windows of sound to the input of the net."""
+        """Converts windows of sound, [N, 25600], to mel spectrograms, the input of the net."""
         return make_mels(raise_level(inputs))
 
 
@@ -105,7 +105,10 @@ def find_solo_spans(tracks: "Iterable[FaceTrack]") -> Iterator[Span]:
 
 
 def _split_span(clip: str, begin: float, end: float) -> Iterator[Span]:
-    """Splits a part of a film into pieces, see `find_solo_spans`."""
+    """Splits a part of a film into pieces, see `find_solo_spans`.
+
+    The part is from `begin` to `end` seconds. Its speech belongs to the clip `clip`.
+    """
     window, step = WINDOW / RATE, WINDOW_STEP / RATE
     count = int((end - begin - window) / step + 1 + 1e-6)  # 1e-6 is for rounding errors of times
     for first in range(0, count, PIECE_WINDOWS):

@@ -183,7 +183,11 @@ def name_people(
 
 
 def _choose_thumbnails(out: Path, thumbnails: bool | None) -> bool:
-    """Returns whether pictures of faces are kept. If not, deletes the pictures of earlier calls."""
+    """Returns whether pictures of faces are kept in the folder of results `out`.
+
+    `thumbnails` is as in `name_people`. If pictures are not kept, deletes the pictures of earlier
+    calls.
+    """
     if thumbnails is None:
         thumbnails = files.exists(out / FEATURES / features_folder.THUMBNAILS)
     if not thumbnails:
@@ -228,9 +232,9 @@ class _Call:
     ) -> bool:
         """Enrols the photos of each person, and forgets people whose photos were deleted.
 
-        Returns True if people look more alike than the card of the net says, and two names may be
-        one person. These names were reported. `options` are arguments of
-        `pipeline.extract_folders`.
+        Returns True if people look more alike than the card of the net says, and the reason may be
+        that two names are names of one person. These names were reported. `options` are arguments
+        of `pipeline.extract_folders`.
         """
         gallery, out, people = self.gallery, self.out, photos.people
         photos.check_people(gallery, forget_missing)
@@ -323,7 +327,10 @@ class _Call:
         return self.gallery
 
     def _convert(self) -> None:
-        """Makes the log. If version 0.1.0 has written the results, converts them."""
+        """Makes the log of corrections if there is none.
+
+        If version 0.1.0 of vidjax has written the results, converts them.
+        """
         gallery, out = self.gallery, self.out
         if not said_lib.has_log(out):
             said_lib.append(out, earlier_said.list_lines(out, gallery.state))
@@ -368,7 +375,10 @@ class _Call:
         )
 
     def _write_unmatched(self, lost: Sequence[Lost]) -> None:
-        """Adds corrections of lost faces to `unmatched.tsv`, and reports new rows."""
+        """Adds names and corrections of faces that are not found again to `unmatched.tsv`.
+
+        Reports new rows of this table.
+        """
         path = self.out / UNMATCHED
         table = [*tables.read_text(path)][1:] if files.exists(path) else []
         known = [tuple(cells) for _, cells in table]
@@ -379,7 +389,7 @@ class _Call:
             self.warn(f"{count}\nto repeat them: vidjax review {messages.quote_path(self.out)}")
 
     def _report_unread(self, films: Mapping[str, MediaFile]) -> None:
-        """Reports how many `films` and photos have not been read since the nets were changed."""
+        """Reports how many `films`, and photos of people, the new nets have not read yet."""
         for film in [*films.values()][:1]:
             self.warn(
                 f"films that were not read with the new nets: {len(films):,}, such as "
@@ -433,11 +443,12 @@ class _Call:
     def _follow_photos(
         self, known: Collection[str], moved: Mapping[str, Collection[str]]
     ) -> dict[str, str]:
-        """Changes typed names of a person if another person has all photos of the person now.
+        """Renames faces if a user has moved all photos of a person to another person.
 
-        `known` are the people with enrolled photos. `moved` is person -> people who have the
-        photos. If several people have them, the typed names stay, and a warning says how to change
-        them. Returns old name -> new name.
+        These are faces to which the user has given the name of the first person. `known` are the
+        people with enrolled photos. `moved` is person -> people who have the photos now. If these
+        are several people, the names of the faces stay, and a warning says how to change them.
+        Returns old name -> new name.
         """
         films = features_folder.read_media_files(self.features) if moved else ()
         said = read_said(self.out, films) if moved else Said()
