@@ -35,7 +35,7 @@ Person: TypeAlias = str | Mapping[str, str] | None  # of all clips, or clip -> p
 
 
 def list_inputs(inputs: Iterable[Path]) -> list[Path]:
-    """Returns the paths to read. Instead of a folder of parquet tables, returns its tables."""
+    """Returns the paths of inputs. The tables in a folder of parquet tables replace the folder."""
     return [path for named in inputs for path in (bulk.list_tables(named) or [named])]
 
 
@@ -323,7 +323,10 @@ def name_clips(
 
 
 def group_unknown(gallery: Gallery, vectors: Vectors, films: Sequence[MediaFile]) -> dict[str, str]:
-    """Groups the clips of unknown people; returns clip -> unknown person, such as `unknown 3`."""
+    """Groups the clips of unknown people; returns clip -> unknown person, such as `unknown 3`.
+
+    `vectors` are the embeddings of the clips. For `films`, see `name_clips`.
+    """
     named = name_clips(gallery, vectors, films, gallery.identify)
     known = {clip for clip, answer in named.answers.items() if answer.identity is not None}
     vectors = vectors.only({*vectors.names} - known - named.told.keys())

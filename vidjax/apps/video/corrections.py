@@ -42,7 +42,7 @@ class OutdatedError(UserError):
 
 
 class Step(NamedTuple):
-    """A change of names that can be undone."""
+    """A change of names that a user can undo."""
 
     words: str  # a description of the change
     at: str  # the changed person, or the key of the changed face
@@ -56,7 +56,7 @@ class Step(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """A person or a face on the page."""
+    """A person or a face on the page, whose name a user changes."""
 
     key: str
     clips: Sequence[str]
@@ -152,7 +152,10 @@ class Review:
         return FileStamp.of(path) if files.exists(path) else None
 
     def _read_changes(self) -> None:
-        """If another program has changed names or films, decides all names again."""
+        """If another program has changed names or films, decides all names again.
+
+        The caller must hold `lock_changes`.
+        """
         shown, films = self._decision, self._decision.films
         last, lines = shown, said.read(self._out)
         if self._stat() != self._stamp:
@@ -205,9 +208,10 @@ class Review:
         ]  # fmt: skip
 
     def frame(self, clip: str) -> bytes | None:
-        """Returns the picture with the best face of a clip as JPEG, or None if it is missing.
+        """Returns the whole picture in which a clip has its best face, as a JPEG file.
 
-        The picture is decoded from the film or photo. `Appearance.box` is the place of the face.
+        The picture is decoded from the film or photo. If the film or photo is missing or has
+        changed, returns None.
         """
         x, track = self._shown.get(clip), self._tracks.get(clip)
         # In the meantime, another program may have changed the films.

@@ -23,7 +23,7 @@ WAIT_SECONDS = 20.0  # the longest time for which a change of names waits for an
 
 
 class Decision(NamedTuple):
-    """The people in all films of a folder of results."""
+    """The names of the people in all films of a folder of results, see `decide`."""
 
     digest: str  # of the gallery
     people: Mapping[str, Collection[str]]  # name of each enrolled or named person -> enrolled clips
@@ -43,7 +43,7 @@ class Decision(NamedTuple):
     card: str  # see `card_notes.describe`
 
     def count_clips(self) -> dict[str, int]:
-        """Returns the number of enrolled clips of each person."""
+        """Returns name of a person -> number of the person's enrolled clips."""
         return {name: len(clips) for name, clips in self.people.items()}
 
 

@@ -226,7 +226,7 @@ class Video:
         self.counts.damaged |= missing > max(MISSING_SECONDS, MISSING_FRACTION * declared)
 
     def still(self, seconds: float, jumps: Iterable[Jump] = ()) -> np.ndarray | None:
-        """Returns the upright picture at `seconds`, uint8 [H, W, 3], or None without a picture.
+        """Returns the upright picture at `seconds`, uint8 [H, W, 3], or None if there is none.
 
         `jumps` are the jumps that `frames` has found.
         """

@@ -37,7 +37,7 @@ class FacePath(NamedTuple):
 
     @classmethod
     def of_track(cls, track: FaceTrack) -> "FacePath":
-        """Returns the times and boxes of the face in a track."""
+        """Returns the times and boxes of the face in a track of the present films."""
         places = track.places
         if not places and track.box:
             places = [(track.start_s if track.box_at_s is None else track.box_at_s, track.box)]
@@ -174,7 +174,10 @@ class Said:
                     self._apply(line, self.find(line.face))
 
     def find(self, face: Face) -> list[Key]:
-        """Returns the clips of a face, the best first. If there is no clip, returns the face."""
+        """Returns the names of the clips that show a face, the best first.
+
+        If no present clip shows the face, returns only the face.
+        """
         return [*self._found.get(face, [face])]
 
     def label(self, key: Key, person: str) -> str | None:
@@ -191,11 +194,11 @@ class Said:
         return person
 
     def list_named(self, name: str | None) -> list[Key]:
-        """Returns the faces that have the name `name`."""
+        """Returns the keys of the faces that have the name `name`."""
         return [key for key, x in self.names.items() if x and x == name]
 
     def list_denied(self, name: str | None) -> list[Key]:
-        """Returns the faces for which a user denied the name `name`."""
+        """Returns the keys of the faces that, as a user said, do not show the person `name`."""
         return [key for key, names in self.denied.items() if name in names]
 
     def repeat(self, keys: Iterable[Key], says: str, name: str | None) -> list[Line]:

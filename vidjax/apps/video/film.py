@@ -55,7 +55,7 @@ class Task(Struct, kw_only=True):
 
 
 class Nets(NamedTuple):
-    """The nets with which a film is read."""
+    """The nets with which films and photos are read."""
 
     detect: Detector  # finds faces
     embed: Embedder  # computes embeddings of faces
@@ -277,7 +277,10 @@ def extract(task: Task, nets: Nets) -> MediaFile:
 
 
 def _read_film(task: Task, clips: ClipBuilder, nets: Nets) -> dict[str, Any]:
-    """Makes the clips of a video; returns the other fields of its `MediaFile`."""
+    """Makes the clips of a video; returns fields of the video's description, see `MediaFile`.
+
+    `clips` collects the clips.
+    """
     path = Path(task.path)
     with decode.open_video(path) as video:
         cuts, seen, layout = _make_clips(video, clips, nets, task)
@@ -298,7 +301,8 @@ def _make_clips(
 ) -> tuple[ShotDetector, list[FaceTrack], features_folder.Layout | None]:
     """Makes a clip of each track in a video, or with `--unit=shot`, of each shot's main person.
 
-    Returns the detector of the shots, the tracks of all people, and the layout of equal halves.
+    `clips` collects the clips. Returns the detector of the shots, the tracks of all people, and the
+    place of the first half of the pictures if their two halves are equal, or None.
     """
     fps, cuts, search = task.settings.fps, ShotDetector(), FilmSearch(nets.detect)
     halves = HalvesDetector()
@@ -352,7 +356,11 @@ def _make_clips(
 def _read_photo(
     photo: photos.Photo, tags: regions.Tags, clips: ClipBuilder, nets: Nets, stem: str
 ) -> dict[str, Any]:
-    """Makes a clip of each face in a photo; returns the other fields of its `MediaFile`."""
+    """Makes a clip of each face in a photo; returns fields of its description, see `MediaFile`.
+
+    `tags` are the names that photo programs stored for faces. `clips` collects the clips. `stem` is
+    the first part of the names of the clips.
+    """
     faces = nets.detect(photo.rgb)
     count, lost, misfit = len(faces.boxes), list[str](), ""
     clips.mirrors = True

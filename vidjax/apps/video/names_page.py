@@ -57,7 +57,7 @@ class PageData:
 
     @functools.cached_property
     def tracks(self) -> dict[str, FaceTrack]:
-        """The track of each clip."""
+        """Name of a clip -> the track of the face in this clip."""
         return {track.clip: track for film in self.films for track in film.tracks}
 
     def rank(self, clip: str) -> tuple[float, ...]:
@@ -104,7 +104,7 @@ class PageEntry:
 
     @functools.cached_property
     def best(self) -> str:
-        """The clip with the best face."""
+        """The name of the clip with the best face."""
         return min(self._x.clips, key=self._data.rank)
 
     @property
@@ -116,7 +116,7 @@ class PageEntry:
 
     @property
     def unclear(self) -> bool:
-        """Whether all faces are unclear."""
+        """Whether all faces are too small or too blurred, see `FaceTrack.unclear`."""
         return self.best in self._data.tracks and self._data.tracks[self.best].unclear
 
     @property
@@ -136,7 +136,7 @@ class PageEntry:
 
     @property
     def place(self) -> tuple[float, float]:
-        """The place on the timeline, and its width, in per cent of the timeline."""
+        """The left end and the width of the bar on the timeline, in per cent of the timeline."""
         if self._film.photo:
             return 0.0, 100.0
         length = max(self._film.seconds, 1e-3)
@@ -146,7 +146,7 @@ class PageEntry:
 
     @functools.cached_property
     def others(self) -> list[tuple[str, float]]:
-        """Other likely people with probabilities, best first."""
+        """Other likely people as (name, probability), the most likely first."""
         answers = filter(None, map(self._data.answers.get, self._x.clips))
         pairs = (pair for answer in answers for pair in answer.best if pair[0] != self.name)
         return _sort_likely((name, p) for name, p in pairs if p >= LIKELY_PROBABILITY)
@@ -248,7 +248,7 @@ def render(data: PageData) -> str:
 
     @functools.cache
     def portray(key: str) -> Picture | None:
-        """Returns a picture of a person, or of the face with this key, or None."""
+        """Returns a picture of the person or face with the name or key `key`, or None."""
         clip, found = key.removeprefix(CLIP), times.get(key, [])
         if clip != key:
             faces = (face for of in entries_of.values() for entry in of for face in entry.split())

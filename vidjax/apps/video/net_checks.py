@@ -47,7 +47,7 @@ def _check_folder(folder: Path) -> str:
 
 
 def _describe_file(path: Path) -> str:
-    """Tests a net in a child process, and describes it."""
+    """Tests the net of the card `path` in a child process; returns a text about the net."""
     card = cards.read(path)
     milliseconds = processes.run_limited(
         __name__, path, {"path": str(path)}, float, memory_bytes=MEMORY_BYTES,
@@ -85,7 +85,7 @@ def measure_milliseconds(net: nets.Net) -> float:
 
 
 def describe_back_end(back_end: BackEnd) -> str:
-    """Returns a sentence about the cosines of a net, and how they were measured."""
+    """Returns a text about the cosines of a net's embeddings, and how they were measured."""
     same, different = (
         f"{mean:g} +- {spread:g}" for mean, spread in (back_end.same, back_end.different)
     )

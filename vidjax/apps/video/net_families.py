@@ -73,7 +73,7 @@ class ForeignNet(NamedTuple):
         """
         return UserError(
             f"'{show(self.name)}' is no net like {family}{more}: it has "
-            f"{found or self.describe()}\na net like {family} has {FAMILIES[family]['supported']}"
+            f"{found or self.describe()}\na supported net has {FAMILIES[family]['supported']}"
         )
 
 
@@ -248,7 +248,7 @@ def _describe(
 
 
 def parse_net(content: bytes, name: str) -> ForeignNet:
-    """Parses a net. Raises UserError if it is damaged."""
+    """Parses the ONNX file `content`, whose name is `name`. Raises UserError if it is damaged."""
     import onnx
 
     try:
@@ -389,7 +389,10 @@ def _fit(family: str, net: ForeignNet, side: int | None, colour: str | None) -> 
 
 
 def _normalises(model: "ModelProto") -> bool:
-    """Returns whether a net begins with a subtraction and a product, so that it takes 0 to 255."""
+    """Returns whether a net itself scales its input, so that its input is pixels from 0 to 255.
+
+    Such a net begins with a subtraction, and a product or a division.
+    """
     skipped = ("Cast", "Constant", "Identity", "Transpose")
     first = [node.op_type for node in model.graph.node if node.op_type not in skipped][:2]
     return first in (["Sub", "Mul"], ["Sub", "Div"])
@@ -478,7 +481,7 @@ def _find_vector(family: str, opened: Net, net: ForeignNet) -> str:
 
 
 def _keep_vector(net: ForeignNet, vector: str) -> ForeignNet:
-    """Removes all outputs but `vector`, [N, D, 1, 1] for example, and makes it [N, D]."""
+    """Removes all outputs of a net except `vector`, and flattens `vector` to [N, D]."""
     from onnx import helper
 
     graph = net.model.graph

@@ -275,7 +275,10 @@ class Graph:
         return self.add(kind, at, kernel_shape=[kernel] * 2, strides=[2, 2])
 
     def pad(self, at: str, channels: int, side: int) -> str:
-        """Adds zeros after the last channel, row and column, as dlib does before an addition."""
+        """Adds `channels` channels, `side` rows and `side` columns of zeros after the last ones.
+
+        dlib does this before it adds two images of different sizes.
+        """
         if not (channels or side):
             return at
         pads = np.array([0] * 5 + [channels, side, side], np.int64)
@@ -396,7 +399,10 @@ def to_model(
     end: tuple[str, Sequence[str | int]],
     weights: Mapping[str, np.ndarray],
 ) -> "ModelProto":
-    """Makes an ONNX model with the input `start` and the output `end`: (name, shape)."""
+    """Makes an ONNX model of `nodes` and the constants `weights`, name -> array.
+
+    Its input `start` and its output `end` are (name, shape). A text in a shape is a free size.
+    """
     from onnx import TensorProto, helper, numpy_helper
 
     first, last = (helper.make_tensor_value_info(x, TensorProto.FLOAT, y) for x, y in (start, end))

@@ -215,7 +215,7 @@ class Detector(Net):
 
 
 class Embedder(Net):
-    """Computes embeddings of crops with the net that a card, a JSON file, describes."""
+    """Computes embeddings of faces with the net that a card, a JSON file, describes."""
 
     def prepare(self, inputs: np.ndarray) -> np.ndarray:
         """Converts crops, uint8 [N, H, W, 3] RGB, to the input of the net."""

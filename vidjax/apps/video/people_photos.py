@@ -98,7 +98,7 @@ def _is_lost_photo(path: Path) -> bool:
 
 
 def _is_equal(first: np.ndarray, second: np.ndarray) -> bool:
-    """Returns whether two vectors are of the same picture, up to rounding errors."""
+    """Returns whether two embeddings are of the same picture: they differ by rounding errors."""
     return bool(np.square(first - second).sum() < EQUAL_SQUARES)
 
 
@@ -281,8 +281,8 @@ class Photos:
     def _check_photo(self, owner: str, outcome: FileOutcome) -> tuple[set[str], set[str]]:
         """Reports problems of a photo; returns the names of its people, and the clips of its faces.
 
-        Only faces with a name are returned. Poor faces are not reported. If the photo has no face
-        tags, the only person is `owner`, the name of the folder.
+        A face is returned if it has a face tag, or if it is the only face, and the photo has no
+        face tags. Then the person is `owner`, the name of the folder. Poor faces are not reported.
         """
         photo, names, clips, problems = outcome.known, {owner}, set[str](), [outcome.error]
         if photo and photo.tags:

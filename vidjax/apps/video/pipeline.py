@@ -61,7 +61,7 @@ class FileOutcome(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """A film or photo whose features are to be extracted."""
+    """A film or photo, and how its features are to be extracted."""
 
     path: Path
     stem: str  # the first part of the names of the file's clips
@@ -168,7 +168,10 @@ def check_nets(models: Path, settings: ExtractionSettings) -> None:
 def _process_jobs(
     jobs: Sequence[_Job], workers: int, done: Callable[[FileOutcome], None]
 ) -> dict[Path, list[FileOutcome]]:
-    """Extracts features from files in child processes; returns the outcomes of each folder."""
+    """Extracts features from files in up to `workers` child processes.
+
+    Returns folder of features -> outcomes. `done` is called with each outcome.
+    """
     twins = Counter(job.path.name for job in jobs)
     label = {job: job.path.name if twins[job.path.name] == 1 else str(job.path) for job in jobs}
     left = {job: job.path.stat().st_size if job.path.exists() else 0 for job in jobs}
@@ -317,11 +320,12 @@ def _check_extraction(
 def _choose_stems(
     paths: Sequence[Path], known: Mapping[str, MediaFile], tell: Tell
 ) -> dict[Path, str]:
-    """Returns file -> stem, with which the names of the file's clips begin.
+    """Returns file -> stem, the first part of the names of the file's clips.
 
     `known` is stem -> film of an earlier call. These films keep their stems, even if they were
     moved. The stem of a new file is made from its name. If another file has the same stem, `~` and
-    8 digits of the sha256 are added. If it also has the same content, one of the files is left out.
+    8 digits of the sha256 are added to the stem. If two files have the same stem and the same
+    content, one of them is left out, and `tell` is called with a note.
     """
     of_path = {str(film.source.path): stem for stem, film in known.items()}
     moved = {film.sha256: stem for stem, film in known.items() if is_missing(film.source.path)}
@@ -402,7 +406,7 @@ def _read(children: Children, pending: Mapping[_Job, film_lib.Task]) -> list[Med
 
 
 def _find_earlier(job: _Job) -> MediaFile | None:
-    """Returns the description of a file, or None if its features are not complete."""
+    """Returns the description by an earlier call, or None if the features are not complete."""
     known = features_folder.describe_media_file(job.out, job.stem)
     return known if features_folder.has_features(job.out, job.stem) else None
 

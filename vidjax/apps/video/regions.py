@@ -126,9 +126,9 @@ def _find_packets(content: bytes) -> Iterator[bytes]:
 
 
 def parse_packet(packet: bytes) -> Tags:
-    """Reads the names and boxes of faces from XMP; skips pets, other tags, and empty names.
+    """Reads the names and boxes of faces from a piece of XMP, see `_find_packets`.
 
-    Raises SyntaxError if `packet` is not valid XML.
+    Pets, tags of other things than faces, and empty names are skipped. Raises SyntaxError if `packet` is not valid XML.
     """
     _refuse_long_addresses(packet)
     root = ElementTree.fromstring(packet)  # noqa: S314  (the packet cannot define entities)
@@ -159,7 +159,7 @@ def _refuse_long_addresses(packet: bytes) -> None:
 
 
 def _find_items(root: ElementTree.Element, name: str) -> Iterator[ElementTree.Element]:
-    """Yields the items of all XML lists with this name, at most 501."""
+    """Yields the items of all XML lists with the name `name` in `root`, at most 501 items."""
     items = (item for element in root.iter(name) for item in element.findall(f"*/{LI}"))
     return itertools.islice(items, MOST_TAGS + 1)
 
@@ -343,9 +343,9 @@ def turn_boxes(boxes: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _pair_boxes(boxes: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Returns the index of the face in `faces` [N, 4] for each box [n, 4]: int [n], or -1 for none.
+    """Finds a face for each box: returns the index of the face, int [n], or -1 if there is none.
 
-    The centre of the face must be in the box, or the centre of the box in the face. The pair with
+    `boxes` [n, 4] and `faces` [N, 4] are left, top, right and bottom, in the same units. The centre of the face must be in the box, or the centre of the box in the face. The pair with
     the largest overlap is chosen first. No face is chosen twice.
     """
     owner = np.full(len(boxes), -1)

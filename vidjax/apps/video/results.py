@@ -69,7 +69,7 @@ def write(out: Path, decision: "Decision", padding: float = PADDING_SECONDS) -> 
 
 
 def _place_subtitles(films: Sequence[MediaFile]) -> list[PurePath]:
-    """Returns the path of each film's subtitles in their folder, without the ending.
+    """Returns where the subtitles of each film are written: a relative path without the ending.
 
     Players look for the name of the film. If several films have this name, their subtitles are in
     folders with the names of the films' folders, such as `2019/IMG_0001`. If these films are in one
@@ -120,7 +120,10 @@ def render_page(
 
 
 def _locate_picture(out: Path, features: Path, clip: str) -> str:
-    """Returns the URL of a clip's picture, relative to the page, or "" if there is no picture."""
+    """Returns the URL of a clip's thumbnail, relative to the page, or "" if there is none.
+
+    `out` is the folder of the page. `features` is the folder of features that contains the clip.
+    """
     path = features_folder.locate_thumbnail(features, clip)
     return quote(os.fsencode(path.relative_to(out))) if path.exists() else ""
 

@@ -65,7 +65,10 @@ class _Pages:
         self._decoding = asyncio.Semaphore(MOST_DECODED)
 
     def _check(self, request: Request) -> None:
-        """Raises HTTPException if the secret word, the host, or the origin of a change is wrong."""
+        """Raises HTTPException if a request does not come from the page of this program.
+
+        Its secret word and its host must be right, and the origin of a change, too.
+        """
         given = request.path_params["token"]
         is_right = hmac.compare_digest(given.encode(), self._token.encode())
         if not (is_right and web.is_local(request.headers)):
@@ -141,7 +144,11 @@ class _Pages:
         return await run_in_threadpool(self._apply, form, request.url.path.endswith("/undo"))
 
     def _apply(self, fields: Sequence[tuple[str, str]], back: bool) -> Response:
-        """Applies the change in a form. If `back` is True, undoes the last change instead."""
+        """Applies the change in a form with the fields (name, value).
+
+        If `back` is True, undoes the last change instead. Answers with a redirection to the page,
+        or if the change is refused or needs a question, with the page and a message.
+        """
         review, form = self._review, dict(fields)
         of = [value for name, value in fields if name == "of"]
         typed, action = form.get("person") or form.get("new", ""), form.get("do", "")

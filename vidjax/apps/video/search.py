@@ -40,7 +40,10 @@ class FilmSearch:
         self._before: Faces | None = None  # the detections in the last frame of the previous group
 
     def add(self, number: int, time_s: float, rgb: np.ndarray) -> Iterator[SearchedFrame]:
-        """Adds a frame. If it begins a new group, first searches and yields the previous group."""
+        """Adds a frame. If it begins a new group, searches and yields the frames of the last group.
+
+        `number` and `time_s` are the number and the time of the frame. `rgb` is uint8 [H, W, 3].
+        """
         begin_s = self._group[0].time_s if self._group else time_s
         if len(self._group) == MOST_FRAMES or time_s - begin_s >= LEAST_SECONDS - 1e-3:
             yield from self._search()

@@ -204,7 +204,7 @@ class _Call:
         self.notes, self._tell = list[Note](), tell
 
     def tell(self, note: Note) -> None:
-        """Adds a note to the results, and reports it."""
+        """Adds a note to the results, and reports it to the caller of `name_people`."""
         self.notes.append(note)
         self._tell(note)
 
@@ -345,9 +345,10 @@ class _Call:
                 draft.remove(clip=waiting)
 
     def _change_nets(self) -> None:
-        """If `models` has other or more nets than before, prepares the results for these nets.
+        """If `models` has other or more nets than in earlier calls, prepares for these nets.
 
-        If this is interrupted, the next call repeats it, because `extract.json` is written last.
+        Features of other nets are removed, and the gallery gets the new nets. If the process is
+        interrupted, the next call repeats this, because `extract.json` is written last.
         """
         gallery, models, features = self.gallery, self.models, self.features
         before, digests = features_folder.read_extraction(features), pipeline.read_digests(models)
@@ -485,10 +486,11 @@ class _Call:
         places: Collection[str],
         forget_missing: bool,
     ) -> None:
-        """Forgets people who are not in `names`, and features of photos outside of `places`.
+        """Forgets people who are not in `names`, and deletes features of their photos.
 
-        `before` are the known faces before this call. Names that a user has typed stay, unless
-        `forget_missing` is True.
+        `before` is clip -> face in a photo, as known before this call. `places` are the names of
+        the folders of photos whose features stay. A person keeps names that a user has typed for
+        faces in films, unless `forget_missing` is True.
         """
         gallery, out = self.gallery, self.out
         said = read_said(out, features_folder.read_media_files(self.features))
