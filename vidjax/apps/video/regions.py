@@ -128,7 +128,8 @@ def _find_packets(content: bytes) -> Iterator[bytes]:
 def parse_packet(packet: bytes) -> Tags:
     """Reads the names and boxes of faces from a piece of XMP, see `_find_packets`.
 
-    Pets, tags of other things than faces, and empty names are skipped. Raises SyntaxError if `packet` is not valid XML.
+    Pets, tags of other things than faces, and empty names are skipped. Raises SyntaxError if
+    `packet` is not valid XML.
     """
     _refuse_long_addresses(packet)
     root = ElementTree.fromstring(packet)  # noqa: S314  (the packet cannot define entities)
@@ -345,8 +346,9 @@ def turn_boxes(boxes: np.ndarray, orientation: int) -> np.ndarray:
 def _pair_boxes(boxes: np.ndarray, faces: np.ndarray) -> np.ndarray:
     """Finds a face for each box: returns the index of the face, int [n], or -1 if there is none.
 
-    `boxes` [n, 4] and `faces` [N, 4] are left, top, right and bottom, in the same units. The centre of the face must be in the box, or the centre of the box in the face. The pair with
-    the largest overlap is chosen first. No face is chosen twice.
+    `boxes` [n, 4] and `faces` [N, 4] are left, top, right and bottom, in the same units. The centre
+    of the face must be in the box, or the centre of the box in the face. The pair with the largest
+    overlap is chosen first. No face is chosen twice.
     """
     owner = np.full(len(boxes), -1)
     inside = _contain_centres(boxes, faces) | _contain_centres(faces, boxes).T
