@@ -310,6 +310,7 @@ def _make_clips(
         tracks.choose_gap_seconds(min(fps, video.info.rate)), tracks.choose_held_seconds(fps)
     )
     main = MainFigures() if task.settings.unit == "shot" else None
+    trackers = [tracker, main] if main else [tracker]  # the last one makes the clips
     seen, numbers = [], defaultdict[int, Iterator[int]](itertools.count)
 
     def end_clips() -> None:
@@ -321,19 +322,16 @@ def _make_clips(
                 seen.append(_to_face_track(track, shot))
         for track in main.take_ended() if main else ():
             clips.end(track, iter([f"{task.stem}.s{track.shot:03}"]), split=False)
-        clips.keep((main or tracker).live)
+        clips.keep(trackers[-1].live)
 
     def end_shot(time_s: float, next_s: float | None = None) -> None:
-        tracker.cut(time_s, next_s)
-        if main:
-            main.cut(time_s, next_s)
+        for x in trackers:
+            x.cut(time_s, next_s)
         end_clips()
 
     def take(frames: Iterable[SearchedFrame]) -> None:
         for frame in frames:
-            owners = tracker.update(frame.time_s, frame.faces.boxes)
-            if main:
-                owners = main.update(frame.time_s, frame.faces.boxes)
+            owners = [x.update(frame.time_s, frame.faces.boxes) for x in trackers][-1]
             halves.add(frame.rgb, frame.faces.boxes)
             clips.add(frame.time_s, frame.number, owners, frame.faces, frame.rgb)
             end_clips()

@@ -114,8 +114,7 @@ def describe_left_out(paths: Iterable[Path]) -> Iterator[Note]:
         count, unreadable = 0, list[OSError]()
         folders = list_folders(named, unreadable.append)
         for error in (x for x in unreadable if isinstance(x, PermissionError)):
-            text = "is left out, because you may not read this folder"
-            yield Note(f"{show(error.filename)} {text}")
+            yield Note(f"{show(error.filename)} is left out, because you may not read this folder")
         for path in folders:
             accepted, others = split_files(path)
             count += len(accepted)

@@ -53,13 +53,12 @@ def _describe_file(path: Path) -> str:
         __name__, path, {"path": str(path)}, float, memory_bytes=MEMORY_BYTES,
         cpu_seconds=CPU_SECONDS, reads=cards.list_files(path.parent),
     )  # fmt: skip
-    parts = [
-        f"{card.role}, {card.decoder}, from {card.source.describe()}",
-        "test passed",
-        f"{milliseconds:.3g} ms of CPU time per {INPUTS[card.role]}",
-        f"weights {card.licence.weights}",
-    ]
-    return "; ".join(parts + ([describe_back_end(card.back_end)] if card.back_end else []))
+    measured = f"; {describe_back_end(card.back_end)}" if card.back_end else ""
+    return (
+        f"{card.role}, {card.decoder}, from {card.source.describe()}; test passed; "
+        f"{milliseconds:.3g} ms of CPU time per {INPUTS[card.role]}; "
+        f"weights {card.licence.weights}{measured}"
+    )
 
 
 def work(arguments: dict[str, Any]) -> float:

@@ -62,27 +62,19 @@ class FilmSearch:
 
     def _search(self) -> list[SearchedFrame]:
         """Searches the frames of the group; returns them with faces, and empties the group."""
-        last = detections = self._detector.search(self._group[-1].rgb)
-        searched = [_keep_strong(self._group[-1], detections)]
+        last = after = self._detector.search(self._group[-1].rgb)
+        searched = [_keep_strong(self._group[-1], after)]
+        before = NO_FACES if self._before is None else self._before
         for frame in self._group[-2::-1]:
-            before = NO_FACES if self._before is None else self._before
-            detections = _search_between(self._detector, frame.rgb, before, detections)
-            searched.append(_keep_strong(frame, detections))
+            moved = measure_overlaps(after.boxes, before.boxes).max(0, initial=0) < LEAST_OVERLAP
+            near = np.concatenate([after.boxes, before.boxes[moved]])
+            found = self._detector.search(frame.rgb, near)
+            counts = [(faces.scores > LEAST_SCORE).sum() for faces in (found, before, after)]
+            after = found if counts[0] >= max(counts) else self._detector.search(frame.rgb)
+            searched.append(_keep_strong(frame, after))
         self._group, self._before = [], last
         return searched[::-1]
 
 
 def _keep_strong(frame: SearchedFrame, detections: Faces) -> SearchedFrame:
     return frame._replace(faces=detections.take_above(LEAST_SCORE))
-
-
-def _search_between(net: Detector, rgb: np.ndarray, before: Faces, after: Faces) -> Faces:
-    """Searches a frame near the faces of an earlier and a later frame; returns detections.
-
-    `before` and `after` are the detections in the earlier and the later frame. If fewer people are
-    detected than in one of these two frames, the whole frame is searched.
-    """
-    moved = measure_overlaps(after.boxes, before.boxes).max(0, initial=0) < LEAST_OVERLAP
-    detections = net.search(rgb, np.concatenate([after.boxes, before.boxes[moved]]))
-    counts = [(faces.scores > LEAST_SCORE).sum() for faces in (detections, before, after)]
-    return detections if counts[0] >= max(counts) else net.search(rgb)

@@ -6,7 +6,7 @@ If two people speak at once, or a person speaks over music, the voices are not s
 import collections
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -88,13 +88,12 @@ class Listener:
         return probabilities
 
 
-def find_solo_spans(tracks: "Iterable[FaceTrack]") -> Iterator[Span]:
+def find_solo_spans(tracks: "Sequence[FaceTrack]") -> Iterator[Span]:
     """Yields the parts of a film during which only one person is visible, in order of time.
 
     Parts shorter than 1.6 seconds are left out. Long parts are split into pieces of 60 seconds that
     overlap by 0.8 seconds. A person counts as visible from the start to the end of the track.
     """
-    tracks = list(tracks)
     ends = [(time_s, n) for n, x in enumerate(tracks) for time_s in (x.start_s, x.end_s)]
     seen: set[int] = set()
     for (begin, number), (end, _) in itertools.pairwise(sorted(ends)):
