@@ -465,7 +465,7 @@ def check_pixels(path: Path, width: int, height: int) -> None:
     """Raises UserError if a picture of `width` x `height` pixels is above the limit MOST_PIXELS."""
     if width * height > MOST_PIXELS:
         raise UserError(
-            f"'{path}' has pictures of {width} x {height} pixels, above the limit of "
+            f"'{path}' has pictures of {width} x {height} pixels, more than the limit of "
             f"{MOST_PIXELS:,}\nconvert it to a smaller size"
         )
 
