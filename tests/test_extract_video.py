@@ -204,8 +204,8 @@ def test_large_jpeg_photos_are_reduced_and_other_large_photos_are_refused(tmp_pa
     assert np.abs(films.read_photo(tmp_path / "a.jpg") - means).mean() < 4
     Image.fromarray(films.scene(3, 250, 320)).save(tmp_path / "b.jpg")  # too large for a quarter
     Image.fromarray(large).save(tmp_path / "a.png")
-    refused(tmp_path / "b.jpg", "320 x 250 pixels, more than 4,800")
-    refused(tmp_path / "a.png", "320 x 240 pixels, more than 4,800")
+    refused(tmp_path / "b.jpg", "320 x 250 pixels, more than the limit of 4,800")
+    refused(tmp_path / "a.png", "320 x 240 pixels, more than the limit of 4,800")
 
 
 def test_heic_photos_that_are_films_or_too_large_are_refused(tmp_path, monkeypatch):
