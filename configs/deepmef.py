@@ -24,8 +24,6 @@ A comment after each value names its source: `paper` (the team's article), `code
 github.com/LegenDong/IQIYI_VID_FACE_2019 at 258ff92) or `ours`.
 """
 
-from ml_collections import ConfigDict
-
 from vidjax.runs import config as config_lib, config_words
 
 WORDS = {
@@ -92,9 +90,9 @@ def get_config(args: str = "") -> config_lib.Config:
             "main_share": 0.2,  # code
             "other_share": 0.8,  # code
         }
-    config.model = ConfigDict(model)
+    config.model = model
     sample = {"name": "sample", "num_frames": 40 if full else 12}  # code; ours
-    config.fusion.face = ConfigDict({"train": sample, "evaluate": {"name": "all"}})  # ours
+    config.fusion.face = {"train": sample, "evaluate": {"name": "all"}}  # ours
 
     config.loss.margin = 0.5  # code
     config.loss.focal = "multiclass"  # ours

@@ -12,8 +12,6 @@ source, as there.
 import math
 from collections.abc import Collection
 
-from ml_collections import ConfigDict
-
 from vidjax.runs.config import Config
 
 # Code, scripts/main.sh: the chunk that each of the eleven nets omits, out of 16; for the scene, 32.
@@ -56,10 +54,10 @@ def follow(config: Config, words: Collection[str]) -> None:
         scene.dropout_rate = 0.5  # code
 
     sample = {"name": "sample", "num_frames": 40, "order": "random", "replacement": True}  # code
-    config.fusion.face = ConfigDict({"train": sample, "evaluate": sample})
+    config.fusion.face = {"train": sample, "evaluate": sample}
     single = {"name": "sample", "num_frames": 1}  # paper
     for name in set(config.modalities) - {"face"}:
-        config.fusion[name] = ConfigDict({"train": single, "evaluate": single})
+        config.fusion[name] = {"train": single, "evaluate": single}
 
     config.loss.focal = "batch"  # code
     config.loss.mean_over = "branches"  # code: a mean for each net
