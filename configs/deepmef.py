@@ -45,7 +45,6 @@ def get_config(args: str = "") -> config_lib.Config:
     # Paper: face and scene. The official files have no scene.
     config.modalities = modalities or (("face",) if "iqiyi_vid" in words else ("face", "scene"))
     others = tuple(name for name in config.modalities if name != "face")
-    config.batch_size = 128  # ours
     config.num_epochs = 30.0  # ours
     config.data.distractors = "leave_out"  # code
     if "trainval" in words:

@@ -42,7 +42,6 @@ def get_config(args: str = "") -> config_lib.Config:
     full = config_words.choose_data(config, words)
     config.modalities = modalities or ("face", "head", "body", "audio")  # paper
     without_attention = config_words.choose_name(words, ("concat", "pooled"), "")
-    config.batch_size = 128  # ours
     config.num_epochs = 40.0 if "iqiyi_vid" in words else 30.0  # ours
     if full or "standard" in words:
         config.batch_size = 512 if full else 256  # ours
@@ -93,8 +92,6 @@ def get_config(args: str = "") -> config_lib.Config:
         },
         "evaluate": {"name": "mean", "weighting": "quality"},
     }
-    config.optim.learning_rate = 1e-3  # ours
-    config.optim.warmup = 0.1  # ours
     config.optim.total_decay = 2.0  # ours
     if "ensemble" in words:  # paper: different partitions, like a cross-validation
         # Ours: an identity has about six clips. With 3 folds instead of 10, a member is trained on
