@@ -342,8 +342,7 @@ def random_fusion(
     else:
         all_weights = frame_weights(frames, weighting)
         weights = [take(all_weights, index) for index in picks]
-    has_frame = jnp.any(frames.mask, axis=1)[:, None]
-    return _fuse(frames, picks, is_used, weights, jnp.broadcast_to(has_frame, picks[0].shape))
+    return _fuse(frames, picks, is_used, weights)
 
 
 def merged_windows(rng: Array | None, frames: Frames, *, max_frames: int = 5) -> Frames:
@@ -381,8 +380,8 @@ def merged_windows(rng: Array | None, frames: Frames, *, max_frames: int = 5) ->
     place = jnp.argsort(order, axis=1)
     picks = [take(order, (place + slot) % jnp.maximum(count, 1)) for slot in range(max_frames)]
     weights = [take(frames.mask, index).astype(jnp.float32) for index in picks]
-    merged = _fuse(frames, picks, is_used, weights, frames.mask)
-    merged = merged._replace(number=frames.number)
+    merged = _fuse(frames, picks, is_used, weights)
+    merged = merged._replace(number=frames.number, mask=frames.mask)
 
     def stored(mean: Array, like: Array) -> Array:
         # A cast to int8 would cut off digits, and so make the features shorter.
@@ -614,18 +613,14 @@ def _draw_frames(weights: Array, uniforms: Array, replacement: bool) -> list[Arr
 
 
 def _fuse(
-    frames: Frames,
-    picks: Sequence[Array],
-    is_used: Sequence[Array],
-    weights: Sequence[Array],
-    mask: Array,
+    frames: Frames, picks: Sequence[Array], is_used: Sequence[Array], weights: Sequence[Array]
 ) -> Frames:
     """Computes fused frames, each the weighted mean of some frames of a clip.
 
     Each of the arguments `picks` (indices of frames), `is_used` (False for picks to ignore) and
     `weights` is a sequence of S arrays [B, T'], one for each frame in a mean. The first pick is
     always used, and gives the `number` of the fused frame. Returns Frames [B, T'] with float32
-    features and the given `mask`.
+    features. The mask is False only for clips without frames.
     """
     weights = [jnp.where(used, w, 0.0) for used, w in zip(is_used, weights, strict=True)]
     # All picked frames may have weight 0 while other frames of the clip have positive weights.
@@ -650,7 +645,7 @@ def _fuse(
         quality=mean(_replace_non_finite(frames.quality)),
         detection=mean(_replace_non_finite(frames.detection)),
         number=take(frames.number, picks[0]),
-        mask=mask,
+        mask=jnp.broadcast_to(has_frame, picks[0].shape),
     )
 
 

@@ -118,9 +118,8 @@ def identification_errors(
         raise UserError(f"fpir must be from 0 to 1, not {fpir}")
     scores, known = _without_nan(scores), np.asarray(known, bool)
     distractors, num_known = scores[~known], int(known.sum())
-    if not len(distractors) or not num_known:
-        return None
-    if (threshold := find_threshold(distractors, fpir=fpir)) is None:
+    threshold = find_threshold(distractors, fpir=fpir)
+    if threshold is None or not len(distractors) or not num_known:
         return None
     hits = known & np.asarray(correct, bool) & (scores >= threshold)
     return IdentificationErrors(

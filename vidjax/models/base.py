@@ -1,6 +1,6 @@
 """The interface between a model and the steps that train and evaluate it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -69,21 +69,7 @@ class Identifier(nn.Module):
         modalities: Mapping[str, int]
         num_classes: int
         logit_scale: float
-
-        def init_with_output(  # pyright: ignore[reportIncompatibleMethodOverride]
-            self, rngs: Array, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
-        ) -> tuple[object, Mapping[str, Any]]: ...
-
-        def apply(  # pyright: ignore[reportIncompatibleMethodOverride]
-            self,
-            variables: Mapping[str, Any],
-            frames: Mapping[str, Frames],
-            clips: ClipInfo,
-            *,
-            train: bool,
-            rngs: Mapping[str, Array] | None = None,
-            mutable: Sequence[str] | bool = False,
-        ) -> Any: ...
+        apply: Callable[..., Any]  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def __post_init__(self) -> None:
         super().__post_init__()

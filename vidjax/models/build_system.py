@@ -86,7 +86,7 @@ class System(NamedTuple):
             fused[name] = result._replace(features=features)
         return fused
 
-    def init(self, rng: Array, fuse_rng: Array) -> tuple[Params, ModelState]:
+    def init(self, rng: jax.Array, fuse_rng: Array) -> tuple[Params, ModelState]:
         """Draws the parameters and the other variables of the model with the PRNG key `rng`.
 
         `fuse_rng` is a key for the fusion of blank clips. Blank clips give the shapes of the

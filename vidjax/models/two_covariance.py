@@ -18,7 +18,7 @@ not independent, are not from this paper.
 
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -254,15 +254,11 @@ def all_log_ratios(ratio: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarra
 
     `ratio` is `Space.ratio`. For a result, see `pair_log_ratios`.
     """
-    slope, curve, constant = _compare_coefficients(ratio)
-    return constant + (slope * x) @ y.T - (x**2 @ curve)[:, None] - y**2 @ curve
-
-
-def _compare_coefficients(ratio: Array) -> tuple[Any, Any, Any]:
     # `pair_log_ratios` for groups of one clip, in a form that is exactly symmetric.
     share = ratio / (1 + ratio)
     slope = share / (1 + share)
-    return slope, slope * share / 2, np.sum(np.log1p(ratio) - np.log1p(share)) / 2
+    curve, constant = slope * share / 2, np.sum(np.log1p(ratio) - np.log1p(share)) / 2
+    return constant + (slope * x) @ y.T - (x**2 @ curve)[:, None] - y**2 @ curve
 
 
 class Settings(NamedTuple):

@@ -263,7 +263,10 @@ def convert(text: str, kind: type, example: Any) -> Any:
     if kind is type(None):  # an argument of a model or a fusion that a file sets to None
         return _parse(text)
     if kind in (tuple, list):
-        value = _convert_tuple(text)
+        value = _parse(text)
+        if value == text:
+            value = tuple(word.strip() for word in text.split(",") if word.strip())
+        value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
         names = bool(example) and isinstance(example[0], str)
         if names and not all(isinstance(item, str) for item in value):
             raise UserError(f"names separated by commas, such as {','.join(example)}")
@@ -278,13 +281,6 @@ def convert(text: str, kind: type, example: Any) -> Any:
         example = kind(1) if example is None else example
         raise UserError(f"a{' whole' if kind is int else ''} number such as {example}")
     return value
-
-
-def _convert_tuple(text: str) -> tuple[Any, ...]:
-    value = _parse(text)
-    if value == text:
-        value = tuple(word.strip() for word in text.split(",") if word.strip())
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 def _parse(text: str) -> Any:

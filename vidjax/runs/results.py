@@ -109,11 +109,10 @@ def select_kept(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in metrics.items() if is_kept.get(name)}
 
 
-def describe_data(metrics: Mapping[str, Any]) -> str | None:
-    """Returns the name, folder and digest of the data in `metrics`, or None if there are none."""
-    data = metrics.get("data")
-    if not isinstance(data, dict):
-        return None
+def describe_data(metrics: Mapping[str, Any]) -> str:
+    """Returns the name, folder and digest of the data in `metrics`, or "" if there are none."""
+    if not (data := metrics.get("data")):
+        return ""
     place = f" in {data['dir']}" if data.get("dir") else ""
     return f"{data.get('name')}{place}, sha256 {str(data.get('digest'))[:12]}"
 

@@ -121,7 +121,7 @@ class RunFolder:
         rows |= facts.list_rows(metrics) | {"copies": results.describe_copies(metrics)}
         if "best_map" in metrics and split == self._config.eval.split:
             rows["best"] = f"{metrics['best_map']:.4f} at step {metrics['best_step']:,}"
-        rows["data"] = results.describe_data(metrics) or ""
+        rows["data"] = results.describe_data(metrics)
         rows["clips"] = f"{metrics['num_clips']:,}"
         rows["identities"] = f"{metrics['num_identities']:,}"
         if known := metrics.get("num_map_identities"):

@@ -20,8 +20,7 @@ from vidjax.models.build_system import MODELS, TaskSpec, make_blank_clips, make_
 from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.config import Config
 from vidjax.training import train_step
-from vidjax.training.early_stop import check_metric
-from vidjax.utils.errors import UserError
+from vidjax.utils.errors import UserError, check_entry
 
 # The assumptions of a dry run, which reads no data:
 WIDTH = 512  # feature width of a modality
@@ -67,7 +66,9 @@ def dry_run(config: Config, data: Dataset | None = None) -> None:
         _dry_run_systems(config, data)
         return
     check_model(config)
-    check_metric(config)
+    check_entry(
+        "config.early_stop.metric", config.early_stop.metric, ["map", *metrics.CLIP_METRICS]
+    )
     known = data.modalities if data else {}
     if not data:
         widths = sources.read_modalities(config.data) or dict.fromkeys(config.modalities, 0)

@@ -8,14 +8,7 @@ from msgspec import structs
 from vidjax.core import metrics
 from vidjax.runs.config import Config
 from vidjax.runs.facts import EarlyStop
-from vidjax.utils.errors import UserError, check_entry
-
-
-def check_metric(config: Config) -> None:
-    """Raises UserError if there is no metric `early_stop.metric`."""
-    check_entry(
-        "config.early_stop.metric", config.early_stop.metric, ["map", *metrics.CLIP_METRICS]
-    )
+from vidjax.utils.errors import UserError
 
 
 def add_evaluation(

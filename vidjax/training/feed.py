@@ -49,10 +49,8 @@ class Feed(abc.ABC):
     mode: str
     waited = 0.0
     _most = 1 << 31  # number of steps of a dispatch
-
-    def __init__(self) -> None:
-        self._step_seconds: float | None = None  # of the last dispatch
-        self._fastest = float("inf")  # of all dispatches
+    _step_seconds = 0.0  # of a step of the last dispatch; 0 before the first dispatch
+    _fastest = float("inf")  # seconds of a step of the fastest dispatch
 
     def advance(
         self, states: States, constants: AllConstants, step: int, most: int
@@ -94,12 +92,11 @@ class StreamingFeed(Feed):
     """
 
     mode = "streaming"
+    _next: Batch | None = None
 
     def __init__(self, loop: Loop, mesh: Mesh, batches: Iterator[Batch]):
         """Makes a feed from `batches`, an endless iterator of batches with numpy arrays."""
         self._loop, self._mesh, self._batches = loop, mesh, batches
-        super().__init__()
-        self._next: Batch | None = None
 
     def _dispatch(self, states: States, constants: AllConstants, count: int) -> Dispatched:
         outcomes: list[list[LoopResult]] = []
@@ -134,7 +131,6 @@ class ResidentFeed(Feed):
         self, loop: Loop, mesh: Mesh, clips: Mapping[str, Packed], plan: BatchPlan, step: int
     ):
         """Makes a feed of the steps from `step` on."""
-        super().__init__()
         self._loop, self._mesh, self._clips, self._plan = loop, mesh, clips, plan
         self._step, self._most = step, resident.count_steps(plan)
 

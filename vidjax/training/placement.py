@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,14 +20,6 @@ from vidjax.utils.errors import UserError
 from vidjax.utils.terminal import say
 
 MAX_MEMORY_SHARE = 0.5  # share of the free memory, besides a training step, that clips may take
-
-
-class Placement(NamedTuple):
-    """The choices that depend on the memory of the devices."""
-
-    mode: str  # `resident` or `streaming` clips
-    group_size: int  # number of members (nets) that a program trains together
-    loop: train_step.Loop  # the compiled program
 
 
 def compile_loop(
@@ -117,13 +109,16 @@ def choose_placement(
 def agree_on_placement(
     config: Config, plan: RunPlan, layout: ResidentPlan, state: train_step.TrainState, mesh: Mesh,
     manifest: Mapping[str, Any],
-) -> Placement:  # fmt: skip
+) -> tuple[str, int, train_step.Loop]:  # fmt: skip
     """Chooses where the clips are, and how many members train together, and compiles the program.
 
     On a CPU, members are trained one after another, and each has the bits of a separate run. On
     other devices, as many members as possible train together, with large matrix products. A resumed
     run keeps the number of members in its `manifest` if they fit. With `config.data.mode=auto`, it
     also keeps the mode. Otherwise, its steps would round differently.
+
+    Returns the mode of the clips (`resident` or `streaming`), the number of members (nets) that
+    train together, and the compiled program.
     """
     given = config.data.mode
     mode = (manifest.get("mode") if given == "auto" else None) or given
@@ -147,4 +142,4 @@ def agree_on_placement(
         if mode != "auto":
             reason = "as before" if given == "auto" else f"because config.data.mode is {mode}"
         say(f"each epoch reads the clips again, {reason}")
-    return Placement(chosen, size, compile_once(chosen, size)[0])
+    return chosen, size, compile_once(chosen, size)[0]

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,17 +47,15 @@ def read_finished_metrics(folder: RunFolder, config: Config) -> dict[str, Any] |
     return results if config.num_epochs == recorded.num_epochs else None
 
 
-class Start(NamedTuple):
-    """The state with which a training starts or resumes."""
+def start(
+    config: Config, workdir: Path, data: Dataset, plan: RunPlan, mesh: Mesh
+) -> tuple[train_step.TrainState, ensemble.TrainingSets, dict[str, Any], dict[str, Any]]:
+    """Restores the newest intact checkpoint of a run. Without one, makes the state of step 0.
 
-    state: train_step.TrainState  # of all members
-    training_sets: ensemble.TrainingSets  # the clips of each member, also before `init_from`
-    manifest: dict[str, Any]  # of the restored checkpoint, or {}
-    facts: dict[str, Any]  # key -> value, see `facts.FACTS`
-
-
-def start(config: Config, workdir: Path, data: Dataset, plan: RunPlan, mesh: Mesh) -> Start:
-    """Restores the newest intact checkpoint of a run. Without one, makes the state of step 0."""
+    Returns the state of all members, the training clips of each member (with the clips of the run
+    `config.init_from`), the manifest of the restored checkpoint or {}, and the facts about the
+    training, key -> value (see `facts.FACTS`).
+    """
     system, sets = plan.system, plan.training_sets
 
     def init() -> train_step.TrainState:
@@ -70,7 +68,7 @@ def start(config: Config, workdir: Path, data: Dataset, plan: RunPlan, mesh: Mes
         if not system.model.is_closed_form and (lost := checkpoint.explain_lost(workdir)):
             raise CheckpointError(lost)
         if not config.init_from:
-            return Start(train_step.make_state(init, system.tx, mesh), sets, {}, {})
+            return train_step.make_state(init, system.tx, mesh), sets, {}, {}
         source = init_from.find_source(config)
         sets = ensemble.add_trained_clips(sets, source.training_sets)
         split = data.split(config.eval.split)
@@ -87,7 +85,7 @@ def start(config: Config, workdir: Path, data: Dataset, plan: RunPlan, mesh: Mes
             )
             return state
 
-        return Start(train_step.make_state(init, system.tx, mesh, load), sets, {}, known)
+        return train_step.make_state(init, system.tx, mesh, load), sets, {}, known
     manifest = newest.manifest
     trained_runs.check_entries(workdir, manifest)
     old = config_io.from_json(json.dumps(manifest["config"]))
@@ -109,7 +107,7 @@ def start(config: Config, workdir: Path, data: Dataset, plan: RunPlan, mesh: Mes
     report_changes(old, config, plan, manifest)
     checkpoint.set_aside_later(workdir, manifest["step"])  # training saves these steps again
     state = train_step.convert_from_items(items)
-    return Start(state, sets, manifest, continue_facts(manifest, config.num_epochs))
+    return state, sets, manifest, continue_facts(manifest, config.num_epochs)
 
 
 def continue_facts(manifest: Mapping[str, Any], num_epochs: float) -> dict[str, Any]:

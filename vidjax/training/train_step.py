@@ -95,14 +95,6 @@ def make_state(
     not used: it is computed from the optimiser `tx` in a second program, because two programs need
     less memory than one.
     """
-    draw, complete = make_init_programs(init, tx, mesh)
-    return complete(change(draw()))
-
-
-def make_init_programs(
-    init: Callable[[], TrainState], tx: optax.GradientTransformation, mesh: Mesh
-) -> tuple[Callable[[], TrainState], Callable[[TrainState], TrainState]]:
-    """Returns the compiled programs of `make_state`: for the parameters, and for the rest."""
 
     def complete(state: TrainState) -> TrainState:
         return state.replace(opt_state=_init_optimizer(tx, state.params, len(state.labels)))
@@ -110,7 +102,8 @@ def make_init_programs(
     # Drawing the parameters takes 3 times their memory, the state of the optimiser 2 times.
     layout = devices.replicated_layout(mesh)
     draw = devices.jit(lambda: init().replace(opt_state=None), mesh, out_shardings=layout)
-    return draw, devices.jit(complete, mesh, out_shardings=layout, donate_argnums=0)
+    add_rest = devices.jit(complete, mesh, out_shardings=layout, donate_argnums=0)
+    return add_rest(change(draw()))
 
 
 def _init_optimizer(
