@@ -29,9 +29,9 @@ def jit(
     mesh: Mesh,
     **options: Any,  # noqa: ANN401
 ) -> jax.stages.Wrapped:
-    """Returns `jax.jit(function, **options)`, set to compile large programs faster on a CPU.
+    """Returns `jax.jit(function, **options)`, but programs for a CPU compile faster.
 
-    The program runs on the devices of `mesh`.
+    `mesh` are the devices on which the program will run.
     """
     # LLVM optimises less. Matrix products are not slower, because libraries compute them.
     level = {"xla_backend_optimization_level": 1} if is_cpu(mesh) else None
@@ -87,9 +87,9 @@ def replicate(mesh: Mesh, tree: Tree) -> Tree:
 
 
 def put(tree: Tree, layout: NamedSharding | Tree) -> Tree:
-    """Puts a tree of arrays on the devices. `layout` is a sharding or a tree of shardings.
+    """Copies a tree of arrays to the devices. `layout` is a sharding or a tree of shardings.
 
-    Arrays on the host must be whole, and equal in all processes.
+    If several processes call this function, each process passes the same whole arrays.
     """
     if distributed.count() == 1:
         return jax.device_put(tree, layout)
@@ -147,7 +147,10 @@ def _batch_layouts(mesh: Mesh, batch: Tree) -> Tree:
 
 
 def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
-    """Distributes the clips of a batch over the devices, equally many to each."""
+    """Copies a batch to the devices of a mesh. Each device gets equally many clips.
+
+    Raises UserError if the number of clips is not a multiple of the number of devices.
+    """
     check_rows(mesh, np.shape(batch.clip_index)[0])
     return put(batch, _batch_layouts(mesh, batch))
 
@@ -162,7 +165,10 @@ def check_rows(mesh: Mesh, rows: int) -> None:
 
 
 def constrain_batch(mesh: Mesh, batch: Tree) -> Tree:
-    """Distributes a batch as `shard_batch` does, but inside a compiled function."""
+    """Splits the clips of a batch over the devices of a mesh, inside a jitted function.
+
+    A batch is a tree of arrays with a row per clip. `shard_batch` does the same outside of jit.
+    """
     return jax.lax.with_sharding_constraint(batch, _batch_layouts(mesh, batch))
 
 

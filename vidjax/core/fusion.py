@@ -170,7 +170,10 @@ def frame_weights(frames: Frames, weighting: str) -> Array:
 
 
 def mean_measure(frames: Frames, measure: str) -> Array:
-    """Computes the mean L2 `norm` or the mean `quality` of the frames of each clip, [B] float32."""
+    """Computes the mean of a measure over the frames of each clip, [B] float32.
+
+    `measure` is `norm` (the L2 norm of the features) or `quality`. A clip without frames gets 0.
+    """
 
     def value(t: Array | None) -> Array:
         if measure == "norm":
@@ -203,7 +206,10 @@ def per_frame_uniform(rng: Array, mask: Array) -> Array:
 
 
 def take(values: Array, index: Array) -> Array:
-    """Selects the frames `index` [B, T'] of `values` [B, T], [B, T, D] or LazyFeatures."""
+    """Selects frames by their numbers `index` [B, T'], for each of B clips.
+
+    `values` are [B, T], [B, T, D] or LazyFeatures. Returns [B, T'], [B, T', D] or LazyFeatures.
+    """
     if isinstance(values, LazyFeatures):
         return values._replace(index=take(values.index, index))
     index = index.reshape(index.shape + (1,) * (values.ndim - 2))
@@ -211,16 +217,17 @@ def take(values: Array, index: Array) -> Array:
 
 
 def read(features: Array | LazyFeatures) -> Array:
-    """Returns features as an array [B, T, D]: gathers LazyFeatures from their large array."""
+    """Returns features as an array [B, T, D]. LazyFeatures (numbers of rows) are gathered."""
     if not isinstance(features, LazyFeatures):
         return features
     return jnp.asarray(features.values).at[features.index].get(mode="promise_in_bounds")
 
 
 def map_fields(fn: Callable[..., Array], *frames: Frames) -> Frames:
-    """Applies `fn` to each field of Frames. For LazyFeatures, applies it only to their `index`.
+    """Applies `fn` to each field of Frames: features, quality, detection, number and mask.
 
-    If several Frames are given, `fn` receives the same field of all of them.
+    Returns Frames of the results. If several Frames are given, `fn` receives the same field of each
+    of them. Of LazyFeatures, `fn` receives the `index`.
     """
 
     def field(*values: Array) -> Array:
@@ -275,7 +282,10 @@ def _select_first(
 
 
 def _select_frames(frames: Frames, index: Array) -> Frames:
-    """Selects the frames `index` [B, T']. The mask is False only for clips without frames."""
+    """Returns Frames [B, T'] of the frames with the numbers `index` [B, T'] of each clip.
+
+    The mask of the result is False only for clips without frames.
+    """
     chosen = map_fields(lambda values: take(values, index), frames)
     has_frame = frames.mask.any(axis=1, keepdims=True)
     return chosen._replace(mask=jnp.broadcast_to(has_frame, index.shape))
@@ -543,11 +553,12 @@ REQUIRED = inspect.Parameter.empty  # instead of the default of an option that h
 def check_options(
     what: str, known: Mapping[str, Any], options: Mapping[str, Any], more: str = ""
 ) -> None:
-    """Raises UserError if an option is unknown or missing, or must be a bool but is not.
+    """Raises UserError if `options`, name -> value, do not fit the options `known`.
 
-    `known` is option -> default, or REQUIRED if there is no default. If a default is True or False,
-    the value must be True or False. The message begins with `what`, such as `fusion 'top'`. A
-    message about an unknown option ends with `more`.
+    `known` is name -> default value. The value REQUIRED marks an option without a default: such an
+    option must be given. If a default is True or False, the given value must be True or False. The
+    message begins with `what`, such as `fusion 'top'`. A message about an unknown option ends with
+    `more`.
     """
     if unknown := sorted(set(options) - set(known)):
         raise UserError(
@@ -667,7 +678,10 @@ def _widen_dtype(values: Array) -> jnp.dtype:
 
 
 def _read_frame(values: Array | LazyFeatures, t: Array | int | None) -> Array:
-    """Returns the t-th frame of every clip, [B] or [B, D]. If `t` is None, returns all frames."""
+    """Returns frame number `t` of every clip, [B] or [B, D], given `values` [B, T] or [B, T, D].
+
+    If `t` is None, returns all frames, [B, T] or [B, T, D].
+    """
     if t is None:
         return read(values)
     if isinstance(values, LazyFeatures):

@@ -206,10 +206,10 @@ def make_objective(
 ) -> Objective:
     """Builds the training objective, a function that computes the loss of each example.
 
-    The loss of an example is the sum of `ModelOutput.loss_weight` x loss over the branches (sets
-    of logits) of the model. The training step averages this loss over all examples. If
-    `config.loss.mean_over` is `branches`, the loss of a branch is first divided by the share of
-    examples that train the branch. For the arguments, see `make_loss`.
+    A model has one or more branches (sets of logits). The loss of an example is the sum over the
+    branches of `ModelOutput.loss_weight` x loss. If `spec["mean_over"]` is `branches`, the loss of
+    a branch is first divided by the share of examples that train the branch. For the arguments, see
+    `make_loss`. For the arguments of the result, see `Objective`.
     """
     loss_fn = make_loss(spec, class_mask, steps_per_epoch, logit_scale=logit_scale)
 
@@ -235,7 +235,10 @@ def make_objective(
 
 
 def _check_loss(name: str, value: object, labels: Array) -> Array:
-    """Returns `value`, the result of the loss `name`. Checks that it has a float per label."""
+    """Returns `value`, the result of the loss function `name`.
+
+    Raises UserError if `value` is not a float array with a number for each label.
+    """
     kind = type(value).__name__
     if isinstance(value, jax.Array):
         if jnp.issubdtype(value.dtype, jnp.floating) and value.shape == labels.shape:
@@ -361,7 +364,10 @@ def is_argmax(scores: Array, column: Array) -> Array:
 
 
 def put_at_label(logits: Array, labels: Array, values: Array) -> Array:
-    """Replaces the logits [..., K] in the columns of the labels [...] int32 by `values` [...]."""
+    """Returns logits [..., K] in which the column of each label has a new value.
+
+    `labels` [...] int32 are class columns. `values` [...] float are the new values.
+    """
     return jnp.where(is_label(labels, logits.shape[-1]), values[..., None], logits)
 
 

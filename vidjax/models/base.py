@@ -96,10 +96,10 @@ class Identifier(nn.Module):
         raise NotImplementedError
 
     def prepare(self, clips: TrainingClips) -> Mapping[str, Any]:
-        """Returns attribute -> value, computed from the training clips before the first step.
+        """Computes attributes of the model from the training clips, before the first step.
 
-        A value is a number, None, or a tuple with a number for each member of an ensemble.
-        Checkpoints store the values.
+        Returns attribute -> value. A value is a number, None, or a tuple with a number for each
+        member of an ensemble. Checkpoints store the values.
         """
         return {}
 
@@ -114,24 +114,34 @@ class Identifier(nn.Module):
         return {**spec, **{name: x for name, x in prepared.items() if spec.get(name) is None}}
 
     def finalise_state(self, params: Params, model_state: ModelState) -> ModelState:
-        """Returns the `model_state` for evaluation, given the arrays [E, ...] of E trained nets."""
+        """Returns the state for evaluation, given the arrays [E, ...] of E trained nets.
+
+        `params` are the trained parameters. `model_state` are all other collections of variables. A
+        model in closed form computes here, from sums over clips, what it needs to score clips.
+        """
         return model_state
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
-        """Measures the quality of B clips for the evaluation, [B] float32, or returns None.
+        """Measures the quality of B clips for the evaluation, [B] float32.
 
-        The model receives the result as `ClipInfo.measure`. `frames` is modality -> Frames [B, T],
-        before fusion and with all features.
+        `frames` is modality -> Frames [B, T], before fusion and with all features. The model
+        receives the result as `ClipInfo.measure`. Returns None if the model needs no quality.
         """
         return None
 
     def gallery_settings(self) -> Any | None:
-        """Returns the settings of PLDA for galleries, or None if galleries use cosines."""
+        """Returns the settings with which a gallery of people compares embeddings by PLDA.
+
+        Returns None if the gallery compares embeddings by cosines.
+        """
         return None
 
 
 def check_output(model: Identifier, output: object, num_clips: int) -> None:
-    """Raises UserError if a model's output for B clips is not a ModelOutput of the right shapes."""
+    """Raises UserError if the output of a model is not a ModelOutput of the right shapes.
+
+    `num_clips` is B in the shapes, the number of clips that the model received.
+    """
     name = type(model).__name__
     if not isinstance(output, ModelOutput):
         raise UserError(

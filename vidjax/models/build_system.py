@@ -89,8 +89,9 @@ class System(NamedTuple):
     def init(self, rng: jax.Array, fuse_rng: Array) -> tuple[Params, ModelState]:
         """Draws the parameters and the other variables of the model with the PRNG key `rng`.
 
-        `fuse_rng` is a key for the fusion of blank clips. Blank clips give the shapes of the
-        inputs.
+        The shapes of the inputs come from blank clips, whose frames are fused with the key
+        `fuse_rng`. Returns the parameters, and all other collections of variables. Raises UserError
+        if the output of the model has wrong shapes.
         """
         fused = self.fuse(fuse_rng, make_blank_clips(self.task.modalities), jnp.int32(0))
         fused, exists = self.to_examples(fused)
@@ -102,7 +103,10 @@ class System(NamedTuple):
         return variables.pop("params", {}), variables
 
     def compute_shapes(self, num_members: int) -> tuple[Params, ModelState]:
-        """Returns the shapes and dtypes of the results of `init` for all members, [E, ...]."""
+        """Returns the shapes and dtypes of the variables of E nets, [E, ...], without arrays.
+
+        Returns the parameters, and all other collections. E is `num_members`.
+        """
         rngs = jax.random.split(jax.random.key(0), num_members)
         return jax.eval_shape(lambda: jax.lax.map(lambda rng: self.init(rng, rng), rngs))
 
@@ -139,7 +143,10 @@ class System(NamedTuple):
 
 
 def make_blank_clips(modalities: Mapping[str, int]) -> dict[str, Frames]:
-    """Returns two clips with a single frame of zeros: modality -> Frames [2, 1]."""
+    """Returns two clips with one frame of zeros each, to compute shapes.
+
+    `modalities` is name -> feature width. Returns modality -> Frames [2, 1].
+    """
     row = jnp.zeros((2, 1), jnp.float32)
     return {
         name: Frames(jnp.zeros((2, 1, dim), row.dtype), row, row, row.astype(jnp.int32), row == 0)
@@ -156,8 +163,7 @@ class TaskSpec(NamedTuple):
     num_clips: int
     total_steps: int  # optimiser steps of the whole run
     train_other: bool  # True if training clips of column 0 have a weight above 0
-    # The result of `Identifier.prepare`, or None.
-    # Attribute of the model -> the value that `Identifier.prepare` computed. None before that.
+    # Attribute of the model -> value that `Identifier.prepare` computed. None before `prepare`.
     settings: Mapping[str, float | tuple[float, ...]] | None = None
     num_places: int | None = None  # rows of all batches of an epoch. None means `num_clips`.
 
@@ -230,7 +236,11 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
 
 
 def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
-    """Builds the model. With `config.ensemble.views`, it gets all features except one chunk."""
+    """Builds the model of a configuration for training data of the sizes `task`.
+
+    If `config.ensemble.views` is set, each net lacks a chunk of the features. Then the widths of
+    the model's inputs are smaller than the widths in `task`.
+    """
     spec = config["model"]
     if task.settings:
         check_entry("model.name", spec.get("name"), MODELS)
@@ -338,7 +348,11 @@ def _check_type(model: str, option: str, value: object, kind: Any) -> None:  # n
 def make_fusions(
     specs: Mapping[str, Any], modalities: Collection[str], phase: str
 ) -> dict[str, FuseFn]:
-    """Builds the fusion of each modality, by default `all`, for the phase `train` or `evaluate`."""
+    """Builds the fusion of each modality, a function that selects or averages frames.
+
+    `specs` is `config.fusion`: modality -> phase -> specification. `phase` is `train` or
+    `evaluate`. A modality without a specification keeps all frames. Returns modality -> fusion.
+    """
     fusions = {}
     for name in modalities:
         field = f"config.fusion.{name}.{phase}"
@@ -353,7 +367,11 @@ def make_fusions(
 def _make_column_weight(
     spec: Mapping[str, Any], layout: NoiseClassLayout | None, steps_per_epoch: float
 ) -> Callable[[Array, Array], Array]:
-    """Builds `System.column_weight`: a schedule for mirror classes, and 1 for other classes."""
+    """Builds the function (labels [B], step) -> weights [B] of clips by their class columns.
+
+    Mirror classes have the weights of the schedule `spec["mirror_weight"]`. Other classes have the
+    weight 1. `layout` is None if there are no mirror classes.
+    """
     mirror_weight = optim.make_piecewise(spec["mirror_weight"], name="config.noise.mirror_weight")
     if not layout:
         return lambda labels, step: jnp.ones(labels.shape, jnp.float32)

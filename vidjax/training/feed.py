@@ -30,7 +30,7 @@ Dispatched = tuple[list[TrainState], list[list[LoopResult]]]
 
 
 class DispatchResult(NamedTuple):
-    """The result of a dispatch. A dispatch is one or more training steps."""
+    """The result of a dispatch: of one or more training steps that the host starts together."""
 
     states: list[TrainState]  # of every group of members (nets of an ensemble)
     num_steps: int
@@ -55,10 +55,11 @@ class Feed(abc.ABC):
     def advance(
         self, states: States, constants: AllConstants, step: int, most: int
     ) -> DispatchResult:
-        """Runs training steps for about a second, from 1 to `most` steps.
+        """Runs training steps for about a second, at least 1 and at most `most` steps.
 
-        `step` is the number of steps before the call. The arrays of `states` are donated: their
-        memory is used again, so the caller must use the returned states.
+        `states` and `constants` have an entry for each group of members that train together. `step`
+        is the number of finished steps. The memory of `states` is used again (donated), so the
+        caller must use the returned states.
         """
         count = int(DISPATCH_SECONDS / self._step_seconds) if self._step_seconds else 1
         (count,) = distributed.max_over_processes(max(1, min(most, self._most, count)))
@@ -130,7 +131,11 @@ class ResidentFeed(Feed):
     def __init__(
         self, loop: Loop, mesh: Mesh, clips: Mapping[str, Packed], plan: BatchPlan, step: int
     ):
-        """Makes a feed of the steps from `step` on."""
+        """Makes a feed of the training steps from number `step` on.
+
+        `clips` is modality -> all training clips, on the devices. `plan` decides which clips are in
+        the batch of a step.
+        """
         self._loop, self._mesh, self._clips, self._plan = loop, mesh, clips, plan
         self._step, self._most = step, resident.count_steps(plan)
 

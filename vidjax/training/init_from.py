@@ -25,9 +25,10 @@ Arrays = dict[str, np.ndarray]  # path -> values [E, ...] of the E nets of a run
 
 
 def find_source(config: Config) -> trained_runs.FoundRun:
-    """Finds the run `config.init_from`.
+    """Finds the run `config.init_from`, whose weights the new run starts with.
 
-    Raises UserError if its net is of another kind, and CheckpointError if a file is damaged.
+    Raises UserError if that run has another model or is not finished, and CheckpointError if its
+    last checkpoint is damaged.
     """
     with prefix_errors(FIELD):
         folder = open_run(config.init_from)
@@ -125,7 +126,9 @@ def load_state(
 def match_columns(
     source: trained_runs.FoundRun, task: TaskSpec, identities: Sequence[str]
 ) -> np.ndarray:
-    """Matches the class columns of identities by name, and column 0 if both runs train it.
+    """Finds the class columns of the run `source` that continue in a new run.
+
+    Identities are matched by name. Column 0, "other", is matched if both runs train it.
 
     Returns [2, n] int: n class columns of the new run, and the same classes in the run `source`.
     """
@@ -139,7 +142,10 @@ def match_columns(
 def _compute_wider_shapes(
     system: System, config: Config, num_members: int
 ) -> tuple[Mapping[str, Any], ...]:
-    """Returns the shapes of the weights with one more identity. They show the axes of classes."""
+    """Returns the shapes of the weights of `system` if there were one more identity.
+
+    An axis whose size changes is an axis of classes.
+    """
     task = system.task._replace(num_identities=system.task.num_identities + 1)
     wider = system._replace(task=task, model=make_model(config.to_dict(), task))
     return wider.compute_shapes(num_members)
@@ -152,10 +158,17 @@ def _load_array(
     columns: np.ndarray,
     width: int,
 ) -> np.ndarray | None:
-    """Returns `value` [E, ...] with the values of `old`, or None if the shapes do not fit.
+    """Returns an array of the new run with the values of the array `old` of the other run.
 
-    `wide` is the shape of `value` with one more identity. `columns` is the result of
-    `match_columns`. `width` is the number of class columns of `old`.
+    Args:
+      value: [E, ...], the array of the new run.
+      wide: the shape of `value` if there were one more identity.
+      old: the array of the other run with the same name, or None.
+      columns: [2, n] int, the result of `match_columns`.
+      width: the number of class columns of `old`.
+
+    Returns:
+      An array with the shape of `value`, or None if `old` is None or its shape does not fit.
     """
     if old is None or old.ndim != value.ndim:
         return None

@@ -26,11 +26,14 @@ def compile_loop(
     plan: RunPlan, layout: ResidentPlan, state: train_step.TrainState, mesh: Mesh,
     mode: str, group_size: int,
 ) -> tuple[jax.stages.Compiled, float]:  # fmt: skip
-    """Compiles the training loop of `group_size` members, before the clips are on the devices.
+    """Compiles the training loop of `group_size` members (nets), before clips are on the devices.
 
-    `state` is the state of all members, or its shapes. Returns the loop, and the number of bytes
-    that a step needs on a device. The bytes include two streamed batches, but no state and no
-    resident clips.
+    `layout` describes the clips that stay on the devices if `mode` is `resident`. `state` is the
+    state of all members, or its shapes.
+
+    Returns:
+      The compiled loop; and the number of bytes that a step needs on a device. The bytes include
+        two streamed batches, but no state and no resident clips.
     """
     batches, whole = plan.batches, devices.replicated_layout(mesh)
     table: Any = jax.ShapeDtypeStruct(plan.labels.shape, np.int32)
@@ -67,16 +70,20 @@ def choose_placement(
 ) -> tuple[str, int]:  # fmt: skip
     """Chooses where the clips are, and how many members train together, for all processes.
 
-    Clips come first: they stay on the devices if a step of a single member leaves room for them.
+    The clips stay on the devices if a step of a single member leaves enough memory for the clips.
 
     Args:
-      mode: the mode in the configuration. If it is `auto`, the free memory decides.
+      mode: `resident`, `streaming`, or `auto`: the free memory decides.
       layout: the resident clips.
       mesh: the devices. Their memory already contains the state of all members.
       sizes: numbers of members that may train together. The first number that fits is chosen.
       measure: maps a mode and a number of members to the bytes that a step needs on a device.
 
-    Raises UserError if `mode` is `resident`, and an int32 cannot count the frames.
+    Returns:
+      The mode, `resident` or `streaming`; and the number of members that train together.
+
+    Raises:
+      UserError: `mode` is `resident`, and an int32 cannot count the frames.
     """
     free = resident.find_least_free_bytes(mesh)
 

@@ -1,4 +1,4 @@
-"""Starts or resumes a training: makes its first state, new or from a checkpoint."""
+"""Starts or resumes a training: makes a new state, or restores the state of a checkpoint."""
 
 import json
 from collections.abc import Mapping
@@ -111,7 +111,11 @@ def start(
 
 
 def continue_facts(manifest: Mapping[str, Any], num_epochs: float) -> dict[str, Any]:
-    """Returns the facts of a run that resumes with `num_epochs` from the step of `manifest`."""
+    """Returns the facts about a run that resumes with `num_epochs`, key -> value.
+
+    `manifest` is the content of `manifest.json` of the checkpoint from which the run resumes. For
+    the keys, see `facts.FACTS`.
+    """
     known = facts.read_facts(manifest)
     if epochs := list_epochs(manifest, num_epochs):
         known["extended"] = epochs
@@ -122,9 +126,11 @@ def continue_facts(manifest: Mapping[str, Any], num_epochs: float) -> dict[str, 
 
 
 def list_epochs(manifest: Mapping[str, Any], num_epochs: float) -> list[list[float]]:
-    """Returns the fact `extended` of a run that resumes with `num_epochs`, see `facts.Epochs`.
+    """Returns the changes of `config.num_epochs` of a run that resumes with `num_epochs`.
 
-    If the run is not extended, the list is empty.
+    `manifest` is from the checkpoint from which the run resumes. A pair [step, epochs] means that
+    the run had this number of epochs from this step on. If the number has never changed, the list
+    is empty.
     """
     step, first = manifest["step"], [0, manifest["config"]["num_epochs"]]
     pairs: list[list[float]] = manifest.get("extended") or [first]
@@ -134,7 +140,11 @@ def list_epochs(manifest: Mapping[str, Any], num_epochs: float) -> list[list[flo
 
 
 def report_changes(old: Config, config: Config, plan: RunPlan, manifest: Mapping[str, Any]) -> None:
-    """Reports the changes of the configuration that affect the rest of a resumed training."""
+    """Prints the changes of the configuration that affect the rest of a resumed training.
+
+    `old` is the configuration in the `manifest` of the checkpoint. `config` is the new
+    configuration.
+    """
     step = manifest["step"]
     for name, (before, now) in differences(old, config).items():
         if affects(name) & ROUNDING:
