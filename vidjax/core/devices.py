@@ -72,17 +72,17 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
 
 
 def replicated_layout(mesh: Mesh) -> NamedSharding:
-    """Returns the layout of arrays that every device stores whole, such as parameters."""
+    """Returns the sharding of arrays that every device stores whole, such as parameters."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def row_layout(mesh: Mesh) -> NamedSharding:
-    """Returns the layout of arrays that are split along their first axis, such as batches."""
+    """Returns the sharding of arrays that are split along their first axis, such as batches."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def replicate(mesh: Mesh, tree: Tree) -> Tree:
-    """Copies a tree of arrays to every device."""
+    """Copies a tree of arrays to every device of a mesh."""
     return put(tree, replicated_layout(mesh))
 
 
@@ -109,7 +109,7 @@ def _return_unchanged(x: Array) -> Array:
 
 
 def shapes(tree: Tree, layout: NamedSharding) -> Tree:
-    """Returns the shapes, dtypes and `layout` of a tree of arrays, without the arrays."""
+    """Returns a tree of ShapeDtypeStruct: the shapes and dtypes of arrays, with one sharding."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), tree)
 
 

@@ -200,7 +200,10 @@ def shuffle(rng: Array | None, mask: Array) -> Array:
 
 
 def per_frame_uniform(rng: Array, mask: Array) -> Array:
-    """Draws a number from [0, 1) for every frame, [B, T] float32. Padding does not change it."""
+    """Draws a random number from [0, 1) for every frame, [B, T] float32.
+
+    `mask` [B, T] gives the shape. With more padding (a larger T), the numbers stay the same.
+    """
     # A draw depends on its flat index. With frames as the slow axis, padding only appends draws.
     return jax.random.uniform(rng, mask.shape[::-1], jnp.float32).T
 
@@ -427,9 +430,9 @@ def _average_over_frames(
 ) -> Array:
     """Computes the weighted mean over the frames of each clip, [B, ...].
 
-    `weights` are [B, T]. If all weights of a clip are 0, its mean is 0. `value_of(t)` returns the
-    value of frame t of every clip, [B, ...]. `value_of(None)` returns the values of all frames,
-    [B, T, ...].
+    `mask` [B, T] is True for real frames. `weights` are [B, T]. If all weights of a clip are 0, its
+    mean is 0. `value_of(t)` returns the value of frame t of every clip, [B, ...]. `value_of(None)`
+    returns the values of all frames, [B, T, ...].
     """
     total = jnp.sum(weights, axis=1, keepdims=True)
     weights = weights / jnp.where(total > 0, total, 1.0)  # [B, T]
@@ -505,9 +508,10 @@ FUSIONS: dict[str, Callable[..., Frames]] = {
 
 
 def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Frames]:
-    """Builds a fusion, (rng, Frames [B, T]) -> Frames [B, T'], from a specification.
+    """Builds a fusion, a function that selects or averages the frames of each clip.
 
-    `rng` is a PRNG key, or None in evaluation. The fusion `random` needs a key.
+    The function maps (rng, Frames [B, T]) to Frames [B, T']. `rng` is a PRNG key, or None in
+    evaluation. The fusion `random` needs a key. Raises UserError if the name or an option is wrong.
 
     Args:
       spec: a dict such as `config.fusion.face.train`: `name`, a key of FUSIONS, and options of this
@@ -661,7 +665,11 @@ def _fuse(
 
 
 def _cumulate_probs(probs: Sequence[float] | None, length: int) -> np.ndarray:
-    """Returns the cumulative probabilities of fusing 1, 2, ... frames, [length] float32."""
+    """Returns the cumulative probabilities of averaging 1, 2, ... frames, [length] float32.
+
+    `probs` are relative probabilities, or None for equal probabilities. Raises UserError if they
+    are not `length` finite numbers of 0 or more.
+    """
     try:
         weights = np.ones(length) if probs is None else np.asarray(probs, np.float64)
     except (ValueError, TypeError):

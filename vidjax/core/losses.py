@@ -350,9 +350,9 @@ def _select_at_label_jvp(
 
 
 def is_argmax(scores: Array, column: Array) -> Array:
-    """Returns [B] bool, True where `argmax(scores, axis=1) == column`.
+    """Returns whether `column` has the highest score, for each row of scores, [B] bool.
 
-    Scores are [B, K] float, and the column is [B] int32. If scores are equal, the first column
+    `scores` are [B, K] float, and `column` is [B] int32. Among equal scores, the first column
     counts as the highest. The result is False for a row with NaN.
     """
     # On a CPU this is 9 times faster than `argmax`.

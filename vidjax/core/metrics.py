@@ -192,7 +192,7 @@ def _without_nan(scores: ArrayLike) -> np.ndarray:
 
 
 class ClipScores(NamedTuple):
-    """The scores of the N clips of a split, which is the argument of a metric."""
+    """The scores of the N clips of a split, from which metrics are computed."""
 
     pool: np.ndarray  # [N] bool, the clips that are ranked
     best: np.ndarray  # [N] float32, the highest score for any identity; -inf outside the pool

@@ -20,7 +20,7 @@ ModelState = Mapping[str, Any]  # name -> collection, for all other collections
 
 
 class TrainingClips(NamedTuple):
-    """The N training clips of a run, as `Identifier.prepare` receives them."""
+    """The N training clips of a run, from which a model computes attributes before step 0."""
 
     labels: np.ndarray  # [N] int, class columns; 0 for distractors
     used: np.ndarray  # [E, N] bool, True for the clips that each member is trained on
@@ -107,9 +107,10 @@ class Identifier(nn.Module):
     def with_prepared(
         cls, spec: Mapping[str, Any], prepared: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """Returns the attributes `spec` of a model, completed by the attributes in `prepared`.
+        """Returns the attributes `spec` of a model, completed by the result of `prepare`.
 
-        `prepared` is the result of `prepare`. Only attributes whose value is None are replaced.
+        `spec` and `prepared` are attribute -> value. A value in `spec` that is None or missing is
+        taken from `prepared`.
         """
         return {**spec, **{name: x for name, x in prepared.items() if spec.get(name) is None}}
 

@@ -169,7 +169,7 @@ class TaskSpec(NamedTuple):
 
     @property
     def layout(self) -> NoiseClassLayout | None:
-        """The class columns of a run with noise classes, or None for other runs."""
+        """The layout of the class columns with noise classes, or None without noise classes."""
         if self.num_clusters is None:
             return None
         return NoiseClassLayout(self.num_identities, self.num_clusters)
@@ -327,7 +327,11 @@ def make_identifier(
 
 
 def _check_type(model: str, option: str, value: object, kind: Any) -> None:  # noqa: ANN401
-    """Raises UserError if the value of an option is not of the type `kind`, or is out of range."""
+    """Raises UserError if the `value` of an option does not fit the type `kind`.
+
+    `kind` may limit the range, such as `Annotated[float, Meta(ge=0)]`, or list values (Literal).
+    `model` is the beginning of the message.
+    """
     if get_origin(kind) is Literal:  # the error of msgspec would not list the possible values
         check_choice(option, value, get_args(kind))
         return
@@ -381,7 +385,7 @@ def _make_column_weight(
 
 
 def _check_dtype(dtype: str) -> None:
-    """Raises UserError if JAX would compute in another dtype than `dtype`, without a message."""
+    """Raises UserError if JAX would silently compute in another dtype than `dtype`."""
     if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
         raise UserError(
             f"config.dtype={dtype}: JAX computes in float32 in this process\n"

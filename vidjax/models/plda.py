@@ -53,7 +53,10 @@ class PLDAIdentifier(Identifier):
     min_epochs: ClassVar[float] = 2.0  # the first for the centre, the second for the sums
 
     def settings(self, member: int = 0) -> Settings:
-        """Returns the settings of an ensemble's member. Raises UserError if a setting is None."""
+        """Returns the settings of PLDA for member number `member` of an ensemble.
+
+        Raises UserError if a setting is None, because the model is not trained.
+        """
         values = {name: getattr(self, name) for name in Settings._fields}
         if missing := [name for name, value in values.items() if value is None]:
             raise UserError(
@@ -63,7 +66,10 @@ class PLDAIdentifier(Identifier):
         return Settings(**chosen)
 
     def prepare(self, clips: TrainingClips) -> dict[str, float | tuple[float, ...]]:
-        """Fits the settings that are None, on held-out training clips. Returns name -> value."""
+        """Fits the settings of PLDA that are None, on held-out training clips.
+
+        Returns name -> value. A value is a number, or a tuple with a number for each member.
+        """
         given = {name: getattr(self, name) for name in Settings._fields}
         return plda_fit.fit_member_settings(given, clips)
 
@@ -204,7 +210,7 @@ def _count_occurrences(index: Array, mask: Array) -> Array:
 
 
 def _compute_mean(part: Mapping[str, Array], share: float | Array) -> Array:
-    """Computes `share` x the mean of the vectors whose sum is `part["centre"]`, [D]."""
+    """Computes `share` x the mean vector of clips, [D], from their sum and number in `part`."""
     return share * part["centre"] / jnp.maximum(part["num"], 1.0)
 
 

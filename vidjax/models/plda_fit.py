@@ -80,7 +80,8 @@ def to_device_arrays(space: Space, enrolled: Enrolled, dtype: jnp.dtype) -> tupl
 def log_ratios(space: Space, enrolled: Enrolled, vectors: Array) -> Array:
     """Computes the log-likelihood ratio of each of K classes against a stranger, [B, K].
 
-    `vectors` [B, D] float are the clips. If a class has no enrolled clip, its ratios are about 0.
+    `vectors` [B, D] float are the centred vectors of clips. If a class has no enrolled clip, its
+    ratios are about 0.
     """
     z = (vectors - space.mean) @ space.transform
     squares = (z * z) @ enrolled.curve.T  # [B, U]
@@ -214,7 +215,7 @@ def fit_settings(
 
     Args:
       vectors: modality -> [N, D] float of unit length, 0 for clips that lack the modality.
-      labels: [N] int, 1 or more.
+      labels: [N] int, the person in each clip, 1 or more.
       given: name -> value of settings that are not fitted.
       enrolled: like `vectors`, for the enrolment of clips. None means that `vectors` are enrolled.
       least_within: see `two_covariance.covariances`. If it is above 0, similar clips of a person
@@ -285,7 +286,7 @@ def _refit_stranger(ratios: Sequence["_Ratios"], settings: Settings, width: floa
 
 
 class _Fold(NamedTuple):
-    """The enrolled clips and the held-out clips of a fold, on which settings are fitted."""
+    """The enrolled clips and the held-out clips of a fold, on which settings of PLDA are fitted."""
 
     covariances: Sequence[two_covariance.Covariances]  # for M modalities
     totals: Sequence[tuple[np.ndarray, np.ndarray]]  # count [K] and sum [K, D], for M modalities
@@ -420,7 +421,10 @@ def _compute_ratios(fold: _Fold, within: float, between: float) -> _Ratios:
 
 
 def _move_to_new_days(space: Space, vectors: np.ndarray, shared: float) -> np.ndarray:
-    """Replaces the noise that held-out clips [Q, D] share with enrolled clips by other noise.
+    """Changes the vectors of held-out clips as if the clips were from other days.
+
+    Clips of a person from one day share a part of their noise. In the held-out clips `vectors`
+    [Q, D], this part is replaced by other noise. Returns [Q, D].
 
     `shared` is the share of the variance within a person that the person's clips have in common.
     """

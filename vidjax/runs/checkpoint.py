@@ -58,15 +58,16 @@ class Checkpoint(NamedTuple):
 
 
 def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Saves a checkpoint, and deletes all but three checkpoints (see above).
+    """Saves a checkpoint of a run, and deletes earlier checkpoints.
 
-    If the step already has a checkpoint, only adds `info` to its manifest.
+    The latest checkpoint, the best by MAP, and the last evaluated checkpoint before the latest
+    stay. If `step` already has a checkpoint, only `info` is added to its `manifest.json`.
 
     Args:
       workdir: the folder of the run.
       step: the number of finished training steps.
       items: name -> tree of arrays, or a JSON value for a name in LISTS.
-      info: JSON values for the manifest. The best checkpoint has the highest value `map`.
+      info: name -> JSON value for `manifest.json`. The best checkpoint has the highest `map`.
     """
     folder = workdir / "checkpoints" / str(step)
     first = distributed.is_first()

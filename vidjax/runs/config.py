@@ -493,7 +493,7 @@ def to_tuples(value: Any) -> Any:
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Returns the differences of two configurations, dotted name -> (old value, new value).
 
-    Fields that have no effect in both configurations are left out, see `Field.read_when`.
+    A field is left out if it has an effect neither with `old` nor with `new`, see `is_read`.
     """
     before, after = dict(fields(old)), dict(fields(new))
     return {

@@ -110,9 +110,10 @@ class RunFolder:
         return {name: self.metrics(self.paths(name)) for name in config_lib.list_splits(config)[1:]}
 
     def describe(self, config: Config, metrics: Mapping[str, Any]) -> dict[str, str]:
-        """Returns the results of an evaluation with `config` as rows, label -> text.
+        """Returns the results of an evaluation with `config` as rows of a table, label -> text.
 
-        `metrics` is the content of `metrics.json`. The text of a row may be "".
+        `metrics` is the content of `metrics.json`. The text of a row is "" if there is nothing to
+        say.
         """
         split, rows = config.eval.split, dict[str, str]()
         if "map" in metrics:
@@ -205,8 +206,8 @@ def make_paths_absolute(config: Config) -> Config:
 def make_and_lock(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Makes and locks the folder of a run, and yields its absolute path.
 
-    If the block raises an error, a new folder that is still empty is removed, with new folders
-    around it.
+    If the `with` block raises an error, and the folder is new and still empty, the folder is
+    removed. Its new parent folders are removed, too. Raises UserError if the folder contains clips.
     """
     folder = files.local(path).absolute()
     refuse_folder_of_data(folder)

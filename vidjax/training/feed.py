@@ -30,7 +30,7 @@ Dispatched = tuple[list[TrainState], list[list[LoopResult]]]
 
 
 class DispatchResult(NamedTuple):
-    """The result of a dispatch: of one or more training steps that the host starts together."""
+    """The result of a dispatch, one or more training steps that the host starts with one call."""
 
     states: list[TrainState]  # of every group of members (nets of an ensemble)
     num_steps: int
@@ -42,7 +42,7 @@ class Feed(abc.ABC):
     """Reads batches of clips, and runs training steps on them.
 
     Attributes:
-      mode: `streaming` or `resident`.
+      mode: `streaming` (clips are read from the disk) or `resident` (clips stay on the devices).
       waited: the seconds in which the devices waited for clips.
     """
 
@@ -75,11 +75,12 @@ class Feed(abc.ABC):
 
     @abc.abstractmethod
     def _dispatch(self, states: States, constants: AllConstants, count: int) -> Dispatched:
-        """Runs at most `count` steps with one or more calls of the compiled loop.
+        """Runs at most `count` training steps with one or more calls of the compiled loop.
 
-        Returns the new states, and the results of the last two calls, or of the only call. The
-        result of a call is a list with a LoopResult for each group of members (nets). Earlier
-        results are not returned, because no step of their calls was bad.
+        The lists `states` and `constants` have an entry for each group of members (nets) that train
+        together. Returns the new states, and the results of the last two calls, or of the only
+        call. The result of a call is a list with a LoopResult for each group. Earlier results are
+        not returned, because no step of their calls was bad.
         """
 
 
@@ -88,8 +89,8 @@ class StreamingFeed(Feed):
 
     The host reads the result of a step after it has started the next step, so that no device waits
     for the host. The devices store at most two batches. `waited` is an estimate. If a step ends
-    before the next batch is read, it grows by the time of reading minus the time of the fastest
-    step.
+    before the next batch is read, `waited` grows by the time of reading minus the time of the
+    fastest step.
     """
 
     mode = "streaming"
@@ -124,7 +125,7 @@ class StreamingFeed(Feed):
 
 
 class ResidentFeed(Feed):
-    """Gathers batches from clips on the devices, so that no step waits for the host."""
+    """Gathers batches from clips that stay on the devices, so that no step waits for the host."""
 
     mode = "resident"
 

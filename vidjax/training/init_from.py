@@ -68,7 +68,7 @@ def load_state(
     state: TrainState,
     mesh: Mesh,
 ) -> tuple[TrainState, Source]:
-    """Replaces the weights of a new run by the weights of `source` that fit.
+    """Replaces the weights of a new run by the weights of the run `source` that fit.
 
     An array fits if it has the same path and shape. Along the axis of the classes, each identity
     gets the values of the identity with the same name in `source`. All other values stay.
@@ -152,12 +152,9 @@ def _compute_wider_shapes(
 
 
 def _load_array(
-    value: np.ndarray,
-    wide: tuple[int, ...],
-    old: np.ndarray | None,
-    columns: np.ndarray,
+    value: np.ndarray, wide: tuple[int, ...], old: np.ndarray | None, columns: np.ndarray,
     width: int,
-) -> np.ndarray | None:
+) -> np.ndarray | None:  # fmt: skip
     """Returns an array of the new run with the values of the array `old` of the other run.
 
     Args:

@@ -301,7 +301,7 @@ class TrainingRun:
     def advance(self, stop: int) -> tuple[int, float]:
         """Trains for about a second, at most to step `stop`.
 
-        Returns the number of clips, and the last loss, averaged over members. Raises UserError if
+        Returns the number of clips, and the last loss, averaged over nets. Raises UserError if
         the loss or gradient of a member was not finite in three consecutive steps.
         """
         dispatched = time.monotonic()
@@ -329,7 +329,7 @@ class TrainingRun:
     def log(self, logs: Logs) -> dict[str, float]:
         """Logs the mean loss and accuracy since the previous call, and resets their sums.
 
-        Returns the measured times, for `Logs.timing`.
+        Returns the clips per second and the seconds in which the devices waited for clips.
         """
         sums = {
             name: sum(float(np.sum(devices.fetch(state.sums[name]))) for state in self._states)
@@ -406,7 +406,7 @@ class TrainingRun:
         return [score(model, split, each_member=each, check=check) for split in splits]
 
     def trained_model(self) -> TrainedModel:
-        """Returns the model with the present weights."""
+        """Returns the model with the present weights, to score clips with it."""
         weights = [(state.params, state.model_state) for state in self._states]
         params, model_state = ensemble.merge(weights)
         return TrainedModel(

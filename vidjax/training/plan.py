@@ -241,7 +241,7 @@ def compute_values(
     wanted: np.ndarray,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """Returns the values of the wanted training clips, [n, ...].
+    """Computes a value for each wanted training clip, from its frames, [n, ...].
 
     `wanted` [N] bool selects n of the N training clips, at least one. `value_of` maps a batch of B
     clips, with all their frames in `modalities`, to values [B, ...]. If `mesh` is given, each batch
@@ -266,7 +266,7 @@ def compute_values(
 
 
 def make_relabel(config: Config, plan: RunPlan, mesh: Mesh) -> Relabel:
-    """Returns a function that gives distractors in no cluster the labels that a member predicts.
+    """Returns a function that relabels distractors in no cluster by the model's predictions.
 
     The arguments of the function are the state of all E members and the source of the clips. The
     function returns the new labels of all training clips, [E, N] int32, see
@@ -364,7 +364,11 @@ def describe_repeated_clips(config: Config, plan: RunPlan) -> str | None:
 
 
 def _compute_clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> np.ndarray:
-    """Returns the loss weight [N] of each clip, from `data.balance` and the file `data.weights`."""
+    """Returns the weight of each of N training clips in the loss, [N] float.
+
+    The weight is the product of a weight of the clip's class (`config.data.balance`) and the weight
+    in the file `config.data.weights`.
+    """
     _, column, counts = np.unique(labels, return_inverse=True, return_counts=True)
     weight = counts[column] ** -float(config.data.balance)
     weight = weight / weight.mean()
