@@ -20,9 +20,11 @@ SCENE_VIEWS = (1, 2, 3, 4, 6, 8, 10, 11, 12, 14, 15)
 
 
 def follow(config: Config, words: Collection[str]) -> None:
-    """Changes the configuration of `configs/deepmef.py`, given its arguments, to the team's values.
+    """Changes a configuration of `configs/deepmef.py` to the values of the team.
 
-    Without a face, there is only the net of the scene. With only a face, there is no such net.
+    `words` are the arguments of the file, such as `iqiyi_vid`. If the face is not among the
+    modalities, there is only the net of the scene. If the face is the only modality, there is no
+    net of the scene.
     """
     config.num_epochs = 100.0  # code
     config.data.max_frames = 4096  # code: draws from all frames

@@ -22,7 +22,10 @@ from vidjax.runs.config import Config
 
 
 def follow(config: Config, words: Collection[str]) -> None:
-    """Changes the configuration of `configs/mma.py`, given its arguments."""
+    """Changes a configuration of `configs/mma.py` to the published values.
+
+    `words` are the arguments of the file, such as `iqiyi_vid`.
+    """
     config.data.crop = "quality"  # paper: the best of the whole clip, not of a window
     top = {"name": "top", "num_frames": 32}  # paper
     config.fusion.face = {"train": top, "evaluate": {**top, "repeats": "random"}}

@@ -12,7 +12,10 @@ from vidjax.runs.config import Config
 
 
 def follow(config: Config, words: Collection[str]) -> None:
-    """Changes the configuration of `configs/residual_dense.py`, given its arguments."""
+    """Changes a configuration of `configs/residual_dense.py` to the published values.
+
+    `words` are the arguments of the file, such as `iqiyi_vid`.
+    """
     main = config.modalities[0]
     config.num_epochs = 8.0  # paper
     # Ours: 64 clips, or 16 on few clips. A batch then has a few thousand (or hundred) frames.
