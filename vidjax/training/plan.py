@@ -341,7 +341,7 @@ def warn_of_untrained_people(split: Split, labels: np.ndarray) -> None:
     absent = len(np.setdiff1d(people, labels))
     if 2 * absent > len(people):
         warn(
-            f"{absent:,} of {len(people):,} people in {split.name} have no training clip, so the "
+            f"{absent:,} of {len(people):,} people of {split.name} have no training clip, so the "
             "run cannot recognise them\n"
             "add training clips of them, or correct names that differ between the splits"
         )
