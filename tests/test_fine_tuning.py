@@ -17,6 +17,7 @@ from vidjax.core.ensemble import Member, TrainingSets
 from vidjax.runs import checkpoint, config_io, members_file, signals
 from vidjax.runs.run_folder import RunFolder
 from vidjax.training import early_stop, init_from, profiler, public, resume, train_step
+from vidjax.training.dry_run import dry_run
 from vidjax.training.plan import make_plan
 from vidjax.utils.errors import UserError, VidjaxWarning
 
@@ -197,7 +198,7 @@ def test_training_ends_after_evaluations_without_a_better_value(metric, values, 
     assert stopped == stop
     refused(lambda: early_stop.add_evaluation(config, None, 1, {}), metric, "eval.split")
     config.early_stop.metric = "mpa"
-    refused(lambda: early_stop.check_metric(config), "did you mean 'map'?")
+    refused(lambda: dry_run(config), "did you mean 'map'?")
 
 
 def test_more_epochs_continue_a_training_that_ended_early():
