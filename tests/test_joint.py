@@ -106,7 +106,7 @@ def test_strangers_are_recognised_if_no_stranger_was_among_the_clips_to_learn_fr
 
 
 def test_numbers_for_a_part_are_learned_from_the_clips_of_other_parts():
-    labels = RNG.integers(0, 1 + C, 450)
+    labels = RNG.integers(0, 1 + C, 900)
     part = calibration.split_clips(labels)
     logs = np.stack([make_scores(labels, labels, 1.0) for _ in range(2)])
     spoilt = logs.copy()

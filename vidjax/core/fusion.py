@@ -171,13 +171,10 @@ def frame_weights(frames: Frames, weighting: str) -> Array:
 
 def mean_measure(frames: Frames, measure: str) -> Array:
     """Computes the mean L2 `norm` or the mean `quality` of the frames of each clip, [B] float32."""
-
-    def value(t: Array | None) -> Array:
-        if measure == "norm":
-            return jnp.linalg.norm(_read_frame(frames.features, t).astype(jnp.float32), axis=-1)
-        return _read_frame(_replace_non_finite(frames.quality), t)
-
-    return _average_over_frames(frames.mask, frames.mask.astype(jnp.float32), value)
+    weights = frames.mask.astype(jnp.float32)
+    if measure == "norm":
+        return _average_over_frames(frames.mask, weights, frames.features, _read_norm)
+    return _average_over_frames(frames.mask, weights, _replace_non_finite(frames.quality))
 
 
 def shuffle(rng: Array | None, mask: Array) -> Array:
@@ -401,8 +398,7 @@ def mean_frame(frames: Frames, *, weighting: str = "uniform") -> Frames:
     weights = frame_weights(frames, weighting)
 
     def mean(values: Array | LazyFeatures) -> Array:
-        means = _average_over_frames(frames.mask, weights, functools.partial(_read_frame, values))
-        return means[:, None]
+        return _average_over_frames(frames.mask, weights, values)[:, None]
 
     return Frames(
         features=mean(frames.features),  # [B, 1, D]
@@ -413,19 +409,37 @@ def mean_frame(frames: Frames, *, weighting: str = "uniform") -> Frames:
     )
 
 
+def _read_frame(values: Array | LazyFeatures, t: Array | int | None) -> Array:
+    """Returns the t-th frame of every clip, [B] or [B, D]. If `t` is None, returns all frames."""
+    if t is None:
+        return read(values)
+    if isinstance(values, LazyFeatures):
+        return read(values._replace(index=_read_frame(values.index, t)))
+    return jax.lax.dynamic_index_in_dim(values, t, axis=1, keepdims=False)
+
+
+def _read_norm(features: Array | LazyFeatures, t: Array | None) -> Array:
+    """Returns the L2 norm of the t-th frame of every clip, [B]; of all frames if `t` is None."""
+    return jnp.linalg.norm(_read_frame(features, t).astype(jnp.float32), axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames="read_value")
 def _average_over_frames(
-    mask: Array, weights: Array, value_of: Callable[[Array | None], Array]
+    mask: Array,
+    weights: Array,
+    values: Array | LazyFeatures,
+    read_value: Callable[[Array | LazyFeatures, Array | None], Array] = _read_frame,
 ) -> Array:
     """Computes the weighted mean over the frames of each clip, [B, ...].
 
-    `weights` are [B, T]. If all weights of a clip are 0, its mean is 0. `value_of(t)` returns the
-    value of frame t of every clip, [B, ...]. `value_of(None)` returns the values of all frames,
-    [B, T, ...].
+    `weights` are [B, T]. If all weights of a clip are 0, its mean is 0. `read_value(values, t)`
+    returns the value of frame t of every clip, [B, ...]. If t is None, it returns the values of all
+    frames, [B, T, ...].
     """
     total = jnp.sum(weights, axis=1, keepdims=True)
     weights = weights / jnp.where(total > 0, total, 1.0)  # [B, T]
     if any(map(jax.export.is_symbolic_dim, mask.shape)):  # exported: loops are slow in runtimes
-        values = value_of(None)
+        values = read_value(values, None)
         counts = mask.reshape(*mask.shape, *[1] * (values.ndim - 2))
         values = jnp.where(counts, values, 0)
         return jnp.einsum("bt,bt...->b...", weights, values, precision=jax.lax.Precision.HIGHEST)
@@ -435,10 +449,10 @@ def _average_over_frames(
     # Reading a frame at a time in the stored dtype is 15 times faster on CPU than summing float32
     # [B, T, D], and the result does not depend on the length of the padding.
     def add(t: Array, total: Array) -> Array:
-        value = value_of(t)
+        value = read_value(values, t)
         return total + value * _read_frame(weights, t).reshape(-1, *[1] * (value.ndim - 1))
 
-    first = jax.eval_shape(value_of, jnp.int32(0))
+    first = jax.eval_shape(read_value, values, jnp.int32(0))
     return jax.lax.fori_loop(0, end, add, jnp.zeros(first.shape, _widen_dtype(first)))
 
 
@@ -669,15 +683,6 @@ def _cumulate_probs(probs: Sequence[float] | None, length: int) -> np.ndarray:
 
 def _widen_dtype(values: Array) -> jnp.dtype:
     return jnp.promote_types(values.dtype, jnp.float32)
-
-
-def _read_frame(values: Array | LazyFeatures, t: Array | int | None) -> Array:
-    """Returns the t-th frame of every clip, [B] or [B, D]. If `t` is None, returns all frames."""
-    if t is None:
-        return read(values)
-    if isinstance(values, LazyFeatures):
-        return read(values._replace(index=_read_frame(values.index, t)))
-    return jax.lax.dynamic_index_in_dim(values, t, axis=1, keepdims=False)
 
 
 def _replace_non_finite(values: Array) -> Array:

@@ -4,6 +4,7 @@ The configuration is given as nested dicts. Callers with a ConfigDict pass `to_d
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -219,13 +220,16 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         top_classes=config["eval"]["top_classes"],
         class_mask=class_mask,
     )
+
     # Only the fusion of a training step gets a random key. A fusion that needs a key raises here.
-    blank = make_blank_clips(task.modalities)
-    jax.eval_shape(system.fuse, None, blank, jnp.int32(0))
+    def fuse(fuse_eval: Mapping[str, FuseFn]) -> None:
+        blank = make_blank_clips(task.modalities)
+        system._replace(fuse_eval=fuse_eval).fuse(None, blank, jnp.int32(0))
+
+    jax.eval_shape(functools.partial(fuse, system.fuse_eval))
     if task.layout and config["noise"]["relabel_by"] == "train":
         with prefix_errors("config.noise.relabel_by=train"):
-            predicting = system._replace(fuse_eval=system.fuse_train)
-            jax.eval_shape(predicting.fuse, None, blank, jnp.int32(0))
+            jax.eval_shape(functools.partial(fuse, system.fuse_train))
     return system
 
 

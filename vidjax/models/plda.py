@@ -1,5 +1,6 @@
 """PLDA (probabilistic linear discriminant analysis), a model that is computed from sums."""
 
+import functools
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -151,20 +152,20 @@ class PLDAIdentifier(Identifier):
             self._finalise_member(jax.tree.map(lambda x, e=e: x[e], parts), self.settings(e))
             for e in range(len(jax.tree.leaves(parts)[0]))
         ]
-        return {"solved": jax.tree.map(_stack, *solved)}
+        stack = functools.partial(_stack, jax.tree.leaves(parts)[0].dtype)
+        return {"solved": jax.tree.map(stack, *solved)}
 
     def _finalise_member(self, sums: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-        solved, dtype = {}, jax.tree.leaves(sums)[0].dtype
+        solved = {}
         for name in self.modalities:
             count = sums[name]["count"]
             space = two_covariance.make_blank_space(self.modalities[name])
             if np.sum(count) > 0:
                 space = two_covariance.fit(sums[name], settings)
             enrolled = two_covariance.enrol(space, count, sums[name]["total"])
-            space, enrolled = plda_fit.to_device_arrays(space, enrolled, dtype)
-            centre = jnp.asarray(_compute_mean(sums[name], settings.centred), dtype)
+            centre = _compute_mean(sums[name], settings.centred)
             solved[name] = {"centre": centre, "space": space, "enrolled": enrolled}
-        return {**solved, "settings": Settings(*(jnp.asarray(value, dtype) for value in settings))}
+        return {**solved, "settings": settings}
 
 
 def _add(
@@ -210,9 +211,16 @@ def _centre_vectors(x: Array, centre: Array) -> Array:
     return jnp.where(jnp.any(x != 0, axis=1, keepdims=True), unit_vectors(x - centre), 0.0)
 
 
-def _stack(*parts: Array) -> Array:
-    """Stacks the arrays of the members, [E, ...]. Smaller arrays are padded with 0."""
+def _stack(dtype: np.dtype, *parts: Array | float) -> np.ndarray:
+    """Stacks the arrays of the members, [E, ...]. Smaller arrays are padded with 0.
+
+    Floats get the dtype `dtype`. The result is on the host: on a device, each shape would need
+    several programs.
+    """
+    arrays = [np.asarray(part) for part in parts]
     # Only `Enrolled.curve` may differ in size.
-    largest = np.max([part.shape for part in parts], axis=0)
-    pads = [[(0, lack) for lack in largest - part.shape] for part in parts]
-    return jnp.stack([jnp.pad(x, pad) if pad else x for x, pad in zip(parts, pads, strict=True)])
+    largest = np.max([x.shape for x in arrays], axis=0)
+    stacked = np.stack([
+        np.pad(x, [(0, lack) for lack in largest - x.shape]) if x.ndim else x for x in arrays
+    ])  # fmt: skip
+    return stacked.astype(dtype) if stacked.dtype.kind == "f" else stacked

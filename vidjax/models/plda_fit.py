@@ -67,16 +67,6 @@ def unit_mean(frames: Frames) -> Array:
     return unit_vectors(fusion.mean_frame(frames).features[:, 0])
 
 
-def to_device_arrays(space: Space, enrolled: Enrolled, dtype: jnp.dtype) -> tuple[Space, Enrolled]:
-    """Copies `space` and `enrolled` to the device. Floats get the dtype `dtype`."""
-
-    def cast(x: Array) -> jax.Array:
-        floats = np.issubdtype(np.asarray(x).dtype, np.floating)
-        return jnp.asarray(x, dtype if floats else None)
-
-    return Space(*map(cast, space)), Enrolled(*map(cast, enrolled))
-
-
 def log_ratios(space: Space, enrolled: Enrolled, vectors: Array) -> Array:
     """Computes the log-likelihood ratio of each of K classes against a stranger, [B, K].
 
@@ -364,6 +354,7 @@ def _choose_first_clips(labels: np.ndarray) -> np.ndarray:
     return (place == 0) | ((labels % 2 == 0) & (place < count - 1))
 
 
+@jax.jit
 def _add_strangers(part: "_Ratios") -> "_Ratios":
     """Adds each held-out clip again, as the clip of a stranger: its person is not enrolled."""
     labels = part.labels[:, None]
@@ -390,21 +381,23 @@ def _compute_ratios(fold: _Fold, within: float, between: float) -> _Ratios:
 
     `within` and `between` are as in `Settings`.
     """
-    ratios = []
+    parts = []
     for fitted, pair, queries in zip(fold.covariances, fold.totals, fold.queries, strict=True):
         space = two_covariance.make_space(fitted, within=within, between=between)
         if fitted.shared:
             queries = _move_to_new_days(space, queries, fitted.shared)
-        enrolled = two_covariance.enrol(space, *pair)
-        arrays = to_device_arrays(space, enrolled, jnp.dtype("float32"))
-        with jax.default_matmul_precision("highest"):  # as in evaluation
-            ratios.append(log_ratios(*arrays, jnp.asarray(queries, jnp.float32)))
-    return _Ratios(
-        jnp.stack(ratios),
-        jnp.asarray(np.stack([count > 0 for count, _ in fold.totals])),
-        jnp.asarray(np.stack([np.any(x != 0, axis=1) for x in fold.queries])),
-        jnp.asarray(fold.labels),
-    )
+        parts.append((space, two_covariance.enrol(space, *pair), queries))
+    with jax.default_matmul_precision("highest"):  # as in evaluation
+        ratios = _stack_ratios(parts)
+    known = np.stack([count > 0 for count, _ in fold.totals])
+    present = np.stack([np.any(x != 0, axis=1) for x in fold.queries])
+    return jax.device_put(_Ratios(ratios, known, present, fold.labels))
+
+
+@jax.jit  # without jit, every operation is a program
+def _stack_ratios(parts: Sequence[tuple[Space, Enrolled, Array]]) -> Array:
+    """Computes `log_ratios` for each of M modalities, [M, Q, K]."""
+    return jnp.stack([log_ratios(*part) for part in parts])
 
 
 def _move_to_new_days(space: Space, vectors: np.ndarray, shared: float) -> np.ndarray:
@@ -456,7 +449,7 @@ def _fit(
     num_clips = sum(len(part.labels) for part in parts)
 
     def loss(point: np.ndarray) -> tuple[float, np.ndarray]:
-        at = jnp.asarray(np.where(free, point, start), jnp.float32)
+        at = np.where(free, point, start).astype(np.float32)
         results = [_loss(at, part) for part in parts]
         slope = np.mean([np.asarray(slope, np.float64) for _, slope in results], axis=0)
         gap = (point - start) / DEVIATIONS**2 / num_clips
