@@ -223,6 +223,16 @@ def tables_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "run_limited", read)
 
 
+@pytest.fixture(scope="module")
+def no_figures() -> Iterator[None]:
+    """Figures of reports are empty: to draw the figures of a report takes a second."""
+    from vidjax.evaluation.report import html
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(html.Plot, "_svg", lambda *_: "<svg></svg>")
+        yield
+
+
 @pytest.fixture(scope="session")
 def official_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of official files: 12 identities, three splits, face, head and audio."""

@@ -33,7 +33,7 @@ from vidjax.utils import files
 SYSTEMS = {
     "knn": "configs/knn.py:iqiyi_vid,face",
     "mma": "configs/mma.py:iqiyi_vid",
-    "plda": "configs/plda.py:iqiyi_vid --config.num_epochs=2",  # PLDA reads all clips twice
+    "plda": " ".join(["configs/plda.py:iqiyi_vid", *small_runs.CLOSED_FORM]),
     "quality_fusion": "configs/quality_fusion.py:iqiyi_vid,folds",
     "deepmef": "configs/deepmef.py:iqiyi_vid,face,head",
     "residual_dense": "configs/residual_dense.py:iqiyi_vid,face,head",
@@ -66,8 +66,8 @@ def nearest(nearest_run):
 
 
 @pytest.fixture(scope="module")
-def made(trained):
-    return lambda name: trained(*SYSTEMS[name].split())
+def made(trained, nearest_run):
+    return lambda name: nearest_run if name == "knn" else trained(*SYSTEMS[name].split())
 
 
 @pytest.mark.slow

@@ -131,7 +131,7 @@ def fixed_settings():
 
 
 @pytest.fixture(scope="module")
-def joint(official_dir, official_data, tmp_path_factory):
+def joint(no_figures, official_dir, official_data, tmp_path_factory):
     """A joint run of two systems in closed form, its configuration, and the data."""
     config = config_lib.default()
     config.data.update(name="iqiyi_vid", dir=str(official_dir), train_splits=("train", "val"))

@@ -168,7 +168,7 @@ def test_identification_errors_need_strangers_and_known_people_and_a_rate():
 
 
 @pytest.fixture(scope="module")
-def workdir(data, tmp_path_factory):
+def workdir(no_figures, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("analysed")
     words = ("--config.num_epochs=1", "--config.eval.report=True")
     config = small_runs.shrunk(*words, spec="configs/mma.py:iqiyi_vid")
