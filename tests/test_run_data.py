@@ -117,9 +117,10 @@ def test_clips_in_memory_are_written_only_into_the_folder_of_a_run(tmp_path, mon
 
     for mode in ("resident", "streaming"):
         train(mode, 1)
-    run, resumed = tmp_path / "resident", train("resident", 2)
-    assert vidjax.evaluate(run, vidjax.load_data(clips, labels)).map == resumed.map
-    assert vidjax.restore(run).rank(clips["val"])
+        resumed = train(mode, 2)
+        data = vidjax.load_data(clips, labels)
+        assert vidjax.evaluate(tmp_path / mode, data).map == resumed.map
+        assert vidjax.restore(tmp_path / mode).rank(clips["val"])
     other = copy.deepcopy(clips)
     other["train"]["train3"]["face"][0, 0] += 1
     error = refused(lambda: train("resident", 2, other), "train has other features")
