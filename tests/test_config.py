@@ -258,7 +258,7 @@ def test_configuration_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
     assert config_io.load_file("~/configs/mma.py").model.name == "knn"
     shutil.copy(ROOT / "configs" / "mma.py", tmp_path / "configs" / "mine.py")
     assert config_io.load_file("mine").model.name == "mma"
-    refused(lambda: load("mine:published"), "published/mine.py", "copy this file, too")
+    refused(lambda: load("mine:published"), "published/mine.py", "copy it from configs")
 
 
 def test_file_that_changes_twice_in_a_second_is_read_again(tmp_path):

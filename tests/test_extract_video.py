@@ -526,7 +526,7 @@ def test_invalid_face_tags_and_tags_of_pets_are_ignored(tags_of):
     assert "a.jpg: identity 'A\\u200eda' contains the invisible letter" in parsed.problem
 
 
-ENDLESS = "cannot be read: a namespace has"
+ENDLESS = "cannot be read: an XMP namespace has"
 QUOTES = "".join(f'y{n}="=\'"' for n in range(300))
 LONG = "n=xmlns:" * 100_000  # long values and texts are usual: they may contain pictures
 # Name -> (function that returns the content, problem, number of tags that are read).

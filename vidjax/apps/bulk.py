@@ -232,8 +232,8 @@ def _write(results: Path, content: bytes, note: bytes) -> None:
 def _make_note(table: Path, work: TableTask) -> bytes:
     """Returns the note that is stored with the results of a table, to recognise them later.
 
-    The note is JSON. It contains the size and time of the table, and the name, the options and the
-    run or gallery of the task `work`.
+    The note is JSON text: the size and time of the table, and the name, the options and the run or
+    gallery of the task `work`.
     """
     stat = table.stat()
     clips = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}

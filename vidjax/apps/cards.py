@@ -152,7 +152,7 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
         if (detects, finds_speech) != (self.decoder in DETECTORS, self.decoder == "silero"):
             raise ValueError(f"the `decoder` {self.decoder} does not fit the role {self.role}")
         if self.role.startswith("voice_") != sound:
-            raise ValueError(f"the `layout` {self.input.layout} does not fit the role {self.role}")
+            raise ValueError("a voice needs the `layout` samples or mels, and a face NCHW or NHWC")
         if embeds and self.width is None:
             raise ValueError("an embedder needs `width`, the length of its vectors")
         if self.role == "face_embedder" and self.template is None:
@@ -223,7 +223,7 @@ def read_all(folder: Path) -> dict[Role, Card]:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """Returns a folder of nets, and the paths of its .json and .onnx files. They may be links."""
+    """Returns a folder of nets, and the paths of its .json and .onnx files, or of links to them."""
     return [folder, *folder.glob("*.json"), *folder.glob("*.onnx")]
 
 

@@ -1,9 +1,9 @@
 """Reads the names that users gave to faces in results of version 0.1.0 of `vidjax who`.
 
 Later versions write these names into a log, see `said`. Version 0.1.0 stored names, and names that
-a user denied, in the gallery. It stored everything else in the entries `films`, `fixed` and `apart`
-of `unknown.json`. The folders `earlier` contained descriptions of films that had to be read again
-with other nets.
+a user denied, in the gallery. The version stored everything else in the entries `films`, `fixed`
+and `apart` of `unknown.json`. The folders `earlier` contained descriptions of films that had to be
+read again with other nets.
 """
 
 import contextlib
@@ -56,9 +56,10 @@ class _Results:
 
 
 def read_numbers(out: Path) -> dict[str, Any] | None:
-    """Returns `unknown.json` of version 0.1.0.
+    """Reads `unknown.json` in the folder of results `out`: the numbers of unknown people.
 
-    Returns None if the file is missing or damaged, or if another version has written it.
+    Returns None if the file is missing or damaged, or if a version of vidjax after 0.1.0 has
+    written the file.
     """
     # A damaged file is reported by another function.
     with contextlib.suppress(UserError, FileNotFoundError):

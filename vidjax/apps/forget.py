@@ -78,8 +78,8 @@ class Survey(NamedTuple):
     def find_whole(self, path: Path) -> Path | None:
         """Returns the folder that is listed instead of the file `path`, or None.
 
-        It is the nearest folder above the file, or `path` itself, whose kind is in REMEDIES, such
-        as a run.
+        The result is the nearest folder above the file, or `path` itself, whose kind is in
+        REMEDIES, such as a run.
         """
         return next((x for x in (path, *path.parents) if self.kind_of.get(x) in REMEDIES), None)
 

@@ -85,8 +85,8 @@ class Traces:
         """`names` are the names of people and clips. `vectors` are the vectors [D] of their clips.
 
         The lengths D may differ, because each modality, such as face, has its own length. `lines`
-        are further names. They may be short, such as `1`, and are only searched as whole lines of
-        an array that contains text.
+        are further names. Such a name may be short, for example `1`, and is only searched as a
+        whole line of an array that contains text.
         """
         self._lines = {*lines}
         # First word of names -> (place of the word in a name, length of the name) -> the names. For

@@ -89,7 +89,7 @@ class Frames(NamedTuple):
       features: [B, T, D] in the stored dtype, float16 for iQIYI-VID. Before fusion it may be
         LazyFeatures, although its type says Array.
       quality: [B, T] float32, quality score of the face detector, usually 0 to 150, sometimes
-        negative. It is 0 for modalities without a quality.
+        negative; 0 for modalities without a quality.
       detection: [B, T] float32, detection score from 0 to 1; 1 for modalities without a score.
       number: [B, T] int32, frame number within the clip, non-decreasing.
       mask: [B, T] bool, True for real frames; all False for clips that lack the modality.

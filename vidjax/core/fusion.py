@@ -34,8 +34,8 @@ def filter_frames(
     """Removes frames of low quality: sets their `mask` to False. Other fields are unchanged.
 
     Args:
-      min_quality, min_detection: lowest quality and detection score to keep. None or -inf means no
-        limit. Both may be traced.
+      min_quality: the lowest quality of a frame to keep; None or -inf for no limit. May be traced.
+      min_detection: the lowest detection score of a frame to keep, in the same form.
       top_share: share in (0, 1] of the remaining frames of each clip to keep, rounded up. The
         frames of the highest quality are kept.
       poor_clips: what happens to a clip that would lose all frames. With `keep`, it keeps all

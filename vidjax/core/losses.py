@@ -108,7 +108,8 @@ def binary_focal(
     """Computes the focal loss of the sigmoid of each class column, summed over the columns.
 
     Args:
-      logits, labels: [..., K] float, and [...] int32 class columns.
+      logits: [..., K] float.
+      labels: [...] int32, the class column of each example.
       gamma: focusing exponent, 0 or more; 0 is the binary cross-entropy.
       class_mask: [K] bool, True for columns that take part. None means all columns.
 
@@ -139,7 +140,8 @@ def multiclass_focal(
     p is the probability of the label. Returns [...] float.
 
     Args:
-      logits, labels: [..., K] float, and [...] int32 class columns.
+      logits: [..., K] float.
+      labels: [...] int32, the class column of each example.
       gamma: focusing exponent, 0 or more; 0 is the cross-entropy.
       class_mask: [K] bool, True for columns that take part. None means all columns.
     """
@@ -165,8 +167,9 @@ def batch_focal(
     [...].
 
     Args:
-      logits, labels: [..., K] float, and [...] int32 class columns. For G branches, the first axis
-        has B G rows, where the G rows of an example are neighbours.
+      logits: [..., K] float. For G branches, the first axis has B G rows, where the G rows of an
+        example are neighbours.
+      labels: [...] int32, the class column of each row.
       gamma: focusing exponent, 0 or more; 0 is the cross-entropy.
       class_mask: [K] bool, True for columns that take part. None means all columns.
       counted: [B, G] float, weight of each cross-entropy in the mean. None means a single branch
@@ -257,9 +260,11 @@ def make_loss(
 
     Args:
       spec: these fields of `config.loss`, and the options of the losses:
-        classification, focal: keys of CLASSIFICATION.
+        classification: the classification loss, a key of CLASSIFICATION.
+        focal: the focal loss, a key of CLASSIFICATION.
         schedule: pairs (epoch, w), see `optim.make_piecewise`.
-        margin_type, margin: a key of MARGINS, and a size. If logits are not cosines, the size is 0.
+        margin_type: the kind of the margin, a key of MARGINS.
+        margin: the size of the margin; 0 if logits are not cosines.
       class_mask: [K] bool, True for columns that take part. None means all columns.
       steps_per_epoch: optimiser steps per epoch; may be a fraction.
       logit_scale: factor on the cosines of the model, or 1 if its logits are not cosines.

@@ -257,7 +257,8 @@ def make_optimizer(
     Args:
       spec: these fields of `config.optim`, and the fields that `make_schedule` reads:
         name: a key of OPTIMIZERS. `spec` also contains the options of this optimiser.
-        total_decay, weight_decay: see above.
+        total_decay: the decoupled weight decay, see above.
+        weight_decay: the L2 penalty, see above.
         decay_all: True to decay all parameters, as torch.optim does.
         clip_norm: largest global norm of the gradient; 0 means no limit.
         restart_epoch: epoch at which the momentum or the moments are reset to 0; 0 means never.

@@ -277,7 +277,7 @@ def pack_arrays(arrays: Mapping[str, Any], length: ArrayLike) -> Packed:
 
 
 def get_dtype(field: str, features: str | np.dtype) -> np.dtype:
-    """Returns the dtype of a field of frames. The dtype of the field "features" is `features`."""
+    """Returns the dtype of a field of frames. `features` is the dtype of the field "features"."""
     return np.dtype(features if field == "features" else FRAME_FIELDS[field].dtype)
 
 

@@ -68,9 +68,12 @@ def gather_batch(
 
     Args:
       clips: modality -> the joined frames of all clips. The last frame is zeros, for padding.
-      clip_index, batch_mask, first: the clips of the batch, [B], see `DrawnClips`.
+      clip_index: [B] int32, the indices of the clips.
+      batch_mask: [B] bool, False for rows that stay empty.
+      first: modality -> [B] int32, the first frame that is taken from each clip. If a modality is
+        missing, clips are taken from their beginning.
       sizes: pairs of a modality and the number of frames of a padded clip.
-      lazy: see `gather_frames`.
+      lazy: True if features become LazyFeatures, which are read only when a model uses them.
     """
     rows = clip_index, batch_mask
     frames = {

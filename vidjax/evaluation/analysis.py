@@ -153,14 +153,15 @@ def write_results(
 
 
 def describe_evaluation(folder: RunFolder, config: Config, step: int | None) -> dict[str, Any]:
-    """Returns entries of the metrics after an evaluation of a trained run.
+    """Returns the entries of the metrics that describe how a run was trained and evaluated.
 
-    The entries are the date, the entries that describe the training, and `overrides`: field ->
-    value of `config`, if the value affects scores and differs from the training. With overrides,
-    the names of the result files contain the split, so that no result of the training is replaced.
+    The entries are `eval_date`, the entries of the training, and `overrides`: field -> value of
+    `config`, if the value affects scores and differs from the training. With `overrides`,
+    `write_results` chooses other names of files, so that no result of the training is replaced.
 
-    If a finished run has lost its latest checkpoint, an earlier checkpoint is scored. Then the
-    value of `eval.checkpoint` is the `step` of this checkpoint. For a blend, `step` is None.
+    `step` is the step of the scored checkpoint, or None for a blend, which has no checkpoint. If a
+    finished run has lost its latest checkpoint, `overrides` contains the `step` that was scored
+    instead.
     """
     own, trained = folder.config, folder.metrics()
     own.eval.split = config.eval.split  # another split has other files anyway

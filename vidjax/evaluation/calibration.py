@@ -91,7 +91,11 @@ def join_logs(logs: Array, unknown: Array, calibration: Calibration) -> Array:
 
 @jax.jit
 def join_scores(logs: Array, calibration: Calibration) -> Array:
-    """Joins the scores of R runs, [R, B, C], to logarithms of joint probabilities, [B, C]."""
+    """Joins the scores of R runs for B clips and C identities.
+
+    `logs` [R, B, C] are the logarithms of the probabilities that a clip shows an identity. Returns
+    the logarithms of the joint probabilities, [B, C]. For `calibration`, see `join_logs`.
+    """
     logits = join_logs(logs, log_unknown(logs), calibration)
     return log_softmax(logits, jnp.ones(logits.shape[1], bool))[:, 1:]
 

@@ -1,6 +1,6 @@
 """Compares runs on the same clips, with confidence intervals of their differences in MAP.
 
-A group of seeds is a list of runs that differ only in their seeds. It is compared like a run. The
+A group of seeds is a list of runs that differ only in their seeds, and is compared like a run. The
 average precisions are read from `analysis.npz` of each run, so no model and no data are needed.
 """
 
@@ -38,7 +38,7 @@ NUMBERS = (int, float)  # types of metrics that seeds average
 
 
 class RankedRun(NamedTuple):
-    """The results of a run on a split, or the mean results of several runs."""
+    """A run that is compared: the metrics and average precisions on a split, or means of runs."""
 
     name: str  # the folder of the run, as the user typed it
     split: str

@@ -1,18 +1,20 @@
 """Re-ranks clips: the probabilities of a clip are averaged with the probabilities of similar clips.
 
-A PLDA model compares all pairs of clips. The neighbours of a clip are the NEIGHBOURS clips that
-most probably show the same person. If P are the probabilities of the clips for all identities,
-clips are ranked by
+A PLDA model compares all pairs of clips. The neighbours j of a clip i are the NEIGHBOURS clips that
+most probably show the same person. P_ic is the probability that clip i shows identity c. The clips
+of identity c are ranked by
 
-    (1 - sum of w) P + w P,    w = (1 - max P) v / (1 + sum of v),    v = (1 - D) sigmoid(A - t)
+    (1 - sum_j w_ij) P_ic + sum_j w_ij P_jc
 
-where v and w belong to a pair of clips. A is the log-likelihood ratio of the pair, summed over the
-modalities that both clips have, times SCALE and the learned scale of the run. D is the probability,
-computed from P, that the clips show two different identities. Without D, a clip would be averaged
-with clips of a lookalike, because the ratios compare with random people. If a clip certainly shows
-somebody, max P is near 1, and its neighbours get no weight. The threshold t is the prior log odds
-that two of N clips show different people, but at least THRESHOLD. The prior assumes that each clip
-has OTHERS clips of the same person.
+    w_ij = (1 - max_c P_ic) v_ij / (1 + sum_j v_ij)    v_ij = (1 - D_ij) sigmoid(A_ij - t)
+
+The sums run over the neighbours of clip i. A_ij is the log-likelihood ratio of the clips i and j,
+summed over the modalities that both clips have, times SCALE and the learned scale of the run. D_ij
+is the probability, computed from P, that the clips show two different identities. The ratio A_ij is
+also high for two people who look alike, because it compares with random people. Without D_ij, a
+clip would be averaged with clips of a lookalike. If clip i certainly shows somebody, the maximum of
+P_ic is near 1, and the neighbours get no weight. The threshold t is the logarithm of N / OTHERS,
+but at least THRESHOLD: about OTHERS of the N clips are assumed to show the same person as clip i.
 
 Source: Donoser and Bischof 2013, Diffusion processes for retrieval revisited; Iscen and others
 2017, Efficient diffusion on region manifolds. The weights w are not published.

@@ -42,12 +42,13 @@ class Scores:
     Attributes:
       array: [n, C] float32, a row for each clip in `pool`, mapped into memory.
       use: [E, N] bool, True where one of E members scored one of the N clips of the split.
-      kind: the entry `map_kind` of `metrics.json`. It is `in_sample` if a member scored its
-        training clips, and `out_of_fold` if members of folds or bootstrap samples skipped clips.
-        Otherwise, it is the name of the split.
+      kind: the entry `map_kind` of `metrics.json`: `in_sample` if a member scored its training
+        clips, `out_of_fold` if members of folds or bootstrap samples skipped clips, otherwise the
+        name of the split.
       logs: True if the scores are logarithms of probabilities.
       complete: True if the scores of all identities are kept, not only the best.
-      clips, identities: the names of the N clips of the split and of the C identities.
+      clips: the names of the N clips of the split.
+      identities: the names of the C identities.
     """
 
     array: np.ndarray
@@ -221,7 +222,7 @@ def score(
 
     Args:
       each_member: also computes the MAP of each member of an ensemble.
-      check: called after each block. It may raise an exception to end the evaluation.
+      check: called after each block. The function may raise an exception to end the evaluation.
 
     Raises UserError if a block does not fit into memory, no member may score any clip, or all clips
     have NaN scores.

@@ -48,12 +48,13 @@ class TrainedModel(NamedTuple):
 
     Attributes:
       name: the folder of the run.
-      eval_step: compiled `eval_step.eval_step` of the system. It takes weights as arguments.
-      params, model_state: parameters and other variables, trees of arrays [E, ...] for the E
-        members (nets) of an ensemble.
+      eval_step: compiled `eval_step.eval_step` of the system, a function that takes weights.
+      params: the parameters, a tree of arrays [E, ...] for the E members (nets) of an ensemble.
+      model_state: the other variables of the members, in the same form.
       training_sets: the clips that each member was trained on.
       data: the clips to evaluate. Labels are 1..C for the identities of this model, 0 for others.
-      mesh, block_size: the devices, and the number of clips that a device scores at a time.
+      mesh: the devices.
+      block_size: the number of clips that a device scores at a time.
     """
 
     name: str
@@ -74,8 +75,8 @@ class TrainedModel(NamedTuple):
     def member(self, number: int) -> tuple[Params, ModelState, Array]:
         """Returns the first three arguments of an `EvalStep` for member `number`.
 
-        They are the parameters, the other variables, and the number of the hidden part of features.
-        The weights are copies.
+        The arguments are the parameters, the other variables, and the number of the hidden part of
+        features. The weights are copies.
         """
         params, model_state = ensemble.take((self.params, self.model_state), number)
         return params, model_state, np.array(self.training_sets.members[number].view, np.int32)

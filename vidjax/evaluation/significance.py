@@ -110,7 +110,10 @@ def _draw_low_means(gaps: np.ndarray, draws: int) -> np.ndarray:
 
 
 def measure_ties(gaps: np.ndarray) -> float:
-    """Returns the share of pairs of identities with equal `gaps` [C], or 1 for one identity."""
+    """Returns the share of pairs of identities whose `gaps` are equal, or 1 if there is no pair.
+
+    `gaps` [C] are the differences in average precision between two runs, one for each identity.
+    """
     _, counts = np.unique(np.round(gaps / EQUAL), return_counts=True)
     pairs = len(gaps) * (len(gaps) - 1)
     return float(np.sum(counts * (counts - 1)) / pairs) if pairs else 1.0

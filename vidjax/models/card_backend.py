@@ -170,7 +170,7 @@ def stranger_log_density(
     """Computes the log density of clips under the hypothesis that they show strangers.
 
     `square` is the squared distance between the clip and the mean vector of all people. `variance`
-    is the expected value of `square` under the hypothesis. They are float arrays that broadcast.
+    is the expected value of `square` under the hypothesis. Both are float arrays that broadcast.
     """
     shape = distances.different
     constant = math.lgamma(distances.same) - math.lgamma(shape)

@@ -36,7 +36,7 @@ Problem = Literal["", "few", "blind", "closer", "varied", "farther"]
 
 
 class Comparison(NamedTuple):
-    """The result of a comparison of people's vectors with the card of their net."""
+    """How much the vectors of people differ, relative to the card of the net."""
 
     problem: Problem  # "" if the people do not contradict the card
     between: float  # estimate of B / B of the card
@@ -46,12 +46,14 @@ class Comparison(NamedTuple):
     deviation: float = 0.0
 
     def is_blind(self, mirrored: Sequence[float]) -> bool:
-        """Returns whether a face and its mirror image differ almost like faces of two people.
+        """Returns whether the net compares a mirrored photo almost like a photo of another person.
 
-        `mirrored` are the cosines of photos and their mirror images. For dlib's net, 1 - cosine of
-        a mirrored photo is 5 % of 1 - cosine of two people. It is 40 to 70 % for nets with random
-        weights, except nets that only average over the picture. `compare` finds few such nets: none
-        of 300 with one photo of each person, and 20 % with two photos of three people.
+        Such a net is blind: it does not separate people. `mirrored` are the cosines between the
+        vectors of photos and of their mirror images. For dlib's net, 1 - cosine of a mirrored photo
+        is 5 % of 1 - cosine of two people. For nets with random weights, this share is 40 to 70 %,
+        except for nets that only average over the picture. `compare` finds 20 % of the nets with
+        random weights if three people have two photos each. With one photo of each person,
+        `compare` found none of 300.
         """
         if self is NO_PROBLEM:
             return False

@@ -43,7 +43,8 @@ class DenseIdentifier(Identifier):
       backbone: mlp | residual (see ResidualDenseNet) | block (see ResidualBlock).
       layers: for `mlp`, (width, activation, batch_norm, dropout_rate) of each layer; () means no
         layers.
-      width, num_layers: for `residual`, width and number of the layers.
+      width: for `residual`, width of each layer.
+      num_layers: for `residual`, number of layers.
       activation: for `residual`, linear | relu | sigmoid | swish | prelu.
       shortcut: for `residual`, add | none.
       dropout_rate: for `residual`, dropout rate of every layer; for `block`, of its first layer.

@@ -68,7 +68,7 @@ def choose_kept_modalities(model: nn.Module, present: Array, rate: float, *, tra
 def batch_norm(x: Array, mask: Array, *, train: bool, name: str = "norm") -> Array:
     """Applies BatchNorm in float32 or wider, as the submodule `name` of the calling module.
 
-    `mask` is True for rows that count in the batch statistics. It has the leading axes of `x`. In
+    `mask` is True for rows that count in the batch statistics, and has the leading axes of `x`. In
     training, the running statistics in the collection `batch_stats` change, so the collection must
     be mutable. If no row counts, the statistics do not change.
     """

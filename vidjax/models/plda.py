@@ -1,4 +1,9 @@
-"""PLDA (probabilistic linear discriminant analysis), a model that is computed from sums."""
+"""PLDA (probabilistic linear discriminant analysis), a model that is trained without gradients.
+
+The model compares a clip with the training clips of each identity, and gives the log-likelihood
+ratio of the identity against a stranger. The coefficients are computed from sums over the training
+clips.
+"""
 
 import functools
 from collections.abc import Mapping

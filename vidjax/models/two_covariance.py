@@ -58,8 +58,8 @@ class Space(NamedTuple):
 class Enrolled(NamedTuple):
     """The coefficients that score clips against K enrolled classes (identities).
 
-    A clip has coordinates z [D], see `Space`. Its log-likelihood ratio, a class against a stranger,
-    is linear . z + curve . z^2 + constant.
+    A clip has coordinates z [D], see `Space`. The log-likelihood ratio of the clip, a class against
+    a stranger, is linear . z + curve . z^2 + constant.
     """
 
     linear: Array  # [K, D] float, coefficients of z
@@ -280,8 +280,9 @@ class Settings(NamedTuple):
     """The parameters of a PLDA model.
 
     Attributes:
-      within, between: shares of the covariances within and between classes that are replaced by
-        multiples of the identity matrix.
+      within: share of the covariance within classes that is replaced by a multiple of the identity
+        matrix.
+      between: the same share of the covariance between classes.
       scale: factor on the log-likelihood ratios. Without it, the ratios are too confident.
       unenrolled: value that replaces scale x ratio if no clip of an identity has the modality.
       stranger: logarithm of the prior odds of a stranger against all known people together.

@@ -11,8 +11,8 @@ At most three checkpoints are kept: the latest checkpoint, the best checkpoint b
 evaluated checkpoint before the latest. If no earlier checkpoint was evaluated, the checkpoint
 before the latest is kept. Other files in `checkpoints/` are not changed.
 
-`training.Checkpointer` of Orbax is not used. It renames a step before the manifest exists. It needs
-the MAP when it saves, but vidjax saves a step before the evaluation.
+`training.Checkpointer` of Orbax is not used, because this class renames a step before the manifest
+exists. The class also needs the MAP when a step is saved, but vidjax evaluates a step after saving.
 """
 
 import contextlib

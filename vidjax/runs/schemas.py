@@ -258,7 +258,7 @@ class Rate(Struct, kw_only=True, omit_defaults=True):
 
 
 class OpenSet(Struct, kw_only=True):
-    """The results of an identification of known people among distractors."""
+    """How often clips of known people and of distractors get a name, at several thresholds."""
 
     num_identities: Whole  # identities that each clip is compared with
     num_known: Whole  # clips of known people

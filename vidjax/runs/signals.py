@@ -56,8 +56,8 @@ class Interruption:
     def agree(self, *, save_due: bool) -> bool:
         """Returns True if the processes of the run must save a checkpoint now.
 
-        They must save if one of them got a signal, or passes `save_due=True`. All processes must
-        call the method at the same step. They get the same answer.
+        All processes must save if one process got a signal, or passes `save_due=True`. All
+        processes must call the method at the same step, and get the same answer.
         """
         signum, due = distributed.max_over_processes(self._received or 0, int(save_due))
         self.signum = signum or None

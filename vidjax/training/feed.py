@@ -30,7 +30,7 @@ Dispatched = tuple[list[TrainState], list[list[LoopResult]]]
 
 
 class DispatchResult(NamedTuple):
-    """The result of a dispatch, one or more training steps that the host starts with one call."""
+    """The states and the last loss after training steps that the host has started with one call."""
 
     states: list[TrainState]  # of every group of members (nets of an ensemble)
     num_steps: int

@@ -390,10 +390,11 @@ def evaluate_run(
     num_devices: int | None = None,
     command: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Ranks `config.eval.split` and `config.eval.splits` with a run or a blend of runs.
+    """Ranks the clips of `config.eval.split` and `config.eval.splits`; returns split -> metrics.
 
-    Returns split -> metrics. The caller has locked `folder`. `command` is the command line that
-    makes a blend again.
+    The scores are the scores of the run in `folder` or, if `config.join.runs` is set, joint scores
+    of these runs (a blend). The caller has locked `folder`. `command` is the command line that the
+    metrics of a new blend contain, so that a user can repeat it.
     """
     from vidjax.evaluation import analysis, trained_runs
 

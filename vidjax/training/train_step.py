@@ -60,10 +60,10 @@ def make_member_constants(members: Sequence[ensemble.Member], weight: Array) -> 
 
 
 def init_state(system: System, rngs: Array, labels: Array) -> TrainState:
-    """Returns the state of E members at step 0, with random parameters.
+    """Returns the state at step 0 of E members, the nets of an ensemble, with random parameters.
 
-    `labels` [E, N] int32 are the classes of the training clips. A member uses its PRNG key in
-    `rngs` [E] for all random draws.
+    `rngs` [E] has a PRNG key for all random draws of each member. `labels` [E, N] int32 are the
+    classes of the N training clips at step 0, which the state contains because they may change.
     """
 
     def init_member(rng: Array) -> tuple[Params, ModelState, Array]:
@@ -340,14 +340,14 @@ def average_over_examples(values: Array, exists: Array) -> Array:
 
 
 def _sum_gradients(grads: Params) -> Array:
-    """Returns the sum [] of all derivatives. It is finite only if all derivatives are finite."""
+    """Returns the sum [] of all derivatives, which is finite only if they all are finite."""
     rows = [jnp.sum(jnp.atleast_1d(x), axis=-1) for x in jax.tree.leaves(grads)]
     # The barrier keeps two separate sums. A single sum of a matrix of 160 MB takes a CPU 1 second.
     return sum((jnp.sum(x) for x in jax.lax.optimization_barrier(rows)), jnp.float32(0))
 
 
 class LoopResult(NamedTuple):
-    """The result of several training steps of E members (nets) in a compiled loop."""
+    """The last loss, and the first bad step, of E members (nets) in a compiled loop of steps."""
 
     loss: Array  # [E] float32, loss of the last step
     bad_step: Array  # [] int32, first step at which a member reached MAX_BAD_STEPS, or -1

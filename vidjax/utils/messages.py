@@ -27,7 +27,7 @@ _PLAIN = string.ascii_letters + string.digits + " /._-"  # never part of a code 
 
 
 class Result(NamedTuple):
-    """The result of a command: it is printed as a table with a summary, or as JSON.
+    """What a command prints at its end: a table with a summary, or JSON.
 
     The heading of the summary is the name of the command. The summary has a line for each item of
     `texts`. If `text` is empty, the summary also has a line for each fact that is a text, a path or

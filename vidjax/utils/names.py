@@ -103,7 +103,7 @@ def is_unknown(name: str) -> bool:
 
 
 def is_reserved(name: str) -> bool:
-    """Returns True if users must not give this name: `ignored`, or a name as in `is_unknown`."""
+    """Returns True if users must not give a name: `ignored`, `unknown`, `unknown 3` and so on."""
     return is_unknown(name) or name.casefold() == IGNORED
 
 

@@ -4,7 +4,7 @@ A child process runs a module of vidjax that ends with `processes.serve(work)`. 
 the module, and returns the result of its function `work`. Arguments and result are JSON values.
 Arrays are passed in files. The child has limits of CPU time, address space, output, and size of
 each written file. The child can use only files that it needs, and no connections or programs, see
-`confinement`. It gets only environment variables that it needs.
+`confinement`. The child gets only environment variables that it needs.
 
 A hostile file may take over the child, and then chooses the answer. So a caller names the class of
 the result, and reads files of the child in a block `doubt`. The caller does not ask the child for
@@ -356,7 +356,7 @@ def _describe_end(
 ) -> UserError:
     """Returns the error for a file whose child process has ended without an answer.
 
-    `child` is the ended process. It is None if the process was killed after `seconds`.
+    `child` is the ended process, or None if the process was killed after `seconds`.
     """
     if child is None or child.returncode == -signal.SIGXCPU:
         limit = f"{cpu_seconds} s of CPU time" if child else f"{seconds} s"

@@ -18,8 +18,8 @@ LINE_SECONDS = 10  # time between two lines of progress if standard error is not
 def is_quiet() -> bool:
     """Returns True if progress is hidden.
 
-    It is hidden if the environment variable TQDM_DISABLE is set, and in all processes of a run
-    except the first.
+    Progress is hidden if the environment variable TQDM_DISABLE is set, and in all processes of a
+    run except the first.
     """
     return os.environ.get(QUIET, "") not in ("", "0") or not distributed.is_first()
 

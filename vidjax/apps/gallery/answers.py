@@ -74,9 +74,11 @@ class Answer(NamedTuple):
       score: the logarithm of the probability. Two scores differ even if both probabilities round to
         1.
       best: (identity, probability) of the most probable identities, best first.
-      evidence: the modalities, such as face, that the clip and `identity` have in common. It is
-        empty if the person is unknown. If a user named the face in a film, it is `told`. It
-        contains `clips` if the clip would have no name without the other clips of its group.
+      evidence: a tuple of words: the modalities, such as face, that the clip and `identity` have in
+        common. If the clip would have no name without other clips (see `groups` of
+        `Gallery.identify`), the tuple also contains `clips`. If a user has named the face in a
+        film, or has said that the face is a stranger, the tuple is (`told`,). For any other unknown
+        person, the tuple is empty.
     """
 
     identity: str | None

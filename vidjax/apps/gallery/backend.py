@@ -180,8 +180,8 @@ def fit(
       vectors: modality -> unit vectors [N, D] float32.
       labels: [N] int, the person of each clip, from 1.
       enrolled: modality -> [N, D] float32, the vectors with which people are enrolled while the
-        settings are fitted. Row n belongs to the person of clip n. It may be the mean of the
-        person's clips in a film. Default: `vectors`.
+        settings are fitted. Row n belongs to the person of clip n. A row may be the mean of
+        the person's clips in a film. Default: `vectors`.
       centred: True if the run has already subtracted a centre from the vectors.
       settings: the settings of PLDA. By default, they are fitted, too, and the variance of a
         person's clips is at least a typical share, see `two_covariance.covariances`.
@@ -218,9 +218,9 @@ def measure_shared(vectors: Mapping[str, np.ndarray], labels: np.ndarray) -> flo
     """Measures how much more alike the clips of a person are than clips of different days.
 
     Returns a share from 0 to 1 of the usual variance between a person's clips: the share that is
-    missing, because photos of one day look alike. It is the smallest share of all modalities, see
-    `Covariances.shared`. `vectors` are modality -> unit vectors [N, D], and `labels` [N] int the
-    person of each clip, from 1.
+    missing, because photos of one day look alike. Each modality has a share, see
+    `Covariances.shared`, and the smallest share is returned. `vectors` are modality -> unit vectors
+    [N, D], and `labels` [N] int the person of each clip, from 1.
     """
     shared = []
     for x in vectors.values():
@@ -232,10 +232,11 @@ def measure_shared(vectors: Mapping[str, np.ndarray], labels: np.ndarray) -> flo
 
 
 def make_card_backend(back_ends: "Mapping[str, BackEnd]") -> Backend:
-    """Makes the parameters that compare clips by distances.
+    """Makes the back end of a gallery whose clips are compared by distances.
 
-    `back_ends` are modality -> distributions of cosines, from the card (the JSON file) of each
-    embedding net. Half of the clips are expected to show strangers.
+    `back_ends` are modality -> the entry `back_end` of the card (the JSON file) of an embedding
+    net. The entry contains distributions of cosines, which give the distributions of distances.
+    Half of the clips are expected to show strangers.
     """
     parts = []
     for name, back_end in back_ends.items():

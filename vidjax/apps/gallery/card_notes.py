@@ -77,15 +77,16 @@ def _read_back_ends(origin: VectorOrigin) -> "dict[str, BackEnd]":
 
 
 def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> tuple[str, ...]:
-    """Adds new modalities, such as voices, to a gallery of nets; returns their names.
+    """Adds modalities, such as voices, to a gallery; returns the names of the added modalities.
 
-    The folder `models` contains the nets of the gallery, and nets for new modalities. Enrolled
-    clips lack the new modalities until `labelling.complete` adds them. If the JSON files (cards) of
-    the nets contain new numbers, the gallery uses the new numbers, with a message.
+    Nets compute the vectors of the gallery. The folder `models` contains these nets, and nets for
+    the new modalities. Enrolled clips lack the new modalities until `labelling.complete` adds them.
+    If the distributions of cosines in the cards (JSON files) of the nets have changed, the gallery
+    uses the new distributions, and prints that.
 
-    If `replace` is True, nets of the gallery may have changed. The result contains their
-    modalities, too. Enrolled clips lose these modalities. Clips without another modality are
-    removed.
+    If `replace` is True, nets of the gallery may have changed. The result then also contains the
+    modalities of the changed nets. Enrolled clips lose these modalities. Clips without another
+    modality are removed.
 
     Raises:
       UserError: the gallery was made with a run, or a net of the gallery is missing in the folder,
@@ -126,11 +127,14 @@ def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> t
 
 
 def compare(state: State) -> Comparison:
-    """Compares the enrolled faces with the card of the face net, its JSON file.
+    """Compares the differences between enrolled faces with the differences that the card predicts.
 
-    The field `problem` of the result is "" if the faces fit the card, or if there is no such card.
-    The earlier results of `check_apart` and `judge` count, too. If nobody has measured the card,
-    one or two people are too few to show that the net fits, so `problem` is "few".
+    The field `problem` of the result is "" if the faces fit the card, or if the gallery has no face
+    net. If `check_apart` or `judge` has stored in `state` that the net does not separate people,
+    `problem` is "blind". A card has default numbers until somebody measures them for the net. With
+    default numbers, `problem` is also "blind" beyond LEAST_BETWEEN or MOST_DEVIATION. With default
+    numbers and one or two people, `problem` is "few", except if `check_apart` has stored that the
+    net separates people.
     """
     comparison, unmeasured = state.index.card_comparison, state.origin.unmeasured
     is_close = comparison.problem == "closer" and comparison.between < LEAST_BETWEEN

@@ -47,8 +47,8 @@ class Draft:
     def add(self, clips: Mapping[str, StoredClip]) -> int:
         """Adds clips whose vectors are known; returns the number of new or changed clips.
 
-        `clips` are name -> clip. A clip that is already enrolled is skipped. If it is enrolled as a
-        clip of a stranger, it is changed: it gets the person in `clips`.
+        `clips` are name -> clip. A clip that is already enrolled is skipped. If a clip is enrolled
+        as a clip of a stranger, the clip gets the person in `clips`.
 
         Raises:
           UserError: a clip is malformed, or already enrolled for another person or with another
@@ -78,8 +78,8 @@ class Draft:
         """Adds missing modalities, such as voices, to enrolled clips.
 
         `vectors` are clip -> vector of all modalities. A clip is left out if it is not enrolled, or
-        if another modality has another vector. Returns the other clips: they have the given vector
-        now.
+        if another modality has another vector. Returns the names of the other clips, which now
+        have the given vector.
         """
         vectors = {self._find_name(name): vector for name, vector in vectors.items()}
         equal = find_equal(vectors, self.clips, self.present.index.backend)

@@ -20,11 +20,12 @@ computes an answer uses one state. A change is first written to the folder. If w
 and memory stay as they were. For a disk that fails at the end of a change, see
 `store.UncertainWriteError`.
 
-A removed person leaves no trace in the folder. The vector of one clip could be computed from the
-back end and all other clips. Therefore `remove` fits the back end again to all clips that are left.
-Clips that are enrolled after the removal do not change the back end. The training run still depends
-on its training clips, and so does the back end of a gallery that was made with `empty=True`. Only a
-new training run without the clips removes this dependence.
+A removed person leaves no trace in the folder. If the back end was fitted to a removed clip, the
+vector of this clip could be computed from the old back end and all other clips. Therefore `remove`
+fits a new back end to all clips that are left. Enrolling clips does not change the back end. The
+training run still depends on its training clips. With `create(..., empty=True)`, the gallery
+contains no training clips, but the back end was fitted to them. Only a new training run without the
+clips removes both dependences.
 """
 
 import contextlib

@@ -48,7 +48,7 @@ class Groups:
 
     Attributes:
       summary: the numbers with which the groups are compared.
-      sizes: [G] int, the number of clips. It is 0 if the group was joined to another group.
+      sizes: [G] int, the number of clips, or 0 if the group was joined to another group.
       unclear: [G] bool, True if all faces of a group are small or blurred.
       apart: [G, G] bool, True if two groups certainly show different people.
       settled: [G] bool, True for groups that are never joined to each other, see `settle`.
@@ -66,8 +66,8 @@ class Groups:
 
         Args:
           backend: the parameters that compare vectors.
-          coordinates: M arrays [N, D] from `Part.coordinates`, one for each modality. They are 0 if
-            a clip lacks the modality.
+          coordinates: M arrays [N, D] from `Part.coordinates`, one for each modality. The row of a
+            clip that lacks the modality is 0.
           labels: [N] int, the group of each clip.
           clarity: [N], the clarity of the best face of each clip, from 0 to 1.
           apart: pairs of indices of clips that show different people.
@@ -121,10 +121,10 @@ class Groups:
     def ratios(self, row: int) -> np.ndarray:
         """Compares group number `row` with all G groups; returns log-likelihood ratios [G].
 
-        A ratio is log(p(clips | the same person) / p(clips | two people)). It is -inf for the group
-        itself, for groups without clips, and for groups that certainly show another person. It is
-        also -inf if two groups have no modality in common, or contain only unclear faces (small or
-        blurred).
+        A ratio is log(p(clips | the same person) / p(clips | two people)). The ratio is -inf for
+        the group itself, for groups without clips, and for groups that certainly show another
+        person. The ratio is also -inf if two groups have no modality in common, or contain only
+        unclear faces (small or blurred).
         """
         one = self.summary.take([row])
         total, shared = ratios_lib.compare(self._backend, one, self.summary)

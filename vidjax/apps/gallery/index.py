@@ -102,7 +102,7 @@ class Block(People):
         return {}
 
     def means(self, number: int, distances: Distances) -> Means:
-        """Returns the people's mean vectors in a modality. They are computed only once.
+        """Returns the people's mean vectors in a modality, which are computed only once.
 
         `number` is the index of the modality. `distances` are the parameters from the card of its
         net.
@@ -197,7 +197,7 @@ class DistanceRatios:
     The results are log-likelihood ratios for one modality, such as face.
 
     Attributes:
-      population: the distribution of the vectors of all people. Its mean is m.
+      population: the distribution of the vectors of all people, with the mean m.
       share: [N] float64, from 0 to 1. With 0, a person's posterior mean is m. With 1, it is the
         mean of the person's clips.
       variance: [N] float64, the variance of a person's posterior, summed over the dimensions.
@@ -224,8 +224,8 @@ class DistanceRatios:
     def card(self) -> np.ndarray:
         """Five numbers that `reader.py` of an exported gallery needs, [5] float64.
 
-        They are the shapes for one person and for two people, see `Distances`; the lowest squared
-        distance; the constant and the slope of the log density of a stranger.
+        The numbers are the shapes for one person and for two people, see `Distances`; the lowest
+        squared distance; the constant and the slope of the log density of a stranger.
         """
         distances, zero = self._distances, np.zeros(())
         variance = np.array(distances.within + distances.between + self.population.variance)

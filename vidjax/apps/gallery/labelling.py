@@ -31,7 +31,7 @@ MOST_PAIRS = 10**9  # of a new clip and a person that `find_rivals` compares, in
 
 
 class Enrolment(NamedTuple):
-    """The result of `Gallery.enrol`.
+    """How many clips `Gallery.enrol` has enrolled, and which clips and names are doubtful.
 
     Attributes:
       enrolled: the number of new clips.
@@ -230,7 +230,7 @@ def advise_other_films(state: State, people: Iterable[str]) -> None:
 
 
 class Migration(NamedTuple):
-    """The result of `migrate`."""
+    """What `migrate` did when it enrolled the clips of a gallery for other nets."""
 
     moved: int  # the number of clips that are new or have another person in the new gallery
     unchanged: int  # the number of clips that an earlier call has moved

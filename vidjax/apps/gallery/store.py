@@ -302,7 +302,7 @@ class Store:
                 )
             wanted = {f"CREATE TABLE {name} {columns}" for name, columns in SCHEMA.items()}
             if tables and (version != FORMAT or tables != wanted):
-                raise damaged(self.path, "its tables are not the tables of a gallery")
+                raise damaged(self.path, "the tables are not the tables of a gallery")
             yield connection
 
     def remove_leftovers(self) -> None:
@@ -355,10 +355,11 @@ class Store:
         Args:
           connection: the result of `open`.
           state: the new content.
-          new, people: the clips and people that differ from the file. If both are given, they are
-            added at the end of the tables, and their old entries stay in the file as outdated
+          new: the clips that differ from the file: name -> clip. If `people` are also given, both
+            are added at the end of the tables, and their old entries stay in the file as outdated
             entries. Otherwise, or if about half of all entries would be outdated, all rows are
             written again.
+          people: the people who differ from the file, in blocks.
 
         Returns `state` with the new digests.
         """
@@ -506,7 +507,7 @@ def _version(connection: sqlite3.Connection) -> tuple[int, set[str]]:
     ((mode,),) = connection.execute("PRAGMA journal_mode").fetchall()
     connection.set_progress_handler(None, 0)
     if mode != "delete":
-        raise UserError("its setting journal_mode of SQLite is not 'delete'")
+        raise UserError("the setting journal_mode of SQLite is not 'delete'")
     return version, tables
 
 
@@ -596,25 +597,25 @@ def _facts(state: State) -> str:
 def _read_facts_row(connection: sqlite3.Connection) -> tuple[str, bytes]:
     rows = connection.execute("SELECT facts, sha256 FROM gallery LIMIT 2").fetchall()
     if len(rows) != 1 or not isinstance(rows[0][0], str):
-        raise UserError("its table 'gallery' does not consist of a single row of text")
+        raise UserError("the table 'gallery' does not consist of a single row of text")
     return rows[0]
 
 
 def _read(connection: sqlite3.Connection) -> State:
     text, sha256 = _read_facts_row(connection)
     if hashlib.sha256(text.encode()).digest() != sha256:
-        raise UserError("the text in its table 'gallery' does not match its stored sha256")
+        raise UserError("the text in the table 'gallery' does not match the stored sha256")
     facts = json_files.parse(Path(GALLERY_FILE), files.parse_json(text), _Facts, REMEDY)
     if missing := set(Settings._fields) - facts.settings.keys():
-        raise UserError(f"its table 'gallery' lacks the setting '{min(missing)}'")
+        raise UserError(f"the table 'gallery' lacks the setting '{min(missing)}'")
     width = sum(facts.widths.values())
     if width > MAX_VECTOR_WIDTH or len(facts.widths) < len(facts.parts):
-        raise UserError(f"its vectors have {width:,} numbers, or two modalities share a name")
+        raise UserError(f"the vectors have {width:,} numbers, or two modalities share a name")
     _, numbers, rows = _read_table(connection, "backend", BACKEND_LAYOUT, 0)
     backend = _make_backend(numbers["number"], facts)
     (names, people), numbers, more = _read_table(connection, "clip", _clip_layout(width), 2)
     if (numbers["fitted"] > 1).any():
-        raise UserError("a value of 'fitted' in its table 'clip' is not 0 or 1")
+        raise UserError("a value of 'fitted' in the table 'clip' is not 0 or 1")
     owners, fitted = (person or None for person in people), map(bool, numbers["fitted"].tolist())
     clips = dict(zip(names, map(StoredClip, owners, numbers["vector"], fitted), strict=True))
     entries = len(names)
@@ -623,12 +624,12 @@ def _read(connection: sqlite3.Connection) -> State:
     index = Index(backend, _make_blocks(names, numbers))
     rows, entries = (rows + more + others) % (1 << 256), entries + len(names)
     if (f"{rows:064x}", len(clips), len(index.names)) != (facts.rows, facts.clips, facts.people):
-        raise UserError("its rows do not match the digest in its table 'gallery'")
+        raise UserError("the rows do not match the digest in the table 'gallery'")
     clips_of = list_clips_of(clips)
     sizes = np.array([len(clips_of.get(name, ())) for name in index.names], np.int32)
     known = (len(clips_of) - (STRANGER in clips_of) == len(sizes)) and sizes.all()
     if not known or (index.counts > sizes).any():
-        raise UserError("its tables 'clip' and 'person' contradict each other")
+        raise UserError("the tables 'clip' and 'person' contradict each other")
     return State(
         facts.version, facts.origin, index, clips, clips_of, facts.denied, rows, entries, sha256
     )
@@ -650,13 +651,13 @@ def _read_table(
         count = len(row[2]) // layout.itemsize if tuple(map(type, row)) == ROW_KINDS else 0
         lines = row[1].split("\n") if count and num_words else []
         if not count or len(row[2]) % layout.itemsize or len(lines) != num_words * count:
-            raise UserError(f"a row of its table '{table}' has the wrong types or length")
+            raise UserError(f"a row of the table '{table}' has the wrong types or length")
         _check_names(lines, lines[:count])
         for n, column in enumerate(words):
             column += lines[n * count : (n + 1) * count]
         copied = numbers[at : at + count] = np.frombuffer(row[2], layout)
         if not all(np.isfinite(copied[field]).all() for field in layout.names or ()):
-            raise UserError("one of its rows contains NaN or infinity")
+            raise UserError(f"a row of the table '{table}' contains NaN or infinity")
         at, total = at + count, total + _digest(row)
     numbers.flags.writeable = False
     return words, numbers, total
@@ -680,13 +681,13 @@ def _check_names(names: Sequence[str], clips: Sequence[str]) -> None:
 
 def _make_backend(numbers: np.ndarray, facts: _Facts) -> Backend:
     if len(numbers) != sum(sum(kind.sizes) for kind in facts.parts):
-        raise UserError("its table 'backend' has the wrong number of values")
+        raise UserError("the table 'backend' has the wrong number of values")
     settings = Settings(**{name: facts.settings[name] for name in Settings._fields})
     backend = from_numbers(facts.parts, settings, numbers)
     if any(part.space is not None and np.any(part.space.ratio < 0) for part in backend.parts):
-        raise UserError("its table 'backend' contains a variance below 0")
+        raise UserError("the table 'backend' contains a variance below 0")
     if any(part.distances is not None and min(part.distances) <= 0 for part in backend.parts):
-        raise UserError("its table 'backend' contains a scale of distances that is 0 or less")
+        raise UserError("the table 'backend' contains a scale of distances that is 0 or less")
     return backend
 
 
@@ -696,7 +697,7 @@ def _make_blocks(names: Sequence[str], numbers: np.ndarray) -> Iterator[People]:
     If a name occurs several times, only its last row counts.
     """
     if (numbers["num_clips"] < 0).any():
-        raise UserError("its table 'person' contains a negative number of clips")
+        raise UserError("the table 'person' contains a negative number of clips")
     last = {name: place for place, name in enumerate(names)}
     kept = sorted(last.values())
     for at in range(0, len(kept), MAX_BLOCK_PEOPLE):

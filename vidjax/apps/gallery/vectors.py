@@ -61,7 +61,7 @@ class NetVectors(NamedTuple):
             raise UserError(f"split={split!r}: clips in memory have no splits: leave it out")
         if not isinstance(clips, MemoryClips):
             raise UserError(
-                "a gallery of nets has no run, so it cannot read a split of a dataset\n"
+                "a dataset needs a gallery of a run, but this gallery was made from nets\n"
                 "give {clip: {modality: features}} in Python, or --input=FOLDER"
             )
         parts = {

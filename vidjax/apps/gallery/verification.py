@@ -55,11 +55,12 @@ class Match(NamedTuple):
 
     Attributes:
       accepted: True if the ratio reaches the threshold.
-      log_ratio: the natural logarithm of the likelihood ratio. It is 0 if no modality is compared.
+      log_ratio: the natural logarithm of the likelihood ratio, or 0 if no modality is compared.
       probability: the probability that it is the same person, at even odds.
       evidence: the compared modalities, such as face. If there is none, the clip is not accepted.
-      best, worst: the person's enrolled clip that fits this clip best or worst, with the log ratio
-        of the two clips. None if two clips are compared, or if no modality is compared.
+      best: the person's enrolled clip that fits this clip best, with the log ratio of the two
+        clips. None if two clips are compared, or if no modality is compared.
+      worst: in the same form, the person's enrolled clip that fits this clip worst.
     """
 
     accepted: bool

@@ -120,7 +120,7 @@ class EnrolRequest(Struct, forbid_unknown_fields=True):
 
 
 class EnrolAnswer(Struct):
-    """The result of an enrolment.
+    """The answer to a request that enrols clips, see `labelling.Enrolment`.
 
     Attributes:
       enrolled: the number of new clips.

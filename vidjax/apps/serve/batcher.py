@@ -133,8 +133,8 @@ class Batcher:
     async def run(self, function: Callable[[], T], embedded: int = 0) -> T:
         """Calls a function in the thread, between two batches; returns its result.
 
-        `embedded` is the number of clips whose vectors the function computes. These clips wait,
-        too: raises Refused (status 429) if too many clips wait.
+        `embedded` is the number of clips whose vectors the function computes. If too many clips of
+        all calls wait, raises Refused (status 429).
         """
         if embedded:
             self._add(embedded)

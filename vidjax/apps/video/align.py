@@ -238,9 +238,9 @@ def measure_frontality(points: np.ndarray) -> np.ndarray:
     """Returns how much each face looks into the camera, [N], from 0 (profile) to 1 (frontal).
 
     The result is 1 if the nose is on the line from the middle of the eyes to the middle of the
-    mouth. It falls linearly with the distance of the nose from this line. At half the distance
-    between the eyes, it is 0. A tilt of the head does not change the result. `points` [N, 5, 2] are
-    the five points of each face.
+    mouth. The result falls linearly with the distance of the nose from this line. At half the
+    distance between the eyes, the result is 0. A tilt of the head does not change the result.
+    `points` [N, 5, 2] are the five points of each face.
     """
     points = np.asarray(points, np.float64)
     eyes, mouth = points[:, :2].mean(1), points[:, 3:].mean(1)

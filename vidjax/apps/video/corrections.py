@@ -571,8 +571,8 @@ class Review:
     def _join(self, found: Sequence[Subject], group: int) -> list[Line]:
         """Returns lines of the log that make one unknown person of several people and faces.
 
-        These are the unknown people and the faces `found`, and the unknown person with the number
-        `group`. The joint person gets the lowest number.
+        `found` are the unknown people and the faces to join, and `group` is the number of another
+        unknown person to join. The joint person gets the lowest number.
         """
         numbers = {parse_group_number(self._find_group(x.name)) for x in found if x.is_person}
         numbers, lines = numbers | {group}, list[Line]()
@@ -599,8 +599,8 @@ class Review:
     def _describe_apart(self, found: Sequence[Subject], before: Mapping[str, Appearance]) -> str:
         """Returns the end of a message about faces that were taken out of people.
 
-        It contains the new name of the faces. Another face of the same shot may have got the old
-        name. Then a sentence about this face follows. `before` is clip -> appearance before the
+        The end contains the new name of the faces. Another face of the same shot may have got the
+        old name. Then a sentence about this face follows. `before` is clip -> appearance before the
         change.
         """
         about = f", but {self._name(found[0].clips[0])}."

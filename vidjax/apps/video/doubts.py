@@ -131,7 +131,7 @@ def divide_photos(
 ) -> tuple[dict[int, int | None], dict[int, Sides]]:
     """Divides the photos of each person into sides that show different faces.
 
-    One side is right. It is the side that makes the fewest photos wrong. If a side is right, the
+    The side that makes the fewest photos wrong counts as right. If a side is right, the
     photos of the person's other sides are wrong. If it resembles another person, the photos of the
     most similar side of that person are wrong, too. The right side is clear if each other side
     makes at least three times as many photos wrong. For the arguments, see `compare_photos`.

@@ -29,7 +29,11 @@ class HalvesDetector:
         self._pictures, self._equal = 0, Counter[Layout]()  # `_equal`: pictures with equal halves
 
     def add(self, rgb: np.ndarray, boxes: np.ndarray) -> None:
-        """Adds a picture, uint8 [H, W, 3], and the boxes [N, 4] of its faces, in pixels."""
+        """Compares the halves of a picture: left and right, and top and bottom. `layout` counts it.
+
+        `rgb` is the picture, uint8 [H, W, 3]. `boxes` [N, 4] are the left, top, right and bottom of
+        the faces in the picture, in pixels.
+        """
         self._pictures += len(boxes) > 0
         ratio = rgb.shape[1] / rgb.shape[0]
         is_halved = ratio * 2 >= HALF_HEIGHT, ratio / 2 <= HALF_WIDTH

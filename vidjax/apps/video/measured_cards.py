@@ -1,8 +1,8 @@
 """Measures how similar embeddings of your own photos are, and writes the results into a card.
 
-A card is a JSON file that describes a net. It contains the distributions of the cosine of two
-embeddings, for one person and for two people. A card contains no names of people. The embeddings of
-the photos are deleted at the end.
+A card is a JSON file that describes a net. A card contains the distributions of the cosine of two
+embeddings, for one person and for two people, and no names of people. The embeddings of the photos
+are deleted at the end.
 """
 
 import datetime

@@ -1,6 +1,8 @@
-"""Describes the nets in a folder for `vidjax check`: their test, their speed and their card.
+"""Checks and describes the nets in a folder for `vidjax check`.
 
-A child process with limits runs each net, because a stranger may have made it.
+The card of a net, a JSON file, contains numbers of the output for a test input. The check compares
+them with the output of the net, measures the speed of the net, and describes the card. A child
+process with limits runs each net, because a stranger may have made the net.
 """
 
 import time

@@ -361,8 +361,8 @@ class Photos:
     def find_missing(self, enrolled: Mapping[str, PhotoFace]) -> set[str]:
         """Returns the folders in `OUT/people` whose photos are missing, but were not deleted.
 
-        A photo counts as deleted if its folder still contains other photos. It counts as moved if a
-        new photo has the same content. The folders of deleted and moved photos are left out.
+        A photo counts as deleted if its folder still contains other photos. A photo counts as moved
+        if a new photo has the same content. The folders of deleted and moved photos are left out.
 
         `enrolled` is clip -> face in the gallery.
         """
@@ -555,7 +555,7 @@ def find_faces(people: Path, out: Path, models: Path, workers: int, tell: Tell) 
 
 
 class PhotoEnrolment(NamedTuple):
-    """The result of `enrol_folder`."""
+    """How many faces `enrol_folder` has enrolled, and which photos it could not use."""
 
     enrolled: int  # the number of new faces
     unchanged: int  # the number of faces that were enrolled before

@@ -43,7 +43,7 @@ FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class FileOutcome(NamedTuple):
-    """The result of reading a film or photo: its description, or an error and a remedy."""
+    """What was found in a film or photo, or why the file could not be read."""
 
     path: Path
     media: MediaFile | None  # the description of the film or photo; None after an error

@@ -86,7 +86,7 @@ def read_tags(path: Path) -> Tags:
         try:
             content = _read_ends(path) if place == path else files.read_bytes(place, MOST_BYTES)
             if not content:
-                raise UserError("the file is empty")
+                raise UserError("the file is empty: copy it again")
             for packet in _find_packets(content):
                 tags = parse_packet(packet)
                 problems += [f"{show(place.name)}: {tags.problem}"] if tags.problem else []
@@ -155,7 +155,7 @@ def _refuse_long_addresses(packet: bytes) -> None:
         end = 0  # of the previous value; between values are only names
         for value in VALUE.finditer(piece[0]):
             if len(value[1]) > MOST_ADDRESS_BYTES and b"xmlns" in piece[0][end : value.start()]:
-                raise UserError(f"a namespace has more than {MOST_ADDRESS_BYTES:,} bytes")
+                raise UserError(f"an XMP namespace has more than {MOST_ADDRESS_BYTES:,} bytes")
             end = value.end()
 
 

@@ -67,7 +67,8 @@ class _Pages:
     def _check(self, request: Request) -> None:
         """Raises HTTPException if a request does not come from the page of this program.
 
-        Its secret word and its host must be right, and the origin of a change, too.
+        The secret word and the host of the request must be right. If the request changes something,
+        the origin must be right, too.
         """
         given = request.path_params["token"]
         is_right = hmac.compare_digest(given.encode(), self._token.encode())

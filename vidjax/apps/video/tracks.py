@@ -1,7 +1,8 @@
 """Joins the detections of a person in the frames of a shot into a track.
 
 Boxes are (left, top, right, bottom) in pixels of the upright picture. A sighting is a detection of
-the person in a frame. It lasts until the next frame that is searched, or until the shot ends.
+the person in a frame. A sighting lasts until the next frame that is searched, or until the end of
+the shot.
 """
 
 import dataclasses
@@ -95,10 +96,10 @@ class _Motion:
 class Tracker:
     """Joins the detections of a film into tracks, frame by frame.
 
-    A detection is assigned to the track with the most similar box. It is compared first with the
-    predicted box of each track, and then with the last detected box. If a track began in the
-    previous frame, both boxes are also compared in double size. If one person may hide another, the
-    detection is dropped, because a lost detection is better than a switched identity.
+    A detection is assigned to the track with the most similar box. The detection is compared first
+    with the predicted box of each track, and then with the last detected box. If a track began in
+    the previous frame, both boxes are also compared in double size. If one person may hide another,
+    the detection is dropped, because a lost detection is better than a switched identity.
 
     Source: Bochinski et al. 2017, "High-speed tracking-by-detection without using image
     information", assigns detections by their overlap. Yang et al. 2023, "Hard to Track Objects with
@@ -295,7 +296,8 @@ def find_changes(
     index. Both parts are then split in the same way.
 
     Args:
-      vectors, times: the embeddings [N, D] of the faces in order of time, and the seconds [N].
+      vectors: [N, D], the embeddings of the faces, in order of time.
+      times: [N], the time of each face in seconds.
       held: whether the track is part of a slide show. Each picture may then show another person.
       back_end: the distributions of cosines. If it is None, the track is not split.
     """

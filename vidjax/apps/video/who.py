@@ -60,7 +60,7 @@ UNMATCHED_COLUMNS = ("video", "time", "correction")
 
 
 class WhoResults(NamedTuple):
-    """The results of a call of `vidjax who`."""
+    """The people that `vidjax who` has found in films, and the files that could not be used."""
 
     people: dict[str, int]  # name of a person -> number of enrolled clips
     decision: Decision  # the people in the films
@@ -233,7 +233,7 @@ class _Call:
         """Enrols the photos of each person, and forgets people whose photos were deleted.
 
         Returns True if people look more alike than the card of the net says, and the reason may be
-        that two names are names of one person. These names were reported. `options` are arguments
+        that two names are names of one person. The two names were reported. `options` are arguments
         of `pipeline.extract_folders`.
         """
         gallery, out, people = self.gallery, self.out, photos.people

@@ -116,8 +116,8 @@ def atomic_file(path: Path, *, sync: bool = True, replace: bool = True) -> Itera
     After an error, `path` is unchanged. If `replace` is False and `path` exists, raises UserError.
 
     If `sync` is True, the context waits until the content is on the disk, so that even a power cut
-    leaves no incomplete file. It also removes temporary files that killed processes have left for
-    `path`. If `sync` is False, the caller must remove these files with `remove_ours`.
+    leaves no incomplete file. The context also removes temporary files that killed processes have
+    left for `path`. If `sync` is False, the caller must remove these files with `remove_ours`.
     """
     if sync:
         remove_partials(path.parent, re.escape(path.name))
