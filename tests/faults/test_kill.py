@@ -85,7 +85,7 @@ class Run:
 
     def wait_for(self, phase, process):
         while process.poll() is None and not self.signs(phase) - self.before[phase]:
-            time.sleep(0.01)
+            time.sleep(0.005)
 
     def kill(self, phase, rng):
         """Starts the command, and kills it soon after a phase has begun; False if it had ended."""
@@ -210,7 +210,7 @@ def test_run_is_saved_if_its_terminal_is_closed_or_a_cluster_ends_it(disturbed):
     while process.poll() is None and not run.signs("save"):  # then a step has been taken
         with contextlib.suppress(BlockingIOError):
             os.read(terminal, 1 << 16)  # a full terminal would stop the run
-        time.sleep(0.01)
+        time.sleep(0.005)
     os.close(terminal)
     for _ in range(5):
         process.send_signal(signal.SIGHUP)  # as a shell does, in addition to the system
