@@ -10,14 +10,17 @@ os.environ["XLA_FLAGS"] = (
     " --xla_cpu_collective_call_terminate_timeout_seconds=180"
 )
 os.environ |= {"NPROC": "64", "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # each core has a process of pytest-xdist
 
 import contextlib
 import functools
 import gc
 import importlib
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from collections import Counter
@@ -32,6 +35,10 @@ from jax._src import compiler
 from tests.helpers import clip_files, limits
 
 ROOT = Path(__file__).parent.parent
+# Temporary files stay in memory if there is enough: thousands of small files wait for a disk.
+MEMORY = Path("/dev/shm")
+if "TMPDIR" not in os.environ and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4 << 30:
+    os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)
 # Programs run one after the other, so that they do not need memory at the same time.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 MAX_RESIDENT = [2 << 30]  # above this memory in bytes, `forget_programs` clears JAX's programs

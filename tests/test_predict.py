@@ -133,7 +133,7 @@ def test_clips_that_lack_a_modality_of_the_run_are_reported(restored, clips):
     face = {"face": np.ones((1, WIDTH), np.float32)}
     for method in (run.rank, run.scores, run.embed, functools.partial(run.identify, threshold=-1)):
         method(some)  # no warning, which would be an error
-        with pytest.warns(UserWarning, match="uses head, audio, but of 20 clips, 0 % have head, 0"):
+        with pytest.warns(UserWarning, match="of head, audio, but of 20 clips, 0 % have head, 0"):
             method(dict.fromkeys(some, face))
 
 

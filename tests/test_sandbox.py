@@ -172,7 +172,7 @@ WIDE = feature(1, 2, 3, 4)
     ({b"a": None}, "face", "clip a, face is of type NoneType"),
     ({b"a": feature()}, "face", "clip a, face is of type array [3] of float16: write a list"),
     ({b"a": [[face()]]}, "face", "entry 0 has 1 fields: write [frame, bbox,"),
-    ({b"a": [[1] * 6]}, "new", "entries of new have 6 fields, but may have only frame"),
+    ({b"a": [[1] * 6]}, "new", "frames of new have 6 values, but may have only frame"),
     ({b"a": [face(), face(feat=WIDE)]}, "face", "clip a, face entry 1, feature is array [4]"),
     ({b"a": [face(feat=WIDE)], b"b": [face()], b"c": [face()]}, "face", "features are 4"),
     ({b"a": [face(feat=np.zeros(0, "f2"))]}, "face", "features have shape [1, 0]"),

@@ -260,7 +260,7 @@ def _check_once(inputs: Sequence[Path]) -> None:
     table_of: dict[str, Path] = {}
     for table in inputs:
         for given in parquet.read_clip_names(table):
-            name = clean_name_at(f"{table}:", given)
+            name = clean_name_at(str(table), given)
             if table_of.setdefault(name, table) != table:
                 raise _repeated_clip_error(name, f", {table_of[name].name} and {table.name}")
 

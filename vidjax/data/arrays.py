@@ -25,14 +25,17 @@ VERSION = 3  # increase it if new code reads other frames from the same file, to
 
 
 class FeatureDict:
-    """Features in memory, which are never written to the disk."""
+    """A dataset of features in memory, which is never written to the disk."""
 
     kind = place = "arrays"
 
     def __init__(
         self, splits: Mapping[str, Clips], labels: LabelSource = None, quality: Quality = "given"
     ):
-        """Takes split -> clip -> modality -> features [T, D]. See `vidjax.load_data`."""
+        """Makes a dataset from `splits`, split -> clip -> modality -> features [T, D].
+
+        For `labels` and `quality`, see `vidjax.load_data`.
+        """
         for split, clips in splits.items():
             if split not in SPLITS or not isinstance(clips, Mapping):
                 raise UserError(
@@ -49,7 +52,7 @@ class FeatureDict:
         return Path(split)
 
     def read(self) -> dict[str, PackedClips]:
-        """Checks all clips, and copies their frames. Returns split -> its clips."""
+        """Returns split -> its clips, checked and copied to arrays without padding."""
         return {
             split: pack(read_dict(clips, split), quality=self._quality)
             for split, clips in self._splits.items()
@@ -61,7 +64,10 @@ class FeatureDict:
 
 
 class FeatureFolder:
-    """A folder of `.npz` files or parquet tables, which is converted to flat files."""
+    """A dataset in a folder of `.npz` files or parquet tables.
+
+    Its features are converted to flat files in the cache.
+    """
 
     kind = "arrays"
 
@@ -74,7 +80,8 @@ class FeatureFolder:
     ):
         """Finds the files of each split. For `labels` and `quality`, see `vidjax.load_data`.
 
-        `cache_dir` keeps the digests of unchanged files.
+        The folder `cache_dir` keeps the digests of the files, so that unchanged files are not read
+        again.
         """
         self._folder, self._labels = local(folder), labels
         check_choice("config.data.quality", quality, QUALITIES)
@@ -85,7 +92,10 @@ class FeatureFolder:
         self.place = str(self._folder)
 
     def fingerprint(self) -> list[dict[str, Any]]:
-        """Returns the sha256 of the files of each split. Unchanged files are not read again."""
+        """Returns a dict for each split, with digests of the names and the contents of its files.
+
+        Files that have not changed since the last call are not read again.
+        """
         shared, entries = {"arrays": VERSION, "quality": self._quality}, []
         for split, paths in self._files.items():
             names = sha256_json([str(path.relative_to(self._folder)) for path in paths])
@@ -99,7 +109,7 @@ class FeatureFolder:
         return path if path.suffix == ".parquet" else self._folder / split
 
     def read(self, folder: Path) -> dict[str, PackedClips]:
-        """Checks all clips, and copies their frames to `folder`. See `FileSource`."""
+        """Returns split -> its clips, checked and copied to files in `folder`. See `FileSource`."""
         return {
             split: pack(read_clips(paths, self._folder / split), folder / split, self._quality)
             for split, paths in self._files.items()
@@ -116,7 +126,9 @@ EXTRACT_FILES = ("extract.json", "thumbnails", "videos")  # `vidjax extract` add
 
 
 def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
-    """Returns split -> its files: one parquet table, or `CLIP.npz` and `DAY/CLIP.npz`.
+    """Returns split -> its files: one parquet table, or files `CLIP.npz` and `DAY/CLIP.npz`.
+
+    `folder` contains, for example, `train.parquet` or the folder `train`.
 
     Raises:
       UserError: a file with features would be ignored, for example because its name is misspelt.
@@ -159,9 +171,10 @@ def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
 
 
 def _refuse_parts(tables: Sequence[Path], present: Collection[str]) -> None:
-    """Raises UserError if a table is a part of a split, such as train-00000-of-00002.parquet.
+    """Raises UserError if a parquet table is only a part of a split.
 
-    `present` are the splits whose files were found.
+    Such a table is called train-00000-of-00002.parquet, for example. `tables` are the paths of all
+    tables, and `present` are the splits whose files were found.
     """
     for split in SPLITS:
         parts = [path for path in tables if path.stem.startswith(split) and path.stem != split]
@@ -174,9 +187,9 @@ def _refuse_parts(tables: Sequence[Path], present: Collection[str]) -> None:
 
 
 def list_npz_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Returns the files `CLIP.npz` and `DAY/CLIP.npz` of a folder, and its other entries.
+    """Returns two lists: the files `CLIP.npz` and `DAY/CLIP.npz` of a folder, and all other paths.
 
-    Files that `vidjax extract` adds are left out.
+    Other files that `vidjax extract` writes, such as `extract.json`, are in none of the lists.
     """
     clips, others = list[Path](), list[Path]()
     for entry in _scan(folder):

@@ -23,20 +23,26 @@ from vidjax.utils.names import show
 
 
 def list_entries(directory: str | os.PathLike[str]) -> list[Path]:
-    """Returns the sorted paths in a directory, without hidden files. May raise NoFileError."""
+    """Returns the sorted paths in a directory, without hidden files.
+
+    If there is no such directory, raises NoFileError.
+    """
     check_folder(Path(directory), "correct the path")
     return sorted(path for path in Path(directory).iterdir() if path.name[0] != ".")
 
 
 def check_folder(folder: Path, remedy: str) -> None:
-    """Raises NoFileError if there is no such folder. The message ends with `remedy`."""
+    """Raises NoFileError if `folder` is not a folder. The message ends with `remedy`."""
     if not folder.is_dir():
         problem = "is not a folder" if files.is_present(folder) else "does not exist"
         raise NoFileError(f"'{folder}' {problem}: {remedy}")
 
 
 def check_file(path: Path) -> None:
-    """Raises UserError if something at `path` is no file, such as a folder or a broken link."""
+    """Raises UserError if `path` exists, but is not a file: a folder or a broken link, for example.
+
+    If there is nothing at `path`, there is no error.
+    """
     if path.is_file() or not os.path.lexists(path):
         return
     kind = "is a folder" if path.is_dir() else "is not a regular file"
@@ -60,7 +66,10 @@ _OTHER_FILES = {
 
 
 def refuse_other_files(file: BinaryIO, place: str = "") -> None:
-    """Raises UserError if a file is of another known kind than pickle, such as `.npz`."""
+    """Raises UserError if the first bytes of a file show that it is no pickle, but, say, an `.npz`.
+
+    The message begins with `place`.
+    """
     start = file.read(64).lstrip()
     for magic, kind in _OTHER_FILES.items():
         if start[: len(magic)].lower() == magic.lower():
@@ -70,12 +79,12 @@ def refuse_other_files(file: BinaryIO, place: str = "") -> None:
 def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
     """Raises UserError if `word` is probably a misspelt split, such as `valid` for `val`.
 
-    In the name of the file `path`, `word` is where the split should be. `present` are the splits
-    whose files were found. A misspelling of one of these splits raises no error.
+    `word` is the part of the name of the file `path` where the split is expected. `present` are the
+    splits whose files were found. If `word` is similar to one of these splits, there is no error.
     """
     lower = word.lower() if word not in SPLITS else ""
-    longer = [split for split in SPLITS if lower.startswith(split)]
-    split = next(iter(longer), None) or closest(lower, SPLITS, cutoff=0.75)
+    longer = (split for split in SPLITS if lower.startswith(split))
+    split = next(longer, None) or closest(lower, SPLITS, cutoff=0.75)
     if split and split not in present:
         head, _, tail = path.name.rpartition(word)
         raise UserError(
@@ -95,9 +104,10 @@ _READERS |= {".pth": _READERS[".pt"], ".hdf5": _READERS[".h5"]}
 
 
 def explain_unread(path: Path, folder: Path | None = None) -> str:
-    """Returns the command that converts a file of features to `.npz`, or "" for another path.
+    """Returns a command that converts a file such as `.npy`, `.pt` or `.h5` to `.npz`.
 
-    If `folder` is given, the command converts all files of this kind in the folder.
+    If `folder` is given, the command converts all files with the same ending in this folder. For a
+    folder, or a file of another kind, returns "".
     """
     if path.is_dir() or not (reader := _READERS.get(path.suffix.lower())):
         return ""
@@ -112,9 +122,10 @@ def explain_unread(path: Path, folder: Path | None = None) -> str:
 
 
 def refuse_unread(entries: Iterable[Path], wanted: str) -> None:
-    """Raises UserError if one of the ignored `entries` contains features.
+    """Raises UserError if a file of features would be ignored.
 
-    In the message, `wanted` names the files that are read.
+    `entries` are the paths that are not read. `wanted` describes the files that are read, for the
+    message.
     """
     for path in entries:
         inside = path.iterdir() if path.is_dir() else [path]
@@ -134,8 +145,8 @@ MAX_EQUAL_RANGE = 0.01  # norms within this relative range count as equal
 def find_misspelt(splits: Mapping[str, Mapping[str, np.ndarray]]) -> Iterator[str]:
     """Yields a message for each pair of similar modalities, such as `face` and `faces`.
 
-    There is no message for a pair if a clip has both. `splits` is split -> modality -> [N] int, the
-    number of frames of each clip.
+    If a clip has both modalities, there is no message for the pair. `splits` is split -> modality
+    -> [N] int, the number of frames of each clip.
     """
     names = sorted({name for lengths in splits.values() for name in lengths})
     for number, name in enumerate(names):
@@ -173,9 +184,10 @@ def find_transposed(
 
 
 def find_equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> Iterator[str]:
-    """Yields a message for each modality whose qualities are almost equal norms of features.
+    """Yields a message for each modality in which all frames have almost the same quality.
 
-    `report` is the data report.
+    There is only a message if the qualities are the norms of the features. `report` is the data
+    report.
     """
     for modality in modalities:
         counts = _list_counts(report, report["splits"], modality)
@@ -188,7 +200,7 @@ def find_equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> 
 
 
 def _list_counts(report: Mapping[str, Any], splits: Iterable[str], modality: str) -> list[Any]:
-    """Returns the counts of a modality in each of `splits` that has it, from the data report."""
+    """Returns the entries of a modality in the data report, for those of `splits` that have it."""
     found = (report["splits"][split]["modalities"].get(modality) for split in splits)
     return [counts for counts in found if counts]
 
@@ -196,18 +208,18 @@ def _list_counts(report: Mapping[str, Any], splits: Iterable[str], modality: str
 def warn_of_bad_values(
     place: str, values: Iterable[BadValues], frames: int, *, official: bool
 ) -> None:
-    """Warns of unusual values of some of `frames` frames, and describes how they count.
+    """Warns of unusual values of frames, such as negative qualities, and says how they count.
 
-    `place` is the modality. If `official` is True, the data have the official format, in which some
-    qualities are negative. Then a warning appears only if all qualities are negative.
+    `place` is the modality, and `frames` is its number of frames. If `official` is True, the data
+    are official files, in which some qualities are negative. Then a warning about negative
+    qualities appears only if all qualities are negative.
     """
     for bad in values:
         effect = "it is replaced by 0"
         if bad.problem == "negative":
             if official and bad.frames < frames:
                 continue
-            effect = "as a weight, it counts as 0. If all weights of a clip are 0, they count as "
-            effect += "equal"
+            effect = "as a weight, it counts as 0. If all weights of a clip are 0, they are equal"
         more = " of 0 or more" * (bad.field in WEIGHTS)
         warn(
             f"{place}: {bad.frames:,} of {frames:,} frames have a {bad.field} that is "
@@ -217,7 +229,10 @@ def warn_of_bad_values(
 
 
 def _has_equal_norms(report: Mapping[str, Any]) -> bool:
-    """Returns True if the qualities of a modality are norms of features, all nearly equal."""
+    """Returns True if the qualities of a modality are the norms of its features, and nearly equal.
+
+    `report` is the entry of the modality in the data report.
+    """
     norm = report["norm"]
     if report["quality"] != norm or not norm["counts"] or not MIN_NORM < norm["mean"] < MAX_NORM:
         return False
@@ -229,7 +244,10 @@ def _has_equal_norms(report: Mapping[str, Any]) -> bool:
 def find_unusable(
     report: Mapping[str, Any], splits: Sequence[str], modalities: Sequence[str]
 ) -> Iterator[str]:
-    """Yields a message for each modality without usable features. `report` is the data report."""
+    """Yields a message for each modality without a usable feature in any of `splits`.
+
+    `report` is the data report.
+    """
     place = ", ".join(splits)
     for modality in modalities:
         counts = _list_counts(report, splits, modality)
@@ -249,7 +267,10 @@ def find_unusable(
 
 
 def _check_norms(modality: str, place: str, norms: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yields a message if the squares of features overflow or become 0 in float32."""
+    """Yields a message if features are so large or small that their squares fail in float32.
+
+    `norms` has a histogram of the norms of the features for each split. `place` names the splits.
+    """
     longest, mean = max(norm["edges"][-1] for norm in norms), max(norm["mean"] for norm in norms)
     if longest > MAX_NORM:
         yield (
@@ -294,7 +315,7 @@ _CHANGED = {
 
 
 def warn_of_changed(places: Mapping[str, str]) -> None:
-    """Warns, in one line, of identities that a program has probably changed.
+    """Warns, in one line, of identities that a spreadsheet or another program probably changed.
 
     `places` is identity -> the place of its first clip, such as a file and a line.
     """
@@ -319,10 +340,11 @@ def warn_of_changed(places: Mapping[str, str]) -> None:
 
 
 def _simplify(name: str) -> str:
-    """Replaces numbers by 0, or by 00 from 16 digits on, and words by a.
+    """Returns the pattern of a name with digits: words become `a`, and numbers become `0` or `00`.
 
-    Next to 1a5, also 1e5 is a code. Next to Ada-01, Jan is a person in Jan-01. If a name has no
-    digits, returns "".
+    Numbers of 16 or more digits become `00`. If another identity has the same pattern, the name was
+    probably not changed by a program: if there is a code 1a5, then 1e5 is a code, too, not a
+    number. If there is Ada-01, then Jan-01 is a person, not a date. A name without digits gives "".
     """
     text = re.sub(r"\w*[^\W\d]\w*", "a", name) if re.search(r"\d", name) else ""
     return re.sub(r"\d{1,15}", "0", text)

@@ -1,9 +1,10 @@
 """Reads and writes files of a user's own features: `.npz` files and parquet tables.
 
-An `.npz` file usually contains a single clip. If it contains several clips, `clips` [N] are their
-names. Arrays such as `face` [T, D] and `face_quality` [T] have the frames of all clips, and
-`face_length` [N] has the number of frames of each clip. If `vidjax extract` wrote the file, the
-array `nets` has the modalities and the digests of the nets. A parquet table has a row per frame.
+An `.npz` file usually contains a single clip, with arrays such as `face` [T, D] and `face_quality`
+[T]. If it contains N clips, the array `clips` [N] has their names, the other arrays have the frames
+of all clips, and `face_length` [N] has the number of frames of each clip. If `vidjax extract` wrote
+the file, the array `nets` names the neural nets that computed the features, by their digests. A
+parquet table has a row per frame.
 """
 
 import io
@@ -20,6 +21,7 @@ from vidjax.data.packed_clips import FRAME_FIELDS
 from vidjax.data.packing import Clip, group_by_modality
 from vidjax.utils import files
 from vidjax.utils.errors import UserError, prefix_errors
+from vidjax.utils.groups import group_by_key
 from vidjax.utils.machine import memory_bytes
 from vidjax.utils.names import clean_name_at, show
 
@@ -34,11 +36,13 @@ Text = tuple[list[str], np.ndarray]  # see `parquet.Rows.text`
 def read_clips(
     paths: Sequence[Path], folder: Path | None = None, nets: Nets = NO_NETS
 ) -> Iterator[Clip]:
-    """Yields the clips of a split. `paths` is a single parquet table, or `.npz` files.
+    """Yields the clips in files, reading one file at a time.
 
-    The clip in `folder/DAY/CLIP.npz` is called `DAY/CLIP`. If `folder` is None, clips are called
-    `CLIP`. Only one file is in memory at a time. If a file names other nets than `nets`, raises
-    UserError, see `check_nets`.
+    Args:
+      paths: a single parquet table, or `.npz` files.
+      folder: the folder of the split. The clip in `folder/DAY/CLIP.npz` is called `DAY/CLIP`. If
+        `folder` is None, the clip is called `CLIP`.
+      nets: modality -> digest of a net. A file with vectors of other nets raises UserError.
     """
     limit = min(MAX_CLIP_BYTES, memory_bytes() // 8)
     for path in paths:
@@ -46,7 +50,7 @@ def read_clips(
             yield from read_parquet(path)
             continue
         group = "" if path.parent == (folder or path.parent) else f"{path.parent.name}/"
-        name = clean_name_at(f"{path}:", given := f"{group}{path.stem}")
+        name = clean_name_at(str(path), given := f"{group}{path.stem}")
         with files.open_input(path) as file, prefix_errors(str(path)):
             size = os.fstat(file.fileno()).st_size
             arrays = files.load_npz(file, min(limit, files.max_unpacked_bytes(size)))
@@ -58,7 +62,11 @@ def read_clips(
 
 
 def _take_nets(arrays: dict[str, np.ndarray]) -> dict[str, str]:
-    """Removes the array `nets`; returns modality -> digest of its net, or {} without this array."""
+    """Removes the array `nets` from the arrays of an `.npz` file, and returns its content.
+
+    The content is modality -> digest of the net that computed the vectors. Without the array, it is
+    {}.
+    """
     # If `nets` has numbers instead of texts, it is a modality.
     if NETS not in arrays or arrays[NETS].dtype.kind != "U":
         return {}
@@ -67,9 +75,10 @@ def _take_nets(arrays: dict[str, np.ndarray]) -> dict[str, str]:
 
 
 def check_nets(path: Path, made: Nets, wanted: Nets) -> None:
-    """Raises UserError if the vectors in `path` are from other nets than the vectors of a gallery.
+    """Raises UserError if vectors in the file `path` are from other nets than those of a gallery.
 
-    `made` and `wanted` are modality -> digest of a net. Modalities without a digest are accepted.
+    `made` (for the file) and `wanted` (for the gallery) are modality -> digest of a net. If the
+    file has no digest for a modality, the modality is accepted.
     """
     for modality, digest in wanted.items():
         if made.get(modality, digest) != digest:
@@ -87,7 +96,11 @@ def has_several_clips(arrays: Mapping[str, np.ndarray]) -> bool:
 
 
 def _split(arrays: Mapping[str, np.ndarray], path: str, group: str = "") -> Iterator[Clip]:
-    """Yields the clips of an `.npz` file that contains several clips. Names begin with `group`."""
+    """Yields the clips of an `.npz` file that contains several clips.
+
+    `arrays` are name -> array. `group` is put before the names of the clips. Errors begin with
+    `path`.
+    """
     names = arrays["clips"]
     length, frames = dict[str, np.ndarray](), dict[str, np.ndarray]()
     for key, array in arrays.items():
@@ -118,7 +131,7 @@ def _split(arrays: Mapping[str, np.ndarray], path: str, group: str = "") -> Iter
             }
             for modality, fields in grouped.items()
         }
-        yield Clip(clean_name_at(f"{path}:", group + given), path, modalities, group + given)
+        yield Clip(clean_name_at(str(path), group + given), path, modalities, group + given)
 
 
 def write_npz(
@@ -126,17 +139,17 @@ def write_npz(
 ) -> None:
     """Writes several clips to an `.npz` file.
 
-    `clips` is clip -> name of an array -> array. `nets` is modality -> digest of its net.
+    `clips` is clip -> name of an array, such as `face_quality` -> array. `nets` is modality ->
+    digest of the net that computed the vectors.
     """
-    keys = dict.fromkeys(key for arrays in clips.values() for key in arrays)
+    parts = group_by_key(pair for arrays in clips.values() for pair in arrays.items())
     joined: dict[str, np.ndarray] = {"clips": np.array([*clips], np.str_)}
     if nets:
         joined[NETS] = np.array([f"{modality} {digest}" for modality, digest in nets.items()])
-    for key in keys:
-        parts = [arrays[key] for arrays in clips.values() if key in arrays]
-        joined[key] = np.concatenate(parts)
+    for key, of_key in parts.items():
+        joined[key] = np.concatenate(of_key)
         if key.rpartition("_")[2] not in FRAME_FIELDS:
-            lengths = [len(arrays[key]) if key in arrays else 0 for arrays in clips.values()]
+            lengths = [len(arrays.get(key, ())) for arrays in clips.values()]
             joined[f"{key}_length"] = np.array(lengths, np.int32)
     with files.atomic_file(path) as file:
         np.savez(file, **joined)  # pyright: ignore[reportArgumentType]
@@ -145,12 +158,12 @@ def write_npz(
 def read_npz_bytes(content: bytes, name: str, limit: int, nets: Nets = NO_NETS) -> Iterator[Clip]:
     """Yields the clips in the content of an `.npz` file in memory.
 
-    `name` is the name of a single clip. It must be empty if the file contains the names of clips.
-    `nets` are the nets of the gallery, see `check_nets`. Raises UserError if the content is damaged
-    or needs more than `limit` bytes of memory. The size is checked before the arrays are unpacked.
-    A number counts as at least 4 bytes.
+    `name` is the name of a single clip. If the file contains the names of its clips, `name` must be
+    "". `nets` are the nets of the gallery, see `check_nets`. Raises UserError if the content is
+    damaged, or needs more than `limit` bytes of memory. The size is checked before the arrays are
+    unpacked. A number counts as at least 4 bytes.
     """
-    clean = clean_name_at("clip:", name) if name else ""
+    clean = clean_name_at("clip", name) if name else ""
     with prefix_errors(f"clip {show(clean)}" if name else "npz"):
         arrays = files.load_npz(io.BytesIO(content), limit, FLOAT_BYTES)
         several = has_several_clips(arrays)
@@ -166,14 +179,15 @@ def read_npz_bytes(content: bytes, name: str, limit: int, nets: Nets = NO_NETS) 
 
 
 def read_json(value: object, place: str) -> Clip:
-    """Reads a clip from parsed JSON, {"clip": NAME, "face": [[D numbers for each of T frames]]}.
+    """Returns the clip in a parsed JSON value, {"clip": NAME, "face": [[D numbers for a frame]]}.
 
-    The object may have further modalities, and values of frames such as `face_quality`. Features of
-    a single frame may be a plain list of D numbers. Errors begin with `place`.
+    The list of `face` has T lists, one for each frame. If there is only one frame, it may also be a
+    plain list of D numbers. The value may have other modalities, and values of frames, such as
+    `face_quality`. Errors begin with `place`.
     """
     if not isinstance(value, dict) or not isinstance(given := value.get("clip"), str):
         raise UserError(f'{place}: the clip has no name: write {{"clip": "NAME", "face": [[...]]}}')
-    name = clean_name_at(f"{place}:", given)
+    name = clean_name_at(place, given)
     arrays = {}
     for key, numbers in value.items():
         if key != "clip":
@@ -199,7 +213,7 @@ def read_parquet(path: Path) -> Iterator[Clip]:
     clips: dict[str, dict[str, Any]] = {}
     given: dict[str, str] = {}
     for clip, modality, rows in _group_rows(text["clip"], text["modality"]):
-        name = clean_name_at(f"{path}:", clip)
+        name = clean_name_at(str(path), clip)
         place = f"{path}: clip {show(name)}, {modality}"
         odd = width[rows] != width[rows[0]]
         if odd.any():
@@ -219,7 +233,7 @@ def read_parquet(path: Path) -> Iterator[Clip]:
 
 
 def _stack_lists(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarray:
-    """Returns an array [n, width] with the rows `values[start : start + width]` of n `starts`."""
+    """Returns an array [n, width], with a row `values[start : start + width]` for each start."""
     first, count = int(starts[0]), len(starts)
     if not width or int(starts[-1]) - first == width * (count - 1):  # adjacent: needs no copy
         return values[first : first + width * count].reshape(count, width)
@@ -227,7 +241,11 @@ def _stack_lists(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarr
 
 
 def _group_rows(clips: Text, modalities: Text) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Yields (clip, modality, their rows in ascending order). See `parquet.Rows.text`."""
+    """Yields (clip, modality, rows) for each pair of clip and modality in a parquet table.
+
+    `rows` are the positions of the table rows with this pair, ascending. `clips` and `modalities`
+    are columns of the table, in the form of `parquet.Rows.text`.
+    """
     (names, clip), (kinds, modality) = clips, modalities
     code = clip.astype(np.int64) * len(kinds) + modality
     order = np.argsort(code, kind="stable")

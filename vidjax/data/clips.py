@@ -1,8 +1,8 @@
-"""Describes the clips of a split, plans and draws batches, and defines what a dataset can do.
+"""Describes the clips of a split, draws and pads batches, and defines the interface of a dataset.
 
-Evaluation reads clips through the protocol `ClipSource`. Three classes have the methods of
-`ClipSource`: `Dataset` (labelled clips), `Resident` (clips on the devices) and `MemoryClips` (clips
-in memory, without labels). This module needs only numpy.
+Evaluation reads clips through the protocol `ClipSource`. Three classes implement it: `Dataset`
+(labelled clips), `Resident` (clips on the devices) and `MemoryClips` (clips in memory, without
+labels). This module needs only numpy.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ MAX_EXTRA_FRAMES = 1 << 16
 
 
 class Modality(NamedTuple):
-    """The form of the features of a modality."""
+    """The width and the dtype of the features of a modality."""
 
     dim: int  # the width D of a feature
     dtype: str  # the dtype on disk, such as 'float16'
@@ -59,7 +59,10 @@ class Split:
     fingerprints: np.ndarray | None = None
 
     def find_copies(self, other: "Split") -> dict[int, int]:
-        """Finds clips whose frames are also in the split `other`: index -> index in `other`."""
+        """Finds clips whose frames are equal to the frames of a clip of the split `other`.
+
+        Returns a dict, index of a clip in this split -> index of the equal clip in `other`.
+        """
         own, theirs = self.fingerprints, other.fingerprints
         if own is None or theirs is None:
             return {}
@@ -122,7 +125,7 @@ class BatchPlan(NamedTuple):
 
 
 class DrawnClips(NamedTuple):
-    """The clips that fill R rows of batches."""
+    """The clips that were drawn for R rows of training batches."""
 
     clip_index: np.ndarray  # [R] int32, the number of each clip in the training splits
     batch_mask: np.ndarray  # [R] bool, False for empty rows of the last batch of an epoch
@@ -132,11 +135,12 @@ class DrawnClips(NamedTuple):
 
 
 def draw_clips(plan: BatchPlan, step: int, count: int = 1) -> DrawnClips:
-    """Draws the clips of `count` training steps from `step` on, in count * B rows.
+    """Draws the clips of `count` training steps, beginning with `step`.
 
-    Each clip comes once per epoch. All windows within a clip are equally likely. The draw depends
-    only on the seed and the number of the step, so a resumed run continues with the same clips.
-    Clips on the devices and clips on disk have the same order.
+    The result has count * B rows, where B is the batch size. Each clip comes once per epoch. All
+    windows within a clip are equally likely. The draw depends only on the seed and the number of
+    the step, so a resumed run continues with the same clips. The order does not depend on whether
+    the clips are on the devices or on disk.
     """
     begin, end, size = step * plan.batch_size, (step + count) * plan.batch_size, plan.num_places
     parts = []
@@ -157,10 +161,11 @@ def draw_clips(plan: BatchPlan, step: int, count: int = 1) -> DrawnClips:
 def _draw_epoch(
     seed: int, epoch: int, num_clips: int, num_places: int, num_windows: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a random order of N clips, and random numbers for their windows.
+    """Returns a random order of the N clips of an epoch, and random numbers for their windows.
 
-    The order is [num_places] int32, with -1 in empty rows. The random numbers are
-    [num_windows, num_places] float64, uniform in [0, 1).
+    The order is [num_places] int32, the numbers 0 to N - 1 and then -1 for empty rows. The random
+    numbers are [num_windows, num_places] float64, uniform in [0, 1): one for each modality that is
+    cut to windows.
     """
     rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
     order = rng.permutation(num_clips).astype(np.int32)
@@ -203,7 +208,7 @@ class ClipSource(Protocol):
 
 
 class Origin(NamedTuple):
-    """The values of `config.data.name`, `dir` and `quality` with which a dataset was loaded."""
+    """Where a dataset comes from: the fields `name`, `dir` and `quality` of `config.data`."""
 
     name: str  # such as 'iqiyi_vid'
     dir: str | None = None  # absolute; None if clips were generated or are arrays in memory
@@ -232,19 +237,27 @@ class FileSource(DataSource, Protocol):
     """
 
     def fingerprint(self) -> list[dict[str, Any]]:
-        """Returns a JSON value that changes if any frame changes. It is the key in the cache."""
+        """Returns a JSON value that changes if any frame of the dataset changes.
+
+        The cache finds the converted files by this value.
+        """
         ...
 
     def read(self, folder: Path) -> Mapping[str, PackedClips]:
-        """Reads all splits. In a split, the features of a modality have one width and dtype.
+        """Reads the dataset, writes its frames to files in `folder`, and returns split -> clips.
 
-        The returned arrays are memory maps of the files `SPLIT/MODALITY/FIELD.bin` in `folder`.
+        The returned arrays are memory maps of the files, `SPLIT/MODALITY/FIELD.bin`. In a split,
+        the features of a modality have one width and dtype.
         """
         ...
 
 
 def select_modalities(names: Sequence[str], known: Mapping[str, Modality]) -> dict[str, int]:
-    """Returns name -> feature width. Raises UserError if a name is repeated, or not in `known`."""
+    """Returns modality -> feature width for the modalities `names`.
+
+    `known` has the modalities of the data. Raises UserError if a name is repeated, or is not in
+    `known`.
+    """
     _check_distinct("config.modalities", names)
     for name in names:
         if name not in known:
@@ -257,11 +270,11 @@ def select_modalities(names: Sequence[str], known: Mapping[str, Modality]) -> di
 
 def _check_distinct(field: str, names: Sequence[str]) -> None:
     if not names or len(set(names)) < len(names):
-        raise UserError(f"{field}={','.join(names)}: name at least one, and each only once")
+        raise UserError(f"{field}={','.join(names)}: give one or more names, each only once")
 
 
 def check_modalities(split: Split, modalities: Sequence[str]) -> None:
-    """Raises UserError if a split lacks one of `modalities`, or if a modality is given twice."""
+    """Raises UserError if a split lacks one of `modalities`, or if one of them is repeated."""
     _check_distinct("config.modalities", modalities)
     for name in modalities:
         if name not in split.lengths:
@@ -278,7 +291,10 @@ def longest(split: Split, modalities: Sequence[str]) -> np.ndarray:
 
 
 def padded(longest: int, limit: int) -> int:
-    """Returns `longest` rounded up to 1, 8, 32, 128 or 512 frames, but at most `limit`."""
+    """Returns the number of frames to which clips of up to `longest` frames are padded.
+
+    It is `longest`, rounded up to 1, 8, 32, 128 or 512, but at most `limit`.
+    """
     return min(limit, next((length for length in PAD_LENGTHS if length >= longest), limit))
 
 
@@ -290,10 +306,12 @@ def make_eval_plan(
     The padding of a modality depends on all clips of the split, even if `only` leaves some out.
 
     Args:
+      split: the clips.
+      modalities: the modalities that are evaluated.
       only: [N] bool, True for the clips to evaluate, by default all.
-      join: joins a group with the next longer group if this adds at most 65536 frames of padding.
-        Then fewer programs are compiled. Use False for models that score each frame separately,
-        because their time grows with the padding.
+      join: True if a group is joined with the next longer group, unless this adds more than 65536
+        frames of padding. Then fewer programs are compiled. Use False for models that score each
+        frame separately, because their time grows with the padding.
     """
     lengths = longest(split, modalities)
     bucket = np.searchsorted(BUCKETS, np.minimum(lengths, MAX_EVAL_FRAMES))
@@ -319,10 +337,10 @@ def make_batch_plan(
     seed: int,
     epoch_clips: np.ndarray | None = None,
 ) -> BatchPlan:
-    """Plans the training batches. For the arguments, see BatchPlan.
+    """Plans the training batches. For the other arguments, see BatchPlan.
 
-    A modality is padded to the length of its longest clip, rounded up by `padded`, and to at most
-    `max_frames` frames.
+    `splits` are the training splits. A modality is padded to the length of its longest clip,
+    rounded up by the function `padded`, but to at most `max_frames` frames.
     """
     names = tuple(split.name for split in splits)
     _check_distinct("config.data.train_splits", names)
@@ -350,7 +368,10 @@ def make_batch_plan(
 def count_cropped(
     splits: Sequence[Split], modalities: Sequence[str], max_frames: int
 ) -> dict[str, dict[str, int]]:
-    """Returns modality -> {"clips": number of cropped clips, "frames": number of lost frames}."""
+    """Counts the clips that are longer than `max_frames`, and the frames that they lose.
+
+    Returns modality -> {"clips": number of these clips, "frames": number of lost frames}.
+    """
     counts = {}
     for name in modalities:
         lengths = np.concatenate([split.lengths[name] for split in splits])
@@ -381,10 +402,13 @@ def pad(
     modality: Modality,
     first: np.ndarray | None = None,
 ) -> Frames:
-    """Joins the frames of up to B clips to arrays [B, T] with zeros as padding. `shape` is (B, T).
+    """Returns the frames of up to B clips in a modality as arrays [B, T], padded with zeros.
 
-    `frames` is field -> a list of arrays, [t] or [t, D], one per clip. `first` is as in
-    `choose_frames`.
+    Args:
+      frames: field -> a list of arrays, [t] or [t, D], one per clip.
+      shape: (B, T).
+      modality: the width and the dtype of the features.
+      first: [B] int or None, which frames of longer clips are taken, see `choose_frames`.
     """
     size = shape[1]
     mask = np.zeros(shape, bool)
@@ -401,11 +425,11 @@ def pad(
 def choose_frames(
     quality: Sequence[np.ndarray], size: int, first: np.ndarray | None = None
 ) -> Iterator[slice | np.ndarray]:
-    """Yields the frames of each of n clips that a batch with room for `size` frames contains.
+    """Yields, for each of n clips, a slice or the positions of the frames that a batch contains.
 
-    `quality` is a list of n arrays, [t]. From a clip with more than `size` frames, consecutive
-    frames from frame `first` [n] int on are taken. If `first` is None, the frames of the highest
-    quality are taken, in time order.
+    A batch has room for `size` frames per clip. `quality` is a list of n arrays, [t]. A clip with
+    more than `size` frames is cut: to consecutive frames, beginning with frame `first` [n] int, or
+    to the frames of the highest quality in time order, if `first` is None.
     """
     for row, values in enumerate(quality):
         if len(values) <= size:

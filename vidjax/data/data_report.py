@@ -17,10 +17,11 @@ FRAMES_PER_MAP = 1 << 16  # frames that are read before the file is mapped again
 def report_modality(
     split: PackedClips, modality: str, path: Path
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Counts the clips and frames of a modality. `path` is the file of its features.
+    """Returns the entry of a modality in the data report, and a fingerprint of each of N clips.
 
-    The second result has the fingerprint of each clip, [N] uint64. The order of frames does not
-    change a fingerprint. The fingerprint of a clip without frames, or with frames of zeros, is 0.
+    The entry counts the clips and frames of `split` in this modality. `path` is the file of the
+    features. The fingerprints are [N] uint64. Clips with the same frames, in any order, have the
+    same fingerprint. A clip without frames, or with frames of zeros, has the fingerprint 0.
     """
     frames, counts = split.frames[modality], split.counts[modality]
     lengths = np.asarray(frames.length)
@@ -59,7 +60,7 @@ def report_modality(
 
 
 def _make_histogram(values: np.ndarray) -> dict[str, Any]:
-    """Counts the finite values in bins of equal width."""
+    """Returns a histogram of the finite values, in 20 bins of equal width, as a dict for JSON."""
     finite = values[np.isfinite(values)].astype(np.float64)
     counts, edges = [], []
     if finite.size:
@@ -78,7 +79,7 @@ def _make_histogram(values: np.ndarray) -> dict[str, Any]:
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """Formats the data report as lines for a terminal."""
+    """Returns the data report as lines of text for a terminal."""
     lines = [messages.count(report["identities"], "identity")]
     for name, split in report["splits"].items():
         labels = "no ground truth"
@@ -101,9 +102,8 @@ def format_report(report: Mapping[str, Any]) -> str:
             replaced = modality["values_replaced"].items()
             if replaced:
                 line += f", set to 0: {', '.join(f'{n:,} {reason}' for reason, n in replaced)}"
-            negative = [x for x in modality.get("bad_values", ()) if x["problem"] == "negative"]
-            if negative:
-                words = (f"{x['frames']:,} {x['field']}" for x in negative)
-                line += f", negative: {', '.join(words)}"
+            bad = [x for x in modality.get("bad_values", ()) if x["problem"] == "negative"]
+            if negative := ", ".join(f"{x['frames']:,} {x['field']}" for x in bad):
+                line += f", negative: {negative}"
             lines.append(line)
     return "\n".join(lines)

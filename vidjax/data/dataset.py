@@ -58,7 +58,14 @@ class Dataset:
         identities: Sequence[str] | None = None,
         origin: Origin | None = None,
     ):
-        """Adds labels to clips. See `label_clips`. Result files show `origin`."""
+        """Adds labels to the clips of `store`.
+
+        Args:
+          store: the clips, in files or in memory.
+          truth: split -> clip -> identity.
+          identities: the names of the classes, see `label_clips`.
+          origin: the name and the folder of the dataset, which result files contain.
+        """
         self._store = store
         self._truth = truth
         self._origin = origin or Origin("files")
@@ -80,7 +87,7 @@ class Dataset:
             warn(problem)
 
     def _warn_of_gaps(self, name: str, split: StoredSplit) -> None:
-        """Warns if a split lacks modalities of other splits, or frames are left out or unusual."""
+        """Warns if a split lacks modalities of other splits, or has unusable or unusual frames."""
         if absent := [modality for modality in self.modalities if modality not in split.lengths]:
             warn(
                 f"{name}: the split has no features of {', '.join(absent)}, unlike other splits\n"
@@ -119,19 +126,23 @@ class Dataset:
         return self._splits[name]
 
     def with_identities(self, identities: Sequence[str]) -> "Dataset":
-        """Returns the same clips with `identities` as classes. Other identities get the label 0."""
+        """Returns the same clips with other classes, `identities`.
+
+        The label of a clip becomes the position of its identity in `identities`, from 1 on. A clip
+        of another identity gets the label 0.
+        """
         if tuple(identities) == self.identities:
             return self
         return Dataset(self._store, self._truth, identities=identities, origin=self._origin)
 
     def _read(self, splits: Sequence[str]) -> Reader:
-        """Returns the reader of the clips of several splits."""
+        """Returns an object that reads the clips of several splits, numbered split after split."""
         return Reader([self._store.splits[name].packed for name in splits])
 
     def train_batches(self, plan: BatchPlan, *, step: int = 0) -> Iterator[Batch]:
         """Yields the training batches of `plan` without end, beginning with the batch of `step`.
 
-        TensorFlow makes the batches of clips on the disk.
+        If the clips are in files, TensorFlow makes the batches.
         """
         reader = self._read(plan.splits)
         drawn = (draw_clips(plan, number) for number in itertools.count(step))
@@ -148,7 +159,10 @@ class Dataset:
     def _train_batches(
         self, reader: Reader, plan: BatchPlan, drawn: Iterator[DrawnClips]
     ) -> Iterator[Batch]:
-        """Yields the training batches of clips in memory. `drawn` are the clips of each step."""
+        """Yields the training batches of `plan`, for clips in memory, without end.
+
+        `drawn` has the clips of each training step.
+        """
         for clips, batch_mask, first in drawn:
             arrays = reader.read(clips[batch_mask], plan.modalities)
             frames = {
@@ -166,9 +180,10 @@ class Dataset:
     def packed(
         self, split: str, modalities: Sequence[str]
     ) -> Iterator[tuple[np.ndarray, Mapping[str, Packed]]]:
-        """Yields all clips, n at a time: `clip_index` [n] int32, and modality -> frames.
+        """Yields the clips of a split, n at a time, in the order of storage.
 
-        The clips come in the order of storage.
+        An item is a pair: the indices [n] int32 of the clips, and modality -> their frames, joined
+        without padding.
         """
         check_modalities(self.split(split), modalities)
         reader, whole = self._read([split]), self._store.splits[split].packed
@@ -184,7 +199,7 @@ class Dataset:
 
 
 def _warn_of_copies(first: Split, second: Split) -> None:
-    """Warns if clips of a split have the frames of clips of another split."""
+    """Warns if clips of the split `second` have the same frames as clips of the split `first`."""
     copies = second.find_copies(first)
     for clip, original in itertools.islice(copies.items(), 1):
         labels = first.labels[[*copies.values()]] != second.labels[[*copies]]
@@ -203,9 +218,14 @@ def label_clips(
 ) -> tuple[tuple[str, ...], dict[str, Split], dict[str, Any]]:
     """Adds labels to the clips of a dataset.
 
-    `truth` is split -> clip -> identity. `identities` are the names of the classes 1 to C, by
-    default all identities in the ground truth of train and val. Returns three results: the names of
-    the classes; split -> its clips and labels; and the data report.
+    Args:
+      store: the clips.
+      truth: split -> clip -> identity.
+      identities: the names of the classes 1 to C, by default all identities in the ground truth of
+        train and val.
+
+    Returns three results: the names of the classes; split -> its clips and labels; and the data
+    report, which counts clips, frames and labels.
     """
     if identities is None:
         identities = sort_identities(
@@ -262,12 +282,11 @@ def _report_labels(
         return {"labelled": False}
     known = len(truth.keys() & set(clips))
     names, positives = np.unique(list(truth.values()), return_counts=True)
-    histogram = {
-        f"{low + 1}-{high}" if high != np.inf else f"over {low}": int(
-            ((positives > low) & (positives <= high)).sum()
-        )
+    ranges = [
+        f"{low + 1}-{high}" if high != np.inf else f"over {low}"
         for low, high in itertools.pairwise(CLIPS_PER_IDENTITY_EDGES)
-    }
+    ]
+    counts, _ = np.histogram(positives, np.add(CLIPS_PER_IDENTITY_EDGES, 0.5))
     return {
         "labelled": True,
         "ground_truth_clips": len(truth),
@@ -276,5 +295,5 @@ def _report_labels(
         "labelled_clips": known,
         "distractors": len(clips) - known,
         "unknown_clips": len(truth) - known,
-        "clips_per_identity": histogram,
+        "clips_per_identity": dict(zip(ranges, counts.tolist(), strict=True)),
     }

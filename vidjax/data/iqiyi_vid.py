@@ -36,7 +36,10 @@ VERSION = 2  # increase it if new code reads other frames from the same file, to
 
 
 class OfficialFiles:
-    """A directory of iQIYI-VID files, which are converted to flat files."""
+    """A dataset in a directory of iQIYI-VID files.
+
+    Its features are converted to flat files in the cache.
+    """
 
     kind = "iqiyi_vid"
 
@@ -48,7 +51,8 @@ class OfficialFiles:
     ):
         """Finds the feature pickles.
 
-        `cache_dir` keeps the digests of unchanged files. `origin` is written to result files.
+        The folder `cache_dir` keeps the digests of the files, so that unchanged files are not read
+        again. Result files contain `origin`, the name and the folder of the dataset.
         """
         self._directory = local(directory)
         self._files = find_pickles(self._directory)
@@ -65,11 +69,14 @@ class OfficialFiles:
 
     @property
     def modalities(self) -> dict[str, int]:
-        """The modalities, as modality -> 0. The value 0 stands for an unknown feature width."""
+        """A dict with the modalities as keys. All values are 0: the feature width is unknown."""
         return {name: 0 for name, _ in self._files}
 
     def fingerprint(self) -> list[dict[str, Any]]:
-        """Returns the sha256 of each pickle. Unchanged pickles are not read again."""
+        """Returns a dict for each pickle, with its modality, its split and its sha256.
+
+        Pickles that have not changed since the last call are not read again.
+        """
         entries = []
         for (modality, split), path in sorted(self._files.items()):
             entry = {"official": VERSION, "modality": modality, "split": split}
@@ -82,7 +89,10 @@ class OfficialFiles:
         return self._files[modality, split]
 
     def read(self, folder: Path) -> dict[str, PackedClips]:
-        """Reads all pickles in child processes, the largest first. See `FileSource`."""
+        """Reads all pickles in child processes, the largest first.
+
+        Returns split -> its clips. See `FileSource`.
+        """
         sizes = {key: path.stat().st_size for key, path in self._files.items()}
 
         def unpack(children: Children, key: tuple[str, str]) -> PackedClips:
@@ -137,7 +147,10 @@ def find_pickles(directory: str | os.PathLike[str]) -> dict[tuple[str, str], Pat
 
 
 def _hint(directory: Path) -> str:
-    """Returns a line for a message that says where missing pickles probably are, or ""."""
+    """Returns a line for an error message that says where the missing pickles probably are.
+
+    If no other place is found, returns "".
+    """
     for inner in sorted(directory.glob("*/*_train*.pickle")):
         return f"\nthey are in a folder below: --config.data.dir={inner.parent}"
     for archive in sorted([*directory.glob("*.zip"), *directory.glob("*.tar*")]):
@@ -146,7 +159,10 @@ def _hint(directory: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Converts a directory to flat files, prints its report, and returns the exit code."""
+    """Runs the command that converts a directory and prints the data report.
+
+    `argv` are the words of the command line, by default `sys.argv`. Returns the exit code.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     about = "Convert a directory of iQIYI-VID files to flat files in the cache."
     parser = Parser("python -m vidjax.data.iqiyi_vid", description=about)

@@ -17,6 +17,7 @@ from vidjax.data.checks import check_file, list_entries, refuse_split, warn_of_c
 from vidjax.data.clips import SPLITS
 from vidjax.utils import files, messages, tables
 from vidjax.utils.errors import NoFileError, UserError, check_argument, prefix_errors, warn
+from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import (
     clean_identity,
     clean_name,
@@ -38,7 +39,8 @@ def load_official_truth(
 ) -> dict[str, dict[str, str]]:
     """Returns split -> clip -> identity, from the files `{split}_gt.txt` of a directory.
 
-    `clips` is split -> the clips that have features. A warning appears if a file names other clips.
+    `clips` is split -> names of the clips with features. A warning appears if a file names other
+    clips.
     """
     truth = {}
     for split, path in find_ground_truth(directory).items():
@@ -52,10 +54,11 @@ def load_official_truth(
 def load_folder_truth(
     folder: Path, clips: Mapping[str, Collection[str]]
 ) -> dict[str, dict[str, str]]:
-    """Returns split -> clip -> identity, from the ground-truth files or one of `TABLES`.
+    """Returns split -> clip -> identity, from the files `{split}_gt.txt` or a table `labels.csv`.
 
-    `clips` is split -> the clips that have features. Raises UserError if the folder has several
-    files of labels, or a misspelt file such as `label.csv`.
+    The table may also end in .tsv, .jsonl or .parquet. `clips` is split -> names of the clips with
+    features. Raises UserError if the folder has several files of labels, or a misspelt file such as
+    `label.csv`.
     """
     official, entries = find_ground_truth(folder), list_entries(folder)
     found = [path for path in entries if path.name.lower() in TABLES]
@@ -78,8 +81,8 @@ def load_label_table(
 ) -> dict[str, dict[str, str]]:
     """Returns split -> clip -> identity, without splits that have no labelled clip.
 
-    `labels` is clip -> identity, a table (see `read_table`) or a ground-truth file. None means no
-    labels. `clips` is split -> the clips that have features.
+    `labels` is a dict, clip -> identity, or the path of a table (see `read_table`) or of a
+    ground-truth file. None means no labels. `clips` is split -> names of the clips with features.
     """
     if labels is None:
         return {}
@@ -88,26 +91,25 @@ def load_label_table(
     split_of = {name: split for split, names in clips.items() for name in names}
     place = Path("labels")
     if isinstance(labels, Mapping):
-        pairs = clean_labels(((f"{place}:", *pair) for pair in labels.items()), split_of)
+        pairs = clean_labels(((str(place), *pair) for pair in labels.items()), split_of)
     elif (place := files.local(labels)).suffix.lower() in tables.ENDINGS:
         pairs = clean_labels(read_table(place), split_of)
     else:
         pairs = load_ground_truth(place, known_clips=split_of)
     if pairs:
         check_known(place, pairs, split_of)
-    truth: dict[str, dict[str, str]] = {}
-    for name, identity in pairs.items():
-        if name in split_of:
-            truth.setdefault(split_of[name], {})[name] = identity
-    return truth
+    known = ((split_of[name], (name, x)) for name, x in pairs.items() if name in split_of)
+    groups = group_by_key(known)
+    return {split: dict(labels) for split, labels in groups.items()}
 
 
 def read_table(path: Path) -> Iterator[tuple[str, Any, Any]]:
-    """Yields (start of an error message, clip, identity) for each row of a table of labels.
+    """Yields (place, clip, identity) for each row of a table of labels.
 
-    A file that does not end in .csv, .jsonl or .parquet is text with tabs. The columns are called
-    `clip` and `identity`, in upper or lower case. If text with tabs has no such names, its first
-    two columns are read. A line of .jsonl is an object with these keys.
+    The place is the file and the line, for error messages. The columns are called `clip` and
+    `identity`, in upper or lower case. A line of a .jsonl is an object with these keys. A file that
+    does not end in .csv, .jsonl or .parquet is text with tabs. If this text has no line of column
+    names, its first two columns are read.
     """
     refuse_no_file(path)
     if path.suffix.lower() == ".jsonl":
@@ -115,11 +117,11 @@ def read_table(path: Path) -> Iterator[tuple[str, Any, Any]]:
         return
     if path.suffix.lower() == ".parquet":
         for row, clip, identity in parquet.read_labels(path):
-            yield f"{path}: row {row}:", clip, identity
+            yield f"{path}: row {row}", clip, identity
         return
     is_csv, rows = path.suffix.lower() == ".csv", tables.read_text(path)
     number, header = next(rows, (1, []))
-    titles = tables.find_columns(f"{path}: line {number}:", header, COLUMNS)
+    titles = tables.find_columns(f"{path}: line {number}", header, COLUMNS)
     columns = [*map(header.index, titles)]
     if not columns and is_csv:
         raise UserError(
@@ -129,37 +131,35 @@ def read_table(path: Path) -> Iterator[tuple[str, Any, Any]]:
     if not columns:
         columns, rows = [0, 1], itertools.chain([(number, header)] * bool(header), rows)
     for number, cells in rows:
-        place = f"{path}: line {number}:"
+        place = f"{path}: line {number}"
         if is_csv and (len(cells) <= max(columns) or any(cells[len(header) :])):
             raise UserError(
-                f"{place} the line must have as many values as line 1\n"
+                f"{place}: the line must have as many values as line 1\n"
                 'write names that contain a comma in double quotes: "Smith, John"'
             )
         if len(cells) <= max(columns):
             remedy = "write the clip, a tab and a name"
             if len(cells) == 1 and re.search("[;,]", cells[0]):
                 remedy = "save the table with tabs between the columns, not commas or semicolons"
-            raise UserError(f"{place} the line has no name or no clip\n{remedy}")
+            raise UserError(f"{place}: the line has no name or no clip\n{remedy}")
         clip, identity = (cells[column] for column in columns)
         yield place, clip if is_csv else clip.strip(), identity.strip()
 
 
 def _read_json_lines(path: Path) -> Iterator[tuple[str, Any, Any]]:
-    with files.open_text(path) as file:
-        lines = file.read().splitlines()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(files.read_input(path).splitlines(), 1):
         if line.strip():
             place, value = f"{path}: line {number}", None
             with contextlib.suppress(ValueError):
                 value = files.parse_json(line)
             row = value if isinstance(value, dict) else {}
-            titles = tables.find_columns(f"{place}:", row, COLUMNS)
+            titles = tables.find_columns(place, row, COLUMNS)
             if not titles:
                 raise UserError(
                     f"{place} is not JSON of a clip and its identity\n"
                     'write {"clip": "NAME", "identity": "NAME"}'
                 )
-            yield f"{place}:", *(row[title] for title in titles)
+            yield place, *(row[title] for title in titles)
 
 
 def refuse_no_file(path: Path) -> None:
@@ -172,10 +172,11 @@ def refuse_no_file(path: Path) -> None:
 def clean_labels(
     rows: Iterable[tuple[str, Any, Any]], known_clips: Collection[str] = ()
 ) -> dict[str, str]:
-    """Returns clip -> identity, from rows of (start of an error message, clip, identity).
+    """Checks labels, and returns clip -> identity as text.
 
-    A clip whose identity is None, NaN or empty is left out. A warning counts the clips with NaN or
-    an empty identity. For `known_clips` see `load_ground_truth`.
+    A row is (place, clip, identity), where the place is a file and a line, for error messages. A
+    clip whose identity is None, NaN or empty is left out. A warning counts the clips with NaN or an
+    empty identity. For `known_clips` see `load_ground_truth`.
     """
     pairs: dict[str, str] = {}
     places: dict[str, str] = {}
@@ -186,7 +187,7 @@ def clean_labels(
             name = other
         if identity is None:
             continue
-        row, place = place, f"{place} clip {show(name)}"
+        row, place = place, f"{place}: clip {show(name)}"
         if _is_missing(identity):
             empty.append(f"{place}: its identity is empty, so the clip shows no known person")
             continue
@@ -197,7 +198,7 @@ def clean_labels(
             raise UserError(
                 f"{place} has the labels {show(pairs[name])} and {show(text)}: delete one of them"
             )
-        places.setdefault(text, row.removesuffix(":"))
+        places.setdefault(text, row)
     for found, remedy in (
         (empty, "leave out these clips, or use None in Python"),
         (decimals, "write identities as text"),
@@ -209,7 +210,10 @@ def clean_labels(
 
 
 def _clean_person(place: str, identity: object) -> str:
-    """Returns an identity as text. Error messages begin with `place`. 100.0 becomes 100."""
+    """Returns an identity (text or a number) as text. The number 100.0 becomes `100`.
+
+    Raises UserError, which begins with `place`, for a wrong type or name.
+    """
     if isinstance(identity, (float, np.floating)) and float(identity).is_integer():
         # Larger floats have lost digits. Their text is in scientific notation, with every numpy.
         exact = abs(identity) < 2 ** (np.finfo(type(identity)).nmant + 1)
@@ -224,17 +228,22 @@ def _clean_person(place: str, identity: object) -> str:
     with prefix_errors(place):
         text = clean_identity(str(identity))
     if re.fullmatch("-[0-9]+", text):
-        raise UserError(f"{place}: identity {text} is negative: leave out clips of nobody known")
+        raise UserError(
+            f"{place}: identity {text} is negative: leave out clips that show no known person"
+        )
     return text
 
 
 def _is_missing(identity: object) -> bool:
-    """Returns True for an empty text, for NaN, and for an empty cell of pandas."""
+    """Returns True if an identity is an empty text, NaN, or an empty cell of pandas."""
     return not identity if isinstance(identity, str) else str(identity) in ("nan", "<NA>", "NaT")
 
 
 def find_ground_truth(directory: str | os.PathLike[str]) -> dict[str, Path]:
-    """Returns split -> path of `{split}_gt.txt`, in the order train, val, test."""
+    """Returns split -> path of `{split}_gt.txt`, in the order train, val, test.
+
+    Raises UserError if the name of such a file is probably misspelt.
+    """
     entries = list_entries(directory)
     words = {
         path.name.removesuffix("_gt.txt"): path for path in entries if path.name.endswith("_gt.txt")
@@ -261,8 +270,8 @@ def load_ground_truth(
     There are two forms of files. The direct form has a line `NAME.mp4 ID` for each clip. The
     inverted form has a line `ID NAME.mp4 NAME.mp4 ...` for each identity. If no name ends in
     `.mp4`, train_gt.txt is read as direct, and val_gt.txt and test_gt.txt as inverted. A blank in a
-    name is written `%20`. In the names `known_clips`, `%20` does not mean a blank. A warning
-    appears if a program has probably changed identities.
+    name is written `%20`. If a name with `%20` is in `known_clips`, it is not changed. A warning
+    appears if a program, such as a spreadsheet, has probably changed identities.
 
     Raises:
       UserError: the form is unclear, a line has another form, a clip comes twice, or a name is
@@ -321,7 +330,10 @@ def read_truth(
 
 
 def _is_inverted(path: Path, lines: Sequence[Sequence[str]]) -> bool:
-    """Returns True if the lines of a ground-truth file begin with identities instead of clips."""
+    """Returns True if the lines of a ground-truth file begin with identities instead of clips.
+
+    `lines` has the words of each line. If the file does not show this, raises UserError.
+    """
     for fields in lines:
         for column, name in enumerate(fields):
             if has_ending(name):
@@ -347,7 +359,7 @@ def _check_pair(fields: Sequence[str], form: str) -> None:
 
 
 def _parse_clip(text: str, known: Collection[str]) -> str:
-    """Returns a clip name without `.mp4`. In a name that is not `known`, `%20` becomes a blank."""
+    """Returns a clip name without `.mp4`. If the name is not in `known`, `%20` becomes a blank."""
     clean = clean_name(text)
     return clean if clean in known else clean_name(unescape(text))
 
@@ -358,10 +370,12 @@ def split_lines(text: str) -> list[str]:
 
 
 def _read_lines(path: Path, form: str) -> list[tuple[int, list[str]]]:
-    """Returns (line number, words) of each line that is not blank. Errors show the line `form`."""
+    """Returns (line number, words) for each line of a text file that is not blank.
+
+    `form` is an example of a line, which an error message shows.
+    """
     refuse_no_file(path)
-    with files.open_text(path) as file:
-        data = file.read()
+    data = files.read_input(path)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -434,8 +448,9 @@ def check_known(
 ) -> None:
     """Warns if a file names clips without features.
 
-    `named` are the clips in the file, and `clips` are the clips with features. The warning ends
-    with `effect`. Raises UserError if no clip in the file has features.
+    `named` are the clips in the file `path`, and `clips` are the clips with features. `effect` says
+    in the warning what happens to the clips without features. Raises UserError if no clip in the
+    file has features.
     """
     known = frozenset(clips)
     unknown = [name for name in named if name not in known]

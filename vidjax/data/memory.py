@@ -1,7 +1,7 @@
-"""Holds clips without labels in memory, for a trained model or a gallery, and loads them.
+"""Loads clips without labels into memory, for a trained model or a gallery of people.
 
 Clips are loaded from a `.npz` file, from a parquet table, or from a folder. The folder contains
-`.npz` files or folders of `.npz` files, or splits as in `vidjax.data.arrays`, or pickles of the
+`.npz` files, or folders of `.npz` files, or splits as in `vidjax.data.arrays`, or pickles of the
 iQIYI-VID dataset. The readers of pickles are imported only for a folder of pickles.
 """
 
@@ -53,7 +53,8 @@ class MemoryClips:
           packed: the clips, from `packing.pack`.
           names: clip name -> the name in the input, which may end in `.mp4`.
           modalities: modality -> feature width. The model reads these modalities.
-          official: whether the clips are from pickles, in which some qualities are negative.
+          official: True if the clips are from official pickles, in which some qualities are
+            negative.
         """
         if not names:
             raise UserError("the input contains no clips: give one or more clips")
@@ -97,11 +98,15 @@ class MemoryClips:
     ) -> "MemoryClips":
         """Checks clips, and makes an object of this class from them.
 
-        `clips` may be a dict, clip -> modality -> features [T, D]. The model reads only
-        `modalities` (modality -> feature width). A clip that has only other modalities becomes a
-        clip without frames, with a warning. Another warning appears if the name of a modality may
-        be misspelt. `quality` (see `Quality`) must be as in the training. Raises UserError if all
-        modalities of the clips are unknown to the model.
+        Args:
+          clips: clip -> modality -> features [T, D], or an iterator of `Clip`.
+          modalities: modality -> feature width. The model reads only these modalities.
+          identities: the names of the classes of the model.
+          quality: the source of the qualities, as in the training. See `Quality`.
+
+        A clip that has only other modalities becomes a clip without frames, with a warning. Another
+        warning appears if the name of a modality may be misspelt. Raises UserError if the model
+        reads none of the modalities of the clips.
         """
         names: dict[str, str] = {}  # clip -> its name in the input
         given: dict[str, frozenset[str]] = {}  # clip -> all its modalities in the input
@@ -136,7 +141,7 @@ class MemoryClips:
         return cls(packed, names, modalities, identities)
 
     def split(self, name: str) -> Split:
-        """Returns the only split. `name` is ignored."""
+        """Returns all clips as a split. There is only one split, so `name` is ignored."""
         return self._split
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
@@ -146,9 +151,10 @@ class MemoryClips:
     def mean_vectors(self, modality: str, least: float = 0.0) -> np.ndarray:
         """Returns [N, D] float32, the mean feature of each clip of `names`.
 
-        Frames are weighted by quality. If no frame of a clip has a quality above 0, all its frames
-        have equal weights. The mean of a clip without frames is 0. If a mean consists only of
-        rounding errors, or of numbers below `least`, it becomes 0, with a warning.
+        Frames are weighted by quality. If no frame of a clip has a quality above 0, all frames of
+        the clip have equal weights. The mean of a clip without frames is 0. A mean also becomes 0,
+        with a warning, if it consists only of rounding errors, or if no number in it is above
+        `least` in magnitude.
         """
         vectors = np.zeros((len(self.names), self._modalities[modality].dim), np.float32)
         features, quality, *_, starts, lengths = self._packed.frames[modality]
@@ -183,7 +189,10 @@ class MemoryClips:
 
 
 def _limit_memory(clips: Iterable[Clip]) -> Iterator[Clip]:
-    """Yields `clips` unchanged. Raises UserError if they take more than a third of the memory."""
+    """Yields `clips` unchanged, and adds up the bytes of their arrays.
+
+    If the clips take more than a third of the memory, raises UserError.
+    """
     left = limit = memory_bytes() // 3  # the rest is for a copy of the clips and for the model
     for clip in clips:
         for value in clip.modalities.values():
@@ -208,7 +217,7 @@ def warn_of_zeros(modality: str, clips: Sequence[str]) -> None:
 
 
 def _warn_of_unused(modality: str, packed: PackedClips, *, official: bool) -> None:
-    """Warns if frames were left out, or if values of frames are not finite or negative.
+    """Warns if frames of a modality were left out, or have qualities that cannot be used.
 
     For `official`, see `warn_of_bad_values`.
     """
@@ -243,7 +252,8 @@ def load_clips(
       identities: the names of the classes of the model.
       split: the split to load, or None if the folder has a single split.
       quality: see `Quality`. With 'given', frames of a pickle without qualities have the quality 0.
-      nets: the nets whose vectors the model reads. Files that name other nets are refused.
+      nets: modality -> digest of the neural net whose vectors the model reads. Files with vectors
+        of other nets raise UserError.
 
     Raises:
       FileNotFoundError: the path does not exist, or has no clips.
@@ -279,9 +289,9 @@ def find_files(
 ) -> tuple[Path, Sequence[Path] | Mapping[str, Path]]:
     """Finds the files of clips without reading them. Returns their folder, and the files.
 
-    The files are a list of `CLIP.npz` and `DAY/CLIP.npz`, or a list of one parquet table. Pickles
-    of the iQIYI-VID dataset are a dict, modality -> pickle. `split` is the split, or None if there
-    is only one.
+    `path` is a folder or a file. `split` is the split to find, or None if there is only one. The
+    files are a list of `CLIP.npz` and `DAY/CLIP.npz`, or a list of one parquet table. If the folder
+    contains pickles of the iQIYI-VID dataset, they are a dict, modality -> pickle.
 
     Raises:
       FileNotFoundError: the path does not exist, or has no clips.
@@ -327,9 +337,9 @@ def load_people(
 ) -> tuple[MemoryClips, dict[str, str]]:
     """Loads the files `path/PERSON/CLIP.npz`. Returns the clips, and clip -> person.
 
-    The name of a clip is `PERSON/CLIP`. `modalities` is modality to read -> feature width. For
-    `quality` and `nets`, see `load_clips`. Raises NoFileError if there are no such files, or if
-    there are clips directly in `path`.
+    The name of a clip is `PERSON/CLIP`. `modalities` is modality -> feature width. Other modalities
+    are not read. For `quality` and `nets`, see `load_clips`. Raises NoFileError if there are no
+    files `PERSON/CLIP.npz`, or if there are clips directly in `path`.
     """
     path = files.local(path)
     list_entries(path)  # raises an error if there is no such folder
@@ -358,7 +368,7 @@ def load_people(
 
 
 def check_path(path: Path) -> None:
-    """Checks that a path is a folder, a `.parquet` file or a `.npz` file, or raises NoFileError."""
+    """Raises NoFileError if a path is not a folder, a `.parquet` file or a `.npz` file."""
     if path.is_dir() or (path.is_file() and path.suffix in (".parquet", ".npz")):
         return
     present = files.is_present(path)
@@ -368,7 +378,10 @@ def check_path(path: Path) -> None:
 
 
 def _choose_split(path: Path, splits: Collection[str], split: str | None) -> str:
-    """Returns `split` if it is one of `splits`. If `split` is None, returns the only split."""
+    """Returns `split`. If it is None, returns the only item of `splits`, the splits in `path`.
+
+    Raises UserError if `split` is not in `splits`, or if it is None and there are several splits.
+    """
     if split is None and len(splits) == 1:
         return next(iter(splits))
     if split is None or split not in splits:

@@ -1,7 +1,7 @@
-"""Holds clips in arrays without padding, clip after clip.
+"""Holds the frames of many clips in arrays without padding, clip after clip.
 
-All sources return clips in this form. The arrays are in memory, in files, or on the devices.
-`clips.pad` makes batches of them.
+All readers of datasets return clips in this form. The arrays are in memory, in files, or on the
+devices. `clips.pad` makes padded batches of them.
 
 To store another value per frame, add a line to FRAME_FIELDS. To use it in a model, add it to
 `vidjax.core.batch.Frames` and `Packed`, too.
@@ -39,7 +39,7 @@ class FrameField(NamedTuple):
     official: str  # the name of the value in the pickles of the iQIYI-VID dataset
 
     def default(self, num_frames: int) -> np.ndarray:
-        """Returns the values [num_frames] of this field for frames without stored values."""
+        """Returns the values [num_frames] of this field for a clip whose values are not given."""
         if self.missing is None:
             return np.arange(num_frames, dtype=self.dtype)
         return np.full(num_frames, self.missing, self.dtype)
@@ -72,7 +72,7 @@ class BadValues(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """The number of clips and frames that a source has in a modality, and what was left out."""
+    """The number of clips and frames that files have in a modality, and what was left out."""
 
     clips: Count
     frames: Count  # includes the frames that were left out
@@ -109,7 +109,10 @@ class PackedClips(NamedTuple):
         return {name: np.asarray(frames.length) for name, frames in self.frames.items()}
 
     def find_bad_values(self, modality: str) -> Iterator[BadValues]:
-        """Yields the frames whose values were not finite, or whose weights are negative."""
+        """Yields an item for each kind of unusual values that frames of a modality have.
+
+        The kinds are: a field was not finite (its values are now 0), and a weight is negative.
+        """
         frames, counts = self.frames[modality], self.counts[modality]
         for reason, count in sorted(counts.warnings.items()):
             field = reason.removeprefix("non_finite_")
@@ -159,11 +162,15 @@ class FlatFile:
     Attributes:
       file: the file.
       shape: [F] or [F, D].
-      dtype: the dtype of features in all splits. A slice has the dtype of the file.
+      dtype: the dtype to which a reader must convert slices: the common dtype of all splits. A
+        slice has the dtype of the file.
     """
 
     def __init__(self, file: StoredFile, shape: tuple[int, ...], stored: np.dtype, dtype: np.dtype):
-        """Opens the file. Checks its sha256 if its size or time changed."""
+        """Opens the file. If its size or time has changed since it was written, checks its sha256.
+
+        `stored` is the dtype in the file. For the other arguments, see the attributes.
+        """
         self.file, self.shape, self.dtype = file, shape, dtype
         self._stored = stored
         self._row_bytes = stored.itemsize * math.prod(shape[1:])
@@ -201,9 +208,10 @@ class FlatFile:
 
 
 def compute_checksum(features: np.ndarray) -> int:
-    """Returns a number of 64 bits that depends on all bytes of the features [T, D] of a clip.
+    """Returns a checksum of 64 bits of the features [T, D] of a clip.
 
-    If bytes change by chance, the number stays the same with a probability of about 2**-64.
+    If bytes of the features change by chance, the checksum stays the same with a probability of
+    about 2**-64.
     """
     content = np.ascontiguousarray(features).reshape(-1).view(np.uint8)
     if content.size % 8:
@@ -217,7 +225,7 @@ def compute_checksum(features: np.ndarray) -> int:
 
 
 def scramble(numbers: np.ndarray) -> np.ndarray:
-    """Returns numbers [N] uint64 in which all bits depend on all bits of `numbers`. 0 stays 0.
+    """Hashes each of `numbers` [N] uint64 to a number that looks random. 0 stays 0.
 
     Source: the finaliser of MurmurHash3.
     """
@@ -231,10 +239,10 @@ FACTORS = scramble(np.arange(1, CHECKSUM_WORDS + 1, dtype=np.uint64)) | np.uint6
 
 
 def fingerprint_frames(features: np.ndarray) -> np.ndarray:
-    """Returns a number for each frame of features [F, D], [F] uint64, equal for equal frames.
+    """Returns a fingerprint of each frame of features [F, D], [F] uint64.
 
-    Features are rounded to float16, so that copies in another dtype are equal. The number of a
-    frame of zeros is 0.
+    Equal frames have equal fingerprints. Features are rounded to float16 first, so that copies in
+    another dtype count as equal. The fingerprint of a frame of zeros is 0.
     """
     rows = 512  # of a block, which fits into the cache of the processor
     prints = [np.zeros(0, np.uint64)]
@@ -252,28 +260,32 @@ def fingerprint_frames(features: np.ndarray) -> np.ndarray:
 
 
 def is_finite(values: np.ndarray) -> np.ndarray:
-    """Returns True for the values that are finite in float32, in an array of the same shape."""
+    """Returns a bool array of the same shape: True for values that are finite in float32."""
     if values.dtype.itemsize <= np.dtype(np.float32).itemsize:
         return np.isfinite(values)
     return np.asarray(np.abs(values) <= LARGEST)  # a NaN compares as False
 
 
 def pack_arrays(arrays: Mapping[str, Any], length: ArrayLike) -> Packed:
-    """Makes the frames of clips from field -> array. `length` are the clips' numbers of frames."""
+    """Joins arrays to a `Packed` object, the frames of N clips, clip after clip.
+
+    `arrays` is field -> the values of all frames. `length` [N] is the number of frames per clip.
+    """
     counts = np.array(length, np.int32)
     fields = {name: arrays[name] for name in BATCHED}
     return Packed(**fields, start=np.cumsum(counts, dtype=np.int64) - counts, length=counts)
 
 
 def get_dtype(field: str, features: str | np.dtype) -> np.dtype:
-    """Returns the dtype of a field of frames: `features` for the field "features"."""
+    """Returns the dtype of a field of frames. The dtype of the field "features" is `features`."""
     return np.dtype(features if field == "features" else FRAME_FIELDS[field].dtype)
 
 
 def map_files(folder: Path, width: int, dtype: str, num_frames: int) -> dict[str, np.ndarray]:
-    """Returns field -> the values of all frames, from the files `FIELD.bin` of a folder.
+    """Maps the files `FIELD.bin` of a folder into memory. Returns field -> values of all frames.
 
-    The files stay open while the arrays exist.
+    `width` and `dtype` are the width and the dtype of the features. The files stay open while the
+    arrays exist.
     """
     arrays = dict[str, np.ndarray]()
     for name in BATCHED:
@@ -285,9 +297,11 @@ def map_files(folder: Path, width: int, dtype: str, num_frames: int) -> dict[str
 
 
 def map_again(frames: Packed) -> Packed:
-    """Maps files again, as plain arrays. When such an array is freed, its pages are freed, too.
+    """Returns the same frames, in which memory maps of files are replaced by new maps.
 
-    Plain arrays are faster to slice than `np.memmap`. Arrays in memory are not changed.
+    The memory of a new map is freed with the array, so a loop that maps the files again and again
+    needs little memory. The new maps are plain arrays, which are faster to slice than `np.memmap`.
+    Arrays in memory stay as they are.
     """
     fields = {
         name: np.asarray(np.memmap(x.filename, x.dtype, "r", shape=x.shape))
@@ -298,7 +312,11 @@ def map_again(frames: Packed) -> Packed:
 
 
 class Summary(Struct):
-    """The facts about N clips in a modality, without the values of frames. Checks the facts."""
+    """The names, lengths and counts of N clips in a modality, without the values of frames.
+
+    A child process sends them, so the constructor checks that they fit together. Otherwise, it
+    raises ValueError.
+    """
 
     names: list[str]
     lengths: list[Count]
@@ -318,7 +336,7 @@ class Summary(Struct):
 
 
 def summarise(modality: str, packed: PackedClips) -> Summary:
-    """Returns the facts about the clips in a modality, for `open_packed`."""
+    """Returns all that `open_packed` needs to open the files of the clips in a modality."""
     frames = packed.frames[modality]
     lengths, dtype = np.asarray(frames.length).tolist(), np.dtype(frames.features.dtype).name
     facts = [*packed.names], lengths, frames.features.shape[1], cast(DType, dtype)
@@ -326,9 +344,10 @@ def summarise(modality: str, packed: PackedClips) -> Summary:
 
 
 def open_packed(modality: str, folder: Path, summary: Summary) -> PackedClips:
-    """Maps the clips of a modality in `folder`. `summary` is the result of `summarise`.
+    """Maps the files of a modality in `folder` into memory, and returns the clips.
 
-    Raises an error if the files, which another process wrote, do not fit.
+    Another process has written the files. `summary` is the result of its call of `summarise`. If
+    the files do not fit, raises an error.
     """
     files.refuse_links(folder)
     arrays = map_files(folder, summary.width, summary.dtype, sum(summary.lengths))
@@ -342,10 +361,10 @@ def open_packed(modality: str, folder: Path, summary: Summary) -> PackedClips:
 
 
 def join(parts: Iterable[PackedClips]) -> PackedClips:
-    """Joins clips of different modalities.
+    """Joins `parts`, each with the clips of one modality, to clips with all modalities.
 
-    The result has every clip that is in any of `parts`, sorted by name (byte order). A clip has no
-    frames in a modality that it lacks.
+    The result has every clip of any part, sorted by name (byte order). If a part lacks a clip, the
+    clip has no frames in the modality of the part.
     """
     parts = list(parts)
     # Python orders str by code point, which is the byte order of UTF-8.
@@ -363,10 +382,11 @@ def join(parts: Iterable[PackedClips]) -> PackedClips:
 
 
 def complete(packed: PackedClips, modalities: Mapping[str, tuple[int, str]]) -> PackedClips:
-    """Returns the same clips in exactly these modalities.
+    """Returns the same clips in exactly the modalities `modalities`.
 
-    `modalities` is modality -> width and dtype of features. Features of another dtype are
-    converted. In a new modality, no clip has frames.
+    `modalities` is modality -> (width, dtype) of the features. Features of another dtype are
+    converted. If the clips lack a modality, they have no frames in it. Other modalities are
+    dropped.
     """
     frames = {}
     for name, (dim, dtype) in modalities.items():
@@ -382,7 +402,7 @@ def complete(packed: PackedClips, modalities: Mapping[str, tuple[int, str]]) -> 
 
 
 def measure_quality(frames: Packed) -> np.ndarray:
-    """Returns [N] float64, the mean quality of the frames of each clip. Without frames, it is 0."""
+    """Returns [N] float64, the mean quality of the frames of each clip, or 0 without frames."""
     start, length = np.asarray(frames.start), np.asarray(frames.length)
     quality = np.zeros(len(length))
     filled = np.flatnonzero(length)
@@ -416,9 +436,10 @@ class Reader:
         self.order = np.concatenate(orders).astype(np.int32)
 
     def read(self, clips: np.ndarray, names: Iterable[str]) -> ClipArrays:
-        """Returns the frames of the clips with the numbers `clips` [n] in the modalities `names`.
+        """Returns modality -> field -> a list with the array of each of n clips.
 
-        Arrays of clips in memory are views. Raises UserError if a file is damaged.
+        `clips` [n] are the numbers of the clips, and `names` the modalities to read. For clips in
+        memory, the arrays are views. If a file is damaged, raises UserError.
         """
         result: ClipArrays = {name: {field: [] for field in BATCHED} for name in names}
         owners = self._owner[clips]
@@ -438,7 +459,10 @@ class Reader:
 
 
 def _find_damage(file: StoredFile) -> UserError:
-    """Returns the error for a file of features that do not match their checksum."""
+    """Returns the error for a file of features whose content does not match a checksum.
+
+    If the sha256 of the whole file is wrong, too, raises another UserError, which says so.
+    """
     file.check()
     return UserError(
         f"{file.path}: the file was changed while it was read\n"

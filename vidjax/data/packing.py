@@ -46,9 +46,12 @@ class Clip(NamedTuple):
 
 
 def read_dict(clips: Clips, place: str) -> Iterator[Clip]:
-    """Yields the clips of a dict, clip -> modality -> features. Errors begin with `place`."""
+    """Yields the clips of a dict, clip -> modality -> features.
+
+    Error messages begin with `place`, for example the split.
+    """
     for given, modalities in clips.items():
-        name = clean_name_at(f"{place}:", given)
+        name = clean_name_at(place, given)
         if not isinstance(modalities, Mapping):
             raise UserError(
                 f"{place}: clip {show(name)} is of type {type(modalities).__name__}: "
@@ -101,17 +104,17 @@ def group_by_modality(arrays: Mapping[str, Any], place: str) -> dict[str, dict[s
 
 
 def locate(clip: Clip, modality: str) -> str:
-    """Returns the start of an error message: the file, the clip and the modality."""
+    """Returns the start of an error message, with the file, the clip and the modality."""
     return f"{clip.place}: clip {show(clip.name)}, {modality}"
 
 
 def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str, np.ndarray]:
-    """Checks the frames of a clip in a modality. Returns field -> array, sorted by frame number.
+    """Checks the frames of a clip in a modality, and returns field -> array, sorted by number.
 
     `value` is an array of features: [T, D], or [D] for a single frame. It may also be a dict with
-    `features` and, optionally, `number`, `quality` and `detection`. The result has all four fields.
-    If the clip has no frames, it is {}. `features` [T, D] keep their dtype. Errors begin with
-    `place`. See `Quality` for `quality`.
+    `features` and, optionally, `number`, `quality` and `detection`, [T] each. The result always has
+    these four fields, and `features` [T, D] keep their dtype. If the clip has no frames, the result
+    is {}. Errors begin with `place`. For `quality`, see `Quality`.
     """
     given = dict(value) if isinstance(value, Mapping) else {"features": value}
     given = {key: column for key, column in given.items() if key not in IGNORED}
@@ -156,7 +159,11 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
 def _read_column(
     values: Any, name: str, field: FrameField, shape: tuple[int, int], place: str
 ) -> np.ndarray:
-    """Returns the field `name` of features of a `shape` as an array with the field's dtype."""
+    """Checks the values of a field of T frames, such as `quality`; returns them as an array [T].
+
+    `shape` is [T, D], the shape of the features. The result has the dtype of the field. Error
+    messages begin with `place`.
+    """
     column, (num_frames, width) = _to_real_array(values, place), shape
     if column.size == num_frames == 1:
         column = column.reshape(1)  # the value of a single frame may be a scalar
@@ -179,7 +186,10 @@ def _read_column(
 
 
 def _to_real_array(values: Any, place: str) -> np.ndarray:
-    """Returns an array of real numbers in native byte order. Error messages begin with `place`."""
+    """Converts values to an array of real numbers with 1 or 2 axes, in native byte order.
+
+    Raises UserError, which begins with `place`, for other values.
+    """
     try:
         array = np.asarray(() if values is None else values)
     except (ValueError, TypeError, RuntimeError) as error:  # ragged, or on a device of torch
@@ -203,7 +213,10 @@ def _to_real_array(values: Any, place: str) -> np.ndarray:
 
 
 def _refuse_repeated(clip: Clip, place: str, given: str) -> NoReturn:
-    """Raises UserError for a clip whose name `given` occurred before at `place`."""
+    """Raises UserError for a clip whose name has occurred before.
+
+    The earlier clip is in the file or split `place`, and has the name `given` there.
+    """
     places, other = " and ".join(dict.fromkeys((place, clip.place))), clip.given or clip.name
     problem = f"{places}: clip {show(clip.name)} comes twice"
     if given == other:
@@ -219,9 +232,9 @@ def pack(
 ) -> PackedClips:
     """Checks the clips of a split, and joins their frames in one array per modality and field.
 
-    If `out_dir` is given, the arrays are memory maps of files in this folder. The folder must exist
-    as long as the arrays. Raises UserError if a clip comes twice, is malformed, or differs from
-    most clips in width or dtype.
+    If `out_dir` is given, the arrays are memory maps of files in this folder, and the folder must
+    stay as long as the arrays are used. Raises UserError if a clip comes twice, is malformed, or
+    differs from most clips in width or dtype.
     """
     packers: dict[str, Packer] = {}
     seen: dict[str, tuple[str, str]] = {}  # clip -> place, and the name in the source
@@ -246,7 +259,11 @@ def pack(
 
 
 def _check_modality(clip: Clip, name: str, known: Iterable[str]) -> None:
-    """Raises UserError if `name` cannot be a folder name, or differs from `known` only in case."""
+    """Raises UserError if `name`, a modality of a clip, is not a usable name.
+
+    A name is not usable if it cannot be the name of a folder, or if it differs from one of the
+    modalities `known` only in upper and lower case.
+    """
     problem = ""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         problem = " may have only letters, digits, '-' and '_': rename it"
@@ -283,7 +300,7 @@ class Packer(contextlib.ExitStack):
                 self._files[name] = self.enter_context((folder / f"{name}.bin").open("wb"))
 
     def add(self, clip: Clip, value: Any) -> None:
-        """Checks and adds the frames `value` of a clip. For their form, see `read_frames`."""
+        """Checks and adds the frames of a clip. For the form of `value`, see `read_frames`."""
         frames = read_frames(value, locate(clip, self._modality), self._quality)
         self._waiting.append((clip, frames))
         self._bytes += frames["features"].nbytes if frames else 0
@@ -325,22 +342,17 @@ class Packer(contextlib.ExitStack):
             self._files[name].write(np.ascontiguousarray(kept).data)
 
     def _check(self, clip: Clip, features: np.ndarray) -> None:
-        """Raises UserError for an unusual width or dtype."""
-        width, dtype = self._kind or (0, None)
-        place, problem = locate(clip, self._modality), ""
-        if features.shape[1] != width:
-            shape = list(features.shape)
-            problem = f"{shape[1]} wide, but {width} wide in other clips: " + (
-                "transpose the array, as array.T"
-                if shape[0] == width
-                else f"give arrays [frames, {width}] instead of {shape}"
-            )
-        elif features.dtype != dtype:
-            problem = (
-                f"{features.dtype}, but {dtype} in other clips: use features.astype('{dtype}')"
-            )
-        if problem:
-            raise UserError(f"{place}: features are {problem}")
+        """Raises UserError if features [T, D] differ from most clips in width or dtype."""
+        (width, dtype), (num_frames, own) = self._kind or (0, None), features.shape
+        if (own, features.dtype) == (width, dtype):
+            return
+        problem = f"{features.dtype}, but {dtype} in other clips: use features.astype('{dtype}')"
+        if own != width:
+            remedy = f"give arrays [frames, {width}] instead of [{num_frames}, {own}]"
+            if num_frames == width:
+                remedy = "transpose the array, as array.T"
+            problem = f"{own} wide, but {width} wide in other clips: {remedy}"
+        raise UserError(f"{locate(clip, self._modality)}: features are {problem}")
 
     def finish(self) -> PackedClips:
         """Writes the last clips, closes the files, and returns all clips in the given order."""

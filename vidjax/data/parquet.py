@@ -39,7 +39,7 @@ Result = TypeVar("Result")
 
 
 class Columns(Struct):
-    """The texts of a table, and the number and dtype of all values of its features."""
+    """The texts of a table of frames, and how many values its features have, and their dtype."""
 
     text: dict[str, list[str]]
     values: int
@@ -49,27 +49,28 @@ class Columns(Struct):
 class Rows(NamedTuple):
     """The F rows of a table, one for each frame."""
 
-    text: dict[str, tuple[list[str], np.ndarray]]  # name -> distinct values, and [F] their numbers
+    # Name of a column -> its distinct texts, and [F] int, the index of the text of each row.
+    text: dict[str, tuple[list[str], np.ndarray]]
     scalars: dict[str, np.ndarray]  # name of an optional column -> [F] numbers
     values: np.ndarray  # the features of all rows, joined in one array
     width: np.ndarray  # [F] int, the number of values of each feature
 
 
-def _get_room(size: int) -> int:
-    """Returns how many bytes the columns of a table of `size` bytes may take."""
-    return min(memory_bytes() // 3, files.max_unpacked_bytes(size))
+def _get_room(path: Path) -> int:
+    """Returns how many bytes the columns of a table may take in memory."""
+    return min(memory_bytes() // 3, files.max_unpacked_bytes(path.stat().st_size))
 
 
 def read(path: Path) -> Rows:
-    """Reads all rows of a table in a child process. Features are a memory map.
+    """Reads all rows of a table of frames in a child process. Features are a memory map.
 
-    Raises UserError if the table is damaged or needs too much memory.
+    Raises UserError if the table is damaged, needs too much memory, or lacks a column.
     """
     with files.scratch_folder() as scratch:  # the memory map keeps the deleted file open
         found = _run(path, {"out_dir": str(scratch)}, Columns, [scratch])
         with processes.doubt(path):
             files.refuse_links(scratch)
-            arrays = _load_columns(path, scratch)
+            arrays = files.read_npz(scratch / "columns.npz", COPIES * _get_room(path))
             values = _map_features(scratch, found.values, np.dtype(found.dtype), "r")
             text = {name: (found.text[name], arrays.pop(name)) for name in TEXT_COLUMNS}
             rows = Rows(text, arrays, values, arrays.pop("width"))
@@ -78,7 +79,7 @@ def read(path: Path) -> Rows:
 
 
 def _check_rows(rows: Rows) -> None:
-    """Raises ValueError if the arrays that a child wrote do not fit."""
+    """Raises ValueError if the columns that a child process wrote do not fit together."""
     bounds = [(codes, len(texts)) for texts, codes in rows.text.values()]
     bounds += [(rows.width, len(rows.values) + 1)]
     fits = [x.dtype.kind in "iuf" for x in rows.scalars.values()]
@@ -89,31 +90,30 @@ def _check_rows(rows: Rows) -> None:
         raise ValueError("the columns do not fit")
 
 
-def _load_columns(path: Path, folder: Path) -> dict[str, np.ndarray]:
-    """Loads the columns that a child wrote for the table `path`."""
-    with files.open_regular(folder / "columns.npz") as file:
-        return files.load_npz(file, COPIES * _get_room(path.stat().st_size))
-
-
 def read_contents(path: Path) -> tuple[list[str], list[np.ndarray], list[str]]:
-    """Returns all texts of a table, the numbers of each float column, and the names of all columns.
+    """Reads any parquet table. Returns its texts, the numbers of its float columns, and all names.
 
-    Nested columns are flattened. For errors, see `read`.
+    The three lists are: the distinct texts of all columns; an array for each column of floats; and
+    the names of all columns. Nested columns are flattened. For errors, see `read`.
     """
     with files.scratch_folder() as scratch:
         arguments = {"out_dir": str(scratch), "any_columns": True}
         texts, columns = _run(path, arguments, tuple[list[str], list[str]], [scratch])
         with processes.doubt(path):
-            return texts, [*_load_columns(path, scratch).values()], columns
+            arrays = files.read_npz(scratch / "columns.npz", COPIES * _get_room(path))
+            return texts, [*arrays.values()], columns
 
 
 def _run(
     path: Path, arguments: Mapping[str, object], kind: type[Result], writes: Sequence[Path] = ()
 ) -> Result:
-    """Calls `work` in a child process with limits. It can write only in the folders `writes`."""
+    """Calls `work` in a child process with limits, and returns its result, an object of `kind`.
+
+    `path` is the table. The child process can write only in the folders `writes`.
+    """
     with files.open_input(path):
         require_packages(str(path), "pyarrow", extra="parquet")
-    room = _get_room(path.stat().st_size)
+    room = _get_room(path)
     return processes.run_limited(
         __name__,
         path,
@@ -129,8 +129,11 @@ def _run(
 def work(arguments: dict[str, Any]) -> Columns | tuple[list[str], list[str]] | None:
     """Decodes columns of a table in the child process.
 
-    If the folder `out_dir` is given, writes all columns to it, and returns their names. Otherwise,
-    decodes only the columns `names`, to find out whether they fit into the limits.
+    The entries of `arguments` decide what is done:
+    - `path` and `out_dir`: writes the columns of a table of frames to the folder `out_dir`.
+    - `path`, `out_dir` and `any_columns`: writes the numbers of any table to the folder, and
+      returns the texts and the names of the columns.
+    - `path` and `names`: decodes only these columns, to find out whether they fit into the limits.
     """
     path = Path(arguments["path"])
     if names := arguments.get("names"):
@@ -153,26 +156,26 @@ def work(arguments: dict[str, Any]) -> Columns | tuple[list[str], list[str]] | N
     with _open(path) as file:
         names = _check_names(path, file.schema_arrow.names)
         _check_types(path, file.schema_arrow)
-        counted = _check_footer(path, file, names)
-        rows = _read_rows(path, file, names, counted, folder)
-    arrays = {name: codes for name, (_, codes) in rows.text.items()}
-    arrays |= {**rows.scalars, "width": rows.width}
-    np.savez(folder / "columns.npz", **arrays)  # pyright: ignore[reportArgumentType]
-    text = {name: values for name, (values, _) in rows.text.items()}
-    return Columns(text, len(rows.values), rows.values.dtype.name)
+        return _write_columns(path, file, names, _check_footer(path, file, names), folder)
 
 
 def _map_features(
     folder: Path, count: int, dtype: np.dtype, mode: Literal["r", "w+"]
 ) -> np.ndarray:
-    """Maps the file of the features, an array of `count` numbers."""
+    """Maps the file `features.bin` in `folder` into memory: `count` numbers of `dtype`.
+
+    With the mode `w+`, the file is made first.
+    """
     if not count:
         return np.empty(0, dtype)
     return np.asarray(np.memmap(folder / "features.bin", dtype, mode, shape=(count,)))
 
 
 def read_clip_names(path: Path) -> list[str]:
-    """Returns the distinct clip names of a table, in any order. First call `read`."""
+    """Returns the distinct clip names of a table, in any order.
+
+    The table is not checked, so first call `read`.
+    """
     with _open(path) as file:
         _check_footer(path, file, ["clip"])
         column = file.read(columns=["clip"])["clip"].combine_chunks()
@@ -189,7 +192,7 @@ def read_labels(path: Path) -> Iterator[tuple[int, Any, Any]]:
 
     with _open(path) as file:
         titles = file.schema_arrow.names
-        names = tables.find_columns(f"{path}:", titles, ("clip", "identity"))
+        names = tables.find_columns(str(path), titles, ("clip", "identity"))
         if not names:
             raise UserError(
                 f"{path}: the table has no column clip or no column identity, only "
@@ -211,7 +214,7 @@ def read_labels(path: Path) -> Iterator[tuple[int, Any, Any]]:
 
 
 def has_column(path: Path, name: str) -> bool:
-    """Returns whether a parquet table has a column, in upper or lower case."""
+    """Returns True if a parquet table has the column `name`, in upper or lower case."""
     with _open(path) as file:
         return name in map(str.lower, file.schema_arrow.names)
 
@@ -223,9 +226,10 @@ def count_rows(path: Path) -> int:
 
 
 def _check_footer(path: Path, file: "parquet.ParquetFile", names: Sequence[str]) -> int:
-    """Checks the sizes of the columns `names` in the footer. Returns the number of feature values.
+    """Checks the sizes of the columns `names` that the footer of a table lists.
 
-    Raises UserError if the columns need too much memory.
+    Returns the number of values of the column `features`. Raises UserError if the columns need too
+    much memory.
     """
     size = count = 0
     for number in range(file.metadata.num_row_groups):
@@ -244,7 +248,7 @@ def _check_footer(path: Path, file: "parquet.ParquetFile", names: Sequence[str])
             "the memory\nfor rank, embed and gallery identify, split it into several tables\n"
             "for training, write a file SPLIT/CLIP.npz for each clip"
         )
-    if size > _get_room(path.stat().st_size):
+    if size > _get_room(path):
         raise _damaged(path, f"it would unpack to {size:,} bytes of almost equal values")
     return count
 
@@ -254,7 +258,10 @@ def _damaged(path: Path, reason: str) -> UserError:
 
 
 def _flatten(array: Any) -> Iterator[Any]:  # noqa: ANN401 (pyarrow)
-    """Yields the arrays inside of an array of lists or structures, or the array."""
+    """Yields the arrays without nesting that a nested array of Apache Arrow consists of.
+
+    An array that is not nested is yielded itself.
+    """
     from pyarrow import types
 
     kind = array.type
@@ -270,8 +277,8 @@ def _flatten(array: Any) -> Iterator[Any]:  # noqa: ANN401 (pyarrow)
 def _open(path: Path) -> Iterator["parquet.ParquetFile"]:
     """Opens a table in a `with` block.
 
-    Text is dictionary-encoded if pyarrow can do so. Errors of pyarrow in the block become
-    UserError, but errors of the system do not.
+    Columns of text are read as a dictionary and indices, if pyarrow can do so. Errors of pyarrow in
+    the block become UserError. Errors of the operating system stay unchanged.
     """
     with files.open_input(path) as opened:
         require_packages(str(path), "pyarrow", extra="parquet")
@@ -298,7 +305,10 @@ def _open(path: Path) -> Iterator["parquet.ParquetFile"]:
 
 
 def _check_names(path: Path, names: Sequence[str]) -> list[str]:
-    """Selects the columns to read from all columns `names`. Refuses missing or misspelt columns."""
+    """Returns the columns to read, given the names of all columns.
+
+    Raises UserError if a column is missing, or if its name is probably misspelt.
+    """
     known = (*COLUMNS, *OPTIONAL_COLUMNS)
     for name in names:
         similar = closest(name.lower(), known, cutoff=0.75)
@@ -318,31 +328,34 @@ def _check_names(path: Path, names: Sequence[str]) -> list[str]:
 
 
 def _check_types(path: Path, schema: "pyarrow.Schema") -> None:
-    """Checks that `features` are lists of numbers, and that the optional columns are numbers."""
+    """Raises UserError if `features` are not lists of numbers, or other columns not numbers.
+
+    The other columns are the columns of OPTIONAL_COLUMNS.
+    """
     from pyarrow import types
 
     list_kinds = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+    wanted = {"features": "lists of numbers", **dict.fromkeys(OPTIONAL_COLUMNS, "numbers")}
     for column in schema:
-        kind, wanted = column.type, "numbers"
-        if column.name not in ("features", *OPTIONAL_COLUMNS):
-            continue
+        kind, remedy = column.type, wanted.get(column.name)
         if column.name == "features":
-            kind, wanted = getattr(kind, "value_type", None), "lists of numbers"
-            if not any(is_kind(column.type) for is_kind in list_kinds):
-                kind = None
-        if kind is None or not (types.is_integer(kind) or types.is_floating(kind)):
+            kind = kind.value_type if any(is_kind(kind) for is_kind in list_kinds) else None
+        if remedy and (kind is None or not (types.is_integer(kind) or types.is_floating(kind))):
             raise UserError(
-                f"{path}: column {column.name} is of type {column.type}: write {wanted}"
+                f"{path}: column {column.name} is of type {column.type}: write {remedy}"
             )
 
 
-def _read_rows(
+def _write_columns(
     path: Path, file: "parquet.ParquetFile", names: Sequence[str], counted: int, folder: Path
-) -> Rows:
-    """Reads the columns `names`. The `counted` values of features are a file in `folder`."""
+) -> Columns:
+    """Decodes the columns `names`, and writes them to files in `folder`, for `read`.
+
+    `counted` is the number of all values of the features, as the footer of the table lists it.
+    """
     from pyarrow import compute
 
-    widths, first, at = [], 0, 0
+    widths, first, at = [np.empty(0, np.int32)], 0, 0
     scalars = [name for name in names if name != "features"]
     joined = file.read(columns=scalars, use_threads=False)
     values = np.empty(0, np.float32)
@@ -368,18 +381,18 @@ def _read_rows(
             at += len(flat)
     if at != counted:
         raise _damaged(path, f"it has {at:,} values of features, but its footer lists {counted:,}")
-    text, numbers = {}, {}
+    arrays, text = {"width": np.concatenate(widths)}, {}
+    if first != len(joined):
+        raise _damaged(path, f"it has {first:,} rows of features, but {len(joined):,} clips")
     for name in scalars:
         column = joined[name].combine_chunks()
         _refuse_nulls(path, name, column, 0)
         if name in TEXT_COLUMNS:
-            text[name] = _encode_text(path, name, column)
+            text[name], arrays[name] = _encode_text(path, name, column)
         else:
-            numbers[name] = column.to_numpy(zero_copy_only=False)
-    width = np.concatenate(widths) if widths else np.empty(0, np.int32)
-    if len(width) != len(joined):
-        raise _damaged(path, f"it has {len(width):,} rows of features, but {len(joined):,} clips")
-    return Rows(text, numbers, values, width)
+            arrays[name] = column.to_numpy(zero_copy_only=False)
+    np.savez(folder / "columns.npz", **arrays)  # pyright: ignore[reportArgumentType]
+    return Columns(text, counted, values.dtype.name)
 
 
 def _refuse_nulls(path: Path, name: str, column: Any, first: int) -> None:  # noqa: ANN401 (pyarrow)
@@ -389,9 +402,9 @@ def _refuse_nulls(path: Path, name: str, column: Any, first: int) -> None:  # no
 
 
 def _encode_text(path: Path, name: str, column: Any) -> tuple[list[str], np.ndarray]:  # noqa: ANN401
-    """Returns the distinct values of a column of text, and the number of the value in each row.
+    """Returns the distinct texts of a column, and [F] int, the index of the text of each row.
 
-    Raises UserError if the column is not text in UTF-8.
+    `name` is the name of the column. Raises UserError if the column is not text in UTF-8.
     """
     import pyarrow
 

@@ -1,7 +1,7 @@
-"""Keeps the clips of a dataset on the devices during training, if they fit.
+"""Keeps the clips of a dataset on the devices (GPU, TPU or CPU) during training, if they fit.
 
-The host draws the clips of several steps at once. Then these steps run without the host. A step
-reads only the features of the frames that the fusion of the model uses.
+The host draws the clips of several training steps at once. The devices then run these steps without
+the host. A step reads only the features of the frames that the model uses.
 """
 
 import functools
@@ -40,14 +40,15 @@ CHUNK_BYTES = 32 << 20  # bytes that are copied to the devices at once
 
 
 def count_steps(plan: BatchPlan) -> int:
-    """Returns S, the largest number of steps that run without the host."""
+    """Returns S, the largest number of training steps that run without the host."""
     return max(1, DRAWN_CLIPS // plan.batch_size)
 
 
 def draw_steps(plan: BatchPlan, step: int, count: int) -> DrawnClips:
-    """Draws the clips of `count` training steps from `step` on, padded with zeros to [S, B].
+    """Draws the clips of `count` training steps, beginning with `step`.
 
-    The shape does not depend on `count`, so a training has one program. For S, see `count_steps`.
+    The arrays are padded with zeros to [S, B], where S is `count_steps(plan)` and B the batch size.
+    The shape does not depend on `count`, so all calls of a training use one compiled program.
     """
     padding = (0, count_steps(plan) - count), (0, 0)
     drawn = draw_clips(plan, step, count)
@@ -63,12 +64,12 @@ def gather_batch(
     sizes: Iterable[tuple[str, int]],
     lazy: bool = True,
 ) -> Batch:
-    """Returns a batch of B clips, from clips on the devices.
+    """Makes a batch of B clips from clips on the devices.
 
     Args:
       clips: modality -> the joined frames of all clips. The last frame is zeros, for padding.
       clip_index, batch_mask, first: the clips of the batch, [B], see `DrawnClips`.
-      sizes: each modality, and the number of frames after padding.
+      sizes: pairs of a modality and the number of frames of a padded clip.
       lazy: see `gather_frames`.
     """
     rows = clip_index, batch_mask
@@ -92,10 +93,11 @@ def gather_frames(
 
     Args:
       clips: the joined frames of all clips. The last frame is zeros, for padding.
-      clip_index: [B] int32, the clips to return.
+      clip_index: [B] int32, the indices of the B clips.
       batch_mask: [B] bool, False for rows that stay empty.
+      size: the number of frames of a padded clip. Longer clips are cut.
       first: [B] int32, the first frame that is taken from each clip.
-      lazy: whether features become LazyFeatures, which are read when a model uses them.
+      lazy: True if features become LazyFeatures, which are read only when a model uses them.
     """
     start = clips.start[clip_index] + first
     length = jnp.where(batch_mask, jnp.minimum(clips.length[clip_index], size), 0)
@@ -110,7 +112,7 @@ def gather_frames(
 
 
 def _take(values: Array, index: Array) -> Array:
-    """Returns values[index]. All indices must be in range, because they are not checked."""
+    """Returns `values[index]` without a check that the indices are in range."""
     return jnp.asarray(values).at[index].get(mode="promise_in_bounds")
 
 
@@ -128,7 +130,10 @@ class ResidentPlan(NamedTuple):
 
 
 def make_resident_plan(data: Dataset, plan: BatchPlan, eval_splits: Sequence[str]) -> ResidentPlan:
-    """Plans which clips are copied to the devices. `plan` describes the training batches."""
+    """Plans which clips are copied to the devices, and computes the memory that they need.
+
+    `plan` describes the training batches. `eval_splits` are the splits to evaluate.
+    """
     splits = {name: data.split(name) for name in dict.fromkeys([*plan.splits, *eval_splits])}
     best = {}
     for split in splits.values():
@@ -152,7 +157,10 @@ def make_resident_plan(data: Dataset, plan: BatchPlan, eval_splits: Sequence[str
 
 
 def shape_frames(modality: Modality, *axes: int) -> list[Any]:
-    """Returns the shapes of frames on the devices: features [*axes, D], other fields [*axes]."""
+    """Returns the shapes and dtypes of frames on the devices, a list in the order of BATCHED.
+
+    Features have the shape [*axes, D], and the other values of a frame have the shape [*axes].
+    """
     shapes = {"features": (*axes, modality.dim)}
     dtypes = {field: get_dtype(field, modality.dtype) for field in BATCHED}
     return [
@@ -162,7 +170,7 @@ def shape_frames(modality: Modality, *axes: int) -> list[Any]:
 
 
 def find_least_free_bytes(mesh: Mesh) -> float:
-    """Returns the number of free bytes of the local device that has the fewest free bytes."""
+    """Returns the free memory, in bytes, of the local device with the least free memory."""
     free = []
     for device in mesh.local_devices:
         stats = device.memory_stats() if device.platform != "cpu" else None
@@ -214,7 +222,10 @@ class Resident:
         frames = {name: filler.finish() for name, filler in fillers.items()}
 
         def locate(splits: Sequence[str], phase: str) -> dict[str, Packed]:
-            """Returns modality -> the frames of the clips of `splits` in a phase, train or eval."""
+            """Returns modality -> the frames on the devices of the clips of `splits`.
+
+            `phase` is `train` or `eval`.
+            """
             located = {}
             for name, fields in frames.items():
                 table = np.concatenate([tables[split, phase, name] for split in splits], axis=1)
@@ -231,8 +242,8 @@ class Resident:
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
         """Yields every clip of `plan` once. See `ClipSource`.
 
-        Clips of similar length are sorted by name. If the split or a modality is not on the
-        devices, the clips are read from disk.
+        Within a group of clips of similar length, the clips are sorted by name. If the split or a
+        modality is not on the devices, the clips are read from disk.
         """
         if plan.split not in self._eval or not set(plan.modalities) <= set(self._eval[plan.split]):
             yield from self._data.eval_batches(plan, rows=rows)
@@ -263,7 +274,10 @@ class _Filler:
         self._arrays = make()
 
     def append(self, fields: Sequence[np.ndarray]) -> int:
-        """Appends frames, arrays as in BATCHED. Returns the index of the first frame."""
+        """Appends n frames, and returns the index of the first of these frames.
+
+        `fields` has an array [n, ...] for each field, in the order of BATCHED.
+        """
         begin = self._done + self._waiting
         taken, count = 0, len(fields[0])
         while taken < count:
@@ -277,6 +291,7 @@ class _Filler:
         return begin
 
     def _flush(self) -> None:
+        """Copies the frames that wait in the chunk to the devices."""
         part = [chunk[: self._waiting] for chunk in self._chunk]
         part = devices.replicate(self._mesh, part)
         self._arrays = _put(self._arrays, part, np.int32(self._done))

@@ -27,7 +27,10 @@ _LOG = logging.getLogger(__name__)
 
 
 def open_synthetic(data: Section, cache_dir: CacheDir) -> FileSource:
-    """Opens the synthetic dataset. At the first call, it is generated in the cache."""
+    """Opens the synthetic dataset. The first call generates its files in the cache.
+
+    `data` is the section `data` of a configuration.
+    """
     if data["dir"]:
         raise UserError(
             f"config.data.dir={data['dir']} would be ignored, because config.data.name=synthetic\n"
@@ -88,9 +91,9 @@ def open_source(
 ) -> FileSource | FeatureDict:
     """Opens a dataset, without reading its features.
 
-    `given` is a folder of iQIYI-VID pickles or of a user's own features, or a dict, split -> clip
-    -> modality -> features. It may also be the section `data` of a configuration. Then all other
-    arguments are ignored. See `vidjax.load_data` for the other arguments.
+    `given` is a folder of iQIYI-VID pickles, a folder of a user's own features, or a dict, split ->
+    clip -> modality -> features. For the other arguments, see `vidjax.load_data`. `given` may also
+    be the section `data` of a configuration. Then the other arguments are ignored.
     """
     if isinstance(given, ConfigDict):
         data = cast(Section, given)
@@ -135,9 +138,10 @@ def load(
 
 
 def read_modalities(data: Section) -> Mapping[str, int]:
-    """Returns modality -> feature width, without reading features.
+    """Returns modality -> feature width of a dataset, without reading features.
 
-    An unknown width is 0. If the names of the files do not contain the modalities, returns {}.
+    `data` is the section `data` of a configuration. An unknown width is 0. If even the modalities
+    are unknown, because the names of the files do not contain them, returns {}.
     """
     if data["name"] == "synthetic":
         return synthetic.SIZES[data["size"]].dims
@@ -150,7 +154,10 @@ def _parse_synthetic_options(data: Section) -> SyntheticOptions:
 
 
 def describe(data: Section) -> str:
-    """Returns the name of a dataset. If it is synthetic, adds its size and changed options."""
+    """Returns the name of a dataset. For a synthetic dataset, adds its size and changed options.
+
+    `data` is the section `data` of a configuration.
+    """
     name = data.get("name", "")
     if name != "synthetic":
         return name

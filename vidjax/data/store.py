@@ -1,10 +1,11 @@
 """Stores the clips of a dataset in flat files in the cache, and checks the files.
 
-A folder of the cache contains `SPLIT/MODALITY/FIELD.bin`, the values of a field of all frames, clip
-after clip. It also contains `index.npz` (names, places, lengths, quality and checksums of clips),
+The cache has a folder for each dataset. The folder contains files `SPLIT/MODALITY/FIELD.bin`, which
+have the values of a field (such as `quality`) of all frames, clip after clip. It also contains
+`index.npz` (for each clip: name, position of the frames, number of frames, quality and checksum),
 `data_report.json` and `manifest.json`. The manifest is written last. It contains the sha256 of all
-other files, and of the other entries of the manifest. Equal datasets give equal files. Features
-identify people, so only the user may read the files of the cache.
+other files, and of its own other entries. Equal datasets give equal files. Features identify
+people, so only the user may read the files of the cache.
 """
 
 import contextlib
@@ -54,7 +55,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class StoredSplit(NamedTuple):
-    """The clips of a split, in files or in memory."""
+    """The clips of a split, in files or in memory, with digests and mean qualities."""
 
     packed: PackedClips  # in all modalities of the dataset; names are in byte order
     lengths: dict[str, np.ndarray]  # modality of the split -> [N] int32, number of frames
@@ -85,7 +86,10 @@ class Store(NamedTuple):
 
 
 def cache_folder(cache_dir: str | Path | None, kind: str, key: object) -> Path:
-    """Returns the path `cache_dir/kind/DIGEST`, with a digest of the JSON value `key`."""
+    """Returns the path `cache_dir/kind/DIGEST`, where DIGEST is a digest of the JSON value `key`.
+
+    If `cache_dir` is None, the path is in the user's cache, see `files.cache_root`.
+    """
     return files.cache_root(cache_dir) / kind / files.sha256_json(key)[:20]
 
 
@@ -126,10 +130,12 @@ def _read_file_state(path: Path) -> tuple[int, ...]:
 
 
 def fill(folder: Path, write: Callable[[Path], None], last: str = "") -> None:
-    """Fills a folder of the cache, unless it contains the file `last`. Notes the time of this use.
+    """Fills a folder of the cache, if it does not exist or is incomplete.
 
-    Only one process fills it. `write(partial)` writes to a folder with a temporary name. The
-    complete folder is renamed.
+    The function `write` writes the files to the folder that it is given. This folder has a
+    temporary name, and is renamed when it is complete. If `last` is given, it is the file that is
+    written last: without this file, the folder counts as incomplete. Other processes wait until the
+    folder is filled. The time of the folder becomes the time of this call.
     """
     if not files.exists(folder / last):
         with exclusive(folder):
@@ -165,9 +171,10 @@ def exclusive(folder: Path) -> Iterator[None]:
 def convert(source: FileSource, cache_dir: str | Path | None = None) -> Store:
     """Returns the clips of a dataset, from flat files in the cache.
 
-    If the cache does not contain the files, they are written.
+    If the cache does not contain the files, reads the dataset and writes the files.
 
     Args:
+      source: the dataset.
       cache_dir: the cache, by default `$VIDJAX_CACHE` or `~/.cache/vidjax`.
 
     Raises:
@@ -195,7 +202,10 @@ def convert(source: FileSource, cache_dir: str | Path | None = None) -> Store:
 
 
 def write_store(source: FileSource, fingerprint: list[dict[str, Any]], folder: Path) -> None:
-    """Writes the files of a dataset, and their manifest, to an empty folder."""
+    """Reads a dataset, and writes its flat files and their manifest to an empty folder.
+
+    The manifest contains `fingerprint`, the digests of the files of the dataset.
+    """
     _LOG.info("converting %s", source.place)
     packed = source.read(folder)
     store = make_store(source, packed)
@@ -236,13 +246,16 @@ def write_store(source: FileSource, fingerprint: list[dict[str, Any]], folder: P
 
 
 def _describe_file(path: Path) -> dict[str, Any]:
-    """Returns the attributes of a StoredFile, except for the path."""
+    """Returns the size, the time and the sha256 of a file, with the names as in StoredFile."""
     stat = path.stat()
     return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256_file(path)}
 
 
 def make_store(source: DataSource, packed: Mapping[str, PackedClips]) -> Store:
-    """Checks the splits of a dataset, and computes their digests and the data report."""
+    """Checks the splits of a dataset, and computes their digests and the data report.
+
+    `packed` is split -> its clips. The returned clips are the same clips, in memory or in files.
+    """
     modalities = _join_modalities(packed, source)
     for name, clips in packed.items():
         if not clips.names:
@@ -283,9 +296,10 @@ def make_store(source: DataSource, packed: Mapping[str, PackedClips]) -> Store:
 
 
 def hash_frames(frames: Packed) -> tuple[str, np.ndarray]:
-    """Returns the sha256 of the frames of N clips, and the checksums of their features [N] uint64.
+    """Returns the sha256 of all frames of N clips, and a checksum per clip, [N] uint64.
 
-    The sha256 does not depend on the order in which the clips are stored.
+    The frames are hashed in the order of the names of the clips, not in the order of storage. A
+    checksum covers the features of a clip.
     """
     sha256 = hashlib.sha256(np.ascontiguousarray(frames.length).data)
     checksums = np.zeros(len(frames.length), np.uint64)
@@ -302,7 +316,10 @@ def hash_frames(frames: Packed) -> tuple[str, np.ndarray]:
 
 
 def _join_modalities(packed: Mapping[str, PackedClips], source: DataSource) -> dict[str, Modality]:
-    """Returns modality -> the width and the common dtype of its features in all splits."""
+    """Returns modality -> the width of its features, and the common dtype of all splits.
+
+    Raises UserError if the width is not the same in all splits, or if no clip has a frame.
+    """
     modalities: dict[str, Modality] = {}
     first_split: dict[str, str] = {}
     dropped = 0
@@ -352,14 +369,20 @@ def _refuse_shared_clips(packed: Mapping[str, PackedClips], place: str) -> None:
 
 
 def join_fingerprints(prints: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Joins the fingerprints of the modalities of clips; returns [N] uint64."""
+    """Joins fingerprints of N clips in each modality to one fingerprint per clip, [N] uint64.
+
+    `prints` is modality -> [N] uint64.
+    """
     names = {name: np.uint64(int(sha256_json(name)[:16], 16)) for name in prints}
     parts = [scramble(x ^ names[name]) * (x > 0) for name, x in prints.items()]
     return np.asarray(np.sum(parts, axis=0, dtype=np.uint64))
 
 
 def remove(folder: Path) -> bool:
-    """Removes converted clips. Returns False if files of other programs stay in the folder."""
+    """Removes the files of a dataset from a folder of the cache, and then the folder.
+
+    Files of other programs are kept. Returns False if the folder still exists afterwards.
+    """
     # Without the manifest, which is removed first, the folder counts as incomplete.
     if folder.is_symlink() or files.remove_ours(folder, r"manifest\.json"):
         return not files.exists(folder)
@@ -411,7 +434,11 @@ def _load_split(
     manifest: Mapping[str, Any],
     index: Mapping[str, np.ndarray],
 ) -> StoredSplit:
-    """Returns the clips of a split from its entry in the manifest and the arrays of the index."""
+    """Opens the files of the split `name` in a folder of the cache, and returns its clips.
+
+    `manifest` is the entry of the split in the manifest. `index` has the arrays of `index.npz`. If
+    they contradict each other or the files, raises UserError or another error.
+    """
     start, lengths, quality, checksums = (
         {key.removeprefix(prefix): index[key] for key in index if key.startswith(prefix)}
         for prefix in (f"{name}/{x}/" for x in ("start", "lengths", "quality", "checksums"))

@@ -34,11 +34,11 @@ from vidjax.utils.errors import warn
 
 
 def analyse(evaluation: Evaluation) -> tuple[Analysis, Arrays]:
-    """Returns the values and the arrays of `analysis.npz`.
+    """Analyses an evaluation. Returns the values and the arrays that `analysis.npz` will contain.
 
     If the model has attention, reads the frames of the split again. The analysis of a blend has the
     modalities of its first model, and no attention. The training clips of each identity are counted
-    if they are in the data.
+    if the data contain them.
     """
     model, split = evaluation.model, evaluation.split
     names = () if evaluation.joined else model.system.model.vector_names
@@ -52,13 +52,13 @@ def analyse(evaluation: Evaluation) -> tuple[Analysis, Arrays]:
         found.vectors, arrays["attention"] = list(names), matrix
     if evaluation.results.get("map") is None:
         return found, arrays
-    scored, pool = make_scored_split(evaluation), evaluation.clips.pool
+    scored = make_scored_split(evaluation)
     train_clips = measures.count_train_clips(model)
     if train_clips is not None:
         arrays["train_clips"] = train_clips
     arrays |= {"ap": scored.averages, "positives": scored.positives.astype(np.int64)}
     clips, labels = evaluation.clips, split.labels
-    found.num_others = split.num_others if pool.all() else 0
+    _, found.num_others = count_positives(split, evaluation.clips.pool)
     found.worst = measures.find_worst_identities(scored)
     found.wrong_clips = measures.find_wrong_clips(scored)
     found.pairs = measures.find_confused_pairs(clips, labels)
@@ -76,20 +76,20 @@ def analyse(evaluation: Evaluation) -> tuple[Analysis, Arrays]:
 
 
 def make_scored_split(evaluation: Evaluation) -> ScoredSplit:
-    """Returns the ranking of an evaluation with the values that `measures` needs."""
+    """Returns the ranking and the labels of an evaluation in the form that `measures` needs."""
     split, clips = evaluation.split, evaluation.clips
-    positives = count_positives(split, clips.pool)
+    positives, _ = count_positives(split, clips.pool)
     return ScoredSplit(evaluation.top, clips.best, split.labels, split.clips, clips.pool, positives)
 
 
 def measure_attention(model: TrainedModel, split_name: str) -> np.ndarray | None:
-    """Returns the mean attention of a model, [V, V] float64. None for a model without attention.
+    """Returns the mean attention of a model between its V input vectors, [V, V] float64.
 
-    The attention is between the V input vectors of the first member. Element [i, j] is the
-    attention of vector j to vector i, averaged over the clips that have vector j. So each column
-    sums to 1, or to 0 if no clip has the vector.
+    Only the first member of an ensemble is measured. Element [i, j] is the attention of vector j to
+    vector i, averaged over the clips that have vector j. So each column sums to 1, or to 0 if no
+    clip has the vector. If the model has no attention, returns None.
     """
-    own, total = model.member(0), None
+    own, total = model.member(0), np.zeros((1, 1))
     step = devices.jit(functools.partial(attention_step, model.system), model.mesh)
     for block in itertools.chain.from_iterable(iterate_windows(model, split_name)):
         attended = step(*own, block)
@@ -97,9 +97,7 @@ def measure_attention(model: TrainedModel, split_name: str) -> np.ndarray | None
         if attended is None:
             return None
         finite = np.where(np.isfinite(attended), attended, 0.0)
-        total = (0.0 if total is None else total) + finite[real].sum(axis=0, dtype=np.float64)
-    if total is None:
-        return None
+        total = total + finite[real].sum(axis=0, dtype=np.float64)
     weight = total.sum(axis=0)  # the number of clips in which vector j has attention
     return total / np.where(weight > 0, weight, 1.0)
 
@@ -186,10 +184,10 @@ def write_report(folder: RunFolder, split: str) -> None:
 
 @contextlib.contextmanager
 def describe_faults(workdir: Path, split: str) -> Iterator[None]:
-    """Turns an exception of the analysis or the report of a split into a warning.
+    """Turns an exception in a `with` block that makes an analysis or a report into a warning.
 
-    OSError and Interrupted are raised again. With several processes, all exceptions are raised
-    again, because the other processes would wait for this one.
+    OSError and Interrupted stay exceptions. If several processes evaluate the run, all exceptions
+    stay, because the other processes would wait for this process.
     """
     try:
         yield

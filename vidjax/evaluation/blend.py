@@ -1,7 +1,8 @@
-"""Joins the scores of several runs.
+"""Joins the scores of several runs. The joined runs are called a blend.
 
-A blend joins the runs `config.join.runs` (`vidjax evaluate --runs`). Or `vidjax train` trains the
-systems `config.join.systems` in the folder of the blend, and the blend joins these runs.
+There are two ways to make a blend. `vidjax evaluate --runs` joins finished runs, which become
+`config.join.runs`. `vidjax train` trains the systems `config.join.systems` in the folder of the
+blend, and joins these runs.
 """
 
 import itertools
@@ -47,11 +48,12 @@ class Blend:
         folder: Path | None = None,
         num_drawn: int | None = None,
     ):
-        """Scores a split with models, one after the other.
+        """Scores a split with all models, one after the other.
 
-        `folder` is for scratch files, see `scores.allocate`. `num_drawn` is the number of clips
-        that are drawn from the split, by default all. Raises UserError if the models differ in
-        clips or identities, or if their scores are not logarithms of probabilities.
+        Files of scores are in `folder` as long as they are needed, see `scores.allocate`. If
+        `num_drawn` is given, only this number of clips is drawn from the split and scored. Raises
+        UserError if the models differ in clips or identities, or if their scores are not logarithms
+        of probabilities.
         """
         self.models, self.runs, self._folder = list[TrainedModel](), list[Scores](), folder
         for model in models:
@@ -63,7 +65,7 @@ class Blend:
         self.split = self.models[0].data.split(split_name)
 
     def _check_last(self, split_name: str) -> None:
-        """Raises UserError if the last run cannot be joined with the first."""
+        """Raises UserError if the run that was scored last cannot be joined with the first run."""
         first, other = self.runs[0], self.runs[-1]
         name, last = self.models[0].name, self.models[-1].name
         if first.clips != other.clips:
@@ -84,7 +86,10 @@ class Blend:
             )
 
     def check_folds(self) -> None:
-        """Raises UserError if the folds of the runs leave out different clips."""
+        """Raises UserError if the folds of the runs are different.
+
+        The folds are different if the clips that members left out of the training differ.
+        """
         uses = [run.use for run in self.runs]
         if len(group_clips(np.concatenate(uses))) > max(len(group_clips(use)) for use in uses):
             names = ", ".join(model.name for model in self.models)
@@ -95,19 +100,25 @@ class Blend:
             )
 
     def make_examples(self, most: int) -> calibration.Examples:
-        """Draws at most `most` clips from which numbers are learned."""
+        """Draws at most `most` clips from which the numbers that join the runs can be learned.
+
+        If the split has no labelled clip that is new to all runs, raises UserError.
+        """
         pool = np.all([run.pool for run in self.runs], axis=0)
         in_sample = any(run.kind == "in_sample" for run in self.runs)
         if not self.split.labelled or in_sample or not pool.any():
             raise UserError(
-                f"config.join.learned: {self.split.name} has no labelled clip that no run was "
-                "trained on\ntrain the runs in folds: --config.ensemble.folds=5"
+                f"config.join.learned: {self.split.name} has no labelled clip that is new to all "
+                "runs\ntrain the runs in folds: --config.ensemble.folds=5"
             )
         drawn = calibration.draw_clips(pool, most)
         return calibration.make_examples(self.runs, self.split.labels, drawn)
 
     def join(self, numbers: schemas.Join | None, weights: Sequence[float]) -> Scores:
-        """Joins the scores by learned numbers or, without numbers, by weights [R]."""
+        """Returns joint scores: the scores of R runs are joined by learned `numbers`.
+
+        If `numbers` is None, the joint scores are means of probabilities with `weights` [R].
+        """
         part, shares = np.full(len(self.split.clips), -1), np.asarray(weights, np.float32)
         rows = [getattr(numbers, name) for name in Calibration._fields] if numbers else []
         sets = [np.array(row, np.float32) for row in rows]
@@ -122,7 +133,11 @@ class Blend:
         return scores_lib.combine(self.runs, join_block, self._folder)
 
     def rank(self, joined: Scores, numbers: schemas.Join | None) -> TopK:
-        """Ranks the clips by joint scores. With learned numbers, diffusion changes the order."""
+        """Returns the best clips of each identity by joint scores.
+
+        If learned `numbers` are given, and a run is a PLDA model, the order also depends on similar
+        clips, see `diffusion`.
+        """
         if not numbers:
             return rank_array(joined)
         groups, factors = group_clips(joined.use), np.exp(numbers.scale[-1]).tolist()
@@ -141,16 +156,15 @@ class Blend:
 
 
 def rank_array(scores: Scores) -> TopK:
-    """Ranks clips by their scores."""
-    blocks = (block[:3] for block in scores_lib.read_blocks(scores))
-    return topk.rank(blocks, len(scores.identities))
+    """Returns the best 100 clips of each identity by their scores."""
+    return topk.rank(scores_lib.read_blocks(scores), len(scores.identities))
 
 
 def group_clips(use: np.ndarray) -> list[np.ndarray]:
-    """Returns the clip indices of each group of clips that the same members score.
+    """Groups clips so that the same members score all clips of a group.
 
-    `use` [E, N] bool is True where one of E members scores one of N clips. The members that score
-    one group may have been trained on another group.
+    `use` [E, N] bool is True where one of E members scores one of N clips. Returns a list with the
+    clip indices [n] of each group. Clips that no member scores are in no group.
     """
     clips = np.flatnonzero(use.any(axis=0))
     packed = np.packbits(use[:, clips], axis=0)
@@ -186,7 +200,10 @@ def evaluate(config: Config, folder: RunFolder, load: Load, mesh: Mesh) -> Evalu
 def open_blend(
     config: Config, folder: RunFolder, load: Load, mesh: Mesh, num_drawn: int | None = None
 ) -> Blend:
-    """Scores `config.eval.split` with the runs of a blend."""
+    """Restores the runs of a blend, and scores the split `config.eval.split` with each run.
+
+    `load` loads the dataset of a run, given its configuration. For `num_drawn`, see `Blend`.
+    """
     name = config.eval.split
     paths = folder.list_runs(config, final=name not in config.data.train_splits)
 
@@ -199,9 +216,10 @@ def open_blend(
 
 
 def _learn(blend: Blend, config: Config, folder: RunFolder, load: Load, mesh: Mesh) -> schemas.Join:
-    """Learns the numbers of a blend from clips that the runs were not trained on, and writes them.
+    """Learns the numbers that join the runs of a blend, and writes them to its folder.
 
-    The clips are of `blend.split` and, if `config` trains the runs, of all training splits.
+    The numbers are learned from clips that no run was trained on. These are clips of `blend.split`
+    or, if `vidjax train` has made the blend, of all training splits.
     """
     name = blend.split.name
     names = config.data.train_splits if config.join.systems else (name,)
@@ -220,7 +238,10 @@ def _learn(blend: Blend, config: Config, folder: RunFolder, load: Load, mesh: Me
 
 
 def make_missing_error(folder: RunFolder, split: str) -> UserError:
-    """Returns the error for a blend without learned numbers, which it learns from `split`."""
+    """Returns the error for a blend whose learned numbers are missing.
+
+    The message says how to learn the numbers from `split`.
+    """
     return UserError(
         f"'{folder.path / JOIN}', the file of the learned numbers of the blend, is missing\n"
         f"to learn them: vidjax evaluate --workdir={folder.path} --config.eval.split={split}"
@@ -228,9 +249,10 @@ def make_missing_error(folder: RunFolder, split: str) -> UserError:
 
 
 def read_numbers(folder: RunFolder, config: Config) -> schemas.Join | None:
-    """Reads the learned numbers of a blend, for an evaluation with `config`.
+    """Reads the learned numbers of a blend from its folder.
 
-    Returns None if `config.join.learned` is False, or if no numbers were learned yet.
+    Returns None if `config.join.learned` is False, or if no numbers were learned yet. If the
+    numbers do not fit the runs, raises UserError.
     """
     if not config.join.learned or not folder.has(JOIN):
         return None
@@ -257,11 +279,11 @@ def parse_weights(config: Config, folder: RunFolder) -> tuple[float, ...]:
 
 
 def run_config(config: Config, path: Path) -> Config:
-    """Returns the configuration of the run in the folder `path`, adapted to a blend.
+    """Returns the configuration with which a blend scores the run in the folder `path`.
 
-    The split and the block size come from `config`, the configuration of the blend. If `config`
-    names a folder of the data or of the cache, this folder replaces the folder of the run. Scores
-    of the type `logits` become `log_softmax`.
+    It is the configuration of the run, except for three changes. The split and the block size come
+    from `config`, the configuration of the blend. If `config` names a folder of the data or of the
+    cache, this folder replaces the folder of the run. The scores `logits` become `log_softmax`.
     """
     run = RunFolder(path)
     own = run.config

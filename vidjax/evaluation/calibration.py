@@ -1,8 +1,8 @@
-"""Learns how to join the scores of several runs, on clips that the runs were not trained on.
+"""Learns how to join the scores of several runs, from clips that the runs were not trained on.
 
 A run that has learned only heads is often sure of a wrong person if a clip shows no clear head. So
-the scores of a run say something only with a probability, the *trust* in the run. The log odds of
-identity j against a stranger are
+the scores of a run are assumed to be meaningful only with a probability, the *trust* in the run.
+The joint log odds of identity j against a stranger are
 
     sum over the runs that can score the clip and know identity j of log(1 - trust + trust x_j)
 
@@ -37,7 +37,11 @@ LEAST = 1e-6  # of the probability of a stranger; float32 does not distinguish s
 
 
 class Calibration(NamedTuple):
-    """The numbers that join R runs. Arrays may have further first axes, for parts or clips."""
+    """The learned numbers that join R runs.
+
+    If there are separate numbers for parts of the clips, or for each clip, all arrays have an
+    additional first axis.
+    """
 
     scale: Array  # [R] logarithm of the scale
     offset: Array  # [R]
@@ -46,19 +50,19 @@ class Calibration(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """Scores of n clips for K candidates. `right` is the true candidate, or 0 for a stranger."""
+    """Scores of n clips, from which the numbers are learned, for K identities (candidates) each."""
 
     logs: np.ndarray  # [R, n, K] float32, logarithms of probabilities
     unknown: np.ndarray  # [R, n] float32, log of the probability of a stranger
     weight: np.ndarray  # [n, K] float32, the number of identities that a candidate represents
-    right: np.ndarray  # [n] int32, from 0 to K
+    right: np.ndarray  # [n] int32, the right candidate from 1 to K, or 0 for a stranger
     part: np.ndarray  # [n] int32, from 0 to PARTS - 1
 
 
 def log_unknown(logs: Array) -> Array:
-    """Computes the log of the probability that a clip shows a stranger, [..., B], from [..., B, C].
+    """Computes the logarithm of the probability that a clip shows a stranger, [..., B].
 
-    `logs` are logarithms of the probabilities of all identities.
+    `logs` [..., B, C] are logarithms of the probabilities of all identities.
     """
     known = jnp.sum(jnp.exp(logs), axis=-1)
     return jnp.log(jnp.maximum(1.0 - known, LEAST))
@@ -71,7 +75,7 @@ def join_logs(logs: Array, unknown: Array, calibration: Calibration) -> Array:
       logs: [R, B, K], logarithms of the probabilities of K identities in each run. A run that
         cannot score a clip has a row of -inf. A run that does not know an identity has -inf.
       unknown: [R, B], see `log_unknown`.
-      calibration: arrays [R], or [B, R].
+      calibration: the learned numbers, arrays [R], or [B, R] if they differ between the clips.
     """
     numbers = [jnp.moveaxis(jnp.asarray(x), -1, 0)[..., None] for x in calibration[:-1]]
     scale, offset, trust = (x[:, None] if x.ndim == 2 else x for x in numbers)  # [R, 1 or B, 1]
@@ -86,24 +90,33 @@ def join_logs(logs: Array, unknown: Array, calibration: Calibration) -> Array:
 
 @jax.jit
 def join_scores(logs: Array, calibration: Calibration) -> Array:
-    """Joins the scores of R runs, [R, B, C], to logarithms of probabilities, [B, C]."""
+    """Joins the scores of R runs, [R, B, C], to logarithms of joint probabilities, [B, C]."""
     logits = join_logs(logs, log_unknown(logs), calibration)
     return log_softmax(logits, jnp.ones(logits.shape[1], bool))[:, 1:]
 
 
 def split_clips(labels: np.ndarray) -> np.ndarray:
-    """Assigns the clips of a split, with labels [N], to PARTS parts. Returns [N] int32."""
+    """Divides the N clips of a split into PARTS parts. Returns the number of each part, [N] int32.
+
+    `labels` [N] are the labels of the clips: every part gets clips of every identity, if possible.
+    """
     return ensemble.assign_folds(labels, PARTS, 0)
 
 
 def draw_clips(pool: np.ndarray, most: int) -> np.ndarray:
-    """Draws at most `most` of the clips in `pool` [N] bool. Returns [N] bool."""
+    """Draws at most `most` of the clips where `pool` [N] bool is True.
+
+    Returns [N] bool, True for the drawn clips. Equal arguments give equal clips.
+    """
     places = np.random.default_rng(0).permutation(np.flatnonzero(pool))
     return np.isin(np.arange(len(pool)), places[:most])
 
 
 def make_examples(runs: Sequence[Scores], labels: np.ndarray, drawn: np.ndarray) -> Examples:
-    """Selects the clips `drawn` [N] bool of a split, with labels [N], and their candidates."""
+    """Returns the scores of the clips `drawn` [N] bool of a split for their candidates.
+
+    `runs` are the scores of each run, and `labels` [N] are the labels of all clips of the split.
+    """
     places, part = np.flatnonzero(drawn), split_clips(labels)
     return _concatenate([
         choose_candidates(
@@ -114,10 +127,11 @@ def make_examples(runs: Sequence[Scores], labels: np.ndarray, drawn: np.ndarray)
 
 
 def choose_candidates(logs: np.ndarray, labels: np.ndarray, part: np.ndarray) -> Examples:
-    """Keeps the scores of the right identity, of each run's best identities, and of random others.
+    """Chooses candidates for n clips: the right identity, each run's best, and random identities.
 
-    Without random others, the learned numbers could raise the odds of all other identities. A
-    random identity stands for several identities, so its odds are multiplied by their number.
+    Without random identities, the learned numbers could raise the odds of all identities that are
+    not candidates. A random identity stands for several identities, so its odds are multiplied by
+    their number.
 
     Args:
       logs: logarithms of the probabilities of R runs, [R, n, C].
@@ -144,11 +158,11 @@ def choose_candidates(logs: np.ndarray, labels: np.ndarray, part: np.ndarray) ->
 
 
 def learn(examples: Sequence[Examples]) -> Calibration:
-    """Learns the numbers for each part, from the clips of the other parts.
+    """Learns the numbers that join R runs, for each part of the clips from all other parts.
 
-    If no clip shows a stranger, each clip counts a second time, as a clip of a stranger, without
-    the scores of the right identity. Returns arrays [PARTS + 1, R]. The last numbers are learned on
-    all clips.
+    `examples` are the scores of clips of one or several splits. If no clip shows a stranger, each
+    clip counts a second time, as a clip of a stranger, without the scores of the right identity.
+    Returns arrays [PARTS + 1, R]: the last numbers are learned from all clips.
     """
     joined = _concatenate(examples)
     weights = np.ones(len(joined.right), np.float32)
@@ -160,7 +174,7 @@ def learn(examples: Sequence[Examples]) -> Calibration:
 
 
 def fit(examples: Examples, weights: np.ndarray) -> Calibration:
-    """Learns the numbers from clips with `weights` [n], by maximum a posteriori."""
+    """Learns the numbers from n clips with `weights` [n], by maximum a posteriori."""
     num_runs = len(examples.logs)
     start = np.concatenate([np.full(num_runs, x) for x in START.values()] + [np.zeros(1)])
     share = weights / np.sum(weights)
@@ -184,7 +198,11 @@ def _unpack(point: Array, num_runs: int) -> Calibration:
 def _loss(
     point: Array, logs: Array, unknown: Array, weight: Array, right: Array, share: Array
 ) -> Array:
-    """Computes the cross-entropy of the right answers. Labels are wrong with probability WRONG."""
+    """Computes the mean cross-entropy of the right candidates, and its gradient.
+
+    `point` has all numbers in one array, and `share` [n] are the weights of the clips, whose sum is
+    1. A label is assumed to be wrong with probability WRONG. For the other arguments, see Examples.
+    """
     logits = join_logs(logs, unknown, _unpack(point, len(logs)))
     logits += jnp.pad(jnp.log(weight), ((0, 0), (1, 0)))
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=1), right[:, None], axis=1)[:, 0]
@@ -193,13 +211,16 @@ def _loss(
 
 
 def _concatenate(examples: Sequence[Examples]) -> Examples:
-    """Concatenates clips: axis 1 of `logs` and `unknown`, and axis 0 of the other fields."""
+    """Concatenates the clips of several Examples.
+
+    The clips are axis 1 of `logs` and `unknown`, and axis 0 of the other fields.
+    """
     fields = zip((1, 1, 0, 0, 0), *examples, strict=True)
     return Examples(*(np.concatenate(parts, axis=axis) for axis, *parts in fields))
 
 
 def _leave_out_right(examples: Examples) -> Examples:
-    """Returns the clips as if no run knew their identity. Then they show strangers."""
+    """Returns the same clips as clips of strangers, without scores for the right identity."""
     logs = examples.logs.copy()
     logs[:, np.arange(logs.shape[1]), examples.right - 1] = -np.inf
     return examples._replace(logs=logs, right=np.zeros_like(examples.right))

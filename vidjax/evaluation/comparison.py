@@ -60,7 +60,10 @@ class RankedRun(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """The results of runs, or of groups of seeds, and their differences in MAP to the first run."""
+    """The results of runs, and the difference in MAP of every other run to the first run.
+
+    A run may also be the mean of several runs that differ only in their seeds.
+    """
 
     runs: list[RankedRun]
     differences: list[Difference]
@@ -88,7 +91,10 @@ class Comparison(NamedTuple):
         return "\n".join([*messages.wrap(title, width), *lines])
 
     def config_lines(self, width: float = math.inf) -> list[str]:
-        """Returns the fields in which the configurations differ, as a table for the terminal."""
+        """Returns the configuration fields in which the runs differ, as lines of a table.
+
+        `width` is the width of the terminal in letters.
+        """
         (_, *names), rows = _compare_fields(self.runs)
         if not rows:
             return ["the configurations are equal"]
@@ -138,7 +144,8 @@ class Comparison(NamedTuple):
     def write(self, folder: Path) -> None:
         """Writes `comparison.json`, `comparison.tex` and `comparison.html` into a folder.
 
-        Raises UserError if the folder has such a file that vidjax did not write.
+        If the folder has a file with one of these names that vidjax did not write, raises
+        UserError.
         """
         contents = {
             "comparison.json": files.to_json(self.to_dict()),
@@ -157,9 +164,9 @@ class Comparison(NamedTuple):
 def compare(groups: Sequence[Sequence[str]], *, split: str | None = None) -> Comparison:
     """Compares the MAP of runs with the MAP of the first run, on the same clips.
 
-    `groups` are lists of the folders of runs. To compare runs, every list has a single folder. To
-    compare systems by their mean MAP, every list has the same number of runs. The runs of a list
-    differ only in their seeds. `split` is by default `eval.split` of each run.
+    `groups` is a list of lists with the folders of runs. If single runs are compared, each list has
+    one folder. If systems are compared by their mean MAP, each list has the same number of runs,
+    which differ only in their seeds. `split` is by default `eval.split` of each run.
     """
     named = [name for group in groups for name in group]
     if len({Path(name).resolve() for name in named}) < len(named):
@@ -186,7 +193,10 @@ def compare(groups: Sequence[Sequence[str]], *, split: str | None = None) -> Com
 
 
 def split_groups(runs: str) -> list[list[str]]:
-    """Splits `A1+A2,B` into groups of runs, unless a folder `A1+A2` exists."""
+    """Splits the value of `--runs`: `A1+A2,B1+B2` becomes [[A1, A2], [B1, B2]].
+
+    If a folder is really called `A1+A2`, it stays one name.
+    """
     names = [name.strip() for name in runs.split(",") if name.strip()]
     return [
         [name]
@@ -197,10 +207,10 @@ def split_groups(runs: str) -> list[list[str]]:
 
 
 def select_comparable(names: Sequence[str], split: str | None) -> list[str]:
-    """Returns the folders with the most frequent dataset. Warns of all other folders.
+    """Returns those of the folders `names` whose runs can be compared. Warns of all others.
 
-    The folders come from a pattern such as `runs/*`, so some may contain no results or runs of
-    another dataset.
+    The names come from a pattern such as `runs/*`. So some folders may have no results, or results
+    on another dataset. The most frequent dataset is kept.
     """
     runs: list[RankedRun] = []
     for name in names:
@@ -219,7 +229,7 @@ def select_comparable(names: Sequence[str], split: str | None) -> list[str]:
 
 @contextlib.contextmanager
 def _warn_of_left_out() -> Iterator[None]:
-    """Turns a UserError about a folder into a warning."""
+    """Turns a UserError in a `with` block into a warning that a folder is left out."""
     try:
         yield
     except UserError as error:
@@ -245,7 +255,7 @@ def _check_seeds(runs: Sequence[RankedRun]) -> None:
 
 
 def _is_of_seeds(name: str) -> bool:
-    """Returns True for a field in which runs of a system may differ, such as the seed."""
+    """Returns True if runs that differ only in their seeds may differ in the field `name`."""
     may_change = name in config_lib.MAY_CHANGE and not config_lib.changes_scores(name)
     return name != "init_from" and (may_change or name in ("seed", "join.runs"))
 
@@ -308,7 +318,10 @@ def read(name: str, split: str | None = None) -> RankedRun:
 
 
 def align(first: RankedRun, run: RankedRun) -> RankedRun:
-    """Returns `run` with its identities in the order of `first`. Both must have the same clips."""
+    """Returns `run` with its identities in the order of the run `first`.
+
+    If the runs were evaluated on different clips or identities, raises UserError.
+    """
     both = f"'{first.name}' and '{run.name}'"
     if run.split != first.split:
         raise UserError(
@@ -350,7 +363,7 @@ def align(first: RankedRun, run: RankedRun) -> RankedRun:
 
 
 def merge_seeds(seeds: Sequence[RankedRun]) -> RankedRun:
-    """Merges the results of runs that differ only in their seeds. Each metric becomes its mean."""
+    """Merges runs that differ only in their seeds to one run, whose metrics are the means."""
     first, kinds = seeds[0], [run.metrics["map_kind"] for run in seeds]
     metrics = {key: value for key, value in first.metrics.items() if not isinstance(value, NUMBERS)}
     for key in first.metrics.keys() - metrics.keys():
@@ -372,7 +385,7 @@ Rows = list[list[str]]
 def make_difference_table(
     runs: Sequence[RankedRun], differences: Sequence[Difference]
 ) -> tuple[list[str], Rows]:
-    """Returns the titles and the rows of a table of MAP and the differences in MAP."""
+    """Returns a table of the MAP of runs and their differences to the first run: titles, rows."""
     head = ["run", "MAP@100", "difference", "95 % interval"]
     if not runs[0].seeds:
         head.append(HOLM if len(differences) > 1 else "p")
@@ -396,7 +409,7 @@ def make_difference_table(
 
 
 def make_metric_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
-    """Returns the titles and the rows of a table of all metrics of `metrics.CLIP_METRICS`."""
+    """Returns a table of the other metrics of runs: titles, rows. Without metrics, rows is []."""
     head, columns = ["run"], [[run.name for run in runs]]
     for name, metric in metrics.CLIP_METRICS.items():
         values = [run.metrics.get(name) for run in runs]
@@ -414,9 +427,10 @@ def _compare_fields(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
 def make_config_table(
     names: Sequence[str], every: Sequence[Mapping[str, str]]
 ) -> tuple[list[str], Rows]:
-    """Returns the titles and the rows of a table of the fields in which configurations differ.
+    """Returns a table of the fields in which configurations differ: titles, rows.
 
-    `names` are the titles of the columns, and `every` are the fields of each configuration.
+    `names` are the names of the configurations, and `every` has a dict for each configuration,
+    field -> value as text.
     """
     rows = []
     for name in dict.fromkeys(name for values in every for name in values):
@@ -446,7 +460,7 @@ def list_fields(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[s
 
 
 def sentences(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> list[str]:
-    """Returns sentences that describe the data and the method of a comparison."""
+    """Returns sentences that describe the data, the method and the limits of a comparison."""
     first, method = runs[0], f"Interval and p: {significance.METHOD_OF_GAPS}"
     if first.seeds:
         method = f"Interval: {significance.METHOD_OF_SEEDS}"
@@ -496,7 +510,10 @@ def describe_unusual(runs: Sequence[RankedRun]) -> list[str]:
 
 
 def describe_limit(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> list[str]:
-    """Returns a list with a sentence about differences that cannot be significant, or []."""
+    """Returns a list with a sentence that says which differences are too small to be significant.
+
+    If even small differences can be significant, returns [].
+    """
     first, limits = runs[0], {}
     few = len(first.identities) < FEW
     for run, gap in zip(runs[1:], differences, strict=True):
@@ -513,7 +530,10 @@ def describe_limit(runs: Sequence[RankedRun], differences: Sequence[Difference])
 
 
 def describe_in_sample(runs: Sequence[RankedRun]) -> list[str]:
-    """Returns a list with a warning about runs that were trained on the ranked clips, or []."""
+    """Returns a list with a warning that names the runs that were trained on the ranked clips.
+
+    If there is no such run, returns [].
+    """
     known = [run.name for run in runs if run.metrics["map_kind"] == "in_sample"]
     were = f"{', '.join(known)} {'was' if len(known) == 1 else 'were'}"
     return [f"In sample: {were} trained on these clips: the MAP is too high."] if known else []
@@ -533,7 +553,7 @@ def _format_latex_cell(text: str) -> str:
 
 
 def shorten_names(runs: Sequence[RankedRun]) -> list[str]:
-    """Returns the name of each run's folder. If two names are equal, returns all whole paths."""
+    """Returns the name of each run's folder, or the whole paths, if two names are equal."""
     last = ["+".join(Path(n).absolute().name for n in run.name.split("+")) for run in runs]
     return last if len(set(last)) == len(last) else [run.name for run in runs]
 
@@ -544,7 +564,10 @@ def rename(runs: Sequence[RankedRun], names: Sequence[str]) -> list[RankedRun]:
 
 
 def drop_common(names: Sequence[str]) -> list[str]:
-    """Leaves out the common beginning and the common end of all names, up to a `/` or `_`."""
+    """Returns the names without the beginning and the end that all names have in common.
+
+    Names are only cut after a `/` or `_`.
+    """
     parts = [re.split("(?<=[/_])", name) for name in names]
     for _ in range(2):  # at the beginning, then at the end
         while min(map(len, parts)) > 1 and len({x[0] for x in parts}) == 1:
@@ -556,9 +579,11 @@ def drop_common(names: Sequence[str]) -> list[str]:
 def _fit_names(
     names: Sequence[str], make_lines: Callable[[Sequence[str]], list[str]], width: float
 ) -> list[str]:
-    """Returns the lines of a table, with shorter names of runs if a line is longer than `width`.
+    """Returns the lines of a table that fit into `width` letters, if possible.
 
-    If the names stay too long, the runs get numbers, and lines below the table list their names.
+    `make_lines` makes the lines, given names of the runs. It is called with `names`, and then with
+    shorter names, until the lines fit. In the last attempt, the runs get numbers, and lines below
+    the table list the names.
     """
     for short in (names, drop_common(names)):
         lines = make_lines(short)

@@ -1,16 +1,18 @@
-"""Re-ranks a batch of clips by averages of the probabilities of similar clips.
+"""Re-ranks clips: the probabilities of a clip are averaged with the probabilities of similar clips.
 
-PLDA compares all pairs of clips. The neighbours of a clip are the NEIGHBOURS clips that most
-probably show the same person. If P are the probabilities of the clips, clips are ranked by
+A PLDA model compares all pairs of clips. The neighbours of a clip are the NEIGHBOURS clips that
+most probably show the same person. If P are the probabilities of the clips for all identities,
+clips are ranked by
 
     (1 - sum of w) P + w P,    w = (1 - max P) v / (1 + sum of v),    v = (1 - D) sigmoid(A - t)
 
-where A sums the log-likelihood ratios of a pair over the modalities of both clips, times SCALE and
-the learned scale of the run. D is the probability by P that the clips show two people whom the runs
-know. Without D, a clip would be averaged with clips of a lookalike, because the ratios compare with
-random people. A clip that certainly shows somebody (max P) needs no neighbours. The threshold t is
-the prior log odds that two of N clips show two people, but at least THRESHOLD. The prior gives each
-clip OTHERS neighbours.
+where v and w belong to a pair of clips. A is the log-likelihood ratio of the pair, summed over the
+modalities that both clips have, times SCALE and the learned scale of the run. D is the probability,
+computed from P, that the clips show two different identities. Without D, a clip would be averaged
+with clips of a lookalike, because the ratios compare with random people. If a clip certainly shows
+somebody, max P is near 1, and its neighbours get no weight. The threshold t is the prior log odds
+that two of N clips show different people, but at least THRESHOLD. The prior assumes that each clip
+has OTHERS clips of the same person.
 
 Source: Donoser and Bischof 2013, Diffusion processes for retrieval revisited; Iscen and others
 2017, Efficient diffusion on region manifolds. The weights w are not published.
@@ -42,7 +44,7 @@ MAX_VALUES = 1 << 22  # probabilities or pairs in memory at a time
 
 
 class View(NamedTuple):
-    """The numbers by which a member of a run compares n clips in a modality."""
+    """What a member (a net of an ensemble) needs to compare n clips in a modality."""
 
     vectors: np.ndarray  # [n, D] float32, coordinates of `two_covariance.Space`
     present: np.ndarray  # [n] bool, True if the clip has the modality
@@ -57,12 +59,14 @@ def view_groups(
     groups: Sequence[np.ndarray],
     factor: float,
 ) -> Iterator[list[View]]:
-    """Yields a `View` of each group of clips in each modality, for a PLDA model.
+    """Yields a list for each group of clips, with a `View` per modality, for a PLDA model.
 
     Args:
+      model: the model, with the clips.
+      split_name: the split of the clips.
       use: [E, N] bool, True where one of E members scores one of the N clips of the split.
-      groups: the clip indices [n] of groups of clips that the same members score.
-      factor: the learned scale of the run.
+      groups: groups of clips, each as clip indices [n]. The same members score a whole group.
+      factor: the learned scale of the run, a factor on the log-likelihood ratios.
     """
     widths, embed = model.system.task.modalities, jax.jit(partial(embed_step, model.system))
     for clips in groups:
@@ -86,12 +90,14 @@ def view_groups(
 def weigh_neighbours(
     scores: Scores, groups: Sequence[tuple[np.ndarray, Sequence[View]]]
 ) -> scipy.sparse.csr_array:
-    """Returns the weights of the neighbours of n clips, [n, n].
+    """Returns the weights of neighbours, a sparse matrix [n, n].
+
+    Element [i, j] is the weight of clip j as a neighbour of clip i.
 
     Args:
-      scores: logarithms of probabilities, with a row for each clip.
-      groups: pairs of the rows of some clips, and the views of these clips. Clips of different
-        groups are not compared.
+      scores: logarithms of probabilities, with a row for each of n clips.
+      groups: a pair for each group of clips: the rows of the clips in `scores`, and their views.
+        Clips of different groups are not compared.
     """
     parts = [part for rows, views in groups for part in _compare(scores.array, rows, views)]
     rows, columns, weights = map(np.concatenate, zip(*parts, strict=True))
@@ -101,7 +107,12 @@ def weigh_neighbours(
 def _compare(
     logs: np.ndarray, rows: np.ndarray, views: Sequence[View]
 ) -> Iterator[tuple[np.ndarray, ...]]:
-    """Yields rows, columns and weights of neighbours, for some of the clips at a time."""
+    """Computes the weights of the neighbours of n clips, for some of the clips at a time.
+
+    `logs` are the logarithms of the probabilities of all clips, `rows` [n] are the rows of the
+    clips in `logs`, and `views` are the clips in each modality. Yields three arrays: rows, columns
+    and values of the matrix of weights.
+    """
     most, size = min(NEIGHBOURS, len(rows)), min(MAX_ROWS, 1 + MAX_VALUES // len(rows))
     threshold = max(THRESHOLD, np.log(len(rows) / OTHERS))
     for first in range(0, len(rows), size):
@@ -122,7 +133,9 @@ def _compare(
 
 
 def rank(scores: Scores, weights: scipy.sparse.csr_array) -> TopK:
-    """Ranks clips by their probabilities after diffusion. The scores do not change.
+    """Ranks clips by probabilities that are averaged with the neighbours of each clip.
+
+    The scores in the result are the scores before the averaging.
 
     Args:
       scores: logarithms of probabilities, with a row for each of n clips.
@@ -142,7 +155,11 @@ def rank(scores: Scores, weights: scipy.sparse.csr_array) -> TopK:
 
 
 def _read(logs: np.ndarray, clips: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Returns the scores [C, k] of the clips `index` [C, k]. `logs` are the scores of `clips`."""
+    """Returns the scores [C, k] of the ranked clips of each identity, or -inf for no clip.
+
+    `index` [C, k] are the indices of the ranked clips. `logs` [n, C] are the scores of n clips, and
+    `clips` [n] their indices, ascending.
+    """
     rows = np.minimum(np.searchsorted(clips, index), len(clips) - 1)
     scores = logs[rows, np.arange(len(index))[:, None]]
     return np.where(index == topk.NO_CLIP, np.float32(-np.inf), scores)

@@ -1,12 +1,13 @@
-"""Computes scores, embeddings and attention of a member. A member is one net of an ensemble.
+"""Computes scores, embeddings and attention with a member, which is one net of an ensemble.
 
-Every evaluation step maps (params, model_state, hidden_chunk, batch) to an array with a row for
-each of B clips. `hidden_chunk`, [] int32, is the number of the part of every feature vector that is
-hidden from a member. If `System.num_chunks` is None, no part is hidden, and the number is not used.
+Every evaluation step is a function of (params, model_state, hidden_chunk, batch), and returns an
+array with a row for each of B clips. `params` and `model_state` are the weights of the member. If
+the feature vectors are divided into parts (`System.num_chunks`), `hidden_chunk`, [] int32, is the
+number of the part that is hidden from the member. Otherwise, `hidden_chunk` is not used.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -41,10 +42,8 @@ def eval_step(
         weight = output.score_weight  # [B, G]
         if weight is None:
             weight = jnp.ones(logits.shape[:2], logits.dtype)
-        total = make_no_scores(scores[:, 0], logs=system.scores_are_logs)
-        for branch in range(scores.shape[1]):
-            total = add_scores(total, scores[:, branch], weight[:, branch])
-        return sum_scores(total)
+        each, weights = ([x[:, i] for i in range(x.shape[1])] for x in (scores, weight))
+        return sum_scores(collect_scores(each, weights, logs=system.scores_are_logs))
 
     logs = system.scores_are_logs
     scores = _reduce_examples(
@@ -81,8 +80,8 @@ def attention_step(
 ) -> Array | None:
     """Computes the attention between the M input vectors of each of B clips, [B, M, M] float32.
 
-    Element [b, i, j] is how much vector j attends to vector i in clip b. Returns None if the model
-    has no attention. The model must take a clip as a single example.
+    Element [b, i, j] is how much vector j attends to vector i in clip b. If the model has no
+    attention, returns None. The function is not for models that take each frame as an example.
     """
     fused = system.fuse(None, batch.frames, hidden_chunk)
     with jax.default_matmul_precision(system.precision):
@@ -93,9 +92,10 @@ def attention_step(
 def _make_forward(
     system: System, params: Params, model_state: ModelState, batch: Batch
 ) -> Callable[[Mapping[str, Frames], Array], ModelOutput]:
-    """Returns a function that applies the model to G examples of each clip in a batch.
+    """Returns a function that applies the model to G examples of each of the B clips of a batch.
 
-    The function takes the frames, [B G, T, ...], and the mask of real examples, [B, G] bool.
+    An example is what the model classifies: a whole clip, or a frame of a clip. The function takes
+    the frames of the examples, [B G, T, ...], and the mask of real examples, [B, G] bool.
     """
     measure = system.model.measure_clips(batch.frames)
 
@@ -127,11 +127,14 @@ def _reduce_examples(
     logs: bool,
     reduce: str,
 ) -> Array:
-    """Reduces the values of the examples (frames) of every clip to one row per clip, [B, K].
+    """Computes values for every example (a frame, or a whole clip), and reduces them to [B, K].
 
-    `values_of` maps the frames [B G, 1, ...] and the mask [B, G] of G examples per clip to values
-    [B G, K]. `reduce` is `mean` or `max`. If `logs` is True, values are logarithms: their mean is
-    the logarithm of the mean of their exponentials.
+    Args:
+      values_of: a function that computes the values [B G, K] of G examples per clip from their
+        frames [B G, 1, ...] and the mask of real examples, [B, G].
+      logs: True if the values are logarithms. Their mean is then the logarithm of the mean of their
+        exponentials.
+      reduce: how the values of the examples of a clip become one row, `mean` or `max`.
     """
     fused = system.fuse(None, batch.frames, hidden_chunk)
     with jax.default_matmul_precision(system.precision):
@@ -186,7 +189,10 @@ def _reduce_examples(
 
 
 def _choose_num_examples(clips: int, examples: int) -> int:
-    """Returns how many of the `examples` of a clip are computed together: 1, except in exports."""
+    """Returns how many of the `examples` of a clip are computed at once: 1, except in exports.
+
+    `clips` is the number of clips of the batch.
+    """
     if not (jax.export.is_symbolic_dim(clips) or jax.export.is_symbolic_dim(examples)):
         return 1  # saves memory
     # Only exports have symbols as sizes. The iterations of a loop are slow in other runtimes.
@@ -194,17 +200,17 @@ def _choose_num_examples(clips: int, examples: int) -> int:
 
 
 def make_eval_step(system: System, mesh: Mesh) -> EvalStep:
-    """Returns a compiled `eval_step` that computes scores of identities only, [B, C].
+    """Returns a compiled `eval_step`, whose result has only the columns of identities, [B, C].
 
-    Every device scores a part of the clips. The scores are equal to the bit on any number of
-    devices if the number of clips per device is the same.
+    Every device scores a part of the clips. With the same number of clips per device, the scores
+    are equal to the bit on any number of devices.
     """
     identities = slice(1, 1 + system.task.num_identities)
     return _shard_rows(lambda *inputs: eval_step(system, *inputs)[:, identities], mesh)
 
 
 def make_predict_step(system: System, mesh: Mesh) -> EvalStep:
-    """Returns a compiled step that computes the best class of every clip, [B] int32."""
+    """Returns a compiled evaluation step that computes the best class of every clip, [B] int32."""
 
     def step(params: Params, model_state: ModelState, hidden_chunk: Array, batch: Batch) -> Array:
         scores = eval_step(system, params, model_state, hidden_chunk, batch)
@@ -214,7 +220,7 @@ def make_predict_step(system: System, mesh: Mesh) -> EvalStep:
 
 
 def _shard_rows(step: EvalStep, mesh: Mesh) -> EvalStep:
-    """Returns a compiled step that every device runs on a part of the clips."""
+    """Compiles an evaluation step, so that every device computes a part of the clips of a batch."""
     whole = PartitionSpec()
 
     def apply(params: Params, model_state: ModelState, hidden_chunk: Array, batch: Batch) -> Array:
@@ -235,11 +241,11 @@ LOG_2 = math.log(2.0)
 
 
 class MeanScores(NamedTuple):
-    """Sums from which `mean_scores` computes a weighted mean of scores.
+    """Sums of scores and weights, from which `mean_scores` computes a weighted mean.
 
-    If the scores are log-probabilities, the mean is the logarithm of the mean probability. If
-    probabilities are near 1, the logarithm of their mean is near 0, and loses digits. So the
-    complements, 1 minus each probability, are added, too.
+    If the scores are logarithms of probabilities, their mean is the logarithm of the mean
+    probability. If this probability is near 1, its logarithm loses digits. So the complements, 1
+    minus each probability, are summed, too.
     """
 
     total: Array  # [B, K] weighted sum of scores, or log of the weighted sum of probabilities
@@ -248,7 +254,7 @@ class MeanScores(NamedTuple):
 
 
 def make_no_scores(like: Array, *, logs: bool) -> MeanScores:
-    """Returns the mean of no scores. Later scores have the shape and dtype of `like` [B, K].
+    """Returns the sums before any scores are added. Scores have the shape of `like` [B, K].
 
     If `logs` is True, the scores are logarithms of probabilities.
     """
@@ -257,10 +263,24 @@ def make_no_scores(like: Array, *, logs: bool) -> MeanScores:
     return MeanScores(start, empty if logs else None, jnp.zeros(like.shape[0], like.dtype))
 
 
-def add_scores(mean: MeanScores, scores: Array, weight: Array) -> MeanScores:
-    """Adds scores [B, K] with weights [B]. G scores per clip are [B, G, K], with weights [B, G].
+def collect_scores(
+    scores: Sequence[Array] | Array, weights: Iterable[Array], *, logs: bool
+) -> MeanScores:
+    """Returns the sums of n scores, [B, K] each, with n weights, [B] each.
 
-    Scores of weight 0 are ignored, even if they are NaN or infinite.
+    If `logs` is True, the scores are logarithms of probabilities.
+    """
+    total = make_no_scores(scores[0], logs=logs)
+    for one, weight in zip(scores, weights, strict=True):
+        total = add_scores(total, one, weight)
+    return total
+
+
+def add_scores(mean: MeanScores, scores: Array, weight: Array) -> MeanScores:
+    """Adds the scores [B, K] of B clips, with weights [B], to the sums `mean`.
+
+    If a clip has G scores, these are [B, G, K], with weights [B, G]. Scores of weight 0 are
+    ignored, even if they are NaN or infinite.
     """
     if weight.ndim > 1 and weight.shape[1] == 1:
         scores, weight = scores[:, 0], weight[:, 0]
@@ -292,7 +312,10 @@ def mean_scores(mean: MeanScores) -> Array:
 
 
 def sum_scores(mean: MeanScores) -> Array:
-    """Returns the weighted sum of scores, [B, K]. Log-probabilities are summed as probabilities."""
+    """Returns the weighted sum of scores, [B, K].
+
+    For log-probabilities, this is the logarithm of the weighted sum of the probabilities.
+    """
     if mean.rest is None:
         return mean.total
     lack = jnp.log(jnp.maximum(1.0 - mean.weight, 0.0))[:, None]

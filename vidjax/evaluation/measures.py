@@ -55,14 +55,14 @@ class ScoredSplit:
 
     @cached_property
     def columns(self) -> np.ndarray:
-        """The label of every ranked clip, [C, k] int. Empty places of a list are -1."""
+        """The label of every clip in the lists of the identities, [C, k] int; -1 for no clip."""
         index = self.top.index
         filled = index < len(self.labels)
         return np.where(filled, self.labels[np.where(filled, index, 0)], -1)
 
     @cached_property
     def hits(self) -> np.ndarray:
-        """Whether each ranked clip shows the identity that it is ranked for, [C, k] bool."""
+        """True for the ranked clips that show the identity of their list, [C, k] bool."""
         return self.columns == np.arange(1, len(self.columns) + 1)[:, None]
 
     @cached_property
@@ -73,19 +73,19 @@ class ScoredSplit:
     def averages_among(self, chosen: np.ndarray) -> tuple[np.ndarray, int]:
         """Returns the average precisions of identities in a group of clips, and the group's size.
 
-        `chosen` [N] is True for the clips of the group. Identities without a chosen clip are left
-        out. The other clips of an identity are removed from its list, but wrong clips stay in it.
-        The size is the number of chosen clips that are not distractors.
+        `chosen` [N] is True for the clips of the group. An identity's right clips outside the group
+        are removed from its list. Wrong clips stay in the list. Identities without a clip in the
+        group are left out. The size is the number of chosen clips that are not distractors.
         """
         positives = np.bincount(self.labels[chosen], minlength=len(self.hits) + 1)[1:]
         kept = ~self.hits | chosen[np.where(self.hits, self.top.index, 0)]
         return self._averages_of(kept, positives)[positives > 0], int(positives.sum())
 
     def averages_without(self, removed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the average precisions [C] if the clips `removed` [N] are in no list.
+        """Returns the average precisions [C] without the clips `removed` [N] bool.
 
-        The second value is the number of clips that each identity keeps, [C]. A list that gets
-        shorter is not filled up.
+        The second result is the number of clips that each identity keeps, [C]. The clips are
+        removed from all lists, and no other clips move into a list.
         """
         gone = np.bincount(self.labels[removed & self.pool], minlength=len(self.hits) + 1)[1:]
         kept = ~np.append(removed, False)[np.minimum(self.top.index, len(removed))]
@@ -93,7 +93,11 @@ class ScoredSplit:
         return self._averages_of(kept, positives), positives
 
     def _averages_of(self, kept: np.ndarray, positives: np.ndarray) -> np.ndarray:
-        """Returns the average precisions [C] of the places `kept` [C, k] of the lists."""
+        """Returns the average precisions [C] of lists from which some clips are removed.
+
+        `kept` [C, k] bool is True for the places that stay in the list. `positives` [C] is the
+        number of clips of each identity.
+        """
         wanted = self.hits & kept
         ranks = np.cumsum(kept, axis=1)
         precision = np.where(wanted, np.cumsum(wanted, axis=1) / np.maximum(ranks, 1), 0.0)
@@ -103,8 +107,9 @@ class ScoredSplit:
     def best_lists(self) -> tuple[np.ndarray, np.ndarray]:
         """The best identity of each clip, [N] int from 0, and the score for this identity, [N].
 
-        If scores are equal, the first identity is the best. If a clip is not among the k ranked
-        clips of its best identity, the result is the identity -1 and the score -inf.
+        Only the lists of k clips are known. So if a clip is not in the list of its best identity,
+        the identity is -1, and the score is -inf. If scores are equal, the first identity is the
+        best.
         """
         real = (self.top.index < len(self.names)) & (self.top.scores > -np.inf)
         real[real] = self.top.scores[real] >= self.best[self.top.index[real]]
@@ -117,7 +122,10 @@ class ScoredSplit:
 
 
 def measure_copies(scored: ScoredSplit, split: Split, model: TrainedModel) -> schemas.Copies | None:
-    """Finds ranked clips that are copies of training clips. Without such clips, returns None."""
+    """Finds ranked clips that have the same frames as a training clip, and the MAP without them.
+
+    If there is no such clip, returns None.
+    """
     found: dict[int, tuple[Split, int]] = {}
     others = [x for x in find_training_clips(model) if x[0].name != split.name]
     for other, trained in others:
@@ -176,7 +184,10 @@ def _make_row(label: str, averages: np.ndarray, clips: int) -> schemas.Stratum:
 
 
 def group_by_count(counts: np.ndarray) -> Groups:
-    """Groups clips or identities by ranges of their `counts` [N or C], such as 3 to 4."""
+    """Groups clips or identities by their `counts` [N or C], in ranges such as 3 to 4.
+
+    For example, `counts` are numbers of frames of clips.
+    """
     groups, low = [], 0
     for high in COUNTS:
         label = str(high) if low == high else f"{low} to {high}"
@@ -186,7 +197,10 @@ def group_by_count(counts: np.ndarray) -> Groups:
 
 
 def group_by_quantile(values: np.ndarray, chosen: np.ndarray) -> Groups:
-    """Groups chosen clips by ranges of `values` [N]. If all values are equal, returns no group."""
+    """Groups the clips `chosen` [N] bool by `values` [N], in ranges of about equal size.
+
+    If all values are equal, returns [].
+    """
     if not chosen.any():
         return []
     edges = np.unique(np.quantile(values[chosen], np.linspace(0, 1, QUANTILES + 1)))
@@ -198,7 +212,11 @@ def group_by_quantile(values: np.ndarray, chosen: np.ndarray) -> Groups:
 
 
 def group_by_modalities(split: Split, names: Sequence[str], pool: np.ndarray) -> Groups:
-    """Groups clips by the set of modalities that they have. Rare sets form the group `others`."""
+    """Groups clips by the set of modalities that they have, such as `face, audio`.
+
+    `names` are the modalities. `pool` [N] bool is True for ranked clips: their most common sets
+    form a group each, and all other sets form the group `others`.
+    """
     present = np.stack([split.lengths[name] > 0 for name in names])  # [M, N]
     code = np.sum(present << np.arange(len(names))[:, None], axis=0)  # bit i: modality i
     common = [value for value, _ in Counter(code[pool].tolist()).most_common(MOST_GROUPS)]
@@ -211,9 +229,10 @@ def group_by_modalities(split: Split, names: Sequence[str], pool: np.ndarray) ->
 
 
 def count_train_clips(model: TrainedModel) -> np.ndarray | None:
-    """Counts each identity's training clips in `model.data`, [C] int.
+    """Returns the number of training clips of each identity, [C] int.
 
-    If `model.data` has no labelled training clip, returns None.
+    Only the clips in `model.data` are counted. If none of them is a labelled training clip, returns
+    None.
     """
     total = np.zeros(model.system.task.num_identities + 1, np.int64)
     for split, trained in find_training_clips(model):
@@ -222,7 +241,10 @@ def count_train_clips(model: TrainedModel) -> np.ndarray | None:
 
 
 def find_training_clips(model: TrainedModel) -> list[tuple[Split, np.ndarray]]:
-    """Returns the splits of `model.data`, and [N] bool: True for the training clips of a split."""
+    """Returns a pair for each split of `model.data`: the split, and [N] bool for its N clips.
+
+    The bool is True for the training clips of the model.
+    """
     splits = list[Split]()
     for name in SPLITS:
         with contextlib.suppress(ValueError):  # there is no such split
@@ -234,10 +256,10 @@ def find_worst_identities(scored: ScoredSplit) -> list[schemas.WorstIdentity]:
     """Returns a row for each of the identities with the lowest average precision, worst first.
 
     Two fields of a row list up to three pairs (index of another identity, number of clips):
-    - `lost_to`: clips of the identity that score highest for the other identity. The index -1
-      counts clips whose best identity is unknown, see `best_lists`.
-    - `mixed_with`: clips of the other identity in the first n places of the list. The identity has
-      n clips. The index -1 counts distractors.
+    - `lost_to`: clips of the identity that score highest for the other identity. With the index -1,
+      clips whose best identity is unknown, see `best_lists`.
+    - `mixed_with`: clips of the other identity in the first n places of the list, where n is the
+      number of clips of the identity. With the index -1, distractors.
     """
     positives, average = scored.positives, scored.averages
     known = np.flatnonzero(positives > 0)
@@ -256,9 +278,10 @@ def find_worst_identities(scored: ScoredSplit) -> list[schemas.WorstIdentity]:
 
 
 def find_wrong_clips(scored: ScoredSplit) -> schemas.WrongClips:
-    """Returns rows of clips that score highest for a wrong identity, highest scores first.
+    """Returns rows about clips that score highest for a wrong identity, highest scores first.
 
-    Clips that are not in the list of the wrong identity are left out.
+    Distractors and known clips have separate rows. A clip that is not in the list of the wrong
+    identity is left out.
     """
     (identity, score), shows = scored.best_lists, scored.labels - 1
     wrong = scored.pool & (identity >= 0) & (identity != shows)
@@ -271,9 +294,9 @@ def find_wrong_clips(scored: ScoredSplit) -> schemas.WrongClips:
 def _list_mistakes(
     scored: ScoredSplit, wrong: np.ndarray, identity: np.ndarray, score: np.ndarray
 ) -> list[schemas.Mistake]:
-    """Returns a row for each of the `wrong` [N] clips with the highest `score` [N].
+    """Returns rows about the clips with the highest `score` [N] among the clips `wrong` [N] bool.
 
-    `identity` [N] is the index of the wrong identity of each clip.
+    `identity` [N] is the index of the identity for which each clip scores highest.
     """
     places = np.flatnonzero(wrong)
     worst = places[np.lexsort((places, -score[places]))][:NUM_WRONG]
@@ -289,6 +312,7 @@ def _list_mistakes(
 def find_confused_pairs(clips: ClipScores, labels: np.ndarray) -> list[schemas.ConfusedPair]:
     """Returns the pairs of identities with the most confused clips, most clips first.
 
+    A clip is confused if it shows one identity of the pair, and scores highest for the other.
     `labels` [N] int is 0 for a distractor.
     """
     best = clips.identity
@@ -310,7 +334,8 @@ def measure_suspects(scored: ScoredSplit, clips: ClipScores) -> schemas.Suspects
     NUM_ABOVE or more identities score above the label. Identities without remaining clips are left
     out.
 
-    The scores in `clips` are logarithms of probabilities. Their model was not trained on the clips.
+    The scores in `clips` must be logarithms of probabilities, of a model that was not trained on
+    these clips.
     """
     assert clips.identity is not None and clips.rank is not None
     doubted = clips.pool & (scored.labels > 0) & (clips.rank >= NUM_ABOVE)
@@ -333,9 +358,10 @@ def measure_suspects(scored: ScoredSplit, clips: ClipScores) -> schemas.Suspects
 def score_histograms(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndarray]:
     """Returns two histograms of the clips' best scores, in SCORE_BINS bins.
 
-    `score_known` counts known clips, and `score_strange` counts distractors (`labels` 0).
-    `score_edges` [SCORE_BINS + 1] are the edges of the bins. The first bin starts at the 0.5 %
-    quantile of the scores, and includes all lower scores. If no clip has a score, returns {}.
+    The result is a dict of arrays: `score_known` counts known clips, `score_strange` counts
+    distractors (`labels` 0), and `score_edges` [SCORE_BINS + 1] are the edges of the bins. The
+    first bin starts at the 0.5 % quantile of the scores, and includes all lower scores. If no clip
+    has a score, returns {}.
     """
     scored = clips.pool & (clips.best > -np.inf)
     if not scored.any():
@@ -366,14 +392,14 @@ def compute_error_curve(clips: ClipScores, labels: np.ndarray) -> dict[str, np.n
 
 
 def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> schemas.OpenSet | None:
-    """Returns thresholds that 1 % and 10 % of distractors may reach, and their FPIR and FNIR.
+    """Measures FPIR and FNIR at two thresholds, which 1 % and 10 % of new distractors may reach.
 
-    If there is no distractor (`labels` 0) or no known clip, returns None. If a rate is below
-    1 / (S + 1) with S distractors, its threshold, FPIR and FNIR are left out.
+    If there is no distractor (`labels` 0) or no known clip, returns None. With S distractors, a
+    rate below 1 / (S + 1) cannot be measured, so its threshold, FPIR and FNIR are left out.
 
-    The interval of FNIR is from the bootstrap in `resample_fnir`. In simulations, it contains the
-    true FNIR in 93 to 99 % of samples if four or more distractors may reach the threshold. If fewer
-    distractors may reach it, it contains the true FNIR in 85 % of samples or more.
+    The interval of FNIR is from the bootstrap in `resample_fnir`. In simulations, the interval
+    contains the true FNIR in 93 to 99 % of samples if four or more distractors may reach the
+    threshold. With fewer distractors, it contains the true FNIR in 85 % of samples or more.
     """
     best, right, people = (part[clips.pool] for part in (clips.best, clips.right, labels))
     scores, known = best.astype(np.float64), people > 0
@@ -407,9 +433,10 @@ def resample_fnir(
 ) -> np.ndarray:
     """Returns the FNIR of each bootstrap sample of people and distractors, [RESAMPLES] float64.
 
-    In each sample, the threshold for the FPIR `rate` is computed again. All clips of a person get
-    the same random weight. A made-up person is added, with a random weight. A random share of this
-    person's clips counts as missed. So FNIR varies even if no real clip is missed.
+    For each sample, the threshold for the FPIR `rate` is computed from the distractors of the
+    sample. All clips of a person get the same random weight. A made-up person is added, with a
+    random weight. A random share of this person's clips counts as missed. So FNIR varies even if no
+    real clip is missed.
 
     Args:
       strange: [S] scores of the distractors.

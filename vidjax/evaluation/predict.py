@@ -35,7 +35,7 @@ from vidjax.runs import config as config_lib, config_io, programs, schemas
 from vidjax.runs.config import Config
 from vidjax.runs.run_folder import RunFolder
 from vidjax.utils import files
-from vidjax.utils.errors import UserError, check_argument, warn
+from vidjax.utils.errors import UserError, check_argument, check_choice, warn
 from vidjax.utils.terminal import ignore_count
 
 SMALL_REQUEST = 4  # most clips of a small request, which is scored in a block of this size
@@ -44,18 +44,18 @@ Advance = Callable[[int], None]  # receives the number of rows of a finished blo
 
 
 class Request(NamedTuple):
-    """N clips to score. Row n of the answer is for clip number `clip_index[n]` of `split`."""
+    """N clips to score."""
 
     data: ClipSource
-    split: str
-    clip_index: np.ndarray
-    names: tuple[str, ...]
-    block_size: int
+    split: str  # the split of `data` that contains the clips
+    clip_index: np.ndarray  # [N] int, the index of each clip in the split
+    names: tuple[str, ...]  # of the N clips
+    block_size: int  # the number of clips that a device scores at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ranker:
-    """Scores and ranks clips. Subclasses: `Predictor`, a run, and `JointPredictor`, a blend.
+    """Scores and ranks clips with a run (`Predictor`) or a blend of runs (`JointPredictor`).
 
     The methods take `clips` in any of these forms:
 
@@ -68,8 +68,9 @@ class Ranker:
     A clip may lack modalities. A clip without a usable frame scores -inf. If clips do not fit the
     run, the methods raise ValueError, which names the clip, the modality and the field.
 
-    All members (nets) of an ensemble score a new clip. A training clip is scored only by members
-    that were not trained on it. If all members were trained on all training clips, all score it.
+    A new clip is scored by all members (nets) of an ensemble, and gets the mean of their scores. A
+    training clip is scored only by members that were not trained on it. If all members were trained
+    on all training clips, all members score it.
 
     Attributes:
       results: the results of the checkpoint, as in `metrics.json`, or {} if it was not evaluated.
@@ -86,7 +87,7 @@ class Ranker:
     def embed(
         self, clips: FrameClips, *, split: str | None = None, advance: Advance = ignore_count
     ) -> np.ndarray:
-        """Embeds clips, see `Predictor.embed`. Raises UserError for a blend."""
+        """Returns a vector for each clip, see `Predictor.embed`. Raises UserError for a blend."""
         paths = ", ".join(map(str, RunFolder(self.workdir).list_runs()))
         raise UserError(
             f"'{self.workdir}' is a blend of runs, which has no embeddings\n"
@@ -94,16 +95,16 @@ class Ranker:
         )
 
     def _score_blocks(self, request: Request) -> Iterator[ScoreBlock]:
-        """Yields the scores of the clips of a request."""
+        """Yields the scores of the clips of a request, in blocks of clips."""
         raise NotImplementedError
 
     def _rank(self, request: Request, advance: Advance) -> TopK:
-        """Ranks the clips of a request by their scores."""
+        """Returns the best clips of each identity. For `advance`, see `rank`."""
         k = SMALL_REQUEST if len(request.clip_index) <= SMALL_REQUEST else topk.MAX_NAMES
 
         def blocks() -> Iterator[topk.ScoreBlock]:
             for block in self._score_blocks(request):
-                yield block[:3]
+                yield block
                 advance(len(block.mask))
 
         return topk.rank(blocks(), len(self.identities), k)
@@ -124,7 +125,10 @@ class Ranker:
         return float(value) if isinstance(value, (int, float)) else None
 
     def _explain_no_threshold(self) -> str:
-        """Returns why `threshold` is None. If it is a number, or without strangers, returns ""."""
+        """Returns the reason why `threshold` is unknown, as the end of an error message.
+
+        If it is known, or if the run was evaluated without strangers, returns "".
+        """
         if not self.results:
             words = f"vidjax evaluate --workdir={shlex.quote(str(self.workdir))}"
             words += " --config.eval.checkpoint=best" * (self.config.eval.checkpoint == "best")
@@ -215,10 +219,10 @@ class Ranker:
     ) -> dict[str, list[tuple[str, float]]]:
         """Returns identity -> its best 100 clips as (name, score), best first.
 
-        Clips with equal scores are in the order of their names. If the run is a blend with
-        `config.join.diffusion`, similar clips of the request also change the order, but not
-        the scores. For `clips` and `split`, see `Ranker`. `advance` is called with the number of
-        rows of each finished block, including padding.
+        Clips with equal scores are in the order of their names. For a blend with
+        `config.join.diffusion`, the order also depends on similar clips of the request, and differs
+        from the order of the scores. For `clips` and `split`, see `Ranker`. `advance` is called
+        after each block of clips, with the number of its rows, including padding.
         """
         request = self.request(clips, split)
         top = self._rank(request, advance)
@@ -231,7 +235,10 @@ class Ranker:
         return load_clips(path, self.modalities, self.identities, split=split, quality=quality)
 
     def request(self, clips: FrameClips, split: str | None) -> Request:
-        """Makes a request of clips in any form of `Ranker`. Few clips get a small `block_size`."""
+        """Returns a request, given clips in any of the forms that `Ranker` describes.
+
+        If there are at most 4 clips in memory, `block_size` is small, so that they are scored fast.
+        """
         size = self.config.eval.block_size
         if hasattr(clips, "train_batches"):
             data, split = cast(Dataset, clips), split or str(self.config.eval.split)
@@ -258,7 +265,7 @@ class Predictor(Ranker):
       step: number of optimiser steps before the checkpoint was saved.
       manifest: manifest of the checkpoint, with the checked sha256 of every file.
       model: the model with its weights, without clips.
-      embed_fn: computes a member's embeddings [B, D] of B clips.
+      embed_fn: a function that computes the embeddings [B, D] of B clips with a member.
     """
 
     step: int
@@ -276,7 +283,7 @@ class Predictor(Ranker):
 
     @property
     def digest(self) -> str:
-        """The sha256 (hexadecimal) of all that determines scores, such as weights and settings."""
+        """A sha256 (hexadecimal) of the weights and all settings that the scores depend on."""
         # `files` includes the identities and members, except in checkpoints of version 0.1.0.
         names = {"files", "identities_sha256", "members_sha256"} & self.manifest.keys()
         digests = {name: self.manifest[name] for name in sorted(names)}
@@ -316,7 +323,10 @@ class Predictor(Ranker):
         return vectors[request.clip_index]
 
     def model_of(self, request: Request) -> TrainedModel:
-        """Returns the model for the clips of a request. No member scores its training clips."""
+        """Returns the model, prepared to score the clips of a request.
+
+        Members of an ensemble will not score the clips that they were trained on.
+        """
         data, own = request.data, self.manifest["data"]
         sets = trained_runs.select_sets(self.model.training_sets, own, data, request.split)
         return self.model._replace(training_sets=sets, data=data, block_size=request.block_size)
@@ -338,11 +348,12 @@ class Predictor(Ranker):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class JointPredictor(Ranker):
-    """A blend of R runs, which ranks like `vidjax evaluate`. For `clips`, see `Ranker`.
+    """A blend, which joins the scores of R runs. For `clips`, see `Ranker`.
 
     Attributes:
-      runs: the runs of the blend. If `vidjax train` has made the blend, only its runs on all clips.
-      numbers: the learned numbers of the blend, or None.
+      runs: the runs of the blend. If `vidjax train` has made the blend, these are only the runs
+        that were trained on all clips, not the runs in folds.
+      numbers: the learned numbers that join the scores, or None.
       weights: the weights [R] of the runs, which are used only without learned numbers.
     """
 
@@ -406,8 +417,7 @@ def restore_run(
     warning. The folder of the run is not changed. Compiled programs are cached on the disk. Raises
     UserError for a blend of runs.
     """
-    if step not in ("latest", "best"):
-        raise UserError(f"step={step!r}: choose from 'latest' and 'best'")
+    check_choice("step", step, ("latest", "best"))
     folder = RunFolder(workdir)
     workdir, config = folder.path, folder.config
     if paths := folder.list_runs():
@@ -434,12 +444,11 @@ def restore_run(
 
 
 def _read_results(folder: RunFolder, step: int | None) -> Mapping[str, Any]:
-    """Returns the results of the checkpoint of a step, or {} if it was not evaluated.
+    """Returns the results of the checkpoint of `step`, or {} if it was not evaluated.
 
-    For a blend, `step` is None.
-
-    Training writes its results to `metrics.json`. The results of another checkpoint are in
-    `metrics_<split>.json`. Scores with other settings have another threshold, so they do not count.
+    Training writes the results of its last checkpoint to `metrics.json`. The results of another
+    checkpoint are in `metrics_<split>.json`. Results of an evaluation with other settings are not
+    used, because they have another threshold. For a blend, `step` is None.
     """
     for apart in (False, True):
         try:

@@ -66,7 +66,7 @@ def to_text(path: Path, identities: Sequence[str], clips: Sequence[str], top: To
 
 
 def write_lists(path: Path, ranking: tables.Ranking) -> None:
-    """Writes a ranking, identity -> (clip, score), to the new submission file `path`."""
+    """Writes a ranking, identity -> list of (clip, score), to the new submission file `path`."""
     clips = sorted({clip for pairs in ranking.values() for clip, _ in pairs})
     place = {clip: number for number, clip in enumerate(clips)}
     index = np.full((len(ranking), MAX_NAMES), NO_CLIP)
@@ -124,12 +124,10 @@ def read_submission(
     clips = {_try_clean(text): clip for text, clip in spellings.items()}
     clean = functools.cache(_try_clean)
     ranking: dict[str, list[str]] = {}
-    first: dict[str, str] = {}  # kind of fault -> a sentence about the first line with this fault
-    counts: Counter[str] = Counter()
+    faults: dict[str, list[str]] = {}  # kind of fault -> a sentence about each line with this fault
 
     def note(kind: str, sentence: str) -> None:
-        first.setdefault(kind, sentence)
-        counts[kind] += 1
+        faults.setdefault(kind, []).append(sentence)
 
     number, text = 0, _read_text(Path(path))
     if re.search(r"\r(?!\n)", text):
@@ -174,12 +172,18 @@ def read_submission(
         ranking[identity] = names
     if not number:
         note("empty file", f"{path}: the file is empty: write a line for each identity")
-    more = {kind: f" ({n:,} lines have this fault)" if n > 1 else "" for kind, n in counts.items()}
-    return Submission(ranking, [sentence + more[kind] for kind, sentence in first.items()])
+    complaints = [
+        first + f" ({1 + len(others):,} lines have this fault)" * bool(others)
+        for first, *others in faults.values()
+    ]
+    return Submission(ranking, complaints)
 
 
 def _find_faults(line: str, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yields (kind, description) of faults that a line has in any submission."""
+    """Yields (kind, description) for each fault of a line that needs no ground truth to be seen.
+
+    `fields` are the words of the line: the identity and the clips.
+    """
     if line != " ".join(fields):
         yield "separators", "fields are not separated by a single space: type one"
     if re.search("[\udc80-\udcff]", line):  # these letters stand for bytes that are not UTF-8
@@ -192,9 +196,10 @@ def _find_faults(line: str, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
 def list_mismatches(
     path: str | Path, positives: Mapping[str, Sequence[str]], ranking: Mapping[str, Sequence[str]]
 ) -> list[str]:
-    """Returns problems: the submission `path` has no identity, or no clip, of the ground truth.
+    """Returns a message if a submission has no identity, and one if it has no clip, of the truth.
 
-    `positives`, the ground truth, and `ranking`, the submission, are identity -> clips.
+    `positives`, the ground truth, and `ranking`, the submission, are identity -> clips. `path` is
+    the file of the submission.
     """
     problems = list[str]()
     if positives.keys().isdisjoint(ranking):
@@ -213,10 +218,12 @@ def list_mismatches(
 
 
 def find_spellings(positives: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Returns the spellings of the clips of `positives` in a submission: spelling -> clip.
+    """Returns all names under which a submission may list the clips of a ground truth.
 
-    A ground truth may lack the ending `.mp4`, or have a clip whose name contains `%20`. A clip has
-    two spellings: the text in the ground truth, and the text that `write_ranking` writes for it.
+    `positives` is identity -> clips. Returns a dict, name in a submission -> name in the ground
+    truth. A clip has two names: the name in the ground truth, and the name that `write_ranking`
+    writes for it. They differ if the ground truth lacks the ending `.mp4`, or writes a blank as
+    `%20`.
     """
     spellings = {clip: clip for clips in positives.values() for clip in clips}
     for clip in [*spellings]:
@@ -278,9 +285,8 @@ def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
 
 
 def _read_text(path: Path) -> str:
-    """Reads a text. Bytes that are not UTF-8 become lone surrogates, as `_is_text` expects."""
-    with files.open_text(path) as file:
-        return file.read().decode(errors="surrogateescape")
+    """Reads a text. Bytes that are not UTF-8 become lone surrogates, which `_find_faults` finds."""
+    return files.read_input(path).decode(errors="surrogateescape")
 
 
 def _split(text: str) -> list[str]:

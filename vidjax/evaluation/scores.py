@@ -1,7 +1,7 @@
-"""Scores as data: an array [N, C] of a model, and the ranking and metrics of such arrays.
+"""Computes the scores of clips for identities, stores them as an array, ranks and measures them.
 
-A ranking reads the scores in blocks. The blocks come from a model while it scores clips, or from an
-array. So a single run needs no array.
+A ranking reads the scores in blocks of clips. The blocks come from a model while it scores clips,
+or from a stored array. So the evaluation of a single run needs no array.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ from vidjax.core.batch import Array
 from vidjax.core.metrics import ClipScores
 from vidjax.data.clips import Split
 from vidjax.evaluation import topk
-from vidjax.evaluation.eval_step import add_scores, make_no_scores, mean_scores
+from vidjax.evaluation.eval_step import collect_scores, mean_scores
 from vidjax.evaluation.scoring import ALL, ScoreBlock, TrainedModel, score_blocks
 from vidjax.evaluation.topk import TopK
 from vidjax.utils import files
 from vidjax.utils.errors import DiskError, UserError, warn
-from vidjax.utils.terminal import Progress, say
+from vidjax.utils.terminal import say, show_clips
 
 ROWS = 256  # clips of a block that is read from an array
 LARGE = 10**9  # bytes of a scratch file from which its size is printed
@@ -83,11 +83,11 @@ class Evaluation(NamedTuple):
 
 
 def describe(model: TrainedModel, split_name: str) -> Scores:
-    """Returns the Scores of a model, without an array.
+    """Returns a `Scores` object that describes the scores of a model on a split, without values.
 
-    The score of a clip is the mean over the members that were not trained on the clip. If all
-    members were trained on all training clips, all members score all clips. Raises UserError if no
-    member scores any clip.
+    The array of the object is empty. The score of a clip will be the mean over the members of the
+    ensemble that were not trained on the clip. If all members were trained on all training clips,
+    all members score all clips. Raises UserError if no member scores any clip.
     """
     clips, sets = model.data.split(split_name).clips, model.training_sets
     use, in_sample = ensemble.choose_scoring_members(sets, clips)
@@ -112,27 +112,27 @@ def describe(model: TrainedModel, split_name: str) -> Scores:
 def write_scores(
     model: TrainedModel, split_name: str, folder: Path | None = None, only: np.ndarray | None = None
 ) -> Scores:
-    """Scores the clips of a split with a model. See `describe` and `allocate`.
+    """Scores the clips of a split with a model, and returns the scores in an array on the disk.
 
-    If `only` [N] bool is given, other clips are left out.
+    `only` [N] bool is True for the clips to score, by default all. For `folder`, see `allocate`.
+    For the members that score a clip, see `describe`.
     """
     scores = describe(model, split_name)
     use = scores.use if only is None else scores.use & only
     scores = allocate(dataclasses.replace(scores, use=use), folder)
-    progress = Progress(len(scores.array), unit="clip", label="score", leave=False)
-    for block in score_blocks(model, split_name, use):
-        values, index = block.without_padding()
-        scores.array[scores.row[index]] = values
-        progress.advance(len(index))
-    progress.close()
+    with show_clips("score", len(scores.array)) as progress:
+        for block in score_blocks(model, split_name, use):
+            values, index = block.without_padding()
+            scores.array[scores.row[index]] = values
+            progress.advance(len(index))
     return scores
 
 
 def allocate(scores: Scores, folder: Path | None = None) -> Scores:
-    """Returns `scores` with a new array. The file of the array is deleted with the array.
+    """Returns `scores` with a new array, whose values are not yet set.
 
-    The file is in `folder`, or in the folder of temporary files. Raises DiskError if the disk has
-    too little space.
+    The array is mapped to a file in `folder`, by default in the folder of temporary files. The file
+    disappears with the array. Raises DiskError if the disk has too little space.
     """
     place = folder or Path(tempfile.gettempdir())
     shape = int(scores.pool.sum()), len(scores.identities)
@@ -150,7 +150,10 @@ def allocate(scores: Scores, folder: Path | None = None) -> Scores:
 
 
 def save(scores: Scores, path: Path) -> None:
-    """Writes the array to `path` (.npy), and the names of its rows and columns to a `.json`."""
+    """Writes the array of scores to the .npy file `path`.
+
+    The names of the rows (clips) and columns (identities) are written to a .json file next to it.
+    """
     with files.atomic_file(path) as file:
         np.save(file, scores.array)
     clips = [*itertools.compress(scores.clips, scores.pool)]
@@ -169,10 +172,11 @@ def read_blocks(scores: Scores) -> Iterator[ScoreBlock]:
 def combine(
     runs: Sequence[Scores], join: Callable[[np.ndarray, np.ndarray], Array], folder: Path | None
 ) -> Scores:
-    """Joins the scores of R runs, for the clips that all runs score. For `folder`, see `allocate`.
+    """Joins the scores of R runs to an array of joint scores, for the clips that all runs score.
 
-    `join` maps logarithms of probabilities [R, B, C] of B clips and their clip indices [B] to the
-    joint logarithms, [B, C].
+    `join` is a function that computes joint scores [B, C] of B clips from the scores of the runs,
+    [R, B, C], and the clip indices [B]. All scores are logarithms of probabilities. For `folder`,
+    see `allocate`.
     """
     pool = np.all([run.pool for run in runs], axis=0)
     if not pool.any():
@@ -198,11 +202,12 @@ def combine(
 
 @jax.jit
 def mean_logs(logs: Array, weights: Array) -> Array:
-    """Computes the log of the mean of the probabilities, with `weights` [R]. `logs` [R, B, C]."""
-    total = make_no_scores(logs[0], logs=True)
-    for run, weight in zip(logs, weights, strict=True):
-        total = add_scores(total, run, jnp.full(len(run), weight))
-    return mean_scores(total)
+    """Computes the logarithm of the weighted mean of the probabilities of R runs, [B, C].
+
+    `logs` [R, B, C] are the logarithms of the probabilities, and `weights` [R] the weights.
+    """
+    of_clips = (jnp.full(logs.shape[1], weight) for weight in weights)
+    return mean_scores(collect_scores(logs, of_clips, logs=True))
 
 
 def score(
@@ -212,7 +217,7 @@ def score(
     each_member: bool = True,
     check: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Scores and ranks the clips of a split with a model. See `describe`.
+    """Scores and ranks the clips of a split with a model, and computes the metrics.
 
     Args:
       each_member: also computes the MAP of each member of an ensemble.
@@ -242,27 +247,27 @@ def evaluate(
     If clips have NaN scores, they are ranked last, with a warning.
 
     Args:
-      blocks: the scores of the clips, and of each of `members`.
+      blocks: the scores of the clips. If `members` are given, also the scores of each member.
       scores: the description of the scores. The array is not read.
       model: the model, or the first model of a blend. It contains the labels of the clips.
-      top: another ranking of the clips. It replaces the ranking by scores.
-      members, check: see `score`.
+      split_name: the split.
+      top: a ranking of the clips that replaces the ranking by scores.
+      members: the members of the ensemble whose MAP is computed, too.
+      check: see `score`.
     """
     began, pool, split = time.monotonic(), scores.pool, model.data.split(split_name)
     ranked = [] if top else [ALL, *range(len(members))]
     tops = {number: topk.HostTopK(len(scores.identities)) for number in ranked}
     clips = _make_clip_scores(scores)
-    progress = Progress(int(pool.sum()), unit="clip", label="evaluate", leave=False)
-    with devices.compile_seconds() as compiling:
+    with devices.compile_seconds() as compiling, show_clips("evaluate", int(pool.sum())) as bar:
         for block in blocks:
             if block.member in tops:
                 tops[block.member].add(block.scores, block.clip_index, block.mask)
             if block.member == ALL:
                 _add_clips(clips, split.labels, block)
-                progress.advance(int(block.mask.sum()))
+                bar.advance(int(block.mask.sum()))
                 check()
         top = top or tops[ALL].finish()
-    progress.close()
     seconds = time.monotonic() - began - sum(compiling)
     clips, num_nan = _replace_nan(split, clips)
     rows = [
@@ -279,33 +284,43 @@ def evaluate(
     return Evaluation(model, split, top, clips, results)
 
 
-def count_positives(split: Split, pool: np.ndarray) -> np.ndarray:
-    """Returns how many clips in `pool` [N] bool show each identity, [C] int."""
+def count_positives(split: Split, pool: np.ndarray) -> tuple[np.ndarray, int]:
+    """Counts the identities in the ground truth of the clips where `pool` [N] bool is True.
+
+    Returns the number of clips of each identity of the model, [C] int, and the number of other
+    identities, whose average precision is 0. If some clips are not in the pool, other identities
+    are not counted.
+    """
     outside = np.bincount(split.labels[~pool], minlength=len(split.positives) + 1)[1:]
-    return split.positives - outside
+    return split.positives - outside, split.num_others if pool.all() else 0
 
 
 def compute_map(top: TopK, split: Split, pool: np.ndarray) -> float | None:
-    """Returns the MAP of `top` on clips in `pool` [N] bool, or None if they show no identity."""
-    positives = count_positives(split, pool)
+    """Returns the MAP of the ranking `top` on the clips where `pool` [N] bool is True.
+
+    If the split has no ground truth, or these clips show no identity, returns None.
+    """
+    positives, others = count_positives(split, pool)
     if not split.labelled or not positives.any():
         return None
-    others = split.num_others if pool.all() else 0
     return metrics.mean_average_precision(top.index, split.labels, positives, others)
 
 
 def _compute_metrics(top: TopK, clips: ClipScores, split: Split, kind: str) -> dict[str, Any]:
-    """Returns counts of clips and identities. If the split has a ground truth, adds metrics."""
+    """Returns entries of `metrics.json`: counts of clips and identities, and the metrics.
+
+    Without a ground truth, there are no metrics. `kind` is the entry `map_kind`.
+    """
     listed = np.where(top.index == topk.NO_CLIP, -1, top.index)
     pool, clips = clips.pool, clips._replace(ranking=listed)
     results: dict[str, Any] = {}
     value = compute_map(top, split, pool)
     if value is not None:
-        others = split.num_others if pool.all() else 0
+        positives, others = count_positives(split, pool)
         results |= {
             "map": value,
             "map_kind": kind,
-            "num_map_identities": int(np.sum(count_positives(split, pool) > 0)) + others,
+            "num_map_identities": int(np.sum(positives > 0)) + others,
             **metrics.compute_clip_metrics(clips, split.labels),
         }
     return results | {
@@ -316,7 +331,7 @@ def _compute_metrics(top: TopK, clips: ClipScores, split: Split, kind: str) -> d
 
 
 def _make_clip_scores(scores: Scores) -> ClipScores:
-    """Returns the ClipScores of clips without scores, for `_add_clips`."""
+    """Returns a ClipScores object for clips whose scores `_add_clips` will add."""
     count = len(scores.clips)
     lowest, zeros = np.full(count, -np.inf, np.float32), np.zeros(count, np.int32)
     # Without all scores as logarithms of probabilities, there is no loss.
@@ -326,7 +341,10 @@ def _make_clip_scores(scores: Scores) -> ClipScores:
 
 
 def _add_clips(clips: ClipScores, labels: np.ndarray, block: ScoreBlock) -> None:
-    """Writes the best scores of the clips of a block, and of their labels [N], to `clips`."""
+    """Writes the best scores of the clips of a block into the arrays of `clips`.
+
+    Also writes the scores of the right identities, which `labels` [N] are.
+    """
     scores, index = block.without_padding()
     rows, label = np.arange(len(index)), labels[index]
     assert clips.identity is not None and clips.rank is not None
@@ -342,7 +360,10 @@ def _add_clips(clips: ClipScores, labels: np.ndarray, block: ScoreBlock) -> None
 
 
 def _replace_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str, int]]:
-    """Replaces NaN scores by -inf, with a warning. Returns the number of such clips, too."""
+    """Replaces NaN scores by -inf, with a warning.
+
+    Returns the new scores, and {"num_nan_clips": number of clips with NaN}, or {} without NaN.
+    """
     nan = np.isnan(clips.best) & clips.pool
     if not nan.any():
         return clips, {}
@@ -361,7 +382,7 @@ def _replace_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str,
 
 
 def _describe_member(member: ensemble.Member) -> dict[str, Any]:
-    """Returns the number of a member, and its fields that differ from their defaults."""
+    """Returns the number of a member of an ensemble, and its options that are not the defaults."""
     fields, defaults = member._asdict(), ensemble.Member._field_defaults
     number = {"member": fields.pop("number")}
     return number | {name: value for name, value in fields.items() if value != defaults[name]}

@@ -52,7 +52,7 @@ class TrainedModel(NamedTuple):
       params, model_state: parameters and other variables, trees of arrays [E, ...] for the E
         members (nets) of an ensemble.
       training_sets: the clips that each member was trained on.
-      data: the clips. Their labels are 1..C for the identities of this model, or 0 for others.
+      data: the clips to evaluate. Labels are 1..C for the identities of this model, 0 for others.
       mesh, block_size: the devices, and the number of clips that a device scores at a time.
     """
 
@@ -72,7 +72,11 @@ class TrainedModel(NamedTuple):
         return tuple(self.system.fuse_eval)
 
     def member(self, number: int) -> tuple[Params, ModelState, Array]:
-        """Returns the arguments of a member for an `EvalStep`. The weights are copies."""
+        """Returns the first three arguments of an `EvalStep` for member `number`.
+
+        They are the parameters, the other variables, and the number of the hidden part of features.
+        The weights are copies.
+        """
         params, model_state = ensemble.take((self.params, self.model_state), number)
         return params, model_state, np.array(self.training_sets.members[number].view, np.int32)
 
@@ -82,9 +86,9 @@ def score_blocks(
 ) -> Iterator[ScoreBlock]:
     """Yields the scores of the clips of a split, in blocks of numpy arrays.
 
-    A block with `member` = ALL has the mean over the members that score the clip. If `each_member`
-    is True, and there are several members, blocks of each member are yielded, too. For `use`, see
-    `iterate_windows`.
+    `use` [E, N] bool is True where one of E members scores one of the N clips. A block with
+    `member` = ALL has the mean over the members that score the clip. If `each_member` is True, and
+    there are several members, the blocks of each member are yielded, too.
     """
     waiting: list[ScoreBlock] = []
     # A block is fetched after the next block was started, so that devices work while the host does.
@@ -98,7 +102,10 @@ def score_blocks(
 def _start_blocks(
     model: TrainedModel, split_name: str, use: np.ndarray, *, each_member: bool
 ) -> Iterator[ScoreBlock]:
-    """Yields the blocks of `score_blocks` as arrays on the devices. Devices may still compute."""
+    """Yields the same blocks as `score_blocks`, as arrays on the devices.
+
+    The devices may still be computing the arrays.
+    """
     system, windows = model.system, iterate_windows(model, split_name, use)
     if len(use) == 1:
         own = model.member(0)
@@ -131,9 +138,10 @@ def _find_members(use: np.ndarray, block: Batch) -> np.ndarray:
 
 
 def keep_best(system: System, scores: Array) -> Array:
-    """Keeps the `system.top_classes` highest of the scores [B, C] of every clip, or all if it is 0.
+    """Replaces all scores [B, C] of a clip by -inf, except for the `system.top_classes` highest.
 
-    The other scores become -inf. Identities that tie with the last kept identity are kept, too.
+    If `system.top_classes` is 0, returns `scores`. Identities that tie with the last kept identity
+    are kept, too.
 
     Source: Residual Dense Net (2nd place 2019) submits the best 100 classes of every clip.
     """
@@ -157,7 +165,10 @@ def _find_used(use: Array, member: Array | int, clip_index: Array, batch_mask: A
 
 @functools.partial(jax.jit, static_argnames="logs")
 def _add(total: MeanScores | None, scores: Array, used: Array, *, logs: bool) -> MeanScores:
-    """Adds scores [B, C] of the rows `used` [B] to a mean. If `total` is None, starts a mean."""
+    """Adds the scores [B, C] of a member to a mean, only for the rows where `used` [B] is True.
+
+    If `total` is None, starts a new mean. `logs` is True if the scores are log-probabilities.
+    """
     total = make_no_scores(scores, logs=logs) if total is None else total
     return add_scores(total, scores, used.astype(scores.dtype))
 
@@ -165,11 +176,12 @@ def _add(total: MeanScores | None, scores: Array, used: Array, *, logs: bool) ->
 def iterate_windows(
     model: TrainedModel, split_name: str, use: np.ndarray | None = None
 ) -> Iterator[list[Batch]]:
-    """Yields the clips of a split in windows. A window is a list of blocks.
+    """Yields the clips of a split in windows, lists of batches (blocks) on the devices.
 
-    A block is a batch of `model.block_size` clips per device. On accelerators, blocks are up to 8
-    times as large if all clips are short. The memory for features and scores limits the size of a
-    window. If there is only one member, a window has only one block.
+    The members of an ensemble score a window one after the other. A block has `model.block_size`
+    clips per device. On accelerators, blocks are up to 8 times as large if all clips are short. The
+    memory for features and scores limits the size of a window. If there is only one member, a
+    window has only one block.
 
     `use` [E, N] bool is True where one of E members scores one of N clips. Clips that the same
     members score share blocks. Clips that no member scores are left out. If `use` is None, the
@@ -200,7 +212,7 @@ def iterate_windows(
 
 
 def _count_joined_blocks(plan: EvalPlan, block_size: int) -> int:
-    """Returns how many blocks, 1 to 8, are joined, so that they have up to JOINED_FRAMES frames."""
+    """Returns how many blocks, from 1 to 8, can be joined to one block of JOINED_FRAMES frames."""
     longest = max(lengths[plan.bucket.max()] for lengths in plan.padded_lengths.values())
     return min(8, max(1, JOINED_FRAMES // (block_size * longest)))
 

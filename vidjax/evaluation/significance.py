@@ -95,13 +95,14 @@ def compute_gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float
 
 
 def _draw_low_means(gaps: np.ndarray, draws: int) -> np.ndarray:
-    """Returns means of `gaps` [C] and of the low gap of an unseen identity, see `_draw_means`.
+    """Returns random means of `gaps` [C] and of the gap of an unseen identity, [draws].
 
-    If few gaps are equal, the unseen gap is halfway between the mean and the lowest gap. If all
-    gaps are equal, nothing shows how low a rare gap can be, and the unseen gap is -1. Between these
-    cases, it depends on the share of pairs of identities with equal gaps. A third of the pairs is
-    usual: two good systems rank 60 % of the identities without a mistake. If there are few
-    identities, fewer equal gaps are suspicious.
+    The gap of the unseen identity is low, for the lower end of an interval. If few of the gaps are
+    equal, the unseen gap is halfway between the mean and the lowest gap. If all gaps are equal,
+    nothing shows how low a rare gap can be, and the unseen gap is -1. Between these cases, the
+    unseen gap depends on the share of pairs of identities with equal gaps. A third of the pairs is
+    usual, because two good systems rank 60 % of the identities without a mistake. With few
+    identities, a smaller share already makes the unseen gap lower. See also `_draw_means`.
     """
     low, ties = (np.mean(gaps) + np.min(gaps)) / 2, measure_ties(gaps)
     rare = max(0.0, 1.5 * ties - 0.5) if len(gaps) >= FEWEST_IDENTITIES else ties**2
@@ -109,7 +110,7 @@ def _draw_low_means(gaps: np.ndarray, draws: int) -> np.ndarray:
 
 
 def measure_ties(gaps: np.ndarray) -> float:
-    """Returns the share of pairs of identities with equal `gaps` [C]. It is 1 for one identity."""
+    """Returns the share of pairs of identities with equal `gaps` [C], or 1 for one identity."""
     _, counts = np.unique(np.round(gaps / EQUAL), return_counts=True)
     pairs = len(gaps) * (len(gaps) - 1)
     return float(np.sum(counts * (counts - 1)) / pairs) if pairs else 1.0
@@ -135,7 +136,7 @@ def _draw_means(values: np.ndarray, unseen: Mapping[float, float], draws: int) -
 
 
 def _compute_bounds(means: np.ndarray, values: np.ndarray) -> tuple[float, float]:
-    """Returns bounds that contain 95 % of `means`, and always contain the mean of `values`."""
+    """Returns two bounds between which 95 % of `means` and the mean of `values` lie."""
     tail, mean = (1 - LEVEL) / 2, np.mean(values)
     low = np.quantile(means, tail, method="lower")
     high = np.quantile(means, 1 - tail, method="higher")
@@ -143,7 +144,10 @@ def _compute_bounds(means: np.ndarray, values: np.ndarray) -> tuple[float, float
 
 
 def differences(averages: Sequence[np.ndarray]) -> list[Difference]:
-    """Compares every run with the first run. `averages` has average precisions [C] per run."""
+    """Compares every run with the first run; returns an item for each run except the first.
+
+    `averages` has an array [C] for each run, the average precisions of the identities.
+    """
     first, results, ps = averages[0], [], []
     for own in averages[1:]:
         gaps = _compute_gaps(own, first)
@@ -157,11 +161,12 @@ def differences(averages: Sequence[np.ndarray]) -> list[Difference]:
 def differences_of_seeds(groups: Sequence[Sequence[np.ndarray]]) -> list[Difference]:
     """Compares every group of runs with the first group, by their mean MAP.
 
-    A group has average precisions [C] for each of two or more runs. The runs differ only in their
-    seeds. Runs of two groups are paired in their order. There must be two or more identities.
+    A group is a list of two or more runs that differ only in their seeds. Each run is an array [C],
+    the average precisions of two or more identities. Run i of a group is paired with run i of the
+    first group. Returns an item for each group except the first.
 
-    The interval adds the variances over identities and over seeds. It is at least as wide as the
-    interval of the mean average precisions, because this interval accounts for rare identities.
+    The interval adds the variances over identities and over seeds. It contains the interval of the
+    mean average precisions, because the second interval accounts for rare identities.
 
     Source: Cochran and Cox 1950, Experimental designs: the t quantile is the mean of both t
     quantiles, weighted by the variances. The degrees of freedom of Satterthwaite 1946 give
@@ -202,15 +207,15 @@ def _count_signs(gaps: np.ndarray) -> tuple[int, int, int]:
 def squared_errors(gaps: Sequence[np.ndarray]) -> tuple[float, float]:
     """Returns the squared standard errors of a mean difference, over identities and over seeds.
 
-    `gaps` has the differences in average precision [C] for each seed. The sum of both results is
-    the squared standard error over identities and seeds.
+    `gaps` has an array [C] for each seed, the differences in average precision. The sum of the two
+    results is the squared standard error over identities and seeds.
     """
     averaged, means = np.mean(gaps, axis=0), np.array([gap.mean() for gap in gaps])
     return float(averaged.var(ddof=1) / len(averaged)), float(means.var(ddof=1) / len(means))
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Corrects p-values for the number of tests by Holm's method.
+    """Returns p-values that are corrected for the number of tests by Holm's method.
 
     Source: S. Holm, A simple sequentially rejective multiple test procedure, 1979.
     """

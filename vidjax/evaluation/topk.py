@@ -27,11 +27,12 @@ class TopK(NamedTuple):
     index: np.ndarray  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)
 
 
-ScoreBlock = tuple[Any, Any, Any]  # scores, clip_index and batch_mask, see `HostTopK.add`
+# Scores, clip_index and batch_mask, see `HostTopK.add`. `rank` ignores further items.
+ScoreBlock = tuple[Any, Any, Any] | tuple[Any, Any, Any, int]
 
 
 class HostTopK:
-    """Finds the k best clips of every identity from blocks of scores in memory."""
+    """Finds the k best clips of every identity. The scores are given in blocks of clips."""
 
     def __init__(self, num_identities: int, k: int = MAX_NAMES):
         self._k = k
@@ -75,7 +76,10 @@ class _Chunk:
         self._num_waiting = 0
 
     def add(self, scores: np.ndarray, clip_index: np.ndarray) -> None:
-        """Collects the scores [B, C] that can be among the k best. Merges if there are many."""
+        """Collects those of the scores [B, C] that can be among the k best of an identity.
+
+        `clip_index` [B] has the indices of the clips. If many scores are collected, merges them.
+        """
         after_last = self._last < clip_index.min(initial=NO_CLIP)
         bounds = np.where(after_last, self._above_least, self._least)
         places = np.flatnonzero(~(scores < bounds))
@@ -87,6 +91,7 @@ class _Chunk:
             self.merge()
 
     def merge(self) -> None:
+        """Replaces `keys` by the keys of the k best of the old clips and the collected clips."""
         if not self._num_waiting:
             return
         identities, keys = map(np.concatenate, zip(*self._waiting, strict=True))
@@ -104,7 +109,7 @@ class _Chunk:
         self._waiting, self._num_waiting = [], 0
 
     def _set_bounds(self) -> None:
-        """Finds the lowest score of each identity that can be among its k best scores."""
+        """Finds the lowest score with which a new clip can still be among the k best, [C]."""
         least, self._last = _read_keys(self.keys.min(axis=1))
         # Magnitudes below TINY count as 0. So if the least score is 0, these scores tie with it.
         self._least = np.where(least == 0, -TINY, least)
@@ -125,7 +130,7 @@ def _make_keys(scores: np.ndarray, clip_index: np.ndarray) -> np.ndarray:
 
 
 def _read_keys(keys: np.ndarray) -> TopK:
-    """Returns scores and clip indices, given their keys. Inverts `_make_keys`."""
+    """Returns the scores and clip indices from which `_make_keys` has made `keys`."""
     upper = (keys >> np.uint64(32)).astype(np.uint32)
     bits = upper ^ np.where(upper >> 31, np.uint32(0x80000000), np.uint32(0xFFFFFFFF))
     index = NO_CLIP - (keys & np.uint64(0xFFFFFFFF)).astype(np.int32)
@@ -133,10 +138,10 @@ def _read_keys(keys: np.ndarray) -> TopK:
 
 
 def rank(blocks: Iterable[ScoreBlock], num_identities: int, k: int = MAX_NAMES) -> TopK:
-    """Returns the k best clips of every identity. For blocks of scores, see `HostTopK.add`."""
+    """Returns the k best clips of every identity. For the items of a block, see `HostTopK.add`."""
     top = HostTopK(num_identities, k)
     for block in blocks:
-        top.add(*map(np.asarray, block))
+        top.add(*map(np.asarray, block[:3]))
     return top.finish()
 
 

@@ -30,10 +30,10 @@ FEWEST_GAPS = 3  # of clips times rare modalities; fewer may be chance
 
 
 class FoundRun(NamedTuple):
-    """A run, except for its weights. `config.json` and the checkpoint belong to the same run.
+    """All that is known about a trained run, except for its weights, which are not loaded yet.
 
-    `checkpoint` has been compared with its sha256. Column c of the logits belongs to identity c of
-    the C `identities`, counted from 1.
+    The files were checked: `config.json` and the checkpoint belong to the same run, and the
+    checkpoint matches its sha256. Column c of the logits belongs to `identities[c - 1]`.
     """
 
     folder: RunFolder
@@ -49,7 +49,11 @@ class FoundRun(NamedTuple):
 
 
 def make_model(config: Config, run: FoundRun, data: Dataset, mesh: Mesh) -> TrainedModel:
-    """Builds the model of a run from `config`, with its weights and a dataset to evaluate."""
+    """Builds the model of a run from `config`, with its weights and the dataset to evaluate.
+
+    Labels of `data` become labels for the identities of the run. Members of an ensemble will not
+    score the clips that they were trained on.
+    """
     data = fit_data(data, config, run)
     warn_of_missing_modalities(data.split(config.eval.split), run.task.modalities)
     sets = select_sets(run.training_sets, run.manifest["data"], data, config.eval.split)
@@ -71,7 +75,7 @@ def load_model(config: Config, run: FoundRun, mesh: Mesh) -> TrainedModel:
 
 
 def find_run(config: Config, folder: RunFolder) -> FoundRun:
-    """Finds the checkpoint of a run, and reads its manifest and lists.
+    """Finds the checkpoint of a run, and reads its manifest, identities and training clips.
 
     If the checkpoint `config.eval.checkpoint` is damaged, an intact one is used, with a warning.
     Raises UserError if `config.modalities` are not the modalities of the run.
@@ -167,9 +171,9 @@ def check_widths(data: Dataset, modalities: Mapping[str, int]) -> None:
 
 
 def warn_of_missing_modalities(split: Split, modalities: Collection[str]) -> None:
-    """Warns if hardly any clip of a split has a certain modality of a run.
+    """Warns if a modality of a run is missing in nearly all clips of a split.
 
-    If a few clips lack a modality, it may be chance, so there is no warning.
+    If the split has only a few clips, it may be chance, so there is no warning.
     """
     present = np.array([split.lengths[name] > 0 for name in modalities])  # [M, N]
     present = present[:, present.any(axis=0)]  # a clip without any frame says nothing
@@ -177,18 +181,21 @@ def warn_of_missing_modalities(split: Split, modalities: Collection[str]) -> Non
     rare = {name: x for name, x in zip(modalities, shares, strict=True) if x <= RARE}
     if len(rare) * present.shape[1] >= FEWEST_GAPS:
         counts = ", ".join(f"{100 * share:.0f} % have {name}" for name, share in rare.items())
-        warn(f"the run uses {', '.join(rare)}, but of {present.shape[1]:,} clips, {counts}")
+        warn(
+            f"the run reads features of {', '.join(rare)}, but of {present.shape[1]:,} clips, "
+            f"{counts}\nadd these features, or use a run that does not read them"
+        )
 
 
 def select_sets(
     sets: ensemble.TrainingSets, own: DataDigests, data: ClipSource, split: str
 ) -> ensemble.TrainingSets:
-    """Returns the training clips that each member must not score.
+    """Returns the training clips that each member of an ensemble must not score.
 
-    `own` are the digests of the data of the run. If `data` are the same data, or if all members may
-    score all clips of `split`, returns `sets`. Otherwise, some clips have the names of training
-    clips, but may be other clips. Then this function warns, and returns empty sets, so that all
-    members score all clips.
+    `sets` are the training clips by name, and `own` are the digests of the training data. If `data`
+    are the training data, or if all members may score all clips of `split` anyway, returns `sets`.
+    Otherwise, a clip with the name of a training clip may be another clip. Then this function
+    warns, and returns empty sets, so that all members score all clips.
     """
     if ensemble.choose_scoring_members(sets, data.split(split).clips)[0].all():
         return sets
@@ -198,7 +205,7 @@ def select_sets(
     if now and all(x and {*find_changes(old, x)} <= {"labels"} for old, x in pairs):
         return sets
     warn(
-        "clips with names of training clips may be other clips, and are scored as new clips\n"
+        "clips with names of training clips may be other clips, so they are scored as new clips\n"
         "if they are the training clips, use vidjax evaluate: then no member of the ensemble "
         "scores a clip that it was trained on"
     )

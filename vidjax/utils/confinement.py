@@ -1,9 +1,9 @@
 """Takes rights from this process for ever, before the process reads a file of a stranger.
 
-Two parts of Linux do the work. Landlock allows only listed files. The filter seccomp forbids system
-calls: connections, programs, new processes, and signals to other processes. It also forbids to
-change the priority and cores of processes, and the permissions, owners and times of files.
-`list_gaps` returns what this system cannot forbid.
+Two parts of Linux do this. Landlock allows only listed files. seccomp, a filter of system calls,
+forbids connections, programs, new processes, and signals to other processes. The filter also
+forbids to change the priority and cores of processes, and the permissions, owners and times of
+files. `list_gaps` returns what this system cannot forbid.
 """
 
 import contextlib
@@ -112,9 +112,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def confine(reads: Iterable[str | Path], writes: Iterable[str | Path]) -> None:
     """Takes rights from this process. The process must not have started threads.
 
-    Afterwards, it can read only the files `reads`, the installed packages and libraries of the
-    system, and the folders `writes`. Only in `writes`, it can write and delete files. If `reads`
-    contains a folder, the process can list this folder and the folders below, but cannot read their
+    Afterwards, the process can read only the files `reads`, the files in the folders `writes`, and
+    the installed packages and libraries. It can write and delete files only in `writes`. If `reads`
+    contains a folder, the process can list this folder and all folders in it, but cannot read their
     files.
     """
     _give_up_capabilities()
@@ -126,7 +126,7 @@ def confine(reads: Iterable[str | Path], writes: Iterable[str | Path]) -> None:
 
 
 def list_gaps() -> list[str]:
-    """Returns what a confined process can still do, because this system cannot forbid it."""
+    """Returns what a process can do even after `confine`, because this system cannot forbid it."""
     gaps = []
     if not _read_landlock_version():
         gaps += ["read, write and delete other files", "read the memory of other processes"]
@@ -141,7 +141,11 @@ def _read_landlock_version() -> int:
 
 
 def _has_filters() -> bool:
-    """Returns whether system calls can be forbidden: the kernel then misses the filter."""
+    """Returns True if this system can forbid system calls.
+
+    To find out, asks the kernel to install a filter without a program. A kernel that has filters
+    answers with the error EFAULT.
+    """
     if platform.machine() not in MACHINES:
         return False
     _libc.prctl(*map(ctypes.c_ulong, (SET_SECCOMP, FILTER, 0, 0, 0)))
@@ -149,14 +153,18 @@ def _has_filters() -> bool:
 
 
 def _call(function: "ctypes._NamedFuncPointer", *arguments: object) -> int:
-    """Calls a function of the C library. Raises OSError if it fails."""
+    """Calls a function of the C library, and returns its result. Raises OSError if it fails."""
     if (answer := function(*arguments)) < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return answer
 
 
 def _give_up_capabilities() -> None:
-    """Keeps only root's rights to the files of other users. Usual processes have no such rights."""
+    """Takes all special rights (capabilities) from a process of root.
+
+    Only the right to use files of other users is kept. A process of another user has no
+    capabilities.
+    """
     header = ctypes.create_string_buffer(struct.pack("=Ii", CAPABILITY_VERSION, 0))
     held = ctypes.create_string_buffer(24)  # effective, permitted and inheritable; twice
     _call(_libc.capget, header, held)
@@ -167,10 +175,10 @@ def _give_up_capabilities() -> None:
 
 
 def _list_libraries() -> set[str]:
-    """Returns the files that Python and packages read late, and no folder of the user.
+    """Returns the files and folders that Python and installed packages may read later.
 
-    An entry of `sys.path` may be a folder of the user. If it is a folder of packages, it contains
-    their descriptions.
+    An entry of `sys.path` may be a folder of the user. So it is returned only if it contains
+    installed packages, that is, folders `*.dist-info`.
     """
     prefixes = (sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix)
     linked = os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)
@@ -186,9 +194,9 @@ def _list_libraries() -> set[str]:
 def _restrict_files(
     version: int, reads: Iterable[str | Path], writes: Iterable[str | Path]
 ) -> None:
-    """Allows this process to use only libraries and the listed files and folders, see `confine`.
+    """Allows this process to use only libraries, the files `reads` and the folders `writes`.
 
-    `version` is the version of Landlock in the kernel.
+    See `confine`. `version` is the version of Landlock in the kernel.
 
     Source: landlock(7) of Linux.
     """
@@ -211,7 +219,11 @@ def _restrict_files(
 
 
 def _make_filter(machine: str) -> list[Step]:
-    """Returns a filter of system calls, whose first matching step decides."""
+    """Returns a filter of system calls as a list of steps, a program for the kernel.
+
+    The first step that fits a call decides whether the call is allowed. `machine` is the type of
+    the processor, such as `x86_64`.
+    """
     number, column = MACHINES[machine]
     cases: list[tuple[Calls, list[Step]]] = [
         (FORBIDDEN, [REFUSE]),
@@ -239,14 +251,20 @@ def _make_filter(machine: str) -> list[Step]:
 
 
 def _compare(values: Sequence[int], found: Step, other: Step) -> list[Step]:
-    """Returns steps that end with `found` if the loaded number is one of `values`, or `other`."""
+    """Returns steps of a filter that compare the loaded number with `values`.
+
+    If the number is one of `values`, the filter ends with the step `found`, otherwise with `other`.
+    """
     numbered = enumerate(reversed(values), 1)
     checks = [(IF_EQUAL, left, 0, value) for left, value in numbered]
     return [*reversed(checks), other, found]
 
 
 def _load_argument(number: int) -> Step:
-    """Returns the step that loads the lower half of an argument of a system call."""
+    """Returns the step of a filter that loads the lower 32 bits of an argument of a system call.
+
+    `number` is the position of the argument, from 0 on.
+    """
     return (LOAD, 0, 0, ARGUMENTS + 8 * number)
 
 

@@ -1,8 +1,8 @@
 """Coordinates processes that train or evaluate a run together, by `jax.distributed`.
 
-Each process runs the same program on the same clips, and computes on its devices. Process 0 writes
-the files of the run. Only the arrays of a checkpoint are written in every process, by Orbax. If a
-process ends with an error, `rendezvous` ends the other processes.
+Each process runs the same program on the same clips, and computes on its own devices. Process 0
+writes the files of the run, except that Orbax writes the arrays of a checkpoint in every process.
+If a process ends with an error, `rendezvous` ends the other processes.
 """
 
 import sys
@@ -72,7 +72,10 @@ def is_first() -> bool:
 
 
 def max_over_processes(*values: int) -> list[int]:
-    """Waits for all processes. Returns the maximum of each int32 value over all processes."""
+    """Returns the maximum over all processes of each of `values`, which are int32.
+
+    Every process must call this function. The call waits for the other processes.
+    """
     if count() == 1:
         return list(values)
     import numpy as np
@@ -87,7 +90,10 @@ def barrier() -> None:
 
 
 def check_same(facts: Mapping[str, Any]) -> None:
-    """Raises UserError in all processes if their `facts`, setting -> JSON value, differ."""
+    """Raises UserError in all processes if the processes have different `facts`.
+
+    `facts` is a dict, name of a setting -> JSON value.
+    """
     for name, value in facts.items():
         number = int(files.sha256_json(value)[:7], 16)
         if max_over_processes(number, -number) != [number, -number]:

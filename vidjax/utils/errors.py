@@ -51,11 +51,11 @@ class DiskError(UserError, OSError):
 
 
 class NetError(UserError):
-    """A net cannot be run, or is not the net that its card, a JSON file, describes."""
+    """A neural net cannot be run, or does not match the JSON file that describes it, its card."""
 
 
 class InUseError(UserError):
-    """Another process of vidjax has locked the folder that a command needs."""
+    """A folder that a command needs is locked by another process of vidjax."""
 
 
 class VidjaxWarning(UserWarning):
@@ -66,19 +66,19 @@ _THIS_THREAD = threading.local()
 
 
 def mute_thread() -> None:
-    """Hides all messages and warnings of this thread, because they may contain names of people."""
+    """Hides all messages and warnings of the calling thread. They may contain names of people."""
     _THIS_THREAD.is_muted = True
 
 
 def is_muted() -> bool:
-    """Returns whether `mute_thread` was called in this thread."""
+    """Returns True if the calling thread has called `mute_thread`."""
     return getattr(_THIS_THREAD, "is_muted", False)
 
 
 def warn(message: str) -> None:
-    """Warns the user. A command prints these warnings, and hides the warnings of libraries.
+    """Warns the user. A command prints this warning, and hides the warnings of other libraries.
 
-    In a program, Python shows the user's line that called vidjax.
+    If a program calls vidjax, the warning shows the line of the program with this call.
     """
     if is_muted():
         return
@@ -94,14 +94,14 @@ def warn(message: str) -> None:
 
 
 def check_choice(name: str, value: object, known: Collection[object]) -> None:
-    """Raises UserError if `value`, the value of the option `name`, is not in `known`."""
+    """Raises UserError if `value` is not in `known`. The message calls the option `name`."""
     if value not in known:
         raise UserError(f"unknown {name} {value!r}; choose from {', '.join(map(str, known))}")
 
 
 @contextlib.contextmanager
 def prefix_errors(place: str) -> Iterator[None]:
-    """Puts `place`, such as a file, before the message of a UserError that the block raises."""
+    """Puts `place`, such as a path, before the message of a UserError in a `with` block."""
     try:
         yield
     except UserError as error:
@@ -111,8 +111,8 @@ def prefix_errors(place: str) -> Iterator[None]:
 def require_packages(what: str, *packages: str, extra: str, instead: str = "") -> None:
     """Raises UserError if one of `packages` is not installed.
 
-    The message begins "WHAT needs PACKAGE: install it with pip install 'vidjax[EXTRA]'". It ends
-    with `instead`, another remedy, such as "end the name in .tsv".
+    The message begins "WHAT needs PACKAGE: install it with pip install 'vidjax[EXTRA]'", with the
+    arguments `what` and `extra`. `instead` is another remedy, such as "end the name in .tsv".
     """
     if absent := [name for name in packages if importlib.util.find_spec(name) is None]:
         names = " and ".join(absent).replace("_", "-")
@@ -126,7 +126,10 @@ def require_packages(what: str, *packages: str, extra: str, instead: str = "") -
 def check_argument(
     argument: str, value: object, kinds: type | tuple[type, ...], wanted: str
 ) -> None:
-    """Raises ArgumentError if `value` has no type in `kinds`. `wanted` describes the types."""
+    """Raises ArgumentError if the type of `value` is not in `kinds`.
+
+    The message contains `argument`, the name of the argument, and `wanted`, the allowed types.
+    """
     if not isinstance(value, kinds):
         text = f" {value!r}" if isinstance(value, str | int | float | None) else ""
         kind = "" if value is None else f" {type(value).__name__}"
@@ -172,7 +175,10 @@ _WITHOUT_PATH = (
 
 
 def describe_system_error(error: BaseException) -> str | None:
-    """Returns the message and the remedy of a system error, or None for any other error."""
+    """Returns a message for an error of the operating system, or None for any other error.
+
+    The first line is the problem. The second line is what the user can do.
+    """
     if isinstance(error, UnicodeEncodeError) and not sys.getfilesystemencoding().startswith("utf"):
         return (
             "the locale of this process cannot encode the file name "
@@ -221,7 +227,10 @@ def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Returns a hint for an unknown word: the most similar word of `known`, or all of `known`."""
+    """Returns a hint for an unknown word, with the most similar word of `known`.
+
+    If no word is similar, the hint lists all words of `known`.
+    """
     known = list(known)
     match = closest(word, known)
     return f"did you mean '{match}'?" if match else f"choose from {', '.join(known) or 'none'}"
@@ -230,10 +239,11 @@ def suggest(word: str, known: Iterable[str]) -> str:
 def check_entry(
     field: str, name: object, table: Collection[str], elsewhere: Mapping[str, str] | None = None
 ) -> None:
-    """Raises UserError if `name`, the value of `field`, is not in `table`, such as `OPTIMIZERS`.
+    """Raises UserError if `name` is not in `table`, such as the table `OPTIMIZERS`.
 
-    A configuration file may add names to `table`, so the message explains how to load the file.
-    `elsewhere` is name in another library -> fields of vidjax that do the same.
+    `name` is the value of the configuration field `field`. A user's configuration file may add
+    names to `table`, so the message explains how to load the file. `elsewhere` is a dict, name in
+    another library -> fields of vidjax that do the same.
     """
     if not isinstance(name, str) or name not in table:
         fields = (elsewhere or {}).get(str(name).lower())

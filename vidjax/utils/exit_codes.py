@@ -27,7 +27,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *_HANGUP)
 
 
 def run_main(main: Callable[[], int]) -> NoReturn:
-    """Runs `main`, and ends the process with the exit code that `main` returns."""
+    """Runs the main function of a program. Ends the process with the exit code that it returns."""
     _open_closed_streams()
     # Set before the slow imports. Training installs its own handlers.
     for number in SIGNALS:
@@ -74,12 +74,18 @@ def run_to_exit_code(command: Callable[[], int], words: Sequence[str] | None = N
 
 
 class _Printable(logging.Formatter):
+    """Formats log messages, with escaped control characters."""
+
     def format(self, record: logging.LogRecord) -> str:
         return escape_controls(super().format(record))
 
 
 def _open_closed_streams() -> None:
-    """Opens /dev/null for each closed standard stream, so that no other file takes its number."""
+    """Opens /dev/null in place of each closed standard stream.
+
+    Otherwise, the next opened file would get the number of the stream, and output would be written
+    into this file.
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             null = os.open(os.devnull, os.O_RDWR)
@@ -89,7 +95,7 @@ def _open_closed_streams() -> None:
 
 
 def describe_error(error: Exception) -> str:
-    """Returns the message of an error, with a remedy if a user can correct the error."""
+    """Returns the message of an error. If a user can correct the error, adds how."""
     if get_exit_code(error) is None:
         return f"{type(error).__name__}: {error}"
     if isinstance(error, ModuleNotFoundError):
@@ -116,7 +122,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def get_exit_code(error: Exception) -> int | None:
-    """Returns the exit code of an error, as `utils.errors` lists it, or None for a bug."""
+    """Returns the exit code for an error, or None for a bug. `utils.errors` lists the codes."""
     if isinstance(error, ModuleNotFoundError):
         return None if (error.name or "").startswith("vidjax") else 2
     if isinstance(error, Expected):

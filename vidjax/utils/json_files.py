@@ -1,7 +1,7 @@
 """Reads JSON files as objects of a class, and defines types of values with a limited range.
 
-If a value does not fit, the functions raise UserError. Its message has the path of the file, the
-wrong key, such as `$.members[2].map`, and `remedy`.
+If a value does not fit the class, the functions raise UserError. The message has the path of the
+file, the place of the wrong value, such as `$.members[2].map`, and `remedy`, what the user can do.
 """
 
 import sys
@@ -29,7 +29,8 @@ NotNaN = Annotated[float, Meta(ge=LOWEST_FLOAT)]
 def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
     """Converts `value`, the JSON value in the file `path`, to an object of the class `kind`.
 
-    If the value does not fit, raises UserError. `remedy` is the last line of the message.
+    If the value does not fit, raises UserError. The last line of the message is `remedy`, what the
+    user can do.
     """
     try:
         return msgspec.convert(value, kind)
@@ -39,9 +40,10 @@ def parse(path: Path, value: object, kind: type[T], remedy: str) -> T:
 
 
 def load(path: Path, kind: type[T], remedy: str, limit: int = files.JSON_BYTES) -> tuple[Any, T]:
-    """Reads a JSON file of at most `limit` bytes; returns the JSON value, and a `kind` object.
+    """Reads a JSON file of at most `limit` bytes.
 
-    For `remedy`, see `parse`.
+    Returns the JSON value, and the same value as an object of the class `kind`. For `remedy`, see
+    `parse`.
     """
     try:
         value = files.read_json(path, object, limit)

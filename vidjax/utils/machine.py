@@ -1,7 +1,8 @@
 """Reads how many cores, bytes of memory and open files this process may use.
 
-The limits of a container are the limits of a Linux control group, version 1 or 2. The limits of all
-groups around this group apply, too. Limits are read from files below `root`.
+Linux stores the limits of a container as limits of a control group (cgroup), version 1 or 2. The
+limits of all outer control groups apply, too. The functions read the files of Linux below `root`,
+which is `/`, except in tests.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ ROOT = Path("/")
 
 
 def num_cores(root: Path = ROOT) -> int:
-    """Returns how many cores this process may use. `root` is `/`, except in tests."""
+    """Returns how many processor cores this process may use, at least 1."""
     cores = len(os.sched_getaffinity(0))
     for group in _find_groups("cpu", root):
         quota, period = _read_numbers(group / "cpu.max") or (
@@ -32,23 +33,15 @@ def num_cores(root: Path = ROOT) -> int:
 
 @functools.cache
 def memory_bytes(root: Path = ROOT) -> int:
-    """Returns how many bytes of memory this process may use. `root` is `/`, except in tests."""
+    """Returns how many bytes of memory this process may use, whether they are free or not."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(min([physical, *(limit for limit, _ in _read_memory_limits(root))]))
 
 
 def free_bytes(root: Path = ROOT) -> float:
-    """Returns how many bytes of memory this process can still take. If unknown, returns 0.
-
-    `root` is `/`, except in tests.
-    """
+    """Returns how many bytes of memory this process can still take, or 0 if this is unknown."""
     free = [limit - used for limit, used in _read_memory_limits(root)]
-    try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-        values = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-        free += [1024.0 * int(kilobytes) for kilobytes in values]
-    except (OSError, ValueError, IndexError):
-        pass  # not Linux
+    free += [1024 * kilobytes for kilobytes in _read_entry(root / "proc/meminfo", "MemAvailable:")]
     return max(0.0, min(free, default=0.0))
 
 
@@ -59,7 +52,10 @@ def max_open_files() -> float:
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep freed memory for later batches. Another C library is not affected."""
+    """Makes the C library glibc keep freed memory, so that later batches are made faster.
+
+    With another C library, this function has no effect.
+    """
     # By default, glibc returns arrays above 32 MB to the kernel, which clears their memory. This
     # halves the number of batches per second. Each arena keeps its own freed memory, so the number
     # of arenas is limited. With too few arenas, compilation is slow: its threads wait for an arena.
@@ -78,11 +74,14 @@ def _read_memory_limits(root: Path) -> Iterator[tuple[float, float]]:
         ):
             most, now = _read_numbers(group / limit), _read_numbers(group / used)
             if most and most[0] < 1 << 60:  # without a limit, version 1 writes a huge number
-                yield most[0], (now or [0.0])[0] - _read_statistic(group / "memory.stat", cached)
+                yield most[0], sum(now) - sum(_read_entry(group / "memory.stat", cached))
 
 
 def _find_groups(controller: str, root: Path) -> Iterator[Path]:
-    """Yields the folders of the control groups of this process, the innermost first."""
+    """Yields the folders of the control groups of this process, the innermost first.
+
+    `controller` is `cpu` or `memory`, the resource that the groups limit.
+    """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -99,16 +98,17 @@ def _find_groups(controller: str, root: Path) -> Iterator[Path]:
 
 
 def _read_numbers(path: Path) -> list[float]:
-    """Returns the numbers in a file, where `max` means infinity. If it has none, returns []."""
+    """Returns the numbers in a file, or [] if it has none. The word `max` stands for infinity."""
     try:
         return [math.inf if word == "max" else float(word) for word in path.read_text().split()]
     except (OSError, ValueError):
         return []
 
 
-def _read_statistic(path: Path, name: str) -> float:
+def _read_entry(path: Path, name: str) -> list[float]:
+    """Returns [NUMBER] for a file with a line `name NUMBER`, or [] if there is no such line."""
     try:
-        pairs = [line.split() for line in path.read_text().splitlines()]
-        return next((float(value) for key, value in pairs if key == name), 0.0)
-    except (OSError, ValueError):
-        return 0.0
+        rows = [line.split() for line in path.read_text().splitlines()]
+        return [float(row[1]) for row in rows if row[:1] == [name]]
+    except (OSError, ValueError, IndexError):
+        return []  # not Linux, for example

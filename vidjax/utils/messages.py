@@ -29,14 +29,14 @@ _PLAIN = string.ascii_letters + string.digits + " /._-"  # never part of a code 
 class Result(NamedTuple):
     """The result of a command: it is printed as a table with a summary, or as JSON.
 
-    The summary has a line for each item of `texts`. If there is no `text`, it also has a line for
-    each fact that is a text, a path or a number. The name of the command is the heading of the
-    summary.
+    The heading of the summary is the name of the command. The summary has a line for each item of
+    `texts`. If `text` is empty, the summary also has a line for each fact that is a text, a path or
+    a number.
     """
 
     facts: Mapping[str, Any]  # name -> value, the JSON object that `--json` prints
-    # Name -> what the summary shows instead of the value of this fact, or in addition to the facts.
-    # Empty texts hide a fact.
+    # Name of a line of the summary -> its text. If a fact has the same name, the text replaces its
+    # value. An empty text hides the fact.
     texts: Mapping[str, object] = {}
     rows: Iterable[Sequence[str]] = ()  # cells of a table above the summary, the titles first
     text: str = ""  # text above the table, which replaces the facts
@@ -45,17 +45,17 @@ class Result(NamedTuple):
 
 
 class Note(NamedTuple):
-    """A message about a call that continues. The program that made the call prints it."""
+    """A message of a function that is still running. The function passes it to a `Tell`."""
 
     text: str
     warning: bool = True
 
 
-Tell = Callable[[Note], object]  # a function that is called with each note
+Tell = Callable[[Note], object]  # a function of the caller that receives each note
 
 
 def ignore_note(note: Note) -> None:
-    """Does nothing. It is the default of arguments of the type `Tell`."""
+    """Does nothing. This function is the default of arguments of the type `Tell`."""
 
 
 def print_text(text: str) -> None:
@@ -70,7 +70,10 @@ def print_problem(text: str) -> None:
 
 
 def print_escaped(text: str, stream: TextIO) -> None:
-    """Prints text with escaped control characters. If a pipe is closed, the text is lost."""
+    """Prints text to `stream`, with escaped control characters.
+
+    If the reader of the stream, such as `head`, has ended, the text is lost without an error.
+    """
     encoding = stream.encoding or "utf-8"
     text = escape_controls(text).encode(encoding, "backslashreplace").decode(encoding)
     try:
@@ -106,7 +109,7 @@ def print_result(result: Result, name: str, *, as_json: bool) -> None:
 
 
 def measure_width() -> float:
-    """Returns the number of columns of the terminal, or infinity if the output is a file."""
+    """Returns the width of the terminal in letters, or infinity if the output is no terminal."""
     return max(40, shutil.get_terminal_size().columns) if sys.stdout.isatty() else math.inf
 
 
@@ -128,7 +131,10 @@ def _label(name: str) -> str:
 
 
 def _show(value: object) -> str:
-    """Returns a value as text: `1,234` for a number, several lines as one, "" if it is hidden."""
+    """Returns a value as text for the summary, such as `1,234`. Several lines become one line.
+
+    A list, a dict or a bool is not shown, and becomes "".
+    """
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"{value:,.0f}" if isinstance(value, int) or value >= 100 else f"{value:.3g}"
     return str(value).strip().replace("\n", "; ") if isinstance(value, str | Path) else ""
@@ -150,7 +156,10 @@ def relative_path(path: Path) -> str:
 
 
 def suggest_path(path: Path) -> str:
-    """Returns a line that suggests a similar path, or "" if the folder has no similar name."""
+    """Returns a line, such as "did you mean 'a/b'?", for a path that does not exist.
+
+    If no name in its folder is similar, returns "".
+    """
     try:
         names = os.listdir(path.parent)
     except OSError:
@@ -166,9 +175,9 @@ def suggest_path(path: Path) -> str:
 
 
 def quote_path(path: Path) -> str:
-    """Returns a path as a word of a shell. Bytes that a terminal would not show become codes.
+    """Returns a path quoted for a shell. Bytes that a terminal would not show become codes.
 
-    All usual shells read these codes, except dash.
+    All usual shells, except for dash, understand these codes.
     """
     if str(path).isprintable():
         return shlex.quote(str(path))
@@ -195,10 +204,10 @@ def count(number: int, noun: str) -> str:
 def align_columns(
     rows: Sequence[Sequence[str]], *, width: float = math.inf, numbers: bool = False
 ) -> list[str]:
-    """Returns lines of text for rows of cells. The cells are padded to columns.
+    """Returns the lines of a table for a terminal. `rows` has the cells of each row.
 
-    If a line would be longer than `width`, the widest columns are wrapped. If `numbers` is True,
-    all columns except the first are aligned to the right.
+    If a line would be longer than `width` letters, the cells of the widest columns are broken into
+    several lines. If `numbers` is True, all columns except the first are aligned to the right.
     """
     columns = [*zip(*rows, strict=True)]
     widths = [max(map(len, column)) for column in columns]
@@ -216,10 +225,11 @@ def align_columns(
 
 
 def describe_failed(failed: Mapping[str, str]) -> dict[str, str]:
-    """Returns rows about files that were not used: their number and names, and remedies.
+    """Returns lines of a summary, label -> text, about files that were not used.
 
-    `failed` is path of a file -> remedy, or "". A missing folder of photos is called missing. If
-    the remedies differ, three remedies are listed, each with the names of its files.
+    The labels are `not used`, `missing` (paths without a file) and `remedy`. The texts of the first
+    two labels are numbers and names of files. `failed` is path -> what the user can do, or "". If
+    the remedies differ, up to three are shown, each with the name of a file.
     """
     if not failed:
         return {}

@@ -7,7 +7,7 @@ import urllib.parse
 from collections import Counter
 from collections.abc import Collection, Iterable
 
-from vidjax.utils.errors import UserError
+from vidjax.utils.errors import UserError, prefix_errors
 
 # Unicode categories that would break the lines of a file: controls, line and paragraph separators.
 _BREAKS = ("Cc", "Zl", "Zp")
@@ -32,7 +32,7 @@ MAX_STEM_BYTES = 200  # a file name has at most 255 bytes, including suffixes of
 
 
 def show(text: str | bytes) -> str:
-    """Shortens and escapes a text from a file, so that it fits into a line of a message."""
+    """Returns a text from a file, shortened and escaped so that it fits into a message."""
     if isinstance(text, bytes):
         text = text[:400].decode("utf-8", "backslashreplace")
     text = text if len(text) <= 100 else text[:100] + "..."
@@ -40,10 +40,10 @@ def show(text: str | bytes) -> str:
 
 
 def check_name(name: str, kind: str = "clip name") -> str:
-    """Checks that a name can be written to text files and HTML pages, and returns it unchanged.
+    """Returns a name unchanged, if it can be written to text files and HTML pages.
 
-    A name must not be blank, and must be valid Unicode without control characters. `kind` is the
-    word for the name in messages, such as "identity".
+    If the name is blank, has control characters, or is not valid Unicode, raises UserError. The
+    message calls the name `kind`, such as "identity".
     """
     if not name.strip():
         raise UserError(f"{kind} '{show(name)}' is empty: give it a name")
@@ -65,10 +65,11 @@ def check_name(name: str, kind: str = "clip name") -> str:
 
 
 def clean_identity(name: str) -> str:
-    """Checks the name of a person, and returns it in the Unicode form NFC.
+    """Returns the name of a person in the Unicode form NFC, if the name is valid.
 
-    See `check_name`. The name must also have no leading or trailing blanks, and no invisible
-    letters. An invisible joiner (ZWJ or ZWNJ) between two letters or symbols is allowed.
+    A name is valid if `check_name` accepts it, and if it has no leading or trailing blanks and no
+    invisible letters. An invisible joiner (ZWJ or ZWNJ) between two letters or symbols is allowed.
+    Raises UserError for other names.
     """
     if name != name.strip() and name.strip():
         raise UserError(
@@ -97,17 +98,17 @@ def normal_form(name: str) -> str:
 
 
 def is_unknown(name: str) -> bool:
-    """Returns True if a name is for strangers, such as `unknown 3` or `unknown face 3`."""
+    """Returns True if a name is a name that vidjax gives to strangers, such as `unknown 3`."""
     return re.fullmatch("unknown( face)?( [0-9]+)?", name.casefold()) is not None
 
 
 def is_reserved(name: str) -> bool:
-    """Returns True if a name is reserved: `ignored`, or a name for strangers (`is_unknown`)."""
+    """Returns True if users must not give this name: `ignored`, or a name as in `is_unknown`."""
     return is_unknown(name) or name.casefold() == IGNORED
 
 
 def strip_accents(text: str) -> str:
-    """Returns a text after `fold`, without accents and other combining marks."""
+    """Returns a text without accents and other combining marks, simplified as by `fold`."""
     letters = unicodedata.normalize("NFKD", fold(text))
     return "".join(letter for letter in letters if not unicodedata.combining(letter))
 
@@ -128,7 +129,11 @@ def fold(name: str) -> str:
 
 
 def find_similar_names(new: Iterable[str], known: Iterable[str]) -> dict[str, str]:
-    """Returns new name -> another name, new or known, that is equal after `fold`."""
+    """Finds names that differ only in details, such as upper and lower case. See `fold`.
+
+    Returns a dict, name of `new` -> the similar name of `known` or `new`. Names without a similar
+    name are left out.
+    """
     new, known = [*new], [*known] if new else []
     folded, known_folded = _fold_all(new), _fold_all(known)
     words = set(folded)
@@ -175,9 +180,10 @@ def make_file_stems(labels: Iterable[str]) -> list[str]:
 def make_folder_name(name: str, taken: Collection[str]) -> str:
     """Returns a name for the folder of a person: `Who?` becomes `Who%3F`.
 
-    `read_folder_name` reverses it. `taken` are the lower-case names (`str.casefold`) of other
-    folders. If the new name is taken, because `Ada` and `ADA` are two people, all letters are
-    written as numbers. If the new name is longer than file systems allow, `name` is returned.
+    `read_folder_name` computes the person's name again. `taken` are the names of other folders in
+    lower case (`str.casefold`). If the new name is taken, because `Ada` and `ADA` are two people,
+    all letters become numbers such as `%41`. If the new name is too long for a file system, `name`
+    is returned unchanged.
     """
     code = re.sub(rf"{_NOT_PORTABLE.pattern}|%(?=[0-9a-f]{{2}})", _to_numbers, name, flags=re.I)
     if code.casefold() in taken:
@@ -186,7 +192,7 @@ def make_folder_name(name: str, taken: Collection[str]) -> str:
 
 
 def read_folder_name(text: str) -> str:
-    """Returns the name of a person from the name of a folder. It reverses `make_folder_name`."""
+    """Returns the name of a person, given a name of a folder from `make_folder_name`."""
     return normal_form(urllib.parse.unquote(text))
 
 
@@ -209,7 +215,7 @@ def cut_film_name(clip: str) -> str:
 
 
 def strip_ending(name: str) -> str:
-    """Returns the name of a clip without `.mp4` or `.MP4` at its end, as often as it occurs."""
+    """Returns the name of a clip without any `.mp4` or `.MP4` at its end: `a.mp4.mp4` is `a`."""
     end = len(name)
     # Without copies of the name, because it may be `.mp4` * 10**6.
     while end >= len(ENDING) and name[end - len(ENDING) : end].lower() == ENDING:
@@ -218,7 +224,7 @@ def strip_ending(name: str) -> str:
 
 
 def clean_name(name: str) -> str:
-    """Checks the name of a clip, and returns it without `.mp4` at its end. See `check_name`."""
+    """Returns the name of a clip without `.mp4` at its end. Checks it as `check_name` does."""
     bare = strip_ending(name)
     if not bare.strip():
         raise UserError(f"clip name '{show(name)}' is empty: give the clip a name")
@@ -226,23 +232,27 @@ def clean_name(name: str) -> str:
 
 
 def clean_name_at(place: str, name: object) -> str:
-    """Calls `clean_name`. Error messages begin with `place`, such as a file and a line."""
-    if not isinstance(name, str):
-        kind = type(name).__name__
-        raise UserError(f"{place} clip name {name!r:.40} is of type {kind}: convert it with str()")
-    try:
+    """Returns `clean_name(name)`. Raises UserError, which begins with `place`, for a wrong name.
+
+    `place` is where the name comes from, such as a file and a line.
+    """
+    with prefix_errors(place):
+        if not isinstance(name, str):
+            kind = type(name).__name__
+            raise UserError(f"clip name {name!r:.40} is of type {kind}: convert it with str()")
         return clean_name(name)
-    except ValueError as error:
-        raise UserError(f"{place} {error}") from None
 
 
 def escape(name: str) -> str:
-    """Returns a name with its white space as in a URL: `First Last` becomes `First%20Last`."""
+    """Returns a name in which white space is written as in a URL, such as `First%20Last`."""
     return _UNSAFE.sub(lambda match: urllib.parse.quote(match[0], safe=""), name)
 
 
 def unescape(text: str) -> str:
-    """Reverses `escape`: `First%20Last` becomes `First Last`. Other texts stay unchanged."""
+    """Returns the name for a result of `escape`, such as `First Last` for `First%20Last`.
+
+    A text that `escape` cannot return stays unchanged.
+    """
     if "%" not in text:
         return text
     name = urllib.parse.unquote(text)

@@ -64,9 +64,9 @@ class Parser(argparse.ArgumentParser):
         (of or self).add_argument(name, help=about, **options)
 
     def fields(self, group: str = "", *, example: str) -> None:
-        """Lets users override the fields whose names begin with `group`, by default all fields.
+        """Lets users override configuration fields that begin with `group`, by default all fields.
 
-        `example` is shown by `--help`, such as `seed=1` for `--config.seed=1`.
+        `--help` shows `example`, such as `seed=1` for `--config.seed=1`.
         """
         usage = f"--config.{group}FIELD VALUE"  # for --help: `split_overrides` removes such words
         about = f"overrides a field, e.g. --config.{example}"
@@ -74,7 +74,10 @@ class Parser(argparse.ArgumentParser):
         self.group = group
 
     def command(self, run: Callable[[argparse.Namespace], Result], *examples: str) -> None:
-        """Sets the function and the `examples` of the command. Adds --quiet, --json and --debug."""
+        """Sets `run`, the function of the command, and adds the flags --quiet, --json and --debug.
+
+        `--help` shows the `examples`, the words after the name of the command.
+        """
         self.example = f"{self.prog} {examples[0]}"
         lines = []
         for flags in examples:
@@ -94,7 +97,10 @@ class Parser(argparse.ArgumentParser):
         args: Sequence[str] | None = None,
         namespace: Any = None,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        """Parses words as argparse does, and keeps the words for `error`. Paths become `Path`."""
+        """Parses words as argparse does. Values with a metavar in PATHS become `Path` objects.
+
+        Keeps the words for the messages of `error`.
+        """
         self.words = args or ()
         later, self.later = self.later, None
         if later:
@@ -108,13 +114,20 @@ class Parser(argparse.ArgumentParser):
         return parsed, others
 
     def suggest_flag(self, flag: str, more: Sequence[str] = ()) -> str:
-        """Returns a flag of this parser, or of `more`, that looks like `flag`, or ""."""
+        """Returns the known flag that is most similar to the misspelt `flag`, or "" if none is.
+
+        `more` are names of flags, without `--`, in addition to the flags of this parser.
+        """
         known = [*re.findall(r"--([\w-]+)", self.format_usage()), *more]
         match = closest(flag.lstrip("-").replace("-", "_"), known, cutoff=0.7)
         return f"--{match}" if match else ""
 
     def refuse(self, word: str, fields: Sequence[str]) -> NoReturn:
-        """Raises UserError about a word that no flag reads. `fields` are names of fields."""
+        """Raises UserError for a word of the command line that is no known flag or value.
+
+        The message suggests a similar flag. `fields` are the names of the configuration fields,
+        such as `config.seed`.
+        """
         flag, equals, value = word.partition("=")
         text = f"there is no flag {flag}"
         similar = self.suggest_flag(flag, fields)
@@ -131,9 +144,10 @@ class Parser(argparse.ArgumentParser):
         self.error(text)
 
     def error(self, message: str) -> NoReturn:
-        """Raises UserError with the message, and an example of the command.
+        """Raises UserError for a mistake that argparse describes in `message`.
 
-        If a required flag is missing because it is misspelt, the message names the misspelt flag.
+        The message is reworded, and an example of the command is added. If a required flag is
+        missing because the user has misspelt it, the message names the misspelt flag.
         """
         for word in self.words if "required" in message else ():
             flag, equals, _ = word.partition("=")
@@ -158,7 +172,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def describe(about: str) -> dict[str, Any]:
-    """Returns the short and the long help of a command. `about` is a sentence without a period."""
+    """Returns the arguments `help` and `description` for the parser of a command.
+
+    `about` says what the command does, as in "ranks clips".
+    """
     return {"help": about, "description": f"{about[0].upper()}{about[1:]}."}
 
 
@@ -176,9 +193,10 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Divides words: returns the words that override no field, and the words that do.
+    """Takes the words that override configuration fields out of the words of a command line.
 
-    The two words `--config.FIELD VALUE` become a single word, `--config.FIELD=VALUE`.
+    Returns two lists: all other words, and the overrides, such as `--config.seed=1`. The two words
+    `--config.seed 1` become the single word `--config.seed=1`.
     """
     flags, overrides = [], []
     rest = list(words)

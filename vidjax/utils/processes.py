@@ -1,10 +1,10 @@
 """Runs functions in child processes with limits, so that they can read files from strangers.
 
-A child process runs a module of this package that ends with `processes.serve(work)`. `run_limited`
-starts the module, and returns the result of its function `work`. Arguments and result are JSON
-values; arrays are passed in files. The child has limits of CPU time, address space, output, and
-size of each written file. The child can use only files that it needs, and no connections or
-programs, see `confinement`. It gets only environment variables that it needs.
+A child process runs a module of vidjax that ends with `processes.serve(work)`. `run_limited` starts
+the module, and returns the result of its function `work`. Arguments and result are JSON values.
+Arrays are passed in files. The child has limits of CPU time, address space, output, and size of
+each written file. The child can use only files that it needs, and no connections or programs, see
+`confinement`. It gets only environment variables that it needs.
 
 A hostile file may take over the child, and then chooses the answer. So a caller names the class of
 the result, and reads files of the child in a block `doubt`. The caller does not ask the child for
@@ -19,6 +19,7 @@ import ctypes
 import errno
 import json
 import os
+import re
 import select
 import selectors
 import signal
@@ -46,12 +47,11 @@ OUTPUT_BYTES = 64 * MB  # the results of 50 photos, or of a film with many track
 KEPT_ERROR_BYTES = 1 << 16  # of the end of standard error
 READ_BYTES = 1 << 16
 # Environment variables that a child gets. All others may be secrets, such as AWS_SECRET_ACCESS_KEY.
-# Names that end with `_` are the beginnings of names.
-VARIABLES = (
-    "PATH", "HOME", "LANG", "LANGUAGE", "LC_", "TZ", "TZDIR", "TMPDIR", "TMP", "TEMP",
-    "VIRTUAL_ENV", "CONDA_PREFIX", "LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHON", "VIDJAX_",
-    "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "MALLOC_", "GLIBC_TUNABLES", "ORT_", "ARROW_",
-)  # fmt: skip
+VARIABLES = re.compile(
+    "PATH|HOME|LANG|LANGUAGE|TZ|TZDIR|TMPDIR|TMP|TEMP|VIRTUAL_ENV|CONDA_PREFIX|LD_LIBRARY_PATH"
+    "|LD_PRELOAD|GLIBC_TUNABLES|PYTHON.*"
+    "|(LC|VIDJAX|OMP|GOMP|KMP|MKL|OPENBLAS|MALLOC|ORT|ARROW)_.*"
+)
 
 _PARENT_DEATH = 1
 CHILD = "VIDJAX_CHILD"  # an environment variable that is set only in a child process
@@ -65,7 +65,7 @@ Result = TypeVar("Result")
 
 
 class Children:
-    """Starts child processes, and can kill all of them. Several threads may share an object."""
+    """Starts child processes, and can kill all of them. Several threads may use one object."""
 
     def __init__(self) -> None:
         self._started: list[subprocess.Popen[bytes]] = []
@@ -75,15 +75,16 @@ class Children:
     def run(
         self, module: str, *, given: bytes, timeout: float, output_bytes: int = OUTPUT_BYTES
     ) -> subprocess.CompletedProcess[bytes]:
-        """Runs a module with the input `given`. Raises TimeoutExpired after `timeout` seconds.
+        """Runs a module in a child process with the standard input `given`, and waits for its end.
 
-        If the output is longer than `output_bytes`, the child is killed. The returned output is
-        then longer than `output_bytes`, too.
+        After `timeout` seconds, raises TimeoutExpired. If the output becomes longer than
+        `output_bytes`, the child is killed. Then the returned output is longer than `output_bytes`,
+        too.
         """
         # PYTHONPATH makes the child import from the same folders as this process. The child has one
         # BLAS thread, because each thread would reserve address space. The MALLOC variables make
         # glibc keep freed memory, because the system would clear its pages before they are reused.
-        environment = {name: x for name, x in os.environ.items() if _is_passed_on(name)} | {
+        environment = {name: x for name, x in os.environ.items() if VARIABLES.fullmatch(name)} | {
             "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
             "OPENBLAS_NUM_THREADS": "1",
             "OMP_NUM_THREADS": "1",
@@ -113,18 +114,13 @@ class Children:
                 child.kill()
 
 
-def _is_passed_on(name: str) -> bool:
-    """Returns whether a child gets the environment variable `name`."""
-    return name in VARIABLES or name.startswith(("PYTHON", *(x for x in VARIABLES if x[-1] == "_")))
-
-
 def _exchange(
     child: "subprocess.Popen[bytes]", given: bytes, timeout: float, output_bytes: int
 ) -> tuple[bytes, bytes]:
-    """Sends `given` to a process. Returns its output, and the last bytes of its standard error.
+    """Sends `given` to a child process. Returns its output, and the end of its standard error.
 
     `Popen.communicate` would keep an output of any size in memory. Here, the output is limited. For
-    `output_bytes` and the errors, see `Children.run`.
+    `timeout` and `output_bytes`, see `Children.run`.
     """
     assert child.stdin and child.stdout and child.stderr
     left, end = memoryview(given), time.monotonic() + timeout
@@ -166,9 +162,9 @@ def map_children(
 ) -> list[Result]:
     """Calls `function(children, item)` for each item, and returns the results in their order.
 
-    Up to `workers` calls run at once, in threads. `children` is an object with which the function
-    starts child processes. After the first error, all child processes are killed, and the error is
-    raised. `progress` is the title of a progress bar, or "".
+    Up to `workers` calls run at once, in threads. The function must start its child processes with
+    `children`. After the first error, all child processes are killed, and the error is raised.
+    `progress` is the title of a progress bar, or "" for none.
     """
     children = Children()
     # A child needs three open files, and a few more during its start.
@@ -191,11 +187,11 @@ def map_children(
 
 
 def limit_resources(memory_bytes: int, cpu_seconds: int, calls: int) -> None:
-    """Limits the address space and the files of this process, and its CPU time from now on.
+    """Limits the address space, the CPU time and the size of written files of this process.
 
-    This process cannot raise the limits later. `calls` is the number of calls that are left, each
-    with the limit `cpu_seconds`. A written file contains arrays that were in memory, so it can
-    become no longer than `memory_bytes`.
+    This process cannot raise the limits later. `calls` is the number of calls of `work` that are
+    left. Each may use `cpu_seconds` of CPU time. A written file contains arrays from the memory, so
+    its limit is `memory_bytes`, too.
     """
     import resource
 
@@ -215,8 +211,8 @@ def limit_resources(memory_bytes: int, cpu_seconds: int, calls: int) -> None:
 def serve(work: Callable[[dict[str, Any]], object]) -> NoReturn:
     """Calls `work` with each job that `run_limited_each` sends to this child process.
 
-    Jobs come as JSON from standard input, and results go to standard output. Text that libraries
-    print goes to standard error. Ends the process with the exit code 0.
+    Reads the jobs as JSON from standard input, and writes the results to standard output. Text that
+    libraries print goes to standard error. Finally ends the process with the exit code 0.
     """
     os.environ[CHILD] = "1"
     # Kills this process when its parent process ends.
@@ -241,22 +237,41 @@ def serve(work: Callable[[dict[str, Any]], object]) -> NoReturn:
 def _answer(
     work: Callable[[dict[str, Any]], object], path: str, given: dict[str, Any], limit: str
 ) -> dict[str, Any]:
-    """Calls `work`, and returns its result or its error as JSON, for `_parse_answer`."""
+    """Calls `work` with the arguments `given`, and returns its result or its error.
+
+    The returned dict is a JSON value for `_parse_answer`. `path` is the file that `work` reads.
+    `limit` is the limit of the memory as text.
+    """
     try:
         return {"result": msgspec.to_builtins(work(given))}
     except MemoryError:
-        return {
-            "error": f"'{path}' is refused, because reading it needs more memory than {limit}: "
-            "split it into smaller files"
-        }
+        return {"error": _explain_refusal(path, f"needs more memory than {limit}")}
     except UserError as error:
         (*_, key) = (name for name, kind in _ERRORS.items() if isinstance(error, kind))
         return {key: str(error), "errno": getattr(error, "errno", None)}
     except OSError as error:
         if error.errno == errno.EFBIG:
-            about = f"reading it would write a file of more than {limit}"
-            return {"error": f"'{path}' is refused, because {about}: split it into smaller files"}
+            return {"error": _explain_refusal(path, f"would write a file of more than {limit}")}
         return {"os_error": describe_system_error(error) or str(error), "errno": error.errno}
+
+
+def _explain_refusal(path: str | Path, need: str) -> str:
+    """Returns the message for a file that needs more than the limits of the child process.
+
+    `need` continues "reading it", as in "needs more than 30 s".
+    """
+    return f"'{path}' is refused, because reading it {need}: split it into smaller files"
+
+
+def _make_hostile_error(path: Path, event: str) -> UserError:
+    """Returns the error for a file with which the child process has failed.
+
+    `event` continues "the process that reads it", as in "printed no result".
+    """
+    return UserError(
+        f"'{path}' is damaged or hostile: the process that reads it {event}: "
+        "write the file again, or leave it out"
+    )
 
 
 def run_limited(
@@ -339,13 +354,13 @@ def run_limited_each(
 def _describe_end(
     path: Path, child: subprocess.CompletedProcess[bytes] | None, seconds: int, cpu_seconds: int
 ) -> UserError:
-    """Returns the error for a file whose process gave no answer. It is None after `seconds`."""
+    """Returns the error for a file whose child process has ended without an answer.
+
+    `child` is the ended process. It is None if the process was killed after `seconds`.
+    """
     if child is None or child.returncode == -signal.SIGXCPU:
         limit = f"{cpu_seconds} s of CPU time" if child else f"{seconds} s"
-        return UserError(
-            f"'{path}' is refused, because reading it needs more than {limit}: "
-            "split it into smaller files"
-        )
+        return UserError(_explain_refusal(path, f"needs more than {limit}"))
     if child.returncode == -signal.SIGKILL:
         return UserError(
             f"{path}: the process that reads it was killed, perhaps for lack of memory: "
@@ -355,10 +370,7 @@ def _describe_end(
         name = f"signal {-child.returncode}"
         with contextlib.suppress(ValueError):
             name = signal.Signals(-child.returncode).name
-        return UserError(
-            f"'{path}' is damaged or hostile: the process that reads it ended with {name}: "
-            "write the file again, or leave it out"
-        )
+        return _make_hostile_error(path, f"ended with {name}")
     last = child.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
     return UserError(
         f"{path}: the process that reads it failed: {show(last)}\n"
@@ -368,23 +380,24 @@ def _describe_end(
 
 @contextlib.contextmanager
 def doubt(path: Path) -> Iterator[None]:
-    """Turns errors in a `with` block that uses the results for a file into a UserError.
+    """Turns errors in a `with` block that uses what a child process has answered into a UserError.
 
-    A file that has taken over the child may print anything, and write anything into its files.
+    `path` is the file that the child has read. A hostile file may have taken over the child, so the
+    answer may contain anything.
     """
     try:
         yield
     except Exception as error:
         if isinstance(error, OSError) and error.errno not in _OF_FILES:
             raise
-        raise UserError(
-            f"'{path}' is damaged or hostile: the process that reads it printed no result: "
-            "write the file again, or leave it out"
-        ) from error
+        raise _make_hostile_error(path, "printed no result") from error
 
 
 def _parse_answer(path: Path, line: bytes, kind: type[Result]) -> Result | UserError:
-    """Returns the result or the error in a line that a child has printed."""
+    """Returns the result or the error that a child process has printed in a line.
+
+    `path` is the file that the child has read, and `kind` is the class of the result.
+    """
     try:
         with doubt(path):
             answer = json.loads(line)

@@ -1,4 +1,4 @@
-"""Waits for the processes of a run, and ends this process if another one dies.
+"""Connects the processes of a run, and ends all processes if one of them dies.
 
 Process 0 listens at the address of `--coordinator`, and the other processes connect to it. When all
 have connected, process 0 stops listening, and `jax.distributed` uses the same address. The
@@ -36,11 +36,11 @@ _has_failed = threading.Event()  # set when this process has printed an error of
 
 
 def meet(address: str, count: int, index: int, timeout: float) -> None:
-    """Connects this process with the others. If another process dies later, ends this process.
+    """Connects process 0 with all other processes. If one dies later, ends this process.
 
-    Process 0 is connected with all other processes. `address` is HOST:PORT of process 0. `count` is
-    the number of processes, and `index` the number of this process. Raises UserError if a process
-    does not come within `timeout` seconds.
+    Every process calls this function. `address` is HOST:PORT of process 0. `count` is the number of
+    processes, and `index` is the number of this process, from 0 on. If a process is missing after
+    `timeout` seconds, raises UserError.
     """
     end = time.monotonic() + timeout
     _peers.update(
@@ -58,8 +58,8 @@ def meet(address: str, count: int, index: int, timeout: float) -> None:
 def leave(code: int) -> None:
     """Reports to the other processes that this process ends with the exit code `code`.
 
-    If the code reports a failure, the other processes end, too. This process waits for them,
-    because JAX aborts processes when process 0 has ended.
+    If the code stands for a failure, the other processes end, too. This process first waits for the
+    others, because JAX aborts all processes when process 0 has ended.
     """
     failed = code not in (0, 130, 143)
     if failed:
@@ -72,17 +72,25 @@ def leave(code: int) -> None:
 
 @contextlib.contextmanager
 def blame_lost_process() -> Iterator[None]:
-    """Ends this process with a message if the block fails because another process has died."""
+    """Waits after an error in a `with` block that the death of another process may have caused.
+
+    If another process has died, `_watch` ends this process with a message in the meantime.
+    Otherwise, the error is raised again.
+    """
     try:
         yield
     except Exception as error:
         if _peers and not isinstance(error, Expected):
-            time.sleep(3 * REPORT_SECONDS)  # in the meantime, `_watch` ends the process
+            time.sleep(3 * REPORT_SECONDS)
         raise
 
 
 def _gather(address: str, count: int, end: float) -> dict[int, socket.socket]:
-    """Waits for all other processes. Returns index -> connection."""
+    """Waits in process 0 until all other processes are connected.
+
+    Returns a dict, index of a process -> connection. `end` is the last moment, as in
+    `time.monotonic`. For the other arguments, see `meet`.
+    """
     peers: dict[int, socket.socket] = {}
     port, both = int(address.rpartition(":")[2]), socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET  # some systems have no IPv6
@@ -127,7 +135,10 @@ def _gather(address: str, count: int, end: float) -> dict[int, socket.socket]:
 
 
 def _reach(address: str, count: int, index: int, end: float) -> dict[int, socket.socket]:
-    """Connects to process 0, and waits for its answer. Returns {0: connection}."""
+    """Connects this process to process 0, and waits for its answer. Returns {0: connection}.
+
+    `end` is the last moment, as in `time.monotonic`. For the other arguments, see `meet`.
+    """
     host, _, port = address.rpartition(":")
     reason, waits = "", False
     while (left := end - time.monotonic()) > 0:
@@ -159,7 +170,10 @@ def _reach(address: str, count: int, index: int, end: float) -> dict[int, socket
 
 
 def _watch(index: int, count: int) -> None:
-    """Waits until the process `index` is done. If it dies, ends this process with exit code 2."""
+    """Waits until process `index` has ended. If it dies or fails, ends this process, too.
+
+    The exit code is then 2. `count` is the number of processes, for the message.
+    """
     line = _receive(_peers[index])
     if line == "done":
         return

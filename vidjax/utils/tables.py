@@ -38,9 +38,10 @@ SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
 def check_new(out: str | Path, endings: Sequence[str] = ENDINGS) -> Path:
-    """Returns the path of a new table, the value of `--out`. A `~` becomes the home folder.
+    """Checks the path of a new table, the value of the option `--out`, and returns the path.
 
-    Raises UserError if the table cannot be written.
+    A `~` becomes the home folder. Raises UserError if the file exists, its folder is missing, or
+    its name has none of the `endings`.
     """
     path = files.local(out)
     if path.suffix not in endings:
@@ -62,10 +63,10 @@ def write(
     rows: Iterable[Sequence[object]],
     objects: Iterable[Mapping[str, object]],
 ) -> None:
-    """Writes a table to the new file `path`, in the format of its ending.
+    """Writes a table to the new file `path`. The ending of its name decides the format.
 
-    A .jsonl contains `objects`, one on each line. The other formats contain `rows`, where None is
-    an empty cell. `columns` is name -> type in Apache Arrow, such as `float32`.
+    A .jsonl file gets a line for each item of `objects`. The other formats get `rows`, where None
+    is an empty cell. `columns` is name of a column -> its type in Apache Arrow, such as `float32`.
     """
     if path.suffix == ".jsonl":
         lines = (json.dumps(line, ensure_ascii=False) for line in objects)
@@ -78,7 +79,7 @@ def write(
 
 
 def write_ranking(path: Path, ranking: Ranking) -> None:
-    """Writes a ranking, identity -> (clip, score), to a new file, in the format of its ending.
+    """Writes a ranking, identity -> list of (clip, score), to a new file, see `write`.
 
     A line of .jsonl is {"identity": ..., "clips": [{"clip": ..., "score": ...}]}. A score has all
     digits of float32. If a clip has no usable frame, the score is -inf, or null in .jsonl.
@@ -116,12 +117,11 @@ def to_text(rows: Iterable[Iterable[object]], ending: Literal[".csv", ".tsv"]) -
 
 
 def read_text(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yields (line number, cells) of each row of a table that `to_text` or a spreadsheet wrote.
+    """Yields (line number, cells) for each row of a text table, except for blank rows.
 
-    If the name of the file ends in .csv, cells are separated by commas, otherwise by tabs.
+    In a .csv, commas separate the cells. In other files, tabs separate the cells.
     """
-    with files.open_text(path) as file:
-        content = file.read()
+    content = files.read_input(path)
     separator = SEPARATORS.get(path.suffix.lower(), "\t")
     # Excel saves "Unicode text" as UTF-16, and "Text" as Windows-1252.
     encoding = "utf-16" if content.startswith(BOMS) else "utf-8-sig"
@@ -146,14 +146,15 @@ def read_text(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def find_columns(place: str, titles: Collection[str], wanted: Sequence[str]) -> list[str]:
-    """Returns the titles of the `wanted` columns, or [] if one of them is missing.
+    """Returns the titles of the `wanted` columns as they are written in the table.
 
-    `titles` may be in upper or lower case. If two titles mean the same column, raises UserError.
-    The message begins with `place`.
+    `titles` are all titles of the table, in upper or lower case. If a wanted column is missing,
+    returns []. If two titles mean the same column, raises UserError, whose message begins with
+    `place`, such as a file.
     """
     found = [[x for x in titles if x.strip().lower() == column] for column in wanted]
     if twice := next((same for same in found if len(same) > 1), []):
-        raise UserError(f"{place} two columns are named {' and '.join(twice)}: rename one of them")
+        raise UserError(f"{place}: two columns are named {' and '.join(twice)}: rename one of them")
     return [same[0] for same in found] if all(found) else []
 
 
@@ -163,7 +164,10 @@ def _unescape(cell: str) -> str:
 
 
 def to_columns(kinds: Mapping[str, str], rows: Sequence[Sequence[object]]) -> Columns:
-    """Converts rows to columns. `kinds` is column name -> type in Apache Arrow."""
+    """Converts rows of cells to columns, for `to_arrow`.
+
+    `kinds` is name of a column -> its type in Apache Arrow, in the order of the cells.
+    """
     return {name: (kind, [row[i] for row in rows]) for i, (name, kind) in enumerate(kinds.items())}
 
 
@@ -182,7 +186,7 @@ def to_arrow(columns: Columns) -> "pyarrow.Table":
 
 
 def to_parquet(table: "pyarrow.Table", note: Mapping[bytes, bytes] | None = None) -> bytes:
-    """Returns the content of a parquet file, with `note` as its metadata."""
+    """Returns a table as the content of a parquet file. `note` is the metadata of the file."""
     from pyarrow import parquet
 
     content = io.BytesIO()

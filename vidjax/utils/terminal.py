@@ -16,7 +16,11 @@ LINE_SECONDS = 10  # time between two lines of progress if standard error is not
 
 
 def is_quiet() -> bool:
-    """Returns True if TQDM_DISABLE is set, or this is not the first process of the run."""
+    """Returns True if progress is hidden.
+
+    It is hidden if the environment variable TQDM_DISABLE is set, and in all processes of a run
+    except the first.
+    """
     return os.environ.get(QUIET, "") not in ("", "0") or not distributed.is_first()
 
 
@@ -39,8 +43,8 @@ def hide_progress() -> Iterator[None]:
 def say(text: str, *, warning: bool = False) -> None:
     """Prints a line to standard error, above the progress bar.
 
-    If `is_quiet()`, only lines with `warning=True` are printed. Threads with `errors.mute_thread`
-    print nothing.
+    If `is_quiet()` is True, only lines with `warning=True` are printed. A thread that has called
+    `errors.mute_thread` prints nothing.
     """
     if not is_muted() and (warning or not is_quiet()):
         tqdm = sys.modules.get("tqdm")  # slow to import, and without it there is no bar
@@ -53,18 +57,21 @@ def say(text: str, *, warning: bool = False) -> None:
 
 
 def print_note(note: messages.Note) -> None:
-    """Prints a note, see `say`."""
+    """Prints a note to standard error, see `say`."""
     say(note.text, warning=note.warning)
 
 
 def measure_rate(began: float, clips: int) -> dict[str, float]:
-    """Returns the seconds since the time `began` of `time.monotonic()`, and clips per second."""
+    """Returns the entries `seconds` and `clips_per_second` of a result.
+
+    The work on `clips` clips began at the time `began`, as returned by `time.monotonic`.
+    """
     seconds = time.monotonic() - began
     return {"seconds": seconds, "clips_per_second": clips / max(seconds, 1e-9)}
 
 
 def ignore_count(count: int) -> None:
-    """Does nothing. It replaces `Progress.advance` if no progress is displayed."""
+    """Does nothing. This function replaces `Progress.advance` if no progress is displayed."""
 
 
 class Progress:
@@ -87,7 +94,7 @@ class Progress:
           initial: the number of units that were finished before.
           unit: the noun for a unit, such as `clip`.
           label: the text before the bar.
-          leave: False if `close` removes the bar.
+          leave: True if the bar stays after `close`.
           compiles: True if a compilation precedes the first `advance`. Until then, the text
             `compiling` replaces the bar. The displayed rate does not include this time.
         """
@@ -110,7 +117,10 @@ class Progress:
         )  # fmt: skip
 
     def keep_text(self, text: str) -> None:
-        """Displays a text, such as the MAP of an evaluation, from the next `advance` on."""
+        """Displays a text, such as the MAP of an evaluation, in addition to the text of `advance`.
+
+        The text appears at the next `advance`, and stays until the next call of this method.
+        """
         self._kept = text
 
     def advance(self, count: int, text: str = "") -> None:
@@ -150,5 +160,8 @@ class Progress:
 
 
 def show_clips(label: str, total: int) -> contextlib.closing[Progress]:
-    """Displays how many of `total` clips are finished, until the end of a `with` block."""
+    """Returns a display of how many of `total` clips are finished, for a `with` statement.
+
+    `label` is the text before the bar. The block must call `advance`.
+    """
     return contextlib.closing(Progress(total, unit="clip", label=label, leave=False))

@@ -1,7 +1,7 @@
 """The iQIYI-VID dataset for TensorFlow Datasets (TFDS), and training batches by tf.data.
 
-`import vidjax.data.tfds` makes `tfds.load("iqiyi_vid")` known to TFDS. The module `streaming` makes
-training batches. This folder is the only one that uses TensorFlow.
+After `import vidjax.data.tfds`, the call `tfds.load("iqiyi_vid")` works. The module `streaming`
+makes training batches. No other folder of vidjax uses TensorFlow.
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ class Config(tfds.core.BuilderConfig):  # type: ignore[misc]
     """Selects the modalities of the clips.
 
     Attributes:
-      modalities: the names of the modalities. Without a file, clips have no frames in a modality.
+      modalities: the names of the modalities. If the folder has no file of a modality, all clips
+        have 0 frames in it.
       dtype: the dtype of features. float32 contains all values of float16 and int8.
     """
 
@@ -34,7 +35,7 @@ class Config(tfds.core.BuilderConfig):  # type: ignore[misc]
 
 
 class IqiyiVid(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
-    """Reads a folder of official files. An example is a clip.
+    """The builder for TFDS, which reads a folder of official files. An example is a clip.
 
     An example has the name and the identity of the clip. The identity is "" for a distractor or an
     unlabelled clip. Each modality has features [T, D], and quality, detection and number [T].

@@ -1,11 +1,11 @@
 """Makes training batches from flat files, while the devices work on earlier batches.
 
 A thread reads the files in Python, and chooses the frames of long clips. TensorFlow would take four
-times as long. More threads would wait for each other, because only one thread of a process runs
-Python code at a time. Then operations of TensorFlow decode and pad a whole batch. TensorFlow calls
-no Python code, because a process that ends during such a call hangs or aborts.
+times as long for this. More threads would wait for each other, because only one thread of a process
+runs Python code at a time. Then operations of TensorFlow decode and pad a whole batch. TensorFlow
+calls no Python code, because a process that ends during a call of Python code hangs or aborts.
 
-All code that uses TensorFlow imports it from this module, which sets it up.
+All other code imports TensorFlow from this module, because this module sets TensorFlow up.
 """
 
 import collections
@@ -51,7 +51,11 @@ CARRIER_TYPES = {1: tf.uint8, 2: tf.uint16, 4: tf.int32, 8: tf.int64}
 def train_batches(
     reader: Reader, modalities: Mapping[str, Modality], plan: BatchPlan, drawn: Iterator[DrawnClips]
 ) -> Iterator[Batch]:
-    """Yields the training batches of `plan` without end. `drawn` are the clips of each step."""
+    """Yields the training batches of `plan` without end.
+
+    `reader` reads the clips from files. `modalities` is modality -> width and dtype of its
+    features. `drawn` has the clips of each training step.
+    """
     rows, keys = plan.batch_size, [(name, field) for name in plan.modalities for field in BATCHED]
     kinds = [tf.int32, tf.bool, *(tf.string for _ in keys)]
     queue = tf.queue.FIFOQueue(NUM_AHEAD, kinds, [[rows]] * len(kinds))
@@ -79,9 +83,11 @@ def _close(queue: Any) -> None:
 def _read_batches(
     reader: Reader, plan: BatchPlan, drawn: Iterator[DrawnClips]
 ) -> Iterator[tuple[Any, ...]]:
-    """Yields for each step clip_index, batch_mask, and B strings for each modality and field.
+    """Yields a tuple for each training step, with the clips of the step as strings of bytes.
 
-    A string has the bytes of the frames that the batch contains of a clip.
+    The items of the tuple are `clip_index` [B], `batch_mask` [B], and then a list of B strings for
+    each modality and each field, such as `quality`. A string has the bytes of the field for the
+    frames of a clip that the batch contains.
     """
     for clip_index, batch_mask, first in drawn:
         read = reader.read(clip_index[batch_mask], plan.modalities)
@@ -96,7 +102,7 @@ def _read_batches(
 
 
 def _read_ahead(batches: Iterator[Any]) -> Iterator[Any]:
-    """Yields all items of `batches`. A thread computes them in advance."""
+    """Yields all items of the endless iterator `batches`. A thread computes items in advance."""
     with ThreadPoolExecutor(1) as thread:
         waiting = collections.deque(thread.submit(next, batches) for _ in range(NUM_AHEAD))
         while True:
@@ -106,7 +112,10 @@ def _read_ahead(batches: Iterator[Any]) -> Iterator[Any]:
 
 
 def _make_pipeline(modalities: Mapping[str, Modality], plan: BatchPlan, queue: Any) -> Any:
-    """Returns a `tf.data.Dataset` that makes a batch of each element of `queue`."""
+    """Returns a `tf.data.Dataset` that makes a batch of each element of `queue`.
+
+    An element is a tuple that `_read_batches` has made.
+    """
 
     # The functions have no control flow for TensorFlow, and AutoGraph warns in Python 3.13.
     @tf.autograph.experimental.do_not_convert
@@ -130,7 +139,7 @@ def _make_pipeline(modalities: Mapping[str, Modality], plan: BatchPlan, queue: A
 
 
 def _decode(strings: Any, dtype: np.dtype, count: int) -> Any:
-    """Decodes B strings to [B, count] numbers, padded with zeros."""
+    """Decodes B strings of bytes to an array [B, count] of `dtype`, padded with zeros."""
     size = count * dtype.itemsize
     raw = tf.io.decode_raw(strings, CARRIER_TYPES[dtype.itemsize], fixed_length=size)
     return tf.bitcast(raw, tf.as_dtype(dtype))

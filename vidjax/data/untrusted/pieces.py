@@ -1,11 +1,12 @@
 """Unpickles a large dict in pieces, so that it needs little memory.
 
 pickle writes the items of a dict in batches. `load_pieces` loads a few batches at a time as a new
-dict, a piece. pickle also numbers most objects, to refer to them later. An unpickler keeps numbered
-objects in its memo. Pickles of features refer only to objects of the same clip, and to a few
-objects that all arrays share. The shared objects are in the first piece, which stays in the memo.
-The objects of a later piece are replaced by None when the next piece is loaded. If a pickle refers
-to a replaced object, a clip gets a value None and is refused. Then the pickle is loaded as a whole.
+dict, which is called a piece. pickle also numbers most objects, to refer to them later. An
+unpickler keeps the numbered objects in a list, the memo. Pickles of features refer only to objects
+of the same clip, and to a few objects that all arrays share. The shared objects are in the first
+piece, which stays in the memo. The objects of a later piece are replaced by None in the memo when
+the next piece is loaded. If a pickle refers to a replaced object, a clip gets the value None and is
+refused. Then the pickle is loaded as a whole.
 """
 
 import io
@@ -55,7 +56,7 @@ def load_pieces(file: BinaryIO, size: int) -> Iterator[dict[Any, Any]]:
     """Yields the items of a pickled dict, a few at a time, as new dicts.
 
     `size` is the number of bytes of the file. If the pickle is damaged, is refused, or cannot be
-    read in pieces, any exception may be raised.
+    read in pieces, raises an exception of any type.
     """
     pipe = io.BytesIO()
     unpickler = Unpickler(pipe, encoding="bytes")
@@ -125,7 +126,10 @@ class _Runs:
         self._patterns: list[tuple[re.Pattern[bytes], int]] = []
 
     def skip(self, at: int) -> tuple[int, int]:
-        """Skips opcodes from byte `at`. Returns their end, and how many objects they number."""
+        """Skips the opcodes with arguments of fixed size that begin at byte `at`.
+
+        Returns the byte after these opcodes, and how many objects they number.
+        """
         for place, (pattern, count) in enumerate(self._patterns):
             found = pattern.match(self._content, at)
             if found and self._content[found.end()] not in _PLAIN:

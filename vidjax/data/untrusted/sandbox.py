@@ -36,7 +36,11 @@ READ_BYTES = MB // 16
 
 
 def work(arguments: dict[str, Any]) -> Summary:
-    """Reads a pickle in the child process, and returns the result of `summarise`. See `unpack`."""
+    """Reads a pickle in the child process, and writes its frames to files. See `unpack`.
+
+    Returns the names, lengths and counts of the clips. `arguments` are `path`, `modality` and
+    `out_dir`.
+    """
     path, out_dir = Path(arguments["path"]), Path(arguments["out_dir"])
     modality = arguments["modality"]
     # Garbage collection would take a third of the time, but there are no reference cycles.
@@ -127,9 +131,10 @@ def read_clips(pieces: Iterable[object], modality: str, place: str, size: int) -
 
 
 def _clean_names(content: object, known: set[str], budget: "_Budget") -> dict[str, Any]:
-    """Returns an unpickled dict with checked names of clips, without `.mp4`.
+    """Checks the names of clips, the keys of an unpickled dict, and removes `.mp4` from them.
 
-    Adds the names to `known`. Empties `content` to free memory.
+    Returns clip -> its value in `content`. Adds the names to `known`. Raises UserError if a name is
+    wrong, or is already in `known`. Empties `content` to free memory.
     """
     if type(content) is not dict:
         raise UserError(
@@ -182,7 +187,7 @@ class _Budget:
         self.empty = MAX_EMPTY_CLIPS + size // BYTES_PER_EMPTY_CLIP
 
     def take(self, frames: int = 0, size: int = 0) -> None:
-        """Counts frames and bytes. Too many of them raise UserError."""
+        """Subtracts frames and bytes from the budget. If nothing is left, raises UserError."""
         self._frames -= frames
         self._bytes -= size
         if self._frames < 0 or self._bytes < 0:
@@ -203,10 +208,10 @@ def _describe_type(value: object) -> str:
 
 
 def _choose_fields(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
-    """Returns the names of the values of a frame, such as ('frame', 'feature').
+    """Returns the names of the values that a frame has in a pickle, such as ('frame', 'feature').
 
-    The modalities of iQIYI-VID have a fixed number of values. In other modalities, the number is
-    the most common one of the first clips.
+    In a modality of iQIYI-VID, a frame has a fixed number of values. In another modality, it is the
+    most common number of values in the first clips.
     """
     length = _NUM_FIELDS.get(modality)
     if length is None:
@@ -216,7 +221,7 @@ def _choose_fields(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
         length = lengths.most_common(1)[0][0] if lengths else 1
     if length not in _ENTRIES:
         raise UserError(
-            f"the entries of {modality} have {length} fields, but may have only "
+            f"the frames of {modality} have {length} values, but may have only "
             f"{', '.join(_ENTRIES[5])}: {REMEDY}"
         )
     return _ENTRIES[length]
@@ -225,9 +230,10 @@ def _choose_fields(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
 def _read_frames(
     value: Any, fields: tuple[str, ...], where: str, budget: _Budget
 ) -> dict[str, Any]:
-    """Checks the frames of a clip, and returns field -> array, for `packing.read_frames`.
+    """Checks `value`, the frames of a clip. Returns field -> array, or {} without frames.
 
-    `fields` are the names of the values of a frame. Error messages begin with `where`.
+    `fields` are the names of the values of a frame in the pickle. The fields of the result are as
+    in `packing.read_frames`. Error messages begin with `where`.
     """
     if type(value) is Array and fields == _FEATURE_ONLY:
         count = value.shape[0] if len(value.shape) == 2 else 1
@@ -257,7 +263,11 @@ def _read_frames(
 def _join_features(
     entries: Sequence[Any], fields: tuple[str, ...], where: str, budget: _Budget
 ) -> np.ndarray:
-    """Checks the T frames of a clip, and returns their features [T, D]."""
+    """Checks the T frames of a clip, and returns their features [T, D].
+
+    `entries` has the values of each frame, and `fields` the names of these values. The feature is
+    the last value. Error messages begin with `where`.
+    """
     features: list[Array] = []
     for number, entry in enumerate(entries):
         if not _is_list(entry) or len(entry) != len(fields):
@@ -286,7 +296,10 @@ def _join_features(
 
 
 def _read_column(values: Sequence[Any], field: str, where: str) -> np.ndarray:
-    """Returns the values of a field in T frames, [T] integers or float64."""
+    """Returns the values of a field, such as 'frame', in T frames: [T] int64 or float64.
+
+    Raises UserError, which begins with `where`, if a value is not a number.
+    """
     try:
         column = _convert(values, field)
     except (TypeError, OverflowError, ValueError):

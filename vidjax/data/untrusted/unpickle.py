@@ -1,9 +1,9 @@
 """Unpickles files from strangers without running code from the file.
 
-A pickle can name any global of any module. This module resolves only the globals that numpy writes
-into pickles of arrays. Each becomes a class of this module that checks its arguments. Arrays stay
-plain bytes, so numpy never unpickles them. A few bytes can still allocate gigabytes. So call `load`
-only in the child process of `sandbox`. The child process has limits.
+A pickle can name any function or class of any module. This module accepts only the names that numpy
+writes into pickles of arrays. Each name is replaced by a class of this module, which checks its
+arguments. Arrays stay plain bytes, so numpy never unpickles them. A few bytes can still allocate
+gigabytes. So `load` must be called only in the child process of `sandbox`, which has limits.
 """
 
 import pickle
@@ -168,10 +168,13 @@ _GLOBALS: dict[tuple[str, str], type] = {
 
 
 class Unpickler(pickle.Unpickler):
-    """Python's unpickler. It resolves only the globals in _GLOBALS."""
+    """Python's unpickler, which accepts only the functions and classes in _GLOBALS."""
 
     def find_class(self, module_name: str, global_name: str) -> type:
-        """Returns the class that replaces a global. Raises UserError for all other globals."""
+        """Returns the class of this module that replaces a function or class of a pickle.
+
+        Raises UserError for all names that are not in _GLOBALS.
+        """
         sealed = _GLOBALS.get((module_name, global_name))
         if sealed is None:
             name = show(f"{module_name}.{global_name}")
@@ -179,7 +182,7 @@ class Unpickler(pickle.Unpickler):
         return sealed
 
     def persistent_load(self, pid: object) -> object:
-        """Raises UserError, because the pickle refers to an object outside the file."""
+        """Raises UserError. Python calls this method if a pickle refers to an object elsewhere."""
         raise UserError("the pickle is refused, because it refers to an object outside the file")
 
 

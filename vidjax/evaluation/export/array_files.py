@@ -1,8 +1,8 @@
-"""Writes arrays of a PLDA run or a gallery, and compares exported outputs with vidjax's outputs.
+"""Writes the arrays of a PLDA run or a gallery, and compares exported outputs with vidjax.
 
-The format `numpy`, and the format `safetensors` of a gallery, contain arrays with which `reader.py`
-scores clips. PART is a modality, and D is the length of its vectors. N is the number of people, in
-the order of identities.json. E is the number of ensemble members. PLDA compares the vectors:
+The export format `numpy`, and the format `safetensors` of a gallery, contain the following arrays,
+with which `reader.py` scores clips. PART is a modality, and D is the length of its vectors. N is
+the number of people, in the order of identities.json. E is the number of ensemble members.
 
     scale                        [E], a factor of the log-likelihood ratios
     unenrolled                   [E], the scaled ratio for people without a clip of PART
@@ -19,8 +19,8 @@ the order of identities.json. E is the number of ensemble members. PLDA compares
 
 The log-likelihood ratio of PART is a polynomial of z with the coefficients `linear`, `constant`
 and `curve`. People with the same number of clips share one of the U rows of `curve`. Arrays without
-a dtype are float32 or float64. If distances are compared instead, see
-`apps.gallery.array_export`.
+a dtype are float32 or float64. The arrays of a gallery that compares distances instead are listed
+in `apps.gallery.array_export`.
 """
 
 from collections.abc import Callable, Mapping
@@ -40,9 +40,10 @@ TOLERANCE = 1e-5  # largest allowed difference, relative to max(1, |value|)
 def write_arrays(
     path: Path, arrays: dict[str, Any]
 ) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
-    """Writes arrays to a file, and copies `reader.py` next to the file.
+    """Writes arrays to a .npz or .safetensors file, and copies `reader.py` next to the file.
 
-    Returns a function that scores the vectors of clips with `reader.py` and the written arrays.
+    Returns a function that scores clips with `reader.py` and the written arrays. Its argument is
+    modality -> vectors [Q, D] of Q clips, and its result is described in `reader.py`.
     """
     if path.suffix == ".npz":
         np.savez(path, **arrays)
@@ -68,8 +69,8 @@ def save_tensors(arrays: dict[str, np.ndarray], path: Path) -> None:
 def difference(outputs: Mapping[str, ArrayLike], expected: Mapping[str, np.ndarray]) -> float:
     """Returns the largest difference between outputs and expected outputs, both name -> array.
 
-    Differences are relative for values above 1, and absolute for smaller values. The result is inf
-    if shapes differ, if an output is NaN, or if an infinite value differs.
+    For expected values above 1 in magnitude, the difference is relative. Otherwise, it is absolute.
+    If shapes differ, an output is NaN, or an infinite value differs, returns inf.
     """
     worst = 0.0
     for name, output in outputs.items():
@@ -85,7 +86,7 @@ def difference(outputs: Mapping[str, ArrayLike], expected: Mapping[str, np.ndarr
 
 
 def check_tolerance(format_name: str, worst: float) -> None:
-    """Raises UserError if `worst`, the largest difference of an output, is NaN or too large."""
+    """Raises UserError if `worst`, a result of `difference`, is NaN or too large."""
     if not worst <= TOLERANCE:
         raise UserError(
             f"--format={format_name}: nothing was exported, because the outputs differ from vidjax "

@@ -1,8 +1,8 @@
 """Writes runs in the formats of `vidjax export`.
 
-Each format is a function that writes a file. To compare results with vidjax, the function also
-loads the file with the runtime of the format. JAX and other runtimes are imported only in these
-functions. So a command finds a mistake in its flags immediately.
+Each format is a function that writes a file with the model. The function then loads the file with
+the runtime of the format, so that the outputs can be compared with vidjax. JAX and other runtimes
+are imported only in these functions. So a command reports a mistake in its flags immediately.
 """
 
 import shutil
@@ -142,9 +142,9 @@ def onnx(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
 
 
 def safetensors(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
-    """Returns a function that computes outputs with the weights in `folder`, for the comparison.
+    """Returns a function that computes outputs with the weights in `folder`. Writes no file.
 
-    `vidjax export` has already written the weights, in the format safetensors.
+    Every export already contains the weights in the format safetensors.
     """
     del run, inputs
     import jax
@@ -164,12 +164,20 @@ def safetensors(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
 def numpy(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
     """Writes the arrays of a PLDA run and `reader.py`; returns a function that scores with them."""
     del inputs
-    from vidjax.evaluation.export import array_files
+    import jax
+
+    from vidjax.evaluation.export import array_files, function
+    from vidjax.models.plda_fit import unit_mean
 
     read = array_files.write_arrays(folder / "arrays.npz", make_run_arrays(run))
 
+    @jax.jit
+    def compute_means(frames: "Mapping[str, Frames]") -> "dict[str, Array]":
+        fused = run.model.system.fuse(None, frames, jax.numpy.int32(0))
+        return {part: unit_mean(fused[part]) for part in run.modalities}
+
     def predict_outputs(inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        vectors = compute_unit_means(run, inputs)
+        vectors = jax.device_get(compute_means(function.make_batch(run, inputs).frames))
         logs = read(vectors)[:, 1:]
         logs[~np.any([x.any(axis=1) for x in vectors.values()], axis=0)] = -np.inf
         return {"scores": logs}
@@ -178,7 +186,7 @@ def numpy(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
 
 
 def make_run_arrays(run: "Predictor") -> dict[str, np.ndarray]:
-    """Returns the arrays of a PLDA run, name -> array. `array_files` lists them.
+    """Returns the arrays of a PLDA run, name -> array, which the module `array_files` describes.
 
     Raises UserError for other models and unsupported settings.
     """
@@ -221,26 +229,6 @@ def make_run_arrays(run: "Predictor") -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(value) for name, value in arrays.items()}
 
 
-def compute_unit_means(run: "Predictor", inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the mean vectors of B clips, scaled to unit length: modality -> [B, D].
-
-    The means are the input of `reader.log_probabilities`. `run` is a PLDA run. `inputs` are name ->
-    array, see `function.input_shapes`.
-    """
-    import jax
-
-    from vidjax.evaluation.export import function
-    from vidjax.models.plda_fit import unit_mean
-
-    @jax.jit
-    def compute(frames: "Mapping[str, Frames]") -> "dict[str, Array]":
-        fused = run.model.system.fuse(None, frames, jax.numpy.int32(0))
-        return {part: unit_mean(fused[part]) for part in run.modalities}
-
-    means = compute(function.make_batch(run, inputs).frames)
-    return {part: np.asarray(mean) for part, mean in means.items()}
-
-
 # Name -> format. To add a format, write a function above, and add a line here.
 FORMATS = {
     "stablehlo": Format("model.stablehlo", stablehlo, (), "", bounded=True),
@@ -256,11 +244,12 @@ FORMATS = {
 def write_run(
     name: str, workdir: Path, folder: Path, step: Literal["latest", "best"]
 ) -> dict[str, Any]:
-    """Writes a run in the format `name`, and checks that the file gives the same outputs.
+    """Exports the run in `workdir` in the format `name`, and checks the exported outputs.
 
-    `folder` gets the weights and the model. Returns the entries of `export.json`: the step, the
-    inputs and outputs, and the largest difference of outputs. Raises UserError if the difference is
-    too large, or if the format is limited to fewer weights.
+    The weights and the model are written to `folder`. `step` chooses the checkpoint. Returns the
+    entries of `export.json`, such as the inputs, the outputs and their largest difference to the
+    outputs of vidjax. Raises UserError if the difference is too large, or if the format cannot
+    store so many weights.
     """
     import jax
 

@@ -1,8 +1,8 @@
-"""Turns a run into a function of frames, and compares exported functions with the run.
+"""Turns a trained run into a function of arrays, and compares exported functions with the run.
 
-The function contains the fusion, the net, all ensemble members and their mean. Its inputs are the
-frames of B clips that are padded to T frames: arrays with the names MODALITY_FIELD, such as
-`face_features`; see FIELDS.
+The function computes scores and embeddings with the fusion of frames and all nets of the ensemble.
+Its inputs are the frames of B clips, padded to T frames: arrays with the names MODALITY_FIELD, such
+as `face_features`. FIELDS lists the fields.
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ Shapes = Mapping[str, jax.ShapeDtypeStruct]  # B and T are symbols
 def input_shapes(run: Predictor) -> Shapes:
     """Returns the inputs of an exported run, name -> shape and dtype.
 
-    The numbers of clips and of frames are symbols of `jax.export`, so they may have any value. Each
-    modality has its own number of frames. If the run classifies single frames
+    The numbers of clips and of frames are symbols of `jax.export`, so an exported function accepts
+    any number. Each modality has its own number of frames. But if the run classifies single frames
     (`after_fusion=examples`), all modalities have the same number.
     """
     same_length = run.model.system.frame_is_example
@@ -58,7 +58,7 @@ def input_shapes(run: Predictor) -> Shapes:
 
 
 def make_function(run: Predictor) -> Callable[[Inputs], Outputs]:
-    """Returns a function from inputs to outputs: `compute_outputs` with all weights of the run."""
+    """Returns the function to export: `compute_outputs` with the weights of the run."""
     return functools.partial(compute_outputs, run, get_members(run))
 
 
@@ -66,8 +66,8 @@ def compute_outputs(run: Predictor, members: Sequence[Member], inputs: Inputs) -
     """Computes the outputs of B clips: `scores` [B, C] and `embeddings` [B, D], both float32.
 
     C is the number of identities, and D the length of an embedding. `inputs` are name -> array, see
-    `input_shapes`. The weights are from `members`, see `get_members`. The weights of `run` are not
-    used.
+    `input_shapes`. `members` are the weights, see `get_members`. `run` has the settings. Its own
+    weights are not used.
     """
     batch = make_batch(run, inputs)
     if run.model.system.frame_is_example:
@@ -97,7 +97,10 @@ def make_batch(run: Predictor, inputs: Inputs) -> Batch:
 
 
 def _mask_best_frames(quality: Array, mask: Array) -> Array:
-    """Returns a mask [B, T], True for the best MAX_EVAL_FRAMES frames without padding."""
+    """Returns `mask` [B, T], in which only the best 512 frames of each clip stay True.
+
+    `quality` is [B, T].
+    """
     least = jnp.finfo(jnp.float32).min
     ordered = jnp.where(jnp.isnan(quality), least, jnp.maximum(quality, least))
 
@@ -111,7 +114,10 @@ def _mask_best_frames(quality: Array, mask: Array) -> Array:
 
 
 def _fuse_clips(system: System, frames: Mapping[str, Frames]) -> dict[str, Frames]:
-    """Fuses the frames of each clip, modality -> frames, as if each clip were the whole batch."""
+    """Fuses the frames of B clips, so that the result does not depend on the other clips.
+
+    `frames` and the result are modality -> frames of the B clips.
+    """
     # If a modality of a clip has a single frame, a run combines this frame with every frame of the
     # other modalities. `System.to_examples` recognises a single frame by the length of its array.
     # But here all modalities are padded to the same length, so single frames are repeated.
@@ -153,14 +159,11 @@ def _compute_scores(run: Predictor, members: Sequence[Member], batch: Batch) -> 
         eval_step.eval_step(system, params, state, view, batch)[:, 1 : 1 + count]
         for params, state, view in members
     ]
-    scores = each[0]
-    if len(each) > 1:
-        total = eval_step.make_no_scores(scores, logs=system.scores_are_logs)
-        weight = jnp.ones(scores.shape[0], scores.dtype)
-        for one in each:
-            total = eval_step.add_scores(total, one, weight)
-        scores = eval_step.mean_scores(total)
-    return keep_best(system, scores)
+    if len(each) == 1:
+        return keep_best(system, each[0])
+    weights = [jnp.ones(scores.shape[0], scores.dtype) for scores in each]
+    total = eval_step.collect_scores(each, weights, logs=system.scores_are_logs)
+    return keep_best(system, eval_step.mean_scores(total))
 
 
 def _compute_embeddings(run: Predictor, members: Sequence[Member], batch: Batch) -> Array:
@@ -234,10 +237,8 @@ def check(
     """
     worst = 0.0
     for seed, padding in enumerate((2, 0)):
-        clips = make_random_clips(run, seed, padding)
-        worst = max(worst, difference(predict(clips.inputs), clips.expected))
-        single = {name: value[2:3] for name, value in clips.inputs.items()}
-        expected = {name: value[2:3] for name, value in clips.expected.items()}
-        worst = max(worst, difference(predict(single), expected))
+        several = make_random_clips(run, seed, padding)
+        for clips in (several, jax.tree.map(lambda rows: rows[2:3], several)):
+            worst = max(worst, difference(predict(clips.inputs), clips.expected))
     check_tolerance(format_name, worst)
     return worst

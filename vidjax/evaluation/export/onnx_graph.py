@@ -81,7 +81,7 @@ def to_model(
 
 
 def _find_inputs(nodes: Iterable[onnx.NodeProto]) -> set[str]:
-    """Returns the names of the inputs of all nodes, including nodes in the bodies of loops."""
+    """Returns the names of all values that nodes use, including nodes in the bodies of loops."""
     names = set()
     for node in nodes:
         names.update(node.input)
@@ -122,7 +122,7 @@ class Graph:
         self._sizes: dict[str, str] = {}
 
     def body(self) -> "Graph":
-        """Returns an empty graph for the body of a loop in this graph."""
+        """Returns a graph without nodes for the body of a loop. It shares the constants."""
         inner = copy.copy(self)
         inner.nodes, inner._sizes = [], dict(self._sizes)
         return inner
@@ -143,11 +143,11 @@ class Graph:
         return self.add_node(op, *inputs, names=[name or self.fresh()], **attributes)[0]
 
     def ints(self, value: int | Sequence[int]) -> str:
-        """Adds integers as an int64 constant."""
+        """Adds an int64 constant, and returns its name."""
         return self.constant(value, np.int64)
 
     def constant(self, value: Any, dtype: Any = None) -> str:
-        """Adds a constant. Equal constants share a name."""
+        """Adds a constant, and returns its name. An equal constant is not added twice."""
         name = self.fresh()
         if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             self.known[name] = value  # ONNX cannot store random keys, only the drawn numbers
@@ -164,7 +164,10 @@ class Graph:
     # ---- sizes
 
     def size(self, dim: Any) -> str:
-        """Returns a size as an int64 scalar. A symbolic size is computed from the inputs."""
+        """Adds nodes that compute a size as an int64 scalar, and returns its name.
+
+        `dim` is an integer, or a symbolic size, which is computed from the shapes of the inputs.
+        """
         if isinstance(dim, int):
             return self.ints(dim)
         text = str(dim)
@@ -190,13 +193,13 @@ class Graph:
         return self.node(ops[tree.func.id], *map(self._expression, tree.args))
 
     def shape(self, dims: Sequence[Any]) -> str:
-        """Returns the shape `dims`, n sizes, as an int64 array [n]."""
+        """Adds nodes that compute the shape `dims`, n sizes, as an int64 array [n]."""
         if all(isinstance(dim, int) for dim in dims):
             return self.ints(list(dims))
         return self.node("Concat", *(self.vector(self.size(dim)) for dim in dims), axis=0)
 
     def vector(self, scalar: str) -> str:
-        """Converts a scalar to int64 [1]."""
+        """Adds nodes that convert a scalar to an int64 array [1]."""
         if scalar in self.known:
             return self.constant(self.known[scalar].reshape(1), np.int64)
         return self.cast(self.node("Reshape", scalar, self.ints([1])), np.int64)
@@ -204,25 +207,25 @@ class Graph:
     # ---- operations of several primitives
 
     def reshape(self, x: str, dims: Sequence[Any]) -> str:
-        """Reshapes x to the sizes `dims`."""
+        """Adds a node that reshapes `x` to the sizes `dims`, and returns the name of the result."""
         known = [dim for dim in dims if isinstance(dim, int)]
         if len(known) == len(dims) - 1 and all(known):
             dims = [dim if isinstance(dim, int) else -1 for dim in dims]
         return self.node("Reshape", x, self.shape(dims))
 
     def transpose(self, x: str, order: Sequence[int]) -> str:
-        """Transposes x. Axis n of the result is axis `order[n]` of x."""
+        """Adds a node that transposes `x`. Axis n of the result is axis `order[n]` of `x`."""
         order = [int(axis) for axis in order]
         return x if order == sorted(order) else self.node("Transpose", x, perm=order)
 
     def cast(self, x: str, dtype: Any) -> str:
-        """Casts x to `dtype`."""
+        """Adds a node that casts `x` to `dtype`."""
         return self.node("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
     def line(self, dims: Sequence[Any], axis: int) -> str:
-        """Returns an array of the numbers 0, 1, 2, ... along an axis, int64.
+        """Adds nodes that make an int64 array of the numbers 0, 1, 2, ... along an axis.
 
-        The size of `axis` is `dims[axis]`. The other axes of `dims` have size 1.
+        The size of this axis is `dims[axis]`. The other axes of the array have size 1.
         """
         line = self.node("Range", self.ints(0), self.size(dims[axis]), self.ints(1))
         if len(dims) == 1:
@@ -230,26 +233,35 @@ class Graph:
         return self.reshape(line, [dim if n == axis else 1 for n, dim in enumerate(dims)])
 
     def reduce(self, op: str, x: str, axes: Sequence[int], *, logic: bool = False) -> str:
-        """Reduces x over `axes` with an operator, such as ReduceMax. `logic` is True for bools."""
+        """Adds nodes that reduce `x` over `axes` with an ONNX operator, such as ReduceMax.
+
+        `logic` is True if `x` has bools.
+        """
         x = self.cast(x, np.int32) if logic else x
         result = self.node(op, x, self.ints(list(axes)), keepdims=0)
         return self.cast(result, np.bool_) if logic else result
 
     def top(self, x: str, count: Any, axis: int, *, largest: bool) -> list[str]:
-        """Returns the `count` largest or smallest values along an axis, and their indices."""
+        """Adds a node that finds the `count` largest or smallest values of `x` along an axis.
+
+        Returns the names of the values and of their indices.
+        """
         names, how = [self.fresh(), self.fresh()], {"largest": int(largest), "sorted": 1}
         count = self.vector(self.size(count))
         return self.add_node("TopK", x, count, names=names, axis=axis, **how)
 
     def select(self, which: str, yes: str, no: str, aval: Any) -> str:
-        """Returns `yes` where `which` is True, and `no` elsewhere. `aval.dtype` is their dtype."""
+        """Adds nodes that choose the values of `yes` where `which` is True, and of `no` elsewhere.
+
+        `aval.dtype` is the dtype of `yes` and `no`.
+        """
         if aval.dtype != bool:
             return self.node("Where", which, yes, no)
         chosen = self.node("And", which, yes)
         return self.node("Or", chosen, self.node("And", self.node("Not", which), no))
 
     def clamp(self, index: str, most: str) -> str:
-        """Limits an index to the range from 0 to `most`, and casts it to int64."""
+        """Adds nodes that limit indices to the range from 0 to `most`, as int64."""
         index = self.cast(index, np.int64)
         return self.node("Max", self.node("Min", index, most), self.ints(0))
 
@@ -289,11 +301,9 @@ class Graph:
 
 def _is_foldable(eqn: Eqn) -> bool:
     """Returns True if an operation on constants can be computed during the conversion."""
-    if eqn.primitive.name in ("dim_as_value", *CUSTOM):
-        return False
-    return all(
-        isinstance(dim, int) for var in eqn.outvars for dim in getattr(var.aval, "shape", ())
-    )
+    sizes = (dim for var in eqn.outvars for dim in getattr(var.aval, "shape", ()))
+    unfoldable = eqn.primitive.name in ("dim_as_value", *CUSTOM)
+    return not unfoldable and all(isinstance(dim, int) for dim in sizes)
 
 
 def _log1p(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
@@ -325,13 +335,11 @@ def _expm1(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 
 def _select(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    (which, *cases), aval = x, eqn.outvars[0].aval
-    if eqn.invars[0].aval.dtype == bool:
-        return graph.select(which, cases[1], cases[0], aval)
-    result = cases[0]
-    for number, case in enumerate(cases[1:], 1):
-        is_case = graph.node("Equal", which, graph.constant(number, np.int32))
-        result = graph.select(is_case, case, result, aval)
+    which, result, *others = x
+    is_flag = eqn.invars[0].aval.dtype == bool  # otherwise it is the number of a case
+    for number, case in enumerate(others, 1):
+        chosen = which if is_flag else graph.node("Equal", which, graph.constant(number, np.int32))
+        result = graph.select(chosen, case, result, eqn.outvars[0].aval)
     return result
 
 
@@ -373,9 +381,10 @@ def _rev(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 def _slice_windows(graph: Graph, x: str, dims: Sequence[Any], windows: Mapping[int, tuple[str, Any]]
               ) -> str:  # fmt: skip
-    """Slices x of the shape `dims`. `windows` are axis -> (name of the start, size of the slice).
+    """Adds nodes that take a slice of `x`, whose shape is `dims`.
 
-    As in JAX, a slice that would end outside of x is shifted into x.
+    `windows` are axis -> (name of the start, size of the slice). As in JAX, a slice that would end
+    outside of `x` is shifted into `x`.
     """
     for axis, (start, size) in windows.items():
         if str(size) == str(dims[axis]):
@@ -435,10 +444,10 @@ def _sort(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
 
 
 def _sort_ties(graph: Graph, ordered: str, places: str, size: Any, axis: int) -> str:
-    """Returns the indices of sorted values, with the indices of equal values in ascending order.
+    """Adds nodes that bring the indices of equal values into ascending order.
 
-    TopK has sorted `size` values along `axis`: `ordered` are the sorted values, and `places` are
-    their indices before the sort.
+    The operator TopK has sorted `size` values along `axis`: `ordered` are the sorted values, and
+    `places` are their indices before the sort. Returns the name of the new indices.
     """
     # TopK of OpenVINO may change the order of equal values. So the indices are sorted again, by
     # keys that are never equal.
@@ -501,7 +510,10 @@ def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 
 def _take_component(graph: Graph, index: str, n: int, *, keep: bool = False) -> str:
-    """Returns element n of the last axis of an array. If `keep`, the axis stays, with size 1."""
+    """Adds a node that takes element `n` of the last axis of an array.
+
+    If `keep` is True, the axis stays, with size 1.
+    """
     return graph.node("Gather", index, graph.ints([n] if keep else n), axis=-1)
 
 
@@ -520,7 +532,7 @@ def _scatter(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 def _scatter_rows(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     """Adds nodes for a scatter of JAX that adds N rows to rows of an array, or takes the maximum.
 
-    Rows whose index is outside of the array are ignored.
+    A row whose index is outside of the array is ignored.
     """
     # Such rows are written to an additional row, which is removed at the end.
     numbers, dims = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape

@@ -4,11 +4,12 @@ import numpy as np
 
 
 def log_probabilities(arrays, vectors):
-    """Returns the logarithms of the probabilities of N people for each of Q clips.
+    """Computes the logarithms of the probabilities that Q clips show each of N people.
 
     Args:
-      arrays: name -> array, as np.load or safetensors.numpy.load_file reads them.
-      vectors: modality -> [Q, D], the vectors of the clips. The vector of a missing modality is 0.
+      arrays: name -> array, as np.load or safetensors.numpy.load_file reads the exported file.
+      vectors: modality -> [Q, D], the vectors of the clips. If a clip lacks a modality, its vector
+        is 0.
 
     Returns:
       [Q, 1 + N]. Column 0 belongs to a stranger, and column 1 + n to identity n.
@@ -56,7 +57,8 @@ def log_probabilities(arrays, vectors):
 def _compute_distance_ratios(values, x):
     """Returns the log-likelihood ratios [Q, N] of Q clips and N people, from distances.
 
-    `x` [Q, D] are unit vectors minus the mean of all people.
+    `values` are the arrays of a modality, and `x` [Q, D] are the vectors of the clips, scaled to
+    length 1, minus the mean of all people.
     """
     same, different, least, constant, slope = values["card"]
     radius = np.sum(x * x, axis=1)[:, None]

@@ -36,7 +36,7 @@ ITEMS = ("params", "model_state")
 
 
 def write(workdir: Path, folder: Path, step: str) -> None:
-    """Exports the `latest` or `best` checkpoint (`step`) of the run in `workdir` to `folder`."""
+    """Exports a checkpoint of the run in `workdir` to `folder`. `step` is `latest` or `best`."""
     source = RunFolder(workdir)
     config = source.config
     config.eval.checkpoint = step
@@ -81,7 +81,10 @@ def read(folder: Path, workdir: Path) -> None:
 
 @contextlib.contextmanager
 def _blame_export(folder: Path, copy: Path) -> Iterator[None]:
-    """Turns errors about the files in `copy` into errors about the exported files in `folder`."""
+    """Replaces `copy` by `folder` in the messages of errors in a `with` block.
+
+    `copy` is a temporary copy of the exported files in `folder`, which a user does not know.
+    """
     try:
         yield
     except (UserError, checkpoint.CheckpointError) as error:
@@ -93,7 +96,10 @@ def _blame_export(folder: Path, copy: Path) -> Iterator[None]:
 
 
 def _copy(source: Path, target: Path, names: Sequence[str]) -> None:
-    """Copies files. Raises UserError for a link, a pipe, or a damaged metrics.json."""
+    """Copies those of the files `names` that exist from the folder `source` to `target`.
+
+    Raises UserError for a link or a pipe, or if `metrics.json` in `source` is damaged.
+    """
     RunFolder(source).metrics()
     for name in names:
         if files.exists(source / name):
@@ -101,7 +107,7 @@ def _copy(source: Path, target: Path, names: Sequence[str]) -> None:
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Flattens nested dicts of arrays to path -> array, with paths such as params/net/kernel."""
+    """Converts nested dicts of arrays to one dict, whose keys are paths like params/net/kernel."""
     leaves = jax.tree_util.tree_leaves_with_path(dict(tree))
     return {_path(keys): np.ascontiguousarray(jax.device_get(leaf)) for keys, leaf in leaves}
 
@@ -118,7 +124,10 @@ def _make_shapes(config: Config, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_items(path: Path, shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads weights into nested dicts. Raises UserError if they do not have the given `shapes`."""
+    """Reads weights from a .safetensors file into nested dicts, as in `shapes`.
+
+    If the arrays in the file do not have exactly these names, shapes and dtypes, raises UserError.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 

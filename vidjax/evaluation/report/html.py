@@ -1,8 +1,8 @@
 """Makes HTML pages from the templates in this folder, with numbers, names, tables and figures.
 
 A page loads no other file and runs no script. It fits a screen, a phone and paper, and has a light
-and a dark theme. Templates escape every text except `Markup`, and `Markup.format` escapes its
-arguments, so a name from a file cannot become an element of the page.
+and a dark theme. Finished HTML has the type `Markup`. Templates escape every other text, and
+`Markup.format` escapes its arguments. So a name from a file cannot become an element of the page.
 """
 
 import io
@@ -27,20 +27,24 @@ NONE = "none"  # text for an unknown number
 
 
 class Number(Markup):
-    """A number as HTML. A column of numbers is aligned at the right."""
+    """HTML of a number. Columns of a table with this type are aligned to the right."""
 
 
 class Bar(Number):
-    """A number as HTML, with a bar behind it."""
+    """HTML of a number with a bar behind it, whose length shows the number."""
 
 
 def plain(value: object) -> str:
-    """Returns a value as text for UTF-8. Lone surrogates become question marks."""
+    """Returns a value as text that can be encoded as UTF-8. Lone surrogates become `?`."""
     return str(value).encode(errors="replace").decode()
 
 
 def name(value: object) -> Markup:
-    """Returns a name as HTML. Long words may be broken. The name has its own text direction."""
+    """Returns a name as HTML, in which a browser may break long words.
+
+    A name in a script from right to left does not change the direction of the text around it. A
+    value that is already HTML is returned unchanged.
+    """
     if isinstance(value, Markup):
         return value
     long = Markup('<span class="long">{}</span>')
@@ -50,16 +54,19 @@ def name(value: object) -> Markup:
 
 
 def paragraph(words: str, *values: object) -> Markup:
-    """Returns a paragraph with a value in place of each {}. Empty `words` give no paragraph."""
+    """Returns a paragraph as HTML: `words`, with a value in place of each {}.
+
+    If `words` is empty, returns empty HTML.
+    """
     content = Markup.escape(words).format(*values)
     return Markup("<p>{}</p>").format(content) if words else Markup()
 
 
 def number(value: object, digits: int = 4, *, sign: str = "", percent: bool = False) -> Markup:
-    """Returns a number as HTML. The text is rounded, and an attribute contains all digits.
+    """Returns a number as HTML, rounded to `digits` digits. An HTML attribute has all digits.
 
-    If `sign` is `+`, positive numbers get a sign. If `percent` is True, a share in 0..1 becomes a
-    text such as 95 %.
+    None, NaN and infinity become `none`. If `sign` is `+`, positive numbers get a sign. If
+    `percent` is True, a share in 0..1 becomes a text such as 95 %.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return Number(NONE) if value is None else Markup.escape(plain(value))
@@ -73,10 +80,8 @@ def number(value: object, digits: int = 4, *, sign: str = "", percent: bool = Fa
     return Number(Markup('<data value="{}">{}</data>').format(repr(value), shown))
 
 
-def bar(value: float | None) -> Number:
+def bar(value: float) -> Number:
     """Returns a number in 0..1 as HTML, with a bar whose length shows the number."""
-    if value is None:
-        return Number(NONE)
     share = 100 * min(max(value, 0.0), 1.0) if math.isfinite(value) else 0.0
     shown = Markup('<span style="--share: {:.1f}%">{}</span>').format(share, number(value))
     return Bar(shown)
@@ -89,14 +94,15 @@ def between(low: float, high: float, digits: int, *, percent: bool = False) -> N
 
 
 def cell(value: object) -> Markup:
-    """Returns a value as HTML: a number, or a text. Markup is returned unchanged."""
-    if isinstance(value, Markup) or not (value is None or isinstance(value, int | float)):
-        return name(value)
-    return number(value)
+    """Returns a value as HTML for a cell of a table: a number, or a name. HTML stays unchanged."""
+    return number(value) if value is None or isinstance(value, int | float) else name(value)
 
 
 def table(caption: str, head: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:
-    """Returns a table as HTML, or nothing without rows. The first value of a row is its header."""
+    """Returns a table as HTML. `head` has the titles of the columns.
+
+    The first value of each row is its header. Without rows, returns empty HTML.
+    """
     cells = [[cell(value) for value in row] for row in rows]
     if not cells:
         return Markup()
@@ -105,7 +111,7 @@ def table(caption: str, head: Sequence[object], rows: Iterable[Sequence[object]]
 
 
 def folded_table(caption: str, head: Sequence[object], rows: Sequence[Sequence[object]]) -> Markup:
-    """Returns a table that is hidden until a reader opens it, or nothing without rows."""
+    """Returns a table as HTML, hidden until a reader clicks. Without rows, returns empty HTML."""
     words = Markup("<details><summary>{}: {}</summary>{}</details>")
     return words.format(caption, len(rows), table(caption, head, rows)) if rows else Markup()
 
@@ -129,12 +135,15 @@ ENVIRONMENT.globals |= {"LONGEST_WORD": LONGEST_WORD, "STACKED": STACKED}
 
 
 def parts() -> Any:  # noqa: ANN401
-    """Returns a module with the macros of `parts.html.j2`: functions that return HTML."""
+    """Returns the template `parts.html.j2` as a module, whose functions (macros) return HTML."""
     return ENVIRONMENT.get_template("parts.html.j2").module
 
 
 def beside(kind: str, blocks: Sequence[Markup]) -> Markup:
-    """Returns HTML that puts blocks side by side on a wide page. `kind` is figures or tables."""
+    """Returns HTML that shows blocks of HTML side by side, if the screen is wide enough.
+
+    `kind` says what the blocks are: `figures` or `tables`.
+    """
     return Markup('<div class="{}">{}</div>').format(kind, Markup().join(blocks))
 
 
@@ -195,7 +204,7 @@ class Plot:
     """A figure with a single pair of axes."""
 
     def __init__(self, height: float = 3.0, *, x: str = "", y: str = ""):
-        """Makes empty axes with labels. The height is in inches; the width is `WIDTH`."""
+        """Makes empty axes with the labels `x` and `y`. `height` is in inches."""
         with matplotlib.rc_context(STYLE):
             self.figure = Figure((WIDTH, height), layout="constrained")
             self.axes = self.figure.add_subplot()
@@ -203,7 +212,11 @@ class Plot:
             self.axes.set_ylabel(y)
 
     def curve(self, x: np.ndarray, y: np.ndarray, label: str | None = None) -> None:
-        """Draws a curve of at most 300 evenly spaced points. A curve of few points has markers."""
+        """Draws a curve through the points (x, y).
+
+        If there are more than 300 points, 300 evenly spaced points are drawn. If there are at most
+        20 points, each has a marker.
+        """
         shown = np.unique(np.linspace(0, len(x) - 1, min(len(x), MAX_POINTS)).astype(int))
         marker = "o" if len(shown) <= FEW_POINTS else ""
         self.axes.plot(x[shown], y[shown], color=FIRST, marker=marker, label=label)
@@ -216,13 +229,17 @@ class Plot:
     def html(self, key: str, title: str, description: str, caption: str = "") -> Markup:
         """Returns the figure as HTML, with `caption` below it, by default the title.
 
-        `key` is unique on the page. `description` is for a reader who cannot see the figure.
+        `key` is an identifier of the figure, unique on the page. `description` says in words what
+        the figure shows, for a reader who cannot see it.
         """
         head, rest = map(Markup, self._svg(key).split(">", 1))
         return parts().figure(key, title, description, caption or title, head, rest)
 
     def _svg(self, key: str) -> str:
-        """Returns the figure as SVG in the colours of the theme. All ids in it start with `key`."""
+        """Returns the figure as SVG, whose colours follow the light or dark theme of the page.
+
+        All identifiers in the SVG start with `key`, so that two figures have different identifiers.
+        """
         content = io.BytesIO()
         for patch in (self.figure.patch, *(axes.patch for axes in self.figure.axes)):
             patch.set(facecolor="none", edgecolor="none")

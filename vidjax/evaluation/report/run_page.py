@@ -1,8 +1,8 @@
 """Makes `report.html` from the files of a run, and a page for each other evaluated split.
 
-A page needs no other file, no network and no script. The report needs no clips and no model. Each
-section is made by a function that takes `RunFiles` and returns HTML, or None to leave out the
-section.
+A page needs no other file, no network and no script. To make a page, neither clips nor a model are
+needed. A section of the page is made by a function that takes `RunFiles` and returns HTML. If the
+function returns None, the section is left out.
 """
 
 import functools
@@ -58,13 +58,19 @@ class RunFiles(NamedTuple):
         return self.identities[column] if column < len(self.identities) else "unknown"
 
     def averages(self) -> np.ndarray:
-        """Returns the AP of each identity, or 0 for an identity that the run was not trained on."""
+        """Returns the average precisions of the identities in the ground truth.
+
+        For an identity that the run was not trained on, it is 0.
+        """
         averages = self.arrays["ap"][self.arrays["positives"] > 0]
         return np.concatenate([averages, np.zeros(self.analysis.num_others or 0)])
 
 
 def title(run: RunFiles) -> str:
-    """Returns the name of a run's folder, and the settings of its command that the name lacks."""
+    """Returns the title of a page: the folder of the run, and the settings of its command.
+
+    Settings that are already in the name of the folder are left out.
+    """
     folder, added = run.folder.name, list[str]()
     for word in (run.metrics.command or "").replace("'", "").split():
         name, _, value = word.partition("=")
@@ -78,7 +84,7 @@ def title(run: RunFiles) -> str:
 
 
 def describe_system(run: RunFiles) -> str:
-    """Returns the model, the modalities and the data of a run."""
+    """Returns a line of text with the model, the modalities and the data of a run."""
     section = run.config["data"] | run.values.get("data", {})
     named = {key: value for key, value in section.items() if value is not None}
     folder = Path(str(named.get("dir", ""))).name
@@ -156,7 +162,7 @@ def _split_row(run: RunFiles, split: str, values: Mapping[str, Any]) -> tuple[ob
 def result_rows(run: RunFiles) -> Rows:
     """Returns the rows (label, value, interval) of the results in `metrics.json`.
 
-    The metrics with `log=True` come first.
+    The metrics that every evaluation prints come first.
     """
     labels = [
         ("num_clips", "ranked clips", 0),
@@ -179,7 +185,10 @@ def result_rows(run: RunFiles) -> Rows:
 
 
 def _labelled(values: Mapping[str, Any], labels: Sequence[tuple[str, str, int]]) -> Rows:
-    """Returns a row (label, number) for each (key, label, digits) in `labels` that has a value."""
+    """Returns a row (label, number as HTML) for each item of `labels` that has a value.
+
+    An item is (key of the value in `values`, label, number of digits after the point).
+    """
     return [
         (label, html.number(values[key], digits))
         for key, label, digits in labels
@@ -217,7 +226,7 @@ def _join(values: Iterable[object] | None) -> str:
 
 
 def reading(run: RunFiles) -> Markup | None:
-    """Returns definitions of the terms of a report, or None if the run has no MAP."""
+    """Returns definitions of the terms of a report as HTML, or None if the run has no MAP."""
     return None if run.metrics.map is None else html.parts().terms()
 
 
@@ -232,9 +241,7 @@ def learning(run: RunFiles) -> Markup | None:
     rate = _draw_curve(train, "learning_rate", "Learning rate")
     figures = html.beside("figures", [loss, scores, rate])
     bad_steps = sum(line.get("bad_steps", 0) for line in train)
-    if not bad_steps:
-        return figures
-    words = "{} steps were skipped: loss or gradient was not finite."
+    words = "{} steps were skipped: loss or gradient was not finite." * bool(bad_steps)
     return figures + html.paragraph(words, html.number(bad_steps, 0))
 
 
@@ -246,9 +253,10 @@ def _draw_curve(
     scored_field: str = "",
     scored_title: str = "",
 ) -> Markup:
-    """Draws the curve of `field` in training, and a point for each evaluation in `lines`.
+    """Draws a curve of the field `field` of the lines `train` over the epochs of the training.
 
-    The height of a point is the value of `scored_field`.
+    Also draws a point for each of `lines` that has the field `scored_field`, the results of
+    evaluations.
     """
     x, y, last = _column(train, "epoch"), _column(train, field), train[-1]
     plot = html.Plot(x="epoch", y=title.lower())
@@ -336,11 +344,8 @@ def _worst_identities(run: RunFiles) -> Markup:
 def mistakes(run: RunFiles) -> Markup | None:
     """Returns tables of the mistakes with the highest scores."""
     wrong = run.analysis.wrong_clips or schemas.WrongClips()
-    alarms = [(row.clip, run.identity(row.identity), row.score) for row in wrong.distractors or ()]
-    others = [
-        (row.clip, run.identity(row.shows), run.identity(row.identity), row.score)
-        for row in wrong.known or ()
-    ]
+    alarms = [(clip, *rest) for clip, _, *rest in _list_mistakes(run, wrong.distractors)]
+    others = _list_mistakes(run, wrong.known)
     if not alarms and not others:
         return None
     head, caption = ("distractor", "taken for", "score"), "False alarms with the highest scores"
@@ -348,6 +353,14 @@ def mistakes(run: RunFiles) -> Markup | None:
     caption = "Known clips that score highest for another identity"
     tables.append(html.table(caption, ("clip", "shows", *head[1:]), others))
     return html.paragraph(LOGARITHMS if run.analysis.logs else "") + html.beside("tables", tables)
+
+
+def _list_mistakes(run: RunFiles, mistakes: schemas.Mistakes | None) -> Rows:
+    """Returns rows (clip, person in the clip, person with the highest score, this score)."""
+    return [
+        (row.clip, run.identity(row.shows), run.identity(row.identity), row.score)
+        for row in mistakes or ()
+    ]
 
 
 def errors(run: RunFiles) -> Markup | None:
@@ -401,10 +414,7 @@ def _suspects(run: RunFiles, suspects: schemas.Suspects) -> Markup:
         html.number(suspects.count), html.number(suspects.identities),
         html.number(suspects.gain, sign="+"), html.between(suspects.low, suspects.high, 4),
     )  # fmt: skip
-    rows = [
-        (row.clip, run.identity(row.shows), run.identity(row.identity), row.score)
-        for row in suspects.clips
-    ]
+    rows = _list_mistakes(run, suspects.clips)
     head = ("clip", "label", "best identity", "score")
     return rule + words + html.table("Suspected labels with the highest scores", head, rows)
 
@@ -446,12 +456,11 @@ def open_set(run: RunFiles) -> Markup | None:
     parts = [html.beside("figures", figures)]
     if open_set := run.analysis.open_set:
         parts.append(_thresholds(run, open_set))
-    if "fpir" not in run.arrays:
-        words = "There are no errors by threshold: the split has no distractor."
-        parts.append(html.paragraph(words))
-    if "calibration" not in run.arrays:
-        words = "There is no calibration: the scores of this run are not probabilities."
-        parts.append(html.paragraph(words))
+    absent = {
+        "fpir": "There are no errors by threshold: the split has no distractor.",
+        "calibration": "There is no calibration: the scores of this run are not probabilities.",
+    }
+    parts += [html.paragraph(words) for name, words in absent.items() if name not in run.arrays]
     return Markup().join(parts)
 
 
@@ -566,7 +575,10 @@ SECTIONS: dict[Callable[[RunFiles], Markup | None], str] = {
 
 
 def write(folder: RunFolder) -> Path:
-    """Writes `report.html`, and a page for every other split that has an analysis, atomically."""
+    """Writes `report.html`, and a page for every other split that has an analysis.
+
+    Returns the path of `report.html`.
+    """
     run = load(folder)
     for split in run.analysed:
         paths = folder.paths(split, apart=True)
@@ -577,7 +589,10 @@ def write(folder: RunFolder) -> Path:
 
 
 def render(run: RunFiles) -> str:
-    """Returns a report as HTML. Raises UserError if its files come from different evaluations."""
+    """Returns a report as the text of an HTML page.
+
+    If the files of the run come from different evaluations, raises UserError.
+    """
     date = run.metrics.eval_date or run.metrics.date  # of the evaluation
     lead = [describe_system(run), f"evaluated on {run.split}", date]
     try:
@@ -598,7 +613,10 @@ def render(run: RunFiles) -> str:
 
 
 def load(folder: RunFolder, other: str | None = None) -> RunFiles:
-    """Reads the files of a run, with its results on the split `other`, by default `eval.split`."""
+    """Reads the files of a run for a report.
+
+    The results are the results on the split `other`, by default on `config.eval.split`.
+    """
     config, paths = folder.config, folder.paths(other, apart=bool(other))
     others, values = {} if other else folder.other_metrics(), folder.metrics(paths)
     analysis, arrays = folder.analysis(paths) or (schemas.Analysis(), {})

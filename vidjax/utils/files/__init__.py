@@ -4,7 +4,6 @@ from os.path import lexists as exists
 
 from vidjax.utils.files.locks import find_foreign_folder, lock
 from vidjax.utils.files.reading import (
-    ARCHIVE_BYTES,
     CONFIG_BYTES,
     INTEGER_LIMIT,
     JSON_BYTES,
@@ -25,11 +24,11 @@ from vidjax.utils.files.reading import (
     open_entry,
     open_input,
     open_regular,
-    open_text,
     open_zip,
     parse_json,
     parse_line,
     read_bytes,
+    read_input,
     read_json,
     read_npz,
     refuse_links,

@@ -24,8 +24,9 @@ def lock(
 ) -> Iterator[None]:
     """Locks a folder until the context or the process ends.
 
-    If another process has locked the folder for longer than `wait` seconds, raises InUseError.
-    Messages call the folder `name`. Locks with another `file_name` are independent.
+    If another process still holds the lock after `wait` seconds, raises InUseError. Messages call
+    the folder `name`. The lock is a lock of the file `file_name` in the folder, so a folder can
+    have several independent locks.
     """
     path, end = workdir / file_name, time.monotonic() + wait
     with open_regular(path, os.O_RDWR | os.O_CREAT) as file:
@@ -50,7 +51,7 @@ def lock(
                 ) from error
         content = file.read(LOCK_BYTES)
         if content and not content.startswith(b"process "):
-            raise UserError(f"'{path}' was not written by vidjax\nmove the file elsewhere")
+            raise UserError(f"the lock file '{path}' is not from vidjax\nmove the file elsewhere")
         owner = f"process {os.getpid()} on {socket.gethostname()}".encode().ljust(len(content))
         # A file with several hard links may also belong to another folder, so it is not changed.
         if owner != content and os.fstat(file.fileno()).st_nlink == 1:
@@ -61,7 +62,10 @@ def lock(
 
 
 def find_foreign_folder(folder: Path) -> Path | None:
-    """Returns the first folder on the path to `folder` that other users may change, or None."""
+    """Returns a folder on the path to `folder` in which other users may replace files, or None.
+
+    The search begins at the root of the disk, and ends with `folder`.
+    """
     try:
         real = folder.absolute().resolve()
         for path in (*reversed(real.parents), real):
@@ -91,7 +95,7 @@ def _may_be_changed(status: os.stat_result, *, last: bool) -> bool:
 
 
 def _is_private(group: int) -> bool:
-    """Returns True for root's group, and for a group whose only member is this user."""
+    """Returns True if `group` is the number of root's group, or if only this user is a member."""
     if group == 0:
         return True
     try:

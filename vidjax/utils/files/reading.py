@@ -57,9 +57,10 @@ def open_regular(
 
     Args:
       path: the file. Symbolic links, pipes and other special files raise UserError.
-      flags: flags of `os.open`.
-      limit: a file with more bytes raises UserError.
-      below: a folder. A link that leads out of this folder raises UserError.
+      flags: flags of `os.open`, by default for reading.
+      limit: the largest allowed number of bytes. A larger file raises UserError.
+      below: a folder that contains the file. If a link on the way to the file leads out of this
+        folder, raises UserError.
     """
     if below is not None and not path.parent.resolve().is_relative_to(below.resolve()):
         raise UserError(
@@ -90,7 +91,10 @@ def open_regular(
 
 
 def refuse_special_file(path: Path, descriptor: int | None = None) -> None:
-    """Raises UserError if `path`, or the open file `descriptor`, is not a regular file."""
+    """Raises UserError if `path` is not a regular file, but for example a link or a pipe.
+
+    If the file is open, `descriptor` is its number, and the open file is checked.
+    """
     mode = (os.lstat(path) if descriptor is None else os.fstat(descriptor)).st_mode
     if stat.S_ISREG(mode):
         return
@@ -116,24 +120,26 @@ def open_input(path: Path) -> io.FileIO:
     return open_regular(real)
 
 
-def open_text(path: Path) -> io.BufferedReader:
-    """Opens a text file of the user. Raises UserError if it is too large for the memory."""
-    file = open_input(path)
-    size, limit = os.fstat(file.fileno()).st_size, memory_bytes() // TEXT_FACTOR
-    if size > limit:
-        file.close()
-        raise UserError(
-            f"'{path}' is too large: it has {size:,} bytes, and the memory suffices for {limit:,}\n"
-            "remove lines that are not needed, or use a machine with more memory"
-        )
-    return io.BufferedReader(file)
+def read_input(path: Path) -> bytes:
+    """Returns the content of a text file of the user. The path may be a symbolic link.
+
+    Raises UserError if the file is too large for the memory, or is not a regular file.
+    """
+    with io.BufferedReader(open_input(path)) as file:
+        size, limit = os.fstat(file.fileno()).st_size, memory_bytes() // TEXT_FACTOR
+        if size > limit:
+            raise UserError(
+                f"'{path}' is too large: it has {size:,} bytes, and the memory suffices for "
+                f"{limit:,}\nremove lines that are not needed, or use a machine with more memory"
+            )
+        return file.read()
 
 
 def _find_mode(path: str | os.PathLike[str]) -> int:
-    """Returns the mode of a file or folder, or 0 if there is none, or a link leads nowhere.
+    """Returns the mode of a file or folder, or 0 if it does not exist. Follows links.
 
-    Raises every other OSError. In Python 3.14, `Path.exists` is also False if the disk fails, or if
-    the user may not open the folder.
+    If the disk fails, or if the user may not open the folder, raises OSError. `Path.exists` of
+    Python 3.14 would be False in these cases.
     """
     try:
         return os.stat(path).st_mode
@@ -146,12 +152,12 @@ def _find_mode(path: str | os.PathLike[str]) -> int:
 
 
 def is_file(path: str | os.PathLike[str]) -> bool:
-    """Returns whether there is a regular file. If the disk fails, raises OSError."""
+    """Returns True if `path` is a regular file. If the disk fails, raises OSError."""
     return stat.S_ISREG(_find_mode(path))
 
 
 def is_present(path: str | os.PathLike[str]) -> bool:
-    """Returns whether there is a file or folder. If the disk fails, raises OSError."""
+    """Returns True if `path` is a file or folder. If the disk fails, raises OSError."""
     return _find_mode(path) != 0
 
 
@@ -172,14 +178,17 @@ def walk(folder: Path) -> Iterator[str]:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raises UserError if a folder contains a link or a pipe. The folder itself may be missing."""
+    """Raises UserError if a folder contains a link or a pipe, at any depth.
+
+    If the folder does not exist, there is no error.
+    """
     if os.path.isdir(folder):
         for _ in walk(folder):
             pass
 
 
 def read_bytes(path: Path, limit: int, below: Path | None = None) -> bytes:
-    """Returns the content of a file of at most `limit` bytes. `below` is as in `open_regular`."""
+    """Returns the content of a file of at most `limit` bytes. For `below`, see `open_regular`."""
     with io.BufferedReader(open_regular(path, limit=limit, below=below)) as file:
         return file.read(limit)
 
@@ -187,7 +196,10 @@ def read_bytes(path: Path, limit: int, below: Path | None = None) -> bytes:
 def read_json(
     path: Path, kind: type[T] = dict, limit: int = JSON_BYTES, below: Path | None = None
 ) -> T:
-    """Returns the value, of type `kind`, of a JSON file. For the limits, see `read_bytes`."""
+    """Returns the value in a JSON file. If its type is not `kind`, raises UserError.
+
+    For `limit` and `below`, see `open_regular`.
+    """
     content = read_bytes(path, limit, below)
     try:
         value = parse_json(content)
@@ -226,23 +238,26 @@ def parse_line(line: bytes) -> dict[str, object]:
 
 
 def iterate_lines(path: Path) -> Iterator[bytes]:
-    """Yields lines, each with its line end. A line of over 256 kB is split into several pieces."""
+    """Yields the lines of a file, with line ends. A line above 256 kB comes in several pieces."""
     with io.BufferedReader(open_regular(path)) as lines:
         while line := lines.readline(LINE_BYTES):
             yield line
 
 
 def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> "dict[str, np.ndarray]":
-    """Returns name -> array of an `.npz`. The file and its arrays may each take `limit` bytes."""
+    """Reads an `.npz` file, and returns name -> array.
+
+    If the file has more than `limit` bytes, or if the arrays need more memory, raises UserError.
+    """
     with open_regular(path, limit=limit) as file, prefix_errors(f"cannot read '{path}'"):
         return load_npz(file, limit)
 
 
 def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> "dict[str, np.ndarray]":
-    """Returns name -> array of an open `.npz`.
+    """Reads an open `.npz` file, and returns name -> array.
 
-    Raises UserError if the arrays need more than `limit` bytes. A number that takes fewer bytes
-    than `least` counts as `least` bytes, because the caller will convert it to a larger type.
+    Raises UserError if the arrays need more than `limit` bytes. `least` is the number of bytes that
+    a number takes at least. A caller that will convert numbers to float32 passes 4.
     """
     import numpy as np
 
@@ -257,15 +272,19 @@ def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> "dict[
 
 
 def max_unpacked_bytes(size: int) -> int:
-    """Returns to how many bytes an archive may unpack: 100 x `size`, but at least 64 MB."""
+    """Returns how many bytes an archive of `size` bytes may have after it is unpacked.
+
+    This limit is 100 x `size`, but at least 64 MB.
+    """
     # The limit stops zip bombs. Compression makes real features at most 10 times smaller.
     return max(LARGE_BYTES, 100 * size)
 
 
 def npz_bytes(content: bytes, limit: int) -> int:
-    """Returns how many bytes the arrays of an `.npz` need. A number needs at least 4 bytes.
+    """Returns how many bytes of memory the arrays of an `.npz` need, without unpacking them.
 
-    Raises UserError above `limit` bytes. The arrays are not unpacked.
+    `content` is the content of the file. A number counts as at least 4 bytes. If the arrays need
+    more than `limit` bytes, raises UserError.
     """
     with damaged_file(_describe_npz):
         return sum(size for *_, size in _open_arrays(io.BytesIO(content), limit, least=4))
@@ -273,16 +292,16 @@ def npz_bytes(content: bytes, limit: int) -> int:
 
 @contextlib.contextmanager
 def damaged_file(make_error: Callable[[str], UserError]) -> Iterator[None]:
-    """Turns an error of a library about the content of a file into `make_error(REASON)`.
+    """Turns an error of a library that reads a file in a `with` block into a UserError.
 
-    UserError, MemoryError and errors of the system are raised again.
+    `make_error` makes this error from the message of the library. UserError, MemoryError and errors
+    of the operating system stay unchanged.
     """
     try:
         yield
-    except (UserError, MemoryError):
-        raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno:
+        is_of_system = isinstance(error, OSError) and error.errno
+        if is_of_system or isinstance(error, UserError | MemoryError):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise make_error(reason) from error
@@ -295,7 +314,11 @@ def _describe_npz(reason: str) -> UserError:
 def _open_arrays(
     file: io.FileIO | io.BytesIO, limit: int, least: int
 ) -> Iterator[tuple[str, IO[bytes], int]]:
-    """Yields (name, open file, bytes in memory) of the arrays of an `.npz`. See also `load_npz`."""
+    """Yields a tuple for each array of an `.npz` file. For `limit` and `least`, see `load_npz`.
+
+    The items of the tuple are the name, the open entry after its header, and the number of bytes of
+    the array in memory.
+    """
     if file.read(1) == NPY_START:
         raise UserError("an .npy file has no name for its array: use numpy.savez")
     left = limit
@@ -331,6 +354,7 @@ def _open_arrays(
 
 
 def _read_header(file: IO[bytes]) -> "tuple[tuple[int, ...], np.dtype]":
+    """Reads the header of an `.npy` file; returns the shape and the dtype of the array."""
     import numpy as np
 
     read_header = {
@@ -342,7 +366,7 @@ def _read_header(file: IO[bytes]) -> "tuple[tuple[int, ...], np.dtype]":
 
 
 class _InPieces(io.BufferedReader):
-    """A file that raises UserError if more than PIECE_BYTES (1 MB) are read at once."""
+    """A file of which at most PIECE_BYTES (1 MB) can be read at once. More raises UserError."""
 
     # `zipfile` reads the list of entries of a zip at once, however long the list is. It also trusts
     # the places of entries, which may lie outside of the file.
@@ -362,7 +386,10 @@ class _InPieces(io.BufferedReader):
 
 @contextlib.contextmanager
 def open_zip(file: io.FileIO | io.BytesIO) -> Iterator[zipfile.ZipFile]:
-    """Opens a zip for `open_entry`. If its list of entries is above 1 MB, raises UserError."""
+    """Opens a zip archive. If its list of entries has more than 1 MB, raises UserError.
+
+    The entries must be opened with `open_entry`.
+    """
     content = _InPieces(cast(io.RawIOBase, file))
     try:
         with zipfile.ZipFile(content) as archive:
@@ -372,7 +399,10 @@ def open_zip(file: io.FileIO | io.BytesIO) -> Iterator[zipfile.ZipFile]:
 
 
 def open_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> IO[bytes]:
-    """Opens an entry of a zip. Raises UserError if it is encrypted, or not packed with deflate."""
+    """Opens an entry of a zip archive.
+
+    Raises UserError if the entry has a password, or is packed by another method than deflate.
+    """
     # With other compression, such as LZMA, Python may unpack a short piece to gigabytes at once.
     is_locked = bool(entry.flag_bits & 1)
     if is_locked or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -383,9 +413,9 @@ def open_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> IO[bytes]:
 
 
 def local(path: str | os.PathLike[str]) -> Path:
-    """Returns a path with `~` expanded. Raises UserError for s3://x and other addresses.
+    """Returns a path with `~` expanded. Raises UserError for an address such as s3://x.
 
-    The text `./s3:/x` is the path of a folder `s3:`.
+    If a folder is really named `s3:`, the user can write `./s3:/x`.
     """
     text = os.fspath(path)
     if re.match(r"[A-Za-z]:[\\/]", text):
@@ -427,7 +457,7 @@ def sha256_folder(folder: Path) -> dict[str, str]:
 
 
 def cache_root(given: str | Path | None = None) -> Path:
-    """Returns the cache folder: `given`, or `$VIDJAX_CACHE`, or `~/.cache/vidjax`."""
+    """Returns the cache folder: `given`, by default `$VIDJAX_CACHE`, or else `~/.cache/vidjax`."""
     if path := given or os.environ.get("VIDJAX_CACHE"):
         return local(path)
     try:

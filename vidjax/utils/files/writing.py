@@ -28,8 +28,8 @@ _scratch_lock = threading.RLock()
 def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
     """Makes a folder if it does not exist, and returns its absolute path.
 
-    Raises UserError if the folder is not writable, or `path` is an address such as s3://x. Messages
-    call the folder `name`.
+    Raises UserError if the folder is not writable, or if `path` is an address such as s3://x. Error
+    messages call the folder `name`.
     """
     workdir = local(path).absolute()
     try:
@@ -47,11 +47,15 @@ def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
 
 
 def open_log(path: Path) -> io.FileIO:
-    """Opens a log without a buffer, to append lines. Makes the file if it does not exist."""
+    """Opens a log file without a buffer, to append lines. Makes the file if it does not exist.
+
+    If the file has several hard links, the log is first copied to a new file, so that a snapshot of
+    the folder does not change.
+    """
     if os.path.lexists(path):
         with open_regular(path) as file:
             is_shared = os.fstat(file.fileno()).st_nlink > 1
-            if is_shared:  # a snapshot may have a hard link to the log, and must not change
+            if is_shared:
                 with atomic_file(path) as copy:
                     shutil.copyfileobj(file, copy)
     return open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -68,9 +72,10 @@ def remove_tree(folder: Path) -> None:
 def remove_ours(folder: Path, ours: str) -> bool:
     """Removes the files of vidjax in a folder, and then the folder if it is empty.
 
-    `ours` is a regular expression that matches the whole names of these files. Their unfinished
-    files are removed, too. If a file is a link, only the link is removed. If `folder` is a link,
-    nothing is removed. Returns True if the folder does not exist afterwards.
+    `ours` is a regular expression that matches the whole names of these files. Temporary files,
+    which killed processes have left for these names, are removed, too. If a file is a link, only
+    the link is removed. If `folder` is a link, nothing is removed. Returns True if the folder does
+    not exist afterwards.
     """
     if not os.path.lexists(folder):
         return True
@@ -97,7 +102,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes, *, sync: bool = True, replace: bool = True) -> None:
-    """Writes a file atomically. The arguments are explained in `atomic_file`."""
+    """Writes a file atomically. For `sync` and `replace`, see `atomic_file`."""
     with atomic_file(path, sync=sync, replace=replace) as file:
         file.write(content)
 
@@ -107,9 +112,10 @@ def atomic_file(path: Path, *, sync: bool = True, replace: bool = True) -> Itera
     """Yields a new file to write. The new file replaces `path` when the context ends.
 
     After an error, `path` is unchanged. If `replace` is False and `path` exists, raises UserError.
+
     If `sync` is True, the context waits until the content is on the disk, so that even a power cut
-    leaves no incomplete file. Files that killed calls for `path` have left are removed, too. If
-    `sync` is False, the caller removes such files with `remove_ours`.
+    leaves no incomplete file. It also removes temporary files that killed processes have left for
+    `path`. If `sync` is False, the caller must remove these files with `remove_ours`.
     """
     if sync:
         remove_partials(path.parent, re.escape(path.name))
@@ -123,7 +129,10 @@ def atomic_file(path: Path, *, sync: bool = True, replace: bool = True) -> Itera
 
 @contextlib.contextmanager
 def _open_partial(path: Path) -> Iterator[BinaryIO]:
-    """Opens an unfinished file for `path`. The lock of a living process protects it."""
+    """Yields a new temporary file next to `path`, and removes the file afterwards.
+
+    The file is locked, so that other processes do not take it for the file of a killed process.
+    """
     while True:
         # The name has random digits, because processes in containers often have equal numbers.
         partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
@@ -140,7 +149,7 @@ def _open_partial(path: Path) -> Iterator[BinaryIO]:
 
 
 def _link_new(partial: str, path: Path) -> None:
-    """Renames a file. Raises UserError if `path` exists."""
+    """Renames the file `partial` to `path`. Raises UserError if `path` exists."""
     try:
         try:
             os.link(partial, path)  # unlike a rename, this does not replace an existing file
@@ -154,12 +163,15 @@ def _link_new(partial: str, path: Path) -> None:
 
 
 def describe_existing(path: Path) -> str:
-    """Returns the error for a file that a command must not replace."""
+    """Returns the error message for an existing file that the option --out names."""
     return f"--out={path} exists and is not overwritten: name another file, or delete it"
 
 
 def foreign_error(path: Path, flag: str = "--out") -> UserError:
-    """Returns the error for a file or folder at a place where a command writes its own files."""
+    """Returns the error for a file or folder of another program, which a command would replace.
+
+    `flag` is the option with which the user can name another folder.
+    """
     return UserError(
         f"'{path}' was not written by vidjax, or is damaged, so it is not replaced\n"
         f"move it away, or name another folder: {flag}=FOLDER"
@@ -167,7 +179,7 @@ def foreign_error(path: Path, flag: str = "--out") -> UserError:
 
 
 def append(file: io.FileIO, content: bytes) -> None:
-    """Adds `content` to the end of an unbuffered file. After an error, the file is as before."""
+    """Adds `content` to the end of an unbuffered file. An error leaves the file unchanged."""
     before = file.seek(0, os.SEEK_END)
     left = content
     with disk_errors(file.name, OSError):
@@ -182,7 +194,7 @@ def append(file: io.FileIO, content: bytes) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: object, kind: type[Exception]) -> Iterator[None]:
-    """Turns an error of the type `kind` into a DiskError, if `path` cannot be written."""
+    """Turns errors of the type `kind` in a `with` block that writes `path` into a DiskError."""
     try:
         yield
     except kind as error:
@@ -212,7 +224,11 @@ def write_manifest(path: Path, entries: Mapping[str, object]) -> None:
 
 
 def read_manifest(path: Path, below: Path | None = None, limit: int = JSON_BYTES) -> dict[str, Any]:
-    """Returns the entries that `write_manifest` wrote. A wrong digest raises UserError."""
+    """Returns the entries of a JSON file that `write_manifest` wrote, without the digest.
+
+    If the digest does not match the entries, raises UserError. For `below` and `limit`, see
+    `open_regular`.
+    """
     manifest = read_json(path, limit=limit, below=below)
     if manifest.pop("sha256", None) != sha256_json(manifest):
         raise UserError(f"'{path}' is damaged: its sha256 does not match its content")
@@ -229,9 +245,8 @@ def _plain(value: object) -> object:
 def scratch_folder(folder: Path | None = None) -> Iterator[Path]:
     """Makes a folder that only this user can read, yields its path, and removes it at the end.
 
-    A signal that ends the command also removes the folder, because it may contain features of
-    people. `folder` is the path of the folder. It must not exist. By default, the system chooses a
-    path.
+    `folder` is the path of the new folder. By default, the system chooses a path. The folder may
+    contain features of people, so a signal that ends the command removes the folder, too.
     """
     if folder is None:
         folder = Path(tempfile.mkdtemp())
@@ -247,7 +262,10 @@ def scratch_folder(folder: Path | None = None) -> Iterator[Path]:
 
 
 def remove_scratch_folders() -> None:
-    """Removes all scratch folders of this process. The caller must then end the process."""
+    """Removes the folders of all open calls of `scratch_folder`, from all threads.
+
+    The caller must then end the process.
+    """
     # The lock stays locked. Otherwise an error of another thread, whose files are gone, could end
     # the process before all folders are removed.
     _scratch_lock.acquire()
@@ -263,9 +281,9 @@ def remove_scratch_folders() -> None:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yields a new folder to fill, and renames the new folder to `folder` at the end.
 
-    Missing parents of `folder` are made. An error removes the new folder and these parents. Folders
-    that killed calls have left are removed. If another process has made `folder` in the meantime,
-    raises UserError.
+    Missing parents of `folder` are made. After an error, the new folder and these parents are
+    removed. Unfinished folders that killed processes have left are removed, too. If another process
+    makes `folder` in the meantime, raises UserError.
     """
     # The name has random digits, so that a child of a killed process cannot write into this folder.
     partial = folder.with_name(f"{folder.name}.{os.urandom(4).hex()}.partial")
@@ -339,13 +357,13 @@ def _rename_to_new(partial: Path, folder: Path) -> None:
 
 
 def hide(path: Path) -> None:
-    """Lets only this user read a file or open a folder, if the disk stores permissions."""
+    """Takes all rights to a file or folder from other users, if the disk stores permissions."""
     with contextlib.suppress(PermissionError):  # a network drive may refuse to change them
         path.chmod(0o700 if path.is_dir() else 0o600)
 
 
 def make_private(folder: Path) -> None:
-    """Makes a folder and its missing parents. Only this user may read, write and open them."""
+    """Makes a folder and its missing parents. Other users get no rights to the new folders."""
     for path in (*reversed(folder.parents), folder):
         if not path.is_dir():
             path.mkdir(mode=0o700, exist_ok=True)
