@@ -24,8 +24,6 @@ A comment after each value names its source: `paper` (the team's article), `code
 github.com/LegenDong/IQIYI_VID_FACE_2019 at 258ff92) or `ours`.
 """
 
-from ml_collections import ConfigDict
-
 from vidjax.runs import config as config_lib, config_words
 
 WORDS = {
@@ -47,7 +45,6 @@ def get_config(args: str = "") -> config_lib.Config:
     # Paper: face and scene. The official files have no scene.
     config.modalities = modalities or (("face",) if "iqiyi_vid" in words else ("face", "scene"))
     others = tuple(name for name in config.modalities if name != "face")
-    config.batch_size = 128  # ours
     config.num_epochs = 30.0  # ours
     config.data.distractors = "leave_out"  # code
     if "trainval" in words:
@@ -92,9 +89,9 @@ def get_config(args: str = "") -> config_lib.Config:
             "main_share": 0.2,  # code
             "other_share": 0.8,  # code
         }
-    config.model = ConfigDict(model)
+    config.model = model
     sample = {"name": "sample", "num_frames": 40 if full else 12}  # code; ours
-    config.fusion.face = ConfigDict({"train": sample, "evaluate": {"name": "all"}})  # ours
+    config.fusion.face = {"train": sample, "evaluate": {"name": "all"}}  # ours
 
     config.loss.margin = 0.5  # code
     config.loss.focal = "multiclass"  # ours

@@ -34,6 +34,7 @@ def get_config(args: str = "") -> config_lib.Config:
 
 
 def _name_systems(modalities: tuple[str, ...], words: set[str], *, full: bool) -> Iterator[str]:
+    """Yields the configurations that are trained and joined, such as `plda:face`."""
     size = sorted(words - {"plda"}, reverse=True)
     # With many classes, the classifier of several modalities takes longer than it gains. Scenes
     # show few people, so the cosine of a scene does not help.

@@ -14,8 +14,6 @@ so a checkpoint contains a feature vector of each training clip.
 Arguments: the words of WORDS below (`few` has no effect), and a modality to use instead of `face`.
 """
 
-from ml_collections import ConfigDict
-
 from vidjax.runs import config as config_lib, config_words
 
 WORDS = {**config_words.SCALE_WORDS}
@@ -34,6 +32,6 @@ def get_config(args: str = "") -> config_lib.Config:
 
     mean = {"name": "mean", "weighting": "quality"}  # ours
     modality = config.modalities[0]
-    config.fusion = ConfigDict({modality: {"train": mean, "evaluate": mean}})
-    config.model = ConfigDict({"name": "knn", "modality": modality})
+    config.fusion = {modality: {"train": mean, "evaluate": mean}}
+    config.model = {"name": "knn", "modality": modality}
     return config

@@ -23,8 +23,6 @@ A comment after each value names its source: `paper` (the author's article), `co
 code, github.com/luckycallor/IQIYI_VID_5th at 72a2368) or `ours`.
 """
 
-from ml_collections import ConfigDict
-
 from vidjax.runs import config as config_lib, config_words
 
 WORDS = {
@@ -67,18 +65,16 @@ def get_config(args: str = "") -> config_lib.Config:
         config.noise.mirror_weight = ((0.0, 0.1), (0.9 * config.num_epochs, 0.6))
         config.noise.join = True  # code
 
-    config.model = ConfigDict(
-        {
-            "name": "dense",
-            "backbone": "mlp",
-            "layers": ((512, "linear", False, 0.0),),  # code
-            "head": "cosine",  # code
-            "logit_scale": 64.0,  # code
-        }
-    )
+    config.model = {
+        "name": "dense",
+        "backbone": "mlp",
+        "layers": ((512, "linear", False, 0.0),),  # code
+        "head": "cosine",  # code
+        "logit_scale": 64.0,  # code
+    }
     mean = {"name": "mean", "weighting": "quality"}  # ours: quality x detection
     crops = {"name": "crops", "weighting": "quality"}  # code: the crops; ours: the weights
-    config.fusion = ConfigDict({modality: {"train": mean, "evaluate": crops}})
+    config.fusion = {modality: {"train": mean, "evaluate": crops}}
     config.after_fusion = "examples"
     config.eval.reduce = "max"  # code: maximum over four crops, then the mean over folds
 

@@ -22,7 +22,7 @@ probabilities only on synthetic clips, in which people with many training clips 
 Arguments: the words of WORDS below (`few` has no effect), and names of modalities.
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import config_dict
 
 from vidjax.runs import config as config_lib, config_words
 
@@ -47,10 +47,7 @@ def get_config(args: str = "") -> config_lib.Config:
     config.data.crop = "quality"
 
     mean = {"name": "mean", "weighting": "quality"}
-    config.fusion = ConfigDict(
-        {name: {"train": mean, "evaluate": mean} for name in config.modalities}
-    )
-    config.model = ConfigDict({"name": "plda"})
-    for name in ("within", "between", "scale", "unenrolled", "stranger"):
-        config.model[name] = config_dict.placeholder(float)  # fitted before training
+    config.fusion = {name: {"train": mean, "evaluate": mean} for name in config.modalities}
+    settings = ("within", "between", "scale", "unenrolled", "stranger")  # fitted before training
+    config.model = {"name": "plda"} | {x: config_dict.placeholder(float) for x in settings}
     return config

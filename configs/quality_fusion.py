@@ -19,8 +19,6 @@ A comment after each value names its source: `paper` (the team's article and sli
 team's code) or `ours`.
 """
 
-from ml_collections import ConfigDict
-
 from vidjax.runs import config as config_lib, config_words
 
 # Hidden layers of each net, as (width, activation, batch norm after it, dropout rate): code.
@@ -61,37 +59,32 @@ def get_config(args: str = "") -> config_lib.Config:
         config.data.train_splits = ("train", "val")  # code
 
     net = config_words.choose_name(words, MLPS, "mlp5")
-    config.model = ConfigDict(
-        {
-            "name": "dense",
-            "backbone": "mlp",
-            "layers": MLPS[net],  # code
-            "head": "linear",  # code
-            "feature_scale": 1.0,  # ours
-            "modality_dropout_rate": 0.0,  # code: one modality; ours
-        }
-    )
-    config.fusion.face = ConfigDict(
-        {
-            "train": {
-                "name": "random",  # paper: 1 to 5 faces; code: with replacement
-                "num_draws": 1,  # paper
-                "max_frames": 5,  # paper
-                "probs": (0.25, 0.0, 0.65, 0.0, 0.10),  # code
-                "weighting": "quality",  # code
-                # Ours: a clip keeps all faces if none passes; code: the clip is dropped.
-                "poor_clips": "keep",
-                "min_quality": 25.0,  # code; 30 on the slides
-                "min_detection": 0.7,  # code; 0.8 on the slides
-            },
-            "evaluate": {"name": "mean", "weighting": "graded"},  # paper, code: W(x)
-        }
-    )
+    config.model = {
+        "name": "dense",
+        "backbone": "mlp",
+        "layers": MLPS[net],  # code
+        "head": "linear",  # code
+        "feature_scale": 1.0,  # ours
+        "modality_dropout_rate": 0.0,  # code: one modality; ours
+    }
+    train = {
+        "name": "random",  # paper: 1 to 5 faces; code: with replacement
+        "num_draws": 1,  # paper
+        "max_frames": 5,  # paper
+        "probs": (0.25, 0.0, 0.65, 0.0, 0.10),  # code
+        "weighting": "quality",  # code
+        # Ours: a clip keeps all faces if none passes; code: the clip is dropped.
+        "poor_clips": "keep",
+        "min_quality": 25.0,  # code; 30 on the slides
+        "min_detection": 0.7,  # code; 0.8 on the slides
+    }
+    evaluate = {"name": "mean", "weighting": "graded"}  # paper, code: W(x)
     if "raw" in words:
-        config.fusion.face.train = ConfigDict({"name": "random", "num_draws": 1, "max_frames": 1})
+        train = {"name": "random", "num_draws": 1, "max_frames": 1}
     if "voting" in words:
         config.after_fusion = "examples"
-        config.fusion.face.evaluate = ConfigDict({"name": "all"})
+        evaluate = {"name": "all"}
+    config.fusion.face = {"train": train, "evaluate": evaluate}
 
     config.loss.focal = "binary"  # code
     config.loss.gamma = 2.0  # code

@@ -21,8 +21,6 @@ A comment after each value names its source: `paper` (the team's article) or `ou
 published.
 """
 
-from ml_collections import ConfigDict
-
 from vidjax.runs import config as config_lib, config_words
 
 WORDS = {
@@ -82,7 +80,7 @@ def get_config(args: str = "") -> config_lib.Config:
         }
         if main != "face":
             model["modality"] = main
-    config.model = ConfigDict(model)
+    config.model = model
     # Paper: the original frames, and as many frames merged from 2 to 5 frames. So half of the draws
     # use a single frame.
     merged = {
@@ -101,9 +99,9 @@ def get_config(args: str = "") -> config_lib.Config:
     mean = {"name": "mean", "weighting": "quality"}  # ours
     if "fused" in words:
         evaluate = mean
-    config.fusion[main] = ConfigDict({"train": merged, "evaluate": evaluate})
+    config.fusion[main] = {"train": merged, "evaluate": evaluate}
     for name in others:
-        config.fusion[name] = ConfigDict({"train": mean, "evaluate": mean})
+        config.fusion[name] = {"train": mean, "evaluate": mean}
 
     config.optim.name = "adam"  # paper
     config.optim.learning_rate = 1e-2 if full else 1e-3  # paper; ours on few steps

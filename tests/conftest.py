@@ -184,10 +184,15 @@ def run_here(patch: pytest.MonkeyPatch) -> None:
     """Makes jobs of child processes run in this process, because a new process takes a second."""
     from vidjax.utils import processes
 
+    last = list[Any]()
+
     def run(_: Any, module: str, *, given: bytes, **limits: Any) -> Any:
         lib, jobs = importlib.import_module(module), json.loads(given)
-        for function in vars(lib).values():  # a new process remembers no results
-            getattr(function, "cache_clear", lambda: None)()
+        nets = [(x, os.stat(x).st_mtime_ns) for x in jobs["reads"]]
+        if not nets or nets != last:  # a new process remembers no results, but loads the same nets
+            for function in vars(lib).values():
+                getattr(function, "cache_clear", lambda: None)()
+        last[:] = nets
         answers = [processes._answer(lib.work, path, words, "") for path, words in jobs["given"]]
         gc.enable()  # a job may disable it, because its process ends soon
         lines = b"".join(json.dumps(answer).encode() + b"\n" for answer in answers)
@@ -216,6 +221,16 @@ def tables_here(monkeypatch: pytest.MonkeyPatch) -> None:
         return found
 
     monkeypatch.setattr(processes, "run_limited", read)
+
+
+@pytest.fixture(scope="module")
+def no_figures() -> Iterator[None]:
+    """Figures of reports are empty: to draw the figures of a report takes a second."""
+    from vidjax.evaluation.report import html
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(html.Plot, "_svg", lambda *_: "<svg></svg>")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -69,6 +69,7 @@ def get_config(args=""):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_figures")
 def test_run_uses_added_dataset_fusion_transform_and_metric(tmp_path, monkeypatch, say):
     for table, name, value in ADDITIONS:
         monkeypatch.setitem(table, name, value)

@@ -199,7 +199,7 @@ KINDS = {
 }
 
 
-STEPS = {"film": 60, "photo": 60, "net to convert": 7}  # of all answers, every 60th is tried
+STEPS = {"film": 120, "photo": 120, "net to convert": 15}  # every 120th answer is tried
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,5 +1,6 @@
 """Blends of runs: scores against a loop over clip names, and runs that cannot be blended."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -19,8 +20,11 @@ from vidjax.runs import config_io
 
 FOLDS = "--config.ensemble.folds=2"
 SHORT = ("--config.num_epochs=1", "--config.eval.block_size=32", "--config.eval.members=false")
-# Each run has only a part of the modalities.
-pytestmark = pytest.mark.filterwarnings("ignore:.*the data have other modalities")
+pytestmark = [
+    # Each run has only a part of the modalities.
+    pytest.mark.filterwarnings("ignore:.*the data have other modalities"),
+    pytest.mark.usefixtures("no_figures"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +62,18 @@ def runs(train, folders):
     )
 
 
-def probabilities(folder, load, split):
-    """Returns clip -> probabilities [C] float64 of a single run."""
+@functools.cache
+def restored(folder, load):
+    """Returns the model of a single run, whose scores are logarithms of probabilities."""
     config = config_io.load_workdir(folder)
-    config.eval.split = split
     if config.eval.scores == "logits":
         config.eval.scores = "log_softmax"
-    model = small_runs.restored(folder, load(config), config)
+    return small_runs.restored(folder, load(config), config)
+
+
+def probabilities(folder, load, split):
+    """Returns clip -> probabilities [C] float64 of a single run."""
+    model = restored(folder, load)
     logs = small_runs.scores(model, split)
     return dict(zip(model.data.split(split).clips, np.exp(logs), strict=True))
 

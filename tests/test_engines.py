@@ -130,24 +130,24 @@ def test_output_of_a_job_cannot_fill_the_memory_of_the_parent(results):
     assert peak[0] < (4 if results else 0.1) * OUTPUT_BYTES
 
 
-# What jobs of one call do, and their errors. The last three take 2.1 s together, in one process.
+# What jobs of one call do, and their errors.
 FAILED = [
-    ("time", UserError, r"0' is refused.* 2 s of CPU time"), ("process", dict, ""),
+    ("time", UserError, r"0' is refused.* 1 s of CPU time"), ("process", dict, ""),
     ("memory", UserError, "2' is refused.* 2,048 MB"),
     ("mistake", UserError, r"^film\.mp4: give another film$"),
     ("disk", UserError, "4' is refused.* file of more than 2,048 MB"),
     ("missing", DiskError, r"nowhere(.|\n)*correct the path"),
     ("crash", UserError, "6' is damaged or hostile: .* SIGABRT"),
-    ("bug", UserError, r"7: .*KeyError(.|\n)*report it"), *[("work", dict, "")] * 3,
+    ("bug", UserError, r"7: .*KeyError(.|\n)*report it"), *[("process", dict, "")] * 2,
 ]  # fmt: skip
 
 
 def test_failures_of_limited_jobs_have_a_cause_and_do_not_affect_other_jobs(tmp_path):
-    """The CPU time is limited for each job. After a crash, a new process does the next jobs."""
+    """After a crash, a new process does the next jobs."""
     jobs = ({"wanted": job, "file": str(tmp_path / "file")} for job, _, _ in FAILED)
     given = [(Path(f"{number}"), job) for number, job in enumerate(jobs)]
     answers = processes.run_limited_each(
-        limited_job.__name__, given, dict, memory_bytes=1 << 31, cpu_seconds=2, writes=[tmp_path]
+        limited_job.__name__, given, dict, memory_bytes=1 << 31, cpu_seconds=1, writes=[tmp_path]
     )
     for answer, (_, kind, message) in zip(answers, FAILED, strict=True):
         assert isinstance(answer, kind), answer
@@ -155,6 +155,15 @@ def test_failures_of_limited_jobs_have_a_cause_and_do_not_affect_other_jobs(tmp_
             assert re.search(message, text := str(answer)) and len(text.splitlines()) <= 3
     (first, *ids) = [answer["process"] for answer in answers if isinstance(answer, dict)]
     assert first not in ids and len({*ids}) == 1
+
+
+def test_cpu_time_is_limited_for_each_job():
+    """The limit of the second job begins after the second of CPU time of the first job."""
+    given = [(Path("film.mp4"), {"wanted": "work"})] * 2
+    first, second = processes.run_limited_each(
+        limited_job.__name__, given, dict, memory_bytes=1 << 31, cpu_seconds=2
+    )
+    assert (first, second) == ({"limit": 2}, {"limit": 3})
 
 
 @pytest.mark.parametrize("text", ["no JSON", "[1]", "{}", '{"result": 1}', "[" * 200_000])

@@ -76,7 +76,7 @@ def test_suppression_drops_each_face_that_overlaps_a_better_kept_face():
 
     faces = Faces(boxes.astype(np.float32), scores, points)
     assert 1 < len(kept) < 60
-    for part, whole in zip(nets.suppress_overlaps(faces, most_overlap=0.3), faces, strict=True):
+    for part, whole in zip(nets.suppress_overlaps(faces), faces, strict=True):
         np.testing.assert_array_equal(part, whole[kept])
 
 

@@ -204,8 +204,8 @@ def test_large_jpeg_photos_are_reduced_and_other_large_photos_are_refused(tmp_pa
     assert np.abs(films.read_photo(tmp_path / "a.jpg") - means).mean() < 4
     Image.fromarray(films.scene(3, 250, 320)).save(tmp_path / "b.jpg")  # too large for a quarter
     Image.fromarray(large).save(tmp_path / "a.png")
-    refused(tmp_path / "b.jpg", "320 x 250 pixels, more than 4,800")
-    refused(tmp_path / "a.png", "320 x 240 pixels, more than 4,800")
+    refused(tmp_path / "b.jpg", "320 x 250 pixels, more than the limit of 4,800")
+    refused(tmp_path / "a.png", "320 x 240 pixels, more than the limit of 4,800")
 
 
 def test_heic_photos_that_are_films_or_too_large_are_refused(tmp_path, monkeypatch):
@@ -542,7 +542,7 @@ HOSTILE = {
         f'<a MP:b="{LONG}" MP:c=\'{LONG}\'>d="{LONG}"</a>{xmp.attributes(SPELLED)}'), "", 2),
     "entities": (lambda: BOMB + xmp.packet(xmp.elements([("&c;", *EVE[1:])])), "undefined", 0),
     "100 MB": (lambda: b"<rdf:RDF Region" + b" " * 100_000_000, "does not end within", 0),
-    "many packets": (lambda: b"<rdf:RDF></rdf:RDF>" * 1_000_000, "", 0),
+    "many packets": (lambda: b"<rdf:RDF></rdf:RDF>" * 300_000, "", 0),
     "deep": (lambda: DEEP, "", 0),
     "prefix": (lambda: MWG.replace(b"mwg-rs:Name", b"mwg:Name"), "unbound prefix", 0),
     "10,000": (lambda: xmp.packet(xmp.attributes([EVE] * 10_000)), "more than 500 face tags", 500),
@@ -576,8 +576,8 @@ def judge(faces, drawn_in, orientation, *, known=True, scale=1.0, hidden=()):
     middle, half = (faces[:, :2] + faces[:, 2:]) / 2, (faces[:, 2:] - faces[:, :2]) / 2 * scale
     tags, shape = [], (0, 0)
     for left, top, right, bottom in np.hstack([middle - half, middle + half]).round().astype(int):
-        picture = np.zeros((300, 400))
-        picture[top:bottom, left:right] = 1
+        picture = np.zeros((300, 400), bool)
+        picture[top:bottom, left:right] = True
         stored = xmp.STORED[drawn_in](picture)  # rotates or mirrors the displayed picture
         (y, x), shape = np.nonzero(stored), stored.shape[::-1]
         box = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1]) / np.tile(shape, 2)

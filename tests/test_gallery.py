@@ -20,7 +20,7 @@ from vidjax.apps.gallery import (
     index as index_lib,
     run_vectors,
 )
-from vidjax.apps.gallery.enrolment import enrol, fit_backend
+from vidjax.apps.gallery.enrolment import enrol, stack_people
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import StoredClip, list_clips_of
 from vidjax.core import metrics
@@ -229,7 +229,7 @@ def test_one_photo_per_person_names_these_people_and_few_strangers(tmp_path, cap
 
     clips, strangers = draw(num_people, photos_each=1 + 10), draw(300, photos_each=1)
     enrolled = {f"{n}/0": clips.pop(f"{n}/0") for n in range(num_people)}
-    front = fit_backend(enrolled, {"face": embeddings.WIDTH}, centred=False)
+    front = backend_lib.fit(*stack_people(enrolled, {"face": embeddings.WIDTH}), centred=False)
     assert "too few to calibrate" in capsys.readouterr().err
     gallery = Gallery.of_clips(tmp_path / "g", made_galleries.RUN, front, enrolled)
     answers = gallery.identify(vectors_of(gallery, clips))

@@ -247,7 +247,7 @@ def test_replacing_a_net_removes_clips_without_another_modality_and_a_run_is_ref
     new.mkdir()
     made_nets.write(new, "embed", width=width, back_end=made_nets.back_end(width=width))
     made_nets.write(new, "voice", "voice_embedder", back_end=made_nets.back_end())
-    refused(lambda: card_notes.adopt(gallery, new), "other models of face", "--out=DIR")
+    refused(lambda: card_notes.adopt(gallery, new), "other nets for face", "--out=DIR")
     refused(lambda: Gallery(gallery.folder, run=tmp_path), "made from nets", "--run")
     assert card_notes.adopt(gallery, new, replace=True) == ("face",)
     assert gallery.people == {"Ada": ("ada0",)} and card_notes.adopt(gallery, new) == ()

@@ -32,8 +32,8 @@ from tests.helpers.embeddings import exact, unit
 from tests.helpers.made_galleries import SETTINGS, add, answers, contents, make, make_clip
 from tests.helpers.seen import refused
 from vidjax.apps.gallery import enrolment, index as index_lib, store as store_lib
+from vidjax.apps.gallery.backend import fit
 from vidjax.apps.gallery.changes import Draft
-from vidjax.apps.gallery.enrolment import fit_backend
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import StoredClip, VectorOrigin, list_clips_of
 from vidjax.models import card_backend, two_covariance
@@ -108,7 +108,7 @@ def test_changed_galleries_equal_the_opened_folder_and_a_gallery_made_at_once(
     people = make_one(tmp_path / "g", made_galleries.make_clips(num_people=30))
     rng, before = random.Random(fault_seed), people.state
     first = answers(people)
-    for number in range(20):
+    for number in range(12):
         change_at_random(people, rng, number)
         opened = Gallery(people.folder)
         assert answers(people) == answers(opened)
@@ -287,7 +287,7 @@ def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred
     removed, *others = drawn.reshape(-1, 16)[1:].astype(np.float32)  # p0 has one clip
     vectors = enumerate([removed, *others])
     clips = {f"{n}": StoredClip(f"p{(n + 1) // 2}", x, fitted=True) for n, x in vectors}
-    backend = fit_backend(clips, {"x": 16}, centred=centred, settings=SETTINGS)
+    backend = fit(*enrolment.stack_people(clips, {"x": 16}), centred=centred, settings=SETTINGS)
     run = VectorOrigin("somewhere", "0" * 64, centred)
     people = Gallery.of_clips(tmp_path / "g", run, backend, clips)
 

@@ -106,7 +106,7 @@ def test_strangers_are_recognised_if_no_stranger_was_among_the_clips_to_learn_fr
 
 
 def test_numbers_for_a_part_are_learned_from_the_clips_of_other_parts():
-    labels = RNG.integers(0, 1 + C, 450)
+    labels = RNG.integers(0, 1 + C, 900)
     part = calibration.split_clips(labels)
     logs = np.stack([make_scores(labels, labels, 1.0) for _ in range(2)])
     spoilt = logs.copy()
@@ -131,7 +131,7 @@ def fixed_settings():
 
 
 @pytest.fixture(scope="module")
-def joint(official_dir, official_data, tmp_path_factory):
+def joint(no_figures, official_dir, official_data, tmp_path_factory):
     """A joint run of two systems in closed form, its configuration, and the data."""
     config = config_lib.default()
     config.data.update(name="iqiyi_vid", dir=str(official_dir), train_splits=("train", "val"))

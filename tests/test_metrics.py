@@ -168,7 +168,7 @@ def test_identification_errors_need_strangers_and_known_people_and_a_rate():
 
 
 @pytest.fixture(scope="module")
-def workdir(data, tmp_path_factory):
+def workdir(no_figures, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("analysed")
     words = ("--config.num_epochs=1", "--config.eval.report=True")
     config = small_runs.shrunk(*words, spec="configs/mma.py:iqiyi_vid")
@@ -342,7 +342,8 @@ def test_intervals_of_top1_auroc_and_fnir_equal_map_interval_with_one_clip_per_p
     np.testing.assert_allclose(area, perfect, atol=0.01)
 
 
-def test_intervals_do_not_depend_on_the_number_of_cores():
+def test_intervals_do_not_depend_on_the_number_of_cores(monkeypatch):
+    monkeypatch.setattr(measures, "RESAMPLES", 50)
     rng, labels = np.random.default_rng(0), np.arange(30_000) % 7000  # OpenBLAS splits such sums
     clips = clip_scores(rng.normal(size=30_000), rng.random(30_000) < 0.5)
     with threadpool_limits(1, user_api="blas"):

@@ -65,6 +65,7 @@ def test_each_branch_equals_a_separate_model_on_its_clips(names):
     frames, clips = tiny.make_batch()
     model = tiny.make_model(FALLBACK, main=main, other=other, main_modalities=names)
     variables = tiny.init_identifier(model, frames, clips)
+    variables["params"] = tiny.randomised(variables["params"])
     assert "weights" not in variables["params"]["other"]  # below 0, it would negate all cosines
     variables["params"]["other"]["scale"] = np.float32(21)  # as if it was learned
     out, after = tiny.train_output(model, variables, frames, clips, jax.random.key(5))

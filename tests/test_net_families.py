@@ -116,7 +116,7 @@ def test_detectors_of_each_family_get_a_card_and_are_decoded_as_published(
     convert, case, monkeypatch
 ):
     # Thousands of random faces overlap.
-    monkeypatch.setattr(nets, "suppress_overlaps", lambda faces, _: faces)
+    monkeypatch.setattr(nets, "suppress_overlaps", lambda faces: faces)
     family, content, size = DETECTORS[case]
     done, path = convert(content, f"--like={family}")
     assert done.code == 0, done.err
@@ -501,7 +501,7 @@ def test_net_with_a_wrong_test_stops_who_with_its_own_message(convert, command, 
         drawn_people.write_photo(tmp_path / name)
     words = f"--people={tmp_path}/people", f"--models={path.parent}", f"--out={tmp_path}/out"
     done = command("who", tmp_path / "film.png", *words)
-    assert done.refused("net.json", "differs from the test", "convert")
+    assert done.refused("net.json", "differs from the test output", "convert")
     assert "photo" not in done.err.replace("photo ...", "")
 
 

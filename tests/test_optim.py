@@ -1,6 +1,7 @@
 """Learning rate schedules equal their formulas, and optimiser steps equal steps by hand."""
 
 import functools
+import itertools
 import math
 from fractions import Fraction
 from typing import Any
@@ -40,18 +41,19 @@ def test_warmup_and_cosine_decay_match_their_formula():
         assert np.argmax(rates(total_steps=total_steps, warmup=0.07)) == wanted
 
 
-@pytest.mark.parametrize(("every", "steps_per_epoch"), [(1.0, 7.8125), (1 / 3, 49.0), (1e9, 10.0)])
-def test_step_decay_counts_epochs_from_the_start_of_the_run(every, steps_per_epoch):
+@pytest.mark.parametrize(("every", "steps_per_epoch", "warmup"), [
+    (1.0, 7.8125, 0.0), (1 / 3, 49.0, 0.5), (1e9, 10.0, 0.5),
+])  # fmt: skip
+def test_step_decay_counts_epochs_from_the_start_of_the_run(every, steps_per_epoch, warmup):
     options: Any = {"total_steps": 60, "steps_per_epoch": steps_per_epoch, "decay": "steps"}
     options |= {"decay_factor": 0.7, "decay_every_epochs": every, "final_scale": 1.0}
     # The rate falls every `width` steps, in exact arithmetic.
     width = Fraction(every).limit_denominator(1000) * Fraction(steps_per_epoch)
     expected = np.array([0.1 * 0.7 ** (step // width) for step in range(60)])
-    for warmup in (0.0, 0.5):
-        # Over 30 steps, the factor rises from 1/30 to 1.
-        factors = np.minimum(1, (1 + 29 * np.arange(60) / 30) / 30) if warmup else 1
-        computed = rates(warmup=warmup, **options)
-        np.testing.assert_allclose(computed, expected * factors, rtol=1e-5)
+    # Over 30 steps, the factor rises from 1/30 to 1.
+    factors = np.minimum(1, (1 + 29 * np.arange(60) / 30) / 30) if warmup else 1
+    computed = rates(warmup=warmup, **options)
+    np.testing.assert_allclose(computed, expected * factors, rtol=1e-5)
 
 
 def test_piecewise_decay_jumps_and_interpolates_between_points():
@@ -63,19 +65,18 @@ def test_piecewise_decay_jumps_and_interpolates_between_points():
     np.testing.assert_allclose(computed, 0.1 * factors, rtol=1e-5)
 
 
-@pytest.mark.parametrize("steps_per_epoch", [10.0, 61.0, 3.3, 7.8125, 109.0])
-def test_jump_is_at_the_first_step_of_its_epoch(steps_per_epoch):
+def test_jump_is_at_the_first_step_of_its_epoch():
     # Compiled programs multiply by 1 / 61, so that step 183 would be slightly before epoch 3.
-    epochs = (3.0, 10.0, 32.0)
-    jump_at = [optim.make_piecewise([(epoch, 0.0), (epoch, 1.0)]) for epoch in epochs]
-    firsts = [math.ceil(epoch * Fraction(str(steps_per_epoch))) for epoch in epochs]
+    pairs = [*itertools.product((3.0, 10.0, 32.0), (10.0, 61.0, 3.3, 7.8125, 109.0))]
+    firsts = [math.ceil(epoch * Fraction(str(steps))) for epoch, steps in pairs]
 
     @jax.jit
     def compute(steps):
-        return [jump(row / steps_per_epoch) for jump, row in zip(jump_at, steps, strict=True)]
+        jumps = [optim.make_piecewise([(epoch, 0.0), (epoch, 1.0)]) for epoch, _ in pairs]
+        return [jump(row / size) for jump, row, (_, size) in zip(jumps, steps, pairs, strict=True)]
 
     values = compute(np.array([[first - 1, first] for first in firsts], np.int32))
-    np.testing.assert_array_equal(values, [[0.0, 1.0]] * 3)
+    np.testing.assert_array_equal(values, [[0.0, 1.0]] * len(pairs))
 
 
 @pytest.mark.parametrize("decay", ["cosine", "steps"])
@@ -174,7 +175,7 @@ def test_accumulated_gradients_equal_their_mean():
         def train(params, grads):
             return jax.lax.scan(update, (params, tx.init(params)), grads)[1]
 
-        return jax.jit(train)(params, grads), schedule(np.arange(steps))
+        return jax.jit(train)(params, grads), jax.jit(schedule)(np.arange(steps))
 
     stacked = jax.tree.map(lambda *x: np.stack(x), *grads)
     means = jax.tree.map(lambda x: x.reshape(6, 4, *x.shape[1:]).mean(axis=1), stacked)

@@ -28,7 +28,7 @@ SYSTEMS = {
                  "--config.data.train_splits=train,val", "--config.ensemble.views=2"),
     "cosine": ("configs/cosine.py:iqiyi_vid",),
     "fallback": ("configs/deepmef.py:iqiyi_vid,face,head",), "mma": ("configs/mma.py:iqiyi_vid",),
-    "plda": ("configs/plda.py:iqiyi_vid,face,head,audio", "--config.num_epochs=2"),
+    "plda": ("configs/plda.py:iqiyi_vid,face,head,audio", *small_runs.CLOSED_FORM),
 }  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def ranked(run, clips):
 
 
 def test_restore_errors_name_the_cause(train, restored, data, tmp_path):
-    folder = train("mma")
+    folder = train("plda")
     refused(lambda: restored("knn").scores(data, split="dev"), "no split 'dev'")
     config = config_lib.default()
     config.join.runs = ("runs/a", "runs/b")
@@ -129,7 +129,7 @@ def test_only_the_training_data_of_a_run_is_scored_out_of_fold(restored, data, c
 
 def test_clips_that_lack_a_modality_of_the_run_are_reported(restored, clips):
     """The run uses face, head and audio. It is normal that a few clips have no audio."""
-    run, some = restored("mma"), dict([*clips["val"].items()][:20])
+    run, some = restored("plda"), dict([*clips["val"].items()][:20])
     face = {"face": np.ones((1, WIDTH), np.float32)}
     for method in (run.rank, run.scores, run.embed, functools.partial(run.identify, threshold=-1)):
         method(some)  # no warning, which would be an error
@@ -205,15 +205,14 @@ def test_identify_needs_no_memory_for_all_scores(restored, monkeypatch):
     (None, "no clips"),
 ])  # fmt: skip
 def test_restored_run_refuses_no_clips_or_clips_of_wrong_width_or_type(restored, features, message):
-    run = restored("mma")
+    run = restored("plda")
     for function in (run.scores, run.rank, run.embed):
         with pytest.raises(ValueError, match=message):
             function({} if features is None else {"bad": {"face": features}})
 
 
-def test_scores_do_not_depend_on_the_number_of_clips_in_a_call(trained):
-    folder = trained("configs/mma.py:iqiyi_vid", "--config.modalities=face")
-    run = predict.restore_run(folder, num_devices=1)
+def test_scores_do_not_depend_on_the_number_of_clips_in_a_call(restored):
+    run = restored("plda")
     clips = made_galleries.random_clips(run, *(1 + i % 5 for i in range(37)))
     scores, vectors = run.scores(clips), run.embed(clips)
     assert scores.shape == (37, len(run.identities)) and np.isfinite(scores).all()

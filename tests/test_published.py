@@ -242,7 +242,8 @@ def test_deepmef_views_hide_the_same_feature_chunks_as_the_code():
 
 def test_residual_block_starts_with_kaiming_normal_weights():
     """nn.init.kaiming_normal_. A truncated normal would end at 2.3 standard deviations."""
-    params = init(ResidualBlock(1024), jnp.ones((2, 512)), jnp.ones(2, bool), train=False)
+    draw = jax.jit(functools.partial(ResidualBlock(1024).init, train=False))
+    params = draw(jax.random.key(0), np.ones((2, 512), np.float32), np.ones(2, bool))
     for name, inputs in (("hidden", 512), ("back", 1024)):
         weights = np.asarray(params["params"][name]["dense"]["kernel"]) / np.sqrt(2 / inputs)
         assert weights.std() == pytest.approx(1, rel=0.01)

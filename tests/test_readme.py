@@ -26,7 +26,7 @@ from tests.benchmarks import common, rehearsal, scores, speed
 from tests.campaigns import same_bytes
 from tests.helpers import drawn_people, made_nets
 from tests.helpers.cases import nightly_after_first
-from tests.helpers.small_runs import LAYER, ROOT
+from tests.helpers.small_runs import CLOSED_FORM, LAYER, ROOT
 from vidjax.cli import program, run_commands
 from vidjax.core import losses, metrics
 from vidjax.data import iqiyi_vid, synthetic
@@ -54,11 +54,6 @@ OWN: tuple[dict[str, Any], ...] = (
 KNOWN_HOSTS = ("colab.research.google.com", "arxiv.org", "docs.ray.io")
 NO_REPORT = "--config.eval.report=False"
 SHORT = ("--config.num_epochs=0.3", NO_REPORT)
-# PLDA gets these settings, because fitting them takes long and has other tests.
-CLOSED_FORM = (
-    "--config.num_epochs=2", NO_REPORT, "--config.model.within=0.8", "--config.model.between=0.75",
-    "--config.model.scale=0.06", "--config.model.unenrolled=-1", "--config.model.stranger=2",
-)  # fmt: skip
 SMALL = ("--config.model.embed_dim=16", "--config.model.num_clusters=2")  # of published size
 TINY = {"mma.py": (*SMALL, "--config.modalities=face,audio"), "quality_fusion.py": (LAYER,)}
 # Modules with the calls of `configs/experiments.md`. They keep the lines that they get.
@@ -235,10 +230,10 @@ def test_readme_example_of_a_system_runs(official_dir, say, one_device, forget_o
 
     small = ("batch_size=32", "num_epochs=20", "optim.learning_rate=0.01")
     words = [f"--config.{x}" for x in (*small, "eval.report=False", f"data.dir={official_dir}")]
-    results = command(f"{own}:iqiyi_vid,face,head,audio", *words)
-    # The modalities have the widths 24, 16 and 8. Each has a norm (scale and bias), a classifier
-    # of 13 columns (12 identities and `other`) with a bias, and a weight.
-    assert results["num_params"] == 2 * (24 + 16 + 8) + (24 + 16 + 8 + 3) * 13 + 3
+    results = command(f"{own}:iqiyi_vid,face,head", *words)
+    # The modalities have the widths 24 and 16. Each has a norm (scale and bias), a classifier of
+    # 13 columns (12 identities and `other`) with a bias, and a weight.
+    assert results["num_params"] == 2 * (24 + 16) + (24 + 16 + 2) * 13 + 2
     assert results["map"] > 0.8
     assert "--config=FILE" in command("--mode=evaluate", code=2)
     assert command("--mode=evaluate", own)["map"] == results["map"]
@@ -253,11 +248,12 @@ def test_readme_example_of_a_system_runs(official_dir, say, one_device, forget_o
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_figures")
 def test_page_of_experiments_runs_as_it_is(tmp_path, monkeypatch, one_device, capsys, forget_own):
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
     tiny = synthetic.SIZES["small"]._replace(identities=20, mean_frames=4.0)
     monkeypatch.setitem(synthetic.SIZES, "small", tiny)
-    short = "--config.num_epochs=2", "--config.eval.every_epochs=1"
+    short = "--config.modalities=face", "--config.num_epochs=2", "--config.eval.every_epochs=1"
     load_config = vidjax.load_config
     write("configs/mine.py", kind="example", page=EXPERIMENTS)
     for module, *words in commands([EXPERIMENTS]):
@@ -265,6 +261,7 @@ def test_page_of_experiments_runs_as_it_is(tmp_path, monkeypatch, one_device, ca
         assert MAINS[module](words) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
     assert "95 % interval" in printed and "runs/b1+runs/b2+runs/b3" in printed
+    short = short[0], "--config.num_epochs=1", NO_REPORT
     monkeypatch.setattr(vidjax, "load_config", lambda *words: load_config(*words, *short))
     monkeypatch.syspath_prepend(tmp_path)
     for name, code in TRACKERS.items():
@@ -298,6 +295,7 @@ def test_every_flag_and_command_on_the_page_where_is_x_is_known():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_figures")
 @nightly_after_first("every", [False, True])
 def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, every):
     """Without `every`, the data are tiny, and nearest neighbours replace all nets but the first."""
@@ -344,7 +342,7 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
                 words = [re.sub("deepmef.py|mma.py", "knn.py", word) for word in words]
                 words = [word.replace("face,title", "title") for word in words]  # kNN uses one
                 text = " ".join(words)
-            words += CLOSED_FORM if "plda" in text else SHORT
+            words += (*CLOSED_FORM, NO_REPORT) if "plda" in text else SHORT
             if str(workdir) in compared:  # `compare` reads files of the report
                 words.remove(NO_REPORT)
             small = {"mma.py:iqiyi_vid": SMALL} if every else TINY

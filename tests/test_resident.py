@@ -204,7 +204,8 @@ def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, m
 @pytest.mark.slow
 def test_number_of_clips_drawn_at_once_changes_no_weight(data, tmp_path, monkeypatch):
     """A call of the compiled loop takes at most three steps, or 2 ** 18 / 8."""
-    config = small.shrunk("--config.batch_size=8", "--config.num_epochs=3")
+    spec = "configs/quality_fusion.py:iqiyi_vid"
+    config = small.shrunk("--config.batch_size=8", "--config.num_epochs=1", spec=spec)
     draw = mock.Mock(wraps=resident.draw_steps)
     monkeypatch.setattr(resident, "draw_steps", draw)
     for name, drawn_clips in (("many", 1 << 18), ("three", 31)):
@@ -262,6 +263,7 @@ def test_auto_mode_is_resident_if_clips_fit_in_memory_and_frames_in_int32(choose
         assert {mode for mode, _ in choose.measured} == {*measured}
         for mode in ("resident", "streaming"):
             assert choose.placement(free, mode) == (mode, 1)
+            assert choose.measured == [(mode, 1)]
     huge = {"num_frames": {"face": 2**31 - 1}}
     assert choose.placement(float("inf"), **huge) == ("streaming", 1)
     with pytest.raises(ValueError, match="too many for an int32"):
@@ -313,22 +315,17 @@ def test_program_whose_memory_was_compared_is_the_one_run(data, tmp_path, monkey
     sizes: Any = {"batch_size": 32, "max_frames": 64, "crop": "window", "seed": 0}
     plan = make_batch_plan([data.split("train")], ("face",), **sizes)
     twice = 2.0 * resident.make_resident_plan(data, plan, ["val"]).nbytes
-    for name, epochs, asked, on_cpu, free, mode, group_size, num_compiled in (
-        ("auto", 1, "auto", True, np.inf, "resident", 1, 1),
-        ("auto", 2, "auto", False, np.inf, "resident", 1, 1),  # as in the first epoch
-        ("given", 1, "resident", True, np.inf, "resident", 1, 1),
-        ("streamed", 1, "streaming", True, np.inf, "streaming", 1, 1),
-        ("accelerator", 1, "auto", False, np.inf, "resident", 2, 1),
-        ("tight", 1, "auto", True, twice, "streaming", 1, 2),
-        ("full", 1, "auto", True, twice - 1, "streaming", 1, 1),
-        # Without memory, no number of members fits. A device would raise an error.
-        ("none", 1, "auto", False, 0.0, "streaming", 1, 2),
+    for name, epochs, on_cpu, free, mode, group_size, num_compiled in (
+        ("auto", 1, True, np.inf, "resident", 1, 1),
+        ("auto", 2, False, np.inf, "resident", 1, 1),  # as in the first epoch
+        ("accelerator", 1, False, np.inf, "resident", 2, 1),
+        ("tight", 1, True, twice, "streaming", 1, 2),
     ):
         monkeypatch.setattr(devices_lib, "is_cpu", lambda mesh, on_cpu=on_cpu: on_cpu)
         monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh, free=free: free)
         compiled.clear()
-        more = f"--config.num_epochs={epochs}", f"--config.data.mode={asked}"
-        small.run(small.shrunk(*words, *more, spec=spec), tmp_path / name, data)
+        config = small.shrunk(*words, f"--config.num_epochs={epochs}", spec=spec)
+        small.run(config, tmp_path / name, data)
         manifest = max(manifests(tmp_path / name).items())[1]
         found = manifest["mode"], manifest["group_size"], len(compiled)
         assert found == (mode, group_size, num_compiled), name

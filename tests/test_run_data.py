@@ -21,7 +21,7 @@ from vidjax.runs import checkpoint, digests, results as results_lib
 from vidjax.utils import files
 from vidjax.utils.errors import VidjaxWarning
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_figures")]
 CLIPS = 6  # of each split
 CONFIG = ("--config=knn:face", "--config.eval.report=False", "--config.batch_size=5")
 
@@ -109,13 +109,10 @@ def test_clips_in_memory_are_written_only_into_the_folder_of_a_run(tmp_path, mon
         labels[f"{split}{i}"] = f"person {i % 4}"
 
     def train(mode, num_epochs, clips=clips):
-        fields = (
-            "batch_size=8",
-            "model.embed_dim=8",
-            f"data.mode={mode}",
-            f"num_epochs={num_epochs}",
-        )
-        config = vidjax.load_config("mma:face", *(f"--config.{field}" for field in fields))
+        fields = ("batch_size=8", f"data.mode={mode}", f"num_epochs={num_epochs}",
+                  f"eval.report={mode == 'resident'}")  # fmt: skip
+        words = (small_runs.LAYER, *(f"--config.{field}" for field in fields))
+        config = vidjax.load_config("quality_fusion:face", *words)
         return vidjax.train(config, tmp_path / mode, vidjax.load_data(clips, labels))
 
     for mode in ("resident", "streaming"):
@@ -235,7 +232,7 @@ def test_copies_of_training_clips_are_reported_with_the_map_without_them(tmp_pat
         (tmp_path / "data" / "val" / f"{name}.npz").unlink()
         del labels[name]
     clip_files.write_labels(tmp_path / "data" / "labels.csv", labels)
-    say("--config=knn:face", *words, f"--workdir={tmp_path / 'other'}")
+    say(*CONFIG[:2], *words, f"--workdir={tmp_path / 'other'}")
     alone = read_metrics(tmp_path / "other")
     assert "copies" not in alone and copies["map"] == pytest.approx(alone["map"], abs=1e-12)
 
@@ -312,7 +309,7 @@ def test_val_is_in_sample_after_a_run_on_everything(everything, official_dir, tm
     assert FOLDS in say(*words, code=2)  # on test, the split of `folder`
     (line,) = [line for line in say(*words, ON_VAL).splitlines() if "In sample" in line]
     assert str(folder) in line and str(on_train) not in line
-    words = ("--mode=evaluate", f"--workdir={blend}", runs)
+    words = ("--mode=evaluate", f"--workdir={blend}", runs, CONFIG[1])
     assert "in sample" in say(*words)  # on val, the default split
     assert read_metrics(blend)["map_kind"] == "in_sample"
     assert "MAP@100     none: " in say(*words, "--config.eval.split=test")

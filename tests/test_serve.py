@@ -188,7 +188,7 @@ def test_verify_gets_the_answers_of_python(tmp_path):
         assert (status, answer["clips"][0]["accepted"]) == (200, True)
         for fields, status, words in (
             ({"identity": "person 33"}, 404, "no such name is enrolled"),
-            ({"fmr": 0.001}, 422, "the lowest is 0.01"), ({"fmr": 1}, 422, "fmr"),
+            ({"fmr": 0.001}, 422, "the lowest fmr is 0.01"), ({"fmr": 1}, 422, "fmr"),
             ({"identity": None}, 422, "identity"), ({"clips": []}, 422, "clips"),
             ({"threshold": 0.5}, 422, "choose from clips, identity, fmr"),
         ):  # fmt: skip

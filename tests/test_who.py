@@ -431,7 +431,7 @@ def test_adding_voice_models_keeps_all_names(drawn):
     # Without voice models, the gallery does not fit the models.
     for name in ("speech", "voice"):
         (drawn.models / f"{name}.json").unlink()
-    assert "other models of audio" in drawn.who(film, code=2).output
+    assert "other nets for audio" in drawn.who(film, code=2).output
 
 
 def test_people_with_only_voices_have_no_doubtful_photos(drawn):

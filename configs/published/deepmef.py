@@ -12,8 +12,6 @@ source, as there.
 import math
 from collections.abc import Collection
 
-from ml_collections import ConfigDict
-
 from vidjax.runs.config import Config
 
 # Code, scripts/main.sh: the chunk that each of the eleven nets omits, out of 16; for the scene, 32.
@@ -22,9 +20,11 @@ SCENE_VIEWS = (1, 2, 3, 4, 6, 8, 10, 11, 12, 14, 15)
 
 
 def follow(config: Config, words: Collection[str]) -> None:
-    """Changes the configuration of `configs/deepmef.py`, given its arguments, to the team's values.
+    """Changes a configuration of `configs/deepmef.py` to the values of the team.
 
-    Without a face, there is only the net of the scene. With only a face, there is no such net.
+    `words` are the arguments of the file, such as `iqiyi_vid`. If the face is not among the
+    modalities, there is only the net of the scene. If the face is the only modality, there is no
+    net of the scene.
     """
     config.num_epochs = 100.0  # code
     config.data.max_frames = 4096  # code: draws from all frames
@@ -56,10 +56,10 @@ def follow(config: Config, words: Collection[str]) -> None:
         scene.dropout_rate = 0.5  # code
 
     sample = {"name": "sample", "num_frames": 40, "order": "random", "replacement": True}  # code
-    config.fusion.face = ConfigDict({"train": sample, "evaluate": sample})
+    config.fusion.face = {"train": sample, "evaluate": sample}
     single = {"name": "sample", "num_frames": 1}  # paper
     for name in set(config.modalities) - {"face"}:
-        config.fusion[name] = ConfigDict({"train": single, "evaluate": single})
+        config.fusion[name] = {"train": single, "evaluate": single}
 
     config.loss.focal = "batch"  # code
     config.loss.mean_over = "branches"  # code: a mean for each net

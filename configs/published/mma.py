@@ -18,16 +18,17 @@ The paper does not specify the following values, so they are ours, as in `config
 
 from collections.abc import Collection
 
-from ml_collections import ConfigDict
-
 from vidjax.runs.config import Config
 
 
 def follow(config: Config, words: Collection[str]) -> None:
-    """Changes the configuration of `configs/mma.py`, given its arguments."""
+    """Changes a configuration of `configs/mma.py` to the published values.
+
+    `words` are the arguments of the file, such as `iqiyi_vid`.
+    """
     config.data.crop = "quality"  # paper: the best of the whole clip, not of a window
     top = {"name": "top", "num_frames": 32}  # paper
-    config.fusion.face = ConfigDict({"train": top, "evaluate": {**top, "repeats": "random"}})
+    config.fusion.face = {"train": top, "evaluate": {**top, "repeats": "random"}}
     config.model.netvlad_reduce = "sum"  # paper
     config.model.gram_scale = 1.0  # paper
     config.model.fill_missing = True  # paper: attention replaces missing modalities

@@ -16,7 +16,10 @@ STAIRS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6)
 
 
 def follow(config: Config, words: Collection[str]) -> None:
-    """Changes the configuration of `configs/noise_classes.py`, given its arguments."""
+    """Changes a configuration of `configs/noise_classes.py` to the published values.
+
+    `words` are the arguments of the file, such as `iqiyi_vid`.
+    """
     config.num_epochs = 200.0  # code
     config.data.max_frames = 4096  # code: all frames
     if "everything" not in words:

@@ -10,7 +10,10 @@ from vidjax.runs.config import Config
 
 
 def follow(config: Config, words: Collection[str]) -> None:
-    """Changes the configuration of `configs/quality_fusion.py`, given its arguments."""
+    """Changes a configuration of `configs/quality_fusion.py` to the published values.
+
+    `words` are the arguments of the file, such as `iqiyi_vid`.
+    """
     config.batch_size = 512  # code
     config.num_epochs = 200.0  # slides: best near 200
     config.data.max_frames = 4096  # code: draws from all faces of a clip

@@ -7,13 +7,15 @@ Add `trainval` for the team's training clips. Values that are not listed here ar
 from collections.abc import Collection
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from vidjax.runs.config import Config
 
 
 def follow(config: Config, words: Collection[str]) -> None:
-    """Changes the configuration of `configs/residual_dense.py`, given its arguments."""
+    """Changes a configuration of `configs/residual_dense.py` to the published values.
+
+    `words` are the arguments of the file, such as `iqiyi_vid`.
+    """
     main = config.modalities[0]
     config.num_epochs = 8.0  # paper
     # Ours: 64 clips, or 16 on few clips. A batch then has a few thousand (or hundred) frames.
@@ -32,9 +34,9 @@ def follow(config: Config, words: Collection[str]) -> None:
     # Paper: all original and merged frames in training; the best 70 % of them in the test.
     windows = {"name": "windows", "max_frames": 5}
     single = "single" in words
-    config.fusion[main].train = ConfigDict({"name": "all"} if single else windows)
+    config.fusion[main].train = {"name": "all"} if single else windows
     if not single and "fused" not in words:
-        config.fusion[main].evaluate = ConfigDict({**windows, "kept_share": 0.7})
+        config.fusion[main].evaluate = {**windows, "kept_share": 0.7}
 
     config.optim.learning_rate = 1e-2  # paper
     config.optim.total_decay = 0.0  # not in the paper

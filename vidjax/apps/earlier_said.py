@@ -1,8 +1,9 @@
-"""Reads what people said in folders of results that version 0.1.0 of `vidjax who` has written.
+"""Reads the names that users gave to faces in results of version 0.1.0 of `vidjax who`.
 
-Before there was a log, the gallery stored names and denied names of clips, and the entries `films`,
-`fixed` and `apart` of `unknown.json` stored the rest. The folders `earlier` contained descriptions
-of films that other nets had to read again.
+Later versions write these names into a log, see `said`. Version 0.1.0 stored names, and names that
+a user denied, in the gallery. It stored everything else in the entries `films`, `fixed` and `apart`
+of `unknown.json`. The folders `earlier` contained descriptions of films that had to be read again
+with other nets.
 """
 
 import contextlib
@@ -23,13 +24,11 @@ if TYPE_CHECKING:
     from vidjax.apps.gallery.store import State
 
 EARLIER = "earlier"
-NUMBERS = "unknown.json"
-MOST_BYTES = 256 * files.MB
 T = TypeVar("T")
 
 
 class _Results:
-    """The faces in a folder of results."""
+    """Finds the faces of clips in a folder of results of version 0.1.0."""
 
     def __init__(self, out: Path):
         self.of_clip: dict[str, SeenClip] = {}  # of films; clips that wait begin with `earlier/`
@@ -46,9 +45,9 @@ class _Results:
                     self.of_clip |= {"/".join([*earlier, clip]): x for clip, x in clips.items()}
 
     def locate(self, films: Mapping[str, Mapping[str, T]]) -> Iterator[tuple[SeenClip, T]]:
-        """Yields the face and the value of each clip that is in the results.
+        """Yields (face, value) for each clip that is in the results.
 
-        `films` is digest of film -> clip -> value.
+        `films` is digest of a film -> name of a clip -> value.
         """
         for digest, of in films.items():
             for clip, value in of.items():
@@ -57,26 +56,32 @@ class _Results:
 
 
 def read_numbers(out: Path) -> dict[str, Any] | None:
-    """Returns `unknown.json` of version 0.1.0, or None if another version has written it."""
-    if not files.exists(out / NUMBERS):
-        return None
-    with contextlib.suppress(UserError):  # a damaged file is reported by another function
-        content = files.read_json(out / NUMBERS, limit=MOST_BYTES)
+    """Returns `unknown.json` of version 0.1.0.
+
+    Returns None if the file is missing or damaged, or if another version has written it.
+    """
+    # A damaged file is reported by another function.
+    with contextlib.suppress(UserError, FileNotFoundError):
+        path = out / features_folder.NUMBERS
+        content = files.read_json(path, limit=features_folder.FILE_BYTES)
         return content if is_earlier(content) else None
     return None
 
 
 def is_earlier(content: Any) -> bool:  # noqa: ANN401  (any JSON)
-    """Returns whether version 0.1.0 has written this content of `unknown.json`."""
+    """Returns whether version 0.1.0 has written `content`, the content of `unknown.json`."""
     return isinstance(content, dict) and content.get("format", 1) == 1
 
 
 def number_faces(out: Path) -> tuple[list[str], dict[Face, int], int]:
-    """Returns three entries of `unknown.json`: digests of films, face -> number, highest number."""
+    """Reads the numbers of unknown people from `unknown.json` of version 0.1.0.
+
+    Returns three values: the digests of the films, face -> number of its person, and the highest
+    number.
+    """
     content = read_numbers(out) or {}
-    films, numbers = content.get("films", {}), dict[Face, int]()
-    for x, number in _Results(out).locate(films):
-        numbers |= {x.face: number} if number else {}
+    films = content.get("films", {})
+    numbers = {x.face: number for x, number in _Results(out).locate(films) if number}
     given = (number for of in films.values() for number in of.values())
     highest = max(content.get("removed", 0), *content.get("fixed", ()), *given, 0)
     return [*films], numbers, highest
@@ -84,16 +89,14 @@ def number_faces(out: Path) -> tuple[list[str], dict[Face, int], int]:
 
 @contextlib.contextmanager
 def log_acts(out: Path, acts: Sequence[Act], gallery: "State") -> Iterator[None]:
-    """Writes changes of the gallery in a folder of results into its log.
+    """Writes changes of names in a gallery into the log of the folder of results `out`.
 
     If the `with` block raises an error, the changes are undone in the log. If `out` is not a folder
-    of results, nothing is written. `gallery` is the content before the changes.
+    of results, nothing is written. `gallery` is the content of the gallery before the changes.
     """
-    lines = list[Line]()
     if acts and not said.has_log(out) and read_numbers(out):
         said.append(out, list_lines(out, gallery))
-    if acts and said.has_log(out):
-        lines = _record(out, acts)
+    lines = _record(out, acts) if acts and said.has_log(out) else []
     try:
         yield
     except BaseException:
@@ -103,9 +106,9 @@ def log_acts(out: Path, acts: Sequence[Act], gallery: "State") -> Iterator[None]
 
 
 def _record(out: Path, acts: Iterable[Act]) -> list[Line]:
-    """Adds the changes of a gallery to the log; returns the new lines.
+    """Adds changes of names to the log in the folder of results `out`; returns the new lines.
 
-    Clips that are not faces in the films and photos of the results are left out.
+    A change of a clip is left out if the clip is no face in the films and photos of the results.
     """
     lines, find = list[Line](), FaceFinder(out)
     for act in acts:
@@ -116,13 +119,15 @@ def _record(out: Path, acts: Iterable[Act]) -> list[Line]:
         elif found := find(act.what):
             lines.append(said.about(found.face, act.says, of=act.of, video=found.video))
     lines = said.stamp(lines)
-    if lines:
-        said.append(out, lines)
+    said.append(out, lines)
     return lines
 
 
 def list_lines(out: Path, gallery: "State") -> list[Line]:
-    """Returns what version 0.1.0 has stored in a folder of results, as lines of a log."""
+    """Converts what version 0.1.0 has stored in a folder of results to lines of a log.
+
+    `gallery` is the content of the gallery in this folder.
+    """
     results, content = _Results(out), read_numbers(out) or {}
     clips = {name: x.identity for name, x in gallery.clips.items()}
     lines = [*_list_numbers(results, content)]
@@ -140,7 +145,11 @@ def list_lines(out: Path, gallery: "State") -> list[Line]:
 def _list_photos(
     results: _Results, clips: Mapping[str, str | None], photos: Mapping[str, str]
 ) -> Iterator[Line]:
-    """Yields lines about people and photos whose names a user has changed."""
+    """Yields lines of a log about people and photos whose names a user has changed.
+
+    `clips` are clip -> present name, or None for a stranger. `photos` are clip of a photo -> name
+    of its folder or face tag.
+    """
     for person, of in group_by_key((x, clip) for clip, x in photos.items()).items():
         names = Counter(name for clip in of if (name := clips[clip]))
         label = max(names, key=lambda name: (names[name], name == person), default=person)
@@ -152,7 +161,10 @@ def _list_photos(
 
 
 def _list_numbers(results: _Results, content: Mapping[str, Any]) -> Iterator[Line]:
-    """Yields lines about ignored faces, and about unknown people that a user has changed."""
+    """Yields lines of a log about ignored faces, and about unknown people that a user has changed.
+
+    `content` is the content of `unknown.json`.
+    """
     located: Iterator[tuple[SeenClip, int]] = results.locate(content.get("films", {}))
     faces_of = group_by_key((number, x) for x, number in located)
     for x in faces_of.pop(0, ()):
@@ -166,7 +178,11 @@ def _list_numbers(results: _Results, content: Mapping[str, Any]) -> Iterator[Lin
 
 
 def move_descriptions(out: Path) -> None:
-    """Moves the descriptions of films and photos that other nets had to read again."""
+    """Moves JSON files of films and photos from folders `earlier` to folders `videos`.
+
+    Version 0.1.0 kept files in `earlier` that had to be read again with other nets. `out` is a
+    folder of results. If a file also exists in `videos`, the file in `earlier` is deleted.
+    """
     for folder in (out / FEATURES, *locate_people(out).values()):
         for path in (folder / EARLIER).glob("*.json"):
             if (folder / VIDEOS / path.name).exists():

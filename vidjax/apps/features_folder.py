@@ -30,7 +30,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from vidjax.apps.cards import EMBEDDER_ROLES
-from vidjax.apps.said import FEATURES, PEOPLE, Face, make_face
+from vidjax.apps.said import FEATURES, PEOPLE, Face, Seconds, make_face
 from vidjax.data.clip_files import check_nets
 from vidjax.models.card_backend import LEAST_CLARITY
 from vidjax.utils import files, json_files, names as names_lib
@@ -51,7 +51,6 @@ DARK = 0.02
 POOR_QUALITY = 0.01  # faces of lower quality are often not recognised
 MOST_STEM_BYTES = 120  # most file systems allow 255 bytes for the name of a file
 REMEDY = "name another folder; or delete the folder if vidjax wrote it, and extract the files again"
-Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 # Left, top, right and bottom, as fractions of the width and height of the upright picture.
 Box = tuple[Share, Share, Share, Share]
 # The first of two halves, for the filter `crop` of ffmpeg. `scale` restores the width or height.
@@ -80,7 +79,7 @@ class Extraction(Struct, kw_only=True):
 
 
 class FaceTrack(Struct, kw_only=True):
-    """The face of a person in a shot or a photo."""
+    """A clip: the face of one person in a shot of a film, or in a photo."""
 
     clip: Text
     shot: Count  # the number of the shot in the film
@@ -107,12 +106,15 @@ class FaceTrack(Struct, kw_only=True):
 
     @property
     def unclear(self) -> bool:
-        """Whether the faces are too small or blurred to compare them with other unclear faces."""
+        """Whether the faces are small or blurred, so that they resemble all other unclear faces."""
         return self.clarity < LEAST_CLARITY
 
 
 class FileStamp(Struct, kw_only=True, frozen=True):
-    """The path and properties of a file. A file is read again only if one of them changes."""
+    """The path, size, times and other properties that show whether a file has changed.
+
+    A film or photo is read again only if one of its properties changes.
+    """
 
     # The absolute path, with special characters quoted as in a URL (`%20`).
     address: Annotated[str, Meta(pattern=r"^/[!-~]*\Z", max_length=20_000)]
@@ -177,22 +179,25 @@ class MediaFile(Struct, kw_only=True, dict=True):
     def __post_init__(self) -> None:
         _check_file_name(self.video)
         if any(names_lib.is_reserved(x) or names_lib.clean_identity(x) != x for x in self.tags):
-            raise ValueError("a face tag has no name of a person")
+            raise ValueError("a face tag contains a text that cannot be the name of a person")
 
     @property
     def is_dark(self) -> bool:
-        """Whether no face was found, because the pictures are too dark."""
+        """Whether the pictures are so dark that no face was found."""
         return not self.tracks and (self.brightness or 1.0) < DARK
 
     @functools.cached_property
     def digest(self) -> str:
-        """A digest of the file and its clips."""
+        """A digest that changes if the file changes, or the names or times of its clips."""
         tracks = [[track.clip, track.start_s, track.end_s] for track in self.tracks]
         return files.sha256_json([self.sha256, tracks])
 
     @functools.cached_property
     def faces(self) -> dict[str, Face]:
-        """Clip -> face. The log of names identifies clips by such faces."""
+        """Name of a clip -> its face, the time and box by which the log of names knows the clip.
+
+        Clips whose box is not known are left out.
+        """
         faces = ((track.clip, make_face(self.sha256, track)) for track in self.tracks)
         return {clip: face for clip, face in faces if face}
 
@@ -223,7 +228,7 @@ def make_printable(name: str) -> str:
 
 
 def locate_thumbnail(folder: Path, clip: str) -> Path:
-    """Returns the path of a clip's thumbnail. It exists only with --thumbnails."""
+    """Returns the path of the picture of a clip. The file exists only with --thumbnails."""
     return folder / THUMBNAILS / clip.partition(".")[0] / f"{clip}.png"
 
 
@@ -234,9 +239,10 @@ def read_extraction(folder: Path) -> Extraction | None:
 
 
 def choose_settings(folder: Path, **given: object) -> ExtractionSettings | None:
-    """Returns the settings for a folder of features, or None if all `given` values are None.
+    """Returns the settings with which films are read into a folder of features.
 
-    A setting that is None keeps the value of the last call. In a new folder, it gets its default.
+    `given` are name of a setting -> value. A setting that is None keeps the value of the last call.
+    In a new folder, it gets its default. If all settings are None, the result is None.
     """
     changed = {name: value for name, value in given.items() if value is not None}
     before = read_extraction(folder) if changed else None
@@ -245,7 +251,7 @@ def choose_settings(folder: Path, **given: object) -> ExtractionSettings | None:
 
 
 def read_media_file(path: Path) -> MediaFile:
-    """Reads a file `videos/STEM.json`, which describes a video or a photo."""
+    """Reads the file `videos/STEM.json`, the description of a video or a photo."""
     return json_files.read(path, MediaFile, REMEDY, FILE_BYTES)
 
 
@@ -263,7 +269,10 @@ def read_media_files(folder: Path) -> list[MediaFile]:
 
 
 def _distinguish(twins: Sequence[MediaFile]) -> None:
-    """Adds folders of their paths to the equal names of several films, until the names differ."""
+    """Makes the names of films with the same file name different.
+
+    The names of folders are put before the file names, as many as are needed.
+    """
     parts = [[*map(make_printable, film.source.path.parts)] for film in twins]
     # In this order, the paths with the longest common end are neighbours.
     neighbours = itertools.pairwise(sorted(part[::-1] for part in parts))
@@ -274,27 +283,37 @@ def _distinguish(twins: Sequence[MediaFile]) -> None:
 
 
 def describe_media_files(out: Path) -> dict[str, MediaFile]:
-    """Returns stem -> film or photo, even if the film or photo must be read again."""
+    """Reads the descriptions of all films and photos in a folder of features.
+
+    Returns stem -> description, where the stem is the name of the file without its ending. Films
+    and photos that other nets must read again are included. Damaged descriptions are left out.
+    """
     stems = [path.stem for path in sorted((out / VIDEOS).glob("*.json"))]
     return {stem: film for stem in stems if (film := describe_media_file(out, stem))}
 
 
 def find_unread(out: Path) -> dict[str, MediaFile]:
-    """Returns stem -> film or photo that other nets must read again."""
+    """Finds the films and photos in a folder of features that other nets must read again.
+
+    Returns stem -> description, where the stem is the name of the file without its ending.
+    """
     stems = [path.stem for path in (out / VIDEOS).glob("*.json")]
     unread = (stem for stem in sorted(stems) if not has_features(out, stem))
     return {stem: film for stem in unread if (film := describe_media_file(out, stem))}
 
 
 def describe_media_file(out: Path, stem: str) -> MediaFile | None:
-    """Returns the description of the film or photo `stem`, or None if it is damaged or missing."""
+    """Reads the description of a film or photo; returns None if it is damaged or missing.
+
+    `out` is the folder of features, and `stem` the name of the film or photo without its ending.
+    """
     with contextlib.suppress(UserError, FileNotFoundError):
         return read_media_file(out / VIDEOS / f"{stem}.json")
     return None
 
 
 def has_features(out: Path, stem: str) -> bool:
-    """Returns False if other nets must read a film or photo again."""
+    """Returns whether the features of a film or photo exist. If not, other nets must read it."""
     return files.exists(out / f"{stem}.npz")
 
 
@@ -314,7 +333,7 @@ class PhotoFace(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The name of the clip without the person."""
+        """The name of the clip, without the person that a face tag may add at its end."""
         return f"{PEOPLE}/{self.folder}/{self.clip}"
 
     @classmethod
@@ -341,21 +360,21 @@ def locate_people(out: Path, names: Iterable[str] = ()) -> dict[str, Path]:
 
 
 class SeenClip(NamedTuple):
-    """A clip of a film or photo."""
+    """The face in a clip, and the name of the film or photo that contains the clip."""
 
     face: Face
     video: str  # the name of the file
 
 
 class FaceFinder:
-    """Finds the faces of clips in a folder of results. Files are read only if needed."""
+    """Finds the face in a clip, in a folder of results. Files are read only if they are needed."""
 
     def __init__(self, out: Path):
         self._out, self._people = out, locate_people(out)
         self._read = functools.cache(describe_media_file)
 
     def __call__(self, clip: str) -> SeenClip | None:
-        """Returns the face of a clip in the gallery, or None if it is no face of the results."""
+        """Returns the face in a clip of the gallery, or None if the results do not contain it."""
         folder = self._out / FEATURES
         if photo := PhotoFace.of(clip):
             folder, clip = self._people.get(photo.folder), photo.clip
@@ -365,7 +384,10 @@ class FaceFinder:
 
 
 def set_aside(out: Path) -> None:
-    """Removes all features, so that other nets can be used. Keeps the descriptions of the files."""
+    """Deletes all features in a folder, so that other nets can compute them again.
+
+    The JSON files that describe the films and photos are kept.
+    """
     known = describe_media_files(out)
     for path in out.glob("*.npz"):
         if path.stem in known:
@@ -376,15 +398,15 @@ def set_aside(out: Path) -> None:
 
 
 def lacks_pictures(out: Path, stem: str) -> bool:
-    """Returns whether a film has no thumbnails in a folder that keeps thumbnails."""
+    """Returns whether a film has no thumbnails, although the folder keeps thumbnails."""
     thumbnails = out / THUMBNAILS
     return thumbnails.exists() and not (thumbnails / stem).exists()
 
 
 def list_files_of(path: Path) -> list[Path]:
-    """Returns all files and thumbnails of the film or photo whose features are in `path`.
+    """Returns all files and thumbnails of the film or photo to which the file `path` belongs.
 
-    Returns [] if `path` is not in a folder of features.
+    `path` is a file in a folder of features, such as STEM.npz. For other files, the result is [].
     """
     out = path.parent if path.suffix == ".npz" else path.parent.parent
     if not files.exists(out / NAME):
@@ -395,7 +417,7 @@ def list_files_of(path: Path) -> list[Path]:
 
 
 def remove_media_file(out: Path, stem: str) -> None:
-    """Removes the features and thumbnails of the video or photo `stem`."""
+    """Removes the features, the description and the thumbnails of a video or photo."""
     # The JSON file is removed first, because it marks the other files as complete.
     (out / VIDEOS / f"{stem}.json").unlink(missing_ok=True)
     _remove_pictures(out / THUMBNAILS / stem)
@@ -427,7 +449,10 @@ def remove_features(out: Path) -> bool:
 
 
 def remove_leftovers(out: Path, stems: set[str] | None) -> None:
-    """Removes temporary files and, if `stems` is given, the features of all other stems."""
+    """Deletes temporary files.
+
+    If `stems` is not None, also deletes the features of all films and photos with other stems.
+    """
     videos = out / VIDEOS
     files.remove_partials(out, rf"{re.escape(NAME)}|.+\.npz")
     files.remove_partials(videos, r".+\.json")
@@ -441,10 +466,10 @@ def remove_leftovers(out: Path, stems: set[str] | None) -> None:
 
 
 def check_photo(file: MediaFile) -> tuple[str | None, str]:
-    """Returns the clip of the only face in a photo, and a problem of the photo.
+    """Returns the clip of the only face in a photo, and the problem of the photo.
 
-    If the photo does not show exactly one face, the clip is None. If there is one good face, the
-    problem is "".
+    If the photo does not show exactly one face, the clip is None. The problem is a text for the
+    user, or "" for a single good face.
     """
     if len(file.tracks) != 1:
         count = f"{len(file.tracks)} faces" if file.tracks else "no face"
@@ -467,10 +492,10 @@ def write(path: Path, value: Struct) -> None:
 
 
 def check_models(path: Path, cards: Mapping[str, str]) -> None:
-    """Raises UserError if the features in `path` were computed by other models than a gallery uses.
+    """Raises UserError if other nets than the nets of a gallery have computed features.
 
-    `cards` is modality -> sha256 of the card of the gallery's model. Features of other programs are
-    accepted, because their models are unknown.
+    `path` is a file or folder of features. `cards` is modality -> sha256 of the JSON file of the
+    gallery's net. Features of other programs are accepted, because their nets are unknown.
     """
     folder = path if path.is_dir() else path.parent
     extraction = next(filter(None, map(read_extraction, (folder, folder.parent))), None)

@@ -12,20 +12,20 @@ import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from vidjax.apps import said
+from vidjax.apps import features_folder, said
+from vidjax.apps.gallery.enrolment import stack_parts
+from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.store import GALLERY_FILE, JOURNAL_FILE
 from vidjax.apps.traces import PARTIAL, Traces
 from vidjax.data import store
 from vidjax.utils import files, messages, names as names_lib
 from vidjax.utils.errors import UserError, closest
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import normal_form, show
-
-if TYPE_CHECKING:
-    from vidjax.apps.gallery.gallery import Gallery
 
 PEOPLE_BYTES = 512 * files.MB  # limit for the list of people of a run
 DELETE_FILE = "delete it"  # the remedy for a file that vidjax wrote
@@ -65,27 +65,30 @@ class Place(NamedTuple):
 
 
 class Survey(NamedTuple):
-    """The folders and files that must be searched."""
+    """The folders and files that `vidjax forget` must search."""
 
     kind_of: dict[Path, str]  # folder -> kind, see `_find_kind`
     paths: list[Path]  # sorted files and folders, except inside "records" and "unfinished"
     found: list[Place]  # places that are empty or cannot be read
 
     def list_folders(self, kind: str) -> list[Path]:
-        """Returns the sorted folders of a kind."""
+        """Returns the sorted folders of a kind, such as `gallery`."""
         return sorted(folder for folder, found in self.kind_of.items() if found == kind)
 
     def find_whole(self, path: Path) -> Path | None:
-        """Returns `path` or the nearest folder above that has a kind in REMEDIES."""
-        folders = (path, *path.parents)
-        return next((x for x in folders if self.kind_of.get(x) in REMEDIES), None)
+        """Returns the folder that is listed instead of the file `path`, or None.
+
+        It is the nearest folder above the file, or `path` itself, whose kind is in REMEDIES, such
+        as a run.
+        """
+        return next((x for x in (path, *path.parents) if self.kind_of.get(x) in REMEDIES), None)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # equal clips of two galleries are two clips
 class Clip:
-    """A clip of a gallery."""
+    """A clip of a gallery, with its person and its vectors."""
 
-    gallery: "Gallery"
+    gallery: Gallery
     name: str
     identity: str | None  # None for a stranger
     vectors: dict[str, bytes]  # modality -> the numbers of its vector, if it is not 0
@@ -106,9 +109,9 @@ def forget(
 
     `identities` are the names of people, whose clips are also searched. `clips` are the names of
     other clips. If `delete` is True, the clips are deleted from galleries. Converted datasets and
-    unfinished files with any of the clips are deleted, too.
+    unfinished files that contain any of the clips are deleted, too.
 
-    Returns two results. The first is the list of places that contain a name or vector, or could not
+    Returns two values. The first is the list of places that contain a name or vector, or could not
     be searched. The second is searched name -> similar stored name, such as `Ada` -> `ada`.
 
     Raises UserError if a folder does not exist, or a name is empty or invalid.
@@ -126,8 +129,8 @@ def forget(
     shown, their_names, vectors = _search_galleries(galleries, people, asked, delete=delete)
     found += shown
     names = people | asked | their_names
-    for folder in survey.list_folders("unfinished"):
-        found.append(_report_unfinished(folder, delete=delete))
+    unfinished = survey.list_folders("unfinished")
+    found += [_report_unfinished(folder, delete=delete) for folder in unfinished]
     for folder in survey.list_folders("run"):
         known |= _read_people(folder, found)
     for path in survey.paths if delete else ():
@@ -146,10 +149,8 @@ def forget(
     return found, _find_similar(wanted, known - wanted, closely=not found)
 
 
-def _open_galleries(folders: Iterable[Path], found: list[Place]) -> Iterator["Gallery"]:
-    """Yields the galleries in `folders`. Adds folders that cannot be read to `found`."""
-    from vidjax.apps.gallery.gallery import Gallery
-
+def _open_galleries(folders: Iterable[Path], found: list[Place]) -> Iterator[Gallery]:
+    """Opens and yields the galleries in `folders`. Adds unreadable folders to `found`."""
     for folder in folders:
         try:
             yield Gallery(folder)
@@ -158,12 +159,15 @@ def _open_galleries(folders: Iterable[Path], found: list[Place]) -> Iterator["Ga
 
 
 def _search_galleries(
-    galleries: Iterable["Gallery"], people: Collection[str], asked: Collection[str], *, delete: bool
+    galleries: Iterable[Gallery], people: Collection[str], asked: Collection[str], *, delete: bool
 ) -> tuple[list[Place], set[str], list[np.ndarray]]:
-    """Finds the clips of `people`, the clips `asked`, and copies of these clips.
+    """Finds the clips of `people`, the clips with the names `asked`, and copies of both.
 
-    If `delete` is True, deletes them. Also finds other clips with a name of these people or clips.
-    Returns the galleries with such clips, and the names and the vectors of the clips.
+    If `delete` is True, these clips are deleted. Other clips that only contain such a name or
+    vector are listed, but not deleted.
+
+    Returns three values: a `Place` for each gallery with such clips, the names of the clips, and
+    their vectors.
     """
     clips = [clip for gallery in galleries for clip in _list_clips(gallery)]
     own = {x for x in clips if x.identity in people or normal_form(x.name) in asked}
@@ -185,17 +189,15 @@ def _search_galleries(
     return found, names, [np.frombuffer(vector, np.float32) for vector in vectors]
 
 
-def _list_clips(gallery: "Gallery") -> Iterator[Clip]:
-    clips = gallery.clips
-    if not clips:
-        return
-    parts = gallery.backend.split(np.stack([clip.vector for clip in clips.values()]))
-    for (name, clip), *vectors in zip(clips.items(), *parts, strict=True):
+def _list_clips(gallery: Gallery) -> Iterator[Clip]:
+    state = gallery.state
+    parts = stack_parts(state, [*state.clips])
+    for (name, clip), *vectors in zip(state.clips.items(), *parts, strict=True):
         of = zip(gallery.backend.widths, vectors, strict=True)
         yield Clip(gallery, name, clip.identity, {kind: x.tobytes() for kind, x in of if x.any()})
 
 
-def _by_gallery(clips: Iterable[Clip]) -> list[tuple["Gallery", list[Clip]]]:
+def _by_gallery(clips: Iterable[Clip]) -> list[tuple[Gallery, list[Clip]]]:
     groups = group_by_key((clip.gallery, clip) for clip in clips)
     return sorted(groups.items(), key=lambda group: group[0].folder)
 
@@ -203,16 +205,19 @@ def _by_gallery(clips: Iterable[Clip]) -> list[tuple["Gallery", list[Clip]]]:
 def _find_copies(
     clips: Iterable[Clip], own: set[Clip], people: Iterable[str]
 ) -> tuple[set[Clip], set[Clip], set[bytes]]:
-    """Finds the clips with the same vectors as a clip in `own`, of strangers and of other people.
+    """Finds clips of strangers and of other people with the same vectors as a clip in `own`.
 
-    All modalities that both clips have must be equal. A copy may have more vectors, so its copies
-    are searched, too. Returns:
-      copies: the clips of strangers, or of another spelling of a name in a gallery without clips
-        in `own`.
-      doubtful clips: the clips of other people. They are kept, because either person may have the
-        wrong clip.
-      vectors: of the copies and of `own`. If more than MOST_COPIES clips of a gallery have a
-        vector, it is no trace, and is left out.
+    The vectors must be equal in each modality, such as face, that both clips have. A copy may have
+    more modalities, so copies of a copy are found, too.
+
+    Returns three values:
+
+    - The copies: clips of strangers, and clips of a person whose name is another spelling of a name
+      in `people`. The second case only counts in galleries without clips in `own`.
+    - The doubtful clips: clips of other people. They are kept, because either person may have the
+      wrong clip.
+    - The vectors of the copies and of `own`. A vector that more than MOST_COPIES clips of a gallery
+      have shows nothing, and is left out.
     """
     holders = group_by_key((vector, clip) for clip in clips for vector in clip.vectors.items())
     spellings = [*people, *{clip.identity for clip in own if clip.identity}]
@@ -252,8 +257,8 @@ def is_spelling(name: str, people: Iterable[str]) -> bool:
     return False
 
 
-def _report_gallery(gallery: "Gallery", clips: Collection[Clip], *, delete: bool) -> Place:
-    """Describes a gallery that contains `clips`. If `delete` is True, deletes the clips."""
+def _report_gallery(gallery: Gallery, clips: Collection[Clip], *, delete: bool) -> Place:
+    """Returns a `Place` that describes a gallery with `clips`. With `delete`, deletes the clips."""
     counts = Counter(f"'{show(x.identity)}'" if x.identity else "strangers" for x in clips)
     about = ", ".join(f"{messages.count(n, 'clip')} of {x}" for x, n in sorted(counts.items()))
     remedy = "--delete"
@@ -268,23 +273,21 @@ def _report_gallery(gallery: "Gallery", clips: Collection[Clip], *, delete: bool
 
 
 def list_clear_names(clips: Iterable[str]) -> set[str]:
-    """Returns the names of clips without their ending. Leaves out names such as `1` or `a`.
+    """Returns the names of clips without `.mp4`, except short names such as `1` or `a`.
 
-    Nearly every file contains such short names. Clips with short names are found by person and
-    vector.
+    Nearly every file contains a short name. So clips with short names are found only by their
+    person and vector.
     """
     bare = map(names_lib.strip_ending, clips)
     return {name for name in bare if len(name) >= MIN_LETTERS and not name.isdigit()}
 
 
 def _search_files(survey: Survey, traces: Traces, *, delete: bool) -> Iterator[Place]:
-    """Describes the files and folders with any of `traces`.
+    """Searches the files of `survey`; yields a `Place` for each file that contains one of `traces`.
 
-    A folder of a kind in REMEDIES is described instead of its files. If `delete` is True, converted
-    datasets and unfinished files with any of `traces` are deleted.
+    If the file is in a folder of a kind in REMEDIES, such as a run, the folder is listed instead.
+    If `delete` is True, converted datasets and unfinished files that contain a trace are deleted.
     """
-    from vidjax.apps import features_folder
-
     seen = set[Path | None]()  # listed folders, and files of the same film or photo
     for path in survey.paths:
         whole = survey.find_whole(path)
@@ -335,9 +338,11 @@ def _is_empty(folder: Path) -> bool:
 
 
 def _find_similar(wanted: set[str], others: set[str], *, closely: bool) -> dict[str, str]:
-    """Returns wanted name -> name in `others` that equals it after `fold`, as `ada` for `Ada`.
+    """Finds stored names that look like searched names; returns searched name -> stored name.
 
-    If no name is equal and `closely` is True, a name with a similar spelling is returned.
+    `wanted` are the searched names, and `others` the stored names. Two names look alike if they are
+    equal after `names.fold`, as `Ada` and `ada`. If `closely` is True, names with a similar
+    spelling look alike, too.
     """
     looks = {names_lib.fold(name): name for name in sorted(others, reverse=True)}
     near = {
@@ -349,8 +354,6 @@ def _find_similar(wanted: set[str], others: set[str], *, closely: bool) -> dict[
 
 def _survey(places: Iterable[Path]) -> Survey:
     """Finds the folders and files below `places` that must be searched. Does not follow links."""
-    from vidjax.apps.gallery.store import GALLERY_FILE, JOURNAL_FILE
-
     kind_of, paths, found = dict[Path, str](), set[Path](), list[Place]()
     for root in map(Path.absolute, places):
         if not root.is_dir():
@@ -372,13 +375,12 @@ def _survey(places: Iterable[Path]) -> Survey:
 
 
 def _find_kind(folder: Path, there: set[str]) -> str:
-    """Returns the kind of a folder that contains the files and folders `there`.
+    """Returns the kind of a folder. `there` are the names of its files and inner folders.
 
-    It is "gallery", "records" (a converted dataset), "unfinished" (a killed conversion), "run",
-    "export" (of a run or a gallery), "who" (results of `vidjax who`), or "" for another folder.
+    The kind is "gallery", "records" (a converted dataset), "unfinished" (a killed conversion),
+    "run", "export" (of a run or a gallery), "who" (results of `vidjax who`), or "" for another
+    folder.
     """
-    from vidjax.apps.gallery.store import GALLERY_FILE
-
     kinds = {
         "unfinished": UNFINISHED.fullmatch(folder.name),
         "gallery": GALLERY_FILE in there,
@@ -396,7 +398,7 @@ def _list_unread(path: str | Path, error: Exception) -> Place:
 
 
 def _delete_records(folder: Path) -> str:
-    """Deletes a converted dataset; returns the remedy in `Place`."""
+    """Deletes a converted dataset; returns a text that says what the user must do next."""
     with store.exclusive(folder):
         if store.remove(folder):
             return "deleted: the next run converts your files again"
@@ -404,7 +406,10 @@ def _delete_records(folder: Path) -> str:
 
 
 def _report_unfinished(folder: Path, *, delete: bool) -> Place:
-    """Describes the folder of a killed conversion. If `delete` is True, deletes the folder."""
+    """Returns a `Place` that describes the folder of a killed conversion.
+
+    If `delete` is True, deletes the folder.
+    """
     remedy = "--delete"
     if delete:
         whole = folder.with_name(folder.name[:20])
@@ -416,7 +421,7 @@ def _report_unfinished(folder: Path, *, delete: bool) -> Place:
 
 
 def _read_people(folder: Path, found: list[Place]) -> set[str]:
-    """Returns the names of people in a run. If they cannot be read, adds the folder to `found`."""
+    """Returns the names of the people of a run. Adds the folder to `found` if it is unreadable."""
     path = folder / "identities.json"
     try:
         names = files.read_json(path, list, PEOPLE_BYTES) if files.exists(path) else []

@@ -18,6 +18,7 @@ These are the words `says`:
 """
 
 import contextlib
+import operator
 import os
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -42,12 +43,12 @@ MOST_PLACES = 5  # of a face
 LOCK_SECONDS = 20.0  # the longest time for which a new line waits for another program
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Box = tuple[Share, Share, Share, Share]  # left, top, width, height
-Place = tuple[Seconds, Box]
-Places = Annotated[tuple[Place, ...], Meta(max_length=100)]
+ENCODER = msgspec.json.Encoder()
+Places = Annotated[tuple[tuple[Seconds, Box], ...], Meta(max_length=100)]
 
 
 class Face(Struct, kw_only=True, frozen=True, omit_defaults=True):
-    """A face in a film or photo."""
+    """A face: the sha256 of the film or photo, a time in seconds, and a box."""
 
     film: Sha256
     at: Seconds
@@ -56,7 +57,7 @@ class Face(Struct, kw_only=True, frozen=True, omit_defaults=True):
 
 
 class Line(Struct, kw_only=True, frozen=True, omit_defaults=True):
-    """A line of the log. The module describes the fields."""
+    """A line of the log: what a user said about a face. The module describes the words `says`."""
 
     says: Literal["is", "not", "same", "apart", "ignore", "rename", "undo", "forgotten"]
     film: Sha256 | None = None
@@ -71,14 +72,17 @@ class Line(Struct, kw_only=True, frozen=True, omit_defaults=True):
 
     @property
     def face(self) -> Face | None:
-        """The face that the line is about, if any."""
+        """The face that the line is about, or None."""
         if self.film is None or self.box is None:
             return None
         return Face(film=self.film, at=self.at, box=self.box, places=self.places)
 
 
 def make_face(film: str, track: "FaceTrack") -> Face | None:
-    """Returns the face of a track, or None if no box is known. `film` is the sha256 of the film."""
+    """Returns the face in a clip, or None if its box is not known.
+
+    `film` is the sha256 of the film. `track` is the clip.
+    """
     if track.box is None:
         return None
     places = track.places
@@ -97,20 +101,24 @@ def _to_size(box: Sequence[float]) -> Box:
 
 
 def about(face: Face, says: Any, **values: Any) -> Line:  # noqa: ANN401  (fields of `Line`)
-    """Returns a line of the log that is about a face."""
-    return Line(
-        says=says, film=face.film, at=face.at, box=face.box, places=face.places, **values
-    )  # fmt: skip
+    """Returns a line of the log about a face.
+
+    `says` is the word of the line, such as "is". `values` are other fields of `Line`.
+    """
+    return Line(says=says, **msgspec.structs.asdict(face), **values)
 
 
 def stamp(lines: Iterable[Line]) -> list[Line]:
-    """Returns the lines of a step, with the present time. No two steps have the same time."""
+    """Returns the lines of a step with the present time in the field `when`.
+
+    A step is what a user says at once. No two steps have the same time.
+    """
     when = datetime.now(UTC).isoformat(timespec="microseconds")
     return [msgspec.structs.replace(line, when=when) for line in lines]
 
 
 def undo(lines: Sequence[Line]) -> list[Line]:
-    """Returns the line that undoes the step of `lines`."""
+    """Returns a list with the line that undoes the step of `lines`. Without lines, it is empty."""
     return stamp([Line(says="undo", of=lines[0].when)] if lines else [])
 
 
@@ -135,37 +143,36 @@ def read(out: Path) -> list[Line]:
 
 
 def has_log(out: Path) -> bool:
-    """Returns whether a folder contains a log."""
+    """Returns whether the folder `out` contains a log of names."""
     return files.exists(out / NAME)
 
 
 def append(out: Path, lines: Sequence[Line]) -> None:
-    """Adds lines to the log of a folder of results. Makes the log if there is none."""
+    """Adds lines to the log in the folder of results `out`. Makes the log if there is none."""
     if not lines and has_log(out):
         return
     with _lock(out), contextlib.closing(files.open_log(out / NAME)) as log:
         _end_last_line(out / NAME)
-        files.append(log, b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
+        files.append(log, ENCODER.encode_lines(lines))
         os.fsync(log.fileno())
     files.hide(out / NAME)
 
 
 def forget(out: Path, person: str) -> int:
-    """Replaces the lines of a person by lines without content; returns the number of lines."""
+    """Replaces all lines of the log that name a person by lines without content.
+
+    Returns the number of replaced lines.
+    """
     if not has_log(out):
         return 0
     with _lock(out):
         lines = read(out)
-        gone = [person in (line.of, line.person) for line in lines]
-        if any(gone):
-            kept = (
-                Line(says="forgotten") if is_gone else line
-                for is_gone, line in zip(gone, lines, strict=True)
-            )
-            text = b"".join(msgspec.json.encode(line) + b"\n" for line in kept)
-            files.write_bytes(out / NAME, text)
+        kept = [Line(says="forgotten") if person in (x.of, x.person) else x for x in lines]
+        gone = sum(map(operator.is_not, kept, lines))
+        if gone:
+            files.write_bytes(out / NAME, ENCODER.encode_lines(kept))
             files.hide(out / NAME)
-    return sum(gone)
+    return gone
 
 
 def _lock(out: Path) -> contextlib.AbstractContextManager[None]:
@@ -173,7 +180,7 @@ def _lock(out: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def _is_whole(text: bytes) -> bool:
-    """Returns whether the end of a log is a line that only lacks its line end."""
+    """Returns whether `text`, the end of a log after its last line end, is a complete line."""
     try:
         return bool(msgspec.json.decode(text))
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -192,7 +199,7 @@ def _end_last_line(path: Path) -> None:
 
 
 class Act(NamedTuple):
-    """A change of names in a gallery of `vidjax who`. It is written into the log, too."""
+    """A change of a name in a gallery of `vidjax who`, which is written into the log, too."""
 
     says: str  # "is", "rename", "undo", or "forgotten" for a removed person
     what: str  # the clip, or the person

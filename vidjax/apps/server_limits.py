@@ -77,7 +77,7 @@ class Limits(Struct, frozen=True, kw_only=True):
 
 
 class Limit(NamedTuple):
-    """A limit, which is a field of `Limits`."""
+    """How a user sets a limit. Each limit is a field of `Limits`."""
 
     kind: Any  # int or float, with its range
     meta: Meta  # the range and the meaning
@@ -86,7 +86,11 @@ class Limit(NamedTuple):
     variable: str  # the environment variable that sets the limit
 
     def read(self, place: str, text: str) -> float:
-        """Converts the `text` of a flag or variable `place`. Raises UserError if it is wrong."""
+        """Converts the text that a user gave for a limit to a number.
+
+        `place` is the flag or environment variable, for messages. Raises UserError if the text is
+        wrong.
+        """
         meta = self.meta
         try:
             return msgspec.convert(text.strip(), self.kind, strict=False)
@@ -108,9 +112,11 @@ LIMITS = {
 
 
 def read_limits(flags: Mapping[str, str | None], environment: Mapping[str, str]) -> Limits:
-    """Returns the limits that `flags`, name -> text or None, and environment variables set.
+    """Returns the limits of a server from flags and environment variables.
 
-    A flag has priority. Raises UserError for a wrong value, or for a misspelt variable.
+    `flags` are name of a limit -> text, or None if the flag is not given. `environment` is variable
+    -> text. A flag has priority over a variable. Raises UserError for a wrong value, or for a
+    misspelt variable.
     """
     # Kubernetes sets variables such as VIDJAX_SERVE_PORT, which resembles no limit, for a service
     # that is called vidjax-serve.

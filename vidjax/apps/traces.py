@@ -61,14 +61,14 @@ PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{8}\.partial")
 
 
 class Trace(NamedTuple):
-    """The reason why `vidjax forget` lists a file."""
+    """What `vidjax forget` found in a file."""
 
     about: str
     ours: bool  # True if no other program writes such a file
 
 
 class Content(NamedTuple):
-    """The content of a file in which names and vectors are searched."""
+    """The content of a file: the texts and arrays in which names and vectors are searched."""
 
     texts: Sequence[str] = ()
     arrays: Sequence[np.ndarray] = ()
@@ -77,14 +77,16 @@ class Content(NamedTuple):
 
 
 class Traces:
-    """Names and vectors that are searched in files."""
+    """The names and vectors that `vidjax forget` searches in files."""
 
     def __init__(
         self, names: Iterable[str], vectors: Iterable[np.ndarray], lines: Iterable[str] = ()
     ):
-        """`names` are people and clips. `vectors` [D] are of their clips, in any modality.
+        """`names` are the names of people and clips. `vectors` are the vectors [D] of their clips.
 
-        `lines` are searched in lists of names only, because they may be short, such as `1`.
+        The lengths D may differ, because each modality, such as face, has its own length. `lines`
+        are further names. They may be short, such as `1`, and are only searched as whole lines of
+        an array that contains text.
         """
         self._lines = {*lines}
         # First word of names -> (place of the word in a name, length of the name) -> the names. For
@@ -108,9 +110,9 @@ class Traces:
         self._vectors = group_by_key((len(x), x) for x in vectors if x.any())
 
     def in_file(self, path: Path) -> Trace | None:
-        """Searches any name or vector in the name and the content of a file or folder.
+        """Searches all names and vectors in a file or folder, in its name and its content.
 
-        Returns None if it finds nothing. Raises UserError if the file cannot be read, and OSError
+        Returns the first trace, or None. Raises UserError if the file cannot be read, and OSError
         if the disk fails.
         """
         name = path.name
@@ -132,13 +134,16 @@ class Traces:
         return None
 
     def _list_strings(self, head: bytes) -> Iterator[str]:
-        """Yields the text in a file of another program, if it may contain a name."""
+        """Yields the text in a file of another program, if the text may contain a name.
+
+        `head` are the first bytes of the file.
+        """
         if any(piece in head.lower() for piece in self._pieces):
             is_text = b"\0" not in head
             yield decode(head) if is_text else decode(b"\n".join(_STRINGS.findall(head)))
 
     def in_text(self, text: str) -> bool:
-        """Returns whether a text contains a name, but not as a part of a longer name."""
+        """Returns whether a text contains a name. A part of a longer name does not count."""
         return any(map(self._in_part, _divide(text)))
 
     def _in_part(self, text: str) -> bool:
@@ -156,7 +161,11 @@ class Traces:
         return any(part in plain for part in self._parts)
 
     def _in_array(self, array: np.ndarray) -> bool:
-        """Returns whether a vector is a row of `array` [..., D], or the mean of its rows."""
+        """Returns whether an array contains a name or a vector.
+
+        An array of text is searched for names. In a float array [..., D], a vector is searched in
+        the rows, and compared with the mean of all rows.
+        """
         if array.dtype.kind in "US":
             return self.in_text("\n".join(map(str, array.ravel())))
         if array.dtype == np.uint8 and array.ndim == 1:  # a text, such as a list of names
@@ -177,35 +186,34 @@ class Traces:
 
 
 def read(path: Path, name: str) -> Content:
-    """Reads a file. The ending of `name` shows the kind of the file."""
-    kinds = [kind.lower() for kind in Path(name).suffixes]
+    """Reads a file. The ending of `name`, its real name, decides how the file is read."""
+    bare, ending = os.path.splitext(name.lower())
     with files.open_regular(path) as file:
-        is_sqlite = file.read(len(SQLITE)) == SQLITE
-    if kinds[-1:] == [".parquet"]:
+        head = file.read(HEAD_BYTES)
+    if ending == ".parquet":
         texts, arrays, columns = parquet.read_contents(path)
         return Content([",".join(columns), *texts], arrays)
-    if kinds[-1:] == [".npz"]:
+    if ending == ".npz":
         limit = min(MAX_BYTES, files.max_unpacked_bytes(path.stat().st_size))
         arrays = files.read_npz(path, limit)
         return Content(["\n".join(arrays)], [*arrays.values()])
-    if is_sqlite or kinds[-1:] == [".safetensors"]:
+    if head.startswith(SQLITE) or ending == ".safetensors":
         raw = files.read_bytes(path, MAX_BYTES)
         return Content([decode(raw)], raw=raw)
-    if kinds[-1:] == [".gz"]:
+    if ending == ".gz":
         with files.open_regular(path) as file, gzip.GzipFile(fileobj=file) as unpacked:
             text = decode(unpacked.read(MAX_BYTES))
             if unpacked.read(1):
                 raise UserError(f"'{path}' unpacks to more than {MAX_BYTES:,} bytes")
-        return Content(_list_texts(text, kinds[-2:-1]))
-    if kinds[-1:] and kinds[-1] in TEXTS:
+        return Content(_list_texts(text, os.path.splitext(bare)[1]))
+    if ending in TEXTS:
         text = _PICTURE.sub("", decode(files.read_bytes(path, MAX_BYTES)))
-        return Content(_list_texts(text, kinds[-1:]))
-    with files.open_regular(path) as file:
-        return Content(head=file.read(HEAD_BYTES))
+        return Content(_list_texts(text, ending))
+    return Content(head=head)
 
 
-def _list_texts(text: str, endings: Sequence[str]) -> list[str]:
-    return [text, *("\n".join(text.split()) for ending in endings if ending in BLANKS)]
+def _list_texts(text: str, ending: str) -> list[str]:
+    return [text, "\n".join(text.split())] if ending in BLANKS else [text]
 
 
 def _divide(text: str) -> Iterator[str]:
@@ -223,7 +231,11 @@ def _divide(text: str) -> Iterator[str]:
 
 
 def decode(content: bytes) -> str:
-    """Returns a text in UTF-8, UTF-16 or the code page 1252."""
+    """Decodes a text in UTF-8, UTF-16 or Windows-1252.
+
+    If the text is neither UTF-8 nor UTF-16, it is decoded as UTF-8 and as Windows-1252, and the two
+    results are joined.
+    """
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):  # as Excel saves tables
         return content.decode("utf-16", "replace")
     try:
@@ -233,7 +245,7 @@ def decode(content: bytes) -> str:
 
 
 def _simplify(text: str) -> str:
-    """Returns a text without the codes of JSON, HTML, URLs, tables and file names."""
+    """Returns a text in lower case, without codes of JSON, HTML, URLs, tables and file names."""
     if "\\" in text:
         text = _UTF16.sub(
             lambda x: bytes.fromhex(x[0].replace("\\u", "")).decode("utf-16-be", "replace"), text

@@ -38,13 +38,13 @@ def is_loopback(host: str) -> bool:
 
 
 def is_local(headers: Headers) -> bool:
-    """Returns whether the only header Host of a request names this machine."""
+    """Returns whether a request has exactly one header Host, which names this machine."""
     hosts = headers.getlist("host")
     return len(hosts) == 1 and is_loopback(_split(f"//{hosts[0]}").hostname or "")
 
 
 def is_same_site(headers: Headers) -> bool:
-    """Returns False if a page of another site has sent a request."""
+    """Returns False if a web page of another site has sent the request with these headers."""
     origin = headers.get("origin")
     same_origin = origin is None or _split(origin).netloc == headers.get("host")
     return same_origin and headers.get("sec-fetch-site", "none") in ("none", "same-origin")
@@ -57,7 +57,10 @@ def _split(address: str) -> SplitResult:
 
 
 def listen(host: str, port: int, limits: Limits = DEFAULTS) -> socket.socket:
-    """Opens a socket that listens at an address, or raises UserError. Port 0 is any free port."""
+    """Opens a socket that listens at an address. Port 0 stands for any free port.
+
+    Raises UserError if the address cannot be used.
+    """
     try:
         family, _, _, _, address = socket.getaddrinfo(
             host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -69,14 +72,13 @@ def listen(host: str, port: int, limits: Limits = DEFAULTS) -> socket.socket:
         raise UserError(
             f"cannot listen at {host}:{port}: {reason}\nname another --host or --port"
         ) from None
-    # Closes connections whose clients read nothing.
-    unread = 1000 * limits.unread_seconds
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, unread)
+    # Closes connections whose clients read nothing. The unit is a millisecond.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * limits.unread_seconds)
     return listener
 
 
 def make_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
-    """Returns the settings of uvicorn, the web server."""
+    """Returns the settings of the web server uvicorn for an application."""
     return uvicorn.Config(
         app,
         interface="asgi3",
@@ -94,11 +96,12 @@ def make_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that ends after a signal, even if it hangs.
+    """A uvicorn server that ends after a signal, even if a thread hangs.
 
-    The signal sets `leaving`. After `limits.unready_seconds`, or at a second signal, the server
-    stops accepting requests. Requests that have arrived are still answered. If too many connections
-    are open, all requests except LIVE get the status 503.
+    The signal sets the event `leaving`. After `limits.unready_seconds`, or at a second signal, the
+    server stops accepting requests. Requests that have arrived are still answered. If too many
+    connections are open, requests get the status 503. Only health checks, requests of the path
+    LIVE, are always answered.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits, leaving: threading.Event):
@@ -113,7 +116,7 @@ class Server(uvicorn.Server):
         await (FULL if refuses else self._app)(scope, receive, send)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Handles a signal that asks the server to end."""
+        """Handles a signal, such as SIGTERM, that asks the server to end. See the class."""
         if self._unready_seconds and not self._leaving.is_set():
             _make_timer(self._unready_seconds, self._stop).start()
         elif self.should_exit:
@@ -144,9 +147,9 @@ def serve(
     limits: Limits = DEFAULTS,
     leaving: threading.Event | None = None,
 ) -> bool:
-    """Answers requests until SIGINT or SIGTERM. The signal sets `leaving`.
+    """Answers requests until SIGINT or SIGTERM. The signal sets the event `leaving`.
 
-    Returns True if all requests were answered. Returns False if the server could not start or has
+    Returns True if all requests were answered. Returns False if the server could not start, or has
     cut off requests. If a thread hangs after the signal, the process ends with exit code 1.
     """
     for name in ("uvicorn", "uvicorn.error"):  # their warnings would let any client fill the log

@@ -34,9 +34,9 @@ def add_check_flags(parser: Parser) -> None:
 def check(args: argparse.Namespace) -> Result:
     """Checks the installation, and the run, gallery or configuration that a flag names.
 
-    Prints the result of a check when the check ends. The exit code is 0 if no check fails, 3 if a
-    checkpoint is damaged, and 2 for other faults. A part that is not installed is no fault. The
-    verdict counts the warnings of the checks.
+    Prints each result when its check ends. The exit code is 0 if no check fails, 3 if a checkpoint
+    is damaged, and 2 for other faults. A part that is not installed is no fault. The text of the
+    result is a verdict, such as "all good".
     """
     findings, code = [], 0
     for subject, run_check in list_checks(args).items():
@@ -68,7 +68,7 @@ def check(args: argparse.Namespace) -> Result:
 
 
 def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
-    """Returns the checks that the flags ask for, subject -> function. A subject is, e.g., `data`.
+    """Returns the checks that the flags ask for: subject, such as `data` -> function.
 
     A function returns a summary of its subject. If the subject has a fault, the function raises an
     error.
@@ -87,8 +87,7 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
     checks = installation.list_checks()
     environment = {"environment": checks["environment"]}
     if args.workdir:
-        workdir = args.workdir.absolute()
-        return environment | _list_folder_checks(workdir, args.overrides)
+        return environment | _list_folder_checks(args.workdir.absolute(), args.overrides)
     if args.config:
         from vidjax.runs import config_io
         from vidjax.training import public, run_checks
@@ -100,7 +99,10 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
 
 
 def _list_folder_checks(workdir: Path, overrides: Sequence[str]) -> dict[str, Callable[[], str]]:
-    """Returns the checks of a gallery or a run."""
+    """Returns the checks of the gallery or run in a folder: subject -> function.
+
+    `overrides` are the words `--config.FIELD=VALUE` of the command line.
+    """
     from vidjax.apps.gallery import store
 
     if files.exists(workdir / store.GALLERY_FILE):

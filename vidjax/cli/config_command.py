@@ -47,19 +47,18 @@ def show_config(args: argparse.Namespace) -> Result:
     for name, row in fields.items():
         default = value_text(row["default"]) if name in DEFAULTS else ""
         rows.append((name, value_text(row["value"]), default, row["from"]))
-    facts = {"fields": fields, "problems": problems}
-    return Result(facts, rows=rows, code=2 if problems else 0)
+    return Result({"fields": fields, "problems": problems}, rows=rows, code=2 if problems else 0)
 
 
 def describe_fields(
     config: Config, overrides: Sequence[str], file: str
 ) -> dict[str, dict[str, Any]]:
-    """Returns field -> {"value": ..., "default": ..., "from": the origin of the value}.
+    """Returns field -> {"value": ..., "default": ..., "from": where the value is from}.
 
-    The origin is `command line` if a word `--config.FIELD=VALUE` of `overrides` sets the field.
-    Otherwise the origin is `default` for a default value, and the argument `file` for other values.
+    The entry `from` is `command line` if a word `--config.FIELD=VALUE` of `overrides` sets the
+    field. Otherwise it is `default` for a default value, and the argument `file` for other values.
 
-    Fields of models and fusions, such as `model.embed_dim`, come last and have the default None.
+    Fields of models and fusions, such as `model.embed_dim`, come last. Their default is None.
     """
     values = dict(config_lib.fields(config))
     typed, rows = set(override_names(overrides)), {}

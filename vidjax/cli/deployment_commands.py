@@ -1,4 +1,4 @@
-"""`vidjax export`, `import` and `serve`: take runs and galleries to other programs."""
+"""`vidjax export`, `import` and `serve`: use runs and galleries in other programs."""
 
 import argparse
 import logging
@@ -21,7 +21,10 @@ MANIFEST = "export.json"
 
 
 def _read_paths(args: argparse.Namespace) -> tuple[Path, Path]:
-    """Returns the folder to read and the folder to write. Only the first folder may exist."""
+    """Returns the folder that a command reads, and the new folder that it writes.
+
+    Raises UserError if the first folder is missing, or if the second exists.
+    """
     source, to = args.folder.absolute(), args.to.absolute()
     if not source.is_dir():
         raise UserError(f"'{args.folder}' is not a folder: name the folder to {args.command}")
@@ -32,8 +35,7 @@ def _read_paths(args: argparse.Namespace) -> tuple[Path, Path]:
 
 def add_export_flags(parser: Parser) -> None:
     """Adds the flags of `vidjax export`."""
-    about = "the folder of a run or of a gallery"
-    parser.add_argument("folder", metavar="RUN", help=about)
+    parser.add_argument("folder", metavar="RUN", help="the folder of a run or of a gallery")
     parser.flag("--to DIR", "the new folder", required=True)
     about = "the format; for a gallery only safetensors or numpy"
     parser.add_argument("--format", choices=FORMATS, required=True, help=about)
@@ -123,7 +125,7 @@ def add_serve_flags(parser: Parser) -> None:
 
 
 def serve(args: argparse.Namespace) -> Result:
-    """Prints the address of the server, then answers HTTP requests until a signal arrives."""
+    """Answers HTTP requests until a signal arrives. First prints the address of the server."""
     require_packages(
         "serve", "starlette", "uvicorn", "httptools", "prometheus_client", extra="serve"
     )

@@ -31,7 +31,7 @@ PHOTOS_TO_MEASURE = (
 
 
 def print_outcome(outcome: pipeline.FileOutcome) -> None:
-    """Prints a line about a film or photo, and a line for each problem with the file."""
+    """Prints a line about a film or photo that was read, and a line for each problem with it."""
     film = outcome.media
     if film is None:
         say(outcome.error, warning=True)
@@ -51,7 +51,10 @@ def print_outcome(outcome: pipeline.FileOutcome) -> None:
 
 
 def run_extract(args: argparse.Namespace) -> Result:
-    """Extracts features from films and photos. If a file cannot be read, the exit code is 1."""
+    """Extracts features from films and photos.
+
+    The exit code is 1 if a file cannot be read.
+    """
     began, out = time.monotonic(), args.out
     given = {"fps": args.fps, "size": args.size, "unit": args.unit}
     settings = features_folder.choose_settings(out, **given)
@@ -123,9 +126,7 @@ def _parse_rate(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < float(text) <= 1000:
             return float(text)
-    raise argparse.ArgumentTypeError(
-        f"must be a number above 0 and at most 1000, not '{text[:20]}'"
-    )
+    raise argparse.ArgumentTypeError(f"must be a number above 0, at most 1000, not '{text[:20]}'")
 
 
 def add_who_flags(parser: Parser) -> None:
@@ -186,7 +187,7 @@ def _review(out: Path, args: argparse.Namespace, *given: Decision) -> who.WhoRes
 def name_people(args: argparse.Namespace) -> Result:
     """Names the people in films.
 
-    If a file cannot be read, or all photos of a person are missing, the exit code is 1.
+    The exit code is 1 if a file cannot be read, or if all photos of a person are missing.
     """
     if args.review:
         require_packages("--review", "starlette", "uvicorn", extra="serve")
@@ -282,8 +283,9 @@ def convert_nets(args: argparse.Namespace) -> Result:
             "own needs --like, and only own allows --like, --size and --colour\n"
             "example: vidjax convert own net.onnx --like=arcface --out=models"
         )
-    if len(paths) > (2 if args.kind == "opencv" else 1):
-        raise UserError(f"{args.kind} needs one FILE, not {len(paths)}: repeat the command")
+    most = 2 if args.kind == "opencv" else 1
+    if len(paths) > most:
+        raise UserError(f"{args.kind} takes {most} FILE at most, not {len(paths)}: repeat it")
     if args.kind in net_families.KINDS:
         written = net_families.convert(args.kind, paths, out, args.like, args.size, args.colour)
     else:
@@ -345,7 +347,11 @@ def measure_card(args: argparse.Namespace) -> Result:
 
 
 def describe_cards(done: Sequence[MeasuredCard], gallery: Gallery | None = None) -> Result:
-    """Returns the result of `vidjax measure-card`. `gallery`, if given, gets the new numbers."""
+    """Returns the result of `vidjax measure-card`.
+
+    `done` are the measured cards, the JSON files of nets. `gallery` is the gallery that uses the
+    new numbers, or None.
+    """
     content, texts, rows = list[object](), dict[str, str](), list[tuple[str, ...]]()
     for card, found, back_end, unclear in done:
         assert card.back_end

@@ -50,15 +50,15 @@ def add_forget_flags(parser: Parser) -> None:
 
 
 def forget_names(args: argparse.Namespace) -> Result:
-    """Lists the folders of vidjax that contain a searched name of a person or clip.
+    """Lists folders and files that contain the name of a person or clip.
 
-    `--delete` deletes the clips from galleries, and converted datasets from the cache. The exit
-    code is 1 if a folder still contains a searched name, is empty, or could not be searched.
+    With `--delete`, the clips are deleted from galleries, and converted datasets from the cache.
+    The exit code is 1 if a place still contains a searched name, is empty, or could not be
+    searched.
     """
     if not args.identity and not args.clip:
         raise UserError("no name is given: add --identity=NAME or --clip=NAME")
-    roots = list_roots(args.places)
-    places, similar = forget(args.identity, args.clip, roots, delete=args.delete)
+    places, similar = forget(args.identity, args.clip, list_roots(args.places), delete=args.delete)
     left = sum(place.left for place in places)
     unread = sum(place.kind == "unread" for place in places)
     ours = [place.path for place in places if place.remedy == DELETE_FILE]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidjax.apps import bulk, features_folder
 from vidjax.apps.gallery import answers as answers_lib, card_notes, verification
+from vidjax.apps.gallery.answers import NamingRule
 from vidjax.apps.gallery.changes import find_enrolled
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.labelling import migrate
@@ -67,21 +68,22 @@ def _add_create(parser: Parser) -> None:
     about = "instead of --run: the folder of the nets with which vidjax extract makes features"
     parser.flag("--models DIR", about, of=model)
     parser.flag("--empty", "leaves out the people of the run and their clips, but stores strangers")
-    about = (
-        "the split whose unlabelled clips are stored as strangers (default: the split that the "
-        "run evaluates)"
-    )
+    about = "the split whose unlabelled clips become strangers (default: the evaluated split)"
     parser.flag("--strangers S", about)
     parser.fields("data.", example="data.dir=PATH")
     parser.command(_create, "G --run=runs/plda", "G --models=models")
 
 
 def _add_clips(parser: Parser, **options: Any) -> "argparse._MutuallyExclusiveGroup":  # noqa: ANN401
-    """Adds the flags that name clips; returns their group. `options` belong to `--input`."""
+    """Adds the flags that name clips, such as `--input`; returns the group of these flags.
+
+    The flags of the group exclude each other. `options` are options of the flag `--input`.
+    """
     clips = parser.add_mutually_exclusive_group(required=True)
     about = "clips: a folder, a .parquet table or a .npz file"
     parser.flag("--input PATH", about + "; may be repeated" * bool(options), of=clips, **options)
-    parser.flag("--split S", "instead of --input: a split of the dataset, such as val", of=clips)
+    about = "instead of --input: a split of the dataset, such as val"
+    parser.flag("--split S", about, of=clips, choices=SPLITS)
     parser.flag("--run W", "the folder of the gallery's run, if the run was moved")
     parser.fields("data.", example="data.dir=PATH")
     return clips
@@ -107,9 +109,7 @@ def _number(text: str) -> float:
 
 def _add_enrol(parser: Parser) -> None:
     clips = _add_clips(parser, action="append")
-    about = (
-        "instead of --input: the folder of photos of the people, DIR/NAME/PHOTO.jpg or DIR/NAME.jpg"
-    )
+    about = "instead of --input: photos of the people, DIR/NAME/PHOTO.jpg or DIR/NAME.jpg"
     parser.flag("--photos DIR", about, of=clips)
     about = "with --photos: the folder of nets (default: the folder that made the gallery)"
     parser.flag("--models DIR", about)
@@ -222,16 +222,10 @@ def _add_migrate(parser: Parser) -> None:
 
 # Command -> its description, and the function that adds its flags.
 COMMANDS: Mapping[str, tuple[str, Callable[[Parser], None]]] = {
-    "create": (
-        "makes a gallery of the people of a run, or an empty one for features of vidjax extract",
-        _add_create,
-    ),
+    "create": ("makes a gallery of the people of a run, or an empty one for nets", _add_create),
     "enrol": ("enrols clips of new people, or more clips of enrolled people", _add_enrol),
     "identify": ("names the person in each clip, or answers unknown", _add_identify),
-    "verify": (
-        "decides if clips show a given person, or if two clips show the same person",
-        _add_verify,
-    ),
+    "verify": ("decides if clips show a person, or if two clips show one person", _add_verify),
     "group": ("groups the clips of unknown people, so that you can name them", _add_group),
     "rank": (
         "ranks the clips for every person; with --fpir or --threshold, leaves out clips that get "
@@ -243,10 +237,7 @@ COMMANDS: Mapping[str, tuple[str, Callable[[Parser], None]]] = {
     "relabel": ("moves an enrolled clip to another person, or to the strangers", _add_relabel),
     "migrate": ("enrols the people of a gallery in a gallery of other nets", _add_migrate),
     "remove": ("deletes a person or a clip; this cannot be undone", _add_remove),
-    "threshold": (
-        "prints the probability at which a given share of strangers would get a name",
-        _add_threshold,
-    ),
+    "threshold": ("prints the threshold that few strangers reach", _add_threshold),
     "export": ("writes a parquet table of the enrolled clips: names, people, vectors", _add_export),
 }
 
@@ -280,7 +271,11 @@ def _create(args: argparse.Namespace) -> Result:
 
 
 def _refuse(args: argparse.Namespace, why: str, *names: str, remedy: str = "leave it out") -> None:
-    """Raises UserError if one of the flags `names` is given. `overrides` are --config.FIELD."""
+    """Raises UserError if one of the flags `names` is given, because it has no effect.
+
+    `why` says in which case, such as "with --models". `remedy` is what the user should do. The name
+    `overrides` stands for the flags --config.FIELD.
+    """
     for name in names:
         if given := getattr(args, name):
             flag = given[0] if name == "overrides" else f"--{name}"
@@ -288,12 +283,10 @@ def _refuse(args: argparse.Namespace, why: str, *names: str, remedy: str = "leav
 
 
 def _open(args: argparse.Namespace) -> Gallery:
-    """Opens the gallery of a command. Raises UserError if `--input` or `--split` is wrong."""
+    """Opens the gallery of a command. Raises UserError if its clips, `--input`, cannot be used."""
     given = getattr(args, "input", None)
     if given:
         _refuse(args, "with --input", "overrides")
-    if (split := getattr(args, "split", None)) and split not in SPLITS:
-        raise UserError(f"--split={split}: choose from {', '.join(SPLITS)}")
     gallery = Gallery(args.gallery, run=getattr(args, "run", None))
     if isinstance(given, Path):  # for enrol, it is a list, and the inputs are checked later
         clip_inputs.check_input(gallery, given)
@@ -308,13 +301,22 @@ def _load_split(args: argparse.Namespace, gallery: Gallery) -> "Dataset":
 
 
 def _embed(args: argparse.Namespace, gallery: Gallery) -> "tuple[float, Vectors]":
-    """Returns the time when the clips were loaded, and the embeddings of the clips."""
+    """Loads the clips of a command, and computes their embeddings.
+
+    Returns the time when the clips were loaded, and the embeddings.
+    """
     clips = gallery.load(args.input) if args.input else _load_split(args, gallery)
     return time.monotonic(), clip_inputs.embed(gallery, clips, args.split)
 
 
-def _read_rule(args: argparse.Namespace) -> dict[str, Any]:
-    return {"fpir": args.fpir, "threshold": args.threshold}
+def _open_for_names(args: argparse.Namespace) -> tuple[Gallery, dict[str, Any], NamingRule]:
+    """Opens the gallery of a command, and reads `--fpir` and `--threshold`.
+
+    Returns the gallery, the values of the two flags, and the rule by which a clip gets a name. A
+    mistake in a flag is reported here, before clips are read.
+    """
+    gallery, chosen = _open(args), {"fpir": args.fpir, "threshold": args.threshold}
+    return gallery, chosen, gallery.rule(**chosen)
 
 
 def _enrol(args: argparse.Namespace) -> Result:
@@ -354,14 +356,18 @@ def _enrol(args: argparse.Namespace) -> Result:
 
 
 def _show_enrolled(gallery: Gallery, done: Mapping[str, Any], noun: str, texts: Facts) -> Result:
-    """Returns the result of an enrolment `done`, and warns if people contradict the card."""
+    """Returns the result of an enrolment. Warns if people contradict the card of the net.
+
+    `done` are values for JSON. `noun` is the word for the enrolled things, such as "face". `texts`
+    are further lines of the summary.
+    """
     card_notes.warn(gallery.state)
     enrolled = f"{messages.count(done['enrolled'], noun)}, {done['unchanged']:,} enrolled before"
     return _summarise(gallery, done, {"enrolled": enrolled, "unchanged": "", **texts})
 
 
 def _enrol_photos(args: argparse.Namespace) -> Result:
-    """Enrols the photos of a folder. If a photo is not enrolled, the exit code is 1."""
+    """Enrols the photos of a folder. The exit code is 1 if a photo is not enrolled."""
     from vidjax.apps.video import people_photos
 
     remedy = (
@@ -375,10 +381,8 @@ def _enrol_photos(args: argparse.Namespace) -> Result:
     models = clip_inputs.find_models(gallery, args.models)
     workers, tell = num_cores(), terminal.print_note
     done = people_photos.enrol_folder(gallery, args.photos, models, workers, tell)
-    facts, texts = (
-        done._asdict() | {"failed": [*done.failed]},
-        messages.describe_failed(done.failed),
-    )
+    facts, texts = done._asdict(), messages.describe_failed(done.failed)
+    facts["failed"] = [*done.failed]
     result = _show_enrolled(gallery, facts, "face", texts)
     return result._replace(code=1 if done.failed else 0)
 
@@ -411,8 +415,7 @@ def _identify(args: argparse.Namespace) -> Result:
             f"--out={out} needs the times of clips: only features of vidjax extract have times\n"
             "to write a table without times: --out=answers.tsv"
         )
-    gallery, chosen = _open(args), _read_rule(args)
-    rule = gallery.rule(**chosen)  # a mistake is reported before vectors are made
+    gallery, chosen, rule = _open_for_names(args)
     began, vectors = _embed(args, gallery)
     with terminal.show_clips("identify", len(vectors.names)) as bar:
         identify = functools.partial(gallery.identify, k=args.k, advance=bar.advance, **chosen)
@@ -450,9 +453,7 @@ def _verify(args: argparse.Namespace) -> Result:
     facts |= {"comparisons": len(matches), "accepted": accepted, "rule": rule.to_dict()}
     texts = {"identity": show(identity), **rule.describe()}
     if none := sum(not match.evidence for match in matches.values()):
-        texts["not compared"] = (
-            f"{none:,}, without a usable frame of a modality that both sides have: give other clips"
-        )
+        texts["not compared"] = f"{none:,}, which have no modality in common: give other clips"
     if misfits:
         texts["does not fit"] = (
             f"{messages.list_some([*misfits], 3)}: unlike the other clips of the person. To move "
@@ -469,15 +470,18 @@ def _verify(args: argparse.Namespace) -> Result:
 def _process_tables(
     args: argparse.Namespace, work: type[bulk.TableTask], **options: int
 ) -> Result | None:
-    """Answers for a folder of tables. If `--input` is no such folder, returns None."""
+    """Answers for a folder of tables of clips; returns None if `--input` is no such folder.
+
+    `work` is the class that makes the results of a table. `options` are its arguments, in addition
+    to `--fpir` and `--threshold`.
+    """
     inputs = bulk.list_tables(args.input) if args.input else []
     if not inputs:
         return None
     bulk.check_out(args.out, inputs, work)
-    gallery, chosen = _open(args), _read_rule(args)
-    rule = gallery.rule(**chosen)  # a mistake is reported before tables are read
+    gallery, chosen, rule = _open_for_names(args)
     task = work(lambda: gallery, **options, **chosen)
-    done = bulk.process_tables(inputs, args.out, task)._asdict()
+    done = bulk.process_tables(inputs, args.out, task)
     if rule.default and work is bulk.Rank:
         return Result(done)
     texts = rule.describe(getattr(task, "num_doubtful", 0))
@@ -488,8 +492,7 @@ def _rank(args: argparse.Namespace) -> Result:
     if done := _process_tables(args, bulk.Rank):
         return done
     out = tables.check_new(args.out, (".txt", *tables.ENDINGS))
-    gallery, chosen = _open(args), _read_rule(args)
-    rule = gallery.rule(**chosen)  # a mistake is reported before vectors are made
+    gallery, chosen, rule = _open_for_names(args)
     began, vectors = _embed(args, gallery)
     with terminal.show_clips("rank", len(vectors.names)) as bar:
         ranked = gallery.rank(vectors, advance=bar.advance, **chosen)
@@ -527,12 +530,12 @@ def _relabel(args: argparse.Namespace) -> Result:
     gone = before is not None and before not in gallery
     text = f"{args.clip} showed {before or 'a stranger'}{', of whom no clip is left' * gone}"
     text += f"; it shows {identity or 'a stranger'}{', who is new' * new}"
-    facts = {"clip": args.clip, "before": before}
-    return _summarise(gallery, facts, {"clip": text, "before": ""})
+    texts = {"clip": text, "before": ""}
+    return _summarise(gallery, {"clip": args.clip, "before": before}, texts)
 
 
 def _migrate(args: argparse.Namespace) -> Result:
-    """Copies the people of a gallery. If a person has no clip left, the exit code is 1."""
+    """Enrols the people of a gallery in another gallery. The exit code is 1 if a person is lost."""
     old, new, path = Gallery(args.gallery), Gallery(args.new), args.input
     features_folder.check_models(path, new.origin.cards)
     done = migrate(old, new, clip_inputs.load_all(new, path))
@@ -564,13 +567,11 @@ def _list(args: argparse.Namespace) -> Result:
     if args.identity is not None:
         name = normal_form(args.identity)
         people = {name: find_enrolled("identity", name, people)}
-    facts: dict[str, Any] = {"identities": {name: len(clips) for name, clips in people.items()}}
-    rows = [(name, f"{count:,}") for name, count in facts["identities"].items()]
-    result = _summarise(gallery, facts)
-    if not args.clips:
-        return result._replace(rows=rows)
-    rows = [(name, clip) for name, clips in people.items() for clip in clips]
-    return result._replace(facts={**result.facts, "clips": people}, rows=rows)
+    result = _summarise(gallery, {"identities": {name: len(x) for name, x in people.items()}})
+    if args.clips:
+        rows = [(name, clip) for name, clips in people.items() for clip in clips]
+        return result._replace(facts={**result.facts, "clips": people}, rows=rows)
+    return result._replace(rows=[(name, f"{len(clips):,}") for name, clips in people.items()])
 
 
 def _threshold(args: argparse.Namespace) -> Result:

@@ -141,7 +141,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _list_fields() -> list[str]:
-    """Returns the fields of configurations, or [] without the packages that training needs."""
+    """Returns the fields of configurations, or [] if the packages for training are missing."""
     with contextlib.suppress(ModuleNotFoundError):
         from vidjax.runs import config
 
@@ -150,7 +150,11 @@ def _list_fields() -> list[str]:
 
 
 def _put_command_first(words: Sequence[str]) -> list[str]:
-    """Moves the command to the start. `--mode=rank` becomes `rank`. The default is `train`."""
+    """Moves the command to the start of the words. `--mode=rank` becomes `rank`.
+
+    Without a command, the first word of the result is `train`. Raises UserError for an unknown
+    command.
+    """
     count = len([*itertools.takewhile(SWITCHES.__contains__, words)])
     rest, names = [*words[count:], *words[:count]], list[str]()
     if rest and not rest[0].startswith("-"):

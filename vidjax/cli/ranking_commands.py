@@ -45,7 +45,10 @@ def _add_flags(parser: Parser, out: str) -> None:
 
 
 def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Result:
-    """Runs `vidjax rank` or `vidjax embed`, and writes the ranking or the vectors."""
+    """Runs `vidjax rank` or `vidjax embed`: writes a ranking or vectors.
+
+    `work` is the class that makes the results of a table of clips.
+    """
     from vidjax.runs import config_io
     from vidjax.training import public
 
@@ -68,8 +71,7 @@ def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Re
 
     trained = predict.restore(args.workdir, step=settings.checkpoint)
     if inputs:
-        done = bulk.process_tables(inputs, args.out, work(lambda: trained))
-        return Result(done._asdict())
+        return Result(bulk.process_tables(inputs, args.out, work(lambda: trained)))
     clips = trained.load(args.input, settings.split if "eval.split" in overridden else None)
     began, size = time.monotonic(), len(clips.names)
     progress = terminal.Progress(size, unit="clip", label=args.command, leave=False, compiles=True)
@@ -145,7 +147,7 @@ def add_compare_flags(parser: Parser) -> None:
 
 
 def compare_runs(args: argparse.Namespace) -> Result:
-    """Compares the MAP of each run with the MAP of the first run."""
+    """Compares the MAP (mean average precision) of each run with the MAP of the first run."""
     from vidjax.evaluation import comparison
     from vidjax.runs import config as config_lib, config_io
     from vidjax.training import public

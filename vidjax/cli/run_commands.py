@@ -1,6 +1,6 @@
 """`vidjax train`, `vidjax evaluate` and `vidjax report`.
 
-Libraries that take seconds to load are imported inside the functions, after the flags were checked.
+The functions import libraries that take seconds to load after they have checked the flags.
 """
 
 import argparse
@@ -80,7 +80,10 @@ def add_report_flags(parser: Parser) -> None:
 
 
 def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]:
-    """Returns the configuration and the folder of a run, or of the averaged runs `--runs`."""
+    """Returns the configuration and the folder of the run that the flags name.
+
+    With `--runs`, the mean scores of several runs are evaluated. The folder is then `--workdir`.
+    """
     config_io.refuse_training_fields(args.overrides)
     model = shared_flags.load_definitions(args)
     if args.coordinator and args.runs is not None:
@@ -120,12 +123,11 @@ def write_report(args: argparse.Namespace) -> Result:
     folder = public.open_run(args.workdir)
     from vidjax.evaluation.report import run_page
 
-    page = run_page.write(folder)
-    return Result({"workdir": str(folder.path), "report": str(page)})
+    return Result({"workdir": str(folder.path), "report": str(run_page.write(folder))})
 
 
 def lock_folder(path: Path) -> contextlib.AbstractContextManager[Path]:
-    """Returns a context manager that makes the folder of a run and locks it."""
+    """Makes the folder of a run; returns a context manager that locks the folder."""
     if signal.getsignal(signal.SIGTERM) is exit_codes.stop_at_once:
         signals.end_on_signals()  # then Ctrl-C also stops a long compilation
     return make_and_lock(path)
@@ -136,8 +138,8 @@ def summarise(
 ) -> Result:
     """Returns what a command prints: the scores of a run, and the paths of its files.
 
-    `results` is the content of `metrics.json`. `seconds` is the time that the command took. If an
-    earlier command finished the run, `seconds` is None.
+    `results` is the content of `metrics.json`. `seconds` is the time that the command took, or None
+    if an earlier command finished the run.
     """
     paths = folder.paths(config.eval.split, apart=bool(results.get("overrides")))
     facts = {"workdir": folder.path, "ranking": paths.ranking}

@@ -17,21 +17,22 @@ def add_workdir(parser: Parser) -> None:
 
 
 def add_config(parser: Parser, **options: Any) -> None:  # noqa: ANN401 (the options of a flag)
-    """Adds the flag `--config`, which names the file of a configuration."""
+    """Adds the flag `--config`, which names a configuration: a file, or its name."""
     about = "a file of configs/ or its name, e.g. mma or mma:iqiyi_vid; or a run's config.json"
     parser.flag("--config FILE[:ARG,...]", about, **options)
 
 
 def add_definitions(parser: Parser) -> None:
-    """Adds the flag `--config`, which names a file that defines additional models or losses."""
+    """Adds the flag `--config`, which names a file that defines more models or losses."""
     about = "the Python file that defines the model or the loss, if vidjax does not define it"
     parser.flag("--config FILE", about)
 
 
 def load_definitions(args: argparse.Namespace) -> str | None:
-    """Runs the Python file of `--config`. The file may define additional models and losses.
+    """Runs the Python file of `--config`, which may define more models and losses.
 
-    The configuration that the file returns is not used. Returns the name of its model.
+    The configuration that the file returns is not used. Returns the name of the model in this
+    configuration, or None without `--config`.
     """
     if not args.config:  # a path in the folder of a run is never run: it may come from a stranger
         return None

@@ -35,7 +35,7 @@ BatchTransform = Callable[[Array, MemberClips], MemberClips]
 
 
 def drop_poor_frames(rng: Array, clips: MemberClips, *, poor_clips: str = "keep") -> MemberClips:
-    """Drops frames with a quality below `clips.min_quality`.
+    """Removes frames with a quality below `clips.min_quality` from the clips. `rng` is not used.
 
     If all frames of a clip in a modality are too poor, they are kept. With `poor_clips="drop"`, the
     weight of a clip becomes 0 if all its frames in the first modality are too poor.
@@ -58,9 +58,10 @@ def drop_poor_frames(rng: Array, clips: MemberClips, *, poor_clips: str = "keep"
 def concat_noise(
     rng: Array, clips: MemberClips, *, num_identities: int, pieces: str = "equal"
 ) -> MemberClips:
-    """Concatenates short distractor clips and cuts long distractor clips, see `concat_clips`.
+    """Joins short distractor clips at random, and cuts long distractor clips to random pieces.
 
-    A distractor shows none of the identities: its label is 0 or above `num_identities`.
+    A distractor shows none of the identities: its label is 0 or above `num_identities`. For
+    `pieces`, see `concat_clips`.
 
     Source: noise augmentation of the 5th-place system of 2018.
     """
@@ -134,8 +135,8 @@ def mix_up(rng: Array, clips: MemberClips, *, alpha: float) -> MemberClips:
     """Replaces every clip by share x clip + (1 - share) x a random clip of the batch.
 
     The share of a clip is max(s, 1 - s), where s is drawn from Beta(alpha, alpha) and alpha is
-    above 0. `targets` receives the labels of both clips. If the random clip has weight 0, the share
-    is 1.
+    above 0. If the random clip has weight 0, the share is 1. The `targets` of the result have the
+    labels of both clips, with their shares.
 
     Source: Zhang et al., mixup, equation 1. Unlike the paper, each clip has its own share.
     """
@@ -151,7 +152,10 @@ def mix_up(rng: Array, clips: MemberClips, *, alpha: float) -> MemberClips:
 
 
 def _mix(frames: Frames, partner: Array, share: Array) -> Frames:
-    """Returns share x clip + (1 - share) x the clip in row `partner` [B]. Padding counts as 0."""
+    """Returns Frames of share x clip + (1 - share) x another clip. Padding counts as 0.
+
+    `partner` [B] int is the row of the other clip. `share` is [B] float.
+    """
     other = jax.tree.map(lambda x: x[partner], frames)
 
     def blend(first: Array, second: Array) -> Array:
@@ -180,7 +184,7 @@ def by_example(rng: Array, clips: MemberClips) -> MemberClips:
 
 
 class Transform(NamedTuple):
-    """A transform in the table TRANSFORMS."""
+    """An augmentation of the clips of a training step, a value of the table TRANSFORMS."""
 
     function: Callable[..., MemberClips]  # (rng, MemberClips, *, options) -> MemberClips
     before_fusion: bool = False  # True: it receives all frames of the clips, not the fused frames
@@ -193,7 +197,9 @@ TRANSFORMS: dict[str, Transform] = {"by_example": Transform(by_example)}
 def make_transforms(
     config: Mapping[str, Any], num_identities: int
 ) -> tuple[tuple[BatchTransform, ...], tuple[BatchTransform, ...]]:
-    """Returns two tuples of transforms: to apply before the fusion of frames, and after it.
+    """Returns the augmentations of a configuration: before the fusion of frames, and after it.
+
+    A fusion selects or averages the frames of a clip. Raises UserError if an option is wrong.
 
     The transforms of `config.ensemble.min_quality`, `config.noise.join` and `config.mixup` come
     first. The entries of `config.transforms` follow. An entry is a key of TRANSFORMS, or a dict

@@ -47,20 +47,25 @@ class NoiseClassLayout(NamedTuple):
 
     @property
     def mirror_shift(self) -> int:
-        """The distance from the column of an identity to the column of its mirror (see above)."""
+        """The number of columns between an identity and its mirror class.
+
+        The mirror class contains distractors that the model mistakes for the identity.
+        """
         return self.num_identities + self.num_clusters
 
     def is_identity(self, columns: Array) -> Array:
-        """Returns True for the columns of identities; `columns` are integers of any shape."""
+        """Returns which class columns [...] int belong to identities, [...] bool."""
         return (columns >= 1) & (columns <= self.num_identities)
 
     def is_mirror(self, columns: Array) -> Array:
-        """Returns True for the columns of mirrors; `columns` are integers of any shape."""
+        """Returns which class columns [...] int belong to mirror classes, [...] bool."""
         return (columns > self.mirror_shift) & (columns < self.num_columns)
 
 
 class LazyFeatures(NamedTuple):
-    """Features of frames as rows of a large array. `fusion.read` gathers the rows into [B, T, D].
+    """The features of B clips of T frames, stored as numbers of rows in a large array.
+
+    `fusion.read` gathers the rows into an array [B, T, D].
 
     Attributes:
       values: [F, D], features of all F frames of the dataset, in the stored dtype.
@@ -110,9 +115,9 @@ class Batch(NamedTuple):
 
 
 class ClipInfo(NamedTuple):
-    """The data of B clips that a model receives in addition to their frames.
+    """What a model receives about B clips, in addition to the frames of the clips.
 
-    If `config.after_fusion` is `examples`, each fused frame counts as a clip.
+    If `config.after_fusion` is `examples`, the model receives each fused frame as a clip.
 
     Attributes:
       index: [B] int32, row of each clip among the training clips; 0 on padded rows.

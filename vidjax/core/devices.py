@@ -29,9 +29,9 @@ def jit(
     mesh: Mesh,
     **options: Any,  # noqa: ANN401
 ) -> jax.stages.Wrapped:
-    """Returns `jax.jit(function, **options)`, set to compile large programs faster on a CPU.
+    """Returns `jax.jit(function, **options)`, but programs for a CPU compile faster.
 
-    The program runs on the devices of `mesh`.
+    `mesh` are the devices on which the program will run.
     """
     # LLVM optimises less. Matrix products are not slower, because libraries compute them.
     level = {"xla_backend_optimization_level": 1} if is_cpu(mesh) else None
@@ -72,24 +72,24 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
 
 
 def replicated_layout(mesh: Mesh) -> NamedSharding:
-    """Returns the layout of arrays that every device stores whole, such as parameters."""
+    """Returns the sharding of arrays that every device stores whole, such as parameters."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def row_layout(mesh: Mesh) -> NamedSharding:
-    """Returns the layout of arrays that are split along their first axis, such as batches."""
+    """Returns the sharding of arrays that are split along their first axis, such as batches."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def replicate(mesh: Mesh, tree: Tree) -> Tree:
-    """Copies a tree of arrays to every device."""
+    """Copies a tree of arrays to every device of a mesh."""
     return put(tree, replicated_layout(mesh))
 
 
 def put(tree: Tree, layout: NamedSharding | Tree) -> Tree:
-    """Puts a tree of arrays on the devices. `layout` is a sharding or a tree of shardings.
+    """Copies a tree of arrays to the devices. `layout` is a sharding or a tree of shardings.
 
-    Arrays on the host must be whole, and equal in all processes.
+    If several processes call this function, each process passes the same whole arrays.
     """
     if distributed.count() == 1:
         return jax.device_put(tree, layout)
@@ -109,7 +109,7 @@ def _return_unchanged(x: Array) -> Array:
 
 
 def shapes(tree: Tree, layout: NamedSharding) -> Tree:
-    """Returns the shapes, dtypes and `layout` of a tree of arrays, without the arrays."""
+    """Returns a tree of ShapeDtypeStruct: the shapes and dtypes of arrays, with one sharding."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), tree)
 
 
@@ -147,7 +147,10 @@ def _batch_layouts(mesh: Mesh, batch: Tree) -> Tree:
 
 
 def shard_batch(mesh: Mesh, batch: Batch) -> Batch:
-    """Distributes the clips of a batch over the devices, equally many to each."""
+    """Copies a batch to the devices of a mesh. Each device gets equally many clips.
+
+    Raises UserError if the number of clips is not a multiple of the number of devices.
+    """
     check_rows(mesh, np.shape(batch.clip_index)[0])
     return put(batch, _batch_layouts(mesh, batch))
 
@@ -162,7 +165,10 @@ def check_rows(mesh: Mesh, rows: int) -> None:
 
 
 def constrain_batch(mesh: Mesh, batch: Tree) -> Tree:
-    """Distributes a batch as `shard_batch` does, but inside a compiled function."""
+    """Splits the clips of a batch over the devices of a mesh, inside a jitted function.
+
+    A batch is a tree of arrays with a row per clip. `shard_batch` does the same outside of jit.
+    """
     return jax.lax.with_sharding_constraint(batch, _batch_layouts(mesh, batch))
 
 

@@ -90,8 +90,9 @@ def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
 def assign_folds(labels: np.ndarray, num_folds: int, seed: int) -> np.ndarray:
     """Returns the fold of each clip, [N] int32 from 0. Every identity is spread over all folds.
 
-    The sizes of two folds differ by at most 1 clip, in total and within every identity. Labels are
-    [N] int. Distractors have the label 0. They count as an identity.
+    `labels` [N] int are the identities of the clips. The label 0, distractors (clips of no
+    identity), is treated like an identity. The sizes of two folds differ by at most 1 clip, in
+    total and within every identity.
     """
     # The clips of an identity go to the folds in turn. The next identity starts at the next fold.
     order = np.random.default_rng(seed).permutation(len(labels))
@@ -124,7 +125,11 @@ def draw_bootstrap(
 def count_clip_uses(
     members: Sequence[Member], labels: np.ndarray, folds: int, seed: int, resample: str = "identity"
 ) -> np.ndarray:
-    """Returns how often each of E members trains on each of N clips in an epoch, [E, N] float32."""
+    """Returns how often each of E members trains on each of N clips in an epoch, [E, N] float32.
+
+    `labels` [N] int are the class columns of the clips. `folds` is the number of folds, or 0. For
+    `resample`, see `draw_bootstrap`. Raises UserError if there are more folds than clips.
+    """
     if folds > len(labels):
         raise UserError(
             f"config.ensemble.folds={folds} is too large: there are {len(labels)} training clips\n"
@@ -141,9 +146,10 @@ def count_clip_uses(
 
 
 def add_trained_clips(sets: TrainingSets, earlier: TrainingSets) -> TrainingSets:
-    """Adds the clips of an earlier training to `sets`, because its weights were trained further.
+    """Adds the training clips of an earlier run, from whose weights the members of `sets` start.
 
-    Member i of `sets` continues member i of `earlier`, or the only member of `earlier`.
+    Member i of `sets` starts with the weights of member i of `earlier`, or of its only member.
+    Returns the members of `sets` with the clips of both runs.
     """
     known = _index_clips(sets.clips)
     more = tuple(clip for clip in earlier.clips if clip not in known)
@@ -154,7 +160,7 @@ def add_trained_clips(sets: TrainingSets, earlier: TrainingSets) -> TrainingSets
 
 
 def make_rngs(members: Sequence[Member], seed: int) -> Array:
-    """Returns a PRNG key for each member, [E], from the seed and `Member.number`."""
+    """Returns a PRNG key for each of E members, [E], made from `seed` and `Member.number`."""
     numbers = jnp.array([member.number for member in members], jnp.uint32)
     return jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(numbers)
 
@@ -165,8 +171,11 @@ def choose_scoring_members(
     """Decides which of E members score which of n clips, by the names of the clips.
 
     A member scores the clips that it was not trained on. If all members were trained on all
-    training clips, and `clips` contains a training clip, all members score all clips. Returns
-    [E, n] bool, and True if this exception applies.
+    training clips, and `clips` contains a training clip, all members score all clips.
+
+    Returns:
+      [E, n] bool, True if the member scores the clip; and True if members score clips that they
+        were trained on.
     """
     position = _index_clips(training_sets.clips)
     rows = np.array([position.get(name, -1) for name in clips], np.int64)

@@ -170,14 +170,14 @@ def frame_weights(frames: Frames, weighting: str) -> Array:
 
 
 def mean_measure(frames: Frames, measure: str) -> Array:
-    """Computes the mean L2 `norm` or the mean `quality` of the frames of each clip, [B] float32."""
+    """Computes the mean of a measure over the frames of each clip, [B] float32.
 
-    def value(t: Array | None) -> Array:
-        if measure == "norm":
-            return jnp.linalg.norm(_read_frame(frames.features, t).astype(jnp.float32), axis=-1)
-        return _read_frame(_replace_non_finite(frames.quality), t)
-
-    return _average_over_frames(frames.mask, frames.mask.astype(jnp.float32), value)
+    `measure` is `norm` (the L2 norm of the features) or `quality`. A clip without frames gets 0.
+    """
+    weights = frames.mask.astype(jnp.float32)
+    if measure == "norm":
+        return _average_over_frames(frames.mask, weights, frames.features, _read_norm)
+    return _average_over_frames(frames.mask, weights, _replace_non_finite(frames.quality))
 
 
 def shuffle(rng: Array | None, mask: Array) -> Array:
@@ -197,13 +197,19 @@ def shuffle(rng: Array | None, mask: Array) -> Array:
 
 
 def per_frame_uniform(rng: Array, mask: Array) -> Array:
-    """Draws a number from [0, 1) for every frame, [B, T] float32. Padding does not change it."""
+    """Draws a random number from [0, 1) for every frame, [B, T] float32.
+
+    `mask` [B, T] gives the shape. With more padding (a larger T), the numbers stay the same.
+    """
     # A draw depends on its flat index. With frames as the slow axis, padding only appends draws.
     return jax.random.uniform(rng, mask.shape[::-1], jnp.float32).T
 
 
 def take(values: Array, index: Array) -> Array:
-    """Selects the frames `index` [B, T'] of `values` [B, T], [B, T, D] or LazyFeatures."""
+    """Selects frames by their numbers `index` [B, T'], for each of B clips.
+
+    `values` are [B, T], [B, T, D] or LazyFeatures. Returns [B, T'], [B, T', D] or LazyFeatures.
+    """
     if isinstance(values, LazyFeatures):
         return values._replace(index=take(values.index, index))
     index = index.reshape(index.shape + (1,) * (values.ndim - 2))
@@ -211,16 +217,17 @@ def take(values: Array, index: Array) -> Array:
 
 
 def read(features: Array | LazyFeatures) -> Array:
-    """Returns features as an array [B, T, D]: gathers LazyFeatures from their large array."""
+    """Returns features as an array [B, T, D]. LazyFeatures (numbers of rows) are gathered."""
     if not isinstance(features, LazyFeatures):
         return features
     return jnp.asarray(features.values).at[features.index].get(mode="promise_in_bounds")
 
 
 def map_fields(fn: Callable[..., Array], *frames: Frames) -> Frames:
-    """Applies `fn` to each field of Frames. For LazyFeatures, applies it only to their `index`.
+    """Applies `fn` to each field of Frames: features, quality, detection, number and mask.
 
-    If several Frames are given, `fn` receives the same field of all of them.
+    Returns Frames of the results. If several Frames are given, `fn` receives the same field of each
+    of them. Of LazyFeatures, `fn` receives the `index`.
     """
 
     def field(*values: Array) -> Array:
@@ -275,7 +282,10 @@ def _select_first(
 
 
 def _select_frames(frames: Frames, index: Array) -> Frames:
-    """Selects the frames `index` [B, T']. The mask is False only for clips without frames."""
+    """Returns Frames [B, T'] of the frames with the numbers `index` [B, T'] of each clip.
+
+    The mask of the result is False only for clips without frames.
+    """
     chosen = map_fields(lambda values: take(values, index), frames)
     has_frame = frames.mask.any(axis=1, keepdims=True)
     return chosen._replace(mask=jnp.broadcast_to(has_frame, index.shape))
@@ -342,8 +352,7 @@ def random_fusion(
     else:
         all_weights = frame_weights(frames, weighting)
         weights = [take(all_weights, index) for index in picks]
-    has_frame = jnp.any(frames.mask, axis=1)[:, None]
-    return _fuse(frames, picks, is_used, weights, jnp.broadcast_to(has_frame, picks[0].shape))
+    return _fuse(frames, picks, is_used, weights)
 
 
 def merged_windows(rng: Array | None, frames: Frames, *, max_frames: int = 5) -> Frames:
@@ -381,8 +390,8 @@ def merged_windows(rng: Array | None, frames: Frames, *, max_frames: int = 5) ->
     place = jnp.argsort(order, axis=1)
     picks = [take(order, (place + slot) % jnp.maximum(count, 1)) for slot in range(max_frames)]
     weights = [take(frames.mask, index).astype(jnp.float32) for index in picks]
-    merged = _fuse(frames, picks, is_used, weights, frames.mask)
-    merged = merged._replace(number=frames.number)
+    merged = _fuse(frames, picks, is_used, weights)
+    merged = merged._replace(number=frames.number, mask=frames.mask)
 
     def stored(mean: Array, like: Array) -> Array:
         # A cast to int8 would cut off digits, and so make the features shorter.
@@ -401,8 +410,7 @@ def mean_frame(frames: Frames, *, weighting: str = "uniform") -> Frames:
     weights = frame_weights(frames, weighting)
 
     def mean(values: Array | LazyFeatures) -> Array:
-        means = _average_over_frames(frames.mask, weights, functools.partial(_read_frame, values))
-        return means[:, None]
+        return _average_over_frames(frames.mask, weights, values)[:, None]
 
     return Frames(
         features=mean(frames.features),  # [B, 1, D]
@@ -413,19 +421,40 @@ def mean_frame(frames: Frames, *, weighting: str = "uniform") -> Frames:
     )
 
 
+def _read_frame(values: Array | LazyFeatures, t: Array | int | None) -> Array:
+    """Returns frame number `t` of every clip, [B] or [B, D], given `values` [B, T] or [B, T, D].
+
+    If `t` is None, returns all frames, [B, T] or [B, T, D].
+    """
+    if t is None:
+        return read(values)
+    if isinstance(values, LazyFeatures):
+        return read(values._replace(index=_read_frame(values.index, t)))
+    return jax.lax.dynamic_index_in_dim(values, t, axis=1, keepdims=False)
+
+
+def _read_norm(features: Array | LazyFeatures, t: Array | None) -> Array:
+    """Returns the L2 norm of the t-th frame of every clip, [B]; of all frames if `t` is None."""
+    return jnp.linalg.norm(_read_frame(features, t).astype(jnp.float32), axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames="read_value")
 def _average_over_frames(
-    mask: Array, weights: Array, value_of: Callable[[Array | None], Array]
+    mask: Array,
+    weights: Array,
+    values: Array | LazyFeatures,
+    read_value: Callable[[Array | LazyFeatures, Array | None], Array] = _read_frame,
 ) -> Array:
     """Computes the weighted mean over the frames of each clip, [B, ...].
 
-    `weights` are [B, T]. If all weights of a clip are 0, its mean is 0. `value_of(t)` returns the
-    value of frame t of every clip, [B, ...]. `value_of(None)` returns the values of all frames,
-    [B, T, ...].
+    `mask` [B, T] is True for real frames. `weights` are [B, T]. If all weights of a clip are 0, its
+    mean is 0. `read_value(values, t)` returns the value of frame t of every clip, [B, ...]. If t is
+    None, it returns the values of all frames, [B, T, ...].
     """
     total = jnp.sum(weights, axis=1, keepdims=True)
     weights = weights / jnp.where(total > 0, total, 1.0)  # [B, T]
     if any(map(jax.export.is_symbolic_dim, mask.shape)):  # exported: loops are slow in runtimes
-        values = value_of(None)
+        values = read_value(values, None)
         counts = mask.reshape(*mask.shape, *[1] * (values.ndim - 2))
         values = jnp.where(counts, values, 0)
         return jnp.einsum("bt,bt...->b...", weights, values, precision=jax.lax.Precision.HIGHEST)
@@ -435,10 +464,10 @@ def _average_over_frames(
     # Reading a frame at a time in the stored dtype is 15 times faster on CPU than summing float32
     # [B, T, D], and the result does not depend on the length of the padding.
     def add(t: Array, total: Array) -> Array:
-        value = value_of(t)
+        value = read_value(values, t)
         return total + value * _read_frame(weights, t).reshape(-1, *[1] * (value.ndim - 1))
 
-    first = jax.eval_shape(value_of, jnp.int32(0))
+    first = jax.eval_shape(read_value, values, jnp.int32(0))
     return jax.lax.fori_loop(0, end, add, jnp.zeros(first.shape, _widen_dtype(first)))
 
 
@@ -496,9 +525,10 @@ FUSIONS: dict[str, Callable[..., Frames]] = {
 
 
 def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Frames]:
-    """Builds a fusion, (rng, Frames [B, T]) -> Frames [B, T'], from a specification.
+    """Builds a fusion, a function that selects or averages the frames of each clip.
 
-    `rng` is a PRNG key, or None in evaluation. The fusion `random` needs a key.
+    The function maps (rng, Frames [B, T]) to Frames [B, T']. `rng` is a PRNG key, or None in
+    evaluation. The fusion `random` needs a key. Raises UserError if the name or an option is wrong.
 
     Args:
       spec: a dict such as `config.fusion.face.train`: `name`, a key of FUSIONS, and options of this
@@ -544,11 +574,12 @@ REQUIRED = inspect.Parameter.empty  # instead of the default of an option that h
 def check_options(
     what: str, known: Mapping[str, Any], options: Mapping[str, Any], more: str = ""
 ) -> None:
-    """Raises UserError if an option is unknown or missing, or must be a bool but is not.
+    """Raises UserError if `options`, name -> value, do not fit the options `known`.
 
-    `known` is option -> default, or REQUIRED if there is no default. If a default is True or False,
-    the value must be True or False. The message begins with `what`, such as `fusion 'top'`. A
-    message about an unknown option ends with `more`.
+    `known` is name -> default value. The value REQUIRED marks an option without a default: such an
+    option must be given. If a default is True or False, the given value must be True or False. The
+    message begins with `what`, such as `fusion 'top'`. A message about an unknown option ends with
+    `more`.
     """
     if unknown := sorted(set(options) - set(known)):
         raise UserError(
@@ -614,18 +645,14 @@ def _draw_frames(weights: Array, uniforms: Array, replacement: bool) -> list[Arr
 
 
 def _fuse(
-    frames: Frames,
-    picks: Sequence[Array],
-    is_used: Sequence[Array],
-    weights: Sequence[Array],
-    mask: Array,
+    frames: Frames, picks: Sequence[Array], is_used: Sequence[Array], weights: Sequence[Array]
 ) -> Frames:
     """Computes fused frames, each the weighted mean of some frames of a clip.
 
     Each of the arguments `picks` (indices of frames), `is_used` (False for picks to ignore) and
     `weights` is a sequence of S arrays [B, T'], one for each frame in a mean. The first pick is
     always used, and gives the `number` of the fused frame. Returns Frames [B, T'] with float32
-    features and the given `mask`.
+    features. The mask is False only for clips without frames.
     """
     weights = [jnp.where(used, w, 0.0) for used, w in zip(is_used, weights, strict=True)]
     # All picked frames may have weight 0 while other frames of the clip have positive weights.
@@ -650,12 +677,16 @@ def _fuse(
         quality=mean(_replace_non_finite(frames.quality)),
         detection=mean(_replace_non_finite(frames.detection)),
         number=take(frames.number, picks[0]),
-        mask=mask,
+        mask=jnp.broadcast_to(has_frame, picks[0].shape),
     )
 
 
 def _cumulate_probs(probs: Sequence[float] | None, length: int) -> np.ndarray:
-    """Returns the cumulative probabilities of fusing 1, 2, ... frames, [length] float32."""
+    """Returns the cumulative probabilities of averaging 1, 2, ... frames, [length] float32.
+
+    `probs` are relative probabilities, or None for equal probabilities. Raises UserError if they
+    are not `length` finite numbers of 0 or more.
+    """
     try:
         weights = np.ones(length) if probs is None else np.asarray(probs, np.float64)
     except (ValueError, TypeError):
@@ -669,15 +700,6 @@ def _cumulate_probs(probs: Sequence[float] | None, length: int) -> np.ndarray:
 
 def _widen_dtype(values: Array) -> jnp.dtype:
     return jnp.promote_types(values.dtype, jnp.float32)
-
-
-def _read_frame(values: Array | LazyFeatures, t: Array | int | None) -> Array:
-    """Returns the t-th frame of every clip, [B] or [B, D]. If `t` is None, returns all frames."""
-    if t is None:
-        return read(values)
-    if isinstance(values, LazyFeatures):
-        return read(values._replace(index=_read_frame(values.index, t)))
-    return jax.lax.dynamic_index_in_dim(values, t, axis=1, keepdims=False)
 
 
 def _replace_non_finite(values: Array) -> Array:

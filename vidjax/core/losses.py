@@ -60,14 +60,12 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float 
         (cos(angle) - m sin(m)). Other columns are unchanged.
 
     Raises:
-      UserError: `margin` or `scale` is out of range.
+      UserError: `scale` is not above 0.
 
     Source: Deng et al., ArcFace, equation 3. The formula for angles above pi - m is from the
     authors' code. Unlike that code, this function has finite derivatives at cosines of 1 and -1.
     """
     fixed = 1.0 if isinstance(scale, jax.Array) else scale  # a learned scale cannot be checked here
-    if not 0 <= margin <= np.pi / 2:
-        raise UserError(f"config.loss.margin={margin}: must be from 0 to pi/2")
     if not fixed > 0:
         raise UserError(f"config.model.logit_scale={scale}: must be above 0 for a margin")
     if margin == 0:
@@ -128,8 +126,9 @@ def binary_focal(
     not_label = focal_negative(label_logit, gamma)
     if class_mask is not None:
         not_label = jnp.where(jnp.asarray(class_mask)[labels], not_label, 0.0)
-    kept = mask_logits(logits, class_mask)
-    return sum_of_focal_negatives(kept, gamma) - not_label + positive
+        # The low logit adds 0 to the sum. An infinite logit would have NaN derivatives.
+        logits = jnp.where(jnp.asarray(class_mask), logits, jnp.finfo(logits.dtype).min / 2)
+    return sum_of_focal_negatives(logits, gamma) - not_label + positive
 
 
 def multiclass_focal(
@@ -207,10 +206,10 @@ def make_objective(
 ) -> Objective:
     """Builds the training objective, a function that computes the loss of each example.
 
-    The loss of an example is the sum of `ModelOutput.loss_weight` x loss over the branches (sets
-    of logits) of the model. The training step averages this loss over all examples. If
-    `config.loss.mean_over` is `branches`, the loss of a branch is first divided by the share of
-    examples that train the branch. For the arguments, see `make_loss`.
+    A model has one or more branches (sets of logits). The loss of an example is the sum over the
+    branches of `ModelOutput.loss_weight` x loss. If `spec["mean_over"]` is `branches`, the loss of
+    a branch is first divided by the share of examples that train the branch. For the arguments, see
+    `make_loss`. For the arguments of the result, see `Objective`.
     """
     loss_fn = make_loss(spec, class_mask, steps_per_epoch, logit_scale=logit_scale)
 
@@ -236,13 +235,15 @@ def make_objective(
 
 
 def _check_loss(name: str, value: object, labels: Array) -> Array:
-    """Returns `value`, the result of the loss `name`. Checks that it has a float per label."""
+    """Returns `value`, the result of the loss function `name`.
+
+    Raises UserError if `value` is not a float array with a number for each label.
+    """
+    kind = type(value).__name__
     if isinstance(value, jax.Array):
         if jnp.issubdtype(value.dtype, jnp.floating) and value.shape == labels.shape:
             return value
         kind = f"{value.dtype} {list(value.shape)}"
-    else:
-        kind = type(value).__name__
     raise UserError(
         f"config.loss: the loss '{name}' returns {kind} for {len(labels)} labels\n"
         f"return a float for each label, of shape {list(labels.shape)}"
@@ -349,9 +350,9 @@ def _select_at_label_jvp(
 
 
 def is_argmax(scores: Array, column: Array) -> Array:
-    """Returns [B] bool, True where `argmax(scores, axis=1) == column`.
+    """Returns whether `column` has the highest score, for each row of scores, [B] bool.
 
-    Scores are [B, K] float, and the column is [B] int32. If scores are equal, the first column
+    `scores` are [B, K] float, and `column` is [B] int32. Among equal scores, the first column
     counts as the highest. The result is False for a row with NaN.
     """
     # On a CPU this is 9 times faster than `argmax`.
@@ -363,16 +364,11 @@ def is_argmax(scores: Array, column: Array) -> Array:
 
 
 def put_at_label(logits: Array, labels: Array, values: Array) -> Array:
-    """Replaces the logits [..., K] in the columns of the labels [...] int32 by `values` [...]."""
+    """Returns logits [..., K] in which the column of each label has a new value.
+
+    `labels` [...] int32 are class columns. `values` [...] float are the new values.
+    """
     return jnp.where(is_label(labels, logits.shape[-1]), values[..., None], logits)
-
-
-def mask_logits(logits: Array, class_mask: Array | None) -> Array:
-    """Replaces logits [..., K] by a very low number where `class_mask` [K] bool is False."""
-    if class_mask is None:
-        return logits
-    # The column adds 0 to a loss. An infinite logit would have NaN derivatives.
-    return jnp.where(jnp.asarray(class_mask), logits, jnp.finfo(logits.dtype).min / 2)
 
 
 def log_softmax(logits: Array, class_mask: Array) -> Array:

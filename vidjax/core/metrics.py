@@ -118,9 +118,8 @@ def identification_errors(
         raise UserError(f"fpir must be from 0 to 1, not {fpir}")
     scores, known = _without_nan(scores), np.asarray(known, bool)
     distractors, num_known = scores[~known], int(known.sum())
-    if not len(distractors) or not num_known:
-        return None
-    if (threshold := find_threshold(distractors, fpir=fpir)) is None:
+    threshold = find_threshold(distractors, fpir=fpir)
+    if threshold is None or not len(distractors) or not num_known:
         return None
     hits = known & np.asarray(correct, bool) & (scores >= threshold)
     return IdentificationErrors(
@@ -193,7 +192,7 @@ def _without_nan(scores: ArrayLike) -> np.ndarray:
 
 
 class ClipScores(NamedTuple):
-    """The scores of the N clips of a split, which is the argument of a metric."""
+    """The scores of the N clips of a split, from which metrics are computed."""
 
     pool: np.ndarray  # [N] bool, the clips that are ranked
     best: np.ndarray  # [N] float32, the highest score for any identity; -inf outside the pool
@@ -216,7 +215,10 @@ def top1(clips: ClipScores, labels: np.ndarray) -> float:
 
 
 def mean_loss(clips: ClipScores, labels: np.ndarray) -> float | None:
-    """Returns the mean of the loss -`clips.own` of known clips. For the arguments, see `top1`."""
+    """Returns the mean over known clips of minus the log-probability of the right identity.
+
+    Known clips have a label [N] int above 0. Returns None if no log-probability is known.
+    """
     if clips.own is None:
         return None
     values = clips.own[clips.pool & (labels > 0)].astype(np.float64)
@@ -225,12 +227,19 @@ def mean_loss(clips: ClipScores, labels: np.ndarray) -> float | None:
 
 
 def clip_auroc(clips: ClipScores, labels: np.ndarray) -> float | None:
-    """Returns the AUROC of known clips against distractors. For the arguments, see `top1`."""
+    """Returns how well the best score of a clip separates known clips from distractors (AUROC).
+
+    `labels` [N] int are above 0 for known clips, and 0 for distractors (clips of unknown people).
+    """
     return auroc(clips.best[clips.pool], labels[clips.pool] > 0)
 
 
 def open_set(clips: ClipScores, labels: np.ndarray, *, value: str, fpir: float) -> float | None:
-    """Returns the value `threshold` or `fnir` of `identification_errors`, or None."""
+    """Returns the `threshold` or the `fnir` (`value`) of open-set identification.
+
+    At the threshold, at most the share `fpir` of new distractors gets a name. Returns None if there
+    are too few distractors, or no known clips. See `identification_errors`.
+    """
     pool = clips.pool
     known = labels[pool] > 0
     errors = identification_errors(clips.best[pool], clips.right[pool], known, fpir=fpir)
@@ -285,7 +294,10 @@ CLIP_METRICS: dict[str, Metric] = {
 
 
 def compute_clip_metrics(clips: ClipScores, labels: np.ndarray) -> dict[str, float | None]:
-    """Computes all CLIP_METRICS, key -> number or None. `labels` [N] int are class columns."""
+    """Computes all metrics of the table CLIP_METRICS. Returns name -> number or None.
+
+    `labels` [N] int are the class columns of the clips, 0 for distractors.
+    """
     values = {}
     for name, metric in CLIP_METRICS.items():
         value = metric.fn(clips, labels)
@@ -299,7 +311,10 @@ def compute_clip_metrics(clips: ClipScores, labels: np.ndarray) -> dict[str, flo
 
 
 def select_logged(results: Mapping[str, Any]) -> dict[str, float]:
-    """Selects MAP and the metrics with `log=True` from the results, except values of None."""
+    """Returns name -> value of MAP and of the metrics that every evaluation logs.
+
+    `results` is name -> value of all metrics. Names with the value None are left out.
+    """
     names = ("map", *(name for name, metric in CLIP_METRICS.items() if metric.log))
     return {name: results[name] for name in names if results.get(name) is not None}
 

@@ -56,7 +56,7 @@ class Warmup(NamedTuple):
     steps_per_epoch: float  # optimiser steps per epoch; may be a fraction
 
     def multiply(self, scale: optax.Schedule) -> optax.Schedule:
-        """Returns a schedule: the warm-up, then the peak. Rates are multiplied by `scale(step)`."""
+        """Returns a schedule, step -> rate: the warm-up and then the peak, times `scale(step)`."""
         rate = optax.constant_schedule(self.peak)
         if self.warmup_steps >= 1:
             rate = optax.linear_schedule(self.start, self.peak, self.warmup_steps)
@@ -170,7 +170,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"adam": ad
 
 
 class RestartState(NamedTuple):
-    """The state of an optimiser made by `restart_before`."""
+    """The state of an optimiser that is reset before a certain update, see `restart_before`."""
 
     state: optax.OptState  # of the original optimiser
     updates: Array  # [] int32, number of updates so far
@@ -195,13 +195,16 @@ def restart_before(tx: optax.GradientTransformation, step: int) -> optax.Gradien
 
 
 def list_names(params: optax.Params) -> list[str]:
-    """Returns the name of each parameter, such as `dense_0/kernel`."""
+    """Returns the name of each array in the tree `params`, such as `dense_0/kernel`."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
 
 
 def describe_frozen(params: optax.Params, pattern: str) -> str:
-    """Returns a text about the parameters that `freeze` does not update: their number and names."""
+    """Returns a line about the parameters whose names match `pattern`: their number and names.
+
+    The function `freeze` never updates these parameters.
+    """
     names, sizes = list_names(params), [math.prod(x.shape) for x in jax.tree.leaves(params)]
     frozen = [name for name in names if re.search(pattern, name)]
     number = sum(size for name, size in zip(names, sizes, strict=True) if name in frozen)
@@ -305,5 +308,5 @@ def make_optimizer(
 
 
 def select_options(function: Callable[..., Any], spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the entries of `spec` that are parameters of `function`."""
+    """Returns the entries of `spec` whose names are names of parameters of `function`."""
     return {name: spec[name] for name in inspect.signature(function).parameters if name in spec}

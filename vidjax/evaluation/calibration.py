@@ -59,6 +59,7 @@ class Examples(NamedTuple):
     part: np.ndarray  # [n] int32, from 0 to PARTS - 1
 
 
+@jax.jit
 def log_unknown(logs: Array) -> Array:
     """Computes the logarithm of the probability that a clip shows a stranger, [..., B].
 
@@ -177,10 +178,10 @@ def fit(examples: Examples, weights: np.ndarray) -> Calibration:
     """Learns the numbers from n clips with `weights` [n], by maximum a posteriori."""
     num_runs = len(examples.logs)
     start = np.concatenate([np.full(num_runs, x) for x in START.values()] + [np.zeros(1)])
-    share = weights / np.sum(weights)
+    clips = jax.device_put((*examples[:4], weights / np.sum(weights)))
 
     def loss(point: np.ndarray) -> tuple[float, np.ndarray]:
-        value, slope = _loss(jnp.asarray(point, jnp.float32), *examples[:4], share)
+        value, slope = _loss(np.asarray(point, np.float32), *clips)
         gap = point - start
         more = PRIOR * gap / len(gap)
         return float(value) + float(gap @ more) / 2, np.asarray(slope, np.float64) + more

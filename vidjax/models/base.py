@@ -1,6 +1,6 @@
 """The interface between a model and the steps that train and evaluate it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -20,7 +20,7 @@ ModelState = Mapping[str, Any]  # name -> collection, for all other collections
 
 
 class TrainingClips(NamedTuple):
-    """The N training clips of a run, as `Identifier.prepare` receives them."""
+    """The N training clips of a run, from which a model computes attributes before step 0."""
 
     labels: np.ndarray  # [N] int, class columns; 0 for distractors
     used: np.ndarray  # [E, N] bool, True for the clips that each member is trained on
@@ -69,21 +69,7 @@ class Identifier(nn.Module):
         modalities: Mapping[str, int]
         num_classes: int
         logit_scale: float
-
-        def init_with_output(  # pyright: ignore[reportIncompatibleMethodOverride]
-            self, rngs: Array, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
-        ) -> tuple[object, Mapping[str, Any]]: ...
-
-        def apply(  # pyright: ignore[reportIncompatibleMethodOverride]
-            self,
-            variables: Mapping[str, Any],
-            frames: Mapping[str, Frames],
-            clips: ClipInfo,
-            *,
-            train: bool,
-            rngs: Mapping[str, Array] | None = None,
-            mutable: Sequence[str] | bool = False,
-        ) -> Any: ...
+        apply: Callable[..., Any]  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,10 +96,10 @@ class Identifier(nn.Module):
         raise NotImplementedError
 
     def prepare(self, clips: TrainingClips) -> Mapping[str, Any]:
-        """Returns attribute -> value, computed from the training clips before the first step.
+        """Computes attributes of the model from the training clips, before the first step.
 
-        A value is a number, None, or a tuple with a number for each member of an ensemble.
-        Checkpoints store the values.
+        Returns attribute -> value. A value is a number, None, or a tuple with a number for each
+        member of an ensemble. Checkpoints store the values.
         """
         return {}
 
@@ -121,31 +107,42 @@ class Identifier(nn.Module):
     def with_prepared(
         cls, spec: Mapping[str, Any], prepared: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """Returns the attributes `spec` of a model, completed by the attributes in `prepared`.
+        """Returns the attributes `spec` of a model, completed by the result of `prepare`.
 
-        `prepared` is the result of `prepare`. Only attributes whose value is None are replaced.
+        `spec` and `prepared` are attribute -> value. A value in `spec` that is None or missing is
+        taken from `prepared`.
         """
         return {**spec, **{name: x for name, x in prepared.items() if spec.get(name) is None}}
 
     def finalise_state(self, params: Params, model_state: ModelState) -> ModelState:
-        """Returns the `model_state` for evaluation, given the arrays [E, ...] of E trained nets."""
+        """Returns the state for evaluation, given the arrays [E, ...] of E trained nets.
+
+        `params` are the trained parameters. `model_state` are all other collections of variables. A
+        model in closed form computes here, from sums over clips, what it needs to score clips.
+        """
         return model_state
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
-        """Measures the quality of B clips for the evaluation, [B] float32, or returns None.
+        """Measures the quality of B clips for the evaluation, [B] float32.
 
-        The model receives the result as `ClipInfo.measure`. `frames` is modality -> Frames [B, T],
-        before fusion and with all features.
+        `frames` is modality -> Frames [B, T], before fusion and with all features. The model
+        receives the result as `ClipInfo.measure`. Returns None if the model needs no quality.
         """
         return None
 
     def gallery_settings(self) -> Any | None:
-        """Returns the settings of PLDA for galleries, or None if galleries use cosines."""
+        """Returns the settings with which a gallery of people compares embeddings by PLDA.
+
+        Returns None if the gallery compares embeddings by cosines.
+        """
         return None
 
 
 def check_output(model: Identifier, output: object, num_clips: int) -> None:
-    """Raises UserError if a model's output for B clips is not a ModelOutput of the right shapes."""
+    """Raises UserError if the output of a model is not a ModelOutput of the right shapes.
+
+    `num_clips` is B in the shapes, the number of clips that the model received.
+    """
     name = type(model).__name__
     if not isinstance(output, ModelOutput):
         raise UserError(

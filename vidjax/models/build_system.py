@@ -4,6 +4,7 @@ The configuration is given as nested dicts. Callers with a ConfigDict pass `to_d
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -86,11 +87,12 @@ class System(NamedTuple):
             fused[name] = result._replace(features=features)
         return fused
 
-    def init(self, rng: Array, fuse_rng: Array) -> tuple[Params, ModelState]:
+    def init(self, rng: jax.Array, fuse_rng: Array) -> tuple[Params, ModelState]:
         """Draws the parameters and the other variables of the model with the PRNG key `rng`.
 
-        `fuse_rng` is a key for the fusion of blank clips. Blank clips give the shapes of the
-        inputs.
+        The shapes of the inputs come from blank clips, whose frames are fused with the key
+        `fuse_rng`. Returns the parameters, and all other collections of variables. Raises UserError
+        if the output of the model has wrong shapes.
         """
         fused = self.fuse(fuse_rng, make_blank_clips(self.task.modalities), jnp.int32(0))
         fused, exists = self.to_examples(fused)
@@ -102,7 +104,10 @@ class System(NamedTuple):
         return variables.pop("params", {}), variables
 
     def compute_shapes(self, num_members: int) -> tuple[Params, ModelState]:
-        """Returns the shapes and dtypes of the results of `init` for all members, [E, ...]."""
+        """Returns the shapes and dtypes of the variables of E nets, [E, ...], without arrays.
+
+        Returns the parameters, and all other collections. E is `num_members`.
+        """
         rngs = jax.random.split(jax.random.key(0), num_members)
         return jax.eval_shape(lambda: jax.lax.map(lambda rng: self.init(rng, rng), rngs))
 
@@ -139,7 +144,10 @@ class System(NamedTuple):
 
 
 def make_blank_clips(modalities: Mapping[str, int]) -> dict[str, Frames]:
-    """Returns two clips with a single frame of zeros: modality -> Frames [2, 1]."""
+    """Returns two clips with one frame of zeros each, to compute shapes.
+
+    `modalities` is name -> feature width. Returns modality -> Frames [2, 1].
+    """
     row = jnp.zeros((2, 1), jnp.float32)
     return {
         name: Frames(jnp.zeros((2, 1, dim), row.dtype), row, row, row.astype(jnp.int32), row == 0)
@@ -156,14 +164,13 @@ class TaskSpec(NamedTuple):
     num_clips: int
     total_steps: int  # optimiser steps of the whole run
     train_other: bool  # True if training clips of column 0 have a weight above 0
-    # The result of `Identifier.prepare`, or None.
-    # Attribute of the model -> the value that `Identifier.prepare` computed. None before that.
+    # Attribute of the model -> value that `Identifier.prepare` computed. None before `prepare`.
     settings: Mapping[str, float | tuple[float, ...]] | None = None
     num_places: int | None = None  # rows of all batches of an epoch. None means `num_clips`.
 
     @property
     def layout(self) -> NoiseClassLayout | None:
-        """The class columns of a run with noise classes, or None for other runs."""
+        """The layout of the class columns with noise classes, or None without noise classes."""
         if self.num_clusters is None:
             return None
         return NoiseClassLayout(self.num_identities, self.num_clusters)
@@ -219,18 +226,25 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
         top_classes=config["eval"]["top_classes"],
         class_mask=class_mask,
     )
+
     # Only the fusion of a training step gets a random key. A fusion that needs a key raises here.
-    blank = make_blank_clips(task.modalities)
-    jax.eval_shape(system.fuse, None, blank, jnp.int32(0))
+    def fuse(fuse_eval: Mapping[str, FuseFn]) -> None:
+        blank = make_blank_clips(task.modalities)
+        system._replace(fuse_eval=fuse_eval).fuse(None, blank, jnp.int32(0))
+
+    jax.eval_shape(functools.partial(fuse, system.fuse_eval))
     if task.layout and config["noise"]["relabel_by"] == "train":
         with prefix_errors("config.noise.relabel_by=train"):
-            predicting = system._replace(fuse_eval=system.fuse_train)
-            jax.eval_shape(predicting.fuse, None, blank, jnp.int32(0))
+            jax.eval_shape(functools.partial(fuse, system.fuse_train))
     return system
 
 
 def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
-    """Builds the model. With `config.ensemble.views`, it gets all features except one chunk."""
+    """Builds the model of a configuration for training data of the sizes `task`.
+
+    If `config.ensemble.views` is set, each net lacks a chunk of the features. Then the widths of
+    the model's inputs are smaller than the widths in `task`.
+    """
     spec = config["model"]
     if task.settings:
         check_entry("model.name", spec.get("name"), MODELS)
@@ -317,7 +331,11 @@ def make_identifier(
 
 
 def _check_type(model: str, option: str, value: object, kind: Any) -> None:  # noqa: ANN401
-    """Raises UserError if the value of an option is not of the type `kind`, or is out of range."""
+    """Raises UserError if the `value` of an option does not fit the type `kind`.
+
+    `kind` may limit the range, such as `Annotated[float, Meta(ge=0)]`, or list values (Literal).
+    `model` is the beginning of the message.
+    """
     if get_origin(kind) is Literal:  # the error of msgspec would not list the possible values
         check_choice(option, value, get_args(kind))
         return
@@ -338,7 +356,11 @@ def _check_type(model: str, option: str, value: object, kind: Any) -> None:  # n
 def make_fusions(
     specs: Mapping[str, Any], modalities: Collection[str], phase: str
 ) -> dict[str, FuseFn]:
-    """Builds the fusion of each modality, by default `all`, for the phase `train` or `evaluate`."""
+    """Builds the fusion of each modality, a function that selects or averages frames.
+
+    `specs` is `config.fusion`: modality -> phase -> specification. `phase` is `train` or
+    `evaluate`. A modality without a specification keeps all frames. Returns modality -> fusion.
+    """
     fusions = {}
     for name in modalities:
         field = f"config.fusion.{name}.{phase}"
@@ -353,7 +375,11 @@ def make_fusions(
 def _make_column_weight(
     spec: Mapping[str, Any], layout: NoiseClassLayout | None, steps_per_epoch: float
 ) -> Callable[[Array, Array], Array]:
-    """Builds `System.column_weight`: a schedule for mirror classes, and 1 for other classes."""
+    """Builds the function (labels [B], step) -> weights [B] of clips by their class columns.
+
+    Mirror classes have the weights of the schedule `spec["mirror_weight"]`. Other classes have the
+    weight 1. `layout` is None if there are no mirror classes.
+    """
     mirror_weight = optim.make_piecewise(spec["mirror_weight"], name="config.noise.mirror_weight")
     if not layout:
         return lambda labels, step: jnp.ones(labels.shape, jnp.float32)
@@ -363,7 +389,7 @@ def _make_column_weight(
 
 
 def _check_dtype(dtype: str) -> None:
-    """Raises UserError if JAX would compute in another dtype than `dtype`, without a message."""
+    """Raises UserError if JAX would silently compute in another dtype than `dtype`."""
     if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
         raise UserError(
             f"config.dtype={dtype}: JAX computes in float32 in this process\n"

@@ -86,10 +86,11 @@ def count_shape(variance: float, deviation: float) -> float:
 
 
 def effective_count(distances: Distances, count: np.ndarray, square: np.ndarray) -> np.ndarray:
-    """Computes the effective number of clips of each of K people, [K] float64.
+    """Computes how many independent clips are worth as much as the clips of each of K people.
 
-    Clips of the same day resemble each other. So the `count` [K] clips of a person count as fewer
-    independent clips. `square` [K] is the squared length of the mean of the unit vectors.
+    Clips of the same day resemble each other, so they count as fewer clips. `count` [K] is the
+    number of clips of each person. `square` [K] is the squared length of the mean of their unit
+    vectors. Returns [K] float64.
     """
     # k clips have a share r of their variance W in common, so their mean has the variance
     # (r + (1 - r) / k) W, as the mean of the effective number of independent clips. The spread of
@@ -101,10 +102,10 @@ def effective_count(distances: Distances, count: np.ndarray, square: np.ndarray)
 
 
 def weigh(distances: Distances, effective: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Returns the weights [K] of K people in the mean of all people, 0 for people without a clip.
+    """Returns the weights with which K people count in the mean vector of all people, [K] float.
 
-    `effective` [K] are the effective numbers of clips, see `effective_count`. `counts` [K] are the
-    real numbers of clips.
+    `effective` [K] are the numbers of independent clips, see `effective_count`. `counts` [K] are
+    the numbers of clips. A person without a clip has the weight 0.
     """
     return np.where(counts > 0, 1 / (distances.between + distances.within / effective), 0)
 
@@ -134,7 +135,11 @@ class Posterior(NamedTuple):
 
 
 def posterior(distances: Distances, known: Population, effective: np.ndarray) -> Posterior:
-    """Computes the posterior of the mean vectors of N people with `effective` [N] clips."""
+    """Computes the posterior of the mean vectors of N people, given their clips.
+
+    `known` is the posterior of the mean vector of all people. `effective` [N] are the numbers of
+    independent clips, see `effective_count`.
+    """
     noise = distances.within / effective
     share = distances.between / (distances.between + noise)
     return Posterior(share, share * noise + (1 - share) ** 2 * known.variance)
@@ -146,9 +151,9 @@ def person_log_density(
     """Computes the log density of clips, each under the hypothesis that it shows a given person.
 
     `square` is the squared distance between the clip and the posterior mean of the person.
-    `variance` is the expected value of `square` under the hypothesis. Both are float arrays that
-    broadcast. Only differences from `stranger_log_density` have a meaning, because both leave out
-    the same terms.
+    `variance` is the expected value of `square` under the hypothesis. `square` and `variance` are
+    float arrays that broadcast. Only the difference from `stranger_log_density` has a meaning,
+    because the two functions leave out the same terms.
     """
     shape = distances.same
     square = np.maximum(square, MIN_SQUARE * distances.within)
@@ -164,8 +169,8 @@ def stranger_log_density(
 ) -> np.ndarray:
     """Computes the log density of clips under the hypothesis that they show strangers.
 
-    The arguments are as in `person_log_density`, but `square` is the squared distance between the
-    clip and the mean vector of all people.
+    `square` is the squared distance between the clip and the mean vector of all people. `variance`
+    is the expected value of `square` under the hypothesis. They are float arrays that broadcast.
     """
     shape = distances.different
     constant = math.lgamma(distances.same) - math.lgamma(shape)
@@ -180,7 +185,8 @@ def pair_log_ratios(
     Args:
       square: the squared distance between the means of the two groups.
       noise: 1 / k + 1 / k' for groups of k and k' effective clips (see `effective_count`).
-      clarity: the share of B by which people differ in these clips, 1 for clear clips.
+      clarity: how clear the clips are, from 0 to 1. In unclear clips, people differ less: B is
+        multiplied by this number.
     """
     # The distances of the groups from the mean m of people are not used. People in a film may all
     # differ from m in the same direction, and would look like one person.

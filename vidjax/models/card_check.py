@@ -1,4 +1,7 @@
-"""Compares enrolled people with the card of their net, see `card_backend`.
+"""Checks whether the vectors of enrolled people fit the card of their net.
+
+The card is a JSON file. It lists statistics of the cosines between vectors of one person and of two
+people, see `card_backend`.
 
 From the vectors of P people, two variances are estimated: W between clips of one person, and B
 between people. Each person has the same weight. If the card is right, the estimate of B spreads
@@ -33,7 +36,7 @@ Problem = Literal["", "few", "blind", "closer", "varied", "farther"]
 
 
 class Comparison(NamedTuple):
-    """The vectors of people, compared with the card of their net."""
+    """The result of a comparison of people's vectors with the card of their net."""
 
     problem: Problem  # "" if the people do not contradict the card
     between: float  # estimate of B / B of the card
@@ -65,10 +68,10 @@ def compare(
     counts: np.ndarray,
     deviation: float = 0.0,
 ) -> Comparison:
-    """Compares P people with a card.
+    """Compares the vectors of P people with the card of their net.
 
     Args:
-      distances: the distributions of the card.
+      distances: the distributions of distances that the card predicts.
       total: [D], the sum of the means of the unit vectors of each person.
       squares: [P], the squared length of each mean.
       counts: [P], the number of clips of each person. People without clips are ignored.
@@ -119,11 +122,12 @@ def compare(
 
 
 def differ(distances: Distances, cosines: np.ndarray, clarity: np.ndarray) -> bool | None:
-    """Returns whether at least half of N pairs of faces differ as the card says of two people.
+    """Checks with N pairs of faces whether a net separates people as its card says.
 
-    Each pair was seen at the same time. Mirrors and split screens show one person twice, and twins
-    are alike. So if pairs are alike, the result is None. If more than 5 % of the pairs differ more
-    than two people ever do, as with nets that only see colours, the result is False.
+    The two faces of a pair were seen at the same time. Returns True if at least half of the pairs
+    differ as the card says of two people. Returns False if more than 5 % of the pairs differ more
+    than two people ever do, as with nets that only see colours. Otherwise, the pairs prove nothing,
+    because mirrors, split screens and twins are alike. Then returns None.
 
     Args:
       distances: the distributions of the card.

@@ -1,7 +1,8 @@
-"""Measures the cosines of a card, see `card_backend`, on clips of people with two or more clips.
+"""Measures how similar the vectors of a net are, for clips of one person and of two people.
 
-All people have the same weight, however many clips they have. The intervals are from a bootstrap
-over people, because clips of a person are not independent.
+The statistics of cosines are written to the card of the net, a JSON file. Only people with two or
+more clips are used. All people have the same weight, however many clips they have. The intervals
+are from a bootstrap over people, because clips of a person are not independent.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ BINS = 20_000  # of the histogram of cosines from which the equal error rate is 
 
 
 class Spread(NamedTuple):
-    """The mean and the standard deviation of cosines, each with a 95 % interval."""
+    """The mean and the standard deviation of cosines, each with a 95 % interval (low, high)."""
 
     mean: float
     deviation: float
@@ -25,7 +26,7 @@ class Spread(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """The cosines of N clips of P people."""
+    """Statistics of the cosines between the vectors of N clips of P people."""
 
     same: Spread  # of two clips of a person
     different: Spread  # of clips of two people
@@ -50,11 +51,11 @@ def choose_clips(owner: np.ndarray) -> np.ndarray:
 
 
 def measure(units: np.ndarray, owner: np.ndarray) -> Measured:
-    """Measures the cosines of clips.
+    """Computes statistics of the cosines between clips of one person, and of two people.
 
     Args:
-      units: [N, D] unit vectors, sorted by person. Each person has at least two.
-      owner: [N] int, the person of each clip, from 0.
+      units: [N, D] unit vectors of clips, sorted by person. Each person has at least two clips.
+      owner: [N] int, the number of the person of each clip, from 0.
     """
     first = np.flatnonzero(np.diff(owner, prepend=-1))
     count = np.diff(first, append=len(owner))
@@ -94,10 +95,11 @@ def _average_different(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 def _describe(
     average: Callable[[np.ndarray, np.ndarray], np.ndarray], means: np.ndarray, squares: np.ndarray
 ) -> Spread:
-    """Returns the spread of cosines and its intervals.
+    """Returns the mean and the standard deviation of cosines, with intervals.
 
-    `average(x, weight)` averages x [P, P] with weights of people [draws, P]. `means` and `squares`
-    [P, P] are the mean cosine and the mean squared cosine of each pair of people.
+    `average(x, weight)` averages x [P, P] over pairs of people, with the weights of people
+    [draws, P], and returns [draws]. `means` and `squares` [P, P] are the mean cosine and the mean
+    squared cosine of each pair of people.
     """
     people = len(means)
 
@@ -116,7 +118,11 @@ def _describe(
 
 
 def _compute_equal_error_rate(cosine: np.ndarray, owner: np.ndarray, count: np.ndarray) -> float:
-    """Returns the equal error rate of pairs of clips. All people have the same weight."""
+    """Returns the equal error rate of deciding by the cosine whether two clips show one person.
+
+    `cosine` [N, N] are the cosines of clips. `owner` [N] int are their people. `count` [P] are the
+    numbers of clips. All people have the same weight.
+    """
     size = np.repeat(count, count).astype(float)
     bins = np.clip(((cosine + 1) * (BINS / 2)).astype(int), 0, BINS - 1)
     is_same = owner[:, None] == owner

@@ -87,7 +87,7 @@ class DeepMEF(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Computes the logits of one branch, [B, 1, 1 + C].
+        """Computes the logits of B clips, [B, 1, 1 + C], in a single branch.
 
         The embedding is the input of the classifier.
         """
@@ -229,9 +229,10 @@ class ChannelAttention(nn.Module):
         return product("bts,bsd->btd", jax.nn.softmax(scores, axis=-1).astype(self.dtype), frames)
 
     def _mix_by_maps(self, rows: Array, mask: Array, *, train: bool) -> Array:
-        """Mixes the frames of each clip by the maps theta, phi, g and out.
+        """Mixes the frames of each clip by the linear maps theta, phi, g and out (see the class).
 
-        `rows` and the result are [B, T, D], or [B, D, T] for the form `channels`.
+        `rows` and the result are [B, T, D], or [B, D, T] for the form `channels`. `mask` [B, T] is
+        True for real frames.
         """
         product = functools.partial(jnp.einsum, preferred_element_type=rows.dtype)
         width, zeros = max(rows.shape[-1] // 2, 1), nn.initializers.zeros

@@ -88,7 +88,7 @@ class DenseIdentifier(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Computes the logits of one branch, [B, 1, 1 + C].
+        """Computes the logits of B clips, [B, 1, 1 + C], in a single branch.
 
         The embedding is the output of the backbone.
         """
@@ -137,7 +137,11 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
-        """Computes the output of the last layer, [B, D'] float32. Without layers, returns `x`."""
+        """Computes the output of the last layer, [B, D'] float32, from x [B, D] float.
+
+        `mask` [B] bool is True for clips that count in the statistics of BatchNorm. Without layers,
+        returns `x`.
+        """
         for i, layer in enumerate(self.layers):
             x = DenseLayer(*layer, dtype=self.dtype, name=f"layer_{i}")(x, mask, train=train)
         return x
@@ -171,7 +175,10 @@ class ResidualDenseNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
-        """Computes the output of the last layer, [B, width] float32. Arguments: see DenseLayer."""
+        """Computes the output of the last layer, [B, width] float32, from x [B, D] float.
+
+        `mask` [B] bool is True for clips that count in the statistics of BatchNorm.
+        """
         for i in range(self.num_layers):
             connected = 0 < i < _NUM_CONNECTED and self.shortcut == "add"
             new = DenseLayer(
@@ -245,7 +252,10 @@ class CosineIdentifier(Identifier):
         return ModelOutput(scale * cosines[:, None], embedding=z, logit_scale=scale[None])
 
     def _embed(self, name: str, real: Frames, exists: Array, *, train: bool) -> Array:
-        """Computes unit vectors [B, embed_dim] of a modality. Without frames they are arbitrary."""
+        """Computes unit vectors [B, embed_dim] of a modality from the mean of its frames.
+
+        `exists` [B] bool is True for clips with a frame. Other clips get arbitrary vectors.
+        """
         x = fusion.mean_frame(real).features[:, 0] * self.feature_scale
         layer = DenseLayer(self.embed_dim, "linear", True, dtype=self.dtype, name=f"{name}_map")
         # The statistics include clips whose modality was dropped.

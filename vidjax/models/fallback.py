@@ -101,10 +101,11 @@ class FallbackIdentifier(Identifier):
         return self.main.vector_names or self.other.vector_names
 
     def prepare(self, clips: TrainingClips) -> Mapping[str, float]:
-        """Returns {"threshold": t}. The share `threshold_share` of the training clips is below t.
+        """Computes the threshold t below which both models score a clip, {"threshold": t}.
 
-        All training clips with `self.modality` count, in all folds, with or without an identity. If
-        several clips have equal measures, fewer clips may be below t.
+        The share `threshold_share` of the training clips with `self.modality` is below t, with or
+        without an identity. If several clips have equal measures, fewer clips may be below t.
+        Returns {} if `threshold_share` is 0.
         """
         if not self.threshold_share:
             return {}
@@ -126,16 +127,21 @@ class FallbackIdentifier(Identifier):
     def with_prepared(
         cls, spec: Mapping[str, Any], prepared: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """Returns the attributes `spec` of a model, completed by the threshold in `prepared`.
+        """Returns the attributes `spec` of the model with the threshold that `prepare` computed.
 
-        If `spec` has a threshold or no `threshold_share`, it is returned unchanged.
+        `prepared` is the result of `prepare`. If `spec` sets a threshold, or sets no
+        `threshold_share`, `spec` is returned unchanged.
         """
         if not spec.get("threshold_share") or spec.get("threshold"):
             return spec
         return {**spec, **prepared}
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
-        """Returns the length or quality of each clip, [B], or None if `threshold` is 0."""
+        """Returns the mean length or quality (`measure`) of the main modality of B clips, [B].
+
+        `frames` is modality -> Frames [B, T]. Returns None if `threshold` is 0, because then no
+        clip is too poor for the main model.
+        """
         return fusion.mean_measure(frames[self.modality], self.measure) if self.threshold else None
 
     def __call__(

@@ -17,11 +17,19 @@ from vidjax.utils.errors import UserError, check_choice
 def real_frames(
     frames: Mapping[str, Frames], modalities: Mapping[str, int], batch_mask: Array
 ) -> tuple[dict[str, Frames], Array]:
-    """Selects the modalities of a model, and masks the frames of padded rows (clips).
+    """Selects the modalities of a model, and masks the frames of padded rows of a batch.
 
-    `modalities` is name -> feature width. `batch_mask` [B] bool is False for padded rows. Returns
-    modality -> Frames [B, T] in the order of `modalities`, and [B, M] bool, True where the clip has
-    a frame of the modality. Raises ValueError if a modality is missing or has a different width.
+    Args:
+      frames: modality -> Frames [B, T].
+      modalities: name -> feature width, the M modalities of the model.
+      batch_mask: [B] bool, False for padded rows.
+
+    Returns:
+      Modality -> Frames [B, T], in the order of `modalities`; and [B, M] bool, True where the clip
+        has a frame of the modality.
+
+    Raises:
+      ValueError: a modality is missing or has a different width.
     """
     # linen would ignore a missing modality.
     if missing := sorted(set(modalities) - set(frames)):
@@ -47,10 +55,10 @@ def drop_modalities(rng: Array, present: Array, rate: float) -> Array:
 
 
 def choose_kept_modalities(model: nn.Module, present: Array, rate: float, *, train: bool) -> Array:
-    """Returns the modalities that a model uses, [B, M] bool.
+    """Returns which modalities of B clips a model uses, [B, M] bool.
 
-    They are the modalities in `present` [B, M] bool. In training, some of them are dropped, see
-    `drop_modalities`.
+    `present` [B, M] bool is True for the modalities that a clip has. In training, each of these
+    modalities is dropped with probability `rate`, but at least one stays.
     """
     if not train or not rate:
         return present
@@ -107,7 +115,7 @@ def matmul(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def trained_matmul(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
-    """Computes `matmul(x, kernel, dtype)`. The backward pass also multiplies in `dtype`."""
+    """Computes x [B, D] @ kernel [D, K] like `matmul`. Gradients are also multiplied in `dtype`."""
     # Autodiff would multiply gradients in the wider dtype, which is slower on CPUs.
     return matmul(x, kernel, dtype)
 
@@ -129,7 +137,10 @@ trained_matmul.defvjp(_forward, _backward)
 
 
 def _contract(left: Array, right: Array, axis: int, dtype: jnp.dtype) -> Array:
-    """Multiplies matrices: sums over axis 1 of `left` and axis `axis` of `right`, in `dtype`."""
+    """Multiplies two matrices. Sums over axis 1 of `left` and axis `axis` of `right`.
+
+    The sums and the result have the dtype `dtype`.
+    """
     # With right.T, XLA for CPUs would multiply bfloat16 numbers as float32.
     axes = (((1,), (axis,)), ((), ()))
     return lax.dot_general(left, right, axes, preferred_element_type=dtype)
@@ -221,8 +232,8 @@ class DenseLayer(nn.Module):
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
         """Computes the output of the layer, [B, width] float32.
 
-        `x` is [B, D] float. For `mask` [B] bool and `train`, see `batch_norm`. Training also
-        applies dropout (rng `dropout`).
+        `x` is [B, D] float. `mask` [B] bool is True for clips that count in the statistics of
+        BatchNorm. If `train` is True, dropout (rng `dropout`) is applied and the statistics change.
         """
         check_choice("activation", self.activation, sorted([*_ACTIVATIONS, "prelu"]))
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
@@ -259,7 +270,11 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool) -> Array:
-        """Computes x + f(x), [B, D] float32. For the arguments see DenseLayer."""
+        """Computes x + f(x), [B, D] float32, from x [B, D] float.
+
+        `mask` [B] bool is True for clips that count in the statistics of BatchNorm. If `train` is
+        True, dropout is applied and the statistics change.
+        """
         hidden_dim = self.hidden_dim or 2 * x.shape[-1]
         make = functools.partial(DenseLayer, norm_first=True, dtype=self.dtype, kernel_init=KAIMING)
         hidden = make(hidden_dim, "prelu", True, self.dropout_rate, name="hidden")
@@ -268,7 +283,10 @@ class ResidualBlock(nn.Module):
 
 
 def check_head(head: Literal["cosine", "linear"], logit_scale: float) -> None:
-    """Raises UserError if the head is `linear` and `logit_scale` is not 1."""
+    """Raises UserError if `logit_scale` is not 1, although the classifier `head` is `linear`.
+
+    Only the logits of a cosine classifier have a factor.
+    """
     if head == "linear" and logit_scale != 1.0:
         raise UserError(
             f"config.model.logit_scale={logit_scale} has no effect with config.model.head=linear\n"
@@ -286,7 +304,10 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        """Computes the logits, [B, 1 + C] float32, from x [B, D] float; `train` applies dropout."""
+        """Computes the logits, [B, 1 + C] float32, from x [B, D] float.
+
+        If `train` is True, dropout (rng `dropout`) is applied to x.
+        """
         x = Dropout(self.dropout_rate)(x, deterministic=not train)
         return Linear(self.num_classes, self.dtype, kernel_init=self.kernel_init, name="logits")(x)
 
@@ -310,9 +331,10 @@ class CosineClassifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        """Computes the logits, [B, 1 + C] float32, from x [B, D] float; `train` applies dropout.
+        """Computes the logits, [B, 1 + C] float32, from x [B, D] float.
 
-        Without dropout, logits lie in [-scale, scale]. The logits of a zero vector are 0.
+        Without dropout, the logits lie in [-scale, scale]. The logits of a zero vector are 0. If
+        `train` is True, dropout (rng `dropout`) is applied to the unit vectors of x.
         """
         unit = Dropout(self.dropout_rate)(unit_vectors(x), deterministic=not train)
         init = nn.initializers.xavier_uniform()

@@ -99,9 +99,9 @@ class MultimodalIdentifier(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Computes the logits of one branch, [B, 1, 1 + C], and the attention.
+        """Computes the logits of B clips, [B, 1, 1 + C], in a single branch.
 
-        The embedding is the input of the classifier.
+        The embedding is the input of the classifier. The attention is [B, M, M], or None.
         """
         frames, present = real_frames(frames, self.modalities, clips.mask)
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)

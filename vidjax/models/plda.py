@@ -1,5 +1,6 @@
 """PLDA (probabilistic linear discriminant analysis), a model that is computed from sums."""
 
+import functools
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -53,7 +54,10 @@ class PLDAIdentifier(Identifier):
     min_epochs: ClassVar[float] = 2.0  # the first for the centre, the second for the sums
 
     def settings(self, member: int = 0) -> Settings:
-        """Returns the settings of an ensemble's member. Raises UserError if a setting is None."""
+        """Returns the settings of PLDA for member number `member` of an ensemble.
+
+        Raises UserError if a setting is None, because the model is not trained.
+        """
         values = {name: getattr(self, name) for name in Settings._fields}
         if missing := [name for name, value in values.items() if value is None]:
             raise UserError(
@@ -63,12 +67,15 @@ class PLDAIdentifier(Identifier):
         return Settings(**chosen)
 
     def prepare(self, clips: TrainingClips) -> dict[str, float | tuple[float, ...]]:
-        """Fits the settings that are None, on held-out training clips. Returns name -> value."""
+        """Fits the settings of PLDA that are None, on held-out training clips.
+
+        Returns name -> value. A value is a number, or a tuple with a number for each member.
+        """
         given = {name: getattr(self, name) for name in Settings._fields}
         return plda_fit.fit_member_settings(given, clips)
 
     def gallery_settings(self) -> Settings:
-        """Returns the settings of the first member. Galleries use these settings."""
+        """Returns the settings of PLDA for galleries: the settings of the first net."""
         return self.settings()
 
     @nn.compact
@@ -94,11 +101,12 @@ class PLDAIdentifier(Identifier):
     def _add_up(
         self, vectors: Mapping[str, Array], clips: ClipInfo, share: float, *, update: bool
     ) -> list[Array]:
-        """Computes centred unit vectors [B, D] of each modality, and optionally adds them up.
+        """Computes centred unit vectors of B clips, and optionally adds them to the sums.
 
         `vectors` is modality -> [B, D], with rows of length 1 or 0. `share` x the mean of all clips
-        is subtracted. If `update` is set, the collection `sums` changes: the first occurrence of a
-        clip counts in the mean, the second in the other sums, and later ones not at all.
+        is subtracted. If `update` is True, the collection `sums` changes: the first occurrence of a
+        clip counts in the mean, the second occurrence in the other sums, and later occurrences not
+        at all. Returns [B, D] for each modality.
         """
         # A batch may contain clips of two passes, and a clip more than once.
         seen = self.variable("sums", "seen", jnp.zeros, (self.num_clips,), jnp.int32)
@@ -123,9 +131,9 @@ class PLDAIdentifier(Identifier):
         return centred
 
     def score_vectors(self, vectors: Mapping[str, Array]) -> ModelOutput:
-        """Computes the logits of unit vectors, modality -> [B, D].
+        """Computes the logits of B clips from their unit vectors, modality -> [B, D].
 
-        The model reads its parameters from the collection `solved`.
+        The coefficients are in the collection `solved`, which `finalise_state` computes.
         """
         ratios, known, centred = [], [], []  # of each modality
         for name, x in vectors.items():
@@ -142,37 +150,39 @@ class PLDAIdentifier(Identifier):
         return ModelOutput(logits[:, None], jnp.concatenate(centred, axis=1))
 
     def finalise_state(self, params: Params, model_state: ModelState) -> dict[str, Any]:
-        """Computes the collection `solved` from the sums. Evaluation scores clips with `solved`.
+        """Computes the coefficients that score clips, from the sums over the training clips.
 
-        It contains `settings` and, per modality, `centre`, `space` and `enrolled`, all [E, ...].
+        Returns a collection `solved`. It contains `settings` and, for each modality, `centre`,
+        `space` and `enrolled`. All arrays are [E, ...], for E members of an ensemble.
         """
         parts = devices.fetch({name: model_state["sums"][name] for name in self.modalities})
         solved = [
             self._finalise_member(jax.tree.map(lambda x, e=e: x[e], parts), self.settings(e))
             for e in range(len(jax.tree.leaves(parts)[0]))
         ]
-        return {"solved": jax.tree.map(_stack, *solved)}
+        stack = functools.partial(_stack, jax.tree.leaves(parts)[0].dtype)
+        return {"solved": jax.tree.map(stack, *solved)}
 
     def _finalise_member(self, sums: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-        solved, dtype = {}, jax.tree.leaves(sums)[0].dtype
+        solved = {}
         for name in self.modalities:
             count = sums[name]["count"]
             space = two_covariance.make_blank_space(self.modalities[name])
             if np.sum(count) > 0:
                 space = two_covariance.fit(sums[name], settings)
             enrolled = two_covariance.enrol(space, count, sums[name]["total"])
-            space, enrolled = plda_fit.to_device_arrays(space, enrolled, dtype)
-            centre = jnp.asarray(_compute_mean(sums[name], settings.centred), dtype)
+            centre = _compute_mean(sums[name], settings.centred)
             solved[name] = {"centre": centre, "space": space, "enrolled": enrolled}
-        return {**solved, "settings": Settings(*(jnp.asarray(value, dtype) for value in settings))}
+        return {**solved, "settings": settings}
 
 
 def _add(
     part: Mapping[str, jax.Array], x: Array, turn: Array, clips: ClipInfo, share: float
 ) -> dict[str, jax.Array]:
-    """Adds vectors x [B, D] to the sums of a modality, see `_add_up`.
+    """Returns the sums `part` of a modality, with the vectors x [B, D] of B clips added.
 
-    `turn` [B] is the number of earlier occurrences of each clip.
+    `turn` [B] is the number of earlier occurrences of each clip: 0 counts in the mean of all clips,
+    and 1 in the other sums. `share` x this mean is subtracted from the vectors.
     """
     real = clips.mask & jnp.any(x != 0, axis=1)
     first = (real & (turn == 0)).astype(x.dtype)
@@ -201,7 +211,7 @@ def _count_occurrences(index: Array, mask: Array) -> Array:
 
 
 def _compute_mean(part: Mapping[str, Array], share: float | Array) -> Array:
-    """Computes `share` x the mean of the vectors whose sum is `part["centre"]`, [D]."""
+    """Computes `share` x the mean vector of clips, [D], from their sum and number in `part`."""
     return share * part["centre"] / jnp.maximum(part["num"], 1.0)
 
 
@@ -210,9 +220,16 @@ def _centre_vectors(x: Array, centre: Array) -> Array:
     return jnp.where(jnp.any(x != 0, axis=1, keepdims=True), unit_vectors(x - centre), 0.0)
 
 
-def _stack(*parts: Array) -> Array:
-    """Stacks the arrays of the members, [E, ...]. Smaller arrays are padded with 0."""
+def _stack(dtype: np.dtype, *parts: Array | float) -> np.ndarray:
+    """Stacks an array of each of E members to [E, ...]. Smaller arrays are padded with 0.
+
+    Floats get the dtype `dtype`. The result is on the host: on a device, each shape would need
+    several programs.
+    """
+    arrays = [np.asarray(part) for part in parts]
     # Only `Enrolled.curve` may differ in size.
-    largest = np.max([part.shape for part in parts], axis=0)
-    pads = [[(0, lack) for lack in largest - part.shape] for part in parts]
-    return jnp.stack([jnp.pad(x, pad) if pad else x for x, pad in zip(parts, pads, strict=True)])
+    largest = np.max([x.shape for x in arrays], axis=0)
+    stacked = np.stack([
+        np.pad(x, [(0, lack) for lack in largest - x.shape]) if x.ndim else x for x in arrays
+    ])  # fmt: skip
+    return stacked.astype(dtype) if stacked.dtype.kind == "f" else stacked

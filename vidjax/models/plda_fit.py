@@ -63,24 +63,15 @@ MAX_CLIPS_OF_A_PERSON = MAX_FITTED_CLIPS // FEWEST_PEOPLE  # if identities are d
 
 
 def unit_mean(frames: Frames) -> Array:
-    """Computes the mean frame of every clip, scaled to length 1, [B, D]. Without frames it is 0."""
+    """Computes the mean features of every clip, scaled to length 1, [B, D]. No frames give 0."""
     return unit_vectors(fusion.mean_frame(frames).features[:, 0])
-
-
-def to_device_arrays(space: Space, enrolled: Enrolled, dtype: jnp.dtype) -> tuple[Space, Enrolled]:
-    """Copies `space` and `enrolled` to the device. Floats get the dtype `dtype`."""
-
-    def cast(x: Array) -> jax.Array:
-        floats = np.issubdtype(np.asarray(x).dtype, np.floating)
-        return jnp.asarray(x, dtype if floats else None)
-
-    return Space(*map(cast, space)), Enrolled(*map(cast, enrolled))
 
 
 def log_ratios(space: Space, enrolled: Enrolled, vectors: Array) -> Array:
     """Computes the log-likelihood ratio of each of K classes against a stranger, [B, K].
 
-    `vectors` [B, D] float are the clips. If a class has no enrolled clip, its ratios are about 0.
+    `vectors` [B, D] float are the centred vectors of clips. If a class has no enrolled clip, its
+    ratios are about 0.
     """
     z = (vectors - space.mean) @ space.transform
     squares = (z * z) @ enrolled.curve.T  # [B, U]
@@ -113,10 +104,10 @@ def combine_modalities(ratios: Array, known: Array, present: Array, settings: Se
 def fit_member_settings(
     given: Mapping[str, float | tuple[float, ...] | None], clips: TrainingClips
 ) -> dict[str, float | tuple[float, ...]]:
-    """Fits the settings of PLDA that are None in `given`. Returns name -> value.
+    """Fits the settings of PLDA that are None in `given`, for each member of an ensemble.
 
-    A value is a number. If the numbers of the members of an ensemble differ, it is a tuple with a
-    number for each member.
+    Returns name -> value of the fitted settings. A value is a number if it is the same for all
+    members, otherwise a tuple with a number for each member.
     """
     labels, seed = clips.labels, clips.seed
     fixed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -154,7 +145,10 @@ def fit_member_settings(
 
 
 def report_few_people(labels: np.ndarray, print_message: Callable[[str], None]) -> None:
-    """Prints a message if too few people (`labels` above 0) have two clips for calibration."""
+    """Prints a message if too few people have two clips, so that probabilities are not calibrated.
+
+    `labels` [N] int are the people in the training clips, above 0, or 0 for distractors.
+    """
     count = _count_repeated(labels)
     if count < FEWEST_PEOPLE:
         print_message(
@@ -211,7 +205,7 @@ def fit_settings(
 
     Args:
       vectors: modality -> [N, D] float of unit length, 0 for clips that lack the modality.
-      labels: [N] int, 1 or more.
+      labels: [N] int, the person in each clip, 1 or more.
       given: name -> value of settings that are not fitted.
       enrolled: like `vectors`, for the enrolment of clips. None means that `vectors` are enrolled.
       least_within: see `two_covariance.covariances`. If it is above 0, similar clips of a person
@@ -267,9 +261,10 @@ def fit_settings(
 
 
 def _refit_stranger(ratios: Sequence["_Ratios"], settings: Settings, width: float) -> Settings:
-    """Corrects `settings.stranger`, which was fitted on people who determine the covariances.
+    """Returns `settings` with a corrected `stranger`, the logarithm of the odds of a stranger.
 
-    `ratios` are of people who do not determine the covariances. `width` is the D of vectors [D].
+    `settings.stranger` was fitted on people whose clips determine the covariances. `ratios` are of
+    people whose clips do not determine the covariances. `width` is the mean width of vectors.
     """
     # The fitted value is right if ratios are scaled down as for typical embeddings. If the scale is
     # 1, only a fit to `ratios` is right. Then exact ratios need no offset, so the prior is 0.
@@ -281,7 +276,7 @@ def _refit_stranger(ratios: Sequence["_Ratios"], settings: Settings, width: floa
 
 
 class _Fold(NamedTuple):
-    """The enrolled clips and the held-out clips of a fold, on which settings are fitted."""
+    """The enrolled clips and the held-out clips of a fold, on which settings of PLDA are fitted."""
 
     covariances: Sequence[two_covariance.Covariances]  # for M modalities
     totals: Sequence[tuple[np.ndarray, np.ndarray]]  # count [K] and sum [K, D], for M modalities
@@ -357,15 +352,23 @@ def _hold_out(
 
 
 def _choose_first_clips(labels: np.ndarray) -> np.ndarray:
-    """Marks the first clip of each person with an odd label; of others, all clips but the last."""
+    """Returns which clips are enrolled, [N] bool, given the people `labels` [N] int.
+
+    A person with an odd label enrols the first clip. A person with an even label enrols all clips
+    except the last. A person with one clip always enrols it.
+    """
     order = np.argsort(labels, kind="stable")
     place, count = np.empty(len(labels), int), np.bincount(labels)[labels]
     place[order] = np.arange(len(labels)) - np.searchsorted(labels[order], labels[order])
     return (place == 0) | ((labels % 2 == 0) & (place < count - 1))
 
 
+@jax.jit
 def _add_strangers(part: "_Ratios") -> "_Ratios":
-    """Adds each held-out clip again, as the clip of a stranger: its person is not enrolled."""
+    """Returns `part` with each held-out clip added again, as the clip of a stranger.
+
+    The ratio of the clip's person becomes very low, as if the person were not enrolled.
+    """
     labels = part.labels[:, None]
     own = (labels > 0) & (labels == jnp.arange(part.ratios.shape[2]))
     return _Ratios(
@@ -377,7 +380,7 @@ def _add_strangers(part: "_Ratios") -> "_Ratios":
 
 
 class _Ratios(NamedTuple):
-    """The arguments of `combine_modalities` for held-out clips, and the right answers."""
+    """The log-likelihood ratios of Q held-out clips in M modalities, and the right answers."""
 
     ratios: Array  # [M, Q, K] float32, log-likelihood ratios
     known: Array  # [M, K] bool, False for classes without an enrolled clip
@@ -388,27 +391,33 @@ class _Ratios(NamedTuple):
 def _compute_ratios(fold: _Fold, within: float, between: float) -> _Ratios:
     """Computes the log-likelihood ratios between the held-out clips of a fold and the classes.
 
-    `within` and `between` are as in `Settings`.
+    `within` and `between` are the shares of the covariances that are replaced by multiples of the
+    identity matrix.
     """
-    ratios = []
+    parts = []
     for fitted, pair, queries in zip(fold.covariances, fold.totals, fold.queries, strict=True):
         space = two_covariance.make_space(fitted, within=within, between=between)
         if fitted.shared:
             queries = _move_to_new_days(space, queries, fitted.shared)
-        enrolled = two_covariance.enrol(space, *pair)
-        arrays = to_device_arrays(space, enrolled, jnp.dtype("float32"))
-        with jax.default_matmul_precision("highest"):  # as in evaluation
-            ratios.append(log_ratios(*arrays, jnp.asarray(queries, jnp.float32)))
-    return _Ratios(
-        jnp.stack(ratios),
-        jnp.asarray(np.stack([count > 0 for count, _ in fold.totals])),
-        jnp.asarray(np.stack([np.any(x != 0, axis=1) for x in fold.queries])),
-        jnp.asarray(fold.labels),
-    )
+        parts.append((space, two_covariance.enrol(space, *pair), queries))
+    with jax.default_matmul_precision("highest"):  # as in evaluation
+        ratios = _stack_ratios(parts)
+    known = np.stack([count > 0 for count, _ in fold.totals])
+    present = np.stack([np.any(x != 0, axis=1) for x in fold.queries])
+    return jax.device_put(_Ratios(ratios, known, present, fold.labels))
+
+
+@jax.jit  # without jit, every operation is a program
+def _stack_ratios(parts: Sequence[tuple[Space, Enrolled, Array]]) -> Array:
+    """Computes `log_ratios` for each of M modalities, [M, Q, K]."""
+    return jnp.stack([log_ratios(*part) for part in parts])
 
 
 def _move_to_new_days(space: Space, vectors: np.ndarray, shared: float) -> np.ndarray:
-    """Replaces the noise that held-out clips [Q, D] share with enrolled clips by other noise.
+    """Changes the vectors of held-out clips as if the clips were from other days.
+
+    Clips of a person from one day share a part of their noise. In the held-out clips `vectors`
+    [Q, D], this part is replaced by other noise. Returns [Q, D].
 
     `shared` is the share of the variance within a person that the person's clips have in common.
     """
@@ -447,16 +456,17 @@ def _score_fold(part: _Ratios, settings: Settings) -> Array:
 def _fit(
     parts: Sequence[_Ratios], values: Mapping[str, float], given: Mapping[str, float]
 ) -> Settings:
-    """Fits `scale`, `unenrolled` and `stranger` by maximum a posteriori, unless in `given`.
+    """Fits `scale`, `unenrolled` and `stranger` by maximum a posteriori.
 
-    `values` are the start of the fit and the mean of the prior.
+    `parts` are the ratios and right answers of each fold. `values`, name -> value of all settings,
+    are the start of the fit and the mean of the prior. Settings in `given` are not fitted.
     """
     start = np.array([np.log(values["scale"]), values["unenrolled"], values["stranger"]])
     free = np.array([name not in given for name in PRIOR])
     num_clips = sum(len(part.labels) for part in parts)
 
     def loss(point: np.ndarray) -> tuple[float, np.ndarray]:
-        at = jnp.asarray(np.where(free, point, start), jnp.float32)
+        at = np.where(free, point, start).astype(np.float32)
         results = [_loss(at, part) for part in parts]
         slope = np.mean([np.asarray(slope, np.float64) for _, slope in results], axis=0)
         gap = (point - start) / DEVIATIONS**2 / num_clips

@@ -18,7 +18,7 @@ not independent, are not from this paper.
 
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -56,10 +56,10 @@ class Space(NamedTuple):
 
 
 class Enrolled(NamedTuple):
-    """The coefficients that score clips against K enrolled classes.
+    """The coefficients that score clips against K enrolled classes (identities).
 
-    A clip has coordinates z, see `Space`. The log-likelihood ratio is linear . z + curve . z^2 +
-    constant.
+    A clip has coordinates z [D], see `Space`. Its log-likelihood ratio, a class against a stranger,
+    is linear . z + curve . z^2 + constant.
     """
 
     linear: Array  # [K, D] float, coefficients of z
@@ -70,7 +70,10 @@ class Enrolled(NamedTuple):
 
 
 def make_sums(vectors: np.ndarray, labels: np.ndarray, num_classes: int) -> Sums:
-    """Adds up the vectors [N, D] of clips, in float64, by their labels [N] int below K."""
+    """Computes the three sums of PLDA, in float64, from the vectors [N, D] of clips.
+
+    `labels` [N] int are the classes of the clips, from 0 to K - 1, where K is `num_classes`.
+    """
     vectors = np.asarray(vectors, np.float64)
     return Sums(*make_totals(vectors, labels, num_classes), vectors.T @ vectors)
 
@@ -78,7 +81,10 @@ def make_sums(vectors: np.ndarray, labels: np.ndarray, num_classes: int) -> Sums
 def make_totals(
     vectors: np.ndarray, labels: np.ndarray, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Computes the number of clips [K] and the sum of the vectors [K, D] of each class."""
+    """Computes the number of clips [K] and the sum of the vectors [K, D] of each of K classes.
+
+    `vectors` are [N, D]. `labels` [N] int are the classes of the clips, from 0 to K - 1.
+    """
     total = np.zeros((num_classes, vectors.shape[1]))
     np.add.at(total, labels, vectors)
     return np.bincount(labels, minlength=num_classes).astype(np.float64), total
@@ -97,9 +103,10 @@ def unit_vectors_from(centre: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def split_embeddings(values: np.ndarray, widths: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """Splits embeddings [N, sum of D] into unit vectors, name -> [N, D] float32.
+    """Splits joined embeddings [N, sum of D] into parts, and scales the parts to length 1.
 
-    `widths` are name -> D, in order. Rows of zeros stay 0.
+    `widths` is name -> width D of each part, in order. Returns name -> [N, D] float32. Rows of
+    zeros stay 0.
     """
     parts, at = {}, 0
     for name, width in widths.items():
@@ -154,14 +161,15 @@ def covariances(sums: Sums, least_within: float = 0.0) -> Covariances:
 
 
 def centre_share(num_people: float) -> float:
-    """Returns C / (C + 1/2), the share of the mean of C people that is subtracted from vectors."""
+    """Returns the share of the mean vector of C people that is subtracted: C / (C + 1/2)."""
     return num_people / (num_people + 0.5)
 
 
 def make_space(covariances: Covariances, *, within: float | Array, between: float | Array) -> Space:
-    """Shrinks the covariances W within and B between classes, and diagonalises them together.
+    """Computes coordinates in which both covariances are diagonal, see `Space`.
 
-    The shares `within` of W and `between` of B are replaced by multiples of the identity matrix.
+    First, the share `within` of the covariance within classes and the share `between` of the
+    covariance between classes are replaced by multiples of the identity matrix.
     """
     mean_variance = np.maximum(np.mean(covariances.within), SMALLEST_VARIANCE)
     values = (1 - within) * covariances.within + within * mean_variance
@@ -175,7 +183,7 @@ def make_space(covariances: Covariances, *, within: float | Array, between: floa
 
 
 def compute_within(space: Space) -> float:
-    """Returns the variance of the clips of a person, summed over the dimensions of vectors."""
+    """Returns the variance of the vectors of a person's clips, summed over the dimensions."""
     return float(np.sum(np.square(np.linalg.inv(np.asarray(space.transform, np.float64)))))
 
 
@@ -205,7 +213,10 @@ def count_independent(
 
 
 def enrol(space: Space, count: Array, total: Array) -> Enrolled:
-    """Enrols K classes with `count` [K] clips whose vectors add up to `total` [K, D]."""
+    """Computes the coefficients that score clips against K classes (identities).
+
+    Each class has `count` [K] clips, whose vectors add up to `total` [K, D].
+    """
     count = np.asarray(count, np.float64)
     space = Space(*(np.asarray(part, np.float64) for part in space))
     sums = (np.asarray(total) - count[:, None] * space.mean) @ space.transform  # [K, D]
@@ -213,7 +224,10 @@ def enrol(space: Space, count: Array, total: Array) -> Enrolled:
 
 
 def compute_coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> Enrolled:
-    """Enrols K classes. Class k has `count[k]` clips, whose coordinates add up to `sums[k]` [D]."""
+    """Computes the coefficients that score clips against K classes, as `enrol` does.
+
+    Each class has `count` [K] clips, whose coordinates (see `Space`) add up to `sums` [K, D].
+    """
     # After k clips with the mean z, the posterior of the vector of the class has the mean
     # k psi z / (k psi + 1) and the variance psi / (k psi + 1), where psi is `space.ratio`. A new
     # clip adds the variance within classes, which is 1.
@@ -235,11 +249,11 @@ def compute_coefficients(space: Space, count: np.ndarray, sums: np.ndarray) -> E
 def pair_log_ratios(
     space: Space, x: np.ndarray, noise: np.ndarray, y: np.ndarray, other: np.ndarray
 ) -> np.ndarray:
-    """Compares groups x of clips with groups y. All arguments broadcast; returns [...].
+    """Computes whether two groups of clips show the same person, as log-likelihood ratios [...].
 
-    A result is log(p(clips | the same person) / p(clips | two people)). `x` and `y` [..., D] are
-    the mean coordinates of each group. `noise` and `other` [...] are 1 / the number of clips of
-    each group.
+    A ratio is log(p(clips | the same person) / p(clips | two people)). `x` and `y` [..., D] are the
+    mean coordinates (see `Space`) of the first and the second group. `noise` and `other` [...] are
+    1 / the number of clips of the first and the second group. All arguments broadcast.
     """
     noise, other = noise[..., None], other[..., None]
     share = space.ratio / (space.ratio + noise)
@@ -250,19 +264,16 @@ def pair_log_ratios(
 
 
 def all_log_ratios(ratio: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Compares all clips x with all clips y, coordinates [n, D] and [m, D]. Returns [n, m].
+    """Computes whether pairs of clips show the same person, as log-likelihood ratios [n, m].
 
-    `ratio` is `Space.ratio`. For a result, see `pair_log_ratios`.
+    `x` [n, D] and `y` [m, D] are the coordinates of clips, see `Space`. Each clip of `x` is
+    compared with each clip of `y`. `ratio` [D] is `Space.ratio`.
     """
-    slope, curve, constant = _compare_coefficients(ratio)
-    return constant + (slope * x) @ y.T - (x**2 @ curve)[:, None] - y**2 @ curve
-
-
-def _compare_coefficients(ratio: Array) -> tuple[Any, Any, Any]:
     # `pair_log_ratios` for groups of one clip, in a form that is exactly symmetric.
     share = ratio / (1 + ratio)
     slope = share / (1 + share)
-    return slope, slope * share / 2, np.sum(np.log1p(ratio) - np.log1p(share)) / 2
+    curve, constant = slope * share / 2, np.sum(np.log1p(ratio) - np.log1p(share)) / 2
+    return constant + (slope * x) @ y.T - (x**2 @ curve)[:, None] - y**2 @ curve
 
 
 class Settings(NamedTuple):
@@ -286,9 +297,10 @@ class Settings(NamedTuple):
 
 
 def fit(part: Mapping[str, Array], settings: Settings, least_within: float = 0.0) -> Space:
-    """Computes the space of a modality from `part`. `part` contains the fields of `Sums`.
+    """Computes the coordinates of PLDA for a modality from its sums over clips.
 
-    For `least_within`, see `covariances`.
+    `part` contains the fields of `Sums`, name -> array. `settings` has the shares of shrinkage. For
+    `least_within`, see `covariances`.
     """
     sums = Sums(part["count"], part["total"], part["scatter"])
     fitted = covariances(sums, least_within)
@@ -303,5 +315,8 @@ def make_blank_space(width: int) -> Space:
 def compute_stranger_logit(
     settings: Settings, num_known: Array | int, xp: ModuleType = np
 ) -> Array:
-    """Returns `settings.stranger` + log(`num_known`), the logit of a stranger. `xp`: np or jnp."""
+    """Returns the logit of a stranger: `settings.stranger` + log(number of known people).
+
+    `xp` is the module that computes the logarithm, numpy or jax.numpy.
+    """
     return settings.stranger + xp.log(xp.maximum(num_known, 1))

@@ -25,7 +25,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
+from vidjax.core import devices
 from vidjax.runs import results, schemas
 from vidjax.utils import distributed, files, json_files
 from vidjax.utils.errors import DiskError, Expected, UserError, warn
@@ -56,15 +58,16 @@ class Checkpoint(NamedTuple):
 
 
 def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Saves a checkpoint, and deletes all but three checkpoints (see above).
+    """Saves a checkpoint of a run, and deletes earlier checkpoints.
 
-    If the step already has a checkpoint, only adds `info` to its manifest.
+    The latest checkpoint, the best by MAP, and the last evaluated checkpoint before the latest
+    stay. If `step` already has a checkpoint, only `info` is added to its `manifest.json`.
 
     Args:
       workdir: the folder of the run.
       step: the number of finished training steps.
       items: name -> tree of arrays, or a JSON value for a name in LISTS.
-      info: JSON values for the manifest. The best checkpoint has the highest value `map`.
+      info: name -> JSON value for `manifest.json`. The best checkpoint has the highest `map`.
     """
     folder = workdir / "checkpoints" / str(step)
     first = distributed.is_first()
@@ -75,7 +78,10 @@ def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, 
 
 
 def _add_info(folder: Path, info: Mapping[str, Any]) -> bool:
-    """Adds `info` to the manifest of a checkpoint. Returns False if no manifest can be read."""
+    """Adds the entries `info` to the `manifest.json` of a checkpoint.
+
+    Returns False if there is no readable `manifest.json`.
+    """
     try:
         files.write_manifest(folder / MANIFEST, read_manifest(folder) | dict(info))
     except CheckpointError:
@@ -84,7 +90,11 @@ def _add_info(folder: Path, info: Mapping[str, Any]) -> bool:
 
 
 def _save_new(folder: Path, items: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Writes a checkpoint to a hidden folder, and renames the folder when it is complete."""
+    """Writes a new checkpoint to a hidden folder, and renames the folder when it is complete.
+
+    `items` is name -> tree of arrays or JSON value. `info` are entries for `manifest.json`. Raises
+    DiskError if the checkpoint cannot be written.
+    """
     from orbax.checkpoint import v1 as ocp  # this import takes half a second
 
     filled = {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
@@ -137,7 +147,10 @@ def list_folders(workdir: Path) -> dict[int, Path]:
 
 
 def manifests(workdir: Path) -> dict[int, dict[str, Any]]:
-    """Returns step -> content of each manifest that is not damaged, in ascending order."""
+    """Returns step -> content of `manifest.json` of each checkpoint, in ascending order.
+
+    Checkpoints whose `manifest.json` is missing or damaged are left out.
+    """
     contents = {}
     for step, folder in list_folders(workdir).items():
         with contextlib.suppress(DamagedError):
@@ -190,7 +203,10 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
 
 
 def explain_lost(workdir: Path) -> str:
-    """Returns the error message for a run without a checkpoint, or "" if it never had one."""
+    """Returns the message of an error: the checkpoints of a run are missing.
+
+    Returns "" if the logs of the run show that no checkpoint was ever saved.
+    """
     path, step = workdir / "metrics.json", results.find_last_saved(workdir)
     if not step and files.exists(path):
         step = json_files.read(path, schemas.Metrics, results.REMEDY).step or 0
@@ -204,7 +220,10 @@ def explain_lost(workdir: Path) -> str:
 
 
 def warn_of_lost(workdir: Path, prefer: str) -> None:
-    """Warns if the checkpoint `prefer`, `latest` or `best`, is in the logs but is missing."""
+    """Warns if a checkpoint is missing although the logs of the run list it.
+
+    `prefer` is the checkpoint: `latest`, or `best` by MAP.
+    """
     step = results.find_last_saved(workdir) if prefer == "latest" else 0
     if prefer == "best":
         lines = results.read_lines(workdir / results.METRICS_LOG)
@@ -218,14 +237,16 @@ def warn_of_lost(workdir: Path, prefer: str) -> None:
         )
 
 
-def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) -> dict[str, Any]:
+def load(
+    checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: NamedSharding
+) -> dict[str, Any]:
     """Reads the arrays of a checkpoint. Returns name -> tree of arrays, as in `abstract`.
 
     Args:
       checkpoint: the checkpoint, as `find` returns it.
       abstract: name -> tree of arrays or ShapeDtypeStructs with the expected shapes and dtypes.
-      layout: the sharding of all arrays, or a tree of shardings. The number of devices may have
-        changed since the checkpoint was saved.
+      layout: the sharding of all arrays. The number of devices may have changed since the
+        checkpoint was saved.
 
     Raises:
       OtherModelError: an array has another shape or dtype, or is missing.
@@ -242,11 +263,7 @@ def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) ->
                 f"is {saved.get(name, 'absent')} in the checkpoint and {kind} in this model\n"
                 "train this model in another folder: --workdir=FOLDER"
             )
-    described = jax.tree.map(
-        lambda sharding, x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=sharding),
-        jax.tree.broadcast(layout, dict(abstract)),
-        dict(abstract),
-    )
+    described = devices.shapes(dict(abstract), layout)
     wanted = {name: tree for name, tree in described.items() if jax.tree.leaves(tree)}
     _check_listing(checkpoint.folder, checkpoint.manifest)  # Orbax would open unlisted files
     try:
@@ -260,14 +277,18 @@ def load(checkpoint: Checkpoint, abstract: Mapping[str, Any], layout: object) ->
 
 
 def set_aside_later(workdir: Path, step: int) -> None:
-    """Renames checkpoints later than `step`, so that a resumed run can save these steps again."""
+    """Renames the checkpoints of steps after `step`, because a resumed run saves them again."""
     for later, folder in list_folders(workdir).items() if distributed.is_first() else ():
         if later > step:
             _set_aside(folder)
 
 
 def verify(folder: Path, manifest: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Returns the manifest of a checkpoint. Raises DamagedError if a file is damaged."""
+    """Compares the files of a checkpoint with their sha256 in `manifest.json`.
+
+    `manifest` is the content of `manifest.json` if the caller has read it. Returns this content.
+    Raises DamagedError if a file is missing, damaged or not listed.
+    """
     manifest = manifest or read_manifest(folder)
     _check_listing(folder, manifest)
     for name, digest in manifest["files"].items():
@@ -313,7 +334,10 @@ def _has_only_our_files(folder: Path, manifest: Mapping[str, Any]) -> bool:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Reads a manifest. Raises DamagedError if the file is missing, damaged, or of another step."""
+    """Reads the `manifest.json` of a checkpoint.
+
+    Raises DamagedError if the file is missing, damaged, or belongs to another step.
+    """
     path = folder / MANIFEST
     with _raise_damaged(path):
         manifest = files.read_manifest(path, below=folder.parents[1])
@@ -347,7 +371,11 @@ def _describe_arrays(items: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _drop_others(workdir: Path) -> None:
-    """Deletes checkpoints other than the latest, the best, and the last evaluated one before."""
+    """Deletes all checkpoints of a run except three.
+
+    The latest checkpoint, the best by MAP, and the last evaluated checkpoint before the latest
+    stay. Folders that contain other files stay, too.
+    """
     steps, partial = manifests(workdir), workdir / "checkpoints" / PARTIAL
     files.remove_tree(partial)
     latest = max(steps)

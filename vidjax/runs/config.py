@@ -2,8 +2,8 @@
 
 A row of `TABLE` contains the default value, the meaning and the range of a field. Some fields have
 an effect only if another field has a certain value (`Field.read_when`). For example,
-`optim.momentum` has no effect if `optim.name` is `adam`. If a field without effect differs from its
-default, no training starts, because the change would look like an experiment.
+`optim.momentum` has an effect only if `optim.name` is `sgd`. If a field without effect differs from
+its default, no training starts, because the change would look like an experiment.
 """
 
 import enum
@@ -34,7 +34,10 @@ class ReadWhen(NamedTuple):
 
 
 class Affects(enum.Flag):
-    """What the value of a field changes. NOTHING: all results stay equal, except for rounding."""
+    """What a change of a field affects.
+
+    With NOTHING, all results of a run stay equal, except for rounding.
+    """
 
     NOTHING = 0
     TRAINING = enum.auto()  # what every model learns
@@ -88,7 +91,10 @@ class Group(NamedTuple):
 
 
 def _focal_weights(values: Values) -> tuple[float, ...]:
-    """Returns the weights of the focal loss in the pairs (epoch, weight) of `loss.schedule`."""
+    """Returns the weights of the second loss, `loss.focal`, in the field `loss.schedule`.
+
+    `values` is dotted name -> value of all fields. The schedule has pairs (epoch, weight).
+    """
     try:
         return tuple(float(weight) for _, weight in values["loss.schedule"])
     except (TypeError, ValueError):  # another function reports the malformed schedule
@@ -96,7 +102,10 @@ def _focal_weights(values: Values) -> tuple[float, ...]:
 
 
 def _logit_losses(values: Values) -> set[str]:
-    """Returns the names of the losses, such as `softmax`, with a weight above 0 at some epoch."""
+    """Returns the names of the losses that have a weight above 0 at some epoch.
+
+    `values` is dotted name -> value of all fields. The names are such as `softmax`.
+    """
     weights = _focal_weights(values)
     focal = {values["loss.focal"]} if any(weights) else set()
     rest = {values["loss.classification"]} if any(weight != 1 for weight in weights) else set()
@@ -455,7 +464,7 @@ def default() -> Config:
 
 
 def is_blend(config: Config) -> bool:
-    """Returns True for the configuration of a blend of runs."""
+    """Returns True for the configuration of a blend, which joins the scores of several runs."""
     return bool(config.join.runs or config.join.systems)
 
 
@@ -465,7 +474,7 @@ def list_splits(config: Config) -> tuple[str, ...]:
 
 
 def fields(config: Config | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields (dotted name, value) of every field. Lists, such as lists from JSON, become tuples."""
+    """Yields (name, value) of every field, such as ("optim.name", "adam"). Lists become tuples."""
     values = config if isinstance(config, Mapping) else config.to_dict()
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -482,7 +491,10 @@ def to_tuples(value: Any) -> Any:
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Returns dotted name -> (old, new value) of the fields that differ and have an effect."""
+    """Returns the differences of two configurations, dotted name -> (old value, new value).
+
+    A field is left out if it has an effect neither with `old` nor with `new`, see `is_read`.
+    """
     before, after = dict(fields(old)), dict(fields(new))
     return {
         name: (before.get(name), after.get(name))
@@ -492,14 +504,17 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def is_read(name: str, values: Values) -> bool:
-    """Returns True if the field `name` has an effect. `values` has the values of all fields."""
+    """Returns True if the field `name` has an effect, given dotted name -> value of all fields.
+
+    For example, `optim.momentum` has an effect only if `optim.name` is `sgd`.
+    """
     field = FIELDS.get(name)
     when = field.read_when if field else None
     return not when or (when.condition(values) and is_read(when.field, values))
 
 
 def affects(name: str) -> Affects:
-    """Returns what a field changes, also for fields of models and fusions."""
+    """Returns what a change of the field `name` affects, also for fields of models and fusions."""
     if name in FIELDS:
         return FIELDS[name].affects
     return TRAINING if re.match(r"fusion\.[^.]+\.train\b", name) else TRAINING | SCORES
@@ -523,7 +538,7 @@ def check(config: Config) -> None:
 
 
 def problems(config: Config) -> Iterator[str]:
-    """Yields a message for each value that `check` refuses."""
+    """Yields a message for each value that is out of range, contradictory, or has no effect."""
     values = dict(fields(config))
     yield from _find_out_of_range(values)
     yield from _find_untrainable(values)
@@ -631,7 +646,10 @@ def _find_unread(values: Values) -> Iterator[str]:
 
 
 def _find_unread_by_systems(values: Values) -> Iterator[str]:
-    """Yields a message for each value that training the systems of a blend ignores."""
+    """Yields a message for each value that is ignored, because a blend trains several systems.
+
+    Each system has a configuration. `values` is dotted name -> value of the blend's configuration.
+    """
     read = {*BLEND_FIELDS, "seed", "modalities", "ensemble.folds", "ensemble.only"}
     for name, value in values.items():
         default = DEFAULTS.get(name)
@@ -647,8 +665,8 @@ def _find_unread_by_systems(values: Values) -> Iterator[str]:
 def explain_unread(name: str, values: Values) -> str:
     """Returns a message if the value of the field `name` has no effect, otherwise "".
 
-    For example, `optim.momentum` has no effect if `optim.name` is `adam`. A default value needs no
-    message.
+    `values` is dotted name -> value of all fields. For example, `optim.momentum` has no effect if
+    `optim.name` is `adam`. There is no message about a default value.
     """
     field = FIELDS.get(name)
     if not field or not field.read_when or is_read(name, values) or values[name] == field.default:

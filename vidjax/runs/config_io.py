@@ -85,7 +85,10 @@ def load_system(config: Config, spec: str, *, final: bool) -> Config:
 
 
 def _find_wrong_type(values: Mapping[str, Any]) -> str:
-    """Describes the first field that is missing or has a wrong type. If none has, returns ""."""
+    """Returns a phrase about the first field that is missing or has a wrong type, or "".
+
+    `values` is dotted name -> value. The phrase is such as `has no field config.seed`.
+    """
     for name, default in DEFAULTS.items():
         kinds = {type(None): (str, type(None)), float: (float, int)}.get(type(default))
         if name not in values:
@@ -96,7 +99,10 @@ def _find_wrong_type(values: Mapping[str, Any]) -> str:
 
 
 def find_file(name: str) -> Path:
-    """Returns the path of a configuration file, given its path or a name such as `mma`."""
+    """Returns the path of a configuration file, given its path or a name such as `mma`.
+
+    Raises UserError if there is no such file.
+    """
     path, known = files.local(name), dict[str, Path]()
     if path.is_file():
         return path
@@ -142,7 +148,10 @@ def load_module(path: Path) -> ModuleType:
 
 
 def execute(path: Path) -> ModuleType:
-    """Executes a Python file, and returns it as a module."""
+    """Executes a Python file, and returns it as a module.
+
+    A file that may contain code of the user is added to the list `own_files`.
+    """
     loader = _Loader(f"vidjax_config_{path.stem}", str(path.absolute()))
     module = ModuleType(loader.name)
     module.__file__ = loader.path
@@ -169,7 +178,7 @@ def _describe(error: Exception) -> str:
         text += '\ngive it an argument for ARGS of --config=FILE:ARGS: def get_config(args="")'
     if isinstance(error, AttributeError | KeyError) and re.fullmatch(r"[\"']+\w+[\"']+", text):
         name = text.strip("\"'")  # the error of ml_collections has only the name
-        text = f"there is no field '{name}' to change\nset it first: GROUP.{name} = ConfigDict(...)"
+        text = f"there is no field '{name}' to change\nset it first: GROUP.{name} = {{...}}"
     return f"{type(error).__name__}: {text}"
 
 
@@ -179,9 +188,10 @@ def override_names(overrides: Sequence[str]) -> list[str]:
 
 
 def check_overridden(overrides: Sequence[str], readable: Collection[str], command: str) -> set[str]:
-    """Returns the names of the fields that words `--config.FIELD=VALUE` override.
+    """Returns the names of the fields that the words `overrides` (--config.FIELD=VALUE) set.
 
-    Raises UserError for a field that is not in `readable`, because `command` would ignore it.
+    Raises UserError for a field that is not in `readable`, because the command `command` would
+    ignore the field.
     """
     names = {*override_names(overrides)}
     for name in sorted(names.difference(readable)):
@@ -193,7 +203,7 @@ def check_overridden(overrides: Sequence[str], readable: Collection[str], comman
 
 
 def refuse_training_fields(overrides: Sequence[str]) -> None:
-    """Raises UserError if one of `overrides` changes a field that only a training reads."""
+    """Raises UserError if a word `--config.FIELD=VALUE` sets a field that only training reads."""
     for name in filter(config_lib.is_of_training, override_names(overrides)):
         raise UserError(
             f"config.{name} has no effect, because evaluate does not train\n"
@@ -206,7 +216,7 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 
     Each word of `overrides` is a `--config.FIELD=VALUE`. The value is converted to the type of the
     field. A tuple may be written `face,head` or as in Python. If two words set the same field, the
-    last word counts.
+    last word counts. Raises UserError if there is no such field, or the value does not fit.
     """
     config = copy.deepcopy(config)  # ConfigDict(config) would share its nested fields
     known = dict(fields(config))
@@ -231,9 +241,10 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 def folder_suffix(config: Config, overrides: Sequence[str], without: Collection[str] = ()) -> str:
     """Returns the overridden fields as the end of a folder name, such as `_seed=1`.
 
-    `config` is the configuration after the overrides. Fields in `without` are left out. Characters
-    that are unusual in a file name become `-`. If a character changed, or the text has more than
-    100 characters, the text is cut to 91 characters and a digest is added.
+    `overrides` are words such as `--config.seed=1`. `config` is the configuration after the
+    overrides. Fields in `without` are left out. Characters that are unusual in a file name become
+    `-`. If a character changed, or the text has more than 100 characters, the text is cut to 91
+    characters and a digest is added.
     """
     values = dict(fields(config))
     parts = []
@@ -250,9 +261,10 @@ def folder_suffix(config: Config, overrides: Sequence[str], without: Collection[
 
 
 def convert(text: str, kind: type, example: Any) -> Any:
-    """Converts the text of `--config.FIELD=text` to the type `kind`. `example` is the old value.
+    """Converts the text of a flag `--config.FIELD=TEXT` to a value of the type `kind`.
 
-    If the text does not fit, raises UserError with the valid values, such as `true or false`.
+    `example` is the old value of the field. If the text does not fit, raises UserError. Its message
+    describes the valid values, such as `true or false`.
     """
     if kind is str:
         return text
@@ -263,7 +275,10 @@ def convert(text: str, kind: type, example: Any) -> Any:
     if kind is type(None):  # an argument of a model or a fusion that a file sets to None
         return _parse(text)
     if kind in (tuple, list):
-        value = _convert_tuple(text)
+        value = _parse(text)
+        if value == text:
+            value = tuple(word.strip() for word in text.split(",") if word.strip())
+        value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
         names = bool(example) and isinstance(example[0], str)
         if names and not all(isinstance(item, str) for item in value):
             raise UserError(f"names separated by commas, such as {','.join(example)}")
@@ -280,15 +295,8 @@ def convert(text: str, kind: type, example: Any) -> Any:
     return value
 
 
-def _convert_tuple(text: str) -> tuple[Any, ...]:
-    value = _parse(text)
-    if value == text:
-        value = tuple(word.strip() for word in text.split(",") if word.strip())
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-
-
 def _parse(text: str) -> Any:
-    """Returns the value of a text as Python would read it, or the text if it is no value."""
+    """Reads a text as a Python literal, such as `(1, 2)`. Other text is returned unchanged."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -312,7 +320,10 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str | bytes) -> Config:
-    """Returns the configuration that `to_json` wrote. Lists become tuples again."""
+    """Reads a configuration from the JSON text that `to_json` wrote. Lists become tuples.
+
+    Raises UserError if a field is missing or has a wrong type.
+    """
     config, values = config_lib.default(), files.parse_json(text)
     if not isinstance(values, dict):
         raise UserError("it is not a JSON object")
@@ -327,7 +338,10 @@ def from_json(text: str | bytes) -> Config:
 
 
 def load_workdir(workdir: Path) -> Config:
-    """Returns the configuration of the run in `workdir`, with `data.cache_dir` unset."""
+    """Reads `config.json` in the folder of a run. `data.cache_dir` becomes None.
+
+    Raises UserError if the file is missing or damaged.
+    """
     path = workdir / "config.json"
     try:
         content = files.read_bytes(path, files.CONFIG_BYTES)

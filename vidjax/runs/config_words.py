@@ -18,10 +18,11 @@ SCALE_WORDS: Mapping[str, str] = {
 
 
 def choose_data(config: Any, words: Collection[str]) -> bool:
-    """Sets the dataset and the splits of `config` by the arguments `words`, such as `iqiyi_vid`.
+    """Sets the dataset and the splits of `config` by the arguments of a configuration file.
 
-    Words that are not keys of SCALE_WORDS are ignored. Returns True if the words ask for iQIYI-VID
-    in its full size.
+    `words` are the arguments, such as `iqiyi_vid`. Words that are not keys of SCALE_WORDS are
+    ignored. Returns True if the words ask for the full size of iQIYI-VID. Raises UserError if two
+    words exclude each other.
     """
     if {"iqiyi_vid", "standard"} <= set(words):
         raise UserError("--config: 'iqiyi_vid' and 'standard' are two datasets: name only one")
@@ -42,7 +43,11 @@ def choose_data(config: Any, words: Collection[str]) -> bool:
 
 
 def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, ...]]:
-    """Splits ARGS of `--config=FILE:ARGS` into the words in `known`, and names of modalities."""
+    """Splits ARGS of `--config=FILE:ARGS` into words that the file knows and other words.
+
+    Returns the words in `known`, and the other words, which are names of modalities. Raises
+    UserError if a word comes twice or is probably misspelt.
+    """
     words = [word.strip() for word in args.split(",") if word.strip()]
     options = {word for word in words if word in known}
     modalities = tuple(word for word in words if word not in known)

@@ -23,7 +23,11 @@ DataDigests = Mapping[str, Any]  # see the module docstring
 
 
 def hash_data(config: Config, data: Dataset) -> dict[str, Any]:
-    """Returns the digests of a run's data: `splits` (split -> digests), `weights` (sha256)."""
+    """Returns the digests of the data that a run with the configuration `config` reads.
+
+    The keys are `splits` (split -> digests of the clips) and `weights` (the sha256 of the file
+    `config.data.weights`, or None without a file).
+    """
     of_splits = data.report["splits"]
     weights = config.data.weights
     return {
@@ -37,10 +41,11 @@ def hash_data(config: Config, data: Dataset) -> dict[str, Any]:
 
 
 def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns which of `names`, `features` and `labels` of a split differ.
+    """Compares the digests of a split `before` and `now`. Returns the names of those that differ.
 
-    Features are compared only if the modalities and the version of the records are equal, because
-    one digest covers the records of all modalities.
+    The names are `names`, `features` and `labels` of the clips. Features are compared only if the
+    modalities and the version of the stored records are equal, because one digest covers the
+    records of all modalities.
     """
     same = all(now.get(key) == before.get(key) for key in ("modalities", "records"))
     kinds = ("names", "features", "labels") if same else ("names", "labels")
@@ -76,14 +81,15 @@ def check_data(
     trains: bool = True,
     named: bool = True,
 ) -> None:
-    """Raises UserError if `data` differ from the data of a run with the digests `own`.
+    """Raises UserError if `data` are not the data that a run in `workdir` was trained on.
 
-    If the training continues (`trains` is True), all splits of the run must be unchanged. If the
-    run is evaluated, `eval.split` must be unchanged, or be a split that the run has not read.
+    `own` are the digests of the data of the run. If the training continues (`trains` is True), all
+    splits of the run must be unchanged. If the run is evaluated, the split `eval.split` must be
+    unchanged, or the run must not have read this split before.
 
     `named` is True if the user has named the folder of the data. If `named` is False, the folder is
     from `config.json`, which a stranger may have written. Then a split that the run has not read is
-    only accepted if another split, which the run has read, is unchanged.
+    only accepted if a split that the run has read is unchanged.
     """
     split = config.eval.split
     names = [split] if not trains and split in own["splits"] else list(own["splits"])

@@ -1,7 +1,7 @@
-"""Defines the facts about a training, such as the run whose weights it started with.
+"""Defines facts about a training, such as the run whose weights the training started with.
 
-Training writes each fact to the manifests of checkpoints and to `metrics.json`. The summary, the
-report and comparisons describe the facts in `FACTS`.
+Training writes each fact to `manifest.json` of every checkpoint and to `metrics.json`. The summary
+of a run, the report and comparisons of runs describe the facts in `FACTS`.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ Epochs = list[tuple[Whole, float]]
 
 
 def describe_epochs(epochs: Epochs) -> str:
-    """Returns the epochs of an extended run, such as `5, 8 from step 15`."""
+    """Describes how `config.num_epochs` of a run has changed, such as `5, 8 from step 15`."""
     (_, first), *later = epochs
     return f"{first:g}" + "".join(f", {number:g} from step {step:,}" for step, number in later)
 
@@ -55,7 +55,7 @@ class EarlyStop(Struct, kw_only=True):
 
 
 class Fact(Struct, frozen=True, kw_only=True):
-    """A fact about a training, and how it is described."""
+    """A kind of fact about a training, such as early stopping, and how it is described."""
 
     key: str  # of its entry in manifests and in `metrics.json`
     kind: Any  # the type of the value
@@ -67,12 +67,18 @@ class Fact(Struct, frozen=True, kw_only=True):
     sentence: str = ""  # in a comparison, with `{run}` and `{text}`; "": comparisons skip the fact
 
     def read(self, values: Mapping[str, Any]) -> object:
-        """Returns the value of the fact in a manifest or in `metrics.json`, or None."""
+        """Returns the value of the fact, or None if `values` do not contain the fact.
+
+        `values` is the content of `manifest.json` or `metrics.json`.
+        """
         value = values.get(self.key)
         return msgspec.convert(value, self.kind) if value else None
 
     def text(self, values: Mapping[str, Any]) -> str:
-        """Describes the fact in a manifest or in `metrics.json`. Without the fact, returns ""."""
+        """Returns a description of the fact, or "" if `values` do not contain the fact.
+
+        `values` is the content of `manifest.json` or `metrics.json`.
+        """
         value = self.read(values)
         return self.describe(value) if value else ""
 
@@ -89,7 +95,7 @@ FACTS = (EXTENDED, INIT_FROM, EARLY_STOP)  # in the order of `metrics.json`
 
 
 class Entries(Struct, kw_only=True):
-    """The entries of the facts in a manifest or in `metrics.json`."""
+    """The entries of `manifest.json` and `metrics.json` that contain facts about the training."""
 
     extended: Epochs | None = None
     init_from: Source | None = None
@@ -97,26 +103,32 @@ class Entries(Struct, kw_only=True):
 
 
 def read_facts(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns key -> value of the facts in a manifest or in `metrics.json`."""
+    """Returns the facts about a training, key -> value.
+
+    `values` is the content of `manifest.json` or `metrics.json`.
+    """
     return {fact.key: value for fact in FACTS if (value := fact.read(values))}
 
 
 def to_json(values: Mapping[str, Any], *, only: bool | None = None) -> dict[str, Any]:
-    """Returns entries for a manifest or `metrics.json`: key -> JSON value.
+    """Converts facts about a training to entries of `manifest.json` or `metrics.json`.
 
-    `values` are the result of `read_facts`, or other entries. If `only` is given, only facts with
-    this value of `is_kept` are returned.
+    `values` is key -> value, as `read_facts` returns. Other keys are ignored. If `only` is given,
+    only facts whose `is_kept` is `only` are converted. Returns key -> JSON value.
     """
     chosen = (fact.key for fact in FACTS if values.get(fact.key) and only in (None, fact.is_kept))
     return {key: msgspec.to_builtins(values[key]) for key in chosen}
 
 
 def list_rows(values: Mapping[str, Any]) -> dict[str, str]:
-    """Returns label -> text of the facts in `metrics.json`."""
+    """Returns the facts in `metrics.json` as rows of a table, label -> text."""
     return {fact.label: text for fact in FACTS if (text := fact.text(values))}
 
 
 def list_sentences(run: str, values: Mapping[str, Any]) -> list[str]:
-    """Returns sentences about the facts of a run, for the text that compares runs."""
+    """Returns sentences about the facts of a run, for a comparison of runs.
+
+    `run` is the name of the run. `values` is the content of its `metrics.json`.
+    """
     texts = ((fact.sentence, fact.text(values)) for fact in FACTS if fact.sentence)
     return [sentence.format(run=run, text=text) for sentence, text in texts if text]

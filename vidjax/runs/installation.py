@@ -29,7 +29,10 @@ class AbsentError(Exception):
 
 
 def list_checks() -> dict[str, Callable[[], str]]:
-    """Returns subject -> check of a part of the installation, such as `films`."""
+    """Returns the checks of the installation, part (such as `films`) -> function.
+
+    A function returns a summary, or raises AbsentError if the part is not usable.
+    """
     parts = {name: partial(check_packages, extra) for name, extra in EXTRAS.items()}
     return {"environment": check_environment, **parts, "files of strangers": _check_confinement}
 
@@ -41,9 +44,10 @@ def check_environment() -> str:
 
 
 def check_packages(extra: str) -> str:
-    """Returns the versions of the packages of an extra. Raises AbsentError if one is missing.
+    """Returns the versions of the packages that `pip install 'vidjax[EXTRA]'` installs, as text.
 
-    For the extra `rank`, also checks that jax can use a device.
+    For the extra `rank`, also checks that jax can use a device. Raises AbsentError if a package is
+    missing.
     """
     modules = list_packages(extra)
     if lost := [name for name, module in modules.items() if not importlib.util.find_spec(module)]:
@@ -57,9 +61,9 @@ def check_packages(extra: str) -> str:
 
 
 def list_packages(extra: str) -> dict[str, str]:
-    """Returns the packages that an extra of vidjax adds, package -> module.
+    """Returns the packages that `pip install 'vidjax[EXTRA]'` adds, package -> module.
 
-    pip stores the list of packages. Raises AbsentError if pip did not install vidjax.
+    Raises AbsentError if pip did not install vidjax, because pip stores the list of packages.
     """
     try:
         required = importlib.metadata.requires("vidjax") or []
@@ -73,7 +77,10 @@ def list_packages(extra: str) -> dict[str, str]:
 
 
 def _check_jax() -> dict[str, str]:
-    """Returns the device of jax and the git commit. Raises AbsentError if the CPU is too old."""
+    """Returns `device` -> the device of jax and, in a git checkout, `commit` -> the commit.
+
+    Raises AbsentError if jax cannot use the CPU.
+    """
     try:
         from vidjax.core import devices
         from vidjax.runs.versions import collect_versions
@@ -94,7 +101,7 @@ def _check_confinement() -> str:
     """
     if gaps := confinement.list_gaps():
         raise AbsentError(
-            f"a process that reads such files could {', '.join(gaps)}\n"
+            f"a process that reads files of strangers could {', '.join(gaps)}\n"
             "to forbid it, use Linux 5.13 or later with Landlock, on x86-64 or 64-bit ARM"
         )
     return "a process that reads them uses no other files, connections or programs"

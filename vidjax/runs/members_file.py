@@ -29,7 +29,7 @@ Lists = tuple[tuple[str, ...], TrainingSets]  # the identities and the training 
 
 
 class _Members(msgspec.Struct):
-    """The JSON value `members` of a checkpoint."""
+    """The JSON value `members` of a checkpoint: the nets of an ensemble and their clips."""
 
     members: tuple[Member, ...]
     clips: tuple[str, ...]
@@ -37,7 +37,10 @@ class _Members(msgspec.Struct):
 
 
 def make_lists(identities: Sequence[str], training_sets: TrainingSets) -> dict[str, Any]:
-    """Returns the JSON values of a checkpoint, for `checkpoint.LISTS`."""
+    """Returns the identities and the members of a run as JSON values for a checkpoint.
+
+    The keys are `identities` and `members`.
+    """
     members, clips, trained = training_sets
     bits = tuple(row.tobytes() for row in np.packbits(trained, axis=1))
     content = msgspec.to_builtins(_Members(members, clips, bits))
@@ -45,7 +48,10 @@ def make_lists(identities: Sequence[str], training_sets: TrainingSets) -> dict[s
 
 
 def read_lists(saved: checkpoint.Checkpoint) -> Lists:
-    """Reads the identities and the training sets of a run from a checkpoint."""
+    """Reads the identities of a run, and the training clips of its members, from a checkpoint.
+
+    Raises CheckpointError if a file is damaged.
+    """
     paths = [saved.folder / "state" / name / "data.json" for name in checkpoint.LISTS]
     try:
         is_earlier = not any(map(files.exists, paths))
@@ -54,7 +60,7 @@ def read_lists(saved: checkpoint.Checkpoint) -> Lists:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"'{saved.folder}' is not usable: {reason}\n{REMEDY}") from error
     if not sets.trained.size or sets.trained.shape != (len(sets.members), len(sets.clips)):
-        raise CheckpointError(f"'{saved.folder}': the members do not fit the clips\n{REMEDY}")
+        raise CheckpointError(f"'{saved.folder}': members and clips do not match\n{REMEDY}")
     return identities, sets
 
 
@@ -67,9 +73,10 @@ def _read(identities: Path, members: Path) -> Lists:
 
 
 def _read_earlier(saved: checkpoint.Checkpoint) -> Lists:
-    """Reads the copies, if the checkpoint has only their digests, as in version 0.1.0.
+    """Reads the identities and the training clips of a run of version 0.1.0.
 
-    The release after the next one does not read such runs: then delete this function.
+    Checkpoints of this version contain only digests of the files in the folder of the run. The
+    release after the next one does not read such runs: then delete this function.
     """
     workdir = saved.folder.parents[1]
     identities = results.load_identities(workdir / IDENTITIES)

@@ -16,7 +16,7 @@ from vidjax.utils.files import find_foreign_folder
 
 
 def cache_programs(folder: Path) -> None:
-    """Caches compiled programs in `folder`. If jax already has a cache, changes nothing.
+    """Makes jax store compiled programs in `folder`, unless jax already has a cache.
 
     If another user may change `folder` or a folder above it, prints a warning and caches nothing.
     """
@@ -63,7 +63,10 @@ def disable_program_cache() -> Iterator[None]:
 
 
 def make_deterministic() -> None:
-    """Sets the XLA flag for bit-identical GPU runs. Warns if jax already uses the GPU."""
+    """Sets the flag of XLA with which repeated runs on a GPU give equal bits.
+
+    Warns if jax already uses the GPU, because then the flag has no effect.
+    """
     known, flag = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_deterministic_ops=true"
     if flag in known.split():
         return

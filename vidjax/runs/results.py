@@ -103,29 +103,38 @@ def load_identities(path: Path) -> list[str]:
 
 
 def select_kept(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the entries of `metrics.json` that a later evaluation keeps."""
+    """Returns the entries of `metrics.json` that a later evaluation of the run does not replace."""
     is_kept = dict.fromkeys(schemas.Training.__struct_fields__, True)
     is_kept |= {fact.key: fact.is_kept for fact in facts.FACTS}
     return {name: value for name, value in metrics.items() if is_kept.get(name)}
 
 
-def describe_data(metrics: Mapping[str, Any]) -> str | None:
-    """Returns the name, folder and digest of the data in `metrics`, or None if there are none."""
-    data = metrics.get("data")
-    if not isinstance(data, dict):
-        return None
+def describe_data(metrics: Mapping[str, Any]) -> str:
+    """Returns the name, folder and sha256 of the data of an evaluation as text, or "".
+
+    `metrics` is the content of `metrics.json`. The text is "" if the file does not name the data.
+    """
+    if not (data := metrics.get("data")):
+        return ""
     place = f" in {data['dir']}" if data.get("dir") else ""
     return f"{data.get('name')}{place}, sha256 {str(data.get('digest'))[:12]}"
 
 
 def describe_overrides(metrics: Mapping[str, Any]) -> str:
-    """Returns the fields whose values an evaluation changed, as `FIELD=VALUE, FIELD=VALUE`."""
+    """Returns the fields that an evaluation changed, as `FIELD=VALUE, FIELD=VALUE`, or "".
+
+    `metrics` is the content of `metrics.json`.
+    """
     changed = metrics.get("overrides") or {}
     return ", ".join(f"{name}={config_io.value_text(value)}" for name, value in changed.items())
 
 
 def describe_copies(metrics: Mapping[str, Any]) -> str:
-    """Returns how many ranked clips are training clips, and the MAP without them, or ""."""
+    """Returns a phrase about ranked clips that are copies of training clips, or "" without any.
+
+    The phrase has the number of copies, an example, and the MAP of the other clips. `metrics` is
+    the content of `metrics.json`.
+    """
     copies = metrics.get("copies")
     if not copies:
         return ""
@@ -204,7 +213,10 @@ def save_analysis(
 
 
 def load_analysis(path: Path) -> tuple[schemas.Analysis, Arrays]:
-    """Reads the values and the arrays that `save_analysis` has written."""
+    """Reads an analysis from the .npz file that `save_analysis` wrote. Returns values and arrays.
+
+    Raises UserError if the file is damaged.
+    """
     arrays = files.read_npz(path)
     text = arrays.pop("facts", np.zeros(0, np.uint8)).tobytes()
     try:

@@ -74,18 +74,22 @@ class RunFolder:
         )
 
     def metrics(self, paths: ResultPaths | None = None) -> dict[str, Any]:
-        """Returns the content of `paths.metrics` (default: `metrics.json`), or {} if absent."""
+        """Returns the results of an evaluation, the content of a JSON file, name -> value.
+
+        The file is `paths.metrics`, by default `metrics.json`. Without the file, returns {}.
+        """
         path = paths.metrics if paths else self.path / METRICS
         if path not in self._metrics and files.exists(path):
             self._metrics[path] = json_files.load(path, schemas.Metrics, results.REMEDY)[0]
         return self._metrics.get(path, {})
 
     def list_runs(self, config: Config | None = None, *, final: bool = True) -> list[Path]:
-        """Returns the folders of the runs that a blend with `config` joins, or [] for another run.
+        """Returns the folders of the runs whose scores a blend joins, or [] for another run.
 
-        The default of `config` is the configuration of the folder. If `final` is True, and `vidjax
-        train` has made the blend, returns the runs on all clips. Otherwise, or if there are no such
-        runs, returns the runs in folds.
+        `config` is the configuration of the blend, by default of this folder. `vidjax train` makes
+        two kinds of runs for a blend: in folds, and on all clips. If `final` is True, returns the
+        runs on all clips, if they exist. Otherwise, returns the runs in folds, or the runs
+        `config.join.runs`.
         """
         config = config or self._config
         names = config.join.runs or name_systems(config, final=False)
@@ -94,18 +98,22 @@ class RunFolder:
         return finals if is_final else [self.path / name for name in names]
 
     def other_metrics(self) -> dict[str, dict[str, Any]]:
-        """Returns split -> content of `metrics_<split>.json`, for every such file."""
+        """Returns split -> content of `metrics_<split>.json`, for every such file in the folder."""
         names = (path.stem.removeprefix("metrics_") for path in self.path.glob("metrics_*.json"))
         return {name: self.metrics(self.paths(name, apart=True)) for name in sorted(names)}
 
     def split_metrics(self, config: Config) -> dict[str, dict[str, Any]]:
-        """Returns split -> metrics of the splits in `eval.splits`, except for `eval.split`."""
+        """Returns the results on the further splits `eval.splits`, split -> metrics.
+
+        The metrics are the content of `metrics_<split>.json`, or {} if there is no such file.
+        """
         return {name: self.metrics(self.paths(name)) for name in config_lib.list_splits(config)[1:]}
 
     def describe(self, config: Config, metrics: Mapping[str, Any]) -> dict[str, str]:
-        """Returns the results of an evaluation with `config` as rows, label -> text.
+        """Returns the results of an evaluation with `config` as rows of a table, label -> text.
 
-        `metrics` is the content of `metrics.json`. The text of a row may be "".
+        `metrics` is the content of `metrics.json`. The text of a row is "" if there is nothing to
+        say.
         """
         split, rows = config.eval.split, dict[str, str]()
         if "map" in metrics:
@@ -121,7 +129,7 @@ class RunFolder:
         rows |= facts.list_rows(metrics) | {"copies": results.describe_copies(metrics)}
         if "best_map" in metrics and split == self._config.eval.split:
             rows["best"] = f"{metrics['best_map']:.4f} at step {metrics['best_step']:,}"
-        rows["data"] = results.describe_data(metrics) or ""
+        rows["data"] = results.describe_data(metrics)
         rows["clips"] = f"{metrics['num_clips']:,}"
         rows["identities"] = f"{metrics['num_identities']:,}"
         if known := metrics.get("num_map_identities"):
@@ -129,13 +137,13 @@ class RunFolder:
         return rows
 
     def write_metrics(self, values: Mapping[str, Any], paths: ResultPaths | None = None) -> None:
-        """Writes `values` to `paths.metrics` (default: `metrics.json`)."""
+        """Writes the results of an evaluation to `paths.metrics`, by default `metrics.json`."""
         path = paths.metrics if paths else self.path / METRICS
         files.write_json(path, values)
         self._metrics[path] = cast(dict[str, Any], files.parse_json(files.to_json(values)))
 
     def analysis(self, paths: ResultPaths) -> tuple[schemas.Analysis, results.Arrays] | None:
-        """Returns the values and the arrays in `paths.analysis`. Without the file, returns None."""
+        """Returns the values and the arrays in the file `paths.analysis`, or None without it."""
         return results.load_analysis(paths.analysis) if files.exists(paths.analysis) else None
 
     def write_config(self, config: Config) -> None:
@@ -159,9 +167,10 @@ def _describe_scores(metrics: Mapping[str, Any], place: str) -> str:
 
 
 def name_systems(config: Config, *, final: bool) -> list[str]:
-    """Returns the folder of each of `config.join.systems` in the folder of a blend.
+    """Returns the names of the folders in which the systems of a blend are trained.
 
-    If `final` is True, the system is trained on all clips, else in folds.
+    A name is such as `1_cosine`. If `final` is True, the names are of the systems that are trained
+    on all clips, such as `1_cosine_all`. Otherwise, the systems are trained in folds.
     """
     ending = "_all" if final else ""
     return [
@@ -187,7 +196,7 @@ def open_run(workdir: str | Path) -> RunFolder:
 
 
 def make_paths_absolute(config: Config) -> Config:
-    """Returns a copy of a configuration with absolute paths."""
+    """Returns a copy of a configuration in which the paths of files and folders are absolute."""
     paths = {name: path for name in config_lib.PATHS if (path := config[name])}
     words = (f"--config.{name}={files.absolute(path)}" for name, path in paths.items())
     return config_io.override(config, list(words))
@@ -197,8 +206,8 @@ def make_paths_absolute(config: Config) -> Config:
 def make_and_lock(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Makes and locks the folder of a run, and yields its absolute path.
 
-    If the block raises an error, a new folder that is still empty is removed, with new folders
-    around it.
+    If the `with` block raises an error, and the folder is new and still empty, the folder is
+    removed. Its new parent folders are removed, too. Raises UserError if the folder contains clips.
     """
     folder = files.local(path).absolute()
     refuse_folder_of_data(folder)
@@ -225,15 +234,16 @@ def refuse_folder_of_data(folder: Path) -> None:
     if path := next(paths, None):
         raise UserError(
             f"workdir '{folder}' is a folder of clips, because it contains "
-            f"{path.relative_to(folder)}\nname another folder for the run: --workdir=FOLDER"
+            f"'{path.relative_to(folder)}'\nname another folder for the run: --workdir=FOLDER"
         )
 
 
 def describe_changes(old: Config, new: Config) -> str:
-    """Lists the changed fields with which a run cannot resume, as `seed: 0 -> 1, ...`.
+    """Returns the changed fields because of which a run cannot resume, as `seed: 0 -> 1, ...`.
 
-    The text lists three fields and counts the others. It is "" if the run can resume: `num_epochs`
-    may grow, and fields that do not affect the results may change.
+    `old` is the configuration of the run, and `new` is the configuration with which it would
+    resume. The text lists three fields and counts the others. If the run can resume, the text is
+    "". `num_epochs` may grow, and fields that do not affect the results may change.
     """
     changed = config_lib.differences(old, new)
     if old.num_epochs <= new.num_epochs:

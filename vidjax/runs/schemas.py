@@ -28,7 +28,7 @@ class Data(Struct, kw_only=True):
 
 
 class JoinedRun(Struct, kw_only=True):
-    """A run whose scores are averaged with the scores of other runs, in a blend."""
+    """A run in a blend. A blend joins the scores of several runs."""
 
     name: Text
     weight: NotNaN | None = None
@@ -135,16 +135,16 @@ class Manifest(Entries, Struct, kw_only=True):
     group_size: Size | None = None  # members that trained together; None in old checkpoints
     evaluated: bool = False
     seconds: float = 0.0  # since the start of the training, without pauses
-    # Settings of the model that are fitted before the training.
-    # Attribute of the model -> the value that `Identifier.prepare` computed.
+    # Attribute of the model -> value that `Identifier.prepare` computed before the training.
     settings: dict[str, NotNaN | list[NotNaN]] | None = None
     num_places: Size | None = None  # rows of the batches of an epoch; None: num_clips
 
 
 class Join(Struct, kw_only=True):
-    """The content of `join.json`, the learned numbers of a blend of R runs.
+    """The content of `join.json`: learned numbers that join the scores of R runs (a blend).
 
-    The lists of numbers have a row for each part of the clips, and a last row for all other clips.
+    The clips are divided into parts. The lists of numbers have an entry for each part, and a last
+    entry for all other clips.
     """
 
     scale: list[list[NotNaN]]  # rows of R numbers, see `calibration.Calibration`
@@ -230,7 +230,7 @@ class Stratum(Struct, kw_only=True):
 
 
 class Strata(Struct, kw_only=True):
-    """Groups of identities or clips, for example by the quality of the clips."""
+    """Groups of identities or clips, such as groups of clips of similar quality, and their MAP."""
 
     by: Text  # what distinguishes the groups
     rows: list[Stratum]

@@ -1,8 +1,9 @@
-"""Makes the first signal of `exit_codes.SIGNALS` save and stop a run.
+"""Makes a signal, such as Ctrl-C (SIGINT) or SIGTERM, save and stop a run.
 
-A second signal, SIGINT or SIGTERM, ends a command. In a program of a user, the second signal has
-its usual effect: in a notebook, Ctrl-C raises KeyboardInterrupt. SIGHUP and SIGUSR1 may be repeated
-without an effect: if a terminal is closed, the shell and the system both send SIGHUP.
+The signals are listed in `exit_codes.SIGNALS`. A second SIGINT or SIGTERM ends a command. In a
+program of a user, the second signal has its usual effect: in a notebook, Ctrl-C raises
+KeyboardInterrupt. SIGHUP and SIGUSR1 may be repeated without an effect: if a terminal is closed,
+the shell and the system both send SIGHUP.
 """
 
 import contextlib
@@ -48,7 +49,7 @@ class Interruption:
             signal.signal(number, self.handle)
 
     def restore_handlers(self) -> None:
-        """Restores the handlers that `replace_handlers` has replaced."""
+        """Restores the signal handlers that were set before `replace_handlers`."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -84,7 +85,11 @@ _interruption: Interruption | None = None  # of the training loop that runs now
 
 @contextlib.contextmanager
 def catch_interruption() -> Iterator[Interruption]:
-    """Yields an `Interruption` that stores signals. Other threads store no signal."""
+    """Yields an `Interruption` that stores the signals of this process.
+
+    If the caller is not the main thread, no signals are stored, because Python allows signal
+    handlers only in the main thread.
+    """
     global _interruption
     if threading.current_thread() is not threading.main_thread():
         yield Interruption()
@@ -99,10 +104,11 @@ def catch_interruption() -> Iterator[Interruption]:
 
 
 def end_on_signals() -> None:
-    """Makes the signals end this process immediately.
+    """Makes the signals in `exit_codes.SIGNALS` end this process immediately.
 
-    Inside `catch_interruption`, only a second signal ends the process. A thread ends the process,
-    because Python runs no signal handler during a compilation by XLA, which can take minutes.
+    Inside a block `catch_interruption`, only a second signal ends the process, because the first
+    signal saves the run. A thread ends the process, because Python runs no signal handler during a
+    compilation by XLA, which can take minutes.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

@@ -26,7 +26,10 @@ def collect_versions() -> dict[str, str]:
 
 
 def _read_commit(checkout: Path) -> str | None:
-    """Returns the git commit of a checkout, or None. If files are changed, it ends in `-dirty`."""
+    """Returns the git commit of a folder, or None if the folder is no git checkout.
+
+    If files of the checkout are changed, the commit ends in `-dirty`.
+    """
     if not (checkout / ".git").exists():
         return None
     # `git describe --dirty` would lock the index, and the user may commit at this moment.

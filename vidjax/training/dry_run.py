@@ -20,8 +20,7 @@ from vidjax.models.build_system import MODELS, TaskSpec, make_blank_clips, make_
 from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.config import Config
 from vidjax.training import train_step
-from vidjax.training.early_stop import check_metric
-from vidjax.utils.errors import UserError
+from vidjax.utils.errors import UserError, check_entry
 
 # The assumptions of a dry run, which reads no data:
 WIDTH = 512  # feature width of a modality
@@ -30,7 +29,10 @@ MAX_PARAMS = 10**10  # of a member; no device can store more
 
 
 def check_model(config: Config) -> None:
-    """Raises UserError if the model needs more epochs, or ignores a field that was changed."""
+    """Raises UserError if the model needs more epochs, or ignores a changed field.
+
+    A model in closed form has no optimiser, so it ignores the fields of the optimiser.
+    """
     name = config.model.get("name")
     model = MODELS.get(name, Identifier)
     if not issubclass(model, Identifier):
@@ -67,7 +69,9 @@ def dry_run(config: Config, data: Dataset | None = None) -> None:
         _dry_run_systems(config, data)
         return
     check_model(config)
-    check_metric(config)
+    check_entry(
+        "config.early_stop.metric", config.early_stop.metric, ["map", *metrics.CLIP_METRICS]
+    )
     known = data.modalities if data else {}
     if not data:
         widths = sources.read_modalities(config.data) or dict.fromkeys(config.modalities, 0)
@@ -113,7 +117,10 @@ def dry_run(config: Config, data: Dataset | None = None) -> None:
 
 
 def _dry_run_systems(config: Config, data: Dataset | None) -> None:
-    """Makes a dry run of each system. Raises UserError if they have not `config.modalities`."""
+    """Makes a dry run of each system in `config.join.systems`, which are trained and joined.
+
+    Raises UserError if the systems use other modalities than `config.modalities`.
+    """
     names = dict[str, None]()
     for spec in config.join.systems:
         system = config_io.load_system(config, spec, final=False)
@@ -129,7 +136,7 @@ def _dry_run_systems(config: Config, data: Dataset | None) -> None:
 
 
 def _make_up_scores() -> tuple[metrics.ClipScores, np.ndarray]:
-    """Returns the scores and the labels of four clips: of two people, and of a stranger."""
+    """Returns made-up scores and labels of four clips, which show two people and a stranger."""
     best, own = np.array([[-0.1, -0.2, -0.7, -1.2], [-0.1, -0.2, -0.9, -np.inf]], np.float32)
     identity, rank = np.array([[1, 2, 2, 1], [0, 0, 1, 0]], np.int32)
     ranking = np.full((2, 100), -1, np.int32)

@@ -8,27 +8,22 @@ from msgspec import structs
 from vidjax.core import metrics
 from vidjax.runs.config import Config
 from vidjax.runs.facts import EarlyStop
-from vidjax.utils.errors import UserError, check_entry
-
-
-def check_metric(config: Config) -> None:
-    """Raises UserError if there is no metric `early_stop.metric`."""
-    check_entry(
-        "config.early_stop.metric", config.early_stop.metric, ["map", *metrics.CLIP_METRICS]
-    )
+from vidjax.utils.errors import UserError
 
 
 def add_evaluation(
     config: Config, before: EarlyStop | None, step: int, results: Mapping[str, Any]
 ) -> EarlyStop:
-    """Returns the best evaluation up to `step`, and whether training ends after this step.
+    """Decides after the evaluation of `step` whether training ends, because nothing improves.
 
-    `before` is the result after the previous evaluation, or None. `results` are the metrics.
+    `before` is the result of this function after the previous evaluation, or None. `results` is
+    name -> value of the new metrics. Returns the best evaluation so far, the number of evaluations
+    since then, and whether training ends. Raises UserError if the metric has no value.
     """
     metric, patience = config.early_stop.metric, config.early_stop.patience
     if (value := results.get(metric)) is None:
         raise UserError(
-            f"config.early_stop.metric={metric} has no value on {config.eval.split}\n"
+            f"config.early_stop.metric={metric} has no value on the split {config.eval.split}\n"
             "choose another metric, or another --config.eval.split"
         )
     sign = -1 if metric in metrics.CLIP_METRICS and metrics.CLIP_METRICS[metric].lower else 1

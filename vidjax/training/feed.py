@@ -30,7 +30,7 @@ Dispatched = tuple[list[TrainState], list[list[LoopResult]]]
 
 
 class DispatchResult(NamedTuple):
-    """The result of a dispatch. A dispatch is one or more training steps."""
+    """The result of a dispatch, one or more training steps that the host starts with one call."""
 
     states: list[TrainState]  # of every group of members (nets of an ensemble)
     num_steps: int
@@ -42,25 +42,24 @@ class Feed(abc.ABC):
     """Reads batches of clips, and runs training steps on them.
 
     Attributes:
-      mode: `streaming` or `resident`.
+      mode: `streaming` (clips are read from the disk) or `resident` (clips stay on the devices).
       waited: the seconds in which the devices waited for clips.
     """
 
     mode: str
     waited = 0.0
     _most = 1 << 31  # number of steps of a dispatch
-
-    def __init__(self) -> None:
-        self._step_seconds: float | None = None  # of the last dispatch
-        self._fastest = float("inf")  # of all dispatches
+    _step_seconds = 0.0  # of a step of the last dispatch; 0 before the first dispatch
+    _fastest = float("inf")  # seconds of a step of the fastest dispatch
 
     def advance(
         self, states: States, constants: AllConstants, step: int, most: int
     ) -> DispatchResult:
-        """Runs training steps for about a second, from 1 to `most` steps.
+        """Runs training steps for about a second, at least 1 and at most `most` steps.
 
-        `step` is the number of steps before the call. The arrays of `states` are donated: their
-        memory is used again, so the caller must use the returned states.
+        `states` and `constants` have an entry for each group of members that train together. `step`
+        is the number of finished steps. The memory of `states` is used again (donated), so the
+        caller must use the returned states.
         """
         count = int(DISPATCH_SECONDS / self._step_seconds) if self._step_seconds else 1
         (count,) = distributed.max_over_processes(max(1, min(most, self._most, count)))
@@ -76,11 +75,12 @@ class Feed(abc.ABC):
 
     @abc.abstractmethod
     def _dispatch(self, states: States, constants: AllConstants, count: int) -> Dispatched:
-        """Runs at most `count` steps with one or more calls of the compiled loop.
+        """Runs at most `count` training steps with one or more calls of the compiled loop.
 
-        Returns the new states, and the results of the last two calls, or of the only call. The
-        result of a call is a list with a LoopResult for each group of members (nets). Earlier
-        results are not returned, because no step of their calls was bad.
+        The lists `states` and `constants` have an entry for each group of members (nets) that train
+        together. Returns the new states, and the results of the last two calls, or of the only
+        call. The result of a call is a list with a LoopResult for each group. Earlier results are
+        not returned, because no step of their calls was bad.
         """
 
 
@@ -89,17 +89,16 @@ class StreamingFeed(Feed):
 
     The host reads the result of a step after it has started the next step, so that no device waits
     for the host. The devices store at most two batches. `waited` is an estimate. If a step ends
-    before the next batch is read, it grows by the time of reading minus the time of the fastest
-    step.
+    before the next batch is read, `waited` grows by the time of reading minus the time of the
+    fastest step.
     """
 
     mode = "streaming"
+    _next: Batch | None = None
 
     def __init__(self, loop: Loop, mesh: Mesh, batches: Iterator[Batch]):
         """Makes a feed from `batches`, an endless iterator of batches with numpy arrays."""
         self._loop, self._mesh, self._batches = loop, mesh, batches
-        super().__init__()
-        self._next: Batch | None = None
 
     def _dispatch(self, states: States, constants: AllConstants, count: int) -> Dispatched:
         outcomes: list[list[LoopResult]] = []
@@ -126,15 +125,18 @@ class StreamingFeed(Feed):
 
 
 class ResidentFeed(Feed):
-    """Gathers batches from clips on the devices, so that no step waits for the host."""
+    """Gathers batches from clips that stay on the devices, so that no step waits for the host."""
 
     mode = "resident"
 
     def __init__(
         self, loop: Loop, mesh: Mesh, clips: Mapping[str, Packed], plan: BatchPlan, step: int
     ):
-        """Makes a feed of the steps from `step` on."""
-        super().__init__()
+        """Makes a feed of the training steps from number `step` on.
+
+        `clips` is modality -> all training clips, on the devices. `plan` decides which clips are in
+        the batch of a step.
+        """
         self._loop, self._mesh, self._clips, self._plan = loop, mesh, clips, plan
         self._step, self._most = step, resident.count_steps(plan)
 

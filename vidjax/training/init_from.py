@@ -1,7 +1,7 @@
 """Starts the training of a run with the weights of another run, `config.init_from`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,17 +24,11 @@ FIELD = "config.init_from"
 Arrays = dict[str, np.ndarray]  # path -> values [E, ...] of the E nets of a run
 
 
-class Columns(NamedTuple):
-    """The class columns of a run that continue the class columns of another run."""
-
-    new: np.ndarray  # [n] int, columns of the run that starts
-    old: np.ndarray  # [n] int, the same classes in the other run
-
-
 def find_source(config: Config) -> trained_runs.FoundRun:
-    """Finds the run `config.init_from`.
+    """Finds the run `config.init_from`, whose weights the new run starts with.
 
-    Raises UserError if its net is of another kind, and CheckpointError if a file is damaged.
+    Raises UserError if that run has another model or is not finished, and CheckpointError if its
+    last checkpoint is damaged.
     """
     with prefix_errors(FIELD):
         folder = open_run(config.init_from)
@@ -74,7 +68,7 @@ def load_state(
     state: TrainState,
     mesh: Mesh,
 ) -> tuple[TrainState, Source]:
-    """Replaces the weights of a new run by the weights of `source` that fit.
+    """Replaces the weights of a new run by the weights of the run `source` that fit.
 
     An array fits if it has the same path and shape. Along the axis of the classes, each identity
     gets the values of the identity with the same name in `source`. All other values stay.
@@ -92,7 +86,8 @@ def load_state(
     old = _flatten((theirs.params, theirs.model_state))
     weights = (state.params, state.model_state)
     columns = match_columns(source, system.task, identities)
-    wider, width = _compute_wider_shapes(system, config), source.task.num_columns
+    wider = _compute_wider_shapes(system, config, len(state.labels))
+    width = source.task.num_columns
     rest: list[str] = []
     num_matrices = 0
 
@@ -115,7 +110,7 @@ def load_state(
             f"its modalities are {', '.join(source.task.modalities)}: choose the same "
             "--config.modalities and sizes of the model"
         )
-    known = int(np.sum(columns.new > 0))
+    known = int(np.sum(columns[0] > 0))
     text = f"{FIELD}: step {step:,} of '{folder}': {total - len(rest)} of {total} arrays are loaded"
     fresh = f", {len(identities) - known:,} start anew" if known < len(identities) else ""
     text += f"; {known:,} of {len(identities):,} identities are known{fresh}"
@@ -130,30 +125,47 @@ def load_state(
 
 def match_columns(
     source: trained_runs.FoundRun, task: TaskSpec, identities: Sequence[str]
-) -> Columns:
-    """Matches the class columns of identities by name, and column 0 if both runs train it."""
+) -> np.ndarray:
+    """Finds the class columns of the run `source` that continue in a new run.
+
+    Identities are matched by name. Column 0, "other", is matched if both runs train it.
+
+    Returns [2, n] int: n class columns of the new run, and the same classes in the run `source`.
+    """
     number = {name: column for column, name in enumerate(source.identities, start=1)}
     pairs = [(new, number[x]) for new, x in enumerate(identities, start=1) if x in number]
     if task.train_other and source.task.train_other:
         pairs.insert(0, (0, 0))
-    return Columns(*np.array(pairs, np.int64).reshape(-1, 2).T)
+    return np.array(pairs, np.int64).reshape(-1, 2).T
 
 
-def _compute_wider_shapes(system: System, config: Config) -> tuple[Mapping[str, Any], ...]:
-    """Returns the shapes of the weights with one more identity. They show the axes of classes."""
+def _compute_wider_shapes(
+    system: System, config: Config, num_members: int
+) -> tuple[Mapping[str, Any], ...]:
+    """Returns the shapes of the weights of `system` if there were one more identity.
+
+    An axis whose size changes is an axis of classes.
+    """
     task = system.task._replace(num_identities=system.task.num_identities + 1)
     wider = system._replace(task=task, model=make_model(config.to_dict(), task))
-    members = len(ensemble.make_members(config.ensemble.to_dict()))
-    return wider.compute_shapes(members)
+    return wider.compute_shapes(num_members)
 
 
 def _load_array(
-    value: np.ndarray, wide: tuple[int, ...], old: np.ndarray | None, columns: Columns, width: int
-) -> np.ndarray | None:
-    """Returns `value` [E, ...] with the values of `old`, or None if the shapes do not fit.
+    value: np.ndarray, wide: tuple[int, ...], old: np.ndarray | None, columns: np.ndarray,
+    width: int,
+) -> np.ndarray | None:  # fmt: skip
+    """Returns an array of the new run with the values of the array `old` of the other run.
 
-    `wide` is the shape of `value` with one more identity. `width` is the number of class columns of
-    `old`.
+    Args:
+      value: [E, ...], the array of the new run.
+      wide: the shape of `value` if there were one more identity.
+      old: the array of the other run with the same name, or None.
+      columns: [2, n] int, the result of `match_columns`.
+      width: the number of class columns of `old`.
+
+    Returns:
+      An array with the shape of `value`, or None if `old` is None or its shape does not fit.
     """
     if old is None or old.ndim != value.ndim:
         return None
@@ -167,7 +179,8 @@ def _load_array(
     if not classes:
         return old
     result = np.moveaxis(value.copy(), classes[0], 0)
-    result[columns.new] = np.moveaxis(old, classes[0], 0)[columns.old]
+    new, same = columns
+    result[new] = np.moveaxis(old, classes[0], 0)[same]
     return np.moveaxis(result, 0, classes[0])
 
 

@@ -26,12 +26,13 @@ def train_systems(
     command: str | None = None,
     began: float | None = None,
 ) -> dict[str, Any]:
-    """Trains each system in folds and on all clips with `train`, and joins their scores.
+    """Trains the systems `config.join.systems` in a folder, and joins their scores (a blend).
 
-    The function `train` is `public.train_run`. If the systems are trained on `config.eval.split`,
-    the folds measure the blend on this split. If not, the folds measure the blend on the last split
-    of `config.data.train_splits`. The runs on all clips rank the other splits that are evaluated.
-    Returns the metrics on `config.eval.split`.
+    The function `train` (`public.train_run`) trains each system twice: in folds, and on all clips.
+    In folds, each clip is scored by nets that were not trained on the clip. These scores measure
+    the blend on `config.eval.split` if the systems are trained on this split, otherwise on the last
+    split of `config.data.train_splits`. The runs on all clips rank the other splits that are
+    evaluated. Returns the metrics on `config.eval.split`, name -> value.
     """
     began = time.monotonic() if began is None else began
     asked, trained, known = config.eval.split, config.data.train_splits, data.report["splits"]
@@ -65,12 +66,12 @@ def train_systems(
 
 
 def _check_labels(config: Config, data: Dataset) -> None:
-    """Raises UserError if the blend must learn from a split without ground truth."""
+    """Raises UserError if the weights of the blend would be learned on clips without labels."""
     splits = config.data.train_splits
     for name in splits if config.join.learned else ():
         if not data.split(name).labelled:
             rest = ",".join(x for x in splits if x != name) or "train"
             raise UserError(
-                f"config.join.learned: {name} has no ground truth\n"
+                f"config.join.learned=True needs labels, but the split {name} has none\n"
                 f"leave out the split: --config.data.train_splits={rest}"
             )

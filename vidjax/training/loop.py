@@ -37,7 +37,11 @@ FIRST_STEPS = (1, 2, 5, 10)
 
 
 def make_schedule(config: Config, plan: RunPlan) -> dict[str, frozenset[int]]:
-    """Returns task, such as `log` -> the steps after which the task is done."""
+    """Decides after which steps of a run training logs, relabels distractors and evaluates.
+
+    Returns task (`log`, `relabel` or `evaluate`) -> numbers of steps. Raises UserError if
+    `config.profile` begins after the last step.
+    """
     total = plan.task.total_steps
 
     def every(epochs: float) -> frozenset[int]:
@@ -69,8 +73,8 @@ def train(
     """Trains a system, or resumes the training. Returns the content of `metrics.json`.
 
     The caller has locked the folder `workdir`. `command` is the command line that repeats the
-    training. `began` is the value of `time.monotonic()` when this process started. For `log` and
-    errors, see `public.train`.
+    training. `began` is the value of `time.monotonic()` when this process started. `log` gets each
+    line of `metrics.jsonl` as a dict. For errors, see `public.train`.
     """
     began = time.monotonic() if began is None else began
     config = make_paths_absolute(config)  # the run may resume from another working directory
@@ -95,13 +99,17 @@ def train(
 
 
 class TrainingLoop:
-    """Takes the steps of a run, and pauses for tasks."""
+    """Takes the training steps of a run. Between steps, logs, saves, relabels and evaluates."""
 
     def __init__(
         self, run: "TrainingRun", schedule: Mapping[str, frozenset[int]],
         stack: contextlib.ExitStack, log: results_lib.LogFunction | None,
     ):  # fmt: skip
-        """Opens logs and catches signals, until `stack` is closed."""
+        """Opens the logs and catches signals, such as Ctrl-C, until `stack` is closed.
+
+        `schedule` is task -> numbers of steps, see `make_schedule`. `log` gets each line of
+        `metrics.jsonl`.
+        """
         config, plan = run.config, run.plan
         self._run, self._schedule, self._total = run, schedule, plan.task.total_steps
         # An earlier process may have stopped between a step and its evaluation.
@@ -216,7 +224,10 @@ class TrainingRun:
         self, config: Config, workdir: Path, data: Dataset, plan: RunPlan, mesh: Mesh, *,
         began: float,
     ):  # fmt: skip
-        """Restores the newest checkpoint, if any."""
+        """Restores the newest checkpoint, or makes the state of step 0.
+
+        `began` is the time of `time.monotonic()` at which the process started.
+        """
         self.config, self.workdir, self.plan, self.mesh = config, workdir, plan, mesh
         self._system = plan.system
         self._eval_step = eval_step.make_eval_step(self._system, mesh)
@@ -252,7 +263,11 @@ class TrainingRun:
     def _make_feed(
         self, data: Dataset, layout: resident.ResidentPlan, mode: str, loop: train_step.Loop
     ) -> tuple[feed_lib.Feed, ClipSource]:
-        """Returns the reader of the training clips, and the source of clips for evaluation."""
+        """Returns the reader of the training clips, and the source of clips for evaluation.
+
+        `mode` is `streaming` (clips are read from the disk) or `resident` (clips stay on the
+        devices).
+        """
         mesh, batches = self.mesh, self.plan.batches
         if mode == "streaming":
             stream = data.train_batches(batches, step=self.step)
@@ -280,13 +295,13 @@ class TrainingRun:
 
     @property
     def state(self) -> train_step.TrainState:
-        """The state of all members."""
+        """The state of all members (nets of the ensemble), joined from groups of members."""
         return train_step.merge_states(self._states)
 
     def advance(self, stop: int) -> tuple[int, float]:
         """Trains for about a second, at most to step `stop`.
 
-        Returns the number of clips, and the last loss, averaged over members. Raises UserError if
+        Returns the number of clips, and the last loss, averaged over nets. Raises UserError if
         the loss or gradient of a member was not finite in three consecutive steps.
         """
         dispatched = time.monotonic()
@@ -314,7 +329,7 @@ class TrainingRun:
     def log(self, logs: Logs) -> dict[str, float]:
         """Logs the mean loss and accuracy since the previous call, and resets their sums.
 
-        Returns the measured times, for `Logs.timing`.
+        Returns the clips per second and the seconds in which the devices waited for clips.
         """
         sums = {
             name: sum(float(np.sum(devices.fetch(state.sums[name]))) for state in self._states)
@@ -343,7 +358,10 @@ class TrainingRun:
         return {"clips_per_second": rate, "waited_seconds": self._feed.waited}
 
     def relabel(self) -> None:
-        """Changes each member's labels of unclustered distractors, see `noise_classes.relabel`."""
+        """Changes the labels of distractors (clips of nobody known) in no cluster.
+
+        Each member of the ensemble predicts its own new labels, see `noise_classes.relabel`.
+        """
         labels = self._compute_labels(self.state, self._clips)
         self._states = [
             state.replace(labels=self._replicate(part))
@@ -353,9 +371,9 @@ class TrainingRun:
         ]
 
     def save(self, **more: float) -> None:
-        """Saves a checkpoint of this step, with the entries `more` in its manifest.
+        """Saves a checkpoint of the present step, with the entries `more` in `manifest.json`.
 
-        If the step already has a checkpoint, only its manifest changes.
+        If the step already has a checkpoint, only `manifest.json` changes.
         """
         check_not_moved(self.workdir)
         info = {
@@ -371,7 +389,7 @@ class TrainingRun:
         return "early_stop" in self._facts and self._facts["early_stop"].stopped
 
     def check_progress(self, evaluation: Evaluation) -> None:
-        """Decides whether training ends early, see `config.early_stop`."""
+        """Decides after an evaluation whether training ends early (`config.early_stop`)."""
         if self.config.early_stop.patience:
             before, results = self._facts.get("early_stop"), evaluation.results
             entry = early_stop.add_evaluation(self.config, before, self.step, results)
@@ -388,7 +406,7 @@ class TrainingRun:
         return [score(model, split, each_member=each, check=check) for split in splits]
 
     def trained_model(self) -> TrainedModel:
-        """Returns the model with the present weights."""
+        """Returns the model with the present weights, to score clips with it."""
         weights = [(state.params, state.model_state) for state in self._states]
         params, model_state = ensemble.merge(weights)
         return TrainedModel(

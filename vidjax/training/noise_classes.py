@@ -73,9 +73,10 @@ def initial_labels(clusters: np.ndarray, layout: NoiseClassLayout, seed: int) ->
 def relabel(
     labels: np.ndarray, predicted: np.ndarray, layout: NoiseClassLayout, *, keep: str = "label"
 ) -> np.ndarray:
-    """Returns new labels of distractors in no cluster, given the classes that the model predicts.
+    """Returns new labels of distractors in no cluster, [...] int.
 
-    `labels` and `predicted` [...] int are classes. `keep` selects one of two rules:
+    `labels` [...] int are the present classes of the distractors. `predicted` [...] int are the
+    classes that the model predicts. `keep` selects one of two rules:
     - `label`: if the label is a mirror class, and the prediction is an identity, the new label is
       the mirror class of this identity. All other labels stay.
     - `prediction`: if the prediction is an identity, the new label is the mirror class of this

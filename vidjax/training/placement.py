@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,23 +22,18 @@ from vidjax.utils.terminal import say
 MAX_MEMORY_SHARE = 0.5  # share of the free memory, besides a training step, that clips may take
 
 
-class Placement(NamedTuple):
-    """The choices that depend on the memory of the devices."""
-
-    mode: str  # `resident` or `streaming` clips
-    group_size: int  # number of members (nets) that a program trains together
-    loop: train_step.Loop  # the compiled program
-
-
 def compile_loop(
     plan: RunPlan, layout: ResidentPlan, state: train_step.TrainState, mesh: Mesh,
     mode: str, group_size: int,
 ) -> tuple[jax.stages.Compiled, float]:  # fmt: skip
-    """Compiles the training loop of `group_size` members, before the clips are on the devices.
+    """Compiles the training loop of `group_size` members (nets), before clips are on the devices.
 
-    `state` is the state of all members, or its shapes. Returns the loop, and the number of bytes
-    that a step needs on a device. The bytes include two streamed batches, but no state and no
-    resident clips.
+    `layout` describes the clips that stay on the devices if `mode` is `resident`. `state` is the
+    state of all members, or its shapes.
+
+    Returns:
+      The compiled loop; and the number of bytes that a step needs on a device. The bytes include
+        two streamed batches, but no state and no resident clips.
     """
     batches, whole = plan.batches, devices.replicated_layout(mesh)
     table: Any = jax.ShapeDtypeStruct(plan.labels.shape, np.int32)
@@ -75,16 +70,20 @@ def choose_placement(
 ) -> tuple[str, int]:  # fmt: skip
     """Chooses where the clips are, and how many members train together, for all processes.
 
-    Clips come first: they stay on the devices if a step of a single member leaves room for them.
+    The clips stay on the devices if a step of a single member leaves enough memory for the clips.
 
     Args:
-      mode: the mode in the configuration. If it is `auto`, the free memory decides.
+      mode: `resident`, `streaming`, or `auto`: the free memory decides.
       layout: the resident clips.
       mesh: the devices. Their memory already contains the state of all members.
       sizes: numbers of members that may train together. The first number that fits is chosen.
       measure: maps a mode and a number of members to the bytes that a step needs on a device.
 
-    Raises UserError if `mode` is `resident`, and an int32 cannot count the frames.
+    Returns:
+      The mode, `resident` or `streaming`; and the number of members that train together.
+
+    Raises:
+      UserError: `mode` is `resident`, and an int32 cannot count the frames.
     """
     free = resident.find_least_free_bytes(mesh)
 
@@ -117,13 +116,16 @@ def choose_placement(
 def agree_on_placement(
     config: Config, plan: RunPlan, layout: ResidentPlan, state: train_step.TrainState, mesh: Mesh,
     manifest: Mapping[str, Any],
-) -> Placement:  # fmt: skip
+) -> tuple[str, int, train_step.Loop]:  # fmt: skip
     """Chooses where the clips are, and how many members train together, and compiles the program.
 
     On a CPU, members are trained one after another, and each has the bits of a separate run. On
     other devices, as many members as possible train together, with large matrix products. A resumed
     run keeps the number of members in its `manifest` if they fit. With `config.data.mode=auto`, it
     also keeps the mode. Otherwise, its steps would round differently.
+
+    Returns the mode of the clips (`resident` or `streaming`), the number of members (nets) that
+    train together, and the compiled program.
     """
     given = config.data.mode
     mode = (manifest.get("mode") if given == "auto" else None) or given
@@ -147,4 +149,4 @@ def agree_on_placement(
         if mode != "auto":
             reason = "as before" if given == "auto" else f"because config.data.mode is {mode}"
         say(f"each epoch reads the clips again, {reason}")
-    return Placement(chosen, size, compile_once(chosen, size)[0])
+    return chosen, size, compile_once(chosen, size)[0]

@@ -55,7 +55,7 @@ class RunPlan(NamedTuple):
 
 
 def explain_no_identity(config: Config) -> str:
-    """Returns the error message, with a remedy, for data in which no training clip has a label."""
+    """Returns the message of an error: no training clip has an identity. Names a remedy."""
     if config.data.name != "arrays":
         names = ", ".join(f"{split}_gt.txt" for split in config.data.train_splits)
     else:
@@ -74,9 +74,10 @@ def explain_no_identity(config: Config) -> str:
 
 
 def make_plan(config: Config, data: Dataset) -> RunPlan:
-    """Checks the configuration and the data, and returns the plan of a run.
+    """Checks the configuration and the data, and decides what each step of a run does.
 
-    Features are read only if noise classes, `data.whole_epochs` or the model need them.
+    Features are read only if noise classes, `data.whole_epochs` or the model need them. Raises
+    UserError if the run cannot be trained.
     """
     check_model(config)
     modalities = select_modalities(config.modalities, data.modalities)
@@ -136,7 +137,10 @@ def count_steps(config: Config, num_places: int) -> int:
 def _check_plan(
     config: Config, data: Dataset, sets: ensemble.TrainingSets, weight: np.ndarray
 ) -> None:
-    """Raises UserError if the run cannot be trained."""
+    """Raises UserError if a member has no training clip, the data are unusable or a batch is huge.
+
+    `weight` [E, N] is the weight of each training clip for each member of the ensemble.
+    """
     for member, row in zip(sets.members, weight, strict=True):
         if not row.any():
             raise UserError(
@@ -157,7 +161,7 @@ def _check_plan(
 
 
 def choose_epoch_clips(config: Config, data: Dataset, weight: np.ndarray) -> np.ndarray:
-    """Returns the indices of the training clips from which any of the E members learns, [n] int32.
+    """Returns the indices of the training clips from which a member learns, [n] int32.
 
     A member learns from a clip if the `weight` [E, N] of the clip is above 0, and `config.fusion`
     and `ensemble.poor_clips` keep a frame. If a clip has more than 512 frames, only the 512 frames
@@ -189,12 +193,16 @@ def choose_epoch_clips(config: Config, data: Dataset, weight: np.ndarray) -> np.
 def label_distractors(
     config: Config, data: Dataset, labels: np.ndarray
 ) -> tuple[np.ndarray, NoiseClassLayout]:
-    """Clusters distractors (label 0) into classes. Returns new labels [N] int32 and the layout."""
+    """Clusters distractors (clips of nobody known, label 0) into noise classes.
+
+    `labels` [N] are the classes of the training clips. Returns new labels [N] int32, and the layout
+    of the class columns. Raises UserError if there are no distractors.
+    """
     is_noise = labels == 0
     if not is_noise.any():
         raise UserError(
             "config.data.distractors=noise needs clips without a label, but "
-            f"no clip of {' and '.join(config.data.train_splits)} lacks a label\n"
+            f"all clips of {' and '.join(config.data.train_splits)} have a label\n"
             "choose --config=configs/noise_classes.py:other,\n"
             "or a system without noise classes, such as --config=configs/mma.py"
         )
@@ -233,7 +241,7 @@ def compute_values(
     wanted: np.ndarray,
     mesh: Mesh | None = None,
 ) -> np.ndarray:
-    """Returns the values of the wanted training clips, [n, ...].
+    """Computes a value for each wanted training clip, from its frames, [n, ...].
 
     `wanted` [N] bool selects n of the N training clips, at least one. `value_of` maps a batch of B
     clips, with all their frames in `modalities`, to values [B, ...]. If `mesh` is given, each batch
@@ -258,11 +266,11 @@ def compute_values(
 
 
 def make_relabel(config: Config, plan: RunPlan, mesh: Mesh) -> Relabel:
-    """Returns a function that computes new labels, [E, N] int32, see `noise_classes.relabel`.
+    """Returns a function that relabels distractors in no cluster by the model's predictions.
 
-    Its arguments are the state of all members and the source of the clips. For each
-    member, the function changes the labels of distractors that are in no cluster. All processes of
-    the run must call the function together.
+    The arguments of the function are the state of all E members and the source of the clips. The
+    function returns the new labels of all training clips, [E, N] int32, see
+    `noise_classes.relabel`. All processes of the run must call the function together.
     """
     classes, system = plan.task.layout, plan.system
     if config.noise.relabel_by == "train":
@@ -301,9 +309,10 @@ def make_relabel(config: Config, plan: RunPlan, mesh: Mesh) -> Relabel:
 def make_training_clips(
     config: Config, data: Dataset, labels: np.ndarray, used: np.ndarray
 ) -> TrainingClips:
-    """Returns the training clips as the argument of `Identifier.prepare`.
+    """Returns the training clips, as a model receives them before the first step.
 
-    `used` [E, N] bool is True for the clips that each member is trained on.
+    `labels` [N] are the class columns of the clips. `used` [E, N] bool is True for the clips that
+    each member of the ensemble is trained on.
     """
     splits = [data.split(name) for name in config.data.train_splits]
     present = {
@@ -355,7 +364,11 @@ def describe_repeated_clips(config: Config, plan: RunPlan) -> str | None:
 
 
 def _compute_clip_weights(config: Config, labels: np.ndarray, clips: Sequence[str]) -> np.ndarray:
-    """Returns the loss weight [N] of each clip, from `data.balance` and the file `data.weights`."""
+    """Returns the weight of each of N training clips in the loss, [N] float.
+
+    The weight is the product of a weight of the clip's class (`config.data.balance`) and the weight
+    in the file `config.data.weights`.
+    """
     _, column, counts = np.unique(labels, return_inverse=True, return_counts=True)
     weight = counts[column] ** -float(config.data.balance)
     weight = weight / weight.mean()

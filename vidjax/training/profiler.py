@@ -14,10 +14,11 @@ FOLDER = "profile"  # in the folder of a run
 
 @contextlib.contextmanager
 def trace_steps(workdir: Path, window: Sequence[int]) -> Iterator[Callable[[int], None]]:
-    """Yields a function that starts and stops the trace. Call it with the number of each step.
+    """Yields a function that starts and stops a trace of training steps for a profiler.
 
-    `window` has the number of steps before the start and before the end of the trace, or is (). If
-    several processes train the run, the first process is traced.
+    Call the function before each step, with the number of finished steps. `window` is the pair of
+    numbers at which the trace starts and stops, or () for no trace. If several processes train the
+    run, the first process is traced.
     """
     folder, is_running = workdir / FOLDER, False
 

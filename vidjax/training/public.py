@@ -58,10 +58,10 @@ def load_config(spec: str | Path, *overrides: str) -> Config:
 
 
 def name_run(spec: str, config: Config, overrides: Sequence[str]) -> str:
-    """Returns the default name of a run's folder, such as `mma-face_seed=1`.
+    """Returns the default name of the folder of a run, such as `mma-face_seed=1`.
 
-    The example is the name for the configuration `spec`, `mma:face`, with the override `seed=1`.
-    `config` is the configuration after the `overrides`, words such as `--config.seed=1`.
+    In this example, `spec` is the configuration `mma:face`, and `overrides` are the words
+    `--config.seed=1`. `config` is the configuration after the overrides.
     """
     name, _, words = spec.partition(":")
     file = Path(name)
@@ -102,9 +102,11 @@ def configure_blend(names: Sequence[str], folder: RunFolder) -> Config:
 
 
 def configure_evaluation(config: Config, overrides: Sequence[str]) -> Config:
-    """Returns the configuration of a run or a blend with the `overrides` of an evaluation.
+    """Returns a copy of a configuration for an evaluation with other values of some fields.
 
-    Raises UserError if an override has no effect, or a value is out of range.
+    `config` is of a trained run, or of a blend (averaged scores of runs). `overrides` are words
+    such as `--config.eval.split=test`. Raises UserError if an override has no effect, or a value is
+    out of range.
     """
     names = config_io.override_names(overrides)
     if "eval.split" in names:
@@ -121,7 +123,10 @@ def configure_evaluation(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def set_up_devices(config: Config) -> None:
-    """Finds the devices and sets the program cache. Raises UserError if no device is usable."""
+    """Finds the devices, and makes jax store compiled programs in the cache folder.
+
+    Raises UserError if no device is usable.
+    """
     from vidjax.core import devices
     from vidjax.runs import programs
 
@@ -292,9 +297,12 @@ def train_run(
 ) -> tuple[dict[str, Any], bool]:
     """Trains a system in a folder that the caller has locked.
 
-    Returns the content of `metrics.json`, and whether the run had been finished before. If `data`
-    is None, the data that `config` describes are loaded. For the other arguments, see
-    `training.loop.train`.
+    If `data` is None, the data that `config` describes are loaded. `command` is the command line
+    that repeats the training. `began` is the value of `time.monotonic()` at the start of the
+    process. `log` gets each line of `metrics.jsonl` as a dict.
+
+    Returns:
+      The content of `metrics.json`, and True if the run had been finished before the call.
     """
     from vidjax.data import labels
     from vidjax.evaluation import analysis

@@ -1,9 +1,9 @@
-"""Starts or resumes a training: makes its first state, new or from a checkpoint."""
+"""Starts or resumes a training: makes a new state, or restores the state of a checkpoint."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,17 +47,15 @@ def read_finished_metrics(folder: RunFolder, config: Config) -> dict[str, Any] |
     return results if config.num_epochs == recorded.num_epochs else None
 
 
-class Start(NamedTuple):
-    """The state with which a training starts or resumes."""
+def start(
+    config: Config, workdir: Path, data: Dataset, plan: RunPlan, mesh: Mesh
+) -> tuple[train_step.TrainState, ensemble.TrainingSets, dict[str, Any], dict[str, Any]]:
+    """Restores the newest intact checkpoint of a run. Without one, makes the state of step 0.
 
-    state: train_step.TrainState  # of all members
-    training_sets: ensemble.TrainingSets  # the clips of each member, also before `init_from`
-    manifest: dict[str, Any]  # of the restored checkpoint, or {}
-    facts: dict[str, Any]  # key -> value, see `facts.FACTS`
-
-
-def start(config: Config, workdir: Path, data: Dataset, plan: RunPlan, mesh: Mesh) -> Start:
-    """Restores the newest intact checkpoint of a run. Without one, makes the state of step 0."""
+    Returns the state of all members, the training clips of each member (with the clips of the run
+    `config.init_from`), the manifest of the restored checkpoint or {}, and the facts about the
+    training, key -> value (see `facts.FACTS`).
+    """
     system, sets = plan.system, plan.training_sets
 
     def init() -> train_step.TrainState:
@@ -70,7 +68,7 @@ def start(config: Config, workdir: Path, data: Dataset, plan: RunPlan, mesh: Mes
         if not system.model.is_closed_form and (lost := checkpoint.explain_lost(workdir)):
             raise CheckpointError(lost)
         if not config.init_from:
-            return Start(train_step.make_state(init, system.tx, mesh), sets, {}, {})
+            return train_step.make_state(init, system.tx, mesh), sets, {}, {}
         source = init_from.find_source(config)
         sets = ensemble.add_trained_clips(sets, source.training_sets)
         split = data.split(config.eval.split)
@@ -87,7 +85,7 @@ def start(config: Config, workdir: Path, data: Dataset, plan: RunPlan, mesh: Mes
             )
             return state
 
-        return Start(train_step.make_state(init, system.tx, mesh, load), sets, {}, known)
+        return train_step.make_state(init, system.tx, mesh, load), sets, {}, known
     manifest = newest.manifest
     trained_runs.check_entries(workdir, manifest)
     old = config_io.from_json(json.dumps(manifest["config"]))
@@ -109,11 +107,15 @@ def start(config: Config, workdir: Path, data: Dataset, plan: RunPlan, mesh: Mes
     report_changes(old, config, plan, manifest)
     checkpoint.set_aside_later(workdir, manifest["step"])  # training saves these steps again
     state = train_step.convert_from_items(items)
-    return Start(state, sets, manifest, continue_facts(manifest, config.num_epochs))
+    return state, sets, manifest, continue_facts(manifest, config.num_epochs)
 
 
 def continue_facts(manifest: Mapping[str, Any], num_epochs: float) -> dict[str, Any]:
-    """Returns the facts of a run that resumes with `num_epochs` from the step of `manifest`."""
+    """Returns the facts about a run that resumes with `num_epochs`, key -> value.
+
+    `manifest` is the content of `manifest.json` of the checkpoint from which the run resumes. For
+    the keys, see `facts.FACTS`.
+    """
     known = facts.read_facts(manifest)
     if epochs := list_epochs(manifest, num_epochs):
         known["extended"] = epochs
@@ -124,9 +126,11 @@ def continue_facts(manifest: Mapping[str, Any], num_epochs: float) -> dict[str, 
 
 
 def list_epochs(manifest: Mapping[str, Any], num_epochs: float) -> list[list[float]]:
-    """Returns the fact `extended` of a run that resumes with `num_epochs`, see `facts.Epochs`.
+    """Returns the changes of `config.num_epochs` of a run that resumes with `num_epochs`.
 
-    If the run is not extended, the list is empty.
+    `manifest` is from the checkpoint from which the run resumes. A pair [step, epochs] means that
+    the run had this number of epochs from this step on. If the number has never changed, the list
+    is empty.
     """
     step, first = manifest["step"], [0, manifest["config"]["num_epochs"]]
     pairs: list[list[float]] = manifest.get("extended") or [first]
@@ -136,7 +140,11 @@ def list_epochs(manifest: Mapping[str, Any], num_epochs: float) -> list[list[flo
 
 
 def report_changes(old: Config, config: Config, plan: RunPlan, manifest: Mapping[str, Any]) -> None:
-    """Reports the changes of the configuration that affect the rest of a resumed training."""
+    """Prints the changes of the configuration that affect the rest of a resumed training.
+
+    `old` is the configuration in the `manifest` of the checkpoint. `config` is the new
+    configuration.
+    """
     step = manifest["step"]
     for name, (before, now) in differences(old, config).items():
         if affects(name) & ROUNDING:

@@ -1,6 +1,7 @@
-"""Checks runs and configurations for `vidjax check`: their checkpoints, their data, their plan.
+"""Checks runs and configurations for the command `vidjax check`.
 
-A check is a function that returns a summary. If there is a fault, it raises an error.
+The checkpoints and the data of a run are checked, or a configuration and its data. A check is a
+function that returns a summary, or raises an error if it finds a fault.
 """
 
 import warnings
@@ -16,9 +17,10 @@ from vidjax.utils import messages
 
 
 def list_checks(workdir: Path, overrides: Sequence[str] = ()) -> dict[str, Callable[[], str]]:
-    """Returns name -> function that checks a checkpoint, or the data of a run.
+    """Returns the checks of a run in the folder `workdir`, name of a check -> function.
 
-    `overrides` are words such as `--config.data.dir=PATH`. Raises UserError if there is no run.
+    A function checks a checkpoint or the data of the run, and returns a summary. `overrides` are
+    words such as `--config.data.dir=PATH`. Raises UserError if the folder contains no run.
     """
     run, checks = public.open_run(workdir), dict[str, Callable[[], str]]()
     # A blend has runs in folds and, if `vidjax train` has made it, runs on all clips.
@@ -54,7 +56,10 @@ def _check_run(config: Config, workdir: Path) -> str:
 
 
 def check_data(config: Config) -> str:
-    """Checks a configuration, its code and its data; returns the numbers of clips."""
+    """Checks a configuration, its code and its data. Returns the numbers of clips as text.
+
+    Raises UserError if training with the configuration would fail.
+    """
     from vidjax.training import plan
     from vidjax.training.dry_run import dry_run
 

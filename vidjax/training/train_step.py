@@ -48,7 +48,10 @@ class MemberConstants(NamedTuple):
 
 
 def make_member_constants(members: Sequence[ensemble.Member], weight: Array) -> MemberConstants:
-    """Returns the constants of E members. `weight` [E, N] has the weight of every training clip."""
+    """Returns the constants of the training of E members, the nets of an ensemble.
+
+    `weight` [E, N] float is the weight of each of N training clips in the loss of each member.
+    """
     return MemberConstants(
         weight=np.asarray(weight, np.float32),
         min_quality=np.array([member.min_quality for member in members], np.float32),
@@ -89,20 +92,12 @@ def make_state(
     mesh: Mesh,
     change: Callable[[TrainState], TrainState] = lambda state: state,
 ) -> TrainState:
-    """Returns the state at step 0, on every device of `mesh`.
+    """Returns the state of training at step 0, on every device of `mesh`.
 
-    `init` calls `init_state`, and `change` may change the weights. The optimiser state of `init` is
-    not used: it is computed from the optimiser `tx` in a second program, because two programs need
-    less memory than one.
+    `init` calls `init_state`. Then `change` may change the weights. At last, the state of the
+    optimiser `tx` is computed from the weights. `init` and the last step are separate compiled
+    programs, because two programs need less memory than one.
     """
-    draw, complete = make_init_programs(init, tx, mesh)
-    return complete(change(draw()))
-
-
-def make_init_programs(
-    init: Callable[[], TrainState], tx: optax.GradientTransformation, mesh: Mesh
-) -> tuple[Callable[[], TrainState], Callable[[TrainState], TrainState]]:
-    """Returns the compiled programs of `make_state`: for the parameters, and for the rest."""
 
     def complete(state: TrainState) -> TrainState:
         return state.replace(opt_state=_init_optimizer(tx, state.params, len(state.labels)))
@@ -110,7 +105,8 @@ def make_init_programs(
     # Drawing the parameters takes 3 times their memory, the state of the optimiser 2 times.
     layout = devices.replicated_layout(mesh)
     draw = devices.jit(lambda: init().replace(opt_state=None), mesh, out_shardings=layout)
-    return draw, devices.jit(complete, mesh, out_shardings=layout, donate_argnums=0)
+    add_rest = devices.jit(complete, mesh, out_shardings=layout, donate_argnums=0)
+    return add_rest(change(draw()))
 
 
 def _init_optimizer(
@@ -120,7 +116,7 @@ def _init_optimizer(
 
 
 def split_state(state: TrainState, size: int) -> tuple[TrainState, ...]:
-    """Splits the state of E members into states of `size` members each."""
+    """Splits the state of E members (nets) into E / `size` states of `size` members each."""
     parts = ensemble.split(state.replace(step=None), size)
     # Each part gets a copy of the step, because steps donate it.
     return tuple(part.replace(step=state.step + 0) for part in parts)
@@ -133,14 +129,17 @@ def merge_states(states: Sequence[TrainState]) -> TrainState:
 
 
 def convert_to_items(state: TrainState) -> dict[str, Any]:
-    """Converts a state to the items of a checkpoint. Only training reads the item `train`."""
+    """Converts a state of training to trees of arrays for a checkpoint, name -> tree.
+
+    Only training reads the tree `train`. An evaluation reads `params` and `model_state`.
+    """
     rest = dict(vars(state))
     params, model_state = rest.pop("params"), rest.pop("model_state")
     return {"params": params, "model_state": model_state, "train": rest}
 
 
 def convert_from_items(items: Mapping[str, Any]) -> TrainState:
-    """Converts the items of a checkpoint to a state."""
+    """Converts the trees of arrays of a checkpoint to a state: reverses `convert_to_items`."""
     return TrainState(params=items["params"], model_state=items["model_state"], **items["train"])
 
 
@@ -243,9 +242,11 @@ def _update_if_finite(
     added: Mapping[str, Array],
     loss: Array,
 ) -> TrainState:
-    """Returns the state after an optimiser step with `grads`. Adds `added` to its sums.
+    """Returns the state of a net after an optimiser step with the gradients `grads`.
 
-    If the loss or a gradient is not finite, only `bad_steps` and `sums["bad_steps"]` change.
+    `learned` is the state before the step. `model_state` is the new state of the model. `added`,
+    metric -> number, is added to the sums of the state. If the loss or a gradient is not finite,
+    only `bad_steps` and `sums["bad_steps"]` change.
     """
     is_finite = jnp.isfinite(loss) & jnp.isfinite(_sum_gradients(grads))
     old = learned.replace(model_state=dict(learned.model_state))
@@ -273,7 +274,10 @@ def _update_if_finite(
 def _transform_and_fuse(
     system: System, rng: Array, batch: Batch, inputs: MemberInputs
 ) -> MemberClips:
-    """Augments the clips of a batch and fuses their frames, for one member and its key `rng`."""
+    """Augments the clips of a batch and fuses their frames, for one member (net).
+
+    `rng` is a PRNG key. Returns the clips with the fused frames.
+    """
     _, labels, weight, min_quality, hidden_chunk = inputs
     clips = MemberClips(
         frames={name: batch.frames[name] for name in system.fuse_train},
@@ -293,7 +297,10 @@ def _transform_and_fuse(
 
 
 def _copy_everywhere(mesh: Mesh, batch: Batch) -> Batch:
-    """Copies a batch to every device, with features as LazyFeatures."""
+    """Copies a batch to every device of `mesh`, inside a jitted function.
+
+    The features of the result are LazyFeatures: numbers of rows in an array of all frames.
+    """
     batch = jax.lax.with_sharding_constraint(batch, devices.replicated_layout(mesh))
 
     def make_lazy(frames: Frames) -> Frames:
@@ -307,9 +314,10 @@ def _copy_everywhere(mesh: Mesh, batch: Batch) -> Batch:
 
 
 def _transform_everywhere(mesh: Mesh, transform: BatchTransform) -> BatchTransform:
-    """Returns a transform of a whole batch on every device, after which a device keeps its rows.
+    """Makes every device compute a transform for the whole batch, and then keep its own rows.
 
-    XLA would distribute the sort of `concat_clips` over the devices, with many messages.
+    Returns the new transform. XLA would distribute the sort of `concat_clips` over the devices,
+    with many messages.
     """
     whole = PartitionSpec()
     compute = jax.shard_map(transform, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
@@ -339,7 +347,7 @@ def _sum_gradients(grads: Params) -> Array:
 
 
 class LoopResult(NamedTuple):
-    """The result of a call of the compiled training loop."""
+    """The result of several training steps of E members (nets) in a compiled loop."""
 
     loss: Array  # [E] float32, loss of the last step
     bad_step: Array  # [] int32, first step at which a member reached MAX_BAD_STEPS, or -1
@@ -353,8 +361,8 @@ def make_train_loop(system: System, mesh: Mesh, plan: BatchPlan) -> jax.stages.W
     """Returns a compiled function that takes `count` training steps.
 
     The function maps (state, constants, clips, count) to (state, result). The memory of the first
-    argument is used again (donated). Two calls give the same state as one call with the sum of both
-    counts. If clips are streamed, `count` is None, and the function takes one step.
+    argument is used again (donated). Two calls give the same state as one call with the sum of the
+    two counts. If `clips` is a streamed batch, `count` is None, and the function takes one step.
     """
     place = functools.partial(devices.constrain_batch, mesh)
     if system.joins_clips and mesh.size > 1:

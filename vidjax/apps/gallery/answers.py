@@ -43,6 +43,7 @@ MIN_NAMED_PROBABILITY = 0.5  # above it, a name is more probable than all other 
 ABOVE_HALF = f"the probability is above {100 * MIN_NAMED_PROBABILITY:.0f} %"
 # From here to MIN_NAMED_PROBABILITY, an unknown clip is doubtful. The number is our choice.
 MIN_DOUBTFUL_PROBABILITY = 0.1
+DOUBTFUL = f"{100 * MIN_DOUBTFUL_PROBABILITY:.0f} to {100 * MIN_NAMED_PROBABILITY:.0f} %"
 UNKNOWN = "unknown "  # the name of a group of unknown people starts with this word
 FACE = "unknown face "  # the name of an unclear face, which is in no group, starts with these words
 # At a lower probability of its name, a clip leaves its group. We measured this on films: at 0.5,
@@ -85,7 +86,7 @@ class Answer(NamedTuple):
     evidence: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
-        """Returns values for JSON. A score of -inf becomes None."""
+        """Returns the fields as values for JSON. A score of -inf becomes None."""
         return {
             "identity": self.identity,
             "probability": self.probability,
@@ -100,14 +101,14 @@ NOBODY = Answer(None, 0.0, -math.inf, ())
 
 
 def join_answers(vote: Answer, own: Sequence[Answer]) -> list[Answer]:
-    """Returns the answers for the clips of a group.
+    """Returns the answers for the clips of a group, whose clips probably show one person.
 
     If at least one clip would get the name of the group by itself, all clips get this name. The
     probability is the lower one of the group and the clip. A clip that speaks against the name
-    leaves the group.
+    leaves the group: it gets its own answer.
 
     Args:
-      vote: the answer for the whole group.
+      vote: the answer for all clips of the group together.
       own: the answer for each single clip, with at least 10 identities.
     """
     if vote.identity is None:
@@ -118,7 +119,7 @@ def join_answers(vote: Answer, own: Sequence[Answer]) -> list[Answer]:
 
 
 def _join_answer(vote: Answer, own: Answer) -> Answer:
-    """Returns the answer for a clip of a group that has a name."""
+    """Returns the answer for a clip with the answer `own`, if its group has the name `vote`."""
     probability = dict(own.best).get(str(vote.identity), 0.0)
     if probability < LEAST_OWN_PROBABILITY:
         return own
@@ -153,7 +154,7 @@ class Threshold(NamedTuple):
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % confidence interval of the share of new strangers that reach the threshold."""
+        """The 95 % confidence interval of the share of new strangers above the threshold."""
         return metrics.fpir_interval(self.num_alarms, self.num_strangers)
 
     def to_dict(self) -> dict[str, object]:
@@ -161,7 +162,7 @@ class Threshold(NamedTuple):
         return {**self._asdict(), **dict(zip(("low", "high"), self.interval, strict=True))}
 
     def describe(self) -> dict[str, str]:
-        """Returns rows for the terminal, label -> text."""
+        """Returns rows for the terminal: label -> text."""
         low, high = map(share, self.interval)
         return {
             "threshold": f"{describe_probability(self.score)} (logarithm {self.score:.6g})",
@@ -206,47 +207,49 @@ class NamingRule(NamedTuple):
         return (best >= self.score) & (best > others)
 
     def to_dict(self) -> dict[str, object]:
-        """Returns values for JSON, without the measured threshold."""
+        """Returns the rule as values for JSON, without the measured threshold."""
         score = self.score if math.isfinite(self.score) else None
         values = {"score": score, "probability": math.exp(min(self.score, 0.0))}
         return {"by": self.by, **values, "default": self.default, "about": self.about}
 
     def to_entries(self) -> dict[str, object]:
-        """Returns the entries `rule` and `threshold` of the result of a command."""
+        """Returns values for JSON: the rule as `rule`, and the measured threshold as `threshold`.
+
+        `threshold` is None if no threshold was measured.
+        """
         limit = self.threshold
         return {"rule": self.to_dict(), "threshold": limit and limit.to_dict()}
 
     def describe(self, doubtful: int = 0) -> dict[str, str]:
-        """Returns rows for the terminal, label -> text.
+        """Returns rows for the terminal: label -> text.
 
-        `doubtful` is the number of doubtful clips, see `count_doubtful`. A rule of the kind `new`
-        has a row about them.
+        `doubtful` is the number of unknown clips with a probability of 0.1 to 0.5, see
+        `count_doubtful`. Only a rule of the kind `new` has a row about them.
         """
         can_choose = self.default and math.isfinite(self.score)
         chosen = " (to choose another rule: --fpir=R or --threshold=P)" if can_choose else ""
         rows = {"named if": self.about + chosen}
         rows |= self.threshold.describe() if self.threshold else {}
         if self.by == "new" and doubtful:
-            low, high = (
-                f"{100 * x:.0f}" for x in (MIN_DOUBTFUL_PROBABILITY, MIN_NAMED_PROBABILITY)
-            )
             wanted = count_needed_strangers(DEFAULT_FPIR)
             rows["doubtful"] = (
-                f"{messages.count(doubtful, 'unknown clip')}, whose best person has {low} to "
-                f"{high} %; with {wanted} clips of strangers, a measured limit decides"
+                f"{messages.count(doubtful, 'unknown clip')}, whose best person has {DOUBTFUL}; "
+                f"with {wanted} clips of strangers, a measured limit decides"
             )
         return rows
 
     def answer(self, nearest: index_lib.Nearest, *, cards: bool) -> Answer:
-        """Returns the answer for a clip, from its most probable people.
+        """Returns the answer for a clip.
 
-        `cards` is True in a gallery of models, see `Gallery.of_models`.
+        `nearest` are the most probable people of the clip. `cards` is True in a gallery of nets,
+        see `Gallery.of_models`. Such a gallery gives a name only if the clip and the person have a
+        modality, such as face, in common.
         """
         if not nearest.best:
             return NOBODY
         name, score = nearest.best[0]
         best = tuple((name, math.exp(log)) for name, log in nearest.best)
-        # In a gallery of models, the most probable person may have no modality of the clip.
+        # In a gallery of nets, the most probable person may have no modality of the clip.
         is_named = self.names(score, nearest.others) and (nearest.compared or not cards)
         evidence = nearest.compared if is_named else ()
         return Answer(name if is_named else None, best[0][1], score, best, evidence)
@@ -260,7 +263,11 @@ def check_rate(name: str, rate: float | None) -> None:
 
 
 def check_choice(fpir: float | None, threshold: float | None) -> None:
-    """Raises UserError if `fpir` is not in (0, 1), `threshold` not in (0, 1], or both are given."""
+    """Checks the two arguments that choose when a clip gets a name.
+
+    Raises UserError if `fpir` is not in (0, 1), if `threshold` is not in (0, 1], or if both are
+    given.
+    """
     check_rate("fpir", fpir)
     check_argument("threshold", threshold, (numbers.Real, type(None)), "a number, or None")
     if fpir is not None and threshold is not None:
@@ -276,12 +283,15 @@ def check_choice(fpir: float | None, threshold: float | None) -> None:
 
 
 def count_needed_strangers(fpir: float) -> int:
-    """Returns how many clips of strangers a threshold for `fpir` needs, at least 1."""
+    """Returns how many clips of strangers a threshold for the rate `fpir` needs, at least 1."""
     return max(1, math.ceil(min(1 / fpir, 1e18) - 1e-9) - 1)
 
 
 def check_strangers(count: int, fpir: float) -> None:
-    """Raises UserError if `count` clips of strangers are too few for a threshold for `fpir`."""
+    """Raises UserError if `count` clips of strangers are too few to measure a threshold.
+
+    `fpir` is the false positive identification rate that the user chose.
+    """
     check_rate("fpir", fpir)
     if count < count_needed_strangers(fpir):
         raise UserError(
@@ -294,8 +304,9 @@ def check_strangers(count: int, fpir: float) -> None:
 def measure_threshold(best: np.ndarray, fpir: float, num_identities: int) -> Threshold:
     """Returns the threshold at which at most a share `fpir` of new strangers gets a name.
 
-    `best` [S] float64 is the log-probability of the most probable person for each of S strangers.
-    First call `check_strangers`.
+    `best` [S] float64 is the log-probability of the most probable person for each of S strangers,
+    who were compared with `num_identities` people. The caller has checked the number S, see
+    `check_strangers`.
 
     Source: FPIR of ISO/IEC 19795-1.
     """
@@ -312,13 +323,14 @@ class NobodyError(UserError):
 def require_people(state: State) -> None:
     """Raises NobodyError if nobody is enrolled."""
     if not state.index.names:
-        raise NobodyError(
-            "nobody is enrolled in the gallery\nenrol people first: vidjax gallery enrol"
-        )
+        raise NobodyError("nobody is enrolled in the gallery\nenrol people: vidjax gallery enrol")
 
 
 def measure_on_strangers(state: State, fpir: float) -> Threshold:
-    """Returns the threshold for `fpir`, see `Gallery.threshold`."""
+    """Compares all clips of strangers with all people; returns the threshold for `fpir`.
+
+    For the errors, see `Gallery.threshold`.
+    """
     require_people(state)
 
     def compare() -> np.ndarray:
@@ -334,7 +346,10 @@ def measure_on_strangers(state: State, fpir: float) -> Threshold:
 
 
 def choose_rule(state: State, fpir: float | None, threshold: float | None) -> NamingRule:
-    """Returns the rule that decides if a clip gets a name, see `Gallery.identify`."""
+    """Returns the rule that decides if a clip gets a name.
+
+    For `fpir` and `threshold`, see `Gallery.identify`. At most one of them is given.
+    """
     require_people(state)
     check_choice(fpir, threshold)
     if about := card_notes.REFUSED.get(card_notes.compare(state).problem):
@@ -361,7 +376,7 @@ def choose_rule(state: State, fpir: float | None, threshold: float | None) -> Na
 
 
 def _describe_growth(state: State) -> str:
-    """Returns why known clips get no name in a gallery that has outgrown its run, or ""."""
+    """Returns a warning if a gallery has far more people than its run was fitted to, or ""."""
     clips = state.clips.values()
     fitted = state.index.remember(
         "fitted", lambda: len({x.identity for x in clips if x.fitted and x.identity})
@@ -382,7 +397,10 @@ def identify(
     groups: Mapping[str, str] | None,
     advance: Advance,
 ) -> dict[str, Answer]:
-    """Identifies the person in each clip by `rule`, see `Gallery.identify`."""
+    """Identifies the person in each clip by `rule`; returns clip -> answer.
+
+    `vectors` are the vectors of the clips. For the other arguments, see `Gallery.identify`.
+    """
     parts, owner = list(vectors.parts.values()), np.arange(len(vectors.names))
     if groups is not None:
         # The bool distinguishes a clip without a group from a group with the name of the clip.
@@ -414,9 +432,10 @@ def identify(
 def rank(
     state: State, rule: NamingRule, vectors: Vectors, advance: Advance
 ) -> dict[str, list[tuple[str, float]]]:
-    """Lists the most probable clips of each person, see `Gallery.rank`.
+    """Lists the most probable clips of each person: returns identity -> list of (clip, score).
 
-    If the user has chosen `rule`, a list contains only clips that get the name of the person.
+    `vectors` are the vectors of the clips. If the user has chosen `rule`, a list contains only
+    clips that get the name of the person. For more, see `Gallery.rank`.
     """
     searched = state.index
     identities = labels.sort_identities(searched.names)
@@ -462,9 +481,9 @@ def _sum_others(scores: np.ndarray) -> np.ndarray:
 
 
 def name_groups(clips: Sequence[str], labels: np.ndarray) -> dict[str, str]:
-    """Names the groups of N clips: `unknown 1` for the largest group, and so on.
+    """Names the groups of N clips by size: `unknown 1` is the largest group, and so on.
 
-    `labels` [N] int are the groups of the clips. Returns clip -> name of its group.
+    `labels` [N] int are the groups of the `clips`. Returns clip -> name of its group.
     """
     order = Counter(labels.tolist()).most_common()  # equal counts are in the order of the clips
     number = {label: place for place, (label, _) in enumerate(order, 1)}
@@ -477,7 +496,11 @@ def parse_group_number(group: str) -> int:
 
 
 def count_unknown(groups: Iterable[str]) -> tuple[int, int, str]:
-    """Counts unknown people and unclear faces in `groups`. Also returns both counts as text."""
+    """Counts the unknown people and the unclear faces in `groups`, names such as `unknown 3`.
+
+    Returns the number of people, the number of unclear faces, and both as text, such as `2 people
+    and 1 unclear face`.
+    """
     names = {*groups}
     faces = sum(name.startswith(FACE) for name in names)
     people = len(names) - faces
@@ -506,10 +529,9 @@ def write_groups(
 def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
     """Reads a table of `write_groups` that a user has edited; returns clip -> person.
 
-    Other tables of clips and people are read, too, see `labels.read_table`. Groups that are still
-    called `unknown N` or `unknown face N` are left out, and so are clips without a name. If
-    `unknown` is True, groups are kept. Raises UserError if a line is malformed, or if a clip has
-    two names.
+    Other tables of clips and people are read, too, see `labels.read_table`. Clips without a name
+    are left out. If `unknown` is False, so are clips whose group is still called `unknown N` or
+    `unknown face N`. Raises UserError if a line is malformed, or if a clip has two names.
     """
     names = labels.clean_labels(labels.read_table(path))
     return {clip: name for clip, name in names.items() if unknown or not is_unknown(name)}
@@ -543,9 +565,8 @@ def describe_probability(score: float) -> str:
 
 def count_doubtful(answers: Answers) -> int:
     """Counts clips without a name whose most probable person has a probability of 0.1 to 0.5."""
-    limits = MIN_DOUBTFUL_PROBABILITY, MIN_NAMED_PROBABILITY
     unknown = [answer.probability for answer in answers.values() if answer.identity is None]
-    return sum(limits[0] <= probability <= limits[1] for probability in unknown)
+    return sum(MIN_DOUBTFUL_PROBABILITY <= x <= MIN_NAMED_PROBABILITY for x in unknown)
 
 
 def write(path: Path, answers: Answers) -> None:
@@ -556,12 +577,12 @@ def write(path: Path, answers: Answers) -> None:
 
 
 class Identify(bulk.TableTask):
-    """Identifies the clips of a parquet table. `options` are arguments of `Gallery.identify`."""
+    """Identifies the clips of a parquet table. For the arguments, see `TableTask`."""
 
     num_doubtful = 0  # of all tables, see `count_doubtful`
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
-        """Returns the answers for clips as the columns of a table."""
+        """Returns the answers for `clips` as a table: name of a column -> (type, values)."""
         answers = self.trained.identify(clips, **self.options)
         self.num_doubtful += count_doubtful(answers)
         most = min(int(self.options.get("k") or 5), len(self.trained.identities))
@@ -583,5 +604,5 @@ def _rows(answers: Answers, most: int) -> Iterator[tuple[object, ...]]:
 
 
 def as_json(clip: str, answer: Answer) -> dict[str, object]:
-    """Returns the answer for a clip as values for JSON."""
+    """Returns the name of a clip and the answer for this clip as values for JSON."""
     return {"clip": clip, **answer.to_dict()}

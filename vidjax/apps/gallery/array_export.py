@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vidjax.apps.gallery.enrolment import stack_vectors
+from vidjax.apps.gallery.enrolment import stack_parts
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.index import Ratios
 from vidjax.apps.gallery.ratios import MAX_VOICE_RATIO
@@ -18,11 +18,11 @@ from vidjax.utils.version import VERSION
 
 
 def write_gallery(format_name: str, gallery: Gallery, folder: Path) -> dict[str, Any]:
-    """Writes the arrays of a gallery and `reader.py` into a folder.
+    """Writes the arrays of a gallery, and `reader.py` that scores clips with them, into a folder.
 
-    Reads the files again and compares the scores of random clips with the scores of the gallery.
-    Returns the entries of `export.json` that describe the arrays. Raises UserError if the largest
-    error is above `array_files.TOLERANCE`, or if the format is only for runs.
+    Reads the files again, and compares the scores of random clips with the scores of the gallery.
+    Returns entries of `export.json`, name -> value, that describe the arrays. Raises UserError if
+    the largest error is above `array_files.TOLERANCE`, or if the format is only for runs.
     """
     if not (name := FORMATS[format_name].gallery_file):
         raise UserError(
@@ -53,20 +53,20 @@ def write_gallery(format_name: str, gallery: Gallery, folder: Path) -> dict[str,
 
 
 def write_table(gallery: Gallery, path: Path) -> int:
-    """Writes a .parquet table of the enrolled clips; returns their number.
+    """Writes a .parquet table of the enrolled clips; returns the number of clips.
 
-    Columns: `clip`, `identity`, and a unit vector per modality. The vector of a missing modality is
-    0. If a run without PLDA made the gallery, a clip has only one vector. Raises UserError if a
-    modality is called like a column.
+    The columns are `clip`, `identity`, and for each modality, such as `face`, a unit vector. The
+    vector of a missing modality is 0. If a run without PLDA made the gallery, a clip has only one
+    vector. Raises UserError if a modality has the name of another column.
     """
-    names = sorted(name for name, clip in gallery.clips.items() if clip.identity is not None)
-    vectors = stack_vectors(names, gallery.clips, sum(gallery.backend.widths.values()))
+    state = gallery.state
+    names = sorted(name for name, clip in state.clips.items() if clip.identity is not None)
     columns: dict[str, tuple[str, Sequence[object] | np.ndarray]] = {
         "clip": ("string", names),
-        "identity": ("string", [gallery.clips[name].identity for name in names]),
+        "identity": ("string", [state.clips[name].identity for name in names]),
     }
-    whitened = gallery.backend.whiten(gallery.backend.split(vectors))
-    for part, z in zip(gallery.backend.widths, whitened, strict=True):
+    whitened = state.index.backend.whiten(stack_parts(state, names))
+    for part, z in zip(state.index.backend.widths, whitened, strict=True):
         if part in columns:
             raise UserError(
                 f"'{gallery.folder}' has vectors named '{part}', like a column of the table\n"
@@ -81,12 +81,14 @@ def write_table(gallery: Gallery, path: Path) -> int:
 
 
 def make_arrays(gallery: Gallery) -> dict[str, np.ndarray]:
-    """Returns the arrays of a gallery, name -> array. `export.array_files` lists them.
+    """Returns the arrays that `reader.py` of an exported gallery needs: name -> array.
 
-    People are in the order of `gallery.index.names`. If a modality is compared by distances, the
-    arrays `share`, `radius`, `variance` and `card` of `backend.DistanceRatios` replace `transform`,
-    `constant`, `curve`, `kind` and `scale`. Here, `variance` is the sum of the variance of
-    `DistanceRatios` and of `Distances.within`.
+    `evaluation.export.array_files` explains each array. People are in the order of
+    `gallery.index.names`. The arrays of a modality depend on how its vectors are compared:
+
+    - By PLDA: `transform`, `constant`, `curve`, `kind` and `scale`.
+    - By distances: `share`, `radius`, `variance` and `card`, from `index.DistanceRatios`. Here,
+      `variance` also includes the variance of a clip, `Distances.within`.
     """
     index, backend = gallery.index, gallery.backend
     if not index.names:

@@ -1,8 +1,8 @@
-"""The back end of a gallery, which computes how probably a clip shows each enrolled person.
+"""The parameters with which a gallery computes how probably a clip shows each enrolled person.
 
-A clip has a vector for each of M modalities, such as face or audio. The vector of a missing
-modality is 0. If a run that is not PLDA computes the vectors, the only modality is `embedding`.
-The vectors of a modality are compared in one of two ways:
+These parameters are called the back end. A clip has a vector for each of M modalities, such as face
+or audio. The vector of a missing modality is 0. If a run that is not PLDA computes the vectors, the
+only modality is `embedding`. The vectors of a modality are compared in one of two ways:
 
 - PLDA: `fit` learns the parameters from labelled clips.
 - Distances: a card, the JSON file that describes an embedding net, contains the parameters.
@@ -45,7 +45,7 @@ class Part(NamedTuple):
 
     @property
     def may_be_offscreen(self) -> bool:
-        """True for voices that are compared by distances, because the speaker may be off screen."""
+        """True for voices that are compared by distances: the speaker may be off screen."""
         return self.distances is not None and self.name == "audio"
 
     def coordinates(self, x: np.ndarray) -> np.ndarray:
@@ -56,7 +56,7 @@ class Part(NamedTuple):
             return np.asarray((x - self.space.mean) @ self.space.transform)
 
     def describe(self, count: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns `linear` [P, D] and `constant` [P] of P people, as in the class `People`.
+        """Returns the coefficients `linear` [P, D] and `constant` [P] of P people, see `People`.
 
         `count` [P] is the number of clips of each person. `total` [P, D] is the sum of their unit
         vectors.
@@ -92,14 +92,14 @@ class People(NamedTuple):
     num_clips: np.ndarray
 
     def take(self, rows: Sequence[int] | np.ndarray) -> "People":
-        """Selects people by their indices."""
+        """Selects people by their indices `rows`."""
         linear = tuple(x[rows] for x in self.linear)
         names = tuple(self.names[row] for row in rows)
         return People(names, linear, self.constant[:, rows], self.num_clips[:, rows])
 
 
 class Backend(NamedTuple):
-    """The parameters that compare the vectors of M modalities."""
+    """The parameters that compare the vectors of M modalities, such as face and audio."""
 
     parts: tuple[Part, ...]  # the parameters of each modality
     settings: Settings  # the parameters for all modalities
@@ -110,18 +110,23 @@ class Backend(NamedTuple):
         return {part.name: len(part.centre) for part in self.parts}
 
     def split(self, vectors: np.ndarray) -> list[np.ndarray]:
-        """Splits vectors [N, sum of D] of all modalities into M arrays [N, D]."""
+        """Splits vectors [N, sum of D] into M arrays [N, D], one for each modality."""
         ends = np.cumsum(list(self.widths.values()))[:-1]
         return np.split(vectors, ends.tolist(), axis=1)
 
     def units(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Centres vectors of Q clips, M arrays [Q, D], and scales the results to unit length."""
+        """Subtracts the centre from the vectors of Q clips, and scales the results to unit length.
+
+        `parts` and the result are M arrays [Q, D], one for each modality.
+        """
         return [unit(part, x) for part, x in zip(self.parts, parts, strict=True)]
 
     def whiten(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Returns the coordinates of Q clips, M arrays [Q, D], see `Part.coordinates`.
+        """Returns the PLDA coordinates of Q clips: M arrays [Q, D], one for each modality.
 
-        A missing modality has coordinates of 0.
+        `parts` are the vectors of the clips, in the same form. If a clip lacks a modality, its
+        coordinates are 0. If a modality is not compared by PLDA, its coordinates are the centred
+        unit vectors.
         """
         pairs = zip(self.parts, self.units(parts), strict=True)
         return [np.where(x.any(axis=1, keepdims=True), part.coordinates(x), 0) for part, x in pairs]
@@ -138,10 +143,10 @@ class Backend(NamedTuple):
 
         Args:
           names: the names of the people.
-          vectors: [N, sum of D].
-          owner: [N] int, each clip's person, an index in `names`.
-          film: [N] int, from 0. With PLDA, all clips of a person with the same number count as at
-            most one clip. By default, all numbers differ.
+          vectors: [N, sum of D], the vectors of the clips, of all modalities.
+          owner: [N] int, the person of each clip, an index in `names`.
+          film: [N] int, the film of each clip, from 0. With PLDA, all clips of a person in a film
+            count as at most one clip. By default, each clip is from another film.
           independent: [P] bool, True if a person's clips are known to be independent. With PLDA,
             similar clips of other people count as fewer clips. By default, all are False.
         """
@@ -174,8 +179,9 @@ def fit(
     Args:
       vectors: modality -> unit vectors [N, D] float32.
       labels: [N] int, the person of each clip, from 1.
-      enrolled: modality -> [N, D] float32. For the fit of the settings, row n is enrolled for the
-        person of clip n. It may be the mean of the person's clips in a film. Default: `vectors`.
+      enrolled: modality -> [N, D] float32, the vectors with which people are enrolled while the
+        settings are fitted. Row n belongs to the person of clip n. It may be the mean of the
+        person's clips in a film. Default: `vectors`.
       centred: True if the run has already subtracted a centre from the vectors.
       settings: the settings of PLDA. By default, they are fitted, too, and the variance of a
         person's clips is at least a typical share, see `two_covariance.covariances`.
@@ -209,26 +215,27 @@ def fit(
 
 
 def measure_shared(vectors: Mapping[str, np.ndarray], labels: np.ndarray) -> float:
-    """Returns the share of the variance within people that is missing, as in photos of one day.
+    """Measures how much more alike the clips of a person are than clips of different days.
 
-    The result is the smallest `Covariances.shared` of all modalities. `vectors` are modality ->
-    unit vectors [N, D], and `labels` [N] int the person of each clip, from 1.
+    Returns a share from 0 to 1 of the usual variance between a person's clips: the share that is
+    missing, because photos of one day look alike. It is the smallest share of all modalities, see
+    `Covariances.shared`. `vectors` are modality -> unit vectors [N, D], and `labels` [N] int the
+    person of each clip, from 1.
     """
     shared = []
     for x in vectors.values():
         present = np.any(x != 0, axis=1)
         if present.any():
-            u = np.asarray(x[present], np.float64)
-            sums = two_covariance.make_sums(u, labels[present], int(labels.max()) + 1)
+            sums = two_covariance.make_sums(x[present], labels[present], int(labels.max()) + 1)
             shared.append(two_covariance.covariances(sums, two_covariance.WITHIN).shared)
     return min(shared, default=0.0)
 
 
 def make_card_backend(back_ends: "Mapping[str, BackEnd]") -> Backend:
-    """Makes a back end that compares clips by distances.
+    """Makes the parameters that compare clips by distances.
 
-    `back_ends` are modality -> distribution of cosines, from the card of an embedding net. Half of
-    the clips are expected to show strangers.
+    `back_ends` are modality -> distributions of cosines, from the card (the JSON file) of each
+    embedding net. Half of the clips are expected to show strangers.
     """
     parts = []
     for name, back_end in back_ends.items():
@@ -242,9 +249,9 @@ def make_card_backend(back_ends: "Mapping[str, BackEnd]") -> Backend:
 
 
 def compare_equal(old: Backend, new: Backend) -> bool:
-    """Returns whether two back ends have the same numbers for the modalities of `old`.
+    """Returns whether two galleries compare vectors with the same parameters.
 
-    Rounding errors are ignored.
+    Rounding errors are ignored. Only the modalities of `old` are compared.
     """
     parts = {part.name: part.arrays() for part in new.parts}
     pairs = [(part.arrays(), parts.get(part.name, [])) for part in old.parts]
@@ -257,10 +264,11 @@ def compare_equal(old: Backend, new: Backend) -> bool:
 def _sum_clips(
     part: Part, x: np.ndarray, owner: np.ndarray, film: np.ndarray | None, exact: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the number n of clips of each of P people, [P], and n x their mean, [P, D].
+    """Counts and adds up the clips of each of P people, in one modality.
 
-    `x` [N, D] are the vectors of this part. For `owner` and `film`, see `Backend.enrol`. With PLDA,
-    n is the number of independent clips, or of all clips if `exact` [P] is True for the person.
+    Returns the number n of clips, [P], and n x their mean unit vector, [P, D]. `x` [N, D] are the
+    vectors. For `owner` and `film`, see `Backend.enrol`. With PLDA, n is the number of independent
+    clips, or of all clips if `exact` [P] is True for the person.
     """
     count, total = sum_by_owner(unit(part, x), owner, len(exact))
     if part.space is None:
@@ -297,7 +305,7 @@ def unit(part: Part, x: np.ndarray) -> np.ndarray:
 
 
 class Kind(Struct, omit_defaults=True):
-    """A description of the arrays of a part, see `Part.arrays`."""
+    """The sizes of the parameters of one modality, with which `from_numbers` reads them."""
 
     name: Text  # the modality, or `embedding`
     width: Size  # D
@@ -306,7 +314,7 @@ class Kind(Struct, omit_defaults=True):
 
     @property
     def sizes(self) -> list[int]:
-        """The number of values in each array of a part."""
+        """The number of values in each array of `Part.arrays`."""
         width = self.width
         if self.by_card:
             return [width, len(Distances._fields), *([width] if self.has_mean else [])]
@@ -314,7 +322,10 @@ class Kind(Struct, omit_defaults=True):
 
 
 def from_numbers(kinds: Sequence[Kind], settings: Settings, numbers: np.ndarray) -> Backend:
-    """Makes a back end from `numbers`, which `Backend.numbers` returned."""
+    """Reverses `Backend.numbers`: makes the parameters of a gallery from a flat float64 array.
+
+    `kinds` describe the modalities. `settings` are the parameters for all modalities.
+    """
     parts, left = [], numbers.astype(np.float64)
     for kind in kinds:
         centre, *arrays, left = np.split(left, np.cumsum(kind.sizes))

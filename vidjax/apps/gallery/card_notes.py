@@ -1,6 +1,7 @@
-"""The cards of a gallery's nets: reads them, compares people with them, and describes problems.
+"""Reads the cards of a gallery's nets, and warns if enrolled people contradict a card.
 
-A card is the JSON file of a net. `models.card_check` explains how far a card can be believed.
+A card is the JSON file of a net. It says how much the vectors of one person and of two people
+differ. `models.card_check` explains how far a card can be believed.
 """
 
 import os
@@ -37,10 +38,10 @@ LEAST_BETWEEN, MOST_DEVIATION = 0.5, 1.4
 
 
 def read_cards(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
-    """Reads the cards of models, the JSON files that describe them.
+    """Reads the JSON files (cards) that describe the nets in the folder `models`.
 
-    Returns a description of the models, and modality -> distribution of cosines. Raises UserError
-    if no card contains such a distribution.
+    Returns a description of the nets, and modality -> distribution of cosines. Raises UserError if
+    no card contains such a distribution.
     """
     from vidjax.apps import cards
 
@@ -50,7 +51,7 @@ def read_cards(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
     back_ends = {part: card.back_end for part, card in usable.items() if card.back_end}
     if not back_ends:
         raise UserError(
-            f"'{path}' needs a net of faces or voices whose JSON file has a back_end\n"
+            f"'{path}' has no net of faces or voices whose JSON file has the entry back_end\n"
             f"{cards.describe_remedy('face_embedder', path)}"
         )
     digests = {part: usable[part].digest for part in back_ends}
@@ -60,7 +61,10 @@ def read_cards(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
 
 
 def _read_back_ends(origin: VectorOrigin) -> "dict[str, BackEnd]":
-    """Returns modality -> numbers in the card of its net; {} if the cards are not found."""
+    """Returns modality -> distribution of cosines, from the cards of a gallery's nets.
+
+    Returns {} if the cards are not found, or if the nets have changed.
+    """
     from vidjax.apps import cards
 
     was = origin.cards
@@ -73,19 +77,19 @@ def _read_back_ends(origin: VectorOrigin) -> "dict[str, BackEnd]":
 
 
 def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> tuple[str, ...]:
-    """Adds new modalities, such as voices, to a gallery of models; returns their names.
+    """Adds new modalities, such as voices, to a gallery of nets; returns their names.
 
-    The folder `models` contains the models of the gallery, and models of new modalities. Enrolled
-    clips lack the new modalities until `labelling.complete` adds them. If the cards of the models
-    contain new numbers, the gallery uses the new numbers, with a message.
+    The folder `models` contains the nets of the gallery, and nets for new modalities. Enrolled
+    clips lack the new modalities until `labelling.complete` adds them. If the JSON files (cards) of
+    the nets contain new numbers, the gallery uses the new numbers, with a message.
 
-    If `replace` is True, models of the gallery may have changed. The result contains their
+    If `replace` is True, nets of the gallery may have changed. The result contains their
     modalities, too. Enrolled clips lose these modalities. Clips without another modality are
     removed.
 
     Raises:
-      UserError: the gallery was made with a run, or a model of the gallery is missing in the
-        folder, or has changed.
+      UserError: the gallery was made with a run, or a net of the gallery is missing in the folder,
+        or has changed.
     """
     origin, back_ends = read_cards(models)
     with gallery.change() as draft:
@@ -93,10 +97,10 @@ def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> t
         was, now, backend = state.origin.cards, origin.cards, state.index.backend
         changed = sorted(part for part in was if was[part] != now.get(part))
         if not was or (changed and (not replace or was.keys() - now.keys())):
-            made = f"other models of {', '.join(changed)}" if was else "a run, not with models"
+            made = f"other nets for {', '.join(changed)}" if was else "a run, not with nets"
             raise UserError(
                 f"gallery '{gallery.folder}' was made with {made}\n"
-                "use the same models, or name a new folder: --out=DIR"
+                "use the same nets, or name a new folder: --out=DIR"
             )
         origin = msgspec.structs.replace(origin, blind=state.origin.blind and not changed)
         wide = backend_lib.make_card_backend(back_ends)
@@ -105,8 +109,8 @@ def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> t
             return ()
         if not is_equal and not changed:
             say(
-                f"gallery '{gallery.folder}': the numbers in the card of the net have changed, "
-                "and the gallery uses the new numbers"
+                f"gallery '{gallery.folder}': the JSON file of the net has changed, and the "
+                "gallery uses the new numbers in this file"
             )
         check_width(wide)
         clips = dict[str, StoredClip]()
@@ -122,10 +126,11 @@ def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> t
 
 
 def compare(state: State) -> Comparison:
-    """Compares the enrolled people with the card of the net of faces.
+    """Compares the enrolled faces with the card of the face net, its JSON file.
 
-    Without such a card, there is no problem. If nobody has measured the card, `check_apart` and
-    `judge` may find a problem, too, and one or two people do not show that the net fits.
+    The field `problem` of the result is "" if the faces fit the card, or if there is no such card.
+    The earlier results of `check_apart` and `judge` count, too. If nobody has measured the card,
+    one or two people are too few to show that the net fits, so `problem` is "few".
     """
     comparison, unmeasured = state.index.card_comparison, state.origin.unmeasured
     is_close = comparison.problem == "closer" and comparison.between < LEAST_BETWEEN
@@ -139,7 +144,12 @@ def compare(state: State) -> Comparison:
 
 
 def check_apart(state: State, vectors: Vectors, apart: Iterable[tuple[str, str, float]]) -> State:
-    """Returns a state with the result `separates`, see `Gallery.check_apart`."""
+    """Compares pairs of faces of two people with the card of the face net, its JSON file.
+
+    Returns `state` with the result in the field `separates`. The result is None if somebody has
+    measured the card on real faces, so that no check is needed. For the other arguments, see
+    `Gallery.check_apart`.
+    """
     backend, separates = state.index.backend, None
     if state.origin.unmeasured:
         number = [*backend.widths].index("face")
@@ -154,9 +164,10 @@ def check_apart(state: State, vectors: Vectors, apart: Iterable[tuple[str, str, 
 def judge(state: State, mirrored: Sequence[float]) -> State:
     """Returns a state that names nobody if a mirrored photo differs like another person.
 
-    `mirrored` are cosines of the vectors of enrolled photos and their mirror images. If there are
-    fewer than two, for example because photos are missing, the earlier result stays. For a single
-    person and a card that nobody has measured, one cosine is enough.
+    `mirrored` are the cosines of the vectors of enrolled photos and of their mirror images. If
+    there are fewer than two cosines, for example because photos are missing, the state stays the
+    same. One cosine is enough if only one person is enrolled and nobody has measured the card of
+    the net.
     """
     comparison, origin = state.index.card_comparison, state.origin
     if len(mirrored) < (1 if len(state.index.names) == 1 and origin.unmeasured else 2):
@@ -166,7 +177,10 @@ def judge(state: State, mirrored: Sequence[float]) -> State:
 
 
 def check_mirrored(gallery: "Gallery", cosines: Sequence[float]) -> None:
-    """Stores the result of `judge` in a gallery: whether its net separates people."""
+    """Stores in a gallery whether its net separates people, as `judge` decides.
+
+    `cosines` are the argument `mirrored` of `judge`.
+    """
     with gallery.change() as draft:
         state = judge(draft.present, cosines)
         if state.origin != draft.present.origin:
@@ -174,7 +188,7 @@ def check_mirrored(gallery: "Gallery", cosines: Sequence[float]) -> None:
 
 
 def describe(state: State) -> str:
-    """Returns why names are wrong or seldom given, and a remedy. Returns "" if names are right."""
+    """Returns why names are wrong or seldom given, with a remedy, or "" if there is no problem."""
     models = state.origin.workdir
     if not state.index.names:
         return ""
@@ -183,7 +197,7 @@ def describe(state: State) -> str:
     is_old = not backend_lib.compare_equal(state.index.backend, present)
     if is_old and compare(state).problem != "blind":
         words = ["vidjax", "measure-card", models, "--gallery=G"]
-        return f"the card of the net has newer numbers\nto use them: {shlex.join(words)}"
+        return f"the JSON file of the net has newer numbers\nto use them: {shlex.join(words)}"
     if problem := _describe_problem(state):
         return problem
     face = back_ends.get("face")
@@ -194,7 +208,10 @@ def describe(state: State) -> str:
 
 
 def warn(state: State, known: str = "") -> str:
-    """Returns how people contradict the card, or "". Prints the text unless it is `known`."""
+    """Returns how enrolled people contradict the card of the net, or "".
+
+    Prints the text, except if it equals `known`, the text of an earlier call.
+    """
     problem = _describe_problem(state)
     if problem not in ("", known):
         say(problem, warning=True)
@@ -202,7 +219,7 @@ def warn(state: State, known: str = "") -> str:
 
 
 def _describe_problem(state: State) -> str:
-    """Returns how the enrolled people contradict the card, with a remedy, or ""."""
+    """Returns how enrolled people contradict the card of the net, with a remedy, or ""."""
     comparison, origin = compare(state), state.origin
     if comparison.problem == "closer" and comparison.between < card_check.SAME:
         return f"your people are as alike as photos of one person\n{TWO_NAMES}"

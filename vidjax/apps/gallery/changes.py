@@ -47,8 +47,8 @@ class Draft:
     def add(self, clips: Mapping[str, StoredClip]) -> int:
         """Adds clips whose vectors are known; returns the number of new or changed clips.
 
-        A clip that is already enrolled is skipped. If it is enrolled as a clip of a stranger, it is
-        changed: it gets the person in `clips`.
+        `clips` are name -> clip. A clip that is already enrolled is skipped. If it is enrolled as a
+        clip of a stranger, it is changed: it gets the person in `clips`.
 
         Raises:
           UserError: a clip is malformed, or already enrolled for another person or with another
@@ -75,9 +75,11 @@ class Draft:
         return len(new)
 
     def complete(self, vectors: Mapping[str, np.ndarray]) -> set[str]:
-        """Adds missing modalities to clips, see `labelling.complete`.
+        """Adds missing modalities, such as voices, to enrolled clips.
 
-        `vectors` are clip -> vector of all modalities. Returns the clips that have this vector now.
+        `vectors` are clip -> vector of all modalities. A clip is left out if it is not enrolled, or
+        if another modality has another vector. Returns the other clips: they have the given vector
+        now.
         """
         vectors = {self._find_name(name): vector for name, vector in vectors.items()}
         equal = find_equal(vectors, self.clips, self.present.index.backend)
@@ -91,7 +93,7 @@ class Draft:
         identity: str | Collection[str] | None = None,
         clip: str | Collection[str] | None = None,
     ) -> int:
-        """Removes people or clips, see `Gallery.remove`; returns the number of clips."""
+        """Removes people or clips; returns the number of clips. See `Gallery.remove`."""
         if (identity is None) == (clip is None):
             raise UserError(
                 "remove needs either people or clips\n"
@@ -112,7 +114,7 @@ class Draft:
         return len(removed)
 
     def rename(self, identity: str, to: str, *, merge: bool = False) -> int:
-        """Renames a person, see `Gallery.rename`; returns the number of the person's clips."""
+        """Renames a person; returns the number of the person's clips. See `Gallery.rename`."""
         check_argument("rename: identity", identity, str, "a name")
         to, names = check_person(to), self._find_clips(identity)
         if to == normal_form(identity):
@@ -127,7 +129,7 @@ class Draft:
         return len(names)
 
     def relabel(self, clip: str, identity: str | None) -> str | None:
-        """Changes the person of a clip, see `Gallery.relabel`; returns the old person."""
+        """Changes the person of a clip; returns the old person. See `Gallery.relabel`."""
         check_argument("relabel: clip", clip, str, "a name")
         identity = None if identity is None else check_person(identity)
         clip = self._find_name(clip)
@@ -223,7 +225,7 @@ class Draft:
 
     @property
     def similar(self) -> dict[str, str]:
-        """The new names that resemble an enrolled name: new name -> enrolled name."""
+        """The new names of people that look like an enrolled name: new name -> enrolled name."""
         new = self.clips_of.keys() & self._changed_people - self.present.clips_of.keys() - {
             STRANGER
         }
@@ -237,7 +239,8 @@ class Draft:
     ) -> tuple[State, Mapping[str, StoredClip] | None, list[People] | None]:
         """Returns the new content, and the arguments `new` and `people` of `Store.write`.
 
-        `advance` is called with the number of new and changed clips in each finished block.
+        `advance` is called after each block of people, with the number of its new and changed
+        clips.
         """
         if self.replacement:
             return self.replacement, None, None
@@ -269,17 +272,17 @@ class Draft:
 
 
 def _differ(old: StoredClip, new: StoredClip | None) -> bool:
-    """Returns whether a clip was removed or has another vector."""
+    """Returns whether the clip `old` was removed, or has another vector now."""
     return new is None or new.vector is not old.vector
 
 
 def find_equal(
     vectors: Mapping[str, np.ndarray], clips: Mapping[str, StoredClip], backend: Backend
 ) -> set[str]:
-    """Returns the names in `vectors` whose vectors of all modalities equal the enrolled vectors.
+    """Returns the names of clips whose given vectors equal their enrolled vectors.
 
-    `vectors` are clip -> vector of all modalities. A modality that the enrolled clip lacks is not
-    compared.
+    `vectors` are clip -> vector of all modalities, and `clips` are the enrolled clips. A modality
+    that the enrolled clip lacks is not compared.
     """
     equal = set[str]()
     for name in vectors.keys() & clips.keys():
@@ -296,7 +299,7 @@ def _describe_person(identity: str | None) -> str:
 
 
 def check_clip(name: str, clip: StoredClip, width: int) -> StoredClip:
-    """Checks a clip; returns the clip with the cleaned name of its person.
+    """Checks a clip before it is stored; returns the clip with the cleaned name of its person.
 
     Raises UserError if a name is invalid, or if the vector is not finite float32 [width]. The
     vector 0 is refused, too: no frame of such a clip is usable.
@@ -338,14 +341,17 @@ def _check_length(kind: str, name: str) -> str:
 
 
 def find_enrolled(kind: str, name: str, among: Mapping[str, T]) -> T:
-    """Returns `among[name]`, or raises NotEnrolledError. `kind` is `identity` or `clip`."""
+    """Returns `among[name]`, or raises NotEnrolledError.
+
+    `kind` is the word for the name in the message: `identity` or `clip`.
+    """
     if name not in among:
         raise NotEnrolledError(kind, name, among)
     return among[name]
 
 
 def find_person(name: str, clips_of: Mapping[str, T]) -> T:
-    """Returns `clips_of[name]`, or raises NotEnrolledError if there is no such person."""
+    """Returns the value of a person in `clips_of`. Raises NotEnrolledError if there is none."""
     if name == STRANGER:
         raise NotEnrolledError("identity", name, ())
     return find_enrolled("identity", normal_form(name), clips_of)

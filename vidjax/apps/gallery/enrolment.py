@@ -1,4 +1,7 @@
-"""Computes the people of a gallery from their clips, and fits the back end of the gallery."""
+"""Computes the coefficients of enrolled people from their clips.
+
+Also fits the parameters that compare vectors, the back end, to the clips of a gallery.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -15,7 +18,6 @@ from vidjax.apps.gallery.store import (
     VectorOrigin,
     list_clips_of,
 )
-from vidjax.models.two_covariance import Settings
 from vidjax.utils.errors import UserError
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import cut_film_name
@@ -57,10 +59,10 @@ def enrol(
 def _stack_films(
     names: Iterable[str], clips: Mapping[str, StoredClip], width: int
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Groups N clips by person and film. The clips of a film are adjacent in the results.
+    """Groups N clips by person and film. In the results, the clips of a film are adjacent.
 
-    Returns the person of each film, the film of each clip, [N] int, and the vectors of the clips,
-    [N, width] float32.
+    Returns three values: the person of each film; the film of each clip, [N] int; the vectors of
+    the clips, [N, width] float32.
     """
     films = group_by_key(
         ((clips[name].identity or STRANGER, cut_film_name(name)), name) for name in names
@@ -71,13 +73,16 @@ def _stack_films(
 
 
 def stack_vectors(names: Sequence[str], clips: Mapping[str, StoredClip], width: int) -> np.ndarray:
-    """Returns the vectors of clips, [N, width] float32."""
+    """Returns the vectors of the clips `names`, in this order, [N, width] float32.
+
+    `clips` are name -> clip. A vector contains all modalities.
+    """
     vectors = [clips[name].vector for name in names]
     return np.array(vectors, np.float32).reshape(len(names), width)
 
 
 def stack_parts(state: State, names: Sequence[str]) -> list[np.ndarray]:
-    """Returns the vectors of N enrolled clips, M arrays [N, D]."""
+    """Returns the vectors of N enrolled clips, an array [N, D] for each of M modalities."""
     backend = state.index.backend
     return backend.split(stack_vectors(names, state.clips, sum(backend.widths.values())))
 
@@ -88,25 +93,14 @@ def list_usable_strangers(state: State) -> Iterator[str]:
     return (name for name in state.clips_of.get(STRANGER, ()) if state.clips[name].vector.any())
 
 
-def fit_backend(
-    clips: Mapping[str, StoredClip],
-    widths: Mapping[str, int],
-    *,
-    centred: bool,
-    settings: Settings | None = None,
-) -> Backend:
-    """Fits PLDA to one clip of each person in each film. Clips of strangers are ignored.
-
-    `clips` are name -> clip, in any order. `widths` are modality -> length of its vectors. For
-    `centred` and `settings`, see `backend.fit`.
-    """
-    return backend_lib.fit(*stack_people(clips, widths), centred=centred, settings=settings)
-
-
 def stack_people(
     clips: Mapping[str, StoredClip], widths: Mapping[str, int]
 ) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray]]:
-    """Returns the arguments `vectors`, `labels` and `enrolled` of `backend.fit`."""
+    """Returns the arguments `vectors`, `labels` and `enrolled` of `backend.fit`.
+
+    PLDA is fitted to one clip of each person in each film. Clips of strangers are left out. `clips`
+    are name -> clip, in any order. `widths` are modality -> length of its vectors.
+    """
     # Clips of a person from the same film are alike. People are enrolled with their mean.
     names = sorted(name for name, clip in clips.items() if clip.identity is not None)
     people, film, stacked = _stack_films(names, clips, sum(widths.values()))
@@ -121,8 +115,12 @@ def stack_people(
 
 
 def refit(state: State) -> State:
-    """Returns a state whose back end is fitted to its present clips."""
-    backend = fit_backend(state.clips, state.index.backend.widths, centred=state.origin.centred)
+    """Fits the parameters that compare vectors again, to the present clips of a gallery.
+
+    Returns the new content of the gallery.
+    """
+    fitted = stack_people(state.clips, state.index.backend.widths)
+    backend = backend_lib.fit(*fitted, centred=state.origin.centred)
     clips = {
         name: clip._replace(fitted=clip.identity is not None) for name, clip in state.clips.items()
     }
@@ -132,7 +130,7 @@ def refit(state: State) -> State:
 def make_state(
     version: int, origin: VectorOrigin, backend: Backend, clips: Mapping[str, StoredClip]
 ) -> State:
-    """Returns a state, with the coefficients of all people in `clips`."""
+    """Makes the content of a gallery from its clips: computes the coefficients of all people."""
     clips_of = list_clips_of(clips)
     people = {name: clips_of[name] for name in sorted(clips_of.keys() - {STRANGER})}
     blocks = enrol(backend, people, clips, of_plda=origin.counts_every_clip)
@@ -140,11 +138,14 @@ def make_state(
 
 
 def check_width(backend: Backend) -> int:
-    """Returns the length of a clip's vector. Raises UserError if a gallery cannot store it."""
+    """Returns the length of a clip's vector, the sum over all modalities.
+
+    Raises UserError if the vector is too long for a gallery.
+    """
     width = sum(backend.widths.values())
     if width > MAX_VECTOR_WIDTH:
         raise UserError(
             f"the vector of a clip has {width:,} numbers, but a gallery can store at most "
-            f"{MAX_VECTOR_WIDTH:,}\nuse an ensemble with fewer members, or a narrower net"
+            f"{MAX_VECTOR_WIDTH:,}\nuse an ensemble of fewer models, or a net with shorter vectors"
         )
     return width

@@ -29,9 +29,8 @@ new training run without the clips removes this dependence.
 
 import contextlib
 import numbers
-import os
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -53,7 +52,7 @@ from vidjax.apps.gallery.index import Index
 from vidjax.apps.gallery.labelling import Enrolment
 from vidjax.apps.gallery.run_vectors import RunVectors
 from vidjax.apps.gallery.store import STRANGER, State, Store, StoredClip, VectorOrigin
-from vidjax.apps.gallery.vectors import NetVectors, Vectors, select_usable_clips
+from vidjax.apps.gallery.vectors import Advance, NetVectors, Vectors, select_usable_clips
 from vidjax.apps.gallery.verification import Match, MatchRule, Verification
 from vidjax.apps.server_limits import LOCK_SECONDS
 from vidjax.data.dataset import Dataset
@@ -95,7 +94,6 @@ class Gallery:
         Raises:
           ValueError: the folder contains no gallery, or a file of the gallery is damaged.
         """
-        check_argument("Gallery: folder", folder, (str, os.PathLike), "the path of a folder")
         self._store = Store(folder)
         self._state = self._store.read()
         self._lock = threading.RLock()  # an older state must not replace a newer `_state`
@@ -105,7 +103,7 @@ class Gallery:
         if run is not None and self.origin.cards:
             raise UserError(
                 f"gallery '{self.folder}' was made from nets, so no run computes its vectors\n"
-                "leave out --run, in Python run="
+                "leave out --run (in Python: run=)"
             )
         self._run = run
         self._checked: tuple[str, Predictor] | None = None  # digest of the run, and the run
@@ -139,7 +137,6 @@ class Gallery:
         Raises:
           ValueError: the folder is not empty, or no training clip has a label.
         """
-        check_argument("Gallery.create: folder", folder, (str, os.PathLike), "the path of a folder")
         Store(folder).check_new()
         run = run_vectors.restore(run)
         data = run_vectors.load_data(run, data)
@@ -148,17 +145,17 @@ class Gallery:
 
     @classmethod
     def of_models(cls, folder: str | Path, models: str | Path) -> "Gallery":
-        """Makes an empty gallery for features that `vidjax extract` computes with the given models.
+        """Makes an empty gallery for features that `vidjax extract` computes with the given nets.
 
-        Clips are compared by the distances of their vectors. Each model has a JSON file, its card,
+        Clips are compared by the distances of their vectors. Each net has a JSON file, its card,
         with the distribution of these distances.
 
         Args:
           folder: a new or empty folder.
-          models: the folder of the models and their cards, see `vidjax.apps.cards`.
+          models: the folder of the nets and their cards, see `vidjax.apps.cards`.
 
         Raises:
-          ValueError: no card of a face or voice model contains a distribution of distances.
+          ValueError: no card of a face or voice net contains a distribution of distances.
         """
         origin, back_ends = card_notes.read_cards(models)
         return cls.of_clips(folder, origin, backend_lib.make_card_backend(back_ends), {})
@@ -173,10 +170,14 @@ class Gallery:
         *,
         run: "Predictor | None" = None,
     ) -> "Gallery":
-        """Makes a gallery of clips whose vectors are known, in a new or empty folder.
+        """Makes a gallery of clips whose vectors are known.
 
-        `origin` describes the run or the models that computed the vectors. `backend` has the
-        parameters that compare vectors. `clips` are name -> clip. `run` is the loaded run, if any.
+        Args:
+          folder: a new or empty folder.
+          origin: a description of the run or the nets that computed the vectors.
+          backend: the parameters that compare vectors.
+          clips: name -> clip.
+          run: the loaded run, if a run computed the vectors.
         """
         store, width = Store(folder), check_width(backend)
         clips = {name: check_clip(name, clip, width) for name, clip in clips.items()}
@@ -194,8 +195,7 @@ class Gallery:
         )
 
     def __len__(self) -> int:
-        clips_of = self.state.clips_of
-        return len(clips_of) - (STRANGER in clips_of)
+        return len(self.state.index.names)
 
     def __bool__(self) -> bool:
         return True  # even if nobody is enrolled
@@ -227,7 +227,7 @@ class Gallery:
 
     @property
     def origin(self) -> VectorOrigin:
-        """The run or the models that compute the vectors."""
+        """The run or the nets that compute the vectors."""
         return self._state.origin
 
     @property
@@ -270,7 +270,7 @@ class Gallery:
 
     @property
     def state(self) -> State:
-        """The current content. If the gallery changes, this object stays the same."""
+        """The current content of the gallery, an object that no later change edits."""
         with self._lock:
             self.refresh()
             return self._state
@@ -291,12 +291,12 @@ class Gallery:
         self,
         clips: AnyClips,
         split: str | None = None,
-        advance: Callable[[int], None] = ignore_count,
+        advance: Advance = ignore_count,
     ) -> Vectors:
         """Computes the vectors of clips.
 
-        In a gallery of a run, the run computes the vectors. In a gallery of models, see
-        `of_models`, the vector of a modality is the mean of its frames. If this mean is almost 0,
+        In a gallery of a run, the run computes the vectors. In a gallery of nets, see `of_models`,
+        the vector of a modality, such as face, is the mean of its frames. If this mean is almost 0,
         the clip has no usable frame, and a warning appears. If `clips` are already vectors, they
         are returned unchanged.
 
@@ -320,30 +320,32 @@ class Gallery:
 
     @property
     def source(self) -> NetVectors | RunVectors:
-        """The object that reads clips, and computes their vectors."""
+        """The object that reads clips and computes their vectors."""
         return NetVectors(self.backend) if self.origin.cards else RunVectors(self.run)
 
     def load(self, path: str | Path) -> MemoryClips:
-        """Loads the clips of a folder or parquet table with the modalities of the gallery."""
+        """Loads the clips of a folder or table, with the modalities that the gallery uses."""
         widths, quality = self.source.reads
         return load_clips(path, widths, (), quality=quality, nets=self.origin.cards)
 
     # ---- changes
 
     @contextlib.contextmanager
-    def change(
-        self, advance: Callable[[int], None] = ignore_count, *, log: bool = True
-    ) -> Iterator[Draft]:
+    def change(self, advance: Advance = ignore_count, *, log: bool = True) -> Iterator[Draft]:
         """Makes several changes at once: `with gallery.change() as draft: draft.remove(...)`.
 
         The draft has the methods `remove`, `rename` and `relabel` of this class, and the methods
-        `add` and `complete` for clips whose vectors are known. All changes are written
-        at the end of the block. If the block raises an error, nothing is written. During the block,
-        no other process can change the gallery. `advance` is called at the end of the block, with
-        numbers of new and changed clips that are finished.
+        `add` and `complete` for clips whose vectors are known. All changes are written at the end
+        of the block. If the block raises an error, nothing is written. During the block, no other
+        process can change the gallery.
 
         In a folder of results of `vidjax who`, the changes are also written into the log, see
-        `said`. If `log` is False, the log already contains the changes.
+        `said`.
+
+        Args:
+          advance: is called at the end of the block, with numbers of new and changed clips that are
+            finished.
+          log: False if the log already contains the changes.
         """
         with self._store.open(write=True, wait=self.lock_seconds) as transaction:
             draft = Draft(present := self.state)
@@ -369,7 +371,7 @@ class Gallery:
         split: str | None = None,
         strangers: bool = False,
         source: str = "identities",
-        advance: Callable[[int], None] = ignore_count,
+        advance: Advance = ignore_count,
     ) -> Enrolment:
         """Enrols clips of new people, or more clips of enrolled people.
 
@@ -475,11 +477,12 @@ class Gallery:
         return answers_lib.name_groups(vectors.names, labels)
 
     def check_apart(self, vectors: Vectors, apart: Iterable[tuple[str, str, float]]) -> None:
-        """Compares faces of different people with a card that nobody has measured.
+        """Compares faces that certainly show different people with a card that nobody has measured.
 
-        If the faces contradict the card, nobody gets a name. One or two enrolled people get names
-        only if the faces fit the card. Only this object changes, and no file. `apart` lists (clip,
-        other clip, clarity of the better face).
+        If the faces contradict the card, the JSON file of the net, nobody gets a name. One or two
+        enrolled people get names only if the faces fit the card. Only this object changes, and no
+        file. `vectors` are the vectors of the clips. `apart` lists (clip, other clip, clarity of
+        the better face, 0 to 1).
         """
         with self._lock:
             self._state = card_notes.check_apart(self.state, vectors, apart)
@@ -496,7 +499,7 @@ class Gallery:
         return answers_lib.measure_on_strangers(self.state, fpir)
 
     def rule(self, *, fpir: float | None = None, threshold: float | None = None) -> NamingRule:
-        """Returns the rule that decides if a clip gets a name. See `identify` for the arguments."""
+        """Returns the rule that decides if a clip gets a name. See `identify` for its arguments."""
         return answers_lib.choose_rule(self.state, fpir, threshold)
 
     def identify(
@@ -508,11 +511,11 @@ class Gallery:
         threshold: float | None = None,
         split: str | None = None,
         groups: Mapping[str, str] | None = None,
-        advance: Callable[[int], None] = ignore_count,
+        advance: Advance = ignore_count,
     ) -> dict[str, Answer]:
         """Identifies the person in each clip; returns clip -> answer.
 
-        The person of a clip without a usable frame is unknown. In a gallery of models, the person
+        The person of a clip without a usable frame is unknown. In a gallery of nets, the person
         is also unknown if the clip and the most probable person have no modality in common.
 
         Args:
@@ -528,7 +531,7 @@ class Gallery:
             get the same name. Each clip has two probabilities of this name: for the whole group,
             and for only this clip. The answer has the lower one, which must reach `threshold` or
             the measured threshold. If the second probability is below 0.1, the clip leaves the
-            group. Only a gallery of models accepts groups.
+            group. Only a gallery of nets accepts groups.
           advance: is called for each answer, with the number of clips that get this answer.
 
         Raises:
@@ -540,8 +543,8 @@ class Gallery:
             raise UserError(f"k={k} is below 1: give the number of identities to list")
         if groups is not None and not self.origin.cards:
             raise UserError(
-                "groups need a gallery that was created with --models; this gallery has a run\n"
-                "leave groups out"
+                "groups are only for a gallery of nets, but this gallery was made from a run\n"
+                "leave out groups, or create a gallery with --models"
             )
         if not isinstance(clips, Vectors):  # reports mistakes before vectors are computed
             self.rule(fpir=fpir, threshold=threshold)
@@ -577,9 +580,10 @@ class Gallery:
     def verify_person(
         self, clips: AnyClips, identity: str, *, fmr: float | None = None, split: str | None = None
     ) -> Verification:
-        """Decides as `verify`; also returns the rule, and the person's clips that do not fit.
+        """Decides as `verify` does. The result also has the rule, and the person's doubtful clips.
 
-        All results are from the same content of the gallery, even if another process changes it.
+        These are enrolled clips that do not fit the person's other clips, see `find_misfits`. All
+        results are from the same content of the gallery, even if another process changes it.
         """
         check_argument("verify: identity", identity, str, "the name of a person")
         if not isinstance(clips, Vectors):  # reports mistakes before vectors are computed
@@ -632,7 +636,7 @@ class Gallery:
         fpir: float | None = None,
         threshold: float | None = None,
         split: str | None = None,
-        advance: Callable[[int], None] = ignore_count,
+        advance: Advance = ignore_count,
     ) -> dict[str, list[tuple[str, float]]]:
         """Lists the most probable clips of each enrolled person.
 

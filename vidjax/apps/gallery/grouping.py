@@ -48,10 +48,10 @@ class Groups:
 
     Attributes:
       summary: the numbers with which the groups are compared.
-      sizes: [G], the number of clips. It is 0 if the group was joined to another group.
-      unclear: [G] bool, True if all faces of a group are unclear.
+      sizes: [G] int, the number of clips. It is 0 if the group was joined to another group.
+      unclear: [G] bool, True if all faces of a group are small or blurred.
       apart: [G, G] bool, True if two groups certainly show different people.
-      settled: [G] bool, True for groups that are not joined to each other, see `settle`.
+      settled: [G] bool, True for groups that are never joined to each other, see `settle`.
     """
 
     def __init__(
@@ -64,9 +64,13 @@ class Groups:
     ):
         """Makes groups of N clips.
 
-        `coordinates` are M arrays [N, D] from `Part.coordinates`. They are 0 if a modality is
-        missing. `labels` [N] int is the group of each clip. `clarity` [N] is the clarity of its
-        face. `apart` are pairs of indices of clips that show different people.
+        Args:
+          backend: the parameters that compare vectors.
+          coordinates: M arrays [N, D] from `Part.coordinates`, one for each modality. They are 0 if
+            a clip lacks the modality.
+          labels: [N] int, the group of each clip.
+          clarity: [N], the clarity of the best face of each clip, from 0 to 1.
+          apart: pairs of indices of clips that show different people.
         """
         self._backend, num = backend, int(labels.max()) + 1
         self._inverses = ratios_lib.invert(backend)
@@ -81,7 +85,7 @@ class Groups:
             self.apart[labels[clip], labels[other]] = self.apart[labels[other], labels[clip]] = True
 
     def settle(self, settled: np.ndarray) -> None:
-        """Keeps the groups with True in `settled` [G] bool apart from each other."""
+        """Keeps certain groups, True in `settled` [G] bool, from being joined to each other."""
         self.settled = settled
         self.apart |= settled & settled[:, None]
 
@@ -106,7 +110,7 @@ class Groups:
         self.apart[self.apart[source], target] = True
 
     def drop_joined(self) -> np.ndarray:
-        """Drops groups without clips; returns the old indices of the kept groups."""
+        """Drops groups without clips; returns the old indices of the groups that are left."""
         rows = np.flatnonzero(self.sizes)
         self.summary = self.summary.take(rows)
         self.sizes, self.apart = self.sizes[rows], self.apart[np.ix_(rows, rows)]
@@ -115,11 +119,12 @@ class Groups:
         return rows
 
     def ratios(self, row: int) -> np.ndarray:
-        """Compares group `row` with all G groups; returns log-likelihood ratios [G].
+        """Compares group number `row` with all G groups; returns log-likelihood ratios [G].
 
         A ratio is log(p(clips | the same person) / p(clips | two people)). It is -inf for the group
-        `row` itself, for groups without clips, and for groups that certainly show another person.
-        It is also -inf if two groups have no modality in common, or contain only unclear faces.
+        itself, for groups without clips, and for groups that certainly show another person. It is
+        also -inf if two groups have no modality in common, or contain only unclear faces (small or
+        blurred).
         """
         one = self.summary.take([row])
         total, shared = ratios_lib.compare(self._backend, one, self.summary)
@@ -144,8 +149,10 @@ def group(
     """Groups clips that show the same person; returns the group of each clip, [N] int, from 0.
 
     Args:
+      backend: the parameters that compare vectors.
       names: [N], the names of the clips. A name starts with the name of the film.
-      parts: the vectors of the clips, M arrays [N, D] float32; 0 if a modality is missing.
+      parts: the vectors of the clips, M arrays [N, D] float32, one for each modality. They are 0 if
+        a clip lacks the modality.
       apart, clarity, together, settled, for_votes: see `Gallery.group`.
     """
     place = {name: number for number, name in enumerate(names)}
@@ -161,7 +168,10 @@ def group(
     clear = np.array([(clarity or {}).get(name, 1.0) for name in names])
 
     def join(rows: np.ndarray, *, absorb: bool) -> np.ndarray:
-        """Joins the groups of the clips `rows` (indices); returns the new groups of these clips."""
+        """Joins the groups of the clips with the indices `rows`; returns their new groups.
+
+        If `absorb` is True, small groups are also joined to larger groups.
+        """
         local = np.unique(labels[rows], return_inverse=True)[1]
         here = np.full(len(names), -1)
         here[rows] = np.arange(len(rows))
@@ -193,10 +203,11 @@ def group(
 
 
 def _split_into_blocks(means: np.ndarray, turn: int) -> np.ndarray:
-    """Splits G groups with means [G, D] into blocks of similar groups; returns blocks [G] int.
+    """Splits G groups into blocks of similar groups; returns the block of each group, [G] int.
 
-    A block has at most MAX_GROUPED_CLIPS groups. Each `turn`, from 1 on, splits the groups in
-    another direction, so that similar groups are in the same block in at least some turns.
+    `means` [G, D] are the means of the groups. A block has at most MAX_GROUPED_CLIPS groups. Each
+    `turn`, from 1 on, splits the groups in another direction, so that similar groups are in the
+    same block in at least some turns.
     """
     # Splits at the median, in turn n along the direction with the n-th largest variance.
     block, full = np.zeros(len(means), int), [np.arange(len(means))]
@@ -251,7 +262,10 @@ def agglomerate(groups: Groups, least: Callable[[int], float]) -> np.ndarray:
 
 
 def _absorb(groups: Groups, labels: np.ndarray) -> np.ndarray:
-    """Joins small groups to larger groups; returns [G] int, like `labels` from `agglomerate`."""
+    """Joins small groups to larger groups; returns the new group of each group, [G] int.
+
+    `labels` [G] int are the groups from `agglomerate`.
+    """
     labels, sizes, changed = labels.copy(), groups.sizes, True
     while changed:
         changed, single = False, max(int(np.sum(sizes == 1)), 1)

@@ -51,7 +51,9 @@ os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 class Means:
-    """The means of the unit vectors of P people in one modality, for the comparison by distances.
+    """For each of P people, the mean of the unit vectors of the person's clips in one modality.
+
+    The means are used by the comparison by distances.
 
     Attributes:
       linear: [P, D] float32, the means.
@@ -64,9 +66,10 @@ class Means:
     def __init__(
         self, distances: Distances, linear: np.ndarray, square: np.ndarray, count: np.ndarray
     ):
-        """`linear` [P, D] float32 are the means. `count` [P] are the numbers of clips.
+        """Computes the attributes of P people.
 
-        For `square`, see the class. `distances` are the parameters of the comparison.
+        `linear` [P, D] float32 are the means, and `square` [P] float64 their squared lengths.
+        `count` [P] are the numbers of clips. `distances` are the parameters of the comparison.
         """
         self.linear, self.square = linear, square
         self.effective = card_backend.effective_count(distances, count, square)
@@ -77,7 +80,7 @@ class Means:
         self._projected = np.full(linear.shape[1], np.inf), np.zeros(0)
 
     def measure_radius(self, centre: np.ndarray) -> np.ndarray:
-        """Returns the squared distances [P] float64 of the means from `centre` [D] float64."""
+        """Returns the squared distance of each mean from `centre` [D] float64, as [P] float64."""
         before, products = self._projected
         shift = centre - before
         if np.linalg.norm(shift) < MOST_SHIFT:
@@ -89,7 +92,7 @@ class Means:
 
 
 class Block(People):
-    """A group of people. When a gallery changes, the new index keeps the unchanged blocks.
+    """A part of the enrolled people. When a gallery changes, unchanged blocks are used again.
 
     So a block stores only values that do not depend on other blocks.
     """
@@ -99,7 +102,11 @@ class Block(People):
         return {}
 
     def means(self, number: int, distances: Distances) -> Means:
-        """Returns the means of modality `number`. `distances` are the distributions of its card."""
+        """Returns the people's mean vectors in a modality. They are computed only once.
+
+        `number` is the index of the modality. `distances` are the parameters from the card of its
+        net.
+        """
         if number not in self._means:
             arrays = self.linear[number], self.constant[number], self.num_clips[number]
             self._means[number] = Means(distances, *arrays)
@@ -127,7 +134,7 @@ def join(blocks: Sequence[People]) -> People:
 
 
 class _Queries(NamedTuple):
-    """Q clips that are prepared for the comparison with people, in M modalities."""
+    """Q clips that are prepared for the comparison with people, in M modalities such as face."""
 
     coordinates: list[np.ndarray]  # M arrays [Q, D] float64, 0 if missing
     terms: list[np.ndarray]  # M arrays [Q, ...] float64, other numbers that the comparison needs
@@ -135,7 +142,9 @@ class _Queries(NamedTuple):
 
 
 class Ratios:
-    """Computes log-likelihood ratios of clips and N people by PLDA, for one modality.
+    """Computes how much better a clip fits each of N people than a stranger, by PLDA.
+
+    The results are log-likelihood ratios for one modality, such as face.
 
     Attributes:
       curve: [U, D] float64, coefficients of the squared coordinates of a clip. People with the same
@@ -146,8 +155,8 @@ class Ratios:
     def __init__(self, part: Part, scale: float, count: np.ndarray, constant: np.ndarray):
         """Prepares the comparison with N people.
 
-        All ratios are multiplied by `scale`. `count` [N] is the number of clips of each person. For
-        `constant` [N], see `People`.
+        `part` are the parameters of the modality. All ratios are multiplied by `scale`. `count` [N]
+        is the number of clips of each person. For `constant` [N], see `People`.
         """
         assert part.space is not None
         kinds, self.kind = np.unique(count, return_inverse=True)
@@ -158,7 +167,10 @@ class Ratios:
         self._part, self._scale, self._constant = part, scale, scale * constant
 
     def ask(self, units: np.ndarray, _: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns fields of `_Queries` for unit vectors [Q, D]: coordinates, and terms [Q, U]."""
+        """Prepares Q unit vectors [Q, D] of clips for `finish`.
+
+        Returns two arrays: the scaled PLDA coordinates [Q, D], and `terms` [Q, U].
+        """
         z = self._part.coordinates(units)
         return self._scale * z, self._scale * z**2 @ self.curve.T
 
@@ -167,8 +179,11 @@ class Ratios:
     ) -> None:
         """Turns products of coordinates and `People.linear` into log-likelihood ratios, in place.
 
-        `ratios` are the products. `rows` are the indices of the people, and `owner` the indices of
-        the clips, see `Index._add_up`. `ask` returned `terms`.
+        Args:
+          ratios: the products, which are overwritten.
+          rows: the indices of the people.
+          owner: the indices of the clips, see `Index._add_up`.
+          terms: the second array that `ask` returned.
         """
         ratios += self._constant[rows].astype(ratios.dtype)
         # If all people have the same number of clips, broadcasting is faster than indexing.
@@ -177,7 +192,9 @@ class Ratios:
 
 
 class DistanceRatios:
-    """Computes log-likelihood ratios of clips and N people from distances, for one modality.
+    """Computes how much better a clip fits each of N people than a stranger, by distances.
+
+    The results are log-likelihood ratios for one modality, such as face.
 
     Attributes:
       population: the distribution of the vectors of all people. Its mean is m.
@@ -188,7 +205,11 @@ class DistanceRatios:
     """
 
     def __init__(self, part: Part, people: Sequence[Means]):
-        """Prepares the comparison with N people, in blocks."""
+        """Prepares the comparison with N people.
+
+        `part` are the parameters of the modality. `people` are the means of the people, block after
+        block.
+        """
         assert part.distances is not None
         distances = self._distances = part.distances
         weighed = (means.weighed for means in people)
@@ -201,10 +222,10 @@ class DistanceRatios:
 
     @property
     def card(self) -> np.ndarray:
-        """The float64 array [5] that `reader.py` of an exported gallery needs.
+        """Five numbers that `reader.py` of an exported gallery needs, [5] float64.
 
-        Its values are the shapes for one person and for two people, see `Distances`; the lowest
-        squared distance; the constant and the slope of the log density of a stranger.
+        They are the shapes for one person and for two people, see `Distances`; the lowest squared
+        distance; the constant and the slope of the log density of a stranger.
         """
         distances, zero = self._distances, np.zeros(())
         variance = np.array(distances.within + distances.between + self.population.variance)
@@ -214,7 +235,7 @@ class DistanceRatios:
         return np.array([distances.same, distances.different, least, constant, slope])
 
     def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the coordinates [Q, D] and terms [Q, 4] of Q groups of clips, for `_Queries`.
+        """Prepares Q groups of clips for `finish`; returns coordinates [Q, D] and terms [Q, 4].
 
         `units` [Q, D] are the mean unit vectors x of the groups. `effective` [Q] are the effective
         numbers of their clips, see `card_backend.effective_count`. The coordinates are x - m, where
@@ -248,7 +269,7 @@ class DistanceRatios:
 
 
 class Index:
-    """Searches for the most probable people of a clip. An index is immutable."""
+    """Searches for the most probable people of a clip. An index never changes."""
 
     def __init__(self, backend: Backend, blocks: Iterable[People] = ()):
         """Makes an index of the people in all `blocks`. Each person is in a single block."""
@@ -257,9 +278,10 @@ class Index:
         self._known: dict[object, Any] = {}
 
     def remember(self, key: object, compute: Callable[[], T]) -> T:
-        """Returns `compute()`, or an earlier result for this key. The result must not be None.
+        """Returns `compute()`, or the stored result of an earlier call with this key.
 
-        The values that were used last are kept. A change of the gallery makes a new index.
+        The result must not be None. The results that were used last are stored. A change of the
+        gallery makes a new index, which has stored nothing.
         """
         value = self._known.pop(key, None)
         if value is None:
@@ -276,13 +298,13 @@ class Index:
 
     @functools.cached_property
     def counts(self) -> np.ndarray:
-        """[M, N] int32, the number of a person's clips that have the modality."""
+        """The number of each person's clips that have the modality, [M, N] int32."""
         none = np.zeros((len(self.backend.parts), 0), np.int32)
         return np.concatenate([none, *(block.num_clips for block in self.blocks)], axis=1)
 
     @functools.cached_property
     def card_comparison(self) -> Comparison:
-        """The enrolled people, compared with the card of the net of faces, if there is a card."""
+        """The enrolled faces, compared with the card of the face net. NO_PROBLEM without a card."""
         for number, part in enumerate(self.backend.parts):
             if part.name == "face" and part.distances is not None:
                 counts, deviation = self.counts[number], 0.0
@@ -312,15 +334,18 @@ class Index:
         return Ratios(part, scale, self.counts[number], np.concatenate(constants))
 
     def _list_means(self, number: int, distances: Distances) -> list[Means]:
-        """Returns the means of each block, or of a block of nobody, see `Block.means`."""
+        """Returns the mean vectors of people in a modality, for each block, see `Block.means`.
+
+        If nobody is enrolled, the result has an empty element.
+        """
         means = [block.means(number, distances) for block in self.blocks]
         nobody = np.zeros((0, len(self.backend.parts[number].centre))), np.zeros(0), np.zeros(0)
         return means or [Means(distances, *nobody)]
 
     def replaced(self, removed: Collection[str], new: Sequence[People]) -> "Index":
-        """Returns a new index without the people `removed`, and with the blocks of people `new`.
+        """Returns a new index: without the people `removed`, and with the people `new`.
 
-        Unknown names in `removed` are ignored.
+        `new` are blocks of people. Unknown names in `removed` are ignored.
         """
         removed, blocks = set(removed), list[People]()
         for block in self.blocks:
@@ -338,10 +363,11 @@ class Index:
         return Index(self.backend, kept)
 
     def search(self, parts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-        """Yields the log-probabilities of all people for each of Q clips, [1 + N] float64.
+        """Yields for each of Q clips the log-probabilities of all people, an array [1 + N] float64.
 
         Element 0 belongs to a stranger, and element 1 + r to the person `names[r]`. If a clip lacks
-        all modalities, the probability of a stranger is 1. `parts` are M arrays [Q, D].
+        all modalities, the probability of a stranger is 1. `parts` are the vectors of the clips, M
+        arrays [Q, D], one for each modality.
         """
         for new, logits, rows, fine, _ in self._compared(parts, NUM_FINE_PEOPLE):
             wide = np.empty(1 + len(logits))
@@ -354,8 +380,9 @@ class Index:
     ) -> Iterator[Nearest]:
         """Yields the k most probable people of each group of clips.
 
-        `parts` are the vectors of Q clips, M arrays [Q, D]. `owner` [Q] int is the group of each
-        clip. By default, each clip is a group. A group that lacks all modalities gets no people.
+        `parts` are the vectors of Q clips, M arrays [Q, D], one for each modality. `owner` [Q] int
+        is the group of each clip. By default, each clip is a group. A group that lacks all
+        modalities gets no people.
         """
         for new, logits, rows, fine, has_part in self._compared(parts, k, owner):
             top = max(new, fine.max(initial=-np.inf))
@@ -374,10 +401,11 @@ class Index:
             yield Nearest(float(logs[0]), pairs, compared, rest)
 
     def ratios(self, parts: Sequence[np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Compares Q clips with the person `name`. `parts` are their vectors, M arrays [Q, D].
+        """Compares Q clips with the person `name`.
 
-        Returns the log-likelihood ratios [Q] float64 of this person against a stranger. Also
-        returns bool [M, Q], True if the clip and the person have the modality.
+        `parts` are the vectors of the clips, M arrays [Q, D], one for each modality. Returns two
+        arrays. The first, [Q] float64, contains the log-likelihood ratios of this person against a
+        stranger. The second, [M, Q] bool, is True if the clip and the person have the modality.
         """
         row, units = self.names.index(name), self.backend.units(parts)
         owner = np.arange(len(units[0]))
@@ -390,12 +418,13 @@ class Index:
     ) -> Iterator[tuple[float, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         """Compares groups of clips with all people. The arguments are as in `nearest`.
 
-        Yields five values for each group:
-          the logit of a stranger;
-          the logits [N] float32 of all enrolled people;
-          the indices [R] of the most probable people, where R may be larger than k;
-          the logits [R] float64 of these people;
-          [M] bool, True for each modality that the group has.
+        Yields a tuple of five values for each group, in this order:
+
+        - the logit of a stranger, float;
+        - the logits of all enrolled people, [N] float32;
+        - the indices of the most probable people, [R] int, where R may be larger than k;
+        - the logits of these people, [R] float64;
+        - True for each modality that the group has, [M] bool.
         """
         new = float(two_covariance.compute_stranger_logit(self.backend.settings, len(self.names)))
         units = self.backend.units(parts)
@@ -419,9 +448,10 @@ class Index:
                 yield new, clip_logits, rows, clip_fine, has_part
 
     def _prepare(self, units: Sequence[np.ndarray], effective: Sequence[np.ndarray]) -> _Queries:
-        """Prepares the unit vectors of Q groups of clips, M arrays [Q, D], for the comparison.
+        """Prepares Q groups of clips for the comparison with people.
 
-        `effective` are the effective numbers of clips, M arrays [Q].
+        `units` are the unit vectors of the groups, M arrays [Q, D], one for each modality.
+        `effective` are the effective numbers of their clips, M arrays [Q].
         """
         coordinates, terms = [], []
         for scorer, x, k in zip(self.scorers, units, effective, strict=True):
@@ -449,9 +479,10 @@ class Index:
         return logits
 
     def _logits_of(self, rows: np.ndarray, owner: np.ndarray, queries: _Queries) -> np.ndarray:
-        """Computes the logits [R] float64 of R pairs of a person and a clip.
+        """Computes the logits of R pairs of a person and a clip, [R] float64.
 
-        `rows` [R] are the indices of the people, and `owner` [R] the indices of the clips.
+        `rows` [R] are the indices of the people, and `owner` [R] the indices of the clips in
+        `queries`.
         """
         places = np.searchsorted(self._ends, rows, side="right") - 1
         products = [np.zeros(len(rows)) for _ in queries.coordinates]
@@ -473,12 +504,18 @@ class Index:
         owner: np.ndarray,
         queries: _Queries,
     ) -> np.ndarray:
-        """Returns the logits of pairs of a clip and a person.
+        """Adds the log-likelihood ratios of all modalities, for pairs of a clip and a person.
 
-        A logit is the sum of the log-likelihood ratios of all modalities. `products` are M arrays,
-        the coordinates of clips times `People.linear`. Their shape is [Q, R] for all pairs of Q
-        clips and R people, or [R] for R pairs. The logits overwrite the first array. `rows` [R] are
-        the indices of the people. `owner` are the indices of the clips, [Q, 1] or [R].
+        Args:
+          products: M arrays, the coordinates of clips times `People.linear`. The shape is [Q, R]
+            for all pairs of Q clips and R people, or [R] for R pairs. The first array is
+            overwritten.
+          rows: [R], the indices of the people.
+          owner: the indices of the clips, [Q, 1] or [R].
+          queries: the clips.
+
+        Returns:
+          the sums (logits), with the shape of a product.
         """
         several = (np.sum(~queries.missing, axis=0) > 1)[owner]
         for number, (part, ratios) in enumerate(zip(self.backend.parts, products, strict=True)):

@@ -1,4 +1,7 @@
-"""Finds the people of new clips, and people who may be mixed up. Moves clips to a new gallery."""
+"""Finds the people of new clips, finds people who may be mixed up, and migrates galleries.
+
+To migrate a gallery means to enrol its people in a gallery whose vectors are from another net.
+"""
 
 import itertools
 import math
@@ -46,7 +49,7 @@ class Enrolment(NamedTuple):
 
     @classmethod
     def join(cls, parts: "Sequence[Enrolment]") -> "Enrolment":
-        """Joins the results of several calls."""
+        """Joins the results of several calls to one result."""
         similar = {name: other for part in parts for name, other in part.similar.items()}
         rivals = {clip: person for part in parts for clip, person in part.rivals.items()}
         refused = tuple(clip for part in parts for clip in part.refused)
@@ -68,8 +71,9 @@ def check_identities(identities: str | Mapping[str, str | None] | None) -> None:
 def choose_clips(
     vectors: Vectors, identities: str | Mapping[str, str] | None, source: str, *, strangers: bool
 ) -> tuple[dict[str, StoredClip], tuple[str, ...]]:
-    """Returns name -> clip for the clips to enrol, and the clips without a usable frame.
+    """Selects the clips to enrol.
 
+    Returns name -> clip, and the names of the clips that are left out because no frame is usable.
     For the arguments and errors, see `Gallery.enrol`.
     """
     if isinstance(identities, str):
@@ -104,7 +108,11 @@ def choose_clips(
 
 
 def check_given(identities: Mapping[str, str], clips: Collection[str], source: str) -> None:
-    """Warns about keys of `identities` that are not clips. Raises UserError if no key is a clip."""
+    """Compares the keys of `identities`, clip -> person, with the names of existing `clips`.
+
+    Warns about keys that are not clips. Raises UserError if no key is a clip. `source` is the file
+    of `identities`, for messages.
+    """
     stray = sorted(map(str, identities.keys() - {*clips}))
     if not stray:
         return
@@ -116,10 +124,11 @@ def check_given(identities: Mapping[str, str], clips: Collection[str], source: s
 
 
 def complete(gallery: "Gallery", vectors: Vectors) -> set[str]:
-    """Adds missing modalities to enrolled clips.
+    """Adds missing modalities, such as voices, to enrolled clips.
 
-    `vectors` are clips with all modalities. A clip is left out if it is not enrolled, or if it
-    is enrolled with another vector of a modality. Returns the other clips, which are now complete.
+    `vectors` are clips with all modalities. A clip is left out if it is not enrolled, or if it is
+    enrolled with another vector of a modality. Returns the other clips, which now have all
+    modalities.
     """
     clips = select_usable_clips(vectors)
     with gallery.change() as draft:
@@ -127,9 +136,10 @@ def complete(gallery: "Gallery", vectors: Vectors) -> set[str]:
 
 
 def find_known(state: State, vectors: Vectors) -> dict[str, str | None]:
-    """Finds enrolled clips that have these vectors. They may lack a modality.
+    """Finds the given clips that are enrolled with these vectors; returns clip -> person.
 
-    Returns clip -> person. The person is None for a stranger.
+    The person of a stranger is None. The enrolled clip may lack some of the modalities, such as
+    face.
     """
     given = {name: clip.vector for name, clip in select_usable_clips(vectors).items()}
     equal = find_equal(given, state.clips, state.index.backend)
@@ -143,14 +153,14 @@ def find_rivals(state: State, clips: Mapping[str, StoredClip]) -> dict[str, str]
     odds of this person against a stranger are above 200 to 1. Clips of twins are left out: such a
     clip fits its person better, and the clips of the two people differ.
 
-    If a comparison of all `clips` would take minutes, the last clips are not compared, with a
-    message. If the vectors do not separate people, the result is empty.
+    If a comparison of all `clips` would take minutes, the last clips are not compared, and a
+    message says so. If the net cannot tell people apart, the result is empty.
     """
     index, rivals = state.index, dict[str, str]()
     owned = [name for name, clip in clips.items() if clip.identity in state.clips_of]
     most = max(MOST_PAIRS // max(len(index.names), 1), 1)
     if len(owned) > most:
-        say(f"only {most:,} of {len(owned):,} clips were compared with the other people")
+        say(f"to save time, only {most:,} of {len(owned):,} clips were compared with other people")
     if card_notes.compare(state).problem == "blind" or len(index.names) < 2:
         return {}
     vectors = stack_vectors(owned[:most], clips, sum(index.backend.widths.values()))
@@ -168,7 +178,10 @@ def find_rivals(state: State, clips: Mapping[str, StoredClip]) -> dict[str, str]
 
 
 def _is_twin(state: State, name: str, clip: StoredClip, like: str) -> bool:
-    """Returns whether the person of a clip only resembles the person `like`, see `find_rivals`."""
+    """Returns whether a clip shows its own person, who only looks like the person `like`.
+
+    This is so if the clip fits its person better, and the clips of the two people differ.
+    """
     own = state.clips_of[clip.identity or STRANGER]
     mates = [x for x in own if strip_ending(x) != strip_ending(name)]
     if not mates:
@@ -197,7 +210,11 @@ def warn_of_similar(folder: Path, names: Mapping[str, str]) -> None:
 
 
 def advise_other_films(state: State, people: Iterable[str]) -> None:
-    """Prints which `people` have only clips of a single film, or clips that count as one clip."""
+    """Prints which `people` need clips from other films.
+
+    These people have only clips of a single film, or clips that are so alike that they count as
+    one.
+    """
     enrolled, index = state.clips_of, state.index
     counts = dict(zip(index.names, index.counts.max(axis=0).tolist(), strict=True))
     few = [

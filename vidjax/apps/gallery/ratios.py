@@ -1,11 +1,11 @@
-"""Compares groups of clips: do two groups show the same person?
+"""Compares groups of clips: do the clips of two groups show the same person?
 
 A log ratio is log(p(clips | one person) / p(clips | two people)). The clips may be compared by PLDA
 or by distances, see `backend`. The ratios of all modalities that both groups have are added.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,6 @@ from vidjax.models import card_backend, two_covariance
 if TYPE_CHECKING:
     from vidjax.apps.gallery.backend import Backend, Part
 
-Rows: TypeAlias = list[int] | slice | tuple[slice, None] | np.ndarray
 # We assume that 10 % of the voices belong to a person who is not seen. So the likelihood ratio of
 # a voice is at most 9 if the clip also has a face.
 MAX_VOICE_RATIO = np.log(9)
@@ -22,9 +21,9 @@ LEAST_ODDS = 200.0  # with which we say that clips show one person, or two
 
 
 class Summary(NamedTuple):
-    """The numbers by which groups of clips are compared, in M modalities.
+    """The numbers by which groups of clips are compared, in M modalities such as face.
 
-    All arrays of groups have the shape [...], such as [G] for G groups.
+    The groups may have any shape [...], for example [G] for a list of G groups.
     """
 
     counts: list[np.ndarray]  # M arrays [...], the numbers of clips that have the modality
@@ -33,18 +32,21 @@ class Summary(NamedTuple):
     noises: list[np.ndarray]  # M arrays [...], see `measure_noise`
     clarity: np.ndarray  # [...], the mean clarity of the faces, see `align.measure_clarity`
 
-    def take(self, rows: Rows) -> "Summary":
-        """Selects groups. `rows` is an index of a NumPy array."""
+    def take(self, rows: list[int] | slice | tuple[slice, None] | np.ndarray) -> "Summary":
+        """Selects groups. `rows` is an index of a NumPy array, such as a list or a slice."""
         counts, means, squares, noises = ([x[rows] for x in each] for each in self[:-1])
         return Summary(counts, means, squares, noises, self.clarity[rows])
 
     def across(self) -> "Summary":
-        """Returns G groups as [G, 1], so that each is compared with each of H other groups."""
+        """Returns G groups with the shape [G, 1]: `compare` then compares each with all of [H]."""
         return self.take((slice(None), None))
 
 
 def of_clips(backend: "Backend", parts: Sequence[np.ndarray]) -> Summary:
-    """Returns N groups of a single clip. `parts` are the vectors of the clips, M arrays [N, D]."""
+    """Makes a group of each of N clips.
+
+    `parts` are the vectors of the clips, M arrays [N, D], one for each modality.
+    """
     means, ones = backend.whiten(parts), np.ones(len(parts[0]))
     counts, squares = [z.any(axis=1).astype(int) for z in means], [np.vecdot(z, z) for z in means]
     return Summary(counts, means, squares, [ones] * len(means), ones)
@@ -56,10 +58,14 @@ def of_sums(
     clarity: np.ndarray,
     inverses: Sequence[np.ndarray | None] | None = None,
 ) -> Summary:
-    """Returns G groups of clips, given sums over the clips.
+    """Makes G groups of clips from sums over their clips.
 
-    `sums` are the number [G] and the sum [G, D] of the coordinates of each group's clips, for each
-    of M modalities. `clarity` is [G]. PLDA needs `inverses`, see `invert`.
+    Args:
+      backend: the parameters that compare vectors.
+      sums: (count [G], total [G, D]) for each of M modalities: the number of clips of each group,
+        and the sum of the coordinates of these clips.
+      clarity: [G], the mean clarity of the faces of each group.
+      inverses: the result of `invert`, which PLDA needs.
     """
     counts = [count for count, _ in sums]
     means = [total / np.maximum(count, 1)[:, None] for count, total in sums]
@@ -69,7 +75,7 @@ def of_sums(
 
 
 def invert(backend: "Backend") -> list[np.ndarray | None]:
-    """Returns the inverse of `Space.transform` [D, D] for each modality; None without PLDA."""
+    """Returns the inverse of `Space.transform`, [D, D], for each modality, or None without PLDA."""
     return [np.linalg.inv(part.space.transform) if part.space else None for part in backend.parts]
 
 
@@ -78,8 +84,9 @@ def measure_noise(
 ) -> np.ndarray:
     """Returns the variance of the mean of each of G groups, relative to the variance of one clip.
 
-    `count` [G] and `mean` [G, D] are as in `Summary`. The result [G] is 1 / k for k independent
-    clips. For similar clips it is larger. PLDA needs `inverse`, see `invert`.
+    The result [G] is 1 / k for k independent clips. For similar clips it is larger. `count` [G] and
+    `mean` [G, D] are the number and the mean of the clips. `inverse` is the inverse of
+    `Space.transform`, which PLDA needs.
     """
     num = np.maximum(count, 1)
     if part.space is None:
@@ -92,10 +99,10 @@ def measure_noise(
 
 
 def compare(backend: "Backend", x: Summary, y: Summary) -> tuple[np.ndarray, np.ndarray]:
-    """Compares groups x with groups y, whose shapes broadcast.
+    """Compares groups x with groups y, whose shapes broadcast to [...].
 
-    Returns the log ratios [...] float64, and bool [M, ...], True if both groups have the modality.
-    If two groups have no modality in common, the ratio is 0.
+    Returns two arrays: the log ratios [...] float64, and bool [M, ...], True if both groups have
+    the modality. If two groups have no modality in common, their ratio is 0.
     """
     shared = np.array([(a > 0) & (b > 0) for a, b in zip(x.counts, y.counts, strict=True)])
     several, total = shared.sum(axis=0) > 1, np.zeros(shared.shape[1:])

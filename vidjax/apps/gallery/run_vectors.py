@@ -1,4 +1,7 @@
-"""Computes the vectors of a gallery with a training run. Functions that use the run import JAX."""
+"""Computes the vectors of a gallery with a training run.
+
+JAX is imported in the functions that use the run.
+"""
 
 import os
 import shlex
@@ -11,7 +14,7 @@ import numpy as np
 
 from vidjax.apps.gallery import backend as backend_lib
 from vidjax.apps.gallery.backend import Backend
-from vidjax.apps.gallery.enrolment import fit_backend, stack_people
+from vidjax.apps.gallery.enrolment import stack_people
 from vidjax.apps.gallery.store import StoredClip, UnreadableError, VectorOrigin
 from vidjax.apps.gallery.vectors import Advance, Vectors, select_usable_clips
 from vidjax.data.clips import BUCKETS, MAX_EVAL_FRAMES, PAD_LENGTHS, EvalPlan, longest
@@ -33,7 +36,7 @@ EMBEDDING = "embedding"  # if the run is not PLDA, this word replaces the modali
 
 
 def restore(run: "Predictor | str | Path") -> "Predictor":
-    """Loads a run from its folder. A loaded run is returned unchanged."""
+    """Loads a run from its folder. If `run` is already a loaded run, returns it unchanged."""
     from vidjax.evaluation import predict
 
     if isinstance(run, predict.Predictor):
@@ -43,7 +46,10 @@ def restore(run: "Predictor | str | Path") -> "Predictor":
 
 
 def load_data(run: "Predictor", data: Dataset | None) -> Dataset:
-    """Returns `data`. By default, loads the dataset of the run, and checks its digests."""
+    """Returns the dataset of a run: `data` if it is given, otherwise the loaded dataset.
+
+    A loaded dataset is compared with the digests that the run has stored.
+    """
     from vidjax.runs import digests
     from vidjax.training import public
 
@@ -56,11 +62,10 @@ def load_data(run: "Predictor", data: Dataset | None) -> Dataset:
 
 
 def make_origin(run: "Predictor") -> VectorOrigin:
-    """Describes a run by its folder and a digest of its weights."""
+    """Describes a run: by its folder, a digest of its weights, and whether it centres vectors."""
     digest = files.sha256_json(sorted(run.manifest["files"].items()))
-    return VectorOrigin(
-        str(run.workdir), digest, run.model.system.model.gallery_settings() is not None
-    )
+    is_centred = run.model.system.model.gallery_settings() is not None
+    return VectorOrigin(str(run.workdir), digest, is_centred)
 
 
 def find_run(
@@ -108,13 +113,17 @@ def find_run(
 
 
 class RunVectors(NamedTuple):
-    """Computes vectors for a gallery of a run."""
+    """Computes the vectors of clips for a gallery that was made from a run."""
 
     run: "Predictor"
 
     @property
     def reads(self) -> tuple[dict[str, int], Quality]:
-        """Modality -> width of the features, and the quality of frames, see `NetVectors`."""
+        """The modalities that are read of a clip, and where the quality of its frames is from.
+
+        The first value is modality -> width of its features. The second is `given` (the quality in
+        the file or, if it is missing, the norm of the features) or `norm` (always the norm).
+        """
         return dict(self.run.modalities), self.run.config.data.quality
 
     def embed(
@@ -134,7 +143,7 @@ class RunVectors(NamedTuple):
         parts: dict[str, np.ndarray] = {}
         chosen = source.split(split)
         rows = np.argsort(places)  # of each clip of the split in `names`
-        for batch in pad_batches(source, split, tuple(run.modalities), EMBED_ROWS):
+        for batch in pad_batches(run, source, split):
             (block,) = run.embed_blocks([batch])
             real = np.asarray(batch.batch_mask)
             for part, x in _make_parts(run, block[real]).items():
@@ -154,9 +163,10 @@ class RunVectors(NamedTuple):
 def fit(
     run: "Predictor", data: Dataset, *, strangers: str | None = None, empty: bool = False
 ) -> tuple[VectorOrigin, Backend, dict[str, StoredClip]]:
-    """Computes the content of a gallery of a run: its origin, its back end and its clips.
+    """Computes the content of a gallery of a run.
 
-    The arguments are as in `Gallery.create`.
+    Returns three values: a description of the run, the parameters that compare vectors, and name ->
+    clip. The arguments are as in `Gallery.create`.
     """
     clips: dict[str, StoredClip] = {}
     labelled, widths = 0, {}
@@ -179,14 +189,14 @@ def fit(
         )
     origin = make_origin(run)
     settings = run.model.system.model.gallery_settings()
-    vectors, labels, _ = stack_people(clips, widths)
+    vectors, labels, enrolled = stack_people(clips, widths)
     if settings and backend_lib.measure_shared(vectors, labels) > backend_lib.MOST_SHARED:
         say(
             "the clips of each person are as alike as photos of one day, so they count as "
             "fewer clips\nto name more clips, train on clips of different days"
         )
         origin, settings = msgspec.structs.replace(origin, refitted=True), None
-    backend = fit_backend(clips, widths, centred=origin.centred, settings=settings)
+    backend = backend_lib.fit(vectors, labels, enrolled, centred=origin.centred, settings=settings)
     chosen = strangers or run.config.eval.split
     kept = {} if empty else clips
     if strangers or data.split(chosen).labelled:
@@ -196,24 +206,23 @@ def fit(
     return origin, backend, kept
 
 
-def pad_batches(
-    source: "ClipSource", split: str, modalities: tuple[str, ...], rows: int
-) -> "Iterator[Batch]":
-    """Yields the clips of a split in batches of `rows` clips.
+def pad_batches(run: "Predictor", source: "ClipSource", split: str) -> "Iterator[Batch]":
+    """Yields the clips of a split in batches of EMBED_ROWS clips.
 
     All modalities of a clip are padded to the same length, the smallest possible length in
-    PAD_LENGTHS. So JAX compiles few programs.
+    PAD_LENGTHS. So there are few different shapes, and JAX compiles few programs.
     """
+    modalities = tuple(run.modalities)
     lengths = longest(source.split(split), modalities)
     pad = np.searchsorted(PAD_LENGTHS, np.minimum(lengths, MAX_EVAL_FRAMES))
     for number in np.unique(pad).tolist():
         bucket = np.where(pad == number, 0, -1)
         padded = dict.fromkeys(modalities, (PAD_LENGTHS[number],) * len(BUCKETS))
-        yield from source.eval_batches(EvalPlan(split, modalities, bucket, padded), rows=rows)
+        yield from source.eval_batches(EvalPlan(split, modalities, bucket, padded), rows=EMBED_ROWS)
 
 
 def _make_parts(run: "Predictor", values: np.ndarray) -> dict[str, np.ndarray]:
-    """Splits embeddings [N, sum of D] into unit vectors, modality -> [N, D] float32."""
+    """Splits embeddings [N, sum of D] into unit vectors: modality -> [N, D] float32."""
     model = run.model.system.model
     widths = model.modalities if model.gallery_settings() else {EMBEDDING: values.shape[1]}
     return split_embeddings(values, widths)

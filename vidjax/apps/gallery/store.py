@@ -49,7 +49,7 @@ from vidjax.apps.gallery.index import MAX_BLOCK_PEOPLE, Index
 from vidjax.apps.server_limits import LOCK_SECONDS
 from vidjax.models.two_covariance import Settings
 from vidjax.utils import files, json_files
-from vidjax.utils.errors import InUseError, UserError
+from vidjax.utils.errors import InUseError, UserError, check_argument
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.json_files import Count, Sha256, Size, Text
 from vidjax.utils.names import check_name, normal_form, show
@@ -82,7 +82,7 @@ BACKEND_LAYOUT = np.dtype([("number", "<f8")])
 
 
 class VectorOrigin(Struct, frozen=True, omit_defaults=True):
-    """The training run or the pretrained models that computed the vectors of the clips."""
+    """A description of the training run or the nets that computed the vectors of the clips."""
 
     workdir: Text  # the folder of the run or of the models
     digest: Sha256  # the sha256 of the weights of the run, or of `cards`
@@ -98,7 +98,10 @@ class VectorOrigin(Struct, frozen=True, omit_defaults=True):
 
     @property
     def counts_every_clip(self) -> bool:
-        """Whether clips to which the gallery was fitted count fully, as in the run."""
+        """Whether each clip counts fully, as in a PLDA run, if the gallery was fitted to this clip.
+
+        Otherwise, similar clips of a person count as fewer clips.
+        """
         return self.centred and not self.refitted
 
 
@@ -125,7 +128,7 @@ class _Facts(Struct, omit_defaults=True):
 
 
 class StoredClip(NamedTuple):
-    """A clip of a person or of a stranger."""
+    """A clip of a person or of a stranger, with its vector."""
 
     identity: str | None  # the person; None for a stranger
     vector: np.ndarray  # [sum of D] float32, of all modalities; zeros for a missing modality
@@ -133,7 +136,7 @@ class StoredClip(NamedTuple):
 
 
 class State(NamedTuple):
-    """The whole content of a gallery. A state is immutable.
+    """The whole content of a gallery. A state never changes: a change makes a new state.
 
     `Store.write` computes `rows`, `entries` and `sha256`, which describe the file.
     """
@@ -154,12 +157,15 @@ class State(NamedTuple):
 
     @property
     def people(self) -> dict[str, tuple[str, ...]]:
-        """The people, sorted by name, without strangers: identity -> sorted names of its clips."""
+        """The people, sorted by name, without strangers: name -> sorted names of the clips."""
         return {name: clips for name, clips in sorted(self.clips_of.items()) if name != STRANGER}
 
 
 def list_clips_of(clips: Mapping[str, StoredClip]) -> dict[str, tuple[str, ...]]:
-    """Returns identity -> sorted names of its clips. The key of strangers is STRANGER."""
+    """Groups clips by person: returns name of a person -> sorted names of the clips.
+
+    The key of the clips of strangers is STRANGER.
+    """
     clips_of = group_by_key((clip.identity or STRANGER, name) for name, clip in clips.items())
     return {identity: tuple(sorted(names)) for identity, names in clips_of.items()}
 
@@ -187,13 +193,17 @@ class Store:
     """Reads and writes the file of the gallery in `folder`."""
 
     def __init__(self, folder: str | Path):
+        check_argument("Gallery: folder", folder, (str, os.PathLike), "the path of a folder")
         self.folder = files.local(folder).absolute()
         self.path = self.folder / GALLERY_FILE
 
     # ---- opening
 
     def check_new(self) -> None:
-        """Raises UserError if the folder contains files. Files of a killed process are ignored."""
+        """Raises UserError if the folder contains files, for example another gallery.
+
+        Files that a killed process has left do not count.
+        """
         if not self.folder.is_dir():
             return
         ours = {GALLERY_FILE, JOURNAL_FILE}
@@ -208,7 +218,7 @@ class Store:
             raise UserError(f"'{self.folder}' already contains a gallery: name another folder")
 
     def make_folder(self) -> None:
-        """Makes the folder. Raises UserError if it contains files."""
+        """Makes the folder of a new gallery. Raises UserError if it contains files."""
         with contextlib.suppress(FileExistsError):
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(mode=0o700)
@@ -216,7 +226,7 @@ class Store:
         self.check_new()
 
     def _advise_on_run(self) -> str:
-        """Returns advice on how to make a gallery of the run in the folder, or "" without a run."""
+        """Returns a text that says how to make a gallery of the run in the folder, or ""."""
         if not files.exists(self.folder / "config.json"):
             return ""
         command = f"vidjax gallery create NEW_FOLDER --run={shlex.quote(str(self.folder))}"
@@ -260,7 +270,7 @@ class Store:
             end = os.fstat(file.fileno()).st_size - len(SUPER_JOURNAL)
             file.seek(max(end, 0))  # only the end matters: every journal begins with these bytes
             if end > 0 and file.read(len(SUPER_JOURNAL)) == SUPER_JOURNAL:
-                raise damaged(journal, "it contains the path of another file")
+                raise damaged(journal, "it is a journal of SQLite with the path of another file")
 
     @contextlib.contextmanager
     def open(
@@ -270,8 +280,8 @@ class Store:
 
         At the beginning, SQLite undoes an interrupted change of another process. At the end of the
         `with` block, changes without a COMMIT are undone. If `write` is True, no other process can
-        change the gallery during the block. If another process changes it for longer than `wait`
-        seconds, raises InUseError.
+        change the gallery during the block. Raises InUseError if another process is changing the
+        gallery, and does not finish within `wait` seconds.
         """
         self._check_files(write=write)
         with contextlib.closing(_connect(self.path)) as connection:
@@ -305,12 +315,15 @@ class Store:
     # ---- reading
 
     def sha256(self) -> bytes:
-        """Returns the stored sha256 of the whole content, without reading the content."""
+        """Returns the sha256 of the content, as stored in the file. The content is not read."""
         with self.open() as connection, _translate_errors(self.path):
             return _read_facts_row(connection)[1]
 
     def read(self) -> State:
-        """Reads and checks the whole file. Raises UnreadableError if the file is damaged."""
+        """Reads and checks the whole file; returns the content.
+
+        Raises UnreadableError if the file is damaged.
+        """
         with self.open() as connection, _translate_errors(self.path), _pause_collection():
             if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
                 raise UserError("quick_check of SQLite finds damaged pages")
@@ -319,7 +332,10 @@ class Store:
     # ---- writing
 
     def create(self, state: State) -> None:
-        """Makes the file, and writes the first state. The file may exist if it has no tables."""
+        """Makes the file, and writes the first content, `state`.
+
+        The file may exist if it has no tables. Raises UserError if it contains a gallery.
+        """
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         with self.open(write=True) as connection:
@@ -334,12 +350,17 @@ class Store:
         new: Mapping[str, StoredClip] | None = None,
         people: Sequence[People] | None = None,
     ) -> State:
-        """Writes a state and ends the transaction; returns the state with the new digests.
+        """Writes the content of a gallery, and ends the transaction.
 
-        `connection` is from `open`. By default, all rows are written again. `new` and `people`
-        are the clips and people that differ from the file. If both are given, they are added at
-        the end, and their old entries stay in the file as outdated entries. If about half of all
-        entries would be outdated, all rows are written again.
+        Args:
+          connection: the result of `open`.
+          state: the new content.
+          new, people: the clips and people that differ from the file. If both are given, they are
+            added at the end of the tables, and their old entries stay in the file as outdated
+            entries. Otherwise, or if about half of all entries would be outdated, all rows are
+            written again.
+
+        Returns `state` with the new digests.
         """
         index, clips, rows, entries = state.index, state.clips, state.rows, state.entries
         blocks, most = index.blocks, 2 * (len(clips) + len(index.names))
@@ -385,7 +406,7 @@ def _pause_collection() -> Iterator[None]:
 
 
 def damaged(path: Path, problem: str) -> UnreadableError:
-    """Returns the error for a damaged file. `problem` is the reason, such as "it is a link"."""
+    """Returns the error for a damaged file. `problem` is what is wrong with the file `path`."""
     return UnreadableError(f"'{path}' is damaged: {problem}\n{REMEDY}")
 
 
@@ -393,7 +414,8 @@ def damaged(path: Path, problem: str) -> UnreadableError:
 def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
     """Turns errors of SQLite into OSError or UserError with a message for the user.
 
-    If the `with` block raises UserError, the content is wrong, and UnreadableError is raised.
+    A UserError of the `with` block means that the content is wrong. It becomes an UnreadableError.
+    `write` is True if the block changes the file.
     """
     try:
         yield
@@ -434,7 +456,10 @@ def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
 
 
 def _begin_change(connection: sqlite3.Connection, end: float) -> None:
-    """Begins a transaction. Waits for other changes, at most to the time `end`."""
+    """Begins a transaction. Waits until other changes have ended, at most to the time `end`.
+
+    `end` is a time of `time.monotonic()`. After this time, the error of SQLite is raised.
+    """
     # The waiting of SQLite gets slower, so that later programs overtake the earliest.
     connection.execute("PRAGMA busy_timeout=0")
     while True:
@@ -449,7 +474,10 @@ def _begin_change(connection: sqlite3.Connection, end: float) -> None:
 
 
 def _has_locks(folder: Path) -> bool:
-    """Returns whether the disk of a folder has locks. SQLite calls a file without locks busy."""
+    """Returns whether files on the disk of a folder can be locked.
+
+    If they cannot be locked, SQLite reports that the file is busy.
+    """
     with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -469,7 +497,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _version(connection: sqlite3.Connection) -> tuple[int, set[str]]:
-    """Returns the version of the format, and the SQL code of all tables and other objects."""
+    """Returns two values: the version of the format, and the SQL code of all tables and objects."""
     # The pages of a forged file may refer to each other without end, so the time is limited.
     end = time.monotonic() + SCHEMA_SECONDS
     connection.set_progress_handler(lambda: time.monotonic() > end, 1000)
@@ -478,7 +506,7 @@ def _version(connection: sqlite3.Connection) -> tuple[int, set[str]]:
     ((mode,),) = connection.execute("PRAGMA journal_mode").fetchall()
     connection.set_progress_handler(None, 0)
     if mode != "delete":
-        raise UserError("its journal_mode is not 'delete'")
+        raise UserError("its setting journal_mode of SQLite is not 'delete'")
     return version, tables
 
 
@@ -495,11 +523,16 @@ def _digest(row: Sequence[Any]) -> int:
 def _append(
     connection: sqlite3.Connection, table: str, words: Sequence[Sequence[str]], numbers: np.ndarray
 ) -> int:
-    """Adds N people or clips to a table; returns the change of `State.rows`, the sum of digests.
+    """Adds N people or clips to the end of a table.
 
-    A row contains many people or clips. The last row is filled before a new row is added. `words`
-    are lists of N names: the names of the people, or the names of the clips and of their people.
-    `numbers` [N] has the dtype of the table.
+    A row contains many people or clips. The last row is filled before a new row is added.
+
+    Args:
+      words: lists of N names: for people, their names; for clips, the names of the clips and the
+        names of their people.
+      numbers: [N], with the dtype of the table.
+
+    Returns the change of `State.rows`, the sum of the digests of all rows.
     """
     place, total = 0, 0
     step = max(1, min(MAX_BLOCK_PEOPLE, ROW_BYTES // numbers.dtype.itemsize))
@@ -570,13 +603,13 @@ def _read_facts_row(connection: sqlite3.Connection) -> tuple[str, bytes]:
 def _read(connection: sqlite3.Connection) -> State:
     text, sha256 = _read_facts_row(connection)
     if hashlib.sha256(text.encode()).digest() != sha256:
-        raise UserError("the facts in its table 'gallery' do not match their sha256")
+        raise UserError("the text in its table 'gallery' does not match its stored sha256")
     facts = json_files.parse(Path(GALLERY_FILE), files.parse_json(text), _Facts, REMEDY)
     if missing := set(Settings._fields) - facts.settings.keys():
-        raise UserError(f"its settings lack {min(missing)}")
+        raise UserError(f"its table 'gallery' lacks the setting '{min(missing)}'")
     width = sum(facts.widths.values())
     if width > MAX_VECTOR_WIDTH or len(facts.widths) < len(facts.parts):
-        raise UserError("its vectors are too wide, or two of its modalities have the same name")
+        raise UserError(f"its vectors have {width:,} numbers, or two modalities share a name")
     _, numbers, rows = _read_table(connection, "backend", BACKEND_LAYOUT, 0)
     backend = _make_backend(numbers["number"], facts)
     (names, people), numbers, more = _read_table(connection, "clip", _clip_layout(width), 2)
@@ -604,11 +637,11 @@ def _read(connection: sqlite3.Connection) -> State:
 def _read_table(
     connection: sqlite3.Connection, table: str, layout: np.dtype, num_words: int
 ) -> tuple[list[list[str]], np.ndarray, int]:
-    """Reads and checks a table of N people, clips, or numbers of the back end.
+    """Reads and checks a table of N people, of N clips, or of N parameters that compare vectors.
 
-    Returns `num_words` lists of N names, the numbers as an array [N] with the dtype `layout`, and
-    the sum of the sha256 of all rows. `num_words` is 1 for people: their names. It is 2 for clips:
-    the names of the clips, and of their people. It is 0 for the back end.
+    Returns three values: `num_words` lists of N names; the numbers, an array [N] with the dtype
+    `layout`; the sum of the sha256 of all rows. `num_words` is 1 for people: their names. It is 2
+    for clips: the names of the clips, and of their people. It is 0 for parameters.
     """
     (size,) = connection.execute(f"SELECT total(length(numbers)) FROM {table}").fetchone()
     numbers, at, total = np.empty(int(size) // layout.itemsize, layout), 0, 0
@@ -630,7 +663,10 @@ def _read_table(
 
 
 def _check_names(names: Sequence[str], clips: Sequence[str]) -> None:
-    """Raises UserError if a name is invalid. `names` begin with `clips`; the rest are people."""
+    """Raises UserError if a name is invalid.
+
+    `names` contains the names of clips first, which are also in `clips`, and then names of people.
+    """
     text = "".join(names)  # checking all names together is faster
     filled = "" not in clips and "" not in map(str.strip, filter(None, names))
     if filled and text.isprintable() and unicodedata.is_normalized("NFC", text):
@@ -655,7 +691,7 @@ def _make_backend(numbers: np.ndarray, facts: _Facts) -> Backend:
 
 
 def _make_blocks(names: Sequence[str], numbers: np.ndarray) -> Iterator[People]:
-    """Yields blocks of people, from the N names and numbers [N] of the table `person`.
+    """Yields blocks of people from the table `person`, with N names and numbers [N].
 
     If a name occurs several times, only its last row counts.
     """

@@ -40,24 +40,28 @@ class Vectors(NamedTuple):
 
 
 class NetVectors(NamedTuple):
-    """Computes vectors for a gallery of nets, whose features are embeddings."""
+    """Computes the vectors of clips for a gallery of nets, whose features are embeddings."""
 
     backend: Backend
 
     @property
     def reads(self) -> tuple[dict[str, int], Quality]:
-        """The width of each modality's features, and the quality of frames: `given` or `norm`."""
+        """The modalities that are read of a clip, and where the quality of its frames is from.
+
+        The first value is modality -> width of its features. The second is `given`: the quality in
+        the file or, if it is missing, the norm of the features.
+        """
         return self.backend.widths, "given"
 
     def embed(self, clips: FrameClips, split: str | None, advance: Advance) -> Vectors:
-        """Computes the mean of the frames of each clip, see `Gallery.embed`."""
+        """Computes the vector of each clip, the mean of its frames. See `Gallery.embed`."""
         if isinstance(clips, Mapping):
             clips = MemoryClips.pack(clips, self.backend.widths, ())
         if isinstance(clips, MemoryClips) and split is not None:
             raise UserError(f"split={split!r}: clips in memory have no splits: leave it out")
         if not isinstance(clips, MemoryClips):
             raise UserError(
-                "a gallery of models has no run, so it cannot embed a split of a dataset\n"
+                "a gallery of nets has no run, so it cannot read a split of a dataset\n"
                 "give {clip: {modality: features}} in Python, or --input=FOLDER"
             )
         parts = {
@@ -70,7 +74,7 @@ class NetVectors(NamedTuple):
 
 
 def select_usable_clips(vectors: Vectors) -> dict[str, StoredClip]:
-    """Returns name -> clip. Clips without a usable frame are left out: their vectors are 0."""
+    """Returns name -> clip. A clip without a usable frame, whose vectors are 0, is left out."""
     rows = np.concatenate(list(vectors.parts.values()), axis=1)
     clips = zip(vectors.names, vectors.labels, rows, strict=True)
     return {name: StoredClip(label, row) for name, label, row in clips if row.any()}

@@ -14,9 +14,9 @@ clips of other people that reach the threshold. There are two ways to choose a t
   on their order.
 - By the model, if there are too few strangers: at most a share R of the clips of other people has a
   likelihood ratio of 1 / R or more. This is Markov's inequality, because the mean likelihood ratio
-  of these clips is 1. It holds only if the clips are distributed as the back end assumes. If the
-  enrolled people are closer to each other than the card of the net says, the threshold is higher,
-  because it is computed from the distance of these people.
+  of these clips is 1. It holds only if the clips are distributed as the gallery assumes. If the
+  enrolled people are closer to each other than the card, the JSON file of the net, says, the
+  threshold is higher, because it is computed from the distance of these people.
 """
 
 import hashlib
@@ -48,7 +48,6 @@ MISFIT_ODDS = 10.0  # against the person, from which on a clip does not fit the 
 MAX_DOUBLES = 3
 MAX_COUNTED = 1000  # clips of strangers that are grouped, to count the strangers
 MIN_STRANGERS = 0.6  # if strangers are fewer than this share of the needed number, the rule says so
-Kind = Literal["measured", "model", "blind"]
 
 
 class Match(NamedTuple):
@@ -71,14 +70,14 @@ class Match(NamedTuple):
     worst: tuple[str, float] | None = None
 
     def to_dict(self) -> dict[str, object]:
-        """Returns values for JSON."""
+        """Returns the fields as values for JSON."""
         clips = {"best": self.best, "worst": self.worst}
         fits = {key: x and {"clip": x[0], "log_ratio": x[1]} for key, x in clips.items()}
         return {**self._asdict(), "evidence": [*self.evidence], **fits}
 
 
-Matches: TypeAlias = Mapping[str, Match]  # clip -> its comparison with a person
-PairMatches: TypeAlias = Mapping[tuple[str, str], Match]  # two clips -> their comparison
+# Clip -> its comparison with a person; or two clips -> their comparison.
+Matches: TypeAlias = Mapping[str, Match] | Mapping[tuple[str, str], Match]
 
 
 class MatchRule(NamedTuple):
@@ -95,21 +94,29 @@ class MatchRule(NamedTuple):
       about: a description of the rule for the user.
     """
 
-    by: Kind
+    by: Literal["measured", "model", "blind"]
     fmr: float
     log_ratio: float
     threshold: answers_lib.Threshold | None
     about: str
 
     def match(self, ratio: float, evidence: tuple[str, ...]) -> Match:
-        """Makes a comparison from the log ratio `ratio`, and the compared modalities `evidence`."""
+        """Applies the rule to the log ratio `ratio`; returns the comparison.
+
+        `evidence` are the compared modalities, such as face. If there is none, the result is not
+        accepted.
+        """
         ratio = ratio if evidence else 0.0
         accepted = bool(evidence) and ratio >= self.log_ratio
         probability = 1 / (1 + math.exp(-ratio)) if ratio > -700 else 0.0
         return Match(accepted, ratio, probability, evidence)
 
     def to_dict(self) -> dict[str, object]:
-        """Returns values for JSON. `low` and `high` are the 95 % interval of a measured FMR."""
+        """Returns the rule as values for JSON.
+
+        If the rule was measured, the value `measured` contains the numbers of the measurement. Its
+        entries `low` and `high` are the ends of the 95 % interval of the false match rate.
+        """
         limit, measured = self.threshold, {}
         if limit is not None:
             low, high = limit.interval
@@ -122,7 +129,7 @@ class MatchRule(NamedTuple):
         }  # fmt: skip
 
     def describe(self) -> dict[str, str]:
-        """Returns rows for the terminal, label -> text."""
+        """Returns rows for the terminal: label -> text."""
         rows = {"accepted if": self.about}
         if limit := self.threshold:
             low, high = map(answers_lib.share, limit.interval)
@@ -133,12 +140,13 @@ class MatchRule(NamedTuple):
 
 
 class Verification(NamedTuple):
-    """The comparison of clips with a person.
+    """The comparison of several clips with one person.
 
     Attributes:
       matches: clip -> its comparison with the person.
       rule: the rule that decides if a clip is accepted.
-      misfits: clip of the person that does not fit the others -> log ratio, see `find_misfits`.
+      misfits: enrolled clip of the person that does not fit the person's other clips -> log ratio,
+        see `find_misfits`.
     """
 
     matches: dict[str, Match]
@@ -149,30 +157,34 @@ class Verification(NamedTuple):
 def make_rule(
     ratios: np.ndarray, fmr: float | None, *, pairs: bool, least: float = -math.inf
 ) -> MatchRule:
-    """Makes a rule from the log ratios [S] of comparisons of different people.
+    """Makes a rule from the log ratios [S] of S comparisons of different people.
 
-    `fmr` is None for DEFAULT_FMR. `pairs` is True if each comparison needs two clips of strangers.
-    `least` is the result of `find_least_ratio`. Raises UserError if `fmr` is given and there are
-    too few comparisons.
+    Args:
+      ratios: the log ratios.
+      fmr: the largest accepted share of other people's clips, or None for DEFAULT_FMR.
+      pairs: True if each comparison needs two clips of strangers.
+      least: the lowest threshold of a rule that is not measured, see `find_least_ratio`.
+
+    Raises:
+      UserError: `fmr` is given, and there are too few comparisons to measure it.
     """
-    rate, each = fmr or DEFAULT_FMR, 2 if pairs else 1
+    rate, count, each = fmr or DEFAULT_FMR, len(ratios), 2 if pairs else 1
     needed = each * answers_lib.count_needed_strangers(rate)
-    if each * len(ratios) >= needed:
+    if each * count >= needed:
         limit = answers_lib.measure_threshold(ratios, rate, 1)
         about = f"the log ratio is {limit.score:.6g} or more, which on average at most "
         about += f"{100 * rate:.10g} % of comparisons with new strangers reach"
         return MatchRule("measured", rate, limit.score, limit, about)
     if fmr is not None:
-        lowest = f"the lowest is {1 / (len(ratios) + 1):.2g}" if len(ratios) else "it can show none"
+        lowest = f"the lowest fmr is {1 / (count + 1):.2g}" if count else "no fmr is possible"
         raise UserError(
             f"fmr={fmr:g} needs at least {needed:,} clips of strangers with the same modality, "
-            f"but the gallery has {each * len(ratios):,}: {lowest}\n"
+            f"but the gallery has {each * count:,}: {lowest}\n"
             "choose a higher fmr, enrol more strangers, or leave out fmr"
         )
-    model = (
-        "people are as near each other as here" if least > -math.log(rate) else "the model is right"
-    )
-    least = max(least, -math.log(rate))
+    usual = -math.log(rate)
+    model = "people are as near each other as here" if least > usual else "the model is right"
+    least = max(least, usual)
     about = f"the log ratio is {least:.6g} or more. If {model}, at most {100 * rate:g} % "
     about += f"of other people's clips reach it; with {needed} clips of strangers, it is measured"
     return MatchRule("model", rate, least, None, about)
@@ -190,10 +202,11 @@ def pair_strangers(
     parts: Sequence[np.ndarray],
     max_doubles: int = MAX_DOUBLES,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compares N / 2 pairs of N clips of strangers. `parts` are M arrays [N, D].
+    """Compares the N clips of strangers in N / 2 pairs of clips.
 
-    If at most `max_doubles` pairs probably show a single stranger, these pairs exchange clips with
-    other pairs. Returns the log ratios and the compared modalities, see `ratios.compare`.
+    `parts` are the vectors of the clips, M arrays [N, D], one for each modality. If at most
+    `max_doubles` pairs probably show a single stranger, these pairs exchange clips with other
+    pairs. Returns two arrays: the log ratios, and the compared modalities, see `ratios.compare`.
     """
     half, clips = len(names) // 2, ratios_lib.of_clips(backend, parts)
     first, second = order_by_hash(names)[: 2 * half].reshape(2, half)
@@ -207,16 +220,17 @@ def pair_strangers(
 
 
 def count_strangers(state: State) -> int:
-    """Returns a rough number of people in the clips of strangers, at most MAX_COUNTED."""
+    """Returns roughly how many people the clips of strangers show, at most MAX_COUNTED."""
     names = [*list_usable_strangers(state)]
     names = [names[row] for row in order_by_hash(names)[:MAX_COUNTED]]
     return 1 + int(grouping.group(state.index.backend, names, stack_parts(state, names)).max())
 
 
 def find_least_ratio(state: State, fmr: float) -> float:
-    """Returns the log ratio that a share `fmr` of pairs reaches, if a pair shows two people.
+    """Returns the log ratio that a share `fmr` of all pairs of two people reaches.
 
-    The distance of two people is from the enrolled people, not from the card.
+    How much two people differ is measured on the enrolled people. The card, the JSON file of the
+    net, is not used for this, because it says that people differ more.
     """
     backend, between = state.index.backend, card_notes.compare(state).between
     limits = [part.distances for part in backend.parts if part.name == "face" and part.distances]
@@ -227,7 +241,11 @@ def find_least_ratio(state: State, fmr: float) -> float:
 
 
 def choose_rule(state: State, identity: str | None, fmr: float | None) -> MatchRule:
-    """Returns the rule by which a clip is accepted, see `Gallery.match_rule`."""
+    """Returns the rule by which a clip is accepted.
+
+    If `identity` is given, the rule decides if a clip shows this person. If it is None, the rule
+    decides if two clips show one person. For `fmr`, see `Gallery.verify`.
+    """
     answers_lib.check_rate("fmr", fmr)
     if identity is not None:
         check_argument("identity", identity, str, "the name of a person")
@@ -266,7 +284,10 @@ def choose_rule(state: State, identity: str | None, fmr: float | None) -> MatchR
 
 
 def verify(state: State, rule: MatchRule, vectors: Vectors, identity: str) -> Verification:
-    """Decides by `rule` for each clip if it shows a person, see `Gallery.verify_person`."""
+    """Decides by `rule` for each clip if it shows the person `identity`.
+
+    `vectors` are the vectors of the clips. For the result, see `Verification`.
+    """
     parts, person = [*vectors.parts.values()], normal_form(identity)
     backend, names = state.index.backend, state.clips_of[person]
     clips, known = (ratios_lib.of_clips(backend, x) for x in (parts, stack_parts(state, names)))
@@ -284,7 +305,11 @@ def verify(state: State, rule: MatchRule, vectors: Vectors, identity: str) -> Ve
 def compare(
     state: State, rule: MatchRule, first: Vectors, second: Vectors | None
 ) -> dict[tuple[str, str], Match]:
-    """Decides by `rule` for pairs of clips if they show one person, see `Gallery.compare`."""
+    """Decides by `rule` for pairs of clips if they show one person.
+
+    Each clip in `first` is compared with each clip in `second`. If `second` is None, each clip in
+    `first` is compared with each other clip. Returns (clip, other clip) -> comparison.
+    """
     num = len(first.names)
     count, remedy = num * (num - 1) // 2, "give at least two clips, or --with=PATH"
     if second is not None:
@@ -307,7 +332,10 @@ def compare(
 def make_matches(
     rule: MatchRule, backend: Backend, ratios: np.ndarray, shared: np.ndarray
 ) -> Iterator[Match]:
-    """Makes Q comparisons from log ratios [Q], and from the compared modalities, [M, Q] bool."""
+    """Yields the comparisons of Q clips, given their log ratios [Q].
+
+    `shared` [M, Q] bool is True for the modalities that were compared.
+    """
     for ratio, compared in zip(ratios.tolist(), shared.T, strict=True):
         yield rule.match(ratio, tuple(itertools.compress(backend.widths, compared)))
 
@@ -315,7 +343,11 @@ def make_matches(
 def find_misfits(
     state: State, identity: str, checked: Collection[str] | None = None
 ) -> dict[str, float]:
-    """Finds clips of a person that do not fit the person's other clips, see `Gallery`."""
+    """Finds clips of a person that do not fit the person's other clips; returns clip -> log ratio.
+
+    If the names `checked` are given, only these clips are listed. For more, see
+    `Gallery.find_misfits`.
+    """
     names = find_person(identity, state.clips_of)
     backend, parts = state.index.backend, stack_parts(state, names)
     # The number and the sum of the coordinates of all other clips, for each clip.
@@ -330,14 +362,17 @@ def find_misfits(
 
 
 def as_json(key: str | tuple[str, str], match: Match, identity: str = "") -> dict[str, object]:
-    """Returns a comparison as values for JSON. `key` is a clip of `identity`, or two clips."""
+    """Returns a comparison as values for JSON.
+
+    `key` is the name of a clip that was compared with the person `identity`, or two names of clips.
+    """
     names = {"clip": key, "identity": identity}
     if not isinstance(key, str):
         names = dict(zip(("clip", "other"), key, strict=True))
     return names | match.to_dict()
 
 
-def table(matches: Matches | PairMatches) -> Iterator[tuple[str, ...]]:
+def table(matches: Matches) -> Iterator[tuple[str, ...]]:
     """Yields the comparisons as rows of a table for the terminal."""
     yield "accepted", "log ratio", "even odds", "clips", "fits best", "fits worst"
     for key, match in matches.items():
@@ -348,7 +383,7 @@ def table(matches: Matches | PairMatches) -> Iterator[tuple[str, ...]]:
         yield (*cells, *fits)
 
 
-def write(path: Path, matches: Matches | PairMatches, identity: str = "") -> None:
+def write(path: Path, matches: Matches, identity: str = "") -> None:
     """Writes comparisons to a new table. The ending of `path` is the format."""
     objects = [as_json(key, match, identity) for key, match in matches.items()]
     columns = dict.fromkeys([*objects[0]][:2], "string")

@@ -2,9 +2,9 @@
 
     app = make_app(Gallery("people"))  # for any ASGI server
 
-The paths take and return JSON with names of people. `/openapi.json` describes them. Every answer
-uses the current content of the gallery's folder. The server confirms a removal when the removal is
-on the disk and all answers that could still contain the person are finished.
+The endpoints take and return JSON with names of people. `/openapi.json` describes them. Every
+answer uses the current content of the gallery's folder. The server confirms a removal when the
+removal is on the disk, and when all answers that could still contain the person are finished.
 """
 
 import asyncio
@@ -82,7 +82,7 @@ BODY_ERRORS = (413, 415, 422, 429)  # HTTP statuses of errors of endpoints that 
 
 
 class RuleParameters(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The rule by which a clip gets a name. Without `fpir` and `threshold`, the gallery chooses."""
+    """The rule by which a clip gets a name. By default, the gallery chooses the rule."""
 
     fpir: Fpir | None = None
     threshold: Probability | None = None
@@ -141,17 +141,14 @@ class EnrolAnswer(Struct):
     misfits: dict[str, float]
 
 
-CLIP_REQUESTS = (IdentifyRequest, VerifyRequest, EnrolRequest)
-
-
 class PageQuery(Struct, forbid_unknown_fields=True):
-    """The query of a page of the list of people."""
+    """The query of a request for the list of people, which is sent in pages."""
 
     after: Annotated[str, Meta(description="the last name of the previous page")] = ""
 
 
 class Endpoint(NamedTuple):
-    """An endpoint of the server."""
+    """An endpoint of the server: a method and a path, and the function that answers requests."""
 
     method: str
     path: str  # the path, with parameters such as `{name}`
@@ -165,7 +162,10 @@ class Endpoint(NamedTuple):
 
 
 class Application:
-    """The state of a server, and the functions that answer its requests."""
+    """The state of a server, and the functions that answer its requests.
+
+    The first lines of the functions appear in `/openapi.json`.
+    """
 
     def __init__(self, gallery: Gallery, bodies: Bodies, limits: Limits, metrics: ServerMetrics):
         self.bodies, self.limits, self.metrics = bodies, limits, metrics
@@ -203,7 +203,7 @@ class Application:
 
     @contextlib.asynccontextmanager
     async def run_lifespan(self, _: object) -> AsyncIterator[None]:
-        """Compiles the programs when the server starts, and stops the threads when it ends."""
+        """Compiles all programs when the server starts, and ends all threads when it stops."""
         warm = asyncio.create_task(self._warm())
         yield
         with contextlib.suppress(asyncio.CancelledError):
@@ -234,7 +234,7 @@ class Application:
         """Returns status 200 if the server can answer requests, and 503 otherwise."""
         self._check_ready()
         if request.scope["vidjax.leaving"]:
-            raise Refused(503, "the server will end: ask another")
+            raise Refused(503, "the server will end: ask another server")
         try:
             await asyncio.to_thread(self.model.check)
         except (UserError, OSError):  # is not logged, because any client may send this request
@@ -281,9 +281,8 @@ class Application:
             place = f"clip '{show(min(stray))}' is in identities, but "
             raise unprocessable("not in clips: send the clip, too", place)
         vectors = await self.batcher.run(lambda: self.gallery.embed(clips), len(clips))
-        strangers = body.strangers
         done = await self._change(
-            request, lambda: self.gallery.enrol(vectors, people_of_clips, strangers=strangers)
+            request, lambda: self.gallery.enrol(vectors, people_of_clips, strangers=body.strangers)
         )
 
         def find_misfits() -> dict[str, float]:
@@ -332,9 +331,7 @@ class Application:
         """Returns the rule and the threshold by which a clip gets a name."""
         query = _convert(request.query_params, RuleParameters)
         self._check_ready()
-        rule = await self.batcher.run(
-            lambda: self.gallery.rule(fpir=query.fpir, threshold=query.threshold)
-        )
+        rule = await self.batcher.run(lambda: self.gallery.rule(**msgspec.structs.asdict(query)))
         strangers = None if rule.threshold is None else rule.threshold.to_dict()
         return _encode_json({**rule.to_dict(), "strangers": strangers})
 
@@ -352,11 +349,11 @@ class Application:
     # ---- reading
 
     async def _read(self, request: Request, kind: Any) -> tuple[dict[str, Any], Any]:  # noqa: ANN401
-        """Reads a request with clips; returns the clips and the other fields.
+        """Reads a request with clips; returns the clips, and the other fields.
 
-        The clips are the result of `_check_clips`. The fields are an object of the type `kind`. The
-        body is JSON with all fields, or an `.npz` file. For an `.npz` file, the other fields, and
-        the name of a single clip, are in the query.
+        The clips are the result of `_check_clips`. The fields are an object of the class `kind`.
+        The body is JSON with all fields, or an `.npz` file. With an `.npz` file, the other fields,
+        and the name of a single clip, are in the query.
         """
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type not in (*NPZ_TYPES, "application/json"):
@@ -368,9 +365,10 @@ class Application:
         name = words.pop("clip", "")
         if request.query_params and not npz:
             raise unprocessable("a request in JSON has no query: send all fields in the body")
+        loop = asyncio.get_running_loop()
         if npz:
             try:
-                size = await self._parse(lambda: files.npz_bytes(body, limit), large=True)
+                size = await loop.run_in_executor(self.reader, files.npz_bytes, body, limit)
             except UserError as error:
                 # curl -d leaves out bytes such as NUL, which every .npz contains.
                 hint = "" if b"\0" in body else ". With curl, use --data-binary instead of -d"
@@ -394,22 +392,19 @@ class Application:
             fields.clips = []  # frees lists of numbers, which take more memory than arrays
             return _check_clips(clips, self.model.widths, self.limits), fields
 
-        clips, fields = await self._parse(read, large=npz or len(body) > LARGE_BYTES)
+        is_large = npz or len(body) > LARGE_BYTES
+        clips, fields = await loop.run_in_executor(self.reader, read) if is_large else read()
         self.bodies.hold(request.scope, 2 * gallery_model.count_bytes(clips))
         request.scope["vidjax.clips"] = len(clips)
         self._check_ready()
         return clips, fields
 
-    async def _parse(self, read: Callable[[], T], *, large: bool) -> T:
-        if large:
-            return await asyncio.get_running_loop().run_in_executor(self.reader, read)
-        return read()
-
 
 def _convert(given: bytes | Mapping[str, object], kind: Any) -> Any:  # noqa: ANN401 (of this kind)
-    """Converts a JSON body, or a query, name -> value, to the type `kind`.
+    """Converts a JSON body, or the query of a request, to an object of the class `kind`.
 
-    Text such as "5" in a query becomes a number. Raises Refused if `given` does not fit the type.
+    A query is name -> value. Text such as "5" in a query becomes a number. Raises Refused if
+    `given` does not fit the class.
     """
     try:
         if isinstance(given, bytes):
@@ -431,11 +426,12 @@ def _convert(given: bytes | Mapping[str, object], kind: Any) -> Any:  # noqa: AN
 def _check_clips(
     clips: Sequence[Clip], widths: Mapping[str, int], limits: Limits
 ) -> dict[str, dict[str, Frames]]:
-    """Returns the clips of a request, clip -> modality -> field -> array [T, ...] of T frames.
+    """Checks the clips of a request; returns clip -> modality -> field -> array [T, ...].
 
-    Modalities that the gallery does not use are left out. `widths` are modality -> width of its
-    features. Raises Refused if two clips have the same name, or if a clip has no modality of the
-    gallery, too many frames, a wrong width, or values that are not finite.
+    T is the number of frames. Modalities, such as face, that the gallery does not use are left out.
+    `widths` are modality -> width of its features. Raises Refused if two clips have the same name,
+    or if a clip has no modality of the gallery, too many frames, a wrong width, or values that are
+    not finite.
     """
     checked: dict[str, dict[str, Frames]] = {}
     for clip in clips:
@@ -459,7 +455,10 @@ def _check_clips(
 
 
 def _find_problem(frames: Frames, width: int, most: int) -> str:
-    """Describes a problem of the frames of a clip in one modality; returns "" if there is none."""
+    """Returns what is wrong with the frames of a clip in one modality, or "".
+
+    `width` is the right width of the features. `most` is the largest number of frames.
+    """
     for field, array in frames.items():
         if array.dtype.kind not in "fiu":
             return f"the values of {field} must be numbers"
@@ -497,15 +496,16 @@ def make_app(gallery: Gallery, limits: Limits | None = None, token: bytes | None
 def describe(
     endpoints: Sequence[Endpoint], widths: Mapping[str, int], limits: Limits
 ) -> dict[str, Any]:
-    """Returns the OpenAPI description. `widths` are modality -> width of its features.
+    """Returns the OpenAPI description of a server as values for JSON.
 
-    `info["x-limits"]` contains the limits of the server.
+    `widths` are modality -> width of its features. `info["x-limits"]` of the result contains the
+    limits of the server.
     """
     kinds = [
         kind for point in endpoints for kind in (point.body, point.query, point.result) if kind
     ]
     _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
-    for kind in CLIP_REQUESTS:
+    for kind in (point.body for point in endpoints if point.body):  # requests with clips
         clip = schemas[kind.__name__]["properties"]["clips"]["items"]["properties"]
         for name, width in widths.items():
             row = {"type": "array", "items": {"type": "number"}}
@@ -515,7 +515,7 @@ def describe(
     for point in endpoints:
         path = point.path.replace(":path", "")
         words = schemas[point.query.__name__]["properties"] if point.query else {}
-        if point.body in CLIP_REQUESTS:
+        if point.body:
             fields = schemas[point.body.__name__]["properties"].keys() - {"clips", "identities"}
             rest = ", ".join(sorted(fields))
             about = f"the name of a single clip in an .npz; with an .npz, the query may have {rest}"

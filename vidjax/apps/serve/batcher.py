@@ -23,12 +23,15 @@ LINGER_SECONDS = 0.01  # longest wait for more requests after a batch of several
 
 
 def _make_thread(name: str) -> ThreadPoolExecutor:
-    """Starts a thread that prints nothing: the log of a server must contain no names of people."""
+    """Returns an executor with one thread, which prints nothing.
+
+    The log of a server must contain no names of people.
+    """
     return ThreadPoolExecutor(1, name, initializer=mute_thread)
 
 
 class _Waiting(NamedTuple):
-    """A question about `size` clips that waits for an answer."""
+    """A question about `size` clips, and the future that gets its answer."""
 
     question: Question
     size: int
@@ -36,7 +39,10 @@ class _Waiting(NamedTuple):
 
 
 class Batcher:
-    """Answers questions about clips in batches, in a thread. Its methods need an event loop."""
+    """Answers questions about clips in batches, in a thread.
+
+    Its methods are called in the event loop of the server.
+    """
 
     def __init__(
         self,
@@ -44,7 +50,10 @@ class Batcher:
         limits: Limits,
         metrics: ServerMetrics,
     ):
-        """Makes a batcher. `answer` computes an answer or an error for each question of a batch."""
+        """Makes a batcher.
+
+        `answer` computes an answer for each question of a batch. An answer may be an exception.
+        """
         self._answer, self._limits, self._metrics = answer, limits, metrics
         self._waiting: deque[_Waiting] = deque()
         self.thread = _make_thread("vidjax-answers")
@@ -67,7 +76,7 @@ class Batcher:
         return await future
 
     def _add(self, size: int) -> None:
-        """Counts clips that wait. Raises Refused (status 429) if too many clips wait."""
+        """Counts `size` waiting clips. Raises Refused (status 429) if too many clips wait."""
         if self.size and self.size + size > self._limits.waiting_clips:
             raise Refused(429, "too many clips are waiting: try again", 1)
         self.size += size
@@ -95,7 +104,7 @@ class Batcher:
             self._batch = None
 
     async def _linger(self, answered: int) -> None:
-        """Waits a moment for more requests, because clients often ask again after an answer.
+        """Waits a moment for more requests, because a client often asks again after an answer.
 
         `answered` is the number of clips in the last batch.
         """
@@ -122,10 +131,10 @@ class Batcher:
         return batch
 
     async def run(self, function: Callable[[], T], embedded: int = 0) -> T:
-        """Calls a function in the thread, between two batches. Returns the result.
+        """Calls a function in the thread, between two batches; returns its result.
 
-        `embedded` is the number of clips whose vectors the function computes. Raises Refused
-        (status 429) if too many clips wait.
+        `embedded` is the number of clips whose vectors the function computes. These clips wait,
+        too: raises Refused (status 429) if too many clips wait.
         """
         if embedded:
             self._add(embedded)

@@ -1,4 +1,4 @@
-"""Answers a batch of questions to a gallery at once.
+"""Answers several questions to a gallery at once, which takes less time.
 
 The answer to a question does not depend on the other questions.
 """
@@ -21,7 +21,7 @@ FIELD_BYTES = sum(np.dtype(field.dtype).itemsize for field in FRAME_FIELDS.value
 
 
 class Question(NamedTuple):
-    """A request to identify clips."""
+    """A request to identify clips: the clips, and the options of `Gallery.identify`."""
 
     clips: Mapping[str, Mapping[str, Frames]]  # name of the clip -> modality -> frames
     k: int = DEFAULT_K  # the largest number of identities per clip
@@ -51,7 +51,7 @@ def _join_clips(questions: Sequence[Question]) -> Mapping[str, Mapping[str, Fram
 
 
 class GalleryModel:
-    """Identifies people with a gallery."""
+    """Answers batches of questions with a gallery."""
 
     def __init__(self, gallery: Gallery):
         self.gallery = gallery
@@ -64,7 +64,7 @@ class GalleryModel:
 
     @property
     def widths(self) -> dict[str, int]:
-        """The width of the features of each modality."""
+        """Modality, such as face -> width of its features."""
         return self.gallery.source.reads[0]
 
     def answer(self, questions: Sequence[Question]) -> list[Any]:
@@ -81,7 +81,7 @@ class GalleryModel:
             return [result for question in questions for result in self.answer([question])]
 
     def answer_batch(self, questions: Sequence[Question]) -> list[list[Answer]]:
-        """Identifies the clips of all questions; returns the answers of each question."""
+        """Identifies the clips of all questions at once; returns the answers of each question."""
         embedded = self.gallery.embed(_join_clips(questions))
         left = iter(embedded.names)
         names_of = [[*itertools.islice(left, len(question.clips))] for question in questions]

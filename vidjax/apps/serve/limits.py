@@ -1,7 +1,8 @@
-"""Limits the size of requests, checks their sender, and counts them.
+"""Limits the size of requests, checks who has sent them, and counts them.
 
-uvicorn limits the number of connections, but not slow clients and long headers. On an open network,
-the server needs a proxy for TLS. The proxy must limit slow clients and long headers.
+The web server uvicorn limits the number of connections, but not slow clients and long headers. On
+an open network, the server needs a proxy for TLS. The proxy must limit slow clients and long
+headers.
 """
 
 import asyncio
@@ -77,7 +78,7 @@ class ServerMetrics:
 
 
 class Refused(Expected):
-    """An error that the server sends to a client.
+    """An error that the server sends to a client, with the HTTP status `status`.
 
     The client may try again after `retry_after` seconds. If `retry_after` is None, a second try
     cannot help. The client gets `place` and `text`. The log gets only `text`, because a place may
@@ -162,10 +163,10 @@ class Bodies:
         return b"".join(parts)
 
     def hold(self, scope: Scope, size: int) -> None:
-        """Records that a request takes `size` bytes of memory.
+        """Records that a request takes `size` bytes of memory in total.
 
-        Raises Refused (status 429) if all requests together take too much memory, except for the
-        answer of a request that has changed the gallery.
+        Raises Refused (status 429) if all requests together take too much memory. If the request
+        has changed the gallery, its answer is always accepted.
         """
         more = size - scope["vidjax.held"]
         if more > 0 and self._held + more > self._limits.held_bytes and not scope.get(CHANGED):
@@ -175,7 +176,10 @@ class Bodies:
 
 
 def set_clock(scope: Scope, seconds: float) -> None:
-    """Sets the timeout of a request to `seconds` from now."""
+    """Changes the end of the time limit of a request to `seconds` from now.
+
+    `scope` is the ASGI scope of the request.
+    """
     scope["vidjax.clock"].reschedule(asyncio.get_running_loop().time() + seconds)
 
 
@@ -184,7 +188,7 @@ def _too_large(limit: int) -> Refused:
 
 
 class Guard:
-    """An ASGI application that protects another application.
+    """An ASGI application that checks requests before another application, `app`, answers them.
 
     It checks the sender of each request, limits the time and memory of answers, and counts the
     requests. Every error becomes an answer `{"error": "one line"}`.
@@ -259,7 +263,10 @@ class Guard:
         self._record(scope, status, reason, asyncio.get_running_loop().time() - began)
 
     def _record(self, scope: Scope, status: int, reason: str, seconds: float) -> None:
-        """Counts and logs a request. The log contains no name, token or body."""
+        """Counts a request, and writes it to the log. The log contains no name, token or body.
+
+        `status` is the HTTP status of the answer, and `reason` its error, or "".
+        """
         path = self._paths.get(scope.get("endpoint"), "other").replace(":path", "")
         self._metrics.requests.labels(path, status).inc()
         self._metrics.seconds.labels(path).observe(seconds)
@@ -303,8 +310,9 @@ class Guard:
 def to_refusal(error: Exception) -> Refused:
     """Converts an exception to the error that is sent to the client.
 
-    If the request has caused the exception, the client gets its message. Other messages may contain
-    paths or names of people, so the client gets a general text instead.
+    If the request has caused the exception, the client gets the message of the exception. The
+    messages of other exceptions may contain paths or names of people, so the client gets a general
+    text instead.
     """
     if isinstance(error, Refused):
         return error

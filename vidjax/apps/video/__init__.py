@@ -1,5 +1,6 @@
 """Extracts features from films and photos, and names the people who appear in them.
 
-No training is needed. `who` names people. `pipeline` extracts the features of many files. It starts
-child processes with limits. They run `film`. `net_packages` converts published nets.
+No training is needed. The module `who` names people. The module `pipeline` extracts the features of
+many files: it starts child processes with limits, and each child process runs the module `film`.
+The module `net_packages` converts published nets.
 """

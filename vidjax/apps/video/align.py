@@ -81,9 +81,10 @@ def warp_faces(rgb: np.ndarray, matrices: np.ndarray, size: int) -> np.ndarray:
 def _cut_region(
     rgb: np.ndarray, x: np.ndarray, y: np.ndarray, factor: int
 ) -> tuple[np.ndarray, int, int]:
-    """Cuts the part that contains the places (x, y) out of a picture, and shrinks it by `factor`.
+    """Cuts out the part of a picture that contains some points, and shrinks the part by `factor`.
 
-    Returns the shrunk part, and the x and y of its top left corner in the picture.
+    `x` and `y` [S, S] are the coordinates of the points in pixels. Returns the shrunk part, and the
+    x and y of the part's top left corner in the picture.
     """
     from PIL import Image
 
@@ -98,9 +99,10 @@ def _cut_region(
 
 
 def _find_squares(positions: np.ndarray, length: int, factor: int) -> tuple[int, int]:
-    """Returns the range (first, end) of the squares that are needed to interpolate at `positions`.
+    """Returns the first square, and the end (exclusive), that an interpolation needs.
 
     A row or column of `length` pixels is divided into squares with sides of `factor` pixels.
+    `positions` are the coordinates, in pixels, at which the caller interpolates.
     """
     last = -(-length // factor)
     low = np.clip(np.floor(positions.min() / factor) - 1, 0, last)
@@ -109,9 +111,10 @@ def _find_squares(positions: np.ndarray, length: int, factor: int) -> tuple[int,
 
 
 def _interpolate(source: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Returns the colours, uint8 [S, S, 3], of a picture at the places `x` and `y` [S, S].
+    """Returns the colours, uint8 [S, S, 3], of a picture at the points (`x`, `y`).
 
-    Places outside the picture are black.
+    `x` and `y` [S, S] are coordinates in pixels of `source`, uint8 [H, W, 3]. The interpolation is
+    linear. Points outside the picture are black.
     """
     height, width = source.shape[:2]
     # The picture gets a black border. All places outside the picture are moved into the border.
@@ -130,7 +133,7 @@ def _interpolate(source: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray
 
 
 def encode_thumbnail(crop: np.ndarray) -> bytes:
-    """Returns a PNG file of a crop [S, S, 3] uint8, shrunk to sides of at most 80 pixels."""
+    """Returns a PNG file of a crop [S, S, 3] uint8, shrunk to sides of at most 160 pixels."""
     from PIL import Image
 
     png = io.BytesIO()
@@ -166,8 +169,8 @@ def measure_inside(
     """Returns the share of each crop that is inside the picture, float64 [N].
 
     Args:
-      points, template: the five points of N faces, and their places in a crop, see
-        `fit_similarity`.
+      points: [N, 5, 2], the five points (x, y) of N faces in the picture.
+      template: [5, 2], the places (x, y) of these points in a crop, see `fit_similarity`.
       size: the side of a crop in pixels.
       shape: the shape of the picture, [H, W, ...], in pixels.
     """
@@ -184,10 +187,10 @@ def measure_inside(
 def measure_clarity(quality: float, clear_quality: float | None) -> float:
     """Returns the clarity of a face, 0 to 1, from its quality, see `measure_quality`.
 
-    Vectors of unclear faces, which are small or blurred, are alike even if they show two people.
-    The squared distance between the means of two people is proportional to the clarity of the
-    better face. `clear_quality` is the quality from which the clarity is 1. If it is None, every
-    clarity is 1.
+    Embeddings of small or blurred faces are alike even if they show two people. In our model, the
+    expected squared distance between the means of two people is proportional to the clarity of the
+    clearer face. From the quality `clear_quality` on, the clarity is 1. If `clear_quality` is None,
+    every clarity is 1.
     """
     # We measured films of photos that were shrunk, blurred and compressed. For two people, the mean
     # cosine of dlib's vectors grows from 0.86 at a quality above 0.3 to 0.91 below 0.01. For one
@@ -196,7 +199,10 @@ def measure_clarity(quality: float, clear_quality: float | None) -> float:
 
 
 def measure_size(points: np.ndarray) -> np.ndarray:
-    """Returns the distance between the eyes of each face divided by 40 pixels, [N], at most 1."""
+    """Returns the distance between the eyes of each face divided by 40 pixels, [N], at most 1.
+
+    `points` [N, 5, 2] are the five points (x, y) of each face in pixels.
+    """
     return np.minimum(1.0, _measure_eye_distance(points) / FULL_EYE_DISTANCE)
 
 
@@ -217,7 +223,10 @@ def measure_sharpness(crops: np.ndarray) -> np.ndarray:
 
 
 def _measure_detail(grey: np.ndarray, step: int) -> np.ndarray:
-    """Shrinks images `grey` [N, S, S] by `step`; returns the variance of each Laplacian, [N]."""
+    """Returns how much detail images `grey` [N, S, S] have after they are shrunk by `step`: [N].
+
+    The detail of an image is the variance of its Laplacian.
+    """
     side = grey.shape[1] // step
     squares = grey[:, : side * step, : side * step].reshape(-1, side, step, side, step)
     means = squares.mean((2, 4))
@@ -230,7 +239,8 @@ def measure_frontality(points: np.ndarray) -> np.ndarray:
 
     The result is 1 if the nose is on the line from the middle of the eyes to the middle of the
     mouth. It falls linearly with the distance of the nose from this line. At half the distance
-    between the eyes, it is 0. A tilt of the head does not change the result.
+    between the eyes, it is 0. A tilt of the head does not change the result. `points` [N, 5, 2] are
+    the five points of each face.
     """
     points = np.asarray(points, np.float64)
     eyes, mouth = points[:, :2].mean(1), points[:, 3:].mean(1)
@@ -242,7 +252,10 @@ def measure_frontality(points: np.ndarray) -> np.ndarray:
 
 
 def find_upside_down(points: np.ndarray) -> np.ndarray:
-    """Returns bool [N], True for faces that are upside down, but not for faces of lying people."""
+    """Returns whether each face is upside down: bool [N]. A face that lies on its side is not.
+
+    `points` [N, 5, 2] are the five points of each face.
+    """
     points = np.asarray(points, np.float64)
     across, down = (points[:, 3:].mean(1) - points[:, :2].mean(1)).T
     return down < -np.abs(across)

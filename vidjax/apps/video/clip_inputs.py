@@ -1,4 +1,7 @@
-"""Reads the clips that a user names: enrols their people, names them, groups unknown people."""
+"""Enrols, names and groups the people in clips, which are read from paths that a user gives.
+
+A clip contains the features of one person, for example of a face in a shot of a film.
+"""
 
 import contextlib
 import re
@@ -11,8 +14,7 @@ import numpy as np
 
 from vidjax.apps import bulk, cards, features_folder
 from vidjax.apps.features_folder import MediaFile
-from vidjax.apps.gallery import answers as answers_lib
-from vidjax.apps.gallery.answers import Answer
+from vidjax.apps.gallery.answers import UNKNOWN, Answer, read_groups
 from vidjax.apps.gallery.changes import check_person
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.labelling import Enrolment, check_given
@@ -33,18 +35,19 @@ Person: TypeAlias = str | Mapping[str, str] | None  # of all clips, or clip -> p
 
 
 def list_inputs(inputs: Iterable[Path]) -> list[Path]:
-    """Returns the paths of inputs. A folder of tables is replaced by its tables."""
+    """Returns the paths of inputs. The tables in a folder of parquet tables replace the folder."""
     return [path for named in inputs for path in (bulk.list_tables(named) or [named])]
 
 
 def check_input(
     gallery: Gallery, path: Path, *, has_people: bool = False, of_person: bool = False
 ) -> None:
-    """Checks an input of a gallery without reading its clips.
+    """Checks whether a gallery can use the clips in `path`. The clips are not read.
 
-    `has_people` is True if each folder in the input is a person. `of_person` is True if all clips
-    show the same person. Raises UserError if there are no clips, or if other nets have computed the
-    features. If `of_person` is True, an input that may show several people is refused, too.
+    `has_people` is True if each folder in `path` is a person. `of_person` is True if the user says
+    that all clips show the same person. Raises UserError if there are no clips, or if other nets
+    than the nets of the gallery have computed the features. If `of_person` is True, a path with
+    folders of clips, which may show several people, is refused, too.
     """
     if has_people or bulk.list_tables(path):
         memory.check_path(path)
@@ -70,13 +73,15 @@ def refuse_photos(path: Path) -> None:
         )
 
 
-def read_films(path: str | Path | None) -> list[MediaFile]:
-    """Reads the descriptions of films whose clips are in `path`; returns [] if there are none."""
-    folder = Path(path or "")
-    if folder.suffix == ".npz":  # the features of one film
-        folder = folder.parent
-    is_extracted = path and (folder / features_folder.NAME).exists()
-    return features_folder.read_media_files(folder) if is_extracted else []
+def read_films(path: Path | None) -> list[MediaFile]:
+    """Reads the descriptions of the films and photos from which clips were extracted.
+
+    `path` is a folder that `vidjax extract` has written, or a file of features in this folder. For
+    any other path, and for None, the result is empty.
+    """
+    folder = path.parent if path and path.suffix == ".npz" else path  # .npz: of one film
+    is_extracted = folder and (folder / features_folder.NAME).exists()
+    return features_folder.read_media_files(folder) if folder and is_extracted else []
 
 
 def embed(gallery: Gallery, clips: MemoryClips | Dataset, split: str | None) -> Vectors:
@@ -89,12 +94,14 @@ def embed(gallery: Gallery, clips: MemoryClips | Dataset, split: str | None) -> 
 
 
 def read_labels(path: Path) -> dict[str, str]:
-    """Reads clip -> person from a table of labels. Raises UserError if it contains no name."""
-    if labels := answers_lib.read_groups(path):
+    """Reads a table of clips and the names of their people; returns clip -> person.
+
+    Raises UserError if the table contains no name of a person.
+    """
+    if labels := read_groups(path):
         return labels
     raise UserError(
-        f"{path} contains no name\n"
-        f"replace '{answers_lib.UNKNOWN}1' and so on by the names of people"
+        f"{path} contains no name\nreplace '{UNKNOWN}1' and so on by the names of people"
     )
 
 
@@ -176,14 +183,14 @@ def enrol(
 def load_people(
     gallery: Gallery, path: Path, *, required: bool = True
 ) -> tuple[MemoryClips, Mapping[str, str]]:
-    """Loads an input that contains the people of its clips. Returns the clips, and clip -> person.
+    """Loads clips whose path also contains their people. Returns the clips, and clip -> person.
 
-    The input is a parquet table with a column `identity`, or a folder of files
-    `path/PERSON/CLIP.npz`. Raises UserError if the clips are in no folder of a person. If
-    `required` is True, a table without a person is refused, too.
+    `path` is a parquet table with a column `identity`, or a folder of files `path/PERSON/CLIP.npz`.
+    Raises UserError if the clips are in no folder of a person. If `required` is True, a table
+    without the name of a person is refused, too.
     """
     if path.suffix == ".parquet" and parquet.has_column(path, "identity"):
-        person_of = read_labels(path) if required else answers_lib.read_groups(path)
+        person_of = read_labels(path) if required else read_groups(path)
         return gallery.load(path), person_of
     if stray := path if path.is_file() else min(path.glob("[!.]*.npz"), default=None):
         table = ", or a column identity in the table" if stray.suffix == ".parquet" else ""
@@ -198,7 +205,7 @@ def load_people(
 
 
 def load_all(gallery: Gallery, path: Path) -> MemoryClips:
-    """Loads clips, also from a folder with a folder for each person."""
+    """Loads the clips in `path`. The path may be a folder that has a folder for each person."""
     inside = {x.parent.name for x in path.glob("[!.]*/*.npz")}
     if inside - {*SPLITS} and not any(path.glob("[!.]*.npz")):
         return load_people(gallery, path)[0]
@@ -208,9 +215,11 @@ def load_all(gallery: Gallery, path: Path) -> MemoryClips:
 def _choose(
     vectors: Vectors, people: Person, clip: str | None, *, several: bool
 ) -> tuple[Vectors, Person]:
-    """Returns the vectors to enrol, and the person of each clip.
+    """Selects the clips to enrol; returns their embeddings, and their people.
 
-    For one of several inputs, the people may be {}.
+    `clip` is the name of the only clip to enrol; None selects all clips. `people` is the person of
+    all clips, or clip -> person. If there are `several` inputs, `people` contains clips of all
+    inputs. Then the people of other inputs are left out, and {} is returned if nobody is left.
     """
     if clip:
         bare = strip_ending(clip)
@@ -228,7 +237,8 @@ def check_seen_together(
 ) -> None:
     """Raises UserError if two different faces of one picture would be enrolled as one person.
 
-    `films` describe the clips. `identity` is the person of all `clips`, or clip -> person.
+    `films` contain the times of the clips. `identity` is the person of all `clips`, or
+    clip -> person.
     """
     person_of = dict.fromkeys(clips, identity) if isinstance(identity, str) else identity
     for pair in naming.pair_seen_together(films):
@@ -242,9 +252,10 @@ def check_seen_together(
 
 
 def find_models(gallery: Gallery, models: Path | None) -> Path:
-    """Returns the folder of a gallery's nets, by default the folder from which it was made.
+    """Returns the folder with the nets of a gallery: `models`, or if it is None, the first folder.
 
-    Raises UserError if a run made the gallery, or if `models` has other nets.
+    The first folder is the folder of nets from which the gallery was made. Raises UserError if a
+    trained run made the gallery, or if the folder contains other nets.
     """
     made, place = gallery.origin.cards, gallery.origin.workdir
     if "face" not in made:
@@ -257,7 +268,7 @@ def find_models(gallery: Gallery, models: Path | None) -> Path:
     for part, digest in made.items():
         if part not in found or found[part].digest != digest:
             raise UserError(
-                f"'{folder}' lacks the net for {part} that made gallery '{gallery.folder}'\n"
+                f"'{folder}' lacks the net for the modality {part} of gallery '{gallery.folder}'\n"
                 f"name the folder of the gallery's nets, --models=DIR (it was '{place}')"
             )
     return folder
@@ -276,7 +287,10 @@ def list_numbered(gallery: Gallery, films: Iterable[MediaFile]) -> list[str]:
 
 
 def embed_clips(gallery: Gallery, features: Path, clips: Collection[str]) -> Vectors:
-    """Computes the embeddings of clips from a folder of features. `clips` may be empty."""
+    """Computes the embeddings of the clips with the names `clips`, which may be empty.
+
+    `features` is the folder of files `FILM.npz` that contain the clips.
+    """
     reads = gallery.backend.widths
     if not clips:  # for example if no photo can be used
         return Vectors((), {part: np.zeros((0, width)) for part, width in reads.items()}, ())
@@ -294,9 +308,12 @@ def name_clips(
     films: Sequence[MediaFile],
     identify: Callable[..., Mapping[str, Answer]],
 ) -> NamedTracks:
-    """Names the people in clips of `films` as `vidjax who` does, and in other clips one by one.
+    """Names the people in clips.
 
-    `identify` is the method `gallery.identify`, with fixed arguments.
+    If `films` are given, the clips are tracks of people in these films. Then the clips are named as
+    `vidjax who` names them: similar tracks get one name together, and tracks of the same time get
+    different names. Without films, each clip is named independently of all others. `identify` is
+    the method `gallery.identify`, with fixed arguments.
     """
     if films:
         said = faces.read_for(gallery, films)
@@ -306,7 +323,10 @@ def name_clips(
 
 
 def group_unknown(gallery: Gallery, vectors: Vectors, films: Sequence[MediaFile]) -> dict[str, str]:
-    """Groups the clips of unknown people; returns clip -> unknown person, such as `unknown 3`."""
+    """Groups the clips of unknown people; returns clip -> unknown person, such as `unknown 3`.
+
+    `vectors` are the embeddings of the clips. For `films`, see `name_clips`.
+    """
     named = name_clips(gallery, vectors, films, gallery.identify)
     known = {clip for clip, answer in named.answers.items() if answer.identity is not None}
     vectors = vectors.only({*vectors.names} - known - named.told.keys())

@@ -1,4 +1,7 @@
-"""Applies a user's corrections to the names in a folder of results, as lines of its log."""
+"""Applies a user's corrections of names to a folder of results of `vidjax who`.
+
+Each correction is written as lines of the log `said.jsonl`, see `vidjax.apps.said`.
+"""
 
 import contextlib
 import functools
@@ -39,7 +42,7 @@ class OutdatedError(UserError):
 
 
 class Step(NamedTuple):
-    """A change of names that can be undone."""
+    """A change of names that a user can undo."""
 
     words: str  # a description of the change
     at: str  # the changed person, or the key of the changed face
@@ -48,12 +51,12 @@ class Step(NamedTuple):
     clips: Mapping[str, str | None]
 
     def is_about(self, person: str) -> bool:
-        """Returns whether the change contains a name."""
+        """Returns whether the change was made for a person, or contains the person's name."""
         return person == self.at or any(person in (x.of, x.person) for x in self.lines)
 
 
 class Subject(NamedTuple):
-    """A person or a face on the page."""
+    """A person or a face on the page, whose name a user changes."""
 
     key: str
     clips: Sequence[str]
@@ -68,8 +71,8 @@ Seen = tuple[Appearance, Appearance | None, int]
 class Review:
     """Applies a user's corrections to the names in a folder of results.
 
-    Other programs may change the results at the same time. So each change first reads what they
-    have changed, and is written before other programs can change names.
+    Other programs may change the results at the same time. So each change first locks the names,
+    and reads what other programs have changed. The lock ends after the change is written.
     """
 
     def __init__(
@@ -81,11 +84,11 @@ class Review:
         threshold: float | None = None,
         padding: float = results.PADDING_SECONDS,
     ):
-        """Opens the folder of results `out`. `decision` contains the names before corrections.
+        """Opens the folder of results `out`.
 
-        Without `decision`, decides the names again. This needs neither films nor photos nor nets.
-
-        For the other arguments, see `who.name_people`.
+        `decision` are the names that a call of `vidjax who` has just decided. If it is None, the
+        names are decided again. This needs only the folder, but no films, photos or nets. For the
+        other arguments, see `who.name_people`.
         """
         files.refuse_links(out)
         self._padding = padding
@@ -107,6 +110,7 @@ class Review:
 
     def _set_films(self, films: Sequence[MediaFile]) -> None:
         self._films = {film.video: film for film in films}
+        self._tracks = {track.clip: track for film in films for track in film.tracks}
         self._face_of = {  # of each clip
             clip: SeenClip(x, film.video) for film in films for clip, x in film.faces.items()
         }
@@ -119,25 +123,21 @@ class Review:
 
     def _show(self, decision: Decision) -> None:
         """Replaces the names on the page, and remembers which people and faces have changed."""
-        before = self._shown
+        before = {(clip, self._name(clip)) for clip in self._shown}
         self._set_names(decision)
-        for clip in before.keys() | self._shown.keys():
-            names = [
-                x and (x.identity or IGNORED) for x in (before.get(clip), self._shown.get(clip))
-            ]
-            if names[0] != names[1]:
-                self._changed |= dict.fromkeys(
-                    [CLIP + clip, *filter(None, names)], self.version + 1
-                )
+        for clip, name in before ^ {(clip, self._name(clip)) for clip in self._shown}:
+            self._changed |= dict.fromkeys((CLIP + clip, name), self.version + 1)
         self.version += 1  # last, because another thread may read the version before the names
 
     @contextlib.contextmanager
     def _lock(
         self, version: int | None = None, keys: Collection[str] = (), wait: float = WAIT_SECONDS
     ) -> Iterator[None]:
-        """Reads the changes of other programs, and locks the names, in a `with` block.
+        """Locks the names in a `with` block, and first reads the changes of other programs.
 
-        Raises OutdatedError if one of the people or faces `keys` has changed since `version`.
+        `version` is the version of the page on which the user has made a change; None checks
+        nothing. Raises OutdatedError if one of the people or faces `keys` has changed since this
+        version. Raises InUseError if another program holds the lock for `wait` seconds.
         """
         with lock_changes(self._out, wait):
             self._read_changes()
@@ -152,7 +152,10 @@ class Review:
         return FileStamp.of(path) if files.exists(path) else None
 
     def _read_changes(self) -> None:
-        """If another program has changed names or films, decides all names again."""
+        """If another program has changed names or films, decides all names again.
+
+        The caller must hold `lock_changes`.
+        """
         shown, films = self._decision, self._decision.films
         last, lines = shown, said.read(self._out)
         if self._stat() != self._stamp:
@@ -189,7 +192,11 @@ class Review:
         return _find_source(films[number]) if number < len(films) else None
 
     def list_seen(self, number: int, at_s: float) -> list[Seen]:
-        """Returns who is visible in film `number` at a time in seconds."""
+        """Returns the appearances of people in film `number` at the time `at_s` in seconds.
+
+        Each item is the appearance, the next appearance of the same person or None, and the number
+        of the film with the next appearance, or 0.
+        """
         numbers = {x.video: place for place, x in enumerate(self._decision.films) if not x.photo}
         shown = (x for x in self._decision.appearances if x.identity and x.video in numbers)
         of = group_by_key((x.identity, x) for x in shown)
@@ -201,23 +208,23 @@ class Review:
         ]  # fmt: skip
 
     def frame(self, clip: str) -> bytes | None:
-        """Returns the picture with the best face of a clip as JPEG, or None if it is missing.
+        """Returns the whole picture in which a clip has its best face, as a JPEG file.
 
-        The picture is decoded from the film or photo. `Appearance.box` is the place of the face.
+        The picture is decoded from the film or photo. If the film or photo is missing or has
+        changed, returns None.
         """
-        if not (x := self._shown.get(clip)):
-            return None
-        films = [film for film in self._decision.films if film.video == x.video]
-        found = ((film, track) for film in films for track in film.tracks if track.clip == clip)
+        x, track = self._shown.get(clip), self._tracks.get(clip)
         # In the meantime, another program may have changed the films.
-        film, track = next(found, (None, None))
-        path = film and _find_source(film)
-        if not (path and film and track):
+        film = self._films.get(x.video) if x else None
+        if not (film and track and (path := _find_source(film))):
             return None
         return still.read_still(path, track.box_at_s or track.start_s, film.jumps)
 
     def picture(self, address: str) -> Path | None:
-        """Returns the path of the picture with this address, or None if there is no picture."""
+        """Returns the path of a face's thumbnail, or None if there is no such file.
+
+        `address` is the path of the thumbnail in the folder of results.
+        """
         path = self._out / address
         inside = path.is_relative_to(self._out) and ".." not in path.parts
         inside = inside and path.parent.parent.name == THUMBNAILS
@@ -302,10 +309,11 @@ class Review:
     def _list_lines(
         self, action: str, found: Sequence[Subject], name: str
     ) -> tuple[str, list[Line], Collection[str]]:
-        """Returns a text about a change of `found`, such as `not Ada`, and the lines for the log.
+        """Returns a text about a change, such as `not Ada`, the new lines of the log, and clips.
 
-        If known people get a new name, also returns the clips of these people without a line in the
-        log. For `action` and `name`, see `change`.
+        The clips are enrolled clips that must be renamed, because the log has no lines about them:
+        clips of known people who get a new name. For other changes, there are no clips. `found` are
+        the people and faces to change. For `action` and `name`, see `change`.
         """
         if action in ("ignore", "once"):
             return "ignored", self._ignore(found, said.ONCE if action == "once" else None), ()
@@ -334,7 +342,10 @@ class Review:
         return lines + [said.about(x.face, "is", video=x.video) for x in seen]
 
     def _give_name(self, found: Sequence[Subject], name: str) -> tuple[list[Line], set[str]]:
-        """Returns lines that give the name, and clips of renamed people that the log lacks."""
+        """Returns lines of the log that give people and faces the name `name`, and clips.
+
+        The clips are enrolled clips of renamed people about which the log has no lines.
+        """
         people, vectors = self._decision.people, self._decision.vectors
         renamed = [x.name for x in found if x.is_person and x.name in people]
         faces = [x for x in found if x.name not in renamed or not x.is_person]
@@ -348,7 +359,10 @@ class Review:
         return lines, {clip for person in renamed for clip in people[person]} - known
 
     def _say(self, found: Sequence[Subject], says: str, **values: Any) -> list[Line]:  # noqa: ANN401
-        """Returns a line about each face of films in `found`."""
+        """Returns a line of the log about each face in `found`, except faces of people's photos.
+
+        `says` and `values` are the fields of the lines.
+        """
         faces = (self._face_of.get(clip) for x in found for clip in x.clips)
         return [said.about(x.face, says, video=x.video, **values) for x in faces if x]
 
@@ -357,7 +371,10 @@ class Review:
         return [name for name in dict.fromkeys(self._decision.unknown.values()) if seen[name] == 1]
 
     def _find_twin(self, found: Sequence[Subject]) -> str:
-        """Returns the name that faces did not get, because other faces of the time have it."""
+        """Returns the name that one of the faces `found` did not get.
+
+        A more similar face of the same time has this name. Raises UserError if there is none.
+        """
         names = (self._decision.twins.get(clip) for x in found for clip in x.clips)
         if (name := next(filter(None, names), None)) is None:
             raise UserError("no other face of this time has a name: type the name")
@@ -371,7 +388,10 @@ class Review:
         return [self._find(CLIP + clip) for clip in sorted(together) if self._name(clip) == name]
 
     def similar(self, name: str, of: Sequence[str]) -> str | None:
-        """Returns an enrolled person not in `of` whose name is almost `name`, or None."""
+        """Returns an enrolled person whose name is almost `name`, as after a typing error, or None.
+
+        People in `of` are left out. If a person is enrolled with exactly this name, returns None.
+        """
         people = self._gallery.identities.keys() - {*of}
         if is_unknown(name) or normal_form(name) in people:
             return None
@@ -381,12 +401,18 @@ class Review:
         return letters[best] if best and digits[0] == digits[1] else None
 
     def list_merged(self, name: str, of: Sequence[str]) -> list[str]:
-        """Returns the people in `of` with names, if another person already has the name `name`."""
+        """Returns the enrolled people in `of` who would become one person with another person.
+
+        The other person is enrolled with the name `name`. Without this person, returns [].
+        """
         people, name = self._gallery.identities, normal_form(name)
         return [x for x in of if x in people and x != name] if name in people else []
 
     def is_unclear(self, of: Sequence[str]) -> bool:
-        """Returns whether one of the people or faces `of` is an unclear face without a name."""
+        """Returns whether `of` contains an unclear face without a name.
+
+        `of` are names of people, and keys of faces.
+        """
         unknown = self._decision.unknown
         names = {unknown.get(key.removeprefix(CLIP), key) for key in of}
         return any(name.startswith(FACE) for name in names)
@@ -410,7 +436,7 @@ class Review:
     def forget(self, person: str, version: int | None = None) -> None:
         """Forgets a person, as `vidjax forget --delete`, and deletes the features of the photos.
 
-        This cannot be undone. The message lists places that still contain the name. For `version`,
+        This cannot be undone. The next page lists files that still contain the name. For `version`,
         see `change`.
         """
         with self._lock(version, [person]):
@@ -471,7 +497,10 @@ class Review:
                 self._saved = version
 
     def _find(self, of: str) -> Subject:
-        """Returns the person or the face `of`."""
+        """Returns the person or face whose name or key is `of`.
+
+        Raises UserError if the page does not show this person or face any more.
+        """
         clip = of.removeprefix(CLIP)
         if clip != of and (x := self._shown.get(clip)):
             return Subject(of, [clip], x.identity or IGNORED, is_person=False)
@@ -481,15 +510,16 @@ class Review:
         return Subject(of, sorted(clips), of, is_person=True)
 
     def _describe(self, found: Sequence[Subject], name: str) -> str:
-        """Returns the subject of a sentence, and its verb. A person `name` is left out.
+        """Returns the beginning of a sentence about people and faces: `unknown 3 and 1 more are`.
 
-        It describes each person, and the given faces of each appearance.
+        Faces of one appearance count once. A person with the new name `name` is left out, unless
+        nobody else is found.
         """
         words = [x.name for x in found if x.is_person]
         clips = {x.key.removeprefix(CLIP): None for x in found if not x.is_person}
         for x in {self._shown[clip].clips: self._shown[clip] for clip in clips}.values():
             film = self._films[x.video]
-            tracks = [y for y in film.tracks if y.clip in clips and y.clip in x.clips]
+            tracks = [self._tracks[clip] for clip in x.clips if clip in clips]
             start, end = min(y.start_s for y in tracks), max(y.end_s for y in tracks)
             time = format_appearance_time(x._replace(start_s=start, end_s=end), film)
             words.append(f"a face in {x.video}" if film.photo else f"{x.video}, {time},")
@@ -497,7 +527,10 @@ class Review:
         return f"{words[0]} and {len(words) - 1} more are" if words[1:] else f"{words[0]} is"
 
     def _find_group(self, name: str) -> str:
-        """Returns the name in lower case. Raises UserError if no unknown person has this name."""
+        """Returns the name of an unknown person, such as `unknown 3`, in lower case.
+
+        Raises UserError if the page shows no unknown person with this name.
+        """
         group = name.casefold()
         if group not in self._decision.unknown.values():
             raise UserError(
@@ -506,9 +539,9 @@ class Review:
         return group
 
     def _part(self, found: Sequence[Subject]) -> list[Line]:
-        """Returns lines that take faces out of people.
+        """Returns lines of the log that take the faces `found` out of their people.
 
-        The faces of each person become a new unknown person.
+        The faces that leave a person become a new unknown person together.
         """
         if people := [x.name for x in found if x.is_person]:
             raise UserError(
@@ -528,14 +561,18 @@ class Review:
         return lines
 
     def _deny(self, found: Iterable[Subject]) -> list[Line]:
-        """Returns lines that deny the present names of the subjects."""
+        """Returns lines of the log which say that the present names of faces are wrong.
+
+        Faces without the name of a known person are left out.
+        """
         named = (x for x in found if x.name in self._decision.people)
         return [line for x in named for line in self._say([x], "not", of=x.name)]
 
     def _join(self, found: Sequence[Subject], group: int) -> list[Line]:
-        """Returns lines that join unknown people, faces and the unknown person `group`.
+        """Returns lines of the log that make one unknown person of several people and faces.
 
-        The joint person gets the lowest number.
+        These are the unknown people and the faces `found`, and the unknown person with the number
+        `group`. The joint person gets the lowest number.
         """
         numbers = {parse_group_number(self._find_group(x.name)) for x in found if x.is_person}
         numbers, lines = numbers | {group}, list[Line]()
@@ -550,7 +587,7 @@ class Review:
         return lines + self._deny(faces)
 
     def _find_number(self, clips: Collection[str]) -> int | None:
-        """Returns the number of an unknown person who consists of these clips, or None."""
+        """Returns the number of the unknown person who has exactly these clips, or None."""
         numbers = self._decision.said.numbers
         of = {number for clip in clips if (number := numbers.get(clip))}
         whole = {clip for clip, number in numbers.items() if number in of}
@@ -562,8 +599,9 @@ class Review:
     def _describe_apart(self, found: Sequence[Subject], before: Mapping[str, Appearance]) -> str:
         """Returns the end of a message about faces that were taken out of people.
 
-        It contains the new name of the faces. Sentences about other faces follow, if these got the
-        names of the people.
+        It contains the new name of the faces. Another face of the same shot may have got the old
+        name. Then a sentence about this face follows. `before` is clip -> appearance before the
+        change.
         """
         about = f", but {self._name(found[0].clips[0])}."
         shot_of = {
@@ -582,10 +620,10 @@ class Review:
         return about
 
     def _apply(self, lines: Sequence[Line], clips: Mapping[str, str | None]) -> None:
-        """Decides all names with more lines, and adds these to the log.
+        """Adds `lines` to the log, and decides all names again.
 
-        `clips` is clip -> person, for clips of the gallery that are not in the log. If the names
-        cannot be decided, nothing is changed.
+        `clips` are enrolled clips about which the log has no lines: clip -> new person. If the
+        names cannot be decided, nothing is changed.
         """
         # Another program may have removed a clip since the step that is undone.
         clips, shown = {x: clips[x] for x in clips if x in self._gallery.clips}, self._decision
@@ -614,9 +652,10 @@ class Review:
 
 
 def _number_again(line: Line, decision: Decision) -> Line:
-    """Returns a line with the number of a face that was taken out of a person.
+    """Corrects the number in a line of the log that takes a face out of a person.
 
-    The face may resemble another unknown person. Then it has the number of this person.
+    Before names are decided, the line has the number of a new unknown person. If `decision` has
+    joined the face with another unknown person, the line gets the number of this person.
     """
     if line.says != "apart" or not (face := line.face):
         return line
@@ -627,7 +666,7 @@ def _number_again(line: Line, decision: Decision) -> Line:
 
 
 def _fold_letters(name: str) -> str:
-    """Returns the letters and digits of a name in lower case, without accents and blanks."""
+    """Returns the letters and digits of a name in lower case, without accents."""
     return "".join(filter(str.isalnum, strip_accents(name)))
 
 

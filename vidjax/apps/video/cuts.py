@@ -61,7 +61,10 @@ def _count_frames(film: MediaFile) -> int:
 def write(
     folder: Path, appearances: Iterable[Appearance], films: Iterable[MediaFile], padding_s: float
 ) -> None:
-    """Writes the timelines and playlists of all people into a folder, as NAME.otio and NAME.m3u."""
+    """Writes a timeline NAME.otio and a playlist NAME.m3u for each person into a folder.
+
+    `padding_s` is as in `find_cuts`.
+    """
     cuts = find_cuts(appearances, films, padding_s)
     for stem, (person, own) in zip(make_file_stems(cuts), cuts.items(), strict=True):
         files.write_text(folder / f"{stem}.otio", files.to_json(to_timeline(person, own)))
@@ -69,7 +72,11 @@ def write(
 
 
 def to_timeline(person: str, cuts: Sequence[Cut]) -> dict[str, Any]:
-    """Returns a timeline of OpenTimelineIO with a track of pictures and a track of sound."""
+    """Returns a timeline of OpenTimelineIO as a JSON object.
+
+    It plays the stretches `cuts` one after the other, with a track of pictures and a track of
+    sound. Its name is the name of the person.
+    """
     tracks = [
         {"OTIO_SCHEMA": "Track.1", "kind": kind, "name": kind, "children": [*map(_to_clip, cuts)]}
         for kind in ("Video", "Audio")
@@ -82,10 +89,9 @@ def _to_clip(cut: Cut) -> dict[str, Any]:
     film, rate = cut.film, _get_rate(cut.film)
 
     def make_range(begin: int, end: int) -> dict[str, Any]:
-        times = {"start_time": begin, "duration": end - begin}
         return {"OTIO_SCHEMA": "TimeRange.1"} | {
             name: {"OTIO_SCHEMA": "RationalTime.1", "rate": rate, "value": float(frames)}
-            for name, frames in times.items()
+            for name, frames in (("start_time", begin), ("duration", end - begin))
         }
 
     media = {
@@ -103,7 +109,10 @@ def _to_clip(cut: Cut) -> dict[str, Any]:
 
 
 def to_playlist(cuts: Sequence[Cut]) -> str:
-    """Returns the text of an .m3u playlist. VLC reads the times in seconds."""
+    """Returns the text of an .m3u playlist that plays the stretches `cuts`.
+
+    Only VLC reads the times of the stretches. Other players play the whole films.
+    """
     lines = ["#EXTM3U"]
     for film, begin, end in cuts:
         rate, source = _get_rate(film), film.source

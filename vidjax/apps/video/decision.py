@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 from vidjax.apps import features_folder, said as said_lib
@@ -24,7 +23,7 @@ WAIT_SECONDS = 20.0  # the longest time for which a change of names waits for an
 
 
 class Decision(NamedTuple):
-    """The people in all films of a folder of results."""
+    """The names of the people in all films of a folder of results, see `decide`."""
 
     digest: str  # of the gallery
     people: Mapping[str, Collection[str]]  # name of each enrolled or named person -> enrolled clips
@@ -38,21 +37,22 @@ class Decision(NamedTuple):
     appearances: list[Appearance]  # by video, and in order of time
     numbers: UnknownNumbers
     said: Said
-    twins: Mapping[str, str] = MappingProxyType({})  # see `naming.NamedTracks`
+    twins: Mapping[str, str]  # see `naming.NamedTracks`
     # `State.rows`, and clip -> answer of the gallery before corrections.
-    raw: tuple[int, Mapping[str, Answer]] = (0, MappingProxyType({}))
-    card: str = ""  # see `card_notes.describe`
+    raw: tuple[int, Mapping[str, Answer]]
+    card: str  # see `card_notes.describe`
 
     def count_clips(self) -> dict[str, int]:
-        """Returns the number of enrolled clips of each person."""
+        """Returns name of a person -> number of the person's enrolled clips."""
         return {name: len(clips) for name, clips in self.people.items()}
 
 
 def lock_changes(out: Path, wait: float = WAIT_SECONDS) -> contextlib.AbstractContextManager[None]:
-    """Locks the names in a folder of results, while they are changed or written.
+    """Locks the names in a folder of results, in a `with` block that changes or writes names.
 
-    `name_people` also locks the folder itself, so that there is only one call at a time. The page
-    of corrections needs only this lock, so that names can be corrected while films are read.
+    Raises InUseError if another program holds the lock for `wait` seconds. `name_people` also locks
+    the folder itself with another lock, so that there is only one call at a time. The page of
+    corrections needs only the lock of the names, so a user can correct names while films are read.
     """
     return files.lock(out, "out", ".changes.lock", wait=wait)
 
@@ -63,9 +63,10 @@ def read_said(
     lines: Sequence[Line] | None = None,
     numbers: UnknownNumbers | None = None,
 ) -> Said:
-    """Returns what people said about the faces of `films`, and of photos of people.
+    """Returns the names and corrections that users gave to faces in films and photos of people.
 
-    `out` is the folder of results. By default, `lines` and `numbers` are read in this folder.
+    `out` is the folder of results. `lines` are the lines of its log, and `numbers` the numbers of
+    unknown people. By default, both are read from files in this folder.
     """
     lines = said_lib.read(out) if lines is None else lines
     known = {film.sha256 for film in films}
@@ -151,7 +152,7 @@ def name_and_number(
     Returns the names, and clip -> number. Also adds the numbers to `said.numbers`.
 
     If a user has said that two unknown people differ, the names depend on the numbers. So names and
-    numbers are decided again until the numbers stay the same, and the next call finds the same
+    numbers are decided again until the numbers stay the same. Then the next call finds the same
     names.
 
     For the arguments, see `naming.name_tracks` and `unknown_numbers.number_people`.
@@ -169,9 +170,11 @@ def name_and_number(
 
 
 def enrol_named(gallery: Gallery, vectors: Vectors, said: Said) -> None:
-    """Makes the gallery contain the names of the log. `vectors` are of all present clips.
+    """Enrols the faces that users have named in the log, with the names in the log.
 
-    Clips of other films, and clips that are no faces of the results, stay as they are.
+    Faces whose names were taken back are removed from the gallery. Enrolled faces in photos of
+    people are renamed as in the log. `vectors` are the embeddings of all clips of the present
+    films. Other enrolled clips stay as they are.
     """
     names = {clip: name for clip, name in said.names.items() if isinstance(clip, str)}
     enrolled = find_known(gallery.state, vectors)  # reads the present state

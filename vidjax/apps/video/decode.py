@@ -16,7 +16,7 @@ import types
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,12 +25,9 @@ from vidjax.utils import files
 from vidjax.utils.errors import UserError, require_packages
 
 if TYPE_CHECKING:
-    from av.audio.frame import AudioFrame
-    from av.audio.stream import AudioStream
+    from av import AudioFrame, AudioStream, VideoFrame, VideoStream
     from av.container import InputContainer
-    from av.video.frame import VideoFrame
     from av.video.reformatter import VideoReformatter
-    from av.video.stream import VideoStream
 
 VIDEO_FORMATS = ("mov", "matroska", "avi", "mpegts", "mpeg", "asf", "flv")
 # The first bytes of MP4, Matroska, AVI or WebP, JPEG and PNG.
@@ -53,7 +50,6 @@ KEY_SECONDS = 10.0  # the longest time between two key frames of a broadcast
 BROADCASTS = ("mpegts", "mpeg")  # formats whose clock may begin anew, for example in joined files
 Jump = tuple[float, float]  # when the clock jumps, and by how much, in seconds
 
-Kind = TypeVar("Kind", "VideoFrame", "AudioFrame")
 # (a, b, c, d) for each rotation in degrees, counter-clockwise: the pixel at (x, y) moves to
 # (a x + c y, b x + d y).
 TURNS = {0: (1, 0, 0, 1), 90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}
@@ -82,7 +78,7 @@ class Frame:
     time_s: float
     small: np.ndarray  # uint8 [36, 64, 3], the stored picture, for the detection of cuts
     rgb: np.ndarray | None  # uint8 [H, W, 3], the upright picture; None if it is not sampled
-    gap_s: float  # where the time jumps to `time_s`: the end of the previous picture, or `time_s`
+    gap_s: float  # the end of the previous picture if the time jumps to `time_s`; else `time_s`
 
 
 @dataclasses.dataclass
@@ -147,7 +143,10 @@ class Clock:
 
 
 def find_jumps(frames: "Iterable[VideoFrame]") -> "Iterator[tuple[VideoFrame, float | None]]":
-    """Yields (frame, usual step in seconds if the time jumps before the frame, or None)."""
+    """Yields each frame with the usual step in seconds if the time jumps before it, or else None.
+
+    A jump is a step that is much longer than the steps before and after it, see JUMP_SECONDS.
+    """
     steps = collections.deque([np.nan] * (2 * NEAR_STEPS + 1), 2 * NEAR_STEPS + 1)
     waiting, last_s = collections.deque[Any](), None
     for frame in itertools.chain(frames, [None] * NEAR_STEPS):
@@ -164,12 +163,15 @@ def find_jumps(frames: "Iterable[VideoFrame]") -> "Iterator[tuple[VideoFrame, fl
 
 
 class Video:
-    """An open video, see `open_video`. Call either `frames` or `sound`, and only once.
+    """An open video, see `open_video`. Call only one of its methods, and only once.
 
-    `counts` are complete when the iteration ends. `tell()` returns the position in the file.
+    `counts` are complete when the iteration ends. `tell()` returns the present position in the file
+    in bytes.
     """
 
     def __init__(self, path: Path, file: io.FileIO, container: "InputContainer"):
+        from av.video.reformatter import VideoReformatter
+
         self._path, self._container = path, container
         self.tell = file.tell
         self._stream = _find_video_stream(path, container)
@@ -178,6 +180,8 @@ class Video:
         _check_size(path, self.info)
         self.counts = DecodeCounts()
         self._resets = container.format.name in BROADCASTS
+        # Two reformatters, because each caches its conversion for a single size and format.
+        self._shrinks, self._converts = VideoReformatter(), VideoReformatter()
 
     def frames(self, fps: float) -> Iterator[Frame]:
         """Yields all frames in order. Corrupt frames are skipped.
@@ -187,21 +191,17 @@ class Video:
         frame can be decoded.
         """
         from av.error import FFmpegError
-        from av.video.frame import VideoFrame
-        from av.video.reformatter import VideoReformatter
 
         clock = Clock(1.0 / self.info.rate, self.info.seconds, resets=self._resets)
-        # Two reformatters, because each caches its conversion for a single size and format.
-        shrink, convert = VideoReformatter(), VideoReformatter()
         sample = 0
-        for decoded, usual_s in find_jumps(self._decode(self._stream, VideoFrame)):
+        for decoded, usual_s in find_jumps(self._decode(self._stream)):
             stamp = decoded.time
             time_s = clock.time(None if stamp is None else stamp - self.info.start_s, usual_s)
             # The tolerance is needed because time stamps are rounded to milliseconds.
             sampled = time_s * fps >= sample - 1e-3
             try:
-                small = _resize(shrink, decoded, SMALL_SHAPE[1], SMALL_SHAPE[0])
-                rgb = self._convert(convert, decoded) if sampled else None
+                small = _resize(self._shrinks, decoded, SMALL_SHAPE[1], SMALL_SHAPE[0])
+                rgb = self._convert(decoded) if sampled else None
             except (FFmpegError, ValueError):  # a pixel format that cannot be converted
                 self.counts.refused += 1
                 continue
@@ -209,7 +209,10 @@ class Video:
                 sample = int(time_s * fps + 1e-3) + 1
             self.counts.frames += 1
             self.counts.repaired, self.counts.jumps = clock.repaired, clock.jumps
-            self.counts.seconds = self._find_end(time_s, decoded, clock.step)
+            # A frame lasts at least the usual step. Its declared end may be beyond the film.
+            duration_s = (decoded.duration or 0) * float(decoded.time_base or 0)
+            declared_s = min(time_s + duration_s, self.info.seconds or 0.0)
+            self.counts.seconds = max(time_s + clock.step, declared_s)
             yield Frame(time_s, small, rgb, clock.gap_s)
         if not self.counts.frames:
             problem = f"'{self._path}' is damaged: no picture in it can be decoded"
@@ -223,35 +226,27 @@ class Video:
         self.counts.damaged |= missing > max(MISSING_SECONDS, MISSING_FRACTION * declared)
 
     def still(self, seconds: float, jumps: Iterable[Jump] = ()) -> np.ndarray | None:
-        """Returns the upright picture at `seconds`, uint8 [H, W, 3], or None without a picture.
+        """Returns the upright picture at `seconds`, uint8 [H, W, 3], or None if there is none.
 
         `jumps` are the jumps that `frames` has found.
         """
         from av.error import FFmpegError
-        from av.video.frame import VideoFrame
-        from av.video.reformatter import VideoReformatter
 
         wanted, last = seconds + self.info.start_s + 1e-3, None
         wanted += self._resets * sum(by for at, by in jumps if at <= seconds)
         # In a broadcast, FFmpeg finds a place near the time, but not the key frame before it.
         with contextlib.suppress(FFmpegError):  # a format without a seek is read from the start
             self._container.seek(max(0, int(1e6 * (wanted - self._resets * KEY_SECONDS))))
-        for frame in self._decode(self._stream, VideoFrame):
+        for frame in self._decode(self._stream):
             if last is not None and frame.time is not None and frame.time > wanted:
                 break
             last = frame
-        return None if last is None else self._convert(VideoReformatter(), last)
+        return None if last is None else self._convert(last)
 
-    def _convert(self, reformatter: "VideoReformatter", frame: "VideoFrame") -> np.ndarray:
-        """Returns the upright picture, uint8 [H, W, 3], with square pixels."""
+    def _convert(self, frame: "VideoFrame") -> np.ndarray:
+        """Returns the picture of a frame, uint8 [H, W, 3] RGB, upright and with square pixels."""
         width = max(1, round(frame.width * self.info.aspect))
-        return _turn_upright(_resize(reformatter, frame, width, frame.height), frame)
-
-    def _find_end(self, time_s: float, frame: "VideoFrame", step_s: float) -> float:
-        """Returns the end of a frame in seconds. A frame lasts at least `step_s` seconds."""
-        end_s = time_s + step_s
-        duration_s = (frame.duration or 0) * float(frame.time_base or 0)
-        return max(end_s, min(time_s + duration_s, self.info.seconds or 0.0))
+        return _turn_upright(_resize(self._converts, frame, width, frame.height), frame)
 
     def sound(self, jumps: Iterable[Jump] = ()) -> Iterator[tuple[float, np.ndarray]]:
         """Yields blocks (seconds, samples) of the first sound track.
@@ -262,12 +257,10 @@ class Video:
         previous block, the rest of the sound is dropped. `jumps` are the jumps that `frames` has
         found.
         """
-        from av.audio.frame import AudioFrame
-
         for stream in _list_sound_streams(self._container)[:1]:
             stream.codec_context.thread_count = 1
             time_s, removed, left = 0.0, 0.0, [*jumps] if self._resets else []
-            for block in self._resample(self._decode(stream, AudioFrame)):
+            for block in self._resample(self._decode(stream)):
                 # Small differences are ignored, because some formats round time stamps.
                 if block.time is not None:
                     stamp_s = block.time - self.info.start_s - removed
@@ -283,7 +276,10 @@ class Video:
                 time_s += len(samples) / SOUND_RATE
 
     def _resample(self, frames: "Iterable[AudioFrame]") -> "Iterator[AudioFrame]":
-        """Converts sound to one channel of float32 samples at 16 kHz."""
+        """Yields sound with one channel of float32 samples at 16 kHz.
+
+        Frames whose format cannot be converted are left out, and counted in `counts.refused`.
+        """
         from av.audio.resampler import AudioResampler
         from av.error import FFmpegError
 
@@ -300,8 +296,12 @@ class Video:
                 except (FFmpegError, ValueError):  # a sound format that cannot be converted
                     self.counts.refused += 1
 
-    def _decode(self, stream: "VideoStream | AudioStream", kind: type[Kind]) -> Iterator[Kind]:
-        """Yields the frames of a stream, without frames that the decoder marks as corrupt."""
+    def _decode(self, stream: "VideoStream | AudioStream") -> Iterator[Any]:
+        """Yields the frames of a stream of pictures or sound.
+
+        Frames that the decoder marks as corrupt are left out. If the file cannot be read any
+        further, the iteration ends. `counts` counts the errors.
+        """
         from av.error import FFmpegError
 
         packets = self._container.demux(stream)
@@ -314,14 +314,13 @@ class Video:
                 self.counts.damaged = True
                 return
             try:
-                frames = packet.decode()
+                frames: list[Any] = packet.decode()
             except MemoryError:
                 raise
             except FFmpegError:
                 self.counts.refused += 1
                 continue
             for frame in frames:
-                assert isinstance(frame, kind)
                 self.counts.corrupt += frame.is_corrupt
                 if not frame.is_corrupt:
                     yield frame
@@ -330,7 +329,7 @@ class Video:
 def _turn_upright(rgb: np.ndarray, frame: "VideoFrame") -> np.ndarray:
     """Turns or mirrors a picture [H, W, 3] by the metadata of the film, so that it is upright.
 
-    Other angles are rounded to a multiple of 90 degrees.
+    `frame` contains the metadata. An angle is rounded to a multiple of 90 degrees.
     """
     a, b, c, d = TURNS[round(frame.rotation / 90) * 90 % 360]
     # PyAV raises ValueError if it does not know the type of any entry, such as EXIF.
@@ -383,7 +382,8 @@ def _open_container(path: Path, file: io.FileIO) -> "InputContainer":
     except (FFmpegError, UnicodeDecodeError) as error:
         if not file.seek(0, io.SEEK_END):
             raise UserError(f"'{path}' is an empty file\ncopy the file again") from error
-        problem = f"'{path}' is damaged or has an unknown format: {_describe_error(error)}"
+        reason = str(getattr(error, "strerror", None) or error or type(error).__name__)
+        problem = f"'{path}' is damaged or has an unknown format: {reason[:100]}"
         file.seek(0)
         endings = media_files.FILMS | media_files.PHOTOS
         if path.suffix.lower() in endings or KNOWN_BEGIN.match(file.read(12)):
@@ -396,10 +396,6 @@ def _open_container(path: Path, file: io.FileIO) -> "InputContainer":
             "use MP4, MKV, WebM, MOV, AVI, MPEG, WMV, FLV, JPEG, PNG, WebP, BMP, TIFF, GIF, HEIC "
             "or AVIF\nconvert other formats to MP4: ffmpeg -i FILE FILE.mp4"
         ) from error
-
-
-def _describe_error(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error or type(error).__name__)[:100]
 
 
 def _find_video_stream(path: Path, container: "InputContainer") -> "VideoStream":
@@ -466,11 +462,11 @@ def _check_size(path: Path, info: Info) -> None:
 
 
 def check_pixels(path: Path, width: int, height: int) -> None:
-    """Raises UserError if a picture has too many pixels."""
+    """Raises UserError if a picture of `width` x `height` pixels is above the limit MOST_PIXELS."""
     if width * height > MOST_PIXELS:
         raise UserError(
-            f"'{path}' has pictures of {width} x {height} pixels, more than {MOST_PIXELS:,}\n"
-            "convert it to a smaller size"
+            f"'{path}' has pictures of {width} x {height} pixels, more than the limit of "
+            f"{MOST_PIXELS:,}\nconvert it to a smaller size"
         )
 
 

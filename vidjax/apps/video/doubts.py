@@ -11,9 +11,10 @@ people. A photo is doubtful in two cases:
 A wrong photo also makes right photos of the same person doubtful. To find only the wrong photo, the
 most doubtful photo of each person is set aside, and the remaining photos are compared again.
 
-First, the photos of each person are divided into sides. A side shows one face. The odds that two
-sides show different faces are above 200 to 1. If it is not clear which side shows the named person,
-any side may be right. Then no photo is doubtful, and all sides are returned.
+First, the photos of each person are divided into groups, which are called sides. The photos of a
+side show one face. The odds that two sides show different faces are above 200 to 1. If it is not
+clear which side shows the named person, any side may be right. Then no photo of the person is
+doubtful, and the result lists all sides.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,10 @@ Sides = list[tuple[np.ndarray, int | None]]  # the rows of each side, and the pe
 
 
 class Side(NamedTuple):
-    """Photos of a person that show the same face. Other faces make other sides."""
+    """A group of photos with the name of a person that show the same face.
+
+    Photos with the same name that show another face are another side.
+    """
 
     photos: Sequence[str]  # names of clips in the gallery
     like: str | None = None  # another person whom this face resembles
@@ -55,8 +59,9 @@ class Doubts(NamedTuple):
 def find_doubtful_photos(backend: Backend, photos: Mapping[str, StoredClip]) -> Doubts:
     """Finds photos that may show another person than the person whose name they have.
 
-    `photos` are name of a clip -> clip with a person. If the card of the net contains no
-    distribution of distances, the result is empty.
+    `photos` are name of a clip -> clip with a person and an embedding. `backend` contains how the
+    distances of embeddings are distributed. If the net of faces has no such distribution, the
+    result is empty.
     """
     found = Doubts({}, {}, [])
     clips = np.array(sorted(photos))
@@ -89,10 +94,11 @@ def find_doubtful_photos(backend: Backend, photos: Mapping[str, StoredClip]) -> 
 def _find_unclear(
     backend: Backend, units: np.ndarray, owner: np.ndarray, doubtful: Mapping[int, int | None]
 ) -> dict[int, tuple[int, int]]:
-    """Finds doubtful photos that may be right, because the photos that they resemble are wrong.
+    """Finds doubtful photos that may be right: instead, the photo that they resemble may be wrong.
 
-    Returns row of such a photo -> two rows in ascending order: the row of this photo, and the row
-    of the most similar photo of the other person. `doubtful` is the result of `compare_photos`.
+    `doubtful` is the result of `compare_photos`. For other arguments, see there. Returns row of the
+    doubtful photo -> two rows in ascending order: this row, and the row of the most similar photo
+    of the other person.
     """
     unclear, number_of = dict[int, tuple[int, int]](), np.bincount(owner)
     photos = _summarise(backend, units, np.arange(len(units)))
@@ -112,7 +118,10 @@ def _name(names: np.ndarray, person: int | None) -> str | None:
 
 
 def _summarise(backend: Backend, units: np.ndarray, owner: np.ndarray) -> Summary:
-    """Returns the groups of photos with equal numbers in `owner` [N], from 0, in order."""
+    """Returns the number and the mean embedding of the photos in each group.
+
+    `units` [N, D] are the embeddings of the photos, and `owner` [N] int their groups, from 0.
+    """
     sums = sum_by_owner(units, owner, int(owner.max(initial=-1)) + 1)
     return ratios_lib.of_sums(backend, [sums], np.ones(len(sums[0])))
 
@@ -128,9 +137,9 @@ def divide_photos(
     makes at least three times as many photos wrong. For the arguments, see `compare_photos`.
 
     Returns:
-      For people whose right side is clear: row of a wrong photo -> number of the person that the
-        photo resembles, or None.
-      For people whose right side is not clear: number of the person -> sides.
+      A dict with the wrong photos of people whose right side is clear: row of the photo -> number
+        of the person whom the photo resembles, or None.
+      A dict with the people whose right side is not clear: number of the person -> sides.
     """
     rows_of = np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner))[:-1])
     sides = [side for rows in rows_of for side in _find_sides(backend, units, rows)]
@@ -164,7 +173,11 @@ def divide_photos(
 
 
 def _find_sides(backend: Backend, units: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
-    """Divides the photos `rows` of a person into groups that show different faces."""
+    """Divides the photos of a person into groups that show different faces.
+
+    `rows` are the rows of the photos in `units` [N, D], the embeddings of all photos. Returns the
+    rows of each group.
+    """
     if not 0 < len(rows) <= MOST_PHOTOS:
         return [rows] if len(rows) else []
     numbers = np.arange(len(rows))
@@ -183,7 +196,8 @@ def compare_photos(backend: Backend, units: np.ndarray, owner: np.ndarray) -> di
       owner: [N] int, the person in whose folder each photo is. People are numbered from 0.
 
     Returns:
-      Row of such a photo -> number of the person that the photo resembles, or None.
+      Row of the photo -> number of the person whom the photo resembles; None if it resembles
+        nobody.
     """
     doubtful: dict[int, int | None] = {}
     rows, kept = np.arange(len(units)), np.ones(len(units), bool)

@@ -1,7 +1,8 @@
-"""Finds what people said about the present faces of films and photos, see `vidjax.apps.said`.
+"""Applies the log of names and corrections to the faces in the present films and photos.
 
-Lines of the log are matched with the present tracks by film, time and box. So it does not matter
-which nets have found the faces, and which names the clips have.
+`vidjax.apps.said` describes the log, in which users name and correct faces. A face in the log is
+found again by its film, time and box. So it does not matter which nets have found the faces, and
+which names the clips have.
 """
 
 import itertools
@@ -15,6 +16,7 @@ from vidjax.apps.features_folder import FaceTrack, MediaFile
 from vidjax.apps.gallery.answers import UNKNOWN, parse_group_number
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.said import ONCE, Face, Line
+from vidjax.apps.video.subtitles import format_time
 from vidjax.apps.video.tracks import measure_overlaps
 from vidjax.utils.groups import group_by_key
 from vidjax.utils.names import IGNORED
@@ -35,7 +37,7 @@ class FacePath(NamedTuple):
 
     @classmethod
     def of_track(cls, track: FaceTrack) -> "FacePath":
-        """Returns the times and boxes of the face in a track."""
+        """Returns the times and boxes of the face in a track of the present films."""
         places = track.places
         if not places and track.box:
             places = [(track.start_s if track.box_at_s is None else track.box_at_s, track.box)]
@@ -53,10 +55,10 @@ class FacePath(NamedTuple):
 
 
 def match(faces: Iterable[Face], films: Iterable[MediaFile]) -> dict[Face, list[str]]:
-    """Finds faces in films and photos; returns face -> clips, the best clip first.
+    """Finds the clips that show faces of the log; returns face -> names of clips, the best first.
 
-    A face without a clip is left out. Further clips are parts into which other nets have divided
-    the track of the face.
+    A face that no clip shows is left out. A face has several clips if other nets have divided its
+    track into parts.
     """
     asked = group_by_key((face.film, face) for face in dict.fromkeys(faces))
     found: dict[Face, list[str]] = {}
@@ -70,10 +72,10 @@ def match(faces: Iterable[Face], films: Iterable[MediaFile]) -> dict[Face, list[
 
 
 def _match_paths(faces: Sequence[Face], tracks: Sequence[FaceTrack]) -> dict[Face, list[str]]:
-    """Matches faces with tracks of other nets, see `match`.
+    """Finds the tracks that show faces that other nets have found; returns face -> clips.
 
-    The pair with the longest and closest overlap is chosen first. A track belongs to several faces
-    only if they are one face, as several nets have found it.
+    The pair with the longest and closest overlap is chosen first. A track may belong to several
+    faces of the log if these overlap: then several nets have found the same face.
     """
     path_of = {face: FacePath.of_face(face) for face in faces}
     paths = [FacePath.of_track(track) for track in tracks]
@@ -102,7 +104,11 @@ def _match_paths(faces: Sequence[Face], tracks: Sequence[FaceTrack]) -> dict[Fac
 
 
 def measure_overlap(old: FacePath, new: FacePath) -> float:
-    """Returns the common time of two paths x the overlap of their boxes. 0 if the faces differ."""
+    """Returns how well two paths fit, or 0 if they are of different faces.
+
+    The result is the common time in seconds, multiplied by the mean intersection over union of the
+    boxes.
+    """
     seconds = min(old.end_s, new.end_s) - max(old.start_s, new.start_s)
     if seconds < LEAST_SHARE * min(old.end_s - old.start_s, new.end_s - new.start_s):
         return 0.0
@@ -117,17 +123,18 @@ def measure_overlap(old: FacePath, new: FacePath) -> float:
 
 
 class Lost(NamedTuple):
-    """A correction without effect: its face is not in the present films and photos."""
+    """A name or correction without effect: its face is not in the present films and photos."""
 
     video: str
-    at_s: float | None
+    time: str  # such as 00:03:12.500
     correction: str  # such as `Ada`, `not Ada` or `unknown 3`
 
 
 class Said:
-    """What people said about the present faces. The last line about a face counts.
+    """The names and corrections that users gave to faces.
 
-    Keys are clips. A face that no present clip shows is a key, too.
+    If several lines of the log are about a face, the last line counts. The keys of the dicts are
+    the names of clips. For a face that no present clip shows, the key is the face.
     """
 
     def __init__(
@@ -167,11 +174,19 @@ class Said:
                     self._apply(line, self.find(line.face))
 
     def find(self, face: Face) -> list[Key]:
-        """Returns the clips of a face, the best first. If there is no clip, returns the face."""
+        """Returns the names of the clips that show a face, the best first.
+
+        If no present clip shows the face, returns only the face.
+        """
         return [*self._found.get(face, [face])]
 
     def label(self, key: Key, person: str) -> str | None:
-        """Returns the name of a face in a photo of `person`; None for a stranger."""
+        """Returns the present name of an enrolled face in a photo; None for a stranger.
+
+        `key` is the key of the face. `person` is the name of the photo's folder, or the name in a
+        face tag. If the log does not name the face, the result is `person`, or the new name of
+        `person` if the log has renamed this person.
+        """
         if key in self.names:
             return self.names[key]
         for names in self.renames:
@@ -179,15 +194,18 @@ class Said:
         return person
 
     def list_named(self, name: str | None) -> list[Key]:
-        """Returns the faces that have the name `name`."""
+        """Returns the keys of the faces that have the name `name`."""
         return [key for key, x in self.names.items() if x and x == name]
 
     def list_denied(self, name: str | None) -> list[Key]:
-        """Returns the faces for which a user denied the name `name`."""
+        """Returns the keys of the faces that, as a user said, do not show the person `name`."""
         return [key for key, names in self.denied.items() if name in names]
 
     def repeat(self, keys: Iterable[Key], says: str, name: str | None) -> list[Line]:
-        """Returns new lines that say the same about faces of the log, with another name."""
+        """Returns new lines of the log about faces that the log contains, with another name.
+
+        `says` is "is" if the faces `keys` show the person `name`, or "not" if they do not.
+        """
         lines = (self._line_of[key] for key in keys)
         return [
             said_lib.about(face, says, of=name, video=line.video)
@@ -195,9 +213,10 @@ class Said:
         ]  # fmt: skip
 
     def list_lost(self, unread: Collection[str]) -> list[Lost]:
-        """Returns what was said about faces that are not found.
+        """Returns the names and corrections of faces that no present clip shows.
 
-        `unread` are the sha256 of films and photos that are not read with the present nets.
+        `unread` are the sha256 of films and photos that the present nets have not read. Their faces
+        are left out, because they may be found later.
         """
         lost = list[Lost]()
         for key, line in self._line_of.items():
@@ -207,7 +226,7 @@ class Said:
             words += [IGNORED] * (key in self.ignored)
             words += [f"not {name}" for name in sorted(self.denied.get(key, ()))]
             words += [f"{UNKNOWN}{self.numbers[key]}"] if key in self.numbered else []
-            lost += [Lost(line.video, key.at, word) for word in words]
+            lost += [Lost(line.video, format_time(key.at), word) for word in words]
         return lost
 
     def _rename(self, names: Mapping[str, str]) -> None:
@@ -236,9 +255,10 @@ class Said:
             self._move(line, keys, line.number)
 
     def _move(self, line: Line, keys: Sequence[Key], number: int) -> None:
-        """Gives faces, and all faces of the person `line.person`, the number of an unknown person.
+        """Gives the faces `keys` the number of an unknown person.
 
-        If only a part of the faces of another number is moved, the two numbers stay two people.
+        If the line has a `person`, all faces of this unknown person get the number, too. If some
+        faces of another number keep their number, the two numbers are two different people.
         """
         is_new = number not in self.numbers.values()
         whole = parse_group_number(line.person) if line.person else 0
@@ -259,7 +279,10 @@ class Said:
 
 
 def read_for(gallery: Gallery, films: Iterable[MediaFile]) -> Said:
-    """Returns what people said about `films`: nothing if `vidjax who` did not make the gallery."""
+    """Returns the names and corrections of faces in `films` from the log next to the gallery.
+
+    If `vidjax who` did not make the gallery, there is no log, and the result is empty.
+    """
     out = gallery.folder.parent
     if said_lib.has_log(out):
         return Said(said_lib.read(out), films)
@@ -268,7 +291,7 @@ def read_for(gallery: Gallery, films: Iterable[MediaFile]) -> Said:
 
 
 def drop_undone(lines: Iterable[Line]) -> Iterator[Line]:
-    """Yields the lines whose steps were not undone. Undoing may be undone, too."""
+    """Yields the lines of the log that were not undone. Undoing may be undone, too."""
     lines, undone = [*lines], set[str]()
     for line in reversed(lines):
         if line.says == "undo" and line.film is None and line.when not in undone:

@@ -14,7 +14,6 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -42,7 +41,7 @@ LEAST_TURNED = 5  # a film with fewer faces upside down does not count as upside
 
 
 class Task(Struct, kw_only=True):
-    """A film or photo whose features `work` extracts. Without a path, `work` only loads nets."""
+    """A film or photo whose features `work` extracts. Without a path, `work` only tests nets."""
 
     models: str  # the folder of nets
     settings: ExtractionSettings
@@ -56,12 +55,12 @@ class Task(Struct, kw_only=True):
 
 
 class Nets(NamedTuple):
-    """The nets with which a film is read."""
+    """The nets with which films and photos are read."""
 
     detect: Detector  # finds faces
     embed: Embedder  # computes embeddings of faces
-    listen: Listener | None = None  # detects speech and embeds voices; None without these nets
-    digests: Mapping[str, str] = MappingProxyType({})  # modality -> digest of the embedder's card
+    listen: Listener | None  # detects speech and embeds voices; None without these nets
+    digests: Mapping[str, str]  # modality -> digest of the embedder's card
 
 
 @functools.lru_cache(1)
@@ -179,9 +178,9 @@ class ClipBuilder:
     def _end(
         self, track: Track, name: str, pictures: list[Sighting], vectors: Mapping[int, np.ndarray]
     ) -> None:
-        """Makes the clip `name` from pictures of a track.
+        """Makes the clip `name` from the faces in some pictures of a track.
 
-        `vectors` is `Sighting.number` of a picture -> embedding of the face in this picture.
+        `vectors` is number of a sighting -> embedding of the face.
         """
         spans: dict[int, Sighting] = {}
         for index, x in enumerate(pictures):
@@ -194,7 +193,7 @@ class ClipBuilder:
             "face_detection": np.array([x.detection for x in best], np.float32),
             "face_quality": np.array([x.quality for x in best], np.float32),
         }
-        top, card = max(best, key=lambda x: (x.quality, x.number)), self._nets.embed.card
+        top, card = max(best), self._nets.embed.card
         clear_quality = card.back_end.clear_quality if card.back_end else None
         written = _to_face_track(track, name)
         written.box = msgspec.convert(top.place.clip(0, 1).round(4).tolist(), features_folder.Box)
@@ -278,7 +277,10 @@ def extract(task: Task, nets: Nets) -> MediaFile:
 
 
 def _read_film(task: Task, clips: ClipBuilder, nets: Nets) -> dict[str, Any]:
-    """Makes the clips of a video; returns the other fields of its `MediaFile`."""
+    """Makes the clips of a video; returns fields of the video's description, see `MediaFile`.
+
+    `clips` collects the clips.
+    """
     path = Path(task.path)
     with decode.open_video(path) as video:
         cuts, seen, layout = _make_clips(video, clips, nets, task)
@@ -299,7 +301,8 @@ def _make_clips(
 ) -> tuple[ShotDetector, list[FaceTrack], features_folder.Layout | None]:
     """Makes a clip of each track in a video, or with `--unit=shot`, of each shot's main person.
 
-    Returns the detector of the shots, the tracks of all people, and the layout of equal halves.
+    `clips` collects the clips. Returns the detector of the shots, the tracks of all people, and the
+    place of the first half of the pictures if their two halves are equal, or None.
     """
     fps, cuts, search = task.settings.fps, ShotDetector(), FilmSearch(nets.detect)
     halves = HalvesDetector()
@@ -307,6 +310,7 @@ def _make_clips(
         tracks.choose_gap_seconds(min(fps, video.info.rate)), tracks.choose_held_seconds(fps)
     )
     main = MainFigures() if task.settings.unit == "shot" else None
+    trackers = [tracker, main] if main else [tracker]  # the last one makes the clips
     seen, numbers = [], defaultdict[int, Iterator[int]](itertools.count)
 
     def end_clips() -> None:
@@ -318,19 +322,16 @@ def _make_clips(
                 seen.append(_to_face_track(track, shot))
         for track in main.take_ended() if main else ():
             clips.end(track, iter([f"{task.stem}.s{track.shot:03}"]), split=False)
-        clips.keep((main or tracker).live)
+        clips.keep(trackers[-1].live)
 
     def end_shot(time_s: float, next_s: float | None = None) -> None:
-        tracker.cut(time_s, next_s)
-        if main:
-            main.cut(time_s, next_s)
+        for x in trackers:
+            x.cut(time_s, next_s)
         end_clips()
 
     def take(frames: Iterable[SearchedFrame]) -> None:
         for frame in frames:
-            owners = tracker.update(frame.time_s, frame.faces.boxes)
-            if main:
-                owners = main.update(frame.time_s, frame.faces.boxes)
+            owners = [x.update(frame.time_s, frame.faces.boxes) for x in trackers][-1]
             halves.add(frame.rgb, frame.faces.boxes)
             clips.add(frame.time_s, frame.number, owners, frame.faces, frame.rgb)
             end_clips()
@@ -353,7 +354,11 @@ def _make_clips(
 def _read_photo(
     photo: photos.Photo, tags: regions.Tags, clips: ClipBuilder, nets: Nets, stem: str
 ) -> dict[str, Any]:
-    """Makes a clip of each face in a photo; returns the other fields of its `MediaFile`."""
+    """Makes a clip of each face in a photo; returns fields of its description, see `MediaFile`.
+
+    `tags` are the names that photo programs stored for faces. `clips` collects the clips. `stem` is
+    the first part of the names of the clips.
+    """
     faces = nets.detect(photo.rgb)
     count, lost, misfit = len(faces.boxes), list[str](), ""
     clips.mirrors = True
@@ -362,8 +367,7 @@ def _read_photo(
         name = stem if count == 1 else f"{stem}.f{number + 1:02}"
         clips.end(Track(number, shot=0, times=[0.0], ends=[0.0]), iter([name]))
     if tags.tags:
-        height, width = photo.rgb.shape[:2]
-        size = width, height
+        size = photo.rgb.shape[1], photo.rgb.shape[0]
         owners, misfit = regions.match_faces(tags, faces.boxes, size, photo.orientation)
         for tag, face in zip(tags.tags, owners.tolist(), strict=True):
             if face >= 0:
@@ -381,9 +385,10 @@ def _to_face_track(track: Track, clip: str) -> FaceTrack:
 
 
 def work(arguments: dict[str, Any]) -> MediaFile | None:
-    """Calls `extract` in a child process; the arguments are a JSON object.
+    """Extracts the features of a file in a child process, see `extract`.
 
-    Without a path, returns None. If a net cannot be used, raises NetError.
+    `arguments` are the fields of a `Task` as JSON values. Without a path, returns None. If a net
+    cannot be used, raises NetError.
     """
     task = msgspec.convert(arguments, Task)
     nets = load_nets(task.models, task.settings.size)

@@ -19,7 +19,7 @@ MOST_FACE_DIFFERENCE = 16.0  # levels, 0 to 255; the faces of two people differ 
 
 
 class HalvesDetector:
-    """Compares the two halves of pictures with faces.
+    """Finds out whether the two halves of a film's pictures are equal. Pictures need faces.
 
     Two halves are equal if they look alike, and if at least half of the faces have a similar face
     at the same place of the other half. The halves of a 3D film differ a little.
@@ -38,7 +38,7 @@ class HalvesDetector:
 
     @property
     def layout(self) -> Layout | None:
-        """The arrangement of the two equal halves of the film. None if they are not equal."""
+        """The first of two equal halves, as a filter `crop` of FFmpeg. None if they differ."""
         least = max(LEAST_PICTURES, LEAST_SHARE * self._pictures)
         return next((layout for layout, count in self._equal.items() if count >= least), None)
 
@@ -63,7 +63,10 @@ def _has_twins(rgb: np.ndarray, boxes: np.ndarray, axis: int) -> bool:
 
 
 def _shrink(rgb: np.ndarray, box: np.ndarray, grid: int) -> np.ndarray:
-    """Returns the means of `grid` x `grid` parts of a box of a picture, [grid, grid, 3]."""
+    """Returns the mean colours of `grid` x `grid` parts of a box, float32 [grid, grid, 3].
+
+    `rgb` is uint8 [H, W, 3]. `box` [4] is left, top, right and bottom in pixels.
+    """
     from PIL import Image
 
     box = box.clip(0, np.tile(rgb.shape[1::-1], 2))

@@ -1,6 +1,8 @@
-"""Measures the card of a net on your own photos or features, and writes the numbers into the card.
+"""Measures how similar embeddings of your own photos are, and writes the results into a card.
 
-Features of the photos are deleted at the end. A card contains numbers of people, not their names.
+A card is a JSON file that describes a net. It contains the distributions of the cosine of two
+embeddings, for one person and for two people. A card contains no names of people. The embeddings of
+the photos are deleted at the end.
 """
 
 import datetime
@@ -30,7 +32,7 @@ DIGITS = 5  # of the numbers in a card
 
 
 class Samples(NamedTuple):
-    """The vectors of N clips of a modality."""
+    """The embeddings of N clips of a modality, such as face or audio."""
 
     units: np.ndarray  # [N, D] float32, of length 1, or 0
     people: np.ndarray  # [N], the names of the people
@@ -42,7 +44,7 @@ class Samples(NamedTuple):
 
 
 class MeasuredCard(NamedTuple):
-    """A card whose numbers were measured again."""
+    """The card of a net, and the numbers that were measured for the card."""
 
     card: Card  # before
     measured: Measured
@@ -51,21 +53,25 @@ class MeasuredCard(NamedTuple):
 
 
 def measure_photos(models: Path, people: Path, workers: int, tell: Tell) -> list[MeasuredCard]:
-    """Measures the card of the net of faces on photos `people/NAME/PHOTO.jpg`, and writes it.
+    """Measures the net of faces on photos `people/NAME/PHOTO.jpg`, and writes its card.
 
-    `models` is the folder of nets. Raises UserError if fewer than 5 people have two usable photos,
-    or if the net does not separate them.
+    `models` is the folder of nets. `workers` is the number of processes. `tell` is called with each
+    problem of a photo. Raises UserError if fewer than 5 people have two usable photos, or if the
+    net does not separate the people.
     """
     with files.scratch_folder() as out:
-        # In a folder `gallery`, `embed_photos` would see people of earlier calls.
+        # In a folder `gallery`, `Photos` would see people of earlier calls.
         gallery = Gallery.of_models(out / "vectors", models)
         if "face" not in gallery.backend.widths:
             raise UserError(
-                f"'{models}' needs a net of faces whose JSON file has a back_end\n"
+                f"'{models}' needs a net of faces whose JSON file has the key back_end\n"
                 f"{cards.describe_remedy('face_embedder', models)}"
             )
         faces, owners = list[tuple[np.ndarray, str, float]](), dict[tuple[str, bytes], str]()
-        for x, vector in people_photos.embed_photos(gallery, people, out, models, workers, tell):
+        found = people_photos.find_faces(people, out, models, workers, tell)
+        part = [*gallery.backend.widths].index("face")
+        for clip, entry in sorted(found.embed(gallery).items()):
+            x, vector = found.faces[clip], gallery.backend.split(entry.vector[None])[part][0]
             person = x.face.person
             # A copy would be measured as the most similar face of another person.
             owner = owners.setdefault((x.photo.sha256, vector.tobytes()), person)
@@ -80,9 +86,10 @@ def measure_photos(models: Path, people: Path, workers: int, tell: Tell) -> list
 
 
 def measure_features(models: Path, path: Path) -> list[MeasuredCard]:
-    """Measures the cards of embedders on features `path/NAME/CLIP.npz`, and writes the cards.
+    """Measures nets on files `path/NAME/CLIP.npz`, and writes the cards of the nets.
 
-    Raises UserError as `measure_photos`, or if the features are from other nets.
+    The files contain embeddings of the people NAME. `models` is the folder of nets. Raises
+    UserError as `measure_photos`, or if other nets have computed the embeddings.
     """
     with files.scratch_folder() as scratch:
         gallery = Gallery.of_models(scratch / "gallery", models)
@@ -102,7 +109,8 @@ def _measure_all(
 ) -> list[MeasuredCard]:
     """Measures the card of each modality with enough people, and then writes the cards.
 
-    `given` are modality -> clips, whose vectors may have any length. `kind` is photo or clip.
+    `given` are modality -> clips, whose vectors may have any length. `kind` is the word for a clip
+    in messages, "photo" or "clip". Raises UserError if no modality has enough people.
     """
     embedders, done = cards.list_embedders(cards.read_all(models)), list[MeasuredCard]()
     most = unclear = 0
@@ -121,7 +129,7 @@ def _measure_all(
                 done.append(_measure(card, clear.take(rows), unclear, kind))
     if not done:
         note = f", without {messages.count(unclear, 'unclear face')}" if unclear else ""
-        few = f"there are two usable {kind}s of {messages.count(most, 'person')}"
+        few = f"there are two usable {kind}s of only {messages.count(most, 'person')}"
         raise UserError(
             f"{few if most else f'no person has two usable {kind}s'}{note}: a card needs "
             f"{FEWEST_PEOPLE} people with two {kind}s each\n"
@@ -141,7 +149,11 @@ def _drop_copies(samples: Samples) -> Samples:
 
 
 def _measure(card: Card, chosen: Samples, unclear: int, kind: str) -> MeasuredCard:
-    """Measures a card on the clips `chosen`."""
+    """Returns a card with the numbers that are measured on the clips `chosen`.
+
+    `unclear` and `kind` are only reported: the number of clips that were left out, and the word for
+    a clip. Raises UserError if the net does not separate the people.
+    """
     owner = np.unique(chosen.people, return_inverse=True)[1]
     found = card_measure.measure(chosen.units, owner)
     same, different = (
@@ -175,6 +187,6 @@ def _measure(card: Card, chosen: Samples, unclear: int, kind: str) -> MeasuredCa
 
 
 def format_intervals(spread: Spread) -> tuple[str, str]:
-    """Returns the 95 % intervals of a mean and a standard deviation, as texts."""
+    """Returns the 95 % intervals of a mean and of a standard deviation, such as `0.61 to 0.64`."""
     (low, high), (least, most) = spread.mean_interval, spread.deviation_interval
     return f"{low:.3f} to {high:.3f}", f"{max(least, 0):.3f} to {most:.3f}"

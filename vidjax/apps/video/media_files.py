@@ -25,9 +25,9 @@ ARTWORK = ("banner", "cover", "fanart", "folder", "poster", "thumb")  # pictures
 
 
 def is_missing(path: Path) -> bool:
-    """Returns whether a file does not exist.
+    """Returns True if a file certainly does not exist.
 
-    Returns False if the system cannot find out, or if the file is in the cloud of macOS.
+    Returns False if the system cannot find out, or if macOS keeps the file only in the cloud.
     """
     try:
         path.lstat()
@@ -103,15 +103,18 @@ def split_files(path: Path) -> tuple[list[Path], list[Path]]:
 
 
 def describe_left_out(paths: Iterable[Path]) -> Iterator[Note]:
-    """Yields notes about unused files, folders without films and photos, and unreadable folders."""
+    """Yields notes about what cannot be used in folders that a user names.
+
+    These are files that are no films or photos, folders without films and photos, and folders that
+    the user may not read.
+    """
     from vidjax.apps.video import regions  # slow to import, and few commands search files
 
     for named in paths:
         count, unreadable = 0, list[OSError]()
         folders = list_folders(named, unreadable.append)
         for error in (x for x in unreadable if isinstance(x, PermissionError)):
-            text = "is left out, because you may not read this folder"
-            yield Note(f"{show(error.filename)} {text}")
+            yield Note(f"{show(error.filename)} is left out, because you may not read this folder")
         for path in folders:
             accepted, others = split_files(path)
             count += len(accepted)
@@ -126,7 +129,7 @@ def describe_left_out(paths: Iterable[Path]) -> Iterator[Note]:
 
 
 def check_apart(listed: Sequence[Path], out: Path) -> None:
-    """Raises UserError if an input file is in `out`, the folder in which results are written."""
+    """Raises UserError if a file of `listed` is in `out`, the folder for results."""
     inner = next((path for path in listed if path.parent.resolve() == out.resolve()), None)
     if inner:
         raise UserError(f"--out={out} contains the input file '{inner.name}'\nname another folder")

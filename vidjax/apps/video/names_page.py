@@ -57,16 +57,19 @@ class PageData:
 
     @functools.cached_property
     def tracks(self) -> dict[str, FaceTrack]:
-        """The track of each clip."""
+        """Name of a clip -> the track of the face in this clip."""
         return {track.clip: track for film in self.films for track in film.tracks}
 
     def rank(self, clip: str) -> tuple[float, ...]:
-        """Returns a value by which the faces of clips are sorted, from the clearest face on."""
+        """Returns a key that sorts clips by their best faces, the clearest face first."""
         x = self.tracks.get(clip)
         return (-x.clarity, -x.quality, -x.seen) if x else ()
 
     def list_faces(self, entries: "Sequence[PageEntry]", name: str = "") -> list[Picture]:
-        """Returns the photos of the person `name`, or if there are none, the best `entries`."""
+        """Returns pictures of a person: all photos of the person `name`.
+
+        If there are no photos, returns up to 8 pictures of `entries`, the clearest face first.
+        """
         if self.people.get(name):
             return [*self.people[name]]
         best = sorted(entries, key=lambda entry: self.rank(entry.best))
@@ -93,15 +96,15 @@ class PageEntry:
 
     @property
     def keys(self) -> list[str]:
-        """Texts that identify the clips. No text is the name of a person.
+        """A text for each clip, by which forms identify the clip. No text is a person's name.
 
-        A clip with a twin comes first, see `twin`.
+        Clips with a `twin` come first.
         """
         return [CLIP + x for x in sorted(self._x.clips, key=lambda x: x not in self._data.twins)]
 
     @functools.cached_property
     def best(self) -> str:
-        """The clip with the best face."""
+        """The name of the clip with the best face."""
         return min(self._x.clips, key=self._data.rank)
 
     @property
@@ -113,7 +116,7 @@ class PageEntry:
 
     @property
     def unclear(self) -> bool:
-        """Whether all faces are unclear."""
+        """Whether all faces are too small or too blurred, see `FaceTrack.unclear`."""
         return self.best in self._data.tracks and self._data.tracks[self.best].unclear
 
     @property
@@ -133,7 +136,7 @@ class PageEntry:
 
     @property
     def place(self) -> tuple[float, float]:
-        """The place on the timeline, and its width, in per cent of the timeline."""
+        """The left end and the width of the bar on the timeline, in per cent of the timeline."""
         if self._film.photo:
             return 0.0, 100.0
         length = max(self._film.seconds, 1e-3)
@@ -143,7 +146,7 @@ class PageEntry:
 
     @functools.cached_property
     def others(self) -> list[tuple[str, float]]:
-        """Other likely people with probabilities, best first."""
+        """Other likely people as (name, probability), the most likely first."""
         answers = filter(None, map(self._data.answers.get, self._x.clips))
         pairs = (pair for answer in answers for pair in answer.best if pair[0] != self.name)
         return _sort_likely((name, p) for name, p in pairs if p >= LIKELY_PROBABILITY)
@@ -160,11 +163,14 @@ class PageEntry:
 
     @property
     def twin(self) -> str:
-        """The name of a similar face of the same time, or ""."""
+        """The name of a more similar face that is visible at the same time, or "".
+
+        A mirror or a split screen may show the person twice.
+        """
         return next((self._data.twins[x] for x in self._x.clips if x in self._data.twins), "")
 
     def split(self) -> "Iterator[PageEntry]":
-        """Yields an entry for each clip of the appearance."""
+        """Yields an entry of the page for each clip of the appearance."""
         for clip in self._x.clips:
             track = self._data.tracks[clip]
             part = self._x._replace(clips=(clip,), start_s=track.start_s, end_s=track.end_s)
@@ -242,7 +248,7 @@ def render(data: PageData) -> str:
 
     @functools.cache
     def portray(key: str) -> Picture | None:
-        """Returns a picture of a person, or of the face with this key, or None."""
+        """Returns a picture of the person or face with the name or key `key`, or None."""
         clip, found = key.removeprefix(CLIP), times.get(key, [])
         if clip != key:
             faces = (face for of in entries_of.values() for entry in of for face in entry.split())
@@ -286,25 +292,29 @@ def render(data: PageData) -> str:
 
 
 def render_note(**values: object) -> str:
-    """Returns a page with a short text, or with a film. For `values`, see its template."""
+    """Returns the HTML of a page with a short text, or with a film.
+
+    `values` are the variables of the template `note.html.j2`.
+    """
     return _load_template("note.html.j2")[0].render(values, time=format_span)
 
 
 def _list_likely(entries: Iterable[PageEntry]) -> list[tuple[str, float]]:
-    """Returns the most likely known people of all `entries` with probabilities, best first."""
+    """Returns the three most likely known people of `entries`, with probabilities, best first."""
     return _sort_likely(pair for entry in entries for pair in entry.others)[:MOST_LIKELY]
 
 
 def _sort_likely(pairs: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
-    """Returns each name with its highest probability, best first."""
+    """Returns each name of (name, probability) pairs with its highest probability, best first."""
     best = dict(sorted(pairs, key=lambda pair: pair[1]))
     return sorted(best.items(), key=lambda pair: (-pair[1], pair[0]))
 
 
 def find(words: str, texts: Mapping[str, str]) -> list[str]:
-    """Returns the keys whose texts contain all `words`. Case and accents are ignored.
+    """Returns the keys of the texts that contain all `words`. Case and accents are ignored.
 
-    If no text contains all words, returns the keys of the texts with the most words.
+    `texts` is key -> text. If no text contains all words, returns the keys of the texts that
+    contain the most words. Without words, returns all keys.
     """
     wanted = strip_accents(words).split()
     if not wanted:
@@ -317,7 +327,10 @@ def find(words: str, texts: Mapping[str, str]) -> list[str]:
 
 @functools.cache
 def _load_template(name: str) -> "tuple[jinja2.Template, str, str]":
-    """Returns a template, the script of the page, and the digest that allows only this script."""
+    """Returns a template, the script of the page, and the digest of the script.
+
+    The digest, a sha256 in base64, stands in the page, so that the page runs only this script.
+    """
     import jinja2
 
     from vidjax.evaluation import report
@@ -341,12 +354,12 @@ def format_appearance_time(appearance: Appearance, film: MediaFile) -> str:
 def _make_section(
     film: MediaFile, entries: list[PageEntry], people: Collection[str]
 ) -> tuple[str, str, list[tuple[PageEntry, int]], list[tuple[str, list[PageEntry], str]]]:
-    """Returns the name of a film, its description, its timeline, and its appearances by person.
+    """Returns what the page shows about a film: its name, description, timeline and people.
 
-    The timeline is a list of entries, each with the number of a row, so that no two bars overlap.
-    The appearances are the person, the entries, and their total duration as text. Known `people`
-    come first, then unknown people, unclear faces, and ignored people. Within each of these groups,
-    the person with the longest total time comes first.
+    The timeline is a list of (entry, row). Each row is a line of bars, and no two bars overlap. The
+    people are a list of (name, entries, total duration as text). Known `people` come first, then
+    unknown people, unclear faces, and ignored people. Within each of these groups, the person with
+    the longest total time comes first.
     """
     rows, bars, ends = [], list[tuple[PageEntry, int]](), list[float]()
     for name, group in group_by_key((entry.name, entry) for entry in entries).items():

@@ -4,7 +4,7 @@ A track is a person in a shot of a film. Named tracks of a person are joined int
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from vidjax.apps.features_folder import Box, FaceTrack, MediaFile
@@ -59,7 +59,7 @@ def find_appearances(
     If the gaps between tracks of a person are short, the tracks are joined into one appearance.
 
     Args:
-      answers: the answer of the gallery for each clip, after `settle_answers`.
+      answers: clip -> answer of the gallery, after `settle_answers`.
       groups: clip -> unknown person, such as `unknown 3`. If a clip has no name and is not in
         `groups`, it is an appearance of an ignored person.
     """
@@ -99,7 +99,10 @@ def list_places(films: Iterable[MediaFile]) -> dict[str, tuple[str, str, str]]:
 
 
 def pair_seen_together(films: Iterable[MediaFile]) -> list[tuple[str, str]]:
-    """Returns all pairs of clips that overlap in time, and so must show two different people."""
+    """Returns all pairs of clips of a film that overlap in time, and of clips of a photo.
+
+    The two clips of a pair must show two different people.
+    """
     pairs = []
     for film in films:
         live: list[FaceTrack] = []
@@ -169,7 +172,10 @@ def name_tracks(
 
 
 def _tell(name: str | None) -> Answer:
-    """Returns the answer for a face that has a name, or is ignored, as a user said."""
+    """Returns the answer for a face to which a user has given a name.
+
+    If `name` is None, the user has said that the face is a stranger, or is to be ignored.
+    """
     known = NOBODY if name is None else Answer(name, 1.0, 0.0, ((name, 1.0),))
     return known._replace(evidence=(TOLD,))
 
@@ -179,7 +185,10 @@ def _unname(answer: Answer) -> Answer:
 
 
 def _deny(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
-    """Returns the answers of clips for which a user denied names, without these names."""
+    """Removes people from answers if a user said that a clip does not show them.
+
+    Returns the new answers of these clips.
+    """
     changed = {}
     for clip, names in said.denied.items():
         if isinstance(clip, str) and (answer := answers.get(clip)):
@@ -189,11 +198,11 @@ def _deny(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
 
 
 def _tell_apart(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
-    """Returns answers in which two people who differ have different names.
+    """Removes names if a user has said that two unknown people differ, but both get the same name.
 
-    If both people have the same name, the clips of the less probable person lose it. A name by a
-    user is kept. It counts only if more than half of the clips have it, because a user may name
-    wrong faces one by one.
+    The clips of the less probable person lose this name. But a clip that a user has named keeps its
+    name. A name that only a user has given counts as the name of a person if more than half of the
+    person's clips have it, because a user may name wrong faces one by one. Returns all answers.
     """
     answers = dict(answers)
     clips_of = group_by_key(
@@ -220,9 +229,9 @@ def _tell_apart(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
 
 
 def group_votes(tracks: Tracks) -> dict[str, str] | None:
-    """Returns clip -> group, for `Gallery.identify`. The tracks of a group get one name together.
+    """Groups similar tracks; returns clip -> group. `Gallery.identify` gives a group one name.
 
-    A gallery of a run cannot compare groups. For such a gallery, the result is None.
+    A gallery that was made from a trained run cannot compare groups. Then the result is None.
     """
     gallery, vectors, films = tracks
     if not gallery.origin.cards:
@@ -241,8 +250,8 @@ def group_unknown(
 ) -> dict[str, str]:
     """Groups tracks without a name; returns clip -> unknown person, such as `unknown 3`.
 
-    Two people with unclear faces look alike. So an unclear face is in no group, and has a number
-    that no other track has, unless it is in `together`.
+    Unclear faces of two people look alike. So an unclear face is not grouped, and has a number that
+    no other track has. If it is in `together`, it has the number of its group.
 
     `together` is clip -> number. Clips with the same number are one person. `apart` are pairs of
     numbers of two different people. For `settled`, see `Gallery.group`.
@@ -264,7 +273,10 @@ def group_unknown(
 
 
 def mark_unclear(groups: Mapping[str, str], films: Iterable[MediaFile]) -> dict[str, str]:
-    """Renames unknown people with a single, unclear face, for example to `unknown face 4`."""
+    """Renames unknown people who have only one, unclear face: `unknown 4` to `unknown face 4`.
+
+    `groups` is clip -> unknown person. Returns clip -> name.
+    """
     unclear, sizes = list_unclear(films), Counter(groups.values())
     return {
         clip: f"{FACE}{answers_lib.parse_group_number(group)}"
@@ -286,12 +298,12 @@ def _remove_unclear_names(answers: Mapping[str, Answer], tracks: Tracks) -> dict
 
 
 def list_unclear(films: Iterable[MediaFile]) -> set[str]:
-    """Returns the clips with unclear faces, see `FaceTrack.unclear`."""
+    """Returns the names of the clips whose faces are small or blurred, see `FaceTrack.unclear`."""
     return {track.clip for film in films for track in film.tracks if track.unclear}
 
 
 def settle_answers(answers: Mapping[str, Answer], films: Iterable[MediaFile]) -> dict[str, Answer]:
-    """Returns answers in which tracks that overlap in time have different names.
+    """Returns answers in which two tracks of the same time have different names.
 
     If two such tracks have the same name, the less probable name is removed. A name that a user
     gave to a track remains.
@@ -307,18 +319,15 @@ def settle_answers(answers: Mapping[str, Answer], films: Iterable[MediaFile]) ->
     return settled
 
 
-def _join_tracks(tracks: Iterable[FaceTrack]) -> Iterator[list[FaceTrack]]:
-    """Yields groups of tracks with gaps below two seconds. `tracks` are in order of time."""
-    group: list[FaceTrack] = []
-    end = 0.0
+def _join_tracks(tracks: Iterable[FaceTrack]) -> list[list[FaceTrack]]:
+    """Returns groups of tracks with gaps below two seconds. `tracks` are in order of time."""
+    groups, end = list[list[FaceTrack]](), -GAP_SECONDS
     for track in tracks:
-        if group and track.start_s - end >= GAP_SECONDS:
-            yield group
-            group = []
+        if track.start_s - end >= GAP_SECONDS:
+            groups.append([])
+        groups[-1].append(track)
         end = max(end, track.end_s)
-        group.append(track)
-    if group:
-        yield group
+    return groups
 
 
 def format_percent(probability: float) -> str:

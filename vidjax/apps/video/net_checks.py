@@ -26,15 +26,14 @@ INPUTS: dict[cards.Role, str] = {
 
 
 def list_checks(folder: Path) -> dict[str, Callable[[], str]]:
-    """Returns name of a card -> function that checks its net, and returns a description.
+    """Returns the checks of a folder of nets: name -> function.
 
-    The entry `models` checks the whole folder. The functions raise UserError for a fault.
+    A function returns a description of what it has checked. It raises UserError for a fault. The
+    name `models` is the check of the whole folder. Each other name is the file name of a card, a
+    JSON file that describes a net, and the function tests this net.
     """
-    names = [path.name for path in sorted(folder.glob("*.json"))]
-    return {
-        "models": partial(_check_folder, folder),
-        **{name: partial(_describe_file, folder / name) for name in names},
-    }
+    of_nets = {x.name: partial(_describe_file, x) for x in sorted(folder.glob("*.json"))}
+    return {"models": partial(_check_folder, folder), **of_nets}
 
 
 def _check_folder(folder: Path) -> str:
@@ -48,28 +47,33 @@ def _check_folder(folder: Path) -> str:
 
 
 def _describe_file(path: Path) -> str:
-    """Tests a net in a child process, and describes it."""
+    """Tests the net of the card `path` in a child process; returns a text about the net."""
     card = cards.read(path)
     milliseconds = processes.run_limited(
         __name__, path, {"path": str(path)}, float, memory_bytes=MEMORY_BYTES,
         cpu_seconds=CPU_SECONDS, reads=cards.list_files(path.parent),
     )  # fmt: skip
-    parts = [
-        f"{card.role}, {card.decoder}, from {card.source.describe()}",
-        "test passed",
-        f"{milliseconds:.3g} ms of CPU time per {INPUTS[card.role]}",
-        f"weights {card.licence.weights}",
-    ]
-    return "; ".join(parts + ([describe_back_end(card.back_end)] if card.back_end else []))
+    measured = f"; {describe_back_end(card.back_end)}" if card.back_end else ""
+    return (
+        f"{card.role}, {card.decoder}, from {card.source.describe()}; test passed; "
+        f"{milliseconds:.3g} ms of CPU time per {INPUTS[card.role]}; "
+        f"weights {card.licence.weights}{measured}"
+    )
 
 
 def work(arguments: dict[str, Any]) -> float:
-    """Tests the net of the card `path`; returns the result of `measure_milliseconds`."""
+    """Tests a net in a child process; returns its CPU time, see `measure_milliseconds`.
+
+    `arguments` has the item `path`, the path of the net's card.
+    """
     return measure_milliseconds(nets.Net(cards.read(Path(arguments["path"]))))
 
 
 def measure_milliseconds(net: nets.Net) -> float:
-    """Returns the CPU time of a call of a net in milliseconds, for the input in `INPUTS`."""
+    """Returns the CPU time of a call of a net in milliseconds: the fastest of 5 calls.
+
+    INPUTS describes the input of the call.
+    """
     inputs = nets.make_formula_inputs(net.card, net.card.test.seed, (FRAME, FRAME))
     times = []
     for _ in range(REPEATS):
@@ -80,7 +84,7 @@ def measure_milliseconds(net: nets.Net) -> float:
 
 
 def describe_back_end(back_end: BackEnd) -> str:
-    """Returns a sentence about the cosines of a net, and how they were measured."""
+    """Returns a text about the cosines of a net's embeddings, and how they were measured."""
     same, different = (
         f"{mean:g} +- {spread:g}" for mean, spread in (back_end.same, back_end.different)
     )

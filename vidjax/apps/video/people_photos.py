@@ -39,7 +39,7 @@ MISFIT_REMEDY = "this photo is not used. Tag its faces again"
 
 
 class FoundFace(NamedTuple):
-    """A face in a photo of a folder of people."""
+    """A face in a photo of a person."""
 
     face: PhotoFace
     path: Path  # of the photo
@@ -49,12 +49,15 @@ class FoundFace(NamedTuple):
 
 
 def list_faces(gallery: Gallery) -> dict[str, PhotoFace]:
-    """Returns clip -> face for the enrolled faces of photos."""
+    """Returns clip -> face, for the clips in a gallery that are faces in photos of people."""
     return {clip: photo for clip in gallery.clips if (photo := PhotoFace.of(clip))}
 
 
 def list_unread(out: Path) -> dict[str, PhotoFace]:
-    """Returns clip -> face, for photos that new nets have not yet read again."""
+    """Returns clip -> face, for faces in photos that new nets have not yet read again.
+
+    `out` is the folder of results.
+    """
     faces = (
         PhotoFace(owner, track.clip, track.name or owner)
         for owner, folder in locate_people(out).items()
@@ -64,7 +67,10 @@ def list_unread(out: Path) -> dict[str, PhotoFace]:
 
 
 def list_photo_files(out: Path) -> list[MediaFile]:
-    """Returns the photos of people. The names of their clips are as in `PhotoFace.key`."""
+    """Returns the descriptions of all photos of people in the folder of results `out`.
+
+    The clips have names such as `people/Ada/IMG_1`, see `PhotoFace.key`.
+    """
     photos = list[MediaFile]()
     for owner, folder in locate_people(out).items():
         for photo in features_folder.describe_media_files(folder).values():
@@ -92,7 +98,7 @@ def _is_lost_photo(path: Path) -> bool:
 
 
 def _is_equal(first: np.ndarray, second: np.ndarray) -> bool:
-    """Returns whether two vectors are of the same picture, up to rounding errors."""
+    """Returns whether two embeddings are of the same picture: they differ by rounding errors."""
     return bool(np.square(first - second).sum() < EQUAL_SQUARES)
 
 
@@ -120,6 +126,8 @@ class Photos:
         self._person_of: dict[str, str] = {}
         self._twins: set[str] = set()  # clips of photos that are in the folders of two people
         self._doubtful = doubts.Doubts({}, {}, [])
+        # Person -> groups of photos that contradict each other. It is not clear which are right.
+        self._mixed: dict[str, list[doubts.Side]] = {}
 
     def warn(self, texts: Iterable[str]) -> None:
         """Reports problems of photos."""
@@ -184,7 +192,7 @@ class Photos:
         )
 
     def extract(self, **options: Any) -> None:  # noqa: ANN401  (the arguments of `extract_folders`)
-        """Extracts features of the photos."""
+        """Extracts features of the photos. `options` are arguments of `extract_folders`."""
         place = self.out / PEOPLE
         place.mkdir(exist_ok=True)
         files.hide(place)  # the names of its folders are names of people
@@ -195,7 +203,11 @@ class Photos:
             self.outcomes_of |= extract_folders(group, tagged=True, tell=self.tell, **options)
 
     def check_people(self, gallery: Gallery, forget_missing: bool) -> None:
-        """Raises UserError if the folder seems wrong, because it has no enrolled person."""
+        """Raises UserError if the folder of photos has none of the people of earlier calls.
+
+        The user has probably named a wrong folder. If `forget_missing` is True, the folder must
+        exist.
+        """
         people, photos = self.people, self.paths_of
         enrolled = (list_unread(self.out) | list_faces(gallery)).values()
         before = {name for photo in enrolled for name in (photo.folder, photo.person)}
@@ -240,16 +252,16 @@ class Photos:
             for outcome in outcomes:
                 named, clips = self._check_photo(owner, outcome)
                 found |= named
-                faces = self._locate_faces(owner, outcome, folder)
-                # A user may have removed faces of a missing photo.
-                usable = {
-                    clip for clip, x in faces.items()
-                    if x.track.clip in clips and (outcome.media or clip in enrolled)
-                }  # fmt: skip
-                self.faces |= faces
-                self.usable |= usable
-                shown |= {faces[clip].face.person for clip in usable}
-                if not (usable and outcome.media):
+                if photo := outcome.known:
+                    for track in photo.tracks:
+                        face = PhotoFace(owner, track.clip, track.name or owner)
+                        clip = str(face) if self._flag == WHO_FLAG else f"{owner}/{track.clip}"
+                        self.faces[clip] = FoundFace(face, outcome.path, photo, track, folder)
+                        # A user may have removed faces of a missing photo.
+                        if track.clip in clips and (outcome.media or clip in enrolled):
+                            self.usable.add(clip)
+                            shown.add(face.person)
+                if not (clips and outcome.media):
                     self.failed[str(outcome.path)] = outcome.remedy
             # A folder of photos in which other people are tagged is not a person.
             if tags and owner not in {*tags, *shown, *known}:
@@ -266,23 +278,11 @@ class Photos:
         single = [name for name in single if name in self.names]
         self.warn(self._describe_numbers(single, only_files))
 
-    def _locate_faces(
-        self, owner: str, outcome: FileOutcome, features: Path
-    ) -> dict[str, FoundFace]:
-        """Returns clip in the gallery -> face, for all faces in a photo."""
-        faces = dict[str, FoundFace]()
-        if photo := outcome.known:
-            for track in photo.tracks:
-                face = PhotoFace(owner, track.clip, track.name or owner)
-                clip = str(face) if self._flag == WHO_FLAG else f"{owner}/{track.clip}"
-                faces[clip] = FoundFace(face, outcome.path, photo, track, features)
-        return faces
-
     def _check_photo(self, owner: str, outcome: FileOutcome) -> tuple[set[str], set[str]]:
-        """Reports problems of a photo; returns its people, and the clips of faces.
+        """Reports problems of a photo; returns the names of its people, and the clips of its faces.
 
-        Poor faces are not reported. If the photo has no face tags, the only person is `owner`, the
-        name of the folder.
+        A face is returned if it has a face tag, or if it is the only face, and the photo has no
+        face tags. Then the person is `owner`, the name of the folder. Poor faces are not reported.
         """
         photo, names, clips, problems = outcome.known, {owner}, set[str](), [outcome.error]
         if photo and photo.tags:
@@ -301,7 +301,7 @@ class Photos:
         return names, clips
 
     def _leave_out_poor(self) -> Iterator[str]:
-        """Yields a text for each poor face.
+        """Yields a warning for each face that is blurred, or whose eyes are hidden.
 
         A face with sunglasses is left out if the person has a good face.
         """
@@ -369,8 +369,6 @@ class Photos:
         absent = {photo.folder for photo in enrolled.values()} - {
             read_folder_name(x.name) for x in self.outcomes_of
         }
-        if not absent:
-            return absent
         outcomes = itertools.chain(*self.outcomes_of.values())
         has_others = any(outcome.path.parent == self.people for outcome in outcomes)
         new = {self.faces[clip].photo.sha256 for clip in self.usable - enrolled.keys()}
@@ -387,7 +385,7 @@ class Photos:
         return missing
 
     def embed(self, gallery: Gallery) -> dict[str, StoredClip]:
-        """Computes the vectors of usable faces; returns clip in the gallery -> stored clip."""
+        """Computes the embeddings of usable faces; returns clip in the gallery -> stored clip."""
         entries: dict[str, StoredClip] = {}
         groups = group_by_key((self.faces[clip].features, clip) for clip in self.usable)
         for folder, clips in groups.items():
@@ -423,9 +421,9 @@ class Photos:
     def _withhold(self, draft: Draft) -> None:
         """Removes photos of people from a gallery if it is not clear whom the photos show.
 
-        These are photos that are in the folders of two people, and all photos of a person whose
-        photos contradict each other, see `doubts.divide_photos`. If the net does not separate
-        people, photos are not compared.
+        A photo in the folders of two people is removed. If photos of a person contradict each
+        other, see `doubts.divide_photos`, all photos of this person are removed. If the net does
+        not separate people, photos are not compared.
         """
         state = card_notes.judge(draft.finish()[0], self.list_mirrored())
         named = {clip: x for clip, x in state.clips.items() if x.identity}
@@ -438,25 +436,20 @@ class Photos:
         if card_notes.compare(state).problem != "blind":
             single = {clip: x for clip, x in named.items() if clip not in self._twins}
             self._doubtful = doubts.find_doubtful_photos(state.index.backend, single)
-        mixed = (self._list_sides(name) for name in self._doubtful.mixed)
-        photos = {x for sides in mixed if len(sides) > 1 for side in sides for x in side.photos}
+        for name, sides in self._doubtful.mixed.items():
+            # Other sides have only clips of films, to which a user gave this name.
+            own = [side for side in sides if not self.faces.keys().isdisjoint(side.photos)]
+            self._mixed |= {name: own} if len(own) > 1 else {}
+        photos = {x for sides in self._mixed.values() for side in sides for x in side.photos}
         draft.remove(clip=self._twins | (photos & faces.keys()))
-
-    def _list_sides(self, name: str) -> list[doubts.Side]:
-        """Returns the sides of a person that have photos.
-
-        Other sides have only clips of films, to which a user gave this name.
-        """
-        sides = self._doubtful.mixed[name]
-        return [side for side in sides if not self.faces.keys().isdisjoint(side.photos)]
 
     def find_renamed(
         self, gallery: Gallery, enrolled: Mapping[str, PhotoFace], entries: Mapping[str, StoredClip]
     ) -> dict[str, set[str]]:
-        """Finds people all of whose photos are now photos of other people.
+        """Finds people all of whose photos are now photos of other people, as after a renaming.
 
-        `enrolled` is clip -> face in the gallery. `entries` are the vectors of this call. Returns
-        person -> people who have the photos now. A face is recognised by its vector.
+        `enrolled` is clip -> face in the gallery. `entries` is clip -> embedding in this call. A
+        face is found again by its embedding. Returns person -> people who have the photos now.
         """
         person_of = {clip: self.faces[clip].face.person for clip in entries}
         new = {
@@ -479,14 +472,17 @@ class Photos:
         return moved
 
     def list_mirrored(self) -> list[float]:
-        """Returns the value `FaceTrack.mirrored` of each usable face."""
+        """Returns the cosine of the embeddings of each usable face and of its mirror image.
+
+        Faces whose cosine is not known are left out.
+        """
         cosines = (self.faces[clip].track.mirrored for clip in self.usable)
         return [cosine for cosine in cosines if cosine is not None]
 
     def report_doubts(self) -> bool:
-        """Reports photos that may show another person or are photos of two people, after `enrol`.
+        """Reports photos that may show another person than their name says. Call `enrol` first.
 
-        Returns whether two names may be one person.
+        Returns whether two names may be names of one person.
         """
         person_of, twins, doubtful = self._person_of, self._twins, self._doubtful
         people = group_by_key((self.faces[x].photo.sha256, person_of[x]) for x in sorted(twins))
@@ -524,9 +520,7 @@ class Photos:
                 str(path.relative_to(self.people) if path.is_relative_to(self.people) else path)
             )
 
-        for name in self._doubtful.mixed:
-            if len(sides := self._list_sides(name)) < 2:
-                continue
+        for name, sides in self._mixed.items():
             number = "two" if len(sides) == 2 else f"{len(sides):,}"
             texts = [
                 messages.list_some([*map(locate, side.photos)], 3)
@@ -546,7 +540,11 @@ class Photos:
 
 
 def find_faces(people: Path, out: Path, models: Path, workers: int, tell: Tell) -> Photos:
-    """Finds the faces in `people/NAME/PHOTO.jpg`, and writes their features to the folder `out`."""
+    """Finds the faces in `people/NAME/PHOTO.jpg`, and writes their features to the folder `out`.
+
+    `models` is the folder of nets, and `workers` the number of processes. `tell` is called with
+    each problem of a photo.
+    """
     photos = Photos(people, out, tell, PHOTOS_FLAG)
     total = sum(map(len, photos.paths_of.values()))
     bar = Progress(total, unit="photo", label="photos", leave=False)
@@ -554,18 +552,6 @@ def find_faces(people: Path, out: Path, models: Path, workers: int, tell: Tell) 
         photos.extract(models=models, workers=workers, done=lambda _: bar.advance(1))
     photos.check({})
     return photos
-
-
-def embed_photos(
-    gallery: Gallery, people: Path, out: Path, models: Path, workers: int, tell: Tell
-) -> Iterator[tuple[FoundFace, np.ndarray]]:
-    """Yields each usable face in `people/NAME/PHOTO.jpg`, and its vector. Nobody is enrolled."""
-    found, part = (
-        find_faces(people, out, models, workers, tell),
-        [*gallery.backend.widths].index("face"),
-    )
-    for clip, entry in sorted(found.embed(gallery).items()):
-        yield found.faces[clip], gallery.backend.split(entry.vector[None])[part][0]
 
 
 class PhotoEnrolment(NamedTuple):
@@ -579,7 +565,7 @@ class PhotoEnrolment(NamedTuple):
 def enrol_folder(
     gallery: Gallery, people: Path, models: Path, workers: int, tell: Tell
 ) -> PhotoEnrolment:
-    """Enrols the photos `people/NAME/PHOTO.jpg` and `people/NAME.jpg` in a gallery of models.
+    """Enrols the photos `people/NAME/PHOTO.jpg` and `people/NAME.jpg` in a gallery.
 
     The faces that another call has enrolled stay as they are, even if they were renamed. New photos
     of a renamed person get the new name. The features of the photos are deleted at the end.
@@ -610,9 +596,9 @@ def enrol_folder(
 def _choose_label(name: str, labels: Collection[str], names: Collection[str]) -> str:
     """Returns the name in the gallery for the new photos of the person `name`.
 
-    It differs from `name` if a user has renamed the person in the gallery. It is the most frequent
-    of `labels`, the names of the person's enrolled photos. Labels of other people in `names` come
-    last.
+    A user may have renamed the person in the gallery. `labels` are the names of the person's
+    enrolled photos. The result is the most frequent of them, or `name` if there are none. Names of
+    other people in `names` are chosen last.
     """
     count = Counter(labels)
     order = [(label != name and label in names, -count[label], label) for label in count]

@@ -91,10 +91,12 @@ def read_photo(path: Path) -> Photo | None:
 def _check_pixel_data(
     path: Path, content: bytes, codec: str, begin: bytes, end: bytes
 ) -> io.BytesIO:
-    """Returns the content of a JPEG or PNG photo; raises UserError if its pixels are damaged.
+    """Returns the file of a JPEG or PNG photo; raises UserError if its pixels are damaged.
 
-    Pillow would fill damaged parts with wrong colours. FFmpeg finds most damage. A photo with more
-    than `decode.MOST_PIXELS` pixels, or in a form that FFmpeg cannot decode, is not checked.
+    `codec`, `begin` and `end` are as in PIXELS. If only the last mark of a JPEG photo is missing,
+    it is added. Pillow would fill damaged parts with wrong colours. FFmpeg finds most damage. A
+    photo with more than `decode.MOST_PIXELS` pixels, or in a form that FFmpeg cannot decode, is not
+    checked.
     """
     import av
     from av.error import ExternalError, FFmpegError, InvalidDataError
@@ -123,7 +125,7 @@ def _check_pixel_data(
 
 
 def _reduce(path: Path, photo: "Image") -> None:
-    """Makes the decoder reduce a JPEG photo with more than `decode.MOST_PIXELS` pixels.
+    """Makes Pillow shrink a JPEG photo with more than `decode.MOST_PIXELS` pixels when it is read.
 
     Raises UserError if the photo is still too large, or has another format.
     """
@@ -135,7 +137,7 @@ def _reduce(path: Path, photo: "Image") -> None:
 
 
 def _read_orientation(photo: "Image") -> int:
-    """Returns the EXIF orientation by which a photo must be turned, or 1 if it is missing."""
+    """Returns the EXIF orientation of a photo, 1 to 8, or 1 if it is missing."""
     with contextlib.suppress(Exception):  # a photo with damaged metadata is still a photo
         return photo.getexif().get(ORIENTATION, 1)
     return 1

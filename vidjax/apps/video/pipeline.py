@@ -43,10 +43,10 @@ FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class FileOutcome(NamedTuple):
-    """The result of reading a file: either a film, or an error and its remedy."""
+    """The result of reading a film or photo: its description, or an error and a remedy."""
 
     path: Path
-    media: MediaFile | None  # the description of the film; None after an error
+    media: MediaFile | None  # the description of the film or photo; None after an error
     error: str = ""  # "" if there was no error
     kept: bool = False  # whether the features of an earlier call were kept
     replaced: bool = False  # whether features of another file with the same name were replaced
@@ -56,12 +56,12 @@ class FileOutcome(NamedTuple):
 
     @property
     def known(self) -> MediaFile | None:
-        """The description of the film by this call or, after an error, by an earlier call."""
+        """The description by this call, or after an error, by an earlier call, if any."""
         return self.media or self.earlier
 
 
 class _Job(NamedTuple):
-    """A film or photo whose features are to be extracted."""
+    """A film or photo, and how its features are to be extracted."""
 
     path: Path
     stem: str  # the first part of the names of the file's clips
@@ -127,7 +127,7 @@ def extract_folders(
     voices = cards_lib.VOICE_ROLES if known.keys() & {*cards_lib.VOICE_ROLES} else ()
     for role in ROLES + voices:
         cards_lib.require(known, role, models)
-    digests = read_digests(models)
+    digests = {role: card.digest for role, card in known.items()}
     with contextlib.ExitStack() as locked:
         jobs: list[_Job] = []
         unsure: dict[Path, list[FileOutcome]] = {}
@@ -152,7 +152,7 @@ def extract_folders(
 
 
 def read_digests(models: Path) -> dict[str, str]:
-    """Returns role -> digest of the card of each net in a folder."""
+    """Returns role of a net -> sha256 of the net's card, for all nets in the folder `models`."""
     return {role: card.digest for role, card in cards_lib.read_all(models).items()}
 
 
@@ -168,32 +168,39 @@ def check_nets(models: Path, settings: ExtractionSettings) -> None:
 def _process_jobs(
     jobs: Sequence[_Job], workers: int, done: Callable[[FileOutcome], None]
 ) -> dict[Path, list[FileOutcome]]:
-    """Extracts features from files in child processes; returns the outcomes of each folder."""
+    """Extracts features from files in up to `workers` child processes.
+
+    Returns folder of features -> outcomes. `done` is called with each outcome.
+    """
     twins = Counter(job.path.name for job in jobs)
     label = {job: job.path.name if twins[job.path.name] == 1 else str(job.path) for job in jobs}
     left = {job: job.path.stat().st_size if job.path.exists() else 0 for job in jobs}
-    batches = _make_batches(jobs, workers)
-    num_films = sum(job.path.suffix.lower() not in PHOTOS for job in jobs)
+    # A process reads a single film, or up to 50 photos.
+    photos = [job for job in jobs if job.path.suffix.lower() in PHOTOS]
+    films = [[job] for job in jobs if job.path.suffix.lower() not in PHOTOS]
+    size = max(1, min(BATCH_PHOTOS, -(-len(photos) // workers)))
+    batches = [*films, *(photos[n : n + size] for n in range(0, len(photos), size))]
     outcome_of = dict[_Job, FileOutcome]()
 
     def read(children: Children, numbered: tuple[int, Sequence[_Job]]) -> None:
-        number, batch = numbered  # each film is a batch, and films come before photos
-        title = f"{number:,} of {num_films:,}: {label[batch[0]]}" if number <= num_films else ""
+        number, batch = numbered
+        title = f"{number:,} of {len(films):,}: {label[batch[0]]}" if number <= len(films) else ""
         for job, outcome in _extract_batch(children, batch, title).items():
             left.pop(job)
             outcome_of[job] = outcome
             done(outcome._replace(label=label[job]))
 
-    with _show_progress(left) if num_films and sys.stderr.isatty() else contextlib.nullcontext():
+    with _show_progress(left) if films and sys.stderr.isatty() else contextlib.nullcontext():
         map_children(read, [*enumerate(batches, 1)], workers)
     return group_by_key((job.out, outcome_of[job]) for job in jobs)
 
 
 @contextlib.contextmanager
 def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
-    """Shows a progress bar in a `with` block. `left` is file -> size in bytes.
+    """Shows a progress bar in a `with` block that reads files.
 
-    The block removes each finished file from `left`.
+    `left` is file -> size in bytes, for the files that are not finished. The block removes each
+    finished file from `left`.
     """
     total, places, ended = sum(left.values()), {job.out for job in left}, threading.Event()
     bar = Progress(total, unit="byte", label="films", leave=False)
@@ -221,11 +228,11 @@ def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
 def _prepare_folder(
     out: Path, listed: Sequence[Path], drop: Drop, pictures: bool, tell: Tell
 ) -> tuple[dict[Path, str], list[FileOutcome]]:
-    """Removes outdated files from a folder of features; returns input file -> stem.
+    """Removes outdated files from the folder of features `out`.
 
-    The names of the file's clips begin with the stem. For `drop` and `pictures`, see `drop` and
-    `thumbnails` of `extract_folders`. Also returns outcomes of files that cannot be found, although
-    their features are kept.
+    Returns input file -> stem, and outcomes. The stem is the first part of the names of the file's
+    clips. The outcomes report files that cannot be found, although their features are kept. For
+    `drop` and `pictures`, see `drop` and `thumbnails` of `extract_folders`.
     """
     (out / VIDEOS).mkdir(exist_ok=True)
     if pictures:
@@ -265,16 +272,11 @@ def _prepare_folder(
 
 
 def choose_drop(prune: bool, forget_missing: bool) -> Drop:
-    """Returns the argument `drop` of `extract_folders` for the flags of a command."""
+    """Returns the argument `drop` of `extract_folders`.
+
+    `prune` and `forget_missing` are the flags --prune and --forget-missing of a command.
+    """
     return ("missing" if forget_missing else "deleted") if prune else "nothing"
-
-
-def _make_batches(jobs: Sequence[_Job], workers: int) -> list[list[_Job]]:
-    """Divides files into batches, each for one process: a single film, or up to 50 photos."""
-    photos = [job for job in jobs if job.path.suffix.lower() in PHOTOS]
-    films = [[job] for job in jobs if job.path.suffix.lower() not in PHOTOS]
-    size = max(1, min(BATCH_PHOTOS, -(-len(photos) // workers)))
-    return [*films, *(photos[n : n + size] for n in range(0, len(photos), size))]
 
 
 def _check_extraction(
@@ -282,10 +284,10 @@ def _check_extraction(
 ) -> ExtractionSettings:
     """Checks that features can be added to the folder `out`. Returns the settings of its features.
 
-    If `settings` is None, uses the settings of earlier features, or the defaults. If the folder has
-    features of other nets or settings, or files of another program, raises UserError. If `upgrade`
-    is True and no net is missing, moves features of other nets aside instead. `digests` is role of
-    a net -> sha256 of the net's card, a JSON file.
+    `digests` is role of a net -> sha256 of the net's card, a JSON file. If `settings` is None, uses
+    the settings of earlier features, or the defaults. Raises UserError if the folder has features
+    of other nets or settings, or files of another program. If `upgrade` is True and no net is
+    missing, features of other nets are no error: they are set aside.
     """
     before = features_folder.read_extraction(out)
     if before is None:
@@ -318,18 +320,16 @@ def _check_extraction(
 def _choose_stems(
     paths: Sequence[Path], known: Mapping[str, MediaFile], tell: Tell
 ) -> dict[Path, str]:
-    """Returns file -> stem, with which the names of the file's clips begin.
+    """Returns file -> stem, the first part of the names of the file's clips.
 
     `known` is stem -> film of an earlier call. These films keep their stems, even if they were
     moved. The stem of a new file is made from its name. If another file has the same stem, `~` and
-    8 digits of the sha256 are added. If it also has the same content, one of the files is left out.
+    8 digits of the sha256 are added to the stem. If two files have the same stem and the same
+    content, one of them is left out, and `tell` is called with a note.
     """
     of_path = {str(film.source.path): stem for stem, film in known.items()}
-    moved = {
-        film.sha256: (stem, film.source.size)
-        for stem, film in known.items() if is_missing(film.source.path)
-    }  # fmt: skip
-    sizes = {size for _, size in moved.values()}
+    moved = {film.sha256: stem for stem, film in known.items() if is_missing(film.source.path)}
+    sizes = {known[stem].source.size for stem in moved.values()}
     owners = {stem.lower(): stem for stem in known}
     stems = {of_path[real]: path for path in paths if (real := os.path.realpath(path)) in of_path}
     for path in (path for path in paths if os.path.realpath(path) not in of_path):
@@ -338,7 +338,7 @@ def _choose_stems(
         if owner or (path.exists() and path.stat().st_size in sizes):
             sha256 = _sha256_or_of_name(path)
             if sha256 in moved:
-                stem = moved[sha256][0]
+                stem = moved[sha256]
             elif owner:
                 film = known.get(owner)
                 same = sha256 == (film.sha256 if film else _sha256_or_of_name(stems[owner]))
@@ -359,9 +359,9 @@ def _sha256_or_of_name(path: Path) -> str:
 
 
 def _extract_batch(children: Children, jobs: Sequence[_Job], title: str) -> dict[_Job, FileOutcome]:
-    """Extracts features from the new and changed files of a batch in one process.
+    """Extracts features from the new and changed files of a batch in one child process.
 
-    `title` is printed for a film, and is empty for photos.
+    `title` is printed for a film, and is empty for photos. Returns file -> outcome.
     """
     outcomes: dict[_Job, FileOutcome] = {}
     pending: dict[_Job, film_lib.Task] = {}
@@ -385,7 +385,10 @@ def _extract_batch(children: Children, jobs: Sequence[_Job], title: str) -> dict
 
 
 def _read(children: Children, pending: Mapping[_Job, film_lib.Task]) -> list[MediaFile | UserError]:
-    """Calls `film.work` for each file; returns a result or an error for each file."""
+    """Calls `film.work` for each file in a child process.
+
+    Returns a description or an error for each file, in order.
+    """
     tagged = (job.path for job in pending if job.tagged)
     sidecars = [x for path in tagged for x in regions.list_sidecars(path) if not x.is_symlink()]
     size = sum(task.source.size for task in pending.values() if task.source)
@@ -403,7 +406,7 @@ def _read(children: Children, pending: Mapping[_Job, film_lib.Task]) -> list[Med
 
 
 def _find_earlier(job: _Job) -> MediaFile | None:
-    """Returns the description of a file, or None if its features are not complete."""
+    """Returns the description by an earlier call, or None if the features are not complete."""
     known = features_folder.describe_media_file(job.out, job.stem)
     return known if features_folder.has_features(job.out, job.stem) else None
 
@@ -461,7 +464,7 @@ def _take_results(job: _Job, task: film_lib.Task, answer: MediaFile | UserError)
                     f"{job.path}: the sidecar file with the face tags is missing: copy it back, or "
                     "delete the photo"
                 )
-        known = _find_earlier(job)
+        had_features = features_folder.has_features(job.out, job.stem)
         features_folder.remove_media_file(job.out, job.stem)
         os.replace(partial / f"{job.stem}.npz", job.out / f"{job.stem}.npz")
         thumbnails = [folder / THUMBNAILS for folder in (partial, job.out)]
@@ -473,14 +476,15 @@ def _take_results(job: _Job, task: film_lib.Task, answer: MediaFile | UserError)
         features_folder.write(job.out / VIDEOS / f"{job.stem}.json", film)
     except (UserError, OSError) as error:
         return _describe_failure(job, error)
-    return FileOutcome(job.path, film, replaced=known is not None and known.sha256 != film.sha256)
+    is_other = had_features and before is not None and before.sha256 != film.sha256
+    return FileOutcome(job.path, film, replaced=is_other)
 
 
 def _check_results(job: _Job, task: film_lib.Task, film: MediaFile) -> MediaFile:
-    """Returns a description of the file `job.path` with the facts that this process knows.
+    """Checks the results of a child process; returns the description of the file `job.path`.
 
-    Raises UserError if the results do not belong to this file. A file that has taken over its child
-    could give them names of clips of other films.
+    A malicious file may take over the child process. So its name, properties and sha256 are set
+    here. Raises UserError if the results have clips of other films, or lack clips or pictures.
     """
     assert task.source
     film.video = features_folder.make_printable(job.path.name)
@@ -497,7 +501,7 @@ def _check_results(job: _Job, task: film_lib.Task, film: MediaFile) -> MediaFile
 
 
 def _describe_failure(job: _Job, error: UserError | OSError) -> FileOutcome:
-    """Returns the outcome of a file that failed. If the disk is full, raises `error`."""
+    """Returns the outcome of a file that could not be read. If the disk is full, raises `error`."""
     earlier = _find_earlier(job)
     if not features_folder.describe_media_file(job.out, job.stem):
         features_folder.remove_media_file(job.out, job.stem)  # incomplete files

@@ -48,7 +48,7 @@ SHAPE_ERROR = 0.01  # the largest error of the ratio of width and height
 # smaller than its face.
 DOUBTFUL_FIT, SMALL_TAGS, TINY_TAGS = 0.55, 0.75, 0.4
 LI = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}li"
-TWO_WAYS = "its tags fit different faces in the stored and in the displayed picture"
+TWO_WAYS = "its tags fit other faces in the stored picture than in the upright picture"
 MWG = "{http://www.metadataworkinggroup.com/schemas/regions/}"
 AREA = "{http://ns.adobe.com/xmp/sType/Area#}"
 SIZE = "{http://ns.adobe.com/xap/1.0/sType/Dimensions#}"
@@ -80,7 +80,7 @@ def list_sidecars(path: Path) -> list[Path]:
 
 
 def read_tags(path: Path) -> Tags:
-    """Reads a photo's face tags from its sidecar files, or from the photo if they have none."""
+    """Reads a photo's face tags from its sidecar files, or if these have none, from the photo."""
     problems: list[str] = []
     for place in (*list_sidecars(path), path):
         try:
@@ -126,9 +126,10 @@ def _find_packets(content: bytes) -> Iterator[bytes]:
 
 
 def parse_packet(packet: bytes) -> Tags:
-    """Reads the names and boxes of faces from XMP; skips pets, other tags, and empty names.
+    """Reads the names and boxes of faces from a piece of XMP, see `_find_packets`.
 
-    Raises SyntaxError if `packet` is not valid XML.
+    Pets, tags of other things than faces, and empty names are skipped. Raises SyntaxError if
+    `packet` is not valid XML.
     """
     _refuse_long_addresses(packet)
     root = ElementTree.fromstring(packet)  # noqa: S314  (the packet cannot define entities)
@@ -149,7 +150,7 @@ def parse_packet(packet: bytes) -> Tags:
 
 
 def _refuse_long_addresses(packet: bytes) -> None:
-    """Raises UserError if the address of a namespace is so long that XML takes minutes to parse."""
+    """Raises UserError if XML would take minutes to parse, because a namespace is too long."""
     for piece in LONG_PIECE.finditer(packet):
         end = 0  # of the previous value; between values are only names
         for value in VALUE.finditer(piece[0]):
@@ -159,7 +160,7 @@ def _refuse_long_addresses(packet: bytes) -> None:
 
 
 def _find_items(root: ElementTree.Element, name: str) -> Iterator[ElementTree.Element]:
-    """Yields the items of all XML lists with this name, at most 501."""
+    """Yields the items of all XML lists with the name `name` in `root`, at most 501 items."""
     items = (item for element in root.iter(name) for item in element.findall(f"*/{LI}"))
     return itertools.islice(items, MOST_TAGS + 1)
 
@@ -198,7 +199,7 @@ def _parse_number(text: str | None) -> float:
 
 
 def _make_tag(name: str | None, left: float, top: float, width: float, height: float) -> Tag | None:
-    """Returns a tag. If the name is empty or the box is wrong, returns None.
+    """Returns a face tag, or None if the name is empty or the box is wrong.
 
     The numbers are fractions of the picture's width and height. The middle of the box must be in
     the picture.
@@ -211,7 +212,7 @@ def _make_tag(name: str | None, left: float, top: float, width: float, height: f
 
 
 class _Reading(NamedTuple):
-    """The faces at n tags, if the boxes of the tags were drawn in a picture that was turned."""
+    """The faces at n face tags, if the tags were drawn in a picture that is turned by `turn`."""
 
     faces: np.ndarray  # int [n], the index of the face at each tag, or -1 if there is no face
     # [n], how well each tag fits its face: the overlap of the face with a box of the same size in
@@ -223,7 +224,7 @@ class _Reading(NamedTuple):
     turn: int  # the EXIF orientation that turns the tagged picture to the displayed picture
 
     def list_names(self, tags: Tags) -> set[tuple[int, str]]:
-        """Returns the pairs (face, name) of tags that fit."""
+        """Returns the pairs (index of a face, name) of the tags that fit their faces."""
         good = np.flatnonzero(self.fits >= LEAST_FIT)
         return {(int(self.faces[number]), tags.tags[number].name) for number in good}
 
@@ -231,10 +232,11 @@ class _Reading(NamedTuple):
 def match_faces(
     tags: Tags, faces: np.ndarray, size: tuple[int, int], orientation: int
 ) -> tuple[np.ndarray, str]:
-    """Returns the index of the detected face at each of n tags, int [n], or -1 if there is no face.
+    """Finds the detected face at each of n face tags.
 
-    Also returns why no tag can be believed, or "". If a photo was turned, mirrored or cropped after
-    it was tagged, its tags name wrong faces.
+    Returns the index of the face, int [n], or -1 if there is no face. Also returns why no tag can
+    be believed, or "". If a photo was turned, mirrored or cropped after it was tagged, its tags
+    name wrong faces.
 
     Some programs draw the boxes of tags in the stored picture. The stored picture may lie on its
     side. Others draw the boxes in the displayed, upright picture. `tags.shape` may show which
@@ -277,7 +279,11 @@ def match_faces(
 
 
 def _has_shape(shape: tuple[float, float], size: tuple[int, int], turn: int) -> bool:
-    """Returns whether a picture with this `shape` has, after the turn, the shape of `size`."""
+    """Returns whether a picture has the shape of the displayed picture after it is turned.
+
+    `shape` and `size` are (width, height) of the picture and of the displayed picture. `turn` is an
+    EXIF orientation, 1 to 8. Only the ratio of width and height counts.
+    """
     width, height = shape if turn < 5 else shape[::-1]
     errors = abs(size[0] - size[1] * width / height), abs(size[1] - size[0] * height / width)
     return any(
@@ -286,7 +292,10 @@ def _has_shape(shape: tuple[float, float], size: tuple[int, int], turn: int) -> 
 
 
 def _read(tags: Tags, faces: np.ndarray, size: tuple[int, int], turn: int) -> _Reading:
-    """Finds the face at each tag, as if the orientation `turn` had turned the tagged picture."""
+    """Finds the face at each tag, if the EXIF orientation `turn` turns the tagged picture upright.
+
+    For other arguments, see `match_faces`.
+    """
     boxes = turn_boxes(np.array([tag.box for tag in tags.tags]).reshape(-1, 4), turn)
     boxes = boxes * np.array(size * 2)
     found = _pair_boxes(boxes, faces)
@@ -305,9 +314,10 @@ def _read(tags: Tags, faces: np.ndarray, size: tuple[int, int], turn: int) -> _R
 
 
 def _seems_cropped(reading: _Reading, good: np.ndarray, num_faces: int) -> bool:
-    """Returns whether tags that fit may do so by accident, because the photo was cropped later.
+    """Returns whether tags may fit their faces by accident, because the photo was cropped later.
 
-    In a part of a photo, faces are larger than their tags, and some tags have no face.
+    In a cropped photo, faces are larger than their tags, and some tags have no face. `good` is a
+    mask of the tags that fit. `num_faces` is the number of detected faces.
     """
     count = int(good.sum())
     if not count:
@@ -334,10 +344,11 @@ def turn_boxes(boxes: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _pair_boxes(boxes: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Returns the index of the face in `faces` [N, 4] for each box [n, 4]: int [n], or -1 for none.
+    """Finds a face for each box: returns the index of the face, int [n], or -1 if there is none.
 
-    The centre of the face must be in the box, or the centre of the box in the face. The pair with
-    the largest overlap is chosen first. No face is chosen twice.
+    `boxes` [n, 4] and `faces` [N, 4] are left, top, right and bottom, in the same units. The centre
+    of the face must be in the box, or the centre of the box in the face. The pair with the largest
+    overlap is chosen first. No face is chosen twice.
     """
     owner = np.full(len(boxes), -1)
     inside = _contain_centres(boxes, faces) | _contain_centres(faces, boxes).T

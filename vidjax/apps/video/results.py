@@ -31,7 +31,10 @@ MIN_RATE = 2  # frames per second below which a film gets a warning
 
 
 def write(out: Path, decision: "Decision", padding: float = PADDING_SECONDS) -> None:
-    """Writes the tables, page, subtitles and timelines. `padding` in seconds is for timelines."""
+    """Writes the tables, page, subtitles and timelines into the folder of results `out`.
+
+    In timelines, `padding` seconds are added before and after each appearance.
+    """
     here = out.resolve()
     place_of = {
         film.video: quote(os.fsencode(os.path.relpath(film.source.path, here)))
@@ -66,7 +69,7 @@ def write(out: Path, decision: "Decision", padding: float = PADDING_SECONDS) -> 
 
 
 def _place_subtitles(films: Sequence[MediaFile]) -> list[PurePath]:
-    """Returns the path of each film's subtitles in their folder, without the ending.
+    """Returns where the subtitles of each film are written: a relative path without the ending.
 
     Players look for the name of the film. If several films have this name, their subtitles are in
     folders with the names of the films' folders, such as `2019/IMG_0001`. If these films are in one
@@ -117,19 +120,25 @@ def render_page(
 
 
 def _locate_picture(out: Path, features: Path, clip: str) -> str:
-    """Returns the URL of a clip's picture, relative to the page, or "" if there is no picture."""
+    """Returns the URL of a clip's thumbnail, relative to the page, or "" if there is none.
+
+    `out` is the folder of the page. `features` is the folder of features that contains the clip.
+    """
     path = features_folder.locate_thumbnail(features, clip)
     return quote(os.fsencode(path.relative_to(out))) if path.exists() else ""
 
 
 def _embed(out: Path, address: str) -> str:
-    """Returns the URL that contains the picture with this address."""
+    """Returns a `data:` URL that contains a thumbnail.
+
+    `address` is the URL of the thumbnail, relative to the page in the folder `out`.
+    """
     content = (out / os.fsdecode(unquote_to_bytes(address))).read_bytes()
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
 def remove_results(out: Path, *, page: bool = True) -> None:
-    """Removes the tables, subtitles and timelines of earlier calls, and the page.
+    """Removes the tables, subtitles and timelines of earlier calls, and the page if `page` is True.
 
     Also removes the unfinished files that killed calls have left.
     """
@@ -142,7 +151,10 @@ def remove_results(out: Path, *, page: bool = True) -> None:
 
 
 def list_problems(film: MediaFile, path: Path) -> list[str]:
-    """Returns what a user must know about a film: what was not read, and what is unusual in it."""
+    """Returns what a user must know about a film: what was not read, and what is unusual in it.
+
+    `path` is the path of the film, for the commands in the texts.
+    """
     problems = []
     if jumps := film.jumps:
         at, by = (subtitles.format_time(seconds, short=True) for seconds in jumps[0])

@@ -65,7 +65,10 @@ class _Pages:
         self._decoding = asyncio.Semaphore(MOST_DECODED)
 
     def _check(self, request: Request) -> None:
-        """Raises HTTPException if the secret word, the host, or the origin of a change is wrong."""
+        """Raises HTTPException if a request does not come from the page of this program.
+
+        Its secret word and its host must be right, and the origin of a change, too.
+        """
         given = request.path_params["token"]
         is_right = hmac.compare_digest(given.encode(), self._token.encode())
         if not (is_right and web.is_local(request.headers)):
@@ -74,7 +77,7 @@ class _Pages:
             raise HTTPException(HTTPStatus.FORBIDDEN, "Make changes only on the page of vidjax.")
 
     def show(self, request: Request) -> Response:
-        """Answers with the page of names, for all films, or for one film or person in the query."""
+        """Answers with the page of names: of all films, or of the film or person in the URL."""
         self._check(request)
         with self._lock:
             self._review.refresh()
@@ -141,7 +144,11 @@ class _Pages:
         return await run_in_threadpool(self._apply, form, request.url.path.endswith("/undo"))
 
     def _apply(self, fields: Sequence[tuple[str, str]], back: bool) -> Response:
-        """Applies the change in a form. If `back` is True, undoes the last change instead."""
+        """Applies the change in a form with the fields (name, value).
+
+        If `back` is True, undoes the last change instead. Answers with a redirection to the page,
+        or if the change is refused or needs a question, with the page and a message.
+        """
         review, form = self._review, dict(fields)
         of = [value for name, value in fields if name == "of"]
         typed, action = form.get("person") or form.get("new", ""), form.get("do", "")
@@ -188,7 +195,11 @@ class _Pages:
 
 
 def _read_view(query: Mapping[str, str]) -> dict[str, str]:
-    """Returns the parameters of a URL that choose what the page shows, see `Forms.url_query`."""
+    """Returns the parameters of a URL that choose what the page shows. Others are left out.
+
+    `film`, `person` and `find` choose a film, a person, and searched words. `first` is the number
+    of the first shown face or person.
+    """
     view = {name: query[name] for name in ("film", "person", "find") if query.get(name)}
     if re.fullmatch("[1-9][0-9]{0,8}", query.get("first", "")):
         view["first"] = query["first"]

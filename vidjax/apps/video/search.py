@@ -40,7 +40,10 @@ class FilmSearch:
         self._before: Faces | None = None  # the detections in the last frame of the previous group
 
     def add(self, number: int, time_s: float, rgb: np.ndarray) -> Iterator[SearchedFrame]:
-        """Adds a frame. If it begins a new group, first searches and yields the previous group."""
+        """Adds a frame. If it begins a new group, searches and yields the frames of the last group.
+
+        `number` and `time_s` are the number and the time of the frame. `rgb` is uint8 [H, W, 3].
+        """
         begin_s = self._group[0].time_s if self._group else time_s
         if len(self._group) == MOST_FRAMES or time_s - begin_s >= LEAST_SECONDS - 1e-3:
             yield from self._search()
@@ -58,27 +61,20 @@ class FilmSearch:
         self._before = None
 
     def _search(self) -> list[SearchedFrame]:
-        """Searches the frames of the group; returns them with detections, and empties the group."""
-        last = detections = self._detector.search(self._group[-1].rgb)
-        searched = [_keep_strong(self._group[-1], detections)]
+        """Searches the frames of the group; returns them with faces, and empties the group."""
+        last = after = self._detector.search(self._group[-1].rgb)
+        searched = [_keep_strong(self._group[-1], after)]
+        before = NO_FACES if self._before is None else self._before
         for frame in self._group[-2::-1]:
-            before = NO_FACES if self._before is None else self._before
-            detections = _search_between(self._detector, frame.rgb, before, detections)
-            searched.append(_keep_strong(frame, detections))
+            moved = measure_overlaps(after.boxes, before.boxes).max(0, initial=0) < LEAST_OVERLAP
+            near = np.concatenate([after.boxes, before.boxes[moved]])
+            found = self._detector.search(frame.rgb, near)
+            counts = [(faces.scores > LEAST_SCORE).sum() for faces in (found, before, after)]
+            after = found if counts[0] >= max(counts) else self._detector.search(frame.rgb)
+            searched.append(_keep_strong(frame, after))
         self._group, self._before = [], last
         return searched[::-1]
 
 
 def _keep_strong(frame: SearchedFrame, detections: Faces) -> SearchedFrame:
     return frame._replace(faces=detections.take_above(LEAST_SCORE))
-
-
-def _search_between(net: Detector, rgb: np.ndarray, before: Faces, after: Faces) -> Faces:
-    """Searches a frame near the detections `before` and `after`; returns detections.
-
-    If fewer people are detected than in one of these two frames, the whole frame is searched.
-    """
-    moved = measure_overlaps(after.boxes, before.boxes).max(0, initial=0) < LEAST_OVERLAP
-    detections = net.search(rgb, np.concatenate([after.boxes, before.boxes[moved]]))
-    counts = [(faces.scores > LEAST_SCORE).sum() for faces in (detections, before, after)]
-    return detections if counts[0] >= max(counts) else net.search(rgb)

@@ -150,8 +150,8 @@ class ShotDetector:
     def _stands_out(self, change: np.ndarray, times_usual: float, times_last: float) -> np.ndarray:
         """Returns whether each of the two numbers in `change` is much larger than before: bool [2].
 
-        The number must be above `times_usual` times its median in recent changes, and above
-        `times_last` times its value in the last change.
+        `change` [2] is as in `_is_sudden`. A number must be above `times_usual` times its median in
+        recent changes, and above `times_last` times its value in the last change.
         """
         usual = np.median(self._changes, axis=0) if self._changes else np.zeros(2)
         return change > np.maximum(times_usual * usual, times_last * self._last)
@@ -165,7 +165,7 @@ class _Dissolve:
         self.middle_s = np.inf
 
     def detect_end(self, time_s: float, picture: _Picture, difference: float) -> bool:
-        """Adds the next picture; returns whether `picture` is the first picture after a dissolve.
+        """Adds the picture at `time_s` seconds; returns whether a dissolve ends with this picture.
 
         `middle_s` is then the time at which both still pictures have the same weight. `difference`
         is the difference of `picture` from the previous picture.
@@ -186,11 +186,11 @@ class _Dissolve:
 
 
 def _find_middle(start: _Picture, end: _Picture, between: list[_Picture]) -> int | None:
-    """Returns the index of the picture in the middle of a dissolve, or None for another change.
+    """Returns the index in `between` of the picture in the middle of a dissolve.
 
     In a dissolve, the pictures `between` are weighted sums of `start` and `end`. From the middle
-    on, `end` has the larger weight. If `start` and `end` are alike, even after a shift, or if one
-    is the negative of the other, the result is None.
+    on, `end` has the larger weight. For other changes, the result is None, for example if `start`
+    and `end` are alike, even after a shift, or if one is the negative of the other.
     """
     likeness = _measure_likeness(start, end)
     if min(start.deviation, end.deviation) < BLANK or not -LIKE < likeness <= UNLIKE:

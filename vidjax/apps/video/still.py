@@ -17,11 +17,10 @@ MEMORY_BYTES, CPU_SECONDS = 4 << 30, 30
 
 
 def read_still(path: Path, seconds: float, jumps: Sequence[decode.Jump] = ()) -> bytes:
-    """Returns the upright picture of a film at a time, or a photo, as JPEG.
+    """Returns the upright picture of a film at a time in seconds, or a photo, as a JPEG file.
 
-    `jumps` are `MediaFile.jumps` of the film.
-
-    Raises UserError if the file cannot be decoded.
+    `jumps` are the jumps of the film's clock, see `MediaFile.jumps`. Raises UserError if the file
+    cannot be decoded.
     """
     arguments = {"path": str(path.absolute()), "seconds": seconds, "jumps": jumps}
     return processes.run_limited(
@@ -30,7 +29,10 @@ def read_still(path: Path, seconds: float, jumps: Sequence[decode.Jump] = ()) ->
 
 
 def work(arguments: dict[str, Any]) -> bytes:
-    """Decodes a picture in a child process; the arguments are a JSON object."""
+    """Decodes a picture in a child process; returns it as a JPEG file.
+
+    `arguments` are the arguments of `read_still` as JSON values.
+    """
     from PIL import Image
 
     path = Path(arguments["path"])

@@ -65,7 +65,10 @@ def _describe_file(film: MediaFile) -> dict[str, str]:
 
 
 def _make_row(values: Mapping[str, Any]) -> tuple[object, ...]:
-    """Returns the row of an appearance in a table. Blanks separate several values in a cell."""
+    """Returns the cells of an appearance in a table, in the order of COLUMNS.
+
+    `values` is name of a column -> value. Blanks separate several values in a cell.
+    """
     cells = [{**values, "identity": values["identity"] or IGNORED}[name] for name in COLUMNS]
     return tuple(" ".join(map(str, x)) if isinstance(x, tuple) else x for x in cells)
 
@@ -126,7 +129,7 @@ def to_rttm(appearances: "Iterable[Appearance]") -> str:
 
 
 def _make_words(texts: Collection[str]) -> dict[str, str]:
-    """Returns text -> word without blanks. Different texts get different words."""
+    """Returns text -> word without blanks. Two different texts get two different words."""
     words = {text: "_".join(map(escape, text.split())) for text in texts}
     count = Counter(words.values())
     return {text: word if count[word] == 1 else escape(text) for text, word in words.items()}

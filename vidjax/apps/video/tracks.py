@@ -6,7 +6,6 @@ the person in a frame. It lasts until the next frame that is searched, or until 
 
 import dataclasses
 import itertools
-from collections.abc import Callable
 
 import numpy as np
 
@@ -50,7 +49,10 @@ class Track:
         self.end_sighting(time_s)
 
     def split(self, at: list[float]) -> "list[Track]":
-        """Splits the track at the times `at`, in seconds. Each part must contain a sighting."""
+        """Splits the track at the times `at`, in seconds; returns the parts.
+
+        Each part must contain a sighting.
+        """
         places = [0, *np.searchsorted(self.times, at).tolist(), len(self.times)]
         return [
             Track(self.number, self.shot, self.times[low:high], self.ends[low:high])
@@ -126,7 +128,7 @@ class Tracker:
         for motion in self._live:
             motion.track.end_sighting(time_s)
         self._time_s = time_s
-        self._end_if(lambda motion: time_s - motion.track.ends[-1] > self._gap)
+        self._end([x for x in self._live if time_s - x.track.ends[-1] > self._gap])
         begin_s, self._cut_s = time_s if self._cut_s is None else self._cut_s, None
         boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
         owners, dropped = self._match(time_s, boxes)
@@ -154,7 +156,7 @@ class Tracker:
         for motion in self._live:
             motion.track.cut(time_s)
         self._live = [x for x in self._live if x.track.times and x.track.times[0] < last_s]
-        self._end_if(lambda motion: True)
+        self._end(self._live)
         self._cut_s = time_s if next_s is None else next_s
         self._shot += 1
 
@@ -168,16 +170,19 @@ class Tracker:
         ended, self._ended = self._ended, []
         return ended
 
-    def _end_if(self, ends: Callable[[_Motion], bool]) -> None:
-        over = [motion for motion in self._live if ends(motion)]
+    def _end(self, over: list[_Motion]) -> None:
         self._ended += [
             motion.track for motion in over
             if len(motion.track.times) > 1 or motion.track.ends[0] - motion.time_s > self._held
         ]  # fmt: skip
-        self._live = [motion for motion in self._live if not ends(motion)]
+        self._live = [motion for motion in self._live if motion not in over]
 
     def _match(self, time_s: float, boxes: np.ndarray) -> tuple[dict[int, _Motion], set[int]]:
-        """Returns index of a detection -> motion of its track, and the indices to drop."""
+        """Assigns the detections `boxes` [N, 4] at `time_s` seconds to tracks.
+
+        Returns index of a detection -> motion of its track, and the indices of the detections to
+        drop. Detections that belong to no track are in neither of them.
+        """
         live = self._live
         expected = np.array([motion.predict(time_s) for motion in live]).reshape(-1, 4)
         last = np.array([motion.last for motion in live]).reshape(-1, 4)
@@ -285,9 +290,9 @@ def find_changes(
 ) -> list[int]:
     """Returns the sorted indices at which the faces of a track change to another person.
 
-    At each index, the mean embeddings of a few faces before and after are compared. If the lowest
-    cosine is too low for one person, the track is split there. Both parts are then split in the
-    same way.
+    At each index, the mean embedding of the few faces before is compared with the mean embedding of
+    the few faces after. If the lowest cosine is too low for one person, the track is split at its
+    index. Both parts are then split in the same way.
 
     Args:
       vectors, times: the embeddings [N, D] of the faces in order of time, and the seconds [N].
@@ -328,9 +333,14 @@ def measure_overlaps(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Returns the intersection over union, [L, N], of boxes `first` [L, 4] and `second` [N, 4]."""
     low = np.maximum(first[:, None, :2], second[None, :, :2])
     high = np.minimum(first[:, None, 2:], second[None, :, 2:])
-    shared = np.maximum(high - low, 0.0).prod(-1)
-    areas = [np.maximum(boxes[:, 2:] - boxes[:, :2], 0.0).prod(-1) for boxes in (first, second)]
+    shared = _multiply_sides(high - low)
+    areas = [_multiply_sides(boxes[:, 2:] - boxes[:, :2]) for boxes in (first, second)]
     return shared / np.maximum(areas[0][:, None] + areas[1] - shared, 1e-9)
+
+
+def _multiply_sides(sides: np.ndarray) -> np.ndarray:
+    sides = np.maximum(sides, 0.0)
+    return sides[..., 0] * sides[..., 1]  # for few boxes, `prod` takes longer
 
 
 def _double_boxes(boxes: np.ndarray) -> np.ndarray:

@@ -46,7 +46,7 @@ class UnknownNumbers(Struct, kw_only=True, forbid_unknown_fields=True):
     highest: Count = 0  # the highest number that an unknown person has or had
 
     def of_faces(self) -> dict[Face, int]:
-        """Returns the number of each face's unknown person."""
+        """Returns face -> number of the unknown person whom the face shows."""
         return {
             Face(film=x.film, at=x.at, box=x.box, places=x.places): x.number for x in self.faces
         }
@@ -54,10 +54,11 @@ class UnknownNumbers(Struct, kw_only=True, forbid_unknown_fields=True):
     def update(
         self, films: Sequence[MediaFile], said: Said, numbers: Mapping[str, int], unread: Set[str]
     ) -> "UnknownNumbers":
-        """Stores the number of each unknown clip, except for numbers in the log.
+        """Returns new contents with the numbers of all present clips of unknown people.
 
-        `numbers` is clip -> number. `unread` are the sha256 of films that the present nets have not
-        read. Faces of these films keep their numbers. Other missing films are forgotten.
+        `numbers` is clip -> number. Numbers that the log contains are left out. `unread` are the
+        sha256 of films that the present nets have not read. Faces of these films keep their
+        numbers. Other missing films are forgotten.
         """
         stored = said.given | {x: n for x, n in numbers.items() if x not in said.numbered}
         face_of = {clip: face for film in films for clip, face in film.faces.items()}
@@ -88,7 +89,7 @@ def read_numbers(out: Path) -> UnknownNumbers:
 
 
 def write_numbers(out: Path, numbers: UnknownNumbers) -> None:
-    """Writes `unknown.json`."""
+    """Writes the numbers of unknown people into the file `unknown.json` in the folder `out`."""
     files.write_json(out / NUMBERS, msgspec.to_builtins(numbers))
     files.hide(out / NUMBERS)
 
@@ -104,8 +105,9 @@ def number_people(
 
     Args:
       tracks: the clips without a name.
-      before: the numbers of the last call.
-      highest: people with higher numbers are new: a user has made them.
+      said: the corrections in the log, and the numbers of the last call.
+      before: the contents of `unknown.json` after the last call.
+      highest: the highest old number. A user has made the people with higher numbers.
     """
     vectors = tracks.vectors
     kept = {clip: said.numbers[clip] for clip in vectors.names if clip in said.numbers}
@@ -127,10 +129,10 @@ def _keep_numbers(
 ) -> dict[str, int]:
     """Gives groups of clips the numbers of the last call; returns clip -> number.
 
-    `groups` is clip -> group, such as `unknown 3`. `before` is clip -> number in the last call. A
-    group with a number of `fixed` keeps this number. Other groups get the number that most of their
-    clips had. If several groups claim a number, the group with the most clips of this number gets
-    it. All other groups get new numbers above `highest`.
+    `groups` is clip -> group, such as `unknown 3`. `before` is clip -> number in the last call. If
+    a clip of a group had a number in `fixed`, the group gets this number. Each other group gets the
+    number that most of its clips had. If several groups claim a number, the group with the most
+    clips of this number gets it. The remaining groups get new numbers above `highest`.
     """
     votes = Counter((group, before[clip]) for clip, group in groups.items() if clip in before)
     number: dict[str, int] = {}

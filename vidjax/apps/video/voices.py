@@ -6,7 +6,7 @@ If two people speak at once, or a person speaks over music, the voices are not s
 import collections
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -29,10 +29,10 @@ LEAST_LEVEL = 10 ** (-30 / 20)  # the root mean square to which fainter windows 
 
 
 class VoiceEmbedder(nets.Embedder):
-    """Computes embeddings of N windows of 1.6 s of sound, [N, 25600] from -1 to 1."""
+    """Computes embeddings of voices: of N windows of 1.6 s of sound, [N, 25600] from -1 to 1."""
 
     def prepare(self, inputs: np.ndarray) -> np.ndarray:
-        """Converts windows of sound to the input of the net."""
+        """Converts windows of sound, [N, 25600], to mel spectrograms, the input of the net."""
         return make_mels(raise_level(inputs))
 
 
@@ -88,13 +88,12 @@ class Listener:
         return probabilities
 
 
-def find_solo_spans(tracks: "Iterable[FaceTrack]") -> Iterator[Span]:
+def find_solo_spans(tracks: "Sequence[FaceTrack]") -> Iterator[Span]:
     """Yields the parts of a film during which only one person is visible, in order of time.
 
     Parts shorter than 1.6 seconds are left out. Long parts are split into pieces of 60 seconds that
     overlap by 0.8 seconds. A person counts as visible from the start to the end of the track.
     """
-    tracks = list(tracks)
     ends = [(time_s, n) for n, x in enumerate(tracks) for time_s in (x.start_s, x.end_s)]
     seen: set[int] = set()
     for (begin, number), (end, _) in itertools.pairwise(sorted(ends)):
@@ -105,7 +104,10 @@ def find_solo_spans(tracks: "Iterable[FaceTrack]") -> Iterator[Span]:
 
 
 def _split_span(clip: str, begin: float, end: float) -> Iterator[Span]:
-    """Splits a part of a film into pieces, see `find_solo_spans`."""
+    """Splits a part of a film into pieces, see `find_solo_spans`.
+
+    The part is from `begin` to `end` seconds. Its speech belongs to the clip `clip`.
+    """
     window, step = WINDOW / RATE, WINDOW_STEP / RATE
     count = int((end - begin - window) / step + 1 + 1e-6)  # 1e-6 is for rounding errors of times
     for first in range(0, count, PIECE_WINDOWS):

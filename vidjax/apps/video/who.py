@@ -48,7 +48,6 @@ from vidjax.apps.video.faces import Lost, Said
 from vidjax.apps.video.people_photos import Photos
 from vidjax.apps.video.pipeline import FileOutcome
 from vidjax.apps.video.results import PADDING_SECONDS, PAGE, UNKNOWN
-from vidjax.apps.video.subtitles import format_time
 from vidjax.apps.video.unknown_numbers import read_numbers
 from vidjax.data.checks import list_entries
 from vidjax.utils import files, messages, tables
@@ -184,7 +183,11 @@ def name_people(
 
 
 def _choose_thumbnails(out: Path, thumbnails: bool | None) -> bool:
-    """Returns whether pictures of faces are kept. If not, deletes the pictures of earlier calls."""
+    """Returns whether pictures of faces are kept in the folder of results `out`.
+
+    `thumbnails` is as in `name_people`. If pictures are not kept, deletes the pictures of earlier
+    calls.
+    """
     if thumbnails is None:
         thumbnails = files.exists(out / FEATURES / features_folder.THUMBNAILS)
     if not thumbnails:
@@ -201,7 +204,7 @@ class _Call:
         self.notes, self._tell = list[Note](), tell
 
     def tell(self, note: Note) -> None:
-        """Adds a note to the results, and reports it."""
+        """Adds a note to the results, and reports it to the caller of `name_people`."""
         self.notes.append(note)
         self._tell(note)
 
@@ -229,9 +232,9 @@ class _Call:
     ) -> bool:
         """Enrols the photos of each person, and forgets people whose photos were deleted.
 
-        Returns True if people look more alike than the card of the net says, and two names may be
-        one person. These names were reported. `options` are arguments of
-        `pipeline.extract_folders`.
+        Returns True if people look more alike than the card of the net says, and the reason may be
+        that two names are names of one person. These names were reported. `options` are arguments
+        of `pipeline.extract_folders`.
         """
         gallery, out, people = self.gallery, self.out, photos.people
         photos.check_people(gallery, forget_missing)
@@ -324,7 +327,10 @@ class _Call:
         return self.gallery
 
     def _convert(self) -> None:
-        """Makes the log. If version 0.1.0 has written the results, converts them."""
+        """Makes the log of corrections if there is none.
+
+        If version 0.1.0 of vidjax has written the results, converts them.
+        """
         gallery, out = self.gallery, self.out
         if not said_lib.has_log(out):
             said_lib.append(out, earlier_said.list_lines(out, gallery.state))
@@ -339,9 +345,10 @@ class _Call:
                 draft.remove(clip=waiting)
 
     def _change_nets(self) -> None:
-        """If `models` has other or more nets than before, prepares the results for these nets.
+        """If `models` has other or more nets than in earlier calls, prepares for these nets.
 
-        If this is interrupted, the next call repeats it, because `extract.json` is written last.
+        Features of other nets are removed, and the gallery gets the new nets. If the process is
+        interrupted, the next call repeats this, because `extract.json` is written last.
         """
         gallery, models, features = self.gallery, self.models, self.features
         before, digests = features_folder.read_extraction(features), pipeline.read_digests(models)
@@ -358,7 +365,7 @@ class _Call:
         clips = {name: x.identity for name, x in gallery.clips.items() if name not in own}
         parts = card_notes.adopt(gallery, models, replace=bool(changed))
         lost = sorted(clips.keys() - gallery.clips.keys())
-        self._write_unmatched([Lost("", None, f"{x}: {clips[x] or IGNORED}") for x in lost])
+        self._write_unmatched([Lost("", "", f"{x}: {clips[x] or IGNORED}") for x in lost])
         before.models = digests
         features_folder.write(features / features_folder.NAME, before)
         new = ", ".join(parts or sorted(changed))
@@ -369,21 +376,21 @@ class _Call:
         )
 
     def _write_unmatched(self, lost: Sequence[Lost]) -> None:
-        """Adds corrections of lost faces to `unmatched.tsv`, and reports new rows."""
-        path, rows = self.out / UNMATCHED, list[tuple[str, ...]]()
+        """Adds names and corrections of faces that are not found again to `unmatched.tsv`.
+
+        Reports new rows of this table.
+        """
+        path = self.out / UNMATCHED
         table = [*tables.read_text(path)][1:] if files.exists(path) else []
         known = [tuple(cells) for _, cells in table]
-        for x in lost:
-            time = "" if x.at_s is None else format_time(x.at_s)
-            rows.append((x.video, time, x.correction))
-        if new := sorted({*rows} - {*known}):
+        if new := sorted({*lost} - {*known}):
             files.write_text(path, tables.to_text([UNMATCHED_COLUMNS, *known, *new], ".tsv"))
             files.hide(path)
             count = f"corrections whose faces are not found again: {len(new):,}, see {path}"
             self.warn(f"{count}\nto repeat them: vidjax review {messages.quote_path(self.out)}")
 
     def _report_unread(self, films: Mapping[str, MediaFile]) -> None:
-        """Reports how many `films` and photos have not been read since the nets were changed."""
+        """Reports how many `films`, and photos of people, the new nets have not read yet."""
         for film in [*films.values()][:1]:
             self.warn(
                 f"films that were not read with the new nets: {len(films):,}, such as "
@@ -437,11 +444,12 @@ class _Call:
     def _follow_photos(
         self, known: Collection[str], moved: Mapping[str, Collection[str]]
     ) -> dict[str, str]:
-        """Changes typed names of a person if another person has all photos of the person now.
+        """Renames faces if a user has moved all photos of a person to another person.
 
-        `known` are the people with enrolled photos. `moved` is person -> people who have the
-        photos. If several people have them, the typed names stay, and a warning says how to change
-        them. Returns old name -> new name.
+        These are faces to which the user has given the name of the first person. `known` are the
+        people with enrolled photos. `moved` is person -> people who have the photos now. If these
+        are several people, the names of the faces stay, and a warning says how to change them.
+        Returns old name -> new name.
         """
         films = features_folder.read_media_files(self.features) if moved else ()
         said = read_said(self.out, films) if moved else Said()
@@ -478,10 +486,11 @@ class _Call:
         places: Collection[str],
         forget_missing: bool,
     ) -> None:
-        """Forgets people who are not in `names`, and features of photos outside of `places`.
+        """Forgets people who are not in `names`, and deletes features of their photos.
 
-        `before` are the known faces before this call. Names that a user has typed stay, unless
-        `forget_missing` is True.
+        `before` is clip -> face in a photo, as known before this call. `places` are the names of
+        the folders of photos whose features stay. A person keeps names that a user has typed for
+        faces in films, unless `forget_missing` is True.
         """
         gallery, out = self.gallery, self.out
         said = read_said(out, features_folder.read_media_files(self.features))
