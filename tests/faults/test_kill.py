@@ -171,7 +171,7 @@ def test_signals_stop_training_at_once_or_after_a_checkpoint(disturbed):
         """Sends signals to a new command, which must end within `seconds` of CPU time."""
         process = run.start(**env)
         run.wait_for(phase, process)
-        time.sleep(0.5 if phase == "compile" else 0)  # a run compiles shortly after the first file
+        time.sleep(0.1 if phase == "compile" else 0)  # a run compiles shortly after the first file
         stat = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
         # User and system time, of the process and of its children.
         used = sum(map(int, stat[11:15])) / os.sysconf("SC_CLK_TCK") + common.children_seconds()
