@@ -27,7 +27,7 @@ from vidjax.utils.errors import UserError, VidjaxWarning
 SECONDS = 300
 SPEC = "configs/quality_fusion.py:iqiyi_vid"
 WORDS = (
-    LAYER, "--config.batch_size=32", "--config.num_epochs=6", "--config.eval.every_epochs=0",
+    LAYER, "--config.batch_size=32", "--config.num_epochs=4", "--config.eval.every_epochs=0",
     "--config.log_every_steps=1", "--config.eval.block_size=16",
 )  # fmt: skip
 # SGD with a constant learning rate. So a step does not depend on the number of epochs.
@@ -122,6 +122,7 @@ def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path
             lines = (tmp_path / "0.txt").read_text().splitlines()
             assert "process 1 of 2 has ended" in lines[-2] and "same command" in lines[-1]
 
+    words += ("--config.checkpoint_every_seconds=60",)
     assert wait(start(*words)) == [0, 0], (tmp_path / "0.txt").read_text()
     assert_close(two, tmp_path / "one")
     assert "MAP" in (tmp_path / "0.txt").read_text()

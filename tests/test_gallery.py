@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import special, stats
+import scipy
 
 from tests.helpers import embeddings, made_galleries
 from tests.helpers.cases import nightly_after_first
@@ -35,7 +35,7 @@ def log_ratio(space, clips, query):
     def log_density(vectors):
         cov: Any = np.kron(np.ones((len(vectors), len(vectors))), np.diag(space.ratio))
         cov += np.eye(len(cov))
-        return stats.multivariate_normal.logpdf(np.concatenate(vectors), cov=cov)
+        return scipy.stats.multivariate_normal.logpdf(np.concatenate(vectors), cov=cov)
 
     z = [(np.float64(x) - space.mean) @ space.transform for x in (*clips, query)]
     return log_density(z) - log_density(z[:-1]) - log_density(z[-1:])
@@ -59,7 +59,7 @@ def oracle(people, clip):
                 logits[name] += front.settings.scale * of_part
             else:
                 logits[name] += front.settings.unenrolled
-    return dict(zip(logits, special.log_softmax([*logits.values()]).tolist(), strict=True))
+    return dict(zip(logits, scipy.special.log_softmax([*logits.values()]).tolist(), strict=True))
 
 
 def test_vectors_of_another_gallery_are_refused(tmp_path):
@@ -313,14 +313,14 @@ def test_top_people_have_the_same_probabilities_as_in_a_full_search(stranger, sc
     found = zip(index.nearest(parts, 5), index.search(parts), strict=True)
     for row, (answer, logs) in enumerate(found):
         logits = index._logits_of(np.arange(PEOPLE), np.full(PEOPLE, row), asked)
-        *of_people, new = special.log_softmax([*logits, stranger + np.log(PEOPLE)])
+        *of_people, new = scipy.special.log_softmax([*logits, stranger + np.log(PEOPLE)])
         np.testing.assert_allclose(logs, [new, *of_people], rtol=1e-6, atol=1e-4)
         best = np.argsort(-np.array(of_people), kind="stable")[:5]
         assert [name for name, _ in answer.best] == [index.names[n] for n in best]
         of_best = [log for _, log in answer.best]
         wanted = [new, new, *np.array(of_people)[best]]
         np.testing.assert_allclose([answer.new, logs[0], *of_best], wanted, rtol=1e-6, atol=1e-6)
-        others = special.logsumexp(np.delete(of_people, best[0]))
+        others = scipy.special.logsumexp(np.delete(of_people, best[0]))
         np.testing.assert_allclose(answer.others, others, rtol=1e-6, atol=1e-4)
     # Without a face and a voice, a new person has the log-probability 0, and nobody is listed.
     nothing = index.backend.split(np.zeros((1, 8 + 5), np.float32))

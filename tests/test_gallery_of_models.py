@@ -7,7 +7,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from scipy import optimize, stats
+import scipy
 
 from tests.benchmarks import decision
 from tests.helpers import made_nets
@@ -561,7 +561,7 @@ def test_log_odds_of_gaussian_vectors_equal_ratios_of_joint_densities(people, ha
         who, both = np.append(owner, of), np.vstack([photos, clip])
         summed = card.between * (who[:, None] == who) + card.within * np.eye(len(who))
         cov = wide + summed / width
-        return sum(stats.multivariate_normal.logpdf(x, cov=cov) for x in (both - mean).T)
+        return sum(scipy.stats.multivariate_normal.logpdf(x, cov=cov) for x in (both - mean).T)
 
     wanted = [density(n) - density(people) for n in range(people)]  # `people` is a new person
     np.testing.assert_allclose(ratios, wanted, atol=1e-3)
@@ -692,7 +692,7 @@ def test_a_pair_is_joined_if_its_odds_exceed_the_number_of_groups(gallery):
         p = gallery.identify({"b": {"face": turn(angle)}})["b"].probability
         return p / (1 - p)
 
-    angle = optimize.brentq(lambda x: np.log(ratio(x) / 5), 0.35, 0.8)
+    angle = scipy.optimize.brentq(lambda x: np.log(ratio(x) / 5), 0.35, 0.8)
     assert ratio(angle) == pytest.approx(5, rel=1e-3)
     pair = {"a": {"face": first[None]}, "b": {"face": turn(angle)}}
     for count in (0, 2, 4, 20):  # clips of other people, who resemble nobody
@@ -783,7 +783,7 @@ def test_groups_of_photos_are_compared_as_by_an_oracle():
     for i, j in ((0, 1), (1, 2), (2, 3), (3, 0)):
         square, one = np.sum((means[i] - means[j]) ** 2), d.within * (noise[i] + noise[j])
         limits = (d.same, one), (d.different, one + 2 * d.between * max(clarity[i], clarity[j]))
-        logs = [stats.gamma.logpdf(square, n, scale=mean / n) for n, mean in limits]
+        logs = [scipy.stats.gamma.logpdf(square, n, scale=mean / n) for n, mean in limits]
         assert found[i, j] == pytest.approx(logs[0] - logs[1], abs=1e-9)
         assert found[j, i] == pytest.approx(found[i, j], abs=1e-12)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import special, stats
+import scipy
 
 from tests.benchmarks import calibration
 from tests.helpers import small_runs
@@ -137,7 +137,7 @@ def test_plda_logits_match_the_equations():
             wanted[has_frames] += np.where(sums.count > 0, 0.1 * ratios, -2.0)
         wanted[:, 0] = 0.5 + np.log(4)  # `stranger` + log of 4 identities that have clips
     np.testing.assert_allclose(logits[:, :5], wanted[:, :5], atol=1e-9)
-    assert not special.softmax(logits, axis=-1)[:, 5].any()
+    assert not scipy.special.softmax(logits, axis=-1)[:, 5].any()
 
 
 @pytest.mark.slow
@@ -391,7 +391,9 @@ def log_density(vectors, mean, within, between):
     """Returns log p of all clips of one identity. Any two clips have the covariance `between`."""
     n = len(vectors)
     covariance = np.kron(np.eye(n), within) + np.kron(np.ones((n, n)), between)
-    return stats.multivariate_normal.logpdf(np.concatenate(vectors), np.tile(mean, n), covariance)
+    return scipy.stats.multivariate_normal.logpdf(
+        np.concatenate(vectors), np.tile(mean, n), covariance
+    )
 
 
 def shrink(covariance, share):

@@ -126,8 +126,8 @@ def test_batch_streams_refuse_invalid_arguments(dataset):
         ({"modalities": ("scene",)}, "no features of 'scene'\n"),
         ({"splits": ("val",), "modalities": ("body",)}, "'val' has no features of 'body'"),
         ({"modalities": ("face", "face")}, "config.modalities=face,face: "),
-        ({"modalities": ()}, "config.modalities=: name"),
-        ({"splits": ()}, "config.data.train_splits=: name"),
+        ({"modalities": ()}, "config.modalities=: give"),
+        ({"splits": ()}, "config.data.train_splits=: give"),
     ):
         refused(functools.partial(take_batches, dataset, 1, **changed), message)
 

@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import scipy
 from markupsafe import Markup
-from scipy import special, stats
 
 import vidjax
 from tests.benchmarks import intervals
@@ -257,7 +257,7 @@ def test_interval_excludes_0_if_p_is_below_5_percent_and_is_not_narrower_than_a_
     samples = np.random.default_rng(0).normal(0.05, 0.1, (40, 20))
     low, high, p = np.transpose([significance.compute_gap_interval(x, draws=1000) for x in samples])
     assert np.array_equal((low > 0) | (high < 0), p < 0.05) and 0.1 < np.mean(p < 0.05) < 0.9
-    oracle: Any = stats.ttest_1samp(samples, 0, axis=1)
+    oracle: Any = scipy.stats.ttest_1samp(samples, 0, axis=1)
     assert np.all(p >= oracle.pvalue * (1 - 1e-9))
 
 
@@ -278,7 +278,7 @@ def test_interval_of_a_difference_is_the_wider_of_t_and_a_bootstrap_with_an_unse
     lows = weights @ [*gaps, low_end + rare * (-1 - low_end)]
     highs = weights @ [*gaps, high_end + rare * (1 - high_end)]
     bootstrap = np.quantile(lows, 0.025), np.quantile(highs, 0.975), 2 * np.mean(lows <= 0)
-    t = stats.ttest_1samp(gaps, 0)
+    t = scipy.stats.ttest_1samp(gaps, 0)
     bounds = [*t.confidence_interval(), t[1]]
     assert (bootstrap[0] < bounds[0]) == (bootstrap[1] > bounds[1]) == (num != 5)
     low, high, p = significance.compute_gap_interval(gaps)
@@ -309,7 +309,7 @@ def test_holm_multiplies_p_by_the_number_of_hypotheses_that_are_left():
 def test_map_interval_of_zeros_and_ones_is_the_jeffreys_interval():
     for num, hits in ((37, 36), (20, 7), (300, 150)):
         interval = significance.map_interval(np.arange(num) < hits)
-        expected = special.betaincinv(hits + 0.5, num - hits + 0.5, [0.025, 0.975])
+        expected = scipy.special.betaincinv(hits + 0.5, num - hits + 0.5, [0.025, 0.975])
         assert interval == pytest.approx(expected.tolist(), abs=0.006)
     # An interval contains MAP, even if MAP is 0 or 1.
     _, high = significance.map_interval(np.ones(40))
@@ -385,7 +385,7 @@ def test_interval_of_groups_includes_variance_of_seeds_and_identities(tmp_path, 
     gaps = precisions["b"] - precisions["a"]
     variances = [np.mean(gaps, axis=0).var(ddof=1) / len(NAMES), gaps.mean(axis=1).var(ddof=1) / 3]
     error = sum(variances) ** 0.5
-    half = np.average(stats.t.ppf(0.975, [len(NAMES) - 1, 2]), weights=variances) * error
+    half = np.average(scipy.stats.t.ppf(0.975, [len(NAMES) - 1, 2]), weights=variances) * error
     first, second = facts["runs"]
     assert [seed["map"] for seed in first["seeds"]] == pytest.approx(precisions["a"].mean(axis=1))
     wanted = precisions["b"].mean(), gaps.mean(), error, gaps.mean() - half, gaps.mean() + half

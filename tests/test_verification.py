@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from scipy import stats
+import scipy
 
 from tests.helpers import clip_files, made_galleries, made_nets, servers
 from tests.helpers.embeddings import DIFFERENT, SAME, WIDTH, Population
@@ -86,7 +86,7 @@ def pair_oracle(gallery, one, other):
         if part.space is None:
             d, square = part.distances, np.sum((a - b) ** 2)
             limits = (d.same, d.within), (d.different, d.within + d.between)
-            logs = [stats.gamma.logpdf(square, n, scale=2 * v / n) for n, v in limits]
+            logs = [scipy.stats.gamma.logpdf(square, n, scale=2 * v / n) for n, v in limits]
             ratio = logs[0] - logs[1]
         else:
             z = np.stack([(v - part.space.mean) @ part.space.transform for v in (a, b)], axis=1)
@@ -155,7 +155,7 @@ def test_threshold_is_measured_on_strangers_or_follows_from_the_model(copied):
     limit = rule.threshold
     assert (rule.by, limit.num_alarms, limit.num_strangers) == ("measured", 1, 120)
     low, high = limit.interval
-    wanted = stats.beta(2, 119).ppf([0.025, 0.975])
+    wanted = scipy.stats.beta(2, 119).ppf([0.025, 0.975])
     assert [low, high] == pytest.approx(wanted, rel=1e-6)
     assert copied.match_rule("person 3").fmr == 0.01
     pairs = copied.match_rule(fmr=0.02)

@@ -44,12 +44,14 @@ def read_photos(models: Path, folder: Path) -> SimpleNamespace:
     with tempfile.TemporaryDirectory(prefix="vidjax-") as scratch:
         out = Path(scratch)
         gallery = Gallery.of_models(out / "vectors", models)
-        found = people_photos.embed_photos(gallery, folder, out, models, 1, terminal.print_note)
-        for (face, path, _, track, _), vector in found:
+        found = people_photos.find_faces(folder, out, models, 1, terminal.print_note)
+        part = [*gallery.backend.widths].index("face")
+        for clip, entry in sorted(found.embed(gallery).items()):
+            (face, path, _, track, _) = found.faces[clip]
             assert track.box
             with Image.open(path) as image:
                 height = ImageOps.exif_transpose(image).height
-            faces["vectors"].append(vector)
+            faces["vectors"].append(gallery.backend.split(entry.vector[None])[part][0])
             faces["people"].append(face.person)
             faces["clarity"].append(track.clarity)
             faces["heights"].append(height * (track.box[3] - track.box[1]))

@@ -445,6 +445,11 @@ class Config(ConfigDict):
     """A ConfigDict whose fields have the type Any for type checkers. `repr` shows all values."""
 
     __repr__ = ConfigDict.__str__
+
+    def __setitem__(self, key: str, value: object) -> None:
+        # A dict would become a Config, and a ConfigDict cannot replace a Config.
+        super().__setitem__(key, ConfigDict(value) if isinstance(value, dict) else value)
+
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any: ...
