@@ -20,7 +20,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import zlib
 from collections import Counter
@@ -28,21 +27,20 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import pytest
-from jax._src import compiler
-
-from tests.helpers import clip_files, limits
 
 ROOT = Path(__file__).parent.parent
 # Temporary files stay in memory if there is enough: thousands of small files wait for a disk.
 MEMORY = Path("/dev/shm")
-if "TMPDIR" not in os.environ and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4 << 30:
-    os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)
-# Programs run one after the other, so that they do not need memory at the same time.
-jax.config.update("jax_cpu_enable_async_dispatch", False)
-MAX_RESIDENT = [2 << 30]  # above this memory in bytes, `forget_programs` clears JAX's programs
+if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4 << 30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 gc.set_threshold(100_000, 50, 50)  # rarely: JAX makes millions of objects that stay in use
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Loads the fixtures that need JAX, but not in the process that only distributes tests."""
+    if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", 0):
+        config.pluginmanager.import_plugin("tests.helpers.compiling")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -87,73 +85,6 @@ def fault_seed(request: pytest.FixtureRequest, campaign: bool) -> int:
     seed = time.time_ns() % 10**9 * campaign if given is None else given
     sys.stdout.write(f"the same faults again: pytest {request.node.nodeid} --fault-seed={seed}\n")
     return seed
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compile_cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """All processes and later runs share compiled programs. `--cache-clear` deletes them."""
-    from vidjax.runs import programs
-
-    kept = getattr(pytestconfig, "cache", None)  # none with -p no:cacheprovider
-    programs.cache_programs(kept.mkdir("xla") if kept else tmp_path_factory.mktemp("xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def forget_programs() -> Iterator[None]:
-    """Removes compiled programs from the memory after a module if the process is too large.
-
-    Also forgets that configuration files were executed. Otherwise, later modules would be slower.
-    """
-    from vidjax.runs import config_io
-
-    yield
-    config_io.own_files.clear()
-    if limits.held_by(os.getpid()) > MAX_RESIDENT[0]:
-        jax.clear_caches()
-        gc.collect()
-        # The process may keep freed memory, so the limit is always above the present memory.
-        MAX_RESIDENT[0] = max(MAX_RESIDENT[0], limits.held_by(os.getpid()) + (1 << 29))
-
-
-# Options of XLA for quick compilation.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-    "xla_cpu_parallel_codegen_split_count": 1,
-}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compile_quickly() -> Iterator[None]:
-    """Compiles the programs of this process, but not of its children, without optimisation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_traceback_in_locations_limit", 0)
-    get_compile_options = compiler.get_compile_options
-    quick = []
-    for option, value in QUICK.items():
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # XLA does not know the option
-            jax.jit(abs).lower(1.0).compile(compiler_options={option: value})
-            quick.append((option, value))
-
-    def quickly(*args: Any, **kwargs: Any) -> Any:
-        options = get_compile_options(*args, **kwargs)
-        if jax.config.values["jax_disable_most_optimizations"]:
-            options.env_option_overrides += quick
-        return options
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "get_compile_options", quickly)
-        yield
-
-
-@pytest.fixture(autouse=True)
-def compile_as_commands_do(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests with the mark `optimized` compile their programs as commands do."""
-    optimized = request.node.get_closest_marker("optimized") is not None
-    jax.config.update("jax_disable_most_optimizations", not optimized)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -236,6 +167,8 @@ def no_figures() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def official_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of official files: 12 identities, three splits, face, head and audio."""
+    from tests.helpers import clip_files
+
     folder = tmp_path_factory.mktemp("official")
     clip_files.write_learnable(folder)
     return folder
