@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 MEMORY = Path("/dev/shm")
 if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4 << 30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
-gc.set_threshold(100_000, 50, 50)  # rarely: JAX makes millions of objects that stay in use
+gc.set_threshold(1_000_000, 50, 50)  # rarely: JAX makes millions of objects that stay in use
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -70,6 +70,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = filter(is_wanted, items)
     counts = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.name not in LONG_FILES, -counts[item.path]))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish() -> None:
+    """Finds garbage once. Pytest and Python would look at millions of objects ten times."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
