@@ -61,7 +61,7 @@ PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{8}\.partial")
 
 
 class Trace(NamedTuple):
-    """What `vidjax forget` found in a file."""
+    """What a file contains about a person whom `vidjax forget` searches for."""
 
     about: str
     ours: bool  # True if no other program writes such a file

@@ -115,9 +115,10 @@ class Blend:
         return calibration.make_examples(self.runs, self.split.labels, drawn)
 
     def join(self, numbers: schemas.Join | None, weights: Sequence[float]) -> Scores:
-        """Returns joint scores: the scores of R runs are joined by learned `numbers`.
+        """Joins the scores of R runs to one score for each clip and identity.
 
-        If `numbers` is None, the joint scores are means of probabilities with `weights` [R].
+        `numbers` are the learned parameters of `calibration.join_scores`. If it is None, the joint
+        scores are the means of the probabilities of the runs, with `weights` [R].
         """
         part, shares = np.full(len(self.split.clips), -1), np.asarray(weights, np.float32)
         rows = [getattr(numbers, name) for name in Calibration._fields] if numbers else []

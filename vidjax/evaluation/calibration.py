@@ -101,9 +101,10 @@ def join_scores(logs: Array, calibration: Calibration) -> Array:
 
 
 def split_clips(labels: np.ndarray) -> np.ndarray:
-    """Divides the N clips of a split into PARTS parts. Returns the number of each part, [N] int32.
+    """Divides the N clips of a split into PARTS parts. Returns the part of each clip, [N] int32.
 
-    `labels` [N] are the labels of the clips: every part gets clips of every identity, if possible.
+    Parts are numbered from 0. `labels` [N] are the labels of the clips. If possible, every part
+    gets clips of every identity.
     """
     return ensemble.assign_folds(labels, PARTS, 0)
 

@@ -286,11 +286,11 @@ def evaluate(
 
 
 def count_positives(split: Split, pool: np.ndarray) -> tuple[np.ndarray, int]:
-    """Counts the identities in the ground truth of the clips where `pool` [N] bool is True.
+    """Counts the clips of each identity, by the ground truth, where `pool` [N] bool is True.
 
-    Returns the number of clips of each identity of the model, [C] int, and the number of other
-    identities, whose average precision is 0. If some clips are not in the pool, other identities
-    are not counted.
+    Returns the number of clips of each identity that the model knows, [C] int, and the number of
+    identities that the model does not know. Their average precision is 0. If `pool` leaves out any
+    clip, the second number is 0.
     """
     outside = np.bincount(split.labels[~pool], minlength=len(split.positives) + 1)[1:]
     return split.positives - outside, split.num_others if pool.all() else 0

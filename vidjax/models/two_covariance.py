@@ -168,8 +168,9 @@ def centre_share(num_people: float) -> float:
 def make_space(covariances: Covariances, *, within: float | Array, between: float | Array) -> Space:
     """Computes coordinates in which both covariances are diagonal, see `Space`.
 
-    First, the share `within` of the covariance within classes and the share `between` of the
-    covariance between classes are replaced by multiples of the identity matrix.
+    First, both covariances are shrunk towards multiples of the identity matrix: the covariance
+    within classes by the share `within`, the covariance between classes by the share `between`. The
+    share 0 changes nothing.
     """
     mean_variance = np.maximum(np.mean(covariances.within), SMALLEST_VARIANCE)
     values = (1 - within) * covariances.within + within * mean_variance

@@ -343,7 +343,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = files.read_manifest(path, below=folder.parents[1])
         json_files.parse(path, manifest, schemas.Manifest, "this checkpoint is not used")
     if str(manifest["step"]) != folder.name:
-        raise DamagedError(f"'{path}' belongs to the checkpoint of step {manifest['step']}")
+        raise DamagedError(f"'{path}' is of step {manifest['step']}, not {folder.name}")
     return manifest
 
 

@@ -48,7 +48,7 @@ def train_systems(
         for spec, path in zip(config.join.systems, map(folder.path.joinpath, names), strict=True):
             own = config_io.load_system(config, spec, final=final)
             own.eval.split = splits[-1 if final else 0]
-            say(f"{path.name}: {spec}, on {'all clips' if final else 'folds'}")
+            say(f"{path.name}: trains {spec} on {'all clips' if final else 'folds'}")
             with make_and_lock(path):
                 train(own, RunFolder(path), data)
     mesh = devices.make_mesh(num_devices)

@@ -181,9 +181,9 @@ def judge(state: State, mirrored: Sequence[float]) -> State:
 
 
 def check_mirrored(gallery: "Gallery", cosines: Sequence[float]) -> None:
-    """Stores in a gallery whether its net separates people, as `judge` decides.
+    """Checks with mirror images whether the net of a gallery separates people; stores the result.
 
-    `cosines` are the argument `mirrored` of `judge`.
+    `cosines` are the cosine similarities of faces and their mirror images. `judge` decides.
     """
     with gallery.change() as draft:
         state = judge(draft.present, cosines)

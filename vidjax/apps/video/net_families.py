@@ -110,8 +110,8 @@ def convert(
             if card.role in found:
                 raise UserError(
                     f"{card.source.file} and {found[card.role][0].source.file} are both nets for "
-                    f"the role {card.role}\nconvert one of them: vidjax convert own FILE "
-                    "--like=FAMILY"
+                    f"the role {card.role}\nchoose one of them, and convert only its file: "
+                    "vidjax convert own FILE --like=FAMILY"
                 )
             found[card.role] = card, content
     wanted = {FAMILIES[family]["role"] for family in KINDS[kind]["families"]}
