@@ -542,7 +542,7 @@ HOSTILE = {
         f'<a MP:b="{LONG}" MP:c=\'{LONG}\'>d="{LONG}"</a>{xmp.attributes(SPELLED)}'), "", 2),
     "entities": (lambda: BOMB + xmp.packet(xmp.elements([("&c;", *EVE[1:])])), "undefined", 0),
     "100 MB": (lambda: b"<rdf:RDF Region" + b" " * 100_000_000, "does not end within", 0),
-    "many packets": (lambda: b"<rdf:RDF></rdf:RDF>" * 300_000, "", 0),
+    "many packets": (lambda: b"<rdf:RDF></rdf:RDF>" * 1_000_000, "", 0),
     "deep": (lambda: DEEP, "", 0),
     "prefix": (lambda: MWG.replace(b"mwg-rs:Name", b"mwg:Name"), "unbound prefix", 0),
     "10,000": (lambda: xmp.packet(xmp.attributes([EVE] * 10_000)), "more than 500 face tags", 500),

@@ -5,7 +5,6 @@ import contextlib
 import errno
 import fcntl
 import functools
-import json
 import os
 import pwd
 import signal
@@ -27,12 +26,6 @@ from vidjax.runs import checkpoint, config as config_lib, results, signals
 from vidjax.runs.results import Logs
 from vidjax.utils import files
 from vidjax.utils.errors import DiskError, UserError
-
-
-@pytest.mark.parametrize("number", [1.5, float("nan"), float("-inf")])
-def test_json_text_is_as_from_json_dumps(number):
-    value = {"a": [[number, 1e-7], [], {}], "\u00e9": "\ud800", "b": {"c": None, "d": True}}
-    assert files.to_json(value) == json.dumps(value, indent=2) + "\n"
 
 
 def test_failed_write_leaves_no_file(tmp_path):

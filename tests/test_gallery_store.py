@@ -108,7 +108,7 @@ def test_changed_galleries_equal_the_opened_folder_and_a_gallery_made_at_once(
     people = make_one(tmp_path / "g", made_galleries.make_clips(num_people=30))
     rng, before = random.Random(fault_seed), people.state
     first = answers(people)
-    for number in range(12):
+    for number in range(20):
         change_at_random(people, rng, number)
         opened = Gallery(people.folder)
         assert answers(people) == answers(opened)

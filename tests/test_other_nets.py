@@ -226,7 +226,7 @@ def test_interrupted_change_of_nets_continues(archive, drawn, monkeypatch, fault
     drawn.models = new
     archive.who()
     writes, rng = 10**9 - left[0], random.Random(fault_seed)
-    points = range(1, writes) if campaign else sorted(rng.sample(range(1, writes), 3))
+    points = range(1, writes) if campaign else sorted(rng.sample(range(1, writes), 5))
     for point in points:
         shutil.rmtree(archive.out)
         shutil.copytree(whole, archive.out)

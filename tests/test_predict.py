@@ -211,8 +211,9 @@ def test_restored_run_refuses_no_clips_or_clips_of_wrong_width_or_type(restored,
             function({} if features is None else {"bad": {"face": features}})
 
 
-def test_scores_do_not_depend_on_the_number_of_clips_in_a_call(restored):
-    run = restored("plda")
+def test_scores_do_not_depend_on_the_number_of_clips_in_a_call(trained):
+    folder = trained("configs/mma.py:iqiyi_vid", "--config.modalities=face")
+    run = predict.restore_run(folder, num_devices=1)
     clips = made_galleries.random_clips(run, *(1 + i % 5 for i in range(37)))
     scores, vectors = run.scores(clips), run.embed(clips)
     assert scores.shape == (37, len(run.identities)) and np.isfinite(scores).all()

@@ -315,17 +315,22 @@ def test_program_whose_memory_was_compared_is_the_one_run(data, tmp_path, monkey
     sizes: Any = {"batch_size": 32, "max_frames": 64, "crop": "window", "seed": 0}
     plan = make_batch_plan([data.split("train")], ("face",), **sizes)
     twice = 2.0 * resident.make_resident_plan(data, plan, ["val"]).nbytes
-    for name, epochs, on_cpu, free, mode, group_size, num_compiled in (
-        ("auto", 1, True, np.inf, "resident", 1, 1),
-        ("auto", 2, False, np.inf, "resident", 1, 1),  # as in the first epoch
-        ("accelerator", 1, False, np.inf, "resident", 2, 1),
-        ("tight", 1, True, twice, "streaming", 1, 2),
+    for name, epochs, asked, on_cpu, free, mode, group_size, num_compiled in (
+        ("auto", 1, "auto", True, np.inf, "resident", 1, 1),
+        ("auto", 2, "auto", False, np.inf, "resident", 1, 1),  # as in the first epoch
+        ("given", 1, "resident", True, np.inf, "resident", 1, 1),
+        ("streamed", 1, "streaming", True, np.inf, "streaming", 1, 1),
+        ("accelerator", 1, "auto", False, np.inf, "resident", 2, 1),
+        ("tight", 1, "auto", True, twice, "streaming", 1, 2),
+        ("full", 1, "auto", True, twice - 1, "streaming", 1, 1),
+        # Without memory, no number of members fits. A device would raise an error.
+        ("none", 1, "auto", False, 0.0, "streaming", 1, 2),
     ):
         monkeypatch.setattr(devices_lib, "is_cpu", lambda mesh, on_cpu=on_cpu: on_cpu)
         monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh, free=free: free)
         compiled.clear()
-        config = small.shrunk(*words, f"--config.num_epochs={epochs}", spec=spec)
-        small.run(config, tmp_path / name, data)
+        more = f"--config.num_epochs={epochs}", f"--config.data.mode={asked}"
+        small.run(small.shrunk(*words, *more, spec=spec), tmp_path / name, data)
         manifest = max(manifests(tmp_path / name).items())[1]
         found = manifest["mode"], manifest["group_size"], len(compiled)
         assert found == (mode, group_size, num_compiled), name

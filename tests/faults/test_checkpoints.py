@@ -180,19 +180,18 @@ def read_metrics(folder, name="metrics.json"):
 def test_extended_run_is_marked_if_and_only_if_it_was_extended(command, words, finished):
     assert "extended" not in read_metrics(finished)
     assert all("extended" not in manifest for manifest in checkpoint.manifests(finished).values())
-    words = (*words, f"--workdir={finished}")
+    words = (*words, f"--workdir={finished}", "--config.eval.report=True")
     done = command(*words, "--config.num_epochs=6")  # the learning rate falls until the last epoch
     assert "warning: config.num_epochs grows from 5 to 6" in done.err
     assert "5, 6 from step 15" in done.out and read_metrics(finished)["step"] == 18
     assert command(*words).refused("num_epochs: 6.0 -> 5.0")  # not fewer epochs
-    command(*words, "--config.num_epochs=7", "--config.eval.report=True")
+    command(*words, "--config.num_epochs=7")
     wanted = [[0, 5.0], [15, 6.0], [18, 7.0]]
     assert checkpoint.manifests(finished)[21]["extended"] == wanted
     before = read_metrics(finished)
     assert before["extended"] == wanted
     assert "5, 6 from step 15, 7 from step 18" in (finished / "report.html").read_text()
-    # An evaluation keeps the mark.
-    done = command("evaluate", f"--workdir={finished}", "--config.eval.report=False")
+    done = command("evaluate", f"--workdir={finished}")  # keeps the mark
     assert "5, 6 from step 15, 7 from step 18" in done.out
     assert read_metrics(finished)["extended"] == wanted
     done = command(*words, "--config.num_epochs=7")
@@ -248,8 +247,9 @@ def lose(folder):
     shutil.rmtree(folder / "checkpoints")
 
 
-def forget_evaluations(folder):
+def lose_and_forget_evaluations(folder):
     """Then only `timing.jsonl` shows that there was a checkpoint."""
+    lose(folder)
     log = folder / "metrics.jsonl"
     lines = [line for line in log.read_text().splitlines(True) if '"split"' not in line]
     log.write_text("".join(lines))
@@ -261,18 +261,17 @@ def empty_steps(folder):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-@pytest.mark.parametrize("removals", [(lose, forget_evaluations), (empty_steps,)])
+@pytest.mark.parametrize("remove", [lose, lose_and_forget_evaluations, empty_steps])
 def test_run_without_its_checkpoints_is_refused_and_keeps_its_logs(
-    command, config, data, words, parts, whole, tmp_path, removals
+    command, config, data, words, parts, whole, tmp_path, remove
 ):
-    for remove in removals:
-        remove(parts)
-        before = contents(parts)
-        for command_words in (words, (*words, "--config.seed=3"), ("evaluate",)):
-            done = command(*command_words, f"--workdir={parts}")
-            assert done.code == 3 and str(parts / "checkpoints") in done.err
-            assert "--workdir=FOLDER" in done.err and len(done.err.strip().splitlines()) <= 6
-            assert contents(parts) == before
+    remove(parts)
+    before = contents(parts)
+    for command_words in (words, (*words, "--config.seed=3"), ("evaluate",)):
+        done = command(*command_words, f"--workdir={parts}")
+        assert done.code == 3 and str(parts / "checkpoints") in done.err
+        assert "--workdir=FOLDER" in done.err and len(done.err.strip().splitlines()) <= 6
+        assert contents(parts) == before
     for name in ("metrics.jsonl", "timing.jsonl"):  # the remedy
         (parts / name).rename(tmp_path / name)
     run(config, parts, data)
@@ -294,11 +293,11 @@ def test_run_that_failed_before_its_first_checkpoint_starts_again(
     config, data, tmp_path, whole, capsys, monkeypatch
 ):
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    folder = tmp_path / "run"
-    with pytest.raises(OSError, match="disk is gone"):
-        run(config, folder, Interrupting(data, 4, None))
-    logs = [b"of an earlier run\n", (folder / "metrics.jsonl").read_bytes()]
-    (folder / "metrics.1.jsonl").write_bytes(logs[0])
+    folder, logs = tmp_path / "run", []
+    for batch in (4, 4):  # twice, so that two earlier logs are kept
+        with pytest.raises(OSError, match="disk is gone"):
+            run(config, folder, Interrupting(data, batch, None))
+        logs.append((folder / "metrics.jsonl").read_bytes())
     assert all(logs) and not checkpoint.manifests(folder)
     run(config, folder, data)
     assert "earlier logs are kept: metrics.2.jsonl" in capsys.readouterr().err

@@ -255,7 +255,7 @@ def test_mutated_films_and_photos_are_read_or_refused(tmp_path, fault_seed, camp
 
     for path in tmp_path.glob("a.*"):
         content, outcomes = path.read_bytes(), Counter()
-        for number in range(1000 if campaign else 18):
+        for number in range(1000 if campaign else 25):
             rng, began = random.Random(f"{fault_seed} {path.name} {number}"), time.process_time()
             path.write_bytes(content)
             rng.choice((flip, cut, insert, repeat))(path, rng)

@@ -234,8 +234,7 @@ def read(path: Path) -> Card:
     """
     remedy = f"{REMEDY}; if the file describes no net, name another folder, or move the file"
     written = json_files.read(path, Written, remedy, CARD_BYTES)
-    present = hashlib.sha256(files.read_bytes(path, CARD_BYTES)).hexdigest()
-    digest = (written.back_end and written.back_end.card) or present
+    digest = (written.back_end and written.back_end.card) or files.sha256_file(path)
     return Card(**msgspec.structs.asdict(written), path=path, digest=digest)
 
 

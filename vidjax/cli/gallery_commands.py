@@ -453,7 +453,7 @@ def _verify(args: argparse.Namespace) -> Result:
     facts |= {"comparisons": len(matches), "accepted": accepted, "rule": rule.to_dict()}
     texts = {"identity": show(identity), **rule.describe()}
     if none := sum(not match.evidence for match in matches.values()):
-        texts["not compared"] = f"{none:,}, which have no modality in common: give other clips"
+        texts["not compared"] = f"{none:,}, without a usable modality in common: give others"
     if misfits:
         texts["does not fit"] = (
             f"{messages.list_some([*misfits], 3)}: unlike the other clips of the person. To move "

@@ -263,12 +263,10 @@ def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> "dict[
 
     arrays = {}
     with damaged_file(_describe_npz):
-        for name, entry, (shape, is_fortran, dtype), _ in _open_arrays(file, limit, least):
-            content = bytearray()
-            while piece := entry.read(PIECE_BYTES):
-                content += piece
-            arrays[name] = np.ndarray(shape, dtype, content, order="F" if is_fortran else "C")
-            if len(content) > arrays[name].nbytes:
+        for name, entry, _ in _open_arrays(file, limit, least):
+            entry.seek(0)
+            arrays[name] = np.lib.format.read_array(entry, allow_pickle=False)
+            if entry.read(1):
                 raise UserError(f"more bytes follow the array '{name[:50]}': write the file again")
     return arrays
 
@@ -315,11 +313,11 @@ def _describe_npz(reason: str) -> UserError:
 
 def _open_arrays(
     file: io.FileIO | io.BytesIO, limit: int, least: int
-) -> "Iterator[tuple[str, IO[bytes], tuple[tuple[int, ...], bool, np.dtype], int]]":
+) -> Iterator[tuple[str, IO[bytes], int]]:
     """Yields a tuple for each array of an `.npz` file. For `limit` and `least`, see `load_npz`.
 
-    The items of the tuple are the name, the open entry after its header, the header as in
-    `_read_header`, and the number of bytes of the array in memory.
+    The items of the tuple are the name, the open entry after its header, and the number of bytes of
+    the array in memory.
     """
     if file.read(1) == NPY_START:
         raise UserError("an .npy file has no name for its array: use numpy.savez")
@@ -337,7 +335,7 @@ def _open_arrays(
         for entry in entries:
             entry.file_size += 1  # so that a byte after the declared end can be read
             with open_entry(archive, entry) as opened:
-                shape, _, dtype = header = _read_header(opened)
+                shape, dtype = _read_header(opened)
                 if dtype.hasobject:
                     raise UserError("it contains Python objects: save arrays of numbers [T, D]")
                 if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > entry.file_size:
@@ -352,18 +350,19 @@ def _open_arrays(
                         f"its arrays need more than {limit:,} bytes of memory: "
                         "save fewer or smaller arrays"
                     )
-                yield entry.filename.removesuffix(".npy"), opened, header, size
+                yield entry.filename.removesuffix(".npy"), opened, size
 
 
-def _read_header(file: IO[bytes]) -> "tuple[tuple[int, ...], bool, np.dtype]":
-    """Reads the header of an `.npy` file: the shape, if the order is Fortran's, and the dtype."""
+def _read_header(file: IO[bytes]) -> "tuple[tuple[int, ...], np.dtype]":
+    """Reads the shape and the dtype in the header of an `.npy` file."""
     import numpy as np
 
     read_header = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
     }[np.lib.format.read_magic(file)]
-    return read_header(file)
+    shape, _, dtype = read_header(file)
+    return shape, dtype
 
 
 class _InPieces(io.BufferedReader):

@@ -18,8 +18,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import msgspec
-
 from vidjax.utils.errors import DiskError, UserError
 from vidjax.utils.files.reading import JSON_BYTES, local, open_regular, read_json, sha256_json
 
@@ -216,10 +214,7 @@ def write_json(path: Path, value: object) -> None:
 
 def to_json(value: object) -> str:
     """Returns a value as JSON text. The value may contain numpy scalars and arrays."""
-    text = json.dumps(value, default=_plain)
-    with contextlib.suppress(msgspec.DecodeError):  # it contains NaN or infinity
-        return msgspec.json.format(text, indent=2) + "\n"
-    return json.dumps(json.loads(text), indent=2) + "\n"  # several times slower
+    return json.dumps(value, indent=2, default=_plain) + "\n"
 
 
 def write_manifest(path: Path, entries: Mapping[str, object]) -> None:
