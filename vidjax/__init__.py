@@ -10,8 +10,9 @@
     run = vidjax.restore("runs/memory")
     people = vidjax.Gallery.create("people", run)
 
-`import vidjax` is fast: a function imports JAX or TensorFlow when it is first called. Galleries of
-`Gallery.of_models` need neither JAX nor TensorFlow.
+`clips` is split -> clip -> modality -> array, see `load_data`. `import vidjax` is fast, because JAX
+and TensorFlow are imported only when a function that needs them is called. A gallery, made by
+`Gallery.of_models`, needs neither JAX nor TensorFlow.
 """
 
 import os
@@ -53,7 +54,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Imports a public name at its first use (PEP 562)."""
+    """Returns the public function or class `name`; imports its module at the first use (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module 'vidjax' has no attribute '{name}'")
     match name:  # a module is imported only for its own names: each needs other packages

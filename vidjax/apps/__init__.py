@@ -1,4 +1,5 @@
-"""Applications that train nothing: galleries of people, films, a server, and tables of clips.
+"""Applications of trained models: galleries of known people, films, a server, tables of clips.
 
-The module `forget` finds and deletes what vidjax has stored about a person.
+No application trains a model. The module `forget` finds and deletes what vidjax has stored about a
+person.
 """

@@ -47,10 +47,10 @@ class TableTask:
     joined = False  # True if `join_rankings` joins the results of all tables
 
     def __init__(self, open_trained: Callable[..., Any], *args: str, **options: float | None):
-        """Opens a run or a gallery with `open_trained(*args)`, such as `vidjax.restore(folder)`.
+        """Opens a trained model or a gallery of people with `open_trained(*args)`.
 
-        `options` are arguments of the method that makes the results. For `Rank`, this is the method
-        `rank` of the run or gallery.
+        An example is `vidjax.restore(folder)`. `options` are keyword arguments of the method of the
+        model or gallery that makes the results. For the subclass `Rank`, this method is `rank`.
         """
         self.trained, self.options = open_trained(*args), options
 
@@ -75,16 +75,16 @@ class TableTask:
 
 
 class Embed(TableTask):
-    """Embeds clips with a run. Columns: `clip` and `vector`, a float32 unit vector [D]."""
+    """Embeds clips with a trained model. Columns: `clip` (name), `vector` (float32 unit vector)."""
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
-        """Returns two columns: the names (`clip`) and the embeddings (`vector`) of clips."""
+        """Embeds clips; returns name of a column -> (type, values) for `clip` and `vector`."""
         names = clips if isinstance(clips, Mapping) else clips.names
         return {"clip": ("string", [*names]), "vector": ("float32", self.trained.embed(clips))}
 
 
 class Rank(TableTask):
-    """Lists the best 100 clips of each identity, with the scores of a run or a gallery.
+    """Lists the best 100 clips of each identity, by the scores of a trained model or a gallery.
 
     The function `join_rankings` joins the rankings of several tables.
     """
@@ -92,7 +92,10 @@ class Rank(TableTask):
     joined = True
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
-        """Ranks clips; returns the columns `identity`, `rank`, `clip` and `score`."""
+        """Ranks clips; returns name of a column -> (type, values).
+
+        The columns are `identity`, `rank` (1 for the best clip), `clip` and `score`.
+        """
         ranking = self.trained.rank(clips, **self.options)
         return tables.to_columns(tables.RANKING, [*tables.list_ranking(ranking)])
 
@@ -152,8 +155,8 @@ def check_out(out: str | Path | None, inputs: Sequence[Path], work: type[TableTa
     if path is None or path.suffix in endings or (path.exists() and not path.is_dir()):
         flag = f"--out={out}" if out else "without --out"
         raise UserError(
-            f"{flag}: the results of the {len(inputs):,} tables in '{inputs[0].parent}' need a "
-            "folder\nadd --out=FOLDER: it gets a file for each table"
+            f"{flag}: vidjax writes a file for each of the {len(inputs):,} tables in "
+            f"'{inputs[0].parent}', so it needs a folder for them\nname a folder: --out=FOLDER"
         )
     if path.exists() and path.samefile(inputs[0].parent):
         raise UserError(f"--out={out} is the folder of the clips\nname another folder")
@@ -200,7 +203,7 @@ def process_tables(inputs: Sequence[Path], out: str | Path, work: TableTask) -> 
         else:
             if _make_note(table, work) != notes[table]:
                 raise UserError(
-                    f"'{table}', the gallery or the run was changed during the command\n"
+                    f"table '{table}', the gallery or the run was changed during the command\n"
                     "run the command again"
                 )
             _write(folder / table.name, content, notes[table])
@@ -220,7 +223,8 @@ def process_tables(inputs: Sequence[Path], out: str | Path, work: TableTask) -> 
 def _write(results: Path, content: bytes, note: bytes) -> None:
     """Writes the bytes `content` to the new file `results`.
 
-    The file may exist if it contains `note`: then another call has written the same results.
+    `note` is part of `content`, see `_make_note`. If the file already exists with this note, it has
+    the same results, and is left as it is. If it exists with another note, raises UserError.
     """
     try:
         files.write_bytes(results, content, replace=False)
@@ -232,8 +236,8 @@ def _write(results: Path, content: bytes, note: bytes) -> None:
 def _make_note(table: Path, work: TableTask) -> bytes:
     """Returns the note that is stored with the results of a table, to recognise them later.
 
-    The note is JSON text: the size and time of the table, and the name, the options and the run or
-    gallery of the task `work`.
+    The note is JSON text. It contains the size and the modification time of the file `table`, the
+    class and the options of `work`, and a digest of the model or gallery that `work` uses.
     """
     stat = table.stat()
     clips = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
@@ -242,7 +246,10 @@ def _make_note(table: Path, work: TableTask) -> bytes:
 
 
 def _is_made(results: Path, note: bytes) -> bool:
-    """Returns whether the file `results` exists. Raises UserError if it does not contain `note`."""
+    """Returns whether the results of a table are already in the file `results`.
+
+    Raises UserError if the file exists without `note`, so that it has other results.
+    """
     if not files.exists(results):
         return False
     found = _read_note(results)
@@ -250,14 +257,14 @@ def _is_made(results: Path, note: bytes) -> bool:
         raise files.foreign_error(results)
     if found != note:
         raise UserError(
-            f"'{results}' contains results of other clips or of another run, gallery or rule\n"
+            f"'{results}' contains results of other clips, or of another run, gallery or option\n"
             "delete it, or name another folder: --out=FOLDER"
         )
     return True
 
 
 def _read_note(results: Path) -> bytes | None:
-    """Returns the note in the metadata of a parquet table, or None if there is no note."""
+    """Returns the note of `_make_note` in the metadata of a parquet table, or None without it."""
     from pyarrow import ArrowException, parquet
 
     try:
@@ -285,7 +292,10 @@ def _repeated_clip_error(clip: str, names: str) -> UserError:
 
 
 def _join(folder: Path, inputs: Sequence[Path]) -> "pyarrow.Table":
-    """Joins the rankings of the tables `inputs`, which are in `folder`. Sorts them by identity."""
+    """Joins the rankings of several tables of clips to one ranking, sorted by identity.
+
+    `inputs` are the tables of clips. `folder` contains the ranking of each, under the same name.
+    """
     import pyarrow
     from pyarrow import parquet
 

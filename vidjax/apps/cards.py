@@ -2,8 +2,8 @@
 
 A card describes the role of a net, such as `face_embedder`, its input and its output. A folder
 contains at most one net for each role. A card contains the sha256 of its net, so that features of
-different nets are never mixed. Unknown keys are refused, because every key of a card changes the
-results.
+different nets are never mixed. Unknown keys are errors: every key of a card changes the results, so
+none may be ignored.
 """
 
 import hashlib
@@ -55,11 +55,14 @@ class Input(Struct, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if (self.layout in SOUND_LAYOUTS) == (self.colour is not None):
-            raise ValueError("a net for images needs `colour`; a net for sound must not have it")
+            raise ValueError("`colour` must be given for a net of images, and not for one of sound")
 
 
 class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
-    """The distributions of the cosine of two embeddings, of the same person and of two people."""
+    """The distributions of the cosine of two embeddings, for one person and for two people.
+
+    With these distributions, a gallery computes how probably two clips show the same person.
+    """
 
     # The mean embedding, which is subtracted before embeddings are scaled to unit length.
     centre: Annotated[list[Finite], Meta(max_length=65_536)]
@@ -79,14 +82,14 @@ class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if not -1 <= self.different[0] < self.same[0] < 1:
-            raise ValueError("the mean of `same` must be above the mean of `different`")
+            raise ValueError("the mean of `same` must be below 1, and above that of `different`")
         # A cosine is at most 1, so the mean of its square, deviation^2 + mean^2, is at most 1.
         if any(spread**2 > 1 - mean**2 for mean, spread in (self.same, self.different)):
-            raise ValueError("a deviation in `same` or `different` is above sqrt(1 - mean^2)")
+            raise ValueError("the deviation of `same` or `different` is above sqrt(1 - mean^2)")
 
     @property
     def is_measured(self) -> bool:
-        """True if the numbers were measured for this net, False if they are typical numbers."""
+        """True if the numbers were measured for this net, False if they are default numbers."""
         return not self.data.startswith(NOT_MEASURED)
 
 
@@ -152,11 +155,11 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
         if (detects, finds_speech) != (self.decoder in DETECTORS, self.decoder == "silero"):
             raise ValueError(f"the `decoder` {self.decoder} does not fit the role {self.role}")
         if self.role.startswith("voice_") != sound:
-            raise ValueError("a voice needs the `layout` samples or mels, and a face NCHW or NHWC")
+            raise ValueError("`layout` must be samples or mels for voices, NCHW or NHWC for faces")
         if embeds and self.width is None:
-            raise ValueError("an embedder needs `width`, the length of its vectors")
+            raise ValueError(f"a {self.role} needs `width`, the length of its embeddings")
         if self.role == "face_embedder" and self.template is None:
-            raise ValueError("a face_embedder needs `template`, the five points of a face")
+            raise ValueError("a face_embedder needs `template`, the five points to align faces to")
         if embeds and not (self.input.size or sound):
             raise ValueError(f"a {self.role} needs `size`, the height and width of its input")
         if self.input.size and detects and any(side % STRIDE for side in self.input.size):
@@ -164,7 +167,7 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
         for name in ("centre", "mean") if self.back_end else ():
             vector = getattr(self.back_end, name)
             if vector is not None and len(vector) != self.width:
-                raise ValueError(f"`{name}` has {len(vector)} numbers, but `width` is {self.width}")
+                raise ValueError(f"`{name}` has {len(vector)} numbers, not {self.width} (`width`)")
 
 
 class Card(Written, kw_only=True, forbid_unknown_fields=True):
@@ -209,7 +212,7 @@ def load(folder: Path) -> dict[Role, Card]:
 
 
 def read_all(folder: Path) -> dict[Role, Card]:
-    """Reads the JSON files (cards) in a folder; returns role -> card. The nets are not read."""
+    """Reads the JSON files (cards) in a folder; returns role -> card. Does not read the nets."""
     cards: dict[Role, Card] = {}
     for path in sorted(folder.glob("*.json")):
         card = read(path)
@@ -223,7 +226,10 @@ def read_all(folder: Path) -> dict[Role, Card]:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """Returns a folder of nets, and the paths of its .json and .onnx files, or of links to them."""
+    """Lists the paths that a process needs to read the nets in a folder.
+
+    These are the folder itself, and its .json and .onnx files. A file may be a link.
+    """
     return [folder, *folder.glob("*.json"), *folder.glob("*.onnx")]
 
 
@@ -239,9 +245,10 @@ def read(path: Path) -> Card:
 
 
 def replace_back_end(card: Card, back_end: BackEnd) -> None:
-    """Writes new numbers, `back_end`, into the JSON file of a card.
+    """Replaces the statistics of a card by `back_end`, and writes the JSON file of the card.
 
-    The file keeps the old digest of the card, by which galleries and features recognise the net.
+    Galleries and features recognise a net by the digest of its card. So the present digest is
+    stored in `back_end.card`, and stays valid.
     """
     back_end.card = card.digest
     names = (field.name for field in msgspec.structs.fields(Written))
@@ -278,7 +285,8 @@ def describe_remedy(role: Role, folder: Path) -> str:
 def describe_own(net: Path, like: str) -> str:
     """Returns the command that writes the card of the user's net `net` into its folder.
 
-    `like` is the value of the flag `--like`: the published nets whose input and output the net has.
+    `like` is the value of the flag `--like`: a family of published nets with the same kind of input
+    and output, or several families to choose from, such as `arcface|sface`.
     """
     path, folder = (shlex.quote(str(x)) for x in (net, net.parent))
     return f"vidjax convert own {path} --like={like} --out={folder}"
@@ -306,8 +314,8 @@ PUBLISHED: dict[str, Any] = msgspec.json.decode(Path(__file__).with_name("nets.j
 
 
 def list_embedders(cards: Mapping[Role, Card]) -> dict[str, Card]:
-    """Selects the nets that compute embeddings: returns modality, such as face -> card.
+    """Selects the nets that compute embeddings of faces and voices.
 
-    `cards` are role -> card.
+    `cards` are role -> card. Returns modality -> card. The modality is `face` or `audio`.
     """
     return {part: cards[role] for part, role in EMBEDDER_ROLES.items() if role in cards}

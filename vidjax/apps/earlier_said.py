@@ -1,9 +1,9 @@
 """Reads the names that users gave to faces in results of version 0.1.0 of `vidjax who`.
 
-Later versions write these names into a log, see `said`. Version 0.1.0 stored names, and names that
-a user denied, in the gallery. The version stored everything else in the entries `films`, `fixed`
-and `apart` of `unknown.json`. The folders `earlier` contained descriptions of films that had to be
-read again with other nets.
+Later versions write these names into a log, see `said`. Version 0.1.0 stored in the gallery which
+person a face shows, and which person it does not show. It stored everything else in the entries
+`films`, `fixed` and `apart` of `unknown.json`. Its folders `earlier` contain descriptions of films
+whose features must be computed again with other nets.
 """
 
 import contextlib
@@ -45,9 +45,9 @@ class _Results:
                     self.of_clip |= {"/".join([*earlier, clip]): x for clip, x in clips.items()}
 
     def locate(self, films: Mapping[str, Mapping[str, T]]) -> Iterator[tuple[SeenClip, T]]:
-        """Yields (face, value) for each clip that is in the results.
+        """Yields (face, value) for each clip in `films` that the folder of results contains.
 
-        `films` is digest of a film -> name of a clip -> value.
+        `films` is digest of a film -> name of a clip -> value, for values of any type.
         """
         for digest, of in films.items():
             for clip, value in of.items():
@@ -56,10 +56,10 @@ class _Results:
 
 
 def read_numbers(out: Path) -> dict[str, Any] | None:
-    """Reads `unknown.json` in the folder of results `out`: the numbers of unknown people.
+    """Reads the numbers of unknown people from `unknown.json` in the folder of results `out`.
 
-    Returns None if the file is missing or damaged, or if a version of vidjax after 0.1.0 has
-    written the file.
+    Returns the JSON object in the file. Returns None if the file is missing or damaged, or if a
+    version of vidjax after 0.1.0 has written it.
     """
     # A damaged file is reported by another function.
     with contextlib.suppress(UserError, FileNotFoundError):
@@ -78,7 +78,7 @@ def number_faces(out: Path) -> tuple[list[str], dict[Face, int], int]:
     """Reads the numbers of unknown people from `unknown.json` of version 0.1.0.
 
     Returns three values: the digests of the films, face -> number of its person, and the highest
-    number.
+    number that a person ever had, or 0.
     """
     content = read_numbers(out) or {}
     films = content.get("films", {})
@@ -90,10 +90,11 @@ def number_faces(out: Path) -> tuple[list[str], dict[Face, int], int]:
 
 @contextlib.contextmanager
 def log_acts(out: Path, acts: Sequence[Act], gallery: "State") -> Iterator[None]:
-    """Writes changes of names in a gallery into the log of the folder of results `out`.
+    """Writes `acts`, changes of names in a gallery, into the log of the folder of results `out`.
 
-    If the `with` block raises an error, the changes are undone in the log. If `out` is not a folder
-    of results, nothing is written. `gallery` is the content of the gallery before the changes.
+    The `with` block makes the same changes in the gallery. If the block raises an error, the log
+    undoes them. If `out` is not a folder of results, nothing is written. `gallery` is the content
+    of the gallery before the changes.
     """
     if acts and not said.has_log(out) and read_numbers(out):
         said.append(out, list_lines(out, gallery))
@@ -148,8 +149,8 @@ def _list_photos(
 ) -> Iterator[Line]:
     """Yields lines of a log about people and photos whose names a user has changed.
 
-    `clips` are clip -> present name, or None for a stranger. `photos` are clip of a photo -> name
-    of its folder or face tag.
+    `clips` are clip -> present name, or None for a stranger. `photos` are clip of a photo -> its
+    first name, which was the name of its folder or of its face tag.
     """
     for person, of in group_by_key((x, clip) for clip, x in photos.items()).items():
         names = Counter(name for clip in of if (name := clips[clip]))

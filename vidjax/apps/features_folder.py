@@ -5,10 +5,11 @@
     OUT/extract.json        the nets and settings, which are the same for all files
     OUT/thumbnails/STEM/    only on request: CLIP.png, the best face of each clip
 
-STEM is the name of the video without its ending and without dots. A clip is the track of a person
-in a shot: `STEM.s003.t01` is track 1 of shot 3. With --unit=shot, a clip is the main person of a
-shot, such as `STEM.s003`. A photo with a single face is the clip `STEM`. A photo with several faces
-has the clips `STEM.f01`, `STEM.f02` and so on. `vidjax.data.arrays` reads the clips.
+STEM is the name of the video without its ending and without dots. A shot is a part of a video
+between two cuts. A track is the faces of one person in a shot. Each track is a clip: the clip
+`STEM.s003.t01` is track 1 of shot 3. With --unit=shot, a clip is the main person of a shot, such as
+`STEM.s003`. A photo with a single face is the clip `STEM`. A photo with several faces has the clips
+`STEM.f01`, `STEM.f02` and so on. `vidjax.data.arrays` reads the clips.
 
 `videos/STEM.json` is written last. If it is missing, the extraction was interrupted, and the next
 call extracts the video again. If only `STEM.npz` is missing, the nets have changed, and the video
@@ -102,11 +103,11 @@ class FaceTrack(Struct, kw_only=True):
     def __post_init__(self) -> None:
         _check_file_name(self.clip)
         if self.end_s < self.start_s:
-            raise ValueError(f"the end, {self.end_s} s, is before the start, {self.start_s} s")
+            raise ValueError(f"a clip ends at {self.end_s} s, before its start at {self.start_s} s")
 
     @property
     def unclear(self) -> bool:
-        """Whether the faces are small or blurred, so that they resemble all other unclear faces."""
+        """True if the faces are so small or blurred that faces of different people look alike."""
         return self.clarity < LEAST_CLARITY
 
 
@@ -126,7 +127,7 @@ class FileStamp(Struct, kw_only=True, frozen=True):
 
     @classmethod
     def of(cls, path: Path, sidecars: Sequence[Path] = ()) -> "FileStamp":
-        """Returns the present properties of the file `path` and of its sidecar files."""
+        """Returns the properties of the file `path` and of its files with face tags, `sidecars`."""
         info, real = path.stat(), os.fsencode(os.path.realpath(path))
         stats = [sidecar.stat() for sidecar in sidecars]
         return cls(
@@ -194,29 +195,30 @@ class MediaFile(Struct, kw_only=True, dict=True):
 
     @functools.cached_property
     def faces(self) -> dict[str, Face]:
-        """Name of a clip -> its face, the time and box by which the log of names knows the clip.
+        """Name of a clip -> the time and box of its face, by which a log of names knows the face.
 
-        Clips whose box is not known are left out.
+        For this log, see `said`. Clips whose box is not known are left out.
         """
         faces = ((track.clip, make_face(self.sha256, track)) for track in self.tracks)
         return {clip: face for clip, face in faces if face}
 
     @property
     def tags(self) -> set[str]:
-        """The names in the face tags of a photo."""
+        """The names of people that a photo program has stored in a photo, as face tags."""
         return {track.name for track in self.tracks if track.name}.union(self.lost_tags)
 
 
 def _check_file_name(name: str) -> None:
     check_name(name, "name of a file")
     if "/" in name or len(name) > 255:
-        raise ValueError(f"'{name[:100]}' is not the name of a file")
+        raise ValueError(f"the name of a file contains / or is too long: '{name[:100]}'")
 
 
 def make_stem(path: Path) -> str:
-    """Returns the stem of a file, with which the names of its clips begin.
+    """Returns the stem of a film or photo, with which the names of its clips begin.
 
-    The stem contains only letters, digits, `_` and `-`.
+    The stem is the name of the file without its ending, cut after MOST_STEM_BYTES bytes. All
+    characters except letters, digits, `_` and `-` are replaced by `_`.
     """
     word = re.sub(r"[^\w-]+", "_", path.stem).strip("_")
     return word.encode()[:MOST_STEM_BYTES].decode(errors="ignore") or "video"
@@ -239,10 +241,11 @@ def read_extraction(folder: Path) -> Extraction | None:
 
 
 def choose_settings(folder: Path, **given: object) -> ExtractionSettings | None:
-    """Returns the settings with which films are read into a folder of features.
+    """Returns the settings with which features of films are extracted into a folder.
 
-    `given` are name of a setting -> value. A setting that is None keeps the value of the last call.
-    In a new folder, it gets its default. If all settings are None, the result is None.
+    `given` are name of a setting -> value. A setting that is None keeps the value that is stored in
+    the folder. In a new folder, it gets its default. If all settings are None, the result is None,
+    and the caller keeps all stored settings.
     """
     changed = {name: value for name, value in given.items() if value is not None}
     before = read_extraction(folder) if changed else None
@@ -256,9 +259,10 @@ def read_media_file(path: Path) -> MediaFile:
 
 
 def read_media_files(folder: Path) -> list[MediaFile]:
-    """Reads the descriptions of all films and photos in a folder of features.
+    """Reads the JSON files that describe films and photos, in a folder of features.
 
-    If several films have the same file name, folders of their paths are added to their names.
+    A film or photo without features (`STEM.npz`) is left out. If several films have the same file
+    name, the names of their folders are put before their names.
     """
     paths = sorted((folder / VIDEOS).glob("*.json"))
     films = [read_media_file(path) for path in paths if has_features(folder, path.stem)]
@@ -269,9 +273,9 @@ def read_media_files(folder: Path) -> list[MediaFile]:
 
 
 def _distinguish(twins: Sequence[MediaFile]) -> None:
-    """Makes the names of films with the same file name different.
+    """Makes the names of films with the same file name different, for example `a/x.mp4`, `b/x.mp4`.
 
-    The names of folders are put before the file names, as many as are needed.
+    The names of their folders are put before the file names, as many as are needed.
     """
     parts = [[*map(make_printable, film.source.path.parts)] for film in twins]
     # In this order, the paths with the longest common end are neighbours.
@@ -283,19 +287,20 @@ def _distinguish(twins: Sequence[MediaFile]) -> None:
 
 
 def describe_media_files(out: Path) -> dict[str, MediaFile]:
-    """Reads the descriptions of all films and photos in a folder of features.
+    """Reads the JSON files that describe all films and photos, in a folder of features.
 
-    Returns stem -> description, where the stem is the name of the file without its ending. Films
-    and photos that other nets must read again are included. Damaged descriptions are left out.
+    Returns stem -> description, where the stem is the name of the film or photo without its ending.
+    Films and photos without features (`STEM.npz`) are included. Damaged JSON files are left out.
     """
     stems = [path.stem for path in sorted((out / VIDEOS).glob("*.json"))]
     return {stem: film for stem in stems if (film := describe_media_file(out, stem))}
 
 
 def find_unread(out: Path) -> dict[str, MediaFile]:
-    """Finds the films and photos in a folder of features that other nets must read again.
+    """Finds films and photos that are described in a folder, but whose features are missing.
 
-    Returns stem -> description, where the stem is the name of the file without its ending.
+    Their nets have changed, and the new nets must compute their features. Returns stem ->
+    description, where the stem is the name of the film or photo without its ending.
     """
     stems = [path.stem for path in (out / VIDEOS).glob("*.json")]
     unread = (stem for stem in sorted(stems) if not has_features(out, stem))
@@ -303,7 +308,7 @@ def find_unread(out: Path) -> dict[str, MediaFile]:
 
 
 def describe_media_file(out: Path, stem: str) -> MediaFile | None:
-    """Reads the description of a film or photo; returns None if it is damaged or missing.
+    """Reads the JSON file that describes a film or photo; returns None if it is damaged or missing.
 
     `out` is the folder of features, and `stem` the name of the film or photo without its ending.
     """
@@ -313,7 +318,7 @@ def describe_media_file(out: Path, stem: str) -> MediaFile | None:
 
 
 def has_features(out: Path, stem: str) -> bool:
-    """Returns whether the features of a film or photo exist. If not, other nets must read it."""
+    """Returns whether the file with the features of a film or photo, `OUT/STEM.npz`, exists."""
     return files.exists(out / f"{stem}.npz")
 
 
@@ -348,7 +353,8 @@ class PhotoFace(NamedTuple):
 def locate_people(out: Path, names: Iterable[str] = ()) -> dict[str, Path]:
     """Returns name of a person -> folder in `OUT/people`, for `names` and all existing folders.
 
-    A new folder gets a name that all file systems allow, see `make_folder_name`.
+    If a person in `names` has no folder yet, the path is a new name that all file systems allow,
+    see `make_folder_name`. This function makes no folder.
     """
     known = {read_folder_name(path.name): path for path in sorted((out / PEOPLE).glob("[!.]*"))}
     taken = {path.name.casefold() for path in known.values()}
@@ -449,9 +455,10 @@ def remove_features(out: Path) -> bool:
 
 
 def remove_leftovers(out: Path, stems: set[str] | None) -> None:
-    """Deletes temporary files.
+    """Deletes the temporary files that killed processes have left in a folder of features.
 
-    If `stems` is not None, also deletes the features of all films and photos with other stems.
+    If `stems` is not None, also deletes the features, the descriptions and the thumbnails of all
+    films and photos whose stem is not in `stems`.
     """
     videos = out / VIDEOS
     files.remove_partials(out, rf"{re.escape(NAME)}|.+\.npz")
@@ -466,10 +473,10 @@ def remove_leftovers(out: Path, stems: set[str] | None) -> None:
 
 
 def check_photo(file: MediaFile) -> tuple[str | None, str]:
-    """Returns the clip of the only face in a photo, and the problem of the photo.
+    """Checks that a photo shows exactly one good face. Returns its clip, and a problem.
 
     If the photo does not show exactly one face, the clip is None. The problem is a text for the
-    user, or "" for a single good face.
+    user: more faces, no face or a poor face. It is "" if the photo is good.
     """
     if len(file.tracks) != 1:
         count = f"{len(file.tracks)} faces" if file.tracks else "no face"
@@ -492,9 +499,9 @@ def write(path: Path, value: Struct) -> None:
 
 
 def check_models(path: Path, cards: Mapping[str, str]) -> None:
-    """Raises UserError if other nets than the nets of a gallery have computed features.
+    """Raises UserError if the features in `path` were computed by other nets than a gallery's nets.
 
-    `path` is a file or folder of features. `cards` is modality -> sha256 of the JSON file of the
+    `path` is a file or folder. `cards` is modality -> sha256 of the JSON file that describes the
     gallery's net. Features of other programs are accepted, because their nets are unknown.
     """
     folder = path if path.is_dir() else path.parent

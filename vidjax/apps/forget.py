@@ -1,8 +1,8 @@
 """Finds people and clips in all galleries and files: the search of `vidjax forget`.
 
-Clips are deleted from galleries and from converted datasets in the cache. Unfinished files of
-killed processes are deleted, too. Runs, folders of `vidjax who` and other files (see `traces`) are
-only listed.
+With --delete, clips are deleted from galleries. Converted datasets in the cache and unfinished
+files of killed processes are deleted as a whole if they contain such a clip. Training runs, folders
+of `vidjax who` and other files (see `traces`) are only listed.
 """
 
 import dataclasses
@@ -76,10 +76,10 @@ class Survey(NamedTuple):
         return sorted(folder for folder, found in self.kind_of.items() if found == kind)
 
     def find_whole(self, path: Path) -> Path | None:
-        """Returns the folder that is listed instead of the file `path`, or None.
+        """Returns the folder, such as a training run, that is listed instead of its file `path`.
 
-        The result is the nearest folder above the file, or `path` itself, whose kind is in
-        REMEDIES, such as a run.
+        This is the nearest folder above the file, or `path` itself, whose kind is in REMEDIES. If
+        there is none, returns None, and the file itself is listed.
         """
         return next((x for x in (path, *path.parents) if self.kind_of.get(x) in REMEDIES), None)
 
@@ -105,7 +105,7 @@ def forget(
     *,
     delete: bool = False,
 ) -> tuple[list[Place], dict[str, str]]:
-    """Searches people and clips in all galleries, datasets and files below the folders `places`.
+    """Searches for people and clips in all galleries, datasets and files below `places`.
 
     `identities` are the names of people, whose clips are also searched. `clips` are the names of
     other clips. If `delete` is True, the clips are deleted from galleries. Converted datasets and
@@ -163,11 +163,11 @@ def _search_galleries(
 ) -> tuple[list[Place], set[str], list[np.ndarray]]:
     """Finds the clips of `people`, the clips with the names `asked`, and copies of both.
 
-    If `delete` is True, these clips are deleted. Other clips that only contain such a name or
-    vector are listed, but not deleted.
+    If `delete` is True, these clips are deleted. If another clip has such a name inside its own
+    name, or another person has a clip with such a vector, the clip is listed, but not deleted.
 
-    Returns three values: a `Place` for each gallery with such clips, the names of the clips, and
-    their vectors.
+    Returns three values: a `Place` for each gallery with such clips, the names of the clips of
+    `people`, `asked` and copies, and the vectors [D] of these clips.
     """
     clips = [clip for gallery in galleries for clip in _list_clips(gallery)]
     own = {x for x in clips if x.identity in people or normal_form(x.name) in asked}
@@ -205,19 +205,19 @@ def _by_gallery(clips: Iterable[Clip]) -> list[tuple[Gallery, list[Clip]]]:
 def _find_copies(
     clips: Iterable[Clip], own: set[Clip], people: Iterable[str]
 ) -> tuple[set[Clip], set[Clip], set[bytes]]:
-    """Finds clips of strangers and of other people with the same vectors as a clip in `own`.
+    """Finds clips of strangers and of other people that have the same vectors as a clip in `own`.
 
-    The vectors must be equal in each modality, such as face, that both clips have. A copy may have
-    more modalities, so copies of a copy are found, too.
+    `own` are the clips of the searched `people`. Vectors must be equal in each modality, such as
+    face, that both clips have. Copies of a copy are found, too, as it may have more modalities.
 
     Returns three values:
 
     - The copies: clips of strangers, and clips of a person whose name is another spelling of a name
-      in `people`. The second case only counts in galleries without clips in `own`.
-    - The doubtful clips: clips of other people. They are kept, because either person may have the
-      wrong clip.
+      in `people`. In a gallery with a clip in `own`, another spelling is another person.
+    - The doubtful clips: clips of other people. They are not deleted, because either person may
+      have the wrong clip.
     - The vectors of the copies and of `own`. A vector that more than MOST_COPIES clips of a gallery
-      have shows nothing, and is left out.
+      have identifies nobody, and is left out.
     """
     holders = group_by_key((vector, clip) for clip in clips for vector in clip.vectors.items())
     spellings = [*people, *{clip.identity for clip in own if clip.identity}]
@@ -245,8 +245,8 @@ def _find_copies(
 def is_spelling(name: str, people: Iterable[str]) -> bool:
     """Returns whether a name may be another spelling of one of `people`.
 
-    Every word of the shorter name is a word of the longer name, or its first letter, as in
-    `lovelace, a.` and `Ada Lovelace`.
+    This is so if every word of the shorter name is a word of the longer name, or the first letter
+    of such a word, as in `lovelace, a.` and `Ada Lovelace`.
     """
     words = re.findall(r"[^\W_]+", names_lib.strip_accents(name))
     for person in people:
@@ -258,7 +258,7 @@ def is_spelling(name: str, people: Iterable[str]) -> bool:
 
 
 def _report_gallery(gallery: Gallery, clips: Collection[Clip], *, delete: bool) -> Place:
-    """Returns a `Place` that describes a gallery with `clips`. With `delete`, deletes the clips."""
+    """Lists the found `clips` of a gallery in a `Place`. If `delete` is True, deletes the clips."""
     counts = Counter(f"'{show(x.identity)}'" if x.identity else "strangers" for x in clips)
     about = ", ".join(f"{messages.count(n, 'clip')} of {x}" for x, n in sorted(counts.items()))
     remedy = "--delete"
@@ -285,7 +285,8 @@ def list_clear_names(clips: Iterable[str]) -> set[str]:
 def _search_files(survey: Survey, traces: Traces, *, delete: bool) -> Iterator[Place]:
     """Searches the files of `survey`; yields a `Place` for each file that contains one of `traces`.
 
-    If the file is in a folder of a kind in REMEDIES, such as a run, the folder is listed instead.
+    `traces` are the searched names and vectors. If a file is in a folder of a kind in REMEDIES,
+    such as a training run, the folder is listed instead.
     If `delete` is True, converted datasets and unfinished files that contain a trace are deleted.
     """
     seen = set[Path | None]()  # listed folders, and files of the same film or photo
@@ -321,7 +322,7 @@ def _search_files(survey: Survey, traces: Traces, *, delete: bool) -> Iterator[P
 
 
 def list_roots(places: Iterable[Path]) -> list[Path]:
-    """Returns the folders to search: `places`, by default the current folder, and the cache."""
+    """Returns the folders to search: the cache, and `places` or by default the current folder."""
     cache = files.cache_root()
     roots = [*places] or [x for x in (Path(),) if not _is_empty(x)]
     inside = any(cache.resolve().is_relative_to(x.resolve()) for x in roots)
@@ -330,7 +331,7 @@ def list_roots(places: Iterable[Path]) -> list[Path]:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Returns whether a folder contains nothing, as the folder of a drive that is not connected."""
+    """Returns whether a folder is empty, for example because its drive is not connected."""
     try:
         return not any(folder.iterdir())
     except OSError:
@@ -406,7 +407,7 @@ def _delete_records(folder: Path) -> str:
 
 
 def _report_unfinished(folder: Path, *, delete: bool) -> Place:
-    """Returns a `Place` that describes the folder of a killed conversion.
+    """Lists the folder that a killed conversion of a dataset has left, in a `Place`.
 
     If `delete` is True, deletes the folder.
     """

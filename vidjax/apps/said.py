@@ -2,8 +2,8 @@
 
 A line is about a face. The sha256 of the film or photo, a time in seconds, and a box (left, top,
 width and height, as fractions of the picture) identify the face. So a line stays true if nets, file
-names or names of clips change. Lines are only added. The lines of a step have the same time `when`.
-These are the words `says`:
+names or names of clips change. Lines are only added. All that a user says at once is a step. The
+lines of a step have the same time `when`. The field `says` of a line is one of these words:
 
     is      the face shows the person `of`, or if `of` is null, a stranger
     not     the face does not show the person `of`
@@ -79,9 +79,9 @@ class Line(Struct, kw_only=True, frozen=True, omit_defaults=True):
 
 
 def make_face(film: str, track: "FaceTrack") -> Face | None:
-    """Returns the face in a clip, or None if its box is not known.
+    """Returns the face in a clip, by which the log identifies it, or None without a known box.
 
-    `film` is the sha256 of the film. `track` is the clip.
+    `film` is the sha256 of the film or photo. `track` is the clip.
     """
     if track.box is None:
         return None
@@ -101,24 +101,24 @@ def _to_size(box: Sequence[float]) -> Box:
 
 
 def about(face: Face, says: Any, **values: Any) -> Line:  # noqa: ANN401  (fields of `Line`)
-    """Returns a line of the log about a face.
+    """Makes a line of the log about a face.
 
-    `says` is the word of the line, such as "is". `values` are other fields of `Line`.
+    `says` is the kind of the line, such as "is". `values` are further fields of `Line`.
     """
     return Line(says=says, **msgspec.structs.asdict(face), **values)
 
 
 def stamp(lines: Iterable[Line]) -> list[Line]:
-    """Returns the lines of a step with the present time in the field `when`.
+    """Sets the field `when` of all `lines` to the present time; returns the new lines.
 
-    A step is what a user says at once. No two steps have the same time.
+    The time identifies a step: the lines that a user has caused at once.
     """
     when = datetime.now(UTC).isoformat(timespec="microseconds")
     return [msgspec.structs.replace(line, when=when) for line in lines]
 
 
 def undo(lines: Sequence[Line]) -> list[Line]:
-    """Returns a list with the line that undoes the step of `lines`. Without lines, it is empty."""
+    """Returns a list with a line that undoes all `lines` of a step, or [] if there are none."""
     return stamp([Line(says="undo", of=lines[0].when)] if lines else [])
 
 
