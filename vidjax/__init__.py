@@ -54,7 +54,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Returns the public function or class `name`; imports its module at the first use (PEP 562)."""
+    """Returns the public function or class `name`, whose module is imported only now (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module 'vidjax' has no attribute '{name}'")
     match name:  # a module is imported only for its own names: each needs other packages

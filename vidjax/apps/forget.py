@@ -1,8 +1,8 @@
 """Finds people and clips in all galleries and files: the search of `vidjax forget`.
 
-With --delete, clips are deleted from galleries. Converted datasets in the cache and unfinished
-files of killed processes are deleted as a whole if they contain such a clip. Training runs, folders
-of `vidjax who` and other files (see `traces`) are only listed.
+With --delete, clips are deleted from galleries. A converted dataset in the cache is deleted as a
+whole if it contains such a clip. So are unfinished files of killed processes that may contain one.
+Training runs, folders of `vidjax who` and other files (see `traces`) are only listed.
 """
 
 import dataclasses

@@ -2,8 +2,8 @@
 
 A clip gets the name of its most probable person if the probability reaches a threshold. The user
 can choose the threshold. By default, the threshold is measured on strangers, clips of people who
-are not enrolled. Then the person must also be more probable than all other enrolled people
-together. If there are too few strangers, the probability must be above 0.5.
+are not enrolled. With a measured threshold, the person must also be more probable than all other
+enrolled people together. If there are too few strangers, the probability must be above 0.5.
 
 A .tsv or .csv table has the columns clip, identity, probability, score, best_1, probability_1, ...
 A line of .jsonl has the fields clip, identity, probability, score, best and evidence. The identity
@@ -105,9 +105,10 @@ NOBODY = Answer(None, 0.0, -math.inf, ())
 def join_answers(vote: Answer, own: Sequence[Answer]) -> list[Answer]:
     """Returns the answers for the clips of a group, whose clips probably show one person.
 
-    If at least one clip would get the name of the group by itself, all clips get this name. The
-    probability is the lower one of the group and the clip. A clip that speaks against the name
-    leaves the group: it gets its own answer.
+    If the group has no name, all clips get the answer of the group. If no clip gets the name of the
+    group by itself, each clip gets its own answer. Otherwise, all clips get the name. A clip has
+    two probabilities of the name: for the group, and for only this clip. The answer has the lower
+    one. If the second probability is below 0.1, the clip gets its own answer instead.
 
     Args:
       vote: the answer for all clips of the group together.
@@ -121,7 +122,7 @@ def join_answers(vote: Answer, own: Sequence[Answer]) -> list[Answer]:
 
 
 def _join_answer(vote: Answer, own: Answer) -> Answer:
-    """Returns the answer for a clip with the answer `own`, if its group has the name `vote`."""
+    """Joins the answer for a single clip, `own`, with the answer for its group, `vote`."""
     probability = dict(own.best).get(str(vote.identity), 0.0)
     if probability < LEAST_OWN_PROBABILITY:
         return own
@@ -156,7 +157,7 @@ class Threshold(NamedTuple):
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % confidence interval of the share of new strangers above the threshold."""
+        """The 95 % confidence interval (low, high) of the share of new strangers above the threshold."""
         return metrics.fpir_interval(self.num_alarms, self.num_strangers)
 
     def to_dict(self) -> dict[str, object]:
@@ -164,7 +165,7 @@ class Threshold(NamedTuple):
         return {**self._asdict(), **dict(zip(("low", "high"), self.interval, strict=True))}
 
     def describe(self) -> dict[str, str]:
-        """Returns rows for the terminal: label -> text."""
+        """Describes the threshold for the user: returns label of a row -> text of the row."""
         low, high = map(share, self.interval)
         return {
             "threshold": f"{describe_probability(self.score)} (logarithm {self.score:.6g})",
@@ -198,8 +199,8 @@ class NamingRule(NamedTuple):
     def names(self, best: np.ndarray | float, others: np.ndarray | float = -math.inf) -> np.ndarray:
         """Returns bool [...], True if a clip gets a name.
 
-        `best` [...] are the log-probabilities of the most probable people, and `others` [...] of
-        all other enrolled people together.
+        `best` [...] is the log-probability of the most probable person of each clip. `others` [...]
+        is the log-probability that the clip shows any other enrolled person.
         """
         best = np.asarray(best)
         if self.by != "fpir":
@@ -223,7 +224,7 @@ class NamingRule(NamedTuple):
         return {"rule": self.to_dict(), "threshold": limit and limit.to_dict()}
 
     def describe(self, doubtful: int = 0) -> dict[str, str]:
-        """Returns rows for the terminal: label -> text.
+        """Describes the rule for the user: returns label of a row -> text of the row.
 
         `doubtful` is the number of unknown clips with a probability of 0.1 to 0.5, see
         `count_doubtful`. Only a rule of the kind `new` has a row about them.
@@ -258,7 +259,7 @@ class NamingRule(NamedTuple):
 
 
 def check_rate(name: str, rate: float | None) -> None:
-    """Raises UserError for a `rate` outside of (0, 1). None is accepted. `name` is for messages."""
+    """Raises UserError for a `rate` outside of (0, 1), except None. `name` is its argument name."""
     check_argument(name, rate, (numbers.Real, type(None)), "a number, or None")
     if rate is not None and not 0 < rate < 1:
         raise UserError(f"{name}={rate:g} is not a rate: give a number above 0 and below 1")
@@ -285,7 +286,10 @@ def check_choice(fpir: float | None, threshold: float | None) -> None:
 
 
 def count_needed_strangers(fpir: float) -> int:
-    """Returns how many clips of strangers a threshold for the rate `fpir` needs, at least 1."""
+    """Returns how many clips of strangers are needed to measure a threshold for `fpir`, 1 or more.
+
+    `fpir` is the largest share of new strangers that may get a name.
+    """
     return max(1, math.ceil(min(1 / fpir, 1e18) - 1e-9) - 1)
 
 
@@ -378,7 +382,7 @@ def choose_rule(state: State, fpir: float | None, threshold: float | None) -> Na
 
 
 def _describe_growth(state: State) -> str:
-    """Returns a warning if a gallery has far more people than its run was fitted to, or ""."""
+    """Returns a warning if a gallery has far more people than its parameters were fitted to, or ""."""
     clips = state.clips.values()
     fitted = state.index.remember(
         "fitted", lambda: len({x.identity for x in clips if x.fitted and x.identity})
@@ -436,8 +440,8 @@ def rank(
 ) -> dict[str, list[tuple[str, float]]]:
     """Lists the most probable clips of each person: returns identity -> list of (clip, score).
 
-    `vectors` are the vectors of the clips. If the user has chosen `rule`, a list contains only
-    clips that get the name of the person. For more, see `Gallery.rank`.
+    `vectors` are the vectors of the clips. If the user has chosen `rule` (`rule.default` is False),
+    a list contains only clips that get the name of the person. For more, see `Gallery.rank`.
     """
     searched = state.index
     identities = labels.sort_identities(searched.names)
@@ -498,10 +502,10 @@ def parse_group_number(group: str) -> int:
 
 
 def count_unknown(groups: Iterable[str]) -> tuple[int, int, str]:
-    """Counts the unknown people and the unclear faces in `groups`, names such as `unknown 3`.
+    """Counts the unknown people and the unclear faces in `groups`, the names of groups of clips.
 
-    Returns the number of people, the number of unclear faces, and both as text, such as `2 people
-    and 1 unclear face`.
+    A name is `unknown 3` for a person, or `unknown face 4` for an unclear face. Returns the number
+    of people, the number of unclear faces, and a text such as `2 people and 1 unclear face`.
     """
     names = {*groups}
     faces = sum(name.startswith(FACE) for name in names)
@@ -511,7 +515,7 @@ def count_unknown(groups: Iterable[str]) -> tuple[int, int, str]:
 
 
 def rank_group(group: str) -> tuple[bool, int]:
-    """Returns a key that sorts groups by number, with unclear faces last."""
+    """Returns a sort key for the name of a group: by number, with names such as `unknown face 3` last."""
     return group.startswith(FACE), parse_group_number(group)
 
 
@@ -532,8 +536,8 @@ def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
     """Reads a table of `write_groups` that a user has edited; returns clip -> person.
 
     Other tables of clips and people are read, too, see `labels.read_table`. Clips without a name
-    are left out. If `unknown` is False, so are clips whose group is still called `unknown N` or
-    `unknown face N`. Raises UserError if a line is malformed, or if a clip has two names.
+    are left out. If `unknown` is False, clips whose group is still called `unknown N` or `unknown
+    face N` are left out, too. Raises UserError if a line is malformed, or a clip has two names.
     """
     names = labels.clean_labels(labels.read_table(path))
     return {clip: name for clip, name in names.items() if unknown or not is_unknown(name)}
@@ -549,7 +553,7 @@ def table(answers: Answers) -> Iterator[tuple[str, ...]]:
 
 
 def share(value: float) -> str:
-    """Formats a rate in per cent with 2 digits, from 99 % on with 4: `0.89 %`, `> 99.99 %`."""
+    """Formats a share (0 to 1) in per cent, such as `0.89 %`: with 2 digits, or 4 from 99 % on."""
     percent = 100 * value
     if percent >= 99:
         return f"{percent:.4g} %" if percent < 99.99 else "> 99.99 %"
@@ -572,7 +576,7 @@ def count_doubtful(answers: Answers) -> int:
 
 
 def write(path: Path, answers: Answers) -> None:
-    """Writes answers to a new table. The ending of `path` is the format."""
+    """Writes answers to a new file. Its ending, such as .csv or .jsonl, determines the format."""
     most = max((len(answer.best) for answer in answers.values()), default=0)
     objects = itertools.starmap(as_json, answers.items())
     tables.write(path, _list_kinds(most), _rows(answers, most), objects)

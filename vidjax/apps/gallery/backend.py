@@ -183,8 +183,9 @@ def fit(
         settings are fitted. Row n belongs to the person of clip n. A row may be the mean of
         the person's clips in a film. Default: `vectors`.
       centred: True if the run has already subtracted a centre from the vectors.
-      settings: the settings of PLDA. By default, they are fitted, too, and the variance of a
-        person's clips is at least a typical share, see `two_covariance.covariances`.
+      settings: the settings of PLDA. By default, they are fitted, too. Then the variance of a
+        person's clips is at least a typical share of the variance of all clips, see
+        `two_covariance.covariances`.
     """
     from vidjax.models import plda_fit  # imports JAX
 
@@ -215,12 +216,12 @@ def fit(
 
 
 def measure_shared(vectors: Mapping[str, np.ndarray], labels: np.ndarray) -> float:
-    """Measures how much more alike the clips of a person are than clips of different days.
+    """Measures how much of the usual variance between a person's clips is missing in these clips.
 
-    Returns a share from 0 to 1 of the usual variance between a person's clips: the share that is
-    missing, because photos of one day look alike. Each modality has a share, see
-    `Covariances.shared`, and the smallest share is returned. `vectors` are modality -> unit vectors
-    [N, D], and `labels` [N] int the person of each clip, from 1.
+    Photos of one day look alike, and so vary less than usual. Returns the missing share: 0 if the
+    clips of a person vary as usual, and near 1 if they hardly vary. The smallest share of all
+    modalities is returned, see `Covariances.shared`. `vectors` are modality -> unit vectors [N, D],
+    and `labels` [N] int the person of each clip, from 1.
     """
     shared = []
     for x in vectors.values():
@@ -250,9 +251,9 @@ def make_card_backend(back_ends: "Mapping[str, BackEnd]") -> Backend:
 
 
 def compare_equal(old: Backend, new: Backend) -> bool:
-    """Returns whether two galleries compare vectors with the same parameters.
+    """Returns whether `old` and `new` contain the same parameters, except for rounding errors.
 
-    Rounding errors are ignored. Only the modalities of `old` are compared.
+    Only the modalities of `old` are compared. `new` may have more modalities.
     """
     parts = {part.name: part.arrays() for part in new.parts}
     pairs = [(part.arrays(), parts.get(part.name, [])) for part in old.parts]
@@ -267,9 +268,9 @@ def _sum_clips(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Counts and adds up the clips of each of P people, in one modality.
 
-    Returns the number n of clips, [P], and n x their mean unit vector, [P, D]. `x` [N, D] are the
-    vectors. For `owner` and `film`, see `Backend.enrol`. With PLDA, n is the number of independent
-    clips, or of all clips if `exact` [P] is True for the person.
+    Returns the number n of clips of each person, [P], and n times their mean unit vector, [P, D].
+    `x` [N, D] are the vectors of the clips. For `owner` and `film`, see `Backend.enrol`. With PLDA,
+    similar clips count less in n, except if `exact` [P] is True for the person.
     """
     count, total = sum_by_owner(unit(part, x), owner, len(exact))
     if part.space is None:
@@ -344,5 +345,5 @@ _libraries = functools.cache(ThreadpoolController)  # the search for libraries i
 
 
 def one_thread() -> contextlib.AbstractContextManager[object]:
-    """Limits BLAS to one thread in a `with` block. Waiting threads would use whole processors."""
+    """Limits BLAS to one thread in a `with` block. Idle BLAS threads would keep processors busy."""
     return _libraries().limit(limits=1, user_api="blas")

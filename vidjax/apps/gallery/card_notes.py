@@ -129,12 +129,14 @@ def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> t
 def compare(state: State) -> Comparison:
     """Compares the differences between enrolled faces with the differences that the card predicts.
 
-    The field `problem` of the result is "" if the faces fit the card, or if the gallery has no face
-    net. If `check_apart` or `judge` has stored in `state` that the net does not separate people,
-    `problem` is "blind". A card has default numbers until somebody measures them for the net. With
-    default numbers, `problem` is also "blind" beyond LEAST_BETWEEN or MOST_DEVIATION. With default
-    numbers and one or two people, `problem` is "few", except if `check_apart` has stored that the
-    net separates people.
+    The card is the JSON file of the face net. Its numbers are defaults until somebody measures them
+    for the net. The field `problem` of the result is "" if the faces fit the card, or if the
+    gallery has no face net. For all values, see `card_check.Problem`.
+
+    If `check_apart` or `judge` has stored in `state` that the net does not separate people,
+    `problem` is "blind". If the numbers are defaults, it is also "blind" if the faces differ from
+    the card by more than LEAST_BETWEEN or MOST_DEVIATION. If the numbers are defaults and fewer
+    than three people are enrolled, it is "few", until `check_apart` finds that the net is right.
     """
     comparison, unmeasured = state.index.card_comparison, state.origin.unmeasured
     is_close = comparison.problem == "closer" and comparison.between < LEAST_BETWEEN
@@ -148,11 +150,11 @@ def compare(state: State) -> Comparison:
 
 
 def check_apart(state: State, vectors: Vectors, apart: Iterable[tuple[str, str, float]]) -> State:
-    """Compares pairs of faces of two people with the card of the face net, its JSON file.
+    """Checks with pairs of faces of different people whether the face net separates people.
 
-    Returns `state` with the result in the field `separates`. The result is None if somebody has
-    measured the card on real faces, so that no check is needed. For the other arguments, see
-    `Gallery.check_apart`.
+    Returns `state` with the result in the field `separates`: True, False, or None if the pairs show
+    nothing. It is also None if the numbers in the card (JSON file) of the net were measured, so
+    that no check is needed. For the other arguments, see `Gallery.check_apart`.
     """
     backend, separates = state.index.backend, None
     if state.origin.unmeasured:
@@ -166,12 +168,12 @@ def check_apart(state: State, vectors: Vectors, apart: Iterable[tuple[str, str, 
 
 
 def judge(state: State, mirrored: Sequence[float]) -> State:
-    """Returns a state that names nobody if a mirrored photo differs like another person.
+    """Checks with mirror images whether a net separates people; returns the state with the result.
 
-    `mirrored` are the cosines of the vectors of enrolled photos and of their mirror images. If
-    there are fewer than two cosines, for example because photos are missing, the state stays the
-    same. One cosine is enough if only one person is enrolled and nobody has measured the card of
-    the net.
+    If a photo and its mirror image differ almost like two people, the net does not separate people,
+    and the gallery gives no names. `mirrored` are the cosines of the vectors of enrolled photos and
+    of their mirror images. If there are fewer than two, the state stays the same. One cosine is
+    enough if only one person is enrolled and nobody has measured the card (JSON file) of the net.
     """
     comparison, origin = state.index.card_comparison, state.origin
     if len(mirrored) < (1 if len(state.index.names) == 1 and origin.unmeasured else 2):
@@ -192,7 +194,7 @@ def check_mirrored(gallery: "Gallery", cosines: Sequence[float]) -> None:
 
 
 def describe(state: State) -> str:
-    """Returns why names are wrong or seldom given, with a remedy, or "" if there is no problem."""
+    """Returns a text that says why names are wrong or rare, with a remedy, or "" if all is well."""
     models = state.origin.workdir
     if not state.index.names:
         return ""
@@ -212,9 +214,10 @@ def describe(state: State) -> str:
 
 
 def warn(state: State, known: str = "") -> str:
-    """Returns how enrolled people contradict the card of the net, or "".
+    """Warns if enrolled people contradict the card, the JSON file of the net; returns the text.
 
-    Prints the text, except if it equals `known`, the text of an earlier call.
+    The text is "" if there is no problem. A text that equals `known`, the text of an earlier call,
+    is not printed.
     """
     problem = _describe_problem(state)
     if problem not in ("", known):
@@ -223,7 +226,7 @@ def warn(state: State, known: str = "") -> str:
 
 
 def _describe_problem(state: State) -> str:
-    """Returns how enrolled people contradict the card of the net, with a remedy, or ""."""
+    """Returns a text if enrolled people contradict the card of the net, with a remedy, or ""."""
     comparison, origin = compare(state), state.origin
     if comparison.problem == "closer" and comparison.between < card_check.SAME:
         return f"your people are as alike as photos of one person\n{TWO_NAMES}"

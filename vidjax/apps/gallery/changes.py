@@ -78,8 +78,8 @@ class Draft:
         """Adds missing modalities, such as voices, to enrolled clips.
 
         `vectors` are clip -> vector of all modalities. A clip is left out if it is not enrolled, or
-        if another modality has another vector. Returns the names of the other clips, which now
-        have the given vector.
+        if its enrolled vector of a modality differs from the given one. Returns the names of all
+        other clips, which now have the given vectors.
         """
         vectors = {self._find_name(name): vector for name, vector in vectors.items()}
         equal = find_equal(vectors, self.clips, self.present.index.backend)
@@ -162,7 +162,7 @@ class Draft:
         return [name for name in spellings if name in self.clips]
 
     def _find_name(self, clip: str) -> str:
-        """Returns the name under which a clip is enrolled. A new name has no `.mp4`."""
+        """Returns the name under which a clip is enrolled. For a new clip, this is `clip` without `.mp4`."""
         return next(iter(self._find_names(clip)), strip_ending(clip))
 
     def _find_clips(self, identity: str) -> tuple[str, ...]:
@@ -198,10 +198,10 @@ class Draft:
         return names
 
     def _is_new(self, name: str, clip: StoredClip) -> bool:
-        """Returns True if a clip is new, or if the clip of a stranger gets a person.
+        """Returns True if a clip must be added: it is new, or an enrolled stranger gets a person.
 
-        Raises UserError if the clip is enrolled with another person or vector. A stranger's clip
-        that is enrolled with a person is not new, and raises no error.
+        Returns False if the clip is enrolled in the same way, or if `clip` has no person, but is
+        enrolled with one. Raises UserError if it is enrolled with another person or vector.
         """
         old = self.clips.get(name)
         if old is None:
@@ -272,7 +272,7 @@ class Draft:
 
 
 def _differ(old: StoredClip, new: StoredClip | None) -> bool:
-    """Returns whether the clip `old` was removed, or has another vector now."""
+    """Returns whether the clip `old` was removed (`new` is None), or `new` has another vector."""
     return new is None or new.vector is not old.vector
 
 
@@ -321,7 +321,10 @@ def check_clip(name: str, clip: StoredClip, width: int) -> StoredClip:
 
 
 def check_person(name: str) -> str:
-    """Cleans the name of a person. Raises UserError if it is invalid, too long or reserved."""
+    """Returns the cleaned name of a person.
+
+    Raises UserError if the name is invalid, too long, or reserved, such as `unknown 3`.
+    """
     check_argument("identity", name, str, "a name")
     name = _check_length("identity", clean_identity(name))
     if is_reserved(name):
@@ -351,7 +354,7 @@ def find_enrolled(kind: str, name: str, among: Mapping[str, T]) -> T:
 
 
 def find_person(name: str, clips_of: Mapping[str, T]) -> T:
-    """Returns the value of a person in `clips_of`. Raises NotEnrolledError if there is none."""
+    """Returns `clips_of[name]` for a person, or raises NotEnrolledError if nobody has this name."""
     if name == STRANGER:
         raise NotEnrolledError("identity", name, ())
     return find_enrolled("identity", normal_form(name), clips_of)

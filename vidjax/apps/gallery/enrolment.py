@@ -1,6 +1,6 @@
-"""Computes the coefficients of enrolled people from their clips.
+"""Computes the coefficients that compare clips with enrolled people, from the clips of the people.
 
-Also fits the parameters that compare vectors, the back end, to the clips of a gallery.
+Also fits the back end, the parameters that compare vectors, to the clips of a gallery.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,10 +30,11 @@ def enrol(
     *,
     of_plda: bool = False,
 ) -> Iterator[People]:
-    """Computes the coefficients of people from their clips. Yields blocks, which need less memory.
+    """Computes the coefficients that compare clips with people, see `People`, from their clips.
 
-    With PLDA, all clips of a person in a film count as one clip. Similar clips count less, see
-    `two_covariance.count_independent` and `card_backend.effective_count`.
+    Yields the people in blocks, to save memory. With PLDA, all clips of a person in a film count as
+    one clip. Similar clips count less, see `two_covariance.count_independent` and
+    `card_backend.effective_count`.
 
     Args:
       backend: the parameters that compare vectors.
@@ -59,9 +60,9 @@ def enrol(
 def _stack_films(
     names: Iterable[str], clips: Mapping[str, StoredClip], width: int
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Groups N clips by person and film. In the results, the clips of a film are adjacent.
+    """Groups N clips: a group has all clips of a person in a film. Clips of a group are adjacent.
 
-    Returns three values: the person of each film; the film of each clip, [N] int; the vectors of
+    Returns three values: the person of each group; the group of each clip, [N] int; the vectors of
     the clips, [N, width] float32.
     """
     films = group_by_key(
@@ -88,7 +89,7 @@ def stack_parts(state: State, names: Sequence[str]) -> list[np.ndarray]:
 
 
 def list_usable_strangers(state: State) -> Iterator[str]:
-    """Yields the names of the clips of strangers, except clips without a vector."""
+    """Yields the names of the clips of strangers, except clips whose vector is 0 (not computed)."""
     # A clip without a vector waits until `vidjax who` reads its film with the present models.
     return (name for name in state.clips_of.get(STRANGER, ()) if state.clips[name].vector.any())
 
@@ -117,7 +118,7 @@ def stack_people(
 def refit(state: State) -> State:
     """Fits the parameters that compare vectors again, to the present clips of a gallery.
 
-    Returns the new content of the gallery.
+    Returns the new content of the gallery. No clip that was removed influences the new parameters.
     """
     fitted = stack_people(state.clips, state.index.backend.widths)
     backend = backend_lib.fit(*fitted, centred=state.origin.centred)
@@ -130,7 +131,7 @@ def refit(state: State) -> State:
 def make_state(
     version: int, origin: VectorOrigin, backend: Backend, clips: Mapping[str, StoredClip]
 ) -> State:
-    """Makes the content of a gallery from its clips: computes the coefficients of all people."""
+    """Makes the content of a gallery from its clips; computes the coefficients of all people."""
     clips_of = list_clips_of(clips)
     people = {name: clips_of[name] for name in sorted(clips_of.keys() - {STRANGER})}
     blocks = enrol(backend, people, clips, of_plda=origin.counts_every_clip)
