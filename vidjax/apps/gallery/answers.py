@@ -157,7 +157,7 @@ class Threshold(NamedTuple):
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % confidence interval (low, high) of the share of new strangers above the threshold."""
+        """The 95 % confidence interval (low, high) of the share of strangers who reach `score`."""
         return metrics.fpir_interval(self.num_alarms, self.num_strangers)
 
     def to_dict(self) -> dict[str, object]:
@@ -382,7 +382,7 @@ def choose_rule(state: State, fpir: float | None, threshold: float | None) -> Na
 
 
 def _describe_growth(state: State) -> str:
-    """Returns a warning if a gallery has far more people than its parameters were fitted to, or ""."""
+    """Returns a warning if far more people are enrolled than parameters were fitted to, or ""."""
     clips = state.clips.values()
     fitted = state.index.remember(
         "fitted", lambda: len({x.identity for x in clips if x.fitted and x.identity})
@@ -515,7 +515,7 @@ def count_unknown(groups: Iterable[str]) -> tuple[int, int, str]:
 
 
 def rank_group(group: str) -> tuple[bool, int]:
-    """Returns a sort key for the name of a group: by number, with names such as `unknown face 3` last."""
+    """Returns a key to sort names of groups by number, with names such as `unknown face 3` last."""
     return group.startswith(FACE), parse_group_number(group)
 
 

@@ -162,7 +162,7 @@ class Draft:
         return [name for name in spellings if name in self.clips]
 
     def _find_name(self, clip: str) -> str:
-        """Returns the name under which a clip is enrolled. For a new clip, this is `clip` without `.mp4`."""
+        """Returns the name under which a clip is enrolled; for a new clip, `clip` without .mp4."""
         return next(iter(self._find_names(clip)), strip_ending(clip))
 
     def _find_clips(self, identity: str) -> tuple[str, ...]:

@@ -8,17 +8,17 @@
     gallery.remove(identity="Ada")
 
 Thresholds are measured on strangers, clips of people who are not enrolled. The parameters that
-compare vectors are called the back end. The order of changes does not matter. A new gallery with
-the same clips and back end gives the same answers to 1e-6.
+compare vectors are called the back end. The order of changes does not matter: probabilities differ
+by at most 1e-6 from those of a new gallery with the same clips and back end.
 
 An open gallery always answers from the current content of its folder, even if another process has
 changed the folder. `len`, `in`, iteration, `identities` and `digest` are current, too. Other
 properties, such as `clips` and `version`, show the content that was read last, see `refresh`.
 
 A change makes a new `State`, the content in memory, and never edits the old state. So a thread that
-computes an answer uses one state. A change is first written to the folder. If writing fails, folder
-and memory stay as they were. For a disk that fails at the end of a change, see
-`store.UncertainWriteError`.
+computes an answer uses the same state until the answer is complete. A change is first written to
+the folder. If writing fails, folder and memory stay as they were. For a disk that fails at the end
+of a change, see `store.UncertainWriteError`.
 
 A removed person leaves no trace in the folder. If the back end was fitted to a removed clip, the
 vector of this clip could be computed from the old back end and all other clips. Therefore `remove`
@@ -85,12 +85,12 @@ class Gallery:
     """
 
     def __init__(self, folder: str | Path, *, run: "Predictor | str | Path | None" = None):
-        """Opens a gallery.
+        """Opens the gallery in `folder`.
 
         Args:
           run: the training run that computed the vectors, or its folder. The default is the folder
             that is stored in the gallery. If the run is no longer there, the default is the folder
-            `runs/NAME` next to the gallery. The run is loaded when it is needed.
+            of the same name in `runs`, next to the gallery. The run is loaded when it is needed.
 
         Raises:
           ValueError: the folder contains no gallery, or a file of the gallery is damaged.
@@ -119,11 +119,11 @@ class Gallery:
         strangers: str | None = None,
         empty: bool = False,
     ) -> "Gallery":
-        """Makes a gallery that enrols the labelled training clips of a run.
+        """Makes a gallery, and enrols the labelled training clips of a run.
 
         Clips are compared by PLDA. If the run is a PLDA run, the gallery uses the settings of the
-        run. Otherwise, the settings are fitted to the training clips. They are also fitted, with a
-        message, if the training clips of a person are as alike as photos of one day.
+        run. Otherwise, the settings are fitted to the training clips. If the training clips of a
+        person are as alike as photos of one day, they are fitted, too, and a message is printed.
 
         Args:
           folder: a new or empty folder.
@@ -344,8 +344,8 @@ class Gallery:
         `said`.
 
         Args:
-          advance: is called at the end of the block, with numbers of new and changed clips that are
-            finished.
+          advance: is called at the end of the block, several times. Its argument is the number of
+            new and changed clips that are finished since the last call.
           log: False if the log already contains the changes.
         """
         with self._store.open(write=True, wait=self.lock_seconds) as transaction:
@@ -384,8 +384,9 @@ class Gallery:
             of the dataset.
           strangers: False to leave out clips without a person. True to add only these clips, as
             clips of strangers.
-          source: where the identities are from, such as a file, for a warning.
-          advance: is called with numbers of new clips whose people are finished.
+          source: the file or argument that contains `identities`, which a warning names.
+          advance: is called several times, with the number of new clips that are finished since the
+            last call.
 
         Raises:
           ValueError: no clip has a person or a usable frame, the features do not fit the gallery,
@@ -478,12 +479,14 @@ class Gallery:
         return answers_lib.name_groups(vectors.names, labels)
 
     def check_apart(self, vectors: Vectors, apart: Iterable[tuple[str, str, float]]) -> None:
-        """Compares faces that certainly show different people with a card that nobody has measured.
+        """Checks with faces of different people whether the net of the gallery separates people.
 
-        If the faces contradict the card, the JSON file of the net, nobody gets a name. One or two
-        enrolled people get names only if the faces fit the card. Only this object changes, and no
-        file. `vectors` are the vectors of the clips. `apart` lists (clip, other clip, clarity of
-        the better face, 0 to 1).
+        The card, the JSON file of the net, predicts how much the faces differ. If they contradict
+        the card, `identify` gives no names from now on. One or two enrolled people get names only
+        if the faces fit the card. If the numbers in the card were measured, nothing is checked. The
+        result is kept in this object, and not written to the folder. `vectors` are the vectors of
+        the clips. `apart` are pairs of clips that certainly show different people: (clip, other
+        clip, clarity of the better face, from 0 to 1).
         """
         with self._lock:
             self._state = card_notes.check_apart(self.state, vectors, apart)
@@ -556,7 +559,8 @@ class Gallery:
     def match_rule(self, identity: str | None = None, *, fmr: float | None = None) -> MatchRule:
         """Returns the rule by which `verify` accepts clips of the person `identity`.
 
-        If `identity` is None, returns the rule by which `compare` accepts two clips.
+        If `identity` is None, returns the rule by which `compare` accepts two clips as one person.
+        For `fmr`, see `verify`.
         """
         return verification.choose_rule(self.state, identity, fmr)
 
@@ -583,8 +587,9 @@ class Gallery:
     ) -> Verification:
         """Decides as `verify` does. The result also has the rule, and the person's doubtful clips.
 
-        These are enrolled clips that do not fit the person's other clips, see `find_misfits`. All
-        results are from the same content of the gallery, even if another process changes it.
+        Doubtful clips are enrolled clips that do not fit the person's other clips, see
+        `find_misfits`. For the arguments, see `verify`. All parts of the result are from the same
+        content of the gallery, even if another process changes the gallery.
         """
         check_argument("verify: identity", identity, str, "the name of a person")
         if not isinstance(clips, Vectors):  # reports mistakes before vectors are computed
@@ -596,11 +601,11 @@ class Gallery:
     def find_misfits(self, identity: str, clips: Collection[str] | None = None) -> dict[str, float]:
         """Finds enrolled clips that do not fit the other clips of the person `identity`.
 
-        Each clip is compared with all other clips of the person. The prior probability of two
-        people is one half. A clip is listed if two people are 10 times more probable than one
-        person. If two clips differ, both are listed, because nothing shows which clip is wrong. If
-        the names `clips` are given, only these clips are listed. Returns clip -> log ratio, lowest
-        first.
+        Each clip is compared with all other clips of the person. A clip is listed if it is 10 times
+        more probable that they show two people than one person, at even prior odds. If two clips
+        differ, both are listed, because nothing shows which clip is wrong. If the names `clips` are
+        given, only these clips are listed. Returns clip -> log(p(clips | one person) / p(clips |
+        two people)), lowest first.
         """
         return verification.find_misfits(self.state, identity, clips)
 
@@ -609,8 +614,9 @@ class Gallery:
     ) -> dict[tuple[str, str], Match]:
         """Decides for pairs of clips if they show the same person.
 
-        Nobody needs to be enrolled, except if nobody has measured the card of the net. Then three
-        people must be enrolled, or no pair is accepted.
+        In a gallery of nets, the card (JSON file) of the net may contain default numbers instead of
+        measured numbers. Then no pair is accepted if fewer than three people are enrolled, and
+        `check_apart` has not confirmed the card. In all other cases, nobody needs to be enrolled.
 
         Args:
           clips, others: see the class. Each of `clips` is compared with each of `others`. If
@@ -622,7 +628,8 @@ class Gallery:
           (clip, other clip) -> comparison.
 
         Raises:
-          ValueError: there are no pairs or too many pairs, or as in `verify`.
+          ValueError: there are no pairs or more than 10,000 pairs, there are too few strangers for
+            `fmr`, or the features do not fit the gallery.
         """
         self.match_rule(fmr=fmr)  # reports mistakes before vectors are computed
         first = self.embed(clips)

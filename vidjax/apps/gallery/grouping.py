@@ -85,7 +85,7 @@ class Groups:
             self.apart[labels[clip], labels[other]] = self.apart[labels[other], labels[clip]] = True
 
     def settle(self, settled: np.ndarray) -> None:
-        """Keeps certain groups, True in `settled` [G] bool, from being joined to each other."""
+        """Forbids joins between two groups for which `settled` [G] bool is True."""
         self.settled = settled
         self.apart |= settled & settled[:, None]
 
@@ -226,7 +226,7 @@ def agglomerate(groups: Groups, least: Callable[[int], float]) -> np.ndarray:
     """Joins the most probable pair of groups until no pair is probable enough.
 
     A pair is joined if its log ratio is above `least(G)`, where G is the present number of groups.
-    Returns [G] int, the group to which each group was joined.
+    Returns [G] int, the group to which each group was joined, or its own index.
     """
     # For each group, the highest ratio of its pairs is stored, and an upper bound of its other
     # ratios. When two groups are joined, the ratios of their pairs no longer exist. If such a ratio
@@ -262,9 +262,9 @@ def agglomerate(groups: Groups, least: Callable[[int], float]) -> np.ndarray:
 
 
 def _absorb(groups: Groups, labels: np.ndarray) -> np.ndarray:
-    """Joins small groups to larger groups; returns the new group of each group, [G] int.
+    """Joins groups of at most MAX_SMALL_CLIPS clips to larger groups of the same person.
 
-    `labels` [G] int are the groups from `agglomerate`.
+    `labels` [G] int is the result of `agglomerate`. Returns the new group of each group, [G] int.
     """
     labels, sizes, changed = labels.copy(), groups.sizes, True
     while changed:

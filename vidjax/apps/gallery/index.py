@@ -53,7 +53,7 @@ os.register_at_fork(after_in_child=_threads.cache_clear)
 class Means:
     """For each of P people, the mean of the unit vectors of the person's clips in one modality.
 
-    The means are used by the comparison by distances.
+    If clips and people are compared by distances, the distances are computed from these means.
 
     Attributes:
       linear: [P, D] float32, the means.
@@ -92,9 +92,10 @@ class Means:
 
 
 class Block(People):
-    """A part of the enrolled people. When a gallery changes, unchanged blocks are used again.
+    """A block: some of the enrolled people of a gallery, with values that are computed only once.
 
-    So a block stores only values that do not depend on other blocks.
+    When the gallery changes, unchanged blocks are used again. So a block stores only values that do
+    not depend on other blocks.
     """
 
     @functools.cached_property
@@ -102,10 +103,10 @@ class Block(People):
         return {}
 
     def means(self, number: int, distances: Distances) -> Means:
-        """Returns the people's mean vectors in a modality, which are computed only once.
+        """Returns the mean vectors of the people in one modality; computes them at the first call.
 
-        `number` is the index of the modality. `distances` are the parameters from the card of its
-        net.
+        `number` is the index of the modality. `distances` are the parameters by which its vectors
+        are compared.
         """
         if number not in self._means:
             arrays = self.linear[number], self.constant[number], self.num_clips[number]
@@ -114,7 +115,7 @@ class Block(People):
 
 
 class Nearest(NamedTuple):
-    """The most probable people of a clip."""
+    """The most probable people of a clip, and the probability that the clip shows a stranger."""
 
     new: float  # the log-probability that the clip shows a person who is not enrolled
     best: list[tuple[str, float]]  # (name, log-probability), best first; ties in order of names
@@ -169,7 +170,8 @@ class Ratios:
     def ask(self, units: np.ndarray, _: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Prepares Q unit vectors [Q, D] of clips for `finish`.
 
-        Returns two arrays: the scaled PLDA coordinates [Q, D], and `terms` [Q, U].
+        Returns two arrays: the scaled PLDA coordinates [Q, D], and `terms` [Q, U], the part of the
+        ratios that is the same for all people with the same row of `curve`.
         """
         z = self._part.coordinates(units)
         return self._scale * z, self._scale * z**2 @ self.curve.T
@@ -180,7 +182,7 @@ class Ratios:
         """Turns products of coordinates and `People.linear` into log-likelihood ratios, in place.
 
         Args:
-          ratios: the products, which are overwritten.
+          ratios: the products, for pairs of a clip and a person. They are overwritten.
           rows: the indices of the people.
           owner: the indices of the clips, see `Index._add_up`.
           terms: the second array that `ask` returned.
@@ -224,8 +226,9 @@ class DistanceRatios:
     def card(self) -> np.ndarray:
         """Five numbers that `reader.py` of an exported gallery needs, [5] float64.
 
-        The numbers are the shapes for one person and for two people, see `Distances`; the lowest
-        squared distance; the constant and the slope of the log density of a stranger.
+        The numbers are: two shapes of gamma distributions, for one person and for two people, see
+        `Distances`; the lowest squared distance; the constant and the slope of the log density of a
+        stranger.
         """
         distances, zero = self._distances, np.zeros(())
         variance = np.array(distances.within + distances.between + self.population.variance)
@@ -298,13 +301,13 @@ class Index:
 
     @functools.cached_property
     def counts(self) -> np.ndarray:
-        """The number of each person's clips that have the modality, [M, N] int32."""
+        """The number of clips of each person in each modality, [M, N] int32."""
         none = np.zeros((len(self.backend.parts), 0), np.int32)
         return np.concatenate([none, *(block.num_clips for block in self.blocks)], axis=1)
 
     @functools.cached_property
     def card_comparison(self) -> Comparison:
-        """The enrolled faces, compared with the card of the face net. NO_PROBLEM without a card."""
+        """How enrolled faces fit the card (JSON file) of the net. NO_PROBLEM without a card."""
         for number, part in enumerate(self.backend.parts):
             if part.name == "face" and part.distances is not None:
                 counts, deviation = self.counts[number], 0.0
@@ -451,7 +454,7 @@ class Index:
         """Prepares Q groups of clips for the comparison with people.
 
         `units` are the unit vectors of the groups, M arrays [Q, D], one for each modality.
-        `effective` are the effective numbers of their clips, M arrays [Q].
+        `effective` are the numbers of their clips, M arrays [Q], in which similar clips count less.
         """
         coordinates, terms = [], []
         for scorer, x, k in zip(self.scorers, units, effective, strict=True):
@@ -461,7 +464,7 @@ class Index:
         return _Queries(coordinates, terms, np.array([~x.any(axis=1) for x in units]))
 
     def _logits(self, queries: _Queries) -> np.ndarray:
-        """Computes the logits [Q, N] float32 of all people for Q clips."""
+        """Returns the logits of all N people for each of Q clips, as an array [Q, N] float32."""
         narrow = [x.astype(np.float32) for x in queries.coordinates]
         owner = np.arange(len(narrow[0]))[:, None]
         logits = np.empty((len(owner), len(self.names)), np.float32)

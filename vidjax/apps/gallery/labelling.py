@@ -1,6 +1,6 @@
-"""Finds the people of new clips, finds people who may be mixed up, and migrates galleries.
+"""Selects the clips to enrol, finds people who may be mixed up, and migrates galleries.
 
-To migrate a gallery means to enrol its people in a gallery whose vectors are from another net.
+To migrate a gallery means to enrol its people in a new gallery, whose vectors are from another net.
 """
 
 import itertools
@@ -58,7 +58,7 @@ class Enrolment(NamedTuple):
 
 
 def check_identities(identities: str | Mapping[str, str | None] | None) -> None:
-    """Raises UserError if a name in the argument of `Gallery.enrol` cannot be used."""
+    """Raises UserError if `identities` of `Gallery.enrol` contains an invalid name of a person."""
     kinds, wanted = (str, Mapping, type(None)), "a name, or a dict {clip: name}"
     check_argument("enrol: identities", identities, kinds, wanted)
     given = {"": identities} if isinstance(identities, str) else identities or {}
@@ -71,7 +71,7 @@ def check_identities(identities: str | Mapping[str, str | None] | None) -> None:
 def choose_clips(
     vectors: Vectors, identities: str | Mapping[str, str] | None, source: str, *, strangers: bool
 ) -> tuple[dict[str, StoredClip], tuple[str, ...]]:
-    """Selects the clips to enrol.
+    """Selects the clips to enrol: those with a person or, if `strangers` is True, those without.
 
     Returns name -> clip, and the names of the clips that are left out because no frame is usable.
     For the arguments and errors, see `Gallery.enrol`.
@@ -126,9 +126,9 @@ def check_given(identities: Mapping[str, str], clips: Collection[str], source: s
 def complete(gallery: "Gallery", vectors: Vectors) -> set[str]:
     """Adds missing modalities, such as voices, to enrolled clips.
 
-    `vectors` are clips with all modalities. A clip is left out if it is not enrolled, or if it is
-    enrolled with another vector of a modality. Returns the other clips, which now have all
-    modalities.
+    `vectors` are the vectors of clips, in all modalities. A clip is left out if it is not enrolled,
+    or if its enrolled vector of a modality differs from the given one. Returns the names of all
+    other clips, which now have all modalities.
     """
     clips = select_usable_clips(vectors)
     with gallery.change() as draft:
@@ -136,10 +136,10 @@ def complete(gallery: "Gallery", vectors: Vectors) -> set[str]:
 
 
 def find_known(state: State, vectors: Vectors) -> dict[str, str | None]:
-    """Finds the given clips that are enrolled with these vectors; returns clip -> person.
+    """Finds the clips in `vectors` that are enrolled with the same vectors; returns clip -> person.
 
-    The person of a stranger is None. The enrolled clip may lack some of the modalities, such as
-    face.
+    The person of a stranger is None. Modalities, such as face, that an enrolled clip lacks are not
+    compared.
     """
     given = {name: clip.vector for name, clip in select_usable_clips(vectors).items()}
     equal = find_equal(given, state.clips, state.index.backend)
@@ -147,11 +147,12 @@ def find_known(state: State, vectors: Vectors) -> dict[str, str | None]:
 
 
 def find_rivals(state: State, clips: Mapping[str, StoredClip]) -> dict[str, str]:
-    """Finds enrolled clips that seem to show another enrolled person, too.
+    """Finds enrolled clips that seem to show another enrolled person than their own person.
 
-    Returns clip -> the other person. Either this person has a clip with an equal vector, or the
-    odds of this person against a stranger are above 200 to 1. Clips of twins are left out: such a
-    clip fits its person better, and the clips of the two people differ.
+    `clips` are name -> clip. Returns clip -> the other person. This person has a clip with an equal
+    vector, or the odds of this person against a stranger are above 200 to 1. Clips of twins are
+    left out: a clip shows a twin if it fits its own person better, and the clips of the two people
+    differ.
 
     If a comparison of all `clips` would take minutes, the last clips are not compared, and a
     message says so. If the net cannot tell people apart, the result is empty.
@@ -212,8 +213,8 @@ def warn_of_similar(folder: Path, names: Mapping[str, str]) -> None:
 def advise_other_films(state: State, people: Iterable[str]) -> None:
     """Prints which `people` need clips from other films.
 
-    These people have only clips of a single film, or clips that are so alike that they count as
-    one.
+    These are people with several clips that are all from one film, or that are so alike that they
+    count as one clip.
     """
     enrolled, index = state.clips_of, state.index
     counts = dict(zip(index.names, index.counts.max(axis=0).tolist(), strict=True))
@@ -230,7 +231,7 @@ def advise_other_films(state: State, people: Iterable[str]) -> None:
 
 
 class Migration(NamedTuple):
-    """What `migrate` did when it enrolled the clips of a gallery for other nets."""
+    """The result of `migrate`, which enrols the clips of an old gallery in a new gallery."""
 
     moved: int  # the number of clips that are new or have another person in the new gallery
     unchanged: int  # the number of clips that an earlier call has moved
@@ -240,10 +241,11 @@ class Migration(NamedTuple):
 
 
 def migrate(old: "Gallery", new: "Gallery", clips: "AnyClips") -> Migration:
-    """Enrols the clips of the gallery `old` in the gallery `new`, as one change.
+    """Enrols the clips of the gallery `old` in the gallery `new`, whose vectors are of other nets.
 
-    Labels and clips of strangers are copied. Another call adds more clips. `clips` are the features
-    of the clips. The nets or the run of `new` must have computed them.
+    `clips` are the features of the clips, for the nets or the run of `new`. The names of people and
+    the clips of strangers are taken from `old`. Further calls can add further clips. Each call is a
+    single change: after an error, `new` is as before.
 
     Raises:
       UserError: none of the clips is in `old`, or `new` has people or clips that `old` lacks.

@@ -38,12 +38,12 @@ class Summary(NamedTuple):
         return Summary(counts, means, squares, noises, self.clarity[rows])
 
     def across(self) -> "Summary":
-        """Returns G groups with the shape [G, 1]: `compare` then compares each with all of [H]."""
+        """Changes the shape [G] to [G, 1], so that `compare` compares each group with H groups."""
         return self.take((slice(None), None))
 
 
 def of_clips(backend: "Backend", parts: Sequence[np.ndarray]) -> Summary:
-    """Makes a group of each of N clips.
+    """Makes N groups of N clips, with one clip in each group.
 
     `parts` are the vectors of the clips, M arrays [N, D], one for each modality.
     """
@@ -75,7 +75,7 @@ def of_sums(
 
 
 def invert(backend: "Backend") -> list[np.ndarray | None]:
-    """Returns the inverse of `Space.transform`, [D, D], for each modality, or None without PLDA."""
+    """Returns for each modality the inverse [D, D] of `Space.transform`, or None without PLDA."""
     return [np.linalg.inv(part.space.transform) if part.space else None for part in backend.parts]
 
 

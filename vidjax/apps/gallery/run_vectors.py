@@ -46,9 +46,9 @@ def restore(run: "Predictor | str | Path") -> "Predictor":
 
 
 def load_data(run: "Predictor", data: Dataset | None) -> Dataset:
-    """Returns the dataset of a run: `data` if it is given, otherwise the loaded dataset.
+    """Returns the dataset of a run: `data` if it is given. If it is None, loads the dataset.
 
-    A loaded dataset is compared with the digests that the run has stored.
+    Raises UserError if a loaded dataset is not the one that the run was trained on.
     """
     from vidjax.runs import digests
     from vidjax.training import public
@@ -73,7 +73,8 @@ def find_run(
 ) -> "Predictor":
     """Loads the run that computes the vectors of the gallery `folder`, see `Gallery`.
 
-    `given` is the run or its folder, or None for the folder in `origin`.
+    `given` is the run or its folder. If it is None, the run is loaded from the folder in `origin`,
+    or from a folder of the same name in `runs`, next to the gallery.
 
     Raises:
       UserError: the gallery has no run, or the run is missing, or its weights have changed, or this
@@ -131,7 +132,7 @@ class RunVectors(NamedTuple):
     ) -> Vectors:
         """Computes the vectors of clips with the run, see `Gallery.embed`.
 
-        If the run is an ensemble of PLDA models, the first member computes the vectors.
+        If the run is an ensemble of PLDA models, its first model computes the vectors.
         """
         run = self.run
         if split is None and hasattr(clips, "train_batches"):
@@ -163,7 +164,7 @@ class RunVectors(NamedTuple):
 def fit(
     run: "Predictor", data: Dataset, *, strangers: str | None = None, empty: bool = False
 ) -> tuple[VectorOrigin, Backend, dict[str, StoredClip]]:
-    """Computes the content of a gallery of a run.
+    """Computes the content of a new gallery from the labelled training clips of a run.
 
     Returns three values: a description of the run, the parameters that compare vectors, and name ->
     clip. The arguments are as in `Gallery.create`.

@@ -98,9 +98,9 @@ class VectorOrigin(Struct, frozen=True, omit_defaults=True):
 
     @property
     def counts_every_clip(self) -> bool:
-        """Whether each clip counts fully, as in a PLDA run, if the gallery was fitted to this clip.
+        """True if the clips to which the gallery was fitted count fully, as in a PLDA run.
 
-        Otherwise, similar clips of a person count as fewer clips.
+        If it is False, similar clips of a person count as fewer clips.
         """
         return self.centred and not self.refitted
 
@@ -182,7 +182,7 @@ class UnwritableError(UserError):
 
 
 class UncertainWriteError(OSError):
-    """A change is in the file, but after a power cut the file may be as before the change."""
+    """A change was written, but the disk failed at the end, so a power cut may undo the change."""
 
 
 class NoGalleryError(UnreadableError):
@@ -226,7 +226,7 @@ class Store:
         self.check_new()
 
     def _advise_on_run(self) -> str:
-        """Returns a text that says how to make a gallery of the run in the folder, or ""."""
+        """Returns how to make a gallery from the run in the folder; "" if it contains no run."""
         if not files.exists(self.folder / "config.json"):
             return ""
         command = f"vidjax gallery create NEW_FOLDER --run={shlex.quote(str(self.folder))}"
@@ -276,7 +276,7 @@ class Store:
     def open(
         self, *, write: bool = False, wait: float = LOCK_SECONDS
     ) -> Iterator[sqlite3.Connection]:
-        """Opens the file and begins a transaction. `write` is True if it may change the gallery.
+        """Opens the file and begins a transaction, which may change the gallery if `write` is True.
 
         At the beginning, SQLite undoes an interrupted change of another process. At the end of the
         `with` block, changes without a COMMIT are undone. If `write` is True, no other process can
@@ -477,7 +477,8 @@ def _begin_change(connection: sqlite3.Connection, end: float) -> None:
 def _has_locks(folder: Path) -> bool:
     """Returns whether files on the disk of a folder can be locked.
 
-    If they cannot be locked, SQLite reports that the file is busy.
+    SQLite reports the same error, busy, if another process has locked the file, and if the disk has
+    no locks. This function distinguishes the two cases.
     """
     with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -610,7 +611,7 @@ def _read(connection: sqlite3.Connection) -> State:
         raise UserError(f"the table 'gallery' lacks the setting '{min(missing)}'")
     width = sum(facts.widths.values())
     if width > MAX_VECTOR_WIDTH or len(facts.widths) < len(facts.parts):
-        raise UserError(f"the vectors have {width:,} numbers, or two modalities share a name")
+        raise UserError(f"vectors are too long ({width:,} numbers), or two modalities share a name")
     _, numbers, rows = _read_table(connection, "backend", BACKEND_LAYOUT, 0)
     backend = _make_backend(numbers["number"], facts)
     (names, people), numbers, more = _read_table(connection, "clip", _clip_layout(width), 2)
@@ -666,7 +667,8 @@ def _read_table(
 def _check_names(names: Sequence[str], clips: Sequence[str]) -> None:
     """Raises UserError if a name is invalid.
 
-    `names` contains the names of clips first, which are also in `clips`, and then names of people.
+    `names` are the names of clips, followed by names of people. `clips` are only the names of
+    clips.
     """
     text = "".join(names)  # checking all names together is faster
     filled = "" not in clips and "" not in map(str.strip, filter(None, names))

@@ -40,7 +40,7 @@ class Vectors(NamedTuple):
 
 
 class NetVectors(NamedTuple):
-    """Computes the vectors of clips for a gallery of nets, whose features are embeddings."""
+    """Computes the vectors of clips from embeddings of frames, for a gallery made from nets."""
 
     backend: Backend
 

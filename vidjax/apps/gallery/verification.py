@@ -2,8 +2,8 @@
 
 The log-likelihood ratio of a clip and a person is log(p(clip | the person) / p(clip | a stranger)),
 as in `Gallery.identify`. For two clips, it is log(p(clips | one person) / p(clips | two people)).
-The ratio is symmetric. If one of two answers is right in half of all cases (even odds), the
-probability that the answer is yes is 1 / (1 + exp(-ratio)).
+The second ratio is symmetric. At even odds, which means that the same person is shown in half of
+all comparisons, the probability of the same person is 1 / (1 + exp(-ratio)).
 
 A clip is accepted if its ratio reaches a threshold. The false match rate (FMR) is the share of
 clips of other people that reach the threshold. There are two ways to choose a threshold:
@@ -14,9 +14,9 @@ clips of other people that reach the threshold. There are two ways to choose a t
   on their order.
 - By the model, if there are too few strangers: at most a share R of the clips of other people has a
   likelihood ratio of 1 / R or more. This is Markov's inequality, because the mean likelihood ratio
-  of these clips is 1. It holds only if the clips are distributed as the gallery assumes. If the
-  enrolled people are closer to each other than the card, the JSON file of the net, says, the
-  threshold is higher, because it is computed from the distance of these people.
+  of these clips is 1. It holds only if the clips are distributed as the gallery assumes. The card,
+  the JSON file of the net, predicts the distance between two people. If the enrolled people are
+  closer to each other, the threshold is higher, and is computed from their distance.
 """
 
 import hashlib
@@ -130,7 +130,7 @@ class MatchRule(NamedTuple):
         }  # fmt: skip
 
     def describe(self) -> dict[str, str]:
-        """Returns rows for the terminal: label -> text."""
+        """Describes the rule for the user: returns label of a row -> text of the row."""
         rows = {"accepted if": self.about}
         if limit := self.threshold:
             low, high = map(answers_lib.share, limit.interval)
@@ -192,7 +192,7 @@ def make_rule(
 
 
 def order_by_hash(names: Sequence[str]) -> np.ndarray:
-    """Returns the indices [N] of clips in the order of the sha256 of their names."""
+    """Returns the indices [N] of clips in a pseudo-random order: by the sha256 of their names."""
     digests = [hashlib.sha256(name.encode()).digest() for name in names]
     return np.array(sorted(range(len(names)), key=digests.__getitem__), int)
 
@@ -221,7 +221,7 @@ def pair_strangers(
 
 
 def count_strangers(state: State) -> int:
-    """Returns roughly how many people the clips of strangers show, at most MAX_COUNTED."""
+    """Estimates how many people the clips of strangers show, from at most MAX_COUNTED clips."""
     names = [*list_usable_strangers(state)]
     names = [names[row] for row in order_by_hash(names)[:MAX_COUNTED]]
     return 1 + int(grouping.group(state.index.backend, names, stack_parts(state, names)).max())
@@ -230,8 +230,8 @@ def count_strangers(state: State) -> int:
 def find_least_ratio(state: State, fmr: float) -> float:
     """Returns the log ratio that a share `fmr` of all pairs of two people reaches.
 
-    How much two people differ is measured on the enrolled people. The card, the JSON file of the
-    net, is not used for this, because it says that people differ more.
+    The function is called if the enrolled people differ less than the card, the JSON file of the
+    net, says. So the difference between two people is measured on these people.
     """
     backend, between = state.index.backend, card_notes.compare(state).between
     limits = [part.distances for part in backend.parts if part.name == "face" and part.distances]
@@ -346,8 +346,8 @@ def find_misfits(
 ) -> dict[str, float]:
     """Finds clips of a person that do not fit the person's other clips; returns clip -> log ratio.
 
-    If the names `checked` are given, only these clips are listed. For more, see
-    `Gallery.find_misfits`.
+    The log ratio is log(p(clips | one person) / p(clips | two people)). If the names `checked` are
+    given, only these clips are listed. For more, see `Gallery.find_misfits`.
     """
     names = find_person(identity, state.clips_of)
     backend, parts = state.index.backend, stack_parts(state, names)
@@ -385,7 +385,10 @@ def table(matches: Matches) -> Iterator[tuple[str, ...]]:
 
 
 def write(path: Path, matches: Matches, identity: str = "") -> None:
-    """Writes comparisons to a new table. The ending of `path` is the format."""
+    """Writes comparisons to a new file, whose ending, such as .csv, determines the format.
+
+    If clips were compared with a person, `identity` is the name of the person.
+    """
     objects = [as_json(key, match, identity) for key, match in matches.items()]
     columns = dict.fromkeys([*objects[0]][:2], "string")
     columns |= {"accepted": "bool_", "log_ratio": "float64", "probability": "float64"}

@@ -142,7 +142,7 @@ class EnrolAnswer(Struct):
 
 
 class PageQuery(Struct, forbid_unknown_fields=True):
-    """The query of a request for the list of people, which is sent in pages."""
+    """The query of a request for the list of people, which the server sends page by page."""
 
     after: Annotated[str, Meta(description="the last name of the previous page")] = ""
 
@@ -164,7 +164,7 @@ class Endpoint(NamedTuple):
 class Application:
     """The state of a server, and the functions that answer its requests.
 
-    The first lines of the functions appear in `/openapi.json`.
+    The first line of each function's docstring appears in `/openapi.json`.
     """
 
     def __init__(self, gallery: Gallery, bodies: Bodies, limits: Limits, metrics: ServerMetrics):
@@ -352,8 +352,8 @@ class Application:
         """Reads a request with clips; returns the clips, and the other fields.
 
         The clips are the result of `_check_clips`. The fields are an object of the class `kind`.
-        The body is JSON with all fields, or an `.npz` file. With an `.npz` file, the other fields,
-        and the name of a single clip, are in the query.
+        The body is JSON with all fields, or an `.npz` file of one clip or more. With an `.npz`
+        file, the other fields, and the name of a single clip, are in the query of the URL.
         """
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type not in (*NPZ_TYPES, "application/json"):
