@@ -248,7 +248,7 @@ def _make_note(table: Path, work: TableTask) -> bytes:
 def _is_made(results: Path, note: bytes) -> bool:
     """Returns whether the results of a table are already in the file `results`.
 
-    Raises UserError if the file exists without `note`, so that it has other results.
+    If the file exists without `note`, it contains other results, and UserError is raised.
     """
     if not files.exists(results):
         return False

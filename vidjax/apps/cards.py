@@ -157,7 +157,7 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
         if self.role.startswith("voice_") != sound:
             raise ValueError("`layout` must be samples or mels for voices, NCHW or NHWC for faces")
         if embeds and self.width is None:
-            raise ValueError(f"a {self.role} needs `width`, the length of its embeddings")
+            raise ValueError("a net for embeddings needs `width`, the length of an embedding")
         if self.role == "face_embedder" and self.template is None:
             raise ValueError("a face_embedder needs `template`, the five points to align faces to")
         if embeds and not (self.input.size or sound):

@@ -6,7 +6,7 @@
     OUT/thumbnails/STEM/    only on request: CLIP.png, the best face of each clip
 
 STEM is the name of the video without its ending and without dots. A shot is a part of a video
-between two cuts. A track is the faces of one person in a shot. Each track is a clip: the clip
+between two cuts. A track is all faces of one person in a shot. Each track is a clip: the clip
 `STEM.s003.t01` is track 1 of shot 3. With --unit=shot, a clip is the main person of a shot, such as
 `STEM.s003`. A photo with a single face is the clip `STEM`. A photo with several faces has the clips
 `STEM.f01`, `STEM.f02` and so on. `vidjax.data.arrays` reads the clips.
@@ -127,7 +127,7 @@ class FileStamp(Struct, kw_only=True, frozen=True):
 
     @classmethod
     def of(cls, path: Path, sidecars: Sequence[Path] = ()) -> "FileStamp":
-        """Returns the properties of the file `path` and of its files with face tags, `sidecars`."""
+        """Returns the properties of the file `path` and of `sidecars`, files with its face tags."""
         info, real = path.stat(), os.fsencode(os.path.realpath(path))
         stats = [sidecar.stat() for sidecar in sidecars]
         return cls(
@@ -189,7 +189,7 @@ class MediaFile(Struct, kw_only=True, dict=True):
 
     @functools.cached_property
     def digest(self) -> str:
-        """A digest that changes if the file changes, or the names or times of its clips."""
+        """A digest that changes if the file, or the name or time of one of its clips changes."""
         tracks = [[track.clip, track.start_s, track.end_s] for track in self.tracks]
         return files.sha256_json([self.sha256, tracks])
 
@@ -476,7 +476,7 @@ def check_photo(file: MediaFile) -> tuple[str | None, str]:
     """Checks that a photo shows exactly one good face. Returns its clip, and a problem.
 
     If the photo does not show exactly one face, the clip is None. The problem is a text for the
-    user: more faces, no face or a poor face. It is "" if the photo is good.
+    user: several faces, no face or a poor face. It is "" if the photo is good.
     """
     if len(file.tracks) != 1:
         count = f"{len(file.tracks)} faces" if file.tracks else "no face"

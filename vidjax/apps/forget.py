@@ -166,8 +166,8 @@ def _search_galleries(
     If `delete` is True, these clips are deleted. If another clip has such a name inside its own
     name, or another person has a clip with such a vector, the clip is listed, but not deleted.
 
-    Returns three values: a `Place` for each gallery with such clips, the names of the clips of
-    `people`, `asked` and copies, and the vectors [D] of these clips.
+    Returns three values: a `Place` for each gallery with clips of either kind, the names of the
+    clips of the first kind (deleted if `delete` is True), and their vectors, arrays [D] float32.
     """
     clips = [clip for gallery in galleries for clip in _list_clips(gallery)]
     own = {x for x in clips if x.identity in people or normal_form(x.name) in asked}
@@ -208,7 +208,7 @@ def _find_copies(
     """Finds clips of strangers and of other people that have the same vectors as a clip in `own`.
 
     `own` are the clips of the searched `people`. Vectors must be equal in each modality, such as
-    face, that both clips have. Copies of a copy are found, too, as it may have more modalities.
+    face, that both clips have. A copy may have more modalities, so copies of it are found, too.
 
     Returns three values:
 
@@ -258,7 +258,7 @@ def is_spelling(name: str, people: Iterable[str]) -> bool:
 
 
 def _report_gallery(gallery: Gallery, clips: Collection[Clip], *, delete: bool) -> Place:
-    """Lists the found `clips` of a gallery in a `Place`. If `delete` is True, deletes the clips."""
+    """Returns a report, `Place`, about `clips` of a gallery. If `delete` is True, deletes them."""
     counts = Counter(f"'{show(x.identity)}'" if x.identity else "strangers" for x in clips)
     about = ", ".join(f"{messages.count(n, 'clip')} of {x}" for x, n in sorted(counts.items()))
     remedy = "--delete"
@@ -286,8 +286,8 @@ def _search_files(survey: Survey, traces: Traces, *, delete: bool) -> Iterator[P
     """Searches the files of `survey`; yields a `Place` for each file that contains one of `traces`.
 
     `traces` are the searched names and vectors. If a file is in a folder of a kind in REMEDIES,
-    such as a training run, the folder is listed instead.
-    If `delete` is True, converted datasets and unfinished files that contain a trace are deleted.
+    such as a training run, the folder is listed instead. If `delete` is True, converted datasets
+    and unfinished files that contain a trace are deleted.
     """
     seen = set[Path | None]()  # listed folders, and files of the same film or photo
     for path in survey.paths:
@@ -407,7 +407,7 @@ def _delete_records(folder: Path) -> str:
 
 
 def _report_unfinished(folder: Path, *, delete: bool) -> Place:
-    """Lists the folder that a killed conversion of a dataset has left, in a `Place`.
+    """Returns a report, `Place`, about the folder that a killed conversion of a dataset has left.
 
     If `delete` is True, deletes the folder.
     """

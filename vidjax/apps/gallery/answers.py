@@ -122,7 +122,7 @@ def join_answers(vote: Answer, own: Sequence[Answer]) -> list[Answer]:
 
 
 def _join_answer(vote: Answer, own: Answer) -> Answer:
-    """Joins the answer for a single clip, `own`, with the answer for its group, `vote`."""
+    """Joins the answers for a clip, `own`, and for its group, `vote`, as in `join_answers`."""
     probability = dict(own.best).get(str(vote.identity), 0.0)
     if probability < LEAST_OWN_PROBABILITY:
         return own
@@ -157,7 +157,7 @@ class Threshold(NamedTuple):
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % confidence interval (low, high) of the share of strangers who reach `score`."""
+        """95 % confidence interval (low, high) of the share of strangers above the threshold."""
         return metrics.fpir_interval(self.num_alarms, self.num_strangers)
 
     def to_dict(self) -> dict[str, object]:
@@ -259,7 +259,7 @@ class NamingRule(NamedTuple):
 
 
 def check_rate(name: str, rate: float | None) -> None:
-    """Raises UserError for a `rate` outside of (0, 1), except None. `name` is its argument name."""
+    """Raises UserError if `rate` is a number outside (0, 1). `name` is its name in the message."""
     check_argument(name, rate, (numbers.Real, type(None)), "a number, or None")
     if rate is not None and not 0 < rate < 1:
         raise UserError(f"{name}={rate:g} is not a rate: give a number above 0 and below 1")
@@ -382,7 +382,10 @@ def choose_rule(state: State, fpir: float | None, threshold: float | None) -> Na
 
 
 def _describe_growth(state: State) -> str:
-    """Returns a warning if far more people are enrolled than parameters were fitted to, or ""."""
+    """Returns a warning, or "" if it is not needed.
+
+    It is needed if a gallery has far more people than its parameters were fitted to.
+    """
     clips = state.clips.values()
     fitted = state.index.remember(
         "fitted", lambda: len({x.identity for x in clips if x.fitted and x.identity})
@@ -544,7 +547,7 @@ def read_groups(path: Path, *, unknown: bool = False) -> dict[str, str]:
 
 
 def table(answers: Answers) -> Iterator[tuple[str, ...]]:
-    """Yields the answers as rows of a table for the terminal."""
+    """Yields a table of answers for the terminal: the heading, and a row for each clip."""
     yield "clip", "identity", "most probable"
     for clip, answer in answers.items():
         best = ", ".join(f"{name} {share(p)}" for name, p in answer.best[:NUM_TABLE_PEOPLE])

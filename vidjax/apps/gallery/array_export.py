@@ -84,7 +84,8 @@ def make_arrays(gallery: Gallery) -> dict[str, np.ndarray]:
     """Returns the arrays that `reader.py` of an exported gallery needs: name -> array.
 
     `evaluation.export.array_files` explains each array. People are in the order of
-    `gallery.index.names`. The arrays of a modality depend on how its vectors are compared:
+    `gallery.index.names`. Raises UserError if nobody is enrolled. The arrays of a modality depend
+    on how its vectors are compared:
 
     - By PLDA: `transform`, `constant`, `curve`, `kind` and `scale`.
     - By distances: `share`, `radius`, `variance` and `card`, from `index.DistanceRatios`. Here,

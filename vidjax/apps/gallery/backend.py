@@ -147,8 +147,8 @@ class Backend(NamedTuple):
           owner: [N] int, the person of each clip, an index in `names`.
           film: [N] int, the film of each clip, from 0. With PLDA, all clips of a person in a film
             count as at most one clip. By default, each clip is from another film.
-          independent: [P] bool, True if a person's clips are known to be independent. With PLDA,
-            similar clips of other people count as fewer clips. By default, all are False.
+          independent: [P] bool, True if a person's clips are known to be independent. If it is
+            False, with PLDA, similar clips of the person count as fewer clips. Default: all False.
         """
         linear, constants, counts = [], [], []
         exact = np.zeros(len(names), bool) if independent is None else independent

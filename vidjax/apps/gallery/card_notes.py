@@ -134,9 +134,9 @@ def compare(state: State) -> Comparison:
     gallery has no face net. For all values, see `card_check.Problem`.
 
     If `check_apart` or `judge` has stored in `state` that the net does not separate people,
-    `problem` is "blind". If the numbers are defaults, it is also "blind" if the faces differ from
-    the card by more than LEAST_BETWEEN or MOST_DEVIATION. If the numbers are defaults and fewer
-    than three people are enrolled, it is "few", until `check_apart` finds that the net is right.
+    `problem` is "blind". With default numbers, `problem` is also "blind" beyond the limits
+    LEAST_BETWEEN and MOST_DEVIATION. With default numbers and fewer than three enrolled people,
+    `problem` is "few", until `check_apart` finds that the net separates people.
     """
     comparison, unmeasured = state.index.card_comparison, state.origin.unmeasured
     is_close = comparison.problem == "closer" and comparison.between < LEAST_BETWEEN
@@ -226,7 +226,7 @@ def warn(state: State, known: str = "") -> str:
 
 
 def _describe_problem(state: State) -> str:
-    """Returns a text if enrolled people contradict the card of the net, with a remedy, or ""."""
+    """Returns how enrolled people contradict the card of their net, and a remedy, or "" if not."""
     comparison, origin = compare(state), state.origin
     if comparison.problem == "closer" and comparison.between < card_check.SAME:
         return f"your people are as alike as photos of one person\n{TWO_NAMES}"

@@ -239,8 +239,9 @@ class Draft:
     ) -> tuple[State, Mapping[str, StoredClip] | None, list[People] | None]:
         """Returns the new content, and the arguments `new` and `people` of `Store.write`.
 
-        `advance` is called after each block of people, with the number of its new and changed
-        clips.
+        These arguments are the new clips, name -> clip, and the changed people, in blocks. `new` is
+        None if the whole content must be written. `advance` is called after each block of people,
+        with the number of its new and changed clips.
         """
         if self.replacement:
             return self.replacement, None, None

@@ -89,7 +89,7 @@ def stack_parts(state: State, names: Sequence[str]) -> list[np.ndarray]:
 
 
 def list_usable_strangers(state: State) -> Iterator[str]:
-    """Yields the names of the clips of strangers, except clips whose vector is 0 (not computed)."""
+    """Yields the names of the clips of strangers, except clips whose vector is not computed yet."""
     # A clip without a vector waits until `vidjax who` reads its film with the present models.
     return (name for name in state.clips_of.get(STRANGER, ()) if state.clips[name].vector.any())
 

@@ -123,7 +123,8 @@ class Gallery:
 
         Clips are compared by PLDA. If the run is a PLDA run, the gallery uses the settings of the
         run. Otherwise, the settings are fitted to the training clips. If the training clips of a
-        person are as alike as photos of one day, they are fitted, too, and a message is printed.
+        person are as alike as photos of one day, the settings are always fitted, and a message is
+        printed.
 
         Args:
           folder: a new or empty folder.
@@ -601,9 +602,9 @@ class Gallery:
     def find_misfits(self, identity: str, clips: Collection[str] | None = None) -> dict[str, float]:
         """Finds enrolled clips that do not fit the other clips of the person `identity`.
 
-        Each clip is compared with all other clips of the person. A clip is listed if it is 10 times
-        more probable that they show two people than one person, at even prior odds. If two clips
-        differ, both are listed, because nothing shows which clip is wrong. If the names `clips` are
+        Each clip is compared with all other clips of the person. A clip is listed if, at even prior
+        odds, it shows another person 10 times more probably than the same person. If a person has
+        two clips that differ, both are listed, because nothing shows which is wrong. If `clips` are
         given, only these clips are listed. Returns clip -> log(p(clips | one person) / p(clips |
         two people)), lowest first.
         """

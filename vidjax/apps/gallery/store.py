@@ -136,7 +136,7 @@ class StoredClip(NamedTuple):
 
 
 class State(NamedTuple):
-    """The whole content of a gallery. A state never changes: a change makes a new state.
+    """The whole content of a gallery. A change of the gallery makes a new state, and edits none.
 
     `Store.write` computes `rows`, `entries` and `sha256`, which describe the file.
     """

@@ -374,7 +374,7 @@ def as_json(key: str | tuple[str, str], match: Match, identity: str = "") -> dic
 
 
 def table(matches: Matches) -> Iterator[tuple[str, ...]]:
-    """Yields the comparisons as rows of a table for the terminal."""
+    """Yields a table of comparisons for the terminal: a heading, and a row for each comparison."""
     yield "accepted", "log ratio", "even odds", "clips", "fits best", "fits worst"
     for key, match in matches.items():
         fits = [f"{show(x[0])} {x[1]:.3g}" if x else "" for x in (match.best, match.worst)]
