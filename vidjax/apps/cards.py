@@ -55,7 +55,7 @@ class Input(Struct, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if (self.layout in SOUND_LAYOUTS) == (self.colour is not None):
-            raise ValueError("`colour` must be given for a net of images, and not for one of sound")
+            raise ValueError("`colour` is required for a net of images, and not allowed for sound")
 
 
 class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):

@@ -262,7 +262,7 @@ def agglomerate(groups: Groups, least: Callable[[int], float]) -> np.ndarray:
 
 
 def _absorb(groups: Groups, labels: np.ndarray) -> np.ndarray:
-    """Joins groups of at most MAX_SMALL_CLIPS clips to larger groups of the same person.
+    """Joins groups of at most MAX_SMALL_CLIPS clips to larger groups that show the same person.
 
     `labels` [G] int is the result of `agglomerate`. Returns the new group of each group, [G] int.
     """

@@ -171,7 +171,8 @@ class Ratios:
         """Prepares Q unit vectors [Q, D] of clips for `finish`.
 
         Returns two arrays: the scaled PLDA coordinates [Q, D], and `terms` [Q, U], the part of the
-        ratios that is the same for all people with the same row of `curve`.
+        ratios that is the same for all people with the same number of clips. U is the number of
+        rows of `curve`.
         """
         z = self._part.coordinates(units)
         return self._scale * z, self._scale * z**2 @ self.curve.T
@@ -301,7 +302,7 @@ class Index:
 
     @functools.cached_property
     def counts(self) -> np.ndarray:
-        """The number of clips of each person in each modality, [M, N] int32."""
+        """The number of clips of each of N people in each of M modalities, [M, N] int32."""
         none = np.zeros((len(self.backend.parts), 0), np.int32)
         return np.concatenate([none, *(block.num_clips for block in self.blocks)], axis=1)
 
