@@ -496,7 +496,7 @@ def _check_results(job: _Job, task: film_lib.Task, film: MediaFile) -> MediaFile
         lacks = not all(files.is_file(out / THUMBNAILS / f"{clip}.png") for clip in shown)
         others = {clip.partition(".")[0] for clip in clips} - {job.stem}
         if lacks or others or clips != sorted(track.clip for track in film.tracks):
-            raise ValueError("other clips")
+            raise ValueError("the features and the description of the file have different clips")
     return film
 
 

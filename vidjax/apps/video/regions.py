@@ -119,7 +119,7 @@ def _find_packets(content: bytes) -> Iterator[bytes]:
             return
         end = content.find(PACKET_END, place, place + MOST_BYTES)
         if end < 0:
-            raise UserError(f"the XMP does not end within {MOST_BYTES:,} bytes")
+            raise UserError(f"the XMP metadata does not end within {MOST_BYTES:,} bytes")
         end += len(PACKET_END)
         if b"Region" in content[place:end]:
             yield content[place:end]
