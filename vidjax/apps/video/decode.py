@@ -258,8 +258,8 @@ class Video:
         `seconds` is the time of the first sample. `samples` are float32 [n] at 16 kHz, clipped to
         -1 to 1. They are a weighted sum of all channels: 0.71 x (left + right) for stereo. There
         may be gaps between blocks. If a block begins more than a second before the end of the
-        previous block, the rest of the sound is dropped. `jumps` are the jumps that `frames` has
-        found.
+        previous block, the rest of the sound is dropped. `jumps` are the jumps of the time stamps
+        that an earlier call of `frames` has counted.
         """
         for stream in _list_sound_streams(self._container)[:1]:
             stream.codec_context.thread_count = 1

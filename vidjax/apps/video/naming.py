@@ -114,7 +114,7 @@ def pair_seen_together(films: Iterable[MediaFile]) -> list[tuple[str, str]]:
 
 
 class Tracks(NamedTuple):
-    """The tracks of films, and the gallery that names people."""
+    """Tracks, each of a person in a shot of a film, and the gallery that names the people."""
 
     gallery: Gallery
     vectors: Vectors  # the embeddings of the tracks

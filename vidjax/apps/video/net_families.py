@@ -100,7 +100,8 @@ def convert(
       colour: the order of the colours, "rgb" or "bgr". If it is None, the order of the family.
 
     Raises:
-      UserError: a file is damaged or of no family, or two nets have the same role.
+      UserError: a file is damaged or of no family, or two nets have the same role, such as
+        finding faces.
     """
     require_packages("convert", "onnx", extra="convert")
     found: dict[Role, tuple[Written, bytes]] = {}
