@@ -140,7 +140,7 @@ class Bodies:
         self._limits, self._held = limits, 0
 
     async def read(self, request: Request, limit: int) -> bytes:
-        """Reads the body of a request. From then on, the answer may take `Limits.answer_seconds`.
+        """Reads the body of a request. Then the answer may take `Limits.answer_seconds`.
 
         Raises Refused if the body has more than `limit` bytes, if the request has a header
         Content-Encoding or Upgrade, or if all requests together take too much memory.

@@ -189,7 +189,7 @@ class Review:
         return who.WhoResults(self._decision.count_clips(), self._decision, {})
 
     def film(self, number: int) -> Path | None:
-        """Returns the path of the film with this index, or None if it is missing or has changed."""
+        """Returns the path of the film at index `number`, or None if it is missing or changed."""
         films = self._decision.films
         return _find_source(films[number]) if number < len(films) else None
 
@@ -233,7 +233,7 @@ class Review:
         return path if inside and path.suffix == ".png" and files.is_file(path) else None
 
     def render(self, view: Mapping[str, str], problem: Forms | None = None) -> str:
-        """Returns the page of names as HTML. `view` chooses what it shows, see `_read_view`.
+        """Returns the page of names as HTML. `view` chooses what is shown, see `_read_view`.
 
         `problem` is the state of the forms after a change that was refused. If it is None, and the
         user has just made a change, the page says what was changed.
@@ -660,8 +660,9 @@ class Review:
 def _number_again(line: Line, decision: Decision) -> Line:
     """Corrects the number in a line for the log that moves a face to a new unknown person.
 
-    The line has a new number. If `decision` has then joined the face with another unknown person,
-    the line gets the number of this person. Other lines are returned unchanged.
+    Before names are decided, the line has a new number. If `decision` has then joined the face with
+    another unknown person, the line gets the number of this person. Other lines are returned
+    unchanged.
     """
     if line.says != "apart" or not (face := line.face):
         return line

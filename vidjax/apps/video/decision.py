@@ -150,8 +150,9 @@ def name_and_number(
 ) -> tuple[NamedTracks, dict[str, int]]:
     """Names the people in tracks, and gives numbers to people without a name.
 
-    Returns the names, and clip -> number. Also adds the numbers to `said.numbers`, the corrections
-    of users. `before` are the numbers of the last call. `highest` is the highest old number.
+    Returns the names, and clip -> number. Also adds the numbers to `said.numbers`. `said` are the
+    corrections of users. `before` are the numbers of the last call. `highest` is the highest old
+    number.
 
     If a user has said that two unknown people differ, the names depend on the numbers. So names and
     numbers are decided again until the numbers stay the same. Then the next call finds the same

@@ -148,8 +148,8 @@ class Clock:
 def find_jumps(frames: "Iterable[VideoFrame]") -> "Iterator[tuple[VideoFrame, float | None]]":
     """Yields each frame as (frame, usual step in seconds), or as (frame, None).
 
-    The usual step is given only if the time stamps jump before the frame: the last step is much
-    longer than the steps before and after it, see JUMP_SECONDS.
+    The usual step is given only if the time stamps jump before the frame: the step to this frame is
+    much longer than the steps before and after it, see JUMP_SECONDS.
     """
     steps = collections.deque([np.nan] * (2 * NEAR_STEPS + 1), 2 * NEAR_STEPS + 1)
     waiting, last_s = collections.deque[Any](), None

@@ -91,7 +91,7 @@ class Sighting(NamedTuple):
 class BestPictures:
     """Keeps the best picture of a person in each interval of 0.2 seconds, at most 96 pictures.
 
-    For more pictures, the length of the intervals is doubled.
+    If there are too many pictures, the length of the intervals is doubled.
     """
 
     def __init__(self) -> None:
@@ -180,8 +180,8 @@ class ClipBuilder:
     ) -> None:
         """Makes the clip `name` from some pictures of a track.
 
-        `pictures` are the faces of the person in frames. `vectors` is number of a face in
-        `pictures` -> embedding of the face.
+        `pictures` are the faces of the person in frames. `vectors` is `Sighting.number` ->
+        embedding of the face.
         """
         spans: dict[int, Sighting] = {}
         for index, x in enumerate(pictures):

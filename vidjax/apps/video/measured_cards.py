@@ -86,11 +86,11 @@ def measure_photos(models: Path, people: Path, workers: int, tell: Tell) -> list
 
 
 def measure_features(models: Path, path: Path) -> list[MeasuredCard]:
-    """Measures nets on files `path/NAME/CLIP.npz`, and writes the results into their cards.
+    """Measures how well nets separate people, and writes the results into the nets' cards.
 
-    The files contain embeddings of the people NAME. `models` is the folder of nets. Raises
-    UserError if too few people have two clips, if a net does not separate the people, or if other
-    nets have computed the embeddings.
+    The files `path/NAME/CLIP.npz` contain embeddings of the people NAME. `models` is the folder of
+    nets. Raises UserError if too few people have two clips, if a net does not separate the people,
+    or if other nets have computed the embeddings.
     """
     with files.scratch_folder() as scratch:
         gallery = Gallery.of_models(scratch / "gallery", models)

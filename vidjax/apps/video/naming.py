@@ -252,9 +252,9 @@ def group_unknown(
 ) -> dict[str, str]:
     """Groups tracks without a name; returns clip -> unknown person, such as `unknown 3`.
 
-    Faces that are too small or too blurred look alike even if they show two people. So such a face
-    is not grouped: it becomes a different unknown person. But if `together` contains its clip, the
-    clip stays with its group.
+    Faces that are too small or too blurred look alike even if they show two people. So each such
+    face becomes an unknown person of its own. But if `together` contains its clip, the clip stays
+    with its group.
 
     `together` is clip -> number. Clips with the same number are one person. `apart` are pairs of
     numbers of two different people. For `settled`, see `Gallery.group`.

@@ -113,7 +113,8 @@ class Photos:
     def __init__(self, people: Path, out: Path, tell: Tell, flag: str = WHO_FLAG):
         """Lists the photos of each person.
 
-        Raises UserError if there are no photos, or if `out` is inside `people`.
+        Raises UserError if there are no photos and no earlier gallery, or if `out` is inside
+        `people`.
         """
         self.people, self.out, self.tell, self._flag = people, out, tell, flag
         self.paths_of = self._list()  # person -> photos
@@ -285,9 +286,9 @@ class Photos:
     def _check_photo(self, owner: str, outcome: FileOutcome) -> tuple[set[str], set[str]]:
         """Reports problems of a photo; returns the names of its people, and the clips of faces.
 
-        If the photo has face tags, these are the faces with tags. Without face tags, it is the only
-        face, and its person is `owner`, the name of the folder. `_leave_out_poor` reports blurred
-        faces.
+        If the photo has face tags, the faces with tags are returned. Without face tags, the only
+        face is returned, and its person is `owner`, the name of the folder. Blurred faces are
+        reported later.
         """
         photo, names, clips, problems = outcome.known, {owner}, set[str](), [outcome.error]
         if photo and photo.tags:
