@@ -68,7 +68,10 @@ class Limits(Struct, frozen=True, kw_only=True):
     # fmt: on
 
     def __post_init__(self) -> None:
-        """Raises UserError if a body of the largest size would not fit into the memory."""
+        """Raises UserError if `held_bytes` is below three times `body_bytes`.
+
+        A body of the largest size, its arrays and a copy of the arrays must fit into `held_bytes`.
+        """
         if self.held_bytes < 3 * self.body_bytes:  # the body, its arrays, and a copy of the arrays
             raise UserError(
                 f"held_bytes={self.held_bytes} is too small for body_bytes={self.body_bytes}: set "
@@ -112,18 +115,18 @@ LIMITS = {
 
 
 def read_limits(flags: Mapping[str, str | None], environment: Mapping[str, str]) -> Limits:
-    """Returns the limits of a server from flags and environment variables.
+    """Returns the limits of a server, which a user sets with flags and environment variables.
 
-    `flags` are name of a limit -> text, or None if the flag is not given. `environment` is variable
-    -> text. A flag has priority over a variable. Raises UserError for a wrong value, or for a
-    misspelt variable.
+    `flags` is name of a limit -> value as text, or None if the flag is not given. `environment` is
+    name of a variable -> value as text. A flag has priority over a variable, and a variable over
+    the default. Raises UserError for a wrong value, or for a misspelt name of a variable.
     """
     # Kubernetes sets variables such as VIDJAX_SERVE_PORT, which resembles no limit, for a service
     # that is called vidjax-serve.
     for variable in environment.keys() - {limit.variable for limit in LIMITS.values()}:
         name = variable.removeprefix(PREFIX).lower() if variable.startswith(PREFIX) else ""
         if similar := closest(name, LIMITS, cutoff=0.8):
-            raise UserError(f"{variable} is no limit: did you mean {LIMITS[similar].variable}?")
+            raise UserError(f"{variable} sets no limit: did you mean {LIMITS[similar].variable}?")
     values = {}
     for name, limit in LIMITS.items():
         if text := flags.get(name):

@@ -77,16 +77,17 @@ class Content(NamedTuple):
 
 
 class Traces:
-    """The names and vectors that `vidjax forget` searches in files."""
+    """Searches files for names of people and for the embeddings of their clips."""
 
     def __init__(
         self, names: Iterable[str], vectors: Iterable[np.ndarray], lines: Iterable[str] = ()
     ):
-        """`names` are the names of people and clips. `vectors` are the vectors [D] of their clips.
+        """Sets the names and embeddings to search.
 
-        The lengths D may differ, because each modality, such as face, has its own length. `lines`
-        are further names. Such a name may be short, for example `1`, and is only searched as a
-        whole line of an array that contains text.
+        `names` are the names of people and clips. `vectors` are the embeddings [D] of their clips.
+        Each modality, such as face, may have another length D. `lines` are further names, which may
+        be too short to be searched in texts, for example `1`. They are only searched as whole lines
+        of arrays that contain text.
         """
         self._lines = {*lines}
         # First word of names -> (place of the word in a name, length of the name) -> the names. For
@@ -110,10 +111,10 @@ class Traces:
         self._vectors = group_by_key((len(x), x) for x in vectors if x.any())
 
     def in_file(self, path: Path) -> Trace | None:
-        """Searches all names and vectors in a file or folder, in its name and its content.
+        """Searches a file for all names and embeddings, in its name and its content.
 
-        Returns the first trace, or None. Raises UserError if the file cannot be read, and OSError
-        if the disk fails.
+        If `path` is a folder, only its name is searched. Returns the first trace that is found, or
+        None. Raises UserError if the file cannot be read, and OSError if the disk fails.
         """
         name = path.name
         if partial := PARTIAL.fullmatch(name):
@@ -136,14 +137,18 @@ class Traces:
     def _list_strings(self, head: bytes) -> Iterator[str]:
         """Yields the text in a file of another program, if the text may contain a name.
 
-        `head` are the first bytes of the file.
+        `head` are the first bytes of the file. Of a binary file, only the printable parts are
+        yielded.
         """
         if any(piece in head.lower() for piece in self._pieces):
             is_text = b"\0" not in head
             yield decode(head) if is_text else decode(b"\n".join(_STRINGS.findall(head)))
 
     def in_text(self, text: str) -> bool:
-        """Returns whether a text contains a name. A part of a longer name does not count."""
+        """Returns whether a text contains a name.
+
+        "Ada" as a part of the longer name "Ada Lovelace" does not count.
+        """
         return any(map(self._in_part, _divide(text)))
 
     def _in_part(self, text: str) -> bool:
@@ -161,10 +166,10 @@ class Traces:
         return any(part in plain for part in self._parts)
 
     def _in_array(self, array: np.ndarray) -> bool:
-        """Returns whether an array contains a name or a vector.
+        """Returns whether an array contains a name or an embedding.
 
-        An array of text is searched for names. In a float array [..., D], a vector is searched in
-        the rows, and compared with the mean of all rows.
+        An array of text is searched for names. In a float array [..., D], each row is compared with
+        the embeddings, and so is the mean of all rows.
         """
         if array.dtype.kind in "US":
             return self.in_text("\n".join(map(str, array.ravel())))
@@ -186,7 +191,10 @@ class Traces:
 
 
 def read(path: Path, name: str) -> Content:
-    """Reads a file. The ending of `name`, its real name, decides how the file is read."""
+    """Reads the content of a file. The ending of `name` decides how it is read.
+
+    If `path` has a temporary name, `name` is the final name of the file.
+    """
     bare, ending = os.path.splitext(name.lower())
     with files.open_regular(path) as file:
         head = file.read(HEAD_BYTES)
@@ -245,7 +253,10 @@ def decode(content: bytes) -> str:
 
 
 def _simplify(text: str) -> str:
-    """Returns a text in lower case, without codes of JSON, HTML, URLs, tables and file names."""
+    """Returns a text in the form in which names are compared, in lower case.
+
+    Escape codes of JSON, HTML and URLs are replaced by their characters, and `_` by a blank.
+    """
     if "\\" in text:
         text = _UTF16.sub(
             lambda x: bytes.fromhex(x[0].replace("\\u", "")).decode("utf-16-be", "replace"), text

@@ -1,8 +1,8 @@
-"""Answers requests in batches, and makes changes one after the other.
+"""Answers the requests to a server in batches, and changes its gallery, one change at a time.
 
-While a batch is scored, new requests wait and form the next batch. So a single request does not
-wait, and batches grow with the load. Changes of the gallery run in another thread, because a change
-can take minutes.
+While a batch is answered, new requests wait and form the next batch. So a request to an idle server
+does not wait, and batches grow with the load. The gallery is the file of known people. It is
+changed in another thread, because a change can take minutes.
 """
 
 import asyncio
@@ -23,15 +23,15 @@ LINGER_SECONDS = 0.01  # longest wait for more requests after a batch of several
 
 
 def _make_thread(name: str) -> ThreadPoolExecutor:
-    """Returns an executor with one thread, which prints nothing.
+    """Returns an executor with one thread. Functions in this thread print nothing.
 
-    The log of a server must contain no names of people.
+    What they print may contain names of people, but the log of a server must contain no such names.
     """
     return ThreadPoolExecutor(1, name, initializer=mute_thread)
 
 
 class _Waiting(NamedTuple):
-    """A question about `size` clips, and the future that gets its answer."""
+    """A question that waits, its number of clips, and the future that gets the answer."""
 
     question: Question
     size: int
@@ -52,7 +52,9 @@ class Batcher:
     ):
         """Makes a batcher.
 
-        `answer` computes an answer for each question of a batch. An answer may be an exception.
+        `answer` computes an answer or an exception for each question of a batch. `limits` contains
+        the largest number of clips in a batch, and of clips that wait. `metrics` counts the clips
+        of batches.
         """
         self._answer, self._limits, self._metrics = answer, limits, metrics
         self._waiting: deque[_Waiting] = deque()
@@ -62,9 +64,10 @@ class Batcher:
         self._target, self._enough = 0, asyncio.Event()  # the event is set when _target clips wait
 
     async def ask(self, question: Question, size: int) -> list[Answer]:
-        """Returns the answer to a question about `size` clips.
+        """Returns the answers to a question, one for each of its `size` clips.
 
-        Raises Refused (status 429) if too many clips wait.
+        Raises Refused (HTTP status 429) if too many clips wait. If the question cannot be answered,
+        raises the exception that it caused.
         """
         self._add(size)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -133,8 +136,8 @@ class Batcher:
     async def run(self, function: Callable[[], T], embedded: int = 0) -> T:
         """Calls a function in the thread, between two batches; returns its result.
 
-        `embedded` is the number of clips whose vectors the function computes. If too many clips of
-        all calls wait, raises Refused (status 429).
+        `embedded` is the number of clips whose embeddings the function computes. Until the function
+        ends, they count as waiting clips. If too many clips wait, raises Refused (HTTP status 429).
         """
         if embedded:
             self._add(embedded)

@@ -1,6 +1,7 @@
-"""Answers several questions to a gallery at once, which takes less time.
+"""Answers several questions in one call of a gallery, the file of known people.
 
-The answer to a question does not depend on the other questions.
+One call takes less time than a call for each question. The answer to a question does not depend on
+the other questions.
 """
 
 import itertools
@@ -31,15 +32,18 @@ class Question(NamedTuple):
 
 
 def count_bytes(clips: Mapping[str, Mapping[str, Frames]]) -> int:
-    """Returns the number of bytes that clips take in memory while they are scored."""
+    """Returns the number of bytes that clips take in memory while they are scored.
+
+    `clips` is name of the clip -> modality, such as face -> frames.
+    """
     features = [frames["features"] for clip in clips.values() for frames in clip.values()]
     return sum(x.nbytes + FIELD_BYTES * len(x) for x in features)
 
 
 def _join_clips(questions: Sequence[Question]) -> Mapping[str, Mapping[str, Frames]]:
-    """Joins the clips of all questions; returns name -> clip.
+    """Puts the clips of all questions into one mapping: name -> modality, such as face -> frames.
 
-    If there are several questions, a name gets the number of its question as a prefix.
+    If there are several questions, each name begins with the number of its question, such as `0/a`.
     """
     if len(questions) == 1:  # errors should contain the names that the client has sent
         return questions[0].clips
@@ -51,20 +55,20 @@ def _join_clips(questions: Sequence[Question]) -> Mapping[str, Mapping[str, Fram
 
 
 class GalleryModel:
-    """Answers batches of questions with a gallery."""
+    """Identifies the clips of batches of questions with a gallery, the file of known people."""
 
     def __init__(self, gallery: Gallery):
         self.gallery = gallery
         self.check()  # loads the run of the gallery, so that errors appear at the start
 
     def check(self) -> None:
-        """Raises an error if the gallery, or the run that made it, cannot be read."""
+        """Raises an error if the gallery cannot be read, or the model that makes its embeddings."""
         self.gallery.refresh()
         _ = self.widths
 
     @property
     def widths(self) -> dict[str, int]:
-        """Modality, such as face -> width of its features."""
+        """The features that the gallery reads: modality, such as face -> features per frame."""
         return self.gallery.source.reads[0]
 
     def answer(self, questions: Sequence[Question]) -> list[Any]:

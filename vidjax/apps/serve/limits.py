@@ -81,8 +81,9 @@ class Refused(Expected):
     """An error that the server sends to a client, with the HTTP status `status`.
 
     The client may try again after `retry_after` seconds. If `retry_after` is None, a second try
-    cannot help. The client gets `place` and `text`. The log gets only `text`, because a place may
-    contain names.
+    cannot help. `text` describes the error, and `place` says which part of the request has the
+    error. The client gets both. The log gets only `text`, because `place` may contain names of
+    people.
     """
 
     def __init__(self, status: int, text: str, retry_after: int | None = None, place: str = ""):
@@ -139,9 +140,10 @@ class Bodies:
         self._limits, self._held = limits, 0
 
     async def read(self, request: Request, limit: int) -> bytes:
-        """Reads the body of a request, and sets its timeout to `Limits.answer_seconds` from now.
+        """Reads the body of a request. Then the answer may take `Limits.answer_seconds`.
 
-        Raises Refused if the body has more than `limit` bytes, or has a Content-Encoding.
+        Raises Refused if the body has more than `limit` bytes, if the request has a header
+        Content-Encoding or Upgrade, or if all requests together take too much memory.
         """
         headers = request.headers
         if headers.get("content-encoding", "identity").strip().lower() != "identity":
@@ -163,10 +165,11 @@ class Bodies:
         return b"".join(parts)
 
     def hold(self, scope: Scope, size: int) -> None:
-        """Records that a request takes `size` bytes of memory in total.
+        """Records that a request takes `size` bytes of memory in total. `scope` is its ASGI scope.
 
-        Raises Refused (status 429) if all requests together take too much memory. If the request
-        has changed the gallery, its answer is always accepted.
+        Raises Refused (HTTP status 429) if all requests together take too much memory. A request
+        that has changed the gallery is never refused, because the client would send the change
+        again.
         """
         more = size - scope["vidjax.held"]
         if more > 0 and self._held + more > self._limits.held_bytes and not scope.get(CHANGED):
@@ -176,7 +179,7 @@ class Bodies:
 
 
 def set_clock(scope: Scope, seconds: float) -> None:
-    """Changes the end of the time limit of a request to `seconds` from now.
+    """Sets a new time limit for a request, which ends `seconds` seconds from now.
 
     `scope` is the ASGI scope of the request.
     """
@@ -209,7 +212,7 @@ class Guard:
         self._gallery, self._token = gallery, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers a request. Other events, such as the start of the server, are passed on."""
+        """Answers an HTTP request. `app` gets other events, such as the start of the server."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -288,8 +291,9 @@ class Guard:
     def _check_sender(self, scope: Scope, headers: Headers) -> None:
         """Raises Refused if the sender may not use the server.
 
-        If the server has a token, a request must contain the token. OPEN_PATHS need no token. If
-        the server has no token, it refuses other machines, and web pages of other sites.
+        If the server has a token, a request must contain the token, except for the paths
+        OPEN_PATHS. If the server has no token, the header Host must name this machine, and the
+        request must not come from a web page of another site.
         """
         hosts = headers.getlist("host")
         if len(hosts) > 1 or (not hosts and scope["http_version"] == "1.1"):
@@ -345,5 +349,8 @@ def _log_error(text: str) -> None:
 
 
 def unprocessable(text: str, place: str = "") -> Refused:
-    """Returns an error with the HTTP status 422, for a request with a wrong value."""
+    """Returns an error with the HTTP status 422, for a request with a wrong value.
+
+    `text` describes the error. `place` says which part of the request has the wrong value.
+    """
     return Refused(422, text, place=place)

@@ -99,10 +99,10 @@ def _cut_region(
 
 
 def _find_squares(positions: np.ndarray, length: int, factor: int) -> tuple[int, int]:
-    """Returns the first square, and the end (exclusive), that an interpolation needs.
+    """Returns the range of squares that an interpolation needs: the first, and the last plus 1.
 
-    A row or column of `length` pixels is divided into squares with sides of `factor` pixels.
-    `positions` are the coordinates, in pixels, at which the caller interpolates.
+    A row or column of a picture has `length` pixels. It is divided into squares with sides of
+    `factor` pixels. `positions` are the coordinates, in pixels, at which the caller interpolates.
     """
     last = -(-length // factor)
     low = np.clip(np.floor(positions.min() / factor) - 1, 0, last)
@@ -185,12 +185,12 @@ def measure_inside(
 
 
 def measure_clarity(quality: float, clear_quality: float | None) -> float:
-    """Returns the clarity of a face, 0 to 1, from its quality, see `measure_quality`.
+    """Returns the clarity of a face, from 0 (small or blurred) to 1 (clear).
 
-    Embeddings of small or blurred faces are alike even if they show two people. In our model, the
-    expected squared distance between the means of two people is proportional to the clarity of the
-    clearer face. From the quality `clear_quality` on, the clarity is 1. If `clear_quality` is None,
-    every clarity is 1.
+    Embeddings of small or blurred faces are alike even if they show two people. We assume that the
+    expected squared distance between the embeddings of two people is proportional to the clarity of
+    the clearer face. The clarity is the square root of `quality` / `clear_quality`, but at most 1.
+    If `clear_quality` is None, the clarity is 1. For `quality`, see `measure_quality`.
     """
     # We measured films of photos that were shrunk, blurred and compressed. For two people, the mean
     # cosine of dlib's vectors grows from 0.86 at a quality above 0.3 to 0.91 below 0.01. For one
@@ -199,9 +199,9 @@ def measure_clarity(quality: float, clear_quality: float | None) -> float:
 
 
 def measure_size(points: np.ndarray) -> np.ndarray:
-    """Returns the distance between the eyes of each face divided by 40 pixels, [N], at most 1.
+    """Returns the size of each face, [N], 0 to 1: the distance between the eyes / 40 pixels.
 
-    `points` [N, 5, 2] are the five points (x, y) of each face in pixels.
+    The size is at most 1. `points` [N, 5, 2] are the five points (x, y) of each face in pixels.
     """
     return np.minimum(1.0, _measure_eye_distance(points) / FULL_EYE_DISTANCE)
 
@@ -252,9 +252,10 @@ def measure_frontality(points: np.ndarray) -> np.ndarray:
 
 
 def find_upside_down(points: np.ndarray) -> np.ndarray:
-    """Returns whether each face is upside down: bool [N]. A face that lies on its side is not.
+    """Returns whether each face is upside down, bool [N].
 
-    `points` [N, 5, 2] are the five points of each face.
+    A face that lies on its side does not count. `points` [N, 5, 2] are the five points of each
+    face.
     """
     points = np.asarray(points, np.float64)
     across, down = (points[:, 3:].mean(1) - points[:, :2].mean(1)).T

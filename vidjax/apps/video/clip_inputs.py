@@ -1,6 +1,7 @@
-"""Enrols, names and groups the people in clips, which are read from paths that a user gives.
+"""Reads clips from paths that a user gives, and enrols, names or groups the people in the clips.
 
-A clip contains the features of one person, for example of a face in a shot of a film.
+A clip contains the features of one person, for example of a face in a shot of a film. To enrol a
+clip means to store it in a gallery, with the name of its person.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ Person: TypeAlias = str | Mapping[str, str] | None  # of all clips, or clip -> p
 
 
 def list_inputs(inputs: Iterable[Path]) -> list[Path]:
-    """Returns the paths of inputs. The tables in a folder of parquet tables replace the folder."""
+    """Returns the paths to read. A folder of parquet tables is replaced by these tables."""
     return [path for named in inputs for path in (bulk.list_tables(named) or [named])]
 
 
@@ -45,9 +46,9 @@ def check_input(
     """Checks whether a gallery can use the clips in `path`. The clips are not read.
 
     `has_people` is True if each folder in `path` is a person. `of_person` is True if the user says
-    that all clips show the same person. Raises UserError if there are no clips, or if other nets
-    than the nets of the gallery have computed the features. If `of_person` is True, a path with
-    folders of clips, which may show several people, is refused, too.
+    that all clips show the same person. Raises UserError if there are no clips, or if the features
+    were not computed by the nets of the gallery. If `of_person` is True, also raises UserError if
+    `path` contains folders of clips, because these may show several people.
     """
     if has_people or bulk.list_tables(path):
         memory.check_path(path)
@@ -57,7 +58,7 @@ def check_input(
         if of_person and not is_flat:
             raise UserError(
                 f"'{path}' contains folders of clips, which may show several people\n"
-                "if each folder is a person, leave out --identity; else give --input=DIR for each"
+                "if each folder is a person, leave out --identity; else name one: --input=DIR"
             )
     if gallery.origin.cards:
         features_folder.check_models(path, gallery.origin.cards)
@@ -85,7 +86,10 @@ def read_films(path: Path | None) -> list[MediaFile]:
 
 
 def embed(gallery: Gallery, clips: MemoryClips | Dataset, split: str | None) -> Vectors:
-    """Computes the vectors of clips, see `Gallery.embed`, and displays the progress."""
+    """Computes the embeddings of clips with a gallery, and displays the progress.
+
+    `split` is the split of a dataset to embed, such as "val". It is None for clips without splits.
+    """
     with terminal.show_clips("vectors", len(clips.split(split or "clips").clips)) as bar:
         return gallery.embed(clips, split, advance=bar.advance)
 
@@ -94,14 +98,14 @@ def embed(gallery: Gallery, clips: MemoryClips | Dataset, split: str | None) -> 
 
 
 def read_labels(path: Path) -> dict[str, str]:
-    """Reads a table of clips and the names of their people; returns clip -> person.
+    """Reads a table with the person of each clip; returns clip -> person.
 
     Raises UserError if the table contains no name of a person.
     """
     if labels := read_groups(path):
         return labels
     raise UserError(
-        f"{path} contains no name\nreplace '{UNKNOWN}1' and so on by the names of people"
+        f"{path} contains no name of a person\nreplace '{UNKNOWN}1' and so on by names of people"
     )
 
 
@@ -135,7 +139,7 @@ def enrol(
     """
     several, names, done = len(inputs) > 1, set[str](), list[Enrolment]()
     if clip and several:
-        raise UserError(f"--clip={clip} is a clip of one input: give --input once")
+        raise UserError(f"--clip={clip} needs a single input: give --input only once")
     of_person = isinstance(identities, str)
     if of_person:
         check_person(identities)
@@ -205,7 +209,7 @@ def load_people(
 
 
 def load_all(gallery: Gallery, path: Path) -> MemoryClips:
-    """Loads the clips in `path`. The path may be a folder that has a folder for each person."""
+    """Loads the clips in `path`. If it is a folder, it may have a folder for each person."""
     inside = {x.parent.name for x in path.glob("[!.]*/*.npz")}
     if inside - {*SPLITS} and not any(path.glob("[!.]*.npz")):
         return load_people(gallery, path)[0]
@@ -215,11 +219,12 @@ def load_all(gallery: Gallery, path: Path) -> MemoryClips:
 def _choose(
     vectors: Vectors, people: Person, clip: str | None, *, several: bool
 ) -> tuple[Vectors, Person]:
-    """Selects the clips to enrol; returns their embeddings, and their people.
+    """Selects the clips of an input to enrol; returns their embeddings, and their people.
 
-    `clip` is the name of the only clip to enrol; None selects all clips. `people` is the person of
-    all clips, or clip -> person. If there are `several` inputs, `people` contains clips of all
-    inputs. Then the people of other inputs are left out, and {} is returned if nobody is left.
+    `vectors` are the embeddings of the input. `clip` is the name of the only clip to enrol; None
+    selects all clips. `people` is the person of all clips, or clip -> person. If there are
+    `several` inputs, `people` may contain clips of other inputs, which are left out. So the
+    returned people may be {}.
     """
     if clip:
         bare = strip_ending(clip)
@@ -252,10 +257,11 @@ def check_seen_together(
 
 
 def find_models(gallery: Gallery, models: Path | None) -> Path:
-    """Returns the folder with the nets of a gallery: `models`, or if it is None, the first folder.
+    """Returns the folder with the nets that compute the embeddings of a gallery.
 
-    The first folder is the folder of nets from which the gallery was made. Raises UserError if a
-    trained run made the gallery, or if the folder contains other nets.
+    This is `models`. If `models` is None, it is the folder of nets from which the gallery was made.
+    Raises UserError if the folder lacks a net of the gallery, or if the gallery was made from a
+    trained run instead of nets.
     """
     made, place = gallery.origin.cards, gallery.origin.workdir
     if "face" not in made:
@@ -275,9 +281,10 @@ def find_models(gallery: Gallery, models: Path | None) -> Path:
 
 
 def list_numbered(gallery: Gallery, films: Iterable[MediaFile]) -> list[str]:
-    """Returns the enrolled clips of `films` whose names are numbers of faces, such as `a.t01`.
+    """Returns the enrolled clips of `films` whose names end in the number of a face, as in `a.t01`.
 
-    Another detector may give such a number to another person's face.
+    A detector numbers the faces that it finds. So with another detector, the same name may be of
+    another face.
     """
     tracks = {track.clip for film in films for track in film.tracks}
     return sorted(x for x in tracks & gallery.clips.keys() if re.search(r"\.[tf]\d+$", x))
@@ -289,7 +296,7 @@ def list_numbered(gallery: Gallery, films: Iterable[MediaFile]) -> list[str]:
 def embed_clips(gallery: Gallery, features: Path, clips: Collection[str]) -> Vectors:
     """Computes the embeddings of the clips with the names `clips`, which may be empty.
 
-    `features` is the folder of files `FILM.npz` that contain the clips.
+    `features` is a folder of files `FILM.npz`. Each file contains the clips of a film.
     """
     reads = gallery.backend.widths
     if not clips:  # for example if no photo can be used
@@ -308,12 +315,12 @@ def name_clips(
     films: Sequence[MediaFile],
     identify: Callable[..., Mapping[str, Answer]],
 ) -> NamedTracks:
-    """Names the people in clips.
+    """Names the people in clips, whose embeddings are `vectors`.
 
-    If `films` are given, the clips are tracks of people in these films. Then the clips are named as
-    `vidjax who` names them: similar tracks get one name together, and tracks of the same time get
-    different names. Without films, each clip is named independently of all others. `identify` is
-    the method `gallery.identify`, with fixed arguments.
+    If `films` are given, the clips are tracks: the faces of a person in a shot of these films. Then
+    they are named as in `vidjax who`: similar tracks get one name together, and tracks of the same
+    time get different names. Without films, each clip is named independently of all others.
+    `identify` is the method `gallery.identify`, with options such as `threshold` already set.
     """
     if films:
         said = faces.read_for(gallery, films)
@@ -325,7 +332,7 @@ def name_clips(
 def group_unknown(gallery: Gallery, vectors: Vectors, films: Sequence[MediaFile]) -> dict[str, str]:
     """Groups the clips of unknown people; returns clip -> unknown person, such as `unknown 3`.
 
-    `vectors` are the embeddings of the clips. For `films`, see `name_clips`.
+    `vectors` are the embeddings of the clips. If `films` are given, the clips are of these films.
     """
     named = name_clips(gallery, vectors, films, gallery.identify)
     known = {clip for clip, answer in named.answers.items() if answer.identity is not None}

@@ -51,7 +51,7 @@ class Step(NamedTuple):
     clips: Mapping[str, str | None]
 
     def is_about(self, person: str) -> bool:
-        """Returns whether the change was made for a person, or contains the person's name."""
+        """Returns whether the change was made for a person, or mentions the person."""
         return person == self.at or any(person in (x.of, x.person) for x in self.lines)
 
 
@@ -87,8 +87,9 @@ class Review:
         """Opens the folder of results `out`.
 
         `decision` are the names that a call of `vidjax who` has just decided. If it is None, the
-        names are decided again. This needs only the folder, but no films, photos or nets. For the
-        other arguments, see `who.name_people`.
+        names are decided again. This needs only the folder, but no films, photos or nets. `fpir`
+        and `threshold` decide when a face gets a name, see `Gallery.identify`. In timelines,
+        `padding` seconds are added before and after each appearance.
         """
         files.refuse_links(out)
         self._padding = padding
@@ -133,11 +134,12 @@ class Review:
     def _lock(
         self, version: int | None = None, keys: Collection[str] = (), wait: float = WAIT_SECONDS
     ) -> Iterator[None]:
-        """Locks the names in a `with` block, and first reads the changes of other programs.
+        """Locks the names for a `with` block. First reads the changes of other programs.
 
-        `version` is the version of the page on which the user has made a change; None checks
-        nothing. Raises OutdatedError if one of the people or faces `keys` has changed since this
-        version. Raises InUseError if another program holds the lock for `wait` seconds.
+        `version` is the version of the page on which the user has made a change. Raises
+        OutdatedError if one of the people or faces `keys` has changed since this version. If
+        `version` is None, this is not checked. Raises InUseError if another program holds the lock
+        for `wait` seconds.
         """
         with lock_changes(self._out, wait):
             self._read_changes()
@@ -176,7 +178,7 @@ class Review:
     def refresh(self) -> None:
         """If another program has changed names or films, decides all names again.
 
-        While another program is changing them, the old names are kept.
+        If another program holds the lock of the names at this moment, does nothing.
         """
         with contextlib.suppress(InUseError), self._lock(wait=0.0):
             pass
@@ -187,15 +189,15 @@ class Review:
         return who.WhoResults(self._decision.count_clips(), self._decision, {})
 
     def film(self, number: int) -> Path | None:
-        """Returns the path of film `number`, or None if the file is missing or has changed."""
+        """Returns the path of the film at index `number`, or None if it is missing or changed."""
         films = self._decision.films
         return _find_source(films[number]) if number < len(films) else None
 
     def list_seen(self, number: int, at_s: float) -> list[Seen]:
-        """Returns the appearances of people in film `number` at the time `at_s` in seconds.
+        """Returns the people who appear in film `number` at the time `at_s` in seconds.
 
-        Each item is the appearance, the next appearance of the same person or None, and the number
-        of the film with the next appearance, or 0.
+        Each item is (appearance, later, film): `later` is the next appearance of the same person,
+        and `film` the number of its film. Without a next appearance, they are None and 0.
         """
         numbers = {x.video: place for place, x in enumerate(self._decision.films) if not x.photo}
         shown = (x for x in self._decision.appearances if x.identity and x.video in numbers)
@@ -231,10 +233,10 @@ class Review:
         return path if inside and path.suffix == ".png" and files.is_file(path) else None
 
     def render(self, view: Mapping[str, str], problem: Forms | None = None) -> str:
-        """Returns the page of names as HTML. `view` chooses what it shows, see `_read_view`.
+        """Returns the page of names as HTML. `view` chooses what is shown, see `_read_view`.
 
-        `problem` is the state of the forms after a refused change. If it is None, the first page
-        after a change says what was changed.
+        `problem` is the state of the forms after a change that was refused. If it is None, and the
+        user has just made a change, the page says what was changed.
         """
         forms = (problem or self._forms)._replace(
             version=self.version, film=view.get("film", ""), person=view.get("person", ""),
@@ -261,16 +263,17 @@ class Review:
         """Changes the names of people or faces, as one step that can be undone.
 
         Args:
-          action: "name" gives all people and faces the name `name`. "deny" and "apart" say that the
-            faces show somebody else: they become a new unknown person. "deny" with a name says that
-            this suggested name is wrong: it is not suggested any more. "ignore" shows people and
-            faces as ignored, without a name. "once" ignores all unknown people who appear once.
-            "show" shows ignored faces again, or all of them if `of` is IGNORED. "join" makes one
-            unknown person of all, with the lowest number. "twin" gives faces the name of another
-            face of the same time. Both have the name then, as in a mirror.
+          action: the kind of the change.
+            "name": all people and faces get the name `name`.
+            "deny" without a name, or "apart": the faces show somebody else: a new unknown person.
+            "deny" with a name: this suggested name is wrong, and is not suggested again.
+            "ignore": people and faces are shown as ignored, without a name.
+            "once": all unknown people who appear only once are ignored.
+            "show": ignored faces are shown again. IGNORED in `of` means all ignored faces.
+            "join": all people and faces become one unknown person, with the lowest number.
+            "twin": faces get the name that another face of the same time has, as in a mirror.
           of: the people, and the keys of the faces, to change.
-          name: the new name. It may be the name of an unknown person, such as `unknown 4`. Then
-            this person and `of` become one unknown person, and people in `of` must be unknown.
+          name: the new name. If it is `unknown 4`, people and faces `of` join this unknown person.
           after: the person or face next to which the page says what changed.
           version: the version of the page on which the user has made the change.
 
@@ -309,11 +312,11 @@ class Review:
     def _list_lines(
         self, action: str, found: Sequence[Subject], name: str
     ) -> tuple[str, list[Line], Collection[str]]:
-        """Returns a text about a change, such as `not Ada`, the new lines of the log, and clips.
+        """Returns a description of a change, such as `not Ada`, lines for the log, and clips.
 
-        The clips are enrolled clips that must be renamed, because the log has no lines about them:
-        clips of known people who get a new name. For other changes, there are no clips. `found` are
-        the people and faces to change. For `action` and `name`, see `change`.
+        The clips are enrolled clips that the caller must rename in the gallery, because the log has
+        no lines about them: clips of known people who get a new name. For other changes, there are
+        no clips. `found` are the people and faces to change. For `action` and `name`, see `change`.
         """
         if action in ("ignore", "once"):
             return "ignored", self._ignore(found, said.ONCE if action == "once" else None), ()
@@ -342,9 +345,10 @@ class Review:
         return lines + [said.about(x.face, "is", video=x.video) for x in seen]
 
     def _give_name(self, found: Sequence[Subject], name: str) -> tuple[list[Line], set[str]]:
-        """Returns lines of the log that give people and faces the name `name`, and clips.
+        """Returns lines for the log that give people and faces a new name, and clips to rename.
 
-        The clips are enrolled clips of renamed people about which the log has no lines.
+        These are the enrolled clips of renamed people about which the log has no lines. Raises
+        UserError if `found` contains neither a known person nor a clear face.
         """
         people, vectors = self._decision.people, self._decision.vectors
         renamed = [x.name for x in found if x.is_person and x.name in people]
@@ -359,9 +363,9 @@ class Review:
         return lines, {clip for person in renamed for clip in people[person]} - known
 
     def _say(self, found: Sequence[Subject], says: str, **values: Any) -> list[Line]:  # noqa: ANN401
-        """Returns a line of the log about each face in `found`, except faces of people's photos.
+        """Returns a line for the log about each face in `found`, except faces in photos of people.
 
-        `says` and `values` are the fields of the lines.
+        `says` is the kind of the line, such as "is" or "ignore". `values` are its other fields.
         """
         faces = (self._face_of.get(clip) for x in found for clip in x.clips)
         return [said.about(x.face, says, video=x.video, **values) for x in faces if x]
@@ -371,17 +375,18 @@ class Review:
         return [name for name in dict.fromkeys(self._decision.unknown.values()) if seen[name] == 1]
 
     def _find_twin(self, found: Sequence[Subject]) -> str:
-        """Returns the name that one of the faces `found` did not get.
+        """Returns a name that one of the faces `found` did not get, because another face has it.
 
-        A more similar face of the same time has this name. Raises UserError if there is none.
+        The other face is visible at the same time, and is more similar to the person. Raises
+        UserError if there is no such name.
         """
         names = (self._decision.twins.get(clip) for x in found for clip in x.clips)
         if (name := next(filter(None, names), None)) is None:
-            raise UserError("no other face of this time has a name: type the name")
+            raise UserError("no face that is visible at the same time has a name: type the name")
         return name
 
     def _list_rivals(self, found: Sequence[Subject], name: str) -> list[Subject]:
-        """Returns the faces with the name `name` that are seen together with the faces `found`."""
+        """Returns the faces with the name `name` that are visible together with one of `found`."""
         clips = {clip for x in found for clip in x.clips}
         films = [self._films[video] for video in {self._shown[clip].video for clip in clips}]
         together = {clip for pair in pair_seen_together(films) if {*pair} & clips for clip in pair}
@@ -401,15 +406,15 @@ class Review:
         return letters[best] if best and digits[0] == digits[1] else None
 
     def list_merged(self, name: str, of: Sequence[str]) -> list[str]:
-        """Returns the enrolled people in `of` who would become one person with another person.
+        """Returns the enrolled people in `of` who would be merged with the enrolled person `name`.
 
-        The other person is enrolled with the name `name`. Without this person, returns [].
+        This happens if they get the name `name`. If no person `name` is enrolled, returns [].
         """
         people, name = self._gallery.identities, normal_form(name)
         return [x for x in of if x in people and x != name] if name in people else []
 
     def is_unclear(self, of: Sequence[str]) -> bool:
-        """Returns whether `of` contains an unclear face without a name.
+        """Returns whether `of` contains a nameless face that is too small or too blurred.
 
         `of` are names of people, and keys of faces.
         """
@@ -420,8 +425,8 @@ class Review:
     def undo(self, version: int | None = None) -> str:
         """Undoes the last change; returns the person, or the key of the face, that it changed.
 
-        `version` is the version of the page. Raises OutdatedError if this page shows another last
-        change. Raises UserError if there is no change to undo.
+        `version` is the version of the page. Raises OutdatedError if the last change was made after
+        this version. Raises UserError if there is no change to undo.
         """
         with self._lock(version, [""]):
             if not self._steps:
@@ -434,10 +439,11 @@ class Review:
             return step.at
 
     def forget(self, person: str, version: int | None = None) -> None:
-        """Forgets a person, as `vidjax forget --delete`, and deletes the features of the photos.
+        """Deletes all data of a person, as the command `vidjax forget --delete` does.
 
-        This cannot be undone. The next page lists files that still contain the name. For `version`,
-        see `change`.
+        The features of the person's photos are deleted, too. This cannot be undone. The next page
+        lists files that still contain the name. `version` is the version of the page on which the
+        user has chosen the person.
         """
         with self._lock(version, [person]):
             if person not in (people := self._decision.people):
@@ -620,7 +626,7 @@ class Review:
         return about
 
     def _apply(self, lines: Sequence[Line], clips: Mapping[str, str | None]) -> None:
-        """Adds `lines` to the log, and decides all names again.
+        """Adds `lines` to the log, renames `clips` in the gallery, and decides all names again.
 
         `clips` are enrolled clips about which the log has no lines: clip -> new person. If the
         names cannot be decided, nothing is changed.
@@ -652,10 +658,11 @@ class Review:
 
 
 def _number_again(line: Line, decision: Decision) -> Line:
-    """Corrects the number in a line of the log that takes a face out of a person.
+    """Corrects the number in a line for the log that moves a face to a new unknown person.
 
-    Before names are decided, the line has the number of a new unknown person. If `decision` has
-    joined the face with another unknown person, the line gets the number of this person.
+    Before names are decided, the line has a new number. If `decision` has then joined the face with
+    another unknown person, the line gets the number of this person. Other lines are returned
+    unchanged.
     """
     if line.says != "apart" or not (face := line.face):
         return line

@@ -63,7 +63,7 @@ def write(
 ) -> None:
     """Writes a timeline NAME.otio and a playlist NAME.m3u for each person into a folder.
 
-    `padding_s` is as in `find_cuts`.
+    At both ends of each appearance, `padding_s` seconds are added.
     """
     cuts = find_cuts(appearances, films, padding_s)
     for stem, (person, own) in zip(make_file_stems(cuts), cuts.items(), strict=True):
@@ -72,10 +72,10 @@ def write(
 
 
 def to_timeline(person: str, cuts: Sequence[Cut]) -> dict[str, Any]:
-    """Returns a timeline of OpenTimelineIO as a JSON object.
+    """Returns a timeline of OpenTimelineIO as a JSON object, with the name of the person.
 
-    It plays the stretches `cuts` one after the other, with a track of pictures and a track of
-    sound. Its name is the name of the person.
+    The timeline plays the stretches `cuts` one after the other. It has a track of pictures and a
+    track of sound.
     """
     tracks = [
         {"OTIO_SCHEMA": "Track.1", "kind": kind, "name": kind, "children": [*map(_to_clip, cuts)]}

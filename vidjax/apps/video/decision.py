@@ -1,4 +1,4 @@
-"""Decides who appears in the films of a folder of results, from faces, a gallery and a log."""
+"""Decides who appears in films, from their faces, a gallery, and the log of users' corrections."""
 
 import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -86,14 +86,15 @@ def decide(
     """Names the people in the clips of all films, see `name_tracks`, and numbers unknown people.
 
     A group of clips without a name is an unknown person, who keeps the number of the last call or
-    gets a new number. An unclear face without a name is in no group. The faces that the log names
-    are enrolled. The numbers are written to `unknown.json`. So the caller must hold `lock_changes`.
+    gets a new number. A nameless face that is too small or too blurred is in no group. The faces
+    that the log names are enrolled. The numbers are written to `unknown.json`. So the caller must
+    hold `lock_changes`.
 
     Args:
       out: the folder of results.
-      identify: the method `gallery.identify`, with fixed arguments `fpir` and `threshold`.
+      identify: the method `gallery.identify`, with its options `fpir` and `threshold` already set.
       last: an earlier decision on the same films. Its embeddings and groups are used to save time.
-      lines: the lines of the log. By default, they are read.
+      lines: the lines of the log. By default, they are read from the folder `out`.
     """
     vectors, votes = (last.vectors, last.votes) if last else (None, None)
     if not last and (clips := {track.clip for film in films for track in film.tracks}):
@@ -149,13 +150,15 @@ def name_and_number(
 ) -> tuple[NamedTracks, dict[str, int]]:
     """Names the people in tracks, and gives numbers to people without a name.
 
-    Returns the names, and clip -> number. Also adds the numbers to `said.numbers`.
+    Returns the names, and clip -> number. Also adds the numbers to `said.numbers`. `said` are the
+    corrections of users. `before` are the numbers of the last call. `highest` is the highest old
+    number.
 
     If a user has said that two unknown people differ, the names depend on the numbers. So names and
     numbers are decided again until the numbers stay the same. Then the next call finds the same
     names.
 
-    For the arguments, see `naming.name_tracks` and `unknown_numbers.number_people`.
+    For the other arguments, see `naming.name_tracks`.
     """
     while True:
         named = naming.name_tracks(tracks, identify, votes, said)
@@ -170,11 +173,11 @@ def name_and_number(
 
 
 def enrol_named(gallery: Gallery, vectors: Vectors, said: Said) -> None:
-    """Enrols the faces that users have named in the log, with the names in the log.
+    """Enrols the faces to which users have given names in the log, with these names.
 
     Faces whose names were taken back are removed from the gallery. Enrolled faces in photos of
-    people are renamed as in the log. `vectors` are the embeddings of all clips of the present
-    films. Other enrolled clips stay as they are.
+    people are renamed as in the log. Other enrolled clips stay as they are. `vectors` are the
+    embeddings of all clips of the present films. `said` is the content of the log.
     """
     names = {clip: name for clip, name in said.names.items() if isinstance(clip, str)}
     enrolled = find_known(gallery.state, vectors)  # reads the present state

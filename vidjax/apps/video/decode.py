@@ -102,10 +102,11 @@ class Clock:
     the average duration of a frame. If this time differs from the bad time stamp, all later frames
     are moved by this difference. No time is negative.
 
-    If the time stamps jump and `resets` is True, all later frames are moved back, too. If `resets`
-    is False, the times jump, and the previous frame ends after the usual step, at `gap_s`.
+    Time stamps may also jump: one step is much longer than usual. If `resets` is True, all later
+    frames are moved back, so that the times do not jump. If `resets` is False, the times jump, too.
+    Then the previous frame ends at `gap_s`, after the usual step.
 
-    `step_s` is the average duration of a frame. `latest_s` is the declared end, or None.
+    `step_s` is the average duration of a frame in seconds. `latest_s` is the declared end, or None.
     """
 
     def __init__(self, step_s: float, latest_s: float | None, *, resets: bool = False):
@@ -118,9 +119,11 @@ class Clock:
         self.repaired = 0
 
     def time(self, stamp_s: float | None, usual_s: float | None = None) -> float:
-        """Returns the time of the next frame in seconds. The frame may have no time stamp.
+        """Returns the time of the next frame in seconds.
 
-        `usual_s` is the usual step if the time stamps jump before the frame, see `find_jumps`.
+        `stamp_s` is the time stamp of the frame, or None if it has none. If the time stamps jump
+        before the frame, `usual_s` is the usual step in seconds, see `find_jumps`. Otherwise, it is
+        None.
         """
         after = 0.0 if self._last is None else self._last + (usual_s or self.step)
         self.step = min(self.step, usual_s or self.step)
@@ -143,9 +146,10 @@ class Clock:
 
 
 def find_jumps(frames: "Iterable[VideoFrame]") -> "Iterator[tuple[VideoFrame, float | None]]":
-    """Yields each frame with the usual step in seconds if the time jumps before it, or else None.
+    """Yields each frame as (frame, usual step in seconds), or as (frame, None).
 
-    A jump is a step that is much longer than the steps before and after it, see JUMP_SECONDS.
+    The usual step is given only if the time stamps jump before the frame: the step to this frame is
+    much longer than the steps before and after it, see JUMP_SECONDS.
     """
     steps = collections.deque([np.nan] * (2 * NEAR_STEPS + 1), 2 * NEAR_STEPS + 1)
     waiting, last_s = collections.deque[Any](), None
@@ -165,8 +169,8 @@ def find_jumps(frames: "Iterable[VideoFrame]") -> "Iterator[tuple[VideoFrame, fl
 class Video:
     """An open video, see `open_video`. Call only one of its methods, and only once.
 
-    `counts` are complete when the iteration ends. `tell()` returns the present position in the file
-    in bytes.
+    `counts` are the numbers of frames and errors. They are complete when all frames have been read.
+    `tell()` returns the present position in the file in bytes.
     """
 
     def __init__(self, path: Path, file: io.FileIO, container: "InputContainer"):
@@ -228,7 +232,7 @@ class Video:
     def still(self, seconds: float, jumps: Iterable[Jump] = ()) -> np.ndarray | None:
         """Returns the upright picture at `seconds`, uint8 [H, W, 3], or None if there is none.
 
-        `jumps` are the jumps that `frames` has found.
+        `jumps` are the jumps of the time stamps that an earlier call of `frames` has counted.
         """
         from av.error import FFmpegError
 
@@ -254,8 +258,8 @@ class Video:
         `seconds` is the time of the first sample. `samples` are float32 [n] at 16 kHz, clipped to
         -1 to 1. They are a weighted sum of all channels: 0.71 x (left + right) for stereo. There
         may be gaps between blocks. If a block begins more than a second before the end of the
-        previous block, the rest of the sound is dropped. `jumps` are the jumps that `frames` has
-        found.
+        previous block, the rest of the sound is dropped. `jumps` are the jumps of the time stamps
+        that an earlier call of `frames` has counted.
         """
         for stream in _list_sound_streams(self._container)[:1]:
             stream.codec_context.thread_count = 1

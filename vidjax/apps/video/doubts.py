@@ -37,7 +37,7 @@ Sides = list[tuple[np.ndarray, int | None]]  # the rows of each side, and the pe
 
 
 class Side(NamedTuple):
-    """A group of photos with the name of a person that show the same face.
+    """Photos that have the name of the same person, and show the same face.
 
     Photos with the same name that show another face are another side.
     """
@@ -47,7 +47,7 @@ class Side(NamedTuple):
 
 
 class Doubts(NamedTuple):
-    """The photos that may show another person."""
+    """The photos that may show another person than the person whose name they have."""
 
     photos: dict[str, str | None]  # doubtful photo -> the likely person, or None for nobody
     mixed: dict[str, list[Side]]  # person -> at least two sides. It is not clear which is right
@@ -59,9 +59,9 @@ class Doubts(NamedTuple):
 def find_doubtful_photos(backend: Backend, photos: Mapping[str, StoredClip]) -> Doubts:
     """Finds photos that may show another person than the person whose name they have.
 
-    `photos` are name of a clip -> clip with a person and an embedding. `backend` contains how the
-    distances of embeddings are distributed. If the net of faces has no such distribution, the
-    result is empty.
+    `photos` is name of a clip -> the person and the embedding of a photo. `backend` has the
+    distributions of the distances of two embeddings, for one person and for two. If it has no such
+    distributions for faces, the result is empty.
     """
     found = Doubts({}, {}, [])
     clips = np.array(sorted(photos))
@@ -94,11 +94,11 @@ def find_doubtful_photos(backend: Backend, photos: Mapping[str, StoredClip]) -> 
 def _find_unclear(
     backend: Backend, units: np.ndarray, owner: np.ndarray, doubtful: Mapping[int, int | None]
 ) -> dict[int, tuple[int, int]]:
-    """Finds doubtful photos that may be right: instead, the photo that they resemble may be wrong.
+    """Finds doubtful photos that may be right, because the photo that they resemble may be wrong.
 
-    `doubtful` is the result of `compare_photos`. For other arguments, see there. Returns row of the
-    doubtful photo -> two rows in ascending order: this row, and the row of the most similar photo
-    of the other person.
+    `doubtful` is the result of `compare_photos`. For the other arguments, see `compare_photos`.
+    Returns row of the doubtful photo -> two rows in ascending order: the row of the doubtful photo,
+    and the row of the most similar photo of the person whom it resembles.
     """
     unclear, number_of = dict[int, tuple[int, int]](), np.bincount(owner)
     photos = _summarise(backend, units, np.arange(len(units)))
@@ -129,12 +129,13 @@ def _summarise(backend: Backend, units: np.ndarray, owner: np.ndarray) -> Summar
 def divide_photos(
     backend: Backend, units: np.ndarray, owner: np.ndarray
 ) -> tuple[dict[int, int | None], dict[int, Sides]]:
-    """Divides the photos of each person into sides that show different faces.
+    """Divides the photos of each person into sides, groups of photos that show different faces.
 
-    The side that makes the fewest photos wrong counts as right. If a side is right, the
-    photos of the person's other sides are wrong. If it resembles another person, the photos of the
-    most similar side of that person are wrong, too. The right side is clear if each other side
-    makes at least three times as many photos wrong. For the arguments, see `compare_photos`.
+    If a side shows the named person, the photos of the person's other sides are wrong. If the side
+    also resembles another person, the photos of the most similar side of that person are wrong,
+    too. The side with the smallest number of wrong photos is taken as right. This is clear if each
+    other side has at least three times as many wrong photos. For the arguments, see
+    `compare_photos`.
 
     Returns:
       A dict with the wrong photos of people whose right side is clear: row of the photo -> number

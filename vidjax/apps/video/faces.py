@@ -37,7 +37,7 @@ class FacePath(NamedTuple):
 
     @classmethod
     def of_track(cls, track: FaceTrack) -> "FacePath":
-        """Returns the times and boxes of the face in a track of the present films."""
+        """Returns the times and boxes of the face in a track: one person in one shot of a film."""
         places = track.places
         if not places and track.box:
             places = [(track.start_s if track.box_at_s is None else track.box_at_s, track.box)]
@@ -55,10 +55,10 @@ class FacePath(NamedTuple):
 
 
 def match(faces: Iterable[Face], films: Iterable[MediaFile]) -> dict[Face, list[str]]:
-    """Finds the clips that show faces of the log; returns face -> names of clips, the best first.
+    """Finds the clips in `films` that show faces of the log; returns face -> names of clips.
 
-    A face that no clip shows is left out. A face has several clips if other nets have divided its
-    track into parts.
+    The best clip of a face comes first. A face that no clip shows is left out. If the present nets
+    have divided the track of a face into parts, the face has several clips.
     """
     asked = group_by_key((face.film, face) for face in dict.fromkeys(faces))
     found: dict[Face, list[str]] = {}
@@ -72,10 +72,11 @@ def match(faces: Iterable[Face], films: Iterable[MediaFile]) -> dict[Face, list[
 
 
 def _match_paths(faces: Sequence[Face], tracks: Sequence[FaceTrack]) -> dict[Face, list[str]]:
-    """Finds the tracks that show faces that other nets have found; returns face -> clips.
+    """Finds the tracks that show faces of the log; returns face -> names of the tracks' clips.
 
-    The pair with the longest and closest overlap is chosen first. A track may belong to several
-    faces of the log if these overlap: then several nets have found the same face.
+    Other nets have found the faces. The face and the track with the longest and closest overlap are
+    matched first. A track may belong to several faces of the log if these faces overlap. Then
+    several nets have found the same face.
     """
     path_of = {face: FacePath.of_face(face) for face in faces}
     paths = [FacePath.of_track(track) for track in tracks]
@@ -131,10 +132,11 @@ class Lost(NamedTuple):
 
 
 class Said:
-    """The names and corrections that users gave to faces.
+    """The names and corrections that users gave to faces, from the log.
 
-    If several lines of the log are about a face, the last line counts. The keys of the dicts are
-    the names of clips. For a face that no present clip shows, the key is the face.
+    If several lines of the log are about a face, the last line counts. The attributes are dicts.
+    Their keys are the names of clips. For a face that no present clip shows, the key is the face
+    itself.
     """
 
     def __init__(
@@ -145,8 +147,8 @@ class Said:
     ):
         """Applies the lines of a log, in their order.
 
-        `films` are the present films, and photos of people. `numbers` are face -> number of the
-        unknown person, without corrections.
+        `films` are the present films, and photos of people. `numbers` is face -> number of the
+        unknown person, before the corrections in the log.
         """
         lines = [*drop_undone(lines)]
         faces = [x for line in lines for x in (line.face, line.of) if isinstance(x, Face)]
@@ -198,13 +200,15 @@ class Said:
         return [key for key, x in self.names.items() if x and x == name]
 
     def list_denied(self, name: str | None) -> list[Key]:
-        """Returns the keys of the faces that, as a user said, do not show the person `name`."""
+        """Returns the keys of the faces that do not show the person `name`, as a user has said."""
         return [key for key, names in self.denied.items() if name in names]
 
     def repeat(self, keys: Iterable[Key], says: str, name: str | None) -> list[Line]:
-        """Returns new lines of the log about faces that the log contains, with another name.
+        """Returns lines for the log which say that faces show a person, or do not show the person.
 
-        `says` is "is" if the faces `keys` show the person `name`, or "not" if they do not.
+        `keys` are the keys of faces about which the log has a line. `name` is the name of the
+        person; None for a stranger. `says` is "is" if the faces show the person, or "not" if they
+        do not.
         """
         lines = (self._line_of[key] for key in keys)
         return [
@@ -215,8 +219,8 @@ class Said:
     def list_lost(self, unread: Collection[str]) -> list[Lost]:
         """Returns the names and corrections of faces that no present clip shows.
 
-        `unread` are the sha256 of films and photos that the present nets have not read. Their faces
-        are left out, because they may be found later.
+        `unread` are the sha256 of films and photos that the present nets have not read yet. Faces
+        in these files are left out, because the nets may find the faces later.
         """
         lost = list[Lost]()
         for key, line in self._line_of.items():
@@ -255,10 +259,11 @@ class Said:
             self._move(line, keys, line.number)
 
     def _move(self, line: Line, keys: Sequence[Key], number: int) -> None:
-        """Gives the faces `keys` the number of an unknown person.
+        """Moves faces to the unknown person with the number `number`, as a line of the log says.
 
-        If the line has a `person`, all faces of this unknown person get the number, too. If some
-        faces of another number keep their number, the two numbers are two different people.
+        `keys` are the keys of the faces. If the line has a `person`, all faces of this unknown
+        person are moved, too. If only some faces of an unknown person are moved, the old and the
+        new person certainly differ.
         """
         is_new = number not in self.numbers.values()
         whole = parse_group_number(line.person) if line.person else 0

@@ -89,9 +89,9 @@ class Sighting(NamedTuple):
 
 
 class BestPictures:
-    """Keeps the best picture of a person in each interval of 0.2 seconds.
+    """Keeps the best picture of a person in each interval of 0.2 seconds, at most 96 pictures.
 
-    If there are more than 96 pictures, the length of the intervals is doubled.
+    If there are too many pictures, the length of the intervals is doubled.
     """
 
     def __init__(self) -> None:
@@ -156,9 +156,9 @@ class ClipBuilder:
             self._kept.setdefault(track, BestPictures()).add(sighting)
 
     def end(self, track: Track, names: Iterator[str], split: bool = True) -> None:
-        """Makes a clip of a track that has ended. `names` yields the names of clips.
+        """Makes the clip of a track that has ended. `names` yields names for clips.
 
-        If `split` is True and a track shows several people in turn, each person becomes a clip.
+        If `split` is True, and the track shows several people in turn, makes a clip of each person.
         """
         kept = self._kept.pop(track.number).pictures()
         # Pictures after the end of the track are part of a dissolve.
@@ -178,9 +178,10 @@ class ClipBuilder:
     def _end(
         self, track: Track, name: str, pictures: list[Sighting], vectors: Mapping[int, np.ndarray]
     ) -> None:
-        """Makes the clip `name` from the faces in some pictures of a track.
+        """Makes the clip `name` from some pictures of a track.
 
-        `vectors` is number of a sighting -> embedding of the face.
+        `pictures` are the faces of the person in frames. `vectors` is `Sighting.number` ->
+        embedding of the face.
         """
         spans: dict[int, Sighting] = {}
         for index, x in enumerate(pictures):
@@ -215,7 +216,7 @@ class ClipBuilder:
         self.tracks.append(written)
 
     def keep(self, live: set[int]) -> None:
-        """Deletes the pictures of all tracks whose numbers are not in `live`."""
+        """Frees memory: deletes the pictures of all tracks whose numbers are not in `live`."""
         self._kept = {number: kept for number, kept in self._kept.items() if number in live}
 
     def hear(self, sound: Iterable[tuple[float, np.ndarray]], seen: Sequence[FaceTrack]) -> int:
@@ -249,8 +250,9 @@ class ClipBuilder:
 def extract(task: Task, nets: Nets) -> MediaFile:
     """Writes the features of a video or photo to `OUT/STEM.npz`; returns its description.
 
-    Each face of a photo is a clip. If OUT contains a folder for thumbnails, a picture of the best
-    face of each clip is written into this folder. The memory grows only with the number of clips.
+    `task` contains the file, the folder OUT, and STEM. Each face of a photo is a clip. If OUT
+    contains a folder for thumbnails, a picture of the best face of each clip is written into this
+    folder. The memory grows with the number of clips, but not with the length of a video.
 
     Raises:
       UserError: the file cannot be decoded.

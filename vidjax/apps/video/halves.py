@@ -19,20 +19,21 @@ MOST_FACE_DIFFERENCE = 16.0  # levels, 0 to 255; the faces of two people differ 
 
 
 class HalvesDetector:
-    """Finds out whether the two halves of a film's pictures are equal. Pictures need faces.
+    """Finds out whether the pictures of a film consist of two equal halves, as in 3D films.
 
-    Two halves are equal if they look alike, and if at least half of the faces have a similar face
-    at the same place of the other half. The halves of a 3D film differ a little.
+    Only pictures with faces are compared. Two halves are equal if they look alike, and if at least
+    half of the faces have a similar face at the same place of the other half. Small differences, as
+    in 3D films, are allowed.
     """
 
     def __init__(self) -> None:
         self._pictures, self._equal = 0, Counter[Layout]()  # `_equal`: pictures with equal halves
 
     def add(self, rgb: np.ndarray, boxes: np.ndarray) -> None:
-        """Compares the halves of a picture: left and right, and top and bottom. `layout` counts it.
+        """Compares the left and right half of a picture, and the top and bottom half.
 
-        `rgb` is the picture, uint8 [H, W, 3]. `boxes` [N, 4] are the left, top, right and bottom of
-        the faces in the picture, in pixels.
+        The property `layout` has the result for all pictures. `rgb` [H, W, 3] uint8 is the picture.
+        `boxes` [N, 4] are the left, top, right and bottom of the faces in the picture, in pixels.
         """
         self._pictures += len(boxes) > 0
         ratio = rgb.shape[1] / rgb.shape[0]
@@ -42,7 +43,7 @@ class HalvesDetector:
 
     @property
     def layout(self) -> Layout | None:
-        """The first of two equal halves, as a filter `crop` of FFmpeg. None if they differ."""
+        """The first half as arguments of FFmpeg's filter `crop`, or None if the halves differ."""
         least = max(LEAST_PICTURES, LEAST_SHARE * self._pictures)
         return next((layout for layout, count in self._equal.items() if count >= least), None)
 

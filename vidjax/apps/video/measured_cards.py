@@ -53,18 +53,18 @@ class MeasuredCard(NamedTuple):
 
 
 def measure_photos(models: Path, people: Path, workers: int, tell: Tell) -> list[MeasuredCard]:
-    """Measures the net of faces on photos `people/NAME/PHOTO.jpg`, and writes its card.
+    """Measures how well a net of faces separates people, and writes the results into its card.
 
-    `models` is the folder of nets. `workers` is the number of processes. `tell` is called with each
-    problem of a photo. Raises UserError if fewer than 5 people have two usable photos, or if the
-    net does not separate the people.
+    `people` is a folder of photos NAME/PHOTO.jpg. `models` is the folder of the net. `workers` is
+    the number of processes. `tell` is called with each problem of a photo. Raises UserError if
+    fewer than 5 people have two usable photos, or if the net does not separate the people.
     """
     with files.scratch_folder() as out:
         # In a folder `gallery`, `Photos` would see people of earlier calls.
         gallery = Gallery.of_models(out / "vectors", models)
         if "face" not in gallery.backend.widths:
             raise UserError(
-                f"'{models}' needs a net of faces whose JSON file has the key back_end\n"
+                f"'{models}' contains no net of faces with the key back_end in its JSON file\n"
                 f"{cards.describe_remedy('face_embedder', models)}"
             )
         faces, owners = list[tuple[np.ndarray, str, float]](), dict[tuple[str, bytes], str]()
@@ -86,10 +86,11 @@ def measure_photos(models: Path, people: Path, workers: int, tell: Tell) -> list
 
 
 def measure_features(models: Path, path: Path) -> list[MeasuredCard]:
-    """Measures nets on files `path/NAME/CLIP.npz`, and writes the cards of the nets.
+    """Measures how well nets separate people, and writes the results into the nets' cards.
 
-    The files contain embeddings of the people NAME. `models` is the folder of nets. Raises
-    UserError as `measure_photos`, or if other nets have computed the embeddings.
+    The files `path/NAME/CLIP.npz` contain embeddings of the people NAME. `models` is the folder of
+    nets. Raises UserError if too few people have two clips, if a net does not separate the people,
+    or if other nets have computed the embeddings.
     """
     with files.scratch_folder() as scratch:
         gallery = Gallery.of_models(scratch / "gallery", models)
@@ -107,10 +108,11 @@ def measure_features(models: Path, path: Path) -> list[MeasuredCard]:
 def _measure_all(
     gallery: Gallery, models: Path, given: dict[str, Samples], kind: str
 ) -> list[MeasuredCard]:
-    """Measures the card of each modality with enough people, and then writes the cards.
+    """Measures the nets of all modalities with enough people, and then writes their cards.
 
-    `given` are modality -> clips, whose vectors may have any length. `kind` is the word for a clip
-    in messages, "photo" or "clip". Raises UserError if no modality has enough people.
+    `given` is modality, such as face -> embeddings, which need not have unit length. `kind` is the
+    word for a clip in messages, "photo" or "clip". Raises UserError if no modality has enough
+    people.
     """
     embedders, done = cards.list_embedders(cards.read_all(models)), list[MeasuredCard]()
     most = unclear = 0
@@ -151,8 +153,8 @@ def _drop_copies(samples: Samples) -> Samples:
 def _measure(card: Card, chosen: Samples, unclear: int, kind: str) -> MeasuredCard:
     """Returns a card with the numbers that are measured on the clips `chosen`.
 
-    `unclear` and `kind` are only reported: the number of clips that were left out, and the word for
-    a clip. Raises UserError if the net does not separate the people.
+    `unclear` is the number of clips that were left out, for the report. `kind` is the word for a
+    clip in texts, "photo" or "clip". Raises UserError if the net does not separate the people.
     """
     owner = np.unique(chosen.people, return_inverse=True)[1]
     found = card_measure.measure(chosen.units, owner)
@@ -187,6 +189,6 @@ def _measure(card: Card, chosen: Samples, unclear: int, kind: str) -> MeasuredCa
 
 
 def format_intervals(spread: Spread) -> tuple[str, str]:
-    """Returns the 95 % intervals of a mean and of a standard deviation, such as `0.61 to 0.64`."""
+    """Returns the 95 % intervals of a mean and a standard deviation, such as `0.61 to 0.64`."""
     (low, high), (least, most) = spread.mean_interval, spread.deviation_interval
     return f"{low:.3f} to {high:.3f}", f"{max(least, 0):.3f} to {most:.3f}"

@@ -89,10 +89,10 @@ def list_folders(path: Path, unreadable: Callable[[OSError], object] | None = No
 
 
 def split_files(path: Path) -> tuple[list[Path], list[Path]]:
-    """Returns the films and photos in a folder, and all other files, by the endings of their names.
+    """Returns two lists: the films and photos in a folder, and all other files in it.
 
-    Hidden files are left out. In a folder with films, pictures for media players, such as
-    `poster.jpg`, count as other files.
+    The ending of a file's name decides. Hidden files are left out. In a folder with films, pictures
+    for media players, such as `poster.jpg`, count as other files.
     """
     paths = [x for x in list_entries(path) if files.is_file(x)]
     accepted = {x for x in paths if x.suffix.lower() in FILMS}
@@ -129,7 +129,7 @@ def describe_left_out(paths: Iterable[Path]) -> Iterator[Note]:
 
 
 def check_apart(listed: Sequence[Path], out: Path) -> None:
-    """Raises UserError if a file of `listed` is in `out`, the folder for results."""
+    """Raises UserError if one of the input files `listed` is in `out`, the folder for results."""
     inner = next((path for path in listed if path.parent.resolve() == out.resolve()), None)
     if inner:
         raise UserError(f"--out={out} contains the input file '{inner.name}'\nname another folder")

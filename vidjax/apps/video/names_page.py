@@ -39,7 +39,7 @@ Picture = tuple[str, str, str, str]
 
 @dataclasses.dataclass(frozen=True)
 class PageData:
-    """The contents of the page of names."""
+    """What the page `names.html` shows about films and people."""
 
     appearances: Sequence[Appearance]  # in order of time
     films: Sequence[MediaFile]  # in the order in which the page shows them
@@ -68,7 +68,8 @@ class PageData:
     def list_faces(self, entries: "Sequence[PageEntry]", name: str = "") -> list[Picture]:
         """Returns pictures of a person: all photos of the person `name`.
 
-        If there are no photos, returns up to 8 pictures of `entries`, the clearest face first.
+        If there are no photos, returns up to 8 pictures from the appearances `entries`, the
+        clearest face first.
         """
         if self.people.get(name):
             return [*self.people[name]]
@@ -85,7 +86,7 @@ class PageData:
 class PageEntry:
     """An appearance of a person in a film, as the page shows it.
 
-    A page shows few of many appearances, so texts are made when they are shown.
+    Texts are made only when they are needed, because a page shows few of many appearances.
     """
 
     def __init__(self, x: Appearance, film: MediaFile, data: PageData):
@@ -96,7 +97,7 @@ class PageEntry:
 
     @property
     def keys(self) -> list[str]:
-        """A text for each clip, by which forms identify the clip. No text is a person's name.
+        """The keys by which forms identify the clips of the appearance. No key is a person's name.
 
         Clips with a `twin` come first.
         """
@@ -121,7 +122,7 @@ class PageEntry:
 
     @property
     def certainty(self) -> str:
-        """The probability as text, see `format_certainty`, without a line break before "%"."""
+        """The probability of the name as text, such as "87 %". The blank never breaks a line."""
         return format_certainty(self._x).replace(" %", "\u00a0%")
 
     @property
@@ -163,9 +164,10 @@ class PageEntry:
 
     @property
     def twin(self) -> str:
-        """The name of a more similar face that is visible at the same time, or "".
+        """The name that the face did not get, because another face of the same time has it, or "".
 
-        A mirror or a split screen may show the person twice.
+        The other face is more similar to the person. A mirror or a split screen may show a person
+        twice.
         """
         return next((self._data.twins[x] for x in self._x.clips if x in self._data.twins), "")
 
@@ -256,7 +258,7 @@ def render(data: PageData) -> str:
         return next(iter(data.list_faces(found, key)), None)
 
     def turn(first: int) -> str:
-        """Returns the URL of this page from the face or person with the number `first` on."""
+        """Returns the URL of this page that shows the faces or people from number `first` on."""
         return f"./?{view._replace(first=max(first, 0)).url_query}"
 
     texts = {video: " ".join([video, *{x.name for x in of}]) for video, of in entries_of.items()}
@@ -305,7 +307,10 @@ def _list_likely(entries: Iterable[PageEntry]) -> list[tuple[str, float]]:
 
 
 def _sort_likely(pairs: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
-    """Returns each name of (name, probability) pairs with its highest probability, best first."""
+    """Returns the names in `pairs` (name, probability), the most likely name first.
+
+    Each name is returned once, as (name, highest probability).
+    """
     best = dict(sorted(pairs, key=lambda pair: pair[1]))
     return sorted(best.items(), key=lambda pair: (-pair[1], pair[0]))
 
@@ -329,7 +334,7 @@ def find(words: str, texts: Mapping[str, str]) -> list[str]:
 def _load_template(name: str) -> "tuple[jinja2.Template, str, str]":
     """Returns a template, the script of the page, and the digest of the script.
 
-    The digest, a sha256 in base64, stands in the page, so that the page runs only this script.
+    The digest, a sha256 in base64, is written into the page. So the browser runs only this script.
     """
     import jinja2
 

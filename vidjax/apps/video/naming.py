@@ -38,8 +38,8 @@ class Appearance(NamedTuple):
 def format_certainty(appearance: Appearance) -> str:
     """Returns the probability of a name as text, such as "87 %", or "" for an unknown person.
 
-    For a name that a user gave, the text is "as you said". For a name that only other shots of the
-    person show, it is "23 %, by other shots".
+    If a user gave the name, the text is "as you said". If only other shots of the person show the
+    name, and not the face in this shot, it is "23 %, by other shots".
     """
     if appearance.probability is None:
         return ""
@@ -99,9 +99,9 @@ def list_places(films: Iterable[MediaFile]) -> dict[str, tuple[str, str, str]]:
 
 
 def pair_seen_together(films: Iterable[MediaFile]) -> list[tuple[str, str]]:
-    """Returns all pairs of clips of a film that overlap in time, and of clips of a photo.
+    """Returns the pairs of clips that show two people at the same time, as names of clips.
 
-    The two clips of a pair must show two different people.
+    These are all pairs of clips of a film that overlap in time, and all pairs of clips of a photo.
     """
     pairs = []
     for film in films:
@@ -114,7 +114,7 @@ def pair_seen_together(films: Iterable[MediaFile]) -> list[tuple[str, str]]:
 
 
 class Tracks(NamedTuple):
-    """The tracks of films, and the gallery that names people."""
+    """Tracks, each of a person in a shot of a film, and the gallery that names the people."""
 
     gallery: Gallery
     vectors: Vectors  # the embeddings of the tracks
@@ -139,14 +139,15 @@ def name_tracks(
     votes: dict[str, str] | None = None,
     said: Said | None = None,
 ) -> NamedTracks:
-    """Names the people in tracks of films.
+    """Names the people in tracks of films. A track is a person in a shot.
 
     Similar tracks are grouped, and the tracks of a group vote on one name. An enrolled track gets
     the name under which it is enrolled. A track does not get a name that a user denied. If only
     unclear faces of a person are enrolled, no other track gets the name of this person.
 
-    `identify` is the method `gallery.identify`, with fixed arguments. If `votes` are given, the
-    tracks are not grouped again. `said` is what people said about the tracks.
+    `identify` is the method `gallery.identify`, with options such as `threshold` already set. If
+    `votes`, clip -> group, is given, the tracks are not grouped again. `said` are the names and
+    corrections that users gave to faces.
     """
     gallery, vectors, films = tracks
     answers, said = dict.fromkeys(vectors.names, NOBODY), said or Said()
@@ -185,9 +186,9 @@ def _unname(answer: Answer) -> Answer:
 
 
 def _deny(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
-    """Removes people from answers if a user said that a clip does not show them.
+    """Removes the names of people from answers if the clip does not show them, as a user said.
 
-    Returns the new answers of these clips.
+    Returns the new answers of these clips, clip -> answer, and no other answers.
     """
     changed = {}
     for clip, names in said.denied.items():
@@ -198,11 +199,12 @@ def _deny(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
 
 
 def _tell_apart(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
-    """Removes names if a user has said that two unknown people differ, but both get the same name.
+    """Removes names, so that two unknown people have different names if a user told them apart.
 
-    The clips of the less probable person lose this name. But a clip that a user has named keeps its
-    name. A name that only a user has given counts as the name of a person if more than half of the
-    person's clips have it, because a user may name wrong faces one by one. Returns all answers.
+    If both people get the same name, the clips of the less probable person lose this name. If a
+    user has named a clip, the clip keeps its name. Users may name wrong faces one by one. So if
+    only users have given a name, it counts as the name of a person only if more than half of the
+    person's clips have it. Returns all answers.
     """
     answers = dict(answers)
     clips_of = group_by_key(
@@ -250,8 +252,9 @@ def group_unknown(
 ) -> dict[str, str]:
     """Groups tracks without a name; returns clip -> unknown person, such as `unknown 3`.
 
-    Unclear faces of two people look alike. So an unclear face is not grouped, and has a number that
-    no other track has. If it is in `together`, it has the number of its group.
+    Faces that are too small or too blurred look alike even if they show two people. So each such
+    face becomes an unknown person of its own. But if `together` contains its clip, the clip stays
+    with its group.
 
     `together` is clip -> number. Clips with the same number are one person. `apart` are pairs of
     numbers of two different people. For `settled`, see `Gallery.group`.
@@ -273,7 +276,7 @@ def group_unknown(
 
 
 def mark_unclear(groups: Mapping[str, str], films: Iterable[MediaFile]) -> dict[str, str]:
-    """Renames unknown people who have only one, unclear face: `unknown 4` to `unknown face 4`.
+    """Renames each unknown person who is a single unclear face: `unknown 4` to `unknown face 4`.
 
     `groups` is clip -> unknown person. Returns clip -> name.
     """
@@ -286,10 +289,10 @@ def mark_unclear(groups: Mapping[str, str], films: Iterable[MediaFile]) -> dict[
 
 
 def _remove_unclear_names(answers: Mapping[str, Answer], tracks: Tracks) -> dict[str, Answer]:
-    """Removes names of people of whom only unclear faces are enrolled.
+    """Removes names from answers if all enrolled faces of the person are too small or too blurred.
 
-    We enrolled each of 47 unclear faces of women: of all clear faces that then got the same name,
-    only 27 % showed the same woman.
+    Such names are often wrong. In a test, we enrolled each of 47 unclear faces of women. Of the
+    clear faces that then got the name of the enrolled woman, only 27 % showed this woman.
     """
     unclear, clips = list_unclear(tracks.films), tracks.gallery.clips
     clear = {entry.identity for clip, entry in clips.items() if clip not in unclear}
@@ -320,7 +323,10 @@ def settle_answers(answers: Mapping[str, Answer], films: Iterable[MediaFile]) ->
 
 
 def _join_tracks(tracks: Iterable[FaceTrack]) -> list[list[FaceTrack]]:
-    """Returns groups of tracks with gaps below two seconds. `tracks` are in order of time."""
+    """Groups the tracks of a person. Gaps between the tracks of a group are below two seconds.
+
+    `tracks` are in order of time.
+    """
     groups, end = list[list[FaceTrack]](), -GAP_SECONDS
     for track in tracks:
         if track.start_s - end >= GAP_SECONDS:

@@ -74,7 +74,7 @@ def work(arguments: dict[str, Any]) -> float:
 def measure_milliseconds(net: nets.Net) -> float:
     """Returns the CPU time of a call of a net in milliseconds: the fastest of 5 calls.
 
-    INPUTS describes the input of the call.
+    The input is a test input of usual size, such as the image of one face, see INPUTS.
     """
     inputs = nets.make_formula_inputs(net.card, net.card.test.seed, (FRAME, FRAME))
     times = []
@@ -86,7 +86,10 @@ def measure_milliseconds(net: nets.Net) -> float:
 
 
 def describe_back_end(back_end: BackEnd) -> str:
-    """Returns a text about the cosines of a net's embeddings, and how they were measured."""
+    """Returns a text about the cosines of two embeddings, for one person and for two people.
+
+    The text also says how the cosines were measured.
+    """
     same, different = (
         f"{mean:g} +- {spread:g}" for mean, spread in (back_end.same, back_end.different)
     )

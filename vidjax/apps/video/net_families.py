@@ -66,7 +66,7 @@ class ForeignNet(NamedTuple):
         return f"input {_join(self.inputs)}, output {_join(self.outputs)}"
 
     def refuse(self, family: str, more: str = "", found: str = "") -> UserError:
-        """Returns an error for a net that is not like its family.
+        """Returns an error which says that a net is not like the nets of a family.
 
         In the message, `more` follows the name of the family, and `found` are the wrong shapes. By
         default, the message has all inputs and outputs of the net.
@@ -100,7 +100,8 @@ def convert(
       colour: the order of the colours, "rgb" or "bgr". If it is None, the order of the family.
 
     Raises:
-      UserError: a file is damaged or of no family, or two nets have the same role.
+      UserError: a file is damaged or of no family, or two nets have the same role, such as
+        finding faces.
     """
     require_packages("convert", "onnx", extra="convert")
     found: dict[Role, tuple[Written, bytes]] = {}
@@ -126,7 +127,7 @@ def convert(
 
 
 def _read_net(path: Path, given: dict[str, Any]) -> list[tuple[Written, bytes]]:
-    """Calls `work` in a child process; returns a list with the card and the converted net.
+    """Converts a net in a child process; returns a list with the net's card and the converted net.
 
     The list is empty if the net is part of a package and belongs to no family. `given` are the
     arguments of `work`, without `path`, `out` and `weights`.
@@ -171,8 +172,8 @@ def _list_nets(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
 def _check_card(card: Written, kind: str, name: str, content: bytes, converted: bytes) -> None:
     """Raises ValueError if a card from a child process is not the card of this net.
 
-    `kind` and `name` are as in `work`. `content` is the file of the net, and `converted` is the net
-    that the child has written.
+    A malicious net may have taken over the child process. `kind` and `name` are as in `work`.
+    `content` is the file of the net. `converted` is the net that the child process has written.
     """
     for family in KINDS[kind]["families"]:
         if FAMILIES[family]["role"] == card.role:
@@ -182,7 +183,7 @@ def _check_card(card: Written, kind: str, name: str, content: bytes, converted: 
                 right["back_end"] = centre | FAMILIES[family]["back_end"]
             if msgspec.convert(right, Written) == card:
                 return
-    raise ValueError("the card is of another net")
+    raise ValueError("the child process has written the card of another net")
 
 
 def work(arguments: dict[str, Any]) -> list[Written | str]:
@@ -203,7 +204,7 @@ def work(arguments: dict[str, Any]) -> list[Written | str]:
         if kind == "insightface":
             return []
         shapes = "; ".join(f"{x}: {FAMILIES[x]['supported']}" for x in families)
-        raise UserError(f"'{show(name)}' has {net.describe()}\nsupported nets: {shapes}")
+        raise UserError(f"unsupported: '{show(name)}' has {net.describe()}\nsupported: {shapes}")
     if like not in (None, family):
         raise UserError(
             f"'{show(name)}' is the net {known['file']} of {known['package']}: use --like={family}"
@@ -230,7 +231,8 @@ def _describe(
 ) -> dict[str, Any]:
     """Returns the fields of a card that depend only on the file and the family of a net.
 
-    `content` is of the file, and `converted` are the bytes of the net that `convert` writes.
+    `kind` is as in `convert`, and `name` is the name of the file. `content` are the bytes of the
+    file, and `converted` the bytes of the converted net.
     """
     sha256, form = hashlib.sha256(content).hexdigest(), FAMILIES[family]
     stem = re.sub(r"[^A-Za-z0-9_.-]", "_", name.removesuffix(".onnx")).lstrip(".-")[:90] or family
@@ -272,7 +274,7 @@ def parse_net(content: bytes, name: str) -> ForeignNet:
 
 
 def find_weights(net: ForeignNet, folder: Path) -> str:
-    """Returns the name of the second file, in which a net stores weights, or "".
+    """Returns the name of the second file, in which a net stores weights, or "" without one.
 
     `folder` is the folder of the net. Raises UserError if the weights are in several files, in
     another folder, or missing.
@@ -311,7 +313,10 @@ def _join_weights(net: ForeignNet, data: bytes) -> ForeignNet:
 
 
 def refuse_unsafe(net: ForeignNet) -> None:
-    """Raises UserError if a net needs operators that are not standard."""
+    """Raises UserError if a net uses a part of ONNX that is not supported.
+
+    These are operators that are not standard, functions, control flow, and sparse weights.
+    """
     graph = net.model.graph
     nodes = graph.node
     attributes = [(node.op_type, x) for node in nodes for x in node.attribute]
@@ -350,9 +355,9 @@ def guess_family(net: ForeignNet, families: Sequence[str]) -> str:
 
 
 def _fit(family: str, net: ForeignNet, side: int | None, colour: str | None) -> dict[str, Any]:
-    """Returns the fields of a net's card that depend on the inputs and outputs that it declares.
+    """Returns the fields of a net's card that depend on the inputs and outputs of the net.
 
-    `side` and `colour` are as in `convert`.
+    `side` and `colour` are as in `convert`. Raises UserError if the inputs do not fit the family.
     """
     form, inputs, count = FAMILIES[family], [*net.inputs.items()], len(net.outputs)
     if len(inputs) != 1 or len(inputs[0][1]) != 4:
@@ -389,9 +394,10 @@ def _fit(family: str, net: ForeignNet, side: int | None, colour: str | None) -> 
 
 
 def _normalises(model: "ModelProto") -> bool:
-    """Returns whether a net itself scales its input, so that its input is pixels from 0 to 255.
+    """Returns whether a net itself subtracts the mean from pixels, and scales the pixels.
 
-    Such a net begins with a subtraction, and a product or a division.
+    The input of such a net are pixels from 0 to 255. The net begins with a subtraction, and a
+    product or a division.
     """
     skipped = ("Cast", "Constant", "Identity", "Transpose")
     first = [node.op_type for node in model.graph.node if node.op_type not in skipped][:2]
@@ -443,9 +449,9 @@ def _measure(fields: dict[str, Any], family: str, net: ForeignNet) -> tuple[Writ
 
 
 def _check_outputs(family: str, opened: Net, net: ForeignNet, size: tuple[int, int]) -> None:
-    """Raises UserError if the outputs of a detector have other shapes than its family.
+    """Raises UserError if the outputs of a detector have other shapes than the family requires.
 
-    `size` is the height and width of the test image in pixels.
+    `opened` is the net in ONNX Runtime. `size` is the height and width of the test image in pixels.
     """
     height, width = size
     outputs = [*opened.ask(nets.make_formula_inputs(opened.card, SEED, size)).values()]

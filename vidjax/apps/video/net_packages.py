@@ -94,8 +94,8 @@ def check_place(folder: Path, card: Written) -> Card | None:
 def write_net(folder: Path, card: Written, net: bytes) -> Path:
     """Writes a net and its card into `folder`; returns the path of the card, a JSON file.
 
-    If an equal card in the folder has measured numbers, these numbers stay. For errors, see
-    `check_place`.
+    If `folder` has an equal card with numbers that were measured on a user's photos, these numbers
+    are kept. For errors, see `check_place`.
     """
     measured, card_path = check_place(folder, card), (folder / card.file).with_suffix(".json")
     files.write_bytes(files.make_folder(folder, "--out") / card.file, net)
@@ -105,7 +105,7 @@ def write_net(folder: Path, card: Written, net: bytes) -> Path:
     if measured and measured.back_end and measured.back_end.card == new.digest:
         cards.replace_back_end(new, measured.back_end)
     if before not in (None, files.sha256_file(card_path)):
-        warn(f"'{card_path}' differed, and was replaced")
+        warn(f"the earlier card '{card_path}' differed, and was replaced")
     return card_path
 
 
@@ -135,9 +135,9 @@ def read_member(path: Path, kind: str) -> bytes:
 
 
 def unpack(path: Path, name: str, limit: int = MEMBER_BYTES) -> bytes:
-    """Returns the content of the file `name` in a .whl, .zip or .tar.gz, at most `limit` bytes.
+    """Returns the first `limit` bytes of the file `name` in a .whl, .zip or .tar.gz.
 
-    If `path` has another ending, it is the file `name` itself.
+    If `path` has another ending, it is not unpacked: it is the file `name` itself.
     """
     with files.open_input(path) as file, _blame_package(path):
         if path.name.endswith(ZIP_ENDINGS):
@@ -173,7 +173,7 @@ def list_members(path: Path, ending: str) -> list[str]:
 
 @contextlib.contextmanager
 def _blame_package(path: Path) -> Iterator[None]:
-    """Turns errors in a `with` block that reads the package `path` into UserErrors."""
+    """Turns errors in a `with` block that reads a package into UserErrors about `path`."""
     try:
         yield
     except UserError as error:
@@ -271,13 +271,17 @@ class Graph:
         return name
 
     def add_pooling(self, kind: str, at: str, kernel: int) -> str:
-        """Adds a pooling with the ONNX operator `kind` and stride 2, without incomplete windows."""
+        """Adds a pooling with the ONNX operator `kind` and stride 2; returns its output.
+
+        `at` is the input, and `kernel` the side of a window. Incomplete windows are left out.
+        """
         return self.add(kind, at, kernel_shape=[kernel] * 2, strides=[2, 2])
 
     def pad(self, at: str, channels: int, side: int) -> str:
-        """Adds `channels` channels, `side` rows and `side` columns of zeros after the last ones.
+        """Pads the output `at` with zeros; returns the name of the padded output.
 
-        dlib does this before it adds two images of different sizes.
+        Adds `channels` channels, `side` rows at the bottom, and `side` columns at the right. dlib
+        does this before it adds two images of different sizes.
         """
         if not (channels or side):
             return at
@@ -297,7 +301,10 @@ def convert_dlib(content: bytes) -> "ModelProto":
     graph, place = Graph(), 0  # the place is the end of the last tensor
 
     def read_tensor(layer: str, *shape: int, after: Sequence[int] = ()) -> np.ndarray:
-        """Reads a tensor. `after` are whole numbers after the name of its layer."""
+        """Reads the tensor of the next layer with the name `layer`, as float32 of shape `shape`.
+
+        `after` are the integers that the file has between the name of the layer and the shape.
+        """
         nonlocal place
         # Before each integer, a byte contains its length. 2 is the version of the format.
         start = content.index(layer.encode(), place) + len(layer)
@@ -306,7 +313,10 @@ def convert_dlib(content: bytes) -> "ModelProto":
         return np.frombuffer(content[start:place], "<f4").reshape(shape)
 
     def convolve(at: str, before: int, channels: int, kernel: int, stride: int) -> str:
-        """Reads a convolution and the affine layer after it, and adds both as a single node."""
+        """Reads a convolution and the affine layer after it, and adds both as a single node.
+
+        `at` is the input, and `before` its number of channels. Returns the node's output.
+        """
         shape = channels, before, kernel, kernel
         size, padding = math.prod(shape), 0 if stride > 1 else kernel // 2
         numbers = read_tensor("con_4", size + channels, 1, 1, 1).ravel().astype(np.float64)
@@ -401,7 +411,8 @@ def to_model(
 ) -> "ModelProto":
     """Makes an ONNX model of `nodes` and the constants `weights`, name -> array.
 
-    Its input `start` and its output `end` are (name, shape). A text in a shape is a free size.
+    `start` is the input of the model, and `end` its output, both as (name, shape). If a side in a
+    shape is a string, the side may have any length.
     """
     from onnx import TensorProto, helper, numpy_helper
 

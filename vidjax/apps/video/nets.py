@@ -72,10 +72,10 @@ class Net:
     """A net that runs in ONNX Runtime on a single thread, and its card, a JSON file."""
 
     def __init__(self, card: Card, content: bytes | None = None):
-        """Opens a net.
+        """Opens a net, which its card, a JSON file, describes.
 
-        `content` are the bytes of the net. They are not tested. Without them, the file of the net
-        is read and tested.
+        If `content`, the bytes of the net, is given, these bytes are used without a test.
+        Otherwise, the file of the net is read and tested.
 
         Raises UserError if the net is damaged, or if its sha256, or its output for a test input,
         differs from the card.
@@ -134,8 +134,8 @@ class Net:
     def answer_formula(self, seed: int) -> np.ndarray:
         """Returns four numbers, float64 [4], of the output for a test input.
 
-        The numbers are at 1/8, 3/8, 5/8 and 7/8 of the length of the last output. `seed` determines
-        the input, see `make_formula_inputs`.
+        The numbers are at 1/8, 3/8, 5/8 and 7/8 of the length of the last output, as one row of
+        numbers. `seed` determines the input, see `make_formula_inputs`.
         """
         outputs = self.ask(make_formula_inputs(self.card, seed))
         with self.blame():  # the other outputs are probabilities near 0 or 1: they hide errors

@@ -54,9 +54,9 @@ def list_faces(gallery: Gallery) -> dict[str, PhotoFace]:
 
 
 def list_unread(out: Path) -> dict[str, PhotoFace]:
-    """Returns clip -> face, for faces in photos that new nets have not yet read again.
+    """Returns clip -> face, for faces in photos that must be read again with new nets.
 
-    `out` is the folder of results.
+    `out` is the folder of results. Earlier nets have read these photos.
     """
     faces = (
         PhotoFace(owner, track.clip, track.name or owner)
@@ -81,7 +81,7 @@ def list_photo_files(out: Path) -> list[MediaFile]:
 
 
 def _list_stills(folder: Path) -> list[Path]:
-    """Returns the photos and films in a folder, without the films that phones add to photos.
+    """Returns the photos and films in a folder, without short films that phones save with photos.
 
     Such a film has the name of its photo: `IMG_1.mov` and `IMG_1.heic`.
     """
@@ -106,12 +106,16 @@ class Photos:
     """The photos of people in a folder, and the faces in them.
 
     `people` is the folder of photos. `out` is the folder of results, with features of the photos in
-    `OUT/people`. Messages name `flag`, the flag of the folder `people`. `tell` is called with each
-    problem of a photo.
+    `OUT/people`. `flag` is the flag with which the user named the folder `people`, for messages.
+    `tell` is called with each problem of a photo.
     """
 
     def __init__(self, people: Path, out: Path, tell: Tell, flag: str = WHO_FLAG):
-        """Lists the photos. Raises UserError as `_list`."""
+        """Lists the photos of each person.
+
+        Raises UserError if there are no photos and no earlier gallery, or if `out` is inside
+        `people`.
+        """
         self.people, self.out, self.tell, self._flag = people, out, tell, flag
         self.paths_of = self._list()  # person -> photos
         # Folder of features -> outcomes of photos.
@@ -130,7 +134,7 @@ class Photos:
         self._mixed: dict[str, list[doubts.Side]] = {}
 
     def warn(self, texts: Iterable[str]) -> None:
-        """Reports problems of photos."""
+        """Calls `tell` with each of `texts`, which are problems of photos."""
         for text in texts:
             self.tell(Note(text))
 
@@ -205,8 +209,9 @@ class Photos:
     def check_people(self, gallery: Gallery, forget_missing: bool) -> None:
         """Raises UserError if the folder of photos has none of the people of earlier calls.
 
-        The user has probably named a wrong folder. If `forget_missing` is True, the folder must
-        exist.
+        Then the user has probably named a wrong folder. If `forget_missing` is True, people may be
+        missing. But it is still an error if the folder does not exist, or if it is the folder of a
+        single person.
         """
         people, photos = self.people, self.paths_of
         enrolled = (list_unread(self.out) | list_faces(gallery)).values()
@@ -279,10 +284,11 @@ class Photos:
         self.warn(self._describe_numbers(single, only_files))
 
     def _check_photo(self, owner: str, outcome: FileOutcome) -> tuple[set[str], set[str]]:
-        """Reports problems of a photo; returns the names of its people, and the clips of its faces.
+        """Reports problems of a photo; returns the names of its people, and the clips of faces.
 
-        A face is returned if it has a face tag, or if it is the only face, and the photo has no
-        face tags. Then the person is `owner`, the name of the folder. Poor faces are not reported.
+        If the photo has face tags, the faces with tags are returned. Without face tags, the only
+        face is returned, and its person is `owner`, the name of the folder. Blurred faces are
+        reported later.
         """
         photo, names, clips, problems = outcome.known, {owner}, set[str](), [outcome.error]
         if photo and photo.tags:
@@ -317,9 +323,10 @@ class Photos:
             yield text
 
     def _describe_foreign_tags(self, name: str, outcomes: Sequence[FileOutcome]) -> Iterator[str]:
-        """Yields a warning if new photos in the folder of the person `name` tag only other people.
+        """Yields a warning if face tags of new photos in a person's folder name only other people.
 
-        Photos with tags that do not fit are ignored, because their tags are not used.
+        `name` is the person. Photos whose tags do not fit the faces are ignored, because their tags
+        are not used.
         """
         new = [
             (outcome.path, outcome.media.tags) for outcome in outcomes
@@ -337,9 +344,9 @@ class Photos:
         """Yields a warning if photos such as Ada_1.jpg and Ada_2.jpg count as two people.
 
         `names` are the people whose photo is a file directly in the folder `people`. `only_files`
-        is True if all people are such files, and nobody was enrolled before. Then two photos with
-        any names, or a photo with a number in its name, cause a warning, because `people` may be
-        the folder of one person.
+        is True if all people are such files, and nobody was enrolled before. Then `people` may be
+        the folder of one person. So two photos with any names, or a photo with a number in its
+        name, cause a warning.
         """
         people, flag = self.people, self._flag
         if only_files and (len(names) > 1 or any(re.search(r"\d", name) for name in names)):
@@ -446,7 +453,7 @@ class Photos:
     def find_renamed(
         self, gallery: Gallery, enrolled: Mapping[str, PhotoFace], entries: Mapping[str, StoredClip]
     ) -> dict[str, set[str]]:
-        """Finds people all of whose photos are now photos of other people, as after a renaming.
+        """Finds people whose photos all belong to other people now, as after a folder was renamed.
 
         `enrolled` is clip -> face in the gallery. `entries` is clip -> embedding in this call. A
         face is found again by its embedding. Returns person -> people who have the photos now.
@@ -472,9 +479,9 @@ class Photos:
         return moved
 
     def list_mirrored(self) -> list[float]:
-        """Returns the cosine of the embeddings of each usable face and of its mirror image.
+        """Returns the cosine similarity of each usable face and its mirror image.
 
-        Faces whose cosine is not known are left out.
+        This is the cosine of their embeddings. Faces whose cosine is not known are left out.
         """
         cosines = (self.faces[clip].track.mirrored for clip in self.usable)
         return [cosine for cosine in cosines if cosine is not None]
@@ -567,8 +574,9 @@ def enrol_folder(
 ) -> PhotoEnrolment:
     """Enrols the photos `people/NAME/PHOTO.jpg` and `people/NAME.jpg` in a gallery.
 
-    The faces that another call has enrolled stay as they are, even if they were renamed. New photos
-    of a renamed person get the new name. The features of the photos are deleted at the end.
+    Faces that are already enrolled stay as they are, even if a user renamed their person. New
+    photos of a renamed person get the new name. The features of the photos are deleted at the end.
+    `models` is the folder of nets.
     """
     with files.scratch_folder() as out:
         found = find_faces(people, out, models, workers, tell)
@@ -596,9 +604,9 @@ def enrol_folder(
 def _choose_label(name: str, labels: Collection[str], names: Collection[str]) -> str:
     """Returns the name in the gallery for the new photos of the person `name`.
 
-    A user may have renamed the person in the gallery. `labels` are the names of the person's
-    enrolled photos. The result is the most frequent of them, or `name` if there are none. Names of
-    other people in `names` are chosen last.
+    A user may have renamed the person in the gallery. `labels` are the names of the person's photos
+    there. The result is the most frequent label, or `name` if there are none. A label that is also
+    the name of another person in `names` is only chosen if all labels are such names.
     """
     count = Counter(labels)
     order = [(label != name and label in names, -count[label], label) for label in count]

@@ -93,10 +93,10 @@ def _check_pixel_data(
 ) -> io.BytesIO:
     """Returns the file of a JPEG or PNG photo; raises UserError if its pixels are damaged.
 
-    `codec`, `begin` and `end` are as in PIXELS. If only the last mark of a JPEG photo is missing,
-    it is added. Pillow would fill damaged parts with wrong colours. FFmpeg finds most damage. A
-    photo with more than `decode.MOST_PIXELS` pixels, or in a form that FFmpeg cannot decode, is not
-    checked.
+    FFmpeg finds most damage, but Pillow would fill damaged parts with wrong colours. A photo with
+    more than `decode.MOST_PIXELS` pixels, or in a form that FFmpeg cannot decode, is not checked.
+    If only the last mark of a JPEG photo is missing, it is added. `content` is the file. For
+    `codec`, `begin` and `end`, see PIXELS.
     """
     import av
     from av.error import ExternalError, FFmpegError, InvalidDataError
@@ -144,7 +144,7 @@ def _read_orientation(photo: "Image") -> int:
 
 
 def _convert_to_srgb(photo: "Image") -> "Image":
-    """Converts a photo in any colours to RGB. A colour profile that does not fit is ignored."""
+    """Converts a photo in any colours to sRGB. A colour profile that does not fit is ignored."""
     from PIL import Image, ImageCms
 
     profile = photo.info.get("icc_profile")

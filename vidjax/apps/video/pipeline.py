@@ -56,7 +56,10 @@ class FileOutcome(NamedTuple):
 
     @property
     def known(self) -> MediaFile | None:
-        """The description by this call, or after an error, by an earlier call, if any."""
+        """The description of the film or photo.
+
+        After an error, it is the description by an earlier call, or None if there is none.
+        """
         return self.media or self.earlier
 
 
@@ -109,9 +112,9 @@ def extract_folders(
         "all others": features of all files that are not in `paths`.
         If a file cannot be reached, its features are always kept.
       thumbnails: True keeps a picture of the best face of each clip. False removes all pictures.
-      upgrade: what happens if `models` has other or more nets than before. True sets all features
-        aside, see `features_folder.set_aside`, and computes the features of the files in `paths`
-        again. False raises an error.
+      upgrade: what happens if `models` has other or more nets than before. True deletes all
+        features, and computes the features of the files in `paths` again. The descriptions of other
+        files are kept. False raises an error.
       check: how changes of files are detected. True compares the content of each file. False
         compares only the path, the size, the time of the last change, and the inode.
       tagged: whether names that photo programs stored for faces are read, see `regions`.
@@ -152,7 +155,10 @@ def extract_folders(
 
 
 def read_digests(models: Path) -> dict[str, str]:
-    """Returns role of a net -> sha256 of the net's card, for all nets in the folder `models`."""
+    """Returns role of a net -> sha256 of the net's card, for all nets in the folder `models`.
+
+    The card of a net is a JSON file. If the digests have changed, features must be computed again.
+    """
     return {role: card.digest for role, card in cards_lib.read_all(models).items()}
 
 
@@ -272,7 +278,7 @@ def _prepare_folder(
 
 
 def choose_drop(prune: bool, forget_missing: bool) -> Drop:
-    """Returns the argument `drop` of `extract_folders`.
+    """Returns which features of earlier calls `extract_folders` removes: its argument `drop`.
 
     `prune` and `forget_missing` are the flags --prune and --forget-missing of a command.
     """
@@ -287,7 +293,7 @@ def _check_extraction(
     `digests` is role of a net -> sha256 of the net's card, a JSON file. If `settings` is None, uses
     the settings of earlier features, or the defaults. Raises UserError if the folder has features
     of other nets or settings, or files of another program. If `upgrade` is True and no net is
-    missing, features of other nets are no error: they are set aside.
+    missing, features of other nets are deleted instead, see `features_folder.set_aside`.
     """
     before = features_folder.read_extraction(out)
     if before is None:
@@ -406,16 +412,16 @@ def _read(children: Children, pending: Mapping[_Job, film_lib.Task]) -> list[Med
 
 
 def _find_earlier(job: _Job) -> MediaFile | None:
-    """Returns the description by an earlier call, or None if the features are not complete."""
+    """Returns the description of a file by an earlier call, or None if features are missing."""
     known = features_folder.describe_media_file(job.out, job.stem)
     return known if features_folder.has_features(job.out, job.stem) else None
 
 
 def _compare(job: _Job, folders: contextlib.ExitStack) -> FileOutcome | film_lib.Task:
-    """Returns the outcome of a file whose features are up to date, or a task for `film.work`.
+    """Compares a file with an earlier call. Returns its outcome, or a task for `film.work`.
 
-    `film.work` extracts the features into a temporary folder. When `folders` is closed, this folder
-    is deleted.
+    If the features of the file are up to date, returns the outcome. The task extracts the features
+    into a temporary folder. When `folders` is closed, this folder is deleted.
     """
     before = _find_earlier(job)
     sidecars = regions.list_sidecars(job.path) if job.tagged else ()
@@ -483,8 +489,9 @@ def _take_results(job: _Job, task: film_lib.Task, answer: MediaFile | UserError)
 def _check_results(job: _Job, task: film_lib.Task, film: MediaFile) -> MediaFile:
     """Checks the results of a child process; returns the description of the file `job.path`.
 
-    A malicious file may take over the child process. So its name, properties and sha256 are set
-    here. Raises UserError if the results have clips of other films, or lack clips or pictures.
+    A malicious file may take over the child process. So the name, the properties and the sha256 in
+    the description are set here. Raises UserError if the results have clips of other films, or lack
+    clips or pictures.
     """
     assert task.source
     film.video = features_folder.make_printable(job.path.name)
@@ -496,7 +503,7 @@ def _check_results(job: _Job, task: film_lib.Task, film: MediaFile) -> MediaFile
         lacks = not all(files.is_file(out / THUMBNAILS / f"{clip}.png") for clip in shown)
         others = {clip.partition(".")[0] for clip in clips} - {job.stem}
         if lacks or others or clips != sorted(track.clip for track in film.tracks):
-            raise ValueError("other clips")
+            raise ValueError("the features and the description of the file have different clips")
     return film
 
 

@@ -119,7 +119,7 @@ def _find_packets(content: bytes) -> Iterator[bytes]:
             return
         end = content.find(PACKET_END, place, place + MOST_BYTES)
         if end < 0:
-            raise UserError(f"the XMP does not end within {MOST_BYTES:,} bytes")
+            raise UserError(f"the XMP metadata does not end within {MOST_BYTES:,} bytes")
         end += len(PACKET_END)
         if b"Region" in content[place:end]:
             yield content[place:end]
@@ -129,7 +129,7 @@ def parse_packet(packet: bytes) -> Tags:
     """Reads the names and boxes of faces from a piece of XMP, see `_find_packets`.
 
     Pets, tags of other things than faces, and empty names are skipped. Raises SyntaxError if
-    `packet` is not valid XML.
+    `packet` is not valid XML, and UserError if it would take minutes to parse.
     """
     _refuse_long_addresses(packet)
     root = ElementTree.fromstring(packet)  # noqa: S314  (the packet cannot define entities)
@@ -212,7 +212,10 @@ def _make_tag(name: str | None, left: float, top: float, width: float, height: f
 
 
 class _Reading(NamedTuple):
-    """The faces at n face tags, if the tags were drawn in a picture that is turned by `turn`."""
+    """The detected face at each of n face tags, if the tags were drawn in a turned picture.
+
+    The EXIF orientation `turn` turns this picture to the displayed, upright picture.
+    """
 
     faces: np.ndarray  # int [n], the index of the face at each tag, or -1 if there is no face
     # [n], how well each tag fits its face: the overlap of the face with a box of the same size in
@@ -292,9 +295,10 @@ def _has_shape(shape: tuple[float, float], size: tuple[int, int], turn: int) -> 
 
 
 def _read(tags: Tags, faces: np.ndarray, size: tuple[int, int], turn: int) -> _Reading:
-    """Finds the face at each tag, if the EXIF orientation `turn` turns the tagged picture upright.
+    """Finds the face at each tag, if the tags were drawn in a turned picture.
 
-    For other arguments, see `match_faces`.
+    The EXIF orientation `turn`, 1 to 8, turns this picture to the displayed, upright picture. For
+    other arguments, see `match_faces`.
     """
     boxes = turn_boxes(np.array([tag.box for tag in tags.tags]).reshape(-1, 4), turn)
     boxes = boxes * np.array(size * 2)
@@ -333,7 +337,7 @@ def _seems_cropped(reading: _Reading, good: np.ndarray, num_faces: int) -> bool:
 def turn_boxes(boxes: np.ndarray, orientation: int) -> np.ndarray:
     """Turns boxes [n, 4] from the stored picture to the upright picture, by EXIF orientation.
 
-    The coordinates are fractions of the picture's width and height.
+    A box is left, top, right and bottom, as fractions of the picture's width and height.
     """
     points = boxes.reshape(-1, 2, 2)
     if orientation > 4:

@@ -71,9 +71,10 @@ def write(out: Path, decision: "Decision", padding: float = PADDING_SECONDS) -> 
 def _place_subtitles(films: Sequence[MediaFile]) -> list[PurePath]:
     """Returns where the subtitles of each film are written: a relative path without the ending.
 
-    Players look for the name of the film. If several films have this name, their subtitles are in
-    folders with the names of the films' folders, such as `2019/IMG_0001`. If these films are in one
-    folder, the names of the subtitles contain the endings of the films.
+    Players look for subtitles with the name of the film. If several films have the same name, their
+    subtitles are in folders with the names of the films' folders, such as `2019/IMG_0001`. If films
+    with the same name are in one folder, the names of the subtitles contain the endings of the
+    films.
     """
     paths = [PurePath(features_folder.make_printable(str(film.source.path))) for film in films]
     keys = [tuple(map(fold, path.with_suffix("").parts)) for path in paths]
@@ -100,8 +101,9 @@ def render_page(
 ) -> str:
     """Returns an HTML page that shows who appears when in each film.
 
-    `decision` has the people of all films. `address(film, seconds)` returns the URL of a film at a
-    time. If `forms` is given, the page has forms with which a user corrects names.
+    `out` is the folder of results. `decision` has the people of all films. `address(film, seconds)`
+    returns the URL of a film at a time. If `forms` is given, the page has forms with which a user
+    corrects names.
     """
     people: dict[str, list[names_page.Picture]] = {}
     places = features_folder.locate_people(out)

@@ -139,7 +139,7 @@ class _Pages:
         return Response(picture, media_type="image/jpeg", headers=SANDBOX)
 
     async def change(self, request: Request) -> Response:
-        """Applies the change in a form, or undoes the last change."""
+        """Answers a form of the page: makes the change in the form, or undoes the last change."""
         self._check(request)
         form = await _read_form(request)
         return await run_in_threadpool(self._apply, form, request.url.path.endswith("/undo"))
@@ -198,8 +198,8 @@ class _Pages:
 def _read_view(query: Mapping[str, str]) -> dict[str, str]:
     """Returns the parameters of a URL that choose what the page shows. Others are left out.
 
-    `film`, `person` and `find` choose a film, a person, and searched words. `first` is the number
-    of the first shown face or person.
+    `film` and `person` choose a film or a person. `find` are words to search. `first` is the number
+    of the first face or person that is shown.
     """
     view = {name: query[name] for name in ("film", "person", "find") if query.get(name)}
     if re.fullmatch("[1-9][0-9]{0,8}", query.get("first", "")):
