@@ -506,7 +506,7 @@ def crop_means(
 
 
 def all_frames(frames: Frames) -> Frames:
-    """Returns the frames unchanged. This is the fusion `all`: it neither selects nor averages."""
+    """Returns all frames unchanged: neither selects nor averages frames."""
     return frames
 
 
