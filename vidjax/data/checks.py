@@ -244,7 +244,7 @@ def _has_equal_norms(report: Mapping[str, Any]) -> bool:
 def find_unusable(
     report: Mapping[str, Any], splits: Sequence[str], modalities: Sequence[str]
 ) -> Iterator[str]:
-    """Yields a message for each modality whose features in `splits` cannot be used for training.
+    """Yields a message for each modality whose features in `splits` cannot be used.
 
     Features cannot be used if there are none, if all are NaN, Inf or 0, or if they are too large or
     too small for float32. `report` is the data report.
