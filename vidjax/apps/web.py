@@ -100,8 +100,8 @@ class Server(uvicorn.Server):
 
     The signal sets the event `leaving`. After `limits.unready_seconds`, or at a second signal, the
     server stops accepting requests. Requests that have arrived are still answered. If too many
-    connections are open, requests get the status 503. Only health checks, requests of the path
-    LIVE, are always answered.
+    connections are open, requests get the status 503. A request of the path LIVE, with which a
+    platform checks that the server works, is always answered.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits, leaving: threading.Event):
@@ -147,8 +147,9 @@ def serve(
     limits: Limits = DEFAULTS,
     leaving: threading.Event | None = None,
 ) -> bool:
-    """Answers requests until SIGINT or SIGTERM. The signal sets the event `leaving`.
+    """Answers requests at the socket `listener` until SIGINT or SIGTERM arrives.
 
+    The signal sets the event `leaving`, so that `app` can report that the server will end soon.
     Returns True if all requests were answered. Returns False if the server could not start, or has
     cut off requests. If a thread hangs after the signal, the process ends with exit code 1.
     """

@@ -1,1 +1,1 @@
-"""The command line: the flags of every command, and what it prints."""
+"""The command line `vidjax`: the flags of all commands, and what each command prints."""

@@ -1,4 +1,4 @@
-"""`vidjax check`: tests the installation, and what vidjax can read."""
+"""`vidjax check`: tests the installation, or a run, a gallery, a configuration or some nets."""
 
 import argparse
 import os
@@ -34,9 +34,9 @@ def add_check_flags(parser: Parser) -> None:
 def check(args: argparse.Namespace) -> Result:
     """Checks the installation, and the run, gallery or configuration that a flag names.
 
-    Prints each result when its check ends. The exit code is 0 if no check fails, 3 if a checkpoint
-    is damaged, and 2 for other faults. A part that is not installed is no fault. The text of the
-    result is a verdict, such as "all good".
+    Prints the result of each check as soon as the check ends. The exit code is 0 if no check fails,
+    3 if a checkpoint is damaged, and 2 for other faults. If optional packages are not installed,
+    this is no fault. The text of the returned result is a verdict, such as "all good".
     """
     findings, code = [], 0
     for subject, run_check in list_checks(args).items():

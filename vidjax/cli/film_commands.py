@@ -171,8 +171,8 @@ def review_names(args: argparse.Namespace) -> Result:
     """Serves the page on which a user corrects the names in a folder of results, until Ctrl-C."""
     out = args.out
     if not said.has_log(out):
-        about = f"'{out}' has no results: name the folder that you gave as --out"
-        raise UserError(f"{about}, or call vidjax who first")
+        about = "name the folder that you gave as --out, or call vidjax who first"
+        raise UserError(f"'{out}' has no results: {about}")
     return describe_names(_review(out, args), out)
 
 
@@ -206,7 +206,7 @@ def name_people(args: argparse.Namespace) -> Result:
 
 
 def describe_names(done: who.WhoResults, out: Path) -> Result:
-    """Returns the result of `vidjax who`. `out` is the folder of results."""
+    """Returns what `vidjax who` prints at its end. `out` is the folder of results."""
     named = [row.identity for row in done.decision.appearances if row.probability is not None]
     num_unknown, num_faces, unknown = count_unknown(done.decision.unknown.values())
     people = messages.list_some(sorted(done.people))
@@ -285,7 +285,7 @@ def convert_nets(args: argparse.Namespace) -> Result:
         )
     most = 2 if args.kind == "opencv" else 1
     if len(paths) > most:
-        raise UserError(f"{args.kind} takes {most} FILE at most, not {len(paths)}: repeat it")
+        raise UserError(f"{args.kind} takes {most} FILE at most, not {len(paths)}: name fewer")
     if args.kind in net_families.KINDS:
         written = net_families.convert(args.kind, paths, out, args.like, args.size, args.colour)
     else:
@@ -328,12 +328,12 @@ def add_measure_card_flags(parser: Parser) -> None:
 
 
 def measure_card(args: argparse.Namespace) -> Result:
-    """Measures the cards of nets on photos or features, and writes the cards."""
+    """Measures how alike people look to nets, and writes this into the nets' JSON files."""
     models = args.models
     if not (args.photos or args.input or args.gallery):
         raise UserError(
-            "a card is measured on photos or features: add --photos=DIR or --input=DIR\n"
-            "to use the present numbers of the cards in a gallery: --gallery=G"
+            "there is nothing to measure: add photos, --photos=DIR, or features, --input=DIR\n"
+            "to copy the numbers of the cards into a gallery without measuring, add --gallery=G"
         )
     gallery = Gallery(args.gallery) if args.gallery else None
     done = list[MeasuredCard]()
@@ -347,10 +347,10 @@ def measure_card(args: argparse.Namespace) -> Result:
 
 
 def describe_cards(done: Sequence[MeasuredCard], gallery: Gallery | None = None) -> Result:
-    """Returns the result of `vidjax measure-card`.
+    """Returns what `vidjax measure-card` prints.
 
-    `done` are the measured cards, the JSON files of nets. `gallery` is the gallery that uses the
-    new numbers, or None.
+    `done` are the measured cards, the JSON files of nets. `gallery` is the gallery into which the
+    new numbers were copied. It is None if no gallery was named.
     """
     content, texts, rows = list[object](), dict[str, str](), list[tuple[str, ...]]()
     for card, found, back_end, unclear in done:

@@ -1,4 +1,4 @@
-"""`vidjax forget`: lists folders of vidjax that contain a name, and deletes clips from some."""
+"""`vidjax forget`: finds the name of a person or clip in folders, and can delete the clips."""
 
 import argparse
 
@@ -52,9 +52,9 @@ def add_forget_flags(parser: Parser) -> None:
 def forget_names(args: argparse.Namespace) -> Result:
     """Lists folders and files that contain the name of a person or clip.
 
-    With `--delete`, the clips are deleted from galleries, and converted datasets from the cache.
-    The exit code is 1 if a place still contains a searched name, is empty, or could not be
-    searched.
+    With `--delete`, the clips are deleted from galleries. Converted datasets with these clips are
+    deleted from the cache. The exit code is 1 if a folder or file still contains a searched name,
+    if it could not be searched, or if a searched folder is empty.
     """
     if not args.identity and not args.clip:
         raise UserError("no name is given: add --identity=NAME or --clip=NAME")

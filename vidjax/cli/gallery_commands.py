@@ -303,7 +303,7 @@ def _load_split(args: argparse.Namespace, gallery: Gallery) -> "Dataset":
 def _embed(args: argparse.Namespace, gallery: Gallery) -> "tuple[float, Vectors]":
     """Loads the clips of a command, and computes their embeddings.
 
-    Returns the time when the clips were loaded, and the embeddings.
+    Returns the value of `time.monotonic()` after loading, and the embeddings.
     """
     clips = gallery.load(args.input) if args.input else _load_split(args, gallery)
     return time.monotonic(), clip_inputs.embed(gallery, clips, args.split)
@@ -356,7 +356,7 @@ def _enrol(args: argparse.Namespace) -> Result:
 
 
 def _show_enrolled(gallery: Gallery, done: Mapping[str, Any], noun: str, texts: Facts) -> Result:
-    """Returns the result of an enrolment. Warns if people contradict the card of the net.
+    """Returns what an enrolment prints. Warns if the net may not fit the enrolled people.
 
     `done` are values for JSON. `noun` is the word for the enrolled things, such as "face". `texts`
     are further lines of the summary.
@@ -470,10 +470,10 @@ def _verify(args: argparse.Namespace) -> Result:
 def _process_tables(
     args: argparse.Namespace, work: type[bulk.TableTask], **options: int
 ) -> Result | None:
-    """Answers for a folder of tables of clips; returns None if `--input` is no such folder.
+    """Ranks or identifies the clips of each parquet table in the folder `--input`.
 
-    `work` is the class that makes the results of a table. `options` are its arguments, in addition
-    to `--fpir` and `--threshold`.
+    Returns None if `--input` is no folder of tables. `work` is the class that makes the results of
+    a table. `options` are its arguments, in addition to `--fpir` and `--threshold`.
     """
     inputs = bulk.list_tables(args.input) if args.input else []
     if not inputs:
@@ -535,16 +535,16 @@ def _relabel(args: argparse.Namespace) -> Result:
 
 
 def _migrate(args: argparse.Namespace) -> Result:
-    """Enrols the people of a gallery in another gallery. The exit code is 1 if a person is lost."""
+    """Enrols people of a gallery in another. If a person has no clip there, the exit code is 1."""
     old, new, path = Gallery(args.gallery), Gallery(args.new), args.input
     features_folder.check_models(path, new.origin.cards)
     done = migrate(old, new, clip_inputs.load_all(new, path))
     # `gallery migrate` knows no times and boxes, so it cannot match faces as `vidjax who` does.
     if numbered := clip_inputs.list_numbered(old, clip_inputs.read_films(path)):
         terminal.say(
-            f"the names of {len(numbered):,} clips, such as {show(numbered[0])}, are numbers of "
-            "faces. Another detector numbers faces in another way\n"
-            "if the detector has changed, create NEW again with features by the old detector",
+            f"{len(numbered):,} clips, such as {show(numbered[0])}, have the number of a face as "
+            "their name. If the detector has changed, the same number may be another face\n"
+            "in this case, create NEW again, with features by the old detector",
             warning=True,
         )
     texts = {"moved": f"{messages.count(done.moved, 'clip')}, {done.unchanged:,} moved before"}

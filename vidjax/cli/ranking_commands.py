@@ -47,7 +47,7 @@ def _add_flags(parser: Parser, out: str) -> None:
 def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Result:
     """Runs `vidjax rank` or `vidjax embed`: writes a ranking or vectors.
 
-    `work` is the class that makes the results of a table of clips.
+    `work` is `bulk.Rank` or `bulk.Embed`, a class that computes the results for a table of clips.
     """
     from vidjax.runs import config_io
     from vidjax.training import public

@@ -1,6 +1,7 @@
 """`vidjax train`, `vidjax evaluate` and `vidjax report`.
 
-The functions import libraries that take seconds to load after they have checked the flags.
+Some libraries take seconds to load. Each function first checks its flags, so that a mistake is
+reported at once, and imports these libraries later.
 """
 
 import argparse

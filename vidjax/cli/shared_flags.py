@@ -17,7 +17,7 @@ def add_workdir(parser: Parser) -> None:
 
 
 def add_config(parser: Parser, **options: Any) -> None:  # noqa: ANN401 (the options of a flag)
-    """Adds the flag `--config`, which names a configuration: a file, or its name."""
+    """Adds the flag `--config`: the file or the name of a configuration, such as `mma`."""
     about = "a file of configs/ or its name, e.g. mma or mma:iqiyi_vid; or a run's config.json"
     parser.flag("--config FILE[:ARG,...]", about, **options)
 

@@ -88,8 +88,8 @@ def concat_clips(
 ) -> Frames:
     """Concatenates short clips with other short clips of the batch, and cuts long clips.
 
-    With probability 0.5, a short clip gets the frames of another chosen short clip at its end.
-    Their numbers follow the number of its last frame. A long clip is cut to a random piece. Call
+    With probability 0.5, a short clip gets the frames of another chosen short clip at its end. The
+    added frames get the next frame numbers. A long clip is cut to a random piece. Call
     this function for each modality with the same `rng`, `chosen` and `short`. Then all modalities
     of a clip get the same other clip, and are cut at the same relative position.
 

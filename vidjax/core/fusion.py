@@ -35,7 +35,7 @@ def filter_frames(
 
     Args:
       min_quality: the lowest quality of a frame to keep; None or -inf for no limit. May be traced.
-      min_detection: the lowest detection score of a frame to keep, in the same form.
+      min_detection: the lowest detection score of a frame to keep; None or -inf for no limit.
       top_share: share in (0, 1] of the remaining frames of each clip to keep, rounded up. The
         frames of the highest quality are kept.
       poor_clips: what happens to a clip that would lose all frames. With `keep`, it keeps all
@@ -217,7 +217,7 @@ def take(values: Array, index: Array) -> Array:
 
 
 def read(features: Array | LazyFeatures) -> Array:
-    """Returns features as an array [B, T, D]. LazyFeatures (numbers of rows) are gathered."""
+    """Returns features as an array [B, T, D]. If they are LazyFeatures, gathers their rows."""
     if not isinstance(features, LazyFeatures):
         return features
     return jnp.asarray(features.values).at[features.index].get(mode="promise_in_bounds")
@@ -263,9 +263,9 @@ def _select_first(
     """Selects the first `num_frames` frames in `order`, and returns them in time order.
 
     `order` [B, T] are indices of frames, real frames first. A clip with fewer frames keeps all of
-    them and repeats some: random frames if `rng` is a key, otherwise all frames in turn. With
-    `replacement`, all frames of such a clip are drawn at random. With `replacement` or
-    `fixed_draws`, a fixed key replaces a missing `rng`.
+    them and repeats some. The repeated frames are random if `rng` is a key or `fixed_draws` is
+    True. Otherwise, all frames are repeated in turn. If `replacement` is True, all frames of such
+    a clip are drawn at random. If `rng` is None, random frames are drawn with a fixed key.
     """
     order = order[:, :num_frames]
     count = jnp.sum(frames.mask, axis=1, dtype=jnp.int32)[:, None]
@@ -314,7 +314,7 @@ def random_fusion(
       probs: relative probabilities that a fused frame is the mean of 1, 2, ... `max_frames` frames.
         None means equal probabilities.
       replacement: True to draw frames with replacement. If False, a fused frame repeats a frame
-        only after all frames that can be drawn.
+        only after each frame with a probability above 0 was drawn.
       sampling: relative probabilities of the frames, a weighting of `frame_weights` such as
         `quality`. Probabilities are rounded to 1/4096 of the largest.
       weighting: weights of the frames in the mean, a weighting of `frame_weights`. `mixup` draws
@@ -481,8 +481,8 @@ def crop_means(
 
     Args:
       weighting: a weighting of `frame_weights`.
-      always_shorter: thirds and sixths are rounded down, possibly to 0 frames. If True, 0 becomes
-        1, except where no frame would remain.
+      always_shorter: the left-out thirds and sixths are rounded down. If the option is True, at
+        least 1 frame is left out instead of 0, unless no frame would remain.
 
     Source: test-time crops of the 5th-place system of 2018, whose code uses `always_shorter`.
     """
@@ -506,7 +506,7 @@ def crop_means(
 
 
 def all_frames(frames: Frames) -> Frames:
-    """Returns the frames unchanged."""
+    """Returns all frames unchanged: neither selects nor averages frames."""
     return frames
 
 
@@ -608,7 +608,8 @@ def _draw_frames(weights: Array, uniforms: Array, replacement: bool) -> list[Arr
     Args:
       weights: [B, T], relative probabilities of the frames.
       uniforms: [B, T', S] float32, a random number in [0, 1) for each draw.
-      replacement: if False, a fused frame repeats a frame only after all frames of positive weight.
+      replacement: True to draw frames with replacement. If False, a fused frame repeats a frame
+        only after each frame with a weight above 0 was drawn.
     """
     # The weights become whole numbers up to _LEVELS. In float32 the sum over up to 4096 frames is
     # exact, so draws depend neither on padding nor on the number of devices.

@@ -56,8 +56,8 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float 
 
     Returns:
       Logits [..., K], at least float32. In the column of the label, they are scale x cos(angle +
-        m). Above pi - m, this cosine would increase again. For such an angle, the logit is scale x
-        (cos(angle) - m sin(m)). Other columns are unchanged.
+        m). For an angle above pi - m, cos(angle + m) would increase with the angle, so the logit is
+        scale x (cos(angle) - m sin(m)) instead. Other columns are unchanged.
 
     Raises:
       UserError: `scale` is not above 0.
@@ -160,11 +160,11 @@ def batch_focal(
     class_mask: Array | None = None,
     counted: Array | None = None,
 ) -> Array:
-    """Computes the focal loss (1 - p)^gamma x cross-entropy. The whole batch has a single p.
+    """Computes the focal loss (1 - p)^gamma x cross-entropy, with a single p for the whole batch.
 
-    -log p is the weighted mean of all cross-entropies in the batch. If a model has G branches (sets
-    of logits for each example), each branch has a separate p. Returns the loss of each label,
-    [...].
+    p follows from the batch: -log p is the weighted mean of all its cross-entropies. If a model has
+    G branches (sets of logits for each example), each branch has a separate p. Returns the loss of
+    each label, [...].
 
     Args:
       logits: [..., K] float. For G branches, the first axis has B G rows, where the G rows of an

@@ -99,7 +99,7 @@ class IdentificationErrors(NamedTuple):
 def identification_errors(
     scores: ArrayLike, correct: ArrayLike, known: ArrayLike, *, fpir: float
 ) -> IdentificationErrors | None:
-    """Computes the errors at the lowest threshold at which at most `fpir` of new distractors pass.
+    """Computes the errors of open-set identification, at a threshold that is found from `fpir`.
 
     Args:
       scores: [N] float below inf, score of the best identity for each clip. -inf and NaN are never
@@ -109,8 +109,9 @@ def identification_errors(
       fpir: the largest share of new distractors that may get a name, from 0 to 1.
 
     Returns:
-      The errors. The threshold has the precision of the scores. If no clip is known, or if there
-        are too few distractors for `fpir`, returns None.
+      The errors at the lowest threshold that at most the share `fpir` of new distractors reaches.
+        The threshold has the precision of the scores. If no clip is known, or if there are too few
+        distractors for `fpir`, returns None.
 
     Source: ISO/IEC 19795-1, FPIR and FNIR at rank 1.
     """
@@ -134,8 +135,8 @@ def count_allowed(num_distractors: int, fpir: float) -> int:
 
     A distractor is a clip of an unknown person. If r distractors reach the threshold, a new
     distractor reaches it with probability (r + 1) / (S + 1), on average over all samples. The
-    result is the largest r for which this probability is at most `fpir`. If S is too small for any
-    r, the result is -1.
+    result is the largest r for which this probability is at most `fpir`. If the probability is
+    above `fpir` even for r = 0, the result is -1.
     """
     # In floating point 1 - 0.9 is slightly less than 0.1, but means the same rate.
     most = fpir * (1 + 1e-9)
@@ -169,7 +170,7 @@ def fpir_interval(num_passing: int, num_distractors: int) -> tuple[float, float]
     coefficients = np.concatenate([[0.0], np.cumsum(steps)])  # logs of binomial coefficients
 
     def share_above(rate: float) -> float:
-        """Returns the share of the beta distribution above `rate`, by binomial probabilities."""
+        """Returns the probability that the rate on new distractors is above `rate`."""
         others = num_distractors - counts
         logs = coefficients + counts * math.log(rate) + others * math.log1p(-rate)
         return float(np.exp(logs).sum())
@@ -235,10 +236,11 @@ def clip_auroc(clips: ClipScores, labels: np.ndarray) -> float | None:
 
 
 def open_set(clips: ClipScores, labels: np.ndarray, *, value: str, fpir: float) -> float | None:
-    """Returns the `threshold` or the `fnir` (`value`) of open-set identification.
+    """Returns a number about open-set identification, see `identification_errors`.
 
-    At the threshold, at most the share `fpir` of new distractors gets a name. Returns None if there
-    are too few distractors, or no known clips. See `identification_errors`.
+    `value` is the name of the number: `threshold`, or `fnir`, the share of known clips without the
+    right name. At the threshold, at most the share `fpir` of new distractors (clips of unknown
+    people) gets a name. Returns None if there are too few distractors, or no known clips.
     """
     pool = clips.pool
     known = labels[pool] > 0
@@ -320,7 +322,7 @@ def select_logged(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def describe(results: Mapping[str, Any]) -> list[str]:
-    """Returns a text such as `top-1 0.8582` for each metric with `log=True`, without MAP."""
+    """Returns a text such as `top-1 0.8582` for each logged metric in `results`, except MAP."""
     return [
         f"{metric.label} {results[name]:.{metric.digits}f}"
         for name, metric in CLIP_METRICS.items()

@@ -48,7 +48,7 @@ class FeatureDict:
         self._quality: Quality = quality
 
     def path_of(self, modality: str, split: str) -> Path:
-        """Returns the name of the split, because arrays in memory have no file."""
+        """Returns the name of the split as a path, for messages: arrays in memory have no file."""
         return Path(split)
 
     def read(self) -> dict[str, PackedClips]:
@@ -59,7 +59,7 @@ class FeatureDict:
         }
 
     def read_labels(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
-        """Returns split -> clip -> identity. See `FileSource`."""
+        """Returns split -> clip -> identity. `clips` is split -> names of clips with features."""
         return load_label_table(self._labels, clips)
 
 
@@ -116,7 +116,7 @@ class FeatureFolder:
         }
 
     def read_labels(self, clips: Mapping[str, Collection[str]]) -> dict[str, dict[str, str]]:
-        """Returns split -> clip -> identity. See `FileSource`."""
+        """Returns split -> clip -> identity. `clips` is split -> names of clips with features."""
         if self._labels is None:
             return load_folder_truth(self._folder, clips)
         return load_label_table(self._labels, clips)
@@ -155,7 +155,7 @@ def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
                     f"{explain_unread(others[0], clips) or 'move it away'}"
                 )
             if not files[split]:
-                raise NoFileError(f"'{clips}' contains no CLIP.npz: add clips, or remove it")
+                raise NoFileError(f"'{clips}' contains no CLIP.npz: add clips or remove the folder")
     entries = list_entries(folder)
     _refuse_parts([path for path in entries if path.suffix == ".parquet"], files)
     for path in entries:

@@ -66,9 +66,9 @@ _OTHER_FILES = {
 
 
 def refuse_other_files(file: BinaryIO, place: str = "") -> None:
-    """Raises UserError if the first bytes of a file show that it is no pickle, but, say, an `.npz`.
+    """Raises UserError if the first bytes of a file show another format than pickle.
 
-    The message begins with `place`.
+    Such formats are `.npz` and HDF5, for example. The message begins with `place`.
     """
     start = file.read(64).lstrip()
     for magic, kind in _OTHER_FILES.items():
@@ -80,8 +80,8 @@ def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
     """Raises UserError if `word` is probably a misspelt split, such as `valid` for `val`.
 
     `word` is the part of the name of the file `path` where the split is expected. `present` are the
-    splits whose files were found. If the file of the right split is `present`, `word` is probably
-    no mistake, and there is no error.
+    splits whose files were found. If the split that is similar to `word` is in `present`, `word` is
+    probably no mistake, and there is no error.
     """
     lower = word.lower() if word not in SPLITS else ""
     longer = (split for split in SPLITS if lower.startswith(split))
@@ -123,10 +123,10 @@ def explain_unread(path: Path, folder: Path | None = None) -> str:
 
 
 def refuse_unread(entries: Iterable[Path], wanted: str) -> None:
-    """Raises UserError if a file of features would be ignored.
+    """Raises UserError if there are features in `entries`, the files and folders that are not read.
 
-    `entries` are the paths that are not read. `wanted` describes the files that are read, for the
-    message.
+    So no features are ignored without the user's knowledge. `wanted` describes the files that are
+    read, for the message.
     """
     for path in entries:
         inside = path.iterdir() if path.is_dir() else [path]
@@ -187,8 +187,7 @@ def find_transposed(
 def find_equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> Iterator[str]:
     """Yields a message for each modality in which all frames have almost the same quality.
 
-    There is only a message if the qualities are the norms of the features. `report` is the data
-    report.
+    Qualities that are not the norms of the features are not checked. `report` is the data report.
     """
     for modality in modalities:
         counts = _list_counts(report, report["splits"], modality)
@@ -201,7 +200,7 @@ def find_equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> 
 
 
 def _list_counts(report: Mapping[str, Any], splits: Iterable[str], modality: str) -> list[Any]:
-    """Returns the entries of a modality in the data report, for those of `splits` that have it."""
+    """Returns the entries of a modality in the data report, one for each split that has it."""
     found = (report["splits"][split]["modalities"].get(modality) for split in splits)
     return [counts for counts in found if counts]
 
@@ -209,11 +208,11 @@ def _list_counts(report: Mapping[str, Any], splits: Iterable[str], modality: str
 def warn_of_bad_values(
     place: str, values: Iterable[BadValues], frames: int, *, official: bool
 ) -> None:
-    """Warns of unusual values of frames, such as negative qualities, and says how they count.
+    """Warns of unusual values of frames, such as negative qualities, and says what replaces them.
 
-    `place` is the modality, and `frames` is its number of frames. If `official` is True, the data
-    are official files, in which some qualities are negative. Then a warning about negative
-    qualities appears only if all qualities are negative.
+    `place` is the modality, and `frames` is its number of frames. `official` is True for the
+    official files of iQIYI-VID, in which some qualities are negative. There is then a warning about
+    negative qualities only if all qualities are negative.
     """
     for bad in values:
         effect = "it is replaced by 0"
@@ -245,9 +244,10 @@ def _has_equal_norms(report: Mapping[str, Any]) -> bool:
 def find_unusable(
     report: Mapping[str, Any], splits: Sequence[str], modalities: Sequence[str]
 ) -> Iterator[str]:
-    """Yields a message for each modality without a usable feature in any of `splits`.
+    """Yields a message for each modality whose features in `splits` cannot be used.
 
-    `report` is the data report.
+    Features cannot be used if there are none, if all are NaN, Inf or 0, or if they are too large or
+    too small for float32. `report` is the data report.
     """
     place = ", ".join(splits)
     for modality in modalities:
@@ -268,7 +268,7 @@ def find_unusable(
 
 
 def _check_norms(modality: str, place: str, norms: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yields a message if features are so large or small that their squares fail in float32.
+    """Yields a message if the squares of features overflow or become 0 in float32.
 
     `norms` has a histogram of the norms of the features for each split. `place` names the splits.
     """
@@ -341,11 +341,12 @@ def warn_of_changed(places: Mapping[str, str]) -> None:
 
 
 def _simplify(name: str) -> str:
-    """Returns the pattern of a name with digits: words become `a`, and numbers become `0` or `00`.
+    """Returns the pattern of a name with digits: words become `a`, and numbers become `0`.
 
-    Numbers of 16 or more digits become `00`. If another identity has the same pattern, the name was
-    probably not changed by a program: if there is a code 1a5, then 1e5 is a code, too, not a
-    number. If there is Ada-01, then Jan-01 is a person, not a date. A name without digits gives "".
+    A number of 16 or more digits becomes `00`. The pattern of a name without digits is "". A name
+    such as 1e5 or Jan-01 may be a number or a date that a program has written. But if another
+    identity has the same pattern, it is probably a name: 1e5 if there is also a code 1a5, and
+    Jan-01 if there is also a person Ada-01.
     """
     text = re.sub(r"\w*[^\W\d]\w*", "a", name) if re.search(r"\d", name) else ""
     return re.sub(r"\d{1,15}", "0", text)

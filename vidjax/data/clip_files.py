@@ -119,7 +119,7 @@ def _split(arrays: Mapping[str, np.ndarray], path: str, group: str = "") -> Iter
         ):  # fmt: skip
             raise UserError(
                 f"{path}: '{modality}_length' does not match the clips and frames of '{modality}'\n"
-                "write the number of frames of each clip into it"
+                f"write the number of frames of each clip into '{modality}_length'"
             )
         starts[modality] = np.append(0, np.cumsum(count, dtype=np.int64))
     # One clip at a time, because a small file may contain millions of equal names.
@@ -161,7 +161,7 @@ def read_npz_bytes(content: bytes, name: str, limit: int, nets: Nets = NO_NETS) 
     `name` is the name of a single clip. If the file contains the names of its clips, `name` must be
     "". `nets` are the nets of the gallery, see `check_nets`. Raises UserError if the content is
     damaged, or needs more than `limit` bytes of memory. The size is checked before the arrays are
-    unpacked. A number counts as at least 4 bytes.
+    unpacked. Each number counts as at least 4 bytes, even if its dtype is smaller.
     """
     clean = clean_name_at("clip", name) if name else ""
     with prefix_errors(f"clip {show(clean)}" if name else "npz"):
@@ -224,7 +224,7 @@ def read_parquet(path: Path) -> Iterator[Clip]:
             )
         given.setdefault(name, clip)
         if modality in clips.setdefault(name, {}):
-            raise UserError(f"{place} is in the table with and without .mp4: delete one of them")
+            raise UserError(f"{place}: the name occurs with and without .mp4: delete one of them")
         fields = {name: column[rows] for name, column in scalars.items()}
         features = _stack_lists(values, start[rows], int(width[rows[0]]))
         clips[name][modality] = {"features": features, **fields}

@@ -108,7 +108,7 @@ class BatchPlan(NamedTuple):
 
     @property
     def num_places(self) -> int:
-        """The number of rows of all batches of an epoch, including empty rows."""
+        """The number of rows in all batches of an epoch, with the empty rows of the last batch."""
         if self.epoch_clips is None:
             return self.num_clips
         return math.ceil(self.num_clips / self.batch_size) * self.batch_size
@@ -137,10 +137,10 @@ class DrawnClips(NamedTuple):
 def draw_clips(plan: BatchPlan, step: int, count: int = 1) -> DrawnClips:
     """Draws the clips of `count` training steps, beginning with `step`.
 
-    The result has count * B rows, where B is the batch size. Each clip comes once per epoch. All
-    windows within a clip are equally likely. The draw depends only on the seed and the number of
-    the step, so a resumed run continues with the same clips. The order does not depend on whether
-    the clips are on the devices or on disk.
+    The result has count * B rows, where B is the batch size. Each clip comes once per epoch. A long
+    clip may be cut to a window of consecutive frames. All windows are equally likely. The draw
+    depends only on the seed and the number of the step, so a resumed run continues with the same
+    clips. The order is the same for clips on the devices and on disk.
     """
     begin, end, size = step * plan.batch_size, (step + count) * plan.batch_size, plan.num_places
     parts = []
@@ -161,11 +161,11 @@ def draw_clips(plan: BatchPlan, step: int, count: int = 1) -> DrawnClips:
 def _draw_epoch(
     seed: int, epoch: int, num_clips: int, num_places: int, num_windows: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a random order of the N clips of an epoch, and random numbers for their windows.
+    """Returns a random order of the N clips of an epoch, and random numbers to cut long clips.
 
     The order is [num_places] int32, the numbers 0 to N - 1 and then -1 for empty rows. The random
-    numbers are [num_windows, num_places] float64, uniform in [0, 1): one for each modality that is
-    cut to windows.
+    numbers are [num_windows, num_places] float64, uniform in [0, 1). There is a row for each
+    modality whose long clips are cut to a random window of consecutive frames.
     """
     rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
     order = rng.permutation(num_clips).astype(np.int32)
@@ -200,9 +200,9 @@ class ClipSource(Protocol):
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
         """Yields every clip of `plan` once, in batches of `rows` clips of similar length.
 
-        The last batch of each bucket may have empty rows, where `batch_mask` is False. If a clip
-        has more than 512 frames, the 512 frames of the best quality are taken, in time order. If
-        two frames have equal quality, the earlier frame is preferred.
+        The last batch of each bucket (group of lengths) may have empty rows, where `batch_mask` is
+        False. If a clip has more than 512 frames, the 512 frames of the best quality are taken, in
+        time order. If two frames have equal quality, the earlier frame is preferred.
         """
         ...
 

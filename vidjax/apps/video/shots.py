@@ -1,4 +1,4 @@
-"""Finds the cuts between the shots of a film, frame by frame, in small pictures.
+"""Finds the cuts between the shots of a film, from frames that were reduced to small pictures.
 
 A cut is a change that is much larger than the motion before it. If pictures are far apart in time,
 as in a slide show, every large change is a cut. If blank pictures separate two shots, as in a fade,
@@ -74,11 +74,12 @@ class ShotDetector:
         self._dissolve = _Dissolve()
 
     def update(self, time_s: float, small: np.ndarray, jumps: bool = False) -> bool:
-        """Adds the next frame, uint8 [h, w, 3]; returns whether a new shot has begun.
+        """Adds the next frame of the film; returns whether a new shot has begun.
 
-        The first frame of a film begins the first shot. If `jumps` is True, because the time jumps,
-        a shot begins, too. A dissolve is detected at its end, but the new shot in `starts` starts
-        in its middle.
+        `small` is the frame in reduced size, uint8 [h, w, 3]. The first frame of a film begins the
+        first shot. `jumps` is True if there is a gap in time before the frame: then a shot begins,
+        too. A dissolve is detected at its end. The start of its new shot in `starts` is the middle
+        of the dissolve.
         """
         picture = _Picture(small)
         if jumps:
@@ -143,7 +144,7 @@ class ShotDetector:
         return change[0] > LARGE_DIFFERENCE or recoloured > RECOLOURED_SHARE
 
     def _measure_unlikeness(self, picture: _Picture, count: int) -> float:
-        """Returns 1 minus the largest correlation with any of the last `count` pictures."""
+        """Returns 1 minus the largest correlation of `picture` with the last `count` pictures."""
         last = list(self._pictures)[-count:]
         return 1.0 - max(_measure_likeness(picture, other) for other in last)
 
@@ -167,8 +168,8 @@ class _Dissolve:
     def detect_end(self, time_s: float, picture: _Picture, difference: float) -> bool:
         """Adds the picture at `time_s` seconds; returns whether a dissolve ends with this picture.
 
-        `middle_s` is then the time at which both still pictures have the same weight. `difference`
-        is the difference of `picture` from the previous picture.
+        If one ends, the attribute `middle_s` becomes the time at which both still pictures have the
+        same weight. `difference` is the difference of `picture` from the previous picture.
         """
         kept = self._kept
         if kept and time_s - kept[-1][0] < DISSOLVE_SECONDS / DISSOLVE_STEPS:

@@ -1,6 +1,7 @@
-"""Decodes a single picture of a film or photo. The file may be malicious.
+"""Decodes a single picture of a film, or a photo, from a file that may be malicious.
 
-`read_still` starts this module as a child process with limits. The picture is stored nowhere.
+`read_still` starts this module as a child process with limits of memory and computing time. The
+picture is not written to the disk.
 """
 
 import io
@@ -17,10 +18,10 @@ MEMORY_BYTES, CPU_SECONDS = 4 << 30, 30
 
 
 def read_still(path: Path, seconds: float, jumps: Sequence[decode.Jump] = ()) -> bytes:
-    """Returns the upright picture of a film at a time in seconds, or a photo, as a JPEG file.
+    """Returns the content of a JPEG file: the picture of a film at `seconds`, or a whole photo.
 
-    `jumps` are the jumps of the film's clock, see `MediaFile.jumps`. Raises UserError if the file
-    cannot be decoded.
+    The picture is turned upright. `jumps` are jumps in the time stamps of the film, as
+    `MediaFile.jumps` contains them. Raises UserError if the file cannot be decoded.
     """
     arguments = {"path": str(path.absolute()), "seconds": seconds, "jumps": jumps}
     return processes.run_limited(

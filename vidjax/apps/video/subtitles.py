@@ -57,7 +57,7 @@ def write(path: Path, appearances: "Sequence[Appearance]", films: Iterable[Media
 
 
 def _describe_file(film: MediaFile) -> dict[str, str]:
-    """Returns the path of a film and the date of its last change (UTC), as columns of the table."""
+    """Returns two columns of the table, name -> text: a film's path, and its last change (UTC)."""
     source = film.source
     date = datetime.fromtimestamp(source.mtime_ns // 10**9, UTC)
     path = os.fsencode(source.path).decode(errors="replace")
@@ -67,7 +67,7 @@ def _describe_file(film: MediaFile) -> dict[str, str]:
 def _make_row(values: Mapping[str, Any]) -> tuple[object, ...]:
     """Returns the cells of an appearance in a table, in the order of COLUMNS.
 
-    `values` is name of a column -> value. Blanks separate several values in a cell.
+    `values` is name of a column -> value. If a value is a tuple, its items are joined by blanks.
     """
     cells = [{**values, "identity": values["identity"] or IGNORED}[name] for name in COLUMNS]
     return tuple(" ".join(map(str, x)) if isinstance(x, tuple) else x for x in cells)

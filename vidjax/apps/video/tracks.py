@@ -76,13 +76,13 @@ class _Motion:
         self._speed: np.ndarray | None = None  # pixels a second of each side
 
     def predict(self, time_s: float) -> np.ndarray:
-        """Returns the predicted box [4]."""
+        """Returns the predicted box, float [4], at `time_s` seconds."""
         if self._speed is None:
             return self._box
         return self._box + (time_s - self.time_s) * self._speed
 
     def add(self, time_s: float, box: np.ndarray) -> None:
-        """Adds a detection, and corrects the predicted box and speed."""
+        """Adds a detection, `box` [4] at `time_s` seconds, and corrects the predicted motion."""
         self.last = box
         expected, step = self.predict(time_s), max(time_s - self.time_s, 1e-3)
         if self._speed is None:
@@ -147,10 +147,10 @@ class Tracker:
         return numbers
 
     def cut(self, time_s: float, next_s: float | None = None) -> None:
-        """Ends all tracks at a cut. The next shot began at `next_s`, by default at `time_s`.
+        """Ends all tracks at `time_s`, where a shot ends. The next frame belongs to a new shot.
 
-        If the cut is a dissolve, `time_s` is the middle of the dissolve. Tracks that began during
-        the dissolve are dropped.
+        The new shot starts at `next_s`, by default at `time_s`. If the cut is a dissolve, `time_s`
+        is the middle of the dissolve. Tracks that began during the dissolve are dropped.
         """
         # The people in tracks that began later belong to the next shot.
         last_s = 2 * time_s - self._time_s if time_s < self._time_s else time_s
@@ -181,8 +181,8 @@ class Tracker:
     def _match(self, time_s: float, boxes: np.ndarray) -> tuple[dict[int, _Motion], set[int]]:
         """Assigns the detections `boxes` [N, 4] at `time_s` seconds to tracks.
 
-        Returns index of a detection -> motion of its track, and the indices of the detections to
-        drop. Detections that belong to no track are in neither of them.
+        Returns a dict and a set. The dict is index of a detection -> motion of its track. The set
+        has the indices of detections to drop. A detection that begins a new track is in neither.
         """
         live = self._live
         expected = np.array([motion.predict(time_s) for motion in live]).reshape(-1, 4)
@@ -217,9 +217,10 @@ class MainFigures:
         self._ended: list[Track] = []
 
     def update(self, time_s: float, boxes: np.ndarray) -> np.ndarray:
-        """Adds the boxes [N, 4] of the people in the next frame.
+        """Adds the boxes [N, 4] of the people in the next frame, at `time_s` seconds.
 
-        Returns [N] int: the number of the shot for the main person, and -1 for all other people.
+        Returns [N] int: the number of the shot for the main person, and -1 for all other people. If
+        the frame shows no main person, all are -1.
         """
         self._frames += 1
         self._track.end_sighting(time_s)
@@ -246,7 +247,7 @@ class MainFigures:
 
     @property
     def live(self) -> set[int]:
-        """The number of the current shot. The track of the shot has the same number."""
+        """A set with the number of the track in the current shot. The shot has the same number."""
         return {self._shot}
 
     def take_ended(self) -> list[Track]:
@@ -273,10 +274,11 @@ def choose_gap_seconds(rate: float) -> float:
 
 
 def find_least_cosine(back_end: BackEnd, odds: float) -> float:
-    """Returns the cosine of two faces at which the odds are `odds` to 1 that they are one person.
+    """Returns the cosine of two faces at which one person is `odds` times as likely as two people.
 
-    `back_end` describes the cosines of two faces of one person, and of two people. Both are assumed
-    to be normally distributed. The result lies between the two means.
+    `back_end` has the mean and the deviation of the cosine of two embeddings, for faces of one
+    person and for faces of two people. Both distributions are assumed to be normal. The result lies
+    between the two means.
     """
     cosines = np.linspace(back_end.different[0], back_end.same[0], 1001)
     same, different = (

@@ -1,10 +1,11 @@
 """The numbers of unknown people in films. Later calls of `vidjax who` keep the numbers.
 
-The person with number 3 has the name `unknown 3`. The program writes the numbers to `unknown.json`.
-Lines of the log `said.jsonl` change numbers, see `faces.Said`. Clips keep their numbers until a
-film is added. Then all clips without a name are grouped again. If a user has changed a person, the
-clips of this person stay together. If a user has taken clips out of a person, they stay apart from
-the rest of this person.
+The person with number 3 has the name `unknown 3`. A clip is the face of one person in a shot. The
+numbers are stored in `unknown.json`. Corrections by users, in the log `said.jsonl`, change numbers,
+see `faces.Said`. Clips keep their numbers until a film is added. Then all clips without a name are
+grouped by similarity again. If a user has corrected which clips show an unknown person, these clips
+stay in one group. If a user has said that some clips do not show this person, these clips never
+return to that group.
 """
 
 from collections import Counter
@@ -36,7 +37,7 @@ class NumberedFace(Face, kw_only=True, frozen=True, omit_defaults=True):
 
 
 class UnknownNumbers(Struct, kw_only=True, forbid_unknown_fields=True):
-    """The contents of `unknown.json`."""
+    """The contents of `unknown.json`: faces of unknown people in films, and their numbers."""
 
     format: Literal[2] = 2
     # Digests of the films and their clips, see `MediaFile.digest`.
@@ -54,11 +55,12 @@ class UnknownNumbers(Struct, kw_only=True, forbid_unknown_fields=True):
     def update(
         self, films: Sequence[MediaFile], said: Said, numbers: Mapping[str, int], unread: Set[str]
     ) -> "UnknownNumbers":
-        """Returns new contents with the numbers of all present clips of unknown people.
+        """Returns new contents, with the number of each unknown person in the clips of `films`.
 
-        `numbers` is clip -> number. Numbers that the log contains are left out. `unread` are the
-        sha256 of films that the present nets have not read. Faces of these films keep their
-        numbers. Other missing films are forgotten.
+        `numbers` is clip -> number. A number that comes from a correction in the log `said` is not
+        stored again. `unread` are the sha256 of films whose features the present nets have not
+        computed yet. Faces of these films keep their numbers. Films that are neither in `films`
+        nor in `unread` are forgotten.
         """
         stored = said.given | {x: n for x, n in numbers.items() if x not in said.numbered}
         face_of = {clip: face for film in films for clip, face in film.faces.items()}
@@ -99,15 +101,15 @@ def number_people(
 ) -> dict[str, int]:
     """Returns clip -> number of the unknown person, for clips without a name.
 
-    If a film is new, all clips are grouped. Then a group keeps a number if most of its clips had
-    this number. If no film is new, people keep their clips and numbers. Only clips without a
-    number, and new people, are grouped and may join these people.
+    A group of similar clips is a person. If a film is new, all clips are grouped. A group then gets
+    the number that most of its clips had. If no film is new, people keep their clips and numbers.
+    Only clips without a number may join them, and people who are new because of a correction.
 
     Args:
       tracks: the clips without a name.
       said: the corrections in the log, and the numbers of the last call.
       before: the contents of `unknown.json` after the last call.
-      highest: the highest old number. A user has made the people with higher numbers.
+      highest: people with higher numbers are new, made by corrections since the last call.
     """
     vectors = tracks.vectors
     kept = {clip: said.numbers[clip] for clip in vectors.names if clip in said.numbers}
@@ -129,10 +131,11 @@ def _keep_numbers(
 ) -> dict[str, int]:
     """Gives groups of clips the numbers of the last call; returns clip -> number.
 
-    `groups` is clip -> group, such as `unknown 3`. `before` is clip -> number in the last call. If
-    a clip of a group had a number in `fixed`, the group gets this number. Each other group gets the
-    number that most of its clips had. If several groups claim a number, the group with the most
-    clips of this number gets it. The remaining groups get new numbers above `highest`.
+    `groups` is clip -> group, such as `unknown 3`. `before` is clip -> number in the last call.
+    `fixed` are the numbers of people whom a user has corrected. If a clip of a group had such a
+    number, the group gets this number. Each other group gets the number that most of its clips had.
+    If several groups claim a number, the group with the most clips of this number gets it. The
+    remaining groups get new numbers above `highest`.
     """
     votes = Counter((group, before[clip]) for clip, group in groups.items() if clip in before)
     number: dict[str, int] = {}

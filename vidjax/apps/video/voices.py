@@ -29,7 +29,7 @@ LEAST_LEVEL = 10 ** (-30 / 20)  # the root mean square to which fainter windows 
 
 
 class VoiceEmbedder(nets.Embedder):
-    """Computes embeddings of voices: of N windows of 1.6 s of sound, [N, 25600] from -1 to 1."""
+    """Computes embeddings of N windows of sound, float [N, 25600]: 1.6 s at 16 kHz, -1 to 1."""
 
     def prepare(self, inputs: np.ndarray) -> np.ndarray:
         """Converts windows of sound, [N, 25600], to mel spectrograms, the input of the net."""
@@ -37,7 +37,7 @@ class VoiceEmbedder(nets.Embedder):
 
 
 class Span(NamedTuple):
-    """A part of a film, in seconds, during which speech belongs to the person of a clip."""
+    """A part of a film, in seconds, in which all speech is assigned to the person of a clip."""
 
     clip: str
     start_s: float
@@ -60,9 +60,9 @@ class Listener:
         self._embeds = VoiceEmbedder(cards["voice_embedder"])
 
     def __call__(self, samples: np.ndarray) -> Voice:
-        """Returns embeddings of the windows of 1.6 seconds with enough speech.
+        """Returns embeddings of those windows of 1.6 seconds of which half or more is speech.
 
-        `samples` [N] are at 16 kHz. N must be at least 25,600.
+        `samples` are float32 [N] at 16 kHz. N must be at least 25,600.
         """
         speech = self.detect_speech(samples) > SPEECH
         begin = np.arange(0, len(samples) - WINDOW + 1, WINDOW_STEP)
@@ -106,7 +106,7 @@ def find_solo_spans(tracks: "Sequence[FaceTrack]") -> Iterator[Span]:
 def _split_span(clip: str, begin: float, end: float) -> Iterator[Span]:
     """Splits a part of a film into pieces, see `find_solo_spans`.
 
-    The part is from `begin` to `end` seconds. Its speech belongs to the clip `clip`.
+    The part is from `begin` to `end` seconds. Its speech is assigned to the person of `clip`.
     """
     window, step = WINDOW / RATE, WINDOW_STEP / RATE
     count = int((end - begin - window) / step + 1 + 1e-6)  # 1e-6 is for rounding errors of times
@@ -120,8 +120,8 @@ def cut_spans(
 ) -> Iterator[tuple[Span, np.ndarray]]:
     """Yields each span of a film with its samples. Spans without sound are left out.
 
-    `sound` contains blocks (seconds, samples). The blocks and `spans` are in order of time. Gaps
-    between blocks are filled with zeros.
+    `sound` contains blocks (start in seconds, float32 samples [n] at 16 kHz). Blocks and `spans`
+    are in order of time. Gaps between blocks are filled with zeros.
     """
     waiting = collections.deque(spans)
     open_spans = collections.deque[tuple[Span, int, np.ndarray]]()
@@ -157,7 +157,7 @@ def make_mels(windows: np.ndarray) -> np.ndarray:
     """Returns mel spectrograms, float32 [N, T / 160, 40], of windows of samples [N, T].
 
     Frames of 25 ms begin every 10 ms, and have a Hann window. Beyond the ends, samples are zero.
-    There is no logarithm.
+    No logarithm is taken.
 
     Source: librosa's `melspectrogram`, as Resemblyzer calls it, without the last frame.
     """

@@ -197,7 +197,7 @@ def _choose_thumbnails(out: Path, thumbnails: bool | None) -> bool:
 
 
 class _Call:
-    """A call of `vidjax who`. The call changes the folder of results `out`."""
+    """A call of `vidjax who`: the steps that change the folder of results `out`."""
 
     def __init__(self, out: Path, models: Path, tell: Tell):
         self.out, self.models, self.features = out, models, out / FEATURES
@@ -215,9 +215,10 @@ class _Call:
         self.tell(Note(text, warning=False))
 
     def name_films(self, identify: Callable[..., dict[str, Answer]], prune: bool) -> Decision:
-        """Names the people in all films of a folder of results, and reports problems of the films.
+        """Returns who appears in the films of a folder of results, and reports problems of films.
 
-        For `identify`, see `decide`.
+        `identify` is the method `Gallery.identify` with fixed `fpir` and `threshold`. If `prune` is
+        True, missing films are not reported.
         """
         films = features_folder.read_media_files(self.features)
         unread = features_folder.find_unread(self.features)
@@ -232,9 +233,9 @@ class _Call:
     ) -> bool:
         """Enrols the photos of each person, and forgets people whose photos were deleted.
 
-        Returns True if people look more alike than the card of the net says, and the reason may be
-        that two names are names of one person. The two names were reported. `options` are arguments
-        of `pipeline.extract_folders`.
+        Returns True if people look more alike than the card (the JSON file of the net) says, and
+        the reason may be that one person has two names. Such names are reported to the user.
+        `options` are arguments of `pipeline.extract_folders`.
         """
         gallery, out, people = self.gallery, self.out, photos.people
         photos.check_people(gallery, forget_missing)
@@ -327,9 +328,9 @@ class _Call:
         return self.gallery
 
     def _convert(self) -> None:
-        """Makes the log of corrections if there is none.
+        """Creates the log of corrections, `said.jsonl`, if the folder of results has none.
 
-        If version 0.1.0 of vidjax has written the results, converts them.
+        If version 0.1.0 of vidjax has written the results, converts them to the present format.
         """
         gallery, out = self.gallery, self.out
         if not said_lib.has_log(out):
@@ -345,10 +346,10 @@ class _Call:
                 draft.remove(clip=waiting)
 
     def _change_nets(self) -> None:
-        """If `models` has other or more nets than in earlier calls, prepares for these nets.
+        """If the folder `models` has other or more nets than in earlier calls, adopts these nets.
 
-        Features of other nets are removed, and the gallery gets the new nets. If the process is
-        interrupted, the next call repeats this, because `extract.json` is written last.
+        Features from earlier nets are removed. The gallery then uses the new nets. `extract.json`
+        is written last. So if the process is interrupted, the next call does all this again.
         """
         gallery, models, features = self.gallery, self.models, self.features
         before, digests = features_folder.read_extraction(features), pipeline.read_digests(models)
@@ -428,7 +429,7 @@ class _Call:
                 if old not in (None, name):
                     raise UserError(
                         f"face '{clip}' already has the name '{show(old)}', not '{show(name)}'\n"
-                        "correct the name on the page, or delete this row"
+                        "correct the name with vidjax review, or delete this row"
                     )
                 if old is None and (face := film.faces.get(clip)):
                     lines.append(said_lib.about(face, "is", of=name, video=film.video))
@@ -444,12 +445,12 @@ class _Call:
     def _follow_photos(
         self, known: Collection[str], moved: Mapping[str, Collection[str]]
     ) -> dict[str, str]:
-        """Renames faces if a user has moved all photos of a person to another person.
+        """Renames a person in films if a user has moved all photos of this person to another name.
 
-        These are faces to which the user has given the name of the first person. `known` are the
-        people with enrolled photos. `moved` is person -> people who have the photos now. If these
-        are several people, the names of the faces stay, and a warning says how to change them.
-        Returns old name -> new name.
+        Faces to which the user has given the old name get the new name. `known` are the people with
+        enrolled photos. `moved` is old name -> the people who have the photos now. If several
+        people have them, faces keep the old name, and a warning says how to change it. Returns
+        old name -> new name.
         """
         films = features_folder.read_media_files(self.features) if moved else ()
         said = read_said(self.out, films) if moved else Said()
@@ -488,9 +489,9 @@ class _Call:
     ) -> None:
         """Forgets people who are not in `names`, and deletes features of their photos.
 
-        `before` is clip -> face in a photo, as known before this call. `places` are the names of
-        the folders of photos whose features stay. A person keeps names that a user has typed for
-        faces in films, unless `forget_missing` is True.
+        `before` is clip -> face in a photo, with all photos that were known before this call.
+        `places` are the names of the folders of photos whose features stay. If `forget_missing` is
+        False, a person keeps the faces in films to which a user has given the person's name.
         """
         gallery, out = self.gallery, self.out
         said = read_said(out, features_folder.read_media_files(self.features))
