@@ -181,7 +181,7 @@ class FlatFile:
         if not stat or (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
             file.check()
         if file.size != len(self) * self._row_bytes:
-            raise UserError(f"'{file.path}' has {file.size:,} bytes, but index.npz differs")
+            raise UserError(f"'{file.path}' has {file.size:,} bytes, not the size in index.npz")
         with files.open_regular(file.path, below=file.folder) as opened:
             self._descriptor = os.dup(opened.fileno())
         weakref.finalize(self, os.close, self._descriptor)

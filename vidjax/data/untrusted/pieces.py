@@ -82,8 +82,8 @@ def load_pieces(file: BinaryIO, size: int) -> Iterator[dict[Any, Any]]:
 def _cut(content: mmap.mmap) -> Iterator[tuple[list[bytes], range]]:
     """Cuts a pickled dict into smaller pickles, each with some of its items.
 
-    Yields the content of each smaller pickle and the range of its numbered objects. The content is
-    a list of byte strings, without the opcode STOP at the end.
+    Yields the content of each smaller pickle, and the range of the numbers that pickle gives to the
+    objects in it. The content is a list of byte strings, without the opcode STOP at the end.
     """
     begin = _START.match(content)
     if not begin:
@@ -115,10 +115,11 @@ def _cut(content: mmap.mmap) -> Iterator[tuple[list[bytes], range]]:
 
 
 class _Runs:
-    """Skips pickle opcodes with arguments of fixed size, and counts the objects that they number.
+    """Skips pickle opcodes with arguments of fixed size, and counts the objects in them.
 
-    Most arrays have the same sequence of opcodes. So the first sequences become regular
-    expressions, because matching an expression is faster than parsing each opcode.
+    Only the objects are counted that pickle numbers, to refer to them later. Most arrays have the
+    same sequence of opcodes. So the first sequences become regular expressions, because matching an
+    expression is faster than parsing each opcode.
     """
 
     def __init__(self, content: mmap.mmap) -> None:
@@ -128,7 +129,8 @@ class _Runs:
     def skip(self, at: int) -> tuple[int, int]:
         """Skips the opcodes with arguments of fixed size that begin at byte `at`.
 
-        Returns the byte after these opcodes, and how many objects they number.
+        Returns the position of the byte after these opcodes, and how many objects in them pickle
+        numbers, to refer to them later.
         """
         for place, (pattern, count) in enumerate(self._patterns):
             found = pattern.match(self._content, at)

@@ -210,8 +210,8 @@ def _describe_type(value: object) -> str:
 def _choose_fields(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
     """Returns the names of the values that a frame has in a pickle, such as ('frame', 'feature').
 
-    In a modality of iQIYI-VID, a frame has a fixed number of values. In another modality, it is the
-    most common number of values in the first clips.
+    In a modality of iQIYI-VID, a frame has a fixed number of values. In another modality, the most
+    common number of values in the first clips is taken.
     """
     length = _NUM_FIELDS.get(modality)
     if length is None:
