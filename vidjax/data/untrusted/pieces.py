@@ -74,7 +74,7 @@ def load_pieces(file: BinaryIO, size: int) -> Iterator[dict[Any, Any]]:
             del parts
             items = unpickler.load()
             if type(items) is not dict or pipe.read(1):
-                raise UserError("the pickle is not only a dict, so it has to be loaded as a whole")
+                raise UserError("the pickle is not a single dict, so it cannot be read in pieces")
             yield items
             old = numbers if numbers.start else range(0)
 
@@ -87,7 +87,7 @@ def _cut(content: mmap.mmap) -> Iterator[tuple[list[bytes], range]]:
     """
     begin = _START.match(content)
     if not begin:
-        raise UserError("the pickle is not only a dict, so it has to be loaded as a whole")
+        raise UserError("the pickle is not a single dict, so it cannot be read in pieces")
     start, at = begin.span(1)
     parts, runs, left = list[bytes](), _Runs(content), PIECE_BYTES
     first, done = 0, int(at > start + 1)  # the dict may be the first numbered object
@@ -111,7 +111,7 @@ def _cut(content: mmap.mmap) -> Iterator[tuple[list[bytes], range]]:
         elif found := _GLOBAL.match(content, end):
             at = found.end()
         else:
-            raise UserError("the pickle is not only a dict, so it has to be loaded as a whole")
+            raise UserError("the pickle is not a single dict, so it cannot be read in pieces")
 
 
 class _Runs:
