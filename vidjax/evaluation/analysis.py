@@ -107,8 +107,8 @@ def write_results(
 ) -> dict[str, dict[str, Any]]:
     """Writes the results of splits to the folder of a run. Returns split -> metrics.
 
-    The results of a split are the ranking and the metrics. If `config.eval.report` is set, they are
-    also the analysis and the report. An earlier analysis and report of the split are deleted. An
+    The results of a split are the ranking and the metrics. If `config.eval.report` is set, they
+    include the analysis and the report. An earlier analysis and report of the split are deleted. An
     error in the analysis or the report does not change the ranking and the metrics. All processes
     call this function, and the first process writes the files.
 
@@ -157,8 +157,8 @@ def describe_evaluation(folder: RunFolder, config: Config, step: int | None) -> 
 
     The entries are `eval_date`, the entries of the training, and `overrides`. The dict `overrides`
     is field -> value of `config`, for values that affect scores and differ from the training. If it
-    exists, `write_results` uses other names of files, so that no result of the training is
-    replaced.
+    is present, `write_results` uses other names of files, so that the results of the training are
+    not replaced.
 
     `step` is the step of the scored checkpoint, or None for a blend, which has no checkpoint. If a
     finished run has lost its latest checkpoint, `overrides` contains the `step` that was scored

@@ -37,10 +37,11 @@ LEAST = 1e-6  # of the probability of a stranger; float32 does not distinguish s
 
 
 class Calibration(NamedTuple):
-    """The learned numbers that join R runs: a scale, an offset and a trust for each run.
+    """The learned numbers that join R runs: for each run, a scale, an offset and a trust.
 
-    `stranger` is the log odds of a stranger. If there are separate numbers for parts of the clips,
-    or for each clip, all arrays have an additional first axis.
+    The trust is the probability that the scores of the run are meaningful. `stranger` is the log
+    odds of a stranger. If there are separate numbers for parts of the clips, or for each clip, all
+    arrays have an additional first axis.
     """
 
     scale: Array  # [R] logarithm of the scale

@@ -44,7 +44,7 @@ Advance = Callable[[int], None]  # receives the number of rows of a finished blo
 
 
 class Request(NamedTuple):
-    """N clips to score."""
+    """N clips to score: where they are, their names, and how many are scored at a time."""
 
     data: ClipSource
     split: str  # the split of `data` that contains the clips
@@ -127,7 +127,7 @@ class Ranker:
     def _explain_no_threshold(self) -> str:
         """Returns the reason why `threshold` is unknown, as the end of an error message.
 
-        If it is known, or if the run was evaluated without strangers, returns "".
+        If the threshold is known, or if the run was evaluated without strangers, returns "".
         """
         if not self.results:
             words = f"vidjax evaluate --workdir={shlex.quote(str(self.workdir))}"
@@ -246,7 +246,7 @@ class Ranker:
             names = data.split(split).clips
             return Request(data, split, np.arange(len(names)), names, size)
         if split is not None:
-            raise UserError(f"split={split!r}: clips in memory have no splits: leave it out")
+            raise UserError(f"split={split!r}: clips in memory have no splits: leave out split")
         if not isinstance(clips, MemoryClips):
             wanted = "a dict {clip: {modality: features}}, or a dataset of vidjax.load_data"
             check_argument("clips", clips, Mapping, wanted)
