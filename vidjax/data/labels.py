@@ -176,7 +176,8 @@ def clean_labels(
 
     A row is (place, clip, identity), where the place is a file and a line, for error messages. A
     clip whose identity is None, NaN or empty is left out. A warning counts the clips with NaN or an
-    empty identity. For `known_clips` see `load_ground_truth`.
+    empty identity. Raises UserError if a clip has two identities, or if a name is not allowed. For
+    `known_clips` see `load_ground_truth`.
     """
     pairs: dict[str, str] = {}
     places: dict[str, str] = {}
@@ -212,7 +213,7 @@ def clean_labels(
 def _clean_person(place: str, identity: object) -> str:
     """Returns an identity (text or a number) as text. The number 100.0 becomes `100`.
 
-    Raises UserError, which begins with `place`, for a wrong type or name.
+    Raises UserError, which begins with `place`, if the type or the name is not allowed.
     """
     if isinstance(identity, (float, np.floating)) and float(identity).is_integer():
         # Larger floats have lost digits. Their text is in scientific notation, with every numpy.

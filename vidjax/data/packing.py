@@ -71,8 +71,8 @@ def group_by_modality(arrays: Mapping[str, Any], place: str) -> dict[str, dict[s
     """Groups arrays with names such as `face_quality`. Returns modality -> field -> array.
 
     The array `face` becomes the field `features` of the modality `face`. The array `face_quality`
-    becomes its field `quality`. The value of `face` may also be a dict of fields. Errors begin with
-    `place`.
+    becomes the field `quality` of this modality. The value of `face` may also be a dict of fields.
+    Raises UserError, which begins with `place`, if a name is wrong.
     """
     modalities: dict[str, dict[str, Any]] = {}
     for key, value in arrays.items():

@@ -189,7 +189,7 @@ def describe_faults(workdir: Path, split: str) -> Iterator[None]:
     """Protects a `with` block that makes an analysis or a report: exceptions become warnings.
 
     OSError and Interrupted stay exceptions. If several processes evaluate the run, all exceptions
-    stay. Otherwise, one process would skip the rest of the block, and the others would wait for it.
+    stay: if only one process skipped the rest of the block, the others would wait for it.
     """
     try:
         yield

@@ -218,10 +218,10 @@ def open_blend(
 
 
 def _learn(blend: Blend, config: Config, folder: RunFolder, load: Load, mesh: Mesh) -> schemas.Join:
-    """Learns the numbers that join the runs of a blend, and writes them to its folder.
+    """Learns parameters to join the scores of the runs of a blend, and writes them to a file.
 
-    The numbers are learned from clips that no run was trained on. These are clips of `blend.split`
-    or, if `vidjax train` has made the blend, of all training splits.
+    The parameters are learned from clips that no run was trained on. If `vidjax train` has made the
+    blend, these are clips of all training splits. Otherwise, they are clips of `blend.split`.
     """
     name = blend.split.name
     names = config.data.train_splits if config.join.systems else (name,)
@@ -251,10 +251,10 @@ def make_missing_error(folder: RunFolder, split: str) -> UserError:
 
 
 def read_numbers(folder: RunFolder, config: Config) -> schemas.Join | None:
-    """Reads the learned numbers of a blend from its folder.
+    """Reads the learned parameters by which a blend joins scores from the folder of the blend.
 
-    Returns None if `config.join.learned` is False, or if no numbers were learned yet. If the
-    numbers do not fit the runs, raises UserError.
+    Returns None if `config.join.learned` is False, or if no parameters were learned yet. If they
+    were learned for another number of runs, raises UserError.
     """
     if not config.join.learned or not folder.has(JOIN):
         return None

@@ -37,11 +37,11 @@ LEAST = 1e-6  # of the probability of a stranger; float32 does not distinguish s
 
 
 class Calibration(NamedTuple):
-    """The learned numbers that join R runs: for each run, a scale, an offset and a trust.
+    """The learned parameters that join the scores of R runs: scale, offset and trust of each run.
 
     The trust is the probability that the scores of the run are meaningful. `stranger` is the log
-    odds of a stranger. If there are separate numbers for parts of the clips, or for each clip, all
-    arrays have an additional first axis.
+    odds of a stranger. If there are separate parameters for parts of the clips, or for each clip,
+    all arrays have an additional first axis.
     """
 
     scale: Array  # [R] logarithm of the scale
@@ -51,7 +51,7 @@ class Calibration(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """Scores of n clips, from which the numbers are learned, for K identities (candidates) each."""
+    """Scores of n clips for K identities (candidates) each. `learn` learns parameters from them."""
 
     logs: np.ndarray  # [R, n, K] float32, logarithms of probabilities
     unknown: np.ndarray  # [R, n] float32, log of the probability of a stranger
@@ -77,7 +77,7 @@ def join_logs(logs: Array, unknown: Array, calibration: Calibration) -> Array:
       logs: [R, B, K], logarithms of the probabilities of K identities in each run. A run that
         cannot score a clip has a row of -inf. A run that does not know an identity has -inf.
       unknown: [R, B], see `log_unknown`.
-      calibration: the learned numbers, arrays [R], or [B, R] if they differ between the clips.
+      calibration: the learned parameters, arrays [R], or [B, R] if they differ between the clips.
     """
     numbers = [jnp.moveaxis(jnp.asarray(x), -1, 0)[..., None] for x in calibration[:-1]]
     scale, offset, trust = (x[:, None] if x.ndim == 2 else x for x in numbers)  # [R, 1 or B, 1]
@@ -104,8 +104,9 @@ def join_scores(logs: Array, calibration: Calibration) -> Array:
 def split_clips(labels: np.ndarray) -> np.ndarray:
     """Divides the N clips of a split into PARTS parts. Returns the part of each clip, [N] int32.
 
-    Parts are numbered from 0. `labels` [N] are the labels of the clips. If possible, every part
-    gets clips of every identity.
+    The parameters for a part are learned from the clips of the other parts. Parts are numbered from
+    0. `labels` [N] are the labels of the clips. If possible, every part gets clips of every
+    identity.
     """
     return ensemble.assign_folds(labels, PARTS, 0)
 
@@ -166,7 +167,7 @@ def choose_candidates(logs: np.ndarray, labels: np.ndarray, part: np.ndarray) ->
 
 
 def learn(examples: Sequence[Examples]) -> Calibration:
-    """Learns the numbers that join R runs. The numbers for a part are learned from other parts.
+    """Learns the parameters that join R runs: for each part of the clips, from the other parts.
 
     `examples` are the scores of clips of one or several splits. If no clip shows a stranger, each
     clip counts a second time, as a clip of a stranger, without the scores of the right identity.
@@ -183,7 +184,7 @@ def learn(examples: Sequence[Examples]) -> Calibration:
 
 
 def fit(examples: Examples, weights: np.ndarray) -> Calibration:
-    """Learns the numbers that join runs from n clips with `weights` [n] (maximum a posteriori)."""
+    """Learns parameters from n clips with `weights` [n], by maximum a posteriori estimation."""
     num_runs = len(examples.logs)
     start = np.concatenate([np.full(num_runs, x) for x in START.values()] + [np.zeros(1)])
     clips = jax.device_put((*examples[:4], weights / np.sum(weights)))
@@ -230,7 +231,7 @@ def _concatenate(examples: Sequence[Examples]) -> Examples:
 
 
 def _leave_out_right(examples: Examples) -> Examples:
-    """Returns the same clips as clips of strangers, without scores for the right identity."""
+    """Turns clips into clips of strangers, by removing the scores of the right identities."""
     logs = examples.logs.copy()
     logs[:, np.arange(logs.shape[1]), examples.right - 1] = -np.inf
     return examples._replace(logs=logs, right=np.zeros_like(examples.right))

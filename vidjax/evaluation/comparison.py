@@ -164,9 +164,9 @@ class Comparison(NamedTuple):
 def compare(groups: Sequence[Sequence[str]], *, split: str | None = None) -> Comparison:
     """Compares the MAP of runs with the MAP of the first run, on the same clips.
 
-    `groups` is a list of lists with the folders of runs. If single runs are compared, each list has
-    one folder. If systems are compared by their mean MAP, each list has the same number of runs,
-    which differ only in their seeds. `split` is by default `eval.split` of each run.
+    `groups` is a list of lists with the folders of runs. To compare single runs, each list has one
+    folder. To compare mean MAPs over several seeds, each list has the same number of runs, which
+    differ only in their seeds. `split` is by default `eval.split` of each run.
     """
     named = [name for group in groups for name in group]
     if len({Path(name).resolve() for name in named}) < len(named):

@@ -137,7 +137,7 @@ def _compare(
 
 
 def rank(scores: Scores, weights: scipy.sparse.csr_array) -> TopK:
-    """Ranks clips by probabilities that are averaged with the neighbours of each clip.
+    """Ranks clips by their probabilities, averaged with the probabilities of similar clips.
 
     The scores in the result are the scores before the averaging.
 

@@ -463,7 +463,7 @@ def resample_fnir(
 
 @threadpool_limits.wrap(limits=1, user_api="blas")
 def compute_clip_intervals(clips: ClipScores, labels: np.ndarray) -> dict[str, tuple[float, float]]:
-    """Returns the 95 % intervals (low, high) of the metrics `top1` and `auroc`.
+    """Returns metric -> its 95 % interval (low, high), for the metrics `top1` and `auroc`.
 
     The intervals are from a Bayesian bootstrap over people: all clips of a person get the same
     random weight. For `auroc`, each distractor gets a random weight, too. Without distractors

@@ -353,8 +353,8 @@ class JointPredictor(Ranker):
     Attributes:
       runs: the runs of the blend. If `vidjax train` has made the blend, these are only the runs
         that were trained on all clips, not the runs in folds.
-      numbers: the learned numbers that join the scores, or None.
-      weights: the weights [R] of the runs, which are used only without learned numbers.
+      numbers: the learned parameters that join the scores, or None.
+      weights: the weights [R] of the runs, which are used only if `numbers` is None.
     """
 
     runs: tuple[Predictor, ...]

@@ -76,6 +76,7 @@ def unpack(
 
     The returned arrays are memory maps of files in `out_dir`. Keep `out_dir` as long as the arrays.
     No other call may use this folder. With `children`, another thread can kill the child process.
+    Raises UserError if the pickle is malformed, or exceeds a limit.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     size = path.stat().st_size
