@@ -246,7 +246,7 @@ class Ranker:
             names = data.split(split).clips
             return Request(data, split, np.arange(len(names)), names, size)
         if split is not None:
-            raise UserError(f"split={split!r}: clips in memory have no splits: leave out split")
+            raise UserError(f"split={split!r}: clips in memory have no splits: leave it out")
         if not isinstance(clips, MemoryClips):
             wanted = "a dict {clip: {modality: features}}, or a dataset of vidjax.load_data"
             check_argument("clips", clips, Mapping, wanted)
