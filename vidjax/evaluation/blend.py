@@ -251,7 +251,7 @@ def make_missing_error(folder: RunFolder, split: str) -> UserError:
 
 
 def read_numbers(folder: RunFolder, config: Config) -> schemas.Join | None:
-    """Reads the learned parameters by which a blend joins scores from the folder of the blend.
+    """Reads a file of learned parameters, by which a blend joins the scores of its runs.
 
     Returns None if `config.join.learned` is False, or if no parameters were learned yet. If they
     were learned for another number of runs, raises UserError.

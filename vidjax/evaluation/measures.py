@@ -86,7 +86,7 @@ class ScoredSplit:
         """Returns the average precisions [C] without the clips `removed` [N] bool.
 
         The second result is the number of clips that each identity keeps, [C]. The rankings of the
-        k best clips of each identity become shorter, because no other clips replace the removed.
+        k best clips of each identity become shorter, because no other clips take the free places.
         """
         gone = np.bincount(self.labels[removed & self.pool], minlength=len(self.hits) + 1)[1:]
         kept = ~np.append(removed, False)[np.minimum(self.top.index, len(removed))]

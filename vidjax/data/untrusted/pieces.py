@@ -115,11 +115,11 @@ def _cut(content: mmap.mmap) -> Iterator[tuple[list[bytes], range]]:
 
 
 class _Runs:
-    """Skips pickle opcodes with arguments of fixed size, and counts the objects in them.
+    """Skips pickle opcodes with arguments of fixed size, and counts opcodes that number an object.
 
-    Only the objects are counted that pickle numbers, to refer to them later. Most arrays have the
-    same sequence of opcodes. So the first sequences become regular expressions, because matching an
-    expression is faster than parsing each opcode.
+    Later opcodes refer to an object by its number. Most arrays have the same sequence of opcodes.
+    So the first sequences become regular expressions, because matching an expression is faster than
+    parsing each opcode.
     """
 
     def __init__(self, content: mmap.mmap) -> None:
@@ -129,8 +129,8 @@ class _Runs:
     def skip(self, at: int) -> tuple[int, int]:
         """Skips the opcodes with arguments of fixed size that begin at byte `at`.
 
-        Returns the position of the byte after these opcodes, and how many objects in them pickle
-        numbers, to refer to them later.
+        Returns the position of the byte after these opcodes, and how many of the opcodes give a
+        number to an object.
         """
         for place, (pattern, count) in enumerate(self._patterns):
             found = pattern.match(self._content, at)
