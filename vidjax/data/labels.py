@@ -1,4 +1,4 @@
-"""Reads labels and weights of clips from ground-truth files, tables or dicts."""
+"""Reads labels (the identity that each clip shows) and weights of clips from files or dicts."""
 
 import contextlib
 import itertools
@@ -56,15 +56,15 @@ def load_folder_truth(
 ) -> dict[str, dict[str, str]]:
     """Returns split -> clip -> identity, from the files `{split}_gt.txt` or a table `labels.csv`.
 
-    The table may also end in .tsv, .jsonl or .parquet. `clips` is split -> names of the clips with
-    features. Raises UserError if the folder has several files of labels, or a misspelt file such as
-    `label.csv`.
+    The table may also be `labels.tsv`, `labels.jsonl` or `labels.parquet`. `clips` is split ->
+    names of the clips with features. Raises UserError if the folder has several files of labels, or
+    a file with a misspelt name such as `label.csv`.
     """
     official, entries = find_ground_truth(folder), list_entries(folder)
     found = [path for path in entries if path.name.lower() in TABLES]
     both = [path.name for path in (*found, *official.values())][:2]
     if found and len(both) > 1:
-        raise UserError(f"'{folder}' contains both {' and '.join(both)}: remove one of them")
+        raise UserError(f"'{folder}' has labels in both {' and '.join(both)}: remove one of them")
     if found:
         check_file(found[0])
         return load_label_table(found[0], clips)
@@ -141,7 +141,7 @@ def read_table(path: Path) -> Iterator[tuple[str, Any, Any]]:
             remedy = "write the clip, a tab and a name"
             if len(cells) == 1 and re.search("[;,]", cells[0]):
                 remedy = "save the table with tabs between the columns, not commas or semicolons"
-            raise UserError(f"{place}: the line has no name or no clip\n{remedy}")
+            raise UserError(f"{place}: the line lacks the clip or the identity\n{remedy}")
         clip, identity = (cells[column] for column in columns)
         yield place, clip if is_csv else clip.strip(), identity.strip()
 
@@ -176,7 +176,8 @@ def clean_labels(
 
     A row is (place, clip, identity), where the place is a file and a line, for error messages. A
     clip whose identity is None, NaN or empty is left out. A warning counts the clips with NaN or an
-    empty identity. For `known_clips` see `load_ground_truth`.
+    empty identity. Raises UserError if a clip has two identities, or if a name is not allowed. For
+    `known_clips` see `load_ground_truth`.
     """
     pairs: dict[str, str] = {}
     places: dict[str, str] = {}
@@ -212,7 +213,7 @@ def clean_labels(
 def _clean_person(place: str, identity: object) -> str:
     """Returns an identity (text or a number) as text. The number 100.0 becomes `100`.
 
-    Raises UserError, which begins with `place`, for a wrong type or name.
+    Raises UserError, which begins with `place`, if the type or the name is not allowed.
     """
     if isinstance(identity, (float, np.floating)) and float(identity).is_integer():
         # Larger floats have lost digits. Their text is in scientific notation, with every numpy.
@@ -229,7 +230,7 @@ def _clean_person(place: str, identity: object) -> str:
         text = clean_identity(str(identity))
     if re.fullmatch("-[0-9]+", text):
         raise UserError(
-            f"{place}: identity {text} is negative: leave out clips that show no known person"
+            f"{place}: identity {text} is negative: if the clip shows no known person, leave it out"
         )
     return text
 
@@ -240,7 +241,7 @@ def _is_missing(identity: object) -> bool:
 
 
 def find_ground_truth(directory: str | os.PathLike[str]) -> dict[str, Path]:
-    """Returns split -> path of `{split}_gt.txt`, in the order train, val, test.
+    """Returns split -> path of `{split}_gt.txt` in a directory, in the order train, val, test.
 
     Raises UserError if the name of such a file is probably misspelt.
     """
@@ -274,15 +275,15 @@ def load_ground_truth(
     appears if a program, such as a spreadsheet, has probably changed identities.
 
     Raises:
-      UserError: the form is unclear, a line has another form, a clip comes twice, or a name is
-        refused. If most identities are whole numbers, all must be whole numbers above 0.
+      UserError: the form is unclear, a line has another form, a clip comes twice, or a name
+        is not allowed. If most identities are whole numbers, all must be whole numbers above 0.
     """
     lines = read_truth(path, known_clips=known_clips)
     return {name: line.identity for line in lines for name in line.clips.values()}
 
 
 class TruthLine(NamedTuple):
-    """A line of a ground-truth file."""
+    """A line of a ground-truth file: its number, an identity, and the clips of this identity."""
 
     number: int  # counted from 1, including empty lines
     identity: str
@@ -332,7 +333,8 @@ def read_truth(
 def _is_inverted(path: Path, lines: Sequence[Sequence[str]]) -> bool:
     """Returns True if the lines of a ground-truth file begin with identities instead of clips.
 
-    `lines` has the words of each line. If the file does not show this, raises UserError.
+    `lines` has the words of each line. If neither the words nor the name of the file show which
+    form the file has, raises UserError.
     """
     for fields in lines:
         for column, name in enumerate(fields):

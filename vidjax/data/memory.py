@@ -1,8 +1,8 @@
 """Loads clips without labels into memory, for a trained model or a gallery of people.
 
 Clips are loaded from a `.npz` file, from a parquet table, or from a folder. The folder contains
-`.npz` files, or folders of `.npz` files, or splits as in `vidjax.data.arrays`, or pickles of the
-iQIYI-VID dataset. The readers of pickles are imported only for a folder of pickles.
+`.npz` files, folders of `.npz` files, splits of a dataset (see `vidjax.data.arrays`), or pickles of
+the iQIYI-VID dataset. The readers of pickles are imported only for a folder of pickles.
 """
 
 import shlex
@@ -53,8 +53,8 @@ class MemoryClips:
           packed: the clips, from `packing.pack`.
           names: clip name -> the name in the input, which may end in `.mp4`.
           modalities: modality -> feature width. The model reads these modalities.
-          official: True if the clips are from official pickles, in which some qualities are
-            negative.
+          official: True if the clips are from official iQIYI-VID pickles. Some of their qualities
+            are negative, so a warning of negative qualities appears only if all are negative.
         """
         if not names:
             raise UserError("the input contains no clips: give one or more clips")
@@ -136,7 +136,7 @@ class MemoryClips:
         if lost := [x for x in given if given[x] and given[x].isdisjoint(modalities)]:
             warn(
                 f"{len(lost):,} of {len(names):,} clips have no modality of the run, for example "
-                f"{show(lost[0])}\nthey count as clips without frames"
+                f"{show(lost[0])}\nthese clips count as clips without frames"
             )
         return cls(packed, names, modalities, identities)
 
@@ -267,7 +267,7 @@ def load_clips(
     if not paths.keys() & modalities.keys():
         raise UserError(
             f"'{path}' contains the modalities {', '.join(sorted(paths))}, but the run reads "
-            f"{', '.join(modalities)}\nadd a pickle of one of these modalities"
+            f"{', '.join(modalities)}\nadd a pickle of a modality that the run reads"
         )
     from vidjax.data.untrusted import sandbox
 
@@ -287,15 +287,16 @@ def load_clips(
 def find_files(
     path: Path, split: str | None = None
 ) -> tuple[Path, Sequence[Path] | Mapping[str, Path]]:
-    """Finds the files of clips without reading them. Returns their folder, and the files.
+    """Finds the files of clips without reading them. Returns (folder of the files, files).
 
     `path` is a folder or a file. `split` is the split to find, or None if there is only one. The
-    files are a list of `CLIP.npz` and `DAY/CLIP.npz`, or a list of one parquet table. If the folder
-    contains pickles of the iQIYI-VID dataset, they are a dict, modality -> pickle.
+    second result is a list of paths: `CLIP.npz` and `DAY/CLIP.npz`, or a single parquet table. If
+    the folder contains pickles of the iQIYI-VID dataset, the second result is a dict, modality ->
+    path of the pickle.
 
     Raises:
       FileNotFoundError: the path does not exist, or has no clips.
-      UserError: features would be ignored, or `split` does not fit the folder.
+      UserError: a file of features would be ignored, or the folder does not have `split`.
     """
     check_path(path)
     if path.is_dir():

@@ -32,7 +32,7 @@ LARGEST = float(np.finfo(np.float32).max)  # models compute in float32
 
 
 class FrameField(NamedTuple):
-    """A value that is stored with each frame, in addition to its feature."""
+    """Dtype, default and official name of a value that each frame has, such as its quality."""
 
     dtype: str
     missing: float | None  # the default; None stands for the position of the frame in its clip
@@ -63,7 +63,7 @@ ClipArrays = dict[str, dict[str, list[np.ndarray]]]
 
 
 class BadValues(NamedTuple):
-    """Frames of a modality in which the value of a field is unusual."""
+    """How many frames of a modality have a negative or not finite value in a field."""
 
     field: str  # such as "quality"
     problem: str  # "negative" or "not finite"
@@ -72,7 +72,7 @@ class BadValues(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """The number of clips and frames that files have in a modality, and what was left out."""
+    """Counts the clips and frames of a modality in files, and the frames that were left out."""
 
     clips: Count
     frames: Count  # includes the frames that were left out
@@ -92,10 +92,11 @@ class PackedClips(NamedTuple):
     Attributes:
       names: N clip names without `.mp4`.
       frames: modality -> the frames of all clips. The dtype of features is float16, float32,
-        float64 or int8. Without frames, features have the width 0. `start` is [N] int64.
+        float64 or int8. If no clip has frames, the width of the features may be 0. The index of
+        the first frame of each clip, `start`, is [N] int64.
       counts: modality -> the numbers of clips and frames.
-      checksums: modality -> [N] uint64, a checksum of each clip, see `compute_checksum`. Readers
-        of files compare them. For clips in memory, the dict may be empty.
+      checksums: modality -> [N] uint64, a checksum of each clip (see `compute_checksum`), by which
+        `Reader` detects damaged files. For clips in memory, the dict may be empty.
     """
 
     names: tuple[str, ...]
@@ -109,9 +110,10 @@ class PackedClips(NamedTuple):
         return {name: np.asarray(frames.length) for name, frames in self.frames.items()}
 
     def find_bad_values(self, modality: str) -> Iterator[BadValues]:
-        """Yields an item for each kind of unusual values that frames of a modality have.
+        """Yields an item for each field of a modality and each kind of unusual values in it.
 
-        The kinds are: a field was not finite (its values are now 0), and a weight is negative.
+        The fields are quality and detection. There are two kinds of unusual values: values that
+        were not finite (and were replaced by 0), and negative values.
         """
         frames, counts = self.frames[modality], self.counts[modality]
         for reason, count in sorted(counts.warnings.items()):
@@ -125,7 +127,7 @@ class PackedClips(NamedTuple):
 
 
 class StoredFile(NamedTuple):
-    """A file of a dataset in the cache, and its state when it was written."""
+    """A file of a dataset in the cache, with its size, time and sha256 when it was written."""
 
     path: Path  # FOLDER/SPLIT/MODALITY/FIELD.bin, where FOLDER contains the manifest
     size: int  # number of bytes
@@ -179,7 +181,7 @@ class FlatFile:
         if not stat or (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
             file.check()
         if file.size != len(self) * self._row_bytes:
-            raise UserError(f"'{file.path}': its {file.size:,} bytes do not fit index.npz")
+            raise UserError(f"'{file.path}' has {file.size:,} bytes, not the size in index.npz")
         with files.open_regular(file.path, below=file.folder) as opened:
             self._descriptor = os.dup(opened.fileno())
         weakref.finalize(self, os.close, self._descriptor)
@@ -191,7 +193,8 @@ class FlatFile:
     def __getitem__(self, rows: slice) -> np.ndarray:
         """Returns a slice of rows. If the end of the file is missing, the result has fewer rows.
 
-        If the file has one number per frame, the first call checks and reads the whole file.
+        If the file has only one number per frame, the first call checks the sha256 of the file, and
+        keeps the whole array in memory.
         """
         if len(self.shape) > 1:
             return self._read(rows.start, rows.stop)
@@ -267,9 +270,10 @@ def is_finite(values: np.ndarray) -> np.ndarray:
 
 
 def pack_arrays(arrays: Mapping[str, Any], length: ArrayLike) -> Packed:
-    """Joins arrays to a `Packed` object, the frames of N clips, clip after clip.
+    """Makes a `Packed` object (the frames of N clips, clip after clip) from arrays.
 
-    `arrays` is field -> the values of all frames. `length` [N] is the number of frames per clip.
+    `arrays` is field -> the values of all F frames, such as `features` [F, D] and `quality` [F].
+    `length` [N] is the number of frames of each clip.
     """
     counts = np.array(length, np.int32)
     fields = {name: arrays[name] for name in BATCHED}
@@ -277,7 +281,7 @@ def pack_arrays(arrays: Mapping[str, Any], length: ArrayLike) -> Packed:
 
 
 def get_dtype(field: str, features: str | np.dtype) -> np.dtype:
-    """Returns the dtype of a field of frames. `features` is the dtype of the field "features"."""
+    """Returns the dtype of a field: `features` if the field is "features", or a fixed dtype."""
     return np.dtype(features if field == "features" else FRAME_FIELDS[field].dtype)
 
 
@@ -314,8 +318,8 @@ def map_again(frames: Packed) -> Packed:
 class Summary(Struct):
     """The names, lengths and counts of N clips in a modality, without the values of frames.
 
-    A child process sends them, so the constructor checks that they fit together. Otherwise, it
-    raises ValueError.
+    A child process sends this object, so the constructor does not trust it. If the values
+    contradict each other, the constructor raises ValueError.
     """
 
     names: list[str]
@@ -346,8 +350,8 @@ def summarise(modality: str, packed: PackedClips) -> Summary:
 def open_packed(modality: str, folder: Path, summary: Summary) -> PackedClips:
     """Maps the files of a modality in `folder` into memory, and returns the clips.
 
-    Another process has written the files. `summary` is the result of its call of `summarise`. If
-    the files do not fit, raises an error.
+    Another process has written the files, and has made `summary` with the function `summarise`. If
+    the files do not fit `summary`, or have values that are not finite, raises an error.
     """
     files.refuse_links(folder)
     arrays = map_files(folder, summary.width, summary.dtype, sum(summary.lengths))
@@ -417,8 +421,9 @@ class Reader:
     """Reads the clips of several splits, in memory or in files.
 
     Attributes:
-      order: [N] int32, the clips in the order in which the largest modality is stored. Clips are
-        numbered split after split, and by name within a split.
+      order: [N] int32, the numbers of all clips, in the order in which the frames of the largest
+        modality are stored. Clips are numbered from 0, split after split, and by name within a
+        split.
     """
 
     def __init__(self, splits: Sequence[PackedClips]):
@@ -459,9 +464,10 @@ class Reader:
 
 
 def _find_damage(file: StoredFile) -> UserError:
-    """Returns the error for a file of features whose content does not match a checksum.
+    """Finds out why the features of a clip, just read from `file`, had a wrong checksum.
 
-    If the sha256 of the whole file is wrong, too, raises another UserError, which says so.
+    If the sha256 of the file is wrong, the file is damaged, and this function raises UserError.
+    Otherwise, it returns an error that says that the file was changed while it was read.
     """
     file.check()
     return UserError(

@@ -37,7 +37,7 @@ NUM_PROBE_CLIPS = 200  # their majority decides the width and the dtype of all c
 
 
 class Clip(NamedTuple):
-    """A clip whose frames have not been checked."""
+    """The name and the frames of a clip from a file or a dict, before the frames are checked."""
 
     name: str  # the name of the clip, without `.mp4`
     place: str  # the file or split of the clip, with which an error message begins
@@ -71,8 +71,8 @@ def group_by_modality(arrays: Mapping[str, Any], place: str) -> dict[str, dict[s
     """Groups arrays with names such as `face_quality`. Returns modality -> field -> array.
 
     The array `face` becomes the field `features` of the modality `face`. The array `face_quality`
-    becomes its field `quality`. The value of `face` may also be a dict of fields. Errors begin with
-    `place`.
+    becomes the field `quality` of this modality. The value of `face` may also be a dict of fields.
+    Raises UserError, which begins with `place`, if a name is wrong.
     """
     modalities: dict[str, dict[str, Any]] = {}
     for key, value in arrays.items():
@@ -109,12 +109,12 @@ def locate(clip: Clip, modality: str) -> str:
 
 
 def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str, np.ndarray]:
-    """Checks the frames of a clip in a modality, and returns field -> array, sorted by number.
+    """Checks the frames of a clip in a modality. Returns field -> array, sorted by frame number.
 
     `value` is an array of features: [T, D], or [D] for a single frame. It may also be a dict with
     `features` and, optionally, `number`, `quality` and `detection`, [T] each. The result always has
     these four fields, and `features` [T, D] keep their dtype. If the clip has no frames, the result
-    is {}. Errors begin with `place`. For `quality`, see `Quality`.
+    is {}. Raises UserError, which begins with `place`. For `quality`, see `Quality`.
     """
     given = dict(value) if isinstance(value, Mapping) else {"features": value}
     given = {key: column for key, column in given.items() if key not in IGNORED}
@@ -233,8 +233,8 @@ def pack(
     """Checks the clips of a split, and joins their frames in one array per modality and field.
 
     If `out_dir` is given, the arrays are memory maps of files in this folder, and the folder must
-    stay as long as the arrays are used. Raises UserError if a clip comes twice, is malformed, or
-    differs from most clips in width or dtype.
+    stay as long as the arrays are used. For `quality`, see `Quality`. Raises UserError if a clip
+    comes twice, is malformed, or differs from most clips in the width or dtype of its features.
     """
     packers: dict[str, Packer] = {}
     seen: dict[str, tuple[str, str]] = {}  # clip -> place, and the name in the source

@@ -39,7 +39,7 @@ Result = TypeVar("Result")
 
 
 class Columns(Struct):
-    """The texts of a table of frames, and how many values its features have, and their dtype."""
+    """The texts of a decoded table of frames, and number and dtype of the values in `features`."""
 
     text: dict[str, list[str]]
     values: int
@@ -91,10 +91,11 @@ def _check_rows(rows: Rows) -> None:
 
 
 def read_contents(path: Path) -> tuple[list[str], list[np.ndarray], list[str]]:
-    """Reads any parquet table. Returns its texts, the numbers of its float columns, and all names.
+    """Reads any parquet table. Returns three lists: texts, numbers and column names.
 
-    The three lists are: the distinct texts of all columns; an array for each column of floats; and
-    the names of all columns. Nested columns are flattened. For errors, see `read`.
+    The first list has the distinct texts of all columns. The second list has an array for each
+    column of floats. The third list has the names of all columns. Nested columns are flattened.
+    For errors, see `read`.
     """
     with files.scratch_folder() as scratch:
         arguments = {"out_dir": str(scratch), "any_columns": True}
@@ -174,7 +175,8 @@ def _map_features(
 def read_clip_names(path: Path) -> list[str]:
     """Returns the distinct clip names of a table, in any order.
 
-    The table is not checked, so first call `read`.
+    This process decodes the table without limits. So first call `read`, which refuses tables that
+    need too much memory.
     """
     with _open(path) as file:
         _check_footer(path, file, ["clip"])
@@ -258,9 +260,9 @@ def _damaged(path: Path, reason: str) -> UserError:
 
 
 def _flatten(array: Any) -> Iterator[Any]:  # noqa: ANN401 (pyarrow)
-    """Yields the arrays without nesting that a nested array of Apache Arrow consists of.
+    """Yields the flat arrays inside of a nested array of Apache Arrow, such as the items of lists.
 
-    An array that is not nested is yielded itself.
+    If the array is not nested, yields the array itself.
     """
     from pyarrow import types
 
@@ -328,9 +330,10 @@ def _check_names(path: Path, names: Sequence[str]) -> list[str]:
 
 
 def _check_types(path: Path, schema: "pyarrow.Schema") -> None:
-    """Raises UserError if `features` are not lists of numbers, or other columns not numbers.
+    """Raises UserError if the columns of a table have wrong types.
 
-    The other columns are the columns of OPTIONAL_COLUMNS.
+    The column `features` must have lists of numbers. The columns OPTIONAL_COLUMNS, such as
+    `quality`, must have numbers.
     """
     from pyarrow import types
 

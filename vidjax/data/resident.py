@@ -40,7 +40,7 @@ CHUNK_BYTES = 32 << 20  # bytes that are copied to the devices at once
 
 
 def count_steps(plan: BatchPlan) -> int:
-    """Returns S, the largest number of training steps that run without the host."""
+    """Returns S, the largest number of training steps whose clips the host draws at once."""
     return max(1, DRAWN_CLIPS // plan.batch_size)
 
 
@@ -160,9 +160,9 @@ def make_resident_plan(data: Dataset, plan: BatchPlan, eval_splits: Sequence[str
 
 
 def shape_frames(modality: Modality, *axes: int) -> list[Any]:
-    """Returns the shapes and dtypes of frames on the devices, a list in the order of BATCHED.
+    """Returns the shape and dtype of each field of frames on the devices, in the order of BATCHED.
 
-    Features have the shape [*axes, D], and the other values of a frame have the shape [*axes].
+    Features have the shape [*axes, D]. The other fields, such as `quality`, have the shape [*axes].
     """
     shapes = {"features": (*axes, modality.dim)}
     dtypes = {field: get_dtype(field, modality.dtype) for field in BATCHED}
@@ -225,9 +225,9 @@ class Resident:
         frames = {name: filler.finish() for name, filler in fillers.items()}
 
         def locate(splits: Sequence[str], phase: str) -> dict[str, Packed]:
-            """Returns modality -> the frames on the devices of the clips of `splits`.
+            """Returns modality -> the frames of the clips of `splits`, as arrays on the devices.
 
-            `phase` is `train` or `eval`.
+            `phase` is `train` or `eval`: long clips may be cut to different frames in each phase.
             """
             located = {}
             for name, fields in frames.items():
@@ -259,7 +259,7 @@ class Resident:
 
 
 class _Filler:
-    """Copies frames to arrays on the devices, in chunks, so that the host needs little memory."""
+    """Fills arrays on the devices with frames, in chunks, so that the host needs little memory."""
 
     def __init__(self, num_frames: int, modality: Modality, mesh: Mesh):
         """Allocates arrays for `num_frames` frames of a modality, and a last frame of zeros."""

@@ -55,7 +55,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class StoredSplit(NamedTuple):
-    """The clips of a split, in files or in memory, with digests and mean qualities."""
+    """The clips of a split, in files or in memory, with hashes and mean qualities of frames."""
 
     packed: PackedClips  # in all modalities of the dataset; names are in byte order
     lengths: dict[str, np.ndarray]  # modality of the split -> [N] int32, number of frames
@@ -132,10 +132,10 @@ def _read_file_state(path: Path) -> tuple[int, ...]:
 def fill(folder: Path, write: Callable[[Path], None], last: str = "") -> None:
     """Fills a folder of the cache, if it does not exist or is incomplete.
 
-    The function `write` writes the files to the folder that it is given. This folder has a
-    temporary name, and is renamed when it is complete. If `last` is given, it is the file that is
-    written last: without this file, the folder counts as incomplete. Other processes wait until the
-    folder is filled. The time of the folder becomes the time of this call.
+    The function `write` writes the files to the folder that it is given as its argument. This
+    folder has a temporary name, and is renamed when it is complete. `last` is the name of the file
+    that is written last. If it is given, a folder without this file counts as incomplete. Other
+    processes wait until the folder is filled. The time of the folder becomes the time of this call.
     """
     if not files.exists(folder / last):
         with exclusive(folder):
@@ -246,15 +246,16 @@ def write_store(source: FileSource, fingerprint: list[dict[str, Any]], folder: P
 
 
 def _describe_file(path: Path) -> dict[str, Any]:
-    """Returns the size, the time and the sha256 of a file, with the names as in StoredFile."""
+    """Returns a dict of a file: `size` (bytes), `mtime_ns` (last change) and `sha256` (hex)."""
     stat = path.stat()
     return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256_file(path)}
 
 
 def make_store(source: DataSource, packed: Mapping[str, PackedClips]) -> Store:
-    """Checks the splits of a dataset, and computes their digests and the data report.
+    """Checks the splits of a dataset. Returns their clips with digests and a data report.
 
-    `packed` is split -> its clips. The returned clips are the same clips, in memory or in files.
+    `packed` is split -> its clips, in memory or in files. The report counts clips and frames.
+    Raises UserError if a split has no clips, or if a clip is in two splits.
     """
     modalities = _join_modalities(packed, source)
     for name, clips in packed.items():
@@ -369,9 +370,9 @@ def _refuse_shared_clips(packed: Mapping[str, PackedClips], place: str) -> None:
 
 
 def join_fingerprints(prints: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Joins fingerprints of N clips in each modality to one fingerprint per clip, [N] uint64.
+    """Joins the fingerprints (hashes) of a clip in all modalities to one, for each of N clips.
 
-    `prints` is modality -> [N] uint64.
+    `prints` is modality -> [N] uint64. Returns [N] uint64.
     """
     names = {name: np.uint64(int(sha256_json(name)[:16], 16)) for name in prints}
     parts = [scramble(x ^ names[name]) * (x > 0) for name, x in prints.items()]
@@ -437,7 +438,7 @@ def _load_split(
     """Opens the files of the split `name` in a folder of the cache, and returns its clips.
 
     `manifest` is the entry of the split in the manifest. `index` has the arrays of `index.npz`. If
-    they contradict each other or the files, raises UserError or another error.
+    the manifest, the index and the files contradict each other, raises an error of any type.
     """
     start, lengths, quality, checksums = (
         {key.removeprefix(prefix): index[key] for key in index if key.startswith(prefix)}
@@ -451,7 +452,7 @@ def _load_split(
             stored not in DTYPES
             or min(places.min(), lengths[modality].min(), count - ends.max()) < 0
         ):
-            raise UserError("index.npz does not fit the files")
+            raise UserError(f"{name}/{modality}: index.npz or manifest.json has wrong values")
         flat = {}
         for field, state in kept["files"].items():
             file = StoredFile(folder / name / modality / f"{field}.bin", **state)

@@ -6,9 +6,10 @@ the clip are spread around the displaced vector, further if their quality is low
 person differ more than frames of a clip. There are also look-alikes, strangers, frames of the wrong
 person, modalities without information, and missing modalities.
 
-The displacement (`Size.spread`) was calibrated on single modalities and then fixed. An MLP (two
-layers of 1024, 1 to 5 random frames fused) reaches this MAP@100 on val, including distractors. In
-the first column, frames are weighted by quality (weighting `graded`).
+The displacement (`Size.spread`) was calibrated on single modalities and then fixed. The table has
+the MAP@100 on val, including distractors, of an MLP for each modality. The MLP has two layers of
+1024 units, and fuses 1 to 5 random frames of a clip. In the column *face, weighted*, the frames are
+weighted by quality (weighting `graded`).
 
 | size | face, weighted | one random face | head | audio | body | scene |
 |---|---|---|---|---|---|---|
@@ -102,9 +103,10 @@ class SyntheticOptions(NamedTuple):
       wrong_clips: share of clips in which a third of the frames show another person. These frames
         are consecutive. If they include the first frame, the voice and the scene differ, too. The
         iQIYI-VID paper allows several people in up to 70 % of the frames (section 3.2).
-      blur: how strongly the noise of a frame, exp(blur (78 - quality) / 50), depends on quality. If
-        faces are weighted by quality, the MAP of nearest neighbours on the small dataset rises: by
-        0.002, 0.005, 0.009 and 0.021 for a blur of 0, 1, 1.5 and 2.
+      blur: how strongly the noise of a frame depends on its quality. The noise is proportional to
+        exp(blur (78 - quality) / 50). With a blur of 0, 1, 1.5 and 2, the MAP of nearest neighbours
+        on the small dataset rises by 0.002, 0.005, 0.009 and 0.021 if frames of faces are weighted
+        by quality.
       label_noise: share of labelled train clips with the label of another person. The iQIYI-VID
         paper reports at most 0.002 (section 3.4).
       train_distractors: share of train clips that show a stranger. In iQIYI-VID, the share is 0 in
@@ -380,9 +382,10 @@ class _Clips:
     ) -> np.ndarray:
         """Draws the features [F, D] of F frames.
 
-        `points` [F, RANK] is the vector of the person in each frame. A track is a person in a clip,
-        and `track` [F] is the track of each frame. `spread` is, for each track, how far its frames
-        are from the vector of the person. `position` [F] is the position of a frame in its clip.
+        `points` [F, RANK] is the vector of the person in each frame, and `quality` [F] its quality.
+        A track is the frames of one person in one clip, and `track` [F] is the track of each frame.
+        `spread` has, for each track, the distance of its frames from the vector of the person.
+        `position` [F] is the position of a frame in its clip.
         """
         rng, num_tracks, num_frames = self.rng, len(spread), len(track)
         pose = _draw_unit_points(rng, num_tracks, _POSE_RANK) @ self.world.pose[modality]
@@ -425,7 +428,7 @@ def _draw_orthonormal(rng: np.random.Generator, rank: int, dim: int) -> np.ndarr
 
 
 def _draw_strangers(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Draws the strangers that `count` clips show, [count] int. Many have only one clip."""
+    """Draws which stranger each of `count` clips shows, [count] int. Many have only one clip."""
     singles = round(count * _SINGLETON_RATE)
     sizes, left = [1] * singles, count - singles
     while left > 0:

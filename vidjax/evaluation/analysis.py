@@ -36,9 +36,9 @@ from vidjax.utils.errors import warn
 def analyse(evaluation: Evaluation) -> tuple[Analysis, Arrays]:
     """Analyses an evaluation. Returns the values and the arrays that `analysis.npz` will contain.
 
-    If the model has attention, reads the frames of the split again. The analysis of a blend has the
-    modalities of its first model, and no attention. The training clips of each identity are counted
-    if the data contain them.
+    If the model has attention, this function reads the frames of the split again. The analysis of a
+    blend (several runs whose scores are joined) has the modalities of its first run, and no
+    attention. The training clips of each identity are counted if the evaluated data contain them.
     """
     model, split = evaluation.model, evaluation.split
     names = () if evaluation.joined else model.system.model.vector_names
@@ -107,14 +107,14 @@ def write_results(
 ) -> dict[str, dict[str, Any]]:
     """Writes the results of splits to the folder of a run. Returns split -> metrics.
 
-    The results of a split are the ranking and the metrics and, if `config.eval.report` is set, the
-    analysis and the report. An earlier analysis and report of the split are deleted. An error in
-    the analysis or the report does not change the ranking and the metrics. All processes call this
-    function, and the first process writes the files.
+    The results of a split are the ranking and the metrics. If `config.eval.report` is set, they
+    include the analysis and the report. An earlier analysis and report of the split are deleted. An
+    error in the analysis or the report does not change the ranking and the metrics. All processes
+    call this function, and the first process writes the files.
 
     Args:
-      evaluated: the splits, first `config.eval.split`, which is written last.
-      about: further entries of the metrics, which describe the training. If it has an entry
+      evaluated: an evaluation of each split. The first, of `config.eval.split`, is written last.
+      about: further entries of the metrics, which describe the training. If `about` has an entry
         `overrides`, the names of the files contain the name of the split. The entry `finished` is
         False until the report is written. If the process is killed before that, the command writes
         the report when it is repeated.
@@ -155,9 +155,10 @@ def write_results(
 def describe_evaluation(folder: RunFolder, config: Config, step: int | None) -> dict[str, Any]:
     """Returns the entries of the metrics that describe how a run was trained and evaluated.
 
-    The entries are `eval_date`, the entries of the training, and `overrides`: field -> value of
-    `config`, if the value affects scores and differs from the training. With `overrides`,
-    `write_results` chooses other names of files, so that no result of the training is replaced.
+    The entries are `eval_date`, the entries of the training, and `overrides`. The dict `overrides`
+    is field -> value of `config`, for values that affect scores and differ from the training. If it
+    is present, `write_results` uses other names of files, so that the results of the training are
+    not replaced.
 
     `step` is the step of the scored checkpoint, or None for a blend, which has no checkpoint. If a
     finished run has lost its latest checkpoint, `overrides` contains the `step` that was scored
@@ -175,7 +176,7 @@ def describe_evaluation(folder: RunFolder, config: Config, step: int | None) -> 
 
 
 def write_report(folder: RunFolder, split: str) -> None:
-    """Writes the report of a run. If this fails, warns with a command that ranks `split` again."""
+    """Writes the report of a run. If this fails, a warning names a command that can write it."""
     # This import takes nearly a second, and many runs write no report.
     from vidjax.evaluation.report import run_page
 
@@ -185,10 +186,10 @@ def write_report(folder: RunFolder, split: str) -> None:
 
 @contextlib.contextmanager
 def describe_faults(workdir: Path, split: str) -> Iterator[None]:
-    """Turns an exception in a `with` block that makes an analysis or a report into a warning.
+    """Protects a `with` block that makes an analysis or a report: exceptions become warnings.
 
     OSError and Interrupted stay exceptions. If several processes evaluate the run, all exceptions
-    stay, because the other processes would wait for this process.
+    stay: if only one process skipped the rest of the block, the others would wait for it.
     """
     try:
         yield
@@ -214,14 +215,14 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Ranks `config.eval.split` and `config.eval.splits` with a run or a blend of runs.
 
-    Writes the results into the folder, see `write_results`. If the folder has no configuration,
-    makes a blend. Returns split -> metrics. The data may be other clips than the training data,
-    with or without a ground truth.
+    A blend joins the scores of several runs. If the folder has no configuration yet, it becomes the
+    folder of a new blend. Writes the results into the folder, see `write_results`. Returns split ->
+    metrics. The data may be other clips than the training data, with or without a ground truth.
 
     Args:
       load: loads the dataset of a run, given the configuration of the run.
       num_devices: the number of devices to use. None means all. Scores do not depend on it.
-      command: the command line that makes a blend again.
+      command: the command line that makes the blend. The metrics of a new blend contain it.
     """
     mesh, is_new = devices.make_mesh(num_devices), not folder.has(CONFIG)
     run = None if config_lib.is_blend(config) else find_run(config, folder)

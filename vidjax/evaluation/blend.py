@@ -86,9 +86,9 @@ class Blend:
             )
 
     def check_folds(self) -> None:
-        """Raises UserError if the folds of the runs are different.
+        """Raises UserError if the ensembles of the runs were trained on different folds of clips.
 
-        The folds are different if the clips that members left out of the training differ.
+        A fold is the clips that a member (a net of an ensemble) was not trained on.
         """
         uses = [run.use for run in self.runs]
         if len(group_clips(np.concatenate(uses))) > max(len(group_clips(use)) for use in uses):
@@ -100,16 +100,17 @@ class Blend:
             )
 
     def make_examples(self, most: int) -> calibration.Examples:
-        """Draws at most `most` clips from which the numbers that join the runs can be learned.
+        """Returns the scores of clips, to learn from them how to join the scores of the runs.
 
-        If the split has no labelled clip that is new to all runs, raises UserError.
+        At most `most` clips are drawn. Raises UserError if the split has no labelled clip that no
+        run was trained on.
         """
         pool = np.all([run.pool for run in self.runs], axis=0)
         in_sample = any(run.kind == "in_sample" for run in self.runs)
         if not self.split.labelled or in_sample or not pool.any():
             raise UserError(
-                f"config.join.learned: {self.split.name} has no labelled clip that is new to all "
-                "runs\ntrain the runs in folds: --config.ensemble.folds=5"
+                f"config.join.learned: {self.split.name} has no labelled clip that no run was "
+                "trained on\ntrain the runs in folds: --config.ensemble.folds=5"
             )
         drawn = calibration.draw_clips(pool, most)
         return calibration.make_examples(self.runs, self.split.labels, drawn)
@@ -136,8 +137,8 @@ class Blend:
     def rank(self, joined: Scores, numbers: schemas.Join | None) -> TopK:
         """Returns the best clips of each identity by joint scores.
 
-        If learned `numbers` are given, and a run is a PLDA model, the order also depends on similar
-        clips, see `diffusion`.
+        If learned `numbers` are given, and a run is a PLDA model, the order also depends on the
+        scores of similar clips, see `diffusion`.
         """
         if not numbers:
             return rank_array(joined)
@@ -176,9 +177,9 @@ def group_clips(use: np.ndarray) -> list[np.ndarray]:
 def evaluate(config: Config, folder: RunFolder, load: Load, mesh: Mesh) -> Evaluation:
     """Scores `config.eval.split` with a blend, and computes the metrics.
 
-    If `config.join.learned` is True, learned numbers join the scores, see `calibration`. The first
-    evaluation learns the numbers, and writes them to the folder of the blend. Otherwise, the score
-    of a clip is the weighted mean of probabilities.
+    If `config.join.learned` is True, learned numbers join the scores (see `calibration`). The
+    first evaluation learns the numbers, and writes them to the folder of the blend. Otherwise, the
+    joint score of a clip is the weighted mean of the probabilities of the runs.
     """
     weights = parse_weights(config, folder)
     blend, numbers = open_blend(config, folder, load, mesh), read_numbers(folder, config)
@@ -217,10 +218,10 @@ def open_blend(
 
 
 def _learn(blend: Blend, config: Config, folder: RunFolder, load: Load, mesh: Mesh) -> schemas.Join:
-    """Learns the numbers that join the runs of a blend, and writes them to its folder.
+    """Learns parameters to join the scores of the runs of a blend, and writes them to a file.
 
-    The numbers are learned from clips that no run was trained on. These are clips of `blend.split`
-    or, if `vidjax train` has made the blend, of all training splits.
+    The parameters are learned from clips that no run was trained on. If `vidjax train` has made the
+    blend, these are clips of all training splits. Otherwise, they are clips of `blend.split`.
     """
     name = blend.split.name
     names = config.data.train_splits if config.join.systems else (name,)
@@ -250,10 +251,10 @@ def make_missing_error(folder: RunFolder, split: str) -> UserError:
 
 
 def read_numbers(folder: RunFolder, config: Config) -> schemas.Join | None:
-    """Reads the learned numbers of a blend from its folder.
+    """Reads a file of learned parameters, by which a blend joins the scores of its runs.
 
-    Returns None if `config.join.learned` is False, or if no numbers were learned yet. If the
-    numbers do not fit the runs, raises UserError.
+    Returns None if `config.join.learned` is False, or if no parameters were learned yet. If they
+    were learned for another number of runs, raises UserError.
     """
     if not config.join.learned or not folder.has(JOIN):
         return None

@@ -37,10 +37,11 @@ LEAST = 1e-6  # of the probability of a stranger; float32 does not distinguish s
 
 
 class Calibration(NamedTuple):
-    """The learned numbers that join R runs.
+    """The learned parameters that join the scores of R runs: scale, offset and trust of each run.
 
-    If there are separate numbers for parts of the clips, or for each clip, all arrays have an
-    additional first axis.
+    The trust is the probability that the scores of the run are meaningful. `stranger` is the log
+    odds of a stranger. If there are separate parameters for parts of the clips, or for each clip,
+    all arrays have an additional first axis.
     """
 
     scale: Array  # [R] logarithm of the scale
@@ -50,7 +51,7 @@ class Calibration(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """Scores of n clips, from which the numbers are learned, for K identities (candidates) each."""
+    """Scores of n clips for K identities (candidates) each. `learn` learns parameters from them."""
 
     logs: np.ndarray  # [R, n, K] float32, logarithms of probabilities
     unknown: np.ndarray  # [R, n] float32, log of the probability of a stranger
@@ -76,7 +77,7 @@ def join_logs(logs: Array, unknown: Array, calibration: Calibration) -> Array:
       logs: [R, B, K], logarithms of the probabilities of K identities in each run. A run that
         cannot score a clip has a row of -inf. A run that does not know an identity has -inf.
       unknown: [R, B], see `log_unknown`.
-      calibration: the learned numbers, arrays [R], or [B, R] if they differ between the clips.
+      calibration: the learned parameters, arrays [R], or [B, R] if they differ between the clips.
     """
     numbers = [jnp.moveaxis(jnp.asarray(x), -1, 0)[..., None] for x in calibration[:-1]]
     scale, offset, trust = (x[:, None] if x.ndim == 2 else x for x in numbers)  # [R, 1 or B, 1]
@@ -103,8 +104,9 @@ def join_scores(logs: Array, calibration: Calibration) -> Array:
 def split_clips(labels: np.ndarray) -> np.ndarray:
     """Divides the N clips of a split into PARTS parts. Returns the part of each clip, [N] int32.
 
-    Parts are numbered from 0. `labels` [N] are the labels of the clips. If possible, every part
-    gets clips of every identity.
+    The parameters for a part are learned from the clips of the other parts. Parts are numbered from
+    0. `labels` [N] are the labels of the clips. If possible, every part gets clips of every
+    identity.
     """
     return ensemble.assign_folds(labels, PARTS, 0)
 
@@ -119,9 +121,10 @@ def draw_clips(pool: np.ndarray, most: int) -> np.ndarray:
 
 
 def make_examples(runs: Sequence[Scores], labels: np.ndarray, drawn: np.ndarray) -> Examples:
-    """Returns the scores of the clips `drawn` [N] bool of a split for their candidates.
+    """Returns the scores of some of the N clips of a split, for some identities (candidates) each.
 
     `runs` are the scores of each run, and `labels` [N] are the labels of all clips of the split.
+    `drawn` [N] bool is True for the clips to return.
     """
     places, part = np.flatnonzero(drawn), split_clips(labels)
     return _concatenate([
@@ -135,16 +138,16 @@ def make_examples(runs: Sequence[Scores], labels: np.ndarray, drawn: np.ndarray)
 def choose_candidates(logs: np.ndarray, labels: np.ndarray, part: np.ndarray) -> Examples:
     """Chooses candidates for n clips: the right identity, each run's best, and random identities.
 
-    Without random identities, the learned numbers could raise the odds of all identities that are
-    not candidates. A random identity stands for several identities, so its odds are multiplied by
-    their number.
+    The result has the scores of the candidates. Without random identities, the learned numbers
+    could raise the odds of all identities that are not candidates. A random identity stands for
+    several identities, so its odds are multiplied by their number.
 
     Args:
       logs: logarithms of the probabilities of R runs, [R, n, C].
       labels: [n], columns from 1 to C, or 0 for strangers.
       part: [n], see `split_clips`.
 
-    Source: Bengio and Senécal 2008, importance sampling. Here, only the random others are drawn.
+    Source: importance sampling of Bengio and Senécal 2008. There, all wrong candidates are random.
     """
     num_runs, num_clips, num_columns = logs.shape
     number, rows = min(CANDIDATES, num_columns), np.arange(num_clips)
@@ -164,11 +167,12 @@ def choose_candidates(logs: np.ndarray, labels: np.ndarray, part: np.ndarray) ->
 
 
 def learn(examples: Sequence[Examples]) -> Calibration:
-    """Learns the numbers that join R runs, for each part of the clips from all other parts.
+    """Learns the parameters that join R runs: for each part of the clips, from the other parts.
 
     `examples` are the scores of clips of one or several splits. If no clip shows a stranger, each
     clip counts a second time, as a clip of a stranger, without the scores of the right identity.
-    Returns arrays [PARTS + 1, R]: the last numbers are learned from all clips.
+    Returns arrays [PARTS + 1, R]. Row p is for the clips of part p. The last row is learned from
+    all clips.
     """
     joined = _concatenate(examples)
     weights = np.ones(len(joined.right), np.float32)
@@ -180,7 +184,7 @@ def learn(examples: Sequence[Examples]) -> Calibration:
 
 
 def fit(examples: Examples, weights: np.ndarray) -> Calibration:
-    """Learns the numbers from n clips with `weights` [n], by maximum a posteriori."""
+    """Learns parameters from n clips with `weights` [n], by maximum a posteriori estimation."""
     num_runs = len(examples.logs)
     start = np.concatenate([np.full(num_runs, x) for x in START.values()] + [np.zeros(1)])
     clips = jax.device_put((*examples[:4], weights / np.sum(weights)))
@@ -204,10 +208,11 @@ def _unpack(point: Array, num_runs: int) -> Calibration:
 def _loss(
     point: Array, logs: Array, unknown: Array, weight: Array, right: Array, share: Array
 ) -> Array:
-    """Computes the mean cross-entropy of the right candidates, and its gradient.
+    """Computes the mean cross-entropy of the right candidates, and its gradient by `point`.
 
-    `point` has all numbers in one array, and `share` [n] are the weights of the clips, whose sum is
-    1. A label is assumed to be wrong with probability WRONG. For the other arguments, see Examples.
+    `point` has all learned numbers in one array. `share` [n] are the weights of the clips, whose
+    sum is 1. A label is assumed to be wrong with probability WRONG. For the other arguments, see
+    Examples.
     """
     logits = join_logs(logs, unknown, _unpack(point, len(logs)))
     logits += jnp.pad(jnp.log(weight), ((0, 0), (1, 0)))
@@ -226,7 +231,7 @@ def _concatenate(examples: Sequence[Examples]) -> Examples:
 
 
 def _leave_out_right(examples: Examples) -> Examples:
-    """Returns the same clips as clips of strangers, without scores for the right identity."""
+    """Turns clips into clips of strangers, by removing the scores of the right identities."""
     logs = examples.logs.copy()
     logs[:, np.arange(logs.shape[1]), examples.right - 1] = -np.inf
     return examples._replace(logs=logs, right=np.zeros_like(examples.right))

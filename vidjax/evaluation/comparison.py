@@ -38,7 +38,7 @@ NUMBERS = (int, float)  # types of metrics that seeds average
 
 
 class RankedRun(NamedTuple):
-    """A run that is compared: the metrics and average precisions on a split, or means of runs."""
+    """The metrics and average precisions of a run on a split, or their means over several runs."""
 
     name: str  # the folder of the run, as the user typed it
     split: str
@@ -164,9 +164,9 @@ class Comparison(NamedTuple):
 def compare(groups: Sequence[Sequence[str]], *, split: str | None = None) -> Comparison:
     """Compares the MAP of runs with the MAP of the first run, on the same clips.
 
-    `groups` is a list of lists with the folders of runs. If single runs are compared, each list has
-    one folder. If systems are compared by their mean MAP, each list has the same number of runs,
-    which differ only in their seeds. `split` is by default `eval.split` of each run.
+    `groups` is a list of lists with the folders of runs. To compare single runs, each list has one
+    folder. To compare mean MAPs over several seeds, each list has the same number of runs, which
+    differ only in their seeds. `split` is by default `eval.split` of each run.
     """
     named = [name for group in groups for name in group]
     if len({Path(name).resolve() for name in named}) < len(named):
@@ -210,7 +210,7 @@ def select_comparable(names: Sequence[str], split: str | None) -> list[str]:
     """Returns those of the folders `names` whose runs can be compared. Warns of all others.
 
     The names come from a pattern such as `runs/*`. So some folders may have no results, or results
-    on another dataset. The most frequent dataset is kept.
+    on another dataset. Only the runs on the most frequent dataset are kept.
     """
     runs: list[RankedRun] = []
     for name in names:
@@ -255,7 +255,7 @@ def _check_seeds(runs: Sequence[RankedRun]) -> None:
 
 
 def _is_of_seeds(name: str) -> bool:
-    """Returns True if runs that differ only in their seeds may differ in the field `name`."""
+    """Returns True for a field in which runs with different seeds may differ, such as `seed`."""
     may_change = name in config_lib.MAY_CHANGE and not config_lib.changes_scores(name)
     return name != "init_from" and (may_change or name in ("seed", "join.runs"))
 
@@ -363,7 +363,7 @@ def align(first: RankedRun, run: RankedRun) -> RankedRun:
 
 
 def merge_seeds(seeds: Sequence[RankedRun]) -> RankedRun:
-    """Merges runs that differ only in their seeds to one run, whose metrics are the means."""
+    """Merges runs that differ only in their seeds. The metrics of the result are the means."""
     first, kinds = seeds[0], [run.metrics["map_kind"] for run in seeds]
     metrics = {key: value for key, value in first.metrics.items() if not isinstance(value, NUMBERS)}
     for key in first.metrics.keys() - metrics.keys():
@@ -385,7 +385,7 @@ Rows = list[list[str]]
 def make_difference_table(
     runs: Sequence[RankedRun], differences: Sequence[Difference]
 ) -> tuple[list[str], Rows]:
-    """Returns a table of the MAP of runs and their differences to the first run: titles, rows."""
+    """Returns (titles, rows) of a table of the MAP of runs and the differences to the first run."""
     head = ["run", "MAP@100", "difference", "95 % interval"]
     if not runs[0].seeds:
         head.append(HOLM if len(differences) > 1 else "p")
@@ -409,7 +409,7 @@ def make_difference_table(
 
 
 def make_metric_table(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
-    """Returns a table of the other metrics of runs: titles, rows. Without metrics, rows is []."""
+    """Returns (titles, rows) of a table of metrics except MAP. If runs have none, rows is []."""
     head, columns = ["run"], [[run.name for run in runs]]
     for name, metric in metrics.CLIP_METRICS.items():
         values = [run.metrics.get(name) for run in runs]
@@ -427,7 +427,7 @@ def _compare_fields(runs: Sequence[RankedRun]) -> tuple[list[str], Rows]:
 def make_config_table(
     names: Sequence[str], every: Sequence[Mapping[str, str]]
 ) -> tuple[list[str], Rows]:
-    """Returns a table of the fields in which configurations differ: titles, rows.
+    """Returns (titles, rows) of a table of the fields in which configurations differ.
 
     `names` are the names of the configurations, and `every` has a dict for each configuration,
     field -> value as text.
@@ -498,8 +498,8 @@ def sentences(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> l
 def describe_unusual(runs: Sequence[RankedRun]) -> list[str]:
     """Returns sentences about runs with unusual results.
 
-    A run is unusual if a fact in `facts.FACTS` has a sentence about it, or if its evaluation
-    changed fields of the configuration.
+    A run is unusual if `facts.FACTS` has a sentence about its training (such as: it was extended),
+    or if its evaluation changed fields of the configuration.
     """
     texts = []
     for run in runs:
@@ -553,7 +553,7 @@ def _format_latex_cell(text: str) -> str:
 
 
 def shorten_names(runs: Sequence[RankedRun]) -> list[str]:
-    """Returns the name of each run's folder, or the whole paths, if two names are equal."""
+    """Returns the name of the folder of each run. If two names are equal, returns whole paths."""
     last = ["+".join(Path(n).absolute().name for n in run.name.split("+")) for run in runs]
     return last if len(set(last)) == len(last) else [run.name for run in runs]
 
@@ -581,9 +581,9 @@ def _fit_names(
 ) -> list[str]:
     """Returns the lines of a table that fit into `width` letters, if possible.
 
-    `make_lines` makes the lines, given names of the runs. It is called with `names`, and then with
-    shorter names, until the lines fit. In the last attempt, the runs get numbers, and lines below
-    the table list the names.
+    `make_lines` makes the lines of the table, given names of the runs. It is called with `names`,
+    then with shorter names, and then with numbers as names, until the lines fit. Below a table with
+    numbers, additional lines list the names.
     """
     for short in (names, drop_common(names)):
         lines = make_lines(short)

@@ -46,7 +46,7 @@ MAX_VALUES = 1 << 22  # probabilities or pairs in memory at a time
 
 
 class View(NamedTuple):
-    """What a member (a net of an ensemble) needs to compare n clips in a modality."""
+    """The vectors by which a member (a net of an ensemble) compares n clips in a modality."""
 
     vectors: np.ndarray  # [n, D] float32, coordinates of `two_covariance.Space`
     present: np.ndarray  # [n] bool, True if the clip has the modality
@@ -61,10 +61,12 @@ def view_groups(
     groups: Sequence[np.ndarray],
     factor: float,
 ) -> Iterator[list[View]]:
-    """Yields a list for each group of clips, with a `View` per modality, for a PLDA model.
+    """Computes the vectors by which a PLDA model compares clips, for several groups of clips.
+
+    Yields a list for each group, with a `View` for each modality.
 
     Args:
-      model: the model, with the clips.
+      model: the PLDA model, with the clips.
       split_name: the split of the clips.
       use: [E, N] bool, True where one of E members scores one of the N clips of the split.
       groups: groups of clips, each as clip indices [n]. The same members score a whole group.
@@ -135,7 +137,7 @@ def _compare(
 
 
 def rank(scores: Scores, weights: scipy.sparse.csr_array) -> TopK:
-    """Ranks clips by probabilities that are averaged with the neighbours of each clip.
+    """Ranks clips by their probabilities, averaged with the probabilities of similar clips.
 
     The scores in the result are the scores before the averaging.
 
@@ -157,10 +159,10 @@ def rank(scores: Scores, weights: scipy.sparse.csr_array) -> TopK:
 
 
 def _read(logs: np.ndarray, clips: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Returns the scores [C, k] of the ranked clips of each identity, or -inf for no clip.
+    """Returns the scores [C, k] of the k ranked clips of each identity, in this order.
 
-    `index` [C, k] are the indices of the ranked clips. `logs` [n, C] are the scores of n clips, and
-    `clips` [n] their indices, ascending.
+    `index` [C, k] are the indices of the ranked clips. Where it is NO_CLIP, the score is -inf.
+    `logs` [n, C] are the scores of n clips, and `clips` [n] their indices, ascending.
     """
     rows = np.minimum(np.searchsorted(clips, index), len(clips) - 1)
     scores = logs[rows, np.arange(len(index))[:, None]]

@@ -58,8 +58,8 @@ def embed_step(
     """Computes the embeddings of B clips with one net of an ensemble, [B, D] float32.
 
     An embedding has length 1, except in three cases:
-    - If the model has several classifiers, the embedding joins a vector of length 1 for each
-      classifier that scores the clip, and zeros for the others.
+    - If the model has several classifiers, the embedding concatenates a vector for each classifier.
+      This vector has length 1 if the classifier scores the clip. Otherwise, it is 0.
     - If the model takes each frame as an example, the embedding is the mean over the frames.
     - If a clip has no usable frame, the embedding is 0.
     """
@@ -145,7 +145,7 @@ def _reduce_examples(
         count, size = exists.shape[1], _choose_num_examples(*exists.shape)
 
         def block(x: Array, first: Array) -> Array:
-            """Returns G examples of x [B, T', ...], starting at example `first`, [B, G, ...]."""
+            """Returns [B, G, ...], the G examples of x [B, T', ...] that start at index `first`."""
             if x.shape[1] != count:  # a modality with a single frame repeats it
                 return jnp.broadcast_to(x, (x.shape[0], size, *x.shape[2:]))
             if size == 1:
@@ -153,9 +153,9 @@ def _reduce_examples(
             return jnp.take(x, first + jnp.arange(size), axis=1, mode="clip")
 
         def values_at(first: Array) -> tuple[Array, Array]:
-            """Returns the values [B, G, K] of G examples per clip, starting at example `first`.
+            """Returns the values [B, G, K] of the G examples of each clip that start at `first`.
 
-            Also returns [B, G] bool, True for real examples.
+            Also returns [B, G] bool, which is False for examples that are padding.
             """
             beyond = first + jnp.arange(size) >= count
             real = block(exists, first) & ~beyond
@@ -189,9 +189,9 @@ def _reduce_examples(
 
 
 def _choose_num_examples(clips: int, examples: int) -> int:
-    """Returns how many of the `examples` of a clip are computed at once: 1, except in exports.
+    """Returns how many examples of a clip are computed at once: 1, except in exports.
 
-    `clips` is the number of clips of the batch.
+    `clips` is the number of clips of the batch, and `examples` the number of examples of a clip.
     """
     if not (jax.export.is_symbolic_dim(clips) or jax.export.is_symbolic_dim(examples)):
         return 1  # saves memory
@@ -266,7 +266,7 @@ def make_no_scores(like: Array, *, logs: bool) -> MeanScores:
 def collect_scores(
     scores: Sequence[Array] | Array, weights: Iterable[Array], *, logs: bool
 ) -> MeanScores:
-    """Returns the sums of n scores, [B, K] each, with n weights, [B] each.
+    """Returns the weighted sums of n arrays of scores, [B, K] each, with n weights, [B] each.
 
     If `logs` is True, the scores are logarithms of probabilities.
     """
@@ -312,9 +312,10 @@ def mean_scores(mean: MeanScores) -> Array:
 
 
 def sum_scores(mean: MeanScores) -> Array:
-    """Returns the weighted sum of scores, [B, K].
+    """Returns the weighted sum of the added scores, [B, K].
 
-    For log-probabilities, this is the logarithm of the weighted sum of the probabilities.
+    If the scores are log-probabilities, the result is the logarithm of the weighted sum of the
+    probabilities.
     """
     if mean.rest is None:
         return mean.total

@@ -55,14 +55,14 @@ class ScoredSplit:
 
     @cached_property
     def columns(self) -> np.ndarray:
-        """The label of every clip in the lists of the identities, [C, k] int; -1 for no clip."""
+        """The labels of the k best clips of each identity, [C, k] int; -1 if there are fewer."""
         index = self.top.index
         filled = index < len(self.labels)
         return np.where(filled, self.labels[np.where(filled, index, 0)], -1)
 
     @cached_property
     def hits(self) -> np.ndarray:
-        """True for the ranked clips that show the identity of their list, [C, k] bool."""
+        """[C, k] bool, True if a clip among the k best clips of an identity shows the identity."""
         return self.columns == np.arange(1, len(self.columns) + 1)[:, None]
 
     @cached_property
@@ -73,9 +73,10 @@ class ScoredSplit:
     def averages_among(self, chosen: np.ndarray) -> tuple[np.ndarray, int]:
         """Returns the average precisions of identities in a group of clips, and the group's size.
 
-        `chosen` [N] is True for the clips of the group. An identity's right clips outside the group
-        are removed from its list. Wrong clips stay in the list. Identities without a clip in the
-        group are left out. The size is the number of chosen clips that are not distractors.
+        `chosen` [N] is True for the clips of the group. Clips outside the group that show an
+        identity are removed from its ranking. Wrong clips stay in the ranking. Identities without a
+        clip in the group are left out. The size is the number of chosen clips that are not
+        distractors.
         """
         positives = np.bincount(self.labels[chosen], minlength=len(self.hits) + 1)[1:]
         kept = ~self.hits | chosen[np.where(self.hits, self.top.index, 0)]
@@ -84,8 +85,8 @@ class ScoredSplit:
     def averages_without(self, removed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the average precisions [C] without the clips `removed` [N] bool.
 
-        The second result is the number of clips that each identity keeps, [C]. The clips are
-        removed from all lists, and no other clips move into a list.
+        The second result is the number of clips that each identity keeps, [C]. The rankings of the
+        k best clips of each identity become shorter, because no other clips take the free places.
         """
         gone = np.bincount(self.labels[removed & self.pool], minlength=len(self.hits) + 1)[1:]
         kept = ~np.append(removed, False)[np.minimum(self.top.index, len(removed))]
@@ -93,10 +94,10 @@ class ScoredSplit:
         return self._averages_of(kept, positives), positives
 
     def _averages_of(self, kept: np.ndarray, positives: np.ndarray) -> np.ndarray:
-        """Returns the average precisions [C] of lists from which some clips are removed.
+        """Returns the average precisions [C] of rankings from which some clips are removed.
 
-        `kept` [C, k] bool is True for the places that stay in the list. `positives` [C] is the
-        number of clips of each identity.
+        `kept` [C, k] bool is True for the clips that stay in the ranking of an identity.
+        `positives` [C] is the number of clips that show each identity.
         """
         wanted = self.hits & kept
         ranks = np.cumsum(kept, axis=1)
@@ -107,9 +108,9 @@ class ScoredSplit:
     def best_lists(self) -> tuple[np.ndarray, np.ndarray]:
         """The best identity of each clip, [N] int from 0, and the score for this identity, [N].
 
-        Only the lists of k clips are known. So if a clip is not in the list of its best identity,
-        the identity is -1, and the score is -inf. If scores are equal, the first identity is the
-        best.
+        Only the k best clips of each identity are known. If a clip is not among the k best clips of
+        its best identity, the identity is -1, and the score is -inf. If scores are equal, the first
+        identity is the best.
         """
         real = (self.top.index < len(self.names)) & (self.top.scores > -np.inf)
         real[real] = self.top.scores[real] >= self.best[self.top.index[real]]
@@ -122,7 +123,7 @@ class ScoredSplit:
 
 
 def measure_copies(scored: ScoredSplit, split: Split, model: TrainedModel) -> schemas.Copies | None:
-    """Finds ranked clips that have the same frames as a training clip, and the MAP without them.
+    """Counts ranked clips that have the frames of a training clip, and measures MAP without them.
 
     If there is no such clip, returns None.
     """
@@ -256,10 +257,10 @@ def find_worst_identities(scored: ScoredSplit) -> list[schemas.WorstIdentity]:
     """Returns a row for each of the identities with the lowest average precision, worst first.
 
     Two fields of a row list up to three pairs (index of another identity, number of clips):
-    - `lost_to`: clips of the identity that score highest for the other identity. With the index -1,
-      clips whose best identity is unknown, see `best_lists`.
-    - `mixed_with`: clips of the other identity in the first n places of the list, where n is the
-      number of clips of the identity. With the index -1, distractors.
+    - `lost_to`: clips of the identity that score highest for the other identity. The index -1 means
+      that the best identity is unknown, see `best_lists`.
+    - `mixed_with`: clips of the other identity among the n best clips of the identity, where n is
+      the number of clips that show the identity. The index -1 means distractors.
     """
     positives, average = scored.positives, scored.averages
     known = np.flatnonzero(positives > 0)
@@ -280,8 +281,8 @@ def find_worst_identities(scored: ScoredSplit) -> list[schemas.WorstIdentity]:
 def find_wrong_clips(scored: ScoredSplit) -> schemas.WrongClips:
     """Returns rows about clips that score highest for a wrong identity, highest scores first.
 
-    Distractors and known clips have separate rows. A clip that is not in the list of the wrong
-    identity is left out.
+    Distractors and known clips have separate rows. A clip is left out if it is not among the best
+    clips in the ranking of the wrong identity.
     """
     (identity, score), shows = scored.best_lists, scored.labels - 1
     wrong = scored.pool & (identity >= 0) & (identity != shows)
@@ -331,8 +332,8 @@ def measure_suspects(scored: ScoredSplit, clips: ClipScores) -> schemas.Suspects
     """Measures how MAP changes without the clips whose labels are suspected to be wrong.
 
     A label is suspected if the best identity of its clip has a probability of SURE or more, and
-    NUM_ABOVE or more identities score above the label. Identities without remaining clips are left
-    out.
+    NUM_ABOVE or more identities have higher scores than the label. Identities without remaining
+    clips are left out.
 
     The scores in `clips` must be logarithms of probabilities, of a model that was not trained on
     these clips.
@@ -378,7 +379,7 @@ def score_histograms(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndar
 
 
 def compute_error_curve(clips: ClipScores, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the error rates `fpir` and `fnir` at n thresholds, [n] each.
+    """Returns the false positive (`fpir`) and negative (`fnir`) rates at n thresholds, [n] each.
 
     If there is no distractor (`labels` 0) or no known clip, returns {}.
     """
@@ -394,8 +395,9 @@ def compute_error_curve(clips: ClipScores, labels: np.ndarray) -> dict[str, np.n
 def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> schemas.OpenSet | None:
     """Measures FPIR and FNIR at two thresholds, which 1 % and 10 % of new distractors may reach.
 
-    If there is no distractor (`labels` 0) or no known clip, returns None. With S distractors, a
-    rate below 1 / (S + 1) cannot be measured, so its threshold, FPIR and FNIR are left out.
+    FPIR and FNIR are the false positive and false negative identification rates. If there is no
+    distractor (`labels` 0) or no known clip, returns None. With S distractors, a rate below
+    1 / (S + 1) cannot be measured, so its threshold, FPIR and FNIR are left out.
 
     The interval of FNIR is from the bootstrap in `resample_fnir`. In simulations, the interval
     contains the true FNIR in 93 to 99 % of samples if four or more distractors may reach the
@@ -433,10 +435,10 @@ def resample_fnir(
 ) -> np.ndarray:
     """Returns the FNIR of each bootstrap sample of people and distractors, [RESAMPLES] float64.
 
-    For each sample, the threshold for the FPIR `rate` is computed from the distractors of the
-    sample. All clips of a person get the same random weight. A made-up person is added, with a
-    random weight. A random share of this person's clips counts as missed. So FNIR varies even if no
-    real clip is missed.
+    FNIR and FPIR are the false negative and false positive identification rates. For each sample,
+    the threshold for the FPIR `rate` is computed from the distractors of the sample. All clips of a
+    person get the same random weight. A made-up person is added, with a random weight. A random
+    share of this person's clips counts as missed. So FNIR varies even if no real clip is missed.
 
     Args:
       strange: [S] scores of the distractors.
@@ -461,7 +463,7 @@ def resample_fnir(
 
 @threadpool_limits.wrap(limits=1, user_api="blas")
 def compute_clip_intervals(clips: ClipScores, labels: np.ndarray) -> dict[str, tuple[float, float]]:
-    """Returns the 95 % intervals (low, high) of the metrics `top1` and `auroc`.
+    """Returns metric -> its 95 % interval (low, high), for the metrics `top1` and `auroc`.
 
     The intervals are from a Bayesian bootstrap over people: all clips of a person get the same
     random weight. For `auroc`, each distractor gets a random weight, too. Without distractors

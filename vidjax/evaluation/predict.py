@@ -44,7 +44,7 @@ Advance = Callable[[int], None]  # receives the number of rows of a finished blo
 
 
 class Request(NamedTuple):
-    """N clips to score."""
+    """N clips to score: where they are, their names, and how many are scored at a time."""
 
     data: ClipSource
     split: str  # the split of `data` that contains the clips
@@ -127,7 +127,7 @@ class Ranker:
     def _explain_no_threshold(self) -> str:
         """Returns the reason why `threshold` is unknown, as the end of an error message.
 
-        If it is known, or if the run was evaluated without strangers, returns "".
+        If the threshold is known, or if the run was evaluated without strangers, returns "".
         """
         if not self.results:
             words = f"vidjax evaluate --workdir={shlex.quote(str(self.workdir))}"
@@ -353,8 +353,8 @@ class JointPredictor(Ranker):
     Attributes:
       runs: the runs of the blend. If `vidjax train` has made the blend, these are only the runs
         that were trained on all clips, not the runs in folds.
-      numbers: the learned numbers that join the scores, or None.
-      weights: the weights [R] of the runs, which are used only without learned numbers.
+      numbers: the learned parameters that join the scores, or None.
+      weights: the weights [R] of the runs, which are used only if `numbers` is None.
     """
 
     runs: tuple[Predictor, ...]

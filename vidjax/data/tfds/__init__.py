@@ -1,7 +1,7 @@
 """The iQIYI-VID dataset for TensorFlow Datasets (TFDS), and training batches by tf.data.
 
 After `import vidjax.data.tfds`, the call `tfds.load("iqiyi_vid")` works. The module `streaming`
-makes training batches. No other folder of vidjax uses TensorFlow.
+makes training batches. No other folder of vidjax imports TensorFlow itself.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ tfds: Any = tensorflow_datasets  # the type stubs of TFDS are incomplete
 
 @dataclasses.dataclass(eq=False)
 class Config(tfds.core.BuilderConfig):  # type: ignore[misc]
-    """Selects the modalities of the clips.
+    """Selects the modalities of the clips in the TFDS dataset, and the dtype of their features.
 
     Attributes:
       modalities: the names of the modalities. If the folder has no file of a modality, all clips

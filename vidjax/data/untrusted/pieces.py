@@ -74,7 +74,7 @@ def load_pieces(file: BinaryIO, size: int) -> Iterator[dict[Any, Any]]:
             del parts
             items = unpickler.load()
             if type(items) is not dict or pipe.read(1):
-                raise UserError("the pickle is not only a dict, so it has to be loaded as a whole")
+                raise UserError("the pickle is not a single dict, so it cannot be read in pieces")
             yield items
             old = numbers if numbers.start else range(0)
 
@@ -82,12 +82,12 @@ def load_pieces(file: BinaryIO, size: int) -> Iterator[dict[Any, Any]]:
 def _cut(content: mmap.mmap) -> Iterator[tuple[list[bytes], range]]:
     """Cuts a pickled dict into smaller pickles, each with some of its items.
 
-    Yields the content of each smaller pickle and the range of its numbered objects. The content is
-    a list of byte strings, without the opcode STOP at the end.
+    Yields the content of each smaller pickle, and the range of the numbers that pickle gives to the
+    objects in it. The content is a list of byte strings, without the opcode STOP at the end.
     """
     begin = _START.match(content)
     if not begin:
-        raise UserError("the pickle is not only a dict, so it has to be loaded as a whole")
+        raise UserError("the pickle is not a single dict, so it cannot be read in pieces")
     start, at = begin.span(1)
     parts, runs, left = list[bytes](), _Runs(content), PIECE_BYTES
     first, done = 0, int(at > start + 1)  # the dict may be the first numbered object
@@ -111,14 +111,15 @@ def _cut(content: mmap.mmap) -> Iterator[tuple[list[bytes], range]]:
         elif found := _GLOBAL.match(content, end):
             at = found.end()
         else:
-            raise UserError("the pickle is not only a dict, so it has to be loaded as a whole")
+            raise UserError("the pickle is not a single dict, so it cannot be read in pieces")
 
 
 class _Runs:
-    """Skips pickle opcodes with arguments of fixed size, and counts the objects that they number.
+    """Skips pickle opcodes with arguments of fixed size, and counts opcodes that number an object.
 
-    Most arrays have the same sequence of opcodes. So the first sequences become regular
-    expressions, because matching an expression is faster than parsing each opcode.
+    Later opcodes refer to an object by its number. Most arrays have the same sequence of opcodes.
+    So the first sequences become regular expressions, because matching an expression is faster than
+    parsing each opcode.
     """
 
     def __init__(self, content: mmap.mmap) -> None:
@@ -128,7 +129,8 @@ class _Runs:
     def skip(self, at: int) -> tuple[int, int]:
         """Skips the opcodes with arguments of fixed size that begin at byte `at`.
 
-        Returns the byte after these opcodes, and how many objects they number.
+        Returns the position of the byte after these opcodes, and how many of the opcodes give a
+        number to an object.
         """
         for place, (pattern, count) in enumerate(self._patterns):
             found = pattern.match(self._content, at)

@@ -76,6 +76,7 @@ def unpack(
 
     The returned arrays are memory maps of files in `out_dir`. Keep `out_dir` as long as the arrays.
     No other call may use this folder. With `children`, another thread can kill the child process.
+    Raises UserError if the pickle is malformed, or exceeds a limit.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     size = path.stat().st_size
@@ -210,8 +211,8 @@ def _describe_type(value: object) -> str:
 def _choose_fields(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
     """Returns the names of the values that a frame has in a pickle, such as ('frame', 'feature').
 
-    In a modality of iQIYI-VID, a frame has a fixed number of values. In another modality, it is the
-    most common number of values in the first clips.
+    In a modality of iQIYI-VID, a frame has a fixed number of values. In another modality, the most
+    common number of values in the first clips is taken.
     """
     length = _NUM_FIELDS.get(modality)
     if length is None:

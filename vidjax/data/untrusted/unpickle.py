@@ -171,7 +171,7 @@ class Unpickler(pickle.Unpickler):
     """Python's unpickler, which accepts only the functions and classes in _GLOBALS."""
 
     def find_class(self, module_name: str, global_name: str) -> type:
-        """Returns the class of this module that replaces a function or class of a pickle.
+        """Returns the class of this module that replaces a function or class that a pickle names.
 
         Raises UserError for all names that are not in _GLOBALS.
         """
@@ -189,7 +189,8 @@ class Unpickler(pickle.Unpickler):
 def load(file: BinaryIO, size: int) -> Any:
     """Unpickles a file of `size` bytes. Arrays become objects of the class `Array`.
 
-    Raises MemoryError if the content exceeds the memory limit of the process.
+    Raises MemoryError if the content exceeds the memory limit of the process, and UserError if the
+    pickle is damaged or not allowed.
     """
     if size == 0:
         raise UserError("the file is empty: copy the pickle again")

@@ -42,8 +42,8 @@ def write_arrays(
 ) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
     """Writes arrays to a .npz or .safetensors file, and copies `reader.py` next to the file.
 
-    Returns a function that scores clips with `reader.py` and the written arrays. Its argument is
-    modality -> vectors [Q, D] of Q clips, and its result is described in `reader.py`.
+    Returns a function that scores Q clips with `reader.py` and the written arrays. Its argument is
+    modality -> vectors [Q, D]. Its result is the log-probabilities [Q, 1 + N] of N people.
     """
     if path.suffix == ".npz":
         np.savez(path, **arrays)

@@ -27,7 +27,7 @@ Predict = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
 class Format(NamedTuple):
-    """A format of `vidjax export`."""
+    """A format of `vidjax export`: the function that writes it, its files and its packages."""
 
     file: str  # the name of the file or folder with the model of a run
     # Writes the model of a run into a folder, which already contains the weights. Returns a
@@ -186,9 +186,9 @@ def numpy(run: "Predictor", inputs: "Shapes", folder: Path) -> Predict:
 
 
 def make_run_arrays(run: "Predictor") -> dict[str, np.ndarray]:
-    """Returns the arrays of a PLDA run, name -> array, which the module `array_files` describes.
+    """Returns the arrays of a run of the model PLDA, name -> array, as in the module `array_files`.
 
-    Raises UserError for other models and unsupported settings.
+    Raises UserError if the run has another model or unsupported settings.
     """
     import jax
 

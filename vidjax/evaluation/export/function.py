@@ -97,9 +97,9 @@ def make_batch(run: Predictor, inputs: Inputs) -> Batch:
 
 
 def _mask_best_frames(quality: Array, mask: Array) -> Array:
-    """Returns `mask` [B, T], in which only the best 512 frames of each clip stay True.
+    """Returns `mask` [B, T], in which at most 512 frames of each clip stay True.
 
-    `quality` is [B, T].
+    These are the frames of the highest `quality` [B, T].
     """
     least = jnp.finfo(jnp.float32).min
     ordered = jnp.where(jnp.isnan(quality), least, jnp.maximum(quality, least))
@@ -114,7 +114,7 @@ def _mask_best_frames(quality: Array, mask: Array) -> Array:
 
 
 def _fuse_clips(system: System, frames: Mapping[str, Frames]) -> dict[str, Frames]:
-    """Fuses the frames of B clips, so that the result does not depend on the other clips.
+    """Combines frames of clips (fusion), so that a clip does not depend on the rest of the batch.
 
     `frames` and the result are modality -> frames of the B clips.
     """
@@ -189,8 +189,8 @@ def make_random_clips(run: Predictor, seed: int = 0, padding: int = 2) -> Random
 
     The second clip has only the last modality. `padding` is the number of padded frames after the
     longest clip. If the run classifies single frames of several modalities, there is an additional
-    clip. In the last modality, it has a single frame, which the run must repeat for each frame of
-    the other modalities.
+    clip. This clip has a single frame in the last modality, which the run must repeat for each
+    frame of the other modalities.
     """
     # The run scores the additional clip in a separate call. Padding to the length of other clips
     # would hide that it has a single frame.

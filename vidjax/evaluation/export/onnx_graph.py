@@ -46,8 +46,8 @@ def to_model(
     """Converts a function of named arrays to an ONNX model.
 
     `inputs` are name -> shape and dtype. Sizes may be symbols. `outputs` are the names of the
-    results, in the order of the model. Raises UserError if RULES lacks an operation of the
-    function, or if the model is too large.
+    results, in the order of the model. Raises UserError if the function has an operation that is
+    not in RULES (the supported operations), or if the model is too large.
     """
     names = sorted(inputs)  # JAX flattens a dict in this order
     traced = jax.make_jaxpr(function)(dict(inputs))
@@ -122,7 +122,7 @@ class Graph:
         self._sizes: dict[str, str] = {}
 
     def body(self) -> "Graph":
-        """Returns a graph without nodes for the body of a loop. It shares the constants."""
+        """Returns an empty graph for the body of a loop. Both graphs share their constants."""
         inner = copy.copy(self)
         inner.nodes, inner._sizes = [], dict(self._sizes)
         return inner
@@ -469,7 +469,7 @@ def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     """Adds nodes for the gather of JAX. A gather takes one or more slices of an operand.
 
     If there are several slices, each has size 1 along the axes with an index, and the whole size
-    along other axes. An index outside of the operand is moved to its border, never filled with NaN.
+    along other axes. An index outside of the operand is replaced by the nearest valid index.
     """
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     (dims, places), out = (var.aval.shape for var in eqn.invars), eqn.outvars[0].aval.shape

@@ -4,8 +4,8 @@ The exported folder contains these files:
 
     config.json, metrics.json         copies from the folder of the run
     identities.json                   the identities
-    checkpoint.json      the manifest of the checkpoint. Identities, members and training clips
-                         replace the list of files
+    checkpoint.json      the manifest of the checkpoint, with lists of the identities, members and
+                         training clips instead of the list of files
     weights.safetensors  the arrays [E, ...], with names such as params/... and model_state/...
 
 E is the number of ensemble members. The state of the optimiser is not exported, so an imported run
@@ -83,7 +83,7 @@ def read(folder: Path, workdir: Path) -> None:
 def _blame_export(folder: Path, copy: Path) -> Iterator[None]:
     """Replaces `copy` by `folder` in the messages of errors in a `with` block.
 
-    `copy` is a temporary copy of the exported files in `folder`, which a user does not know.
+    `copy` is a temporary copy of the exported files in `folder`. A user knows only `folder`.
     """
     try:
         yield
@@ -96,7 +96,7 @@ def _blame_export(folder: Path, copy: Path) -> Iterator[None]:
 
 
 def _copy(source: Path, target: Path, names: Sequence[str]) -> None:
-    """Copies those of the files `names` that exist from the folder `source` to `target`.
+    """Copies the files `names` from the folder `source` to `target`. Skips missing files.
 
     Raises UserError for a link or a pipe, or if `metrics.json` in `source` is damaged.
     """
@@ -117,7 +117,7 @@ def _path(keys: tuple[Any, ...]) -> str:
 
 
 def _make_shapes(config: Config, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the shapes and dtypes of the weights of all members, as dicts."""
+    """Returns shapes and dtypes of the weights of all ensemble members, as nested dicts."""
     system = make_system(config.to_dict(), trained_runs.read_task(manifest))
     members = ensemble.make_members(config.ensemble.to_dict())
     return dict(zip(ITEMS, system.compute_shapes(len(members)), strict=True))
