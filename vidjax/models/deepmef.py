@@ -192,7 +192,7 @@ class ChannelAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool = False) -> Array:
-        """Adds attention to frames x, [B, T, D] float32. Frames with `mask` [B, T] False become 0."""
+        """Computes new frames [B, T, D] float32 from frames x. They are 0 where `mask` is False."""
         if self.norm and self.form != "channels":
             raise UserError(
                 f"config.model.channel_norm=True has no effect with channel_attention={self.form!r}"

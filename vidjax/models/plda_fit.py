@@ -64,7 +64,7 @@ MAX_CLIPS_OF_A_PERSON = MAX_FITTED_CLIPS // FEWEST_PEOPLE  # if identities are d
 
 
 def unit_mean(frames: Frames) -> Array:
-    """Computes the mean features of each clip, scaled to length 1, [B, D]. Without frames: zeros."""
+    """Computes the mean features of clips, scaled to length 1, [B, D], or 0 without frames."""
     return unit_vectors(fusion.mean_frame(frames).features[:, 0])
 
 

@@ -203,7 +203,7 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
 
 
 def explain_lost(workdir: Path) -> str:
-    """Returns the message of an error: the checkpoints of a run are missing.
+    """Explains why a run has no checkpoint: returns a message that its checkpoints were lost.
 
     Returns "" if the logs of the run show that no checkpoint was ever saved.
     """
@@ -220,9 +220,9 @@ def explain_lost(workdir: Path) -> str:
 
 
 def warn_of_lost(workdir: Path, prefer: str) -> None:
-    """Warns if a checkpoint is missing although the logs of the run list it.
+    """Warns if the wanted checkpoint is missing although the logs of the run list it.
 
-    `prefer` is the checkpoint: `latest`, or `best` by MAP.
+    `prefer` says which checkpoint is wanted: `latest`, or `best` by MAP.
     """
     step = results.find_last_saved(workdir) if prefer == "latest" else 0
     if prefer == "best":
@@ -277,7 +277,7 @@ def load(
 
 
 def set_aside_later(workdir: Path, step: int) -> None:
-    """Renames the checkpoints of steps after `step`, because a resumed run saves them again."""
+    """Renames the checkpoints of steps after `step`, as a run resumed at `step` saves new ones."""
     for later, folder in list_folders(workdir).items() if distributed.is_first() else ():
         if later > step:
             _set_aside(folder)
@@ -312,7 +312,7 @@ def _raise_damaged(path: Path) -> Iterator[None]:
 
 
 def _check_listing(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Raises DamagedError if a file that `manifest` lists is missing, or a file is not listed."""
+    """Raises DamagedError if the files in `folder/state` are not those that `manifest` lists."""
     state, listed = folder / "state", set(manifest["files"])
     with _raise_damaged(state):
         names = set(files.walk(state))
@@ -343,7 +343,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = files.read_manifest(path, below=folder.parents[1])
         json_files.parse(path, manifest, schemas.Manifest, "this checkpoint is not used")
     if str(manifest["step"]) != folder.name:
-        raise DamagedError(f"'{path}' is of step {manifest['step']}, not {folder.name}")
+        raise DamagedError(f"'{path}' belongs to step {manifest['step']}, not to {folder.name}")
     return manifest
 
 
