@@ -87,7 +87,7 @@ def _check_names(path: Path, kind: str, names: Sequence[str]) -> None:
 
 
 class Submission(NamedTuple):
-    """The ranking that the challenge's script reads from a submission file, and its faults."""
+    """A submission file as the challenge's script reads it: a ranking, and faults of the file."""
 
     ranking: dict[str, list[str]]  # identity -> at most 100 different clip names, best first
     # A sentence for each kind of fault: the first line with the fault, and the number of lines.
@@ -223,8 +223,8 @@ def find_spellings(positives: Mapping[str, Sequence[str]]) -> dict[str, str]:
 
     `positives` is identity -> clips. Returns a dict, name in a submission -> name in the ground
     truth. A clip has two names: the name in the ground truth, and the name that `write_ranking`
-    writes for it. They differ if the ground truth lacks the ending `.mp4`, or writes a blank as
-    `%20`.
+    writes for it. The two names differ if the ground truth lacks the ending `.mp4`, or writes a
+    blank as `%20`.
     """
     spellings = {clip: clip for clips in positives.values() for clip in clips}
     for clip in [*spellings]:
@@ -261,7 +261,7 @@ def score(positives: Mapping[str, Sequence[str]], ranking: Mapping[str, Sequence
 
 
 def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
-    """Returns identity -> the clips that show the identity, as they are written in the file.
+    """Returns identity -> the clips that show the identity, with names as written in the file.
 
     The file is read as for training, see `labels.load_ground_truth`. A warning appears if the
     scoring script of the challenge would read the file in another way. The script counts an empty

@@ -378,7 +378,7 @@ def _replace_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str,
     )
     if count == total:
         raise UserError(message)
-    warn(f"{message}\nuntil then, the clips with scores of NaN are ranked last")
+    warn(f"{message}\nuntil you train again, the clips with scores of NaN are ranked last")
     best = np.where(nan, np.float32(-np.inf), clips.best)
     return clips._replace(best=best, right=clips.right & ~nan), {"num_nan_clips": count}
 

@@ -191,7 +191,7 @@ def warn_of_missing_modalities(split: Split, modalities: Collection[str]) -> Non
 def select_sets(
     sets: ensemble.TrainingSets, own: DataDigests, data: ClipSource, split: str
 ) -> ensemble.TrainingSets:
-    """Returns the clips that each member of an ensemble must not score, its training clips.
+    """Returns which clips each member of an ensemble must not score, because it learned from them.
 
     `sets` are the names of the training clips of each member. `own` are the digests of the training
     data. If `data` are the training data, or if all members may score all clips of `split` anyway,

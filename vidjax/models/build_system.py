@@ -74,8 +74,9 @@ class System(NamedTuple):
     ) -> dict[str, Frames]:
         """Selects or averages the frames of all modalities. Returns modality -> Frames [B, T'].
 
-        `rng` is a PRNG key, or None in evaluation. If `num_chunks` is set, the chunk of features
-        with the number `hidden_chunk` [] int32 is removed. Otherwise, `hidden_chunk` is not used.
+        `rng` is a PRNG key, or None in evaluation. If `num_chunks` is set, the features are divided
+        into chunks, and chunk number `hidden_chunk` [] int32 is removed. Otherwise, `hidden_chunk`
+        is not used.
         """
         fused = {}
         fusions = self.fuse_eval if rng is None else self.fuse_train
@@ -412,12 +413,12 @@ def _check_precision(precision: str) -> None:
 
 
 def _log_sigmoid(logits: Array, class_mask: Array) -> Array:
-    """Returns the logarithms of the sigmoids of `logits`, as scores. `class_mask` is not used."""
+    """Computes the logarithm of the sigmoid of each logit, also of masked classes."""
     return jax.nn.log_sigmoid(logits)
 
 
 def _keep_logits(logits: Array, class_mask: Array) -> Array:
-    """Returns `logits` unchanged, as scores. `class_mask` is not used."""
+    """Returns the logits unchanged, also of masked classes."""
     return logits
 
 

@@ -1,4 +1,4 @@
-"""Computes from distances of unit vectors of clips how probably the clips show the same person.
+"""Computes from the distances of unit vectors how likely it is that clips show the same person.
 
 A unit vector is x = m + y + e: m is the mean of the population, y belongs to the person, and e to
 the clip. The variance of y, summed over all dimensions, is B, and the variance of e is W. Each

@@ -46,7 +46,7 @@ class Comparison(NamedTuple):
     deviation: float = 0.0
 
     def is_blind(self, mirrored: Sequence[float]) -> bool:
-        """Returns whether a photo and its mirror image differ almost like photos of two people.
+        """Returns whether a photo and its mirror image differ almost as much as two people do.
 
         A net for which this is true is blind: it does not separate people. `mirrored` are the
         cosines between the vectors of photos and of their mirror images. The measure is the mean of
@@ -128,7 +128,7 @@ def differ(distances: Distances, cosines: np.ndarray, clarity: np.ndarray) -> bo
     """Checks whether a net separates people as its card (a JSON file) says, with N pairs of faces.
 
     The two faces of a pair were seen at the same time, so they should show two people. Returns
-    False if more than 5 % of the pairs differ more than two people ever do. An example are nets
+    False if more than 5 % of the pairs differ more than two people ever do. This happens with nets
     that only see colours. Otherwise, returns True if at least half of the pairs differ about as
     much as the card says of two people, and None if fewer pairs do. None proves nothing about the
     net, because two faces in mirrors or split screens, and twins, are alike.

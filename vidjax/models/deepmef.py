@@ -63,7 +63,7 @@ class DeepMEF(Identifier):
     hidden layer has twice the width of the aggregated face. Logits are 30 times the cosine in
     training. In the article, quality is joined to normalised features, because the margin loss
     discards the magnitude of features. Not published are masks, modality dropout, the vector 0 of a
-    missing modality, and `rms_norm`. It scales features to the magnitude of quality / 100.
+    missing modality, and `rms_norm`, which scales features to the magnitude of quality / 100.
     """
 
     modalities: Mapping[str, int]

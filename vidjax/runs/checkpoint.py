@@ -304,7 +304,7 @@ def _raise_damaged(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise DamagedError(f"'{path}' is missing") from error
+        raise DamagedError(f"'{path}' is missing: if you have a copy, copy it back") from error
     except OSError as error:
         raise DamagedError(f"cannot read '{path}': {error.strerror}") from error
     except ValueError as error:
@@ -321,7 +321,7 @@ def _check_listing(folder: Path, manifest: Mapping[str, Any]) -> None:
             f"'{state / min(others)}' does not belong to this checkpoint: move it elsewhere"
         )
     if missing := listed - names:
-        raise DamagedError(f"'{state / min(missing)}' is missing")
+        raise DamagedError(f"'{state / min(missing)}' is missing: if you have a copy, copy it back")
 
 
 def _has_only_our_files(folder: Path, manifest: Mapping[str, Any]) -> bool:
