@@ -132,7 +132,7 @@ def read_submission(
 
     number, text = 0, _read_text(Path(path))
     if re.search(r"\r(?!\n)", text):
-        note("line ends", f"{path}: lines end as on old Macs: save it with line ends of Linux")
+        note("line ends", f"{path}: lines end as on old Macs: save the file with Linux line ends")
     for number, line in enumerate(_split(text), 1):
         place, fields = f"{path}: line {number}", line.split()
         if not fields:

@@ -67,7 +67,7 @@ class Scores:
 
     @functools.cached_property
     def row(self) -> np.ndarray:
-        """The row of the array for each clip of the pool, [N] int."""
+        """The row of each clip in `array`, [N] int. It is arbitrary for clips without scores."""
         return np.cumsum(self.pool) - 1
 
 

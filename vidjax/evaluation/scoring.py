@@ -139,10 +139,10 @@ def _find_members(use: np.ndarray, block: Batch) -> np.ndarray:
 
 
 def keep_best(system: System, scores: Array) -> Array:
-    """Replaces all scores [B, C] of a clip by -inf, except for the `system.top_classes` highest.
+    """Replaces the scores of each clip by -inf, except for its `system.top_classes` highest scores.
 
-    If `system.top_classes` is 0, returns `scores`. Identities that tie with the last kept identity
-    are kept, too.
+    `scores` and the result are [B, C]. If `system.top_classes` is 0, returns `scores`. Identities
+    that tie with the last kept identity are kept, too.
 
     Source: Residual Dense Net (2nd place 2019) submits the best 100 classes of every clip.
     """

@@ -80,7 +80,7 @@ class PLDAIdentifier(Identifier):
         return plda_fit.fit_member_settings(given, clips)
 
     def gallery_settings(self) -> Settings:
-        """Returns the settings of PLDA for galleries: the settings of the first net."""
+        """Returns the settings of PLDA for galleries of enrolled people: those of the first net."""
         return self.settings()
 
     @nn.compact

@@ -358,7 +358,8 @@ def _choose_first_clips(labels: np.ndarray) -> np.ndarray:
     """Returns which clips are enrolled, [N] bool, given the people `labels` [N] int.
 
     A person with an odd label enrols the first clip. A person with an even label enrols all clips
-    except the last. A person with one clip always enrols it.
+    except the last. A person with one clip always enrols it. So the fit sees people with a single
+    enrolled clip and people with many.
     """
     order = np.argsort(labels, kind="stable")
     place, count = np.empty(len(labels), int), np.bincount(labels)[labels]

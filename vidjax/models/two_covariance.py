@@ -46,8 +46,8 @@ class Sums(NamedTuple):
 class Space(NamedTuple):
     """The coordinates z = (x - mean) @ transform of vectors x, in which PLDA is simple.
 
-    The covariance within classes is the identity matrix, the covariance between classes is
-    diagonal.
+    In these coordinates, the covariance within classes is the identity matrix, and the covariance
+    between classes is diagonal.
     """
 
     mean: Array  # [D] float, estimated mean m of all vectors
@@ -58,8 +58,8 @@ class Space(NamedTuple):
 class Enrolled(NamedTuple):
     """The coefficients that score clips against K enrolled classes (identities).
 
-    A clip has coordinates z [D], see `Space`. The log-likelihood ratio of the clip, a class against
-    a stranger, is linear . z + curve . z^2 + constant.
+    A clip has coordinates z [D], see `Space`. Its log-likelihood ratio of a class against a
+    stranger is linear . z + curve . z^2 + constant.
     """
 
     linear: Array  # [K, D] float, coefficients of z

@@ -60,7 +60,7 @@ class RunFiles(NamedTuple):
     def averages(self) -> np.ndarray:
         """Returns the average precisions of the identities in the ground truth.
 
-        For an identity that the run was not trained on, it is 0.
+        For an identity that the run was not trained on, the average precision is 0.
         """
         averages = self.arrays["ap"][self.arrays["positives"] > 0]
         return np.concatenate([averages, np.zeros(self.analysis.num_others or 0)])
@@ -147,7 +147,7 @@ def _score(run: RunFiles) -> Markup:
 
 
 def _split_row(run: RunFiles, split: str, values: Mapping[str, Any]) -> tuple[object, ...]:
-    """Returns the row of a split in the table of other evaluations, with a link to its page."""
+    """Returns the row of a split, with its metrics `values`, for the table of other evaluations."""
     page = f"report_{split}.html"
     linked = Markup('<a href="{}">{}</a>').format(quote(html.plain(page), safe=""), page)
     return (
@@ -197,7 +197,7 @@ def _labelled(values: Mapping[str, Any], labels: Sequence[tuple[str, str, int]])
 
 
 def run_rows(run: RunFiles) -> Rows:
-    """Returns the rows of a table of the settings of a run."""
+    """Returns the rows (name, value as HTML) of the table of the settings of a run."""
     own = run.metrics
     settings = {
         "data digest": (own.data and own.data.digest) or "",
@@ -615,7 +615,7 @@ def render(run: RunFiles) -> str:
 def load(folder: RunFolder, other: str | None = None) -> RunFiles:
     """Reads the files of a run for a report.
 
-    The results are the results on the split `other`, by default on `config.eval.split`.
+    The report will show the results on the split `other`, by default on `config.eval.split`.
     """
     config, paths = folder.config, folder.paths(other, apart=bool(other))
     others, values = {} if other else folder.other_metrics(), folder.metrics(paths)
