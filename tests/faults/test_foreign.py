@@ -330,7 +330,7 @@ def test_config_of_a_run_folder_with_a_value_of_a_wrong_type_is_refused(stranger
     (stranger / "config.json").write_text(json.dumps(values | {"batch_size": None}))
     for mode in ("check", "evaluate"):
         code, output = complaint(mode, stranger)
-        assert code == 2 and "it has config.batch_size=None, not a value such as" in output
+        assert code == 2 and "configuration has config.batch_size=None, not a value such" in output
 
 
 def test_cache_folder_in_the_configuration_of_a_run_folder_is_ignored(tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ def write_ranking(
 
 
 def to_text(path: Path, identities: Sequence[str], clips: Sequence[str], top: TopK) -> str:
-    """Returns the text of a submission file. For the arguments see `write_ranking`."""
+    """Returns the text that `write_ranking` writes to the file `path`, given the same arguments."""
     index = np.asarray(top.index)[:, :MAX_NAMES]
     if len(index) != len(identities):
         raise UserError(
@@ -87,7 +87,7 @@ def _check_names(path: Path, kind: str, names: Sequence[str]) -> None:
 
 
 class Submission(NamedTuple):
-    """The content of a submission file, as the scoring script of the challenge reads it."""
+    """A submission file as the challenge's script reads it: a ranking, and faults of the file."""
 
     ranking: dict[str, list[str]]  # identity -> at most 100 different clip names, best first
     # A sentence for each kind of fault: the first line with the fault, and the number of lines.
@@ -112,7 +112,8 @@ def read_submission(
     | a clip of `positives` is spelled in another way | the clip counts as a wrong answer |
     | bytes are not UTF-8 text | a name with these bytes equals no name in `positives` |
 
-    `positives` is the result of `read_ground_truth`. If it is None, all names count as known.
+    `positives` is identity -> the clips that show the identity, as `read_ground_truth` returns
+    it. If `positives` is None, the names in the file are not compared with the ground truth.
 
     Source: the description of the script, for repeated names, the limit of 100 different names, and
     unknown identities. The other rows are our assumptions.
@@ -131,7 +132,7 @@ def read_submission(
 
     number, text = 0, _read_text(Path(path))
     if re.search(r"\r(?!\n)", text):
-        note("line ends", f"{path}: lines end as on old Macs: save it with line ends of Linux")
+        note("line ends", f"{path}: lines end as on old Macs: save the file with Linux line ends")
     for number, line in enumerate(_split(text), 1):
         place, fields = f"{path}: line {number}", line.split()
         if not fields:
@@ -180,7 +181,7 @@ def read_submission(
 
 
 def _find_faults(line: str, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yields (kind, description) for each fault of a line that needs no ground truth to be seen.
+    """Yields (kind, description) for each fault of a line that is visible without ground truth.
 
     `fields` are the words of the line: the identity and the clips.
     """
@@ -196,10 +197,10 @@ def _find_faults(line: str, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
 def list_mismatches(
     path: str | Path, positives: Mapping[str, Sequence[str]], ranking: Mapping[str, Sequence[str]]
 ) -> list[str]:
-    """Returns a message if a submission has no identity, and one if it has no clip, of the truth.
+    """Returns messages if a submission has no identity or no clip in common with the ground truth.
 
-    `positives`, the ground truth, and `ranking`, the submission, are identity -> clips. `path` is
-    the file of the submission.
+    `positives` is the ground truth, and `ranking` is the submission. Both are identity -> clips.
+    `path` is the file of the submission, for the messages. Without a problem, returns [].
     """
     problems = list[str]()
     if positives.keys().isdisjoint(ranking):
@@ -222,8 +223,8 @@ def find_spellings(positives: Mapping[str, Sequence[str]]) -> dict[str, str]:
 
     `positives` is identity -> clips. Returns a dict, name in a submission -> name in the ground
     truth. A clip has two names: the name in the ground truth, and the name that `write_ranking`
-    writes for it. They differ if the ground truth lacks the ending `.mp4`, or writes a blank as
-    `%20`.
+    writes for it. The two names differ if the ground truth lacks the ending `.mp4`, or writes a
+    blank as `%20`.
     """
     spellings = {clip: clip for clips in positives.values() for clip in clips}
     for clip in [*spellings]:
@@ -260,7 +261,7 @@ def score(positives: Mapping[str, Sequence[str]], ranking: Mapping[str, Sequence
 
 
 def read_ground_truth(path: str | Path) -> dict[str, list[str]]:
-    """Returns identity -> the clips that show the identity, as they are written in the file.
+    """Returns identity -> the clips that show the identity, with names as written in the file.
 
     The file is read as for training, see `labels.load_ground_truth`. A warning appears if the
     scoring script of the challenge would read the file in another way. The script counts an empty

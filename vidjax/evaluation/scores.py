@@ -1,4 +1,4 @@
-"""Computes the scores of clips for identities, stores them as an array, ranks and measures them.
+"""Scores clips for identities, stores the scores as an array, ranks clips, and computes metrics.
 
 A ranking reads the scores in blocks of clips. The blocks come from a model while it scores clips,
 or from a stored array. So the evaluation of a single run needs no array.
@@ -40,13 +40,14 @@ class Scores:
     """The scores of clips of a split for C identities.
 
     Attributes:
-      array: [n, C] float32, a row for each clip in `pool`, mapped into memory.
-      use: [E, N] bool, True where one of E members scored one of the N clips of the split.
+      array: [n, C] float32, memory-mapped, with a row for each of the n clips that have scores.
+      use: [E, N] bool, True where one of E members (nets of an ensemble) scored one of the N clips
+        of the split.
       kind: the entry `map_kind` of `metrics.json`: `in_sample` if a member scored its training
         clips, `out_of_fold` if members of folds or bootstrap samples skipped clips, otherwise the
         name of the split.
       logs: True if the scores are logarithms of probabilities.
-      complete: True if the scores of all identities are kept, not only the best.
+      complete: True if clips keep the scores of all identities, False if only the highest scores.
       clips: the names of the N clips of the split.
       identities: the names of the C identities.
     """
@@ -66,12 +67,12 @@ class Scores:
 
     @functools.cached_property
     def row(self) -> np.ndarray:
-        """The row of the array for each clip of the pool, [N] int."""
+        """The row of each clip in `array`, [N] int. It is arbitrary for clips without scores."""
         return np.cumsum(self.pool) - 1
 
 
 class Evaluation(NamedTuple):
-    """The ranking of a split and its metrics."""
+    """The result of an evaluation: the ranking of a split's clips, their scores, and metrics."""
 
     model: TrainedModel  # the model, or the first model of a blend
     split: Split
@@ -221,11 +222,11 @@ def score(
     """Scores and ranks the clips of a split with a model, and computes the metrics.
 
     Args:
-      each_member: also computes the MAP of each member of an ensemble.
+      each_member: True to compute also the MAP of each member (net) of an ensemble.
       check: called after each block. The function may raise an exception to end the evaluation.
 
-    Raises UserError if a block does not fit into memory, no member may score any clip, or all clips
-    have NaN scores.
+    Raises UserError if a block does not fit into memory, if every member was trained on every clip
+    of the split, or if all clips have NaN scores.
     """
     scores, members = describe(model, split_name), model.training_sets.members
     members = members if each_member and len(members) > 1 else ()
@@ -286,11 +287,11 @@ def evaluate(
 
 
 def count_positives(split: Split, pool: np.ndarray) -> tuple[np.ndarray, int]:
-    """Counts the clips of each identity, by the ground truth, where `pool` [N] bool is True.
+    """Counts, for each identity, its clips in the ground truth where `pool` [N] bool is True.
 
-    Returns the number of clips of each identity that the model knows, [C] int, and the number of
-    identities that the model does not know. Their average precision is 0. If `pool` leaves out any
-    clip, the second number is 0.
+    The first result, [C] int, is the number of clips of each identity of the model. The second
+    result is the number of other identities in the ground truth, whose average precision is 0. If
+    `pool` leaves out any clip, the second result is 0.
     """
     outside = np.bincount(split.labels[~pool], minlength=len(split.positives) + 1)[1:]
     return split.positives - outside, split.num_others if pool.all() else 0
@@ -342,9 +343,9 @@ def _make_clip_scores(scores: Scores) -> ClipScores:
 
 
 def _add_clips(clips: ClipScores, labels: np.ndarray, block: ScoreBlock) -> None:
-    """Writes the best scores of the clips of a block into the arrays of `clips`.
+    """Writes each clip's best score and score of the right identity into the arrays of `clips`.
 
-    Also writes the scores of the right identities, which `labels` [N] are.
+    `block` has the scores of some clips. `labels` [N] int are the right identities of all clips.
     """
     scores, index = block.without_padding()
     rows, label = np.arange(len(index)), labels[index]
@@ -377,7 +378,7 @@ def _replace_nan(split: Split, clips: ClipScores) -> tuple[ClipScores, dict[str,
     )
     if count == total:
         raise UserError(message)
-    warn(f"{message}\nuntil then, the clips with scores of NaN are ranked last")
+    warn(f"{message}\nuntil you train again, the clips with scores of NaN are ranked last")
     best = np.where(nan, np.float32(-np.inf), clips.best)
     return clips._replace(best=best, right=clips.right & ~nan), {"num_nan_clips": count}
 

@@ -48,7 +48,7 @@ class TrainedModel(NamedTuple):
 
     Attributes:
       name: the folder of the run.
-      eval_step: compiled `eval_step.eval_step` of the system, a function that takes weights.
+      eval_step: compiled function that scores a batch of clips, given the weights of a member.
       params: the parameters, a tree of arrays [E, ...] for the E members (nets) of an ensemble.
       model_state: the other variables of the members, in the same form.
       training_sets: the clips that each member was trained on.
@@ -73,10 +73,10 @@ class TrainedModel(NamedTuple):
         return tuple(self.system.fuse_eval)
 
     def member(self, number: int) -> tuple[Params, ModelState, Array]:
-        """Returns the first three arguments of an `EvalStep` for member `number`.
+        """Returns the weights of member `number`, and the part of the features that it lacks.
 
-        The arguments are the parameters, the other variables, and the number of the hidden part of
-        features. The weights are copies.
+        The results are the first three arguments of `eval_step`: copies of the parameters, copies
+        of the other variables, and the number of the missing part, [] int32.
         """
         params, model_state = ensemble.take((self.params, self.model_state), number)
         return params, model_state, np.array(self.training_sets.members[number].view, np.int32)
@@ -139,10 +139,10 @@ def _find_members(use: np.ndarray, block: Batch) -> np.ndarray:
 
 
 def keep_best(system: System, scores: Array) -> Array:
-    """Replaces all scores [B, C] of a clip by -inf, except for the `system.top_classes` highest.
+    """Replaces the scores of each clip by -inf, except for its `system.top_classes` highest scores.
 
-    If `system.top_classes` is 0, returns `scores`. Identities that tie with the last kept identity
-    are kept, too.
+    `scores` and the result are [B, C]. If `system.top_classes` is 0, returns `scores`. Identities
+    that tie with the last kept identity are kept, too.
 
     Source: Residual Dense Net (2nd place 2019) submits the best 100 classes of every clip.
     """
@@ -177,12 +177,12 @@ def _add(total: MeanScores | None, scores: Array, used: Array, *, logs: bool) ->
 def iterate_windows(
     model: TrainedModel, split_name: str, use: np.ndarray | None = None
 ) -> Iterator[list[Batch]]:
-    """Yields the clips of a split in windows, lists of batches (blocks) on the devices.
+    """Yields the clips of a split in windows. A window is a list of batches (blocks) on devices.
 
-    The members of an ensemble score a window one after the other. A block has `model.block_size`
-    clips per device. On accelerators, blocks are up to 8 times as large if all clips are short. The
-    memory for features and scores limits the size of a window. If there is only one member, a
-    window has only one block.
+    A member of an ensemble scores a whole window before the next member starts. So the weights of
+    members are exchanged less often. The memory for features and scores limits the size of a
+    window. If there is only one member, a window has only one block. A block has `model.block_size`
+    clips per device. On accelerators, blocks are up to 8 times as large if all clips are short.
 
     `use` [E, N] bool is True where one of E members scores one of N clips. Clips that the same
     members score share blocks. Clips that no member scores are left out. If `use` is None, the
@@ -213,17 +213,18 @@ def iterate_windows(
 
 
 def _count_joined_blocks(plan: EvalPlan, block_size: int) -> int:
-    """Returns how many blocks, from 1 to 8, can be joined to one block of JOINED_FRAMES frames."""
+    """Returns how many blocks, 1 to 8, may become one block of at most JOINED_FRAMES frames."""
     longest = max(lengths[plan.bucket.max()] for lengths in plan.padded_lengths.values())
     return min(8, max(1, JOINED_FRAMES // (block_size * longest)))
 
 
 def split_by_members(plan: EvalPlan, use: np.ndarray, rows: int) -> EvalPlan:
-    """Returns a plan in which the same members score all clips of a block.
+    """Returns `plan` with other groups of clips, so that the same members score a whole block.
 
-    `use` [E, N] bool is True where one of E members scores one of N clips. Each bucket, a group of
-    clips of similar length, is split by the members that score the clips. Parts of fewer than
-    `rows` clips stay in a common bucket, because separate blocks would be mostly padding.
+    `use` [E, N] bool is True where one of E members scores one of N clips. Each group (bucket) has
+    clips of similar length, and is split by the members that score the clips. `rows` is the number
+    of clips of a block. Parts with fewer clips stay in a common group, because separate blocks
+    would be mostly padding.
     """
     _, group = np.unique(np.packbits(use, axis=0), axis=1, return_inverse=True)
     group = group.reshape(-1) * len(BUCKETS) + plan.bucket

@@ -69,16 +69,16 @@ def map_interval(averages: np.ndarray, *, draws: int = DRAWS) -> tuple[float, fl
 def compute_gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float, float, float]:
     """Returns the bounds of the 95 % interval of the mean of `gaps`, and its two-sided p-value.
 
-    `gaps` [C] are differences in average precision. The interval contains a paired t interval, and
-    the interval of a Bayesian bootstrap with an unseen identity, see `_draw_low_means`. The p-value
-    tests a mean of 0. It is below 5 % exactly if the interval excludes 0. If the runs are
-    exchanged, the interval changes its sign.
+    `gaps` [C] are the differences in average precision between two runs, one for each identity. The
+    interval contains a paired t interval, and the interval of a Bayesian bootstrap with an unseen
+    identity, see `_draw_low_means`. The p-value tests a mean of 0. It is below 5 % exactly if the
+    interval excludes 0. If the two runs are exchanged, (low, high) becomes (-high, -low).
 
     Source: Gaffke 2005, Three test statistics for a nonparametric one-sided hypothesis on the mean
     of a nonnegative variable; Learned-Miller and Thomas 2019, A new confidence interval for the
     mean of a bounded random variable. Deliberate difference: in the publications, the unseen value
-    is a bound of the range. Here, it depends on the gaps. Otherwise, few identities could not show
-    a difference that a t test finds.
+    is a bound of the range. Here, it depends on the gaps. With the bound, the interval of a few
+    identities would contain 0 even if a t test finds a difference.
     """
     lows, highs = _draw_low_means(gaps, draws), -_draw_low_means(-gaps, draws)
     low, high = _compute_bounds(lows, gaps)[0], _compute_bounds(highs, gaps)[1]
@@ -95,14 +95,15 @@ def compute_gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float
 
 
 def _draw_low_means(gaps: np.ndarray, draws: int) -> np.ndarray:
-    """Returns random means of `gaps` [C] and of the gap of an unseen identity, [draws].
+    """Returns random means of `gaps` [C] and the low gap of an unseen identity, [draws] float.
 
-    The gap of the unseen identity is low, for the lower end of an interval. If few of the gaps are
-    equal, the unseen gap is halfway between the mean and the lowest gap. If all gaps are equal,
-    nothing shows how low a rare gap can be, and the unseen gap is -1. Between these cases, the
-    unseen gap depends on the share of pairs of identities with equal gaps. A third of the pairs is
-    usual, because two good systems rank 60 % of the identities without a mistake. With few
-    identities, a smaller share already makes the unseen gap lower. See also `_draw_means`.
+    Low quantiles of these means give the lower end of an interval. If few gaps are equal, the
+    unseen gap is halfway between the mean and the lowest gap. If all gaps are equal, nothing shows
+    how low a rare gap can be, so the unseen gap is -1. Between these cases, the unseen gap becomes
+    lower with the share of pairs of identities that have equal gaps. A third of the pairs is usual,
+    because two good systems rank 60 % of the identities without a mistake. So the unseen gap
+    becomes lower only above a third. If there are fewer than FEWEST_IDENTITIES identities, any
+    share makes the unseen gap lower. See also `_draw_means`.
     """
     low, ties = (np.mean(gaps) + np.min(gaps)) / 2, measure_ties(gaps)
     rare = max(0.0, 1.5 * ties - 0.5) if len(gaps) >= FEWEST_IDENTITIES else ties**2
@@ -139,7 +140,7 @@ def _draw_means(values: np.ndarray, unseen: Mapping[float, float], draws: int) -
 
 
 def _compute_bounds(means: np.ndarray, values: np.ndarray) -> tuple[float, float]:
-    """Returns two bounds between which 95 % of `means` and the mean of `values` lie."""
+    """Returns the 2.5 % and 97.5 % quantiles of `means`, widened to contain `values.mean()`."""
     tail, mean = (1 - LEVEL) / 2, np.mean(values)
     low = np.quantile(means, tail, method="lower")
     high = np.quantile(means, 1 - tail, method="higher")
@@ -147,7 +148,7 @@ def _compute_bounds(means: np.ndarray, values: np.ndarray) -> tuple[float, float
 
 
 def differences(averages: Sequence[np.ndarray]) -> list[Difference]:
-    """Compares every run with the first run; returns an item for each run except the first.
+    """Compares the MAP of runs with the MAP of the first run. Returns an item for each other run.
 
     `averages` has an array [C] for each run, the average precisions of the identities.
     """
@@ -168,8 +169,9 @@ def differences_of_seeds(groups: Sequence[Sequence[np.ndarray]]) -> list[Differe
     the average precisions of two or more identities. Run i of a group is paired with run i of the
     first group. Returns an item for each group except the first.
 
-    The interval adds the variances over identities and over seeds. It contains the interval of the
-    mean average precisions, because the second interval accounts for rare identities.
+    The variance of a difference is the sum of the variances over identities and over seeds. If
+    needed, the interval is widened to contain `compute_gap_interval` of the average precisions,
+    averaged over the seeds. That interval accounts for rare identities.
 
     Source: Cochran and Cox 1950, Experimental designs: the t quantile is the mean of both t
     quantiles, weighted by the variances. The degrees of freedom of Satterthwaite 1946 give

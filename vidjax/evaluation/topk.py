@@ -20,7 +20,7 @@ EMPTY = np.uint64(0x007FFFFF << 32)  # sort key of an empty entry: -inf and NO_C
 class TopK(NamedTuple):
     """The k best clips of C identities: scores [C, k] float32 and clip indices [C, k] int32.
 
-    A shorter list is filled with the score -inf and the index NO_CLIP.
+    If an identity has fewer clips, its row is filled with the score -inf and the index NO_CLIP.
     """
 
     scores: np.ndarray
@@ -76,9 +76,9 @@ class _Chunk:
         self._num_waiting = 0
 
     def add(self, scores: np.ndarray, clip_index: np.ndarray) -> None:
-        """Collects those of the scores [B, C] that can be among the k best of an identity.
+        """Collects clips whose scores [B, C] can be among the k best of an identity.
 
-        `clip_index` [B] has the indices of the clips. If many scores are collected, merges them.
+        `clip_index` [B] has the indices of the B clips. If many clips are collected, calls `merge`.
         """
         after_last = self._last < clip_index.min(initial=NO_CLIP)
         bounds = np.where(after_last, self._above_least, self._least)
@@ -109,7 +109,7 @@ class _Chunk:
         self._waiting, self._num_waiting = [], 0
 
     def _set_bounds(self) -> None:
-        """Finds the lowest score with which a new clip can still be among the k best, [C]."""
+        """Stores the lowest scores [C] with which a new clip can still be among the k best."""
         least, self._last = _read_keys(self.keys.min(axis=1))
         # Magnitudes below TINY count as 0. So if the least score is 0, these scores tie with it.
         self._least = np.where(least == 0, -TINY, least)
@@ -130,7 +130,7 @@ def _make_keys(scores: np.ndarray, clip_index: np.ndarray) -> np.ndarray:
 
 
 def _read_keys(keys: np.ndarray) -> TopK:
-    """Returns the scores and clip indices from which `_make_keys` has made `keys`."""
+    """Returns the scores and clip indices that `_make_keys` encoded in the uint64 `keys`."""
     upper = (keys >> np.uint64(32)).astype(np.uint32)
     bits = upper ^ np.where(upper >> 31, np.uint32(0x80000000), np.uint32(0xFFFFFFFF))
     index = NO_CLIP - (keys & np.uint64(0xFFFFFFFF)).astype(np.int32)
@@ -138,7 +138,7 @@ def _read_keys(keys: np.ndarray) -> TopK:
 
 
 def rank(blocks: Iterable[ScoreBlock], num_identities: int, k: int = MAX_NAMES) -> TopK:
-    """Returns the k best clips of every identity. For the items of a block, see `HostTopK.add`."""
+    """Returns the k best clips of every identity. A block has the arguments of `HostTopK.add`."""
     top = HostTopK(num_identities, k)
     for block in blocks:
         top.add(*map(np.asarray, block[:3]))

@@ -44,15 +44,15 @@ class FoundRun(NamedTuple):
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """The manifest of the checkpoint."""
+        """The content of `manifest.json` of the checkpoint, name -> JSON value."""
         return self.checkpoint.manifest
 
 
 def make_model(config: Config, run: FoundRun, data: Dataset, mesh: Mesh) -> TrainedModel:
     """Builds the model of a run from `config`, with its weights and the dataset to evaluate.
 
-    Labels of `data` become labels for the identities of the run. Members of an ensemble will not
-    score the clips that they were trained on.
+    The labels of `data` are renumbered to the class columns of the run. Members (nets) of an
+    ensemble will not score the clips that they were trained on.
     """
     data = fit_data(data, config, run)
     warn_of_missing_modalities(data.split(config.eval.split), run.task.modalities)
@@ -78,7 +78,8 @@ def find_run(config: Config, folder: RunFolder) -> FoundRun:
     """Finds the checkpoint of a run, and reads its manifest, identities and training clips.
 
     If the checkpoint `config.eval.checkpoint` is damaged, an intact one is used, with a warning.
-    Raises UserError if `config.modalities` are not the modalities of the run.
+    Raises UserError if `config.modalities` are not the modalities of the run, and CheckpointError
+    if no checkpoint is usable.
     """
     workdir = folder.path
     saved = checkpoint.find(workdir, config.eval.checkpoint)
@@ -131,7 +132,7 @@ def read_task(manifest: Mapping[str, Any]) -> TaskSpec:
 
 
 def fit_data(data: Dataset, config: Config, run: FoundRun) -> Dataset:
-    """Returns `data` with labels that are columns of the run's logits, 1..C for its identities.
+    """Returns `data` with labels as in the logits of a run: 1..C for its identities, 0 for others.
 
     Raises UserError if the data are not the data of the run, or have no identity of the run.
     """
@@ -173,7 +174,7 @@ def check_widths(data: Dataset, modalities: Mapping[str, int]) -> None:
 def warn_of_missing_modalities(split: Split, modalities: Collection[str]) -> None:
     """Warns if a modality of a run is missing in nearly all clips of a split.
 
-    If the split has only a few clips, it may be chance, so there is no warning.
+    If the split has only a few clips, a missing modality may be chance. Then there is no warning.
     """
     present = np.array([split.lengths[name] > 0 for name in modalities])  # [M, N]
     present = present[:, present.any(axis=0)]  # a clip without any frame says nothing
@@ -190,12 +191,12 @@ def warn_of_missing_modalities(split: Split, modalities: Collection[str]) -> Non
 def select_sets(
     sets: ensemble.TrainingSets, own: DataDigests, data: ClipSource, split: str
 ) -> ensemble.TrainingSets:
-    """Returns the training clips that each member of an ensemble must not score.
+    """Returns which clips each member of an ensemble must not score, because it learned from them.
 
-    `sets` are the training clips by name, and `own` are the digests of the training data. If `data`
-    are the training data, or if all members may score all clips of `split` anyway, returns `sets`.
-    Otherwise, a clip with the name of a training clip may be another clip. Then this function
-    warns, and returns empty sets, so that all members score all clips.
+    `sets` are the names of the training clips of each member. `own` are the digests of the training
+    data. If `data` are the training data, or if all members may score all clips of `split` anyway,
+    returns `sets`. Otherwise, a clip in `data` may differ from the training clip with the same
+    name. Then this function warns, and returns empty sets, so that all members score all clips.
     """
     if ensemble.choose_scoring_members(sets, data.split(split).clips)[0].all():
         return sets
@@ -205,8 +206,8 @@ def select_sets(
     if now and all(x and {*find_changes(old, x)} <= {"labels"} for old, x in pairs):
         return sets
     warn(
-        "clips with names of training clips may be other clips, so they are scored as new clips\n"
-        "if they are the training clips, use vidjax evaluate: then no member of the ensemble "
-        "scores a clip that it was trained on"
+        f"clips of {split} with names of training clips may be from other data: all members score "
+        "them as new clips\nif they are the training clips, use vidjax evaluate: then no member of "
+        "the ensemble scores a clip that it was trained on"
     )
     return sets._replace(trained=np.zeros_like(sets.trained))

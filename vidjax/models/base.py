@@ -20,7 +20,7 @@ ModelState = Mapping[str, Any]  # name -> collection, for all other collections
 
 
 class TrainingClips(NamedTuple):
-    """The N training clips of a run, from which a model computes attributes before step 0."""
+    """The N training clips of a run, from which `Identifier.prepare` computes attributes."""
 
     labels: np.ndarray  # [N] int, class columns; 0 for distractors
     used: np.ndarray  # [E, N] bool, True for the clips that each member is trained on
@@ -36,15 +36,16 @@ class TrainingClips(NamedTuple):
 class Identifier(nn.Module):
     """A linen module that maps the frames of clips to logits and embeddings.
 
-    A plain network needs only the fields below and `__call__`. If a field has the type Literal,
-    Size or Share, its value is checked. If a model has a field `modality`, it must be one of
-    `modalities`. Many models have the fields `feature_scale`, a factor on the raw features, and
-    `modality_dropout_rate`, the probability that training drops a modality of a clip. At least one
-    modality stays.
+    A plain network needs only the fields below and `__call__`. The value of a field is checked if
+    its type is a Literal, Size (1 or more) or Share (0 to 1). The value of a field `modality` must
+    be one of `modalities`. Many models have the fields `feature_scale`, a factor on the raw
+    features, and `modality_dropout_rate`, the probability that training drops a modality of a clip.
+    At least one modality of each clip stays.
 
     Attributes:
       modalities: name -> feature width of the fused frames.
-      num_classes: number of class columns in the logits, K: 1 + C, and more with noise classes.
+      num_classes: number of class columns in the logits, K. Column 0 is "other", columns 1 to C are
+        identities, and noise classes (classes of distractors) may follow.
       logit_scale: factor on the cosines in the logits, the s of ArcFace. Losses with a margin need
         it. It is 1 if the logits are not cosines. If the factor is learned, this is its initial
         value, and `ModelOutput.logit_scale` is its current value.
@@ -131,7 +132,7 @@ class Identifier(nn.Module):
         return None
 
     def gallery_settings(self) -> Any | None:
-        """Returns the settings with which a gallery of people compares embeddings by PLDA.
+        """Returns the PLDA settings with which a gallery of enrolled people compares embeddings.
 
         Returns None if the gallery compares embeddings by cosines.
         """

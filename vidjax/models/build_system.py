@@ -74,8 +74,9 @@ class System(NamedTuple):
     ) -> dict[str, Frames]:
         """Selects or averages the frames of all modalities. Returns modality -> Frames [B, T'].
 
-        `rng` is a PRNG key, or None in evaluation. If `num_chunks` is set, the chunk of features
-        with the number `hidden_chunk` [] int32 is removed. Otherwise, `hidden_chunk` is not used.
+        `rng` is a PRNG key, or None in evaluation. If `num_chunks` is set, the features are divided
+        into chunks, and chunk number `hidden_chunk` [] int32 is removed. Otherwise, `hidden_chunk`
+        is not used.
         """
         fused = {}
         fusions = self.fuse_eval if rng is None else self.fuse_train
@@ -104,9 +105,10 @@ class System(NamedTuple):
         return variables.pop("params", {}), variables
 
     def compute_shapes(self, num_members: int) -> tuple[Params, ModelState]:
-        """Returns the shapes and dtypes of the variables of E nets, [E, ...], without arrays.
+        """Returns the shapes and dtypes of the variables of E nets, without computing the values.
 
-        Returns the parameters, and all other collections. E is `num_members`.
+        Returns the parameters, and all other collections: trees of jax.ShapeDtypeStruct [E, ...]. E
+        is `num_members`.
         """
         rngs = jax.random.split(jax.random.key(0), num_members)
         return jax.eval_shape(lambda: jax.lax.map(lambda rng: self.init(rng, rng), rngs))
@@ -170,7 +172,7 @@ class TaskSpec(NamedTuple):
 
     @property
     def layout(self) -> NoiseClassLayout | None:
-        """The layout of the class columns with noise classes, or None without noise classes."""
+        """The class columns if distractors are split into noise classes, otherwise None."""
         if self.num_clusters is None:
             return None
         return NoiseClassLayout(self.num_identities, self.num_clusters)
@@ -182,7 +184,7 @@ class TaskSpec(NamedTuple):
 
 
 def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
-    """Builds the system of a configuration for training data of the sizes `task`."""
+    """Builds a system (model, losses, optimiser, fusions) for training data of the sizes `task`."""
     groups = ("after_fusion", "dtype", "ensemble", "eval", "loss", "optim")
     config_lib.check_ranges({name: config[name] for name in groups})  # the groups used below
     _check_dtype(config["dtype"])
@@ -377,8 +379,9 @@ def _make_column_weight(
 ) -> Callable[[Array, Array], Array]:
     """Builds the function (labels [B], step) -> weights [B] of clips by their class columns.
 
-    Mirror classes have the weights of the schedule `spec["mirror_weight"]`. Other classes have the
-    weight 1. `layout` is None if there are no mirror classes.
+    A mirror class contains distractors that the model mistakes for one identity. Its clips have the
+    weight of the schedule `spec["mirror_weight"]` at the step. Clips of other classes have the
+    weight 1. `layout` describes the class columns. It is None if there are no mirror classes.
     """
     mirror_weight = optim.make_piecewise(spec["mirror_weight"], name="config.noise.mirror_weight")
     if not layout:
@@ -410,12 +413,12 @@ def _check_precision(precision: str) -> None:
 
 
 def _log_sigmoid(logits: Array, class_mask: Array) -> Array:
-    """Computes the logarithm of the sigmoid."""
+    """Computes the logarithm of the sigmoid of each logit, also of masked classes."""
     return jax.nn.log_sigmoid(logits)
 
 
 def _keep_logits(logits: Array, class_mask: Array) -> Array:
-    """Returns the logits unchanged."""
+    """Returns the logits unchanged, also of masked classes."""
     return logits
 
 

@@ -1,10 +1,10 @@
-"""Decides whether vectors show the same person, from the distance of unit vectors.
+"""Computes from the distances of unit vectors how likely it is that clips show the same person.
 
 A unit vector is x = m + y + e: m is the mean of the population, y belongs to the person, and e to
-the clip. The variance of y, summed over all dimensions, is B, and the variance of e is W. The card
-of a network, a JSON file, lists the mean and the standard deviation of cosines, for two clips of a
-person and for clips of two people. The four numbers give W, B and two effective numbers of
-dimensions:
+the clip. The variance of y, summed over all dimensions, is B, and the variance of e is W. Each
+network that computes vectors has a card, a JSON file. The card has four numbers: the mean and the
+standard deviation of the cosines of two clips of a person, and of the cosines of clips of two
+people. The four numbers give W, B and two effective numbers of dimensions:
 
     |x - x'|^2 of a person     has the mean 2 W, and spreads like a sum of n_same squares
     |x - x'|^2 of two people   has the mean 2 (W + B), and spreads like a sum of n_different squares
@@ -12,13 +12,14 @@ dimensions:
 The sum of the squares of n independent Gaussians of equal variance has a gamma distribution with
 the shape n / 2. The vector e has a direction that is uniform in n_different dimensions, and its
 squared length has a gamma distribution. The vectors of the population are Gaussian in these
-dimensions. So the probabilities of any number of people sum to 1.
+dimensions. So both densities are over the same space, and can be compared.
 
 The cosines of a card are cosines of vectors that were scaled to unit length. Scaling makes cosines
 spread less: `count_shape` computes n without this effect.
 
-The card may contain an estimate of m, which the N enrolled people correct. Otherwise, only these
-people determine m. If each has a single clip, the posterior of m then has the variance (W + B) / N.
+The card may contain an estimate of m, which the vectors of the N enrolled people correct. If the
+card has no estimate, only these vectors determine m. If each person then has a single clip, the
+posterior of m has the variance (W + B) / N.
 
 Clips of the same day share a part of e. So the vectors of a person with k clips differ less from
 each other than the card predicts, and count as fewer clips, see `effective_count`.
@@ -44,7 +45,7 @@ LEAST_CLARITY = 0.35  # faces of lower clarity are unclear: even two people look
 
 
 class Distances(NamedTuple):
-    """The distributions of the distance between two unit vectors, of the same or of two people."""
+    """The distributions of the distance between unit vectors of one person, and of two people."""
 
     within: float  # W, the variance of the vectors of a person, summed over the dimensions
     between: float  # B, the variance of the means of people, summed over the dimensions
@@ -102,7 +103,7 @@ def effective_count(distances: Distances, count: np.ndarray, square: np.ndarray)
 
 
 def weigh(distances: Distances, effective: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Returns the weights with which K people count in the mean vector of all people, [K] float.
+    """Returns the weights of K people in the estimate of the mean vector of all people, [K] float.
 
     `effective` [K] are the numbers of independent clips, see `effective_count`. `counts` [K] are
     the numbers of clips. A person without a clip has the weight 0.
@@ -115,9 +116,10 @@ def population(
 ) -> Population:
     """Computes the posterior of the mean vector of all people.
 
-    `mean` [D] is the mean of people in the card of the net, if the card contains it. `weighed` has
-    two values for each block of people: the weighted sum [D] of the people's mean unit vectors, and
-    the sum of the weights, see `weigh`. There is at least one block.
+    `mean` [D] is the mean vector of people in the card of the net (a JSON file), or None if the
+    card has no mean. `weighed` has a pair for each block of people: the weighted sum [D] of the
+    people's mean unit vectors, and the sum of the weights, see `weigh`. There is at least one
+    block.
     """
     sums, totals = map(list, zip(*weighed, strict=True))
     if mean is not None:

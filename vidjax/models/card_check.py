@@ -1,4 +1,4 @@
-"""Checks whether the vectors of enrolled people fit the card of their net.
+"""Checks whether the vectors of enrolled people fit the card of the net that computed the vectors.
 
 The card is a JSON file. It lists statistics of the cosines between vectors of one person and of two
 people, see `card_backend`.
@@ -36,7 +36,7 @@ Problem = Literal["", "few", "blind", "closer", "varied", "farther"]
 
 
 class Comparison(NamedTuple):
-    """How much the vectors of people differ, relative to the card of the net."""
+    """How much the vectors of people differ, compared with what the card of the net predicts."""
 
     problem: Problem  # "" if the people do not contradict the card
     between: float  # estimate of B / B of the card
@@ -46,14 +46,14 @@ class Comparison(NamedTuple):
     deviation: float = 0.0
 
     def is_blind(self, mirrored: Sequence[float]) -> bool:
-        """Returns whether the net compares a mirrored photo almost like a photo of another person.
+        """Returns whether a photo and its mirror image differ almost as much as two people do.
 
-        Such a net is blind: it does not separate people. `mirrored` are the cosines between the
-        vectors of photos and of their mirror images. For dlib's net, 1 - cosine of a mirrored photo
-        is 5 % of 1 - cosine of two people. For nets with random weights, this share is 40 to 70 %,
-        except for nets that only average over the picture. `compare` finds 20 % of the nets with
-        random weights if three people have two photos each. With one photo of each person,
-        `compare` found none of 300.
+        A net for which this is true is blind: it does not separate people. `mirrored` are the
+        cosines between the vectors of photos and of their mirror images. The measure is the mean of
+        1 - cosine, as a share of 1 - cosine of two people. It is 5 % for dlib's net, and 40 to 70 %
+        for nets with random weights, except for nets that only average over the picture. The result
+        is True above 30 %. `compare` finds fewer of the nets with random weights: 20 % if three
+        people have two photos each, and none of 300 if each person has one photo.
         """
         if self is NO_PROBLEM:
             return False
@@ -70,14 +70,15 @@ def compare(
     counts: np.ndarray,
     deviation: float = 0.0,
 ) -> Comparison:
-    """Compares the vectors of P people with the card of their net.
+    """Compares the vectors of P people with the card (a JSON file) of the net that computed them.
 
     Args:
       distances: the distributions of distances that the card predicts.
-      total: [D], the sum of the means of the unit vectors of each person.
-      squares: [P], the squared length of each mean.
+      total: [D], the sum over the people of each person's mean unit vector.
+      squares: [P], the squared length of each person's mean unit vector.
       counts: [P], the number of clips of each person. People without clips are ignored.
-      deviation: the standard deviation of the cosines of two means; 0 if it is unknown.
+      deviation: the standard deviation of the cosines between the mean vectors of two people; 0 if
+        it is unknown.
     """
     squares, counts = np.asarray(squares)[counts > 0], np.asarray(counts, float)[counts > 0]
     repeated, people = counts > 1, len(counts)
@@ -124,17 +125,18 @@ def compare(
 
 
 def differ(distances: Distances, cosines: np.ndarray, clarity: np.ndarray) -> bool | None:
-    """Checks with N pairs of faces whether a net separates people as its card says.
+    """Checks whether a net separates people as its card (a JSON file) says, with N pairs of faces.
 
-    The two faces of a pair were seen at the same time. Returns True if at least half of the pairs
-    differ as the card says of two people. Returns False if more than 5 % of the pairs differ more
-    than two people ever do, as with nets that only see colours. Otherwise, the pairs prove nothing,
-    because mirrors, split screens and twins are alike. Then returns None.
+    The two faces of a pair were seen at the same time, so they should show two people. Returns
+    False if more than 5 % of the pairs differ more than two people ever do. This happens with nets
+    that only see colours. Otherwise, returns True if at least half of the pairs differ about as
+    much as the card says of two people, and None if fewer pairs do. None proves nothing about the
+    net, because two faces in mirrors or split screens, and twins, are alike.
 
     Args:
-      distances: the distributions of the card.
-      cosines: [N], of the vectors of two faces.
-      clarity: [N], of the better face, see `align.measure_clarity`.
+      distances: the distributions of distances that the card predicts.
+      cosines: [N] float, the cosine between the vectors of the two faces of each pair.
+      clarity: [N] float, the clarity of the better face, see `align.measure_clarity`.
     """
     # Without within, the squared distance is B on average, and B x clarity for unclear faces.
     gap = (1 - cosines - distances.within) / distances.between
@@ -144,7 +146,9 @@ def differ(distances: Distances, cosines: np.ndarray, clarity: np.ndarray) -> bo
 
 
 def quantile(free: float, z: float) -> float:
-    """Returns the quantile of a mean of `free` squares, for the Gaussian quantile `z`.
+    """Returns a quantile of the mean of `free` squared standard normal variables.
+
+    `z` is the quantile of the standard normal distribution for the same probability.
 
     Source: Wilson and Hilferty 1931, The distribution of chi-square.
     """

@@ -75,9 +75,10 @@ def measure(units: np.ndarray, owner: np.ndarray) -> Measured:
 
 
 def _average_blocks(x: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """Returns the mean of x [N, N] for each pair of people, [P, P], without the diagonal of x.
+    """Returns the means of the blocks of x [N, N] that belong to pairs of people, [P, P].
 
-    The clips of person i begin at the row `first[i]`.
+    The rows and the columns of x are clips, sorted by person. The clips of person i begin at the
+    row `first[i]`. The diagonal of x is left out.
     """
     blocks = np.add.reduceat(np.add.reduceat(x, first, 0, np.float64), first, 1)
     count = np.diff(first, append=len(x))

@@ -58,12 +58,12 @@ class DeepMEF(Identifier):
 
     Source: DeepMEF (3rd place 2019), whose other modality is `scene`. In the code, quality / 100
     and detection are appended before aggregation. A scene of D features passes through layers of
-    the widths D/4 and D/16. Each member lacks a sixteenth of the 2048 features, so D is 1920, and
-    the widths are 480 and 120. (In the article, the last width is 128 = 2048/16.) The hidden layer
-    has twice the width of the aggregated face. Logits are 30 times the cosine in training. In the
-    article, quality is joined to normalised features, because the margin loss discards the
-    magnitude of features. Not published are masks, modality dropout, the vector 0 of a missing
-    modality, and the root mean square of 1, the magnitude of quality / 100.
+    the widths D/4 and D/16. Each net of the ensemble lacks a sixteenth of the 2048 features, so D
+    is 1920, and the widths are 480 and 120. (In the article, the last width is 128 = 2048/16.) The
+    hidden layer has twice the width of the aggregated face. Logits are 30 times the cosine in
+    training. In the article, quality is joined to normalised features, because the margin loss
+    discards the magnitude of features. Not published are masks, modality dropout, the vector 0 of a
+    missing modality, and `rms_norm`, which scales features to the magnitude of quality / 100.
     """
 
     modalities: Mapping[str, int]
@@ -192,7 +192,7 @@ class ChannelAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array, *, train: bool = False) -> Array:
-        """Computes the frames after attention, [B, T, D] float32. Padding becomes 0."""
+        """Computes new frames [B, T, D] float32 from frames x. They are 0 where `mask` is False."""
         if self.norm and self.form != "channels":
             raise UserError(
                 f"config.model.channel_norm=True has no effect with channel_attention={self.form!r}"
@@ -217,9 +217,10 @@ class ChannelAttention(nn.Module):
         return jnp.where(mask[..., None], x + added, 0.0)
 
     def _mix_by_energy(self, x: Array, mask: Array) -> Array:
-        """Returns a weighted mean of the frames of each clip for each frame, [B, T, D].
+        """Returns, for each frame, a weighted mean of all frames of its clip, [B, T, D].
 
-        The weights are a softmax of the negative inner products of frames (energies), see DANet.
+        The weights are a softmax over the frames of the clip. Its inputs are the negative inner
+        products of the frame and the frames of the clip (energies in DANet).
         """
         product = functools.partial(jnp.einsum, preferred_element_type=x.dtype)
         frames = x.astype(self.dtype)

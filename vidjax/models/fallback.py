@@ -103,9 +103,9 @@ class FallbackIdentifier(Identifier):
     def prepare(self, clips: TrainingClips) -> Mapping[str, float]:
         """Computes the threshold t below which both models score a clip, {"threshold": t}.
 
-        The share `threshold_share` of the training clips with `self.modality` is below t, with or
-        without an identity. If several clips have equal measures, fewer clips may be below t.
-        Returns {} if `threshold_share` is 0.
+        The share `threshold_share` of the training clips that have `self.modality` is below t.
+        Distractors (clips without an identity) count, too. If several clips have equal measures,
+        fewer clips may be below t. Returns {} if `threshold_share` is 0.
         """
         if not self.threshold_share:
             return {}

@@ -147,7 +147,7 @@ def _contract(left: Array, right: Array, axis: int, dtype: jnp.dtype) -> Array:
 
 
 def transpose_in_memory(x: Array) -> Array:
-    """Returns the transpose of a matrix. On CPUs, it is a copy in memory."""
+    """Returns the transpose of a matrix. On CPUs, it is a copy, which is multiplied faster."""
 
     def copy(x: Array) -> Array:
         return with_layout_constraint(x.T, Layout(major_to_minor=(0, 1)))

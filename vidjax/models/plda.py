@@ -80,7 +80,7 @@ class PLDAIdentifier(Identifier):
         return plda_fit.fit_member_settings(given, clips)
 
     def gallery_settings(self) -> Settings:
-        """Returns the settings of PLDA for galleries: the settings of the first net."""
+        """Returns the settings of PLDA for galleries of enrolled people: those of the first net."""
         return self.settings()
 
     @nn.compact
@@ -228,8 +228,8 @@ def _centre_vectors(x: Array, centre: Array) -> Array:
 def _stack(dtype: np.dtype, *parts: Array | float) -> np.ndarray:
     """Stacks an array of each of E members to [E, ...]. Smaller arrays are padded with 0.
 
-    Floats get the dtype `dtype`. The result is on the host: on a device, each shape would need
-    several programs.
+    Floats get the dtype `dtype`. The result is a numpy array, because JAX would compile several
+    programs for each shape of array.
     """
     arrays = [np.asarray(part) for part in parts]
     # Only `Enrolled.curve` may differ in size.

@@ -4,19 +4,20 @@ For the fit, some clips are held out. The other clips are enrolled: the model le
 they show. Some identities are strangers. No clip of a stranger is enrolled. If there are several
 modalities, some identities lack a modality, because enrolled people may lack one.
 
-`within` and `between` (see `Settings`) are chosen by MAP, the mean average precision, and by AUROC
-of known clips against strangers. The other settings maximise the probability of the right answers,
-with half of the weight on strangers. So probabilities are calibrated. `stranger` is fitted last,
-with a single clip for half of the identities, because people who are enrolled later often have few
+The settings are the fields of `Settings`. `within` and `between`, shares of shrinkage, are chosen
+by MAP, the mean average precision, and by AUROC of known clips against strangers. The other
+settings maximise the probability of the right answers, with half of the weight on strangers. So
+probabilities are calibrated. `stranger`, the log prior odds of a stranger, is fitted last. For this
+fit, half of the identities have a single clip, because people who are enrolled later often have few
 clips. If the training clips show few people, the covariances describe these people better than
 people who are enrolled later. Then, and for galleries, `stranger` is fitted on people whose clips
 do not determine the covariances.
 
-The prior of the settings weighs as much as a clip. If too few people have two clips, only the prior
-decides, and the user is informed.
+The settings have a prior, which weighs as much as a clip. If too few people have two clips, only
+the prior decides, and the user is informed.
 
-The settings of a member are fitted only on its training clips. `TaskSpec` and every checkpoint
-store them.
+The settings of a member (a net of an ensemble) are fitted only on its training clips. `TaskSpec`
+and every checkpoint store the settings.
 
 Source: calibration by logistic regression, as in Brümmer and du Preez 2006, Application-independent
 evaluation of speaker detection; here over all identities and a stranger at once.
@@ -63,7 +64,7 @@ MAX_CLIPS_OF_A_PERSON = MAX_FITTED_CLIPS // FEWEST_PEOPLE  # if identities are d
 
 
 def unit_mean(frames: Frames) -> Array:
-    """Computes the mean features of every clip, scaled to length 1, [B, D]. No frames give 0."""
+    """Computes the mean features of clips, scaled to length 1, [B, D], or 0 without frames."""
     return unit_vectors(fusion.mean_frame(frames).features[:, 0])
 
 
@@ -145,9 +146,10 @@ def fit_member_settings(
 
 
 def report_few_people(labels: np.ndarray, print_message: Callable[[str], None]) -> None:
-    """Prints a message if too few people have two clips, so that probabilities are not calibrated.
+    """Prints a message if fewer than FEWEST_PEOPLE people have two clips or more.
 
-    `labels` [N] int are the people in the training clips, above 0, or 0 for distractors.
+    Then probabilities cannot be calibrated. `labels` [N] int are the people in the training clips,
+    1 or more, or 0 for distractors (clips of nobody known).
     """
     count = _count_repeated(labels)
     if count < FEWEST_PEOPLE:
@@ -296,13 +298,14 @@ def _hold_out(
 ) -> _Fold | None:
     """Holds out the clips of fold `number`, and enrols the other clips of most identities.
 
-    `vectors` and `enrolled_vectors` are the same clips, as queries and as they are enrolled. Both
-    are modality -> [N, D]. Random identities are not enrolled, and are strangers. The enrolled
-    clips also determine the covariances. But if `later` is True, some people are enrolled, and
-    the clips of all other people determine the covariances.
+    Two vectors of each of N clips are given, modality -> [N, D]. A held-out clip uses `vectors`. An
+    enrolled clip uses `enrolled_vectors`. Random identities are not enrolled, and are strangers.
+    The enrolled clips also determine the covariances. If `later` is True, clips of only some people
+    are held out or enrolled, and the clips of all other people determine the covariances.
 
-    Modalities without an enrolled clip are left out. If all are left out, or if the held-out clips
-    show no known people or (unless `later`) no strangers, returns None.
+    Modalities without an enrolled clip are left out. Returns None if no modality remains, or if the
+    held-out clips show no enrolled person. If `later` is False, also returns None if the held-out
+    clips show no stranger.
     """
     rng = np.random.default_rng((seed, number))
     num_identities = int(labels.max())
@@ -355,7 +358,8 @@ def _choose_first_clips(labels: np.ndarray) -> np.ndarray:
     """Returns which clips are enrolled, [N] bool, given the people `labels` [N] int.
 
     A person with an odd label enrols the first clip. A person with an even label enrols all clips
-    except the last. A person with one clip always enrols it.
+    except the last. A person with one clip always enrols it. So the fit sees people with a single
+    enrolled clip and people with many.
     """
     order = np.argsort(labels, kind="stable")
     place, count = np.empty(len(labels), int), np.bincount(labels)[labels]
@@ -409,7 +413,7 @@ def _compute_ratios(fold: _Fold, within: float, between: float) -> _Ratios:
 
 @jax.jit  # without jit, every operation is a program
 def _stack_ratios(parts: Sequence[tuple[Space, Enrolled, Array]]) -> Array:
-    """Computes `log_ratios` for each of M modalities, [M, Q, K]."""
+    """Computes `log_ratios(*part)` for each of M modalities, and stacks the results: [M, Q, K]."""
     return jnp.stack([log_ratios(*part) for part in parts])
 
 

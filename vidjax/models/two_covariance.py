@@ -3,8 +3,8 @@
 A vector is x = m + y + e: m is the mean of all vectors, y ~ N(0, B) belongs to the identity, and e
 ~ N(0, W) to the clip. The model is computed from three sums over the clips, see `Sums`. An enrolled
 clip is added to the sums, and a removed clip is subtracted. The fit takes three eigendecompositions
-of [D, D] in float64. This file uses only numpy, because galleries do not wait for JAX. `plda_fit`
-works on the device.
+of [D, D] in float64. This file uses only numpy, so that a gallery of enrolled people does not have
+to load JAX. `plda_fit` uses JAX on the device.
 
 Clips of the same day share a part of e. If all clips of each person are from one day, this part
 cannot be seen, and counts as a part of y. So galleries assume that W is at least a typical share of
@@ -46,8 +46,8 @@ class Sums(NamedTuple):
 class Space(NamedTuple):
     """The coordinates z = (x - mean) @ transform of vectors x, in which PLDA is simple.
 
-    The covariance within classes is the identity matrix, the covariance between classes is
-    diagonal.
+    In these coordinates, the covariance within classes is the identity matrix, and the covariance
+    between classes is diagonal.
     """
 
     mean: Array  # [D] float, estimated mean m of all vectors
@@ -58,8 +58,8 @@ class Space(NamedTuple):
 class Enrolled(NamedTuple):
     """The coefficients that score clips against K enrolled classes (identities).
 
-    A clip has coordinates z [D], see `Space`. The log-likelihood ratio of the clip, a class against
-    a stranger, is linear . z + curve . z^2 + constant.
+    A clip has coordinates z [D], see `Space`. Its log-likelihood ratio of a class against a
+    stranger is linear . z + curve . z^2 + constant.
     """
 
     linear: Array  # [K, D] float, coefficients of z
@@ -161,7 +161,7 @@ def covariances(sums: Sums, least_within: float = 0.0) -> Covariances:
 
 
 def centre_share(num_people: float) -> float:
-    """Returns the share of the mean vector of C people that is subtracted: C / (C + 1/2)."""
+    """Returns the share of the mean that is subtracted from vectors: C / (C + 1/2) for C people."""
     return num_people / (num_people + 0.5)
 
 
@@ -196,8 +196,9 @@ def count_independent(
     Args:
       within: the variance of the clips of a person, see `compute_within`.
       count: [K], the number of clips of each person.
-      total: [K, D], the sum of their unit vectors.
-      most: [K], the upper limit, for example the number of films. The default is `count`.
+      total: [K, D], the sum of the unit vectors of each person's clips.
+      most: [K], the upper limit of the result, for example the number of films that show each
+        person. The default is `count`.
     """
     # If k clips have a share r of their variance in common, the mean of the clips has the variance
     # r + (1 - r) / k. The spread of the clips about their mean gives an estimate of 1 - r, with
@@ -301,8 +302,8 @@ class Settings(NamedTuple):
 def fit(part: Mapping[str, Array], settings: Settings, least_within: float = 0.0) -> Space:
     """Computes the coordinates of PLDA for a modality from its sums over clips.
 
-    `part` contains the fields of `Sums`, name -> array. `settings` has the shares of shrinkage. For
-    `least_within`, see `covariances`.
+    `part` contains the fields of `Sums`, name -> array. `settings.within` and `settings.between`
+    are the shares of shrinkage, see `make_space`. For `least_within`, see `covariances`.
     """
     sums = Sums(part["count"], part["total"], part["scatter"])
     fitted = covariances(sums, least_within)
@@ -310,7 +311,7 @@ def fit(part: Mapping[str, Array], settings: Settings, least_within: float = 0.0
 
 
 def make_blank_space(width: int) -> Space:
-    """Returns a space in which all ratios are 0, for a modality that no training clip has."""
+    """Returns a space for a modality that no training clip has. All log-likelihood ratios are 0."""
     return Space(np.zeros(width), np.eye(width), np.zeros(width))
 
 

@@ -203,7 +203,7 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
 
 
 def explain_lost(workdir: Path) -> str:
-    """Returns the message of an error: the checkpoints of a run are missing.
+    """Explains why a run has no checkpoint: returns a message that its checkpoints were lost.
 
     Returns "" if the logs of the run show that no checkpoint was ever saved.
     """
@@ -220,9 +220,9 @@ def explain_lost(workdir: Path) -> str:
 
 
 def warn_of_lost(workdir: Path, prefer: str) -> None:
-    """Warns if a checkpoint is missing although the logs of the run list it.
+    """Warns if the wanted checkpoint is missing although the logs of the run list it.
 
-    `prefer` is the checkpoint: `latest`, or `best` by MAP.
+    `prefer` says which checkpoint is wanted: `latest`, or `best` by MAP.
     """
     step = results.find_last_saved(workdir) if prefer == "latest" else 0
     if prefer == "best":
@@ -277,7 +277,7 @@ def load(
 
 
 def set_aside_later(workdir: Path, step: int) -> None:
-    """Renames the checkpoints of steps after `step`, because a resumed run saves them again."""
+    """Renames the checkpoints of steps after `step`, as a run resumed at `step` saves new ones."""
     for later, folder in list_folders(workdir).items() if distributed.is_first() else ():
         if later > step:
             _set_aside(folder)
@@ -304,7 +304,7 @@ def _raise_damaged(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise DamagedError(f"'{path}' is missing") from error
+        raise DamagedError(f"'{path}' is missing: if you have a copy, copy it back") from error
     except OSError as error:
         raise DamagedError(f"cannot read '{path}': {error.strerror}") from error
     except ValueError as error:
@@ -312,7 +312,7 @@ def _raise_damaged(path: Path) -> Iterator[None]:
 
 
 def _check_listing(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Raises DamagedError if a file that `manifest` lists is missing, or a file is not listed."""
+    """Raises DamagedError if the files in `folder/state` are not those that `manifest` lists."""
     state, listed = folder / "state", set(manifest["files"])
     with _raise_damaged(state):
         names = set(files.walk(state))
@@ -321,7 +321,7 @@ def _check_listing(folder: Path, manifest: Mapping[str, Any]) -> None:
             f"'{state / min(others)}' does not belong to this checkpoint: move it elsewhere"
         )
     if missing := listed - names:
-        raise DamagedError(f"'{state / min(missing)}' is missing")
+        raise DamagedError(f"'{state / min(missing)}' is missing: if you have a copy, copy it back")
 
 
 def _has_only_our_files(folder: Path, manifest: Mapping[str, Any]) -> bool:
@@ -343,7 +343,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = files.read_manifest(path, below=folder.parents[1])
         json_files.parse(path, manifest, schemas.Manifest, "this checkpoint is not used")
     if str(manifest["step"]) != folder.name:
-        raise DamagedError(f"'{path}' is of step {manifest['step']}, not {folder.name}")
+        raise DamagedError(f"'{path}' belongs to step {manifest['step']}, not to {folder.name}")
     return manifest
 
 

@@ -60,14 +60,16 @@ class Field(NamedTuple):
 
     Attributes:
       name: the dotted name.
-      default: the default value. Its type is the type of the field, or text if it is None.
+      default: the default value. Its type is the type of the field. If it is None, the field is a
+        text.
       doc: the meaning, as `configs/README.md` shows it.
       low, high, above, below: the range: low <= value <= high, above < value < below. If `high` is
         None, the value has no upper bound, but must be finite.
       choices: the accepted values. If `choices` is empty, every value in the range is accepted.
       read_when: the condition under which the field has an effect. None means always.
       affects: what a change of the value changes. For a path, what a change of the files changes.
-      path: True for a file or a folder. The path may change, because only the content is compared.
+      path: True for a file or a folder. When a run resumes, the path may differ, because only the
+        content is compared.
     """
 
     name: str
@@ -91,7 +93,7 @@ class Group(NamedTuple):
 
 
 def _focal_weights(values: Values) -> tuple[float, ...]:
-    """Returns the weights of the second loss, `loss.focal`, in the field `loss.schedule`.
+    """Returns all weights that the field `loss.schedule` gives to the loss `loss.focal`.
 
     `values` is dotted name -> value of all fields. The schedule has pairs (epoch, weight).
     """
@@ -102,9 +104,9 @@ def _focal_weights(values: Values) -> tuple[float, ...]:
 
 
 def _logit_losses(values: Values) -> set[str]:
-    """Returns the names of the losses that have a weight above 0 at some epoch.
+    """Returns the names of the losses, such as `softmax`, that have a weight above 0 at some epoch.
 
-    `values` is dotted name -> value of all fields. The names are such as `softmax`.
+    `values` is dotted name -> value of all fields.
     """
     weights = _focal_weights(values)
     focal = {values["loss.focal"]} if any(weights) else set()
@@ -474,7 +476,7 @@ def is_blend(config: Config) -> bool:
 
 
 def list_splits(config: Config) -> tuple[str, ...]:
-    """Returns the splits to evaluate. The first is `eval.split`."""
+    """Returns the names of the splits to evaluate: `eval.split`, then others in `eval.splits`."""
     return tuple(dict.fromkeys((config.eval.split, *config.eval.splits)))
 
 
@@ -651,9 +653,10 @@ def _find_unread(values: Values) -> Iterator[str]:
 
 
 def _find_unread_by_systems(values: Values) -> Iterator[str]:
-    """Yields a message for each value that is ignored, because a blend trains several systems.
+    """Yields a message for each value in the configuration of a blend that has no effect.
 
-    Each system has a configuration. `values` is dotted name -> value of the blend's configuration.
+    A blend trains several systems, which have their own configurations and ignore most fields of
+    the blend. `values` is dotted name -> value of all fields of the blend.
     """
     read = {*BLEND_FIELDS, "seed", "modalities", "ensemble.folds", "ensemble.only"}
     for name, value in values.items():

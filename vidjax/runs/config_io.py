@@ -62,10 +62,12 @@ def load_file(spec: str) -> Config:
 
 
 def load_system(config: Config, spec: str, *, final: bool) -> Config:
-    """Returns the configuration `spec`, one of `config.join.systems`, to train it for a blend.
+    """Returns the configuration with which one system of a blend is trained.
 
-    `config` gives the seed, the folds to train, and the values of `data` that differ from the
-    defaults. If `final` is True, the system is trained on all clips.
+    `spec`, an item of `config.join.systems`, names the configuration file, such as `cosine:face`.
+    The seed, the folds to train, and values of `data` that differ from the defaults are taken from
+    `config`, the configuration of the blend. If `final` is True, the folds are left out: the system
+    is trained on all clips.
     """
     if not spec.partition(":")[0].isidentifier():  # a received run must not execute any file
         raise UserError(
@@ -85,9 +87,10 @@ def load_system(config: Config, spec: str, *, final: bool) -> Config:
 
 
 def _find_wrong_type(values: Mapping[str, Any]) -> str:
-    """Returns a phrase about the first field that is missing or has a wrong type, or "".
+    """Returns a phrase about the first field that is missing or has a wrong type.
 
-    `values` is dotted name -> value. The phrase is such as `has no field config.seed`.
+    `values` is dotted name -> value. An example is `has no field config.seed`. If all fields are
+    right, returns "".
     """
     for name, default in DEFAULTS.items():
         kinds = {type(None): (str, type(None)), float: (float, int)}.get(type(default))
@@ -234,7 +237,7 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
         try:
             parent[leaf] = convert(text, parent.get_type(leaf), known[name])
         except ValueError as error:
-            raise UserError(f"--config.{name}={text}: must be {error}") from error
+            raise UserError(f"--config.{name}={text}: {error}") from error
     return config
 
 
@@ -263,14 +266,14 @@ def folder_suffix(config: Config, overrides: Sequence[str], without: Collection[
 def convert(text: str, kind: type, example: Any) -> Any:
     """Converts the text of a flag `--config.FIELD=TEXT` to a value of the type `kind`.
 
-    `example` is the old value of the field. If the text does not fit, raises UserError. Its message
-    describes the valid values, such as `true or false`.
+    `example` is the old value of the field, which messages show. If the text does not fit, raises
+    UserError. The message describes the valid values, such as `must be true or false`.
     """
     if kind is str:
         return text
     if kind is bool:
         if text.lower() not in BOOLEANS:
-            raise UserError("true or false")
+            raise UserError("must be true or false")
         return BOOLEANS[text.lower()]
     if kind is type(None):  # an argument of a model or a fusion that a file sets to None
         return _parse(text)
@@ -281,17 +284,17 @@ def convert(text: str, kind: type, example: Any) -> Any:
         value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
         names = bool(example) and isinstance(example[0], str)
         if names and not all(isinstance(item, str) for item in value):
-            raise UserError(f"names separated by commas, such as {','.join(example)}")
+            raise UserError(f"must be names separated by commas, such as {','.join(example)}")
         return kind(value)
     try:
         value = kind(text)
     except (TypeError, ValueError):
         value = math.nan
     if isinstance(value, int) and abs(value) >= INTEGER_LIMIT:
-        raise UserError("a whole number that fits into 64 bits")
+        raise UserError("must be a whole number that fits into 64 bits")
     if math.isnan(value):
         example = kind(1) if example is None else example
-        raise UserError(f"a{' whole' if kind is int else ''} number such as {example}")
+        raise UserError(f"must be a{' whole' if kind is int else ''} number such as {example}")
     return value
 
 
@@ -326,14 +329,14 @@ def from_json(text: str | bytes) -> Config:
     """
     config, values = config_lib.default(), files.parse_json(text)
     if not isinstance(values, dict):
-        raise UserError("it is not a JSON object")
+        raise UserError("the configuration is not a JSON object")
     try:
         with config.unlocked():
             config.update(config_lib.to_tuples(values))
     except (TypeError, AttributeError, KeyError) as error:
         raise UserError(" ".join(str(error).split())[:300]) from error
     if problem := _find_wrong_type(dict(fields(config))):
-        raise UserError(f"it {problem[:300]}")
+        raise UserError(f"the configuration {problem[:300]}")
     return config
 
 

@@ -20,9 +20,9 @@ SCALE_WORDS: Mapping[str, str] = {
 def choose_data(config: Any, words: Collection[str]) -> bool:
     """Sets the dataset and the splits of `config` by the arguments of a configuration file.
 
-    `words` are the arguments, such as `iqiyi_vid`. Words that are not keys of SCALE_WORDS are
-    ignored. Returns True if the words ask for the full size of iQIYI-VID. Raises UserError if two
-    words exclude each other.
+    `words` are the arguments, such as `iqiyi_vid`. Words that do not concern the data are ignored.
+    Returns True if the words ask for the full size of iQIYI-VID. Raises UserError if two words
+    exclude each other.
     """
     if {"iqiyi_vid", "standard"} <= set(words):
         raise UserError("--config: 'iqiyi_vid' and 'standard' are two datasets: name only one")
@@ -68,7 +68,7 @@ def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, 
 
 
 def choose_name(words: Collection[str], names: Collection[str], default: str) -> str:
-    """Returns the word that is in `names`, or `default`. Two words in `names` raise UserError."""
+    """Returns the word that is in `names`, or `default`. Raises UserError for two such words."""
     chosen = sorted({*names}.intersection(words))
     if len(chosen) > 1:
         quoted = " and ".join(f"'{name}'" for name in chosen)

@@ -27,7 +27,7 @@ NONE = "none"  # text for an unknown number
 
 
 class Number(Markup):
-    """HTML of a number. Columns of a table with this type are aligned to the right."""
+    """HTML of a number. A column of a table is aligned to the right if its cells have this type."""
 
 
 class Bar(Number):
@@ -63,10 +63,11 @@ def paragraph(words: str, *values: object) -> Markup:
 
 
 def number(value: object, digits: int = 4, *, sign: str = "", percent: bool = False) -> Markup:
-    """Returns a number as HTML, rounded to `digits` digits. An HTML attribute has all digits.
+    """Returns a number as HTML. A float is shown with `digits` digits after the point.
 
-    None, NaN and infinity become `none`. If `sign` is `+`, positive numbers get a sign. If
-    `percent` is True, a share in 0..1 becomes a text such as 95 %.
+    An attribute of the HTML element has the exact value. None, NaN and infinity become the text
+    `none`. If `sign` is `+`, positive numbers get a plus sign. If `percent` is True, a share in
+    0..1 becomes a text such as 95 %.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return Number(NONE) if value is None else Markup.escape(plain(value))
@@ -88,13 +89,13 @@ def bar(value: float) -> Number:
 
 
 def between(low: float, high: float, digits: int, *, percent: bool = False) -> Number:
-    """Returns an interval as HTML, with the text `low to high`."""
+    """Returns an interval as HTML: `low to high`, with `digits` digits after the point."""
     ends = (number(end, digits, percent=percent) for end in (low, high))
     return Number(Markup("{} to {}").format(*ends))
 
 
 def cell(value: object) -> Markup:
-    """Returns a value as HTML for a cell of a table: a number, or a name. HTML stays unchanged."""
+    """Returns a number or a name as HTML, for a cell of a table. HTML is returned unchanged."""
     return number(value) if value is None or isinstance(value, int | float) else name(value)
 
 
@@ -111,7 +112,7 @@ def table(caption: str, head: Sequence[object], rows: Iterable[Sequence[object]]
 
 
 def folded_table(caption: str, head: Sequence[object], rows: Sequence[Sequence[object]]) -> Markup:
-    """Returns a table as HTML, hidden until a reader clicks. Without rows, returns empty HTML."""
+    """Returns a table as HTML that opens when its caption is clicked. No rows give empty HTML."""
     words = Markup("<details><summary>{}: {}</summary>{}</details>")
     return words.format(caption, len(rows), table(caption, head, rows)) if rows else Markup()
 
@@ -142,7 +143,7 @@ def parts() -> Any:  # noqa: ANN401
 def beside(kind: str, blocks: Sequence[Markup]) -> Markup:
     """Returns HTML that shows blocks of HTML side by side, if the screen is wide enough.
 
-    `kind` says what the blocks are: `figures` or `tables`.
+    `kind` is a CSS class. It says what the blocks contain: `figures` or `tables`.
     """
     return Markup('<div class="{}">{}</div>').format(kind, Markup().join(blocks))
 

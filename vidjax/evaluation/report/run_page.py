@@ -39,7 +39,7 @@ LOGARITHMS = "Scores are natural logarithms of probabilities: 0 is certain."
 
 
 class RunFiles(NamedTuple):
-    """The content of a run's folder. If a file is absent, its field is empty."""
+    """The content of a run's files that a report shows. The field of an absent file is empty."""
 
     folder: Path
     config: dict[str, Any]
@@ -60,7 +60,7 @@ class RunFiles(NamedTuple):
     def averages(self) -> np.ndarray:
         """Returns the average precisions of the identities in the ground truth.
 
-        For an identity that the run was not trained on, it is 0.
+        For an identity that the run was not trained on, the average precision is 0.
         """
         averages = self.arrays["ap"][self.arrays["positives"] > 0]
         return np.concatenate([averages, np.zeros(self.analysis.num_others or 0)])
@@ -147,7 +147,7 @@ def _score(run: RunFiles) -> Markup:
 
 
 def _split_row(run: RunFiles, split: str, values: Mapping[str, Any]) -> tuple[object, ...]:
-    """Returns the row of a split in the table of other evaluations, with a link to its page."""
+    """Returns the row of a split, with its metrics `values`, for the table of other evaluations."""
     page = f"report_{split}.html"
     linked = Markup('<a href="{}">{}</a>').format(quote(html.plain(page), safe=""), page)
     return (
@@ -197,7 +197,7 @@ def _labelled(values: Mapping[str, Any], labels: Sequence[tuple[str, str, int]])
 
 
 def run_rows(run: RunFiles) -> Rows:
-    """Returns the rows of a table of the settings of a run."""
+    """Returns the rows (name, value as HTML) of the table of the settings of a run."""
     own = run.metrics
     settings = {
         "data digest": (own.data and own.data.digest) or "",
@@ -231,7 +231,7 @@ def reading(run: RunFiles) -> Markup | None:
 
 
 def learning(run: RunFiles) -> Markup | None:
-    """Returns curves of losses and scores over the epochs."""
+    """Returns HTML with curves of losses and scores by epoch, or None if no step was logged."""
     train = [line for line in run.lines if "learning_rate" in line]
     if not train:
         return None
@@ -253,10 +253,10 @@ def _draw_curve(
     scored_field: str = "",
     scored_title: str = "",
 ) -> Markup:
-    """Draws a curve of the field `field` of the lines `train` over the epochs of the training.
+    """Returns a figure as HTML: a curve of `field` by epoch, and a point for each evaluation.
 
-    Also draws a point for each of `lines` that has the field `scored_field`, the results of
-    evaluations.
+    `train` are lines of the training log, dicts that have `field`. The points are the values of
+    `scored_field` in those of `lines` that have this field. `title` and `scored_title` are labels.
     """
     x, y, last = _column(train, "epoch"), _column(train, field), train[-1]
     plot = html.Plot(x="epoch", y=title.lower())
@@ -281,7 +281,7 @@ def _column(lines: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
 
 
 def identities(run: RunFiles) -> Markup | None:
-    """Returns a histogram of the average precision (AP), and a table of the worst identities."""
+    """Returns a histogram of average precisions and the worst identities, or None without MAP."""
     if "ap" not in run.arrays:
         return None
     values = run.averages()
@@ -342,7 +342,7 @@ def _worst_identities(run: RunFiles) -> Markup:
 
 
 def mistakes(run: RunFiles) -> Markup | None:
-    """Returns tables of the mistakes with the highest scores."""
+    """Returns tables of the mistakes with the highest scores, or None if there are no mistakes."""
     wrong = run.analysis.wrong_clips or schemas.WrongClips()
     alarms = [(clip, *rest) for clip, _, *rest in _list_mistakes(run, wrong.distractors)]
     others = _list_mistakes(run, wrong.known)
@@ -364,7 +364,7 @@ def _list_mistakes(run: RunFiles, mistakes: schemas.Mistakes | None) -> Rows:
 
 
 def errors(run: RunFiles) -> Markup | None:
-    """Returns the most confused pairs of identities, and suspected labels."""
+    """Returns the most confused pairs of identities and suspected labels; None without analysis."""
     pairs, suspects = run.analysis.pairs, run.analysis.suspects
     if pairs is None:
         return None
@@ -420,7 +420,7 @@ def _suspects(run: RunFiles, suspects: schemas.Suspects) -> Markup:
 
 
 def strata(run: RunFiles) -> Markup | None:
-    """Returns tables of MAP by groups of identities and by groups of clips."""
+    """Returns tables of MAP by groups of identities and by groups of clips, or None without MAP."""
     if "ap" not in run.arrays:
         return None
 
@@ -448,7 +448,7 @@ def strata(run: RunFiles) -> Markup | None:
 
 
 def open_set(run: RunFiles) -> Markup | None:
-    """Returns histograms of scores, a curve and a table of error rates, and the calibration."""
+    """Returns histograms of scores, error rates and the calibration, or None without analysis."""
     if "score_edges" not in run.arrays:
         return None
     shown = {"score_edges": _score_histograms, "fpir": _errors, "calibration": _calibration}
@@ -615,7 +615,7 @@ def render(run: RunFiles) -> str:
 def load(folder: RunFolder, other: str | None = None) -> RunFiles:
     """Reads the files of a run for a report.
 
-    The results are the results on the split `other`, by default on `config.eval.split`.
+    The report will show the results on the split `other`, by default on `config.eval.split`.
     """
     config, paths = folder.config, folder.paths(other, apart=bool(other))
     others, values = {} if other else folder.other_metrics(), folder.metrics(paths)
