@@ -62,7 +62,7 @@ def initial_labels(clusters: np.ndarray, layout: NoiseClassLayout, seed: int) ->
 
     `clusters` [n] int has the cluster of each distractor, or -1. A distractor in a cluster gets the
     class of the cluster. Any other distractor gets the mirror class of a random identity: a class
-    of strangers who resemble the identity. The draw depends only on `seed` and the index.
+    of strangers who resemble the identity. `seed` is the seed of the random choice.
     """
     identities = 1 + np.random.default_rng(seed).integers(0, layout.num_identities, len(clusters))
     mirrors = identities + layout.mirror_shift
