@@ -321,7 +321,7 @@ def _open_arrays(
     after the header of the array, and the number of bytes of the array in memory.
     """
     if file.read(1) == NPY_START:
-        raise UserError("it is an .npy file, without names of arrays: use numpy.savez")
+        raise UserError("the file is an .npy, without names of arrays: use numpy.savez")
     left = limit
     with open_zip(file) as archive:
         entries = archive.infolist()
@@ -332,7 +332,7 @@ def _open_arrays(
             )
         names = Counter(entry.filename.removesuffix(".npy") for entry in entries)
         if twice := [name for name, count in names.items() if count > 1]:
-            raise UserError(f"it has the array '{twice[0][:50]}' twice: write the file again")
+            raise UserError(f"the array '{twice[0][:50]}' occurs twice: write the file again")
         for entry in entries:
             entry.file_size += 1  # so that a byte after the declared end can be read
             with open_entry(archive, entry) as opened:
