@@ -18,7 +18,7 @@ Epochs = list[tuple[Whole, float]]
 
 
 def describe_epochs(epochs: Epochs) -> str:
-    """Returns the values of `config.num_epochs` of a run, such as "5, 8 from step 15"."""
+    """Describes how `config.num_epochs` of a run has changed, such as "5, 8 from step 15"."""
     (_, first), *later = epochs
     return f"{first:g}" + "".join(f", {number:g} from step {step:,}" for step, number in later)
 

@@ -143,8 +143,8 @@ class Manifest(Entries, Struct, kw_only=True):
 class Join(Struct, kw_only=True):
     """The content of `join.json`: learned numbers that join the scores of R runs (a blend).
 
-    The clips are divided into parts. The lists of numbers have an entry for each part, and a last
-    entry for all other clips.
+    The clips of `splits` are divided into parts. The lists of numbers have an entry for each part,
+    learned from the other parts, and a last entry for the clips of other splits.
     """
 
     scale: list[list[NotNaN]]  # rows of R numbers, see `calibration.Calibration`
@@ -237,7 +237,7 @@ class Strata(Struct, kw_only=True):
 
 
 class WrongClips(Struct, kw_only=True):
-    """The mistakes with the highest scores: clips of unknown people, and clips of known people."""
+    """The mistakes with the highest scores, in two lists: clips of unknown and of known people."""
 
     distractors: Mistakes | None = None
     known: Mistakes | None = None

@@ -58,8 +58,8 @@ class Feed(abc.ABC):
         """Runs training steps for about a second, at least 1 and at most `most` steps.
 
         `states` and `constants` have an entry for each group of members (nets of an ensemble) that
-        train together. `step` is the number of finished steps. The memory of `states` is
-        reused (donated to JAX), so the caller must use the returned states.
+        train together. `step` is the number of finished steps. The memory of `states` is reused
+        (donated to JAX), so the caller must use the returned states.
         """
         count = int(DISPATCH_SECONDS / self._step_seconds) if self._step_seconds else 1
         (count,) = distributed.max_over_processes(max(1, min(most, self._most, count)))

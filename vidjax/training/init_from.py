@@ -55,7 +55,7 @@ def find_source(config: Config) -> trained_runs.FoundRun:
         if members not in (1, wanted):
             raise UserError(
                 f"the run in '{folder.path}' has {members} members, but this run has {wanted}\n"
-                f"name a run with 1 or {wanted} members, or use the config.ensemble of that run"
+                f"name a run with 1 or {wanted} members (nets), or use the ensemble of that run"
             )
     return source
 
@@ -107,7 +107,7 @@ def load_state(
     folder, step = source.folder.path, source.manifest["step"]
     if not num_matrices:
         raise UserError(
-            f"{FIELD}: no weight matrix of '{folder}' fits this run, for example {rest[0]}\n"
+            f"{FIELD}: no matrix of '{folder}' fits this run, for example {rest[0]}\n"
             f"its modalities are {', '.join(source.task.modalities)}: choose the same "
             "--config.modalities and sizes of the model"
         )

@@ -6,8 +6,8 @@ resemble the identity. A distractor in no cluster starts in a random mirror clas
 identity that the model predicts.
 
 Source: noise classes (5th place 2018). The article adds 8,652 to the column of an identity to get
-its mirror column, a misprint of 4934 + 3691 = 8625. The author's code also moves distractors in
-clusters.
+its mirror column. This is a misprint of 8,625, the sum of 4,934 identities and 3,691 clusters. The
+author's code also moves distractors in clusters.
 """
 
 import numpy as np

@@ -129,7 +129,7 @@ def make_plan(config: Config, data: Dataset) -> RunPlan:
 
 
 def count_steps(config: Config, num_places: int) -> int:
-    """Returns the number of steps of a run, rounded up to a multiple of `optim.accumulate`."""
+    """Returns the steps of a run, rounded up to whole updates. An epoch has `num_places` clips."""
     every = config.optim.accumulate
     return math.ceil(config.num_epochs * num_places / (config.batch_size * every)) * every
 
@@ -311,7 +311,7 @@ def make_relabel(config: Config, plan: RunPlan, mesh: Mesh) -> Relabel:
 def make_training_clips(
     config: Config, data: Dataset, labels: np.ndarray, used: np.ndarray
 ) -> TrainingClips:
-    """Returns the training clips as an argument of `prepare`, a method of models.
+    """Returns the training clips for `Identifier.prepare`, which models may use before training.
 
     `labels` [N] are the class columns of the clips. `used` [E, N] bool is True for the clips that
     each member of the ensemble is trained on.

@@ -394,8 +394,8 @@ def evaluate_run(
 
     The clips are scored by the run in `folder`. If `config.join.runs` is set, the scores of these
     runs are joined (a blend). The caller has locked `folder`. If `data` is None, the data that
-    `config` describes are loaded. `command` is the command line of a user. The metrics of a new
-    blend contain it.
+    `config` describes are loaded. `command` is the command line of the user, which is stored in the
+    metrics of a new blend.
     """
     from vidjax.evaluation import analysis, trained_runs
 

@@ -57,8 +57,8 @@ class Parser(argparse.ArgumentParser):
     ) -> None:
         """Adds a flag, such as `--check`, or a flag with a value, such as `--workdir FOLDER`.
 
-        `usage` is the flag and, if it has a value, the word for the value. `about` is the help
-        text. `of` is a group of flags, such as flags that exclude each other.
+        `usage` is the flag, and the name of its value if there is one. `about` is the help text.
+        `of` is a group of flags, such as flags that exclude each other.
         """
         name, _, metavar = usage.partition(" ")
         options |= {"metavar": metavar} if metavar else {"action": "store_true"}
