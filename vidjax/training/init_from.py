@@ -27,8 +27,8 @@ Arrays = dict[str, np.ndarray]  # path -> values [E, ...] of the E nets of a run
 def find_source(config: Config) -> trained_runs.FoundRun:
     """Finds the run `config.init_from`, whose weights the new run starts with.
 
-    Raises UserError if that run has another model or is not finished, and CheckpointError if its
-    last checkpoint is damaged.
+    Raises UserError if the found run has another model, has an unsuitable number of nets, or is not
+    finished. Raises CheckpointError if its last checkpoint is damaged.
     """
     with prefix_errors(FIELD):
         folder = open_run(config.init_from)

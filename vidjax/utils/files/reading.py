@@ -381,7 +381,7 @@ class _InPieces(io.BufferedReader):
         content = super().read(wanted)
         if len(content) > PIECE_BYTES:
             about = f"the list of entries of the zip has over {PIECE_BYTES:,} bytes"
-            raise UserError(f"{about}: unpack it, or pack fewer files or arrays")
+            raise UserError(f"{about}: unpack the zip, or pack fewer files or arrays")
         return content
 
 
