@@ -4,9 +4,10 @@ The entry `data` in the manifest of a checkpoint contains digests of the data th
 A command that reads the data again compares the digests. The entry `trained_on` in the
 `metrics.json` of a finished run contains the same digests:
 
-    splits    split -> {clips: int, modalities: list, records: version, names, features, labels:
-              sha256} for every split that the run reads; labels are null if the split has no
-              ground truth
+    splits    split -> dict, for every split that the run reads. Its keys are clips (number of
+              clips), modalities (list of their names), records (version of the format of stored
+              features), and names, features and labels (a sha256 each). If the split has no
+              ground truth, labels are null.
     weights   sha256 of the file `config.data.weights`; null if no file is configured
 """
 
@@ -41,11 +42,11 @@ def hash_data(config: Config, data: Dataset) -> dict[str, Any]:
 
 
 def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Compares the digests of a split `before` and `now`. Returns the names of those that differ.
+    """Returns which data of a split have changed: a list of "names", "features" and "labels".
 
-    The names are `names`, `features` and `labels` of the clips. Features are compared only if the
-    modalities and the version of the stored records are equal, because one digest covers the
-    records of all modalities.
+    `before` and `now` are the old and the new digests of the split. Features are compared only if
+    the modalities and the version of the format are equal. Otherwise, the digests may differ even
+    for equal features, because one digest covers the stored features of all modalities.
     """
     same = all(now.get(key) == before.get(key) for key in ("modalities", "records"))
     kinds = ("names", "features", "labels") if same else ("names", "labels")
@@ -55,9 +56,10 @@ def find_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 def describe_difference(
     split: str, before: Mapping[str, Any], now: Mapping[str, Any] | None
 ) -> str:
-    """Returns a phrase about the changes of a split, or "" if nothing has changed.
+    """Returns a phrase such as "val has other labels", or "" if the split has not changed.
 
-    `before` and `now` are digests of the split. If the split is missing now, `now` is None.
+    `before` and `now` are the old and the new digests of the split. If the split is missing now,
+    `now` is None. If the features cannot be compared, prints a warning.
     """
     if now is None:
         return f"{split} is missing"
@@ -68,7 +70,7 @@ def describe_difference(
     if now.get("modalities") != before.get("modalities"):
         warn(f"{split}: the data have other modalities than before\n{unknown}")
     elif now.get("records") != before.get("records"):
-        warn(f"{split}: another version of vidjax has trained the run\n{unknown}")
+        warn(f"{split}: the run was trained by another version of vidjax\n{unknown}")
     return f"{split} has other {' and '.join(changes)}" if changes else ""
 
 
@@ -83,13 +85,13 @@ def check_data(
 ) -> None:
     """Raises UserError if `data` are not the data that a run in `workdir` was trained on.
 
-    `own` are the digests of the data of the run. If the training continues (`trains` is True), all
-    splits of the run must be unchanged. If the run is evaluated, the split `eval.split` must be
-    unchanged, or the run must not have read this split before.
+    `own` are the stored digests of the data of the run. If the training continues (`trains` is
+    True), all splits that the run has read must be unchanged. If the run is evaluated, only the
+    split `eval.split` must be unchanged. If the run has never read `eval.split`, `named` decides.
 
-    `named` is True if the user has named the folder of the data. If `named` is False, the folder is
-    from `config.json`, which a stranger may have written. Then a split that the run has not read is
-    only accepted if a split that the run has read is unchanged.
+    `named` is True if the user has named the folder of the data. Then the new split is accepted. If
+    `named` is False, the folder is from `config.json`, which a stranger may have written. Then the
+    new split is accepted only if another split that the run has read is unchanged.
     """
     split = config.eval.split
     names = [split] if not trains and split in own["splits"] else list(own["splits"])

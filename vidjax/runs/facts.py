@@ -18,7 +18,7 @@ Epochs = list[tuple[Whole, float]]
 
 
 def describe_epochs(epochs: Epochs) -> str:
-    """Describes how `config.num_epochs` of a run has changed, such as `5, 8 from step 15`."""
+    """Describes how `config.num_epochs` of a run has changed, such as "5, 8 from step 15"."""
     (_, first), *later = epochs
     return f"{first:g}" + "".join(f", {number:g} from step {step:,}" for step, number in later)
 
@@ -33,13 +33,13 @@ class Source(Struct, kw_only=True):
     identities: Count  # number of identities that it was trained on, too
 
     def describe(self) -> str:
-        """Returns the folder and the step of the run, and what was loaded."""
+        """Returns a text: folder and step of the run, numbers of loaded arrays and identities."""
         loaded = f"{messages.count(self.arrays, 'array')}, {self.identities:,} identities"
         return f"{self.run}, step {self.step:,}: {loaded}"
 
 
 class EarlyStop(Struct, kw_only=True):
-    """The best evaluation so far of a run with `early_stop.patience`."""
+    """The best evaluation so far of a run whose training may end early (`config.early_stop`)."""
 
     metric: Text
     best: NotNaN
@@ -113,8 +113,9 @@ def read_facts(values: Mapping[str, Any]) -> dict[str, Any]:
 def to_json(values: Mapping[str, Any], *, only: bool | None = None) -> dict[str, Any]:
     """Converts facts about a training to entries of `manifest.json` or `metrics.json`.
 
-    `values` is key -> value, as `read_facts` returns. Other keys are ignored. If `only` is given,
-    only facts whose `is_kept` is `only` are converted. Returns key -> JSON value.
+    `values` is key -> value, as `read_facts` returns. Other keys are ignored. If `only` is True,
+    converts only facts that a later evaluation keeps. If it is False, converts only facts that a
+    later evaluation replaces. Returns key -> JSON value.
     """
     chosen = (fact.key for fact in FACTS if values.get(fact.key) and only in (None, fact.is_kept))
     return {key: msgspec.to_builtins(values[key]) for key in chosen}

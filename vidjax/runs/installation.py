@@ -1,6 +1,7 @@
 """Checks the installation for `vidjax check`: packages, devices, and limits of child processes.
 
-A check is a function that returns a summary. If a part is absent, it raises AbsentError.
+A check is a function that returns a summary as text. If a package is missing, or this machine does
+not support a part of vidjax, the check raises AbsentError.
 """
 
 import contextlib
@@ -29,9 +30,9 @@ class AbsentError(Exception):
 
 
 def list_checks() -> dict[str, Callable[[], str]]:
-    """Returns the checks of the installation, part (such as `films`) -> function.
+    """Returns the checks of the installation: name of a part of vidjax, such as `films` -> check.
 
-    A function returns a summary, or raises AbsentError if the part is not usable.
+    A check is a function that returns a summary, or raises AbsentError if the part is not usable.
     """
     parts = {name: partial(check_packages, extra) for name, extra in EXTRAS.items()}
     return {"environment": check_environment, **parts, "files of strangers": _check_confinement}
@@ -63,13 +64,14 @@ def check_packages(extra: str) -> str:
 def list_packages(extra: str) -> dict[str, str]:
     """Returns the packages that `pip install 'vidjax[EXTRA]'` adds, package -> module.
 
-    Raises AbsentError if pip did not install vidjax, because pip stores the list of packages.
+    The list is read from the metadata that pip stored when it installed vidjax. If vidjax was not
+    installed by pip, raises AbsentError.
     """
     try:
         required = importlib.metadata.requires("vidjax") or []
     except importlib.metadata.PackageNotFoundError:
         raise AbsentError(
-            "unknown, because pip has not installed vidjax: in a checkout, pip install ."
+            "unknown, because vidjax was not installed by pip: in a checkout, run pip install ."
         ) from None
     of_extra = re.compile(rf"([\w-]+)[^\w\[-].*extra == ['\"]{extra}['\"]")
     names = [found[1] for line in required if (found := of_extra.match(line))]
@@ -77,9 +79,9 @@ def list_packages(extra: str) -> dict[str, str]:
 
 
 def _check_jax() -> dict[str, str]:
-    """Returns `device` -> the device of jax and, in a git checkout, `commit` -> the commit.
+    """Returns {"device": the device of jax}, and in a git checkout also "commit": the git commit.
 
-    Raises AbsentError if jax cannot use the CPU.
+    Raises AbsentError if jax does not support the processor of this machine.
     """
     try:
         from vidjax.core import devices
@@ -95,9 +97,9 @@ def _check_jax() -> dict[str, str]:
 
 
 def _check_confinement() -> str:
-    """Describes how this system limits processes that read files of strangers.
+    """Returns a text about the limits of processes that read files of strangers.
 
-    Raises AbsentError if the system lacks a limit.
+    If this system cannot enforce all limits, raises AbsentError.
     """
     if gaps := confinement.list_gaps():
         raise AbsentError(

@@ -1,8 +1,8 @@
-"""Stores the identities of a run, its members, and the training clips of each member.
+"""Stores the identities of a run, its members (nets of an ensemble), and their training clips.
 
 Every checkpoint contains this content as two JSON values. The files `identities.json` and
-`members.npz` in the folder of the run are copies for users and reports. No run is restored from the
-copies.
+`members.npz` in the folder of the run are copies for users and reports. A run is always restored
+from a checkpoint, never from these copies.
 """
 
 import hashlib
@@ -39,7 +39,8 @@ class _Members(msgspec.Struct):
 def make_lists(identities: Sequence[str], training_sets: TrainingSets) -> dict[str, Any]:
     """Returns the identities and the members of a run as JSON values for a checkpoint.
 
-    The keys are `identities` and `members`.
+    `training_sets` has the members (nets of an ensemble) and the training clips of each member. The
+    keys of the result are `identities` and `members`.
     """
     members, clips, trained = training_sets
     bits = tuple(row.tobytes() for row in np.packbits(trained, axis=1))
@@ -50,7 +51,7 @@ def make_lists(identities: Sequence[str], training_sets: TrainingSets) -> dict[s
 def read_lists(saved: checkpoint.Checkpoint) -> Lists:
     """Reads the identities of a run, and the training clips of its members, from a checkpoint.
 
-    Raises CheckpointError if a file is damaged.
+    The members are the nets of an ensemble. Raises CheckpointError if a file is damaged.
     """
     paths = [saved.folder / "state" / name / "data.json" for name in checkpoint.LISTS]
     try:
@@ -73,10 +74,10 @@ def _read(identities: Path, members: Path) -> Lists:
 
 
 def _read_earlier(saved: checkpoint.Checkpoint) -> Lists:
-    """Reads the identities and the training clips of a run of version 0.1.0.
+    """Reads the identities and the training clips of a run that vidjax 0.1.0 trained.
 
-    Checkpoints of this version contain only digests of the files in the folder of the run. The
-    release after the next one does not read such runs: then delete this function.
+    Checkpoints of version 0.1.0 contain only digests of `identities.json` and `members.npz`, so
+    both are read from the folder of the run. Delete this function two releases after 0.1.0.
     """
     workdir = saved.folder.parents[1]
     identities = results.load_identities(workdir / IDENTITIES)

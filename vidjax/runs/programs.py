@@ -1,4 +1,4 @@
-"""Caches compiled programs on the disk, and sets the flag of XLA for equal bits."""
+"""Caches compiled programs on the disk, and makes results on a GPU reproducible bit for bit."""
 
 import contextlib
 import hashlib
@@ -16,7 +16,7 @@ from vidjax.utils.files import find_foreign_folder
 
 
 def cache_programs(folder: Path) -> None:
-    """Makes jax store compiled programs in `folder`, unless jax already has a cache.
+    """Makes jax store compiled programs below `folder`, unless jax already has a cache folder.
 
     If another user may change `folder` or a folder above it, prints a warning and caches nothing.
     """
@@ -51,7 +51,7 @@ def cache_programs(folder: Path) -> None:
 def disable_program_cache() -> Iterator[None]:
     """Disables the cache of compiled programs in a `with` block.
 
-    Use it for programs that contain all weights of a net, which would become large files.
+    Use it for programs that contain all weights of a net, because their files would be large.
     """
     name = "jax_persistent_cache_min_compile_time_secs"
     before = jax.config.values[name]
@@ -63,9 +63,9 @@ def disable_program_cache() -> Iterator[None]:
 
 
 def make_deterministic() -> None:
-    """Sets the flag of XLA with which repeated runs on a GPU give equal bits.
+    """Sets a flag of XLA, so that a repeated run on a GPU gives the same results bit for bit.
 
-    Warns if jax already uses the GPU, because then the flag has no effect.
+    If jax already uses the GPU, the flag has no effect, and a warning is printed.
     """
     known, flag = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_deterministic_ops=true"
     if flag in known.split():

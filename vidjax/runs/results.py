@@ -98,7 +98,7 @@ class Results(schemas.Metrics, kw_only=True):
 
 
 def load_identities(path: Path) -> list[str]:
-    """Returns the names in `identities.json`. The first name belongs to class column 1."""
+    """Returns the identities in `identities.json`. The first has class 1, as class 0 is "other"."""
     return json_files.read(path, list[str], REMEDY, MAX_IDENTITIES_BYTES)
 
 
@@ -121,7 +121,7 @@ def describe_data(metrics: Mapping[str, Any]) -> str:
 
 
 def describe_overrides(metrics: Mapping[str, Any]) -> str:
-    """Returns the fields that an evaluation changed, as `FIELD=VALUE, FIELD=VALUE`, or "".
+    """Returns the configuration fields that an evaluation changed, as `FIELD=VALUE, ...`, or "".
 
     `metrics` is the content of `metrics.json`.
     """
@@ -167,8 +167,8 @@ def explain_unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
 def find_last_saved(workdir: Path) -> int:
     """Returns the last step that the logs list as saved in a checkpoint, or 0 if there is none.
 
-    Every evaluated step in `metrics.jsonl` was saved before. `timing.jsonl` lists other saved
-    steps.
+    Each step that `metrics.jsonl` lists as evaluated was also saved. `timing.jsonl` lists the other
+    saved steps.
     """
     last = 0
     for path in (workdir / METRICS_LOG, workdir / TIMING_LOG):
@@ -204,7 +204,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def save_analysis(
     path: Path, values: schemas.Analysis | Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> None:
-    """Writes the values and the arrays of an analysis to an .npz file."""
+    """Writes the analysis of an evaluation, its JSON values and arrays, to an .npz file."""
     content = io.BytesIO()
     text = json.dumps(msgspec.to_builtins(values)).encode()
     parts: dict[str, Any] = {"facts": np.frombuffer(text, np.uint8), **arrays}
@@ -273,7 +273,7 @@ def keep_earlier_logs(workdir: Path) -> None:
 
 
 def _make_hparams(config: Config) -> object:
-    """Returns the fields that differ from their defaults as hyperparameters for TensorBoard."""
+    """Returns the seed and the changed fields of `config` as hyperparameters for TensorBoard."""
     from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 
     changed = dict[str, Any]()
@@ -287,11 +287,12 @@ def _make_hparams(config: Config) -> object:
 class Logs:
     """Writes the logs of a run: `metrics.jsonl`, `timing.jsonl` and a file for TensorBoard.
 
-    If several processes train the run, only the first process writes. A resumed run continues after
-    `step`: later lines are removed, and TensorBoard hides later entries. `evaluated` is True if
-    `step` was evaluated. If `step` is 0, the run begins, and earlier logs get other names. `log`
-    gets each line of `metrics.jsonl` as a dict, after the line is written. TensorBoard shows the
-    fields of `config` that differ from their defaults.
+    If several processes train the run, only the first process writes. The arguments are:
+    - `step`: the last finished step of a resumed run. Later lines are removed, and TensorBoard
+      hides later entries. If `step` is 0, the run begins, and earlier logs get other names.
+    - `evaluated`: True if `step` was evaluated.
+    - `log`: a function that gets each line of `metrics.jsonl` as a dict, after it is written.
+    - `config`: TensorBoard shows the fields that differ from their defaults.
     """
 
     def __init__(
@@ -334,7 +335,7 @@ class Logs:
             self._log({"step": step, **values})
 
     def timing(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes measured times to `timing.jsonl`, and whether the step has a checkpoint."""
+        """Writes a line of `timing.jsonl`: measured times, and whether the step was saved."""
         self._line(TIMING_LOG, step, values)
 
     def _line(self, name: str, step: int, values: Mapping[str, Any]) -> None:

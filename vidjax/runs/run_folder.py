@@ -54,7 +54,7 @@ class RunFolder:
 
     @functools.cached_property
     def identities(self) -> list[str]:
-        """The names of the identities. The first name belongs to class column 1."""
+        """The names of the identities. The first has class 1, because class 0 is "other"."""
         return results.load_identities(self.path / IDENTITIES)
 
     def paths(self, split: str | None = None, *, apart: bool = False) -> ResultPaths:
@@ -84,12 +84,12 @@ class RunFolder:
         return self._metrics.get(path, {})
 
     def list_runs(self, config: Config | None = None, *, final: bool = True) -> list[Path]:
-        """Returns the folders of the runs whose scores a blend joins, or [] for another run.
+        """Returns the folders of the runs whose scores a blend joins, or [] if this is no blend.
 
-        `config` is the configuration of the blend, by default of this folder. `vidjax train` makes
-        two kinds of runs for a blend: in folds, and on all clips. If `final` is True, returns the
-        runs on all clips, if they exist. Otherwise, returns the runs in folds, or the runs
-        `config.join.runs`.
+        `config` is the configuration of the blend, by default of this folder. `vidjax train` trains
+        each system of a blend twice: in folds (cross-validation), and on all clips. If `final` is
+        True, returns the runs on all clips, if they exist. Otherwise, returns the runs in folds. A
+        blend of runs that a user has named (`config.join.runs`) returns these runs.
         """
         config = config or self._config
         names = config.join.runs or name_systems(config, final=False)
@@ -143,7 +143,7 @@ class RunFolder:
         self._metrics[path] = cast(dict[str, Any], files.parse_json(files.to_json(values)))
 
     def analysis(self, paths: ResultPaths) -> tuple[schemas.Analysis, results.Arrays] | None:
-        """Returns the values and the arrays in the file `paths.analysis`, or None without it."""
+        """Returns the values and arrays in the file `paths.analysis`, or None if it is missing."""
         return results.load_analysis(paths.analysis) if files.exists(paths.analysis) else None
 
     def write_config(self, config: Config) -> None:
@@ -155,7 +155,7 @@ class RunFolder:
 
 
 def _describe_kind(metrics: Mapping[str, Any], split: str) -> str:
-    """Returns the split, and the kind of its MAP, such as `train, out of fold`."""
+    """Returns a split, and how its MAP was measured, such as "train, out of fold"."""
     if metrics.get("map_kind") == "in_sample":
         return f"{split}, in sample: the run was trained on these clips, so MAP is too high"
     return f"{split}, out of fold" if metrics.get("map_kind") == "out_of_fold" else split
@@ -169,8 +169,8 @@ def _describe_scores(metrics: Mapping[str, Any], place: str) -> str:
 def name_systems(config: Config, *, final: bool) -> list[str]:
     """Returns the names of the folders in which the systems of a blend are trained.
 
-    A name is such as `1_cosine`. If `final` is True, the names are of the systems that are trained
-    on all clips, such as `1_cosine_all`. Otherwise, the systems are trained in folds.
+    If `final` is False, returns the folders for training in folds, such as `1_cosine`. If it is
+    True, returns the folders for training on all clips, such as `1_cosine_all`.
     """
     ending = "_all" if final else ""
     return [
@@ -239,7 +239,7 @@ def refuse_folder_of_data(folder: Path) -> None:
 
 
 def describe_changes(old: Config, new: Config) -> str:
-    """Returns the changed fields because of which a run cannot resume, as `seed: 0 -> 1, ...`.
+    """Returns the changed fields that prevent a run from resuming, such as `seed: 0 -> 1`.
 
     `old` is the configuration of the run, and `new` is the configuration with which it would
     resume. The text lists three fields and counts the others. If the run can resume, the text is
@@ -260,8 +260,9 @@ def describe_changes(old: Config, new: Config) -> str:
 def check_resumes(workdir: Path, old: Config, new: Config) -> None:
     """Raises UserError if the run in `workdir`, trained with `old`, cannot resume with `new`.
 
-    The run `config.init_from` may be gone, because no run needs it to resume. If it is in another
-    folder now, its content is compared.
+    The field `init_from` names an earlier run, whose weights the training started with. If this
+    earlier run is missing, there is no error. If `new` names another folder for the earlier run,
+    the digests of its checkpoint must be unchanged.
     """
     from vidjax.runs import checkpoint  # it imports JAX
 

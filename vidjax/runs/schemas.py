@@ -47,7 +47,7 @@ class SplitDigests(Struct, kw_only=True):
 
 
 class DataDigests(Struct, kw_only=True):
-    """The digests of the data of a run. They show whether the data have changed since then."""
+    """The digests of the data of a run, which show whether the data have changed since training."""
 
     splits: dict[str, SplitDigests]
     weights: Text | None = None  # sha256 of the file `data.weights`
@@ -56,7 +56,7 @@ class DataDigests(Struct, kw_only=True):
 class Training(Entries, Struct, kw_only=True):
     """The entries of `metrics.json` that describe the training.
 
-    A later evaluation keeps these entries, except for some facts.
+    A later evaluation keeps these entries, except for `extended` (the changes of `num_epochs`).
     """
 
     date: Text | None = None  # UTC: end of the training
@@ -75,7 +75,7 @@ class Training(Entries, Struct, kw_only=True):
 
 
 class Copies(Struct, kw_only=True, omit_defaults=True):
-    """Ranked clips that have the frames of a training clip, maybe under another name."""
+    """Ranked clips with the same frames as a training clip, which may make MAP too high."""
 
     count: Count
     example: Text  # such as "'x' of val equals 'y' of train"
@@ -143,8 +143,8 @@ class Manifest(Entries, Struct, kw_only=True):
 class Join(Struct, kw_only=True):
     """The content of `join.json`: learned numbers that join the scores of R runs (a blend).
 
-    The clips are divided into parts. The lists of numbers have an entry for each part, and a last
-    entry for all other clips.
+    The clips of `splits` are divided into parts. The lists of numbers have an entry for each part,
+    learned from the other parts, and a last entry for the clips of other splits.
     """
 
     scale: list[list[NotNaN]]  # rows of R numbers, see `calibration.Calibration`
@@ -157,8 +157,8 @@ class Join(Struct, kw_only=True):
 class Line(Struct, kw_only=True):
     """A line of `metrics.jsonl` or `timing.jsonl`.
 
-    An evaluation has an additional key `split`. In `timing.jsonl`, the key `saved` is True if the
-    step was saved as a checkpoint.
+    A line about an evaluation has the additional key `split`. In `timing.jsonl`, the key `saved` is
+    True if the step was saved as a checkpoint.
     """
 
     step: Whole
@@ -167,7 +167,7 @@ class Line(Struct, kw_only=True):
 
 
 class DataReport(Struct, kw_only=True):
-    """The content of `data_report.json`. For each split: counts, and `labelled` (True or False)."""
+    """The content of `data_report.json`: counts of each split, and whether it has labels."""
 
     splits: dict[str, dict[str, Any]] = {}  # split -> key -> value
 
@@ -237,7 +237,7 @@ class Strata(Struct, kw_only=True):
 
 
 class WrongClips(Struct, kw_only=True):
-    """The mistakes with the highest scores, on distractors and on clips of known people."""
+    """The mistakes with the highest scores, in two lists: clips of unknown and of known people."""
 
     distractors: Mistakes | None = None
     known: Mistakes | None = None
@@ -258,7 +258,7 @@ class Rate(Struct, kw_only=True, omit_defaults=True):
 
 
 class OpenSet(Struct, kw_only=True):
-    """How often clips of known people and of distractors get a name, at several thresholds."""
+    """How often clips of known and of unknown people get a name, at several thresholds."""
 
     num_identities: Whole  # identities that each clip is compared with
     num_known: Whole  # clips of known people
@@ -271,9 +271,10 @@ class OpenSet(Struct, kw_only=True):
 class Analysis(Struct, kw_only=True, omit_defaults=True):
     """The values in `analysis.npz`. They are stored as JSON text in the entry `facts`.
 
-    The other entries are arrays. `ap` and `positives` (clips) have a number for each identity, and
-    so has `train_clips`, if it exists. `score_known` and `score_strange` are histograms of the best
-    score of each clip, with the bins `score_edges`. `fpir` and `fnir` are errors of identification
+    The other entries are arrays. `ap` (average precision), `positives` (number of clips) and, if it
+    exists, `train_clips` have a number for each identity. `score_known` and `score_strange` are
+    histograms of the best score of each clip of known and unknown people, with the bins
+    `score_edges`. `fpir` and `fnir` are the false positive and false negative identification rates
     at each threshold. `attention` [i, j] is the attention of vector j to vector i. `calibration`
     [bins, 3] has the number of clips, the mean confidence, and the share of correct answers.
     """

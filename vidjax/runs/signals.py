@@ -106,9 +106,9 @@ def catch_interruption() -> Iterator[Interruption]:
 def end_on_signals() -> None:
     """Makes the signals in `exit_codes.SIGNALS` end this process immediately.
 
-    Inside a block `catch_interruption`, only a second signal ends the process, because the first
-    signal saves the run. A thread ends the process, because Python runs no signal handler during a
-    compilation by XLA, which can take minutes.
+    In a `with` block of `catch_interruption`, the first signal saves the run, and only a second
+    signal ends the process. A thread waits for the signals, because XLA can compile for minutes,
+    and Python runs no signal handler in this time.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

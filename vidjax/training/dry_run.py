@@ -29,9 +29,9 @@ MAX_PARAMS = 10**10  # of a member; no device can store more
 
 
 def check_model(config: Config) -> None:
-    """Raises UserError if the model needs more epochs, or ignores a changed field.
+    """Raises UserError if the model needs more epochs, or a changed field has no effect on it.
 
-    A model in closed form has no optimiser, so it ignores the fields of the optimiser.
+    A model in closed form has no optimiser, so the fields of the optimiser have no effect.
     """
     name = config.model.get("name")
     model = MODELS.get(name, Identifier)
@@ -59,11 +59,11 @@ def check_model(config: Config) -> None:
 def dry_run(config: Config, data: Dataset | None = None) -> None:
     """Raises UserError if a system cannot be built from a configuration.
 
-    If `data` is None, the names of the files in `config.data` give the modalities. No features are
-    read, and no device is used. This takes a tenth of a second. All metrics of four made-up clips
-    are computed. A training step may call functions of the user. So it is traced, too, if a
-    configuration file of a user was executed, or if a program passes `data`. Then a dry run takes a
-    second.
+    Builds the model without memory for its weights, and computes all metrics of four made-up clips.
+    No features are read, and no device is used. If `data` is None, the modalities are found in the
+    names of the files of `config.data`. This takes a tenth of a second. If a configuration file of
+    a user was executed, or if `data` is given, a training step may call functions of the user. Then
+    JAX also traces a training step, which takes a second.
     """
     if config.join.systems:
         _dry_run_systems(config, data)
@@ -117,7 +117,7 @@ def dry_run(config: Config, data: Dataset | None = None) -> None:
 
 
 def _dry_run_systems(config: Config, data: Dataset | None) -> None:
-    """Makes a dry run of each system in `config.join.systems`, which are trained and joined.
+    """Makes a dry run of each system of a blend, `config.join.systems`.
 
     Raises UserError if the systems use other modalities than `config.modalities`.
     """
@@ -136,7 +136,7 @@ def _dry_run_systems(config: Config, data: Dataset | None) -> None:
 
 
 def _make_up_scores() -> tuple[metrics.ClipScores, np.ndarray]:
-    """Returns made-up scores and labels of four clips, which show two people and a stranger."""
+    """Returns made-up scores and labels [4] of four clips, of two known people and a stranger."""
     best, own = np.array([[-0.1, -0.2, -0.7, -1.2], [-0.1, -0.2, -0.9, -np.inf]], np.float32)
     identity, rank = np.array([[1, 2, 2, 1], [0, 0, 1, 0]], np.int32)
     ranking = np.full((2, 100), -1, np.int32)
@@ -147,9 +147,10 @@ def _make_up_scores() -> tuple[metrics.ClipScores, np.ndarray]:
 
 
 def _find_own_line(error: Exception) -> str:
-    """Returns the file and the line of a user's code that raised `error`.
+    """Returns the file and the line of a user's code that caused `error`, as text.
 
-    If the code of a library raised it, returns the last configuration file of a user, or "".
+    If the traceback contains no code of a user, returns the last configuration file of a user that
+    was executed, or "" if there is none.
     """
     libraries = [Path(__file__).parents[1], Path(jax.__file__).parents[1], Path(os.__file__).parent]
     for frame in reversed(traceback.extract_tb(error.__traceback__)):

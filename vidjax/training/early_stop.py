@@ -14,11 +14,12 @@ from vidjax.utils.errors import UserError
 def add_evaluation(
     config: Config, before: EarlyStop | None, step: int, results: Mapping[str, Any]
 ) -> EarlyStop:
-    """Decides after the evaluation of `step` whether training ends, because nothing improves.
+    """Decides after an evaluation whether training ends, because the metric no longer improves.
 
     `before` is the result of this function after the previous evaluation, or None. `results` is
-    name -> value of the new metrics. Returns the best evaluation so far, the number of evaluations
-    since then, and whether training ends. Raises UserError if the metric has no value.
+    metric -> value after `step` training steps. The result contains the best evaluation so far, the
+    number of later evaluations, and whether training ends. Raises UserError if `results` have no
+    value of `config.early_stop.metric`.
     """
     metric, patience = config.early_stop.metric, config.early_stop.patience
     if (value := results.get(metric)) is None:

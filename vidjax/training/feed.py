@@ -30,7 +30,7 @@ Dispatched = tuple[list[TrainState], list[list[LoopResult]]]
 
 
 class DispatchResult(NamedTuple):
-    """The states and the last loss after training steps that the host has started with one call."""
+    """The result of `Feed.advance`: new states of the nets, and the loss of the last step."""
 
     states: list[TrainState]  # of every group of members (nets of an ensemble)
     num_steps: int
@@ -57,9 +57,9 @@ class Feed(abc.ABC):
     ) -> DispatchResult:
         """Runs training steps for about a second, at least 1 and at most `most` steps.
 
-        `states` and `constants` have an entry for each group of members that train together. `step`
-        is the number of finished steps. The memory of `states` is used again (donated), so the
-        caller must use the returned states.
+        `states` and `constants` have an entry for each group of members (nets of an ensemble) that
+        train together. `step` is the number of finished steps. The memory of `states` is reused
+        (donated to JAX), so the caller must use the returned states.
         """
         count = int(DISPATCH_SECONDS / self._step_seconds) if self._step_seconds else 1
         (count,) = distributed.max_over_processes(max(1, min(most, self._most, count)))
@@ -80,7 +80,7 @@ class Feed(abc.ABC):
         The lists `states` and `constants` have an entry for each group of members (nets) that train
         together. Returns the new states, and the results of the last two calls, or of the only
         call. The result of a call is a list with a LoopResult for each group. Earlier results are
-        not returned, because no step of their calls was bad.
+        not returned, because they report no failed step.
         """
 
 

@@ -27,8 +27,8 @@ Arrays = dict[str, np.ndarray]  # path -> values [E, ...] of the E nets of a run
 def find_source(config: Config) -> trained_runs.FoundRun:
     """Finds the run `config.init_from`, whose weights the new run starts with.
 
-    Raises UserError if that run has another model or is not finished, and CheckpointError if its
-    last checkpoint is damaged.
+    Raises UserError if the found run has another model, has an unsuitable number of nets, or is not
+    finished. Raises CheckpointError if its last checkpoint is damaged.
     """
     with prefix_errors(FIELD):
         folder = open_run(config.init_from)
@@ -55,7 +55,7 @@ def find_source(config: Config) -> trained_runs.FoundRun:
         if members not in (1, wanted):
             raise UserError(
                 f"the run in '{folder.path}' has {members} members, but this run has {wanted}\n"
-                f"name a run with 1 or {wanted} members, or use the config.ensemble of that run"
+                f"name a run with 1 or {wanted} members (nets), or use the ensemble of that run"
             )
     return source
 
@@ -70,8 +70,9 @@ def load_state(
 ) -> tuple[TrainState, Source]:
     """Replaces the weights of a new run by the weights of the run `source` that fit.
 
-    An array fits if it has the same path and shape. Along the axis of the classes, each identity
-    gets the values of the identity with the same name in `source`. All other values stay.
+    An array fits if it has the same path and, except for the axis of the classes, the same shape.
+    Along this axis, an identity gets the values of the identity with the same name in `source`. All
+    other values of the new run stay. Raises UserError if no matrix fits.
 
     Args:
       system: the system of the new run.
@@ -80,7 +81,7 @@ def load_state(
       state: the state of the new run at step 0.
 
     Returns:
-      The state, and the fact `init_from` of the new run.
+      The state with the loaded weights, and a description of what was loaded.
     """
     theirs = trained_runs.load_model(source.folder.config, source, mesh)
     old = _flatten((theirs.params, theirs.model_state))
@@ -126,11 +127,11 @@ def load_state(
 def match_columns(
     source: trained_runs.FoundRun, task: TaskSpec, identities: Sequence[str]
 ) -> np.ndarray:
-    """Finds the class columns of the run `source` that continue in a new run.
+    """Finds the classes that a new run has in common with the run `source`.
 
-    Identities are matched by name. Column 0, "other", is matched if both runs train it.
-
-    Returns [2, n] int: n class columns of the new run, and the same classes in the run `source`.
+    Identities are matched by name. Class 0, "other", is matched if both runs train it. `task` and
+    `identities` are of the new run. Returns [2, n] int: the columns of the n common classes in the
+    new run, and their columns in the run `source`.
     """
     number = {name: column for column, name in enumerate(source.identities, start=1)}
     pairs = [(new, number[x]) for new, x in enumerate(identities, start=1) if x in number]
@@ -142,9 +143,9 @@ def match_columns(
 def _compute_wider_shapes(
     system: System, config: Config, num_members: int
 ) -> tuple[Mapping[str, Any], ...]:
-    """Returns the shapes of the weights of `system` if there were one more identity.
+    """Returns the shapes that the weights of `system` would have with one more identity.
 
-    An axis whose size changes is an axis of classes.
+    The caller compares them with the real shapes: an axis whose size differs is an axis of classes.
     """
     task = system.task._replace(num_identities=system.task.num_identities + 1)
     wider = system._replace(task=task, model=make_model(config.to_dict(), task))
@@ -155,11 +156,11 @@ def _load_array(
     value: np.ndarray, wide: tuple[int, ...], old: np.ndarray | None, columns: np.ndarray,
     width: int,
 ) -> np.ndarray | None:  # fmt: skip
-    """Returns an array of the new run with the values of the array `old` of the other run.
+    """Returns an array of a new run, filled with the values of an array of another run.
 
     Args:
-      value: [E, ...], the array of the new run.
-      wide: the shape of `value` if there were one more identity.
+      value: [E, ...], the array of the new run, of E nets.
+      wide: the shape that `value` would have with one more identity.
       old: the array of the other run with the same name, or None.
       columns: [2, n] int, the result of `match_columns`.
       width: the number of class columns of `old`.

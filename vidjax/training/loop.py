@@ -37,10 +37,10 @@ FIRST_STEPS = (1, 2, 5, 10)
 
 
 def make_schedule(config: Config, plan: RunPlan) -> dict[str, frozenset[int]]:
-    """Decides after which steps of a run training logs, relabels distractors and evaluates.
+    """Chooses the steps after which training writes its log, relabels distractors, and evaluates.
 
-    Returns task (`log`, `relabel` or `evaluate`) -> numbers of steps. Raises UserError if
-    `config.profile` begins after the last step.
+    Distractors are clips of unknown people. Returns task (`log`, `relabel` or `evaluate`) ->
+    numbers of steps. Raises UserError if `config.profile` begins after the last step.
     """
     total = plan.task.total_steps
 
@@ -136,7 +136,7 @@ class TrainingLoop:
         self._stops = sorted({self._total, *config.profile}.union(*schedule.values()))
 
     def take_steps(self) -> list[Evaluation]:
-        """Trains until the end. Returns the last evaluation of each split, if any."""
+        """Trains to the end. Returns the last evaluation of each split, or [] if there was none."""
         run, interruption = self._run, self._interruption
         if self._is_pending:
             self._evaluate()
@@ -210,7 +210,7 @@ class TrainingRun:
     """A run in training. Its methods train, evaluate, log and save.
 
     A run has one or more members, the nets of an ensemble. `placement.choose_placement` chooses
-    which members a program trains together.
+    how many members a compiled program trains together.
 
     Attributes:
       config, workdir, plan, mesh: the arguments of `__init__`.
@@ -266,7 +266,7 @@ class TrainingRun:
         """Returns the reader of the training clips, and the source of clips for evaluation.
 
         `mode` is `streaming` (clips are read from the disk) or `resident` (clips stay on the
-        devices).
+        devices). `layout` describes the resident clips. `loop` is the compiled training loop.
         """
         mesh, batches = self.mesh, self.plan.batches
         if mode == "streaming":
@@ -329,7 +329,8 @@ class TrainingRun:
     def log(self, logs: Logs) -> dict[str, float]:
         """Logs the mean loss and accuracy since the previous call, and resets their sums.
 
-        Returns the clips per second and the seconds in which the devices waited for clips.
+        Returns a dict: `clips_per_second`, and `waited_seconds`, the seconds in which the devices
+        waited for clips.
         """
         sums = {
             name: sum(float(np.sum(devices.fetch(state.sums[name]))) for state in self._states)
@@ -358,9 +359,10 @@ class TrainingRun:
         return {"clips_per_second": rate, "waited_seconds": self._feed.waited}
 
     def relabel(self) -> None:
-        """Changes the labels of distractors (clips of nobody known) in no cluster.
+        """Changes the labels of distractors (clips of unknown people) that are in no cluster.
 
-        Each member of the ensemble predicts its own new labels, see `noise_classes.relabel`.
+        Each net of the ensemble gets new labels from its own predictions, see
+        `noise_classes.relabel`.
         """
         labels = self._compute_labels(self.state, self._clips)
         self._states = [
@@ -397,9 +399,10 @@ class TrainingRun:
             self._facts["early_stop"] = entry
 
     def evaluate(self, check: Callable[[], None] = lambda: None) -> list[Evaluation]:
-        """Ranks the splits of `config.eval`, first `eval.split`.
+        """Ranks the clips of `config.eval.split`, and then of each split of `config.eval.splits`.
 
-        To end the evaluation early, `check` may raise an error.
+        `check` is called repeatedly. It may raise an error to end the evaluation. Returns an
+        evaluation for each split.
         """
         model, each = self.trained_model(), self.config.eval.members
         splits = list_splits(self.config)

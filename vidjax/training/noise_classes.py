@@ -6,8 +6,8 @@ resemble the identity. A distractor in no cluster starts in a random mirror clas
 identity that the model predicts.
 
 Source: noise classes (5th place 2018). The article adds 8,652 to the column of an identity to get
-its mirror column, a misprint of 4934 + 3691 = 8625. The author's code also moves distractors in
-clusters.
+its mirror column. This is a misprint of 8,625, the sum of 4,934 identities and 3,691 clusters. The
+author's code also moves distractors in clusters.
 """
 
 import numpy as np
@@ -62,7 +62,7 @@ def initial_labels(clusters: np.ndarray, layout: NoiseClassLayout, seed: int) ->
 
     `clusters` [n] int has the cluster of each distractor, or -1. A distractor in a cluster gets the
     class of the cluster. Any other distractor gets the mirror class of a random identity: a class
-    of strangers who resemble the identity. The draw depends only on `seed` and the index.
+    of strangers who resemble the identity. `seed` is the seed of the random choice.
     """
     identities = 1 + np.random.default_rng(seed).integers(0, layout.num_identities, len(clusters))
     mirrors = identities + layout.mirror_shift

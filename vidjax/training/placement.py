@@ -1,4 +1,4 @@
-"""Chooses whether clips stay in the memory of the devices, and which members train together."""
+"""Chooses whether clips stay in the memory of the devices, and how many nets train together."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -68,9 +68,10 @@ def choose_placement(
     mode: str, layout: ResidentPlan, mesh: Mesh, sizes: Sequence[int],
     measure: Callable[[str, int], float],
 ) -> tuple[str, int]:  # fmt: skip
-    """Chooses where the clips are, and how many members train together, for all processes.
+    """Chooses where the clips are, and how many members (nets of an ensemble) train together.
 
-    The clips stay on the devices if a step of a single member leaves enough memory for the clips.
+    All processes of a run get the same result. With `auto`, the clips stay on the devices if a step
+    of a single member leaves enough memory for them.
 
     Args:
       mode: `resident`, `streaming`, or `auto`: the free memory decides.
@@ -83,7 +84,7 @@ def choose_placement(
       The mode, `resident` or `streaming`; and the number of members that train together.
 
     Raises:
-      UserError: `mode` is `resident`, and an int32 cannot count the frames.
+      UserError: `mode` is `resident`, and the frames are too many for an index of type int32.
     """
     free = resident.find_least_free_bytes(mesh)
 
@@ -119,10 +120,10 @@ def agree_on_placement(
 ) -> tuple[str, int, train_step.Loop]:  # fmt: skip
     """Chooses where the clips are, and how many members train together, and compiles the program.
 
-    On a CPU, members are trained one after another, and each has the bits of a separate run. On
-    other devices, as many members as possible train together, with large matrix products. A resumed
-    run keeps the number of members in its `manifest` if they fit. With `config.data.mode=auto`, it
-    also keeps the mode. Otherwise, its steps would round differently.
+    On a CPU, members are trained one after another, and each gets exactly the weights of a separate
+    run. On other devices, as many members as possible train together, with large matrix products. A
+    resumed run keeps the number of members in its `manifest` if they fit into the memory. With
+    `config.data.mode=auto`, it also keeps the mode. So its later steps round as its earlier steps.
 
     Returns the mode of the clips (`resident` or `streaming`), the number of members (nets) that
     train together, and the compiled program.

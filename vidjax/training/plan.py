@@ -55,7 +55,7 @@ class RunPlan(NamedTuple):
 
 
 def explain_no_identity(config: Config) -> str:
-    """Returns the message of an error: no training clip has an identity. Names a remedy."""
+    """Returns the message, with a remedy, of the error that no training clip has an identity."""
     if config.data.name != "arrays":
         names = ", ".join(f"{split}_gt.txt" for split in config.data.train_splits)
     else:
@@ -129,7 +129,7 @@ def make_plan(config: Config, data: Dataset) -> RunPlan:
 
 
 def count_steps(config: Config, num_places: int) -> int:
-    """Returns the number of steps of a run, rounded up to whole updates of the parameters."""
+    """Returns the steps of a run, rounded up to whole updates. An epoch has `num_places` clips."""
     every = config.optim.accumulate
     return math.ceil(config.num_epochs * num_places / (config.batch_size * every)) * every
 
@@ -137,9 +137,10 @@ def count_steps(config: Config, num_places: int) -> int:
 def _check_plan(
     config: Config, data: Dataset, sets: ensemble.TrainingSets, weight: np.ndarray
 ) -> None:
-    """Raises UserError if a member has no training clip, the data are unusable or a batch is huge.
+    """Raises UserError if a net has no training clip, the data are unusable, or a batch is huge.
 
-    `weight` [E, N] is the weight of each training clip for each member of the ensemble.
+    `weight` [E, N] is the weight of each training clip for each member (net) of the ensemble. If
+    the data of an evaluated split are unusable, prints a warning.
     """
     for member, row in zip(sets.members, weight, strict=True):
         if not row.any():
@@ -161,11 +162,11 @@ def _check_plan(
 
 
 def choose_epoch_clips(config: Config, data: Dataset, weight: np.ndarray) -> np.ndarray:
-    """Returns the indices of the training clips from which a member learns, [n] int32.
+    """Returns the indices of the training clips from which at least one net learns, [n] int32.
 
-    A member learns from a clip if the `weight` [E, N] of the clip is above 0, and `config.fusion`
-    and `ensemble.poor_clips` keep a frame. If a clip has more than 512 frames, only the 512 frames
-    of the best quality are tried.
+    `weight` [E, N] is the weight of each training clip for each net. A clip is left out if its
+    weight is 0 for all nets, or if the filters `config.fusion` and `config.ensemble` remove all its
+    frames. If a clip has more than 512 frames, only the 512 frames of the best quality are tried.
     """
     weighted = np.any(weight > 0, axis=0)
     fusions = make_fusions(config.fusion.to_dict(), config.modalities, "train")
@@ -193,10 +194,11 @@ def choose_epoch_clips(config: Config, data: Dataset, weight: np.ndarray) -> np.
 def label_distractors(
     config: Config, data: Dataset, labels: np.ndarray
 ) -> tuple[np.ndarray, NoiseClassLayout]:
-    """Clusters distractors (clips of nobody known, label 0) into noise classes.
+    """Clusters distractors (clips of unknown people, label 0) into noise classes.
 
     `labels` [N] are the classes of the training clips. Returns new labels [N] int32, and the layout
-    of the class columns. Raises UserError if there are no distractors.
+    of the class columns. Raises UserError if there are no distractors, or the data do not have the
+    modality `config.noise.modality`.
     """
     is_noise = labels == 0
     if not is_noise.any():
@@ -266,7 +268,7 @@ def compute_values(
 
 
 def make_relabel(config: Config, plan: RunPlan, mesh: Mesh) -> Relabel:
-    """Returns a function that relabels distractors in no cluster by the model's predictions.
+    """Returns a function that predicts new labels of the distractors that are in no cluster.
 
     The arguments of the function are the state of all E members and the source of the clips. The
     function returns the new labels of all training clips, [E, N] int32, see
@@ -309,7 +311,7 @@ def make_relabel(config: Config, plan: RunPlan, mesh: Mesh) -> Relabel:
 def make_training_clips(
     config: Config, data: Dataset, labels: np.ndarray, used: np.ndarray
 ) -> TrainingClips:
-    """Returns the training clips, as a model receives them before the first step.
+    """Returns the training clips for `Identifier.prepare`, which models may use before training.
 
     `labels` [N] are the class columns of the clips. `used` [E, N] bool is True for the clips that
     each member of the ensemble is trained on.

@@ -155,9 +155,9 @@ def load_data(
 
         - A dict: split (`train`, `val`, `test`) -> clip name -> modality -> features. Features are
           [T, D] or [D], float16, float32, float64 or int8. Other values of the frames of a modality
-          `face` are `face_quality` [T], `face_detection` [T] and `face_number` [T]. They may
-          also be in a dict with `features`, `quality` and so on, which replaces the features. A
-          clip may lack modalities, or have no frame.
+          `face` are `face_quality` [T], `face_detection` [T] and `face_number` [T]. In place of
+          the features, a dict with the keys `features`, `quality`, `detection` and `number` may
+          be given. A clip may lack modalities, or have no frame.
         - The path of a folder of iQIYI-VID pickles, `.npz` files or parquet tables.
         - A configuration. Its fields `config.data` describe the dataset: give no other argument.
       labels: a dict, clip name -> identity, for all splits. Or the path of a table (.csv, .tsv or
@@ -251,7 +251,7 @@ def train(
 
 
 def check_loaded(function: str, data: object) -> None:
-    """Raises ArgumentError if `data` is not the result of `load_data`."""
+    """Raises ArgumentError, which names `function`, if `data` is no result of `load_data`."""
     if not hasattr(data, "train_batches"):
         raise ArgumentError(
             f"{function}: data must be the result of vidjax.load_data, not a {type(data).__name__}"
@@ -390,11 +390,12 @@ def evaluate_run(
     num_devices: int | None = None,
     command: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Ranks the clips of `config.eval.split` and `config.eval.splits`; returns split -> metrics.
+    """Ranks the clips of `config.eval.split` and `config.eval.splits`. Returns split -> metrics.
 
-    The scores are the scores of the run in `folder` or, if `config.join.runs` is set, joint scores
-    of these runs (a blend). The caller has locked `folder`. `command` is the command line that the
-    metrics of a new blend contain, so that a user can repeat it.
+    The clips are scored by the run in `folder`. If `config.join.runs` is set, the scores of these
+    runs are joined (a blend). The caller has locked `folder`. If `data` is None, the data that
+    `config` describes are loaded. `command` is the command line of the user, which is stored in the
+    metrics of a new blend.
     """
     from vidjax.evaluation import analysis, trained_runs
 

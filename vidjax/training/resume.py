@@ -25,7 +25,7 @@ from vidjax.utils.terminal import say
 
 
 def read_finished_metrics(folder: RunFolder, config: Config) -> dict[str, Any] | None:
-    """Returns the `metrics.json` of a run, or None if it has not finished the epochs of `config`.
+    """Returns the `metrics.json` of a run, or None if training or an evaluation is left to do.
 
     Raises UserError if the run cannot resume with `config`.
     """
@@ -52,9 +52,10 @@ def start(
 ) -> tuple[train_step.TrainState, ensemble.TrainingSets, dict[str, Any], dict[str, Any]]:
     """Restores the newest intact checkpoint of a run. Without one, makes the state of step 0.
 
-    Returns the state of all members, the training clips of each member (with the clips of the run
-    `config.init_from`), the manifest of the restored checkpoint or {}, and the facts about the
-    training, key -> value (see `facts.FACTS`).
+    Returns four values: the state of all members (nets); the training clips of each member, with
+    the clips of the run `config.init_from`; the content of `manifest.json` of the restored
+    checkpoint, or {}; and facts about the training, key -> value (see `facts.FACTS`). Raises
+    CheckpointError or UserError if the run cannot resume.
     """
     system, sets = plan.system, plan.training_sets
 
@@ -148,7 +149,7 @@ def report_changes(old: Config, config: Config, plan: RunPlan, manifest: Mapping
     step = manifest["step"]
     for name, (before, now) in differences(old, config).items():
         if affects(name) & ROUNDING:
-            say(f"config.{name} changes from {before} to {now}: later steps round in another way")
+            say(f"config.{name} changes from {before} to {now}: later steps round differently")
     if config.num_epochs == old.num_epochs or plan.system.model.is_closed_form:
         return
     _, earlier = optim.make_optimizer(

@@ -94,9 +94,9 @@ def make_state(
 ) -> TrainState:
     """Returns the state of training at step 0, on every device of `mesh`.
 
-    `init` calls `init_state`. Then `change` may change the weights. At last, the state of the
-    optimiser `tx` is computed from the weights. `init` and the last step are separate compiled
-    programs, because two programs need less memory than one.
+    `init` calls `init_state`. Then `change` may change the weights. Finally, the state of the
+    optimiser `tx` is computed from the weights. The weights and the state of the optimiser are
+    computed by two compiled programs, because a single program would need more memory.
     """
 
     def complete(state: TrainState) -> TrainState:
@@ -155,9 +155,9 @@ def train_step(
 ) -> tuple[TrainState, jax.Array]:
     """Updates E nets (members) with a batch of clips. Returns the new state and the losses [E].
 
-    If the loss or the gradient of a member is not finite, its parameters stay, and the step is
-    counted in `sums["bad_steps"]`. Padding, clips without frames and clips of weight 0 have no
-    effect.
+    If the loss or the gradient of a member is not finite, the member keeps its parameters, and the
+    step is counted in `sums["bad_steps"]`. Padding, clips without frames and clips of weight 0 have
+    no effect.
     """
     usable = batch.batch_mask & fusion.has_frames({x: batch.frames[x] for x in system.fuse_train})
     labels = state.labels[:, batch.clip_index]  # [E, B]
@@ -182,8 +182,9 @@ def take_member_step(
 ) -> tuple[TrainState, jax.Array]:
     """Updates one net (member) with a batch of B clips. Returns the new state and the loss [].
 
-    `step` [] int32 is the number of earlier steps. `learned` is the state of the member. Fields
-    that a step does not change are None.
+    `step` [] int32 is the number of earlier steps. `learned` is the state of the member. Its fields
+    that a step does not change are None. `inputs` are the PRNG key, the labels [B] and weights [B]
+    of the clips, and settings of the member, see MemberInputs.
     """
     member_rng, *_ = inputs
     keys = jax.random.split(jax.random.fold_in(member_rng, step), 4)
@@ -274,9 +275,10 @@ def _update_if_finite(
 def _transform_and_fuse(
     system: System, rng: Array, batch: Batch, inputs: MemberInputs
 ) -> MemberClips:
-    """Augments the clips of a batch and fuses their frames, for one member (net).
+    """Augments the clips of a batch for one net, and fuses the frames of each clip.
 
-    `rng` is a PRNG key. Returns the clips with the fused frames.
+    `rng` is a PRNG key. `inputs` are labels and weights of the clips and settings of the net, see
+    MemberInputs. Returns the clips with the fused frames.
     """
     _, labels, weight, min_quality, hidden_chunk = inputs
     clips = MemberClips(
@@ -299,7 +301,7 @@ def _transform_and_fuse(
 def _copy_everywhere(mesh: Mesh, batch: Batch) -> Batch:
     """Copies a batch to every device of `mesh`, inside a jitted function.
 
-    The features of the result are LazyFeatures: numbers of rows in an array of all frames.
+    The features of the result are LazyFeatures: an array of all frames, and the row of each frame.
     """
     batch = jax.lax.with_sharding_constraint(batch, devices.replicated_layout(mesh))
 
@@ -314,10 +316,10 @@ def _copy_everywhere(mesh: Mesh, batch: Batch) -> Batch:
 
 
 def _transform_everywhere(mesh: Mesh, transform: BatchTransform) -> BatchTransform:
-    """Makes every device compute a transform for the whole batch, and then keep its own rows.
+    """Returns `transform`, changed so that each device computes all rows and then keeps its own.
 
-    Returns the new transform. XLA would distribute the sort of `concat_clips` over the devices,
-    with many messages.
+    Otherwise, XLA would distribute the sorting in `concat_clips` over the devices, which would
+    exchange many messages.
     """
     whole = PartitionSpec()
     compute = jax.shard_map(transform, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
@@ -347,7 +349,7 @@ def _sum_gradients(grads: Params) -> Array:
 
 
 class LoopResult(NamedTuple):
-    """The last loss, and the first bad step, of E members (nets) in a compiled loop of steps."""
+    """The result of a compiled loop of steps: last loss of each net, and first failed step."""
 
     loss: Array  # [E] float32, loss of the last step
     bad_step: Array  # [] int32, first step at which a member reached MAX_BAD_STEPS, or -1
@@ -361,8 +363,8 @@ def make_train_loop(system: System, mesh: Mesh, plan: BatchPlan) -> jax.stages.W
     """Returns a compiled function that takes `count` training steps.
 
     The function maps (state, constants, clips, count) to (state, result). The memory of the first
-    argument is used again (donated). Two calls give the same state as one call with the sum of the
-    two counts. If `clips` is a streamed batch, `count` is None, and the function takes one step.
+    argument is reused (donated to JAX). Two calls give the same state as one call with the sum of
+    the counts. If `clips` is a streamed batch, `count` is None, and the function takes one step.
     """
     place = functools.partial(devices.constrain_batch, mesh)
     if system.joins_clips and mesh.size > 1:

@@ -1,9 +1,9 @@
 """Takes rights from this process for ever, before the process reads a file of a stranger.
 
 Two parts of Linux do this. Landlock allows only listed files. seccomp, a filter of system calls,
-forbids connections, programs, new processes, and signals to other processes. The filter also
-forbids to change the priority and cores of processes, and the permissions, owners and times of
-files. `list_gaps` returns what this system cannot forbid.
+forbids opening connections, starting programs and processes, and sending signals to other
+processes. The filter also forbids changes of the priority and cores of processes, and of the
+permissions, owners and times of files. `list_gaps` returns what this system cannot forbid.
 """
 
 import contextlib
@@ -136,15 +136,15 @@ def list_gaps() -> list[str]:
 
 
 def _read_landlock_version() -> int:
-    """Returns the version of Landlock, or 0 if the kernel or a container forbids it."""
+    """Returns the version of Landlock, or 0 if the kernel lacks it or a container forbids it."""
     return max(0, _libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), GIVE_VERSION))
 
 
 def _has_filters() -> bool:
     """Returns True if this system can forbid system calls.
 
-    To find out, asks the kernel to install a filter without a program. A kernel that has filters
-    answers with the error EFAULT.
+    To find out, asks the kernel to install a filter at an invalid address. If the kernel has
+    filters, it answers with the error EFAULT.
     """
     if platform.machine() not in MACHINES:
         return False
@@ -162,8 +162,8 @@ def _call(function: "ctypes._NamedFuncPointer", *arguments: object) -> int:
 def _give_up_capabilities() -> None:
     """Takes all special rights (capabilities) from a process of root.
 
-    Only the right to use files of other users is kept. A process of another user has no
-    capabilities.
+    Only the right to use files of other users is kept. If the process does not belong to root, it
+    has no capabilities, and nothing changes.
     """
     header = ctypes.create_string_buffer(struct.pack("=Ii", CAPABILITY_VERSION, 0))
     held = ctypes.create_string_buffer(24)  # effective, permitted and inheritable; twice

@@ -51,7 +51,7 @@ class DiskError(UserError, OSError):
 
 
 class NetError(UserError):
-    """A neural net cannot be run, or does not match the JSON file that describes it, its card."""
+    """A neural net cannot be run, or does not match its card (the JSON file that describes it)."""
 
 
 class InUseError(UserError):
@@ -94,7 +94,7 @@ def warn(message: str) -> None:
 
 
 def check_choice(name: str, value: object, known: Collection[object]) -> None:
-    """Raises UserError if `value` is not in `known`. The message calls the option `name`."""
+    """Raises UserError if `value`, the value of the option `name`, is not in `known`."""
     if value not in known:
         raise UserError(f"unknown {name} {value!r}; choose from {', '.join(map(str, known))}")
 
@@ -242,8 +242,8 @@ def check_entry(
     """Raises UserError if `name` is not in `table`, such as the table `OPTIMIZERS`.
 
     `name` is the value of the configuration field `field`. A user's configuration file may add
-    names to `table`, so the message explains how to load the file. `elsewhere` is a dict, name in
-    another library -> fields of vidjax that do the same.
+    names to `table`, so the message explains how to load the file. `elsewhere` is a dict, name that
+    another library uses -> configuration fields of vidjax that have the same effect.
     """
     if not isinstance(name, str) or name not in table:
         fields = (elsewhere or {}).get(str(name).lower())

@@ -27,7 +27,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *_HANGUP)
 
 
 def run_main(main: Callable[[], int]) -> NoReturn:
-    """Runs the main function of a program. Ends the process with the exit code that it returns."""
+    """Runs the function `main` of a program. Ends the process with the exit code from `main`."""
     _open_closed_streams()
     # Set before the slow imports. Training installs its own handlers.
     for number in SIGNALS:
@@ -95,7 +95,7 @@ def _open_closed_streams() -> None:
 
 
 def describe_error(error: Exception) -> str:
-    """Returns the message of an error. If a user can correct the error, adds how."""
+    """Returns the message of an error. If the user can correct the error, adds a remedy."""
     if get_exit_code(error) is None:
         return f"{type(error).__name__}: {error}"
     if isinstance(error, ModuleNotFoundError):

@@ -45,7 +45,7 @@ class Result(NamedTuple):
 
 
 class Note(NamedTuple):
-    """A message of a function that is still running. The function passes it to a `Tell`."""
+    """A message of a function that is still running. The function passes it to a callback."""
 
     text: str
     warning: bool = True
@@ -55,7 +55,7 @@ Tell = Callable[[Note], object]  # a function of the caller that receives each n
 
 
 def ignore_note(note: Note) -> None:
-    """Does nothing. This function is the default of arguments of the type `Tell`."""
+    """Does nothing. This function is the default of arguments that are callbacks for notes."""
 
 
 def print_text(text: str) -> None:
@@ -227,9 +227,9 @@ def align_columns(
 def describe_failed(failed: Mapping[str, str]) -> dict[str, str]:
     """Returns lines of a summary, label -> text, about files that were not used.
 
-    The labels are `not used`, `missing` (paths without a file) and `remedy`. The texts of the first
-    two labels are numbers and names of files. `failed` is path -> what the user can do, or "". If
-    the remedies differ, up to three are shown, each with the name of a file.
+    `failed` is path of a file -> what the user can do, or "". The labels of the result are
+    `not used` and `missing` (numbers and names of files that exist, or do not exist), and `remedy`.
+    If the remedies differ, up to three are shown, each with the name of a file.
     """
     if not failed:
         return {}

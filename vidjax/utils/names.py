@@ -210,7 +210,7 @@ def has_ending(name: str) -> bool:
 
 
 def cut_film_name(clip: str) -> str:
-    """Removes the shot and the track from the name of a clip: `film.s003.t01` becomes `film`."""
+    """Returns the name of the film of a clip: `film` for `film.s003.t01` (shot 3, face track 1)."""
     return re.sub(r"\.s\d{3,}(\.t\d{2,})?$", "", clip)
 
 
@@ -224,7 +224,7 @@ def strip_ending(name: str) -> str:
 
 
 def clean_name(name: str) -> str:
-    """Returns the name of a clip without `.mp4` at its end. Checks it as `check_name` does."""
+    """Returns the name of a clip without `.mp4` at its end. If it is invalid, raises UserError."""
     bare = strip_ending(name)
     if not bare.strip():
         raise UserError(f"clip name '{show(name)}' is empty: give the clip a name")

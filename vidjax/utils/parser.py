@@ -57,7 +57,8 @@ class Parser(argparse.ArgumentParser):
     ) -> None:
         """Adds a flag, such as `--check`, or a flag with a value, such as `--workdir FOLDER`.
 
-        `about` is the help text. `of` is a group of flags, such as flags that exclude each other.
+        `usage` is the flag, and the name of its value if there is one. `about` is the help text.
+        `of` is a group of flags, such as flags that exclude each other.
         """
         name, _, metavar = usage.partition(" ")
         options |= {"metavar": metavar} if metavar else {"action": "store_true"}
@@ -97,9 +98,9 @@ class Parser(argparse.ArgumentParser):
         args: Sequence[str] | None = None,
         namespace: Any = None,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        """Parses words as argparse does. Values with a metavar in PATHS become `Path` objects.
+        """Parses words as argparse does. The values of flags for paths become `Path` objects.
 
-        Keeps the words for the messages of `error`.
+        The words are also stored, because messages of `error` contain them.
         """
         self.words = args or ()
         later, self.later = self.later, None

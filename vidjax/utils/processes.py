@@ -6,9 +6,9 @@ Arrays are passed in files. The child has limits of CPU time, address space, out
 each written file. The child can use only files that it needs, and no connections or programs, see
 `confinement`. The child gets only environment variables that it needs.
 
-A hostile file may take over the child, and then chooses the answer. So a caller names the class of
-the result, and reads files of the child in a block `doubt`. The caller does not ask the child for
-facts that the caller knows.
+A hostile file may take over the child, and then chooses the result. So a caller names the class of
+the result, and reads files that the child has written in a `with` block of `doubt`. If a caller
+knows a fact, it does not ask the child for the fact.
 
 Process pools of Python are not used, because their processes import the user's program. A program
 without `if __name__ == "__main__"` would then run again.
@@ -189,9 +189,9 @@ def map_children(
 def limit_resources(memory_bytes: int, cpu_seconds: int, calls: int) -> None:
     """Limits the address space, the CPU time and the size of written files of this process.
 
-    This process cannot raise the limits later. `calls` is the number of calls of `work` that are
-    left. Each may use `cpu_seconds` of CPU time. A written file contains arrays from the memory, so
-    its limit is `memory_bytes`, too.
+    This process cannot raise the limits later. `calls` is the number of files that the process will
+    still read. Reading a file may take `cpu_seconds` of CPU time. `memory_bytes` is the limit of
+    the address space and of each written file, because a file contains arrays from the memory.
     """
     import resource
 
@@ -258,15 +258,15 @@ def _answer(
 def _explain_refusal(path: str | Path, need: str) -> str:
     """Returns the message for a file that needs more than the limits of the child process.
 
-    `need` continues "reading it", as in "needs more than 30 s".
+    `need` is the end of the sentence "reading it ...", such as "needs more than 30 s".
     """
     return f"'{path}' is refused, because reading it {need}: split it into smaller files"
 
 
 def _make_hostile_error(path: Path, event: str) -> UserError:
-    """Returns the error for a file with which the child process has failed.
+    """Returns the error for a file that made the child process fail.
 
-    `event` continues "the process that reads it", as in "printed no result".
+    `event` is the end of the sentence "the process that reads it ...", such as "printed no result".
     """
     return UserError(
         f"'{path}' is damaged or hostile: the process that reads it {event}: "
@@ -380,10 +380,10 @@ def _describe_end(
 
 @contextlib.contextmanager
 def doubt(path: Path) -> Iterator[None]:
-    """Turns errors in a `with` block that uses what a child process has answered into a UserError.
+    """Turns errors in a `with` block, which uses the result of a child process, into a UserError.
 
     `path` is the file that the child has read. A hostile file may have taken over the child, so the
-    answer may contain anything.
+    result may contain anything. If the disk fails, the OSError stays unchanged.
     """
     try:
         yield

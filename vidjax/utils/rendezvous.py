@@ -58,8 +58,8 @@ def meet(address: str, count: int, index: int, timeout: float) -> None:
 def leave(code: int) -> None:
     """Reports to the other processes that this process ends with the exit code `code`.
 
-    If the code stands for a failure, the other processes end, too. This process first waits for the
-    others, because JAX aborts all processes when process 0 has ended.
+    If the code stands for a failure, the other processes end, too. This process first gives them a
+    moment to print a message, because JAX aborts all processes when process 0 has ended.
     """
     failed = code not in (0, 130, 143)
     if failed:
@@ -72,10 +72,10 @@ def leave(code: int) -> None:
 
 @contextlib.contextmanager
 def blame_lost_process() -> Iterator[None]:
-    """Waits after an error in a `with` block that the death of another process may have caused.
+    """After an error in a `with` block, finds out whether another process of the run has died.
 
-    If another process has died, `_watch` ends this process with a message in the meantime.
-    Otherwise, the error is raised again.
+    Waits for a moment. If another process has died, a thread (`_watch`) ends this process with a
+    message in this time. Otherwise, the error is raised again.
     """
     try:
         yield

@@ -148,9 +148,9 @@ def read_text(path: Path) -> Iterator[tuple[int, list[str]]]:
 def find_columns(place: str, titles: Collection[str], wanted: Sequence[str]) -> list[str]:
     """Returns the titles of the `wanted` columns as they are written in the table.
 
-    `titles` are all titles of the table, in upper or lower case. If a wanted column is missing,
-    returns []. If two titles mean the same column, raises UserError, whose message begins with
-    `place`, such as a file.
+    `titles` are all titles of the table, in upper or lower case. `wanted` are titles in lower case.
+    If a wanted column is missing, returns []. If two titles mean the same column, raises UserError,
+    whose message begins with `place`, such as a file.
     """
     found = [[x for x in titles if x.strip().lower() == column] for column in wanted]
     if twice := next((same for same in found if len(same) > 1), []):
@@ -164,7 +164,7 @@ def _unescape(cell: str) -> str:
 
 
 def to_columns(kinds: Mapping[str, str], rows: Sequence[Sequence[object]]) -> Columns:
-    """Converts rows of cells to columns, for `to_arrow`.
+    """Converts rows of cells to columns: name of a column -> (its type, its cells).
 
     `kinds` is name of a column -> its type in Apache Arrow, in the order of the cells.
     """
@@ -172,7 +172,7 @@ def to_columns(kinds: Mapping[str, str], rows: Sequence[Sequence[object]]) -> Co
 
 
 def to_arrow(columns: Columns) -> "pyarrow.Table":
-    """Converts columns to a table of Apache Arrow."""
+    """Converts columns, name -> (type in Apache Arrow, values), to a table of Apache Arrow."""
     import pyarrow
 
     arrays = []

@@ -117,7 +117,7 @@ class Progress:
         )  # fmt: skip
 
     def keep_text(self, text: str) -> None:
-        """Displays a text, such as the MAP of an evaluation, in addition to the text of `advance`.
+        """Stores a text, such as the MAP of an evaluation, to display after the text of `advance`.
 
         The text appears at the next `advance`, and stays until the next call of this method.
         """

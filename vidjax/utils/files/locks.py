@@ -25,8 +25,8 @@ def lock(
     """Locks a folder until the context or the process ends.
 
     If another process still holds the lock after `wait` seconds, raises InUseError. Messages call
-    the folder `name`. The lock is a lock of the file `file_name` in the folder, so a folder can
-    have several independent locks.
+    the folder `name`. Only the file `file_name` in the folder is locked. So a folder can have
+    several independent locks, with different file names.
     """
     path, end = workdir / file_name, time.monotonic() + wait
     with open_regular(path, os.O_RDWR | os.O_CREAT) as file:
@@ -62,9 +62,9 @@ def lock(
 
 
 def find_foreign_folder(folder: Path) -> Path | None:
-    """Returns a folder on the path to `folder` in which other users may replace files, or None.
+    """Finds a folder in which other users may replace files: `folder` or one of its parents.
 
-    The search begins at the root of the disk, and ends with `folder`.
+    Returns the outermost such folder, or None. If a folder cannot be examined, returns `folder`.
     """
     try:
         real = folder.absolute().resolve()
@@ -81,8 +81,9 @@ def find_foreign_folder(folder: Path) -> Path | None:
 def _may_be_changed(status: os.stat_result, *, last: bool) -> bool:
     """Returns True if other users, except root, may replace files in a folder.
 
-    `last` is True for the folder that vidjax will use, and False for its parents. In this last
-    folder, other users must not even add files.
+    `status` is the result of `os.stat` for the folder. `last` is True for the folder that vidjax
+    will use, and False for its parents. If `last` is True, also returns True if other users may
+    only add files.
     """
     user = os.geteuid()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (0, user):

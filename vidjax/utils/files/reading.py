@@ -93,7 +93,7 @@ def open_regular(
 def refuse_special_file(path: Path, descriptor: int | None = None) -> None:
     """Raises UserError if `path` is not a regular file, but for example a link or a pipe.
 
-    If the file is open, `descriptor` is its number, and the open file is checked.
+    If the file is open, `descriptor` is its file descriptor, and the open file is checked.
     """
     mode = (os.lstat(path) if descriptor is None else os.fstat(descriptor)).st_mode
     if stat.S_ISREG(mode):
@@ -220,7 +220,7 @@ def parse_json(content: bytes | str) -> object:
     try:
         return json.loads(content, parse_int=_parse_int)
     except RecursionError:
-        raise UserError("it is nested too deeply") from None
+        raise UserError("the JSON text is nested too deeply") from None
 
 
 def _parse_int(digits: str) -> int:
@@ -233,7 +233,7 @@ def parse_line(line: bytes) -> dict[str, object]:
     """Returns the JSON object on a line of a log. Raises UserError for a damaged or long line."""
     value = parse_json(line) if len(line) <= LINE_BYTES else None
     if not isinstance(value, dict):
-        raise UserError("it is not a JSON object")
+        raise UserError("the line is too long or not a JSON object")
     return value
 
 
@@ -247,7 +247,8 @@ def iterate_lines(path: Path) -> Iterator[bytes]:
 def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> "dict[str, np.ndarray]":
     """Reads an `.npz` file, and returns name -> array.
 
-    If the file has more than `limit` bytes, or if the arrays need more memory, raises UserError.
+    If the file has more than `limit` bytes, or its arrays need more than `limit` bytes of memory,
+    raises UserError.
     """
     with open_regular(path, limit=limit) as file, prefix_errors(f"cannot read '{path}'"):
         return load_npz(file, limit)
@@ -256,8 +257,8 @@ def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> "dict[str, np.ndarray]":
 def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> "dict[str, np.ndarray]":
     """Reads an open `.npz` file, and returns name -> array.
 
-    Raises UserError if the arrays need more than `limit` bytes. `least` is the number of bytes that
-    a number takes at least. A caller that will convert numbers to float32 passes 4.
+    Raises UserError if the arrays need more than `limit` bytes of memory. Each number counts as at
+    least `least` bytes. A caller that will convert the numbers to float32 passes 4.
     """
     import numpy as np
 
@@ -292,10 +293,10 @@ def npz_bytes(content: bytes, limit: int) -> int:
 
 @contextlib.contextmanager
 def damaged_file(make_error: Callable[[str], UserError]) -> Iterator[None]:
-    """Turns an error of a library that reads a file in a `with` block into a UserError.
+    """Turns an error in a `with` block, where a library reads a file, into a UserError.
 
-    `make_error` makes this error from the message of the library. UserError, MemoryError and errors
-    of the operating system stay unchanged.
+    `make_error` makes the UserError from the message of the library. If the block raises UserError,
+    MemoryError or an error of the operating system, the error stays unchanged.
     """
     try:
         yield
@@ -308,7 +309,7 @@ def damaged_file(make_error: Callable[[str], UserError]) -> Iterator[None]:
 
 
 def _describe_npz(reason: str) -> UserError:
-    return UserError(f"it is damaged or not an .npz ({reason}): write it again")
+    return UserError(f"the file is damaged or not an .npz ({reason}): write it again")
 
 
 def _open_arrays(
@@ -316,28 +317,28 @@ def _open_arrays(
 ) -> Iterator[tuple[str, IO[bytes], int]]:
     """Yields a tuple for each array of an `.npz` file. For `limit` and `least`, see `load_npz`.
 
-    The items of the tuple are the name, the open entry after its header, and the number of bytes of
-    the array in memory.
+    The items of the tuple are the name of the array, the open entry of the archive, positioned
+    after the header of the array, and the number of bytes of the array in memory.
     """
     if file.read(1) == NPY_START:
-        raise UserError("an .npy file has no name for its array: use numpy.savez")
+        raise UserError("the file is an .npy, without names of arrays: use numpy.savez")
     left = limit
     with open_zip(file) as archive:
         entries = archive.infolist()
         if sum(entry.file_size for entry in entries) > limit or len(entries) > MAX_ENTRIES:
             raise UserError(
-                f"it unpacks to more than {limit:,} bytes or {MAX_ENTRIES:,} arrays: "
+                f"the file unpacks to more than {limit:,} bytes or {MAX_ENTRIES:,} arrays: "
                 "save fewer or smaller arrays"
             )
         names = Counter(entry.filename.removesuffix(".npy") for entry in entries)
         if twice := [name for name, count in names.items() if count > 1]:
-            raise UserError(f"it contains the array '{twice[0][:50]}' twice: write the file again")
+            raise UserError(f"the array '{twice[0][:50]}' occurs twice: write the file again")
         for entry in entries:
             entry.file_size += 1  # so that a byte after the declared end can be read
             with open_entry(archive, entry) as opened:
                 shape, dtype = _read_header(opened)
                 if dtype.hasobject:
-                    raise UserError("it contains Python objects: save arrays of numbers [T, D]")
+                    raise UserError("the file contains Python objects: save arrays of numbers")
                 if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > entry.file_size:
                     raise UserError(
                         f"array '{entry.filename[:50]}' is damaged: its header has a wrong size; "
@@ -347,7 +348,7 @@ def _open_arrays(
                 left -= size
                 if left < 0:
                     raise UserError(
-                        f"its arrays need more than {limit:,} bytes of memory: "
+                        f"the arrays of the file need more than {limit:,} bytes of memory: "
                         "save fewer or smaller arrays"
                     )
                 yield entry.filename.removesuffix(".npy"), opened, size
@@ -379,8 +380,8 @@ class _InPieces(io.BufferedReader):
         wanted = PIECE_BYTES + 1 if size is None or size < 0 else min(size, PIECE_BYTES + 1)
         content = super().read(wanted)
         if len(content) > PIECE_BYTES:
-            about = f"its list of entries has over {PIECE_BYTES:,} bytes"
-            raise UserError(f"{about}: unpack it, or pack fewer files or arrays")
+            about = f"the list of entries of the zip has over {PIECE_BYTES:,} bytes"
+            raise UserError(f"{about}: unpack the zip, or pack fewer files or arrays")
         return content
 
 

@@ -49,8 +49,8 @@ def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
 def open_log(path: Path) -> io.FileIO:
     """Opens a log file without a buffer, to append lines. Makes the file if it does not exist.
 
-    If the file has several hard links, the log is first copied to a new file, so that a snapshot of
-    the folder does not change.
+    If the file has several hard links, another link may belong to a snapshot of the folder. Then
+    the log is first copied to a new file, so that the snapshot does not change.
     """
     if os.path.lexists(path):
         with open_regular(path) as file:
@@ -62,7 +62,7 @@ def open_log(path: Path) -> io.FileIO:
 
 
 def remove_tree(folder: Path) -> None:
-    """Removes a file, or a folder and all its content. If it is a link, removes only the link."""
+    """Removes a file, or a folder with all its content. If `folder` is a link, keeps the target."""
     if folder.is_dir() and not folder.is_symlink():
         shutil.rmtree(folder)
     else:
@@ -238,7 +238,7 @@ def read_manifest(path: Path, below: Path | None = None, limit: int = JSON_BYTES
 def _plain(value: object) -> object:
     if convert := getattr(value, "tolist", None):  # of numpy, which is not imported for this
         return convert()
-    raise TypeError(f"no JSON form of {type(value).__name__}")
+    raise TypeError(f"a value of type {type(value).__name__} cannot be JSON")
 
 
 @contextlib.contextmanager
