@@ -5,6 +5,7 @@ import contextlib
 import os
 import re
 import shutil
+import threading
 from unittest import mock
 
 import pytest
@@ -14,10 +15,10 @@ pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video
 
 from starlette import testclient
 
-from tests.benchmarks import review_page
 from tests.helpers import browser, made_shelf
 from tests.helpers.cases import quick_first
 from tests.helpers.drawn_people import Drawn, restore, write_film, write_photo
+from vidjax.apps import web
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import corrections, names_page, results, review
 
@@ -240,8 +241,88 @@ def test_page_shows_some_people_at_a_time_and_searches_all(reviewed, monkeypatch
 @pytest.mark.slow
 @pytest.mark.skipif(not browser.CHROMIUM, reason="needs Chromium")
 def test_every_change_can_be_made_with_keys_only(tmp_path):
-    with browser.Browser(tmp_path / "browser") as page:
-        review_page.use_keyboard(tmp_path, page)
+    out = made_shelf.make(tmp_path / "keys", people=9, films=4, known=2, faces=9).out
+    results.write(out, decision := made_shelf.decide(out))
+    with contextlib.ExitStack() as stack:
+        page = stack.enter_context(browser.Browser(tmp_path / "browser"))
+        listener = stack.enter_context(web.listen("127.0.0.1", 0))
+        app = review.make_app(review.Review(out, decision), TOKEN)
+        server = web.Server(app, web.Limits(), threading.Event())
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(setattr, server, "should_exit", True)
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}/{TOKEN}/"
+
+        def reach(selector):
+            for _ in range(400):
+                if page.run(f"document.activeElement.matches({selector!r})"):
+                    return
+                page.press("Tab")
+            raise AssertionError(f"Tab does not reach {selector}")
+
+        def done(word):
+            page.wait("(document.querySelector('#said')?.innerText ?? '') !== ''")
+            assert word in page.run("document.querySelector('#said').innerText")
+
+        page.open(address)
+        reach(".person [name=person]")
+        page.type("Gus")
+        page.press("Enter")
+        done("is Gus")
+        reach(".said button")
+        page.press("Enter")
+        done("Undone")
+        reach("[type=checkbox]")
+        page.press(" ")
+        page.press("ArrowRight")
+        page.press("ArrowRight")
+        page.press(" ", shift=True)
+        assert page.run("document.querySelector('#count').innerText") == "3 people selected"
+        page.press("Escape")
+        assert not page.run("document.querySelectorAll(':checked').length")
+        page.press(" ")
+        page.press("ArrowLeft")
+        page.press(" ")
+        reach("#selection [value=join]")
+        page.press("Enter")
+        done("unknown")
+        reach("[type=checkbox]")
+        page.press("Enter")
+        reach("#selection [value=ignore]")
+        page.press("Enter")
+        done("ignored")
+        # After the last box of the page, the focus goes back to another person.
+        page.run("[...document.querySelectorAll('.person [type=checkbox]')].at(-1).focus()")
+        page.press("Enter")
+        reach("#selection [value=ignore]")
+        page.press("Enter")
+        done("ignored")
+        assert page.run("document.activeElement.matches('.person [name=person]')")
+        reach(".person h3 a")
+        page.press("Enter")
+        page.wait("!!document.querySelector('.grid')")
+        reach(".grid a.face")
+        page.press("Enter")
+        assert page.run("document.querySelector('#large').open")
+        before = page.run("document.querySelector('#large img').src")
+        page.press("ArrowRight")
+        assert page.run("document.querySelector('#large img').src") != before
+        page.press("Escape")
+        assert not page.run("document.querySelector('#large').open")
+        reach(".grid [type=checkbox]")
+        page.press(" ")
+        reach("#selection [value=apart]")
+        page.press("Enter")
+        done("not unknown")
+        # Enter confirms a question.
+        page.open(f"{address}?person=Ada")
+        reach(".person [name=person]")
+        page.type("Bob")
+        page.press("Enter")
+        page.wait("document.activeElement.innerText === 'I am sure: it is Bob'", 5)
+        page.press("Enter")
+        done("Ada is Bob")
 
 
 def test_review_plays_films_and_serves_only_films_and_pictures_of_faces(reviewed, drawn):

@@ -12,7 +12,7 @@ bootstrap with another unseen identity. The interval of the difference between t
 also includes the variance between seeds.
 
 If most values are equal and a few lie far away, a t interval is far too narrow.
-`tests.benchmarks.intervals` measures how often the intervals contain the true value.
+`tests/benchmarks/README.md` reports how often the intervals contain the true value.
 
 Source: Rubin 1981, The Bayesian bootstrap; Brown, Cai and DasGupta 2001, Interval estimation for a
 binomial proportion.
