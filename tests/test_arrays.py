@@ -340,7 +340,7 @@ def test_load_errors_name_the_missing_setting_or_folder():
     ("train/", ["train' contains no CLIP.npz"]),
     ("train/one.npz train/notes.txt", ["notes.txt", "may contain only .npz files"]),
     ("train/one.npz train/two.npy", ["two.npy", "only .npz files", "face is the modality"]),
-    ("train/DAY/CAMERA/one.npz", ["DAY/CAMERA: train", "in one level of folders\nmove it away"]),
+    ("train/DAY/CAMERA/one.npz", ["DAY/CAMERA: train", "or folders of them\nmove it away"]),
     ("train/DAY/", ["train' contains no CLIP.npz"]),
     ("train.h5", ["contains no features", "vidjax/data/README.md converts"]),
     ("train/one.npz train.parquet", ["train.parquet and a folder train: remove one"]),

@@ -180,7 +180,7 @@ def _lock(out: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def _is_whole(text: bytes) -> bool:
-    """Returns whether `text`, the end of a log after its last line end, is a complete line."""
+    """Returns whether `text` is a complete line of a log, except for the missing line break."""
     try:
         return bool(msgspec.json.decode(text))
     except (msgspec.DecodeError, UnicodeDecodeError):

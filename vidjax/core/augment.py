@@ -201,9 +201,9 @@ def make_transforms(
 
     A fusion selects or averages the frames of a clip. Raises UserError if an option is wrong.
 
-    The transforms of `config.ensemble.min_quality`, `config.noise.join` and `config.mixup` come
-    first. The entries of `config.transforms` follow. An entry is a key of TRANSFORMS, or a dict
-    with the key as `name` and with options.
+    In both tuples, the transforms of `config.ensemble.min_quality`, `config.noise.join` and
+    `config.mixup` come before the entries of `config.transforms`. An entry is a key of TRANSFORMS,
+    which determines the tuple, or a dict with the key as `name` and with options.
     """
     before: list[BatchTransform] = []
     after: list[BatchTransform] = []

@@ -263,9 +263,9 @@ def _select_first(
     """Selects the first `num_frames` frames in `order`, and returns them in time order.
 
     `order` [B, T] are indices of frames, real frames first. A clip with fewer frames keeps all of
-    them and repeats some. The repeated frames are random if `rng` is a key or `fixed_draws` is
-    True. Otherwise, all frames are repeated in turn. If `replacement` is True, all frames of such
-    a clip are drawn at random. If `rng` is None, random frames are drawn with a fixed key.
+    them and repeats some. The repeated frames are random if `rng` is a key, or if
+    `fixed_draws` is True. Otherwise, all frames are repeated in turn. If `replacement` is True, not
+    only the repeated frames of such a clip are random, but all. A fixed key replaces `rng` None.
     """
     order = order[:, :num_frames]
     count = jnp.sum(frames.mask, axis=1, dtype=jnp.int32)[:, None]
@@ -313,8 +313,8 @@ def random_fusion(
       max_frames: largest number of frames in a fused frame.
       probs: relative probabilities that a fused frame is the mean of 1, 2, ... `max_frames` frames.
         None means equal probabilities.
-      replacement: True to draw frames with replacement. If False, a fused frame repeats a frame
-        only after each frame with a probability above 0 was drawn.
+      replacement: True to draw frames with replacement. If False, a frame can be drawn
+        again for a fused frame only after all frames with a probability above 0 were drawn.
       sampling: relative probabilities of the frames, a weighting of `frame_weights` such as
         `quality`. Probabilities are rounded to 1/4096 of the largest.
       weighting: weights of the frames in the mean, a weighting of `frame_weights`. `mixup` draws

@@ -151,7 +151,7 @@ def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
             files[split], others = list_npz_files(clips)
             if others:
                 raise UserError(
-                    f"{others[0]}: {split} may contain only .npz files, in one level of folders\n"
+                    f"{others[0]}: {split} may contain only .npz files, or folders of them\n"
                     f"{explain_unread(others[0], clips) or 'move it away'}"
                 )
             if not files[split]:

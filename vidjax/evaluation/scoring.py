@@ -219,12 +219,12 @@ def _count_joined_blocks(plan: EvalPlan, block_size: int) -> int:
 
 
 def split_by_members(plan: EvalPlan, use: np.ndarray, rows: int) -> EvalPlan:
-    """Returns `plan` with other groups of clips, so that the same members score a whole block.
+    """Splits the groups of clips in `plan` by the members (nets) that score the clips.
 
-    `use` [E, N] bool is True where one of E members scores one of N clips. Each group (bucket) has
-    clips of similar length, and is split by the members that score the clips. `rows` is the number
-    of clips of a block. Parts with fewer clips stay in a common group, because separate blocks
-    would be mostly padding.
+    `use` [E, N] bool is True where one of E members scores one of N clips. A group (bucket) has
+    clips of similar length. Clips are scored in blocks of `rows` clips, and all clips of a block by
+    the same members. Parts of a group with less than `rows` clips stay together, because separate
+    blocks would be mostly padding.
     """
     _, group = np.unique(np.packbits(use, axis=0), axis=1, return_inverse=True)
     group = group.reshape(-1) * len(BUCKETS) + plan.bucket

@@ -261,9 +261,9 @@ def _compare(values: Sequence[int], found: Step, other: Step) -> list[Step]:
 
 
 def _load_argument(number: int) -> Step:
-    """Returns the step of a filter that loads the lower 32 bits of an argument of a system call.
+    """Returns an instruction for a filter of system calls, which loads the low half of an argument.
 
-    `number` is the position of the argument, from 0 on.
+    `number` is the position of the argument in the call, from 0 on. The low half has 32 bits.
     """
     return (LOAD, 0, 0, ARGUMENTS + 8 * number)
 

@@ -1,7 +1,8 @@
 """Reads the cards of a gallery's nets, and warns if enrolled people contradict a card.
 
-A card is the JSON file of a net. It says how much the vectors of one person and of two people
-differ. `models.card_check` explains how far a card can be believed.
+A card is the JSON file of a net. It says how much two vectors of the same person differ, and how
+much two vectors of different people differ. `models.card_check` explains how far a card can be
+believed.
 """
 
 import os
@@ -85,12 +86,12 @@ def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> t
     uses the new distributions, and prints that.
 
     If `replace` is True, nets of the gallery may have changed. The result then also contains the
-    modalities of the changed nets. Enrolled clips lose these modalities. Clips without another
-    modality are removed.
+    modalities of the changed nets. Enrolled clips lose these modalities. Clips that have
+    no other modality are removed.
 
     Raises:
       UserError: the gallery was made with a run, or a net of the gallery is missing in the folder,
-        or has changed.
+        or has changed and `replace` is False.
     """
     origin, back_ends = read_cards(models)
     with gallery.change() as draft:

@@ -116,7 +116,7 @@ def stack_people(
 
 
 def refit(state: State) -> State:
-    """Fits the parameters that compare vectors again, to the present clips of a gallery.
+    """Computes new parameters to compare vectors, from the present clips of a gallery.
 
     Returns the new content of the gallery. No clip that was removed influences the new parameters.
     """

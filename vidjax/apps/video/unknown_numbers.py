@@ -103,7 +103,8 @@ def number_people(
 
     A group of similar clips is a person. If a film is new, all clips are grouped. A group then gets
     the number that most of its clips had. If no film is new, people keep their clips and numbers.
-    Only clips without a number may join them, and people who are new because of a correction.
+    Clips without a number may join these people. Clips of people whom a correction has made may
+    join them, too.
 
     Args:
       tracks: the clips without a name.

@@ -147,7 +147,7 @@ def _score(run: RunFiles) -> Markup:
 
 
 def _split_row(run: RunFiles, split: str, values: Mapping[str, Any]) -> tuple[object, ...]:
-    """Returns the row of a split, with its metrics `values`, for the table of other evaluations."""
+    """Returns the row of a split with its metrics `values`, for the table of evaluated splits."""
     page = f"report_{split}.html"
     linked = Markup('<a href="{}">{}</a>').format(quote(html.plain(page), safe=""), page)
     return (
