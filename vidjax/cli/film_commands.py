@@ -280,7 +280,7 @@ def convert_nets(args: argparse.Namespace) -> Result:
     paths, out = args.paths, args.out
     if (args.kind == "own") != bool(args.like) or ((args.size or args.colour) and not args.like):
         raise UserError(
-            "own needs --like, and only own allows --like, --size and --colour\n"
+            "the kind own needs --like, and no other kind allows --like, --size or --colour\n"
             "example: vidjax convert own net.onnx --like=arcface --out=models"
         )
     most = 2 if args.kind == "opencv" else 1
@@ -333,7 +333,7 @@ def measure_card(args: argparse.Namespace) -> Result:
     if not (args.photos or args.input or args.gallery):
         raise UserError(
             "there is nothing to measure: add photos, --photos=DIR, or features, --input=DIR\n"
-            "to copy the numbers of the cards into a gallery without measuring, add --gallery=G"
+            "to copy the numbers of the cards (JSON files of nets) into a gallery, add --gallery=G"
         )
     gallery = Gallery(args.gallery) if args.gallery else None
     done = list[MeasuredCard]()

@@ -53,8 +53,8 @@ def forget_names(args: argparse.Namespace) -> Result:
     """Lists folders and files that contain the name of a person or clip.
 
     With `--delete`, the clips are deleted from galleries. Converted datasets with these clips are
-    deleted from the cache. The exit code is 1 if a folder or file still contains a searched name,
-    if it could not be searched, or if a searched folder is empty.
+    deleted from the cache. The exit code is 1 if a folder or file still contains a searched name or
+    cannot be read, or if a searched folder is empty.
     """
     if not args.identity and not args.clip:
         raise UserError("no name is given: add --identity=NAME or --clip=NAME")

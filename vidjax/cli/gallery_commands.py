@@ -341,13 +341,13 @@ def _enrol(args: argparse.Namespace) -> Result:
     if done.refused:
         count = messages.count(len(done.refused), "clip")
         names = messages.list_some(done.refused, 3)
-        warn(f"not enrolled: {count} without a usable frame, {names}")
+        warn(f"cannot enrol {count} without a usable frame, {names}")
     rivals = [f"'{show(clip)}' seems to show '{show(x)}'" for clip, x in done.rivals.items()]
     if rivals:
         more = "; ..., see --json" * (len(rivals) > MOST_RIVALS)
         terminal.say(
             f"{'; '.join(rivals[:MOST_RIVALS])}{more}, but was enrolled as another person\n"
-            "if the clip is wrong: vidjax gallery relabel; if the two are one person: vidjax "
+            "if the name is wrong: vidjax gallery relabel; if both names are one person: vidjax "
             "gallery rename --merge",
             warning=True,
         )
@@ -356,7 +356,7 @@ def _enrol(args: argparse.Namespace) -> Result:
 
 
 def _show_enrolled(gallery: Gallery, done: Mapping[str, Any], noun: str, texts: Facts) -> Result:
-    """Returns what an enrolment prints. Warns if the net may not fit the enrolled people.
+    """Returns what an enrolment prints. Warns if the people contradict the net's card (JSON file).
 
     `done` are values for JSON. `noun` is the word for the enrolled things, such as "face". `texts`
     are further lines of the summary.
@@ -473,7 +473,7 @@ def _process_tables(
     """Ranks or identifies the clips of each parquet table in the folder `--input`.
 
     Returns None if `--input` is no folder of tables. `work` is the class that makes the results of
-    a table. `options` are its arguments, in addition to `--fpir` and `--threshold`.
+    a table. `options` are arguments of `work`, in addition to `--fpir` and `--threshold`.
     """
     inputs = bulk.list_tables(args.input) if args.input else []
     if not inputs:
@@ -535,16 +535,16 @@ def _relabel(args: argparse.Namespace) -> Result:
 
 
 def _migrate(args: argparse.Namespace) -> Result:
-    """Enrols people of a gallery in another. If a person has no clip there, the exit code is 1."""
+    """Enrols the people of a gallery in a new one. If a person gets no clip, the exit code is 1."""
     old, new, path = Gallery(args.gallery), Gallery(args.new), args.input
     features_folder.check_models(path, new.origin.cards)
     done = migrate(old, new, clip_inputs.load_all(new, path))
     # `gallery migrate` knows no times and boxes, so it cannot match faces as `vidjax who` does.
     if numbered := clip_inputs.list_numbered(old, clip_inputs.read_films(path)):
         terminal.say(
-            f"{len(numbered):,} clips, such as {show(numbered[0])}, have the number of a face as "
-            "their name. If the detector has changed, the same number may be another face\n"
-            "in this case, create NEW again, with features by the old detector",
+            f"{len(numbered):,} clips, such as {show(numbered[0])}, are named after the number "
+            "of a face. If the detector has changed, the same number may be another face\n"
+            "in this case, create the gallery NEW again, with features by the old detector",
             warning=True,
         )
     texts = {"moved": f"{messages.count(done.moved, 'clip')}, {done.unchanged:,} moved before"}

@@ -174,7 +174,7 @@ def _put_command_first(words: Sequence[str]) -> list[str]:
         raise UserError(
             f"there is no command '{names[0]}': {suggest(names[0].lower(), COMMANDS)}\n"
             "to name people in films: vidjax who --help, then vidjax review FOLDER\n"
-            "to name a configuration: --config=FILE"
+            "to choose a configuration: --config=FILE"
         )
     if not words:
         return ["--help"]

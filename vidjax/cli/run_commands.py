@@ -101,7 +101,7 @@ def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]
         warn(
             f"--config={args.config}: the run keeps its model '{trained}', because "
             "evaluate reads only definitions from this file\n"
-            "leave out --config, or name a run of that system: --workdir=FOLDER"
+            "leave out --config, or choose a run of the model of this file: --workdir=FOLDER"
         )
     return config, folder
 

@@ -69,12 +69,12 @@ def write(out: Path, decision: "Decision", padding: float = PADDING_SECONDS) -> 
 
 
 def _place_subtitles(films: Sequence[MediaFile]) -> list[PurePath]:
-    """Returns where the subtitles of each film are written: a relative path without the ending.
+    """Returns where the subtitles of each film are written: a relative path without .vtt or .srt.
 
     Players look for subtitles with the name of the film. If several films have the same name, their
-    subtitles are in folders with the names of the films' folders, such as `2019/IMG_0001`. If films
-    with the same name are in one folder, the names of the subtitles contain the endings of the
-    films.
+    subtitles are in folders that are named after the folders of the films: `2019/IMG_0001`. If
+    films with the same name are in one folder, the names of the subtitles contain the endings of
+    the films.
     """
     paths = [PurePath(features_folder.make_printable(str(film.source.path))) for film in films]
     keys = [tuple(map(fold, path.with_suffix("").parts)) for path in paths]
@@ -140,9 +140,9 @@ def _embed(out: Path, address: str) -> str:
 
 
 def remove_results(out: Path, *, page: bool = True) -> None:
-    """Removes the tables, subtitles and timelines of earlier calls, and the page if `page` is True.
+    """Removes the tables, subtitles and timelines that earlier calls of `vidjax who` have written.
 
-    Also removes the unfinished files that killed calls have left.
+    If `page` is True, also removes the page. Always removes unfinished files of killed calls.
     """
     for name in (*TABLES, *[PAGE] * page):
         (out / name).unlink(missing_ok=True)
@@ -155,7 +155,7 @@ def remove_results(out: Path, *, page: bool = True) -> None:
 def list_problems(film: MediaFile, path: Path) -> list[str]:
     """Returns what a user must know about a film: what was not read, and what is unusual in it.
 
-    `path` is the path of the film, for the commands in the texts.
+    `path` is the path of the film. Some of the texts contain a command that converts this file.
     """
     problems = []
     if jumps := film.jumps:

@@ -147,8 +147,8 @@ class _Pages:
     def _apply(self, fields: Sequence[tuple[str, str]], back: bool) -> Response:
         """Applies the change in a form with the fields (name, value).
 
-        If `back` is True, undoes the last change instead. Answers with a redirection to the page,
-        or if the change is refused or needs a question, with the page and a message.
+        If `back` is True, undoes the last change instead. Answers with a redirection to the page.
+        If the change is refused, or the user must confirm it, answers with the page and a message.
         """
         review, form = self._review, dict(fields)
         of = [value for name, value in fields if name == "of"]
@@ -173,7 +173,7 @@ class _Pages:
                     view = {}
                 elif asks and (other := review.similar(name, of)):
                     problem = problem._replace(asked=True, similar=other)
-                    raise UserError(f"there is already {other}: is it the same person?")
+                    raise UserError(f"there is already {other}: do you mean {other}?")
                 elif asks and (merged := review.list_merged(name, of)):
                     problem = problem._replace(asked=True)
                     raise UserError(f"there is already {name}. Is {merged[0]} the same person?")

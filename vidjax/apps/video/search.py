@@ -5,7 +5,7 @@ frame of a group is searched as a whole. The other frames are then searched back
 only near the people in two frames: the following frame of the film, and the last frame of the
 previous group. If fewer people are detected than in one of these two frames, the whole frame is
 searched. At least one frame per second is searched as a whole. So a person who is visible for a
-second is detected in all frames.
+second is detected in such a frame, and then near the same place in the other frames.
 """
 
 from collections.abc import Iterator
@@ -63,7 +63,7 @@ class FilmSearch:
         self._before = None
 
     def _search(self) -> list[SearchedFrame]:
-        """Searches and empties the group. Returns its frames, in order of time, with faces."""
+        """Searches and empties the group. Returns its frames in order of time, with their faces."""
         last = after = self._detector.search(self._group[-1].rgb)
         searched = [_keep_strong(self._group[-1], after)]
         before = NO_FACES if self._before is None else self._before

@@ -125,10 +125,10 @@ class ShotDetector:
         return sudden or self._dissolve.detect_end(time_s, picture, change[0])
 
     def _is_sudden(self, change: np.ndarray, picture: _Picture) -> bool:
-        """Returns whether the change from the last picture to `picture` is a cut.
+        """Returns whether the change to `picture` from the picture before it is a cut.
 
         `change` [2] is the difference of the two pictures, and 1 minus their correlation. At a cut,
-        `picture` must also differ from the two pictures before the last picture.
+        `picture` must differ from each of the three pictures before it.
         """
         if change[0] < LEAST_DIFFERENCE or not self._stands_out(change, *CLEAR)[1]:
             return False
@@ -149,7 +149,7 @@ class ShotDetector:
         return 1.0 - max(_measure_likeness(picture, other) for other in last)
 
     def _stands_out(self, change: np.ndarray, times_usual: float, times_last: float) -> np.ndarray:
-        """Returns whether each of the two numbers in `change` is much larger than before: bool [2].
+        """Returns whether each number in `change` is much larger than in earlier changes: bool [2].
 
         `change` [2] is as in `_is_sudden`. A number must be above `times_usual` times its median in
         recent changes, and above `times_last` times its value in the last change.
@@ -191,7 +191,7 @@ def _find_middle(start: _Picture, end: _Picture, between: list[_Picture]) -> int
 
     In a dissolve, the pictures `between` are weighted sums of `start` and `end`. From the middle
     on, `end` has the larger weight. For other changes, the result is None, for example if `start`
-    and `end` are alike, even after a shift, or if one is the negative of the other.
+    and `end` are alike, if a shift makes them alike, or if one is the negative of the other.
     """
     likeness = _measure_likeness(start, end)
     if min(start.deviation, end.deviation) < BLANK or not -LIKE < likeness <= UNLIKE:

@@ -82,7 +82,7 @@ def to_subtitles(appearances: "Sequence[Appearance]", ending: str) -> str:
     if len(videos := {appearance.video for appearance in appearances}) > 1:
         raise UserError(
             f"subtitles can show only one video, not {len(videos)}: "
-            f"{', '.join(sorted(videos)[:3])}\nname the features of one video, "
+            f"{', '.join(sorted(videos)[:3])}\nchoose the features of one video, "
             "--input=FOLDER/VIDEO.npz, or write the times of all videos: --out=names.rttm"
         )
     blocks = ["WEBVTT\n"] if ending == ".vtt" else []

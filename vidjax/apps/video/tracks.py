@@ -98,8 +98,9 @@ class Tracker:
 
     A detection is assigned to the track with the most similar box. The detection is compared first
     with the predicted box of each track, and then with the last detected box. If a track began in
-    the previous frame, both boxes are also compared in double size. If one person may hide another,
-    the detection is dropped, because a lost detection is better than a switched identity.
+    the previous frame, the last box and the detection are also compared in double size. If one
+    person may hide another, the detection is dropped, because a lost detection is better than a
+    switched identity.
 
     Source: Bochinski et al. 2017, "High-speed tracking-by-detection without using image
     information", assigns detections by their overlap. Yang et al. 2023, "Hard to Track Objects with
@@ -110,7 +111,7 @@ class Tracker:
     def __init__(self, gap_s: float = GAP_SECONDS, held_s: float = HELD_SECONDS):
         """Makes a tracker. A track ends after `gap_s` seconds without a detection, or at a cut.
 
-        A track with a single detection is dropped if it lasts at most `held_s` seconds.
+        A track with one detection is dropped if the next frame follows within `held_s` seconds.
         """
         self._gap, self._held = gap_s, held_s
         self._cut_s: float | None = None  # the start of a shot, until its first frame is added
@@ -294,8 +295,8 @@ def find_changes(
     """Returns the sorted indices at which the faces of a track change to another person.
 
     At each index, the mean embedding of the few faces before is compared with the mean embedding of
-    the few faces after. If the lowest cosine is too low for one person, the track is split at its
-    index. Both parts are then split in the same way.
+    the few faces after. The track is split at the index with the lowest cosine, if this cosine is
+    too low for one person. Both parts are then split in the same way.
 
     Args:
       vectors: [N, D], the embeddings of the faces, in order of time.

@@ -4,8 +4,8 @@ The person with number 3 has the name `unknown 3`. A clip is the face of one per
 numbers are stored in `unknown.json`. Corrections by users, in the log `said.jsonl`, change numbers,
 see `faces.Said`. Clips keep their numbers until a film is added. Then all clips without a name are
 grouped by similarity again. If a user has corrected which clips show an unknown person, these clips
-stay in one group. If a user has said that some clips do not show this person, these clips never
-return to that group.
+stay in one group. If a user has said that a clip does not show an unknown person, the clip never
+returns to the group of this person.
 """
 
 from collections import Counter
@@ -103,14 +103,14 @@ def number_people(
 
     A group of similar clips is a person. If a film is new, all clips are grouped. A group then gets
     the number that most of its clips had. If no film is new, people keep their clips and numbers.
-    Clips without a number may join these people. Clips of people whom a correction has made may
-    join them, too.
+    Clips without a number may join these people. Clips that a correction has given a number above
+    `highest` may join them, too.
 
     Args:
       tracks: the clips without a name.
       said: the corrections in the log, and the numbers of the last call.
       before: the contents of `unknown.json` after the last call.
-      highest: people with higher numbers are new, made by corrections since the last call.
+      highest: a number above it was given by a correction since the last call.
     """
     vectors = tracks.vectors
     kept = {clip: said.numbers[clip] for clip in vectors.names if clip in said.numbers}
@@ -133,10 +133,10 @@ def _keep_numbers(
     """Gives groups of clips the numbers of the last call; returns clip -> number.
 
     `groups` is clip -> group, such as `unknown 3`. `before` is clip -> number in the last call.
-    `fixed` are the numbers of people whom a user has corrected. If a clip of a group had such a
-    number, the group gets this number. Each other group gets the number that most of its clips had.
-    If several groups claim a number, the group with the most clips of this number gets it. The
-    remaining groups get new numbers above `highest`.
+    `fixed` are the numbers of people whom a user has corrected. If clips of a group had numbers in
+    `fixed`, the group gets the most frequent of these numbers. Each other group gets the number
+    that most of its clips had. If several groups claim a number, the group with the most clips of
+    this number gets it. The remaining groups get new numbers above `highest`.
     """
     votes = Counter((group, before[clip]) for clip, group in groups.items() if clip in before)
     number: dict[str, int] = {}

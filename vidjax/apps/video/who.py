@@ -2,7 +2,7 @@
 
 The results are these files:
 
-    OUT/people/NAME/   features of the photos of a person, or of a photo with several face tags
+    OUT/people/NAME/   features of the photos of a person, or of one photo that names several people
     OUT/features/      features of the films
     OUT/gallery/       the gallery of the people, for the commands of `vidjax gallery`
     OUT/*/thumbnails/  with --thumbnails: a small picture of each face
@@ -17,12 +17,12 @@ The results are these files:
     OUT/cuts/          an .otio file for programs that edit films, and a playlist, for each person
 
 Each call replaces the tables, the page, the subtitles and the timelines. If a photo is removed from
-a folder that has other files, the next call forgets it. If a whole folder of photos is missing, the
-photos stay enrolled unless the call has --forget-missing: a drive may not be connected. A call
-without a folder of people keeps every person of the gallery. The log `said.jsonl` also contains
-what `vidjax gallery rename`, `relabel` and `remove` change. If the models have other or more nets
-than before, the films and photos of the call are read again. Names and corrections are kept,
-because the log identifies faces by film, time and place.
+a folder that has other files, the next call forgets it. If a whole folder of photos is missing, its
+drive may not be connected. So its photos are forgotten only with --forget-missing. A call without a
+folder of people keeps every person of the gallery. The log `said.jsonl` also contains what
+`vidjax gallery rename`, `relabel` and `remove` change. If a net was replaced or added since the
+last call, the films and photos of this call are read again. Names and corrections are kept, because
+the log identifies faces by film, time and place.
 """
 
 import functools
@@ -234,7 +234,7 @@ class _Call:
         """Enrols the photos of each person, and forgets people whose photos were deleted.
 
         Returns True if people look more alike than the card (the JSON file of the net) says, and
-        the reason may be that one person has two names. Such names are reported to the user.
+        some of them may be one person with two names. Such names are reported to the user.
         `options` are arguments of `pipeline.extract_folders`.
         """
         gallery, out, people = self.gallery, self.out, photos.people
@@ -346,7 +346,7 @@ class _Call:
                 draft.remove(clip=waiting)
 
     def _change_nets(self) -> None:
-        """If the folder `models` has other or more nets than in earlier calls, adopts these nets.
+        """Adopts the nets in the folder `models`, if one was replaced or added since the last call.
 
         Features from earlier nets are removed. The gallery then uses the new nets. `extract.json`
         is written last. So if the process is interrupted, the next call does all this again.
@@ -388,10 +388,10 @@ class _Call:
             files.write_text(path, tables.to_text([UNMATCHED_COLUMNS, *known, *new], ".tsv"))
             files.hide(path)
             count = f"corrections whose faces are not found again: {len(new):,}, see {path}"
-            self.warn(f"{count}\nto repeat them: vidjax review {messages.quote_path(self.out)}")
+            self.warn(f"{count}\nto correct again: vidjax review {messages.quote_path(self.out)}")
 
     def _report_unread(self, films: Mapping[str, MediaFile]) -> None:
-        """Reports how many `films`, and photos of people, the new nets have not read yet."""
+        """Reports `films` and photos of people that the new nets have not read yet."""
         for film in [*films.values()][:1]:
             self.warn(
                 f"films that were not read with the new nets: {len(films):,}, such as "
@@ -445,7 +445,7 @@ class _Call:
     def _follow_photos(
         self, known: Collection[str], moved: Mapping[str, Collection[str]]
     ) -> dict[str, str]:
-        """Renames a person in films if a user has moved all photos of this person to another name.
+        """Renames a person in films if all photos of this person are now under another name.
 
         Faces to which the user has given the old name get the new name. `known` are the people with
         enrolled photos. `moved` is old name -> the people who have the photos now. If several
@@ -491,7 +491,7 @@ class _Call:
 
         `before` is clip -> face in a photo, with all photos that were known before this call.
         `places` are the names of the folders of photos whose features stay. If `forget_missing` is
-        False, a person keeps the faces in films to which a user has given the person's name.
+        False, people whose names a user has given to faces in films are not forgotten.
         """
         gallery, out = self.gallery, self.out
         said = read_said(out, features_folder.read_media_files(self.features))
