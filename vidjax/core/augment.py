@@ -35,10 +35,10 @@ BatchTransform = Callable[[Array, MemberClips], MemberClips]
 
 
 def drop_poor_frames(rng: Array, clips: MemberClips, *, poor_clips: str = "keep") -> MemberClips:
-    """Removes frames with a quality below `clips.min_quality` from the clips. `rng` is not used.
+    """Removes poor frames, with a quality below `clips.min_quality`. `rng` is not used.
 
-    If all frames of a clip in a modality are too poor, they are kept. With `poor_clips="drop"`, the
-    weight of a clip becomes 0 if all its frames in the first modality are too poor.
+    If a clip has only poor frames in a modality, these frames are kept. With `poor_clips="drop"`,
+    the weight of a clip becomes 0 if it has only poor frames in the first modality.
 
     Source: Residual Dense Net (2nd place 2019), models trained on quality subsets. The paper has no
     option `keep`. The paper also drops frames whose quality equals the limit.
@@ -60,7 +60,7 @@ def concat_noise(
 ) -> MemberClips:
     """Joins short distractor clips at random, and cuts long distractor clips to random pieces.
 
-    A distractor shows none of the identities: its label is 0 or above `num_identities`. For
+    A distractor shows none of the identities: its label is 0, or larger than `num_identities`. For
     `pieces`, see `concat_clips`.
 
     Source: noise augmentation of the 5th-place system of 2018.
@@ -89,9 +89,9 @@ def concat_clips(
     """Concatenates short clips with other short clips of the batch, and cuts long clips.
 
     With probability 0.5, a short clip gets the frames of another chosen short clip at its end. The
-    added frames get the next frame numbers. A long clip is cut to a random piece. Call
-    this function for each modality with the same `rng`, `chosen` and `short`. Then all modalities
-    of a clip get the same other clip, and are cut at the same relative position.
+    added frames get the next frame numbers. A long clip is cut to a random piece. Call this
+    function for each modality with the same `rng`, `chosen` and `short`. Then a clip gets the
+    frames of the same other clip in all modalities, cut at the same relative position.
 
     Args:
       chosen: [B] bool, True for clips that may change. It must be False on padded rows.
@@ -203,7 +203,7 @@ def make_transforms(
 
     In both tuples, the transforms of `config.ensemble.min_quality`, `config.noise.join` and
     `config.mixup` come before the entries of `config.transforms`. An entry is a key of TRANSFORMS,
-    which determines the tuple, or a dict with the key as `name` and with options.
+    or a dict with the key as `name` and with options. The value in TRANSFORMS decides the tuple.
     """
     before: list[BatchTransform] = []
     after: list[BatchTransform] = []

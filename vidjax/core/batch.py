@@ -63,7 +63,7 @@ class NoiseClassLayout(NamedTuple):
 
 
 class LazyFeatures(NamedTuple):
-    """The features of B clips of T frames, stored as numbers of rows in a large array.
+    """The features of B clips of T frames, stored as row numbers of a large array.
 
     `fusion.read` gathers the rows into an array [B, T, D].
 
@@ -117,7 +117,7 @@ class Batch(NamedTuple):
 class ClipInfo(NamedTuple):
     """What a model receives about B clips, in addition to the frames of the clips.
 
-    If `config.after_fusion` is `examples`, the model receives each fused frame as a clip.
+    If `config.after_fusion` is `examples`, the model receives each frame after fusion as a clip.
 
     Attributes:
       index: [B] int32, row of each clip among the training clips; 0 on padded rows.
@@ -146,7 +146,7 @@ class ModelOutput(NamedTuple):
       score_weight: [B, G] float32, weight of each branch in evaluation. It multiplies
         probabilities, not logits. Smaller weights rank the clip lower.
       attention: [B, M, M] weights between M vectors, such as one per modality. Entry [b, i, j] is
-        the weight of vector i in the new vector j. None without attention.
+        the weight of vector i in the output for vector j. None without attention.
       logit_scale: [G] float32, learned factor on the cosines in the logits of each branch, or None.
     """
 

@@ -43,9 +43,9 @@ class TrainingSets(NamedTuple):
 def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
     """Builds the members (nets) of an ensemble, one for each combination of options in `spec`.
 
-    `spec` is `config.ensemble`. Members are numbered from 0, in the order of nested loops: over
-    folds or bootstrap samples (the outermost loop), hidden chunks of features, lowest qualities of
-    frames, and seeds. If `spec["only"]` lists numbers, only members with these numbers are built.
+    `spec` is `config.ensemble`. Members are numbered from 0, in the order of four nested loops,
+    the outermost first: folds or bootstrap samples, hidden chunks of features, lowest qualities of
+    frames, seeds. If `spec["only"]` lists numbers, only members with these numbers are built.
     """
     if spec["folds"] == 1:
         raise UserError("config.ensemble.folds=1: must be 0 (no folds), or 2 or more")
@@ -146,7 +146,7 @@ def count_clip_uses(
 
 
 def add_trained_clips(sets: TrainingSets, earlier: TrainingSets) -> TrainingSets:
-    """Adds the training clips of an earlier run, from whose weights the members of `sets` start.
+    """Adds the training clips of an earlier run, whose weights initialise the members of `sets`.
 
     Member i of `sets` starts with the weights of member i of `earlier`. If `earlier` has only one
     member, all start with its weights. Returns the members of `sets` with the clips of both runs.
@@ -171,12 +171,12 @@ def choose_scoring_members(
     """Decides which of E members score which of n clips, by the names of the clips.
 
     A member scores the clips that it was not trained on. If every member was trained on every
-    training clip, no member would score such a clip. If `clips` then contains a training clip, all
-    members score all clips.
+    training clip, no member would be left for such a clip. In this case, all members score all
+    clips, if `clips` contains a training clip.
 
     Returns:
-      [E, n] bool, True if the member scores the clip. Then a bool, True if members score clips that
-        they were trained on.
+      [E, n] bool, True if the member scores the clip. The second result is a bool, True if members
+        score clips that they were trained on.
     """
     position = _index_clips(training_sets.clips)
     rows = np.array([position.get(name, -1) for name in clips], np.int64)

@@ -3,9 +3,9 @@
 A fusion maps Frames [B, T] to Frames [B, T'], and can be jitted. Random numbers are drawn in the
 shape of the whole batch, so they do not depend on the number of devices. Selected features keep
 their stored dtype. Only the selected rows of LazyFeatures are read. In a mask, real frames may come
-after masked frames, for example after `filter_frames`. If a clip has no frames, its new mask is
-False, and its means are 0. If two frames have equal quality, the earlier frame counts as better.
-NaN is the lowest quality.
+after masked frames, for example after `filter_frames`. If a clip has no frames, the mask of its
+fused frames is False, and mean frames are 0. If two frames have equal quality, the earlier frame
+counts as better. NaN is the lowest quality.
 """
 
 import fractions
@@ -42,12 +42,12 @@ def filter_frames(
         frames. With `drop`, it loses them.
 
     Source: the thresholds are from quality fusion (4th place 2019), whose code (training.py:98 at
-    60f5127) drops poor clips. The best 70 % are from Residual Dense Net (2nd place 2019). The
+    60f5127) drops poor clips. A `top_share` of 0.7 is from Residual Dense Net (2nd place 2019). The
     papers have no `keep`.
     """
     check_choice("poor_clips", poor_clips, ("drop", "keep"))
     if not 0 < top_share <= 1:
-        raise UserError(f"top_share or kept_share is {top_share}: must be above 0 and at most 1")
+        raise UserError(f"top_share or kept_share={top_share}: must be above 0 and at most 1")
     kept = frames.mask
     if min_quality is not None:
         kept = kept & (ordered_quality(frames.quality) >= min_quality)
@@ -98,11 +98,11 @@ def sample_frames(
     Args:
       rng: PRNG key to draw frames at random. A clip with fewer than `num_frames` frames then keeps
         all frames and repeats random frames. None selects evenly spaced frames.
-      order: order of the selected frames, `time` or `random`. Without a key, the random order is
-        the same for all clips.
+      order: order of the selected frames, `time` or `random`. If `rng` is None, the random order
+        is the same for all clips.
       replacement: if True, frames are drawn with replacement from clips with fewer than
-        `num_frames` frames. If `rng` is None, a fixed key draws them, and frames of longer clips
-        are almost evenly spaced.
+        `num_frames` frames. If `rng` is None, a fixed key draws these frames, and the frames of
+        longer clips are almost evenly spaced.
 
     Source: DeepMEF (3rd place 2019), whose code draws in random order and with `replacement`, in
     training and test. The paper has no time order and no evenly spaced frames. By default, a short
@@ -206,7 +206,7 @@ def per_frame_uniform(rng: Array, mask: Array) -> Array:
 
 
 def take(values: Array, index: Array) -> Array:
-    """Selects frames by their numbers `index` [B, T'], for each of B clips.
+    """Selects frames by their positions `index` [B, T'], for each of B clips.
 
     `values` are [B, T], [B, T, D] or LazyFeatures. Returns [B, T'], [B, T', D] or LazyFeatures.
     """
@@ -264,8 +264,8 @@ def _select_first(
 
     `order` [B, T] are indices of frames, real frames first. A clip with fewer frames keeps all of
     them and repeats some. The repeated frames are random if `rng` is a key, or if
-    `fixed_draws` is True. Otherwise, all frames are repeated in turn. If `replacement` is True, not
-    only the repeated frames of such a clip are random, but all. A fixed key replaces `rng` None.
+    `fixed_draws` is True. Otherwise, all frames are repeated in turn. If `replacement` is True, all
+    frames of a clip with fewer frames are random. If `rng` is None, random numbers are fixed.
     """
     order = order[:, :num_frames]
     count = jnp.sum(frames.mask, axis=1, dtype=jnp.int32)[:, None]
@@ -282,7 +282,7 @@ def _select_first(
 
 
 def _select_frames(frames: Frames, index: Array) -> Frames:
-    """Returns Frames [B, T'] of the frames with the numbers `index` [B, T'] of each clip.
+    """Returns Frames [B, T'] of the frames at the positions `index` [B, T'] of each clip.
 
     The mask of the result is False only for clips without frames.
     """
@@ -422,9 +422,9 @@ def mean_frame(frames: Frames, *, weighting: str = "uniform") -> Frames:
 
 
 def _read_frame(values: Array | LazyFeatures, t: Array | int | None) -> Array:
-    """Returns frame number `t` of every clip, [B] or [B, D], given `values` [B, T] or [B, T, D].
+    """Returns the frame at position `t` of every clip, [B] or [B, D].
 
-    If `t` is None, returns all frames, [B, T] or [B, T, D].
+    `values` are [B, T] or [B, T, D]. If `t` is None, returns all frames, [B, T] or [B, T, D].
     """
     if t is None:
         return read(values)
@@ -481,8 +481,8 @@ def crop_means(
 
     Args:
       weighting: a weighting of `frame_weights`.
-      always_shorter: the left-out thirds and sixths are rounded down. If the option is True, at
-        least 1 frame is left out instead of 0, unless no frame would remain.
+      always_shorter: the left-out thirds and sixths are rounded down, possibly to 0 frames. If the
+        option is True, they are rounded to 1 frame instead of 0, provided that a frame remains.
 
     Source: test-time crops of the 5th-place system of 2018, whose code uses `always_shorter`.
     """

@@ -162,7 +162,7 @@ def batch_focal(
 ) -> Array:
     """Computes the focal loss (1 - p)^gamma x cross-entropy, with a single p for the whole batch.
 
-    p follows from the batch: -log p is the weighted mean of all its cross-entropies. If a model has
+    p follows from the batch: -log p is the weighted mean of the cross-entropies. If a model has
     G branches (sets of logits for each example), each branch has a separate p. Returns the loss of
     each label, [...].
 

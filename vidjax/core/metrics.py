@@ -109,7 +109,7 @@ def identification_errors(
       fpir: the largest share of new distractors that may get a name, from 0 to 1.
 
     Returns:
-      The errors at the lowest threshold that at most the share `fpir` of new distractors reaches.
+      The errors at the lowest threshold that a new distractor reaches with probability <= `fpir`.
         The threshold has the precision of the scores. If no clip is known, or if there are too few
         distractors for `fpir`, returns None.
 
@@ -216,7 +216,7 @@ def top1(clips: ClipScores, labels: np.ndarray) -> float:
 
 
 def mean_loss(clips: ClipScores, labels: np.ndarray) -> float | None:
-    """Returns the mean over known clips of minus the log-probability of the right identity.
+    """Returns the mean of -log(probability of the right identity) over the known clips.
 
     Known clips have a label [N] int above 0. Returns None if no log-probability is known.
     """

@@ -56,7 +56,7 @@ class Warmup(NamedTuple):
     steps_per_epoch: float  # optimiser steps per epoch; may be a fraction
 
     def multiply(self, scale: optax.Schedule) -> optax.Schedule:
-        """Returns a schedule, step -> rate: a warm-up, then the peak, both x `scale(step)`."""
+        """Returns a schedule, step -> rate: the warm-up and then the peak, times `scale(step)`."""
         rate = optax.constant_schedule(self.peak)
         if self.warmup_steps >= 1:
             rate = optax.linear_schedule(self.start, self.peak, self.warmup_steps)

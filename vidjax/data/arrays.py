@@ -165,7 +165,7 @@ def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
         raise NoFileError(
             f"'{folder}' contains no features, that is, no SPLIT/CLIP.npz and no SPLIT.parquet\n"
             "name a folder with files such as train/clip1.npz; splits are train, val, test\n"
-            "vidjax/data/README.md converts other files with numpy.savez('train/clip1.npz', face=x)"
+            "for other files, see vidjax/data/README.md: numpy.savez('train/clip1.npz', face=x)"
         )
     return files
 
@@ -187,9 +187,9 @@ def _refuse_parts(tables: Sequence[Path], present: Collection[str]) -> None:
 
 
 def list_npz_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Returns two lists: the files `CLIP.npz` and `DAY/CLIP.npz` of a folder, and all other paths.
+    """Returns two lists: the files `CLIP.npz` and `DAY/CLIP.npz` of a folder, and other paths.
 
-    Other files that `vidjax extract` writes, such as `extract.json`, are in none of the lists.
+    Files of `vidjax extract` that are not clips, such as `extract.json`, are in neither list.
     """
     clips, others = list[Path](), list[Path]()
     for entry in _scan(folder):

@@ -39,7 +39,7 @@ def check_folder(folder: Path, remedy: str) -> None:
 
 
 def check_file(path: Path) -> None:
-    """Raises UserError if `path` exists, but is not a file: a folder or a broken link, for example.
+    """Raises UserError if `path` is a folder, a broken link, or something else that is not a file.
 
     If there is nothing at `path`, there is no error.
     """
@@ -48,7 +48,7 @@ def check_file(path: Path) -> None:
     kind = "is a folder" if path.is_dir() else "is not a regular file"
     if not path.exists():
         kind = f"is a link to '{path.readlink()}', which does not exist"
-    raise UserError(f"'{path}' {kind}: put a file there, or rename it")
+    raise UserError(f"'{path}' {kind}: replace it by a file, or rename it")
 
 
 # First bytes of a file that users mistake for a pickle -> its kind. No pickle begins with them.
@@ -187,7 +187,7 @@ def find_transposed(
 def find_equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> Iterator[str]:
     """Yields a message for each modality in which all frames have almost the same quality.
 
-    Qualities that are not the norms of the features are not checked. `report` is the data report.
+    Only qualities that are the norms of the features are checked. `report` is the data report.
     """
     for modality in modalities:
         counts = _list_counts(report, report["splits"], modality)
@@ -211,8 +211,8 @@ def warn_of_bad_values(
     """Warns of unusual values of frames, such as negative qualities, and says what replaces them.
 
     `place` is the modality, and `frames` is its number of frames. `official` is True for the
-    official files of iQIYI-VID, in which some qualities are negative. There is then a warning about
-    negative qualities only if all qualities are negative.
+    official files of iQIYI-VID, in which some qualities are negative. For these files, the
+    warning about negative qualities appears only if all qualities are negative.
     """
     for bad in values:
         effect = "it is replaced by 0"
@@ -341,12 +341,12 @@ def warn_of_changed(places: Mapping[str, str]) -> None:
 
 
 def _simplify(name: str) -> str:
-    """Returns the pattern of a name with digits: words become `a`, and numbers become `0`.
+    """Returns the pattern of a name that has digits: words become `a`, and numbers become `0`.
 
     A number of 16 or more digits becomes `00`. The pattern of a name without digits is "". A name
-    such as 1e5 or Jan-01 may be a number or a date that a program has written. But if another
-    identity has the same pattern, it is probably a name: 1e5 if there is also a code 1a5, and
-    Jan-01 if there is also a person Ada-01.
+    such as 1e5 or Jan-01 may be a number or a date that a program has written. If another
+    identity has the same pattern, such a name is probably unchanged: 1e5 if there is also a code
+    1a5, and Jan-01 if there is also a person Ada-01.
     """
     text = re.sub(r"\w*[^\W\d]\w*", "a", name) if re.search(r"\d", name) else ""
     return re.sub(r"\d{1,15}", "0", text)

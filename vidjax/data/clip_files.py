@@ -139,8 +139,8 @@ def write_npz(
 ) -> None:
     """Writes several clips to an `.npz` file.
 
-    `clips` is clip -> name of an array, such as `face_quality` -> array. `nets` is modality ->
-    digest of the net that computed the vectors.
+    `clips` is clip -> array name -> array. An array name is, for example, `face_quality`. `nets` is
+    modality -> digest of the net that computed the vectors.
     """
     parts = group_by_key(pair for arrays in clips.values() for pair in arrays.items())
     joined: dict[str, np.ndarray] = {"clips": np.array([*clips], np.str_)}

@@ -309,8 +309,8 @@ def make_eval_plan(
       split: the clips.
       modalities: the modalities that are evaluated.
       only: [N] bool, True for the clips to evaluate, by default all.
-      join: True if a group is joined with the next longer group, unless this adds more than 65536
-        frames of padding. Then fewer programs are compiled. Use False for models that score each
+      join: True to join a group with the next longer group if this adds at most 65536 frames of
+        padding. Then fewer programs are compiled. Use False for models that score each
         frame separately, because their time grows with the padding.
     """
     lengths = longest(split, modalities)
@@ -337,7 +337,7 @@ def make_batch_plan(
     seed: int,
     epoch_clips: np.ndarray | None = None,
 ) -> BatchPlan:
-    """Plans the training batches. For the other arguments, see BatchPlan.
+    """Plans the training batches. For arguments that are not explained here, see BatchPlan.
 
     `splits` are the training splits. A modality is padded to the length of its longest clip,
     rounded up by the function `padded`, but to at most `max_frames` frames.
@@ -408,7 +408,7 @@ def pad(
       frames: field -> a list of arrays, [t] or [t, D], one per clip.
       shape: (B, T).
       modality: the width and the dtype of the features.
-      first: [B] int or None, which frames of longer clips are taken, see `choose_frames`.
+      first: [B] int, the first frame to take from longer clips, or None: see `choose_frames`.
     """
     size = shape[1]
     mask = np.zeros(shape, bool)
@@ -428,8 +428,8 @@ def choose_frames(
     """Yields, for each of n clips, a slice or the positions of the frames that a batch contains.
 
     A batch has room for `size` frames per clip. `quality` is a list of n arrays, [t]. A clip with
-    more than `size` frames is cut: to consecutive frames, beginning with frame `first` [n] int, or
-    to the frames of the highest quality in time order, if `first` is None.
+    more than `size` frames is cut. If `first` is None, it keeps the frames of the highest quality,
+    in time order. Otherwise, it keeps consecutive frames, beginning with frame `first` [n] int.
     """
     for row, values in enumerate(quality):
         if len(values) <= size:

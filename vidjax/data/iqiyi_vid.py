@@ -147,7 +147,7 @@ def find_pickles(directory: str | os.PathLike[str]) -> dict[tuple[str, str], Pat
 
 
 def _hint(directory: Path) -> str:
-    """Returns a line for an error message that says where the missing pickles probably are.
+    """Returns a hint where the missing pickles probably are, as a line for an error message.
 
     If no other place is found, returns "".
     """

@@ -39,8 +39,8 @@ def load_official_truth(
 ) -> dict[str, dict[str, str]]:
     """Returns split -> clip -> identity, from the files `{split}_gt.txt` of a directory.
 
-    `clips` is split -> names of the clips with features. A warning appears if a file names other
-    clips.
+    `clips` is split -> names of the clips with features. A warning appears if a file names clips
+    without features.
     """
     truth = {}
     for split, path in find_ground_truth(directory).items():
@@ -230,7 +230,7 @@ def _clean_person(place: str, identity: object) -> str:
         text = clean_identity(str(identity))
     if re.fullmatch("-[0-9]+", text):
         raise UserError(
-            f"{place}: identity {text} is negative: if the clip shows no known person, leave it out"
+            f"{place}: identity {text} is negative: leave out the clip if it shows no known person"
         )
     return text
 
@@ -312,10 +312,10 @@ def read_truth(
             if not inverted:
                 _check_pair(fields, "identity, NAME.mp4 ID")
             elif not names:
-                raise UserError(f"identity {show(identity)} has no clips: add one, or delete it")
+                raise UserError(f"identity {show(identity)} has no clips: add clips, or delete it")
             first = line_of_identity.setdefault(identity, number)
             if inverted and first != number:
-                raise UserError(f"identity {show(identity)} is already in line {first}: join them")
+                raise UserError(f"identity {show(identity)} is already in line {first}: join both")
             lines.append(line := TruthLine(number, identity, {}))
             for text in names:
                 name = _parse_clip(text, known)

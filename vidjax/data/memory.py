@@ -104,9 +104,9 @@ class MemoryClips:
           identities: the names of the classes of the model.
           quality: the source of the qualities, as in the training. See `Quality`.
 
-        A clip that has only other modalities becomes a clip without frames, with a warning. Another
-        warning appears if the name of a modality may be misspelt. Raises UserError if the model
-        reads none of the modalities of the clips.
+        A clip without a modality of the model becomes a clip without frames, with a warning.
+        Another warning appears if the name of a modality may be misspelt. Raises UserError if the
+        model reads none of the modalities of the clips.
         """
         names: dict[str, str] = {}  # clip -> its name in the input
         given: dict[str, frozenset[str]] = {}  # clip -> all its modalities in the input
@@ -136,7 +136,7 @@ class MemoryClips:
         if lost := [x for x in given if given[x] and given[x].isdisjoint(modalities)]:
             warn(
                 f"{len(lost):,} of {len(names):,} clips have no modality of the run, for example "
-                f"{show(lost[0])}\nthese clips count as clips without frames"
+                f"{show(lost[0])}\nthe run does not read them: they count as clips without frames"
             )
         return cls(packed, names, modalities, identities)
 
@@ -153,8 +153,8 @@ class MemoryClips:
 
         Frames are weighted by quality. If no frame of a clip has a quality above 0, all frames of
         the clip have equal weights. The mean of a clip without frames is 0. A mean also becomes 0,
-        with a warning, if it consists only of rounding errors, or if no number in it is above
-        `least` in magnitude.
+        with a warning, in two cases: it consists only of rounding errors, or all its numbers are at
+        most `least` in magnitude.
         """
         vectors = np.zeros((len(self.names), self._modalities[modality].dim), np.float32)
         features, quality, *_, starts, lengths = self._packed.frames[modality]
@@ -324,7 +324,7 @@ def find_files(
     if split is not None:
         raise UserError(
             f"'{path}' has no splits, so the split '{split}' cannot be chosen\n"
-            "leave out the argument split, or --config.eval.split of vidjax rank and embed"
+            "leave out split in Python, and --config.eval.split in vidjax rank and vidjax embed"
         )
     return path, paths
 
@@ -352,7 +352,7 @@ def load_people(
     if people.keys() <= set(SPLITS):
         raise UserError(
             f"{path}: {', '.join(people)} are splits of a dataset, not names of people\n"
-            "choose a split with --split, or name its folder: "
+            "choose a split with --split, or the folder of a split: "
             f"--input={shlex.quote(str(path / next(iter(people))))}"
         )
     refuse_unread(others, "PERSON/CLIP.npz")

@@ -32,7 +32,7 @@ LARGEST = float(np.finfo(np.float32).max)  # models compute in float32
 
 
 class FrameField(NamedTuple):
-    """Dtype, default and official name of a value that each frame has, such as its quality."""
+    """A value that each frame has, such as its quality: its dtype, default and iQIYI-VID name."""
 
     dtype: str
     missing: float | None  # the default; None stands for the position of the frame in its clip
@@ -72,7 +72,7 @@ class BadValues(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Counts the clips and frames of a modality in files, and the frames that were left out."""
+    """Counts the clips and frames of a modality in a source, and the frames that were left out."""
 
     clips: Count
     frames: Count  # includes the frames that were left out
@@ -281,7 +281,7 @@ def pack_arrays(arrays: Mapping[str, Any], length: ArrayLike) -> Packed:
 
 
 def get_dtype(field: str, features: str | np.dtype) -> np.dtype:
-    """Returns the dtype of a field: `features` if the field is "features", or a fixed dtype."""
+    """Returns the dtype of a field. For the field `features`, it is the argument `features`."""
     return np.dtype(features if field == "features" else FRAME_FIELDS[field].dtype)
 
 
@@ -318,8 +318,8 @@ def map_again(frames: Packed) -> Packed:
 class Summary(Struct):
     """The names, lengths and counts of N clips in a modality, without the values of frames.
 
-    A child process sends this object, so the constructor does not trust it. If the values
-    contradict each other, the constructor raises ValueError.
+    A child process sends the values, which may be wrong. So the constructor raises ValueError if
+    they contradict each other.
     """
 
     names: list[str]

@@ -114,7 +114,8 @@ def read_frames(value: Any, place: str, quality: Quality = "given") -> dict[str,
     `value` is an array of features: [T, D], or [D] for a single frame. It may also be a dict with
     `features` and, optionally, `number`, `quality` and `detection`, [T] each. The result always has
     these four fields, and `features` [T, D] keep their dtype. If the clip has no frames, the result
-    is {}. Raises UserError, which begins with `place`. For `quality`, see `Quality`.
+    is {}. If `value` is malformed, raises UserError, which begins with `place`. For `quality`, see
+    `Quality`.
     """
     given = dict(value) if isinstance(value, Mapping) else {"features": value}
     given = {key: column for key, column in given.items() if key not in IGNORED}

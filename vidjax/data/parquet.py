@@ -197,8 +197,8 @@ def read_labels(path: Path) -> Iterator[tuple[int, Any, Any]]:
         names = tables.find_columns(str(path), titles, ("clip", "identity"))
         if not names:
             raise UserError(
-                f"{path}: the table has no column clip or no column identity, only "
-                f"{show(', '.join(titles))}\nname the columns clip and identity"
+                f"{path}: the table needs the columns clip and identity, but has only "
+                f"{show(', '.join(titles))}\nrename its columns to clip and identity"
             )
         _check_footer(path, file, names)
         _run(path, {"names": names}, type(None))
@@ -247,7 +247,7 @@ def _check_footer(path: Path, file: "parquet.ParquetFile", names: Sequence[str])
     if size > limit:
         raise UserError(
             f"{path}: its columns take {size:,} bytes, but only {limit:,} are allowed, a third of "
-            "the memory\nfor rank, embed and gallery identify, split it into several tables\n"
+            "the memory\nfor rank, embed and gallery identify, split the table into several\n"
             "for training, write a file SPLIT/CLIP.npz for each clip"
         )
     if size > _get_room(path):
@@ -374,7 +374,7 @@ def _write_columns(
             first += len(chunk)
             flat = chunk.flatten()
             if flat.null_count:
-                raise UserError(f"{path}: column features: a list contains a null: remove the row")
+                raise UserError(f"{path}: column features: a list contains a null: remove its row")
             flat = flat.to_numpy(zero_copy_only=False)
             width = compute.call_function("list_value_length", [chunk])
             widths.append(width.to_numpy(zero_copy_only=False))
@@ -417,7 +417,7 @@ def _encode_text(path: Path, name: str, column: Any) -> tuple[list[str], np.ndar
         values.validate(full=True)  # a damaged table may contain text that is not UTF-8
     except pyarrow.ArrowException:
         raise UserError(
-            f"{path}: column {name} is of type {column.type}, or not UTF-8: write text in UTF-8"
+            f"{path}: column {name} ({column.type}) is not text in UTF-8: write text in UTF-8"
         ) from None
     return values.to_pylist(), codes.indices.to_numpy()
 

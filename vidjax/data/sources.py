@@ -140,8 +140,8 @@ def load(
 def read_modalities(data: Section) -> Mapping[str, int]:
     """Returns modality -> feature width of a dataset, without reading features.
 
-    `data` is the section `data` of a configuration. An unknown width is 0. If even the modalities
-    are unknown, because the names of the files do not contain them, returns {}.
+    `data` is the section `data` of a configuration. An unknown width is 0. If the names of the
+    files do not contain the modalities, returns {}.
     """
     if data["name"] == "synthetic":
         return synthetic.SIZES[data["size"]].dims
@@ -154,7 +154,7 @@ def _parse_synthetic_options(data: Section) -> SyntheticOptions:
 
 
 def describe(data: Section) -> str:
-    """Returns the name of a dataset. For a synthetic dataset, adds its size and changed options.
+    """Returns the name of a dataset. If it is synthetic, adds size, seed and non-default options.
 
     `data` is the section `data` of a configuration.
     """

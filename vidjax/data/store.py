@@ -4,7 +4,7 @@ The cache has a folder for each dataset. The folder contains files `SPLIT/MODALI
 have the values of a field (such as `quality`) of all frames, clip after clip. It also contains
 `index.npz` (for each clip: name, position of the frames, number of frames, quality and checksum),
 `data_report.json` and `manifest.json`. The manifest is written last. It contains the sha256 of all
-other files, and of its own other entries. Equal datasets give equal files. Features identify
+other files, and of the rest of the manifest. Equal datasets give equal files. Features identify
 people, so only the user may read the files of the cache.
 """
 
@@ -132,10 +132,10 @@ def _read_file_state(path: Path) -> tuple[int, ...]:
 def fill(folder: Path, write: Callable[[Path], None], last: str = "") -> None:
     """Fills a folder of the cache, if it does not exist or is incomplete.
 
-    The function `write` writes the files to the folder that it is given as its argument. This
-    folder has a temporary name, and is renamed when it is complete. `last` is the name of the file
-    that is written last. If it is given, a folder without this file counts as incomplete. Other
-    processes wait until the folder is filled. The time of the folder becomes the time of this call.
+    The function `write` gets a folder with a temporary name, and writes the files to this folder.
+    The folder is renamed when it is complete. `last` is the name of the file that is written last.
+    If it is given, a folder without this file counts as incomplete. Other processes wait until the
+    folder is filled. The time of the folder becomes the time of this call.
     """
     if not files.exists(folder / last):
         with exclusive(folder):

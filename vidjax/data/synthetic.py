@@ -1,10 +1,10 @@
 """Generates a dataset like iQIYI-VID: pickles of features in the official layout, and ground truth.
 
 In each modality, a person is a unit vector in a subspace of 64 dimensions. In each clip, the vector
-is displaced, partly along a few directions that all people share, as if by the pose. The frames of
-the clip are spread around the displaced vector, further if their quality is lower. So clips of a
-person differ more than frames of a clip. There are also look-alikes, strangers, frames of the wrong
-person, modalities without information, and missing modalities.
+is displaced. A part of the displacement is along a few directions that all people share, like
+poses. The frames of the clip are spread around the displaced vector, at low quality more than at
+high quality. So clips of a person differ more than frames of a clip. There are also look-alikes,
+strangers, frames of the wrong person, modalities without information, and missing modalities.
 
 The displacement (`Size.spread`) was calibrated on single modalities and then fixed. The table has
 the MAP@100 on val, including distractors, of an MLP for each modality. The MLP has two layers of
@@ -104,9 +104,9 @@ class SyntheticOptions(NamedTuple):
         are consecutive. If they include the first frame, the voice and the scene differ, too. The
         iQIYI-VID paper allows several people in up to 70 % of the frames (section 3.2).
       blur: how strongly the noise of a frame depends on its quality. The noise is proportional to
-        exp(blur (78 - quality) / 50). With a blur of 0, 1, 1.5 and 2, the MAP of nearest neighbours
-        on the small dataset rises by 0.002, 0.005, 0.009 and 0.021 if frames of faces are weighted
-        by quality.
+        exp(blur (78 - quality) / 50). If frames of faces are weighted by quality, the MAP of
+        nearest neighbours on the small dataset rises by 0.002, 0.005, 0.009 and 0.021, for a blur
+        of 0, 1, 1.5 and 2.
       label_noise: share of labelled train clips with the label of another person. The iQIYI-VID
         paper reports at most 0.002 (section 3.4).
       train_distractors: share of train clips that show a stranger. In iQIYI-VID, the share is 0 in
@@ -382,10 +382,10 @@ class _Clips:
     ) -> np.ndarray:
         """Draws the features [F, D] of F frames.
 
-        `points` [F, RANK] is the vector of the person in each frame, and `quality` [F] its quality.
-        A track is the frames of one person in one clip, and `track` [F] is the track of each frame.
-        `spread` has, for each track, the distance of its frames from the vector of the person.
-        `position` [F] is the position of a frame in its clip.
+        `points` [F, RANK] is the vector of the person in each frame. A track is the frames of one
+        person in one clip. `track` [F], `quality` [F] and `position` [F] are the track of each
+        frame, its quality, and its position in the clip. `spread` has, for each track, the distance
+        of its frames from the vector of the person.
         """
         rng, num_tracks, num_frames = self.rng, len(spread), len(track)
         pose = _draw_unit_points(rng, num_tracks, _POSE_RANK) @ self.world.pose[modality]
@@ -428,7 +428,7 @@ def _draw_orthonormal(rng: np.random.Generator, rank: int, dim: int) -> np.ndarr
 
 
 def _draw_strangers(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Draws which stranger each of `count` clips shows, [count] int. Many have only one clip."""
+    """Draws the stranger of each of `count` clips, [count] int. Many strangers have one clip."""
     singles = round(count * _SINGLETON_RATE)
     sizes, left = [1] * singles, count - singles
     while left > 0:

@@ -115,7 +115,7 @@ def _cut(content: mmap.mmap) -> Iterator[tuple[list[bytes], range]]:
 
 
 class _Runs:
-    """Skips pickle opcodes with arguments of fixed size, and counts opcodes that number an object.
+    """Skips pickle opcodes with arguments of fixed size. Counts those that give an object a number.
 
     Later opcodes refer to an object by its number. Most arrays have the same sequence of opcodes.
     So the first sequences become regular expressions, because matching an expression is faster than

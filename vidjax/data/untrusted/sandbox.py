@@ -61,7 +61,7 @@ def work(arguments: dict[str, Any]) -> Summary:
             return pack(load(file, size) for _ in range(1))
     except OSError as error:
         reason = error.strerror or str(error)
-        raise DiskError(f"'{path}' cannot be read, or copied to {out_dir}: {reason}") from None
+        raise DiskError(f"'{path}' cannot be converted to files in {out_dir}: {reason}") from None
 
 
 def unpack(
@@ -75,7 +75,7 @@ def unpack(
     Otherwise, the majority of the clips decides which values a frame has.
 
     The returned arrays are memory maps of files in `out_dir`. Keep `out_dir` as long as the arrays.
-    No other call may use this folder. With `children`, another thread can kill the child process.
+    No other call may use this folder. With `children`, another thread can kill this process.
     Raises UserError if the pickle is malformed, or exceeds a limit.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -159,8 +159,8 @@ def _clean_names(content: object, known: set[str], budget: "_Budget") -> dict[st
     if repeated:
         more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
         raise UserError(
-            f"clips are repeated: {', '.join(repeated[:5])}{more}: keep one of each, "
-            f"because {ENDING} is left out of names"
+            f"clips are repeated: {', '.join(repeated[:5])}{more}: keep one of each. "
+            f"Names with and without {ENDING} count as equal"
         )
     return clips
 
@@ -223,7 +223,7 @@ def _choose_fields(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
     if length not in _ENTRIES:
         raise UserError(
             f"the frames of {modality} have {length} values, but may have only "
-            f"{', '.join(_ENTRIES[5])}: {REMEDY}"
+            f"{', '.join(_ENTRIES[5])}, or some of these: {REMEDY}"
         )
     return _ENTRIES[length]
 
@@ -323,7 +323,7 @@ def _parse_number(value: Any) -> int:
     if type(value) in (bytes, str) and value.isdigit() and value.isascii():
         return int(value)
     if type(value) is not int or value < 0:
-        raise TypeError("must be digits, or a whole number of 0 or more")
+        raise TypeError("must be digits as text, or a whole number of 0 or more")
     return value
 
 

@@ -30,7 +30,7 @@ class _Sealed(type):
 
 
 class _NdArray(metaclass=_Sealed):
-    """Replaces numpy.ndarray. A pickle may only pass it to _reconstruct, as the first argument."""
+    """Replaces numpy.ndarray. A pickle may only pass the class to _reconstruct, as argument 1."""
 
     def __new__(cls, *args: object) -> "_NdArray":
         raise UserError("the pickle is refused, because it calls numpy.ndarray")
