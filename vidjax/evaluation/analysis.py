@@ -38,7 +38,7 @@ def analyse(evaluation: Evaluation) -> tuple[Analysis, Arrays]:
 
     If the model has attention, this function reads the frames of the split again. The analysis of a
     blend (several runs whose scores are joined) has the modalities of its first run, and no
-    attention. The training clips of each identity are counted if the evaluated data contain them.
+    attention. If the evaluated data contain training clips, these are counted for each identity.
     """
     model, split = evaluation.model, evaluation.split
     names = () if evaluation.joined else model.system.model.vector_names
@@ -116,8 +116,8 @@ def write_results(
       evaluated: an evaluation of each split. The first, of `config.eval.split`, is written last.
       about: further entries of the metrics, which describe the training. If `about` has an entry
         `overrides`, the names of the files contain the name of the split. The entry `finished` is
-        False until the report is written. If the process is killed before that, the command writes
-        the report when it is repeated.
+        False until the report is written. If the process is killed earlier, the user repeats the
+        command, which then writes the report.
     """
     metrics = {}
     for evaluation in reversed(evaluated):
@@ -156,9 +156,9 @@ def describe_evaluation(folder: RunFolder, config: Config, step: int | None) -> 
     """Returns the entries of the metrics that describe how a run was trained and evaluated.
 
     The entries are `eval_date`, the entries of the training, and `overrides`. The dict `overrides`
-    is field -> value of `config`, for values that affect scores and differ from the training. If it
-    is present, `write_results` uses other names of files, so that the results of the training are
-    not replaced.
+    is field -> value of `config`. It has the values that affect scores and differ from the
+    training. If there are such values, `write_results` uses other file names, so that the results
+    of the training are not replaced.
 
     `step` is the step of the scored checkpoint, or None for a blend, which has no checkpoint. If a
     finished run has lost its latest checkpoint, `overrides` contains the `step` that was scored
@@ -215,9 +215,9 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Ranks `config.eval.split` and `config.eval.splits` with a run or a blend of runs.
 
-    A blend joins the scores of several runs. If the folder has no configuration yet, it becomes the
-    folder of a new blend. Writes the results into the folder, see `write_results`. Returns split ->
-    metrics. The data may be other clips than the training data, with or without a ground truth.
+    A blend joins the scores of several runs. A folder without a configuration becomes the folder of
+    a new blend. Writes the results into the folder, see `write_results`. Returns split -> metrics.
+    The data may be other clips than the training data, with or without a ground truth.
 
     Args:
       load: loads the dataset of a run, given the configuration of the run.

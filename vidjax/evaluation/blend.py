@@ -94,7 +94,7 @@ class Blend:
         if len(group_clips(np.concatenate(uses))) > max(len(group_clips(use)) for use in uses):
             names = ", ".join(model.name for model in self.models)
             raise UserError(
-                f"--runs: these runs have different folds, so learned numbers cannot join them: "
+                f"--runs: the folds of these runs differ, so learned numbers cannot join scores: "
                 f"{names}\ntrain them with the same --config.ensemble.folds, or leave out "
                 "--config.join.learned"
             )
@@ -118,8 +118,8 @@ class Blend:
     def join(self, numbers: schemas.Join | None, weights: Sequence[float]) -> Scores:
         """Joins the scores of R runs to one score for each clip and identity.
 
-        `numbers` are the learned parameters of `calibration.join_scores`. If it is None, the joint
-        scores are the means of the probabilities of the runs, with `weights` [R].
+        `numbers` are the learned parameters of `calibration.join_scores`, or None. With None, the
+        joint scores are the means of the probabilities of the runs, with `weights` [R].
         """
         part, shares = np.full(len(self.split.clips), -1), np.asarray(weights, np.float32)
         rows = [getattr(numbers, name) for name in Calibration._fields] if numbers else []
@@ -137,8 +137,8 @@ class Blend:
     def rank(self, joined: Scores, numbers: schemas.Join | None) -> TopK:
         """Returns the best clips of each identity by joint scores.
 
-        If learned `numbers` are given, and a run is a PLDA model, the order also depends on the
-        scores of similar clips, see `diffusion`.
+        If learned `numbers` are given, and one of the runs is a PLDA model, the order also depends
+        on the scores of similar clips, see `diffusion`.
         """
         if not numbers:
             return rank_array(joined)
@@ -284,8 +284,8 @@ def run_config(config: Config, path: Path) -> Config:
     """Returns the configuration with which a blend scores the run in the folder `path`.
 
     It is the configuration of the run, except for three changes. The split and the block size come
-    from `config`, the configuration of the blend. If `config` names a folder of the data or of the
-    cache, this folder replaces the folder of the run. The scores `logits` become `log_softmax`.
+    from `config`, the configuration of the blend. If `config` sets `data.dir` or `data.cache_dir`,
+    this value replaces the value of the run. The scores `logits` become `log_softmax`.
     """
     run = RunFolder(path)
     own = run.config

@@ -38,7 +38,7 @@ NUMBERS = (int, float)  # types of metrics that seeds average
 
 
 class RankedRun(NamedTuple):
-    """The metrics and average precisions of a run on a split, or their means over several runs."""
+    """The metrics and average precisions of a run on a split, or the means of several runs."""
 
     name: str  # the folder of the run, as the user typed it
     split: str
@@ -498,8 +498,8 @@ def sentences(runs: Sequence[RankedRun], differences: Sequence[Difference]) -> l
 def describe_unusual(runs: Sequence[RankedRun]) -> list[str]:
     """Returns sentences about runs with unusual results.
 
-    A run is unusual if `facts.FACTS` has a sentence about its training (such as: it was extended),
-    or if its evaluation changed fields of the configuration.
+    A run is unusual if `facts.FACTS` has a sentence about its training, for example that the
+    training was extended. A run whose evaluation changed the configuration is unusual, too.
     """
     texts = []
     for run in runs:

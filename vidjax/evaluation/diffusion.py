@@ -114,8 +114,8 @@ def _compare(
     """Computes the weights of the neighbours of n clips, for some of the clips at a time.
 
     `logs` are the logarithms of the probabilities of all clips, `rows` [n] are the rows of the
-    clips in `logs`, and `views` are the clips in each modality. Yields three arrays: rows, columns
-    and values of the matrix of weights.
+    clips in `logs`, and `views` are their vectors in each modality. Yields three arrays: rows,
+    columns and values of the matrix of weights.
     """
     most, size = min(NEIGHBOURS, len(rows)), min(MAX_ROWS, 1 + MAX_VALUES // len(rows))
     threshold = max(THRESHOLD, np.log(len(rows) / OTHERS))
@@ -159,7 +159,7 @@ def rank(scores: Scores, weights: scipy.sparse.csr_array) -> TopK:
 
 
 def _read(logs: np.ndarray, clips: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Returns the scores [C, k] of the k ranked clips of each identity, in this order.
+    """Returns the scores [C, k] of the k ranked clips of each identity, in the order of `index`.
 
     `index` [C, k] are the indices of the ranked clips. Where it is NO_CLIP, the score is -inf.
     `logs` [n, C] are the scores of n clips, and `clips` [n] their indices, ascending.

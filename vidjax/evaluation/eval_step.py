@@ -132,8 +132,8 @@ def _reduce_examples(
     Args:
       values_of: a function that computes the values [B G, K] of G examples per clip from their
         frames [B G, 1, ...] and the mask of real examples, [B, G].
-      logs: True if the values are logarithms. Their mean is then the logarithm of the mean of their
-        exponentials.
+      logs: True if the values are logarithms. Then the mean is taken over their
+        exponentials, and its logarithm is returned.
       reduce: how the values of the examples of a clip become one row, `mean` or `max`.
     """
     fused = system.fuse(None, batch.frames, hidden_chunk)

@@ -215,8 +215,8 @@ def group_by_quantile(values: np.ndarray, chosen: np.ndarray) -> Groups:
 def group_by_modalities(split: Split, names: Sequence[str], pool: np.ndarray) -> Groups:
     """Groups clips by the set of modalities that they have, such as `face, audio`.
 
-    `names` are the modalities. `pool` [N] bool is True for ranked clips: their most common sets
-    form a group each, and all other sets form the group `others`.
+    `names` are the modalities. `pool` [N] bool is True for ranked clips. Each of the most common
+    sets of ranked clips forms a group, and all other sets form the group `others`.
     """
     present = np.stack([split.lengths[name] > 0 for name in names])  # [M, N]
     code = np.sum(present << np.arange(len(names))[:, None], axis=0)  # bit i: modality i
@@ -257,10 +257,10 @@ def find_worst_identities(scored: ScoredSplit) -> list[schemas.WorstIdentity]:
     """Returns a row for each of the identities with the lowest average precision, worst first.
 
     Two fields of a row list up to three pairs (index of another identity, number of clips):
-    - `lost_to`: clips of the identity that score highest for the other identity. The index -1 means
+    - `lost_to`: clips that show the identity, but score highest for the other. The index -1 means
       that the best identity is unknown, see `best_lists`.
-    - `mixed_with`: clips of the other identity among the n best clips of the identity, where n is
-      the number of clips that show the identity. The index -1 means distractors.
+    - `mixed_with`: clips that show the other identity, among the n clips that score highest for
+      the identity. n is how many clips show the identity. The index -1 means distractors.
     """
     positives, average = scored.positives, scored.averages
     known = np.flatnonzero(positives > 0)
@@ -331,9 +331,9 @@ def find_confused_pairs(clips: ClipScores, labels: np.ndarray) -> list[schemas.C
 def measure_suspects(scored: ScoredSplit, clips: ClipScores) -> schemas.Suspects:
     """Measures how MAP changes without the clips whose labels are suspected to be wrong.
 
-    A label is suspected if the best identity of its clip has a probability of SURE or more, and
-    NUM_ABOVE or more identities have higher scores than the label. Identities without remaining
-    clips are left out.
+    A label is suspected if two conditions hold. The best identity of the clip has a probability of
+    SURE or more. NUM_ABOVE or more identities have higher scores than the label. Identities
+    without remaining clips are left out.
 
     The scores in `clips` must be logarithms of probabilities, of a model that was not trained on
     these clips.

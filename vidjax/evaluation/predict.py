@@ -165,7 +165,7 @@ class Ranker:
 
         Raises:
           ValueError: clips do not fit the run, k is below 1, `threshold` is not a usable score, or
-            it is None and the property `threshold` is unknown. A run that was evaluated without
+            the property `threshold` is needed, but unknown. A run that was evaluated without
             strangers needs no threshold.
         """
         check_argument("identify: k", k, number_types.Integral, "a number of identities")
@@ -205,7 +205,7 @@ class Ranker:
         """Returns the scores of N clips (see `Ranker`) for each identity, [N, C] float32.
 
         The scores are logarithms of probabilities, or logits with `config.eval.scores=logits`. Row
-        n is clip n of the given dict, or of the clip names of the split.
+        n is clip n of the given dict, or clip n of the split.
         """
         request = self.request(clips, split)
         scores = np.full((len(request.clip_index), len(self.identities)), -np.inf, np.float32)
@@ -246,7 +246,7 @@ class Ranker:
             names = data.split(split).clips
             return Request(data, split, np.arange(len(names)), names, size)
         if split is not None:
-            raise UserError(f"split={split!r}: clips in memory have no splits: leave it out")
+            raise UserError(f"split={split!r} has no effect on clips in memory: leave it out")
         if not isinstance(clips, MemoryClips):
             wanted = "a dict {clip: {modality: features}}, or a dataset of vidjax.load_data"
             check_argument("clips", clips, Mapping, wanted)
@@ -296,7 +296,7 @@ class Predictor(Ranker):
 
         The vector is the input of the classifier, scaled to length 1. For the model `knn`, it is
         the mean frame. For `plda`, it consists of the centred unit vectors of all modalities. If
-        the model takes each frame as an example, it is the mean over the frames.
+        the model takes each frame as an example, the vector is the mean over the frames.
 
         An ensemble concatenates the vectors of all members. The model `fallback` concatenates the
         vectors of its two classifiers, with zeros for the classifier that does not score the clip.
@@ -447,8 +447,8 @@ def _read_results(folder: RunFolder, step: int | None) -> Mapping[str, Any]:
     """Returns the results of the checkpoint of `step`, or {} if it was not evaluated.
 
     Training writes the results of its last checkpoint to `metrics.json`. The results of another
-    checkpoint are in `metrics_<split>.json`. Results of an evaluation with other settings are not
-    used, because they have another threshold. For a blend, `step` is None.
+    checkpoint are in `metrics_<split>.json`. Results of an evaluation with other settings than the
+    training are not used, because their threshold may differ. For a blend, `step` is None.
     """
     for apart in (False, True):
         try:

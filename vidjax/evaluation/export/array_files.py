@@ -5,7 +5,7 @@ with which `reader.py` scores clips. PART is a modality, and D is the length of 
 the number of people, in the order of identities.json. E is the number of ensemble members.
 
     scale                        [E], a factor of the log-likelihood ratios
-    unenrolled                   [E], the scaled ratio for people without a clip of PART
+    unenrolled                   [E], the scaled ratio for people without a clip of a modality
     stranger                     [E], the logarithm of the prior odds of a stranger
     temperature                  [E], divides the logits, see `config.eval.temperature`
     PART/centre                  [E, D], is subtracted before a vector is scaled to unit length
@@ -19,8 +19,8 @@ the number of people, in the order of identities.json. E is the number of ensemb
 
 The log-likelihood ratio of PART is a polynomial of z with the coefficients `linear`, `constant`
 and `curve`. People with the same number of clips share one of the U rows of `curve`. Arrays without
-a dtype are float32 or float64. The arrays of a gallery that compares distances instead are listed
-in `apps.gallery.array_export`.
+a dtype are float32 or float64. A gallery that compares distances has other arrays, see
+`apps.gallery.array_export`.
 """
 
 from collections.abc import Callable, Mapping

@@ -66,8 +66,8 @@ def compute_outputs(run: Predictor, members: Sequence[Member], inputs: Inputs) -
     """Computes the outputs of B clips: `scores` [B, C] and `embeddings` [B, D], both float32.
 
     C is the number of identities, and D the length of an embedding. `inputs` are name -> array, see
-    `input_shapes`. `members` are the weights, see `get_members`. `run` has the settings. Its own
-    weights are not used.
+    `input_shapes`. `members` are the weights, see `get_members`. `run` has the settings. The
+    weights in `run` are not used.
     """
     batch = make_batch(run, inputs)
     if run.model.system.frame_is_example:
@@ -114,7 +114,7 @@ def _mask_best_frames(quality: Array, mask: Array) -> Array:
 
 
 def _fuse_clips(system: System, frames: Mapping[str, Frames]) -> dict[str, Frames]:
-    """Combines frames of clips (fusion), so that a clip does not depend on the rest of the batch.
+    """Fuses the frames of each clip. The result does not depend on other clips of the batch.
 
     `frames` and the result are modality -> frames of the B clips.
     """
@@ -189,7 +189,7 @@ def make_random_clips(run: Predictor, seed: int = 0, padding: int = 2) -> Random
 
     The second clip has only the last modality. `padding` is the number of padded frames after the
     longest clip. If the run classifies single frames of several modalities, there is an additional
-    clip. This clip has a single frame in the last modality, which the run must repeat for each
+    clip. This clip has a single frame in the last modality. The run must repeat this frame for each
     frame of the other modalities.
     """
     # The run scores the additional clip in a separate call. Padding to the length of other clips
