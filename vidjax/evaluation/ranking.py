@@ -40,7 +40,7 @@ def write_ranking(
 
     Each identity has a line `{identity} {clip}.mp4 {clip}.mp4 ...` with at most 100 clips, best
     first. If the name of a clip lacks `.mp4`, it is added. `top` has a row for each identity, with
-    indices into `clips`. Names must be distinct, and valid as in `check_name`.
+    indices into `clips`. Names must be distinct, and `check_name` must accept them.
     """
     path = Path(path)
     files.write_text(path, to_text(path, identities, clips, top))
@@ -107,7 +107,7 @@ def read_submission(
     | lines end as on old Macs | the lines are split there, too |
     | a clip is repeated in a line | only the first place counts |
     | an identity has a second line | only the last line counts |
-    | a byte order mark is before the first identity | the mark is a letter of the identity |
+    | a byte order mark is before the first identity | the mark counts as a letter of the name |
     | an identity is not in `positives` | the identity is not scored |
     | a clip of `positives` is spelled in another way | the clip counts as a wrong answer |
     | bytes are not UTF-8 text | a name with these bytes equals no name in `positives` |
@@ -115,8 +115,8 @@ def read_submission(
     `positives` is identity -> the clips that show the identity, as `read_ground_truth` returns
     it. If `positives` is None, the names in the file are not compared with the ground truth.
 
-    Source: the description of the script, for repeated names, the limit of 100 different names, and
-    unknown identities. The other rows are our assumptions.
+    Source: the rows about more than 100 clips, repeated names and unknown identities are from the
+    description of the script. The other rows are our assumptions.
 
     Raises:
       UserError: a line has more than 100 different names.
@@ -181,7 +181,7 @@ def read_submission(
 
 
 def _find_faults(line: str, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yields (kind, description) for each fault of a line that is visible without ground truth.
+    """Yields (kind, description) for each fault that a line shows without the ground truth.
 
     `fields` are the words of the line: the identity and the clips.
     """

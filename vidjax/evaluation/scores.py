@@ -1,7 +1,7 @@
 """Scores clips for identities, stores the scores as an array, ranks clips, and computes metrics.
 
 A ranking reads the scores in blocks of clips. The blocks come from a model while it scores clips,
-or from a stored array. So the evaluation of a single run needs no array.
+or from a stored array. So a single run can be evaluated without a stored array.
 """
 
 import dataclasses
@@ -44,8 +44,8 @@ class Scores:
       use: [E, N] bool, True where one of E members (nets of an ensemble) scored one of the N clips
         of the split.
       kind: the entry `map_kind` of `metrics.json`: `in_sample` if a member scored its training
-        clips, `out_of_fold` if members of folds or bootstrap samples skipped clips, otherwise the
-        name of the split.
+        clips; `out_of_fold` if a member of a fold or of a bootstrap sample skipped a clip;
+        otherwise the name of the split.
       logs: True if the scores are logarithms of probabilities.
       complete: True if clips keep the scores of all identities, False if only the highest scores.
       clips: the names of the N clips of the split.
@@ -89,7 +89,7 @@ def describe(model: TrainedModel, split_name: str) -> Scores:
 
     The array of the object is empty. The score of a clip will be the mean over the members of the
     ensemble that were not trained on the clip. If all members were trained on all training clips,
-    all members score all clips. Raises UserError if no member scores any clip.
+    all members score all clips. Otherwise, raises UserError if no member may score any clip.
     """
     clips, sets = model.data.split(split_name).clips, model.training_sets
     use, in_sample = ensemble.choose_scoring_members(sets, clips)
@@ -183,7 +183,7 @@ def combine(
     pool = np.all([run.pool for run in runs], axis=0)
     if not pool.any():
         raise UserError(
-            "--runs: no clip is scored by all of these runs, because each leaves out other clips\n"
+            "--runs: no clip is scored by all runs, because each leaves out different clips\n"
             "join runs with the same --config.ensemble.folds and --config.ensemble.only"
         )
     kinds = {run.kind for run in runs}
@@ -290,8 +290,8 @@ def count_positives(split: Split, pool: np.ndarray) -> tuple[np.ndarray, int]:
     """Counts, for each identity, its clips in the ground truth where `pool` [N] bool is True.
 
     The first result, [C] int, is the number of clips of each identity of the model. The second
-    result is the number of other identities in the ground truth, whose average precision is 0. If
-    `pool` leaves out any clip, the second result is 0.
+    result is the number of identities in the ground truth that the model does not have. Their
+    average precision is 0. If `pool` leaves out any clip, they are not counted.
     """
     outside = np.bincount(split.labels[~pool], minlength=len(split.positives) + 1)[1:]
     return split.positives - outside, split.num_others if pool.all() else 0
@@ -343,7 +343,7 @@ def _make_clip_scores(scores: Scores) -> ClipScores:
 
 
 def _add_clips(clips: ClipScores, labels: np.ndarray, block: ScoreBlock) -> None:
-    """Writes each clip's best score and score of the right identity into the arrays of `clips`.
+    """Writes the best score and the right identity's score of each clip into arrays of `clips`.
 
     `block` has the scores of some clips. `labels` [N] int are the right identities of all clips.
     """

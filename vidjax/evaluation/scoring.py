@@ -73,7 +73,7 @@ class TrainedModel(NamedTuple):
         return tuple(self.system.fuse_eval)
 
     def member(self, number: int) -> tuple[Params, ModelState, Array]:
-        """Returns the weights of member `number`, and the part of the features that it lacks.
+        """Returns the weights of member `number`, and which part of the features the member lacks.
 
         The results are the first three arguments of `eval_step`: copies of the parameters, copies
         of the other variables, and the number of the missing part, [] int32.
@@ -213,7 +213,7 @@ def iterate_windows(
 
 
 def _count_joined_blocks(plan: EvalPlan, block_size: int) -> int:
-    """Returns how many blocks, 1 to 8, may become one block of at most JOINED_FRAMES frames."""
+    """Returns how many blocks, 1 to 8, are joined into one. JOINED_FRAMES limits its frames."""
     longest = max(lengths[plan.bucket.max()] for lengths in plan.padded_lengths.values())
     return min(8, max(1, JOINED_FRAMES // (block_size * longest)))
 
@@ -223,8 +223,8 @@ def split_by_members(plan: EvalPlan, use: np.ndarray, rows: int) -> EvalPlan:
 
     `use` [E, N] bool is True where one of E members scores one of N clips. A group (bucket) has
     clips of similar length. Clips are scored in blocks of `rows` clips, and all clips of a block by
-    the same members. Parts of a group with less than `rows` clips stay together, because separate
-    blocks would be mostly padding.
+    the same members. If parts of a group have fewer than `rows` clips, these parts are joined,
+    because separate blocks would be mostly padding.
     """
     _, group = np.unique(np.packbits(use, axis=0), axis=1, return_inverse=True)
     group = group.reshape(-1) * len(BUCKETS) + plan.bucket

@@ -8,8 +8,8 @@ equals the Jeffreys interval of a proportion. If the values vary, the interval i
 a t interval.
 
 The interval of the difference between two runs is the wider of a paired t interval and a Bayesian
-bootstrap with another unseen identity. The interval of the difference between two groups of runs
-also includes the variance between seeds.
+bootstrap. For its unseen identity, see `_draw_low_means`. The interval of the difference between
+two groups of runs also includes the variance between seeds.
 
 If most values are equal and a few lie far away, a t interval is far too narrow.
 `tests/benchmarks/README.md` reports how often the intervals contain the true value.
@@ -77,8 +77,8 @@ def compute_gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float
     Source: Gaffke 2005, Three test statistics for a nonparametric one-sided hypothesis on the mean
     of a nonnegative variable; Learned-Miller and Thomas 2019, A new confidence interval for the
     mean of a bounded random variable. Deliberate difference: in the publications, the unseen value
-    is a bound of the range. Here, it depends on the gaps. With the bound, the interval of a few
-    identities would contain 0 even if a t test finds a difference.
+    is a bound of the range. Here, the unseen value depends on the gaps. With the bound, an interval
+    for few identities would contain 0 even if a t test finds a difference.
     """
     lows, highs = _draw_low_means(gaps, draws), -_draw_low_means(-gaps, draws)
     low, high = _compute_bounds(lows, gaps)[0], _compute_bounds(highs, gaps)[1]
@@ -99,11 +99,11 @@ def _draw_low_means(gaps: np.ndarray, draws: int) -> np.ndarray:
 
     Low quantiles of these means give the lower end of an interval. If few gaps are equal, the
     unseen gap is halfway between the mean and the lowest gap. If all gaps are equal, nothing shows
-    how low a rare gap can be, so the unseen gap is -1. Between these cases, the unseen gap becomes
-    lower with the share of pairs of identities that have equal gaps. A third of the pairs is usual,
-    because two good systems rank 60 % of the identities without a mistake. So the unseen gap
-    becomes lower only above a third. If there are fewer than FEWEST_IDENTITIES identities, any
-    share makes the unseen gap lower. See also `_draw_means`.
+    how low a rare gap can be, so the unseen gap is -1. Between these cases, the share of pairs of
+    identities with equal gaps decides. A share of a third is usual, because two good systems rank
+    60 % of the identities without a mistake. Above a third, a larger share gives a lower unseen
+    gap. If there are fewer than FEWEST_IDENTITIES identities, the unseen gap is lower for any share
+    above 0. See also `_draw_means`.
     """
     low, ties = (np.mean(gaps) + np.min(gaps)) / 2, measure_ties(gaps)
     rare = max(0.0, 1.5 * ties - 0.5) if len(gaps) >= FEWEST_IDENTITIES else ties**2
@@ -173,9 +173,9 @@ def differences_of_seeds(groups: Sequence[Sequence[np.ndarray]]) -> list[Differe
     needed, the interval is widened to contain `compute_gap_interval` of the average precisions,
     averaged over the seeds. That interval accounts for rare identities.
 
-    Source: Cochran and Cox 1950, Experimental designs: the t quantile is the mean of both t
-    quantiles, weighted by the variances. The degrees of freedom of Satterthwaite 1946 give
-    intervals that are too narrow for two or three seeds.
+    Source: Cochran and Cox 1950, Experimental designs: the t quantile is the mean of the t
+    quantiles for identities and for seeds, weighted by the variances. The degrees of freedom of
+    Satterthwaite 1946 give intervals that are too narrow for two or three seeds.
     """
     from scipy import special  # takes 0.2 s, so only when needed
 

@@ -105,8 +105,8 @@ def find_run(config: Config, folder: RunFolder) -> FoundRun:
     most = 1 + 2 * people + len(training_sets.clips)  # building a model takes memory per column
     if task.num_identities != people or columns > most:
         raise CheckpointError(
-            f"'{workdir}': the manifest of the checkpoint has {task.num_identities:,} people and "
-            f"{columns:,} classes, which do not fit its {people:,} identities\n"
+            f"'{workdir}': the checkpoint lists {people:,} identities, but its manifest is for "
+            f"{task.num_identities:,} identities and {columns:,} classes\n"
             f"{members_file.REMEDY}"
         )
     return FoundRun(folder, saved, task, identities, training_sets)
@@ -132,7 +132,7 @@ def read_task(manifest: Mapping[str, Any]) -> TaskSpec:
 
 
 def fit_data(data: Dataset, config: Config, run: FoundRun) -> Dataset:
-    """Returns `data` with labels as in the logits of a run: 1..C for its identities, 0 for others.
+    """Returns `data` with the columns of a run's logits as labels: 1..C for its identities, else 0.
 
     Raises UserError if the data are not the data of the run, or have no identity of the run.
     """
@@ -145,7 +145,7 @@ def fit_data(data: Dataset, config: Config, run: FoundRun) -> Dataset:
     if data.split(split).labelled and not np.any(data.split(split).positives):
         raise UserError(
             f"config.eval.split={split}: its ground truth has no identity of the training data\n"
-            "name the dataset on which the run was trained: --config.data.dir=FOLDER"
+            "give the dataset on which the run was trained: --config.data.dir=FOLDER"
         )
     return data
 
@@ -167,7 +167,7 @@ def check_widths(data: Dataset, modalities: Mapping[str, int]) -> None:
         if widths[name] != width:
             raise UserError(
                 f"modality '{name}': the run was trained on features of width {width}, not "
-                f"{widths[name]}\nname the dataset of the run: --config.data.dir=FOLDER"
+                f"{widths[name]}\ngive the dataset of the run: --config.data.dir=FOLDER"
             )
 
 
@@ -194,9 +194,10 @@ def select_sets(
     """Returns which clips each member of an ensemble must not score, because it learned from them.
 
     `sets` are the names of the training clips of each member. `own` are the digests of the training
-    data. If `data` are the training data, or if all members may score all clips of `split` anyway,
-    returns `sets`. Otherwise, a clip in `data` may differ from the training clip with the same
-    name. Then this function warns, and returns empty sets, so that all members score all clips.
+    data. If all members may score all clips of `split`, returns `sets`. If `data` are the training
+    data, also returns `sets`. Otherwise, a clip in `data` may differ from the training clip with
+    the same name. Then this function warns, and returns empty sets, so that all members score all
+    clips.
     """
     if ensemble.choose_scoring_members(sets, data.split(split).clips)[0].all():
         return sets
@@ -206,8 +207,8 @@ def select_sets(
     if now and all(x and {*find_changes(old, x)} <= {"labels"} for old, x in pairs):
         return sets
     warn(
-        f"clips of {split} with names of training clips may be from other data: all members score "
-        "them as new clips\nif they are the training clips, use vidjax evaluate: then no member of "
-        "the ensemble scores a clip that it was trained on"
+        f"clips of {split} have names of training clips, but may be new clips: so all members of "
+        "the ensemble score them\nif they are the training clips, use vidjax evaluate: then no "
+        "member scores a clip that it was trained on"
     )
     return sets._replace(trained=np.zeros_like(sets.trained))

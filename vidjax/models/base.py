@@ -56,8 +56,8 @@ class Identifier(nn.Module):
       scores_unknown: True if the model computes the logit of column 0, "other", even if no training
         clip is labelled "other".
       min_epochs: number of passes over the training clips that the model needs.
-      parts: field that contains a model -> field that lists the modalities of this model, such as
-        {"main": "main_modalities"}.
+      parts: for a model that contains other models: field with a contained model -> field with the
+        modalities of the contained model, such as {"main": "main_modalities"}.
     """
 
     vector_names: ClassVar[tuple[str, ...]] = ()
@@ -92,7 +92,7 @@ class Identifier(nn.Module):
           clips: index, mask and labels of the clips. Rows where `clips.mask` is False must not
             affect other rows or the batch statistics.
           train: True to apply dropout (rngs `dropout` and `modality_dropout`) and update the batch
-            statistics. Then all collections of the model except `params` are mutable.
+            statistics. If True, all collections of the model except `params` are mutable.
         """
         raise NotImplementedError
 
@@ -126,8 +126,9 @@ class Identifier(nn.Module):
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
         """Measures the quality of B clips for the evaluation, [B] float32.
 
-        `frames` is modality -> Frames [B, T], before fusion and with all features. The model
-        receives the result as `ClipInfo.measure`. Returns None if the model needs no quality.
+        `frames` is modality -> Frames [B, T], before fusion. No chunk of the features is removed
+        yet. The model receives the result as `ClipInfo.measure`. Returns None if the model needs no
+        quality.
         """
         return None
 

@@ -122,7 +122,8 @@ class System(NamedTuple):
         Usually each clip is an example. Then n is 1, and the frames are returned unchanged. If
         `frame_is_example` is set, each of the n fused frames of a clip is an example, and the
         result has Frames [B n, 1]. If a modality has only 1 fused frame, the frame is repeated in
-        every example of the clip. If a clip has only such modalities, it is a single example.
+        every example of the clip. If a clip has only modalities with 1 fused frame, it is a single
+        example.
         """
         if not self.frame_is_example:
             return frames, jnp.ones((len(next(iter(frames.values())).mask), 1), bool)
@@ -256,8 +257,8 @@ def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
         modalities[name] = width - width // chunks if views else width
     if views and max(task.modalities.values()) < chunks:
         raise UserError(
-            f"config.ensemble.views: no modality has {chunks} or more features "
-            "(config.ensemble.chunks), so no chunk can be hidden\n"
+            f"config.ensemble.views: no modality has {chunks} or more features, "
+            "so the features cannot be divided into so many chunks\n"
             "choose a smaller --config.ensemble.chunks, or leave --config.ensemble.views out"
         )
     return make_identifier(
@@ -313,7 +314,7 @@ def make_identifier(
     if not modalities:
         raise UserError(
             f"config.modalities is empty, but model {name!r} needs a modality\n"
-            "name one, such as --config.modalities=face"
+            "give one, such as --config.modalities=face"
         )
     for part, choice in model.parts.items():
         names = options.get(choice) or tuple(modalities)
@@ -379,9 +380,9 @@ def _make_column_weight(
 ) -> Callable[[Array, Array], Array]:
     """Builds the function (labels [B], step) -> weights [B] of clips by their class columns.
 
-    A mirror class contains distractors that the model mistakes for one identity. Its clips have the
-    weight of the schedule `spec["mirror_weight"]` at the step. Clips of other classes have the
-    weight 1. `layout` describes the class columns. It is None if there are no mirror classes.
+    A mirror class contains distractors that the model mistakes for one identity. The schedule
+    `spec["mirror_weight"]` gives their weight at each step. Clips of other classes have the weight
+    1. `layout` describes the class columns. It is None if there are no mirror classes.
     """
     mirror_weight = optim.make_piecewise(spec["mirror_weight"], name="config.noise.mirror_weight")
     if not layout:

@@ -12,7 +12,8 @@ people. The four numbers give W, B and two effective numbers of dimensions:
 The sum of the squares of n independent Gaussians of equal variance has a gamma distribution with
 the shape n / 2. The vector e has a direction that is uniform in n_different dimensions, and its
 squared length has a gamma distribution. The vectors of the population are Gaussian in these
-dimensions. So both densities are over the same space, and can be compared.
+dimensions. So the densities of clips of a person and of a stranger are over the same space, and can
+be compared.
 
 The cosines of a card are cosines of vectors that were scaled to unit length. Scaling makes cosines
 spread less: `count_shape` computes n without this effect.
@@ -22,7 +23,7 @@ card has no estimate, only these vectors determine m. If each person then has a 
 posterior of m has the variance (W + B) / N.
 
 Clips of the same day share a part of e. So the vectors of a person with k clips differ less from
-each other than the card predicts, and count as fewer clips, see `effective_count`.
+each other than the card predicts. They count as fewer than k clips, see `effective_count`.
 
 Source: the posteriors are from Brümmer and de Villiers 2010, The speaker partitioning problem
 (two-covariance model), with a flat prior of m. The gamma densities and the counts are not from
@@ -87,7 +88,7 @@ def count_shape(variance: float, deviation: float) -> float:
 
 
 def effective_count(distances: Distances, count: np.ndarray, square: np.ndarray) -> np.ndarray:
-    """Computes how many independent clips are worth as much as the clips of each of K people.
+    """Computes the number of clips of each of K people, reduced if the clips are not independent.
 
     Clips of the same day resemble each other, so they count as fewer clips. `count` [K] is the
     number of clips of each person. `square` [K] is the squared length of the mean of their unit

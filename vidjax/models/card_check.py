@@ -5,8 +5,8 @@ people, see `card_backend`.
 
 From the vectors of P people, two variances are estimated: W between clips of one person, and B
 between people. Each person has the same weight. If the card is right, the estimate of B spreads
-like a mean of (P - 1) n squares, where n is a number of dimensions from the card. A card is blamed
-only if an estimate is improbable, and also differs from the card by a large factor.
+like the mean of (P - 1) n squared Gaussians. The number of dimensions, n, follows from the card. A
+card counts as wrong only if an estimate is improbable, and differs from the card by a large factor.
 """
 
 import math
@@ -52,8 +52,8 @@ class Comparison(NamedTuple):
         cosines between the vectors of photos and of their mirror images. The measure is the mean of
         1 - cosine, as a share of 1 - cosine of two people. It is 5 % for dlib's net, and 40 to 70 %
         for nets with random weights, except for nets that only average over the picture. The result
-        is True above 30 %. `compare` finds fewer of the nets with random weights: 20 % if three
-        people have two photos each, and none of 300 if each person has one photo.
+        is True above 30 %. `compare` finds only 20 % of the nets with random weights if three
+        people have two photos each, and none of 300 nets if each person has one photo.
         """
         if self is NO_PROBLEM:
             return False
@@ -130,8 +130,8 @@ def differ(distances: Distances, cosines: np.ndarray, clarity: np.ndarray) -> bo
     The two faces of a pair were seen at the same time, so they should show two people. Returns
     False if more than 5 % of the pairs differ more than two people ever do. This happens with nets
     that only see colours. Otherwise, returns True if at least half of the pairs differ about as
-    much as the card says of two people, and None if fewer pairs do. None proves nothing about the
-    net, because two faces in mirrors or split screens, and twins, are alike.
+    much as two people do, according to the card. If fewer pairs do, returns None. None proves
+    nothing about the net, because two faces in mirrors or split screens, and twins, are alike.
 
     Args:
       distances: the distributions of distances that the card predicts.

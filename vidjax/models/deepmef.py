@@ -57,9 +57,9 @@ class DeepMEF(Identifier):
     starts at 0.
 
     Source: DeepMEF (3rd place 2019), whose other modality is `scene`. In the code, quality / 100
-    and detection are appended before aggregation. A scene of D features passes through layers of
-    the widths D/4 and D/16. Each net of the ensemble lacks a sixteenth of the 2048 features, so D
-    is 1920, and the widths are 480 and 120. (In the article, the last width is 128 = 2048/16.) The
+    and detection are appended before aggregation. A scene of S features passes through layers of
+    the widths S/4 and S/16. Each net of the ensemble lacks a sixteenth of the 2048 features, so S
+    is 1920, and the widths are 480 and 120. (The article divides 2048 by 16, and says 128.) The
     hidden layer has twice the width of the aggregated face. Logits are 30 times the cosine in
     training. In the article, quality is joined to normalised features, because the margin loss
     discards the magnitude of features. Not published are masks, modality dropout, the vector 0 of a
@@ -155,8 +155,8 @@ class ChannelAttention(nn.Module):
     """Adds to each frame of a clip a mixture of all frames of the clip. The mixture damps outliers.
 
     x [T, D] are the frames of a clip, y are the new frames, and A is the attention. theta, phi, g
-    and out are linear maps with a bias. The map out and the factor gamma start at 0, so y starts as
-    x.
+    and out are linear maps with a bias. The map out and the factor gamma start at 0, so at first y
+    equals x.
 
     Form `features` (not published): the maps act on the features, D -> D/2.
 

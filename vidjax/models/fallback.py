@@ -20,7 +20,7 @@ class FallbackIdentifier(Identifier):
     """A main model, and a fallback model for clips whose main modality is missing or poor.
 
     One run trains both models: `main` on clips that have `modality`, `other` on clips that have at
-    least 1 of its modalities. Evaluation adds their scores with the weights (main, other). The
+    least 1 of `other_modalities`. Evaluation adds their scores with the weights (main, other). The
     first row that applies counts:
 
         the clip lacks all modalities of `other`:        (1, 0)
@@ -42,7 +42,7 @@ class FallbackIdentifier(Identifier):
 
     Source: DeepMEF (3rd place 2019), with a main model of face and scene, and a fallback model of
     the scene. The article uses the fallback model for clips without a face, and both models for the
-    1 % of clips of the lowest quality. The code has a `missing_scale` of 0.95. Below a norm of
+    1 % of clips of the lowest quality. In the code, `missing_scale` is 0.95, and below a norm of
     8.867, the shares are 0.2 and 0.8. This norm is the 1 % quantile of the official faces. Residual
     Dense Net (2nd place 2019) uses only the body for clips without a face. Unlike in both systems,
     a single run trains both models. The threshold is a quantile of the training clips, because
@@ -74,15 +74,15 @@ class FallbackIdentifier(Identifier):
             )
         if not self.other_modalities or self.modality in self.other_modalities:
             raise UserError(
-                f"model 'fallback': other_modalities must name one or more modalities other than "
-                f"{self.modality!r}, not {', '.join(self.other_modalities) or 'none'}"
+                f"model 'fallback': other_modalities={','.join(self.other_modalities)} must be one "
+                f"or more modalities, without the main modality {self.modality!r}"
             )
         for part in (self.main, self.other):
             if part.min_epochs:
                 raise UserError(
                     f"model 'fallback': {type(part).__name__} cannot be main or other, because it "
                     "needs separate passes over the clips\n"
-                    "choose a network instead, or train a separate run of this model and blend both"
+                    "choose a network instead, or blend a separate run of this model with this run"
                 )
         if self.main.logit_scale != self.other.logit_scale:
             raise UserError(
@@ -165,7 +165,7 @@ class FallbackIdentifier(Identifier):
             output = part(frames, clips._replace(mask=rows), train=train)
             if output.logits.shape[1] > 1:
                 raise UserError(
-                    "model 'fallback': main and other must have one branch each\n"
+                    "model 'fallback': main and other must have one branch (set of logits) each\n"
                     "choose models other than 'fallback' for main and other"
                 )
             outputs.append(output)

@@ -147,7 +147,7 @@ def _contract(left: Array, right: Array, axis: int, dtype: jnp.dtype) -> Array:
 
 
 def transpose_in_memory(x: Array) -> Array:
-    """Returns the transpose of a matrix. On CPUs, it is a copy, which is multiplied faster."""
+    """Returns the transpose of a matrix. On CPUs, makes a copy, for faster products."""
 
     def copy(x: Array) -> Array:
         return with_layout_constraint(x.T, Layout(major_to_minor=(0, 1)))

@@ -47,7 +47,7 @@ class MultimodalIdentifier(Identifier):
         `mean` to classify the mean of the vectors that a clip has.
       unit_length: True to scale frames before NetVLAD, and the vector of each modality before its
         map, to length 1 (not in the paper). Then only the direction of features counts.
-      map_norm: True for LayerNorm after the maps, so that the norm of features does not count.
+      map_norm: True for LayerNorm after the maps, so that the length of features does not count.
       modality_dropout_rate: see `Identifier`. The remaining vectors are not rescaled.
       head: linear | cosine.
       logit_scale: factor on the cosines, for the cosine head.

@@ -30,10 +30,10 @@ Scale = Annotated[float, Meta(gt=0)]
 class PLDAIdentifier(Identifier):
     """Two-covariance PLDA: log-likelihood ratios, added over the modalities that a clip has.
 
-    The vector of a clip starts as the mean of its frames, scaled to length 1. Then `centred` x the
-    mean of all clips is subtracted, and the result is scaled to length 1 again. Training passes
+    The vector of a clip starts as the mean of its frames, scaled to length 1. Then the mean of all
+    clips, times `centred`, is subtracted. The result is scaled to length 1 again. Training passes
     over the clips twice. The first pass sums the vectors, for the mean. The second pass sums the
-    centred vectors. `finalise_state` computes the coefficients that score clips from these sums.
+    centred vectors. From these sums, `finalise_state` computes the coefficients that score clips.
 
     Attributes:
       within, between, scale, unenrolled, stranger: see `Settings`. Each is a number, a tuple with

@@ -10,8 +10,8 @@ settings maximise the probability of the right answers, with half of the weight 
 probabilities are calibrated. `stranger`, the log prior odds of a stranger, is fitted last. For this
 fit, half of the identities have a single clip, because people who are enrolled later often have few
 clips. If the training clips show few people, the covariances describe these people better than
-people who are enrolled later. Then, and for galleries, `stranger` is fitted on people whose clips
-do not determine the covariances.
+people who are enrolled later. In this case, and for galleries, `stranger` is fitted on people whose
+clips do not determine the covariances.
 
 The settings have a prior, which weighs as much as a clip. If too few people have two clips, only
 the prior decides, and the user is informed.
@@ -149,7 +149,7 @@ def report_few_people(labels: np.ndarray, print_message: Callable[[str], None]) 
     """Prints a message if fewer than FEWEST_PEOPLE people have two clips or more.
 
     Then probabilities cannot be calibrated. `labels` [N] int are the people in the training clips,
-    1 or more, or 0 for distractors (clips of nobody known).
+    1 or more, or 0 for distractors (clips of unknown people).
     """
     count = _count_repeated(labels)
     if count < FEWEST_PEOPLE:
@@ -169,7 +169,7 @@ def _count_repeated(labels: np.ndarray) -> int:
 def draw_identities(labels: np.ndarray, seed: int) -> np.ndarray:
     """Chooses the clips on which settings are fitted, [N] bool.
 
-    All clips with labels above 0 are chosen, unless there are more than MAX_FITTED_CLIPS. Then only
+    If at most MAX_FITTED_CLIPS clips have labels above 0, all of them are chosen. Otherwise, only
     clips of random identities are chosen, at most MAX_CLIPS_OF_A_PERSON of each. If possible,
     FEWEST_PEOPLE or more of these identities have two clips or more.
     """
@@ -298,8 +298,8 @@ def _hold_out(
 ) -> _Fold | None:
     """Holds out the clips of fold `number`, and enrols the other clips of most identities.
 
-    Two vectors of each of N clips are given, modality -> [N, D]. A held-out clip uses `vectors`. An
-    enrolled clip uses `enrolled_vectors`. Random identities are not enrolled, and are strangers.
+    `vectors` and `enrolled_vectors` are modality -> [N, D]: two vectors of each clip, for a
+    held-out clip and for an enrolled clip. Random identities are not enrolled, and are strangers.
     The enrolled clips also determine the covariances. If `later` is True, clips of only some people
     are held out or enrolled, and the clips of all other people determine the covariances.
 
@@ -423,7 +423,7 @@ def _move_to_new_days(space: Space, vectors: np.ndarray, shared: float) -> np.nd
     Clips of a person from one day share a part of their noise. In the held-out clips `vectors`
     [Q, D], this part is replaced by other noise. Returns [Q, D].
 
-    `shared` is the share of the variance within a person that the person's clips have in common.
+    `shared`, from 0 to 1, is the share of this part in the variance of the noise.
     """
     # The coordinates z = y + g + e of a clip have the variances psi, r and 1 - r. The coordinates
     # of other clips of the person contain y + g. We need y + g' + e'. The linear predictor of y

@@ -8,8 +8,8 @@ to load JAX. `plda_fit` uses JAX on the device.
 
 Clips of the same day share a part of e. If all clips of each person are from one day, this part
 cannot be seen, and counts as a part of y. So galleries assume that W is at least a typical share of
-the variance, see `covariances`. A person's clips that differ less than W predicts count as fewer
-clips, see `count_independent`.
+the variance, see `covariances`. If the clips of a person differ less than W predicts, they count as
+fewer clips, see `count_independent`.
 
 Source: Brümmer and de Villiers 2010, The speaker partitioning problem (two-covariance model). The
 shrinkage of both covariances towards a multiple of the identity, and the counts of clips that are
@@ -36,7 +36,7 @@ SMALLEST_VARIANCE = 1e-6  # of the between-class covariance, in squares of unit 
 
 
 class Sums(NamedTuple):
-    """The three sums from which PLDA is fitted, over vectors x [D] of clips in K classes."""
+    """Three sums over the vectors x [D] of clips in K classes, from which PLDA is fitted."""
 
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  ([K], clips of each class)
     total: Array  # [K, D], sum of x over the clips of each class
@@ -93,7 +93,7 @@ def make_totals(
 def unit_vectors_from(centre: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Computes unit vectors that point from the centre [D] to x [N, D]. Rows of zeros stay 0.
 
-    A row that almost equals the centre becomes a vector near 0.
+    If a row almost equals the centre, its result is shorter than a unit vector.
     """
     # A power of 2 scales x without rounding, so that the squares of tiny numbers are not 0.
     exponent = np.frexp(np.max(np.abs(x), axis=-1, keepdims=True, initial=0))[1]
@@ -134,8 +134,9 @@ def covariances(sums: Sums, least_within: float = 0.0) -> Covariances:
     which count as PRIOR clips and PRIOR people. The `mean` of the result is the mean of all vectors
     times `centre_share`.
 
-    If W is less than the share `least_within` of the second moment of the vectors, the clips of a
-    person are assumed to share the missing part. Then W is increased, and B is reduced.
+    `least_within` is the least share of W in the second moment of the vectors. If the share is
+    lower, the clips of a person are assumed to have the missing part of W in common. Then W is
+    increased, and B is reduced.
     """
     # A single photo of each person gives no information about W, and a single person none about B.
     # So typical covariances are added. W is pooled over N - C degrees of freedom, for N clips and C
@@ -191,7 +192,7 @@ def compute_within(space: Space) -> float:
 def count_independent(
     within: float, count: np.ndarray, total: np.ndarray, most: np.ndarray | None = None
 ) -> np.ndarray:
-    """Returns how many independent clips are worth as much as the clips of each person, [K] int.
+    """Returns each person's number of clips, reduced if the clips are not independent, [K] int.
 
     Args:
       within: the variance of the clips of a person, see `compute_within`.

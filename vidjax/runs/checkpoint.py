@@ -1,7 +1,7 @@
 """Saves, finds and loads checkpoints with Orbax, and checks their sha256 digests.
 
 The folder `checkpoints/<step>/` contains the folder `state`, which Orbax writes, and
-`manifest.json`. In `state` are the arrays of a run, and its people and clips as JSON, see
+`manifest.json`. In `state` are the arrays of a run, and lists of its people and clips as JSON, see
 `members_file`. The manifest lists the sha256 of every file in `state`, and a digest of its other
 entries. A checkpoint is written to `checkpoints/.partial/`, and renamed when the manifest is
 complete. A checkpoint is not used if a file differs from the manifest, if `state` has other files,
@@ -180,8 +180,8 @@ def find(workdir: Path, prefer: str = "latest") -> Checkpoint | None:
     if prefer == "best" and paths and find_best(known) is None and len(known) == len(paths):
         raise CheckpointError(
             f"no checkpoint in '{workdir}' has a MAP, so there is no best one\n"
-            "use the latest checkpoint: --config.eval.checkpoint=latest, or --checkpoint=latest of "
-            "vidjax export"
+            "use the latest checkpoint: --config.eval.checkpoint=latest (in vidjax export: "
+            "--checkpoint=latest)"
         )
 
     def rank(step: int) -> tuple[float, int]:
@@ -232,8 +232,8 @@ def warn_of_lost(workdir: Path, prefer: str) -> None:
     if step and step not in list_folders(workdir):
         warn(
             f"'{workdir}': the {prefer} checkpoint, of step {step}, is missing\n"
-            f"without '{workdir / 'checkpoints' / str(step)}', another checkpoint counts as the "
-            f"{prefer}: if you have a copy, copy it back"
+            f"if you have a copy, copy it to '{workdir / 'checkpoints' / str(step)}'; until then, "
+            f"another checkpoint counts as the {prefer}"
         )
 
 
@@ -277,7 +277,7 @@ def load(
 
 
 def set_aside_later(workdir: Path, step: int) -> None:
-    """Renames the checkpoints of steps after `step`, as a run resumed at `step` saves new ones."""
+    """Renames checkpoints after `step`, because a run that resumes at `step` saves new ones."""
     for later, folder in list_folders(workdir).items() if distributed.is_first() else ():
         if later > step:
             _set_aside(folder)

@@ -3,7 +3,7 @@
 A row of `TABLE` contains the default value, the meaning and the range of a field. Some fields have
 an effect only if another field has a certain value (`Field.read_when`). For example,
 `optim.momentum` has an effect only if `optim.name` is `sgd`. If a field without effect differs from
-its default, no training starts, because the change would look like an experiment.
+its default, no training starts, because the user expects an effect.
 """
 
 import enum
@@ -67,7 +67,7 @@ class Field(NamedTuple):
         None, the value has no upper bound, but must be finite.
       choices: the accepted values. If `choices` is empty, every value in the range is accepted.
       read_when: the condition under which the field has an effect. None means always.
-      affects: what a change of the value changes. For a path, what a change of the files changes.
+      affects: what depends on the value. For a path, what depends on the content of the files.
       path: True for a file or a folder. When a run resumes, the path may differ, because only the
         content is compared.
     """
@@ -476,7 +476,7 @@ def is_blend(config: Config) -> bool:
 
 
 def list_splits(config: Config) -> tuple[str, ...]:
-    """Returns the names of the splits to evaluate: `eval.split`, then others in `eval.splits`."""
+    """Returns the names of the splits to evaluate: `eval.split`, then the rest of `eval.splits`."""
     return tuple(dict.fromkeys((config.eval.split, *config.eval.splits)))
 
 

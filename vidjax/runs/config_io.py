@@ -51,7 +51,7 @@ def load_file(spec: str) -> Config:
     if not hasattr(config, "to_dict"):
         raise UserError(
             f"--config: get_config of '{spec}' does not return a ConfigDict\n"
-            "begin it with config = vidjax.runs.config.default(), and return config"
+            "begin get_config with config = vidjax.runs.config.default(), and return config"
         )
     if problem := _find_wrong_type(dict(fields(config))):
         raise UserError(
@@ -72,7 +72,7 @@ def load_system(config: Config, spec: str, *, final: bool) -> Config:
     if not spec.partition(":")[0].isidentifier():  # a received run must not execute any file
         raise UserError(
             f"config.join.systems: '{spec}' is not the name of a configuration\n"
-            "write a name such as cosine:face, of a file configs/NAME.py"
+            "write the NAME of a file configs/NAME.py, and its arguments, such as cosine:face"
         )
     own = load_file(spec)
     for name, value in config.data.items():
@@ -140,7 +140,7 @@ def load_module(path: Path) -> ModuleType:
     if path.name == "config.json":
         raise UserError(f"--config: '{path}' takes no arguments: remove the text after the colon")
     if path.suffix != ".py":
-        raise UserError(f"--config: '{path}' is not a Python file: end the name in .py")
+        raise UserError(f"--config: '{path}' is not a Python file: give a file NAME.py")
     module = execute(path)
     if not hasattr(module, "get_config"):
         raise UserError(
@@ -153,7 +153,7 @@ def load_module(path: Path) -> ModuleType:
 def execute(path: Path) -> ModuleType:
     """Executes a Python file, and returns it as a module.
 
-    A file that may contain code of the user is added to the list `own_files`.
+    If a user may have written code in the file, the file is added to the list `own_files`.
     """
     loader = _Loader(f"vidjax_config_{path.stem}", str(path.absolute()))
     module = ModuleType(loader.name)
@@ -350,7 +350,7 @@ def load_workdir(workdir: Path) -> Config:
         content = files.read_bytes(path, files.CONFIG_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"no run in '{workdir}': it has no config.json\nname the folder of a run"
+            f"no run in '{workdir}': it has no config.json\ngive the folder of a run"
         ) from None
     try:
         config = from_json(content)

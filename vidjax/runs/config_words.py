@@ -25,12 +25,12 @@ def choose_data(config: Any, words: Collection[str]) -> bool:
     exclude each other.
     """
     if {"iqiyi_vid", "standard"} <= set(words):
-        raise UserError("--config: 'iqiyi_vid' and 'standard' are two datasets: name only one")
+        raise UserError("--config: 'iqiyi_vid' and 'standard' are two datasets: write only one")
     if "few" in words and "iqiyi_vid" not in words:
         raise UserError("--config: the argument 'few' needs 'iqiyi_vid': write iqiyi_vid,few")
     if {"everything", "trainval"} <= set(words):
         raise UserError(
-            "--config: 'everything' and 'trainval' both train on val: name only one of them"
+            "--config: 'everything' and 'trainval' both train on val: write only one of them"
         )
     if "everything" in words:
         config.data.train_splits = ("train", "val")
@@ -61,14 +61,14 @@ def split_args(args: str, known: Collection[str]) -> tuple[set[str], tuple[str, 
                 f"its arguments are {', '.join(known)}, and names of modalities"
             )
         if words.count(word) > 1:
-            raise UserError(f"--config: the argument '{word}' comes twice: name it once")
+            raise UserError(f"--config: the argument '{word}' comes twice: write it once")
         if match := closest(word, known, cutoff=0.7):
             raise UserError(f"--config: the argument '{word}' is unknown: write '{match}'")
     return options, modalities
 
 
 def choose_name(words: Collection[str], names: Collection[str], default: str) -> str:
-    """Returns the word that is in `names`, or `default`. Raises UserError for two such words."""
+    """Returns the word in `names`, or `default`. Raises UserError if two words are in `names`."""
     chosen = sorted({*names}.intersection(words))
     if len(chosen) > 1:
         quoted = " and ".join(f"'{name}'" for name in chosen)
@@ -81,7 +81,7 @@ def choose_modality(modalities: tuple[str, ...], *, default: str) -> tuple[str, 
     if len(modalities) > 1:
         raise UserError(
             f"--config: this system uses only one of the modalities {', '.join(modalities)}\n"
-            f"name one, or use a system for several: --config=plda:{','.join(modalities)}"
+            f"write one, or use a system for several: --config=plda:{','.join(modalities)}"
         )
     return modalities or (default,)
 

@@ -102,7 +102,7 @@ def check_data(
     if not trains and split not in names and (named or not all(different)):
         return
     if any(different):
-        remedy, origin = "name the data of the run: --config.data.dir=FOLDER", data.report["data"]
+        remedy, origin = "give the data of the run: --config.data.dir=FOLDER", data.report["data"]
         if origin["name"] == "arrays" and not origin["dir"]:
             remedy = "pass the clips of the run to vidjax.load_data"
         other = "train on these in another folder: --workdir=FOLDER"

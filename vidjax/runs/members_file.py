@@ -61,7 +61,7 @@ def read_lists(saved: checkpoint.Checkpoint) -> Lists:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"'{saved.folder}' is not usable: {reason}\n{REMEDY}") from error
     if not sets.trained.size or sets.trained.shape != (len(sets.members), len(sets.clips)):
-        raise CheckpointError(f"'{saved.folder}': members and clips do not match\n{REMEDY}")
+        raise CheckpointError(f"'{saved.folder}': a wrong number of members or clips\n{REMEDY}")
     return identities, sets
 
 

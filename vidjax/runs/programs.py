@@ -77,5 +77,5 @@ def make_deterministic() -> None:
     if is_open() and jax.default_backend() == "gpu":
         warn(
             "config.deterministic=True has no effect: jax already uses the GPU\n"
-            f"set it before Python starts: XLA_FLAGS={flag}"
+            f"before Python starts, set XLA_FLAGS={flag}"
         )

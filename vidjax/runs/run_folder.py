@@ -88,8 +88,8 @@ class RunFolder:
 
         `config` is the configuration of the blend, by default of this folder. `vidjax train` trains
         each system of a blend twice: in folds (cross-validation), and on all clips. If `final` is
-        True, returns the runs on all clips, if they exist. Otherwise, returns the runs in folds. A
-        blend of runs that a user has named (`config.join.runs`) returns these runs.
+        True, returns the runs on all clips, if they exist. Otherwise, returns the runs in folds. If
+        a user has chosen the runs of the blend (`config.join.runs`), returns the chosen runs.
         """
         config = config or self._config
         names = config.join.runs or name_systems(config, final=False)
@@ -234,7 +234,7 @@ def refuse_folder_of_data(folder: Path) -> None:
     if path := next(paths, None):
         raise UserError(
             f"workdir '{folder}' is a folder of clips, because it contains "
-            f"'{path.relative_to(folder)}'\nname another folder for the run: --workdir=FOLDER"
+            f"'{path.relative_to(folder)}'\nchoose another folder for the run: --workdir=FOLDER"
         )
 
 
@@ -276,8 +276,8 @@ def check_resumes(workdir: Path, old: Config, new: Config) -> None:
     if changed:
         raise UserError(
             f"'{workdir}' contains a run with another configuration: {changed}\n"
-            "use another workdir: --workdir=FOLDER, or the configuration of that run; "
-            "num_epochs may be larger"
+            "use another workdir: --workdir=FOLDER, or undo these changes; "
+            "a larger num_epochs is allowed"
         )
 
 

@@ -29,7 +29,7 @@ MAX_PARAMS = 10**10  # of a member; no device can store more
 
 
 def check_model(config: Config) -> None:
-    """Raises UserError if the model needs more epochs, or a changed field has no effect on it.
+    """Raises UserError if `num_epochs` is too small, or a changed field has no effect on the model.
 
     A model in closed form has no optimiser, so the fields of the optimiser have no effect.
     """
@@ -62,8 +62,8 @@ def dry_run(config: Config, data: Dataset | None = None) -> None:
     Builds the model without memory for its weights, and computes all metrics of four made-up clips.
     No features are read, and no device is used. If `data` is None, the modalities are found in the
     names of the files of `config.data`. This takes a tenth of a second. If a configuration file of
-    a user was executed, or if `data` is given, a training step may call functions of the user. Then
-    JAX also traces a training step, which takes a second.
+    a user was executed, or if `data` is given, JAX also traces a training step, because the step
+    may call functions of the user. This takes a second.
     """
     if config.join.systems:
         _dry_run_systems(config, data)
@@ -130,7 +130,7 @@ def _dry_run_systems(config: Config, data: Dataset | None) -> None:
         given, found = ",".join(config.modalities), ",".join(names)
         raise UserError(
             f"config.modalities={given}, but the systems in config.join.systems have {found}\n"
-            f"name systems with other modalities, as --config=joint:{given} does, or use "
+            f"choose systems that read {given}, as --config=joint:{given} does, or use "
             f"--config.modalities={found}"
         )
 

@@ -79,8 +79,8 @@ class Feed(abc.ABC):
 
         The lists `states` and `constants` have an entry for each group of members (nets) that train
         together. Returns the new states, and the results of the last two calls, or of the only
-        call. The result of a call is a list with a LoopResult for each group. Earlier results are
-        not returned, because they report no failed step.
+        call. The result of a call is a list with a LoopResult for each group. The results of
+        earlier calls are not returned, because they report no failed step.
         """
 
 

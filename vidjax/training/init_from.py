@@ -37,7 +37,7 @@ def find_source(config: Config) -> trained_runs.FoundRun:
             kind = f"a run of the model '{other}'" if other else "a blend of runs"
             raise UserError(
                 f"'{folder.path}' is {kind}, but this run trains the model '{name}'\n"
-                "name a run of this model, or leave out --config.init_from"
+                "give a run of this model, or leave out --config.init_from"
             )
         if not folder.metrics().get("finished"):
             raise UserError(
@@ -55,7 +55,7 @@ def find_source(config: Config) -> trained_runs.FoundRun:
         if members not in (1, wanted):
             raise UserError(
                 f"the run in '{folder.path}' has {members} members, but this run has {wanted}\n"
-                f"name a run with 1 or {wanted} members (nets), or use the ensemble of that run"
+                f"give a run with 1 or {wanted} members (nets), or train {members} members here"
             )
     return source
 
@@ -68,7 +68,7 @@ def load_state(
     state: TrainState,
     mesh: Mesh,
 ) -> tuple[TrainState, Source]:
-    """Replaces the weights of a new run by the weights of the run `source` that fit.
+    """Copies the arrays of weights that fit from the run `source` to a new run.
 
     An array fits if it has the same path and, except for the axis of the classes, the same shape.
     Along this axis, an identity gets the values of the identity with the same name in `source`. All
@@ -107,7 +107,7 @@ def load_state(
     folder, step = source.folder.path, source.manifest["step"]
     if not num_matrices:
         raise UserError(
-            f"{FIELD}: no matrix of '{folder}' fits this run, for example {rest[0]}\n"
+            f"{FIELD}: no matrix of '{folder}' fits this run; none fits {rest[0]}, for example\n"
             f"its modalities are {', '.join(source.task.modalities)}: choose the same "
             "--config.modalities and sizes of the model"
         )

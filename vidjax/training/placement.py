@@ -102,7 +102,7 @@ def choose_placement(
     if mode == "resident" and most >= 2**31 - 1:
         raise UserError(
             f"config.data.mode='resident' is not possible: {most:,} frames are too many for an "
-            "int32\nuse --config.data.mode=streaming"
+            "int32 (at most 2,147,483,646)\nuse --config.data.mode=streaming"
         )
     if mode != "auto":
         return choose_size(mode)
@@ -123,7 +123,7 @@ def agree_on_placement(
     On a CPU, members are trained one after another, and each gets exactly the weights of a separate
     run. On other devices, as many members as possible train together, with large matrix products. A
     resumed run keeps the number of members in its `manifest` if they fit into the memory. With
-    `config.data.mode=auto`, it also keeps the mode. So its later steps round as its earlier steps.
+    `config.data.mode=auto`, it also keeps the mode. So all its steps round numbers alike.
 
     Returns the mode of the clips (`resident` or `streaming`), the number of members (nets) that
     train together, and the compiled program.

@@ -55,7 +55,7 @@ class RunPlan(NamedTuple):
 
 
 def explain_no_identity(config: Config) -> str:
-    """Returns the message, with a remedy, of the error that no training clip has an identity."""
+    """Returns the message, with a remedy, for data without a training clip that has an identity."""
     if config.data.name != "arrays":
         names = ", ".join(f"{split}_gt.txt" for split in config.data.train_splits)
     else:
@@ -129,7 +129,7 @@ def make_plan(config: Config, data: Dataset) -> RunPlan:
 
 
 def count_steps(config: Config, num_places: int) -> int:
-    """Returns the steps of a run, rounded up to whole updates. An epoch has `num_places` clips."""
+    """Returns the steps, a multiple of `optim.accumulate`. An epoch has `num_places` clips."""
     every = config.optim.accumulate
     return math.ceil(config.num_epochs * num_places / (config.batch_size * every)) * every
 
@@ -166,7 +166,7 @@ def choose_epoch_clips(config: Config, data: Dataset, weight: np.ndarray) -> np.
 
     `weight` [E, N] is the weight of each training clip for each net. A clip is left out if its
     weight is 0 for all nets, or if the filters `config.fusion` and `config.ensemble` remove all its
-    frames. If a clip has more than 512 frames, only the 512 frames of the best quality are tried.
+    frames. If a clip has more than 512 frames, only the 512 frames of the best quality are checked.
     """
     weighted = np.any(weight > 0, axis=0)
     fusions = make_fusions(config.fusion.to_dict(), config.modalities, "train")
@@ -352,7 +352,7 @@ def warn_of_untrained_people(split: Split, labels: np.ndarray) -> None:
 def describe_repeated_clips(config: Config, plan: RunPlan) -> str | None:
     """Returns a note if a batch is larger than the number of training clips, otherwise None.
 
-    A model in closed form gets no note, because more steps do not change it.
+    A model in closed form gets no note, because more steps do not change the model.
     """
     most, is_whole = plan.batches.num_clips, plan.batches.epoch_clips is not None
     if config.batch_size <= most or MODELS[config.model.name].is_closed_form:

@@ -154,8 +154,8 @@ def load_data(
       source: the clips, in one of three forms:
 
         - A dict: split (`train`, `val`, `test`) -> clip name -> modality -> features. Features are
-          [T, D] or [D], float16, float32, float64 or int8. Other values of the frames of a modality
-          `face` are `face_quality` [T], `face_detection` [T] and `face_number` [T]. In place of
+          [T, D] or [D], float16, float32, float64 or int8. Frames of a modality `face` may
+          also have the values `face_quality`, `face_detection` and `face_number`, [T]. In place of
           the features, a dict with the keys `features`, `quality`, `detection` and `number` may
           be given. A clip may lack modalities, or have no frame.
         - The path of a folder of iQIYI-VID pickles, `.npz` files or parquet tables.
@@ -167,9 +167,9 @@ def load_data(
         features.
       cache_dir: the cache folder for clips in files. None means `$VIDJAX_CACHE` or
         `~/.cache/vidjax`.
-      quality: how the quality of a frame of your own features is measured. `given` uses `quality`
-        or, if a clip has no `quality`, the L2 norm of the feature. `norm` always uses the L2 norm.
-        Use the same value as `config.data.quality` in training.
+      quality: how the quality of a frame is measured, except in iQIYI-VID pickles. `given` uses
+        `quality` or, if a clip has no `quality`, the L2 norm of the feature. `norm` always uses the
+        L2 norm. Use the same value as `config.data.quality` in training.
 
     Raises:
       UserError: clips or labels are malformed. The message names the file or split, clip and field.
@@ -262,7 +262,7 @@ def _name_data(config: Config, data: "Dataset") -> Config:
     """Returns a copy of a configuration in which `data.name` and `data.dir` describe `data`.
 
     Fields that apply only to other datasets get their default values. Raises UserError if the data
-    were loaded with another quality of frames than `config.data.quality`.
+    were loaded with another value of `quality` than `config.data.quality`.
     """
     config, origin = copy.deepcopy(config), data.report["data"]
     name, folder, quality = origin["name"], origin["dir"], origin["quality"]
@@ -442,7 +442,7 @@ def compare(
         check_argument("compare: run", path, (str, os.PathLike), "the path of a run's folder")
     groups = [[os.fspath(path) for path in paths] for paths in lists]
     if out is not None and RunFolder(out).has(CONFIG):
-        raise UserError(f"'{out}' contains a run: name another folder for the comparison")
+        raise UserError(f"'{out}' contains a run: choose another folder for the comparison")
     if len(groups) < 2 or not all(groups):
         raise UserError("compare: there are too few runs: give two runs, or two lists of runs")
     from vidjax.evaluation import comparison
@@ -462,8 +462,8 @@ def restore(
 ) -> "Predictor | JointPredictor":
     """Loads the model of a trained run, to use it on new clips.
 
-    The result has the methods `rank`, `identify` and `scores`, which take clips. Unless the folder
-    contains a blend of runs, it also has the method `embed`.
+    The result has the methods `rank`, `identify` and `scores`, which take clips. If the folder
+    contains no blend of runs, the result also has the method `embed`.
 
     Args:
       workdir: the folder of a run.

@@ -99,8 +99,8 @@ def start(
     if own != (now := members_file.make_lists(data.identities, sets)):
         same = own["identities"] == now["identities"]
         raise CheckpointError(
-            f"'{workdir}' was trained on {'other clips or members' if same else 'other identities'}"
-            "\nuse another folder, --workdir=FOLDER, or the data of that run"
+            f"'{workdir}' was trained with other {'clips or members' if same else 'identities'}"
+            "\nuse another folder, --workdir=FOLDER, or the data of the earlier training"
         )
     shapes = train_step.convert_to_items(jax.eval_shape(init))
     items = checkpoint.load(newest, shapes, devices.replicated_layout(mesh))
@@ -149,7 +149,7 @@ def report_changes(old: Config, config: Config, plan: RunPlan, manifest: Mapping
     step = manifest["step"]
     for name, (before, now) in differences(old, config).items():
         if affects(name) & ROUNDING:
-            say(f"config.{name} changes from {before} to {now}: later steps round differently")
+            say(f"config.{name} changes from {before} to {now}: later steps are rounded otherwise")
     if config.num_epochs == old.num_epochs or plan.system.model.is_closed_form:
         return
     _, earlier = optim.make_optimizer(

@@ -1,6 +1,6 @@
 """Checks runs and configurations for the command `vidjax check`.
 
-The checkpoints and the data of a run are checked, or a configuration and its data. A check is a
+Checks either the checkpoints and the data of a run, or a configuration and its data. A check is a
 function that returns a summary, or raises an error if it finds a fault.
 """
 

@@ -63,7 +63,7 @@ def init_state(system: System, rngs: Array, labels: Array) -> TrainState:
     """Returns the state at step 0 of E members, the nets of an ensemble, with random parameters.
 
     `rngs` [E] has a PRNG key for all random draws of each member. `labels` [E, N] int32 are the
-    classes of the N training clips at step 0, which the state contains because they may change.
+    classes of the N training clips at step 0. The state contains them, because they may change.
     """
 
     def init_member(rng: Array) -> tuple[Params, ModelState, Array]:

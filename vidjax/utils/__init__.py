@@ -1,5 +1,5 @@
 """Helpers for errors, files, tables, command lines, messages, processes and limits of the machine.
 
-Every other folder of vidjax may import them. They import no other folder of vidjax and no
-TensorFlow. Only functions of `distributed` import JAX, if several processes train a run.
+Every other folder of vidjax may import the helpers. The helpers import no other folder of vidjax
+and no TensorFlow. Only `distributed` imports JAX, and only if several processes train a run.
 """

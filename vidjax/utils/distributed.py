@@ -39,7 +39,7 @@ def join(coordinator: str, num_processes: int, process_id: int, coordinator_time
     if not 0 <= index < count:
         raise UserError(
             f"--process_id={index}: must be from 0 to {count - 1} for {count} processes\n"
-            "give each process another number"
+            "give each process a different number"
         )
     if not 0 < seconds <= MAX_WAIT_SECONDS:
         raise UserError(
@@ -56,7 +56,7 @@ def join(coordinator: str, num_processes: int, process_id: int, coordinator_time
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"--coordinator={coordinator}: cannot join the other processes: {reason}\n"
-            "name the machine of process 0 and a free port"
+            "give the machine of process 0 and a free port"
         ) from error
 
 

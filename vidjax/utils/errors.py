@@ -242,14 +242,14 @@ def check_entry(
     """Raises UserError if `name` is not in `table`, such as the table `OPTIMIZERS`.
 
     `name` is the value of the configuration field `field`. A user's configuration file may add
-    names to `table`, so the message explains how to load the file. `elsewhere` is a dict, name that
-    another library uses -> configuration fields of vidjax that have the same effect.
+    names to `table`, so the message explains how to load the file. `elsewhere` is a dict, name in
+    another library -> the fields of vidjax with the same effect, which the message shows.
     """
     if not isinstance(name, str) or name not in table:
         fields = (elsewhere or {}).get(str(name).lower())
         remedy = f"write {fields}" if fields else suggest(str(name), table)
         raise UserError(
             f"{field}='{name}' is unknown: {remedy}\n"
-            "if your own file adds it, give --config=FILE (train, evaluate, rank, embed, export, "
-            "import), or first call vidjax.load_config(FILE)"
+            "if your own file adds this name, give --config=FILE to train, evaluate, rank, embed, "
+            "export or import; in Python, first call vidjax.load_config(FILE)"
         )

@@ -30,8 +30,8 @@ class Result(NamedTuple):
     """What a command prints at its end: a table with a summary, or JSON.
 
     The heading of the summary is the name of the command. The summary has a line for each item of
-    `texts`. If `text` is empty, the summary also has a line for each value of `facts` that is a
-    string, a path or a number.
+    `texts`. If the field `text` is empty, the summary also has a line for each value of `facts`
+    that is a string, a path or a number.
     """
 
     facts: Mapping[str, Any]  # name -> value, the JSON object that `--json` prints

@@ -75,7 +75,7 @@ def blame_lost_process() -> Iterator[None]:
     """After an error in a `with` block, finds out whether another process of the run has died.
 
     Waits for a moment. If another process has died, a thread (`_watch`) ends this process with a
-    message in this time. Otherwise, the error is raised again.
+    message during the wait. Otherwise, the error is raised again.
     """
     try:
         yield
@@ -88,8 +88,8 @@ def blame_lost_process() -> Iterator[None]:
 def _gather(address: str, count: int, end: float) -> dict[int, socket.socket]:
     """Waits in process 0 until all other processes are connected.
 
-    Returns a dict, index of a process -> connection. `end` is the last moment, as in
-    `time.monotonic`. For the other arguments, see `meet`.
+    Returns a dict, index of a process -> connection. The waiting ends when
+    `time.monotonic()` is `end`. For the other arguments, see `meet`.
     """
     peers: dict[int, socket.socket] = {}
     port, both = int(address.rpartition(":")[2]), socket.has_dualstack_ipv6()
@@ -101,7 +101,7 @@ def _gather(address: str, count: int, end: float) -> dict[int, socket.socket]:
     except OSError as error:
         raise UserError(
             f"--coordinator={address}: process 0 cannot listen at this port: {error.strerror}\n"
-            "name the machine of process 0 and a free port"
+            "give the machine of process 0 and a free port"
         ) from error
     with listener:
         print_problem(f"waiting for {count - 1} of {count} processes at {address}")
@@ -137,7 +137,7 @@ def _gather(address: str, count: int, end: float) -> dict[int, socket.socket]:
 def _reach(address: str, count: int, index: int, end: float) -> dict[int, socket.socket]:
     """Connects this process to process 0, and waits for its answer. Returns {0: connection}.
 
-    `end` is the last moment, as in `time.monotonic`. For the other arguments, see `meet`.
+    The waiting ends when `time.monotonic()` is `end`. For the other arguments, see `meet`.
     """
     host, _, port = address.rpartition(":")
     reason, waits = "", False
@@ -164,7 +164,7 @@ def _reach(address: str, count: int, index: int, end: float) -> dict[int, socket
         time.sleep(min(RETRY_SECONDS, left))
     raise UserError(
         f"process 0 of {count} cannot be reached at {address}{reason}\n"
-        "name the machine of process 0, and start the same command there with --process_id=0; "
+        "give the machine of process 0, and start the same command there with --process_id=0; "
         "to wait longer: --coordinator_timeout=SECONDS"
     )
 

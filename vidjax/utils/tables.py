@@ -159,7 +159,7 @@ def find_columns(place: str, titles: Collection[str], wanted: Sequence[str]) -> 
 
 
 def _unescape(cell: str) -> str:
-    """Removes the `'` that `to_text` puts before a cell. Names such as `'t Hooft` keep it."""
+    """Removes the `'` that `to_text` puts before a cell. Other cells, such as `'t Hooft`, stay."""
     return cell[1:] if cell[:1] == "'" and cell[1:].startswith(FORMULA_STARTS) else cell
 
 

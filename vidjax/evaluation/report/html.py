@@ -42,7 +42,7 @@ def plain(value: object) -> str:
 def name(value: object) -> Markup:
     """Returns a name as HTML, in which a browser may break long words.
 
-    A name in a script from right to left does not change the direction of the text around it. A
+    A name in letters from right to left does not change the direction of the text around it. A
     value that is already HTML is returned unchanged.
     """
     if isinstance(value, Markup):
@@ -89,7 +89,7 @@ def bar(value: float) -> Number:
 
 
 def between(low: float, high: float, digits: int, *, percent: bool = False) -> Number:
-    """Returns an interval as HTML: `low to high`, with `digits` digits after the point."""
+    """Returns an interval as HTML: `low to high`. For `digits` and `percent`, see `number`."""
     ends = (number(end, digits, percent=percent) for end in (low, high))
     return Number(Markup("{} to {}").format(*ends))
 

@@ -1,4 +1,4 @@
-"""Makes `report.html` from the files of a run, and a page for each other evaluated split.
+"""Makes `report.html` for `eval.split` of a run, and a page for each other evaluated split.
 
 A page needs no other file, no network and no script. To make a page, neither clips nor a model are
 needed. A section of the page is made by a function that takes `RunFiles` and returns HTML. If the
@@ -39,7 +39,7 @@ LOGARITHMS = "Scores are natural logarithms of probabilities: 0 is certain."
 
 
 class RunFiles(NamedTuple):
-    """The content of a run's files that a report shows. The field of an absent file is empty."""
+    """The content of a run's files that a report shows. If a file is absent, its field is empty."""
 
     folder: Path
     config: dict[str, Any]
@@ -255,8 +255,8 @@ def _draw_curve(
 ) -> Markup:
     """Returns a figure as HTML: a curve of `field` by epoch, and a point for each evaluation.
 
-    `train` are lines of the training log, dicts that have `field`. The points are the values of
-    `scored_field` in those of `lines` that have this field. `title` and `scored_title` are labels.
+    `train` are lines of the training log, dicts that have `field`. A point shows `scored_field`
+    of an item of `lines`, if the item has this field. `title` and `scored_title` are labels.
     """
     x, y, last = _column(train, "epoch"), _column(train, field), train[-1]
     plot = html.Plot(x="epoch", y=title.lower())
@@ -364,7 +364,7 @@ def _list_mistakes(run: RunFiles, mistakes: schemas.Mistakes | None) -> Rows:
 
 
 def errors(run: RunFiles) -> Markup | None:
-    """Returns the most confused pairs of identities and suspected labels; None without analysis."""
+    """Returns confused pairs of identities and suspected labels; None if no pairs were computed."""
     pairs, suspects = run.analysis.pairs, run.analysis.suspects
     if pairs is None:
         return None
@@ -448,7 +448,7 @@ def strata(run: RunFiles) -> Markup | None:
 
 
 def open_set(run: RunFiles) -> Markup | None:
-    """Returns histograms of scores, error rates and the calibration, or None without analysis."""
+    """Returns histograms of scores, error rates and the calibration, or None without histograms."""
     if "score_edges" not in run.arrays:
         return None
     shown = {"score_edges": _score_histograms, "fpir": _errors, "calibration": _calibration}
@@ -575,7 +575,7 @@ SECTIONS: dict[Callable[[RunFiles], Markup | None], str] = {
 
 
 def write(folder: RunFolder) -> Path:
-    """Writes `report.html`, and a page for every other split that has an analysis.
+    """Writes `report.html` for `eval.split`, and a page for each other split with an analysis.
 
     Returns the path of `report.html`.
     """
@@ -615,7 +615,7 @@ def render(run: RunFiles) -> str:
 def load(folder: RunFolder, other: str | None = None) -> RunFiles:
     """Reads the files of a run for a report.
 
-    The report will show the results on the split `other`, by default on `config.eval.split`.
+    `other` is the split whose results the report will show, by default `config.eval.split`.
     """
     config, paths = folder.config, folder.paths(other, apart=bool(other))
     others, values = {} if other else folder.other_metrics(), folder.metrics(paths)

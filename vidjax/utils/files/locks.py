@@ -47,7 +47,7 @@ def lock(
                 flag = "workdir" if name == "workdir" else "out"
                 raise UserError(
                     f"'{workdir}' is on a drive without locks, like some network and cloud drives "
-                    f"({error.strerror})\nname a folder on another disk: --{flag}=FOLDER"
+                    f"({error.strerror})\nchoose a folder on another disk: --{flag}=FOLDER"
                 ) from error
         content = file.read(LOCK_BYTES)
         if content and not content.startswith(b"process "):
@@ -82,8 +82,8 @@ def _may_be_changed(status: os.stat_result, *, last: bool) -> bool:
     """Returns True if other users, except root, may replace files in a folder.
 
     `status` is the result of `os.stat` for the folder. `last` is True for the folder that vidjax
-    will use, and False for its parents. If `last` is True, also returns True if other users may
-    only add files.
+    will use, and False for its parents. If `last` is True, the result is True even if other users
+    may add files, but replace none.
     """
     user = os.geteuid()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (0, user):

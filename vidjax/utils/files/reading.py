@@ -373,7 +373,7 @@ class _InPieces(io.BufferedReader):
     # the places of entries, which may lie outside of the file.
     def seek(self, target: int, whence: int = os.SEEK_SET, /) -> int:
         if whence == os.SEEK_SET and not 0 <= target < 1 << 63:
-            raise zipfile.BadZipFile("an entry begins before or after the file")
+            raise zipfile.BadZipFile("an entry begins before the start or after the end of the zip")
         return super().seek(target, whence)
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -420,7 +420,7 @@ def local(path: str | os.PathLike[str]) -> Path:
     """
     text = os.fspath(path)
     if re.match(r"[A-Za-z]:[\\/]", text):
-        raise UserError(f"'{text}' is a path of Windows: in WSL, /mnt/c is the drive C")
+        raise UserError(f"'{text}' is for Windows: use a Linux path; in WSL, /mnt/c is the drive C")
     if ADDRESS.match(text):
         url = urllib.parse.urlsplit(text)
         copied = "copy or mount the files, and give the path of the copy or of the mounted folder"

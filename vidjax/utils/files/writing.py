@@ -34,14 +34,14 @@ def make_folder(path: str | os.PathLike[str], name: str = "workdir") -> Path:
     workdir = local(path).absolute()
     try:
         if workdir.exists() and not workdir.is_dir():
-            raise UserError(f"{name} '{workdir}' is a file, not a folder\nname a folder")
+            raise UserError(f"{name} '{workdir}' is a file, not a folder\ngive a folder")
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir):
             pass
     except OSError as error:
         raise UserError(
             f"cannot write in the {name} '{workdir}': {error.strerror}\n"
-            "name another folder or a copy of this folder, or change its permissions"
+            "choose another folder, such as a copy of this folder, or change its permissions"
         ) from error
     return workdir
 
@@ -114,8 +114,9 @@ def atomic_file(path: Path, *, sync: bool = True, replace: bool = True) -> Itera
     After an error, `path` is unchanged. If `replace` is False and `path` exists, raises UserError.
 
     If `sync` is True, the context waits until the content is on the disk, so that even a power cut
-    leaves no incomplete file. The context also removes temporary files that killed processes have
-    left for `path`. If `sync` is False, the caller must remove these files with `remove_ours`.
+    leaves no incomplete file. If `sync` is True, the context also removes temporary files that
+    killed processes have left for `path`. If `sync` is False, the caller must remove these files
+    with `remove_ours`.
     """
     if sync:
         remove_partials(path.parent, re.escape(path.name))
@@ -194,7 +195,7 @@ def append(file: io.FileIO, content: bytes) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: object, kind: type[Exception]) -> Iterator[None]:
-    """Turns errors of the type `kind` in a `with` block that writes `path` into a DiskError."""
+    """Raises DiskError for an error of the type `kind` in a `with` block that writes `path`."""
     try:
         yield
     except kind as error:
