@@ -189,13 +189,13 @@ class MediaFile(Struct, kw_only=True, dict=True):
 
     @functools.cached_property
     def digest(self) -> str:
-        """A digest that changes if the file, or the name or time of one of its clips changes."""
+        """A digest of the file, and of the names and times of its clips."""
         tracks = [[track.clip, track.start_s, track.end_s] for track in self.tracks]
         return files.sha256_json([self.sha256, tracks])
 
     @functools.cached_property
     def faces(self) -> dict[str, Face]:
-        """Name of a clip -> the time and box of its face, by which a log of names knows the face.
+        """Name of a clip -> the time and box of its face, which identify it in a log of names.
 
         For this log, see `said`. Clips whose box is not known are left out.
         """
