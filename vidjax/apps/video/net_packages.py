@@ -63,9 +63,9 @@ def check_place(folder: Path, card: Written) -> Card | None:
     """Checks whether a net and its card, a JSON file, may be written into `folder`.
 
     Returns the card that `card` would replace, or None. Raises UserError in these cases: `folder`
-    has another net with the same role; a file with the name of the card is not a card of the same
-    kind of net, or has numbers that were measured for another net; or the net would replace a net
-    without a card.
+    has another net with the same role; the card would replace a file that is no card, the card of
+    another kind of net, or a card with numbers that were measured for another net; or the net would
+    replace a net without a card.
     """
     net_path, card_path = folder / card.file, (folder / card.file).with_suffix(".json")
     if measured := _read_card(card_path):
