@@ -226,7 +226,7 @@ def read_all(folder: Path) -> dict[Role, Card]:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """Lists the paths that a process needs to read the nets in a folder.
+    """Lists the paths that a process must be allowed to read, to load the nets in a folder.
 
     These are the folder itself, and its .json and .onnx files. A file may be a link.
     """

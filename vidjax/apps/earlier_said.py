@@ -1,9 +1,9 @@
 """Reads the names that users gave to faces in results of version 0.1.0 of `vidjax who`.
 
 Later versions write these names into a log, see `said`. Version 0.1.0 stored in the gallery which
-person a face shows, and which person it does not show. It stored everything else in the entries
-`films`, `fixed` and `apart` of `unknown.json`. Its folders `earlier` contain descriptions of films
-whose features must be computed again with other nets.
+person a face shows, and which person it does not show. Everything else is in the entries
+`films`, `fixed` and `apart` of `unknown.json`. The folders `earlier` of version 0.1.0 contain
+descriptions of films whose features must be computed again with other nets.
 """
 
 import contextlib

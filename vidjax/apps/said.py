@@ -79,7 +79,7 @@ class Line(Struct, kw_only=True, frozen=True, omit_defaults=True):
 
 
 def make_face(film: str, track: "FaceTrack") -> Face | None:
-    """Returns the face in a clip, by which the log identifies it, or None without a known box.
+    """Returns the face in a clip, as the log identifies it, or None if its box is not known.
 
     `film` is the sha256 of the film or photo. `track` is the clip.
     """

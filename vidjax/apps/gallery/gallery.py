@@ -414,7 +414,7 @@ class Gallery:
         """Removes people with all their clips, or single clips; returns the number of clips.
 
         Give either `identity` or `clip`: a name, or several names. If the parameters that compare
-        vectors were fitted to a removed clip, they are fitted again to the remaining clips.
+        vectors were fitted to a removed clip, these parameters are fitted again to the other clips.
 
         Raises:
           ValueError: no person or clip has this name.
@@ -468,8 +468,8 @@ class Gallery:
           together: clip -> number. Clips with the same number certainly show the same person.
           settled: numbers in `together`. Groups with two of these numbers are never joined. Any
             other group may be joined to a group with one of these numbers.
-          for_votes: True for the groups of `identify`, whose clips vote on one name. These groups
-            are larger, and a few contain clips of two people.
+          for_votes: True makes larger groups for `identify`, where the clips of a group vote on a
+            name. A few of these groups contain clips of two people.
         """
         vectors = self.embed(vectors)
         vectors = vectors.only(select_usable_clips(vectors))

@@ -284,7 +284,7 @@ class Index:
     def remember(self, key: object, compute: Callable[[], T]) -> T:
         """Returns `compute()`, or the stored result of an earlier call with this key.
 
-        The result must not be None. The results that were used last are stored. A change of the
+        The result must not be None. Only the results that were used last are kept. A change of the
         gallery makes a new index, which has stored nothing.
         """
         value = self._known.pop(key, None)

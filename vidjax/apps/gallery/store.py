@@ -306,7 +306,7 @@ class Store:
             yield connection
 
     def remove_leftovers(self) -> None:
-        """Deletes the journal of a killed process, unless the gallery is in use or read-only."""
+        """Deletes the journal of a killed process, if no other process uses the gallery."""
         # SQLite keeps the journal of a change that was interrupted before it changed the file.
         in_use = contextlib.suppress(InUseError, UnwritableError, OSError)
         with in_use, self.open(write=True, wait=0):

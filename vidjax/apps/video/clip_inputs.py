@@ -58,7 +58,7 @@ def check_input(
         if of_person and not is_flat:
             raise UserError(
                 f"'{path}' contains folders of clips, which may show several people\n"
-                "if each folder is a person, leave out --identity; if not, give one folder: --input=DIR"
+                "if each folder is a person, leave out --identity; else give a folder: --input=DIR"
             )
     if gallery.origin.cards:
         features_folder.check_models(path, gallery.origin.cards)

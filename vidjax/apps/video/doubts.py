@@ -1,4 +1,4 @@
-"""Finds photos that may show another person than the person whose name they have.
+"""Finds photos that may have the name of a wrong person.
 
 Each photo is compared with the other photos of the named person, and with the photos of all other
 people. A photo is doubtful in two cases:
@@ -47,7 +47,7 @@ class Side(NamedTuple):
 
 
 class Doubts(NamedTuple):
-    """The photos that may show another person than the person whose name they have."""
+    """The photos that may have the name of a wrong person."""
 
     photos: dict[str, str | None]  # doubtful photo -> the likely person, or None for nobody
     mixed: dict[str, list[Side]]  # person -> at least two sides. It is not clear which is right
@@ -57,7 +57,7 @@ class Doubts(NamedTuple):
 
 
 def find_doubtful_photos(backend: Backend, photos: Mapping[str, StoredClip]) -> Doubts:
-    """Finds photos that may show another person than the person whose name they have.
+    """Finds photos that may have the name of a wrong person.
 
     `photos` is name of a clip -> the person and the embedding of a photo. `backend` has the
     distributions of the distances of two embeddings, for one person and for two. If it has no such

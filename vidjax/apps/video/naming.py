@@ -186,9 +186,9 @@ def _unname(answer: Answer) -> Answer:
 
 
 def _deny(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
-    """Removes the names of people from answers if the clip does not show them, as a user said.
+    """Removes a name from the answer of a clip if a user said that it is the wrong name.
 
-    Returns the new answers of these clips, clip -> answer, and no other answers.
+    Returns the new answers of such clips, clip -> answer, and no other answers.
     """
     changed = {}
     for clip, names in said.denied.items():

@@ -75,13 +75,13 @@ def check_place(folder: Path, card: Written) -> Card | None:
             about = "the card of another kind of net" if other_kind else "a measured card"
             raise UserError(
                 f"'{card_path}' is {about}, and is not replaced\n"
-                f"name another --out, or delete {card_path.name}"
+                f"name another --out=DIR, or delete {card_path.name}"
             )
     for other in sorted({*folder.glob("*.json")} - {card_path}):
         if (known := _read_card(other)) and known.role == card.role:
             raise UserError(
                 f"'{folder}' already has a net for the role {card.role}: {other.name}\n"
-                "name another folder with --out, or delete this net and its .json"
+                "name another folder with --out, or delete the present net and its .json"
             )
     present = files.sha256_file(net_path) if files.exists(net_path) else card.sha256
     if files.exists(card_path) and not measured:
