@@ -49,8 +49,8 @@ class TableTask:
     def __init__(self, open_trained: Callable[..., Any], *args: str, **options: float | None):
         """Opens a trained model or a gallery of people with `open_trained(*args)`.
 
-        An example is `vidjax.restore(folder)`. `options` are keyword arguments of the method of the
-        model or gallery that makes the results. For the subclass `Rank`, this method is `rank`.
+        An example of `open_trained` is `vidjax.restore`. A method of the model or gallery makes the
+        results, and `options` are its keyword arguments. In `Rank`, this method is `rank`.
         """
         self.trained, self.options = open_trained(*args), options
 
@@ -104,8 +104,9 @@ def join_rankings(lists: "pyarrow.Table") -> "pyarrow.Table":
     """Joins the rankings of several tables; returns the best 100 clips of each identity.
 
     `lists` contains the rankings one after the other, with the columns `identity`, `rank`, `clip`
-    and `score`. Identities keep their order. The result equals a ranking of all clips at once. Ray
-    Data can call this function for each identity, with `dataset.groupby("identity").map_groups`.
+    and `score`. The result has the identities in the order in which they first occur in `lists`. It
+    equals a ranking of all clips at once. Ray Data can call this function for each identity, with
+    `dataset.groupby("identity").map_groups`.
 
     Raises:
       ValueError: a clip occurs twice in the rankings of an identity.
@@ -131,8 +132,9 @@ def join_rankings(lists: "pyarrow.Table") -> "pyarrow.Table":
 def list_tables(source: str | Path) -> list[Path]:
     """Returns the sorted paths of the parquet tables in a folder.
 
-    The list is empty if `source` is no folder, or is a dataset with a table for each split, such as
-    `val.parquet`. Raises UserError if the folder contains tables and other files.
+    The list is empty if `source` is no folder. It is also empty if a table has the name of a split,
+    such as `val.parquet`, because such a folder is a dataset. Raises UserError if the folder
+    contains tables and other files.
     """
     source = files.local(source)
     entries = sorted(source.iterdir()) if source.is_dir() else []
@@ -156,7 +158,7 @@ def check_out(out: str | Path | None, inputs: Sequence[Path], work: type[TableTa
         flag = f"--out={out}" if out else "without --out"
         raise UserError(
             f"{flag}: vidjax writes a file for each of the {len(inputs):,} tables in "
-            f"'{inputs[0].parent}', so it needs a folder for them\nname a folder: --out=FOLDER"
+            f"'{inputs[0].parent}', and needs a folder for these files\nname a folder: --out=FOLDER"
         )
     if path.exists() and path.samefile(inputs[0].parent):
         raise UserError(f"--out={out} is the folder of the clips\nname another folder")
@@ -248,7 +250,8 @@ def _make_note(table: Path, work: TableTask) -> bytes:
 def _is_made(results: Path, note: bytes) -> bool:
     """Returns whether the results of a table are already in the file `results`.
 
-    If the file exists without `note`, it contains other results, and UserError is raised.
+    `note` is the note of these results, see `_make_note`. If the file has another note or none,
+    raises UserError.
     """
     if not files.exists(results):
         return False

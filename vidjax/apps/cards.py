@@ -82,7 +82,7 @@ class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if not -1 <= self.different[0] < self.same[0] < 1:
-            raise ValueError("the mean of `same` must be below 1, and above that of `different`")
+            raise ValueError("the mean of `same` must be below 1 and above the mean of `different`")
         # A cosine is at most 1, so the mean of its square, deviation^2 + mean^2, is at most 1.
         if any(spread**2 > 1 - mean**2 for mean, spread in (self.same, self.different)):
             raise ValueError("the deviation of `same` or `different` is above sqrt(1 - mean^2)")
@@ -128,7 +128,7 @@ class Vector(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Written(Struct, kw_only=True, forbid_unknown_fields=True):
-    """The fields of a card, the JSON file that describes a net."""
+    """The content of a card, the JSON file that describes a net. `Card` adds path and digest."""
 
     format: Literal[1]
     role: Role
@@ -226,7 +226,7 @@ def read_all(folder: Path) -> dict[Role, Card]:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """Lists the paths that a process needs to read the nets in a folder.
+    """Lists the paths that a process must be allowed to read, to load the nets in a folder.
 
     These are the folder itself, and its .json and .onnx files. A file may be a link.
     """
@@ -248,7 +248,7 @@ def replace_back_end(card: Card, back_end: BackEnd) -> None:
     """Replaces the statistics of a card by `back_end`, and writes the JSON file of the card.
 
     Galleries and features recognise a net by the digest of its card. So the present digest is
-    stored in `back_end.card`, and stays valid.
+    stored in `back_end.card`, and remains the digest of the changed card, see `Card`.
     """
     back_end.card = card.digest
     names = (field.name for field in msgspec.structs.fields(Written))

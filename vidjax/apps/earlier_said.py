@@ -1,9 +1,9 @@
 """Reads the names that users gave to faces in results of version 0.1.0 of `vidjax who`.
 
 Later versions write these names into a log, see `said`. Version 0.1.0 stored in the gallery which
-person a face shows, and which person it does not show. It stored everything else in the entries
-`films`, `fixed` and `apart` of `unknown.json`. Its folders `earlier` contain descriptions of films
-whose features must be computed again with other nets.
+person a face shows, and which person it does not show. Everything else is in the entries
+`films`, `fixed` and `apart` of `unknown.json`. The folders `earlier` of version 0.1.0 contain
+descriptions of films whose features must be computed again with other nets.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ class _Results:
 
 
 def read_numbers(out: Path) -> dict[str, Any] | None:
-    """Reads the numbers of unknown people from `unknown.json` in the folder of results `out`.
+    """Reads `unknown.json`, which numbers unknown people, in the folder of results `out`.
 
     Returns the JSON object in the file. Returns None if the file is missing or damaged, or if a
     version of vidjax after 0.1.0 has written it.
@@ -92,9 +92,9 @@ def number_faces(out: Path) -> tuple[list[str], dict[Face, int], int]:
 def log_acts(out: Path, acts: Sequence[Act], gallery: "State") -> Iterator[None]:
     """Writes `acts`, changes of names in a gallery, into the log of the folder of results `out`.
 
-    The `with` block makes the same changes in the gallery. If the block raises an error, the log
-    undoes them. If `out` is not a folder of results, nothing is written. `gallery` is the content
-    of the gallery before the changes.
+    The `with` block makes the same changes in the gallery. If the block raises an error, a line
+    that undoes `acts` is added to the log. If `out` is not a folder of results, nothing is written.
+    `gallery` is the content of the gallery before the changes.
     """
     if acts and not said.has_log(out) and read_numbers(out):
         said.append(out, list_lines(out, gallery))
@@ -110,7 +110,7 @@ def log_acts(out: Path, acts: Sequence[Act], gallery: "State") -> Iterator[None]
 def _record(out: Path, acts: Iterable[Act]) -> list[Line]:
     """Adds changes of names to the log in the folder of results `out`; returns the new lines.
 
-    A change of a clip is left out if the clip is no face in the films and photos of the results.
+    Changes of clips that the films and photos of the results do not contain are left out.
     """
     lines, find = list[Line](), FaceFinder(out)
     for act in acts:
@@ -126,9 +126,9 @@ def _record(out: Path, acts: Iterable[Act]) -> list[Line]:
 
 
 def list_lines(out: Path, gallery: "State") -> list[Line]:
-    """Converts what version 0.1.0 has stored in a folder of results to lines of a log.
+    """Makes lines of a log from the names and corrections that version 0.1.0 stored in `out`.
 
-    `gallery` is the content of the gallery in this folder.
+    `out` is the folder of results, and `gallery` the content of the gallery in this folder.
     """
     results, content = _Results(out), read_numbers(out) or {}
     clips = {name: x.identity for name, x in gallery.clips.items()}
@@ -149,8 +149,8 @@ def _list_photos(
 ) -> Iterator[Line]:
     """Yields lines of a log about people and photos whose names a user has changed.
 
-    `clips` are clip -> present name, or None for a stranger. `photos` are clip of a photo -> its
-    first name, which was the name of its folder or of its face tag.
+    `clips` are clip -> present name, or None for a stranger. `photos` are clip of a photo -> the
+    name of the photo's folder, or of its face tag.
     """
     for person, of in group_by_key((x, clip) for clip, x in photos.items()).items():
         names = Counter(name for clip in of if (name := clips[clip]))
@@ -163,7 +163,7 @@ def _list_photos(
 
 
 def _list_numbers(results: _Results, content: Mapping[str, Any]) -> Iterator[Line]:
-    """Yields lines of a log about ignored faces, and about unknown people that a user has changed.
+    """Yields lines of a log about ignored faces, and about unknown people with corrected faces.
 
     `content` is the content of `unknown.json`.
     """

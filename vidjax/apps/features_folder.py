@@ -189,13 +189,13 @@ class MediaFile(Struct, kw_only=True, dict=True):
 
     @functools.cached_property
     def digest(self) -> str:
-        """A digest that changes if the file, or the name or time of one of its clips changes."""
+        """A digest of the file, and of the names and times of its clips."""
         tracks = [[track.clip, track.start_s, track.end_s] for track in self.tracks]
         return files.sha256_json([self.sha256, tracks])
 
     @functools.cached_property
     def faces(self) -> dict[str, Face]:
-        """Name of a clip -> the time and box of its face, by which a log of names knows the face.
+        """Name of a clip -> the time and box of its face, which identify it in a log of names.
 
         For this log, see `said`. Clips whose box is not known are left out.
         """
@@ -244,7 +244,7 @@ def choose_settings(folder: Path, **given: object) -> ExtractionSettings | None:
     """Returns the settings with which features of films are extracted into a folder.
 
     `given` are name of a setting -> value. A setting that is None keeps the value that is stored in
-    the folder. In a new folder, it gets its default. If all settings are None, the result is None,
+    the folder, or gets its default in a new folder. If all settings are None, the result is None,
     and the caller keeps all stored settings.
     """
     changed = {name: value for name, value in given.items() if value is not None}
@@ -326,7 +326,8 @@ class PhotoFace(NamedTuple):
     """A face of a photo in a folder of results.
 
     `str(face)` is the name of its clip in the gallery, such as `people/Ada/IMG_1.f02`. If a face
-    tag names another person than the folder, the name ends with this person: `.../IMG_1.f02/Bob`.
+    tag names another person than the folder, the clip's name ends with the person of the tag, as in
+    `.../IMG_1.f02/Bob`.
     """
 
     folder: str  # the name of the folder in `OUT/people` that contains the features of the photo

@@ -1,8 +1,9 @@
 """Finds people and clips in all galleries and files: the search of `vidjax forget`.
 
 With --delete, clips are deleted from galleries. A converted dataset in the cache is deleted as a
-whole if it contains such a clip. So are unfinished files of killed processes that may contain one.
-Training runs, folders of `vidjax who` and other files (see `traces`) are only listed.
+whole if it contains one of the clips. Unfinished files of killed processes are deleted if they may
+contain one of the clips. Training runs, folders of `vidjax who` and other files (see `traces`) are
+only listed.
 """
 
 import dataclasses
@@ -76,10 +77,10 @@ class Survey(NamedTuple):
         return sorted(folder for folder, found in self.kind_of.items() if found == kind)
 
     def find_whole(self, path: Path) -> Path | None:
-        """Returns the folder, such as a training run, that is listed instead of its file `path`.
+        """Returns the folder, such as a training run, that is listed for the file or folder `path`.
 
-        This is the nearest folder above the file, or `path` itself, whose kind is in REMEDIES. If
-        there is none, returns None, and the file itself is listed.
+        This is `path`, or the nearest folder that contains `path`, whose kind is in REMEDIES. If no
+        folder has such a kind, returns None, and `path` itself is listed.
         """
         return next((x for x in (path, *path.parents) if self.kind_of.get(x) in REMEDIES), None)
 
@@ -161,13 +162,13 @@ def _open_galleries(folders: Iterable[Path], found: list[Place]) -> Iterator[Gal
 def _search_galleries(
     galleries: Iterable[Gallery], people: Collection[str], asked: Collection[str], *, delete: bool
 ) -> tuple[list[Place], set[str], list[np.ndarray]]:
-    """Finds the clips of `people`, the clips with the names `asked`, and copies of both.
+    """Finds the clips of `people`, the clips with the names `asked`, and copies of all these clips.
 
-    If `delete` is True, these clips are deleted. If another clip has such a name inside its own
-    name, or another person has a clip with such a vector, the clip is listed, but not deleted.
+    If `delete` is True, the found clips are deleted. Doubtful clips are only listed: other clips
+    with the name or vector of a found clip, or with the name of a person in their own name.
 
-    Returns three values: a `Place` for each gallery with clips of either kind, the names of the
-    clips of the first kind (deleted if `delete` is True), and their vectors, arrays [D] float32.
+    Returns three values: reports, `Place`, about the found and the doubtful clips of each gallery;
+    the names of the found clips; and the vectors of the found clips, arrays [D] float32.
     """
     clips = [clip for gallery in galleries for clip in _list_clips(gallery)]
     own = {x for x in clips if x.identity in people or normal_form(x.name) in asked}
@@ -208,12 +209,13 @@ def _find_copies(
     """Finds clips of strangers and of other people that have the same vectors as a clip in `own`.
 
     `own` are the clips of the searched `people`. Vectors must be equal in each modality, such as
-    face, that both clips have. A copy may have more modalities, so copies of it are found, too.
+    face, that both clips have. A copy may have more modalities than the clip in `own`, so copies of
+    copies are found, too.
 
     Returns three values:
 
     - The copies: clips of strangers, and clips of a person whose name is another spelling of a name
-      in `people`. In a gallery with a clip in `own`, another spelling is another person.
+      in `people`. If a gallery has a clip in `own`, other spellings in it name other people.
     - The doubtful clips: clips of other people. They are not deleted, because either person may
       have the wrong clip.
     - The vectors of the copies and of `own`. A vector that more than MOST_COPIES clips of a gallery

@@ -8,9 +8,9 @@ lines of a step have the same time `when`. The field `says` of a line is one of 
     is      the face shows the person `of`, or if `of` is null, a stranger
     not     the face does not show the person `of`
     same    this face and the face `of` show the unknown person `number`. If `person` is given,
-            such as `unknown 7`, all faces of this person show the person `number`
+            such as `unknown 7`, all faces of `person` show the person `number`, too
     apart   the face shows the unknown person `number`, who is not the person of the face `of`
-    ignore  the face gets no name. If `of` is "once", it gets the name of a person enrolled later
+    ignore  the face gets no name. If `of` is "once", it gets one when its person is enrolled
     rename  the person `person` is called `of` from now on
     undo    the step with the time `of` does not count. If `of` is null, no earlier line about the
             face counts
@@ -79,7 +79,7 @@ class Line(Struct, kw_only=True, frozen=True, omit_defaults=True):
 
 
 def make_face(film: str, track: "FaceTrack") -> Face | None:
-    """Returns the face in a clip, by which the log identifies it, or None without a known box.
+    """Returns the face in a clip, as the log identifies it, or None if its box is not known.
 
     `film` is the sha256 of the film or photo. `track` is the clip.
     """
@@ -125,8 +125,8 @@ def undo(lines: Sequence[Line]) -> list[Line]:
 def read(out: Path) -> list[Line]:
     """Reads the log in a folder of results. Without a log, the result is empty.
 
-    Raises UserError if a line is damaged. The end of a line that a killed program has not finished
-    is left out.
+    Raises UserError if a line is damaged. If a killed program has not finished the last line, this
+    line is left out.
     """
     path, lines = out / NAME, list[Line]()
     if not files.exists(path):

@@ -86,8 +86,8 @@ class Traces:
 
         `names` are the names of people and clips. `vectors` are the embeddings [D] of their clips.
         Each modality, such as face, may have another length D. `lines` are further names, which may
-        be too short to be searched in texts, for example `1`. They are only searched as whole lines
-        of arrays that contain text.
+        be too short to be searched in texts, for example `1`. They are only compared with
+        whole lines of texts that are stored as arrays.
         """
         self._lines = {*lines}
         # First word of names -> (place of the word in a name, length of the name) -> the names. For

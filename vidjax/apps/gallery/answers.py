@@ -75,7 +75,7 @@ class Answer(NamedTuple):
         1.
       best: (identity, probability) of the most probable identities, best first.
       evidence: a tuple of words: the modalities, such as face, that the clip and `identity` have in
-        common. If the clip would have no name without other clips (see `groups` of
+        common. If the clip got the name only because of other clips (see `groups` of
         `Gallery.identify`), the tuple also contains `clips`. If a user has named the face in a
         film, or has said that the face is a stranger, the tuple is (`told`,). For any other unknown
         person, the tuple is empty.
@@ -112,7 +112,7 @@ def join_answers(vote: Answer, own: Sequence[Answer]) -> list[Answer]:
 
     Args:
       vote: the answer for all clips of the group together.
-      own: the answer for each single clip, with at least 10 identities.
+      own: the answer for each single clip. `Answer.best` lists at least 10 identities.
     """
     if vote.identity is None:
         return [vote] * len(own)
@@ -200,7 +200,7 @@ class NamingRule(NamedTuple):
         """Returns bool [...], True if a clip gets a name.
 
         `best` [...] is the log-probability of the most probable person of each clip. `others` [...]
-        is the log-probability that the clip shows any other enrolled person.
+        is the log-probability that the clip shows one of the other enrolled people.
         """
         best = np.asarray(best)
         if self.by != "fpir":
@@ -244,9 +244,9 @@ class NamingRule(NamedTuple):
     def answer(self, nearest: index_lib.Nearest, *, cards: bool) -> Answer:
         """Returns the answer for a clip.
 
-        `nearest` are the most probable people of the clip. `cards` is True in a gallery of nets,
-        see `Gallery.of_models`. Such a gallery gives a name only if the clip and the person have a
-        modality, such as face, in common.
+        `nearest` are the most probable people of the clip. `cards` is True if the gallery was made
+        from nets, see `Gallery.of_models`. Such a gallery gives a name only if the clip and the
+        person have a modality, such as face, in common.
         """
         if not nearest.best:
             return NOBODY
@@ -382,9 +382,9 @@ def choose_rule(state: State, fpir: float | None, threshold: float | None) -> Na
 
 
 def _describe_growth(state: State) -> str:
-    """Returns a warning, or "" if it is not needed.
+    """Returns a warning if a gallery has far more people than its parameters were fitted to.
 
-    It is needed if a gallery has far more people than its parameters were fitted to.
+    Otherwise, returns "".
     """
     clips = state.clips.values()
     fitted = state.index.remember(
@@ -479,8 +479,8 @@ def _sum_others(scores: np.ndarray) -> np.ndarray:
     """Returns the argument `others` [Q, N] of `NamingRule.names` for Q clips and N people.
 
     `scores` [Q, N] are log-probabilities. For the most probable person of a clip, the result is the
-    log-probability of all other people together. For other people, it is the highest score of the
-    clip, so that they get no name.
+    log-probability of all other people together. For less probable people, the result is the
+    highest score of the clip, so that the clip does not get their names.
     """
     # Only the most probable person can have a higher probability than all others together.
     others = np.repeat(scores.max(axis=1, keepdims=True), scores.shape[1], axis=1)
@@ -556,7 +556,7 @@ def table(answers: Answers) -> Iterator[tuple[str, ...]]:
 
 
 def share(value: float) -> str:
-    """Formats a share (0 to 1) in per cent, such as `0.89 %`: with 2 digits, or 4 from 99 % on."""
+    """Formats a share (0 to 1) in per cent, such as `0.89 %`: 2 digits, or 4 digits above 99 %."""
     percent = 100 * value
     if percent >= 99:
         return f"{percent:.4g} %" if percent < 99.99 else "> 99.99 %"
@@ -564,7 +564,7 @@ def share(value: float) -> str:
 
 
 def describe_probability(score: float) -> str:
-    """Formats the probability exp(`score`) in per cent, with 3 digits, or 10 digits from 99 % on.
+    """Formats the probability exp(`score`) in per cent: 3 digits, or 10 digits above 99 %.
 
     The function `share` writes `> 99.99 %` and `< 0.01 %`. This function always writes the number.
     """

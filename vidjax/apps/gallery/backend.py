@@ -8,8 +8,9 @@ only modality is `embedding`. The vectors of a modality are compared in one of t
 - Distances: a card, the JSON file that describes an embedding net, contains the parameters.
 
 A clip is compared with all people in float32, and again with the most probable people in float64.
-So the order of people or clips changes an answer by at most 1e-6. The formulas are the same as in
-`models.plda_fit.combine_modalities` and `losses.log_softmax`.
+So the rounding errors, which depend on the order of people and clips, change an answer by at most
+1e-6. The formulas are the same as in `models.plda_fit.combine_modalities` and
+`losses.log_softmax`.
 """
 
 import contextlib
@@ -58,8 +59,8 @@ class Part(NamedTuple):
     def describe(self, count: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the coefficients `linear` [P, D] and `constant` [P] of P people, see `People`.
 
-        `count` [P] is the number of clips of each person. `total` [P, D] is the sum of their unit
-        vectors.
+        `count` [P] is the number of clips of each person. `total` [P, D] is the sum of the unit
+        vectors of these clips.
         """
         if self.space is None:
             mean = total / np.maximum(count, 1)[:, None]
@@ -147,8 +148,8 @@ class Backend(NamedTuple):
           owner: [N] int, the person of each clip, an index in `names`.
           film: [N] int, the film of each clip, from 0. With PLDA, all clips of a person in a film
             count as at most one clip. By default, each clip is from another film.
-          independent: [P] bool, True if a person's clips are known to be independent. If it is
-            False, with PLDA, similar clips of the person count as fewer clips. Default: all False.
+          independent: [P] bool, True if a person's clips are known to be independent. Otherwise,
+            PLDA counts similar clips of the person as fewer clips. By default, all are False.
         """
         linear, constants, counts = [], [], []
         exact = np.zeros(len(names), bool) if independent is None else independent
@@ -179,13 +180,12 @@ def fit(
     Args:
       vectors: modality -> unit vectors [N, D] float32.
       labels: [N] int, the person of each clip, from 1.
-      enrolled: modality -> [N, D] float32, the vectors with which people are enrolled while the
-        settings are fitted. Row n belongs to the person of clip n. A row may be the mean of
-        the person's clips in a film. Default: `vectors`.
+      enrolled: modality -> [N, D] float32, the vectors that enrol people in the fit of `settings`.
+        Row n belongs to the person of clip n. A row may be the mean of the person's clips in a
+        film. Default: `vectors`.
       centred: True if the run has already subtracted a centre from the vectors.
-      settings: the settings of PLDA. By default, they are fitted, too. Then the variance of a
-        person's clips is at least a typical share of the variance of all clips, see
-        `two_covariance.covariances`.
+      settings: the settings of PLDA. By default, they are fitted, too, and the variance of a
+        person's clips gets a lower limit, see `two_covariance.covariances`.
     """
     from vidjax.models import plda_fit  # imports JAX
 
@@ -216,12 +216,12 @@ def fit(
 
 
 def measure_shared(vectors: Mapping[str, np.ndarray], labels: np.ndarray) -> float:
-    """Measures how much of the usual variance between a person's clips is missing in these clips.
+    """Measures how much less than usual the clips of a person vary, as photos of one day do.
 
-    Photos of one day look alike, and so vary less than usual. Returns the missing share: 0 if the
-    clips of a person vary as usual, and near 1 if they hardly vary. The smallest share of all
-    modalities is returned, see `Covariances.shared`. `vectors` are modality -> unit vectors [N, D],
-    and `labels` [N] int the person of each clip, from 1.
+    Returns the missing share of the usual variance: 0 if the clips of a person vary as usual, and
+    near 1 if they hardly vary. The smallest share of all modalities is returned, see
+    `Covariances.shared`. `vectors` are modality -> unit vectors [N, D], and `labels` [N] int the
+    person of each clip, from 1.
     """
     shared = []
     for x in vectors.values():
@@ -237,7 +237,7 @@ def make_card_backend(back_ends: "Mapping[str, BackEnd]") -> Backend:
 
     `back_ends` are modality -> the entry `back_end` of the card (the JSON file) of an embedding
     net. The entry contains distributions of cosines, which give the distributions of distances.
-    Half of the clips are expected to show strangers.
+    The prior probability that a clip shows a stranger is 0.5.
     """
     parts = []
     for name, back_end in back_ends.items():
@@ -268,9 +268,9 @@ def _sum_clips(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Counts and adds up the clips of each of P people, in one modality.
 
-    Returns the number n of clips of each person, [P], and n times their mean unit vector, [P, D].
-    `x` [N, D] are the vectors of the clips. For `owner` and `film`, see `Backend.enrol`. With PLDA,
-    similar clips count less in n, except if `exact` [P] is True for the person.
+    Returns n [P], the number of clips of each person, and [P, D], n times the mean unit vector of
+    these clips. `x` [N, D] are the vectors of the clips. For `owner` and `film`, see
+    `Backend.enrol`. `exact` [P] is False if PLDA counts similar clips of a person as fewer clips.
     """
     count, total = sum_by_owner(unit(part, x), owner, len(exact))
     if part.space is None:

@@ -90,8 +90,8 @@ def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> t
     no other modality are removed.
 
     Raises:
-      UserError: the gallery was made with a run, or a net of the gallery is missing in the folder,
-        or has changed and `replace` is False.
+      UserError: the gallery was made with a run, or the folder lacks a net of the gallery.
+      UserError: a net of the gallery has changed, and `replace` is False.
     """
     origin, back_ends = read_cards(models)
     with gallery.change() as draft:
@@ -135,9 +135,10 @@ def compare(state: State) -> Comparison:
     gallery has no face net. For all values, see `card_check.Problem`.
 
     If `check_apart` or `judge` has stored in `state` that the net does not separate people,
-    `problem` is "blind". With default numbers, `problem` is also "blind" beyond the limits
-    LEAST_BETWEEN and MOST_DEVIATION. With default numbers and fewer than three enrolled people,
-    `problem` is "few", until `check_apart` finds that the net separates people.
+    `problem` is "blind". With default numbers, `problem` is also "blind" if `between` is
+    below LEAST_BETWEEN, or `deviation` above MOST_DEVIATION. With default numbers and fewer than
+    three enrolled people, `problem` is "few", until `check_apart` finds that the net separates
+    people.
     """
     comparison, unmeasured = state.index.card_comparison, state.origin.unmeasured
     is_close = comparison.problem == "closer" and comparison.between < LEAST_BETWEEN
@@ -153,8 +154,8 @@ def compare(state: State) -> Comparison:
 def check_apart(state: State, vectors: Vectors, apart: Iterable[tuple[str, str, float]]) -> State:
     """Checks with pairs of faces of different people whether the face net separates people.
 
-    Returns `state` with the result in the field `separates`: True, False, or None if the pairs show
-    nothing. It is also None if the numbers in the card (JSON file) of the net were measured, so
+    Returns `state` with the result in the field `separates`: True, False, or None if the pairs do
+    not decide. It is also None if the numbers in the card (JSON file) of the net were measured, so
     that no check is needed. For the other arguments, see `Gallery.check_apart`.
     """
     backend, separates = state.index.backend, None
@@ -173,8 +174,8 @@ def judge(state: State, mirrored: Sequence[float]) -> State:
 
     If a photo and its mirror image differ almost like two people, the net does not separate people,
     and the gallery gives no names. `mirrored` are the cosines of the vectors of enrolled photos and
-    of their mirror images. If there are fewer than two, the state stays the same. One cosine is
-    enough if only one person is enrolled and nobody has measured the card (JSON file) of the net.
+    of their mirror images. If there are fewer than two, the state stays the same. If only one
+    person is enrolled, and nobody has measured the card (JSON file) of the net, one is enough.
     """
     comparison, origin = state.index.card_comparison, state.origin
     if len(mirrored) < (1 if len(state.index.names) == 1 and origin.unmeasured else 2):
@@ -227,7 +228,7 @@ def warn(state: State, known: str = "") -> str:
 
 
 def _describe_problem(state: State) -> str:
-    """Returns how enrolled people contradict the card of their net, and a remedy, or "" if not."""
+    """Returns how enrolled people contradict the card of the net, with a remedy; "" if they fit."""
     comparison, origin = compare(state), state.origin
     if comparison.problem == "closer" and comparison.between < card_check.SAME:
         return f"your people are as alike as photos of one person\n{TWO_NAMES}"

@@ -78,8 +78,8 @@ class Draft:
         """Adds missing modalities, such as voices, to enrolled clips.
 
         `vectors` are clip -> vector of all modalities. A clip is left out if it is not enrolled, or
-        if its enrolled vector of a modality differs from the given one. Returns the names of all
-        other clips, which now have the given vectors.
+        if its enrolled vector of a modality differs from the given one. Returns the names of the
+        clips that are not left out. They now have the given vectors.
         """
         vectors = {self._find_name(name): vector for name, vector in vectors.items()}
         equal = find_equal(vectors, self.clips, self.present.index.backend)
@@ -200,8 +200,8 @@ class Draft:
     def _is_new(self, name: str, clip: StoredClip) -> bool:
         """Returns True if a clip must be added: it is new, or an enrolled stranger gets a person.
 
-        Returns False if the clip is enrolled in the same way, or if `clip` has no person, but is
-        enrolled with one. Raises UserError if it is enrolled with another person or vector.
+        Returns False if the enrolled clip `name` has the person and vector of `clip`, or if it has
+        a person, but `clip` has none. Raises UserError if it has another person or vector.
         """
         old = self.clips.get(name)
         if old is None:
@@ -218,7 +218,7 @@ class Draft:
             return old.identity != clip.identity
         raise UserError(
             f"clip '{show(name)}' is already enrolled {problem}\n"
-            f"if it is another clip, give it another name; if not, {remedy} the enrolled clip"
+            f"if these are two clips, rename the new clip; if not, {remedy} the enrolled clip"
         )
 
     # ---- results
@@ -241,7 +241,7 @@ class Draft:
 
         These arguments are the new clips, name -> clip, and the changed people, in blocks. `new` is
         None if the whole content must be written. `advance` is called after each block of people,
-        with the number of its new and changed clips.
+        with the number of new and changed clips in the block.
         """
         if self.replacement:
             return self.replacement, None, None

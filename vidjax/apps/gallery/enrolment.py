@@ -40,8 +40,8 @@ def enrol(
       backend: the parameters that compare vectors.
       clips_of: identity -> names of the person's clips.
       clips: name -> clip.
-      of_plda: True for the gallery of a PLDA run. Then each clip of a person counts fully, as in
-        the run, if PLDA was fitted to all clips of the person.
+      of_plda: True for the gallery of a PLDA run. Then similar clips count fully, as in the run. If
+        PLDA was not fitted to all clips of a person, similar clips of this person count less.
     """
     identities, width = [*clips_of], sum(backend.widths.values())
     for at in range(0, len(identities), MAX_BLOCK_PEOPLE):

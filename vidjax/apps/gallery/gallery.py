@@ -24,8 +24,8 @@ A removed person leaves no trace in the folder. If the back end was fitted to a 
 vector of this clip could be computed from the old back end and all other clips. Therefore `remove`
 fits a new back end to all clips that are left. Enrolling clips does not change the back end. The
 training run still depends on its training clips. With `create(..., empty=True)`, the gallery
-contains no training clips, but the back end was fitted to them. Only a new training run without the
-clips removes both dependences.
+contains no training clips, but the back end was fitted to them. To make both independent of
+a clip, train a new run without this clip.
 """
 
 import contextlib
@@ -73,15 +73,15 @@ class Gallery:
 
     The argument `clips` of a method is one of these:
       clips in memory, {clip: {modality: features}}, as for `Predictor.embed`. A clip may also have
-        values of frames, such as `face_quality`;
+        keys for values of its frames, such as `face_quality`;
       a dataset, together with the name of a `split`;
       the vectors that `embed` returns.
 
     A method that changes the gallery returns when the change is on the disk. After an error,
     nothing is changed. If the disk fails after the change was written, the message of the OSError
-    says that the gallery was changed. All these methods raise ValueError if another process is
-    changing the gallery, or if the gallery is read-only. They raise OSError if the disk is full or
-    fails.
+    says that the gallery was changed. All methods that change the gallery raise ValueError if
+    another process is changing the gallery, or if the gallery is read-only. They raise OSError if
+    the disk is full or fails.
     """
 
     def __init__(self, folder: str | Path, *, run: "Predictor | str | Path | None" = None):
@@ -131,8 +131,8 @@ class Gallery:
           run: the training run, or its folder.
           data: the dataset of the run. By default, it is loaded.
           strangers: the name of a split. Its clips without a label become clips of strangers,
-            people who must not get a name. The default is the evaluated split, if any of its clips
-            has a label.
+            people who must not get a name. The default is the evaluated split, if it also
+            contains clips with a label.
           empty: True to enrol nobody. The gallery then contains only clips of strangers, and the
             parameters that were fitted to the training clips.
 
@@ -385,7 +385,7 @@ class Gallery:
             of the dataset.
           strangers: False to leave out clips without a person. True to add only these clips, as
             clips of strangers.
-          source: the file or argument that contains `identities`, which a warning names.
+          source: the name of the file or argument that contains `identities`, for messages.
           advance: is called several times, with the number of new clips that are finished since the
             last call.
 
@@ -414,7 +414,7 @@ class Gallery:
         """Removes people with all their clips, or single clips; returns the number of clips.
 
         Give either `identity` or `clip`: a name, or several names. If the parameters that compare
-        vectors were fitted to a removed clip, they are fitted again to the remaining clips.
+        vectors were fitted to a removed clip, these parameters are fitted again to the other clips.
 
         Raises:
           ValueError: no person or clip has this name.
@@ -463,13 +463,13 @@ class Gallery:
           vectors: clips in memory, or the vectors that `embed` returns.
           apart: pairs of clips that show different people, for example two faces in a picture.
           clarity: clip -> the clarity of its best face, 0 to 1, see `align.measure_clarity`. By
-            default, it is 1. Unclear faces, with a clarity below 0.35, are never grouped only with
-            each other.
+            default, it is 1. Two groups that contain only unclear faces, with a clarity below 0.35,
+            are never joined.
           together: clip -> number. Clips with the same number certainly show the same person.
-          settled: numbers in `together` of people who certainly differ from each other. Any other
-            group may join one of these people.
-          for_votes: True for the groups of `identify`, whose clips vote on one name. These groups
-            are larger, and a few contain clips of two people.
+          settled: numbers in `together`. Groups with two of these numbers are never joined. Any
+            other group may be joined to a group with one of these numbers.
+          for_votes: True makes larger groups for `identify`, where the clips of a group vote on a
+            name. A few of these groups contain clips of two people.
         """
         vectors = self.embed(vectors)
         vectors = vectors.only(select_usable_clips(vectors))
@@ -483,11 +483,11 @@ class Gallery:
         """Checks with faces of different people whether the net of the gallery separates people.
 
         The card, the JSON file of the net, predicts how much the faces differ. If they contradict
-        the card, `identify` gives no names from now on. One or two enrolled people get names only
-        if the faces fit the card. If the numbers in the card were measured, nothing is checked. The
-        result is kept in this object, and not written to the folder. `vectors` are the vectors of
-        the clips. `apart` are pairs of clips that certainly show different people: (clip, other
-        clip, clarity of the better face, from 0 to 1).
+        the card, `identify` gives no names from now on. If only one or two people are enrolled,
+        they get names only after this check, and if the faces fit the card. If the numbers in the
+        card were measured, nothing is checked. The result is kept in this object, and not written
+        to the folder. `vectors` are the vectors of the clips. `apart` are pairs of clips that
+        certainly show different people: (clip, other clip, clarity of the better face, 0 to 1).
         """
         with self._lock:
             self._state = card_notes.check_apart(self.state, vectors, apart)
@@ -527,9 +527,9 @@ class Gallery:
           clips, split: see the class.
           k: the largest number of identities in `Answer.best`.
           fpir: the largest share of new strangers that may get a name. The lowest probability of a
-            name is measured on the clips of strangers in the gallery. A name must also be more
-            probable than all other enrolled people together. The default is 0.01. If the gallery
-            has fewer than 99 clips of strangers, by default a name needs a probability above 0.5.
+            name is measured on the clips of strangers in the gallery. The person must also be
+            more probable than all other enrolled people together. The default is 0.01. If there are
+            fewer than 99 clips of strangers, by default a name needs a probability above 0.5.
           threshold: the lowest probability at which a clip gets a name. Give either `fpir` or
             `threshold`. (In `Predictor.identify`, `threshold` is a logarithm.)
           groups: clip -> group, as `group` returns. All clips of a group are compared together and
@@ -603,10 +603,10 @@ class Gallery:
         """Finds enrolled clips that do not fit the other clips of the person `identity`.
 
         Each clip is compared with all other clips of the person. A clip is listed if, at even prior
-        odds, it shows another person 10 times more probably than the same person. If a person has
-        two clips that differ, both are listed, because nothing shows which is wrong. If `clips` are
-        given, only these clips are listed. Returns clip -> log(p(clips | one person) / p(clips |
-        two people)), lowest first.
+        odds, the odds are 10 to 1 that it shows a different person than the other clips. If a
+        person has two clips that differ, both are listed, because nothing shows which is wrong. If
+        `clips` are given, only these clips are listed. Returns clip ->
+        log(p(clips | one person) / p(clips | two people)), lowest first.
         """
         return verification.find_misfits(self.state, identity, clips)
 

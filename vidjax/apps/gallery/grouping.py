@@ -3,15 +3,15 @@
 1. Each clip starts as a group. The two groups that most probably show the same person are joined.
    This is repeated until every pair has a probability of at most 0.5. The prior odds that a pair
    shows the same person are 1 / G, where G is the present number of groups. For groups that vote on
-   a name, the prior odds are 4 / G.
+   a name (`for_votes` of `Gallery.group`), the prior odds are 4 / G.
 2. Small groups are joined to larger groups of more than 3 clips, if one of the two groups is clear.
    The prior probability that a small group belongs to a group of n clips is proportional to n. The
    prior probability that it shows a new person is proportional to the number of groups with a
    single clip. Groups that vote skip this step.
 
 Vectors of unclear faces, which are small or blurred, are alike even if they show two people. So two
-groups with only unclear faces are never joined. The expected distance between two people is smaller
-if even the clearer of the two groups is unclear.
+groups with only unclear faces are never joined. The less clear the clearer one of
+two groups is, the smaller is the distance that is expected between two people.
 
 The memory grows with the square of the number of clips. If there are more than MAX_GROUPED_CLIPS,
 the clips of a few films are grouped at a time, and then the groups are joined.

@@ -60,7 +60,7 @@ class Means:
       square: [P] float64, the squared lengths of the means.
       effective: [P] float64, the effective numbers of clips, see `card_backend.effective_count`.
       total: [D] float64, the sum of the means.
-      weighed: the weighted sum of the means, and the sum of the weights, see `card_backend.weigh`.
+      weighed: the sum of the means, weighted by `card_backend.weigh`, and the sum of the weights.
     """
 
     def __init__(
@@ -228,8 +228,8 @@ class DistanceRatios:
         """Five numbers that `reader.py` of an exported gallery needs, [5] float64.
 
         The numbers are: two shapes of gamma distributions, for one person and for two people, see
-        `Distances`; the lowest squared distance; the constant and the slope of the log density of a
-        stranger.
+        `Distances`; the lower limit of squared distances; the constant and the slope of the log
+        density of a stranger.
         """
         distances, zero = self._distances, np.zeros(())
         variance = np.array(distances.within + distances.between + self.population.variance)
@@ -284,7 +284,7 @@ class Index:
     def remember(self, key: object, compute: Callable[[], T]) -> T:
         """Returns `compute()`, or the stored result of an earlier call with this key.
 
-        The result must not be None. The results that were used last are stored. A change of the
+        The result must not be None. Only the results that were used last are kept. A change of the
         gallery makes a new index, which has stored nothing.
         """
         value = self._known.pop(key, None)
@@ -340,7 +340,7 @@ class Index:
     def _list_means(self, number: int, distances: Distances) -> list[Means]:
         """Returns the mean vectors of people in a modality, for each block, see `Block.means`.
 
-        If nobody is enrolled, the result has an empty element.
+        If nobody is enrolled, the result is one element without people.
         """
         means = [block.means(number, distances) for block in self.blocks]
         nobody = np.zeros((0, len(self.backend.parts[number].centre))), np.zeros(0), np.zeros(0)
@@ -455,7 +455,7 @@ class Index:
         """Prepares Q groups of clips for the comparison with people.
 
         `units` are the unit vectors of the groups, M arrays [Q, D], one for each modality.
-        `effective` are the numbers of their clips, M arrays [Q], in which similar clips count less.
+        `effective` are the numbers of clips of the groups, M arrays [Q]. Similar clips count less.
         """
         coordinates, terms = [], []
         for scorer, x, k in zip(self.scorers, units, effective, strict=True):

@@ -102,7 +102,7 @@ def choose_clips(
     if not chosen:
         raise UserError(
             f"none of the clips, such as '{show(refused[0])}', has a usable frame\n"
-            "give clips with other frames"
+            "give clips whose features are not 0"
         )
     return chosen, refused
 
@@ -127,8 +127,8 @@ def complete(gallery: "Gallery", vectors: Vectors) -> set[str]:
     """Adds missing modalities, such as voices, to enrolled clips.
 
     `vectors` are the vectors of clips, in all modalities. A clip is left out if it is not enrolled,
-    or if its enrolled vector of a modality differs from the given one. Returns the names of all
-    other clips, which now have all modalities.
+    or if its enrolled vector of a modality differs from the given one. Returns the names of the
+    clips that are not left out. They now have all modalities.
     """
     clips = select_usable_clips(vectors)
     with gallery.change() as draft:
@@ -150,9 +150,8 @@ def find_rivals(state: State, clips: Mapping[str, StoredClip]) -> dict[str, str]
     """Finds enrolled clips that seem to show another enrolled person than their own person.
 
     `clips` are name -> clip. Returns clip -> the other person. This person has a clip with an equal
-    vector, or the odds of this person against a stranger are above 200 to 1. Clips of twins are
-    left out: a clip shows a twin if it fits its own person better, and the clips of the two people
-    differ.
+    vector, or the odds of this person against a stranger are above 200 to 1. If the two
+    people only look alike, as twins do, the clip is left out, see `_is_twin`.
 
     If a comparison of all `clips` would take minutes, the last clips are not compared, and a
     message says so. If the net cannot tell people apart, the result is empty.
@@ -181,7 +180,8 @@ def find_rivals(state: State, clips: Mapping[str, StoredClip]) -> dict[str, str]
 def _is_twin(state: State, name: str, clip: StoredClip, like: str) -> bool:
     """Returns whether a clip shows its own person, who only looks like the person `like`.
 
-    This is so if the clip fits its person better, and the clips of the two people differ.
+    This is so if the clip fits its own person better, and if the other clips of its person and the
+    clips of `like` show two people more probably than one.
     """
     own = state.clips_of[clip.identity or STRANGER]
     mates = [x for x in own if strip_ending(x) != strip_ending(name)]
@@ -225,7 +225,7 @@ def advise_other_films(state: State, people: Iterable[str]) -> None:
     if few:
         named = messages.list_some([*map(show, few)], 3)
         say(
-            f"for {named}: the clips of each person are from one film or day and look alike: "
+            f"for {named}: the clips of each person are from one film or day and look alike\n"
             "add clips from other films or days"
         )
 

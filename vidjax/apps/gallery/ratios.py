@@ -38,7 +38,7 @@ class Summary(NamedTuple):
         return Summary(counts, means, squares, noises, self.clarity[rows])
 
     def across(self) -> "Summary":
-        """Changes the shape [G] to [G, 1], so that `compare` compares each group with H groups."""
+        """Changes the shape [G] to [G, 1]. Then `compare` with [H] compares all G x H pairs."""
         return self.take((slice(None), None))
 
 

@@ -77,8 +77,8 @@ def find_run(
     or from a folder of the same name in `runs`, next to the gallery.
 
     Raises:
-      UserError: the gallery has no run, or the run is missing, or its weights have changed, or this
-        version of vidjax lacks its model.
+      UserError: the gallery has no run; the run is missing; the weights of the run have changed;
+        or this version of vidjax lacks the model of the run.
     """
     if origin.cards:
         raise UserError(
@@ -120,7 +120,7 @@ class RunVectors(NamedTuple):
 
     @property
     def reads(self) -> tuple[dict[str, int], Quality]:
-        """The modalities that are read of a clip, and where the quality of its frames is from.
+        """The modalities that are read of a clip, and the source of the quality of its frames.
 
         The first value is modality -> width of its features. The second is `given` (the quality in
         the file or, if it is missing, the norm of the features) or `norm` (always the norm).

@@ -4,7 +4,7 @@
     gallery.sqlite-journal    exists during a change, and after an interrupted change
 
 For speed, a row of a table contains many people or clips. The column `words` has a name on each
-line. The column `numbers` has the numbers in an array.
+line. The column `numbers` has an array with the numbers of all these people or clips.
 
 A change is a single transaction. If it was interrupted, the next process that opens the file undoes
 it. If the disk fails after the change, in the last step, UncertainWriteError is raised. An
@@ -306,7 +306,7 @@ class Store:
             yield connection
 
     def remove_leftovers(self) -> None:
-        """Deletes the journal of a killed process, unless the gallery is in use or read-only."""
+        """Deletes the journal of a killed process, if no other process uses the gallery."""
         # SQLite keeps the journal of a change that was interrupted before it changed the file.
         in_use = contextlib.suppress(InUseError, UnwritableError, OSError)
         with in_use, self.open(write=True, wait=0):
@@ -355,9 +355,9 @@ class Store:
         Args:
           connection: the result of `open`.
           state: the new content.
-          new: the clips that differ from the file: name -> clip. If `people` are also given, both
-            are added at the end of the tables, and their old entries stay in the file as outdated
-            entries. Otherwise, or if about half of all entries would be outdated, all rows are
+          new: the clips that differ from the file: name -> clip. `new` and `people` are added at
+            the end of the tables, and their old entries stay in the file as outdated entries. If
+            one of the two is None, or if about half of all entries would be outdated, all rows are
             written again.
           people: the people who differ from the file, in blocks.
 
@@ -428,7 +428,7 @@ def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
             raise InUseError(
                 f"gallery '{path.parent}' is in use by another program, such as `vidjax serve`, or "
                 "by an open 'with gallery.change()' of this program\n"
-                "try again when the other change has ended"
+                "try again when that program or block has ended"
             ) from error
         if re.match("SQLITE_(BUSY|PERM|IOERR.*LOCK$)", name):
             kind = UnwritableError if write else UnreadableError
@@ -445,7 +445,7 @@ def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
             number = errno.ENOSPC if name == "SQLITE_FULL" else errno.EIO
             if name == "SQLITE_IOERR_DIR_FSYNC":  # the journal is deleted, which ends the change
                 raise UncertainWriteError(
-                    number, f"'{path}' was changed, but the change may be lost: {error}"
+                    number, f"'{path}' was changed, but may change back: {error}\ncheck the disk"
                 ) from error
             if write:
                 raise OSError(number, f"cannot write '{path}': {error}") from error
@@ -534,7 +534,7 @@ def _append(
         names of their people.
       numbers: [N], with the dtype of the table.
 
-    Returns the change of `State.rows`, the sum of the digests of all rows.
+    Returns the number to add to `State.rows`, the sum of the digests of all rows.
     """
     place, total = 0, 0
     step = max(1, min(MAX_BLOCK_PEOPLE, ROW_BYTES // numbers.dtype.itemsize))

@@ -46,7 +46,7 @@ class NetVectors(NamedTuple):
 
     @property
     def reads(self) -> tuple[dict[str, int], Quality]:
-        """The modalities that are read of a clip, and where the quality of its frames is from.
+        """The modalities that are read of a clip, and the source of the quality of its frames.
 
         The first value is modality -> width of its features. The second is `given`: the quality in
         the file or, if it is missing, the norm of the features.
@@ -58,7 +58,7 @@ class NetVectors(NamedTuple):
         if isinstance(clips, Mapping):
             clips = MemoryClips.pack(clips, self.backend.widths, ())
         if isinstance(clips, MemoryClips) and split is not None:
-            raise UserError(f"split={split!r}: clips in memory have no splits: leave it out")
+            raise UserError(f"split={split!r} cannot be used with clips in memory: leave it out")
         if not isinstance(clips, MemoryClips):
             raise UserError(
                 "a dataset needs a gallery of a run, but this gallery was made from nets\n"

@@ -12,11 +12,12 @@ clips of other people that reach the threshold. There are two ways to choose a t
   lowest rate that can be measured is 1 / (S + 1). For two clips, the strangers form S / 2 pairs, so
   that no two comparisons have a clip in common. The pairs depend on the names of the clips, but not
   on their order.
-- By the model, if there are too few strangers: at most a share R of the clips of other people has a
-  likelihood ratio of 1 / R or more. This is Markov's inequality, because the mean likelihood ratio
-  of these clips is 1. It holds only if the clips are distributed as the gallery assumes. The card,
-  the JSON file of the net, predicts the distance between two people. If the enrolled people are
-  closer to each other, the threshold is higher, and is computed from their distance.
+- By the model, if there are too few strangers: for the rate R, the threshold is a likelihood ratio
+  of 1 / R. At most a share R of the clips of other people reaches this threshold, by Markov's
+  inequality, because the mean likelihood ratio of these clips is 1. This holds only if the clips
+  are distributed as the gallery assumes. The card, the JSON file of the net, predicts the distance
+  between two people. If the enrolled people are closer to each other, the threshold is higher, and
+  is computed from their distance.
 """
 
 import hashlib
@@ -179,7 +180,7 @@ def make_rule(
     if fmr is not None:
         lowest = f"the lowest fmr is {1 / (count + 1):.2g}" if count else "no fmr is possible"
         raise UserError(
-            f"fmr={fmr:g} needs at least {needed:,} clips of strangers with the same modality, "
+            f"fmr={fmr:g} needs at least {needed:,} clips of strangers that can be compared, "
             f"but the gallery has {each * count:,}: {lowest}\n"
             "choose a higher fmr, enrol more strangers, or leave out fmr"
         )
@@ -207,7 +208,8 @@ def pair_strangers(
 
     `parts` are the vectors of the clips, M arrays [N, D], one for each modality. If at most
     `max_doubles` pairs probably show a single stranger, these pairs exchange clips with other
-    pairs. Returns two arrays: the log ratios, and the compared modalities, see `ratios.compare`.
+    pairs. If there are more such pairs, nothing is exchanged. Returns two arrays: the log ratios,
+    and the compared modalities, see `ratios.compare`.
     """
     half, clips = len(names) // 2, ratios_lib.of_clips(backend, parts)
     first, second = order_by_hash(names)[: 2 * half].reshape(2, half)

@@ -234,7 +234,7 @@ class Application:
         """Returns status 200 if the server can answer requests, and 503 otherwise."""
         self._check_ready()
         if request.scope["vidjax.leaving"]:
-            raise Refused(503, "the server will end: ask another server")
+            raise Refused(503, "the server is shutting down: ask another server")
         try:
             await asyncio.to_thread(self.model.check)
         except (UserError, OSError):  # is not logged, because any client may send this request
@@ -353,7 +353,7 @@ class Application:
 
         The clips are the result of `_check_clips`. The fields are an object of the class `kind`.
         The body is JSON with all fields, or an `.npz` file of one clip or more. With an `.npz`
-        file, the other fields, and the name of a single clip, are in the query of the URL.
+        file, the query of the URL has the other fields, and if there is only one clip, its name.
         """
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type not in (*NPZ_TYPES, "application/json"):

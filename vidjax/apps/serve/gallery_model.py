@@ -62,7 +62,7 @@ class GalleryModel:
         self.check()  # loads the run of the gallery, so that errors appear at the start
 
     def check(self) -> None:
-        """Raises an error if the gallery cannot be read, or the model that makes its embeddings."""
+        """Raises an error if the gallery or the model that makes its embeddings cannot be read."""
         self.gallery.refresh()
         _ = self.widths
 

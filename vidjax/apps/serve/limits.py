@@ -108,7 +108,7 @@ def read_token(path: Path) -> bytes:
     """Reads the token, the secret that clients must send, from a file or a link to a file.
 
     Raises UserError if other users may read the file, or if the token is not a word of 16 letters
-    or more. If another user owns the file, its group may read the file, as in Kubernetes.
+    or more. If another user owns the file, as in Kubernetes, the group of the file may read it.
     """
     with files.open_input(path) as file:
         status = os.fstat(file.fileno())
@@ -140,7 +140,7 @@ class Bodies:
         self._limits, self._held = limits, 0
 
     async def read(self, request: Request, limit: int) -> bytes:
-        """Reads the body of a request. Then the answer may take `Limits.answer_seconds`.
+        """Reads the body of a request, and limits the time of the answer to `answer_seconds`.
 
         Raises Refused if the body has more than `limit` bytes, if the request has a header
         Content-Encoding or Upgrade, or if all requests together take too much memory.
@@ -179,7 +179,7 @@ class Bodies:
 
 
 def set_clock(scope: Scope, seconds: float) -> None:
-    """Sets a new time limit for a request, which ends `seconds` seconds from now.
+    """Sets a new time limit for a request: `seconds` seconds from now.
 
     `scope` is the ASGI scope of the request.
     """

@@ -101,8 +101,9 @@ def _cut_region(
 def _find_squares(positions: np.ndarray, length: int, factor: int) -> tuple[int, int]:
     """Returns the range of squares that an interpolation needs: the first, and the last plus 1.
 
-    A row or column of a picture has `length` pixels. It is divided into squares with sides of
-    `factor` pixels. `positions` are the coordinates, in pixels, at which the caller interpolates.
+    A picture is divided into squares with sides of `factor` pixels. The range is along a row or
+    column of `length` pixels. `positions` are the coordinates, in pixels, at which the caller
+    interpolates.
     """
     last = -(-length // factor)
     low = np.clip(np.floor(positions.min() / factor) - 1, 0, last)

@@ -58,7 +58,7 @@ def check_input(
         if of_person and not is_flat:
             raise UserError(
                 f"'{path}' contains folders of clips, which may show several people\n"
-                "if each folder is a person, leave out --identity; else name one: --input=DIR"
+                "if each folder is a person, leave out --identity; else give a folder: --input=DIR"
             )
     if gallery.origin.cards:
         features_folder.check_models(path, gallery.origin.cards)
@@ -133,9 +133,8 @@ def enrol(
 
     Raises:
       UserError: `check_input` refuses an input. Then nothing is enrolled.
-      UserError: an input has another problem: no clip has a person, two faces of one picture would
-        become one person, or `Gallery.enrol` raises the error. Then only earlier inputs are
-        enrolled.
+      UserError: no clip of an input has a person, two faces of one picture would become one person,
+        or `Gallery.enrol` raises a UserError. Then only earlier inputs are enrolled.
     """
     several, names, done = len(inputs) > 1, set[str](), list[Enrolment]()
     if clip and several:
@@ -223,14 +222,14 @@ def _choose(
 
     `vectors` are the embeddings of the input. `clip` is the name of the only clip to enrol; None
     selects all clips. `people` is the person of all clips, or clip -> person. If there are
-    `several` inputs, `people` may contain clips of other inputs, which are left out. So the
-    returned people may be {}.
+    `several` inputs, clips of other inputs are left out of `people`. So the returned people may
+    be {}.
     """
     if clip:
         bare = strip_ending(clip)
         vectors = vectors.only({name for name in vectors.names if strip_ending(name) == bare})
         if not vectors.names:
-            raise UserError(f"--clip={clip}: no clip has this name: name a clip of the input")
+            raise UserError(f"--clip={clip} is not a clip of the input: choose one of its clips")
     if isinstance(people, Mapping) and (clip or several):
         known = {*map(strip_ending, vectors.names)}
         people = {name: who for name, who in people.items() if strip_ending(name) in known}
@@ -283,8 +282,8 @@ def find_models(gallery: Gallery, models: Path | None) -> Path:
 def list_numbered(gallery: Gallery, films: Iterable[MediaFile]) -> list[str]:
     """Returns the enrolled clips of `films` whose names end in the number of a face, as in `a.t01`.
 
-    A detector numbers the faces that it finds. So with another detector, the same name may be of
-    another face.
+    A detector numbers the faces that it finds. So after a change of the detector, a name may belong
+    to a different face.
     """
     tracks = {track.clip for film in films for track in film.tracks}
     return sorted(x for x in tracks & gallery.clips.keys() if re.search(r"\.[tf]\d+$", x))

@@ -197,7 +197,8 @@ class Review:
         """Returns the people who appear in film `number` at the time `at_s` in seconds.
 
         Each item is (appearance, later, film): `later` is the next appearance of the same person,
-        and `film` the number of its film. Without a next appearance, they are None and 0.
+        and `film` the number of the film with `later`. Without a next appearance, `later` is None,
+        and `film` is 0.
         """
         numbers = {x.video: place for place, x in enumerate(self._decision.films) if not x.photo}
         shown = (x for x in self._decision.appearances if x.identity and x.video in numbers)
@@ -265,7 +266,7 @@ class Review:
         Args:
           action: the kind of the change.
             "name": all people and faces get the name `name`.
-            "deny" without a name, or "apart": the faces show somebody else: a new unknown person.
+            "deny" without a name, or "apart": the faces become a new unknown person.
             "deny" with a name: this suggested name is wrong, and is not suggested again.
             "ignore": people and faces are shown as ignored, without a name.
             "once": all unknown people who appear only once are ignored.
@@ -295,7 +296,7 @@ class Review:
             elif action == "join":
                 unknown = [x.name for x in found if is_unknown(x.name)]
                 if not unknown:
-                    raise UserError("all selected people have names: type a name for all of them")
+                    raise UserError("all selected people have names: to join them, type one name")
                 name = min(unknown, key=rank_group)
             subject, before = self._describe(found, name), self._shown
             is_apart = action == "apart" or (action == "deny" and not name)
@@ -314,9 +315,10 @@ class Review:
     ) -> tuple[str, list[Line], Collection[str]]:
         """Returns a description of a change, such as `not Ada`, lines for the log, and clips.
 
-        The clips are enrolled clips that the caller must rename in the gallery, because the log has
-        no lines about them: clips of known people who get a new name. For other changes, there are
-        no clips. `found` are the people and faces to change. For `action` and `name`, see `change`.
+        If known people get a new name, the clips are those of their enrolled clips that have no
+        lines in the log. The caller must rename these clips in the gallery. For other changes,
+        there are no clips. `found` are the people and faces to change. For `action` and `name`, see
+        `change`.
         """
         if action in ("ignore", "once"):
             return "ignored", self._ignore(found, said.ONCE if action == "once" else None), ()
@@ -347,8 +349,8 @@ class Review:
     def _give_name(self, found: Sequence[Subject], name: str) -> tuple[list[Line], set[str]]:
         """Returns lines for the log that give people and faces a new name, and clips to rename.
 
-        These are the enrolled clips of renamed people about which the log has no lines. Raises
-        UserError if `found` contains neither a known person nor a clear face.
+        The clips to rename are those enrolled clips of renamed people that have no lines in the
+        log. Raises UserError if `found` contains neither a known person nor a clear face.
         """
         people, vectors = self._decision.people, self._decision.vectors
         renamed = [x.name for x in found if x.is_person and x.name in people]
@@ -518,8 +520,8 @@ class Review:
     def _describe(self, found: Sequence[Subject], name: str) -> str:
         """Returns the beginning of a sentence about people and faces: `unknown 3 and 1 more are`.
 
-        Faces of one appearance count once. A person with the new name `name` is left out, unless
-        nobody else is found.
+        Faces of one appearance count once. A person with the new name `name` is mentioned only
+        if nobody else is found.
         """
         words = [x.name for x in found if x.is_person]
         clips = {x.key.removeprefix(CLIP): None for x in found if not x.is_person}

@@ -155,7 +155,7 @@ def name_and_number(
     number.
 
     If a user has said that two unknown people differ, the names depend on the numbers. So names and
-    numbers are decided again until the numbers stay the same. Then the next call finds the same
+    numbers are decided again until the numbers stay the same. So a later call finds the same
     names.
 
     For the other arguments, see `naming.name_tracks`.

@@ -104,7 +104,7 @@ class Clock:
 
     Time stamps may also jump: one step is much longer than usual. If `resets` is True, all later
     frames are moved back, so that the times do not jump. If `resets` is False, the times jump, too.
-    Then the previous frame ends at `gap_s`, after the usual step.
+    Then `gap_s` is the end of the previous frame: its time plus the usual step.
 
     `step_s` is the average duration of a frame in seconds. `latest_s` is the declared end, or None.
     """
@@ -232,7 +232,7 @@ class Video:
     def still(self, seconds: float, jumps: Iterable[Jump] = ()) -> np.ndarray | None:
         """Returns the upright picture at `seconds`, uint8 [H, W, 3], or None if there is none.
 
-        `jumps` are the jumps of the time stamps that an earlier call of `frames` has counted.
+        `jumps` are the jumps of the time stamps: `counts.jumps` after an earlier call of `frames`.
         """
         from av.error import FFmpegError
 
@@ -258,8 +258,8 @@ class Video:
         `seconds` is the time of the first sample. `samples` are float32 [n] at 16 kHz, clipped to
         -1 to 1. They are a weighted sum of all channels: 0.71 x (left + right) for stereo. There
         may be gaps between blocks. If a block begins more than a second before the end of the
-        previous block, the rest of the sound is dropped. `jumps` are the jumps of the time stamps
-        that an earlier call of `frames` has counted.
+        previous block, the rest of the sound is dropped. `jumps` are the jumps of the time
+        stamps: `counts.jumps` after an earlier call of `frames`.
         """
         for stream in _list_sound_streams(self._container)[:1]:
             stream.codec_context.thread_count = 1

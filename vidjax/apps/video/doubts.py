@@ -1,4 +1,4 @@
-"""Finds photos that may show another person than the person whose name they have.
+"""Finds photos that may have the name of a wrong person.
 
 Each photo is compared with the other photos of the named person, and with the photos of all other
 people. A photo is doubtful in two cases:
@@ -47,7 +47,7 @@ class Side(NamedTuple):
 
 
 class Doubts(NamedTuple):
-    """The photos that may show another person than the person whose name they have."""
+    """The photos that may have the name of a wrong person."""
 
     photos: dict[str, str | None]  # doubtful photo -> the likely person, or None for nobody
     mixed: dict[str, list[Side]]  # person -> at least two sides. It is not clear which is right
@@ -57,7 +57,7 @@ class Doubts(NamedTuple):
 
 
 def find_doubtful_photos(backend: Backend, photos: Mapping[str, StoredClip]) -> Doubts:
-    """Finds photos that may show another person than the person whose name they have.
+    """Finds photos that may have the name of a wrong person.
 
     `photos` is name of a clip -> the person and the embedding of a photo. `backend` has the
     distributions of the distances of two embeddings, for one person and for two. If it has no such
@@ -94,11 +94,11 @@ def find_doubtful_photos(backend: Backend, photos: Mapping[str, StoredClip]) -> 
 def _find_unclear(
     backend: Backend, units: np.ndarray, owner: np.ndarray, doubtful: Mapping[int, int | None]
 ) -> dict[int, tuple[int, int]]:
-    """Finds doubtful photos that may be right, because the photo that they resemble may be wrong.
+    """Finds doubtful photos that may be right, because the similar photos may be wrong instead.
 
     `doubtful` is the result of `compare_photos`. For the other arguments, see `compare_photos`.
     Returns row of the doubtful photo -> two rows in ascending order: the row of the doubtful photo,
-    and the row of the most similar photo of the person whom it resembles.
+    and the row of the most similar photo of the other person.
     """
     unclear, number_of = dict[int, tuple[int, int]](), np.bincount(owner)
     photos = _summarise(backend, units, np.arange(len(units)))
@@ -131,10 +131,10 @@ def divide_photos(
 ) -> tuple[dict[int, int | None], dict[int, Sides]]:
     """Divides the photos of each person into sides, groups of photos that show different faces.
 
-    If a side shows the named person, the photos of the person's other sides are wrong. If the side
-    also resembles another person, the photos of the most similar side of that person are wrong,
-    too. The side with the smallest number of wrong photos is taken as right. This is clear if each
-    other side has at least three times as many wrong photos. For the arguments, see
+    For each side, the photos that are wrong if this side is right are counted: the photos of the
+    person's other sides. If the side resembles another person, the photos of the most similar side
+    of that person count, too. The side with the lowest count is taken as right. It is clearly right
+    if the count of each other side is at least three times as high. For the arguments, see
     `compare_photos`.
 
     Returns:

@@ -262,8 +262,8 @@ class Said:
         """Moves faces to the unknown person with the number `number`, as a line of the log says.
 
         `keys` are the keys of the faces. If the line has a `person`, all faces of this unknown
-        person are moved, too. If only some faces of an unknown person are moved, the old and the
-        new person certainly differ.
+        person are moved, too. If other faces of their old person stay, `apart` records that
+        the old and the new person differ.
         """
         is_new = number not in self.numbers.values()
         whole = parse_group_number(line.person) if line.person else 0

@@ -77,7 +77,7 @@ def load_nets(models: str, size: int) -> Nets:
 
 
 class Sighting(NamedTuple):
-    """A face in a frame. Sightings are sorted by quality, and then by number."""
+    """A face in a frame. Sightings are sorted by `quality`, and then by `number`."""
 
     quality: float
     number: int  # a different number for each sighting
@@ -304,7 +304,7 @@ def _make_clips(
     """Makes a clip of each track in a video, or with `--unit=shot`, of each shot's main person.
 
     `clips` collects the clips. Returns the detector of the shots, the tracks of all people, and the
-    place of the first half of the pictures if their two halves are equal, or None.
+    place of the first half of each picture, or None if the halves of the pictures differ.
     """
     fps, cuts, search = task.settings.fps, ShotDetector(), FilmSearch(nets.detect)
     halves = HalvesDetector()

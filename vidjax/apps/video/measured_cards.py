@@ -165,7 +165,7 @@ def _measure(card: Card, chosen: Samples, unclear: int, kind: str) -> MeasuredCa
     if different[0] >= same[0] or same[0] >= 1:
         raise UserError(
             f"'{card.path}' stays as it is: the net does not separate these people. The mean "
-            f"cosine of two {kind}s is {same[0]:.3f} for a person, and {different[0]:.3f} for two "
+            f"cosine of {kind}s is {same[0]:.3f} for one person, and {different[0]:.3f} for two "
             f"people\n{card_notes.CONVERT}"
         )
     earlier, date = card.back_end, datetime.datetime.now(datetime.UTC).date()

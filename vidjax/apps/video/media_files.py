@@ -1,4 +1,4 @@
-"""Finds the films and photos that a user names, and the files of earlier calls that are missing."""
+"""Finds films and photos in the paths that a user gives, and missing files of earlier calls."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence

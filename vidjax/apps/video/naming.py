@@ -38,8 +38,8 @@ class Appearance(NamedTuple):
 def format_certainty(appearance: Appearance) -> str:
     """Returns the probability of a name as text, such as "87 %", or "" for an unknown person.
 
-    If a user gave the name, the text is "as you said". If only other shots of the person show the
-    name, and not the face in this shot, it is "23 %, by other shots".
+    If a user gave the name, the text is "as you said". If the face got the name only because of
+    other shots of the person, the text is "23 %, by other shots".
     """
     if appearance.probability is None:
         return ""
@@ -186,9 +186,9 @@ def _unname(answer: Answer) -> Answer:
 
 
 def _deny(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
-    """Removes the names of people from answers if the clip does not show them, as a user said.
+    """Removes a name from the answer of a clip if a user said that it is the wrong name.
 
-    Returns the new answers of these clips, clip -> answer, and no other answers.
+    Returns the new answers of such clips, clip -> answer, and no other answers.
     """
     changed = {}
     for clip, names in said.denied.items():
@@ -199,12 +199,12 @@ def _deny(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
 
 
 def _tell_apart(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
-    """Removes names, so that two unknown people have different names if a user told them apart.
+    """Removes names, so that two people whom a user told apart do not have the same name.
 
     If both people get the same name, the clips of the less probable person lose this name. If a
-    user has named a clip, the clip keeps its name. Users may name wrong faces one by one. So if
-    only users have given a name, it counts as the name of a person only if more than half of the
-    person's clips have it. Returns all answers.
+    user has named a clip, the clip keeps its name. A user may have named a wrong face. So a name
+    that only users have given must be the name of more than half of a person's clips. Otherwise,
+    the name is ignored here. Returns all answers.
     """
     answers = dict(answers)
     clips_of = group_by_key(

@@ -42,7 +42,7 @@ def _check_folder(folder: Path) -> str:
     roles = cards.load(folder)
     if orphans := cards.list_without_card(folder):
         warn(
-            f"'{orphans[0].name}' has no .json that describes it, and is not used: "
+            f"'{orphans[0].name}' has no .json and is not used. To make a .json for it: "
             f"{cards.describe_own(orphans[0], 'FAMILY')}"
         )
     return ", ".join(f"{role} {card.file}" for role, card in roles.items()) or "no nets"

@@ -1,12 +1,12 @@
-"""Writes cards for nets that users have: InsightFace's, OpenCV's, and nets of the same form.
+"""Writes cards for nets that users have: nets of InsightFace and OpenCV, and similar nets.
 
 A card is a JSON file that describes a net.
 
 `net_families.json` describes each family of nets. A net belongs to a family if its inputs and
 outputs have the shapes of the family. The net is copied unchanged if it is one file with one output
-[N, D]. Otherwise, a new file is written: it contains weights that were in a second file,
-and only the output with the vectors. The net may come from a stranger, so `work` reads it in a
-child process with limits, and never runs code of its package.
+[N, D]. Otherwise, a new file is written. Weights that were in a second file are moved into it, and
+of the outputs, it has only the output with the vectors. The net may come from a stranger, so `work`
+reads it in a child process with limits, and never runs code of its package.
 
 Source:
   InsightFace's arcface_onnx.py, scrfd.py and face_align.py; OpenCV's face_detect.cpp and
@@ -162,7 +162,7 @@ def _list_nets(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
             yield from ((net, net.name) for net in sorted(path.glob("[!.]*.onnx")))
         elif path.name.endswith((".tar.gz", ".tgz")):
             raise UserError(
-                f"'{path}': not a .zip file: unpack it, and give the path of the net in it"
+                f"'{path}' is not a .zip file: unpack it, and give the path of the .onnx"
             )
         elif path.name.endswith(net_packages.ZIP_ENDINGS):
             yield from ((path, name) for name in net_packages.list_members(path, ".onnx"))
@@ -285,7 +285,7 @@ def find_weights(net: ForeignNet, folder: Path) -> str:
         name, found = show(net.name), show(", ".join(sorted(places)))
         raise UserError(
             f"'{name}' uses weights in other files: {found}. Only one file next to the net is "
-            "read\ncopy this file there, or join all files: "
+            "read\nif it is one file, copy this file there; if not, join the files: "
             f"python -c \"import onnx; onnx.save(onnx.load('{name}'), 'joined.onnx')\""
         )
     return next(iter(places), "")
@@ -477,7 +477,7 @@ def _find_vector(family: str, opened: Net, net: ForeignNet) -> str:
     """Returns the name of the output that contains the vector of a face.
 
     Other outputs have one number for a face, such as the norm of the vector. If the only output is
-    the vector, [1, D], returns "". Raises UserError if no output, or several, may be the vector.
+    the vector, [1, D], returns "". Raises UserError if it is not clear which output is the vector.
     """
     answers = opened.ask(nets.make_formula_inputs(opened.card, SEED))
     wide = [name for name, x in answers.items() if x.size > 1] or [*answers]
@@ -511,7 +511,7 @@ def _find_width(family: str, opened: Net, net: ForeignNet) -> int:
         (both,) = opened.ask(pair).values()
         most = HALF_TOLERANCE * np.abs(single).max()
         if both.shape != (2, single.shape[1]) or np.abs(both[0] - single[0]).max() > most:
-            raise net.refuse(family, " and computes other vectors for two faces than for one")
+            raise net.refuse(family, ", because a second face in a call changes the first vector")
     return single.shape[1]
 
 

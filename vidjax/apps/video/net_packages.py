@@ -63,9 +63,9 @@ def check_place(folder: Path, card: Written) -> Card | None:
     """Checks whether a net and its card, a JSON file, may be written into `folder`.
 
     Returns the card that `card` would replace, or None. Raises UserError in these cases: `folder`
-    has another net with the same role; a file with the name of the card is not a card of the same
-    kind of net, or has numbers that were measured for another net; or the net would replace a net
-    without a card.
+    has another net with the same role; the card would replace a file that is no card, the card of
+    another kind of net, or a card with numbers that were measured for another net; or the net would
+    replace a net without a card.
     """
     net_path, card_path = folder / card.file, (folder / card.file).with_suffix(".json")
     if measured := _read_card(card_path):
@@ -75,13 +75,13 @@ def check_place(folder: Path, card: Written) -> Card | None:
             about = "the card of another kind of net" if other_kind else "a measured card"
             raise UserError(
                 f"'{card_path}' is {about}, and is not replaced\n"
-                f"name another --out, or delete {card_path.name}"
+                f"name another --out=DIR, or delete {card_path.name}"
             )
     for other in sorted({*folder.glob("*.json")} - {card_path}):
         if (known := _read_card(other)) and known.role == card.role:
             raise UserError(
                 f"'{folder}' already has a net for the role {card.role}: {other.name}\n"
-                "name another folder with --out, or delete this net and its .json"
+                "name another folder with --out, or delete the present net and its .json"
             )
     present = files.sha256_file(net_path) if files.exists(net_path) else card.sha256
     if files.exists(card_path) and not measured:

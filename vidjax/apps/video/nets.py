@@ -59,7 +59,7 @@ NO_FACES = Faces(*(np.zeros(shape, np.float32) for shape in ((0, 4), 0, (0, 5, 2
 
 
 class Region(NamedTuple):
-    """A rectangle of an image in pixels. A detector shrinks it by the factor `scale`, at most 1."""
+    """A rectangle of an image in pixels. A detector multiplies its sides by `scale`, at most 1."""
 
     left: int
     top: int
@@ -134,8 +134,8 @@ class Net:
     def answer_formula(self, seed: int) -> np.ndarray:
         """Returns four numbers, float64 [4], of the output for a test input.
 
-        The numbers are at 1/8, 3/8, 5/8 and 7/8 of the length of the last output, as one row of
-        numbers. `seed` determines the input, see `make_formula_inputs`.
+        The last output is flattened. The numbers are at 1/8, 3/8, 5/8 and 7/8 of its length.
+        `seed` determines the input, see `make_formula_inputs`.
         """
         outputs = self.ask(make_formula_inputs(self.card, seed))
         with self.blame():  # the other outputs are probabilities near 0 or 1: they hide errors
@@ -320,8 +320,8 @@ def choose_regions(
     """Returns regions of an image that do not overlap, and contain all faces with surroundings.
 
     `boxes` [N, 4] are the faces, and `width` and `height` the size of the image, in pixels. The
-    scale of a region is the factor that gives the longer side of its smallest face `side` pixels,
-    or `most_scale` if the factor is larger.
+    scale of a region is the factor by which the longer side of its smallest face gets a length of
+    `side` pixels, but at most `most_scale`.
     """
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 1.0).max(1, keepdims=True)
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2

@@ -98,7 +98,7 @@ def _is_lost_photo(path: Path) -> bool:
 
 
 def _is_equal(first: np.ndarray, second: np.ndarray) -> bool:
-    """Returns whether two embeddings are of the same picture: they differ by rounding errors."""
+    """Returns whether two embeddings are of one picture: they differ only by rounding errors."""
     return bool(np.square(first - second).sum() < EQUAL_SQUARES)
 
 
@@ -325,8 +325,8 @@ class Photos:
     def _describe_foreign_tags(self, name: str, outcomes: Sequence[FileOutcome]) -> Iterator[str]:
         """Yields a warning if face tags of new photos in a person's folder name only other people.
 
-        `name` is the person. Photos whose tags do not fit the faces are ignored, because their tags
-        are not used.
+        `name` is the person. If tags do not fit the faces of a photo, they are not used, and cause
+        no warning.
         """
         new = [
             (outcome.path, outcome.media.tags) for outcome in outcomes
@@ -344,7 +344,7 @@ class Photos:
         """Yields a warning if photos such as Ada_1.jpg and Ada_2.jpg count as two people.
 
         `names` are the people whose photo is a file directly in the folder `people`. `only_files`
-        is True if all people are such files, and nobody was enrolled before. Then `people` may be
+        is True if there are no other people, and nobody was enrolled before. Then `people` may be
         the folder of one person. So two photos with any names, or a photo with a number in its
         name, cause a warning.
         """
@@ -604,9 +604,9 @@ def enrol_folder(
 def _choose_label(name: str, labels: Collection[str], names: Collection[str]) -> str:
     """Returns the name in the gallery for the new photos of the person `name`.
 
-    A user may have renamed the person in the gallery. `labels` are the names of the person's photos
-    there. The result is the most frequent label, or `name` if there are none. A label that is also
-    the name of another person in `names` is only chosen if all labels are such names.
+    A user may have renamed the person in the gallery. `labels` are the names that the person's
+    photos have there. The result is the most frequent label, or `name` if there are none. A label
+    that is also the name of another person in `names` is chosen only if no other label exists.
     """
     count = Counter(labels)
     order = [(label != name and label in names, -count[label], label) for label in count]

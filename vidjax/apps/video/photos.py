@@ -95,7 +95,7 @@ def _check_pixel_data(
 
     FFmpeg finds most damage, but Pillow would fill damaged parts with wrong colours. A photo with
     more than `decode.MOST_PIXELS` pixels, or in a form that FFmpeg cannot decode, is not checked.
-    If only the last mark of a JPEG photo is missing, it is added. `content` is the file. For
+    If a JPEG photo lacks only its end marker, the marker is added. `content` is the file. For
     `codec`, `begin` and `end`, see PIXELS.
     """
     import av

@@ -104,7 +104,7 @@ def extract_folders(
       workers: the number of processes.
       drop: which features of earlier calls are removed.
         "nothing": no features.
-        "deleted": features of files that are missing in a folder that has other files. If a whole
+        "deleted": features of missing files, if their folder still has other files. If a whole
           folder is missing or empty, an outcome reports the folder.
         "missing": features of all files that no longer exist.
         "others": features of all files that are not in `paths`, except files in a folder that is

@@ -5,7 +5,7 @@ tags in the format of the Metadata Working Group. If a photo has no such tags, t
 Microsoft Photo are read.
 
 The files may be malicious. XML is read only from `<rdf:RDF` to `</rdf:RDF>`, because definitions of
-entities, which may be harmful, come before.
+entities, which may be harmful, come before `<rdf:RDF`.
 """
 
 import io
@@ -212,9 +212,9 @@ def _make_tag(name: str | None, left: float, top: float, width: float, height: f
 
 
 class _Reading(NamedTuple):
-    """The detected face at each of n face tags, if the tags were drawn in a turned picture.
+    """The detected face at each of n face tags, if the orientation of the tagged picture is `turn`.
 
-    The EXIF orientation `turn` turns this picture to the displayed, upright picture.
+    The EXIF orientation `turn` turns the tagged picture to the displayed, upright picture.
     """
 
     faces: np.ndarray  # int [n], the index of the face at each tag, or -1 if there is no face
@@ -295,10 +295,10 @@ def _has_shape(shape: tuple[float, float], size: tuple[int, int], turn: int) -> 
 
 
 def _read(tags: Tags, faces: np.ndarray, size: tuple[int, int], turn: int) -> _Reading:
-    """Finds the face at each tag, if the tags were drawn in a turned picture.
+    """Finds the face at each tag, if the orientation of the tagged picture is `turn`.
 
-    The EXIF orientation `turn`, 1 to 8, turns this picture to the displayed, upright picture. For
-    other arguments, see `match_faces`.
+    The EXIF orientation `turn`, 1 to 8, turns the tagged picture to the displayed, upright picture.
+    For other arguments, see `match_faces`.
     """
     boxes = turn_boxes(np.array([tag.box for tag in tags.tags]).reshape(-1, 4), turn)
     boxes = boxes * np.array(size * 2)
