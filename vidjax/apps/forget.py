@@ -209,13 +209,13 @@ def _find_copies(
     """Finds clips of strangers and of other people that have the same vectors as a clip in `own`.
 
     `own` are the clips of the searched `people`. Vectors must be equal in each modality, such as
-    face, that both clips have. A copy may have more modalities than the clip in `own`, so copies of
-    copies are found, too.
+    face, that both clips have. Copies of a copy are found, too: they may be equal only in a
+    modality that the clip in `own` lacks.
 
     Returns three values:
 
     - The copies: clips of strangers, and clips of a person whose name is another spelling of a name
-      in `people`. If a gallery has a clip in `own`, other spellings in it name other people.
+      in `people`. If the gallery contains a clip in `own`, another spelling is another person.
     - The doubtful clips: clips of other people. They are not deleted, because either person may
       have the wrong clip.
     - The vectors of the copies and of `own`. A vector that more than MOST_COPIES clips of a gallery

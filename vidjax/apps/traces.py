@@ -145,7 +145,7 @@ class Traces:
             yield decode(head) if is_text else decode(b"\n".join(_STRINGS.findall(head)))
 
     def in_text(self, text: str) -> bool:
-        """Returns whether a text contains a name.
+        """Returns whether a text contains one of the searched names.
 
         "Ada" as a part of the longer name "Ada Lovelace" does not count.
         """

@@ -113,7 +113,7 @@ def _list_folder_checks(workdir: Path, overrides: Sequence[str]) -> dict[str, Ca
         # The packages that read runs may not be installed.
         raise UserError(
             f"'{workdir}' contains no gallery ({store.GALLERY_FILE}) and no run ({RUN_FILE})\n"
-            "name the folder of a gallery or of a run; the results of vidjax who contain gallery/"
+            "name the folder of a gallery or run. Results of `vidjax who` have the folder gallery/"
         )
     from vidjax.training import run_checks
 

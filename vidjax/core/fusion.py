@@ -648,11 +648,11 @@ def _draw_frames(weights: Array, uniforms: Array, replacement: bool) -> list[Arr
 def _fuse(
     frames: Frames, picks: Sequence[Array], is_used: Sequence[Array], weights: Sequence[Array]
 ) -> Frames:
-    """Computes fused frames, each the weighted mean of some frames of a clip.
+    """Computes fused frames, each the weighted mean of up to S frames of a clip.
 
-    Each of the arguments `picks` (indices of frames), `is_used` (False for picks to ignore) and
-    `weights` is a sequence of S arrays [B, T'], one for each frame in a mean. The first pick is
-    always used, and gives the `number` of the fused frame. Returns Frames [B, T'] with float32
+    `picks` are indices of frames, `is_used` is False for picks to ignore, and `weights` are weights
+    in the mean. Each is a sequence of S arrays [B, T'], for T' fused frames of B clips. The first pick
+    is always used, and gives the `number` of the fused frame. Returns Frames [B, T'] with float32
     features. The mask is False only for clips without frames.
     """
     weights = [jnp.where(used, w, 0.0) for used, w in zip(is_used, weights, strict=True)]

@@ -138,8 +138,9 @@ def make_examples(runs: Sequence[Scores], labels: np.ndarray, drawn: np.ndarray)
 def choose_candidates(logs: np.ndarray, labels: np.ndarray, part: np.ndarray) -> Examples:
     """Chooses candidates for n clips: the right identity, each run's best, and random identities.
 
-    The result has the scores of the candidates. Without random identities, the learned numbers
-    could raise the odds of all identities that are not candidates. A random identity stands for
+    The result has the scores of the candidates. The candidates are examples to learn how
+    scores become probabilities. Without random identities, identities that are not candidates could
+    get too high probabilities. A random identity stands for
     several identities, so its odds are multiplied by their number.
 
     Args:

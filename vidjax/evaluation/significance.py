@@ -2,10 +2,10 @@
 
 The interval of a single run comes from a Bayesian bootstrap over the identities. MAP is computed
 many times, with random weights of the identities. The bootstrap adds an unseen identity, so that
-the interval has a width even if all values are equal. The average precision of the unseen identity
-is 0 or 1, each with half of the weight of an identity. If all values are 0 or 1, the interval
-equals the Jeffreys interval of a proportion. If the values vary, the interval is hardly wider than
-a t interval.
+the interval has a width even if all values are equal. The unseen identity counts as two halves
+of an identity, with the average precisions 0 and 1. If all values are 0 or 1, the interval equals
+the Jeffreys interval of a proportion. If the values vary, the interval is hardly wider than a t
+interval.
 
 The interval of the difference between two runs is the wider of a paired t interval and a Bayesian
 bootstrap. For its unseen identity, see `_draw_low_means`. The interval of the difference between

@@ -414,7 +414,7 @@ def _check_precision(precision: str) -> None:
 
 
 def _log_sigmoid(logits: Array, class_mask: Array) -> Array:
-    """Computes the logarithm of the sigmoid of each logit, also of masked classes."""
+    """Computes the logarithm of the sigmoid of each logit. Ignores `class_mask`."""
     return jax.nn.log_sigmoid(logits)
 
 

@@ -186,8 +186,9 @@ def _add(
 ) -> dict[str, jax.Array]:
     """Returns the sums `part` of a modality, with the vectors x [B, D] of B clips added.
 
-    `turn` [B] is the number of earlier occurrences of each clip: 0 counts in the mean of all clips,
-    and 1 in the other sums. `share` x this mean is subtracted from the vectors.
+    Clips are added twice. `turn` [B] is 0 at the first time, when a clip counts in the mean of all
+    clips, and 1 at the second time, when it counts in all other sums. Before the second time, the
+    mean is multiplied by `share` and subtracted from the vectors.
     """
     real = clips.mask & jnp.any(x != 0, axis=1)
     first = (real & (turn == 0)).astype(x.dtype)

@@ -77,7 +77,7 @@ class Parser(argparse.ArgumentParser):
     def command(self, run: Callable[[argparse.Namespace], Result], *examples: str) -> None:
         """Sets `run`, the function of the command, and adds the flags --quiet, --json and --debug.
 
-        `--help` shows the `examples`, the words after the name of the command.
+        An example is a text of flags and arguments. `--help` shows it after the command's name.
         """
         self.example = f"{self.prog} {examples[0]}"
         lines = []

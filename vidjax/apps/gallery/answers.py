@@ -71,8 +71,8 @@ class Answer(NamedTuple):
     Attributes:
       identity: the person; None if unknown.
       probability: the probability of the most probable identity; 0 if the clip has no usable frame.
-      score: the logarithm of the probability. Two scores differ even if both probabilities round to
-        1.
+      score: the logarithm of the probability. The scores of two clips differ even if
+        both probabilities round to 1.
       best: (identity, probability) of the most probable identities, best first.
       evidence: a tuple of words: the modalities, such as face, that the clip and `identity` have in
         common. If the clip got the name only because of other clips (see `groups` of

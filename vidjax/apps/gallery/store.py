@@ -98,9 +98,9 @@ class VectorOrigin(Struct, frozen=True, omit_defaults=True):
 
     @property
     def counts_every_clip(self) -> bool:
-        """True if the clips to which the gallery was fitted count fully, as in a PLDA run.
+        """True if similar clips of a person count fully; False if they count as fewer clips.
 
-        If it is False, similar clips of a person count as fewer clips.
+        It is True in a gallery of a PLDA run, for the clips to which the gallery was fitted.
         """
         return self.centred and not self.refitted
 

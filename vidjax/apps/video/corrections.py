@@ -347,10 +347,11 @@ class Review:
         return lines + [said.about(x.face, "is", video=x.video) for x in seen]
 
     def _give_name(self, found: Sequence[Subject], name: str) -> tuple[list[Line], set[str]]:
-        """Returns lines for the log that give people and faces a new name, and clips to rename.
+        """Gives people and faces a new name; returns two values.
 
-        The clips to rename are those enrolled clips of renamed people that have no lines in the
-        log. Raises UserError if `found` contains neither a known person nor a clear face.
+        The first value is the list of new lines for the log. The second value is a set of clips to
+        rename in the gallery: enrolled clips of renamed people that have no line in the log.
+        Raises UserError if `found` contains neither a known person nor a clear face.
         """
         people, vectors = self._decision.people, self._decision.vectors
         renamed = [x.name for x in found if x.is_person and x.name in people]

@@ -94,7 +94,7 @@ def find_doubtful_photos(backend: Backend, photos: Mapping[str, StoredClip]) -> 
 def _find_unclear(
     backend: Backend, units: np.ndarray, owner: np.ndarray, doubtful: Mapping[int, int | None]
 ) -> dict[int, tuple[int, int]]:
-    """Finds doubtful photos that may be right, because the similar photos may be wrong instead.
+    """Finds doubtful photos that may be right, because a photo of another person may be wrong.
 
     `doubtful` is the result of `compare_photos`. For the other arguments, see `compare_photos`.
     Returns row of the doubtful photo -> two rows in ascending order: the row of the doubtful photo,

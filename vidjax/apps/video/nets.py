@@ -236,7 +236,7 @@ class Embedder(Net):
                 raise UserError(
                     f"the net of '{self.card.path}' computes an array {list(output.shape)} from "
                     f"{len(block)} inputs, not {[len(block), self.card.width]}\n"
-                    "correct `width` in this file"
+                    "correct `width` in the card"
                 )
             vectors[start : start + len(block)] = output
         return vectors
