@@ -651,9 +651,9 @@ def _fuse(
     """Computes fused frames, each the weighted mean of up to S frames of a clip.
 
     `picks` are indices of frames, `is_used` is False for picks to ignore, and `weights` are weights
-    in the mean. Each is a sequence of S arrays [B, T'], for T' fused frames of B clips. The first pick
-    is always used, and gives the `number` of the fused frame. Returns Frames [B, T'] with float32
-    features. The mask is False only for clips without frames.
+    in the mean. Each is a sequence of S arrays [B, T'], for T' fused frames of B clips. The first
+    pick is always used, and gives the `number` of the fused frame. Returns Frames [B, T'] with
+    float32 features. The mask is False only for clips without frames.
     """
     weights = [jnp.where(used, w, 0.0) for used, w in zip(is_used, weights, strict=True)]
     # All picked frames may have weight 0 while other frames of the clip have positive weights.
