@@ -71,6 +71,7 @@ WORDS = {
     "review .": "name the folder that you gave as --out", "home": "vidjax who --help",
     "gallery enroll G --input=x": "'enrol'?",
     "gallery G list": "vidjax gallery identify G --input=PATH",
+    "check --gallery=g": "no flag --gallery: write --workdir=g",
     "gallery list G stray": "'stray' has no flag\nexample",
     "gallery enrol G --input=x --config.seed=1": "--config.data.FIELD",
     "--mode=compare --workdir=new --runs=run,run --config.seed=1": "--config.eval.split",

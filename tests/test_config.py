@@ -48,8 +48,6 @@ def test_shipped_configuration_is_valid_and_survives_json(name):
 @pytest.mark.parametrize(("spec", "error"), [
     ("deepmef:trainval,everything", "'everything' and 'trainval'"),
     ("mma:concat,pooled", "exclude each other: name only"),
-    ("deepmef:bagging,views", "exclude each other: name only"),
-    ("noise_classes:other,prediction", "exclude each other: name only"),
     ("knn:published", "has no argument 'published': leave it out"),
     ("knn:face,head", "only one of the modalities face, head"),
     ("mma:face:body", "write 'face,body'"),
