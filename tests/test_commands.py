@@ -29,7 +29,6 @@ from tests.helpers.limits import slowness
 from vidjax.apps.gallery.changes import NotEnrolledError
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.cli import program, run_commands
-from vidjax.core import losses
 from vidjax.runs import config as config_lib, config_io, results as results_lib
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.runs.run_folder import RunFolder
@@ -117,17 +116,6 @@ WORDS = {
     "--config=plda --workdir=new --config.fusion.face.train.min_quality=20":
         "no field config.fusion.face.train.min_quality: to add an argument, set it in a copy",
 }  # fmt: skip
-# A configuration with a loss of the user, which returns a value to be filled in.
-OWN_LOSS = """from vidjax.core import losses
-from vidjax.runs import config_io
-def own(logits, labels):
-    return {}
-losses.CLASSIFICATION["own"] = own
-def get_config(args=""):
-    config = config_io.load_file("quality_fusion")
-    config.loss.update(classification="own", schedule=((0, 0.0),))
-    return config
-"""
 # Faulty configuration files: name -> content, and words of the error.
 BEGIN = "from ml_collections import ConfigDict\nfrom vidjax.runs import config\n"
 BEGIN += "\ndef get_config(args=''):\n"
@@ -143,9 +131,6 @@ MINE = {
                  "    return ConfigDict(values)\n", "config.batch_size"),
     "function.py": (f"{BEGIN}    values = config.default()\n    values.model.activation = max\n"
                     "    return values\n", "set its name"),
-    **{f"loss{n}.py": (OWN_LOSS.format(code), f"loss{n}.py' line 4: {words}") for n, (code, words)
-       in enumerate({"labels.typo": "AttributeError", "1 if logits > 0 else 0": ""}.items())},
-    "shape.py": (OWN_LOSS.format("logits.mean()"), "a float for each label"),
 }  # fmt: skip
 # Commands with mistakes that are run in the folder `places`.
 PLACES = {
@@ -277,7 +262,6 @@ def places(tmp_path_factory):
 def test_error_about_a_file_names_the_remedy(words, places, monkeypatch, command):
     monkeypatch.chdir(places)
     monkeypatch.setenv("VIDJAX_CACHE", str(places / "cache"))
-    monkeypatch.setitem(losses.CLASSIFICATION, "own", losses.binary_focal)  # removed at the end
     monkeypatch.setattr(config_io, "own_files", [])  # a run with own code traces a training step
     before = seen.contents(places, but={"cache", "__pycache__"})
     assert_refused(command, words, PLACES[words], seconds=60)  # may convert data
@@ -342,7 +326,7 @@ def test_run_folder_is_named_after_its_overrides():
     assert str(run_commands.read_train_settings(words)[1]) == "runs/mma-face-head"
 
 
-def test_printed_configuration_lists_the_origin_of_each_value(command):
+def test_printed_configuration_lists_the_origin_of_each_value_and_the_problems(command):
     words = ["--mode=config", "--config=mma:face", "--config.seed=3"]
     lines = [line.split(maxsplit=3) for line in command(*words).out.splitlines()]
     rows = {field: columns for field, *columns in lines}  # field -> value, default, origin
@@ -353,6 +337,11 @@ def test_printed_configuration_lists_the_origin_of_each_value(command):
     fields = json.loads(done.out)["fields"]
     assert fields["seed"] == {"value": 3, "default": 0, "from": "command line"}
     assert fields["checkpoint_every_seconds"]["value"] == "inf"
+    words += ["--config.optim.learning_rate=-1", "--config.seed=-1", "--config.loss.gamma=3"]
+    done = command(*words)
+    assert done.code == 2 and "command line" in done.out
+    assert done.err.count("vidjax: config.") == 3 and "optim.learning_rate=-1.0" in done.err
+    assert len(json.loads(command(*words, "--json").out)["problems"]) == 3
 
 
 # 2: the user has a remedy. 3: no good checkpoint. 143: 128 + SIGTERM. 1: a fault of vidjax.
@@ -399,9 +388,8 @@ def test_control_characters_are_escaped_before_they_reach_the_terminal(capsys, t
     assert out == f"{escaped}\n\tAda علي\n"
     assert err.startswith(f"vidjax: {escaped}\n")
     assert not set("\x1b\x07\x9b\u202e\r") & set(err)
-    # Another property: the error about a missing file names the path before the reason.
     exit_codes.run_to_exit_code((tmp_path / "gone").read_text, [])
-    assert f"'{tmp_path}/gone': No such file" in capsys.readouterr().err
+    assert f"'{tmp_path}/gone': No such file" in capsys.readouterr().err  # first the path
 
 
 @pytest.mark.slow
@@ -655,32 +643,21 @@ def test_compare_prints_what_differs_and_leaves_out_folders_that_do_not_fit(tmp_
     assert "too few runs" in command("compare", folders[1]).err
 
 
-def widest(text):
-    return max(map(len, text.splitlines()))
-
-
-LONG = "quality_fusion_seed={}_optim.learning_rate=0.001"
-
-
-@pytest.mark.parametrize(("folders", "shown"), [
-    (["runs/a1", "runs/b1"], ["runs/a1", "runs/b1"]),
-    (["runs/" + LONG.format(1), "runs/" + LONG.format(2)], ["seed=1", "seed=2"]),
-    (["runs/a1", "runs/" + LONG.format(2)], ["run 1", "run 2"]),
-])  # fmt: skip
-def test_compare_fits_a_terminal_and_shortens_long_names(
-    tmp_path, monkeypatch, command, folders, shown
-):
+def test_compare_fits_a_terminal_and_shortens_long_names(tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
-    for number, name in enumerate(folders):
-        made_runs.write(Path(name), {"1": 0.5, "2": 0.75}, f"--config.seed={number}")
-    piped = command("compare", *folders).out.splitlines()
-    assert [line.split()[0] for line in piped[2:4]] == folders
+    long = [f"runs/quality_fusion_seed={n}_optim.learning_rate=0.001" for n in range(2)]
+    for name in ("runs/a1", "runs/b1", *long):
+        made_runs.write(Path(name), {"1": 0.5, "2": 0.75})
+    piped = command("compare", *long).out.splitlines()
+    assert [line.split()[0] for line in piped[2:4]] == long
     monkeypatch.setattr(messages, "measure_width", lambda: 80)
-    out = command("compare", *folders).out
-    assert widest(out) <= 80
-    assert all(f"\n  {name}  " in out for name in shown), out
-    if shown[0] == "run 1":  # a legend lists the names
-        assert f"\n  run 2: {folders[1]}\n" in out
+    for folders, shown in (
+        (["runs/a1", "runs/b1"], ["runs/a1  ", "runs/b1  "]), (long, ["seed=0  ", "seed=1  "]),
+        (["runs/a1", long[0]], ["run 1  ", "run 2  ", f"run 2: {long[0]}\n"]),  # with a legend
+    ):  # fmt: skip
+        out = command("compare", *folders).out
+        assert max(map(len, out.splitlines())) <= 80
+        assert all(f"\n  {name}" in out for name in shown), out
 
 
 def test_results_are_wrapped_only_for_a_terminal(capsys, monkeypatch):
@@ -689,7 +666,7 @@ def test_results_are_wrapped_only_for_a_terminal(capsys, monkeypatch):
     result = messages.Result(facts, {"named if": "the probability is high, " * 9}, clips)
     messages.print_result(result, "identify", as_json=False)
     wide = capsys.readouterr().out
-    assert len(wide.splitlines()) == 7 and widest(wide) > 200
+    assert len(wide.splitlines()) == 7 and max(map(len, wide.splitlines())) > 200
     monkeypatch.setattr(messages, "measure_width", lambda: 80)
     messages.print_result(result, "identify", as_json=False)
     lines = capsys.readouterr().out.splitlines()
@@ -701,13 +678,3 @@ def test_results_are_wrapped_only_for_a_terminal(capsys, monkeypatch):
     messages.print_result(result, "identify", as_json=True)
     printed = json.loads(capsys.readouterr().out)
     assert printed == {"mode": "identify", **facts, "path": "x" * 90}
-
-
-def test_config_with_wrong_values_lists_the_fields_and_the_problems(command):
-    words = ("--config.optim.learning_rate=-1", "--config.seed=-1", "--config.loss.gamma=3")
-    done = command("config", "--config=mma", *words)
-    assert done.code == 2 and "command line" in done.out
-    assert done.err.count("vidjax: config.") == 3 and "optim.learning_rate=-1.0" in done.err
-    problems = json.loads(command("config", "--config=mma", *words, "--json").out)["problems"]
-    assert len(problems) == 3
-    assert command("config", "--config=mma:iqiyi_vid")[0] == 0
