@@ -23,7 +23,6 @@ import pytest
 
 import vidjax
 from tests.benchmarks import common, rehearsal, scores, speed
-from tests.campaigns import same_bytes
 from tests.helpers import drawn_people, made_nets
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.small_runs import CLOSED_FORM, LAYER, ROOT
@@ -72,10 +71,7 @@ def start_run(*, run_name): return contextlib.nullcontext()
 
 
 def commands(pages=tuple(name for name in NAMES if name != EXPERIMENTS)):
-    """Returns [module, *words] of all Python commands of pages, in order, without repeats.
-
-    A loop of the shell becomes a command for each value.
-    """
+    """Returns [module, *words] of the Python commands of pages, for each value of their loops."""
     every = []
     for page in pages:
         text = re.sub(
@@ -205,13 +201,12 @@ def test_pages_and_notebooks_use_only_public_names_of_python():
     contributing = (ROOT / ".github/CONTRIBUTING.md").read_text()
     section = contributing.partition("## Where things go")[2].partition("\n## ")[0]
     modules = [path[:-3].replace("/", ".") for path in re.findall(r"`(vidjax/\S+\.py)`", section)]
-    public = {
+    modules += [
         "vidjax.main.main",
         "vidjax.data.tfds",
         *(f"vidjax.{name}" for name in vidjax.__all__),
-    }
-    inside = tuple(f"{module}." for module in modules)
-    assert not {x for x in used - public if x not in modules and not x.startswith(inside)}
+    ]
+    assert not {x for x in used if not f"{x}.".startswith(tuple(f"{one}." for one in modules))}
     assert {"vidjax.name_people", "vidjax.Gallery"} <= used
     for name in vidjax.__all__:
         assert getattr(vidjax, name).__module__.startswith("vidjax.")
@@ -363,12 +358,8 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
 
 
 @pytest.mark.slow
-@nightly_after_first("only", ["nothing", "knn"])
-def test_every_benchmark_command_of_the_readmes_runs(cache_dir, tmp_path, monkeypatch, only):
-    """Tables that are rebuilt from stored results do not change. `only` selects systems to time.
-
-    No system has the name `nothing`. At night, `knn` is timed, and its digests are computed.
-    """
+def test_every_benchmark_command_of_the_readmes_runs(tmp_path, monkeypatch):
+    """Tables that are rebuilt from stored results do not change."""
     before, written = json.loads(scores.RESULTS.read_text()), speed.PAGE.read_text()
     pages = {name: Path(shutil.copy(page, tmp_path / name)) for name, page in scores.PAGES.items()}
     monkeypatch.setattr(scores, "PAGES", pages)
@@ -377,16 +368,12 @@ def test_every_benchmark_command_of_the_readmes_runs(cache_dir, tmp_path, monkey
     monkeypatch.setattr(speed, "PAGE", Path(shutil.copy(speed.PAGE, tmp_path)))
     monkeypatch.chdir(tmp_path)
     for module, *words in commands():
-        if module == "tests.benchmarks.scores":
-            scores.main([*words, f"--only={only}" if "--time" in words else "--collect"])
+        if module == "tests.benchmarks.scores":  # no system has the name `nothing`
+            scores.main([*words, "--only=nothing" if "--time" in words else "--collect"])
         elif module == "tests.benchmarks.speed":
             speed.main([*words, "--collect"])
-        elif module == "tests.campaigns.same_bytes":
-            if only != "nothing":
-                words += [f"--only={only}", f"--cache={cache_dir}"]
-                assert same_bytes.main(words) in (0, None)
         else:
-            assert module in MAINS, "see test_every_readme_command_runs"
+            assert module in {*MAINS, "tests.campaigns.same_bytes"}
     after = json.loads(scores.RESULTS.read_text())
     assert after["rows"] == before["rows"] and after["rungs"] == before["rungs"]
     assert speed.PAGE.read_text() == written
