@@ -132,16 +132,14 @@ def test_npz_and_json_requests_get_the_answers_of_python(inside, people, tmp_pat
 
     wanted = people.identify(CLIPS, k=2, threshold=0.2)
     assert any(answer.identity for answer in wanted.values())
+
+    def write(clips, nets):
+        clip_files.write_npz(path := tmp_path / "x.npz", clips, nets)
+        return path.read_bytes()
+
     # An .npz with several clips contains their names. The server checks the digests of the nets.
-    long = {f"c {n}": CLIPS["query 0"] for n in range(33)}
-    for name, clips, nets in (
-        ("many", CLIPS, people.origin.cards), ("other", CLIPS, {"face": "1" * 64}),
-        ("long", long, {}),
-    ):  # fmt: skip
-        clip_files.write_npz(tmp_path / f"{name}.npz", clips, nets)
-    many, other, too_many = (
-        (tmp_path / f"{x}.npz").read_bytes() for x in ("many", "other", "long")
-    )
+    many, other = write(CLIPS, people.origin.cards), write(CLIPS, {"face": "1" * 64})
+    too_many = write({f"c {n}": CLIPS["query 0"] for n in range(33)}, {})
     body = {"clips": servers.as_json(CLIPS), "k": 2, "threshold": 0.2}
     in_json, in_npz = inside.ask("POST", "/identify", body)[1]["clips"], ask(many, "")[1]["clips"]
     assert [x["clip"] for x in in_json] == [x["clip"] for x in in_npz] == [*wanted]
@@ -294,7 +292,6 @@ def test_gallery_errors_are_logged_without_leaking_to_clients(tmp_path, folder, 
     with Inside(people) as server:
 
         def ask(wanted_status, *request):
-            """Returns the error of an answer, which must not contain the path of the gallery."""
             status, answer = server.ask(*request)
             assert status == wanted_status and str(tmp_path) not in str(answer)
             return answer.get("error")
@@ -336,7 +333,9 @@ def test_wrong_requests_get_a_one_line_error(inside, monkeypatch):
 
     other = "nobody is enrolled"  # a name that contains words of an error with another status
     too_long = b" " * (1 << 19)  # SMALL.json_bytes is 1 << 18
-    for body, words in (
+    npz = as_npz(face=np.full((1, 8), 0.5, np.float32)).translate(None, b"\0\r\n")  # as of curl -d
+    plain = {"Content-Type": "text/plain"}
+    rows = [(body, words, 413 if body is too_long else 422) for body, words in (
         (one_clip(face=[[0.5] * 7]), "clip 'a', face: features are 7 wide, but must be 8"),
         (one_clip(clip=other, face_quality=[1.0, 2.0]), f"clip {other}, face"),
         (one_clip(face=[["0.5"] * 8]), "str"),
@@ -350,21 +349,17 @@ def test_wrong_requests_get_a_one_line_error(inside, monkeypatch):
         ({**one_clip(), "threshhold": 0.5}, "choose from fpir, threshold, clips, k"),
         (b'{"clips":' + b"[" * 5000 + b"]" * 5000 + b"}", ""),  # nested too deeply
         (too_long, "bytes"),
-    ):
-        status, content = inside.ask("POST", "/identify", body)
-        assert status == (413 if body is too_long else 422), (body, content)
-        assert words in content["error"] and "\n" not in content["error"]
-    npz = as_npz(face=np.full((1, 8), 0.5, np.float32))
-    for path, body, headers, status, words in (
-        *((f"identify?{query}", one_clip(), None, 422, "in the body")  # it would be ignored
-          for query in ("k=1", "clip=b", "threshold=0.9")),
-        # As curl -d sends it.
-        ("identify?clip=a", npz.translate(None, b"\0\r\n"), NPZ, 422, "--data-binary"),
-        ("enrol", {**one_clip(), "identities": {}}, None, 422, "send either identity,"),
-        ("identify", b"{}", {"Content-Type": "text/plain"}, 415, ""), ("none", b"", None, 404, ""),
+    )]  # fmt: skip
+    for body, words, status, path, headers in (
+        *((*row, "identify", None) for row in rows),
+        (one_clip(), "in the body", 422, "identify?k=1", None),  # it would be ignored
+        (npz, "--data-binary", 422, "identify?clip=a", NPZ), (b"{}", "", 415, "identify", plain),
+        ({**one_clip(), "identities": {}}, "send either identity,", 422, "enrol", None),
+        (b"", "", 404, "none", None),
     ):  # fmt: skip
         found, content = inside.ask("POST", f"/{path}", body, headers)
-        assert (found, words in content["error"]) == (status, True), content
+        assert (found, words in content["error"]) == (status, True), (body, content)
+        assert "\n" not in content["error"]
     assert inside.ask("PUT", "/identify")[0] == 405
     # A search for similar names would lock the gallery for minutes if names are long.
     monkeypatch.setattr(errors.difflib, "get_close_matches", None)  # a call would fail

@@ -44,7 +44,6 @@ MANY = [{"clip": f"c {n}", "face": [[n + 1] * WIDTH]} for n in range(256)]
 LARGE = {
     "uint8": lambda: npz_of(np.ones((1 << 16, WIDTH), np.uint8), zipfile.ZIP_DEFLATED),
     "bzip2": lambda: npz_of(np.ones((1 << 14, WIDTH), np.float32), zipfile.ZIP_BZIP2),
-    "long": lambda: json.dumps({"clips": [{"clip": "c", "face": [[1] * WIDTH] * 2600}]}).encode(),
     "lists": lambda: b'{"clips": [{"clip": "c", "face": [' + b"[]," * 1_000_000 + b"1]}]}",
     "many": lambda: json.dumps({"clips": MANY, "k": 1000}).encode(),
 }
@@ -193,13 +192,6 @@ def test_change_by_one_process_is_in_the_next_answer_of_every_server(tmp_path):
             assert {*pool.map(enrol, range(60))} == {200}
         wanted = {f"Bo {number}" for number in range(60)}
         assert wanted <= first.candidates("Bo 0") & second.candidates("Bo 0")
-        # A change that lasts longer than `lock_seconds`, 5 s.
-        with Gallery(folder)._store.open(write=True):
-            began = time.monotonic()
-            assert first.ask("POST", "/enrol", servers.enrolment("Cleo", 1))[0] == 503
-            assert 5 < time.monotonic() - began < 9
-            assert "Yan" in second.candidates("Yan")  # answers do not wait
-        assert first.ask("POST", "/enrol", servers.enrolment("Cleo", 1))[0] == 200
 
 
 @pytest.mark.parametrize("signals", [1, 2])
@@ -301,11 +293,11 @@ def test_rolling_restart_under_32_clients_fails_no_request(tmp_path, program):
             if ended.is_set():
                 return
 
+    # If all clients enrol at once, the server must not ask one of them to try again (429).
+    flags = ("--unready_seconds=2", "--drain_seconds=5", f"--waiting_changes={clients}")
     with contextlib.ExitStack() as stack:
 
         def start(port):
-            # If all clients enrol at once, the server must not ask one of them to try again (429).
-            flags = ("--unready_seconds=2", "--drain_seconds=5", f"--waiting_changes={clients}")
             return stack.enter_context(servers.served(folder, *flags, port=port))
 
         running = [*map(start, ports)]
