@@ -415,36 +415,6 @@ def test_message_to_a_closed_pipe_or_a_full_disk_does_not_end_a_run(monkeypatch)
                 terminal.say(text)
 
 
-# A wrong command, a pattern that finds the remedy in its error, and a command with the remedy.
-REMEDIES = [
-    ("gallery identify g --input='my own'", r"(--input=.*)", "gallery identify g {}"),
-    ("config --config=mma --config.optim.learning_rat=1", r"did you mean (--config\S+)\?",
-     "config --config=mma {}=1"),
-    ("rank --workdir=run --input=official --out=b.tsv", r"embed, add (--config\S+)",
-     "rank --workdir=run --input=official {} --out=b.tsv"),
-    ("gallery identify g --input=official", r"--input by (--split.*)", "gallery identify g {}"),
-    ("gallery list 'my run'", r"from it: (vidjax .*)", "{}"),
-    ("check --config=knn:face,face", r"'(face)' comes twice", "config --config=knn:{}"),
-]  # fmt: skip
-
-
-@pytest.mark.slow
-def test_suggested_commands_run(tmp_path, nearest_run, official_dir, data, say, monkeypatch):
-    # The current folder has a run, its gallery, official files, and own features of two splits.
-    monkeypatch.chdir(tmp_path)
-    for name in ("run", "my run"):
-        Path(name).symlink_to(nearest_run)
-    Gallery.create("g", nearest_run, data)
-    Path("official").symlink_to(official_dir)
-    clips = {"a b": {"face": np.random.default_rng(0).normal(size=(2, 24)).astype(np.float16)}}
-    clip_files.write_npz(Path("my own"), {"train": clips, "test": clips})
-    for typed, pattern, corrected in REMEDIES:
-        match = re.search(pattern, say(*shlex.split(typed), code=2))
-        assert match, typed
-        words = corrected.format(match[1]).removeprefix("vidjax ")
-        assert say(*shlex.split(words)), typed
-
-
 # Command -> files of the user at its places. In the second table, an earlier result is replaced.
 NEW_FILES = {
     "rank --workdir=run --input=clips --out=o.tsv": "o.tsv",

@@ -50,7 +50,7 @@ def test_shipped_configuration_is_valid_and_survives_json(name):
     ("mma:concat,pooled", "exclude each other: name only"),
     ("knn:published", "has no argument 'published': leave it out"),
     ("knn:face,head", "only one of the modalities face, head"),
-    ("mma:face:body", "write 'face,body'"),
+    ("mma:face:body", "write 'face,body'"), ("knn:face,face", "'face' comes twice"),
 ])  # fmt: skip
 def test_words_of_a_configuration_that_exclude_each_other_are_refused(spec, error):
     refused(lambda: load(spec), error)

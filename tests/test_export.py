@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 import runpy
+import shlex
 import shutil
 import sys
 from dataclasses import replace
@@ -18,7 +19,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.conftest import ROOT
-from tests.helpers import made_galleries, small_runs
+from tests.helpers import clip_files, made_galleries, small_runs
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.seen import refused
 from vidjax.core import fusion
@@ -205,11 +206,16 @@ def test_exported_weights_and_identities_are_of_the_checkpoint_and_not_of_the_co
         assert (tmp_path / "again" / name).read_bytes() == (nearest_run / name).read_bytes()
 
 
-def test_export_and_import_errors_name_remedies(nearest_run, tmp_path, command):
+def test_wrong_uses_of_a_run_name_remedies(nearest_run, official_dir, tmp_path, command):
     run, empty, new = nearest_run, tmp_path / "empty", tmp_path / "deep" / "new"
     empty.mkdir()
     people = made_galleries.make(tmp_path / "people").folder
+    clips = {"a b": {"face": np.ones((2, 24), np.float32)}}
+    clip_files.write_npz(tmp_path / "my own", {"test": clips, "train": clips})
     for words, remedy in {
+        f"rank --workdir={run} --out=o.tsv --input={official_dir}": "--config.eval.split=test\n",
+        f"rank --workdir={run} --out=o.tsv --input='{tmp_path}/my own'": f"='{tmp_path}/my own/te",
+        f"gallery list {run}": f"vidjax gallery create NEW_FOLDER --run={run}",
         f"export {run} --to={new}": "export needs --format",
         f"export {run} --to={run} --format=numpy": "name a new folder",
         f"export {empty} --to={new} --format=numpy": "no run in",
@@ -219,7 +225,7 @@ def test_export_and_import_errors_name_remedies(nearest_run, tmp_path, command):
         f"import {empty} --to={new}": "does not contain config.json",
         f"import {run} --to={new}": "does not contain checkpoint.json",
     }.items():
-        assert command(*words.split()).refused(remedy), words
+        assert command(*shlex.split(words)).refused(remedy), words
         assert not new.parent.exists()
 
 

@@ -1,6 +1,7 @@
 """The commands and examples of the READMEs run, links have targets, and named tests exist."""
 
 import ast
+import contextlib
 import functools
 import json
 import os
@@ -89,15 +90,15 @@ def one_device(tmp_path, monkeypatch):
 @pytest.fixture
 def forget_own():
     """Returns a function that forgets the models, losses and metrics of a user's file."""
-    known = [dict(table) for table in OWN]
+    with contextlib.ExitStack() as stack:
 
-    def forget():
-        for table, names in zip(OWN, known, strict=True):
-            table.clear()
-            table.update(names)
+        def forget():
+            stack.close()
+            for table in OWN:
+                stack.enter_context(mock.patch.dict(table))
 
-    yield forget
-    forget()
+        forget()
+        yield forget
 
 
 def example(name, page="README.md"):
