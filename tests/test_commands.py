@@ -111,7 +111,6 @@ MINE = {
     "empty.py": ("", "get_config"),
     "syntax.py": ("def get_config(args=''):\n    return (\n", "line 2: SyntaxError"),
     "null.py": ("\0", "null bytes"),
-    "number.py": (f"{BEGIN}    return int('many')\n", "line 5: ValueError"),
     "field.py": (f"{BEGIN}    config.default().fusion.face.train = 1\n",
                  "line 5: AttributeError: there is no field 'face'"),
     "bare.py": (f"{BEGIN}    return ConfigDict({{'seed': 1}})\n", "config.default()"),
@@ -132,9 +131,8 @@ PLACES = {
     "compare --workdir=out --runs=a,b --config.eval.split=test":
         "vidjax evaluate --workdir=a --config.eval.split=test",
     "--config=nowhere/mma.py": "'mma'", "--config=a": "did you mean 'a/config.json'?",
-    "--config=own": "'own' is a folder", "--config=a/config.json:face": "takes no arguments",
+    "--config=own": "choose from cosine", "--config=a/config.json:face": "takes no arguments",
     "export nowhere --to=new/deep/folder --format=numpy": "is not a folder",
-    "--config=configs": "choose from cosine",
     **{f"--config=mine/{name}": remedy for name, (_, remedy) in MINE.items()},
     "--config=knn:iqiyi_vid,face --workdir=new --config.data.dir=zip":
         "such as face_train.pickle",
@@ -142,7 +140,6 @@ PLACES = {
     "--config=knn:iqiyi_vid,face --workdir=new --config.data.dir=official "
     "--config.data.cache_dir=file": "file'",
     f"{TRAIN} --config.data.dir=official": "--config.data.name=iqiyi_vid",
-    f"{TRAIN} --config.data.dir=own": "--config.data.name=arrays",
     f"{OWN}own --config.eval.split=test": "train, val",
     f"{OWN}own": "labels.csv",
     f"{OWN}alone": "vidjax train ... --config.eval.split=train --config.ensemble.folds=5",
@@ -214,11 +211,6 @@ def test_functions_refuse_addresses(call, tmp_path, monkeypatch):
     assert not [*tmp_path.iterdir()]
 
 
-def test_parser_passes_options_of_newer_versions_of_python_to_argparse():
-    about = "such as `color` of Python 3.14"
-    assert Parser("vidjax", add_help=False, description=about).parse_args([]) is not None
-
-
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """A folder with made-up runs, data and configuration files. Some are faulty."""
@@ -234,7 +226,6 @@ def places(tmp_path_factory):
     shutil.copytree(folder / "official", folder / "lfs")
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
     (folder / "lfs" / "face_train.pickle").write_text(pointer)
-    shutil.copytree(ROOT / "configs", folder / "configs", ignore=shutil.ignore_patterns("__*"))
     for name, (content, _) in MINE.items():
         (folder / "mine" / name).write_text(content)
     clip = {"face": np.arange(16.0).reshape(2, 8)}

@@ -16,6 +16,7 @@ import time
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -217,25 +218,16 @@ def find_ports(count):
         return [one.getsockname()[1] for one in opened]
 
 
-@contextlib.contextmanager
 def balanced(ports):
-    """Yields a function that asks a server that was ready a moment ago, as a proxy does."""
-    every = [servers.Served(None, port) for port in ports]
-    ready, turn = every, itertools.count()
-
-    def watch():
-        nonlocal ready
-        ready = [server for server in every if server.is_ready()] or ready
+    """Returns a function that asks the servers in turn, if they are ready, as a proxy does."""
+    every, turn = [servers.Served(None, port) for port in ports], itertools.count()
 
     def ask(*words):
         first = next(turn)
-        for number in range(2):
-            with contextlib.suppress(ConnectionRefusedError):
-                return ready[(first + number) % len(ready)].ask(*words)
-        raise ConnectionRefusedError
+        order = (every[(first + number) % len(every)] for number in range(len(every)))
+        return next(server for server in order if server.is_ready()).ask(*words)
 
-    with limits.repeat(watch, 0.1):
-        yield ask
+    return ask
 
 
 # What the example of the page needs in addition to run as a program of a test.
@@ -247,16 +239,14 @@ NGINX = "daemon off; pid pid; error_log stderr; events {}\nhttp {\naccess_log of
 @contextlib.contextmanager
 def proxied(program, folder, ports):
     """Runs a proxy with the configuration of the page; yields a function that asks the proxy."""
-    page, path = (ROOT / "vidjax/apps/serve/PROXY.md").read_text(), shutil.which(program)
-    if path is None:
-        pytest.skip(f"this machine has no {program}")
+    path = shutil.which(program) or pytest.skip(f"this machine has no {program}")
+    page, (port,) = (ROOT / "vidjax/apps/serve/PROXY.md").read_text(), find_ports(1)
     (config,) = re.findall(rf"<!-- proxy: {program} -->\n```text\n(.*?)```", page, re.S)
     if program == "nginx":
         words, config = ["-p", str(folder), "-c", "config"], f"{NGINX}{config}\n}}"
     else:
         words = ["run", "--config=config", "--adapter=caddyfile"]
         config = config.replace("{\n", "{\n\tadmin off\n", 1)
-    (port,) = find_ports(1)
     config = re.sub(r"(?m)^.*ssl_certificate.*\n", "", config)
     for old, new in (
         ("127.0.0.1:8081", f"127.0.0.1:{ports[0]}"), ("127.0.0.1:8082", f"127.0.0.1:{ports[1]}"),
@@ -301,7 +291,7 @@ def test_rolling_restart_under_32_clients_fails_no_request(tmp_path, program):
             return stack.enter_context(servers.served(folder, *flags, port=port))
 
         running = [*map(start, ports)]
-        way = proxied(program, tmp_path, ports) if program else balanced(ports)
+        way = proxied(program, tmp_path, ports) if program else nullcontext(balanced(ports))
         with way as ask, ThreadPoolExecutor(clients) as pool:
             working = [pool.submit(work, number, ask) for number in range(clients)]
             try:
