@@ -1,9 +1,7 @@
 """What users type, commands and functions of `import vidjax`: results, remedies, exit codes."""
 
-import argparse
 import copy
 import errno
-import itertools
 import json
 import os
 import pickle
@@ -34,13 +32,7 @@ from vidjax.runs.run_folder import RunFolder
 from vidjax.runs.signals import Interrupted
 from vidjax.utils import exit_codes, messages, terminal
 from vidjax.utils.errors import DiskError
-from vidjax.utils.parser import PATHS, Parser
 
-# The metavars of arguments that are not paths, or whose commands take paths from a longer text.
-NO_PATHS = {
-    "A,B", "ADDRESS", "CLIP", "FILE[:ARG,...]", "HOST:PORT", "I", "K", "N", "NAME", "P", "R", "S",
-    "SECONDS", "VALUE",
-}  # fmt: skip
 TRAIN = "--config=knn --workdir=new"
 ARRAYS = ("--config.data.name=arrays",)
 OWN = "--config=knn:face --config.data.name=arrays --workdir=new --config.data.dir="
@@ -164,27 +156,6 @@ def test_error_of_a_wrong_word_or_field_names_the_remedy(words, tmp_path, monkey
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
     assert_refused(command, words, WORDS[words], seconds=2)
     assert not list(tmp_path.iterdir())  # nothing is written
-
-
-def list_commands(parser):
-    """Yields the parsers of a command and of its inner commands."""
-    if parser.later:
-        parser.later(parser)
-    inner = [x for x in parser._actions if isinstance(x, argparse._SubParsersAction)]
-    yield from (
-        itertools.chain(*map(list_commands, inner[0].choices.values())) if inner else [parser]
-    )
-
-
-@pytest.mark.parametrize("command", program.COMMANDS)
-def test_each_argument_of_a_command_is_known_as_a_path_or_as_no_path(command):
-    """Addresses are refused as paths. A new argument has a metavar of NO_PATHS, or is a path."""
-    program.load(command)(parser := Parser(f"vidjax {command}"))
-    for one in list_commands(parser):
-        for action in one._actions:
-            if action.nargs == 0 or action.choices or action.help == argparse.SUPPRESS:
-                continue
-            assert (action.metavar in PATHS) != (action.metavar in NO_PATHS), (one.prog, action)
 
 
 def test_home_in_a_path_is_expanded():
