@@ -380,8 +380,6 @@ def test_message_to_a_closed_pipe_or_a_full_disk_does_not_end_a_run(monkeypatch)
 # Command -> files of the user at its places. In the second table, an earlier result is replaced.
 NEW_FILES = {
     "rank --workdir=run --input=clips --out=o.tsv": "o.tsv",
-    "rank --workdir=run --input=day --out=d": "d/ranking.parquet",
-    "embed --workdir=run --input=clips --out=o.parquet": "o.parquet",
     "embed --workdir=run --input=day --out=d": "d/1.parquet",
     "gallery identify g --input=clips --out=o.csv": "o.csv",
     "gallery identify g --input=day --out=d": "d/1.parquet",
