@@ -145,9 +145,7 @@ def test_value_of_a_field_that_is_not_read_is_refused_with_a_remedy():
         assert problems(f"{name}={value}") == []
         assert len(problems(f"{name}={value}", excluding_word)) == 1
         assert problems(excluding_word) == []  # the default is never refused
-
-
-def test_values_of_two_other_fields_decide_whether_a_field_is_read():
+    # The values of two other fields decide.
     words = "noise.keep=prediction", "data.distractors=noise", "noise.relabel_every_epochs=0"
     (problem,) = problems(*words)
     assert "--config.noise.relabel_every_epochs=1" in problem

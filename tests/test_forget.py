@@ -175,16 +175,6 @@ def test_forget_searches_the_cache_wherever_it_is(tmp_path, places, monkeypatch)
     assert deleted[str(records)][1].startswith("deleted") and not records.exists()
 
 
-def test_forget_deletes_what_a_killed_conversion_has_left(tmp_path, places):
-    """The features of its clips are already on the disk, but the names of the clips are not."""
-    folder = tmp_path / "cache" / "arrays" / f"{'0' * 20}.12345678.partial"
-    (folder / "staging").mkdir(parents=True)
-    (folder / "staging" / "features.bin").write_bytes(b"features of somebody")
-    assert places("--clip=ada 1", tmp_path) == {str(folder): ("records", "--delete")}
-    deleted = places("--clip=ada 1", "--delete", tmp_path, code=0)
-    assert deleted == {str(folder): ("records", "deleted")} and not folder.exists()
-
-
 def test_forget_finds_names_in_paths_and_contents_of_other_programs(tmp_path, places):
     photos = tmp_path / "photos"
     (photos / GONE).mkdir(parents=True)
@@ -283,17 +273,23 @@ def test_forget_keeps_clips_that_may_show_another_person(tmp_path, say):
     assert other.clips.keys() == others.keys() - {"bob 1"}
 
 
-def test_forget_deletes_the_files_that_a_killed_process_has_left(tmp_path, places):
+def test_forget_deletes_the_files_that_killed_processes_have_left(tmp_path, places):
+    """The first is of a conversion: it has features of its clips, but not yet their names."""
+    folder = tmp_path / "cache" / "arrays" / f"{'0' * 20}.12345678.partial"
+    (folder / "staging").mkdir(parents=True)
+    (folder / "staging" / "features.bin").write_bytes(b"features of somebody")
     make_who(tmp_path / "who", "Eve", "Eve")
     page = tmp_path / "who" / ".names.html.0123abcd.partial"
     page.write_text(f"<p>{html.escape(GONE)}")
     (tmp_path / "own.partial").write_text(GONE)  # a file of another program
     own = {str(tmp_path / "own.partial"): ("file", "look at it, and delete it or the name in it")}
     find = functools.partial(places, f"--identity={GONE}", tmp_path)
-    assert find() == {str(page): ("file", "--delete")} | own
+    assert find() == {str(folder): ("records", "--delete"), str(page): ("file", "--delete")} | own
     with page.open() as written:
         fcntl.flock(written, fcntl.LOCK_EX)  # as a living process does
-        assert "another program writes it" in find("--delete")[str(page)][1] and page.exists()
+        deleted = find("--delete")
+        assert "another program writes it" in deleted[str(page)][1] and page.exists()
+    assert deleted[str(folder)] == ("records", "deleted") and not folder.exists()
     assert find("--delete") == {str(page): ("file", "deleted")} | own
     assert find() == own and (tmp_path / "who" / "names.tsv").exists()
 

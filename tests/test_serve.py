@@ -14,7 +14,6 @@ import shlex
 import shutil
 import socket
 import sqlite3
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from tests.helpers import docs, limits as child, made_galleries, servers
+from tests.helpers import docs, made_galleries, servers
 from tests.helpers.seen import refused
 from vidjax.apps import web
 from vidjax.apps.gallery.answers import as_json
@@ -699,38 +698,17 @@ def test_unread_answers_count_as_memory_until_they_time_out(
     assert [(x.name, x.exc_info) for x in caplog.records] == [("uvicorn.error", None)] * logged
 
 
-STUCK = """\
-import sys, threading
-from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps import web
-from vidjax.apps.serve import app
-made = app.make_app(Gallery(sys.argv[1]))
-def stuck(*args, **more):
-    print("stuck", flush=True)
-    while True:
-        threading.Event().wait(1)
-Gallery.identities = property(stuck)
-Gallery.remove = stuck
-listener = web.listen("127.0.0.1", 0)
-print(listener.getsockname()[1], flush=True)
-web.serve(made, listener, web.Limits(drain_seconds=1, end_seconds=1))
-"""
-
-
 @pytest.mark.slow
-def test_signal_ends_the_server_despite_stuck_threads(folder):
-    with child.running([sys.executable, "-c", STUCK, folder]) as process:
-        assert process.stdout and process.stderr
-        server = servers.Served(process, int(process.stdout.readline()))
-        server.wait()
-        pool = ThreadPoolExecutor(2)  # its threads get no answer, and their errors are ignored
-        for words in (("GET", "/identities"), ("DELETE", "/identities/person%203")):
-            pool.submit(server.ask, *words)
-            assert process.stdout.readline() == "stuck\n"
-        began = time.monotonic()
-        assert server.end() == 1
-        assert time.monotonic() - began < 10
-        assert process.stderr.read().splitlines()[-1] == "ended before its work was finished"
+def test_signal_ends_the_server_despite_a_stuck_thread(folder):
+    flags = ("--lock_seconds=600", "--drain_seconds=1", "--end_seconds=1")
+    with servers.served(folder, *flags) as server, ThreadPoolExecutor(1) as pool:
+        with Gallery(folder)._store.open(write=True):  # the removal waits for this lock
+            pool.submit(server.ask, "DELETE", "/identities/person%203")
+            time.sleep(1)
+            began = time.monotonic()
+            assert server.end() == 1
+            assert time.monotonic() - began < 10
+        assert server.process.stderr.read().splitlines()[-1] == "ended before its work was finished"
     assert Gallery(folder).identities["person 3"] == 4, "none of the 4 clips was removed"
 
 
