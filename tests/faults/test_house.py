@@ -64,19 +64,11 @@ def test_all_modules_can_be_imported_without_optional_packages(tmp_path, python)
     )  # fmt: skip
 
 
-# A process that uses a folder for a minute.
-HOLD = """
-import pathlib, sys, time
-from vidjax.utils import files
-with files.lock(pathlib.Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
 def test_folder_in_use_is_refused_and_a_stale_lock_is_replaced(say, tmp_path):
     lock, here = tmp_path / ".lock", f"on {socket.gethostname()}"
-    with limits.running([sys.executable, "-c", HOLD, tmp_path]) as child:
+    hold = "import pathlib, sys, time\nfrom vidjax.utils import files\n"
+    hold += "with files.lock(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    with limits.running([sys.executable, "-c", hold, tmp_path]) as child:
         assert child.stdout and child.stdout.readline() == "held\n"
         for words in (("train", "--config=knn"), ("evaluate",)):
             error = say(*words, f"--workdir={tmp_path}", code=2)
