@@ -49,8 +49,6 @@ WORDS = {
     f"{TRAIN} --config.modalities=face\\ head": "write --config.modalities=face,head",
     "--config=mma --workdir=new --config.loss.classification=ArcFace": "loss.margin_type=angular",
     "compare --workdir=out --runs=A, B": "RUN RUN ... or --runs=A,B",
-    "evaluate --workdir=w --config.optim.learning_rate=0.1": "no effect",
-    "evaluate --workdir=w --config.fusion.face.train.num_draws=2": "no effect",
     "--config=mma --config.data.name=arrays --config.data.dir=w --workdir=w":
         "is the folder of the data",
     "review .": "name the folder that you gave as --out", "home": "vidjax who --help",
@@ -84,7 +82,6 @@ WORDS = {
     f"{TRAIN} --config.seed": "--config.seed=...",
     f"{TRAIN} --config.seed=1 --config.batch_size=abc": "--config.batch_size=abc",
     f"{TRAIN} --config.modalities=5": "separated by commas",
-    "--config=mma:face,haed --workdir=new": "'head'",
     "--config=mma --workdir=new --config.optim.name=adamw": "total_decay=1",
     "--config=quality_fusion --workdir=new --config.model.layers=((0,None,False,0.5),)":
         "Expected `int` >= 1",

@@ -196,7 +196,7 @@ def test_evaluation_refuses_exactly_the_fields_that_it_does_not_read(tmp_path):
     for word, is_refused in {
         "optim.learning_rate=1": True, "seed=1": True, "data.mode=streaming": True,
         "log_every_steps=1": True, "data.weights=x": True,
-        "fusion.face.train.max_frames=2": True, "num_epochs=2": True,
+        "fusion.face.train.num_draws=2": True, "num_epochs=2": True,
         "eval.temperature=2": False, "eval.checkpoint=best": False, "eval.block_size=8": False,
         "deterministic=true": False, "data.dir=x": False, "model.embed_dim=3": False,
     }.items():  # fmt: skip
