@@ -83,20 +83,12 @@ def test_packages_are_unknown_if_vidjax_was_not_installed(check, monkeypatch):
 
 
 def test_mistakes_are_reported_without_the_packages_of_runs(tmp_path, python):
-    given = [[], *(["check", flag, "--json"] for flag in (
-        "--gallery=g", "--gallry", f"--workdir={tmp_path}/none"
-    ))]  # fmt: skip
     output = python(
         "import sys\nsys.modules |= dict.fromkeys(('jax', 'ml_collections'))\n"
-        f"from vidjax.cli import program\nfor words in {given}:\n"
-        "    try:\n        code = program.main(words)\n"
-        "    except SystemExit as error:\n        code = error.code\n"
-        "    print(code)\n"
+        "from vidjax.cli import program\n"
+        f"assert program.main(['check', '--workdir={tmp_path}/none', '--json']) == 2\n"
     )
-    assert "usage: vidjax" in output and "\n0\n" in output and output.count("\n2\n") == 3, output
-    assert "there is no flag --gallery: write --workdir=g" in output
-    assert "there is no flag --gallry" in output and "is missing" not in output
-    assert f"'{tmp_path}/none' contains no gallery" in output
+    assert f"'{tmp_path}/none' contains no gallery" in output and "is missing" not in output
 
 
 def damage(folder, pattern):

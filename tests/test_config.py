@@ -48,11 +48,9 @@ def test_shipped_configuration_is_valid_and_survives_json(name):
 @pytest.mark.parametrize(("spec", "error"), [
     ("deepmef:trainval,everything", "'everything' and 'trainval'"),
     ("mma:concat,pooled", "exclude each other: name only"),
-    ("deepmef:bagging,views", "exclude each other: name only"),
-    ("noise_classes:other,prediction", "exclude each other: name only"),
     ("knn:published", "has no argument 'published': leave it out"),
     ("knn:face,head", "only one of the modalities face, head"),
-    ("mma:face:body", "write 'face,body'"),
+    ("mma:face:body", "write 'face,body'"), ("knn:face,face", "'face' comes twice"),
 ])  # fmt: skip
 def test_words_of_a_configuration_that_exclude_each_other_are_refused(spec, error):
     refused(lambda: load(spec), error)
@@ -147,9 +145,7 @@ def test_value_of_a_field_that_is_not_read_is_refused_with_a_remedy():
         assert problems(f"{name}={value}") == []
         assert len(problems(f"{name}={value}", excluding_word)) == 1
         assert problems(excluding_word) == []  # the default is never refused
-
-
-def test_values_of_two_other_fields_decide_whether_a_field_is_read():
+    # The values of two other fields decide.
     words = "noise.keep=prediction", "data.distractors=noise", "noise.relabel_every_epochs=0"
     (problem,) = problems(*words)
     assert "--config.noise.relabel_every_epochs=1" in problem
@@ -200,7 +196,7 @@ def test_evaluation_refuses_exactly_the_fields_that_it_does_not_read(tmp_path):
     for word, is_refused in {
         "optim.learning_rate=1": True, "seed=1": True, "data.mode=streaming": True,
         "log_every_steps=1": True, "data.weights=x": True,
-        "fusion.face.train.max_frames=2": True, "num_epochs=2": True,
+        "fusion.face.train.num_draws=2": True, "num_epochs=2": True,
         "eval.temperature=2": False, "eval.checkpoint=best": False, "eval.block_size=8": False,
         "deterministic=true": False, "data.dir=x": False, "model.embed_dim=3": False,
     }.items():  # fmt: skip

@@ -25,7 +25,7 @@ from tests.helpers import clip_files, drawn_people, made_galleries, servers
 from tests.helpers.limits import file_limit
 from vidjax.apps import traces
 from vidjax.apps.gallery import gallery as gallery_lib
-from vidjax.apps.gallery.store import StoredClip
+from vidjax.apps.gallery.store import StoredClip, VectorOrigin
 from vidjax.data import store
 from vidjax.utils import files, tables
 
@@ -106,6 +106,8 @@ def world(tmp_path):
     (tmp_path / "for import" / "checkpoint.json").write_text(json.dumps(lists))
     make_run(tmp_path / "exported", ["x", GONE])
     (tmp_path / "exported" / "export.json").write_text("{}")
+    origin = VectorOrigin(str(tmp_path / "runs" / "identity"), "0" * 64, centred=False)
+    made_galleries.make(tmp_path / "of a run", origin=origin)
     make_who(tmp_path / "photos", GONE, "Eve")
     make_who(tmp_path / "named", "Eve", GONE)
     make_who(tmp_path / "denied", "Eve", "Eve", GONE)
@@ -127,11 +129,12 @@ def test_forget_lists_every_place_and_deletes_galleries_and_records(
     records = world / "cache" / "arrays"
     listed = places(f"--identity={GONE}", world)
     assert {str(Path(path).relative_to(world)): kind for path, (kind, _) in listed.items()} == {
-        "g": "gallery", "cache/arrays/with": "records",
+        "g": "gallery", "of a run": "gallery", "cache/arrays/with": "records",
         **dict.fromkeys(("exported", "for import"), "export"),
         **dict.fromkeys(("photos", "named", "denied"), "who"),
         **dict.fromkeys(("runs/identity", "runs/clip", "runs/analysis", "runs/checkpoint"), "run"),
     }  # fmt: skip
+    assert "with a new run" in listed[str(world / "of a run")][1]
     assert GONE in people.identities  # nothing is deleted without --delete
     # On a full disk, and while another process changes the gallery, only records are deleted.
     for name, fault in {"1": file_limit(5000), "2": people._store.open(write=True)}.items():
@@ -146,10 +149,15 @@ def test_forget_lists_every_place_and_deletes_galleries_and_records(
     assert deleted == {str(people.folder)}  # the records are already deleted
     people.refresh()
     assert GONE not in people.identities and made_galleries.contents(others.folder) == before
-    # Four runs, two exports and three folders of `vidjax who` are left, for the user to change.
-    # `--clip` is needed, because the gallery no longer knows the clip of GONE.
+    # Four runs, a gallery of a run, two exports and three folders of `vidjax who` are left, for the
+    # user to change. `--clip` is needed, because the gallery no longer knows the clip of GONE.
     text = say("forget", f"--identity={GONE}", "--clip=ada 1", "--delete", world, code=1)
-    assert "places      9, 0 of them deleted" in text and "train without them" in text
+    assert "places      10, 0 of them deleted" in text and "train without them" in text
+
+
+def test_forget_finds_the_clips_and_people_of_a_trained_run(nearest_run, places):
+    for words in ("--clip=IQIYI_VID_TRAIN_0000000", "--identity=12"):
+        assert [kind for kind, _ in places(words, nearest_run).values()] == ["run"]
 
 
 def test_forget_searches_the_cache_wherever_it_is(tmp_path, places, monkeypatch):
@@ -167,35 +175,19 @@ def test_forget_searches_the_cache_wherever_it_is(tmp_path, places, monkeypatch)
     assert deleted[str(records)][1].startswith("deleted") and not records.exists()
 
 
-def test_forget_deletes_what_a_killed_conversion_has_left(tmp_path, places):
-    """The features of its clips are already on the disk, but the names of the clips are not."""
-    folder = tmp_path / "cache" / "arrays" / f"{'0' * 20}.12345678.partial"
-    (folder / "staging").mkdir(parents=True)
-    (folder / "staging" / "features.bin").write_bytes(b"features of somebody")
-    assert places("--clip=ada 1", tmp_path) == {str(folder): ("records", "--delete")}
-    deleted = places("--clip=ada 1", "--delete", tmp_path, code=0)
-    assert deleted == {str(folder): ("records", "deleted")} and not folder.exists()
-
-
-def execute(command):
-    """Runs a shell command; returns the lines that it prints."""
-    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True)
-    return done.stdout.splitlines()
-
-
 def test_forget_finds_names_in_paths_and_contents_of_other_programs(tmp_path, places):
     photos = tmp_path / "photos"
     (photos / GONE).mkdir(parents=True)
     texts = {"names.tsv": f"x.mp4\t{GONE}\n", "r.txt": "Ada%20Lovelace x\n", "u": GONE.upper()}
-    for name, text in texts.items():
+    # The first has a part of the name and another name. The letters of a picture are no name.
+    picture = '<img src="data:image/png;base64,AA/Eve/AA==" alt="">'
+    others = {"other.txt": "Ada\nAda Lovelaces\n", "names.html": picture}
+    for name, text in (texts | others).items():
         (tmp_path / name).write_text(text)
     (tmp_path / f"{GONE}.jpg").touch()
     tag = f"<rdf:li>{GONE}</rdf:li>".encode()
     (photos / "tagged.jpg").write_bytes(b"\xff\xd8\0" + tag + b"\0\xff" * 99)
     (photos / "other.jpg").write_bytes(b"\xff\xd8\0Ada\0Lovelace\0")
-    (tmp_path / "other.txt").write_text("Ada\nAda Lovelaces\n")  # a part of the name, another name
-    picture = "data:image/png;base64,AA/Eve/AA=="  # the letters are no name
-    (tmp_path / "names.html").write_text(f'<img src="{picture}" alt="">')
     assert places("--identity=Eve", tmp_path, code=0) == {}
     os.mkfifo(tmp_path / "pipe")  # to read the pipe or the link would never end
     (tmp_path / "link").symlink_to("/dev/zero")
@@ -245,13 +237,13 @@ def test_forget_deletes_copies_of_clips_in_other_galleries(tmp_path, say):
     for name, clips in galleries.items():
         made_galleries.make(tmp_path / name, clips | kept)
     pieces = [x[:4].tobytes() for x in (face_only, voice[8:], make_copy(3, None).vector)]
-    assert search(tmp_path, pieces) == {*galleries}
+    assert list_traces(tmp_path, pieces) == {f"{name}/gallery.sqlite" for name in galleries}
     (tmp_path / "answers.tsv").write_text("both\t1\n")  # the name of a copy
     answer = say("forget", f"--identity={GONE}", tmp_path, "--json", code=1)
     assert [Path(place["path"]).name for place in answer["places"]] == [*galleries, "answers.tsv"]
     (tmp_path / "answers.tsv").unlink()
     assert "1 clip of 'LOVELACE, A.'" in say("forget", f"--identity={GONE}", "--delete", tmp_path)
-    assert not search(tmp_path, pieces)
+    assert not list_traces(tmp_path, pieces)
     for name in galleries:
         assert vidjax.Gallery(tmp_path / name).clips.keys() == kept.keys()
 
@@ -281,35 +273,25 @@ def test_forget_keeps_clips_that_may_show_another_person(tmp_path, say):
     assert other.clips.keys() == others.keys() - {"bob 1"}
 
 
-def test_forget_deletes_the_files_that_a_killed_process_has_left(tmp_path, places):
+def test_forget_deletes_the_files_that_killed_processes_have_left(tmp_path, places):
+    """The first is of a conversion: it has features of its clips, but not yet their names."""
+    folder = tmp_path / "cache" / "arrays" / f"{'0' * 20}.12345678.partial"
+    (folder / "staging").mkdir(parents=True)
+    (folder / "staging" / "features.bin").write_bytes(b"features of somebody")
     make_who(tmp_path / "who", "Eve", "Eve")
     page = tmp_path / "who" / ".names.html.0123abcd.partial"
     page.write_text(f"<p>{html.escape(GONE)}")
     (tmp_path / "own.partial").write_text(GONE)  # a file of another program
     own = {str(tmp_path / "own.partial"): ("file", "look at it, and delete it or the name in it")}
     find = functools.partial(places, f"--identity={GONE}", tmp_path)
-    assert find() == {str(page): ("file", "--delete")} | own
+    assert find() == {str(folder): ("records", "--delete"), str(page): ("file", "--delete")} | own
     with page.open() as written:
         fcntl.flock(written, fcntl.LOCK_EX)  # as a living process does
-        assert "another program writes it" in find("--delete")[str(page)][1] and page.exists()
+        deleted = find("--delete")
+        assert "another program writes it" in deleted[str(page)][1] and page.exists()
+    assert deleted[str(folder)] == ("records", "deleted") and not folder.exists()
     assert find("--delete") == {str(page): ("file", "deleted")} | own
     assert find() == own and (tmp_path / "who" / "names.tsv").exists()
-
-
-@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
-def test_forget_finds_both_unicode_forms_of_a_name(forms, tmp_path, places):
-    typed, stored = (unicodedata.normalize(form, "José Müller") for form in forms)
-    clips = {f"{stored} 1": made_galleries.make_clip(1, stored)}
-    gallery = made_galleries.make(tmp_path / "g", clips)
-    converted(tmp_path / "cache" / "0", f"{stored} 1")
-    make_run(tmp_path / "run", [stored])
-    for words, kinds in (
-        ([f"--clip={typed} 1"], "gallery records"),
-        ([f"--identity={typed}", "--delete"], "gallery records run"),
-        ([f"--clip={typed}"], "run"),  # --clip also finds names of people
-    ):
-        assert sorted(kind for kind, _ in places(*words, tmp_path).values()) == kinds.split()
-    assert len(gallery) == 0
 
 
 def test_forget_finds_only_whole_names_but_ignores_the_ending_of_a_clip(tmp_path, places):
@@ -405,29 +387,14 @@ def test_forget_reads_any_arrays_and_long_texts(tmp_path, places, monkeypatch):
     assert {Path(path).name for path in listed} == expected
 
 
-BASH = shutil.which("bash") or ""
-
-
-@pytest.mark.skipif(not BASH, reason="needs bash")
-def test_printed_line_deletes_files_with_any_names(tmp_path, say):
-    other = tmp_path / "x.tsv"
-    other.write_text("clip\tEve\n")
-    for name in (
-        b"a\nrm x.tsv", b"\x1b[31mred.tsv", b"\xff.tsv", b"$(id)'\n`id`.tsv",
-        "\u202eb.tsv".encode(),
-    ):  # fmt: skip
-        answer = f"clip\tidentity\tprobability\tscore\nx\t{GONE}\t1\t0\n"
-        (tmp_path / os.fsdecode(name)).write_text(answer)
-    text = say("forget", f"--identity={GONE}", tmp_path, code=1)
-    (line,) = (line for line in text.splitlines() if line.startswith("  rm -r -- "))
-    subprocess.run([BASH, "-c", line], check=True)
-    assert [*tmp_path.iterdir()] == [other]
-
-
-def test_the_printed_line_deletes_no_files_of_other_programs(tmp_path, say):
+def test_the_printed_line_deletes_files_with_any_names_but_none_of_other_programs(tmp_path, say):
     """Only tables with columns of vidjax are deleted. All other files are listed, with a reason."""
     made_galleries.make(tmp_path / "g", {"1": made_galleries.make_clip(1, GONE)})
     text, cue = f"Written by: {GONE}.\n", "00:00:01,000 --> 00:00:02,000\n"
+    odd = b"a\nrm notes.txt", b"\x1b[31mred", b"\xff", b"$(id)'\n`id`", "\u202eb".encode()
+    for name in odd:
+        answer = f"clip\tidentity\tprobability\tscore\nx\t{GONE}\t1\t0\n"
+        (tmp_path / os.fsdecode(name + b".tsv")).write_text(answer)
     ours = {
         "a.csv": f"clip,identity,probability,score\nx,{GONE},1,0\n",
         "b.tsv": f"identity\trank\tclip\tscore\n{GONE}\t1\tx\t0\n",
@@ -447,7 +414,7 @@ def test_the_printed_line_deletes_no_files_of_other_programs(tmp_path, say):
     assert all(f"/{name}: it contains the name\n" in text for name in ours | others)
     assert text.count("look at it") == len(others)
     (line,) = (line for line in text.splitlines() if line.startswith("  rm -r -- "))
-    execute(line)
+    subprocess.run([shutil.which("bash") or "bash", "-c", line], check=True)
     assert {path.name for path in tmp_path.iterdir()} == {*others, "g"}
 
 
@@ -471,48 +438,6 @@ def list_traces(folder, pieces):
         str(path.relative_to(folder)) for path in paths
         if any(x in bytes(path.relative_to(folder)) + b"\n" + unpack(path) for x in pieces)
     }  # fmt: skip
-
-
-def search(folder, pieces):
-    """Returns the entries of a folder in whose files `list_traces` finds some bytes."""
-    return {Path(path).parts[0] for path in list_traces(folder, pieces)}
-
-
-@pytest.mark.slow
-def test_no_byte_of_a_person_is_left_after_forget(tmp_path, say, places):
-    """Features, records, a run, a gallery and a ranking contain the person."""
-    rng = np.random.default_rng(0)
-    labels = {f"{name} {turn}": name for turn in range(6) for name in ("p1", "p2", "p3", GONE)}
-    clips = {clip: {"face": rng.normal(size=(3, 16)).astype(np.float32)} for clip in labels}
-    splits = {"val": dict([*clips.items()][:8]), "train": dict([*clips.items()][8:])}  # 8: 2 each
-    features = clip_files.write_npz(tmp_path / "features", splits)
-    clip_files.write_labels(features / "labels.csv", labels)
-    words = ("data.name=arrays", f"data.dir={features}", f"data.cache_dir={tmp_path / 'cache'}")
-    config = vidjax.load_config("knn:face", *(f"--config.{word}" for word in words))
-    vidjax.train(config, tmp_path / "run", data := vidjax.load_data(config), num_devices=1)
-    gallery = vidjax.Gallery.create(tmp_path / "g", tmp_path / "run", data)
-    tables.write_ranking(tmp_path / "ranks.tsv", gallery.rank(data, split="val"))
-    # A piece is the first four numbers of a vector, which identify the vector.
-    gone = [clip for clip, name in labels.items() if name == GONE]
-    frames = [clips[clip]["face"] for clip in gone]
-    vectors = [clip.vector for clip in gallery.clips.values() if clip.identity == GONE]
-    pieces = [row[:4].tobytes() for row in np.concatenate([*frames, vectors])]
-    assert search(tmp_path, pieces) >= {"features", "cache", "g"}
-    words = (f"--identity={GONE}", *(f"--clip={clip}" for clip in gone), tmp_path)
-    say("forget", *words, "--delete", code=1)
-    left = places(*words)
-    # The gallery is still listed, because its run was trained with the person.
-    assert {kind for kind, _ in left.values()} == {"run", "gallery", "file"}
-    # The user has to delete these places and files.
-    for path in map(Path, left):
-        if path == features / "labels.csv":
-            clip_files.write_labels(path, {x: who for x, who in labels.items() if who != GONE})
-        elif path.is_dir():
-            files.remove_tree(path)
-        else:
-            path.unlink(missing_ok=True)
-    assert not search(tmp_path, [*pieces, GONE.encode()])
-    assert places(*words, code=0) == {}
 
 
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet", ".vtt", ".srt", ".rttm")
@@ -547,39 +472,26 @@ def test_the_printed_steps_delete_every_byte_of_a_person_from_all_results(
     drawn.who(film, other, flags=["--thumbnails"])
     # A gallery, answers with every ending, exports, copies, and a server that removes the person.
     models, people, feats = f"--models={drawn.models}", home / "people", home / "feats"
-    bob, photo = home / "bob", drawn.friends / PERSON / "1.png"
-    drawn.run("extract", drawn.friends / "Bob" / "bob.png", models, f"--out={bob}")
-    drawn.run("extract", photo, film, models, f"--out={feats}")
+    drawn.run("extract", drawn.friends / PERSON / "1.png", film, models, f"--out={feats}")
     say("gallery", "create", people, models)
-    for words in (
-        (f"--input={feats / '1.npz'}", f"--identity={PERSON}"),
-        (f"--input={feats / 'party.npz'}", "--clip=party.s000.t00", f"--identity={PERSON}"),
-        (f"--input={bob / 'bob.npz'}", "--identity=Bob"),
-    ):
-        say("gallery", "enrol", people, *words)
+    for words in ([f"--input={feats / '1.npz'}"], [f"--input={feats}", "--clip=party.s000.t00"]):
+        say("gallery", "enrol", people, *words, f"--identity={PERSON}")
     for ending in ENDINGS:
         shown = feats / "party.npz" if ending in (".vtt", ".srt") else feats
         say("gallery", "identify", people, f"--input={shown}", f"--out={home}/answers{ending}")
-    say("gallery", "rank", people, f"--input={feats}", f"--out={home}/ranks.tsv")
-    faces = {"face": clip_files.read_arrays(feats)["1"]["face"]}
-    (home / "tables").mkdir()
-    clip_files.write_parquet(home / "tables" / "t.parquet", {"query": faces})
-    for task in ("identify", "rank"):
-        words = (f"--input={home}/tables", f"--out={home}/{task}s")
-        say("gallery", task, people, *words)
     say("gallery", "export", people, f"--out={home}/people.parquet")
+    say("gallery", "rank", people, f"--input={feats}", f"--out={home}/ranks.tsv")
+    faces = [clip_files.read_arrays(feats)[name]["face"] for name in ("1", "party.s000.t00")]
+    (home / "tables").mkdir()
+    clip_files.write_parquet(home / "tables" / "t.parquet", {"query": {"face": faces[0]}})
+    for task in ("identify", "rank"):
+        say("gallery", task, people, f"--input={home}/tables", f"--out={home}/{task}s")
     for kind in ("safetensors", "numpy"):
         say("export", people, f"--to={home}/{kind}", f"--format={kind}")
-    say("gallery", "create", home / "new", models)
-    say("gallery", "migrate", people, home / "new", f"--input={feats}", code=1)  # Bob is missing
     for name in ("people.bak", "served"):
         shutil.copytree(people, home / name)
-    shutil.copy(people / "gallery.sqlite", home / "gallery.sqlite.bak")
     (home / "old.tsv.gz").write_bytes(gzip.compress((home / "answers.tsv").read_bytes()))
-    clips = [x for x in vidjax.Gallery(people).clips.values() if x.identity == PERSON]
-    vectors = [x.vector for x in clips]
-    for name in ("1", "party.s000.t00"):
-        vectors += [*clip_files.read_arrays(feats)[name]["face"]]
+    vectors = [x.vector for x in vidjax.Gallery(people).clips.values()] + [*np.concatenate(faces)]
     units = [x / np.linalg.norm(x.astype(float)) for x in vectors]
     kinds = (np.float32, np.float64, np.float16)
     pieces = {x.astype(kind)[:4].tobytes() for x in (*vectors, *units) for kind in kinds}
@@ -598,16 +510,13 @@ def test_the_printed_steps_delete_every_byte_of_a_person_from_all_results(
     answer = say("forget", f"--identity={PERSON}", "--delete", home, "--json", code=1)
     text = say("forget", f"--identity={PERSON}", home, code=1)
     assert "\u2028" not in text and len(text.splitlines()) < 40
-    execute(answer["delete_files"])
-    looked = set[str]()
-    for kind, path in ((place["kind"], Path(place["path"])) for place in answer["places"]):
-        assert kind in ("gallery", "file", "export", "who"), path
-        if kind == "export":
-            files.remove_tree(path)
-        elif kind == "file" and path.exists():
-            looked.add(path.name)
+    subprocess.run(["/bin/sh", "-c", answer["delete_files"]], check=True)
+    looked = [path for path in (Path(x["path"]) for x in answer["places"]) if path.exists()]
+    for path in looked:
+        if path.name in ("answers.vtt", "answers.srt", "answers.rttm"):
             path.unlink()
-    assert looked == {"answers.vtt", "answers.srt", "answers.rttm"}
+        elif path.name in ("safetensors", "numpy"):
+            files.remove_tree(path)
     drawn.who(other, flags=["--forget-missing", "--prune"])
     # 4. The same command again.
     assert say("forget", f"--identity={PERSON}", home, "--json")["places"] == []

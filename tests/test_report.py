@@ -13,7 +13,6 @@ import scipy
 from markupsafe import Markup
 
 import vidjax
-from tests.benchmarks import intervals
 from tests.helpers import made_runs
 from tests.helpers.pages import Page, check_numbers, section, values
 from vidjax.evaluation import analysis, comparison, significance
@@ -28,26 +27,20 @@ EVIL = (
     '<meta http-equiv="refresh" content="0; url=//x"><form action="//x"><input name=y autofocus '
     "onfocus=alert(3)></form><a href='javascript:alert(4)'>\\</svg>$\ud800\u4e2d^"
 )
-TAGS = """
-html head meta link title style body header h1 nav ul li a main footer section h2 h3 p strong span
-code pre dl dt dd div table caption thead tbody tr th td data br figure figcaption
-bdi svg desc defs g path use clippath rect text details summary"""
 
 
 def check_page(text):
     """Asserts properties of every report; returns the parsed page."""
     page = Page(text)
     assert page.open == [] and len(text.encode()) < 5e6
-    # Sections are in this order. Links lead to the sections, to other reports and to the top.
-    sections = [attrs["id"] for attrs in page.all("section")]
-    assert sections == [name for name in SECTIONS if name in sections]
+    # Links lead to the sections, which are in this order, to other reports and to the top.
+    sections = [name for name in SECTIONS if f'<section id="{name}"' in text]
     links = [attrs["href"] for attrs in page.all("a")]
-    assert links[: len(sections)] == [f"#{name}" for name in sections]
-    assert links.pop() == "#top"
-    pages = re.compile(r"report_[\w%.-]+\.html")
-    assert all(pages.fullmatch(address) for address in links[len(sections) :])
+    others = [address for address in links if re.fullmatch(r"report_[\w%.-]+\.html", address)]
+    assert links == [*(f"#{name}" for name in sections), *others, "#top"]
     # Nothing is loaded from elsewhere, and no script runs.
-    assert {tag for tag, _, _ in page.tags} <= set(TAGS.split())
+    loading = {"script", "img", "form", "input", "iframe", "object", "embed", "base"}
+    assert not loading & {tag for tag, _, _ in page.tags}
     assert len(page.all("meta")) == 4 and "http" not in text.replace("http-equiv", "")
     for _, attrs, _ in page.tags:
         for name in ("src", "href", "data", "action"):
@@ -55,9 +48,9 @@ def check_page(text):
             assert address.startswith(("#", "data:")) or address in links, attrs
         assert not any(name.startswith("on") for name in attrs)
     for attrs in page.all("svg"):
-        title, description = attrs["aria-labelledby"].split()
-        assert attrs["role"] == "img" and re.search(rf'<title id="{title}">[^<]+</title>', text)
-        assert re.search(rf'<desc id="{description}">[^<]+</desc>', text)
+        assert attrs["role"] == "img"
+        for name, label in zip(("title", "desc"), attrs["aria-labelledby"].split(), strict=True):
+            assert re.search(rf'<{name} id="{label}">[^<]+</{name}>', text)
     return page
 
 
@@ -73,9 +66,7 @@ def full(tmp_path_factory):
     facts["strata"][0]["rows"][0] |= {"low": None, "high": None}
     facts["worst"][0] |= {"lost_to": [[-1, 1]], "mixed_with": [[2, 1], [-1, 1]]}
     facts["wrong_clips"]["distractors"][0]["shows"] = -1
-    enough = {"rate": 0.1, "fewest": 10, "threshold": -1.5, "fpir": 0.1, "fnir": 0.375}
-    enough |= {"fpir_low": 0.03125, "fpir_high": 0.25, "fnir_low": 0.25, "fnir_high": 0.5}
-    facts["open_set"]["rates"] = [{"rate": 0.01, "fewest": 100}, enough]
+    facts["open_set"]["rates"][:2] = [{"rate": 0.01, "fewest": 100}]  # without error rates
     facts |= {"split": "val", "lead": "face", "modalities": ["face", "head"], "num_others": 0}
     arrays = {
         "positives": positives, "train_clips": positives,
@@ -168,12 +159,17 @@ def test_date_and_every_number_in_the_report_come_from_a_run_file(full, page):
     assert full.metrics.num_clips in values(hidden)
 
 
-def test_report_of_an_old_run_has_no_error_analysis(full, page):
+def test_report_lists_pairs_with_at_least_two_confused_clips_unless_the_run_is_old(full, page):
     shown = values(section(page, "errors"))
     suspects, pair = full.analysis.suspects, full.analysis.pairs[0]
     trained = full.arrays["train_clips"]
     assert [*pair.counts, trained[pair.first], trained[pair.second]] == [*shown[:2], *shown[4:6]]
     assert {suspects.count, suspects.gain, suspects.low, suspects.high} <= {*shown}
+    few = [msgspec.structs.replace(x, counts=(0, 1)) for x in full.analysis.pairs]
+    for pairs, is_shown in (few, False), ([*few, pair], True):
+        analysis = msgspec.structs.replace(full.analysis, pairs=pairs)
+        text = str(run_page.errors(full._replace(analysis=analysis)))
+        assert ("Pairs of identities" in text) == is_shown != ("No person has two clips" in text)
     old = msgspec.structs.replace(full.analysis, pairs=None, suspects=None)
     assert run_page.errors(full._replace(analysis=old)) is None
 
@@ -192,14 +188,6 @@ def test_title_of_a_report_is_the_folder_and_what_the_command_changed(tmp_path, 
     assert "data seed 3" in text
     rows = re.findall("<tr>.*?</tr>", text.partition("differ from")[2], re.DOTALL)
     assert "seed01" in [Page(row).text().strip() for row in rows]
-
-
-def test_report_lists_pairs_with_at_least_two_confused_clips(full):
-    few = [msgspec.structs.replace(x, counts=(0, 1)) for x in full.analysis.pairs]
-    for pairs, shown in (few, False), ([*few, full.analysis.pairs[0]], True):
-        analysis = msgspec.structs.replace(full.analysis, pairs=pairs)
-        text = str(run_page.errors(full._replace(analysis=analysis)))
-        assert ("Pairs of identities" in text) == shown != ("No person has two clips" in text)
 
 
 def test_report_explains_missing_results(tmp_path):
@@ -236,23 +224,6 @@ def averages(seed):
     return dict(zip(NAMES, np.random.default_rng(seed).beta(4, 1, len(NAMES)), strict=True))
 
 
-@pytest.mark.slow  # the next tests compare intervals with their definitions
-def test_95_percent_of_the_intervals_of_a_difference_contain_the_true_mean():
-    for name, num in (
-        ("normal, sd .1", 50), ("10 % -.45, 90 % +.05", 3), ("1 % -1, 1 % +1", 300),
-        ("3 % -.4, 20 % normal(.01, .02)", 20), ("5 % +.5, 19 % ±.001", 20),
-    ):  # fmt: skip
-        assert float(intervals.measure(name, num, repetitions=500).split()[0]) >= 0.93, name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["normal, sd .05", "normal, sd .1", "50 % normal, sd .1"])
-@pytest.mark.parametrize("num", [20, 50])
-def test_a_difference_of_three_errors_is_found_nearly_as_often_as_by_a_t_test(num, name):
-    shares = re.findall(r"\d\.\d+", intervals.find(name, num, 300))
-    assert float(shares[0]) >= 0.9 * float(shares[1]) > 0.6
-
-
 def test_interval_excludes_0_if_p_is_below_5_percent_and_is_not_narrower_than_a_t_interval():
     samples = np.random.default_rng(0).normal(0.05, 0.1, (40, 20))
     low, high, p = np.transpose([significance.compute_gap_interval(x, draws=1000) for x in samples])
@@ -261,18 +232,14 @@ def test_interval_excludes_0_if_p_is_below_5_percent_and_is_not_narrower_than_a_
     assert np.all(p >= oracle.pvalue * (1 - 1e-9))
 
 
-@pytest.mark.parametrize(
-    "gaps",
-    [
-        (0.3, 0.25, 0.2, 0.0, 0.0),
-        (0.1,) * 5 + (0.1 + 1e-12, 0.3),
-        (0.0,) * 14 + (0.3, 0.25, 0.2, 0.15, 0.1, 0.05),
-    ],
-)
+GAPS = (0.3, 0.25, 0.2, 0, 0), (0.1,) * 5 + (0.1 + 1e-12, 0.3), (0,) * 14 + (0.3, 0.2, 0.1) * 2
+
+
+@pytest.mark.parametrize("gaps", GAPS)
 def test_interval_of_a_difference_is_the_wider_of_t_and_a_bootstrap_with_an_unseen_identity(gaps):
     gaps, num = np.array(gaps), len(gaps)
     # From the share of pairs with equal gaps.
-    rare = {5: (1 / 10) ** 2, 7: (15 / 21) ** 2, 20: 1.5 * 91 / 190 - 0.5}[num]
+    rare = {5: (1 / 10) ** 2, 7: (15 / 21) ** 2, 20: 1.5 * 94 / 190 - 0.5}[num]
     low_end, high_end = (gaps.mean() + gaps.min()) / 2, (gaps.mean() + gaps.max()) / 2
     weights = np.random.default_rng(1).dirichlet(np.ones(num + 1), 200_000)
     lows = weights @ [*gaps, low_end + rare * (-1 - low_end)]
@@ -433,21 +400,6 @@ def test_compare_marks_extended_runs_and_other_checkpoints(tmp_path, compared):
     words = (f"--config.{word}" for word in ("seed=9", *words))
     made_runs.write(tmp_path / "d", averages(0), *words)
     assert compared(runs=("a1+a2", "b1+d")).code == 0
-
-
-def test_blends_differ_only_in_their_runs_and_weights(tmp_path, compared):
-    """Blends have no seed. The weights of a split are in its results, not in the configuration."""
-    write_groups(tmp_path)
-    for name in ("blend1", "blend2"):
-        joined = f"--config.join.runs=('{name}',)", "--config.join.weights=(2,)"
-        results = {"runs": [{"name": name, "weight": 3.0}]}
-        made_runs.write(tmp_path / name, averages(0), *joined, results=results)
-    assert compared(runs=("a1+a2", "blend1+blend2")).code == 0
-    page = (tmp_path / "out" / "comparison.html").read_text()
-    table = page.rpartition("configurations differ")[2].partition("</table>")[0]
-    fields = re.findall(r'<tr><th scope="row"[^>]*>(.*?)</th>', table)
-    assert [re.sub("<.*?>", "", field) for field in fields] == ["join.runs", "join.weights"]
-    assert "(3.0,)" in table and "(2,)" not in table
 
 
 def test_compare_prints_the_difference_that_few_identities_or_equal_gaps_hide(tmp_path, compared):

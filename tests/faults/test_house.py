@@ -16,19 +16,6 @@ from vidjax.runs.results import Logs, truncate_log
 from vidjax.utils import files
 
 
-def complaints(*commands, env):
-    """Runs commands that fail in one process; returns their errors, and what they print."""
-    program = (
-        "import sys\nfrom vidjax.cli.program import main\n"
-        f"for words in {commands}: sys.stderr.write(f'exit {{main(words)}}\\n')"
-    )
-    done = execute(("-c", program), limits.ROOT, **env)
-    *errors, end = done.stderr.split("exit 2\n")
-    assert len(errors) == len(commands) and not end, done.stderr
-    assert all(len(error.splitlines()) <= 3 and "Traceback" not in error for error in errors)
-    return errors, done.stdout
-
-
 def without(folder, *packages):
     """Returns the environment of a process in which some packages are not installed."""
     folder.mkdir()
@@ -51,9 +38,15 @@ def test_unusable_workdir_is_refused_before_compilation(tmp_path, mounted):
     # Without these packages, a run would fail with another error when it imports them.
     env = without(tmp_path / "hidden", "tensorflow", "tensorflow_datasets", "orbax")
     env["VIDJAX_CACHE"] = str(tmp_path / "cache")
-    commands = (["--config=knn", f"--workdir={place}"] for place in places)
-    errors, _ = complaints(*commands, env=env)
-    assert all(str(place) in error for place, error in zip(places, errors, strict=True))
+    commands = [["--config=knn", f"--workdir={place}"] for place in places]
+    program = (
+        "import sys\nfrom vidjax.cli.program import main\n"
+        f"for words in {commands}: sys.stderr.write(f'exit {{main(words)}}\\n')"
+    )
+    *errors, end = execute(("-c", program), limits.ROOT, **env).stderr.split("exit 2\n")
+    for place, error in zip(places, errors, strict=True):
+        assert str(place) in error and len(error.splitlines()) <= 3 and "Traceback" not in error
+    assert not end
     assert (tmp_path / "file").read_text() == "mine"
     # Neither clips nor compiled programs were written.
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
@@ -71,19 +64,11 @@ def test_all_modules_can_be_imported_without_optional_packages(tmp_path, python)
     )  # fmt: skip
 
 
-# A process that uses a folder for a minute.
-HOLD = """
-import pathlib, sys, time
-from vidjax.utils import files
-with files.lock(pathlib.Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
 def test_folder_in_use_is_refused_and_a_stale_lock_is_replaced(say, tmp_path):
     lock, here = tmp_path / ".lock", f"on {socket.gethostname()}"
-    with limits.running([sys.executable, "-c", HOLD, tmp_path]) as child:
+    hold = "import pathlib, sys, time\nfrom vidjax.utils import files\n"
+    hold += "with files.lock(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    with limits.running([sys.executable, "-c", hold, tmp_path]) as child:
         assert child.stdout and child.stdout.readline() == "held\n"
         for words in (("train", "--config=knn"), ("evaluate",)):
             error = say(*words, f"--workdir={tmp_path}", code=2)
