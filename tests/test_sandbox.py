@@ -130,6 +130,8 @@ def test_pieces_and_blocks_that_end_anywhere_change_no_value(tmp_path, monkeypat
     clips = {b"%d" % clip: [next(faces) for _ in range(n)] for clip, n in enumerate(lengths)}
     voices = {b"rows": rows[np.isfinite(rows).all(axis=1)], b"one": rows[1]}
     of_clips, of_voices = convert(tmp_path, clips), convert(tmp_path, voices, "audio")
+    np.testing.assert_array_equal(of_clips["features"], rows[np.isfinite(rows).all(axis=1)])
+    assert of_clips["skipped"] == {"non_finite": len(rows[::5])}
 
     with monkeypatch.context() as patch:
         patch.setattr(packing, "BLOCK_BYTES", 4 * 3 * 2)  # four rows of three float16
