@@ -20,7 +20,7 @@ from vidjax.evaluation import scores
 from vidjax.runs import config as config_lib, config_io
 from vidjax.runs.checkpoint import CheckpointError
 from vidjax.training import plan
-from vidjax.utils import errors
+from vidjax.utils import errors, exit_codes
 
 DIM = 4
 
@@ -132,6 +132,14 @@ def test_batch_larger_than_the_data_gets_a_hint_or_an_error(tmp_path):
     assert "a step uses all clips" in hint
     assert "--config.batch_size=3" in hint  # two steps of an epoch
     refused(lambda: note(100_000_000), "batch_size=100000000", "\nuse --config.batch_size=6")
+
+
+def test_error_of_short_memory_names_fields_that_may_change_in_a_resumed_run():
+    text = exit_codes.describe_error(MemoryError())
+    flags = [word for word in text.replace(";", "").split() if word.startswith("--config.")]
+    named = {word.partition("=")[0].removeprefix("--config.") for word in flags}
+    assert {"data.mode", "eval.block_size"} <= named and "new run" in text
+    assert named - {*config_lib.MAY_CHANGE} == {"batch_size", "data.max_frames"}  # need a new run
 
 
 def test_people_without_training_clips_give_a_warning(tmp_path):
