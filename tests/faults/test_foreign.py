@@ -201,9 +201,7 @@ def load(saved):
 def load_latest(folder):
     """Loads the latest undamaged checkpoint; returns its step."""
     with mutations.alarm(), warnings.catch_warnings(action="ignore"):
-        latest = checkpoint.find(folder)
-        assert latest is not None
-        load(latest)
+        load(latest := checkpoint.find(folder))
         return latest.manifest["step"]
 
 
@@ -216,8 +214,7 @@ def test_deleting_old_checkpoints_deletes_nothing_behind_a_link(tmp_path, link):
     (outside / "sub").mkdir(parents=True)
     for name in ("thesis.tex", "sub/photo.jpg"):
         (outside / name).write_text("mine")
-    theirs = save(folder, 0)
-    save(folder, 1)
+    theirs = save(folder, 1, 0)
     manifest = checkpoint.read_manifest(theirs)
     manifest["files"] = dict.fromkeys(("thesis.tex", "sub/thesis.tex", "sub/photo.jpg"), "0" * 64)
     files.write_manifest(theirs / "manifest.json", manifest)
@@ -258,21 +255,19 @@ def test_checkpoint_with_a_pipe_link_device_or_file_outside_is_damaged(tmp_path)
 
 
 def read_train_clips(cache):
-    """Converts a folder of made-up clips to a cache, or opens the cache; reads the clips."""
-    folder = cache.parent / "features"
-    face = np.arange(8, dtype="f4").reshape(2, 4)
-    clips = {x: {f"{x}_{i}": {"face": face} for i in range(3)} for x in ("train", "val")}
-    if not folder.exists():
-        write_npz(folder, clips)
-        write_labels(folder / "labels.csv", dict.fromkeys([*clips["train"], *clips["val"]], "p"))
+    """Converts a folder of clips to a cache, or opens the cache; reads the clips."""
     with mutations.alarm(), warnings.catch_warnings(action="ignore"):
-        data = load_dataset("arrays", directory=folder, cache_dir=cache)
+        data = load_dataset("arrays", directory=cache.parent / "features", cache_dir=cache)
         list(data.packed("train", ("face",)))
 
 
 @pytest.fixture
 def cache(tmp_path):
-    """A cache with the clips."""
+    """A cache with made-up clips."""
+    face = {"face": np.arange(8, dtype="f4").reshape(2, 4)}
+    splits = {x: {f"{x}_{i}": face for i in range(3)} for x in ("train", "val")}
+    folder = write_npz(tmp_path / "features", splits)
+    write_labels(folder / "labels.csv", {"train_0": "p", "val_0": "p"})
     read_train_clips(tmp_path / "cache")
     return tmp_path / "cache"
 
@@ -290,11 +285,7 @@ def test_shared_cache_with_pipes_links_or_damaged_files_is_refused(tmp_path, cac
         for damaged in (flipped, kept[:-30], kept + b"x", b"{}", b"[" * 100_000):
             path.write_bytes(damaged)
             refused(lambda: read_train_clips(cache), path.name, "delete")
-        shutil.rmtree(cache)
-        read_train_clips(cache)
-
-
-def test_shared_cache_behind_a_link_is_refused_and_not_changed(tmp_path, cache):
+        path.write_bytes(kept)
     (folder,) = (path for path in cache.iterdir() if path.is_dir())  # of all conversions
     theirs = folder.rename(tmp_path / "theirs")
     folder.symlink_to(theirs)
@@ -303,24 +294,21 @@ def test_shared_cache_behind_a_link_is_refused_and_not_changed(tmp_path, cache):
     assert contents(theirs) == before
 
 
-def face_of(manifest):
-    return manifest["splits"]["train"]["modalities"]["face"]
-
-
 def test_hostile_manifest_of_stored_clips_with_a_valid_checksum_is_refused(cache):
     (path,) = cache.rglob("manifest.json")
     content = path.read_text()
     for change in (
-        lambda m: m["modalities"]["face"].update(dim=1 << 40),
-        lambda m: m["splits"]["train"].update(modalities={"../../face": face_of(m)}),
-        lambda m: m["splits"]["train"].update(modalities=5),
-        lambda m: face_of(m).update(dtype="object"),
-        lambda m: face_of(m)["files"]["features"].update(size=1 << 40),
-        lambda m: m.update(files={}),
+        lambda m, train, face: m["modalities"]["face"].update(dim=1 << 40),
+        lambda m, train, face: train.update(modalities={"../../face": face}),
+        lambda m, train, face: train.update(modalities=5),
+        lambda m, train, face: face.update(dtype="object"),
+        lambda m, train, face: face["files"]["features"].update(size=1 << 40),
+        lambda m, train, face: m.update(files={}),
     ):
         values = json.loads(content)
         del values["sha256"]
-        change(values)
+        train = values["splits"]["train"]
+        change(values, train, train["modalities"]["face"])
         files.write_manifest(path, values)  # with a new checksum
         refused(lambda: read_train_clips(cache), "to convert again")
 

@@ -231,7 +231,7 @@ def test_table_whose_pages_and_footer_disagree_on_counts_is_refused(
         refuse_table(path, "damaged")
 
 
-def test_page_that_claims_2_gb_or_a_trillion_items_is_refused_at_once(tmp_path):
+def test_page_that_claims_2_gb_or_a_trillion_items_is_refused_at_once(tmp_path, tables_here):
     path = write(tmp_path / "a.parquet", 7001, compression="none", use_dictionary=False)
     content = path.read_bytes()
     # The size counts 7001 features of 4 bytes (28,004 bytes) and a few more, but no header.
