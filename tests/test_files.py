@@ -1,6 +1,5 @@
 """Files, folders, logs and checkpoints are written completely or not at all."""
 
-import concurrent.futures
 import contextlib
 import errno
 import fcntl
@@ -10,6 +9,7 @@ import pwd
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +22,10 @@ from tests.helpers.seen import contents, refused
 from tests.helpers.small_runs import ROOT, flat
 from vidjax.core import devices
 from vidjax.data.store import exclusive
-from vidjax.runs import checkpoint, config as config_lib, results, signals
+from vidjax.runs import checkpoint, config as config_lib, signals
 from vidjax.runs.results import Logs
 from vidjax.utils import files
 from vidjax.utils.errors import DiskError, UserError
-
-
-def test_failed_write_leaves_no_file(tmp_path):
-    with pytest.raises(KeyboardInterrupt), files.atomic_file(tmp_path / "x.txt") as file:
-        file.write(b"half")
-        raise KeyboardInterrupt
-    assert os.listdir(tmp_path) == []
 
 
 def test_atomic_folder_replaces_no_folder_that_was_made_in_the_meantime(tmp_path):
@@ -75,21 +68,28 @@ def test_next_write_removes_what_killed_writes_of_the_same_file_left(tmp_path, r
     assert {*os.listdir(tmp_path)} == {"x.tsv", ".x.tsv.01234567.partial", *mine}
 
 
-@pytest.mark.parametrize("replace", [True, False])
-def test_error_of_a_full_disk_names_the_file_of_the_user(tmp_path, replace):
-    if replace:
-        files.write_bytes(tmp_path / "x.tsv", b"old")
+def test_error_of_a_full_disk_names_the_file_of_the_user(tmp_path):
     too_large = f"cannot write '{tmp_path}/x.tsv': File too large"
-    with limits.file_limit(100), pytest.raises(DiskError, match=too_large):
-        files.write_bytes(tmp_path / "x.tsv", bytes(9999), replace=replace)
-    assert contents(tmp_path) == ({"x.tsv": b"old"} if replace else {})
+    for before, replace in (({}, False), ({"x.tsv": b"old"}, True)):
+        for name, content in before.items():
+            files.write_bytes(tmp_path / name, content)
+        with limits.file_limit(100), pytest.raises(DiskError, match=too_large):
+            files.write_bytes(tmp_path / "x.tsv", bytes(9999), replace=replace)
+        assert contents(tmp_path) == before
+
+
+def refuse(error):
+    """Returns a function that raises an error."""
+
+    def call(*args, **options):
+        raise error
+
+    return call
 
 
 def test_folder_on_a_disk_without_permissions_is_complete(tmp_path, monkeypatch):
-    def refuse(path, mode, **options):
-        raise PermissionError(errno.EPERM, "Operation not permitted", str(path))  # as on CIFS
-
-    monkeypatch.setattr(os, "chmod", refuse)
+    error = PermissionError(errno.EPERM, "Operation not permitted")  # as on CIFS
+    monkeypatch.setattr(os, "chmod", refuse(error))
     with files.atomic_folder(tmp_path / "x") as partial:
         (partial / "a.txt").write_text("a")
     assert (tmp_path / "x" / "a.txt").read_text() == "a"
@@ -98,10 +98,8 @@ def test_folder_on_a_disk_without_permissions_is_complete(tmp_path, monkeypatch)
 def test_error_of_a_drive_without_locks_names_the_folder_and_where_to_choose_another(
     tmp_path, monkeypatch
 ):
-    def refuse(file, operation):
-        raise OSError(errno.ENOSYS, "Function not implemented")  # as on Lustre without `-o flock`
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    error = OSError(errno.ENOSYS, "Function not implemented")  # as on Lustre without `-o flock`
+    monkeypatch.setattr(fcntl, "flock", refuse(error))
     for remedy, lock in (
         ("VIDJAX_CACHE", exclusive(tmp_path / "folder")), ("--workdir=", files.lock(tmp_path)),
         ("--out=", files.lock(tmp_path, "out")), ("--out=", files.lock(tmp_path, "features")),
@@ -111,12 +109,9 @@ def test_error_of_a_drive_without_locks_names_the_folder_and_where_to_choose_ano
 
 
 def test_error_without_a_home_names_the_variable_of_the_cache(monkeypatch):
-    def refuse(uid):
-        raise KeyError(uid)
-
     for variable in ("HOME", "VIDJAX_CACHE"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(pwd, "getpwuid", refuse)
+    monkeypatch.setattr(pwd, "getpwuid", refuse(KeyError(0)))
     with pytest.raises(UserError, match="VIDJAX_CACHE"):
         files.cache_root()
 
@@ -185,21 +180,6 @@ def test_urls_are_refused_as_folders_and_paths_are_normalised(tmp_path):
     assert files.absolute(tmp_path / "a" / ".." / "b") == tmp_path.resolve() / "b"
 
 
-def test_concurrent_writers_do_not_mix_their_contents(tmp_path):
-    """The writers are threads with one process ID, like processes in two containers."""
-    path = tmp_path / "x.txt"
-
-    def write_and_read(number):
-        for _ in range(10):
-            files.write_text(path, f"{number} " * 4000)
-        return path.read_text().split()
-
-    with concurrent.futures.ThreadPoolExecutor(6) as threads:
-        for words in threads.map(write_and_read, range(6)):
-            assert len(words) == 4000 and len(set(words)) == 1
-    assert os.listdir(tmp_path) == ["x.txt"]
-
-
 @pytest.mark.slow
 def test_tensorboard_shows_groups_changed_fields_and_the_last_value_of_repeated_steps(tmp_path):
     """A run is killed after step 3, and resumes from the checkpoint of step 2."""
@@ -212,12 +192,10 @@ def test_tensorboard_shows_groups_changed_fields_and_the_last_value_of_repeated_
         with contextlib.closing(Logs(tmp_path, step=first_step - 1, config=config)) as logs:
             for step in range(first_step, 4):
                 logs.metrics(step, {"epoch": 1.0, "learning_rate": 0.1, "train_loss": loss})
-    with contextlib.closing(Logs(tmp_path, step=3)) as logs:
-        logs.metrics(4, {"epoch": 1.0, "split": "val", "map": 0.5, "test/map": 0.4})
-    *lines, _ = results.read_lines(tmp_path / "metrics.jsonl")
+            logs.metrics(4, {"epoch": 1.0, "split": "val", "map": 0.5, "test/map": 0.4})
     events = EventAccumulator(str(tmp_path)).Reload()
     values = [(event.step, event.value) for event in events.Scalars("train/loss")]
-    assert values == [(x["step"], x["train_loss"]) for x in lines] == [(1, 0.5), (2, 0.5), (3, 9)]
+    assert values == [(1, 0.5), (2, 0.5), (3, 9)]
     names = "train/epoch train/learning_rate train/loss val/epoch val/map test/map"
     assert {*events.Tags()["scalars"]} == {*names.split()}
     (content,) = events.PluginTagToContent("hparams").values()
@@ -237,8 +215,7 @@ def items():
 
 def restore_latest(workdir, items):
     """Returns the arrays and the manifest of the latest checkpoint."""
-    latest = checkpoint.find(workdir)
-    assert latest is not None
+    latest: Any = checkpoint.find(workdir)
     layout = devices.replicated_layout(devices.make_mesh())
     return checkpoint.load(latest, items, layout), latest.manifest
 
@@ -259,11 +236,10 @@ def test_restored_checkpoint_equals_the_saved_arrays_and_is_of_the_same_model(tm
 def test_ctrl_c_while_a_checkpoint_is_read_does_not_count_as_damage(tmp_path, items, monkeypatch):
     from orbax.checkpoint import v1 as ocp
 
-    def load(*args):
-        raise KeyError("no handler") from KeyboardInterrupt()  # as Orbax does
-
+    error = KeyError("no handler")
+    error.__cause__ = KeyboardInterrupt()  # as Orbax does
     checkpoint.save(tmp_path, 5, items, {})
-    monkeypatch.setattr(ocp, "load_checkpointables", load)
+    monkeypatch.setattr(ocp, "load_checkpointables", refuse(error))
     with pytest.raises(KeyboardInterrupt):
         restore_latest(tmp_path, items)
 
@@ -307,18 +283,3 @@ def test_old_checkpoint_in_the_image_of_a_container_is_removed(tmp_path, items, 
     for step in (2, 3):
         checkpoint.save(tmp_path, step, items, {})
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
-
-
-def test_interrupted_saves_and_deletions_leave_no_checkpoint(tmp_path, items):
-    """Both leave a folder in `.partial`. A kill while facts are added leaves half a manifest."""
-    folder = tmp_path / "checkpoints"
-    checkpoint.save(tmp_path, 1, items, {})
-    unfinished = folder / ".partial" / "2" / "state"
-    unfinished.mkdir(parents=True)
-    (unfinished / "array").write_bytes(b"x")
-    (folder / "1" / ".manifest.json.77.partial").write_text("{")
-    _, manifest = restore_latest(tmp_path, items)
-    assert manifest["step"] == 1
-    for step in (3, 4):
-        checkpoint.save(tmp_path, step, items, {})
-    assert sorted(p.name for p in folder.iterdir()) == ["3", "4"]

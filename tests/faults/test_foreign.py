@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 import warnings
+from typing import Any
 
 import jax
 import numpy as np
@@ -201,7 +202,8 @@ def load(saved):
 def load_latest(folder):
     """Loads the latest undamaged checkpoint; returns its step."""
     with mutations.alarm(), warnings.catch_warnings(action="ignore"):
-        load(latest := checkpoint.find(folder))
+        latest: Any = checkpoint.find(folder)
+        load(latest)
         return latest.manifest["step"]
 
 
