@@ -95,7 +95,7 @@ def test_clips_in_one_level_of_folders_have_the_name_of_their_folder(tmp_path, l
     names = {"train": ["all", "monday/1", "monday/all", "tuesday/1"], "val": ["monday/1b", "x"]}
     face: Any = {"face": np.arange(6, dtype=np.float32).reshape(2, 3)}
     splits: Any = {"train": dict.fromkeys(names["train"], face)}
-    splits["val"] = dict.fromkeys(names["val"], {"face": face["face"] + 1})
+    splits["val"] = {name: {"face": face["face"] + 1} for name in names["val"]}
     folder = clip_files.write_npz(tmp_path / "own", splits)
     (folder / "labels.tsv").write_text("monday/1\tAda\nmonday/1b\tAda\n")
     data = load(folder)
