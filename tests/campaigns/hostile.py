@@ -102,29 +102,17 @@ def _attacks(mark: Path) -> Iterator[tuple[str, str, bytes]]:
     # Without REDUCE: iterators, and a __setstate__ that is an attribute of the object.
     lazy = name("builtins map") + tuple_of(system, b"]" + command + b"a") + b"\x81"
     yield "NEWOBJ", "builtins.map", name("builtins bytes") + lazy + b"\x85\x81."
-    yield "NEWOBJ_EX", "builtins.map", name("builtins bytes") + lazy + b"\x85}\x92."
     set_state = b"}" + text("__setstate__") + system + b"s"
     namespace = name("types SimpleNamespace") + b")\x81" + set_state + b"b" + command + b"b."
     yield "BUILD of a namespace", "types.SimpleNamespace", namespace
-    of_class = name("argparse Namespace") + tuple_of(b"N", set_state) + b"b" + command + b"b."
-    yield "BUILD of a class", "argparse.Namespace", of_class
     for number, code in {7: "8207", 257: "830101", 65537: "8401000100"}.items():
         known = call("copyreg add_extension", text("posix"), text("system"), part(number)) + b"0"
         data = known + bytes.fromhex(code) + command + b"\x85R."
         yield f"EXT {number}", "copyreg.add_extension", data
-    inner = b"B" + struct.pack("<I", len(run) + 1) + run + b"."
-    yield "nested", "pickle.loads", call("pickle loads", inner) + b"."
     objects = part((3, b"|", None, None, None, -1, -1, 63))
     kind = call("numpy dtype", part(b"O8"), part(0), part(1)) + objects + b"b"
     state = tuple_of(part(1), part((1,)), kind, part(False), b"]" + run + b"a")
     yield "object array", "not a real number", array + state + b"b."
-    yield "partial", "functools.partial", call("functools partial", system, command) + b")R."
-    touch = call("builtins getattr", call("pathlib Path", path), text("touch"))
-    yield "getattr", "builtins.getattr", touch + b")R."
-    some = name("builtins bytes")
-    made = call("copy_reg _reconstructor", some, some, call("builtins list", lazy))
-    yield "reconstructor", "copy_reg._reconstructor", made + b"."
-    yield "within a clip", "os.system", b"}U\x01a](" + run + b"es."
     yield "before a sound dict", "os.system", run + b"0}."
 
     # Other harm.
@@ -135,22 +123,13 @@ def _attacks(mark: Path) -> Iterator[tuple[str, str, bytes]]:
     yield "strange letters", r"os.sys\x1b[31m", name("os sys\x1b[31m\u202etem") + b"."
     calls: dict[str, list[bytes]] = {
         "__builtin__ eval": [text(f"open({str(mark)!r}, 'w').close()")],
-        "os remove": [text(str(mark.parent / "keep"))],
-        "atexit register": [system, command],
-        "os _exit": [part(0)], "__main__ Array": [],
-        "builtins bytearray": [b"J\xff\xff\xff\x7f"],
-        "builtins setattr": [name("numpy ndarray"), text("dtype"), b"N"],
-        "numpy.core.numeric load": [path],
-        "_codecs decode": [part(b"ab"), text("zlib")],
-        "vidjax.data.untrusted.sandbox unpack": [path, text("face"), path],
+        "os remove": [text(str(mark.parent / "keep"))], "atexit register": [system, command],
+        "os _exit": [part(0)], "builtins bytearray": [b"J\xff\xff\xff\x7f"],
+        "numpy.core.numeric load": [path], "_codecs decode": [part(b"ab"), text("zlib")],
     }  # fmt: skip
     for words, arguments in calls.items():
         yield words, words.replace(" ", "."), call(words, *arguments) + b"."
-    for words in (
-        "numpy ndarray.__init_subclass__.__self__",
-        "numpy.core.numeric _frombuffer.__globals__",
-        "builtins bytes.fromhex",
-    ):
+    for words in ("numpy.core.numeric _frombuffer.__globals__", "builtins bytes.fromhex"):
         yield words, words.replace(" ", "."), dotted(words) + b"."
 
 
