@@ -136,50 +136,38 @@ def _attacks(mark: Path) -> Iterator[tuple[str, str, bytes]]:
 def _tricks() -> Iterator[tuple[str, bytes]]:
     """Yields (name, pickle). The pickles misuse functions that pickles of arrays need."""
     new = b"}" + text("__new__") + b"Ns"
-    for words in ("numpy ndarray", "_codecs encode"):
-        yield f"slots of {words}", name(words) + b"(N" + new + b"tb."
+    yield "slots of ndarray", name("numpy ndarray") + b"(N" + new + b"tb."
     yield "attributes of _reconstruct", RECONSTRUCT + new + b"b."
     state = part((3, b"<", None, None, None, -1, -1, 0))
     yield "state of the class dtype", name("numpy dtype") + state + b"b."
     yield "_reconstruct of itself", 2 * RECONSTRUCT + b"K\x00\x85U\x01b\x87R."
-    yield "_reconstruct of None", RECONSTRUCT + b"(NNNtR."
     yield "ndarray called", name("numpy ndarray") + b"(J\xff\xff\xff\x7ftR."
     yield "NEWOBJ_EX of ndarray", name("numpy ndarray") + b")}" + text("shape") + b"K\x01s\x92."
-    yield "INST of ndarray", b"(inumpy\nndarray\n."
     yield "bytes of 2 GB", name("__builtin__ bytes") + b"(J\xff\xff\xff\x7ftR."
-    encode = name("_codecs encode")
-    for encoding in ("zlib", "utf-16"):
-        yield f"encode as {encoding}", encode + text("a") + part(encoding) + b"\x86R."
-    yield "encode of bytes", encode + b"(U\x01aU\x06latin1tR."
+    yield "encode as zlib", call("_codecs encode", text("a"), part("zlib")) + b"."
+    yield "encode of bytes", name("_codecs encode") + b"(U\x01aU\x06latin1tR."
     yield "call of an array", EMPTY + b")R."
     yield "attributes of an array", EMPTY + b"}" + text("code") + part("|O") + b"sb."
-    yield "attributes of a list", b"]" + new + b"b."
     order = b"(" + part((b"ab", F2, (1,))) + text("K") + b"tR."
     yield "_frombuffer in another order", name("numpy._core.numeric _frombuffer") + order
-    for shape in ((2,), (-1,), (True,), (1.0,), (1, 1, 1), [1], None):
+    for shape in ((2,), (-1,), (True,), (1, 1, 1), [1]):
         yield f"shape {shape}", array_pickle((1, shape, F2, False, b"ab"))
     yield "array without dtype", array_pickle((1, (1,), None, False, b"ab"))
-    yield "array of objects", array_pickle((1, (1,), F2, False, [None]))
     yield "array of text", array_pickle((1, (1,), F2, False, "ab"))
     yield "array of four parts", array_pickle(((1,), F2, False, b"ab"))
     yield "array of a dtype", array_pickle((1, (1,), F2, False, b"ab"), "numpy dtype")
-    for code in (b"O8", b"V8", b"M8", b"U4", b"c8", b"f16", b"f2,f2", b"<f2", b"", b"\xff"):
+    for code in (b"O8", b"c8", b"f2,f2", b"<f2", b"\xff"):
         yield f"dtype {code!r}", dtype_pickle(code)
     for kind, state in {
         "fields": (3, b"<", None, (b"a",), {b"a": 1}, -1, -1, 0),
         "subarray": (3, b"<", (F2, (2,)), None, None, -1, -1, 0),
         "metadata": (4, b"<", None, None, None, -1, -1, 0, {b"meta": 1}),
         "item size": (3, b"<", None, None, None, 10**9, -1, 0),
-        "flags": (3, b"<", None, None, None, -1, -1, 63),
-        "order": (3, b"!", None, None, None, -1, -1, 0), "short": (3,),
+        "flags": (3, b"<", None, None, None, -1, -1, 63), "short": (3,),
     }.items():  # fmt: skip
         yield f"dtype with {kind}", dtype_pickle(b"f2", *state)
-    eight = np.dtype("<f8")
-    yield "scalar too short", SCALAR + part((eight, b"7 bytes")) + b"R."
-    yield "scalar of text", SCALAR + part((eight, "8 unicod")) + b"R."
+    yield "scalar too short", SCALAR + part((np.dtype("<f8"), b"7 bytes")) + b"R."
     yield "numpy object array", pickle.dumps(np.array([None]), 2)
-    yield "numpy records", pickle.dumps(np.zeros(2, [("a", "f2")]), 2)
-    yield "numpy cube", pickle.dumps(np.zeros((2, 2, 2)), 5)
 
 
 TRICKS = dict(_tricks())
@@ -211,10 +199,8 @@ def wide(*shape: int) -> bytes:
 GREED = {  # pickles that ask for gigabytes, for hours, or for a deep stack
     "memo": b"Nr\xff\xff\xff\xff.",
     "bytes of 60 GB": b"\x80\x04\x8e" + struct.pack("<Q", 60 << 30) + b"abc.",
-    "bytearray of 60 GB": b"\x80\x05\x96" + struct.pack("<Q", 60 << 30) + b"abc.",
     "frame of 60 GB": b"\x80\x04\x95" + struct.pack("<Q", 60 << 30) + b"abc.",
     "integer of 2 GB": b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"abc.",
-    "integer of a megabit": b"}\x8b" + struct.pack("<i", 10**5) + b"\x7f" * 10**5 + b"Ns.",
     "nested lists": b"]" * 10**6 + b"a" * (10**6 - 1) + b".",
     "nested tuples as a name": b"})" + b"\x85" * 10**6 + b"Ns.",
     "nested dicts": b"".join([b"}"] + [b"K\x00}"] * 10**5 + [b"s"] * 10**5) + b".",
