@@ -2,6 +2,7 @@
 
 import gc
 import io
+import itertools
 import pickle
 import struct
 from pathlib import Path
@@ -49,23 +50,19 @@ def convert(folder, value, modality="face"):
     return summary
 
 
-@pytest.mark.parametrize("modality", ["face", "head", "body", "scene"])
-def test_each_pickle_layout_fills_absent_columns_with_defaults(modality, tmp_path):
+def test_each_pickle_layout_fills_absent_columns_with_defaults(tmp_path):
     """The layout of a modality with an unknown name is inferred from its entries."""
-    entry = {
+    entries = {
         "face": face(), "head": [b"7", BOX, 0.5, feature()], "body": [b"7", BOX, feature()],
         "scene": (7, feature()),
-    }[modality]  # fmt: skip
-    value = {b"none": [], b"one": [entry], b"two": (tuple(entry), list(entry))}
-
-    for name in (modality, "my-own_modality2"):
-        read = convert(tmp_path, value, name)
-        assert read["names"] == ["none", "one", "two"]
-        assert read["lengths"] == [0, 1, 2]
-        assert read["frames"] == 3  # frames
-        assert read["skipped_clips"] == {"empty": 1}
+    }  # fmt: skip
+    for modality, unknown in itertools.product(entries, (False, True)):
+        entry = entries[modality]
+        value = {b"none": [], b"one": [entry], b"two": (tuple(entry), list(entry))}
+        read = convert(tmp_path, value, "my-own_modality2" if unknown else modality)
+        assert read["names"] == ["none", "one", "two"] and read["lengths"] == [0, 1, 2]
+        assert read["frames"] == 3 and read["skipped_clips"] == {"empty": 1}
         assert read["skipped"] == read["warnings"] == {}
-
         assert read["features"].tolist() == [[1, 2, 3]] * 3
         assert read["number"].tolist() == [7] * 3
         assert read["quality"].tolist() == [80 if modality == "face" else 0] * 3
@@ -206,10 +203,10 @@ def refusal(data):
     return message
 
 
-@pytest.mark.parametrize(("dumps", "protocol"), WRITERS)
-def test_scalars_of_every_pickle_protocol_load_exactly(dumps, protocol):
+def test_scalars_of_every_pickle_protocol_load_exactly():
     scalars = [np.float16(2.5), np.float64(0.1), np.int64(-7), np.uint8(200), np.True_]
-    assert load(dumps(scalars, protocol)) == [2.5, 0.1, -7, 200, True]
+    for dumps, protocol in WRITERS:
+        assert load(dumps(scalars, protocol)) == [2.5, 0.1, -7, 200, True]
     # Python 2 pickles a scalar as a function, its arguments, and an opcode that calls the function.
     # The pickle of the arguments ends with STOP.
     arguments = python2.dumps((np.dtype(">f8"), struct.pack(">d", 0.1)), 1)[:-1]
