@@ -7,7 +7,6 @@ import re
 import runpy
 import shlex
 import sys
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -233,12 +232,12 @@ def test_error_names_the_split_clip_and_modality_of_bad_features(refused):
         refused(splits, "val: clip odd, face", words)
 
 
-# Clips that look transposed: all have 64 frames of 3 numbers, as if these were 3 frames of 64.
-TRANSPOSED = {name: {"f": np.full((64, 3), n + 1.0)} for n, name in enumerate("abc")}
-
-
-def test_error_names_the_split_and_clip_of_a_wrong_dict(refused):
+def test_error_names_the_split_and_clip_of_a_wrong_dict(refused, load):
     one = {"f": [1.0]}  # a correct clip of one frame
+    # Clips that look transposed: all have 64 frames of 3 numbers, as if these were 3 frames of 64.
+    transposed = {name: {"f": np.full((64, 3), n + 1.0)} for n, name in enumerate("abc")}
+    with pytest.warns(UserWarning, match=r"f: every clip has 64 frames of 3 numbers.*\n.*\.T"):
+        load({"train": transposed})
     for source, *words in (
         ({"clip": one}, "'clip' is not the name of a split", "{'train': {clip:"),
         ({"train": {"a": np.zeros((1, 2))}}, "train: clip a is of type ndarray"),
@@ -247,15 +246,10 @@ def test_error_names_the_split_and_clip_of_a_wrong_dict(refused):
         ({"train": {7: one}}, "clip name 7 is of type int"),
         ({"train": {"a": one | {7: [1.0]}}}, "train: clip a: modality 7 is of type int", "a name"),
         ({"train": {"a": one | {"F": [1.0]}}}, "clip a", "differs only in upper and lower"),
-        ({"train": TRANSPOSED | {"d": {"f": np.ones((64, 5))}}}, "clip d, f", "of [64, 5]"),
+        ({"train": transposed | {"d": {"f": np.ones((64, 5))}}}, "clip d, f", "of [64, 5]"),
         ({"train": {"a": one}, "val": {}}, "arrays: split 'val' has no clips"),
     ):
         refused(source, *words)
-
-
-def test_clips_that_look_transposed_give_a_warning(load):
-    with pytest.warns(UserWarning, match=r"f: every clip has 64 frames of 3 numbers.*\n.*\.T"):
-        load({"train": TRANSPOSED})
 
 
 def test_error_or_warning_of_labels_in_another_unicode_form_names_the_form():
@@ -270,12 +264,10 @@ def test_error_of_bad_labels_names_the_line_or_clip(tmp_path, refused):
     for given, *words in (
         ({"nobody": 1}, "none of its 1 clips", "nobody"),
         ({"train_01": 1.5}, "clip train_01", "float", "str()"),
-        ({"train_01": np.array(["a", "b"])}, "clip train_01", "ndarray", "str()"),
         ({"train_01": -1}, "clip train_01", "identity -1"),
         ({"train_01": 1, "train_01.mp4": 2}, "clip train_01 has the labels 1 and 2"),
         (b"name,identity\na,1\n", "line 1", "clip,identity", "name,identity"),
         (b"clip;identity\na;1\n", "line 1", "'clip;identity'", "by commas"),
-        (b"clip,identity\ntrain_01\n", "line 2", "as many values"),
         (b"clip,identity\ntrain_01,Smith, John\n", "line 2", "as many values", "quotes"),
         (b'clip,identity\n"train\n1",1\n', "line 3", "rename it"),
         (b"clip,identity\n\xff,1\n", "UTF-8"),
@@ -296,17 +288,14 @@ def test_error_of_bad_labels_names_the_line_or_clip(tmp_path, refused):
     ("train/one.npz train/notes.txt", ["notes.txt", "may contain only .npz files"]),
     ("train/one.npz train/two.npy", ["two.npy", "only .npz files", "face is the modality"]),
     ("train/DAY/CAMERA/one.npz", ["DAY/CAMERA: train", "in one level of folders\nmove it away"]),
-    ("train/DAY/", ["train' contains no CLIP.npz"]),
     ("train.h5", ["contains no features", "vidjax/data/README.md converts"]),
     ("train/one.npz train.parquet", ["train.parquet and a folder train: remove one"]),
     ("train-00.parquet train-01.parquet", ["train-00", "a split is one table", "join the tables"]),
     ("train.parquet train-01.parquet", ["train-01", "would be ignored", "train.parquet"]),
     ("train/one.npz labels.csv train_gt.txt", ["labels.csv and train_gt.txt: remove one"]),
-    ("train/one.npz labels.csv labels.tsv", ["labels.csv and labels.tsv: remove one"]),
     ("train/one.npz labels.csv Labels.csv", ["Labels.csv and labels.csv: remove one"]),
     ("train/one.npz label.tsv", ["label.tsv", "rename it to labels.tsv"]),
     ("train/one.npz validation/a.npz", ["rename it to val"]),
-    ("train/one.npz Testing.parquet", ["rename it to test"]),
     ("train/one.npz val.parquet/", ["val.parquet' is a folder"]),
 ])  # fmt: skip
 def test_folder_with_missing_misnamed_or_equal_splits_is_refused(tmp_path, refused, names, words):
@@ -342,9 +331,8 @@ def test_npz_file_of_several_clips_needs_a_length_for_each_clip(tmp_path):
 
 
 def test_negative_and_infinite_weights_of_frames_are_reported_with_a_clip(tmp_path):
-    quality, detection = np.array([1, -1, -2, np.nan]), np.array([1, 1, -1, 1])
     clips: Any = {name: {"face": np.ones((4, 2), np.float32)} for name in ("a", "b", "c")}
-    clips["b"] |= {"face_quality": quality, "face_detection": detection}
+    clips["b"] |= {"face_quality": [1, -1, -2, np.nan], "face_detection": [1, 1, -1, 1]}
     (tmp_path / "val").mkdir()
     for name, values in clips.items():
         np.savez(tmp_path / "val" / f"{name}.npz", **values)
@@ -401,10 +389,8 @@ def test_bad_parquet_table_of_frames_is_refused(tmp_path, refused, monkeypatch, 
         ({"features": [[1.0, 2.0], [3.0]]}, ("clip a, f", "width 1 in row 2, but width 2 in ro")),
         ({"features": [1.0, 2.0]}, ("column features is of type double",)),
         ({"features": [[1.0, None], [1.0, 1.0]]}, ("null",)),
-        ({"clip": [["a"], ["b"]]}, ("column clip is of type list", "write text")),
         ({"clip": ["a", "a.mp4"]}, ("with and without .mp4",)),
         ({"clip": ["a", None]}, ("row 2: clip is missing",)),
-        ({"clip": ["a", ""]}, ("is empty",)),
         ({"clip": latin}, ("column clip", "UTF-8")),
         ({"quality": ["x", "y"]}, ("column quality is of type string", "write numbers")),
         ({"qualty": [1.0, 2.0]}, ("qualty", "'quality'")),
@@ -422,7 +408,7 @@ def test_bad_parquet_table_of_frames_is_refused(tmp_path, refused, monkeypatch, 
 
 def load_faces(path):
     """Returns clips as a run reads them; raises an error if the reading takes long."""
-    with mutations.alarm(), warnings.catch_warnings(action="ignore"):
+    with mutations.alarm():
         return memory.load_clips(path, {"face": 4}, ())
 
 
@@ -485,13 +471,12 @@ def test_unreadable_parquet_tables_are_refused_with_file_name_and_remedy(tmp_pat
     early = content.replace(b"\x26\x08", b"\x26\x07")
     # The page of the features begins with its type, its size twice, ... It becomes 1: without data.
     without_data = content.replace(b"\x15\x00\x15X\x15X", b"\x15\x02\x15X\x15X")
-    for damaged, word in (
-        (b"", ""), (b"no table", ""), (content[:-20] + content[-12:], ""),
-        (content[:30] + content[50:], ""), (early, ""),
-        (without_data, "0 values of features, but its footer lists 4"),
-    ):  # fmt: skip
+    words = ("clips.parquet' is not a parquet table", "write it again")
+    for damaged in (b"", content[:-20] + content[-12:], content[:30] + content[50:], early):
         path.write_bytes(damaged)
-        faces_refused(path, "clips.parquet' is not a parquet table", "write it again", word)
+        faces_refused(path, *words)
+    path.write_bytes(without_data)
+    faces_refused(path, *words, "0 values of features, but its footer lists 4")
 
 
 def test_checksums_and_encodings_of_other_programs_are_read(tmp_path, tables_here):

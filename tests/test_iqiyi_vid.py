@@ -1,10 +1,8 @@
 """Conversion of official files: the cache, labels, and readers of stored clips."""
 
-import concurrent.futures
 import itertools
 import os
 import shutil
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -101,16 +99,6 @@ def test_splits_of_two_dtypes_are_stored_in_the_wider_dtype(tmp_path, read_here)
     assert converted.modalities["face"].dtype == "float32"
     ((_, frames),) = Dataset(converted, {}).packed("val", ("face",))
     np.testing.assert_array_equal(frames["face"].features, clip.features)
-
-
-@pytest.mark.slow
-def test_concurrent_conversions_unpack_each_file_once(source, tmp_path, monkeypatch):
-    unpack = mock.Mock(wraps=sandbox.unpack)
-    monkeypatch.setattr(sandbox, "unpack", unpack)
-    with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        folders = list(threads.map(lambda _: prepare(source, tmp_path).folder, range(2)))
-    assert unpack.call_count == 3  # faces of train, val and test
-    assert folders[0] == folders[1]
 
 
 @pytest.mark.slow
