@@ -236,8 +236,8 @@ def test_deleting_old_checkpoints_deletes_nothing_behind_a_link(tmp_path, link):
 def test_checkpoint_with_a_pipe_link_device_or_file_outside_is_damaged(tmp_path):
     """Orbax, which reads checkpoints, would wait forever for a pipe or the end of /dev/zero."""
     for number, (name, kind, words) in enumerate((
-        *(("new/.zarray", kind, r"\.zarray") for kind in ("pipe", "zero", "link")),  # not listed
-        ("", "pipe", "a pipe"),  # a file that the manifest lists
+        ("new/.zarray", "zero", r"\.zarray"),  # not listed in the manifest
+        ("new/.zarray", "link", r"\.zarray"), ("", "pipe", "a pipe"),  # the last is listed
         ("../../../mine.txt", "", "is missing"),  # the manifest lists an existing file outside
     )):  # fmt: skip
         folder = save(tmp_path / f"{number}/run", 1)

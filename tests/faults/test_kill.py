@@ -16,8 +16,7 @@ import time
 import pytest
 
 from tests.campaigns.same_bytes import digests
-from tests.helpers.cases import quick_first
-from tests.helpers.small_runs import QUICK, ROOT, STREAMED, flat, saved
+from tests.helpers.small_runs import QUICK, ROOT, flat, saved
 from vidjax.runs import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -33,21 +32,18 @@ SMALL = (
     "--config.batch_size=32", "--config.num_epochs=4", "--config.eval.every_epochs=2",
     "--config.eval.block_size=16", "--config.eval.report=False", "--config.log_every_steps=1",
     "--config.checkpoint_every_seconds=0.5", "--config.model.layers=((8,'linear',False,0.0),)",
+    "--config.data.mode=resident",
 )  # fmt: skip
-CASES = {
-    "quality_fusion": ["--config.data.mode=resident"],
-    "noise_classes": ["--config.ensemble.folds=2", "--config.noise.eps=1.1", STREAMED],
-}
 
 
 class Run:
     """A folder with a run and its cache, and the command that trains the run."""
 
-    def __init__(self, folder, official, case):
+    def __init__(self, folder, official):
         self.folder, self.workdir = folder, folder / "run"
         self.words = (
-            f"--config={ROOT}/configs/{case}.py:iqiyi_vid,face", f"--config.data.dir={official}",
-            f"--workdir={self.workdir}", *SMALL, *CASES[case],
+            f"--config={ROOT}/configs/quality_fusion.py:iqiyi_vid,face", *SMALL,
+            f"--config.data.dir={official}", f"--workdir={self.workdir}",
         )  # fmt: skip
         (folder / "cache").mkdir(parents=True)
 
@@ -103,24 +99,22 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def disturbed(official_dir, tmp_path_factory):
-    """Returns a function: case -> a run to disturb, and the outcome of an undisturbed run."""
-    folder, outcomes = tmp_path_factory.mktemp("kills"), {}
-
-    def make(case):
-        if case not in outcomes:
-            whole = Run(folder / case, official_dir, case)
-            whole.finish()
-            outcomes[case] = whole.outcome()
-        shutil.rmtree(folder / "killed", ignore_errors=True)
-        return Run(folder / "killed", official_dir, case), outcomes[case]
-
-    return make
+def wanted(official_dir, place):
+    """The outcome of an undisturbed run."""
+    whole = Run(place / "whole", official_dir)
+    whole.finish()
+    return whole.outcome()
 
 
-@pytest.mark.parametrize("case", quick_first(CASES, mark=pytest.mark.nightly))
-def test_killed_run_resumes_to_the_same_bytes(disturbed, fault_seed, campaign, case):
-    rng, (run, wanted) = random.Random(fault_seed), disturbed(case)
+@pytest.fixture
+def run(official_dir, place):
+    """A run to disturb, which finds the compiled programs of the undisturbed run."""
+    shutil.rmtree(place / "disturbed", ignore_errors=True)
+    return Run(place / "disturbed", official_dir)
+
+
+def test_killed_run_resumes_to_the_same_bytes(run, wanted, fault_seed, campaign):
+    rng = random.Random(fault_seed)
     assert any("opt_state" in name for name in wanted)  # the outcome includes the optimiser
     died = [run.kill(phase, rng) for phase in (20 * [*PHASES] if campaign else ["save"])]
     run.finish()
@@ -134,9 +128,9 @@ ODD = {"LC_ALL": "C", "TZ": "Pacific/Kiritimati", "PYTHONHASHSEED": "1", "COLUMN
        "PYTHONWARNINGS": "error"}  # fmt: skip
 
 
-def test_results_do_not_depend_on_the_environment_of_the_process(disturbed, official_dir, tmp_path):
+def test_results_do_not_depend_on_the_environment_of_the_process(wanted, official_dir, tmp_path):
     """The process has one core, no network, an empty cache, and files with names of modules."""
-    wanted, here, home = disturbed("quality_fusion")[1], tmp_path / "here", tmp_path / "home"
+    here, home = tmp_path / "here", tmp_path / "home"
     for folder in (here, home, tmp_path / "tmp", tmp_path / "data"):
         folder.mkdir()
     for path in sorted(official_dir.iterdir(), reverse=True):  # so that listings have another order
@@ -147,7 +141,7 @@ def test_results_do_not_depend_on_the_environment_of_the_process(disturbed, offi
     prefix, offline = ["taskset", "-c", "0"], ["unshare", "-rn"]
     if not subprocess.run([*offline, "true"]).returncode:  # allowed
         prefix = [*offline, *prefix]
-    odd = Run(tmp_path / "odd", tmp_path / "data", "quality_fusion")
+    odd = Run(tmp_path / "odd", tmp_path / "data")
     places = {"HOME": str(home), **dict.fromkeys(("TMPDIR", "MPLCONFIGDIR"), str(tmp_path / "tmp"))}
     odd.finish(*prefix, cwd=here, **ODD, **places)
 
@@ -157,9 +151,8 @@ def test_results_do_not_depend_on_the_environment_of_the_process(disturbed, offi
     assert odd.outcome() | {"config.json": wanted["config.json"]} == wanted
 
 
-def test_run_is_saved_if_its_terminal_is_closed_or_a_cluster_ends_it(disturbed):
+def test_run_is_saved_if_its_terminal_is_closed_or_a_cluster_ends_it(run, wanted):
     """A second SIGTERM or SIGINT stops it at once. Under nohup, SIGHUP is ignored."""
-    run, wanted = disturbed("quality_fusion")
 
     def end(phase, *signals, prefix=(), **env):
         """Sends signals to a new command, which must end."""

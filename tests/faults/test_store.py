@@ -126,17 +126,6 @@ def names(folder):
     return {path.name for path in folder.glob("*") if path.suffix != ".lock"}
 
 
-def kill_reader(process):
-    """Kills the child of a conversion that reads a pickle; False if the conversion ended first."""
-    while process.poll() is None:
-        for child in limits.children_of(process.pid):
-            with contextlib.suppress(OSError):  # it ended meanwhile
-                if b"vidjax.data.untrusted.sandbox" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    os.kill(child, signal.SIGKILL)
-                    return True
-    return False
-
-
 def write_much(folder):
     """Writes 300 clips of 20 frames, whose conversion takes long enough to be killed."""
     folder.mkdir()
@@ -150,9 +139,15 @@ def test_conversion_whose_reader_is_killed_ends_with_one_error_and_leaves_no_fil
     source, cache = write_much(tmp_path / "source"), tmp_path / "cache"
     whole = record_digests(prepare(source, tmp_path / "whole").folder)
     with limits.running(convert_command(source, cache)) as process:
-        assert kill_reader(process)
+        killed = False
+        while not killed and process.poll() is None:
+            for child in limits.children_of(process.pid):
+                with contextlib.suppress(OSError):  # it ended meanwhile
+                    words = Path(f"/proc/{child}/cmdline").read_bytes()
+                    if killed := b"vidjax.data.untrusted.sandbox" in words:
+                        os.kill(child, signal.SIGKILL)
         out, err = process.communicate(timeout=300)
-    assert process.returncode == 2 and not out
+    assert killed and process.returncode == 2 and not out
     lines = err.splitlines()  # the first line names the data
     assert "was killed, perhaps for lack of memory" in lines[1] and len(lines) <= 4, lines
     assert names(cache / "iqiyi_vid") == set()
