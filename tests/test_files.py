@@ -17,7 +17,6 @@ import pytest
 
 from tests.helpers import limits
 from tests.helpers.batches import assert_equal
-from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import contents, refused
 from tests.helpers.small_runs import ROOT, flat
 from vidjax.core import devices
@@ -169,10 +168,8 @@ def test_a_path_that_cannot_be_looked_at_is_not_missing(tmp_path):
 def test_urls_are_refused_as_folders_and_paths_are_normalised(tmp_path):
     for text in ("s3://bucket/ok", "gs://a", "s3:/bucket"):  # Path("s3://b") is s3:/b
         refused(functools.partial(files.local, text), "copy or mount the files")
-        refused(functools.partial(load_dataset, "arrays", directory=text), "an address")
         assert files.local(f"./{text}") == tmp_path.cwd() / text
-    for text in ("C:\\a", "d:/a"):
-        refused(functools.partial(files.local, text), "in WSL")
+    refused(lambda: files.local("d:/a"), "in WSL")
     for text in ("a:b", "s3", "a/s3://b", "/s3://b", "~/s3://b"):
         files.local(text)
     (tmp_path / "a").mkdir()

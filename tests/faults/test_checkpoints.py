@@ -122,15 +122,6 @@ def parts(stopped, tmp_path):
     return shutil.copytree(stopped, tmp_path / "parts")
 
 
-def assert_refused(command, folder, *expected):
-    """Asserts that evaluating a run ends with exit code 3 and a short error with some words."""
-    with warnings.catch_warnings(action="ignore"):
-        done = command("evaluate", f"--workdir={folder}", "--config.eval.checkpoint=best")
-    error = done.err[done.err.rindex("vidjax: ") :]
-    assert done.code == 3 and len(error.splitlines()) <= 3, done.err
-    assert all(word in error for word in expected), error
-
-
 def largest(workdir, step):
     """Returns the path of the largest file of a checkpoint."""
     files = (workdir / "checkpoints" / str(step) / "state").rglob("*")
@@ -138,23 +129,30 @@ def largest(workdir, step):
 
 
 def test_evaluate_refuses_changed_configurations_and_checkpoints(command, finished):
+    def assert_refused(*expected):
+        with warnings.catch_warnings(action="ignore"):
+            done = command("evaluate", f"--workdir={finished}", "--config.eval.checkpoint=best")
+        error = done.err[done.err.rindex("vidjax: ") :]
+        assert done.code == 3 and len(error.splitlines()) <= 3, done.err
+        assert all(word in error for word in expected), error
+
     ranking = (finished / "ranking.txt").read_bytes()
     path, old = finished / "config.json", b'"gamma": 2.0'
     before = path.read_bytes()
     assert old in before
     path.write_bytes(before.replace(old, b'"gamma": 6.0'))
-    assert_refused(command, finished, str(path))
+    assert_refused(str(path))
     path.write_bytes(before)
     manifests = checkpoint.manifests(finished)
     for name in ("config", "modalities"):
         for step, manifest in manifests.items():
             lacking = {key: value for key, value in manifest.items() if key != name}
             files.write_manifest(finished / "checkpoints" / str(step) / "manifest.json", lacking)
-        assert_refused(command, finished, f"has no entry '{name}'")
+        assert_refused(f"has no entry '{name}'")
     for step in manifests:
         flip(largest(finished, step), random.Random(step))
     before = contents(finished)
-    assert_refused(command, finished, "every checkpoint", str(finished))
+    assert_refused("every checkpoint", str(finished))
     assert contents(finished) == before
     assert before["ranking.txt"] == ranking  # no refused command has written a ranking
 
