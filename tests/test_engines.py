@@ -34,15 +34,12 @@ for some in SOME.values():
             some[clip]["face"][field][:1] = np.nan
 
 
-@nightly_after_first("kind", ["npz", "pickles", "parquet"])
+@nightly_after_first("kind", ["npz", "pickles"])
 def test_two_cores_convert_to_the_same_bytes_as_one(kind, tmp_path, monkeypatch):
     folder, reader = tmp_path / "source", arrays.FeatureFolder
     folder.mkdir()
     if kind == "npz":
         clip_files.write_npz(folder, SOME)
-    elif kind == "parquet":
-        for split, clips in SOME.items():
-            clip_files.write_parquet(folder / f"{split}.parquet", clips)
     else:
         clip_files.write_learnable(folder, num_clips=FEW)
         reader = OfficialFiles
