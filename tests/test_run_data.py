@@ -280,13 +280,11 @@ def test_val_is_in_sample_after_a_run_on_everything(everything, tmp_path, say, c
     (folder, _), blend = everything, tmp_path / "blend"
     done = command("evaluate", f"--workdir={folder}", "--config.eval.checkpoint=best")
     assert done.code == 3 and "--config.eval.checkpoint=latest" in done.err  # no step was measured
-    lines = say("--mode=evaluate", f"--workdir={folder}", ON_VAL).splitlines()
+    out = say("--mode=evaluate", f"--workdir={folder}", ON_VAL)
+    assert "in sample: the run was trained on these clips" in out
     results = read_metrics(folder, "metrics_val.json")
     assert results["map_kind"] == "in_sample" and results["num_clips"] == clip_files.CLIPS["val"]
-    (line,) = [line for line in lines if "MAP@100" in line]
-    assert "in sample" in line and "trained on these clips" in line
     assert "map" not in read_metrics(folder)  # the results of test have no MAP, as before
-    assert "all good" in say("--mode=check", f"--workdir={folder}")
     runs = f"--runs={folder},{shutil.copytree(folder, tmp_path / 'copy')}"
     words = ("--mode=evaluate", f"--workdir={blend}", runs, CONFIG[1])
     assert "in sample" in say(*words, ON_VAL)
