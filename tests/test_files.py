@@ -253,9 +253,8 @@ def test_latest_last_evaluated_and_best_checkpoints_are_kept(tmp_path, items):
     ):
         for step, facts in enumerate(facts_of_steps, 1):
             checkpoint.save(tmp_path / name, step, items, facts)
-        assert (
-            checkpoint.find_best(checkpoint.manifests(tmp_path / name)) == 2
-        )  # of equals, the last
+        best = checkpoint.find_best(checkpoint.manifests(tmp_path / name))
+        assert best == 2  # of equal MAPs, the last
         assert sorted(int(p.name) for p in (tmp_path / name / "checkpoints").iterdir()) == kept
 
 

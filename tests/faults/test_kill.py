@@ -15,8 +15,7 @@ import time
 
 import pytest
 
-from tests.campaigns.same_bytes import digests
-from tests.helpers.small_runs import QUICK, ROOT, flat, saved
+from tests.helpers.small_runs import QUICK, ROOT, RUN_FILES, flat, saved
 from vidjax.runs import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -89,13 +88,13 @@ class Run:
         return process.returncode != 0
 
     def outcome(self):
-        """Returns what a kill must not change: files, arrays of checkpoints, and `digests`."""
-        names = ("config.json", "identities.json", "members.npz")
-        contents = {x.name: x.read_bytes() for x in map(self.workdir.joinpath, names) if x.exists()}
+        """Returns what a kill must not change: files, and arrays of checkpoints."""
+        names = (*RUN_FILES, "members.npz")
+        contents = {name: (self.workdir / name).read_bytes() for name in names}
         for step in checkpoint.manifests(self.workdir):
             for name, x in flat(saved(self.workdir, step)).items():
                 contents[f"step {step}: {name}"] = (x.dtype, x.shape, x.tobytes())
-        return contents | digests(self.workdir)
+        return contents
 
 
 @pytest.fixture(scope="module")
