@@ -26,7 +26,6 @@ MAX_FRAMES = 7
 TRAIN = {"splits": ("train",), "modalities": ("face", "audio"), "max_frames": MAX_FRAMES,
          "crop": "window", "seed": 3, "batch_size": 8}  # fmt: skip
 CLIPS = {split: ragged_clips(split, count) for split, count in COUNTS.items()}
-FIELDS = ("features", "quality", "detection", "number")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +55,7 @@ def real_fields(frames):
     """Returns field -> values of the real frames of one clip; asserts that the other rows are 0."""
     length = int(frames.mask.sum())
     assert not any(values[length:].any() for values in frames)
-    return {field: getattr(frames, field)[:length] for field in FIELDS}
+    return {field: getattr(frames, field)[:length] for field in BATCHED}
 
 
 @pytest.mark.filterwarnings("ignore:train, face. 1 of 10,883 frames have a quality")

@@ -184,17 +184,6 @@ def write(path, count, **more):
     return path
 
 
-def forge_count(path, place, before, after):
-    """Replaces the count `before` by `after`, in the "footer" or in the "pages" of a table."""
-    content = path.read_bytes()
-    at = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
-    # Thrift stores a number n as 2 n. The new number has as many bytes as the old number.
-    parts, old = {"pages": content[:at], "footer": content[at:]}, varint(2 * before)
-    assert old in parts[place]
-    parts[place] = parts[place].replace(old, varint(2 * after, len(old)))
-    path.write_bytes(b"".join(parts.values()))
-
-
 def peak_memory():
     """Returns the most memory of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
@@ -224,7 +213,13 @@ def test_table_whose_pages_and_footer_disagree_on_counts_is_refused(tmp_path, ta
         write(path, width, data_page_version=version, use_dictionary=version == "1.0")
         (clip,) = clip_files.read_parquet(path)
         assert clip.modalities["face"]["features"].shape == (1, width)
-        forge_count(path, place, width, forged)
+        content = path.read_bytes()
+        at = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+        # Thrift stores a number n as 2 n. The new number has as many bytes as the old number.
+        parts, old = {"pages": content[:at], "footer": content[at:]}, varint(2 * width)
+        assert old in parts[place]
+        parts[place] = parts[place].replace(old, varint(2 * forged, len(old)))
+        path.write_bytes(b"".join(parts.values()))
         refuse_table(path, "damaged")
 
 
