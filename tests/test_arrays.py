@@ -1,14 +1,12 @@
 """A user's own features become the same store as official files, or an error."""
 
 import functools
-import io
 import json
 import pickle
 import re
 import runpy
 import shlex
 import sys
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,8 +23,6 @@ from vidjax.data.clip_files import write_npz
 from vidjax.utils import errors
 
 DIM = 6
-# Clip -> identity. Names of identities may be numbers or text.
-LABELS = {"train_01": 3, "train_02": "7", "train_03": 3, "val_03": 7, "val_01": None}
 
 
 def make_splits():
@@ -61,43 +57,31 @@ def digest(data):
     return data.report["data"]["digest"]
 
 
-def write_npz_of_each_split(folder, splits):
-    for split, clips in splits.items():
-        (folder / split).mkdir(parents=True)
-        by_clip = {name: clip_files.npz_arrays(clip) for name, clip in clips.items()}
-        write_npz(folder / split / "all.npz", by_clip)
-
-
-def write_parquet_of_each_split(folder, splits):
-    """Writes tables. Removes from `splits` what tables lack: clips without frames."""
-    pytest.importorskip("pyarrow")
-    folder.mkdir()
-    for split, clips in splits.items():
-        for name in [name for name, clip in clips.items() if not len(clip["face"]["features"])]:
-            del clips[name]
-        options = {"fields": ("quality", "detection", "number"), "row_group_size": 7}
-        clip_files.write_parquet(folder / f"{split}.parquet", clips, width=DIM, **options)
-
-
-@pytest.mark.parametrize("write", [
-    pytest.param(clip_files.write_npz, id="a file per clip"),
-    pytest.param(write_npz_of_each_split, id="an npz file per split"),
-    pytest.param(write_parquet_of_each_split, id="a table per split"),
-])  # fmt: skip
-def test_npz_and_parquet_folders_convert_to_the_records_of_arrays(tmp_path, load, write, read_here):
+def test_npz_and_parquet_folders_convert_to_the_records_of_arrays(tmp_path, load, read_here):
     splits = make_splits()
-    write(tmp_path / "own", splits)
-    data = load(tmp_path / "own")
+    data = load(clip_files.write_npz(tmp_path / "own", splits))  # a file per clip
     assert digest(data) == digest(load(splits))
     assert {1, 2, 3} <= {*data.split("train").lengths["face"]}  # as in `make_splits`
+    for split, clips in splits.items():
+        (tmp_path / "joined" / split).mkdir(parents=True)
+        by_clip = {name: clip_files.npz_arrays(clip) for name, clip in clips.items()}
+        write_npz(tmp_path / "joined" / split / "all.npz", by_clip)
+    assert digest(load(tmp_path / "joined")) == digest(data)
+    pytest.importorskip("pyarrow")
+    (tmp_path / "tables").mkdir()
+    options: Any = {"fields": ("quality", "detection", "number"), "row_group_size": 7}
+    for split, clips in splits.items():
+        for name in [*clips][::4]:  # tables have no clips without frames
+            del clips[name]
+        clip_files.write_parquet(tmp_path / f"tables/{split}.parquet", clips, width=DIM, **options)
+    assert digest(load(tmp_path / "tables")) == digest(load(splits))
 
 
 def test_clips_in_one_level_of_folders_have_the_name_of_their_folder(tmp_path, load):
-    face: Any = {"face": np.arange(6, dtype=np.float32).reshape(2, 3)}
     names = {"train": ["all", "monday/1", "monday/all", "tuesday/1"], "val": ["monday/1b", "x"]}
-    other: Any = {"face": face["face"] + 1}
-    splits = {"train": dict.fromkeys(names["train"], face)}
-    splits["val"] = dict.fromkeys(names["val"], other)
+    face: Any = {"face": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    splits: Any = {"train": dict.fromkeys(names["train"], face)}
+    splits["val"] = {name: {"face": face["face"] + 1} for name in names["val"]}
     folder = clip_files.write_npz(tmp_path / "own", splits)
     (folder / "labels.tsv").write_text("monday/1\tAda\nmonday/1b\tAda\n")
     data = load(folder)
@@ -107,44 +91,34 @@ def test_clips_in_one_level_of_folders_have_the_name_of_their_folder(tmp_path, l
     assert read(folder, split="val").names == tuple(names["val"])
     assert read(folder / "val/monday").names == ("1b",)
     (folder / "train/all.npz").unlink()
-    assert read(folder / "train").names == tuple(names["train"][1:])
     write_npz(folder / "train/monday/two.npz", {"a": face, "b": face})
-    assert {"monday/a", "monday/b"} <= {*read(folder / "train").names}
+    wanted = ["monday/1", "monday/a", "monday/all", "monday/b", "tuesday/1"]
+    assert sorted(read(folder / "train").names) == wanted
     # The cache is filled again if a clip is moved, because its name is another.
     (folder / "train/monday/1.npz").rename(folder / "train/tuesday/one.npz")
     (folder / "labels.tsv").write_text("1\tAda\n")
     seen.refused(lambda: load(folder), "labels name 1, but the features belong to monday/")
     (folder / "labels.tsv").write_text("tuesday/one\tAda\n")
-    moved = load(folder)
-    assert "tuesday/one" in moved.split("train").clips
-    (folder / "train/tuesday/one.npz").rename(folder / "train/monday/one.npz")
-    (folder / "labels.tsv").unlink()
-    assert "monday/one" in load(folder).split("train").clips
+    assert "tuesday/one" in load(folder).split("train").clips
 
 
-class Tensor(np.ndarray):
-    """An array with the methods of PyTorch's tensors."""
-
-    detach = float = numpy = lambda self: self
-
-
-# Modules that read files as PyTorch and h5py do. Their files have the format of numpy here.
-STUBS = {
-    "torch": SimpleNamespace(
-        Tensor=Tensor, load=lambda path, map_location: np.load(path).view(Tensor)
-    ),
-    "h5py": SimpleNamespace(File=lambda path: {"face": np.load(path)}),
-}
-
-
-@pytest.mark.parametrize("ending", [".npy", ".PT", ".pkl", ".hdf5", ".pt", ".pth", ".h5"])
+@pytest.mark.parametrize("ending", [".npy", ".PT", ".pkl", ".hdf5", ".pth", ".h5"])
 def test_printed_command_converts_files_of_other_kinds(tmp_path, load, ending, monkeypatch):
-    for name, stub in STUBS.items():
-        monkeypatch.setitem(sys.modules, name, stub)
+    """Modules that are not installed are replaced. Their files have the format of numpy here."""
+    methods = dict.fromkeys(("detach", "float", "numpy"), lambda self: self)
+    tensor = type("Tensor", (np.ndarray,), methods)
+    torch = SimpleNamespace(Tensor=tensor, load=lambda path, **_: np.load(path).view(tensor))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    h5py = SimpleNamespace(File=lambda path: {"face": np.load(path)})
+    monkeypatch.setitem(sys.modules, "h5py", h5py)
     (folder := tmp_path / 'it\'s "own"/train/day 1').mkdir(parents=True)
     face = np.arange(6, dtype=np.float32).reshape(2, 3)
+    for name in ("a", "b"):
+        with (folder / f"{name}{ending}").open("wb") as file:
+            pickle.dump(face, file) if ending == ".pkl" else np.save(file, face)
+    read = functools.partial(memory.load_clips, modalities={"face": 3}, identities=())
 
-    def convert(read, path, count):
+    def convert(path, read, count):
         message = seen.refused(read, str(path), "face is the modality")
         program, option, code, *words = shlex.split(message.partition("): ")[2])
         assert (program, option) == ("python3", "-c")
@@ -153,77 +127,61 @@ def test_printed_command_converts_files_of_other_kinds(tmp_path, load, ending, m
         runpy.run_path(str(tmp_path / "code.py"))
         assert len([*folder.glob("*.npz")]) == count
 
-    for name in ("a", "b"):
-        content = pickle.dumps(face) if ending == ".pkl" else None
-        with (folder / f"{name}{ending}").open("wb") as file:
-            file.write(content) if content else np.save(file, face)
-    read = functools.partial(memory.load_clips, modalities={"face": 3}, identities=())
-    convert(lambda: read(folder / f"a{ending}"), folder / f"a{ending}", 1)
+    convert(folder / f"a{ending}", lambda: read(folder / f"a{ending}"), 1)
     np.savez(folder / "a.npz", face=2 * face)  # an existing file is not replaced
-    convert(lambda: load(folder.parents[1]), folder / f"a{ending}", 2)
-    (folder / "b.npz").unlink()
-    (folder / "a.npz").rename(tmp_path / "a.npz")
-    convert(lambda: read(folder), folder, 2)
-    (tmp_path / "a.npz").rename(folder / "a.npz")
+    convert(folder / f"a{ending}", lambda: load(folder.parents[1]), 2)
     seen.refused(lambda: read(folder), f"a{ending}' would be ignored", "move it away")
     for path in folder.glob(f"*{ending}"):
         path.unlink()
     data = load(folder.parents[1])
-    frames = dict(real_frames(data, "train"))
     assert data.split("train").clips == ("day 1/a", "day 1/b")
-    np.testing.assert_array_equal(frames[0].features, 2 * face)
-    np.testing.assert_array_equal(frames[1].features, face)
+    for (_, frames), factor in zip(real_frames(data, "train"), (2, 1), strict=True):
+        np.testing.assert_array_equal(frames.features, factor * face)
 
 
 def test_labels_are_read_from_a_dict_a_table_or_official_text(tmp_path, load):
-    splits = make_splits()
-    folder = clip_files.write_npz(tmp_path / "own", splits)
-    listed = {name: identity for name, identity in LABELS.items() if identity}
-    table = clip_files.write_labels(tmp_path / "any.csv", listed)
-    text = tmp_path / "any_gt.txt"
+    splits, text = make_splits(), tmp_path / "any_gt.txt"
+    listed = {"train_01": 3, "train_02": "7", "train_03": 3, "val_03": 7}  # numbers or text
+    data = load(splits, listed | {"val_01": None})
     text.write_text("".join(f"{k}.mp4 {v}\n" for k, v in listed.items()))
-    datasets = [load(splits, LABELS), load(splits, table), load(folder, text)]
-    table.rename(folder / "labels.csv")  # is read if no labels are given
-    for data in (*datasets, load_dataset("arrays", directory=folder)):
-        # Identity "3" is class 1, "7" is class 2, and a clip without a label is class 0.
-        assert data.identities == ("3", "7")
-        assert data.split("train").labels.tolist() == [0, 1, 2, 1, *[0] * 8]
-        assert data.split("val").labels.tolist() == [0, 0, 0, 2, 0, 0, 0, 0]
-        declared = data.with_identities(("7", "9", "3"))  # no clip shows identity 9
-        assert declared.identities == ("7", "9", "3")
-        assert declared.split("val").labels[3] == 1
-        assert declared.split("train").positives.tolist() == [1, 0, 2]
+    for given in (clip_files.write_labels(tmp_path / "any.csv", listed), text):
+        assert digest(load(splits, given)) == digest(data)
+    # Identity "3" is class 1, "7" is class 2, and a clip without a label is class 0.
+    assert data.identities == ("3", "7")
+    assert data.split("train").labels.tolist() == [0, 1, 2, 1, *[0] * 8]
+    assert data.split("val").labels.tolist() == [0, 0, 0, 2, 0, 0, 0, 0]
+    declared = data.with_identities(("7", "9", "3"))  # no clip shows identity 9
+    assert declared.identities == ("7", "9", "3")
+    assert declared.split("val").labels[3] == 1
+    assert declared.split("train").positives.tolist() == [1, 0, 2]
     only_train = load(splits, {"train_01": 3})
     assert only_train.split("train").labelled and not only_train.split("val").labelled
 
 
-@pytest.mark.parametrize("name", ["labels.csv", "LABELS.CSV", "labels.tsv", "labels.jsonl",
-                                  "labels.parquet"])  # fmt: skip
+@pytest.mark.parametrize("name", ["LABELS.CSV", "labels.tsv", "labels.jsonl", "labels.parquet"])
 def test_a_folder_may_contain_any_table_of_labels_with_titles_in_capitals(
     tmp_path, load, name, read_here
 ):
-    folder, splits = clip_files.write_npz(tmp_path / "own", make_splits()), make_splits()
+    path = clip_files.write_npz(tmp_path / "own", splits := make_splits()) / name
 
-    def write(*titles):
+    def read(*titles):
         rows = [["3", "x", "train_01"], ["7", "x", "val_03"]]
         if name == "labels.parquet":
             pyarrow, parquet = map(pytest.importorskip, ("pyarrow", "pyarrow.parquet"))
             columns = [[*column] for column in zip(*rows, strict=True)]
-            table = pyarrow.Table.from_arrays(columns, [*titles])
-            parquet.write_table(table, folder / name)
+            parquet.write_table(pyarrow.Table.from_arrays(columns, [*titles]), path)
         elif name == "labels.jsonl":
             lines = (json.dumps(dict(zip(titles, row, strict=True))) for row in rows)
-            (folder / name).write_text("\n".join(lines))
+            path.write_text("\n".join(lines))
         else:
             separator = "\t" if name == "labels.tsv" else ","
-            (folder / name).write_text("\n".join(map(separator.join, [titles, *rows])))
+            path.write_text("\n".join(map(separator.join, [titles, *rows])))
+        return load_dataset("arrays", directory=path.parent)
 
+    wanted = digest(load(splits, {"train_01": 3, "val_03": 7}))
     for titles in (("identity", "note", "clip"), ("IDENTITY", "Note", " Clip ")):
-        write(*titles)
-        data = load_dataset("arrays", directory=folder)
-        assert digest(data) == digest(load(splits, {"train_01": 3, "val_03": 7}))
-    write("identity", "Clip", "clip")
-    seen.refused(lambda: load_dataset("arrays", directory=folder), name, "named Clip and clip")
+        assert digest(read(*titles)) == wanted
+    seen.refused(lambda: read("identity", "Clip", "clip"), name, "named Clip and clip")
 
 
 def test_frames_are_sorted_by_time_and_lists_are_read_as_arrays(load):
@@ -272,12 +230,12 @@ def test_error_names_the_split_clip_and_modality_of_bad_features(refused):
         refused(splits, "val: clip odd, face", words)
 
 
-# Clips that look transposed: all have 64 frames of 3 numbers, as if these were 3 frames of 64.
-TRANSPOSED = {name: {"f": np.full((64, 3), n + 1.0)} for n, name in enumerate("abc")}
-
-
-def test_error_names_the_split_and_clip_of_a_wrong_dict(refused):
+def test_error_names_the_split_and_clip_of_a_wrong_dict(refused, load):
     one = {"f": [1.0]}  # a correct clip of one frame
+    # Clips that look transposed: all have 64 frames of 3 numbers, as if these were 3 frames of 64.
+    transposed = {name: {"f": np.full((64, 3), n + 1.0)} for n, name in enumerate("abc")}
+    with pytest.warns(UserWarning, match=r"f: every clip has 64 frames of 3 numbers.*\n.*\.T"):
+        load({"train": transposed})
     for source, *words in (
         ({"clip": one}, "'clip' is not the name of a split", "{'train': {clip:"),
         ({"train": {"a": np.zeros((1, 2))}}, "train: clip a is of type ndarray"),
@@ -286,15 +244,10 @@ def test_error_names_the_split_and_clip_of_a_wrong_dict(refused):
         ({"train": {7: one}}, "clip name 7 is of type int"),
         ({"train": {"a": one | {7: [1.0]}}}, "train: clip a: modality 7 is of type int", "a name"),
         ({"train": {"a": one | {"F": [1.0]}}}, "clip a", "differs only in upper and lower"),
-        ({"train": TRANSPOSED | {"d": {"f": np.ones((64, 5))}}}, "clip d, f", "of [64, 5]"),
+        ({"train": transposed | {"d": {"f": np.ones((64, 5))}}}, "clip d, f", "of [64, 5]"),
         ({"train": {"a": one}, "val": {}}, "arrays: split 'val' has no clips"),
     ):
         refused(source, *words)
-
-
-def test_clips_that_look_transposed_give_a_warning(load):
-    with pytest.warns(UserWarning, match=r"f: every clip has 64 frames of 3 numbers.*\n.*\.T"):
-        load({"train": TRANSPOSED})
 
 
 def test_error_or_warning_of_labels_in_another_unicode_form_names_the_form():
@@ -309,12 +262,10 @@ def test_error_of_bad_labels_names_the_line_or_clip(tmp_path, refused):
     for given, *words in (
         ({"nobody": 1}, "none of its 1 clips", "nobody"),
         ({"train_01": 1.5}, "clip train_01", "float", "str()"),
-        ({"train_01": np.array(["a", "b"])}, "clip train_01", "ndarray", "str()"),
         ({"train_01": -1}, "clip train_01", "identity -1"),
         ({"train_01": 1, "train_01.mp4": 2}, "clip train_01 has the labels 1 and 2"),
         (b"name,identity\na,1\n", "line 1", "clip,identity", "name,identity"),
         (b"clip;identity\na;1\n", "line 1", "'clip;identity'", "by commas"),
-        (b"clip,identity\ntrain_01\n", "line 2", "as many values"),
         (b"clip,identity\ntrain_01,Smith, John\n", "line 2", "as many values", "quotes"),
         (b'clip,identity\n"train\n1",1\n', "line 3", "rename it"),
         (b"clip,identity\n\xff,1\n", "UTF-8"),
@@ -328,12 +279,6 @@ def test_error_of_bad_labels_names_the_line_or_clip(tmp_path, refused):
         refused(make_splits(), *words, labels=labels)
 
 
-def test_load_errors_name_the_missing_setting_or_folder():
-    seen.refused(lambda: load_dataset("imagenet"), "'imagenet'", "synthetic, iqiyi_vid")
-    seen.refused(lambda: load_dataset("iqiyi_vid"), "config.data.dir")
-    seen.refused(lambda: load_dataset("iqiyi_vid", directory="nowhere"), "nowhere")
-
-
 # Names of files and folders, and words of the error.
 @pytest.mark.parametrize(("names", "words"), [
     ("", ["contains no features", "SPLIT/CLIP.npz"]),
@@ -341,17 +286,14 @@ def test_load_errors_name_the_missing_setting_or_folder():
     ("train/one.npz train/notes.txt", ["notes.txt", "may contain only .npz files"]),
     ("train/one.npz train/two.npy", ["two.npy", "only .npz files", "face is the modality"]),
     ("train/DAY/CAMERA/one.npz", ["DAY/CAMERA: train", "or folders of them\nmove it away"]),
-    ("train/DAY/", ["train' contains no CLIP.npz"]),
     ("train.h5", ["contains no features", "vidjax/data/README.md converts"]),
     ("train/one.npz train.parquet", ["train.parquet and a folder train: remove one"]),
     ("train-00.parquet train-01.parquet", ["train-00", "a split is one table", "join the tables"]),
     ("train.parquet train-01.parquet", ["train-01", "would be ignored", "train.parquet"]),
     ("train/one.npz labels.csv train_gt.txt", ["labels.csv and train_gt.txt: remove one"]),
-    ("train/one.npz labels.csv labels.tsv", ["labels.csv and labels.tsv: remove one"]),
     ("train/one.npz labels.csv Labels.csv", ["Labels.csv and labels.csv: remove one"]),
     ("train/one.npz label.tsv", ["label.tsv", "rename it to labels.tsv"]),
     ("train/one.npz validation/a.npz", ["rename it to val"]),
-    ("train/one.npz Testing.parquet", ["rename it to test"]),
     ("train/one.npz val.parquet/", ["val.parquet' is a folder"]),
 ])  # fmt: skip
 def test_folder_with_missing_misnamed_or_equal_splits_is_refused(tmp_path, refused, names, words):
@@ -370,26 +312,25 @@ def test_folder_with_missing_misnamed_or_equal_splits_is_refused(tmp_path, refus
 def test_npz_file_of_several_clips_needs_a_length_for_each_clip(tmp_path):
     path, face = tmp_path / "all.npz", np.ones((3, 2), np.float32)
     load = functools.partial(memory.load_clips, tmp_path, {"face": 2}, ())
+    words = (str(path), "'face_length' does not match the clips and frames")
     # The file has 3 frames of two clips. The sum of two lengths must be 3, as in [1, 2].
     half = 2**63  # the sum of [half, half + 3] overflows to 3
-    for length in (
-        None, [1, 1], [1, 2, 1], [4, -1], [1.0, 2.0], [[1, 2]], [1, 2**40], [half, half + 3],
-    ):  # fmt: skip
-        more: Any = {} if length is None else {"face_length": length}
-        np.savez(path, clips=["a", "b"], face=face, **more)
-        seen.refused(load, str(path), "'face_length' does not match the clips and frames")
+    for length in ([1, 1], [1, 2, 1], [4, -1], [1.0, 2.0], [[1, 2]], [half, half + 3]):
+        np.savez(path, clips=["a", "b"], face=face, face_length=length)
+        seen.refused(load, *words)
+    np.savez(path, clips=["a", "b"], face=face)
+    seen.refused(load, *words)
     np.savez(path, clips=["a", "b"], face=face, face_length=np.array([1, 2], np.uint64))
     assert load().names == ("a", "b")
     np.savez(path, clips=["a"], face=face[:1], face_length=[1], face_quality=0.5)  # no axis
-    seen.refused(load, str(path), "'face_length' does not match the clips and frames")
+    seen.refused(load, *words)
     np.savez(path, clips=face)  # the only array of a file is a modality of one clip, named "all"
     assert memory.load_clips(tmp_path, {"clips": 2}, ()).names == ("all",)
 
 
 def test_negative_and_infinite_weights_of_frames_are_reported_with_a_clip(tmp_path):
-    quality, detection = np.array([1, -1, -2, np.nan]), np.array([1, 1, -1, 1])
     clips: Any = {name: {"face": np.ones((4, 2), np.float32)} for name in ("a", "b", "c")}
-    clips["b"] |= {"face_quality": quality, "face_detection": detection}
+    clips["b"] |= {"face_quality": [1, -1, -2, np.nan], "face_detection": [1, 1, -1, 1]}
     (tmp_path / "val").mkdir()
     for name, values in clips.items():
         np.savez(tmp_path / "val" / f"{name}.npz", **values)
@@ -412,16 +353,14 @@ def test_negative_and_infinite_weights_of_frames_are_reported_with_a_clip(tmp_pa
 
 
 def test_official_files_may_have_negative_qualities_but_not_only_negative_ones(tmp_path, read_here):
-    rng = np.random.default_rng(0)
-    clips = {name: clip_files.random_clip(rng, 3, DIM) for name in ("a", "b")}
+    clip = clip_files.random_clip(np.random.default_rng(0), 3, DIM)
     load = functools.partial(memory.load_clips, tmp_path, {"face": DIM}, ())
-    clips["a"].quality[:] = -1, -30, 150
-    clip_files.write_pickle(tmp_path, "face", "val", clips)
+    clip.quality[:] = -1, -30, 150
+    clip_files.write_pickle(tmp_path, "face", "val", {"a": clip})
     load()  # a warning would be an error
-    for clip in clips.values():
-        clip.quality[:] = -1
-    clip_files.write_pickle(tmp_path, "face", "val", clips)
-    with pytest.warns(errors.VidjaxWarning, match="face: 6 of 6 frames .* negative.* clip a:"):
+    clip.quality[:] = -1
+    clip_files.write_pickle(tmp_path, "face", "val", {"a": clip})
+    with pytest.warns(errors.VidjaxWarning, match="face: 3 of 3 frames .* negative.* clip a:"):
         load()
 
 
@@ -448,10 +387,8 @@ def test_bad_parquet_table_of_frames_is_refused(tmp_path, refused, monkeypatch, 
         ({"features": [[1.0, 2.0], [3.0]]}, ("clip a, f", "width 1 in row 2, but width 2 in ro")),
         ({"features": [1.0, 2.0]}, ("column features is of type double",)),
         ({"features": [[1.0, None], [1.0, 1.0]]}, ("null",)),
-        ({"clip": [["a"], ["b"]]}, ("column clip is of type list", "write text")),
         ({"clip": ["a", "a.mp4"]}, ("with and without .mp4",)),
         ({"clip": ["a", None]}, ("row 2: clip is missing",)),
-        ({"clip": ["a", ""]}, ("is empty",)),
         ({"clip": latin}, ("column clip", "UTF-8")),
         ({"quality": ["x", "y"]}, ("column quality is of type string", "write numbers")),
         ({"qualty": [1.0, 2.0]}, ("qualty", "'quality'")),
@@ -469,7 +406,7 @@ def test_bad_parquet_table_of_frames_is_refused(tmp_path, refused, monkeypatch, 
 
 def load_faces(path):
     """Returns clips as a run reads them; raises an error if the reading takes long."""
-    with mutations.alarm(), warnings.catch_warnings(action="ignore"):
+    with mutations.alarm():
         return memory.load_clips(path, {"face": 4}, ())
 
 
@@ -492,29 +429,21 @@ def test_only_regular_files_are_read_as_clips(tmp_path):
     assert load_faces(folder).names == ("x",)
 
 
-def begins_too_early():
-    """Returns an .npz whose list of entries claims to begin a byte later than it does."""
-    file = io.BytesIO()
-    np.savez(file, face=np.ones((1, 4)))
-    content = bytearray(file.getvalue())
-    content[-6] += 1  # the last 6 bytes are where the list begins, and the length of a comment
-    return bytes(content)
-
-
-@pytest.mark.parametrize(("content", "words"), [
-    pytest.param(begins_too_early(), "): write it again", id="entry before the file"),
-    pytest.param(b"no archive", "): write it again", id="text"),
-    pytest.param(b"", "): write it again", id="empty"),
-    pytest.param({"arr_0": np.ones((1, 4))}, "numpy.savez(file, face=array)", id="no name"),
-    pytest.param({"face": np.ones((1, 4), np.int32)}, "features.astype('float32')", id="int32"),
-    pytest.param({"face": np.array([{}], object)}, "contains Python objects", id="objects"),
-    pytest.param({"face": np.ones((1, 4)), "face_quality": np.ones(2)}, "clip a, face: quality",
-                 id="too many qualities"),
-])  # fmt: skip
-def test_unreadable_clips_are_refused_with_file_name_and_remedy(tmp_path, content, words):
-    path = tmp_path / "a.npz"
-    path.write_bytes(content) if isinstance(content, bytes) else np.savez(path, **content)
-    faces_refused(tmp_path, "a.npz", words)
+def test_unreadable_clips_are_refused_with_file_name_and_remedy(tmp_path):
+    path, face = tmp_path / "a.npz", np.ones((1, 4))
+    np.savez(path, face=face)
+    late = bytearray(path.read_bytes())  # the list of entries claims to begin a byte later
+    late[-6] += 1  # the last 6 bytes are where the list begins, and the length of a comment
+    contents: list[tuple[Any, str]] = [
+        (bytes(late), "): write it again"), (b"no archive", "): write it again"),
+        (b"", "): write it again"), ({"arr_0": face}, "numpy.savez(file, face=array)"),
+        ({"face": np.ones((1, 4), np.int32)}, "features.astype('float32')"),
+        ({"face": np.array([{}], object)}, "contains Python objects"),
+        ({"face": face, "face_quality": np.ones(2)}, "clip a, face: quality"),
+    ]  # fmt: skip
+    for content, words in contents:
+        path.write_bytes(content) if isinstance(content, bytes) else np.savez(path, **content)
+        faces_refused(tmp_path, "a.npz", words)
     path.rename(tmp_path / "a.npy")  # a file .npy is refused, whatever it contains
     for given in (tmp_path, tmp_path / "a.npy"):
         faces_refused(given, "numpy.savez(")
@@ -540,13 +469,12 @@ def test_unreadable_parquet_tables_are_refused_with_file_name_and_remedy(tmp_pat
     early = content.replace(b"\x26\x08", b"\x26\x07")
     # The page of the features begins with its type, its size twice, ... It becomes 1: without data.
     without_data = content.replace(b"\x15\x00\x15X\x15X", b"\x15\x02\x15X\x15X")
-    for damaged, word in (
-        (b"", ""), (b"no table", ""), (content[:-20] + content[-12:], ""),
-        (content[:30] + content[50:], ""), (early, ""),
-        (without_data, "0 values of features, but its footer lists 4"),
-    ):  # fmt: skip
+    words = ("clips.parquet' is not a parquet table", "write it again")
+    for damaged in (b"", content[:-20] + content[-12:], content[:30] + content[50:], early):
         path.write_bytes(damaged)
-        faces_refused(path, "clips.parquet' is not a parquet table", "write it again", word)
+        faces_refused(path, *words)
+    path.write_bytes(without_data)
+    faces_refused(path, *words, "0 values of features, but its footer lists 4")
 
 
 def test_checksums_and_encodings_of_other_programs_are_read(tmp_path, tables_here):
@@ -584,8 +512,7 @@ PROGRAMS = dict(re.findall(r"<!-- convert: (\w+) -->\n```python\n(.*?)```", PAGE
 @pytest.mark.parametrize("kind", ["h5py", "lmdb", "array"])
 def test_programs_of_the_readme_convert_files_of_many_clips(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    faces = {f"clip {n}": rng.normal(size=(n, 512)).astype(np.float32) for n in (1, 3)}
+    faces = {f"clip {n}": np.full((n, 512), n, np.float32) for n in (1, 3)}
     if kind == "h5py":
         with pytest.importorskip("h5py").File("train.h5", "w") as file:
             file.update(faces)
@@ -595,14 +522,11 @@ def test_programs_of_the_readme_convert_files_of_many_clips(tmp_path, monkeypatc
             for name, face in faces.items():
                 writer.put(name.encode(), face.tobytes())
     else:
-        padded = [np.pad(face, [(0, 3 - len(face)), (0, 0)]) for face in faces.values()]
-        np.save("train.npy", padded)
+        np.save("train.npy", [np.pad(x, [(0, 3 - len(x)), (0, 0)]) for x in faces.values()])
         Path("train.txt").write_text("\n".join(faces) + "\n")
     Path("features/train").mkdir(parents=True)
     Path("program.py").write_text(code := PROGRAMS[kind])
     runpy.run_path("program.py")
     assert sum(map(bool, code.splitlines())) <= 6
     read = clip_files.read_arrays(Path("features/train"))
-    assert read.keys() == faces.keys()
-    for name, face in faces.items():
-        np.testing.assert_array_equal(read[name]["face"], face)
+    np.testing.assert_equal(read, {name: {"face": face} for name, face in faces.items()})

@@ -1,5 +1,6 @@
 """Conversion by several processes, and limits of processes and machines."""
 
+import functools
 import os
 import re
 import subprocess
@@ -33,15 +34,12 @@ for some in SOME.values():
             some[clip]["face"][field][:1] = np.nan
 
 
-@nightly_after_first("kind", ["npz", "pickles", "parquet"])
+@nightly_after_first("kind", ["npz", "pickles"])
 def test_two_cores_convert_to_the_same_bytes_as_one(kind, tmp_path, monkeypatch):
     folder, reader = tmp_path / "source", arrays.FeatureFolder
     folder.mkdir()
     if kind == "npz":
         clip_files.write_npz(folder, SOME)
-    elif kind == "parquet":
-        for split, clips in SOME.items():
-            clip_files.write_parquet(folder / f"{split}.parquet", clips)
     else:
         clip_files.write_learnable(folder, num_clips=FEW)
         reader = OfficialFiles
@@ -55,15 +53,11 @@ def test_two_cores_convert_to_the_same_bytes_as_one(kind, tmp_path, monkeypatch)
 
 
 def test_digest_of_a_file_written_within_a_clock_tick_is_not_kept(tmp_path, monkeypatch):
-    """If a file is written twice within a tick of the clock, its time stays the same.
-
-    So a digest is stored only if there was no write in the last tick before the call.
-    """
+    """Two writes within a tick of the clock change neither the inode nor the size and times."""
     path, sha256_file, tick = tmp_path / "a.npz", files.sha256_file, 10**8
     path.write_bytes(b"1")
     monkeypatch.setattr(store, "TICK_NS", tick)
     changed = time.time_ns()
-    # The second write changes neither the inode nor the size and times.
     monkeypatch.setattr(store, "_read_file_state", lambda path: (1, 1, changed, changed))
 
     def slow_sha256_file(path):
@@ -104,20 +98,23 @@ def test_failure_of_one_process_ends_the_other_processes():
     assert time.monotonic() - began < 10
 
 
+# `tests/helpers/limited_job.py` does what is `wanted` in a process with limits.
+run_each = functools.partial(
+    processes.run_limited_each, limited_job.__name__, kind=dict, memory_bytes=1 << 31
+)
+
+
 def run(wanted, **more):
-    """Does what is `wanted` in a process with limits, by `tests/helpers/limited_job.py`."""
     limits: Any = {"memory_bytes": 1 << 31, "cpu_seconds": 20, "output_bytes": OUTPUT_BYTES}
-    return processes.run_limited(
-        limited_job.__name__, Path("film.mp4"), {"wanted": wanted, **more}, dict, **limits
-    )
+    given = {"wanted": wanted, **more}
+    return processes.run_limited(limited_job.__name__, Path("film.mp4"), given, dict, **limits)
 
 
-def test_a_limited_job_gets_arguments_but_no_sockets_programs_or_secret_variables(monkeypatch):
+def test_a_limited_job_gets_arguments_but_no_secret_variables(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("LC_MESSAGES", "C")
     answer = run("echo", name="Zoë")
     assert answer["arguments"] == {"wanted": "echo", "name": "Zoë"}
-    assert answer["refused"] == ["socket", "program"]
     variables = answer["environment"]
     assert "AWS_SECRET_ACCESS_KEY" not in variables
     assert variables["PATH"] == os.environ["PATH"] and variables["LC_MESSAGES"] == "C"
@@ -130,26 +127,21 @@ def test_output_of_a_job_cannot_fill_the_memory_of_the_parent(results):
     assert peak[0] < (4 if results else 0.1) * OUTPUT_BYTES
 
 
-# What jobs of one call do, and their errors.
-FAILED = [
-    ("time", UserError, r"0' is refused.* 1 s of CPU time"), ("process", dict, ""),
-    ("memory", UserError, "2' is refused.* 2,048 MB"),
-    ("mistake", UserError, r"^film\.mp4: give another film$"),
-    ("disk", UserError, "4' is refused.* file of more than 2,048 MB"),
-    ("missing", DiskError, r"nowhere(.|\n)*correct the path"),
-    ("crash", UserError, "6' is damaged or hostile: .* SIGABRT"),
-    ("bug", UserError, r"7: .*KeyError(.|\n)*report it"), *[("process", dict, "")] * 2,
-]  # fmt: skip
-
-
 def test_failures_of_limited_jobs_have_a_cause_and_do_not_affect_other_jobs(tmp_path):
     """After a crash, a new process does the next jobs."""
-    jobs = ({"wanted": job, "file": str(tmp_path / "file")} for job, _, _ in FAILED)
+    failed = [  # what jobs of one call do, and their errors
+        ("time", UserError, r"0' is refused.* 1 s of CPU time"), ("process", dict, ""),
+        ("memory", UserError, "2' is refused.* 2,048 MB"),
+        ("mistake", UserError, r"^film\.mp4: give another film$"),
+        ("disk", UserError, "4' is refused.* file of more than 2,048 MB"),
+        ("missing", DiskError, r"nowhere(.|\n)*correct the path"),
+        ("crash", UserError, "6' is damaged or hostile: .* SIGABRT"),
+        ("bug", UserError, r"7: .*KeyError(.|\n)*report it"), *[("process", dict, "")] * 2,
+    ]  # fmt: skip
+    jobs = ({"wanted": job, "file": str(tmp_path / "file")} for job, _, _ in failed)
     given = [(Path(f"{number}"), job) for number, job in enumerate(jobs)]
-    answers = processes.run_limited_each(
-        limited_job.__name__, given, dict, memory_bytes=1 << 31, cpu_seconds=1, writes=[tmp_path]
-    )
-    for answer, (_, kind, message) in zip(answers, FAILED, strict=True):
+    answers = run_each(given, cpu_seconds=1, writes=[tmp_path])
+    for answer, (_, kind, message) in zip(answers, failed, strict=True):
         assert isinstance(answer, kind), answer
         if not isinstance(answer, dict):
             assert re.search(message, text := str(answer)) and len(text.splitlines()) <= 3
@@ -160,10 +152,7 @@ def test_failures_of_limited_jobs_have_a_cause_and_do_not_affect_other_jobs(tmp_
 def test_cpu_time_is_limited_for_each_job():
     """The limit of the second job begins after the second of CPU time of the first job."""
     given = [(Path("film.mp4"), {"wanted": "work"})] * 2
-    first, second = processes.run_limited_each(
-        limited_job.__name__, given, dict, memory_bytes=1 << 31, cpu_seconds=2
-    )
-    assert (first, second) == ({"limit": 2}, {"limit": 3})
+    assert [*run_each(given, cpu_seconds=2)] == [{"limit": 2}, {"limit": 3}]
 
 
 @pytest.mark.parametrize("text", ["no JSON", "[1]", "{}", '{"result": 1}', "[" * 200_000])

@@ -1,10 +1,8 @@
 """Conversion of official files: the cache, labels, and readers of stored clips."""
 
-import concurrent.futures
 import itertools
 import os
 import shutil
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,11 +11,11 @@ from tests.conftest import run_here
 from tests.helpers.clip_files import as_read, random_clip, write_pickle, write_ragged, write_truth
 from tests.helpers.datasets import prepare
 from vidjax.core.batch import BATCHED
-from vidjax.data import iqiyi_vid, sources
+from vidjax.data import iqiyi_vid
 from vidjax.data.clips import Modality
 from vidjax.data.dataset import Dataset, label_clips
 from vidjax.data.labels import load_official_truth
-from vidjax.data.packed_clips import Reader, StoredFile
+from vidjax.data.packed_clips import StoredFile
 from vidjax.data.untrusted import sandbox
 
 RNG = np.random.default_rng(1)
@@ -104,70 +102,25 @@ def test_splits_of_two_dtypes_are_stored_in_the_wider_dtype(tmp_path, read_here)
 
 
 @pytest.mark.slow
-def test_concurrent_conversions_unpack_each_file_once(source, tmp_path, monkeypatch):
-    unpack = mock.Mock(wraps=sandbox.unpack)
-    monkeypatch.setattr(sandbox, "unpack", unpack)
-    with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        folders = list(threads.map(lambda _: prepare(source, tmp_path).folder, range(2)))
-    assert unpack.call_count == 3  # faces of train, val and test
-    assert folders[0] == folders[1]
-
-
-MODALITIES = {
-    "double": Modality(3, "float64"),
-    "face": Modality(6, "float16"),
-    "single": Modality(70, "float32"),
-    "whole": Modality(5, "int8"),
-}
-
-
-def write_modalities(folder, rng):
-    """Writes 20 clips with faces, with scores. Ten clips have the other modalities, without scores.
-
-    Returns modality -> clip -> frames.
-    """
-    clips = {}
-    for name, modality in MODALITIES.items():
-        lengths = rng.permutation([0, 1, 2, 300, *rng.integers(0, 40, 16)])
-        chosen = range(20) if name == "face" else range(0, 20, 2)
-        written = {f"c{i:02d}": random_clip(rng, lengths[i], *modality) for i in chosen}
-        write_pickle(folder, name, "train", dict(reversed(written.items())))
-        clips[name] = written
-    write_truth(folder, "train", {"c00": "7", "c01": "9"})
-    return clips
-
-
-def test_reader_returns_the_clips_that_were_written(tmp_path, read_here):
-    rng = np.random.default_rng(0)
-    clips = write_modalities(tmp_path, rng)
-    store = prepare(tmp_path, tmp_path / "cache")
-    assert store.modalities == MODALITIES
-    reader, places = Reader([store.splits["train"].packed]), rng.permutation(20)
-    read = reader.read(places, MODALITIES)
-    assert sorted(reader.order) == [*range(20)]
-    for name, modality in MODALITIES.items():
-        for row, place in enumerate(places):
-            # If the modality lacks the clip, the clip is read with 0 frames.
-            empty = random_clip(rng, 0, *modality)
-            clip = as_read(name, clips[name].get(store.clips["train"][place], empty))
-            for field in BATCHED:
-                wanted = getattr(clip, field)
-                np.testing.assert_array_equal(read[name][field][row], wanted, strict=True)
-
-
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TFDS and protobuf
-def test_tfds_loads_the_clips_that_load_data_loads(tmp_path, monkeypatch):
+def test_tfds_loads_the_clips_that_were_written(tmp_path, monkeypatch):
+    """Of 20 clips with faces, ten have other modalities, too."""
     import vidjax.data.tfds as builders
 
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
-    source, tfds = tmp_path / "official", builders.tfds
+    source, tfds, clips = tmp_path / "official", builders.tfds, {}
     source.mkdir()
-    write_modalities(source, np.random.default_rng(0))
-    data = sources.load(source)
-    (numbers, packed), *_ = data.packed("train", [*MODALITIES])
-    place = {data.split("train").clips[clip]: row for row, clip in enumerate(numbers)}
-    config = builders.Config(name="mine", modalities=(*MODALITIES, "absent"), dtype="float64")
+    kinds = {
+        "double": Modality(3, "float64"), "face": Modality(6, "float16"),
+        "single": Modality(70, "float32"), "whole": Modality(5, "int8"),
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        lengths = RNG.permutation([0, 1, 2, 300, *RNG.integers(0, 40, 16)])
+        chosen = range(20) if name == "face" else range(0, 20, 2)
+        clips[name] = {f"c{i:02d}": random_clip(RNG, lengths[i], *kind) for i in chosen}
+        write_pickle(source, name, "train", dict(reversed(clips[name].items())))
+    write_truth(source, "train", {"c00": "7", "c01": "9"})
+    config = builders.Config(name="mine", modalities=(*kinds, "absent"), dtype="float64")
     download = tfds.download.DownloadConfig(manual_dir=str(source))
     examples = tfds.load(
         "iqiyi_vid", split="train", data_dir=tmp_path / "tfds",
@@ -176,12 +129,11 @@ def test_tfds_loads_the_clips_that_load_data_loads(tmp_path, monkeypatch):
     )  # fmt: skip
     labels = {}
     for example in tfds.as_numpy(examples):
-        row, frames = place[example["clip"].decode()], example["frames"]
-        labels[row] = example["identity"].decode()
+        clip, frames = example["clip"].decode(), example["frames"]
+        labels[clip] = example["identity"].decode()
         assert not len(frames["absent"]["features"]) and not len(frames["absent"]["number"])
-        for name, clips in packed.items():
-            rows = slice(clips.start[row], clips.start[row] + clips.length[row])
+        for name, kind in kinds.items():
+            written = as_read(name, clips[name].get(clip, random_clip(RNG, 0, *kind)))
             for field in BATCHED:
-                wanted = getattr(clips, field)[rows]
-                np.testing.assert_array_equal(frames[name][field], wanted)
-    assert len(labels) == 20 and sorted(filter(None, labels.values())) == ["7", "9"]
+                np.testing.assert_array_equal(frames[name][field], getattr(written, field))
+    assert labels == dict.fromkeys(clips["face"], "") | {"c00": "7", "c01": "9"}

@@ -1,6 +1,5 @@
 """Official pickles, ground truth and weights of clips are read; errors name the file and line."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,12 +18,10 @@ def test_unpack_returns_the_pickled_frames_memory_mapped(tmp_path, monkeypatch):
     """The child process does not import modules, such as numpy.py, from the current folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "numpy.py").write_text("raise SystemExit('wrong module')")
-    out = tmp_path / "out"
     clip = random_clip(np.random.default_rng(0), 3, 4)
-
-    faces = sandbox.unpack(write_pickle(tmp_path, "face", "train", {"c": clip}), "face", out)
-
-    hostile.check(faces, out)
+    path = write_pickle(tmp_path, "face", "train", {"c": clip})
+    faces = sandbox.unpack(path, "face", tmp_path / "out")
+    hostile.check(faces)
     frames = faces.frames["face"]
     assert faces.names == ("c",) and frames.length.tolist() == [3]
     for field in BATCHED:
@@ -40,7 +37,6 @@ def test_find_pickles_parses_file_names_and_prefers_version_two(tmp_path):
     for name in [*(f"{name}.pickle" for name in names), *others, "train_gt.txt", "test_gt.txt"]:
         (tmp_path / name).touch()
     (tmp_path / "head.pickle").mkdir()
-
     stems = {key: path.stem for key, path in find_pickles(tmp_path).items()}
     assert stems == {
         ("body_val", "val"): "body_val_val", ("face", "train"): "face_train_v2",
@@ -80,24 +76,16 @@ def weights(folder, text, clips: Any = "abcde"):
     return loaded.tolist()
 
 
-# Changes of a file by editors.
-EDITORS: dict[str, Callable[[str], str]] = {
-    "none": lambda text: text,
-    "CR": lambda text: text.replace("\n", "\r"),
-    "byte order mark and CRLF": lambda text: "\ufeff" + text.replace("\n", "\r\n"),
-    "blanks and tabs": lambda text: text.replace(" ", "  \t "),
-    "empty lines": lambda text: "\n \n" + text.replace("\n", "\n\n\t\n"),
-    "a missing suffix": lambda text: text.replace(".mp4", "", 1),
-}
-
-
 # test_ranking.py has the same test of ground truth.
-@pytest.mark.parametrize("edit", EDITORS.values(), ids=EDITORS)
-def test_weight_files_parse_equally_after_any_editor(edit, tmp_path):
+def test_weight_files_parse_equally_after_any_editor(tmp_path):
     text = "a.mp4 0.5\nb.mp4 2\nd.mp4 0.25\ne.mp4 0\n"
-    expected = [0.5, 2, 1, 0.25, 0]  # c has no line
-    assert weights(tmp_path, edit(text)) == expected
-    assert weights(tmp_path, edit(text), "edcba") == expected[::-1]
+    for edited in (
+        text, text.replace("\n", "\r"), "\ufeff" + text.replace("\n", "\r\n"),
+        text.replace(" ", "  \t "), "\n \n" + text.replace("\n", "\n\n\t\n"),
+        text.replace(".mp4", "", 1),
+    ):  # fmt: skip
+        assert weights(tmp_path, edited) == [0.5, 2, 1, 0.25, 0]  # c has no line
+        assert weights(tmp_path, edited, "edcba") == [0, 0.25, 1, 2, 0.5]
 
 
 def test_column_order_of_labels_is_inferred_or_refused(tmp_path):
@@ -116,7 +104,6 @@ def test_column_order_of_labels_is_inferred_or_refused(tmp_path):
     (truth, b"a.mp4 1\n\xff.mp4 2\n", "line 2 is not UTF-8 text (byte 8)"),
     (truth, "a.mp4 1\nb.mp4 2 3\n", "line 2: the line has 3 words: write a clip and its"),
     (truth, "a.mp4 1\n2 b.mp4\n", "line 2: the clip is not in the same column"),
-    (truth, "1 a.mp4 b.mp4\n2\n", "line 2"),
     (truth, "a.mp4 1\nb.mp4 1\na.mp4 2\n", "line 3: clip a is already in line 1"),
     (truth, "1 a.mp4\n2 b.mp4\n1 c.mp4\n", "line 3: identity 1 is already in line 1: join"),
     (truth, "1 a.mp4 b.mp4\n2 b.mp4\n", "line 2: clip b is already in line 1, with the identity 1"),
@@ -124,7 +111,6 @@ def test_column_order_of_labels_is_inferred_or_refused(tmp_path):
     (truth, "0 b.mp4\n1 a.mp4\n", "line 1: identity 0 is less than 1"),
     (weights, "a.mp4 1\n\nb.mp4\n", "line 3: the line has 1 word: write a clip and its w"),
     (weights, "a.mp4 1\nb.mp4 heavy\n", "line 2: weight heavy is not a finite number of 0"),
-    (weights, "a.mp4 1\nb.mp4 -0.1\n", "line 2: weight -0.1 is not a finite number of 0"),
     (weights, "a.mp4 1e39\n", "line 1: weight 1e39 is not a finite number of 0"),
     (weights, "a.avi 1\nb.avi 1\n", "none of its 2 clips has features\nthe labels name a.avi, "),
 ])  # fmt: skip

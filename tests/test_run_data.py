@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 import tempfile
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,6 +36,10 @@ def write(folder, *, seed=0, num_clips=CLIPS, shift=0):
         labels[f"{split}{i}"] = f"person {(i + shift * (split == 'train')) % 3}"
     clip_files.write_labels(clip_files.write_npz(folder, clips) / "labels.csv", labels)
     return ["--config.data.name=arrays", f"--config.data.dir={folder}"]
+
+
+def read_metrics(folder, name="metrics.json"):
+    return json.loads((folder / name).read_text())
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +76,8 @@ def test_evaluation_with_other_settings_keeps_the_results_of_the_run(own, evalua
         evaluate(report, "--config=mma", "--config.eval.block_size=3")  # does not change results
     names = ("metrics.json", "ranking.txt", "analysis.npz")
     before = [(run / name).read_bytes() for name in names]
-    out = evaluate(report, "--config.eval.temperature=4")  # writes other files, such as *_val.txt
-    assert "eval.temperature=4.0" in out and "ranking_val.txt" in out
+    out = evaluate(report, "--config.eval.temperature=4")
+    assert "eval.temperature=4.0" in out and "ranking_val.txt" in out  # another file
     assert [(run / name).read_bytes() for name in names] == before
     assert "eval.temperature=4.0" in (run / "report_val.html").read_text()
     # An evaluation without a report deletes the analysis of the evaluation before.
@@ -86,8 +91,8 @@ def test_evaluation_with_other_settings_keeps_the_results_of_the_run(own, evalua
     ({"num_clips": CLIPS - 1}, "train has other clips (5, before 6)"),
 ], ids=["labels", "features", "clips"])  # fmt: skip
 def test_run_refuses_other_data(own, tmp_path, evaluate, train_again, change, message):
-    words, path = write(tmp_path / "other", **change), own / "run" / "metrics.json"
-    _, data_dir = words
+    _, data_dir = words = write(tmp_path / "other", **change)
+    path = own / "run" / "metrics.json"
     before, error = path.read_bytes(), train_again(words, code=2)
     assert message in error and "--workdir=" in error
     if "shift" not in change:  # a shift changes only train, but evaluation reads val
@@ -109,9 +114,8 @@ def test_clips_in_memory_are_written_only_into_the_folder_of_a_run(tmp_path, mon
         labels[f"{split}{i}"] = f"person {i % 4}"
 
     def train(mode, num_epochs, clips=clips):
-        fields = ("batch_size=8", f"data.mode={mode}", f"num_epochs={num_epochs}",
-                  f"eval.report={mode == 'resident'}")  # fmt: skip
-        words = (small_runs.LAYER, *(f"--config.{field}" for field in fields))
+        words = [f"--config.{word}" for word in ("batch_size=8", f"data.mode={mode}")]
+        words += [small_runs.LAYER, f"--config.num_epochs={num_epochs}"]
         config = vidjax.load_config("quality_fusion:face", *words)
         return vidjax.train(config, tmp_path / mode, vidjax.load_data(clips, labels))
 
@@ -138,7 +142,7 @@ def test_only_a_run_without_a_checkpoint_accepts_another_configuration(own, trai
     (own / "run" / "metrics.json").unlink()
     shutil.rmtree(own / "run" / "checkpoints")
     train_again(words)
-    assert json.loads((own / "run" / "config.json").read_text())["seed"] == 7
+    assert read_metrics(own / "run", "config.json")["seed"] == 7
 
 
 def test_moved_data_are_accepted_and_a_killed_run_is_completed(own, evaluate, train_again):
@@ -148,10 +152,10 @@ def test_moved_data_are_accepted_and_a_killed_run_is_completed(own, evaluate, tr
     assert "finished before" in train_again(words)
     evaluate(new_dir)
     # A run that was killed before its report is completed.
-    results = json.loads((path / "metrics.json").read_text())
+    results = read_metrics(path)
     (path / "metrics.json").write_text(json.dumps(results | {"finished": False}))
     assert "finished before" not in train_again(words)
-    completed = json.loads((path / "metrics.json").read_text())
+    completed = read_metrics(path)
     assert completed["finished"] and completed["map"] == results["map"]
     # Other content of the file of weights is other data.
     (own / "weights.txt").write_text("train1.mp4 0\n")
@@ -163,7 +167,7 @@ def test_unread_split_may_come_from_other_data(own, tmp_path, evaluate):
     _, data_dir = write(other, seed=1)
     shutil.move(other / "val", other / "test")
     evaluate(test, data_dir)
-    assert json.loads((own / "run" / "metrics_test.json").read_text())["num_clips"] == CLIPS
+    assert read_metrics(own / "run", "metrics_test.json")["num_clips"] == CLIPS
     # A folder without training clips and labels is ranked, too.
     shutil.rmtree(other / "train")
     (other / "labels.csv").unlink()
@@ -202,61 +206,52 @@ def test_data_with_other_modalities_are_compared_by_clips_and_labels(tmp_path):
 
 def test_copies_of_training_clips_are_reported_with_the_map_without_them(tmp_path, say):
     """Half of the clips of val are clips of train under other names, in another order and dtype."""
-    rng, labels = np.random.default_rng(0), {}
-    splits: dict[str, dict[str, dict[str, np.ndarray]]] = {"train": {}, "val": {}}
-    for split, i in itertools.product(splits, range(12)):
-        kind = "f2" if split == "train" else "f4"
-        splits[split][f"{split}{i}"] = {"face": rng.normal(size=(1 + i % 3, 8)).astype(kind)}
-        labels[f"{split}{i}"] = f"person {i % 3}"
+    rng, data, labels = np.random.default_rng(0), tmp_path / "data", {}
+    splits: dict[str, dict[str, Any]] = {"train": {}, "val": {}}
     for i in range(12):
-        copied = splits["train"][f"train{i}"]["face"][::-1].astype("f4")
-        splits["val"][f"copy{i}"] = {"face": copied}
-        labels[f"copy{i}"] = labels[f"train{i}"]
+        train, val = rng.normal(size=(2, 1 + i % 3, 8)).astype("f2")
+        splits["train"][f"train{i}"] = {"face": train}
+        splits["val"] |= {f"copy{i}": {"face": train[::-1].astype("f4")}}
+        splits["val"] |= {f"val{i}": {"face": val.astype("f4")}}
+        labels |= dict.fromkeys((f"train{i}", f"copy{i}", f"val{i}"), f"person {i % 3}")
     for name, kind in (("train", "f2"), ("val", "f4")):  # these clips are no copies
-        splits[name][f"{name} zeros"] = {"face": np.zeros((1, 8), kind)}
-        splits[name][f"{name} empty"] = {"face": np.zeros((0, 8), kind)}
-    clip_files.write_labels(clip_files.write_npz(tmp_path / "data", splits) / "labels.csv", labels)
+        splits[name] |= {f"{name} {n}": {"face": np.zeros((n, 8), kind)} for n in (0, 1)}
+    clip_files.write_labels(clip_files.write_npz(data, splits) / "labels.csv", labels)
 
-    words = ["--config.data.name=arrays", f"--config.data.dir={tmp_path / 'data'}"]
+    words = ["--config.data.name=arrays", f"--config.data.dir={data}"]
     wanted = "12 of 26 clips of val have the frames of clips of train: 'copy0' equals 'train0'\n"
     with pytest.warns(VidjaxWarning, match=wanted):
         printed = say("--config=knn:face", *words, f"--workdir={tmp_path / 'run'}")
-    copies = read_metrics(tmp_path / "run")["copies"]
+    results = read_metrics(tmp_path / "run")
+    copies = results["copies"]
     assert copies["count"] == 12 and copies["example"] == "'copy0' equals 'train0' of train"
-    assert copies["map"] < read_metrics(tmp_path / "run")["map"] - 0.1
-    line = f"12 clips are training clips: {copies['example']}; MAP@100 without them"
-    assert line in printed
+    assert copies["map"] < results["map"] - 0.1
+    assert f"12 clips are training clips: {copies['example']}; MAP@100 without them" in printed
     assert "12 clips are training clips" in (tmp_path / "run" / "report.html").read_text()
     # MAP without the copies is the MAP of the same clips in a split without copies.
-    for name in filter(lambda name: name.startswith("copy"), [*labels]):
-        (tmp_path / "data" / "val" / f"{name}.npz").unlink()
-        del labels[name]
-    clip_files.write_labels(tmp_path / "data" / "labels.csv", labels)
+    for i in range(12):
+        (data / "val" / f"copy{i}.npz").unlink()
+        del labels[f"copy{i}"]
+    clip_files.write_labels(data / "labels.csv", labels)
     say(*CONFIG[:2], *words, f"--workdir={tmp_path / 'other'}")
     alone = read_metrics(tmp_path / "other")
     assert "copies" not in alone and copies["map"] == pytest.approx(alone["map"], abs=1e-12)
 
 
-KNN = "--config=knn:iqiyi_vid"
-# The two remedies of an error: two ways to train a run whose MAP can be measured.
-FOLDS, ON_VAL = "--config.ensemble.folds=5", "--config.eval.split=val"
-
-
-def read_metrics(folder, name="metrics.json"):
-    return json.loads((folder / name).read_text())
+ON_VAL = "--config.eval.split=val"
 
 
 @pytest.fixture(scope="module")
 def everything(official_dir, tmp_path_factory):
     """The folder of a run on train and val, and what the command printed."""
-    folder = tmp_path_factory.mktemp("everything")
-    words = [f"{KNN},everything", f"--config.data.dir={official_dir}", f"--workdir={folder}"]
+    folder, spec = tmp_path_factory.mktemp("everything"), "--config=knn:iqiyi_vid,everything"
+    words = [spec, f"--config.data.dir={official_dir}", f"--workdir={folder}"]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert program.main(words) == 0
     return folder, printed.getvalue()
 
 
-def test_run_on_everything_ranks_test_and_measures_nothing(everything, official_dir, say):
+def test_run_on_everything_ranks_test_and_measures_nothing(everything):
     folder, out = everything
     trained, results = small_runs.training_sets(folder).trained, read_metrics(folder)
     assert trained.shape == (1, clip_files.CLIPS["train"] + clip_files.CLIPS["val"])
@@ -270,9 +265,7 @@ def test_run_on_everything_ranks_test_and_measures_nothing(everything, official_
     assert not [line for line in results_lib.read_lines(folder / "metrics.jsonl") if "map" in line]
     (line,) = [line for line in out.splitlines() if "  measured" in line]
     assert "nothing: the run was trained on train and val" in line
-    assert FOLDS in line and ON_VAL in line
-    again = say(f"{KNN},everything", f"--config.data.dir={official_dir}", f"--workdir={folder}")
-    assert "finished before" in again and line in again
+    assert "--config.ensemble.folds=5" in line and ON_VAL in line  # the remedies
     report = (folder / "report.html").read_text()
     check_numbers(folder, report)
     summary = section(report, "summary")
@@ -280,37 +273,19 @@ def test_run_on_everything_ranks_test_and_measures_nothing(everything, official_
     assert "<strong>" not in summary and 'id="learning"' not in report  # no MAP and no loss
 
 
-def test_run_on_everything_is_imported_without_best_checkpoint(everything, tmp_path, say, command):
-    folder, _ = everything
+def test_val_is_in_sample_after_a_run_on_everything(everything, tmp_path, say, command):
+    """A blend with this run is in sample, too. On test, it has no MAP."""
+    (folder, _), blend = everything, tmp_path / "blend"
     done = command("evaluate", f"--workdir={folder}", "--config.eval.checkpoint=best")
-    assert done.code == 3 and "--config.eval.checkpoint=latest" in done.err  # CheckpointError
-    # The same setting in config.json prevents neither the export nor the import.
-    run, exported = shutil.copytree(folder, tmp_path / "run"), tmp_path / "exported"
-    config = read_metrics(run, "config.json")
-    config["eval"]["checkpoint"] = "best"
-    (run / "config.json").write_text(json.dumps(config))
-    say("export", run, f"--to={exported}", "--format=safetensors")
-    say("import", exported, f"--to={tmp_path / 'again'}")
-
-
-def test_val_is_in_sample_after_a_run_on_everything(everything, official_dir, tmp_path, say):
-    """On test, a comparison is refused and a blend has no MAP, because test is not labelled."""
-    (folder, _), on_train, blend = everything, tmp_path / "on_train", tmp_path / "blend"
-    lines = say("--mode=evaluate", f"--workdir={folder}", ON_VAL).splitlines()
+    assert done.code == 3 and "--config.eval.checkpoint=latest" in done.err  # no step was measured
+    out = say("--mode=evaluate", f"--workdir={folder}", ON_VAL)
+    assert "in sample: the run was trained on these clips" in out
     results = read_metrics(folder, "metrics_val.json")
     assert results["map_kind"] == "in_sample" and results["num_clips"] == clip_files.CLIPS["val"]
-    (line,) = [line for line in lines if "MAP@100" in line]
-    assert "in sample" in line and "trained on these clips" in line
     assert "map" not in read_metrics(folder)  # the results of test have no MAP, as before
-    assert "all good" in say("--mode=check", f"--workdir={folder}")
-    say(KNN, f"--config.data.dir={official_dir}", f"--workdir={on_train}")
-    runs = f"--runs={folder},{on_train}"
-    words = ("--mode=compare", f"--workdir={tmp_path}/out", runs)
-    assert FOLDS in say(*words, code=2)  # on test, the split of `folder`
-    (line,) = [line for line in say(*words, ON_VAL).splitlines() if "In sample" in line]
-    assert str(folder) in line and str(on_train) not in line
+    runs = f"--runs={folder},{shutil.copytree(folder, tmp_path / 'copy')}"
     words = ("--mode=evaluate", f"--workdir={blend}", runs, CONFIG[1])
-    assert "in sample" in say(*words)  # on val, the default split
+    assert "in sample" in say(*words, ON_VAL)
     assert read_metrics(blend)["map_kind"] == "in_sample"
     assert "MAP@100     none: " in say(*words, "--config.eval.split=test")
     assert "map" not in read_metrics(blend, "metrics_test.json")

@@ -2,6 +2,7 @@
 
 import gc
 import io
+import itertools
 import pickle
 import struct
 from pathlib import Path
@@ -49,23 +50,19 @@ def convert(folder, value, modality="face"):
     return summary
 
 
-@pytest.mark.parametrize("modality", ["face", "head", "body", "scene"])
-def test_each_pickle_layout_fills_absent_columns_with_defaults(modality, tmp_path):
+def test_each_pickle_layout_fills_absent_columns_with_defaults(tmp_path):
     """The layout of a modality with an unknown name is inferred from its entries."""
-    entry = {
+    entries = {
         "face": face(), "head": [b"7", BOX, 0.5, feature()], "body": [b"7", BOX, feature()],
         "scene": (7, feature()),
-    }[modality]  # fmt: skip
-    value = {b"none": [], b"one": [entry], b"two": (tuple(entry), list(entry))}
-
-    for name in (modality, "my-own_modality2"):
-        read = convert(tmp_path, value, name)
-        assert read["names"] == ["none", "one", "two"]
-        assert read["lengths"] == [0, 1, 2]
-        assert read["frames"] == 3  # frames
-        assert read["skipped_clips"] == {"empty": 1}
+    }  # fmt: skip
+    for modality, unknown in itertools.product(entries, (False, True)):
+        entry = entries[modality]
+        value = {b"none": [], b"one": [entry], b"two": (tuple(entry), list(entry))}
+        read = convert(tmp_path, value, "my-own_modality2" if unknown else modality)
+        assert read["names"] == ["none", "one", "two"] and read["lengths"] == [0, 1, 2]
+        assert read["frames"] == 3 and read["skipped_clips"] == {"empty": 1}
         assert read["skipped"] == read["warnings"] == {}
-
         assert read["features"].tolist() == [[1, 2, 3]] * 3
         assert read["number"].tolist() == [7] * 3
         assert read["quality"].tolist() == [80 if modality == "face" else 0] * 3
@@ -130,6 +127,8 @@ def test_pieces_and_blocks_that_end_anywhere_change_no_value(tmp_path, monkeypat
     clips = {b"%d" % clip: [next(faces) for _ in range(n)] for clip, n in enumerate(lengths)}
     voices = {b"rows": rows[np.isfinite(rows).all(axis=1)], b"one": rows[1]}
     of_clips, of_voices = convert(tmp_path, clips), convert(tmp_path, voices, "audio")
+    np.testing.assert_array_equal(of_clips["features"], rows[np.isfinite(rows).all(axis=1)])
+    assert of_clips["skipped"] == {"non_finite": len(rows[::5])}
 
     with monkeypatch.context() as patch:
         patch.setattr(packing, "BLOCK_BYTES", 4 * 3 * 2)  # four rows of three float16
@@ -180,7 +179,6 @@ WIDE = feature(1, 2, 3, 4)
     ({b"a": [face(feat=feature(dtype="<i8"))]}, "face", "but must be float16"),
     ({b"a": [face(b"1_0")]}, "face", "frame must be digits"),
     ({b"a": [face(b"9" * 11)]}, "face", "number 99999999999 is not a whole number"),
-    ({b"a": [face(b"9" * 9999)]}, "face", "frame Exceeds the limit"),
     ({b"a": [face(det=b"0.5")]}, "face", "det_score must be real number"),
     ({b"a\n": []}, "face", r"clip name 'a\n' contains the control character '\n': rename it"),
     ({b" .mp4": []}, "face", "clip name ' .mp4' is empty"),
@@ -204,10 +202,10 @@ def refusal(data):
     return message
 
 
-@pytest.mark.parametrize(("dumps", "protocol"), WRITERS)
-def test_scalars_of_every_pickle_protocol_load_exactly(dumps, protocol):
+def test_scalars_of_every_pickle_protocol_load_exactly():
     scalars = [np.float16(2.5), np.float64(0.1), np.int64(-7), np.uint8(200), np.True_]
-    assert load(dumps(scalars, protocol)) == [2.5, 0.1, -7, 200, True]
+    for dumps, protocol in WRITERS:
+        assert load(dumps(scalars, protocol)) == [2.5, 0.1, -7, 200, True]
     # Python 2 pickles a scalar as a function, its arguments, and an opcode that calls the function.
     # The pickle of the arguments ends with STOP.
     arguments = python2.dumps((np.dtype(">f8"), struct.pack(">d", 0.1)), 1)[:-1]

@@ -14,7 +14,7 @@ from tests.helpers.seen import contents
 
 
 def read_all(files, folder, mode):
-    """Reads pickles in another process; returns name -> [error, CPU seconds, seconds, MB].
+    """Reads pickles in another process; returns name -> [error, CPU seconds, MB].
 
     `files` are name -> content. `mode` is a mode of `tests.campaigns.hostile`. Asserts that the
     process changed no file.
@@ -42,28 +42,20 @@ def collection(mark):
     """Returns name -> content of hostile pickles. If their code ran, it would create `mark`."""
     groups = {
         "code": {name: data for name, (data, _) in hostile.attacks(mark).items()},
-        "trick": hostile.TRICKS,
-        "greed": hostile.GREED,
+        "trick": hostile.TRICKS, "greed": hostile.GREED,
         "damage": hostile.damage(python2.real()["python2-numpy1.16 protocol 2"]),
-    }
-    return {
-        f"{group} {name}".replace("/", "|"): data
-        for group, files in groups.items()
-        for name, data in files.items()
-    }
+    }  # fmt: skip
+    pairs = [(group, name) for group, files in groups.items() for name in files]
+    return {f"{group} {x}".replace("/", "|"): groups[group][x] for group, x in pairs}
 
 
-def check_refused(ends, *, strict):
-    """Asserts that every file got an error of one short line, in 5 s of CPU time and 1 GB.
-
-    If `strict`, the elapsed time is also at most 5 s.
-    """
-    for name, (error, cpu, seconds, megabytes) in ends.items():
+def check_refused(ends):
+    """Asserts that every file got an error of one short line, in 5 s of CPU time and 1 GB."""
+    for name, (error, cpu, megabytes) in ends.items():
         assert any(f"/{name}{end} " in error for end in ":'"), (name, error)
         assert error.isprintable() and len(error) < 500, (name, error)
         assert "that reads it failed" not in error, (name, error)
         assert cpu < 5 * limits.slowness() and megabytes < 1024, name
-        assert seconds < 5 or not strict, name
 
 
 def test_hostile_and_mutated_pickles_end_in_a_one_line_error_and_run_no_code(tmp_path, campaign):
@@ -80,11 +72,11 @@ def test_hostile_and_mutated_pickles_end_in_a_one_line_error_and_run_no_code(tmp
     seeds, count = [*python2.real().values()], 2000 if campaign else 80
     files |= {f"mutated {n}": hostile.mutate(seeds, grafts, chance) for n in range(count)}
 
-    ends = read_all(files, tmp_path, "fork")
+    ends = read_all(files, tmp_path, "all")
 
     loaded = {n: end for n, end in ends.items() if n.startswith("mutated") and not end[0]}
     # With a made-up error, `check_refused` checks the costs of files that load.
-    check_refused(ends | {n: [f"/{n}: ", *end[1:]] for n, end in loaded.items()}, strict=campaign)
+    check_refused(ends | {n: [f"/{n}: ", *end[1:]] for n, end in loaded.items()})
     assert count / 50 < len(loaded) < count * 0.8  # the others were refused
     for name, (_, words) in attacks.items():
         assert words in ends[f"code {name}"][0], name
@@ -98,4 +90,4 @@ def test_sandbox_limits_memory_and_cpu_time_of_hostile_pickles(tmp_path, campaig
         # All files that ask for much memory or time ("greed"), and every 20th file.
         some = [name for i, name in enumerate(files) if "greed" in name or i % 20 == 0]
         files = {name: files[name] for name in some}
-    check_refused(read_all(files, tmp_path, "unpack"), strict=campaign)
+    check_refused(read_all(files, tmp_path, "each"))

@@ -24,7 +24,7 @@ import pytest
 from tests.campaigns import mutations
 from tests.helpers import limits
 from tests.helpers.batches import eval_batches, labelled, train_batches
-from tests.helpers.clip_files import random_clip, write_labels, write_npz, write_pickle, write_truth
+from tests.helpers.clip_files import random_clip, write_pickle, write_truth
 from tests.helpers.datasets import prepare, record_digests
 from tests.helpers.seen import refused
 from vidjax.data import iqiyi_vid
@@ -78,15 +78,14 @@ def test_every_reader_reports_the_damaged_file(opened, source, field):
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 16
     zeros = whole[: len(whole) // 2] + bytes(100) + whole[len(whole) // 2 + 100 :]
+    words = f"{path}' does not match its sha256\ndelete "
     for content in (whole[: len(whole) // 2], whole[:-1], b"", bytes(flipped), zeros):
         path.write_bytes(content)
-        messages = [refused(lambda: load_store(opened.folder))]
+        refused(lambda: load_store(opened.folder), words)
         for read in READERS:  # the file was opened before
-            messages.append(refused(functools.partial(read, labelled(opened, source))))
-        for message in messages:
-            assert f"{path}' does not match its sha256\ndelete " in message
+            refused(functools.partial(read, labelled(opened, source)), words)
     path.unlink()
-    assert f"{path}' does not exist\ndelete " in refused(lambda: load_store(opened.folder))
+    refused(lambda: load_store(opened.folder), f"{path}' does not exist\ndelete ")
 
 
 def test_damage_that_changes_no_size_and_no_time_is_found_when_clips_are_read(
@@ -99,15 +98,13 @@ def test_damage_that_changes_no_size_and_no_time_is_found_when_clips_are_read(
         mutations.flip(path, chance)
         os.utime(path, ns=(time_ns, time_ns))  # a failing disk does not change the time
         data = labelled(load_store(opened.folder), source)
-        error = refused(functools.partial(chance.choice(READERS), data))
-        assert str(path) in error and "sha256" in error
+        refused(functools.partial(chance.choice(READERS), data), str(path), "sha256")
     # The same file of another dataset, whose clips have the same names and lengths.
     stale = prepare(write_source(tmp_path / "other", 1), tmp_path / "other cache")
-    path.unlink()
-    shutil.copy2(file_of(stale).path, path)
+    shutil.copy(file_of(stale).path, path)
     os.utime(path, ns=(time_ns, time_ns))
-    error = refused(lambda: READERS[0](labelled(load_store(opened.folder), source)))
-    assert str(path) in error and "sha256" in error
+    data = labelled(load_store(opened.folder), source)
+    refused(lambda: READERS[0](data), str(path), "sha256")
 
 
 def test_files_that_change_while_they_are_read_are_an_error(opened, source, monkeypatch):
@@ -115,8 +112,8 @@ def test_files_that_change_while_they_are_read_are_an_error(opened, source, monk
     frames = opened.splits["train"].packed.frames["face"]
     read = type(frames.features).__getitem__
     monkeypatch.setattr(type(frames.features), "__getitem__", lambda x, rows: read(x, rows) * 2)
-    error = refused(lambda: READERS[0](labelled(opened, source)))
-    assert "changed while it was read\nrun the command again" in error
+    words = "changed while it was read\nrun the command again"
+    refused(lambda: READERS[0](labelled(opened, source)), words)
 
 
 def convert_command(source, cache):
@@ -127,17 +124,6 @@ def convert_command(source, cache):
 def names(folder):
     """Returns the names of the files and folders in a folder, except locks."""
     return {path.name for path in folder.glob("*") if path.suffix != ".lock"}
-
-
-def kill_reader(process):
-    """Kills the child of a conversion that reads a pickle; False if the conversion ended first."""
-    while process.poll() is None:
-        for child in limits.children_of(process.pid):
-            with contextlib.suppress(OSError):  # it ended meanwhile
-                if b"vidjax.data.untrusted.sandbox" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    os.kill(child, signal.SIGKILL)
-                    return True
-    return False
 
 
 def write_much(folder):
@@ -153,11 +139,17 @@ def test_conversion_whose_reader_is_killed_ends_with_one_error_and_leaves_no_fil
     source, cache = write_much(tmp_path / "source"), tmp_path / "cache"
     whole = record_digests(prepare(source, tmp_path / "whole").folder)
     with limits.running(convert_command(source, cache)) as process:
-        assert kill_reader(process)
+        killed = False
+        while not killed and process.poll() is None:
+            for child in limits.children_of(process.pid):
+                with contextlib.suppress(OSError):  # it ended meanwhile
+                    words = Path(f"/proc/{child}/cmdline").read_bytes()
+                    if killed := b"vidjax.data.untrusted.sandbox" in words:
+                        os.kill(child, signal.SIGKILL)
         out, err = process.communicate(timeout=300)
-    assert process.returncode == 2 and not out
-    _, *lines = err.splitlines()  # the first line names the data
-    assert "was killed, perhaps for lack of memory" in lines[0] and len(lines) <= 3, lines
+    assert killed and process.returncode == 2 and not out
+    lines = err.splitlines()  # the first line names the data
+    assert "was killed, perhaps for lack of memory" in lines[1] and len(lines) <= 4, lines
     assert names(cache / "iqiyi_vid") == set()
     assert record_digests(prepare(source, cache).folder) == whole  # the next conversion succeeds
 
@@ -182,8 +174,7 @@ def test_conversion_after_a_killed_conversion_gives_the_same_bytes(tmp_path, cam
         folder = prepare(source, cache).folder
         assert record_digests(folder) == whole
         remains = names(root) - {folder.name}  # of the killed conversion
-        assert all(name.endswith(".partial") for name in remains)
-        assert len(remains) <= 1
+        assert [Path(name).suffix for name in remains] in ([], [".partial"])
         shutil.rmtree(folder)
     assert any(killed)
     prepare(source, cache)
@@ -207,28 +198,3 @@ def test_conversion_on_a_full_disk_ends_with_one_error_and_leaves_no_files(
     say(source, f"--cache_dir={cache}", program=iqiyi_vid.main)
     assert len(names(cache / "iqiyi_vid")) == 1
     gc.collect()  # errors hold maps of deleted files, and the disk must not be busy
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("mode", ["resident", "streaming"])
-def test_conversion_and_training_fit_into_2_gb_and_256_open_files(tmp_path, mode):
-    """The files take 0.1 GB."""
-    rng, clips, labels = np.random.default_rng(0), {"train": {}, "val": {}}, {}
-    for number in range(3000):
-        split = "train" if number < 2500 else "val"
-        face, body = rng.normal(size=(2, 4, 2048)).astype("f2")
-        clips[split][f"clip{number}"] = {"face": face, "body": body}
-        labels[f"clip{number}"] = f"p{number % 20}"
-    write_labels(write_npz(tmp_path / "data", clips) / "labels.csv", labels)
-    ended = limits.run(
-        [
-            "sh", "-c", 'ulimit -n 256 && exec "$@"', "sh", sys.executable, "-m", "vidjax.main",
-            "--config=quality_fusion:face,body", "--config.num_epochs=1",
-            "--config.data.name=arrays", f"--config.data.dir={tmp_path / 'data'}",
-            f"--config.data.mode={mode}", f"--workdir={tmp_path / 'run'}",
-        ],
-        VIDJAX_CACHE=str(tmp_path / "cache"),
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr[-1000:]
-    assert ended.peak < 2 << 30  # 2 GB
-    assert (tmp_path / "run" / "report.html").exists()

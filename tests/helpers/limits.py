@@ -10,16 +10,11 @@ import subprocess
 import threading
 import time
 import tracemalloc
-from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-
-
-# A command that has ended; `peak` is the most memory of the command and its children (`held_by`).
-Ended = namedtuple("Ended", "returncode stdout stderr peak")
 
 
 @functools.cache
@@ -44,15 +39,11 @@ def running(words: Sequence[str | Path], **options: Any) -> Iterator[subprocess.
             process.kill()
 
 
-def run(words: Sequence[str | Path], **env: str) -> Ended:
-    """Runs a command in the root of the repository, and measures its memory."""
+def run(words: Sequence[str | Path], **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command in the root of the repository."""
     env = {**os.environ, "XLA_FLAGS": "", **env}
-    with (
-        running(words, cwd=ROOT, env=env, stdin=subprocess.DEVNULL) as child,
-        peak_of(lambda: held_by(child.pid), every_s=0.02) as peak,
-    ):
-        stdout, stderr = child.communicate(timeout=600)
-    return Ended(child.returncode, stdout, stderr, peak[0])
+    options: Any = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    return subprocess.run(words, cwd=ROOT, env=env, timeout=600, **options)
 
 
 @contextlib.contextmanager
