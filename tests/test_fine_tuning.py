@@ -135,8 +135,8 @@ def test_resumed_fine_tuning_equals_a_whole_one_without_the_first_run(data, half
 
 
 @pytest.mark.slow
-def test_runs_of_other_kinds_are_refused(half_run, trained, official_dir, tmp_path, command):
-    """Also a run of another model or size of ensemble, a damaged run, and a model without steps."""
+def test_runs_of_other_kinds_are_refused(data, half_run, trained, official_dir, tmp_path, command):
+    """Another model, size or ensemble, a damaged run, and a model without steps."""
     source = half_run()
 
     def refuse(*words, config="quality_fusion", run=source, code=2):
@@ -160,14 +160,10 @@ def test_runs_of_other_kinds_are_refused(half_run, trained, official_dir, tmp_pa
         "--config.ensemble.seeds=2", run=trained(MLP, "--config.ensemble.seeds=3")
     )
     assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.slow
-def test_nothing_that_fits_is_refused(data, half_run):
     config = small.shrunk("--config.model.layers=((9,'swish',True,0.5),)", spec=MLP)
-    config.init_from, config.modalities = str(half_run()), ("audio",)
-    source = init_from.find_source(config)
-    refused(lambda: started(config, data, source), "no matrix", "--config.modalities")
+    config.init_from, config.modalities = str(source), ("audio",)
+    found = init_from.find_source(config)
+    refused(lambda: started(config, data, found), "no matrix", "--config.modalities")
 
 
 def test_a_member_has_seen_the_clips_of_the_run_that_it_continues():
@@ -264,18 +260,17 @@ def test_several_splits_are_evaluated_and_one_chooses_the_best_step(tmp_path, sa
     scored = [line for line in lines if "split" in line]
     assert [line["step"] for line in scored] == [2, 4, 6]
 
-    results = {name: RunFolder(tmp_path / "run").metrics() for name in ("val",)}
     folder = RunFolder(tmp_path / "run")
-    results["test"] = folder.metrics(folder.paths("test"))
+    results = {"val": folder.metrics(), "test": folder.metrics(folder.paths("test"))}
     assert folder.metrics(folder.paths("train"))["map_kind"] == "in_sample"
     assert results["val"]["best_map"] == results["test"]["best_map"] == scored[0]["map"]
+    assert results["val"]["best_step"] == 2
     assert results["val"]["early_stop"]["stopped"]
     for key in ("map", "top1", "eval_loss"):
         assert scored[-1][key] == results["val"][key]
         assert scored[-1][f"test/{key}"] == results["test"][key]
     both = say("evaluate", run, "--config.eval.splits=test", "--json")
-    for name, found in (("val", both["metrics"]), ("test", both["splits"]["test"])):
-        assert found["map"] == results[name]["map"]
+    assert both["splits"]["test"]["map"] == results["test"]["map"]
     data = public.load_data(folder.config)
     model = small.restored(folder.path, data, folder.config)
     for split in ("val", "test"):

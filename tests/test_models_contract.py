@@ -292,11 +292,6 @@ def test_impossible_model_options_are_refused(spec, options, message):
         tiny.init_identifier(tiny.make_model(spec, **options), frames, clips)
 
 
-def test_numbers_of_numpy_are_possible_model_options():
-    for scale in (np.float64(0.5), (np.float32(0.5), 1)):
-        assert tiny.make_model(PLDA, scale=scale).scale == scale
-
-
 @pytest.mark.parametrize("name", NETS)
 def test_embedding_is_the_input_of_the_classifier(name):
     net = made(name)

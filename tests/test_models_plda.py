@@ -20,7 +20,7 @@ from tests.helpers.embeddings import exact, unit
 from tests.helpers.made_frames import make_frames
 from tests.helpers.made_models import init_identifier
 from tests.helpers.seen import refused
-from vidjax.apps.gallery import backend as backend_lib, grouping, index as index_lib
+from vidjax.apps.gallery import backend as backend_lib, index as index_lib
 from vidjax.core import ensemble
 from vidjax.core.batch import ClipInfo
 from vidjax.models import plda_fit, two_covariance
@@ -232,7 +232,7 @@ def draw_photos(rng, people, clips, *, shared=0.0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shared", [0.0, 0.5, 0.7])
+@pytest.mark.parametrize("shared", [0.0, 0.7])
 def test_photos_of_one_day_name_more_clips_than_one_photo(shared):
     """The people of the fit are enrolled, all with four photos of one day. Names show no day."""
     rng = np.random.default_rng(0)
@@ -259,23 +259,6 @@ def test_few_people_of_a_fit_do_not_name_strangers_as_people_who_are_enrolled_la
         results.append(name_later_people(draw_photos(rng, 30, 2), photos[:, :1], queries)[:3])
     new, known, named_strangers = np.mean(results, axis=0)
     assert 0.4 < new < 0.6 and known > 0.75 and named_strangers < 0.15
-
-
-@pytest.mark.slow
-def test_clips_of_several_days_form_few_groups_of_a_person():
-    """Clips of a day share 70 % of the noise. 20 people have 4 clips on each of 3 days."""
-    rng = np.random.default_rng(0)
-    fitted = draw_photos(rng, 100, 3)
-    backend = backend_lib.fit(
-        {"face": fitted.reshape(-1, 64)}, np.repeat(np.arange(1, 101), 4), centred=False
-    )
-    noise = np.sqrt(0.7) * rng.normal(size=(20, 3, 1, 64))
-    noise = noise + np.sqrt(0.3) * rng.normal(size=(20, 3, 4, 64))
-    x = unit(rng.normal(size=(20, 1, 1, 64)) + noise).reshape(-1, 64).astype(np.float32)
-    labels = grouping.group(backend, [f"clip {n}" for n in range(len(x))], [x])
-    assert len(np.unique(labels)) <= 25
-    people = np.arange(len(x)) // 12
-    assert all(len(np.unique(people[labels == label])) == 1 for label in np.unique(labels))
 
 
 @pytest.mark.parametrize(("shared", "most", "low", "high"), [
@@ -336,7 +319,6 @@ def test_settings_are_fitted_although_no_clip_or_only_one_clip_has_a_voice(monke
 
 @pytest.mark.parametrize(("name", "word", "remedy"), [
     ("plda", "mixup=0.2", "--config.mixup=0.0"),
-    ("plda", "optim.learning_rate=0.1", "--config.optim.learning_rate=0.001"),
     ("plda", "num_epochs=1.5", "--config.num_epochs=2"),  # it reads all clips twice
     ("knn", "ensemble.bootstraps=3", "--config.ensemble.bootstraps=0"),
     ("plda", "ensemble.seeds=3", "--config.ensemble.seeds=1"),  # the members would be equal

@@ -12,12 +12,10 @@ import pytest
 
 from tests.helpers import clip_files, made_galleries, small_runs
 from tests.helpers.cases import quick_first
-from tests.helpers.limits import traced_memory
 from tests.helpers.seen import refused
 from vidjax.data import sources
 from vidjax.data.clips import Split
 from vidjax.evaluation import predict, trained_runs
-from vidjax.evaluation.scoring import ScoreBlock
 from vidjax.runs import checkpoint, config as config_lib, config_io
 from vidjax.utils import files
 
@@ -138,7 +136,6 @@ def test_clips_that_lack_a_modality_of_the_run_are_reported(restored, clips):
 
 
 @pytest.mark.parametrize(("counts", "wanted"), [
-    ({"face": 100, "audio": 100}, ""), ({"face": 100, "audio": 30}, ""),
     ({"face": 100, "audio": 11}, ""), ({"face": 100, "audio": 10}, "10 % have audio"),
     ({"face": 100, "head": 1, "audio": 0}, "1 % have head, 0 % have audio"),
     # One clip, or two clips, may lack a modality by chance.
@@ -178,24 +175,6 @@ def test_identify_uses_a_measured_threshold_only_if_it_holds_for_new_clips(resto
     (three,) = run.identify(dict([*five.items()][:1]), k=3, threshold=float("-inf")).values()
     assert len(three) == 3 and three[0][1] >= three[1][1] >= three[2][1]
     refused(lambda: run.identify(five, k=0), "k=0: give 1 or more")
-
-
-def test_identify_needs_no_memory_for_all_scores(restored, monkeypatch):
-    """6,400 clips have 25 MB of scores of 1,000 people, which come in blocks of 64 clips."""
-    names, people = (tuple(map(str, range(count))) for count in (6400, 1000))
-
-    def score_blocks(*_):
-        for clips in np.split(np.arange(6400, dtype=np.int32), 100):
-            yield ScoreBlock(np.zeros((64, 1000), np.float32), clips, np.ones(64, bool))
-
-    request = predict.Request(restored("knn"), "clips", np.arange(6400), names, 64)
-    monkeypatch.setattr(predict.Predictor, "request", lambda *_: request)
-    monkeypatch.setattr(predict.Predictor, "_score_blocks", score_blocks)
-    run = replace(restored("knn"), identities=people)
-    with traced_memory() as peak:
-        answers = run.identify({}, threshold=-1.0)
-    assert answers == {name: [("0", 0.0)] for name in names}  # all scores are equal
-    assert peak[0] < 8e6
 
 
 @pytest.mark.parametrize(("features", "message"), [

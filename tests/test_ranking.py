@@ -222,11 +222,9 @@ def test_score_command_prints_the_score_on_the_last_line_and_hints(tmp_path, com
 FAULTS = {
     "repeated clip": ("1 x.mp4 x.mp4 a.mp4\n", "0.5", "line 1: 'x.mp4'"),
     "byte order mark": ("\ufeff1 a.mp4\n", "0", "line 1: a byte order mark precedes identity '1'"),
-    "byte order mark of an unknown identity": ("\ufeff7 a.mp4\n1 a.mp4", "1", "precedes identity"),
     "line ends of old Macs": ("1 x.mp4 a.mp4\r", "0.5", "lines end as on old Macs"),
     "no ending": ("1 a x.mp4\n", "0", "line 1: the organisers' script does not find 'a'"),
     "another ending": ("1 x.mp4 a.MP4\n", "0", "the ground truth has 'a.mp4': write the same"),
-    "two endings": ("1 x.mp4 a.mp4.mp4\n", "0", "does not find 'a.mp4.mp4'"),
     "unknown identity": ("1 a.mp4\n7 a.mp4\n", "1", "line 2: identity '7'"),
     "repeated identity": ("1 x.mp4 a.mp4\n1 a.mp4\n", "1", "line 2: identity '1'"),
     "long name": ("1 a.mp4" + 2 * (" " + 999 * "x") + "\n", "1", f"'{100 * 'x'}...' is repeated"),
@@ -235,13 +233,16 @@ FAULTS = {
     "no-break space": ("1 x.mp4\u00a0a.mp4\n", "0.5", "line 1: fields"),
     "not UTF-8": ("1 x\udcff.mp4 a.mp4\n", "0.5", "line 1: the line is not UTF-8"),
     "empty file": ("", "0", "the file is empty"),
+    # Macs write an accent as a letter of its own. The script compares exact strings.
+    "another form": ("1 e\u0301.mp4\n", "0", "in another Unicode form: write the same name"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_ranking_faults_warn_and_are_errors_with_strict(tmp_path, command, fault):
     submission, score, words = FAULTS[fault]
-    paths = write(tmp_path, "1 a.mp4\n", submission)
+    truth = "1 \u00e9.mp4\n" if fault == "another form" else "1 a.mp4\n"
+    paths = write(tmp_path, truth, submission)
     code, out, err = command("score", *paths)
     assert (code, out.splitlines()[-1]) == (0, score)
     warning = err.splitlines()[0]
@@ -261,15 +262,6 @@ def test_submission_that_the_script_refuses_is_refused(tmp_path, command, strict
     assert command("score", *paths).out.splitlines()[-1] == "1"
 
 
-def test_a_clip_in_another_unicode_form_is_reported(tmp_path, command):
-    """Macs write an accent as a letter of its own. The script compares exact strings."""
-    for truth, clip in (("\u00e9", "e\u0301"), ("e\u0301", "\u00e9")):
-        paths = write(tmp_path, f"1 {truth}.mp4\n", f"1 {clip}.mp4\n")
-        code, out, err = command("score", *paths)
-        assert (code, out.splitlines()[-1]) == (0, "0")
-        assert "in another Unicode form: write the same name" in err.splitlines()[0]
-
-
 # Clip -> identity. Blanks are written %20. A % before two hexadecimal digits is written %25, but a
 # user may have forgotten it, as in the second line of TRUTH for the clip `d%20e`.
 CLIPS = {"a": "Ada", "b c": "Bo B", "d%20e": "Bo B", "f%2Fg": "x%2Fy", "100%": "7"}
@@ -283,9 +275,7 @@ FORMS = {
     "official": lambda text: text,
     "no endings": lambda text: text.replace(".mp4", ""),
     "an ending less": lambda text: text.replace("e.mp4", "e"),
-    "upper case": lambda text: text.replace(".mp4", ".MP4"),
     "two endings": lambda text: text.replace(".mp4", ".mp4.mp4"),
-    "blanks": lambda text: text.replace(" ", "  \t "),
     "old Mac": lambda text: text.replace("\n", "\r"),
     "Windows": lambda text: "\ufeff" + text.replace("\n", "\r\n"),
     "empty lines": lambda text: "\n \n" + text.replace("\n", "\n\n"),

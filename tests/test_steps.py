@@ -131,15 +131,12 @@ def test_loss_of_frame_examples_is_the_mean_over_the_frames_of_a_clip(mean_over)
     assert float(loss[0]) == pytest.approx(total / divisor, rel=1e-5)
 
 
-def test_frame_examples_need_equal_frame_counts_of_all_modalities():
+def test_fusions_that_do_not_fit_the_use_of_frames_are_refused():
+    """Otherwise the error would come after the training, or after its first epoch."""
     four, two = ({"name": "sample", "num_frames": count} for count in (4, 2))
     fusion = {"face": {"train": four, "evaluate": four}, "audio": {"train": two, "evaluate": two}}
     system = make(after_fusion="examples", fusion=fusion)
     refused(lambda: init(system, np.arange(5)), "after_fusion=examples", "[2, 4]")
-
-
-def test_random_fusion_is_refused_for_evaluation_and_for_new_labels():
-    """Otherwise the error would come after the training, or after its first epoch."""
     draw = {"name": "random", "num_draws": 1}
     refused(lambda: make(fusion={"face": {"evaluate": draw}}), "face.evaluate", "only for training")
     by_train: Any = {"noise__relabel_by": "train", "fusion": {"face": {"train": draw}}}
@@ -339,10 +336,6 @@ def test_log_softmax_keeps_the_order_of_probabilities_near_one():
     of_smaller, of_larger = logs[..., 0]
     assert (of_smaller < of_larger).all()
     assert (of_larger <= 0).all()
-
-
-def test_log_softmax_of_a_single_column_is_0_and_of_nan_is_nan():
-    logits = jnp.array([[5.0, 1.0], [1.0, jnp.nan]])
-    logs = jax.jit(losses.log_softmax)(logits, np.array([False, True]))  # only column 1 counts
-    assert logs[0, 1] == 0.0
-    assert np.isnan(logs[1, 1])
+    # Only column 1 counts. Its logarithm is 0, or NaN.
+    logs = losses.log_softmax(jnp.array([[5.0, 1.0], [1.0, jnp.nan]]), np.array([False, True]))
+    assert logs[0, 1] == 0.0 and np.isnan(logs[1, 1])
