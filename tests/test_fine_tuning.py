@@ -1,7 +1,6 @@
 """Training from the weights of a run, with frozen parameters, early stops, and several splits."""
 
 import itertools
-import json
 import shutil
 import signal
 
@@ -15,7 +14,7 @@ from tests.helpers.cases import nightly_after_first
 from tests.helpers.seen import refused
 from vidjax.core import devices, ensemble
 from vidjax.core.ensemble import Member, TrainingSets
-from vidjax.runs import checkpoint, config_io, members_file, signals
+from vidjax.runs import checkpoint, config_io, members_file, results as results_lib, signals
 from vidjax.runs.run_folder import RunFolder
 from vidjax.training import early_stop, init_from, profiler, public, resume, train_step
 from vidjax.training.dry_run import dry_run
@@ -256,11 +255,9 @@ def test_several_splits_are_evaluated_and_one_chooses_the_best_step(tmp_path, sa
     assert "in sample: the run was trained" in out.partition("on train")[2]
     assert "on test" in out and (tmp_path / "run" / "profile").is_dir()
     assert say(*flags, *words).count("map has not improved since step 2") == 1  # the finished run
-    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    scored = [line for line in lines if "split" in line]
-    assert [line["step"] for line in scored] == [2, 4, 6]
-
     folder = RunFolder(tmp_path / "run")
+    scored = [x for x in results_lib.read_lines(folder.path / "metrics.jsonl") if "split" in x]
+    assert [line["step"] for line in scored] == [2, 4, 6]
     results = {"val": folder.metrics(), "test": folder.metrics(folder.paths("test"))}
     assert folder.metrics(folder.paths("train"))["map_kind"] == "in_sample"
     assert results["val"]["best_map"] == results["test"]["best_map"] == scored[0]["map"]
@@ -277,7 +274,6 @@ def test_several_splits_are_evaluated_and_one_chooses_the_best_step(tmp_path, sa
         scores = small.scores(model, split)
         own = scores[np.arange(6), data.split(split).labels - 1]
         assert results[split]["eval_loss"] == pytest.approx(-own.mean(), rel=1e-5)
-
     page = (folder.path / "report.html").read_text()
     assert "report_test.html" in page and "has not improved" in page
     for bad in ("--config.eval.split=train", "--config.profile=3,1", "--config.profile=999,1000"):

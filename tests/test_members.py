@@ -1,7 +1,7 @@
 """Ensembles. Axes: E members, N or B clips, K identities."""
 
 import dataclasses
-import io
+import functools
 import json
 import shutil
 import zipfile
@@ -112,19 +112,19 @@ def test_run_of_version_0_1_0_is_restored_if_its_files_are_unchanged(nearest_run
     # A gallery of the run compares this digest.
     known = {"files": earlier.manifest["files"], **digests}
     assert earlier.digest == files.sha256_json([known, config_io.to_json(earlier.config)])
-    for name, changed in (
-        ("identities.json", json.dumps([*run.identities[::-1]]).encode()),
-        ("members.npz", npz(members="[[0]]", clips="a\nb", trained=[[True, False]])),
-        ("members.npz", b""),
-    ):
+    sets = ensemble.TrainingSets((ensemble.Member(),), ("a", "b"), np.eye(1, 2, dtype=bool))
+    members_file.write_copies(tmp_path, [*run.identities[::-1]], sets)  # of another run
+    for name, damage in (
+        *((name, (tmp_path / name).read_bytes()) for name in COPIES),
+        ("members.npz", b""), ("members.npz", None),
+    ):  # fmt: skip
         content = (folder / name).read_bytes()
-        for damage in (changed, None):
-            (folder / name).unlink()
-            if damage is not None:
-                (folder / name).write_bytes(damage)
-            with pytest.raises(checkpoint.CheckpointError, match=f"{folder / name}'") as caught:
-                restored(folder)
-            assert len(str(caught.value).splitlines()) == 2
+        (folder / name).unlink()
+        if damage is not None:
+            (folder / name).write_bytes(damage)
+        with pytest.raises(checkpoint.CheckpointError, match=f"{folder / name}'") as caught:
+            restored(folder)
+        assert len(str(caught.value).splitlines()) == 2
         (folder / name).write_bytes(content)
     assert restored(folder).digest == earlier.digest
 
@@ -151,14 +151,6 @@ def test_gallery_of_version_0_1_0_answers_as_before_or_names_the_command_to_migr
         lambda: vidjax.Gallery(tmp_path / "gallery").identify(clips),
         "gallery create NEW --run=FOLDER --empty", f"gallery migrate {tmp_path / 'gallery'} NEW",
     )  # fmt: skip
-
-
-def npz(trained=(), **texts):
-    """Returns the content of an `.npz`. Texts are stored as bytes."""
-    arrays: Any = {name: np.frombuffer(text.encode(), np.uint8) for name, text in texts.items()}
-    content = io.BytesIO()
-    np.savez(content, trained=np.array(trained, bool), **arrays)
-    return content.getvalue()
 
 
 @pytest.mark.parametrize(("name", "value"), [
@@ -232,7 +224,7 @@ def ensemble_run(data, tmp_path_factory):
 
 def member_of(folder, number):
     """Returns the weights of one member of a run."""
-    return {name: value[number] for name, value in weights(folder).items()}
+    return jax.tree.map(lambda value: value[number], weights(folder))
 
 
 @pytest.mark.slow
@@ -292,10 +284,9 @@ def test_bootstrap_samples_lose_no_identity_but_samples_of_all_clips_do():
     So a draw from all clips lacks all n clips of an identity with a probability near exp(-n).
     """
     labels = np.repeat(np.arange(60), np.arange(60) % 3 + 1)  # one, two or three clips each
-    of_identities, of_all = (
-        np.stack([ensemble.draw_bootstrap(labels, n, seed=0, resample=kind) for n in range(400)])
-        for kind in ("identity", "all")
-    )
+    draw = functools.partial(ensemble.draw_bootstrap, labels, seed=0)
+    of_identities = np.stack([draw(n, resample="identity") for n in range(400)])
+    of_all = np.stack([draw(n, resample="all") for n in range(400)])
     assert (of_all.sum(axis=1) == len(labels)).all()
     for n in (1, 2, 3):
         # Identities n - 1, n + 2, n + 5 and so on have n clips.
@@ -305,9 +296,8 @@ def test_bootstrap_samples_lose_no_identity_but_samples_of_all_clips_do():
         assert left_out == pytest.approx((1 - 1 / n) ** n, abs=0.02)
         lost = np.mean([of_all[:, clips].sum(axis=1) == 0 for clips in masks])  # all n clips
         assert lost == pytest.approx(np.exp(-n), abs=0.02)
-    uses = ensemble.count_clip_uses(
-        make_members(bootstraps=2), labels, folds=0, seed=0, resample="all"
-    )
+    members = make_members(bootstraps=2)
+    uses = ensemble.count_clip_uses(members, labels, folds=0, seed=0, resample="all")
     np.testing.assert_array_equal(uses, of_all[:2])
 
 

@@ -175,10 +175,8 @@ def test_accumulated_gradients_equal_their_mean():
 
     stacked = jax.tree.map(lambda *x: np.stack(x), *grads)
     means = jax.tree.map(lambda x: x.reshape(6, 4, *x.shape[1:]).mean(axis=1), stacked)
-    (fine, rates_of_steps), (coarse, rates_of_updates) = (
-        run(24, stacked, accumulate=4),
-        run(6, means),
-    )
+    fine, rates_of_steps = run(24, stacked, accumulate=4)
+    coarse, rates_of_updates = run(6, means)
     close = functools.partial(np.testing.assert_allclose, atol=1e-6)
     jax.tree.map(close, jax.tree.map(lambda x: x[3::4], fine), coarse)
     np.testing.assert_array_equal(rates_of_steps, np.repeat(rates_of_updates, 4))

@@ -57,9 +57,9 @@ def test_run_scores_new_clips_with_its_configured_quality(tmp_path):
 
     Nearest neighbours compare quality-weighted means, so a wrong quality would change the scores.
     """
-    made = [*clip_files.learnable_clips()]
-    splits = {split: clip_files.as_arrays(clips) for split, clips, _ in made}
-    labels = {clip: identity for *_, truth in made for clip, identity in truth.items()}
+    splits, labels = {}, {}
+    for split, clips, truth in clip_files.learnable_clips():
+        splits[split], labels = clip_files.as_arrays(clips), labels | truth
     data = vidjax.load_data(splits, labels, cache_dir=tmp_path, quality="norm")
     words = ("--config.data.name=arrays", "--config.data.quality=norm", "--config.num_epochs=1")
     small_runs.run(small_runs.shrunk(*words, spec="configs/knn.py:face"), tmp_path / "run", data)

@@ -80,8 +80,7 @@ def test_clip_weight_is_the_file_weight_times_the_class_balance(data, tmp_path, 
     of_file = np.ones(len(clips))
     of_file[::3], of_file[1::7] = 2.5, 0.0
     path = tmp_path / "weights.txt"
-    lines = (f"{c}.mp4 {w}\n" for c, w in zip(clips, of_file, strict=True) if w != 1)
-    path.write_text("".join(lines))
+    path.write_text("".join(f"{c}.mp4 {w}\n" for c, w in zip(clips, of_file, strict=True)))
     words = ("--config.data.train_splits=train,val", "--config.eval.split=test")
     words += ("--config.data.balance=0.5", f"--config.data.weights={path}")
     made = make_plan(small.shrunk(*words, spec=spec), data)
