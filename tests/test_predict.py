@@ -145,8 +145,7 @@ def test_a_modality_is_missing_if_hardly_any_clip_has_it(counts, wanted):
     num_clips = max(counts.values())
     lengths = {name: 5 * (np.arange(num_clips) < count) for name, count in counts.items()}
     split = Split("val", (), np.zeros(0), False, np.zeros(0), 0, lengths)
-    expected = pytest.warns(UserWarning, match=wanted) if wanted else contextlib.nullcontext()
-    with expected:
+    with pytest.warns(UserWarning, match=wanted) if wanted else contextlib.nullcontext():
         trained_runs.warn_of_missing_modalities(split, counts)
 
 
