@@ -65,17 +65,17 @@ def oracle(scores, views, rows):
     return (1 - weights.sum(axis=1, keepdims=True)) * p + weights @ p
 
 
-def take(views, rows):
-    return [x._replace(vectors=x.vectors[rows], present=x.present[rows]) for x in views]
-
-
 @pytest.mark.parametrize("size", [3, 256])
 def test_ranking_is_by_the_probabilities_of_the_equation(scores, views, size, monkeypatch):
     monkeypatch.setattr(diffusion, "MAX_ROWS", size)
     monkeypatch.setattr(diffusion, "MAX_VALUES", 100)  # of few identities at a time
     # The clips of a group are compared. The last group is a single clip.
     groups = [np.arange(0, N, 2), np.arange(1, N - 2, 2), np.array([N - 1])]
-    weights = diffusion.weigh_neighbours(scores, [(rows, take(views, rows)) for rows in groups])
+    compared = [
+        (rows, [x._replace(vectors=x.vectors[rows], present=x.present[rows]) for x in views])
+        for rows in groups
+    ]
+    weights = diffusion.weigh_neighbours(scores, compared)
     assert weights.max() > 0.05
     top = diffusion.rank(scores, weights)
     expected = np.zeros((N, C))

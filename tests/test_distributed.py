@@ -79,14 +79,6 @@ def wait(processes):
     return [process.wait(SECONDS) for process in processes]
 
 
-def wait_for_checkpoint(folder, processes):
-    """Waits until there is a new checkpoint. Asserts that no process ends before."""
-    before, end = checkpoint.manifests(folder).keys(), time.monotonic() + SECONDS
-    while checkpoint.manifests(folder).keys() <= before:
-        assert time.monotonic() < end and all(process.poll() is None for process in processes)
-        time.sleep(0.01)
-
-
 def assert_close(left, right):
     """Asserts that parameters, moments, losses and results of two runs are close."""
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
@@ -114,7 +106,10 @@ def test_two_processes_resume_after_a_kill_of_one(start, official_data, tmp_path
 
     for signum in (signal.SIGTERM, signal.SIGKILL) if nightly else (signal.SIGKILL,):
         pair = start(*words)
-        wait_for_checkpoint(two, pair)
+        before, end = checkpoint.manifests(two).keys(), time.monotonic() + SECONDS
+        while checkpoint.manifests(two).keys() <= before:
+            assert time.monotonic() < end and all(process.poll() is None for process in pair)
+            time.sleep(0.01)
         pair[1].send_signal(signum)
         first, second = wait(pair)
         if signum == signal.SIGTERM:

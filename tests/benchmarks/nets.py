@@ -73,7 +73,10 @@ def measure_names(
     """
     rng, draws = np.random.default_rng(0), []
     if photos is None:
-        groups, pool = np.arange(len(clips.people)), list_frequent(clips)
+        found, counts = np.unique(clips.people, return_counts=True)
+        groups, pool = np.arange(len(clips.people)), found[counts > max(COUNTS)]
+        if not len(pool):
+            raise SystemExit(f"nobody has more than {max(COUNTS)} usable photos")
     else:
         groups, pool = decision.group_for_votes(model, clips), np.arange(len(photos))
     for _ in range(DRAWS):
@@ -86,14 +89,6 @@ def measure_names(
         draws.append(_judge(model, clips, people, enrolled, groups, left))
     table = np.ma.masked_invalid([[*x.values()] for x in draws])
     return dict(zip(draws[0], table.mean(0).filled(np.nan).tolist(), strict=True))
-
-
-def list_frequent(photos: Any) -> np.ndarray:
-    """Returns the people who have more photos than are enrolled."""
-    people, counts = np.unique(photos.people, return_counts=True)
-    if not any(counts > max(COUNTS)):
-        raise SystemExit(f"nobody has more than {max(COUNTS)} usable photos")
-    return people[counts > max(COUNTS)]
 
 
 def _judge(
