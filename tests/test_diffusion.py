@@ -12,14 +12,7 @@ N, C, D = 40, 6, 8
 RNG = np.random.default_rng(0)
 
 
-@pytest.fixture(scope="module")
-def people():
-    """The person of each of N clips. 0 is a stranger."""
-    return RNG.integers(0, 1 + C, N)
-
-
-@pytest.fixture(scope="module")
-def scores(people):
+def make_scores(people):
     logits = RNG.normal(size=(N, 1 + C))
     logits[np.arange(N), people] += 2
     logs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
@@ -29,15 +22,11 @@ def scores(people):
     return scores_lib.Scores(array, np.ones((1, N), bool), "val", True, True, *names)
 
 
-@pytest.fixture(scope="module")
-def views(people):
-    def view(scale):
-        centres = np.vstack([RNG.normal(size=(1, D)), 2 * RNG.normal(size=(C, D))])
-        z = (centres[people] + RNG.normal(size=(N, D))).astype(np.float32)
-        present = RNG.random(N) < 0.8
-        return diffusion.View(z * present[:, None], present, RNG.uniform(1, 5, D), scale)
-
-    return [view(1.0), view(0.5)]
+def make_view(people, scale):
+    centres = np.vstack([RNG.normal(size=(1, D)), 2 * RNG.normal(size=(C, D))])
+    z = (centres[people] + RNG.normal(size=(N, D))).astype(np.float32)
+    present = RNG.random(N) < 0.8
+    return diffusion.View(z * present[:, None], present, RNG.uniform(1, 5, D), scale)
 
 
 def oracle(scores, views, rows):
@@ -66,7 +55,9 @@ def oracle(scores, views, rows):
 
 
 @pytest.mark.parametrize("size", [3, 256])
-def test_ranking_is_by_the_probabilities_of_the_equation(scores, views, size, monkeypatch):
+def test_ranking_is_by_the_probabilities_of_the_equation(size, monkeypatch):
+    people = RNG.integers(0, 1 + C, N)  # the person of each clip; 0 is a stranger
+    scores, views = make_scores(people), [make_view(people, scale) for scale in (1.0, 0.5)]
     monkeypatch.setattr(diffusion, "MAX_ROWS", size)
     monkeypatch.setattr(diffusion, "MAX_VALUES", 100)  # of few identities at a time
     # The clips of a group are compared. The last group is a single clip.

@@ -1,5 +1,6 @@
 """Training from the weights of a run, with frozen parameters, early stops, and several splits."""
 
+import functools
 import itertools
 import shutil
 import signal
@@ -27,17 +28,14 @@ MLP = "configs/quality_fusion.py:iqiyi_vid"
 @pytest.fixture(scope="session")
 def half_run(data, tmp_path_factory):
     """Returns a function that trains with every second identity. The others are distractors."""
-    made = {}
 
-    def train(spec=MLP, *words):
-        if (spec, *words) not in made:
-            folder = tmp_path_factory.mktemp("half")
-            config = small.shrunk("--config.num_epochs=1", *words, spec=spec)
-            with pytest.warns(VidjaxWarning, match="not in the training data"):
-                half = data.with_identities(data.identities[::2])
-            small.run(config, folder, half)
-            made[spec, *words] = folder
-        return made[spec, *words]
+    @functools.cache
+    def train(spec):
+        folder = tmp_path_factory.mktemp("half")
+        with pytest.warns(VidjaxWarning, match="not in the training data"):
+            half = data.with_identities(data.identities[::2])
+        small.run(small.shrunk("--config.num_epochs=1", spec=spec), folder, half)
+        return folder
 
     return train
 
@@ -100,7 +98,7 @@ OPTIONS = (
 @pytest.mark.slow
 def test_resumed_fine_tuning_equals_a_whole_one_without_the_first_run(data, half_run, tmp_path):
     """Training is stopped in the middle of an accumulation, and after the last evaluation."""
-    source = shutil.copytree(half_run(), tmp_path / "source")
+    source = shutil.copytree(half_run(MLP), tmp_path / "source")
     config = small.shrunk(*OPTIONS, small.STREAMED, f"--config.init_from={source}", spec=MLP)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     done = small.run(config, whole, data)
@@ -123,16 +121,16 @@ def test_resumed_fine_tuning_equals_a_whole_one_without_the_first_run(data, half
     frozen = [key for key in small.weights(whole) if "layer_0" in key and "kernel" in key]
     assert frozen
     for key in frozen:
-        np.testing.assert_array_equal(small.weights(whole)[key], small.weights(half_run())[key])
+        np.testing.assert_array_equal(small.weights(whole)[key], small.weights(half_run(MLP))[key])
     assert done["init_from"] == RunFolder(parts).metrics()["init_from"]
     assert (done["init_from"]["run"], done["init_from"]["identities"]) == (str(source), 6)
-    assert done["init_from"]["step"] == max(checkpoint.manifests(half_run()))
+    assert done["init_from"]["step"] == max(checkpoint.manifests(half_run(MLP)))
 
 
 @pytest.mark.slow
 def test_runs_of_other_kinds_are_refused(data, half_run, trained, official_dir, tmp_path, command):
     """Another model, size or ensemble, a damaged run, and a model without steps."""
-    source = half_run()
+    source = half_run(MLP)
 
     def refuse(*words, config="quality_fusion", run=source, code=2):
         flags = (f"--config={config}", f"--config.init_from={run}", f"--workdir={tmp_path / 'new'}")
@@ -151,9 +149,8 @@ def test_runs_of_other_kinds_are_refused(data, half_run, trained, official_dir, 
         assert "is damaged" in refuse(run=damaged, code=3)
     (damaged / "metrics.json").unlink()
     assert "is not finished" in refuse(run=damaged)
-    assert "has 3 members, but this run has 2" in refuse(
-        "--config.ensemble.seeds=2", run=trained(MLP, "--config.ensemble.seeds=3")
-    )
+    run = trained(MLP, "--config.ensemble.seeds=3")
+    assert "has 3 members, but this run has 2" in refuse("--config.ensemble.seeds=2", run=run)
     assert not (tmp_path / "new").exists()
     config = small.shrunk("--config.model.layers=((9,'swish',True,0.5),)", spec=MLP)
     config.init_from, config.modalities = str(source), ("audio",)
@@ -272,7 +269,7 @@ def test_several_splits_are_evaluated_and_one_chooses_the_best_step(tmp_path, sa
         assert results[split]["eval_loss"] == pytest.approx(-own.mean(), rel=1e-5)
     page = (folder.path / "report.html").read_text()
     assert "report_test.html" in page and "has not improved" in page
-    for bad in ("--config.eval.split=train", "--config.profile=3,1", "--config.profile=999,1000"):
-        assert command(*flags[:-1], bad, f"--workdir={tmp_path / 'new'}").refused(
-            bad.partition("=")[0].removeprefix("--")
-        )
+    new = f"--workdir={tmp_path / 'new'}"
+    for bad in ("eval.split=train", "profile=3,1", "profile=999,1000"):
+        done = command(*flags[:-1], f"--config.{bad}", new)
+        assert done.refused(f"config.{bad.partition('=')[0]}")

@@ -58,13 +58,12 @@ def test_fallback_weights_match_a_loop_over_clips(measure, threshold):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [(), ("face",)])
-def test_each_branch_equals_a_separate_model_on_its_clips(names):
+def test_each_branch_equals_a_separate_model_on_its_clips():
     """The other model learns its scale, but no weight: a modality alone needs none."""
     main = {**DENSE, "head": "cosine", "logit_scale": 16.0}
     other: Any = {"name": "cosine", "embed_dim": 7}
     frames, clips = tiny.make_batch()
-    model = tiny.make_model(FALLBACK, main=main, other=other, main_modalities=names)
+    model = tiny.make_model(FALLBACK, main=main, other=other, main_modalities=("face",))
     variables = tiny.init_identifier(model, frames, clips)
     variables["params"] = tiny.randomised(variables["params"])
     assert "weights" not in variables["params"]["other"]  # below 0, it would negate all cosines
@@ -72,14 +71,12 @@ def test_each_branch_equals_a_separate_model_on_its_clips(names):
     out, after = tiny.train_output(model, variables, frames, clips, jax.random.key(5))
     evaluated = tiny.eval_output(model, variables, frames, clips)
     np.testing.assert_array_equal(evaluated.logit_scale, [16, 21])
-    for branch, (part, spec, used) in enumerate((
-        ("main", main, names or tuple(tiny.DIMS)), ("other", other, ("head",)),
-    )):  # fmt: skip
-        sizes: Any = {"num_classes": 5, "num_clips": 6}
-        sizes["modalities"] = {name: tiny.DIMS[name] for name in used}
+    branches = ("main", main, "face"), ("other", other, "head")
+    for branch, (part, spec, used) in enumerate(branches):
+        sizes: Any = {"num_classes": 5, "num_clips": 6, "modalities": {used: tiny.DIMS[used]}}
         net = build_system.make_identifier(spec, **sizes)
         own = {collection: tree[part] for collection, tree in variables.items()}
-        seen = clips.mask & frames[used[0]].mask.any(axis=1)  # the branch learns from these
+        seen = clips.mask & frames[used].mask.any(axis=1)  # the branch learns from these
         logits, net_after = tiny.train_logits(net, own, frames, clips._replace(mask=seen), seed=5)
         assert_close(out.logits[:, branch][seen], logits[seen])
         jax.tree.map(assert_close, net_after["batch_stats"], after["batch_stats"][part])
@@ -253,8 +250,7 @@ def test_dropout_is_used_only_in_training(name):
 @pytest.mark.parametrize(("spec", "options", "message"), [
     ({"name": "mlp"}, {}, f"choose from {', '.join(sorted(build_system.MODELS))}"),
     ({"name": "mma", "num_classes": 3}, {}, "no option num_classes"),
-    (tiny.SMALL, {"gama": 1}, "no option gama; its options: attention, dropout_rate"),
-    (tiny.SMALL, {"gate": False}, "if another version of vidjax trained the run, use that version"),
+    (tiny.SMALL, {"gama": 1}, "gama; its options: attention, (.|\n)*if another version of vidjax"),
     (tiny.SMALL, {"attention": "off"}, "attention='off': must be True or False"),
     (tiny.SMALL, {"logit_scale": 16.0}, "config.model.head=cosine"),
     (DENSE, {"backbone": "deep"}, "unknown backbone 'deep'; choose from block, mlp, residual"),
@@ -265,7 +261,6 @@ def test_dropout_is_used_only_in_training(name):
     (DEEPMEF, {"modality": "scene"}, "or choose one of these for config.model.modality"),
     (DEEPMEF, {"channel_attention": "channels"}, "needs 40 frames, not 4"),
     (PLDA, {"scale": 0.0}, "scale=0.0: Expected `float` > 0.0"),
-    (PLDA, {"stranger": "a"}, "stranger=a: Expected `float | array | null`, got `str`"),
     (PLDA, {"within": (0.5, None)}, r"Expected `float`, got `null` - at `\$\[1\]`"),
     (FALLBACK, {"main": 1}, "main=1: Expected `object`, got `int`"),
     ({"name": "fallback"}, {}, "model 'fallback' needs main, other, other_modalities"),

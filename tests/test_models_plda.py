@@ -191,13 +191,9 @@ def test_plda_probabilities_are_calibrated(num_people):
 
 
 def draw_photos(rng, people, clips, *, shared=0.0):
-    """Draws photos, of which the last is from another day than all others, [people, clips + 1, D].
-
-    Photos of one day have the share `shared` of their noise in common.
-    """
-    noise = rng.normal(size=(people, clips + 1, 64))
-    noise[:, :-1] *= np.sqrt(1 - shared)
-    noise[:, :-1] += np.sqrt(shared) * rng.normal(size=(people, 1, 64))
+    """Draws photos [people, clips, D], which have the share `shared` of their noise in common."""
+    noise = np.sqrt(1 - shared) * rng.normal(size=(people, clips, 64))
+    noise += np.sqrt(shared) * rng.normal(size=(people, 1, 64))
     return unit(rng.normal(size=(people, 1, 64)) + noise).astype(np.float32)
 
 
@@ -207,8 +203,8 @@ def test_few_people_of_a_fit_do_not_name_strangers_as_people_who_are_enrolled_la
     results, names, labels = [], [*map(str, range(100))], np.repeat(np.arange(1, 31), 3)
     for seed in range(3):
         rng = np.random.default_rng(seed)
-        photos, strangers = draw_photos(rng, 100, 1), draw_photos(rng, 100, 0)[:, 0]
-        fitted = {"face": draw_photos(rng, 30, 2).reshape(-1, 64)}
+        photos, strangers = draw_photos(rng, 100, 2), draw_photos(rng, 100, 1)[:, 0]
+        fitted = {"face": draw_photos(rng, 30, 3).reshape(-1, 64)}
         backend = backend_lib.fit(fitted, labels, centred=False)
         index = index_lib.Index(backend, [backend.enrol(names, photos[:, 0], np.arange(100))])
         answers = [*index.nearest([np.concatenate([photos[:, 1], strangers])], 1)]
@@ -218,7 +214,7 @@ def test_few_people_of_a_fit_do_not_name_strangers_as_people_who_are_enrolled_la
         results.append((new, right.mean(), named[100:].mean()))
     new, known, named_strangers = np.mean(results, axis=0)
     assert 0.4 < new < 0.6 and known > 0.75 and named_strangers < 0.15
-    of_a_day = draw_photos(rng, 100, 4, shared=0.7)[:, :4].reshape(-1, 64)
+    of_a_day = draw_photos(rng, 100, 4, shared=0.7).reshape(-1, 64)
     enrolled = backend.enrol(names, of_a_day, np.repeat(np.arange(100), 4))
     assert enrolled.num_clips.mean() < 2.1  # four photos of a day count as one or two
 
@@ -231,7 +227,7 @@ def test_similar_clips_count_as_few_clips(shared, most, low, high):
 
     A person without a clip has no clips.
     """
-    x = draw_photos(np.random.default_rng(0), 200, 10, shared=shared)[:, :10]
+    x = draw_photos(np.random.default_rng(0), 200, 10, shared=shared)
     count, total = np.append(np.full(200, 10.0), 0), np.append(x.sum(axis=1), np.zeros((1, 64)), 0)
     found = two_covariance.count_independent(0.5, count, total, np.minimum(count, most))
     assert low <= found[:-1].mean() <= high and found[-1] == 0

@@ -31,13 +31,9 @@ SYSTEMS = {
 
 
 @pytest.fixture(scope="module")
-def train(trained):
-    return lambda name: trained(*SYSTEMS[name])
-
-
-@pytest.fixture(scope="module")
-def restored(train):
-    return functools.cache(lambda name: predict.restore_run(train(name), num_devices=1))
+def restored(trained):
+    restore = functools.partial(predict.restore_run, num_devices=1)
+    return functools.cache(lambda name: restore(trained(*SYSTEMS[name])))
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +53,8 @@ def ranked(run, clips):
     return [" ".join([who, *(f"{name}.mp4" for name, _ in matches)]) for who, matches in lists]
 
 
-def test_restore_errors_name_the_cause(train, restored, data, tmp_path):
-    folder = train("plda")
+def test_restore_errors_name_the_cause(restored, data, tmp_path):
+    folder = restored("plda").workdir
     refused(lambda: restored("knn").scores(data, split="dev"), "no split 'dev'")
     config = config_lib.default()
     config.join.runs = ("runs/a", "runs/b")
@@ -79,9 +75,9 @@ def test_restore_errors_name_the_cause(train, restored, data, tmp_path):
 
 
 @pytest.mark.parametrize("name", quick_first(SYSTEMS, 2, mark=pytest.mark.nightly))
-def test_predicted_scores_and_rankings_equal_evaluation(name, data, train, restored, clips):
-    folder, run = train(name), restored(name)
-    assert run.workdir == folder and run.step == max(checkpoint.manifests(folder))
+def test_predicted_scores_and_rankings_equal_evaluation(name, data, restored, clips):
+    run, folder = restored(name), restored(name).workdir
+    assert run.step == max(checkpoint.manifests(folder))
     wanted = small_runs.scores(small_runs.restored(folder, data))
     lines = (folder / "ranking.txt").read_text().splitlines()
     scores = run.scores(data)

@@ -13,6 +13,7 @@ import pytest
 
 import vidjax
 from tests.helpers import clip_files, made_runs
+from tests.helpers.made_runs import write_pair
 from tests.helpers.seen import refused
 from vidjax.data import labels
 from vidjax.data.memory import load_clips
@@ -175,15 +176,10 @@ def test_write_ranking_round_trips_and_refuses_repeated_or_invalid_names(tmp_pat
 MANY = " ".join(f"x{i}.mp4" for i in range(101))  # a line may have at most 100 clips
 
 
-def write(folder, truth, submission):
-    paths = folder / "gt.txt", folder / "ranking.txt"
-    for path, text in zip(paths, (truth, submission), strict=True):
-        path.write_bytes(text.encode("utf-8", "surrogateescape"))
-    return paths
-
-
 def test_score_command_prints_the_score_on_the_last_line_and_hints(tmp_path, command):
-    paths = write(tmp_path, "1 a.mp4 b.mp4\n2 c.mp4\n3 d.mp4\n", "1 a.mp4 x.mp4 b.mp4\n3 d.mp4\n")
+    paths = write_pair(
+        tmp_path, "1 a.mp4 b.mp4\n2 c.mp4\n3 d.mp4\n", "1 a.mp4 x.mp4 b.mp4\n3 d.mp4\n"
+    )
     # The APs of the three identities are (1/1 + 2/3) / 2, 0 and 1. Their mean is 11/18.
     for words in (paths, [*paths, "--strict"]):
         code, out, err = command("score", *words)
@@ -191,11 +187,11 @@ def test_score_command_prints_the_score_on_the_last_line_and_hints(tmp_path, com
         assert float(out.splitlines()[-1]) == pytest.approx(11 / 18, rel=0, abs=1e-15)
         assert "3 identities, 4 clips\n" in out
         assert "2 of them ranked, 1 missing, 0 identities unknown and ignored" in out
-    out = command("score", *write(tmp_path, "1 a.mp4\n", "1 a.mp4\n2 b.mp4\n")).out
+    out = command("score", *write_pair(tmp_path, "1 a.mp4\n", "1 a.mp4\n2 b.mp4\n")).out
     assert "1 identity, 1 clip\n" in out and "0 missing, 1 identity unknown and ignored" in out
     # A score of 0 without any match gets a hint.
     for submission, hint in (("1 a b\n", "no clip"), ("id1 a.mp4\n", "no identity")):
-        code, out, err = command("score", *write(tmp_path, "1 a.mp4\n", submission))
+        code, out, err = command("score", *write_pair(tmp_path, "1 a.mp4\n", submission))
         assert (code, out.splitlines()[-1]) == (0, "0") and hint in err
 
 
@@ -223,7 +219,7 @@ FAULTS = {
 def test_ranking_faults_warn_and_are_errors_with_strict(tmp_path, command, fault):
     submission, score, words = FAULTS[fault]
     truth = "1 \u00e9.mp4\n" if fault == "another form" else "1 a.mp4\n"
-    paths = write(tmp_path, truth, submission)
+    paths = write_pair(tmp_path, truth, submission)
     code, out, err = command("score", *paths)
     assert (code, out.splitlines()[-1]) == (0, score)
     warning = err.splitlines()[0]
@@ -234,12 +230,12 @@ def test_ranking_faults_warn_and_are_errors_with_strict(tmp_path, command, fault
 
 @pytest.mark.parametrize("strict", [[], ["--strict"]])
 def test_submission_that_the_script_refuses_is_refused(tmp_path, command, strict):
-    paths = write(tmp_path, "1 a.mp4\n", f"2 a.mp4\n1 a.mp4 {MANY}\n")
+    paths = write_pair(tmp_path, "1 a.mp4\n", f"2 a.mp4\n1 a.mp4 {MANY}\n")
     answer = command("score", *paths, *strict)
     assert answer.refused("ranking.txt: line 2: the line has 102 clips", "name at most 100")
     # A clip that is repeated counts once.
     hundred = MANY.replace("x100", "x99")
-    paths = write(tmp_path, "1 x0.mp4\n", f"1 {hundred}\n")
+    paths = write_pair(tmp_path, "1 x0.mp4\n", f"1 {hundred}\n")
     assert command("score", *paths).out.splitlines()[-1] == "1"
 
 
@@ -281,13 +277,14 @@ def test_perfect_ranking_scores_1_with_any_truth_that_training_reads(tmp_path, c
 
 
 def test_ground_truth_whose_identity_is_0_is_refused_as_in_training(tmp_path, command):
-    paths = write(tmp_path, "a.mp4 0\nb.mp4 1\n", "1 b.mp4\n")
+    paths = write_pair(tmp_path, "a.mp4 0\nb.mp4 1\n", "1 b.mp4\n")
     assert command("score", *paths).refused("gt.txt: line 1: identity 0", "from 1")
     # Without .mp4, the lines decide, if the name of the file does not.
     for truth in ("1 a b\n2 c\n", "a 1\nb 1\n"):
-        paths = write(tmp_path, truth, "1 a.mp4 b.mp4\n2 c.mp4\n")
+        paths = write_pair(tmp_path, truth, "1 a.mp4 b.mp4\n2 c.mp4\n")
         assert command("score", *paths).out.splitlines()[-1] == "1"
-    assert command("score", *write(tmp_path, "1 a\n2 b\n", "1 a\n")).refused("no name ends in .mp4")
+    paths = write_pair(tmp_path, "1 a\n2 b\n", "1 a\n")
+    assert command("score", *paths).refused("no name ends in .mp4")
 
 
 def test_text_that_is_too_large_for_the_memory_is_refused_unread(tmp_path, monkeypatch):

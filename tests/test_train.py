@@ -1,4 +1,4 @@
-"""Training from start to end: learning, resuming, devices, and the shipped configurations."""
+"""Training from start to end: learning, resuming, and devices."""
 
 import os
 import signal
@@ -19,11 +19,6 @@ from vidjax.training.plan import make_plan
 MLP = "configs/quality_fusion.py:iqiyi_vid"
 COSINE = "configs/cosine.py:iqiyi_vid"
 NOISE = "configs/noise_classes.py:iqiyi_vid"
-SPECS = (  # in addition to the configurations that other tests train
-    "residual_dense:face,one,single", "noise_classes:head", "mma:published", "mma:average,concat",
-    "quality_fusion:mlp2,voting,face,audio", "residual_dense:face,fused,folds",
-    "deepmef:face,audio,published", "deepmef:face,head,audio,views",
-)  # fmt: skip
 
 
 @pytest.mark.slow
@@ -47,17 +42,6 @@ def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, signum, spec, m
     assert resume.read_finished_metrics(RunFolder(parts), config) is None
     small.run(config, parts, data)
     small.assert_same_run(parts, tmp_path / "whole")
-
-
-@pytest.mark.slow
-@nightly_after_first("spec", SPECS)
-def test_shipped_configurations_train_and_evaluate(data, tmp_path, spec):
-    name, _, words = spec.partition(":")
-    few = ["--config.ensemble.only=0,2"] if "views" in words else []
-    spec = f"configs/{name}.py:iqiyi_vid,{words}"
-    results = small.run(small.shrunk("--config.num_epochs=1", *few, spec=spec), tmp_path, data)
-    assert 0 <= results["map"] <= 1
-    assert results["num_clips"] == 60  # of val
 
 
 @pytest.mark.slow
