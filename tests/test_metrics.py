@@ -149,36 +149,32 @@ def workdir(no_figures, trained):
     return trained("configs/mma.py:iqiyi_vid", "--config.eval.report=True")
 
 
-# Numbers of clips: in train, in val with a known person, in val with a distractor.
-TRAINED, KNOWN, DISTRACTORS = 96, 40, 20
-
-
 @pytest.mark.slow
 def test_analysis_counts_every_clip_and_agrees_with_the_results(workdir, data):
     facts, arrays = made_runs.load_analysis(workdir / "analysis.npz")
     results = json.loads((workdir / "metrics.json").read_text())
     assert facts["vectors"] == ["face 1", "face 2", "face 3", "head", "audio"]
     np.testing.assert_allclose(arrays["attention"].sum(axis=0), 1, atol=1e-6)  # [old vectors, new]
-    assert (arrays["positives"].sum(), arrays["train_clips"].sum()) == (KNOWN, TRAINED)
+    # 96 clips in train; in val 40 with a known person, and 20 distractors.
+    assert (arrays["positives"].sum(), arrays["train_clips"].sum()) == (40, 96)
     # Histograms of scores and calibration count the clips that have frames.
-    lengths = data.split("val").lengths
-    with_frames = np.any([lengths[name] > 0 for name in ("face", "head", "audio")], axis=0).sum()
+    with_frames = np.any([*data.split("val").lengths.values()], axis=0).sum()
     assert arrays["score_known"].sum() + arrays["score_strange"].sum() == with_frames
     assert arrays["calibration"][:, 0].sum() == with_frames  # of each range of probabilities
     assert len(facts["strata"]) == 4  # by training clips, quality, frames and modalities
     for table in facts["strata"]:
-        assert sum(row["clips"] for row in table["rows"]) == KNOWN, table["by"]
+        assert sum(row["clips"] for row in table["rows"]) == 40, table["by"]
     # `num_others` identities of the ground truth have no training clip. Their AP is 0.
     of_known = arrays["ap"][arrays["positives"] > 0]
     assert math.fsum(of_known) / (len(of_known) + facts["num_others"]) == results["map"]
-    assert facts["open_set"]["num_known"] == KNOWN
-    assert facts["open_set"]["num_strange"] == results["num_distractors"] == DISTRACTORS
+    assert facts["open_set"]["num_known"] == 40
+    assert facts["open_set"]["num_strange"] == results["num_distractors"] == 20
     too_few, at_10_percent = facts["open_set"]["rates"]
     assert too_few == {"rate": 0.01, "fewest": 99}  # 1 % needs 99 distractors
     assert at_10_percent["fnir"] == results["fnir_at_fpir_0.1"]
     assert at_10_percent["threshold"] == results["threshold_at_fpir_0.1"]
     # 1 of 20 strangers passes. With a new stranger, 2 of 21 is below 0.1, and 3 of 21 is above.
-    assert at_10_percent["fpir"] == 1 / DISTRACTORS
+    assert at_10_percent["fpir"] == 1 / 20
 
 
 @pytest.mark.slow

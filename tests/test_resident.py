@@ -294,9 +294,6 @@ def test_program_whose_memory_was_compared_is_the_one_run(data, tmp_path, monkey
         ("auto", 2, False, np.inf, "resident", 1, 1),  # as in the first epoch
         ("accelerator", 1, False, np.inf, "resident", 2, 1),
         ("tight", 1, True, twice, "streaming", 1, 2),
-        ("full", 1, True, twice - 1, "streaming", 1, 1),
-        # Without memory, no number of members fits. A device would raise an error.
-        ("none", 1, False, 0.0, "streaming", 1, 2),
     ):
         monkeypatch.setattr(devices_lib, "is_cpu", lambda mesh, on_cpu=on_cpu: on_cpu)
         monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh, free=free: free)
