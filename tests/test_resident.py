@@ -202,6 +202,17 @@ def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, m
 
 
 @pytest.mark.slow
+def test_number_of_clips_drawn_at_once_changes_no_weight(data, tmp_path, monkeypatch):
+    """A call of the compiled loop takes at most three steps, or 2 ** 18 / 8."""
+    words = "--config.batch_size=8", "--config.num_epochs=1"
+    config = small.shrunk(*words, spec="configs/quality_fusion.py:iqiyi_vid")
+    for name, drawn_clips in (("many", 1 << 18), ("three", 31)):
+        monkeypatch.setattr(resident, "DRAWN_CLIPS", drawn_clips)
+        small.run(config, tmp_path / name, data)
+    small.assert_equal_weights(tmp_path / "many", tmp_path / "three")
+
+
+@pytest.mark.slow
 def test_layout_predicts_the_bytes_of_resident_clips(ragged):
     """A clip of more than 512 frames is stored twice: whole, and its best 512 for evaluation."""
     clips, layout, _ = clips_of(ragged)
