@@ -224,10 +224,6 @@ def test_training_does_not_depend_on_the_number_of_devices(data, tmp_path, spec,
         config = shrunk(*words, "--config.eval.report=False", spec=f"configs/{spec}.py:iqiyi_vid")
         return run(config, tmp_path / folder, data, num_devices=devices)
 
-    def last_loss(folder):  # PLDA has none
-        rows = results.read_lines(tmp_path / folder / "metrics.jsonl")
-        return [row["train_loss"] for row in rows if "train_loss" in row][-1:]
-
     if spec != "plda":  # PLDA needs exactly two epochs, so it is not resumed
         train("one", devices=1, epochs=1)
         shutil.copytree(tmp_path / "one", tmp_path / "moved")
@@ -235,7 +231,6 @@ def test_training_does_not_depend_on_the_number_of_devices(data, tmp_path, spec,
     assert abs(moved["map"] - single["map"]) < 0.02  # rounding may swap clips in a ranking
     close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
     jax.tree.map(close, weights(tmp_path / "moved"), weights(tmp_path / "one"))
-    np.testing.assert_allclose(last_loss("moved"), last_loss("one"), rtol=0, atol=1e-5)
 
 
 def test_a_warning_reports_a_gpu_that_jax_does_not_use(tmp_path, monkeypatch, request):
