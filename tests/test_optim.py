@@ -111,11 +111,8 @@ def test_total_decay_is_spread_over_a_run_and_shrinks_only_matrices():
         updates, state = optimizer.update(zeros, carry[1], carry[0])
         return (optax.apply_updates(carry[0], updates), state), None
 
-    @jax.jit
-    def train(params):
-        return jax.lax.scan(update, (params, optimizer.init(params)), length=300)[0][0]
-
-    params = train(params)
+    scan = functools.partial(jax.lax.scan, update, length=300)
+    params = jax.jit(scan)((params, optimizer.init(params)))[0][0]
     np.testing.assert_allclose(params["kernel"], [[2 * math.exp(-0.7)]], rtol=2e-2)
     np.testing.assert_array_equal(params["bias"], [2.0])
 
@@ -168,10 +165,8 @@ def test_accumulated_gradients_equal_their_mean():
             now = optax.apply_updates(now, updates)
             return (now, state), now
 
-        def train(params, grads):
-            return jax.lax.scan(update, (params, tx.init(params)), grads)[1]
-
-        return jax.jit(train)(params, grads), jax.jit(schedule)(np.arange(steps))
+        scan = jax.jit(functools.partial(jax.lax.scan, update))
+        return scan((params, tx.init(params)), grads)[1], jax.jit(schedule)(np.arange(steps))
 
     stacked = jax.tree.map(lambda *x: np.stack(x), *grads)
     means = jax.tree.map(lambda x: x.reshape(6, 4, *x.shape[1:]).mean(axis=1), stacked)
