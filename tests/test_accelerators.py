@@ -74,14 +74,11 @@ def test_devices_join_clips_without_sorting_them_together(mode):
 def test_streamed_steps_fit_into_a_tpu_of_16_gb(monkeypatch, system, number):
     if not importlib.util.find_spec("libtpu"):
         pytest.skip("no libtpu: pip install 'jax[tpu]'")
-    for name, value in {
-        "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)  # otherwise, libtpu looks for TPUs
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # otherwise, libtpu looks for TPUs
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
-    mesh = jax.make_mesh(
-        (number,), ("data",), axis_types=(AxisType.Auto,), devices=topology.devices[:number]
-    )
+    axes = {"axis_types": (AxisType.Auto,), "devices": topology.devices[:number]}
+    mesh = jax.make_mesh((number,), ("data",), **axes)
     _, nbytes = compile_step(system, "streaming", mesh)
     assert nbytes < V5E

@@ -1,9 +1,7 @@
 """Blends of runs: scores against a loop over clip names, and runs that cannot be blended."""
 
-import functools
 import json
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +16,10 @@ from tests.helpers.small_runs import run, shrunk
 from vidjax.evaluation import blend, scores as scores_lib
 from vidjax.runs import config_io
 
-FOLDS = "--config.ensemble.folds=2"
-SHORT = ("--config.num_epochs=1", "--config.eval.block_size=32", "--config.eval.members=false")
+SHORT = (
+    "--config.num_epochs=1", "--config.eval.block_size=32", "--config.eval.members=false",
+    "--config.ensemble.folds=2",
+)  # fmt: skip
 pytestmark = [
     # Each run has only a part of the modalities.
     pytest.mark.filterwarnings("ignore:.*the data have other modalities"),
@@ -28,62 +28,44 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def folders(official_dir, tmp_path_factory):
-    """A folder with two folders of official files: of faces, and of heads and voices (others)."""
-    root = tmp_path_factory.mktemp("apart")
-    for name, left_out in {"faces": ("head_*", "audio_*"), "others": ("face_*",)}.items():
-        shutil.copytree(official_dir, root / name, ignore=shutil.ignore_patterns(*left_out))
-    return root
-
-
-@pytest.fixture(scope="module")
 def load(cache_dir):
     return lambda config: load_dataset("iqiyi_vid", directory=config.data.dir, cache_dir=cache_dir)
 
 
 @pytest.fixture(scope="module")
-def train(load, tmp_path_factory):
-    def train(spec, data_dir, *overrides):
-        config = shrunk(*SHORT, f"--config.data.dir={data_dir}", *overrides, spec=spec)
-        folder = tmp_path_factory.mktemp("runs") / Path(spec).stem
-        run(config, folder, load(config))
-        return folder
+def runs(load, official_dir, tmp_path_factory):
+    """Two runs with folds. Their systems, modalities, folders of data and eval fields differ.
 
-    return train
-
-
-@pytest.fixture(scope="module")
-def runs(train, folders):
-    """Two runs with folds. Their systems, modalities, folders of data and eval fields differ."""
-    own = ("--config.eval.top_classes=3", "--config.eval.temperature=2")
-    return (
-        train("configs/quality_fusion.py:iqiyi_vid", folders / "faces", FOLDS),
-        train("configs/knn.py:iqiyi_vid,head", folders / "others", FOLDS, *own),
-    )
-
-
-@functools.cache
-def restored(folder, load):
-    """Returns the model of a single run, whose scores are logarithms of probabilities."""
-    config = config_io.load_workdir(folder)
-    if config.eval.scores == "logits":
-        config.eval.scores = "log_softmax"
-    return small_runs.restored(folder, load(config), config)
+    The first folder has official files of faces, and the second of heads and voices.
+    """
+    root, folders = tmp_path_factory.mktemp("runs"), []
+    for name, left_out, *own in (
+        ("quality_fusion", ("head_*", "audio_*")),
+        ("knn", ("face_*",), "--config.eval.top_classes=3", "--config.eval.temperature=2"),
+    ):
+        files = root / f"files of {name}"
+        shutil.copytree(official_dir, files, ignore=shutil.ignore_patterns(*left_out))
+        spec = f"configs/{name}.py:iqiyi_vid" + ",head" * (name == "knn")
+        config = shrunk(*SHORT, f"--config.data.dir={files}", *own, spec=spec)
+        run(config, root / name, load(config))
+        folders.append(root / name)
+    return folders
 
 
 def probabilities(folder, load, split):
     """Returns clip -> probabilities [C] float64 of a single run."""
-    model = restored(folder, load)
+    config = config_io.load_workdir(folder)
+    if config.eval.scores == "logits":
+        config.eval.scores = "log_softmax"
+    model = small_runs.restored(folder, load(config), config)
     logs = small_runs.scores(model, split)
     return dict(zip(model.data.split(split).clips, np.exp(logs), strict=True))
 
 
 def check_ranking(path, runs, load, weights, split="val"):
     """Asserts that a ranking sorts all clips by the weighted mean of probabilities."""
-    by_run = [probabilities(folder, load, split) for folder in runs]
-    scores = {
-        clip: np.average([x[clip] for x in by_run], axis=0, weights=weights) for clip in by_run[0]
-    }
+    first, second = (probabilities(folder, load, split) for folder in runs)
+    scores = {x: np.average([first[x], second[x]], axis=0, weights=weights) for x in first}
     for identity, line in enumerate(path.read_text().splitlines()):
         names = [name.removesuffix(".mp4") for name in line.split()[1:]]
         assert sorted(names) == sorted(scores)

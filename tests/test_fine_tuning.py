@@ -1,7 +1,7 @@
 """Training from the weights of a run, with frozen parameters, early stops, and several splits."""
 
+import functools
 import itertools
-import json
 import shutil
 import signal
 
@@ -15,7 +15,7 @@ from tests.helpers.cases import nightly_after_first
 from tests.helpers.seen import refused
 from vidjax.core import devices, ensemble
 from vidjax.core.ensemble import Member, TrainingSets
-from vidjax.runs import checkpoint, config_io, members_file, signals
+from vidjax.runs import checkpoint, config_io, members_file, results as results_lib, signals
 from vidjax.runs.run_folder import RunFolder
 from vidjax.training import early_stop, init_from, profiler, public, resume, train_step
 from vidjax.training.dry_run import dry_run
@@ -25,24 +25,17 @@ from vidjax.utils.errors import UserError, VidjaxWarning
 MLP = "configs/quality_fusion.py:iqiyi_vid"
 
 
-def halve(data):
-    """Returns the dataset with every second identity. The clips of the others are distractors."""
-    with pytest.warns(VidjaxWarning, match="not in the training data"):
-        return data.with_identities(data.identities[::2])
-
-
 @pytest.fixture(scope="session")
 def half_run(data, tmp_path_factory):
-    """Returns a function that trains a configuration with half of the identities."""
-    made = {}
+    """Returns a function that trains with every second identity. The others are distractors."""
 
-    def train(spec=MLP, *words):
-        if (spec, *words) not in made:
-            folder = tmp_path_factory.mktemp("half")
-            config = small.shrunk("--config.num_epochs=1", *words, spec=spec)
-            small.run(config, folder, halve(data))
-            made[spec, *words] = folder
-        return made[spec, *words]
+    @functools.cache
+    def train(spec):
+        folder = tmp_path_factory.mktemp("half")
+        with pytest.warns(VidjaxWarning, match="not in the training data"):
+            half = data.with_identities(data.identities[::2])
+        small.run(small.shrunk("--config.num_epochs=1", spec=spec), folder, half)
+        return folder
 
     return train
 
@@ -105,7 +98,7 @@ OPTIONS = (
 @pytest.mark.slow
 def test_resumed_fine_tuning_equals_a_whole_one_without_the_first_run(data, half_run, tmp_path):
     """Training is stopped in the middle of an accumulation, and after the last evaluation."""
-    source = shutil.copytree(half_run(), tmp_path / "source")
+    source = shutil.copytree(half_run(MLP), tmp_path / "source")
     config = small.shrunk(*OPTIONS, small.STREAMED, f"--config.init_from={source}", spec=MLP)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     done = small.run(config, whole, data)
@@ -123,21 +116,20 @@ def test_resumed_fine_tuning_equals_a_whole_one_without_the_first_run(data, half
         small.run(other, parts, small.Interrupting(data, 3, signal.SIGTERM))
     shutil.rmtree(other.init_from)
     small.run(config, parts, data)
-    small.assert_same_run(parts, whole)
-    small.assert_same_run(parts, whole, ("members.npz", "identities.json"))
-    frozen = [key for key in small.weights(whole) if "layer_0" in key and "kernel" in key]
-    assert frozen
-    for key in frozen:
-        np.testing.assert_array_equal(small.weights(whole)[key], small.weights(half_run())[key])
+    names = ("metrics.jsonl", "ranking.txt", "members.npz", "identities.json")
+    small.assert_same_run(parts, whole, names)
+    after, before = small.weights(whole), small.weights(half_run(MLP))
+    frozen = {key for key in after if np.array_equal(after[key], before[key])}
+    assert frozen == {key for key in after if "layer_0" in key and "kernel" in key}
     assert done["init_from"] == RunFolder(parts).metrics()["init_from"]
     assert (done["init_from"]["run"], done["init_from"]["identities"]) == (str(source), 6)
-    assert done["init_from"]["step"] == max(checkpoint.manifests(half_run()))
+    assert done["init_from"]["step"] == max(checkpoint.manifests(half_run(MLP)))
 
 
 @pytest.mark.slow
-def test_runs_of_other_kinds_are_refused(half_run, trained, official_dir, tmp_path, command):
-    """Also a run of another model or size of ensemble, a damaged run, and a model without steps."""
-    source = half_run()
+def test_runs_of_other_kinds_are_refused(data, half_run, trained, official_dir, tmp_path, command):
+    """Another model, size or ensemble, a damaged run, and a model without steps."""
+    source = half_run(MLP)
 
     def refuse(*words, config="quality_fusion", run=source, code=2):
         flags = (f"--config={config}", f"--config.init_from={run}", f"--workdir={tmp_path / 'new'}")
@@ -156,18 +148,13 @@ def test_runs_of_other_kinds_are_refused(half_run, trained, official_dir, tmp_pa
         assert "is damaged" in refuse(run=damaged, code=3)
     (damaged / "metrics.json").unlink()
     assert "is not finished" in refuse(run=damaged)
-    assert "has 3 members, but this run has 2" in refuse(
-        "--config.ensemble.seeds=2", run=trained(MLP, "--config.ensemble.seeds=3")
-    )
+    run = trained(MLP, "--config.ensemble.seeds=3")
+    assert "has 3 members, but this run has 2" in refuse("--config.ensemble.seeds=2", run=run)
     assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.slow
-def test_nothing_that_fits_is_refused(data, half_run):
     config = small.shrunk("--config.model.layers=((9,'swish',True,0.5),)", spec=MLP)
-    config.init_from, config.modalities = str(half_run()), ("audio",)
-    source = init_from.find_source(config)
-    refused(lambda: started(config, data, source), "no matrix", "--config.modalities")
+    config.init_from, config.modalities = str(source), ("audio",)
+    found = init_from.find_source(config)
+    refused(lambda: started(config, data, found), "no matrix", "--config.modalities")
 
 
 def test_a_member_has_seen_the_clips_of_the_run_that_it_continues():
@@ -260,32 +247,28 @@ def test_several_splits_are_evaluated_and_one_chooses_the_best_step(tmp_path, sa
     assert "in sample: the run was trained" in out.partition("on train")[2]
     assert "on test" in out and (tmp_path / "run" / "profile").is_dir()
     assert say(*flags, *words).count("map has not improved since step 2") == 1  # the finished run
-    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    scored = [line for line in lines if "split" in line]
-    assert [line["step"] for line in scored] == [2, 4, 6]
-
-    results = {name: RunFolder(tmp_path / "run").metrics() for name in ("val",)}
     folder = RunFolder(tmp_path / "run")
-    results["test"] = folder.metrics(folder.paths("test"))
+    scored = [x for x in results_lib.read_lines(folder.path / "metrics.jsonl") if "split" in x]
+    assert [line["step"] for line in scored] == [2, 4, 6]
+    results = {"val": folder.metrics(), "test": folder.metrics(folder.paths("test"))}
     assert folder.metrics(folder.paths("train"))["map_kind"] == "in_sample"
     assert results["val"]["best_map"] == results["test"]["best_map"] == scored[0]["map"]
+    assert results["val"]["best_step"] == 6  # the last of equal steps
     assert results["val"]["early_stop"]["stopped"]
     for key in ("map", "top1", "eval_loss"):
         assert scored[-1][key] == results["val"][key]
         assert scored[-1][f"test/{key}"] == results["test"][key]
     both = say("evaluate", run, "--config.eval.splits=test", "--json")
-    for name, found in (("val", both["metrics"]), ("test", both["splits"]["test"])):
-        assert found["map"] == results[name]["map"]
+    assert both["splits"]["test"]["map"] == results["test"]["map"]
     data = public.load_data(folder.config)
     model = small.restored(folder.path, data, folder.config)
     for split in ("val", "test"):
         scores = small.scores(model, split)
         own = scores[np.arange(6), data.split(split).labels - 1]
         assert results[split]["eval_loss"] == pytest.approx(-own.mean(), rel=1e-5)
-
     page = (folder.path / "report.html").read_text()
     assert "report_test.html" in page and "has not improved" in page
-    for bad in ("--config.eval.split=train", "--config.profile=3,1", "--config.profile=999,1000"):
-        assert command(*flags[:-1], bad, f"--workdir={tmp_path / 'new'}").refused(
-            bad.partition("=")[0].removeprefix("--")
-        )
+    new = f"--workdir={tmp_path / 'new'}"
+    for bad in ("eval.split=train", "profile=3,1", "profile=999,1000"):
+        done = command(*flags[:-1], f"--config.{bad}", new)
+        assert done.refused(f"config.{bad.partition('=')[0]}")

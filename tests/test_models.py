@@ -85,10 +85,8 @@ def test_dropout_of_modalities_never_drops_the_last_one():
 # Dropout draws 8 random bits for each number, or 16 bits if the rate is no multiple of 1/256.
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1.0])
 def test_dropout_keeps_the_mean_and_drops_columns_independently(rate):
-    @jax.jit
-    def drop_out(x):
-        return Dropout(rate).apply({}, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
-
+    rngs = {"dropout": jax.random.key(0)}
+    drop_out = jax.jit(functools.partial(Dropout(rate).apply, {}, deterministic=False, rngs=rngs))
     y = np.asarray(drop_out(jnp.ones((4999, 7))))  # 7 numbers do not fill words of 32 bits
     kept = y != 0
     assert abs(kept.mean() - (1 - rate)) < 0.012  # 4 standard errors
@@ -349,16 +347,10 @@ def test_attention_matches_equations_1_to_3_of_the_iqiyi_vid_paper():
         x = rng.standard_normal((3, 5, 8)) * exists[..., None]
         fields = {"dim": 4, "scale": 0.5, "gamma": 0.3}
         make = functools.partial(MultimodalAttention, **fields, dtype=FLOAT64)
-        models = [make(fill_missing=fill) for fill in (False, True)]
-
-        @jax.jit
-        def run(variables, x):
-            return [model.apply(variables, x, exists) for model in models]
-
-        params = made.randomised(made.init(models[0], x, exists)["params"])
-        outputs = run({"params": params}, x)
+        params = made.randomised(made.init(make(), x, exists)["params"])
         w_f = np.asarray(params["w_f"]["kernel"]).T
-        for fill, (out, y) in zip((False, True), outputs, strict=True):
+        for fill in (False, True):
+            out, y = jax.jit(make(fill_missing=fill).apply)({"params": params}, x, exists)
             for b in range(3):
                 expected = attention_oracle(x[b].T, exists[b], w_f, 0.3, fill=fill, scale=0.5)
                 np.testing.assert_allclose(out[b], expected[0].T, atol=1e-12)

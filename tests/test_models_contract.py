@@ -4,7 +4,8 @@ The fallback has two branches. `main` needs a face. `other` answers if the face 
 """
 
 import functools
-from typing import Any, NamedTuple
+from collections import namedtuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,13 +58,12 @@ def test_fallback_weights_match_a_loop_over_clips(measure, threshold):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [(), ("face",)])
-def test_each_branch_equals_a_separate_model_on_its_clips(names):
+def test_each_branch_equals_a_separate_model_on_its_clips():
     """The other model learns its scale, but no weight: a modality alone needs none."""
     main = {**DENSE, "head": "cosine", "logit_scale": 16.0}
     other: Any = {"name": "cosine", "embed_dim": 7}
     frames, clips = tiny.make_batch()
-    model = tiny.make_model(FALLBACK, main=main, other=other, main_modalities=names)
+    model = tiny.make_model(FALLBACK, main=main, other=other, main_modalities=("face",))
     variables = tiny.init_identifier(model, frames, clips)
     variables["params"] = tiny.randomised(variables["params"])
     assert "weights" not in variables["params"]["other"]  # below 0, it would negate all cosines
@@ -71,14 +71,12 @@ def test_each_branch_equals_a_separate_model_on_its_clips(names):
     out, after = tiny.train_output(model, variables, frames, clips, jax.random.key(5))
     evaluated = tiny.eval_output(model, variables, frames, clips)
     np.testing.assert_array_equal(evaluated.logit_scale, [16, 21])
-    for branch, (part, spec, used) in enumerate((
-        ("main", main, names or tuple(tiny.DIMS)), ("other", other, ("head",)),
-    )):  # fmt: skip
-        sizes: Any = {"num_classes": 5, "num_clips": 6}
-        sizes["modalities"] = {name: tiny.DIMS[name] for name in used}
+    branches = ("main", main, "face"), ("other", other, "head")
+    for branch, (part, spec, used) in enumerate(branches):
+        sizes: Any = {"num_classes": 5, "num_clips": 6, "modalities": {used: tiny.DIMS[used]}}
         net = build_system.make_identifier(spec, **sizes)
         own = {collection: tree[part] for collection, tree in variables.items()}
-        seen = clips.mask & frames[used[0]].mask.any(axis=1)  # the branch learns from these
+        seen = clips.mask & frames[used].mask.any(axis=1)  # the branch learns from these
         logits, net_after = tiny.train_logits(net, own, frames, clips._replace(mask=seen), seed=5)
         assert_close(out.logits[:, branch][seen], logits[seen])
         jax.tree.map(assert_close, net_after["batch_stats"], after["batch_stats"][part])
@@ -104,8 +102,7 @@ def test_fallback_threshold_is_a_quantile_of_the_training_clips_or_a_given_numbe
     assert plan_lib.make_plan(absolute, data).task.settings is None
 
 
-# name of a case -> (specification of a model, width of the embedding). PLDA has no net:
-# test_models_plda checks the same properties of its sums.
+# name of a case -> (specification of a model, width of the embedding).
 MODELS = {
     "mma": (tiny.SMALL, 5 * 8),  # three vectors of the face, one of the head, one of the voice
     "mma without attention": ({**tiny.SMALL, "attention": False}, 5 * 8),
@@ -121,11 +118,7 @@ NETS = [pytest.param(name, marks=MARKS.get(name, pytest.mark.nightly)) for name 
 LEARNED = [net for net in NETS if net.values != ("knn",)]
 
 
-class Net(NamedTuple):
-    model: Any
-    variables: Any
-    frames: Any
-    clips: Any
+Net = namedtuple("Net", "model variables frames clips")
 
 
 @functools.cache
@@ -178,14 +171,13 @@ def test_outputs_do_not_depend_on_padding_or_the_order_of_frames(name):
     output, after, _ = learned(*net)
     assert output.logits.dtype == np.float32 and np.isfinite(output.logits).all()
     # The same clips with reversed frames, with garbage in padded rows, and with more padding.
-    real = net.clips.mask
-    reverse, garbage, longer = {}, {}, {}
+    real, garbage = net.clips.mask, {}
+    reverse = jax.tree.map(lambda x: x[:, ::-1], net.frames)
     for key, value in net.frames.items():
-        reverse[key] = jax.tree.map(lambda x: x[:, ::-1], value)
         features = np.where(real[:, None, None], value.features, 99)
         quality = np.where(real[:, None], value.quality, np.nan)
         garbage[key] = value._replace(features=features, quality=quality)
-        longer[key] = pad(value, 3)
+    longer = {key: pad(value, 3) for key, value in net.frames.items()}
     # Training gives the same logits and statistics.
     results = [learned(*net._replace(frames=frames))[:2] for frames in (reverse, garbage)]
     results.append(tiny.train_output(*net._replace(frames=longer), jax.random.key(5)))
@@ -258,27 +250,21 @@ def test_dropout_is_used_only_in_training(name):
 @pytest.mark.parametrize(("spec", "options", "message"), [
     ({"name": "mlp"}, {}, f"choose from {', '.join(sorted(build_system.MODELS))}"),
     ({"name": "mma", "num_classes": 3}, {}, "no option num_classes"),
-    (tiny.SMALL, {"gama": 1}, "no option gama; its options: attention, dropout_rate"),
-    (tiny.SMALL, {"gate": False}, "if another version of vidjax trained the run, use that version"),
+    (tiny.SMALL, {"gama": 1}, "gama; its options: attention, (.|\n)*if another version of vidjax"),
     (tiny.SMALL, {"attention": "off"}, "attention='off': must be True or False"),
-    (DENSE, {"layers": ((8, "relu", "no", 0.0),)}, "Expected `bool`, got `str`"),
     (tiny.SMALL, {"logit_scale": 16.0}, "config.model.head=cosine"),
     (DENSE, {"backbone": "deep"}, "unknown backbone 'deep'; choose from block, mlp, residual"),
     (DENSE, {"width": 8}, "backbone 'mlp' has no option width"),
     (DENSE, {"layers": ((8, "gelu", False, 0.0),)}, "unknown activation 'gelu'; choose from"),
     (DENSE, {"layers": ((0, "relu", False, 0.0),)}, r"Expected `int` >= 1 - at `\$\[0\]\[0\]`"),
-    (RESIDUAL, {"width": 0}, "width=0: Expected `int` >= 1"),
     (RESIDUAL, {"dropout_rate": 1.5}, "dropout_rate=1.5: Expected `float` <= 1.0"),
     (DEEPMEF, {"modality": "scene"}, "or choose one of these for config.model.modality"),
     (DEEPMEF, {"channel_attention": "channels"}, "needs 40 frames, not 4"),
-    (PLDA, {"within": 1.5}, "within=1.5: Expected `float` <= 1.0"),
     (PLDA, {"scale": 0.0}, "scale=0.0: Expected `float` > 0.0"),
-    (PLDA, {"stranger": "a"}, "stranger=a: Expected `float | array | null`, got `str`"),
     (PLDA, {"within": (0.5, None)}, r"Expected `float`, got `null` - at `\$\[1\]`"),
     (FALLBACK, {"main": 1}, "main=1: Expected `object`, got `int`"),
     ({"name": "fallback"}, {}, "model 'fallback' needs main, other, other_modalities"),
     (FALLBACK, {"threshold_share": 1.0}, "threshold_share=1.0: Expected `float` < 1.0"),
-    (FALLBACK, {"missing_scale": 95.0}, "missing_scale=95.0: Expected `float` <= 1.0"),
     (FALLBACK, {"other_share": -0.2}, "other_share=-0.2: Expected `float` >= 0.0"),
     (FALLBACK, {"other_modalities": ("face",)}, "modalities other than 'face', not face"),
     (FALLBACK, {"other_modalities": ("scene",)}, "of model 'fallback' names scene"),
@@ -290,11 +276,6 @@ def test_impossible_model_options_are_refused(spec, options, message):
     frames, clips = tiny.make_batch()
     with pytest.raises(ValueError, match=message):
         tiny.init_identifier(tiny.make_model(spec, **options), frames, clips)
-
-
-def test_numbers_of_numpy_are_possible_model_options():
-    for scale in (np.float64(0.5), (np.float32(0.5), 1)):
-        assert tiny.make_model(PLDA, scale=scale).scale == scale
 
 
 @pytest.mark.parametrize("name", NETS)

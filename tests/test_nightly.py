@@ -1,11 +1,9 @@
 """The commands of vidjax/apps/gallery/NIGHTLY.md and the program of RECIPES.md run."""
 
 import json
-import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.benchmarks import gallery as made
-from tests.helpers import clip_files, made_nets
+from tests.helpers import clip_files, limits, made_nets
 from tests.helpers.limits import ROOT
 from vidjax.apps.cards import BackEnd
 from vidjax.apps.gallery import answers as answers_lib, backend as backend_lib
@@ -24,6 +22,7 @@ from vidjax.cli.program import main
 NIGHTLY, RECIPES = (ROOT / "vidjax/apps/gallery" / f"{x}.md" for x in ("NIGHTLY", "RECIPES"))
 BLOCKS = dict(re.findall(r"<!-- nightly: (\w+) -->\n```sh\n(.*?)```", NIGHTLY.read_text(), re.S))
 DAYS = ("2026-01-01", "2026-01-02")
+SHOWN = ["Ada Lovelace"], ["3"], ["3", "Ada Lovelace", "Eve"]
 KNOWN = [str(number) for number in range(12)]  # people of the training data
 PEOPLE = (*KNOWN, "Ada Lovelace", "Eve")
 WIDTH = 16
@@ -49,19 +48,15 @@ def test_commands_of_the_nightly_page_run_over_two_days(tmp_path):
     # Each day has clips of 3 people, and photos of Ada and of "12". The photos of "12" show the
     # person who has the name "3" in the training data, so this person has two names.
     for turn, day in enumerate(DAYS):
-        ada, twelve = clips_of(["Ada Lovelace"], 10 + turn)[0], clips_of(["3"], 20 + turn)[0]
+        ada, twelve, clips = (clips_of(names, 10 * n + turn)[0] for n, names in enumerate(SHOWN, 1))
         clip_files.write_npz(tmp_path / "photos" / day, {"Ada Lovelace": ada, "12": twelve})
-        clips = clips_of(["3", "Ada Lovelace", "Eve"], 30 + turn)[0]
         clip_files.write_npz(tmp_path / "clips", {day: clips})
-    env = {**os.environ, "VIDJAX_CACHE": f"{tmp_path}-cache", "PYTHONPATH": str(ROOT)}
+    env = {"VIDJAX_CACHE": f"{tmp_path}-cache", "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
 
     def run(name, day, code=0):
         """Runs a block of the page, or another command, as on a day."""
-        text = f'set -eu; day={day}\nvidjax() {{ "{sys.executable}" -m vidjax "$@"; }}\n'
-        done = subprocess.run(
-            ["/bin/sh", "-c", text + BLOCKS.get(name, name)],
-            cwd=tmp_path, env=env, capture_output=True, text=True,
-        )  # fmt: skip
+        text = f'set -eu; cd "{tmp_path}"; day={day}\nvidjax() {{ "$PYTHON" -m vidjax "$@"; }}\n'
+        done = limits.run(["/bin/sh", "-c", text + BLOCKS.get(name, name)], **env)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout
 

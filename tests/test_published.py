@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 from jax.test_util import check_grads
 from scipy import special
 
-from tests.helpers.made_frames import make_frames, one_hot_frames
+from tests.helpers.made_frames import make_frames
 from tests.helpers.made_models import init, randomised
 from vidjax.core import augment, ensemble, losses
 from vidjax.core.batch import Frames, ModelOutput
@@ -33,7 +33,6 @@ DEEPMEF = "deepmef:iqiyi_vid,face,scene,published"
 NOISE = "noise_classes:iqiyi_vid,published"
 QUALITY_FUSION = "quality_fusion:iqiyi_vid,published"
 RESIDUAL_DENSE = "residual_dense:iqiyi_vid,published"
-one_clip = functools.partial(one_hot_frames, padding=0, dtype="float32")
 
 
 @functools.cache

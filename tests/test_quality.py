@@ -1,6 +1,5 @@
 """The quality of a user's features is given, or the length of a vector; all readers agree."""
 
-import importlib.util
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ def qualities(source, modality="face"):
     return [frames.quality for _, frames in sorted(real_frames(source, "val", modality))]
 
 
-def test_all_readers_compute_the_quality_that_the_setting_asks_for(tmp_path, request):
+def test_all_readers_compute_the_quality_that_the_setting_asks_for(tmp_path):
     """Records in the cache of one setting are not used for the other setting."""
     rng, given = np.random.default_rng(0), [9.0, 7.0, 8.0]
     bare, rated = (rng.normal(0, 4, (3, DIM)).astype(np.float16) for _ in range(2))
@@ -43,12 +42,6 @@ def test_all_readers_compute_the_quality_that_the_setting_asks_for(tmp_path, req
             np.testing.assert_allclose(qualities(reader), of_clips, rtol=1e-6)
         of_voice, _ = qualities(own, "voice")  # clip b has no voice
         np.testing.assert_allclose(of_voice, [np.linalg.norm(voice.astype(float))])
-    if importlib.util.find_spec("pyarrow"):  # a table has no column of quality
-        request.getfixturevalue("tables_here")
-        faces = {"a": {"face": bare}, "b": {"face": rated}}
-        table = clip_files.write_parquet(tmp_path / "table.parquet", faces)
-        by_table = qualities(memory.load_clips(table, widths, identities=()))
-        np.testing.assert_allclose(by_table, [a, b], rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -57,9 +50,9 @@ def test_run_scores_new_clips_with_its_configured_quality(tmp_path):
 
     Nearest neighbours compare quality-weighted means, so a wrong quality would change the scores.
     """
-    made = [*clip_files.learnable_clips()]
-    splits = {split: clip_files.as_arrays(clips) for split, clips, _ in made}
-    labels = {clip: identity for *_, truth in made for clip, identity in truth.items()}
+    splits, labels = {}, {}
+    for split, clips, truth in clip_files.learnable_clips():
+        splits[split], labels = clip_files.as_arrays(clips), labels | truth
     data = vidjax.load_data(splits, labels, cache_dir=tmp_path, quality="norm")
     words = ("--config.data.name=arrays", "--config.data.quality=norm", "--config.num_epochs=1")
     small_runs.run(small_runs.shrunk(*words, spec="configs/knn.py:face"), tmp_path / "run", data)

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import functools
-import itertools
 import json
 import os
 import sys
@@ -13,7 +12,8 @@ import numpy as np
 import pytest
 
 import vidjax
-from tests.helpers import clip_files, made_runs, small_runs
+from tests.helpers import clip_files, made_runs
+from tests.helpers.made_runs import write_pair
 from tests.helpers.seen import refused
 from vidjax.data import labels
 from vidjax.data.memory import load_clips
@@ -34,14 +34,10 @@ NAMES = [*dict.fromkeys([*NAMES, *filter(None, map(str.strip, FRAGMENTS))])]
 DIM = 24
 
 
-def make_clips(split, seed):
-    """Returns one clip of each person of NAMES: clip -> features."""
-    rng = np.random.default_rng(seed)
-    people = np.random.default_rng(0).normal(size=(len(NAMES), DIM))
-    return {
-        f"{name} {split}": {"face": (row + rng.normal(size=(2, DIM)) / 9).astype(np.float32)}
-        for name, row in zip(NAMES, people, strict=True)
-    }
+def make_clips():
+    """Returns random clips with the names NAMES: clip -> features."""
+    faces = np.random.default_rng(0).normal(size=(len(NAMES), 2, DIM)).astype(np.float32)
+    return {name: {"face": face} for name, face in zip(NAMES, faces, strict=True)}
 
 
 def rows_of(ranked):
@@ -68,20 +64,6 @@ def read(path):
     # An apostrophe before a name hides formulas from spreadsheets.
     assert not any(row[n].startswith(("=", "+", "-", "@")) for row in rows for n in (0, 2))
     return [(a.removeprefix("'"), int(n), b.removeprefix("'"), float(s)) for a, n, b, s in rows]
-
-
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
-    """A run on clips of NAMES."""
-    folder = tmp_path_factory.mktemp("odd")
-    splits = {split: make_clips(split, seed) for seed, split in enumerate(("train", "val"))}
-    labels = dict(zip(itertools.chain(*splits.values()), NAMES * 2, strict=True))
-    with pytest.warns(UserWarning, match="'NaN' looks like a word for a missing value"):
-        data = vidjax.load_data(splits, labels, cache_dir=folder / "cache")
-    words = "--config.data.name=arrays", "--config.eval.report=False"
-    config = small_runs.shrunk(*words, spec="configs/knn.py:iqiyi_vid")
-    vidjax.train(config, folder / "run", data, num_devices=1)
-    return folder / "run"
 
 
 @pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl", ".parquet", "_without_links.tsv"])
@@ -118,10 +100,10 @@ def test_check_new_refuses_paths_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 def test_load_clips_reads_every_layout_without_labels(official_dir, tmp_path, tables_here):
-    clips, face = make_clips("new", 5), {"face": np.ones((1, DIM), np.float32)}
+    clips, face = make_clips(), {"face": np.ones((1, DIM), np.float32)}
     table = clip_files.write_parquet(tmp_path / "test.parquet", clips)
     clip_files.write_npz(tmp_path, {"arrays": {"Ada Byron": face, "b.mp4": face}})
-    load = functools.partial(load_clips, modalities={"face": DIM}, identities=NAMES)
+    load = functools.partial(load_clips, modalities={"face": DIM}, identities=("Ada",))
     assert {*load(table).names} == {*clips}
     assert {*load(tmp_path).names} == {*clips}, "in a folder with a table, only tables are read"
     assert {*load(tmp_path / "arrays").names} == {"Ada Byron", "b.mp4"}
@@ -140,18 +122,18 @@ def test_load_clips_reads_every_layout_without_labels(official_dir, tmp_path, ta
 
 
 @pytest.mark.slow
-def test_rank_command_writes_the_ranking_of_predict(run_dir, tmp_path, command):
-    clips, out = make_clips("new", 5), tmp_path / "out.tsv"
+def test_rank_command_writes_the_ranking_of_predict(nearest_run, tmp_path, command):
+    clips, out = make_clips(), tmp_path / "out.tsv"
     table = clip_files.write_parquet(tmp_path / "new.parquet", clips)
-    before = made_runs.snapshot(run_dir)
-    words = ("rank", f"--workdir={run_dir}", f"--input={table}")
+    before = made_runs.snapshot(nearest_run)
+    words = ("rank", f"--workdir={nearest_run}", f"--input={table}")
     done = command(*words, f"--out={out}", "--json")
     facts = json.loads(done.out)
     assert facts["num_clips"] == len(clips) and min(facts["seconds"], facts["clips_per_second"]) > 0
     assert f"rank: {len(clips)} of {len(clips)} clips" in done.err
-    wanted = rows_of(vidjax.restore(run_dir).rank(clips))
+    wanted = rows_of(vidjax.restore(nearest_run).rank(clips))
     assert [(*row[:3], np.float32(row[3])) for row in read(out)] == wanted
-    assert made_runs.snapshot(run_dir) == before
+    assert made_runs.snapshot(nearest_run) == before
     assert command(*words, f"--out={out}").refused("name another file, or delete it")
     # `vidjax rank` does not train, so it has no seed. The error names a field of `vidjax rank`.
     other = (f"--out={tmp_path}/b.tsv", "--config.seed=1")
@@ -194,15 +176,10 @@ def test_write_ranking_round_trips_and_refuses_repeated_or_invalid_names(tmp_pat
 MANY = " ".join(f"x{i}.mp4" for i in range(101))  # a line may have at most 100 clips
 
 
-def write(folder, truth, submission):
-    paths = folder / "gt.txt", folder / "ranking.txt"
-    for path, text in zip(paths, (truth, submission), strict=True):
-        path.write_bytes(text.encode("utf-8", "surrogateescape"))
-    return paths
-
-
 def test_score_command_prints_the_score_on_the_last_line_and_hints(tmp_path, command):
-    paths = write(tmp_path, "1 a.mp4 b.mp4\n2 c.mp4\n3 d.mp4\n", "1 a.mp4 x.mp4 b.mp4\n3 d.mp4\n")
+    paths = write_pair(
+        tmp_path, "1 a.mp4 b.mp4\n2 c.mp4\n3 d.mp4\n", "1 a.mp4 x.mp4 b.mp4\n3 d.mp4\n"
+    )
     # The APs of the three identities are (1/1 + 2/3) / 2, 0 and 1. Their mean is 11/18.
     for words in (paths, [*paths, "--strict"]):
         code, out, err = command("score", *words)
@@ -210,11 +187,11 @@ def test_score_command_prints_the_score_on_the_last_line_and_hints(tmp_path, com
         assert float(out.splitlines()[-1]) == pytest.approx(11 / 18, rel=0, abs=1e-15)
         assert "3 identities, 4 clips\n" in out
         assert "2 of them ranked, 1 missing, 0 identities unknown and ignored" in out
-    out = command("score", *write(tmp_path, "1 a.mp4\n", "1 a.mp4\n2 b.mp4\n")).out
+    out = command("score", *write_pair(tmp_path, "1 a.mp4\n", "1 a.mp4\n2 b.mp4\n")).out
     assert "1 identity, 1 clip\n" in out and "0 missing, 1 identity unknown and ignored" in out
     # A score of 0 without any match gets a hint.
     for submission, hint in (("1 a b\n", "no clip"), ("id1 a.mp4\n", "no identity")):
-        code, out, err = command("score", *write(tmp_path, "1 a.mp4\n", submission))
+        code, out, err = command("score", *write_pair(tmp_path, "1 a.mp4\n", submission))
         assert (code, out.splitlines()[-1]) == (0, "0") and hint in err
 
 
@@ -222,11 +199,9 @@ def test_score_command_prints_the_score_on_the_last_line_and_hints(tmp_path, com
 FAULTS = {
     "repeated clip": ("1 x.mp4 x.mp4 a.mp4\n", "0.5", "line 1: 'x.mp4'"),
     "byte order mark": ("\ufeff1 a.mp4\n", "0", "line 1: a byte order mark precedes identity '1'"),
-    "byte order mark of an unknown identity": ("\ufeff7 a.mp4\n1 a.mp4", "1", "precedes identity"),
     "line ends of old Macs": ("1 x.mp4 a.mp4\r", "0.5", "lines end as on old Macs"),
     "no ending": ("1 a x.mp4\n", "0", "line 1: the organisers' script does not find 'a'"),
     "another ending": ("1 x.mp4 a.MP4\n", "0", "the ground truth has 'a.mp4': write the same"),
-    "two endings": ("1 x.mp4 a.mp4.mp4\n", "0", "does not find 'a.mp4.mp4'"),
     "unknown identity": ("1 a.mp4\n7 a.mp4\n", "1", "line 2: identity '7'"),
     "repeated identity": ("1 x.mp4 a.mp4\n1 a.mp4\n", "1", "line 2: identity '1'"),
     "long name": ("1 a.mp4" + 2 * (" " + 999 * "x") + "\n", "1", f"'{100 * 'x'}...' is repeated"),
@@ -235,13 +210,16 @@ FAULTS = {
     "no-break space": ("1 x.mp4\u00a0a.mp4\n", "0.5", "line 1: fields"),
     "not UTF-8": ("1 x\udcff.mp4 a.mp4\n", "0.5", "line 1: the line is not UTF-8"),
     "empty file": ("", "0", "the file is empty"),
+    # Macs write an accent as a letter of its own. The script compares exact strings.
+    "another form": ("1 e\u0301.mp4\n", "0", "in another Unicode form: write the same name"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_ranking_faults_warn_and_are_errors_with_strict(tmp_path, command, fault):
     submission, score, words = FAULTS[fault]
-    paths = write(tmp_path, "1 a.mp4\n", submission)
+    truth = "1 \u00e9.mp4\n" if fault == "another form" else "1 a.mp4\n"
+    paths = write_pair(tmp_path, truth, submission)
     code, out, err = command("score", *paths)
     assert (code, out.splitlines()[-1]) == (0, score)
     warning = err.splitlines()[0]
@@ -252,22 +230,13 @@ def test_ranking_faults_warn_and_are_errors_with_strict(tmp_path, command, fault
 
 @pytest.mark.parametrize("strict", [[], ["--strict"]])
 def test_submission_that_the_script_refuses_is_refused(tmp_path, command, strict):
-    paths = write(tmp_path, "1 a.mp4\n", f"2 a.mp4\n1 a.mp4 {MANY}\n")
+    paths = write_pair(tmp_path, "1 a.mp4\n", f"2 a.mp4\n1 a.mp4 {MANY}\n")
     answer = command("score", *paths, *strict)
     assert answer.refused("ranking.txt: line 2: the line has 102 clips", "name at most 100")
     # A clip that is repeated counts once.
     hundred = MANY.replace("x100", "x99")
-    paths = write(tmp_path, "1 x0.mp4\n", f"1 {hundred}\n")
+    paths = write_pair(tmp_path, "1 x0.mp4\n", f"1 {hundred}\n")
     assert command("score", *paths).out.splitlines()[-1] == "1"
-
-
-def test_a_clip_in_another_unicode_form_is_reported(tmp_path, command):
-    """Macs write an accent as a letter of its own. The script compares exact strings."""
-    for truth, clip in (("\u00e9", "e\u0301"), ("e\u0301", "\u00e9")):
-        paths = write(tmp_path, f"1 {truth}.mp4\n", f"1 {clip}.mp4\n")
-        code, out, err = command("score", *paths)
-        assert (code, out.splitlines()[-1]) == (0, "0")
-        assert "in another Unicode form: write the same name" in err.splitlines()[0]
 
 
 # Clip -> identity. Blanks are written %20. A % before two hexadecimal digits is written %25, but a
@@ -283,9 +252,7 @@ FORMS = {
     "official": lambda text: text,
     "no endings": lambda text: text.replace(".mp4", ""),
     "an ending less": lambda text: text.replace("e.mp4", "e"),
-    "upper case": lambda text: text.replace(".mp4", ".MP4"),
     "two endings": lambda text: text.replace(".mp4", ".mp4.mp4"),
-    "blanks": lambda text: text.replace(" ", "  \t "),
     "old Mac": lambda text: text.replace("\n", "\r"),
     "Windows": lambda text: "\ufeff" + text.replace("\n", "\r\n"),
     "empty lines": lambda text: "\n \n" + text.replace("\n", "\n\n"),
@@ -303,22 +270,21 @@ def test_perfect_ranking_scores_1_with_any_truth_that_training_reads(tmp_path, c
     rows = [[n for n, clip in enumerate(clips) if CLIPS[clip] == person] for person in people]
     ranking.write_ranking(path, people, clips, top_of(*rows))
     words = {"empty lines": "line 1: the line is empty", "Windows": "line 1: a byte order mark pre"}
-    warned = contextlib.nullcontext()
-    if form in words:
-        warned = pytest.warns(UserWarning, match=f"{words[form]}.* the organisers' script")
-    with warned:
+    warns = functools.partial(pytest.warns, UserWarning)
+    with warns(match=words[form]) if form in words else contextlib.nullcontext():
         done = command("score", truth, path, "--strict")
     assert (done.code, done.out.splitlines()[-1], done.err) == (0, "1", "")
 
 
 def test_ground_truth_whose_identity_is_0_is_refused_as_in_training(tmp_path, command):
-    paths = write(tmp_path, "a.mp4 0\nb.mp4 1\n", "1 b.mp4\n")
+    paths = write_pair(tmp_path, "a.mp4 0\nb.mp4 1\n", "1 b.mp4\n")
     assert command("score", *paths).refused("gt.txt: line 1: identity 0", "from 1")
     # Without .mp4, the lines decide, if the name of the file does not.
     for truth in ("1 a b\n2 c\n", "a 1\nb 1\n"):
-        paths = write(tmp_path, truth, "1 a.mp4 b.mp4\n2 c.mp4\n")
+        paths = write_pair(tmp_path, truth, "1 a.mp4 b.mp4\n2 c.mp4\n")
         assert command("score", *paths).out.splitlines()[-1] == "1"
-    assert command("score", *write(tmp_path, "1 a\n2 b\n", "1 a\n")).refused("no name ends in .mp4")
+    paths = write_pair(tmp_path, "1 a\n2 b\n", "1 a\n")
+    assert command("score", *paths).refused("no name ends in .mp4")
 
 
 def test_text_that_is_too_large_for_the_memory_is_refused_unread(tmp_path, monkeypatch):

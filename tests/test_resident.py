@@ -1,8 +1,8 @@
 """Resident clips, which stay in the memory of devices, give the same batches as streamed clips."""
 
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import jax
 import numpy as np
@@ -15,12 +15,12 @@ from tests.helpers.cases import nightly_after_first, quick_first
 from tests.helpers.clip_files import RAGGED, as_arrays, ragged_clips, random_clip, write_ragged
 from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import refused
-from vidjax.core import devices as devices_lib, ensemble, fusion
+from vidjax.core import devices as devices_lib, fusion
 from vidjax.core.batch import LazyFeatures, Packed
 from vidjax.data import resident, sources
 from vidjax.data.clips import BatchPlan, draw_clips, make_batch_plan
 from vidjax.runs.checkpoint import manifests
-from vidjax.training import placement, plan as plan_lib, train_step
+from vidjax.training import placement
 
 MODALITIES = ("face", "audio", "body")
 
@@ -204,17 +204,12 @@ def test_non_finite_steps_are_skipped_and_too_many_end_the_run(data, tmp_path, m
 @pytest.mark.slow
 def test_number_of_clips_drawn_at_once_changes_no_weight(data, tmp_path, monkeypatch):
     """A call of the compiled loop takes at most three steps, or 2 ** 18 / 8."""
-    spec = "configs/quality_fusion.py:iqiyi_vid"
-    config = small.shrunk("--config.batch_size=8", "--config.num_epochs=1", spec=spec)
-    draw = mock.Mock(wraps=resident.draw_steps)
-    monkeypatch.setattr(resident, "draw_steps", draw)
+    words = "--config.batch_size=8", "--config.num_epochs=1"
+    config = small.shrunk(*words, spec="configs/quality_fusion.py:iqiyi_vid")
     for name, drawn_clips in (("many", 1 << 18), ("three", 31)):
         monkeypatch.setattr(resident, "DRAWN_CLIPS", drawn_clips)
-        draw.reset_mock()
         small.run(config, tmp_path / name, data)
-        most = max(count for _, _, count in (call.args for call in draw.call_args_list))
-        assert most == 3 if name == "three" else most > 3
-    assert_equal(*(small.weights(tmp_path / name) for name in ("many", "three")))
+    small.assert_equal_weights(tmp_path / "many", tmp_path / "three")
 
 
 @pytest.mark.slow
@@ -234,20 +229,18 @@ def choose(data, monkeypatch):
 
     A step of n members needs 1000 n bytes, and 100 more if clips are streamed.
     """
-    _, layout, _ = clips_of(data, ("face", "audio"))
+    (_, layout, _), mesh = clips_of(data, ("face", "audio")), devices_lib.make_mesh(1)
+    measured: list[tuple[str, int]] = []
+
+    def measure(mode, size):
+        measured.append((mode, size))
+        return 1000 * size + 100 * (mode == "streaming")
 
     def choose(free, mode="auto", sizes=(1,), **changed):
         monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh: free)
         measured.clear()
-
-        def measure(mode, size):
-            measured.append((mode, size))
-            return 1000 * size + 100 * (mode == "streaming")
-
-        mesh = devices_lib.make_mesh(1)
         return placement.choose_placement(mode, layout._replace(**changed), mesh, sizes, measure)
 
-    measured: list[tuple[str, int]] = []
     return SimpleNamespace(placement=choose, measured=measured, nbytes=layout.nbytes)
 
 
@@ -292,76 +285,36 @@ def test_members_train_together_as_far_as_the_memory_allows(choose):
     assert choose.placement(0.0, sizes=sizes) == ("streaming", 1)  # the device raises an error
 
 
-@pytest.fixture
-def compiled():
-    """Returns a list that receives the name of each training loop that is compiled."""
-    found: list[str] = []
-
-    def add(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        name = str(kwargs.get("fun_name"))
-        if event == "/jax/core/compile/backend_compile_duration" and name == "jit(loop)":
-            found.append(name)
-
-    jax.monitoring.register_event_duration_secs_listener(add)
-    yield found
-    jax.monitoring.unregister_event_duration_listener(add)
-
-
 @pytest.mark.slow
-def test_program_whose_memory_was_compared_is_the_one_run(data, tmp_path, monkeypatch, compiled):
+def test_program_whose_memory_was_compared_is_the_one_run(data, tmp_path, monkeypatch, request):
     """A second program is compiled only if clips fit, but not together with a step."""
+    compiled = Counter[str]()
+
+    def count(event: str, _: float, **facts: str | int) -> None:
+        compiled[f"{event} {facts.get('fun_name')}"] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    request.addfinalizer(lambda: jax.monitoring.unregister_event_duration_listener(count))
     words = "--config.ensemble.seeds=2", "--config.eval.split=val", "--config.modalities=face"
     spec = "configs/quality_fusion.py:iqiyi_vid"
     sizes: Any = {"batch_size": 32, "max_frames": 64, "crop": "window", "seed": 0}
     plan = make_batch_plan([data.split("train")], ("face",), **sizes)
     twice = 2.0 * resident.make_resident_plan(data, plan, ["val"]).nbytes
-    for name, epochs, asked, on_cpu, free, mode, group_size, num_compiled in (
-        ("auto", 1, "auto", True, np.inf, "resident", 1, 1),
-        ("auto", 2, "auto", False, np.inf, "resident", 1, 1),  # as in the first epoch
-        ("given", 1, "resident", True, np.inf, "resident", 1, 1),
-        ("streamed", 1, "streaming", True, np.inf, "streaming", 1, 1),
-        ("accelerator", 1, "auto", False, np.inf, "resident", 2, 1),
-        ("tight", 1, "auto", True, twice, "streaming", 1, 2),
-        ("full", 1, "auto", True, twice - 1, "streaming", 1, 1),
-        # Without memory, no number of members fits. A device would raise an error.
-        ("none", 1, "auto", False, 0.0, "streaming", 1, 2),
+    for name, epochs, on_cpu, free, mode, group_size, num_compiled in (
+        ("auto", 1, True, np.inf, "resident", 1, 1),
+        ("auto", 2, False, np.inf, "resident", 1, 1),  # as in the first epoch
+        ("accelerator", 1, False, np.inf, "resident", 2, 1),
+        ("tight", 1, True, twice, "streaming", 1, 2),
     ):
         monkeypatch.setattr(devices_lib, "is_cpu", lambda mesh, on_cpu=on_cpu: on_cpu)
         monkeypatch.setattr(resident, "find_least_free_bytes", lambda mesh, free=free: free)
         compiled.clear()
-        more = f"--config.num_epochs={epochs}", f"--config.data.mode={asked}"
-        small.run(small.shrunk(*words, *more, spec=spec), tmp_path / name, data)
+        more = f"--config.num_epochs={epochs}"
+        small.run(small.shrunk(*words, more, spec=spec), tmp_path / name, data)
         manifest = max(manifests(tmp_path / name).items())[1]
-        found = manifest["mode"], manifest["group_size"], len(compiled)
+        num_loops = compiled["/jax/core/compile/backend_compile_duration jit(loop)"]
+        found = manifest["mode"], manifest["group_size"], num_loops
         assert found == (mode, group_size, num_compiled), name
-
-
-@pytest.mark.slow
-def test_memory_of_a_step_contains_no_state_and_no_clips(data):
-    """More members need more memory. Streamed clips need the memory of two batches."""
-    words = "--config.ensemble.seeds=4", "--config.batch_size=64", "--config.modalities=face"
-    plan, mesh = plan_lib.make_plan(small.shrunk(*words), data), devices_lib.make_mesh(1)
-    layout = resident.make_resident_plan(data, plan.batches, ["val"])
-    rngs = ensemble.make_rngs(plan.training_sets.members, 0)
-    labels = np.tile(plan.labels, (4, 1))
-    state = jax.eval_shape(lambda: train_step.init_state(plan.system, rngs, labels))
-
-    def measure(mode, size, layout=layout, mesh=mesh):
-        return placement.compile_loop(plan, layout, state, mesh, mode, size)[1]
-
-    one, four = measure("resident", 1), measure("resident", 4)
-    assert 3 * one < four < 5 * one
-    # Ten times as many clips change the memory of a resident step by less than their frames.
-    many = layout._replace(num_frames={k: 10 * count for k, count in layout.num_frames.items()})
-    assert measure("resident", 1, many) < one + layout.nbytes / 100
-    for devices in (1, 2):
-        mesh = devices_lib.make_mesh(devices)
-        loop, taken = placement.compile_loop(plan, layout, state, mesh, "streaming", 1)
-        memory: Any = loop.memory_analysis()
-        new = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        batch = next(data.train_batches(plan.batches))
-        waiting = 2 * sum(x.nbytes for x in jax.tree.leaves(batch)) / devices
-        assert taken == memory.temp_size_in_bytes + new + waiting
 
 
 def test_best_frames_of_a_clip_are_stored_in_time_order(data):
@@ -374,9 +327,8 @@ def test_best_frames_of_a_clip_are_stored_in_time_order(data):
         best = np.sort(np.argsort(-frames.quality, kind="stable")[:2])
         rows = slice(stored.start[clip], stored.start[clip] + len(best))
         for field in ("features", "quality", "number"):
-            np.testing.assert_array_equal(
-                getattr(stored, field)[rows], getattr(frames, field)[best]
-            )
+            wanted = getattr(frames, field)[best]
+            np.testing.assert_array_equal(getattr(stored, field)[rows], wanted)
 
 
 def test_uploading_clips_in_chunks_changes_no_value(data, monkeypatch):

@@ -1,4 +1,4 @@
-"""Training from start to end: learning, resuming, devices, and the shipped configurations."""
+"""Training from start to end: learning, resuming, and devices."""
 
 import os
 import signal
@@ -19,11 +19,6 @@ from vidjax.training.plan import make_plan
 MLP = "configs/quality_fusion.py:iqiyi_vid"
 COSINE = "configs/cosine.py:iqiyi_vid"
 NOISE = "configs/noise_classes.py:iqiyi_vid"
-SPECS = (  # in addition to the configurations that other tests train
-    "residual_dense:face,one,single", "noise_classes:head", "mma:published", "mma:average,concat",
-    "quality_fusion:mlp2,voting,face,audio", "residual_dense:face,fused,folds",
-    "deepmef:face,audio,published", "deepmef:face,head,audio,views",
-)  # fmt: skip
 
 
 @pytest.mark.slow
@@ -50,17 +45,6 @@ def test_resumed_run_equals_an_uninterrupted_run(data, tmp_path, signum, spec, m
 
 
 @pytest.mark.slow
-@nightly_after_first("spec", SPECS)
-def test_shipped_configurations_train_and_evaluate(data, tmp_path, spec):
-    name, _, words = spec.partition(":")
-    few = ["--config.ensemble.only=0,2"] if "views" in words else []
-    spec = f"configs/{name}.py:iqiyi_vid,{words}"
-    results = small.run(small.shrunk("--config.num_epochs=1", *few, spec=spec), tmp_path, data)
-    assert 0 <= results["map"] <= 1
-    assert results["num_clips"] == 60  # of val
-
-
-@pytest.mark.slow
 def test_scores_do_not_depend_on_devices_or_batch_size(data, trained):
     folder, scores = trained(MLP), []
     for devices, batch_size in [(1, 1), (8, 64)]:
@@ -80,8 +64,7 @@ def test_clip_weight_is_the_file_weight_times_the_class_balance(data, tmp_path, 
     of_file = np.ones(len(clips))
     of_file[::3], of_file[1::7] = 2.5, 0.0
     path = tmp_path / "weights.txt"
-    lines = (f"{c}.mp4 {w}\n" for c, w in zip(clips, of_file, strict=True) if w != 1)
-    path.write_text("".join(lines))
+    path.write_text("".join(f"{c}.mp4 {w}\n" for c, w in zip(clips, of_file, strict=True)))
     words = ("--config.data.train_splits=train,val", "--config.eval.split=test")
     words += ("--config.data.balance=0.5", f"--config.data.weights={path}")
     made = make_plan(small.shrunk(*words, spec=spec), data)

@@ -43,6 +43,13 @@ def compute_calibration_error(probability: np.ndarray, right: np.ndarray) -> flo
     return float(np.abs(np.bincount(bins, probability - right)).sum() / len(right))
 
 
+def identify(index: Index, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the best people, their log-probabilities, and the probabilities of strangers."""
+    answers = [*index.nearest([vectors.astype(np.float32)], 1)]
+    best, logs = zip(*(answer.best[0] for answer in answers), strict=True)
+    return np.array(best, int), np.array(logs), np.exp([answer.new for answer in answers])
+
+
 def measure(num_people: int, *, clips: int, width: int, within: float, seed: int) -> Figures:
     """Enrols `clips` clips of each person, and identifies two more clips. CASES has arguments."""
     rng = np.random.default_rng(seed)
@@ -52,20 +59,14 @@ def measure(num_people: int, *, clips: int, width: int, within: float, seed: int
     names = [*map(str, range(num_people))]
     index = Index(fitted, [fitted.enrol(names, enrolled, people)])
 
-    def identify(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns the best people, their log-probabilities, and the probabilities of strangers."""
-        answers = [*index.nearest([vectors.astype(np.float32)], 1)]
-        best, logs = zip(*(answer.best[0] for answer in answers), strict=True)
-        return np.array(best, int), np.array(logs), np.exp([answer.new for answer in answers])
-
     def draw_strangers(count: int) -> np.ndarray:
         return embeddings.exact(rng, count, 1, width, within)[:, 0]
 
     chosen = rng.permutation(2 * num_people)[:MAX_CLIPS]
-    best, logs, new = identify(x[:, clips:].reshape(-1, width)[chosen])
-    _, stranger_logs, stranger_new = identify(draw_strangers(len(chosen)))
+    best, logs, new = identify(index, x[:, clips:].reshape(-1, width)[chosen])
+    _, stranger_logs, stranger_new = identify(index, draw_strangers(len(chosen)))
     right = best == chosen // 2
-    draws = [identify(draw_strangers(NUM_STRANGERS))[1] for _ in range(6)]
+    draws = [identify(index, draw_strangers(NUM_STRANGERS))[1] for _ in range(6)]
     threshold, tests = metrics.find_threshold(draws[0], fpir=0.01), np.concatenate(draws[1:])
     probability = np.exp(np.concatenate([logs, stranger_logs]))
     return Figures(
@@ -84,20 +85,16 @@ def measure_net(num_people: int, *, clips: int, seed: int) -> dict[str, float]:
     known, strangers = made.people(num_people), made.people(500)
     person = made.rng.integers(0, num_people, 500)  # whom each of the first 500 clips shows
     shown = np.concatenate([known[person], strangers])
-    queries = embeddings.unit(shown + made.noise(1000)).astype(np.float32)
+    queries = embeddings.unit(shown + made.noise(1000))
     model, names = backend.make_card_backend({"face": fit}), [*map(str, range(num_people))]
     enrolled = made.photos(known, clips).reshape(-1, embeddings.WIDTH).astype(np.float32)
     people = model.enrol(names, enrolled, np.repeat(np.arange(num_people), clips))
-    answers = [*Index(model, [people]).nearest([queries], 1)]
-    best, logs = zip(*(answer.best[0] for answer in answers), strict=True)
-    probability, right = np.exp(logs), np.pad(np.array(best[:500], int) == person, (0, 500))
-    named = probability > 0.5
+    best, logs, new = identify(Index(model, [people]), queries)
+    right, named = np.pad(best[:500] == person, (0, 500)), logs > np.log(0.5)
     return {
-        "P(new)": float(np.exp([answer.new for answer in answers]).mean()),
-        "ECE": compute_calibration_error(probability, right),
-        "strangers": float(named[500:].mean()),
-        "known": float((named & right)[:500].mean()),
-    }
+        "P(new)": float(new.mean()), "ECE": compute_calibration_error(np.exp(logs), right),
+        "strangers": float(named[500:].mean()), "known": float((named & right)[:500].mean()),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -84,8 +84,7 @@ def describe_machine() -> str:
     """Returns the processor, its instructions for matrix products, and the version of JAX."""
     kind = jax.devices()[0].device_kind
     if kind == "cpu":
-        parts = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
-        fields = {name.strip(): value.strip() for name, _, value in parts}
+        fields = dict(re.findall(r"(?m)^([^\t:]+)\s*: (.*)$", Path("/proc/cpuinfo").read_text()))
         known = ("avx512f", "avx512_bf16", "amx_bf16")
         flags = [flag for flag in known if flag in fields.get("flags", "").split()]
         kind = f"{os.cpu_count()} cores of {fields.get('model name', 'a processor')}"
@@ -130,11 +129,7 @@ def make_plan(
     modalities = dict.fromkeys(config.modalities, DIM)
     task = TaskSpec(modalities, IDENTITIES, num_clusters, num_clips, 10_000, True, settings or None)
     padded = {name: min(PADDED_FRAMES[name], config.data.max_frames) for name in modalities}
-    return SimpleNamespace(
-        config=config,
-        system=make_system(config.to_dict(), task),
-        members=ensemble.make_members(config.ensemble.to_dict()),
-        batches=BatchPlan(
-            ("train",), config.batch_size, num_clips, padded, "window", {}, config.seed
-        ),
-    )
+    batches = BatchPlan(("train",), config.batch_size, num_clips, padded, "window", {}, config.seed)
+    system = make_system(config.to_dict(), task)
+    members = ensemble.make_members(config.ensemble.to_dict())
+    return SimpleNamespace(config=config, system=system, members=members, batches=batches)

@@ -85,11 +85,9 @@ def decide(
         joined = answers.join_answers(vote, [singly[row] for row in rows])
         decided |= zip(rows, joined, strict=True)
     decided = [decided[row] for row in range(len(owner))]
-    return SimpleNamespace(
-        named=np.array([answer.identity is not None for answer in decided]),
-        best=np.array([int(answer.best[0][0]) for answer in decided]),
-        singly=singly,
-    )
+    named = np.array([answer.identity is not None for answer in decided])
+    best = np.array([int(answer.best[0][0]) for answer in decided])
+    return SimpleNamespace(named=named, best=best, singly=singly)
 
 
 def measure(films: Any, photos: Any, *, known: int, count: int, draws: int, votes=True) -> Any:
@@ -111,10 +109,9 @@ def measure(films: Any, photos: Any, *, known: int, count: int, draws: int, vote
         right = is_known & (decided.best == films.people)
         unknown = np.flatnonzero(~named & clear)
         names, truth = [films.clips[row] for row in unknown], films.people[unknown]
-        clarity = dict(zip(names, films.clarity[unknown], strict=True))
-        labels = grouping.group(
-            model, names, [films.vectors[unknown]], films.apart, clarity=clarity
-        )
+        clarity, vectors = films.clarity[unknown], [films.vectors[unknown]]
+        clarity = dict(zip(names, clarity, strict=True))
+        labels = grouping.group(model, names, vectors, films.apart, clarity=clarity)
         figures.append({
             "right": np.mean(named[is_known] & right[is_known]),
             "wrong": np.mean(named[is_known] & ~right[is_known]),
@@ -130,10 +127,8 @@ def measure(films: Any, photos: Any, *, known: int, count: int, draws: int, vote
 
 def measure_groups(labels: np.ndarray, people: np.ndarray) -> dict[str, float]:
     """Returns two figures of N clips in the groups `labels` [N]. `people` [N] is the truth."""
-    main_people = [
-        np.unique(people[labels == label], return_counts=True)[1].max()
-        for label in np.unique(labels)
-    ]
+    groups = [people[labels == label] for label in np.unique(labels)]
+    main_people = [np.unique(group, return_counts=True)[1].max() for group in groups]
     return {
         "groups per person": len(main_people) / len(np.unique(people)),
         "purity": np.sum(main_people) / len(people),
@@ -147,9 +142,8 @@ def group_few(films: Any, photos: Any, *, each: int, draws: int) -> dict[str, fl
     """
     model, rng, figures = backend.make_card_backend({"face": CARD}), np.random.default_rng(0), []
     clear = films.clarity >= LEAST_CLARITY
-    others = [
-        np.flatnonzero(clear & (films.people == x)) for x in set(films.people[films.people < 0])
-    ]
+    strangers = set(films.people[films.people < 0])
+    others = [np.flatnonzero(clear & (films.people == x)) for x in strangers]
     for _ in range(draws):
         tracks = np.concatenate([rng.permutation(rows)[:each] for rows in others])
         chosen = photos[:, rng.permutation(photos.shape[1])[:each]]

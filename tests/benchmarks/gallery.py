@@ -89,9 +89,8 @@ def write(folder: Path, num_people: int, parts: Sequence[str], rng: np.random.Ge
     }
     folder.mkdir(mode=0o700)
     origin = VectorOrigin("made-up", "0" * 64, centred=True)
-    Store(folder).create(
-        State(1, origin, index_lib.Index(front, blocks), clips, list_clips_of(clips))
-    )
+    index = index_lib.Index(front, blocks)
+    Store(folder).create(State(1, origin, index, clips, list_clips_of(clips)))
 
 
 def measure_medians(actions: Sequence[Callable[[int], object]], repeats: int) -> list[str]:

@@ -40,7 +40,7 @@ def read_photos(models: Path, folder: Path) -> SimpleNamespace:
 
     Photos that do not show exactly one usable face are left out, with a line.
     """
-    faces: dict[str, list[Any]] = {x: [] for x in ("vectors", "people", "clarity", "heights")}
+    rows = []
     with tempfile.TemporaryDirectory(prefix="vidjax-") as scratch:
         out = Path(scratch)
         gallery = Gallery.of_models(out / "vectors", models)
@@ -50,17 +50,16 @@ def read_photos(models: Path, folder: Path) -> SimpleNamespace:
             (face, path, _, track, _) = found.faces[clip]
             assert track.box
             with Image.open(path) as image:
-                height = ImageOps.exif_transpose(image).height
-            faces["vectors"].append(gallery.backend.split(entry.vector[None])[part][0])
-            faces["people"].append(face.person)
-            faces["clarity"].append(track.clarity)
-            faces["heights"].append(height * (track.box[3] - track.box[1]))
-    names, people = np.unique(faces.pop("people"), return_inverse=True)
+                height = ImageOps.exif_transpose(image).height * (track.box[3] - track.box[1])
+            vector = gallery.backend.split(entry.vector[None])[part][0]
+            rows.append((unit(vector), face.person, track.clarity, height))
+    vectors, shown, clarity, heights = map(np.array, zip(*rows, strict=True))
+    names, people = np.unique(shown, return_inverse=True)
     common.print_text(f"{len(people)} photos of {len(names)} people are usable")
-    arrays = {name: np.array(values) for name, values in faces.items()}
-    clips = [f"{n}" for n in range(len(people))]
-    arrays["vectors"] = unit(arrays["vectors"]).astype(np.float32)
-    return SimpleNamespace(people=people, clips=clips, apart=[], **arrays)
+    return SimpleNamespace(
+        vectors=vectors.astype(np.float32), people=people, clips=[f"{n}" for n in range(len(rows))],
+        apart=[], clarity=clarity, heights=heights,
+    )  # fmt: skip
 
 
 def measure_names(
@@ -73,7 +72,10 @@ def measure_names(
     """
     rng, draws = np.random.default_rng(0), []
     if photos is None:
-        groups, pool = np.arange(len(clips.people)), list_frequent(clips)
+        found, counts = np.unique(clips.people, return_counts=True)
+        groups, pool = np.arange(len(clips.people)), found[counts > max(COUNTS)]
+        if not len(pool):
+            raise SystemExit(f"nobody has more than {max(COUNTS)} usable photos")
     else:
         groups, pool = decision.group_for_votes(model, clips), np.arange(len(photos))
     for _ in range(DRAWS):
@@ -86,14 +88,6 @@ def measure_names(
         draws.append(_judge(model, clips, people, enrolled, groups, left))
     table = np.ma.masked_invalid([[*x.values()] for x in draws])
     return dict(zip(draws[0], table.mean(0).filled(np.nan).tolist(), strict=True))
-
-
-def list_frequent(photos: Any) -> np.ndarray:
-    """Returns the people who have more photos than are enrolled."""
-    people, counts = np.unique(photos.people, return_counts=True)
-    if not any(counts > max(COUNTS)):
-        raise SystemExit(f"nobody has more than {max(COUNTS)} usable photos")
-    return people[counts > max(COUNTS)]
 
 
 def _judge(
@@ -149,5 +143,4 @@ def measure_net(models: Path, photos: str, tracks: str) -> list[list[str]]:
 
 if __name__ == "__main__":
     args = common.parse(__doc__, models=Path, photos="", tracks="")
-    for row in (HEADER, ["---"] * len(HEADER), *measure_net(args.models, args.photos, args.tracks)):
-        common.print_text(f"| {' | '.join(row)} |")
+    common.print_table(HEADER, measure_net(args.models, args.photos, args.tracks))

@@ -98,9 +98,8 @@ def load(port: int, requests: Sequence[bytes], clients: int, seconds: float) -> 
     times = np.array([*itertools.chain(*uvloop.run(run()))])
     spent, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     p50, p99 = (1000 * np.nanpercentile(times, [50, 99])).tolist()
-    count = len(times)
+    count, errors = len(times), int(np.isnan(times).sum())
     figures = {"requests": count, "per_second": count / spent, "p50_ms": p50, "p99_ms": p99}
-    errors = int(np.isnan(times).sum())
     return figures | {"errors": errors, "client_cpu_ms": 1000 * cpu_seconds / count}
 
 

@@ -53,6 +53,13 @@ def snapshot(folder: Path) -> dict[Path, tuple[bytes, int]]:
     }
 
 
+def write_pair(folder: Path, truth: str, submission: str) -> tuple[Path, Path]:
+    """Writes a ground truth and a submission; returns their paths."""
+    (folder / "gt.txt").write_bytes(truth.encode("utf-8", "surrogateescape"))
+    (folder / "ranking.txt").write_bytes(submission.encode("utf-8", "surrogateescape"))
+    return folder / "gt.txt", folder / "ranking.txt"
+
+
 def lists(path: Path) -> dict[str, list[str]]:
     """Returns identity -> clips of a ranking file, best first. Asserts that it has no faults."""
     found = ranking.read_submission(path)
