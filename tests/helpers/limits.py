@@ -7,10 +7,9 @@ import re
 import resource
 import shutil
 import subprocess
-import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +46,6 @@ def run(words: Sequence[str | Path], **env: str) -> subprocess.CompletedProcess[
 
 
 @contextlib.contextmanager
-def peak_of(measure: Callable[[], int], every_s: float) -> Iterator[list[int]]:
-    """Calls `measure` every `every_s` seconds in a thread; yields a list [maximum so far]."""
-    peak = [0]
-
-    def watch() -> None:
-        peak[0] = max(peak[0], measure())
-
-    with repeat(watch, every_s):
-        yield peak
-
-
-@contextlib.contextmanager
 def traced_memory() -> Iterator[list[int]]:
     """Yields a list that gets the peak of the memory that Python allocates in the context."""
     peak = list[int]()
@@ -68,24 +55,6 @@ def traced_memory() -> Iterator[list[int]]:
     finally:  # otherwise, the next test would include the memory of all tests before it
         peak.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-
-
-@contextlib.contextmanager
-def repeat(function: Callable[[], object], every_s: float) -> Iterator[None]:
-    """Calls `function` every `every_s` seconds in a thread while the context is open."""
-    ended = threading.Event()
-
-    def work() -> None:
-        while not ended.wait(every_s):
-            function()
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 @contextlib.contextmanager
