@@ -16,16 +16,11 @@ pytestmark = pytest.mark.slow  # trains
 
 
 @pytest.fixture(scope="module")
-def trained_plda(trained, official_dir):
-    """Returns a function that trains PLDA on the official files, with one fixed setting."""
+def run(trained, official_dir):
+    """PLDA of the official files, with one fixed setting."""
     given = ["configs/plda.py:iqiyi_vid,face,audio", "--config.num_epochs=2"]
     given += ["--config.model.within=0.5", f"--config.data.dir={official_dir}"]
-    return lambda *more: predict.restore(trained(*given, *more), num_devices=1)
-
-
-@pytest.fixture(scope="module")
-def run(trained_plda):
-    return trained_plda()
+    return predict.restore(trained(*given), num_devices=1)
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +46,15 @@ def test_gallery_has_the_settings_and_clips_of_its_run_and_ranks_like_it(made, r
     assert 0 <= np.sum(labels > 0) - sum(made.identities.values()) <= 3
     distractors = {c for c, label in zip(val.clips, val.labels, strict=True) if label == 0}
     assert {*made.strangers} <= distractors and len(made.strangers) > 3
+    clips = random_clips(run, 1, 2, 3, 4)
+    together = made.embed(clips)
+    for name in together.names:  # a vector does not depend on the other clips
+        np.testing.assert_equal(made.embed({name: clips[name]}), together.only([name]))
     ranked, wanted = made.rank(data, split="val"), run.rank(data, split="val")
     assert list(ranked) == list(wanted)
     assert map_of(ranked, data) == pytest.approx(map_of(wanted, data), abs=1e-12)
     for name, clips in wanted.items():
         assert dict(ranked[name]) == pytest.approx(dict(clips), abs=2e-3, rel=1e-3)
-
-
-def test_a_vector_does_not_depend_on_other_clips_of_the_batch(made, run):
-    clips = random_clips(run, 1, 2, 3, 4)
-    every = made.embed(clips)
-    for name in every.names:
-        np.testing.assert_equal(made.embed({name: clips[name]}), every.only([name]))
 
 
 def test_a_clip_with_tiny_features_is_unknown_and_reported(made, run):
@@ -94,14 +86,6 @@ def test_empty_gallery_has_strangers_and_accepts_new_people(tmp_path, run, data,
     assert {name: answer.identity for name, answer in gallery.identify(clips).items()} == people
 
 
-@pytest.mark.nightly
-def test_gallery_of_a_run_with_folds_uses_vectors_of_one_member(tmp_path, trained_plda, data):
-    folds = trained_plda("--config.data.train_splits=train,val", "--config.ensemble.folds=2")
-    gallery = vidjax.Gallery.create(tmp_path / "g", folds, data)
-    assert gallery.backend.widths == dict(folds.modalities)  # not twice as wide
-    assert map_of(gallery.rank(data, split="val"), data) > 0.9  # these clips are enrolled
-
-
 def test_gallery_of_embeddings_ranks_nearly_as_well_as_its_run(nearest_run, tmp_path, data):
     gallery = vidjax.Gallery.create(tmp_path / "g", nearest_run, data)
     assert list(gallery.backend.widths) == ["embedding"]
@@ -120,21 +104,14 @@ def test_people_with_photos_of_one_day_are_recognised_on_other_days(tmp_path, ca
     people, noise = draw(40), 0.6**0.5 * draw(40, 1) + 0.4**0.5 * draw(40, 4)
     photos = people[:, None] + 1.2 * noise
     train = {f"{p}_{n}": {"face": photos[p, n : n + 1]} for p in range(40) for n in range(4)}
-    data = vidjax.load_data(
-        {"train": train, "val": {"v": {"face": photos[0, :2]}}},
-        labels={clip: f"person {clip.split('_')[0]}" for clip in train} | {"v": "person 0"},
-    )
+    labels = {clip: f"person {clip.split('_')[0]}" for clip in train} | {"v": "person 0"}
+    data = vidjax.load_data({"train": train, "val": {"v": {"face": photos[0, :2]}}}, labels=labels)
     words = ("--config.data.name=arrays", "--config.eval.report=False")
-    config = vidjax.load_config("plda:face", *words)
-    vidjax.train(config, tmp_path / "run", data)
+    vidjax.train(vidjax.load_config("plda:face", *words), tmp_path / "run", data)
     gallery = vidjax.Gallery.create(tmp_path / "g", tmp_path / "run", data)
     assert "as alike as photos of one day" in capsys.readouterr().err
     new = {f"{p}.{n}": {"face": people[p] + 1.2 * draw(1)} for p in range(40) for n in range(10)}
     answers = gallery.identify(new | {f"s{n}": {"face": draw(1)} for n in range(100)})
-    right = [x.identity == f"person {clip.split('.')[0]}" for clip, x in answers.items()]
-    assert sum(right) > 120, "30 %, as with one photo of each person"
-    assert sum(answer.identity is not None for answer in answers.values()) <= sum(right) + 20
-    with gallery.change() as draft:  # the counts of clips are stored
-        draft.rename("person 0", "Ada")
-    again = vidjax.Gallery(tmp_path / "g").identify(new)
-    assert again["1.0"].probability == pytest.approx(answers["1.0"].probability)
+    right = sum(x.identity == f"person {clip.split('.')[0]}" for clip, x in answers.items())
+    assert right > 120, "30 %, as with one photo of each person"
+    assert sum(answer.identity is not None for answer in answers.values()) <= right + 20

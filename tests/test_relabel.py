@@ -45,18 +45,6 @@ def test_relabelling_moves_only_unclustered_distractors_of_own_folds(data, whole
         assert layout.is_mirror(end[unclustered]).all()
 
 
-def test_relabelling_by_prediction_moves_distractors_both_ways(data, tmp_path):
-    """Unclustered distractors move from mirror classes to clusters or to other mirror classes."""
-    small.run(small.shrunk(*WORDS, spec=f"{SPEC},prediction"), tmp_path, data)
-    (start, layout), end = initial_labels(data), labels_of(tmp_path)  # [clips], [members, clips]
-    unclustered = layout.is_mirror(start)
-    new = end[:, unclustered]
-    # Numbers of clusters are between the numbers of identities and of mirror classes.
-    assert ((new > layout.num_identities) & (new <= layout.mirror_shift)).any()
-    assert ((new != start[unclustered]) & layout.is_mirror(new)).any()
-    assert (end[:, ~unclustered] == start[~unclustered]).all()
-
-
 def test_left_out_distractors_do_not_affect_weights(data, tmp_path):
     truth = training_labels(data)
     spoilt = small.Spoilt(data, {"train": truth[:96] == 0, "val": truth[96:] == 0})  # 96 in train
@@ -84,10 +72,3 @@ def test_distractors_are_clustered_by_their_quality_weighted_mean_faces(data):
     # in a higher class, a mirror class, is in no cluster (-1).
     cluster = start[labels == 0] - 1 - layout.num_identities
     np.testing.assert_array_equal(np.where(cluster < layout.num_clusters, cluster, -1), wanted)
-
-
-def test_ensemble_member_with_noise_classes_equals_a_run_of_that_member(data, whole, tmp_path):
-    small.run(small.shrunk(*WORDS, "--config.ensemble.only=1", spec=SPEC), tmp_path, data)
-    member = {name: value[1:2] for name, value in small.weights(whole).items()}
-    np.testing.assert_equal(small.weights(tmp_path), member)
-    np.testing.assert_array_equal(labels_of(tmp_path)[0], labels_of(whole)[1])
