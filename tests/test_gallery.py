@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy
 
-from tests.helpers import embeddings, made_galleries
+from tests.helpers import made_galleries
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.embeddings import unit
 from tests.helpers.made_galleries import SETTINGS, add, make, make_clip, make_clips, vectors_of
@@ -20,8 +20,7 @@ from vidjax.apps.gallery import (
     index as index_lib,
     run_vectors,
 )
-from vidjax.apps.gallery.enrolment import enrol, stack_people
-from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.gallery.enrolment import enrol
 from vidjax.apps.gallery.store import StoredClip, list_clips_of
 from vidjax.core import metrics
 from vidjax.models import card_backend
@@ -105,19 +104,6 @@ def test_log_softmax_is_exact():
         others = np.sum(np.exp(np.delete(wide, best) - wide[best]))
         wanted = (wide - wide[best] - np.log1p(others)).astype(float)
         np.testing.assert_allclose(index_lib.log_softmax(logits), wanted, rtol=1e-10, atol=1e-300)
-
-
-def test_stranger_whose_vector_is_the_centre_never_passes_the_threshold(tmp_path):
-    """The vector minus the centre is 0, as if the clip had neither a face nor a voice."""
-    clips, front = make_clips(), made_galleries.make_front()
-    centres = front.split(clips["stranger 0"].vector[None])
-    parts = [p._replace(centre=x[0]) for p, x in zip(front.parts, centres, strict=True)]
-    front = front._replace(parts=tuple(parts))
-    people = Gallery.of_clips(tmp_path / "g", made_galleries.RUN, front, clips)
-    # Six strangers are enrolled, and one may come. A share of 0.15 is 1 of 7: the coming one.
-    assert people.threshold(fpir=0.15).num_alarms == 0
-    # A share of 0.99 is 6 of 7: the coming one, and all enrolled strangers but `stranger 0`.
-    assert people.threshold(fpir=0.99).num_alarms == 5
 
 
 def test_fpir_threshold_needs_enough_strangers(tmp_path):
@@ -214,28 +200,6 @@ def test_table_of_answers_says_why_a_clip_has_no_candidates():
     for evidence, words in (((), "no usable frame"), (("told",), "enrolled as a stranger")):
         answer = answers_lib.Answer(None, 0.0, -np.inf, (), evidence)
         assert [*answers_lib.table({"clip": answer})][-1][-1] == words
-
-
-@nightly_after_first("num_people", [5, 1, 20])
-def test_one_photo_per_person_names_these_people_and_few_strangers(tmp_path, capsys, num_people):
-    """The vectors are as similar as dlib's. A warning reports too few clips for a fit."""
-    made = embeddings.Population(0)
-
-    def draw(count, *, photos_each):
-        """Returns the clips PERSON/PHOTO of new people."""
-        photos = made.photos(made.people(count), photos_each).astype(np.float32)
-        places = np.ndindex(count, photos_each)
-        return {f"{n}/{photo}": StoredClip(f"{n}", photos[n, photo]) for n, photo in places}
-
-    clips, strangers = draw(num_people, photos_each=1 + 10), draw(300, photos_each=1)
-    enrolled = {f"{n}/0": clips.pop(f"{n}/0") for n in range(num_people)}
-    front = backend_lib.fit(*stack_people(enrolled, {"face": embeddings.WIDTH}), centred=False)
-    assert "too few to calibrate" in capsys.readouterr().err
-    gallery = Gallery.of_clips(tmp_path / "g", made_galleries.RUN, front, enrolled)
-    answers = gallery.identify(vectors_of(gallery, clips))
-    assert np.mean([answers[name].identity == clips[name].identity for name in clips]) >= 0.9
-    answers = gallery.identify(vectors_of(gallery, strangers))
-    assert np.mean([answer.identity is not None for answer in answers.values()]) <= 0.02
 
 
 def test_clips_of_one_film_count_as_one_clip_with_a_warning(tmp_path, capsys):
