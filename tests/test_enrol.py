@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from pyarrow import parquet
 from tests.helpers import clip_files, interrupted, made_galleries, made_nets
 from tests.helpers.cases import quick_first
 from tests.helpers.clip_files import write_parquet
-from tests.helpers.drawn_people import tags, write_models, write_photo
+from tests.helpers.drawn_people import write_models, write_photo
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.utils.errors import VidjaxWarning
 
@@ -45,13 +44,13 @@ def list_clips(folder):
 @pytest.fixture
 def friends(tmp_path):
     """Photos of three people, one of two people, and one of nobody."""
-    for name, place in (("Ada", 40), ("Bob", 40), ("Ada", 30)):
-        count = len([*(tmp_path / "friends" / name).glob("*")])
-        write_photo(tmp_path / f"friends/{name}/{count + 1}.png", (name, place, 40))
-    write_photo(tmp_path / "friends/Eve.png", ("Eve", 40, 40))
-    write_photo(tmp_path / "friends/Bob/group.png", ("Bob", 20, 20), ("Ada", 70, 40))
-    write_photo(tmp_path / "friends/Bob/wall.png")
-    return tmp_path / "friends"
+    folder = tmp_path / "friends"
+    for path, *faces in (
+        ("Ada/1", ("Ada", 40, 40)), ("Ada/2", ("Ada", 30, 40)), ("Bob/1", ("Bob", 40, 40)),
+        ("Eve", ("Eve", 40, 40)), ("Bob/group", ("Bob", 20, 20), ("Ada", 70, 40)), ("Bob/wall",),
+    ):  # fmt: skip
+        write_photo(folder / f"{path}.png", *faces)
+    return folder
 
 
 PHOTOS = {"Ada/1": "Ada", "Ada/2": "Ada", "Bob/1": "Bob", "Eve/Eve": "Eve"}
@@ -82,15 +81,6 @@ def test_photos_of_all_people_are_enrolled_in_one_call(command, folder, friends)
     done = command(*words)
     assert done.code == 1 and "Ada/3.png: clip 'Ada/3' is already enrolled with another" in done.err
     assert "remove the enrolled clip" in done.out and list_clips(folder)["Dan/1"] == "Dan"
-
-
-def test_face_tags_name_the_people_of_a_photo(say, folder, tmp_path):
-    pair = ("Ada", 20, 40), ("Bob", 76, 40)
-    write_photo(tmp_path / "friends/holiday.png", *pair, tagged=pair)
-    assert tags(*pair)
-    say("gallery", "enrol", folder, f"--photos={tmp_path / 'friends'}")
-    clips = {"holiday/holiday.f01": "Ada", "holiday/holiday.f02": "Bob"}
-    assert list_clips(folder) == clips
 
 
 def test_gallery_of_photos_moves_to_other_nets_by_the_printed_command(
@@ -172,19 +162,16 @@ def test_answers_of_identify_are_labels_of_many_tables(say, folder, nets, tmp_pa
     say("gallery", "enrol", folder, f"--input={day}/0.parquet", f"--input={day}/1.parquet")
     rows = {f"c{number}": name for number, name in enumerate(("Ada", "Eve", "Ada", "Bob"))}
     assert list_clips(folder) == rows
-    answers, other = tmp_path / f"answers.{ending}", tmp_path / "other"
-    say("gallery", "create", other, f"--models={nets}")
-    for number in (0, 1):  # `identify` writes the answers of a table
-        part = tmp_path / f"{number}.{ending}"
-        words = (f"--input={day}/{number}.parquet", f"--out={part}", "--threshold=1e-9")
+    say("gallery", "create", other := tmp_path / "other", f"--models={nets}")
+    for number, given, inputs in (
+        (0, [f"--input={day}"], 3),
+        (1, [f"--input={day}/1.parquet", f"--input={day}/0.parquet"], 2),
+    ):
+        answers = tmp_path / f"{number}.{ending}"  # `identify` writes the answers of a table
+        words = (f"--input={day}/{number}.parquet", f"--out={answers}", "--threshold=1e-9")
         say("gallery", "identify", folder, *words)
-    words = ("gallery", "enrol", other, f"--input={day}", f"--labels={tmp_path / f'0.{ending}'}")
-    done = say(*words)
-    assert "inputs      3" in done and "2 clips, 0 enrolled before" in done
-    assert list_clips(other) == {"c0": "Ada", "c1": "Eve"}
-    shutil.copy(tmp_path / f"1.{ending}", answers)
-    words = (f"--input={day / '1.parquet'}", f"--input={day / '0.parquet'}", f"--labels={answers}")
-    say("gallery", "enrol", other, *words)
+        done = say("gallery", "enrol", other, *given, f"--labels={answers}")
+        assert f"inputs      {inputs}" in done and "2 clips, 0 enrolled before" in done
     assert list_clips(other) == rows
 
 
