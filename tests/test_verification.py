@@ -304,7 +304,9 @@ def as_rows(matches, second):
 
 
 def test_command_prints_and_writes_the_answers_of_python(tell, tmp_path):
-    people = made_galleries.make_with_cards(tmp_path / "g", made_galleries.make_clips(strangers=99))
+    clips = made_galleries.make_clips(strangers=99)
+    clips["wrong"] = make_clip(9000, "nobody")._replace(identity="person 3")
+    people = made_galleries.make_with_cards(tmp_path / "g", clips)
     for name, numbers in (("a", (3, 4)), ("b", (3, 5)), ("one", (1,))):
         clip_files.write_npz(tmp_path, {name: frames(*numbers)})
     given, pairs = f"--input={tmp_path}/a", [("q3", "q3"), ("q3", "q5"), ("q4", "q3"), ("q4", "q5")]
@@ -326,7 +328,9 @@ def test_command_prints_and_writes_the_answers_of_python(tell, tmp_path):
     tell(tmp_path / "g", given, *words, f"--out={tmp_path}/identity.jsonl")
     lines = map(json.loads, (tmp_path / "identity.jsonl").read_text().splitlines())
     assert [*lines] == tell(tmp_path / "g", given, *words, "--json")["answers"]
-    printed = tell(tmp_path / "g", given, *words)
+    found, printed = (tell(tmp_path / "g", given, *words, *more) for more in (["--json"], []))
+    assert "wrong: unlike the other clips of the person" in printed
+    assert [*found["misfits"]] == ["wrong"] and found["answers"][0]["worst"]["clip"] == "wrong"
     assert "yes" in printed and "accepted    1" in printed, printed
     assert "measured on 99 comparisons, of which 0 reach it" in printed
     assert "log ratio is 4.60517 or more" in tell(tmp_path / "g", given)  # the two clips of --input
@@ -338,15 +342,3 @@ def test_command_prints_and_writes_the_answers_of_python(tell, tmp_path):
         ((given, *words, f"--out={tmp_path}/identity.jsonl"), "exists and is not overwritten"),
     ):
         assert word in tell(tmp_path / "g", *flags, code=2)
-
-
-def test_command_names_clips_that_do_not_fit(tell, tmp_path):
-    clips = made_galleries.make_clips(strangers=0)
-    clips["wrong"] = make_clip(9000, "nobody")._replace(identity="person 3")
-    made_galleries.make_with_cards(tmp_path / "g", clips)
-    clip_files.write_npz(tmp_path, {"a": frames(3)})
-    words = (tmp_path / "g", f"--input={tmp_path}/a", "--identity=person 3")
-    assert "wrong: unlike the other clips of the person" in tell(*words)
-    found = tell(*words, "--json")
-    assert [*found["misfits"]] == ["wrong"] and found["rule"]["by"] == "model"
-    assert found["answers"][0]["worst"]["clip"] == "wrong"
