@@ -292,15 +292,13 @@ def frames(*numbers):
     return {f"q{n}": servers.make_frames(7000 + 10 * n, f"person {n}", 2) for n in numbers}
 
 
-def as_rows(matches, second):
-    """Returns comparisons as rows of a table. `second` is the second column, and its values."""
-    for (key, match), other in zip(matches.items(), second[1], strict=True):
-        fits = {"best": match.best, "worst": match.worst}
-        row = {"clip": key if isinstance(key, str) else key[0], second[0]: other}
-        row |= dict(zip(("accepted", "log_ratio", "probability"), match, strict=False))
-        for name, found in fits.items():
-            row |= {name: found and found[0], f"{name}_log_ratio": found and found[1]}
-        yield row
+def as_row(answer):
+    """Returns an answer in JSON as a row of a table."""
+    row = {key: value for key, value in answer.items() if key not in ("best", "worst", "evidence")}
+    for name in ("best", "worst"):
+        found = answer[name] or {"clip": None, "log_ratio": None}
+        row |= {name: found["clip"], f"{name}_log_ratio": found["log_ratio"]}
+    return row
 
 
 def test_command_prints_and_writes_the_answers_of_python(tell, tmp_path):
@@ -314,20 +312,18 @@ def test_command_prints_and_writes_the_answers_of_python(tell, tmp_path):
     compared = people.compare(people.load(tmp_path / "a"), people.load(tmp_path / "b"))
     assert [*compared] == pairs and wanted["q3"].accepted and not wanted["q4"].accepted
     words = ("--identity=person 3", "--fmr=0.01")
-    for flags, matches, second in (
-        (words, wanted, ("identity", ["person 3"] * 2)),
-        ([f"--with={tmp_path}/b"], compared, ("other", [pair[1] for pair in pairs])),
-    ):
-        rows, out = [*as_rows(matches, second)], tmp_path / f"{second[0]}.parquet"
-        tell(tmp_path / "g", given, *flags, f"--out={out}")
-        assert parquet.read_table(out).to_pylist() == rows
-        assert tell(tmp_path / "g", given, *flags, "--json")["answers"] == [
-            {"clip": row["clip"], second[0]: row[second[0]], **match.to_dict()}
-            for row, match in zip(rows, matches.values(), strict=True)
-        ]
+    of_person = [{"clip": x, "identity": "person 3", **y.to_dict()} for x, y in wanted.items()]
+    of_pairs = [{"clip": a, "other": b, **y.to_dict()} for (a, b), y in compared.items()]
+    for name, flags, rows in (
+        ("identity", words, of_person), ("other", [f"--with={tmp_path}/b"], of_pairs),
+    ):  # fmt: skip
+        tell(tmp_path / "g", given, *flags, f"--out={tmp_path}/{name}.parquet")
+        written = parquet.read_table(tmp_path / f"{name}.parquet").to_pylist()
+        assert written == [*map(as_row, rows)]
+        assert tell(tmp_path / "g", given, *flags, "--json")["answers"] == rows
     tell(tmp_path / "g", given, *words, f"--out={tmp_path}/identity.jsonl")
     lines = map(json.loads, (tmp_path / "identity.jsonl").read_text().splitlines())
-    assert [*lines] == tell(tmp_path / "g", given, *words, "--json")["answers"]
+    assert [*lines] == of_person
     found, printed = (tell(tmp_path / "g", given, *words, *more) for more in (["--json"], []))
     assert "wrong: unlike the other clips of the person" in printed
     assert [*found["misfits"]] == ["wrong"] and found["answers"][0]["worst"]["clip"] == "wrong"
