@@ -99,13 +99,11 @@ def test_gallery_of_photos_moves_to_other_nets_by_the_printed_command(
 # Words after `vidjax gallery enrol G` -> part of the error.
 MISTAKES = {
     "--photos=P --identity=Ada": "--identity has no effect with --photos",
-    "--photos=P --labels=x.csv": "--labels has no effect with --photos",
     "--photos=P/Ada/1.png": "--photos=P/Ada/1.png is a file, not a folder",
     "--photos=P --models=EMPTY": "--models=DIR",
     "--input=P --models=EMPTY": "--models has no effect without --photos",
     "--photos=missing": "'missing' is not a folder",
     "--input=P": "'P' contains photos, but no features\nto enrol people from photos: --photos=P",
-    "--input=P --identity=Ada": "'P' contains photos, but no features",
     "": "needs one of --input --split --photos",
 }
 

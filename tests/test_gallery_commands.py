@@ -206,29 +206,8 @@ def test_enrol_and_identify_read_a_dataset_that_is_not_of_the_run(tell, of_run, 
 
 
 @pytest.mark.slow
-def test_identify_and_serve_accept_a_moved_run_but_no_other_run(
-    of_run, nearest_run, tmp_path, command, monkeypatch
-):
-    other = made_galleries.make(tmp_path / "other").folder  # names a run that does not exist
-    for flags in ((), (f"--run={nearest_run}",)):  # no flag, and a run of another gallery
-        done = command("gallery", "identify", other, "--split=val", *flags)
-        assert done.refused("--run=FOLDER")
-    moved = shutil.copytree(nearest_run, tmp_path / "moved")
-    done = command("gallery", "identify", of_run.folder, "--split=val", f"--run={moved}")
-    assert done.code == 0, done.err
-    assert "vectors: " in done.err and " clips/s" in done.err  # progress, also without a terminal
-    assert "--threshold=P" in done.out  # how to choose another rule than the default
-    served = []
-    monkeypatch.setattr(app_lib, "make_app", lambda gallery, *_: served.append(gallery))
-    monkeypatch.setattr(web, "serve", lambda *_: True)
-    monkeypatch.setenv(terminal.QUIET, "1")  # `serve` sets it for its whole process
-    command("serve", f"--gallery={of_run.folder}", f"--run={moved}", "--port=0")
-    assert served[0].run.workdir == moved
-
-
-@pytest.mark.slow
-def test_created_gallery_equals_the_api_and_finds_a_run_that_was_moved_with_it(
-    tell, nearest_run, tmp_path, of_run
+def test_created_gallery_equals_the_api_and_accepts_its_moved_run_but_no_other(
+    tell, nearest_run, tmp_path, of_run, command, monkeypatch
 ):
     (tmp_path / "old/runs").mkdir(parents=True)
     run = shutil.copytree(nearest_run, tmp_path / "old/runs/people")
@@ -240,7 +219,23 @@ def test_created_gallery_equals_the_api_and_finds_a_run_that_was_moved_with_it(
     content = tell("create", *words)
     assert content["people"] == content["clips"] == content["strangers"] == 0
     (tmp_path / "old").rename(tmp_path / "new")
-    assert vidjax.Gallery(tmp_path / "new/g").run.workdir == tmp_path / "new/runs/people"
+    moved = tmp_path / "new/runs/people"
+    assert vidjax.Gallery(tmp_path / "new/g").run.workdir == moved
+    # The gallery was not moved with this run.
+    done = command("gallery", "identify", of_run.folder, "--split=val", f"--run={moved}")
+    assert done.code == 0, done.err
+    assert "vectors: " in done.err and " clips/s" in done.err  # progress, also without a terminal
+    assert "--threshold=P" in done.out  # how to choose another rule than the default
+    served = []
+    monkeypatch.setattr(app_lib, "make_app", lambda gallery, *_: served.append(gallery))
+    monkeypatch.setattr(web, "serve", lambda *_: True)
+    monkeypatch.setenv(terminal.QUIET, "1")  # `serve` sets it for its whole process
+    command("serve", f"--gallery={of_run.folder}", f"--run={moved}", "--port=0")
+    assert served[0].run.workdir == moved
+    other = made_galleries.make(tmp_path / "other").folder  # names a run that does not exist
+    for flags in ((), (f"--run={nearest_run}",)):  # no flag, and a run of another gallery
+        done = command("gallery", "identify", other, "--split=val", *flags)
+        assert done.refused("--run=FOLDER")
 
 
 # Words after `vidjax gallery` -> part of the error. G is a gallery, H is new, TABLES has tables.

@@ -644,36 +644,6 @@ def test_grouping_makes_one_group_per_person(monkeypatch):
     assert count <= 9 and purity > 0.99
 
 
-def test_unclear_faces_of_different_people_are_not_grouped():
-    """Vectors of unclear faces have a part in common, so that even two people look alike.
-
-    The mean cosine of two people is 0.92, and of one person 0.98. There are 4 unclear clips of each
-    of 12 people, and 4 clear clips of the first 6 people.
-    """
-    clips = draw(4, people=12, clips=8)
-    unclear = unit(clips[:, :4] + 0.5 * unit(clips.mean((0, 1)))).reshape(-1, WIDTH)
-    vectors = np.concatenate([unclear, clips[:6, 4:].reshape(-1, WIDTH)]).astype(np.float32)
-    people = np.append(np.repeat(np.arange(12), 4), np.repeat(np.arange(6), 4))
-    names = [f"film{n % 7}.s{n:03}.t00" for n in range(len(people))]
-
-    def mix(clarity):
-        """Returns the groups, and the number of clips that are not of their group's main person."""
-        clear = dict(zip(names, clarity, strict=True))
-        labels = grouping.group(BACKEND, names, [vectors], clarity=clear)
-        counts = [np.bincount(people[labels == label]) for label in np.unique(labels)]
-        return labels, sum(int(count.sum() - count.max()) for count in counts)
-
-    assert mix(np.ones(72))[1] > 6, "as clear clips, different people are mixed"
-    clarity = np.append(np.full(48, 0.2), np.ones(24))
-    labels, mixed = mix(clarity)
-    assert mixed == 0 and len({*labels[48:]}) == 6
-    for label in np.unique(labels):  # unclear clips without a clear clip are alone
-        assert (labels == label).sum() == 1 or (labels[48:] == label).any()
-    # Above the limit, clips of one person are grouped, and people are not mixed.
-    labels, mixed = mix(np.append(np.full(48, 0.4), np.ones(24)))
-    assert mixed == 0 and len({*labels}) <= 14
-
-
 def test_groups_of_photos_are_compared_as_by_an_oracle():
     """The squared distance of two means has a gamma distribution, for one person or for two."""
     photos = draw(5, people=4, clips=6).astype(float)

@@ -606,15 +606,6 @@ FROZEN = sorted((Path(__file__).parent / "helpers" / "frozen_galleries").glob("*
 FROZEN_CLIPS = ("clips", "people", "vectors")  # arrays of the files of galleries of nets
 
 
-def thaw(folder, path):
-    """Writes the gallery of a file of FROZEN; returns the gallery, and the arrays of the file."""
-    with np.load(path) as file:
-        frozen = dict(file)
-    folder.mkdir(exist_ok=True)
-    (folder / store_lib.GALLERY_FILE).write_bytes(frozen["sqlite"].tobytes())
-    return Gallery(folder), frozen
-
-
 def check_frozen(people, frozen):
     """Asserts that a gallery gives the answers that were recorded when it was made.
 
@@ -638,8 +629,10 @@ def check_frozen(people, frozen):
 @pytest.mark.parametrize("path", FROZEN, ids=lambda path: path.stem)
 def test_a_gallery_of_an_earlier_version_keeps_its_answers_and_removes_people(path, tmp_path):
     """Earlier versions of vidjax wrote the files, whose names begin with the format."""
-    people, frozen = thaw(tmp_path, path)
-    before = contents(tmp_path)
+    with np.load(path) as file:
+        frozen = dict(file)
+    (tmp_path / store_lib.GALLERY_FILE).write_bytes(frozen["sqlite"].tobytes())
+    people, before = Gallery(tmp_path), contents(tmp_path)
     # Only galleries of version 0.1.0 contain denied names, which are moved to the log.
     assert bool(people.state.denied) == path.stem.endswith("denied")
     check_frozen(people, frozen)

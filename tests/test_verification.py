@@ -77,12 +77,6 @@ def test_ratio_is_that_of_identify_in_any_batch_and_names_best_and_worst_clips(p
         assert_equal(single, {clip: matches[clip]})
 
 
-def log_density(z, variance, covariance):
-    """Returns the log density of the Gaussian pair `z` [2]."""
-    matrix = np.array([[variance, covariance], [covariance, variance]])
-    return -(z @ np.linalg.solve(matrix, z) + np.log(np.linalg.det(2 * np.pi * matrix))) / 2
-
-
 def pair_oracle(gallery, one, other):
     """Returns the log ratio of two clips, from densities of Gaussians and of gamma variables."""
     backend, total = gallery.backend, 0.0
@@ -98,8 +92,9 @@ def pair_oracle(gallery, one, other):
         else:
             z = np.stack([(v - part.space.mean) @ part.space.transform for v in (a, b)], axis=1)
             logs = [
-                sum(map(lambda at, psi: log_density(at, 1 + psi, c * psi), z, part.space.ratio))
-                for c in (1, 0)
+                sum(scipy.stats.multivariate_normal.logpdf(at, cov=np.eye(2) + psi * of_one)
+                    for at, psi in zip(z, part.space.ratio, strict=True))
+                for of_one in (np.ones((2, 2)), np.eye(2))
             ]  # fmt: skip
             ratio = backend.settings.scale * (logs[0] - logs[1])
         if part.may_be_offscreen and len(present) > 1:
@@ -189,23 +184,23 @@ def test_pairs_of_strangers_do_not_depend_on_the_order_of_names(tmp_path, order)
 
 
 def test_few_strangers_with_many_clips_are_reported(tmp_path):
-    people, *_ = make_people(tmp_path / "g", Population(2), (12, 17), "{0} {1}")
-    assert "pairs of strangers look like one person" in people.match_rule().about
-    assert "only about 12 people" in people.match_rule("p0").about
-    people, *_ = make_people(tmp_path / "g2", Population(2), (120, 1), "{0} {1}")
-    assert "about 1" not in people.match_rule("p0").about
+    few, many = (
+        make_people(tmp_path / f"{x}", Population(2), x, "{0} {1}")[0] for x in ((12, 17), (120, 1))
+    )
+    assert "pairs of strangers look like one person" in few.match_rule().about
+    assert "only about 12 people" in few.match_rule("p0").about
+    assert "about 1" not in many.match_rule("p0").about
 
 
 def test_without_strangers_people_who_are_closer_than_the_card_says_need_a_higher_ratio(tmp_path):
-    made = Population(3)
-    assert make_people(tmp_path / "g", made, (0, 1), "")[0].match_rule().log_ratio == pytest.approx(
-        np.log(100)
-    )
+    made, usual = Population(3), np.log(100)
+    people, *_ = make_people(tmp_path / "g", made, (0, 1), "")
+    assert people.match_rule().log_ratio == pytest.approx(usual)
     made.between /= 4
     people, two, one = make_people(tmp_path / "g4", made, (0, 1), "")
     rule = people.match_rule()
     assert rule.by == "model" and "as near each other as here" in rule.about
-    assert np.mean(two >= np.log(100)) > 0.05
+    assert np.mean(two >= usual) > 0.05
     assert np.mean(two >= rule.log_ratio) < 0.025 and np.mean(one >= rule.log_ratio) > 0.3
 
 
