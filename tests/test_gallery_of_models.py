@@ -606,27 +606,21 @@ def measure_groups(num_people, clips_of_each):
 
 
 def test_a_pair_is_joined_if_its_odds_exceed_the_number_of_groups(gallery):
-    """The odds that two clips show one person are 1 / G x the likelihood ratio of the clips.
-
-    A gallery with one person and the prior odds 1 gives the likelihood ratio.
-    """
+    """The odds that two clips show one person are 1 / G x the likelihood ratio of the clips."""
     first, other = np.eye(2, WIDTH, dtype=np.float32)
-    gallery.enrol({"a": {"face": first[None]}}, "Ada")
 
-    def turn(angle):
-        return (np.cos(angle) * first + np.sin(angle) * other).astype(np.float32)[None]
+    def pair(angle):
+        turned = (np.cos(angle) * first + np.sin(angle) * other).astype(np.float32)
+        return {"a": {"face": first[None]}, "b": {"face": turned[None]}}
 
-    def ratio(angle):
-        p = gallery.identify({"b": {"face": turn(angle)}})["b"].probability
-        return p / (1 - p)
+    def log_ratio(angle):
+        return gallery.compare(pair(angle))["a", "b"].log_ratio
 
-    angle = scipy.optimize.brentq(lambda x: np.log(ratio(x) / 5), 0.35, 0.8)
-    assert ratio(angle) == pytest.approx(5, rel=1e-3)
-    pair = {"a": {"face": first[None]}, "b": {"face": turn(angle)}}
+    angle = scipy.optimize.brentq(lambda x: log_ratio(x) - np.log(5), 0.35, 0.8)
     for count in (0, 2, 4, 20):  # clips of other people, who resemble nobody
         others = faces("x", np.eye(WIDTH, dtype=np.float32)[2 : 2 + count])
         for votes, odds in ((False, 1), (True, grouping.VOTE_ODDS)):
-            groups = gallery.group(pair | others, for_votes=votes)
+            groups = gallery.group(pair(angle) | others, for_votes=votes)
             assert (groups["a"] == groups["b"]) == (count + 2 < 5 * odds)
             assert len({*groups.values()}) == count + (1 if count + 2 < 5 * odds else 2)
 

@@ -52,14 +52,6 @@ def gallery(made, tmp_path):
     return Gallery(shutil.copytree(made, tmp_path / "g"))
 
 
-def check_same(gallery, wanted):
-    """Asserts that a gallery, and the same folder opened again, equals another gallery."""
-    assert contents(gallery.folder) == contents(wanted.folder)
-    for opened in (gallery, Gallery(gallery.folder)):
-        assert answers(opened) == answers(wanted)
-        assert (opened.identities, opened.strangers) == (wanted.identities, wanted.strangers)
-
-
 def holds(gallery, content):
     """Returns whether a file of a gallery contains some bytes."""
     return any(content in path.read_bytes() for path in gallery.folder.rglob("*"))
@@ -108,9 +100,13 @@ def test_changed_galleries_equal_the_opened_folder_and_a_gallery_made_at_once(
         change_at_random(people, rng, number)
         opened = Gallery(people.folder)
         assert answers(people) == answers(opened)
-        found, wanted = people.index.card_comparison, opened.index.card_comparison
-        assert found[0] == wanted[0] and found[1:] == pytest.approx(wanted[1:])
-    check_same(people, make_one(tmp_path / "once", dict(people.clips)))
+        found, again = people.index.card_comparison, opened.index.card_comparison
+        assert found[0] == again[0] and found[1:] == pytest.approx(again[1:])
+    wanted = make_one(tmp_path / "once", dict(people.clips))
+    assert contents(people.folder) == contents(wanted.folder)
+    for opened in (people, Gallery(people.folder)):
+        assert answers(opened) == answers(wanted)
+        assert (opened.identities, opened.strangers) == (wanted.identities, wanted.strangers)
     people._state = before  # another thread may still use an old state
     monkeypatch.setattr(people, "refresh", lambda: None)
     assert answers(people) == first
@@ -225,21 +221,6 @@ def test_removed_and_replaced_people_leave_no_byte_of_names_or_vectors_on_disk(g
         draft.add({"clip 40": CLIPS["clip 40"]._replace(identity="Zoe")})  # a clip of person 4
     assert not any(holds(gallery, name) for name in (b"Ada", b"clip 51", b"person 4"))
     assert gallery.clips["clip 40"].identity == "Zoe"
-
-
-@pytest.mark.slow
-def test_removing_clips_leaves_no_byte_after_sqlite_has_moved_pages(tmp_path, monkeypatch):
-    """SQLite copies rows from page to page. It does so more often if pages are small."""
-    monkeypatch.setattr(store_lib, "PAGE_BYTES", 512)
-    people, rng = make(tmp_path / "g", {}), random.Random(0)
-    for turn in range(12):
-        clips = (make_clip(40 * turn + n, f"person {n % 30}") for n in range(40))
-        add(people, {f"{turn}:{n}:{rng.random()}": clip for n, clip in enumerate(clips)})
-        gone = rng.sample(sorted(people.clips), 10)
-        vectors = pieces([people.clips[name].vector for name in gone])
-        people.remove(clip=gone)
-        content = (tmp_path / "g" / store_lib.GALLERY_FILE).read_bytes()
-        assert not [x for x in (*vectors, *map(str.encode, gone)) if x in content]
 
 
 def test_removing_the_last_person_empties_the_back_end(tmp_path):

@@ -270,25 +270,23 @@ def test_folds_measure_a_training_split_and_runs_on_all_clips_rank_the_others(
 
 
 def test_the_shipped_configuration_gives_data_and_seed_to_its_systems():
-    def load(config):
-        """Returns the configurations of the first system for its folds and for all clips."""
-        name = config.join.systems[0]
-        return [config_io.load_system(config, name, final=final) for final in (False, True)]
+    def load(words):
+        """Returns a configuration, and that of its first system for its folds and all clips."""
+        config = config_io.load_file(f"configs/joint.py:iqiyi_vid{words}")
+        config.seed, config.data.dir = 3, "somewhere"
+        config_lib.check(config)
+        first = config.join.systems[0]
+        return config, *(config_io.load_system(config, first, final=x) for x in (False, True))
 
-    config = config_io.load_file("configs/joint.py:iqiyi_vid,few,face,audio")
-    config.seed, config.data.dir = 3, "somewhere"
-    config_lib.check(config)
+    config, folds, final = load(",few,face,audio")
     first, *others = config.join.systems
     assert first == "cosine:iqiyi_vid,few,ensemble,face,audio"
     assert others == ["plda:iqiyi_vid,few,face", "plda:iqiyi_vid,few,audio"]
-    folds, final = load(config)
     assert (folds.seed, folds.data.dir) == (3, "somewhere")
     members = [(x.ensemble.folds, x.ensemble.seeds) for x in (folds, final)]
     assert members == [(5, 1), (0, 3)]
-    without = config_io.load_file("configs/joint.py:iqiyi_vid,few,plda,face,audio")
-    assert [*without.join.systems] == others
-    config = config_io.load_file("configs/joint.py:iqiyi_vid")  # one net measures, and one ranks
-    measured, final = load(config)
+    assert [*load(",few,plda,face,audio")[0].join.systems] == others
+    config, measured, final = load("")  # one net measures, and one ranks
     assert (measured.ensemble.only, final.ensemble.only) == ((0,), ())
     assert measured.modalities == ("face",) and final.data.train_splits == ("train", "val")
     refused(lambda: config_io.load_system(config, "/tmp/x.py", final=False), "configs/NAME.py")

@@ -1,5 +1,6 @@
 """Verification: does a clip show a given person, and do two clips show the same person?"""
 
+import functools
 import json
 import shutil
 
@@ -42,14 +43,12 @@ def copied(people, tmp_path):
 def assert_equal(found, wanted):
     """Asserts that comparisons are equal to 1e-6."""
     assert found.keys() == wanted.keys()
-    for key, match in found.items():
-        for one, other in zip(flatten(match), flatten(wanted[key]), strict=True):
-            assert one == pytest.approx(other, abs=1e-6), key
-
-
-def flatten(match):
-    """Returns all values of a comparison."""
-    return [*match[:3], *match.evidence, *(match.best or ()), *(match.worst or ())]
+    for key in found:
+        one, other = (
+            [*x[:3], *x.evidence, *(x.best or ()), *(x.worst or ())]
+            for x in (found[key], wanted[key])
+        )
+        assert one == [pytest.approx(value, abs=1e-6) for value in other], key
 
 
 def test_ratio_is_that_of_identify_in_any_batch_and_names_best_and_worst_clips(people):
@@ -276,17 +275,6 @@ def test_misfits_are_the_clips_that_do_not_fit_the_person_without_them(copied):
     assert copied.find_misfits("person 1", ()) == {}
 
 
-@pytest.fixture
-def tell(say):
-    """Returns a function that runs `vidjax gallery verify WORDS`."""
-    return lambda *words, **more: say("gallery", "verify", *words, **more)
-
-
-def frames(*numbers):
-    """Returns clips of the persons 0, 1, ..., for files: clip -> modality -> features [T, D]."""
-    return {f"q{n}": servers.make_frames(7000 + 10 * n, f"person {n}", 2) for n in numbers}
-
-
 def as_row(answer):
     """Returns an answer in JSON as a row of a table."""
     row = {key: value for key, value in answer.items() if key not in ("best", "worst", "evidence")}
@@ -296,17 +284,18 @@ def as_row(answer):
     return row
 
 
-def test_command_prints_and_writes_the_answers_of_python(tell, tmp_path):
+def test_command_prints_and_writes_the_answers_of_python(say, tmp_path):
     clips = made_galleries.make_clips(strangers=99)
     clips["wrong"] = make_clip(9000, "nobody")._replace(identity="person 3")
     people = made_galleries.make_with_cards(tmp_path / "g", clips)
     for name, numbers in (("a", (3, 4)), ("b", (3, 5)), ("one", (1,))):
-        clip_files.write_npz(tmp_path, {name: frames(*numbers)})
+        shown = {f"q{n}": servers.make_frames(7000 + 10 * n, f"person {n}", 2) for n in numbers}
+        clip_files.write_npz(tmp_path, {name: shown})
     given, pairs = f"--input={tmp_path}/a", [("q3", "q3"), ("q3", "q5"), ("q4", "q3"), ("q4", "q5")]
     wanted = people.verify(people.load(tmp_path / "a"), "person 3")
     compared = people.compare(people.load(tmp_path / "a"), people.load(tmp_path / "b"))
     assert [*compared] == pairs and wanted["q3"].accepted and not wanted["q4"].accepted
-    words = ("--identity=person 3", "--fmr=0.01")
+    tell, words = functools.partial(say, "gallery", "verify"), ("--identity=person 3", "--fmr=0.01")
     of_person = [{"clip": x, "identity": "person 3", **y.to_dict()} for x, y in wanted.items()]
     of_pairs = [{"clip": a, "other": b, **y.to_dict()} for (a, b), y in compared.items()]
     for name, flags, rows in (
