@@ -102,12 +102,6 @@ def write_features(folder, photos):
     return folder
 
 
-def read_card(models):
-    card = cards.load(models)["face_embedder"]
-    assert card.back_end
-    return card
-
-
 def give_default_numbers(models):
     """Changes the card of the face embedder: its numbers were not measured."""
     path = models / "embed.json"
@@ -123,14 +117,14 @@ def test_measured_card_is_used_by_its_galleries_and_knows_no_names(tmp_path, mod
     gallery = Gallery.of_models(tmp_path / "g", models)
     gallery.enrol({f"{n}": {"face": x[:1]} for n, x in enumerate(photos[:2])}, {"0": "A", "1": "B"})
     queries = write_features(tmp_path / "queries", photos[:4, 1:2])
-    before = read_card(models)
+    before = cards.load(models)["face_embedder"]
     twice = [np.concatenate([x, x[:2]]) for x in photos]  # copies of photos are left out
     features = write_features(tmp_path / "features", twice)
     done = command("measure-card", models, f"--input={features}")
     assert done.code == 0, done.err
     assert "of a person" in done.out and "equal error rate" in done.out
 
-    card, text = read_card(models), (models / "embed.json").read_text()
+    card, text = cards.load(models)["face_embedder"], (models / "embed.json").read_text()
     assert card.digest == before.digest and "p00" not in text and card.sha256 == before.sha256
     fit = card.back_end
     assert fit
@@ -161,7 +155,7 @@ def test_measured_card_is_used_by_its_galleries_and_knows_no_names(tmp_path, mod
     # Fewer than 20 people leave the mean as it is.
     few = write_features(tmp_path / "few", photos[:5])
     assert command("measure-card", models, f"--input={few}").code == 0
-    again = read_card(models)
+    again = cards.load(models)["face_embedder"]
     assert again.back_end and again.back_end.mean == fit.mean and again.digest == before.digest
 
 
@@ -179,16 +173,6 @@ def test_an_interrupted_call_leaves_no_temporary_features(tmp_path, models, comm
         patch.setattr(Gallery, "of_models", interrupt)
         assert command("measure-card", models, f"--photos={given}").code == 128 + signal.SIGINT
     assert not [*scratch.iterdir()]
-
-
-def test_cosines_of_two_people_may_be_negative(tmp_path, models, command):
-    corners = np.pad(np.eye(6) - 1 / 6, ((0, 0), (0, WIDTH - 6)))
-    noise = 0.001 * np.random.default_rng(0).normal(size=(6, 3, WIDTH))
-    features = write_features(tmp_path / "x", (corners[:, None] + noise).astype(np.float32))
-    done = command("measure-card", models, f"--input={features}")
-    (line,) = (x for x in done.out.splitlines() if "of two people" in x and "+-" in x)
-    _, _, _, mean, low, _, high, *_ = line.split()
-    assert -0.21 < float(low) <= float(mean) <= float(high) < -0.19
 
 
 def test_too_few_people_and_nets_that_do_not_separate_them_are_refused(tmp_path, models, command):
@@ -310,7 +294,7 @@ def test_photos_of_a_folder_measure_the_card_of_a_net(drawn, tmp_path, monkeypat
     (measured,) = done.content["measured"]
     assert (measured["people"], measured["clips"], measured["pairs"]) == (6, 18, [18, 135])
     low, high = measured["different"]["mean_interval"]
-    assert low < measured["different"]["mean"] < high
+    assert low < measured["different"]["mean"] < high and low < 0  # cosines may be negative
     assert not [*(tmp_path / "scratch").iterdir()], "features of the photos are deleted"
     assert cards.read(path).digest == digest and "P0" not in path.read_text()
 
