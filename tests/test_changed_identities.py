@@ -26,6 +26,8 @@ TABLES = (
     ("1234567890123450 1234567890123460", "rounded to 15 digits (2 identities)"),
     ("'007", "after an apostrophe"),
     ("007 7 Ada", "'007' looks like a number that lost zeros"),
+    ("Ada\u2009L Ada\u00a0L Bob", "with other blanks in other lines: "),
+    ("Ada\u202fL Ada\u00a0\u00a0L Bob", "with other blanks in other lines (2 identities)"),
     ("b'Ada' ['Ada'] ('Bob',)", "text of a Python object (3 identities)"),
 )
 # Ordinary names and codes: codes of the same length, and a long number that ends in 0 by chance.
@@ -33,6 +35,7 @@ ORDINARY = (
     "1 2 10 100", "007 008", "Ada Nan Na Nat 't\u00a0Hooft Nan\u00a0Goldin Smith,\u00a0J.",
     "1e E10 2e4a 10E 12e4 e5 1e5a", "1e5 1a5", "1e5 c07", "3.5 7", "1.0 1.1 2.0", "10.0 1.5 2.0",
     "Jan-01 Ada-01 Ad-1", "1.2.10 3-1 12:30", "1234567890123450", "#12 #Ada [Ada] (Bob)",
+    "Ada\u2009L Bob\u00a0L",
     "123456789012346000 123456789012346001", "123456789012346000 1234567890123456",
 )  # fmt: skip
 
@@ -51,15 +54,6 @@ def test_changed_identities_get_one_line_and_other_names_none(identities, words)
     (text,) = [str(warning.message) for warning in caught]
     assert words in text and text.startswith("labels.csv: line ") and "\n" not in text
     assert "write identities as text" in text
-
-
-@pytest.mark.parametrize("blank", ["\u00a0", "  ", "\u2009", "\u202f"])
-def test_names_that_differ_in_their_blanks_get_one_line(blank):
-    other = f"Ada{blank}L"
-    warn_of_changed(dict.fromkeys((other, "Bob L"), "labels.csv: line 2"))  # in tests, an error
-    for name, count in (("Ada L", ""), ("Ada   L", r" \(2 identities\)")):
-        with pytest.warns(VidjaxWarning, match=f"with other blanks in other lines{count}: if a"):
-            warn_of_changed(dict.fromkeys((other, name), "labels.csv: line 2"))
 
 
 CHANGED = ["1.23E+11", "nan", "Ada", "Null", "Zoe\u0308"]  # the last name is NFD

@@ -17,6 +17,7 @@ from tests.helpers.cases import quick_first
 from tests.helpers.clip_files import write_parquet
 from tests.helpers.drawn_people import write_models, write_photo
 from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.video import clip_inputs
 from vidjax.utils.errors import VidjaxWarning
 
 pytestmark = pytest.mark.usefixtures("read_here")
@@ -65,6 +66,8 @@ def test_photos_of_all_people_are_enrolled_in_one_call(command, folder, friends)
     assert [Path(path).name for path in content["failed"]] == ["group.png", "wall.png"]
     assert "group.png: the photo shows 2 faces: give a photo of only one person" in done.err
     assert "wall.png: the photo shows no face" in done.err
+    nothing = clip_inputs.embed_clips(Gallery(folder), friends, ())  # as if all photos were walls
+    assert not nothing.names and [x.shape for x in nothing.parts.values()] == [(0, WIDTH)]
     (friends / "Bob/group.png").unlink()
     (friends / "Bob/wall.png").unlink()
     before = Gallery(folder).digest

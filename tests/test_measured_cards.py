@@ -392,14 +392,12 @@ def test_one_or_two_people_are_named_only_if_something_shows_that_the_net_fits(
     assert again.appearances == first.appearances and again.card == first.card
     assert [x.identity for x in first.appearances] == [row["identity"] for row in drawn.rows()]
 
-    # A gallery decides in the same way. To identify changes no byte.
+    # A gallery decides in the same way.
     gallery = drawn.folder / "gallery"
     Gallery.of_models(gallery, drawn.models)
     drawn.run("gallery", "enrol", gallery, f"--photos={drawn.friends}")
-    content = (gallery / "gallery.sqlite").read_bytes()
     done = drawn.run("gallery", "identify", gallery, f"--input={drawn.out / 'features'}")
     assert (done.content["named"] > 0) == is_named
-    assert (gallery / "gallery.sqlite").read_bytes() == content
     if case in ("fits", "sees only colours"):
         drawn.befriend("Bob")
         assert drawn.who(*photos).output.count(why) == (not is_named)
