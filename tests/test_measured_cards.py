@@ -26,7 +26,7 @@ from vidjax.models import card_backend, card_check, card_measure
 SHIPPED = card_backend.from_cosines(CARD.same, CARD.different)  # of dlib's net
 
 
-@pytest.mark.parametrize(("people", "count"), [(5, 2), (12, 3)])
+@pytest.mark.parametrize(("people", "count"), [(3, 3), (5, 2), (12, 3)])
 def test_people_half_as_far_apart_contradict_the_card_and_other_people_do_not(people, count):
     made, counts = Population(0, SHIPPED), np.full(people, count)
 
@@ -41,7 +41,7 @@ def test_people_half_as_far_apart_contradict_the_card_and_other_people_do_not(pe
         return found
 
     right, half = measure(1), measure(0.5)
-    assert right[""] >= 0.98 and half["closer"] >= 0.95 and half["blind"] <= 0.02
+    assert right[""] >= 0.98 and half["closer"] >= 0.93 and half["blind"] <= 0.02
 
 
 def test_equal_people_have_equal_weights_and_intervals_cover_the_truth():
