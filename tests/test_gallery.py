@@ -161,6 +161,25 @@ def test_a_name_needs_a_measured_threshold_or_one_half_or_the_choice_of_the_user
     assert probabilities[names].tolist() == named
 
 
+def test_a_measured_threshold_far_below_one_half_names_people_but_no_twin(tmp_path):
+    """The prior of strangers is high, so that each known clip has a low probability.
+
+    `identify` and `rank` use the same rule. Two people with equal clips are not distinguished.
+    """
+    clips = make_clips(strangers=99)
+    known = {name: clip for name, clip in clips.items() if clip.identity is not None}
+    clips["twin"] = clips["clip 0"]._replace(identity="twin")
+    people = make(tmp_path / "g", clips, settings=SETTINGS._replace(stranger=9.0))
+    shown = vectors_of(people, known)
+    answers, lists = people.identify(shown), people.rank(shown, fpir=0.01)
+    named = {name: answer.identity for name, answer in answers.items() if answer.identity}
+    assert named == {clip: name for name, pairs in lists.items() for clip, _ in pairs}
+    assert all(known[name].identity == identity for name, identity in named.items())
+    assert len(named) >= 0.8 * len(known) and "clip 0" not in named
+    assert answers["clip 0"].probability > np.exp(people.rule().score)
+    assert max(answers[name].probability for name in named) < 0.01
+
+
 def test_few_strangers_report_the_clips_below_one_half(tmp_path):
     """With the rule `new`, clips with 10 to 50 % are counted, because more strangers may help."""
     rule = make(tmp_path / "g").rule()
