@@ -638,6 +638,28 @@ def test_grouping_makes_one_group_per_person(monkeypatch):
     assert count <= 9 and purity > 0.99
 
 
+def test_unclear_faces_of_different_people_are_not_grouped():
+    """Vectors of unclear faces have a part in common, so that even two people look alike.
+
+    There are 4 unclear clips of each of 12 people, and 4 clear clips of the first 6 people.
+    """
+    clips = draw(4, people=12, clips=8)
+    unclear = unit(clips[:, :4] + 0.5 * unit(clips.mean((0, 1)))).reshape(-1, WIDTH)
+    vectors = np.concatenate([unclear, clips[:6, 4:].reshape(-1, WIDTH)]).astype(np.float32)
+    people = np.append(np.repeat(np.arange(12), 4), np.repeat(np.arange(6), 4))
+    names = [f"film{n % 7}.s{n:03}.t00" for n in range(72)]
+    for clarity in (1.0, 0.4, 0.2):  # of the unclear clips; the last one is below the limit
+        clear = dict(zip(names, [clarity] * 48 + [1.0] * 24, strict=True))
+        labels = grouping.group(BACKEND, names, [vectors], clarity=clear)
+        groups = [people[labels == label] for label in np.unique(labels)]
+        mixed = sum(len({*group}) > 1 for group in groups)
+        assert (mixed > 0) == (clarity == 1), "as clear clips, different people are mixed"
+        assert len(groups) <= 14 or clarity == 0.2
+    assert len({*labels[48:]}) == 6
+    for label in np.unique(labels):  # unclear clips without a clear clip are alone
+        assert (labels == label).sum() == 1 or (labels[48:] == label).any()
+
+
 def test_groups_of_photos_are_compared_as_by_an_oracle():
     """The squared distance of two means has a gamma distribution, for one person or for two."""
     photos = draw(5, people=4, clips=6).astype(float)

@@ -74,6 +74,23 @@ def test_a_run_that_shows_the_wrong_person_in_some_clips_is_trusted_less():
     assert np.mean(np.argmax(joined, axis=1)[known] == labels[known] - 1) > 0.97
 
 
+def test_candidates_stand_for_all_identities(monkeypatch):
+    """They are the right identity, the best two of each run, and random identities."""
+    monkeypatch.setattr(calibration, "CANDIDATES", 8)
+    labels = RNG.integers(0, 1 + 40, 30)
+    logs = np.stack([make_scores(labels, labels, 3.0, 40) for _ in range(2)])
+    found = calibration.choose_candidates(logs, labels, calibration.split_clips(labels))
+    assert found.logs.shape == (2, 30, 8)
+    for clip, label in enumerate(labels):
+        scores = found.logs[:, clip].T.tolist()  # [candidates, runs]
+        chosen = [logs[:, clip].T.tolist().index(pair) for pair in scores]  # columns
+        best = {*np.argsort(-logs[:, clip], axis=1)[:, :2].ravel()} | ({label - 1} - {-1})
+        assert label == 0 or chosen[0] == label - 1
+        others = (40 - len(best)) / (8 - len(best))  # each random identity stands for several
+        wanted = [1.0 if column in best else others for column in chosen]
+        assert {*best} <= {*chosen} and found.weight[clip].tolist() == pytest.approx(wanted)
+
+
 def test_strangers_are_recognised_if_no_stranger_was_among_the_clips_to_learn_from():
     labels = RNG.integers(1, 1 + C, 450)
     scores = np.stack([make_scores(labels, labels, 3.0) for _ in range(2)])
