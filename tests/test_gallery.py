@@ -116,6 +116,10 @@ def test_fpir_threshold_needs_enough_strangers(tmp_path):
     refused(lambda: people.threshold(0.14), "at least 7 clips of strangers, but", "has 6", "enrol")
     add(people, {"one more": make_clip(1234, None)})
     assert people.threshold(0.14).num_strangers == 7
+    # A stranger whose vector is the centre resembles nobody.
+    clips = make_clips(strangers=0) | {"x": StoredClip(None, np.full(8 + 5, 0.5, np.float32))}
+    centred = made_galleries.make_with_cards(tmp_path / "centred", clips, centre=0.5)
+    assert centred.threshold(0.5).score < -1e300
     nobody = make(tmp_path / "no strangers", make_clips(strangers=0))
     refused(lambda: nobody.threshold(1 - 1e-10), "at least 1 clip", "has 0")
     for fpir in (0, 1, float("nan")):
