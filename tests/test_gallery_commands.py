@@ -248,7 +248,7 @@ MISTAKES = {
     "identify G --split=val --threshold=-3": "a number above 0 and at most 1",
     "identify G --split=val --config.model.name=x": "takes only --config.data.FIELD=VALUE",
     "identify G --input=. --config.data.dir=x": "has no effect with --input: leave it out",
-    "create H --models=. --config.data.dir=x": "has no effect with --models: leave it out",
+    "create H --models=. --strangers=val": "has no effect with --models: leave it out",
     "identify G --split=val --k=nan": "must be a whole number from 1",
     "remove G --identity=13": "no identity '13' is enrolled",
     "export G --out=x.csv": "end the name in .parquet",
@@ -346,20 +346,7 @@ def test_identify_writes_an_answer_for_each_clip_of_each_table(tell, folder, mad
 
 
 @pytest.mark.slow
-def test_embeddings_of_many_tables_equal_embeddings_of_all_clips(say, nearest_run, day, tmp_path):
-    embed = ("embed", f"--workdir={nearest_run}", "--json")
-    say(*embed, f"--input={day}", f"--out={tmp_path / 'vectors'}")
-    rows, wanted = rows_of(tmp_path / "vectors"), vidjax.restore(nearest_run).embed(CLIPS)
-    assert [row["clip"] for row in rows] == list(CLIPS)
-    assert np.array([row["vector"] for row in rows]) == pytest.approx(wanted, abs=1e-5)
-    one_table = (*embed, f"--input={day}/part-3.parquet")
-    done = say(*one_table, f"--out={tmp_path / 'one.parquet'}")
-    assert done["num_clips"] == len(TABLES[3]) and done["width"] == wanted.shape[1]
-    assert ".parquet" in say(*one_table, "--out=x.npy", code=2)
-
-
-@pytest.mark.slow
-def test_ranking_of_many_tables_equals_ranking_of_one_table(say, nearest_run, day, tmp_path):
+def test_ranking_and_vectors_of_many_tables_equal_one_table(say, nearest_run, day, tmp_path):
     """Two more tables have 90 equal clips, whose scores tie. A ranking has at most 100 clips."""
     twins = [f"twin {n % 2}{n}" for n in range(90)]  # names of part-4 precede those of part-5
     twins[3] += ".mp4"  # an ending does not count in the order of names
@@ -376,8 +363,17 @@ def test_ranking_of_many_tables_equals_ranking_of_one_table(say, nearest_run, da
     assert scores == pytest.approx([row.pop("score") for row in wanted], abs=1e-5)
     assert rows == wanted
     # The ranking of each person has 100 of the 15 + 90 clips.
-    places = itertools.product(vidjax.restore(nearest_run).identities, range(1, 101))
+    run = vidjax.restore(nearest_run)
+    places = itertools.product(run.identities, range(1, 101))
     assert [(row["identity"], row["rank"]) for row in rows] == [*places]
+    say("embed", *words[1:], f"--input={day}", f"--out={tmp_path / 'vectors'}")
+    rows, wanted = rows_of(tmp_path / "vectors")[: len(CLIPS)], run.embed(CLIPS)
+    assert [row["clip"] for row in rows] == list(CLIPS)
+    assert np.array([row["vector"] for row in rows]) == pytest.approx(wanted, abs=1e-5)
+    embed = "embed", *words[1:], f"--input={day}/part-3.parquet"
+    done = say(*embed, f"--out={tmp_path / 'one.parquet'}")
+    assert (done["num_clips"], done["width"]) == (len(TABLES[3]), wanted.shape[1])
+    assert ".parquet" in say(*embed, "--out=x.npy", code=2)
 
 
 def test_people_in_a_ranking_of_two_tables_are_sorted(tell, tmp_path):

@@ -114,9 +114,9 @@ def test_measured_card_is_used_by_its_galleries_and_knows_no_names(tmp_path, mod
     wide = card_backend.from_cosines((0.9, 0.03), (0.6, 0.06))
     made = Population(1, wide)
     photos = made.photos(made.people(24), 4).astype(np.float32)
-    gallery = Gallery.of_models(tmp_path / "g", models)
-    gallery.enrol({f"{n}": {"face": x[:1]} for n, x in enumerate(photos[:2])}, {"0": "A", "1": "B"})
-    queries = write_features(tmp_path / "queries", photos[:4, 1:2])
+    gallery, names = Gallery.of_models(tmp_path / "g", models), {"0": "A", "1": "B"}
+    gallery.enrol(enrolled := {f"{n}": {"face": photos[n, :1]} for n in (0, 1)}, names)
+    given = f"--input={write_features(tmp_path / 'queries', photos[:1, 1:2]) / 'p00'}"
     before = cards.load(models)["face_embedder"]
     twice = [np.concatenate([x, x[:2]]) for x in photos]  # copies of photos are left out
     features = write_features(tmp_path / "features", twice)
@@ -135,7 +135,6 @@ def test_measured_card_is_used_by_its_galleries_and_knows_no_names(tmp_path, mod
 
     # Commands that read the gallery change no byte, and mention the new numbers.
     content = {path: path.read_bytes() for path in gallery.folder.iterdir()}
-    given = f"--input={queries / 'p00'}"
     for words in (("identify", given), ("verify", given, "--identity=A"), ("list",)):
         read = command("gallery", words[0], gallery.folder, *words[1:])
         assert read.code == 0 and ("has newer numbers" in read.out) == (words[0] != "list")
@@ -148,8 +147,8 @@ def test_measured_card_is_used_by_its_galleries_and_knows_no_names(tmp_path, mod
     assert "newer" not in command("gallery", "identify", gallery.folder, given).out
     assert command(*words[:2]).code == 2
     other = Gallery.of_models(tmp_path / "other", models)
-    other.enrol({f"{n}": {"face": x[:1]} for n, x in enumerate(photos[:2])}, {"0": "A", "1": "B"})
-    query = gallery.load(queries / "p00")
+    other.enrol(enrolled, names)
+    query = {"q": {"face": photos[0, 1:2]}}
     assert gallery.identify(query) == other.identify(query)
 
     # Fewer than 20 people leave the mean as it is.
