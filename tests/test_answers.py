@@ -16,7 +16,8 @@ pytest.importorskip("pyarrow", reason="needs the extra [parquet]")
 import pyarrow
 from pyarrow import parquet as writer
 
-from tests.helpers import clip_files as made, drawn_people, family_nets, films
+from tests.helpers import clip_files as made, family_nets, films
+from tests.helpers.drawn_people import write_film, write_models, write_photo
 from tests.helpers.seen import contents
 from vidjax.apps import features_folder, traces
 from vidjax.apps.video import net_checks, net_families, pipeline, still
@@ -120,12 +121,8 @@ def convert_net(folder):
     return act
 
 
-def write_models(folder):
-    return drawn_people.write_models(folder / "models")
-
-
 def check_net(folder):
-    check = net_checks.list_checks(write_models(folder))["embed.json"]
+    check = net_checks.list_checks(write_models(folder / "models"))["embed.json"]
     return lambda: "\n" not in check()
 
 
@@ -136,13 +133,17 @@ def read_still(folder):
 
 def read_media(folder, ending):
     path, friend, out = folder / f"x{ending}", folder / "friend.png", folder / "out"
-    drawn_people.write_photo(friend, ("Bob", 20, 30))
+    write_photo(friend, ("Bob", 20, 30))
     if ending == ".png":
         faces = ("Ada", 20, 20), ("Eve", 70, 40)
-        drawn_people.write_photo(path, *faces, tagged=[faces[0], ("Zoe", 60, 70)])
+        write_photo(path, *faces, tagged=[faces[0], ("Zoe", 60, 70)])
     else:
-        drawn_people.write_film(path, (1, 20, [("Ada", 20, 30)]), (1, 60, [("Eve", 80, 50)]))
-    given = {"models": write_models(folder), "thumbnails": True, "tagged": True}
+        write_film(path, (1, 20, [("Ada", 20, 30)]), (1, 60, [("Eve", 80, 50)]))
+    given = {
+        "models": write_models(folder / "models"),
+        "thumbnails": True,
+        "tagged": True,
+    }
     with pytest.MonkeyPatch.context() as patch:
         play(patch, TakenOver())
         pipeline.extract_folders({out: [friend]}, **given)
@@ -171,7 +172,7 @@ KINDS = {
     "net to convert": convert_net,
     "net to check": check_net,
     "nets": lambda folder: partial(
-        pipeline.check_nets, write_models(folder), pipeline.ExtractionSettings()
+        pipeline.check_nets, write_models(folder / "models"), pipeline.ExtractionSettings()
     ),
     "still": read_still,
     "film": partial(read_media, ending=".mkv"),

@@ -184,7 +184,7 @@ def test_a_measured_threshold_far_below_one_half_names_people_but_no_twin(tmp_pa
     assert max(answers[name].probability for name in named) < 0.01
 
 
-def test_few_strangers_report_the_clips_below_one_half(tmp_path):
+def test_few_strangers_report_the_clips_below_one_half_and_without_candidates(tmp_path):
     """With the rule `new`, clips with 10 to 50 % are counted, because more strangers may help."""
     rule = make(tmp_path / "g").rule()
     assert rule.by == "new" and rule.score == np.log(0.5)
@@ -193,9 +193,6 @@ def test_few_strangers_report_the_clips_below_one_half(tmp_path):
     row = rule.describe(answers_lib.count_doubtful(answers))["doubtful"]
     assert "2 unknown clips, whose best person has 10 to 50 %" in row and "99 clips" in row
     assert "doubtful" not in rule._replace(by="fpir").describe(2)
-
-
-def test_table_of_answers_says_why_a_clip_has_no_candidates():
     for evidence, words in (((), "no usable frame"), (("told",), "enrolled as a stranger")):
         answer = answers_lib.Answer(None, 0.0, -np.inf, (), evidence)
         assert [*answers_lib.table({"clip": answer})][-1][-1] == words

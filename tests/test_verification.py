@@ -230,10 +230,7 @@ def test_wrong_use_names_the_remedy(people):
         (lambda: people.compare(shown, shown.only(())), "give at least one"),
     ):  # fmt: skip
         refused(action, *words)
-    names = tuple(f"q{n}" for n in range(MAX_PAIRS))
-    many = shown._replace(names=names, labels=(None,) * len(names))
-    many = many._replace(parts={k: np.ones((len(names), x.shape[1]), np.float32) for k, x in
-                                shown.parts.items()})  # fmt: skip
+    many = vectors_of(people, {f"q{n}": SHOWN["q0"] for n in range(MAX_PAIRS)})
     refused(lambda: people.compare(many), "give fewer clips")
 
 
