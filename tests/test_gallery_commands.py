@@ -427,16 +427,15 @@ def test_call_ends_with_an_error_if_the_gallery_changes(tell, folder, day, tmp_p
     assert [*contents(out)] == ["part-0.parquet"]  # was written before the change
 
 
-def test_damaged_tables_are_refused_and_the_other_tables_are_answered(tell, folder, day, tmp_path):
+def test_damaged_tables_and_other_files_are_refused_and_other_tables_answered(
+    tell, folder, day, tmp_path
+):
     (day / "part-0.parquet").write_bytes(b"PAR1 no table")
     write_parquet(day / "part-1.parquet", {"a": {"face": np.zeros((1, 3))}})  # not WIDTH wide
     out = tmp_path / "out"
     error = tell("identify", folder, f"--input={day}", f"--out={out}", code=2)
     assert "part-0.parquet" in error and "2 of 4 tables failed; the other tables are done" in error
     assert [*contents(out)] == ["part-2.parquet", "part-3.parquet"]
-
-
-def test_folder_of_tables_may_contain_neither_other_clips_nor_splits(day):
     (day / "one.npz").touch()
     with pytest.raises(UserError, match=r"one\.npz' .*because the folder also contains tables"):
         bulk.list_tables(day)

@@ -11,7 +11,7 @@ import scipy
 from tests.benchmarks import decision
 from tests.helpers import made_nets
 from tests.helpers.clip_files import write_npz
-from tests.helpers.embeddings import DIFFERENT, DLIB, SAME, WIDTH, Population, unit
+from tests.helpers.embeddings import DIFFERENT, SAME, WIDTH, Population, unit
 from tests.helpers.made_appearances import appearance, film
 from tests.helpers.seen import refused
 from vidjax.apps import cards
@@ -452,18 +452,6 @@ def test_tables_survive_a_spreadsheet_and_impossible_tables_are_refused(tmp_path
     assert answers_lib.read_groups(path) == dict.fromkeys(clips, 'Zo\u00eb "Z" K')
     path.write_text("clip\tidentity\nx\t't Hooft\n")  # as a user types the name
     assert answers_lib.read_groups(path) == {"x": "'t Hooft"}
-
-
-def test_photos_that_are_alike_count_less():
-    """`square` is the squared length of the mean of unit vectors: 1 if all vectors are equal."""
-    for count, square, wanted in (
-        # A prior with the weight of one vector says that vectors are independent. So equal vectors
-        # have the correlation r = 1 - 1 / count, and count as 1 / (r + (1 - r) / count) vectors.
-        (1, 1, 1), (2, 1, 4 / 3), (10, 1, 1.1),
-        (10, 1 - 0.9 * DLIB.within, 10),  # independent vectors count in full; 0.9 is 1 - 1 / 10
-    ):  # fmt: skip
-        counted = card_backend.effective_count(DLIB, np.array(count), np.array(square))
-        assert counted == pytest.approx(wanted, abs=0.02)
 
 
 @pytest.mark.parametrize("has_mean", [False, True])

@@ -158,7 +158,7 @@ def test_measured_card_is_used_by_its_galleries_and_knows_no_names(tmp_path, mod
     assert again.back_end and again.back_end.mean == fit.mean and again.digest == before.digest
 
 
-def test_an_interrupted_call_leaves_no_temporary_features(tmp_path, models, command):
+def test_an_interrupted_call_leaves_no_temporary_features(tmp_path, models, command, monkeypatch):
     """The call is interrupted while the folder of the vectors exists."""
     given = write_features(tmp_path / "x", np.ones((1, 1, WIDTH), np.float32))
     (scratch := tmp_path / "scratch").mkdir()
@@ -167,10 +167,9 @@ def test_an_interrupted_call_leaves_no_temporary_features(tmp_path, models, comm
         assert len([*scratch.iterdir()]) == 1
         raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tempfile, "tempdir", str(scratch))
-        patch.setattr(Gallery, "of_models", interrupt)
-        assert command("measure-card", models, f"--photos={given}").code == 128 + signal.SIGINT
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    monkeypatch.setattr(Gallery, "of_models", interrupt)
+    assert command("measure-card", models, f"--photos={given}").code == 128 + signal.SIGINT
     assert not [*scratch.iterdir()]
 
 
