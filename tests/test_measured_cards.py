@@ -123,6 +123,9 @@ def test_measured_card_is_used_by_its_galleries_and_knows_no_names(tmp_path, mod
     done = command("measure-card", models, f"--input={features}")
     assert done.code == 0, done.err
     assert "of a person" in done.out and "equal error rate" in done.out
+    (line,) = (x for x in done.out.splitlines() if "of two people" in x and "+-" in x)
+    _, _, _, mean, low, _, high, *_ = line.split()
+    assert 0.55 < float(low) <= float(mean) <= float(high) < 0.65
 
     card, text = cards.load(models)["face_embedder"], (models / "embed.json").read_text()
     assert card.digest == before.digest and "p00" not in text and card.sha256 == before.sha256
@@ -360,7 +363,6 @@ ALONE = {
     "sees only colours": ("far", False, [GROUP], False),
     "twice in a mirror": ("fits", False, [GROUP, MIRROR], True),
     "only in a mirror": ("fits", False, [MIRROR], False),
-    "known net": ("fits", True, [GROUP[:1]], True),
     "known net in a mirror": ("fits", True, [MIRROR], True),
 }
 
