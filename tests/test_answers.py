@@ -10,9 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.helpers import clip_files as made
+pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
+pytest.importorskip("pyarrow", reason="needs the extra [parquet]")
+
+import pyarrow
+from pyarrow import parquet as writer
+
+from tests.helpers import clip_files as made, family_nets, films
+from tests.helpers.drawn_people import write_film, write_models, write_photo
 from tests.helpers.seen import contents
-from vidjax.apps import traces
+from vidjax.apps import features_folder, traces
+from vidjax.apps.video import net_checks, net_families, pipeline, still
 from vidjax.data import parquet
 from vidjax.data.memory import load_clips
 from vidjax.utils import processes
@@ -84,32 +92,23 @@ def read_pickle(folder):
 
 
 def read_table(folder):
-    pytest.importorskip("pyarrow", reason="needs the extra [parquet]")
     fields = {name: {"face": clip._asdict()} for name, clip in FACES.items()}
     path = made.write_parquet(folder / "x.parquet", fields, fields=["quality"])
     return lambda: load_clips(path, {"face": 3}, ()) and None
 
 
 def search_table(folder):
-    pytest.importorskip("pyarrow", reason="needs the extra [parquet]")
     path = made.write_parquet(folder / "x.parquet", {"a": {"face": FACES["a"].features}})
     return lambda: traces.read(path, path.name) and None
 
 
 def read_labels(folder):
-    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra [parquet]")
-    from pyarrow import parquet as writer
-
     table = pyarrow.table({"clip": ["a"], "identity": ["Ada"]})
     writer.write_table(table, folder / "x.parquet")
     return lambda: [*parquet.read_labels(folder / "x.parquet")] == [(1, "a", "Ada")]
 
 
 def convert_net(folder):
-    pytest.importorskip("onnx", reason="needs the extra [convert]")
-    from tests.helpers import family_nets
-    from vidjax.apps.video import net_families
-
     (folder / "net.onnx").write_bytes(family_nets.embedder())
     out = folder / "out"
 
@@ -122,57 +121,37 @@ def convert_net(folder):
     return act
 
 
-def write_models(folder):
-    pytest.importorskip("onnxruntime", reason="needs the extra [video]")
-    from tests.helpers import drawn_people
-
-    return drawn_people.write_models(folder / "models")
-
-
 def check_net(folder):
-    from vidjax.apps.video import net_checks
-
-    check = net_checks.list_checks(write_models(folder))["embed.json"]
+    check = net_checks.list_checks(write_models(folder / "models"))["embed.json"]
     return lambda: "\n" not in check()
 
 
-def check_nets(folder):
-    from vidjax.apps.video import pipeline
-
-    settings = pipeline.ExtractionSettings()
-    return lambda: pipeline.check_nets(write_models(folder), settings)
-
-
 def read_still(folder):
-    from tests.helpers import films
-    from vidjax.apps.video import still
-
     (folder / "x.png").write_bytes(films.photo(np.zeros((9, 9, 3), np.uint8), "png"))
     return lambda: isinstance(still.read_still(folder / "x.png", 0.0), bytes)
 
 
 def read_media(folder, ending):
-    models = write_models(folder)
-    from tests.helpers import drawn_people
-    from vidjax.apps import features_folder
-    from vidjax.apps.video import pipeline
-
     path, friend, out = folder / f"x{ending}", folder / "friend.png", folder / "out"
-    drawn_people.write_photo(friend, ("Bob", 20, 30))
+    write_photo(friend, ("Bob", 20, 30))
     if ending == ".png":
         faces = ("Ada", 20, 20), ("Eve", 70, 40)
-        drawn_people.write_photo(path, *faces, tagged=[faces[0], ("Zoe", 60, 70)])
+        write_photo(path, *faces, tagged=[faces[0], ("Zoe", 60, 70)])
     else:
-        drawn_people.write_film(path, (1, 20, [("Ada", 20, 30)]), (1, 60, [("Eve", 80, 50)]))
-    extract = partial(pipeline.extract_folders, models=models, thumbnails=True, tagged=True)
+        write_film(path, (1, 20, [("Ada", 20, 30)]), (1, 60, [("Eve", 80, 50)]))
+    given = {
+        "models": write_models(folder / "models"),
+        "thumbnails": True,
+        "tagged": True,
+    }
     with pytest.MonkeyPatch.context() as patch:
         play(patch, TakenOver())
-        extract({out: [friend]})
+        pipeline.extract_folders({out: [friend]}, **given)
     known = contents(out)
 
     def act():
         features_folder.remove_media_file(out, "x")
-        outcome = extract({out: [path]})[out][0]
+        outcome = pipeline.extract_folders({out: [path]}, **given)[out][0]
         if outcome.error:
             raise UserError(outcome.error)
         film = features_folder.describe_media_file(out, "x")
@@ -192,7 +171,9 @@ KINDS = {
     "labels": read_labels,
     "net to convert": convert_net,
     "net to check": check_net,
-    "nets": check_nets,
+    "nets": lambda folder: partial(
+        pipeline.check_nets, write_models(folder / "models"), pipeline.ExtractionSettings()
+    ),
     "still": read_still,
     "film": partial(read_media, ending=".mkv"),
     "photo": partial(read_media, ending=".png"),

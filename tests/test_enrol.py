@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,9 @@ from pyarrow import parquet
 from tests.helpers import clip_files, interrupted, made_galleries, made_nets
 from tests.helpers.cases import quick_first
 from tests.helpers.clip_files import write_parquet
-from tests.helpers.drawn_people import tags, write_models, write_photo
+from tests.helpers.drawn_people import write_models, write_photo
 from vidjax.apps.gallery.gallery import Gallery
+from vidjax.apps.video import clip_inputs
 from vidjax.utils.errors import VidjaxWarning
 
 pytestmark = pytest.mark.usefixtures("read_here")
@@ -45,13 +45,13 @@ def list_clips(folder):
 @pytest.fixture
 def friends(tmp_path):
     """Photos of three people, one of two people, and one of nobody."""
-    for name, place in (("Ada", 40), ("Bob", 40), ("Ada", 30)):
-        count = len([*(tmp_path / "friends" / name).glob("*")])
-        write_photo(tmp_path / f"friends/{name}/{count + 1}.png", (name, place, 40))
-    write_photo(tmp_path / "friends/Eve.png", ("Eve", 40, 40))
-    write_photo(tmp_path / "friends/Bob/group.png", ("Bob", 20, 20), ("Ada", 70, 40))
-    write_photo(tmp_path / "friends/Bob/wall.png")
-    return tmp_path / "friends"
+    folder = tmp_path / "friends"
+    for path, *faces in (
+        ("Ada/1", ("Ada", 40, 40)), ("Ada/2", ("Ada", 30, 40)), ("Bob/1", ("Bob", 40, 40)),
+        ("Eve", ("Eve", 40, 40)), ("Bob/group", ("Bob", 20, 20), ("Ada", 70, 40)), ("Bob/wall",),
+    ):  # fmt: skip
+        write_photo(folder / f"{path}.png", *faces)
+    return folder
 
 
 PHOTOS = {"Ada/1": "Ada", "Ada/2": "Ada", "Bob/1": "Bob", "Eve/Eve": "Eve"}
@@ -66,6 +66,8 @@ def test_photos_of_all_people_are_enrolled_in_one_call(command, folder, friends)
     assert [Path(path).name for path in content["failed"]] == ["group.png", "wall.png"]
     assert "group.png: the photo shows 2 faces: give a photo of only one person" in done.err
     assert "wall.png: the photo shows no face" in done.err
+    nothing = clip_inputs.embed_clips(Gallery(folder), friends, ())  # as if all photos were walls
+    assert not nothing.names and [x.shape for x in nothing.parts.values()] == [(0, WIDTH)]
     (friends / "Bob/group.png").unlink()
     (friends / "Bob/wall.png").unlink()
     before = Gallery(folder).digest
@@ -84,15 +86,6 @@ def test_photos_of_all_people_are_enrolled_in_one_call(command, folder, friends)
     assert "remove the enrolled clip" in done.out and list_clips(folder)["Dan/1"] == "Dan"
 
 
-def test_face_tags_name_the_people_of_a_photo(say, folder, tmp_path):
-    pair = ("Ada", 20, 40), ("Bob", 76, 40)
-    write_photo(tmp_path / "friends/holiday.png", *pair, tagged=pair)
-    assert tags(*pair)
-    say("gallery", "enrol", folder, f"--photos={tmp_path / 'friends'}")
-    clips = {"holiday/holiday.f01": "Ada", "holiday/holiday.f02": "Bob"}
-    assert list_clips(folder) == clips
-
-
 def test_gallery_of_photos_moves_to_other_nets_by_the_printed_command(
     say, command, folder, friends, tmp_path, nets
 ):
@@ -109,13 +102,11 @@ def test_gallery_of_photos_moves_to_other_nets_by_the_printed_command(
 # Words after `vidjax gallery enrol G` -> part of the error.
 MISTAKES = {
     "--photos=P --identity=Ada": "--identity has no effect with --photos",
-    "--photos=P --labels=x.csv": "--labels has no effect with --photos",
     "--photos=P/Ada/1.png": "--photos=P/Ada/1.png is a file, not a folder",
     "--photos=P --models=EMPTY": "--models=DIR",
     "--input=P --models=EMPTY": "--models has no effect without --photos",
     "--photos=missing": "'missing' is not a folder",
     "--input=P": "'P' contains photos, but no features\nto enrol people from photos: --photos=P",
-    "--input=P --identity=Ada": "'P' contains photos, but no features",
     "": "needs one of --input --split --photos",
 }
 
@@ -172,19 +163,16 @@ def test_answers_of_identify_are_labels_of_many_tables(say, folder, nets, tmp_pa
     say("gallery", "enrol", folder, f"--input={day}/0.parquet", f"--input={day}/1.parquet")
     rows = {f"c{number}": name for number, name in enumerate(("Ada", "Eve", "Ada", "Bob"))}
     assert list_clips(folder) == rows
-    answers, other = tmp_path / f"answers.{ending}", tmp_path / "other"
-    say("gallery", "create", other, f"--models={nets}")
-    for number in (0, 1):  # `identify` writes the answers of a table
-        part = tmp_path / f"{number}.{ending}"
-        words = (f"--input={day}/{number}.parquet", f"--out={part}", "--threshold=1e-9")
+    say("gallery", "create", other := tmp_path / "other", f"--models={nets}")
+    for number, given, inputs in (
+        (0, [f"--input={day}"], 3),
+        (1, [f"--input={day}/1.parquet", f"--input={day}/0.parquet"], 2),
+    ):
+        answers = tmp_path / f"{number}.{ending}"  # `identify` writes the answers of a table
+        words = (f"--input={day}/{number}.parquet", f"--out={answers}", "--threshold=1e-9")
         say("gallery", "identify", folder, *words)
-    words = ("gallery", "enrol", other, f"--input={day}", f"--labels={tmp_path / f'0.{ending}'}")
-    done = say(*words)
-    assert "inputs      3" in done and "2 clips, 0 enrolled before" in done
-    assert list_clips(other) == {"c0": "Ada", "c1": "Eve"}
-    shutil.copy(tmp_path / f"1.{ending}", answers)
-    words = (f"--input={day / '1.parquet'}", f"--input={day / '0.parquet'}", f"--labels={answers}")
-    say("gallery", "enrol", other, *words)
+        done = say("gallery", "enrol", other, *given, f"--labels={answers}")
+        assert f"inputs      {inputs}" in done and "2 clips, 0 enrolled before" in done
     assert list_clips(other) == rows
 
 

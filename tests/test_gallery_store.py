@@ -13,7 +13,6 @@ import shutil
 import sqlite3
 import struct
 import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -26,18 +25,15 @@ import pytest
 
 import vidjax
 from tests.campaigns import gallery_kills
-from tests.helpers import limits, made_galleries
+from tests.helpers import made_galleries
 from tests.helpers.cases import quick_first
-from tests.helpers.embeddings import exact, unit
-from tests.helpers.made_galleries import SETTINGS, add, answers, contents, make, make_clip
+from tests.helpers.made_galleries import WIDTHS, add, answers, contents, make, make_clip
 from tests.helpers.seen import refused
 from vidjax.apps.gallery import enrolment, index as index_lib, store as store_lib
 from vidjax.apps.gallery.backend import fit
-from vidjax.apps.gallery.changes import Draft
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.gallery.store import StoredClip, VectorOrigin, list_clips_of
+from vidjax.apps.gallery.store import StoredClip, list_clips_of
 from vidjax.models import card_backend, two_covariance
-from vidjax.utils import errors
 
 CLIPS = made_galleries.make_clips()
 # The same clips, after the back end of the gallery was fitted to the clips of people.
@@ -54,14 +50,6 @@ def made(tmp_path_factory):
 @pytest.fixture
 def gallery(made, tmp_path):
     return Gallery(shutil.copytree(made, tmp_path / "g"))
-
-
-def check_same(gallery, wanted):
-    """Asserts that a gallery, and the same folder opened again, equals another gallery."""
-    assert contents(gallery.folder) == contents(wanted.folder)
-    for opened in (gallery, Gallery(gallery.folder)):
-        assert answers(opened) == answers(wanted)
-        assert (opened.identities, opened.strangers) == (wanted.identities, wanted.strangers)
 
 
 def holds(gallery, content):
@@ -112,9 +100,13 @@ def test_changed_galleries_equal_the_opened_folder_and_a_gallery_made_at_once(
         change_at_random(people, rng, number)
         opened = Gallery(people.folder)
         assert answers(people) == answers(opened)
-        found, wanted = people.index.card_comparison, opened.index.card_comparison
-        assert found[0] == wanted[0] and found[1:] == pytest.approx(wanted[1:])
-    check_same(people, make_one(tmp_path / "once", dict(people.clips)))
+        found, again = people.index.card_comparison, opened.index.card_comparison
+        assert found[0] == again[0] and found[1:] == pytest.approx(again[1:])
+    wanted = make_one(tmp_path / "once", dict(people.clips))
+    assert contents(people.folder) == contents(wanted.folder)
+    for opened in (people, Gallery(people.folder)):
+        assert answers(opened) == answers(wanted)
+        assert (opened.identities, opened.strangers) == (wanted.identities, wanted.strangers)
     people._state = before  # another thread may still use an old state
     monkeypatch.setattr(people, "refresh", lambda: None)
     assert answers(people) == first
@@ -141,36 +133,6 @@ def test_only_blocks_with_changed_people_are_computed_again(tmp_path, monkeypatc
         sizes.clear()
 
 
-def test_memory_of_a_large_enrolment_is_little_more_than_its_people(tmp_path, monkeypatch):
-    """Blocks of people are computed one after the other, because the computation is in float64."""
-    monkeypatch.setattr(made_galleries, "WIDTHS", {"face": 384})
-    monkeypatch.setattr(enrolment, "MAX_BLOCK_PEOPLE", 256)
-    people, count = made_galleries.make_with_cards(tmp_path / "g", {}), 2048
-    vectors = np.random.default_rng(0).standard_normal((count, 384)).astype(np.float32)
-    clips = {f"c{n}": StoredClip(f"p{n}", row) for n, row in enumerate(vectors)}
-    finished = list[int]()
-    with contextlib.ExitStack() as stack:
-        peak = stack.enter_context(limits.traced_memory())
-        draft = stack.enter_context(people.change(finished.append))
-        draft.add(clips)
-    assert sum(finished) == count and len(finished) == 8
-    assert peak[0] < 4 * vectors.nbytes
-
-
-def test_time_of_a_change_does_not_grow_with_the_number_of_people(gallery):
-    def measure(num_people):
-        """Returns the seconds to add 2000 clips of new people, and to relabel the clips."""
-        owners = {f"new {n}": f"new person {n % num_people}" for n in range(2000)}
-        draft, times = Draft(gallery.state), [time.process_time()]
-        draft.add({name: NEW["new"]._replace(identity=owner) for name, owner in owners.items()})
-        times.append(time.process_time())
-        for name in owners:
-            draft.relabel(name, f"other person of {name}")
-        return np.diff([*times, time.process_time()])
-
-    assert (measure(2000) < 5 * measure(1)).all()
-
-
 def test_a_refused_change_leaves_the_gallery_unchanged(gallery):
     before, good = contents(gallery.folder), make_clip(1, "x")
     untyped: Any = gallery  # gets arguments of wrong types
@@ -191,10 +153,8 @@ def test_a_refused_change_leaves_the_gallery_unchanged(gallery):
         (lambda: gallery.rename("person 3", "person 3"), "choose another name"),
         (lambda: gallery.relabel("clip 3000", "person 3"), "no clip 'clip 3000'"),
         (lambda: gallery.remove(identity=["persn 3"]), "did you mean 'person 3'?"),
-        (lambda: gallery.remove(identity=[""]), "no identity"),
         (lambda: gallery.remove(clip=["clip 30", "clop 31"]), "did you mean 'clip 31'?"),
         (lambda: untyped.rename(3, "Ada"), "identity must be a name, not int 3"),
-        (lambda: untyped.rename("person 3", None), "identity must be a name"),
         (lambda: untyped.relabel(30, "Ada"), "clip must be a name, not int 30"),
         (lambda: add_two(30), "clip name must be"),
         (lambda: add_two("a\nb"), "control"),
@@ -208,7 +168,7 @@ def test_a_refused_change_leaves_the_gallery_unchanged(gallery):
     assert contents(gallery.folder) == before and gallery.version == 1
 
 
-def test_back_end_is_fitted_again_without_removed_or_replaced_clips(tmp_path):
+def test_back_end_is_fitted_again_without_removed_or_replaced_clips(tmp_path, capsys):
     """The back end was fitted to all clips of people. Clip 30 stays fitted as Ada's clip."""
     gallery = make(tmp_path / "g", FITTED)
     gallery.relabel("clip 30", None)  # the clip of person 3 becomes a clip of a stranger
@@ -223,24 +183,11 @@ def test_back_end_is_fitted_again_without_removed_or_replaced_clips(tmp_path):
             draft.remove(clip=name)
             draft.add(other)  # the same name with another vector
         assert np.array_equal(gallery.backend.numbers(), before) != must_refit
+        if must_refit:  # to the clips that are left
+            again = fit(*enrolment.stack_people(gallery.clips, WIDTHS), centred=False)
+            assert np.array_equal(gallery.backend.numbers(), again.numbers())
+            assert "9, too few to calibrate probabilities" in capsys.readouterr().err
         assert answers(Gallery(gallery.folder)) == answers(gallery)
-
-
-def test_replaced_names_leave_no_byte_on_disk(gallery):
-    stranger = CLIPS["stranger 3"]
-    assert add(gallery, {"stranger 3": stranger._replace(identity="known now")}) == 1
-    assert add(gallery, {"stranger 3": stranger}) == 0  # the clip keeps its person
-    gallery.remove(identity="known now")
-    assert "stranger 3" not in gallery.strangers and not holds(gallery, stranger.vector.tobytes())
-    gallery.rename("person 7", "Ada")
-    assert holds(gallery, b"Ada") and not holds(gallery, b"person 7")
-    with gallery.change() as draft:
-        draft.rename("Ada", "Eve")
-        draft.remove(clip="clip 51")
-        draft.remove(identity="person 4")
-        draft.add({"clip 40": CLIPS["clip 40"]._replace(identity="Zoe")})  # a clip of person 4
-    assert not any(holds(gallery, name) for name in (b"Ada", b"clip 51", b"person 4"))
-    assert gallery.clips["clip 40"].identity == "Zoe"
 
 
 def pieces(vectors):
@@ -249,8 +196,8 @@ def pieces(vectors):
     return [four.tobytes() for four in fours if four.all()]
 
 
-def test_removing_a_person_leaves_no_byte_of_names_or_vectors(gallery):
-    clips = list_clips_of(CLIPS)["person 7"]
+def test_removed_and_replaced_people_leave_no_byte_of_names_or_vectors_on_disk(gallery):
+    clips, stranger = list_clips_of(CLIPS)["person 7"], CLIPS["stranger 3"]
     vectors = [CLIPS[name].vector for name in clips]
     for block in gallery.index.blocks:  # coefficients are computed from the vectors
         vectors += [x[block.names.index("person 7")] for x in block.linear]
@@ -259,49 +206,19 @@ def test_removing_a_person_leaves_no_byte_of_names_or_vectors(gallery):
     texts = [name.encode() for name in (*clips, "person 7")]
     assert not any(holds(gallery, x) for x in (*pieces(vectors), *texts))
     assert "person 7" not in gallery.identities and "person 7" not in gallery.index.names
-
-
-@pytest.mark.slow
-def test_removing_clips_leaves_no_byte_after_sqlite_has_moved_pages(tmp_path, monkeypatch):
-    """SQLite copies rows from page to page. It does so more often if pages are small."""
-    monkeypatch.setattr(store_lib, "PAGE_BYTES", 512)
-    people, rng = make(tmp_path / "g", {}), random.Random(0)
-    for turn in range(12):
-        clips = (make_clip(40 * turn + n, f"person {n % 30}") for n in range(40))
-        add(people, {f"{turn}:{n}:{rng.random()}": clip for n, clip in enumerate(clips)})
-        gone = rng.sample(sorted(people.clips), 10)
-        vectors = pieces([people.clips[name].vector for name in gone])
-        people.remove(clip=gone)
-        content = (tmp_path / "g" / store_lib.GALLERY_FILE).read_bytes()
-        assert not [x for x in (*vectors, *map(str.encode, gone)) if x in content]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("centred", [False, True])
-def test_a_removed_vector_cannot_be_computed_from_the_back_end(tmp_path, centred):
-    """The attacker knows the mean of all clips, and all clips except the only clip of p0.
-
-    Before p0 is removed, the sum of all clips minus the known clips is the vector of p0.
-    """
-    drawn = exact(np.random.default_rng(0), people=12, clips=2, width=16, within=0.2)
-    removed, *others = drawn.reshape(-1, 16)[1:].astype(np.float32)  # p0 has one clip
-    vectors = enumerate([removed, *others])
-    clips = {f"{n}": StoredClip(f"p{(n + 1) // 2}", x, fitted=True) for n, x in vectors}
-    backend = fit(*enrolment.stack_people(clips, {"x": 16}), centred=centred, settings=SETTINGS)
-    run = VectorOrigin("somewhere", "0" * 64, centred)
-    people = Gallery.of_clips(tmp_path / "g", run, backend, clips)
-
-    def attack():
-        """Returns the cosine of the removed vector and the vector that the attacker computes."""
-        part: Any = people.backend.parts[0]
-        # `centre` is the mean. If vectors are centred, only a share of it is in `space.mean`.
-        mean = part.space.mean / two_covariance.centre_share(12) if centred else part.centre
-        guess = len(clips) * mean - np.sum(others, axis=0, dtype=np.float64)
-        return abs(unit(np.asarray(guess)) @ unit(removed.astype(np.float64)))
-
-    assert attack() > 0.9999999
-    people.remove(identity=["p0"])
-    assert attack() < 0.9  # does not reveal the vector
+    assert add(gallery, {"stranger 3": stranger._replace(identity="known now")}) == 1
+    assert add(gallery, {"stranger 3": stranger}) == 0  # the clip keeps its person
+    gallery.remove(identity="known now")
+    assert "stranger 3" not in gallery.strangers and not holds(gallery, stranger.vector.tobytes())
+    gallery.rename("person 5", "Ada")
+    assert holds(gallery, b"Ada") and not holds(gallery, b"person 5")
+    with gallery.change() as draft:
+        draft.rename("Ada", "Eve")
+        draft.remove(clip="clip 51")
+        draft.remove(identity="person 4")
+        draft.add({"clip 40": CLIPS["clip 40"]._replace(identity="Zoe")})  # a clip of person 4
+    assert not any(holds(gallery, name) for name in (b"Ada", b"clip 51", b"person 4"))
+    assert gallery.clips["clip 40"].identity == "Zoe"
 
 
 def test_removing_the_last_person_empties_the_back_end(tmp_path):
@@ -402,8 +319,14 @@ def test_answers_do_not_wait_until_a_change_is_written(gallery, monkeypatch):
     assert "Bob" in gallery
 
 
-@pytest.mark.parametrize("name", ["SQLITE_IOERR_LOCK", "SQLITE_IOERR_RDLOCK", "SQLITE_PERM"])
-def test_error_of_a_drive_without_locks_names_another_disk(gallery, monkeypatch, name):
+@pytest.mark.parametrize(("name", "words"), [
+    ("SQLITE_IOERR_LOCK", ("without locks", "another disk", "--out=FOLDER")),
+    ("SQLITE_PERM", ("without locks", "another disk", "--out=FOLDER")),
+    ("SQLITE_IOERR_DIR_FSYNC", ("was changed, but the change may be lost",)),
+])  # fmt: skip
+def test_error_of_a_drive_names_another_disk_or_says_whether_the_gallery_was_changed(
+    gallery, monkeypatch, name, words
+):
     def connect(path):
         error = sqlite3.OperationalError("disk I/O error")
         error.sqlite_errorname = name
@@ -413,7 +336,7 @@ def test_error_of_a_drive_without_locks_names_another_disk(gallery, monkeypatch,
 
     monkeypatch.setattr(store_lib, "_connect", connect)
     for action in (gallery.refresh, lambda: gallery.remove(clip=["clip 30"])):
-        refused(action, str(gallery.folder), "without locks", "another disk", "--out=FOLDER")
+        refused(action, str(gallery.folder), *words)
 
 
 @pytest.mark.slow
@@ -429,21 +352,17 @@ def test_a_full_disk_or_a_kill_leaves_the_old_state_or_the_new_one(tmp_path, cam
         gallery_kills.kill_once(place / "g", place, random.Random(turn))
 
 
-def list_backup_commands():
-    """Returns the page's commands for a backup, one for each program, and for restoring it."""
-    page = Path(vidjax.__file__).parent / "apps" / "gallery" / "README.md"
-    section = page.read_text().split("## Backup, restore and upgrade")[1]
-    backup, restore = re.findall(r"```sh\n(.*?)```", section, re.S)[:2]
-    make, *copy = backup.splitlines()
-    return [f"{make}; {line}" for line in copy if shutil.which(line.split()[0])], restore
-
-
 @pytest.mark.slow
 def test_the_backup_commands_of_the_page_copy_a_gallery_that_is_being_changed(gallery):
     place, stop = gallery.folder.parent, threading.Event()
     gallery.folder.rename(place / "people")
     people = Gallery(place / "people")
-    commands, restore = list_backup_commands()
+    # The commands of the page for a backup, one for each program, and for restoring it.
+    page = Path(vidjax.__file__).parent / "apps" / "gallery" / "README.md"
+    section = page.read_text().split("## Backup, restore and upgrade")[1]
+    backup, restore = re.findall(r"```sh\n(.*?)```", section, re.S)[:2]
+    make, *copy = backup.splitlines()
+    commands = [f"{make}; {line}" for line in copy if shutil.which(line.split()[0])]
     assert commands
 
     def change():
@@ -472,39 +391,6 @@ def test_the_backup_commands_of_the_page_copy_a_gallery_that_is_being_changed(ga
     run(restore)
     assert "person 7" in people and answers(people) == before
     people.remove(identity=["person 7"])
-
-
-CHANGE = """
-import sys
-from tests.helpers.made_galleries import add
-from tests.test_gallery_store import NEW
-from vidjax.apps.gallery.gallery import Gallery
-gallery = Gallery(sys.argv[1])
-try:
-    add(gallery, NEW)
-except OSError as error:
-    print(gallery.identities == Gallery(sys.argv[1]).identities, "new" in gallery, error)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("strace"), reason="strace makes system calls fail")
-def test_the_error_of_a_failing_sync_says_whether_the_gallery_was_changed(tmp_path):
-    def change(number, *flags):
-        folder = make(tmp_path / str(number)).folder
-        log, words = tmp_path / "log", [sys.executable, "-c", CHANGE, folder]
-        ended = limits.run(["strace", "-f", "-o", log, "-e", "trace=fdatasync", *flags, *words])
-        return ended.stdout, log.read_text().count("fdatasync(")
-
-    _, count = change(0)
-    assert count > 1
-    for number in range(1, count + 1):
-        flag = f"inject=fdatasync:error=EIO:when={number}"
-        text, _ = change(number, "-e", flag)
-        last = number == count
-        after, words = (str(last), "was changed, but" if last else "cannot write")
-        ignored = number < count and not text  # SQLite ignores an error of a sync of the folder
-        assert ignored or (text.startswith(f"True {after} ") and words in text), text
 
 
 def cut_off(folder):
@@ -592,18 +478,6 @@ def test_every_kind_of_damage_raises_an_error_that_names_the_folder(gallery, kin
         refused(gallery.refresh, str(gallery.folder))
 
 
-@pytest.mark.slow
-def test_a_flipped_bit_is_detected_or_changes_no_answer(gallery):
-    wanted, path = answers(gallery), gallery.folder / store_lib.GALLERY_FILE
-    content, rng = path.read_bytes(), random.Random(0)
-    used = [at for at, byte in enumerate(content) if byte]
-    for at in rng.choices(used, k=60):
-        flipped = content[at] ^ 1 << rng.randrange(8)
-        path.write_bytes(content[:at] + bytes([flipped]) + content[at + 1 :])
-        with contextlib.suppress(ValueError):  # the flip is detected
-            assert answers(Gallery(gallery.folder)) == wanted
-
-
 def forged(folder, sql="", facts=None, digest=False):
     """Changes the file of a gallery, like an attacker who knows its format.
 
@@ -630,9 +504,7 @@ END = "UPDATE {} SET numbers = CAST(substr(numbers, 1, length(numbers) - {}) || 
 FORGED = (
     "CREATE TRIGGER mine AFTER INSERT ON clip BEGIN DELETE FROM clip; END",
     "DROP TABLE person",
-    "UPDATE clip SET numbers = zeroblob(length(numbers))",
     "UPDATE clip SET words = replace(words, 'person 7', 'person 8')",
-    "UPDATE clip SET place = 1",
     "INSERT INTO backend VALUES (1, '', zeroblob(8))",
     "INSERT INTO gallery SELECT * FROM gallery",
     "UPDATE clip SET words = zeroblob(900000)",
@@ -713,15 +585,6 @@ FROZEN = sorted((Path(__file__).parent / "helpers" / "frozen_galleries").glob("*
 FROZEN_CLIPS = ("clips", "people", "vectors")  # arrays of the files of galleries of nets
 
 
-def thaw(folder, path):
-    """Writes the gallery of a file of FROZEN; returns the gallery, and the arrays of the file."""
-    with np.load(path) as file:
-        frozen = dict(file)
-    folder.mkdir(exist_ok=True)
-    (folder / store_lib.GALLERY_FILE).write_bytes(frozen["sqlite"].tobytes())
-    return Gallery(folder), frozen
-
-
 def check_frozen(people, frozen):
     """Asserts that a gallery gives the answers that were recorded when it was made.
 
@@ -745,8 +608,10 @@ def check_frozen(people, frozen):
 @pytest.mark.parametrize("path", FROZEN, ids=lambda path: path.stem)
 def test_a_gallery_of_an_earlier_version_keeps_its_answers_and_removes_people(path, tmp_path):
     """Earlier versions of vidjax wrote the files, whose names begin with the format."""
-    people, frozen = thaw(tmp_path, path)
-    before = contents(tmp_path)
+    with np.load(path) as file:
+        frozen = dict(file)
+    (tmp_path / store_lib.GALLERY_FILE).write_bytes(frozen["sqlite"].tobytes())
+    people, before = Gallery(tmp_path), contents(tmp_path)
     # Only galleries of version 0.1.0 contain denied names, which are moved to the log.
     assert bool(people.state.denied) == path.stem.endswith("denied")
     check_frozen(people, frozen)
@@ -759,13 +624,3 @@ def test_a_gallery_of_an_earlier_version_keeps_its_answers_and_removes_people(pa
     if not path.stem.endswith("run"):  # whose back end would be fitted again, for seconds
         people.remove(identity=(name := max(people.people)))
         assert not holds(people, name.encode())
-
-
-@pytest.mark.slow
-def test_suggestions_for_a_mistyped_name_take_bounded_time():
-    """Without a bound, 1,000 names of 199 letters took 15 seconds."""
-    draw, began = random.Random(0).choices, time.process_time()
-    for length in (64, 199):
-        names = ["".join(draw("ab", k=length)) for _ in range(10_000)]
-        errors.closest("ab" * (length // 2), names, cutoff=0.95)
-    assert time.process_time() - began < 5 * limits.slowness()

@@ -1,9 +1,9 @@
 """Cards of nets are measured on photos or vectors, and compared with the enrolled people."""
 
 import json
-import os
 import signal
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import pytest
 
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
-from tests.benchmarks import contradictions
 from tests.helpers import drawn_people, family_nets, films, made_nets, made_shelf
 from tests.helpers.clip_files import write_npz
 from tests.helpers.embeddings import CARD, DIFFERENT, SAME, WIDTH, Population
@@ -20,50 +19,33 @@ from tests.helpers.seen import refused
 from vidjax.apps import cards
 from vidjax.apps.gallery import card_notes
 from vidjax.apps.gallery.gallery import Gallery
-from vidjax.apps.video import clip_inputs, measured_cards
+from vidjax.apps.video import measured_cards
 from vidjax.apps.video.review import Review
-from vidjax.models import card_backend, card_measure
+from vidjax.models import card_backend, card_check, card_measure
+
+SHIPPED = card_backend.from_cosines(CARD.same, CARD.different)  # of dlib's net
 
 
-@pytest.fixture(scope="module")
-def actors():
-    """Returns unit vectors [12, 10, 128] of photos, and tracks of 23 people: person -> [N, 128]."""
-    folder = Path(os.environ.get("VIDJAX_REAL_DATA", "/nowhere")).parent / "tracks"
-    if not folder.exists():
-        pytest.skip("no folder tracks next to VIDJAX_REAL_DATA")
-    return contradictions.load(folder)
-
-
-@pytest.mark.parametrize(("people", "count"), [(5, 3), (12, 3), (5, 2)])
+@pytest.mark.parametrize(("people", "count"), [(3, 3), (5, 2), (12, 3)])
 def test_people_half_as_far_apart_contradict_the_card_and_other_people_do_not(people, count):
-    right, half = (
-        contradictions.measure(contradictions.draw_model(scale), people, count, 300)
-        for scale in (1, 0.5)
-    )
-    assert right[""] >= 0.98
-    assert half["closer"] >= 0.95 and half.get("blind", 0) <= 0.02
+    made, counts = Population(0, SHIPPED), np.full(people, count)
 
+    def measure(scale):
+        """Returns problem -> share of 300 draws; `scale` multiplies the distances of people."""
+        found = Counter()
+        for _ in range(300):
+            drawn = made.mean + scale * (made.people(people) - made.mean)
+            means = made.photos(drawn, count).mean(1)
+            square = np.vecdot(means, means)
+            found[card_check.compare(SHIPPED, means.sum(0), square, counts).problem] += 1 / 300
+        return found
 
-def test_real_people_contradict_the_card_only_if_they_are_half_as_far_apart(actors):
-    photos, tracks = actors
-    for draw in (contradictions.draw_vectors(photos), contradictions.draw_vectors(tracks)):
-        assert contradictions.measure(draw, 5, 3, 500)[""] >= 0.98
-    half = contradictions.draw_vectors(photos, 0.5)
-    assert contradictions.measure(half, 5, 3, 500)["closer"] >= 0.95
-
-
-def test_the_card_of_dlib_is_within_the_interval_of_its_photos(actors):
-    photos, _ = actors
-    found = card_measure.measure(photos.reshape(-1, WIDTH), np.repeat(np.arange(12), 10))
-    assert (found.people, found.clips, found.pairs) == (12, 120, (540, 6600))
-    for shipped, spread in ((CARD.same, found.same), (CARD.different, found.different)):
-        assert spread.mean_interval[0] < shipped[0] < spread.mean_interval[1]
-        assert spread.deviation_interval[0] < shipped[1] < spread.deviation_interval[1]
-        assert spread.mean == pytest.approx(shipped[0], abs=0.001)
+    right, half = measure(1), measure(0.5)
+    assert right[""] >= 0.98 and half["closer"] >= 0.93 and half["blind"] <= 0.02
 
 
 def test_equal_people_have_equal_weights_and_intervals_cover_the_truth():
-    made, covered = Population(3, contradictions.SHIPPED), []
+    made, covered = Population(3, SHIPPED), []
     x = np.zeros((0, WIDTH))
     for _ in range(60):
         x = made.photos(made.people(12), 4).reshape(-1, WIDTH).astype(np.float32)
@@ -89,7 +71,7 @@ def test_equal_people_have_equal_weights_and_intervals_cover_the_truth():
 
 
 def test_equal_error_rate_is_the_rate_at_which_both_errors_are_equal():
-    made = Population(3, contradictions.SHIPPED)
+    made = Population(3, SHIPPED)
     x = made.photos(made.people(40), 2).reshape(-1, WIDTH).astype(np.float32)
     owner = np.repeat(np.arange(40), 2)
     cosine, same = x @ x.T, owner[:, None] == owner
@@ -120,12 +102,6 @@ def write_features(folder, photos):
     return folder
 
 
-def read_card(models):
-    card = cards.load(models)["face_embedder"]
-    assert card.back_end
-    return card
-
-
 def give_default_numbers(models):
     """Changes the card of the face embedder: its numbers were not measured."""
     path = models / "embed.json"
@@ -138,17 +114,20 @@ def test_measured_card_is_used_by_its_galleries_and_knows_no_names(tmp_path, mod
     wide = card_backend.from_cosines((0.9, 0.03), (0.6, 0.06))
     made = Population(1, wide)
     photos = made.photos(made.people(24), 4).astype(np.float32)
-    gallery = Gallery.of_models(tmp_path / "g", models)
-    gallery.enrol({f"{n}": {"face": x[:1]} for n, x in enumerate(photos[:2])}, {"0": "A", "1": "B"})
-    queries = write_features(tmp_path / "queries", photos[:4, 1:2])
-    before = read_card(models)
+    gallery, names = Gallery.of_models(tmp_path / "g", models), {"0": "A", "1": "B"}
+    gallery.enrol(enrolled := {f"{n}": {"face": photos[n, :1]} for n in (0, 1)}, names)
+    given = f"--input={write_features(tmp_path / 'queries', photos[:1, 1:2]) / 'p00'}"
+    before = cards.load(models)["face_embedder"]
     twice = [np.concatenate([x, x[:2]]) for x in photos]  # copies of photos are left out
     features = write_features(tmp_path / "features", twice)
     done = command("measure-card", models, f"--input={features}")
     assert done.code == 0, done.err
     assert "of a person" in done.out and "equal error rate" in done.out
+    (line,) = (x for x in done.out.splitlines() if "of two people" in x and "+-" in x)
+    _, _, _, mean, low, _, high, *_ = line.split()
+    assert 0.55 < float(low) <= float(mean) <= float(high) < 0.65
 
-    card, text = read_card(models), (models / "embed.json").read_text()
+    card, text = cards.load(models)["face_embedder"], (models / "embed.json").read_text()
     assert card.digest == before.digest and "p00" not in text and card.sha256 == before.sha256
     fit = card.back_end
     assert fit
@@ -159,7 +138,6 @@ def test_measured_card_is_used_by_its_galleries_and_knows_no_names(tmp_path, mod
 
     # Commands that read the gallery change no byte, and mention the new numbers.
     content = {path: path.read_bytes() for path in gallery.folder.iterdir()}
-    given = f"--input={queries / 'p00'}"
     for words in (("identify", given), ("verify", given, "--identity=A"), ("list",)):
         read = command("gallery", words[0], gallery.folder, *words[1:])
         assert read.code == 0 and ("has newer numbers" in read.out) == (words[0] != "list")
@@ -172,19 +150,18 @@ def test_measured_card_is_used_by_its_galleries_and_knows_no_names(tmp_path, mod
     assert "newer" not in command("gallery", "identify", gallery.folder, given).out
     assert command(*words[:2]).code == 2
     other = Gallery.of_models(tmp_path / "other", models)
-    other.enrol({f"{n}": {"face": x[:1]} for n, x in enumerate(photos[:2])}, {"0": "A", "1": "B"})
-    query = gallery.load(queries / "p00")
+    other.enrol(enrolled, names)
+    query = {"q": {"face": photos[0, 1:2]}}
     assert gallery.identify(query) == other.identify(query)
 
     # Fewer than 20 people leave the mean as it is.
     few = write_features(tmp_path / "few", photos[:5])
     assert command("measure-card", models, f"--input={few}").code == 0
-    again = read_card(models)
+    again = cards.load(models)["face_embedder"]
     assert again.back_end and again.back_end.mean == fit.mean and again.digest == before.digest
 
 
-@pytest.mark.parametrize("flag", ["--input", "--photos"])
-def test_an_interrupted_call_leaves_no_temporary_features(tmp_path, models, flag, command):
+def test_an_interrupted_call_leaves_no_temporary_features(tmp_path, models, command, monkeypatch):
     """The call is interrupted while the folder of the vectors exists."""
     given = write_features(tmp_path / "x", np.ones((1, 1, WIDTH), np.float32))
     (scratch := tmp_path / "scratch").mkdir()
@@ -193,21 +170,10 @@ def test_an_interrupted_call_leaves_no_temporary_features(tmp_path, models, flag
         assert len([*scratch.iterdir()]) == 1
         raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tempfile, "tempdir", str(scratch))
-        patch.setattr(Gallery, "of_models", interrupt)
-        assert command("measure-card", models, f"{flag}={given}").code == 128 + signal.SIGINT
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    monkeypatch.setattr(Gallery, "of_models", interrupt)
+    assert command("measure-card", models, f"--photos={given}").code == 128 + signal.SIGINT
     assert not [*scratch.iterdir()]
-
-
-def test_cosines_of_two_people_may_be_negative(tmp_path, models, command):
-    corners = np.pad(np.eye(6) - 1 / 6, ((0, 0), (0, WIDTH - 6)))
-    noise = 0.001 * np.random.default_rng(0).normal(size=(6, 3, WIDTH))
-    features = write_features(tmp_path / "x", (corners[:, None] + noise).astype(np.float32))
-    done = command("measure-card", models, f"--input={features}")
-    (line,) = (x for x in done.out.splitlines() if "of two people" in x and "+-" in x)
-    _, _, _, mean, low, _, high, *_ = line.split()
-    assert -0.21 < float(low) <= float(mean) <= float(high) < -0.19
 
 
 def test_too_few_people_and_nets_that_do_not_separate_them_are_refused(tmp_path, models, command):
@@ -225,21 +191,31 @@ def test_too_few_people_and_nets_that_do_not_separate_them_are_refused(tmp_path,
     assert (models / "embed.json").read_bytes() == before
 
 
-def test_a_card_of_wrong_people_causes_one_warning_with_a_remedy(tmp_path, models, command):
-    gallery = tmp_path / "g"
-    Gallery.of_models(gallery, models)
+def test_people_who_are_too_alike_and_default_numbers_are_mentioned(tmp_path, models, command):
+    """The warning about alike people comes once, and they are still named."""
     made = Population(2)
-    found = made.mean + 0.5 * (made.people(6) - made.mean)
-    family = write_features(tmp_path / "family", made.photos(found, 3).astype(np.float32))
-    done = command("gallery", "enrol", gallery, f"--input={family}")
-    assert done.code == 0 and done.err.count("vidjax measure-card") == 1, done.err
-    assert "as much as the net expects" in done.err
-    asked = command("gallery", "identify", gallery, f"--input={family / 'p00'}")
-    assert asked.out.count("measure-card") == 1 and "p00" in asked.out  # people are still named
+    people = made.people(6)
+    for name, shown, words in (
+        ("alike", made.mean + 0.5 * (people - made.mean), "as much as the net expects"),
+        ("others", people, "not yet tested on your photos"),
+    ):
+        Gallery.of_models(gallery := tmp_path / name, models)
+        path = write_features(tmp_path / f"of_{name}", made.photos(shown, 3).astype(np.float32))
+        done = command("gallery", "enrol", gallery, f"--input={path}")
+        assert done.code == 0 and done.err.count("vidjax measure-card") == (name == "alike")
+        ask = "gallery", "identify", gallery, f"--input={path / 'p00'}"
+        asked = command(*ask).out
+        assert words in asked and "p00" in asked and f"vidjax measure-card {models}" in asked
+        give_default_numbers(models)  # for the second turn
+    assert command("measure-card", models, f"--input={path}", f"--gallery={gallery}").code == 0
+    assert "measure-card" not in command(*ask).out
 
 
-def test_a_net_that_does_not_separate_people_names_nobody(tmp_path, models, command):
+@pytest.mark.parametrize("is_measured", [True, False])
+def test_a_net_that_does_not_separate_people_names_nobody(tmp_path, models, command, is_measured):
     """The vectors are of a net with random weights: almost equal, whoever is in the picture."""
+    if not is_measured:
+        give_default_numbers(models)
     rng = np.random.default_rng(0)
     vectors = (1 + 0.05 * rng.normal(size=(6, 3, WIDTH))).astype(np.float32)
     for name, people, count in (("two", 2, 1), ("six", 6, 3)):
@@ -253,18 +229,10 @@ def test_a_net_that_does_not_separate_people_names_nobody(tmp_path, models, comm
         assert gallery.rule().about == card_notes.NOBODY
         asked = command("gallery", "identify", tmp_path / name, f"--input={path / 'p00'}")
         assert "named       0" in asked.out and "nobody gets a name" in asked.out
-
-
-@pytest.mark.parametrize("is_measured", [True, False])
-def test_only_a_card_that_nobody_has_measured_may_have_wrong_facts(tmp_path, models, is_measured):
-    """Two people are equal, such as twins."""
-    if not is_measured:
-        give_default_numbers(models)
-    gallery = Gallery.of_models(tmp_path / "g", models)
-    gallery.enrol({x: {"face": np.ones((1, WIDTH))} for x in "ab"}, {"a": "Ada", "b": "Bob"})
-    text = card_notes.describe(gallery.state)
-    assert text.startswith(card_notes.NOBODY) and "if two names are one person" in text
-    assert ("--like" in text and "--colour" in text and "scale" in text) == (not is_measured)
+        # Only a card that nobody has measured may have wrong facts.
+        text = card_notes.describe(gallery.state)
+        assert text.startswith(card_notes.NOBODY) and "if two names are one person" in text
+        assert ("--like" in text and "--colour" in text and "scale" in text) == (not is_measured)
 
 
 @pytest.mark.parametrize("is_measured", [True, False])
@@ -291,20 +259,6 @@ def test_a_card_that_nobody_has_measured_accepts_nobody_if_nothing_shows_that_it
         assert match.accepted == names_somebody
 
 
-def test_default_numbers_are_mentioned_where_names_are(tmp_path, models, command):
-    give_default_numbers(models)
-    made = Population(2)
-    photos = made.photos(made.people(6), 3).astype(np.float32)
-    features = write_features(tmp_path / "features", photos)
-    Gallery.of_models(tmp_path / "g", models)
-    assert command("gallery", "enrol", tmp_path / "g", f"--input={features}").code == 0
-    words = ["gallery", "identify", tmp_path / "g", f"--input={features / 'p00'}"]
-    assert f"vidjax measure-card {models}" in command(*words).out
-    measure = "measure-card", models, f"--input={features}", f"--gallery={tmp_path / 'g'}"
-    assert command(*measure).code == 0
-    assert "measure-card" not in command(*words).out
-
-
 def test_cards_without_new_numbers_have_the_digest_of_their_file(tmp_path):
     path = made_nets.write(tmp_path, back_end=made_nets.back_end())
     card = cards.read(path)
@@ -327,17 +281,21 @@ def test_photos_of_a_folder_measure_the_card_of_a_net(drawn, tmp_path, monkeypat
     (tmp_path / "scratch").mkdir()
     digest = cards.read(path).digest
     drawn_people.write_portraits(tmp_path / "folder")
-    words = "measure-card", drawn.models, f"--photos={tmp_path / 'foldr'}"
-    assert f"did you mean '{tmp_path / 'folder'}'" in drawn.run(*words, code=2).output
+    drawn_people.write_photo(tmp_path / "walls/P0/wall.png")
     for photo in ("P0/0.png", "P1/x.png"):
         drawn_people.write_photo(tmp_path / "twins" / photo, ("Ada", 40, 40))
-    words = "measure-card", drawn.models, f"--photos={tmp_path / 'twins'}"
-    assert "x.png', a photo of P1, is also a photo of P0" in drawn.run(*words, code=2).output
+    for folder, words in (
+        ("foldr", f"did you mean '{tmp_path / 'folder'}'"),
+        ("twins", "x.png', a photo of P1, is also a photo of P0"),
+        ("walls", "wall.png: the photo shows no face"),
+    ):
+        given = "measure-card", drawn.models, f"--photos={tmp_path / folder}"
+        assert words in drawn.run(*given, code=2).output
     done = drawn.run("measure-card", drawn.models, f"--photos={tmp_path / 'folder'}")
     (measured,) = done.content["measured"]
     assert (measured["people"], measured["clips"], measured["pairs"]) == (6, 18, [18, 135])
     low, high = measured["different"]["mean_interval"]
-    assert low < measured["different"]["mean"] < high
+    assert low < measured["different"]["mean"] < high and low < 0  # cosines may be negative
     assert not [*(tmp_path / "scratch").iterdir()], "features of the photos are deleted"
     assert cards.read(path).digest == digest and "P0" not in path.read_text()
 
@@ -364,41 +322,15 @@ def test_convert_measures_the_card_of_a_net_on_photos(drawn, tmp_path, monkeypat
     assert card.path.read_text() == text and "replaced" not in again.output
 
 
-@pytest.mark.parametrize("unusable", [1, 3])
-def test_photos_without_a_face_are_reported_by_all_commands(drawn, tmp_path, unusable, read_here):
-    """Some or all of the three photos of each person show no face. test_who.py tests `who`."""
-    photos = tmp_path / "portraits"
-    drawn_people.write_portraits(photos)
-    for person in photos.iterdir():
-        for number in range(unusable):
-            drawn_people.write_photo(person / f"{number}.png")
-    drawn.run("gallery", "create", tmp_path / "g", f"--models={drawn.models}")
-    gallery = Gallery(tmp_path / "g")
-    empty = clip_inputs.embed_clips(gallery, tmp_path, ())
-    assert not empty.names and [*map(np.shape, empty.parts.values())] == [(0, 5)]
-    flag, nobody = f"--photos={photos}", unusable == 3
-    for words, code in (
-        (("gallery", "enrol", tmp_path / "g", flag), 1),
-        (("measure-card", drawn.models, flag), 2 * nobody),
-    ):
-        assert "shows no face" in drawn.run(*words, code=code).output
-    gallery.refresh()
-    assert [*gallery.identities.values()] == [3 - unusable] * (0 if nobody else 6)
-
-
-@pytest.mark.parametrize("places", [1, 64])
-def test_a_net_of_random_weights_names_nobody_with_one_photo_each(drawn, places, read_here):
-    """Its vectors of two people differ as the card says, but so do vectors of mirrored photos.
-
-    A net that only uses the mean colour, `places` = 1, is right for drawn people.
-    """
+def test_a_net_of_random_weights_names_nobody_with_one_photo_each(drawn, read_here):
+    """Its vectors of two people differ as the card says, but so do vectors of mirrored photos."""
     rng, side = np.random.default_rng(0), drawn_people.SIDE
     weights = rng.normal(size=(64, 3, made_nets.WIDTH)).astype(np.float32)
-    weights = weights - 0.9 * weights.mean(0) if places == 64 else 0 * weights + weights.mean(0)
-    content = made_nets.embedder(weights=weights.reshape(192, -1))
-    back_end = made_nets.back_end(different=(0.1, 0.4))
-    pixels = {"mean": [150.0] * 3}
-    made_nets.write(drawn.models, "embed", content=content, back_end=back_end, input=pixels)
+    weights = (weights - 0.9 * weights.mean(0)).reshape(192, -1)
+    made_nets.write(
+        drawn.models, "embed", content=made_nets.embedder(weights=weights),
+        back_end=made_nets.back_end(different=(0.1, 0.4)), input={"mean": [150.0] * 3},
+    )  # fmt: skip
     photos = []
     for name in ("Ada", "Bob"):
         rgb = drawn_people.picture([(name, 40, 40)])
@@ -409,18 +341,14 @@ def test_a_net_of_random_weights_names_nobody_with_one_photo_each(drawn, places,
         (drawn.friends / name / "1.png").write_bytes(films.photo(rgb, "png"))
         photos.append(drawn.folder / f"{name}.png")
         drawn_people.write_photo(photos[-1], (name, 20, 30))
-    done = drawn.who(*photos)
-    named = {name for name in drawn.names().values() if name in ("Ada", "Bob")}
-    if places == 1:
-        assert named == {"Ada", "Bob"} and "nobody gets a name" not in done.output
-    else:
-        assert not named and done.output.count("nobody gets a name") == 1, done.output
-        assert (drawn.out / "names.html").read_text().count("nobody gets a name") == 1
-        again = drawn.who(*photos, people=False)
+    done, page = drawn.who(*photos), drawn.out / "names.html"
+    assert not {"Ada", "Bob"} & {*drawn.names().values()}
+    assert done.output.count("nobody gets a name") == 1, done.output
+    assert page.read_text().count("nobody gets a name") == 1
+    drawn.friends.rename(drawn.folder / "away")  # as if a drive is not connected
+    for people, code in ((False, 0), (True, 1)):
+        again = drawn.who(*photos, people=people, code=code)
         assert again.output.count("nobody gets a name") == 1 and again.content["named"] == 0
-        drawn.friends.rename(drawn.folder / "away")  # as if a drive is not connected
-        again = drawn.who(*photos, code=1)
-        assert "nobody gets a name" in again.output and again.content["named"] == 0
 
 
 ARCFACE = made_nets.back_end((0.68, 0.12), (0.2, 0.12))  # the default numbers of a family
@@ -433,10 +361,8 @@ ALONE = {
     "fits": ("fits", False, [GROUP], True),
     "does not fit": ("alike", False, [GROUP], False),
     "sees only colours": ("far", False, [GROUP], False),
-    "nothing shows that it fits": ("fits", False, [GROUP[:1], GROUP[1:]], False),
     "twice in a mirror": ("fits", False, [GROUP, MIRROR], True),
     "only in a mirror": ("fits", False, [MIRROR], False),
-    "known net": ("fits", True, [GROUP[:1]], True),
     "known net in a mirror": ("fits", True, [MIRROR], True),
 }
 
@@ -466,14 +392,12 @@ def test_one_or_two_people_are_named_only_if_something_shows_that_the_net_fits(
     assert again.appearances == first.appearances and again.card == first.card
     assert [x.identity for x in first.appearances] == [row["identity"] for row in drawn.rows()]
 
-    # A gallery decides in the same way. To identify changes no byte.
+    # A gallery decides in the same way.
     gallery = drawn.folder / "gallery"
     Gallery.of_models(gallery, drawn.models)
     drawn.run("gallery", "enrol", gallery, f"--photos={drawn.friends}")
-    content = (gallery / "gallery.sqlite").read_bytes()
     done = drawn.run("gallery", "identify", gallery, f"--input={drawn.out / 'features'}")
     assert (done.content["named"] > 0) == is_named
-    assert (gallery / "gallery.sqlite").read_bytes() == content
     if case in ("fits", "sees only colours"):
         drawn.befriend("Bob")
         assert drawn.who(*photos).output.count(why) == (not is_named)

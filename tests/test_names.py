@@ -9,7 +9,7 @@ import pytest
 from tests.helpers import clip_files
 from tests.helpers.made_galleries import add, make, make_clip, vectors_of
 from tests.helpers.seen import refused
-from vidjax.apps.gallery import answers as answers_lib, changes
+from vidjax.apps.gallery import changes
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.cli import program
 from vidjax.data import labels, memory
@@ -41,28 +41,18 @@ def test_names_with_invisible_letters_or_outer_blanks_are_refused(tmp_path):
         assert names.clean_identity(name) == name
 
 
-def test_every_input_normalises_names_to_nfc(tmp_path):
-    def write(name, lines):
+def test_two_forms_of_a_name_are_one_person_in_ground_truth_and_rankings(tmp_path):
+    """`test_every_table_that_names_people_warns_once_and_keeps_the_names` reads other tables."""
+    nfd, nfc = map(names.escape, (NFD, NFC))  # a blank becomes %20
+    for name, lines in {
+        "val_gt.txt": f"{nfd} x.mp4\n{nfc} y.mp4\n",  # a line lists the clips of a person
+        "truth.txt": f"{nfd} x.mp4\n",
+        "ranking.txt": f"{nfc} x.mp4\n",
+    }.items():
         (tmp_path / name).write_text(lines)
-        return tmp_path / name
-
-    # Labels and groups: the name of clip x is NFD, and the name of clip y is NFC.
-    clips, (nfd, nfc) = {"train": ["x", "y"]}, map(names.escape, (NFD, NFC))  # a blank becomes %20
-    table = write("labels.csv", f"clip,identity\nx,{NFD}\ny,{NFC}\n")
-    groups = write("unknown.tsv", f"clip\tidentity\nx\t{NFD}\ny\t{NFC}\n")
-    for loaded in (
-        labels.load_label_table({"x": NFD, "y": NFC}, clips)["train"],
-        labels.load_label_table(table, clips)["train"], answers_lib.read_groups(groups),
-        labels.load_ground_truth(write("train_gt.txt", f"x.mp4 {nfd}\ny.mp4 {nfc}\n")),
-    ):  # fmt: skip
-        assert loaded == {"x": NFC, "y": NFC}
-    # In val_gt.txt, a line lists the clips of a person. The person of line 2 is already in line 1.
-    inverted = write("val_gt.txt", f"{nfd} x.mp4\n{nfc} y.mp4\n")
-    refused(lambda: labels.load_ground_truth(inverted), "already in line 1")
-
-    # Rankings: the ground truth is NFD, and the ranking is NFC. The score is 1 if they are equal.
-    positives = ranking.read_ground_truth(write("truth.txt", f"{nfd} x.mp4\n"))
-    loaded = ranking.read_submission(write("r.txt", f"{nfc} x.mp4\n"), positives=positives)
+    refused(lambda: labels.load_ground_truth(tmp_path / "val_gt.txt"), "already in line 1")
+    positives = ranking.read_ground_truth(tmp_path / "truth.txt")
+    loaded = ranking.read_submission(tmp_path / "ranking.txt", positives=positives)
     assert not loaded.complaints and ranking.score(positives, loaded.ranking) == 1
 
 

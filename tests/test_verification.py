@@ -1,5 +1,6 @@
 """Verification: does a clip show a given person, and do two clips show the same person?"""
 
+import functools
 import json
 import shutil
 
@@ -42,17 +43,15 @@ def copied(people, tmp_path):
 def assert_equal(found, wanted):
     """Asserts that comparisons are equal to 1e-6."""
     assert found.keys() == wanted.keys()
-    for key, match in found.items():
-        for one, other in zip(flatten(match), flatten(wanted[key]), strict=True):
-            assert one == pytest.approx(other, abs=1e-6), key
+    for key in found:
+        one, other = (
+            [*x[:3], *x.evidence, *(x.best or ()), *(x.worst or ())]
+            for x in (found[key], wanted[key])
+        )
+        assert one == [pytest.approx(value, abs=1e-6) for value in other], key
 
 
-def flatten(match):
-    """Returns all values of a comparison."""
-    return [*match[:3], *match.evidence, *(match.best or ()), *(match.worst or ())]
-
-
-def test_ratio_is_the_ratio_of_identify_in_any_batch_and_order(people):
+def test_ratio_is_that_of_identify_in_any_batch_and_names_best_and_worst_clips(people):
     """P(person) / P(stranger) = ratio x the prior odds of the person."""
     shown = vectors_of(people, SHOWN)
     matches = people.verify(shown, "person 3")
@@ -62,18 +61,19 @@ def test_ratio_is_the_ratio_of_identify_in_any_batch_and_order(people):
         ratio = dict(found.best)["person 3"] - found.new + float(new)
         assert match.log_ratio == pytest.approx(ratio, abs=1e-6)
         assert match.probability == pytest.approx(1 / (1 + np.exp(-ratio)))
+    # The best and the worst clip of the person.
+    clips = {name: people.clips[name] for name in people.people["person 3"]}
+    pairs = people.compare(shown, vectors_of(people, clips))
+    for clip, match in matches.items():
+        ratios = {name: x.log_ratio for name in clips if (x := pairs[clip, name]).evidence}
+        for found, choose in ((match.best, max), (match.worst, min)) if ratios else ():
+            assert found == (choose(ratios, key=ratios.get), pytest.approx(choose(ratios.values())))
     found = people.identify(shown, threshold=1e-9)
     compared = {clip: x.evidence for clip, x in found.items() if x.identity == "person 3"}
     assert compared and compared == {clip: matches[clip].evidence for clip in compared}
     for clip in [*SHOWN][::-7]:
         single = people.verify(vectors_of(people, {clip: SHOWN[clip]}), "person 3")
         assert_equal(single, {clip: matches[clip]})
-
-
-def log_density(z, variance, covariance):
-    """Returns the log density of the Gaussian pair `z` [2]."""
-    matrix = np.array([[variance, covariance], [covariance, variance]])
-    return -(z @ np.linalg.solve(matrix, z) + np.log(np.linalg.det(2 * np.pi * matrix))) / 2
 
 
 def pair_oracle(gallery, one, other):
@@ -91,8 +91,9 @@ def pair_oracle(gallery, one, other):
         else:
             z = np.stack([(v - part.space.mean) @ part.space.transform for v in (a, b)], axis=1)
             logs = [
-                sum(map(lambda at, psi: log_density(at, 1 + psi, c * psi), z, part.space.ratio))
-                for c in (1, 0)
+                sum(scipy.stats.multivariate_normal.logpdf(at, cov=np.eye(2) + psi * of_one)
+                    for at, psi in zip(z, part.space.ratio, strict=True))
+                for of_one in (np.ones((2, 2)), np.eye(2))
             ]  # fmt: skip
             ratio = backend.settings.scale * (logs[0] - logs[1])
         if part.may_be_offscreen and len(present) > 1:
@@ -102,7 +103,9 @@ def pair_oracle(gallery, one, other):
 
 
 def test_two_clips_are_compared_as_by_an_oracle_in_either_order(people):
-    few = dict([*SHOWN.items()][:9])
+    few = dict([*SHOWN.items()][:8]) | {"none": StoredClip(None, np.zeros(8 + 5, np.float32))}
+    (found,) = people.verify(vectors_of(people, {"none": few["none"]}), "person 3").values()
+    assert found == Match(False, 0.0, 0.5, ())  # without a common modality
     shown, names = vectors_of(people, few), [*few]
     matches = people.compare(shown, shown)
     assert len(matches) == 81
@@ -119,34 +122,7 @@ def test_two_clips_are_compared_as_by_an_oracle_in_either_order(people):
     assert_equal(pairs, {key: matches[key] for key in pairs})
 
 
-def test_best_and_worst_clips_of_the_person_are_named(people):
-    shown = vectors_of(people, SHOWN)
-    matches = people.verify(shown, "person 3")
-    clips = {name: people.clips[name] for name in people.people["person 3"]}
-    pairs = people.compare(shown, vectors_of(people, clips))
-    for clip, match in matches.items():
-        ratios = {name: x.log_ratio for name in clips if (x := pairs[clip, name]).evidence}
-        if ratios:
-            assert match.best is not None and match.worst is not None
-            assert match.best[1] == pytest.approx(max(ratios.values()), abs=1e-6)
-            assert match.worst[1] == pytest.approx(min(ratios.values()), abs=1e-6)
-            assert ratios[match.best[0]] == pytest.approx(match.best[1], abs=1e-6)
-            best, worst = ({"clip": x[0], "log_ratio": x[1]} for x in (match.best, match.worst))
-            assert (match.to_dict()["best"], match.to_dict()["worst"]) == (best, worst)
-
-
-def test_clip_without_a_common_modality_is_not_accepted(tmp_path):
-    clips = {"a": make_clip(1, "Ada", lacks="audio")}
-    for make in MAKERS:
-        people = make(tmp_path / make.__name__, clips)
-        voice, none = make_clip(2, "Ada", lacks="face"), StoredClip(None, 0 * clips["a"].vector)
-        shown = vectors_of(people, {"voice": voice, "none": none})
-        for match in people.verify(shown, "Ada").values():
-            assert match == Match(False, 0.0, 0.5, ())
-        assert people.compare(shown)["voice", "none"] == Match(False, 0.0, 0.5, ())
-
-
-def test_threshold_is_measured_on_strangers_or_follows_from_the_model(copied):
+def test_threshold_is_measured_on_strangers_or_follows_from_the_model(copied, monkeypatch):
     """Of 120 strangers, one may reach a threshold for 2 %: (1 + 1) / (120 + 1) is below 0.02."""
     strangers = {name: copied.clips[name] for name in copied.strangers}
     matches = copied.verify(vectors_of(copied, strangers), "person 3", fmr=0.02)
@@ -162,6 +138,10 @@ def test_threshold_is_measured_on_strangers_or_follows_from_the_model(copied):
     assert (pairs.by, pairs.threshold.num_strangers) == ("measured", 60)
     assert copied.match_rule().by == "model"  # 1 % of pairs needs 198 strangers
     assert copied.match_rule().log_ratio == pytest.approx(np.log(100))
+    # Rates and people of clients do not fill the memory.
+    monkeypatch.setattr(index, "MOST_REMEMBERED", 5)
+    first, again = ([copied.match_rule(x, fmr=0.02) for x in copied.people] for _ in range(2))
+    assert first == again and len(copied.index._known) <= 5
     copied.remove(clip=copied.strangers[0])  # changes the measured threshold
     assert copied.match_rule("person 3", fmr=0.02).threshold.num_strangers == 119
 
@@ -198,34 +178,24 @@ def test_pairs_of_strangers_do_not_depend_on_the_order_of_names(tmp_path, order)
 
 
 def test_few_strangers_with_many_clips_are_reported(tmp_path):
-    people, *_ = make_people(tmp_path / "g", Population(2), (12, 17), "{0} {1}")
-    assert "pairs of strangers look like one person" in people.match_rule().about
-    assert "only about 12 people" in people.match_rule("p0").about
-    people, *_ = make_people(tmp_path / "g2", Population(2), (120, 1), "{0} {1}")
-    assert "about 1" not in people.match_rule("p0").about
+    few, many = (
+        make_people(tmp_path / f"{x}", Population(2), x, "{0} {1}")[0] for x in ((12, 17), (120, 1))
+    )
+    assert "pairs of strangers look like one person" in few.match_rule().about
+    assert "only about 12 people" in few.match_rule("p0").about
+    assert "about 1" not in many.match_rule("p0").about
 
 
 def test_without_strangers_people_who_are_closer_than_the_card_says_need_a_higher_ratio(tmp_path):
-    made = Population(3)
-    assert make_people(tmp_path / "g", made, (0, 1), "")[0].match_rule().log_ratio == pytest.approx(
-        np.log(100)
-    )
+    made, usual = Population(3), np.log(100)
+    people, *_ = make_people(tmp_path / "g", made, (0, 1), "")
+    assert people.match_rule().log_ratio == pytest.approx(usual)
     made.between /= 4
     people, two, one = make_people(tmp_path / "g4", made, (0, 1), "")
     rule = people.match_rule()
     assert rule.by == "model" and "as near each other as here" in rule.about
-    assert np.mean(two >= np.log(100)) > 0.05
+    assert np.mean(two >= usual) > 0.05
     assert np.mean(two >= rule.log_ratio) < 0.025 and np.mean(one >= rule.log_ratio) > 0.3
-
-
-def test_rates_and_people_of_clients_do_not_fill_the_memory(copied, monkeypatch):
-    monkeypatch.setattr(index, "MOST_REMEMBERED", 5)
-    names, rates = [*copied.identities], np.linspace(0.02, 0.5, 6).tolist()
-    first = [copied.match_rule(name, fmr=rate) for name in names[:3] for rate in rates]
-    for name in names:
-        copied.match_rule(name)
-        assert len(copied.index._known) <= 5
-    assert [copied.match_rule(name, fmr=rate) for name in names[:3] for rate in rates] == first
 
 
 def test_one_answer_is_of_one_content_of_the_gallery(copied, monkeypatch):
@@ -260,10 +230,7 @@ def test_wrong_use_names_the_remedy(people):
         (lambda: people.compare(shown, shown.only(())), "give at least one"),
     ):  # fmt: skip
         refused(action, *words)
-    names = tuple(f"q{n}" for n in range(MAX_PAIRS))
-    many = shown._replace(names=names, labels=(None,) * len(names))
-    many = many._replace(parts={k: np.ones((len(names), x.shape[1]), np.float32) for k, x in
-                                shown.parts.items()})  # fmt: skip
+    many = vectors_of(people, {f"q{n}": SHOWN["q0"] for n in range(MAX_PAIRS)})
     refused(lambda: people.compare(many), "give fewer clips")
 
 
@@ -290,52 +257,42 @@ def test_misfits_are_the_clips_that_do_not_fit_the_person_without_them(copied):
     assert copied.find_misfits("person 1", ()) == {}
 
 
-@pytest.fixture
-def tell(say):
-    """Returns a function that runs `vidjax gallery verify WORDS`."""
-    return lambda *words, **more: say("gallery", "verify", *words, **more)
+def as_row(answer):
+    """Returns an answer in JSON as a row of a table."""
+    row = {key: value for key, value in answer.items() if key not in ("best", "worst", "evidence")}
+    for name in ("best", "worst"):
+        found = answer[name] or {"clip": None, "log_ratio": None}
+        row |= {name: found["clip"], f"{name}_log_ratio": found["log_ratio"]}
+    return row
 
 
-def frames(*numbers):
-    """Returns clips of the persons 0, 1, ..., for files: clip -> modality -> features [T, D]."""
-    return {f"q{n}": servers.make_frames(7000 + 10 * n, f"person {n}", 2) for n in numbers}
-
-
-def as_rows(matches, second):
-    """Returns comparisons as rows of a table. `second` is the second column, and its values."""
-    for (key, match), other in zip(matches.items(), second[1], strict=True):
-        fits = {"best": match.best, "worst": match.worst}
-        row = {"clip": key if isinstance(key, str) else key[0], second[0]: other}
-        row |= dict(zip(("accepted", "log_ratio", "probability"), match, strict=False))
-        for name, found in fits.items():
-            row |= {name: found and found[0], f"{name}_log_ratio": found and found[1]}
-        yield row
-
-
-def test_command_prints_and_writes_the_answers_of_python(tell, tmp_path):
-    people = made_galleries.make_with_cards(tmp_path / "g", made_galleries.make_clips(strangers=99))
+def test_command_prints_and_writes_the_answers_of_python(say, tmp_path):
+    clips = made_galleries.make_clips(strangers=99)
+    clips["wrong"] = make_clip(9000, "nobody")._replace(identity="person 3")
+    people = made_galleries.make_with_cards(tmp_path / "g", clips)
     for name, numbers in (("a", (3, 4)), ("b", (3, 5)), ("one", (1,))):
-        clip_files.write_npz(tmp_path, {name: frames(*numbers)})
+        shown = {f"q{n}": servers.make_frames(7000 + 10 * n, f"person {n}", 2) for n in numbers}
+        clip_files.write_npz(tmp_path, {name: shown})
     given, pairs = f"--input={tmp_path}/a", [("q3", "q3"), ("q3", "q5"), ("q4", "q3"), ("q4", "q5")]
     wanted = people.verify(people.load(tmp_path / "a"), "person 3")
     compared = people.compare(people.load(tmp_path / "a"), people.load(tmp_path / "b"))
     assert [*compared] == pairs and wanted["q3"].accepted and not wanted["q4"].accepted
-    words = ("--identity=person 3", "--fmr=0.01")
-    for flags, matches, second in (
-        (words, wanted, ("identity", ["person 3"] * 2)),
-        ([f"--with={tmp_path}/b"], compared, ("other", [pair[1] for pair in pairs])),
-    ):
-        rows, out = [*as_rows(matches, second)], tmp_path / f"{second[0]}.parquet"
-        tell(tmp_path / "g", given, *flags, f"--out={out}")
-        assert parquet.read_table(out).to_pylist() == rows
-        assert tell(tmp_path / "g", given, *flags, "--json")["answers"] == [
-            {"clip": row["clip"], second[0]: row[second[0]], **match.to_dict()}
-            for row, match in zip(rows, matches.values(), strict=True)
-        ]
+    tell, words = functools.partial(say, "gallery", "verify"), ("--identity=person 3", "--fmr=0.01")
+    of_person = [{"clip": x, "identity": "person 3", **y.to_dict()} for x, y in wanted.items()]
+    of_pairs = [{"clip": a, "other": b, **y.to_dict()} for (a, b), y in compared.items()]
+    for name, flags, rows in (
+        ("identity", words, of_person), ("other", [f"--with={tmp_path}/b"], of_pairs),
+    ):  # fmt: skip
+        tell(tmp_path / "g", given, *flags, f"--out={tmp_path}/{name}.parquet")
+        written = parquet.read_table(tmp_path / f"{name}.parquet").to_pylist()
+        assert written == [*map(as_row, rows)]
+        assert tell(tmp_path / "g", given, *flags, "--json")["answers"] == rows
     tell(tmp_path / "g", given, *words, f"--out={tmp_path}/identity.jsonl")
     lines = map(json.loads, (tmp_path / "identity.jsonl").read_text().splitlines())
-    assert [*lines] == tell(tmp_path / "g", given, *words, "--json")["answers"]
-    printed = tell(tmp_path / "g", given, *words)
+    assert [*lines] == of_person
+    found, printed = (tell(tmp_path / "g", given, *words, *more) for more in (["--json"], []))
+    assert "wrong: unlike the other clips of the person" in printed
+    assert [*found["misfits"]] == ["wrong"] and found["answers"][0]["worst"]["clip"] == "wrong"
     assert "yes" in printed and "accepted    1" in printed, printed
     assert "measured on 99 comparisons, of which 0 reach it" in printed
     assert "log ratio is 4.60517 or more" in tell(tmp_path / "g", given)  # the two clips of --input
@@ -347,15 +304,3 @@ def test_command_prints_and_writes_the_answers_of_python(tell, tmp_path):
         ((given, *words, f"--out={tmp_path}/identity.jsonl"), "exists and is not overwritten"),
     ):
         assert word in tell(tmp_path / "g", *flags, code=2)
-
-
-def test_command_names_clips_that_do_not_fit(tell, tmp_path):
-    clips = made_galleries.make_clips(strangers=0)
-    clips["wrong"] = make_clip(9000, "nobody")._replace(identity="person 3")
-    made_galleries.make_with_cards(tmp_path / "g", clips)
-    clip_files.write_npz(tmp_path, {"a": frames(3)})
-    words = (tmp_path / "g", f"--input={tmp_path}/a", "--identity=person 3")
-    assert "wrong: unlike the other clips of the person" in tell(*words)
-    found = tell(*words, "--json")
-    assert [*found["misfits"]] == ["wrong"] and found["rule"]["by"] == "model"
-    assert found["answers"][0]["worst"]["clip"] == "wrong"
