@@ -141,21 +141,6 @@ def test_many_people_and_faces_are_changed_in_one_step(shelf):
     refused(lambda: shelf.page.change("name", [], "Zoe"), "select people or faces")
 
 
-def test_everybody_seen_once_is_ignored_and_gets_names_later(tmp_path):
-    shelf = Shelf(tmp_path, people=130, films=10, known=1, faces=14)
-    once = [name for name in shelf.people() if len(shelf.clips(name)) == 1]
-    clips = [shelf.clips(name)[0] for name in once]
-    assert len(once) > 99  # with 99 strangers in the gallery, names would need another rule
-    before = shelf.names()
-    shelf.page.change("once", [])
-    assert shelf.names() == before | dict.fromkeys(clips) == shelf.later()
-    shelf.page.change("name", keys(clips[:1]), "Zoe")
-    assert shelf.names()[clips[0]] == "Zoe"
-    shelf.page.undo()
-    shelf.page.undo()
-    assert shelf.names() == before
-
-
 def test_change_on_an_old_page_is_refused_only_if_its_people_have_changed(shelf):
     one, two, three, *_ = shelf.people()
     old, clip = shelf.page.version, shelf.clips(two)[0]

@@ -27,7 +27,6 @@ from vidjax.apps.video import net_packages, nets, voices
 from vidjax.apps.video.nets import Faces
 from vidjax.apps.video.tracks import measure_overlaps
 from vidjax.cli.program import main
-from vidjax.utils.errors import VidjaxWarning
 
 made_nets = pytest.importorskip("tests.helpers.made_nets")
 runtime = pytest.importorskip("onnxruntime")
@@ -35,14 +34,6 @@ rng = np.random.default_rng
 BACK_END = made_nets.back_end(same=(0.9, 0.1))
 # Numbers 0, 8, 16, ... of the third frame of librosa 0.11's `melspectrogram` of sin(i^2 / 3000).
 LIBROSA = (0.0027344, 30.6711316, 0.0000065, 0.0, 0.0)
-
-
-def assert_faces(faces, scores, boxes, points):
-    """Asserts that detected faces have these scores, boxes and points, and that there are some."""
-    assert len(faces.scores) == len(scores) > 0
-    np.testing.assert_allclose(faces.scores, scores, rtol=1e-5)
-    np.testing.assert_allclose(faces.boxes, boxes, rtol=1e-4, atol=1e-3)
-    np.testing.assert_allclose(faces.points, points, rtol=1e-4, atol=1e-3)
 
 
 def test_centerface_decoder_follows_its_paper():
@@ -61,7 +52,10 @@ def test_centerface_decoder_follows_its_paper():
     outputs = {"heat": heat[None, None], "a": scale[None], "b": offset[None], "c": marks[None]}
     faces = nets.decode_centerface(outputs, width=0)  # uses neither names nor the width
     boxes = np.concatenate([corner[::-1], (corner + size)[::-1]]).T
-    assert_faces(faces, heat[tuple(cells)], boxes, points[:, ::-1].transpose(2, 0, 1))
+    assert len(faces.scores) > 0
+    wanted = boxes, heat[tuple(cells)], points[:, ::-1].transpose(2, 0, 1)
+    for part, expected in zip(faces, wanted, strict=True):
+        np.testing.assert_allclose(part, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_suppression_drops_each_face_that_overlaps_a_better_kept_face():
@@ -343,8 +337,7 @@ def pack(path, name, content, link=""):
     """Writes a package, .whl or .tar.gz, with a file. In .tar.gz, it can be a link to a path."""
     if path.suffix == ".whl":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr(f"inside/{name}", content)
-        return
+            return archive.writestr(f"inside/{name}", content)
     with tarfile.open(path, "w:gz") as archive:
         info = tarfile.TarInfo(f"inside/{name}")
         info.size, info.linkname = len(content), link
@@ -401,15 +394,6 @@ def test_converted_nets_load_and_reproduce_a_recorded_vector(converted):
     assert embedder.back_end and len(embedder.back_end.centre) == embedder.width == 128
     vector = nets.Embedder(embedder)(nets.make_formula_image((150, 150), 1)[None])[0]
     np.testing.assert_allclose(vector[:4], RECORDED, atol=2e-6)
-
-
-def test_convert_reports_that_it_replaced_a_card_with_other_content(tmp_path):
-    convert = partial(net_packages.convert, "centerface", package(PACKAGES["centerface"]))
-    card = convert(tmp_path)
-    assert convert(tmp_path) == card  # without a warning
-    card.write_text(card.read_text() + "\n")
-    with pytest.warns(VidjaxWarning, match="replaced"):
-        convert(tmp_path)
 
 
 @pytest.mark.nightly

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
 from tests.helpers import films
-from tests.helpers.drawn_people import picture, tags, write_film, write_photo, write_voices
+from tests.helpers.drawn_people import picture, tags, write_film, write_photo
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import people_photos
 
@@ -149,15 +149,6 @@ def test_links_to_a_drive_that_is_not_connected_forget_nobody(drawn):
     assert drawn.who(group, code=1).content["people"] == people
 
 
-def test_a_photo_that_cannot_be_read_with_new_nets_stays_enrolled(drawn):
-    drawn.befriend("Ada", "Bob")
-    drawn.who(drawn.group())
-    write_voices(drawn.models)
-    (drawn.friends / "Ada" / "1.png").write_bytes(b"")
-    content, _ = drawn.who(drawn.group(), code=1)
-    assert content["people"] == {"Ada": 1, "Bob": 1}
-
-
 def test_calls_that_fail_because_people_or_the_gallery_are_missing_change_nothing(drawn):
     """The gallery is not made again: the names that a user gave are only in the gallery."""
     group = drawn.group()
@@ -200,16 +191,6 @@ def test_a_person_is_forgotten_only_by_an_act(drawn):
     content, output = drawn.who(group, flags=["--forget-missing"])
     assert content["people"] == {"Eve": 1, "Dan": 1}
     assert b"Bob" not in (drawn.out / "names.html").read_bytes()
-
-
-def test_a_copy_of_a_group_photo_does_not_make_a_missing_person_a_renamed_one(drawn):
-    group, friends = drawn.group(), drawn.friends
-    for name in ("Ada", "Bob"):
-        write_photo(friends / name / "both.png", *PAIR, tagged=PAIR)
-    write_photo(friends / "Ada" / "1.png", ("Ada", 40, 40))
-    drawn.who(group)
-    shutil.rmtree(friends / "Ada")
-    assert drawn.who(group, code=1).content["people"] == {"Ada": 3, "Bob": 2}
 
 
 def test_prune_keeps_the_results_of_films_whose_folder_is_missing(drawn):
@@ -256,9 +237,8 @@ WRONG = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_photos_of_two_people_blame_nobody_if_it_is_not_clear_who_is_wrong(drawn, case):
-    shown, words = WRONG[case]
+@pytest.mark.parametrize(("shown", "words"), WRONG.values(), ids=WRONG)
+def test_photos_of_two_people_blame_nobody_if_it_is_not_clear_who_is_wrong(drawn, shown, words):
     for folder, people in shown.items():
         for number, person in enumerate(people.split(), 1):
             if person != "-":
@@ -276,25 +256,21 @@ def test_photos_of_two_people_blame_nobody_if_it_is_not_clear_who_is_wrong(drawn
 
 @pytest.mark.parametrize("is_copy", [False, True])
 def test_two_names_of_one_person_do_not_blame_the_net(drawn, is_copy):
-    group = drawn.group()
     for number, name in enumerate(("Ada", "Ada L")):
         for photo in (1, 2, 3):
             left = 30 + 2 * (photo + (0 if is_copy else 3 * number))
             write_photo(drawn.friends / name / f"{photo}.png", ("Ada", left, 40))
-    output = drawn.who(group).output
+    output = drawn.who(drawn.group()).output
     assert ("is also a photo of Ada" if is_copy else "but looks like Ada") in output
     assert "as much as the net" not in output + (drawn.out / "names.html").read_text()
-
-    # If a user gave both names, no photo is doubtful.
-    shutil.rmtree(drawn.friends)
     if is_copy:
         return  # the copies identify nobody
-    output = drawn.who(group, people=False).output + (drawn.out / "names.html").read_text()
-    assert "if two names are one person" in output and "as much as the net" not in output
+    shutil.rmtree(drawn.friends)  # if a user gave both names, no photo is doubtful
+    output = drawn.who(drawn.group(), people=False).output
+    assert "if two names are one person" in output + (drawn.out / "names.html").read_text()
 
 
-@pytest.mark.parametrize("door", ["who", "gallery"])
-def test_a_photo_in_the_folders_of_two_people_identifies_nobody_until_it_is_moved(drawn, door):
+def test_a_photo_in_the_folders_of_two_people_identifies_nobody_until_it_is_moved(drawn):
     """The only photo of Eve is also in the folder of Ada. A name that a user typed stays."""
     films, table = (drawn.group(), drawn.folder / "eve.png"), drawn.out / "unknown.tsv"
     photo, wrong = drawn.friends / "Eve" / "1.png", drawn.friends / "Ada" / "2.png"
@@ -302,35 +278,24 @@ def test_a_photo_in_the_folders_of_two_people_identifies_nobody_until_it_is_move
     write_photo(photo, ("Eve", 44, 40))
     write_photo(films[1], ("Eve", 30, 30))
     shutil.copy(photo, wrong)
-    gallery = drawn.out / "gallery" if door == "who" else drawn.folder / "g"
-    if door == "gallery":
-        Gallery.of_models(gallery, drawn.models)
 
     def enrol():
         """Returns name of a person -> number of clips, and the messages."""
-        if door == "who":
-            output = drawn.who(*films).output
-        else:
-            output = drawn.run("gallery", "enrol", gallery, f"--photos={drawn.friends}").output
+        output = drawn.who(*films).output
         assert "forgotten" not in output
-        return Gallery(gallery).identities, output
+        return Gallery(drawn.out / "gallery").identities, output
 
     people, output = enrol()
     assert people == {"Ada": 1, "Bob": 1} and output.count("it is not used: delete the wrong") == 2
-    version = Gallery(gallery).version
-    assert enrol()[0] == people and Gallery(gallery).version == version
-    typed = {}
-    if door == "who":
-        table.write_text(table.read_text().replace("unknown 1", "Eve"))
-        typed = {"Eve": 1}
-        assert enrol()[0] == people | typed
+    version = Gallery(drawn.out / "gallery").version
+    assert enrol()[0] == people and Gallery(drawn.out / "gallery").version == version
+    table.write_text(table.read_text().replace("unknown 1", "Eve"))
+    assert enrol()[0] == people | {"Eve": 1}
     wrong.unlink()
     people, output = enrol()
-    assert people == {"Ada": 1, "Bob": 1, "Eve": 1 + len(typed)} and "copy" not in output
-
-    # The photo comes back into the wrong folder.
-    shutil.copy(photo, wrong)
-    assert enrol()[0] == {"Ada": 1, "Bob": 1} | typed
+    assert people == {"Ada": 1, "Bob": 1, "Eve": 2} and "copy" not in output
+    shutil.copy(photo, wrong)  # the photo comes back into the wrong folder
+    assert enrol()[0] == {"Ada": 1, "Bob": 1, "Eve": 1}
 
 
 def test_the_same_photo_of_a_person_with_two_names_that_a_user_merged_is_used(drawn):

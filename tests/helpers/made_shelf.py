@@ -6,9 +6,9 @@ import itertools
 from types import SimpleNamespace
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from tests.helpers import films as films_lib, made_nets
+from tests.helpers import made_nets
 from tests.helpers.embeddings import unit
 from vidjax.apps import features_folder
 from vidjax.apps.features_folder import FaceTrack, FileStamp, MediaFile
@@ -29,44 +29,26 @@ def name_person(person: int) -> str:
     return NAMES[person % len(NAMES)] + f" {person // len(NAMES) + 1}" * (person >= len(NAMES))
 
 
-def draw_face(person: int, number: int, side=56) -> np.ndarray:
-    """Returns a drawn face of a person, uint8 [side, side, 3]. `number` moves it a little."""
-    rng, small = np.random.default_rng(person), np.random.default_rng(number)
-    hair, skin, eyes, shirt = (tuple(map(int, rng.integers(30, 230, 3))) for _ in range(4))
-    picture = Image.new("RGB", (side, side), tuple(map(int, small.integers(90, 180, 3))))
-    draw, unit_ = ImageDraw.Draw(picture), side / 56
-    x, y = 28 * unit_ + small.integers(-4, 5), 30 * unit_ + small.integers(-3, 4)
-    wide, high = rng.uniform(11, 17) * unit_, rng.uniform(14, 20) * unit_
-    draw.rectangle((x - 20 * unit_, y + high, x + 20 * unit_, side), fill=shirt)
-    low = y + high * rng.uniform(0, 0.9)
-    draw.ellipse((x - wide - 3, y - high - 5, x + wide + 3, low), fill=hair)
-    draw.ellipse((x - wide, y - high, x + wide, y + high), fill=skin)
-    for sign in (-1, 1):
-        left = x + sign * wide * 0.45
-        draw.ellipse((left - 3, y - 5, left + 3, y + 1), fill="white")
-        draw.ellipse((left - 1.5, y - 4, left + 1.5, y - 1), fill=eyes)
-    draw.arc((x - 6, y + 2, x + 6, y + high * 0.7), 10, 170, fill=(90, 20, 20), width=2)
-    return np.asarray(picture)
-
-
 @functools.cache
-def encode_face(person, number):
-    Image.fromarray(draw_face(person, number)).save(png := io.BytesIO(), "PNG")
+def draw_face(person):
+    """Returns the PNG of a square with the colour of a person, which stands for a face."""
+    colour = np.random.default_rng(person).integers(30, 230, 3)
+    Image.new("RGB", (56, 56), tuple(map(int, colour))).save(png := io.BytesIO(), "PNG")
     return png.getvalue()
 
 
-def write_thumbnail(path, person, number):
+def write_thumbnail(path, person):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encode_face(person, number))
+    path.write_bytes(draw_face(person))
 
 
 def make(
-    folder, *, people: int, films: int, known: int, faces: int, wrong=0.0, real=False, seed=0,
+    folder, *, people: int, films: int, known: int, faces: int, wrong=0.0, seed=0,
 ):  # fmt: skip
     """Writes the results of `films` films; returns where they are, and clip -> true person.
 
     `known` of the `people` are enrolled by a photo. A film has `faces` faces. A share `wrong` of
-    them look like another person. If `real` is True, the films exist.
+    them look like another person. The films are empty files.
     """
     rng, out = np.random.default_rng(seed), folder / "out"
     (models := folder / "models").mkdir(parents=True)
@@ -95,9 +77,9 @@ def make(
             clip = f"people/{name_person(person)}/1"
             draft.add({clip: StoredClip(name_person(person), look(person))})
             place = features_folder.locate_thumbnail(out / "people" / name_person(person), "1")
-            write_thumbnail(place, person, 0)
+            write_thumbnail(place, person)
 
-    truth, numbers = {}, itertools.count()
+    truth = dict[str, str]()
     turn = itertools.cycle(rng.permutation(people).tolist())
     for number in range(films):
         stem, tracks, arrays = f"film_{number:03}", [], {}
@@ -113,16 +95,10 @@ def make(
                 clip=clip, shot=face, start_s=begin, end_s=begin + 3.8, seen=10, quality=quality,
                 box=box, box_at_s=begin + 2, places=[(begin + 2, box)],
             ))  # fmt: skip
-            thumbnail = features_folder.locate_thumbnail(features, clip)
-            write_thumbnail(thumbnail, person, next(numbers))
+            write_thumbnail(features_folder.locate_thumbnail(features, clip), person)
         path = folder / "films" / f"{stem}.mp4"
         path.parent.mkdir(exist_ok=True)
-        if real:
-            shots = [draw_face(NAMES_INDEX[truth[x.clip]], x.shot, 160) for x in tracks]
-            pictures = (shot for shot in shots for _ in range(int(SHOT_SECONDS * 5)))
-            films_lib.write(path, pictures, "libx264", 5)
-        else:
-            path.write_bytes(b"")
+        path.write_bytes(b"")
         write_npz(features / f"{stem}.npz", arrays, {"face": digests["face_embedder"]})
         film = MediaFile(
             video=path.name, source=FileStamp.of(path), sha256=f"{number:064x}", photo=False,
@@ -131,9 +107,6 @@ def make(
         )  # fmt: skip
         features_folder.write(features / features_folder.VIDEOS / f"{stem}.json", film)
     return SimpleNamespace(out=out, truth=truth, models=models)
-
-
-NAMES_INDEX = {name_person(person): person for person in range(10_000)}
 
 
 def decide(out):
