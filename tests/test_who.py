@@ -55,14 +55,12 @@ def test_results_list_who_appears_when_in_every_format(met):
     drawn, film, out = met, met.folder / "party.mkv", met.out
     assert Gallery(out / "gallery").identities == {"Ada": 1, "Bob": 1}  # one photo each
     assert os.stat(out).st_mode & 0o077 == 0, "private to the user"
-
     # names.jsonl: Eve has no photo, so she is unknown.
     rows = drawn.rows()
     appearances = [(row["identity"], round(row["start"]), round(row["end"])) for row in rows]
     assert appearances == [("Ada", 0, 1), ("unknown 1", 1, 3), ("Ada", 3, 4), ("Bob", 3, 4)]
     ada, unknown, *_ = rows
     assert unknown["probability"] is None and ada["probability"] > 0.5
-
     # names.tsv: the second line has the same values for Eve.
     with (out / "names.tsv").open(newline="") as file:
         (_, cells, *_) = csv.DictReader(file, delimiter="\t")
@@ -70,16 +68,13 @@ def test_results_list_who_appears_when_in_every_format(met):
     assert 1 <= float(cells["box_at"]) == unknown["box_at"] < 3
     assert cells["path"] == str(film.resolve()) and cells["date"] == unknown["date"]
     assert datetime.fromisoformat(cells["date"]).timestamp() == int(film.stat().st_mtime)
-
     for kind in ("vtt", "srt"):  # the names in the first and the last shot
         assert (out / "subtitles" / f"party.{kind}").read_text().count("-->") == 2
-
     # --padding starts Bob's cut at 2.5 s. The cut ends with the film.
-    assert {path.name for path in (out / "cuts").iterdir()} == {
-        f"{name}.{ending}" for name in ("Ada", "Bob") for ending in ("m3u", "otio")
-    }
-    assert "start-time=2.5" in (bob := (out / "cuts" / "Bob.m3u").read_text()), bob
-    assert "stop-time=4.0" in bob and f"file://{film}" in bob
+    names = {f"{name}.{ending}" for name in ("Ada", "Bob") for ending in ("m3u", "otio")}
+    assert {path.name for path in (out / "cuts").iterdir()} == names
+    bob = (out / "cuts" / "Bob.m3u").read_text()
+    assert "start-time=2.5" in bob and "stop-time=4.0" in bob and f"file://{film}" in bob
     page = (out / "names.html").read_text()
     assert page.count('href="../party.mkv#t=3.0"') == 6, "bars of two people, and in tables"
 
@@ -99,11 +94,10 @@ def test_films_and_photos_in_subfolders_are_read_and_other_files_are_skipped(dra
         for name in ("Thumbs.db", "party.srt", "party.nfo"):
             (path / name).write_text("no picture")
     empty.mkdir()
-
+    shown = features_folder.make_printable(odd)
     for _ in range(2):  # in the second call, the folder of films also contains the results
         content, output = drawn.who(films, empty)
         assert content["people"] == {"Ada": 1} and content["failed"] == [], output
-        shown = features_folder.make_printable(odd)
         assert {row["video"] for row in drawn.rows()} == {"party.MKV", shown} != {"party.MKV", odd}
         assert output.count(f"'{empty}' contains no film and no photo") == 1
         words = "files in {} that are not films or photos are left out: {}"  # without Thumbs.db
@@ -209,11 +203,10 @@ def test_unclear_faces_are_not_grouped_and_a_name_is_for_one_face(drawn):
     places = ("Ada", 20), ("Eve", 80), ("Ada", 50), ("Eve", 10), ("Bob", 90)
     for photo, place in zip(photos, places, strict=True):
         write_photo(photo, (*place, 30))
-    write_photo(drawn.friends / "Ada.png", ("Ada", 40, 40))
+    drawn.befriend("Ada")
     ada = dict.fromkeys(("p0", "p2"), "Ada")  # each by its probability
     eve, again, bob = "p1", "p3", "p4"
     faces = {eve: "unknown face 1", again: "unknown face 2", bob: "unknown face 3"}
-
     content, _ = drawn.who(*photos)
     assert drawn.names() == ada | faces and (content["groups"], content["unclear"]) == (0, 3)
     assert "Unclear faces (3)" in (drawn.out / "names.html").read_text()
@@ -226,9 +219,8 @@ def test_unclear_faces_are_not_grouped_and_a_name_is_for_one_face(drawn):
     words = (drawn.out / "gallery", f"--input={drawn.out / 'features'}", "--json")
     answers = drawn.run("gallery", "identify", *words).content["answers"]
     assert {x["clip"]: x["identity"] for x in answers if x["identity"]} == ada | {eve: "Eve"}
-    left = drawn.folder / "groups.tsv"
-    drawn.run("gallery", "group", *words, f"--out={left}")
-    assert {*read_groups(left, unknown=True)} == {again, bob}
+    drawn.run("gallery", "group", *words, f"--out={drawn.folder / 'groups.tsv'}")
+    assert {*read_groups(drawn.folder / "groups.tsv", unknown=True)} == {again, bob}
 
     # A user joins two faces to one person. If a photo of Eve is added, unclear faces get her name.
     find = features_folder.FaceFinder(drawn.out)
@@ -237,7 +229,7 @@ def test_unclear_faces_are_not_grouped_and_a_name_is_for_one_face(drawn):
     said.append(drawn.out, said.stamp(joined))
     drawn.who(*photos)
     assert drawn.names() == ada | {eve: "Eve", again: "unknown 2", bob: "unknown 2"}
-    write_photo(drawn.friends / "Eve.png", ("Eve", 40, 40))
+    drawn.befriend("Eve")
     drawn.who(*photos)
     assert drawn.names() == ada | {eve: "Eve", again: "Eve", bob: "unknown face 2"}
 
@@ -295,12 +287,10 @@ def test_photos_without_one_good_face_and_damaged_tags_are_reported_in_every_cal
     (drawn.friends / "Eve").mkdir(parents=True)
     write_photo(people / "none.png")
     write_photo(people / "two.png", ("Ada", 20, 20), ("Bob", 80, 60))
-
     _, output = drawn.who(group, code=2)
     messages = ("photo shows no face", "photo shows 2 faces", "Eve cannot be recognised")
     assert all(message in output for message in (*messages, "nobody can be recognised")), output
-
-    write_photo(drawn.friends / "Bob.png", ("Bob", 20, 20))
+    drawn.befriend("Bob")
     content, _ = drawn.who(group, code=1)
     # `missed` lacks Eve, because her folder contains no photo.
     assert content["people"] == {"Bob": 1} and content["missed"] == ["Ada"]
@@ -321,25 +311,22 @@ def test_extract_reports_each_unreadable_film_and_prints_the_advice_once(drawn, 
     bad, worse, film = drawn.folder / "bad.mp4", drawn.folder / "worse.mp4", drawn.film()
     bad.write_bytes(b"ffconcat version 1.0\nfile party.mkv\n")
     worse.write_text("no film")
-    copy = shutil.copy(film, drawn.folder / "party.mov")
+    copy, photo = shutil.copy(film, drawn.folder / "party.mov"), drawn.group()
+    (notes := drawn.folder / "notes.doc").write_text("no film")
 
-    words = (f"--out={drawn.out}", f"--models={drawn.models}")
-    done = command("extract", bad, worse, film, copy, *words)
+    def extract(*paths):
+        return command("extract", *paths, f"--out={drawn.out}", f"--models={drawn.models}")
 
+    done = extract(bad, worse, film, copy)
     assert done.code == 1 and done.err.count("unknown format") == 2
     assert done.out.count("copy the file again") == 1 and "use MP4, MKV" not in done.out
     assert f"{copy} is a copy of {film} and is left out" in done.err
     assert [film.video for film in features_folder.read_media_files(drawn.out)] == ["party.mkv"]
     assert not [path for path in drawn.out.rglob("*") if path.stat().st_mode & 0o077]  # private
-
-    write_photo(drawn.folder / "photo.png", ("Ada", 20, 30))
-    done = command("extract", drawn.folder / "photo.png", worse, *words)
-    labels = [line[2:12].strip() for line in done.out.splitlines()[1:]]
+    labels = [line[2:12].strip() for line in extract(photo, worse).out.splitlines()[1:]]
     assert labels == ["out", "files", "clips", "not used", "remedy"]  # no speed
-    assert "worse.mp4' is damaged" in command("extract", worse, *words, "--quiet").err
-
-    (drawn.folder / "notes.doc").write_text("no film")
-    done = command("extract", drawn.folder / "notes.doc", worse, *words)
+    assert "worse.mp4' is damaged" in extract(worse, "--quiet").err
+    done = extract(notes, worse)
     assert "notes.doc: use MP4, MKV" in done.out and "; worse.mp4: copy the file" in done.out
 
 
@@ -386,21 +373,24 @@ def test_people_with_only_voices_have_no_doubtful_photos(drawn):
 
 
 def test_enrol_refuses_two_faces_of_a_photo_as_one_person(drawn):
-    two, gallery = drawn.folder / "two", drawn.folder / "g"
-    write_photo(drawn.folder / "two.png", ("Ada", 20, 20), ("Bob", 80, 60))
-    pipeline.extract_folders({two: [drawn.folder / "two.png"]}, drawn.models)
+    two, gallery, labels = (drawn.folder / name for name in ("two", "g", "labels.tsv"))
+    pipeline.extract_folders({two: [drawn.group()]}, drawn.models)
     Gallery.of_models(gallery, drawn.models)
-    for path in (two / "two.npz", two):
-        words = ("gallery", "enrol", gallery, f"--input={path}", "--identity=Bob")
-        assert "two.f01 and two.f02 are seen together" in drawn.run(*words, code=2).output
-    (labels := drawn.folder / "labels.tsv").write_text("two.f01\tBob\ntwo.f02\tBob\n")
-    drawn.run("gallery", "enrol", gallery, f"--input={two}", f"--labels={labels}", code=2)
-    assert "--photos=FOLDER" in drawn.run(*words[:4], code=2).output
-    drawn.run(*words, "--clip=two.f02")
+
+    def enrol(*words, code=0, path=two):
+        return drawn.run("gallery", "enrol", gallery, f"--input={path}", *words, code=code).output
+
+    for path in (two / "group.npz", two):
+        output = enrol("--identity=Bob", path=path, code=2)
+        assert "group.f01 and group.f02 are seen together" in output
+    labels.write_text("group.f01\tBob\ngroup.f02\tBob\n")
+    enrol(f"--labels={labels}", code=2)
+    assert "--photos=FOLDER" in enrol(code=2)
+    enrol("--identity=Bob", "--clip=group.f02")
     assert Gallery(gallery).identities == {"Bob": 1}
-    labels.write_text("two.f01\tAda\ntwo.f02\tBob\n")
-    drawn.run("gallery", "enrol", gallery, f"--input={two}", f"--labels={labels}")
-    assert Gallery(gallery).people == {"Ada": ("two.f01",), "Bob": ("two.f02",)}
+    labels.write_text("group.f01\tAda\ngroup.f02\tBob\n")
+    enrol(f"--labels={labels}")
+    assert Gallery(gallery).people == {"Ada": ("group.f01",), "Bob": ("group.f02",)}
 
 
 def pictures_of(path):
@@ -493,9 +483,7 @@ def test_last_person_without_photos_is_forgotten_although_the_call_fails(drawn):
     _, output = drawn.who(group, flags=["--no-thumbnails"], code=2)
     assert "are deleted" not in output and not list(out.rglob("*.png"))
     shutil.rmtree(out)
-    assert "contains no photos" in drawn.who(group, code=2).output
-    assert not out.exists()
-
+    assert "contains no photos" in drawn.who(group, code=2).output and not out.exists()
     # Now there is a gallery, because the first call had no folder of people.
     drawn.who(group, people=False)
     assert "add photos" in drawn.who(group, code=2).output
@@ -526,14 +514,14 @@ def test_terminal_shows_names_and_probabilities_but_no_messages_if_quiet(drawn, 
     drawn.befriend("Ada", "Bob")
     write_photo(photo, ("Ada", 20, 30))
     words = (f"--models={drawn.models}", f"--out={drawn.out}", f"--people={drawn.friends}")
-
     done = command("who", drawn.film(), photo, *words)
-
     assert re.search("photo.png +in the photo +Ada, over 99 %", done.out)
-    assert "party.mkv: 4.0 s, 3 shots, 4 faces" in done.err
-    assert "over 99 %" in done.out and "100 %" not in done.out
+    assert "party.mkv: 4.0 s, 3 shots, 4 faces" in done.err and "100 %" not in done.out
     assert "1 person without a name: to name them, vidjax review " in done.out  # Eve
     assert "party.mkv" not in command("who", drawn.film(), *words, "--quiet").err
+    drawn.who(photo, flags=["--threshold=1"])
+    assert not {"Ada", "Bob"} & {*drawn.names().values()}
+    assert "give a number above 0" in drawn.who(photo, flags=["--threshold=2"], code=2).output
     shutil.rmtree(drawn.friends / "Bob")
     done = command("who", photo, *words)
     assert re.search("missing +1: .*Bob\n", done.out) and "not used" not in done.out
@@ -542,12 +530,6 @@ def test_terminal_shows_names_and_probabilities_but_no_messages_if_quiet(drawn, 
     assert "--review" in usual and re.findall(r"^  --(\w+)", programs, re.MULTILINE) == [
         "workers", "check", "fpir", "threshold", "padding", "quiet", "json", "debug",
     ]  # fmt: skip
-    drawn.befriend("Bob")
-
-    assert drawn.names()["photo"] == "Ada"
-    drawn.who(photo, flags=["--threshold=1"])
-    assert not {"Ada", "Bob"} & {*drawn.names().values()}
-    assert "give a number above 0" in drawn.who(photo, flags=["--threshold=2"], code=2).output
 
 
 def test_identify_counts_the_names_in_a_file_with_times(drawn):
