@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
-from tests.helpers import drawn_people, films, made_nets
+from tests.helpers import films, made_nets
 from tests.helpers.batches import assert_equal
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.drawn_people import SIDE, extract, picture, tone, write_film, write_voices
@@ -199,23 +199,6 @@ def test_extract_warns_of_slow_films_and_unused_video_streams(tmp_path, drawn, e
 @pytest.fixture
 def models(drawn):
     return write_voices(drawn.models)
-
-
-@pytest.mark.usefixtures("read_here")
-def test_face_tag_of_a_rotated_photo_names_the_face_at_its_place(drawn):
-    """The tag refers to the stored picture, which EXIF orientation 6 rotates by 90 degrees."""
-    stored = np.ascontiguousarray(np.rot90(picture([ADA, BOB])))  # 128 rows, 96 columns
-    # A point (x, y) of the shown picture is the point (y, 128 - x) of the stored picture. So the
-    # right side of Ada's face becomes its top.
-    _, shown_left, shown_top = ADA
-    left, top = shown_top, 128 - (shown_left + SIDE)
-    tag = drawn_people.tags(("Ada", left, top), size=(128, 96))
-    drawn.friends.mkdir()
-    photo = films.photo(stored, "mjpeg", orientation=6)
-    (drawn.friends / "both.jpg").write_bytes(photo + tag)
-    content, output = drawn.who(drawn.group())
-    assert content["people"] == {"Ada": 1}, output
-    assert sorted(drawn.names().values()) == ["Ada", "unknown 1"]
 
 
 def test_clip_has_a_voice_if_its_face_is_the_only_visible_face(tmp_path, models):

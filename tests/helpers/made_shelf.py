@@ -1,14 +1,11 @@
 """A folder of results of `vidjax who` with films of made-up people, without any net or film."""
 
-import functools
-import io
 import itertools
 from types import SimpleNamespace
 
 import numpy as np
-from PIL import Image
 
-from tests.helpers import made_nets
+from tests.helpers import films as films_lib, made_nets
 from tests.helpers.embeddings import unit
 from vidjax.apps import features_folder
 from vidjax.apps.features_folder import FaceTrack, FileStamp, MediaFile
@@ -21,25 +18,13 @@ from vidjax.data.clip_files import write_npz
 WIDTH = 128
 NAMES = ("Ada", "Bob", "Cleo", "Dan", "Eve", "Fay", "Gus", "Hal", "Ida", "Jon", "Kim", "Lou")
 SHOT_SECONDS = 4.0
+PICTURE = films_lib.photo(films_lib.scene(0, 56, 56), "png")  # of each face
 MIXTURE = (0.8, 0.6)  # of the person whom a face in a wrong group looks like, and of its own person
 
 
 def name_person(person: int) -> str:
     """Returns the name of a person, such as `Ada` or `Ada 2`, without names that look alike."""
     return NAMES[person % len(NAMES)] + f" {person // len(NAMES) + 1}" * (person >= len(NAMES))
-
-
-@functools.cache
-def draw_face(person):
-    """Returns the PNG of a square with the colour of a person, which stands for a face."""
-    colour = np.random.default_rng(person).integers(30, 230, 3)
-    Image.new("RGB", (56, 56), tuple(map(int, colour))).save(png := io.BytesIO(), "PNG")
-    return png.getvalue()
-
-
-def write_thumbnail(path, person):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(draw_face(person))
 
 
 def make(
@@ -76,8 +61,6 @@ def make(
         for person in range(known):
             clip = f"people/{name_person(person)}/1"
             draft.add({clip: StoredClip(name_person(person), look(person))})
-            place = features_folder.locate_thumbnail(out / "people" / name_person(person), "1")
-            write_thumbnail(place, person)
 
     truth = dict[str, str]()
     turn = itertools.cycle(rng.permutation(people).tolist())
@@ -95,7 +78,9 @@ def make(
                 clip=clip, shot=face, start_s=begin, end_s=begin + 3.8, seen=10, quality=quality,
                 box=box, box_at_s=begin + 2, places=[(begin + 2, box)],
             ))  # fmt: skip
-            write_thumbnail(features_folder.locate_thumbnail(features, clip), person)
+            thumbnail = features_folder.locate_thumbnail(features, clip)
+            thumbnail.parent.mkdir(parents=True, exist_ok=True)
+            thumbnail.write_bytes(PICTURE)
         path = folder / "films" / f"{stem}.mp4"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"")
