@@ -52,9 +52,8 @@ def test_tags_that_do_not_fit_their_photo_enrol_nobody(drawn):
         people[found.faces[clip].path].append(found.faces[clip].face.person)
     for change, (_, _, words, names) in TAGGED.items():
         path = path_of[change]
-        assert sorted(people[path]) == names.split() and (str(path) in found.failed) == (
-            not names
-        ), change
+        assert sorted(people[path]) == names.split(), change
+        assert (str(path) in found.failed) == (not names), change
         lines = [x.text for x in notes if str(path) in x.text and "poor, with" not in x.text]
         used = [line for line in lines if "the tags are used" in line]
         assert words in "".join(lines) and len(lines) == len(used) + bool(words)
