@@ -18,9 +18,6 @@ from vidjax.apps.video import film, nets, results, voices
 from vidjax.apps.video.halves import HalvesDetector
 from vidjax.apps.video.search import FilmSearch
 
-SLIDES = ("Ada", "Eve", "Ada", "Bob")
-# Signs of (red, green, blue) of a face minus the mean that the net subtracts -> name.
-PEOPLE = {(1, 1, -1): "Ada", (1, -1, 1): "Bob", (-1, 1, 1): "Eve"}
 # Faces: name of a colour, left, top. A shot is (seconds, brightness, faces).
 ADA, BOB, EVE = ("Ada", 20, 30), ("Bob", 80, 50), ("Eve", 60, 10)
 ROOM = 64  # a picture is divided into squares with this side, and a person moves in a square
@@ -32,43 +29,18 @@ def shoot(path, models, *shots, unit="track", **options):
     return extract(path, path.with_suffix(""), models, unit=unit)
 
 
-def read_tracks(path, models):
-    """Returns (begin, end, name of the person) of each track of a film, in order of time."""
-    extracted, clips = extract(path, path.with_suffix(""), models)
-    rows = []
-    for track in extracted.tracks:
-        signs = np.sign(clips[track.clip]["face"].mean(0)[:3])
-        rows.append((round(track.start_s, 3), round(track.end_s, 3), PEOPLE[tuple(signs)]))
-    return rows
+def write_joined(path, begins):
+    """Writes parts of 2 s with Ada, which begin at the seconds `begins`, as a film.
 
-
-@nightly_after_first("held_s", [1.0, 0.5, 4.0])
-@pytest.mark.parametrize("alike", [True, False], ids=["one background", "many backgrounds"])
-def test_each_picture_of_a_slow_film_is_a_track_of_its_person(tmp_path, drawn, held_s, alike):
-    slides = [picture([(name, 50, 40)]) for name in SLIDES]
-    if not alike:
-        for number, slide in enumerate(slides):
-            background = films.scene(number, 96, 128) // 4
-            np.maximum(slide, background, out=slide)  # the face is brighter than the background
-    stamps = [round(1000 * held_s * n) for n in range(4)]  # in milliseconds
-    films.write(tmp_path / "slides.mkv", slides, "ffv1", fps=1 / held_s, stamps=stamps)
-    expected = [(held_s * n, held_s * (n + 1), name) for n, name in enumerate(SLIDES)]
-    assert read_tracks(tmp_path / "slides.mkv", drawn.models) == expected
-
-
-def write_joined(path, begins, faces, codec="libx264"):
-    """Writes parts of 2 s, which begin at the seconds `begins`, with a tone and `faces`, as a film.
-
-    A .ts file consists of several files, as a joined recording.
+    A .ts file consists of several files with a tone, as a joined recording.
     """
-    stamps = [[round(1000 * begin_s) + 100 * n for n in range(20)] for begin_s in begins]
+    stamps, pictures = [[1000 * x + 100 * n for n in range(20)] for x in begins], [picture([ADA])]
     if path.suffix != ".ts":
-        films.write(path, [picture(faces)] * 20 * len(begins), codec, 10, stamps=[*chain(*stamps)])
+        films.write(path, pictures * 20 * len(begins), fps=10, stamps=[*chain(*stamps)])
         return
     for begin_s, times in zip(begins, stamps, strict=True):
         part = path.with_suffix(f".{begin_s}.ts")
-        sound = tone(440, 2)
-        films.write(part, [picture(faces)] * 20, stamps=times, sound=sound, start_s=begin_s)
+        films.write(part, pictures * 20, stamps=times, sound=tone(440, 2), start_s=begin_s)
         with path.open("ab") as file:
             file.write(part.read_bytes())
 
@@ -86,7 +58,7 @@ def test_nobody_is_visible_while_the_clock_jumps(
     tmp_path, models, name, begins, spans, jumps, voice
 ):
     path = tmp_path / name
-    write_joined(path, begins, [ADA])
+    write_joined(path, begins)
     found, clips = extract(path, tmp_path / "out", models)
     tracks = sorted((track.start_s, track.end_s) for track in found.tracks)
     np.testing.assert_allclose(tracks, spans, atol=0.1)
