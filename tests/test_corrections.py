@@ -28,6 +28,7 @@ from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.said import FEATURES
 from vidjax.apps.video import align, corrections, results, review, still, who
 from vidjax.apps.video.names_page import CLIP
+from vidjax.apps.video.unknown_numbers import read_numbers
 from vidjax.utils.errors import UserError
 
 TOKEN, SITE = "t" * 22, "http://127.0.0.1:8123"
@@ -138,6 +139,27 @@ def test_many_people_and_faces_are_changed_in_one_step(shelf):
     refused(lambda: shelf.page.change("apart", keys(shelf.clips(two))), "select only the wrong")
     refused(lambda: shelf.page.change("apart", [two]), "choose an appearance")
     refused(lambda: shelf.page.change("name", [], "Zoe"), "select people or faces")
+
+
+def test_unknown_people_keep_their_numbers_when_films_come_and_go(tmp_path):
+    shelf = Shelf(tmp_path, people=32, films=4, known=1, faces=10)
+
+    def list_numbers(names):
+        return {int(name.split()[1]) for name in names.values() if name.startswith("unknown")}
+
+    show = shelf.hide("film_000")
+    before = later = shelf.who()
+    for _ in range(2):
+        show()
+        more = shelf.who()
+        assert before.items() <= more.items(), "nobody gets another number"
+        # New people get numbers that were never used, although this film is the first film.
+        new = list_numbers(more) - list_numbers(before)
+        assert new and min(new) > max(list_numbers(later))
+        later, show = more, shelf.hide("film_000")
+        assert shelf.who() == before
+    kept = {film.digest for film in features_folder.read_media_files(shelf.out / FEATURES)}
+    assert {*read_numbers(shelf.out).films} == kept and len(kept) == 3
 
 
 def test_change_on_an_old_page_is_refused_only_if_its_people_have_changed(shelf):

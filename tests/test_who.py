@@ -28,7 +28,6 @@ from vidjax.apps import features_folder, said
 from vidjax.apps.gallery.answers import read_groups
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import pipeline, who
-from vidjax.apps.video.unknown_numbers import read_numbers
 from vidjax.cli import program
 from vidjax.data.clip_files import write_npz
 
@@ -106,41 +105,6 @@ def test_films_and_photos_in_subfolders_are_read_and_other_files_are_skipped(dra
     drawn.who(films / "party.nfo", code=1)  # a file on the command line is read, and this one fails
 
 
-@pytest.mark.slow
-def test_unknown_people_keep_their_numbers_across_calls(drawn):
-    """Nobody gets another number if films are added, replaced or deleted."""
-    films = drawn.folder / "films"
-    films.mkdir()
-
-    def numbers(place=films):
-        """Returns first clip of each appearance -> name, after a call."""
-        drawn.who(place, people=False)
-        return {row["clips"][0]: row["identity"] for row in drawn.rows()}
-
-    write_film(films / "b.mkv", shot("Bob"), (2, 60, [("Bob", 30, 30)]))
-    first = {"b.s000.t00": "unknown 1"}  # both shots are one appearance of Bob
-    assert numbers() == first
-    # People of new films get new numbers, although film a comes before film b.
-    write_film(films / "a.mkv", shot("Eve"))
-    write_film(films / "c.mkv", shot("Ada"))
-    more = first | {"a.s000.t00": "unknown 2", "c.s000.t00": "unknown 3"}
-    assert numbers() == more == numbers(films / "c.mkv") == numbers()
-    (drawn.out / "features" / "videos" / "c.json").write_text("damaged")
-    assert "c.json is damaged" in drawn.who(films, people=False).output
-    # If a film is replaced by another film, its clip gets the number of the person in the new film.
-    write_film(films / "c.mkv", shot("Bob", left=40))
-    assert numbers() == more | {"c.s000.t00": "unknown 1"}
-    # If the features of a film are deleted, its clips leave the file of numbers.
-    for path in (drawn.out / "features").rglob("a.*"):
-        path.unlink()
-    numbers(films / "b.mkv")
-    kept = {x.digest for x in features_folder.read_media_files(drawn.out / "features")}
-    assert {*read_numbers(drawn.out).films} == kept and len(kept) == 2
-    # The numbers of Eve and Ada, whose films are gone, are not used again.
-    write_film(films / "e.mkv", shot("Ada"))
-    assert numbers(films / "e.mkv")["e.s000.t00"] == "unknown 4"
-
-
 def test_names_in_the_unknown_table_are_used_unless_they_contradict_earlier_names(drawn):
     film, table = drawn.film(), drawn.out / "unknown.tsv"
     write_photo(drawn.friends / "Ada.png", ("Ada", 40, 40))
@@ -182,6 +146,7 @@ def test_names_for_clips_of_a_replaced_film_are_ignored(drawn, monkeypatch):
     table.write_text(table.read_text().replace("unknown 1", "Bob"))
     content, output = drawn.who(film, people=False)
     assert content["people"] == {} and "no longer exist" in output
+    assert drawn.names() == {"c.s000.t00": "unknown 2"}  # Eve
 
 
 def test_folders_of_people_have_names_that_all_drives_allow(drawn):
@@ -339,6 +304,8 @@ def test_results_contain_all_films_and_each_film_is_read_once(drawn, monkeypatch
     drawn.who(other.parent)
     paths = {f"{drawn.folder.name}/party.mkv", "other/party.mkv"}
     assert {row["video"] for row in drawn.rows()} == paths
+    (drawn.out / "features" / "videos" / "party.json").write_text("damaged")
+    assert "party.json is damaged" in drawn.who(film).output
     # A film is not read a second time, even if it was moved: reading would now fail.
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "film_lib", None)
