@@ -147,6 +147,8 @@ def test_names_for_clips_of_a_replaced_film_are_ignored(drawn, monkeypatch):
     content, output = drawn.who(film, people=False)
     assert content["people"] == {} and "no longer exist" in output
     assert drawn.names() == {"c.s000.t00": "unknown 2"}  # Eve
+    (drawn.out / "features" / "videos" / "c.json").write_text("damaged")
+    assert "c.json is damaged" in drawn.who(film, people=False).output
 
 
 def test_folders_of_people_have_names_that_all_drives_allow(drawn):
@@ -304,8 +306,6 @@ def test_results_contain_all_films_and_each_film_is_read_once(drawn, monkeypatch
     drawn.who(other.parent)
     paths = {f"{drawn.folder.name}/party.mkv", "other/party.mkv"}
     assert {row["video"] for row in drawn.rows()} == paths
-    (drawn.out / "features" / "videos" / "party.json").write_text("damaged")
-    assert "party.json is damaged" in drawn.who(film).output
     # A film is not read a second time, even if it was moved: reading would now fail.
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "film_lib", None)
