@@ -416,26 +416,6 @@ def test_face_tags_name_the_people_of_a_group_photo(drawn):
     assert "Bob no longer has a folder, but is still named by face tags" in output
 
 
-def test_person_known_only_by_face_tags_is_forgotten_with_the_tags(drawn):
-    """test_said.py tests people whose names a user has typed, too."""
-    photo = drawn.friends / "Ada" / "2.png"
-    write_photo(photo, *GROUP, tagged=GROUP)
-    drawn.befriend("Ada", "Eve")
-    drawn.who(group := drawn.group())
-    whole = photo.read_bytes()
-    photo.write_bytes(b"damaged")
-    content, output = drawn.who(group, code=1)
-    assert content["people"]["Bob"] == 1 and "results of an earlier call are kept" in output
-    photo.write_bytes(whole)
-    assert drawn.who(group).content["people"] == {"Ada": 2, "Bob": 1, "Eve": 1}
-    # The code is 1, because the gallery and the results still contain Bob.
-    content, _ = drawn.run("forget", "--identity=Bob", drawn.out, code=1)
-    assert {place["kind"] for place in content["places"]} == {"gallery", "who"}
-    write_photo(photo, ("Ada", 20, 20))
-    assert "Bob no longer has photos and is forgotten" in drawn.who(group).output
-    assert drawn.run("forget", "--identity=Bob", drawn.out).content["places"] == []
-
-
 def test_last_person_without_photos_is_forgotten_although_the_call_fails(drawn):
     group, out = drawn.group(), drawn.out
     drawn.befriend("Ada")
