@@ -223,14 +223,13 @@ def test_random_changes_stay_as_they_were_said_in_every_later_call(tmp_path, see
             if action in ("name", "ignore"):
                 said |= dict.fromkeys(changed, name or None)
                 # The last word counts: of a face, or of the numbers that become one person.
-                numbers = shelf.page._decision.said.numbers
-                number = {clip: {number} for clip, number in numbers.items()}
-                number |= {clip: {clip} for clip in names.keys() - number.keys()}
+                numbers = {x: {n} for x, n in shelf.page._decision.said.numbers.items()}
+                number = {clip: numbers.get(clip, {clip}) for clip in names}
                 apart = {(x, y) for x, y in apart if number[x] != number[y]}
                 apart = {pair for pair in apart if of[0] == person or not {*pair} & {*changed}}
-            for clip in changed if action in ("deny", "apart") else ():
-                said.pop(clip, None)
-                wrong |= {(clip, names[clip])} if action == "deny" else set()
+            else:
+                said = {clip: x for clip, x in said.items() if clip not in changed}
+                wrong |= {(clip, names[clip]) for clip in changed if action == "deny"}
             if action == "apart":
                 apart |= {(one, two) for one in few for two in {*clips} - {*few}}
         later = shelf.later()

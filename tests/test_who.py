@@ -446,13 +446,15 @@ def test_next_call_removes_what_killed_calls_have_left_and_keeps_files_of_the_us
     for path in map(out.joinpath, left):
         path.with_name(f".{path.name}.0123abcd.partial").write_text("Ada")
     (killed := out / "people" / "Bob" / ".extract-0123abcd").mkdir()
+    # The features of a photo that was deleted; their JSON file was not yet written.
+    orphan = shutil.copy(out / "people" / "Bob" / "1.npz", out / "people" / "Bob" / "2.npz")
     own = {"own.partial", ".notes.txt.0123abcd.partial", "cuts/.Ada.edl.partial"}
     for name in own:
         (out / name).write_text("mine")
     shutil.rmtree(met.friends / "Ada")
     met.who(met.folder / "party.mkv", flags=["--forget-missing"])
     assert {str(path.relative_to(out)) for path in out.rglob("*.partial")} == own
-    assert not killed.exists()
+    assert not killed.exists() and not orphan.exists()
 
 
 def test_terminal_shows_names_and_probabilities_but_no_messages_if_quiet(drawn, command):

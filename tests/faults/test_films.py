@@ -216,19 +216,6 @@ def test_who_continues_after_a_kill_that_left_an_unfinished_gallery(drawn, read_
     assert drawn.who(drawn.film(), people=False)[0]["groups"] == 3  # Ada, Bob, Eve
 
 
-def test_features_from_a_killed_who_are_deleted_with_the_photo(drawn, read_here):
-    """`who` was killed after it had written the features of photo 2, before their JSON file."""
-    film, features = drawn.film(), drawn.out / "people" / "Ada"
-    for number in (1, 2):
-        write_photo(drawn.friends / "Ada" / f"{number}.png", ("Ada", 40, 30))
-    drawn.who(film, flags=["--thumbnails"])
-    for path in (features / "videos" / "2.json", drawn.friends / "Ada" / "2.png"):
-        path.unlink()
-    drawn.who(film, flags=["--thumbnails"])
-    assert [path.stem for path in features.glob("*.npz")] == ["1"]
-    assert [path.name for path in (features / "thumbnails").iterdir()] == ["1"]
-
-
 def test_mutated_films_and_photos_are_read_or_refused(tmp_path, fault_seed, campaign):
     """The files are read in this process, so no limit of memory or time ends the reader."""
     models = drawn_people.write_voices(drawn_people.write_models(tmp_path / "models"))
