@@ -15,7 +15,6 @@ from tests.helpers.cases import nightly_after_first
 from tests.helpers.drawn_people import SIDE, extract, picture, tone, write_film, write_voices
 from vidjax.apps import cards
 from vidjax.apps.video import film, nets, results, voices
-from vidjax.apps.video.halves import HalvesDetector
 from vidjax.apps.video.search import FilmSearch
 
 # Faces: name of a colour, left, top. A shot is (seconds, brightness, faces).
@@ -73,56 +72,43 @@ def test_nobody_is_visible_while_the_clock_jumps(
         )
 
 
+# Two equal halves -> the shape of a half, and the words for ffmpeg.
+LAYOUTS = {
+    "side by side": ((96, 128), "iw/2:ih:0:0"),
+    "half width": ((96, 64), "iw/2:ih:0:0,scale=2*iw:ih"),
+    "one above the other": ((96, 128), "iw:ih/2:0:0"),
+    "half height": ((48, 128), "iw:ih/2:0:0,scale=iw:2*ih"),
+}
+
+
 def lay_out(name, number):
     """Returns a picture of two halves. `number` is the number of the picture in the film."""
-    first = picture([("Ada", 20 + number, 30)])
+    shape, _ = LAYOUTS.get(name, ((96, 128), ""))
+    first, other = (picture([(x, 20 + number, 30)], size=shape) for x in ("Ada", "Bob"))
     shifted = np.roll(np.minimum(first, 250) + 2, -2, 1)  # the other eye, a little brighter
-    wall = films.scene(3, 96, 128) // 2
-    return {
-        "side by side": np.hstack([first, shifted]),
-        "half width": np.hstack([first[:, ::2], shifted[:, ::2]]),
-        "one above the other": np.vstack([first, shifted]),
-        "half height": np.vstack([first[::2], shifted[::2]]),
-        "two people": np.hstack([first, picture([("Bob", 20 + number, 30)])]),
-        "two rooms": np.hstack([first, np.maximum(first, wall)]),
-        "mirrored": np.hstack([first, first[:, ::-1]]),
-        "one person": first,
-        "a room with two": picture([("Ada", 10 + number, 30), ("Ada", 74 + number, 40)]),
-        "black": np.zeros((96, 256, 3), np.uint8),
-    }[name]
+    stack = np.hstack if shape[0] == 96 and name != "one above the other" else np.vstack
+    wall = films.scene(3, *shape) // 2
+    singles = {
+        "two people": [first, other], "two rooms": [first, np.maximum(first, wall)],
+        "mirrored": [first, first[:, ::-1]], "one person": [first],
+        "a room with two": [picture([("Ada", 10 + number, 30), ("Ada", 74 + number, 40)])],
+        "black": [np.zeros((96, 256, 3), np.uint8)],
+    }  # fmt: skip
+    return stack(singles.get(name, [first, shifted]))
 
 
-LAYOUTS = {
-    "side by side": "iw/2:ih:0:0",
-    "half width": "iw/2:ih:0:0,scale=2*iw:ih",
-    "one above the other": "iw:ih/2:0:0",
-    "half height": "iw:ih/2:0:0,scale=iw:2*ih",
-}
-SINGLE = ("two people", "two rooms", "mirrored", "one person", "a room with two", "black")
-
-
-@pytest.mark.parametrize("name", ["side by side", "one above the other", *SINGLE])
+@pytest.mark.parametrize("name", [
+    *LAYOUTS, "two people", "two rooms", "mirrored", "one person", "a room with two", "black",
+])  # fmt: skip
 def test_film_with_two_equal_halves_is_reported_with_a_command_that_cuts_it(tmp_path, drawn, name):
     path = tmp_path / "two eyes.mkv"
     films.write(path, [lay_out(name, n) for n in range(10)], "ffv1", fps=10)
     found, _ = extract(path, tmp_path / "out", drawn.models)
-    assert found.halves == LAYOUTS.get(name)
+    _, words = LAYOUTS.get(name, ("", None))
+    kind = {"half width": "side by side", "half height": "one above the other"}.get(name, name)
     lines = results.list_problems(found, path)
-    assert len(lines) == (name in LAYOUTS)
-    assert all(f"{name} (3D)" in x and f"-i '{path}' -vf crop={found.halves} " in x for x in lines)
-
-
-@pytest.mark.parametrize("name", ["half width", "half height"])
-def test_halves_of_half_the_width_or_height_are_found(name):
-    detector = HalvesDetector()
-    for number in range(5):
-        rgb = lay_out(name, number)
-        box = np.array([20 + number, 30, 20 + number + SIDE, 30 + SIDE], float)
-        box[0::2] /= 1 + (name == "half width")
-        box[1::2] /= 1 + (name == "half height")
-        moved = [rgb.shape[1] / 2, 0] if name == "half width" else [0, rgb.shape[0] / 2]
-        detector.add(rgb, np.array([box, box + np.tile(moved, 2)]))
-    assert detector.layout == LAYOUTS[name]
+    assert found.halves == words and len(lines) == (name in LAYOUTS)
+    assert all(f"{kind} (3D)" in x and f"-i '{path}' -vf crop={words} " in x for x in lines)
 
 
 @pytest.mark.slow
