@@ -128,7 +128,6 @@ def test_box_of_a_track_is_the_place_of_its_face_at_the_time_of_the_box(tmp_path
     pictures = [picture([("Ada", 16 + 2 * n, 40), ("Bob", 113, 72)]) for n in range(20)]
     stored = [np.rot90(x, -degrees // 90) for x in pictures]
     films.write(tmp_path / "film.mp4", stored, "mpeg4", fps=10, rotation=degrees)
-
     extracted, _ = extract(tmp_path / "film.mp4", tmp_path / "out", drawn.models)
     assert len(extracted.tracks) >= 2
     for track in extracted.tracks:
@@ -208,7 +207,6 @@ def test_shot_has_the_voice_of_its_main_figure_while_no_one_else_is_visible(tmp_
     path, options = tmp_path / "film.mkv", {"sound": tone(440, 16), "size": (240, 320)}
     _, clips = shoot(path, models, *shots, unit="shot", **options)
     assert {*clips} == {"film.s000", "film.s002"}
-
     extracted, by_track = extract(path, tmp_path / "tracks", models)
     # The tracks of the first shot. Bob leaves before 7 s, and Ada stays until 8 s.
     bob_s, ada_s = sorted(each.end_s for each in extracted.tracks if each.shot == 0)

@@ -63,11 +63,9 @@ def test_suppression_drops_each_face_that_overlaps_a_better_kept_face():
     boxes, kept = np.concatenate([corner, corner + size], axis=1), []
     scores = rng(2).permutation(60).astype(np.float32) / 60
     points = rng(3).normal(size=(60, 5, 2)).astype(np.float32)
-
     for face in np.argsort(-scores):  # the best face first
         if not kept or measure_overlaps(boxes[[face]], boxes[kept]).max() <= 0.3:
             kept.append(face)
-
     faces = Faces(boxes.astype(np.float32), scores, points)
     assert 1 < len(kept) < 60
     for part, whole in zip(nets.suppress_overlaps(faces), faces, strict=True):
@@ -140,7 +138,6 @@ def test_net_with_another_answer_than_the_card_says_is_refused(tmp_path):
     card = cards.read(made_nets.write(tmp_path))
     answer = nets.Net(card).answer_formula(7)
     np.testing.assert_allclose(answer, vector[:4], rtol=1e-4)
-
     # The net is accepted. If a wrong card changes the pixels, the answer differs by over 0.01.
     test = {"seed": 7, "output": answer.tolist(), "tolerance": 1e-4}
     nets.Net(cards.read(made_nets.write(tmp_path, test=test)))
@@ -248,7 +245,6 @@ def test_mels_equal_the_band_powers_of_frames_every_10_ms():
     samples = noise(1, 1600)
     mels = voices.make_mels(samples)
     assert mels.shape == (1, 10, 40) and mels.dtype == np.float32
-
     # A frame is a Hann window of 400 samples (25 ms) around every 160th sample (10 ms).
     i = np.arange(400)
     padded = np.pad(samples[0].astype(float), (200, 400))
@@ -257,7 +253,6 @@ def test_mels_equal_the_band_powers_of_frames_every_10_ms():
         turns = np.exp(-2j * np.pi * np.outer(np.arange(201), i) / 400)
         power = np.abs(turns @ windowed) ** 2
         np.testing.assert_allclose(mels[0, frame], voices.make_mel_filters() @ power, rtol=1e-5)
-
     mels = voices.make_mels(np.sin(np.arange(800) ** 2 / 3000)[None])[0, 2, ::8]
     np.testing.assert_allclose(mels, LIBROSA, rtol=1e-6, atol=1e-7)
 

@@ -237,7 +237,6 @@ def test_similarity_transform_is_the_least_squares_solution():
         a, b, x0, y0 = np.linalg.lstsq(np.array(rows), TEMPLATE.ravel(), rcond=None)[0]
         transform = align.fit_similarity(points[None], TEMPLATE)[0]
         np.testing.assert_allclose(transform, [[a, -b, x0], [b, a, y0]], rtol=1e-9, atol=1e-9)
-
     assert align.fit_similarity(np.zeros((0, 5, 2)), TEMPLATE).shape == (0, 2, 3)
     # Five equal points are moved to the mean of the template.
     transform = align.fit_similarity(np.full((1, 5, 2), 7.0), TEMPLATE)[0]
@@ -248,13 +247,11 @@ def test_similarity_transform_is_the_least_squares_solution():
 def test_warp_is_bilinear_interpolation(motion):
     rgb = np.random.default_rng(1).integers(0, 256, (30, 40, 3), np.uint8)
     matrix, (v, u) = turn(*motion), np.indices((24, 24))
-
     inverse = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))
     x, y, _ = np.moveaxis(np.stack([u, v, np.ones_like(u)], -1) @ inverse.T, -1, 0)
     channels = np.moveaxis(rgb.astype(float), -1, 0)
     bilinear = functools.partial(ndimage.map_coordinates, order=1, mode="grid-constant")
     expected = [bilinear(channel, (y, x)) for channel in channels]  # black outside of the picture
-
     crop = align.warp_faces(rgb, matrix[None], size=24)[0]
     assert crop.dtype == np.uint8 and np.abs(crop - np.stack(expected, -1)).max() <= 0.51
     # Three crops are black: the picture is moved to the right or the left, or shrinks to a point.
@@ -313,7 +310,6 @@ def test_sharpness_separates_detail_from_film_grain():
     grain = rng.normal(0, 15, fine.shape)
     made = np.array([fine, fine + grain, blur, blur + grain, 0.2 * fine, 128 + grain, 0 * fine])
     crops = made.clip(0, 255).astype(np.uint8)[..., None].repeat(3, -1)
-
     sharp, grained, soft, soft_grained, dark, noise, black = align.measure_sharpness(crops)
     assert sharp < 1 and black == 0
     assert abs(grained - sharp) < 0.02 and abs(soft_grained - soft) < 0.02
@@ -332,7 +328,6 @@ def test_dark_glasses_are_detected_and_shadows_are_not():
     lit = bare * np.where(x < 75, 0.3, 1.0)
     lens = np.hypot(x - TEMPLATE[0, 0], y - TEMPLATE[0, 1]) < 22
     glasses = np.where(lens | np.fliplr(lens), 30.0, bare)
-
     # Eyes in even light, in light from one side, and in dim light; glasses; one lens; black.
     pictures = [bare, lit, 0.2 * bare, glasses, np.where(lens, 30.0, bare), 0 * bare]
     crops = np.array(pictures).astype(np.uint8)[..., None].repeat(3, -1)

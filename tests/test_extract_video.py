@@ -110,7 +110,6 @@ def test_photos_of_each_orientation_and_format_are_decoded_upright(tmp_path, end
     exif[0x112] = orientation  # the number of this field in EXIF
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     photo.save(path, exif=exif.tobytes(), icc_profile=profile, quality=95)
-
     read = photos.read_photo(path)
     assert read and read.orientation == orientation
     assert read.rgb.shape == shown.shape and np.abs(read.rgb.astype(int) - shown).mean() < 6

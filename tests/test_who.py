@@ -39,19 +39,9 @@ def shot(name, left=20):
     return 2, 20, [(name, left, 30)]
 
 
-@pytest.fixture
-def met(place, command):
-    """Ada and Bob have photos, and `vidjax who` has read the film."""
-
-    def make(folder):
-        flags = ["--workers=1", "--padding=0.5"]
-        drawn_people.Drawn(folder, command).meet("Ada", "Bob", flags=flags)
-
-    return drawn_people.Drawn(drawn_people.restore(place, make), command)
-
-
-def test_results_list_who_appears_when_in_every_format(met):
-    drawn, film, out = met, met.folder / "party.mkv", met.out
+def test_results_list_who_appears_when_in_every_format(drawn):
+    """Ada and Bob have photos."""
+    film, out = drawn.meet("Ada", "Bob", flags=["--workers=1", "--padding=0.5"]), drawn.out
     assert Gallery(out / "gallery").identities == {"Ada": 1, "Bob": 1}  # one photo each
     assert os.stat(out).st_mode & 0o077 == 0, "private to the user"
     # names.jsonl: Eve has no photo, so she is unknown.
@@ -106,17 +96,13 @@ def test_films_and_photos_in_subfolders_are_read_and_other_files_are_skipped(dra
 
 
 def test_names_in_the_unknown_table_are_used_unless_they_contradict_earlier_names(drawn):
-    film, table = drawn.film(), drawn.out / "unknown.tsv"
-    write_photo(drawn.friends / "Ada.png", ("Ada", 40, 40))
-    drawn.who(film)
+    film, table = drawn.meet("Ada"), drawn.out / "unknown.tsv"
     assert [line.split("\t")[:3] for line in table.read_text().splitlines()[1:]] == [
         ["party.s001.t00", "unknown 1", "party.mkv"], ["party.s002.t01", "unknown 2", "party.mkv"],
     ], "Eve and Bob"  # fmt: skip
-
     name = "unknown neighbour"  # without a number, this is the name of a person
     table.write_text(table.read_text().replace("unknown 2", name) + "gone.s000.t00\tZoe\n")
     content, output = drawn.who(film)
-
     assert content["people"] == {"Ada": 1, name: 1}
     assert content["groups"] == 1, "only Eve is still an unknown person"
     assert "because the faces no longer exist: 1 name, such as the name of gone.s000.t00" in output
@@ -130,8 +116,7 @@ def test_names_in_the_unknown_table_are_used_unless_they_contradict_earlier_name
     for wrong, words in tables.items():
         table.write_text(wrong)
         _, output = drawn.who(film, code=2)
-        assert "unknown.tsv" in output and words in output
-        assert table.read_text() == wrong
+        assert "unknown.tsv" in output and words in output and table.read_text() == wrong
 
 
 def test_names_for_clips_of_a_replaced_film_are_ignored(drawn, monkeypatch):
@@ -232,14 +217,12 @@ def test_wrong_folder_of_people_is_answered_with_the_right_folder_and_forgets_no
 
     for shown, folder, name in (("Ada", "Ada", "1"), ("Bob", "Cy", "Cy")):
         write_photo(path := friends / folder / f"{name}.png", (shown, 40, 40))
-        shutil.rmtree(drawn.out, ignore_errors=True)
         hint = f"name the folder above: --people={friends}"
         assert (hint in who(path.parent)) == (name == "1")
-    shutil.rmtree(drawn.out)
+        shutil.rmtree(drawn.out)
     output = who(path, code=2)
     assert f"--people={path.parent}\n" in output and f"--people={friends}\n" in output
     assert f"is inside --people={drawn.folder}" in who(drawn.folder, code=2)
-
     # Later, the folder of one person, or a folder of other people, does not contain Ada and Cy.
     who(friends)
     for folder, hint in {"Ada": f"--people={friends}", "strangers": "--forget-missing"}.items():
@@ -436,8 +419,8 @@ def test_last_person_without_photos_is_forgotten_although_the_call_fails(drawn):
     assert "add photos" in drawn.who(group, code=2).output
 
 
-def test_next_call_removes_what_killed_calls_have_left_and_keeps_files_of_the_user(met):
-    out = met.out
+def test_next_call_removes_what_killed_calls_have_left_and_keeps_files_of_the_user(drawn):
+    film, out = drawn.meet("Ada", "Bob"), drawn.out
     left = (
         "names.html", "names.tsv", "names.jsonl", "unknown.json", "unknown.tsv", "unmatched.tsv",
         "said.jsonl", "cuts/Ada.edl", "subtitles/party.vtt", "features/party.npz",
@@ -451,8 +434,8 @@ def test_next_call_removes_what_killed_calls_have_left_and_keeps_files_of_the_us
     own = {"own.partial", ".notes.txt.0123abcd.partial", "cuts/.Ada.edl.partial"}
     for name in own:
         (out / name).write_text("mine")
-    shutil.rmtree(met.friends / "Ada")
-    met.who(met.folder / "party.mkv", flags=["--forget-missing"])
+    shutil.rmtree(drawn.friends / "Ada")
+    drawn.who(film, flags=["--forget-missing"])
     assert {str(path.relative_to(out)) for path in out.rglob("*.partial")} == own
     assert not killed.exists() and not orphan.exists()
 
@@ -488,7 +471,6 @@ def test_identify_counts_the_names_in_a_file_with_times(drawn):
     write_film(film, (2, 20, [("Ada", 20, 30), ("Ada", 80, 60)]))
     write_photo(photo, ("Ada", 20, 30))
     drawn.who(film, photo)
-
     features, out = drawn.out / "features", drawn.folder / "names.rttm"
     words = (drawn.out / "gallery", f"--input={features}", f"--out={out}")
     content = drawn.run("gallery", "identify", *words).content

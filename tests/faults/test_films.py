@@ -249,7 +249,6 @@ def test_memory_does_not_grow_with_the_length_of_a_film(drawn):
     shots = [(4, 20 + 7 * n, [("Ada", 20 + n, 30), ("Bob", 70, 50)]) for n in range(15)]
     minute, peaks = drawn.folder / "minute.mp4", []
     write_film(minute, *shots, codec="libx264")
-
     for minutes in (2, 30):
         out = drawn.folder / f"out{minutes}"
         film = extract.repeated(drawn.folder / f"{minutes}.mp4", minute, minutes)
@@ -257,5 +256,4 @@ def test_memory_does_not_grow_with_the_length_of_a_film(drawn):
         (film,) = features_folder.read_media_files(out)
         assert film.seconds == pytest.approx(60 * minutes, rel=0.01)
         assert len(film.tracks) >= 25 * minutes  # a minute has 15 shots of 2 faces
-
     assert peaks[1] < 1 << 30 and peaks[1] - peaks[0] < 30 << 20, peaks  # 1 GB, and 30 MB

@@ -51,14 +51,6 @@ class Browser:
         self._out.close()
         os.close(self._in)
 
-    def _read(self):
-        while b"\0" not in self._unread:
-            more = os.read(self._in, 1 << 16)
-            assert more, "the browser has ended"
-            self._unread += more
-        message, _, self._unread = self._unread.partition(b"\0")
-        return json.loads(message)
-
     def call(self, method, **params) -> Any:
         """Calls a method of the DevTools protocol; returns its result."""
         number = next(self._numbers)
@@ -66,8 +58,14 @@ class Browser:
         if self._session:
             message["sessionId"] = self._session
         self._out.write(json.dumps(message).encode() + b"\0")
-        while (answer := self._read()).get("id") != number:
-            pass  # an event
+        answer = {}
+        while answer.get("id") != number:  # other messages are events
+            while b"\0" not in self._unread:
+                more = os.read(self._in, 1 << 16)
+                assert more, "the browser has ended"
+                self._unread += more
+            text, _, self._unread = self._unread.partition(b"\0")
+            answer = json.loads(text)
         assert "result" in answer, (method, answer)
         return answer["result"]
 
