@@ -11,6 +11,7 @@ import sqlite3
 from concurrent import futures
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import msgspec
 import pytest
@@ -195,6 +196,10 @@ def test_every_change_of_the_gallery_of_results_reaches_the_log(tmp_path):
     gallery.rename(ada, "Countess")
     renamed = {clip: "Countess" if name == ada else name for clip, name in names().items()}
     assert names() == renamed and ada not in renamed.values()
+    with mock.patch.object(gallery._store, "write", side_effect=OSError), pytest.raises(OSError):
+        gallery.rename("Countess", "Eva")
+    assert [line.says for line in said.read(shelf.out)][-2:] == ["rename", "undo"]
+    assert names() == renamed
     gallery.relabel(clips[0], "Yan")
     assert names()[clips[0]] == "Yan" and "Zoe" not in names().values()
     gallery.relabel(clips[0], None)
