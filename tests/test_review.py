@@ -5,7 +5,7 @@ import contextlib
 import os
 import re
 import shutil
-import threading
+import sys
 from unittest import mock
 
 import pytest
@@ -15,9 +15,8 @@ pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video
 
 from starlette import testclient
 
-from tests.helpers import browser, made_shelf
+from tests.helpers import browser, limits, made_shelf
 from tests.helpers.drawn_people import Drawn, restore, write_film, write_photo
-from vidjax.apps import web
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import corrections, names_page, results, review
 
@@ -228,17 +227,11 @@ def test_page_shows_some_people_at_a_time_and_searches_all(reviewed, monkeypatch
 @pytest.mark.skipif(not browser.CHROMIUM, reason="needs Chromium")
 def test_every_change_can_be_made_with_keys_only(tmp_path):
     out = made_shelf.make(tmp_path / "keys", people=9, films=4, known=2, faces=9).out
-    results.write(out, decision := made_shelf.decide(out))
-    with contextlib.ExitStack() as stack:
-        page = stack.enter_context(browser.Browser(tmp_path / "browser"))
-        listener = stack.enter_context(web.listen("127.0.0.1", 0))
-        app = review.make_app(review.Review(out, decision), TOKEN)
-        server = web.Server(app, web.Limits(), threading.Event())
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        stack.callback(thread.join)
-        stack.callback(setattr, server, "should_exit", True)
-        address = f"http://127.0.0.1:{listener.getsockname()[1]}/{TOKEN}/"
+    results.write(out, made_shelf.decide(out))
+    words = (sys.executable, "-um", "vidjax", "review", out)
+    with limits.running(words, cwd=limits.ROOT) as server, browser.Browser(tmp_path / "b") as page:
+        assert server.stdout
+        address = server.stdout.readline().strip()
         person, box, large = ".person [name=person]", "[type=checkbox]", "querySelector('#large')"
 
         def act(selector, *keys, says=""):
