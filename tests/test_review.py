@@ -17,6 +17,7 @@ from starlette import testclient
 
 from tests.helpers import browser, limits, made_shelf
 from tests.helpers.drawn_people import Drawn, restore, write_film, write_photo
+from vidjax.apps import said
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import corrections, names_page, results, review
 
@@ -227,7 +228,7 @@ def test_page_shows_some_people_at_a_time_and_searches_all(reviewed, monkeypatch
 @pytest.mark.skipif(not browser.CHROMIUM, reason="needs Chromium")
 def test_every_change_can_be_made_with_keys_only(tmp_path):
     out = made_shelf.make(tmp_path / "keys", people=9, films=4, known=2, faces=9).out
-    results.write(out, made_shelf.decide(out))
+    said.append(out, [])
     words = (sys.executable, "-um", "vidjax", "review", out)
     with limits.running(words, cwd=limits.ROOT) as server, browser.Browser(tmp_path / "b") as page:
         assert server.stdout
@@ -476,8 +477,8 @@ def test_forgotten_person_leaves_no_trace_in_the_folder_but_the_photos_are_named
     assert "<title>Who appears" in text and "Undo: unknown 1 is Bob" in text
     names = reviewed.names()
     assert "Eva" not in names.values() and "Bob" in names.values()
-    said = say("forget", "--identity=Eva", drawn.out, "--json", code=0)
-    assert said["places"] == [] and "Eva" not in (drawn.out / "said.jsonl").read_text()
+    done = say("forget", "--identity=Eva", drawn.out, "--json", code=0)
+    assert done["places"] == [] and "Eva" not in (drawn.out / "said.jsonl").read_text()
     assert [*(drawn.out / "people").rglob("*")] == []
     photo.unlink()
     write_photo(drawn.friends / "Eve.png", ("Eve", 40, 40))
