@@ -139,30 +139,29 @@ def swapped_profile():
 
 
 def test_colours_of_each_kind_of_photo_are_shown_as_in_viewers(tmp_path):
-    red, grey = (250, 0, 0), (90, 90, 90)
+    red, grey, dim, white = (250, 0, 0), (90,) * 3, (75,) * 3, (255,) * 3
     rgb = Image.fromarray(corner())
     clear = rgb.convert("RGBA")
     clear.putalpha(Image.fromarray(np.where(corner()[..., 0] == 90, 0, 255).astype(np.uint8)))
     deep = Image.fromarray(corner()[..., 0].astype(np.uint16) * 257)
     palette = rgb.quantize(4)
+    transparent = {"transparency": palette.getpixel((159, 119))}
     # Name -> photo, options, colours of its top left corner and of the rest.
     for name, (photo, options, first, rest) in {
         "cmyk.jpg": (rgb.convert("CMYK"), {"quality": 100}, red, grey),
-        "palette.png": (palette, {}, red, grey), "bit.png": (rgb.convert("1"), {}, None, None),
-        "alpha.png": (clear, {}, red, (255,) * 3), "alpha.webp": (clear, {}, red, (255,) * 3),
-        "palette_alpha.png": (palette, {"transparency": palette.getpixel((159, 119))}, red,
-                              (255,) * 3),
+        "palette.png": (palette, {}, red, grey), "grey.png": (rgb.convert("L"), {}, dim, grey),
+        "alpha.png": (clear, {}, red, white), "alpha.webp": (clear, {}, red, white),
+        "palette_alpha.png": (palette, transparent, red, white),
         "16.png": (deep, {}, (250,) * 3, grey), "16.tiff": (deep, {}, (250,) * 3, grey),
-        "grey.png": (rgb.convert("L"), {}, (75,) * 3, grey),
         "a.ppm": (rgb, {}, red, grey), "damaged.png": (rgb, {"icc_profile": b"x" * 200}, red, grey),
         "swapped.png": (rgb, {"icc_profile": swapped_profile()}, (0, 0, 250), grey),
+        "bit.png": (rgb.point(lambda x: 255 * (x > 80)).convert("1"), {}, (0,) * 3, white),
     }.items():  # fmt: skip
         photo.save(tmp_path / name, **options)
         shown = films.read_photo(tmp_path / name).astype(int)
         assert shown.shape == (120, 160, 3), name
         for place, colour in (((5, 5), first), ((-5, -5), rest)):
-            if colour is not None:
-                assert np.abs(shown[place] - colour).max() <= 3, (name, place)
+            assert np.abs(shown[place] - colour).max() <= 3, (name, place)
 
 
 # The number of bytes at the end that may be missing. WebP and BMP have no checksum of the pixels.
@@ -589,10 +588,7 @@ def test_tags_are_believed_if_they_fit_in_the_stored_or_the_displayed_picture(or
     (SIDE_BY_SIDE, 4, 1, {}, ""),  # all readings that fit give the same names
     *((SIDE_BY_SIDE, o, 1, {}, SHAPE) for o in (5, 6, 7, 8)),
     *((SIDE_BY_SIDE, o, 1, {"known": False}, TURNED) for o in (3, 5, 6, 7, 8)),
-    (SIDE_BY_SIDE, 8, 6, {"known": False}, TURNED),
-    # One of two faces was not detected.
-    (SIDE_BY_SIDE, 1, 1, {"hidden": [1]}, ""),
-    (SIDE_BY_SIDE, 1, 1, {"hidden": [1], "scale": 2}, ""),
+    (SIDE_BY_SIDE, 1, 1, {"hidden": [1], "scale": 2}, ""),  # one of two faces was not detected
 ])  # fmt: skip
 def test_tags_that_fit_in_two_ways_or_in_none_are_not_believed(
     faces, drawn_in, orientation, options, problem
@@ -607,9 +603,8 @@ def test_tags_that_fit_in_two_ways_or_in_none_are_not_believed(
 @pytest.mark.parametrize(("shape", "size", "orientation", "fits"), [
     ((4000, 3000), (400, 300), 1, True), ((400, 300), (400, 301), 1, True),
     ((4000, 3000), (33, 25), 1, True), ((4000, 3000), (33, 26), 1, False),
-    ((4000, 3000), (400, 310), 1, False), ((300, 400), (400, 300), 1, False),
-    ((300, 400), (400, 300), 6, True), ((400, 300), (400, 300), 6, True),
-    ((300, 410), (400, 300), 6, False), ((300, 300), (400, 300), 6, False),
+    ((300, 400), (400, 300), 1, False), ((300, 400), (400, 300), 6, True),
+    ((400, 300), (400, 300), 6, True), ((300, 410), (400, 300), 6, False),
 ])  # fmt: skip
 def test_tags_of_a_picture_of_another_shape_are_not_believed(shape, size, orientation, fits):
     tags = regions.Tags([regions.Tag("Ada", (0.45, 0.45, 0.55, 0.55))], shape)

@@ -124,19 +124,16 @@ def test_odd_file_names_give_distinct_printable_clip_names(drawn, read_here):
     for number, name in enumerate(odd_names):
         write_photo(place / os.fsdecode(name), ("Ada", 20 + number, 20))
     film = drawn.film().rename(place / "a.mkv")
-
     _, stderr = drawn.who(place, people=False, flags=["--workers=4"])
-
     assert "\x1b" not in stderr and "\u202e" not in stderr
-    films_read = features_folder.read_media_files(features)
-    assert len(films_read) == len(odd_names) + 1
-    clips = [track.clip for film in films_read for track in film.tracks]
+    found = features_folder.read_media_files(features)
+    clips = [track.clip for film in found for track in film.tracks]
     assert len({*clips}) == len(clips) == len(read_arrays(features))
     assert all("/" not in clip and clip.isprintable() for clip in clips)
     # If the order of the files changes, clips keep their names, and nothing is extracted again.
     paths = [film, *reversed(sorted(place.iterdir()))]
     again = pipeline.extract_folders({features: paths}, drawn.models)[features]
-    assert all(outcome.kept for outcome in again)
+    assert len(found) == len(odd_names) + 1 and all(outcome.kept for outcome in again)
 
 
 def test_hostile_feature_folders_end_in_short_errors(drawn, read_here):
