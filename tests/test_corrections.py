@@ -17,8 +17,6 @@ import pytest
 pytest.importorskip("starlette.testclient")
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
-from starlette import testclient
-
 from tests.helpers import films, made_nets, made_shelf
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.drawn_people import extract, write_film
@@ -30,8 +28,6 @@ from vidjax.apps.video import align, corrections, results, review, still, who
 from vidjax.apps.video.names_page import CLIP
 from vidjax.apps.video.unknown_numbers import read_numbers
 from vidjax.utils.errors import UserError
-
-TOKEN, SITE = "t" * 22, "http://127.0.0.1:8123"
 
 
 class Shelf:
@@ -65,11 +61,6 @@ class Shelf:
         """Returns the unknown people, with the most frequent person first."""
         unknown = {*filter(None, self.names().values())} - {*self.made.truth.values()}
         return sorted(unknown, key=lambda name: -len(self.clips(name)))
-
-    def client(self):
-        app = review.make_app(self.page, TOKEN)
-        headers = {"origin": SITE, "sec-fetch-site": "same-origin"}
-        return testclient.TestClient(app, base_url=f"{SITE}/{TOKEN}/", headers=headers)
 
     def hide(self, film):
         """Hides a film from `vidjax who`, and returns a function that shows it again."""
@@ -251,7 +242,7 @@ def test_two_browsers_and_vidjax_who_at_once_lose_no_change(tmp_path, monkeypatc
 
     def edit(number):
         """Changes every second clip, and repeats the changes that are refused."""
-        client, version = shelf.client(), ""
+        client, version = made_shelf.open_client(shelf.page), ""
         for place, clip in enumerate(clips[number::2]):
             kind = ("name", "ignore", "name", "deny")[place % 4]
             form = {"do": kind, "of": CLIP + clip, "new": f"{('Left', 'Right')[number]} {place}"}
@@ -344,8 +335,8 @@ def test_suggested_name_that_a_user_refuses_is_not_suggested_again(tmp_path):
     page = shelf.page
     best = {clip: x.best for clip, x in page._decision.answers.items() if not x.identity}
     clip, name = next((c, pairs[0][0]) for c, pairs in sorted(best.items()) if len(pairs) > 1)
-    client = shelf.client()
-    assert client.get(f"{SITE}/favicon.ico").status_code == 204
+    client = made_shelf.open_client(page)
+    assert client.get(f"{made_shelf.SITE}/favicon.ico").status_code == 204
     form = {"do": "name", "of": CLIP + clip, "version": str(page.version), "person": ""}
     form["not"], before = name, shelf.names()
     assert f"is not {name}." in client.post("change", data=form).text

@@ -13,17 +13,14 @@ import pytest
 pytest.importorskip("starlette.testclient")
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
-from starlette import testclient
-
 from tests.helpers import browser, limits, made_shelf
 from tests.helpers.drawn_people import Drawn, restore, write_film, write_photo
+from tests.helpers.made_shelf import SITE, TOKEN
 from vidjax.apps import said
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.video import corrections, names_page, results, review
 
 pytestmark = pytest.mark.usefixtures("read_here")
-TOKEN, PORT = "t" * 22, 8123
-SITE = f"http://127.0.0.1:{PORT}"
 MORE = (2, 20, [("Eve", 30, 30)]), (2, 60, [("Bob", 60, 30)])  # the shots of more.mkv
 
 
@@ -43,9 +40,7 @@ class Reviewed:
         """Opens the page of the results."""
         out, self.before = self.drawn.out, self.names()
         self.review = page or review.Review(out, made_shelf.decide(out), padding=0.25)
-        headers = {"origin": SITE, "sec-fetch-site": "same-origin"}
-        app, address = review.make_app(self.review, TOKEN), f"{SITE}/{TOKEN}/"
-        self.client = testclient.TestClient(app, base_url=address, headers=headers)
+        self.client = made_shelf.open_client(self.review)
         return self
 
     def names_after_restart(self):
@@ -410,7 +405,7 @@ def test_errors_of_the_disk_and_closed_connections_get_answers(reviewed, drawn, 
     async def call(_=None):  # receives and sends: the browser has closed the connection
         return {"type": "http.disconnect"}
 
-    headers = [(b"host", f"127.0.0.1:{PORT}".encode())]
+    headers = [(b"host", b"127.0.0.1:8123")]
     # Neither raises an error, and no picture is decoded.
     with mock.patch.object(review.Review, "frame", side_effect=AssertionError):
         for method, path in (("POST", "change"), ("GET", "frame/party.s000.t00")):

@@ -12,10 +12,11 @@ from vidjax.apps.features_folder import FaceTrack, FileStamp, MediaFile
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import StoredClip
 from vidjax.apps.said import FEATURES
-from vidjax.apps.video import decision, pipeline
+from vidjax.apps.video import decision, pipeline, review
 from vidjax.data.clip_files import write_npz
 
 WIDTH = 128
+TOKEN, SITE = "t" * 22, "http://127.0.0.1:8123"  # of the page of corrections
 NAMES = ("Ada", "Bob", "Cleo", "Dan", "Eve", "Fay", "Gus", "Hal", "Ida", "Jon", "Kim", "Lou")
 SHOT_SECONDS = 4.0
 PICTURE = films_lib.photo(films_lib.scene(0, 56, 56), "png")  # of each face
@@ -92,6 +93,14 @@ def make(
         )  # fmt: skip
         features_folder.write(features / features_folder.VIDEOS / f"{stem}.json", film)
     return SimpleNamespace(out=out, truth=truth, models=models)
+
+
+def open_client(page):
+    """Returns a client of the page of corrections."""
+    from starlette import testclient  # needs httpx
+
+    headers, app = {"origin": SITE, "sec-fetch-site": "same-origin"}, review.make_app(page, TOKEN)
+    return testclient.TestClient(app, base_url=f"{SITE}/{TOKEN}/", headers=headers)
 
 
 def decide(out):
