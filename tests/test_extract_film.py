@@ -9,18 +9,14 @@ import pytest
 
 pytest.importorskip("tests.helpers.drawn_people", reason="needs the extra [video]")
 
-from tests.helpers import drawn_people, films, made_nets
+from tests.helpers import films, made_nets
 from tests.helpers.batches import assert_equal
 from tests.helpers.cases import nightly_after_first
 from tests.helpers.drawn_people import SIDE, extract, picture, tone, write_film, write_voices
 from vidjax.apps import cards
 from vidjax.apps.video import film, nets, results, voices
-from vidjax.apps.video.halves import HalvesDetector
 from vidjax.apps.video.search import FilmSearch
 
-SLIDES = ("Ada", "Eve", "Ada", "Bob")
-# Signs of (red, green, blue) of a face minus the mean that the net subtracts -> name.
-PEOPLE = {(1, 1, -1): "Ada", (1, -1, 1): "Bob", (-1, 1, 1): "Eve"}
 # Faces: name of a colour, left, top. A shot is (seconds, brightness, faces).
 ADA, BOB, EVE = ("Ada", 20, 30), ("Bob", 80, 50), ("Eve", 60, 10)
 ROOM = 64  # a picture is divided into squares with this side, and a person moves in a square
@@ -32,62 +28,18 @@ def shoot(path, models, *shots, unit="track", **options):
     return extract(path, path.with_suffix(""), models, unit=unit)
 
 
-def read_tracks(path, models):
-    """Returns (begin, end, name of the person) of each track of a film, in order of time."""
-    extracted, clips = extract(path, path.with_suffix(""), models)
-    rows = []
-    for track in extracted.tracks:
-        signs = np.sign(clips[track.clip]["face"].mean(0)[:3])
-        rows.append((round(track.start_s, 3), round(track.end_s, 3), PEOPLE[tuple(signs)]))
-    return rows
+def write_joined(path, begins):
+    """Writes parts of 2 s with Ada, which begin at the seconds `begins`, as a film.
 
-
-@nightly_after_first("fade_s", [1.0, 0.5, 3.0])
-def test_tracks_change_in_the_middle_of_a_crossfade(tmp_path, drawn, fade_s):
-    """Four slides of 4 s have faces in the same place, so no cut is detected."""
-    slides = [picture([(name, 50, 40)]).astype(float) for name in SLIDES]
-    pictures = []
-    begins = 4 * np.arange(4)
-    for time_s in np.arange(160) / 10:
-        mixed = slides[0]
-        for change_s, slide in zip(begins[1:], slides[1:], strict=True):
-            share = np.clip((time_s - change_s) / fade_s + 0.5, 0, 1)  # of the new slide
-            mixed = (1 - share) * mixed + share * slide
-        pictures.append(mixed.round().astype(np.uint8))
-    films.write(tmp_path / "show.mkv", pictures, "ffv1", fps=10)
-    starts, ends, names = zip(*read_tracks(tmp_path / "show.mkv", drawn.models), strict=True)
-    assert names == SLIDES
-    # Faces are searched every 0.2 s. A change is found at most two searches too early or too late.
-    np.testing.assert_allclose((starts, ends), (begins, begins + 4), atol=0.41)
-
-
-@nightly_after_first("held_s", [1.0, 0.5, 4.0])
-@pytest.mark.parametrize("alike", [True, False], ids=["one background", "many backgrounds"])
-def test_each_picture_of_a_slow_film_is_a_track_of_its_person(tmp_path, drawn, held_s, alike):
-    slides = [picture([(name, 50, 40)]) for name in SLIDES]
-    if not alike:
-        for number, slide in enumerate(slides):
-            background = films.scene(number, 96, 128) // 4
-            np.maximum(slide, background, out=slide)  # the face is brighter than the background
-    stamps = [round(1000 * held_s * n) for n in range(4)]  # in milliseconds
-    films.write(tmp_path / "slides.mkv", slides, "ffv1", fps=1 / held_s, stamps=stamps)
-    expected = [(held_s * n, held_s * (n + 1), name) for n, name in enumerate(SLIDES)]
-    assert read_tracks(tmp_path / "slides.mkv", drawn.models) == expected
-
-
-def write_joined(path, begins, faces, codec="libx264"):
-    """Writes parts of 2 s, which begin at the seconds `begins`, with a tone and `faces`, as a film.
-
-    A .ts file consists of several files, as a joined recording.
+    A .ts file consists of several files with a tone, as a joined recording.
     """
-    stamps = [[round(1000 * begin_s) + 100 * n for n in range(20)] for begin_s in begins]
+    stamps, pictures = [[1000 * x + 100 * n for n in range(20)] for x in begins], [picture([ADA])]
     if path.suffix != ".ts":
-        films.write(path, [picture(faces)] * 20 * len(begins), codec, 10, stamps=[*chain(*stamps)])
+        films.write(path, pictures * 20 * len(begins), fps=10, stamps=[*chain(*stamps)])
         return
     for begin_s, times in zip(begins, stamps, strict=True):
         part = path.with_suffix(f".{begin_s}.ts")
-        sound = tone(440, 2)
-        films.write(part, [picture(faces)] * 20, stamps=times, sound=sound, start_s=begin_s)
+        films.write(part, pictures * 20, stamps=times, sound=tone(440, 2), start_s=begin_s)
         with path.open("ab") as file:
             file.write(part.read_bytes())
 
@@ -105,7 +57,7 @@ def test_nobody_is_visible_while_the_clock_jumps(
     tmp_path, models, name, begins, spans, jumps, voice
 ):
     path = tmp_path / name
-    write_joined(path, begins, [ADA])
+    write_joined(path, begins)
     found, clips = extract(path, tmp_path / "out", models)
     tracks = sorted((track.start_s, track.end_s) for track in found.tracks)
     np.testing.assert_allclose(tracks, spans, atol=0.1)
@@ -120,56 +72,43 @@ def test_nobody_is_visible_while_the_clock_jumps(
         )
 
 
+# Two equal halves -> the shape of a half, and the words for ffmpeg.
+LAYOUTS = {
+    "side by side": ((96, 128), "iw/2:ih:0:0"),
+    "half width": ((96, 64), "iw/2:ih:0:0,scale=2*iw:ih"),
+    "one above the other": ((96, 128), "iw:ih/2:0:0"),
+    "half height": ((48, 128), "iw:ih/2:0:0,scale=iw:2*ih"),
+}
+
+
 def lay_out(name, number):
     """Returns a picture of two halves. `number` is the number of the picture in the film."""
-    first = picture([("Ada", 20 + number, 30)])
+    shape, _ = LAYOUTS.get(name, ((96, 128), ""))
+    first, other = (picture([(x, 20 + number, 30)], size=shape) for x in ("Ada", "Bob"))
     shifted = np.roll(np.minimum(first, 250) + 2, -2, 1)  # the other eye, a little brighter
-    wall = films.scene(3, 96, 128) // 2
-    return {
-        "side by side": np.hstack([first, shifted]),
-        "half width": np.hstack([first[:, ::2], shifted[:, ::2]]),
-        "one above the other": np.vstack([first, shifted]),
-        "half height": np.vstack([first[::2], shifted[::2]]),
-        "two people": np.hstack([first, picture([("Bob", 20 + number, 30)])]),
-        "two rooms": np.hstack([first, np.maximum(first, wall)]),
-        "mirrored": np.hstack([first, first[:, ::-1]]),
-        "one person": first,
-        "a room with two": picture([("Ada", 10 + number, 30), ("Ada", 74 + number, 40)]),
-        "black": np.zeros((96, 256, 3), np.uint8),
-    }[name]
+    stack = np.hstack if shape[0] == 96 and name != "one above the other" else np.vstack
+    wall = films.scene(3, *shape) // 2
+    singles = {
+        "two people": [first, other], "two rooms": [first, np.maximum(first, wall)],
+        "mirrored": [first, first[:, ::-1]], "one person": [first],
+        "a room with two": [picture([("Ada", 10 + number, 30), ("Ada", 74 + number, 40)])],
+        "black": [np.zeros((96, 256, 3), np.uint8)],
+    }  # fmt: skip
+    return stack(singles.get(name, [first, shifted]))
 
 
-LAYOUTS = {
-    "side by side": "iw/2:ih:0:0",
-    "half width": "iw/2:ih:0:0,scale=2*iw:ih",
-    "one above the other": "iw:ih/2:0:0",
-    "half height": "iw:ih/2:0:0,scale=iw:2*ih",
-}
-SINGLE = ("two people", "two rooms", "mirrored", "one person", "a room with two", "black")
-
-
-@pytest.mark.parametrize("name", ["side by side", "one above the other", *SINGLE])
+@pytest.mark.parametrize("name", [
+    *LAYOUTS, "two people", "two rooms", "mirrored", "one person", "a room with two", "black",
+])  # fmt: skip
 def test_film_with_two_equal_halves_is_reported_with_a_command_that_cuts_it(tmp_path, drawn, name):
     path = tmp_path / "two eyes.mkv"
     films.write(path, [lay_out(name, n) for n in range(10)], "ffv1", fps=10)
     found, _ = extract(path, tmp_path / "out", drawn.models)
-    assert found.halves == LAYOUTS.get(name)
+    _, words = LAYOUTS.get(name, ("", None))
+    kind = {"half width": "side by side", "half height": "one above the other"}.get(name, name)
     lines = results.list_problems(found, path)
-    assert len(lines) == (name in LAYOUTS)
-    assert all(f"{name} (3D)" in x and f"-i '{path}' -vf crop={found.halves} " in x for x in lines)
-
-
-@pytest.mark.parametrize("name", ["half width", "half height"])
-def test_halves_of_half_the_width_or_height_are_found(name):
-    detector = HalvesDetector()
-    for number in range(5):
-        rgb = lay_out(name, number)
-        box = np.array([20 + number, 30, 20 + number + SIDE, 30 + SIDE], float)
-        box[0::2] /= 1 + (name == "half width")
-        box[1::2] /= 1 + (name == "half height")
-        moved = [rgb.shape[1] / 2, 0] if name == "half width" else [0, rgb.shape[0] / 2]
-        detector.add(rgb, np.array([box, box + np.tile(moved, 2)]))
-    assert detector.layout == LAYOUTS[name]
+    assert found.halves == words and len(lines) == (name in LAYOUTS)
+    assert all(f"{kind} (3D)" in x and f"-i '{path}' -vf crop={words} " in x for x in lines)
 
 
 @pytest.mark.slow
@@ -189,7 +128,6 @@ def test_box_of_a_track_is_the_place_of_its_face_at_the_time_of_the_box(tmp_path
     pictures = [picture([("Ada", 16 + 2 * n, 40), ("Bob", 113, 72)]) for n in range(20)]
     stored = [np.rot90(x, -degrees // 90) for x in pictures]
     films.write(tmp_path / "film.mp4", stored, "mpeg4", fps=10, rotation=degrees)
-
     extracted, _ = extract(tmp_path / "film.mp4", tmp_path / "out", drawn.models)
     assert len(extracted.tracks) >= 2
     for track in extracted.tracks:
@@ -218,23 +156,6 @@ def test_extract_warns_of_slow_films_and_unused_video_streams(tmp_path, drawn, e
 @pytest.fixture
 def models(drawn):
     return write_voices(drawn.models)
-
-
-@pytest.mark.usefixtures("read_here")
-def test_face_tag_of_a_rotated_photo_names_the_face_at_its_place(drawn):
-    """The tag refers to the stored picture, which EXIF orientation 6 rotates by 90 degrees."""
-    stored = np.ascontiguousarray(np.rot90(picture([ADA, BOB])))  # 128 rows, 96 columns
-    # A point (x, y) of the shown picture is the point (y, 128 - x) of the stored picture. So the
-    # right side of Ada's face becomes its top.
-    _, shown_left, shown_top = ADA
-    left, top = shown_top, 128 - (shown_left + SIDE)
-    tag = drawn_people.tags(("Ada", left, top), size=(128, 96))
-    drawn.friends.mkdir()
-    photo = films.photo(stored, "mjpeg", orientation=6)
-    (drawn.friends / "both.jpg").write_bytes(photo + tag)
-    content, output = drawn.who(drawn.group())
-    assert content["people"] == {"Ada": 1}, output
-    assert sorted(drawn.names().values()) == ["Ada", "unknown 1"]
 
 
 def test_clip_has_a_voice_if_its_face_is_the_only_visible_face(tmp_path, models):
@@ -286,7 +207,6 @@ def test_shot_has_the_voice_of_its_main_figure_while_no_one_else_is_visible(tmp_
     path, options = tmp_path / "film.mkv", {"sound": tone(440, 16), "size": (240, 320)}
     _, clips = shoot(path, models, *shots, unit="shot", **options)
     assert {*clips} == {"film.s000", "film.s002"}
-
     extracted, by_track = extract(path, tmp_path / "tracks", models)
     # The tracks of the first shot. Bob leaves before 7 s, and Ada stays until 8 s.
     bob_s, ada_s = sorted(each.end_s for each in extracted.tracks if each.shot == 0)

@@ -1,6 +1,7 @@
 """Decoding of films and photos: times, rotation, sound, face tags, damaged and hostile files."""
 
 import io
+import itertools
 import os
 import socket
 import sys
@@ -109,18 +110,16 @@ def test_photos_of_each_orientation_and_format_are_decoded_upright(tmp_path, end
     exif[0x112] = orientation  # the number of this field in EXIF
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     photo.save(path, exif=exif.tobytes(), icc_profile=profile, quality=95)
-
     read = photos.read_photo(path)
     assert read and read.orientation == orientation
     assert read.rgb.shape == shown.shape and np.abs(read.rgb.astype(int) - shown).mean() < 6
 
 
-@pytest.mark.parametrize(("stored", "read"), [(0, 1), (6, 6), (9, 1)])
-def test_only_orientations_from_1_to_8_are_read(tmp_path, stored, read):
-    (tmp_path / "a.jpg").write_bytes(films.photo(films.scene(0), "mjpeg", orientation=stored))
-    photo = photos.read_photo(tmp_path / "a.jpg")
-    assert photo and photo.orientation == read
-    assert photo.rgb.shape == ((160, 120, 3) if read == 6 else (120, 160, 3))
+def test_only_orientations_from_1_to_8_are_read(tmp_path):
+    for stored in (0, 9):
+        (tmp_path / "a.jpg").write_bytes(films.photo(corner(), "mjpeg", orientation=stored))
+        photo = photos.read_photo(tmp_path / "a.jpg")
+        assert photo and photo.orientation == 1 and red_corners(photo.rgb) == [0]
 
 
 def test_animation_is_read_as_a_photo_of_its_first_picture(tmp_path):
@@ -130,45 +129,39 @@ def test_animation_is_read_as_a_photo_of_its_first_picture(tmp_path):
         assert red_corners(films.read_photo(tmp_path / name)) == [0]
 
 
-def colour_profile(gamma):
-    """Returns an ICC profile with the primaries of sRGB and this gamma."""
+def swapped_profile():
+    """Returns an ICC profile that shows red as blue, and blue as red."""
     from PIL import ImageCms
 
-    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    number, tags = int.from_bytes(profile[128:132], "big"), {}
-    for at in range(132, 132 + 12 * number, 12):
-        tags[bytes(profile[at : at + 4])] = int.from_bytes(profile[at + 4 : at + 8], "big")
-    curve = b"curv" + bytes(4) + (1).to_bytes(4, "big") + round(gamma * 256).to_bytes(2, "big")
-    for channel in (b"rTRC", b"gTRC", b"bTRC"):
-        profile[tags[channel] : tags[channel] + len(curve)] = curve
-    return bytes(profile).replace("sRGB".encode("utf-16-be"), "Made".encode("utf-16-be"))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile = profile.replace(b"rXYZ", b"swap").replace(b"bXYZ", b"rXYZ").replace(b"swap", b"bXYZ")
+    return profile.replace("sRGB".encode("utf-16-be"), "Made".encode("utf-16-be"))
 
 
 def test_colours_of_each_kind_of_photo_are_shown_as_in_viewers(tmp_path):
-    red, grey = (250, 0, 0), (90, 90, 90)
+    red, grey, dim, white = (250, 0, 0), (90,) * 3, (75,) * 3, (255,) * 3
     rgb = Image.fromarray(corner())
     clear = rgb.convert("RGBA")
     clear.putalpha(Image.fromarray(np.where(corner()[..., 0] == 90, 0, 255).astype(np.uint8)))
     deep = Image.fromarray(corner()[..., 0].astype(np.uint16) * 257)
     palette = rgb.quantize(4)
+    transparent = {"transparency": palette.getpixel((159, 119))}
     # Name -> photo, options, colours of its top left corner and of the rest.
     for name, (photo, options, first, rest) in {
         "cmyk.jpg": (rgb.convert("CMYK"), {"quality": 100}, red, grey),
-        "palette.png": (palette, {}, red, grey), "bit.png": (rgb.convert("1"), {}, None, None),
-        "alpha.png": (clear, {}, red, (255,) * 3), "alpha.webp": (clear, {}, red, (255,) * 3),
-        "palette_alpha.png": (palette, {"transparency": palette.getpixel((159, 119))}, red,
-                              (255,) * 3),
+        "palette.png": (palette, {}, red, grey), "grey.png": (rgb.convert("L"), {}, dim, grey),
+        "alpha.png": (clear, {}, red, white), "alpha.webp": (clear, {}, red, white),
+        "palette_alpha.png": (palette, transparent, red, white),
         "16.png": (deep, {}, (250,) * 3, grey), "16.tiff": (deep, {}, (250,) * 3, grey),
-        "grey.png": (rgb.convert("L"), {}, (75,) * 3, grey),
         "a.ppm": (rgb, {}, red, grey), "damaged.png": (rgb, {"icc_profile": b"x" * 200}, red, grey),
-        "gamma.png": (rgb, {"icc_profile": colour_profile(1.0)}, (253, 0, 0), (158,) * 3),
+        "swapped.png": (rgb, {"icc_profile": swapped_profile()}, (0, 0, 250), grey),
+        "bit.png": (rgb.point(lambda x: 255 * (x > 80)).convert("1"), {}, (0,) * 3, white),
     }.items():  # fmt: skip
         photo.save(tmp_path / name, **options)
         shown = films.read_photo(tmp_path / name).astype(int)
         assert shown.shape == (120, 160, 3), name
         for place, colour in (((5, 5), first), ((-5, -5), rest)):
-            if colour is not None:
-                assert np.abs(shown[place] - colour).max() <= 3, (name, place)
+            assert np.abs(shown[place] - colour).max() <= 3, (name, place)
 
 
 # The number of bytes at the end that may be missing. WebP and BMP have no checksum of the pixels.
@@ -192,16 +185,14 @@ def test_photo_that_is_cut_or_damaged_is_refused_but_its_last_mark_may_be_missin
 
 def test_large_jpeg_photos_are_reduced_and_other_large_photos_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "MOST_PIXELS", 60 * 80)
-    large = films.scene(3, 240, 320)
-    exif = Image.Exif()
-    exif[0x112] = 6
-    for name, shape in {"a.jpg": (60, 80), "turned.jpg": (80, 60)}.items():
-        options = {"exif": exif} if name == "turned.jpg" else {}
-        Image.fromarray(large).save(tmp_path / name, quality=95, **options)
-        rgb = films.read_photo(tmp_path / name)
+    large, exif = films.scene(3, 240, 320), Image.Exif()
+    for orientation, shape in {6: (80, 60), 1: (60, 80)}.items():
+        exif[0x112] = orientation
+        Image.fromarray(large).save(tmp_path / "a.jpg", quality=95, exif=exif)
+        rgb = films.read_photo(tmp_path / "a.jpg")
         assert rgb.shape == (*shape, 3)
     means = large.reshape(60, 4, 80, 4, 3).mean((1, 3))
-    assert np.abs(films.read_photo(tmp_path / "a.jpg") - means).mean() < 4
+    assert np.abs(rgb - means).mean() < 4
     Image.fromarray(films.scene(3, 250, 320)).save(tmp_path / "b.jpg")  # too large for a quarter
     Image.fromarray(large).save(tmp_path / "a.png")
     refused(tmp_path / "b.jpg", "320 x 250 pixels, more than the limit of 4,800")
@@ -231,7 +222,6 @@ def test_uneven_times_from_the_first_to_the_end_of_the_last_frame_are_kept(tmp_p
         sampled = [round(frame.time_s * 1000) for frame in frames if frame.rgb is not None]
         assert sampled == [0, 500, 1000, 1900, 2000]  # the first frame in each half second
         assert video.counts.repaired == 0 and not video.counts.damaged
-
     films.write(tmp_path / "slides.mp4", [corner()] * 20, "mpeg4", held_ms=6000)
     _, video = read(tmp_path / "slides.mp4")
     assert video.counts.seconds == pytest.approx(19 / 25 + 6, abs=0.05)  # the last frame: 6 s
@@ -283,11 +273,9 @@ JUMPS = {
     "after the first picture": (steps((0, 1), (180_000, 20)), [(0.04, 179.96)], [(0.04, 179.96)]),
     "late start": ([60_000 + x for x in TWO], [(0.8, 182.2)], [(0.8, 182.2)]),
     "pause of 9 s": (steps((0, 20), (9_700, 20)), [], []),
-    "slides": (steps((0, 6), step=12_000), [], []),
     "slides of uneven lengths": ([0, 3000, 11_000, 13_000, 33_000, 38_000, 58_000, 59_500], [], []),
     "one long slide": ([*steps((0, 5), step=4000), *steps((90_000, 5), step=4000)], [], []),
     "two slides": ([0, 12_000, 12_040], [], []),
-    "dropped pictures": ([x for x in steps((0, 90)) if not 1000 < x < 2500], [], []),
     "time lapse": (steps((0, 9), (30_000, 9), step=1000), [], []),
 }  # fmt: skip
 
@@ -312,17 +300,14 @@ def test_jumps_of_the_clock_are_found_and_removed_only_in_broadcasts(tmp_path, n
 def test_undamaged_frames_of_a_truncated_or_damaged_film_are_read(film):
     film.write_bytes(film.read_bytes()[: film.stat().st_size // 3])
     frames, video = read(film)
-    assert 0 < len(frames) < 30, "a third of the bytes has about 20 frames"
-    assert video.counts.damaged
+    assert 0 < len(frames) < 30 and video.counts.damaged, "a third of the bytes: about 20 frames"
     assert video.info.seconds == pytest.approx(2.4, abs=0.05)  # of 60 frames at 25 per second
-
     films.write(film, [films.scene(n) for n in range(60)])  # in H.264
     content, rng = bytearray(film.read_bytes()), np.random.default_rng(0)
     # Flips 15 bits outside the header and the index. A bit may damage several frames.
     for place in rng.integers(2000, len(content) - 2000, 15):
         content[place] ^= 1 << rng.integers(8)
     film.write_bytes(content)
-
     frames, video = read(film)
     lost = video.counts.corrupt + video.counts.refused
     assert len(frames) == video.counts.frames > 20
@@ -371,14 +356,13 @@ def test_file_names_are_not_read_as_patterns_or_addresses(tmp_path, monkeypatch)
     assert red_corners(films.read_photo(Path("%d.png"))) == []
 
 
-@pytest.mark.parametrize("rate", [8_000, 16_000, 44_100, 48_000])
+@pytest.mark.parametrize("rate", [8_000, 44_100])
 def test_sound_follows_its_time_stamps_to_its_end(tmp_path, rate):
     """The sound of 1 s begins at 0.85 s with a tone of half a second."""
     path, end = tmp_path / "film.mkv", 0
     samples = np.sin(np.arange(rate) / rate * 2 * np.pi * 440) * 0.5
     samples[rate // 2 :] = 0
     films.write(path, [films.scene(0)] * 50, sound=samples, rate=rate, start_s=0.85)
-
     heard = np.zeros(32_000, np.float32)  # 2 s with 16,000 samples per second
     with decode.open_video(path) as video:
         assert video.info.sound
@@ -387,7 +371,6 @@ def test_sound_follows_its_time_stamps_to_its_end(tmp_path, rate):
             end = start + len(block)
             heard[start:end] = block
     assert end == pytest.approx(1.85 * 16_000, abs=1) and not video.counts.refused
-
     times = np.arange(32_000) / 16_000
     np.testing.assert_allclose(times[np.abs(heard) > 0.2][[0, -1]], [0.85, 1.35], atol=0.003)
     within = (times > 0.87) & (times < 1.25)
@@ -395,19 +378,18 @@ def test_sound_follows_its_time_stamps_to_its_end(tmp_path, rate):
     np.testing.assert_allclose(heard[within], tone, atol=0.1)
 
 
-@pytest.mark.parametrize(("limit", "lost"), [(decode.MOST_PIXELS, 0), (200 * 200, 10)])
-def test_pictures_that_grow_beyond_the_limit_are_left_out(tmp_path, monkeypatch, limit, lost):
+def test_pictures_that_grow_beyond_the_limit_are_left_out(tmp_path, monkeypatch):
     """Two MPEG streams of different sizes, one after the other, are one film."""
-    small, large = [films.scene(0, 120, 160)] * 10, [films.scene(0, 480, 640)] * 10
-    films.write(tmp_path / "small.ts", small)
-    films.write(tmp_path / "large.ts", large)
-    path = tmp_path / "grows.ts"
-    path.write_bytes(b"".join((tmp_path / f"{x}.ts").read_bytes() for x in ("small", "large")))
-    monkeypatch.setattr(decode, "MOST_PIXELS", limit)
-    frames, video = read(path, fps=25)
-    widths = {frame.rgb.shape[1] for frame in frames if frame.rgb is not None}
-    assert widths == ({160} if lost else {160, 640})
-    assert video.counts.refused == lost
+    path, content = tmp_path / "grows.ts", b""
+    for height, width in ((120, 160), (480, 640)):
+        films.write(path, [films.scene(0, height, width)] * 10)
+        content += path.read_bytes()
+    path.write_bytes(content)
+    for limit, widths, lost in ((decode.MOST_PIXELS, {160, 640}, 0), (200 * 200, {160}, 10)):
+        monkeypatch.setattr(decode, "MOST_PIXELS", limit)
+        frames, video = read(path, fps=25)
+        assert {frame.rgb.shape[1] for frame in frames if frame.rgb is not None} == widths
+        assert video.counts.refused == lost
 
 
 @pytest.fixture
@@ -478,6 +460,7 @@ def test_face_tags_are_read_from_both_ends_of_photos(tags_of):
 
 def test_face_tags_of_sidecars_replace_the_tags_of_a_photo(tags_of, tmp_path):
     """The first file with readable tags is used: a.jpg.xmp, a.xmp, or the photo a.jpg."""
+    own = tagged_photo("jpeg", MWG)
     for sidecar, packet, tags, problem in (
         ("a.xmp", xmp.packet(""), TAGS, ""),  # a.xmp has no tags
         ("a.xmp", xmp.packet(xmp.elements([EVE])), [EVE], ""),
@@ -485,25 +468,21 @@ def test_face_tags_of_sidecars_replace_the_tags_of_a_photo(tags_of, tmp_path):
         ("a.jpg.xmp", b"<rdf:RDF RegionList", [EVE], "the face tags in a.jpg.xmp cannot be"),
     ):
         (tmp_path / sidecar).write_bytes(packet)  # next to the sidecars of earlier rows
-        parsed = tags_of(tagged_photo("jpeg", MWG))
+        parsed = tags_of(own)
         assert boxes(parsed) == tags
         assert problem in parsed.problem and bool(parsed.problem) == bool(problem)
-    assert [x.name for x in regions.list_sidecars(tmp_path / "a.jpg")] == ["a.jpg.xmp", "a.xmp"]
+    (tmp_path / "a.jpg.xmp").unlink()
+    (tmp_path / "a.jpg.xmp").symlink_to("/etc/passwd")
+    parsed = tags_of(own)
+    assert boxes(parsed) == [EVE] and "in a.jpg.xmp cannot be read" in parsed.problem
+    # The name has 255 bytes, the most that file systems allow, so a name with .xmp is too long.
+    assert boxes(tags_of(own, "b" * 251 + ".jpg")) == TAGS
 
 
 def long_namespace(size, declared='xmlns:u="{}"', begin="", name="<u:a/>"):
     """Returns XMP of `size` bytes. Half of it is an address that a parser copies for each name."""
     half, inner = size // 2, name * (size // 2 // len(name))
     return xmp.packet(f"<a {begin} {declared.format('n' * half)}>{inner}</a><MP:Regions/>")
-
-
-def test_sidecar_that_is_a_link_or_whose_name_is_too_long_is_not_read(tags_of, tmp_path):
-    own = tagged_photo("jpeg", MWG)
-    (tmp_path / "a.jpg.xmp").symlink_to("/etc/passwd")
-    parsed = tags_of(own)
-    assert boxes(parsed) == TAGS and "in a.jpg.xmp cannot be read" in parsed.problem
-    # The name has 255 bytes, the most that file systems allow, so a name with .xmp is too long.
-    assert boxes(tags_of(own, "b" * 251 + ".jpg")) == TAGS
 
 
 def test_invalid_face_tags_and_tags_of_pets_are_ignored(tags_of):
@@ -588,18 +567,13 @@ def judge(faces, drawn_in, orientation, *, known=True, scale=1.0, hidden=()):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("scale", [0.5, 1, 2])
-def test_tags_are_believed_if_they_fit_in_the_stored_or_the_displayed_picture(
-    orientation, known, scale
-):
-    for drawn_in in {1, orientation}:
-        right = judge(SIDE_BY_SIDE, drawn_in, orientation, known=known, scale=scale)
-        assert right == ([0, 1], "")
-        single = judge(SIDE_BY_SIDE[:1], drawn_in, orientation, known=known, scale=scale)
-        assert single == ([0], "")
-    none, _ = judge(SIDE_BY_SIDE, 1, orientation, known=known, scale=scale, hidden=(0, 1))
-    assert none == [-1, -1]
+def test_tags_are_believed_if_they_fit_in_the_stored_or_the_displayed_picture(orientation):
+    for known, scale in itertools.product((True, False), (0.5, 1, 2)):
+        options = {"known": known, "scale": scale}
+        for drawn_in in {1, orientation}:
+            assert judge(SIDE_BY_SIDE, drawn_in, orientation, **options) == ([0, 1], "")
+            assert judge(SIDE_BY_SIDE[:1], drawn_in, orientation, **options) == ([0], "")
+        assert judge(SIDE_BY_SIDE, 1, orientation, hidden=(0, 1), **options)[0] == [-1, -1]
     assert regions.match_faces(regions.Tags([]), TIED, (400, 300), 6)[0].tolist() == []
 
 
@@ -614,10 +588,7 @@ def test_tags_are_believed_if_they_fit_in_the_stored_or_the_displayed_picture(
     (SIDE_BY_SIDE, 4, 1, {}, ""),  # all readings that fit give the same names
     *((SIDE_BY_SIDE, o, 1, {}, SHAPE) for o in (5, 6, 7, 8)),
     *((SIDE_BY_SIDE, o, 1, {"known": False}, TURNED) for o in (3, 5, 6, 7, 8)),
-    (SIDE_BY_SIDE, 8, 6, {"known": False}, TURNED),
-    # One of two faces was not detected.
-    (SIDE_BY_SIDE, 1, 1, {"hidden": [1]}, ""),
-    (SIDE_BY_SIDE, 1, 1, {"hidden": [1], "scale": 2}, ""),
+    (SIDE_BY_SIDE, 1, 1, {"hidden": [1], "scale": 2}, ""),  # one of two faces was not detected
 ])  # fmt: skip
 def test_tags_that_fit_in_two_ways_or_in_none_are_not_believed(
     faces, drawn_in, orientation, options, problem
@@ -632,9 +603,8 @@ def test_tags_that_fit_in_two_ways_or_in_none_are_not_believed(
 @pytest.mark.parametrize(("shape", "size", "orientation", "fits"), [
     ((4000, 3000), (400, 300), 1, True), ((400, 300), (400, 301), 1, True),
     ((4000, 3000), (33, 25), 1, True), ((4000, 3000), (33, 26), 1, False),
-    ((4000, 3000), (400, 310), 1, False), ((300, 400), (400, 300), 1, False),
-    ((300, 400), (400, 300), 6, True), ((400, 300), (400, 300), 6, True),
-    ((300, 410), (400, 300), 6, False), ((300, 300), (400, 300), 6, False),
+    ((300, 400), (400, 300), 1, False), ((300, 400), (400, 300), 6, True),
+    ((400, 300), (400, 300), 6, True), ((300, 410), (400, 300), 6, False),
 ])  # fmt: skip
 def test_tags_of_a_picture_of_another_shape_are_not_believed(shape, size, orientation, fits):
     tags = regions.Tags([regions.Tag("Ada", (0.45, 0.45, 0.55, 0.55))], shape)

@@ -12,8 +12,7 @@ from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 # Name of a key -> code for Windows, by which Chromium recognises it.
-KEYS = {"Enter": 13, "Tab": 9, " ": 32, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38,
-        "ArrowRight": 39, "ArrowDown": 40}  # fmt: skip
+KEYS = {"Enter": 13, "Tab": 9, " ": 32, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39}
 # Moves two pipes to 3 and 4, where the browser expects them, and becomes the browser.
 START = """import os, sys
 for place, pipe in enumerate(sys.argv[1:3], 3):
@@ -39,11 +38,9 @@ class Browser:
             stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         self._out, self._in, self._unread = os.fdopen(out, "wb", 0), into, b""
-        self._numbers, self._session, self.events = itertools.count(1), None, []
+        self._numbers, self._session = itertools.count(1), None
         page = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log"):
-            self.call(f"{domain}.enable")
 
     def __enter__(self):
         return self
@@ -54,14 +51,6 @@ class Browser:
         self._out.close()
         os.close(self._in)
 
-    def _read(self):
-        while b"\0" not in self._unread:
-            more = os.read(self._in, 1 << 16)
-            assert more, "the browser has ended"
-            self._unread += more
-        message, _, self._unread = self._unread.partition(b"\0")
-        return json.loads(message)
-
     def call(self, method, **params) -> Any:
         """Calls a method of the DevTools protocol; returns its result."""
         number = next(self._numbers)
@@ -69,8 +58,14 @@ class Browser:
         if self._session:
             message["sessionId"] = self._session
         self._out.write(json.dumps(message).encode() + b"\0")
-        while (answer := self._read()).get("id") != number:
-            self.events.append(answer)
+        answer = {}
+        while answer.get("id") != number:  # other messages are events
+            while b"\0" not in self._unread:
+                more = os.read(self._in, 1 << 16)
+                assert more, "the browser has ended"
+                self._unread += more
+            text, _, self._unread = self._unread.partition(b"\0")
+            answer = json.loads(text)
         assert "result" in answer, (method, answer)
         return answer["result"]
 
@@ -84,29 +79,17 @@ class Browser:
         return answer["result"].get("value")
 
     def wait(self, script, seconds=60.0):
-        """Waits until JavaScript is true; returns the seconds that passed."""
+        """Waits until JavaScript is true."""
         start = time.perf_counter()
         while not self.run(script):
             assert time.perf_counter() - start < seconds, script
             time.sleep(0.005)
-        return time.perf_counter() - start
 
     def open(self, address):
-        """Opens an address; returns the seconds until the page is loaded."""
-        start = time.perf_counter()
         self.call("Page.navigate", url=address)
         self.wait("document.readyState == 'complete' && location.href != 'about:blank'")
-        return time.perf_counter() - start
-
-    def resize(self, width, height=900, dark=False):
-        """Changes the size of the window, and the preferred colours."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height,
-                  deviceScaleFactor=1, mobile=width < 600)  # fmt: skip
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     def press(self, key, shift=False):
-        """Presses a key."""
         about = {"key": key, "code": "Space" if key == " " else key, "modifiers": 8 * shift,
                  "windowsVirtualKeyCode": KEYS[key]}  # fmt: skip
         text = {"text": TEXTS[key]} if key in TEXTS else {}

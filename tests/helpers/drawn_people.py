@@ -97,10 +97,8 @@ def write_party(path):
     if path.suffix in PARTIES:
         path.write_bytes(PARTIES[path.suffix])
         return path
-    write_film(
-        path, (1, 20, [("Ada", 20, 30)]), (2, 60, [("Eve", 80, 50)]),
-        (1, 35, [("Bob", 10, 60), ("Ada", 90, 20)]),
-    )  # fmt: skip
+    last = (1, 35, [("Bob", 10, 60), ("Ada", 90, 20)])
+    write_film(path, (1, 20, [("Ada", 20, 30)]), (2, 60, [("Eve", 80, 50)]), last)
     PARTIES[path.suffix] = path.read_bytes()
     return path
 

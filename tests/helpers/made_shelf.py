@@ -1,12 +1,9 @@
 """A folder of results of `vidjax who` with films of made-up people, without any net or film."""
 
-import functools
-import io
 import itertools
 from types import SimpleNamespace
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 from tests.helpers import films as films_lib, made_nets
 from tests.helpers.embeddings import unit
@@ -15,12 +12,14 @@ from vidjax.apps.features_folder import FaceTrack, FileStamp, MediaFile
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.store import StoredClip
 from vidjax.apps.said import FEATURES
-from vidjax.apps.video import decision, pipeline
+from vidjax.apps.video import decision, pipeline, review
 from vidjax.data.clip_files import write_npz
 
 WIDTH = 128
+TOKEN, SITE = "t" * 22, "http://127.0.0.1:8123"  # of the page of corrections
 NAMES = ("Ada", "Bob", "Cleo", "Dan", "Eve", "Fay", "Gus", "Hal", "Ida", "Jon", "Kim", "Lou")
 SHOT_SECONDS = 4.0
+PICTURE = films_lib.photo(films_lib.scene(0, 56, 56), "png")  # of each face
 MIXTURE = (0.8, 0.6)  # of the person whom a face in a wrong group looks like, and of its own person
 
 
@@ -29,44 +28,13 @@ def name_person(person: int) -> str:
     return NAMES[person % len(NAMES)] + f" {person // len(NAMES) + 1}" * (person >= len(NAMES))
 
 
-def draw_face(person: int, number: int, side=56) -> np.ndarray:
-    """Returns a drawn face of a person, uint8 [side, side, 3]. `number` moves it a little."""
-    rng, small = np.random.default_rng(person), np.random.default_rng(number)
-    hair, skin, eyes, shirt = (tuple(map(int, rng.integers(30, 230, 3))) for _ in range(4))
-    picture = Image.new("RGB", (side, side), tuple(map(int, small.integers(90, 180, 3))))
-    draw, unit_ = ImageDraw.Draw(picture), side / 56
-    x, y = 28 * unit_ + small.integers(-4, 5), 30 * unit_ + small.integers(-3, 4)
-    wide, high = rng.uniform(11, 17) * unit_, rng.uniform(14, 20) * unit_
-    draw.rectangle((x - 20 * unit_, y + high, x + 20 * unit_, side), fill=shirt)
-    low = y + high * rng.uniform(0, 0.9)
-    draw.ellipse((x - wide - 3, y - high - 5, x + wide + 3, low), fill=hair)
-    draw.ellipse((x - wide, y - high, x + wide, y + high), fill=skin)
-    for sign in (-1, 1):
-        left = x + sign * wide * 0.45
-        draw.ellipse((left - 3, y - 5, left + 3, y + 1), fill="white")
-        draw.ellipse((left - 1.5, y - 4, left + 1.5, y - 1), fill=eyes)
-    draw.arc((x - 6, y + 2, x + 6, y + high * 0.7), 10, 170, fill=(90, 20, 20), width=2)
-    return np.asarray(picture)
-
-
-@functools.cache
-def encode_face(person, number):
-    Image.fromarray(draw_face(person, number)).save(png := io.BytesIO(), "PNG")
-    return png.getvalue()
-
-
-def write_thumbnail(path, person, number):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encode_face(person, number))
-
-
 def make(
-    folder, *, people: int, films: int, known: int, faces: int, wrong=0.0, real=False, seed=0,
+    folder, *, people: int, films: int, known: int, faces: int, wrong=0.0, seed=0,
 ):  # fmt: skip
     """Writes the results of `films` films; returns where they are, and clip -> true person.
 
     `known` of the `people` are enrolled by a photo. A film has `faces` faces. A share `wrong` of
-    them look like another person. If `real` is True, the films exist.
+    them look like another person. The films are empty files.
     """
     rng, out = np.random.default_rng(seed), folder / "out"
     (models := folder / "models").mkdir(parents=True)
@@ -94,10 +62,8 @@ def make(
         for person in range(known):
             clip = f"people/{name_person(person)}/1"
             draft.add({clip: StoredClip(name_person(person), look(person))})
-            place = features_folder.locate_thumbnail(out / "people" / name_person(person), "1")
-            write_thumbnail(place, person, 0)
 
-    truth, numbers = {}, itertools.count()
+    truth = dict[str, str]()
     turn = itertools.cycle(rng.permutation(people).tolist())
     for number in range(films):
         stem, tracks, arrays = f"film_{number:03}", [], {}
@@ -114,15 +80,11 @@ def make(
                 box=box, box_at_s=begin + 2, places=[(begin + 2, box)],
             ))  # fmt: skip
             thumbnail = features_folder.locate_thumbnail(features, clip)
-            write_thumbnail(thumbnail, person, next(numbers))
+            thumbnail.parent.mkdir(parents=True, exist_ok=True)
+            thumbnail.write_bytes(PICTURE)
         path = folder / "films" / f"{stem}.mp4"
         path.parent.mkdir(exist_ok=True)
-        if real:
-            shots = [draw_face(NAMES_INDEX[truth[x.clip]], x.shot, 160) for x in tracks]
-            pictures = (shot for shot in shots for _ in range(int(SHOT_SECONDS * 5)))
-            films_lib.write(path, pictures, "libx264", 5)
-        else:
-            path.write_bytes(b"")
+        path.write_bytes(b"")
         write_npz(features / f"{stem}.npz", arrays, {"face": digests["face_embedder"]})
         film = MediaFile(
             video=path.name, source=FileStamp.of(path), sha256=f"{number:064x}", photo=False,
@@ -133,7 +95,12 @@ def make(
     return SimpleNamespace(out=out, truth=truth, models=models)
 
 
-NAMES_INDEX = {name_person(person): person for person in range(10_000)}
+def open_client(page):
+    """Returns a client of the page of corrections."""
+    from starlette import testclient  # needs httpx
+
+    headers, app = {"origin": SITE, "sec-fetch-site": "same-origin"}, review.make_app(page, TOKEN)
+    return testclient.TestClient(app, base_url=f"{SITE}/{TOKEN}/", headers=headers)
 
 
 def decide(out):
