@@ -286,7 +286,7 @@ def test_error_of_bad_labels_names_the_line_or_clip(tmp_path, refused):
     ("train/one.npz train/notes.txt", ["notes.txt", "may contain only .npz files"]),
     ("train/one.npz train/two.npy", ["two.npy", "only .npz files", "face is the modality"]),
     ("train/DAY/CAMERA/one.npz", ["DAY/CAMERA: train", "or folders of them\nmove it away"]),
-    ("train.h5", ["contains no features", "vidjax/data/README.md converts"]),
+    ("train.h5", ["contains no features", "see vidjax/data/README.md"]),
     ("train/one.npz train.parquet", ["train.parquet and a folder train: remove one"]),
     ("train-00.parquet train-01.parquet", ["train-00", "a split is one table", "join the tables"]),
     ("train.parquet train-01.parquet", ["train-01", "would be ignored", "train.parquet"]),

@@ -654,7 +654,7 @@ def test_leaving_server_answers_and_closes_connections_but_is_not_ready(inside):
         answer = talk(inside.port, request)  # `talk` returns when the server closes the connection
         assert b" 200 OK" in answer and b"connection: close" in answer
         status, content = inside.ask("GET", "/v2/health/ready")
-        assert status == 503 and "will end" in content["error"]
+        assert status == 503 and "shutting down" in content["error"]
         assert inside.ask("GET", web.LIVE)[0] == 200
     finally:
         inside.app.leaving.clear()

@@ -94,8 +94,8 @@ class Blend:
         if len(group_clips(np.concatenate(uses))) > max(len(group_clips(use)) for use in uses):
             names = ", ".join(model.name for model in self.models)
             raise UserError(
-                f"--runs: the folds of these runs differ, so learned numbers cannot join scores: "
-                f"{names}\ntrain them with the same --config.ensemble.folds, or leave out "
+                f"--runs: these runs have different folds, so learned numbers cannot join "
+                f"their scores: {names}\ntrain them with the same --config.ensemble.folds, or leave out "
                 "--config.join.learned"
             )
 

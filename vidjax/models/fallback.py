@@ -74,8 +74,8 @@ class FallbackIdentifier(Identifier):
             )
         if not self.other_modalities or self.modality in self.other_modalities:
             raise UserError(
-                f"model 'fallback': other_modalities={','.join(self.other_modalities)} must be one "
-                f"or more modalities, without the main modality {self.modality!r}"
+                f"model 'fallback': other_modalities must name one or more modalities other than "
+                f"{self.modality!r}, not {', '.join(self.other_modalities) or 'none'}"
             )
         for part in (self.main, self.other):
             if part.min_epochs:
