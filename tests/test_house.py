@@ -8,6 +8,7 @@ import tomllib
 
 from tests.conftest import ROOT
 from tests.helpers.cases import nightly_after_first
+from vidjax.runs.config import FIELDS
 
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
@@ -122,6 +123,16 @@ def test_no_module_executes_data_as_code():
         assert not any(map(is_unsafe, nodes(path))), path
         # No path of a developer is in a file.
         assert not re.search(r"/work/|/root/|/tmp/", path.read_text()), path
+
+
+def test_every_field_of_a_configuration_is_read_outside_of_the_table_of_fields():
+    """Its name is an attribute, an argument or a text in another module of the package."""
+    used = {
+        getattr(node, kind, None)
+        for path in MODULES.values() if path.name != "config.py"
+        for node in nodes(path) for kind in ("attr", "arg", "value")
+    }  # fmt: skip
+    assert not {name for name in FIELDS if name.rpartition(".")[2] not in used}
 
 
 def test_workflows_pin_their_actions_and_ask_for_few_rights():

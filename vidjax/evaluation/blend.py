@@ -95,8 +95,8 @@ class Blend:
             names = ", ".join(model.name for model in self.models)
             raise UserError(
                 f"--runs: these runs have different folds, so learned numbers cannot join "
-                f"their scores: {names}\ntrain them with the same --config.ensemble.folds, or leave out "
-                "--config.join.learned"
+                f"their scores: {names}\n"
+                "train them with the same --config.ensemble.folds, or omit --config.join.learned"
             )
 
     def make_examples(self, most: int) -> calibration.Examples:
