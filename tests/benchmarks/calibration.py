@@ -56,8 +56,7 @@ def measure(num_people: int, *, clips: int, width: int, within: float, seed: int
     x = embeddings.exact(rng, num_people, clips + 2, width, within)
     people, enrolled = np.repeat(np.arange(num_people), clips), x[:, :clips].reshape(-1, width)
     fitted = backend.fit({"face": enrolled}, 1 + people, centred=False)
-    names = [*map(str, range(num_people))]
-    index = Index(fitted, [fitted.enrol(names, enrolled, people)])
+    index = Index(fitted, [fitted.enrol([*map(str, range(num_people))], enrolled, people)])
 
     def draw_strangers(count: int) -> np.ndarray:
         return embeddings.exact(rng, count, 1, width, within)[:, 0]

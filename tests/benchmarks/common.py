@@ -29,10 +29,7 @@ PADDED_FRAMES = {"face": 64, "head": 64, "body": 32, "audio": 1}
 
 
 def parse(doc: str | None, *flags: str, argv: Any = None, **options: Any) -> argparse.Namespace:
-    """Parses the command line, or `argv`. `flags` have no value; `options` are name -> default.
-
-    If a default is a type, such as Path, the argument is positional.
-    """
+    """Parses flags, and options name -> default. If a default is a type, it is positional."""
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=as_written)
     for name, default in options.items():
@@ -119,11 +116,7 @@ def replace_table(page: str, name: str, table: str) -> str:
 def make_plan(
     spec: str, *overrides: str, num_clips: int, num_clusters: int | None = None, **settings: Any
 ) -> Any:
-    """Returns a system for clips of DIM features, its configuration, members and batch plan.
-
-    `spec` is FILE:ARGUMENTS, `overrides` are FIELD=VALUE, and `settings` are the results of
-    `Identifier.prepare`.
-    """
+    """Returns a system, its configuration, members and batches. `settings` are of `prepare`."""
     config = config_io.load_file(f"{CONFIGS / spec}")
     config = config_io.override(config, [f"--config.{word}" for word in overrides])
     modalities = dict.fromkeys(config.modalities, DIM)

@@ -109,8 +109,8 @@ def measure(films: Any, photos: Any, *, known: int, count: int, draws: int, vote
         right = is_known & (decided.best == films.people)
         unknown = np.flatnonzero(~named & clear)
         names, truth = [films.clips[row] for row in unknown], films.people[unknown]
-        clarity, vectors = films.clarity[unknown], [films.vectors[unknown]]
-        clarity = dict(zip(names, clarity, strict=True))
+        clarity = dict(zip(names, films.clarity[unknown], strict=True))
+        vectors = [films.vectors[unknown]]
         labels = grouping.group(model, names, vectors, films.apart, clarity=clarity)
         figures.append({
             "right": np.mean(named[is_known] & right[is_known]),
@@ -136,10 +136,7 @@ def measure_groups(labels: np.ndarray, people: np.ndarray) -> dict[str, float]:
 
 
 def group_few(films: Any, photos: Any, *, each: int, draws: int) -> dict[str, float]:
-    """Groups `each` photos of the people in `photos`, and as many clear tracks of all others.
-
-    Returns the figures of `measure_groups`, as means over `draws` random draws.
-    """
+    """Groups `each` photos of people, and as many clear tracks of others; as `measure_groups`."""
     model, rng, figures = backend.make_card_backend({"face": CARD}), np.random.default_rng(0), []
     clear = films.clarity >= LEAST_CLARITY
     strangers = set(films.people[films.people < 0])

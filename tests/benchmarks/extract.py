@@ -59,10 +59,14 @@ def repeated(path: Path, source: Path, times: int) -> Path:
 def peak(path: Path, out: Path, models: Path) -> int:
     """Returns the most memory of `vidjax extract` and its child processes, in bytes."""
     words = [sys.executable, "-m", "vidjax", "extract", path, f"--out={out}", f"--models={models}"]
-    ended = limits.run([*words, "--workers=1"])
-    if ended.returncode:
-        raise SystemExit(ended.stderr)
-    return ended.peak
+    env, most = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(common.ROOT)}, 0
+    with limits.running([*words, "--workers=1"], env=env, stdout=None, stderr=None) as child:
+        while child.poll() is None:
+            most = max(most, limits.held_by(child.pid))
+            time.sleep(0.02)
+    if child.returncode:
+        raise SystemExit(f"vidjax extract ends with {child.returncode}")
+    return most
 
 
 def measure_memory(folder: Path, models: Path) -> Iterator[object]:
@@ -92,11 +96,10 @@ def measure_speed(folder: Path, photos: list[list[Path]], models: Path) -> Itera
     for name, size in SIZES.items():
         path, speeds = folder / f"{name}.mp4", {}
         films.write(path, show_photos(photos, *size))
-        stamp = features_folder.FileStamp.of(path)
         for preset, settings in PRESETS.items():
             task = film.Task(
                 models=str(models), settings=settings, path=str(path), out=str(folder), stem=name,
-                source=stamp, sha256="0" * 64,
+                source=features_folder.FileStamp.of(path), sha256="0" * 64,
             )  # fmt: skip
             nets, start = film.load_nets(task.models, settings.size), time.process_time()
             report = film.extract(task, nets)

@@ -25,10 +25,7 @@ def run(folder: Path, *words: str) -> tuple[float, float]:
 if __name__ == "__main__":
     args = common.parse(__doc__, rounds=3)
     with tempfile.TemporaryDirectory() as folder:
-
-        def train(number: int) -> tuple[float, float]:
-            return run(Path(folder, str(number)), "--config=configs/mma.py")
-
+        train = lambda number: run(Path(folder, str(number)), "--config=configs/mma.py")  # noqa: E731
         seconds = common.alternate({"cold": train, "warm": train}, args.rounds)
     rows = [
         [name, *(f"{median(column):.1f}" for column in zip(*times, strict=True))]

@@ -94,10 +94,7 @@ def write(folder: Path, num_people: int, parts: Sequence[str], rng: np.random.Ge
 
 
 def measure_medians(actions: Sequence[Callable[[int], object]], repeats: int) -> list[str]:
-    """Calls each action with 0, and then each with 1, and so on.
-
-    Returns the median time and CPU time of each action, as `2 ms (1 ms)`.
-    """
+    """Calls all actions with 0, 1, ...; returns the medians of their times as `2 ms (1 ms)`."""
     times = []
     for number in range(repeats):
         for action in actions:

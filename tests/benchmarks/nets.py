@@ -36,10 +36,7 @@ HEADER = (
 
 
 def read_photos(models: Path, folder: Path) -> SimpleNamespace:
-    """Returns the faces in `folder/NAME/PHOTO.jpg` in the form of `decision.split_tracks`.
-
-    Photos that do not show exactly one usable face are left out, with a line.
-    """
+    """Returns the faces of photos that show one usable face, as `decision.split_tracks`."""
     rows = []
     with tempfile.TemporaryDirectory(prefix="vidjax-") as scratch:
         out = Path(scratch)
@@ -126,8 +123,7 @@ def measure_net(models: Path, photos: str, tracks: str) -> list[list[str]]:
         raise SystemExit(f"{pair[1].path} has no back_end: vidjax convert writes it")
     model, data = backend.make_card_backend({"face": back_end}), {}
     if tracks and pair[1].source.sha256 == cards.PUBLISHED["dlib"]["source"]["sha256"]:
-        films, enrolled = decision.load(Path(tracks))
-        data["tracks"] = films, enrolled
+        data["tracks"] = decision.load(Path(tracks))
     if photos:
         data["photos"] = read_photos(models, Path(photos)), None
     name = " + ".join(x.path.stem for x in pair)

@@ -112,8 +112,7 @@ def time_systems(only: str) -> dict[str, float]:
     systems = [spec.strip("`") for spec, *_ in read_tables("systems")["systems"][1:]]
     for row in filter(re.compile(only).search, dict.fromkeys((*systems, *DOCUMENTED))):
         with tempfile.TemporaryDirectory() as folder:
-            words = f"--config=configs/{row}".split()
-            seconds[row], _ = first_command.run(Path(folder), *words)
+            seconds[row], _ = first_command.run(Path(folder), *f"--config=configs/{row}".split())
         common.print_text(f"{row}: {seconds[row]:.0f} s")
     return seconds
 
@@ -170,8 +169,7 @@ def _read_scores(folder: Path, row: str, dataset: str) -> dict[str, Any] | None:
 def _compare(folder: Path, base: str, row: str, dataset: str) -> dict[str, float] | None:
     """Returns mean and standard error of MAP(row) - MAP(base), or None if a run is missing."""
     gaps = []
-    pairs = zip(*(_list_finished(folder, x, dataset) for x in (base, row)), strict=False)
-    for folders in pairs:
+    for folders in zip(*(_list_finished(folder, x, dataset) for x in (base, row)), strict=False):
         first, second = (read(str(path)) for path in folders)
         gaps.append(comparison.align(first, second).ap - first.ap)
     if not gaps:
