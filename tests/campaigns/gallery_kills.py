@@ -60,10 +60,7 @@ def make_two(folder: Path, other: Path) -> Gallery:
 
 
 def kill_once(folder: Path, place: Path, rng: random.Random) -> None:
-    """Kills a process while it changes a gallery; asserts that the last change is whole or absent.
-
-    `place` is a folder for a second gallery with the same changes.
-    """
+    """Kills a change of a gallery, which must be whole or absent; `place` has a second gallery."""
     seed, count = rng.randrange(10**9), 1 + rng.randrange(6)
     other, before = make_two(folder, place / "other"), {}
     code = "from tests.campaigns.gallery_kills import *; "

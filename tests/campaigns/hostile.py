@@ -222,10 +222,7 @@ def damage(sound: bytes) -> dict[str, bytes]:
 
 
 def mutate(seeds: list[bytes], grafts: list[bytes], chance: random.Random) -> bytes:
-    """Returns one of the pickles `seeds` with 1 to 4 random changes.
-
-    A change flips, removes or repeats bytes, or replaces them by an opcode or one of `grafts`.
-    """
+    """Returns one of `seeds` with 1 to 4 random changes, which may insert an opcode or a graft."""
     data = bytearray(chance.choice(seeds))
     for _ in range(chance.choice([1, 1, 1, 2, 4])):
         at, length = chance.randrange(len(data)), chance.choice([0, 1, 1, 1, 8])
@@ -255,9 +252,8 @@ def unpack_all(paths: list[Path], place: Path) -> Iterator[str]:
     for path in paths:
         (place / path.name).mkdir()
     found = processes.run_limited_each(
-        sandbox.__name__, given, Summary, memory_bytes=512 << 20, cpu_seconds=2, writes=[place],
-
-    )  # fmt: skip
+        sandbox.__name__, given, Summary, memory_bytes=512 << 20, cpu_seconds=2, writes=[place]
+    )
     for path, one in zip(paths, found, strict=True):
         if not isinstance(one, UserError):
             with processes.doubt(path):

@@ -24,10 +24,7 @@ def clips_of(split, count, dim=DIM):
 
 @pytest.fixture
 def official(tmp_path):
-    """A folder that tests damage: faces of 20 train and 10 val clips.
-
-    In each split, clips 0 and 1 have no label. The other clips show the identities 1 to 4 in turn.
-    """
+    """Faces of 20 train and 10 val clips. Clips 0 and 1 lack labels; others show people 1 to 4."""
     folder = tmp_path / "official"
     folder.mkdir()
     for split, count in (("train", 20), ("val", 10)):

@@ -17,13 +17,12 @@ from tests.helpers.cases import quick_first
 from tests.helpers.clip_files import write_labels, write_npz
 from tests.helpers.datasets import load_dataset
 from tests.helpers.seen import contents, refused
-from vidjax.cli import config_command, program, run_commands
+from vidjax.cli import config_command, program, run_commands  # noqa: F401 (no test imports it)
 from vidjax.core import devices
 from vidjax.runs import checkpoint, config as config_lib, config_io, programs, results
 from vidjax.runs.run_folder import RunFolder
 from vidjax.utils import files
 
-IMPORTED = (config_command, run_commands)  # so that no test measures their import
 RESULTS = ("metrics.json", "metrics.jsonl", "identities.json", "analysis.npz")
 # Mode -> the files that it reads in a folder without checkpoints.
 READ = {

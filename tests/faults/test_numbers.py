@@ -26,10 +26,7 @@ DIM = 4
 
 
 def make_clips(change=lambda x: x, count=6, widths=None):
-    """Returns split -> clip -> modality -> features [2, D] of two frames, changed by `change`.
-
-    Train and val have `count` clips each, of nine people in turn. `widths` are modality -> D.
-    """
+    """Returns split -> clip -> modality -> two frames of one of nine people, after `change`."""
     rng, clips = np.random.default_rng(0), {"train": {}, "val": {}}
     people = [rng.normal(size=(9, width)) for width in (widths or {"face": DIM}).values()]
     for split, n in itertools.product(clips, range(count)):

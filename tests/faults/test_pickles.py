@@ -14,11 +14,7 @@ from tests.helpers.seen import contents
 
 
 def read_all(files, folder, mode):
-    """Reads pickles in another process; returns name -> [error, CPU seconds, MB].
-
-    `files` are name -> content. `mode` is a mode of `tests.campaigns.hostile`. Asserts that the
-    process changed no file.
-    """
+    """Returns name -> [error, CPU seconds, MB] of another process, which may change no file."""
     canary = folder / "canary"
     canary.mkdir()
     (canary / "keep").write_text("keep")
@@ -59,10 +55,7 @@ def check_refused(ends):
 
 
 def test_hostile_and_mutated_pickles_end_in_a_one_line_error_and_run_no_code(tmp_path, campaign):
-    """The error of an attack says what is refused. Mostly this is a function like os.system.
-
-    A mutated pickle may also load. Then, the process of `read_all` checks the arrays.
-    """
+    """An attack's error says what is refused. If a mutated pickle loads, its arrays are checked."""
     mark, chance = tmp_path / "canary" / "mark", random.Random(0)
     attacks = hostile.attacks(mark)
     # The next test reads the files of the group "greed", which take long.

@@ -158,12 +158,10 @@ def test_killed_server_keeps_every_change_that_it_confirmed(tmp_path, fault_seed
                     number += 1
                     name = f"made {rng.randrange(30)}"
                     unsure.add(name)
+                    words = "POST", "/enrol", servers.enrolment(name, time.time_ns())
                     if name in enrolled:
-                        path = f"/identities/{name.replace(' ', '%20')}"
-                        status, answer = server.ask("DELETE", path)
-                    else:
-                        body = servers.enrolment(name, time.time_ns())
-                        status, answer = server.ask("POST", "/enrol", body)
+                        words = "DELETE", f"/identities/{name.replace(' ', '%20')}"
+                    status, answer = server.ask(*words)
                     assert status == 200, (status, answer)
                     enrolled ^= {name}
                     assert server.candidates(name, number) == enrolled
