@@ -52,11 +52,6 @@ def raise_limits():
     return raised
 
 
-def fork():
-    if not os.fork():
-        os._exit(0)
-
-
 given = ""  # the path of the file that this process may read
 # Attempts that Landlock refuses, and attempts that the filter of system calls refuses.
 LANDLOCK = {
@@ -83,7 +78,7 @@ CALLS = """
 """
 FILTER = {name: lambda name=name: raw(name, *6 * [0]) for name in CALLS.split()} | {
     "truncate while reading": lambda: os.open(OTHER, os.O_RDONLY | os.O_TRUNC),
-    "fork": fork,
+    "fork": lambda: os.fork() or os._exit(0),
     "start a program": lambda: subprocess.run([sys.executable, "-V"], check=True),
     "connect": lambda: socket.create_connection(("127.0.0.1", 9)),
     "open a local socket": lambda: socket.socket(socket.AF_UNIX),
@@ -104,10 +99,8 @@ def describe(call):
     """Returns why a call was refused, or "" if it was not."""
     try:
         call()
-    except PermissionError as error:
-        return str(error)
-    except OSError:  # it was not refused, but nobody listens, or an earlier attempt was successful
-        return ""
+    except OSError as error:  # of another kind if nobody listens, or an earlier attempt succeeded
+        return str(error) if isinstance(error, PermissionError) else ""
     return ""
 
 
@@ -117,10 +110,7 @@ def read_status(key):
 
 
 def install(nobody=False, landlock=9):
-    """Replaces the work of this process by the attempts, of an ordinary user if `nobody` is True.
-
-    `landlock` is the highest version of Landlock that is used.
-    """
+    """Replaces the work by attempts, as an ordinary user if `nobody`; `landlock` is a version."""
     confine, read_version = confinement.confine, confinement._read_landlock_version
 
     def become_nobody(*paths):
@@ -144,8 +134,7 @@ def install(nobody=False, landlock=9):
         reader.start()
         reader.join()
         found |= {"reads": len(read), "user": os.getuid()}
-        tried = {name: describe(call) for name, call in (LANDLOCK | FILTER).items()}
-        found |= tried
+        found |= {name: describe(call) for name, call in (LANDLOCK | FILTER).items()}
         return {"error": f"ATTEMPTS{json.dumps({**found, 'raised': raise_limits()})}"}
 
     processes._answer = answer

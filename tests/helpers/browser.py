@@ -29,7 +29,6 @@ class Browser:
         (read, out), (into, write) = os.pipe(), os.pipe()
         # The pipes must not be at 3 and 4 yet.
         read, write = (fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (read, write))
-
         words = ("--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
                  "--hide-scrollbars", f"--user-data-dir={folder}", "about:blank")  # fmt: skip
         self._process = subprocess.Popen(

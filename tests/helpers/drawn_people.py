@@ -116,10 +116,7 @@ def extract(path, out, models, **settings):
 
 
 def restore(folder, make):
-    """Returns a folder inside `folder` as `make(it)` has left it, for tests that change the folder.
-
-    The first call calls `make`, and copies the folder. Later calls replace it by the copy.
-    """
+    """Returns a copy in `folder` of a folder that `make(it)` fills at the first call."""
     now, copy = folder / "now", folder / "copy"
     shutil.rmtree(now, ignore_errors=True)
     if not copy.exists():
@@ -134,10 +131,7 @@ Done = namedtuple("Done", "content output")
 
 
 class Drawn:
-    """Drawn films and photos in a folder, and commands that run on them in this process.
-
-    `models` is a folder with nets, `friends` with photos, and `out` with results of `vidjax who`.
-    """
+    """Drawn films, photos of `friends`, and commands that use `models` and write into `out`."""
 
     def __init__(self, folder, command):
         self.folder, self._command = folder, command

@@ -26,10 +26,7 @@ def slowness() -> float:
 
 @contextlib.contextmanager
 def running(words: Sequence[str | Path], **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """Runs a program, and kills it at the end of the context if it is still running.
-
-    The output of the program is text, in pipes. `options` go to `subprocess.Popen`.
-    """
+    """Runs a program with text pipes, and kills it at the end of the context if it still runs."""
     chosen = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
     with subprocess.Popen([str(word) for word in words], **chosen) as process:
         try:

@@ -28,9 +28,7 @@ def name_person(person: int) -> str:
     return NAMES[person % len(NAMES)] + f" {person // len(NAMES) + 1}" * (person >= len(NAMES))
 
 
-def make(
-    folder, *, people: int, films: int, known: int, faces: int, wrong=0.0, seed=0,
-):  # fmt: skip
+def make(folder, *, people: int, films: int, known: int, faces: int, wrong=0.0, seed=0):
     """Writes the results of `films` films; returns where they are, and clip -> true person.
 
     `known` of the `people` are enrolled by a photo. A film has `faces` faces. A share `wrong` of
@@ -50,7 +48,6 @@ def make(
     settings = features_folder.ExtractionSettings()
     extraction = features_folder.Extraction(models=digests, settings=settings)
     features_folder.write(features / features_folder.NAME, extraction)
-
     centres = unit(rng.normal(size=(people, WIDTH)))
 
     def look(person, like=None):

@@ -80,11 +80,9 @@ def saved(workdir, step=None):
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     metadata = ocp.checkpointables_metadata(state).metadata
     found = {name: tree for name, tree in metadata.items() if tree}
-
-    def abstract(x):  # other processes and devices may have saved `x`
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
-
-    return ocp.load_checkpointables(state, jax.tree.map(abstract, found))
+    # Other processes and devices may have saved the arrays.
+    here = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), found)
+    return ocp.load_checkpointables(state, here)
 
 
 def weights(workdir, step=None):
@@ -98,8 +96,8 @@ def flat(tree):
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        array = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
-        found[jax.tree_util.keystr(path)] = array
+        data = jax.random.key_data(leaf) if is_key else leaf
+        found[jax.tree_util.keystr(path)] = np.asarray(data)
     return found
 
 
@@ -119,10 +117,7 @@ def assert_same_run(left, right, names=RUN_FILES[:2]):
 
 
 class Spoilt:
-    """A dataset in which all features of some clips are replaced by `value`.
-
-    `hidden` is split -> bool [N], True for these clips.
-    """
+    """A dataset whose features are `value` where `hidden`, split -> bool [N], is True."""
 
     def __init__(self, data, hidden, value=7.0):
         self._data, self._hidden, self._value = data, hidden, value
@@ -150,10 +145,7 @@ class Spoilt:
 
 
 class Interrupting:
-    """A dataset that sends a signal to this process before batch number `batch` of training.
-
-    If `signum` is None, the batch cannot be read.
-    """
+    """A dataset whose batch `batch` of training sends a signal to this process, or fails (None)."""
 
     def __init__(self, data, batch, signum):
         self._data, self._batch, self._signum = data, batch, signum
@@ -178,10 +170,7 @@ def training_sets(folder):
 
 
 def make_earlier(folder):
-    """Makes a run like one of version 0.1.0: its checkpoints have digests of the copies, no lists.
-
-    Returns the digests.
-    """
+    """Makes a run like one of version 0.1.0, with digests instead of lists; returns the digests."""
     names = json.loads((folder / "identities.json").read_text())
     members, clips, trained = training_sets(folder)
     parts = trained.tobytes(), json.dumps(members).encode(), "\n".join(clips).encode()
