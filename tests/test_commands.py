@@ -39,9 +39,7 @@ OWN = "--config=knn:face --config.data.name=arrays --workdir=new --config.data.d
 # Commands with mistakes -> a part of the error, mostly the remedy.
 WORDS = {
     "revie": "did you mean 'review'", "review": "vidjax review names",
-    "--config=": "--config= has no value",
     f"{TRAIN} --learning-rate=0.1": "--config.optim.learning_rate",
-    f"{TRAIN} --quite": "--quiet",
     f"{TRAIN} --xyzzy=1": "example: vidjax train", f"{TRAIN} stray": "no flag\nexample",
     "mma": "--config=FILE", "rank": "needs --workdir, --input, --out",
     f"{TRAIN} seed=3": "write --config.seed=3", "train config=mma": "did you mean --config?",
@@ -53,15 +51,14 @@ WORDS = {
         "is the folder of the data",
     "review .": "name the folder that you gave as --out", "home": "vidjax who --help",
     "gallery G list": "vidjax gallery identify G --input=PATH",
-    "check --gallery=g": "no flag --gallery: write --workdir=g",
+    "check --gallery=g": "no flag --gallery: write --workdir=g", f"{TRAIN} --quite": "--quiet",
     "gallery enrol G --input=x --config.seed=1": "--config.data.FIELD",
     "--mode=compare --workdir=new --runs=run,run --config.seed=1": "--config.eval.split",
     "--mode=check --workdir=run --config=mma": "leave one of them out",
-    "serve --gallery=g --port=99999": "from 0 to 65,535",
+    "serve --gallery=g --port=99999": "from 0 to 65,535", "--config=": "--config= has no value",
     "export run --to=x --format=onxn": "onnx", "gallery --quiet": "needs COMMAND",
     "extract none.mp4 --out=x --models=m --fps=nan": "a number above 0",
-    "forget": "--identity=NAME",
-    f"{TRAIN} --coordinator=a:9": "also needs --num_processes",
+    "forget": "--identity=NAME", f"{TRAIN} --coordinator=a:9": "also needs --num_processes",
     **{f"{TRAIN} --num_processes=2 --process_id=0 --coordinator={address}": "HOST:PORT"
        for address in ("a", ":9", "a:nine", "a:65536")},
     f"{TRAIN} --num_processes=2 --process_id=2 --coordinator=a:9": "must be from 0 to 1",
@@ -70,16 +67,14 @@ WORDS = {
     "gallery remove G --identity=Ada --identity Bob": "--identity is given twice",
     "report --workdir=~no-such-user/run": "write ~/",
     "--config=s3://bucket/mma.py --workdir=new": "is an address",
-    "evaluate --workdir=new --runs=a,s3://b": "is an address",
-    "compare --runs=a+gs://b,a+c": "is an address",
+    "evaluate --workdir=new --runs=a,s3://b": "is an address", "gallery list ''": "has no value",
     "train --config=knn --workdir=file:///tmp/a%20b": "write '/tmp/a b'",
     "gallery create C:\\\\people --models=m": "in WSL, /mnt/c is the drive C",
     "who https://example.org/a.mp4 --out=o --models=m": "copy or mount",
-    "gallery list ''": "has no value",
     "extract x --out= --models=m": "--out= has no value: give a value\n",
     "extract x --out=o --models=m --fps=": "--fps= has no value: give a value, or leave it out",
     f"{TRAIN} --config.lr=1": "--config.optim.learning_rate?",
-    f"{TRAIN} --config.seed": "--config.seed=...",
+    f"{TRAIN} --config.seed": "--config.seed=...", "compare --runs=a+gs://b,a+c": "is an address",
     f"{TRAIN} --config.seed=1 --config.batch_size=abc": "--config.batch_size=abc",
     f"{TRAIN} --config.modalities=5": "separated by commas",
     "--config=mma --workdir=new --config.optim.name=adamw": "total_decay=1",
@@ -110,12 +105,11 @@ MINE = {
 }  # fmt: skip
 # Commands with mistakes that are run in the folder `places`.
 PLACES = {
-    "--mode=report --workdir=.": "such as a, b",
+    "--mode=report --workdir=.": "such as a, b", "--config=mma --workdir=a": "another workdir",
     "--mode=report --workdir=empty": "vidjax train --config=mma",
-    "--config=mma --workdir=a": "another workdir",
     "--mode=evaluate --workdir=a --runs=b,a": "another folder",
     "--mode=evaluate --workdir=a --config.join.weights=1,2": "no effect",
-    "compare --workdir=out --runs=a,a": "a run is named twice",
+    "compare --workdir=out --runs=a,a": "a run is named twice", f"{OWN}own": "labels.csv",
     "compare --workdir=a --runs=a,b": "contains a run",
     "compare --workdir=out --runs=a,b --config.eval.split=test":
         "vidjax evaluate --workdir=a --config.eval.split=test",
@@ -123,14 +117,12 @@ PLACES = {
     "--config=own": "choose from cosine", "--config=a/config.json:face": "takes no arguments",
     "export nowhere --to=new/deep/folder --format=numpy": "is not a folder",
     **{f"--config=mine/{name}": remedy for name, (_, remedy) in MINE.items()},
-    "--config=knn:iqiyi_vid,face --workdir=new --config.data.dir=zip":
-        "such as face_train.pickle",
+    "--config=knn:iqiyi_vid,face --workdir=new --config.data.dir=zip": "such as face_train.pickle",
     "--config=knn:iqiyi_vid,face --workdir=new --config.data.dir=lfs": "Git LFS",
     "--config=knn:iqiyi_vid,face --workdir=new --config.data.dir=official "
     "--config.data.cache_dir=file": "file'",
     f"{TRAIN} --config.data.dir=official": "--config.data.name=iqiyi_vid",
     f"{OWN}own --config.eval.split=test": "train, val",
-    f"{OWN}own": "labels.csv",
     f"{OWN}alone": "vidjax train ... --config.eval.split=train --config.ensemble.folds=5",
     "--config=knn --workdir=own/train": "a folder of clips",
     f"{TRAIN} --config.data.weights=own": "correct the path",
@@ -142,8 +134,7 @@ def assert_refused(command, words, remedy, seconds):
     began = time.process_time()
     done = command(*shlex.split(words))
     assert (time.process_time() - began) / slowness() < seconds
-    lines = done.err.splitlines()
-    error = [line for line in lines if not line.startswith("converting ")]
+    error = [line for line in done.err.splitlines() if not line.startswith("converting ")]
     assert done.out == "" and done._replace(err="\n".join([*error, ""])).refused(remedy), done
 
 
@@ -399,9 +390,7 @@ REPLACED_FILES = {
 
 
 @pytest.mark.slow
-def test_no_command_replaces_a_file_of_the_user(
-    drawn, nearest_run, data, command, monkeypatch, read_here
-):
+def test_no_command_replaces_a_user_file(drawn, nearest_run, data, command, monkeypatch, read_here):
     from tests.helpers import family_nets
 
     monkeypatch.chdir(drawn.folder)
@@ -537,8 +526,7 @@ def test_compare_fits_a_terminal_and_shortens_long_names(tmp_path, monkeypatch, 
     long = [f"runs/quality_fusion_seed={n}_optim.learning_rate=0.001" for n in range(2)]
     for name in ("runs/a1", "runs/b1", *long):
         made_runs.write(Path(name), {"1": 0.5, "2": 0.75})
-    piped = command("compare", *long).out.splitlines()
-    assert [line.split()[0] for line in piped[2:4]] == long
+    assert [line.split()[0] for line in command("compare", *long).out.splitlines()[2:4]] == long
     monkeypatch.setattr(messages, "measure_width", lambda: 80)
     for folders, shown in (
         (["runs/a1", "runs/b1"], ["runs/a1  ", "runs/b1  "]), (long, ["seed=0  ", "seed=1  "]),
@@ -565,5 +553,4 @@ def test_results_are_wrapped_only_for_a_terminal(capsys, monkeypatch):
     assert lines[1].startswith("  a.s000.t00  Ada") and lines[2].startswith(" " * 14)
     assert "  clips       1,234" in lines and "  clips/s     0.25" in lines
     messages.print_result(result, "identify", as_json=True)
-    printed = json.loads(capsys.readouterr().out)
-    assert printed == {"mode": "identify", **facts, "path": "x" * 90}
+    assert json.loads(capsys.readouterr().out) == {"mode": "identify", **facts, "path": "x" * 90}

@@ -98,7 +98,6 @@ def test_faces_taken_out_and_people_joined_stay_so_when_a_film_is_added(shelf):
     assert len(after) > len(before) and {after[clip] for clip in both} == {min(two, three)}
     (apart,) = {after[clip] for clip in wrong}
     assert apart != one and {after[clip] for clip in rest} == {one}
-
     # If the rest gets a name, the faces that were taken out do not get it.
     shelf.open()
     shelf.page.change("name", [one], "Zoe")
@@ -249,8 +248,7 @@ def test_two_browsers_and_vidjax_who_at_once_lose_no_change(tmp_path, monkeypatc
             answer = SimpleNamespace(status_code=409)
             while answer.status_code == 409:
                 if not version:
-                    page = client.get("").text
-                    version = re.findall('name="version" value="([0-9]+)"', page)[0]
+                    version = re.findall('name="version" value="([0-9]+)"', client.get("").text)[0]
                 answer = client.post("change", data=form | {"version": version})
                 if answer.status_code == 409:  # else the page stays old
                     version = ""
@@ -361,8 +359,7 @@ def test_subtitles_of_twins_are_replaced_and_files_of_others_stay(shelf):
     decision, folder = shelf.page._decision, shelf.out / "subtitles"
     twins = [msgspec.structs.replace(film) for film in decision.films[:2]]
     for year, film in zip(("2019", "2020"), twins, strict=True):
-        address = f"/films/{year}/IMG_1.mp4"
-        film.source = msgspec.structs.replace(film.source, address=address)
+        film.source = msgspec.structs.replace(film.source, address=f"/films/{year}/IMG_1.mp4")
     results.write(shelf.out, decision._replace(films=twins, appearances=[], unknown={}))
     made = {str(x.relative_to(folder)) for x in folder.rglob("*.srt")}
     assert made == {"2019/IMG_1.srt", "2020/IMG_1.srt"}
@@ -394,8 +391,7 @@ def turn_faces(drawn, turns):
     points = made_nets.POINTS - 0.5
     for _ in range(turns):
         points = points[:, ::-1] * (1, -1)
-    content = made_nets.detector(points=points + 0.5)
-    made_nets.write(drawn.models, "find", "face_detector", content)
+    made_nets.write(drawn.models, "find", "face_detector", made_nets.detector(points=points + 0.5))
 
 
 def test_films_that_are_upside_down_or_too_dark_are_reported(drawn, read_here):
@@ -412,14 +408,12 @@ def test_films_that_are_upside_down_or_too_dark_are_reported(drawn, read_here):
 
 def test_film_with_lying_people_or_with_people_in_water_is_not_upside_down(drawn, monkeypatch):
     """In water, every second face is upside down, and some faces are not detected."""
-    film, numbers = drawn.film(), itertools.count()
-
-    def find(points):
-        return np.array([next(numbers) % 9 in (1, 3, 5, 7) for _ in points])
-
+    film, turned = drawn.film(), itertools.cycle(n in (1, 3, 5, 7) for n in range(9))
     for turns in (1, 3, 0):
         turn_faces(drawn, turns)
         if not turns:
-            monkeypatch.setattr(align, "find_upside_down", find)
+            monkeypatch.setattr(
+                align, "find_upside_down", lambda x: np.array([next(turned) for _ in x])
+            )
         found, _ = extract(film, drawn.folder / f"{turns}", drawn.models)
         assert not found.upside_down and (turns or len(found.tracks) == 4)

@@ -60,8 +60,7 @@ def follow(people, seconds, *, fps=5, noise=1.0, hidden=(0, 0.0, 0.0), seed=0):
 @pytest.mark.parametrize(("fps", "below"), [(2, 10), (5, 0), (10, 10)])
 def test_two_heads_that_cross_keep_their_tracks(fps, below):
     for seed in range(5):
-        rng = np.random.default_rng(seed)
-        speed = rng.uniform(15, 25) * fps / 5 + 10  # pixels per second
+        speed = np.random.default_rng(seed).uniform(15, 25) * fps / 5 + 10  # pixels per second
         # They meet after 3 of 6 s. The second person is `below` pixels lower.
         people = [walk((100, 100), (speed, 0)), walk((100 + 6 * speed, 100 + below), (-speed, 0))]
         ended, people_of_tracks = follow(people, seconds=6, fps=fps, seed=seed)
@@ -198,7 +197,6 @@ def test_track_is_split_where_another_person_appears():
             assert tracks.find_changes(vectors, times, held=False, back_end=CARD) == places
             # If the cosines of one person and of two people are not known, no track is split.
             assert tracks.find_changes(vectors, times, held=False, back_end=None) == []
-
     # Pictures that are held for 4 s may each show another person.
     for order in ([0, 1, 0, 1], [0, 0, 1, 2, 2, 2, 0], [0] * 5, [0]):
         vectors, times = faces(order, alike=0.95), 4.0 * np.arange(len(order))
@@ -274,8 +272,7 @@ def test_reduced_crops_are_means_over_areas():
 def test_size_grows_with_the_face_and_frontality_falls_with_the_turn_of_the_head():
     profile = TEMPLATE.copy()
     profile[2, 0] += 40  # moves the nose by more than half the distance between the eyes
-    rotation = turn(angle=1, scale=2)[:, :2]  # in the plane of the picture
-    faces = np.stack([TEMPLATE, TEMPLATE * 0.1, TEMPLATE @ rotation.T, profile])
+    faces = np.stack([TEMPLATE, TEMPLATE * 0.1, TEMPLATE @ turn(1, scale=2)[:, :2].T, profile])
     # The eyes of the small face are 5.65 pixels apart; 40 pixels are full size.
     np.testing.assert_allclose(align.measure_size(faces)[:2], [1, 5.65 / 40])
     front, small, turned, side = align.measure_frontality(faces)
@@ -403,8 +400,7 @@ def test_fade_through_black_is_one_cut_at_the_next_shot(steps):
     first, second = shot(rng, "still", 40, 0.8), shot(rng, "still", 40, 0.5)
     out, back = fade(first[-1:], steps), fade(second[:1], steps)[::-1]
     (cut_frame,) = find_cuts(filmed(rng, first, out, back, second))
-    darkest = len(first) + steps  # the last picture of the fade out
-    assert abs(cut_frame - darkest) <= 3 + steps / 3
+    assert abs(cut_frame - len(first) - steps) <= 3 + steps / 3  # from the end of the fade out
     # Black frames at the end begin no shot. After black frames at the start, a shot begins.
     black = np.zeros((30, 36, 64, 3))
     assert find_cuts(filmed(rng, first, fade(first[-1:], 20), black)) == []
@@ -466,8 +462,7 @@ def test_cuts_contain_each_appearance_with_a_margin(tmp_path):
         appearance(0, 1, video="d.avi"), appearance(5, 6.0059, video="e.mkv"),
     ]  # fmt: skip
     cuts.write(tmp_path, appearances, films, padding_s=1.0)
-    names = {"Ada.otio", "Ada.m3u", "Bob.otio", "Bob.m3u"}
-    assert {path.name for path in tmp_path.iterdir()} == names
+    assert {x.name for x in tmp_path.iterdir()} == {"Ada.otio", "Ada.m3u", "Bob.otio", "Bob.m3u"}
     assert (tmp_path / "Bob.m3u").read_text().splitlines() == [
         "#EXTM3U", "#EXTINF:3,a.mp4", "#EXTVLCOPT:start-time=49.000",
         "#EXTVLCOPT:stop-time=52.000", "file:///films/a.mp4",

@@ -120,9 +120,7 @@ def test_nobody_else_may_read_records_or_a_gallery(world):
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
 
 
-def test_forget_lists_every_place_and_deletes_galleries_and_records(
-    world, say, places, monkeypatch
-):
+def test_forget_lists_all_places_and_deletes_galleries_and_records(world, say, places, monkeypatch):
     monkeypatch.setattr(gallery_lib, "LOCK_SECONDS", 0.1)  # for another process
     people, others = (vidjax.Gallery(world / name) for name in ("g", "others"))
     before = made_galleries.contents(others.folder)
@@ -194,8 +192,7 @@ def test_forget_finds_names_in_paths_and_contents_of_other_programs(tmp_path, pl
     (photos / f"{GONE}.png").symlink_to("/dev/zero")
     listed = map(Path, places(f"--identity={GONE}", tmp_path))
     in_photos = {f"photos/{name}" for name in (GONE, f"{GONE}.png", "tagged.jpg")}
-    found = {str(path.relative_to(tmp_path)) for path in listed}
-    assert found == {f"{GONE}.jpg", *texts, *in_photos}
+    assert {str(x.relative_to(tmp_path)) for x in listed} == {f"{GONE}.jpg", *texts, *in_photos}
 
 
 @pytest.mark.parametrize("name", [*ODD, *TOUCHED, "José Müller"])
@@ -212,8 +209,7 @@ def test_forget_finds_names_with_any_letters_in_each_format(name, tmp_path, plac
     }  # fmt: skip
     for file, text in (texts | {"z.txt": "another person"}).items():
         (folder / file).write_text(text)
-    found = places(f"--identity={name}", folder)
-    assert sorted(Path(path).name for path in found) == [*texts]
+    assert sorted(Path(path).name for path in places(f"--identity={name}", folder)) == [*texts]
 
 
 def make_copy(number, owner):
@@ -225,12 +221,11 @@ def test_forget_deletes_copies_of_clips_in_other_galleries(tmp_path, say):
     """The copies belong to strangers, or to other spellings of a name, and have other names."""
     face_only = np.where(np.arange(13) < 8, make_copy(1, None).vector, 0).astype(np.float32)
     voice = np.where(np.arange(13) < 8, 0, make_copy(2, None).vector).astype(np.float32)
-    both = StoredClip(None, face_only + voice)
     galleries = {
         # The first search finds `both` by its face in `a`; then its voice finds the clip in `0`.
         "0": {"voice": StoredClip(None, voice)},
         "a": {"photo 1": make_copy(1, GONE)._replace(vector=face_only), "2": make_copy(3, GONE)},
-        "b": {"both": both, "short": make_copy(3, "LOVELACE, A.")},
+        "b": {"both": StoredClip(None, face_only + voice), "short": make_copy(3, "LOVELACE, A.")},
         "c": {"photo 1": make_copy(3, None)},
     }
     kept = {"Eve 1": made_galleries.make_clip(1, "Eve"), "1": made_galleries.make_clip(9, None)}
@@ -382,17 +377,15 @@ def test_forget_reads_any_arrays_and_long_texts(tmp_path, places, monkeypatch):
     monkeypatch.setattr(traces, "OVERLAP_LETTERS", 80)
     for letters in range(280, 310):  # the name is at the end of a part, or is divided
         (tmp_path / f"{letters}.csv").write_text("x," * (letters // 2) + f"{GONE},{'y,' * 500}")
-    listed = places(f"--identity={GONE}", tmp_path)
     expected = {f"{letters}.csv" for letters in range(280, 310)} | {"g"}
-    assert {Path(path).name for path in listed} == expected
+    assert {Path(path).name for path in places(f"--identity={GONE}", tmp_path)} == expected
 
 
 def test_the_printed_line_deletes_files_with_any_names_but_none_of_other_programs(tmp_path, say):
     """Only tables with columns of vidjax are deleted. All other files are listed, with a reason."""
     made_galleries.make(tmp_path / "g", {"1": made_galleries.make_clip(1, GONE)})
     text, cue = f"Written by: {GONE}.\n", "00:00:01,000 --> 00:00:02,000\n"
-    odd = b"a\nrm notes.txt", b"\x1b[31mred", b"\xff", b"$(id)'\n`id`", "\u202eb".encode()
-    for name in odd:
+    for name in b"a\nrm notes.txt", b"\x1b[31mred", b"\xff", b"$(id)'\n`id`", "\u202eb".encode():
         answer = f"clip\tidentity\tprobability\tscore\nx\t{GONE}\t1\t0\n"
         (tmp_path / os.fsdecode(name + b".tsv")).write_text(answer)
     ours = {
@@ -457,9 +450,7 @@ def spell(name):
 
 
 @pytest.mark.slow
-def test_the_printed_steps_delete_every_byte_of_a_person_from_all_results(
-    tmp_path, command, say, monkeypatch
-):
+def test_the_printed_steps_delete_every_byte_of_a_person(tmp_path, command, say, monkeypatch):
     """All results of films, photos and galleries are in a folder: nothing of the person is left."""
     home = tmp_path / "home"
     home.mkdir()
@@ -496,8 +487,7 @@ def test_the_printed_steps_delete_every_byte_of_a_person_from_all_results(
     kinds = (np.float32, np.float64, np.float16)
     pieces = {x.astype(kind)[:4].tobytes() for x in (*vectors, *units) for kind in kinds}
     pieces |= spell(PERSON)
-    before = list_traces(home, pieces)
-    assert {f"answers{ending}" for ending in ENDINGS} <= before
+    assert {f"answers{ending}" for ending in ENDINGS} <= list_traces(home, pieces)
     with servers.served(home / "served") as server:
         path = f"/identities/{urllib.parse.quote(PERSON)}"
         assert server.ask("DELETE", path)[1] == {"removed": 2}
@@ -511,8 +501,7 @@ def test_the_printed_steps_delete_every_byte_of_a_person_from_all_results(
     text = say("forget", f"--identity={PERSON}", home, code=1)
     assert "\u2028" not in text and len(text.splitlines()) < 40
     subprocess.run(["/bin/sh", "-c", answer["delete_files"]], check=True)
-    looked = [path for path in (Path(x["path"]) for x in answer["places"]) if path.exists()]
-    for path in looked:
+    for path in filter(Path.exists, [Path(x["path"]) for x in answer["places"]]):
         if path.name in ("answers.vtt", "answers.srt", "answers.rttm"):
             path.unlink()
         elif path.name in ("safetensors", "numpy"):

@@ -161,8 +161,7 @@ def test_commands_write_the_answers_and_rule_of_python(tell, folder, made, tmp_p
     assert f"strangers   {measured['num_strangers']}" in tell("threshold", folder, "--fpir=0.5")
     tell("rank", *words[:2], "--threshold=0.2", f"--out={(out := tmp_path / 'ranking.txt')}")
     pairs = made.rank(made.load(tmp_path / "ada"), threshold=0.2).items()
-    lists = {name: [f"{clip}.mp4" for clip, _ in clips] for name, clips in pairs}
-    assert made_runs.lists(out) == lists
+    assert made_runs.lists(out) == {x: [f"{clip}.mp4" for clip, _ in clips] for x, clips in pairs}
     assert "exists" in tell("rank", *words[:2], f"--out={out}", code=2)
     with pytest.warns(UserWarning, match="1 clip without a usable frame, empty"):
         assert "enrolled    2 clips" in tell("enrol", *words[:2], "--identity=Ada")
@@ -185,9 +184,8 @@ def test_names_with_and_without_mp4_are_one_clip(tell, folder, tmp_path):
     old = made_galleries.make(tmp_path / "old", {"c.mp4": made_galleries.make_clip(1, "Ada")})
     vectors = made_galleries.vectors_of(old, {"c": made_galleries.make_clip(1, "Ada")})
     assert old.enrol(vectors, {"c.mp4": "Ada"}).unchanged == 1 and len(old.clips) == 1
-    twice = {name: made_galleries.make_clip(2, "Bob") for name in ("x", "x.mp4")}
     with pytest.raises(UserError, match="two clips are called 'x'"):
-        made_galleries.add(old, twice)
+        made_galleries.add(old, {x: made_galleries.make_clip(2, "Bob") for x in ("x", "x.mp4")})
     assert old.remove(clip="c") == 1
 
 
@@ -400,8 +398,7 @@ def test_ranking_refuses_a_clip_that_is_in_two_tables(say, nearest_run, day, tmp
     write_parquet(day / "part-4.parquet", dict.fromkeys([*hundred, "z.mp4"], same))
     write_parquet(day / "part-5.parquet", {"z": same})
     words = ("rank", f"--workdir={nearest_run}", f"--input={day}", f"--out={tmp_path}/r", "--json")
-    error = say(*words, code=2)
-    assert "clip 'z' is in two tables, part-4.parquet and part-5.parquet" in error
+    assert "clip 'z' is in two tables, part-4.parquet and part-5.parquet" in say(*words, code=2)
     assert not (tmp_path / "r" / "ranking.parquet").exists()
     (day / "part-5.parquet").unlink()
     done = say(*words)
@@ -427,9 +424,7 @@ def test_call_ends_with_an_error_if_the_gallery_changes(tell, folder, day, tmp_p
     assert [*contents(out)] == ["part-0.parquet"]  # was written before the change
 
 
-def test_damaged_tables_and_other_files_are_refused_and_other_tables_answered(
-    tell, folder, day, tmp_path
-):
+def test_damaged_tables_and_files_are_refused_and_others_are_answered(tell, folder, day, tmp_path):
     (day / "part-0.parquet").write_bytes(b"PAR1 no table")
     write_parquet(day / "part-1.parquet", {"a": {"face": np.zeros((1, 3))}})  # not WIDTH wide
     out = tmp_path / "out"

@@ -15,16 +15,8 @@ from tests.helpers.embeddings import DIFFERENT, SAME, WIDTH, Population, unit
 from tests.helpers.made_appearances import appearance, film
 from tests.helpers.seen import refused
 from vidjax.apps import cards
-from vidjax.apps.gallery import (
-    answers as answers_lib,
-    array_export,
-    backend,
-    card_notes,
-    grouping,
-    labelling,
-    ratios,
-)
-from vidjax.apps.gallery.answers import Answer
+from vidjax.apps.gallery import array_export, backend, card_notes, grouping, labelling, ratios
+from vidjax.apps.gallery.answers import Answer, join_answers, read_groups, write_groups
 from vidjax.apps.gallery.gallery import Gallery
 from vidjax.apps.gallery.index import Index
 from vidjax.apps.video import naming, subtitles
@@ -51,8 +43,7 @@ def log_probabilities(photos, clips):
     people, count = photos.shape[:2]
     names, owner = [f"{n:05}" for n in range(people)], np.repeat(np.arange(people), count)
     enrolled = BACKEND.enrol(names, photos.reshape(-1, WIDTH).astype(np.float32), owner)
-    index = Index(BACKEND, [enrolled])
-    return np.array(list(index.search([clips.astype(np.float32)])))
+    return np.array(list(Index(BACKEND, [enrolled]).search([clips.astype(np.float32)])))
 
 
 @pytest.fixture
@@ -158,8 +149,7 @@ def test_scaled_vectors_get_the_answers_of_the_vectors(tmp_path, gallery, factor
     plain = (small.astype(np.float64) / factor).astype(np.float32)
     wanted, answers = (gallery.identify(faces("x", x)) for x in (plain, small))
     assert {answer.identity for answer in wanted.values()} == {None, *gallery.identities}
-    read = array_export.make_arrays(gallery)
-    logs = reader.log_probabilities(read, {"face": small})
+    logs = reader.log_probabilities(array_export.make_arrays(gallery), {"face": small})
     for row, (name, answer) in enumerate(wanted.items()):
         best = [(person, pytest.approx(p, abs=1e-5)) for person, p in answer.best]
         assert list(answers[name].best) == best and answers[name].identity == answer.identity
@@ -177,9 +167,8 @@ def test_arrays_with_other_scores_than_the_gallery_are_not_exported(tmp_path, ga
 
 
 def test_clips_whose_vectors_are_rounding_errors_are_unknown_and_reported(tmp_path, gallery):
-    ada = np.eye(1, WIDTH, dtype=np.float32)[0]
     x = np.random.default_rng(0).normal(size=(2, WIDTH)).astype(np.float32)
-    gallery.enrol({"a": {"face": ada[None]}}, "Ada")
+    gallery.enrol({"a": {"face": np.eye(1, WIDTH, dtype=np.float32)}}, "Ada")
     quality = np.array([0.3, 0.3, 0.6])
     clips = {
         "zeros": {"face": np.zeros((2, WIDTH))},
@@ -190,9 +179,7 @@ def test_clips_whose_vectors_are_rounding_errors_are_unknown_and_reported(tmp_pa
         with pytest.warns(VidjaxWarning, match=f"face: 1 clip, such as {name}, have a vector"):
             assert gallery.identify({name: clip})[name].identity is None
     centred = backend.Part("face", np.ones(WIDTH), distances=BACKEND.parts[0].distances)
-    other = Gallery.of_clips(
-        tmp_path / "centred", gallery.origin, BACKEND._replace(parts=(centred,)), {}
-    )
+    other = Gallery.of_clips(tmp_path / "x", gallery.origin, BACKEND._replace(parts=(centred,)), {})
     with pytest.warns(VidjaxWarning, match="face: 1 clip, such as x0, have a vector"):
         refused(lambda: other.enrol(faces("x", x[:1] * 1e-9), "Ada"), "has a usable frame")
 
@@ -277,7 +264,7 @@ def test_unknown_people_are_grouped_and_enrolled_after_naming(tmp_path, gallery,
     assert "\n  unknown     1 person in 5 clips" in output
     counts = say("gallery", "group", *words, f"--out={tmp_path / 'again.tsv'}", "--json")
     assert (counts["clips"], counts["people"], counts["unknown"]) == (11, 1, 5)  # one clip is empty
-    grouped = answers_lib.read_groups(groups, unknown=True)  # without Ada, who is known
+    grouped = read_groups(groups, unknown=True)  # without Ada, who is known
     assert grouped == {f"bob{n}": "unknown 1" for n in range(5)}
     groups.write_text(groups.read_text().replace("unknown 1", "Bob"))
     say("gallery", "enrol", *words, f"--labels={groups}")
@@ -400,8 +387,8 @@ def test_a_group_gets_a_name_only_if_one_of_its_clips_would_get_it():
 
     vote, weak, strong = answer(0.97, "Ada"), answer(0.3), answer(0.6, "Ada")
     against = answer(0.05)
-    assert answers_lib.join_answers(vote, [weak, against]) == [weak, against]
-    assert answers_lib.join_answers(vote, [strong, weak, against]) == [
+    assert join_answers(vote, [weak, against]) == [weak, against]
+    assert join_answers(vote, [strong, weak, against]) == [
         strong, answer(0.3, "Ada")._replace(evidence=("face", "clips")), against,
     ]  # fmt: skip
     found = appearance(0, 1, "Ada")._replace(probability=0.3, evidence=("face", "clips"))
@@ -422,8 +409,7 @@ def test_subtitles_list_all_visible_known_people_and_do_not_overlap():
         "3\n00:00:04,000 --> 00:00:05,000\n\u2039i\u203aA --\u203a a & b\nEve\n\n"
         "4\n00:00:05,000 --> 00:00:09,500\n\u2039i\u203aA --\u203a a & b\nEve\n"
     )
-    unknown = appearance(0, 9, "unknown 1", probability=None)
-    vtt = subtitles.to_subtitles([*found, unknown], ".vtt")
+    vtt = subtitles.to_subtitles([*found, appearance(0, 9, "unknown 1", probability=None)], ".vtt")
     assert vtt.startswith("WEBVTT\n\n00:00:00.000 --> 00:00:03.250\nEve\n\n00:00:03.250 -->")
     assert vtt.count("-->") == 4 and "&lt;i>A --&gt; a &amp; b\nEve" in vtt and "unknown" not in vtt
     assert [subtitles.to_subtitles([], end) for end in (".vtt", ".srt")] == ["WEBVTT\n", ""]
@@ -435,23 +421,23 @@ def test_tables_survive_a_spreadsheet_and_impossible_tables_are_refused(tmp_path
     path, text = tmp_path / "unknown.tsv", "clip\tidentity\r\nx\tZo\u00eb\r\n"
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         path.write_bytes(text.encode(encoding))
-        assert answers_lib.read_groups(path) == {"x": "Zo\u00eb"}
+        assert read_groups(path) == {"x": "Zo\u00eb"}
     path.write_bytes(text.encode("cp1252"))
     with pytest.warns(UserWarning, match="is read as Windows-1252: check its names"):
-        assert answers_lib.read_groups(path) == {"x": "Zo\u00eb"}
+        assert read_groups(path) == {"x": "Zo\u00eb"}
     for content in ("one cell\n", "a\t" + "b" * 200_000, "a\tb\na\tc\n"):
         path.write_text(content)
-        assert len(refused(lambda: answers_lib.read_groups(path), "unknown.tsv")) < 1000
+        assert len(refused(lambda: read_groups(path), "unknown.tsv")) < 1000
     # Names are guarded against formulas, and may be quoted.
     clips = ("+1", "-x", "=cmd|' /C calc'!A0", "'quoted", "\uff1d1")
     path.unlink()
-    answers_lib.write_groups(path, dict.fromkeys(clips, "unknown 1"))
+    write_groups(path, dict.fromkeys(clips, "unknown 1"))
     _, *lines = path.read_text().splitlines()
     assert sorted(lines) == sorted(f"'{clip}\tunknown 1" for clip in clips)  # `'` marks a text
     path.write_text(path.read_text().replace("unknown 1", '"Zo\u00eb ""Z"" K"'))
-    assert answers_lib.read_groups(path) == dict.fromkeys(clips, 'Zo\u00eb "Z" K')
+    assert read_groups(path) == dict.fromkeys(clips, 'Zo\u00eb "Z" K')
     path.write_text("clip\tidentity\nx\t't Hooft\n")  # as a user types the name
-    assert answers_lib.read_groups(path) == {"x": "'t Hooft"}
+    assert read_groups(path) == {"x": "'t Hooft"}
 
 
 @pytest.mark.parametrize("has_mean", [False, True])
@@ -527,16 +513,13 @@ def photos(gallery):
     return photos
 
 
-def test_a_face_under_two_people_is_reported_by_every_way_to_enrol(
-    gallery, photos, tmp_path, command
-):
+def test_face_under_two_people_is_reported_by_each_way_to_enrol(gallery, photos, tmp_path, command):
     write_npz(tmp_path / "x", {"Eve": {f"c{n}": {"face": photos[n, :1]} for n in (1, 2)}})
     done = command("gallery", "enrol", gallery.folder, f"--input={tmp_path / 'x'}", "--json")
     assert json.loads(done.out)["rivals"] == {"Eve/c1": "person 1", "Eve/c2": "person 2"}
     assert done.err.count("seems to show 'person") == 2 and "gallery relabel" in done.err
     others = {f"more {n}": {"face": photos[n, 1:2]} for n in range(50)}
-    wrong = {name: f"Bob {n}" for n, name in enumerate(others)}
-    found = gallery.enrol(others, wrong).rivals
+    found = gallery.enrol(others, {name: f"Bob {n}" for n, name in enumerate(others)}).rivals
     right = sum(found.get(f"more {n}") == f"person {n}" for n in range(50))
     assert right >= 45 and len(found) - right <= 1
     copy = {"copy.mp4": {"face": photos[3, :1]}}
@@ -548,9 +531,7 @@ def test_a_face_under_two_people_is_reported_by_every_way_to_enrol(
     assert found == {name: "Zoe" if who == "Ann" else "Ann" for name, who in named.items()}
 
 
-def test_right_clips_of_people_strangers_and_twins_are_not_reported(
-    gallery, photos, monkeypatch, capsys
-):
+def test_right_clips_strangers_and_twins_are_not_reported(gallery, photos, monkeypatch, capsys):
     more = {f"{n} {k}": {"face": photos[n, k : k + 1]} for n in range(50) for k in (1, 2, 3)}
     found = gallery.enrol(more, {name: f"person {name.split()[0]}" for name in more}).rivals
     assert len(found) <= 1
@@ -558,8 +539,7 @@ def test_right_clips_of_people_strangers_and_twins_are_not_reported(
     assert gallery.enrol(strangers, strangers=True).rivals == {}
     # A twin resembles the person more than others do, but less than the twin's own photos.
     centre = photos[:4].mean(axis=1)
-    shift = 0.45 * (centre[1] - centre[0])
-    twin = photos[0] + shift
+    twin = photos[0] + 0.45 * (centre[1] - centre[0])
     clips = {f"twin {k}": {"face": twin[k : k + 1]} for k in range(4)}
     gallery.enrol({"twin 3": clips.pop("twin 3")}, "twin")
     assert {*gallery.enrol(clips, "twin").rivals.values()} <= {"person 1"}

@@ -113,24 +113,20 @@ def test_changed_galleries_equal_the_opened_folder_and_a_gallery_made_at_once(
 
 
 def test_only_blocks_with_changed_people_are_computed_again(tmp_path, monkeypatch, small_blocks):
-    sizes, weigh = list[int](), card_backend.weigh
     clips = made_galleries.make_clips(num_people=80)
     people = made_galleries.make_with_cards(tmp_path / "g", clips)
     answers(people)
 
-    def count(distances, effective, counts):
-        sizes.append(len(counts))
-        return weigh(distances, effective, counts)
-
-    monkeypatch.setattr(card_backend, "weigh", count)
+    monkeypatch.setattr(card_backend, "weigh", weigh := mock.Mock(wraps=card_backend.weigh))
     for change in (
         lambda: add(people, NEW), lambda: people.remove(identity="person 30"),
         lambda: people.relabel("clip 70", "person 8"), lambda: people.rename("person 9", "Ada"),
     ):  # fmt: skip
         change()
         answers(people)
+        sizes = [len(call.args[2]) for call in weigh.call_args_list]
         assert 0 < sum(sizes) <= 2 * (8 + 8 + 4), sizes  # faces and voices, of 80 people
-        sizes.clear()
+        weigh.reset_mock()
 
 
 def test_a_refused_change_leaves_the_gallery_unchanged(gallery):
@@ -252,12 +248,8 @@ def test_a_late_refresh_never_restores_an_older_state(gallery, monkeypatch):
     assert "person 2" not in gallery.index.names and "Bob" in gallery.index.names
 
 
-def test_readers_see_the_old_state_during_a_change_and_other_changes_are_refused(
-    gallery, monkeypatch
-):
-    def refuse(file, operation):
-        raise OSError(errno.ENOLCK, "No locks available")
-
+def test_during_a_change_readers_see_the_old_state_and_changes_are_refused(gallery, monkeypatch):
+    refuse = mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))
     before = answers(gallery)
     with Gallery(gallery.folder).change() as draft:
         draft.rename("person 3", "Ada")
@@ -324,17 +316,11 @@ def test_answers_do_not_wait_until_a_change_is_written(gallery, monkeypatch):
     ("SQLITE_PERM", ("without locks", "another disk", "--out=FOLDER")),
     ("SQLITE_IOERR_DIR_FSYNC", ("was changed, but the change may be lost",)),
 ])  # fmt: skip
-def test_error_of_a_drive_names_another_disk_or_says_whether_the_gallery_was_changed(
-    gallery, monkeypatch, name, words
-):
-    def connect(path):
-        error = sqlite3.OperationalError("disk I/O error")
-        error.sqlite_errorname = name
-        connection = mock.MagicMock()
-        connection.execute.side_effect = error
-        return connection
-
-    monkeypatch.setattr(store_lib, "_connect", connect)
+def test_error_of_a_drive_names_another_disk_or_a_lost_change(gallery, monkeypatch, name, words):
+    error, connection = sqlite3.OperationalError("disk I/O error"), mock.MagicMock()
+    error.sqlite_errorname = name
+    connection.execute.side_effect = error
+    monkeypatch.setattr(store_lib, "_connect", lambda path: connection)
     for action in (gallery.refresh, lambda: gallery.remove(clip=["clip 30"])):
         refused(action, str(gallery.folder), *words)
 
@@ -592,9 +578,8 @@ def check_frozen(people, frozen):
     """
     assert people.threshold(fpir=2 / 7).score == pytest.approx(float(frozen["score"]), abs=1e-6)
     shown = {f"query {n}": StoredClip(None, x) for n, x in enumerate(frozen["shown"])}
-    found = people.identify(
-        made_galleries.vectors_of(people, shown), k=len(people.identities)
-    ).values()
+    vectors = made_galleries.vectors_of(people, shown)
+    found = people.identify(vectors, k=len(people.identities)).values()
     assert [answer.identity or "" for answer in found] == frozen["identity"].tolist()
     best = np.array([answer.best for answer in found], object)  # [Q, N, 2]
     np.testing.assert_array_equal(best[..., 0], frozen["names"])

@@ -16,7 +16,6 @@ import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import jax
@@ -48,10 +47,6 @@ MAINS = {
     "vidjax.main": program.main, "vidjax.data.iqiyi_vid": iqiyi_vid.main,
     "vidjax.data.synthetic": synthetic.main,
 }  # fmt: skip
-# Tables to which a user's file adds names.
-OWN: tuple[dict[str, Any], ...] = (
-    build_system.MODELS, losses.CLASSIFICATION, metrics.CLIP_METRICS,
-)  # fmt: skip
 KNOWN_HOSTS = ("colab.research.google.com", "arxiv.org", "docs.ray.io")
 NO_REPORT = "--config.eval.report=False"
 SHORT = ("--config.num_epochs=0.3", NO_REPORT)
@@ -94,7 +89,7 @@ def forget_own():
 
         def forget():
             stack.close()
-            for table in OWN:
+            for table in (build_system.MODELS, losses.CLASSIFICATION, metrics.CLIP_METRICS):
                 stack.enter_context(mock.patch.dict(table))
 
         forget()
@@ -126,8 +121,7 @@ def prose(page):
 
 def test_every_link_of_the_pages_has_a_target():
     blob = "https://colab.research.google.com/github/vidjax/vidjax/blob/main/"
-    notebooks = sorted(f"colab/{path.name}" for path in (ROOT / "colab").glob("*.ipynb"))
-    for page in (*PAGES, *notebooks):
+    for page in (*PAGES, *(f"colab/{x.name}" for x in (ROOT / "colab").glob("*.ipynb"))):
         text = prose(page)
         targets = re.findall(r"\]\(([^)]*)\)", text) + re.findall(r"<(https?:[^>]*)>", text)
         assert targets or page == "vidjax/runs/README.md", page  # the only page without a link
@@ -190,11 +184,8 @@ def test_pages_and_notebooks_use_only_public_names_of_python():
     contributing = (ROOT / ".github/CONTRIBUTING.md").read_text()
     section = contributing.partition("## Where things go")[2].partition("\n## ")[0]
     modules = [path[:-3].replace("/", ".") for path in re.findall(r"`(vidjax/\S+\.py)`", section)]
-    modules += [
-        "vidjax.main.main",
-        "vidjax.data.tfds",
-        *(f"vidjax.{name}" for name in vidjax.__all__),
-    ]
+    modules += ["vidjax.main.main", "vidjax.data.tfds"]
+    modules += [f"vidjax.{name}" for name in vidjax.__all__]
     assert not {x for x in used if not f"{x}.".startswith(tuple(f"{one}." for one in modules))}
     assert {"vidjax.name_people", "vidjax.Gallery"} <= used
     for name in vidjax.__all__:
@@ -271,8 +262,7 @@ def test_every_flag_and_command_on_the_page_where_is_x_is_known():
     rows = [flags for flags in rows if flags and flags != ["--config.FIELD=VALUE"]]
     assert sum(map(len, rows)) > 30
     for flags in rows:
-        spec = "cosine" if "margin" in str(flags) else "mma"
-        config_lib.check(vidjax.load_config(spec, *flags))
+        config_lib.check(vidjax.load_config("cosine" if "margin" in str(flags) else "mma", *flags))
     calls = [row[1:] for row in words if row[:1] == ["vidjax"]]
     assert len(calls) > 9
     for call in calls:
@@ -285,7 +275,6 @@ def test_every_flag_and_command_on_the_page_where_is_x_is_known():
 def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, every):
     """Without `every`, the data are tiny, and nearest neighbours replace all nets but the first."""
     monkeypatch.setenv("VIDJAX_CACHE", str(tmp_path / "cache"))
-
     if not every:
         tiny = synthetic.SIZES["small"]._replace(identities=30, mean_frames=4.0)
         monkeypatch.setitem(synthetic.SIZES, "small", tiny)
@@ -302,15 +291,13 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
     for path in (*Path("features").rglob("*.npz"), Path("ada/clip.npz")):
         np.savez(f"new_features/{path.name}", face=np.ones((1, made_nets.WIDTH), np.float32))
     for film in ("holiday.mp4", "party.mkv"):
-        shots = (2, 20, [("Ada", 20, 30)]), (2, 60, [("Eve", 80, 50)])
-        drawn_people.write_film(Path(film), *shots)
+        drawn_people.write_film(Path(film), (2, 20, [("Ada", 20, 30)]), (2, 60, [("Eve", 80, 50)]))
     for path in ("friends/Ada/1.png", "photos/Ada/1.png", "photos_of_ada/1.png"):
         drawn_people.write_photo(Path(path), ("Ada", 40, 40))
     drawn_people.write_portraits(Path("portraits"))
 
     ours = [words for words in commands() if words[0].startswith("vidjax.")]
     compared = " ".join(word for module, *words in ours if words[0] == "compare" for word in words)
-
     for module, *words in ours:
         text = " ".join(words)
         # Other tests run these commands: test_extract_models.py, test_serve.py, test_forget.py.
@@ -318,7 +305,6 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
             continue
         if not every and re.search("folds|everything|few|runs/both|runs/measured|runs/best", text):
             continue  # long commands
-
         if module == "vidjax.main" and (words[0] == "train" or words[0].startswith("--config")):
             _, workdir = run_commands.read_train_settings(program.parse(words))
             if "--workdir=" not in text:  # the following flags would change the default
@@ -337,7 +323,6 @@ def test_every_readme_command_runs(tmp_path, monkeypatch, one_device, capsys, ev
             words += ["--config.ensemble.seeds=1"] if "ensemble" in text else []
         elif words[0] == "evaluate":
             words.append(NO_REPORT)
-
         for word in words:
             if word.startswith("--labels="):  # as if a user wrote a name into the table
                 table = Path(word.removeprefix("--labels="))

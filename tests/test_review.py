@@ -172,9 +172,7 @@ def test_giving_a_person_the_name_of_another_person_asks_first_and_shows_both_fa
     assert "Is Ada the same person?" in text
 
 
-def test_message_about_a_face_has_its_time_and_not_the_time_of_the_whole_appearance(
-    tmp_path, command
-):
+def test_message_about_a_face_has_its_time_and_not_the_time_of_the_appearance(tmp_path, command):
     """Ada is visible for 4 s, in two shots. Each shot is a clip."""
     (drawn := Drawn(tmp_path, command)).befriend("Ada")
     write_film(film := drawn.folder / "long.mkv", *[(2, x, [("Ada", 20, 30)]) for x in (20, 60)])
@@ -290,7 +288,6 @@ def test_review_plays_films_and_serves_only_films_and_pictures_of_faces(reviewed
     write_photo(outside := drawn.folder / "thumbnails" / "x" / "x.png")  # outside of the results
     for address in ("names.tsv", "unknown.json", "..%2fthumbnails%2fx%2fx.png", f"%2f{outside}"):
         assert client.get(address).status_code == 404
-
     # Film 1 is party.mkv. A link opens a page that plays the film from a time.
     assert 'href="play/1?t=1.0"' in page
     text = client.get("play/1?t=1.0").text
@@ -365,7 +362,6 @@ def test_wrong_requests_tokens_hosts_and_origins_change_nothing(reviewed):
         for form in forms:
             text = reviewed.post(status=status, **form)
             assert status == 413 or "Nothing was changed" in text  # 413: the form was not read
-
     # Addresses without the token or without a page, another host, and forms of other websites.
     client = reviewed.client
     for path in ("/", "/x/", f"/{TOKEN}x/", f"/{TOKEN[:-1]}/", f"/{TOKEN}/film/9", "/\u00e9/"):
@@ -405,12 +401,11 @@ def test_errors_of_the_disk_and_closed_connections_get_answers(reviewed, drawn, 
     async def call(_=None):  # receives and sends: the browser has closed the connection
         return {"type": "http.disconnect"}
 
-    headers = [(b"host", b"127.0.0.1:8123")]
     # Neither raises an error, and no picture is decoded.
     with mock.patch.object(review.Review, "frame", side_effect=AssertionError):
         for method, path in (("POST", "change"), ("GET", "frame/party.s000.t00")):
             scope = {"type": "http", "method": method, "path": f"/{TOKEN}/{path}"}
-            asyncio.run(client.app(scope | {"headers": headers}, call, call))
+            asyncio.run(client.app(scope | {"headers": [(b"host", b"127.0.0.1:8123")]}, call, call))
 
     monkeypatch.setattr(results, "write", lambda *_: os.mkdir("/dev/null"))  # raises OSError
     reviewed.post(do="name", of="unknown 2", person="Eve")  # is saved in the gallery
@@ -459,9 +454,7 @@ def test_ignored_faces_are_no_person_and_are_shown_again(reviewed):
     assert [*reviewed.names().values()].count(None) == 1
 
 
-def test_forgotten_person_leaves_no_trace_in_the_folder_but_the_photos_are_named(
-    reviewed, drawn, say
-):
+def test_forgotten_person_leaves_no_trace_in_the_folder_but_photos_are_named(reviewed, drawn, say):
     reviewed.post(do="name", of="unknown 1", person="Bob")
     reviewed.post(do="name", of="Ada", person="Eva")  # a chain of names
     reviewed.post(do="name", of="unknown 2", person="Eva", new="Eva")

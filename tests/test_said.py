@@ -63,7 +63,7 @@ def of_clips(table):
     return {clip: table[face] for clip, face in FACES.items() if face in table}
 
 
-def test_last_line_about_a_face_counts():
+def test_last_line_about_a_face_counts_and_renames_change_earlier_lines():
     found = replay(
         say("a", "is", "Ada"), say("a", "not", "Ada"), say("b", "is", "Bob"), say("b", "ignore"),
         say("c", "ignore"), say("c", "is", "Cy"), say("d", "is"), say("e", "is", "Eve"),
@@ -72,9 +72,7 @@ def test_last_line_about_a_face_counts():
     assert of_clips(found.names) == {"c": "Cy", "d": None, "f": "Ada"}
     assert of_clips(found.denied) == {"a": {"Ada"}, "f": {"Ada", "Bob"}}
     assert of_clips(found.ignored) == {"b": False}
-
-
-def test_renames_change_what_was_said_before():
+    # A new name replaces the name in earlier lines.
     found = replay(
         say("a", "is", "Ada"), say("b", "not", "Ada"), Line(says="rename", person="Ada", of="Eva"),
         say("c", "is", "Ada"),
@@ -107,9 +105,8 @@ def test_numbers_are_moved_divided_and_joined():
 
 def test_a_number_of_the_log_is_kept_if_most_clips_of_the_group_had_another_number():
     groups = dict.fromkeys("abc", "unknown 1") | {"d": "unknown 2", "e": "unknown 3"}
-    numbers = {"a": 3, "b": 3, "c": 7, "d": 3}
     wanted = {"a": 7, "b": 7, "c": 7, "d": 3, "e": 10}
-    assert unknown_numbers._keep_numbers(groups, numbers, {7}, 9) == wanted
+    assert unknown_numbers._keep_numbers(groups, {"a": 3, "b": 3, "c": 7, "d": 3}, {7}, 9) == wanted
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -240,19 +237,15 @@ def test_change_that_is_killed_at_any_write_is_done_or_not_done(tmp_path, monkey
     while not is_done:
         shutil.copytree(whole, shelf.out)
         page = review.Review(shelf.out, made_shelf.decide(shelf.out))
-        face = "clip:\t" + page._clips_of["unknown 1"][0]
         left[0] = len(found) + 1  # the number of the write that is interrupted
         with contextlib.suppress(KeyboardInterrupt):
-            CHANGES[change](page, face)
+            CHANGES[change](page, "clip:\t" + page._clips_of["unknown 1"][0])
         is_done, left[0] = left[0] > 0, 0
         found.append(names())
         assert names() == found[-1]
         shutil.rmtree(shelf.out)
     assert len(found) > 2 and found[-1] != before
     assert all(x in (before, found[-1]) for x in found)
-
-
-# ---- photos of people who were named on the page, too
 
 
 @pytest.fixture
@@ -283,7 +276,6 @@ def test_typed_names_follow_a_changed_face_tag(party):
     assert party.names() == {clip: "Adele" if x == "Ada" else x for clip, x in before.items()}
 
 
-# No folder has the name of an earlier person in the second row.
 # No folder has the name of an earlier person in the second row.
 @pytest.mark.parametrize("new", [
     {"Ada": "Bob", "Bob": "Ada"}, {"Ada": "Ada L", "Bob": "Robert"}, {"Ada": "ada"},
@@ -346,9 +338,7 @@ def test_photo_that_goes_leaves_typed_names(party, way):
     assert b"Ada" not in (party.out / said.NAME).read_bytes()
 
 
-def test_faces_that_were_ignored_in_bulk_get_the_name_of_a_person_who_is_enrolled_later(
-    drawn, read_here
-):
+def test_faces_ignored_in_bulk_get_the_name_of_a_person_who_is_enrolled_later(drawn, read_here):
     photo, friends = drawn.group(), drawn.friends  # of Ada and Bob
     drawn.befriend("Ada")
     drawn.who(photo)
@@ -364,9 +354,6 @@ def test_faces_that_were_ignored_in_bulk_get_the_name_of_a_person_who_is_enrolle
         drawn.who(photo, flags=["--forget-missing"])
         page.refresh()
         page.undo()
-
-
-# ---- results of version 0.1.0
 
 
 def write_as_earlier(out):

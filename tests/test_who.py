@@ -109,7 +109,6 @@ def test_names_in_the_unknown_table_are_used_unless_they_contradict_earlier_name
     assert f"{name} is the name of 1 face, as unknown.tsv says" in output
     (row,) = table.read_text().splitlines()[1:]
     assert row.startswith("party.s001.t00\tunknown 1\tparty.mkv\t00:00:0")
-
     # A damaged or contradicting table is refused and kept. Some programs write other separators.
     tables = {"party.s002.t01\n": "line 1", "party.s002.t01\tEve\n": name}
     tables |= {table.read_text().replace("\t", x): "with tabs between the columns" for x in ",;"}
@@ -162,7 +161,6 @@ def test_unclear_faces_are_not_grouped_and_a_name_is_for_one_face(drawn):
     content, _ = drawn.who(*photos)
     assert drawn.names() == ada | faces and (content["groups"], content["unclear"]) == (0, 3)
     assert "Unclear faces (3)" in (drawn.out / "names.html").read_text()
-
     # Eve gets a name in one clip. Other clips do not get the name of this unclear face.
     table.write_text(table.read_text().replace("unknown face 1", "Eve"))
     content, _ = drawn.who(*photos)
@@ -173,7 +171,6 @@ def test_unclear_faces_are_not_grouped_and_a_name_is_for_one_face(drawn):
     assert {x["clip"]: x["identity"] for x in answers if x["identity"]} == ada | {eve: "Eve"}
     drawn.run("gallery", "group", *words, f"--out={drawn.folder / 'groups.tsv'}")
     assert {*read_groups(drawn.folder / "groups.tsv", unknown=True)} == {again, bob}
-
     # A user joins two faces to one person. If a photo of Eve is added, unclear faces get her name.
     find = features_folder.FaceFinder(drawn.out)
     both = [found.face for clip in (again, bob) if (found := find(clip))]
@@ -364,7 +361,6 @@ def pictures_of(path):
 def test_face_tags_name_the_people_of_a_group_photo(drawn):
     """Tags in a photo or in its sidecar file take precedence over the names of files or folders."""
     film, friends = drawn.film(), drawn.friends
-
     # A photo of three people. Only Ada and Bob (GROUP) have tags, so Eve is not enrolled.
     write_photo(friends / "group.png", *GROUP, ("Eve", 40, 70), tagged=GROUP)
     content, output = drawn.who(film, flags=["--thumbnails"])
@@ -380,7 +376,6 @@ def test_face_tags_name_the_people_of_a_group_photo(drawn):
     # A film without thumbnails is reported, so that it is read again.
     shutil.rmtree(drawn.out / "features" / "thumbnails" / "party")
     assert "there are no thumbnails of party.mkv" in drawn.who(drawn.group()).output
-
     # Photo 2 in the folder of Bob shows Eve, and the tag of photo 3 is at a place without a face.
     bob = friends / "Bob"
     write_photo(bob / "1.png", ("Bob", 40, 40))
