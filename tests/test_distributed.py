@@ -9,8 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
+from threading import Thread
 
 import jax
 import numpy as np
@@ -36,6 +36,25 @@ SGD = (
     "--config.optim.name=sgd", "--config.optim.learning_rate=0.01", "--config.optim.decay=constant",
     "--config.optim.warmup=0", "--config.optim.warmup_scale=0", "--config.optim.total_decay=0",
 )  # fmt: skip
+# A process of three: its address and its index. Process 1 fails. Without JAX, it starts fast.
+PROCESS = """
+import sys, time
+from vidjax.utils import exit_codes, rendezvous
+from vidjax.utils.errors import Expected
+
+class Damaged(Expected):
+    exit_code = 3
+
+def command():
+    rendezvous.meet(sys.argv[1], 3, int(sys.argv[2]), 300)
+    if sys.argv[2] == "1":
+        raise Damaged("damaged")
+    time.sleep(300)
+
+code = exit_codes.run_to_exit_code(command)
+rendezvous.leave(code)
+sys.exit(code)
+"""
 
 
 def test_error_of_a_wrong_number_of_devices_names_the_number_of_devices():
@@ -144,8 +163,7 @@ def test_process_waits_for_missing_processes_and_names_them(capsys, index, remed
 
 def test_each_process_connects_once_and_wrong_indices_are_refused(capsys):
     end, found, address = time.monotonic() + SECONDS, {}, free_address()
-    gather = lambda: found.update(rendezvous._gather(address, 4, end))  # noqa: E731
-    thread = threading.Thread(target=gather, daemon=True)
+    thread = Thread(target=lambda: found.update(rendezvous._gather(address, 4, end)), daemon=True)
     thread.start()
     while "waiting for 3 of 4" not in capsys.readouterr().err:
         time.sleep(0.01)
@@ -166,27 +184,6 @@ def test_each_process_connects_once_and_wrong_indices_are_refused(capsys):
     assert sorted(found) == [1, 2, 3]
     for peer in (*peers, *found.values()):
         peer.close()
-
-
-# A process of three: its address and its index. Process 1 fails. Without JAX, it starts fast.
-PROCESS = """
-import sys, time
-from vidjax.utils import exit_codes, rendezvous
-from vidjax.utils.errors import Expected
-
-class Damaged(Expected):
-    exit_code = 3
-
-def command():
-    rendezvous.meet(sys.argv[1], 3, int(sys.argv[2]), 300)
-    if sys.argv[2] == "1":
-        raise Damaged("damaged")
-    time.sleep(300)
-
-code = exit_codes.run_to_exit_code(command)
-rendezvous.leave(code)
-sys.exit(code)
-"""
 
 
 def test_process_that_fails_prints_only_its_error_and_the_others_name_it():

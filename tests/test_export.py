@@ -85,20 +85,17 @@ def test_every_system_is_exported_to_every_format_or_refused(name, made, tmp_pat
 
 
 @pytest.mark.slow
-def test_onnx_file_takes_any_number_of_clips_and_frames(nearest_run, tmp_path, export, monkeypatch):
+def test_onnx_file_takes_any_number_of_clips_and_frames(nearest, tmp_path, export, monkeypatch):
     onnx, onnxruntime = map(pytest.importorskip, ("onnx", "onnxruntime"))
-    facts, path = export(nearest_run, "onnx"), tmp_path / "out" / "model.onnx"
+    facts, path = export(nearest.workdir, "onnx"), tmp_path / "out" / "model.onnx"
     assert facts["inputs"]["face_features"] == {"shape": ["B", "T_face", 24], "dtype": "float32"}
-    kinds = [node.op_type for node in onnx.load(path).graph.node]
-    assert kinds.count("Loop") == 1  # drops frames of long clips
+    assert [x.op_type for x in onnx.load(path).graph.node].count("Loop") == 1  # cuts long clips
     session = onnxruntime.InferenceSession(path)
-    run = predict.restore_run(nearest_run, num_devices=1)
     for lengths in ((23, 5, 9), (700, 3)):  # a run uses the best 512 of 700 frames
         monkeypatch.setattr(function, "LENGTHS", lengths)  # numbers of frames, one per clip
-        clips = function.make_random_clips(run)
+        clips = function.make_random_clips(nearest)
         given = {argument.name: clips.inputs[argument.name] for argument in session.get_inputs()}
-        outputs = session.run(list(formats.OUTPUTS), given)
-        answers = dict(zip(formats.OUTPUTS, outputs, strict=True))
+        answers = dict(zip(formats.OUTPUTS, session.run(list(formats.OUTPUTS), given), strict=True))
         assert function.difference(answers, clips.expected) <= array_files.TOLERANCE
 
 
@@ -198,8 +195,7 @@ def test_exported_weights_and_identities_are_of_the_checkpoint_and_not_of_the_co
     again = predict.restore_run(imported, num_devices=1)
     for fact in ("step", "identities", "threshold"):
         assert getattr(again, fact) == getattr(nearest, fact)
-    copy = (nearest_run / "identities.json").read_bytes()
-    assert (out / "identities.json").read_bytes() == copy
+    assert (out / "identities.json").read_bytes() == (nearest_run / "identities.json").read_bytes()
     (out / "identities.json").unlink()
     weights.read(out, tmp_path / "again")
     for name in ("identities.json", "members.npz"):
@@ -255,8 +251,7 @@ def test_exported_gallery_gives_the_log_probabilities_of_the_gallery(name, make,
     gallery = make(tmp_path / "people")
     facts = export(gallery.folder, name)
     assert facts["difference"] <= 1e-6 and facts["parts"] == made_galleries.WIDTHS
-    names = json.loads((tmp_path / "out" / "identities.json").read_text())
-    assert names == list(gallery.index.names)
+    assert json.loads((tmp_path / "out" / "identities.json").read_text()) == [*gallery.index.names]
     path = tmp_path / "out" / FORMATS[name].gallery_file
     arrays = dict(np.load(path)) if name == "numpy" else load_file(path)
     vectors = gallery.backend.split(np.stack([clip.vector for clip in gallery.clips.values()]))
@@ -348,9 +343,8 @@ def compute(inputs):
 
 
 def test_onnx_operations_equal_jax_operations_or_are_refused():
-    onnxruntime = pytest.importorskip("onnxruntime")
     graph, inputs = as_onnx(*OPERATIONS.keys() - {"lgamma"})
-    outputs = onnxruntime.InferenceSession(graph).run(None, inputs)
+    outputs = pytest.importorskip("onnxruntime").InferenceSession(graph).run(None, inputs)
     for name, output, wanted in zip(inputs, outputs, compute(inputs), strict=True):
         np.testing.assert_allclose(output, wanted, rtol=2e-6, atol=1e-30, err_msg=name)
     refused(lambda: as_onnx("lgamma"), "does not support an operation of this model: 'lgamma'")

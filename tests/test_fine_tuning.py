@@ -23,6 +23,11 @@ from vidjax.training.plan import make_plan
 from vidjax.utils.errors import UserError, VidjaxWarning
 
 MLP = "configs/quality_fusion.py:iqiyi_vid"
+OPTIONS = (
+    "--config.num_epochs=6", "--config.eval.every_epochs=1", "--config.early_stop.patience=2",
+    "--config.early_stop.metric=top1", "--config.optim.accumulate=4",
+    "--config.optim.freeze=layer_0/dense/kernel",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -88,13 +93,6 @@ def test_classes_get_the_weights_of_the_same_name_and_new_classes_stay_random(da
             np.testing.assert_array_equal(value[..., rest], fresh[key][..., rest])
 
 
-OPTIONS = (
-    "--config.num_epochs=6", "--config.eval.every_epochs=1", "--config.early_stop.patience=2",
-    "--config.early_stop.metric=top1", "--config.optim.accumulate=4",
-    "--config.optim.freeze=layer_0/dense/kernel",
-)  # fmt: skip
-
-
 @pytest.mark.slow
 def test_resumed_fine_tuning_equals_a_whole_one_without_the_first_run(data, half_run, tmp_path):
     """Training is stopped in the middle of an accumulation, and after the last evaluation."""
@@ -104,8 +102,7 @@ def test_resumed_fine_tuning_equals_a_whole_one_without_the_first_run(data, half
     done = small.run(config, whole, data)
     with pytest.raises(signals.Interrupted):
         small.run(config, parts, small.Interrupting(data, 6, signal.SIGTERM))
-    stopped_at = max(checkpoint.manifests(parts))
-    assert stopped_at % 4
+    assert max(checkpoint.manifests(parts)) % 4
     with pytest.raises(UserError, match=r"init_from: .* -> empty"):
         small.run(config_io.override(config, ["--config.init_from="]), parts, data)
     other = config_io.override(config, [f"--config.init_from={whole}"])
@@ -172,17 +169,15 @@ def test_a_member_has_seen_the_clips_of_the_run_that_it_continues():
 
 
 @pytest.mark.parametrize(("metric", "values", "stop"), [
-    ("map", [0.1, 0.3, 0.2, 0.3], 4), ("map", [0.1, 0.2, 0.1, 0.3, 0.1], None),
-    ("eval_loss", [3.0, 2.0, 2.5, 2.0], 4), ("eval_loss", [3.0, 2.0, 2.5, 1.0], None),
+    ("map", [0.1, 0.3, 0.2, 0.3], [4]), ("map", [0.1, 0.2, 0.1, 0.3, 0.1], []),
+    ("eval_loss", [3.0, 2.0, 2.5, 2.0], [4]), ("eval_loss", [3.0, 2.0, 2.5, 1.0], []),
 ])  # fmt: skip
 def test_training_ends_after_evaluations_without_a_better_value(metric, values, stop):
     config = small.shrunk("--config.early_stop.patience=2", f"--config.early_stop.metric={metric}")
-    entry, stopped = None, None
+    entry, stopped = None, []
     for step, value in enumerate(values, start=1):
         entry = early_stop.add_evaluation(config, entry, step, {metric: value})
-        stopped = step if entry.stopped else None
-        if stopped:
-            break
+        stopped += [step] * entry.stopped
     assert stopped == stop
     refused(lambda: early_stop.add_evaluation(config, None, 1, {}), metric, "eval.split")
     config.early_stop.metric = "mpa"
@@ -263,12 +258,10 @@ def test_several_splits_are_evaluated_and_one_chooses_the_best_step(tmp_path, sa
     data = public.load_data(folder.config)
     model = small.restored(folder.path, data, folder.config)
     for split in ("val", "test"):
-        scores = small.scores(model, split)
-        own = scores[np.arange(6), data.split(split).labels - 1]
+        own = small.scores(model, split)[np.arange(6), data.split(split).labels - 1]
         assert results[split]["eval_loss"] == pytest.approx(-own.mean(), rel=1e-5)
     page = (folder.path / "report.html").read_text()
     assert "report_test.html" in page and "has not improved" in page
-    new = f"--workdir={tmp_path / 'new'}"
     for bad in ("eval.split=train", "profile=3,1", "profile=999,1000"):
-        done = command(*flags[:-1], f"--config.{bad}", new)
+        done = command(*flags[:-1], f"--config.{bad}", f"--workdir={tmp_path / 'new'}")
         assert done.refused(f"config.{bad.partition('=')[0]}")

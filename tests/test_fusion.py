@@ -12,6 +12,11 @@ from tests.helpers.cases import nightly_after_first
 from tests.helpers.made_frames import make_frames, one_hot_frames, pad
 from vidjax.core import augment, fusion
 
+# Clips of 3, 1, 0, 3 and 40 frames, of which `top` chooses 32. Frame t has the number 10 t.
+TOP = make_frames([3, 1, 0, 3, 40], max_frames=40)
+SAMPLED = make_frames([12, 10, 2, 0], max_frames=12)
+SAMPLED.mask[0, [0, 7]] = False  # 10 are left
+
 
 def fuse(name, rng, frames, **options):
     """Returns the frames that the fusion `name` makes of the frames of each clip."""
@@ -136,8 +141,7 @@ def windows_oracle(frames, clip, max_frames):
     ring = sorted(range(len(own)), key=lambda number: number * 2654435769 % 2**32)
     merged = []
     for number in range(len(own)):
-        count = min(2 + number % (max_frames - 1), len(own))
-        window = np.arange(count) + ring.index(number)
+        window = np.arange(min(2 + number % (max_frames - 1), len(own))) + ring.index(number)
         merged.append(own[np.array(ring)[window % len(ring)]].mean(axis=0))
     return np.concatenate([own, merged])
 
@@ -215,9 +219,8 @@ def test_crops_are_weighted_means_of_their_frames(always_shorter):
     ({"name": "mean", "top_share": 0.0}, "above 0 and at most 1"),
 ])  # fmt: skip
 def test_invalid_fusion_specs_are_refused(spec, message):
-    frames = make_frames([2], max_frames=2)
     with pytest.raises(ValueError, match=message):
-        fusion.make_fusion(spec)(jax.random.key(0), frames)
+        fusion.make_fusion(spec)(jax.random.key(0), make_frames([2], max_frames=2))
 
 
 def test_result_of_a_users_fusion_that_is_not_frames_with_a_mask_is_refused(monkeypatch):
@@ -239,11 +242,8 @@ def filter_oracle(frames, clip, *, min_quality, min_detection, top_share):
     They are the best share of the frames that reach both minima. If no frame does, all are kept.
     A score that is not finite is the lowest score.
     """
-    real, lowest = frames.mask[clip], np.finfo(np.float32).min
-    quality, detection = (
-        np.where(np.isfinite(score), score, lowest)
-        for score in (frames.quality[clip], frames.detection[clip])
-    )
+    real, scores = frames.mask[clip], np.stack([frames.quality[clip], frames.detection[clip]])
+    quality, detection = np.where(np.isfinite(scores), scores, np.finfo(np.float32).min)
     kept = real & (quality >= (-np.inf if min_quality is None else min_quality))
     kept &= detection >= (-np.inf if min_detection is None else min_detection)
     best = np.argsort(np.where(kept, -quality, np.inf), kind="stable")
@@ -271,10 +271,6 @@ def test_frame_filters_match_a_loop(limits):
     jax.tree.map(np.testing.assert_array_equal, kept._replace(mask=frames.mask), frames)
 
 
-# Clips of 3, 1, 0, 3 and 40 frames, of which `top` chooses 32. Frame t has the number 10 t.
-TOP = make_frames([3, 1, 0, 3, 40], max_frames=40)
-
-
 def test_top_frames_are_the_best_frames_repeated_in_turn_in_short_clips():
     turns = fuse("top", None, TOP)
     best = np.sort(np.argsort(-TOP.quality[4], kind="stable")[:32])
@@ -299,10 +295,6 @@ def test_randomly_repeated_top_frames_include_every_frame():
     # Only clip 3, with less padding.
     one_clip = fuse("top", None, jax.tree.map(lambda x: x[3:4, :7], TOP), repeats="random")
     np.testing.assert_array_equal(one_clip.features[0], fixed.features[3])
-
-
-SAMPLED = make_frames([12, 10, 2, 0], max_frames=12)
-SAMPLED.mask[0, [0, 7]] = False  # 10 are left
 
 
 def test_drawn_samples_are_different_frames_in_time_order():

@@ -25,6 +25,7 @@ from vidjax.runs.run_folder import RunFolder
 from vidjax.training import plan as plan_lib
 from vidjax.utils import files
 
+COPIES = ("identities.json", "members.npz")
 add_scores = jax.jit(eval_step.add_scores)  # operation by operation it takes seconds
 FOLDS = (
     "--config.ensemble.folds=3", "--config.num_epochs=1", "--config.data.train_splits=train,val",
@@ -76,8 +77,7 @@ def test_training_sets_match_clips_by_name_and_survive_saving(tmp_path):
     checkpoint.save(tmp_path, 1, {"params": jnp.ones(2), **lists}, {})
     loaded = training_sets(tmp_path)
     assert (loaded.members, loaded.clips) == (members, sets.clips)
-    assert loaded.trained.dtype == bool
-    np.testing.assert_array_equal(loaded.trained, trained)
+    np.testing.assert_array_equal(loaded.trained, trained, strict=True)
 
 
 def test_run_is_restored_from_its_checkpoint_and_not_from_copies(nearest_run, data, tmp_path):
@@ -94,9 +94,6 @@ def test_run_is_restored_from_its_checkpoint_and_not_from_copies(nearest_run, da
     evaluate(RunFolder(folder).config, folder, data)
     for name in ("ranking.txt", "identities.json"):
         assert (folder / name).read_bytes() == (nearest_run / name).read_bytes()
-
-
-COPIES = ("identities.json", "members.npz")
 
 
 def restored(folder):
@@ -233,11 +230,10 @@ def test_a_member_equals_a_separate_run_bit_for_bit(data, ensemble_run, tmp_path
     of_one = train(tmp_path, data, "--config.ensemble.only=1")
     assert_equal(member_of(tmp_path, 0), member_of(folder, 1))
     assert of_all["members"][1]["map"] == of_one["map"]
-    # One member scores only the fold that it leaves out; three members score all clips.
+    # One member scores only the fold that it leaves out, for 12 identities; three score all clips.
     assert of_one["map_kind"] == of_all["map_kind"] == "out_of_fold"
     assert of_one["num_clips"] < of_all["num_clips"] == len(data.split("val").clips)
-    num_names = (tmp_path / "ranking.txt").read_text().count(".mp4")
-    assert num_names == 12 * of_one["num_clips"]  # every clip for each of 12 identities
+    assert (tmp_path / "ranking.txt").read_text().count(".mp4") == 12 * of_one["num_clips"]
 
 
 @pytest.mark.slow

@@ -23,8 +23,7 @@ from vidjax.evaluation import measures, ranking, scores as scores_lib, scoring, 
 from vidjax.runs import config_io, schemas
 
 open_set: Any = measures.open_set
-MANY = " ".join(f"p{i}.mp4" for i in range(150))
-HUNDRED = " ".join(f"p{i}.mp4" for i in range(100))
+MANY, HUNDRED = (" ".join(f"p{i}.mp4" for i in range(count)) for count in (150, 100))
 # Each line of a file has an identity and its clips, at most 100.
 # Name of a case -> ground truth, submission, score as a fraction: the mean AP of the identities.
 BY_HAND = {
@@ -58,14 +57,13 @@ def test_map_of_arrays_equals_map_of_files_bit_for_bit(tmp_path):
     index[3, 40:] = topk.NO_CLIP  # the short list
     positives = np.bincount(labels, minlength=31)[1:]  # without label 0, a distractor
     positives[5] += 2  # two clips of identity 6 without a record
-    score = metrics.mean_average_precision(index, labels, positives)
     names = {c: [f"c{i}.mp4" for i in np.flatnonzero(labels == c)] for c in range(1, 31)}
     names[6] += ["lost1.mp4", "lost2.mp4"]
     gt = "".join(f"{c} {' '.join(listed)}\n" for c, listed in names.items() if listed)
     gt_path, path = made_runs.write_pair(tmp_path, gt, "")
     top = topk.TopK(np.zeros(index.shape, np.float32), index)
     ranking.write_ranking(path, list(map(str, names)), [f"c{i}" for i in range(400)], top)
-    assert score_files(gt_path, path) == score
+    assert score_files(gt_path, path) == metrics.mean_average_precision(index, labels, positives)
 
 
 def test_map_is_0_without_ranked_clips_and_refused_without_identities_or_with_too_many_hits():
@@ -116,9 +114,8 @@ def test_identification_errors_match_a_direct_count(dtype):
         # The rates are counts of the clips whose scores reach the threshold.
         ranked = np.where(np.isnan(scores), -np.inf, scores).astype(dtype)
         passed = ranked >= dtype(errors.threshold)
-        assert errors.fpir == pytest.approx(passed[~known].mean(), rel=0, abs=1e-15)
-        found = (passed & correct)[known].mean()
-        assert errors.fnir == pytest.approx(1 - found, rel=0, abs=1e-15)
+        wanted = passed[~known].mean(), 1 - (passed & correct)[known].mean()
+        assert (errors.fpir, errors.fnir) == pytest.approx(wanted, rel=0, abs=1e-15)
         # The rate is kept even if one more stranger comes and passes. It would be exceeded if the
         # best rejected strangers passed. The threshold is the next number above their score.
         num_passed = np.sum(passed[~known])
@@ -186,9 +183,8 @@ def test_failed_report_loses_no_metrics_or_ranking(workdir, data, tmp_path, monk
     folder = Path(shutil.copytree(workdir, tmp_path / "run"))
     (folder / "ranking.txt").unlink()
     monkeypatch.setattr(f"vidjax.evaluation.{failing}", fail)
-    config = config_io.load_workdir(folder)
     with pytest.warns(UserWarning, match="cannot allocate 9 GB"):
-        results = small_runs.evaluate(config, folder, data, num_devices=1)
+        results = small_runs.evaluate(config_io.load_workdir(folder), folder, data, num_devices=1)
     assert json.loads((folder / "metrics.json").read_text())["map"] == results["map"]
     assert (folder / "ranking.txt").read_bytes() == (workdir / "ranking.txt").read_bytes()
     # If the analysis fails, the analysis of the earlier results is deleted.
@@ -263,8 +259,7 @@ def test_map_without_suspected_labels_equals_map_of_the_other_clips():
     own = np.where(labels > 0, scores[np.arange(num), np.maximum(labels, 1) - 1], -np.inf)
     above = (scores > own[:, None]).sum(axis=1)
     clips = ClipScores(pool, best, identity == labels, None, identity, above)
-    names = [*map(str, range(num))]
-    scored = measures.ScoredSplit(top, best, labels, names, pool, positives)
+    scored = measures.ScoredSplit(top, best, labels, [*map(str, range(num))], pool, positives)
 
     suspects = measures.measure_suspects(scored, clips)
     doubted = [i for i in range(4, 8) if above[i] >= 5 and best[i] > math.log(0.9)]
@@ -298,11 +293,9 @@ def test_intervals_of_top1_auroc_and_fnir_equal_map_interval_with_one_clip_per_p
     labels = np.append(labels, np.zeros(60, int))
     clips = clip_scores(labels, np.append(right, np.zeros(60, bool)))
     _, row = open_set(clips, labels, num_identities=60).rates  # FPIR of 1 % and of 10 %
-    fnir = 1 - row.fnir_high, 1 - row.fnir_low
-    np.testing.assert_allclose(fnir, expected, atol=0.02)
-    perfect = significance.map_interval(np.ones(60))  # the AUROC is 1
-    area = measures.compute_clip_intervals(clips, labels)["auroc"]
-    np.testing.assert_allclose(area, perfect, atol=0.01)
+    np.testing.assert_allclose((1 - row.fnir_high, 1 - row.fnir_low), expected, atol=0.02)
+    area = measures.compute_clip_intervals(clips, labels)["auroc"]  # the AUROC is 1
+    np.testing.assert_allclose(area, significance.map_interval(np.ones(60)), atol=0.01)
 
 
 def test_intervals_do_not_depend_on_the_number_of_cores(monkeypatch):

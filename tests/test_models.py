@@ -28,6 +28,13 @@ FLOAT64 = jnp.dtype("float64")
 SMALL = {"name": "deepmef", "hidden_dim": 8, "branch_dims": (6, 4), "dropout_rate": 0.0}
 COSINE = {"name": "cosine", "embed_dim": 7}
 WIDTHS = {"face": 6, "head": 5, "body": 4, "audio": 3}
+ACTIVATIONS = {
+    "linear": lambda z, slope: z,
+    "relu": lambda z, slope: np.maximum(z, 0),
+    "sigmoid": lambda z, slope: 1 / (1 + np.exp(-z)),
+    "swish": lambda z, slope: z / (1 + np.exp(-z)),
+    "prelu": lambda z, slope: np.where(z > 0, z, slope * z),
+}
 
 
 def randomised(model, x, mask):
@@ -51,8 +58,7 @@ def netvlad_oracle(params, features, mask, reduce="sum", batch_norm=True, stats=
         z = z * params["norm"]["scale"] + params["norm"]["bias"]
     share = np.exp(z)
     share = share / share.sum(axis=-1, keepdims=True) * mask[..., None]
-    apart = features[:, :, None] - params["centers"]  # [B, T, K, D]
-    out = (share[..., None] * apart).sum(axis=1)
+    out = (share[..., None] * (features[:, :, None] - params["centers"])).sum(axis=1)
     if reduce == "mean":
         out = out / np.maximum(mask.sum(axis=1), 1)[:, None, None]
     return out
@@ -61,12 +67,11 @@ def netvlad_oracle(params, features, mask, reduce="sum", batch_norm=True, stats=
 @nightly_after_first("reduce, batch_norm", [("sum", True), ("mean", True), ("sum", False)])
 def test_netvlad_matches_the_equations_of_the_iqiyi_vid_paper(reduce, batch_norm):
     with jax.enable_x64(True):
-        frames = make_frames([4, 2, 0, 1], max_frames=4, dtype="float64")
+        x, *_, mask = make_frames([4, 2, 0, 1], max_frames=4, dtype="float64")
         model = NetVLAD(num_clusters=3, reduce=reduce, batch_norm=batch_norm, dtype=FLOAT64)
-        variables = randomised(model, frames.features, frames.mask)
-        pooled = train(model, variables, frames.features, frames.mask)
-        params = variables["params"]
-        expected = netvlad_oracle(params, frames.features, frames.mask, reduce, batch_norm)
+        variables = randomised(model, x, mask)
+        pooled = train(model, variables, x, mask)
+        expected = netvlad_oracle(variables["params"], x, mask, reduce, batch_norm)
         np.testing.assert_allclose(pooled, expected, atol=1e-6)
         np.testing.assert_array_equal(pooled[2], 0)  # clip 2 has no frames
 
@@ -96,8 +101,7 @@ def test_dropout_keeps_the_mean_and_drops_columns_independently(rate):
 
 
 def test_knn_scores_are_the_best_cosine_of_every_identity():
-    vectors = np.random.default_rng(0).standard_normal((14, 6)).astype(np.float32)
-    learned, asked = vectors[:10], vectors[10:]
+    learned, asked = np.split(np.random.default_rng(0).standard_normal((14, 6)).astype("f4"), [10])
     # Only rows 7 and 9 have class 3, but row 7 has no face, and row 9 is padding.
     frames = make_frames([1] * 10, max_frames=1)._replace(features=learned[:, None])
     frames.mask[7] = False
@@ -140,15 +144,6 @@ def test_matmul_values_and_gradients_are_accumulated_in_float32(dtype):
         np.testing.assert_allclose(ours, oracle, rtol=1e-5, atol=1e-5)
 
 
-ACTIVATIONS = {
-    "linear": lambda z, slope: z,
-    "relu": lambda z, slope: np.maximum(z, 0),
-    "sigmoid": lambda z, slope: 1 / (1 + np.exp(-z)),
-    "swish": lambda z, slope: z / (1 + np.exp(-z)),
-    "prelu": lambda z, slope: np.where(z > 0, z, slope * z),
-}
-
-
 def layer_oracle(params, rows, mask, activation, batch_norm, norm_first=False):
     """Returns rows after a linear layer, an activation and BatchNorm (or first BatchNorm)."""
 
@@ -188,15 +183,12 @@ def test_residual_dense_net_matches_its_equations(shortcut):
         sizes: Any = {"width": 5, "num_layers": 4, "activation": "swish", "dropout_rate": 0.0}
         model = ResidualDenseNet(**sizes, shortcut=shortcut, dtype=FLOAT64)
         variables = randomised(model, x, mask)
-        params = variables["params"]
-
-        def layer(i, rows):
-            return layer_oracle(params[f"layer_{i}"], rows, mask, "swish", batch_norm=True)
-
-        h0 = layer(0, x)
-        h1 = layer(1, h0) + h0 * (shortcut == "add")
-        h2 = layer(2, h1) + h1 * (shortcut == "add")
-        np.testing.assert_allclose(train(model, variables, x, mask), layer(3, h2), atol=1e-6)
+        expected = x
+        for i in range(4):
+            added = expected if shortcut == "add" and i in (1, 2) else 0
+            layer = variables["params"][f"layer_{i}"]
+            expected = layer_oracle(layer, expected, mask, "swish", batch_norm=True) + added
+        np.testing.assert_allclose(train(model, variables, x, mask), expected, atol=1e-6)
 
 
 def linear(params, name, x):
@@ -232,13 +224,12 @@ def deepmef_oracle(params, frames, batch_mask, form, rms_norm, layer_form, aggre
     """Returns the logits [B, C]. BatchNorm of a modality uses the clips that have the modality."""
     published = layer_form == "published"
     prelu_layer = functools.partial(layer_oracle, activation="prelu", batch_norm=True)
-    num_clips = len(batch_mask)
-    parts, seen = [], np.zeros(num_clips, bool)
+    parts, seen = [], np.zeros(len(batch_mask), bool)
     for name, (features, quality, detection, _, mask) in frames.items():
         exists = mask.any(axis=1) & batch_mask
         seen |= exists
         if name == "face":  # attention between the frames, then their weighted mean
-            part = np.zeros((num_clips, features.shape[-1] + 2))
+            part = np.zeros((len(seen), features.shape[-1] + 2))
             for b in np.flatnonzero(exists):
                 x = features[b, mask[b]]
                 if rms_norm:
@@ -284,7 +275,7 @@ def test_deepmef_matches_a_float64_loop_over_frames(form, rms_norm, layer_form, 
         np.testing.assert_allclose(logits, wanted, atol=1e-6)
 
 
-def cosine_oracle(params, stats, frames, clips, *, feature_scale):
+def cosine_oracle(params, stats, frames, clips, feature_scale):
     """Returns the embedding, of length 1, and the logits. BatchNorm uses the batch or `stats`."""
     params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
     z = np.zeros((len(clips.mask), len(frames), COSINE["embed_dim"]))
@@ -320,10 +311,8 @@ def test_cosine_net_matches_its_float64_equations(train, feature_scale):
             output, _ = made.train_output(model, variables, frames, clips, jax.random.key(0))
         else:
             output = made.eval_output(model, variables, frames, clips)
-        stats = None if train else stats
-        z, logits = cosine_oracle(params, stats, frames, clips, feature_scale=feature_scale)
-        assert output.embedding.dtype == np.float64
-        np.testing.assert_allclose(output.embedding, z, atol=1e-6)
+        z, logits = cosine_oracle(params, None if train else stats, frames, clips, feature_scale)
+        np.testing.assert_allclose(output.embedding, z, atol=1e-6, strict=True)
         np.testing.assert_allclose(output.logits[:, 0], logits, atol=1e-5)
         np.testing.assert_array_equal(output.logit_scale, params["scale"][None])
 
@@ -342,11 +331,9 @@ def attention_oracle(x, exists, w_f, gamma, *, fill, scale=1.0):
 
 def test_attention_matches_equations_1_to_3_of_the_iqiyi_vid_paper():
     with jax.enable_x64(True):
-        rng = np.random.default_rng(0)
         exists = np.array([[1, 1, 1, 1, 1], [1, 0, 1, 0, 0], [0, 0, 0, 0, 0]], bool)
-        x = rng.standard_normal((3, 5, 8)) * exists[..., None]
-        fields = {"dim": 4, "scale": 0.5, "gamma": 0.3}
-        make = functools.partial(MultimodalAttention, **fields, dtype=FLOAT64)
+        x = np.random.default_rng(0).standard_normal((3, 5, 8)) * exists[..., None]
+        make = functools.partial(MultimodalAttention, dim=4, scale=0.5, gamma=0.3, dtype=FLOAT64)
         params = made.randomised(made.init(make(), x, exists)["params"])
         w_f = np.asarray(params["w_f"]["kernel"]).T
         for fill in (False, True):
@@ -381,8 +368,7 @@ def logits_of_the_paper(params, frames, *, netvlad, attention, pooled=False, uni
         vectors = [attention_oracle(x.T, has, w_f, 0.05, fill=True)[0].T for x, has in pairs]
     if pooled:
         vectors = [x[has].mean(axis=0) for x, has in zip(vectors, exists, strict=True)]
-    classifier = params["classifier"]["logits"]
-    return np.reshape(vectors, (len(exists), -1)) @ classifier["kernel"] + classifier["bias"]
+    return linear(params["classifier"], "logits", np.reshape(vectors, (len(exists), -1)))
 
 
 @nightly_after_first("words, parts", [
@@ -396,8 +382,7 @@ def test_published_configuration_matches_the_equations_of_the_paper(words, parts
     sizes = {name: WIDTHS[name] for name in config["modalities"]}
     config["model"] |= {"embed_dim": 8, "gram_dim": 4, "num_clusters": 2}
     counts: Any = {"num_identities": 6, "num_clusters": None, "num_clips": 4, "total_steps": 9}
-    task = TaskSpec(sizes, **counts, train_other=True)
-    system = make_system(config, task)
+    system = make_system(config, TaskSpec(sizes, **counts, train_other=True))
     # Three clips of up to 40 faces. The second has no audio, and the third no face.
     lengths = {"face": [40, 3, 0], "head": [9, 2, 4], "body": [3, 1, 1], "audio": [1, 0, 1]}
     frames = {
@@ -412,7 +397,6 @@ def test_published_configuration_matches_the_equations_of_the_paper(words, parts
     params = jax.tree.map(lambda x: draw(0, 0.4, x.shape).astype("f4"), shapes["params"])
     norm = {"mean": np.zeros(2, np.float32), "var": np.ones(2, np.float32)}
     stats = {"face_netvlad": {"norm": norm}} if parts["netvlad"] else {}
-    variables = {"params": params, "batch_stats": stats}
-    logits = made.eval_logits(system.model, variables, fused, clips)
+    logits = made.eval_logits(system.model, {"params": params, "batch_stats": stats}, fused, clips)
     expected = logits_of_the_paper(params, fused, **parts)
     np.testing.assert_allclose(logits, expected, atol=1e-3, rtol=1e-4)

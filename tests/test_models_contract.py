@@ -71,8 +71,7 @@ def test_each_branch_equals_a_separate_model_on_its_clips():
     out, after = tiny.train_output(model, variables, frames, clips, jax.random.key(5))
     evaluated = tiny.eval_output(model, variables, frames, clips)
     np.testing.assert_array_equal(evaluated.logit_scale, [16, 21])
-    branches = ("main", main, "face"), ("other", other, "head")
-    for branch, (part, spec, used) in enumerate(branches):
+    for branch, (part, spec, used) in enumerate((("main", main, "face"), ("other", other, "head"))):
         sizes: Any = {"num_classes": 5, "num_clips": 6, "modalities": {used: tiny.DIMS[used]}}
         net = build_system.make_identifier(spec, **sizes)
         own = {collection: tree[part] for collection, tree in variables.items()}
@@ -113,11 +112,16 @@ MODELS = {
     "knn": ({"name": "knn"}, tiny.DIMS["face"]),
     "fallback": (FALLBACK, 7 + 7),
 }
+DROPOUT = {
+    "mma": {"modality_dropout_rate": 0.9, "dropout_rate": 0.5},
+    "cosine": {"modality_dropout_rate": 0.5, "dropout_rate": 0.5},
+    "dense, cosine": {"modality_dropout_rate": 0.9, "layers": ((7, "swish", True, 0.5),)},
+    "residual": {"dropout_rate": 0.5},
+    "deepmef": {"modality_dropout_rate": 0.9, "dropout_rate": 0.5},
+}
 MARKS = {"dense, cosine": (), "knn": (), "mma": pytest.mark.slow, "deepmef": pytest.mark.slow}
 NETS = [pytest.param(name, marks=MARKS.get(name, pytest.mark.nightly)) for name in MODELS]
 LEARNED = [net for net in NETS if net.values != ("knn",)]
-
-
 Net = namedtuple("Net", "model variables frames clips")
 
 
@@ -190,8 +194,7 @@ def test_outputs_do_not_depend_on_padding_or_the_order_of_frames(name):
     # Evaluation gives the same outputs despite garbage in the padded rows 6 and 7, also for these
     # rows. Only knn gives other outputs for the padded rows, because it scores the garbage.
     before, other = (evaluated(net.model, after, x, net.clips)[0] for x in (net.frames, garbage))
-    num_rows = 6 if name == "knn" else 8
-    assert_equal(*jax.tree.map(lambda x: x[:num_rows], (before, other)))
+    assert_equal(*jax.tree.map(lambda x: x[: 6 if name == "knn" else 8], (before, other)))
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -224,15 +227,6 @@ def test_bfloat16_outputs_are_close_to_float32_with_float32_parameters(name):
     assert other.embedding.dtype == other.logits.dtype == np.float32
     scale = net.model.logit_scale  # above 1, the logits are cosines x scale
     assert 0 < np.abs(other.logits - output.logits).max() < (0.03 if scale == 1 else 0.02 * scale)
-
-
-DROPOUT = {
-    "mma": {"modality_dropout_rate": 0.9, "dropout_rate": 0.5},
-    "cosine": {"modality_dropout_rate": 0.5, "dropout_rate": 0.5},
-    "dense, cosine": {"modality_dropout_rate": 0.9, "layers": ((7, "swish", True, 0.5),)},
-    "residual": {"dropout_rate": 0.5},
-    "deepmef": {"modality_dropout_rate": 0.9, "dropout_rate": 0.5},
-}
 
 
 @pytest.mark.slow

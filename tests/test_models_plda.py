@@ -31,6 +31,7 @@ from vidjax.training import plan
 
 DIMS = {"face": 6, "audio": 4}
 NUM_CLASSES, NUM_CLIPS = 6, 23
+NUM_COLUMNS, WIDTH = 7, 5
 log_ratios = jax.jit(plda_fit.log_ratios)
 SETTINGS = Settings(within=0.8, between=0.5, scale=0.1, unenrolled=-2.0, stranger=0.5, centred=0.9)
 TWICE = [*range(NUM_CLIPS)] * 2  # the rows of two passes
@@ -70,8 +71,7 @@ def train(frames, labels, batches):
     for rows in batches:
         rows = np.asarray(rows)
         clips = ClipInfo(np.maximum(rows, 0).astype(np.int32), rows >= 0, labels[rows])
-        batch = jax.tree.map(lambda x, rows=rows: x[rows], frames)
-        state = after_step(state, batch, clips)
+        state = after_step(state, jax.tree.map(lambda x, rows=rows: x[rows], frames), clips)
     return state
 
 
@@ -91,8 +91,7 @@ def oracle(frames, labels, name, used):
 
 def solved(*states):
     """Returns the variables for the evaluation of each member."""
-    together = jax.tree.map(lambda *x: jnp.stack(x), *states)
-    collections = MODEL.finalise_state({}, together)
+    collections = MODEL.finalise_state({}, jax.tree.map(lambda *x: jnp.stack(x), *states))
     return [ensemble.take(collections, number) for number in range(len(states))]
 
 
@@ -104,12 +103,11 @@ def test_plda_logits_match_the_equations():
     """
     used = [clip for clip in range(NUM_CLIPS) if clip % 3]
     drawn = [*TWICE, *range(14)]
-    rows = np.where(np.isin(drawn, used), drawn, -1)
     with jax.enable_x64(True):
         frames, labels = make_clips()
         for name, part in frames.items():
             frames[name] = part._replace(features=part.features.astype(np.float64))
-        state = train(frames, labels, np.split(rows, 2))
+        state = train(frames, labels, np.split(np.where(np.isin(drawn, used), drawn, -1), 2))
         of_two, _ = solved(state, train(frames, labels, [TWICE]))  # members with other clips
         logits = logits_of(of_two, frames)
         np.testing.assert_array_equal(logits_of(*solved(state), frames), logits)
@@ -240,8 +238,7 @@ def test_settings_of_three_people_with_one_clip_each_are_the_defaults():
 def test_settings_are_fitted_on_enough_people_with_two_clips_or_more(labels, counts):
     chosen = labels[plda_fit.draw_identities(labels, seed=0)]
     assert chosen.all()  # no strangers, which have the label 0
-    numbers = np.bincount(chosen, minlength=labels.max() + 1)[1:]
-    assert Counter(numbers.tolist()) == counts
+    assert Counter(np.bincount(chosen, minlength=labels.max() + 1)[1:].tolist()) == counts
 
 
 def test_settings_are_fitted_although_no_clip_or_only_one_clip_has_a_voice(monkeypatch):
@@ -280,13 +277,12 @@ def test_closed_form_models_refuse_settings_of_gradient_training(data, name, wor
 
 @pytest.mark.slow
 def test_settings_of_a_fold_do_not_depend_on_clips_that_it_leaves_out(data, monkeypatch):
-    config = config_io.load_file("plda:iqiyi_vid,face")
     monkeypatch.setattr(plda_fit, "FEWEST_PEOPLE", 2)
     monkeypatch.setattr(plda_fit, "FOLDS", 2)  # fewer programs are compiled
     labels = data.split("train").labels.copy()
     labels[1] = labels.max() + 1  # an identity with a single clip, which member 1 leaves out
     used = np.stack([np.arange(len(labels)) % 2 != fold for fold in range(2)])  # [members, clips]
-    clips = plan.make_training_clips(config, data, labels, used)
+    clips = plan.make_training_clips(config_io.load_file("plda:iqiyi_vid,face"), data, labels, used)
     # Settings that are None are fitted for each member.
     given = {**dict.fromkeys(plda_fit.Settings._fields), "within": 0.8, "between": 0.5}
     settings: Any = plda_fit.fit_member_settings(given, clips)
@@ -305,9 +301,6 @@ def test_settings_of_a_fold_do_not_depend_on_clips_that_it_leaves_out(data, monk
         assert settings[field][0] != changed[field][0]
 
 
-NUM_COLUMNS, WIDTH = 7, 5
-
-
 def draw_vectors():
     """Returns 60 vectors [N, D], labels [N] of 1..6, and their sums."""
     rng = np.random.default_rng(0)
@@ -321,9 +314,8 @@ def log_density(vectors, mean, within, between):
     """Returns log p of all clips of one identity. Any two clips have the covariance `between`."""
     n = len(vectors)
     covariance = np.kron(np.eye(n), within) + np.kron(np.ones((n, n)), between)
-    return scipy.stats.multivariate_normal.logpdf(
-        np.concatenate(vectors), np.tile(mean, n), covariance
-    )
+    normal: Any = scipy.stats.multivariate_normal(np.tile(mean, n), covariance)
+    return normal.logpdf(np.concatenate(vectors))
 
 
 def shrink(covariance, share):

@@ -21,8 +21,7 @@ SPEC = {**config_lib.default().optim.to_dict(), "learning_rate": 0.1, "warmup": 
 def rates(*, total_steps, steps_per_epoch=1.0, **spec: Any):
     """Returns the learning rates of all steps of a run."""
     sizes = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
-    schedule = jax.jit(optim.make_schedule(SPEC | spec, **sizes))
-    return np.asarray(schedule(np.arange(total_steps)))
+    return np.asarray(jax.jit(optim.make_schedule(SPEC | spec, **sizes))(np.arange(total_steps)))
 
 
 def make_optimizer(*, total_steps, **spec) -> Any:
@@ -55,8 +54,7 @@ def test_step_decay_counts_epochs_from_the_start_of_the_run(every, steps_per_epo
     expected = np.array([0.1 * 0.7 ** (step // width) for step in range(60)])
     # Over 30 steps, the factor rises from 1/30 to 1.
     factors = np.minimum(1, (1 + 29 * np.arange(60) / 30) / 30) if warmup else 1
-    computed = rates(warmup=warmup, **options)
-    np.testing.assert_allclose(computed, expected * factors, rtol=1e-5)
+    np.testing.assert_allclose(rates(warmup=warmup, **options), expected * factors, rtol=1e-5)
 
 
 def test_piecewise_decay_jumps_and_interpolates_between_points():
@@ -105,10 +103,9 @@ def test_total_decay_is_spread_over_a_run_and_shrinks_only_matrices():
     """With gradients of 0, matrices shrink to exp(-total_decay), and biases do not change."""
     optimizer = make_optimizer(total_steps=300, name="adam", learning_rate=1e-3, total_decay=0.7)
     params: Any = {"kernel": np.full((1, 1), 2, "f4"), "bias": np.full(1, 2, "f4")}
-    zeros = jax.tree.map(np.zeros_like, params)
 
     def update(carry, _):
-        updates, state = optimizer.update(zeros, carry[1], carry[0])
+        updates, state = optimizer.update(jax.tree.map(np.zeros_like, params), carry[1], carry[0])
         return (optax.apply_updates(carry[0], updates), state), None
 
     scan = functools.partial(jax.lax.scan, update, length=300)
@@ -190,9 +187,8 @@ def test_frozen_parameters_stay_and_others_are_updated_as_without_them():
     np.testing.assert_equal(frozen["net"], params["net"])
     alone = step({"head": params["head"]}, {"head": grads["head"]})
     np.testing.assert_array_equal(frozen["head"]["w"], alone["head"]["w"])
-    names = "head/w, net/b, net/w"
     for pattern, wanted in (("x", "no parameter"), (".", "all parameters"), ("(", "correct the")):
-        words = [wanted, *([names] if pattern != "(" else [])]
+        words = [wanted, *(["head/w, net/b, net/w"] if pattern != "(" else [])]
         refused(lambda pattern=pattern: step(params, grads, freeze=pattern), *words)
     told = optim.describe_frozen(params, "^net/")
     assert "6 of 10 parameters" in told and "net/b, net/w" in told

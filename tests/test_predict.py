@@ -20,6 +20,7 @@ from vidjax.runs import checkpoint, config as config_lib, config_io
 from vidjax.utils import files
 
 pytestmark = pytest.mark.slow  # all of them train first
+WIDTH = 24  # of the faces
 SYSTEMS = {
     "knn": ("configs/knn.py:iqiyi_vid",),
     "ensemble": ("configs/quality_fusion.py:iqiyi_vid,folds",
@@ -43,9 +44,6 @@ def clips():
         split: dict(reversed(clip_files.as_arrays(clips).items()))
         for split, clips, _ in clip_files.learnable_clips()
     }
-
-
-WIDTH = 24  # of the faces
 
 
 def ranked(run, clips):
@@ -81,8 +79,7 @@ def test_predicted_scores_and_rankings_equal_evaluation(name, data, restored, cl
     wanted = small_runs.scores(small_runs.restored(folder, data))
     lines = (folder / "ranking.txt").read_text().splitlines()
     scores = run.scores(data)
-    assert scores.dtype == np.float32
-    np.testing.assert_array_equal(scores, wanted.astype(np.float32))
+    np.testing.assert_array_equal(scores, wanted.astype(np.float32), strict=True)
     assert ranked(run, data) == lines
     # The same clips in memory, in another order. Members of an ensemble score only dataset clips
     # that they were not trained on, but all clips in memory.

@@ -1,7 +1,8 @@
 """`CONFIG:published` against the numbers of its publication and of its code.
 
-Code of DeepMEF: github.com/LegenDong/IQIYI_VID_FACE_2019 at 258ff92; of noise classes:
-github.com/luckycallor/IQIYI_VID_5th at 72a2368.
+Code of DeepMEF, third place of 2019: github.com/LegenDong/IQIYI_VID_FACE_2019 at 258ff92; of noise
+classes, fifth place of 2018: github.com/luckycallor/IQIYI_VID_5th at 72a2368. Quality fusion: lines
+of the article; training.py and inference.py at 60f5127.
 """
 
 import functools
@@ -164,8 +165,7 @@ def test_settings_equal_the_published_settings(spec, settings):
     # A net sees 15 of 16 chunks: 480 of 512 numbers of a face, 1920 of 2048 of a scene. 482 is a
     # face with two scores. 602 adds 120 of the scene's branch. Hidden widths: 2 x 482, 2 x 1920.
     (f"{DEEPMEF},views", {
-        "main/channel_attention/theta/kernel": (40, 20),
-        "main/channel_attention/phi/kernel": (40, 20), "main/channel_attention/g/kernel": (40, 20),
+        **{f"main/channel_attention/{name}/kernel": (40, 20) for name in ("theta", "phi", "g")},
         "main/channel_attention/out/kernel": (20, 40), "main/aggregation/query": (482,),
         "main/scene_0/dense/kernel": (1920, 480), "main/scene_1/dense/kernel": (480, 120),
         "main/block/hidden/dense/kernel": (602, 964), "main/block/back/dense/kernel": (964, 602),
@@ -182,9 +182,6 @@ def test_parameters_have_the_published_shapes(spec, wanted):
     sizes = shapes(spec)
     assert {name: sizes[name] for name in wanted} == wanted
     assert not {name for name in sizes if name.endswith("kernel")} - wanted.keys()
-
-
-# Quality fusion: lines of the article; training.py and inference.py at 60f5127.
 
 
 def test_quality_fusion_reweights_its_losses_after_24_and_99_epochs():
@@ -213,9 +210,6 @@ def test_quality_fusion_nets_have_the_layer_sizes_of_the_code():
         assert kernels == list(itertools.pairwise((512, *widths, 1024)))
         assert sizes["classifier/logits/kernel"] == (1024, 10_035)  # line 22 of the article
         assert any("norm" in name for name in sizes) == (net not in ("mlp4", "mlp5"))
-
-
-# DeepMEF, third place of 2019.
 
 
 def test_deepmef_views_hide_the_same_feature_chunks_as_the_code():
@@ -274,9 +268,8 @@ def test_deepmef_channel_attention_equals_the_attention_of_its_code():
     wanted = frames.features[real] + np.swapaxes(added, 1, 2)
     np.testing.assert_allclose(out[real], wanted, atol=1e-4)
     np.testing.assert_array_equal(out[2], 0)
-    means = new["batch_stats"]["theta_norm"]["mean"]  # moves by 0.1 to the mean, as in torch
-    wanted_means = 0.1 * (rows @ params["theta"]["kernel"]).mean((0, 1))
-    np.testing.assert_allclose(means, wanted_means, atol=1e-5)
+    wanted = 0.1 * (rows @ params["theta"]["kernel"]).mean((0, 1))  # moves by 0.1, as in torch
+    np.testing.assert_allclose(new["batch_stats"]["theta_norm"]["mean"], wanted, atol=1e-5)
 
 
 def test_deepmef_focal_factor_uses_the_mean_loss_of_the_batch():
@@ -286,9 +279,8 @@ def test_deepmef_focal_factor_uses_the_mean_loss_of_the_batch():
     cosines[np.arange(6), :, labels] = draw(0.85, 0.95, (6, 2))  # so mean losses are about 1
     mask, sees = np.arange(6) < 5, np.ones((6, 2), np.float32)  # row 5 is padding
     sees[2, 0] = 0  # branch 0 does not learn from clip 2, so it is not in the batch of branch 0
-    spec = load_file(DEEPMEF).loss.to_dict()
     sizes = {"class_mask": None, "steps_per_epoch": 14.125}
-    objective = losses.make_objective(spec, **sizes, logit_scale=30.0)
+    objective = losses.make_objective(load_file(DEEPMEF).loss.to_dict(), **sizes, logit_scale=30.0)
 
     @jax.jit
     def total(cosines):
@@ -309,9 +301,6 @@ def test_deepmef_focal_factor_uses_the_mean_loss_of_the_batch():
     with jax.enable_x64(True):
         np.testing.assert_allclose(total(jnp.asarray(cosines)), by_hand(cosines), rtol=1e-6)
         check_grads(total, (jnp.asarray(cosines),), order=1, modes=("rev",), rtol=1e-4)
-
-
-# Noise classes, fifth place of 2018.
 
 
 def test_weight_of_mirror_classes_rises_every_20_epochs():

@@ -1,11 +1,11 @@
 """Rankings: files in each format, `vidjax rank`, and submissions, which are written and scored."""
 
-import contextlib
 import csv
 import functools
 import json
 import os
 import sys
+from contextlib import nullcontext
 from unittest import mock
 
 import numpy as np
@@ -32,6 +32,7 @@ NAMES = [f"{part}Ada Byron".strip() for part in FRAGMENTS]
 NAMES += [f"{text}Ada" for text in NAMES]
 NAMES = [*dict.fromkeys([*NAMES, *filter(None, map(str.strip, FRAGMENTS))])]
 DIM = 24
+MANY = " ".join(f"x{i}.mp4" for i in range(101))  # a line may have at most 100 clips
 
 
 def make_clips():
@@ -113,9 +114,8 @@ def test_load_clips_reads_every_layout_without_labels(official_dir, tmp_path, ta
     # Official files need a split and their modalities.
     load = functools.partial(load_clips, official_dir, identities=())
     two_of_three = {name: clip_files.WIDTHS[name] for name in ("face", "audio")}
-    val = load(two_of_three, split="val")
-    only_split = val.split("any name")  # clips in memory have one split
-    assert len(val.names) == len(only_split.clips) == clip_files.CLIPS["val"]
+    val = load(two_of_three, split="val")  # clips in memory have one split, of any name
+    assert len(val.names) == len(val.split("any name").clips) == clip_files.CLIPS["val"]
     refused(lambda: load(two_of_three), "--config.eval.split=")
     refused(lambda: load(two_of_three, split="dev"), "no split 'dev'", "--config.eval.split=")
     refused(lambda: load({"voice": 3}, split="val"), "audio", "but the run reads voice")
@@ -169,17 +169,11 @@ def test_write_ranking_round_trips_and_refuses_repeated_or_invalid_names(tmp_pat
         for identities, clips in ((["1"], ["ok", bad_clip]), ([bad], ["ok", "fine"])):
             with pytest.raises(ValueError, match=r"rename it|is empty"):
                 ranking.write_ranking(path, identities, clips, top_of([0]))
-    assert [file.name for file in tmp_path.iterdir()] == ["ranking.txt"]
-    assert path.read_text(encoding="utf-8") == text
-
-
-MANY = " ".join(f"x{i}.mp4" for i in range(101))  # a line may have at most 100 clips
+    assert {x.name: x.read_text("utf-8") for x in tmp_path.iterdir()} == {"ranking.txt": text}
 
 
 def test_score_command_prints_the_score_on_the_last_line_and_hints(tmp_path, command):
-    paths = write_pair(
-        tmp_path, "1 a.mp4 b.mp4\n2 c.mp4\n3 d.mp4\n", "1 a.mp4 x.mp4 b.mp4\n3 d.mp4\n"
-    )
+    paths = write_pair(tmp_path, "1 a.mp4 b.mp4\n2 c.mp4\n3 d.mp4", "1 a.mp4 x.mp4 b.mp4\n3 d.mp4")
     # The APs of the three identities are (1/1 + 2/3) / 2, 0 and 1. Their mean is 11/18.
     for words in (paths, [*paths, "--strict"]):
         code, out, err = command("score", *words)
@@ -234,8 +228,7 @@ def test_submission_that_the_script_refuses_is_refused(tmp_path, command, strict
     answer = command("score", *paths, *strict)
     assert answer.refused("ranking.txt: line 2: the line has 102 clips", "name at most 100")
     # A clip that is repeated counts once.
-    hundred = MANY.replace("x100", "x99")
-    paths = write_pair(tmp_path, "1 x0.mp4\n", f"1 {hundred}\n")
+    paths = write_pair(tmp_path, "1 x0.mp4\n", f"1 {MANY.replace('x100', 'x99')}\n")
     assert command("score", *paths).out.splitlines()[-1] == "1"
 
 
@@ -243,9 +236,7 @@ def test_submission_that_the_script_refuses_is_refused(tmp_path, command, strict
 # user may have forgotten it, as in the second line of TRUTH for the clip `d%20e`.
 CLIPS = {"a": "Ada", "b c": "Bo B", "d%20e": "Bo B", "f%2Fg": "x%2Fy", "100%": "7"}
 TRUTH = {
-    "train_gt.txt": (
-        "a.mp4 Ada\nd%20e.mp4 Bo%20B\nb%20c.mp4 Bo%20B\nf%2Fg.mp4 x%2Fy\n100%.mp4 7\n"
-    ),
+    "train_gt.txt": "a.mp4 Ada\nd%20e.mp4 Bo%20B\nb%20c.mp4 Bo%20B\nf%2Fg.mp4 x%2Fy\n100%.mp4 7\n",
     "val_gt.txt": "Ada a.mp4\nBo%20B d%20e.mp4 b%20c.mp4\nx%2Fy f%2Fg.mp4\n7 100%.mp4\n",
 }
 FORMS = {
@@ -264,14 +255,12 @@ FORMS = {
 def test_perfect_ranking_scores_1_with_any_truth_that_training_reads(tmp_path, command, name, form):
     truth = tmp_path / name
     truth.write_bytes(FORMS[form](TRUTH[name]).encode())
-    read_labels = labels.load_label_table(truth, {"val": [*CLIPS]})["val"]
-    assert read_labels == CLIPS
+    assert labels.load_label_table(truth, {"val": [*CLIPS]})["val"] == CLIPS
     people, clips, path = sorted({*CLIPS.values()}), [*CLIPS], tmp_path / "ranking.txt"
     rows = [[n for n, clip in enumerate(clips) if CLIPS[clip] == person] for person in people]
     ranking.write_ranking(path, people, clips, top_of(*rows))
     words = {"empty lines": "line 1: the line is empty", "Windows": "line 1: a byte order mark pre"}
-    warns = functools.partial(pytest.warns, UserWarning)
-    with warns(match=words[form]) if form in words else contextlib.nullcontext():
+    with pytest.warns(UserWarning, match=words[form]) if form in words else nullcontext():
         done = command("score", truth, path, "--strict")
     assert (done.code, done.out.splitlines()[-1], done.err) == (0, "1", "")
 
