@@ -105,7 +105,7 @@ def test_clips_in_one_level_of_folders_have_the_name_of_their_folder(tmp_path, l
 @pytest.mark.parametrize("ending", [".npy", ".PT", ".pkl", ".hdf5", ".pth", ".h5"])
 def test_printed_command_converts_files_of_other_kinds(tmp_path, load, ending, monkeypatch):
     """Modules that are not installed are replaced. Their files have the format of numpy here."""
-    methods = dict.fromkeys(("detach", "float", "numpy"), lambda self: self)
+    methods: Any = dict.fromkeys(("detach", "float", "numpy"), lambda self: self)
     tensor = type("Tensor", (np.ndarray,), methods)
     torch = SimpleNamespace(Tensor=tensor, load=lambda path, **_: np.load(path).view(tensor))
     monkeypatch.setitem(sys.modules, "torch", torch)

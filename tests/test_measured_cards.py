@@ -32,7 +32,7 @@ def test_people_half_as_far_apart_contradict_the_card_and_other_people_do_not(pe
 
     def measure(scale):
         """Returns problem -> share of 300 draws; `scale` multiplies the distances of people."""
-        found = Counter()
+        found: Any = Counter()
         for _ in range(300):
             drawn = made.mean + scale * (made.people(people) - made.mean)
             means = made.photos(drawn, count).mean(1)

@@ -41,7 +41,7 @@ def write_nets(folder, *, detect=True, embed=True):
     weights, width = made_nets.colours(), made_nets.WIDTH
     if embed:
         weights, width = np.pad(np.roll(weights, 1, axis=1), ((0, 0), (0, 2))), NEW_WIDTH
-    fields = EMBED | {"content": made_nets.embedder(weights=weights)}
+    fields: Any = EMBED | {"content": made_nets.embedder(weights=weights)}
     back_end = made_nets.back_end(different=(-0.4, 0.2), width=width)
     made_nets.write(folder, "embed", back_end=back_end, width=width, **fields)
     return folder

@@ -283,7 +283,7 @@ def test_program_whose_memory_was_compared_is_the_one_run(data, tmp_path, monkey
     """A second program is compiled only if clips fit, but not together with a step."""
     compiled = Counter[str]()
 
-    def count(event: str, _: float, **facts: str | int) -> None:
+    def count(event: str, duration_secs: float, **facts: str | int) -> None:
         compiled[f"{event} {facts.get('fun_name')}"] += 1
 
     jax.monitoring.register_event_duration_secs_listener(count)

@@ -702,7 +702,8 @@ def test_signal_ends_the_server_despite_a_stuck_thread(folder):
             began = time.monotonic()
             assert server.end() == 1
             assert time.monotonic() - began < 10
-        assert server.process.stderr.read().splitlines()[-1] == "ended before its work was finished"
+        assert (log := server.process.stderr)
+        assert log.read().splitlines()[-1] == "ended before its work was finished"
     assert Gallery(folder).identities["person 3"] == 4, "none of the 4 clips was removed"
 
 
