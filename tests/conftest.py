@@ -198,7 +198,10 @@ def data(official_data: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def trained(official_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Returns a function: configuration -> folder of a run of one epoch. No test may change it."""
+    """Returns a function that trains a configuration for an epoch, and returns the run's folder.
+
+    Equal calls return the same folder, so no test may change it.
+    """
     from tests.helpers import small_runs
 
     @functools.cache
@@ -253,7 +256,11 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
 
 @pytest.fixture
 def say(command: Callable[..., Done]) -> Callable[..., Any]:
-    """Returns a function: words -> output (parsed if it is JSON), or the error if `code` is 2."""
+    """Returns a function that runs a command, and asserts that its exit code is `code`.
+
+    The function returns the error if the code is 2, otherwise the output. It parses the output if
+    the words include --json.
+    """
 
     def run(*words: str | Path, code: int = 0, **options: Any) -> Any:
         done = command(*words, **options)

@@ -110,7 +110,10 @@ def read_status(key):
 
 
 def install(nobody=False, landlock=9):
-    """Replaces the work by attempts, as an ordinary user if `nobody`; `landlock` is a version."""
+    """Replaces the work of this process by the attempts, of an ordinary user if `nobody` is True.
+
+    `landlock` is the highest version of Landlock that is used.
+    """
     confine, read_version = confinement.confine, confinement._read_landlock_version
 
     def become_nobody(*paths):

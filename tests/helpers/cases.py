@@ -6,7 +6,10 @@ CASE = type(pytest.param())
 
 
 def quick_first(cases, count=1, mark=pytest.mark.slow):
-    """Returns `cases`, values or tuples; all after the first `count` of them have a mark."""
+    """Returns the cases for `parametrize`, with a mark on all cases after the first `count`.
+
+    A case is the value of an argument, or a tuple of the values of several arguments.
+    """
     values = [case if isinstance(case, tuple) else (case,) for case in cases]
     rows = [row if isinstance(row, CASE) else pytest.param(*row) for row in values]
     later = [pytest.param(*row.values, id=row.id, marks=(*row.marks, mark)) for row in rows[count:]]

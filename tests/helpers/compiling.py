@@ -28,7 +28,10 @@ def compile_cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs() -> Iterator[None]:
-    """Forgets executed configurations, and after large modules also compiled programs."""
+    """Removes compiled programs from the memory after a module if the process is too large.
+
+    Also forgets that configuration files were executed. Otherwise, later modules would be slower.
+    """
     yield
     config_io.own_files.clear()
     if limits.held_by(os.getpid()) > MAX_RESIDENT[0]:

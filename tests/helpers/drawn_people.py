@@ -116,7 +116,10 @@ def extract(path, out, models, **settings):
 
 
 def restore(folder, make):
-    """Returns a copy in `folder` of a folder that `make(it)` fills at the first call."""
+    """Returns a folder inside `folder` as `make(it)` has left it, for tests that change the folder.
+
+    The first call calls `make`, and copies the folder. Later calls replace it by the copy.
+    """
     now, copy = folder / "now", folder / "copy"
     shutil.rmtree(now, ignore_errors=True)
     if not copy.exists():
@@ -131,7 +134,10 @@ Done = namedtuple("Done", "content output")
 
 
 class Drawn:
-    """Drawn films, photos of `friends`, and commands that use `models` and write into `out`."""
+    """Drawn films and photos in a folder, and commands that run on them in this process.
+
+    `models` is a folder with nets, `friends` with photos, and `out` with results of `vidjax who`.
+    """
 
     def __init__(self, folder, command):
         self.folder, self._command = folder, command

@@ -44,13 +44,19 @@ class Population:
         return self.rng.normal(size=(*shape, WIDTH)) * np.sqrt(share * self.within)
 
     def photos(self, people, count, shared=0.0):
-        """Returns photos [N, count, D]; the share `shared` of the noise is equal for a person."""
+        """Returns photos [N, count, D] of `people` [N, D].
+
+        `shared` is the share of the noise that is equal in all photos of a person.
+        """
         day = self.noise(len(people), 1, share=shared)
         return unit(people[:, None] + day + self.noise(len(people), count, share=1 - shared))
 
 
 def exact(rng, people, clips, width, within):
-    """Draws unit vectors. `within` is the share of the variance between clips of one person."""
+    """Draws unit vectors [people, clips, width] from the two-covariance model.
+
+    The variance between clips of one person is the share `within` of the total variance.
+    """
     between = np.geomspace(1, 0.1, width)  # the variance between people, for each dimension
     noise = np.geomspace(1, 0.3, width)[::-1]
     who = np.sqrt((1 - within) * between / between.sum())

@@ -33,7 +33,10 @@ class Builder:
         return output
 
     def build(self, shape, outputs, kind=TensorProto.FLOAT, *, listed=False):
-        """Returns a net; `outputs` are name -> (node, shape). `listed` weights are also inputs."""
+        """Returns the bytes of the net. `outputs` are name -> (node, declared shape or None).
+
+        If `listed` is True, the weights are also inputs, as in nets that MXNet exported.
+        """
         for name, (node, _) in outputs.items():
             self.nodes.append(helper.make_node("Identity", [node], [name]))
         ins = {name: (kind, x.shape) for name, x in self.weights.items()} if listed else {}

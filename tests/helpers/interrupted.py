@@ -6,7 +6,10 @@ import pytest
 
 
 def count_down(monkeypatch: pytest.MonkeyPatch, *functions: tuple[Any, str]) -> list[int]:
-    """Returns `[n]`: the n-th call of the functions (owner, name) raises KeyboardInterrupt."""
+    """Returns a counter `[n]`: the n-th call of the functions (owner, name) is interrupted.
+
+    Each call lowers the counter by one. The call that reaches 0 raises KeyboardInterrupt.
+    """
     left = [0]
 
     def count(function):

@@ -26,7 +26,10 @@ COSINES = {"face": (0.86, 0.1, 0.0, 0.35), "audio": (0.86, 0.12, 0.0, 0.45)}
 
 
 def make_clip(number: int, person: str | None, *, lacks: str = "") -> StoredClip:
-    """Returns a random clip of a person, or stranger (None), by its seed `number`; `lacks` is 0."""
+    """Returns a random clip that is similar to other clips of the person; `number` is the seed.
+
+    The vector of the part `lacks` is 0. If `person` is None, each number is another stranger.
+    """
     rng, parts = np.random.default_rng(number), []
     centre = np.random.default_rng(int.from_bytes((person or str(number)).encode()))
     for name, width in WIDTHS.items():
@@ -36,7 +39,10 @@ def make_clip(number: int, person: str | None, *, lacks: str = "") -> StoredClip
 
 
 def make_clips(num_people: int = 12, strangers: int = 6) -> dict[str, StoredClip]:
-    """Returns clips of strangers, and 1 to 4 of each person: `clip 30` is of `person 3`."""
+    """Returns a clip of each stranger, and 1 to 4 clips of each person, some without a part.
+
+    The clips of `person 3` are `clip 30`, `clip 31`, ...
+    """
     clips = {f"stranger {n}": make_clip(5000 + n, None) for n in range(strangers)}
     for person in range(num_people):
         for turn in range(1 + person % 4):

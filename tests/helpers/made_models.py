@@ -19,7 +19,10 @@ SMALL = {"name": "mma", "embed_dim": 8, "gram_dim": 4, "num_clusters": 3}
 
 
 def make_batch(dtype="float16"):
-    """Returns frames of 6 clips and 2 rows of padding with random values, and their `ClipInfo`."""
+    """Returns the frames of 6 clips and 2 rows of padding, and their `ClipInfo`.
+
+    The padding has random values, which must have no effect.
+    """
     lengths = [4, 0, 1, 2, 0, 3, 2, 2], [1, 2, 0, 3, 0, 1, 1, 1], [1, 1, 1, 0, 0, 1, 1, 1]
     frames = {
         name: make_frames(lengths_of, max_frames=4, dim=dim, dtype=dtype)

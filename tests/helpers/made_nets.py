@@ -103,7 +103,10 @@ def loudness():
 
 
 def model(nodes, weights, shape, outputs, more=None):
-    """Returns an ONNX net with the input x [B, *shape] and `more` inputs, name -> (type, shape)."""
+    """Returns the bytes of an ONNX net with the input x [B, *shape].
+
+    `weights` are name -> array. `more` inputs are name -> (type, shape).
+    """
     inputs = {"x": (TensorProto.FLOAT, ["B", *shape]), **(more or {})}
     return write_graph(nodes, weights, inputs, dict.fromkeys(outputs, (TensorProto.FLOAT, None)))
 

@@ -75,7 +75,10 @@ def load_analysis(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def example(kind: Any, texts: Mapping[str, str], key="", counter: Any = None) -> Any:
-    """Returns an example of a type of `schemas`; `texts` are key -> text, with {} for a number."""
+    """Returns an example of a JSON value of a type of `vidjax.runs.schemas`.
+
+    `texts` are key -> text, in which {} becomes a number that `counter` increases for each value.
+    """
     counter = counter or itertools.count()
     kind = kind if isinstance(kind, inspect.Type) else inspect.type_info(kind)
     number = next(counter)

@@ -60,7 +60,10 @@ def values(text):
 
 
 def check_numbers(folder, text):
-    """Asserts that numbers of a report come from files of the run, and are shown rounded."""
+    """Asserts that the numbers of a report are in files of the run, or are derived from them.
+
+    The shown text of a number must be its value, rounded.
+    """
     exact, data = {*file_numbers(folder), *derived(folder)}, Page(text).data
     assert len(data) > 5
     assert [pair for pair in data if float(pair[0]) not in exact] == []

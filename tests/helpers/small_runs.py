@@ -117,7 +117,10 @@ def assert_same_run(left, right, names=RUN_FILES[:2]):
 
 
 class Spoilt:
-    """A dataset whose features are `value` where `hidden`, split -> bool [N], is True."""
+    """A dataset in which all features of some clips are replaced by `value`.
+
+    `hidden` is split -> bool [N], True for these clips.
+    """
 
     def __init__(self, data, hidden, value=7.0):
         self._data, self._hidden, self._value = data, hidden, value
@@ -145,7 +148,10 @@ class Spoilt:
 
 
 class Interrupting:
-    """A dataset whose batch `batch` of training sends a signal to this process, or fails (None)."""
+    """A dataset that sends a signal to this process before batch number `batch` of training.
+
+    If `signum` is None, the batch cannot be read.
+    """
 
     def __init__(self, data, batch, signum):
         self._data, self._batch, self._signum = data, batch, signum
@@ -170,7 +176,10 @@ def training_sets(folder):
 
 
 def make_earlier(folder):
-    """Makes a run like one of version 0.1.0, with digests instead of lists; returns the digests."""
+    """Makes a run like one of version 0.1.0: its checkpoints have digests of the copies, no lists.
+
+    Returns the digests.
+    """
     names = json.loads((folder / "identities.json").read_text())
     members, clips, trained = training_sets(folder)
     parts = trained.tobytes(), json.dumps(members).encode(), "\n".join(clips).encode()

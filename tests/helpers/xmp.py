@@ -32,7 +32,10 @@ def packet(body, wrapper="x"):
 
 
 def attributes(tags, shape=(400, 300), unit=' stArea:unit="normalized"', kind="Face"):
-    """Returns the XML of `tags` (name, middle x, y, w, h) as digiKam and Lightroom write it."""
+    """Returns the XML of named faces as digiKam and Lightroom write it: values are attributes.
+
+    `tags` are (name, x, y, w, h): the middle, width and height of a box, as shares of the picture.
+    """
     items = "".join(
         f'<rdf:li><rdf:Description mwg-rs:Name="{name}" mwg-rs:Type="{kind}" mwg-rs:Rotation="0.0">'
         f'<mwg-rs:Area stArea:x="{x}" stArea:y="{y}" stArea:w="{w}" stArea:h="{h}"{unit}/>'
