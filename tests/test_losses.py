@@ -60,6 +60,11 @@ def test_losses_match_their_equations_in_float64(name, gamma):
             np.testing.assert_allclose(exact, expected, rtol=1e-11)
 
 
+def test_polynomial_equals_log1p_on_the_unit_interval():
+    x = np.linspace(0, 1, 1001, dtype=np.float32)
+    np.testing.assert_allclose(jax.jit(losses._log1p)(x), np.log1p(x.astype(float)), rtol=3e-7)
+
+
 @nightly_after_first("name", ["multiclass", "softmax", "smoothed", "binary"])
 def test_gradients_of_losses_match_finite_differences(name):
     with jax.enable_x64(True):

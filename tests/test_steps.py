@@ -287,6 +287,8 @@ def test_empty_clips_and_padded_rows_do_not_affect_training():
     found, same_loss = train(system, np.ones(5), spoilt, batch._replace(frames=frames))
     assert_equal((found.params, found.model_state), (after.params, after.model_state))
     assert same_loss == loss and float(after.sums["weight"][0]) == 3  # clips 0, 1 and 4
+    # Neither of the two counts in a mean over clips. All other weights are 1.
+    assert train(make(model, loss__mean_over="clips"), np.ones(5), state, batch)[1] == loss
 
 
 def test_is_argmax_equals_numpy_argmax():
