@@ -186,6 +186,7 @@ def test_each_process_connects_once_and_wrong_indices_are_refused(capsys):
         peer.close()
 
 
+@pytest.mark.slow
 def test_process_that_fails_prints_only_its_error_and_the_others_name_it():
     command = [sys.executable, "-c", PROCESS, free_address()]
     with contextlib.ExitStack() as stack:

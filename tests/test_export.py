@@ -120,6 +120,7 @@ def test_exported_scores_are_the_mean_of_the_members(monkeypatch, logs):
     np.testing.assert_allclose(found, wanted[:, 1:], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_format_that_a_user_adds_is_written_and_compared_with_the_run(
     nearest_run, tmp_path, export, monkeypatch
 ):
