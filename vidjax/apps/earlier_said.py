@@ -58,8 +58,8 @@ class _Results:
 def read_numbers(out: Path) -> dict[str, Any] | None:
     """Reads `unknown.json`, which numbers unknown people, in the folder of results `out`.
 
-    Returns the JSON object in the file. Returns None if the file is missing or damaged, or if a
-    version of vidjax after 0.1.0 has written it.
+    Returns the JSON object in the file. Returns None if the file is missing or damaged, or not of
+    version 0.1.0: later versions have another format.
     """
     # A damaged file is reported by another function.
     with contextlib.suppress(UserError, FileNotFoundError):

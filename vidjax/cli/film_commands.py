@@ -280,7 +280,7 @@ def convert_nets(args: argparse.Namespace) -> Result:
     paths, out = args.paths, args.out
     if (args.kind == "own") != bool(args.like) or ((args.size or args.colour) and not args.like):
         raise UserError(
-            "the kind own needs --like, and no other kind allows --like, --size or --colour\n"
+            "the kind `own` needs --like. No other kind allows --like, --size or --colour\n"
             "example: vidjax convert own net.onnx --like=arcface --out=models"
         )
     most = 2 if args.kind == "opencv" else 1

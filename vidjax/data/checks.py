@@ -80,8 +80,8 @@ def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
     """Raises UserError if `word` is probably a misspelt split, such as `valid` for `val`.
 
     `word` is the part of the name of the file `path` where the split is expected. `present` are the
-    splits whose files were found. If the split that is similar to `word` is in `present`, `word` is
-    probably no mistake, and there is no error.
+    splits whose files were found. If `present` contains the similar split, `word` is
+    probably another name, and there is no error.
     """
     lower = word.lower() if word not in SPLITS else ""
     longer = (split for split in SPLITS if lower.startswith(split))

@@ -35,7 +35,7 @@ def open_synthetic(data: Section, cache_dir: CacheDir) -> FileSource:
         raise UserError(
             f"config.data.dir={data['dir']} would be ignored, because config.data.name=synthetic\n"
             "to read the folder, add --config.data.name=arrays (or iqiyi_vid for iQIYI-VID)\n"
-            "for the synthetic dataset, add --config.data.dir="
+            "for the synthetic dataset, empty the field: --config.data.dir="
         )
     options = _parse_synthetic_options(data)
     # The key contains a digest of the source code, because other code makes another dataset.

@@ -281,8 +281,8 @@ def find_worst_identities(scored: ScoredSplit) -> list[schemas.WorstIdentity]:
 def find_wrong_clips(scored: ScoredSplit) -> schemas.WrongClips:
     """Returns rows about clips that score highest for a wrong identity, highest scores first.
 
-    Distractors and known clips have separate rows. A clip is left out if it is not among the best
-    clips in the ranking of the wrong identity.
+    Clips without a true identity (distractors) are listed apart from all other clips. A clip is
+    listed only if it is among the best clips in the ranking of the wrong identity.
     """
     (identity, score), shows = scored.best_lists, scored.labels - 1
     wrong = scored.pool & (identity >= 0) & (identity != shows)

@@ -87,7 +87,7 @@ class Ranker:
     def embed(
         self, clips: FrameClips, *, split: str | None = None, advance: Advance = ignore_count
     ) -> np.ndarray:
-        """Returns a vector for each clip, see `Predictor.embed`. Raises UserError for a blend."""
+        """Raises UserError, because a blend of several runs has no vectors."""
         paths = ", ".join(map(str, RunFolder(self.workdir).list_runs()))
         raise UserError(
             f"'{self.workdir}' is a blend of runs, which has no embeddings\n"

@@ -240,7 +240,7 @@ def _answer(
     """Calls `work` with the arguments `given`, and returns its result or its error.
 
     The returned dict is a JSON value for `_parse_answer`. `path` is the file that `work` reads.
-    `limit` is the limit of the memory as text.
+    `limit` is the limit of the memory as text, for the message of an error.
     """
     try:
         return {"result": msgspec.to_builtins(work(given))}

@@ -163,8 +163,9 @@ def make_rule(
 
     Args:
       ratios: the log ratios.
-      fmr: the largest accepted share of other people's clips, or None for DEFAULT_FMR.
-      pairs: True if each comparison needs two clips of strangers.
+      fmr: the share of other people's clips that may be accepted, or None for DEFAULT_FMR.
+      pairs: True if each ratio compares two clips of strangers, False if it compares one clip with
+        an enrolled person. It determines how many clips the message asks for.
       least: the lowest threshold of a rule that is not measured, see `find_least_ratio`.
 
     Raises:

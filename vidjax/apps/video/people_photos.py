@@ -368,8 +368,8 @@ class Photos:
     def find_missing(self, enrolled: Mapping[str, PhotoFace]) -> set[str]:
         """Returns the folders in `OUT/people` whose photos are missing, but were not deleted.
 
-        A photo counts as deleted if its folder still contains other photos. A photo counts as moved
-        if a new photo has the same content. The folders of deleted and moved photos are left out.
+        If other photos are left in the folder of a missing photo, the photo counts as deleted. A
+        photo counts as moved if a new photo has the same content. The folders of deleted and moved photos are left out.
 
         `enrolled` is clip -> face in the gallery.
         """

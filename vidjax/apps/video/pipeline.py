@@ -418,10 +418,11 @@ def _find_earlier(job: _Job) -> MediaFile | None:
 
 
 def _compare(job: _Job, folders: contextlib.ExitStack) -> FileOutcome | film_lib.Task:
-    """Compares a file with an earlier call. Returns its outcome, or a task for `film.work`.
+    """Decides whether the features of a file must be extracted.
 
-    If the features of the file are up to date, returns the outcome. The task extracts the features
-    into a temporary folder. When `folders` is closed, this folder is deleted.
+    If the features of an earlier call are up to date, returns the outcome. Otherwise, returns a
+    task for `film.work`, which extracts the features into a temporary folder. When `folders` is
+    closed, this folder is deleted.
     """
     before = _find_earlier(job)
     sidecars = regions.list_sidecars(job.path) if job.tagged else ()

@@ -129,8 +129,8 @@ class _Runs:
     def skip(self, at: int) -> tuple[int, int]:
         """Skips the opcodes with arguments of fixed size that begin at byte `at`.
 
-        Returns the position of the byte after these opcodes, and how many of the opcodes give a
-        number to an object.
+        Returns the position of the byte after these opcodes, and how many of the opcodes store
+        an object in the memo of the pickle.
         """
         for place, (pattern, count) in enumerate(self._patterns):
             found = pattern.match(self._content, at)
