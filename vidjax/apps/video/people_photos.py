@@ -369,7 +369,8 @@ class Photos:
         """Returns the folders in `OUT/people` whose photos are missing, but were not deleted.
 
         If other photos are left in the folder of a missing photo, the photo counts as deleted. A
-        photo counts as moved if a new photo has the same content. The folders of deleted and moved photos are left out.
+        photo counts as moved if a new photo has the same content. The folders of deleted and moved
+        photos are left out.
 
         `enrolled` is clip -> face in the gallery.
         """
