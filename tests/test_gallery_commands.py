@@ -19,7 +19,6 @@ from msgspec.structs import replace
 
 import vidjax
 from tests.helpers import clip_files, made_galleries, made_nets, made_runs, servers
-from tests.helpers.cases import nightly_after_first
 from tests.helpers.clip_files import write_parquet
 from tests.helpers.seen import contents
 from vidjax.apps import bulk, web
@@ -447,9 +446,9 @@ RAY_COMMANDS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.optimized  # as the workers compile
-@nightly_after_first("name", RAY_COMMANDS)
+@pytest.mark.parametrize("name", RAY_COMMANDS)
 def test_ray_results_equal_one_machine(say, request, day, tmp_path, monkeypatch, name):
     pytest.importorskip("ray")
     assert set(RECIPES) == {*RAY_COMMANDS}
