@@ -107,10 +107,10 @@ def test_embedder_prepares_pixels_as_its_card_specifies(tmp_path, layout, colour
     x = (crops.astype(float)[..., order] - mean) * scale
     expected = x.reshape(3, -1) @ made_nets.WEIGHTS.astype(float)
     many = np.resize(np.arange(3), 2 * nets.BLOCK_CROPS + 3)  # several blocks
-    for places in (np.arange(3), many):
+    for places, atol in ((np.arange(3), 1e-3), (many, 1e-2)):
         vectors = embedder(crops[places])
         assert vectors.dtype == np.float32
-        np.testing.assert_allclose(vectors, expected[places], rtol=1e-4, atol=1e-2)
+        np.testing.assert_allclose(vectors, expected[places], rtol=1e-4, atol=atol)
 
 
 @pytest.mark.parametrize(("height", "width", "factor"), [(50, 71, 1), (388, 520, 4)])

@@ -114,7 +114,9 @@ def test_only_the_training_data_of_a_run_is_scored_out_of_fold(restored, data, c
     for given, split in (
         (others, None), (load({"val": others}), "val"), (load({"test": others}), "test"),
     ):  # fmt: skip
-        with pytest.warns(UserWarning, match="names of training clips, but may be new"):
+        with pytest.warns(
+            UserWarning, match="names of training clips, but may be new clips: so all"
+        ):
             np.testing.assert_array_equal(run.scores(given, split=split), wanted)
 
 

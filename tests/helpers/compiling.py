@@ -15,7 +15,7 @@ from vidjax.runs import config_io, programs
 
 # Programs run one after the other, so that they do not need memory at the same time.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
-MAX_RESIDENT = [3 << 30]  # above this memory in bytes, `forget_programs` clears JAX's programs
+MAX_RESIDENT = [2 << 30]  # above this memory in bytes, `forget_programs` clears JAX's programs
 
 
 @pytest.fixture(scope="session", autouse=True)
