@@ -3,6 +3,7 @@
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -200,9 +201,14 @@ def test_number_of_clips_drawn_at_once_changes_no_weight(data, tmp_path, monkeyp
     """A call of the compiled loop takes at most three steps, or 2 ** 18 / 8."""
     words = "--config.batch_size=8", "--config.num_epochs=1"
     config = small.shrunk(*words, spec=SPEC)
+    draw = mock.Mock(wraps=resident.draw_steps)
+    monkeypatch.setattr(resident, "draw_steps", draw)
     for name, drawn_clips in (("many", 1 << 18), ("three", 31)):
         monkeypatch.setattr(resident, "DRAWN_CLIPS", drawn_clips)
+        draw.reset_mock()
         small.run(config, tmp_path / name, data)
+        most = max(count for _, _, count in (call.args for call in draw.call_args_list))
+        assert most == 3 if name == "three" else most > 3
     small.assert_equal_weights(tmp_path / "many", tmp_path / "three")
 
 
