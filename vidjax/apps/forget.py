@@ -77,10 +77,10 @@ class Survey(NamedTuple):
         return sorted(folder for folder, found in self.kind_of.items() if found == kind)
 
     def find_whole(self, path: Path) -> Path | None:
-        """Returns the folder, such as a training run, that is listed for the file or folder `path`.
+        """Returns the folder that `vidjax forget` lists instead of `path`, such as a training run.
 
-        This is `path`, or the nearest folder that contains `path`, whose kind is in REMEDIES. If no
-        folder has such a kind, returns None, and `path` itself is listed.
+        Only kinds of folders in REMEDIES are listed in this way. The result is `path`, or the
+        nearest such folder that contains `path`. Returns None if `path` itself must be listed.
         """
         return next((x for x in (path, *path.parents) if self.kind_of.get(x) in REMEDIES), None)
 
@@ -164,8 +164,9 @@ def _search_galleries(
 ) -> tuple[list[Place], set[str], list[np.ndarray]]:
     """Finds the clips of `people`, the clips with the names `asked`, and copies of all these clips.
 
-    If `delete` is True, the found clips are deleted. Doubtful clips are only listed: other clips
-    with the name or vector of a found clip, or with the name of a person in their own name.
+    If `delete` is True, the found clips are deleted. Doubtful clips are only listed. Another clip
+    is doubtful if a found clip has the same name or vector, or if a name in `people` is part of the
+    clip's name.
 
     Returns three values: reports, `Place`, about the found and the doubtful clips of each gallery;
     the names of the found clips; and the vectors of the found clips, arrays [D] float32.
@@ -215,7 +216,8 @@ def _find_copies(
     Returns three values:
 
     - The copies: clips of strangers, and clips of a person whose name is another spelling of a name
-      in `people`. If the gallery contains a clip in `own`, another spelling is another person.
+      in `people`. A gallery with a clip in `own` knows the person's name, so any other spelling in
+      this gallery is another person.
     - The doubtful clips: clips of other people. They are not deleted, because either person may
       have the wrong clip.
     - The vectors of the copies and of `own`. A vector that more than MOST_COPIES clips of a gallery
@@ -275,10 +277,10 @@ def _report_gallery(gallery: Gallery, clips: Collection[Clip], *, delete: bool) 
 
 
 def list_clear_names(clips: Iterable[str]) -> set[str]:
-    """Returns the names of clips without `.mp4`, except short names such as `1` or `a`.
+    """Selects the names of clips that files are searched for; removes the ending `.mp4`.
 
-    Nearly every file contains a short name. So clips with short names are found only by their
-    person and vector.
+    Numbers and short names, such as `a`, are left out, because they occur in nearly every file.
+    The search finds such clips by person and vector.
     """
     bare = map(names_lib.strip_ending, clips)
     return {name for name in bare if len(name) >= MIN_LETTERS and not name.isdigit()}
@@ -324,7 +326,7 @@ def _search_files(survey: Survey, traces: Traces, *, delete: bool) -> Iterator[P
 
 
 def list_roots(places: Iterable[Path]) -> list[Path]:
-    """Returns the folders to search: the cache, and `places` or by default the current folder."""
+    """Returns the folders to search: `places` (by default, the current folder) and the cache."""
     cache = files.cache_root()
     roots = [*places] or [x for x in (Path(),) if not _is_empty(x)]
     inside = any(cache.resolve().is_relative_to(x.resolve()) for x in roots)

@@ -105,10 +105,12 @@ NOBODY = Answer(None, 0.0, -math.inf, ())
 def join_answers(vote: Answer, own: Sequence[Answer]) -> list[Answer]:
     """Returns the answers for the clips of a group, whose clips probably show one person.
 
-    If the group has no name, all clips get the answer of the group. If no clip gets the name of the
-    group by itself, each clip gets its own answer. Otherwise, all clips get the name. A clip has
-    two probabilities of the name: for the group, and for only this clip. The answer has the lower
-    one. If the second probability is below 0.1, the clip gets its own answer instead.
+    The answer for a clip follows from the first of these rules that applies:
+
+    - If `vote` has no name, the answer is `vote`.
+    - If no answer in `own` has the name of `vote`, it is the clip's answer in `own`.
+    - If the clip's answer in `own` gives this name a probability below 0.1, it is that answer.
+    - Otherwise, it is `vote`, with the lower one of the two probabilities of the name.
 
     Args:
       vote: the answer for all clips of the group together.
@@ -165,7 +167,7 @@ class Threshold(NamedTuple):
         return {**self._asdict(), **dict(zip(("low", "high"), self.interval, strict=True))}
 
     def describe(self) -> dict[str, str]:
-        """Describes the threshold for the user: returns label of a row -> text of the row."""
+        """Returns the lines that describe the threshold for the user: label -> text."""
         low, high = map(share, self.interval)
         return {
             "threshold": f"{describe_probability(self.score)} (logarithm {self.score:.6g})",
@@ -224,10 +226,10 @@ class NamingRule(NamedTuple):
         return {"rule": self.to_dict(), "threshold": limit and limit.to_dict()}
 
     def describe(self, doubtful: int = 0) -> dict[str, str]:
-        """Describes the rule for the user: returns label of a row -> text of the row.
+        """Returns the lines that describe the rule for the user: label -> text.
 
         `doubtful` is the number of unknown clips with a probability of 0.1 to 0.5, see
-        `count_doubtful`. Only a rule of the kind `new` has a row about them.
+        `count_doubtful`. It appears only if there are too few strangers to measure a threshold.
         """
         can_choose = self.default and math.isfinite(self.score)
         chosen = " (to choose another rule: --fpir=R or --threshold=P)" if can_choose else ""
@@ -244,9 +246,9 @@ class NamingRule(NamedTuple):
     def answer(self, nearest: index_lib.Nearest, *, cards: bool) -> Answer:
         """Returns the answer for a clip.
 
-        `nearest` are the most probable people of the clip. `cards` is True if the gallery was made
-        from nets, see `Gallery.of_models`. Such a gallery gives a name only if the clip and the
-        person have a modality, such as face, in common.
+        `nearest` are the most probable people of the clip. `cards` is True if `Gallery.of_models`
+        made the gallery, without a training run. Such a gallery gives a name only if the clip and
+        the person have a modality, such as face, in common.
         """
         if not nearest.best:
             return NOBODY
@@ -286,9 +288,9 @@ def check_choice(fpir: float | None, threshold: float | None) -> None:
 
 
 def count_needed_strangers(fpir: float) -> int:
-    """Returns how many clips of strangers are needed to measure a threshold for `fpir`, 1 or more.
+    """Returns how many clips of strangers are needed to measure a threshold for `fpir`.
 
-    `fpir` is the largest share of new strangers that may get a name.
+    `fpir` is the largest share of new strangers that may get a name. The result is at least 1.
     """
     return max(1, math.ceil(min(1 / fpir, 1e18) - 1e-9) - 1)
 
@@ -335,7 +337,7 @@ def require_people(state: State) -> None:
 def measure_on_strangers(state: State, fpir: float) -> Threshold:
     """Compares all clips of strangers with all people; returns the threshold for `fpir`.
 
-    For the errors, see `Gallery.threshold`.
+    Raises UserError if nobody is enrolled, or there are fewer than 1 / fpir - 1 clips of strangers.
     """
     require_people(state)
 
@@ -476,11 +478,11 @@ def rank(
 
 
 def _sum_others(scores: np.ndarray) -> np.ndarray:
-    """Returns the argument `others` [Q, N] of `NamingRule.names` for Q clips and N people.
+    """For each of N people, returns the log-probability that a clip shows another enrolled person.
 
-    `scores` [Q, N] are log-probabilities. For the most probable person of a clip, the result is the
-    log-probability of all other people together. For less probable people, the result is the
-    highest score of the clip, so that the clip does not get their names.
+    `scores` are the log-probabilities of the people. They and the result are [Q, N] for Q clips.
+    The result is exact for the most probable person of a clip. For any other person, it is a lower
+    limit, the highest score of the clip, which is enough for `NamingRule.names` to deny the name.
     """
     # Only the most probable person can have a higher probability than all others together.
     others = np.repeat(scores.max(axis=1, keepdims=True), scores.shape[1], axis=1)
@@ -573,7 +575,7 @@ def describe_probability(score: float) -> str:
 
 
 def count_doubtful(answers: Answers) -> int:
-    """Counts clips without a name whose most probable person has a probability of 0.1 to 0.5."""
+    """Counts clips without a name, if the probability of the best person is 0.1 to 0.5."""
     unknown = [answer.probability for answer in answers.values() if answer.identity is None]
     return sum(MIN_DOUBTFUL_PROBABILITY <= x <= MIN_NAMED_PROBABILITY for x in unknown)
 

@@ -69,7 +69,7 @@ def write_table(gallery: Gallery, path: Path) -> int:
     for part, z in zip(state.index.backend.widths, whitened, strict=True):
         if part in columns:
             raise UserError(
-                f"'{gallery.folder}' has vectors named '{part}', like a column of the table\n"
+                f"'{gallery.folder}' has a modality '{part}', but another column has this name\n"
                 "export the gallery in another format: vidjax export G --format=numpy --to=DIR"
             )
         norm = np.linalg.norm(z, axis=1, keepdims=True)
@@ -88,8 +88,8 @@ def make_arrays(gallery: Gallery) -> dict[str, np.ndarray]:
     on how its vectors are compared:
 
     - By PLDA: `transform`, `constant`, `curve`, `kind` and `scale`.
-    - By distances: `share`, `radius`, `variance` and `card`, from `index.DistanceRatios`. Here,
-      `variance` also includes the variance of a clip, `Distances.within`.
+    - By distances: `share`, `radius` and `card`, from `index.DistanceRatios`; and `variance`, the
+      sum of `DistanceRatios.variance` and the variance within a person, `Distances.within`.
     """
     index, backend = gallery.index, gallery.backend
     if not index.names:

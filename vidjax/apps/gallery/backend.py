@@ -46,7 +46,7 @@ class Part(NamedTuple):
 
     @property
     def may_be_offscreen(self) -> bool:
-        """True for voices that are compared by distances: the speaker may be off screen."""
+        """True for voices compared by distances. Their scores allow for a speaker off screen."""
         return self.distances is not None and self.name == "audio"
 
     def coordinates(self, x: np.ndarray) -> np.ndarray:
@@ -57,7 +57,7 @@ class Part(NamedTuple):
             return np.asarray((x - self.space.mean) @ self.space.transform)
 
     def describe(self, count: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the coefficients `linear` [P, D] and `constant` [P] of P people, see `People`.
+        """Computes the fields `linear` [P, D] and `constant` [P] of `People` for this modality.
 
         `count` [P] is the number of clips of each person. `total` [P, D] is the sum of the unit
         vectors of these clips.
@@ -140,7 +140,7 @@ class Backend(NamedTuple):
         film: np.ndarray | None = None,
         independent: np.ndarray | None = None,
     ) -> People:
-        """Computes the coefficients of P people from their N clips.
+        """Enrols P people: computes coefficients from N clips of these people, see `People`.
 
         Args:
           names: the names of the people.
@@ -180,9 +180,9 @@ def fit(
     Args:
       vectors: modality -> unit vectors [N, D] float32.
       labels: [N] int, the person of each clip, from 1.
-      enrolled: modality -> [N, D] float32, the vectors that enrol people in the fit of `settings`.
-        Row n belongs to the person of clip n. A row may be the mean of the person's clips in a
-        film. Default: `vectors`.
+      enrolled: modality -> [N, D] float32. To fit `settings`, people are enrolled with some of
+        these rows, and compared with rows of `vectors`. Row n belongs to the person of clip n. It
+        may be the mean of the person's clips in a film. Default: `vectors`.
       centred: True if the run has already subtracted a centre from the vectors.
       settings: the settings of PLDA. By default, they are fitted, too, and the variance of a
         person's clips gets a lower limit, see `two_covariance.covariances`.
@@ -216,7 +216,7 @@ def fit(
 
 
 def measure_shared(vectors: Mapping[str, np.ndarray], labels: np.ndarray) -> float:
-    """Measures how much less than usual the clips of a person vary, as photos of one day do.
+    """Measures whether the clips of a person are more alike than usual, like photos of one day.
 
     Returns the missing share of the usual variance: 0 if the clips of a person vary as usual, and
     near 1 if they hardly vary. The smallest share of all modalities is returned, see
@@ -233,7 +233,7 @@ def measure_shared(vectors: Mapping[str, np.ndarray], labels: np.ndarray) -> flo
 
 
 def make_card_backend(back_ends: "Mapping[str, BackEnd]") -> Backend:
-    """Makes the back end of a gallery whose clips are compared by distances.
+    """Makes the parameters with which a gallery compares clips by distances.
 
     `back_ends` are modality -> the entry `back_end` of the card (the JSON file) of an embedding
     net. The entry contains distributions of cosines, which give the distributions of distances.
@@ -269,8 +269,8 @@ def _sum_clips(
     """Counts and adds up the clips of each of P people, in one modality.
 
     Returns n [P], the number of clips of each person, and [P, D], n times the mean unit vector of
-    these clips. `x` [N, D] are the vectors of the clips. For `owner` and `film`, see
-    `Backend.enrol`. `exact` [P] is False if PLDA counts similar clips of a person as fewer clips.
+    these clips. With PLDA, n is smaller if the clips are similar, except where `exact` [P] is True.
+    `x` [N, D] are the vectors of the clips. For `owner` and `film`, see `Backend.enrol`.
     """
     count, total = sum_by_owner(unit(part, x), owner, len(exact))
     if part.space is None:
@@ -307,7 +307,7 @@ def unit(part: Part, x: np.ndarray) -> np.ndarray:
 
 
 class Kind(Struct, omit_defaults=True):
-    """The sizes of the parameters of one modality, with which `from_numbers` reads them."""
+    """Describes the parameters of one modality, so that `from_numbers` knows their sizes."""
 
     name: Text  # the modality, or `embedding`
     width: Size  # D
@@ -324,9 +324,9 @@ class Kind(Struct, omit_defaults=True):
 
 
 def from_numbers(kinds: Sequence[Kind], settings: Settings, numbers: np.ndarray) -> Backend:
-    """Reverses `Backend.numbers`: makes the parameters of a gallery from a flat float64 array.
+    """Makes a back end from `numbers`, the flat float64 array that `Backend.numbers` returned.
 
-    `kinds` describe the modalities. `settings` are the parameters for all modalities.
+    `kinds` describe the modalities. `settings` become `Backend.settings`, which `numbers` lacks.
     """
     parts, left = [], numbers.astype(np.float64)
     for kind in kinds:

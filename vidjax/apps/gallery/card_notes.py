@@ -41,8 +41,8 @@ LEAST_BETWEEN, MOST_DEVIATION = 0.5, 1.4
 def read_cards(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
     """Reads the JSON files (cards) that describe the nets in the folder `models`.
 
-    Returns a description of the nets, and modality -> distribution of cosines. Raises UserError if
-    no card contains such a distribution.
+    Returns a description of the nets, and modality -> distributions of the cosine of two
+    embeddings. Raises UserError if no card contains such distributions.
     """
     from vidjax.apps import cards
 
@@ -52,7 +52,7 @@ def read_cards(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
     back_ends = {part: card.back_end for part, card in usable.items() if card.back_end}
     if not back_ends:
         raise UserError(
-            f"'{path}' has no net of faces or voices whose JSON file has the entry back_end\n"
+            f"'{path}' needs a net for embeddings, and `back_end` in the JSON file of this net\n"
             f"{cards.describe_remedy('face_embedder', path)}"
         )
     digests = {part: usable[part].digest for part in back_ends}
@@ -62,9 +62,10 @@ def read_cards(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
 
 
 def _read_back_ends(origin: VectorOrigin) -> "dict[str, BackEnd]":
-    """Returns modality -> distribution of cosines, from the cards of a gallery's nets.
+    """Reads the cards, the JSON files of a gallery's nets.
 
-    Returns {} if the cards are not found, or if the nets have changed.
+    Returns modality -> distributions of the cosine of two embeddings. Returns {} if the cards are
+    not found, or if the nets have changed.
     """
     from vidjax.apps import cards
 
@@ -85,7 +86,7 @@ def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> t
     If the distributions of cosines in the cards (JSON files) of the nets have changed, the gallery
     uses the new distributions, and prints that.
 
-    If `replace` is True, nets of the gallery may have changed. The result then also contains the
+    If `replace` is True, changed nets of the gallery are allowed. The result then also contains the
     modalities of the changed nets. Enrolled clips lose these modalities. Clips that have
     no other modality are removed.
 
@@ -130,15 +131,15 @@ def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> t
 def compare(state: State) -> Comparison:
     """Compares the differences between enrolled faces with the differences that the card predicts.
 
-    The card is the JSON file of the face net. Its numbers are defaults until somebody measures them
-    for the net. The field `problem` of the result is "" if the faces fit the card, or if the
-    gallery has no face net. For all values, see `card_check.Problem`.
+    The card is the JSON file of the face net. It contains default numbers until somebody measures
+    the net. The field `problem` of the result is "" if the faces fit the card, or if the gallery
+    has no face net. For all values, see `card_check.Problem`. This function adds two rules:
 
-    If `check_apart` or `judge` has stored in `state` that the net does not separate people,
-    `problem` is "blind". With default numbers, `problem` is also "blind" if `between` is
-    below LEAST_BETWEEN, or `deviation` above MOST_DEVIATION. With default numbers and fewer than
-    three enrolled people, `problem` is "few", until `check_apart` finds that the net separates
-    people.
+    - `problem` is "blind" if `check_apart` or `judge` has found that the net does not separate
+      people. With default numbers, smaller differences from the card also count as "blind", see
+      LEAST_BETWEEN and MOST_DEVIATION.
+    - Otherwise, `problem` is "few" if the card has default numbers, fewer than three people are
+      enrolled, and `check_apart` has not found that the net separates people.
     """
     comparison, unmeasured = state.index.card_comparison, state.origin.unmeasured
     is_close = comparison.problem == "closer" and comparison.between < LEAST_BETWEEN
@@ -174,8 +175,8 @@ def judge(state: State, mirrored: Sequence[float]) -> State:
 
     If a photo and its mirror image differ almost like two people, the net does not separate people,
     and the gallery gives no names. `mirrored` are the cosines of the vectors of enrolled photos and
-    of their mirror images. If there are fewer than two, the state stays the same. If only one
-    person is enrolled, and nobody has measured the card (JSON file) of the net, one is enough.
+    of their mirror images. With fewer than two cosines, the state stays the same. One cosine is
+    enough if only one person is enrolled, and the card (JSON file) of the net has default numbers.
     """
     comparison, origin = state.index.card_comparison, state.origin
     if len(mirrored) < (1 if len(state.index.names) == 1 and origin.unmeasured else 2):
@@ -185,9 +186,10 @@ def judge(state: State, mirrored: Sequence[float]) -> State:
 
 
 def check_mirrored(gallery: "Gallery", cosines: Sequence[float]) -> None:
-    """Checks with mirror images whether the net of a gallery separates people; stores the result.
+    """Checks with `judge` whether the net of a gallery separates people; stores the result.
 
-    `cosines` are the cosine similarities of faces and their mirror images. `judge` decides.
+    `cosines` are the cosine similarities of faces and their mirror images. If they are low, the
+    net does not separate people.
     """
     with gallery.change() as draft:
         state = judge(draft.present, cosines)
@@ -196,7 +198,7 @@ def check_mirrored(gallery: "Gallery", cosines: Sequence[float]) -> None:
 
 
 def describe(state: State) -> str:
-    """Returns a text that says why names are wrong or rare, with a remedy, or "" if all is well."""
+    """Returns why clips get wrong names or no names, with a remedy; "" if all is well."""
     models = state.origin.workdir
     if not state.index.names:
         return ""
@@ -216,7 +218,7 @@ def describe(state: State) -> str:
 
 
 def warn(state: State, known: str = "") -> str:
-    """Warns if enrolled people contradict the card, the JSON file of the net; returns the text.
+    """Prints a warning about the problem that `compare` finds; returns the text.
 
     The text is "" if there is no problem. A text that equals `known`, the text of an earlier call,
     is not printed.
@@ -228,7 +230,7 @@ def warn(state: State, known: str = "") -> str:
 
 
 def _describe_problem(state: State) -> str:
-    """Returns how enrolled people contradict the card of the net, with a remedy; "" if they fit."""
+    """Returns a text about the problem that `compare` finds, with a remedy; "" for no problem."""
     comparison, origin = compare(state), state.origin
     if comparison.problem == "closer" and comparison.between < card_check.SAME:
         return f"your people are as alike as photos of one person\n{TWO_NAMES}"

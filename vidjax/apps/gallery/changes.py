@@ -1,4 +1,4 @@
-"""Edits the content of a gallery in a draft. `Gallery.change` writes the draft."""
+"""Edits a copy of the content of a gallery, a `Draft`, which `Gallery.change` then stores."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TypeVar
@@ -77,9 +77,9 @@ class Draft:
     def complete(self, vectors: Mapping[str, np.ndarray]) -> set[str]:
         """Adds missing modalities, such as voices, to enrolled clips.
 
-        `vectors` are clip -> vector of all modalities. A clip is left out if it is not enrolled, or
-        if its enrolled vector of a modality differs from the given one. Returns the names of the
-        clips that are not left out. They now have the given vectors.
+        `vectors` are clip -> joined vector of all modalities. Returns the names of the clips that
+        now have these vectors. A clip does not change if it is not enrolled, or if it is enrolled
+        with another vector of a modality.
         """
         vectors = {self._find_name(name): vector for name, vector in vectors.items()}
         equal = find_equal(vectors, self.clips, self.present.index.backend)
@@ -118,7 +118,7 @@ class Draft:
         check_argument("rename: identity", identity, str, "a name")
         to, names = check_person(to), self._find_clips(identity)
         if to == normal_form(identity):
-            raise UserError(f"the person '{show(to)}' already has this name: choose another name")
+            raise UserError(f"the person is already called '{show(to)}': choose another name")
         if to in self.clips_of and not merge:
             raise UserError(
                 f"'{show(to)}' is already enrolled, so two people would become one\n"
@@ -200,8 +200,9 @@ class Draft:
     def _is_new(self, name: str, clip: StoredClip) -> bool:
         """Returns True if a clip must be added: it is new, or an enrolled stranger gets a person.
 
-        Returns False if the enrolled clip `name` has the person and vector of `clip`, or if it has
-        a person, but `clip` has none. Raises UserError if it has another person or vector.
+        Returns False if a clip with this name is enrolled with the same person and vector. Also
+        returns False if `clip` has no person, but the enrolled clip has one. Otherwise, raises
+        UserError.
         """
         old = self.clips.get(name)
         if old is None:

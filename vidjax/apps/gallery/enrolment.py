@@ -1,4 +1,4 @@
-"""Computes the coefficients that compare clips with enrolled people, from the clips of the people.
+"""Enrols people: computes from each person's clips the coefficients that score other clips.
 
 Also fits the back end, the parameters that compare vectors, to the clips of a gallery.
 """
@@ -30,18 +30,18 @@ def enrol(
     *,
     of_plda: bool = False,
 ) -> Iterator[People]:
-    """Computes the coefficients that compare clips with people, see `People`, from their clips.
+    """Computes from each person's clips the coefficients that score other clips, see `People`.
 
     Yields the people in blocks, to save memory. With PLDA, all clips of a person in a film count as
-    one clip. Similar clips count less, see `two_covariance.count_independent` and
-    `card_backend.effective_count`.
+    one clip. Similar clips of a person count as fewer clips, see `two_covariance.count_independent`
+    and `card_backend.effective_count`.
 
     Args:
       backend: the parameters that compare vectors.
       clips_of: identity -> names of the person's clips.
       clips: name -> clip.
-      of_plda: True for the gallery of a PLDA run. Then similar clips count fully, as in the run. If
-        PLDA was not fitted to all clips of a person, similar clips of this person count less.
+      of_plda: True for the gallery of a PLDA run. Then similar clips of a person count fully if
+        PLDA was fitted to all clips of this person.
     """
     identities, width = [*clips_of], sum(backend.widths.values())
     for at in range(0, len(identities), MAX_BLOCK_PEOPLE):
@@ -131,7 +131,7 @@ def refit(state: State) -> State:
 def make_state(
     version: int, origin: VectorOrigin, backend: Backend, clips: Mapping[str, StoredClip]
 ) -> State:
-    """Makes the content of a gallery from its clips; computes the coefficients of all people."""
+    """Makes the content of a gallery from its clips. Enrols all people, see `enrol`."""
     clips_of = list_clips_of(clips)
     people = {name: clips_of[name] for name in sorted(clips_of.keys() - {STRANGER})}
     blocks = enrol(backend, people, clips, of_plda=origin.counts_every_clip)

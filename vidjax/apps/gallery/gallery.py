@@ -24,8 +24,8 @@ A removed person leaves no trace in the folder. If the back end was fitted to a 
 vector of this clip could be computed from the old back end and all other clips. Therefore `remove`
 fits a new back end to all clips that are left. Enrolling clips does not change the back end. The
 training run still depends on its training clips. With `create(..., empty=True)`, the gallery
-contains no training clips, but the back end was fitted to them. To make both independent of
-a clip, train a new run without this clip.
+contains no training clips, but the back end was fitted to them. To make the run and the back end
+independent of a clip, train a new run without this clip, and create a new gallery.
 """
 
 import contextlib
@@ -78,10 +78,10 @@ class Gallery:
       the vectors that `embed` returns.
 
     A method that changes the gallery returns when the change is on the disk. After an error,
-    nothing is changed. If the disk fails after the change was written, the message of the OSError
-    says that the gallery was changed. All methods that change the gallery raise ValueError if
-    another process is changing the gallery, or if the gallery is read-only. They raise OSError if
-    the disk is full or fails.
+    nothing is changed, with one exception: if the disk fails after the change was written, the
+    message of the OSError says that the gallery was changed. All methods that change the gallery
+    raise ValueError if another process is changing the gallery, or if the gallery is read-only.
+    They raise OSError if the disk is full or fails.
     """
 
     def __init__(self, folder: str | Path, *, run: "Predictor | str | Path | None" = None):
@@ -121,10 +121,10 @@ class Gallery:
     ) -> "Gallery":
         """Makes a gallery, and enrols the labelled training clips of a run.
 
-        Clips are compared by PLDA. If the run is a PLDA run, the gallery uses the settings of the
-        run. Otherwise, the settings are fitted to the training clips. If the training clips of a
-        person are as alike as photos of one day, the settings are always fitted, and a message is
-        printed.
+        Clips are compared by PLDA. The settings of PLDA, such as `scale`, are fitted to the
+        training clips. Only the gallery of a PLDA run keeps the settings of the run. If the
+        training clips of a person are as alike as photos of one day, the settings of a PLDA run
+        are fitted again, too, and a message is printed.
 
         Args:
           folder: a new or empty folder.
@@ -466,8 +466,8 @@ class Gallery:
             default, it is 1. Two groups that contain only unclear faces, with a clarity below 0.35,
             are never joined.
           together: clip -> number. Clips with the same number certainly show the same person.
-          settled: numbers in `together`. Groups with two of these numbers are never joined. Any
-            other group may be joined to a group with one of these numbers.
+          settled: some of the numbers in `together`. Clips with two different settled numbers are
+            never in one group. Clips without a settled number may join a group with one.
           for_votes: True makes larger groups for `identify`, where the clips of a group vote on a
             name. A few of these groups contain clips of two people.
         """
@@ -482,12 +482,13 @@ class Gallery:
     def check_apart(self, vectors: Vectors, apart: Iterable[tuple[str, str, float]]) -> None:
         """Checks with faces of different people whether the net of the gallery separates people.
 
-        The card, the JSON file of the net, predicts how much the faces differ. If they contradict
-        the card, `identify` gives no names from now on. If only one or two people are enrolled,
-        they get names only after this check, and if the faces fit the card. If the numbers in the
-        card were measured, nothing is checked. The result is kept in this object, and not written
-        to the folder. `vectors` are the vectors of the clips. `apart` are pairs of clips that
-        certainly show different people: (clip, other clip, clarity of the better face, 0 to 1).
+        The card, the JSON file of the net, predicts how much faces of different people differ. If
+        somebody has measured the numbers in the card, nothing is checked. If the faces contradict
+        the card, `identify` gives no names from now on. If at most two people are enrolled,
+        `identify` gives names only after this check has shown that the faces fit the card. The
+        result is kept in this object, and not written to the folder. `vectors` are the vectors of
+        the clips. `apart` are pairs of clips that certainly show different people: (clip, other
+        clip, clarity of the better face, 0 to 1).
         """
         with self._lock:
             self._state = card_notes.check_apart(self.state, vectors, apart)
@@ -520,36 +521,38 @@ class Gallery:
     ) -> dict[str, Answer]:
         """Identifies the person in each clip; returns clip -> answer.
 
-        The person of a clip without a usable frame is unknown. In a gallery of nets, the person
-        is also unknown if the clip and the most probable person have no modality in common.
+        The person of a clip without a usable frame is unknown. In a gallery of nets, see
+        `of_models`, the person is also unknown if the clip and the most probable person have no
+        modality in common.
 
         Args:
           clips, split: see the class.
           k: the largest number of identities in `Answer.best`.
-          fpir: the largest share of new strangers that may get a name. The lowest probability of a
-            name is measured on the clips of strangers in the gallery. The person must also be
-            more probable than all other enrolled people together. The default is 0.01. If there are
-            fewer than 99 clips of strangers, by default a name needs a probability above 0.5.
+          fpir: the largest share of new strangers that may get a name. The threshold for the
+            probability of a name is measured on the clips of strangers in the gallery. The person
+            must also be more probable than all other enrolled people together. The default is 0.01.
+            With fewer than 99 clips of strangers, the default rule is a probability above 0.5.
           threshold: the lowest probability at which a clip gets a name. Give either `fpir` or
             `threshold`. (In `Predictor.identify`, `threshold` is a logarithm.)
-          groups: clip -> group, as `group` returns. All clips of a group are compared together and
-            get the same name. Each clip has two probabilities of this name: for the whole group,
-            and for only this clip. The answer has the lower one, which must reach `threshold` or
-            the measured threshold. If the second probability is below 0.1, the clip leaves the
-            group. Only a gallery of nets accepts groups.
+          groups: clip -> group, as `group` returns. Only a gallery of nets accepts groups. All
+            clips of a group are compared together and get the same name. The answer has the lower
+            one of two probabilities of this name: for the group, and for the single clip. This
+            probability must reach `threshold` or the measured threshold. If the probability for
+            the single clip is below 0.1, the clip leaves the group.
           advance: is called for each answer, with the number of clips that get this answer.
 
         Raises:
-          ValueError: nobody is enrolled, there are fewer than 1 / fpir - 1 clips of strangers, the
-            features do not fit the gallery, or `groups` are given for a gallery of a run.
+          ValueError: nobody is enrolled, `fpir` is given with fewer than 1 / fpir - 1 clips of
+            strangers, the features do not fit the gallery, or `groups` are given for a gallery of
+            a run.
         """
         check_argument("identify: k", k, numbers.Integral, "a number of identities")
         if k < 1:
             raise UserError(f"k={k} is below 1: give the number of identities to list")
         if groups is not None and not self.origin.cards:
             raise UserError(
-                "groups are only for a gallery of nets, but this gallery was made from a run\n"
-                "leave out groups, or create a gallery with --models"
+                f"gallery '{self.folder}' was made from a run, so `groups` cannot be used\n"
+                "leave out `groups`, or make a gallery from the nets in a folder: --models=FOLDER"
             )
         if not isinstance(clips, Vectors):  # reports mistakes before vectors are computed
             self.rule(fpir=fpir, threshold=threshold)
@@ -586,7 +589,7 @@ class Gallery:
     def verify_person(
         self, clips: AnyClips, identity: str, *, fmr: float | None = None, split: str | None = None
     ) -> Verification:
-        """Decides as `verify` does. The result also has the rule, and the person's doubtful clips.
+        """Decides as `verify` does. Also returns the applied rule, and the person's doubtful clips.
 
         Doubtful clips are enrolled clips that do not fit the person's other clips, see
         `find_misfits`. For the arguments, see `verify`. All parts of the result are from the same
@@ -602,11 +605,10 @@ class Gallery:
     def find_misfits(self, identity: str, clips: Collection[str] | None = None) -> dict[str, float]:
         """Finds enrolled clips that do not fit the other clips of the person `identity`.
 
-        Each clip is compared with all other clips of the person. A clip is listed if, at even prior
-        odds, the odds are 10 to 1 that it shows a different person than the other clips. If a
-        person has two clips that differ, both are listed, because nothing shows which is wrong. If
-        `clips` are given, only these clips are listed. Returns clip ->
-        log(p(clips | one person) / p(clips | two people)), lowest first.
+        Each clip is compared with all other clips of the person. A clip is listed if the likelihood
+        ratio p(clips | one person) / p(clips | two people) is below 0.1. If a person has two clips
+        that differ, both are listed, because nothing shows which is wrong. If `clips` are given,
+        only these clips are listed. Returns clip -> log of the ratio, lowest first.
         """
         return verification.find_misfits(self.state, identity, clips)
 
@@ -615,15 +617,16 @@ class Gallery:
     ) -> dict[tuple[str, str], Match]:
         """Decides for pairs of clips if they show the same person.
 
-        In a gallery of nets, the card (JSON file) of the net may contain default numbers instead of
-        measured numbers. Then no pair is accepted if fewer than three people are enrolled, and
-        `check_apart` has not confirmed the card. In all other cases, nobody needs to be enrolled.
+        In a gallery of nets, see `of_models`, the card (JSON file) of the net may predict distances
+        of faces with default numbers. Then no pair is accepted until three people are enrolled, or
+        `check_apart` has shown that the net separates people. With measured numbers, or in a
+        gallery of a run, nobody needs to be enrolled.
 
         Args:
           clips, others: see the class. Each of `clips` is compared with each of `others`. If
             `others` is None, each of `clips` is compared with each other clip.
-          fmr: as in `verify`. The threshold is measured on pairs of strangers, so twice as many
-            strangers are needed.
+          fmr: as in `verify`. The threshold is measured on pairs of clips of strangers, so twice as
+            many clips are needed as in `verify`.
 
         Returns:
           (clip, other clip) -> comparison.

@@ -131,7 +131,7 @@ class MatchRule(NamedTuple):
         }  # fmt: skip
 
     def describe(self) -> dict[str, str]:
-        """Describes the rule for the user: returns label of a row -> text of the row."""
+        """Returns the lines that describe the rule for the user: label -> text."""
         rows = {"accepted if": self.about}
         if limit := self.threshold:
             low, high = map(answers_lib.share, limit.interval)
