@@ -202,7 +202,7 @@ def test_labels_that_no_input_has_are_reported_once(say, command, folder, tmp_pa
     assert list_clips(folder) == {"c0": "Ada", "c3": "Eve"}
     labels = clip_files.write_labels(tmp_path / "stray.csv", {"zzz": "Bob"})
     done = command(*words, f"--labels={labels}")
-    assert done.code == 2 and "use the clip names of the features" in done.err
+    assert done.code == 2 and "use the names of the clips in the features" in done.err
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"clip": "c0", "identity": "Ada"}\n\n{"clip": "c1"}\n')
     assert f"{broken}: line 3 is not JSON" in say(*words, f"--labels={broken}", code=2)

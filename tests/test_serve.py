@@ -457,7 +457,7 @@ def test_reasons_in_the_access_log_contain_no_names(inside, caplog):
     good = servers.enrolment("Secret", 0)
     (clip,) = good["clips"]
     for change, answered, logged in (
-        ({"clips": [clip, clip]}, "Secret 0", "occurs twice: give each clip another name"),
+        ({"clips": [clip, clip]}, "Secret 0", "occurs twice: rename one of the two clips"),
         ({"clips": [{"clip": "Secret", "secret": [1.0]}]}, "has only secret", "the gallery uses"),
         ({"clips": [{"clip": "Secret", "face": "x"}]}, "'face' must be", "UserError at clip_files"),
         ({"Secret": 1}, "unknown field `Secret`", "see /openapi.json"),

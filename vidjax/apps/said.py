@@ -2,15 +2,15 @@
 
 A line is about a face. The sha256 of the film or photo, a time in seconds, and a box (left, top,
 width and height, as fractions of the picture) identify the face. So a line stays true if nets, file
-names or names of clips change. Lines are only added. All that a user says at once is a step. The
-lines of a step have the same time `when`. The field `says` of a line is one of these words:
+names or names of clips change. Lines are only added. A step is a single action of a user. All lines
+of a step have the same time `when`. The field `says` of a line is one of these words:
 
     is      the face shows the person `of`, or if `of` is null, a stranger
     not     the face does not show the person `of`
-    same    this face and the face `of` show the unknown person `number`. If `person` is given,
-            such as `unknown 7`, all faces of `person` show the person `number`, too
+    same    this face and the face `of` show the unknown person `number`. The field `person`, such
+            as `unknown 7`, may name a second unknown person, who is the same person `number`
     apart   the face shows the unknown person `number`, who is not the person of the face `of`
-    ignore  the face gets no name. If `of` is "once", it gets one when its person is enrolled
+    ignore  the face gets no name. If `of` is "once", this ends when its person is enrolled
     rename  the person `person` is called `of` from now on
     undo    the step with the time `of` does not count. If `of` is null, no earlier line about the
             face counts
@@ -57,7 +57,7 @@ class Face(Struct, kw_only=True, frozen=True, omit_defaults=True):
 
 
 class Line(Struct, kw_only=True, frozen=True, omit_defaults=True):
-    """A line of the log: what a user said about a face. The module describes the words `says`."""
+    """A line of the log: what a user said about a face. For the field `says`, see the module."""
 
     says: Literal["is", "not", "same", "apart", "ignore", "rename", "undo", "forgotten"]
     film: Sha256 | None = None
@@ -79,9 +79,9 @@ class Line(Struct, kw_only=True, frozen=True, omit_defaults=True):
 
 
 def make_face(film: str, track: "FaceTrack") -> Face | None:
-    """Returns the face in a clip, as the log identifies it, or None if its box is not known.
+    """Returns the face in the clip `track`, or None if the box of the face is not known.
 
-    `film` is the sha256 of the film or photo. `track` is the clip.
+    `film` is the sha256 of the film or photo.
     """
     if track.box is None:
         return None
@@ -111,14 +111,14 @@ def about(face: Face, says: Any, **values: Any) -> Line:  # noqa: ANN401  (field
 def stamp(lines: Iterable[Line]) -> list[Line]:
     """Sets the field `when` of all `lines` to the present time; returns the new lines.
 
-    The time identifies a step: the lines that a user has caused at once.
+    The equal time marks all `lines` as one step, a single action of the user.
     """
     when = datetime.now(UTC).isoformat(timespec="microseconds")
     return [msgspec.structs.replace(line, when=when) for line in lines]
 
 
 def undo(lines: Sequence[Line]) -> list[Line]:
-    """Returns a list with a line that undoes all `lines` of a step, or [] if there are none."""
+    """Returns a list with one line, which undoes the step `lines`; [] if `lines` is empty."""
     return stamp([Line(says="undo", of=lines[0].when)] if lines else [])
 
 
@@ -143,7 +143,7 @@ def read(out: Path) -> list[Line]:
 
 
 def has_log(out: Path) -> bool:
-    """Returns whether the folder `out` contains a log of names."""
+    """Returns whether the folder `out` contains the log `said.jsonl`."""
     return files.exists(out / NAME)
 
 

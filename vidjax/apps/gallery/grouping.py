@@ -4,14 +4,14 @@
    This is repeated until every pair has a probability of at most 0.5. The prior odds that a pair
    shows the same person are 1 / G, where G is the present number of groups. For groups that vote on
    a name (`for_votes` of `Gallery.group`), the prior odds are 4 / G.
-2. Small groups are joined to larger groups of more than 3 clips, if one of the two groups is clear.
-   The prior probability that a small group belongs to a group of n clips is proportional to n. The
-   prior probability that it shows a new person is proportional to the number of groups with a
-   single clip. Groups that vote skip this step.
+2. Small groups are joined to larger groups of more than 3 clips, if one of the two groups has
+   clear faces. The prior probability that a small group belongs to a group of n clips is
+   proportional to n. The prior probability that it shows a new person is proportional to the number
+   of groups with a single clip. Groups that vote skip this step.
 
 Vectors of unclear faces, which are small or blurred, are alike even if they show two people. So two
-groups with only unclear faces are never joined. The less clear the clearer one of
-two groups is, the smaller is the distance that is expected between two people.
+groups with only unclear faces are never joined. For two other groups, let c be the clarity of the
+clearer group. The lower c is, the smaller is the distance that is expected between two people.
 
 The memory grows with the square of the number of clips. If there are more than MAX_GROUPED_CLIPS,
 the clips of a few films are grouped at a time, and then the groups are joined.
@@ -44,7 +44,7 @@ MAX_KEPT_SHARE = 0.75
 
 
 class Groups:
-    """G groups of clips, whose pairs can be compared and joined.
+    """G groups of clips. Two groups can be compared and joined.
 
     Attributes:
       summary: the numbers with which the groups are compared.
@@ -85,7 +85,7 @@ class Groups:
             self.apart[labels[clip], labels[other]] = self.apart[labels[other], labels[clip]] = True
 
     def settle(self, settled: np.ndarray) -> None:
-        """Forbids joins between two groups for which `settled` [G] bool is True."""
+        """Forbids joins of two groups if `settled` [G] bool is True for both groups."""
         self.settled = settled
         self.apart |= settled & settled[:, None]
 
@@ -225,8 +225,8 @@ def _split_into_blocks(means: np.ndarray, turn: int) -> np.ndarray:
 def agglomerate(groups: Groups, least: Callable[[int], float]) -> np.ndarray:
     """Joins the most probable pair of groups until no pair is probable enough.
 
-    A pair is joined if its log ratio is above `least(G)`, where G is the present number of groups.
-    Returns [G] int, the group to which each group was joined, or its own index.
+    A pair is joined if its log ratio is above `least(n)`, where n is the present number of groups.
+    Returns [G] int: for each group at the start, the index of its group in `groups` at the end.
     """
     # For each group, the highest ratio of its pairs is stored, and an upper bound of its other
     # ratios. When two groups are joined, the ratios of their pairs no longer exist. If such a ratio
@@ -264,7 +264,8 @@ def agglomerate(groups: Groups, least: Callable[[int], float]) -> np.ndarray:
 def _absorb(groups: Groups, labels: np.ndarray) -> np.ndarray:
     """Joins groups of at most MAX_SMALL_CLIPS clips to larger groups that show the same person.
 
-    `labels` [G] int is the result of `agglomerate`. Returns the new group of each group, [G] int.
+    `labels` [G] int is the result of `agglomerate`: indices of `groups`. Returns new `labels`, in
+    which the index of a larger group replaces the indices of the groups that were joined to it.
     """
     labels, sizes, changed = labels.copy(), groups.sizes, True
     while changed:

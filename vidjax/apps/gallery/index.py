@@ -66,10 +66,10 @@ class Means:
     def __init__(
         self, distances: Distances, linear: np.ndarray, square: np.ndarray, count: np.ndarray
     ):
-        """Computes the attributes of P people.
+        """Stores the mean vectors `linear` [P, D] float32 of P people.
 
-        `linear` [P, D] float32 are the means, and `square` [P] float64 their squared lengths.
-        `count` [P] are the numbers of clips. `distances` are the parameters of the comparison.
+        `square` [P] float64 are the squared lengths of the means. `count` [P] is the number of
+        clips of each person. `distances` are the parameters by which vectors are compared.
         """
         self.linear, self.square = linear, square
         self.effective = card_backend.effective_count(distances, count, square)
@@ -154,10 +154,10 @@ class Ratios:
     """
 
     def __init__(self, part: Part, scale: float, count: np.ndarray, constant: np.ndarray):
-        """Prepares the comparison with N people.
+        """Prepares the comparison of clips with N people.
 
-        `part` are the parameters of the modality. All ratios are multiplied by `scale`. `count` [N]
-        is the number of clips of each person. For `constant` [N], see `People`.
+        `part` are the parameters of the modality. `scale` is a factor of all log-likelihood ratios.
+        `count` [N] and `constant` [N] are `num_clips` and `constant` of `People`.
         """
         assert part.space is not None
         kinds, self.kind = np.unique(count, return_inverse=True)
@@ -170,9 +170,8 @@ class Ratios:
     def ask(self, units: np.ndarray, _: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Prepares Q unit vectors [Q, D] of clips for `finish`.
 
-        Returns two arrays: the scaled PLDA coordinates [Q, D], and `terms` [Q, U], the part of the
-        ratios that is the same for all people with the same number of clips. U is the number of
-        rows of `curve`.
+        Returns two arrays: the scaled PLDA coordinates [Q, D], and `terms` [Q, U]. `finish` adds
+        `terms[q, u]` to the log-likelihood ratio of clip q and each person whose `kind` is u.
         """
         z = self._part.coordinates(units)
         return self._scale * z, self._scale * z**2 @ self.curve.T
@@ -180,13 +179,14 @@ class Ratios:
     def finish(
         self, ratios: np.ndarray, rows: slice | np.ndarray, owner: np.ndarray, terms: np.ndarray
     ) -> None:
-        """Turns products of coordinates and `People.linear` into log-likelihood ratios, in place.
+        """Turns inner products into log-likelihood ratios, in place.
 
         Args:
-          ratios: the products, for pairs of a clip and a person. They are overwritten.
+          ratios: the inner products of the coordinates of a clip and the row of a person in
+            `People.linear`, [Q, R] for Q clips and R people, or [R] for R pairs.
           rows: the indices of the people.
-          owner: the indices of the clips, see `Index._add_up`.
-          terms: the second array that `ask` returned.
+          owner: the indices of the clips, [Q, 1] or [R].
+          terms: the array `terms` that `ask` returned.
         """
         ratios += self._constant[rows].astype(ratios.dtype)
         # If all people have the same number of clips, broadcasting is faster than indexing.
@@ -208,10 +208,10 @@ class DistanceRatios:
     """
 
     def __init__(self, part: Part, people: Sequence[Means]):
-        """Prepares the comparison with N people.
+        """Prepares the comparison of clips with N people.
 
-        `part` are the parameters of the modality. `people` are the means of the people, block after
-        block.
+        `part` are the parameters of the modality. Each element of `people` has the means of some of
+        the N people.
         """
         assert part.distances is not None
         distances = self._distances = part.distances
@@ -227,9 +227,9 @@ class DistanceRatios:
     def card(self) -> np.ndarray:
         """Five numbers that `reader.py` of an exported gallery needs, [5] float64.
 
-        The numbers are: two shapes of gamma distributions, for one person and for two people, see
-        `Distances`; the lower limit of squared distances; the constant and the slope of the log
-        density of a stranger.
+        The numbers are `same` and `different` of `Distances`, the lower limit of squared distances,
+        and two numbers a and b. If a clip shows a stranger, its log density is a - b s. Here, s is
+        the squared distance of the clip from the mean of all people.
         """
         distances, zero = self._distances, np.zeros(())
         variance = np.array(distances.within + distances.between + self.population.variance)
@@ -241,10 +241,10 @@ class DistanceRatios:
     def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Prepares Q groups of clips for `finish`; returns coordinates [Q, D] and terms [Q, 4].
 
-        `units` [Q, D] are the mean unit vectors x of the groups. `effective` [Q] are the effective
-        numbers of their clips, see `card_backend.effective_count`. The coordinates are x - m, where
-        m is the mean of all people. The terms are `(x - m) . m`, `|x - m|^2`, the variance of x for
-        a known person, and the log density of x for a stranger.
+        `units` [Q, D] are the mean unit vectors x of the groups. `effective` [Q] is the number of
+        clips of each group, where similar clips count less (`card_backend.effective_count`). The
+        coordinates are x - m, where m is the mean of all people. The terms are `(x - m) . m`,
+        `|x - m|^2`, the variance of x for a known person, and the log density of x for a stranger.
         """
         distances, noise = self._distances, self._distances.within / effective
         x = units - self.population.mean
@@ -256,7 +256,7 @@ class DistanceRatios:
     def finish(
         self, ratios: np.ndarray, rows: slice | np.ndarray, owner: np.ndarray, terms: np.ndarray
     ) -> None:
-        """Turns the products `ratios` into log-likelihood ratios in place, see `Ratios.finish`."""
+        """Turns inner products into log-likelihood ratios, in place. See `Ratios.finish`."""
         kind = ratios.dtype
         across, square, noise, new = (x[owner] for x in terms.T.astype(kind))
         share, radius, variance = (
@@ -308,7 +308,10 @@ class Index:
 
     @functools.cached_property
     def card_comparison(self) -> Comparison:
-        """How enrolled faces fit the card (JSON file) of the net. NO_PROBLEM without a card."""
+        """How much enrolled faces differ, compared with the prediction in the card of the net.
+
+        The card is a JSON file that describes the net. Without a card, the value is NO_PROBLEM.
+        """
         for number, part in enumerate(self.backend.parts):
             if part.name == "face" and part.distances is not None:
                 counts, deviation = self.counts[number], 0.0
@@ -485,8 +488,8 @@ class Index:
     def _logits_of(self, rows: np.ndarray, owner: np.ndarray, queries: _Queries) -> np.ndarray:
         """Computes the logits of R pairs of a person and a clip, [R] float64.
 
-        `rows` [R] are the indices of the people, and `owner` [R] the indices of the clips in
-        `queries`.
+        `rows` [R] are the indices of the people in `names`. `owner` [R] are the indices of the
+        clips in `queries`.
         """
         places = np.searchsorted(self._ends, rows, side="right") - 1
         products = [np.zeros(len(rows)) for _ in queries.coordinates]
@@ -511,15 +514,15 @@ class Index:
         """Adds the log-likelihood ratios of all modalities, for pairs of a clip and a person.
 
         Args:
-          products: M arrays, the coordinates of clips times `People.linear`. The shape is [Q, R]
-            for all pairs of Q clips and R people, or [R] for R pairs. The first array is
-            overwritten.
+          products: M arrays, the inner products of the coordinates of a clip and the row of a
+            person in `People.linear`. The shape is [Q, R] for all pairs of Q clips and R people, or
+            [R] for R pairs. The arrays are overwritten.
           rows: [R], the indices of the people.
           owner: the indices of the clips, [Q, 1] or [R].
           queries: the clips.
 
         Returns:
-          the sums (logits), with the shape of a product.
+          the sums (logits), [Q, R] or [R].
         """
         several = (np.sum(~queries.missing, axis=0) > 1)[owner]
         for number, (part, ratios) in enumerate(zip(self.backend.parts, products, strict=True)):
@@ -538,7 +541,7 @@ class Index:
 
     @functools.cached_property
     def _ends(self) -> list[int]:
-        """The index of the first person of each block, and at the end the number N of people."""
+        """The index in `names` of the first person of each of `blocks`, and the number of names."""
         return np.cumsum([0, *(len(block.names) for block in self.blocks)]).tolist()
 
     def _best_rows(self, logits: np.ndarray, k: int) -> np.ndarray:

@@ -119,8 +119,8 @@ def check_given(identities: Mapping[str, str], clips: Collection[str], source: s
     example = show(min(clips))
     text = f"no clip is called '{show(stray[0])}'; an example of a clip is '{example}'"
     if len(stray) == len(identities):
-        raise UserError(f"{source}: {text}\nuse the clip names of the features")
-    warn(f"{source}: {text}\n{len(stray):,} of {len(identities):,} names are not used")
+        raise UserError(f"{source}: {text}\nuse the names of the clips in the features")
+    warn(f"{source}: {text}\n{len(stray):,} of {len(identities):,} names are ignored: correct them")
 
 
 def complete(gallery: "Gallery", vectors: Vectors) -> set[str]:
@@ -147,10 +147,10 @@ def find_known(state: State, vectors: Vectors) -> dict[str, str | None]:
 
 
 def find_rivals(state: State, clips: Mapping[str, StoredClip]) -> dict[str, str]:
-    """Finds enrolled clips that seem to show another enrolled person than their own person.
+    """Finds clips that are enrolled for one person, but seem to show another enrolled person.
 
-    `clips` are name -> clip. Returns clip -> the other person. This person has a clip with an equal
-    vector, or the odds of this person against a stranger are above 200 to 1. If the two
+    `clips` are name -> clip. Returns clip -> the other person. The other person has a clip with an
+    equal vector, or the odds of the other person against a stranger are above 200 to 1. If the two
     people only look alike, as twins do, the clip is left out, see `_is_twin`.
 
     If a comparison of all `clips` would take minutes, the last clips are not compared, and a
@@ -178,10 +178,10 @@ def find_rivals(state: State, clips: Mapping[str, StoredClip]) -> dict[str, str]
 
 
 def _is_twin(state: State, name: str, clip: StoredClip, like: str) -> bool:
-    """Returns whether a clip shows its own person, who only looks like the person `like`.
+    """Returns whether a clip is enrolled for the right person, and `like` is only a similar person.
 
-    This is so if the clip fits its own person better, and if the other clips of its person and the
-    clips of `like` show two people more probably than one.
+    This is so if the clip fits the person's other clips better than the clips of `like`, and if
+    these other clips and the clips of `like` show two people more probably than one.
     """
     own = state.clips_of[clip.identity or STRANGER]
     mates = [x for x in own if strip_ending(x) != strip_ending(name)]
@@ -243,9 +243,9 @@ class Migration(NamedTuple):
 def migrate(old: "Gallery", new: "Gallery", clips: "AnyClips") -> Migration:
     """Enrols the clips of the gallery `old` in the gallery `new`, whose vectors are of other nets.
 
-    `clips` are the features of the clips, for the nets or the run of `new`. The names of people and
-    the clips of strangers are taken from `old`. Further calls can add further clips. Each call is a
-    single change: after an error, `new` is as before.
+    `clips` are the features of the clips, as the nets of `new` make them, or as the run of `new`
+    reads them. The names of people and the clips of strangers are taken from `old`. Further calls
+    can add further clips. Each call is a single change: after an error, `new` is as before.
 
     Raises:
       UserError: none of the clips is in `old`, or `new` has people or clips that `old` lacks.
@@ -257,7 +257,7 @@ def migrate(old: "Gallery", new: "Gallery", clips: "AnyClips") -> Migration:
         raise UserError(
             f"gallery '{new.folder}' contains clips that '{old.folder}' lacks, such as "
             f"{show(min(extra))}\n"
-            "create the new gallery again: with --models, or with --run and --empty"
+            "create the new gallery again, without people: --models=DIR, or --run=RUN --empty"
         )
     vectors = new.embed(clips)
     labels = tuple(person_of.get(strip_ending(name)) for name in vectors.names)
@@ -269,9 +269,9 @@ def migrate(old: "Gallery", new: "Gallery", clips: "AnyClips") -> Migration:
             place = shlex.quote(str(new.folder))
             remedy += f"; or enrol the photos again: vidjax gallery enrol {place} --photos=FOLDER"
         raise UserError(
-            f"the features have no usable clip with the name of a clip in gallery '{old.folder}': "
-            f"a name in the gallery is {show(min(person_of, default=''))}, a name in the features "
-            f"is {show(min(vectors.names, default=''))}\n{remedy}"
+            f"no usable clip in the features has the name of a clip in gallery '{old.folder}'. "
+            f"Example of a name in the gallery: {show(min(person_of, default=''))}; in the "
+            f"features: {show(min(vectors.names, default=''))}\n{remedy}"
         )
     with new.change() as draft:
         added, relabelled = dict[str, StoredClip](), dict[str, str]()

@@ -21,9 +21,9 @@ LEAST_ODDS = 200.0  # with which we say that clips show one person, or two
 
 
 class Summary(NamedTuple):
-    """The numbers by which groups of clips are compared, in M modalities such as face.
+    """The statistics of groups of clips that `compare` needs, in M modalities such as face.
 
-    The groups may have any shape [...], for example [G] for a list of G groups.
+    The arrays of groups may have any shape [...], for example [G] for G groups.
     """
 
     counts: list[np.ndarray]  # M arrays [...], the numbers of clips that have the modality
@@ -33,17 +33,17 @@ class Summary(NamedTuple):
     clarity: np.ndarray  # [...], the mean clarity of the faces, see `align.measure_clarity`
 
     def take(self, rows: list[int] | slice | tuple[slice, None] | np.ndarray) -> "Summary":
-        """Selects groups. `rows` is an index of a NumPy array, such as a list or a slice."""
+        """Selects groups of clips by `rows`, which indexes each array of groups as in NumPy."""
         counts, means, squares, noises = ([x[rows] for x in each] for each in self[:-1])
         return Summary(counts, means, squares, noises, self.clarity[rows])
 
     def across(self) -> "Summary":
-        """Changes the shape [G] to [G, 1]. Then `compare` with [H] compares all G x H pairs."""
+        """Changes the shape [G] to [G, 1], so that `compare` with H groups compares all pairs."""
         return self.take((slice(None), None))
 
 
 def of_clips(backend: "Backend", parts: Sequence[np.ndarray]) -> Summary:
-    """Makes N groups of N clips, with one clip in each group.
+    """Makes a group with a single clip for each of N clips.
 
     `parts` are the vectors of the clips, M arrays [N, D], one for each modality.
     """
@@ -58,14 +58,14 @@ def of_sums(
     clarity: np.ndarray,
     inverses: Sequence[np.ndarray | None] | None = None,
 ) -> Summary:
-    """Makes G groups of clips from sums over their clips.
+    """Makes G groups of clips from sums over the clips of each group.
 
     Args:
       backend: the parameters that compare vectors.
       sums: (count [G], total [G, D]) for each of M modalities: the number of clips of each group,
-        and the sum of the coordinates of these clips.
-      clarity: [G], the mean clarity of the faces of each group.
-      inverses: the result of `invert`, which PLDA needs.
+        and the sum of the coordinates of these clips, see `Backend.whiten`.
+      clarity: [G], the mean clarity of the faces of each group, see `align.measure_clarity`.
+      inverses: the result of `invert`. Only PLDA needs it.
     """
     counts = [count for count, _ in sums]
     means = [total / np.maximum(count, 1)[:, None] for count, total in sums]
@@ -82,11 +82,11 @@ def invert(backend: "Backend") -> list[np.ndarray | None]:
 def measure_noise(
     part: "Part", count: np.ndarray, mean: np.ndarray, inverse: np.ndarray | None = None
 ) -> np.ndarray:
-    """Returns the variance of the mean of each of G groups, relative to the variance of one clip.
+    """Returns [G] for G groups of clips: the variance of the mean / the variance of one clip.
 
-    The result [G] is 1 / k for k independent clips. For similar clips it is larger. `count` [G] and
-    `mean` [G, D] are the number and the mean of the clips. `inverse` is the inverse of
-    `Space.transform`, which PLDA needs.
+    A value is 1 / k for k independent clips. For similar clips it is larger. `count` [G] and `mean`
+    [G, D] are the number and the mean of the clips of a group. `inverse` is the inverse of
+    `Space.transform`. Only PLDA needs `inverse`.
     """
     num = np.maximum(count, 1)
     if part.space is None:
@@ -99,10 +99,11 @@ def measure_noise(
 
 
 def compare(backend: "Backend", x: Summary, y: Summary) -> tuple[np.ndarray, np.ndarray]:
-    """Compares groups x with groups y, whose shapes broadcast to [...].
+    """Compares groups of clips x with groups of clips y. The shapes of x and y broadcast to [...].
 
-    Returns two arrays: the log ratios [...] float64, and bool [M, ...], True if both groups have
-    the modality. If two groups have no modality in common, their ratio is 0.
+    Returns two arrays: log(p(clips | one person) / p(clips | two people)), [...] float64; and
+    [M, ...] bool for M modalities, True if both groups have the modality. If two groups have no
+    modality in common, their log ratio is 0.
     """
     shared = np.array([(a > 0) & (b > 0) for a, b in zip(x.counts, y.counts, strict=True)])
     several, total = shared.sum(axis=0) > 1, np.zeros(shared.shape[1:])
@@ -126,7 +127,7 @@ def compare(backend: "Backend", x: Summary, y: Summary) -> tuple[np.ndarray, np.
 
 
 def _multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Returns the inner products [...] of vectors [..., D] that broadcast."""
+    """Returns the inner products [...] of vectors [..., D]. The shapes of a and b broadcast."""
     if a.ndim == 3 and a.shape[1] == 1 and b.ndim == 2:  # as a product of matrices, it is faster
         return a[:, 0] @ b.T
     return np.vecdot(a, b)

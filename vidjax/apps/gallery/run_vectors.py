@@ -120,7 +120,7 @@ class RunVectors(NamedTuple):
 
     @property
     def reads(self) -> tuple[dict[str, int], Quality]:
-        """The modalities that are read of a clip, and the source of the quality of its frames.
+        """The modalities that the gallery reads, and the source of the quality of frames.
 
         The first value is modality -> width of its features. The second is `given` (the quality in
         the file or, if it is missing, the norm of the features) or `norm` (always the norm).
@@ -193,8 +193,8 @@ def fit(
     vectors, labels, enrolled = stack_people(clips, widths)
     if settings and backend_lib.measure_shared(vectors, labels) > backend_lib.MOST_SHARED:
         say(
-            "the clips of each person are as alike as photos of one day, so they count as "
-            "fewer clips\nto name more clips, train on clips of different days"
+            "the clips of each person are as alike as photos of one day, so they count as fewer "
+            "clips, and fewer clips get a name\ntrain the run on clips of different days"
         )
         origin, settings = msgspec.structs.replace(origin, refitted=True), None
     backend = backend_lib.fit(vectors, labels, enrolled, centred=origin.centred, settings=settings)

@@ -3,11 +3,11 @@
     gallery.sqlite            the tables of SCHEMA
     gallery.sqlite-journal    exists during a change, and after an interrupted change
 
-For speed, a row of a table contains many people or clips. The column `words` has a name on each
-line. The column `numbers` has an array with the numbers of all these people or clips.
+For speed, a row of a table contains many people or clips. The column `words` contains their names,
+one on each line. The column `numbers` contains an array with their vectors and other numbers.
 
 A change is a single transaction. If it was interrupted, the next process that opens the file undoes
-it. If the disk fails after the change, in the last step, UncertainWriteError is raised. An
+it. If only the last step fails, when the change is in the file, UncertainWriteError is raised. An
 enrolment adds people and clips at the end of their tables. If a name occurs several times in a
 table, its last entry is valid. Any other change deletes all rows and inserts the new content, so
 that no byte of a removed person remains. (The setting `secure_delete` of SQLite is not enough: rows
@@ -98,9 +98,9 @@ class VectorOrigin(Struct, frozen=True, omit_defaults=True):
 
     @property
     def counts_every_clip(self) -> bool:
-        """True if similar clips of a person count fully; False if they count as fewer clips.
+        """False if PLDA counts similar clips of a person as fewer clips.
 
-        It is True in a gallery of a PLDA run, for the clips to which the gallery was fitted.
+        True for a PLDA run whose settings the gallery uses. See `of_plda` of `enrolment.enrol`.
         """
         return self.centred and not self.refitted
 
@@ -270,7 +270,7 @@ class Store:
             end = os.fstat(file.fileno()).st_size - len(SUPER_JOURNAL)
             file.seek(max(end, 0))  # only the end matters: every journal begins with these bytes
             if end > 0 and file.read(len(SUPER_JOURNAL)) == SUPER_JOURNAL:
-                raise damaged(journal, "it is a journal of SQLite with the path of another file")
+                raise damaged(journal, "it has the path of another file, which SQLite would delete")
 
     @contextlib.contextmanager
     def open(
@@ -356,12 +356,12 @@ class Store:
           connection: the result of `open`.
           state: the new content.
           new: the clips that differ from the file: name -> clip. `new` and `people` are added at
-            the end of the tables, and their old entries stay in the file as outdated entries. If
-            one of the two is None, or if about half of all entries would be outdated, all rows are
-            written again.
+            the end of the tables. Old entries of the same names stay in the file, but are outdated.
+            If `new` or `people` is None, or if about half of all entries would be outdated, all
+            rows are written again.
           people: the people who differ from the file, in blocks.
 
-        Returns `state` with the new digests.
+        Returns `state` with the new values of `rows`, `entries` and `sha256`.
         """
         index, clips, rows, entries = state.index, state.clips, state.rows, state.entries
         blocks, most = index.blocks, 2 * (len(clips) + len(index.names))
@@ -487,7 +487,7 @@ def _has_locks(folder: Path) -> bool:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    """Opens an existing database. The database may be forged: its SQL code never runs."""
+    """Opens an existing database. SQL code in a forged database, such as a view, is not trusted."""
     connection = sqlite3.connect(
         f"{path.as_uri()}?mode=rw", uri=True, timeout=WAIT_SECONDS, isolation_level=None
     )
@@ -508,7 +508,7 @@ def _version(connection: sqlite3.Connection) -> tuple[int, set[str]]:
     ((mode,),) = connection.execute("PRAGMA journal_mode").fetchall()
     connection.set_progress_handler(None, 0)
     if mode != "delete":
-        raise UserError("the setting journal_mode of SQLite is not 'delete'")
+        raise UserError(f"the setting journal_mode of SQLite is '{mode}', but must be 'delete'")
     return version, tables
 
 
@@ -527,14 +527,14 @@ def _append(
 ) -> int:
     """Adds N people or clips to the end of a table.
 
-    A row contains many people or clips. The last row is filled before a new row is added.
+    A row of the table contains many people or clips. The last row is filled before a row is added.
 
     Args:
       words: lists of N names: for people, their names; for clips, the names of the clips and the
         names of their people.
-      numbers: [N], with the dtype of the table.
+      numbers: [N], the vectors and other numbers, with the dtype of the table.
 
-    Returns the number to add to `State.rows`, the sum of the digests of all rows.
+    Returns the change of `State.rows`, the sum of the sha256 of all rows.
     """
     place, total = 0, 0
     step = max(1, min(MAX_BLOCK_PEOPLE, ROW_BYTES // numbers.dtype.itemsize))
@@ -611,7 +611,10 @@ def _read(connection: sqlite3.Connection) -> State:
         raise UserError(f"the table 'gallery' lacks the setting '{min(missing)}'")
     width = sum(facts.widths.values())
     if width > MAX_VECTOR_WIDTH or len(facts.widths) < len(facts.parts):
-        raise UserError(f"vectors are too long ({width:,} numbers), or two modalities share a name")
+        raise UserError(
+            f"vectors have {width:,} numbers, but at most {MAX_VECTOR_WIDTH:,} are allowed; or two "
+            "modalities have the same name"
+        )
     _, numbers, rows = _read_table(connection, "backend", BACKEND_LAYOUT, 0)
     backend = _make_backend(numbers["number"], facts)
     (names, people), numbers, more = _read_table(connection, "clip", _clip_layout(width), 2)
@@ -625,7 +628,7 @@ def _read(connection: sqlite3.Connection) -> State:
     index = Index(backend, _make_blocks(names, numbers))
     rows, entries = (rows + more + others) % (1 << 256), entries + len(names)
     if (f"{rows:064x}", len(clips), len(index.names)) != (facts.rows, facts.clips, facts.people):
-        raise UserError("the rows do not match the digest in the table 'gallery'")
+        raise UserError("the other tables do not match the table 'gallery'")
     clips_of = list_clips_of(clips)
     sizes = np.array([len(clips_of.get(name, ())) for name in index.names], np.int32)
     known = (len(clips_of) - (STRANGER in clips_of) == len(sizes)) and sizes.all()
@@ -639,11 +642,11 @@ def _read(connection: sqlite3.Connection) -> State:
 def _read_table(
     connection: sqlite3.Connection, table: str, layout: np.dtype, num_words: int
 ) -> tuple[list[list[str]], np.ndarray, int]:
-    """Reads and checks a table of N people, of N clips, or of N parameters that compare vectors.
+    """Reads and checks a table with N entries: people, clips or numbers of the back end.
 
-    Returns three values: `num_words` lists of N names; the numbers, an array [N] with the dtype
-    `layout`; the sum of the sha256 of all rows. `num_words` is 1 for people: their names. It is 2
-    for clips: the names of the clips, and of their people. It is 0 for parameters.
+    `num_words` is the number of names in an entry: 1 for a person; 2 for a clip, its name and its
+    person; 0 for the back end. Returns three values: for each of these names, a list [N]; the
+    numbers, an array [N] with the dtype `layout`; the sum of the sha256 of all rows.
     """
     (size,) = connection.execute(f"SELECT total(length(numbers)) FROM {table}").fetchone()
     numbers, at, total = np.empty(int(size) // layout.itemsize, layout), 0, 0
@@ -683,7 +686,9 @@ def _check_names(names: Sequence[str], clips: Sequence[str]) -> None:
 
 def _make_backend(numbers: np.ndarray, facts: _Facts) -> Backend:
     if len(numbers) != sum(sum(kind.sizes) for kind in facts.parts):
-        raise UserError("the table 'backend' has the wrong number of values")
+        raise UserError(
+            f"the {len(numbers):,} numbers in the table 'backend' do not fit the table 'gallery'"
+        )
     settings = Settings(**{name: facts.settings[name] for name in Settings._fields})
     backend = from_numbers(facts.parts, settings, numbers)
     if any(part.space is not None and np.any(part.space.ratio < 0) for part in backend.parts):

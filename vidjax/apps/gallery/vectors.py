@@ -1,4 +1,4 @@
-"""The vectors of clips, and how a gallery of nets computes them from features."""
+"""The vectors of clips, and how a gallery made from nets computes vectors from features."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple, TypeAlias
@@ -20,8 +20,8 @@ class Vectors(NamedTuple):
 
     Attributes:
       names: the names of the clips.
-      parts: modality -> vectors [N, D] float32. The vector of a missing modality is 0. For a run
-        that is not PLDA, the only key is `embedding`.
+      parts: modality -> vectors [N, D] float32. The vector of a missing modality is 0. If a
+        training run that is not PLDA computes the vectors, the only key is `embedding`.
       labels: the person of each clip. None if the person is not known.
     """
 
@@ -46,10 +46,10 @@ class NetVectors(NamedTuple):
 
     @property
     def reads(self) -> tuple[dict[str, int], Quality]:
-        """The modalities that are read of a clip, and the source of the quality of its frames.
+        """The modalities that the gallery reads, and the source of the quality of frames.
 
-        The first value is modality -> width of its features. The second is `given`: the quality in
-        the file or, if it is missing, the norm of the features.
+        The first value is modality -> width of its features. The second value is always "given",
+        see `packed_clips.Quality`.
         """
         return self.backend.widths, "given"
 
@@ -61,7 +61,7 @@ class NetVectors(NamedTuple):
             raise UserError(f"split={split!r} cannot be used with clips in memory: leave it out")
         if not isinstance(clips, MemoryClips):
             raise UserError(
-                "a dataset needs a gallery of a run, but this gallery was made from nets\n"
+                "this gallery was made from nets, so it cannot read a dataset\n"
                 "give {clip: {modality: features}} in Python, or --input=FOLDER"
             )
         parts = {
@@ -74,7 +74,7 @@ class NetVectors(NamedTuple):
 
 
 def select_usable_clips(vectors: Vectors) -> dict[str, StoredClip]:
-    """Returns name -> clip. A clip without a usable frame, whose vectors are 0, is left out."""
+    """Returns name -> clip. A clip is left out if its vectors are 0: it has no usable frame."""
     rows = np.concatenate(list(vectors.parts.values()), axis=1)
     clips = zip(vectors.names, vectors.labels, rows, strict=True)
     return {name: StoredClip(label, row) for name, label, row in clips if row.any()}

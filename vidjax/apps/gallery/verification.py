@@ -103,10 +103,10 @@ class MatchRule(NamedTuple):
     about: str
 
     def match(self, ratio: float, evidence: tuple[str, ...]) -> Match:
-        """Applies the rule to the log ratio `ratio`; returns the comparison.
+        """Decides if a comparison with the log-likelihood ratio `ratio` is accepted.
 
-        `evidence` are the compared modalities, such as face. If there is none, the result is not
-        accepted.
+        `evidence` are the compared modalities, such as face. Without a compared modality, the
+        comparison is not accepted.
         """
         ratio = ratio if evidence else 0.0
         accepted = bool(evidence) and ratio >= self.log_ratio
@@ -165,8 +165,8 @@ def make_rule(
       ratios: the log ratios.
       fmr: the share of other people's clips that may be accepted, or None for DEFAULT_FMR.
       pairs: True if each ratio compares two clips of strangers, False if it compares one clip with
-        an enrolled person. It determines how many clips the message asks for.
-      least: the lowest threshold of a rule that is not measured, see `find_least_ratio`.
+        an enrolled person.
+      least: the lowest threshold if `ratios` are too few to measure it, see `find_least_ratio`.
 
     Raises:
       UserError: `fmr` is given, and there are too few comparisons to measure it.
@@ -205,12 +205,12 @@ def pair_strangers(
     parts: Sequence[np.ndarray],
     max_doubles: int = MAX_DOUBLES,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compares the N clips of strangers in N / 2 pairs of clips.
+    """Compares N clips of strangers in N / 2 pairs.
 
-    `parts` are the vectors of the clips, M arrays [N, D], one for each modality. If at most
-    `max_doubles` pairs probably show a single stranger, these pairs exchange clips with other
-    pairs. If there are more such pairs, nothing is exchanged. Returns two arrays: the log ratios,
-    and the compared modalities, see `ratios.compare`.
+    `parts` are the vectors of the clips, M arrays [N, D], one for each modality. The two clips of a
+    pair should show two strangers. If they probably show one stranger, the pair exchanges a clip
+    with another pair. If there are more than `max_doubles` such pairs, no clips are exchanged.
+    Returns two arrays: the log ratios, and the compared modalities, see `ratios.compare`.
     """
     half, clips = len(names) // 2, ratios_lib.of_clips(backend, parts)
     first, second = order_by_hash(names)[: 2 * half].reshape(2, half)
@@ -231,10 +231,10 @@ def count_strangers(state: State) -> int:
 
 
 def find_least_ratio(state: State, fmr: float) -> float:
-    """Returns the log ratio that a share `fmr` of all pairs of two people reaches.
+    """Returns the log ratio that a share `fmr` of the pairs of clips of different people reaches.
 
     The function is called if the enrolled people differ less than the card, the JSON file of the
-    net, says. So the difference between two people is measured on these people.
+    net, predicts. So the difference between two people is measured on the enrolled people.
     """
     backend, between = state.index.backend, card_notes.compare(state).between
     limits = [part.distances for part in backend.parts if part.name == "face" and part.distances]
@@ -320,7 +320,7 @@ def compare(
         count, remedy = num * len(second.names), "give at least one clip and one other clip"
     if not 0 < count <= MAX_PAIRS:
         remedy = f"give fewer clips: at most {MAX_PAIRS:,} pairs are compared" if count else remedy
-        raise UserError(f"there are {count:,} pairs of clips to compare\n{remedy}")
+        raise UserError(f"cannot compare {count:,} pairs of clips\n{remedy}")
     others, backend = second or first, state.index.backend
     rows, columns = (
         np.triu_indices(num, 1)
@@ -336,7 +336,7 @@ def compare(
 def make_matches(
     rule: MatchRule, backend: Backend, ratios: np.ndarray, shared: np.ndarray
 ) -> Iterator[Match]:
-    """Yields the comparisons of Q clips, given their log ratios [Q].
+    """Yields Q comparisons: applies `rule` to the log-likelihood ratios `ratios` [Q].
 
     `shared` [M, Q] bool is True for the modalities that were compared.
     """

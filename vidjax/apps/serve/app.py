@@ -129,7 +129,7 @@ class EnrolAnswer(Struct):
       similar: new person -> an enrolled person with a similar name.
       rivals: clip of the request -> another enrolled person. The clip is enrolled, although it
         seems to show this person, too.
-      misfits: clip of the request -> its log ratio, see `Gallery.find_misfits`. The clip is
+      misfits: clip of the request -> log-likelihood ratio, see `Gallery.find_misfits`. The clip is
         enrolled, although it probably does not show its person.
     """
 
@@ -278,8 +278,8 @@ class Application:
         names = identities.values() if body.identity is None else [body.identity]
         people = {clean_identity(name) for name in names}
         if stray := identities.keys() - clips.keys():
-            place = f"clip '{show(min(stray))}' is in identities, but "
-            raise unprocessable("not in clips: send the clip, too", place)
+            place = f"clip '{show(min(stray))}' is missing: "
+            raise unprocessable("send every clip of identities also in clips", place)
         vectors = await self.batcher.run(lambda: self.gallery.embed(clips), len(clips))
         done = await self._change(
             request, lambda: self.gallery.enrol(vectors, people_of_clips, strangers=body.strangers)
@@ -296,7 +296,7 @@ class Application:
         return _encode_json(EnrolAnswer(**done._asdict(), misfits=misfits))
 
     async def identities(self, request: Request) -> Response:
-        """Lists the next 10,000 people, sorted by name, with their numbers of clips."""
+        """Lists up to 10,000 people after the name `after`, sorted, with the number of clips."""
         after = normal_form(_convert(request.query_params, PageQuery).after)
         self._check_ready()
         people = await self.batcher.run(lambda: self.gallery.identities)
@@ -364,7 +364,7 @@ class Application:
         words = dict(request.query_params)
         name = words.pop("clip", "")
         if request.query_params and not npz:
-            raise unprocessable("a request in JSON has no query: send all fields in the body")
+            raise unprocessable("a query is not allowed with JSON: send all fields in the body")
         loop = asyncio.get_running_loop()
         if npz:
             try:
@@ -438,7 +438,7 @@ def _check_clips(
         name = clip.given or clip.name
         place = f"clip '{show(name)}'"
         if name in checked:
-            raise unprocessable("occurs twice: give each clip another name", f"{place} ")
+            raise unprocessable("occurs twice: rename one of the two clips", f"{place} ")
         checked[name] = {}
         for modality in widths.keys() & clip.modalities.keys():
             frames = dict(clip.modalities[modality])

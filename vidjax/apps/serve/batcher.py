@@ -134,10 +134,10 @@ class Batcher:
         return batch
 
     async def run(self, function: Callable[[], T], embedded: int = 0) -> T:
-        """Calls a function in the thread, between two batches; returns its result.
+        """Calls `function` in the thread that answers, between two batches; returns the result.
 
-        `embedded` is the number of clips whose embeddings the function computes. Until the function
-        ends, they count as waiting clips. If too many clips wait, raises Refused (HTTP status 429).
+        `embedded` is the number of clips whose embeddings `function` computes. Until `function`
+        ends, these clips count as waiting. If too many clips wait, raises Refused (status 429).
         """
         if embedded:
             self._add(embedded)
@@ -160,7 +160,7 @@ class Changes:
         self.waiting = 0
 
     async def make(self, change: Callable[[], T]) -> T:
-        """Calls `change` in the thread; returns the result.
+        """Calls `change` in the thread that makes all changes; returns the result.
 
         Raises Refused if too many changes are waiting (status 429), or if the change takes too long
         (status 503). A change that takes too long is still finished, and so is a change whose

@@ -34,14 +34,14 @@ class Question(NamedTuple):
 def count_bytes(clips: Mapping[str, Mapping[str, Frames]]) -> int:
     """Returns the number of bytes that clips take in memory while they are scored.
 
-    `clips` is name of the clip -> modality, such as face -> frames.
+    `clips` is name of the clip -> modality -> frames.
     """
     features = [frames["features"] for clip in clips.values() for frames in clip.values()]
     return sum(x.nbytes + FIELD_BYTES * len(x) for x in features)
 
 
 def _join_clips(questions: Sequence[Question]) -> Mapping[str, Mapping[str, Frames]]:
-    """Puts the clips of all questions into one mapping: name -> modality, such as face -> frames.
+    """Puts the clips of all questions into one mapping: name -> modality -> frames.
 
     If there are several questions, each name begins with the number of its question, such as `0/a`.
     """
@@ -55,7 +55,7 @@ def _join_clips(questions: Sequence[Question]) -> Mapping[str, Mapping[str, Fram
 
 
 class GalleryModel:
-    """Identifies the clips of batches of questions with a gallery, the file of known people."""
+    """Answers requests to identify clips. The gallery contains the known people."""
 
     def __init__(self, gallery: Gallery):
         self.gallery = gallery
@@ -68,7 +68,7 @@ class GalleryModel:
 
     @property
     def widths(self) -> dict[str, int]:
-        """The features that the gallery reads: modality, such as face -> features per frame."""
+        """The modalities that the gallery reads: modality -> width of the features of a frame."""
         return self.gallery.source.reads[0]
 
     def answer(self, questions: Sequence[Question]) -> list[Any]:
@@ -97,7 +97,7 @@ class GalleryModel:
         return [[answers[name] for name in names] for names in names_of]
 
     def warm(self) -> None:
-        """Compiles all programs of the gallery's run, so that the first requests do not wait."""
+        """Answers test questions, so that JAX compiles all programs before the first request."""
         if not self.gallery.origin.cards:
             for length in PAD_LENGTHS:
                 self.gallery.embed(self._make_test_question(length).clips)
