@@ -80,7 +80,7 @@ class Limits(Struct, frozen=True, kw_only=True):
 
 
 class Limit(NamedTuple):
-    """How a user sets a limit. Each limit is a field of `Limits`."""
+    """The range, default, flag and environment variable of a limit, a field of `Limits`."""
 
     kind: Any  # int or float, with its range
     meta: Meta  # the range and the meaning
@@ -126,7 +126,9 @@ def read_limits(flags: Mapping[str, str | None], environment: Mapping[str, str])
     for variable in environment.keys() - {limit.variable for limit in LIMITS.values()}:
         name = variable.removeprefix(PREFIX).lower() if variable.startswith(PREFIX) else ""
         if similar := closest(name, LIMITS, cutoff=0.8):
-            raise UserError(f"{variable} sets no limit: did you mean {LIMITS[similar].variable}?")
+            raise UserError(
+                f"unknown environment variable {variable}: did you mean {LIMITS[similar].variable}?"
+            )
     values = {}
     for name, limit in LIMITS.items():
         if text := flags.get(name):

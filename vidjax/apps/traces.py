@@ -84,10 +84,10 @@ class Traces:
     ):
         """Sets the names and embeddings to search.
 
-        `names` are the names of people and clips. `vectors` are the embeddings [D] of their clips.
+        `names` are the names of people and clips. `vectors` are the embeddings [D] of the clips.
         Each modality, such as face, may have another length D. `lines` are further names, which may
-        be too short to be searched in texts, for example `1`. They are only compared with
-        whole lines of texts that are stored as arrays.
+        be short, such as `1`. A name in `lines` is found only if it is a whole line of a text that
+        is stored as an array of uint8.
         """
         self._lines = {*lines}
         # First word of names -> (place of the word in a name, length of the name) -> the names. For
@@ -111,9 +111,9 @@ class Traces:
         self._vectors = group_by_key((len(x), x) for x in vectors if x.any())
 
     def in_file(self, path: Path) -> Trace | None:
-        """Searches a file for all names and embeddings, in its name and its content.
+        """Searches the content and the file name of `path` for the given names and embeddings.
 
-        If `path` is a folder, only its name is searched. Returns the first trace that is found, or
+        Only the file name of a folder is searched. Returns the first trace that is found, or
         None. Raises UserError if the file cannot be read, and OSError if the disk fails.
         """
         name = path.name

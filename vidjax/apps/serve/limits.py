@@ -212,7 +212,7 @@ class Guard:
         self._gallery, self._token = gallery, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers an HTTP request. `app` gets other events, such as the start of the server."""
+        """Answers an HTTP request. Other ASGI events, such as a lifespan, go to the application."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -297,7 +297,7 @@ class Guard:
         """
         hosts = headers.getlist("host")
         if len(hosts) > 1 or (not hosts and scope["http_version"] == "1.1"):
-            raise Refused(400, "send a single header Host")
+            raise Refused(400, "the header Host is missing or repeated: send a single header Host")
         if self._token is not None:
             scheme, _, token = headers.get("authorization", "").partition(" ")
             is_right = hmac.compare_digest(token.strip().encode("latin-1"), self._token)

@@ -99,11 +99,10 @@ def _cut_region(
 
 
 def _find_squares(positions: np.ndarray, length: int, factor: int) -> tuple[int, int]:
-    """Returns the range of squares that an interpolation needs: the first, and the last plus 1.
+    """Returns the number of the first square to read along an axis, and of the last plus 1.
 
-    A picture is divided into squares with sides of `factor` pixels. The range is along a row or
-    column of `length` pixels. `positions` are the coordinates, in pixels, at which the caller
-    interpolates.
+    Squares with sides of `factor` pixels divide the axis, which is `length` pixels long. The caller
+    interpolates at the coordinates `positions`, in pixels.
     """
     last = -(-length // factor)
     low = np.clip(np.floor(positions.min() / factor) - 1, 0, last)
@@ -239,9 +238,9 @@ def measure_frontality(points: np.ndarray) -> np.ndarray:
     """Returns how much each face looks into the camera, [N], from 0 (profile) to 1 (frontal).
 
     The result is 1 if the nose is on the line from the middle of the eyes to the middle of the
-    mouth. The result falls linearly with the distance of the nose from this line. At half the
-    distance between the eyes, the result is 0. A tilt of the head does not change the result.
-    `points` [N, 5, 2] are the five points of each face.
+    mouth. The result falls linearly with the distance of the nose from this line. If this distance
+    is half the distance between the eyes, the result is 0. A tilt of the head does not change the
+    result. `points` [N, 5, 2] are the five points of each face.
     """
     points = np.asarray(points, np.float64)
     eyes, mouth = points[:, :2].mean(1), points[:, 3:].mean(1)

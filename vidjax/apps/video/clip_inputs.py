@@ -58,7 +58,8 @@ def check_input(
         if of_person and not is_flat:
             raise UserError(
                 f"'{path}' contains folders of clips, which may show several people\n"
-                "if each folder is a person, leave out --identity; else give a folder: --input=DIR"
+                "if each folder is a person, leave out --identity; "
+                "else enrol one folder at a time: --input=FOLDER"
             )
     if gallery.origin.cards:
         features_folder.check_models(path, gallery.origin.cards)
@@ -186,7 +187,7 @@ def enrol(
 def load_people(
     gallery: Gallery, path: Path, *, required: bool = True
 ) -> tuple[MemoryClips, Mapping[str, str]]:
-    """Loads clips whose path also contains their people. Returns the clips, and clip -> person.
+    """Loads clips and the name of each clip's person. Returns the clips, and clip -> person.
 
     `path` is a parquet table with a column `identity`, or a folder of files `path/PERSON/CLIP.npz`.
     Raises UserError if the clips are in no folder of a person. If `required` is True, a table
@@ -198,10 +199,10 @@ def load_people(
     if stray := path if path.is_file() else min(path.glob("[!.]*.npz"), default=None):
         table = ", or a column identity in the table" if stray.suffix == ".parquet" else ""
         raise UserError(
-            f"'{stray}' is in no folder of a person: --input=PATH with PATH/NAME/CLIP.npz\n"
-            "if all clips show the same person, add --identity=NAME\n"
-            "if they show several people, add --labels=FILE, a table with the columns clip and "
-            f"identity{table}; for photos: --photos=FOLDER"
+            f"'{stray}' is in no folder of a person, so the person is not known\n"
+            "if all clips show the same person, add --identity=NAME; for photos: --photos=FOLDER\n"
+            "else move clips to PATH/NAME/CLIP.npz, or add --labels=FILE, a table with the columns "
+            f"clip and identity{table}"
         )
     widths, quality = gallery.source.reads
     return memory.load_people(path, widths, quality=quality, nets=gallery.origin.cards)
@@ -218,12 +219,12 @@ def load_all(gallery: Gallery, path: Path) -> MemoryClips:
 def _choose(
     vectors: Vectors, people: Person, clip: str | None, *, several: bool
 ) -> tuple[Vectors, Person]:
-    """Selects the clips of an input to enrol; returns their embeddings, and their people.
+    """Selects the clips to enrol from one input; returns their embeddings, and the people.
 
     `vectors` are the embeddings of the input. `clip` is the name of the only clip to enrol; None
-    selects all clips. `people` is the person of all clips, or clip -> person. If there are
-    `several` inputs, clips of other inputs are left out of `people`. So the returned people may
-    be {}.
+    selects all clips. `people` is the person of all clips, or clip -> person for the clips of all
+    inputs. If there are `several` inputs, clips of other inputs are removed from `people`. This may
+    leave {}.
     """
     if clip:
         bare = strip_ending(clip)
@@ -266,7 +267,7 @@ def find_models(gallery: Gallery, models: Path | None) -> Path:
     if "face" not in made:
         raise UserError(
             f"gallery '{gallery.folder}' was made from a run, so it cannot enrol photos\n"
-            "make a gallery of the nets: vidjax gallery create NEW --models=DIR"
+            "make a gallery from a folder of nets: vidjax gallery create NEW --models=DIR"
         )
     folder = models or Path(place)
     found = cards.list_embedders(cards.read_all(folder))
@@ -274,7 +275,7 @@ def find_models(gallery: Gallery, models: Path | None) -> Path:
         if part not in found or found[part].digest != digest:
             raise UserError(
                 f"'{folder}' lacks the net for the modality {part} of gallery '{gallery.folder}'\n"
-                f"name the folder of the gallery's nets, --models=DIR (it was '{place}')"
+                f"set --models=DIR to the folder of this net; the gallery was made from '{place}'"
             )
     return folder
 

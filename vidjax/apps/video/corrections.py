@@ -154,7 +154,7 @@ class Review:
         return FileStamp.of(path) if files.exists(path) else None
 
     def _read_changes(self) -> None:
-        """If another program has changed names or films, decides all names again.
+        """Names all people again if another program has changed names or films.
 
         The caller must hold `lock_changes`.
         """
@@ -176,7 +176,7 @@ class Review:
         return decide(self._gallery, self._out, films, self._identify, last, lines)
 
     def refresh(self) -> None:
-        """If another program has changed names or films, decides all names again.
+        """Names all people again if another program has changed names or films.
 
         If another program holds the lock of the names at this moment, does nothing.
         """
@@ -272,10 +272,10 @@ class Review:
             "once": all unknown people who appear only once are ignored.
             "show": ignored faces are shown again. IGNORED in `of` means all ignored faces.
             "join": all people and faces become one unknown person, with the lowest number.
-            "twin": faces get the name that another face of the same time has, as in a mirror.
+            "twin": faces get the name of another face in the same picture, as in a mirror.
           of: the people, and the keys of the faces, to change.
           name: the new name. If it is `unknown 4`, people and faces `of` join this unknown person.
-          after: the person or face next to which the page says what changed.
+          after: the person or face whose name the page asks after this change.
           version: the version of the page on which the user has made the change.
 
         Raises:
@@ -313,12 +313,11 @@ class Review:
     def _list_lines(
         self, action: str, found: Sequence[Subject], name: str
     ) -> tuple[str, list[Line], Collection[str]]:
-        """Returns a description of a change, such as `not Ada`, lines for the log, and clips.
+        """Returns a change in words, such as `not Ada`, lines for the log, and clips to rename.
 
-        If known people get a new name, the clips are those of their enrolled clips that have no
-        lines in the log. The caller must rename these clips in the gallery. For other changes,
-        there are no clips. `found` are the people and faces to change. For `action` and `name`, see
-        `change`.
+        The caller must rename the clips in the gallery. They are the enrolled clips, without a line
+        in the log, of known people who get a new name. Other changes rename no clips. `found` are
+        the people and faces to change. For `action` and `name`, see `change`.
         """
         if action in ("ignore", "once"):
             return "ignored", self._ignore(found, said.ONCE if action == "once" else None), ()
@@ -361,14 +360,15 @@ class Review:
         lines = [Line(says="rename", person=person, of=name) for person in renamed]
         lines += self._say(faces, "is", of=name)
         if not lines:
-            raise UserError("no face in this appearance is clear enough: name another appearance")
+            raise UserError("no selected face is clear enough to get a name: select another face")
         known = self._decision.said.names.keys() | people_photos.list_faces(self._gallery).keys()
         return lines, {clip for person in renamed for clip in people[person]} - known
 
     def _say(self, found: Sequence[Subject], says: str, **values: Any) -> list[Line]:  # noqa: ANN401
-        """Returns a line for the log about each face in `found`, except faces in photos of people.
+        """Returns a line for the log about each face in `found`.
 
-        `says` is the kind of the line, such as "is" or "ignore". `values` are its other fields.
+        Faces in photos with which people were enrolled get no line. `says` is the kind of the line,
+        such as "is" or "ignore". `values` are the other fields of the line.
         """
         faces = (self._face_of.get(clip) for x in found for clip in x.clips)
         return [said.about(x.face, says, video=x.video, **values) for x in faces if x]
@@ -378,14 +378,14 @@ class Review:
         return [name for name in dict.fromkeys(self._decision.unknown.values()) if seen[name] == 1]
 
     def _find_twin(self, found: Sequence[Subject]) -> str:
-        """Returns a name that one of the faces `found` did not get, because another face has it.
+        """Returns the name of a face that is visible at the same time as one of the faces `found`.
 
-        The other face is visible at the same time, and is more similar to the person. Raises
-        UserError if there is no such name.
+        The face in `found` lacks this name because the other face is more similar to the person.
+        Raises UserError if there is no such name.
         """
         names = (self._decision.twins.get(clip) for x in found for clip in x.clips)
         if (name := next(filter(None, names), None)) is None:
-            raise UserError("no face that is visible at the same time has a name: type the name")
+            raise UserError("no similar face in the same picture has a name: type the name")
         return name
 
     def _list_rivals(self, found: Sequence[Subject], name: str) -> list[Subject]:
@@ -409,9 +409,9 @@ class Review:
         return letters[best] if best and digits[0] == digits[1] else None
 
     def list_merged(self, name: str, of: Sequence[str]) -> list[str]:
-        """Returns the enrolled people in `of` who would be merged with the enrolled person `name`.
+        """Returns the enrolled people in `of` whom the new name `name` merges with another person.
 
-        This happens if they get the name `name`. If no person `name` is enrolled, returns [].
+        If no person `name` is enrolled, returns [].
         """
         people, name = self._gallery.identities, normal_form(name)
         return [x for x in of if x in people and x != name] if name in people else []
@@ -521,8 +521,8 @@ class Review:
     def _describe(self, found: Sequence[Subject], name: str) -> str:
         """Returns the beginning of a sentence about people and faces: `unknown 3 and 1 more are`.
 
-        Faces of one appearance count once. A person with the new name `name` is mentioned only
-        if nobody else is found.
+        Faces of one appearance count once. `name` is the new name of the people and faces. A person
+        who already has this name is left out, unless nobody else is in `found`.
         """
         words = [x.name for x in found if x.is_person]
         clips = {x.key.removeprefix(CLIP): None for x in found if not x.is_person}
@@ -548,13 +548,13 @@ class Review:
         return group
 
     def _part(self, found: Sequence[Subject]) -> list[Line]:
-        """Returns lines of the log that take the faces `found` out of their people.
+        """Returns lines for the log that move the faces `found` to new unknown people.
 
-        The faces that leave a person become a new unknown person together.
+        All faces that leave the same person move to the same unknown person.
         """
         if people := [x.name for x in found if x.is_person]:
             raise UserError(
-                f"'{people[0]}' is a person: choose an appearance that does not show {people[0]}"
+                f"you selected the whole person '{people[0]}': select only the wrong faces"
             )
         lines, number = list[Line](), self._decision.numbers.highest
         for name, subjects in group_by_key((x.name, x) for x in found).items():
@@ -570,7 +570,7 @@ class Review:
         return lines
 
     def _deny(self, found: Iterable[Subject]) -> list[Line]:
-        """Returns lines of the log which say that the present names of faces are wrong.
+        """Returns new lines for the log, which say that the names of the faces `found` are wrong.
 
         Faces without the name of a known person are left out.
         """
@@ -578,7 +578,7 @@ class Review:
         return [line for x in named for line in self._say([x], "not", of=x.name)]
 
     def _join(self, found: Sequence[Subject], group: int) -> list[Line]:
-        """Returns lines of the log that make one unknown person of several people and faces.
+        """Returns new lines for the log that join people and faces into one unknown person.
 
         `found` are the unknown people and the faces to join, and `group` is the number of another
         unknown person to join. The joint person gets the lowest number.
@@ -606,10 +606,10 @@ class Review:
         return (x.identity if (x := self._shown.get(clip)) else None) or IGNORED
 
     def _describe_apart(self, found: Sequence[Subject], before: Mapping[str, Appearance]) -> str:
-        """Returns the end of a message about faces that were taken out of people.
+        """Returns the end of a message after a user said that faces have the wrong name.
 
-        The end contains the new name of the faces. Another face of the same shot may have got the
-        old name. Then a sentence about this face follows. `before` is clip -> appearance before the
+        The end contains the new name of the first face. If another face of the same shot got the
+        old name, a sentence about the other face follows. `before` is clip -> appearance before the
         change.
         """
         about = f", but {self._name(found[0].clips[0])}."
@@ -629,10 +629,10 @@ class Review:
         return about
 
     def _apply(self, lines: Sequence[Line], clips: Mapping[str, str | None]) -> None:
-        """Adds `lines` to the log, renames `clips` in the gallery, and decides all names again.
+        """Adds `lines` to the log, renames `clips` in the gallery, and names all people again.
 
-        `clips` are enrolled clips about which the log has no lines: clip -> new person. If the
-        names cannot be decided, nothing is changed.
+        The log contains users' corrections. `clips` is enrolled clip -> new person, for clips
+        without a line in the log. If people cannot be named, nothing is changed.
         """
         # Another program may have removed a clip since the step that is undone.
         clips, shown = {x: clips[x] for x in clips if x in self._gallery.clips}, self._decision
@@ -661,11 +661,11 @@ class Review:
 
 
 def _number_again(line: Line, decision: Decision) -> Line:
-    """Corrects the number in a line for the log that moves a face to a new unknown person.
+    """Returns a line for the log with the right number of the unknown person.
 
-    Before names are decided, the line has a new number. If `decision` has then joined the face with
-    another unknown person, the line gets the number of this person. Other lines are returned
-    unchanged.
+    A line "apart" moves a face to an unknown person with a new number. If `decision` has joined the
+    face with another unknown person, the line gets the number of this person. Other lines are
+    returned unchanged.
     """
     if line.says != "apart" or not (face := line.face):
         return line

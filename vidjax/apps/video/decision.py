@@ -48,11 +48,11 @@ class Decision(NamedTuple):
 
 
 def lock_changes(out: Path, wait: float = WAIT_SECONDS) -> contextlib.AbstractContextManager[None]:
-    """Locks the names in a folder of results, in a `with` block that changes or writes names.
+    """Locks the names of people in the folder of results `out`, for a `with` block.
 
-    Raises InUseError if another program holds the lock for `wait` seconds. `name_people` also locks
-    the folder itself with another lock, so that there is only one call at a time. The page of
-    corrections needs only the lock of the names, so a user can correct names while films are read.
+    A program must hold this lock to change or write names. Raises InUseError if another program
+    holds the lock for `wait` seconds. `name_people` reads films under a different lock, so a user
+    can correct names while films are read.
     """
     return files.lock(out, "out", ".changes.lock", wait=wait)
 
@@ -85,16 +85,16 @@ def decide(
 ) -> Decision:
     """Names the people in the clips of all films, see `name_tracks`, and numbers unknown people.
 
-    A group of clips without a name is an unknown person, who keeps the number of the last call or
-    gets a new number. A nameless face that is too small or too blurred is in no group. The faces
-    that the log names are enrolled. The numbers are written to `unknown.json`. So the caller must
-    hold `lock_changes`.
+    A group of similar clips without a name is an unknown person. The person keeps the number of the
+    last call, or gets a new number. A nameless face that is too small or too blurred is in no
+    group. Faces to which users gave a name are enrolled. The numbers are written to `unknown.json`.
+    So the caller must hold `lock_changes`.
 
     Args:
       out: the folder of results.
       identify: the method `gallery.identify`, with its options `fpir` and `threshold` already set.
       last: an earlier decision on the same films. Its embeddings and groups are used to save time.
-      lines: the lines of the log. By default, they are read from the folder `out`.
+      lines: the lines of the log of users' corrections. By default, they are read from `out`.
     """
     vectors, votes = (last.vectors, last.votes) if last else (None, None)
     if not last and (clips := {track.clip for film in films for track in film.tracks}):
@@ -151,12 +151,12 @@ def name_and_number(
     """Names the people in tracks, and gives numbers to people without a name.
 
     Returns the names, and clip -> number. Also adds the numbers to `said.numbers`. `said` are the
-    corrections of users. `before` are the numbers of the last call. `highest` is the highest old
-    number.
+    corrections of users. `before` are the numbers of the last call. `highest` is the highest number
+    before this call.
 
-    If a user has said that two unknown people differ, the names depend on the numbers. So names and
-    numbers are decided again until the numbers stay the same. So a later call finds the same
-    names.
+    `said` contains pairs of numbers of unknown people who differ, and so cannot have the same name.
+    A new number may thus change a name. So names and numbers are decided again until the numbers
+    stay the same.
 
     For the other arguments, see `naming.name_tracks`.
     """
@@ -173,11 +173,11 @@ def name_and_number(
 
 
 def enrol_named(gallery: Gallery, vectors: Vectors, said: Said) -> None:
-    """Enrols the faces to which users have given names in the log, with these names.
+    """Enrols the faces to which users have given names, with these names.
 
-    Faces whose names were taken back are removed from the gallery. Enrolled faces in photos of
-    people are renamed as in the log. Other enrolled clips stay as they are. `vectors` are the
-    embeddings of all clips of the present films. `said` is the content of the log.
+    `said` are the names and corrections of users. Faces whose names were taken back are removed
+    from the gallery. Enrolled faces in photos of people get the new names in `said`. Other enrolled
+    clips stay as they are. `vectors` are the embeddings of all clips of the present films.
     """
     names = {clip: name for clip, name in said.names.items() if isinstance(clip, str)}
     enrolled = find_known(gallery.state, vectors)  # reads the present state

@@ -103,8 +103,8 @@ class Clock:
     are moved by this difference. No time is negative.
 
     Time stamps may also jump: one step is much longer than usual. If `resets` is True, all later
-    frames are moved back, so that the times do not jump. If `resets` is False, the times jump, too.
-    Then `gap_s` is the end of the previous frame: its time plus the usual step.
+    frames are moved back, so that the times do not jump. If `resets` is False, the times jump, too,
+    and `gap_s` is the time at which the gap begins: the usual step after the previous frame.
 
     `step_s` is the average duration of a frame in seconds. `latest_s` is the declared end, or None.
     """
@@ -146,10 +146,10 @@ class Clock:
 
 
 def find_jumps(frames: "Iterable[VideoFrame]") -> "Iterator[tuple[VideoFrame, float | None]]":
-    """Yields each frame as (frame, usual step in seconds), or as (frame, None).
+    """Yields each frame, and the usual step in seconds if the time stamps jump before the frame.
 
-    The usual step is given only if the time stamps jump before the frame: the step to this frame is
-    much longer than the steps before and after it, see JUMP_SECONDS.
+    Time stamps jump if the step to a frame is much longer than the steps before and after it, see
+    JUMP_SECONDS. Without a jump, None is yielded instead of the usual step.
     """
     steps = collections.deque([np.nan] * (2 * NEAR_STEPS + 1), 2 * NEAR_STEPS + 1)
     waiting, last_s = collections.deque[Any](), None
@@ -167,10 +167,10 @@ def find_jumps(frames: "Iterable[VideoFrame]") -> "Iterator[tuple[VideoFrame, fl
 
 
 class Video:
-    """An open video, see `open_video`. Call only one of its methods, and only once.
+    """An open video, see `open_video`. Call `frames`, `still` or `sound`, and only once.
 
     `counts` are the numbers of frames and errors. They are complete when all frames have been read.
-    `tell()` returns the present position in the file in bytes.
+    `tell()` returns the present position in the file in bytes, at any time.
     """
 
     def __init__(self, path: Path, file: io.FileIO, container: "InputContainer"):
@@ -232,7 +232,8 @@ class Video:
     def still(self, seconds: float, jumps: Iterable[Jump] = ()) -> np.ndarray | None:
         """Returns the upright picture at `seconds`, uint8 [H, W, 3], or None if there is none.
 
-        `jumps` are the jumps of the time stamps: `counts.jumps` after an earlier call of `frames`.
+        `frames` removes jumps of the time stamps from the times of MPEG-TS and MPEG files. For such
+        a file, `jumps` must be `counts.jumps` after a call of `frames`.
         """
         from av.error import FFmpegError
 
@@ -258,8 +259,7 @@ class Video:
         `seconds` is the time of the first sample. `samples` are float32 [n] at 16 kHz, clipped to
         -1 to 1. They are a weighted sum of all channels: 0.71 x (left + right) for stereo. There
         may be gaps between blocks. If a block begins more than a second before the end of the
-        previous block, the rest of the sound is dropped. `jumps` are the jumps of the time
-        stamps: `counts.jumps` after an earlier call of `frames`.
+        previous block, the rest of the sound is dropped. For `jumps`, see `still`.
         """
         for stream in _list_sound_streams(self._container)[:1]:
             stream.codec_context.thread_count = 1

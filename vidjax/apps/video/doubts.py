@@ -1,7 +1,12 @@
 """Finds photos that may have the name of a wrong person.
 
-Each photo is compared with the other photos of the named person, and with the photos of all other
-people. A photo is doubtful in two cases:
+The photos of each person are divided into groups, which are called sides. The photos of a side show
+one face. The odds that two sides show different faces are above 200 to 1. If it is clear which side
+shows the named person, the photos of the other sides are doubtful. If it is not clear, no photo of
+the person is doubtful, and the result lists all sides.
+
+Each remaining photo is compared with the other photos of the named person, and with the photos of
+all other people. A photo is doubtful in two cases:
 
 - The odds that the photo shows one of the other people are above 200 to 1. All other people have
   the same prior probability.
@@ -10,11 +15,6 @@ people. A photo is doubtful in two cases:
 
 A wrong photo also makes right photos of the same person doubtful. To find only the wrong photo, the
 most doubtful photo of each person is set aside, and the remaining photos are compared again.
-
-First, the photos of each person are divided into groups, which are called sides. The photos of a
-side show one face. The odds that two sides show different faces are above 200 to 1. If it is not
-clear which side shows the named person, any side may be right. Then no photo of the person is
-doubtful, and the result lists all sides.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ Sides = list[tuple[np.ndarray, int | None]]  # the rows of each side, and the pe
 class Side(NamedTuple):
     """Photos that have the name of the same person, and show the same face.
 
-    Photos with the same name that show another face are another side.
+    If the photos with a name show two faces, they form two sides.
     """
 
     photos: Sequence[str]  # names of clips in the gallery
@@ -57,11 +57,10 @@ class Doubts(NamedTuple):
 
 
 def find_doubtful_photos(backend: Backend, photos: Mapping[str, StoredClip]) -> Doubts:
-    """Finds photos that may have the name of a wrong person.
+    """Finds photos that may show another person than the person whose name they have.
 
-    `photos` is name of a clip -> the person and the embedding of a photo. `backend` has the
-    distributions of the distances of two embeddings, for one person and for two. If it has no such
-    distributions for faces, the result is empty.
+    `photos` is name of a clip -> the person and the embedding of a photo. If `backend` does not
+    compare faces by distances, the result is empty.
     """
     found = Doubts({}, {}, [])
     clips = np.array(sorted(photos))
@@ -94,7 +93,7 @@ def find_doubtful_photos(backend: Backend, photos: Mapping[str, StoredClip]) -> 
 def _find_unclear(
     backend: Backend, units: np.ndarray, owner: np.ndarray, doubtful: Mapping[int, int | None]
 ) -> dict[int, tuple[int, int]]:
-    """Finds doubtful photos that may be right, because a photo of another person may be wrong.
+    """Finds doubtful photos that may have the right name, while a similar photo has a wrong name.
 
     `doubtful` is the result of `compare_photos`. For the other arguments, see `compare_photos`.
     Returns row of the doubtful photo -> two rows in ascending order: the row of the doubtful photo,
@@ -129,13 +128,12 @@ def _summarise(backend: Backend, units: np.ndarray, owner: np.ndarray) -> Summar
 def divide_photos(
     backend: Backend, units: np.ndarray, owner: np.ndarray
 ) -> tuple[dict[int, int | None], dict[int, Sides]]:
-    """Divides the photos of each person into sides, groups of photos that show different faces.
+    """Divides the photos of each person into sides. The photos of a side show the same face.
 
-    For each side, the photos that are wrong if this side is right are counted: the photos of the
-    person's other sides. If the side resembles another person, the photos of the most similar side
-    of that person count, too. The side with the lowest count is taken as right. It is clearly right
-    if the count of each other side is at least three times as high. For the arguments, see
-    `compare_photos`.
+    Only one side shows the named person. If this side is chosen, all photos of the other sides are
+    errors. If the chosen side resembles another person, the photos of the most similar side of that
+    person are errors, too. The choice with the fewest errors is taken as right. It is clear if each
+    other choice has at least three times as many errors. For the arguments, see `compare_photos`.
 
     Returns:
       A dict with the wrong photos of people whose right side is clear: row of the photo -> number
@@ -192,7 +190,7 @@ def compare_photos(backend: Backend, units: np.ndarray, owner: np.ndarray) -> di
     """Finds photos that probably show another person than `owner`, with odds above 200 to 1.
 
     Args:
-      backend: the parameters that compare faces by distances, without other modalities.
+      backend: must have a single modality, face, and compare it by distances.
       units: [N, D] float64, the embeddings of N photos, scaled to unit length.
       owner: [N] int, the person in whose folder each photo is. People are numbered from 0.
 

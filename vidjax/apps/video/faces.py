@@ -47,7 +47,7 @@ class FacePath(NamedTuple):
 
     @classmethod
     def of_face(cls, face: Face) -> "FacePath":
-        """Returns the times and boxes of a face in the log."""
+        """Returns the times and boxes of a face that the log `said.jsonl` describes."""
         places = face.places or ((face.at, face.box),)
         times, boxes = (np.array(x, float) for x in zip(*places, strict=True))
         boxes[:, 2:] += boxes[:, :2]
@@ -55,10 +55,11 @@ class FacePath(NamedTuple):
 
 
 def match(faces: Iterable[Face], films: Iterable[MediaFile]) -> dict[Face, list[str]]:
-    """Finds the clips in `films` that show faces of the log; returns face -> names of clips.
+    """Finds the clips in `films` that show `faces`; returns face -> names of clips.
 
-    The best clip of a face comes first. A face that no clip shows is left out. If the present nets
-    have divided the track of a face into parts, the face has several clips.
+    `faces` are described in the log of corrections. The best clip of a face comes first. A face
+    that no clip shows is left out. If other nets have read the films since the correction, a face
+    may have several clips.
     """
     asked = group_by_key((face.film, face) for face in dict.fromkeys(faces))
     found: dict[Face, list[str]] = {}
@@ -72,11 +73,10 @@ def match(faces: Iterable[Face], films: Iterable[MediaFile]) -> dict[Face, list[
 
 
 def _match_paths(faces: Sequence[Face], tracks: Sequence[FaceTrack]) -> dict[Face, list[str]]:
-    """Finds the tracks that show faces of the log; returns face -> names of the tracks' clips.
+    """Finds the tracks that show `faces`; returns face -> names of the tracks' clips.
 
-    Other nets have found the faces. The face and the track with the longest and closest overlap are
-    matched first. A track may belong to several faces of the log if these faces overlap. Then
-    several nets have found the same face.
+    Different nets have found `faces` and `tracks`. The face and the track with the longest and
+    closest overlap are matched first. A track may belong to several faces if these faces overlap.
     """
     path_of = {face: FacePath.of_face(face) for face in faces}
     paths = [FacePath.of_track(track) for track in tracks]
@@ -105,7 +105,7 @@ def _match_paths(faces: Sequence[Face], tracks: Sequence[FaceTrack]) -> dict[Fac
 
 
 def measure_overlap(old: FacePath, new: FacePath) -> float:
-    """Returns how well two paths fit, or 0 if they are of different faces.
+    """Returns how long and how closely two faces overlap, or 0 if they are different faces.
 
     The result is the common time in seconds, multiplied by the mean intersection over union of the
     boxes.
@@ -134,9 +134,9 @@ class Lost(NamedTuple):
 class Said:
     """The names and corrections that users gave to faces, from the log.
 
-    If several lines of the log are about a face, the last line counts. The attributes are dicts.
-    Their keys are the names of clips. For a face that no present clip shows, the key is the face
-    itself.
+    If several lines of the log are about a face, the last line counts. The key of a face in a dict
+    is the name of the clip that shows the face. If no clip of the films shows the face, the key is
+    the `Face` from the log.
     """
 
     def __init__(
@@ -145,10 +145,10 @@ class Said:
         films: Iterable[MediaFile] = (),
         numbers: Mapping[Face, int] = {},
     ):
-        """Applies the lines of a log, in their order.
+        """Applies the lines of a log of corrections, in their order.
 
-        `films` are the present films, and photos of people. `numbers` is face -> number of the
-        unknown person, before the corrections in the log.
+        `films` are the films and photos in which the faces are searched. `numbers` is face ->
+        number of the unknown person before the corrections.
         """
         lines = [*drop_undone(lines)]
         faces = [x for line in lines for x in (line.face, line.of) if isinstance(x, Face)]
@@ -176,9 +176,9 @@ class Said:
                     self._apply(line, self.find(line.face))
 
     def find(self, face: Face) -> list[Key]:
-        """Returns the names of the clips that show a face, the best first.
+        """Returns the keys of a face: the names of the clips that show the face, the best first.
 
-        If no present clip shows the face, returns only the face.
+        If no clip of the films shows the face, the only key is `face`.
         """
         return [*self._found.get(face, [face])]
 
@@ -217,9 +217,9 @@ class Said:
         ]  # fmt: skip
 
     def list_lost(self, unread: Collection[str]) -> list[Lost]:
-        """Returns the names and corrections of faces that no present clip shows.
+        """Returns the names and corrections of faces that no clip of the films shows.
 
-        `unread` are the sha256 of films and photos that the present nets have not read yet. Faces
+        `unread` are the sha256 of films and photos that the current nets have not read yet. Faces
         in these files are left out, because the nets may find the faces later.
         """
         lost = list[Lost]()
@@ -261,9 +261,9 @@ class Said:
     def _move(self, line: Line, keys: Sequence[Key], number: int) -> None:
         """Moves faces to the unknown person with the number `number`, as a line of the log says.
 
-        `keys` are the keys of the faces. If the line has a `person`, all faces of this unknown
-        person are moved, too. If other faces of their old person stay, `apart` records that
-        the old and the new person differ.
+        `keys` are the keys of the faces. If `line.person` is given, all faces of this unknown
+        person are moved, too. If an unknown person loses only some faces, `self.apart` records that
+        this person and the person `number` differ.
         """
         is_new = number not in self.numbers.values()
         whole = parse_group_number(line.person) if line.person else 0

@@ -41,7 +41,7 @@ LEAST_TURNED = 5  # a film with fewer faces upside down does not count as upside
 
 
 class Task(Struct, kw_only=True):
-    """A film or photo whose features `work` extracts. Without a path, `work` only tests nets."""
+    """The arguments of `work`: a film or photo to read. If `path` is "", `work` only loads nets."""
 
     models: str  # the folder of nets
     settings: ExtractionSettings
@@ -178,9 +178,9 @@ class ClipBuilder:
     def _end(
         self, track: Track, name: str, pictures: list[Sighting], vectors: Mapping[int, np.ndarray]
     ) -> None:
-        """Makes the clip `name` from some pictures of a track.
+        """Makes the clip `name` of a track.
 
-        `pictures` are the faces of the person in frames. `vectors` is `Sighting.number` ->
+        `pictures` are the faces of the person, in order of time. `vectors` is `Sighting.number` ->
         embedding of the face.
         """
         spans: dict[int, Sighting] = {}
@@ -304,7 +304,7 @@ def _make_clips(
     """Makes a clip of each track in a video, or with `--unit=shot`, of each shot's main person.
 
     `clips` collects the clips. Returns the detector of the shots, the tracks of all people, and the
-    place of the first half of each picture, or None if the halves of the pictures differ.
+    place of the left or upper picture in a 3D film, see `HalvesDetector`; None for other films.
     """
     fps, cuts, search = task.settings.fps, ShotDetector(), FilmSearch(nets.detect)
     halves = HalvesDetector()
@@ -356,7 +356,7 @@ def _make_clips(
 def _read_photo(
     photo: photos.Photo, tags: regions.Tags, clips: ClipBuilder, nets: Nets, stem: str
 ) -> dict[str, Any]:
-    """Makes a clip of each face in a photo; returns fields of its description, see `MediaFile`.
+    """Makes a clip of each face in a photo; returns fields of the photo's `MediaFile`.
 
     `tags` are the names that photo programs stored for faces. `clips` collects the clips. `stem` is
     the first part of the names of the clips.

@@ -30,10 +30,10 @@ class HalvesDetector:
         self._pictures, self._equal = 0, Counter[Layout]()  # `_equal`: pictures with equal halves
 
     def add(self, rgb: np.ndarray, boxes: np.ndarray) -> None:
-        """Compares the left and right half of a picture, and the top and bottom half.
+        """Checks whether two halves of a picture are equal, as in 3D films; see `layout`.
 
-        The property `layout` has the result for all pictures. `rgb` [H, W, 3] uint8 is the picture.
-        `boxes` [N, 4] are the left, top, right and bottom of the faces in the picture, in pixels.
+        These are the left and right half, or the top and bottom half. `rgb` [H, W, 3] uint8 is the
+        picture. `boxes` [N, 4] are the left, top, right and bottom of the faces, in pixels.
         """
         self._pictures += len(boxes) > 0
         ratio = rgb.shape[1] / rgb.shape[0]
@@ -43,7 +43,7 @@ class HalvesDetector:
 
     @property
     def layout(self) -> Layout | None:
-        """The first half as arguments of FFmpeg's filter `crop`, or None if the halves differ."""
+        """Arguments of FFmpeg's `crop` that keep one half of a 3D film; None for other films."""
         least = max(LEAST_PICTURES, LEAST_SHARE * self._pictures)
         return next((layout for layout, count in self._equal.items() if count >= least), None)
 

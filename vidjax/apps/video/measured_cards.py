@@ -44,7 +44,7 @@ class Samples(NamedTuple):
 
 
 class MeasuredCard(NamedTuple):
-    """The card of a net, and the numbers that were measured for the card."""
+    """A card, the JSON file of a net, and the measured cosines of the net's embeddings."""
 
     card: Card  # before
     measured: Measured
@@ -64,7 +64,7 @@ def measure_photos(models: Path, people: Path, workers: int, tell: Tell) -> list
         gallery = Gallery.of_models(out / "vectors", models)
         if "face" not in gallery.backend.widths:
             raise UserError(
-                f"'{models}' contains no net of faces with the key back_end in its JSON file\n"
+                f"'{models}' contains no face net whose JSON file has the key back_end\n"
                 f"{cards.describe_remedy('face_embedder', models)}"
             )
         faces, owners = list[tuple[np.ndarray, str, float]](), dict[tuple[str, bytes], str]()
@@ -86,9 +86,9 @@ def measure_photos(models: Path, people: Path, workers: int, tell: Tell) -> list
 
 
 def measure_features(models: Path, path: Path) -> list[MeasuredCard]:
-    """Measures how well nets separate people, and writes the results into the nets' cards.
+    """Measures how well nets separate people, and writes the results into the nets' JSON files.
 
-    The files `path/NAME/CLIP.npz` contain embeddings of the people NAME. `models` is the folder of
+    A file `path/NAME/CLIP.npz` contains embeddings of the person NAME. `models` is the folder of
     nets. Raises UserError if too few people have two clips, if a net does not separate the people,
     or if other nets have computed the embeddings.
     """
@@ -108,11 +108,11 @@ def measure_features(models: Path, path: Path) -> list[MeasuredCard]:
 def _measure_all(
     gallery: Gallery, models: Path, given: dict[str, Samples], kind: str
 ) -> list[MeasuredCard]:
-    """Measures the nets of all modalities with enough people, and then writes their cards.
+    """Measures how well each net separates people, then writes the results into JSON files.
 
-    `given` is modality, such as face -> embeddings, which need not have unit length. `kind` is the
-    word for a clip in messages, "photo" or "clip". Raises UserError if no modality has enough
-    people.
+    `given` has the embeddings of each modality, such as face. The embeddings need not have unit
+    length. Modalities with too few people are left out. `kind` is the word for a clip in messages,
+    "photo" or "clip". Raises UserError if no modality has enough people.
     """
     embedders, done = cards.list_embedders(cards.read_all(models)), list[MeasuredCard]()
     most = unclear = 0
@@ -133,9 +133,9 @@ def _measure_all(
         note = f", without {messages.count(unclear, 'unclear face')}" if unclear else ""
         few = f"there are two usable {kind}s of only {messages.count(most, 'person')}"
         raise UserError(
-            f"{few if most else f'no person has two usable {kind}s'}{note}: a card needs "
-            f"{FEWEST_PEOPLE} people with two {kind}s each\n"
-            f"add people, or {kind}s of other days, in a folder for each person"
+            f"{few if most else f'no person has two usable {kind}s'}{note}: at least "
+            f"{FEWEST_PEOPLE} people with two {kind}s each are needed\n"
+            f"add people or {kind}s: a folder for each person, with two or more {kind}s"
         )
     for each in done:
         cards.replace_back_end(each.card, each.back_end)
@@ -151,7 +151,7 @@ def _drop_copies(samples: Samples) -> Samples:
 
 
 def _measure(card: Card, chosen: Samples, unclear: int, kind: str) -> MeasuredCard:
-    """Returns a card with the numbers that are measured on the clips `chosen`.
+    """Measures the cosines of pairs of clips in `chosen`; returns the results for the net.
 
     `unclear` is the number of clips that were left out, for the report. `kind` is the word for a
     clip in texts, "photo" or "clip". Raises UserError if the net does not separate the people.

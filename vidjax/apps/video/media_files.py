@@ -1,4 +1,4 @@
-"""Finds films and photos in the paths that a user gives, and missing files of earlier calls."""
+"""Finds films and photos in the paths that a user gives, and checks whether a file is missing."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -68,8 +68,8 @@ class PageData:
     def list_faces(self, entries: "Sequence[PageEntry]", name: str = "") -> list[Picture]:
         """Returns pictures of a person: all photos of the person `name`.
 
-        If there are no photos, returns up to 8 pictures from the appearances `entries`, the
-        clearest face first.
+        If there are no photos, or `name` is "", returns up to 8 pictures from films, one of each
+        appearance in `entries`, the clearest face first.
         """
         if self.people.get(name):
             return [*self.people[name]]
@@ -97,9 +97,9 @@ class PageEntry:
 
     @property
     def keys(self) -> list[str]:
-        """The keys by which forms identify the clips of the appearance. No key is a person's name.
+        """The keys that HTML forms send for the clips of the entry. No key is a person's name.
 
-        Clips with a `twin` come first.
+        Clips with a name in `twin` come first.
         """
         return [CLIP + x for x in sorted(self._x.clips, key=lambda x: x not in self._data.twins)]
 
@@ -164,7 +164,7 @@ class PageEntry:
 
     @property
     def twin(self) -> str:
-        """The name that the face did not get, because another face of the same time has it, or "".
+        """The name that another face in the same picture has instead of this face, or "".
 
         The other face is more similar to the person. A mirror or a split screen may show a person
         twice.
@@ -172,7 +172,7 @@ class PageEntry:
         return next((self._data.twins[x] for x in self._x.clips if x in self._data.twins), "")
 
     def split(self) -> "Iterator[PageEntry]":
-        """Yields an entry of the page for each clip of the appearance."""
+        """Yields new entries of the page, one for each clip of this entry."""
         for clip in self._x.clips:
             track = self._data.tracks[clip]
             part = self._x._replace(clips=(clip,), start_s=track.start_s, end_s=track.end_s)
@@ -180,7 +180,7 @@ class PageEntry:
 
 
 class Forms(NamedTuple):
-    """The state of the forms on the page with which a user corrects names. Texts may be empty."""
+    """The state of the forms on the page with which a user corrects names."""
 
     # The number of changes when the page was made. If names have changed since then, a change on
     # this page is refused.

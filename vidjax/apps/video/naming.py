@@ -201,10 +201,9 @@ def _deny(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
 def _tell_apart(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
     """Removes names, so that two people whom a user told apart do not have the same name.
 
-    If both people get the same name, the clips of the less probable person lose this name. If a
-    user has named a clip, the clip keeps its name. A user may have named a wrong face. So a name
-    that only users have given must be the name of more than half of a person's clips. Otherwise,
-    the name is ignored here. Returns all answers.
+    If both people have the same name, the clips of the less probable person lose this name. A clip
+    that a user has named keeps the name. A name that only users gave, and to at most half of a
+    person's clips, may be a mistake, and is not compared. Returns all answers.
     """
     answers = dict(answers)
     clips_of = group_by_key(
@@ -231,9 +230,10 @@ def _tell_apart(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
 
 
 def group_votes(tracks: Tracks) -> dict[str, str] | None:
-    """Groups similar tracks; returns clip -> group. `Gallery.identify` gives a group one name.
+    """Groups clips that seem to show the same person; returns clip -> group.
 
-    A gallery that was made from a trained run cannot compare groups. Then the result is None.
+    `Gallery.identify` gives all clips of a group the same name. If the gallery was made from a
+    trained run, returns None.
     """
     gallery, vectors, films = tracks
     if not gallery.origin.cards:
@@ -250,11 +250,10 @@ def group_unknown(
     apart: Collection[tuple[int, int]] = (),
     settled: Collection[int] = (),
 ) -> dict[str, str]:
-    """Groups tracks without a name; returns clip -> unknown person, such as `unknown 3`.
+    """Groups clips without a name; returns clip -> unknown person, such as `unknown 3`.
 
-    Faces that are too small or too blurred look alike even if they show two people. So each such
-    face becomes an unknown person of its own. But if `together` contains its clip, the clip stays
-    with its group.
+    Faces that are too small or too blurred look alike even if they show two people. So a clip of
+    such a face becomes a separate unknown person, unless `together` joins it with other clips.
 
     `together` is clip -> number. Clips with the same number are one person. `apart` are pairs of
     numbers of two different people. For `settled`, see `Gallery.group`.
@@ -306,10 +305,10 @@ def list_unclear(films: Iterable[MediaFile]) -> set[str]:
 
 
 def settle_answers(answers: Mapping[str, Answer], films: Iterable[MediaFile]) -> dict[str, Answer]:
-    """Returns answers in which two tracks of the same time have different names.
+    """Removes names, so that two tracks of the same time do not have the same name.
 
-    If two such tracks have the same name, the less probable name is removed. A name that a user
-    gave to a track remains.
+    The track with the less probable name loses the name, unless a user gave it. Returns all
+    answers.
     """
     pairs, settled = pair_seen_together(films), dict(answers)
     apart = group_by_key((x, y) for pair in pairs for x, y in (pair, pair[::-1]))
