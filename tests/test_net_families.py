@@ -313,7 +313,7 @@ def test_weights_in_other_files_are_refused_with_the_command_that_joins_them(con
     first.write_bytes(first.read_bytes()[:-4])
     assert convert(net, "--like=arcface")[0].refused("net.onnx", "cannot be used")
     first.unlink()
-    assert convert(net, "--like=arcface")[0].refused("a.bin", "copy this file there")
+    assert convert(net, "--like=arcface")[0].refused("a.bin", "copy it next to the net")
 
 
 # Words of the error, the family, and the net.
@@ -326,7 +326,7 @@ def test_weights_in_other_files_are_refused_with_the_command_that_joins_them(con
     ("functions standard", "arcface", edit(VECTORS, lambda x: x.functions.append(FUNCTION))),
     ("8192 8224 supported", "arcface", edit(VECTORS, enlarge)),
     ("arcface other [free, 512] supported", "arcface", made.embedder(form="twice")),
-    ("used: its output has fewer than 4 numbers", "arcface", made.embedder(3)),
+    ("used: the last output of the net has fewer than 4 numbers", "arcface", made.embedder(3)),
     ("used: No Op registered", "arcface", edit(VECTORS, lambda x: x.graph.node[0].MergeFrom(OLD))),
     ("used: Unsupported model IR", "arcface", edit(VECTORS, lambda x: x.MergeFrom(NEWER))),
     ("same output", "arcface", edit(VECTORS, make_nan)),

@@ -106,7 +106,7 @@ def test_names_in_the_unknown_table_are_used_unless_they_contradict_earlier_name
     assert content["people"] == {"Ada": 1, name: 1}
     assert content["groups"] == 1, "only Eve is still an unknown person"
     assert "because the faces no longer exist: 1 name, such as the name of gone.s000.t00" in output
-    assert f"{name} is the name of 1 face, as unknown.tsv says" in output
+    assert f"name from unknown.tsv for 1 face: {name}" in output
     (row,) = table.read_text().splitlines()[1:]
     assert row.startswith("party.s001.t00\tunknown 1\tparty.mkv\t00:00:0")
     # A damaged or contradicting table is refused and kept. Some programs write other separators.

@@ -49,7 +49,7 @@ def _check_folder(folder: Path) -> str:
 
 
 def _describe_file(path: Path) -> str:
-    """Tests the net of the card `path` in a child process; returns a text about the net."""
+    """Tests the net that the JSON file `path` describes; returns a text about the net."""
     card = cards.read(path)
     milliseconds = processes.run_limited(
         __name__, path, {"path": str(path)}, float, memory_bytes=MEMORY_BYTES,

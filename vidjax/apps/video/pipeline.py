@@ -104,8 +104,8 @@ def extract_folders(
       workers: the number of processes.
       drop: which features of earlier calls are removed.
         "nothing": no features.
-        "deleted": features of missing files, if their folder still has other files. If a whole
-          folder is missing or empty, an outcome reports the folder.
+        "deleted": features of missing videos and photos. If no other file is left in the folder
+          of the video or photo, the features are kept, and an outcome reports this.
         "missing": features of all files that no longer exist.
         "others": features of all files that are not in `paths`, except files in a folder that is
           missing or empty. An outcome reports each file whose features are kept.
@@ -278,7 +278,7 @@ def _prepare_folder(
 
 
 def choose_drop(prune: bool, forget_missing: bool) -> Drop:
-    """Returns which features of earlier calls `extract_folders` removes: its argument `drop`.
+    """Returns the argument `drop` of `extract_folders`: which features of earlier calls to remove.
 
     `prune` and `forget_missing` are the flags --prune and --forget-missing of a command.
     """
@@ -292,8 +292,8 @@ def _check_extraction(
 
     `digests` is role of a net -> sha256 of the net's card, a JSON file. If `settings` is None, uses
     the settings of earlier features, or the defaults. Raises UserError if the folder has features
-    of other nets or settings, or files of another program. If `upgrade` is True and no net is
-    missing, features of other nets are deleted instead, see `features_folder.set_aside`.
+    of other nets or settings, or files of another program. Other nets are no error if `upgrade` is
+    True, and `digests` has the roles of all earlier nets. Then the earlier features are deleted.
     """
     before = features_folder.read_extraction(out)
     if before is None:
@@ -317,7 +317,7 @@ def _check_extraction(
         old, new = map(msgspec.structs.asdict, (before.settings, settings))
         changed = [f"{name}: {old[name]}, not {x}" for name, x in new.items() if old[name] != x]
         raise UserError(
-            f"the files in '{out}' were read with other settings ({'; '.join(changed)})\n"
+            f"the features in '{out}' have other settings ({'; '.join(changed)})\n"
             "name a new folder, or use the same settings"
         )
     return before.settings
@@ -412,7 +412,7 @@ def _read(children: Children, pending: Mapping[_Job, film_lib.Task]) -> list[Med
 
 
 def _find_earlier(job: _Job) -> MediaFile | None:
-    """Returns the description of a file by an earlier call, or None if features are missing."""
+    """Returns the description of a file from an earlier call; None if its features are missing."""
     known = features_folder.describe_media_file(job.out, job.stem)
     return known if features_folder.has_features(job.out, job.stem) else None
 
@@ -504,7 +504,7 @@ def _check_results(job: _Job, task: film_lib.Task, film: MediaFile) -> MediaFile
         lacks = not all(files.is_file(out / THUMBNAILS / f"{clip}.png") for clip in shown)
         others = {clip.partition(".")[0] for clip in clips} - {job.stem}
         if lacks or others or clips != sorted(track.clip for track in film.tracks):
-            raise ValueError("the features and the description of the file have different clips")
+            raise ValueError("the child process lost clips or pictures, or added other clips")
     return film
 
 

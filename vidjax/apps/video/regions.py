@@ -212,9 +212,9 @@ def _make_tag(name: str | None, left: float, top: float, width: float, height: f
 
 
 class _Reading(NamedTuple):
-    """The detected face at each of n face tags, if the orientation of the tagged picture is `turn`.
+    """One way to assign the detected faces of a photo to its n face tags, boxes with names.
 
-    The EXIF orientation `turn` turns the tagged picture to the displayed, upright picture.
+    It assumes that the EXIF orientation `turn` turns the tagged picture to the displayed picture.
     """
 
     faces: np.ndarray  # int [n], the index of the face at each tag, or -1 if there is no face
@@ -227,7 +227,7 @@ class _Reading(NamedTuple):
     turn: int  # the EXIF orientation that turns the tagged picture to the displayed picture
 
     def list_names(self, tags: Tags) -> set[tuple[int, str]]:
-        """Returns the pairs (index of a face, name) of the tags that fit their faces."""
+        """Returns (index of the face, name) for each face tag with a fit of at least LEAST_FIT."""
         good = np.flatnonzero(self.fits >= LEAST_FIT)
         return {(int(self.faces[number]), tags.tags[number].name) for number in good}
 
@@ -295,7 +295,7 @@ def _has_shape(shape: tuple[float, float], size: tuple[int, int], turn: int) -> 
 
 
 def _read(tags: Tags, faces: np.ndarray, size: tuple[int, int], turn: int) -> _Reading:
-    """Finds the face at each tag, if the orientation of the tagged picture is `turn`.
+    """Finds the face at each face tag. Assumes that the tagged picture has the orientation `turn`.
 
     The EXIF orientation `turn`, 1 to 8, turns the tagged picture to the displayed, upright picture.
     For other arguments, see `match_faces`.
@@ -318,10 +318,10 @@ def _read(tags: Tags, faces: np.ndarray, size: tuple[int, int], turn: int) -> _R
 
 
 def _seems_cropped(reading: _Reading, good: np.ndarray, num_faces: int) -> bool:
-    """Returns whether tags may fit their faces by accident, because the photo was cropped later.
+    """Returns whether a photo seems to be cropped after a program stored its face tags.
 
     In a cropped photo, faces are larger than their tags, and some tags have no face. `good` is a
-    mask of the tags that fit. `num_faces` is the number of detected faces.
+    mask of the tags that fit a face. `num_faces` is the number of detected faces.
     """
     count = int(good.sum())
     if not count:

@@ -54,13 +54,13 @@ class _Picture:
 
 
 class ShotDetector:
-    """Finds the cuts of a film in a single pass, with memory only for the last pictures.
+    """Finds the cuts of a film in a single pass. Stores only a few recent pictures.
 
     `starts` are the starts of all shots in seconds.
 
     Source: Lienhart 1999, "Comparison of automatic shot boundary detection algorithms", sections 2
-    and 3. Unlike in the paper, differences are relative to the motion before. We chose the
-    thresholds with artificial films.
+    and 3. Unlike in the paper, the difference of two pictures is compared with earlier differences.
+    We chose the thresholds with artificial films.
     """
 
     def __init__(self) -> None:
@@ -78,8 +78,7 @@ class ShotDetector:
 
         `small` is the frame in reduced size, uint8 [h, w, 3]. The first frame of a film begins the
         first shot. `jumps` is True if there is a gap in time before the frame: then a shot begins,
-        too. A dissolve is detected at its end. The start of its new shot in `starts` is the middle
-        of the dissolve.
+        too. A dissolve is detected at its end, but `starts` gets the time of its middle.
         """
         picture = _Picture(small)
         if jumps:
@@ -151,8 +150,8 @@ class ShotDetector:
     def _stands_out(self, change: np.ndarray, times_usual: float, times_last: float) -> np.ndarray:
         """Returns whether each number in `change` is much larger than in earlier changes: bool [2].
 
-        `change` [2] is as in `_is_sudden`. A number must be above `times_usual` times its median in
-        recent changes, and above `times_last` times its value in the last change.
+        `change` [2] is as in `_is_sudden`. Each number must be above `times_usual` times the median
+        of this number in recent changes, and above `times_last` times this number in the last one.
         """
         usual = np.median(self._changes, axis=0) if self._changes else np.zeros(2)
         return change > np.maximum(times_usual * usual, times_last * self._last)
@@ -168,8 +167,8 @@ class _Dissolve:
     def detect_end(self, time_s: float, picture: _Picture, difference: float) -> bool:
         """Adds the picture at `time_s` seconds; returns whether a dissolve ends with this picture.
 
-        If one ends, the attribute `middle_s` becomes the time at which both still pictures have the
-        same weight. `difference` is the difference of `picture` from the previous picture.
+        If a dissolve ends, `middle_s` becomes the time at which its first and its last picture have
+        equal weights. `difference` is the difference of `picture` from the previous picture.
         """
         kept = self._kept
         if kept and time_s - kept[-1][0] < DISSOLVE_SECONDS / DISSOLVE_STEPS:

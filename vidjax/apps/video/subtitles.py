@@ -57,7 +57,7 @@ def write(path: Path, appearances: "Sequence[Appearance]", films: Iterable[Media
 
 
 def _describe_file(film: MediaFile) -> dict[str, str]:
-    """Returns two columns of the table, name -> text: a film's path, and its last change (UTC)."""
+    """Returns the cells `path` and `date` of a film. The date is the last change (UTC)."""
     source = film.source
     date = datetime.fromtimestamp(source.mtime_ns // 10**9, UTC)
     path = os.fsencode(source.path).decode(errors="replace")
@@ -65,7 +65,7 @@ def _describe_file(film: MediaFile) -> dict[str, str]:
 
 
 def _make_row(values: Mapping[str, Any]) -> tuple[object, ...]:
-    """Returns the cells of an appearance in a table, in the order of COLUMNS.
+    """Returns the cells of a row in the table of appearances, in the order of COLUMNS.
 
     `values` is name of a column -> value. If a value is a tuple, its items are joined by blanks.
     """
@@ -129,7 +129,7 @@ def to_rttm(appearances: "Iterable[Appearance]") -> str:
 
 
 def _make_words(texts: Collection[str]) -> dict[str, str]:
-    """Returns text -> word without blanks. Two different texts get two different words."""
+    """Replaces blanks in texts for RTTM. Returns text -> word; different texts stay different."""
     words = {text: "_".join(map(escape, text.split())) for text in texts}
     count = Counter(words.values())
     return {text: word if count[word] == 1 else escape(text) for text, word in words.items()}

@@ -111,7 +111,8 @@ class Tracker:
     def __init__(self, gap_s: float = GAP_SECONDS, held_s: float = HELD_SECONDS):
         """Makes a tracker. A track ends after `gap_s` seconds without a detection, or at a cut.
 
-        A track with one detection is dropped if the next frame follows within `held_s` seconds.
+        A track with one detection is kept only if its frame is visible for more than `held_s`
+        seconds, as in a slide show.
         """
         self._gap, self._held = gap_s, held_s
         self._cut_s: float | None = None  # the start of a shot, until its first frame is added
@@ -124,8 +125,8 @@ class Tracker:
     def update(self, time_s: float, boxes: np.ndarray) -> np.ndarray:
         """Adds the detections `boxes` [N, 4] of the next frame, at `time_s` seconds.
 
-        Returns [N] int, the number of each detection's track. The number of a dropped detection,
-        where one person may hide another, is -1.
+        Returns the number of each detection's track, int [N]. A detection is dropped if one person
+        may hide another there. Its number is -1.
         """
         for motion in self._live:
             motion.track.end_sighting(time_s)
@@ -248,7 +249,7 @@ class MainFigures:
 
     @property
     def live(self) -> set[int]:
-        """A set with the number of the track in the current shot. The shot has the same number."""
+        """The numbers of the tracks that have not ended: only the number of the current shot."""
         return {self._shot}
 
     def take_ended(self) -> list[Track]:

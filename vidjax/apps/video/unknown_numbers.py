@@ -55,12 +55,11 @@ class UnknownNumbers(Struct, kw_only=True, forbid_unknown_fields=True):
     def update(
         self, films: Sequence[MediaFile], said: Said, numbers: Mapping[str, int], unread: Set[str]
     ) -> "UnknownNumbers":
-        """Returns new contents, with the number of each unknown person in the clips of `films`.
+        """Returns new contents of the file, with the number of each unknown person in `films`.
 
-        `numbers` is clip -> number. A number that comes from a correction in the log `said` is not
-        stored again. `unread` are the sha256 of films whose features the present nets have not
-        computed yet. Faces of these films keep their numbers. Films that are neither in `films`
-        nor in `unread` are forgotten.
+        `numbers` is clip -> number. A number from a correction is not stored, because the log
+        `said` contains it. `unread` are the sha256 of films that were not read with the present
+        nets. Faces of these films keep their numbers. All other films are forgotten.
         """
         stored = said.given | {x: n for x, n in numbers.items() if x not in said.numbered}
         face_of = {clip: face for film in films for clip, face in film.faces.items()}
@@ -103,14 +102,13 @@ def number_people(
 
     A group of similar clips is a person. If a film is new, all clips are grouped. A group then gets
     the number that most of its clips had. If no film is new, people keep their clips and numbers.
-    Clips without a number may join these people. Clips that a correction has given a number above
-    `highest` may join them, too.
+    Only clips without a number, or with a number above `highest`, may join these people.
 
     Args:
       tracks: the clips without a name.
       said: the corrections in the log, and the numbers of the last call.
       before: the contents of `unknown.json` after the last call.
-      highest: a number above it was given by a correction since the last call.
+      highest: larger numbers come from corrections since the last call.
     """
     vectors = tracks.vectors
     kept = {clip: said.numbers[clip] for clip in vectors.names if clip in said.numbers}
@@ -133,10 +131,10 @@ def _keep_numbers(
     """Gives groups of clips the numbers of the last call; returns clip -> number.
 
     `groups` is clip -> group, such as `unknown 3`. `before` is clip -> number in the last call.
-    `fixed` are the numbers of people whom a user has corrected. If clips of a group had numbers in
-    `fixed`, the group gets the most frequent of these numbers. Each other group gets the number
-    that most of its clips had. If several groups claim a number, the group with the most clips of
-    this number gets it. The remaining groups get new numbers above `highest`.
+    `fixed` are the numbers of people whom a user has corrected. Numbers are given one by one, each
+    to one group: first the numbers in `fixed`, then the others. The next pair of a group and a
+    number is the pair with the most clips. Groups that get no old number get numbers above
+    `highest`.
     """
     votes = Counter((group, before[clip]) for clip, group in groups.items() if clip in before)
     number: dict[str, int] = {}

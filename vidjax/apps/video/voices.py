@@ -29,7 +29,7 @@ LEAST_LEVEL = 10 ** (-30 / 20)  # the root mean square to which fainter windows 
 
 
 class VoiceEmbedder(nets.Embedder):
-    """Computes embeddings of N windows of sound, float [N, 25600]: 1.6 s at 16 kHz, -1 to 1."""
+    """Computes embeddings of windows of sound. A window is 25600 samples, 1.6 s at 16 kHz."""
 
     def prepare(self, inputs: np.ndarray) -> np.ndarray:
         """Converts windows of sound, [N, 25600], to mel spectrograms, the input of the net."""

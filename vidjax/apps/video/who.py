@@ -2,7 +2,7 @@
 
 The results are these files:
 
-    OUT/people/NAME/   features of the photos of a person, or of one photo that names several people
+    OUT/people/NAME/   features of the photos of a person, or of one photo that has face tags
     OUT/features/      features of the films
     OUT/gallery/       the gallery of the people, for the commands of `vidjax gallery`
     OUT/*/thumbnails/  with --thumbnails: a small picture of each face
@@ -155,7 +155,7 @@ def name_people(
             raise UserError(
                 f"no photo in '{people}' can be used, so nobody can be recognised\n"
                 "add photos that each show only one person"
-                + f"\n{PAGE} and the tables are deleted, because they name forgotten people"
+                + f"\n{PAGE} and the tables are deleted, because they name people without photos"
                 * lost
             )
         if gallery.identities and not features_folder.find_unread(out / FEATURES):
@@ -305,7 +305,7 @@ class _Call:
             stem = film.tracks[0].clip.partition(".")[0] if film.tracks else None
             lacks = stem and features_folder.lacks_pictures(self.features, stem)
             if lacks and os.path.exists(film.source.path):
-                self.say(f"there are no thumbnails of {film.video}: add this film to the command")
+                self.say(f"there are no thumbnails of {film.video}: call vidjax who with this film")
                 return
 
     def open_gallery(self) -> Gallery:
@@ -373,13 +373,13 @@ class _Call:
         self.say(
             f"there are new nets ({new}): the films and photos of this call are read again, and "
             "names are kept\n"
-            "to read other films again, repeat the command with them"
+            "to read other films again, repeat vidjax who with these films"
         )
 
     def _write_unmatched(self, lost: Sequence[Lost]) -> None:
-        """Adds names and corrections of faces that are not found again to `unmatched.tsv`.
+        """Adds rows to `unmatched.tsv`: names and corrections of faces that are not found again.
 
-        Reports new rows of this table.
+        Reports the new rows.
         """
         path = self.out / UNMATCHED
         table = [*tables.read_text(path)][1:] if files.exists(path) else []
@@ -388,10 +388,10 @@ class _Call:
             files.write_text(path, tables.to_text([UNMATCHED_COLUMNS, *known, *new], ".tsv"))
             files.hide(path)
             count = f"corrections whose faces are not found again: {len(new):,}, see {path}"
-            self.warn(f"{count}\nto correct again: vidjax review {messages.quote_path(self.out)}")
+            self.warn(f"{count}\nto repeat them: vidjax review {messages.quote_path(self.out)}")
 
     def _report_unread(self, films: Mapping[str, MediaFile]) -> None:
-        """Reports `films` and photos of people that the new nets have not read yet."""
+        """Reports `films`, and photos of people, whose features must be computed with new nets."""
         for film in [*films.values()][:1]:
             self.warn(
                 f"films that were not read with the new nets: {len(films):,}, such as "
@@ -402,7 +402,7 @@ class _Call:
         for face in sorted(faces.values())[:1]:
             self.warn(
                 f"photos that were not read with the new nets: {len(faces):,}, such as {face.clip} "
-                f"of {show(face.person)}. They identify nobody until --people contains them again"
+                f"of {show(face.person)}\nto use these photos, repeat vidjax who with --people"
             )
 
     def read_typed_names(self) -> set[str]:
@@ -421,7 +421,7 @@ class _Call:
         }  # fmt: skip
         if lost := names.keys() - found.keys():
             about = f"{messages.count(len(lost), 'name')}, such as the name of {show(min(lost))}"
-            self.warn(f"ignored in {path}, because the faces no longer exist: {about}")
+            self.warn(f"names in {path} are ignored, because the faces no longer exist: {about}")
         lines, said = list[Line](), read_said(out, films)
         with prefix_errors(str(path)):
             for clip, film in found.items():
@@ -439,7 +439,7 @@ class _Call:
             path.unlink()  # the table is written again
         for name, count in sorted(Counter(map(names.get, found)).items()):
             faces = messages.count(count, "face")
-            self.say(f"{show(str(name))} is the name of {faces}, as {path.name} says")
+            self.say(f"name from {path.name} for {faces}: {show(str(name))}")
         return {str(line.of) for line in lines}
 
     def _follow_photos(
@@ -464,8 +464,8 @@ class _Call:
                 others = messages.list_some([*map(show, sorted(owners))])
                 self.warn(
                     f"the photos of {show(person)} are now photos of {others}, but "
-                    f"{show(label)} keeps {count} that you typed\n"
-                    f"to change them: vidjax gallery rename {shlex.join(words)}"
+                    f"{show(label)} keeps {count} that you typed for faces\n"
+                    f"to rename {show(label)}: vidjax gallery rename {shlex.join(words)}"
                 )
             elif len(owners) == 1 and label != wanted:
                 renamed[label] = wanted
@@ -490,8 +490,8 @@ class _Call:
         """Forgets people who are not in `names`, and deletes features of their photos.
 
         `before` is clip -> face in a photo, with all photos that were known before this call.
-        `places` are the names of the folders of photos whose features stay. If `forget_missing` is
-        False, people whose names a user has given to faces in films are not forgotten.
+        Features stay if the folder of the photos has a name in `places`. If `forget_missing` is
+        False, people are kept if a user has given their names to faces in films.
         """
         gallery, out = self.gallery, self.out
         said = read_said(out, features_folder.read_media_files(self.features))
