@@ -131,7 +131,7 @@ class Server(uvicorn.Server):
             self._end.start()
 
     def _give_up(self) -> None:
-        LOG.error("ended before its work was finished")
+        LOG.error("the server has ended before its work was finished: repeat unanswered requests")
         os._exit(1)  # the next process undoes an unfinished change
 
 

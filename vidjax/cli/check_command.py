@@ -68,10 +68,10 @@ def check(args: argparse.Namespace) -> Result:
 
 
 def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
-    """Returns the checks that the flags ask for: subject, such as `data` -> function.
+    """Returns the checks that the flags ask for: subject -> function.
 
-    A function returns a summary of its subject. If the subject has a fault, the function raises an
-    error.
+    A subject is a word such as `data`. Its function returns a summary of the subject, or raises an
+    error if the subject has a fault.
     """
     if args.overrides and not (args.workdir or args.config):
         raise UserError(
@@ -113,7 +113,7 @@ def _list_folder_checks(workdir: Path, overrides: Sequence[str]) -> dict[str, Ca
         # The packages that read runs may not be installed.
         raise UserError(
             f"'{workdir}' contains no gallery ({store.GALLERY_FILE}) and no run ({RUN_FILE})\n"
-            "name the folder of a gallery or run. Results of `vidjax who` have the folder gallery/"
+            "name the folder of a gallery or run; `vidjax who --out=DIR` makes DIR/gallery"
         )
     from vidjax.training import run_checks
 

@@ -27,7 +27,7 @@ def _read_paths(args: argparse.Namespace) -> tuple[Path, Path]:
     """
     source, to = args.folder.absolute(), args.to.absolute()
     if not source.is_dir():
-        raise UserError(f"'{args.folder}' is not a folder: name the folder to {args.command}")
+        raise UserError(f"'{args.folder}' is not a folder: give the path of a folder")
     if files.exists(to):
         raise UserError(f"--to={to} already exists: name a new folder")
     return source, to

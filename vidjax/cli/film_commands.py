@@ -332,8 +332,8 @@ def measure_card(args: argparse.Namespace) -> Result:
     models = args.models
     if not (args.photos or args.input or args.gallery):
         raise UserError(
-            "there is nothing to measure: add photos, --photos=DIR, or features, --input=DIR\n"
-            "to copy the numbers of the cards (JSON files of nets) into a gallery, add --gallery=G"
+            "there is nothing to measure: add --photos=DIR, or --input=DIR with features\n"
+            "to copy earlier measurements from the nets' JSON files to a gallery, add --gallery=G"
         )
     gallery = Gallery(args.gallery) if args.gallery else None
     done = list[MeasuredCard]()

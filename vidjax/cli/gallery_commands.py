@@ -283,7 +283,7 @@ def _refuse(args: argparse.Namespace, why: str, *names: str, remedy: str = "leav
 
 
 def _open(args: argparse.Namespace) -> Gallery:
-    """Opens the gallery of a command. Raises UserError if its clips, `--input`, cannot be used."""
+    """Opens the gallery of a command. Raises UserError if the clips of `--input` cannot be used."""
     given = getattr(args, "input", None)
     if given:
         _refuse(args, "with --input", "overrides")
@@ -356,7 +356,7 @@ def _enrol(args: argparse.Namespace) -> Result:
 
 
 def _show_enrolled(gallery: Gallery, done: Mapping[str, Any], noun: str, texts: Facts) -> Result:
-    """Returns what an enrolment prints. Warns if the people contradict the net's card (JSON file).
+    """Returns what an enrolment prints. May warn of a problem, see `card_notes.warn`.
 
     `done` are values for JSON. `noun` is the word for the enrolled things, such as "face". `texts`
     are further lines of the summary.
@@ -535,16 +535,16 @@ def _relabel(args: argparse.Namespace) -> Result:
 
 
 def _migrate(args: argparse.Namespace) -> Result:
-    """Enrols the people of a gallery in a new one. If a person gets no clip, the exit code is 1."""
+    """Enrols people in a new gallery. The exit code is 1 if a person has no clip there."""
     old, new, path = Gallery(args.gallery), Gallery(args.new), args.input
     features_folder.check_models(path, new.origin.cards)
     done = migrate(old, new, clip_inputs.load_all(new, path))
     # `gallery migrate` knows no times and boxes, so it cannot match faces as `vidjax who` does.
     if numbered := clip_inputs.list_numbered(old, clip_inputs.read_films(path)):
         terminal.say(
-            f"{len(numbered):,} clips, such as {show(numbered[0])}, are named after the number "
-            "of a face. If the detector has changed, the same number may be another face\n"
-            "in this case, create the gallery NEW again, with features by the old detector",
+            f"{len(numbered):,} clips, such as {show(numbered[0])}, may show another person than "
+            "before, because their names end in the number of a face that a detector found\n"
+            f"if the detector is new, create '{args.new}' again, with features by the old detector",
             warning=True,
         )
     texts = {"moved": f"{messages.count(done.moved, 'clip')}, {done.unchanged:,} moved before"}

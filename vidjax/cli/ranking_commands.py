@@ -58,8 +58,8 @@ def _process(args: argparse.Namespace, work: type[bulk.Rank | bulk.Embed]) -> Re
     inputs, out = bulk.list_tables(args.input), Path()
     if "eval.split" in overridden and inputs:
         raise UserError(
-            "--config.eval.split has no effect, because the tables of a folder have no splits\n"
-            "leave it out"
+            f"--config.eval.split has no effect, because --input={args.input} has no splits, only "
+            "tables\nleave out --config.eval.split"
         )
     if inputs:
         bulk.check_out(args.out, inputs, work)

@@ -99,9 +99,9 @@ def read_evaluate_settings(args: argparse.Namespace) -> tuple[Config, RunFolder]
     trained = config.model.get("name")
     if model not in (None, trained) and not config_lib.is_blend(config):
         warn(
-            f"--config={args.config}: the run keeps its model '{trained}', because "
-            "evaluate reads only definitions from this file\n"
-            "leave out --config, or choose a run of the model of this file: --workdir=FOLDER"
+            f"--config={args.config}: the run keeps its model '{trained}', and "
+            f"'{model}' is not used\n"
+            f"leave out --config, or choose a run of the model '{model}': --workdir=FOLDER"
         )
     return config, folder
 

@@ -90,8 +90,9 @@ def concat_clips(
 
     With probability 0.5, a short clip gets the frames of another chosen short clip at its end. The
     added frames get the next frame numbers. A long clip is cut to a random piece. Call this
-    function for each modality with the same `rng`, `chosen` and `short`. Then a clip gets the
-    frames of the same other clip in all modalities, cut at the same relative position.
+    function for each modality with the same `rng`, `chosen` and `short`. Then all modalities of a
+    short clip are joined with the same other clip, and all modalities of a long clip are cut at the
+    same relative position.
 
     Args:
       chosen: [B] bool, True for clips that may change. It must be False on padded rows.
@@ -184,7 +185,7 @@ def by_example(rng: Array, clips: MemberClips) -> MemberClips:
 
 
 class Transform(NamedTuple):
-    """An augmentation of the clips of a training step, a value of the table TRANSFORMS."""
+    """An entry of the table TRANSFORMS: an augmentation of the clips of a training step."""
 
     function: Callable[..., MemberClips]  # (rng, MemberClips, *, options) -> MemberClips
     before_fusion: bool = False  # True: it receives all frames of the clips, not the fused frames
@@ -203,7 +204,8 @@ def make_transforms(
 
     In both tuples, the transforms of `config.ensemble.min_quality`, `config.noise.join` and
     `config.mixup` come before the entries of `config.transforms`. An entry is a key of TRANSFORMS,
-    or a dict with the key as `name` and with options. The value in TRANSFORMS decides the tuple.
+    or a dict with the key as `name` and with options. Entries with `Transform.before_fusion` are in
+    the first tuple, and other entries in the second.
     """
     before: list[BatchTransform] = []
     after: list[BatchTransform] = []

@@ -54,11 +54,14 @@ class NoiseClassLayout(NamedTuple):
         return self.num_identities + self.num_clusters
 
     def is_identity(self, columns: Array) -> Array:
-        """Returns which class columns [...] int belong to identities, [...] bool."""
+        """Returns [...] bool, True for columns of identities. `columns` are [...] int."""
         return (columns >= 1) & (columns <= self.num_identities)
 
     def is_mirror(self, columns: Array) -> Array:
-        """Returns which class columns [...] int belong to mirror classes, [...] bool."""
+        """Returns [...] bool, True for columns of mirror classes. `columns` are [...] int.
+
+        A mirror class contains distractors that the model mistakes for an identity.
+        """
         return (columns > self.mirror_shift) & (columns < self.num_columns)
 
 
@@ -139,7 +142,7 @@ class ModelOutput(NamedTuple):
     1 for all branches and clips.
 
     Attributes:
-      logits: [B, G, 1 + C] float32.
+      logits: [B, G, 1 + C] float32. Column 0 means no identity. Then follow the C classes.
       embedding: [B, D] float32, input of the classifier.
       loss_weight: [B, G] float32, weight of each branch in the loss; 0 if the branch does not
         learn from the clip.

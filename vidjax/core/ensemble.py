@@ -44,8 +44,8 @@ def make_members(spec: Mapping[str, Any]) -> tuple[Member, ...]:
     """Builds the members (nets) of an ensemble, one for each combination of options in `spec`.
 
     `spec` is `config.ensemble`. Members are numbered from 0, in the order of four nested loops,
-    the outermost first: folds or bootstrap samples, hidden chunks of features, lowest qualities of
-    frames, seeds. If `spec["only"]` lists numbers, only members with these numbers are built.
+    the outermost first: `folds` or `bootstraps`, `views`, `min_quality`, `seeds`. If
+    `spec["only"]` lists numbers, only members with these numbers are built.
     """
     if spec["folds"] == 1:
         raise UserError("config.ensemble.folds=1: must be 0 (no folds), or 2 or more")
@@ -170,9 +170,9 @@ def choose_scoring_members(
 ) -> tuple[np.ndarray, bool]:
     """Decides which of E members score which of n clips, by the names of the clips.
 
-    A member scores the clips that it was not trained on. If every member was trained on every
-    training clip, no member would be left for such a clip. In this case, all members score all
-    clips, if `clips` contains a training clip.
+    A member scores the clips that it was not trained on. There is an exception: if every member was
+    trained on every training clip, and `clips` contains a training clip, all members score all
+    clips.
 
     Returns:
       [E, n] bool, True if the member scores the clip. The second result is a bool, True if members

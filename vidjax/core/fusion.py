@@ -47,7 +47,10 @@ def filter_frames(
     """
     check_choice("poor_clips", poor_clips, ("drop", "keep"))
     if not 0 < top_share <= 1:
-        raise UserError(f"top_share or kept_share={top_share}: must be above 0 and at most 1")
+        raise UserError(
+            f"the share of frames to keep (top_share or kept_share) is {top_share}: "
+            "must be above 0 and at most 1"
+        )
     kept = frames.mask
     if min_quality is not None:
         kept = kept & (ordered_quality(frames.quality) >= min_quality)
@@ -96,13 +99,13 @@ def sample_frames(
     Returns Frames [B, num_frames].
 
     Args:
-      rng: PRNG key to draw frames at random. A clip with fewer than `num_frames` frames then keeps
-        all frames and repeats random frames. None selects evenly spaced frames.
+      rng: PRNG key to draw frames at random. If a clip has fewer than `num_frames` frames, all of
+        them are kept, and random frames are repeated. None selects evenly spaced frames.
       order: order of the selected frames, `time` or `random`. If `rng` is None, the random order
         is the same for all clips.
       replacement: if True, frames are drawn with replacement from clips with fewer than
-        `num_frames` frames. If `rng` is None, a fixed key draws these frames, and the frames of
-        longer clips are almost evenly spaced.
+        `num_frames` frames. If `rng` is None, this draw is the same in every call, and the frames
+        of longer clips are almost evenly spaced.
 
     Source: DeepMEF (3rd place 2019), whose code draws in random order and with `replacement`, in
     training and test. The paper has no time order and no evenly spaced frames. By default, a short
@@ -227,7 +230,7 @@ def map_fields(fn: Callable[..., Array], *frames: Frames) -> Frames:
     """Applies `fn` to each field of Frames: features, quality, detection, number and mask.
 
     Returns Frames of the results. If several Frames are given, `fn` receives the same field of each
-    of them. Of LazyFeatures, `fn` receives the `index`.
+    of them. If features are LazyFeatures, `fn` receives the row numbers `index` instead.
     """
 
     def field(*values: Array) -> Array:
@@ -405,7 +408,8 @@ def mean_frame(frames: Frames, *, weighting: str = "uniform") -> Frames:
     """Computes the mean frame of every clip.
 
     Returns Frames [B, 1] with float32 features. Quality and detection are means too. `number` is
-    the frame number of the first real frame. `weighting` is a weighting of `frame_weights`.
+    the frame number of the first real frame. `weighting` names the formula of the weights in the
+    mean, such as `quality`, see `frame_weights`.
     """
     weights = frame_weights(frames, weighting)
 
@@ -480,9 +484,9 @@ def crop_means(
     and the clip without its first and last sixth. Returns Frames [B, 4], see `mean_frame`.
 
     Args:
-      weighting: a weighting of `frame_weights`.
-      always_shorter: the left-out thirds and sixths are rounded down, possibly to 0 frames. If the
-        option is True, they are rounded to 1 frame instead of 0, provided that a frame remains.
+      weighting: formula of the weights in the means, such as `quality`, see `frame_weights`.
+      always_shorter: if True, a left-out third or sixth has at least 1 frame, provided that a frame
+        of the clip remains. If False, thirds and sixths are rounded down, possibly to 0 frames.
 
     Source: test-time crops of the 5th-place system of 2018, whose code uses `always_shorter`.
     """
@@ -603,7 +607,7 @@ def list_options(function: Callable) -> dict[str, Any]:
 
 
 def _draw_frames(weights: Array, uniforms: Array, replacement: bool) -> list[Array]:
-    """Draws the S frames of each fused frame. Returns S arrays [B, T'] int32 of frame indices.
+    """Draws S frames for each of T' fused frames (means). Returns S index arrays [B, T'] int32.
 
     Args:
       weights: [B, T], relative probabilities of the frames.

@@ -210,9 +210,9 @@ def make_objective(
     """Builds the training objective, a function that computes the loss of each example.
 
     A model has one or more branches (sets of logits). The loss of an example is the sum over the
-    branches of `ModelOutput.loss_weight` x loss. If `spec["mean_over"]` is `branches`, the loss of
-    a branch is first divided by the share of examples that train the branch. For the arguments, see
-    `make_loss`. For the arguments of the result, see `Objective`.
+    branches of `ModelOutput.loss_weight` x loss. If `spec["mean_over"]` is `branches`, the weight
+    of a branch is first divided by the mean weight of this branch in the batch. For the arguments,
+    see `make_loss`. For the arguments of the result, see `Objective`.
     """
     loss_fn = make_loss(spec, class_mask, steps_per_epoch, logit_scale=logit_scale)
 
@@ -334,13 +334,13 @@ def make_loss(
 
 
 def is_label(labels: Array, num_classes: int) -> Array:
-    """Returns [..., K] bool, True in the column of each label. Labels are [...] int32."""
+    """Returns [..., num_classes] bool, True in the column of the label. Labels are [...] int32."""
     return jnp.arange(num_classes) == labels[..., None]
 
 
 @jax.custom_jvp
 def select_at_label(values: Array, labels: Array) -> Array:
-    """Selects the columns of the labels [...] int32 from `values` [..., K]. Returns [...]."""
+    """Returns [...], the entry of `values` [..., K] at each label. Labels are [...] int32."""
     return jnp.take_along_axis(values, labels[..., None], axis=-1)[..., 0]
 
 

@@ -298,7 +298,7 @@ CLIP_METRICS: dict[str, Metric] = {
 def compute_clip_metrics(clips: ClipScores, labels: np.ndarray) -> dict[str, float | None]:
     """Computes all metrics of the table CLIP_METRICS. Returns name -> number or None.
 
-    `labels` [N] int are the class columns of the clips, 0 for distractors.
+    `labels` [N] int are the classes of the clips, from 1 on, or 0 for distractors.
     """
     values = {}
     for name, metric in CLIP_METRICS.items():

@@ -47,7 +47,7 @@ def make_piecewise(
 
 
 class Warmup(NamedTuple):
-    """The linear warm-up of the learning rate, and the length of the run."""
+    """What schedules need: the linear warm-up of the learning rate, and the length of the run."""
 
     peak: float  # learning rate after the warm-up
     start: float  # learning rate at the first step of the warm-up
@@ -201,10 +201,7 @@ def list_names(params: optax.Params) -> list[str]:
 
 
 def describe_frozen(params: optax.Params, pattern: str) -> str:
-    """Returns a line about the parameters whose names match `pattern`: their number and names.
-
-    The function `freeze` never updates these parameters.
-    """
+    """Returns a line with number and names of the parameters that `pattern` freezes."""
     names, sizes = list_names(params), [math.prod(x.shape) for x in jax.tree.leaves(params)]
     frozen = [name for name in names if re.search(pattern, name)]
     number = sum(size for name, size in zip(names, sizes, strict=True) if name in frozen)
@@ -231,8 +228,8 @@ def freeze(tx: optax.GradientTransformation, pattern: str) -> optax.GradientTran
         if len({*labels}) < 2:
             what = "no parameter" if "trained" in labels else "all parameters"
             raise UserError(
-                f"config.optim.freeze={pattern} matches the names of {what}\n"
-                f"the names are {messages.list_some(names, 20)}"
+                f"config.optim.freeze={pattern} would freeze {what}: change the pattern\n"
+                f"the names of the parameters are {messages.list_some(names, 20)}"
             )
         return jax.tree.unflatten(jax.tree.structure(params), labels)
 
@@ -267,8 +264,9 @@ def make_optimizer(
       total_steps, steps_per_epoch: see `make_schedule`.
 
     Raises:
-      UserError: a name is unknown; the function in OPTIMIZERS has a parameter `learning_rate`; or
-        `total_decay` is set, and the sum of all learning rates is not above 0 and finite.
+      UserError: a name is unknown; the function in OPTIMIZERS has a parameter `learning_rate`, so
+        the rate would be applied twice; or `total_decay` is set, but the learning rates have a sum
+        that is 0, negative or not finite.
     """
     every = spec["accumulate"]
     total_steps, steps_per_epoch = -(-total_steps // every), steps_per_epoch / every  # updates

@@ -165,7 +165,7 @@ def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
         raise NoFileError(
             f"'{folder}' contains no features, that is, no SPLIT/CLIP.npz and no SPLIT.parquet\n"
             "name a folder with files such as train/clip1.npz; splits are train, val, test\n"
-            "for other files, see vidjax/data/README.md: numpy.savez('train/clip1.npz', face=x)"
+            "make files with numpy.savez('train/clip1.npz', face=x), see vidjax/data/README.md"
         )
     return files
 

@@ -80,7 +80,7 @@ def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
     """Raises UserError if `word` is probably a misspelt split, such as `valid` for `val`.
 
     `word` is the part of the name of the file `path` where the split is expected. `present` are the
-    splits whose files were found. If `present` contains the similar split, `word` is
+    splits whose files were found. If `present` contains the split that `word` resembles, `word` is
     probably another name, and there is no error.
     """
     lower = word.lower() if word not in SPLITS else ""
@@ -133,7 +133,7 @@ def refuse_unread(entries: Iterable[Path], wanted: str) -> None:
         if any(file.suffix.lower() in (".npz", ".parquet", *_READERS) for file in inside):
             raise UserError(
                 f"'{path}' would be ignored, because the folder also contains {wanted}\n"
-                "move it away, or run the command on this path"
+                f"move {path.name} away, or run the command on {path.name}"
             )
 
 
@@ -229,7 +229,7 @@ def warn_of_bad_values(
 
 
 def _has_equal_norms(report: Mapping[str, Any]) -> bool:
-    """Returns True if the qualities of a modality are the norms of its features, and nearly equal.
+    """Returns True if the features of a modality have nearly equal norms, stored as qualities.
 
     `report` is the entry of the modality in the data report.
     """
@@ -335,18 +335,18 @@ def warn_of_changed(places: Mapping[str, str]) -> None:
             first = first or places[names[0]]
     if texts:
         warn(
-            f"{first}: identity {', '.join(texts)}: if a program has changed "
-            "identities, write identities as text, and leave missing identities empty"
+            f"{first}: identity {', '.join(texts)}: a program may have changed identities. If so, "
+            "write identities as text, and leave missing identities empty"
         )
 
 
 def _simplify(name: str) -> str:
     """Returns the pattern of a name that has digits: words become `a`, and numbers become `0`.
 
-    A number of 16 or more digits becomes `00`. The pattern of a name without digits is "". A name
-    such as 1e5 or Jan-01 may be a number or a date that a program has written. If another
-    identity has the same pattern, such a name is probably unchanged: 1e5 if there is also a code
-    1a5, and Jan-01 if there is also a person Ada-01.
+    A number of 16 or more digits becomes `00`. The pattern of a name without digits is "".
+
+    The identity 1e5 may be a number that a spreadsheet has changed, and Jan-01 may be a date. But
+    if other identities have the same patterns, such as 1a5 and Ada-01, both are probably codes.
     """
     text = re.sub(r"\w*[^\W\d]\w*", "a", name) if re.search(r"\d", name) else ""
     return re.sub(r"\d{1,15}", "0", text)

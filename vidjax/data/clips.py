@@ -163,9 +163,9 @@ def _draw_epoch(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns a random order of the N clips of an epoch, and random numbers to cut long clips.
 
-    The order is [num_places] int32, the numbers 0 to N - 1 and then -1 for empty rows. The random
-    numbers are [num_windows, num_places] float64, uniform in [0, 1). There is a row for each
-    modality whose long clips are cut to a random window of consecutive frames.
+    The order is [num_places] int32: the numbers 0 to N - 1, shuffled, and then -1 for empty places.
+    The random numbers are [num_windows, num_places] float64, uniform in [0, 1). `num_windows` is
+    the number of modalities whose long clips are cut to a random window of consecutive frames.
     """
     rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
     order = rng.permutation(num_clips).astype(np.int32)

@@ -136,7 +136,6 @@ class Dataset:
         return Dataset(self._store, self._truth, identities=identities, origin=self._origin)
 
     def _read(self, splits: Sequence[str]) -> Reader:
-        """Returns an object that reads the clips of several splits, numbered split after split."""
         return Reader([self._store.splits[name].packed for name in splits])
 
     def train_batches(self, plan: BatchPlan, *, step: int = 0) -> Iterator[Batch]:

@@ -59,7 +59,7 @@ class OfficialFiles:
         if not self._files:
             raise NoFileError(
                 f"'{self._directory}' contains no feature pickles, such as face_train.pickle\n"
-                "name a folder of MODALITY_SPLIT.pickle or MODALITY_SPLIT_v2.pickle"
+                "give the path of a folder of MODALITY_SPLIT.pickle or MODALITY_SPLIT_v2.pickle"
                 + _hint(self._directory)
             )
         find_ground_truth(self._directory)  # so wrong names are reported before features are read

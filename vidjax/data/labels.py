@@ -315,7 +315,7 @@ def read_truth(
                 raise UserError(f"identity {show(identity)} has no clips: add clips, or delete it")
             first = line_of_identity.setdefault(identity, number)
             if inverted and first != number:
-                raise UserError(f"identity {show(identity)} is already in line {first}: join both")
+                raise UserError(f"identity {show(identity)} is already in line {first}: join lines")
             lines.append(line := TruthLine(number, identity, {}))
             for text in names:
                 name = _parse_clip(text, known)
@@ -357,7 +357,7 @@ def _is_inverted(path: Path, lines: Sequence[Sequence[str]]) -> bool:
 def _check_pair(fields: Sequence[str], form: str) -> None:
     if len(fields) != 2:
         count = messages.count(len(fields), "word")
-        raise UserError(f"the line has {count}: write a clip and its {form}")
+        raise UserError(f"the line has {count}, not 2: write a clip and its {form}")
 
 
 def _parse_clip(text: str, known: Collection[str]) -> str:

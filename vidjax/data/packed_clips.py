@@ -164,8 +164,8 @@ class FlatFile:
     Attributes:
       file: the file.
       shape: [F] or [F, D].
-      dtype: the dtype to which a reader must convert slices: the common dtype of all splits. A
-        slice has the dtype of the file.
+      dtype: the common dtype of all splits. A slice has the dtype of the file, so a reader must
+        convert it to `dtype`.
     """
 
     def __init__(self, file: StoredFile, shape: tuple[int, ...], stored: np.dtype, dtype: np.dtype):
@@ -303,9 +303,9 @@ def map_files(folder: Path, width: int, dtype: str, num_frames: int) -> dict[str
 def map_again(frames: Packed) -> Packed:
     """Returns the same frames, in which memory maps of files are replaced by new maps.
 
-    The memory of a new map is freed with the array, so a loop that maps the files again and again
-    needs little memory. The new maps are plain arrays, which are faster to slice than `np.memmap`.
-    Arrays in memory stay as they are.
+    What was read from a file through a map stays in memory until the map is freed. So a loop that
+    makes new maps in each step needs little memory. The new maps are plain arrays, which are faster
+    to slice than `np.memmap`. Arrays in memory stay as they are.
     """
     fields = {
         name: np.asarray(np.memmap(x.filename, x.dtype, "r", shape=x.shape))
@@ -318,8 +318,8 @@ def map_again(frames: Packed) -> Packed:
 class Summary(Struct):
     """The names, lengths and counts of N clips in a modality, without the values of frames.
 
-    A child process sends the values, which may be wrong. So the constructor raises ValueError if
-    they contradict each other.
+    A child process, which may be hostile, makes the summary. So the constructor raises ValueError
+    if the attributes contradict each other.
     """
 
     names: list[str]
@@ -336,7 +336,7 @@ class Summary(Struct):
         wrong = {*skipped, *skipped_clips, *warnings} - {*REASONS} | {*warnings} ^ {*examples}
         wrong |= ({*examples.values()} | {*map(clean_name, self.names)}) - names
         if wrong or sizes != [count] * 3 + [self.lengths.count(0), total, True]:
-            raise ValueError("the parts do not fit")
+            raise ValueError("the names, lengths and counts of the clips contradict each other")
 
 
 def summarise(modality: str, packed: PackedClips) -> Summary:
@@ -360,7 +360,7 @@ def open_packed(modality: str, folder: Path, summary: Summary) -> PackedClips:
         mapped = map_again(frames)  # frees the memory of the rows before
         rows = (getattr(mapped, name)[at : at + ROWS_AT_ONCE] for name in BATCHED)
         if not all(is_finite(row).all() for row in rows):
-            raise ValueError("a value is not finite")
+            raise ValueError(f"{folder}: the file of a field has values that are not finite")
     return PackedClips(tuple(summary.names), {modality: frames}, {modality: summary.counts})
 
 

@@ -201,7 +201,7 @@ def _to_real_array(values: Any, place: str) -> np.ndarray:
             f"{place} must be an array of numbers, but numpy cannot make one: {reason[:200]}"
         ) from None
     if np.ma.is_masked(values):
-        raise UserError(f"{place} has masked values: leave these frames out")
+        raise UserError(f"{place} has masked values: leave out frames with masked values")
     if array.dtype.kind not in "fiu" or array.ndim > 2:
         remedy = "give floats, as from array.astype('float32')"
         if array.ndim > 2:
@@ -216,15 +216,15 @@ def _to_real_array(values: Any, place: str) -> np.ndarray:
 def _refuse_repeated(clip: Clip, place: str, given: str) -> NoReturn:
     """Raises UserError for a clip whose name has occurred before.
 
-    The earlier clip is in the file or split `place`, and has the name `given` there.
+    The earlier clip is in the file or split `place`. `given` is the name there, such as `a.mp4`.
     """
     places, other = " and ".join(dict.fromkeys((place, clip.place))), clip.given or clip.name
     problem = f"{places}: clip {show(clip.name)} comes twice"
     if given == other:
         raise UserError(f"{problem}: delete one of them")
     raise UserError(
-        f"{problem}, as '{show(given)}' and '{show(other)}', because {ENDING} is left out of "
-        "names\ndelete one of them, or rename it"
+        f"{problem}: without {ENDING}, the names '{show(given)}' and '{show(other)}' are equal\n"
+        "delete or rename one of these clips"
     )
 
 

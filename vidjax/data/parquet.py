@@ -39,7 +39,7 @@ Result = TypeVar("Result")
 
 
 class Columns(Struct):
-    """The texts of a decoded table of frames, and number and dtype of the values in `features`."""
+    """The distinct texts of each text column, and the count and dtype of all feature values."""
 
     text: dict[str, list[str]]
     values: int
@@ -87,7 +87,7 @@ def _check_rows(rows: Rows) -> None:
     shapes = {x.shape for x in (*rows.scalars.values(), *(x for x, _ in bounds))}
     fits += [shapes == {(len(rows.width),)}, {*rows.scalars} <= {*OPTIONAL_COLUMNS}]
     if not all(fits) or rows.width.sum(dtype=float) != len(rows.values):
-        raise ValueError("the columns do not fit")
+        raise ValueError("the columns of the table contradict each other")
 
 
 def read_contents(path: Path) -> tuple[list[str], list[np.ndarray], list[str]]:
@@ -247,11 +247,11 @@ def _check_footer(path: Path, file: "parquet.ParquetFile", names: Sequence[str])
     if size > limit:
         raise UserError(
             f"{path}: its columns take {size:,} bytes, but only {limit:,} are allowed, a third of "
-            "the memory\nfor rank, embed and gallery identify, split the table into several\n"
-            "for training, write a file SPLIT/CLIP.npz for each clip"
+            "the memory\nto train, write a file SPLIT/CLIP.npz for each clip\n"
+            "for the commands rank, embed and gallery identify, split the table into several tables"
         )
     if size > _get_room(path):
-        raise _damaged(path, f"it would unpack to {size:,} bytes of almost equal values")
+        raise _damaged(path, f"the table would unpack to {size:,} bytes of almost equal values")
     return count
 
 
@@ -383,10 +383,10 @@ def _write_columns(
                 values[at : at + len(flat)] = flat[: counted - at]
             at += len(flat)
     if at != counted:
-        raise _damaged(path, f"it has {at:,} values of features, but its footer lists {counted:,}")
+        raise _damaged(path, f"{at:,} values of features, but its footer lists {counted:,}")
     arrays, text = {"width": np.concatenate(widths)}, {}
     if first != len(joined):
-        raise _damaged(path, f"it has {first:,} rows of features, but {len(joined):,} clips")
+        raise _damaged(path, f"{first:,} rows of features, but {len(joined):,} rows of clips")
     for name in scalars:
         column = joined[name].combine_chunks()
         _refuse_nulls(path, name, column, 0)

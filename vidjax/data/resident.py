@@ -40,7 +40,7 @@ CHUNK_BYTES = 32 << 20  # bytes that are copied to the devices at once
 
 
 def count_steps(plan: BatchPlan) -> int:
-    """Returns S, the largest number of training steps whose clips the host draws at once."""
+    """Returns the largest number of training steps whose clips one call of `draw_steps` draws."""
     return max(1, DRAWN_CLIPS // plan.batch_size)
 
 

@@ -113,7 +113,7 @@ def open_source(
         if value != default:
             raise UserError(
                 f"load_data: `{name}` would be ignored, because {folder} contains pickles of "
-                f"iQIYI-VID\nleave `{name}` out: it is read from {where}"
+                f"iQIYI-VID\nleave `{name}` out: vidjax reads {name} from {where}"
             )
     return OfficialFiles(folder, cache_dir=cache_dir)
 

@@ -55,7 +55,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class StoredSplit(NamedTuple):
-    """The clips of a split, in files or in memory, with hashes and mean qualities of frames."""
+    """The clips of a split, in files or in memory, with hashes and mean qualities of the clips."""
 
     packed: PackedClips  # in all modalities of the dataset; names are in byte order
     lengths: dict[str, np.ndarray]  # modality of the split -> [N] int32, number of frames
@@ -135,7 +135,7 @@ def fill(folder: Path, write: Callable[[Path], None], last: str = "") -> None:
     The function `write` gets a folder with a temporary name, and writes the files to this folder.
     The folder is renamed when it is complete. `last` is the name of the file that is written last.
     If it is given, a folder without this file counts as incomplete. Other processes wait until the
-    folder is filled. The time of the folder becomes the time of this call.
+    folder is filled. Every call sets the modification time of the folder to now.
     """
     if not files.exists(folder / last):
         with exclusive(folder):
@@ -189,7 +189,9 @@ def convert(source: FileSource, cache_dir: str | Path | None = None) -> Store:
 
     def write(partial: Path) -> None:
         if earlier.exists():
-            _LOG.info("this version cannot read %s: you may delete it", earlier)
+            _LOG.info(
+                "vidjax no longer uses %s, data of an earlier version: you may delete it", earlier
+            )
         write_store(source, fingerprint, partial)
         if source.fingerprint() != fingerprint:
             raise UserError(
@@ -252,7 +254,7 @@ def _describe_file(path: Path) -> dict[str, Any]:
 
 
 def make_store(source: DataSource, packed: Mapping[str, PackedClips]) -> Store:
-    """Checks the splits of a dataset. Returns their clips with digests and a data report.
+    """Checks the splits of a dataset. Returns a store with clips, digests and a data report.
 
     `packed` is split -> its clips, in memory or in files. The report counts clips and frames.
     Raises UserError if a split has no clips, or if a clip is in two splits.
@@ -452,7 +454,9 @@ def _load_split(
             stored not in DTYPES
             or min(places.min(), lengths[modality].min(), count - ends.max()) < 0
         ):
-            raise UserError(f"{name}/{modality}: index.npz or manifest.json has wrong values")
+            raise UserError(
+                f"{name}/{modality}: index.npz or manifest.json has a wrong dtype, start or length"
+            )
         flat = {}
         for field, state in kept["files"].items():
             file = StoredFile(folder / name / modality / f"{field}.bin", **state)

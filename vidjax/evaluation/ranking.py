@@ -147,7 +147,7 @@ def read_submission(
                 f"file: name at most {MAX_NAMES}"
             )
         if identity in ranking:
-            text = f"identity '{show(identity)}' already has a line: join both"
+            text = f"identity '{show(identity)}' already has a line: join the lines"
             note("second line", f"{place}: {text}")
         if identity.startswith(BOM):
             note(
