@@ -6,10 +6,10 @@ poses. The frames of the clip are spread around the displaced vector, at low qua
 high quality. So clips of a person differ more than frames of a clip. There are also look-alikes,
 strangers, frames of the wrong person, modalities without information, and missing modalities.
 
-The displacement (`Size.spread`) was calibrated on single modalities and then fixed. The table has
-the MAP@100 on val, including distractors, of an MLP for each modality. The MLP has two layers of
-1024 units, and fuses 1 to 5 random frames of a clip. In the column *face, weighted*, the frames are
-weighted by quality (weighting `graded`).
+The displacement (`Size.spread`) was chosen by the MAP of single modalities, and then fixed. The
+table has the MAP@100 on val, including distractors. Each column has the MAP of an MLP for a single
+modality. The MLP has two layers of 1024 units, and fuses 1 to 5 random frames of a clip. In the
+column *face, weighted*, the frames are weighted by quality (weighting `graded`).
 
 | size | face, weighted | one random face | head | audio | body | scene |
 |---|---|---|---|---|---|---|
@@ -104,16 +104,16 @@ class SyntheticOptions(NamedTuple):
         are consecutive. If they include the first frame, the voice and the scene differ, too. The
         iQIYI-VID paper allows several people in up to 70 % of the frames (section 3.2).
       blur: how strongly the noise of a frame depends on its quality. The noise is proportional to
-        exp(blur (78 - quality) / 50). If frames of faces are weighted by quality, the MAP of
-        nearest neighbours on the small dataset rises by 0.002, 0.005, 0.009 and 0.021, for a blur
-        of 0, 1, 1.5 and 2.
+        exp(blur (78 - quality) / 50). Weights by quality raise the MAP of nearest
+        neighbours (faces, small dataset) by 0.002 at a blur of 0, by 0.005 at 1, by 0.009 at 1.5,
+        and by 0.021 at 2.
       label_noise: share of labelled train clips with the label of another person. The iQIYI-VID
         paper reports at most 0.002 (section 3.4).
       train_distractors: share of train clips that show a stranger. In iQIYI-VID, the share is 0 in
         train, and 0.375 in val.
-      missing_rate: share of clips without a face. Heads, bodies and voices are missing with the
-        same rate, independently of each other. Even at a rate of 0, a share of 0.02 of the clips
-        has no face, 0.02 no head, 0.05 no body, and 0.15 no voice.
+      missing_rate: share of clips from which the face is removed. Heads, bodies and voices are
+        removed at the same rate, independently of each other. Before the removal, a share of 0.02
+        of the clips has no face, 0.02 no head, 0.05 no body, and 0.15 no voice.
       false_modality: share of clips in which the face or the voice (with equal probability) belongs
         to another person. The causes in real clips are a tracker that follows the wrong face, and a
         voice-over (iQIYI-VID paper, sections 1, 6.4).

@@ -113,11 +113,11 @@ def write_results(
     call this function, and the first process writes the files.
 
     Args:
-      evaluated: an evaluation of each split. The first, of `config.eval.split`, is written last.
+      evaluated: an evaluation of each split. The first evaluation is of `config.eval.split`. Its
+        results are written last.
       about: further entries of the metrics, which describe the training. If `about` has an entry
         `overrides`, the names of the files contain the name of the split. The entry `finished` is
-        False until the report is written. If the process is killed earlier, the user repeats the
-        command, which then writes the report.
+        False until the report is written. So a user who repeats a killed command gets the report.
     """
     metrics = {}
     for evaluation in reversed(evaluated):
@@ -155,14 +155,13 @@ def write_results(
 def describe_evaluation(folder: RunFolder, config: Config, step: int | None) -> dict[str, Any]:
     """Returns the entries of the metrics that describe how a run was trained and evaluated.
 
-    The entries are `eval_date`, the entries of the training, and `overrides`. The dict `overrides`
-    is field -> value of `config`. It has the values that affect scores and differ from the
-    training. If there are such values, `write_results` uses other file names, so that the results
-    of the training are not replaced.
+    The entries are `eval_date`, the entries of the training, and `overrides`. `overrides` is a
+    dict, field -> value in `config`. It contains the fields that affect scores and had another
+    value in the training. If there are no such fields, there is no entry `overrides`. Otherwise,
+    `write_results` uses other file names, so that the results of the training are not replaced.
 
     `step` is the step of the scored checkpoint, or None for a blend, which has no checkpoint. If a
-    finished run has lost its latest checkpoint, `overrides` contains the `step` that was scored
-    instead.
+    finished run has lost its latest checkpoint, `overrides` contains the `step` that was scored.
     """
     own, trained = folder.config, folder.metrics()
     own.eval.split = config.eval.split  # another split has other files anyway
@@ -186,10 +185,10 @@ def write_report(folder: RunFolder, split: str) -> None:
 
 @contextlib.contextmanager
 def describe_faults(workdir: Path, split: str) -> Iterator[None]:
-    """Protects a `with` block that makes an analysis or a report: exceptions become warnings.
+    """Turns exceptions in a `with` block that makes an analysis or a report into warnings.
 
-    OSError and Interrupted stay exceptions. If several processes evaluate the run, all exceptions
-    stay: if only one process skipped the rest of the block, the others would wait for it.
+    OSError and Interrupted are raised. If several processes evaluate the run, all exceptions are
+    raised: if only one process skipped the rest of the block, the others would wait for it.
     """
     try:
         yield
@@ -215,9 +214,10 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Ranks `config.eval.split` and `config.eval.splits` with a run or a blend of runs.
 
-    A blend joins the scores of several runs. A folder without a configuration becomes the folder of
-    a new blend. Writes the results into the folder, see `write_results`. Returns split -> metrics.
-    The data may be other clips than the training data, with or without a ground truth.
+    `config` decides between a run and a blend, which joins the scores of several runs. If `folder`
+    has no configuration, it becomes the folder of a new blend. The results are written to `folder`,
+    see `write_results`. Returns split -> metrics. The clips need not be training clips, and need no
+    ground truth.
 
     Args:
       load: loads the dataset of a run, given the configuration of the run.

@@ -33,12 +33,12 @@ Load = Callable[[Config], Dataset]  # configuration of a run -> its dataset
 
 
 class Blend:
-    """The scores of R models on a split, and how they are joined.
+    """The scores of R models on a split, and methods that join these scores.
 
     Attributes:
-      models: the models, with the clips to score.
-      runs: the scores of each model.
-      split: the clips.
+      models: the R models.
+      runs: the scores of each model on the split.
+      split: the names and labels of the clips.
     """
 
     def __init__(
@@ -94,23 +94,23 @@ class Blend:
         if len(group_clips(np.concatenate(uses))) > max(len(group_clips(use)) for use in uses):
             names = ", ".join(model.name for model in self.models)
             raise UserError(
-                f"--runs: these runs have different folds, so learned numbers cannot join "
-                f"their scores: {names}\n"
+                f"--runs: these runs have different folds, so parameters that join the scores "
+                f"cannot be learned: {names}\n"
                 "train them with the same --config.ensemble.folds, or omit --config.join.learned"
             )
 
     def make_examples(self, most: int) -> calibration.Examples:
         """Returns the scores of clips, to learn from them how to join the scores of the runs.
 
-        At most `most` clips are drawn. Raises UserError if the split has no labelled clip that no
-        run was trained on.
+        At most `most` clips are drawn. Raises UserError if the split has no labels, or if all nets
+        of a run were trained on the clips of the split.
         """
         pool = np.all([run.pool for run in self.runs], axis=0)
         in_sample = any(run.kind == "in_sample" for run in self.runs)
         if not self.split.labelled or in_sample or not pool.any():
             raise UserError(
-                f"config.join.learned: {self.split.name} has no labelled clip that no run was "
-                "trained on\ntrain the runs in folds: --config.ensemble.folds=5"
+                f"config.join.learned: {self.split.name} has no labels, or all nets of a run were "
+                "trained on the clips\ntrain the runs in folds: --config.ensemble.folds=5"
             )
         drawn = calibration.draw_clips(pool, most)
         return calibration.make_examples(self.runs, self.split.labels, drawn)
@@ -177,9 +177,9 @@ def group_clips(use: np.ndarray) -> list[np.ndarray]:
 def evaluate(config: Config, folder: RunFolder, load: Load, mesh: Mesh) -> Evaluation:
     """Scores `config.eval.split` with a blend, and computes the metrics.
 
-    If `config.join.learned` is True, learned numbers join the scores (see `calibration`). The
-    first evaluation learns the numbers, and writes them to the folder of the blend. Otherwise, the
-    joint score of a clip is the weighted mean of the probabilities of the runs.
+    If `config.join.learned` is True, the joint scores are computed with learned parameters (see
+    `calibration`). The first evaluation learns the parameters, and writes them to the folder of the
+    blend. Otherwise, the joint score of a clip is the weighted mean of the runs' probabilities.
     """
     weights = parse_weights(config, folder)
     blend, numbers = open_blend(config, folder, load, mesh), read_numbers(folder, config)
@@ -240,12 +240,12 @@ def _learn(blend: Blend, config: Config, folder: RunFolder, load: Load, mesh: Me
 
 
 def make_missing_error(folder: RunFolder, split: str) -> UserError:
-    """Returns the error for a blend whose learned numbers are missing.
+    """Returns the error for a blend that lacks the learned parameters that join scores.
 
-    The message says how to learn the numbers from `split`.
+    The message says how to learn the parameters from `split`.
     """
     return UserError(
-        f"'{folder.path / JOIN}', the file of the learned numbers of the blend, is missing\n"
+        f"'{folder.path / JOIN}' is missing, the file of parameters that join the runs' scores\n"
         f"to learn them: vidjax evaluate --workdir={folder.path} --config.eval.split={split}"
     )
 

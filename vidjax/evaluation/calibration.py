@@ -1,6 +1,6 @@
 """Learns how to join the scores of several runs, from clips that the runs were not trained on.
 
-A run that has learned only heads is often sure of a wrong person if a clip shows no clear head. So
+A run with only the modality head is often sure of a wrong person if no head is clear in a clip. So
 the scores of a run are assumed to be meaningful only with a probability, the *trust* in the run.
 The joint log odds of identity j against a stranger are
 
@@ -10,7 +10,7 @@ where log x_j = scale r_j + offset, and r_j are the log odds of the run. All of 
 learned by logistic regression, over all identities and a stranger at once.
 
 Source: the logistic regression is from Brümmer and du Preez 2006, Application-independent
-evaluation of speaker detection. `trust` and STRANGERS are not published.
+evaluation of speaker detection. `trust`, and the constant STRANGERS in `learn`, are our design.
 """
 
 from collections.abc import Sequence
@@ -121,10 +121,10 @@ def draw_clips(pool: np.ndarray, most: int) -> np.ndarray:
 
 
 def make_examples(runs: Sequence[Scores], labels: np.ndarray, drawn: np.ndarray) -> Examples:
-    """Returns the scores of some of the N clips of a split, for some identities (candidates) each.
+    """Returns examples: the scores of clips for the candidates that `choose_candidates` chooses.
 
-    `runs` are the scores of each run, and `labels` [N] are the labels of all clips of the split.
-    `drawn` [N] bool is True for the clips to return.
+    `runs` are the scores of each run for the N clips of a split, and `labels` [N] are the labels of
+    the clips. `drawn` [N] bool is True for the clips that become examples.
     """
     places, part = np.flatnonzero(drawn), split_clips(labels)
     return _concatenate([
@@ -168,12 +168,13 @@ def choose_candidates(logs: np.ndarray, labels: np.ndarray, part: np.ndarray) ->
 
 
 def learn(examples: Sequence[Examples]) -> Calibration:
-    """Learns the parameters that join R runs: for each part of the clips, from the other parts.
+    """Learns the parameters that join the scores of R runs, by cross-fitting.
+
+    Returns arrays [PARTS + 1, R], and `stranger` [PARTS + 1]. Row p is learned from all clips that
+    are not in part p. The last row is learned from all clips.
 
     `examples` are the scores of clips of one or several splits. If no clip shows a stranger, each
     clip counts a second time, as a clip of a stranger, without the scores of the right identity.
-    Returns arrays [PARTS + 1, R]. Row p is for the clips of part p. The last row is learned from
-    all clips.
     """
     joined = _concatenate(examples)
     weights = np.ones(len(joined.right), np.float32)
@@ -209,11 +210,11 @@ def _unpack(point: Array, num_runs: int) -> Calibration:
 def _loss(
     point: Array, logs: Array, unknown: Array, weight: Array, right: Array, share: Array
 ) -> Array:
-    """Computes the mean cross-entropy of the right candidates, and its gradient by `point`.
+    """Computes the mean cross-entropy of n clips, and the gradient by `point`.
 
-    `point` has all learned numbers in one array. `share` [n] are the weights of the clips, whose
-    sum is 1. A label is assumed to be wrong with probability WRONG. For the other arguments, see
-    Examples.
+    `point` has all learned parameters in one array. In the mean, clips have the weights `share`
+    [n], whose sum is 1. A label is assumed to be wrong with probability WRONG. The other arguments
+    are fields of the class `Examples`.
     """
     logits = join_logs(logs, unknown, _unpack(point, len(logs)))
     logits += jnp.pad(jnp.log(weight), ((0, 0), (1, 0)))

@@ -325,7 +325,7 @@ def align(first: RankedRun, run: RankedRun) -> RankedRun:
     both = f"'{first.name}' and '{run.name}'"
     if run.split != first.split:
         raise UserError(
-            f"{both} were evaluated on two splits, {first.split} and {run.split}\n"
+            f"{both} were evaluated on different splits, {first.split} and {run.split}\n"
             "compare on a split that both have ranked: --config.eval.split=val"
         )
     places = {name: i for i, name in enumerate(run.identities)}

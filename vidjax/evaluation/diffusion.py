@@ -17,7 +17,7 @@ P_ic is near 1, and the neighbours get no weight. The threshold t is the logarit
 but at least THRESHOLD: about OTHERS of the N clips are assumed to show the same person as clip i.
 
 Source: Donoser and Bischof 2013, Diffusion processes for retrieval revisited; Iscen and others
-2017, Efficient diffusion on region manifolds. The weights w are not published.
+2017, Efficient diffusion on region manifolds. The formula of w is our design.
 """
 
 import itertools
@@ -100,8 +100,8 @@ def weigh_neighbours(
 
     Args:
       scores: logarithms of probabilities, with a row for each of n clips.
-      groups: a pair for each group of clips: the rows of the clips in `scores`, and their views.
-        Clips of different groups are not compared.
+      groups: a pair for each group of clips: the rows of these clips in `scores`, and a `View` of
+        these clips for each modality. Clips of different groups are not compared.
     """
     parts = [part for rows, views in groups for part in _compare(scores.array, rows, views)]
     rows, columns, weights = map(np.concatenate, zip(*parts, strict=True))
@@ -111,11 +111,11 @@ def weigh_neighbours(
 def _compare(
     logs: np.ndarray, rows: np.ndarray, views: Sequence[View]
 ) -> Iterator[tuple[np.ndarray, ...]]:
-    """Computes the weights of the neighbours of n clips, for some of the clips at a time.
+    """Computes elements of the matrix of `weigh_neighbours`, for a group of n clips.
 
-    `logs` are the logarithms of the probabilities of all clips, `rows` [n] are the rows of the
-    clips in `logs`, and `views` are their vectors in each modality. Yields three arrays: rows,
-    columns and values of the matrix of weights.
+    `logs` are the logarithms of the probabilities of all clips. `rows` [n] are the rows of the
+    group in `logs`, and `views` are the vectors of the group in each modality. Yields the elements
+    in several portions, as three arrays: row indices, column indices and weights.
     """
     most, size = min(NEIGHBOURS, len(rows)), min(MAX_ROWS, 1 + MAX_VALUES // len(rows))
     threshold = max(THRESHOLD, np.log(len(rows) / OTHERS))

@@ -81,7 +81,7 @@ def attention_step(
     """Computes the attention between the M input vectors of each of B clips, [B, M, M] float32.
 
     Element [b, i, j] is how much vector j attends to vector i in clip b. If the model has no
-    attention, returns None. The function is not for models that take each frame as an example.
+    attention, returns None. The model must classify whole clips, not single frames.
     """
     fused = system.fuse(None, batch.frames, hidden_chunk)
     with jax.default_matmul_precision(system.precision):
@@ -130,8 +130,8 @@ def _reduce_examples(
     """Computes values for every example (a frame, or a whole clip), and reduces them to [B, K].
 
     Args:
-      values_of: a function that computes the values [B G, K] of G examples per clip from their
-        frames [B G, 1, ...] and the mask of real examples, [B, G].
+      values_of: a function of the frames [B G, T, ...] of G examples of each clip, and of the mask
+        of real examples [B, G]. Returns the values [B G, K] of the examples.
       logs: True if the values are logarithms. Then the mean is taken over their
         exponentials, and its logarithm is returned.
       reduce: how the values of the examples of a clip become one row, `mean` or `max`.
@@ -153,9 +153,9 @@ def _reduce_examples(
             return jnp.take(x, first + jnp.arange(size), axis=1, mode="clip")
 
         def values_at(first: Array) -> tuple[Array, Array]:
-            """Returns the values [B, G, K] of the G examples of each clip that start at `first`.
+            """Returns the values [B, G, K] of examples `first` to `first` + G - 1 of each clip.
 
-            Also returns [B, G] bool, which is False for examples that are padding.
+            The second result, [B, G] bool, is False for examples that are padding.
             """
             beyond = first + jnp.arange(size) >= count
             real = block(exists, first) & ~beyond
@@ -189,9 +189,10 @@ def _reduce_examples(
 
 
 def _choose_num_examples(clips: int, examples: int) -> int:
-    """Returns how many examples of a clip are computed at once: 1, except in exports.
+    """Returns how many examples (frames) of each clip the model processes at once.
 
-    `clips` is the number of clips of the batch, and `examples` the number of examples of a clip.
+    The number is 1, except in exports. `clips` is the number of clips of the batch, and `examples`
+    is the number of examples of a clip.
     """
     if not (jax.export.is_symbolic_dim(clips) or jax.export.is_symbolic_dim(examples)):
         return 1  # saves memory
@@ -254,9 +255,10 @@ class MeanScores(NamedTuple):
 
 
 def make_no_scores(like: Array, *, logs: bool) -> MeanScores:
-    """Returns the sums before any scores are added. Scores have the shape of `like` [B, K].
+    """Returns a `MeanScores` of no scores, to which scores [B, K] can be added.
 
-    If `logs` is True, the scores are logarithms of probabilities.
+    `like` [B, K] has the shape and dtype of the scores. If `logs` is True, the scores are
+    logarithms of probabilities.
     """
     empty = jnp.full_like(like, -jnp.inf)
     start = empty if logs else jnp.zeros_like(like)
@@ -277,10 +279,10 @@ def collect_scores(
 
 
 def add_scores(mean: MeanScores, scores: Array, weight: Array) -> MeanScores:
-    """Adds the scores [B, K] of B clips, with weights [B], to the sums `mean`.
+    """Adds the scores [B, K] of B clips, with weights [B], to `mean`. Returns the new sums.
 
-    If a clip has G scores, these are [B, G, K], with weights [B, G]. Scores of weight 0 are
-    ignored, even if they are NaN or infinite.
+    To add G rows of scores per clip, give scores [B, G, K] and weights [B, G]. Scores of weight 0
+    are ignored, even if they are NaN or infinite.
     """
     if weight.ndim > 1 and weight.shape[1] == 1:
         scores, weight = scores[:, 0], weight[:, 0]
@@ -301,7 +303,7 @@ def add_scores(mean: MeanScores, scores: Array, weight: Array) -> MeanScores:
 
 
 def mean_scores(mean: MeanScores) -> Array:
-    """Returns the mean of the added scores, [B, K]. If a clip has weight 0, its mean is -inf."""
+    """Returns the mean of the scores in `mean`, [B, K]. It is -inf for a clip of weight 0."""
     column = mean.weight[:, None]
     safe = jnp.where(column > 0, column, 1.0)
     if mean.rest is None:
@@ -312,7 +314,7 @@ def mean_scores(mean: MeanScores) -> Array:
 
 
 def sum_scores(mean: MeanScores) -> Array:
-    """Returns the weighted sum of the added scores, [B, K].
+    """Returns the weighted sum of the scores in `mean`, [B, K].
 
     If the scores are log-probabilities, the result is the logarithm of the weighted sum of the
     probabilities.

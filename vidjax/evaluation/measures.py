@@ -73,10 +73,10 @@ class ScoredSplit:
     def averages_among(self, chosen: np.ndarray) -> tuple[np.ndarray, int]:
         """Returns the average precisions of identities in a group of clips, and the group's size.
 
-        `chosen` [N] is True for the clips of the group. Clips outside the group that show an
-        identity are removed from its ranking. Wrong clips stay in the ranking. Identities without a
-        clip in the group are left out. The size is the number of chosen clips that are not
-        distractors.
+        `chosen` [N] is True for the clips of the group. From the ranking of an identity, clips of
+        this identity outside the group are removed. All clips that do not show the identity stay.
+        Identities without a clip in the group are left out. The size is the number of chosen clips
+        that are not distractors.
         """
         positives = np.bincount(self.labels[chosen], minlength=len(self.hits) + 1)[1:]
         kept = ~self.hits | chosen[np.where(self.hits, self.top.index, 0)]
@@ -215,8 +215,9 @@ def group_by_quantile(values: np.ndarray, chosen: np.ndarray) -> Groups:
 def group_by_modalities(split: Split, names: Sequence[str], pool: np.ndarray) -> Groups:
     """Groups clips by the set of modalities that they have, such as `face, audio`.
 
-    `names` are the modalities. `pool` [N] bool is True for ranked clips. Each of the most common
-    sets of ranked clips forms a group, and all other sets form the group `others`.
+    `names` are the modalities. `pool` [N] bool is True for ranked clips. Each of the MOST_GROUPS
+    sets of modalities that are most common in ranked clips has a group. All clips with another set
+    of modalities form the group `others`.
     """
     present = np.stack([split.lengths[name] > 0 for name in names])  # [M, N]
     code = np.sum(present << np.arange(len(names))[:, None], axis=0)  # bit i: modality i
@@ -257,10 +258,10 @@ def find_worst_identities(scored: ScoredSplit) -> list[schemas.WorstIdentity]:
     """Returns a row for each of the identities with the lowest average precision, worst first.
 
     Two fields of a row list up to three pairs (index of another identity, number of clips):
-    - `lost_to`: clips that show the identity, but score highest for the other. The index -1 means
-      that the best identity is unknown, see `best_lists`.
-    - `mixed_with`: clips that show the other identity, among the n clips that score highest for
-      the identity. n is how many clips show the identity. The index -1 means distractors.
+    - `lost_to` counts clips that show the identity, but score highest for the other identity. If
+      the best identity of a clip is unknown (see `best_lists`), the index is -1.
+    - `mixed_with` counts clips of the other identity among the n clips that score highest for the
+      identity. n is how many clips show the identity. Distractors have the index -1.
     """
     positives, average = scored.positives, scored.averages
     known = np.flatnonzero(positives > 0)
@@ -393,11 +394,11 @@ def compute_error_curve(clips: ClipScores, labels: np.ndarray) -> dict[str, np.n
 
 
 def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> schemas.OpenSet | None:
-    """Measures FPIR and FNIR at two thresholds, which 1 % and 10 % of new distractors may reach.
+    """Measures FPIR and FNIR at two thresholds, for an FPIR of at most 1 % and 10 %.
 
     FPIR and FNIR are the false positive and false negative identification rates. If there is no
-    distractor (`labels` 0) or no known clip, returns None. With S distractors, a rate below
-    1 / (S + 1) cannot be measured, so its threshold, FPIR and FNIR are left out.
+    distractor (`labels` 0) or no known clip, returns None. With S distractors, an FPIR below
+    1 / (S + 1) cannot be measured. Then the row of this FPIR has no threshold, FPIR and FNIR.
 
     The interval of FNIR is from the bootstrap in `resample_fnir`. In simulations, the interval
     contains the true FNIR in 93 to 99 % of samples if four or more distractors may reach the
@@ -437,8 +438,9 @@ def resample_fnir(
 
     FNIR and FPIR are the false negative and false positive identification rates. For each sample,
     the threshold for the FPIR `rate` is computed from the distractors of the sample. All clips of a
-    person get the same random weight. A made-up person is added, with a random weight. A random
-    share of this person's clips counts as missed. So FNIR varies even if no real clip is missed.
+    person get the same random weight. To each sample, a made-up person is added, so that FNIR
+    varies even if no real clip is missed. The weight of this person is random, and a random share
+    of the weight counts as missed.
 
     Args:
       strange: [S] scores of the distractors.

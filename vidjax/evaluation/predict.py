@@ -59,8 +59,8 @@ class Ranker:
 
     The methods take `clips` in any of these forms:
 
-    - a dict, clip -> modality -> features [T, D]. A clip may also have values of frames, such as
-      `face_quality` [T], as in `vidjax.load_data`.
+    - a dict, clip -> modality -> features [T, D]. A clip may also have a number for each frame,
+      such as `face_quality` [T], as in `vidjax.load_data`.
     - `MemoryClips`, which the method `load` returns.
     - a dataset of `vidjax.load_data` and the name of a `split`. If `split` is None, the methods use
       the split that the run evaluates.
@@ -118,8 +118,7 @@ class Ranker:
         - The checkpoint was not evaluated.
         - Fewer than 99 clips of strangers were evaluated.
         - An ensemble was evaluated on its training clips, so that only a few members scored each
-          clip. The threshold would be too strict for new clips, because all members score new
-          clips.
+          clip. This threshold would be too strict for new clips, which all members score.
         """
         value = None if self._explain_no_threshold() else self.results.get(THRESHOLD)
         return float(value) if isinstance(value, (int, float)) else None
@@ -127,7 +126,8 @@ class Ranker:
     def _explain_no_threshold(self) -> str:
         """Returns the reason why `threshold` is unknown, as the end of an error message.
 
-        If the threshold is known, or if the run was evaluated without strangers, returns "".
+        If the threshold is known, returns "". If the run was evaluated without strangers, returns
+        "", too, because `identify` then uses no threshold.
         """
         if not self.results:
             words = f"vidjax evaluate --workdir={shlex.quote(str(self.workdir))}"
@@ -219,10 +219,10 @@ class Ranker:
     ) -> dict[str, list[tuple[str, float]]]:
         """Returns identity -> its best 100 clips as (name, score), best first.
 
-        Clips with equal scores are in the order of their names. For a blend with
-        `config.join.diffusion`, the order also depends on similar clips of the request, and differs
-        from the order of the scores. For `clips` and `split`, see `Ranker`. `advance` is called
-        after each block of clips, with the number of its rows, including padding.
+        Clips with equal scores are in the order of their names. A blend with
+        `config.join.diffusion` re-ranks the clips by similar clips in `clips`, so the returned
+        scores may not be sorted. For `clips` and `split`, see `Ranker`. `advance` is called after
+        each block of clips, with the number of rows of the block, including padding.
         """
         request = self.request(clips, split)
         top = self._rank(request, advance)
@@ -235,9 +235,9 @@ class Ranker:
         return load_clips(path, self.modalities, self.identities, split=split, quality=quality)
 
     def request(self, clips: FrameClips, split: str | None) -> Request:
-        """Returns a request, given clips in any of the forms that `Ranker` describes.
+        """Converts clips, in any of the forms that `Ranker` describes, to a `Request`.
 
-        If there are at most 4 clips in memory, `block_size` is small, so that they are scored fast.
+        If there are at most 4 clips in memory, `block_size` is at most 4, to score the clips fast.
         """
         size = self.config.eval.block_size
         if hasattr(clips, "train_batches"):
@@ -259,13 +259,14 @@ class Ranker:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Predictor(Ranker):
-    """A trained run with its weights. For `clips`, see `Ranker`.
+    """A trained run with its weights. `Ranker` describes the argument `clips` of the methods.
 
     Attributes:
       step: number of optimiser steps before the checkpoint was saved.
       manifest: manifest of the checkpoint, with the checked sha256 of every file.
-      model: the model with its weights, without clips.
-      embed_fn: a function that computes the embeddings [B, D] of B clips with a member.
+      model: the model with its weights. `model_of` adds the clips of a request.
+      embed_fn: a function that computes the embeddings [B, D] of B clips with a member, one net of
+        the ensemble.
     """
 
     step: int
@@ -294,16 +295,15 @@ class Predictor(Ranker):
     ) -> np.ndarray:
         """Returns a unit vector per clip, [N, D] float32. A dot product of two vectors is a cosine.
 
+        Row n is clip n of `clips`, or clip n of the split. If the clip has no usable frame, the row
+        is 0. For `clips` and `split`, see `Ranker`. For `advance`, see `rank`.
+
         The vector is the input of the classifier, scaled to length 1. For the model `knn`, it is
         the mean frame. For `plda`, it consists of the centred unit vectors of all modalities. If
         the model takes each frame as an example, the vector is the mean over the frames.
 
         An ensemble concatenates the vectors of all members. The model `fallback` concatenates the
         vectors of its two classifiers, with zeros for the classifier that does not score the clip.
-        A clip without a usable frame gets a zero vector. Rows are in the order of the dict, or of
-        the split's clip names.
-
-        For `clips` and `split`, see `Ranker`. For `advance`, see `rank`.
         """
         request = self.request(clips, split)
         model = self.model._replace(data=request.data, block_size=request.block_size)
@@ -337,7 +337,7 @@ class Predictor(Ranker):
         return score_blocks(model, request.split, describe(model, request.split).use)
 
     def embed_blocks(self, blocks: Sequence[Batch]) -> list[np.ndarray]:
-        """Returns an array [B, D] for each block: the embeddings of all members, concatenated."""
+        """Returns an array [B, D] per block. Each row joins the embeddings of all members."""
         parts: list[list[np.ndarray]] = [[] for _ in blocks]
         for number in range(len(self.model.training_sets.members)):
             own = self.model.member(number)
@@ -348,7 +348,7 @@ class Predictor(Ranker):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class JointPredictor(Ranker):
-    """A blend, which joins the scores of R runs. For `clips`, see `Ranker`.
+    """A blend, which joins the scores of R runs. `Ranker` describes the methods.
 
     Attributes:
       runs: the runs of the blend. If `vidjax train` has made the blend, these are only the runs

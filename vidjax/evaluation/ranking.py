@@ -181,7 +181,7 @@ def read_submission(
 
 
 def _find_faults(line: str, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yields (kind, description) for each fault that a line shows without the ground truth.
+    """Yields (kind, description) for each fault of a line. Needs no ground truth.
 
     `fields` are the words of the line: the identity and the clips.
     """

@@ -44,8 +44,8 @@ class Scores:
       use: [E, N] bool, True where one of E members (nets of an ensemble) scored one of the N clips
         of the split.
       kind: the entry `map_kind` of `metrics.json`: `in_sample` if a member scored its training
-        clips; `out_of_fold` if a member of a fold or of a bootstrap sample skipped a clip;
-        otherwise the name of the split.
+        clips; `out_of_fold` if a member was trained on a part of the training clips, and did not
+        score this part; otherwise the name of the split.
       logs: True if the scores are logarithms of probabilities.
       complete: True if clips keep the scores of all identities, False if only the highest scores.
       clips: the names of the N clips of the split.
@@ -85,11 +85,11 @@ class Evaluation(NamedTuple):
 
 
 def describe(model: TrainedModel, split_name: str) -> Scores:
-    """Returns a `Scores` object that describes the scores of a model on a split, without values.
+    """Returns a `Scores` object for a model and a split, with an empty array.
 
-    The array of the object is empty. The score of a clip will be the mean over the members of the
-    ensemble that were not trained on the clip. If all members were trained on all training clips,
-    all members score all clips. Otherwise, raises UserError if no member may score any clip.
+    The score of a clip will be the mean over the members of the ensemble that were not trained on
+    the clip. If all members were trained on all training clips, all members will score all clips.
+    Raises UserError if no clip of the split has a member that can score the clip.
     """
     clips, sets = model.data.split(split_name).clips, model.training_sets
     use, in_sample = ensemble.choose_scoring_members(sets, clips)
@@ -117,7 +117,7 @@ def write_scores(
     """Scores the clips of a split with a model, and returns the scores in an array on the disk.
 
     `only` [N] bool is True for the clips to score, by default all. For `folder`, see `allocate`.
-    For the members that score a clip, see `describe`.
+    `describe` chooses the members (nets of an ensemble) that score a clip.
     """
     scores = describe(model, split_name)
     use = scores.use if only is None else scores.use & only
@@ -223,10 +223,10 @@ def score(
 
     Args:
       each_member: True to compute also the MAP of each member (net) of an ensemble.
-      check: called after each block. The function may raise an exception to end the evaluation.
+      check: called after each block of clips. It may raise an exception to end the evaluation.
 
-    Raises UserError if a block does not fit into memory, if every member was trained on every clip
-    of the split, or if all clips have NaN scores.
+    Raises UserError if a block of clips does not fit into memory, if `describe` finds no member
+    that can score a clip, or if all clips have NaN scores.
     """
     scores, members = describe(model, split_name), model.training_sets.members
     members = members if each_member and len(members) > 1 else ()
@@ -250,7 +250,7 @@ def evaluate(
 
     Args:
       blocks: the scores of the clips. If `members` are given, also the scores of each member.
-      scores: the description of the scores. The array is not read.
+      scores: the result of `describe`, or the joint scores of a blend. `scores.array` is not read.
       model: the model, or the first model of a blend. It contains the labels of the clips.
       split_name: the split.
       top: a ranking of the clips that replaces the ranking by scores.
@@ -290,8 +290,8 @@ def count_positives(split: Split, pool: np.ndarray) -> tuple[np.ndarray, int]:
     """Counts, for each identity, its clips in the ground truth where `pool` [N] bool is True.
 
     The first result, [C] int, is the number of clips of each identity of the model. The second
-    result is the number of identities in the ground truth that the model does not have. Their
-    average precision is 0. If `pool` leaves out any clip, they are not counted.
+    result is the number of identities in the ground truth that the model does not have, and whose
+    average precision is 0. If `pool` leaves out a clip of the split, the second result is 0.
     """
     outside = np.bincount(split.labels[~pool], minlength=len(split.positives) + 1)[1:]
     return split.positives - outside, split.num_others if pool.all() else 0
@@ -311,7 +311,7 @@ def compute_map(top: TopK, split: Split, pool: np.ndarray) -> float | None:
 def _compute_metrics(top: TopK, clips: ClipScores, split: Split, kind: str) -> dict[str, Any]:
     """Returns entries of `metrics.json`: counts of clips and identities, and the metrics.
 
-    Without a ground truth, there are no metrics. `kind` is the entry `map_kind`.
+    Without a ground truth, there are no metrics. For `kind`, see `Scores`.
     """
     listed = np.where(top.index == topk.NO_CLIP, -1, top.index)
     pool, clips = clips.pool, clips._replace(ranking=listed)
@@ -333,7 +333,7 @@ def _compute_metrics(top: TopK, clips: ClipScores, split: Split, kind: str) -> d
 
 
 def _make_clip_scores(scores: Scores) -> ClipScores:
-    """Returns a ClipScores object for clips whose scores `_add_clips` will add."""
+    """Returns a ClipScores object without scores. `_add_clips` writes the scores into it."""
     count = len(scores.clips)
     lowest, zeros = np.full(count, -np.inf, np.float32), np.zeros(count, np.int32)
     # Without all scores as logarithms of probabilities, there is no loss.

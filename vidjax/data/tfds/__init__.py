@@ -26,8 +26,8 @@ class Config(tfds.core.BuilderConfig):  # type: ignore[misc]
 
     Attributes:
       modalities: the names of the modalities. If the folder has no file of a modality, all clips
-        have 0 frames in it.
-      dtype: the dtype of features. float32 contains all values of float16 and int8.
+        have 0 frames in this modality.
+      dtype: the dtype of features. float32 stores all values of float16 and int8 without loss.
     """
 
     modalities: tuple[str, ...] = ("face", "head", "body", "scene", "audio")

@@ -82,8 +82,8 @@ def load_pieces(file: BinaryIO, size: int) -> Iterator[dict[Any, Any]]:
 def _cut(content: mmap.mmap) -> Iterator[tuple[list[bytes], range]]:
     """Cuts a pickled dict into smaller pickles, each with some of its items.
 
-    Yields the content of each smaller pickle, and the range of the numbers that pickle gives to the
-    objects in it. The content is a list of byte strings, without the opcode STOP at the end.
+    Yields the content of each smaller pickle, and the memo indices of the objects in this content.
+    The content is a list of byte strings, without the opcode STOP at the end.
     """
     begin = _START.match(content)
     if not begin:
@@ -115,11 +115,10 @@ def _cut(content: mmap.mmap) -> Iterator[tuple[list[bytes], range]]:
 
 
 class _Runs:
-    """Skips pickle opcodes with arguments of fixed size. Counts those that give an object a number.
+    """Skips pickle opcodes with arguments of fixed size. Counts opcodes that add to the memo.
 
-    Later opcodes refer to an object by its number. Most arrays have the same sequence of opcodes.
-    So the first sequences become regular expressions, because matching an expression is faster than
-    parsing each opcode.
+    Most arrays have the same sequence of opcodes. So each new sequence becomes a regular expression
+    (at most MAX_PATTERNS). Matching an expression is faster than parsing each opcode.
     """
 
     def __init__(self, content: mmap.mmap) -> None:

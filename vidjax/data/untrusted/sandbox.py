@@ -72,10 +72,10 @@ def unpack(
     The pickle contains a dict, clip -> array of features [D] or [T, D]. Or it contains a dict, clip
     -> list of frames. A frame is a list of values, the last of which is the feature. If `modality`
     is 'face', 'head', 'body', 'audio' or 'scene', the values are as in the iQIYI-VID dataset.
-    Otherwise, the majority of the clips decides which values a frame has.
+    Otherwise, the most common number of values per frame decides what the values mean.
 
     The returned arrays are memory maps of files in `out_dir`. Keep `out_dir` as long as the arrays.
-    No other call may use this folder. With `children`, another thread can kill this process.
+    No other call may use this folder. Another thread can kill the child process by `children`.
     Raises UserError if the pickle is malformed, or exceeds a limit.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -177,7 +177,7 @@ def _clean_key(key: object) -> str:
 
 
 class _Budget:
-    """Limits the frames, bytes and empty clips of a pickle of `size` bytes.
+    """Limits the frames, the bytes and the clips without frames in a pickle of `size` bytes.
 
     Without a limit, a small pickle could become very large, because clips may share an array.
     """
@@ -211,8 +211,8 @@ def _describe_type(value: object) -> str:
 def _choose_fields(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
     """Returns the names of the values that a frame has in a pickle, such as ('frame', 'feature').
 
-    In a modality of iQIYI-VID, a frame has a fixed number of values. In another modality, the most
-    common number of values in the first clips is taken.
+    The number of values decides the names. Each modality of iQIYI-VID has a fixed number. For other
+    modalities, the number is the most common number of values in the first clips.
     """
     length = _NUM_FIELDS.get(modality)
     if length is None:
@@ -222,8 +222,8 @@ def _choose_fields(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
         length = lengths.most_common(1)[0][0] if lengths else 1
     if length not in _ENTRIES:
         raise UserError(
-            f"the frames of {modality} have {length} values, but may have only "
-            f"{', '.join(_ENTRIES[5])}, or some of these: {REMEDY}"
+            f"the frames of {modality} have {length} values, but must have 1 to 5 "
+            f"({', '.join(_ENTRIES[5])}): {REMEDY}"
         )
     return _ENTRIES[length]
 
@@ -275,7 +275,7 @@ def _join_features(
             got = f"is of type {_describe_type(entry)}"
             if _is_list(entry):
                 got = f"has {len(entry)} fields"
-            raise UserError(f"{where} entry {number} {got}: write [{', '.join(fields)}]")
+            raise UserError(f"{where} entry {number} {got}: write a list [{', '.join(fields)}]")
         feature = entry[-1]
         if type(feature) is not Array or len(feature.shape) != 1:
             got = _describe_type(feature)
@@ -323,7 +323,7 @@ def _parse_number(value: Any) -> int:
     if type(value) in (bytes, str) and value.isdigit() and value.isascii():
         return int(value)
     if type(value) is not int or value < 0:
-        raise TypeError("must be digits as text, or a whole number of 0 or more")
+        raise TypeError("must be a whole number of 0 or more, such as 7 or '7'")
     return value
 
 

@@ -30,7 +30,7 @@ class _Sealed(type):
 
 
 class _NdArray(metaclass=_Sealed):
-    """Replaces numpy.ndarray. A pickle may only pass the class to _reconstruct, as argument 1."""
+    """Replaces numpy.ndarray. A pickle may pass this class to _Reconstruct, but not call it."""
 
     def __new__(cls, *args: object) -> "_NdArray":
         raise UserError("the pickle is refused, because it calls numpy.ndarray")
@@ -114,7 +114,7 @@ class _Reconstruct(metaclass=_Sealed):
 
 
 class _FromBuffer(metaclass=_Sealed):
-    """Replaces numpy.core.numeric._frombuffer, which pickles of protocol 5 call to make arrays."""
+    """Replaces numpy.core.numeric._frombuffer. Pickles of protocol 5 call it to make arrays."""
 
     def __new__(
         cls, data: object, dtype: object, shape: object, order: object, axes: object = None
@@ -136,7 +136,7 @@ class _Scalar(metaclass=_Sealed):
 
 
 class _Encode(metaclass=_Sealed):
-    """Replaces _codecs.encode, which pickles of protocol 0 to 2 call to make bytes."""
+    """Replaces _codecs.encode. Pickles of protocol 0 to 2 call this function to make bytes."""
 
     def __new__(cls, text: object, encoding: object) -> bytes:
         known = type(encoding) in (str, bytes) and encoding in ("latin1", b"latin1")
@@ -146,7 +146,7 @@ class _Encode(metaclass=_Sealed):
 
 
 class _Bytes(metaclass=_Sealed):
-    """Replaces __builtin__.bytes, which pickles of protocol 0 to 2 call to make empty bytes."""
+    """Replaces __builtin__.bytes. Pickles of protocol 0 to 2 call it to make empty bytes."""
 
     def __new__(cls) -> bytes:
         return b""
@@ -171,7 +171,7 @@ class Unpickler(pickle.Unpickler):
     """Python's unpickler, which accepts only the functions and classes in _GLOBALS."""
 
     def find_class(self, module_name: str, global_name: str) -> type:
-        """Returns the class of this module that replaces a function or class that a pickle names.
+        """Returns the replacement in _GLOBALS for a function or class that a pickle names.
 
         Raises UserError for all names that are not in _GLOBALS.
         """

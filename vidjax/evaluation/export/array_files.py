@@ -10,7 +10,7 @@ the number of people, in the order of identities.json. E is the number of ensemb
     temperature                  [E], divides the logits, see `config.eval.temperature`
     PART/centre                  [E, D], is subtracted before a vector is scaled to unit length
     PART/mean, PART/transform    [E, D] and [E, D, D], z = (unit vector - mean) @ transform
-    PART/linear, PART/constant   [E, N, D] and [E, N], the coefficients of z and of 1
+    PART/linear, PART/constant   [E, N, D] and [E, N], the coefficients of z, and constants
     PART/curve                   [E, U, D], the coefficients of z^2
     PART/kind                    [E, N] int32, the row of each person in `curve`
     PART/known                   [E, N] int32, 1 for people with a clip of PART
@@ -42,8 +42,9 @@ def write_arrays(
 ) -> Callable[[Mapping[str, np.ndarray]], np.ndarray]:
     """Writes arrays to a .npz or .safetensors file, and copies `reader.py` next to the file.
 
-    Returns a function that scores Q clips with `reader.py` and the written arrays. Its argument is
-    modality -> vectors [Q, D]. Its result is the log-probabilities [Q, 1 + N] of N people.
+    Returns a function that scores Q clips with `reader.py` and the written arrays. The argument is
+    modality -> vectors [Q, D]. The result has the log-probabilities of a stranger (column 0) and of
+    N people, [Q, 1 + N].
     """
     if path.suffix == ".npz":
         np.savez(path, **arrays)

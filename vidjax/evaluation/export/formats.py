@@ -2,7 +2,7 @@
 
 Each format is a function that writes a file with the model. The function then loads the file with
 the runtime of the format, so that the outputs can be compared with vidjax. JAX and other runtimes
-are imported only in these functions. So a command reports a mistake in its flags immediately.
+are imported only in these functions. Otherwise, the imports would delay a message about a flag.
 """
 
 import shutil
@@ -247,9 +247,9 @@ def write_run(
     """Exports the run in `workdir` in the format `name`, and checks the exported outputs.
 
     The weights and the model are written to `folder`. `step` chooses the checkpoint. Returns the
-    entries of `export.json`, such as the inputs, the outputs and their largest difference to the
-    outputs of vidjax. Raises UserError if the difference is too large, or if the format cannot
-    store so many weights.
+    entries of `export.json`, such as the names of the outputs, and the largest difference between
+    exported outputs and outputs of vidjax. Raises UserError if the difference is too large, or if
+    the format cannot store so many weights.
     """
     import jax
 

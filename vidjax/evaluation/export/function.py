@@ -189,8 +189,8 @@ def make_random_clips(run: Predictor, seed: int = 0, padding: int = 2) -> Random
 
     The second clip has only the last modality. `padding` is the number of padded frames after the
     longest clip. If the run classifies single frames of several modalities, there is an additional
-    clip. This clip has a single frame in the last modality. The run must repeat this frame for each
-    frame of the other modalities.
+    clip, with one frame in the last modality, and more frames in the others. It tests whether the
+    exported run repeats the single frame, as vidjax does.
     """
     # The run scores the additional clip in a separate call. Padding to the length of other clips
     # would hide that it has a single frame.

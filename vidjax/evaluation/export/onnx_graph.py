@@ -122,7 +122,7 @@ class Graph:
         self._sizes: dict[str, str] = {}
 
     def body(self) -> "Graph":
-        """Returns an empty graph for the body of a loop. Both graphs share their constants."""
+        """Returns an empty graph for the body of a loop. It shares the constants of this graph."""
         inner = copy.copy(self)
         inner.nodes, inner._sizes = [], dict(self._sizes)
         return inner
@@ -433,7 +433,7 @@ def _sort(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
     """Adds nodes that sort all operands by the first operand, ascending. Ties keep their order."""
     axis, key = eqn.params["dimension"], x[0]
     if eqn.params["num_keys"] != 1:
-        raise _make_error("a sort by several keys")
+        raise _make_error("'sort' by several keys")
     aval = eqn.invars[0].aval
     if aval.dtype == bool:
         key = graph.cast(key, np.int32)
@@ -484,7 +484,7 @@ def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
         indexed = [n for n, axis in enumerate(starts) if axis in numbers.collapsed_slice_dims]
     axes = [starts[n] for n in indexed]
     if not axes or any(sizes[axis] != 1 for axis in axes):
-        raise _make_error("a gather of this form")
+        raise _make_error(f"'gather' of slices of the shape {sizes}")
     whole = [axis for axis in range(len(dims)) if axis not in (*batch, *axes)]
     operand = graph.transpose(x[0], [*batch, *axes, *whole])
     batching = [int(axis) for axis in numbers.start_indices_batching_dims]
@@ -522,7 +522,7 @@ def _scatter(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     numbers, aval = eqn.params["dimension_numbers"], eqn.outvars[0].aval
     axes = [int(axis) for axis in numbers.scatter_dims_to_operand_dims]
     if eqn.invars[1].aval.shape != (1,) or list(numbers.inserted_window_dims) != axes:
-        raise _make_error("a scatter of this form")
+        raise _make_error("'scatter' that does not replace exactly one slice")
     (axis,) = axes
     is_slice = graph.node("Equal", graph.line(aval.shape, axis), graph.cast(x[1], np.int64))
     new = graph.node("Unsqueeze", x[2], graph.ints([axis]))
@@ -530,14 +530,15 @@ def _scatter(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 
 def _scatter_rows(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    """Adds nodes for a scatter of JAX that adds N rows to rows of an array, or takes the maximum.
+    """Adds nodes for a scatter of JAX that changes rows of an array by N other rows.
 
-    A row whose index is outside of the array is ignored.
+    Each value of a row is added to a value of the array, or replaces a smaller value. A row whose
+    index is outside of the array is ignored.
     """
     # Such rows are written to an additional row, which is removed at the end.
     numbers, dims = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
     if tuple(numbers.inserted_window_dims) != (0,) or len(eqn.invars[1].aval.shape) != 2:
-        raise _make_error("a scatter of this form")
+        raise _make_error(f"'{eqn.primitive.name}' that does not change rows of an array")
     zero = graph.ints([0])
     spare = graph.node("Slice", x[0], zero, graph.ints([1]), zero)
     operand = graph.node("Concat", x[0], spare, axis=0)

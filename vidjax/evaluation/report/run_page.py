@@ -255,8 +255,8 @@ def _draw_curve(
 ) -> Markup:
     """Returns a figure as HTML: a curve of `field` by epoch, and a point for each evaluation.
 
-    `train` are lines of the training log, dicts that have `field`. A point shows `scored_field`
-    of an item of `lines`, if the item has this field. `title` and `scored_title` are labels.
+    `train` and `lines` are lines of `metrics.jsonl`. All lines in `train` have `field`. Each line
+    in `lines` that has `scored_field` gives a point. `title` and `scored_title` are labels.
     """
     x, y, last = _column(train, "epoch"), _column(train, field), train[-1]
     plot = html.Plot(x="epoch", y=title.lower())
@@ -364,7 +364,7 @@ def _list_mistakes(run: RunFiles, mistakes: schemas.Mistakes | None) -> Rows:
 
 
 def errors(run: RunFiles) -> Markup | None:
-    """Returns confused pairs of identities and suspected labels; None if no pairs were computed."""
+    """Returns tables of confused identities and of labels that may be wrong; None without pairs."""
     pairs, suspects = run.analysis.pairs, run.analysis.suspects
     if pairs is None:
         return None
@@ -448,7 +448,7 @@ def strata(run: RunFiles) -> Markup | None:
 
 
 def open_set(run: RunFiles) -> Markup | None:
-    """Returns histograms of scores, error rates and the calibration, or None without histograms."""
+    """Returns the section on distractors and calibration, or None without histograms of scores."""
     if "score_edges" not in run.arrays:
         return None
     shown = {"score_edges": _score_histograms, "fpir": _errors, "calibration": _calibration}
@@ -615,7 +615,7 @@ def render(run: RunFiles) -> str:
 def load(folder: RunFolder, other: str | None = None) -> RunFiles:
     """Reads the files of a run for a report.
 
-    `other` is the split whose results the report will show, by default `config.eval.split`.
+    `other` is the split of the report. None means `config.eval.split`, the split of the main page.
     """
     config, paths = folder.config, folder.paths(other, apart=bool(other))
     others, values = {} if other else folder.other_metrics(), folder.metrics(paths)
