@@ -261,9 +261,9 @@ def test_dropout_is_used_only_in_training(name):
     (FALLBACK, {"threshold_share": 1.0}, "threshold_share=1.0: Expected `float` < 1.0"),
     (FALLBACK, {"other_share": -0.2}, "other_share=-0.2: Expected `float` >= 0.0"),
     (FALLBACK, {"other_modalities": ("face",)}, "modalities other than 'face', not face"),
-    (FALLBACK, {"other_modalities": ("scene",)}, "of model 'fallback' names scene"),
+    (FALLBACK, {"other_modalities": ("scene",)}, "'fallback': other_modalities lists scene"),
     (FALLBACK, {"main": {**DENSE, **COSINE}}, "must be equal, not 64.0 and 1"),
-    (FALLBACK, {"main": FALLBACK}, "main and other must have one branch"),
+    (FALLBACK, {"main": FALLBACK}, "the models 'main' and 'other' must have one branch"),
     (FALLBACK, {"other": {"name": "plda"}}, "choose a network instead"),
 ])  # fmt: skip
 def test_impossible_model_options_are_refused(spec, options, message):

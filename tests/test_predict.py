@@ -115,7 +115,7 @@ def test_only_the_training_data_of_a_run_is_scored_out_of_fold(restored, data, c
         (others, None), (load({"val": others}), "val"), (load({"test": others}), "test"),
     ):  # fmt: skip
         with pytest.warns(
-            UserWarning, match="names of training clips, but may be new clips: so all"
+            UserWarning, match="names of training clips, but may be new clips\nso all"
         ):
             np.testing.assert_array_equal(run.scores(given, split=split), wanted)
 
@@ -125,7 +125,9 @@ def test_clips_that_lack_a_modality_of_the_run_are_reported(restored, clips):
     run, face = restored("plda"), {"face": np.ones((1, WIDTH), np.float32)}
     for method in (run.rank, run.scores, run.embed, functools.partial(run.identify, threshold=-1)):
         method(clips["val"])  # no warning, which would be an error
-        with pytest.warns(UserWarning, match="of head, audio, but of 60 clips, 0 % have head, 0"):
+        with pytest.warns(
+            UserWarning, match="of head, audio that most clips lack: of 60 clips, 0 % have head, 0"
+        ):
             method(dict.fromkeys(clips["val"], face))
 
 

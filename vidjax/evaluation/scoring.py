@@ -73,10 +73,10 @@ class TrainedModel(NamedTuple):
         return tuple(self.system.fuse_eval)
 
     def member(self, number: int) -> tuple[Params, ModelState, Array]:
-        """Returns the weights of member `number`, and which part of the features the member lacks.
+        """Returns the first three arguments of `eval_step` for a member (net) of the ensemble.
 
-        The results are the first three arguments of `eval_step`: copies of the parameters, copies
-        of the other variables, and the number of the missing part, [] int32.
+        They are copies of the parameters, copies of the other variables, and the number of the
+        chunk of features that is hidden from the member, [] int32.
         """
         params, model_state = ensemble.take((self.params, self.model_state), number)
         return params, model_state, np.array(self.training_sets.members[number].view, np.int32)
@@ -87,9 +87,9 @@ def score_blocks(
 ) -> Iterator[ScoreBlock]:
     """Yields the scores of the clips of a split, in blocks of numpy arrays.
 
-    `use` [E, N] bool is True where one of E members scores one of the N clips. A block with
-    `member` = ALL has the mean over the members that score the clip. If `each_member` is True, and
-    there are several members, the blocks of each member are yielded, too.
+    `use` [E, N] bool is True where one of the E members (nets) of the ensemble scores one of the N
+    clips. A block with `member` = ALL has the mean over the members that score the clip. If
+    `each_member` is True, and E is 2 or more, the blocks of each member are yielded, too.
     """
     waiting: list[ScoreBlock] = []
     # A block is fetched after the next block was started, so that devices work while the host does.
@@ -184,9 +184,9 @@ def iterate_windows(
     window. If there is only one member, a window has only one block. A block has `model.block_size`
     clips per device. On accelerators, blocks are up to 8 times as large if all clips are short.
 
-    `use` [E, N] bool is True where one of E members scores one of N clips. Clips that the same
-    members score share blocks. Clips that no member scores are left out. If `use` is None, the
-    windows contain all clips.
+    `use` [E, N] bool is True where one of E members scores one of N clips. If two clips have the
+    same members, they are put into the same block, if possible. Clips that no member scores are
+    left out. If `use` is None, the windows contain all clips.
     """
     split, num_members = model.data.split(split_name), len(model.training_sets.members)
     mesh, block_size = model.mesh, model.block_size
@@ -213,7 +213,7 @@ def iterate_windows(
 
 
 def _count_joined_blocks(plan: EvalPlan, block_size: int) -> int:
-    """Returns how many blocks, 1 to 8, are joined into one. JOINED_FRAMES limits its frames."""
+    """Returns by which factor, 1 to 8, blocks are enlarged. JOINED_FRAMES limits the factor."""
     longest = max(lengths[plan.bucket.max()] for lengths in plan.padded_lengths.values())
     return min(8, max(1, JOINED_FRAMES // (block_size * longest)))
 
@@ -221,10 +221,10 @@ def _count_joined_blocks(plan: EvalPlan, block_size: int) -> int:
 def split_by_members(plan: EvalPlan, use: np.ndarray, rows: int) -> EvalPlan:
     """Splits the groups of clips in `plan` by the members (nets) that score the clips.
 
-    `use` [E, N] bool is True where one of E members scores one of N clips. A group (bucket) has
-    clips of similar length. Clips are scored in blocks of `rows` clips, and all clips of a block by
-    the same members. If parts of a group have fewer than `rows` clips, these parts are joined,
-    because separate blocks would be mostly padding.
+    `use` [E, N] bool is True where one of E members scores one of N clips. Before the split, a
+    group has clips of similar length. After the split, the same members score all clips of a group.
+    Exception: if fewer than `rows` clips (a block) of a group have the same members, they stay
+    together with other such clips of the group. Otherwise, blocks would be mostly padding.
     """
     _, group = np.unique(np.packbits(use, axis=0), axis=1, return_inverse=True)
     group = group.reshape(-1) * len(BUCKETS) + plan.bucket

@@ -1,17 +1,17 @@
 """Computes confidence intervals of MAP and of differences in MAP, and p-values of differences.
 
 The interval of a single run comes from a Bayesian bootstrap over the identities. MAP is computed
-many times, with random weights of the identities. The bootstrap adds an unseen identity, so that
-the interval has a width even if all values are equal. The unseen identity counts as two halves
-of an identity, with the average precisions 0 and 1. If all values are 0 or 1, the interval equals
-the Jeffreys interval of a proportion. If the values vary, the interval is hardly wider than a t
-interval.
+many times, with random weights of the identities. The bootstrap adds an unseen identity. Half of
+the weight of this identity has the average precision 0, and the other half has 1. So the interval
+has a width even if the average precisions of all identities are equal. If all are 0 or 1, the
+interval equals the Jeffreys interval of a proportion. If the average precisions vary, the interval
+is hardly wider than a t interval.
 
 The interval of the difference between two runs is the wider of a paired t interval and a Bayesian
-bootstrap. For its unseen identity, see `_draw_low_means`. The interval of the difference between
-two groups of runs also includes the variance between seeds.
+bootstrap. For the unseen identity of this bootstrap, see `_draw_low_means`. The interval of the
+difference between two groups of runs also includes the variance between seeds.
 
-If most values are equal and a few lie far away, a t interval is far too narrow.
+If most values in a sample are equal and a few lie far away, a t interval is far too narrow.
 `tests/benchmarks/README.md` reports how often the intervals contain the true value.
 
 Source: Rubin 1981, The Bayesian bootstrap; Brown, Cai and DasGupta 2001, Interval estimation for a
@@ -70,15 +70,16 @@ def compute_gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float
     """Returns the bounds of the 95 % interval of the mean of `gaps`, and its two-sided p-value.
 
     `gaps` [C] are the differences in average precision between two runs, one for each identity. The
-    interval contains a paired t interval, and the interval of a Bayesian bootstrap with an unseen
-    identity, see `_draw_low_means`. The p-value tests a mean of 0. It is below 5 % exactly if the
-    interval excludes 0. If the two runs are exchanged, (low, high) becomes (-high, -low).
+    interval is the smallest that contains a paired t interval and a Bayesian bootstrap interval.
+    The bootstrap adds an unseen gap to `gaps`, see `_draw_low_means`. The p-value tests a mean of
+    0. It is below 5 % exactly if the interval excludes 0. If the two runs are exchanged, (low,
+    high) becomes (-high, -low).
 
     Source: Gaffke 2005, Three test statistics for a nonparametric one-sided hypothesis on the mean
     of a nonnegative variable; Learned-Miller and Thomas 2019, A new confidence interval for the
-    mean of a bounded random variable. Deliberate difference: in the publications, the unseen value
-    is a bound of the range. Here, the unseen value depends on the gaps. With the bound, an interval
-    for few identities would contain 0 even if a t test finds a difference.
+    mean of a bounded random variable. In both publications, the unseen value is a bound of the
+    range, here -1 or 1. Then an interval for few identities would contain 0 even if a t test finds
+    a difference. So we deliberately choose a smaller unseen gap.
     """
     lows, highs = _draw_low_means(gaps, draws), -_draw_low_means(-gaps, draws)
     low, high = _compute_bounds(lows, gaps)[0], _compute_bounds(highs, gaps)[1]
@@ -95,15 +96,18 @@ def compute_gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float
 
 
 def _draw_low_means(gaps: np.ndarray, draws: int) -> np.ndarray:
-    """Returns random means of `gaps` [C] and the low gap of an unseen identity, [draws] float.
+    """Returns random means of `gaps` [C] and one unseen gap (see `_draw_means`), [draws] float.
 
-    Low quantiles of these means give the lower end of an interval. If few gaps are equal, the
-    unseen gap is halfway between the mean and the lowest gap. If all gaps are equal, nothing shows
-    how low a rare gap can be, so the unseen gap is -1. Between these cases, the share of pairs of
-    identities with equal gaps decides. A share of a third is usual, because two good systems rank
-    60 % of the identities without a mistake. Above a third, a larger share gives a lower unseen
-    gap. If there are fewer than FEWEST_IDENTITIES identities, the unseen gap is lower for any share
-    above 0. See also `_draw_means`.
+    Low quantiles of these means give the lower end of an interval. The unseen gap is an assumption
+    about an identity outside of the data. It depends on the share of equal gaps, `measure_ties`:
+
+        share up to 1/3:  halfway between the mean gap and the lowest gap
+        share 1:          -1, because equal gaps do not show how low a rare gap can be
+        between:          linear interpolation
+
+    A share of 1/3 is usual, because two good systems rank 60 % of the identities without a mistake.
+    With fewer than FEWEST_IDENTITIES identities, the interpolation starts at share 0, and uses the
+    square of the share.
     """
     low, ties = (np.mean(gaps) + np.min(gaps)) / 2, measure_ties(gaps)
     rare = max(0.0, 1.5 * ties - 0.5) if len(gaps) >= FEWEST_IDENTITIES else ties**2
@@ -140,7 +144,7 @@ def _draw_means(values: np.ndarray, unseen: Mapping[float, float], draws: int) -
 
 
 def _compute_bounds(means: np.ndarray, values: np.ndarray) -> tuple[float, float]:
-    """Returns the 2.5 % and 97.5 % quantiles of `means`, widened to contain `values.mean()`."""
+    """Returns the middle 95 % of random means of `values`, widened to contain `values.mean()`."""
     tail, mean = (1 - LEVEL) / 2, np.mean(values)
     low = np.quantile(means, tail, method="lower")
     high = np.quantile(means, 1 - tail, method="higher")
@@ -169,13 +173,13 @@ def differences_of_seeds(groups: Sequence[Sequence[np.ndarray]]) -> list[Differe
     the average precisions of two or more identities. Run i of a group is paired with run i of the
     first group. Returns an item for each group except the first.
 
-    The variance of a difference is the sum of the variances over identities and over seeds. If
-    needed, the interval is widened to contain `compute_gap_interval` of the average precisions,
-    averaged over the seeds. That interval accounts for rare identities.
+    The interval is a t interval. The variance of a difference is the sum of the variances over
+    identities and over seeds. The interval is widened to contain a second interval, which accounts
+    for rare identities: the runs of a group are averaged, then `compute_gap_interval` is called.
 
-    Source: Cochran and Cox 1950, Experimental designs: the t quantile is the mean of the t
-    quantiles for identities and for seeds, weighted by the variances. The degrees of freedom of
-    Satterthwaite 1946 give intervals that are too narrow for two or three seeds.
+    Source: Cochran and Cox 1950, Experimental designs: the t quantile of the interval is the mean
+    of the t quantiles for identities and for seeds, weighted by the variances. The degrees of
+    freedom of Satterthwaite 1946 give intervals that are too narrow for two or three seeds.
     """
     from scipy import special  # takes 0.2 s, so only when needed
 
@@ -212,8 +216,8 @@ def _count_signs(gaps: np.ndarray) -> tuple[int, int, int]:
 def squared_errors(gaps: Sequence[np.ndarray]) -> tuple[float, float]:
     """Returns the squared standard errors of a mean difference, over identities and over seeds.
 
-    `gaps` has an array [C] for each seed, the differences in average precision. The sum of the two
-    results is the squared standard error over identities and seeds.
+    `gaps` has an array [C] for each seed: the differences in average precision between two runs,
+    for C identities. The sum of the two results is the squared standard error over both.
     """
     averaged, means = np.mean(gaps, axis=0), np.array([gap.mean() for gap in gaps])
     return float(averaged.var(ddof=1) / len(averaged)), float(means.var(ddof=1) / len(means))

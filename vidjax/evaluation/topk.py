@@ -91,7 +91,7 @@ class _Chunk:
             self.merge()
 
     def merge(self) -> None:
-        """Replaces `keys` by the keys of the k best of the old clips and the collected clips."""
+        """Updates `keys` with the clips that `add` collected since the last call of `merge`."""
         if not self._num_waiting:
             return
         identities, keys = map(np.concatenate, zip(*self._waiting, strict=True))
@@ -138,7 +138,7 @@ def _read_keys(keys: np.ndarray) -> TopK:
 
 
 def rank(blocks: Iterable[ScoreBlock], num_identities: int, k: int = MAX_NAMES) -> TopK:
-    """Returns the k best clips of every identity. A block has the arguments of `HostTopK.add`."""
+    """Returns the k best clips of every identity. For the items of a block, see `HostTopK.add`."""
     top = HostTopK(num_identities, k)
     for block in blocks:
         top.add(*map(np.asarray, block[:3]))

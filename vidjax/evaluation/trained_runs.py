@@ -132,7 +132,7 @@ def read_task(manifest: Mapping[str, Any]) -> TaskSpec:
 
 
 def fit_data(data: Dataset, config: Config, run: FoundRun) -> Dataset:
-    """Returns `data` with the columns of a run's logits as labels: 1..C for its identities, else 0.
+    """Returns `data` with new labels: 1..C for the C identities of the run, 0 for other clips.
 
     Raises UserError if the data are not the data of the run, or have no identity of the run.
     """
@@ -183,21 +183,21 @@ def warn_of_missing_modalities(split: Split, modalities: Collection[str]) -> Non
     if len(rare) * present.shape[1] >= FEWEST_GAPS:
         counts = ", ".join(f"{100 * share:.0f} % have {name}" for name, share in rare.items())
         warn(
-            f"the run reads features of {', '.join(rare)}, but of {present.shape[1]:,} clips, "
-            f"{counts}\nadd these features, or use a run that does not read them"
+            f"the run reads features of {', '.join(rare)} that most clips lack: "
+            f"of {present.shape[1]:,} clips, {counts}\n"
+            "add these features, or use a run that does not read them"
         )
 
 
 def select_sets(
     sets: ensemble.TrainingSets, own: DataDigests, data: ClipSource, split: str
 ) -> ensemble.TrainingSets:
-    """Returns which clips each member of an ensemble must not score, because it learned from them.
+    """Returns `sets`, or empty sets if clips of `split` only have the names of training clips.
 
-    `sets` are the names of the training clips of each member. `own` are the digests of the training
-    data. If all members may score all clips of `split`, returns `sets`. If `data` are the training
-    data, also returns `sets`. Otherwise, a clip in `data` may differ from the training clip with
-    the same name. Then this function warns, and returns empty sets, so that all members score all
-    clips.
+    `sets` are the names of the training clips of each member (net) of an ensemble. A member must
+    not score its training clips. `own` are the digests of the training data. If a clip of `split`
+    has the name of a training clip, but `data` differ from the training data, the clip may be a new
+    clip. Then this function warns, and returns empty sets, so that all members score all clips.
     """
     if ensemble.choose_scoring_members(sets, data.split(split).clips)[0].all():
         return sets
@@ -207,8 +207,8 @@ def select_sets(
     if now and all(x and {*find_changes(old, x)} <= {"labels"} for old, x in pairs):
         return sets
     warn(
-        f"clips of {split} have names of training clips, but may be new clips: so all members of "
-        "the ensemble score them\nif they are the training clips, use vidjax evaluate: then no "
-        "member scores a clip that it was trained on"
+        f"clips of {split} have names of training clips, but may be new clips\n"
+        "so all nets of the ensemble score these clips, also nets that may be trained on them\n"
+        "if the clips are the training clips, use vidjax evaluate, which avoids such nets"
     )
     return sets._replace(trained=np.zeros_like(sets.trained))

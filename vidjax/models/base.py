@@ -20,7 +20,7 @@ ModelState = Mapping[str, Any]  # name -> collection, for all other collections
 
 
 class TrainingClips(NamedTuple):
-    """The N training clips of a run, from which `Identifier.prepare` computes attributes."""
+    """The N training clips of a run, the argument of `Identifier.prepare`."""
 
     labels: np.ndarray  # [N] int, class columns; 0 for distractors
     used: np.ndarray  # [E, N] bool, True for the clips that each member is trained on
@@ -56,8 +56,8 @@ class Identifier(nn.Module):
       scores_unknown: True if the model computes the logit of column 0, "other", even if no training
         clip is labelled "other".
       min_epochs: number of passes over the training clips that the model needs.
-      parts: for a model that contains other models: field with a contained model -> field with the
-        modalities of the contained model, such as {"main": "main_modalities"}.
+      parts: for a model that contains other models, such as {"main": "main_modalities"}: the field
+        `main` has a model, and the field `main_modalities` lists the modalities of this model.
     """
 
     vector_names: ClassVar[tuple[str, ...]] = ()
@@ -118,17 +118,16 @@ class Identifier(nn.Module):
     def finalise_state(self, params: Params, model_state: ModelState) -> ModelState:
         """Returns the state for evaluation, given the arrays [E, ...] of E trained nets.
 
-        `params` are the trained parameters. `model_state` are all other collections of variables. A
-        model in closed form computes here, from sums over clips, what it needs to score clips.
+        `params` are the trained parameters. `model_state` are all other collections of variables.
+        For example, PLDAIdentifier computes coefficients from sums over the training clips.
         """
         return model_state
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
         """Measures the quality of B clips for the evaluation, [B] float32.
 
-        `frames` is modality -> Frames [B, T], before fusion. No chunk of the features is removed
-        yet. The model receives the result as `ClipInfo.measure`. Returns None if the model needs no
-        quality.
+        `frames` is modality -> Frames [B, T], before fusion and with all features. The model
+        receives the result as `ClipInfo.measure`. Returns None if the model needs no quality.
         """
         return None
 

@@ -114,16 +114,15 @@ class System(NamedTuple):
         return jax.eval_shape(lambda: jax.lax.map(lambda rng: self.init(rng, rng), rngs))
 
     def to_examples(self, frames: Mapping[str, Frames]) -> tuple[Mapping[str, Frames], Array]:
-        """Turns the fused frames of B clips into examples, the inputs of the model.
+        """Turns B clips into n examples each. Examples are the inputs of the model.
 
-        Returns modality -> Frames of the n examples of each clip, and [B, n] bool, True for
-        examples that exist.
+        `frames` is modality -> Frames [B, T'], the result of `fuse`. Returns the examples, modality
+        -> Frames, and [B, n] bool, True for examples that exist.
 
-        Usually each clip is an example. Then n is 1, and the frames are returned unchanged. If
-        `frame_is_example` is set, each of the n fused frames of a clip is an example, and the
-        result has Frames [B n, 1]. If a modality has only 1 fused frame, the frame is repeated in
-        every example of the clip. If a clip has only modalities with 1 fused frame, it is a single
-        example.
+        If `frame_is_example` is False, each clip is an example: n is 1, and `frames` are returned
+        unchanged. If it is True, each frame of a clip is an example: n is the largest T', and the
+        result has Frames [B n, 1]. A modality with T' = 1 is repeated in every example of the clip.
+        A clip with frames only in such modalities has a single example.
         """
         if not self.frame_is_example:
             return frames, jnp.ones((len(next(iter(frames.values())).mask), 1), bool)
@@ -173,19 +172,19 @@ class TaskSpec(NamedTuple):
 
     @property
     def layout(self) -> NoiseClassLayout | None:
-        """The class columns if distractors are split into noise classes, otherwise None."""
+        """The class columns, or None if there are no noise classes (classes of distractors)."""
         if self.num_clusters is None:
             return None
         return NoiseClassLayout(self.num_identities, self.num_clusters)
 
     @property
     def num_columns(self) -> int:
-        """The number of class columns, K."""
+        """The number of class columns in the logits, K."""
         return self.layout.num_columns if self.layout else 1 + self.num_identities
 
 
 def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
-    """Builds a system (model, losses, optimiser, fusions) for training data of the sizes `task`."""
+    """Builds a system: model, losses, optimiser, fusions. `task` has sizes of the training data."""
     groups = ("after_fusion", "dtype", "ensemble", "eval", "loss", "optim")
     config_lib.check_ranges({name: config[name] for name in groups})  # the groups used below
     _check_dtype(config["dtype"])
@@ -243,7 +242,7 @@ def make_system(config: Mapping[str, Any], task: TaskSpec) -> System:
 
 
 def make_model(config: Mapping[str, Any], task: TaskSpec) -> Identifier:
-    """Builds the model of a configuration for training data of the sizes `task`.
+    """Builds the model of a configuration. `task` has sizes of the training data.
 
     If `config.ensemble.views` is set, each net lacks a chunk of the features. Then the widths of
     the model's inputs are smaller than the widths in `task`.
@@ -280,10 +279,11 @@ def make_identifier(
 ) -> Identifier:
     """Builds a model, a hashable linen module, from its specification.
 
-    `spec` is a dict of `name`, a key of MODELS, and attributes of that model. If an attribute is a
-    model, as in FallbackIdentifier, its value is a specification, too. `modalities` is name ->
-    feature width. `num_classes` is the number of logits. `num_clips` is the number of training
-    clips, for models that store clips.
+    `spec` is a dict such as {"name": "mma", "gamma": 0.1}. The name is a key of MODELS. The other
+    keys are attributes of the model. If a model contains models, as FallbackIdentifier does, the
+    value of such an attribute is a dict of the same form. `modalities` is name -> feature width.
+    `num_classes` is the number of logits. `num_clips` is the number of training clips, for models
+    that store clips.
     """
     options = dict(spec)
     name = options.pop("name", None)
@@ -320,8 +320,8 @@ def make_identifier(
         names = options.get(choice) or tuple(modalities)
         if unknown := sorted(set(names) - set(modalities)):
             raise UserError(
-                f"{choice} of model {name!r} names {', '.join(unknown)}; choose from "
-                f"{', '.join(modalities)}"
+                f"model {name!r}: {choice} lists {', '.join(unknown)}, but the model has only the "
+                f"modalities {', '.join(modalities)}\nchoose from these modalities"
             )
         options[part] = make_identifier(
             options[part],
@@ -336,8 +336,8 @@ def make_identifier(
 def _check_type(model: str, option: str, value: object, kind: Any) -> None:  # noqa: ANN401
     """Raises UserError if the `value` of an option does not fit the type `kind`.
 
-    `kind` may limit the range, such as `Annotated[float, Meta(ge=0)]`, or list values (Literal).
-    `model` is the beginning of the message.
+    `kind` may limit the range, such as `Annotated[float, Meta(ge=0)]`, or be a Literal. `model` is
+    the name of the model for the message, such as "model 'dense'".
     """
     if get_origin(kind) is Literal:  # the error of msgspec would not list the possible values
         check_choice(option, value, get_args(kind))
@@ -378,11 +378,11 @@ def make_fusions(
 def _make_column_weight(
     spec: Mapping[str, Any], layout: NoiseClassLayout | None, steps_per_epoch: float
 ) -> Callable[[Array, Array], Array]:
-    """Builds the function (labels [B], step) -> weights [B] of clips by their class columns.
+    """Builds a function (labels [B], step) -> weights of B training clips in the loss, [B].
 
-    A mirror class contains distractors that the model mistakes for one identity. The schedule
-    `spec["mirror_weight"]` gives their weight at each step. Clips of other classes have the weight
-    1. `layout` describes the class columns. It is None if there are no mirror classes.
+    A mirror class contains distractors that the model mistakes for one identity. Clips of mirror
+    classes get their weight from the schedule `spec["mirror_weight"]`. All other clips have the
+    weight 1. `layout` describes the class columns. It is None if there are no mirror classes.
     """
     mirror_weight = optim.make_piecewise(spec["mirror_weight"], name="config.noise.mirror_weight")
     if not layout:

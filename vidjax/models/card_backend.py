@@ -4,16 +4,16 @@ A unit vector is x = m + y + e: m is the mean of the population, y belongs to th
 the clip. The variance of y, summed over all dimensions, is B, and the variance of e is W. Each
 network that computes vectors has a card, a JSON file. The card has four numbers: the mean and the
 standard deviation of the cosines of two clips of a person, and of the cosines of clips of two
-people. The four numbers give W, B and two effective numbers of dimensions:
+people. The four numbers give W, B and two effective numbers of dimensions, n_same and n_different.
+The squared distance |x - x'|^2 of two clips has a gamma distribution:
 
-    |x - x'|^2 of a person     has the mean 2 W, and spreads like a sum of n_same squares
-    |x - x'|^2 of two people   has the mean 2 (W + B), and spreads like a sum of n_different squares
+    two clips of a person:    the mean is 2 W, and the shape is n_same / 2
+    clips of two people:      the mean is 2 (W + B), and the shape is n_different / 2
 
-The sum of the squares of n independent Gaussians of equal variance has a gamma distribution with
-the shape n / 2. The vector e has a direction that is uniform in n_different dimensions, and its
-squared length has a gamma distribution. The vectors of the population are Gaussian in these
-dimensions. So the densities of clips of a person and of a stranger are over the same space, and can
-be compared.
+The sum of the squares of n independent Gaussians of equal variance has such a distribution with the
+shape n / 2. The direction of the vector e is uniform in n_different dimensions. The vectors of the
+population are Gaussian in these dimensions. So the densities of clips of a person and of a stranger
+are over the same space, and can be compared.
 
 The cosines of a card are cosines of vectors that were scaled to unit length. Scaling makes cosines
 spread less: `count_shape` computes n without this effect.
@@ -55,7 +55,7 @@ class Distances(NamedTuple):
 
 
 class Population(NamedTuple):
-    """The mean vector of all people, and the variance of its posterior."""
+    """The posterior of the mean vector of all people."""
 
     mean: np.ndarray  # [D] float64
     variance: float  # summed over the dimensions
@@ -88,11 +88,11 @@ def count_shape(variance: float, deviation: float) -> float:
 
 
 def effective_count(distances: Distances, count: np.ndarray, square: np.ndarray) -> np.ndarray:
-    """Computes the number of clips of each of K people, reduced if the clips are not independent.
+    """Computes the effective number of clips of each of K people, [K] float64.
 
     Clips of the same day resemble each other, so they count as fewer clips. `count` [K] is the
-    number of clips of each person. `square` [K] is the squared length of the mean of their unit
-    vectors. Returns [K] float64.
+    number of clips of each person. `square` [K] is the squared length of each person's mean unit
+    vector.
     """
     # k clips have a share r of their variance W in common, so their mean has the variance
     # (r + (1 - r) / k) W, as the mean of the effective number of independent clips. The spread of
@@ -140,8 +140,7 @@ class Posterior(NamedTuple):
 def posterior(distances: Distances, known: Population, effective: np.ndarray) -> Posterior:
     """Computes the posterior of the mean vectors of N people, given their clips.
 
-    `known` is the posterior of the mean vector of all people. `effective` [N] are the numbers of
-    independent clips, see `effective_count`.
+    `known` is the result of `population`. `effective` [N] are the results of `effective_count`.
     """
     noise = distances.within / effective
     share = distances.between / (distances.between + noise)
@@ -188,8 +187,8 @@ def pair_log_ratios(
     Args:
       square: the squared distance between the means of the two groups.
       noise: 1 / k + 1 / k' for groups of k and k' effective clips (see `effective_count`).
-      clarity: how clear the clips are, from 0 to 1. In unclear clips, people differ less: B is
-        multiplied by this number.
+      clarity: how clear the clips are, from 0 to 1. In unclear clips, people differ less:
+        `distances.between` is multiplied by this number.
     """
     # The distances of the groups from the mean m of people are not used. People in a film may all
     # differ from m in the same direction, and would look like one person.

@@ -1,12 +1,13 @@
 """Checks whether the vectors of enrolled people fit the card of the net that computed the vectors.
 
-The card is a JSON file. It lists statistics of the cosines between vectors of one person and of two
-people, see `card_backend`.
+The card is a JSON file. It lists statistics of two kinds of cosines: between two vectors of one
+person, and between vectors of two people, see `card_backend`.
 
 From the vectors of P people, two variances are estimated: W between clips of one person, and B
-between people. Each person has the same weight. If the card is right, the estimate of B spreads
-like the mean of (P - 1) n squared Gaussians. The number of dimensions, n, follows from the card. A
-card counts as wrong only if an estimate is improbable, and differs from the card by a large factor.
+between people. Each person has the same weight. The effective number of dimensions, n, follows from
+the card. If the card is right, the estimate of B is distributed like the mean of the squares of
+(P - 1) x n Gaussian variables. A card counts as wrong only if an estimate is improbable, and
+differs from the card by a large factor.
 """
 
 import math
@@ -49,11 +50,11 @@ class Comparison(NamedTuple):
         """Returns whether a photo and its mirror image differ almost as much as two people do.
 
         A net for which this is true is blind: it does not separate people. `mirrored` are the
-        cosines between the vectors of photos and of their mirror images. The measure is the mean of
-        1 - cosine, as a share of 1 - cosine of two people. It is 5 % for dlib's net, and 40 to 70 %
-        for nets with random weights, except for nets that only average over the picture. The result
-        is True above 30 %. `compare` finds only 20 % of the nets with random weights if three
-        people have two photos each, and none of 300 nets if each person has one photo.
+        cosines between the vectors of photos and of their mirror images. The distance of two
+        vectors is 1 - cosine. The result is True if the mean distance of mirror images is over 30 %
+        of the distance of two people. This share is 5 % for dlib's net, and 40 to 70 % for nets
+        with random weights, except for nets that only average over the picture. `compare` does not
+        find most nets with random weights if people have only one or two photos.
         """
         if self is NO_PROBLEM:
             return False
@@ -70,10 +71,10 @@ def compare(
     counts: np.ndarray,
     deviation: float = 0.0,
 ) -> Comparison:
-    """Compares the vectors of P people with the card (a JSON file) of the net that computed them.
+    """Compares how much the vectors of P people differ with the prediction of the net's card.
 
     Args:
-      distances: the distributions of distances that the card predicts.
+      distances: the distributions of distances that the card (a JSON file) predicts.
       total: [D], the sum over the people of each person's mean unit vector.
       squares: [P], the squared length of each person's mean unit vector.
       counts: [P], the number of clips of each person. People without clips are ignored.
@@ -130,8 +131,8 @@ def differ(distances: Distances, cosines: np.ndarray, clarity: np.ndarray) -> bo
     The two faces of a pair were seen at the same time, so they should show two people. Returns
     False if more than 5 % of the pairs differ more than two people ever do. This happens with nets
     that only see colours. Otherwise, returns True if at least half of the pairs differ about as
-    much as two people do, according to the card. If fewer pairs do, returns None. None proves
-    nothing about the net, because two faces in mirrors or split screens, and twins, are alike.
+    much as two people do, according to the card. If fewer pairs do, returns None. Then the net may
+    still be good, because twins, and two faces in mirrors or split screens, are alike.
 
     Args:
       distances: the distributions of distances that the card predicts.
@@ -146,7 +147,7 @@ def differ(distances: Distances, cosines: np.ndarray, clarity: np.ndarray) -> bo
 
 
 def quantile(free: float, z: float) -> float:
-    """Returns a quantile of the mean of `free` squared standard normal variables.
+    """Returns a quantile of the mean of n squared standard normal variables, where n is `free`.
 
     `z` is the quantile of the standard normal distribution for the same probability.
 

@@ -96,11 +96,11 @@ def _average_different(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 def _describe(
     average: Callable[[np.ndarray, np.ndarray], np.ndarray], means: np.ndarray, squares: np.ndarray
 ) -> Spread:
-    """Returns the mean and the standard deviation of cosines, with intervals.
+    """Returns the mean and the standard deviation of cosines, with bootstrap intervals.
 
-    `average(x, weight)` averages x [P, P] over pairs of people, with the weights of people
-    [draws, P], and returns [draws]. `means` and `squares` [P, P] are the mean cosine and the mean
-    squared cosine of each pair of people.
+    `average(x, weight)` averages x [P, P] over pairs of people, and returns [draws]. `weight`
+    [draws, P] has the weights of P people in each draw of the bootstrap. `means` and `squares`
+    [P, P] are the mean cosine and the mean squared cosine of each pair of people.
     """
     people = len(means)
 
@@ -121,8 +121,8 @@ def _describe(
 def _compute_equal_error_rate(cosine: np.ndarray, owner: np.ndarray, count: np.ndarray) -> float:
     """Returns the equal error rate of deciding by the cosine whether two clips show one person.
 
-    `cosine` [N, N] are the cosines of clips. `owner` [N] int are their people. `count` [P] are the
-    numbers of clips. All people have the same weight.
+    `cosine` [N, N] are the cosines of N clips. `owner` [N] int is the person of each clip. `count`
+    [P] is the number of clips of each of P people. All people have the same weight.
     """
     size = np.repeat(count, count).astype(float)
     bins = np.clip(((cosine + 1) * (BINS / 2)).astype(int), 0, BINS - 1)

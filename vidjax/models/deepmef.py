@@ -56,14 +56,15 @@ class DeepMEF(Identifier):
     PReLU, BatchNorm, dropout. The last layer of f is only a linear map that starts at 0, so f
     starts at 0.
 
-    Source: DeepMEF (3rd place 2019), whose other modality is `scene`. In the code, quality / 100
-    and detection are appended before aggregation. A scene of S features passes through layers of
-    the widths S/4 and S/16. Each net of the ensemble lacks a sixteenth of the 2048 features, so S
-    is 1920, and the widths are 480 and 120. (The article divides 2048 by 16, and says 128.) The
-    hidden layer has twice the width of the aggregated face. Logits are 30 times the cosine in
-    training. In the article, quality is joined to normalised features, because the margin loss
-    discards the magnitude of features. Not published are masks, modality dropout, the vector 0 of a
-    missing modality, and `rms_norm`, which scales features to the magnitude of quality / 100.
+    Source: DeepMEF (3rd place 2019), whose other modality is `scene`.
+
+    - Code of DeepMEF: quality / 100 and detection are appended before aggregation. A scene of S
+      features passes through layers of the widths S/4 and S/16. In an ensemble, each net omits 1/16
+      of 2048 features: S is 1920, and the widths are 480 and 120. The hidden layer has twice the
+      width of the aggregated face. Logits are 30 times the cosine in training.
+    - Article: quality is joined to normalised features, because the margin loss discards the
+      magnitude of features. The second layer of the scene has the width 2048 / 16 = 128.
+    - Not published: masks of padding, modality dropout, zeros for a missing modality, `rms_norm`.
     """
 
     modalities: Mapping[str, int]
@@ -87,7 +88,7 @@ class DeepMEF(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Computes the logits of B clips, [B, 1, 1 + C], in a single branch.
+        """Computes the logits of B clips, [B, 1, 1 + C], as a single branch (set of logits).
 
         The embedding is the input of the classifier.
         """
@@ -131,8 +132,8 @@ class DeepMEF(Identifier):
     def _aggregate(self, real: Frames, *, train: bool) -> Array:
         """Pools the frames of `self.modality`, [B, T, D], by `self.aggregation` to [B, D + 2].
 
-        The last two numbers are the pooled quality / 100 and detection score. A clip without frames
-        becomes 0. `train` matters only for BatchNorm in ChannelAttention.
+        Quality / 100 and the detection score are appended to the D features before pooling. A clip
+        without frames becomes 0. `train` matters only for BatchNorm in ChannelAttention.
         """
         x = real.features.astype(jnp.promote_types(self.dtype, jnp.float32))
         if self.rms_norm:
@@ -168,7 +169,7 @@ class ChannelAttention(nn.Module):
         A_ij = softmax over j of sum_d theta(x)_id phi(x)_jd    [T/2, T/2]
         y = x + out(A g(x))
 
-    Form `danet` (the code of DANet, with frames as its channels): frames unlike x_t weigh most.
+    Form `danet` (the code of DANet, for frames instead of channels): frames unlike x_t weigh most.
 
         E_ts = x_t . x_s
         A_ts = softmax over real frames s of max_s(E_ts) - E_ts    [T, T]
@@ -179,10 +180,10 @@ class ChannelAttention(nn.Module):
         and theta and phi start at 0. They stay 0, because the gradient of each is a product with
         the other. So all entries of A stay equal.
 
-    Source: channel attention of DANet (Fu et al., CVPR 2019; the article takes the softmax of E
-    itself). DeepMEF (3rd place 2019) names it, and builds `channels` with `norm` in
-    channel_attention_layer.py of its code. Not published: masks, `channels` without `norm`, and the
-    form `features` with its scaled products.
+    Source: channel attention of DANet (Fu et al., CVPR 2019), where the article takes the softmax
+    of E. DeepMEF (3rd place 2019) cites DANet, but the code of DeepMEF (channel_attention_layer.py)
+    is `channels` with `norm`. Not published: masks of padding, `channels` without `norm`, and
+    `features`.
     """
 
     form: Literal["channels", "danet", "features"] = "features"
@@ -264,8 +265,8 @@ class AttentionAggregation(nn.Module):
 
     The query starts at 0, so the pooled vector starts as the mean frame.
 
-    Source: DeepMEF (3rd place 2019), a block of the neural aggregation network. The masks are not
-    published.
+    Source: DeepMEF (3rd place 2019), a block of the neural aggregation network. The input `mask`,
+    which excludes padding, is not published.
     """
 
     @nn.compact

@@ -37,7 +37,7 @@ _OPTIONS = {
 
 
 class DenseIdentifier(Identifier):
-    """A fully connected network and a classifier, on the joined mean frames of all modalities.
+    """A fully connected network and a classifier. The input is all mean frames, concatenated.
 
     Attributes:
       backbone: mlp | residual (see ResidualDenseNet) | block (see ResidualBlock).
@@ -51,10 +51,11 @@ class DenseIdentifier(Identifier):
       head: linear | cosine.
       logit_scale: factor on the cosines, for the cosine head.
 
-    Source: for faces only, `mlp` is from quality fusion (4th place 2019), `residual` from Residual
-    Dense Net (2nd place 2019), and a linear layer with the cosine head from noise classes (5th
-    place 2018). For the scene only, `block` with the cosine head is from DeepMEF (3rd place 2019).
-    Several modalities and modality dropout are not in the papers.
+    Source: four systems of the iQIYI challenges. For faces only, `mlp` is from "quality fusion"
+    (4th place 2019), `residual` from "Residual Dense Net" (2nd place 2019), and a linear layer with
+    the cosine head from "noise classes" (5th place 2018). For the scene only, `block` with the
+    cosine head is from "DeepMEF" (3rd place 2019). Several modalities and modality dropout are not
+    in the papers.
     """
 
     modalities: Mapping[str, int]
@@ -89,7 +90,7 @@ class DenseIdentifier(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Computes the logits of B clips, [B, 1, 1 + C], in a single branch.
+        """Computes the logits of B clips, [B, 1, 1 + C], as a single branch (set of logits).
 
         The embedding is the output of the backbone.
         """
@@ -130,7 +131,8 @@ class DenseIdentifier(Identifier):
 class MLP(nn.Module):
     """A sequence of dense layers.
 
-    Source: quality fusion (4th place 2019), whose five networks are sequences of such layers.
+    Source: the system "quality fusion" (4th place in the iQIYI challenge 2019), whose five networks
+    are sequences of such layers.
     """
 
     layers: tuple[Layer, ...]
@@ -214,7 +216,7 @@ class CosineIdentifier(Identifier):
 
     Source: not published, but built from published parts. The scaled cosine is from CosFace (Wang
     et al.). The linear map with BatchNorm before the unit vector is from ArcFace (Deng et al.,
-    section 3.1). New are unit vectors and weights of modalities, masks, and a learned s.
+    section 3.1). We added a unit vector and a weight for each modality, masks, and a learned s.
     """
 
     modalities: Mapping[str, int]

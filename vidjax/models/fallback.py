@@ -42,11 +42,11 @@ class FallbackIdentifier(Identifier):
 
     Source: DeepMEF (3rd place 2019), with a main model of face and scene, and a fallback model of
     the scene. The article uses the fallback model for clips without a face, and both models for the
-    1 % of clips of the lowest quality. In the code, `missing_scale` is 0.95, and below a norm of
-    8.867, the shares are 0.2 and 0.8. This norm is the 1 % quantile of the official faces. Residual
-    Dense Net (2nd place 2019) uses only the body for clips without a face. Unlike in both systems,
-    a single run trains both models. The threshold is a quantile of the training clips, because
-    norms differ between face networks.
+    1 % of clips of the lowest quality. In the code of DeepMEF, `missing_scale` is 0.95, and below a
+    norm of 8.867, the shares are 0.2 and 0.8. This norm is the 1 % quantile of the face features in
+    the iQIYI challenge. Residual Dense Net (2nd place 2019) uses only the body for clips without a
+    face. Unlike in both systems, a single run trains both models. The threshold is a quantile of
+    the training clips, because norms differ between face networks.
     """
 
     modalities: Mapping[str, int]
@@ -80,9 +80,9 @@ class FallbackIdentifier(Identifier):
         for part in (self.main, self.other):
             if part.min_epochs:
                 raise UserError(
-                    f"model 'fallback': {type(part).__name__} cannot be main or other, because it "
-                    "needs separate passes over the clips\n"
-                    "choose a network instead, or blend a separate run of this model with this run"
+                    f"model 'fallback': {type(part).__name__} cannot be the model 'main' or 'other'"
+                    "\nchoose a network instead, or train this model in a separate run, and blend "
+                    "both runs with vidjax evaluate --runs"
                 )
         if self.main.logit_scale != self.other.logit_scale:
             raise UserError(
@@ -92,20 +92,20 @@ class FallbackIdentifier(Identifier):
 
     @property
     def logit_scale(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The factor on the cosines in the logits of both models."""
+        """The factor on the cosines in the logits of `main` and `other`."""
         return self.main.logit_scale
 
     @property
     def vector_names(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Names of the vectors in the attention of `main`, or of `other` if `main` has none."""
+        """The `vector_names` of `main`, or of `other` if `main` is a model without attention."""
         return self.main.vector_names or self.other.vector_names
 
     def prepare(self, clips: TrainingClips) -> Mapping[str, float]:
         """Computes the threshold t below which both models score a clip, {"threshold": t}.
 
-        The share `threshold_share` of the training clips that have `self.modality` is below t.
-        Distractors (clips without an identity) count, too. If several clips have equal measures,
-        fewer clips may be below t. Returns {} if `threshold_share` is 0.
+        The share `threshold_share` of the training clips that have `self.modality` has a measure
+        (`self.measure`) below t. Distractors (clips without an identity) count, too. If several
+        clips have equal measures, the share may be smaller. Returns {} if `threshold_share` is 0.
         """
         if not self.threshold_share:
             return {}
@@ -137,10 +137,10 @@ class FallbackIdentifier(Identifier):
         return {**spec, **prepared}
 
     def measure_clips(self, frames: Mapping[str, Frames]) -> Array | None:
-        """Returns the mean length or quality (`measure`) of the main modality of B clips, [B].
+        """Returns the mean `self.measure` of the frames of B clips in `self.modality`, [B] float32.
 
-        `frames` is modality -> Frames [B, T]. Returns None if `threshold` is 0, because then no
-        clip is too poor for the main model.
+        `frames` is modality -> Frames [B, T]. Returns None if `threshold` is 0, because then the
+        measure has no effect.
         """
         return fusion.mean_measure(frames[self.modality], self.measure) if self.threshold else None
 
@@ -149,10 +149,10 @@ class FallbackIdentifier(Identifier):
     ) -> ModelOutput:
         """Computes the logits of both models, and the weight of each model for each clip.
 
-        Branch 0 is `main`, and branch 1 is `other`. In training, a model learns only from the clips
-        that have one of its modalities. If `clips.measure` is None, no clip is below the threshold.
-        The embedding joins the unit vectors of both models. If a model has weight 0, its vector is
-        0.
+        Branch 0 is `main`, and branch 1 is `other`. In training, `main` learns from clips with
+        `modality`, and `other` from clips with one of `other_modalities`. If `clips.measure` is
+        None, no clip counts as poor (below `threshold`). The embedding joins the unit vectors of
+        both models. If a model has weight 0, its vector is 0.
         """
         real, present = real_frames(frames, self.modalities, clips.mask)
         has = dict(zip(real, present.T, strict=True))  # modality -> [B]
@@ -165,8 +165,8 @@ class FallbackIdentifier(Identifier):
             output = part(frames, clips._replace(mask=rows), train=train)
             if output.logits.shape[1] > 1:
                 raise UserError(
-                    "model 'fallback': main and other must have one branch (set of logits) each\n"
-                    "choose models other than 'fallback' for main and other"
+                    "model 'fallback': the models 'main' and 'other' must have one branch (set of "
+                    "logits) each\nfor 'main' and 'other', choose models other than 'fallback'"
                 )
             outputs.append(output)
 
@@ -193,7 +193,7 @@ class FallbackIdentifier(Identifier):
         )
 
     def _learned_scales(self, outputs: Sequence[ModelOutput]) -> Array | None:
-        """Returns the cosine factors of `main` and `other`, [2], or None if both are fixed."""
+        """Returns the factors on the cosines of both branches, [2], or None if none is learned."""
         if all(output.logit_scale is None for output in outputs):
             return None
         fixed = jnp.full(1, self.logit_scale, jnp.float32)

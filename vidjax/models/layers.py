@@ -216,8 +216,9 @@ class DenseLayer(nn.Module):
       norm_first: True for BatchNorm before the activation, False for BatchNorm after it.
       kernel_init: initialiser of the weights, by default Xavier-uniform. Biases start at 0.
 
-    Source: quality fusion (4th place 2019), whose authors report that BatchNorm before the
-    activation is worse. The masks and a BatchNorm momentum of 0.9 are not in the paper.
+    Source: the system "quality fusion" (4th place in the iQIYI challenge 2019). Its authors report
+    that BatchNorm before the activation is worse. The paper has no `mask` of padded rows, and no
+    BatchNorm momentum of 0.9.
     """
 
     width: int
@@ -304,7 +305,7 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        """Computes the logits, [B, 1 + C] float32, from x [B, D] float.
+        """Computes the logits, [B, num_classes] float32, from x [B, D] float.
 
         If `train` is True, dropout (rng `dropout`) is applied to x.
         """
@@ -331,10 +332,10 @@ class CosineClassifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        """Computes the logits, [B, 1 + C] float32, from x [B, D] float.
+        """Computes the logits, [B, num_classes] float32, from x [B, D] float.
 
-        Without dropout, the logits lie in [-scale, scale]. The logits of a zero vector are 0. If
-        `train` is True, dropout (rng `dropout`) is applied to the unit vectors of x.
+        Without dropout, logits lie between -`scale` and `scale`. The logits of a zero vector are 0.
+        If `train` is True, dropout (rng `dropout`) is applied to the unit vectors of x.
         """
         unit = Dropout(self.dropout_rate)(unit_vectors(x), deterministic=not train)
         init = nn.initializers.xavier_uniform()

@@ -51,12 +51,13 @@ class MultimodalIdentifier(Identifier):
       modality_dropout_rate: see `Identifier`. The remaining vectors are not rescaled.
       head: linear | cosine.
       logit_scale: factor on the cosines, for the cosine head.
-      dropout_rate: dropout rate of the input of the classifier; with `cosine`, of its unit vectors.
+      dropout_rate: dropout rate of the input of the classifier. The cosine head scales its input to
+        length 1 before dropout.
 
     Source: iQIYI-VID paper, section 5 and figure 3. The paper leaves some choices open. Our choices
     are: three maps for the three face vectors, K, the linear classifier, no activation after the
-    maps, the feature scale. We added masks, LayerNorm after the maps, modality dropout, and the
-    cosine head.
+    maps, `feature_scale`. We added masks of missing modalities, LayerNorm after the maps, modality
+    dropout, and the cosine head.
     """
 
     modalities: Mapping[str, int]
@@ -88,7 +89,7 @@ class MultimodalIdentifier(Identifier):
 
     @property
     def vector_names(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The names of the vectors of the feature map: face 1, face 2, face 3, head, ..."""
+        """The names of the vectors of a clip, such as face 1, face 2, face 3, head."""
         names = []
         for name in self.modalities:
             count = self.num_face_vectors if name == "face" else 1
@@ -99,9 +100,10 @@ class MultimodalIdentifier(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Computes the logits of B clips, [B, 1, 1 + C], in a single branch.
+        """Computes the logits of B clips, [B, 1, 1 + C], as a single branch (set of logits).
 
-        The embedding is the input of the classifier. The attention is [B, M, M], or None.
+        The embedding is the input of the classifier. The attention between the M vectors of a clip
+        is [B, M, M], or None if `attention` is False.
         """
         frames, present = real_frames(frames, self.modalities, clips.mask)
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
@@ -165,22 +167,23 @@ class MultimodalIdentifier(Identifier):
 
 
 class MultimodalAttention(nn.Module):
-    """Adds to each vector of the feature map a mean of all vectors, weighted by correlation.
+    """Adds to each vector of a clip a mean of all vectors of the clip, weighted by correlation.
 
-    The feature map is [B, M, D], a vector per row. In the paper, the feature map X of a clip is the
-    transpose, [D, M]. Y[b, i, j] is the weight of vector i in the new vector j, as in the paper.
+    The new vectors are X + gamma X Y. The columns of X [D, M] are the vectors of a clip. Y [M, M]
+    is the attention: Y[i, j] is the weight of vector i in the new vector j. In the arrays of
+    `__call__`, the vectors are rows: [B, M, D].
 
     Attributes:
       dim: width of the space in which correlations are computed, D~ in the paper.
       scale: factor on the Gram matrix (1 in the paper). Vectors of equal length, as after
-        LayerNorm, correlate most with themselves. Then Y is nearly the identity, unless `scale` is
-        small.
+        LayerNorm, correlate most with themselves. Then Y is nearly the identity matrix, unless
+        `scale` is small.
       gamma: strength of the attention.
       fill_missing: if True, as in the paper, the output of a missing vector is gamma times a mean
         of the vectors that exist. If False (not in the paper), it is 0.
 
-    Source: iQIYI-VID paper, equations 1-3. Here a missing vector is 0 and has no weight in the
-    softmax. The equations would give it exp(0). Without missing vectors, the results are equal.
+    Source: iQIYI-VID paper, equations 1-3. Deliberate difference: a missing vector has no weight in
+    the softmax. In the paper, a vector of zeros has the score 0, and so a weight above 0.
     """
 
     dim: int = 64
@@ -191,16 +194,16 @@ class MultimodalAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> tuple[Array, Array]:
-        """Computes the vectors O = X + gamma X Y, and the attention Y.
+        """Computes the new vectors and the attention Y.
 
         Args:
           x: [B, M, D] float, 0 for missing vectors.
           mask: [B, M] bool, True for vectors that exist.
 
         Returns:
-          O, [B, M, D] in `dtype`; and Y, [B, M, M] float32, a softmax over the existing vectors i.
-            If `fill_missing` is False, column j of Y and vector j of O are 0 for each missing
-            vector j. If a clip has no vector, its Y and O are 0.
+          The new vectors, [B, M, D] in `dtype`; and Y, [B, M, M] float32. Each column Y[b, :, j] is
+            a softmax over the existing vectors. If `fill_missing` is False, and vector j is
+            missing, column j and the new vector j are 0. If a clip has no vector, all are 0.
         """
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         x = x.astype(self.dtype)

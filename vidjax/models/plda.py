@@ -80,7 +80,7 @@ class PLDAIdentifier(Identifier):
         return plda_fit.fit_member_settings(given, clips)
 
     def gallery_settings(self) -> Settings:
-        """Returns the settings of PLDA for galleries of enrolled people: those of the first net."""
+        """Returns the PLDA settings of the first net of the ensemble, for galleries of people."""
         return self.settings()
 
     @nn.compact
@@ -89,8 +89,9 @@ class PLDAIdentifier(Identifier):
     ) -> ModelOutput:
         """Computes the logits [B, 1, 1 + C] and the embedding of each clip.
 
-        The embedding joins the centred vectors of all modalities. Training adds the clips to the
-        collection `sums`, and its logits are 0. Evaluation reads the collection `solved`.
+        The embedding joins the centred vectors of all modalities. In training, the clips are added
+        to the collection `sums`, and all logits are 0. In evaluation, the logits come from the
+        collection `solved`, the result of `finalise_state`.
         """
         real, _ = real_frames(frames, self.modalities, clips.mask)
         vectors = {name: unit_mean(frames) for name, frames in real.items()}
@@ -106,12 +107,12 @@ class PLDAIdentifier(Identifier):
     def _add_up(
         self, vectors: Mapping[str, Array], clips: ClipInfo, share: float, *, update: bool
     ) -> list[Array]:
-        """Computes centred unit vectors of B clips, and optionally adds them to the sums.
+        """Computes centred unit vectors of B clips. Returns [B, D] for each modality.
 
-        `vectors` is modality -> [B, D], with rows of length 1 or 0. `share` x the mean of all clips
-        is subtracted. If `update` is True, the collection `sums` changes: the first occurrence of a
-        clip counts in the mean, the second occurrence in the other sums, and later occurrences not
-        at all. Returns [B, D] for each modality.
+        `vectors` is modality -> [B, D], with rows of length 1 or 0. A centred vector is the vector
+        minus `share` x the mean of all clips, scaled to length 1. If `update` is True, the clips
+        are added to the collection `sums`: in the first pass over the clips to the mean, in the
+        second pass to the other sums. In later passes, `sums` does not change.
         """
         # A batch may contain clips of two passes, and a clip more than once.
         seen = self.variable("sums", "seen", jnp.zeros, (self.num_clips,), jnp.int32)
@@ -186,9 +187,9 @@ def _add(
 ) -> dict[str, jax.Array]:
     """Returns the sums `part` of a modality, with the vectors x [B, D] of B clips added.
 
-    Clips are added twice. `turn` [B] is 0 at the first time, when a clip counts in the mean of all
-    clips, and 1 at the second time, when it counts in all other sums. Before the second time, the
-    mean is multiplied by `share` and subtracted from the vectors.
+    `turn` [B] is the number of times that each clip was added before. At turn 0, the vector is
+    added to the mean of all clips. At turn 1, `share` x this mean is subtracted, and the vector is
+    scaled to length 1 and added to the other sums. Later turns have no effect.
     """
     real = clips.mask & jnp.any(x != 0, axis=1)
     first = (real & (turn == 0)).astype(x.dtype)
