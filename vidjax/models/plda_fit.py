@@ -4,17 +4,16 @@ For the fit, some clips are held out. The other clips are enrolled: the model le
 they show. Some identities are strangers. No clip of a stranger is enrolled. If there are several
 modalities, some identities lack a modality, because enrolled people may lack one.
 
-The settings are the fields of `Settings`. `within` and `between`, shares of shrinkage, are chosen
-by MAP, the mean average precision, and by AUROC of known clips against strangers. The other
+The settings are the fields of `Settings`. `within` and `between`, which shrink the covariances, are
+chosen by MAP, the mean average precision, and by AUROC of known clips against strangers. The other
 settings maximise the probability of the right answers, with half of the weight on strangers. So
 probabilities are calibrated. `stranger`, the log prior odds of a stranger, is fitted last. For this
 fit, half of the identities have a single clip, because people who are enrolled later often have few
-clips. If the training clips show few people, the covariances describe these people better than
-people who are enrolled later. In this case, and for galleries, `stranger` is fitted on people whose
-clips do not determine the covariances.
+clips. If the covariances are estimated from few people, they fit other people worse. In this case,
+and for galleries, `stranger` is fitted on people whose clips are left out of the estimate.
 
-The settings have a prior, which weighs as much as a clip. If too few people have two clips, only
-the prior decides, and the user is informed.
+`scale`, `unenrolled` and `stranger` have a Gaussian prior. If too few people have two clips, the
+settings keep typical values, and the user gets a message.
 
 The settings of a member (a net of an ensemble) are fitted only on its training clips. `TaskSpec`
 and every checkpoint store the settings.
@@ -200,16 +199,16 @@ def fit_settings(
     *,
     least_within: float = 0.0,
 ) -> Settings:
-    """Fits the settings of PLDA on held-out clips, except the settings in `given`.
+    """Fits the settings of PLDA, except the settings in `given`.
 
-    If fewer than FEWEST_PEOPLE people have two clips, nothing is fitted. Then the settings have
-    typical values.
+    For the fit, some clips are enrolled. Other clips are held out, and scored. If fewer than
+    FEWEST_PEOPLE people have two clips, nothing is fitted. Then the settings have typical values.
 
     Args:
       vectors: modality -> [N, D] float of unit length, 0 for clips that lack the modality.
       labels: [N] int, the person in each clip, 1 or more.
       given: name -> value of settings that are not fitted.
-      enrolled: like `vectors`, for the enrolment of clips. None means that `vectors` are enrolled.
+      enrolled: like `vectors`, but used when a clip is enrolled. The default is `vectors`.
       least_within: see `two_covariance.covariances`. If it is above 0, similar clips of a person
         count as fewer clips, as in a gallery.
     """
@@ -265,8 +264,9 @@ def fit_settings(
 def _refit_stranger(ratios: Sequence["_Ratios"], settings: Settings, width: float) -> Settings:
     """Returns `settings` with a corrected `stranger`, the logarithm of the odds of a stranger.
 
-    `settings.stranger` was fitted on people whose clips determine the covariances. `ratios` are of
-    people whose clips do not determine the covariances. `width` is the mean width of vectors.
+    `settings.stranger` was fitted on people from whose clips the covariances were estimated.
+    `ratios` are of people whose clips were left out of this estimate. `width` is the mean width of
+    the vectors.
     """
     # The fitted value is right if ratios are scaled down as for typical embeddings. If the scale is
     # 1, only a fit to `ratios` is right. Then exact ratios need no offset, so the prior is 0.
@@ -278,7 +278,7 @@ def _refit_stranger(ratios: Sequence["_Ratios"], settings: Settings, width: floa
 
 
 class _Fold(NamedTuple):
-    """The enrolled clips and the held-out clips of a fold, on which settings of PLDA are fitted."""
+    """The clips of a fold: enrolled clips, and held-out clips, which are scored for the fit."""
 
     covariances: Sequence[two_covariance.Covariances]  # for M modalities
     totals: Sequence[tuple[np.ndarray, np.ndarray]]  # count [K] and sum [K, D], for M modalities
@@ -298,10 +298,11 @@ def _hold_out(
 ) -> _Fold | None:
     """Holds out the clips of fold `number`, and enrols the other clips of most identities.
 
-    `vectors` and `enrolled_vectors` are modality -> [N, D]: two vectors of each clip, for a
-    held-out clip and for an enrolled clip. Random identities are not enrolled, and are strangers.
-    The enrolled clips also determine the covariances. If `later` is True, clips of only some people
-    are held out or enrolled, and the clips of all other people determine the covariances.
+    `vectors` and `enrolled_vectors` are modality -> [N, D]. If a clip is held out, its vector is a
+    row of `vectors`. If the clip is enrolled, its vector is a row of `enrolled_vectors`. Random
+    identities are not enrolled, and are strangers. If `later` is False, the covariances are
+    estimated from the enrolled clips. If `later` is True, the fold has clips of only some people,
+    and the covariances are estimated from the clips of all other people.
 
     Modalities without an enrolled clip are left out. Returns None if no modality remains, or if the
     held-out clips show no enrolled person. If `later` is False, also returns None if the held-out
@@ -371,7 +372,8 @@ def _choose_first_clips(labels: np.ndarray) -> np.ndarray:
 def _add_strangers(part: "_Ratios") -> "_Ratios":
     """Returns `part` with each held-out clip added again, as the clip of a stranger.
 
-    The ratio of the clip's person becomes very low, as if the person were not enrolled.
+    In the added row, the log-likelihood ratio of the right person is NEVER, a very low value, as if
+    the person were not enrolled.
     """
     labels = part.labels[:, None]
     own = (labels > 0) & (labels == jnp.arange(part.ratios.shape[2]))
@@ -486,9 +488,9 @@ def _fit(
 @jax.jit
 @jax.value_and_grad
 def _loss(point: Array, part: _Ratios) -> Array:
-    """Computes the mean cross-entropy of the right answers, with half of the weight on strangers.
+    """Averages the mean cross-entropy of clips of known people and that of clips of strangers.
 
-    `point` is [3]: log(scale), `unenrolled`, `stranger`.
+    `point` is [3]: log(scale), `unenrolled` and `stranger`, see `Settings`.
     """
     settings = Settings(0.0, 0.0, jnp.exp(point[0]), point[1], point[2], 1.0)
     logs = jax.nn.log_softmax(combine_modalities(part.ratios, part.known, part.present, settings))

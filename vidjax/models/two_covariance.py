@@ -7,13 +7,13 @@ of [D, D] in float64. This file uses only numpy, so that a gallery of enrolled p
 to load JAX. `plda_fit` uses JAX on the device.
 
 Clips of the same day share a part of e. If all clips of each person are from one day, this part
-cannot be seen, and counts as a part of y. So galleries assume that W is at least a typical share of
+cannot be seen, and counts as a part of y. So galleries set a lower limit for the share of W in
 the variance, see `covariances`. If the clips of a person differ less than W predicts, they count as
 fewer clips, see `count_independent`.
 
 Source: Brümmer and de Villiers 2010, The speaker partitioning problem (two-covariance model). The
-shrinkage of both covariances towards a multiple of the identity, and the counts of clips that are
-not independent, are not from this paper.
+shrinkage of both covariances towards a multiple of the identity matrix, and the counts of clips
+that are not independent, are not from this paper.
 """
 
 from collections.abc import Mapping
@@ -70,9 +70,10 @@ class Enrolled(NamedTuple):
 
 
 def make_sums(vectors: np.ndarray, labels: np.ndarray, num_classes: int) -> Sums:
-    """Computes the three sums of PLDA, in float64, from the vectors [N, D] of clips.
+    """Computes the sums from which PLDA is fitted, see `Sums`, in float64.
 
-    `labels` [N] int are the classes of the clips, from 0 to K - 1, where K is `num_classes`.
+    `vectors` [N, D] are the vectors of clips. `labels` [N] int are the classes of the clips, from
+    0 to K - 1, where K is `num_classes`.
     """
     vectors = np.asarray(vectors, np.float64)
     return Sums(*make_totals(vectors, labels, num_classes), vectors.T @ vectors)
@@ -130,13 +131,12 @@ class Covariances(NamedTuple):
 def covariances(sums: Sums, least_within: float = 0.0) -> Covariances:
     """Estimates the covariances W within classes and B between classes from sums over clips.
 
-    At least one clip is needed. The estimates are averaged with typical covariances of embeddings,
-    which count as PRIOR clips and PRIOR people. The `mean` of the result is the mean of all vectors
-    times `centre_share`.
+    At least one clip is needed. The estimates are averaged with typical covariances of embeddings.
+    PRIOR is the weight of the typical W, in clips, and of the typical B, in people. The `mean` of
+    the result is the mean of all vectors times `centre_share`.
 
-    `least_within` is the least share of W in the second moment of the vectors. If the share is
-    lower, the clips of a person are assumed to have the missing part of W in common. Then W is
-    increased, and B is reduced.
+    `least_within` is the least share of W in the second moment of the vectors. If the estimated W
+    has a smaller share, W is scaled up to this share, and B is reduced.
     """
     # A single photo of each person gives no information about W, and a single person none about B.
     # So typical covariances are added. W is pooled over N - C degrees of freedom, for N clips and C
@@ -285,7 +285,7 @@ class Settings(NamedTuple):
     Attributes:
       within: share of the covariance within classes that is replaced by a multiple of the identity
         matrix.
-      between: the same share of the covariance between classes.
+      between: share of the covariance between classes that is replaced in the same way.
       scale: factor on the log-likelihood ratios. Without it, the ratios are too confident.
       unenrolled: value that replaces scale x ratio if no clip of an identity has the modality.
       stranger: logarithm of the prior odds of a stranger against all known people together.
@@ -301,10 +301,10 @@ class Settings(NamedTuple):
 
 
 def fit(part: Mapping[str, Array], settings: Settings, least_within: float = 0.0) -> Space:
-    """Computes the coordinates of PLDA for a modality from its sums over clips.
+    """Computes the coordinates of PLDA for a modality from three sums over clips, see `Sums`.
 
     `part` contains the fields of `Sums`, name -> array. `settings.within` and `settings.between`
-    are the shares of shrinkage, see `make_space`. For `least_within`, see `covariances`.
+    shrink the covariances, see `make_space`. For `least_within`, see `covariances`.
     """
     sums = Sums(part["count"], part["total"], part["scatter"])
     fitted = covariances(sums, least_within)

@@ -60,8 +60,8 @@ class Checkpoint(NamedTuple):
 def save(workdir: Path, step: int, items: Mapping[str, Any], info: Mapping[str, Any]) -> None:
     """Saves a checkpoint of a run, and deletes earlier checkpoints.
 
-    The latest checkpoint, the best by MAP, and the last evaluated checkpoint before the latest
-    stay. If `step` already has a checkpoint, only `info` is added to its `manifest.json`.
+    Three checkpoints stay: the latest, the best by MAP, and the last evaluated one before the
+    latest. If `step` already has a checkpoint, only `info` is added to its `manifest.json`.
 
     Args:
       workdir: the folder of the run.
@@ -277,7 +277,7 @@ def load(
 
 
 def set_aside_later(workdir: Path, step: int) -> None:
-    """Renames checkpoints after `step`, because a run that resumes at `step` saves new ones."""
+    """Renames the checkpoints of steps later than `step`. A run that resumes saves new ones."""
     for later, folder in list_folders(workdir).items() if distributed.is_first() else ():
         if later > step:
             _set_aside(folder)
@@ -373,8 +373,8 @@ def _describe_arrays(items: Mapping[str, Any]) -> dict[str, str]:
 def _drop_others(workdir: Path) -> None:
     """Deletes all checkpoints of a run except three.
 
-    The latest checkpoint, the best by MAP, and the last evaluated checkpoint before the latest
-    stay. Folders that contain other files stay, too.
+    These are the latest, the best by MAP, and the last evaluated one before the latest. Folders
+    that contain other files stay, too.
     """
     steps, partial = manifests(workdir), workdir / "checkpoints" / PARTIAL
     files.remove_tree(partial)

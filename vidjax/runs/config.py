@@ -34,9 +34,9 @@ class ReadWhen(NamedTuple):
 
 
 class Affects(enum.Flag):
-    """What a change of a field affects.
+    """The results of a run that change with a field of the configuration.
 
-    With NOTHING, all results of a run stay equal, except for rounding.
+    If the value is `NOTHING`, all results stay equal, except for rounding.
     """
 
     NOTHING = 0

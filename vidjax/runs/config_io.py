@@ -30,9 +30,9 @@ own_files: list[str] = []  # configuration files that were executed and may cont
 def load_file(spec: str) -> Config:
     """Executes a Python file, and returns the configuration that its `get_config(args)` makes.
 
-    `spec` is `FILE` or `FILE:ARG,ARG`, where FILE is a path or a name. The name `mma` is the file
-    `configs/mma.py` of the working directory. If there is no such file, `mma` is the file of
-    vidjax. The file may also register functions, for example in the dict `optim.OPTIMIZERS`.
+    `spec` is `FILE` or `FILE:ARG,ARG`, where FILE is a path or a name. For example, the name `mma`
+    means `configs/mma.py` in the working directory. If there is no such file, the name means the
+    file in vidjax. The file may also register functions, such as in the dict `optim.OPTIMIZERS`.
     """
     name, _, args = spec.partition(":")
     path = find_file(spec if args.startswith("//") else name)
@@ -56,7 +56,8 @@ def load_file(spec: str) -> Config:
     if problem := _find_wrong_type(dict(fields(config))):
         raise UserError(
             f"--config: '{spec}' {problem}\n"
-            "begin get_config with config = vidjax.runs.config.default(), and change its fields"
+            "in the function get_config of this file, begin with vidjax.runs.config.default(), and "
+            "change only values of its fields"
         )
     return config
 
@@ -151,9 +152,10 @@ def load_module(path: Path) -> ModuleType:
 
 
 def execute(path: Path) -> ModuleType:
-    """Executes a Python file, and returns it as a module.
+    """Executes a configuration file, and returns it as a module.
 
-    If a user may have written code in the file, the file is added to the list `own_files`.
+    Adds the path of the file to the list `own_files` if the file is not in the folder of vidjax's
+    configurations, or if it defines functions that are not in SHIPPED_FUNCTIONS.
     """
     loader = _Loader(f"vidjax_config_{path.stem}", str(path.absolute()))
     module = ModuleType(loader.name)

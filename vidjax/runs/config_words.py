@@ -18,11 +18,11 @@ SCALE_WORDS: Mapping[str, str] = {
 
 
 def choose_data(config: Any, words: Collection[str]) -> bool:
-    """Sets the dataset and the splits of `config` by the arguments of a configuration file.
+    """Sets the dataset and the splits of `config` from the arguments in `--config=FILE:ARGS`.
 
-    `words` are the arguments, such as `iqiyi_vid`. Words that do not concern the data are ignored.
-    Returns True if the words ask for the full size of iQIYI-VID. Raises UserError if two words
-    exclude each other.
+    `words` are these arguments, such as `iqiyi_vid`. Words that do not concern the data are
+    ignored. Returns True if the words ask for the full size of iQIYI-VID. Raises UserError if two
+    words exclude each other.
     """
     if {"iqiyi_vid", "standard"} <= set(words):
         raise UserError("--config: 'iqiyi_vid' and 'standard' are two datasets: write only one")
@@ -87,9 +87,10 @@ def choose_modality(modalities: tuple[str, ...], *, default: str) -> tuple[str, 
 
 
 def follow_publication(file: str, config: Any, words: Collection[str]) -> None:
-    """Changes `config` to the published system: calls `follow` of `published/NAME.py`.
+    """Changes `config` to the values in the publication that describes the system.
 
-    `file` is the path of the configuration file NAME.py, and `words` are its arguments.
+    `file` is the path of a configuration file, such as `configs/mma.py`, and `words` are its
+    arguments. The function `follow` in `configs/published/mma.py` changes the values.
     """
     path = Path(file).parent / "published" / Path(file).name
     if not path.exists():

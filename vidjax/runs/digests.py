@@ -66,7 +66,10 @@ def describe_difference(
     changes = find_changes(before, now)
     if "names" in changes:
         return f"{split} has other clips ({now['clips']:,}, before {before['clips']:,})"
-    unknown = "so vidjax cannot check whether the features of the run are unchanged"
+    unknown = (
+        "so vidjax cannot check whether the features are unchanged\n"
+        "if you have not changed them, ignore this warning"
+    )
     if now.get("modalities") != before.get("modalities"):
         warn(f"{split}: the data have other modalities than before\n{unknown}")
     elif now.get("records") != before.get("records"):
@@ -86,12 +89,12 @@ def check_data(
     """Raises UserError if `data` are not the data that a run in `workdir` was trained on.
 
     `own` are the stored digests of the data of the run. If the training continues (`trains` is
-    True), all splits that the run has read must be unchanged. If the run is evaluated, only the
-    split `eval.split` must be unchanged. If the run has never read `eval.split`, `named` decides.
+    True), all splits that the run has read must be unchanged. If the run is only evaluated, only
+    the split `eval.split` must be unchanged.
 
-    `named` is True if the user has named the folder of the data. Then the new split is accepted. If
-    `named` is False, the folder is from `config.json`, which a stranger may have written. Then the
-    new split is accepted only if another split that the run has read is unchanged.
+    An evaluation may use a split that the run has never read. If the user has named the folder of
+    the data (`named` is True), this split is accepted. Otherwise, the folder is from `config.json`,
+    which is not trusted. Then at least one split that the run has read must be unchanged.
     """
     split = config.eval.split
     names = [split] if not trains and split in own["splits"] else list(own["splits"])

@@ -103,7 +103,7 @@ class Entries(Struct, kw_only=True):
 
 
 def read_facts(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the facts about a training, key -> value.
+    """Returns facts about a training, such as `early_stop` and `init_from`: key -> value.
 
     `values` is the content of `manifest.json` or `metrics.json`.
     """
@@ -113,16 +113,16 @@ def read_facts(values: Mapping[str, Any]) -> dict[str, Any]:
 def to_json(values: Mapping[str, Any], *, only: bool | None = None) -> dict[str, Any]:
     """Converts facts about a training to entries of `manifest.json` or `metrics.json`.
 
-    `values` is key -> value, as `read_facts` returns. Other keys are ignored. If `only` is True,
-    converts only facts that a later evaluation keeps. If it is False, converts only facts that a
-    later evaluation replaces. Returns key -> JSON value.
+    `values` is key -> value, as `read_facts` returns. Keys that are not in `FACTS` are ignored. If
+    `only` is True, converts only facts that a later evaluation keeps. If `only` is False, converts
+    only facts that a later evaluation replaces. Returns key -> JSON value.
     """
     chosen = (fact.key for fact in FACTS if values.get(fact.key) and only in (None, fact.is_kept))
     return {key: msgspec.to_builtins(values[key]) for key in chosen}
 
 
 def list_rows(values: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the facts in `metrics.json` as rows of a table, label -> text."""
+    """Returns facts in `metrics.json`, such as early stopping, as table rows: label -> text."""
     return {fact.label: text for fact in FACTS if (text := fact.text(values))}
 
 

@@ -71,7 +71,8 @@ def list_packages(extra: str) -> dict[str, str]:
         required = importlib.metadata.requires("vidjax") or []
     except importlib.metadata.PackageNotFoundError:
         raise AbsentError(
-            "unknown, because vidjax was not installed by pip: in a checkout, run pip install ."
+            "the needed packages are unknown, because vidjax was not installed by pip: in a "
+            "checkout, run pip install ."
         ) from None
     of_extra = re.compile(rf"([\w-]+)[^\w\[-].*extra == ['\"]{extra}['\"]")
     names = [found[1] for line in required if (found := of_extra.match(line))]
@@ -97,13 +98,13 @@ def _check_jax() -> dict[str, str]:
 
 
 def _check_confinement() -> str:
-    """Returns a text about the limits of processes that read files of strangers.
+    """Returns a text about the limits of processes that read untrusted files.
 
     If this system cannot enforce all limits, raises AbsentError.
     """
     if gaps := confinement.list_gaps():
         raise AbsentError(
-            f"a process that reads files of strangers could {', '.join(gaps)}\n"
+            f"a process that reads untrusted files could {', '.join(gaps)}\n"
             "to forbid it, use Linux 5.13 or later with Landlock, on x86-64 or 64-bit ARM"
         )
     return "a process that reads them uses no other files, connections or programs"

@@ -29,7 +29,7 @@ Lists = tuple[tuple[str, ...], TrainingSets]  # the identities and the training 
 
 
 class _Members(msgspec.Struct):
-    """The JSON value `members` of a checkpoint: the nets of an ensemble and their clips."""
+    """The JSON value `members` of a checkpoint: nets of an ensemble and their training clips."""
 
     members: tuple[Member, ...]
     clips: tuple[str, ...]
@@ -61,7 +61,10 @@ def read_lists(saved: checkpoint.Checkpoint) -> Lists:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"'{saved.folder}' is not usable: {reason}\n{REMEDY}") from error
     if not sets.trained.size or sets.trained.shape != (len(sets.members), len(sets.clips)):
-        raise CheckpointError(f"'{saved.folder}': a wrong number of members or clips\n{REMEDY}")
+        raise CheckpointError(
+            f"'{saved.folder}' is not usable: its lists of nets and training clips do not fit\n"
+            f"{REMEDY}"
+        )
     return identities, sets
 
 

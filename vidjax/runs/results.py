@@ -184,8 +184,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of `metrics.jsonl` or `timing.jsonl`. If there is no file, returns [].
 
     Damaged lines are skipped, because a run may still write the last line. If the file has more
-    than 20,000 lines, the result contains at most 20,000 evenly spaced lines, and the lines of the
-    first 20,000 evaluations.
+    than 20,000 lines, only some lines are returned: at most 20,000 evenly spaced lines, and also
+    the lines about the first 20,000 evaluations.
     """
     if not files.exists(path):
         return []

@@ -110,10 +110,10 @@ class RunFolder:
         return {name: self.metrics(self.paths(name)) for name in config_lib.list_splits(config)[1:]}
 
     def describe(self, config: Config, metrics: Mapping[str, Any]) -> dict[str, str]:
-        """Returns the results of an evaluation with `config` as rows of a table, label -> text.
+        """Returns the results of an evaluation as rows of a table, label -> text.
 
-        `metrics` is the content of `metrics.json`. The text of a row is "" if there is nothing to
-        say.
+        `config` is the configuration of the evaluation, and `metrics` is the content of
+        `metrics.json`. The text of a row is "" if there is nothing to say.
         """
         split, rows = config.eval.split, dict[str, str]()
         if "map" in metrics:
@@ -260,9 +260,8 @@ def describe_changes(old: Config, new: Config) -> str:
 def check_resumes(workdir: Path, old: Config, new: Config) -> None:
     """Raises UserError if the run in `workdir`, trained with `old`, cannot resume with `new`.
 
-    The field `init_from` names an earlier run, whose weights the training started with. If this
-    earlier run is missing, there is no error. If `new` names another folder for the earlier run,
-    the digests of its checkpoint must be unchanged.
+    The field `init_from` is the folder of an earlier run, whose weights the training started with.
+    In `new`, this field may be another folder if that folder contains the same checkpoint, or none.
     """
     from vidjax.runs import checkpoint  # it imports JAX
 

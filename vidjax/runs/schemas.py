@@ -141,10 +141,10 @@ class Manifest(Entries, Struct, kw_only=True):
 
 
 class Join(Struct, kw_only=True):
-    """The content of `join.json`: learned numbers that join the scores of R runs (a blend).
+    """The content of `join.json`: learned parameters that join the scores of R runs (a blend).
 
-    The clips of `splits` are divided into parts. The lists of numbers have an entry for each part.
-    The entry is learned from the other parts. The last entry is for clips of all other splits.
+    The clips of `splits` are divided into parts. Each list of parameters has an entry for each
+    part, which is learned from all other parts, and a last entry for the clips of other splits.
     """
 
     scale: list[list[NotNaN]]  # rows of R numbers, see `calibration.Calibration`

@@ -78,9 +78,9 @@ class Feed(abc.ABC):
         """Runs at most `count` training steps with one or more calls of the compiled loop.
 
         The lists `states` and `constants` have an entry for each group of members (nets) that train
-        together. Returns the new states, and the results of the last two calls, or of the only
-        call. The result of a call is a list with a LoopResult for each group. The results of
-        earlier calls are not returned, because they report no failed step.
+        together. Returns the new states, and the results of the last two calls of the loop, or of
+        the only call. The result of a call is a list with a LoopResult for each group. Only these
+        calls can have failed, because at most one call follows a failed call.
         """
 
 
@@ -88,9 +88,9 @@ class StreamingFeed(Feed):
     """Streams clips. The host reads the next batch while the devices train on the present batch.
 
     The host reads the result of a step after it has started the next step, so that no device waits
-    for the host. The devices store at most two batches. `waited` is an estimate. If a step ends
-    before the next batch is read, `waited` grows by the time of reading minus the time of the
-    fastest step.
+    for the host. The devices store at most two batches. If a step ends before the next batch is
+    read, the devices wait. The time of reading minus the time of the fastest step is then added to
+    `waited`, as an estimate.
     """
 
     mode = "streaming"

@@ -68,7 +68,7 @@ def load_state(
     state: TrainState,
     mesh: Mesh,
 ) -> tuple[TrainState, Source]:
-    """Copies the arrays of weights that fit from the run `source` to a new run.
+    """Copies weights of the run `source` to a new run, array by array, if the arrays fit.
 
     An array fits if it has the same path and, except for the axis of the classes, the same shape.
     Along this axis, an identity gets the values of the identity with the same name in `source`. All
@@ -107,9 +107,9 @@ def load_state(
     folder, step = source.folder.path, source.manifest["step"]
     if not num_matrices:
         raise UserError(
-            f"{FIELD}: no matrix of '{folder}' fits this run; none fits {rest[0]}, for example\n"
-            f"its modalities are {', '.join(source.task.modalities)}: choose the same "
-            "--config.modalities and sizes of the model"
+            f"{FIELD}: no matrix of the run '{folder}' fits the new run, for example as {rest[0]}\n"
+            f"the earlier run has the modalities {', '.join(source.task.modalities)}: choose the "
+            "same --config.modalities and sizes of the model"
         )
     known = int(np.sum(columns[0] > 0))
     text = f"{FIELD}: step {step:,} of '{folder}': {total - len(rest)} of {total} arrays are loaded"

@@ -1,4 +1,4 @@
-"""Trains the systems of a blend in a folder, and joins their scores (`config.join.systems`)."""
+"""Trains a blend: trains the systems `config.join.systems`, and joins their scores."""
 
 import time
 from collections.abc import Callable
@@ -30,10 +30,10 @@ def train_systems(
 
     The function `train` (`public.train_run`) trains each system twice: in folds, and on all clips.
     In folds, each clip is scored by nets that were not trained on the clip. These scores measure
-    the blend on `config.eval.split`. If the systems are not trained on this split, they measure the
-    blend on the last split of `config.data.train_splits`. The runs on all clips rank the other
-    splits that are evaluated. For `command` and `began`, see `public.train_run`. Returns the
-    metrics on `config.eval.split`, name -> value.
+    the blend on `config.eval.split`, or on the last split of `config.data.train_splits` if
+    `config.eval.split` is not a training split. The runs on all clips rank the other splits that
+    are evaluated. For `command` and `began`, see `public.train_run`. Returns the metrics on
+    `config.eval.split`, name -> value.
     """
     began = time.monotonic() if began is None else began
     asked, trained, known = config.eval.split, config.data.train_splits, data.report["splits"]

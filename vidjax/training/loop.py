@@ -39,8 +39,8 @@ FIRST_STEPS = (1, 2, 5, 10)
 def make_schedule(config: Config, plan: RunPlan) -> dict[str, frozenset[int]]:
     """Chooses the steps after which training writes its log, relabels distractors, and evaluates.
 
-    Distractors are clips of unknown people. Returns task (`log`, `relabel` or `evaluate`) ->
-    numbers of steps. Raises UserError if `config.profile` begins after the last step.
+    Distractors are clips of unknown people. Returns task (`log`, `relabel` or `evaluate`) -> set
+    of steps, such as {10, 20}. Raises UserError if `config.profile` begins after the last step.
     """
     total = plan.task.total_steps
 
@@ -99,7 +99,7 @@ def train(
 
 
 class TrainingLoop:
-    """Takes the training steps of a run. Between steps, logs, saves, relabels and evaluates."""
+    """Takes the training steps of a run. Between steps, does tasks such as an evaluation."""
 
     def __init__(
         self, run: "TrainingRun", schedule: Mapping[str, frozenset[int]],
@@ -107,8 +107,8 @@ class TrainingLoop:
     ):  # fmt: skip
         """Opens the logs and catches signals, such as Ctrl-C, until `stack` is closed.
 
-        `schedule` is task -> numbers of steps, see `make_schedule`. `log` gets each line of
-        `metrics.jsonl`.
+        `schedule` is task -> the steps after which the task is done, see `make_schedule`. `log`
+        gets each line of `metrics.jsonl`.
         """
         config, plan = run.config, run.plan
         self._run, self._schedule, self._total = run, schedule, plan.task.total_steps
@@ -180,7 +180,7 @@ class TrainingLoop:
             logged = logged | {f"{other.split.name}/{name}": value for name, value in found}
         self._logs.metrics(run.step, {"epoch": run.epoch, "split": first.split.name, **logged})
         line = ", ".join(f"{name} {value:.4f}" for name, value in logged.items())
-        say(f"step {run.step} of {self._total}: {line or 'ranked'}")
+        say(f"step {run.step} of {self._total}: {line or 'clips are ranked, without metrics'}")
         if "map" in scores:
             self._progress.keep_text(f"MAP {scores['map']:.4f}")
         run.check_progress(first)
@@ -216,7 +216,7 @@ class TrainingRun:
       config, workdir, plan, mesh: the arguments of `__init__`.
       step: the number of finished optimiser steps.
       is_evaluated: True if the restored checkpoint has been evaluated.
-      training_sets: the training clips of each member, also of the run `config.init_from`.
+      training_sets: the training clips of each member, including those of `config.init_from`.
       next_save: the time at which the next checkpoint is due, in seconds of `time.monotonic()`.
     """
 

@@ -1,13 +1,13 @@
-"""Noise classes: classes of distractors. Distractors are clips of unknown people.
+"""Noise classes are classes of distractors. Distractors are clips of unknown people.
 
 Each cluster of distractors is a class. Each identity also has a mirror class, for strangers who
 resemble the identity. A distractor in no cluster starts in a random mirror class. Every
 `noise.relabel_every_epochs` epochs, each of these distractors moves to the mirror class of the
 identity that the model predicts.
 
-Source: noise classes (5th place 2018). The article adds 8,652 to the column of an identity to get
-its mirror column. This is a misprint of 8,625, the sum of 4,934 identities and 3,691 clusters. The
-author's code also moves distractors in clusters.
+Source: noise classes (5th place 2018). In the author's code, distractors in clusters also move. The
+article gets the class number of a mirror by adding 8,652 to that of the identity. This is a
+misprint of 8,625, the sum of 4,934 identities and 3,691 clusters.
 """
 
 import numpy as np
@@ -73,15 +73,16 @@ def initial_labels(clusters: np.ndarray, layout: NoiseClassLayout, seed: int) ->
 def relabel(
     labels: np.ndarray, predicted: np.ndarray, layout: NoiseClassLayout, *, keep: str = "label"
 ) -> np.ndarray:
-    """Returns new labels of distractors in no cluster, [...] int.
+    """Returns new labels of distractors (clips of unknown people), [...] int.
 
     `labels` [...] int are the present classes of the distractors. `predicted` [...] int are the
-    classes that the model predicts. `keep` selects one of two rules:
+    classes that the model predicts. Each identity has a mirror class, for strangers who resemble
+    the identity. `keep` selects one of two rules:
     - `label`: if the label is a mirror class, and the prediction is an identity, the new label is
       the mirror class of this identity. All other labels stay.
     - `prediction`: if the prediction is an identity, the new label is the mirror class of this
-      identity. If the prediction is class 0, the label stays. Otherwise, the prediction is the new
-      label.
+      identity. If the prediction is class 0 ("other"), the label stays. Otherwise, the prediction
+      is the new label.
 
     Source: noise classes (5th place 2018): `label` from the article, `prediction` from the code.
     """

@@ -149,5 +149,5 @@ def agree_on_placement(
         reason = "because they do not fit into the memory"
         if mode != "auto":
             reason = "as before" if given == "auto" else f"because config.data.mode is {mode}"
-        say(f"each epoch reads the clips again, {reason}")
+        say(f"clips do not stay on the device, {reason}; each epoch reads the clips again")
     return chosen, size, compile_once(chosen, size)[0]

@@ -1,4 +1,4 @@
-"""Plans a run: checks the data, and chooses the clips, labels and weights of each member."""
+"""Plans a run: checks the data, and chooses clips, labels and weights for each net."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -76,8 +76,8 @@ def explain_no_identity(config: Config) -> str:
 def make_plan(config: Config, data: Dataset) -> RunPlan:
     """Checks the configuration and the data, and decides what each step of a run does.
 
-    Features are read only if noise classes, `data.whole_epochs` or the model need them. Raises
-    UserError if the run cannot be trained.
+    Features are read only if `data.distractors` is `noise`, or if `data.whole_epochs` or the model
+    needs features. Raises UserError if the run cannot be trained.
     """
     check_model(config)
     modalities = select_modalities(config.modalities, data.modalities)
@@ -129,7 +129,10 @@ def make_plan(config: Config, data: Dataset) -> RunPlan:
 
 
 def count_steps(config: Config, num_places: int) -> int:
-    """Returns the steps, a multiple of `optim.accumulate`. An epoch has `num_places` clips."""
+    """Returns how many steps a run has, given the number of rows in the batches of an epoch.
+
+    The result is a multiple of `optim.accumulate`.
+    """
     every = config.optim.accumulate
     return math.ceil(config.num_epochs * num_places / (config.batch_size * every)) * every
 
@@ -268,10 +271,10 @@ def compute_values(
 
 
 def make_relabel(config: Config, plan: RunPlan, mesh: Mesh) -> Relabel:
-    """Returns a function that predicts new labels of the distractors that are in no cluster.
+    """Returns a function that predicts new classes of distractors, clips of unknown people.
 
     The arguments of the function are the state of all E members and the source of the clips. The
-    function returns the new labels of all training clips, [E, N] int32, see
+    function returns the labels of all training clips, [E, N] int32. For the new classes, see
     `noise_classes.relabel`. All processes of the run must call the function together.
     """
     classes, system = plan.task.layout, plan.system
@@ -352,7 +355,7 @@ def warn_of_untrained_people(split: Split, labels: np.ndarray) -> None:
 def describe_repeated_clips(config: Config, plan: RunPlan) -> str | None:
     """Returns a note if a batch is larger than the number of training clips, otherwise None.
 
-    A model in closed form gets no note, because more steps do not change the model.
+    For a model in closed form, returns None, because the size of batches does not change the model.
     """
     most, is_whole = plan.batches.num_clips, plan.batches.epoch_clips is not None
     if config.batch_size <= most or MODELS[config.model.name].is_closed_form:

@@ -462,8 +462,8 @@ def restore(
 ) -> "Predictor | JointPredictor":
     """Loads the model of a trained run, to use it on new clips.
 
-    The result has the methods `rank`, `identify` and `scores`, which take clips. If the folder
-    contains no blend of runs, the result also has the method `embed`.
+    The result has the methods `rank`, `identify` and `scores`, which take clips. The result also
+    has the method `embed`, except for a blend (several runs whose scores are joined).
 
     Args:
       workdir: the folder of a run.

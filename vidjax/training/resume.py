@@ -52,10 +52,10 @@ def start(
 ) -> tuple[train_step.TrainState, ensemble.TrainingSets, dict[str, Any], dict[str, Any]]:
     """Restores the newest intact checkpoint of a run. Without one, makes the state of step 0.
 
-    Returns four values: the state of all members (nets); the training clips of each member, with
-    the clips of the run `config.init_from`; the content of `manifest.json` of the restored
-    checkpoint, or {}; and facts about the training, key -> value (see `facts.FACTS`). Raises
-    CheckpointError or UserError if the run cannot resume.
+    Returns four values: the state of all members (nets); the training clips of each member,
+    including the training clips of the run `config.init_from`; the content of `manifest.json` of
+    the restored checkpoint, or {}; and facts about the training, key -> value (see `facts.FACTS`).
+    Raises CheckpointError or UserError if the run cannot resume.
     """
     system, sets = plan.system, plan.training_sets
 
@@ -75,8 +75,9 @@ def start(
         split = data.split(config.eval.split)
         if ensemble.choose_scoring_members(sets, split.clips)[1]:
             warn(
-                f"the run config.init_from was trained on clips of {split.name}, so MAP is too "
-                "high\nto measure MAP, choose another split: --config.eval.split=SPLIT"
+                "config.init_from: the loaded weights were trained on clips of the split "
+                f"{split.name}, so the MAP on {split.name} is too high\n"
+                "to measure MAP, choose another split: --config.eval.split=SPLIT"
             )
         known: dict[str, Any] = {}
 
@@ -99,8 +100,8 @@ def start(
     if own != (now := members_file.make_lists(data.identities, sets)):
         same = own["identities"] == now["identities"]
         raise CheckpointError(
-            f"'{workdir}' was trained with other {'clips or members' if same else 'identities'}"
-            "\nuse another folder, --workdir=FOLDER, or the data of the earlier training"
+            f"'{workdir}' was trained with other {'clips or nets' if same else 'identities'} than "
+            "now\nuse another folder, --workdir=FOLDER, or the data of the earlier training"
         )
     shapes = train_step.convert_to_items(jax.eval_shape(init))
     items = checkpoint.load(newest, shapes, devices.replicated_layout(mesh))
@@ -112,10 +113,10 @@ def start(
 
 
 def continue_facts(manifest: Mapping[str, Any], num_epochs: float) -> dict[str, Any]:
-    """Returns the facts about a run that resumes with `num_epochs`, key -> value.
+    """Returns facts, such as `extended`, about a run that resumes with `num_epochs`: key -> value.
 
     `manifest` is the content of `manifest.json` of the checkpoint from which the run resumes. For
-    the keys, see `facts.FACTS`.
+    all keys, see `facts.FACTS`.
     """
     known = facts.read_facts(manifest)
     if epochs := list_epochs(manifest, num_epochs):
@@ -149,7 +150,7 @@ def report_changes(old: Config, config: Config, plan: RunPlan, manifest: Mapping
     step = manifest["step"]
     for name, (before, now) in differences(old, config).items():
         if affects(name) & ROUNDING:
-            say(f"config.{name} changes from {before} to {now}: later steps are rounded otherwise")
+            say(f"config.{name} changes from {before} to {now}: results differ only by rounding")
     if config.num_epochs == old.num_epochs or plan.system.model.is_closed_form:
         return
     _, earlier = optim.make_optimizer(

@@ -56,7 +56,7 @@ def _check_run(config: Config, workdir: Path) -> str:
 
 
 def check_data(config: Config) -> str:
-    """Checks a configuration, its code and its data. Returns the numbers of clips as text.
+    """Checks a configuration, its model and its data. Returns the numbers of clips as text.
 
     Raises UserError if training with the configuration would fail.
     """

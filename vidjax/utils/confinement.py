@@ -251,9 +251,10 @@ def _make_filter(machine: str) -> list[Step]:
 
 
 def _compare(values: Sequence[int], found: Step, other: Step) -> list[Step]:
-    """Returns steps of a filter that compare the loaded number with `values`.
+    """Returns the end of a filter of system calls. It compares an argument of a call with `values`.
 
-    If the number is one of `values`, the filter ends with the step `found`, otherwise with `other`.
+    An earlier step of the filter has loaded the argument. If the argument is one of `values`, the
+    filter ends with the step `found`, otherwise with `other`.
     """
     numbered = enumerate(reversed(values), 1)
     checks = [(IF_EQUAL, left, 0, value) for left, value in numbered]

@@ -1,4 +1,4 @@
-"""Writes texts for the user: numbers with nouns, lists of names, columns, results and problems.
+"""Formats and prints texts for the user, such as tables, lists of names, results and errors.
 
 When a text is printed, control characters are escaped.
 """
@@ -29,9 +29,9 @@ _PLAIN = string.ascii_letters + string.digits + " /._-"  # never part of a code 
 class Result(NamedTuple):
     """What a command prints at its end: a table with a summary, or JSON.
 
-    The heading of the summary is the name of the command. The summary has a line for each item of
-    `texts`. If the field `text` is empty, the summary also has a line for each value of `facts`
-    that is a string, a path or a number.
+    The heading of the summary is the name of the command. The lines of the summary are the strings,
+    paths and numbers in `facts`, and the items of `texts`. If there is a `text`, it is printed
+    instead of the `facts`.
     """
 
     facts: Mapping[str, Any]  # name -> value, the JSON object that `--json` prints
@@ -227,9 +227,9 @@ def align_columns(
 def describe_failed(failed: Mapping[str, str]) -> dict[str, str]:
     """Returns lines of a summary, label -> text, about files that were not used.
 
-    `failed` is path of a file -> what the user can do, or "". The labels of the result are
-    `not used` and `missing` (numbers and names of files that exist, or do not exist), and `remedy`.
-    If the remedies differ, up to three are shown, each with the name of a file.
+    `failed` is path of a file -> what the user can do, or "". The line `missing` counts and names
+    the files that do not exist, the line `not used` the other files. The line `remedy` says what
+    the user can do. If the remedies differ, up to three are shown, each with the name of a file.
     """
     if not failed:
         return {}

@@ -1,4 +1,4 @@
-"""Checks names of clips and people, and escapes text from strangers in messages."""
+"""Checks names of clips and people, and escapes text of untrusted files for messages."""
 
 import re
 import sys
@@ -42,8 +42,8 @@ def show(text: str | bytes) -> str:
 def check_name(name: str, kind: str = "clip name") -> str:
     """Returns a name unchanged, if it can be written to text files and HTML pages.
 
-    If the name is blank, has control characters, or is not valid Unicode, raises UserError. The
-    message calls the name `kind`, such as "identity".
+    If the name is blank, has control characters, or is not valid Unicode, raises UserError. `kind`
+    says in the message what the name is, such as "identity".
     """
     if not name.strip():
         raise UserError(f"{kind} '{show(name)}' is empty: give it a name")
@@ -103,7 +103,7 @@ def is_unknown(name: str) -> bool:
 
 
 def is_reserved(name: str) -> bool:
-    """Returns True if users must not give a name: `ignored`, `unknown`, `unknown 3` and so on."""
+    """Returns True if users must not give this name to a person, such as `ignored`, `unknown 3`."""
     return is_unknown(name) or name.casefold() == IGNORED
 
 

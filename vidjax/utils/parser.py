@@ -194,9 +194,9 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Takes the words that override configuration fields out of the words of a command line.
+    """Splits the words of a command line into overrides of configuration fields and other words.
 
-    Returns two lists: all other words, and the overrides, such as `--config.seed=1`. The two words
+    Returns two lists: the other words, and the overrides, such as `--config.seed=1`. The two words
     `--config.seed 1` become the single word `--config.seed=1`.
     """
     flags, overrides = [], []

@@ -1,4 +1,4 @@
-"""Runs functions in child processes with limits, so that they can read files from strangers.
+"""Runs functions in child processes with limits, so that they can read untrusted files.
 
 A child process runs a module of vidjax that ends with `processes.serve(work)`. `run_limited` starts
 the module, and returns the result of its function `work`. Arguments and result are JSON values.
@@ -7,8 +7,8 @@ each written file. The child can use only files that it needs, and no connection
 `confinement`. The child gets only environment variables that it needs.
 
 A hostile file may take over the child, and then chooses the result. So a caller names the class of
-the result, and reads files that the child has written in a `with` block of `doubt`. If a caller
-knows a fact, it does not ask the child for the fact.
+the result. If the child has written files, the caller reads these files in a block of `doubt`,
+where errors become a UserError. If a caller knows a fact, it does not ask the child for the fact.
 
 Process pools of Python are not used, because their processes import the user's program. A program
 without `if __name__ == "__main__"` would then run again.
@@ -308,7 +308,7 @@ def run_limited_each(
     writes: Sequence[Path] = (),
     children: Children | None = None,
 ) -> list[Result | UserError]:
-    """Calls the function `work` of a module several times in one child process.
+    """Calls the function `work` of a module several times, if possible in one child process.
 
     Args:
       module: the name of a module that ends with `processes.serve(work)`.
@@ -324,8 +324,8 @@ def run_limited_each(
 
     Returns the result or the error of each call.
 
-    If a process exceeds a limit or crashes, a new process starts with the unfinished call. If a
-    process does not finish its first call, this call gets an error.
+    If the child exceeds a limit or crashes, a new child repeats the unfinished call and does the
+    remaining calls. A call that was the first of its child is not repeated, but gets an error.
     """
     answers: list[Result | UserError] = []
     children = children or Children()

@@ -117,9 +117,10 @@ class Progress:
         )  # fmt: skip
 
     def keep_text(self, text: str) -> None:
-        """Stores a text, such as the MAP of an evaluation, to display after the text of `advance`.
+        """Stores a text, such as the MAP of an evaluation, to display next to the progress.
 
-        The text appears at the next `advance`, and stays until the next call of this method.
+        Each later call of `advance` displays the stored text after the text that `advance` gets.
+        The next call of `keep_text` replaces the stored text.
         """
         self._kept = text
 

@@ -257,8 +257,8 @@ def read_npz(path: Path, limit: int = ARCHIVE_BYTES) -> "dict[str, np.ndarray]":
 def load_npz(file: io.FileIO | io.BytesIO, limit: int, least: int = 1) -> "dict[str, np.ndarray]":
     """Reads an open `.npz` file, and returns name -> array.
 
-    Raises UserError if the arrays need more than `limit` bytes of memory. Each number counts as at
-    least `least` bytes. A caller that will convert the numbers to float32 passes 4.
+    Raises UserError if the arrays need more than `limit` bytes of memory. A caller that converts
+    the numbers to float32 passes `least` = 4. Then a number counts as at least 4 bytes.
     """
     import numpy as np
 

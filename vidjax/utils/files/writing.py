@@ -72,10 +72,10 @@ def remove_tree(folder: Path) -> None:
 def remove_ours(folder: Path, ours: str) -> bool:
     """Removes the files of vidjax in a folder, and then the folder if it is empty.
 
-    `ours` is a regular expression that matches the whole names of these files. Temporary files,
-    which killed processes have left for these names, are removed, too. If a file is a link, only
-    the link is removed. If `folder` is a link, nothing is removed. Returns True if the folder does
-    not exist afterwards.
+    `ours` is a regular expression that matches the whole names of these files. Also removes
+    unfinished versions of these files, left by processes that were killed. If a file is a link,
+    only the link is removed. If `folder` is a link, nothing is removed. Returns True if the folder
+    does not exist afterwards.
     """
     if not os.path.lexists(folder):
         return True
@@ -283,8 +283,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yields a new folder to fill, and renames the new folder to `folder` at the end.
 
     Missing parents of `folder` are made. After an error, the new folder and these parents are
-    removed. Unfinished folders that killed processes have left are removed, too. If another process
-    makes `folder` in the meantime, raises UserError.
+    removed. Also removes unfinished versions of `folder`, left by processes that were killed. If
+    another process makes `folder` in the meantime, raises UserError.
     """
     # The name has random digits, so that a child of a killed process cannot write into this folder.
     partial = folder.with_name(f"{folder.name}.{os.urandom(4).hex()}.partial")
@@ -309,7 +309,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def remove_partials(folder: Path, ours: str) -> None:
-    """Removes the unfinished files and folders in `folder` that killed processes have left.
+    """Removes unfinished files and folders in `folder`, left by processes that were killed.
 
     `ours` is a regular expression that matches the whole names of the finished files and folders.
     """
