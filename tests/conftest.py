@@ -53,7 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 LONG_FILES = {
     "test_adding.py", "test_blend.py", "test_distributed.py", "test_run_data.py",
     "test_export.py", "test_gallery_commands.py", "test_joint.py", "test_kill.py",
-    "test_notebooks.py", "test_readme.py", "test_train.py",
+    "test_notebooks.py", "test_readme.py", "test_serve.py", "test_train.py",
 }  # fmt: skip
 
 
