@@ -47,10 +47,9 @@ class TableTask:
     joined = False  # True if `join_rankings` joins the results of all tables
 
     def __init__(self, open_trained: Callable[..., Any], *args: str, **options: float | None):
-        """Opens a trained model or a gallery of people with `open_trained(*args)`.
+        """Opens a model or a gallery with `open_trained(*args)`, such as `vidjax.restore(run)`.
 
-        An example of `open_trained` is `vidjax.restore`. `options` are keyword arguments for the
-        method of the model or gallery that makes the results, for example `rank`.
+        `Rank` passes `options` to the method `rank`, and `Identify` to the method `identify`.
         """
         self.trained, self.options = open_trained(*args), options
 
@@ -65,9 +64,9 @@ class TableTask:
         return tables.to_arrow(self.columns({"none": {}})).slice(0, 0)  # no rows, same columns
 
     def __call__(self, batch: Mapping[str, Iterable[str]]) -> "pyarrow.Table":
-        """Returns the results of several tables, one after the other.
+        """Returns one table with the results for the clips of several parquet tables.
 
-        `batch["path"]` contains the paths of the tables. Ray Data makes such batches.
+        `batch["path"]` contains the paths of the parquet tables. Ray Data makes such batches.
         """
         import pyarrow
 

@@ -248,10 +248,9 @@ def read(path: Path) -> Card:
 
 
 def replace_back_end(card: Card, back_end: BackEnd) -> None:
-    """Writes new statistics, `back_end`, into the JSON file (card) of a net.
+    """Writes the new statistics `back_end` into the JSON file of the net that `card` describes.
 
-    Galleries and features recognise the net by `card.digest`. The sha256 of the file changes, so
-    `card.digest` is stored in `back_end.card`, from which `read` takes it.
+    Galleries and features still know the net: `read` returns the same `Card.digest` as before.
     """
     back_end.card = card.digest
     names = (field.name for field in msgspec.structs.fields(Written))

@@ -1,9 +1,10 @@
 """Reads what users said about faces in results of version 0.1.0 of `vidjax who`.
 
-Later versions write this into a log, see `said`. Version 0.1.0 stored in the gallery which person a
-face shows, and which person it does not show. The entries `films`, `fixed` and `apart` of
-`unknown.json` contain what users said about ignored faces and unknown people. A folder `earlier`
-contains JSON files of films that must be read again with other nets.
+Later versions have a log, see `said`. Version 0.1.0 stored what users said in two places:
+
+    the gallery     which person a face shows, or does not show
+    unknown.json    `films`: the number of the unknown person of each face; 0 if it is ignored
+                    `fixed`: numbers that never change; `apart`: pairs of different people
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from vidjax.utils.groups import group_by_key
 if TYPE_CHECKING:
     from vidjax.apps.gallery.store import State
 
-EARLIER = "earlier"
+EARLIER = "earlier"  # a folder with JSON files of films whose features other nets must compute
 T = TypeVar("T")
 
 
@@ -91,10 +92,10 @@ def number_faces(out: Path) -> tuple[list[str], dict[Face, int], int]:
 
 @contextlib.contextmanager
 def log_acts(out: Path, acts: Sequence[Act], gallery: "State") -> Iterator[None]:
-    """Writes `acts`, changes of names in a gallery, into the log of the folder of results `out`.
+    """Writes changes of names, `acts`, into the log of the folder of results `out`.
 
-    The `with` block makes the same changes in the gallery. If the block raises an error, a line
-    that undoes `acts` is added to the log. If `out` is not a folder of results, nothing is written.
+    The caller changes the gallery inside the `with` block. If the block raises an error, a new line
+    of the log undoes `acts`. If `out` is not a folder of results, nothing is written.
     `gallery` is the content of the gallery before the changes.
     """
     if acts and not said.has_log(out) and read_numbers(out):
@@ -164,10 +165,9 @@ def _list_photos(
 
 
 def _list_numbers(results: _Results, content: Mapping[str, Any]) -> Iterator[Line]:
-    """Yields lines for the log, see `said`, from `content`, the content of `unknown.json`.
+    """Yields what users said about ignored faces and unknown people, as lines of a log.
 
-    The lines say that a face is ignored, that a face shows an unknown person whose number stays
-    the same, or that two faces show different people.
+    `content` is the JSON object in `unknown.json`.
     """
     located: Iterator[tuple[SeenClip, int]] = results.locate(content.get("films", {}))
     faces_of = group_by_key((number, x) for x, number in located)
@@ -182,10 +182,10 @@ def _list_numbers(results: _Results, content: Mapping[str, Any]) -> Iterator[Lin
 
 
 def move_descriptions(out: Path) -> None:
-    """Moves JSON files of films and photos from folders `earlier` to folders `videos`.
+    """Moves the JSON files of films and photos from folders `earlier` to folders `videos`.
 
-    In version 0.1.0, a JSON file in `earlier` meant that other nets must read the film again. `out`
-    is a folder of results. If a file also exists in `videos`, the file in `earlier` is deleted.
+    `out` is a folder of results. Only version 0.1.0 of `vidjax who` used folders `earlier`. If
+    `videos` already contains a file of the same name, the file in `earlier` is deleted.
     """
     for folder in (out / FEATURES, *locate_people(out).values()):
         for path in (folder / EARLIER).glob("*.json"):

@@ -12,8 +12,8 @@ between two cuts. A track is all faces of one person in a shot. Each track is a 
 `STEM.f01`, `STEM.f02` and so on. `vidjax.data.arrays` reads the clips.
 
 `videos/STEM.json` is written last. If it is missing, the extraction was interrupted, and the next
-call extracts the video again. If only `STEM.npz` is missing, the nets have changed, and the video
-was not yet read again.
+call extracts the video again. When the nets change, all files `STEM.npz` are deleted. Each stays
+missing until its video is extracted again.
 """
 
 import contextlib
@@ -127,7 +127,7 @@ class FileStamp(Struct, kw_only=True, frozen=True):
 
     @classmethod
     def of(cls, path: Path, sidecars: Sequence[Path] = ()) -> "FileStamp":
-        """Makes the stamp of the file `path`. `sidecars` are files with face tags of this photo."""
+        """Reads the properties of a file, and of `sidecars`, the files with a photo's face tags."""
         info, real = path.stat(), os.fsencode(os.path.realpath(path))
         stats = [sidecar.stat() for sidecar in sidecars]
         return cls(
@@ -298,10 +298,10 @@ def describe_media_files(out: Path) -> dict[str, MediaFile]:
 
 
 def find_unread(out: Path) -> dict[str, MediaFile]:
-    """Finds films and photos that have a JSON file in the folder `out`, but no features.
+    """Finds films and photos whose features were deleted when the nets changed.
 
-    The nets have changed, and the new nets must compute the features. Returns stem -> content of
-    the JSON file, where the stem is the name of the film or photo without its ending.
+    Returns stem -> content of the JSON file, for files in the folder `out`. The stem is the name of
+    the film or photo without its ending.
     """
     stems = [path.stem for path in (out / VIDEOS).glob("*.json")]
     unread = (stem for stem in sorted(stems) if not has_features(out, stem))

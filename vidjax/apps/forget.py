@@ -77,10 +77,10 @@ class Survey(NamedTuple):
         return sorted(folder for folder, found in self.kind_of.items() if found == kind)
 
     def find_whole(self, path: Path) -> Path | None:
-        """Returns the folder that `vidjax forget` lists instead of `path`, such as a training run.
+        """Finds the folder of a kind in REMEDIES, such as a training run, that contains `path`.
 
-        Only kinds of folders in REMEDIES are listed in this way. The result is `path`, or the
-        nearest such folder that contains `path`. Returns None if `path` itself must be listed.
+        `vidjax forget` reports the found folder instead of each file in it. The result may be
+        `path`. It is None if there is no such folder.
         """
         return next((x for x in (path, *path.parents) if self.kind_of.get(x) in REMEDIES), None)
 
@@ -162,14 +162,14 @@ def _open_galleries(folders: Iterable[Path], found: list[Place]) -> Iterator[Gal
 def _search_galleries(
     galleries: Iterable[Gallery], people: Collection[str], asked: Collection[str], *, delete: bool
 ) -> tuple[list[Place], set[str], list[np.ndarray]]:
-    """Finds the clips of `people`, the clips with the names `asked`, and copies of all these clips.
+    """Finds clips of `people`, clips with the names `asked`, and copies, see `_find_copies`.
 
-    If `delete` is True, the found clips are deleted. Doubtful clips are only listed. Another clip
-    is doubtful if a found clip has the same name or vector, or if a name in `people` is part of the
-    clip's name.
+    If `delete` is True, the found clips are deleted. Three kinds of other clips are only reported:
+    clips of another person with the vector of a found clip, clips with the name of a found clip,
+    and clips whose name contains a name in `people`.
 
-    Returns three values: reports, `Place`, about the found and the doubtful clips of each gallery;
-    the names of the found clips; and the vectors of the found clips, arrays [D] float32.
+    Returns three values: reports about galleries; the names of the found clips; and the vectors of
+    the found clips, arrays [D] float32.
     """
     clips = [clip for gallery in galleries for clip in _list_clips(gallery)]
     own = {x for x in clips if x.identity in people or normal_form(x.name) in asked}
@@ -207,20 +207,16 @@ def _by_gallery(clips: Iterable[Clip]) -> list[tuple[Gallery, list[Clip]]]:
 def _find_copies(
     clips: Iterable[Clip], own: set[Clip], people: Iterable[str]
 ) -> tuple[set[Clip], set[Clip], set[bytes]]:
-    """Finds clips of strangers and of other people that have the same vectors as a clip in `own`.
+    """Finds clips with the same vectors as a clip in `own`, the clips of the searched people.
 
-    `own` are the clips of the searched `people`. Vectors must be equal in each modality, such as
-    face, that both clips have. Copies of a copy are found, too: they may be equal only in a
-    modality that the clip in `own` lacks.
+    Two clips have the same vectors if the vectors are equal in each modality, such as face, that
+    both clips have. Returns three values:
 
-    Returns three values:
-
-    - The copies: clips of strangers, and clips of a person whose name is another spelling of a name
-      in `people`. A gallery with a clip in `own` knows the person's name, so any other spelling in
-      this gallery is another person.
-    - The doubtful clips: clips of other people. They are not deleted, because either person may
-      have the wrong clip.
-    - The vectors of the copies and of `own`. A vector that more than MOST_COPIES clips of a gallery
+    - The copies: clips of strangers and, in galleries without a clip in `own`, clips of a person
+      whose name is another spelling of a name in `people`.
+    - The doubtful clips: other clips with the same vectors. They belong to other people, and either
+      person may have the wrong clip.
+    - The vectors of `own` and of the copies. A vector that more than MOST_COPIES clips of a gallery
       have identifies nobody, and is left out.
     """
     holders = group_by_key((vector, clip) for clip in clips for vector in clip.vectors.items())
@@ -242,7 +238,7 @@ def _find_copies(
         vectors.update(mine.values())
         copies |= new
         doubtful |= alike - new
-        left += new
+        left += new  # their copies may have modalities that the clip in `own` lacks
     return copies, doubtful, vectors
 
 
@@ -277,21 +273,21 @@ def _report_gallery(gallery: Gallery, clips: Collection[Clip], *, delete: bool) 
 
 
 def list_clear_names(clips: Iterable[str]) -> set[str]:
-    """Selects the names of clips that files are searched for; removes the ending `.mp4`.
+    """Selects the names that can be searched in files; removes the ending `.mp4`.
 
-    Numbers and short names, such as `a`, are left out, because they occur in nearly every file.
-    The search finds such clips by person and vector.
+    `clips` are names of clips. Numbers and short names, such as `a`, are left out, because they
+    occur in nearly every file.
     """
     bare = map(names_lib.strip_ending, clips)
     return {name for name in bare if len(name) >= MIN_LETTERS and not name.isdigit()}
 
 
 def _search_files(survey: Survey, traces: Traces, *, delete: bool) -> Iterator[Place]:
-    """Searches the files of `survey`; yields a `Place` for each file that contains one of `traces`.
+    """Searches the files of `survey` for `traces`, the searched names and vectors.
 
-    `traces` are the searched names and vectors. If a file is in a folder of a kind in REMEDIES,
-    such as a training run, the folder is listed instead. If `delete` is True, converted datasets
-    and unfinished files that contain a trace are deleted.
+    Yields a `Place` for each file that contains a trace. If the file is in a folder of a kind in
+    REMEDIES, such as a training run, yields the folder instead. If `delete` is True, deletes
+    converted datasets and unfinished files that contain a trace.
     """
     seen = set[Path | None]()  # listed folders, and files of the same film or photo
     for path in survey.paths:

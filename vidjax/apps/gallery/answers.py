@@ -103,14 +103,14 @@ NOBODY = Answer(None, 0.0, -math.inf, ())
 
 
 def join_answers(vote: Answer, own: Sequence[Answer]) -> list[Answer]:
-    """Returns the answers for the clips of a group, whose clips probably show one person.
+    """Returns an answer for each clip of a group. The group probably shows one person.
 
-    The answer for a clip follows from the first of these rules that applies:
+    Let P be the person in `vote`. The first line that applies gives the answer for a clip:
 
-    - If `vote` has no name, the answer is `vote`.
-    - If no answer in `own` has the name of `vote`, it is the clip's answer in `own`.
-    - If the clip's answer in `own` gives this name a probability below 0.1, it is that answer.
-    - Otherwise, it is `vote`, with the lower one of the two probabilities of the name.
+        `vote` has no person                       `vote`
+        no answer in `own` has the person P        the answer for the clip in `own`
+        the clip's probability of P is below 0.1   the answer for the clip in `own`
+        otherwise                                  `vote`, with the clip's probability if lower
 
     Args:
       vote: the answer for all clips of the group together.
@@ -480,11 +480,11 @@ def rank(
 def _sum_others(scores: np.ndarray) -> np.ndarray:
     """For each of N people, returns the log-probability that a clip shows another enrolled person.
 
-    `scores` are the log-probabilities of the people. They and the result are [Q, N] for Q clips.
-    The result is exact for the most probable person of a clip. For any other person, it is a lower
-    limit, the highest score of the clip, which is enough for `NamingRule.names` to deny the name.
+    `scores` [Q, N] are the log-probabilities of the people for Q clips. The result [Q, N] is exact
+    only for the most probable person of a clip. For all other people, it is the highest score.
     """
-    # Only the most probable person can have a higher probability than all others together.
+    # Only the most probable person can be more probable than all others together. So for another
+    # person, a lower limit is enough for `NamingRule.names` to deny the name.
     others = np.repeat(scores.max(axis=1, keepdims=True), scores.shape[1], axis=1)
     for row, best in enumerate(scores.argmax(axis=1).tolist()):
         others[row, best] = index_lib.sum_others(scores[row], best)
@@ -520,7 +520,7 @@ def count_unknown(groups: Iterable[str]) -> tuple[int, int, str]:
 
 
 def rank_group(group: str) -> tuple[bool, int]:
-    """Returns a key to sort names of groups by number, with names such as `unknown face 3` last."""
+    """Returns a key that sorts names of groups: `unknown 2`, `unknown 10`, `unknown face 1`."""
     return group.startswith(FACE), parse_group_number(group)
 
 

@@ -1,11 +1,11 @@
 """The parameters with which a gallery computes how probably a clip shows each enrolled person.
 
 These parameters are called the back end. A clip has a vector for each of M modalities, such as face
-or audio. The vector of a missing modality is 0. If a run that is not PLDA computes the vectors, the
-only modality is `embedding`. The vectors of a modality are compared in one of two ways:
+or audio. The vector of a missing modality is 0. Vectors are compared in one of two ways:
 
-- PLDA: `fit` learns the parameters from labelled clips.
-- Distances: a card, the JSON file that describes an embedding net, contains the parameters.
+- Vectors from a training run, by PLDA: `fit` learns the parameters from labelled clips. If the
+  model of the run is not PLDA, the run has a single modality, `embedding`.
+- Vectors from embedding nets, by distances: the JSON file of a net contains the parameters.
 
 A clip is compared with all people in float32, and again with the most probable people in float64.
 So the rounding errors, which depend on the order of people and clips, change an answer by at most
@@ -46,7 +46,7 @@ class Part(NamedTuple):
 
     @property
     def may_be_offscreen(self) -> bool:
-        """True for voices compared by distances. Their scores allow for a speaker off screen."""
+        """True for voices from a net: log ratios are limited, as the speaker may be off screen."""
         return self.distances is not None and self.name == "audio"
 
     def coordinates(self, x: np.ndarray) -> np.ndarray:
@@ -180,9 +180,9 @@ def fit(
     Args:
       vectors: modality -> unit vectors [N, D] float32.
       labels: [N] int, the person of each clip, from 1.
-      enrolled: modality -> [N, D] float32. To fit `settings`, people are enrolled with some of
-        these rows, and compared with rows of `vectors`. Row n belongs to the person of clip n. It
-        may be the mean of the person's clips in a film. Default: `vectors`.
+      enrolled: like `vectors`, but row n may be the mean of several clips of the person of clip n.
+        To fit `settings`, people are enrolled with rows of `enrolled`, and compared with rows of
+        `vectors`. Default: `vectors`.
       centred: True if the run has already subtracted a centre from the vectors.
       settings: the settings of PLDA. By default, they are fitted, too, and the variance of a
         person's clips gets a lower limit, see `two_covariance.covariances`.
@@ -216,12 +216,11 @@ def fit(
 
 
 def measure_shared(vectors: Mapping[str, np.ndarray], labels: np.ndarray) -> float:
-    """Measures whether the clips of a person are more alike than usual, like photos of one day.
+    """Measures how alike the clips of a person are; returns a value from 0 to 1.
 
-    Returns the missing share of the usual variance: 0 if the clips of a person vary as usual, and
-    near 1 if they hardly vary. The smallest share of all modalities is returned, see
-    `Covariances.shared`. `vectors` are modality -> unit vectors [N, D], and `labels` [N] int the
-    person of each clip, from 1.
+    The value is 0 if the clips of a person vary as usual, and near 1 if they hardly vary, as in
+    photos of one day. The lowest value of all modalities is returned. `vectors` are modality ->
+    unit vectors [N, D], and `labels` [N] int the person of each clip, from 1.
     """
     shared = []
     for x in vectors.values():
@@ -266,11 +265,10 @@ def compare_equal(old: Backend, new: Backend) -> bool:
 def _sum_clips(
     part: Part, x: np.ndarray, owner: np.ndarray, film: np.ndarray | None, exact: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Counts and adds up the clips of each of P people, in one modality.
+    """Returns the number n [P] of each person's clips, and n times the mean unit vector, [P, D].
 
-    Returns n [P], the number of clips of each person, and [P, D], n times the mean unit vector of
-    these clips. With PLDA, n is smaller if the clips are similar, except where `exact` [P] is True.
-    `x` [N, D] are the vectors of the clips. For `owner` and `film`, see `Backend.enrol`.
+    `x` [N, D] are the vectors of the clips in a modality. PLDA counts similar clips as fewer clips,
+    except for people whose `exact` [P] is True. For `owner` and `film`, see `Backend.enrol`.
     """
     count, total = sum_by_owner(unit(part, x), owner, len(exact))
     if part.space is None:
@@ -301,7 +299,7 @@ def sum_by_owner(units: np.ndarray, owner: np.ndarray, num: int) -> tuple[np.nda
 def unit(part: Part, x: np.ndarray) -> np.ndarray:
     """Subtracts `part.centre` from vectors x [N, D]; scales the results to unit length, in float64.
 
-    The vector 0 stays 0.
+    If a row of x is 0 (a missing modality), its result is 0.
     """
     return two_covariance.unit_vectors_from(part.centre, np.asarray(x, np.float64))
 

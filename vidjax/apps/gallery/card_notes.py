@@ -52,7 +52,7 @@ def read_cards(models: str | Path) -> "tuple[VectorOrigin, dict[str, BackEnd]]":
     back_ends = {part: card.back_end for part, card in usable.items() if card.back_end}
     if not back_ends:
         raise UserError(
-            f"'{path}' needs a net for embeddings, and `back_end` in the JSON file of this net\n"
+            f"'{path}' contains no embedding net with the entry `back_end` in its JSON file\n"
             f"{cards.describe_remedy('face_embedder', path)}"
         )
     digests = {part: usable[part].digest for part in back_ends}
@@ -79,16 +79,15 @@ def _read_back_ends(origin: VectorOrigin) -> "dict[str, BackEnd]":
 
 
 def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> tuple[str, ...]:
-    """Adds modalities, such as voices, to a gallery; returns the names of the added modalities.
+    """Adds modalities, such as voices, to a gallery of nets; returns the added modalities.
 
-    Nets compute the vectors of the gallery. The folder `models` contains these nets, and nets for
-    the new modalities. Enrolled clips lack the new modalities until `labelling.complete` adds them.
-    If the distributions of cosines in the cards (JSON files) of the nets have changed, the gallery
-    uses the new distributions, and prints that.
+    The folder `models` contains the nets of the gallery, and nets for the new modalities. Enrolled
+    clips lack the new modalities until `labelling.complete` adds them. If the statistics of cosines
+    in the JSON file of a net have changed, the gallery uses the new statistics, and prints that.
 
-    If `replace` is True, changed nets of the gallery are allowed. The result then also contains the
-    modalities of the changed nets. Enrolled clips lose these modalities. Clips that have
-    no other modality are removed.
+    If `replace` is True, `models` may contain a new net for a modality of the gallery. Enrolled
+    clips lose the vectors of the old net, and a clip without other vectors is removed. The result
+    also contains the modality of the new net.
 
     Raises:
       UserError: the gallery was made with a run, or the folder lacks a net of the gallery.
@@ -112,8 +111,8 @@ def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> t
             return ()
         if not is_equal and not changed:
             say(
-                f"gallery '{gallery.folder}': the JSON file of the net has changed, and the "
-                "gallery uses the new numbers in this file"
+                f"gallery '{gallery.folder}' uses the new numbers (statistics of cosines) in the "
+                "JSON file of its net"
             )
         check_width(wide)
         clips = dict[str, StoredClip]()
@@ -129,16 +128,14 @@ def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> t
 
 
 def compare(state: State) -> Comparison:
-    """Compares the differences between enrolled faces with the differences that the card predicts.
+    """Checks whether the enrolled faces fit the card, the JSON file of the face net.
 
-    The card is the JSON file of the face net. It contains default numbers until somebody measures
-    the net. The field `problem` of the result is "" if the faces fit the card, or if the gallery
-    has no face net. For all values, see `card_check.Problem`. This function adds two rules:
+    The field `problem` of the result is "" if the faces fit the card, or if the gallery has no face
+    net. For all values, see `card_check.Problem`. Two values also occur in other cases:
 
-    - `problem` is "blind" if `check_apart` or `judge` has found that the net does not separate
-      people. With default numbers, smaller differences from the card also count as "blind", see
-      LEAST_BETWEEN and MOST_DEVIATION.
-    - Otherwise, `problem` is "few" if the card has default numbers, fewer than three people are
+    - "blind": `check_apart` or `judge` has found that the net does not separate people. If the card
+      has default statistics of cosines, the limits LEAST_BETWEEN and MOST_DEVIATION apply, too.
+    - "few": the net is not "blind", the card has default statistics, fewer than three people are
       enrolled, and `check_apart` has not found that the net separates people.
     """
     comparison, unmeasured = state.index.card_comparison, state.origin.unmeasured
@@ -155,9 +152,9 @@ def compare(state: State) -> Comparison:
 def check_apart(state: State, vectors: Vectors, apart: Iterable[tuple[str, str, float]]) -> State:
     """Checks with pairs of faces of different people whether the face net separates people.
 
-    Returns `state` with the result in the field `separates`: True, False, or None if the pairs do
-    not decide. It is also None if the numbers in the card (JSON file) of the net were measured, so
-    that no check is needed. For the other arguments, see `Gallery.check_apart`.
+    Returns `state` with the result in the field `separates`: True, False, or None for unknown. Only
+    a net with default statistics of cosines in its card (JSON file) is checked. For all other nets,
+    the result is None. For `vectors` and `apart`, see `Gallery.check_apart`.
     """
     backend, separates = state.index.backend, None
     if state.origin.unmeasured:
@@ -171,14 +168,14 @@ def check_apart(state: State, vectors: Vectors, apart: Iterable[tuple[str, str, 
 
 
 def judge(state: State, mirrored: Sequence[float]) -> State:
-    """Checks with mirror images whether a net separates people; returns the state with the result.
+    """Checks with mirror images whether the net of a gallery separates people.
 
-    If a photo and its mirror image differ almost like two people, the net does not separate people,
-    and the gallery gives no names. `mirrored` are the cosines of the vectors of enrolled photos and
-    of their mirror images. With fewer than two cosines, the state stays the same. One cosine is
-    enough if only one person is enrolled, and the card (JSON file) of the net has default numbers.
+    Returns `state` with the result in `origin.blind`: True if photos and their mirror images differ
+    almost like two people. A blind net gives no names. `mirrored` are the cosines of the vectors of
+    enrolled photos and of their mirror images. With too few cosines, `state` does not change.
     """
     comparison, origin = state.index.card_comparison, state.origin
+    # Two cosines are needed, or one if a single person is enrolled, and nobody measured the card.
     if len(mirrored) < (1 if len(state.index.names) == 1 and origin.unmeasured else 2):
         return state
     blind = comparison.is_blind(mirrored)
@@ -230,7 +227,7 @@ def warn(state: State, known: str = "") -> str:
 
 
 def _describe_problem(state: State) -> str:
-    """Returns a text about the problem that `compare` finds, with a remedy; "" for no problem."""
+    """Returns why clips get wrong or no names, with a remedy; "" if `compare` finds no problem."""
     comparison, origin = compare(state), state.origin
     if comparison.problem == "closer" and comparison.between < card_check.SAME:
         return f"your people are as alike as photos of one person\n{TWO_NAMES}"

@@ -198,11 +198,10 @@ class Draft:
         return names
 
     def _is_new(self, name: str, clip: StoredClip) -> bool:
-        """Returns True if a clip must be added: it is new, or an enrolled stranger gets a person.
+        """Returns True if `clip` is not enrolled, or is enrolled as a stranger but has a person.
 
-        Returns False if a clip with this name is enrolled with the same person and vector. Also
-        returns False if `clip` has no person, but the enrolled clip has one. Otherwise, raises
-        UserError.
+        Returns False if `clip` has no person, but the enrolled clip has one. Raises UserError if
+        the enrolled clip has another person or another vector.
         """
         old = self.clips.get(name)
         if old is None:
@@ -238,11 +237,11 @@ class Draft:
     def finish(
         self, advance: Callable[[int], None] = ignore_count
     ) -> tuple[State, Mapping[str, StoredClip] | None, list[People] | None]:
-        """Returns the new content, and the arguments `new` and `people` of `Store.write`.
+        """Returns the arguments `state`, `new` and `people` of `Store.write`.
 
-        These arguments are the new clips, name -> clip, and the changed people, in blocks. `new` is
-        None if the whole content must be written. `advance` is called after each block of people,
-        with the number of new and changed clips in the block.
+        `state` is the new content, `new` are the new clips, name -> clip, and `people` the changed
+        people, in blocks. If `new` or `people` is None, the whole content must be written.
+        `advance` is called after each block, with the number of new and changed clips in it.
         """
         if self.replacement:
             return self.replacement, None, None

@@ -121,10 +121,9 @@ class Gallery:
     ) -> "Gallery":
         """Makes a gallery, and enrols the labelled training clips of a run.
 
-        Clips are compared by PLDA. The settings of PLDA, such as `scale`, are fitted to the
-        training clips. Only the gallery of a PLDA run keeps the settings of the run. If the
-        training clips of a person are as alike as photos of one day, the settings of a PLDA run
-        are fitted again, too, and a message is printed.
+        Clips are compared by PLDA. The settings of PLDA, such as `scale`, are the settings of the
+        run. They are fitted to the training clips instead if the run is not a PLDA run, or if the
+        clips of a person are as alike as photos of one day. The second case prints a message.
 
         Args:
           folder: a new or empty folder.
@@ -466,8 +465,8 @@ class Gallery:
             default, it is 1. Two groups that contain only unclear faces, with a clarity below 0.35,
             are never joined.
           together: clip -> number. Clips with the same number certainly show the same person.
-          settled: some of the numbers in `together`. Clips with two different settled numbers are
-            never in one group. Clips without a settled number may join a group with one.
+          settled: some of the numbers in `together`. For example, with
+            [1, 2], clips with number 1 are never in the same group as clips with number 2.
           for_votes: True makes larger groups for `identify`, where the clips of a group vote on a
             name. A few of these groups contain clips of two people.
         """
@@ -482,13 +481,12 @@ class Gallery:
     def check_apart(self, vectors: Vectors, apart: Iterable[tuple[str, str, float]]) -> None:
         """Checks with faces of different people whether the net of the gallery separates people.
 
-        The card, the JSON file of the net, predicts how much faces of different people differ. If
-        somebody has measured the numbers in the card, nothing is checked. If the faces contradict
-        the card, `identify` gives no names from now on. If at most two people are enrolled,
-        `identify` gives names only after this check has shown that the faces fit the card. The
-        result is kept in this object, and not written to the folder. `vectors` are the vectors of
-        the clips. `apart` are pairs of clips that certainly show different people: (clip, other
-        clip, clarity of the better face, 0 to 1).
+        `vectors` are the vectors of the clips. `apart` are pairs of clips that certainly show
+        different people: (clip, other clip, clarity of the better face, 0 to 1).
+
+        Only a face net with default statistics of cosines in its card (JSON file) is checked. With
+        this net, `identify` gives no names if the pairs contradict the card, or if at most two
+        people are enrolled and the check has not succeeded. The result is not written to the disk.
         """
         with self._lock:
             self._state = card_notes.check_apart(self.state, vectors, apart)
@@ -534,11 +532,11 @@ class Gallery:
             With fewer than 99 clips of strangers, the default rule is a probability above 0.5.
           threshold: the lowest probability at which a clip gets a name. Give either `fpir` or
             `threshold`. (In `Predictor.identify`, `threshold` is a logarithm.)
-          groups: clip -> group, as `group` returns. Only a gallery of nets accepts groups. All
-            clips of a group are compared together and get the same name. The answer has the lower
-            one of two probabilities of this name: for the group, and for the single clip. This
-            probability must reach `threshold` or the measured threshold. If the probability for
-            the single clip is below 0.1, the clip leaves the group.
+          groups: clip -> group, as `group` returns. Only a gallery of nets accepts groups. The
+            clips of a group are identified together, and each clip is also identified singly. A
+            clip gets the name of its group, with the lower one of its two probabilities: for the
+            group, and for the single clip. If the probability for the single clip is below 0.1,
+            the clip gets the answer for the single clip.
           advance: is called for each answer, with the number of clips that get this answer.
 
         Raises:
@@ -617,10 +615,9 @@ class Gallery:
     ) -> dict[tuple[str, str], Match]:
         """Decides for pairs of clips if they show the same person.
 
-        In a gallery of nets, see `of_models`, the card (JSON file) of the net may predict distances
-        of faces with default numbers. Then no pair is accepted until three people are enrolled, or
-        `check_apart` has shown that the net separates people. With measured numbers, or in a
-        gallery of a run, nobody needs to be enrolled.
+        If the card (JSON file) of the face net has default statistics of cosines, no pair is
+        accepted until three people are enrolled, or `check_apart` has shown that the net separates
+        people. In all other galleries, nobody needs to be enrolled.
 
         Args:
           clips, others: see the class. Each of `clips` is compared with each of `others`. If

@@ -1,17 +1,18 @@
 """Groups clips of unknown people, so that the clips of a group show the same person.
 
 1. Each clip starts as a group. The two groups that most probably show the same person are joined.
-   This is repeated until every pair has a probability of at most 0.5. The prior odds that a pair
-   shows the same person are 1 / G, where G is the present number of groups. For groups that vote on
-   a name (`for_votes` of `Gallery.group`), the prior odds are 4 / G.
+   This is repeated until every pair of groups has a probability of at most 0.5. The prior odds that
+   a pair shows the same person are 1 / G, where G is the present number of groups.
 2. Small groups are joined to larger groups of more than 3 clips, if one of the two groups has
    clear faces. The prior probability that a small group belongs to a group of n clips is
    proportional to n. The prior probability that it shows a new person is proportional to the number
-   of groups with a single clip. Groups that vote skip this step.
+   of groups with a single clip.
 
-Vectors of unclear faces, which are small or blurred, are alike even if they show two people. So two
-groups with only unclear faces are never joined. For two other groups, let c be the clarity of the
-clearer group. The lower c is, the smaller is the distance that is expected between two people.
+With `for_votes` of `Gallery.group`, the prior odds are 4 / G, and step 2 is left out.
+
+Unclear faces, small or blurred, of two people have similar vectors. So two groups with only unclear
+faces are never joined. For other pairs of groups, two people are expected to be closer to each
+other if the clearer group is less clear.
 
 The memory grows with the square of the number of clips. If there are more than MAX_GROUPED_CLIPS,
 the clips of a few films are grouped at a time, and then the groups are joined.
@@ -62,7 +63,7 @@ class Groups:
         clarity: np.ndarray,
         apart: Iterable[tuple[int, int]],
     ):
-        """Makes groups of N clips.
+        """Prepares given groups of N clips, so that they can be compared and joined.
 
         Args:
           backend: the parameters that compare vectors.
@@ -223,10 +224,10 @@ def _split_into_blocks(means: np.ndarray, turn: int) -> np.ndarray:
 
 
 def agglomerate(groups: Groups, least: Callable[[int], float]) -> np.ndarray:
-    """Joins the most probable pair of groups until no pair is probable enough.
+    """Changes `groups`: joins the most probable pair, until no pair is probable enough.
 
-    A pair is joined if its log ratio is above `least(n)`, where n is the present number of groups.
-    Returns [G] int: for each group at the start, the index of its group in `groups` at the end.
+    A pair is joined if its log-likelihood ratio, see `Groups.ratios`, is above `least(n)`, where n
+    is the present number of groups. Returns [G] int: old index of a group -> new index.
     """
     # For each group, the highest ratio of its pairs is stored, and an upper bound of its other
     # ratios. When two groups are joined, the ratios of their pairs no longer exist. If such a ratio

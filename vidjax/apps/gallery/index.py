@@ -168,10 +168,10 @@ class Ratios:
         self._part, self._scale, self._constant = part, scale, scale * constant
 
     def ask(self, units: np.ndarray, _: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Prepares Q unit vectors [Q, D] of clips for `finish`.
+        """Prepares `units` [Q, D], the unit vectors of Q clips, for `finish`.
 
-        Returns two arrays: the scaled PLDA coordinates [Q, D], and `terms` [Q, U]. `finish` adds
-        `terms[q, u]` to the log-likelihood ratio of clip q and each person whose `kind` is u.
+        Returns the scaled PLDA coordinates of the clips, [Q, D], and the argument `terms` of
+        `finish`, [Q, U]. U is the number of rows of `curve`.
         """
         z = self._part.coordinates(units)
         return self._scale * z, self._scale * z**2 @ self.curve.T
@@ -210,8 +210,7 @@ class DistanceRatios:
     def __init__(self, part: Part, people: Sequence[Means]):
         """Prepares the comparison of clips with N people.
 
-        `part` are the parameters of the modality. Each element of `people` has the means of some of
-        the N people.
+        `part` are the parameters of the modality. `people` are the people's mean vectors in blocks.
         """
         assert part.distances is not None
         distances = self._distances = part.distances
@@ -239,12 +238,11 @@ class DistanceRatios:
         return np.array([distances.same, distances.different, least, constant, slope])
 
     def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Prepares Q groups of clips for `finish`; returns coordinates [Q, D] and terms [Q, 4].
+        """Prepares Q groups of clips for `finish`.
 
-        `units` [Q, D] are the mean unit vectors x of the groups. `effective` [Q] is the number of
-        clips of each group, where similar clips count less (`card_backend.effective_count`). The
-        coordinates are x - m, where m is the mean of all people. The terms are `(x - m) . m`,
-        `|x - m|^2`, the variance of x for a known person, and the log density of x for a stranger.
+        `units` [Q, D] are the mean unit vectors of the groups. `effective` [Q] are the effective
+        numbers of clips, see `card_backend.effective_count`. Returns `units` minus the mean of all
+        people, [Q, D], and the argument `terms` of `finish`, [Q, 4].
         """
         distances, noise = self._distances, self._distances.within / effective
         x = units - self.population.mean
@@ -308,9 +306,9 @@ class Index:
 
     @functools.cached_property
     def card_comparison(self) -> Comparison:
-        """How much enrolled faces differ, compared with the prediction in the card of the net.
+        """The comparison of the enrolled faces with the card, the JSON file of the face net.
 
-        The card is a JSON file that describes the net. Without a card, the value is NO_PROBLEM.
+        It is NO_PROBLEM if the gallery has no card of a face net.
         """
         for number, part in enumerate(self.backend.parts):
             if part.name == "face" and part.distances is not None:
@@ -458,7 +456,7 @@ class Index:
         """Prepares Q groups of clips for the comparison with people.
 
         `units` are the unit vectors of the groups, M arrays [Q, D], one for each modality.
-        `effective` are the numbers of clips of the groups, M arrays [Q]. Similar clips count less.
+        `effective` are the effective numbers of clips, M arrays [Q], see `DistanceRatios.ask`.
         """
         coordinates, terms = [], []
         for scorer, x, k in zip(self.scorers, units, effective, strict=True):
@@ -511,15 +509,14 @@ class Index:
         owner: np.ndarray,
         queries: _Queries,
     ) -> np.ndarray:
-        """Adds the log-likelihood ratios of all modalities, for pairs of a clip and a person.
+        """Turns inner products into log-likelihood ratios, and adds the ratios of all modalities.
 
         Args:
-          products: M arrays, the inner products of the coordinates of a clip and the row of a
-            person in `People.linear`. The shape is [Q, R] for all pairs of Q clips and R people, or
-            [R] for R pairs. The arrays are overwritten.
-          rows: [R], the indices of the people.
-          owner: the indices of the clips, [Q, 1] or [R].
-          queries: the clips.
+          products: for each of M modalities, the inner products of a clip's coordinates and a
+            person's row in `People.linear`: [Q, R] for all pairs of Q clips and R people, or [R]
+            for R pairs. The arrays are overwritten.
+          rows: the indices in `names` of the R people.
+          owner: the indices of the clips in `queries`, [Q, 1] or [R].
 
         Returns:
           the sums (logits), [Q, R] or [R].
@@ -541,7 +538,7 @@ class Index:
 
     @functools.cached_property
     def _ends(self) -> list[int]:
-        """The index in `names` of the first person of each of `blocks`, and the number of names."""
+        """Block b contains the people `names[_ends[b] : _ends[b + 1]]`."""
         return np.cumsum([0, *(len(block.names) for block in self.blocks)]).tolist()
 
     def _best_rows(self, logits: np.ndarray, k: int) -> np.ndarray:
