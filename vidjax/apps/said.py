@@ -7,10 +7,10 @@ of a step have the same time `when`. The field `says` of a line is one of these 
 
     is      the face shows the person `of`, or if `of` is null, a stranger
     not     the face does not show the person `of`
-    same    this face and the face `of` show the unknown person `number`. The field `person`, such
-            as `unknown 7`, may name a second unknown person, who is the same person `number`
+    same    this face and the face `of` show the unknown person `number`. If `person` is given, all
+            faces of this unknown person, such as `unknown 7`, show the person `number`, too
     apart   the face shows the unknown person `number`, who is not the person of the face `of`
-    ignore  the face gets no name. If `of` is "once", this ends when its person is enrolled
+    ignore  the face gets no name. If `of` is "once": until the gallery recognises the person
     rename  the person `person` is called `of` from now on
     undo    the step with the time `of` does not count. If `of` is null, no earlier line about the
             face counts
@@ -199,7 +199,7 @@ def _end_last_line(path: Path) -> None:
 
 
 class Act(NamedTuple):
-    """A change of a name in a gallery of `vidjax who`, which is written into the log, too."""
+    """A change of a gallery that the log records: a clip or person is renamed or removed."""
 
     says: str  # "is", "rename", "undo", or "forgotten" for a removed person
     what: str  # the clip, or the person

@@ -113,7 +113,7 @@ class Traces:
     def in_file(self, path: Path) -> Trace | None:
         """Searches the content and the file name of `path` for the given names and embeddings.
 
-        Only the file name of a folder is searched. Returns the first trace that is found, or
+        If `path` is a folder, only the name of the folder is searched. Returns the first trace, or
         None. Raises UserError if the file cannot be read, and OSError if the disk fails.
         """
         name = path.name
@@ -239,10 +239,9 @@ def _divide(text: str) -> Iterator[str]:
 
 
 def decode(content: bytes) -> str:
-    """Decodes a text in UTF-8, UTF-16 or Windows-1252.
+    """Decodes a text in UTF-8, UTF-16 or Windows-1252, so that names in it can be found.
 
-    If the text is neither UTF-8 nor UTF-16, it is decoded as UTF-8 and as Windows-1252, and the two
-    results are joined.
+    If the encoding is not clear, the result contains the text twice: as UTF-8, and as Windows-1252.
     """
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):  # as Excel saves tables
         return content.decode("utf-16", "replace")

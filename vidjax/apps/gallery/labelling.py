@@ -178,11 +178,7 @@ def find_rivals(state: State, clips: Mapping[str, StoredClip]) -> dict[str, str]
 
 
 def _is_twin(state: State, name: str, clip: StoredClip, like: str) -> bool:
-    """Returns whether a clip is enrolled for the right person, and `like` is only a similar person.
-
-    This is so if the clip fits the person's other clips better than the clips of `like`, and if
-    these other clips and the clips of `like` show two people more probably than one.
-    """
+    """Returns whether `like` is a lookalike of the person for whom the clip `name` is enrolled."""
     own = state.clips_of[clip.identity or STRANGER]
     mates = [x for x in own if strip_ending(x) != strip_ending(name)]
     if not mates:
@@ -196,6 +192,7 @@ def _is_twin(state: State, name: str, clip: StoredClip, like: str) -> bool:
     (fit, other_fit, alike), _ = ratios.compare(
         backend, three.take([0, 0, 1]), three.take([1, 2, 2])
     )
+    # The clip fits its person better than `like`, and the clips of the two show two people.
     return bool(fit > other_fit and alike < 0)
 
 
@@ -241,14 +238,13 @@ class Migration(NamedTuple):
 
 
 def migrate(old: "Gallery", new: "Gallery", clips: "AnyClips") -> Migration:
-    """Enrols the clips of the gallery `old` in the gallery `new`, whose vectors are of other nets.
+    """Enrols clips of the gallery `old` in the gallery `new`, which has other nets or another run.
 
-    `clips` are the features of the clips, as the nets of `new` make them, or as the run of `new`
-    reads them. The names of people and the clips of strangers are taken from `old`. Further calls
-    can add further clips. Each call is a single change: after an error, `new` is as before.
+    `clips` are these clips in a form that `new.embed` accepts. The person of a clip is taken from
+    `old`. Further calls can add further clips. After an error, `new` is unchanged.
 
     Raises:
-      UserError: none of the clips is in `old`, or `new` has people or clips that `old` lacks.
+      UserError: no usable clip is in `old`, or `new` has a person's clip that `old` lacks.
     """
     old.refresh()
     person_of = {strip_ending(name): clip.identity for name, clip in old.clips.items()}

@@ -43,9 +43,9 @@ class Summary(NamedTuple):
 
 
 def of_clips(backend: "Backend", parts: Sequence[np.ndarray]) -> Summary:
-    """Makes a group with a single clip for each of N clips.
+    """Returns the statistics of N groups of one clip each.
 
-    `parts` are the vectors of the clips, M arrays [N, D], one for each modality.
+    `parts` are the vectors of the N clips: M arrays [N, D], one for each modality.
     """
     means, ones = backend.whiten(parts), np.ones(len(parts[0]))
     counts, squares = [z.any(axis=1).astype(int) for z in means], [np.vecdot(z, z) for z in means]
@@ -58,14 +58,14 @@ def of_sums(
     clarity: np.ndarray,
     inverses: Sequence[np.ndarray | None] | None = None,
 ) -> Summary:
-    """Makes G groups of clips from sums over the clips of each group.
+    """Returns the statistics of G groups of clips.
 
     Args:
       backend: the parameters that compare vectors.
       sums: (count [G], total [G, D]) for each of M modalities: the number of clips of each group,
-        and the sum of the coordinates of these clips, see `Backend.whiten`.
+        and the sum of the vectors of these clips after `Backend.whiten`.
       clarity: [G], the mean clarity of the faces of each group, see `align.measure_clarity`.
-      inverses: the result of `invert`. Only PLDA needs it.
+      inverses: the result of `invert`, or None if no modality is compared by PLDA.
     """
     counts = [count for count, _ in sums]
     means = [total / np.maximum(count, 1)[:, None] for count, total in sums]

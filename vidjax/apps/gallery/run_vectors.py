@@ -193,8 +193,8 @@ def fit(
     vectors, labels, enrolled = stack_people(clips, widths)
     if settings and backend_lib.measure_shared(vectors, labels) > backend_lib.MOST_SHARED:
         say(
-            "the clips of each person are as alike as photos of one day, so they count as fewer "
-            "clips, and fewer clips get a name\ntrain the run on clips of different days"
+            "the training clips of a person are as alike as photos of one day, so the gallery will "
+            "name fewer clips\ntrain the run on clips of different days"
         )
         origin, settings = msgspec.structs.replace(origin, refitted=True), None
     backend = backend_lib.fit(vectors, labels, enrolled, centred=origin.centred, settings=settings)

@@ -6,9 +6,8 @@
 For speed, a row of a table contains many people or clips. The column `words` contains their names,
 one on each line. The column `numbers` contains an array with their vectors and other numbers.
 
-A change is a single transaction. If it was interrupted, the next process that opens the file undoes
-it. If only the last step fails, when the change is in the file, UncertainWriteError is raised. An
-enrolment adds people and clips at the end of their tables. If a name occurs several times in a
+A change is a single transaction. The next process that opens the file undoes an interrupted change.
+An enrolment adds people and clips at the end of their tables. If a name occurs several times in a
 table, its last entry is valid. Any other change deletes all rows and inserts the new content, so
 that no byte of a removed person remains. (The setting `secure_delete` of SQLite is not enough: rows
 that SQLite has moved may leave copies in other pages.)
@@ -98,10 +97,7 @@ class VectorOrigin(Struct, frozen=True, omit_defaults=True):
 
     @property
     def counts_every_clip(self) -> bool:
-        """False if PLDA counts similar clips of a person as fewer clips.
-
-        True for a PLDA run whose settings the gallery uses. See `of_plda` of `enrolment.enrol`.
-        """
+        """True if the gallery uses the PLDA settings of its run, see `of_plda` in `enrolment`."""
         return self.centred and not self.refitted
 
 
@@ -270,7 +266,7 @@ class Store:
             end = os.fstat(file.fileno()).st_size - len(SUPER_JOURNAL)
             file.seek(max(end, 0))  # only the end matters: every journal begins with these bytes
             if end > 0 and file.read(len(SUPER_JOURNAL)) == SUPER_JOURNAL:
-                raise damaged(journal, "it has the path of another file, which SQLite would delete")
+                raise damaged(journal, "it would make SQLite delete another file")
 
     @contextlib.contextmanager
     def open(
@@ -525,16 +521,14 @@ def _digest(row: Sequence[Any]) -> int:
 def _append(
     connection: sqlite3.Connection, table: str, words: Sequence[Sequence[str]], numbers: np.ndarray
 ) -> int:
-    """Adds N people or clips to the end of a table.
-
-    A row of the table contains many people or clips. The last row is filled before a row is added.
+    """Adds N entries at the end of the table `backend`, `person` or `clip`.
 
     Args:
-      words: lists of N names: for people, their names; for clips, the names of the clips and the
-        names of their people.
+      words: `[]` for `backend`, `[people]` for `person`, `[clips, people]` for `clip`. `clips` are
+        the names of N clips, and `people` the names of N people.
       numbers: [N], the vectors and other numbers, with the dtype of the table.
 
-    Returns the change of `State.rows`, the sum of the sha256 of all rows.
+    Returns the change of the checksum `State.rows`.
     """
     place, total = 0, 0
     step = max(1, min(MAX_BLOCK_PEOPLE, ROW_BYTES // numbers.dtype.itemsize))
@@ -612,8 +606,7 @@ def _read(connection: sqlite3.Connection) -> State:
     width = sum(facts.widths.values())
     if width > MAX_VECTOR_WIDTH or len(facts.widths) < len(facts.parts):
         raise UserError(
-            f"vectors have {width:,} numbers, but at most {MAX_VECTOR_WIDTH:,} are allowed; or two "
-            "modalities have the same name"
+            f"a modality occurs twice, or vectors have more than {MAX_VECTOR_WIDTH:,} numbers"
         )
     _, numbers, rows = _read_table(connection, "backend", BACKEND_LAYOUT, 0)
     backend = _make_backend(numbers["number"], facts)
@@ -642,11 +635,10 @@ def _read(connection: sqlite3.Connection) -> State:
 def _read_table(
     connection: sqlite3.Connection, table: str, layout: np.dtype, num_words: int
 ) -> tuple[list[list[str]], np.ndarray, int]:
-    """Reads and checks a table with N entries: people, clips or numbers of the back end.
+    """Reads and checks the table `backend`, `person` or `clip`, with N entries.
 
-    `num_words` is the number of names in an entry: 1 for a person; 2 for a clip, its name and its
-    person; 0 for the back end. Returns three values: for each of these names, a list [N]; the
-    numbers, an array [N] with the dtype `layout`; the sum of the sha256 of all rows.
+    Returns `words` and `numbers` as `_append` takes them, and the checksum of the table.
+    `num_words` is the length of `words`, and `layout` the dtype of `numbers`.
     """
     (size,) = connection.execute(f"SELECT total(length(numbers)) FROM {table}").fetchone()
     numbers, at, total = np.empty(int(size) // layout.itemsize, layout), 0, 0
@@ -699,9 +691,9 @@ def _make_backend(numbers: np.ndarray, facts: _Facts) -> Backend:
 
 
 def _make_blocks(names: Sequence[str], numbers: np.ndarray) -> Iterator[People]:
-    """Yields blocks of people from the table `person`, with N names and numbers [N].
+    """Yields blocks of people from N entries: `names`, and their coefficients `numbers` [N].
 
-    If a name occurs several times, only its last row counts.
+    If a name occurs several times, only its last entry counts.
     """
     if (numbers["num_clips"] < 0).any():
         raise UserError("the table 'person' contains a negative number of clips")

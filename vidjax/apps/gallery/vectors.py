@@ -1,4 +1,4 @@
-"""The vectors of clips, and how a gallery made from nets computes vectors from features."""
+"""The vectors of clips, and how they are computed in a gallery without a training run."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple, TypeAlias
@@ -20,8 +20,8 @@ class Vectors(NamedTuple):
 
     Attributes:
       names: the names of the clips.
-      parts: modality -> vectors [N, D] float32. The vector of a missing modality is 0. If a
-        training run that is not PLDA computes the vectors, the only key is `embedding`.
+      parts: modality -> vectors [N, D] float32. The vector of a missing modality is 0. In the
+        gallery of a training run without PLDA, the only key is `embedding`.
       labels: the person of each clip. None if the person is not known.
     """
 
@@ -61,7 +61,7 @@ class NetVectors(NamedTuple):
             raise UserError(f"split={split!r} cannot be used with clips in memory: leave it out")
         if not isinstance(clips, MemoryClips):
             raise UserError(
-                "this gallery was made from nets, so it cannot read a dataset\n"
+                "a dataset needs a gallery of a training run, but this gallery has no run\n"
                 "give {clip: {modality: features}} in Python, or --input=FOLDER"
             )
         parts = {

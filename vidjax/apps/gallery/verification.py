@@ -83,16 +83,16 @@ Matches: TypeAlias = Mapping[str, Match] | Mapping[tuple[str, str], Match]
 
 
 class MatchRule(NamedTuple):
-    """The rule that decides if a clip is accepted.
+    """The rule that accepts a clip if its log-likelihood ratio is at least `log_ratio`.
 
     Attributes:
-      by: the kind of the rule.
-        `measured`: the threshold was measured on strangers.
-        `model`: the threshold is 1 / `fmr`, as there are too few strangers to measure.
-        `blind`: no clip is accepted, because the vectors do not separate people.
+      by: how `log_ratio` was chosen.
+        `measured`: it was measured on clips of strangers.
+        `model`: it was computed from `fmr`, because there are too few clips of strangers.
+        `blind`: it is infinite, because the vectors do not separate people.
       fmr: the largest share of other people's clips that may be accepted.
-      log_ratio: the lowest accepted log ratio.
-      threshold: the measured threshold; None for other kinds.
+      log_ratio: the lowest accepted log-likelihood ratio.
+      threshold: the result of the measurement; None without a measurement.
       about: a description of the rule for the user.
     """
 
@@ -181,9 +181,9 @@ def make_rule(
     if fmr is not None:
         lowest = f"the lowest fmr is {1 / (count + 1):.2g}" if count else "no fmr is possible"
         raise UserError(
-            f"fmr={fmr:g} needs at least {needed:,} clips of strangers that can be compared, "
-            f"but the gallery has {each * count:,}: {lowest}\n"
-            "choose a higher fmr, enrol more strangers, or leave out fmr"
+            f"fmr={fmr:g} needs at least {needed:,} clips of strangers. The gallery has "
+            f"{each * count:,} usable ones, so {lowest}\n"
+            "choose a higher fmr, enrol more strangers (people without a name), or leave out fmr"
         )
     usual = -math.log(rate)
     model = "people are as near each other as here" if least > usual else "the model is right"
@@ -231,10 +231,10 @@ def count_strangers(state: State) -> int:
 
 
 def find_least_ratio(state: State, fmr: float) -> float:
-    """Returns the log ratio that a share `fmr` of the pairs of clips of different people reaches.
+    """Returns the log ratio that two clips of different people reach with the probability `fmr`.
 
-    The function is called if the enrolled people differ less than the card, the JSON file of the
-    net, predicts. So the difference between two people is measured on the enrolled people.
+    The distance between two people is measured on the enrolled people. Use this function if the
+    card (the JSON file of the net) predicts a larger distance.
     """
     backend, between = state.index.backend, card_notes.compare(state).between
     limits = [part.distances for part in backend.parts if part.name == "face" and part.distances]

@@ -279,7 +279,7 @@ class Application:
         people = {clean_identity(name) for name in names}
         if stray := identities.keys() - clips.keys():
             place = f"clip '{show(min(stray))}' is missing: "
-            raise unprocessable("send every clip of identities also in clips", place)
+            raise unprocessable("each key of 'identities' must be a key of 'clips'", place)
         vectors = await self.batcher.run(lambda: self.gallery.embed(clips), len(clips))
         done = await self._change(
             request, lambda: self.gallery.enrol(vectors, people_of_clips, strangers=body.strangers)
@@ -296,7 +296,7 @@ class Application:
         return _encode_json(EnrolAnswer(**done._asdict(), misfits=misfits))
 
     async def identities(self, request: Request) -> Response:
-        """Lists up to 10,000 people after the name `after`, sorted, with the number of clips."""
+        """Lists up to 10,000 people and their clip counts. `?after=NAME` starts after NAME."""
         after = normal_form(_convert(request.query_params, PageQuery).after)
         self._check_ready()
         people = await self.batcher.run(lambda: self.gallery.identities)

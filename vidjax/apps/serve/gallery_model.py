@@ -1,7 +1,6 @@
-"""Answers several questions in one call of a gallery, the file of known people.
+"""Identifies the clips of several requests together, which is faster than one request at a time.
 
-One call takes less time than a call for each question. The answer to a question does not depend on
-the other questions.
+The answer to a request does not depend on the other requests.
 """
 
 import itertools

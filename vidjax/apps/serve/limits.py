@@ -140,7 +140,7 @@ class Bodies:
         self._limits, self._held = limits, 0
 
     async def read(self, request: Request, limit: int) -> bytes:
-        """Reads the body of a request, and limits the time of the answer to `answer_seconds`.
+        """Reads the body of a request. From then on, the answer may take `answer_seconds`.
 
         Raises Refused if the body has more than `limit` bytes, if the request has a header
         Content-Encoding or Upgrade, or if all requests together take too much memory.
@@ -212,7 +212,7 @@ class Guard:
         self._gallery, self._token = gallery, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers an HTTP request. Other ASGI events, such as a lifespan, go to the application."""
+        """Passes ASGI events to the application. An HTTP request is checked first."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

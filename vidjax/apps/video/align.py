@@ -99,10 +99,10 @@ def _cut_region(
 
 
 def _find_squares(positions: np.ndarray, length: int, factor: int) -> tuple[int, int]:
-    """Returns the number of the first square to read along an axis, and of the last plus 1.
+    """Returns the range (begin, end) of squares that the interpolation at `positions` needs.
 
-    Squares with sides of `factor` pixels divide the axis, which is `length` pixels long. The caller
-    interpolates at the coordinates `positions`, in pixels.
+    The squares have sides of `factor` pixels, and are numbered along an axis of a picture. The axis
+    has `length` pixels. `positions` are coordinates on the axis, in pixels.
     """
     last = -(-length // factor)
     low = np.clip(np.floor(positions.min() / factor) - 1, 0, last)

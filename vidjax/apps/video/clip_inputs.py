@@ -178,7 +178,7 @@ def enrol(
         check_given(identities, names, source or "identities")
     if not done:
         raise UserError(
-            f"no clip in {inputs[0]} and the other inputs has a person\n"
+            f"the inputs, such as {inputs[0]}, do not say which person a clip shows\n"
             "add a column identity to the tables, or --labels=FILE"
         )
     return Enrolment.join(done)
@@ -200,9 +200,9 @@ def load_people(
         table = ", or a column identity in the table" if stray.suffix == ".parquet" else ""
         raise UserError(
             f"'{stray}' is in no folder of a person, so the person is not known\n"
-            "if all clips show the same person, add --identity=NAME; for photos: --photos=FOLDER\n"
-            "else move clips to PATH/NAME/CLIP.npz, or add --labels=FILE, a table with the columns "
-            f"clip and identity{table}"
+            "clips of one person: add --identity=NAME. Photos: give --photos=FOLDER instead\n"
+            "clips of several people: move them to PATH/NAME/CLIP.npz, or add --labels=FILE, a "
+            f"table with the columns clip and identity{table}"
         )
     widths, quality = gallery.source.reads
     return memory.load_people(path, widths, quality=quality, nets=gallery.origin.cards)
@@ -219,12 +219,11 @@ def load_all(gallery: Gallery, path: Path) -> MemoryClips:
 def _choose(
     vectors: Vectors, people: Person, clip: str | None, *, several: bool
 ) -> tuple[Vectors, Person]:
-    """Selects the clips to enrol from one input; returns their embeddings, and the people.
+    """Selects the embeddings and people of the clips to enrol from one input.
 
-    `vectors` are the embeddings of the input. `clip` is the name of the only clip to enrol; None
-    selects all clips. `people` is the person of all clips, or clip -> person for the clips of all
-    inputs. If there are `several` inputs, clips of other inputs are removed from `people`. This may
-    leave {}.
+    `vectors` are the embeddings of the input. `clip` is the name of the only clip to enrol, or None
+    for all clips. `people` is one person for all clips, or clip -> person. `several` is True if
+    `people` may contain clips of other inputs, which are left out.
     """
     if clip:
         bare = strip_ending(clip)
@@ -250,9 +249,9 @@ def check_seen_together(
         first, second = (person_of.get(clip) for clip in pair)
         if first and first == second:
             raise UserError(
-                f"{show(pair[0])} and {show(pair[1])} are seen together, so they are two people, "
-                f"not both {show(first)}\n"
-                "enrol a single face, --clip=CLIP --identity=NAME, or add --labels=FILE"
+                f"{show(pair[0])} and {show(pair[1])} are seen together in a picture, so they "
+                f"cannot both be {show(first)}\n"
+                "enrol one face: --clip=CLIP --identity=NAME; or name each face: --labels=FILE"
             )
 
 

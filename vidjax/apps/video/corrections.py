@@ -273,9 +273,9 @@ class Review:
             "show": ignored faces are shown again. IGNORED in `of` means all ignored faces.
             "join": all people and faces become one unknown person, with the lowest number.
             "twin": faces get the name of another face in the same picture, as in a mirror.
-          of: the people, and the keys of the faces, to change.
+          of: the names of people and the keys of faces that are changed.
           name: the new name. If it is `unknown 4`, people and faces `of` join this unknown person.
-          after: the person or face whose name the page asks after this change.
+          after: the person or face for whose name the page asks next.
           version: the version of the page on which the user has made the change.
 
         Raises:
@@ -313,11 +313,10 @@ class Review:
     def _list_lines(
         self, action: str, found: Sequence[Subject], name: str
     ) -> tuple[str, list[Line], Collection[str]]:
-        """Returns a change in words, such as `not Ada`, lines for the log, and clips to rename.
+        """Prepares a change of the people and faces `found`. For `action` and `name`, see `change`.
 
-        The caller must rename the clips in the gallery. They are the enrolled clips, without a line
-        in the log, of known people who get a new name. Other changes rename no clips. `found` are
-        the people and faces to change. For `action` and `name`, see `change`.
+        Returns three values: a description of the change, such as `not Ada`; lines for the log; and
+        the clips that need a new person in the gallery, see `_give_name`.
         """
         if action in ("ignore", "once"):
             return "ignored", self._ignore(found, said.ONCE if action == "once" else None), ()
@@ -346,11 +345,11 @@ class Review:
         return lines + [said.about(x.face, "is", video=x.video) for x in seen]
 
     def _give_name(self, found: Sequence[Subject], name: str) -> tuple[list[Line], set[str]]:
-        """Gives people and faces a new name; returns two values.
+        """Returns the lines for the log that give the name `name` to people and faces.
 
-        The first value is the list of new lines for the log. The second value is a set of clips to
-        rename in the gallery: enrolled clips of renamed people that have no line in the log.
-        Raises UserError if `found` contains neither a known person nor a clear face.
+        Also returns the enrolled clips that do not get the name from the log. The caller must
+        change the person of these clips in the gallery. Raises UserError if `found` contains
+        neither a known person nor a clear face.
         """
         people, vectors = self._decision.people, self._decision.vectors
         renamed = [x.name for x in found if x.is_person and x.name in people]
@@ -367,7 +366,7 @@ class Review:
     def _say(self, found: Sequence[Subject], says: str, **values: Any) -> list[Line]:  # noqa: ANN401
         """Returns a line for the log about each face in `found`.
 
-        Faces in photos with which people were enrolled get no line. `says` is the kind of the line,
+        A face in the enrolled photos of known people gets no line. `says` is the kind of the line,
         such as "is" or "ignore". `values` are the other fields of the line.
         """
         faces = (self._face_of.get(clip) for x in found for clip in x.clips)
@@ -378,14 +377,14 @@ class Review:
         return [name for name in dict.fromkeys(self._decision.unknown.values()) if seen[name] == 1]
 
     def _find_twin(self, found: Sequence[Subject]) -> str:
-        """Returns the name of a face that is visible at the same time as one of the faces `found`.
+        """Returns the name of a person who seems to be visible twice, as in a mirror.
 
-        The face in `found` lacks this name because the other face is more similar to the person.
-        Raises UserError if there is no such name.
+        One of the faces `found` resembles the person, but only the more similar face has the name.
+        Raises UserError if `found` contains no second face of a named person.
         """
         names = (self._decision.twins.get(clip) for x in found for clip in x.clips)
         if (name := next(filter(None, names), None)) is None:
-            raise UserError("no similar face in the same picture has a name: type the name")
+            raise UserError("the face looks like no named person in its picture: type a name")
         return name
 
     def _list_rivals(self, found: Sequence[Subject], name: str) -> list[Subject]:
@@ -409,18 +408,12 @@ class Review:
         return letters[best] if best and digits[0] == digits[1] else None
 
     def list_merged(self, name: str, of: Sequence[str]) -> list[str]:
-        """Returns the enrolled people in `of` whom the new name `name` merges with another person.
-
-        If no person `name` is enrolled, returns [].
-        """
+        """Returns the people in `of` who, if renamed, would join the enrolled person `name`."""
         people, name = self._gallery.identities, normal_form(name)
         return [x for x in of if x in people and x != name] if name in people else []
 
     def is_unclear(self, of: Sequence[str]) -> bool:
-        """Returns whether `of` contains a nameless face that is too small or too blurred.
-
-        `of` are names of people, and keys of faces.
-        """
+        """Returns whether `of` contains a nameless face too small or blurred to recognise."""
         unknown = self._decision.unknown
         names = {unknown.get(key.removeprefix(CLIP), key) for key in of}
         return any(name.startswith(FACE) for name in names)
@@ -519,10 +512,9 @@ class Review:
         return Subject(of, sorted(clips), of, is_person=True)
 
     def _describe(self, found: Sequence[Subject], name: str) -> str:
-        """Returns the beginning of a sentence about people and faces: `unknown 3 and 1 more are`.
+        """Returns subject and verb of a message, such as `Ada is` or `unknown 3 and 1 more are`.
 
-        Faces of one appearance count once. `name` is the new name of the people and faces. A person
-        who already has this name is left out, unless nobody else is in `found`.
+        `found` are the people and faces that the message is about, and `name` is their new name.
         """
         words = [x.name for x in found if x.is_person]
         clips = {x.key.removeprefix(CLIP): None for x in found if not x.is_person}
@@ -532,7 +524,7 @@ class Review:
             start, end = min(y.start_s for y in tracks), max(y.end_s for y in tracks)
             time = format_appearance_time(x._replace(start_s=start, end_s=end), film)
             words.append(f"a face in {x.video}" if film.photo else f"{x.video}, {time},")
-        words = [x for x in words if x != name] or [name]
+        words = [x for x in words if x != name] or [name]  # not `Ada is Ada`, if possible
         return f"{words[0]} and {len(words) - 1} more are" if words[1:] else f"{words[0]} is"
 
     def _find_group(self, name: str) -> str:
@@ -542,15 +534,13 @@ class Review:
         """
         group = name.casefold()
         if group not in self._decision.unknown.values():
-            raise UserError(
-                f"'{name}' is not an unknown person on this page: type the person's name instead"
-            )
+            raise UserError(f"there is no '{name}' on this page: type the person's name instead")
         return group
 
     def _part(self, found: Sequence[Subject]) -> list[Line]:
-        """Returns lines for the log that move the faces `found` to new unknown people.
+        """Returns lines for the log, which say that the faces `found` have a wrong name.
 
-        All faces that leave the same person move to the same unknown person.
+        All faces with the same wrong name become one new unknown person.
         """
         if people := [x.name for x in found if x.is_person]:
             raise UserError(
@@ -606,11 +596,11 @@ class Review:
         return (x.identity if (x := self._shown.get(clip)) else None) or IGNORED
 
     def _describe_apart(self, found: Sequence[Subject], before: Mapping[str, Appearance]) -> str:
-        """Returns the end of a message after a user said that faces have the wrong name.
+        """Returns the last words of `a face in a.jpg is not Ada, but unknown 7.`, from the comma.
 
-        The end contains the new name of the first face. If another face of the same shot got the
-        old name, a sentence about the other face follows. `before` is clip -> appearance before the
-        change.
+        The user has said that the faces `found` are not Ada. If another face of the same shot is
+        now called Ada, the result has a second sentence that says so. `before` is clip ->
+        appearance before the change.
         """
         about = f", but {self._name(found[0].clips[0])}."
         shot_of = {
@@ -629,10 +619,10 @@ class Review:
         return about
 
     def _apply(self, lines: Sequence[Line], clips: Mapping[str, str | None]) -> None:
-        """Adds `lines` to the log, renames `clips` in the gallery, and names all people again.
+        """Adds `lines` to the log of corrections, and names all people again.
 
-        The log contains users' corrections. `clips` is enrolled clip -> new person, for clips
-        without a line in the log. If people cannot be named, nothing is changed.
+        `clips` is enrolled clip -> its new person in the gallery, None for a stranger. If people
+        cannot be named, nothing is changed.
         """
         # Another program may have removed a clip since the step that is undone.
         clips, shown = {x: clips[x] for x in clips if x in self._gallery.clips}, self._decision
@@ -661,11 +651,9 @@ class Review:
 
 
 def _number_again(line: Line, decision: Decision) -> Line:
-    """Returns a line for the log with the right number of the unknown person.
+    """Copies the number of the face's unknown person from `decision` to a line "apart".
 
-    A line "apart" moves a face to an unknown person with a new number. If `decision` has joined the
-    face with another unknown person, the line gets the number of this person. Other lines are
-    returned unchanged.
+    Returns the new line. Other lines are returned unchanged.
     """
     if line.says != "apart" or not (face := line.face):
         return line
