@@ -148,18 +148,14 @@ def name_and_number(
     votes: dict[str, str] | None,
     highest: int,
 ) -> tuple[NamedTracks, dict[str, int]]:
-    """Names the people in tracks, and gives numbers to people without a name.
+    """Names the people in tracks. Gives each person without a name a number: 3 for `unknown 3`.
 
-    Returns the names, and clip -> number. Also adds the numbers to `said.numbers`. `said` are the
-    corrections of users. `before` are the numbers of the last call. `highest` is the highest number
-    before this call.
+    Returns the names, and clip -> number. Also adds the numbers to `said.numbers`.
 
-    `said` contains pairs of numbers of unknown people who differ, and so cannot have the same name.
-    A new number may thus change a name. So names and numbers are decided again until the numbers
-    stay the same.
-
+    `before` is the content of `unknown.json`. `highest` is the highest number of the last call.
     For the other arguments, see `naming.name_tracks`.
     """
+    # `said.apart` contains pairs of numbers. A new number may complete a pair, and change names.
     while True:
         named = naming.name_tracks(tracks, identify, votes, said)
         nameless = {clip for clip, answer in named.answers.items() if answer.identity is None}

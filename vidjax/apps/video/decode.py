@@ -95,24 +95,21 @@ class DecodeCounts:
 
 
 class Clock:
-    """Turns time stamps into strictly increasing times.
+    """Turns the time stamps of frames into strictly increasing times of at least 0 seconds.
 
-    A time stamp is bad if it is missing, if it does not increase, or if it is more than 10 seconds
-    beyond the declared end. A frame with a bad time stamp gets the time of the previous frame plus
-    the average duration of a frame. If this time differs from the bad time stamp, all later frames
-    are moved by this difference. No time is negative.
+    A time stamp is bad if it is missing, not above the previous one, or more than 10 seconds beyond
+    the declared end of the film. A frame with a bad time stamp follows one step after the previous
+    frame.
 
-    Time stamps may also jump: one step is much longer than usual. If `resets` is True, all later
-    frames are moved back, so that the times do not jump. If `resets` is False, the times jump, too,
-    and `gap_s` is the time at which the gap begins: the usual step after the previous frame.
-
-    `step_s` is the average duration of a frame in seconds. `latest_s` is the declared end, or None.
+    `step_s` is the step, the average duration of a frame in seconds. `latest_s` is the declared end
+    in seconds, or None. If `resets` is True, jumps of the time stamps, see `find_jumps`, are
+    removed from the times.
     """
 
     def __init__(self, step_s: float, latest_s: float | None, *, resets: bool = False):
         self.step, self._resets = step_s, resets
         self.jumps: list[Jump] = []
-        self.gap_s = 0.0
+        self.gap_s = 0.0  # see `Frame`
         self._latest = np.inf if latest_s is None else latest_s + 10.0
         self._shift = 0.0
         self._last: float | None = None
@@ -232,8 +229,8 @@ class Video:
     def still(self, seconds: float, jumps: Iterable[Jump] = ()) -> np.ndarray | None:
         """Returns the upright picture at `seconds`, uint8 [H, W, 3], or None if there is none.
 
-        `frames` removes jumps of the time stamps from the times of MPEG-TS and MPEG files. For such
-        a file, `jumps` must be `counts.jumps` after a call of `frames`.
+        `jumps` are the jumps of the film's time stamps, see `MediaFile.jumps`. They are used only
+        for MPEG-TS and MPEG files.
         """
         from av.error import FFmpegError
 

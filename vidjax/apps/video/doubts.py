@@ -93,11 +93,10 @@ def find_doubtful_photos(backend: Backend, photos: Mapping[str, StoredClip]) -> 
 def _find_unclear(
     backend: Backend, units: np.ndarray, owner: np.ndarray, doubtful: Mapping[int, int | None]
 ) -> dict[int, tuple[int, int]]:
-    """Finds doubtful photos that may have the right name, while a similar photo has a wrong name.
+    """Finds pairs of similar photos of two people if it is not clear which photo has a wrong name.
 
-    `doubtful` is the result of `compare_photos`. For the other arguments, see `compare_photos`.
-    Returns row of the doubtful photo -> two rows in ascending order: the row of the doubtful photo,
-    and the row of the most similar photo of the other person.
+    Returns row of the doubtful photo in a pair -> the two rows of the pair, sorted. `doubtful` is
+    the result of `compare_photos`. For the other arguments, see `compare_photos`.
     """
     unclear, number_of = dict[int, tuple[int, int]](), np.bincount(owner)
     photos = _summarise(backend, units, np.arange(len(units)))
@@ -128,17 +127,14 @@ def _summarise(backend: Backend, units: np.ndarray, owner: np.ndarray) -> Summar
 def divide_photos(
     backend: Backend, units: np.ndarray, owner: np.ndarray
 ) -> tuple[dict[int, int | None], dict[int, Sides]]:
-    """Divides the photos of each person into sides. The photos of a side show the same face.
+    """Divides the photos of each person into sides: the photos of a side show the same face.
 
-    Only one side shows the named person. If this side is chosen, all photos of the other sides are
-    errors. If the chosen side resembles another person, the photos of the most similar side of that
-    person are errors, too. The choice with the fewest errors is taken as right. It is clear if each
-    other choice has at least three times as many errors. For the arguments, see `compare_photos`.
+    If a person has several sides, one side is right, and the photos of all other sides are wrong.
+    For the arguments, see `compare_photos`.
 
     Returns:
-      A dict with the wrong photos of people whose right side is clear: row of the photo -> number
-        of the person whom the photo resembles, or None.
-      A dict with the people whose right side is not clear: number of the person -> sides.
+      Row of each wrong photo -> number of the person whom the photo resembles, or None.
+      Number of each person for whom it is not clear which side is right -> sides.
     """
     rows_of = np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner))[:-1])
     sides = [side for rows in rows_of for side in _find_sides(backend, units, rows)]
@@ -162,6 +158,7 @@ def divide_photos(
             int(person[side]) if like else None for side, like in zip(best, is_like, strict=True)
         ]
         own_sizes = sizes[person == split]
+        # If a side is right, all others are wrong, and so is a similar side of another person.
         errors = own_sizes.sum() - own_sizes + is_like * sizes[best]
         order = np.lexsort((-own_sizes, errors))
         if errors[order[1]] < CLEAR_ERRORS * errors[order[0]]:

@@ -55,11 +55,10 @@ class FacePath(NamedTuple):
 
 
 def match(faces: Iterable[Face], films: Iterable[MediaFile]) -> dict[Face, list[str]]:
-    """Finds the clips in `films` that show `faces`; returns face -> names of clips.
+    """Finds the clips in `films` that show `faces`; returns face -> names of clips, the best first.
 
-    `faces` are described in the log of corrections. The best clip of a face comes first. A face
-    that no clip shows is left out. If other nets have read the films since the correction, a face
-    may have several clips.
+    A face that no clip shows is left out. If the present nets found a face only with
+    interruptions, the face has several clips.
     """
     asked = group_by_key((face.film, face) for face in dict.fromkeys(faces))
     found: dict[Face, list[str]] = {}
@@ -73,11 +72,7 @@ def match(faces: Iterable[Face], films: Iterable[MediaFile]) -> dict[Face, list[
 
 
 def _match_paths(faces: Sequence[Face], tracks: Sequence[FaceTrack]) -> dict[Face, list[str]]:
-    """Finds the tracks that show `faces`; returns face -> names of the tracks' clips.
-
-    Different nets have found `faces` and `tracks`. The face and the track with the longest and
-    closest overlap are matched first. A track may belong to several faces if these faces overlap.
-    """
+    """Finds `faces` by their times and boxes in `tracks`; returns face -> names of clips."""
     path_of = {face: FacePath.of_face(face) for face in faces}
     paths = [FacePath.of_track(track) for track in tracks]
     pairs = [
@@ -89,7 +84,7 @@ def _match_paths(faces: Sequence[Face], tracks: Sequence[FaceTrack]) -> dict[Fac
     owner, chosen = dict[int, Face](), dict[Face, list[int]]()
 
     def choose(face: Face, number: int) -> None:
-        first = owner.setdefault(number, face)
+        first = owner.setdefault(number, face)  # faces that overlap may have the same track
         if first == face or measure_overlap(path_of[face], path_of[first]):
             chosen.setdefault(face, []).append(number)
 
@@ -134,9 +129,8 @@ class Lost(NamedTuple):
 class Said:
     """The names and corrections that users gave to faces, from the log.
 
-    If several lines of the log are about a face, the last line counts. The key of a face in a dict
-    is the name of the clip that shows the face. If no clip of the films shows the face, the key is
-    the `Face` from the log.
+    If lines of the log contradict each other, the last line counts. In dicts such as `numbers`, a
+    key is the clip that shows the face, or the `Face` in the log if no clip shows it.
     """
 
     def __init__(
@@ -145,10 +139,9 @@ class Said:
         films: Iterable[MediaFile] = (),
         numbers: Mapping[Face, int] = {},
     ):
-        """Applies the lines of a log of corrections, in their order.
+        """Applies the `lines` of the log, in their order, to the faces in `films`.
 
-        `films` are the films and photos in which the faces are searched. `numbers` is face ->
-        number of the unknown person before the corrections.
+        `numbers` is face -> number before the corrections: 3 for a face of `unknown 3`.
         """
         lines = [*drop_undone(lines)]
         faces = [x for line in lines for x in (line.face, line.of) if isinstance(x, Face)]
@@ -176,18 +169,14 @@ class Said:
                     self._apply(line, self.find(line.face))
 
     def find(self, face: Face) -> list[Key]:
-        """Returns the keys of a face: the names of the clips that show the face, the best first.
-
-        If no clip of the films shows the face, the only key is `face`.
-        """
+        """Returns the clips that show `face`, the best first, or [`face`] if no clip shows it."""
         return [*self._found.get(face, [face])]
 
     def label(self, key: Key, person: str) -> str | None:
-        """Returns the present name of an enrolled face in a photo; None for a stranger.
+        """Returns the name of a face in a photo after the corrections; None for a stranger.
 
-        `key` is the key of the face. `person` is the name of the photo's folder, or the name in a
-        face tag. If the log does not name the face, the result is `person`, or the new name of
-        `person` if the log has renamed this person.
+        `key` is the clip, such as `people/Ada/IMG_1`. `person` is the name before the corrections:
+        the name of the photo's folder, or the name in a face tag.
         """
         if key in self.names:
             return self.names[key]
@@ -200,7 +189,7 @@ class Said:
         return [key for key, x in self.names.items() if x and x == name]
 
     def list_denied(self, name: str | None) -> list[Key]:
-        """Returns the keys of the faces that do not show the person `name`, as a user has said."""
+        """Returns the keys of the faces with the correction `not NAME`; [] if `name` is None."""
         return [key for key, names in self.denied.items() if name in names]
 
     def repeat(self, keys: Iterable[Key], says: str, name: str | None) -> list[Line]:

@@ -387,10 +387,10 @@ def _to_face_track(track: Track, clip: str) -> FaceTrack:
 
 
 def work(arguments: dict[str, Any]) -> MediaFile | None:
-    """Extracts the features of a file in a child process, see `extract`.
+    """Loads nets, and extracts the features of a file, see `extract`. Runs in a child process.
 
-    `arguments` are the fields of a `Task` as JSON values. Without a path, returns None. If a net
-    cannot be used, raises NetError.
+    `arguments` are the fields of a `Task` as JSON values. If `path` is "", only loads the nets, and
+    returns None. Raises NetError if a net cannot be used.
     """
     task = msgspec.convert(arguments, Task)
     nets = load_nets(task.models, task.settings.size)

@@ -164,9 +164,9 @@ def _measure(card: Card, chosen: Samples, unclear: int, kind: str) -> MeasuredCa
     )
     if different[0] >= same[0] or same[0] >= 1:
         raise UserError(
-            f"'{card.path}' stays as it is: the net does not separate these people. The mean "
-            f"cosine of {kind}s is {same[0]:.3f} for one person, and {different[0]:.3f} for two "
-            f"people\n{card_notes.CONVERT}"
+            f"'{card.path}' is not changed: its net does not separate these people. The mean "
+            f"cosine of two {kind}s of the same person is {same[0]:.3f}, and of different people "
+            f"{different[0]:.3f}\n{card_notes.CONVERT}"
         )
     earlier, date = card.back_end, datetime.datetime.now(datetime.UTC).date()
     has_mean = found.people >= PEOPLE_FOR_MEAN

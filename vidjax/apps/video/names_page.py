@@ -97,10 +97,7 @@ class PageEntry:
 
     @property
     def keys(self) -> list[str]:
-        """The keys that HTML forms send for the clips of the entry. No key is a person's name.
-
-        Clips with a name in `twin` come first.
-        """
+        """The names of the clips with the prefix CLIP, as HTML forms send them."""
         return [CLIP + x for x in sorted(self._x.clips, key=lambda x: x not in self._data.twins)]
 
     @functools.cached_property
@@ -132,7 +129,7 @@ class PageEntry:
 
     @property
     def address(self) -> str:
-        """The URL of the film at the start of the appearance."""
+        """The URL that plays the film from the start of the appearance."""
         return self._data.address(self._film, self._x.start_s)
 
     @property

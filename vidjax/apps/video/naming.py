@@ -199,11 +199,10 @@ def _deny(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
 
 
 def _tell_apart(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
-    """Removes names, so that two people whom a user told apart do not have the same name.
+    """Removes a name that two people share, if a user said that the people differ.
 
-    If both people have the same name, the clips of the less probable person lose this name. A clip
-    that a user has named keeps the name. A name that only users gave, and to at most half of a
-    person's clips, may be a mistake, and is not compared. Returns all answers.
+    The less probable person loses the name, except in clips that a user has named. Returns the
+    answers of all clips.
     """
     answers = dict(answers)
     clips_of = group_by_key(
@@ -212,6 +211,7 @@ def _tell_apart(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
     )  # fmt: skip
 
     def list_clips(number: int) -> dict[str, list[str]]:
+        # A name from users only, for at most half of the clips, may be a mistake, and is ignored.
         clips = sorted(clips_of.get(number, ()))
         named = group_by_key((name, clip) for clip in clips if (name := answers[clip].identity))
         return {

