@@ -288,7 +288,7 @@ def test_error_of_bad_labels_names_the_line_or_clip(tmp_path, refused):
 # Names of files and folders, and words of the error.
 @pytest.mark.parametrize(("names", "words"), [
     ("", ["contains no features", "SPLIT/CLIP.npz"]),
-    ("train/", ["train' contains no CLIP.npz"]),
+    ("train/", ["train' contains no .npz file"]),
     ("train/one.npz train/notes.txt", ["notes.txt", "may contain only .npz files"]),
     ("train/one.npz train/two.npy", ["two.npy", "only .npz files", "face is the modality"]),
     ("train/DAY/CAMERA/one.npz", ["DAY/CAMERA: train", "or folders of them\nmove it away"]),

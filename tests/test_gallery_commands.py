@@ -136,7 +136,7 @@ def test_enrol_reads_one_subfolder_per_person_and_refuses_splits(tell, folder, t
     assert "--identity=NAME" in error and "PATH/NAME/CLIP.npz" in error
 
 
-@pytest.mark.filterwarnings("ignore:.*1 clip without a usable frame")
+@pytest.mark.filterwarnings("ignore:.*1 clip not enrolled")
 def test_commands_write_the_answers_and_rule_of_python(tell, folder, made, tmp_path):
     words = (folder, f"--input={write_clips(tmp_path / 'ada', 'Ada')}", "--fpir=0.5", "--json")
     np.savez(tmp_path / "ada" / "empty.npz", face=np.zeros((0, WIDTH), np.float16))
@@ -162,7 +162,7 @@ def test_commands_write_the_answers_and_rule_of_python(tell, folder, made, tmp_p
     pairs = made.rank(made.load(tmp_path / "ada"), threshold=0.2).items()
     assert made_runs.lists(out) == {x: [f"{clip}.mp4" for clip, _ in clips] for x, clips in pairs}
     assert "exists" in tell("rank", *words[:2], f"--out={out}", code=2)
-    with pytest.warns(UserWarning, match="1 clip without a usable frame, empty"):
+    with pytest.warns(UserWarning, match="1 clip not enrolled, because no frame is usable: empty"):
         assert "enrolled    2 clips" in tell("enrol", *words[:2], "--identity=Ada")
     assert re.search("empty +unknown +no usable frame\n", tell("identify", *words[:2]))
 

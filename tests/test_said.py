@@ -290,7 +290,7 @@ def test_names_follow_the_folders_of_all_people(party, new):
     content, output = party.who(party.folder / "party.mkv")
     assert content["people"].keys() == {new.get("Ada"), new.get("Bob", "Bob")}
     assert party.names() == {clip: new.get(x, x) for clip, x in before.items()}
-    moved = "all photos of Ada are now photos of ada, and ada gets 1 name that you typed"
+    moved = "all photos of Ada are now photos of ada. 1 face that you named Ada got the name ada"
     assert (moved in output) == ("ada" in new.values())
 
 
@@ -303,7 +303,7 @@ def test_photos_that_went_to_several_people_leave_typed_names_and_ask(party):
         (friends / "Ada" / f"{number}.png").rename(friends / name / f"{number}.png")
     (friends / "Ada").rmdir()
     _, output = party.who(film)
-    assert "photos of Cleo, Dora, but Ada keeps 1 name that you typed" in output
+    assert "photos of Cleo, Dora. The name Ada, which you typed for 1 face, stays" in output
     assert "vidjax gallery rename" in output and party.names()["party.s001.t00"] == "Ada"
 
 
@@ -328,12 +328,12 @@ def test_photo_that_goes_leaves_typed_names(party, way):
         shutil.rmtree(friends / "Ada")
     _, output = party.who(film, code=int(not is_deleted))
     assert party.names()["party.s001.t00"] == "Ada"
-    assert ("but keeps 1 name that you typed" in output) == is_deleted
+    assert ("but is still a name that you typed for 1 face" in output) == is_deleted
     if is_deleted:
         party.gallery("remove", "--identity=Ada")
     _, output = party.who(film, flags=["--forget-missing"])
     assert "Ada" not in party.names().values()
-    forgotten = "Ada no longer has photos and is forgotten, with 1 name that you typed"
+    forgotten = "Ada no longer has photos and is forgotten, with the name that you typed for 1 face"
     assert is_deleted or forgotten in output
     assert b"Ada" not in (party.out / said.NAME).read_bytes()
 

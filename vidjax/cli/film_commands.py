@@ -328,7 +328,7 @@ def add_measure_card_flags(parser: Parser) -> None:
 
 
 def measure_card(args: argparse.Namespace) -> Result:
-    """Measures how alike people look to nets, and writes this into the nets' JSON files."""
+    """Measures the cosines of embeddings of people, and writes them into the JSON files of nets."""
     models = args.models
     if not (args.photos or args.input or args.gallery):
         raise UserError(
@@ -350,7 +350,7 @@ def describe_cards(done: Sequence[MeasuredCard], gallery: Gallery | None = None)
     """Returns what `vidjax measure-card` prints.
 
     `done` are the measured cards, the JSON files of nets. `gallery` is the gallery into which the
-    new numbers were copied. It is None if no gallery was named.
+    cosines in the cards were copied, or None.
     """
     content, texts, rows = list[object](), dict[str, str](), list[tuple[str, ...]]()
     for card, found, back_end, unclear in done:

@@ -341,12 +341,12 @@ def _enrol(args: argparse.Namespace) -> Result:
     if done.refused:
         count = messages.count(len(done.refused), "clip")
         names = messages.list_some(done.refused, 3)
-        warn(f"cannot enrol {count} without a usable frame, {names}")
+        warn(f"{count} not enrolled, because no frame is usable: {names}")
     rivals = [f"'{show(clip)}' seems to show '{show(x)}'" for clip, x in done.rivals.items()]
     if rivals:
         more = "; ..., see --json" * (len(rivals) > MOST_RIVALS)
         terminal.say(
-            f"{'; '.join(rivals[:MOST_RIVALS])}{more}, but was enrolled as another person\n"
+            f"clips that may have a wrong name: {'; '.join(rivals[:MOST_RIVALS])}{more}\n"
             "if the name is wrong: vidjax gallery relabel; if both names are one person: vidjax "
             "gallery rename --merge",
             warning=True,
@@ -542,9 +542,9 @@ def _migrate(args: argparse.Namespace) -> Result:
     # `gallery migrate` knows no times and boxes, so it cannot match faces as `vidjax who` does.
     if numbered := clip_inputs.list_numbered(old, clip_inputs.read_films(path)):
         terminal.say(
-            f"{len(numbered):,} clips, such as {show(numbered[0])}, may show another person than "
-            "before, because their names end in the number of a face that a detector found\n"
-            f"if the detector is new, create '{args.new}' again, with features by the old detector",
+            "if the face detector is new, it numbers faces differently, and clips may show other "
+            f"people than before: {len(numbered):,}, such as {show(numbered[0])}\n"
+            f"in this case, create '{args.new}' again, with features by the old detector",
             warning=True,
         )
     texts = {"moved": f"{messages.count(done.moved, 'clip')}, {done.unchanged:,} moved before"}

@@ -101,8 +101,8 @@ def add_score_flags(parser: Parser) -> None:
 def score_files(args: argparse.Namespace) -> Result:
     """Scores a submission file against a ground truth file. Prints the MAP@100 on the last line.
 
-    If the organisers' script refuses a submission, so does this command. Other faults of the
-    submission are printed as warnings. If `--strict` is given, they are errors.
+    If the scoring script of the iQIYI-VID challenge refuses a submission, so does this command.
+    Other faults of the submission are printed as warnings. If `--strict` is given, they are errors.
     """
     from vidjax.evaluation import ranking
 

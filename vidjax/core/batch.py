@@ -118,15 +118,15 @@ class Batch(NamedTuple):
 
 
 class ClipInfo(NamedTuple):
-    """What a model receives about B clips, in addition to the frames of the clips.
+    """What a model receives about B examples, in addition to their frames.
 
-    If `config.after_fusion` is `examples`, the model receives each frame after fusion as a clip.
+    An example is a clip or, if `config.after_fusion` is `examples`, a fused frame of a clip.
 
     Attributes:
-      index: [B] int32, row of each clip among the training clips; 0 on padded rows.
-      mask: [B] bool, True for real clips. Padded rows must not affect the batch statistics.
-      labels: [B] int32, class columns in training; None in evaluation.
-      measure: [B] float32, quality by `Identifier.measure_clips`, or None. It is None in training.
+      index: [B] int32, row of the example's clip among the training clips; 0 on padded rows.
+      mask: [B] bool, True for real examples. Padded rows must not affect the batch statistics.
+      labels: [B] int32, column of the correct class in the logits; None in evaluation.
+      measure: [B] float32, quality of the clip by `Identifier.measure_clips`; None in training.
     """
 
     index: Array  # pyright: ignore[reportIncompatibleMethodOverride]  (a method of tuple)

@@ -99,17 +99,15 @@ def sample_frames(
     Returns Frames [B, num_frames].
 
     Args:
-      rng: PRNG key to draw frames at random. If a clip has fewer than `num_frames` frames, all of
-        them are kept, and random frames are repeated. None selects evenly spaced frames.
+      rng: PRNG key to draw frames at random. None selects the same frames in every call, about
+        evenly spaced.
       order: order of the selected frames, `time` or `random`. If `rng` is None, the random order
         is the same for all clips.
-      replacement: if True, frames are drawn with replacement from clips with fewer than
-        `num_frames` frames. If `rng` is None, this draw is the same in every call, and the frames
-        of longer clips are almost evenly spaced.
+      replacement: only for clips with fewer than `num_frames` frames. True draws frames with
+        replacement. False selects every frame, and repeats some.
 
     Source: DeepMEF (3rd place 2019), whose code draws in random order and with `replacement`, in
-    training and test. The paper has no time order and no evenly spaced frames. By default, a short
-    clip uses every frame before it repeats any, unlike in the paper.
+    training and test. The paper has no time order, no even spacing and no `replacement=False`.
     """
     _check_count("num_frames", num_frames)
     check_choice("order", order, ("random", "time"))
@@ -265,10 +263,13 @@ def _select_first(
 ) -> Frames:
     """Selects the first `num_frames` frames in `order`, and returns them in time order.
 
-    `order` [B, T] are indices of frames, real frames first. A clip with fewer frames keeps all of
-    them and repeats some. The repeated frames are random if `rng` is a key, or if
-    `fixed_draws` is True. Otherwise, all frames are repeated in turn. If `replacement` is True, all
-    frames of a clip with fewer frames are random. If `rng` is None, random numbers are fixed.
+    `order` [B, T] are indices of frames, real frames first. If a clip has too few frames:
+
+    - With `replacement`, all selected frames are drawn with replacement.
+    - With `rng` or `fixed_draws`, each frame is selected, and random frames are repeated.
+    - Otherwise, each frame is selected, and frames are repeated in turn.
+
+    If `rng` is None, draws are the same in every call.
     """
     order = order[:, :num_frames]
     count = jnp.sum(frames.mask, axis=1, dtype=jnp.int32)[:, None]
@@ -316,8 +317,8 @@ def random_fusion(
       max_frames: largest number of frames in a fused frame.
       probs: relative probabilities that a fused frame is the mean of 1, 2, ... `max_frames` frames.
         None means equal probabilities.
-      replacement: True to draw frames with replacement. If False, a frame can be drawn
-        again for a fused frame only after all frames with a probability above 0 were drawn.
+      replacement: True to draw frames with replacement. If False, the frames in a mean differ, if
+        the clip has enough frames with a probability above 0.
       sampling: relative probabilities of the frames, a weighting of `frame_weights` such as
         `quality`. Probabilities are rounded to 1/4096 of the largest.
       weighting: weights of the frames in the mean, a weighting of `frame_weights`. `mixup` draws
@@ -607,13 +608,13 @@ def list_options(function: Callable) -> dict[str, Any]:
 
 
 def _draw_frames(weights: Array, uniforms: Array, replacement: bool) -> list[Array]:
-    """Draws S frames for each of T' fused frames (means). Returns S index arrays [B, T'] int32.
+    """Draws the S frames of each of T' means. Returns S arrays of frame indices, [B, T'] int32.
 
     Args:
       weights: [B, T], relative probabilities of the frames.
       uniforms: [B, T', S] float32, a random number in [0, 1) for each draw.
-      replacement: True to draw frames with replacement. If False, a fused frame repeats a frame
-        only after each frame with a weight above 0 was drawn.
+      replacement: True to draw frames with replacement. If False, the S frames of a mean differ,
+        if the clip has enough frames with a weight above 0.
     """
     # The weights become whole numbers up to _LEVELS. In float32 the sum over up to 4096 frames is
     # exact, so draws depend neither on padding nor on the number of devices.

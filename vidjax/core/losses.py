@@ -260,8 +260,7 @@ def make_loss(
 
     Args:
       spec: these fields of `config.loss`, and the options of the losses:
-        classification: the classification loss, a key of CLASSIFICATION.
-        focal: the focal loss, a key of CLASSIFICATION.
+        classification, focal: the two losses, each a key of CLASSIFICATION.
         schedule: pairs (epoch, w), see `optim.make_piecewise`.
         margin_type: the kind of the margin, a key of MARGINS.
         margin: the size of the margin; 0 if logits are not cosines.

@@ -160,7 +160,7 @@ def fpir_interval(num_passing: int, num_distractors: int) -> tuple[float, float]
     """Returns the 95 % confidence interval (low, high) of the false-positive identification rate.
 
     `num_passing` of `num_distractors` distractors (clips of unknown people) reach the threshold.
-    The threshold is just above the best score of the remaining distractors.
+    The threshold depends on the scores of the same distractors, as in `find_threshold`.
 
     Source: Wilks 1941, Determination of sample sizes for setting tolerance limits.
     """

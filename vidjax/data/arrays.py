@@ -155,7 +155,7 @@ def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
                     f"{explain_unread(others[0], clips) or 'move it away'}"
                 )
             if not files[split]:
-                raise NoFileError(f"'{clips}' contains no CLIP.npz: add clips or remove the folder")
+                raise NoFileError(f"'{clips}' contains no .npz file: add clips, or remove {split}")
     entries = list_entries(folder)
     _refuse_parts([path for path in entries if path.suffix == ".parquet"], files)
     for path in entries:

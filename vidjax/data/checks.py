@@ -229,7 +229,7 @@ def warn_of_bad_values(
 
 
 def _has_equal_norms(report: Mapping[str, Any]) -> bool:
-    """Returns True if the features of a modality have nearly equal norms, stored as qualities.
+    """Returns True if the qualities of a modality are nearly equal, and are norms of the features.
 
     `report` is the entry of the modality in the data report.
     """
@@ -335,18 +335,16 @@ def warn_of_changed(places: Mapping[str, str]) -> None:
             first = first or places[names[0]]
     if texts:
         warn(
-            f"{first}: identity {', '.join(texts)}: a program may have changed identities. If so, "
-            "write identities as text, and leave missing identities empty"
+            f"{first}: identity {', '.join(texts)}: a spreadsheet or pandas may have changed it. "
+            "If so, write identities as text, and leave missing identities empty"
         )
 
 
 def _simplify(name: str) -> str:
-    """Returns the pattern of a name that has digits: words become `a`, and numbers become `0`.
+    """Returns the pattern of a name with digits, such as `a-0` for Jan-01. Otherwise returns "".
 
-    A number of 16 or more digits becomes `00`. The pattern of a name without digits is "".
-
-    The identity 1e5 may be a number that a spreadsheet has changed, and Jan-01 may be a date. But
-    if other identities have the same patterns, such as 1a5 and Ada-01, both are probably codes.
+    If Jan-01 and Ada-01 are identities, their equal patterns show that Jan-01 is no date. Words
+    become `a`, and numbers become `0`. Numbers of 16 or more digits become `00`.
     """
     text = re.sub(r"\w*[^\W\d]\w*", "a", name) if re.search(r"\d", name) else ""
     return re.sub(r"\d{1,15}", "0", text)

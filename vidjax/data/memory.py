@@ -313,7 +313,7 @@ def find_files(
             paths, others = list_npz_files(path)
             remedy = next(filter(None, (explain_unread(other, path) for other in others)), "")
             if remedy and not paths:
-                raise NoFileError(f"'{path}' contains no CLIP.npz\n{remedy}")
+                raise NoFileError(f"'{path}' contains no .npz file\n{remedy}")
         if not paths:
             splits = group_files_by_split(path)
             split = _choose_split(path, splits, split)

@@ -125,9 +125,9 @@ def _check_pixel_data(
 
 
 def _reduce(path: Path, photo: "Image") -> None:
-    """Makes Pillow shrink a JPEG photo with more than `decode.MOST_PIXELS` pixels when it is read.
+    """Makes Pillow shrink a photo with more than `decode.MOST_PIXELS` pixels while it is read.
 
-    Raises UserError if the photo is still too large, or has another format.
+    Pillow can shrink only JPEG photos. Raises UserError if the photo stays above MOST_PIXELS.
     """
     sides = np.array(photo.size)
     factor = next((n for n in (1, 2, 4) if np.ceil(sides / n).prod() <= decode.MOST_PIXELS), 1)

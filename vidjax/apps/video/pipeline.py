@@ -102,19 +102,17 @@ def extract_folders(
       settings: the settings of the folders. If None, each folder keeps its settings, and a new
         folder gets the default settings.
       workers: the number of processes.
-      drop: which features of earlier calls are removed.
-        "nothing": no features.
-        "deleted": features of missing videos and photos. If no other file is left in the folder
-          of the video or photo, the features are kept, and an outcome reports this.
-        "missing": features of all files that no longer exist.
-        "others": features of all files that are not in `paths`, except files in a folder that is
-          missing or empty. An outcome reports each file whose features are kept.
-        "all others": features of all files that are not in `paths`.
-        If a file cannot be reached, its features are always kept.
+      drop: the files whose features from earlier calls are removed.
+        "nothing": no files.
+        "deleted": missing files, except files of lost folders.
+        "missing": missing files.
+        "others": files that are not in `paths`, except files of lost folders.
+        "all others": files that are not in `paths`.
+        A lost folder is missing or empty, perhaps because its drive is not connected. Outcomes
+        report its files. If a file cannot be reached, its features are always kept.
       thumbnails: True keeps a picture of the best face of each clip. False removes all pictures.
-      upgrade: what happens if `models` has other or more nets than before. True deletes all
-        features, and computes the features of the files in `paths` again. The descriptions of other
-        files are kept. False raises an error.
+      upgrade: True allows other or more nets in `models` than before: deletes all features, and
+        computes the features of the files in `paths` again. False raises an error.
       check: how changes of files are detected. True compares the content of each file. False
         compares only the path, the size, the time of the last change, and the inode.
       tagged: whether names that photo programs stored for faces are read, see `regions`.

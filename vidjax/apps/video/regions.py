@@ -212,9 +212,10 @@ def _make_tag(name: str | None, left: float, top: float, width: float, height: f
 
 
 class _Reading(NamedTuple):
-    """One way to assign the detected faces of a photo to its n face tags, boxes with names.
+    """The faces of a photo that belong to its n face tags, if the EXIF orientation `turn` is right.
 
-    It assumes that the EXIF orientation `turn` turns the tagged picture to the displayed picture.
+    A face tag is a box with a name. The box was drawn in a picture that may lie on its side. `turn`
+    turns this picture upright.
     """
 
     faces: np.ndarray  # int [n], the index of the face at each tag, or -1 if there is no face
@@ -227,7 +228,7 @@ class _Reading(NamedTuple):
     turn: int  # the EXIF orientation that turns the tagged picture to the displayed picture
 
     def list_names(self, tags: Tags) -> set[tuple[int, str]]:
-        """Returns (index of the face, name) for each face tag with a fit of at least LEAST_FIT."""
+        """Returns (index of the face, name) for each tag whose box overlaps a face well enough."""
         good = np.flatnonzero(self.fits >= LEAST_FIT)
         return {(int(self.faces[number]), tags.tags[number].name) for number in good}
 
@@ -295,10 +296,9 @@ def _has_shape(shape: tuple[float, float], size: tuple[int, int], turn: int) -> 
 
 
 def _read(tags: Tags, faces: np.ndarray, size: tuple[int, int], turn: int) -> _Reading:
-    """Finds the face at each face tag. Assumes that the tagged picture has the orientation `turn`.
+    """Finds the face at each tag, if the tags were drawn in a picture with orientation `turn`.
 
-    The EXIF orientation `turn`, 1 to 8, turns the tagged picture to the displayed, upright picture.
-    For other arguments, see `match_faces`.
+    `turn` is an EXIF orientation, 1 to 8. For the other arguments, see `match_faces`.
     """
     boxes = turn_boxes(np.array([tag.box for tag in tags.tags]).reshape(-1, 4), turn)
     boxes = boxes * np.array(size * 2)

@@ -211,7 +211,7 @@ def _read_view(query: Mapping[str, str]) -> dict[str, str]:
 
 
 def make_app(review: Review, token: str) -> Starlette:
-    """Returns the web application that serves the page of names at `/TOKEN/` of this machine."""
+    """Returns the web application with the page, at `/TOKEN/`, on which a user corrects names."""
     pages = _Pages(review, token)
 
     def refuse(_: Request, error: Exception) -> Response:

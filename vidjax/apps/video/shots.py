@@ -148,10 +148,10 @@ class ShotDetector:
         return 1.0 - max(_measure_likeness(picture, other) for other in last)
 
     def _stands_out(self, change: np.ndarray, times_usual: float, times_last: float) -> np.ndarray:
-        """Returns whether each number in `change` is much larger than in earlier changes: bool [2].
+        """Compares each element of `change` [2] with earlier changes. Returns bool [2].
 
-        `change` [2] is as in `_is_sudden`. Each number must be above `times_usual` times the median
-        of this number in recent changes, and above `times_last` times this number in the last one.
+        True means that the element is above `times_usual` x its median in recent changes, and above
+        `times_last` x its value in the previous change. For `change`, see `_is_sudden`.
         """
         usual = np.median(self._changes, axis=0) if self._changes else np.zeros(2)
         return change > np.maximum(times_usual * usual, times_last * self._last)

@@ -249,7 +249,7 @@ class MainFigures:
 
     @property
     def live(self) -> set[int]:
-        """The numbers of the tracks that have not ended: only the number of the current shot."""
+        """The number of the current track. Each shot has one track, with the number of the shot."""
         return {self._shot}
 
     def take_ended(self) -> list[Track]:
@@ -267,10 +267,10 @@ def choose_held_seconds(fps: float) -> float:
 
 
 def choose_gap_seconds(rate: float) -> float:
-    """Returns the longest gap, in seconds, between two sightings of a track.
+    """Returns how many seconds a person may be out of sight before the track of the person ends.
 
-    `rate` is the number of frames per second that are searched. The gap is at least the time of 1.5
-    frames, because a person may be missed in one frame.
+    `rate` is the number of searched frames per second. The result is at least the time of 1.5
+    frames, because the detector may miss a person in one frame.
     """
     return max(GAP_SECONDS, 2.5 / rate) - 1.0 / rate
 

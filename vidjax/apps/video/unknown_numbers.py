@@ -1,11 +1,12 @@
-"""The numbers of unknown people in films. Later calls of `vidjax who` keep the numbers.
+"""Numbers unknown people in films: the person with number 3 has the name `unknown 3`.
 
-The person with number 3 has the name `unknown 3`. A clip is the face of one person in a shot. The
-numbers are stored in `unknown.json`. Corrections by users, in the log `said.jsonl`, change numbers,
-see `faces.Said`. Clips keep their numbers until a film is added. Then all clips without a name are
-grouped by similarity again. If a user has corrected which clips show an unknown person, these clips
-stay in one group. If a user has said that a clip does not show an unknown person, the clip never
-returns to the group of this person.
+The file `unknown.json` stores the number of each clip, the face of one person in a shot, for later
+calls of `vidjax who`. If a film is new, all clips without a name are grouped by similarity again. A
+group gets the number that most of its clips had.
+
+Corrections by users, in the log `said.jsonl`, always hold. If a user has said that some clips show
+one person, the clips stay in one group. If a user has said that a clip does not show a person, the
+clip never returns to the group of this person.
 """
 
 from collections import Counter
@@ -55,11 +56,11 @@ class UnknownNumbers(Struct, kw_only=True, forbid_unknown_fields=True):
     def update(
         self, films: Sequence[MediaFile], said: Said, numbers: Mapping[str, int], unread: Set[str]
     ) -> "UnknownNumbers":
-        """Returns new contents of the file, with the number of each unknown person in `films`.
+        """Returns the new contents of `unknown.json`, for the clips of `films`.
 
-        `numbers` is clip -> number. A number from a correction is not stored, because the log
-        `said` contains it. `unread` are the sha256 of films that were not read with the present
-        nets. Faces of these films keep their numbers. All other films are forgotten.
+        `numbers` is clip -> number. Numbers from corrections are left out, because the log `said`
+        contains them. `unread` are the sha256 of films that only earlier nets have read. Faces in
+        films of `unread` keep their numbers. Films in neither `films` nor `unread` are forgotten.
         """
         stored = said.given | {x: n for x, n in numbers.items() if x not in said.numbered}
         face_of = {clip: face for film in films for clip, face in film.faces.items()}
@@ -90,7 +91,7 @@ def read_numbers(out: Path) -> UnknownNumbers:
 
 
 def write_numbers(out: Path, numbers: UnknownNumbers) -> None:
-    """Writes the numbers of unknown people into the file `unknown.json` in the folder `out`."""
+    """Writes which number each unknown person has into `unknown.json` in the folder `out`."""
     files.write_json(out / NUMBERS, msgspec.to_builtins(numbers))
     files.hide(out / NUMBERS)
 
@@ -98,17 +99,16 @@ def write_numbers(out: Path, numbers: UnknownNumbers) -> None:
 def number_people(
     tracks: Tracks, said: Said, before: UnknownNumbers, highest: int
 ) -> dict[str, int]:
-    """Returns clip -> number of the unknown person, for clips without a name.
+    """Groups similar clips; returns clip -> number of the unknown person.
 
-    A group of similar clips is a person. If a film is new, all clips are grouped. A group then gets
-    the number that most of its clips had. If no film is new, people keep their clips and numbers.
-    Only clips without a number, or with a number above `highest`, may join these people.
+    A group gets the number that most of its clips had.
 
     Args:
-      tracks: the clips without a name.
+      tracks: the clips without a name. If a film is new, all clips are grouped again.
       said: the corrections in the log, and the numbers of the last call.
       before: the contents of `unknown.json` after the last call.
-      highest: larger numbers come from corrections since the last call.
+      highest: the highest number of the last call. If no film is new, clips with numbers up to
+        `highest` stay in the same groups. Other clips may join these groups.
     """
     vectors = tracks.vectors
     kept = {clip: said.numbers[clip] for clip in vectors.names if clip in said.numbers}
@@ -128,13 +128,12 @@ def number_people(
 def _keep_numbers(
     groups: Mapping[str, str], before: Mapping[str, int], fixed: Set[int], highest: int
 ) -> dict[str, int]:
-    """Gives groups of clips the numbers of the last call; returns clip -> number.
+    """Gives each group of clips a different number; returns clip -> number.
 
-    `groups` is clip -> group, such as `unknown 3`. `before` is clip -> number in the last call.
-    `fixed` are the numbers of people whom a user has corrected. Numbers are given one by one, each
-    to one group: first the numbers in `fixed`, then the others. The next pair of a group and a
-    number is the pair with the most clips. Groups that get no old number get numbers above
-    `highest`.
+    A group gets the number that most of its clips had. If several groups had a number, the group
+    with the most clips of this number gets it. Groups without an old number get numbers above
+    `highest`. `groups` is clip -> group, such as `unknown 3`. `before` is clip -> old number. The
+    numbers in `fixed`, of people whom a user has corrected, are given first.
     """
     votes = Counter((group, before[clip]) for clip, group in groups.items() if clip in before)
     number: dict[str, int] = {}

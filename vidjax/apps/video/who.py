@@ -2,27 +2,27 @@
 
 The results are these files:
 
-    OUT/people/NAME/   features of the photos of a person, or of one photo that has face tags
+    OUT/people/NAME/   features of the photos of a person: NAME/PHOTO.jpg or NAME.jpg in --people
     OUT/features/      features of the films
     OUT/gallery/       the gallery of the people, for the commands of `vidjax gallery`
     OUT/*/thumbnails/  with --thumbnails: a small picture of each face
     OUT/names.tsv      a table with a row for each appearance of a person in a film
     OUT/names.jsonl    the same table for programs
     OUT/names.html     the same table as a page with timelines
-    OUT/said.jsonl     what people said about faces: names, corrections and ignored faces
+    OUT/said.jsonl     the log of what users said: names, corrections and ignored faces
     OUT/unknown.tsv    clips of unknown people: write names into it and call the command again
     OUT/unknown.json   the numbers of unknown people, for later calls
     OUT/unmatched.tsv  names and corrections of faces that are not found again
     OUT/subtitles/     a .vtt and a .srt file for each video
     OUT/cuts/          an .otio file for programs that edit films, and a playlist, for each person
 
-Each call replaces the tables, the page, the subtitles and the timelines. If a photo is removed from
-a folder that has other files, the next call forgets it. If a whole folder of photos is missing, its
-drive may not be connected. So its photos are forgotten only with --forget-missing. A call without a
-folder of people keeps every person of the gallery. The log `said.jsonl` also contains what
-`vidjax gallery rename`, `relabel` and `remove` change. If a net was replaced or added since the
-last call, the films and photos of this call are read again. Names and corrections are kept, because
-the log identifies faces by film, time and place.
+Each call replaces the tables, the page, the subtitles and the timelines.
+
+- If a photo was deleted from a folder that has other files, the next call forgets the photo.
+- If a whole folder of photos is missing, its drive may not be connected. So the photos are
+  forgotten only with --forget-missing. A call without --people forgets nobody.
+- If a net was replaced or added, a call reads its films and photos again. Names and corrections are
+  kept, because the log identifies faces by film, time and place.
 """
 
 import functools
@@ -153,10 +153,9 @@ def name_people(
         if not is_known and not any(read_said(out, ()).names.values()):
             lost = had_page and not files.exists(out / PAGE)
             raise UserError(
-                f"no photo in '{people}' can be used, so nobody can be recognised\n"
-                "add photos that each show only one person"
-                + f"\n{PAGE} and the tables are deleted, because they name people without photos"
-                * lost
+                f"no photo in '{people}' can be used, so nobody can be recognised"
+                + f"\n{PAGE} and the tables are deleted, because they name forgotten people" * lost
+                + "\nadd photos that each show only one person"
             )
         if gallery.identities and not features_folder.find_unread(out / FEATURES):
             # Mistakes in the flags are reported here, because reading the films takes long.
@@ -233,9 +232,9 @@ class _Call:
     ) -> bool:
         """Enrols the photos of each person, and forgets people whose photos were deleted.
 
-        Returns True if people look more alike than the card (the JSON file of the net) says, and
-        some of them may be one person with two names. Such names are reported to the user.
-        `options` are arguments of `pipeline.extract_folders`.
+        Returns True if people look more alike than the card (JSON file) of the net predicts, and a
+        reported hint explains this: one person seems to have two names. `options` are arguments of
+        `pipeline.extract_folders`.
         """
         gallery, out, people = self.gallery, self.out, photos.people
         photos.check_people(gallery, forget_missing)
@@ -309,7 +308,7 @@ class _Call:
                 return
 
     def open_gallery(self) -> Gallery:
-        """Opens or creates the gallery. Raises UserError if another program wrote `out`."""
+        """Opens or creates the gallery. Raises UserError if `self.out` has files but no gallery."""
         out, path = self.out, self.out / "gallery"
         if not files.exists(path) and (foreign := list_entries(out)):
             if files.exists(out / FEATURES):
@@ -372,8 +371,7 @@ class _Call:
         new = ", ".join(parts or sorted(changed))
         self.say(
             f"there are new nets ({new}): the films and photos of this call are read again, and "
-            "names are kept\n"
-            "to read other films again, repeat vidjax who with these films"
+            "names are kept\nto read films of earlier calls again, add these films to the command"
         )
 
     def _write_unmatched(self, lost: Sequence[Lost]) -> None:
@@ -387,11 +385,13 @@ class _Call:
         if new := sorted({*lost} - {*known}):
             files.write_text(path, tables.to_text([UNMATCHED_COLUMNS, *known, *new], ".tsv"))
             files.hide(path)
-            count = f"corrections whose faces are not found again: {len(new):,}, see {path}"
-            self.warn(f"{count}\nto repeat them: vidjax review {messages.quote_path(self.out)}")
+            self.warn(
+                f"corrections whose faces are not found again: {len(new):,}, see {path}\n"
+                f"to repeat these corrections: vidjax review {messages.quote_path(self.out)}"
+            )
 
     def _report_unread(self, films: Mapping[str, MediaFile]) -> None:
-        """Reports `films`, and photos of people, whose features must be computed with new nets."""
+        """Reports `films`, and photos of people, that only earlier nets have read."""
         for film in [*films.values()][:1]:
             self.warn(
                 f"films that were not read with the new nets: {len(films):,}, such as "
@@ -439,7 +439,7 @@ class _Call:
             path.unlink()  # the table is written again
         for name, count in sorted(Counter(map(names.get, found)).items()):
             faces = messages.count(count, "face")
-            self.say(f"name from {path.name} for {faces}: {show(str(name))}")
+            self.say(f"{faces} got a name from {path.name}: {show(str(name))}")
         return {str(line.of) for line in lines}
 
     def _follow_photos(
@@ -458,14 +458,14 @@ class _Call:
         for person, owners in moved.items():
             label, owner = str(said.label("", person)), min(owners)
             named, wanted = said.list_named(label), str(said.label("", owner))
-            count = messages.count(len(named), "name")
+            count = messages.count(len(named), "face")
             if len(owners) > 1 and named:
                 words = [str(self.gallery.folder), f"--identity={label}", "--to=NAME"]
                 others = messages.list_some([*map(show, sorted(owners))])
                 self.warn(
-                    f"the photos of {show(person)} are now photos of {others}, but "
-                    f"{show(label)} keeps {count} that you typed for faces\n"
-                    f"to rename {show(label)}: vidjax gallery rename {shlex.join(words)}"
+                    f"the photos of {show(person)} are now photos of {others}. The name "
+                    f"{show(label)}, which you typed for {count}, stays\n"
+                    f"to change it: vidjax gallery rename {shlex.join(words)}"
                 )
             elif len(owners) == 1 and label != wanted:
                 renamed[label] = wanted
@@ -475,7 +475,8 @@ class _Call:
                 ):  # else the photos may have been wrong photos
                     lines += said.repeat(said.list_denied(label), "not", wanted)
                 text = f"all photos of {show(person)} are now photos of {show(owner)}"
-                self.say(text + f", and {show(wanted)} gets {count} that you typed" * bool(named))
+                also = f". {count} that you named {show(label)} got the name {show(wanted)}"
+                self.say(text + also * bool(named))
         if lines:
             said_lib.append(self.out, said_lib.stamp(lines))
         return renamed
@@ -487,11 +488,10 @@ class _Call:
         places: Collection[str],
         forget_missing: bool,
     ) -> None:
-        """Forgets people who are not in `names`, and deletes features of their photos.
+        """Forgets people of `before`, clip -> face in a photo, who are not in `names`.
 
-        `before` is clip -> face in a photo, with all photos that were known before this call.
-        Features stay if the folder of the photos has a name in `places`. If `forget_missing` is
-        False, people are kept if a user has given their names to faces in films.
+        If `forget_missing` is False, a person stays known if a user has typed the name for a face.
+        Also deletes the features in folders `OUT/people/NAME` whose NAME is not in `places`.
         """
         gallery, out = self.gallery, self.out
         said = read_said(out, features_folder.read_media_files(self.features))
@@ -504,14 +504,14 @@ class _Call:
         forgotten = set[str]()
         for name in sorted(map(str, gone - {None})):
             count = len({*gallery.people.get(name, ()), *said.list_named(name)})
-            typed = f"{messages.count(count, 'name')} that you typed"
+            typed = f"name that you typed for {messages.count(count, 'face')}"
             if count and not forget_missing:
                 command = ["vidjax", "gallery", "remove", str(gallery.folder), f"--identity={name}"]
-                self.say(f"{show(name)} no longer has photos, but keeps {typed}\n"
+                self.say(f"{show(name)} no longer has photos, but is still a {typed}\n"
                          f"to forget {show(name)}: {shlex.join(command)}")  # fmt: skip
                 continue
             text = f"{show(name)} no longer has photos and is forgotten"
-            self.say(text + f", with {typed}" * bool(count))
+            self.say(text + f", with the {typed}" * bool(count))
             forgotten.add(name)
         if forget_missing:
             for name in forgotten:
@@ -521,7 +521,8 @@ class _Call:
                 draft.remove(clip=clips)
         for name, folder in locate_people(out).items():
             if name not in places and name in names:
-                self.say(f"{show(name)} no longer has a folder, but is still named by face tags")
+                self.say(f"{show(name)} no longer has a folder, but face tags in photos still say "
+                         f"{show(name)}")  # fmt: skip
             if name not in places and not features_folder.remove_features(folder):
                 place = show(str(folder))
                 self.say(f"'{place}' contains files that vidjax did not write: they are kept")
