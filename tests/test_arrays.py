@@ -480,7 +480,7 @@ def test_unreadable_parquet_tables_are_refused_with_file_name_and_remedy(tmp_pat
         path.write_bytes(damaged)
         faces_refused(path, *words)
     path.write_bytes(without_data)
-    faces_refused(path, *words, "0 values of features, but its footer lists 4")
+    faces_refused(path, *words, "features has 0 values, but the footer lists 4")
 
 
 def test_checksums_and_encodings_of_other_programs_are_read(tmp_path, tables_here):

@@ -202,7 +202,7 @@ def test_small_table_of_many_zeros_is_refused(tmp_path, tables_here, monkeypatch
     path = write(tmp_path / "a.parquet", files.MB)  # 4 MB of float32
     assert path.stat().st_size < 2000
     monkeypatch.setattr(reading, "LARGE_BYTES", files.MB)
-    refuse_table(path, "4,194,4", "bytes of almost equal values")
+    refuse_table(path, "4,194,4", "bytes, over 100 times its size")
 
 
 def test_table_whose_pages_and_footer_disagree_on_counts_is_refused(tmp_path, tables_here):

@@ -469,7 +469,7 @@ def check_known(
     form = " (the features have this name in another Unicode form)" * bool(like)
     warn(
         f"{path}: {len(unknown)} of {len(named)} clips have no features, for example "
-        f"{show(unknown[0])}{form}\n{effect}: remove these lines, or add the features"
+        f"{show(unknown[0])}{form}\n{effect}: remove these clips from {path.name}, or add features"
     )
 
 

@@ -290,13 +290,12 @@ def find_files(
     """Finds the files of clips without reading them. Returns (folder of the files, files).
 
     `path` is a folder or a file. `split` is the split to find, or None if there is only one. The
-    second result is a list of paths: `CLIP.npz` and `DAY/CLIP.npz`, or a single parquet table. If
-    the folder contains pickles of the iQIYI-VID dataset, the second result is a dict, modality ->
-    path of the pickle.
+    files are a list of paths, such as `a.npz` or `monday/a.npz`, or a list of one parquet table.
+    In a folder of iQIYI-VID pickles, the files are a dict, modality -> path of the pickle.
 
     Raises:
       FileNotFoundError: the path does not exist, or has no clips.
-      UserError: a file of features would be ignored, or the folder does not have `split`.
+      UserError: the folder does not have `split`, or mixes files that cannot be read together.
     """
     check_path(path)
     if path.is_dir():
@@ -324,7 +323,7 @@ def find_files(
     if split is not None:
         raise UserError(
             f"'{path}' has no splits, so the split '{split}' cannot be chosen\n"
-            "leave out split in Python, and --config.eval.split in vidjax rank and vidjax embed"
+            "leave out the argument split (in Python) or --config.eval.split (in a command)"
         )
     return path, paths
 

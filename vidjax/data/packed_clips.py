@@ -92,9 +92,8 @@ class PackedClips(NamedTuple):
     Attributes:
       names: N clip names without `.mp4`.
       frames: modality -> the frames of all clips. The dtype of features is float16, float32,
-        float64 or int8. If no clip has frames, the width of the features may be 0. The index of
-        the first frame of each clip, `start`, is [N] int64.
-      counts: modality -> the numbers of clips and frames.
+        float64 or int8. If no clip has frames, the width of the features may be 0.
+      counts: modality -> how many clips and frames were read or left out.
       checksums: modality -> [N] uint64, a checksum of each clip (see `compute_checksum`), by which
         `Reader` detects damaged files. For clips in memory, the dict may be empty.
     """

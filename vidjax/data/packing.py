@@ -214,9 +214,9 @@ def _to_real_array(values: Any, place: str) -> np.ndarray:
 
 
 def _refuse_repeated(clip: Clip, place: str, given: str) -> NoReturn:
-    """Raises UserError for a clip whose name has occurred before.
+    """Raises UserError, because `clip` has the same name as an earlier clip.
 
-    The earlier clip is in the file or split `place`. `given` is the name there, such as `a.mp4`.
+    The earlier clip is in the file or split `place`, with the name written as `given` (`a.mp4`).
     """
     places, other = " and ".join(dict.fromkeys((place, clip.place))), clip.given or clip.name
     problem = f"{places}: clip {show(clip.name)} comes twice"

@@ -87,7 +87,7 @@ def _check_rows(rows: Rows) -> None:
     shapes = {x.shape for x in (*rows.scalars.values(), *(x for x, _ in bounds))}
     fits += [shapes == {(len(rows.width),)}, {*rows.scalars} <= {*OPTIONAL_COLUMNS}]
     if not all(fits) or rows.width.sum(dtype=float) != len(rows.values):
-        raise ValueError("the columns of the table contradict each other")
+        raise ValueError("a column has a wrong length, dtype or value")
 
 
 def read_contents(path: Path) -> tuple[list[str], list[np.ndarray], list[str]]:
@@ -108,9 +108,10 @@ def read_contents(path: Path) -> tuple[list[str], list[np.ndarray], list[str]]:
 def _run(
     path: Path, arguments: Mapping[str, object], kind: type[Result], writes: Sequence[Path] = ()
 ) -> Result:
-    """Calls `work` in a child process with limits, and returns its result, an object of `kind`.
+    """Runs `work`, a function of this module, in a child process with limits. Returns its result.
 
-    `path` is the table. The child process can write only in the folders `writes`.
+    `path` is the table, and `arguments` are the other arguments of `work`. `kind` is the class of
+    the result. The child process can write only in the folders `writes`.
     """
     with files.open_input(path):
         require_packages(str(path), "pyarrow", extra="parquet")
@@ -128,13 +129,12 @@ def _run(
 
 
 def work(arguments: dict[str, Any]) -> Columns | tuple[list[str], list[str]] | None:
-    """Decodes columns of a table in the child process.
+    """Decodes the table `arguments["path"]` in the child process. The other arguments say how.
 
-    The entries of `arguments` decide what is done:
-    - `path` and `out_dir`: writes the columns of a table of frames to the folder `out_dir`.
-    - `path`, `out_dir` and `any_columns`: writes the numbers of any table to the folder, and
-      returns the texts and the names of the columns.
-    - `path` and `names`: decodes only these columns, to find out whether they fit into the limits.
+    - `out_dir`: writes a table of frames to the folder `out_dir`. Returns `Columns`.
+    - `out_dir` and `any_columns`: writes the columns of floats of any table to the folder. Returns
+      the distinct texts, and the names of all columns.
+    - `names`: decodes the columns `names`, to test whether the limits suffice. Returns None.
     """
     path = Path(arguments["path"])
     if names := arguments.get("names"):
@@ -246,12 +246,12 @@ def _check_footer(path: Path, file: "parquet.ParquetFile", names: Sequence[str])
     limit = memory_bytes() // 3
     if size > limit:
         raise UserError(
-            f"{path}: its columns take {size:,} bytes, but only {limit:,} are allowed, a third of "
-            "the memory\nto train, write a file SPLIT/CLIP.npz for each clip\n"
-            "for the commands rank, embed and gallery identify, split the table into several tables"
+            f"{path}: the table needs {size:,} bytes, more than a third of the memory ({limit:,})\n"
+            "for rank, embed and gallery identify: split the table into several tables\n"
+            "for train: replace the table by a file SPLIT/CLIP.npz for each clip"
         )
     if size > _get_room(path):
-        raise _damaged(path, f"the table would unpack to {size:,} bytes of almost equal values")
+        raise _damaged(path, f"it would unpack to {size:,} bytes, over 100 times its size")
     return count
 
 
@@ -383,10 +383,10 @@ def _write_columns(
                 values[at : at + len(flat)] = flat[: counted - at]
             at += len(flat)
     if at != counted:
-        raise _damaged(path, f"{at:,} values of features, but its footer lists {counted:,}")
+        raise _damaged(path, f"features has {at:,} values, but the footer lists {counted:,}")
     arrays, text = {"width": np.concatenate(widths)}, {}
     if first != len(joined):
-        raise _damaged(path, f"{first:,} rows of features, but {len(joined):,} rows of clips")
+        raise _damaged(path, f"features has {first:,} rows, but clip has {len(joined):,}")
     for name in scalars:
         column = joined[name].combine_chunks()
         _refuse_nulls(path, name, column, 0)

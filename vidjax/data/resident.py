@@ -40,7 +40,7 @@ CHUNK_BYTES = 32 << 20  # bytes that are copied to the devices at once
 
 
 def count_steps(plan: BatchPlan) -> int:
-    """Returns the largest number of training steps whose clips one call of `draw_steps` draws."""
+    """Returns the largest `count` of training steps that `draw_steps` can draw."""
     return max(1, DRAWN_CLIPS // plan.batch_size)
 
 

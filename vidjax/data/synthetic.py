@@ -104,9 +104,7 @@ class SyntheticOptions(NamedTuple):
         are consecutive. If they include the first frame, the voice and the scene differ, too. The
         iQIYI-VID paper allows several people in up to 70 % of the frames (section 3.2).
       blur: how strongly the noise of a frame depends on its quality. The noise is proportional to
-        exp(blur (78 - quality) / 50). Weights by quality raise the MAP of nearest
-        neighbours (faces, small dataset) by 0.002 at a blur of 0, by 0.005 at 1, by 0.009 at 1.5,
-        and by 0.021 at 2.
+        exp(blur (78 - quality) / 50).
       label_noise: share of labelled train clips with the label of another person. The iQIYI-VID
         paper reports at most 0.002 (section 3.4).
       train_distractors: share of train clips that show a stranger. In iQIYI-VID, the share is 0 in
@@ -359,9 +357,10 @@ class _Clips:
         return result
 
     def _points_shown(self, modality: str, rows: np.ndarray, wrong: np.ndarray) -> np.ndarray:
-        """Returns [F, RANK], the vectors of the people in F frames.
+        """Returns [F, RANK]: for each of F frames, the vector of the person or scene in the frame.
 
-        `rows` [F] is the clip of each frame. `wrong` [F] is True for frames of another person.
+        `rows` [F] is the clip of each frame. `wrong` [F] is True if the frame shows another person
+        than most frames of the clip.
         """
         if modality == "scene":
             return self.world.points["scene"][self.programme[rows]]
@@ -428,7 +427,7 @@ def _draw_orthonormal(rng: np.random.Generator, rank: int, dim: int) -> np.ndarr
 
 
 def _draw_strangers(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Draws the stranger of each of `count` clips, [count] int. Many strangers have one clip."""
+    """Draws which stranger each of `count` clips shows: [count] int, counted from 0."""
     singles = round(count * _SINGLETON_RATE)
     sizes, left = [1] * singles, count - singles
     while left > 0:
@@ -440,7 +439,7 @@ def _draw_strangers(rng: np.random.Generator, count: int) -> np.ndarray:
 def _draw_frame_steps(
     rng: np.random.Generator, clip: np.ndarray, position: np.ndarray
 ) -> np.ndarray:
-    """Draws the frame number [F] of each feature, counted from the first feature of its clip."""
+    """Draws [F] int: the number of each frame, minus the number of the first frame of its clip."""
     step = np.where(rng.random(len(clip)) < 0.02, 0, rng.integers(1, 8, len(clip)))
     total = np.cumsum(np.where(position == 0, 0, step))
     return total - total[position == 0][clip]

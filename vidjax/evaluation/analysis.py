@@ -107,17 +107,13 @@ def write_results(
 ) -> dict[str, dict[str, Any]]:
     """Writes the results of splits to the folder of a run. Returns split -> metrics.
 
-    The results of a split are the ranking and the metrics. If `config.eval.report` is set, they
-    include the analysis and the report. An earlier analysis and report of the split are deleted. An
-    error in the analysis or the report does not change the ranking and the metrics. All processes
-    call this function, and the first process writes the files.
+    The results of a split are the ranking and the metrics and, if `config.eval.report` is set, the
+    analysis and the report. An earlier analysis and report are deleted. All processes must call
+    this function, and the first process writes the files.
 
     Args:
-      evaluated: an evaluation of each split. The first evaluation is of `config.eval.split`. Its
-        results are written last.
-      about: further entries of the metrics, which describe the training. If `about` has an entry
-        `overrides`, the names of the files contain the name of the split. The entry `finished` is
-        False until the report is written. So a user who repeats a killed command gets the report.
+      evaluated: an evaluation of each split, beginning with `config.eval.split`.
+      about: further entries of the metrics, such as the result of `describe_evaluation`.
     """
     metrics = {}
     for evaluation in reversed(evaluated):
@@ -126,6 +122,7 @@ def write_results(
         found = {"copies": msgspec.to_builtins(copies)} if copies else {}
         metrics[split.name] = values = {**evaluation.results, **found, **about}
         paths = folder.paths(split.name, apart=bool(values.get("overrides")))
+        # A command that is killed before the report is written can be repeated.
         pending = {"finished": False} if about.get("finished") and is_last else {}
         if distributed.is_first():
             names = paths.scores.with_suffix(".json")
@@ -240,9 +237,10 @@ def evaluate(
 def score_splits(
     config: Config, folder: RunFolder, run: FoundRun | None, load: Load, mesh: Mesh, *splits: str
 ) -> list[Evaluation]:
-    """Scores splits, in their order, with a run or, if `run` is None, with a blend of runs.
+    """Scores `splits` with a run or, if `run` is None, with a blend of runs.
 
-    By default, `splits` are all splits of `config`. In the result, `config.eval.split` is first.
+    The default of `splits` is all splits of `config`. Returns an evaluation of each split,
+    beginning with `config.eval.split`.
     """
     evaluated: dict[str, Evaluation] = {}
     for split in splits or config_lib.list_splits(config):

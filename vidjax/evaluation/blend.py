@@ -86,10 +86,7 @@ class Blend:
             )
 
     def check_folds(self) -> None:
-        """Raises UserError if the ensembles of the runs were trained on different folds of clips.
-
-        A fold is the clips that a member (a net of an ensemble) was not trained on.
-        """
+        """Raises UserError if the runs divide the clips into different folds (cross-validation)."""
         uses = [run.use for run in self.runs]
         if len(group_clips(np.concatenate(uses))) > max(len(group_clips(use)) for use in uses):
             names = ", ".join(model.name for model in self.models)
@@ -109,8 +106,8 @@ class Blend:
         in_sample = any(run.kind == "in_sample" for run in self.runs)
         if not self.split.labelled or in_sample or not pool.any():
             raise UserError(
-                f"config.join.learned: {self.split.name} has no labels, or all nets of a run were "
-                "trained on the clips\ntrain the runs in folds: --config.ensemble.folds=5"
+                "config.join.learned needs labelled clips that a net of each run was not trained on"
+                f"\n{self.split.name} has none: add labels, or train with --config.ensemble.folds=5"
             )
         drawn = calibration.draw_clips(pool, most)
         return calibration.make_examples(self.runs, self.split.labels, drawn)
@@ -135,10 +132,10 @@ class Blend:
         return scores_lib.combine(self.runs, join_block, self._folder)
 
     def rank(self, joined: Scores, numbers: schemas.Join | None) -> TopK:
-        """Returns the best clips of each identity by joint scores.
+        """Returns the best clips of each identity by `joined`, the joint scores.
 
-        If learned `numbers` are given, and one of the runs is a PLDA model, the order also depends
-        on the scores of similar clips, see `diffusion`.
+        If one of the runs is a PLDA model, and `numbers`, the learned parameters of the blend, are
+        given, the order also depends on the scores of similar clips, see `diffusion`.
         """
         if not numbers:
             return rank_array(joined)
@@ -175,11 +172,11 @@ def group_clips(use: np.ndarray) -> list[np.ndarray]:
 
 
 def evaluate(config: Config, folder: RunFolder, load: Load, mesh: Mesh) -> Evaluation:
-    """Scores `config.eval.split` with a blend, and computes the metrics.
+    """Scores `config.eval.split` with several runs, joins their scores, and computes the metrics.
 
-    If `config.join.learned` is True, the joint scores are computed with learned parameters (see
-    `calibration`). The first evaluation learns the parameters, and writes them to the folder of the
-    blend. Otherwise, the joint score of a clip is the weighted mean of the runs' probabilities.
+    If `config.join.learned` is False, a joint score is the weighted mean of the probabilities of
+    the runs. If it is True, learned parameters join the scores, see `calibration`. The first
+    evaluation learns the parameters, and writes them to `folder`.
     """
     weights = parse_weights(config, folder)
     blend, numbers = open_blend(config, folder, load, mesh), read_numbers(folder, config)
@@ -220,8 +217,9 @@ def open_blend(
 def _learn(blend: Blend, config: Config, folder: RunFolder, load: Load, mesh: Mesh) -> schemas.Join:
     """Learns parameters to join the scores of the runs of a blend, and writes them to a file.
 
-    The parameters are learned from clips that no run was trained on. If `vidjax train` has made the
-    blend, these are clips of all training splits. Otherwise, they are clips of `blend.split`.
+    If `vidjax train` has made the blend, the parameters are learned from the clips of all training
+    splits. Otherwise, they are learned from the clips of `blend.split`. Each clip is scored only by
+    nets that were not trained on the clip.
     """
     name = blend.split.name
     names = config.data.train_splits if config.join.systems else (name,)
@@ -245,8 +243,8 @@ def make_missing_error(folder: RunFolder, split: str) -> UserError:
     The message says how to learn the parameters from `split`.
     """
     return UserError(
-        f"'{folder.path / JOIN}' is missing, the file of parameters that join the runs' scores\n"
-        f"to learn them: vidjax evaluate --workdir={folder.path} --config.eval.split={split}"
+        f"the blend has no learned parameters: '{folder.path / JOIN}' is missing\n"
+        f"to write it: vidjax evaluate --workdir={folder.path} --config.eval.split={split}"
     )
 
 
@@ -262,7 +260,7 @@ def read_numbers(folder: RunFolder, config: Config) -> schemas.Join | None:
     found = json_files.read(path, schemas.Join, REMEDY)
     rows = (found.scale, found.offset, found.trust, [[0.0] * count for _ in found.stranger])
     if any([len(row) for row in one] != [count] * (calibration.PARTS + 1) for one in rows):
-        raise UserError(f"'{path}' does not fit the {count} runs of the blend\n{REMEDY}")
+        raise UserError(f"'{path}' has no parameters for a blend of {count} runs\n{REMEDY}")
     return found
 
 
@@ -283,9 +281,10 @@ def parse_weights(config: Config, folder: RunFolder) -> tuple[float, ...]:
 def run_config(config: Config, path: Path) -> Config:
     """Returns the configuration with which a blend scores the run in the folder `path`.
 
-    It is the configuration of the run, except for three changes. The split and the block size come
-    from `config`, the configuration of the blend. If `config` sets `data.dir` or `data.cache_dir`,
-    this value replaces the value of the run. The scores `logits` become `log_softmax`.
+    The configuration of the run is changed in three ways:
+    - `eval.split` and `eval.block_size` come from `config`, the configuration of the blend.
+    - `data.dir` and `data.cache_dir` come from `config` if they are not None there.
+    - If `eval.scores` is `logits`, it becomes `log_softmax`.
     """
     run = RunFolder(path)
     own = run.config

@@ -1,13 +1,13 @@
 """Learns how to join the scores of several runs, from clips that the runs were not trained on.
 
-A run with only the modality head is often sure of a wrong person if no head is clear in a clip. So
-the scores of a run are assumed to be meaningful only with a probability, the *trust* in the run.
 The joint log odds of identity j against a stranger are
 
     sum over the runs that can score the clip and know identity j of log(1 - trust + trust x_j)
 
-where log x_j = scale r_j + offset, and r_j are the log odds of the run. All of these numbers are
-learned by logistic regression, over all identities and a stranger at once.
+where log x_j = scale r_j + offset, and r_j are the log odds of the run. The trust in a run is the
+probability that the scores of the run are meaningful. For example, a run that sees only the heads
+of people is often sure of a wrong person if a clip has no clear picture of a head. Scale, offset
+and trust are learned by logistic regression, over all identities and a stranger at once.
 
 Source: the logistic regression is from Brümmer and du Preez 2006, Application-independent
 evaluation of speaker detection. `trust`, and the constant STRANGERS in `learn`, are our design.
@@ -168,13 +168,13 @@ def choose_candidates(logs: np.ndarray, labels: np.ndarray, part: np.ndarray) ->
 
 
 def learn(examples: Sequence[Examples]) -> Calibration:
-    """Learns the parameters that join the scores of R runs, by cross-fitting.
+    """Learns the parameters that join the scores of several runs, by cross-fitting.
 
-    Returns arrays [PARTS + 1, R], and `stranger` [PARTS + 1]. Row p is learned from all clips that
-    are not in part p. The last row is learned from all clips.
+    The arrays of the result have PARTS + 1 rows. Row p is learned from all clips that are not in
+    part p (see `split_clips`). The last row is learned from all clips.
 
-    `examples` are the scores of clips of one or several splits. If no clip shows a stranger, each
-    clip counts a second time, as a clip of a stranger, without the scores of the right identity.
+    `examples` has an item for each split. If no clip shows a stranger, each clip is also used as a
+    clip of a stranger, without the scores of the right identity.
     """
     joined = _concatenate(examples)
     weights = np.ones(len(joined.right), np.float32)

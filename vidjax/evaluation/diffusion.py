@@ -1,20 +1,17 @@
 """Re-ranks clips: the probabilities of a clip are averaged with the probabilities of similar clips.
 
-A PLDA model compares all pairs of clips. The neighbours j of a clip i are the NEIGHBOURS clips that
-most probably show the same person. P_ic is the probability that clip i shows identity c. The clips
-of identity c are ranked by
+P_ic is the probability that clip i shows identity c. A PLDA model compares all pairs of clips.
 
-    (1 - sum_j w_ij) P_ic + sum_j w_ij P_jc
+    A_ij = the log-likelihood ratio that the clips i and j show the same person, summed over the
+           modalities that both clips have, times SCALE and the learned scale of the run
+    D_ij = the probability, computed from P, that the clips show two different identities
+    t    = log(N / OTHERS), but at least THRESHOLD, for N clips
+    v_ij = (1 - D_ij) sigmoid(A_ij - t)
+    w_ij = (1 - max_c P_ic) v_ij / (1 + sum_j v_ij)
 
-    w_ij = (1 - max_c P_ic) v_ij / (1 + sum_j v_ij)    v_ij = (1 - D_ij) sigmoid(A_ij - t)
-
-The sums run over the neighbours of clip i. A_ij is the log-likelihood ratio of the clips i and j,
-summed over the modalities that both clips have, times SCALE and the learned scale of the run. D_ij
-is the probability, computed from P, that the clips show two different identities. The ratio A_ij is
-also high for two people who look alike, because it compares with random people. Without D_ij, a
-clip would be averaged with clips of a lookalike. If clip i certainly shows somebody, the maximum of
-P_ic is near 1, and the neighbours get no weight. The threshold t is the logarithm of N / OTHERS,
-but at least THRESHOLD: about OTHERS of the N clips are assumed to show the same person as clip i.
+The clips of identity c are ranked by (1 - sum_j w_ij) P_ic + sum_j w_ij P_jc. The sums run over the
+neighbours j of clip i, the NEIGHBOURS clips with the largest A_ij. For clips of a lookalike, A_ij
+is high, but the factor 1 - D_ij is near 0.
 
 Source: Donoser and Bischof 2013, Diffusion processes for retrieval revisited; Iscen and others
 2017, Efficient diffusion on region manifolds. The formula of w is our design.
@@ -39,7 +36,7 @@ from vidjax.models.two_covariance import all_log_ratios, split_embeddings
 
 NEIGHBOURS = 5
 SCALE = 0.1  # a typical `Settings.scale`
-THRESHOLD, OTHERS = 6.0, 3
+THRESHOLD, OTHERS = 6.0, 3  # about OTHERS clips are assumed to show the person of a clip
 LIMIT = 6.0  # a log-likelihood ratio of a modality is cut to +-LIMIT
 MAX_ROWS = 256  # most clips that are compared with all clips at a time
 MAX_VALUES = 1 << 22  # probabilities or pairs in memory at a time

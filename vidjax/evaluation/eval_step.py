@@ -127,14 +127,15 @@ def _reduce_examples(
     logs: bool,
     reduce: str,
 ) -> Array:
-    """Computes values for every example (a frame, or a whole clip), and reduces them to [B, K].
+    """Computes K values (scores, or an embedding) for each of B clips, [B, K].
+
+    If `system.frame_is_example` is True, `values_of` computes K values for each frame, and `reduce`
+    (`mean` or `max`) joins the values of a clip. Otherwise, `values_of` gets whole clips.
 
     Args:
-      values_of: a function of the frames [B G, T, ...] of G examples of each clip, and of the mask
-        of real examples [B, G]. Returns the values [B G, K] of the examples.
-      logs: True if the values are logarithms. Then the mean is taken over their
-        exponentials, and its logarithm is returned.
-      reduce: how the values of the examples of a clip become one row, `mean` or `max`.
+      values_of: a function of the frames [B G, T, ...] of G examples (frames or clips) per clip,
+        and of the mask of real examples [B, G]. Returns the values of the examples, [B G, K].
+      logs: True if the values are logarithms. Then `mean` is the logarithm of the mean exponential.
     """
     fused = system.fuse(None, batch.frames, hidden_chunk)
     with jax.default_matmul_precision(system.precision):
@@ -145,7 +146,7 @@ def _reduce_examples(
         count, size = exists.shape[1], _choose_num_examples(*exists.shape)
 
         def block(x: Array, first: Array) -> Array:
-            """Returns [B, G, ...], the G examples of x [B, T', ...] that start at index `first`."""
+            """Returns the G elements of axis 1 of `x` [B, T', ...] from index `first` on."""
             if x.shape[1] != count:  # a modality with a single frame repeats it
                 return jnp.broadcast_to(x, (x.shape[0], size, *x.shape[2:]))
             if size == 1:
@@ -201,7 +202,7 @@ def _choose_num_examples(clips: int, examples: int) -> int:
 
 
 def make_eval_step(system: System, mesh: Mesh) -> EvalStep:
-    """Returns a compiled `eval_step`, whose result has only the columns of identities, [B, C].
+    """Returns a compiled `eval_step`. The scores [B, C] have a column for each identity only.
 
     Every device scores a part of the clips. With the same number of clips per device, the scores
     are equal to the bit on any number of devices.
@@ -268,9 +269,9 @@ def make_no_scores(like: Array, *, logs: bool) -> MeanScores:
 def collect_scores(
     scores: Sequence[Array] | Array, weights: Iterable[Array], *, logs: bool
 ) -> MeanScores:
-    """Returns the weighted sums of n arrays of scores, [B, K] each, with n weights, [B] each.
+    """Sums n arrays of scores, [B, K] each, with n weights, [B] each.
 
-    If `logs` is True, the scores are logarithms of probabilities.
+    If `logs` is True, the scores are logarithms of probabilities, and the probabilities are summed.
     """
     total = make_no_scores(scores[0], logs=logs)
     for one, weight in zip(scores, weights, strict=True):

@@ -37,8 +37,9 @@ class Config(tfds.core.BuilderConfig):  # type: ignore[misc]
 class IqiyiVid(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
     """The builder for TFDS, which reads a folder of official files. An example is a clip.
 
-    An example has the name and the identity of the clip. The identity is "" for a distractor or an
-    unlabelled clip. Each modality has features [T, D], and quality, detection and number [T].
+    An example has the name, the identity, and the frames of the clip. A distractor or an unlabelled
+    clip has the identity "". In each modality, the T frames have features [T, D], quality scores
+    [T], detection scores [T] and frame numbers [T].
     """
 
     VERSION = tfds.core.Version("1.0.0")

@@ -1,12 +1,10 @@
 """Unpickles a large dict in pieces, so that it needs little memory.
 
-pickle writes the items of a dict in batches. `load_pieces` loads a few batches at a time as a new
-dict, which is called a piece. pickle also numbers most objects, to refer to them later. An
-unpickler keeps the numbered objects in a list, the memo. Pickles of features refer only to objects
-of the same clip, and to a few objects that all arrays share. The shared objects are in the first
-piece, which stays in the memo. The objects of a later piece are replaced by None in the memo when
-the next piece is loaded. If a pickle refers to a replaced object, a clip gets the value None and is
-refused. Then the pickle is loaded as a whole.
+A piece is a new dict with some items of the large dict. A pickle can refer to earlier objects. An
+unpickler keeps the earlier objects in a list, the memo. Pickles of features refer only to objects
+of the same clip, and to a few shared objects in the first piece. So `load_pieces` keeps only the
+objects of the first and the latest piece, and replaces all other objects by None. If a pickle
+refers to a replaced object, `sandbox` finds None in a clip, and loads the pickle as a whole.
 """
 
 import io

@@ -222,7 +222,7 @@ def _choose_fields(clips: Mapping[str, Any], modality: str) -> tuple[str, ...]:
         length = lengths.most_common(1)[0][0] if lengths else 1
     if length not in _ENTRIES:
         raise UserError(
-            f"the frames of {modality} have {length} values, but must have 1 to 5 "
+            f"the frames of {modality} are lists of {length} fields, but must have 1 to 5 "
             f"({', '.join(_ENTRIES[5])}): {REMEDY}"
         )
     return _ENTRIES[length]
@@ -275,11 +275,11 @@ def _join_features(
             got = f"is of type {_describe_type(entry)}"
             if _is_list(entry):
                 got = f"has {len(entry)} fields"
-            raise UserError(f"{where} entry {number} {got}: write a list [{', '.join(fields)}]")
+            raise UserError(f"{where} entry {number} {got}, but must be [{', '.join(fields)}]")
         feature = entry[-1]
         if type(feature) is not Array or len(feature.shape) != 1:
             got = _describe_type(feature)
-            raise UserError(f"{where} entry {number}, feature is {got}: write a 1-D array")
+            raise UserError(f"{where} entry {number}: its feature is {got}: write a 1-D array")
         features.append(feature)
     kinds = [(feature.code, feature.shape[0]) for feature in features]
     common = Counter(kinds).most_common(1)[0][0]
@@ -288,7 +288,7 @@ def _join_features(
             got = _describe_type(features[number])
             others = _describe_type(features[kinds.index(common)])
             raise UserError(
-                f"{where} entry {number}, feature is {got}, but most are {others}: "
+                f"{where} entry {number}: its feature is {got}, but most are {others}: "
                 "write features of equal length and dtype"
             )
     budget.take(size=len(features) * len(features[0].data))

@@ -5,7 +5,7 @@ with which `reader.py` scores clips. PART is a modality, and D is the length of 
 the number of people, in the order of identities.json. E is the number of ensemble members.
 
     scale                        [E], a factor of the log-likelihood ratios
-    unenrolled                   [E], the scaled ratio for people without a clip of a modality
+    unenrolled                   [E], replaces the ratio of PART for people without a clip of PART
     stranger                     [E], the logarithm of the prior odds of a stranger
     temperature                  [E], divides the logits, see `config.eval.temperature`
     PART/centre                  [E, D], is subtracted before a vector is scaled to unit length
@@ -15,12 +15,12 @@ the number of people, in the order of identities.json. E is the number of ensemb
     PART/kind                    [E, N] int32, the row of each person in `curve`
     PART/known                   [E, N] int32, 1 for people with a clip of PART
     PART/scale                   [E], an additional factor of the ratios of PART
-    PART/limit                   [E], a bound of the ratios of clips with several modalities
+    PART/limit                   [E], cuts the ratios of PART to +-limit if a clip has other PARTs
 
 The log-likelihood ratio of PART is a polynomial of z with the coefficients `linear`, `constant`
-and `curve`. People with the same number of clips share one of the U rows of `curve`. Arrays without
-a dtype are float32 or float64. A gallery that compares distances has other arrays, see
-`apps.gallery.array_export`.
+and `curve`. The logit of a person is the sum of the ratios of all PARTs. People with the same
+number of clips share one of the U rows of `curve`. Arrays without a dtype are float32 or float64. A
+gallery that compares distances has other arrays, see `apps.gallery.array_export`.
 """
 
 from collections.abc import Callable, Mapping

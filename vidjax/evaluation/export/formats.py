@@ -1,8 +1,8 @@
 """Writes runs in the formats of `vidjax export`.
 
-Each format is a function that writes a file with the model. The function then loads the file with
+Each format is a function that writes a file with the model. The function also loads the file with
 the runtime of the format, so that the outputs can be compared with vidjax. JAX and other runtimes
-are imported only in these functions. Otherwise, the imports would delay a message about a flag.
+are imported only in the functions, because the imports are slow.
 """
 
 import shutil

@@ -144,9 +144,7 @@ def _fuse_clips(system: System, frames: Mapping[str, Frames]) -> dict[str, Frame
 def get_members(run: Predictor) -> list[Member]:
     """Returns the weights of each ensemble member: (parameters, other Flax collections, view).
 
-    The arrays are in the memory of the host. `view` is the number of the chunk of features that is
-    hidden from the member. If `System.num_chunks` is None, no chunk is hidden, and `view` is not
-    used.
+    The arrays are in the memory of the host. `view` is the argument `hidden_chunk` of `eval_step`.
     """
     count = len(run.model.training_sets.members)
     return [jax.device_get(run.model.member(number)) for number in range(count)]
@@ -188,9 +186,8 @@ def make_random_clips(run: Predictor, seed: int = 0, padding: int = 2) -> Random
     """Makes random clips, and computes the outputs of a run for these clips.
 
     The second clip has only the last modality. `padding` is the number of padded frames after the
-    longest clip. If the run classifies single frames of several modalities, there is an additional
-    clip, with one frame in the last modality, and more frames in the others. It tests whether the
-    exported run repeats the single frame, as vidjax does.
+    longest clip. If the run classifies frames, not clips, and has several modalities, a fifth clip
+    has one frame in the last modality, and several frames in each other modality.
     """
     # The run scores the additional clip in a separate call. Padding to the length of other clips
     # would hide that it has a single frame.
