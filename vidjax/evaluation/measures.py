@@ -398,11 +398,11 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> sche
 
     FPIR and FNIR are the false positive and false negative identification rates. If there is no
     distractor (`labels` 0) or no known clip, returns None. With S distractors, an FPIR below
-    1 / (S + 1) cannot be measured. Then the row of this FPIR has no threshold, FPIR and FNIR.
+    1 / (S + 1) cannot be measured: the row of this FPIR has no threshold, FPIR and FNIR.
 
-    The interval of FNIR is from the bootstrap in `resample_fnir`. In simulations, the interval
-    contains the true FNIR in 93 to 99 % of samples if four or more distractors may reach the
-    threshold. With fewer distractors, it contains the true FNIR in 85 % of samples or more.
+    In simulations, the interval of FNIR (see `resample_fnir`) contains the true FNIR in 93 to 99 %
+    of samples if the limit of FPIR allows four or more distractors above the threshold, and in 85 %
+    of samples or more if it allows fewer.
     """
     best, right, people = (part[clips.pool] for part in (clips.best, clips.right, labels))
     scores, known = best.astype(np.float64), people > 0
@@ -436,17 +436,14 @@ def resample_fnir(
 ) -> np.ndarray:
     """Returns the FNIR of each bootstrap sample of people and distractors, [RESAMPLES] float64.
 
-    FNIR and FPIR are the false negative and false positive identification rates. For each sample,
-    the threshold for the FPIR `rate` is computed from the distractors of the sample. All clips of a
-    person get the same random weight. To each sample, a made-up person is added, so that FNIR
-    varies even if no real clip is missed. The weight of this person is random, and a random share
-    of the weight counts as missed.
+    FNIR is the share of the clips of known people whose best identity is wrong or scores below the
+    threshold. In each sample, all clips of a person have the same random weight.
 
     Args:
-      strange: [S] scores of the distractors.
-      known: [n] scores of the clips of known people.
-      right: [n] bool, True if the identity with this score is the right identity.
-      people: [n] the identity that each of these clips shows.
+      strange: [S] scores of the distractors. They determine the threshold of a sample.
+      known: [n] the best score of each clip of a known person.
+      right: [n] bool, True if the best score is that of the right identity.
+      people: [n] the right identity of each clip.
       rate: the largest share of new distractors that may reach the threshold.
     """
     rng = np.random.default_rng(0)
@@ -457,6 +454,7 @@ def resample_fnir(
     for _ in range(RESAMPLES):
         refused = np.partition(strange[rng.integers(0, num, num)], place)[place]
         weight = rng.standard_exponential(len(names))[person]
+        # A made-up person, missed with the weight `half`: FNIR varies even if no clip is missed.
         half, other = rng.standard_gamma(0.5, 2) * len(person) / len(names)
         missed = ~(right & (known > refused))
         rates.append((weight @ missed + half) / (weight.sum() + half + other))

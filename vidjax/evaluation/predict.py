@@ -220,9 +220,9 @@ class Ranker:
         """Returns identity -> its best 100 clips as (name, score), best first.
 
         Clips with equal scores are in the order of their names. A blend with
-        `config.join.diffusion` re-ranks the clips by similar clips in `clips`, so the returned
-        scores may not be sorted. For `clips` and `split`, see `Ranker`. `advance` is called after
-        each block of clips, with the number of rows of the block, including padding.
+        `config.join.diffusion` averages the scores of similar clips to rank the clips, but returns
+        the scores before the averaging. For `clips` and `split`, see `Ranker`. `advance` is called
+        after each block of clips, with the number of rows of the block, including padding.
         """
         request = self.request(clips, split)
         top = self._rank(request, advance)
@@ -264,7 +264,7 @@ class Predictor(Ranker):
     Attributes:
       step: number of optimiser steps before the checkpoint was saved.
       manifest: manifest of the checkpoint, with the checked sha256 of every file.
-      model: the model with its weights. `model_of` adds the clips of a request.
+      model: the model with its weights, without clips to evaluate.
       embed_fn: a function that computes the embeddings [B, D] of B clips with a member, one net of
         the ensemble.
     """

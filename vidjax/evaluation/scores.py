@@ -43,9 +43,8 @@ class Scores:
       array: [n, C] float32, memory-mapped, with a row for each of the n clips that have scores.
       use: [E, N] bool, True where one of E members (nets of an ensemble) scored one of the N clips
         of the split.
-      kind: the entry `map_kind` of `metrics.json`: `in_sample` if a member scored its training
-        clips; `out_of_fold` if a member was trained on a part of the training clips, and did not
-        score this part; otherwise the name of the split.
+      kind: `in_sample` if members score clips that they were trained on. `out_of_fold` if members
+        of folds or bootstrap samples skip such clips. Otherwise the name of the split.
       logs: True if the scores are logarithms of probabilities.
       complete: True if clips keep the scores of all identities, False if only the highest scores.
       clips: the names of the N clips of the split.
@@ -85,11 +84,11 @@ class Evaluation(NamedTuple):
 
 
 def describe(model: TrainedModel, split_name: str) -> Scores:
-    """Returns a `Scores` object for a model and a split, with an empty array.
+    """Decides which members (nets of an ensemble) will score which clips of a split.
 
-    The score of a clip will be the mean over the members of the ensemble that were not trained on
-    the clip. If all members were trained on all training clips, all members will score all clips.
-    Raises UserError if no clip of the split has a member that can score the clip.
+    Returns a `Scores` object whose array is still empty. A member scores only clips that it was not
+    trained on. Exception: if all members were trained on all training clips, they score all clips.
+    Raises UserError if no member can score any clip of the split.
     """
     clips, sets = model.data.split(split_name).clips, model.training_sets
     use, in_sample = ensemble.choose_scoring_members(sets, clips)
@@ -117,7 +116,7 @@ def write_scores(
     """Scores the clips of a split with a model, and returns the scores in an array on the disk.
 
     `only` [N] bool is True for the clips to score, by default all. For `folder`, see `allocate`.
-    `describe` chooses the members (nets of an ensemble) that score a clip.
+    The function `describe` chooses the members (nets of an ensemble) that score a clip.
     """
     scores = describe(model, split_name)
     use = scores.use if only is None else scores.use & only
@@ -244,13 +243,13 @@ def evaluate(
     members: Sequence[ensemble.Member] = (),
     check: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Ranks the clips of a split by their scores, and computes the metrics.
+    """Ranks the clips of a split by the scores in `blocks`, and computes the metrics.
 
     If clips have NaN scores, they are ranked last, with a warning.
 
     Args:
       blocks: the scores of the clips. If `members` are given, also the scores of each member.
-      scores: the result of `describe`, or the joint scores of a blend. `scores.array` is not read.
+      scores: says which clips and identities `blocks` are for. `scores.array` is not read.
       model: the model, or the first model of a blend. It contains the labels of the clips.
       split_name: the split.
       top: a ranking of the clips that replaces the ranking by scores.

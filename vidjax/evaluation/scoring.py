@@ -73,10 +73,10 @@ class TrainedModel(NamedTuple):
         return tuple(self.system.fuse_eval)
 
     def member(self, number: int) -> tuple[Params, ModelState, Array]:
-        """Returns the first three arguments of `eval_step` for a member (net) of the ensemble.
+        """Returns (params, model_state, hidden_chunk) of a member (net), to call `eval_step` with.
 
-        They are copies of the parameters, copies of the other variables, and the number of the
-        chunk of features that is hidden from the member, [] int32.
+        With `config.ensemble.views`, each member sees all features except one chunk.
+        `hidden_chunk`, [] int32, is the index of this chunk. Otherwise, it is not used.
         """
         params, model_state = ensemble.take((self.params, self.model_state), number)
         return params, model_state, np.array(self.training_sets.members[number].view, np.int32)
@@ -221,10 +221,9 @@ def _count_joined_blocks(plan: EvalPlan, block_size: int) -> int:
 def split_by_members(plan: EvalPlan, use: np.ndarray, rows: int) -> EvalPlan:
     """Splits the groups of clips in `plan` by the members (nets) that score the clips.
 
-    `use` [E, N] bool is True where one of E members scores one of N clips. Before the split, a
-    group has clips of similar length. After the split, the same members score all clips of a group.
-    Exception: if fewer than `rows` clips (a block) of a group have the same members, they stay
-    together with other such clips of the group. Otherwise, blocks would be mostly padding.
+    `use` [E, N] bool is True where one of E members scores one of N clips. The clips of a new group
+    have similar lengths and the same members. If a new group has fewer than `rows` clips (a block),
+    it is merged with other small groups of similar length, so that blocks have little padding.
     """
     _, group = np.unique(np.packbits(use, axis=0), axis=1, return_inverse=True)
     group = group.reshape(-1) * len(BUCKETS) + plan.bucket

@@ -1,11 +1,11 @@
 """Computes confidence intervals of MAP and of differences in MAP, and p-values of differences.
 
 The interval of a single run comes from a Bayesian bootstrap over the identities. MAP is computed
-many times, with random weights of the identities. The bootstrap adds an unseen identity. Half of
-the weight of this identity has the average precision 0, and the other half has 1. So the interval
-has a width even if the average precisions of all identities are equal. If all are 0 or 1, the
-interval equals the Jeffreys interval of a proportion. If the average precisions vary, the interval
-is hardly wider than a t interval.
+many times, with random weights of the identities. The bootstrap adds an unseen identity: the
+average precisions 0 and 1, each with half of the weight of an identity. So the interval has a width
+even if the average precisions of all identities are equal. If all are 0 or 1, the interval equals
+the Jeffreys interval of a proportion. If the average precisions vary, the interval is hardly wider
+than a t interval.
 
 The interval of the difference between two runs is the wider of a paired t interval and a Bayesian
 bootstrap. For the unseen identity of this bootstrap, see `_draw_low_means`. The interval of the
@@ -67,19 +67,19 @@ def map_interval(averages: np.ndarray, *, draws: int = DRAWS) -> tuple[float, fl
 
 
 def compute_gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float, float, float]:
-    """Returns the bounds of the 95 % interval of the mean of `gaps`, and its two-sided p-value.
+    """Returns (low, high, p): the 95 % interval of the mean of `gaps`, and a two-sided p-value.
 
     `gaps` [C] are the differences in average precision between two runs, one for each identity. The
-    interval is the smallest that contains a paired t interval and a Bayesian bootstrap interval.
-    The bootstrap adds an unseen gap to `gaps`, see `_draw_low_means`. The p-value tests a mean of
-    0. It is below 5 % exactly if the interval excludes 0. If the two runs are exchanged, (low,
-    high) becomes (-high, -low).
+    p-value tests a mean of 0. It is below 5 % exactly if the interval excludes 0. If the two runs
+    are exchanged, (low, high) becomes (-high, -low).
+
+    The interval is the smallest that contains a paired t interval and a Bayesian bootstrap
+    interval. The bootstrap adds a gap for an unseen identity, see `_draw_low_means`.
 
     Source: Gaffke 2005, Three test statistics for a nonparametric one-sided hypothesis on the mean
     of a nonnegative variable; Learned-Miller and Thomas 2019, A new confidence interval for the
-    mean of a bounded random variable. In both publications, the unseen value is a bound of the
-    range, here -1 or 1. Then an interval for few identities would contain 0 even if a t test finds
-    a difference. So we deliberately choose a smaller unseen gap.
+    mean of a bounded random variable. The publications add a bound of the range, here -1 or 1.
+    Our gap is smaller. With few identities, -1 or 1 would hide differences that a t test finds.
     """
     lows, highs = _draw_low_means(gaps, draws), -_draw_low_means(-gaps, draws)
     low, high = _compute_bounds(lows, gaps)[0], _compute_bounds(highs, gaps)[1]
@@ -96,19 +96,18 @@ def compute_gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float
 
 
 def _draw_low_means(gaps: np.ndarray, draws: int) -> np.ndarray:
-    """Returns random means of `gaps` [C] and one unseen gap (see `_draw_means`), [draws] float.
+    """Returns means of `gaps` [C] and the gap of an unseen identity, with random weights, [draws].
 
-    Low quantiles of these means give the lower end of an interval. The unseen gap is an assumption
-    about an identity outside of the data. It depends on the share of equal gaps, `measure_ties`:
+    The gap of the unseen identity is a cautious, low guess. It depends on `measure_ties(gaps)`, the
+    share of pairs of identities with equal gaps:
 
         share up to 1/3:  halfway between the mean gap and the lowest gap
         share 1:          -1, because equal gaps do not show how low a rare gap can be
         between:          linear interpolation
 
-    A share of 1/3 is usual, because two good systems rank 60 % of the identities without a mistake.
-    With fewer than FEWEST_IDENTITIES identities, the interpolation starts at share 0, and uses the
-    square of the share.
+    With fewer than FEWEST_IDENTITIES gaps, the interpolation starts at share 0, and is quadratic.
     """
+    # The limit is 1/3, because two good systems rank 60 % of the identities without a mistake.
     low, ties = (np.mean(gaps) + np.min(gaps)) / 2, measure_ties(gaps)
     rare = max(0.0, 1.5 * ties - 0.5) if len(gaps) >= FEWEST_IDENTITIES else ties**2
     return _draw_means(gaps, {float(low - (1 + low) * rare): 1.0}, draws)
@@ -144,7 +143,7 @@ def _draw_means(values: np.ndarray, unseen: Mapping[float, float], draws: int) -
 
 
 def _compute_bounds(means: np.ndarray, values: np.ndarray) -> tuple[float, float]:
-    """Returns the middle 95 % of random means of `values`, widened to contain `values.mean()`."""
+    """Returns (low, high), the middle 95 % of `means`, widened to contain the mean of `values`."""
     tail, mean = (1 - LEVEL) / 2, np.mean(values)
     low = np.quantile(means, tail, method="lower")
     high = np.quantile(means, 1 - tail, method="higher")
@@ -173,9 +172,10 @@ def differences_of_seeds(groups: Sequence[Sequence[np.ndarray]]) -> list[Differe
     the average precisions of two or more identities. Run i of a group is paired with run i of the
     first group. Returns an item for each group except the first.
 
-    The interval is a t interval. The variance of a difference is the sum of the variances over
-    identities and over seeds. The interval is widened to contain a second interval, which accounts
-    for rare identities: the runs of a group are averaged, then `compute_gap_interval` is called.
+    The interval of a difference is the smallest that contains two intervals:
+
+    - a t interval, whose variance is the sum of the variances over identities and over seeds.
+    - `compute_gap_interval` for the mean runs of both groups, which accounts for rare identities.
 
     Source: Cochran and Cox 1950, Experimental designs: the t quantile of the interval is the mean
     of the t quantiles for identities and for seeds, weighted by the variances. The degrees of

@@ -105,9 +105,9 @@ def find_run(config: Config, folder: RunFolder) -> FoundRun:
     most = 1 + 2 * people + len(training_sets.clips)  # building a model takes memory per column
     if task.num_identities != people or columns > most:
         raise CheckpointError(
-            f"'{workdir}': the checkpoint lists {people:,} identities, but its manifest is for "
-            f"{task.num_identities:,} identities and {columns:,} classes\n"
-            f"{members_file.REMEDY}"
+            f"'{workdir}': the checkpoint lists {people:,} identities, so its manifest must have "
+            f"{people:,} identities and at most {most:,} classes, not {task.num_identities:,} and "
+            f"{columns:,}\n{members_file.REMEDY}"
         )
     return FoundRun(folder, saved, task, identities, training_sets)
 
@@ -192,12 +192,12 @@ def warn_of_missing_modalities(split: Split, modalities: Collection[str]) -> Non
 def select_sets(
     sets: ensemble.TrainingSets, own: DataDigests, data: ClipSource, split: str
 ) -> ensemble.TrainingSets:
-    """Returns `sets`, or empty sets if clips of `split` only have the names of training clips.
+    """Returns `sets`, or empty sets if `split` may have new clips with names of training clips.
 
-    `sets` are the names of the training clips of each member (net) of an ensemble. A member must
-    not score its training clips. `own` are the digests of the training data. If a clip of `split`
-    has the name of a training clip, but `data` differ from the training data, the clip may be a new
-    clip. Then this function warns, and returns empty sets, so that all members score all clips.
+    `sets` are the names of the training clips of each member (net) of an ensemble. A member does
+    not score its training clips. If `split` has names of training clips, but the digests of `data`
+    are not the digests `own` of the training data, the function warns, and returns empty sets. With
+    empty sets, all members score all clips.
     """
     if ensemble.choose_scoring_members(sets, data.split(split).clips)[0].all():
         return sets
@@ -207,8 +207,7 @@ def select_sets(
     if now and all(x and {*find_changes(old, x)} <= {"labels"} for old, x in pairs):
         return sets
     warn(
-        f"clips of {split} have names of training clips, but may be new clips\n"
-        "so all nets of the ensemble score these clips, also nets that may be trained on them\n"
-        "if the clips are the training clips, use vidjax evaluate, which avoids such nets"
+        f"clips of {split} with names of training clips may be new, so all nets score all clips\n"
+        "if they are training clips, the scores are too good: use vidjax evaluate instead"
     )
     return sets._replace(trained=np.zeros_like(sets.trained))

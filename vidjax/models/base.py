@@ -56,8 +56,8 @@ class Identifier(nn.Module):
       scores_unknown: True if the model computes the logit of column 0, "other", even if no training
         clip is labelled "other".
       min_epochs: number of passes over the training clips that the model needs.
-      parts: for a model that contains other models, such as {"main": "main_modalities"}: the field
-        `main` has a model, and the field `main_modalities` lists the modalities of this model.
+      parts: {} if the model contains no other models. Otherwise, field with a model -> field with
+        the modalities of this model, such as {"main": "main_modalities"}.
     """
 
     vector_names: ClassVar[tuple[str, ...]] = ()

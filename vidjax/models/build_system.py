@@ -91,9 +91,9 @@ class System(NamedTuple):
     def init(self, rng: jax.Array, fuse_rng: Array) -> tuple[Params, ModelState]:
         """Draws the parameters and the other variables of the model with the PRNG key `rng`.
 
-        The shapes of the inputs come from blank clips, whose frames are fused with the key
-        `fuse_rng`. Returns the parameters, and all other collections of variables. Raises UserError
-        if the output of the model has wrong shapes.
+        The inputs are blank clips, because only the shapes matter. `fuse_rng` is the PRNG key of
+        the fusion, which may draw frames at random. Returns the parameters, and all other
+        collections of variables. Raises UserError if the output of the model has wrong shapes.
         """
         fused = self.fuse(fuse_rng, make_blank_clips(self.task.modalities), jnp.int32(0))
         fused, exists = self.to_examples(fused)
@@ -114,15 +114,14 @@ class System(NamedTuple):
         return jax.eval_shape(lambda: jax.lax.map(lambda rng: self.init(rng, rng), rngs))
 
     def to_examples(self, frames: Mapping[str, Frames]) -> tuple[Mapping[str, Frames], Array]:
-        """Turns B clips into n examples each. Examples are the inputs of the model.
+        """Turns B clips into the inputs of the model, n examples for each clip.
 
         `frames` is modality -> Frames [B, T'], the result of `fuse`. Returns the examples, modality
         -> Frames, and [B, n] bool, True for examples that exist.
 
-        If `frame_is_example` is False, each clip is an example: n is 1, and `frames` are returned
-        unchanged. If it is True, each frame of a clip is an example: n is the largest T', and the
-        result has Frames [B n, 1]. A modality with T' = 1 is repeated in every example of the clip.
-        A clip with frames only in such modalities has a single example.
+        If `frame_is_example` is False, n is 1, and the examples are `frames`. If it is True, each
+        frame is an example: n is the largest T', and the result has Frames [B n, 1]. If a modality
+        has only one frame per clip, all examples of the clip contain this frame.
         """
         if not self.frame_is_example:
             return frames, jnp.ones((len(next(iter(frames.values())).mask), 1), bool)
@@ -135,6 +134,7 @@ class System(NamedTuple):
         num_examples = max(sizes - {1}, default=1)  # the sizes of an exported run are symbols
         masks = [x.mask for x in frames.values() if x.mask.shape[1] == num_examples]
         exists = jnp.any(jnp.stack(masks), axis=0)  # [B, T']
+        # A clip with frames only in modalities with T' = 1 has a single example.
         has_single = fusion.has_frames(frames) & ~exists.any(axis=1)
         exists = exists.at[:, 0].set(exists[:, 0] | has_single)
 

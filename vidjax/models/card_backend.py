@@ -11,9 +11,8 @@ The squared distance |x - x'|^2 of two clips has a gamma distribution:
     clips of two people:      the mean is 2 (W + B), and the shape is n_different / 2
 
 The sum of the squares of n independent Gaussians of equal variance has such a distribution with the
-shape n / 2. The direction of the vector e is uniform in n_different dimensions. The vectors of the
-population are Gaussian in these dimensions. So the densities of clips of a person and of a stranger
-are over the same space, and can be compared.
+shape n / 2. The direction of x - x' counts as uniform in n_different dimensions, also for clips of
+a person. So the densities of x for a person and for a stranger can be compared.
 
 The cosines of a card are cosines of vectors that were scaled to unit length. Scaling makes cosines
 spread less: `count_shape` computes n without this effect.
@@ -75,10 +74,10 @@ def from_cosines(same: tuple[float, float], different: tuple[float, float]) -> D
 
 
 def count_shape(variance: float, deviation: float) -> float:
-    """Returns the shape n / 2 of the gamma distribution of the squared distance of two vectors.
+    """Returns the shape n / 2 of the gamma distribution of the squared distance of unit vectors.
 
-    n is the effective number of dimensions in which the vectors differ. `variance` is 1 - the mean
-    cosine of two unit vectors. `deviation` is the standard deviation of this cosine.
+    `variance` is half of the mean squared distance, or 1 - the mean cosine. `deviation` is the
+    standard deviation of the cosine.
     """
     # Before scaling, let a vector be c + g, where |c|^2 = 1 - V, and g is Gaussian in n dimensions
     # across c, with the variance V. Then |c + g|^2 = 1 + d, where d has the variance 2 V^2 / n. To
@@ -117,10 +116,9 @@ def population(
 ) -> Population:
     """Computes the posterior of the mean vector of all people.
 
-    `mean` [D] is the mean vector of people in the card of the net (a JSON file), or None if the
-    card has no mean. `weighed` has a pair for each block of people: the weighted sum [D] of the
-    people's mean unit vectors, and the sum of the weights, see `weigh`. There is at least one
-    block.
+    `mean` [D] is the prior mean from the card of the net (a JSON file), or None if the card has
+    none. `weighed` has one or more pairs, each for some of the enrolled people: the weighted sum
+    [D] of the mean unit vectors of the people, and the sum of the weights, see `weigh`.
     """
     sums, totals = map(list, zip(*weighed, strict=True))
     if mean is not None:
@@ -138,9 +136,10 @@ class Posterior(NamedTuple):
 
 
 def posterior(distances: Distances, known: Population, effective: np.ndarray) -> Posterior:
-    """Computes the posterior of the mean vectors of N people, given their clips.
+    """Computes the posterior of the mean vector of each of N people.
 
-    `known` is the result of `population`. `effective` [N] are the results of `effective_count`.
+    `effective` [N] are the effective numbers of clips of the people, see `effective_count`. `known`
+    is the result of `population`.
     """
     noise = distances.within / effective
     share = distances.between / (distances.between + noise)

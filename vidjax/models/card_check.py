@@ -3,11 +3,9 @@
 The card is a JSON file. It lists statistics of two kinds of cosines: between two vectors of one
 person, and between vectors of two people, see `card_backend`.
 
-From the vectors of P people, two variances are estimated: W between clips of one person, and B
-between people. Each person has the same weight. The effective number of dimensions, n, follows from
-the card. If the card is right, the estimate of B is distributed like the mean of the squares of
-(P - 1) x n Gaussian variables. A card counts as wrong only if an estimate is improbable, and
-differs from the card by a large factor.
+Two variances of the vectors are estimated, and compared with the card: W between clips of one
+person, and B between people. Each person has the same weight. A card counts as wrong only if an
+estimate is improbable under the card, and differs from the card by a large factor.
 """
 
 import math
@@ -47,15 +45,14 @@ class Comparison(NamedTuple):
     deviation: float = 0.0
 
     def is_blind(self, mirrored: Sequence[float]) -> bool:
-        """Returns whether a photo and its mirror image differ almost as much as two people do.
+        """Returns True if the net is blind: it does not separate people.
 
-        A net for which this is true is blind: it does not separate people. `mirrored` are the
-        cosines between the vectors of photos and of their mirror images. The distance of two
-        vectors is 1 - cosine. The result is True if the mean distance of mirror images is over 30 %
-        of the distance of two people. This share is 5 % for dlib's net, and 40 to 70 % for nets
-        with random weights, except for nets that only average over the picture. `compare` does not
-        find most nets with random weights if people have only one or two photos.
+        `mirrored` are the cosines between the vectors of photos and of their mirror images. A net
+        is blind if the mean distance (1 - cosine) of a photo and its mirror image is over 30 % of
+        the mean distance of two people. This share is 5 % for dlib's net, and 40 to 70 % for nets
+        with random weights, except for nets that only average over the picture.
         """
+        # If people have only one or two photos, `compare` misses most nets with random weights.
         if self is NO_PROBLEM:
             return False
         return 1 - float(np.mean(mirrored)) > MIRRORED * (1 - self.cosine)
@@ -71,10 +68,10 @@ def compare(
     counts: np.ndarray,
     deviation: float = 0.0,
 ) -> Comparison:
-    """Compares how much the vectors of P people differ with the prediction of the net's card.
+    """Compares the variances of the vectors of P people with the variances in the net's card.
 
     Args:
-      distances: the distributions of distances that the card (a JSON file) predicts.
+      distances: the distributions of distances, according to the card (a JSON file).
       total: [D], the sum over the people of each person's mean unit vector.
       squares: [P], the squared length of each person's mean unit vector.
       counts: [P], the number of clips of each person. People without clips are ignored.
@@ -99,6 +96,7 @@ def compare(
     estimate = float(squares.mean()) - cosine - noise * within
     share = estimate / between
 
+    # If the card is right, `estimate` is like the mean of (P - 1) x n squared Gaussians.
     exact = between + noise * distances.within
     variance = 2 * exact**2 / ((people - 1) * 2 * distances.different) + noise**2 * spread
     low, high = (quantile(2 * between**2 / variance, z) for z in (LOW, HIGH))
@@ -126,18 +124,20 @@ def compare(
 
 
 def differ(distances: Distances, cosines: np.ndarray, clarity: np.ndarray) -> bool | None:
-    """Checks whether a net separates people as its card (a JSON file) says, with N pairs of faces.
+    """Checks with N pairs of faces of different people whether a net separates people.
 
-    The two faces of a pair were seen at the same time, so they should show two people. Returns
-    False if more than 5 % of the pairs differ more than two people ever do. This happens with nets
-    that only see colours. Otherwise, returns True if at least half of the pairs differ about as
-    much as two people do, according to the card. If fewer pairs do, returns None. Then the net may
-    still be good, because twins, and two faces in mirrors or split screens, are alike.
+    Returns the first of these values that applies:
+
+        False:  for more than 5 % of the pairs, the distance of the vectors is far above the usual
+                distance for two people. This happens with nets that only see colours.
+        True:   for half of the pairs or more, the distance is near the usual distance, or above.
+        None:   otherwise. The net may be good: twins, mirrors and split screens show similar faces.
 
     Args:
-      distances: the distributions of distances that the card predicts.
+      distances: the usual distances, from the card (a JSON file) of the net.
       cosines: [N] float, the cosine between the vectors of the two faces of each pair.
-      clarity: [N] float, the clarity of the better face, see `align.measure_clarity`.
+      clarity: [N] float, the clarity of the better face of each pair, see `align.measure_clarity`.
+        For unclear faces, a smaller distance is enough for True.
     """
     # Without within, the squared distance is B on average, and B x clarity for unclear faces.
     gap = (1 - cosines - distances.within) / distances.between

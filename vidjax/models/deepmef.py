@@ -1,4 +1,4 @@
-"""DeepMEF, the third-place system of 2019: attention over frames, and features of the scene."""
+"""DeepMEF, 3rd place in the iQIYI challenge 2019: attention over frames, features of the scene."""
 
 import functools
 from collections.abc import Mapping
@@ -37,34 +37,31 @@ class DeepMEF(Identifier):
     4. A cosine classifier computes the logits.
 
     Attributes:
-      modality: modality with attention over its frames, `face` in the article.
+      modality: modality with attention over its frames.
       channel_attention: features | channels | danet, a form of ChannelAttention; or none.
-      channel_norm: True for BatchNorm in ChannelAttention, as published; only for `channels`.
+      channel_norm: see `norm` of ChannelAttention; only for `channels`.
       num_frames: number of frames T of every clip; only for `channels`.
       aggregation: attention | mean | quality (mean weighted by quality x detection).
       rms_norm: True to scale every frame of `modality` to a root mean square of 1.
       feature_scale: factor on the features, after `rms_norm`.
       branch_dims: widths of the dense layers of each other modality.
       hidden_dim: width of the first layer of f. The second layer has the width D.
-      layer_form: published | ours, the layers of f and of the other modalities, see below.
-      dropout_rate: dropout rate of the layers that have dropout, see below.
+      layer_form: form of the layers of f and of the other modalities.
+        published: Linear, BatchNorm, PReLU, dropout, but no dropout in the last layer of f and of
+          each other modality. Weights start as in Kaiming (He et al. 2015).
+        ours: Linear, PReLU, BatchNorm, dropout, but the last layer of f is only a linear map, which
+          starts at 0.
+      dropout_rate: dropout rate of all layers with dropout.
       modality_dropout_rate: see `Identifier`.
       logit_scale: factor on the cosines.
 
-    With `published`, a layer is Linear, BatchNorm, PReLU, dropout, with normal weights of Kaiming.
-    The last layer of f and of each other modality has no dropout. With `ours`, a layer is Linear,
-    PReLU, BatchNorm, dropout. The last layer of f is only a linear map that starts at 0, so f
-    starts at 0.
+    Source: DeepMEF (3rd place in the iQIYI challenge 2019), with the modalities face and scene.
 
-    Source: DeepMEF (3rd place 2019), whose other modality is `scene`.
-
-    - Code of DeepMEF: quality / 100 and detection are appended before aggregation. A scene of S
-      features passes through layers of the widths S/4 and S/16. In an ensemble, each net omits 1/16
-      of 2048 features: S is 1920, and the widths are 480 and 120. The hidden layer has twice the
-      width of the aggregated face. Logits are 30 times the cosine in training.
-    - Article: quality is joined to normalised features, because the margin loss discards the
-      magnitude of features. The second layer of the scene has the width 2048 / 16 = 128.
-    - Not published: masks of padding, modality dropout, zeros for a missing modality, `rms_norm`.
+    - From the code: the factor 30 in training, the hidden layer of twice the width of the
+      aggregated face, and layers of the widths S/4 = 480 and S/16 = 120 for S features of the
+      scene. Each net of the ensemble omits 1/16 of 2048 features, so S is 1920.
+    - Different in the article: features are normalised, and the width is 2048/16 = 128, not 120.
+    - Ours: masks of padding, modality dropout, zeros for a missing modality, `rms_norm`.
     """
 
     modalities: Mapping[str, int]
@@ -88,10 +85,7 @@ class DeepMEF(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Computes the logits of B clips, [B, 1, 1 + C], as a single branch (set of logits).
-
-        The embedding is the input of the classifier.
-        """
+        """Computes the logits, [B, 1, num_classes], and the embedding, input of the classifier."""
         frames, present = real_frames(frames, self.modalities, clips.mask)
         has_frames = jnp.any(present, axis=1)
         present = choose_kept_modalities(self, present, self.modality_dropout_rate, train=train)
@@ -159,17 +153,17 @@ class ChannelAttention(nn.Module):
     and out are linear maps with a bias. The map out and the factor gamma start at 0, so at first y
     equals x.
 
-    Form `features` (not published): the maps act on the features, D -> D/2.
+    Form `features` (ours): the maps act on the features, D -> D/2.
 
         A_ts = softmax over real frames s of theta(x_t) . phi(x_s) / sqrt(D/2)    [T, T]
         y_t = x_t + out(sum_s A_ts g(x_s))
 
-    Form `channels` (the code of DeepMEF): the maps act on T = `num_frames` frames, T -> T/2.
+    Form `channels` (of DeepMEF, with `norm`): the maps act on T = `num_frames` frames, T -> T/2.
 
         A_ij = softmax over j of sum_d theta(x)_id phi(x)_jd    [T/2, T/2]
         y = x + out(A g(x))
 
-    Form `danet` (the code of DANet, for frames instead of channels): frames unlike x_t weigh most.
+    Form `danet` (of DANet, for frames instead of channels): frames unlike x_t weigh most.
 
         E_ts = x_t . x_s
         A_ts = softmax over real frames s of max_s(E_ts) - E_ts    [T, T]
@@ -177,13 +171,11 @@ class ChannelAttention(nn.Module):
 
     Attributes:
       norm: only for `channels`. If True, maps have no bias, BatchNorm follows theta, phi and out,
-        and theta and phi start at 0. They stay 0, because the gradient of each is a product with
-        the other. So all entries of A stay equal.
+        and theta and phi are always 0, so that all entries of A are equal.
 
-    Source: channel attention of DANet (Fu et al., CVPR 2019), where the article takes the softmax
-    of E. DeepMEF (3rd place 2019) cites DANet, but the code of DeepMEF (channel_attention_layer.py)
-    is `channels` with `norm`. Not published: masks of padding, `channels` without `norm`, and
-    `features`.
+    Source: the code of DANet (Fu et al., CVPR 2019, whose article takes the softmax of E), and
+    channel_attention_layer.py of DeepMEF (3rd place in the iQIYI challenge 2019). Masks of padding
+    are ours.
     """
 
     form: Literal["channels", "danet", "features"] = "features"
@@ -246,6 +238,7 @@ class ChannelAttention(nn.Module):
                 return x
             return batch_norm(x, jnp.any(mask, axis=1), train=train, name=f"{name}_norm")
 
+        # With `norm`, theta and phi stay 0, as the gradient of each is a product with the other.
         first = zeros if self.norm else default
         theta, phi = (mapped(name, rows, width, first) for name in ("theta", "phi"))
         g = mapped("g", rows, width, default)

@@ -37,7 +37,7 @@ _OPTIONS = {
 
 
 class DenseIdentifier(Identifier):
-    """A fully connected network and a classifier. The input is all mean frames, concatenated.
+    """A fully connected network and a classifier. It sees the mean frame of each modality.
 
     Attributes:
       backbone: mlp | residual (see ResidualDenseNet) | block (see ResidualBlock).
@@ -51,11 +51,12 @@ class DenseIdentifier(Identifier):
       head: linear | cosine.
       logit_scale: factor on the cosines, for the cosine head.
 
-    Source: four systems of the iQIYI challenges. For faces only, `mlp` is from "quality fusion"
-    (4th place 2019), `residual` from "Residual Dense Net" (2nd place 2019), and a linear layer with
-    the cosine head from "noise classes" (5th place 2018). For the scene only, `block` with the
-    cosine head is from "DeepMEF" (3rd place 2019). Several modalities and modality dropout are not
-    in the papers.
+    Source: four systems of the iQIYI challenges, each with one modality. Modality dropout is ours.
+
+        mlp:                    "quality fusion" (4th place 2019), faces
+        residual:               "Residual Dense Net" (2nd place 2019), faces
+        linear layer, cosine:   "noise classes" (5th place 2018), faces
+        block, cosine:          "DeepMEF" (3rd place 2019), scene
     """
 
     modalities: Mapping[str, int]
@@ -90,10 +91,7 @@ class DenseIdentifier(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Computes the logits of B clips, [B, 1, 1 + C], as a single branch (set of logits).
-
-        The embedding is the output of the backbone.
-        """
+        """Computes the logits, [B, 1, num_classes], and the embedding, output of the backbone."""
         frames, present = real_frames(frames, self.modalities, clips.mask)
         # Clips without frames must not change the batch statistics.
         has_frames = jnp.any(present, axis=1)

@@ -29,12 +29,12 @@ class FallbackIdentifier(Identifier):
         any other clip:                                  (1, 0)
 
     Attributes:
-      other_modalities: modalities of the fallback model, without `modality`.
+      other_modalities: modalities of the fallback model. `modality` must not be one of them.
       main_modalities: modalities of the main model; () means all.
       modality: modality that decides which model scores a clip.
       missing_scale: weight of the fallback model for clips without `modality`.
-      measure: norm (mean length of the feature vectors) | quality (mean quality), over all raw
-        frames of the clip, before fusion and with all features.
+      measure: norm (mean length of the feature vectors) | quality (mean quality), over all frames
+        of the clip in `modality`, before fusion.
       threshold: measure below which both models score a clip; 0 means never.
       threshold_share: share in [0, 1) of the training clips with `modality` that lie below the
         threshold. `prepare` computes the threshold. With 0, `threshold` is used as given.
@@ -45,8 +45,7 @@ class FallbackIdentifier(Identifier):
     1 % of clips of the lowest quality. In the code of DeepMEF, `missing_scale` is 0.95, and below a
     norm of 8.867, the shares are 0.2 and 0.8. This norm is the 1 % quantile of the face features in
     the iQIYI challenge. Residual Dense Net (2nd place 2019) uses only the body for clips without a
-    face. Unlike in both systems, a single run trains both models. The threshold is a quantile of
-    the training clips, because norms differ between face networks.
+    face. A common run of the models, and a threshold from the training clips, are ours.
     """
 
     modalities: Mapping[str, int]
@@ -97,15 +96,14 @@ class FallbackIdentifier(Identifier):
 
     @property
     def vector_names(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The `vector_names` of `main`, or of `other` if `main` is a model without attention."""
+        """Names of the vectors in the attention of `main`, or of `other` if `main` has none."""
         return self.main.vector_names or self.other.vector_names
 
     def prepare(self, clips: TrainingClips) -> Mapping[str, float]:
-        """Computes the threshold t below which both models score a clip, {"threshold": t}.
+        """Returns {"threshold": t}, a threshold for `self.measure`, from the training clips.
 
-        The share `threshold_share` of the training clips that have `self.modality` has a measure
-        (`self.measure`) below t. Distractors (clips without an identity) count, too. If several
-        clips have equal measures, the share may be smaller. Returns {} if `threshold_share` is 0.
+        t is the quantile of the measure at the share `threshold_share`, such as 0.01. Clips without
+        `self.modality` do not count, but distractors do. Returns {} if `threshold_share` is 0.
         """
         if not self.threshold_share:
             return {}
@@ -147,12 +145,11 @@ class FallbackIdentifier(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Computes the logits of both models, and the weight of each model for each clip.
+        """Computes the logits of `main` and `other`, [B, 2, num_classes], with weights [B, 2].
 
-        Branch 0 is `main`, and branch 1 is `other`. In training, `main` learns from clips with
-        `modality`, and `other` from clips with one of `other_modalities`. If `clips.measure` is
-        None, no clip counts as poor (below `threshold`). The embedding joins the unit vectors of
-        both models. If a model has weight 0, its vector is 0.
+        The weights in evaluation are from the table in the docstring of the class. If
+        `clips.measure` is None, no clip is below `threshold`. The embedding joins the unit vectors
+        of both models. If a model has weight 0, its vector is 0.
         """
         real, present = real_frames(frames, self.modalities, clips.mask)
         has = dict(zip(real, present.T, strict=True))  # modality -> [B]
@@ -166,7 +163,7 @@ class FallbackIdentifier(Identifier):
             if output.logits.shape[1] > 1:
                 raise UserError(
                     "model 'fallback': the models 'main' and 'other' must have one branch (set of "
-                    "logits) each\nfor 'main' and 'other', choose models other than 'fallback'"
+                    f"logits) each\n{type(part).__name__} has several: choose another model"
                 )
             outputs.append(output)
 

@@ -100,7 +100,7 @@ class MultimodalIdentifier(Identifier):
     def __call__(
         self, frames: Mapping[str, Frames], clips: ClipInfo, *, train: bool
     ) -> ModelOutput:
-        """Computes the logits of B clips, [B, 1, 1 + C], as a single branch (set of logits).
+        """Computes the logits, [B, 1, num_classes], the embedding, and the attention of B clips.
 
         The embedding is the input of the classifier. The attention between the M vectors of a clip
         is [B, M, M], or None if `attention` is False.

@@ -466,10 +466,10 @@ def _top_k(graph: Graph, eqn: Eqn, x: Sequence[str]) -> list[str]:
 
 
 def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    """Adds nodes for the gather of JAX. A gather takes one or more slices of an operand.
+    """Adds nodes for a gather of JAX that takes one slice of any size, or N rows of an array.
 
-    If there are several slices, each has size 1 along the axes with an index, and the whole size
-    along other axes. An index outside of the operand is replaced by the nearest valid index.
+    A row has size 1 along axes with an index, and the whole size along other axes. An index outside
+    of the array is replaced by the nearest valid index. Raises UserError for any other gather.
     """
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     (dims, places), out = (var.aval.shape for var in eqn.invars), eqn.outvars[0].aval.shape
@@ -484,7 +484,7 @@ def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
         indexed = [n for n, axis in enumerate(starts) if axis in numbers.collapsed_slice_dims]
     axes = [starts[n] for n in indexed]
     if not axes or any(sizes[axis] != 1 for axis in axes):
-        raise _make_error(f"'gather' of slices of the shape {sizes}")
+        raise _make_error(f"'gather' must take one slice or rows, not slices of the shape {sizes}")
     whole = [axis for axis in range(len(dims)) if axis not in (*batch, *axes)]
     operand = graph.transpose(x[0], [*batch, *axes, *whole])
     batching = [int(axis) for axis in numbers.start_indices_batching_dims]
@@ -510,10 +510,7 @@ def _gather(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 
 def _take_component(graph: Graph, index: str, n: int, *, keep: bool = False) -> str:
-    """Adds a node that takes element `n` of the last axis of an array.
-
-    If `keep` is True, the axis stays, with size 1.
-    """
+    """Adds a node for `index[..., n]`, or for `index[..., n : n + 1]` if `keep` is True."""
     return graph.node("Gather", index, graph.ints([n] if keep else n), axis=-1)
 
 
@@ -522,7 +519,7 @@ def _scatter(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
     numbers, aval = eqn.params["dimension_numbers"], eqn.outvars[0].aval
     axes = [int(axis) for axis in numbers.scatter_dims_to_operand_dims]
     if eqn.invars[1].aval.shape != (1,) or list(numbers.inserted_window_dims) != axes:
-        raise _make_error("'scatter' that does not replace exactly one slice")
+        raise _make_error("'scatter' must replace exactly one slice")
     (axis,) = axes
     is_slice = graph.node("Equal", graph.line(aval.shape, axis), graph.cast(x[1], np.int64))
     new = graph.node("Unsqueeze", x[2], graph.ints([axis]))
@@ -530,15 +527,14 @@ def _scatter(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
 
 
 def _scatter_rows(graph: Graph, eqn: Eqn, x: Sequence[str]) -> str:
-    """Adds nodes for a scatter of JAX that changes rows of an array by N other rows.
+    """Adds nodes for `array.at[index].add(rows)` or `array.at[index].max(rows)`.
 
-    Each value of a row is added to a value of the array, or replaces a smaller value. A row whose
-    index is outside of the array is ignored.
+    `index` has the row numbers in `array`. Rows with an index outside of `array` are ignored.
     """
     # Such rows are written to an additional row, which is removed at the end.
     numbers, dims = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
     if tuple(numbers.inserted_window_dims) != (0,) or len(eqn.invars[1].aval.shape) != 2:
-        raise _make_error(f"'{eqn.primitive.name}' that does not change rows of an array")
+        raise _make_error(f"'{eqn.primitive.name}' must change whole rows of an array")
     zero = graph.ints([0])
     spare = graph.node("Slice", x[0], zero, graph.ints([1]), zero)
     operand = graph.node("Concat", x[0], spare, axis=0)

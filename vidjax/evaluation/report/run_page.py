@@ -364,7 +364,7 @@ def _list_mistakes(run: RunFiles, mistakes: schemas.Mistakes | None) -> Rows:
 
 
 def errors(run: RunFiles) -> Markup | None:
-    """Returns tables of confused identities and of labels that may be wrong; None without pairs."""
+    """Returns tables of confused identities and suspected labels, or None if the run has no MAP."""
     pairs, suspects = run.analysis.pairs, run.analysis.suspects
     if pairs is None:
         return None
