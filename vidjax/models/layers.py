@@ -160,7 +160,7 @@ class Dropout(nn.Module):
     """Sets randomly chosen inputs to 0, and scales up the other inputs.
 
     On a CPU, this layer is faster than `flax.linen.Dropout`, because it draws 8 random bits per
-    input, not 32. If `rate` is not a multiple of 1/256, it is rounded to a multiple of 2**-16.
+    input, or 16 if `rate` is not a multiple of 1/256. `rate` is rounded to a multiple of 2**-16.
     """
 
     rate: float
@@ -217,8 +217,8 @@ class DenseLayer(nn.Module):
       kernel_init: initialiser of the weights, by default Xavier-uniform. Biases start at 0.
 
     Source: the system "quality fusion" (4th place in the iQIYI challenge 2019). Its authors report
-    that BatchNorm before the activation is worse. The paper has no `mask` of padded rows, and no
-    BatchNorm momentum of 0.9.
+    that BatchNorm before the activation is worse. Our BatchNorm has momentum 0.9, and skips padded
+    rows, where `mask` is False.
     """
 
     width: int

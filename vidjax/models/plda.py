@@ -74,7 +74,7 @@ class PLDAIdentifier(Identifier):
     def prepare(self, clips: TrainingClips) -> dict[str, float | tuple[float, ...]]:
         """Fits the settings of PLDA that are None, on held-out training clips.
 
-        Returns name -> value. A value is a number, or a tuple with a number for each member.
+        Returns name -> number, or name -> tuple with a number for each net of an ensemble.
         """
         given = {name: getattr(self, name) for name in Settings._fields}
         return plda_fit.fit_member_settings(given, clips)
@@ -107,12 +107,10 @@ class PLDAIdentifier(Identifier):
     def _add_up(
         self, vectors: Mapping[str, Array], clips: ClipInfo, share: float, *, update: bool
     ) -> list[Array]:
-        """Computes centred unit vectors of B clips. Returns [B, D] for each modality.
+        """Centres the vectors of B clips. Returns unit vectors, [B, D] for each modality.
 
-        `vectors` is modality -> [B, D], with rows of length 1 or 0. A centred vector is the vector
-        minus `share` x the mean of all clips, scaled to length 1. If `update` is True, the clips
-        are added to the collection `sums`: in the first pass over the clips to the mean, in the
-        second pass to the other sums. In later passes, `sums` does not change.
+        `vectors` is modality -> [B, D]. `share` x the mean in the collection `sums` is subtracted.
+        If `update` is True, the clips are added to `sums` first, see `_add`.
         """
         # A batch may contain clips of two passes, and a clip more than once.
         seen = self.variable("sums", "seen", jnp.zeros, (self.num_clips,), jnp.int32)
@@ -185,11 +183,11 @@ class PLDAIdentifier(Identifier):
 def _add(
     part: Mapping[str, jax.Array], x: Array, turn: Array, clips: ClipInfo, share: float
 ) -> dict[str, jax.Array]:
-    """Returns the sums `part` of a modality, with the vectors x [B, D] of B clips added.
+    """Returns the sums `part` of a modality plus the vectors x [B, D] of B clips.
 
-    `turn` [B] is the number of times that each clip was added before. At turn 0, the vector is
-    added to the mean of all clips. At turn 1, `share` x this mean is subtracted, and the vector is
-    scaled to length 1 and added to the other sums. Later turns have no effect.
+    The training passes over all clips twice. Pass 0 computes the mean of the vectors. Pass 1 sums
+    the vectors minus `share` x the mean. `turn` [B] is the pass of each clip. If it is above 1, the
+    clip is ignored.
     """
     real = clips.mask & jnp.any(x != 0, axis=1)
     first = (real & (turn == 0)).astype(x.dtype)

@@ -1,22 +1,19 @@
-"""Computes logits by PLDA, and fits the settings of PLDA on held-out clips.
+"""Computes logits by PLDA, and fits the settings of PLDA, see `two_covariance.Settings`.
 
-For the fit, some clips are held out. The other clips are enrolled: the model learns which identity
-they show. Some identities are strangers. No clip of a stranger is enrolled. If there are several
-modalities, some identities lack a modality, because enrolled people may lack one.
+The fit imitates later use in FOLDS folds of the training clips. Some clips are held out and scored.
+The other clips are enrolled, except all clips of random people (strangers). If there are several
+modalities, random people are enrolled without one of them. The fit has three steps:
 
-The settings are the fields of `Settings`. `within` and `between`, which shrink the covariances, are
-chosen by MAP, the mean average precision, and by AUROC of known clips against strangers. The other
-settings maximise the probability of the right answers, with half of the weight on strangers. So
-probabilities are calibrated. `stranger`, the log prior odds of a stranger, is fitted last. For this
-fit, half of the identities have a single clip, because people who are enrolled later often have few
-clips. If the covariances are estimated from few people, they fit other people worse. In this case,
-and for galleries, `stranger` is fitted on people whose clips are left out of the estimate.
+- `within` and `between` maximise the mean of MAP and of AUROC of known clips against strangers.
+- `scale`, `unenrolled` and `stranger` maximise the probability of the right answers, with half of
+  the weight on strangers, and a Gaussian prior. So probabilities are calibrated.
+- `stranger` is fitted again, with only one enrolled clip for half of the people. If there are few
+  people, and for galleries, `stranger` is also fitted on people whose clips the covariances were
+  not estimated from.
 
-`scale`, `unenrolled` and `stranger` have a Gaussian prior. If too few people have two clips, the
-settings keep typical values, and the user gets a message.
-
-The settings of a member (a net of an ensemble) are fitted only on its training clips. `TaskSpec`
-and every checkpoint store the settings.
+If too few people have two clips, the settings keep typical values, and the user gets a message.
+The settings of a net of an ensemble are fitted on the training clips of this net. `TaskSpec` and
+every checkpoint store the settings.
 
 Source: calibration by logistic regression, as in Brümmer and du Preez 2006, Application-independent
 evaluation of speaker detection; here over all identities and a stranger at once.
@@ -166,11 +163,11 @@ def _count_repeated(labels: np.ndarray) -> int:
 
 
 def draw_identities(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Chooses the clips on which settings are fitted, [N] bool.
+    """Chooses clips with labels above 0, on which the settings of PLDA are fitted, [N] bool.
 
-    If at most MAX_FITTED_CLIPS clips have labels above 0, all of them are chosen. Otherwise, only
-    clips of random identities are chosen, at most MAX_CLIPS_OF_A_PERSON of each. If possible,
-    FEWEST_PEOPLE or more of these identities have two clips or more.
+    If at most MAX_FITTED_CLIPS clips have such labels, all of them are chosen. Otherwise, draws
+    identities, and at most MAX_CLIPS_OF_A_PERSON clips of each. Up to FEWEST_PEOPLE identities with
+    several clips are drawn first.
     """
     wanted = labels > 0
     if np.sum(wanted) <= MAX_FITTED_CLIPS:
@@ -262,11 +259,10 @@ def fit_settings(
 
 
 def _refit_stranger(ratios: Sequence["_Ratios"], settings: Settings, width: float) -> Settings:
-    """Returns `settings` with a corrected `stranger`, the logarithm of the odds of a stranger.
+    """Corrects `settings.stranger` for people from whose clips no covariances were estimated.
 
-    `settings.stranger` was fitted on people from whose clips the covariances were estimated.
-    `ratios` are of people whose clips were left out of this estimate. `width` is the mean width of
-    the vectors.
+    `ratios` are the log-likelihood ratios of such people. `width` is the dimension of the vectors,
+    averaged over the modalities.
     """
     # The fitted value is right if ratios are scaled down as for typical embeddings. If the scale is
     # 1, only a fit to `ratios` is right. Then exact ratios need no offset, so the prior is 0.
@@ -296,17 +292,16 @@ def _hold_out(
     least_within: float,
     later: bool,
 ) -> _Fold | None:
-    """Holds out the clips of fold `number`, and enrols the other clips of most identities.
+    """Divides clips into enrolled clips and held-out clips, for fold `number` of the fit.
 
-    `vectors` and `enrolled_vectors` are modality -> [N, D]. If a clip is held out, its vector is a
-    row of `vectors`. If the clip is enrolled, its vector is a row of `enrolled_vectors`. Random
-    identities are not enrolled, and are strangers. If `later` is False, the covariances are
-    estimated from the enrolled clips. If `later` is True, the fold has clips of only some people,
-    and the covariances are estimated from the clips of all other people.
+    - `later` False: random people are strangers, without an enrolled clip. The covariances are
+      estimated from the enrolled clips.
+    - `later` True imitates people who are enrolled after the training. The fold has only random
+      people. The covariances are estimated from the clips of all other people.
 
-    Modalities without an enrolled clip are left out. Returns None if no modality remains, or if the
-    held-out clips show no enrolled person. If `later` is False, also returns None if the held-out
-    clips show no stranger.
+    `vectors` and `enrolled_vectors` are modality -> [N, D], to score and to enrol clips. Returns
+    None if the fold cannot be used, for example if no held-out clip shows an enrolled person. For
+    `least_within`, see `two_covariance.covariances`.
     """
     rng = np.random.default_rng((seed, number))
     num_identities = int(labels.max())

@@ -36,7 +36,7 @@ SMALLEST_VARIANCE = 1e-6  # of the between-class covariance, in squares of unit 
 
 
 class Sums(NamedTuple):
-    """Three sums over the vectors x [D] of clips in K classes, from which PLDA is fitted."""
+    """Statistics for the fit of PLDA: number, sum and scatter of the vectors x [D] of clips."""
 
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  ([K], clips of each class)
     total: Array  # [K, D], sum of x over the clips of each class
@@ -129,14 +129,11 @@ class Covariances(NamedTuple):
 
 
 def covariances(sums: Sums, least_within: float = 0.0) -> Covariances:
-    """Estimates the covariances W within classes and B between classes from sums over clips.
+    """Estimates the covariances W within classes and B between classes from at least one clip.
 
-    At least one clip is needed. The estimates are averaged with typical covariances of embeddings.
-    PRIOR is the weight of the typical W, in clips, and of the typical B, in people. The `mean` of
-    the result is the mean of all vectors times `centre_share`.
-
-    `least_within` is the least share of W in the second moment of the vectors. If the estimated W
-    has a smaller share, W is scaled up to this share, and B is reduced.
+    The estimates are shrunk towards typical covariances, which have the weight of PRIOR clips in W,
+    and of PRIOR people in B. `least_within` is the smallest trace of W, as a share of the mean
+    squared length of the vectors. A smaller W is scaled up, and B becomes smaller.
     """
     # A single photo of each person gives no information about W, and a single person none about B.
     # So typical covariances are added. W is pooled over N - C degrees of freedom, for N clips and C
@@ -301,10 +298,10 @@ class Settings(NamedTuple):
 
 
 def fit(part: Mapping[str, Array], settings: Settings, least_within: float = 0.0) -> Space:
-    """Computes the coordinates of PLDA for a modality from three sums over clips, see `Sums`.
+    """Fits PLDA to the clips of a modality.
 
-    `part` contains the fields of `Sums`, name -> array. `settings.within` and `settings.between`
-    shrink the covariances, see `make_space`. For `least_within`, see `covariances`.
+    `part` has the fields of `Sums`, name -> array. Of `settings`, only `within` and `between` are
+    used. For `least_within`, see `covariances`.
     """
     sums = Sums(part["count"], part["total"], part["scatter"])
     fitted = covariances(sums, least_within)

@@ -88,10 +88,10 @@ def load_system(config: Config, spec: str, *, final: bool) -> Config:
 
 
 def _find_wrong_type(values: Mapping[str, Any]) -> str:
-    """Returns a phrase about the first field that is missing or has a wrong type.
+    """Returns a phrase such as "has no field config.seed", or "" if no field is wrong.
 
-    `values` is dotted name -> value. An example is `has no field config.seed`. If all fields are
-    right, returns "".
+    `values` is dotted name -> value, such as "data.dir" -> "data". The phrase is about the first
+    field that is missing or has a wrong type.
     """
     for name, default in DEFAULTS.items():
         kinds = {type(None): (str, type(None)), float: (float, int)}.get(type(default))

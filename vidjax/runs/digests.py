@@ -71,9 +71,9 @@ def describe_difference(
         "if you have not changed them, ignore this warning"
     )
     if now.get("modalities") != before.get("modalities"):
-        warn(f"{split}: the data have other modalities than before\n{unknown}")
+        warn(f"{split}: the data have other modalities than in the training\n{unknown}")
     elif now.get("records") != before.get("records"):
-        warn(f"{split}: the run was trained by another version of vidjax\n{unknown}")
+        warn(f"{split}: the training read the data with another version of vidjax\n{unknown}")
     return f"{split} has other {' and '.join(changes)}" if changes else ""
 
 
@@ -88,13 +88,12 @@ def check_data(
 ) -> None:
     """Raises UserError if `data` are not the data that a run in `workdir` was trained on.
 
-    `own` are the stored digests of the data of the run. If the training continues (`trains` is
-    True), all splits that the run has read must be unchanged. If the run is only evaluated, only
-    the split `eval.split` must be unchanged.
+    `own` has the digests of the splits that the run has read. What must be unchanged:
 
-    An evaluation may use a split that the run has never read. If the user has named the folder of
-    the data (`named` is True), this split is accepted. Otherwise, the folder is from `config.json`,
-    which is not trusted. Then at least one split that the run has read must be unchanged.
+    - `trains` is True: all splits in `own`, and the file `config.data.weights`.
+    - `trains` is False, and `eval.split` is in `own`: the split `eval.split`.
+    - `trains` is False, and `eval.split` is new: nothing if the user has given the folder of the
+      data (`named`), otherwise at least one split in `own`.
     """
     split = config.eval.split
     names = [split] if not trains and split in own["splits"] else list(own["splits"])
@@ -102,6 +101,7 @@ def check_data(
     different = [describe_difference(name, own["splits"][name], here.get(name)) for name in names]
     if trains and own.get("weights") != hash_data(config, data)["weights"]:
         different.append("config.data.weights is another file")
+    # A folder that is not `named` is from `config.json`, which is not trusted.
     if not trains and split not in names and (named or not all(different)):
         return
     if any(different):

@@ -62,7 +62,7 @@ def read_lists(saved: checkpoint.Checkpoint) -> Lists:
         raise CheckpointError(f"'{saved.folder}' is not usable: {reason}\n{REMEDY}") from error
     if not sets.trained.size or sets.trained.shape != (len(sets.members), len(sets.clips)):
         raise CheckpointError(
-            f"'{saved.folder}' is not usable: its lists of nets and training clips do not fit\n"
+            f"'{saved.folder}' is not usable: its array of training clips has a wrong shape\n"
             f"{REMEDY}"
         )
     return identities, sets

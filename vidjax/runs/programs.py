@@ -33,7 +33,7 @@ def cache_programs(folder: Path) -> None:
         warn(
             f"compiled programs are not cached: another user may change '{foreign}'\n"
             f"if it is your folder, run 'chmod go-w {foreign}'; otherwise set VIDJAX_CACHE=FOLDER\n"
-            "if you trust the other users, set JAX_COMPILATION_CACHE_DIR=FOLDER"
+            "to choose a folder without this check, set JAX_COMPILATION_CACHE_DIR=FOLDER"
         )
         return
     # Machines with different processors may share the cache.

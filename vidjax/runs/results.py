@@ -143,10 +143,10 @@ def describe_copies(metrics: Mapping[str, Any]) -> str:
 
 
 def explain_unmeasured(config: Mapping[str, Any], workdir: Path) -> str:
-    """Returns why the MAP of a run cannot be measured, and a remedy, or "" if it can be measured.
+    """Returns a reason and a remedy if a run has no MAP because it was trained on every split.
 
-    The MAP is measured on a split on which the run was not trained, or on clips that members of an
-    ensemble left out of their training. If no split has ground truth, returns "", too.
+    Splits without ground truth do not count. In all other cases, returns "", for example if the
+    nets of an ensemble left out training clips (`config.ensemble.folds`).
     """
     path = workdir / "data_report.json"
     report = schemas.DataReport()

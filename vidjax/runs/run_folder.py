@@ -86,10 +86,11 @@ class RunFolder:
     def list_runs(self, config: Config | None = None, *, final: bool = True) -> list[Path]:
         """Returns the folders of the runs whose scores a blend joins, or [] if this is no blend.
 
-        `config` is the configuration of the blend, by default of this folder. `vidjax train` trains
-        each system of a blend twice: in folds (cross-validation), and on all clips. If `final` is
-        True, returns the runs on all clips, if they exist. Otherwise, returns the runs in folds. If
-        a user has chosen the runs of the blend (`config.join.runs`), returns the chosen runs.
+        `config` is the configuration of the blend, by default of this folder. The runs are:
+
+        - `config.join.runs`, if the user has chosen runs.
+        - the runs that `vidjax train` trained on all clips, if `final` is True and all exist.
+        - otherwise, the runs that `vidjax train` trained in folds (cross-validation).
         """
         config = config or self._config
         names = config.join.runs or name_systems(config, final=False)
@@ -260,8 +261,8 @@ def describe_changes(old: Config, new: Config) -> str:
 def check_resumes(workdir: Path, old: Config, new: Config) -> None:
     """Raises UserError if the run in `workdir`, trained with `old`, cannot resume with `new`.
 
-    The field `init_from` is the folder of an earlier run, whose weights the training started with.
-    In `new`, this field may be another folder if that folder contains the same checkpoint, or none.
+    `init_from` is the folder of the run whose weights the training started with. If this folder was
+    moved, `new` may contain the new path. The newest checkpoint in it, if any, must be unchanged.
     """
     from vidjax.runs import checkpoint  # it imports JAX
 

@@ -143,8 +143,9 @@ class Manifest(Entries, Struct, kw_only=True):
 class Join(Struct, kw_only=True):
     """The content of `join.json`: learned parameters that join the scores of R runs (a blend).
 
-    The clips of `splits` are divided into parts. Each list of parameters has an entry for each
-    part, which is learned from all other parts, and a last entry for the clips of other splits.
+    The clips of `splits` are divided into P parts. Each field except `splits` has P + 1 entries.
+    Entry p joins the scores of the clips of part p, and was learned from all other parts. The last
+    entry joins the scores of clips of other splits, and was learned from all parts.
     """
 
     scale: list[list[NotNaN]]  # rows of R numbers, see `calibration.Calibration`
@@ -269,14 +270,17 @@ class OpenSet(Struct, kw_only=True):
 
 
 class Analysis(Struct, kw_only=True, omit_defaults=True):
-    """The values in `analysis.npz`. They are stored as JSON text in the entry `facts`.
+    """The entry `facts` of `analysis.npz`, a JSON object. All other entries are arrays.
 
-    The other entries are arrays. `ap` (average precision), `positives` (number of clips) and, if it
-    exists, `train_clips` have a number for each identity. `score_known` and `score_strange` are
-    histograms of the best score of each clip of known and unknown people, with the bins
-    `score_edges`. `fpir` and `fnir` are the false positive and false negative identification rates
-    at each threshold. `attention` [i, j] is the attention of vector j to vector i. `calibration`
-    [bins, 3] has the number of clips, the mean confidence, and the share of correct answers.
+    The arrays, which are not fields of this class, are:
+
+    - `ap`, `positives`, `train_clips`: average precision, number of clips, and number of training
+      clips of each identity.
+    - `score_known`, `score_strange`: histograms of the best scores of clips of known and of unknown
+      people, with the bins `score_edges`.
+    - `fpir`, `fnir`: false positive and false negative identification rate at each threshold.
+    - `attention`: [i, j] is the attention of vector j to vector i.
+    - `calibration`: [bins, 3], the number of clips, mean confidence, and share of right answers.
     """
 
     split: Text | None = None

@@ -79,18 +79,14 @@ class Feed(abc.ABC):
 
         The lists `states` and `constants` have an entry for each group of members (nets) that train
         together. Returns the new states, and the results of the last two calls of the loop, or of
-        the only call. The result of a call is a list with a LoopResult for each group. Only these
-        calls can have failed, because at most one call follows a failed call.
+        the only call. The result of a call is a list with a LoopResult for each group.
         """
 
 
 class StreamingFeed(Feed):
     """Streams clips. The host reads the next batch while the devices train on the present batch.
 
-    The host reads the result of a step after it has started the next step, so that no device waits
-    for the host. The devices store at most two batches. If a step ends before the next batch is
-    read, the devices wait. The time of reading minus the time of the fastest step is then added to
-    `waited`, as an estimate.
+    The devices store at most two batches. The seconds in `waited` are an estimate.
     """
 
     mode = "streaming"
@@ -112,9 +108,12 @@ class StreamingFeed(Feed):
             outcomes = [*outcomes[-1:], [outcome for _, outcome in results]]
             after = next(self._batches)
             fetched = time.monotonic() - began
+            # The step ended while the batch was read, so the devices waited. The fastest step is an
+            # estimate of the time of the step.
             if self._fastest < fetched and all(x.is_ready() for x in jax.tree.leaves(outcomes[-1])):
                 self.waited += fetched - self._fastest
-            # This waits until the devices have finished the previous step.
+            # This waits until the devices have finished the previous step. A bad step is found one
+            # step later, so the last two results suffice.
             before = devices.fetch(outcomes[0]) if len(outcomes) > 1 else []
             self._next = devices.shard_batch(self._mesh, after)
             if any(x.bad_step >= 0 for x in before):

@@ -107,7 +107,7 @@ def load_state(
     folder, step = source.folder.path, source.manifest["step"]
     if not num_matrices:
         raise UserError(
-            f"{FIELD}: no matrix of the run '{folder}' fits the new run, for example as {rest[0]}\n"
+            f"{FIELD}: no matrix of '{folder}' has the name and the shape of one in the new run\n"
             f"the earlier run has the modalities {', '.join(source.task.modalities)}: choose the "
             "same --config.modalities and sizes of the model"
         )

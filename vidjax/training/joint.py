@@ -28,12 +28,14 @@ def train_systems(
 ) -> dict[str, Any]:
     """Trains the systems `config.join.systems` in a folder, and joins their scores (a blend).
 
-    The function `train` (`public.train_run`) trains each system twice: in folds, and on all clips.
-    In folds, each clip is scored by nets that were not trained on the clip. These scores measure
-    the blend on `config.eval.split`, or on the last split of `config.data.train_splits` if
-    `config.eval.split` is not a training split. The runs on all clips rank the other splits that
-    are evaluated. For `command` and `began`, see `public.train_run`. Returns the metrics on
-    `config.eval.split`, name -> value.
+    `train` (`public.train_run`) trains each system one or two times:
+
+    - in folds, to evaluate the blend on a training split: on `config.eval.split`, or, if it is no
+      training split, on the last training split. No net scores a clip that it was trained on.
+    - on all clips, if the blend is evaluated on a split without training clips, such as `test`.
+
+    For `command` and `began`, see `public.train_run`. Returns the metrics on `config.eval.split`,
+    name -> value.
     """
     began = time.monotonic() if began is None else began
     asked, trained, known = config.eval.split, config.data.train_splits, data.report["splits"]

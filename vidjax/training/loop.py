@@ -216,7 +216,7 @@ class TrainingRun:
       config, workdir, plan, mesh: the arguments of `__init__`.
       step: the number of finished optimiser steps.
       is_evaluated: True if the restored checkpoint has been evaluated.
-      training_sets: the training clips of each member, including those of `config.init_from`.
+      training_sets: the clips that each member was trained on, also in the run `config.init_from`.
       next_save: the time at which the next checkpoint is due, in seconds of `time.monotonic()`.
     """
 

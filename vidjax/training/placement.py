@@ -118,15 +118,14 @@ def agree_on_placement(
     config: Config, plan: RunPlan, layout: ResidentPlan, state: train_step.TrainState, mesh: Mesh,
     manifest: Mapping[str, Any],
 ) -> tuple[str, int, train_step.Loop]:  # fmt: skip
-    """Chooses where the clips are, and how many members train together, and compiles the program.
+    """Chooses the mode of the clips and the group size, and compiles the training loop.
 
-    On a CPU, members are trained one after another, and each gets exactly the weights of a separate
-    run. On other devices, as many members as possible train together, with large matrix products. A
-    resumed run keeps the number of members in its `manifest` if they fit into the memory. With
-    `config.data.mode=auto`, it also keeps the mode. So all its steps round numbers alike.
+    Returns the mode (`resident` or `streaming`), the group size, which is the number of members
+    (nets of an ensemble) that train together, and the compiled loop.
 
-    Returns the mode of the clips (`resident` or `streaming`), the number of members (nets) that
-    train together, and the compiled program.
+    On a CPU, the group size is 1, and each member gets exactly the weights of a separate run. On
+    other devices, the group is as large as the memory allows. If possible, a resumed run keeps the
+    mode and the group size in its `manifest`, because other choices change the rounding.
     """
     given = config.data.mode
     mode = (manifest.get("mode") if given == "auto" else None) or given

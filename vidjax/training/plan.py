@@ -129,9 +129,9 @@ def make_plan(config: Config, data: Dataset) -> RunPlan:
 
 
 def count_steps(config: Config, num_places: int) -> int:
-    """Returns how many steps a run has, given the number of rows in the batches of an epoch.
+    """Returns how many steps a run has, a multiple of `optim.accumulate`.
 
-    The result is a multiple of `optim.accumulate`.
+    `num_places` is the number of rows in all batches of an epoch together.
     """
     every = config.optim.accumulate
     return math.ceil(config.num_epochs * num_places / (config.batch_size * every)) * every
@@ -271,10 +271,10 @@ def compute_values(
 
 
 def make_relabel(config: Config, plan: RunPlan, mesh: Mesh) -> Relabel:
-    """Returns a function that predicts new classes of distractors, clips of unknown people.
+    """Returns a function that changes the labels of distractors by the predictions of the nets.
 
-    The arguments of the function are the state of all E members and the source of the clips. The
-    function returns the labels of all training clips, [E, N] int32. For the new classes, see
+    Distractors are clips of unknown people. The function maps (state of all E members, source of
+    the clips) to the labels of all training clips, [E, N] int32. For the new labels, see
     `noise_classes.relabel`. All processes of the run must call the function together.
     """
     classes, system = plan.task.layout, plan.system
@@ -316,8 +316,8 @@ def make_training_clips(
 ) -> TrainingClips:
     """Returns the training clips for `Identifier.prepare`, which models may use before training.
 
-    `labels` [N] are the class columns of the clips. `used` [E, N] bool is True for the clips that
-    each member of the ensemble is trained on.
+    `labels` [N] are the classes of the clips. `used` [E, N] bool is True for the clips that each
+    member of the ensemble is trained on.
     """
     splits = [data.split(name) for name in config.data.train_splits]
     present = {

@@ -128,11 +128,10 @@ def continue_facts(manifest: Mapping[str, Any], num_epochs: float) -> dict[str, 
 
 
 def list_epochs(manifest: Mapping[str, Any], num_epochs: float) -> list[list[float]]:
-    """Returns the changes of `config.num_epochs` of a run that resumes with `num_epochs`.
+    """Returns the values that `config.num_epochs` had, as pairs [first step, value], or [].
 
-    `manifest` is from the checkpoint from which the run resumes. A pair [step, epochs] means that
-    the run had this number of epochs from this step on. If the number has never changed, the list
-    is empty.
+    If a run of 10 epochs resumes at step 500 with `num_epochs` 20, returns [[0, 10], [500, 20]]. If
+    the value has never changed, returns []. `manifest` is from the checkpoint of the resumed run.
     """
     step, first = manifest["step"], [0, manifest["config"]["num_epochs"]]
     pairs: list[list[float]] = manifest.get("extended") or [first]

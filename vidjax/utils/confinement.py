@@ -251,11 +251,7 @@ def _make_filter(machine: str) -> list[Step]:
 
 
 def _compare(values: Sequence[int], found: Step, other: Step) -> list[Step]:
-    """Returns the end of a filter of system calls. It compares an argument of a call with `values`.
-
-    An earlier step of the filter has loaded the argument. If the argument is one of `values`, the
-    filter ends with the step `found`, otherwise with `other`.
-    """
+    """Returns steps that go to `found` if the loaded argument is in `values`, else to `other`."""
     numbered = enumerate(reversed(values), 1)
     checks = [(IF_EQUAL, left, 0, value) for left, value in numbered]
     return [*reversed(checks), other, found]

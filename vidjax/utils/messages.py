@@ -27,11 +27,11 @@ _PLAIN = string.ascii_letters + string.digits + " /._-"  # never part of a code 
 
 
 class Result(NamedTuple):
-    """What a command prints at its end: a table with a summary, or JSON.
+    """What a command prints at its end: with `--json` the `facts`, otherwise a text.
 
-    The heading of the summary is the name of the command. The lines of the summary are the strings,
-    paths and numbers in `facts`, and the items of `texts`. If there is a `text`, it is printed
-    instead of the `facts`.
+    The text consists of `text`, a table of `rows`, and a summary under the name of the command. The
+    summary has a line for each of `facts` (strings, paths and numbers) and each of `texts`. If
+    `text` is not empty, the summary has no `facts`.
     """
 
     facts: Mapping[str, Any]  # name -> value, the JSON object that `--json` prints

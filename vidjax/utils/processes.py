@@ -6,9 +6,9 @@ Arrays are passed in files. The child has limits of CPU time, address space, out
 each written file. The child can use only files that it needs, and no connections or programs, see
 `confinement`. The child gets only environment variables that it needs.
 
-A hostile file may take over the child, and then chooses the result. So a caller names the class of
-the result. If the child has written files, the caller reads these files in a block of `doubt`,
-where errors become a UserError. If a caller knows a fact, it does not ask the child for the fact.
+A hostile file may take over the child, and then chooses the result. So `run_limited` raises an
+error if the result does not fit the class `kind`. A caller reads files that the child has written
+in a block of `doubt`, where errors become a UserError.
 
 Process pools of Python are not used, because their processes import the user's program. A program
 without `if __name__ == "__main__"` would then run again.
@@ -189,9 +189,9 @@ def map_children(
 def limit_resources(memory_bytes: int, cpu_seconds: int, calls: int) -> None:
     """Limits the address space, the CPU time and the size of written files of this process.
 
-    This process cannot raise the limits later. `calls` is the number of files that the process will
-    still read. Reading a file may take `cpu_seconds` of CPU time. `memory_bytes` is the limit of
-    the address space and of each written file, because a file contains arrays from the memory.
+    `memory_bytes` is the limit of the address space and of each written file. `cpu_seconds` is the
+    limit of the CPU time for the next file. `calls` is the number of files that the process will
+    still read. For all of them, it can get at most `calls` x `cpu_seconds`.
     """
     import resource
 
@@ -325,7 +325,8 @@ def run_limited_each(
     Returns the result or the error of each call.
 
     If the child exceeds a limit or crashes, a new child repeats the unfinished call and does the
-    remaining calls. A call that was the first of its child is not repeated, but gets an error.
+    remaining calls. But if the unfinished call was the first call of the child, it gets an error,
+    because no other call can be the cause.
     """
     answers: list[Result | UserError] = []
     children = children or Children()

@@ -164,7 +164,7 @@ def _reach(address: str, count: int, index: int, end: float) -> dict[int, socket
         time.sleep(min(RETRY_SECONDS, left))
     raise UserError(
         f"process 0 of {count} cannot be reached at {address}{reason}\n"
-        "give the machine of process 0, and start the same command there with --process_id=0; "
+        "on the machine that --coordinator names, start the same command with --process_id=0; "
         "to wait longer: --coordinator_timeout=SECONDS"
     )
 

@@ -159,7 +159,7 @@ def find_columns(place: str, titles: Collection[str], wanted: Sequence[str]) -> 
 
 
 def _unescape(cell: str) -> str:
-    """Removes the `'` that `to_text` puts before a cell. Other cells, such as `'t Hooft`, stay."""
+    """Removes a `'` that `to_text` has added: `'=1` becomes `=1`, but `'t Hooft` stays."""
     return cell[1:] if cell[:1] == "'" and cell[1:].startswith(FORMULA_STARTS) else cell
 
 

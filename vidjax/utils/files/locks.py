@@ -82,7 +82,7 @@ def _may_be_changed(status: os.stat_result, *, last: bool) -> bool:
     """Returns True if other users, except root, may replace files in a folder.
 
     `status` is the result of `os.stat` for the folder. `last` is True for the folder that vidjax
-    will use, and False for its parents. If `last` is True, the right to add files is enough.
+    will use: in this folder, other users must not add files either.
     """
     user = os.geteuid()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid not in (0, user):
