@@ -207,17 +207,14 @@ def _by_gallery(clips: Iterable[Clip]) -> list[tuple[Gallery, list[Clip]]]:
 def _find_copies(
     clips: Iterable[Clip], own: set[Clip], people: Iterable[str]
 ) -> tuple[set[Clip], set[Clip], set[bytes]]:
-    """Finds clips with the same vectors as a clip in `own`, the clips of the searched people.
+    """Finds other clips that have the same vectors as a clip in `own`; returns three values.
 
-    Two clips have the same vectors if the vectors are equal in each modality, such as face, that
-    both clips have. Returns three values:
+    `own` are the searched clips, such as all clips of `people`. The other clips are:
 
-    - The copies: clips of strangers and, in galleries without a clip in `own`, clips of a person
-      whose name is another spelling of a name in `people`.
-    - The doubtful clips: other clips with the same vectors. They belong to other people, and either
-      person may have the wrong clip.
-    - The vectors of `own` and of the copies. A vector that more than MOST_COPIES clips of a gallery
-      have identifies nobody, and is left out.
+    - The copies: clips of strangers, and clips with another spelling of a name in `people`.
+    - The doubtful clips: clips of other people.
+
+    The third value are the vectors of `own` and of the copies.
     """
     holders = group_by_key((vector, clip) for clip in clips for vector in clip.vectors.items())
     spellings = [*people, *{clip.identity for clip in own if clip.identity}]

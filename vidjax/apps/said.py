@@ -7,8 +7,8 @@ of a step have the same time `when`. The field `says` of a line is one of these 
 
     is      the face shows the person `of`, or if `of` is null, a stranger
     not     the face does not show the person `of`
-    same    this face and the face `of` show the unknown person `number`. If `person` is given, all
-            faces of this unknown person, such as `unknown 7`, show the person `number`, too
+    same    this face and the face `of` show the unknown person `number`. If `person` is given,
+            such as `unknown 7`, each face of `unknown 7` shows the person `number`, too
     apart   the face shows the unknown person `number`, who is not the person of the face `of`
     ignore  the face gets no name. If `of` is "once": until the gallery recognises the person
     rename  the person `person` is called `of` from now on

@@ -46,7 +46,7 @@ class Part(NamedTuple):
 
     @property
     def may_be_offscreen(self) -> bool:
-        """True for voices from a net: log ratios are limited, as the speaker may be off screen."""
+        """True for the modality "audio" with `distances`, because the speaker may be off screen."""
         return self.distances is not None and self.name == "audio"
 
     def coordinates(self, x: np.ndarray) -> np.ndarray:

@@ -128,15 +128,11 @@ def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> t
 
 
 def compare(state: State) -> Comparison:
-    """Checks whether the enrolled faces fit the card, the JSON file of the face net.
+    """Compares the enrolled faces with the card, the JSON file of the face net.
 
-    The field `problem` of the result is "" if the faces fit the card, or if the gallery has no face
-    net. For all values, see `card_check.Problem`. Two values also occur in other cases:
-
-    - "blind": `check_apart` or `judge` has found that the net does not separate people. If the card
-      has default statistics of cosines, the limits LEAST_BETWEEN and MOST_DEVIATION apply, too.
-    - "few": the net is not "blind", the card has default statistics, fewer than three people are
-      enrolled, and `check_apart` has not found that the net separates people.
+    The field `problem` of the result is a `card_check.Problem`. It is "blind" if `check_apart` or
+    `judge` has found that the net does not separate people. It is "few" only if nobody has measured
+    the statistics of cosines in the card.
     """
     comparison, unmeasured = state.index.card_comparison, state.origin.unmeasured
     is_close = comparison.problem == "closer" and comparison.between < LEAST_BETWEEN
@@ -152,9 +148,9 @@ def compare(state: State) -> Comparison:
 def check_apart(state: State, vectors: Vectors, apart: Iterable[tuple[str, str, float]]) -> State:
     """Checks with pairs of faces of different people whether the face net separates people.
 
-    Returns `state` with the result in the field `separates`: True, False, or None for unknown. Only
-    a net with default statistics of cosines in its card (JSON file) is checked. For all other nets,
-    the result is None. For `vectors` and `apart`, see `Gallery.check_apart`.
+    Returns `state` with the result in the field `separates`: True, False, or None for unknown. If
+    the statistics of cosines in the card (JSON file) of the net were measured, the net is not
+    checked, and the result is None. For `vectors` and `apart`, see `Gallery.check_apart`.
     """
     backend, separates = state.index.backend, None
     if state.origin.unmeasured:

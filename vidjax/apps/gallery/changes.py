@@ -198,10 +198,9 @@ class Draft:
         return names
 
     def _is_new(self, name: str, clip: StoredClip) -> bool:
-        """Returns True if `clip` is not enrolled, or is enrolled as a stranger but has a person.
+        """Returns whether `clip` must be stored: it is new, or it names an enrolled stranger.
 
-        Returns False if `clip` has no person, but the enrolled clip has one. Raises UserError if
-        the enrolled clip has another person or another vector.
+        Raises UserError if `clip` and the enrolled clip `name` contradict each other.
         """
         old = self.clips.get(name)
         if old is None:

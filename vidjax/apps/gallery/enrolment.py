@@ -32,15 +32,15 @@ def enrol(
 ) -> Iterator[People]:
     """Computes from each person's clips the coefficients that score other clips, see `People`.
 
-    Yields the people in blocks, to save memory. Similar clips of a person count as fewer clips.
-    With PLDA, all clips of a person in a film count as at most one clip.
+    Yields the people in blocks, to save memory. With PLDA, all clips of a person in a film count as
+    at most one clip.
 
     Args:
       backend: the parameters that compare vectors.
       clips_of: identity -> names of the person's clips.
       clips: name -> clip.
-      of_plda: True for the gallery of a PLDA run. If PLDA was fitted to all clips of a person, the
-        similarity of these clips has no effect.
+      of_plda: If False, PLDA counts similar clips of a person as fewer clips. If True, this is
+        done only for people with a clip to which PLDA was not fitted.
     """
     identities, width = [*clips_of], sum(backend.widths.values())
     for at in range(0, len(identities), MAX_BLOCK_PEOPLE):

@@ -10,9 +10,9 @@
 
 With `for_votes` of `Gallery.group`, the prior odds are 4 / G, and step 2 is left out.
 
-Unclear faces, small or blurred, of two people have similar vectors. So two groups with only unclear
-faces are never joined. For other pairs of groups, two people are expected to be closer to each
-other if the clearer group is less clear.
+Unclear faces (small or blurred) have similar vectors, even if the faces show two people. So two
+groups with only unclear faces are never joined. For other pairs of groups, the vectors must be more
+similar if the faces are less clear.
 
 The memory grows with the square of the number of clips. If there are more than MAX_GROUPED_CLIPS,
 the clips of a few films are grouped at a time, and then the groups are joined.

@@ -306,9 +306,9 @@ class Index:
 
     @functools.cached_property
     def card_comparison(self) -> Comparison:
-        """The comparison of the enrolled faces with the card, the JSON file of the face net.
+        """How the variances of enrolled face vectors differ from the variances in the net's card.
 
-        It is NO_PROBLEM if the gallery has no card of a face net.
+        The card is a JSON file. If the gallery has no card of a face net, the value is NO_PROBLEM.
         """
         for number, part in enumerate(self.backend.parts):
             if part.name == "face" and part.distances is not None:

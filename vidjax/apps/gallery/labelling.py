@@ -178,7 +178,7 @@ def find_rivals(state: State, clips: Mapping[str, StoredClip]) -> dict[str, str]
 
 
 def _is_twin(state: State, name: str, clip: StoredClip, like: str) -> bool:
-    """Returns whether `like` is a lookalike of the person for whom the clip `name` is enrolled."""
+    """Returns whether the clip `name` fits its own person better than the similar person `like`."""
     own = state.clips_of[clip.identity or STRANGER]
     mates = [x for x in own if strip_ending(x) != strip_ending(name)]
     if not mates:

@@ -97,7 +97,7 @@ class VectorOrigin(Struct, frozen=True, omit_defaults=True):
 
     @property
     def counts_every_clip(self) -> bool:
-        """True if the gallery uses the PLDA settings of its run, see `of_plda` in `enrolment`."""
+        """The argument `of_plda` of `enrolment.enrol`: True if similar clips count fully."""
         return self.centred and not self.refitted
 
 
@@ -266,7 +266,7 @@ class Store:
             end = os.fstat(file.fileno()).st_size - len(SUPER_JOURNAL)
             file.seek(max(end, 0))  # only the end matters: every journal begins with these bytes
             if end > 0 and file.read(len(SUPER_JOURNAL)) == SUPER_JOURNAL:
-                raise damaged(journal, "it would make SQLite delete another file")
+                raise damaged(journal, "the journal names a file that SQLite would delete")
 
     @contextlib.contextmanager
     def open(

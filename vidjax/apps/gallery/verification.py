@@ -233,8 +233,8 @@ def count_strangers(state: State) -> int:
 def find_least_ratio(state: State, fmr: float) -> float:
     """Returns the log ratio that two clips of different people reach with the probability `fmr`.
 
-    The distance between two people is measured on the enrolled people. Use this function if the
-    card (the JSON file of the net) predicts a larger distance.
+    It is computed from how much the enrolled people differ. Use this function if the people are
+    more similar than the card (JSON file) of the net predicts.
     """
     backend, between = state.index.backend, card_notes.compare(state).between
     limits = [part.distances for part in backend.parts if part.name == "face" and part.distances]

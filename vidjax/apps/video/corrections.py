@@ -377,14 +377,14 @@ class Review:
         return [name for name in dict.fromkeys(self._decision.unknown.values()) if seen[name] == 1]
 
     def _find_twin(self, found: Sequence[Subject]) -> str:
-        """Returns the name of a person who seems to be visible twice, as in a mirror.
+        """Returns the name of a person whom a face of `found` resembles.
 
-        One of the faces `found` resembles the person, but only the more similar face has the name.
-        Raises UserError if `found` contains no second face of a named person.
+        A more similar face in the same picture has this name: a mirror may show the person twice.
+        Raises UserError if there is no such person.
         """
         names = (self._decision.twins.get(clip) for x in found for clip in x.clips)
         if (name := next(filter(None, names), None)) is None:
-            raise UserError("the face looks like no named person in its picture: type a name")
+            raise UserError("the face resembles no named face in this picture: type a name")
         return name
 
     def _list_rivals(self, found: Sequence[Subject], name: str) -> list[Subject]:
@@ -408,7 +408,7 @@ class Review:
         return letters[best] if best and digits[0] == digits[1] else None
 
     def list_merged(self, name: str, of: Sequence[str]) -> list[str]:
-        """Returns the people in `of` who, if renamed, would join the enrolled person `name`."""
+        """Returns the people in `of` whom the name `name` would merge with an enrolled person."""
         people, name = self._gallery.identities, normal_form(name)
         return [x for x in of if x in people and x != name] if name in people else []
 
@@ -512,9 +512,9 @@ class Review:
         return Subject(of, sorted(clips), of, is_person=True)
 
     def _describe(self, found: Sequence[Subject], name: str) -> str:
-        """Returns subject and verb of a message, such as `Ada is` or `unknown 3 and 1 more are`.
+        """Returns subject and verb of a message about `found`, such as `unknown 3 and 1 more are`.
 
-        `found` are the people and faces that the message is about, and `name` is their new name.
+        People who are called `name` are left out if `found` contains others.
         """
         words = [x.name for x in found if x.is_person]
         clips = {x.key.removeprefix(CLIP): None for x in found if not x.is_person}
@@ -534,7 +534,7 @@ class Review:
         """
         group = name.casefold()
         if group not in self._decision.unknown.values():
-            raise UserError(f"there is no '{name}' on this page: type the person's name instead")
+            raise UserError(f"this page has no unknown person '{name}': type another name")
         return group
 
     def _part(self, found: Sequence[Subject]) -> list[Line]:
@@ -651,9 +651,9 @@ class Review:
 
 
 def _number_again(line: Line, decision: Decision) -> Line:
-    """Copies the number of the face's unknown person from `decision` to a line "apart".
+    """Returns `line`, but with the number that the unknown person has in `decision`.
 
-    Returns the new line. Other lines are returned unchanged.
+    Only a line with `says="apart"` is changed.
     """
     if line.says != "apart" or not (face := line.face):
         return line

@@ -57,8 +57,7 @@ class FacePath(NamedTuple):
 def match(faces: Iterable[Face], films: Iterable[MediaFile]) -> dict[Face, list[str]]:
     """Finds the clips in `films` that show `faces`; returns face -> names of clips, the best first.
 
-    A face that no clip shows is left out. If the present nets found a face only with
-    interruptions, the face has several clips.
+    A face that no clip shows is left out. If a face has several clips, their times do not overlap.
     """
     asked = group_by_key((face.film, face) for face in dict.fromkeys(faces))
     found: dict[Face, list[str]] = {}

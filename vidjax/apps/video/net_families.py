@@ -190,9 +190,9 @@ def work(arguments: dict[str, Any]) -> list[Written | str]:
     """Converts a net, and writes it into the file `arguments["out"]`. Runs in a child process.
 
     Returns one of these lists:
-      [card]: the description of the net.
-      []: the net is of InsightFace, but vidjax does not use it.
-      [file name]: the weights of the net are in this file, and `arguments["weights"]` is "".
+      [card]: the net is converted, and the card describes it.
+      []: nothing is converted, because vidjax does not use this net of InsightFace.
+      [file name]: nothing is converted, because `arguments["weights"]` lacks the path of this file.
 
     Other `arguments`: `path` is the file of the net, or a zip. `name` is the file name of the net.
     `weights` is the path of the file with weights, or "". The rest is as in `convert`.

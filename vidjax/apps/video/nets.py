@@ -340,10 +340,10 @@ def choose_regions(
 
 
 def _fit_region(square: list[float], scale: float, width: int, height: int) -> Region:
-    """Extends `square` to a region that a detector can read, without parts outside the image.
+    """Extends `square` until each side, multiplied by `scale`, is a multiple of STRIDE pixels.
 
-    `square` is left, top, right and bottom in pixels. The image has `width` x `height` pixels. The
-    detector resizes the region by the factor `scale`.
+    `square` is left, top, right and bottom in pixels. The region ends at the border of the image,
+    which has `width` x `height` pixels.
     """
     cell, stride = CELL / scale, STRIDE / scale
     # A detector divides the shrunk image into cells of 4 x 4 pixels. If the region begins at the

@@ -207,10 +207,10 @@ class Photos:
             self.outcomes_of |= extract_folders(group, tagged=True, tell=self.tell, **options)
 
     def check_people(self, gallery: Gallery, forget_missing: bool) -> None:
-        """Raises UserError if the folder of photos has none of the people of earlier calls.
+        """Raises UserError if the folder of photos seems to be a wrong folder.
 
-        If `forget_missing` is True, raises UserError only if the folder does not exist, or if it is
-        the folder of one person.
+        Such a folder belongs to one person, or has only new people although others are enrolled. If
+        `forget_missing` is True, a folder with only new people is allowed.
         """
         people, photos = self.people, self.paths_of
         enrolled = (list_unread(self.out) | list_faces(gallery)).values()
@@ -339,11 +339,11 @@ class Photos:
             yield f"the face tags in {path} name {tagged}, {used}"
 
     def _describe_numbers(self, names: Sequence[str], only_files: bool) -> Iterator[str]:
-        """Yields a warning if photos directly in the folder `people` may show the same person.
+        """Yields a warning if photos such as Ada_1.jpg and Ada_2.jpg may show one person.
 
-        `names` are the people of these photos, such as Ada_1 for Ada_1.jpg. Two names that differ
-        only in a number cause a warning. If `only_files` is True, there is no other photo, and
-        nobody is enrolled. In this case, any two names, or one name with a number, cause a warning.
+        `names` are the people of photos directly in `people`, such as Ada_1. If `only_files` is
+        True, `people` may be the folder of one person. So any two names cause a warning, and so
+        does a single name with a number.
         """
         people, flag = self.people, self._flag
         if only_files and (len(names) > 1 or any(re.search(r"\d", name) for name in names)):
@@ -402,10 +402,9 @@ class Photos:
     ) -> tuple[list[str], set[str]]:
         """Enrols faces of photos; returns the new clips, and the clips that stay unchanged.
 
-        `entries` is clip -> vector and person. A clip stays unchanged if it is enrolled with the
-        same vector. `before` are clips of earlier calls: they are removed if they do not stay
-        unchanged. If the gallery refuses a face, its photo is added to `failed`. Faces are left out
-        if it is not clear whom they show, see `_withhold`.
+        `entries` is clip -> vector and person. `before` are the clips of earlier calls: only clips
+        with the same vector in `entries` are kept. If the gallery refuses a face, its photo is
+        added to `failed`. Faces are left out if it is not clear whom they show, see `_withhold`.
         """
         unchanged = draft.complete({clip: entry.vector for clip, entry in entries.items()})
         draft.remove(clip={*before} - unchanged)
@@ -512,9 +511,9 @@ class Photos:
         return bool(twins or doubtful.alike or any(likes))
 
     def _describe_contradictions(self) -> Iterator[str]:
-        """Yields a warning if photos of one name show several people, or photos of two names one.
+        """Yields a warning about each name whose photos show several people.
 
-        There is no warning if it is clear which photos have a wrong name.
+        Also yields a warning about two photos with different names that show one person.
         """
 
         def locate(clip: str) -> str:
