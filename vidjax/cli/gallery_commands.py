@@ -542,9 +542,9 @@ def _migrate(args: argparse.Namespace) -> Result:
     # `gallery migrate` knows no times and boxes, so it cannot match faces as `vidjax who` does.
     if numbered := clip_inputs.list_numbered(old, clip_inputs.read_films(path)):
         terminal.say(
-            "if the face detector is new, it numbers faces differently, and clips may show other "
-            f"people than before: {len(numbered):,}, such as {show(numbered[0])}\n"
-            f"in this case, create '{args.new}' again, with features by the old detector",
+            f"clips that are named by the number of a face: {len(numbered):,}, such as "
+            f"{show(numbered[0])}. A new face detector may give this name to another face\n"
+            f"if you changed the detector, create '{args.new}' again, with features by the old one",
             warning=True,
         )
     texts = {"moved": f"{messages.count(done.moved, 'clip')}, {done.unchanged:,} moved before"}

@@ -608,13 +608,13 @@ def list_options(function: Callable) -> dict[str, Any]:
 
 
 def _draw_frames(weights: Array, uniforms: Array, replacement: bool) -> list[Array]:
-    """Draws the S frames of each of T' means. Returns S arrays of frame indices, [B, T'] int32.
+    """Draws S frames for each of T' fused frames. Returns S arrays of indices, [B, T'] int32.
 
     Args:
       weights: [B, T], relative probabilities of the frames.
       uniforms: [B, T', S] float32, a random number in [0, 1) for each draw.
-      replacement: True to draw frames with replacement. If False, the S frames of a mean differ,
-        if the clip has enough frames with a weight above 0.
+      replacement: True to draw with replacement. If False, a frame is drawn twice for a fused frame
+        only if the clip has fewer than S frames with a weight above 0.
     """
     # The weights become whole numbers up to _LEVELS. In float32 the sum over up to 4096 frames is
     # exact, so draws depend neither on padding nor on the number of devices.

@@ -325,6 +325,7 @@ def warn_of_changed(places: Mapping[str, str]) -> None:
     counts, texts, first = Counter(usual.values()), list[str](), ""
     for like, pattern in _CHANGED.items():
         found = dict.fromkeys(filter(re.compile(pattern, re.IGNORECASE).fullmatch, places))
+        # If Jan-01 and Ada-01 are identities, Jan-01 is no date.
         codes = {_simplify(name) for name in places if found and name not in found} - {""}
         alone = "in other lines" not in like
         names = [n for n in found if counts[usual[n]] > 1 or (alone and _simplify(n) not in codes)]
@@ -341,10 +342,6 @@ def warn_of_changed(places: Mapping[str, str]) -> None:
 
 
 def _simplify(name: str) -> str:
-    """Returns the pattern of a name with digits, such as `a-0` for Jan-01. Otherwise returns "".
-
-    If Jan-01 and Ada-01 are identities, their equal patterns show that Jan-01 is no date. Words
-    become `a`, and numbers become `0`. Numbers of 16 or more digits become `00`.
-    """
+    """Replaces words by `a` and numbers by `0`: Jan-01 becomes a-0. Without digits, returns ""."""
     text = re.sub(r"\w*[^\W\d]\w*", "a", name) if re.search(r"\d", name) else ""
     return re.sub(r"\d{1,15}", "0", text)

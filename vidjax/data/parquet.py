@@ -129,12 +129,12 @@ def _run(
 
 
 def work(arguments: dict[str, Any]) -> Columns | tuple[list[str], list[str]] | None:
-    """Decodes the table `arguments["path"]` in the child process. The other arguments say how.
+    """Decodes the table `arguments["path"]` in a child process. A key of `arguments` selects how.
 
-    - `out_dir`: writes a table of frames to the folder `out_dir`. Returns `Columns`.
-    - `out_dir` and `any_columns`: writes the columns of floats of any table to the folder. Returns
-      the distinct texts, and the names of all columns.
-    - `names`: decodes the columns `names`, to test whether the limits suffice. Returns None.
+    - `names`: only tests that the columns `names` can be decoded. Returns None.
+    - `any_columns`: writes all columns of floats to the folder `out_dir`. Returns the distinct
+      values of all columns of strings, and the names of all columns.
+    - neither: writes a table of frames to the folder `out_dir`. Returns `Columns`.
     """
     path = Path(arguments["path"])
     if names := arguments.get("names"):

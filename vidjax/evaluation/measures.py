@@ -397,8 +397,8 @@ def open_set(clips: ClipScores, labels: np.ndarray, num_identities: int) -> sche
     """Measures FPIR and FNIR at two thresholds, for an FPIR of at most 1 % and 10 %.
 
     FPIR and FNIR are the false positive and false negative identification rates. If there is no
-    distractor (`labels` 0) or no known clip, returns None. With S distractors, an FPIR below
-    1 / (S + 1) cannot be measured: the row of this FPIR has no threshold, FPIR and FNIR.
+    distractor (`labels` 0) or no known clip, returns None. With fewer than 99 distractors, the
+    threshold for 1 % is None. With fewer than 9, the threshold for 10 % is None, too.
 
     In simulations, the interval of FNIR (see `resample_fnir`) contains the true FNIR in 93 to 99 %
     of samples if the limit of FPIR allows four or more distractors above the threshold, and in 85 %

@@ -96,10 +96,10 @@ def compute_gap_interval(gaps: np.ndarray, *, draws: int = DRAWS) -> tuple[float
 
 
 def _draw_low_means(gaps: np.ndarray, draws: int) -> np.ndarray:
-    """Returns means of `gaps` [C] and the gap of an unseen identity, with random weights, [draws].
+    """Draws random weights of C + 1 gaps `draws` times. Returns the weighted means, [draws].
 
-    The gap of the unseen identity is a cautious, low guess. It depends on `measure_ties(gaps)`, the
-    share of pairs of identities with equal gaps:
+    The gaps are `gaps` [C], and a cautious, low guess of the gap of an unseen identity. The guess
+    depends on `measure_ties(gaps)`, the share of pairs of identities with equal gaps:
 
         share up to 1/3:  halfway between the mean gap and the lowest gap
         share 1:          -1, because equal gaps do not show how low a rare gap can be

@@ -192,12 +192,11 @@ def warn_of_missing_modalities(split: Split, modalities: Collection[str]) -> Non
 def select_sets(
     sets: ensemble.TrainingSets, own: DataDigests, data: ClipSource, split: str
 ) -> ensemble.TrainingSets:
-    """Returns `sets`, or empty sets if `split` may have new clips with names of training clips.
+    """Returns the names of the training clips of each net of an ensemble: `sets` or empty sets.
 
-    `sets` are the names of the training clips of each member (net) of an ensemble. A member does
-    not score its training clips. If `split` has names of training clips, but the digests of `data`
-    are not the digests `own` of the training data, the function warns, and returns empty sets. With
-    empty sets, all members score all clips.
+    A net does not score its training clips. If the digests of `data` are not `own` (the digests of
+    the training data), clips of `split` with the names of training clips count as new clips: the
+    function warns, and returns empty sets, so that all nets score all clips.
     """
     if ensemble.choose_scoring_members(sets, data.split(split).clips)[0].all():
         return sets
@@ -207,7 +206,7 @@ def select_sets(
     if now and all(x and {*find_changes(old, x)} <= {"labels"} for old, x in pairs):
         return sets
     warn(
-        f"clips of {split} with names of training clips may be new, so all nets score all clips\n"
-        "if they are training clips, the scores are too good: use vidjax evaluate instead"
+        f"clips of {split} have the same names as training clips, and count as new clips\n"
+        "if a net was trained on them, the scores are too good: use vidjax evaluate instead"
     )
     return sets._replace(trained=np.zeros_like(sets.trained))

@@ -11,8 +11,8 @@ The squared distance |x - x'|^2 of two clips has a gamma distribution:
     clips of two people:      the mean is 2 (W + B), and the shape is n_different / 2
 
 The sum of the squares of n independent Gaussians of equal variance has such a distribution with the
-shape n / 2. The direction of x - x' counts as uniform in n_different dimensions, also for clips of
-a person. So the densities of x for a person and for a stranger can be compared.
+shape n / 2. To get a density of x from the density of the distance, the direction of x - x' is
+assumed to be uniform in n_different dimensions, for the clips of a person and for strangers.
 
 The cosines of a card are cosines of vectors that were scaled to unit length. Scaling makes cosines
 spread less: `count_shape` computes n without this effect.
@@ -74,10 +74,10 @@ def from_cosines(same: tuple[float, float], different: tuple[float, float]) -> D
 
 
 def count_shape(variance: float, deviation: float) -> float:
-    """Returns the shape n / 2 of the gamma distribution of the squared distance of unit vectors.
+    """Returns the shape of the gamma distribution of the squared distance of two unit vectors.
 
-    `variance` is half of the mean squared distance, or 1 - the mean cosine. `deviation` is the
-    standard deviation of the cosine.
+    The cosine of the two vectors has the mean 1 - `variance`, and the standard deviation
+    `deviation`.
     """
     # Before scaling, let a vector be c + g, where |c|^2 = 1 - V, and g is Gaussian in n dimensions
     # across c, with the variance V. Then |c + g|^2 = 1 + d, where d has the variance 2 V^2 / n. To

@@ -128,9 +128,9 @@ def differ(distances: Distances, cosines: np.ndarray, clarity: np.ndarray) -> bo
 
     Returns the first of these values that applies:
 
-        False:  for more than 5 % of the pairs, the distance of the vectors is far above the usual
-                distance for two people. This happens with nets that only see colours.
-        True:   for half of the pairs or more, the distance is near the usual distance, or above.
+        False:  for more than 5 % of the pairs, the distance of the vectors is too large, even for
+                two people. Nets that only see colours give such distances.
+        True:   for half of the pairs or more, the distance is large enough for two people.
         None:   otherwise. The net may be good: twins, mirrors and split screens show similar faces.
 
     Args:

@@ -170,8 +170,8 @@ class ChannelAttention(nn.Module):
         y_t = x_t + gamma sum_s A_ts x_s
 
     Attributes:
-      norm: only for `channels`. If True, maps have no bias, BatchNorm follows theta, phi and out,
-        and theta and phi are always 0, so that all entries of A are equal.
+      norm: only for `channels`. If True, maps have no bias, and BatchNorm follows theta, phi and
+        out. theta and phi start at 0 and have no gradient there, so all entries of A stay equal.
 
     Source: the code of DANet (Fu et al., CVPR 2019, whose article takes the softmax of E), and
     channel_attention_layer.py of DeepMEF (3rd place in the iQIYI challenge 2019). Masks of padding

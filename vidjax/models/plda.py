@@ -185,9 +185,9 @@ def _add(
 ) -> dict[str, jax.Array]:
     """Returns the sums `part` of a modality plus the vectors x [B, D] of B clips.
 
-    The training passes over all clips twice. Pass 0 computes the mean of the vectors. Pass 1 sums
-    the vectors minus `share` x the mean. `turn` [B] is the pass of each clip. If it is above 1, the
-    clip is ignored.
+    `turn` [B] is how often the training has seen each clip before. At the first time, a clip counts
+    for the mean vector. At the second time, it counts for the sums of its person, after `share` x
+    the mean vector is subtracted. Later, it is ignored.
     """
     real = clips.mask & jnp.any(x != 0, axis=1)
     first = (real & (turn == 0)).astype(x.dtype)

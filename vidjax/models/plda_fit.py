@@ -294,10 +294,9 @@ def _hold_out(
 ) -> _Fold | None:
     """Divides clips into enrolled clips and held-out clips, for fold `number` of the fit.
 
-    - `later` False: random people are strangers, without an enrolled clip. The covariances are
-      estimated from the enrolled clips.
-    - `later` True imitates people who are enrolled after the training. The fold has only random
-      people. The covariances are estimated from the clips of all other people.
+    If `later` is False, random people are strangers without an enrolled clip, and the covariances
+    are estimated from the enrolled clips. If `later` is True, the fold imitates enrolment after the
+    training: the covariances are estimated from people whose clips are not in the fold.
 
     `vectors` and `enrolled_vectors` are modality -> [N, D], to score and to enrol clips. Returns
     None if the fold cannot be used, for example if no held-out clip shows an enrolled person. For

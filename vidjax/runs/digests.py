@@ -90,10 +90,9 @@ def check_data(
 
     `own` has the digests of the splits that the run has read. What must be unchanged:
 
-    - `trains` is True: all splits in `own`, and the file `config.data.weights`.
-    - `trains` is False, and `eval.split` is in `own`: the split `eval.split`.
-    - `trains` is False, and `eval.split` is new: nothing if the user has given the folder of the
-      data (`named`), otherwise at least one split in `own`.
+    - `trains` True: all splits in `own`, and the file `config.data.weights`.
+    - `trains` False: the split `eval.split`. If it is not in `own`: at least one split in `own`,
+      or nothing if the user has given the folder of the data (`named` True).
     """
     split = config.eval.split
     names = [split] if not trains and split in own["splits"] else list(own["splits"])

@@ -251,7 +251,10 @@ def _make_filter(machine: str) -> list[Step]:
 
 
 def _compare(values: Sequence[int], found: Step, other: Step) -> list[Step]:
-    """Returns steps that go to `found` if the loaded argument is in `values`, else to `other`."""
+    """Returns instructions for a filter of system calls, to follow the one of `_load_argument`.
+
+    The kernel executes `found` if the argument of the call is in `values`, otherwise `other`.
+    """
     numbered = enumerate(reversed(values), 1)
     checks = [(IF_EQUAL, left, 0, value) for left, value in numbered]
     return [*reversed(checks), other, found]

@@ -104,12 +104,10 @@ def extract_folders(
       workers: the number of processes.
       drop: the files whose features from earlier calls are removed.
         "nothing": no files.
-        "deleted": missing files, except files of lost folders.
-        "missing": missing files.
-        "others": files that are not in `paths`, except files of lost folders.
-        "all others": files that are not in `paths`.
-        A lost folder is missing or empty, perhaps because its drive is not connected. Outcomes
-        report its files. If a file cannot be reached, its features are always kept.
+        "deleted": missing files, if their folder still contains other files.
+        "missing": all missing files, even if only their drive is not connected.
+        "others": files not in `paths`. A missing file is kept if its folder is missing or empty.
+        "all others": all files not in `paths`, even if only their drive is not connected.
       thumbnails: True keeps a picture of the best face of each clip. False removes all pictures.
       upgrade: True allows other or more nets in `models` than before: deletes all features, and
         computes the features of the files in `paths` again. False raises an error.

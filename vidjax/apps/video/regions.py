@@ -212,11 +212,7 @@ def _make_tag(name: str | None, left: float, top: float, width: float, height: f
 
 
 class _Reading(NamedTuple):
-    """The faces of a photo that belong to its n face tags, if the EXIF orientation `turn` is right.
-
-    A face tag is a box with a name. The box was drawn in a picture that may lie on its side. `turn`
-    turns this picture upright.
-    """
+    """The face at each tag (a named box), assuming that the boxes have the orientation `turn`."""
 
     faces: np.ndarray  # int [n], the index of the face at each tag, or -1 if there is no face
     # [n], how well each tag fits its face: the overlap of the face with a box of the same size in
@@ -296,9 +292,9 @@ def _has_shape(shape: tuple[float, float], size: tuple[int, int], turn: int) -> 
 
 
 def _read(tags: Tags, faces: np.ndarray, size: tuple[int, int], turn: int) -> _Reading:
-    """Finds the face at each tag, if the tags were drawn in a picture with orientation `turn`.
+    """Finds the face at each face tag (a named box). For the arguments, see `match_faces`.
 
-    `turn` is an EXIF orientation, 1 to 8. For the other arguments, see `match_faces`.
+    `turn` is the assumed EXIF orientation, 1 to 8, of the picture in which the tags were drawn.
     """
     boxes = turn_boxes(np.array([tag.box for tag in tags.tags]).reshape(-1, 4), turn)
     boxes = boxes * np.array(size * 2)

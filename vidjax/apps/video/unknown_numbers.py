@@ -59,8 +59,8 @@ class UnknownNumbers(Struct, kw_only=True, forbid_unknown_fields=True):
         """Returns the new contents of `unknown.json`, for the clips of `films`.
 
         `numbers` is clip -> number. Numbers from corrections are left out, because the log `said`
-        contains them. `unread` are the sha256 of films that only earlier nets have read. Faces in
-        films of `unread` keep their numbers. Films in neither `films` nor `unread` are forgotten.
+        contains them. `unread` has the sha256 of films whose features were deleted because the nets
+        changed. Faces in films of `unread` keep their numbers. All other films are forgotten.
         """
         stored = said.given | {x: n for x, n in numbers.items() if x not in said.numbered}
         face_of = {clip: face for film in films for clip, face in film.faces.items()}

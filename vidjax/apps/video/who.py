@@ -232,9 +232,8 @@ class _Call:
     ) -> bool:
         """Enrols the photos of each person, and forgets people whose photos were deleted.
 
-        Returns True if people look more alike than the card (JSON file) of the net predicts, and a
-        reported hint explains this: one person seems to have two names. `options` are arguments of
-        `pipeline.extract_folders`.
+        Returns whether people look too much alike for the net, probably because one person has two
+        names. `options` are arguments of `pipeline.extract_folders`.
         """
         gallery, out, people = self.gallery, self.out, photos.people
         photos.check_people(gallery, forget_missing)
@@ -488,10 +487,11 @@ class _Call:
         places: Collection[str],
         forget_missing: bool,
     ) -> None:
-        """Forgets people of `before`, clip -> face in a photo, who are not in `names`.
+        """Forgets people who have no photos left, and deletes features in their folders.
 
-        If `forget_missing` is False, a person stays known if a user has typed the name for a face.
-        Also deletes the features in folders `OUT/people/NAME` whose NAME is not in `places`.
+        `before` are the faces in earlier photos, clip -> face. `names` are the people with photos,
+        and `places` are the people whose folders `OUT/people/NAME` keep their features. If
+        `forget_missing` is False, people whose names the user has typed for faces stay known.
         """
         gallery, out = self.gallery, self.out
         said = read_said(out, features_folder.read_media_files(self.features))

@@ -185,9 +185,8 @@ class RandomClips(NamedTuple):
 def make_random_clips(run: Predictor, seed: int = 0, padding: int = 2) -> RandomClips:
     """Makes random clips, and computes the outputs of a run for these clips.
 
-    The second clip has only the last modality. `padding` is the number of padded frames after the
-    longest clip. If the run classifies frames, not clips, and has several modalities, a fifth clip
-    has one frame in the last modality, and several frames in each other modality.
+    `padding` is the number of padded frames after the longest clip. One clip has only the last
+    modality of the run.
     """
     # The run scores the additional clip in a separate call. Padding to the length of other clips
     # would hide that it has a single frame.
