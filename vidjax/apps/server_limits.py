@@ -126,9 +126,7 @@ def read_limits(flags: Mapping[str, str | None], environment: Mapping[str, str])
     for variable in environment.keys() - {limit.variable for limit in LIMITS.values()}:
         name = variable.removeprefix(PREFIX).lower() if variable.startswith(PREFIX) else ""
         if similar := closest(name, LIMITS, cutoff=0.8):
-            raise UserError(
-                f"unknown environment variable {variable}: did you mean {LIMITS[similar].variable}?"
-            )
+            raise UserError(f"unknown limit {variable}: did you mean {LIMITS[similar].variable}?")
     values = {}
     for name, limit in LIMITS.items():
         if text := flags.get(name):

@@ -171,8 +171,7 @@ def _put_command_first(words: Sequence[str]) -> list[str]:
 
         if said.has_log(Path(names[0])):
             raise UserError(
-                f"'{names[0]}' is a folder, not a command: write vidjax review "
-                f"{shlex.quote(names[0])}"
+                f"'{names[0]}' is a folder: write vidjax review {shlex.quote(names[0])}"
             )
         raise UserError(
             f"there is no command '{names[0]}': {suggest(names[0].lower(), COMMANDS)}\n"

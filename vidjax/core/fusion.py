@@ -47,10 +47,7 @@ def filter_frames(
     """
     check_choice("poor_clips", poor_clips, ("drop", "keep"))
     if not 0 < top_share <= 1:
-        raise UserError(
-            f"the share of frames to keep (top_share or kept_share) is {top_share}: "
-            "must be above 0 and at most 1"
-        )
+        raise UserError(f"top_share or kept_share is {top_share}: must be above 0 and at most 1")
     kept = frames.mask
     if min_quality is not None:
         kept = kept & (ordered_quality(frames.quality) >= min_quality)

@@ -189,9 +189,7 @@ def convert(source: FileSource, cache_dir: str | Path | None = None) -> Store:
 
     def write(partial: Path) -> None:
         if earlier.exists():
-            _LOG.info(
-                "vidjax no longer uses %s, data of an earlier version: you may delete it", earlier
-            )
+            _LOG.info("vidjax no longer uses the earlier data %s: you may delete them", earlier)
         write_store(source, fingerprint, partial)
         if source.fingerprint() != fingerprint:
             raise UserError(

@@ -61,10 +61,7 @@ def read_lists(saved: checkpoint.Checkpoint) -> Lists:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"'{saved.folder}' is not usable: {reason}\n{REMEDY}") from error
     if not sets.trained.size or sets.trained.shape != (len(sets.members), len(sets.clips)):
-        raise CheckpointError(
-            f"'{saved.folder}' is not usable: its array of training clips has a wrong shape\n"
-            f"{REMEDY}"
-        )
+        raise CheckpointError(f"'{saved.folder}': its training clips have a wrong shape\n{REMEDY}")
     return identities, sets
 
 

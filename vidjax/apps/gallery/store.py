@@ -605,9 +605,7 @@ def _read(connection: sqlite3.Connection) -> State:
         raise UserError(f"the table 'gallery' lacks the setting '{min(missing)}'")
     width = sum(facts.widths.values())
     if width > MAX_VECTOR_WIDTH or len(facts.widths) < len(facts.parts):
-        raise UserError(
-            f"a modality occurs twice, or vectors have more than {MAX_VECTOR_WIDTH:,} numbers"
-        )
+        raise UserError(f"a modality occurs twice, or vectors are too long ({width:,} numbers)")
     _, numbers, rows = _read_table(connection, "backend", BACKEND_LAYOUT, 0)
     backend = _make_backend(numbers["number"], facts)
     (names, people), numbers, more = _read_table(connection, "clip", _clip_layout(width), 2)
@@ -678,9 +676,7 @@ def _check_names(names: Sequence[str], clips: Sequence[str]) -> None:
 
 def _make_backend(numbers: np.ndarray, facts: _Facts) -> Backend:
     if len(numbers) != sum(sum(kind.sizes) for kind in facts.parts):
-        raise UserError(
-            f"the {len(numbers):,} numbers in the table 'backend' do not fit the table 'gallery'"
-        )
+        raise UserError("the numbers in the table 'backend' do not fit the table 'gallery'")
     settings = Settings(**{name: facts.settings[name] for name in Settings._fields})
     backend = from_numbers(facts.parts, settings, numbers)
     if any(part.space is not None and np.any(part.space.ratio < 0) for part in backend.parts):

@@ -75,10 +75,7 @@ class _Pages:
         if not (is_right and web.is_local(request.headers)):
             raise HTTPException(HTTPStatus.NOT_FOUND, "Open the address that vidjax printed.")
         if request.method == "POST" and not web.is_same_site(request.headers):
-            raise HTTPException(
-                HTTPStatus.FORBIDDEN,
-                "Another page sent this change. Make changes only on the page of vidjax.",
-            )
+            raise HTTPException(HTTPStatus.FORBIDDEN, "Another page sent this change.")
 
     def show(self, request: Request) -> Response:
         """Answers with the page of names: of all films, or of the film or person in the URL."""

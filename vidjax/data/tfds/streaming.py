@@ -136,7 +136,11 @@ def _make_pipeline(modalities: Mapping[str, Modality], plan: BatchPlan, queue: A
 
     dequeue = tf.autograph.experimental.do_not_convert(lambda _: queue.dequeue())
     batches = tf.data.Dataset.counter().map(dequeue)
-    return batches.map(make, num_parallel_calls=2, deterministic=True).prefetch(1)
+    batches = batches.map(make, num_parallel_calls=2, deterministic=True).prefetch(1)
+    options = tf.data.Options()
+    # Nothing is left to tune, and a thread that tunes would delay the end by up to a minute.
+    options.autotune.enabled = False
+    return batches.with_options(options)
 
 
 def _decode(strings: Any, dtype: np.dtype, count: int) -> Any:
