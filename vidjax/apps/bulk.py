@@ -47,9 +47,9 @@ class TableTask:
     joined = False  # True if `join_rankings` joins the results of all tables
 
     def __init__(self, open_trained: Callable[..., Any], *args: str, **options: float | None):
-        """Opens a model or a gallery with `open_trained(*args)`, such as `vidjax.restore(run)`.
+        """Calls `open_trained(*args)`, such as `vidjax.restore(run)`, to open a model or gallery.
 
-        `Rank` passes `options` to the method `rank`, and `Identify` to the method `identify`.
+        `options` are keyword arguments of its method `rank` or `identify`; `Embed` needs none.
         """
         self.trained, self.options = open_trained(*args), options
 
@@ -85,16 +85,13 @@ class Embed(TableTask):
 class Rank(TableTask):
     """Lists the best 100 clips of each identity, by the scores of a trained model or a gallery.
 
-    The function `join_rankings` joins the rankings of several tables.
+    For several parquet tables of clips, `join_rankings` joins the lists of all tables.
     """
 
     joined = True
 
     def columns(self, clips: "MemoryClips | Clips") -> tables.Columns:
-        """Ranks clips; returns name of a column -> (type, values).
-
-        The columns are `identity`, `rank` (1 for the best clip), `clip` and `score`.
-        """
+        """Ranks clips; returns the columns `identity`, `rank` (1 is best), `clip` and `score`."""
         ranking = self.trained.rank(clips, **self.options)
         return tables.to_columns(tables.RANKING, [*tables.list_ranking(ranking)])
 
@@ -103,9 +100,9 @@ def join_rankings(lists: "pyarrow.Table") -> "pyarrow.Table":
     """Joins the rankings of several tables; returns the best 100 clips of each identity.
 
     `lists` contains the rankings one after the other, with the columns `identity`, `rank`, `clip`
-    and `score`. The result has the identities in the order in which they first occur in `lists`. It
-    equals a ranking of all clips at once. Ray Data can call this function for each identity, with
-    `dataset.groupby("identity").map_groups`.
+    and `score`. The result equals a ranking of all clips at once, but has the identities in the
+    order in which they first occur in `lists`. Ray Data can call this function for each identity,
+    with `dataset.groupby("identity").map_groups`.
 
     Raises:
       ValueError: a clip occurs twice in the rankings of an identity.
@@ -131,9 +128,8 @@ def join_rankings(lists: "pyarrow.Table") -> "pyarrow.Table":
 def list_tables(source: str | Path) -> list[Path]:
     """Returns the sorted paths of the parquet tables in a folder.
 
-    The list is empty if `source` is no folder. It is also empty if a table has the name of a split,
-    such as `val.parquet`, because such a folder is a dataset. Raises UserError if the folder
-    contains tables and other files.
+    The list is empty if `source` is no folder, or if `source` is a dataset: a folder with a table
+    of a split, such as `val.parquet`. Raises UserError if a folder has tables and other files.
     """
     source = files.local(source)
     entries = sorted(source.iterdir()) if source.is_dir() else []
@@ -266,7 +262,7 @@ def _is_made(results: Path, note: bytes) -> bool:
 
 
 def _read_note(results: Path) -> bytes | None:
-    """Returns the note of `_make_note` in the metadata of a parquet table, or None without it."""
+    """Returns the note (see `_make_note`) that a parquet table contains, or None without it."""
     from pyarrow import ArrowException, parquet
 
     try:
@@ -294,9 +290,9 @@ def _repeated_clip_error(clip: str, names: str) -> UserError:
 
 
 def _join(folder: Path, inputs: Sequence[Path]) -> "pyarrow.Table":
-    """Joins the rankings of several tables of clips to one ranking, sorted by identity.
+    """Joins the rankings of the tables of clips `inputs` to one ranking, sorted by identity.
 
-    `inputs` are the tables of clips. `folder` contains the ranking of each, under the same name.
+    `folder` contains the ranking of each table, in a file with the name of the table.
     """
     import pyarrow
     from pyarrow import parquet

@@ -85,7 +85,7 @@ class BackEnd(Struct, kw_only=True, forbid_unknown_fields=True):
             raise ValueError("the mean of `same` must be below 1 and above the mean of `different`")
         # A cosine is at most 1, so the mean of its square, deviation^2 + mean^2, is at most 1.
         if any(spread**2 > 1 - mean**2 for mean, spread in (self.same, self.different)):
-            raise ValueError("the deviation of `same` or `different` is above sqrt(1 - mean^2)")
+            raise ValueError("`same` or `different`: deviation of cosines above sqrt(1 - mean^2)")
 
     @property
     def is_measured(self) -> bool:
@@ -110,16 +110,16 @@ class Source(Struct, kw_only=True, forbid_unknown_fields=True):
     sha256: Sha256
 
     def describe(self) -> str:
-        """Returns a text for the user: the file of the net, and its package if it is known."""
+        """Returns a text for the user: the file, and if known, the package and its version."""
         if self.package == UNKNOWN:
             return f"{self.file}, which is not a known file (sha256 {self.sha256[:12]}...)"
         return f"{self.file} of {self.package} {self.version}"
 
 
 class Vector(Struct, kw_only=True, forbid_unknown_fields=True):
-    """A test of a net: four numbers of its output for a test input.
+    """A test vector of a net: four numbers of the net's output for a test input.
 
-    When the net is loaded, its output is compared with these numbers.
+    When the net is loaded, its output is compared with the test vector.
     """
 
     seed: Count  # determines the input of the test, see `nets.make_formula_inputs`
@@ -155,7 +155,7 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
         if (detects, finds_speech) != (self.decoder in DETECTORS, self.decoder == "silero"):
             raise ValueError(
                 f"`decoder` is {self.decoder}, but must be {' or '.join(DETECTORS)} for a "
-                "face_detector, silero for voice_activity, and vectors for another role"
+                "face_detector, silero for voice_activity, and vectors for any other role"
             )
         if self.role.startswith("voice_") != sound:
             raise ValueError("`layout` must be samples or mels for voices, NCHW or NHWC for faces")
@@ -176,8 +176,7 @@ class Written(Struct, kw_only=True, forbid_unknown_fields=True):
 class Card(Written, kw_only=True, forbid_unknown_fields=True):
     """A card, the JSON file that describes a net, after it was read from the file `path`.
 
-    `digest` is the sha256 of the file. After `vidjax measure-card` has changed the file, `digest`
-    is still the sha256 from before this change.
+    `digest` is the sha256 that the file had before `vidjax measure-card` changed it, if it did.
     """
 
     path: Path

@@ -1,10 +1,11 @@
 """Reads what users said about faces in results of version 0.1.0 of `vidjax who`.
 
-Later versions have a log, see `said`. Version 0.1.0 stored what users said in two places:
+Later versions have a log, see `said`. In version 0.1.0, the gallery stored which person a face
+shows, or does not show. The file `unknown.json` stored in its fields:
 
-    the gallery     which person a face shows, or does not show
-    unknown.json    `films`: the number of the unknown person of each face; 0 if it is ignored
-                    `fixed`: numbers that never change; `apart`: pairs of different people
+    films    the unknown person's number of each face; 0 for a face that the user ignores
+    fixed    the numbers that never change
+    apart    pairs of numbers of people who differ, as a user said
 """
 
 import contextlib
@@ -46,10 +47,9 @@ class _Results:
                     self.of_clip |= {"/".join([*earlier, clip]): x for clip, x in clips.items()}
 
     def locate(self, films: Mapping[str, Mapping[str, T]]) -> Iterator[tuple[SeenClip, T]]:
-        """Looks up the faces of clips; yields (face of a clip, value of the clip).
+        """Yields (face, value) of the clips in `films`: digest of a film -> clip -> value.
 
-        `films` is digest of a film -> name of a clip -> value, for values of any type. Clips that
-        the folder of results does not contain are left out.
+        Clips that the folder of results does not contain are left out.
         """
         for digest, of in films.items():
             for clip, value in of.items():
@@ -58,7 +58,7 @@ class _Results:
 
 
 def read_numbers(out: Path) -> dict[str, Any] | None:
-    """Reads `unknown.json` of version 0.1.0, the file with the numbers of unknown people.
+    """Reads `unknown.json` of version 0.1.0, the file with each unknown person's number.
 
     `out` is the folder of results. Returns the JSON object in the file, or None if the file is
     missing, damaged or from a later version.
@@ -112,7 +112,7 @@ def log_acts(out: Path, acts: Sequence[Act], gallery: "State") -> Iterator[None]
 def _record(out: Path, acts: Iterable[Act]) -> list[Line]:
     """Adds changes of names to the log in the folder of results `out`; returns the new lines.
 
-    A change of a clip is left out if the results do not contain the face of the clip.
+    Changes about clips that the results do not contain are left out.
     """
     lines, find = list[Line](), FaceFinder(out)
     for act in acts:
@@ -165,10 +165,7 @@ def _list_photos(
 
 
 def _list_numbers(results: _Results, content: Mapping[str, Any]) -> Iterator[Line]:
-    """Yields what users said about ignored faces and unknown people, as lines of a log.
-
-    `content` is the JSON object in `unknown.json`.
-    """
+    """Yields log lines with what users said in `content`, the JSON object in `unknown.json`."""
     located: Iterator[tuple[SeenClip, int]] = results.locate(content.get("films", {}))
     faces_of = group_by_key((number, x) for x, number in located)
     for x in faces_of.pop(0, ()):

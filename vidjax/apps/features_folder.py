@@ -180,7 +180,7 @@ class MediaFile(Struct, kw_only=True, dict=True):
     def __post_init__(self) -> None:
         _check_file_name(self.video)
         if any(names_lib.is_reserved(x) or names_lib.clean_identity(x) != x for x in self.tags):
-            raise ValueError("a face tag contains a text that cannot be the name of a person")
+            raise ValueError("a face tag (`lost_tags`, or `name` in `tracks`) is no valid name")
 
     @property
     def is_dark(self) -> bool:
@@ -242,11 +242,10 @@ def read_extraction(folder: Path) -> Extraction | None:
 
 
 def choose_settings(folder: Path, **given: object) -> ExtractionSettings | None:
-    """Returns the settings with which features of films are extracted into a folder.
+    """Returns the settings to extract films into a folder, or None if all values are None.
 
-    `given` are name of a setting -> value. A setting that is None keeps the value that is stored in
-    the folder, or gets its default in a new folder. If all settings are None, the result is None,
-    and the caller keeps all stored settings.
+    `given` maps names of settings to values. A setting with the value None keeps its stored value,
+    or its default in a new folder.
     """
     changed = {name: value for name, value in given.items() if value is not None}
     before = read_extraction(folder) if changed else None
@@ -340,12 +339,12 @@ class PhotoFace(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The name of the clip, without the ending `/PERSON` of a face tag."""
+        """`str(face)` without the person of a face tag, for example `people/Ada/IMG_1.f02`."""
         return f"{PEOPLE}/{self.folder}/{self.clip}"
 
     @classmethod
     def of(cls, clip: str) -> "PhotoFace | None":
-        """Parses the name of a clip in the gallery; returns None for a clip of a film."""
+        """Makes a face from `clip`, the text `str(face)`; returns None for a clip of a film."""
         parts = clip.split("/", 3)
         if parts[0] != PEOPLE or len(parts) < 3:
             return None
@@ -475,10 +474,10 @@ def remove_leftovers(out: Path, stems: set[str] | None) -> None:
 
 
 def check_photo(file: MediaFile) -> tuple[str | None, str]:
-    """Checks that a photo shows exactly one good face. Returns (clip, problem).
+    """Checks that a photo shows exactly one face, and that this face is good.
 
-    The clip is the name of the only face, even if this face is poor. For no face or several faces,
-    the clip is None. The problem is a text for the user, or "" if the photo is good.
+    Returns (name of the face, problem). The name is None for no face or several faces. The problem
+    is a text for the user, or "" for a good photo.
     """
     if len(file.tracks) != 1:
         count = f"{len(file.tracks)} faces" if file.tracks else "no face"

@@ -1,9 +1,9 @@
-"""Finds people and clips in all galleries and files: the search of `vidjax forget`.
+"""Finds people and clips in all galleries and files, for `vidjax forget`.
 
-With --delete, clips are deleted from galleries. A converted dataset in the cache is deleted as a
-whole if it contains one of the clips. Unfinished files of killed processes are deleted if they may
-contain one of the clips. Training runs, folders of `vidjax who` and other files (see `traces`) are
-only listed.
+With --delete, the found clips are deleted from galleries. A converted dataset in the cache is
+deleted as a whole if it contains one of the clips. Unfinished files of killed processes are deleted
+if they may contain one of the clips. Training runs, folders of `vidjax who` and other files (see
+`traces`) are only listed.
 """
 
 import dataclasses
@@ -77,10 +77,9 @@ class Survey(NamedTuple):
         return sorted(folder for folder, found in self.kind_of.items() if found == kind)
 
     def find_whole(self, path: Path) -> Path | None:
-        """Finds the folder of a kind in REMEDIES, such as a training run, that contains `path`.
+        """Returns the folder to report instead of `path`, such as the training run around a file.
 
-        `vidjax forget` reports the found folder instead of each file in it. The result may be
-        `path`. It is None if there is no such folder.
+        The folder is `path` or contains `path`, and its kind is in REMEDIES. None without one.
         """
         return next((x for x in (path, *path.parents) if self.kind_of.get(x) in REMEDIES), None)
 
@@ -108,9 +107,9 @@ def forget(
 ) -> tuple[list[Place], dict[str, str]]:
     """Searches for people and clips in all galleries, datasets and files below `places`.
 
-    `identities` are the names of people, whose clips are also searched. `clips` are the names of
-    other clips. If `delete` is True, the clips are deleted from galleries. Converted datasets and
-    unfinished files that contain any of the clips are deleted, too.
+    `identities` are names of people. The clips of these people are searched for, too. `clips` are
+    names of other clips. If `delete` is True, the clips are deleted from galleries. Converted
+    datasets and unfinished files that contain any of the clips are deleted, too.
 
     Returns two values. The first is the list of places that contain a name or vector, or could not
     be searched. The second is searched name -> similar stored name, such as `Ada` -> `ada`.
@@ -164,9 +163,8 @@ def _search_galleries(
 ) -> tuple[list[Place], set[str], list[np.ndarray]]:
     """Finds clips of `people`, clips with the names `asked`, and copies, see `_find_copies`.
 
-    If `delete` is True, the found clips are deleted. Three kinds of other clips are only reported:
-    clips of another person with the vector of a found clip, clips with the name of a found clip,
-    and clips whose name contains a name in `people`.
+    If `delete` is True, the found clips are deleted. Doubtful clips (`_find_copies`), clips with the
+    name of a found clip, and clips whose name contains a name in `people`, are only reported.
 
     Returns three values: reports about galleries; the names of the found clips; and the vectors of
     the found clips, arrays [D] float32.
@@ -207,14 +205,14 @@ def _by_gallery(clips: Iterable[Clip]) -> list[tuple[Gallery, list[Clip]]]:
 def _find_copies(
     clips: Iterable[Clip], own: set[Clip], people: Iterable[str]
 ) -> tuple[set[Clip], set[Clip], set[bytes]]:
-    """Finds other clips that have the same vectors as a clip in `own`; returns three values.
+    """Finds clips with the same vectors as a clip in `own`, the clips to be forgotten.
 
-    `own` are the searched clips, such as all clips of `people`. The other clips are:
+    Returns three values:
 
-    - The copies: clips of strangers, and clips with another spelling of a name in `people`.
-    - The doubtful clips: clips of other people.
-
-    The third value are the vectors of `own` and of the copies.
+    - The copies: such clips of strangers, or of a person whose name is another spelling of a name
+      in `people`.
+    - The doubtful clips: such clips of other people.
+    - The vectors of `own` and of the copies.
     """
     holders = group_by_key((vector, clip) for clip in clips for vector in clip.vectors.items())
     spellings = [*people, *{clip.identity for clip in own if clip.identity}]
@@ -270,7 +268,7 @@ def _report_gallery(gallery: Gallery, clips: Collection[Clip], *, delete: bool) 
 
 
 def list_clear_names(clips: Iterable[str]) -> set[str]:
-    """Selects the names that can be searched in files; removes the ending `.mp4`.
+    """Selects the names to search for in files; removes the ending `.mp4`.
 
     `clips` are names of clips. Numbers and short names, such as `a`, are left out, because they
     occur in nearly every file.
@@ -280,11 +278,11 @@ def list_clear_names(clips: Iterable[str]) -> set[str]:
 
 
 def _search_files(survey: Survey, traces: Traces, *, delete: bool) -> Iterator[Place]:
-    """Searches the files of `survey` for `traces`, the searched names and vectors.
+    """Searches the files of `survey` for `traces`, the names and vectors to find.
 
-    Yields a `Place` for each file that contains a trace. If the file is in a folder of a kind in
-    REMEDIES, such as a training run, yields the folder instead. If `delete` is True, deletes
-    converted datasets and unfinished files that contain a trace.
+    Yields a `Place` for each file that contains a trace, or for its folder, such as a training
+    run, see `Survey.find_whole`. If `delete` is True, deletes converted datasets and unfinished
+    files that contain a trace.
     """
     seen = set[Path | None]()  # listed folders, and files of the same film or photo
     for path in survey.paths:
