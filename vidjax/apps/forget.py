@@ -163,8 +163,8 @@ def _search_galleries(
 ) -> tuple[list[Place], set[str], list[np.ndarray]]:
     """Finds clips of `people`, clips with the names `asked`, and copies, see `_find_copies`.
 
-    If `delete` is True, the found clips are deleted. Doubtful clips (`_find_copies`), clips with the
-    name of a found clip, and clips whose name contains a name in `people`, are only reported.
+    If `delete` is True, the found clips are deleted. Doubtful clips (`_find_copies`), clips with
+    the name of a found clip, and clips whose name contains a name of `people`, are only reported.
 
     Returns three values: reports about galleries; the names of the found clips; and the vectors of
     the found clips, arrays [D] float32.
