@@ -184,7 +184,7 @@ def test_unclear_faces_are_not_grouped_and_a_name_is_for_one_face(drawn):
 
 
 @pytest.mark.parametrize(("name", "words"), [
-    *((name, "stands for people without a name")
+    *((name, "is reserved for people without a name")
       for name in ("unknown", "Unknown 7", "unknown face", "unknown face 7", "Ignored")),
     (" Ann", "remove these blanks"), ("a\nb", "control character"), ("\udcff", "not valid Unicode"),
 ])  # fmt: skip

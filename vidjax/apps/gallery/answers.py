@@ -6,9 +6,9 @@ are not enrolled. With a measured threshold, the person must also be more probab
 enrolled people together. If there are too few strangers, the probability must be above 0.5.
 
 A .tsv or .csv table has the columns clip, identity, probability, score, best_1, probability_1, ...
-A line of .jsonl has the fields clip, identity, probability, score, best and evidence. The identity
-of an unknown person is an empty cell, or null in .jsonl. The score is the logarithm of the
-probability. If a clip has no usable frame, the score is -inf, or null in .jsonl.
+A line of .jsonl has the fields clip, identity, probability, score, best and evidence, see `Answer`.
+The identity of an unknown person is an empty cell, or null in .jsonl. The score is the logarithm of
+the probability. If a clip has no usable frame, the score is -inf, or null in .jsonl.
 """
 
 import itertools
@@ -110,11 +110,11 @@ def join_answers(vote: Answer, own: Sequence[Answer]) -> list[Answer]:
         `vote` has no person                       `vote`
         no answer in `own` has the person P        the answer for the clip in `own`
         the clip's probability of P is below 0.1   the answer for the clip in `own`
-        otherwise                                  `vote`, with the clip's probability if lower
+        otherwise                                  `vote`, with the lower probability of P
 
     Args:
       vote: the answer for all clips of the group together.
-      own: the answer for each single clip. `Answer.best` lists at least 10 identities.
+      own: the answer for each single clip, with at least 10 identities in `Answer.best`.
     """
     if vote.identity is None:
         return [vote] * len(own)
@@ -124,7 +124,7 @@ def join_answers(vote: Answer, own: Sequence[Answer]) -> list[Answer]:
 
 
 def _join_answer(vote: Answer, own: Answer) -> Answer:
-    """Joins the answers for a clip, `own`, and for its group, `vote`, as in `join_answers`."""
+    """Returns the answer for one clip, by the last two lines of the table in `join_answers`."""
     probability = dict(own.best).get(str(vote.identity), 0.0)
     if probability < LEAST_OWN_PROBABILITY:
         return own
@@ -188,7 +188,7 @@ class NamingRule(NamedTuple):
         `new`: the probability must be above 0.5, as there are too few strangers to measure.
       score: the logarithm of the threshold, or of 0.5 for the kind `new`.
       default: True if the user chose no rule.
-      threshold: the measured threshold; None for the kinds `threshold` and `new`.
+      threshold: for the kind `fpir`, how the threshold was measured; otherwise None.
       about: a description of the rule for the user.
     """
 
@@ -228,8 +228,7 @@ class NamingRule(NamedTuple):
     def describe(self, doubtful: int = 0) -> dict[str, str]:
         """Returns the lines that describe the rule for the user: label -> text.
 
-        `doubtful` is the number of unknown clips with a probability of 0.1 to 0.5, see
-        `count_doubtful`. It appears only if there are too few strangers to measure a threshold.
+        `doubtful` is the result of `count_doubtful`. Only rules of the kind `new` mention it.
         """
         can_choose = self.default and math.isfinite(self.score)
         chosen = " (to choose another rule: --fpir=R or --threshold=P)" if can_choose else ""
@@ -445,8 +444,8 @@ def rank(
 ) -> dict[str, list[tuple[str, float]]]:
     """Lists the most probable clips of each person: returns identity -> list of (clip, score).
 
-    `vectors` are the vectors of the clips. If the user has chosen `rule` (`rule.default` is False),
-    a list contains only clips that get the name of the person. For more, see `Gallery.rank`.
+    `vectors` are the vectors of the clips. If `rule.default` is False, a list contains only clips
+    that get the name of the person. For `advance`, see `Gallery.rank`.
     """
     searched = state.index
     identities = labels.sort_identities(searched.names)
@@ -481,7 +480,7 @@ def _sum_others(scores: np.ndarray) -> np.ndarray:
     """For each of N people, returns the log-probability that a clip shows another enrolled person.
 
     `scores` [Q, N] are the log-probabilities of the people for Q clips. The result [Q, N] is exact
-    only for the most probable person of a clip. For all other people, it is the highest score.
+    for the most probable person of a clip, and a lower limit for all other people.
     """
     # Only the most probable person can be more probable than all others together. So for another
     # person, a lower limit is enough for `NamingRule.names` to deny the name.
@@ -566,7 +565,7 @@ def share(value: float) -> str:
 
 
 def describe_probability(score: float) -> str:
-    """Formats the probability exp(`score`) in per cent: 3 digits, or 10 digits above 99 %.
+    """Formats the probability exp(`score`) in per cent: 3 significant digits, or 10 above 99 %.
 
     The function `share` writes `> 99.99 %` and `< 0.01 %`. This function always writes the number.
     """
@@ -575,7 +574,7 @@ def describe_probability(score: float) -> str:
 
 
 def count_doubtful(answers: Answers) -> int:
-    """Counts clips without a name, if the probability of the best person is 0.1 to 0.5."""
+    """Counts the clips without a name whose best person has a probability of 0.1 to 0.5."""
     unknown = [answer.probability for answer in answers.values() if answer.identity is None]
     return sum(MIN_DOUBTFUL_PROBABILITY <= x <= MIN_NAMED_PROBABILITY for x in unknown)
 

@@ -56,8 +56,8 @@ def write_table(gallery: Gallery, path: Path) -> int:
     """Writes a .parquet table of the enrolled clips; returns the number of clips.
 
     The columns are `clip`, `identity`, and for each modality, such as `face`, a unit vector. The
-    vector of a missing modality is 0. If a run without PLDA made the gallery, a clip has only one
-    vector. Raises UserError if a modality has the name of another column.
+    vector of a missing modality is 0. A run without PLDA has a single modality, `embedding`. Raises
+    UserError if a modality has the name of another column.
     """
     state = gallery.state
     names = sorted(name for name, clip in state.clips.items() if clip.identity is not None)
@@ -88,8 +88,8 @@ def make_arrays(gallery: Gallery) -> dict[str, np.ndarray]:
     on how its vectors are compared:
 
     - By PLDA: `transform`, `constant`, `curve`, `kind` and `scale`.
-    - By distances: `share`, `radius` and `card`, from `index.DistanceRatios`; and `variance`, the
-      sum of `DistanceRatios.variance` and the variance within a person, `Distances.within`.
+    - By distances: `share`, `radius`, `card` and `variance` of `index.DistanceRatios`, but
+      `Distances.within` is added to `variance`.
     """
     index, backend = gallery.index, gallery.backend
     if not index.names:

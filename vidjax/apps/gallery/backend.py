@@ -1,10 +1,10 @@
-"""The parameters with which a gallery computes how probably a clip shows each enrolled person.
+"""The back end of a gallery: the parameters of the comparison of clips with enrolled people.
 
-These parameters are called the back end. A clip has a vector for each of M modalities, such as face
-or audio. The vector of a missing modality is 0. Vectors are compared in one of two ways:
+A clip has a vector for each of M modalities, such as face or audio. The vector of a missing
+modality is 0. Vectors are compared in one of two ways:
 
-- Vectors from a training run, by PLDA: `fit` learns the parameters from labelled clips. If the
-  model of the run is not PLDA, the run has a single modality, `embedding`.
+- Vectors from a training run, by PLDA: `fit` learns the parameters from labelled clips. PLDA also
+  compares the vectors of a run of another model. The only modality is then `embedding`.
 - Vectors from embedding nets, by distances: the JSON file of a net contains the parameters.
 
 A clip is compared with all people in float32, and again with the most probable people in float64.
@@ -36,7 +36,7 @@ MOST_SHARED = 0.25
 
 
 class Part(NamedTuple):
-    """The parameters that compare the vectors of one modality, such as face."""
+    """The parameters of the comparison in one modality, such as face."""
 
     name: str  # the modality, or `embedding`
     centre: np.ndarray  # [D] float64, is subtracted from vectors; 0 if a run has subtracted it
@@ -46,7 +46,7 @@ class Part(NamedTuple):
 
     @property
     def may_be_offscreen(self) -> bool:
-        """True for the modality "audio" with `distances`, because the speaker may be off screen."""
+        """True for "audio" in a gallery made from nets, because the speaker may be off screen."""
         return self.distances is not None and self.name == "audio"
 
     def coordinates(self, x: np.ndarray) -> np.ndarray:
@@ -57,7 +57,7 @@ class Part(NamedTuple):
             return np.asarray((x - self.space.mean) @ self.space.transform)
 
     def describe(self, count: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Computes the fields `linear` [P, D] and `constant` [P] of `People` for this modality.
+        """Computes the coefficients `linear` [P, D] and `constant` [P] of P people, see `People`.
 
         `count` [P] is the number of clips of each person. `total` [P, D] is the sum of the unit
         vectors of these clips.
@@ -78,11 +78,10 @@ class Part(NamedTuple):
 
 
 class People(NamedTuple):
-    """P enrolled people, with coefficients for each of M modalities.
+    """P enrolled people, with the coefficients that the comparison with a clip needs.
 
-    The coefficients compare a clip with a person. For PLDA, see `two_covariance.Enrolled`. For
-    distances, `linear` is the mean of a person's unit vectors, and `constant` the squared length of
-    this mean.
+    If vectors are compared by PLDA, see `two_covariance.Enrolled`. If they are compared by
+    distances, `linear` is the mean m of a person's unit vectors, and `constant` is m . m.
     """
 
     names: tuple[str, ...]
@@ -100,7 +99,7 @@ class People(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """The parameters that compare the vectors of M modalities, such as face and audio."""
+    """The parameters of the comparison in M modalities, such as face and audio."""
 
     parts: tuple[Part, ...]  # the parameters of each modality
     settings: Settings  # the parameters for all modalities
@@ -265,10 +264,11 @@ def compare_equal(old: Backend, new: Backend) -> bool:
 def _sum_clips(
     part: Part, x: np.ndarray, owner: np.ndarray, film: np.ndarray | None, exact: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the number n [P] of each person's clips, and n times the mean unit vector, [P, D].
+    """Returns the number n [P] of each person's clips, and n times their mean vector, [P, D].
 
-    `x` [N, D] are the vectors of the clips in a modality. PLDA counts similar clips as fewer clips,
-    except for people whose `exact` [P] is True. For `owner` and `film`, see `Backend.enrol`.
+    The mean is over the unit vectors of `x` [N, D], the clips' vectors in a modality. With PLDA,
+    clips of a film count as one clip, and similar clips of a person count as fewer clips if `exact`
+    [P] is False. For `owner` and `film`, see `Backend.enrol`.
     """
     count, total = sum_by_owner(unit(part, x), owner, len(exact))
     if part.space is None:
@@ -305,7 +305,7 @@ def unit(part: Part, x: np.ndarray) -> np.ndarray:
 
 
 class Kind(Struct, omit_defaults=True):
-    """Describes the parameters of one modality, so that `from_numbers` knows their sizes."""
+    """Describes one modality, so that `from_numbers` knows the sizes of its arrays."""
 
     name: Text  # the modality, or `embedding`
     width: Size  # D
@@ -314,7 +314,7 @@ class Kind(Struct, omit_defaults=True):
 
     @property
     def sizes(self) -> list[int]:
-        """The number of values in each array of `Part.arrays`."""
+        """The number of values in each whole array that `Part.arrays` returns."""
         width = self.width
         if self.by_card:
             return [width, len(Distances._fields), *([width] if self.has_mean else [])]

@@ -82,16 +82,16 @@ def adopt(gallery: "Gallery", models: str | Path, *, replace: bool = False) -> t
     """Adds modalities, such as voices, to a gallery of nets; returns the added modalities.
 
     The folder `models` contains the nets of the gallery, and nets for the new modalities. Enrolled
-    clips lack the new modalities until `labelling.complete` adds them. If the statistics of cosines
-    in the JSON file of a net have changed, the gallery uses the new statistics, and prints that.
+    clips lack the new modalities until `labelling.complete` adds them. If only the numbers in the
+    card (the JSON file of a net) were measured again, the gallery uses the new numbers.
 
-    If `replace` is True, `models` may contain a new net for a modality of the gallery. Enrolled
+    If `replace` is True, `models` may contain another net for a modality of the gallery. Enrolled
     clips lose the vectors of the old net, and a clip without other vectors is removed. The result
-    also contains the modality of the new net.
+    also contains the modality of the other net.
 
     Raises:
       UserError: the gallery was made with a run, or the folder lacks a net of the gallery.
-      UserError: a net of the gallery has changed, and `replace` is False.
+      UserError: `models` has another net for a modality of the gallery, and `replace` is False.
     """
     origin, back_ends = read_cards(models)
     with gallery.change() as draft:
@@ -131,8 +131,8 @@ def compare(state: State) -> Comparison:
     """Compares the enrolled faces with the card, the JSON file of the face net.
 
     The field `problem` of the result is a `card_check.Problem`. It is "blind" if `check_apart` or
-    `judge` has found that the net does not separate people. It is "few" only if nobody has measured
-    the statistics of cosines in the card.
+    `judge` has found that the net does not separate people. It is "few" if the card has only
+    default numbers, and too few people are enrolled to check these numbers.
     """
     comparison, unmeasured = state.index.card_comparison, state.origin.unmeasured
     is_close = comparison.problem == "closer" and comparison.between < LEAST_BETWEEN
@@ -148,9 +148,9 @@ def compare(state: State) -> Comparison:
 def check_apart(state: State, vectors: Vectors, apart: Iterable[tuple[str, str, float]]) -> State:
     """Checks with pairs of faces of different people whether the face net separates people.
 
-    Returns `state` with the result in the field `separates`: True, False, or None for unknown. If
-    the statistics of cosines in the card (JSON file) of the net were measured, the net is not
-    checked, and the result is None. For `vectors` and `apart`, see `Gallery.check_apart`.
+    Returns `state` with the result in the field `separates`: True, False, or None for unknown. Only
+    a net whose card (JSON file) has default numbers is checked; for all other nets, the result is
+    None. For `vectors` and `apart`, see `Gallery.check_apart`.
     """
     backend, separates = state.index.backend, None
     if state.origin.unmeasured:
@@ -166,9 +166,9 @@ def check_apart(state: State, vectors: Vectors, apart: Iterable[tuple[str, str, 
 def judge(state: State, mirrored: Sequence[float]) -> State:
     """Checks with mirror images whether the net of a gallery separates people.
 
-    Returns `state` with the result in `origin.blind`: True if photos and their mirror images differ
-    almost like two people. A blind net gives no names. `mirrored` are the cosines of the vectors of
-    enrolled photos and of their mirror images. With too few cosines, `state` does not change.
+    Returns `state` with the result in `origin.blind`: True if the vectors of a photo and its mirror
+    image differ almost as much as the vectors of two people. `mirrored` are the cosines of enrolled
+    photos and their mirror images. With too few cosines, `state` does not change.
     """
     comparison, origin = state.index.card_comparison, state.origin
     # Two cosines are needed, or one if a single person is enrolled, and nobody measured the card.

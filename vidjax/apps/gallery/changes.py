@@ -47,8 +47,8 @@ class Draft:
     def add(self, clips: Mapping[str, StoredClip]) -> int:
         """Adds clips whose vectors are known; returns the number of new or changed clips.
 
-        `clips` are name -> clip. A clip that is already enrolled is skipped. If a clip is enrolled
-        as a clip of a stranger, the clip gets the person in `clips`.
+        `clips` are name -> clip. If a clip is already enrolled for a stranger, it gets the
+        `identity` of the given clip. Any other clip that is already enrolled is skipped.
 
         Raises:
           UserError: a clip is malformed, or already enrolled for another person or with another
@@ -78,8 +78,8 @@ class Draft:
         """Adds missing modalities, such as voices, to enrolled clips.
 
         `vectors` are clip -> joined vector of all modalities. Returns the names of the clips that
-        now have these vectors. A clip does not change if it is not enrolled, or if it is enrolled
-        with another vector of a modality.
+        now have these vectors. A clip stays as it is if it is not enrolled, or if its enrolled
+        vector of a modality differs from the given one.
         """
         vectors = {self._find_name(name): vector for name, vector in vectors.items()}
         equal = find_equal(vectors, self.clips, self.present.index.backend)
@@ -129,7 +129,7 @@ class Draft:
         return len(names)
 
     def relabel(self, clip: str, identity: str | None) -> str | None:
-        """Changes the person of a clip; returns the old person. See `Gallery.relabel`."""
+        """Changes a clip's person; returns the old person. None is a stranger."""
         check_argument("relabel: clip", clip, str, "a name")
         identity = None if identity is None else check_person(identity)
         clip = self._find_name(clip)
@@ -198,7 +198,7 @@ class Draft:
         return names
 
     def _is_new(self, name: str, clip: StoredClip) -> bool:
-        """Returns whether `clip` must be stored: it is new, or it names an enrolled stranger.
+        """Returns whether `clip` is new, or gives a person to an enrolled clip of a stranger.
 
         Raises UserError if `clip` and the enrolled clip `name` contradict each other.
         """
@@ -224,7 +224,7 @@ class Draft:
 
     @property
     def similar(self) -> dict[str, str]:
-        """The new names of people that look like an enrolled name: new name -> enrolled name."""
+        """The new names that are spelled like an enrolled name: new name -> enrolled name."""
         new = self.clips_of.keys() & self._changed_people - self.present.clips_of.keys() - {
             STRANGER
         }
@@ -279,10 +279,10 @@ def _differ(old: StoredClip, new: StoredClip | None) -> bool:
 def find_equal(
     vectors: Mapping[str, np.ndarray], clips: Mapping[str, StoredClip], backend: Backend
 ) -> set[str]:
-    """Returns the names of clips whose given vectors equal their enrolled vectors.
+    """Returns the names of the clips in `vectors` that are enrolled with the same vectors.
 
-    `vectors` are clip -> vector of all modalities, and `clips` are the enrolled clips. A modality
-    that the enrolled clip lacks is not compared.
+    `vectors` are clip -> joined vector of all modalities. `clips` are the enrolled clips. If an
+    enrolled clip lacks a modality, this modality is not compared.
     """
     equal = set[str]()
     for name in vectors.keys() & clips.keys():
@@ -329,7 +329,7 @@ def check_person(name: str) -> str:
     name = _check_length("identity", clean_identity(name))
     if is_reserved(name):
         raise UserError(
-            f"the name '{show(name)}' stands for people without a name\n"
+            f"the name '{show(name)}' is reserved for people without a name\n"
             "choose another name, such as 'neighbour'"
         )
     return name

@@ -33,14 +33,14 @@ def enrol(
     """Computes from each person's clips the coefficients that score other clips, see `People`.
 
     Yields the people in blocks, to save memory. With PLDA, all clips of a person in a film count as
-    at most one clip.
+    one clip, and similar clips from several films count as fewer clips.
 
     Args:
-      backend: the parameters that compare vectors.
+      backend: the parameters of the comparison.
       clips_of: identity -> names of the person's clips.
       clips: name -> clip.
-      of_plda: If False, PLDA counts similar clips of a person as fewer clips. If True, this is
-        done only for people with a clip to which PLDA was not fitted.
+      of_plda: If True, similar clips count fully for a person if PLDA was fitted to all of the
+        person's clips.
     """
     identities, width = [*clips_of], sum(backend.widths.values())
     for at in range(0, len(identities), MAX_BLOCK_PEOPLE):
@@ -59,10 +59,10 @@ def enrol(
 def _stack_films(
     names: Iterable[str], clips: Mapping[str, StoredClip], width: int
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Groups N clips: a group has all clips of a person in a film. Clips of a group are adjacent.
+    """Groups the N clips `names` by person and film, and sorts the clips by group.
 
-    Returns three values: the person of each group; the group of each clip, [N] int; the vectors of
-    the clips, [N, width] float32.
+    Returns three values: the person of each group; the group of each sorted clip, [N] int; the
+    vectors of the sorted clips, [N, width] float32.
     """
     films = group_by_key(
         ((clips[name].identity or STRANGER, cut_film_name(name)), name) for name in names
@@ -98,8 +98,8 @@ def stack_people(
 ) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray]]:
     """Returns the arguments `vectors`, `labels` and `enrolled` of `backend.fit`.
 
-    PLDA is fitted to one clip of each person in each film. Clips of strangers are left out. `clips`
-    are name -> clip, in any order. `widths` are modality -> length of its vectors.
+    For each person in each film, `vectors` has one clip, and `enrolled` the mean of all clips.
+    Strangers are left out. `clips` are name -> clip. `widths` are modality -> length of a vector.
     """
     # Clips of a person from the same film are alike. People are enrolled with their mean.
     names = sorted(name for name, clip in clips.items() if clip.identity is not None)
@@ -115,7 +115,7 @@ def stack_people(
 
 
 def refit(state: State) -> State:
-    """Computes new parameters to compare vectors, from the present clips of a gallery.
+    """Fits new parameters of the comparison (PLDA) to the present clips of a gallery.
 
     Returns the new content of the gallery. No clip that was removed influences the new parameters.
     """

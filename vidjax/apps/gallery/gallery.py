@@ -7,8 +7,8 @@
     gallery.identify({"clip_2": {"face": features}}, fpir=0.01)  # clip -> Answer
     gallery.remove(identity="Ada")
 
-Thresholds are measured on strangers, clips of people who are not enrolled. The parameters that
-compare vectors are called the back end. The order of changes does not matter: probabilities differ
+Thresholds are measured on strangers, clips of people who are not enrolled. The parameters of the
+comparison are called the back end. The order of changes does not matter: probabilities differ
 by at most 1e-6 from those of a new gallery with the same clips and back end.
 
 An open gallery always answers from the current content of its folder, even if another process has
@@ -20,12 +20,11 @@ computes an answer uses the same state until the answer is complete. A change is
 the folder. If writing fails, folder and memory stay as they were. For a disk that fails at the end
 of a change, see `store.UncertainWriteError`.
 
-A removed person leaves no trace in the folder. If the back end was fitted to a removed clip, the
-vector of this clip could be computed from the old back end and all other clips. Therefore `remove`
-fits a new back end to all clips that are left. Enrolling clips does not change the back end. The
-training run still depends on its training clips. With `create(..., empty=True)`, the gallery
-contains no training clips, but the back end was fitted to them. To make the run and the back end
-independent of a clip, train a new run without this clip, and create a new gallery.
+A removed person leaves no trace in the folder. A back end that was fitted to a clip may reveal
+the clip's vector, so `remove` fits a new back end to the clips that are left. Enrolling clips does
+not change the back end. `create` enrols the training clips of a run. With `empty=True`, it does not
+enrol the training clips, but fits the back end to them, too. The run always depends on its training
+clips: to forget one of them, train a new run without this clip, and create a new gallery.
 """
 
 import contextlib
@@ -103,7 +102,7 @@ class Gallery:
         self.lock_seconds = LOCK_SECONDS
         if run is not None and self.origin.cards:
             raise UserError(
-                f"gallery '{self.folder}' was made from nets, so no run computes its vectors\n"
+                f"gallery '{self.folder}' was made from nets, not from a trained run\n"
                 "leave out --run (in Python: run=)"
             )
         self._run = run
@@ -176,7 +175,7 @@ class Gallery:
         Args:
           folder: a new or empty folder.
           origin: a description of the run or the nets that computed the vectors.
-          backend: the parameters that compare vectors.
+          backend: the parameters of the comparison.
           clips: name -> clip.
           run: the loaded run, if a run computed the vectors.
         """
@@ -271,7 +270,7 @@ class Gallery:
 
     @property
     def state(self) -> State:
-        """The current content of the gallery, an object that no later change edits."""
+        """A snapshot of the current content of the gallery."""
         with self._lock:
             self.refresh()
             return self._state
@@ -296,10 +295,10 @@ class Gallery:
     ) -> Vectors:
         """Computes the vectors of clips.
 
-        In a gallery of a run, the run computes the vectors. In a gallery of nets, see `of_models`,
-        the vector of a modality, such as face, is the mean of its frames. If this mean is almost 0,
-        the clip has no usable frame, and a warning appears. If `clips` are already vectors, they
-        are returned unchanged.
+        In a gallery made from a trained run, the run computes the vectors. In a gallery made from
+        nets, the vector of a modality, such as face, is the mean of the frames' vectors. If the
+        mean is almost 0, the clip has no usable frame, and a warning appears. If `clips` are
+        already vectors, they are returned unchanged.
 
         Args:
           clips, split: see the class.
@@ -335,17 +334,17 @@ class Gallery:
     def change(self, advance: Advance = ignore_count, *, log: bool = True) -> Iterator[Draft]:
         """Makes several changes at once: `with gallery.change() as draft: draft.remove(...)`.
 
-        The draft has the methods `remove`, `rename` and `relabel` of this class, and the methods
-        `add` and `complete` for clips whose vectors are known. All changes are written at the end
-        of the block. If the block raises an error, nothing is written. During the block, no other
-        process can change the gallery.
+        The draft has the methods `remove`, `rename` and `relabel` of this class, `add` for clips
+        with vectors, and `complete` for missing modalities of enrolled clips. All changes are
+        written at the end of the block. If the block raises an error, nothing is written. During
+        the block, no other process can change the gallery.
 
         In a folder of results of `vidjax who`, the changes are also written into the log, see
         `said`.
 
         Args:
-          advance: is called at the end of the block, several times. Its argument is the number of
-            new and changed clips that are finished since the last call.
+          advance: shows progress at the end of the block. It is called several times, with the
+            number of clips that are finished since the last call of `advance`.
           log: False if the log already contains the changes.
         """
         with self._store.open(write=True, wait=self.lock_seconds) as transaction:
@@ -382,8 +381,8 @@ class Gallery:
           clips, split: see the class.
           identities: the person that all clips show, or clip -> person. The default is the labels
             of the dataset.
-          strangers: False to leave out clips without a person. True to add only these clips, as
-            clips of strangers.
+          strangers: False to enrol only clips with a person. True to enrol only clips without a
+            person, as clips of strangers.
           source: the name of the file or argument that contains `identities`, for messages.
           advance: is called several times, with the number of new clips that are finished since the
             last call.
@@ -460,13 +459,13 @@ class Gallery:
 
         Args:
           vectors: clips in memory, or the vectors that `embed` returns.
-          apart: pairs of clips that show different people, for example two faces in a picture.
+          apart: pairs of clips that show different people, for example two faces in a photo.
           clarity: clip -> the clarity of its best face, 0 to 1, see `align.measure_clarity`. By
             default, it is 1. Two groups that contain only unclear faces, with a clarity below 0.35,
             are never joined.
           together: clip -> number. Clips with the same number certainly show the same person.
-          settled: some of the numbers in `together`. For example, with
-            [1, 2], clips with number 1 are never in the same group as clips with number 2.
+          settled: numbers in `together` that stand for different people. Clips with two of these
+            numbers are never in the same group.
           for_votes: True makes larger groups for `identify`, where the clips of a group vote on a
             name. A few of these groups contain clips of two people.
         """
@@ -484,9 +483,10 @@ class Gallery:
         `vectors` are the vectors of the clips. `apart` are pairs of clips that certainly show
         different people: (clip, other clip, clarity of the better face, 0 to 1).
 
-        Only a face net with default statistics of cosines in its card (JSON file) is checked. With
-        this net, `identify` gives no names if the pairs contradict the card, or if at most two
-        people are enrolled and the check has not succeeded. The result is not written to the disk.
+        Only a face net whose card (JSON file) has default numbers, which nobody has measured, is
+        checked. If the pairs contradict the card, `identify` gives no names. If at most two people
+        are enrolled, it gives names only after a successful check. The result is not written to
+        the disk.
         """
         with self._lock:
             self._state = card_notes.check_apart(self.state, vectors, apart)
@@ -519,30 +519,30 @@ class Gallery:
     ) -> dict[str, Answer]:
         """Identifies the person in each clip; returns clip -> answer.
 
-        The person of a clip without a usable frame is unknown. In a gallery of nets, see
-        `of_models`, the person is also unknown if the clip and the most probable person have no
-        modality in common.
+        The person of a clip without a usable frame is unknown. In a gallery made from nets, the
+        person is also unknown if the clip and the most probable person have no modality in common.
 
         Args:
           clips, split: see the class.
           k: the largest number of identities in `Answer.best`.
-          fpir: the largest share of new strangers that may get a name. The threshold for the
-            probability of a name is measured on the clips of strangers in the gallery. The person
-            must also be more probable than all other enrolled people together. The default is 0.01.
-            With fewer than 99 clips of strangers, the default rule is a probability above 0.5.
+          fpir: the largest share of clips of unknown people that may get a name. The threshold for
+            the probability of a name is measured on the gallery's strangers (clips that were
+            enrolled without a person). The person must also be more probable than all other
+            enrolled people together. The default is 0.01. With fewer than 99 clips of strangers,
+            the default rule is a probability above 0.5.
           threshold: the lowest probability at which a clip gets a name. Give either `fpir` or
             `threshold`. (In `Predictor.identify`, `threshold` is a logarithm.)
-          groups: clip -> group, as `group` returns. Only a gallery of nets accepts groups. The
-            clips of a group are identified together, and each clip is also identified singly. A
-            clip gets the name of its group, with the lower one of its two probabilities: for the
-            group, and for the single clip. If the probability for the single clip is below 0.1,
-            the clip gets the answer for the single clip.
+          groups: clip -> group, as `group` returns. Only a gallery made from nets accepts groups.
+            The clips of a group are identified together, and each clip is also identified singly.
+            A clip gets the name of its group, with the lower one of the probabilities of this name
+            for the group and for the single clip. If the single clip has a probability below 0.1
+            for this name, it gets its single answer.
           advance: is called for each answer, with the number of clips that get this answer.
 
         Raises:
           ValueError: nobody is enrolled, `fpir` is given with fewer than 1 / fpir - 1 clips of
-            strangers, the features do not fit the gallery, or `groups` are given for a gallery of
-            a run.
+            strangers, the features do not fit the gallery, or `groups` are given for a gallery
+            made from a trained run.
         """
         check_argument("identify: k", k, numbers.Integral, "a number of identities")
         if k < 1:
@@ -579,19 +579,19 @@ class Gallery:
             100, see `verification`.
 
         Raises:
-          ValueError: nobody is called `identity`, or there are fewer than 1 / fmr - 1 clips of
-            strangers, or the features do not fit the gallery.
+          ValueError: nobody is called `identity`, `fmr` is given with fewer than 1 / fmr - 1 clips
+            of strangers, or the features do not fit the gallery.
         """
         return self.verify_person(clips, identity, fmr=fmr, split=split).matches
 
     def verify_person(
         self, clips: AnyClips, identity: str, *, fmr: float | None = None, split: str | None = None
     ) -> Verification:
-        """Decides as `verify` does. Also returns the applied rule, and the person's doubtful clips.
+        """Verifies clips as `verify`; also returns the rule, and the person's doubtful clips.
 
         Doubtful clips are enrolled clips that do not fit the person's other clips, see
-        `find_misfits`. For the arguments, see `verify`. All parts of the result are from the same
-        content of the gallery, even if another process changes the gallery.
+        `find_misfits`. All parts of the result are from the same content of the gallery, even if
+        another process changes the gallery.
         """
         check_argument("verify: identity", identity, str, "the name of a person")
         if not isinstance(clips, Vectors):  # reports mistakes before vectors are computed
@@ -615,15 +615,15 @@ class Gallery:
     ) -> dict[tuple[str, str], Match]:
         """Decides for pairs of clips if they show the same person.
 
-        If the card (JSON file) of the face net has default statistics of cosines, no pair is
-        accepted until three people are enrolled, or `check_apart` has shown that the net separates
-        people. In all other galleries, nobody needs to be enrolled.
+        If the card (JSON file) of the face net has default numbers, which nobody has measured, no
+        pair is accepted until three people are enrolled, or `check_apart` has shown that the net
+        separates people. In all other galleries, nobody needs to be enrolled.
 
         Args:
           clips, others: see the class. Each of `clips` is compared with each of `others`. If
             `others` is None, each of `clips` is compared with each other clip.
-          fmr: as in `verify`. The threshold is measured on pairs of clips of strangers, so twice as
-            many clips are needed as in `verify`.
+          fmr: as in `verify`. The threshold is measured on pairs of clips of strangers. No clip
+            is in two pairs, so `compare` needs twice as many clips as `verify`.
 
         Returns:
           (clip, other clip) -> comparison.

@@ -3,10 +3,10 @@
 1. Each clip starts as a group. The two groups that most probably show the same person are joined.
    This is repeated until every pair of groups has a probability of at most 0.5. The prior odds that
    a pair shows the same person are 1 / G, where G is the present number of groups.
-2. Small groups are joined to larger groups of more than 3 clips, if one of the two groups has
-   clear faces. The prior probability that a small group belongs to a group of n clips is
-   proportional to n. The prior probability that it shows a new person is proportional to the number
-   of groups with a single clip.
+2. A small group (at most 3 clips) is joined to its most probable larger group, if the probability
+   is above 0.55, and the faces of one of the two groups are clear. The prior probability of a group
+   of n clips is proportional to n. The prior probability of a new person is proportional to the
+   number of groups with a single clip.
 
 With `for_votes` of `Gallery.group`, the prior odds are 4 / G, and step 2 is left out.
 
@@ -66,7 +66,7 @@ class Groups:
         """Prepares given groups of N clips, so that they can be compared and joined.
 
         Args:
-          backend: the parameters that compare vectors.
+          backend: the parameters of the comparison.
           coordinates: M arrays [N, D] from `Part.coordinates`, one for each modality. The row of a
             clip that lacks the modality is 0.
           labels: [N] int, the group of each clip.
@@ -150,8 +150,9 @@ def group(
     """Groups clips that show the same person; returns the group of each clip, [N] int, from 0.
 
     Args:
-      backend: the parameters that compare vectors.
-      names: [N], the names of the clips. A name starts with the name of the film.
+      backend: the parameters of the comparison.
+      names: [N], the names of the clips. A name starts with the name of the film. If there are too
+        many clips to compare all pairs, clips of the same film are grouped first.
       parts: the vectors of the clips, M arrays [N, D] float32, one for each modality. They are 0 if
         a clip lacks the modality.
       apart, clarity, together, settled, for_votes: see `Gallery.group`.
@@ -169,9 +170,9 @@ def group(
     clear = np.array([(clarity or {}).get(name, 1.0) for name in names])
 
     def join(rows: np.ndarray, *, absorb: bool) -> np.ndarray:
-        """Joins the groups of the clips with the indices `rows`; returns their new groups.
+        """Joins similar groups of the clips `rows` (indices); returns the new group of each clip.
 
-        If `absorb` is True, small groups are also joined to larger groups.
+        If `absorb` is True, step 2 of the module (small groups) is done, too.
         """
         local = np.unique(labels[rows], return_inverse=True)[1]
         here = np.full(len(names), -1)

@@ -60,7 +60,7 @@ class Means:
       square: [P] float64, the squared lengths of the means.
       effective: [P] float64, the effective numbers of clips, see `card_backend.effective_count`.
       total: [D] float64, the sum of the means.
-      weighed: the sum of the means, weighted by `card_backend.weigh`, and the sum of the weights.
+      weighed: (weighted sum of the means, sum of the weights), for `card_backend.population`.
     """
 
     def __init__(
@@ -145,11 +145,11 @@ class _Queries(NamedTuple):
 class Ratios:
     """Computes how much better a clip fits each of N people than a stranger, by PLDA.
 
-    The results are log-likelihood ratios for one modality, such as face.
+    The results are log-likelihood ratios for one modality, by the formula in
+    `two_covariance.Enrolled`.
 
     Attributes:
-      curve: [U, D] float64, coefficients of the squared coordinates of a clip. People with the same
-        number of clips share a row.
+      curve: [U, D] float64, a row for each of the U different numbers of enrolled clips.
       kind: [N] int, the row of each person in `curve`.
     """
 
@@ -168,10 +168,10 @@ class Ratios:
         self._part, self._scale, self._constant = part, scale, scale * constant
 
     def ask(self, units: np.ndarray, _: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Prepares `units` [Q, D], the unit vectors of Q clips, for `finish`.
+        """Computes what `finish` needs from `units` [Q, D], the unit vectors of Q clips.
 
-        Returns the scaled PLDA coordinates of the clips, [Q, D], and the argument `terms` of
-        `finish`, [Q, U]. U is the number of rows of `curve`.
+        Returns two arrays: the scaled PLDA coordinates z, [Q, D], and the scaled inner products of
+        z^2 and the rows of `curve`, [Q, U].
         """
         z = self._part.coordinates(units)
         return self._scale * z, self._scale * z**2 @ self.curve.T
@@ -182,11 +182,11 @@ class Ratios:
         """Turns inner products into log-likelihood ratios, in place.
 
         Args:
-          ratios: the inner products of the coordinates of a clip and the row of a person in
-            `People.linear`, [Q, R] for Q clips and R people, or [R] for R pairs.
-          rows: the indices of the people.
-          owner: the indices of the clips, [Q, 1] or [R].
-          terms: the array `terms` that `ask` returned.
+          ratios: inner products of a clip's first result of `ask` and a person's row in
+            `People.linear`: [Q, R] for Q clips and R people, or [R] for R pairs (clip, person).
+          rows: the indices of the R people.
+          owner: the indices of the clips, [Q, 1] if `ratios` are [Q, R], and [R] for R pairs.
+          terms: the second result of `ask`.
         """
         ratios += self._constant[rows].astype(ratios.dtype)
         # If all people have the same number of clips, broadcasting is faster than indexing.
@@ -201,8 +201,8 @@ class DistanceRatios:
 
     Attributes:
       population: the distribution of the vectors of all people, with the mean m.
-      share: [N] float64, from 0 to 1. With 0, a person's posterior mean is m. With 1, it is the
-        mean of the person's clips.
+      share: [N] float64. A person's posterior mean is share * (mean of the person's clips) +
+        (1 - share) * m.
       variance: [N] float64, the variance of a person's posterior, summed over the dimensions.
       radius: [N] float64, the squared distance of a person's posterior mean from m.
     """
@@ -238,11 +238,11 @@ class DistanceRatios:
         return np.array([distances.same, distances.different, least, constant, slope])
 
     def ask(self, units: np.ndarray, effective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Prepares Q groups of clips for `finish`.
+        """Computes what `finish` needs from Q groups of clips.
 
-        `units` [Q, D] are the mean unit vectors of the groups. `effective` [Q] are the effective
-        numbers of clips, see `card_backend.effective_count`. Returns `units` minus the mean of all
-        people, [Q, D], and the argument `terms` of `finish`, [Q, 4].
+        `units` [Q, D] are the means of the unit vectors. `effective` [Q] are the effective numbers
+        of clips, see `card_backend.effective_count`. Returns two arrays: `units` minus the mean of
+        all people, [Q, D], and four numbers of each group, the argument `terms` of `finish`.
         """
         distances, noise = self._distances, self._distances.within / effective
         x = units - self.population.mean
@@ -306,9 +306,9 @@ class Index:
 
     @functools.cached_property
     def card_comparison(self) -> Comparison:
-        """How the variances of enrolled face vectors differ from the variances in the net's card.
+        """Whether the variances of enrolled face vectors fit the card, the JSON file of the net.
 
-        The card is a JSON file. If the gallery has no card of a face net, the value is NO_PROBLEM.
+        If the gallery has no card of a face net, the value is NO_PROBLEM.
         """
         for number, part in enumerate(self.backend.parts):
             if part.name == "face" and part.distances is not None:
@@ -427,7 +427,7 @@ class Index:
 
         - the logit of a stranger, float;
         - the logits of all enrolled people, [N] float32;
-        - the indices of the most probable people, [R] int, where R may be larger than k;
+        - the indices of the `k` most probable people, and of some more (see `_best_rows`), [R] int;
         - the logits of these people, [R] float64;
         - True for each modality that the group has, [M] bool.
         """
@@ -453,7 +453,7 @@ class Index:
                 yield new, clip_logits, rows, clip_fine, has_part
 
     def _prepare(self, units: Sequence[np.ndarray], effective: Sequence[np.ndarray]) -> _Queries:
-        """Prepares Q groups of clips for the comparison with people.
+        """Collects the results of `ask` of all modalities, for Q groups of clips.
 
         `units` are the unit vectors of the groups, M arrays [Q, D], one for each modality.
         `effective` are the effective numbers of clips, M arrays [Q], see `DistanceRatios.ask`.
@@ -512,11 +512,9 @@ class Index:
         """Turns inner products into log-likelihood ratios, and adds the ratios of all modalities.
 
         Args:
-          products: for each of M modalities, the inner products of a clip's coordinates and a
-            person's row in `People.linear`: [Q, R] for all pairs of Q clips and R people, or [R]
-            for R pairs. The arrays are overwritten.
-          rows: the indices in `names` of the R people.
-          owner: the indices of the clips in `queries`, [Q, 1] or [R].
+          products: for each of M modalities, the argument `ratios` of `Ratios.finish`, [Q, R] or
+            [R]. The arrays are overwritten.
+          rows, owner: see `Ratios.finish`. The indices of clips are indices in `queries`.
 
         Returns:
           the sums (logits), [Q, R] or [R].
@@ -538,15 +536,15 @@ class Index:
 
     @functools.cached_property
     def _ends(self) -> list[int]:
-        """Block b contains the people `names[_ends[b] : _ends[b + 1]]`."""
+        """The bounds of the blocks: block b has the people `names[_ends[b] : _ends[b + 1]]`."""
         return np.cumsum([0, *(len(block.names) for block in self.blocks)]).tolist()
 
     def _best_rows(self, logits: np.ndarray, k: int) -> np.ndarray:
-        """Returns sorted indices of people who may have one of the k highest `logits` [N] float32.
+        """Returns indices (ascending) of people who may have one of the k highest `logits` [N].
 
-        Logits have rounding errors of up to MAX_LOGIT_ERROR, so the result may contain more than k
-        people. If it would contain more than MAX_FINE_PEOPLE, it contains exactly k people. If all
-        logits are -inf, it is empty.
+        The float32 logits have rounding errors of up to MAX_LOGIT_ERROR, so the result may contain
+        more than k people. If it would contain more than MAX_FINE_PEOPLE, it contains exactly k
+        people. If all logits are -inf, it is empty.
         """
         k, count = min(k, len(logits)), len(logits) // PEAK_PEOPLE
         if not k or logits[0] == -np.inf:  # if any logit is -inf, all are
@@ -564,7 +562,7 @@ class Index:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Returns the log softmax [K] of logits [K]. The highest value is exact even near 0."""
+    """Returns the log softmax [K] of logits [K]. The highest result is exact even near 0."""
     best = logits.argmax()
     shifted = logits - logits[best]
     weights = np.exp(shifted)

@@ -136,10 +136,10 @@ def complete(gallery: "Gallery", vectors: Vectors) -> set[str]:
 
 
 def find_known(state: State, vectors: Vectors) -> dict[str, str | None]:
-    """Finds the clips in `vectors` that are enrolled with the same vectors; returns clip -> person.
+    """Finds clips in `vectors` that are enrolled under the same name, with the same vectors.
 
-    The person of a stranger is None. Modalities, such as face, that an enrolled clip lacks are not
-    compared.
+    Returns clip -> enrolled person, or None if the clip is enrolled for a stranger. If an enrolled
+    clip lacks a modality, such as face, this modality is not compared.
     """
     given = {name: clip.vector for name, clip in select_usable_clips(vectors).items()}
     equal = find_equal(given, state.clips, state.index.backend)
@@ -150,8 +150,8 @@ def find_rivals(state: State, clips: Mapping[str, StoredClip]) -> dict[str, str]
     """Finds clips that are enrolled for one person, but seem to show another enrolled person.
 
     `clips` are name -> clip. Returns clip -> the other person. The other person has a clip with an
-    equal vector, or the odds of the other person against a stranger are above 200 to 1. If the two
-    people only look alike, as twins do, the clip is left out, see `_is_twin`.
+    equal vector, or is more than 200 times as probable in the clip as a stranger. If the two people
+    only look alike, as twins do, the clip is left out, see `_is_twin`.
 
     If a comparison of all `clips` would take minutes, the last clips are not compared, and a
     message says so. If the net cannot tell people apart, the result is empty.
@@ -160,7 +160,7 @@ def find_rivals(state: State, clips: Mapping[str, StoredClip]) -> dict[str, str]
     owned = [name for name, clip in clips.items() if clip.identity in state.clips_of]
     most = max(MOST_PAIRS // max(len(index.names), 1), 1)
     if len(owned) > most:
-        say(f"to save time, only {most:,} of {len(owned):,} clips were compared with other people")
+        say(f"to save time, only {most:,} of {len(owned):,} clips were checked for wrong names")
     if card_notes.compare(state).problem == "blind" or len(index.names) < 2:
         return {}
     vectors = stack_vectors(owned[:most], clips, sum(index.backend.widths.values()))
@@ -178,7 +178,7 @@ def find_rivals(state: State, clips: Mapping[str, StoredClip]) -> dict[str, str]
 
 
 def _is_twin(state: State, name: str, clip: StoredClip, like: str) -> bool:
-    """Returns whether the clip `name` fits its own person better than the similar person `like`."""
+    """Returns whether `clip` shows its own person, and the other person `like` only looks alike."""
     own = state.clips_of[clip.identity or STRANGER]
     mates = [x for x in own if strip_ending(x) != strip_ending(name)]
     if not mates:
@@ -244,7 +244,7 @@ def migrate(old: "Gallery", new: "Gallery", clips: "AnyClips") -> Migration:
     `old`. Further calls can add further clips. After an error, `new` is unchanged.
 
     Raises:
-      UserError: no usable clip is in `old`, or `new` has a person's clip that `old` lacks.
+      UserError: `old` has none of the usable `clips`, or lacks a clip of a person in `new`.
     """
     old.refresh()
     person_of = {strip_ending(name): clip.identity for name, clip in old.clips.items()}

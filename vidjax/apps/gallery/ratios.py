@@ -61,7 +61,7 @@ def of_sums(
     """Returns the statistics of G groups of clips.
 
     Args:
-      backend: the parameters that compare vectors.
+      backend: the parameters of the comparison.
       sums: (count [G], total [G, D]) for each of M modalities: the number of clips of each group,
         and the sum of the vectors of these clips after `Backend.whiten`.
       clarity: [G], the mean clarity of the faces of each group, see `align.measure_clarity`.
