@@ -38,7 +38,7 @@ IDLE_SECONDS = 1.0  # the results are written after this time without another ch
 
 
 class OutdatedError(UserError):
-    """A user made a change on a page that no longer shows the present names."""
+    """A user made a change on a page whose names are out of date."""
 
 
 class Step(NamedTuple):
@@ -123,7 +123,7 @@ class Review:
         self._clips_of = group_by_key((name, clip) for clip, name in decision.unknown.items())
 
     def _show(self, decision: Decision) -> None:
-        """Replaces the names on the page, and remembers which people and faces have changed."""
+        """Shows the names in `decision`, and remembers which people and faces have changed."""
         before = {(clip, self._name(clip)) for clip in self._shown}
         self._set_names(decision)
         for clip, name in before ^ {(clip, self._name(clip)) for clip in self._shown}:
