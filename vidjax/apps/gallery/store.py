@@ -430,8 +430,8 @@ def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
         if re.match("SQLITE_(BUSY|PERM|IOERR.*LOCK$)", name):
             kind = UnwritableError if write else UnreadableError
             raise kind(
-                f"gallery '{path.parent}' is on a drive without file locks, like some network and "
-                "cloud drives\nmove it to another disk; or give `vidjax who` another --out=FOLDER"
+                f"gallery '{path.parent}' is on a drive without locks, like some network and cloud "
+                "drives\nput it on another disk; or give `vidjax who` another --out=FOLDER"
             ) from error
         if name.startswith("SQLITE_READONLY") and write:
             raise UnwritableError(
