@@ -7,10 +7,10 @@ of a step have the same time `when`. The field `says` of a line is one of these 
 
     is      the face shows the person `of`, or if `of` is null, a stranger
     not     the face does not show the person `of`
-    same    this face and the face `of` show the unknown person `number`. If `person` is given,
-            such as `unknown 7`, each face of `unknown 7` shows the person `number`, too
+    same    this face and the face `of` show the unknown person `number`. So do all faces of the
+            unknown person `person`, such as `unknown 7`, if `person` is given
     apart   the face shows the unknown person `number`, who is not the person of the face `of`
-    ignore  the face gets no name. If `of` is "once": until the gallery recognises the person
+    ignore  the face gets no name. If `of` is "once", only until the gallery knows the person
     rename  the person `person` is called `of` from now on
     undo    the step with the time `of` does not count. If `of` is null, no earlier line about the
             face counts
@@ -118,7 +118,7 @@ def stamp(lines: Iterable[Line]) -> list[Line]:
 
 
 def undo(lines: Sequence[Line]) -> list[Line]:
-    """Returns a list with one line, which undoes the step `lines`; [] if `lines` is empty."""
+    """Returns the log line that undoes `lines`, one change of a user. [] if `lines` is empty."""
     return stamp([Line(says="undo", of=lines[0].when)] if lines else [])
 
 
@@ -159,7 +159,7 @@ def append(out: Path, lines: Sequence[Line]) -> None:
 
 
 def forget(out: Path, person: str) -> int:
-    """Replaces all lines of the log that name a person by lines without content.
+    """Replaces each log line that contains the name `person`. The new line has no content.
 
     Returns the number of replaced lines.
     """
@@ -180,7 +180,7 @@ def _lock(out: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def _is_whole(text: bytes) -> bool:
-    """Returns whether `text` is a complete line of a log, except for the missing line break."""
+    """Returns whether `text`, the end of a log without a line break, is a complete log line."""
     try:
         return bool(msgspec.json.decode(text))
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -188,7 +188,7 @@ def _is_whole(text: bytes) -> bool:
 
 
 def _end_last_line(path: Path) -> None:
-    """Removes the last line if a killed program has not finished it. Adds a missing line end."""
+    """Adds a missing line break at the end. If the last line is incomplete, removes it."""
     content = files.read_bytes(path, MOST_BYTES)
     begin = content.rfind(b"\n") + 1
     if end := content[begin:]:

@@ -86,8 +86,8 @@ class Traces:
 
         `names` are the names of people and clips. `vectors` are the embeddings [D] of the clips.
         Each modality, such as face, may have another length D. `lines` are further names, which may
-        be short, such as `1`. A name in `lines` is found only if it is a whole line of a text that
-        is stored as an array of uint8.
+        be as short as `1`. They are searched only in arrays of uint8 that contain text, and must be
+        a whole line of the text.
         """
         self._lines = {*lines}
         # First word of names -> (place of the word in a name, length of the name) -> the names. For

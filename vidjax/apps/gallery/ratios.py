@@ -33,7 +33,7 @@ class Summary(NamedTuple):
     clarity: np.ndarray  # [...], the mean clarity of the faces, see `align.measure_clarity`
 
     def take(self, rows: list[int] | slice | tuple[slice, None] | np.ndarray) -> "Summary":
-        """Selects groups of clips by `rows`, which indexes each array of groups as in NumPy."""
+        """Selects groups of clips: `rows` is an index into each array, as in NumPy."""
         counts, means, squares, noises = ([x[rows] for x in each] for each in self[:-1])
         return Summary(counts, means, squares, noises, self.clarity[rows])
 
@@ -43,7 +43,7 @@ class Summary(NamedTuple):
 
 
 def of_clips(backend: "Backend", parts: Sequence[np.ndarray]) -> Summary:
-    """Returns the statistics of N groups of one clip each.
+    """Returns the statistics of N clips, as `compare` needs them. Each clip is a group.
 
     `parts` are the vectors of the N clips: M arrays [N, D], one for each modality.
     """

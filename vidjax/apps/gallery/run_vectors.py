@@ -74,7 +74,7 @@ def find_run(
     """Loads the run that computes the vectors of the gallery `folder`, see `Gallery`.
 
     `given` is the run or its folder. If it is None, the run is loaded from the folder in `origin`,
-    or from a folder of the same name in `runs`, next to the gallery.
+    such as `/a/RUN`, or from the folder `runs/RUN` next to the gallery.
 
     Raises:
       UserError: the gallery has no run; the run is missing; the weights of the run have changed;
@@ -107,8 +107,8 @@ def find_run(
         ) from error
     if make_origin(run).digest != origin.digest:
         raise UnreadableError(
-            f"gallery '{folder}' was made with the run at '{place}', but "
-            f"'{run.workdir}' has other weights\n{remedy}"
+            f"the run '{run.workdir}' has other weights than the run of gallery '{folder}', "
+            f"which was at '{place}'\n{remedy}"
         )
     return run
 
@@ -120,7 +120,7 @@ class RunVectors(NamedTuple):
 
     @property
     def reads(self) -> tuple[dict[str, int], Quality]:
-        """The modalities that the gallery reads, and the source of the quality of frames.
+        """The modalities that the gallery reads, and where it finds the quality of a frame.
 
         The first value is modality -> width of its features. The second is `given` (the quality in
         the file or, if it is missing, the norm of the features) or `norm` (always the norm).

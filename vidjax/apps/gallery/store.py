@@ -8,9 +8,9 @@ one on each line. The column `numbers` contains an array with their vectors and 
 
 A change is a single transaction. The next process that opens the file undoes an interrupted change.
 An enrolment adds people and clips at the end of their tables. If a name occurs several times in a
-table, its last entry is valid. Any other change deletes all rows and inserts the new content, so
-that no byte of a removed person remains. (The setting `secure_delete` of SQLite is not enough: rows
-that SQLite has moved may leave copies in other pages.)
+table, its last entry counts. Any other change deletes all rows and inserts the new content, so
+that no byte of a removed person remains. (The setting `secure_delete` of SQLite is not enough: if
+SQLite has moved a row, a copy of the row may remain in the file.)
 
 A file with an earlier format is read, and the first change writes all rows in the present format.
 
@@ -97,7 +97,7 @@ class VectorOrigin(Struct, frozen=True, omit_defaults=True):
 
     @property
     def counts_every_clip(self) -> bool:
-        """The argument `of_plda` of `enrolment.enrol`: True if similar clips count fully."""
+        """Whether similar clips of a person count fully, see `of_plda` in `enrolment.enrol`."""
         return self.centred and not self.refitted
 
 
@@ -134,7 +134,7 @@ class StoredClip(NamedTuple):
 class State(NamedTuple):
     """The whole content of a gallery. A change of the gallery makes a new state, and edits none.
 
-    `Store.write` computes `rows`, `entries` and `sha256`, which describe the file.
+    `Store.write` sets `rows`, `entries` and `sha256`, which describe the file of the gallery.
     """
 
     version: int  # the number of changes, including the creation
@@ -222,7 +222,7 @@ class Store:
         self.check_new()
 
     def _advise_on_run(self) -> str:
-        """Returns how to make a gallery from the run in the folder; "" if it contains no run."""
+        """Returns a text: how to make a gallery from the run in the folder. "" without a run."""
         if not files.exists(self.folder / "config.json"):
             return ""
         command = f"vidjax gallery create NEW_FOLDER --run={shlex.quote(str(self.folder))}"
@@ -240,10 +240,10 @@ class Store:
         )
 
     def _check_files(self, *, write: bool) -> None:
-        """Raises UserError if the file is missing or unsafe.
+        """Raises UserError if the file of the gallery is missing or unsafe.
 
-        Links are unsafe, and so are journals that name another file, and files of SQLite's mode
-        WAL (-wal, -shm). A hard link is unsafe only if `write` is True.
+        Unsafe are a symbolic link, a journal that contains the path of another file, files of
+        SQLite's mode WAL (-wal, -shm), and, if `write` is True, a hard link.
         """
         try:
             status = os.lstat(self.path)
@@ -253,7 +253,7 @@ class Store:
             raise damaged(self.path, "it is not a regular file")
         if write and status.st_nlink > 1:
             raise UnwritableError(
-                f"'{self.path}' has hard links, and a change would also change the linked files\n"
+                f"the file '{self.path}' has hard links, and a change would change them, too\n"
                 "copy the folder, and use the copy"
             )
         for ending in ("-wal", "-shm"):
@@ -266,7 +266,7 @@ class Store:
             end = os.fstat(file.fileno()).st_size - len(SUPER_JOURNAL)
             file.seek(max(end, 0))  # only the end matters: every journal begins with these bytes
             if end > 0 and file.read(len(SUPER_JOURNAL)) == SUPER_JOURNAL:
-                raise damaged(journal, "the journal names a file that SQLite would delete")
+                raise damaged(journal, "it may be forged: it names a file that SQLite would delete")
 
     @contextlib.contextmanager
     def open(
@@ -298,7 +298,7 @@ class Store:
                 )
             wanted = {f"CREATE TABLE {name} {columns}" for name, columns in SCHEMA.items()}
             if tables and (version != FORMAT or tables != wanted):
-                raise damaged(self.path, "the tables are not the tables of a gallery")
+                raise damaged(self.path, "its tables are not the tables of a gallery")
             yield connection
 
     def remove_leftovers(self) -> None:
@@ -351,11 +351,12 @@ class Store:
         Args:
           connection: the result of `open`.
           state: the new content.
-          new: the clips that differ from the file: name -> clip. `new` and `people` are added at
-            the end of the tables. Old entries of the same names stay in the file, but are outdated.
-            If `new` or `people` is None, or if about half of all entries would be outdated, all
-            rows are written again.
+          new: name -> clip, for the clips that differ from the file.
           people: the people who differ from the file, in blocks.
+
+        Adds `new` and `people` at the end of the tables. Old entries of the same names stay in the
+        file, but are outdated. Writes all rows again if `new` or `people` is None, or if about half
+        of all entries would be outdated.
 
         Returns `state` with the new values of `rows`, `entries` and `sha256`.
         """
@@ -430,7 +431,7 @@ def _translate_errors(path: Path, *, write: bool = False) -> Iterator[None]:
             kind = UnwritableError if write else UnreadableError
             raise kind(
                 f"gallery '{path.parent}' is on a drive without locks, like some network and cloud "
-                "drives\nuse a folder on another disk; for `vidjax who`: --out=FOLDER"
+                "drives\nput it on another disk; or give `vidjax who` another --out=FOLDER"
             ) from error
         if name.startswith("SQLITE_READONLY") and write:
             raise UnwritableError(
@@ -495,7 +496,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _version(connection: sqlite3.Connection) -> tuple[int, set[str]]:
-    """Returns two values: the version of the format, and the SQL code of all tables and objects."""
+    """Returns the version of the format, and the SQL code of all tables, indexes and views."""
     # The pages of a forged file may refer to each other without end, so the time is limited.
     end = time.monotonic() + SCHEMA_SECONDS
     connection.set_progress_handler(lambda: time.monotonic() > end, 1000)
@@ -524,11 +525,11 @@ def _append(
     """Adds N entries at the end of the table `backend`, `person` or `clip`.
 
     Args:
-      words: `[]` for `backend`, `[people]` for `person`, `[clips, people]` for `clip`. `clips` are
-        the names of N clips, and `people` the names of N people.
+      words: 0, 1 or 2 lists of N names: none for `backend`, the people for `person`, and the clips
+        and their people for `clip`.
       numbers: [N], the vectors and other numbers, with the dtype of the table.
 
-    Returns the change of the checksum `State.rows`.
+    Returns the number that must be added to the checksum `State.rows`.
     """
     place, total = 0, 0
     step = max(1, min(MAX_BLOCK_PEOPLE, ROW_BYTES // numbers.dtype.itemsize))
@@ -605,7 +606,7 @@ def _read(connection: sqlite3.Connection) -> State:
         raise UserError(f"the table 'gallery' lacks the setting '{min(missing)}'")
     width = sum(facts.widths.values())
     if width > MAX_VECTOR_WIDTH or len(facts.widths) < len(facts.parts):
-        raise UserError(f"a modality occurs twice, or vectors are too long ({width:,} numbers)")
+        raise UserError(f"a modality occurs twice, or a vector of {width:,} numbers is too long")
     _, numbers, rows = _read_table(connection, "backend", BACKEND_LAYOUT, 0)
     backend = _make_backend(numbers["number"], facts)
     (names, people), numbers, more = _read_table(connection, "clip", _clip_layout(width), 2)
@@ -619,7 +620,7 @@ def _read(connection: sqlite3.Connection) -> State:
     index = Index(backend, _make_blocks(names, numbers))
     rows, entries = (rows + more + others) % (1 << 256), entries + len(names)
     if (f"{rows:064x}", len(clips), len(index.names)) != (facts.rows, facts.clips, facts.people):
-        raise UserError("the other tables do not match the table 'gallery'")
+        raise UserError("rows are missing, or do not match the checksum in the table 'gallery'")
     clips_of = list_clips_of(clips)
     sizes = np.array([len(clips_of.get(name, ())) for name in index.names], np.int32)
     known = (len(clips_of) - (STRANGER in clips_of) == len(sizes)) and sizes.all()
@@ -636,7 +637,7 @@ def _read_table(
     """Reads and checks the table `backend`, `person` or `clip`, with N entries.
 
     Returns `words` and `numbers` as `_append` takes them, and the checksum of the table.
-    `num_words` is the length of `words`, and `layout` the dtype of `numbers`.
+    `num_words` (0, 1 or 2) is the number of lists in `words`. `layout` is the dtype of `numbers`.
     """
     (size,) = connection.execute(f"SELECT total(length(numbers)) FROM {table}").fetchone()
     numbers, at, total = np.empty(int(size) // layout.itemsize, layout), 0, 0
@@ -660,8 +661,7 @@ def _read_table(
 def _check_names(names: Sequence[str], clips: Sequence[str]) -> None:
     """Raises UserError if a name is invalid.
 
-    `names` are the names of clips, followed by names of people. `clips` are only the names of
-    clips.
+    `names` begins with `clips`, which must not be "". The rest are people, or "" for strangers.
     """
     text = "".join(names)  # checking all names together is faster
     filled = "" not in clips and "" not in map(str.strip, filter(None, names))
@@ -676,7 +676,7 @@ def _check_names(names: Sequence[str], clips: Sequence[str]) -> None:
 
 def _make_backend(numbers: np.ndarray, facts: _Facts) -> Backend:
     if len(numbers) != sum(sum(kind.sizes) for kind in facts.parts):
-        raise UserError("the numbers in the table 'backend' do not fit the table 'gallery'")
+        raise UserError("the table 'backend' has more or fewer numbers than 'gallery' needs")
     settings = Settings(**{name: facts.settings[name] for name in Settings._fields})
     backend = from_numbers(facts.parts, settings, numbers)
     if any(part.space is not None and np.any(part.space.ratio < 0) for part in backend.parts):
@@ -687,9 +687,9 @@ def _make_backend(numbers: np.ndarray, facts: _Facts) -> Backend:
 
 
 def _make_blocks(names: Sequence[str], numbers: np.ndarray) -> Iterator[People]:
-    """Yields blocks of people from N entries: `names`, and their coefficients `numbers` [N].
+    """Yields the people in the N entries of the table `person`, MAX_BLOCK_PEOPLE at a time.
 
-    If a name occurs several times, only its last entry counts.
+    `names` and `numbers` [N] are its columns. If a name occurs twice, its last entry counts.
     """
     if (numbers["num_clips"] < 0).any():
         raise UserError("the table 'person' contains a negative number of clips")

@@ -40,16 +40,16 @@ class Vectors(NamedTuple):
 
 
 class NetVectors(NamedTuple):
-    """Computes the vectors of clips from embeddings of frames, for a gallery made from nets."""
+    """Computes vectors of clips in a gallery made from nets: the mean of the frames' vectors."""
 
     backend: Backend
 
     @property
     def reads(self) -> tuple[dict[str, int], Quality]:
-        """The modalities that the gallery reads, and the source of the quality of frames.
+        """The modalities that the gallery reads, and where it finds the quality of a frame.
 
-        The first value is modality -> width of its features. The second value is always "given",
-        see `packed_clips.Quality`.
+        The first value is modality -> width of its features. The second is always `given`: the
+        quality in the file or, if it is missing, the norm of the features.
         """
         return self.backend.widths, "given"
 
@@ -61,7 +61,7 @@ class NetVectors(NamedTuple):
             raise UserError(f"split={split!r} cannot be used with clips in memory: leave it out")
         if not isinstance(clips, MemoryClips):
             raise UserError(
-                "a dataset needs a gallery of a training run, but this gallery has no run\n"
+                "a dataset can be used only with a gallery made from a trained run, not from nets\n"
                 "give {clip: {modality: features}} in Python, or --input=FOLDER"
             )
         parts = {

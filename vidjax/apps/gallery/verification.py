@@ -10,14 +10,13 @@ clips of other people that reach the threshold. There are two ways to choose a t
 
 - Measured: the clips of strangers in the gallery are compared with the person. With S clips, the
   lowest rate that can be measured is 1 / (S + 1). For two clips, the strangers form S / 2 pairs, so
-  that no two comparisons have a clip in common. The pairs depend on the names of the clips, but not
-  on their order.
+  that no two comparisons have a clip in common.
 - By the model, if there are too few strangers: for the rate R, the threshold is a likelihood ratio
   of 1 / R. At most a share R of the clips of other people reaches this threshold, by Markov's
   inequality, because the mean likelihood ratio of these clips is 1. This holds only if the clips
-  are distributed as the gallery assumes. The card, the JSON file of the net, predicts the distance
-  between two people. If the enrolled people are closer to each other, the threshold is higher, and
-  is computed from their distance.
+  are distributed as the gallery assumes. A gallery made from nets assumes the distance between two
+  people in the card (the JSON file of a net). If the enrolled people are closer to each other, the
+  threshold for two clips is higher, and is computed from the distance of the enrolled people.
 """
 
 import hashlib
@@ -57,7 +56,7 @@ class Match(NamedTuple):
     Attributes:
       accepted: True if the ratio reaches the threshold.
       log_ratio: the natural logarithm of the likelihood ratio, or 0 if no modality is compared.
-      probability: the probability that it is the same person, at even odds.
+      probability: the probability of the same person, if the prior probability is 0.5.
       evidence: the compared modalities, such as face. If there is none, the clip is not accepted.
       best: the person's enrolled clip that fits this clip best, with the log ratio of the two
         clips. None if two clips are compared, or if no modality is compared.
@@ -92,7 +91,7 @@ class MatchRule(NamedTuple):
         `blind`: it is infinite, because the vectors do not separate people.
       fmr: the largest share of other people's clips that may be accepted.
       log_ratio: the lowest accepted log-likelihood ratio.
-      threshold: the result of the measurement; None without a measurement.
+      threshold: how `log_ratio` was measured; None if it was not measured.
       about: a description of the rule for the user.
     """
 
@@ -166,7 +165,7 @@ def make_rule(
       fmr: the share of other people's clips that may be accepted, or None for DEFAULT_FMR.
       pairs: True if each ratio compares two clips of strangers, False if it compares one clip with
         an enrolled person.
-      least: the lowest threshold if `ratios` are too few to measure it, see `find_least_ratio`.
+      least: the lowest `log_ratio` of a rule that is not measured, see `find_least_ratio`.
 
     Raises:
       UserError: `fmr` is given, and there are too few comparisons to measure it.
@@ -182,7 +181,7 @@ def make_rule(
         lowest = f"the lowest fmr is {1 / (count + 1):.2g}" if count else "no fmr is possible"
         raise UserError(
             f"fmr={fmr:g} needs at least {needed:,} clips of strangers. The gallery has "
-            f"{each * count:,} usable ones, so {lowest}\n"
+            f"{each * count:,} usable clips, so {lowest}\n"
             "choose a higher fmr, enrol more strangers (people without a name), or leave out fmr"
         )
     usual = -math.log(rate)
@@ -208,9 +207,9 @@ def pair_strangers(
     """Compares N clips of strangers in N / 2 pairs.
 
     `parts` are the vectors of the clips, M arrays [N, D], one for each modality. The two clips of a
-    pair should show two strangers. If they probably show one stranger, the pair exchanges a clip
-    with another pair. If there are more than `max_doubles` such pairs, no clips are exchanged.
-    Returns two arrays: the log ratios, and the compared modalities, see `ratios.compare`.
+    pair should show two strangers. If at most `max_doubles` pairs probably show a single stranger,
+    each of them exchanges a clip with another pair. Returns the log ratios, and the compared
+    modalities, see `ratios.compare`.
     """
     half, clips = len(names) // 2, ratios_lib.of_clips(backend, parts)
     first, second = order_by_hash(names)[: 2 * half].reshape(2, half)
@@ -224,7 +223,7 @@ def pair_strangers(
 
 
 def count_strangers(state: State) -> int:
-    """Estimates how many people the clips of strangers show, from at most MAX_COUNTED clips."""
+    """Estimates the number of strangers from their clips, at most MAX_COUNTED clips."""
     names = [*list_usable_strangers(state)]
     names = [names[row] for row in order_by_hash(names)[:MAX_COUNTED]]
     return 1 + int(grouping.group(state.index.backend, names, stack_parts(state, names)).max())
@@ -338,7 +337,7 @@ def make_matches(
 ) -> Iterator[Match]:
     """Yields Q comparisons: applies `rule` to the log-likelihood ratios `ratios` [Q].
 
-    `shared` [M, Q] bool is True for the modalities that were compared.
+    `shared` [M, Q] bool is True for the modalities of `backend` that were compared.
     """
     for ratio, compared in zip(ratios.tolist(), shared.T, strict=True):
         yield rule.match(ratio, tuple(itertools.compress(backend.widths, compared)))

@@ -353,7 +353,7 @@ class Application:
 
         The clips are the result of `_check_clips`. The fields are an object of the class `kind`.
         The body is JSON with all fields, or an `.npz` file of one clip or more. With an `.npz`
-        file, the query of the URL has the other fields, and if there is only one clip, its name.
+        file, the query of the URL has the other fields. `clip=NAME` in it names a single clip.
         """
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type not in (*NPZ_TYPES, "application/json"):
@@ -364,7 +364,7 @@ class Application:
         words = dict(request.query_params)
         name = words.pop("clip", "")
         if request.query_params and not npz:
-            raise unprocessable("a query is not allowed with JSON: send all fields in the body")
+            raise unprocessable("a query in the URL is not allowed with JSON: use only the body")
         loop = asyncio.get_running_loop()
         if npz:
             try:
@@ -417,7 +417,7 @@ def _convert(given: bytes | Mapping[str, object], kind: Any) -> Any:  # noqa: AN
     if "unknown field" in text and " - at `$" not in text:  # not of a nested object
         text += f": choose from {', '.join(kind.__struct_fields__)}"
     if not isinstance(given, bytes):
-        raise unprocessable("see /openapi.json", f"the query is wrong: {text}: ")
+        raise unprocessable("see /openapi.json", f"the query of the URL is wrong: {text}: ")
     nan = re.search(rb"\b(NaN|Infinity)\b", given) and "invalid character" in text
     hint = "NaN and Infinity are not allowed" if nan else "see /openapi.json"
     raise unprocessable(hint, f"{text}: ")

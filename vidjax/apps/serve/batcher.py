@@ -23,9 +23,9 @@ LINGER_SECONDS = 0.01  # longest wait for more requests after a batch of several
 
 
 def _make_thread(name: str) -> ThreadPoolExecutor:
-    """Returns an executor with one thread. Functions in this thread print nothing.
+    """Returns an executor with one thread, whose messages and warnings are discarded.
 
-    What they print may contain names of people, but the log of a server must contain no such names.
+    They may contain names of people, and the log of a server must contain no such names.
     """
     return ThreadPoolExecutor(1, name, initializer=mute_thread)
 
@@ -39,9 +39,9 @@ class _Waiting(NamedTuple):
 
 
 class Batcher:
-    """Answers questions about clips in batches, in a thread.
+    """Answers questions, which are requests to identify clips, in batches.
 
-    Its methods are called in the event loop of the server.
+    A thread computes the answers. The methods must be called in the event loop of the server.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class Batcher:
 
 
 class Changes:
-    """Makes changes of a gallery one after the other, in a thread."""
+    """Makes changes to a gallery one after the other, in a thread."""
 
     def __init__(self, limits: Limits):
         self._limits, self.thread = limits, _make_thread("vidjax-changes")

@@ -107,8 +107,8 @@ def one_line(text: str) -> str:
 def read_token(path: Path) -> bytes:
     """Reads the token, the secret that clients must send, from a file or a link to a file.
 
-    Raises UserError if other users may read the file, or if the token is not a word of 16 letters
-    or more. If another user owns the file, as in Kubernetes, the group of the file may read it.
+    Raises UserError if the token is not a word of 16 letters or more, or if other users may read
+    the file. Only the group may read a file that another user owns, as in Kubernetes.
     """
     with files.open_input(path) as file:
         status = os.fstat(file.fileno())
@@ -132,15 +132,15 @@ def read_token(path: Path) -> bytes:
 class Bodies:
     """Reads the bodies of requests, and limits the memory of all requests together.
 
-    The ASGI scope of a request has two entries: `vidjax.held` is the number of bytes that the
-    request takes in memory, and `vidjax.clock` is the `asyncio.Timeout` of the request.
+    `Guard` sets two entries of a request's ASGI scope: `vidjax.held` is the number of bytes that
+    the request takes in memory, and `vidjax.clock` is the `asyncio.Timeout` of the request.
     """
 
     def __init__(self, limits: Limits):
         self._limits, self._held = limits, 0
 
     async def read(self, request: Request, limit: int) -> bytes:
-        """Reads the body of a request. From then on, the answer may take `answer_seconds`.
+        """Reads the body of a request, and starts a new time limit, `answer_seconds`.
 
         Raises Refused if the body has more than `limit` bytes, if the request has a header
         Content-Encoding or Upgrade, or if all requests together take too much memory.
@@ -305,7 +305,7 @@ class Guard:
                 raise Refused(401, "send the header Authorization: Bearer TOKEN")
             return
         if not web.is_local(headers):
-            raise Refused(403, "the header Host is the address of another machine: use localhost")
+            raise Refused(403, "the header Host names another machine: send requests to localhost")
         if not web.is_same_site(headers):
             text = "a web page of another site sent this request: open the address of the server"
             raise Refused(403, text)

@@ -99,10 +99,10 @@ def _cut_region(
 
 
 def _find_squares(positions: np.ndarray, length: int, factor: int) -> tuple[int, int]:
-    """Returns the range (begin, end) of squares that the interpolation at `positions` needs.
+    """Returns the range (begin, end) of the squares near `positions` on an axis of a picture.
 
-    The squares have sides of `factor` pixels, and are numbered along an axis of a picture. The axis
-    has `length` pixels. `positions` are coordinates on the axis, in pixels.
+    The axis has `length` pixels, and each side of a square has `factor` pixels. `positions` are
+    coordinates on the axis, in pixels.
     """
     last = -(-length // factor)
     low = np.clip(np.floor(positions.min() / factor) - 1, 0, last)

@@ -57,9 +57,9 @@ def check_input(
         is_flat = isinstance(found, Mapping) or all(file.parent == root for file in found)
         if of_person and not is_flat:
             raise UserError(
-                f"'{path}' contains folders of clips, which may show several people\n"
+                f"the folders in '{path}' may show different people, but --identity is one person\n"
                 "if each folder is a person, leave out --identity; "
-                "else enrol one folder at a time: --input=FOLDER"
+                "otherwise, enrol one folder at a time: --input=FOLDER"
             )
     if gallery.origin.cards:
         features_folder.check_models(path, gallery.origin.cards)
@@ -190,8 +190,8 @@ def load_people(
     """Loads clips and the name of each clip's person. Returns the clips, and clip -> person.
 
     `path` is a parquet table with a column `identity`, or a folder of files `path/PERSON/CLIP.npz`.
-    Raises UserError if the clips are in no folder of a person. If `required` is True, a table
-    without the name of a person is refused, too.
+    Raises UserError if a clip is in no folder of a person, or if `required` is True, and the column
+    contains no name.
     """
     if path.suffix == ".parquet" and parquet.has_column(path, "identity"):
         person_of = read_labels(path) if required else read_groups(path)
@@ -219,11 +219,11 @@ def load_all(gallery: Gallery, path: Path) -> MemoryClips:
 def _choose(
     vectors: Vectors, people: Person, clip: str | None, *, several: bool
 ) -> tuple[Vectors, Person]:
-    """Selects the embeddings and people of the clips to enrol from one input.
+    """Selects the clips of one input that are enrolled. Returns their embeddings, and `people`.
 
     `vectors` are the embeddings of the input. `clip` is the name of the only clip to enrol, or None
-    for all clips. `people` is one person for all clips, or clip -> person. `several` is True if
-    `people` may contain clips of other inputs, which are left out.
+    for all clips. `people` is the name of the person in all clips, or clip -> name. `several` is
+    True if `people` may contain clips of other inputs, which are left out.
     """
     if clip:
         bare = strip_ending(clip)
@@ -239,18 +239,17 @@ def _choose(
 def check_seen_together(
     films: Iterable[MediaFile], identity: str | Mapping[str, str], clips: Iterable[str]
 ) -> None:
-    """Raises UserError if two different faces of one picture would be enrolled as one person.
+    """Raises UserError if two clips of one person are visible in the same frame or photo.
 
-    `films` contain the times of the clips. `identity` is the person of all `clips`, or
-    clip -> person.
+    `films` say when clips are visible. `identity` is the person of all `clips`, or clip -> person.
     """
     person_of = dict.fromkeys(clips, identity) if isinstance(identity, str) else identity
     for pair in naming.pair_seen_together(films):
         first, second = (person_of.get(clip) for clip in pair)
         if first and first == second:
             raise UserError(
-                f"{show(pair[0])} and {show(pair[1])} are seen together in a picture, so they "
-                f"cannot both be {show(first)}\n"
+                f"clips {show(pair[0])} and {show(pair[1])} are seen together, so they "
+                f"cannot both show {show(first)}\n"
                 "enrol one face: --clip=CLIP --identity=NAME; or name each face: --labels=FILE"
             )
 
@@ -314,11 +313,11 @@ def name_clips(
     films: Sequence[MediaFile],
     identify: Callable[..., Mapping[str, Answer]],
 ) -> NamedTracks:
-    """Names the people in clips, whose embeddings are `vectors`.
+    """Names the person in each clip. `vectors` are the embeddings of the clips.
 
-    If `films` are given, the clips are tracks: the faces of a person in a shot of these films. Then
-    they are named as in `vidjax who`: similar tracks get one name together, and tracks of the same
-    time get different names. Without films, each clip is named independently of all others.
+    If `films` are given, each clip is a track: the faces of a person in a shot of a film. As in
+    `vidjax who`, similar tracks get one name, and tracks that overlap in time get different names.
+    Without films, each clip is named independently of all others.
     `identify` is the method `gallery.identify`, with options such as `threshold` already set.
     """
     if films:
@@ -331,7 +330,7 @@ def name_clips(
 def group_unknown(gallery: Gallery, vectors: Vectors, films: Sequence[MediaFile]) -> dict[str, str]:
     """Groups the clips of unknown people; returns clip -> unknown person, such as `unknown 3`.
 
-    `vectors` are the embeddings of the clips. If `films` are given, the clips are of these films.
+    `vectors` are the embeddings of the clips. `films` are the films of the clips, if any.
     """
     named = name_clips(gallery, vectors, films, gallery.identify)
     known = {clip for clip, answer in named.answers.items() if answer.identity is not None}

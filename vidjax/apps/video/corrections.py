@@ -38,7 +38,7 @@ IDLE_SECONDS = 1.0  # the results are written after this time without another ch
 
 
 class OutdatedError(UserError):
-    """A user made a change on a page that no longer shows the present names."""
+    """A user made a change on a page whose names are out of date."""
 
 
 class Step(NamedTuple):
@@ -123,7 +123,7 @@ class Review:
         self._clips_of = group_by_key((name, clip) for clip, name in decision.unknown.items())
 
     def _show(self, decision: Decision) -> None:
-        """Replaces the names on the page, and remembers which people and faces have changed."""
+        """Shows the names in `decision`, and remembers which people and faces have changed."""
         before = {(clip, self._name(clip)) for clip in self._shown}
         self._set_names(decision)
         for clip, name in before ^ {(clip, self._name(clip)) for clip in self._shown}:
@@ -154,7 +154,7 @@ class Review:
         return FileStamp.of(path) if files.exists(path) else None
 
     def _read_changes(self) -> None:
-        """Names all people again if another program has changed names or films.
+        """Decides all names anew if another program has changed names or films.
 
         The caller must hold `lock_changes`.
         """
@@ -176,7 +176,7 @@ class Review:
         return decide(self._gallery, self._out, films, self._identify, last, lines)
 
     def refresh(self) -> None:
-        """Names all people again if another program has changed names or films.
+        """Decides all names anew if another program has changed names or films.
 
         If another program holds the lock of the names at this moment, does nothing.
         """
@@ -196,9 +196,8 @@ class Review:
     def list_seen(self, number: int, at_s: float) -> list[Seen]:
         """Returns the people who appear in film `number` at the time `at_s` in seconds.
 
-        Each item is (appearance, later, film): `later` is the next appearance of the same person,
-        and `film` the number of the film with `later`. Without a next appearance, `later` is None,
-        and `film` is 0.
+        Each item is an appearance, the next appearance of the same person, and the number of the
+        film with the next appearance. Without a next appearance, the last two are None and 0.
         """
         numbers = {x.video: place for place, x in enumerate(self._decision.films) if not x.photo}
         shown = (x for x in self._decision.appearances if x.identity and x.video in numbers)
@@ -275,7 +274,7 @@ class Review:
             "twin": faces get the name of another face in the same picture, as in a mirror.
           of: the names of people and the keys of faces that are changed.
           name: the new name. If it is `unknown 4`, people and faces `of` join this unknown person.
-          after: the person or face for whose name the page asks next.
+          after: the page asks next for the name of this person or face.
           version: the version of the page on which the user has made the change.
 
         Raises:
@@ -313,10 +312,10 @@ class Review:
     def _list_lines(
         self, action: str, found: Sequence[Subject], name: str
     ) -> tuple[str, list[Line], Collection[str]]:
-        """Prepares a change of the people and faces `found`. For `action` and `name`, see `change`.
+        """Prepares a change of people and faces. For `action` and `name`, see `change`.
 
-        Returns three values: a description of the change, such as `not Ada`; lines for the log; and
-        the clips that need a new person in the gallery, see `_give_name`.
+        Returns a description of the change, such as `not Ada`; the log lines; and the enrolled
+        clips that the log lines do not rename, see `_give_name`.
         """
         if action in ("ignore", "once"):
             return "ignored", self._ignore(found, said.ONCE if action == "once" else None), ()
@@ -345,11 +344,11 @@ class Review:
         return lines + [said.about(x.face, "is", video=x.video) for x in seen]
 
     def _give_name(self, found: Sequence[Subject], name: str) -> tuple[list[Line], set[str]]:
-        """Returns the lines for the log that give the name `name` to people and faces.
+        """Returns new log lines, which say that people and faces have the name `name`.
 
-        Also returns the enrolled clips that do not get the name from the log. The caller must
-        change the person of these clips in the gallery. Raises UserError if `found` contains
-        neither a known person nor a clear face.
+        Also returns the enrolled clips that the log lines do not rename. The caller must rename
+        these clips in the gallery. Raises UserError if `found` contains neither a known person nor
+        a clear face.
         """
         people, vectors = self._decision.people, self._decision.vectors
         renamed = [x.name for x in found if x.is_person and x.name in people]
@@ -364,10 +363,9 @@ class Review:
         return lines, {clip for person in renamed for clip in people[person]} - known
 
     def _say(self, found: Sequence[Subject], says: str, **values: Any) -> list[Line]:  # noqa: ANN401
-        """Returns a line for the log about each face in `found`.
+        """Returns a log line about each face in `found`, except for faces in enrolled photos.
 
-        A face in the enrolled photos of known people gets no line. `says` is the kind of the line,
-        such as "is" or "ignore". `values` are the other fields of the line.
+        `says` is the kind of the line, such as "is". `values` are the other fields of the line.
         """
         faces = (self._face_of.get(clip) for x in found for clip in x.clips)
         return [said.about(x.face, says, video=x.video, **values) for x in faces if x]
@@ -377,10 +375,10 @@ class Review:
         return [name for name in dict.fromkeys(self._decision.unknown.values()) if seen[name] == 1]
 
     def _find_twin(self, found: Sequence[Subject]) -> str:
-        """Returns the name of a person whom a face of `found` resembles.
+        """Returns the name that a face of `found` did not get because another face has it.
 
-        A more similar face in the same picture has this name: a mirror may show the person twice.
-        Raises UserError if there is no such person.
+        A mirror, for example, may show a person twice in a frame. Only the face that is more
+        similar to the person gets the name. Raises UserError if there is no such name.
         """
         names = (self._decision.twins.get(clip) for x in found for clip in x.clips)
         if (name := next(filter(None, names), None)) is None:
@@ -408,12 +406,12 @@ class Review:
         return letters[best] if best and digits[0] == digits[1] else None
 
     def list_merged(self, name: str, of: Sequence[str]) -> list[str]:
-        """Returns the people in `of` whom the name `name` would merge with an enrolled person."""
+        """Returns the people in `of` who would be joined with another enrolled person, `name`."""
         people, name = self._gallery.identities, normal_form(name)
         return [x for x in of if x in people and x != name] if name in people else []
 
     def is_unclear(self, of: Sequence[str]) -> bool:
-        """Returns whether `of` contains a nameless face too small or blurred to recognise."""
+        """Returns whether one of the faces `of` is nameless, and too small or blurred."""
         unknown = self._decision.unknown
         names = {unknown.get(key.removeprefix(CLIP), key) for key in of}
         return any(name.startswith(FACE) for name in names)
@@ -514,7 +512,7 @@ class Review:
     def _describe(self, found: Sequence[Subject], name: str) -> str:
         """Returns subject and verb of a message about `found`, such as `unknown 3 and 1 more are`.
 
-        People who are called `name` are left out if `found` contains others.
+        People who already have the name `name` are left out if `found` contains others.
         """
         words = [x.name for x in found if x.is_person]
         clips = {x.key.removeprefix(CLIP): None for x in found if not x.is_person}
@@ -528,7 +526,7 @@ class Review:
         return f"{words[0]} and {len(words) - 1} more are" if words[1:] else f"{words[0]} is"
 
     def _find_group(self, name: str) -> str:
-        """Returns the name of an unknown person, such as `unknown 3`, in lower case.
+        """Returns `name`, the name of an unknown person such as `Unknown 3`, in lower case.
 
         Raises UserError if the page shows no unknown person with this name.
         """
@@ -543,9 +541,7 @@ class Review:
         All faces with the same wrong name become one new unknown person.
         """
         if people := [x.name for x in found if x.is_person]:
-            raise UserError(
-                f"you selected the whole person '{people[0]}': select only the wrong faces"
-            )
+            raise UserError(f"you selected all faces of '{people[0]}': select only the wrong faces")
         lines, number = list[Line](), self._decision.numbers.highest
         for name, subjects in group_by_key((x.name, x) for x in found).items():
             clips = {clip for x in subjects for clip in x.clips}
@@ -596,11 +592,10 @@ class Review:
         return (x.identity if (x := self._shown.get(clip)) else None) or IGNORED
 
     def _describe_apart(self, found: Sequence[Subject], before: Mapping[str, Appearance]) -> str:
-        """Returns the last words of `a face in a.jpg is not Ada, but unknown 7.`, from the comma.
+        """Returns the end of the message `a face in a.jpg is not Ada`, such as `, but unknown 7.`.
 
-        The user has said that the faces `found` are not Ada. If another face of the same shot is
-        now called Ada, the result has a second sentence that says so. `before` is clip ->
-        appearance before the change.
+        The faces `found` had the name Ada. If another face of the same shot gets this name by the
+        change, a second sentence says so. `before` is clip -> appearance before the change.
         """
         about = f", but {self._name(found[0].clips[0])}."
         shot_of = {
@@ -619,7 +614,7 @@ class Review:
         return about
 
     def _apply(self, lines: Sequence[Line], clips: Mapping[str, str | None]) -> None:
-        """Adds `lines` to the log of corrections, and names all people again.
+        """Adds `lines` to the log of corrections, and decides all names anew.
 
         `clips` is enrolled clip -> its new person in the gallery, None for a stranger. If people
         cannot be named, nothing is changed.
@@ -651,9 +646,9 @@ class Review:
 
 
 def _number_again(line: Line, decision: Decision) -> Line:
-    """Returns `line`, but with the number that the unknown person has in `decision`.
+    """Sets the number in a log line to the number of the unknown person in `decision`.
 
-    Only a line with `says="apart"` is changed.
+    Only a line with `says="apart"` is changed: it says that its face shows another unknown person.
     """
     if line.says != "apart" or not (face := line.face):
         return line

@@ -2,7 +2,7 @@
 
 A timeline of OpenTimelineIO (.otio, JSON) is for programs that edit films. It plays all stretches
 of films that show the person, one after the other. Each stretch has the frame rate of its film. A
-playlist (.m3u) plays the same stretches in VLC. Other players play the whole films.
+playlist (.m3u) plays the same stretches in VLC. In other players, it plays the whole films.
 """
 
 from collections.abc import Iterable, Sequence

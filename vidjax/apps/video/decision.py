@@ -63,10 +63,10 @@ def read_said(
     lines: Sequence[Line] | None = None,
     numbers: UnknownNumbers | None = None,
 ) -> Said:
-    """Returns the names and corrections that users gave to faces in films and photos of people.
+    """Returns users' names and corrections of faces in `films`, and in photos of known people.
 
-    `out` is the folder of results. `lines` are the lines of its log, and `numbers` the numbers of
-    unknown people. By default, both are read from files in this folder.
+    `lines` are the log lines of users, and `numbers` is the content of `unknown.json`. By default,
+    both are read from the folder of results, `out`.
     """
     lines = said_lib.read(out) if lines is None else lines
     known = {film.sha256 for film in films}
@@ -85,10 +85,10 @@ def decide(
 ) -> Decision:
     """Names the people in the clips of all films, see `name_tracks`, and numbers unknown people.
 
-    A group of similar clips without a name is an unknown person. The person keeps the number of the
-    last call, or gets a new number. A nameless face that is too small or too blurred is in no
-    group. Faces to which users gave a name are enrolled. The numbers are written to `unknown.json`.
-    So the caller must hold `lock_changes`.
+    A group of similar clips without a name is an unknown person. The person keeps the number in
+    `unknown.json`, or gets a new number. A nameless face that is too small or too blurred is in no
+    group. Faces to which users gave a name are enrolled. The numbers are written to `unknown.json`,
+    so the caller must hold `lock_changes`.
 
     Args:
       out: the folder of results.
@@ -148,12 +148,12 @@ def name_and_number(
     votes: dict[str, str] | None,
     highest: int,
 ) -> tuple[NamedTracks, dict[str, int]]:
-    """Names the people in tracks. Gives each person without a name a number: 3 for `unknown 3`.
+    """Names the people in tracks, and numbers unknown people: 3 for `unknown 3`.
 
-    Returns the names, and clip -> number. Also adds the numbers to `said.numbers`.
+    Returns the names, and clip -> unknown person's number. Adds the numbers to `said.numbers`.
 
-    `before` is the content of `unknown.json`. `highest` is the highest number of the last call.
-    For the other arguments, see `naming.name_tracks`.
+    For `before` and `highest`, see `unknown_numbers.number_people`. For the other arguments, see
+    `naming.name_tracks`.
     """
     # `said.apart` contains pairs of numbers. A new number may complete a pair, and change names.
     while True:
@@ -169,11 +169,11 @@ def name_and_number(
 
 
 def enrol_named(gallery: Gallery, vectors: Vectors, said: Said) -> None:
-    """Enrols the faces to which users have given names, with these names.
+    """Enrols the faces of films to which users have given names, with these names.
 
-    `said` are the names and corrections of users. Faces whose names were taken back are removed
-    from the gallery. Enrolled faces in photos of people get the new names in `said`. Other enrolled
-    clips stay as they are. `vectors` are the embeddings of all clips of the present films.
+    `vectors` are the embeddings of all clips of the films. `said` are the names and corrections of
+    users. If users have taken back a name, the face is removed from the gallery. If users have
+    renamed a face in a photo of the gallery, the face gets the new name in the gallery.
     """
     names = {clip: name for clip, name in said.names.items() if isinstance(clip, str)}
     enrolled = find_known(gallery.state, vectors)  # reads the present state

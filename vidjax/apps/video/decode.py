@@ -118,9 +118,8 @@ class Clock:
     def time(self, stamp_s: float | None, usual_s: float | None = None) -> float:
         """Returns the time of the next frame in seconds.
 
-        `stamp_s` is the time stamp of the frame, or None if it has none. If the time stamps jump
-        before the frame, `usual_s` is the usual step in seconds, see `find_jumps`. Otherwise, it is
-        None.
+        `stamp_s` is the time stamp of the frame, or None if it has none. `usual_s` is the usual
+        step between frames if the time stamps jump before the frame, or None, see `find_jumps`.
         """
         after = 0.0 if self._last is None else self._last + (usual_s or self.step)
         self.step = min(self.step, usual_s or self.step)
@@ -143,10 +142,10 @@ class Clock:
 
 
 def find_jumps(frames: "Iterable[VideoFrame]") -> "Iterator[tuple[VideoFrame, float | None]]":
-    """Yields each frame, and the usual step in seconds if the time stamps jump before the frame.
+    """Yields each frame, and the usual step if the time stamps jump before the frame, else None.
 
-    Time stamps jump if the step to a frame is much longer than the steps before and after it, see
-    JUMP_SECONDS. Without a jump, None is yielded instead of the usual step.
+    The usual step is the longest of the steps before and after the frame, in seconds. The time
+    stamps jump if the step to the frame is much longer, see JUMP_SECONDS.
     """
     steps = collections.deque([np.nan] * (2 * NEAR_STEPS + 1), 2 * NEAR_STEPS + 1)
     waiting, last_s = collections.deque[Any](), None

@@ -1,11 +1,11 @@
 """Finds photos that may have the name of a wrong person.
 
 The photos of each person are divided into groups, which are called sides. The photos of a side show
-one face. The odds that two sides show different faces are above 200 to 1. If it is clear which side
-shows the named person, the photos of the other sides are doubtful. If it is not clear, no photo of
-the person is doubtful, and the result lists all sides.
+one face. Groups are joined unless the odds that they show different faces are above 200 to 1. If it
+is clear which side shows the named person, the photos of the other sides are doubtful. If it is not
+clear, no photo of the person is doubtful, and the result lists all sides.
 
-Each remaining photo is compared with the other photos of the named person, and with the photos of
+Each photo of the right side is compared with the other photos of the side, and with the photos of
 all other people. A photo is doubtful in two cases:
 
 - The odds that the photo shows one of the other people are above 200 to 1. All other people have
@@ -37,9 +37,9 @@ Sides = list[tuple[np.ndarray, int | None]]  # the rows of each side, and the pe
 
 
 class Side(NamedTuple):
-    """Photos that have the name of the same person, and show the same face.
+    """Photos of a person that show the same face.
 
-    If the photos with a name show two faces, they form two sides.
+    Photos that have the name of the person, but show a different face, are another side.
     """
 
     photos: Sequence[str]  # names of clips in the gallery
@@ -57,10 +57,10 @@ class Doubts(NamedTuple):
 
 
 def find_doubtful_photos(backend: Backend, photos: Mapping[str, StoredClip]) -> Doubts:
-    """Finds photos that may show another person than the person whose name they have.
+    """Finds photos that may have the name of a wrong person.
 
-    `photos` is name of a clip -> the person and the embedding of a photo. If `backend` does not
-    compare faces by distances, the result is empty.
+    `photos` is photo -> person and embedding. A photo has the name of its clip in the gallery.
+    If `backend` does not compare faces by distances, the result is empty.
     """
     found = Doubts({}, {}, [])
     clips = np.array(sorted(photos))
@@ -93,10 +93,10 @@ def find_doubtful_photos(backend: Backend, photos: Mapping[str, StoredClip]) -> 
 def _find_unclear(
     backend: Backend, units: np.ndarray, owner: np.ndarray, doubtful: Mapping[int, int | None]
 ) -> dict[int, tuple[int, int]]:
-    """Finds pairs of similar photos of two people if it is not clear which photo has a wrong name.
+    """Finds doubtful photos that may be right: instead, a similar photo may have a wrong name.
 
-    Returns row of the doubtful photo in a pair -> the two rows of the pair, sorted. `doubtful` is
-    the result of `compare_photos`. For the other arguments, see `compare_photos`.
+    Returns row of the doubtful photo -> rows of the doubtful and the similar photo, sorted.
+    `doubtful` is the result of `compare_photos`. For the other arguments, see `compare_photos`.
     """
     unclear, number_of = dict[int, tuple[int, int]](), np.bincount(owner)
     photos = _summarise(backend, units, np.arange(len(units)))
@@ -129,12 +129,12 @@ def divide_photos(
 ) -> tuple[dict[int, int | None], dict[int, Sides]]:
     """Divides the photos of each person into sides: the photos of a side show the same face.
 
-    If a person has several sides, one side is right, and the photos of all other sides are wrong.
-    For the arguments, see `compare_photos`.
+    If a person has several sides, only the photos of one side show the person. The photos of all
+    other sides are wrong. For the arguments, see `compare_photos`.
 
     Returns:
       Row of each wrong photo -> number of the person whom the photo resembles, or None.
-      Number of each person for whom it is not clear which side is right -> sides.
+      Number of a person -> sides, if it is not clear which side is right. No photo is wrong.
     """
     rows_of = np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner))[:-1])
     sides = [side for rows in rows_of for side in _find_sides(backend, units, rows)]

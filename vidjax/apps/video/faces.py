@@ -28,7 +28,7 @@ Key = str | Face  # a clip, or a face that no present clip shows
 
 
 class FacePath(NamedTuple):
-    """The times and boxes of a face in a film or photo."""
+    """The boxes of a face at several times of a film, or the only box in a photo."""
 
     start_s: float
     end_s: float
@@ -57,7 +57,7 @@ class FacePath(NamedTuple):
 def match(faces: Iterable[Face], films: Iterable[MediaFile]) -> dict[Face, list[str]]:
     """Finds the clips in `films` that show `faces`; returns face -> names of clips, the best first.
 
-    A face that no clip shows is left out. If a face has several clips, their times do not overlap.
+    A face that no clip shows is left out. The clips found for a face do not overlap in time.
     """
     asked = group_by_key((face.film, face) for face in dict.fromkeys(faces))
     found: dict[Face, list[str]] = {}
@@ -71,7 +71,7 @@ def match(faces: Iterable[Face], films: Iterable[MediaFile]) -> dict[Face, list[
 
 
 def _match_paths(faces: Sequence[Face], tracks: Sequence[FaceTrack]) -> dict[Face, list[str]]:
-    """Finds `faces` by their times and boxes in `tracks`; returns face -> names of clips."""
+    """Finds `tracks` with the times and boxes of `faces`; returns face -> clips of its tracks."""
     path_of = {face: FacePath.of_face(face) for face in faces}
     paths = [FacePath.of_track(track) for track in tracks]
     pairs = [
@@ -99,7 +99,7 @@ def _match_paths(faces: Sequence[Face], tracks: Sequence[FaceTrack]) -> dict[Fac
 
 
 def measure_overlap(old: FacePath, new: FacePath) -> float:
-    """Returns how long and how closely two faces overlap, or 0 if they are different faces.
+    """Returns how long and how closely two paths overlap, or 0 if they overlap too little.
 
     The result is the common time in seconds, multiplied by the mean intersection over union of the
     boxes.
@@ -126,10 +126,10 @@ class Lost(NamedTuple):
 
 
 class Said:
-    """The names and corrections that users gave to faces, from the log.
+    """The names and corrections that users gave to faces, from the log `said.jsonl`.
 
-    If lines of the log contradict each other, the last line counts. In dicts such as `numbers`, a
-    key is the clip that shows the face, or the `Face` in the log if no clip shows it.
+    If log lines contradict each other, the last line counts. The key of a face is the clip that
+    shows it. If the present films have no such clip, the key is the `Face` in the log.
     """
 
     def __init__(
@@ -138,9 +138,9 @@ class Said:
         films: Iterable[MediaFile] = (),
         numbers: Mapping[Face, int] = {},
     ):
-        """Applies the `lines` of the log, in their order, to the faces in `films`.
+        """Applies log lines, the names and corrections of users, in order to the faces in `films`.
 
-        `numbers` is face -> number before the corrections: 3 for a face of `unknown 3`.
+        `numbers` is face -> unknown person's number without the corrections: 3 for `unknown 3`.
         """
         lines = [*drop_undone(lines)]
         faces = [x for line in lines for x in (line.face, line.of) if isinstance(x, Face)]
@@ -168,7 +168,7 @@ class Said:
                     self._apply(line, self.find(line.face))
 
     def find(self, face: Face) -> list[Key]:
-        """Returns the clips that show `face`, the best first, or [`face`] if no clip shows it."""
+        """Returns the keys of a face: its clips, the best first; or [`face`] if it has no clip."""
         return [*self._found.get(face, [face])]
 
     def label(self, key: Key, person: str) -> str | None:
@@ -184,7 +184,7 @@ class Said:
         return person
 
     def list_named(self, name: str | None) -> list[Key]:
-        """Returns the keys of the faces that have the name `name`."""
+        """Returns the keys of the faces with the name `name`; [] if `name` is None."""
         return [key for key, x in self.names.items() if x and x == name]
 
     def list_denied(self, name: str | None) -> list[Key]:
@@ -192,11 +192,10 @@ class Said:
         return [key for key, names in self.denied.items() if name in names]
 
     def repeat(self, keys: Iterable[Key], says: str, name: str | None) -> list[Line]:
-        """Returns lines for the log which say that faces show a person, or do not show the person.
+        """Returns new log lines about faces that the log already names or corrects.
 
-        `keys` are the keys of faces about which the log has a line. `name` is the name of the
-        person; None for a stranger. `says` is "is" if the faces show the person, or "not" if they
-        do not.
+        `keys` are the keys of the faces. `says` is "is" if they show the person `name`, or "not" if
+        they do not. A `name` of None stands for a stranger.
         """
         lines = (self._line_of[key] for key in keys)
         return [
@@ -205,7 +204,7 @@ class Said:
         ]  # fmt: skip
 
     def list_lost(self, unread: Collection[str]) -> list[Lost]:
-        """Returns the names and corrections of faces that no clip of the films shows.
+        """Returns the names and corrections in the log whose face is in no clip of the films.
 
         `unread` are the sha256 of films and photos that the current nets have not read yet. Faces
         in these files are left out, because the nets may find the faces later.
@@ -247,11 +246,11 @@ class Said:
             self._move(line, keys, line.number)
 
     def _move(self, line: Line, keys: Sequence[Key], number: int) -> None:
-        """Moves faces to the unknown person with the number `number`, as a line of the log says.
+        """Gives faces a new unknown person's number, `number`, as the log line `line` says.
 
-        `keys` are the keys of the faces. If `line.person` is given, all faces of this unknown
-        person are moved, too. If an unknown person loses only some faces, `self.apart` records that
-        this person and the person `number` differ.
+        `keys` are the keys of the faces. All faces of `line.person`, such as `unknown 3`, get the
+        number, too. If other faces keep one of the old numbers, `self.apart` records that the old
+        and the new number are different people.
         """
         is_new = number not in self.numbers.values()
         whole = parse_group_number(line.person) if line.person else 0
@@ -272,7 +271,7 @@ class Said:
 
 
 def read_for(gallery: Gallery, films: Iterable[MediaFile]) -> Said:
-    """Returns the names and corrections of faces in `films` from the log next to the gallery.
+    """Returns the names and corrections of faces in `films` from the log of `vidjax who`.
 
     If `vidjax who` did not make the gallery, there is no log, and the result is empty.
     """
