@@ -88,7 +88,7 @@ def convert(
     kind: str, paths: Sequence[Path], folder: Path, like: str | None = None,
     side: int | None = None, colour: str | None = None,
 ) -> list[Path]:  # fmt: skip
-    """Copies nets into `folder`, and writes a card (a JSON file) for each; returns their paths.
+    """Copies nets into `folder`, writes a card (a JSON file) for each; returns the cards' paths.
 
     Args:
       kind: "opencv" for YuNet or SFace, "insightface" for a package of InsightFace with nets, or
