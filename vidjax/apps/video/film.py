@@ -77,7 +77,7 @@ def load_nets(models: str, size: int) -> Nets:
 
 
 class Sighting(NamedTuple):
-    """A face in a frame. Sightings are sorted by `quality`, and then by `number`."""
+    """A face in a frame. Sightings are sorted by `quality`, and then by the sighting's `number`."""
 
     quality: float
     number: int  # a different number for each sighting
@@ -99,7 +99,7 @@ class BestPictures:
         self._best: dict[int, Sighting] = {}
 
     def add(self, new: Sighting) -> None:
-        """Adds a picture. The picture must be later than all earlier pictures."""
+        """Adds a picture, which must be later in the film than all pictures added before."""
         span = int(new.time_s / self._seconds + 1e-3)
         self._best[span] = max(new, self._best.get(span, new))
         if len(self._best) > MOST_KEPT:
@@ -113,10 +113,10 @@ class BestPictures:
 
 
 class ClipBuilder:
-    """Collects the best pictures of each track, and makes a clip when the track has ended.
+    """Collects the best frames of each track, and makes a clip when the track has ended.
 
     A track is a person in a shot. If the folder `thumbnails` exists, a picture of the best face of
-    each clip is written into this folder. If each picture of a track is visible for more than
+    each clip is written into this folder. If the film shows still images, each for more than
     `held_s` seconds, the track is part of a slide show, see `find_changes`.
     """
 
@@ -303,8 +303,8 @@ def _make_clips(
 ) -> tuple[ShotDetector, list[FaceTrack], features_folder.Layout | None]:
     """Makes a clip of each track in a video, or with `--unit=shot`, of each shot's main person.
 
-    `clips` collects the clips. Returns the detector of the shots, the tracks of all people, and the
-    place of the left or upper picture in a 3D film, see `HalvesDetector`; None for other films.
+    `clips` collects the clips. Returns the detector of the shots, the tracks of all people, and
+    `HalvesDetector.layout`.
     """
     fps, cuts, search = task.settings.fps, ShotDetector(), FilmSearch(nets.detect)
     halves = HalvesDetector()

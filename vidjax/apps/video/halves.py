@@ -30,10 +30,10 @@ class HalvesDetector:
         self._pictures, self._equal = 0, Counter[Layout]()  # `_equal`: pictures with equal halves
 
     def add(self, rgb: np.ndarray, boxes: np.ndarray) -> None:
-        """Checks whether two halves of a picture are equal, as in 3D films; see `layout`.
+        """Adds a frame of the film; `layout` is computed from all added frames with faces.
 
-        These are the left and right half, or the top and bottom half. `rgb` [H, W, 3] uint8 is the
-        picture. `boxes` [N, 4] are the left, top, right and bottom of the faces, in pixels.
+        `rgb` is the frame, uint8 [H, W, 3]. `boxes` [N, 4] are the left, top, right and bottom of
+        the faces, in pixels.
         """
         self._pictures += len(boxes) > 0
         ratio = rgb.shape[1] / rgb.shape[0]

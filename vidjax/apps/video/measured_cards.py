@@ -44,7 +44,7 @@ class Samples(NamedTuple):
 
 
 class MeasuredCard(NamedTuple):
-    """A card, the JSON file of a net, and the measured cosines of the net's embeddings."""
+    """The card (the JSON file of a net), and the measured cosines of the net's embeddings."""
 
     card: Card  # before
     measured: Measured
@@ -53,7 +53,7 @@ class MeasuredCard(NamedTuple):
 
 
 def measure_photos(models: Path, people: Path, workers: int, tell: Tell) -> list[MeasuredCard]:
-    """Measures how well a net of faces separates people, and writes the results into its card.
+    """Measures how well a face net separates people, and writes the results into its card.
 
     `people` is a folder of photos NAME/PHOTO.jpg. `models` is the folder of the net. `workers` is
     the number of processes. `tell` is called with each problem of a photo. Raises UserError if
@@ -90,7 +90,7 @@ def measure_features(models: Path, path: Path) -> list[MeasuredCard]:
 
     A file `path/NAME/CLIP.npz` contains embeddings of the person NAME. `models` is the folder of
     nets. Raises UserError if too few people have two clips, if a net does not separate the people,
-    or if other nets have computed the embeddings.
+    or if the embeddings are from nets that are not in `models`.
     """
     with files.scratch_folder() as scratch:
         gallery = Gallery.of_models(scratch / "gallery", models)
@@ -108,11 +108,11 @@ def measure_features(models: Path, path: Path) -> list[MeasuredCard]:
 def _measure_all(
     gallery: Gallery, models: Path, given: dict[str, Samples], kind: str
 ) -> list[MeasuredCard]:
-    """Measures how well each net separates people, then writes the results into JSON files.
+    """Measures how well each net separates people, and writes the results into the net's card.
 
-    `given` has the embeddings of each modality, such as face. The embeddings need not have unit
-    length. Modalities with too few people are left out. `kind` is the word for a clip in messages,
-    "photo" or "clip". Raises UserError if no modality has enough people.
+    `gallery` is made from the nets in the folder `models`. `given` is modality -> embeddings, of
+    any length. Modalities with too few people are left out. `kind` is the word for a clip in
+    messages, "photo" or "clip". Raises UserError if no modality has enough people.
     """
     embedders, done = cards.list_embedders(cards.read_all(models)), list[MeasuredCard]()
     most = unclear = 0

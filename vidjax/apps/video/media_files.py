@@ -67,7 +67,7 @@ def list_files(paths: Sequence[Path]) -> list[Path]:
             path_of.setdefault(Path(os.path.realpath(file)), file)
     if not path_of:
         raise UserError(
-            f"'{paths[0]}' contains no video and no photo\nname videos, photos, or folders of them"
+            f"'{paths[0]}' contains no video and no photo\ngive videos, photos, or folders of them"
         )
     return list(path_of.values())
 

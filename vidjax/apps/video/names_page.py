@@ -97,7 +97,7 @@ class PageEntry:
 
     @property
     def keys(self) -> list[str]:
-        """The names of the clips with the prefix CLIP, as HTML forms send them."""
+        """The names of the clips, each with CLIP put in front, as HTML forms send them."""
         return [CLIP + x for x in sorted(self._x.clips, key=lambda x: x not in self._data.twins)]
 
     @functools.cached_property
@@ -119,7 +119,7 @@ class PageEntry:
 
     @property
     def certainty(self) -> str:
-        """The probability of the name as text, such as "87 %". The blank never breaks a line."""
+        """The probability of the name as text, such as "87 %", with a non-breaking space."""
         return format_certainty(self._x).replace(" %", "\u00a0%")
 
     @property
@@ -161,10 +161,9 @@ class PageEntry:
 
     @property
     def twin(self) -> str:
-        """The name that another face in the same picture has instead of this face, or "".
+        """The name that this face lost to a more similar face in the same frame or photo, or "".
 
-        The other face is more similar to the person. A mirror or a split screen may show a person
-        twice.
+        A mirror or a split screen may show a person twice.
         """
         return next((self._data.twins[x] for x in self._x.clips if x in self._data.twins), "")
 
@@ -255,7 +254,7 @@ def render(data: PageData) -> str:
         return next(iter(data.list_faces(found, key)), None)
 
     def turn(first: int) -> str:
-        """Returns the URL of this page that shows the faces or people from number `first` on."""
+        """Returns the URL under which this page begins at the face or person number `first`."""
         return f"./?{view._replace(first=max(first, 0)).url_query}"
 
     texts = {video: " ".join([video, *{x.name for x in of}]) for video, of in entries_of.items()}
@@ -291,7 +290,7 @@ def render(data: PageData) -> str:
 
 
 def render_note(**values: object) -> str:
-    """Returns the HTML of a page with a short text, or with a film.
+    """Returns the HTML of a page that shows a short text, and may also play a film.
 
     `values` are the variables of the template `note.html.j2`.
     """
@@ -331,7 +330,7 @@ def find(words: str, texts: Mapping[str, str]) -> list[str]:
 def _load_template(name: str) -> "tuple[jinja2.Template, str, str]":
     """Returns a template, the script of the page, and the digest of the script.
 
-    The digest, a sha256 in base64, is written into the page. So the browser runs only this script.
+    The digest, a sha256 in base64, is for the page's Content-Security-Policy.
     """
     import jinja2
 
@@ -358,10 +357,10 @@ def _make_section(
 ) -> tuple[str, str, list[tuple[PageEntry, int]], list[tuple[str, list[PageEntry], str]]]:
     """Returns what the page shows about a film: its name, description, timeline and people.
 
-    The timeline is a list of (entry, row). Each row is a line of bars, and no two bars overlap. The
-    people are a list of (name, entries, total duration as text). Known `people` come first, then
-    unknown people, unclear faces, and ignored people. Within each of these groups, the person with
-    the longest total time comes first.
+    The timeline is a list of (entry, number of a line). Bars in one line do not overlap. The people
+    are a list of (name, entries, total duration as text). Known `people` come first, then unknown
+    people, unclear faces, and ignored people. Within each of these groups, the person with the
+    longest total time comes first.
     """
     rows, bars, ends = [], list[tuple[PageEntry, int]](), list[float]()
     for name, group in group_by_key((entry.name, entry) for entry in entries).items():

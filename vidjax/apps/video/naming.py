@@ -61,7 +61,7 @@ def find_appearances(
     Args:
       answers: clip -> answer of the gallery, after `settle_answers`.
       groups: clip -> unknown person, such as `unknown 3`. If a clip has no name and is not in
-        `groups`, it is an appearance of an ignored person.
+        `groups`, it is returned as an appearance of an ignored person.
     """
     appearances = []
     for film in films:
@@ -114,7 +114,7 @@ def pair_seen_together(films: Iterable[MediaFile]) -> list[tuple[str, str]]:
 
 
 class Tracks(NamedTuple):
-    """Tracks, each of a person in a shot of a film, and the gallery that names the people."""
+    """Tracks, each of a person in a shot of a film, and the gallery of the known people."""
 
     gallery: Gallery
     vectors: Vectors  # the embeddings of the tracks
@@ -122,7 +122,7 @@ class Tracks(NamedTuple):
 
 
 class NamedTracks(NamedTuple):
-    """The names of the people in tracks of films."""
+    """The names of tracks. A track is a person in a shot of a film."""
 
     answers: dict[str, Answer]  # clip -> answer
     # Clip -> its person, as a user said; None for a stranger or an ignored face.
@@ -139,7 +139,7 @@ def name_tracks(
     votes: dict[str, str] | None = None,
     said: Said | None = None,
 ) -> NamedTracks:
-    """Names the people in tracks of films. A track is a person in a shot.
+    """Names tracks. A track is a person in a shot of a film, and is stored as a clip.
 
     Similar tracks are grouped, and the tracks of a group vote on one name. An enrolled track gets
     the name under which it is enrolled. A track does not get a name that a user denied. If only
@@ -199,7 +199,7 @@ def _deny(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
 
 
 def _tell_apart(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
-    """Removes a name that two people share, if a user said that the people differ.
+    """Removes the name of one of two people who share it, if a user said that the people differ.
 
     The less probable person loses the name, except in clips that a user has named. Returns the
     answers of all clips.
@@ -232,8 +232,8 @@ def _tell_apart(answers: Mapping[str, Answer], said: Said) -> dict[str, Answer]:
 def group_votes(tracks: Tracks) -> dict[str, str] | None:
     """Groups clips that seem to show the same person; returns clip -> group.
 
-    `Gallery.identify` gives all clips of a group the same name. If the gallery was made from a
-    trained run, returns None.
+    `Gallery.identify` gives all clips of a group the same name. If `tracks.gallery` was made from a
+    trained run, clips are not grouped, and the result is None.
     """
     gallery, vectors, films = tracks
     if not gallery.origin.cards:
@@ -290,8 +290,8 @@ def mark_unclear(groups: Mapping[str, str], films: Iterable[MediaFile]) -> dict[
 def _remove_unclear_names(answers: Mapping[str, Answer], tracks: Tracks) -> dict[str, Answer]:
     """Removes names from answers if all enrolled faces of the person are too small or too blurred.
 
-    Such names are often wrong. In a test, we enrolled each of 47 unclear faces of women. Of the
-    clear faces that then got the name of the enrolled woman, only 27 % showed this woman.
+    Such names are often wrong. In a test with 47 enrolled unclear faces of women, only 27 % of the
+    names that clear faces got were right.
     """
     unclear, clips = list_unclear(tracks.films), tracks.gallery.clips
     clear = {entry.identity for clip, entry in clips.items() if clip not in unclear}
@@ -305,7 +305,7 @@ def list_unclear(films: Iterable[MediaFile]) -> set[str]:
 
 
 def settle_answers(answers: Mapping[str, Answer], films: Iterable[MediaFile]) -> dict[str, Answer]:
-    """Removes names, so that two tracks of the same time do not have the same name.
+    """Removes names, so that tracks of `films` that overlap in time have different names.
 
     The track with the less probable name loses the name, unless a user gave it. Returns all
     answers.

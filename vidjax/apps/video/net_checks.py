@@ -64,7 +64,7 @@ def _describe_file(path: Path) -> str:
 
 
 def work(arguments: dict[str, Any]) -> float:
-    """Tests a net in a child process; returns its CPU time, see `measure_milliseconds`.
+    """Tests a net; returns its CPU time, see `measure_milliseconds`. Runs in a child process.
 
     `arguments` has the item `path`, the path of the net's card.
     """
@@ -86,7 +86,7 @@ def measure_milliseconds(net: nets.Net) -> float:
 
 
 def describe_back_end(back_end: BackEnd) -> str:
-    """Returns the statistics of cosines in `back_end` as text, with their source.
+    """Returns the mean and deviation of the cosine of two faces or voices as text.
 
     For example: "cosine of one person 0.6 +- 0.1, of two people 0.1 +- 0.1; measured on ...".
     """

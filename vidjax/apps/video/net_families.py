@@ -5,8 +5,8 @@ A card is a JSON file that describes a net.
 `net_families.json` describes each family of nets. A net belongs to a family if its inputs and
 outputs have the shapes of the family. The net is copied unchanged, with two exceptions. Weights in
 a second file are moved into the net. A net that computes vectors of faces keeps only the output
-with the vectors, as [N, D]. The net may come from a stranger, so a child process with limits reads
-the net, and code of a package never runs.
+with the vectors, as [N, D]. The net may come from a stranger, so only a child process with limits
+reads the net.
 
 Source:
   InsightFace's arcface_onnx.py, scrfd.py and face_align.py; OpenCV's face_detect.cpp and
@@ -67,13 +67,13 @@ class ForeignNet(NamedTuple):
         return f"input {_join(self.inputs)}, output {_join(self.outputs)}"
 
     def refuse(self, family: str, more: str = "", found: str = "") -> UserError:
-        """Returns an error which says that a net is not like the nets of a family.
+        """Returns an error which says that the net's inputs or outputs do not fit `family`.
 
-        In the message, `more` follows the name of the family. `found` are the wrong shapes. If
-        `found` is "", the message has the shapes of all inputs and outputs of the net.
+        `more` is text to append to the name of the family. `found` are the wrong shapes, or "" for
+        the shapes of all inputs and outputs.
         """
         return UserError(
-            f"'{show(self.name)}' is no net like {family}{more}: it has "
+            f"'{show(self.name)}' does not fit the family {family}{more}: it has "
             f"{found or self.describe()}\na supported net has {FAMILIES[family]['supported']}"
         )
 
@@ -88,11 +88,11 @@ def convert(
     kind: str, paths: Sequence[Path], folder: Path, like: str | None = None,
     side: int | None = None, colour: str | None = None,
 ) -> list[Path]:  # fmt: skip
-    """Copies nets into `folder`, and writes their cards; returns the paths of the cards.
+    """Copies nets into `folder`, writes a card (a JSON file) for each; returns the cards' paths.
 
     Args:
-      kind: "opencv" for YuNet or SFace, "insightface" for the nets for faces in a package of
-        InsightFace, or "own" for any net of the family `like`.
+      kind: "opencv" for YuNet or SFace, "insightface" for a package of InsightFace with nets, or
+        "own" for any net of a supported family.
       paths: nets (.onnx), or a folder or .zip with nets.
       folder: the folder for the nets and their cards.
       like: the family, such as "arcface". If it is None, the net's inputs and outputs determine
@@ -172,8 +172,8 @@ def _list_nets(paths: Sequence[Path]) -> Iterator[tuple[Path, str]]:
 def _check_card(card: Written, kind: str, name: str, content: bytes, converted: bytes) -> None:
     """Raises ValueError if `card`, the description of a net from a child process, is wrong.
 
-    A malicious net may have taken over the child process. `kind` and `name` are as in `work`.
-    `content` is the file of the net. `converted` is the net that the child process has written.
+    A malicious net may have taken over the child process. `kind` is as in `convert`. `name` is
+    the file name of the net, and `content` its bytes. `converted` are the bytes of the new net.
     """
     for family in KINDS[kind]["families"]:
         if FAMILIES[family]["role"] == card.role:
@@ -192,10 +192,11 @@ def work(arguments: dict[str, Any]) -> list[Written | str]:
     Returns one of these lists:
       [card]: the net is converted, and the card describes it.
       []: nothing is converted, because vidjax does not use this net of InsightFace.
-      [file name]: nothing is converted, because `arguments["weights"]` lacks the path of this file.
+      [file name]: nothing is converted, because `arguments["weights"]` is "", but must be the path
+        of this file.
 
     Other `arguments`: `path` is the file of the net, or a zip. `name` is the file name of the net.
-    `weights` is the path of the file with weights, or "". The rest is as in `convert`.
+    `weights` is the path of a second file with the weights, or "". The rest is as in `convert`.
     """
     kind, name, like = (arguments[key] for key in ("kind", "name", "like"))
     content = net_packages.unpack(Path(arguments["path"]), name, cards.MODEL_BYTES)
@@ -232,7 +233,7 @@ def work(arguments: dict[str, Any]) -> list[Written | str]:
 def _describe(
     kind: str, family: str, name: str, content: bytes, converted: bytes
 ) -> dict[str, Any]:
-    """Returns the fields of a card that depend only on the file and the family of a net.
+    """Returns the fields of a net's card (a JSON file) that depend only on its file and family.
 
     `kind` is as in `convert`, and `name` is the name of the file. `content` are the bytes of the
     file, and `converted` the bytes of the converted net.
@@ -277,17 +278,17 @@ def parse_net(content: bytes, name: str) -> ForeignNet:
 
 
 def find_weights(net: ForeignNet, folder: Path) -> str:
-    """Returns the name of the second file, in which a net stores weights, or "" without one.
+    """Returns the name of the file with weights next to the .onnx file, or "" if there is none.
 
-    `folder` is the folder of the net. Raises UserError if the weights are in several files, in
-    another folder, or missing.
+    `folder` is the folder of the net. Raises UserError if weights are in several other files, or
+    in a file that is not in `folder`.
     """
     places = {_describe_place(x).get("location", "") for x in _list_external(net.model)}
     if len(places) > 1 or any(Path(x).name != x or not files.is_file(folder / x) for x in places):
         name, found = show(net.name), show(", ".join(sorted(places)))
         raise UserError(
-            f"'{name}' uses weights in other files: {found}. Only one file next to the net is "
-            "read\nif the net uses one file, copy it next to the net; if several, join them: "
+            f"'{name}' needs weights from {found}, but only one file in its folder can be used\n"
+            "if it is one file, copy it next to the net; if there are several, join them: "
             f"python -c \"import onnx; onnx.save(onnx.load('{name}'), 'joined.onnx')\""
         )
     return next(iter(places), "")
@@ -340,7 +341,7 @@ def refuse_unsafe(net: ForeignNet) -> None:
 
 
 def guess_family(net: ForeignNet, families: Sequence[str]) -> str:
-    """Returns the name of the family whose inputs and outputs are like the net's, or "".
+    """Returns the family, such as "arcface", that the inputs and outputs of a net fit, or "".
 
     `families` are the names of the possible families.
     """
@@ -379,9 +380,9 @@ def _fit(family: str, net: ForeignNet, side: int | None, colour: str | None) -> 
     else:
         if family == "scrfd" and count in POINTS_MISSING:
             raise UserError(
-                f"'{show(net.name)}' finds boxes without points ({count} outputs), but the five "
-                "points are needed to align faces\n"
-                "use the SCRFD net with points; its name often contains kps"
+                f"'{show(net.name)}' finds boxes, but no landmarks ({count} outputs): five "
+                "points are needed to align a face\n"
+                "use the SCRFD net with landmarks; its name often contains kps"
             )
         if side or is_wrong:
             raise net.refuse(family, " (leave out --size, which is for embedders)" * bool(side))
@@ -408,11 +409,11 @@ def _normalises(model: "ModelProto") -> bool:
 
 
 def _measure(fields: dict[str, Any], family: str, net: ForeignNet) -> tuple[Written, bytes]:
-    """Runs a net, and checks the shapes of its outputs; returns the card and the bytes of the net.
+    """Runs a net, and checks the shapes of its outputs; returns its card and the bytes of the net.
 
-    `fields` are the fields of the card so far. The card also gets the output for a test input. If a
-    detector declares images of any size, but does not run with some of them, its card allows only
-    640 x 640 pixels. If a net computes a vector of a face, its other outputs are removed.
+    `fields` are the fields of the card, a JSON file, so far. If a detector declares images of any
+    size, but does not run with some of them, its card allows only 640 x 640 pixels. If a net
+    computes a vector of a face, its other outputs are removed.
     """
     # Other fields are known after the net has run.
     width = {"width": 1} if fields["role"] == "face_embedder" else {}
@@ -476,10 +477,10 @@ def _check_outputs(family: str, opened: Net, net: ForeignNet, size: tuple[int, i
 
 
 def _find_vector(family: str, opened: Net, net: ForeignNet) -> str:
-    """Returns the name of the output that contains the vector of a face.
+    """Returns the output with the vector of a face, or "" if there is only this output, [1, D].
 
-    Other outputs have one number for a face, such as the norm of the vector. If the only output is
-    the vector, [1, D], returns "". Raises UserError if it is not clear which output is the vector.
+    Other outputs have one number for a face, such as the norm of the vector. Raises UserError if it
+    is not clear which output is the vector.
     """
     answers = opened.ask(nets.make_formula_inputs(opened.card, SEED))
     wide = [name for name, x in answers.items() if x.size > 1] or [*answers]

@@ -60,11 +60,11 @@ def convert(name: str, path: Path, folder: Path) -> Path:
 
 
 def check_place(folder: Path, card: Written) -> Card | None:
-    """Checks whether a net and its card, a JSON file, may be written into `folder`.
+    """Checks whether a net and its card (a JSON file) may be written into `folder`.
 
     Returns the card that `card` would replace, or None. Raises UserError if `folder` has another
-    net with the same role, or if one of these files would be replaced: a net without a card, a file
-    that is no card, the card of another kind of net, or a card that was measured for another net.
+    net with the same role, or if an unrelated file, or the measured card of another
+    net, would be replaced.
     """
     net_path, card_path = folder / card.file, (folder / card.file).with_suffix(".json")
     if measured := _read_card(card_path):
@@ -166,7 +166,7 @@ def list_members(path: Path, ending: str) -> list[str]:
     for name, other in itertools.pairwise(found):
         if name == other:
             raise UserError(
-                f"in '{path}', two files have the name {show(name)}\nunpack one, and convert it"
+                f"in '{path}', two files have the name {show(name)}\nunpack one, and give its path"
             )
     return found
 
@@ -211,7 +211,7 @@ def _find_in_tar(archive: gzip.GzipFile, name: str) -> int | None:
 def convert_centerface(content: bytes) -> "ModelProto":
     """Returns CenterFace's net, changed to accept images whose sides are multiples of 32 pixels.
 
-    The published net accepts only 10 images of 32 x 32 pixels.
+    It also accepts any number of images. The published net accepts only 10, of 32 x 32 pixels.
     """
     import onnx
 
@@ -278,7 +278,7 @@ class Graph:
         return self.add(kind, at, kernel_shape=[kernel] * 2, strides=[2, 2])
 
     def pad(self, at: str, channels: int, side: int) -> str:
-        """Pads the output `at` with zeros; returns the name of the padded output.
+        """Pads the output with the name `at` with zeros; returns the name of the padded output.
 
         Adds `channels` channels, `side` rows at the bottom, and `side` columns at the right. dlib
         does this before it adds two images of different sizes.

@@ -106,8 +106,7 @@ class Net:
     def blame(self, kinds: tuple[type[Exception], ...] = UNREADABLE) -> Iterator[None]:
         """Turns errors in a `with` block into NetErrors, which say that the net is not usable.
 
-        `kinds` are the types of the errors. By default, they are the errors of code that reads
-        outputs with unexpected shapes.
+        `kinds` are the types of the errors. For the default, see UNREADABLE.
         """
         try:
             yield
@@ -132,7 +131,7 @@ class Net:
             )
 
     def answer_formula(self, seed: int) -> np.ndarray:
-        """Returns four numbers, float64 [4], of the net's last output for a test input.
+        """Tests the net: returns four numbers, float64 [4], of the last of its outputs.
 
         This output is flattened. The numbers are at 1/8, 3/8, 5/8 and 7/8 of its length.
         `seed` determines the input, see `make_formula_inputs`.
@@ -245,7 +244,7 @@ class Embedder(Net):
 def make_formula_inputs(
     card: Card, seed: int, free_size: tuple[int, int] = (256, 256)
 ) -> dict[str, np.ndarray]:
-    """Returns the inputs for a test of a net, by name. `seed` determines the image or sound.
+    """Returns test inputs for a net: name of the input -> image or sound, made from `seed`.
 
     `free_size` is the height and width of the image for a net that takes images of any size.
     """
@@ -317,11 +316,11 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 def choose_regions(
     boxes: np.ndarray, width: int, height: int, most_scale: float, side: float
 ) -> list[Region]:
-    """Returns regions of an image that do not overlap, and contain a square around each face.
+    """Returns regions of an image that do not overlap. Each face, with a margin, is in a region.
 
     `boxes` [N, 4] are the faces, and `width` and `height` the size of the image, in pixels. Each
-    region has a scale. In the scaled region, the longer side of the smallest face has `side`
-    pixels. But the scale is at most `most_scale`.
+    region has a scale, at which the longer side of the smallest face has `side` pixels. A scale
+    above `most_scale` is reduced to `most_scale`.
     """
     sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 1.0).max(1, keepdims=True)
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -342,8 +341,8 @@ def choose_regions(
 def _fit_region(square: list[float], scale: float, width: int, height: int) -> Region:
     """Extends `square` until each side, multiplied by `scale`, is a multiple of STRIDE pixels.
 
-    `square` is left, top, right and bottom in pixels. The region ends at the border of the image,
-    which has `width` x `height` pixels.
+    `square` is left, top, right and bottom in pixels. If the region would cross the border of the
+    image, which has `width` x `height` pixels, it is cut off there.
     """
     cell, stride = CELL / scale, STRIDE / scale
     # A detector divides the shrunk image into cells of 4 x 4 pixels. If the region begins at the
@@ -435,10 +434,10 @@ def decode_yunet(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
 def decode_scrfd(outputs: Mapping[str, np.ndarray], width: int) -> Faces:
     """Returns the faces in the outputs of SCRFD, in pixels of the input.
 
-    The input is `width` pixels wide. The net divides the input into cells with sides of 8, 16 and
-    32 pixels. For each of these sizes, there are n cells, row by row, with A = 2 anchors each. With
-    15 outputs, there are also cells with sides of 64 and 128 pixels, and A = 1. The outputs are the
-    scores for all sizes, then the boxes, and then the points:
+    The input is `width` pixels wide. A net with 9 outputs divides it into cells with sides of 8, 16
+    and 32 pixels, with A = 2 anchors each. A net with 15 outputs also uses sides of 64 and 128
+    pixels, and has A = 1 for all cells. For each size, there are n cells, row by row. The outputs
+    are the scores for all sizes, then the boxes, and then the points:
       scores: [A n, 1], the probability of a face.
       boxes: [A n, 4], the distances from the cell's corner to the left, top, right and bottom side
         of the box, in cells.

@@ -49,15 +49,12 @@ class FoundFace(NamedTuple):
 
 
 def list_faces(gallery: Gallery) -> dict[str, PhotoFace]:
-    """Returns clip -> face, for the clips in a gallery that are faces in photos of people."""
+    """Returns clip -> face, for the clips of a gallery with names such as `people/Ada/IMG_1`."""
     return {clip: photo for clip in gallery.clips if (photo := PhotoFace.of(clip))}
 
 
 def list_unread(out: Path) -> dict[str, PhotoFace]:
-    """Returns clip -> face, for faces in photos that must be read again with new nets.
-
-    `out` is the folder of results. Earlier nets have read these photos.
-    """
+    """Returns clip -> face, for faces of photos in the results `out` that new nets must read."""
     faces = (
         PhotoFace(owner, track.clip, track.name or owner)
         for owner, folder in locate_people(out).items()
@@ -105,7 +102,7 @@ def _is_equal(first: np.ndarray, second: np.ndarray) -> bool:
 class Photos:
     """The photos of people in a folder, and the faces in them.
 
-    `people` is the folder of photos. `out` is the folder of results, with features of the photos in
+    `people` is the folder of photos. `out` is the folder of results; features of the photos are in
     `OUT/people`. `flag` is the flag for the folder of photos, such as "--people", for messages.
     `tell` is called with each problem of a photo.
     """
@@ -141,7 +138,7 @@ class Photos:
     def _list(self) -> dict[str, list[Path]]:
         """Returns the photos of each person, from folders PEOPLE/NAME/ and files PEOPLE/NAME.jpg.
 
-        Raises UserError if there are no photos, and there is no gallery of an earlier call.
+        Raises UserError if there are neither photos nor a gallery of an earlier call.
         """
         people, out, flag = self.people, self.out, self._flag
         if not os.path.isdir(people):
@@ -188,8 +185,8 @@ class Photos:
         if files.is_file(people):
             one, all_ = (messages.relative_path(x) for x in (*people.resolve().parents,)[:2])
             return UserError(
-                f"{flag}={people} is a file, not a folder: name its folder, {flag}={one}\n"
-                f"if '{one}' shows only one person, name the folder above: {flag}={all_}"
+                f"{flag}={people} is a file, not a folder with photos of people\n"
+                f"use {flag}={one}, or if it has only one person, the folder above: {flag}={all_}"
             )
         return UserError(
             f"'{people}' is not a folder: add photos {people}/NAME/PHOTO.jpg of each person{hint}"
@@ -209,8 +206,8 @@ class Photos:
     def check_people(self, gallery: Gallery, forget_missing: bool) -> None:
         """Raises UserError if the folder of photos seems to be a wrong folder.
 
-        Such a folder belongs to one person, or has only new people although others are enrolled. If
-        `forget_missing` is True, a folder with only new people is allowed.
+        It seems wrong if no enrolled person has photos in it. If `forget_missing` is True, it is an
+        error only if the folder has the name of an enrolled person.
         """
         people, photos = self.people, self.paths_of
         enrolled = (list_unread(self.out) | list_faces(gallery)).values()
@@ -229,7 +226,7 @@ class Photos:
             remedy = f"it is the folder of one person: name the folder above, --people={above}"
         names = messages.list_some([*map(show, sorted(before))])
         raise UserError(
-            f"'{people}' contains none of the people of earlier calls ({names})\n{remedy}"
+            f"'{people}' has nobody from earlier runs of this command ({names})\n{remedy}"
         )
 
     def _were_renamed(self) -> bool:
@@ -245,8 +242,8 @@ class Photos:
         """Finds the usable faces in photos, and reports problems of photos.
 
         If a photo program has tagged faces in a photo, each face gets the name of its tag. If a
-        photo has no tags, its face gets the name of the folder. `enrolled` is clip -> face in the
-        gallery.
+        photo has no tags, its face gets the name of the folder. `enrolled` are the faces in the
+        gallery, clip -> face.
         """
         single: list[str] = []  # people whose photo is a file in the folder of people
         known = {photo.person for photo in enrolled.values()}
@@ -283,9 +280,9 @@ class Photos:
         self.warn(self._describe_numbers(single, only_files))
 
     def _check_photo(self, owner: str, outcome: FileOutcome) -> tuple[set[str], set[str]]:
-        """Reports problems of a photo; returns the names of its people, and the clips of faces.
+        """Reports problems of a photo; returns the names of its people, and of its faces' clips.
 
-        If the photo has face tags, the faces with tags are returned. Without face tags, the only
+        If the photo has face tags, all faces with tags are returned. Without face tags, the only
         face is returned, and its person is `owner`, the name of the folder. Blurred faces are
         reported later.
         """
@@ -341,9 +338,9 @@ class Photos:
     def _describe_numbers(self, names: Sequence[str], only_files: bool) -> Iterator[str]:
         """Yields a warning if photos such as Ada_1.jpg and Ada_2.jpg may show one person.
 
-        `names` are the people of photos directly in `people`, such as Ada_1. If `only_files` is
-        True, `people` may be the folder of one person. So any two names cause a warning, and so
-        does a single name with a number.
+        `names` are the names of people from files outside of folders, such as Ada_1. If
+        `only_files` is True, there are no folders, and all files may show one person. In this case,
+        any two names cause a warning, or one name with a digit.
         """
         people, flag = self.people, self._flag
         if only_files and (len(names) > 1 or any(re.search(r"\d", name) for name in names)):
@@ -388,7 +385,7 @@ class Photos:
         return missing
 
     def embed(self, gallery: Gallery) -> dict[str, StoredClip]:
-        """Computes the embeddings of usable faces; returns name of a clip -> clip for a gallery."""
+        """Computes the embedding of each usable face; returns the face's clip name -> clip."""
         entries: dict[str, StoredClip] = {}
         groups = group_by_key((self.faces[clip].features, clip) for clip in self.usable)
         for folder, clips in groups.items():
@@ -400,11 +397,11 @@ class Photos:
     def enrol(
         self, draft: Draft, entries: Mapping[str, StoredClip], before: Collection[str] = ()
     ) -> tuple[list[str], set[str]]:
-        """Enrols faces of photos; returns the new clips, and the clips that stay unchanged.
+        """Enrols the faces `entries` in `draft`; returns the new clips, and the unchanged clips.
 
-        `entries` is clip -> vector and person. `before` are the clips of earlier calls: only clips
-        with the same vector in `entries` are kept. If the gallery refuses a face, its photo is
-        added to `failed`. Faces are left out if it is not clear whom they show, see `_withhold`.
+        `entries` is clip -> vector and person. Clips in `before`, from earlier calls, are removed
+        from `draft`, except clips that have the same vector in `entries`. If the gallery refuses a
+        face, its photo is added to `self.failed`. For faces that are left out, see `_withhold`.
         """
         unchanged = draft.complete({clip: entry.vector for clip, entry in entries.items()})
         draft.remove(clip={*before} - unchanged)
@@ -423,9 +420,9 @@ class Photos:
     def _withhold(self, draft: Draft) -> None:
         """Removes photos of people from a gallery if it is not clear whom the photos show.
 
-        A photo in the folders of two people is removed. If the photos of a person show several
-        faces, see `doubts.divide_photos`, all photos of this person are removed. If the net does
-        not separate people, faces are not compared.
+        A photo in the folders of two people is removed. If the photos of a person seem to show
+        different people, all photos of this person are removed, see `doubts.divide_photos`. This is
+        not checked if the face net does not separate people.
         """
         state = card_notes.judge(draft.finish()[0], self.list_mirrored())
         named = {clip: x for clip, x in state.clips.items() if x.identity}
@@ -450,8 +447,9 @@ class Photos:
     ) -> dict[str, set[str]]:
         """Finds people whose folder was renamed, or whose photos were all moved to other people.
 
-        `enrolled` is clip -> face in the gallery. `entries` is clip -> embedding in this call. A
-        photo is found again by its embedding. Returns person -> people who have the photos now.
+        `enrolled` are the faces in the gallery, and `entries` the present faces with embeddings, by
+        clip. Faces with equal embeddings are from the same photo. Returns person -> people who have
+        the person's photos now.
         """
         person_of = {clip: self.faces[clip].face.person for clip in entries}
         new = {
@@ -570,8 +568,7 @@ def enrol_folder(
     """Enrols the photos `people/NAME/PHOTO.jpg` and `people/NAME.jpg` in a gallery.
 
     Faces that are already enrolled stay as they are, even if a user renamed their person. New
-    photos of a renamed person get the new name. The features of the photos are deleted at the end.
-    `models` is the folder of nets.
+    photos of a renamed person get the new name. `models` is the folder of nets.
     """
     with files.scratch_folder() as out:
         found = find_faces(people, out, models, workers, tell)
@@ -597,11 +594,11 @@ def enrol_folder(
 
 
 def _choose_label(name: str, labels: Collection[str], names: Collection[str]) -> str:
-    """Returns the name in the gallery for the new photos of the person `name`.
+    """Returns the name under which new photos of the person `name` are enrolled.
 
-    A user may have renamed the person in the gallery. `labels` are the names that the person's
-    photos have there. The result is the most frequent label, or `name` if there are none. A label
-    that is also the name of another person in `names` is chosen only if no other label exists.
+    `labels` are the names of the person's photos in the gallery, where a user may have renamed the
+    person. Returns the most frequent label, or `name` without labels. A label that is another
+    person's name in `names` is returned only if there is no other label.
     """
     count = Counter(labels)
     order = [(label != name and label in names, -count[label], label) for label in count]

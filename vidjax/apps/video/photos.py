@@ -91,11 +91,11 @@ def read_photo(path: Path) -> Photo | None:
 def _check_pixel_data(
     path: Path, content: bytes, codec: str, begin: bytes, end: bytes
 ) -> io.BytesIO:
-    """Returns the file of a JPEG or PNG photo; raises UserError if its pixels are damaged.
+    """Checks the pixels of a JPEG or PNG photo; returns the bytes of the photo, see `content`.
 
-    FFmpeg finds most damage, but Pillow would fill damaged parts with wrong colours. A photo with
-    more than `decode.MOST_PIXELS` pixels, or in a form that FFmpeg cannot decode, is not checked.
-    If a JPEG photo lacks only its end marker, the marker is added. `content` is the file. For
+    If a JPEG photo lacks only its end marker, the marker is added to `content`. Raises UserError if
+    the pixels are damaged, which Pillow would not report. A photo with more than
+    `decode.MOST_PIXELS` pixels, or in a form that FFmpeg cannot decode, is not checked. For
     `codec`, `begin` and `end`, see PIXELS.
     """
     import av
@@ -127,7 +127,7 @@ def _check_pixel_data(
 def _reduce(path: Path, photo: "Image") -> None:
     """Makes Pillow shrink a photo with more than `decode.MOST_PIXELS` pixels while it is read.
 
-    Pillow can shrink only JPEG photos. Raises UserError if the photo stays above MOST_PIXELS.
+    This works only for JPEG photos. Raises UserError if the photo stays above MOST_PIXELS.
     """
     sides = np.array(photo.size)
     factor = next((n for n in (1, 2, 4) if np.ceil(sides / n).prod() <= decode.MOST_PIXELS), 1)

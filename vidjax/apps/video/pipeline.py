@@ -102,14 +102,14 @@ def extract_folders(
       settings: the settings of the folders. If None, each folder keeps its settings, and a new
         folder gets the default settings.
       workers: the number of processes.
-      drop: the files whose features from earlier calls are removed.
+      drop: the files whose earlier features are removed.
         "nothing": no files.
         "deleted": missing files, if their folder still contains other files.
         "missing": all missing files, even if only their drive is not connected.
         "others": files not in `paths`. A missing file is kept if its folder is missing or empty.
         "all others": all files not in `paths`, even if only their drive is not connected.
       thumbnails: True keeps a picture of the best face of each clip. False removes all pictures.
-      upgrade: True allows other or more nets in `models` than before: deletes all features, and
+      upgrade: what to do if nets in `models` were replaced or added. True deletes all features, and
         computes the features of the files in `paths` again. False raises an error.
       check: how changes of files are detected. True compares the content of each file. False
         compares only the path, the size, the time of the last change, and the inode.
@@ -151,7 +151,7 @@ def extract_folders(
 
 
 def read_digests(models: Path) -> dict[str, str]:
-    """Returns role of a net -> sha256 of the net's card, for all nets in the folder `models`.
+    """Returns the role of a net, such as face_embedder -> sha256 of the net's card in `models`.
 
     The card of a net is a JSON file. If the digests have changed, features must be computed again.
     """
@@ -172,7 +172,7 @@ def _process_jobs(
 ) -> dict[Path, list[FileOutcome]]:
     """Extracts features from files in up to `workers` child processes.
 
-    Returns folder of features -> outcomes. `done` is called with each outcome.
+    Returns the outcomes by folder of features. `done` is called with each outcome.
     """
     twins = Counter(job.path.name for job in jobs)
     label = {job: job.path.name if twins[job.path.name] == 1 else str(job.path) for job in jobs}
@@ -230,11 +230,11 @@ def _show_progress(left: Mapping[_Job, int]) -> Iterator[None]:
 def _prepare_folder(
     out: Path, listed: Sequence[Path], drop: Drop, pictures: bool, tell: Tell
 ) -> tuple[dict[Path, str], list[FileOutcome]]:
-    """Removes outdated files from the folder of features `out`.
+    """Removes outdated files from the folder of features `out`; returns input file -> stem.
 
-    Returns input file -> stem, and outcomes. The stem is the first part of the names of the file's
-    clips. There is an outcome for each file that cannot be found. The features of such a file are
-    kept. For `drop` and `pictures`, see `drop` and `thumbnails` of `extract_folders`.
+    The stem is the first part of the names of the file's clips. Also returns an outcome, an error,
+    for each earlier file that cannot be found; its features are kept. For `drop` and `pictures`,
+    see `drop` and `thumbnails` of `extract_folders`.
     """
     (out / VIDEOS).mkdir(exist_ok=True)
     if pictures:
@@ -288,8 +288,8 @@ def _check_extraction(
 
     `digests` is role of a net -> sha256 of the net's card, a JSON file. If `settings` is None, uses
     the settings of earlier features, or the defaults. Raises UserError if the folder has features
-    of other nets or settings, or files of another program. Other nets are no error if `upgrade` is
-    True, and `digests` has the roles of all earlier nets. Then the earlier features are deleted.
+    of other nets or settings, or files of another program. If `upgrade` is True, and `digests` has
+    the roles of all earlier nets, other nets are no error, and the earlier features are deleted.
     """
     before = features_folder.read_extraction(out)
     if before is None:
@@ -307,7 +307,7 @@ def _check_extraction(
         if before.models.get(role) != digests.get(role):
             raise UserError(
                 f"the features in '{out}' were computed with another net for the role {role}\n"
-                "name a new folder, or the folder of nets with which the features were computed"
+                "use a new folder for the features, or the earlier folder of nets"
             )
     if settings and settings != before.settings:
         old, new = map(msgspec.structs.asdict, (before.settings, settings))
@@ -325,9 +325,9 @@ def _choose_stems(
     """Returns file -> stem, the first part of the names of the file's clips.
 
     `known` is stem -> film of an earlier call. These films keep their stems, even if they were
-    moved. The stem of a new file is made from its name. If another file has the same stem, `~` and
-    8 digits of the sha256 are added to the stem. If two files have the same stem and the same
-    content, one of them is left out, and `tell` is called with a note.
+    moved. The stem of a new file is made from its name. If another file with other content has
+    the same stem, `~` and 8 digits of the sha256 are added to the stem. If the content is the same,
+    too, one of the two files is left out, and `tell` is called with a note.
     """
     of_path = {str(film.source.path): stem for stem, film in known.items()}
     moved = {film.sha256: stem for stem, film in known.items() if is_missing(film.source.path)}
@@ -363,7 +363,7 @@ def _sha256_or_of_name(path: Path) -> str:
 def _extract_batch(children: Children, jobs: Sequence[_Job], title: str) -> dict[_Job, FileOutcome]:
     """Extracts features from the new and changed files of a batch in one child process.
 
-    `title` is printed for a film, and is empty for photos. Returns file -> outcome.
+    `title` is printed, such as "3 of 10: a.mp4", or "" for photos. Returns job -> outcome.
     """
     outcomes: dict[_Job, FileOutcome] = {}
     pending: dict[_Job, film_lib.Task] = {}
@@ -408,7 +408,7 @@ def _read(children: Children, pending: Mapping[_Job, film_lib.Task]) -> list[Med
 
 
 def _find_earlier(job: _Job) -> MediaFile | None:
-    """Returns the description of a file from an earlier call; None if its features are missing."""
+    """Returns the stored description of the job's file; None if the file's features are missing."""
     known = features_folder.describe_media_file(job.out, job.stem)
     return known if features_folder.has_features(job.out, job.stem) else None
 
@@ -486,9 +486,9 @@ def _take_results(job: _Job, task: film_lib.Task, answer: MediaFile | UserError)
 def _check_results(job: _Job, task: film_lib.Task, film: MediaFile) -> MediaFile:
     """Checks the results of a child process; returns the description of the file `job.path`.
 
-    A malicious file may take over the child process. So the name, the properties and the sha256 in
-    the description are set here. Raises UserError if the results have clips of other films, or lack
-    clips or pictures.
+    A malicious file may take over the child process. So its name, properties and sha256 are taken
+    from `job` and `task`. Raises UserError if the results have clips of other films, or lack clips
+    or pictures.
     """
     assert task.source
     film.video = features_folder.make_printable(job.path.name)

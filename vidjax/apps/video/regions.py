@@ -150,7 +150,7 @@ def parse_packet(packet: bytes) -> Tags:
 
 
 def _refuse_long_addresses(packet: bytes) -> None:
-    """Raises UserError if XML would take minutes to parse, because a namespace is too long."""
+    """Raises UserError if the address of an XML namespace is so long that parsing takes minutes."""
     for piece in LONG_PIECE.finditer(packet):
         end = 0  # of the previous value; between values are only names
         for value in VALUE.finditer(piece[0]):
@@ -212,7 +212,7 @@ def _make_tag(name: str | None, left: float, top: float, width: float, height: f
 
 
 class _Reading(NamedTuple):
-    """The face at each tag (a named box), assuming that the boxes have the orientation `turn`."""
+    """An assignment of faces to n tags (named boxes), if the boxes have the orientation `turn`."""
 
     faces: np.ndarray  # int [n], the index of the face at each tag, or -1 if there is no face
     # [n], how well each tag fits its face: the overlap of the face with a box of the same size in
@@ -234,13 +234,13 @@ def match_faces(
 ) -> tuple[np.ndarray, str]:
     """Finds the detected face at each of n face tags.
 
-    Returns the index of the face, int [n], or -1 if there is no face. Also returns why no tag can
-    be believed, or "". If a photo was turned, mirrored or cropped after it was tagged, its tags
-    name wrong faces.
+    Returns int [n], the index of the face at each tag, or -1 if there is no face. Also returns ""
+    or a text, the reason to ignore all tags, for example that the photo seems to be turned,
+    mirrored or cropped after it was tagged.
 
-    Some programs draw the boxes of tags in the stored picture. The stored picture may lie on its
-    side. Others draw the boxes in the displayed, upright picture. `tags.shape` may show which
-    picture was used. If not, the picture in which the tags fit the faces better is chosen.
+    The boxes of tags were drawn either in the stored picture, which may lie on its side, or in the
+    displayed, upright picture. If `tags.shape` does not show in which of the two, the picture in
+    which the tags fit the faces better is chosen.
 
     `faces` [N, 4] are boxes in pixels of the displayed picture, and `size` is its width and height.
     `orientation` is the EXIF orientation of the stored picture, 1 to 8.
@@ -294,7 +294,7 @@ def _has_shape(shape: tuple[float, float], size: tuple[int, int], turn: int) -> 
 def _read(tags: Tags, faces: np.ndarray, size: tuple[int, int], turn: int) -> _Reading:
     """Finds the face at each face tag (a named box). For the arguments, see `match_faces`.
 
-    `turn` is the assumed EXIF orientation, 1 to 8, of the picture in which the tags were drawn.
+    The boxes of tags are turned by the EXIF orientation `turn`, 1 to 8, and compared with `faces`.
     """
     boxes = turn_boxes(np.array([tag.box for tag in tags.tags]).reshape(-1, 4), turn)
     boxes = boxes * np.array(size * 2)

@@ -73,7 +73,7 @@ def _place_subtitles(films: Sequence[MediaFile]) -> list[PurePath]:
 
     Players look for subtitles with the name of the film. If several films have the same name, their
     subtitles are in folders that are named after the folders of the films: `2019/IMG_0001`. If two
-    films in a folder differ only in the extension, their subtitles are named `a.mp4` and `a.mkv`.
+    films in a folder differ only in the extension, it is part of the result: `a.mp4` and `a.mkv`.
     """
     paths = [PurePath(features_folder.make_printable(str(film.source.path))) for film in films]
     keys = [tuple(map(fold, path.with_suffix("").parts)) for path in paths]

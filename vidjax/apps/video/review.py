@@ -73,9 +73,9 @@ class _Pages:
         given = request.path_params["token"]
         is_right = hmac.compare_digest(given.encode(), self._token.encode())
         if not (is_right and web.is_local(request.headers)):
-            raise HTTPException(HTTPStatus.NOT_FOUND, "Open the address that vidjax printed.")
+            raise HTTPException(HTTPStatus.NOT_FOUND, "Wrong address: open the one vidjax printed.")
         if request.method == "POST" and not web.is_same_site(request.headers):
-            raise HTTPException(HTTPStatus.FORBIDDEN, "Another page sent this change.")
+            raise HTTPException(HTTPStatus.FORBIDDEN, "Another website sent this change; refused.")
 
     def show(self, request: Request) -> Response:
         """Answers with the page of names: of all films, or of the film or person in the URL."""
@@ -139,7 +139,7 @@ class _Pages:
         return Response(picture, media_type="image/jpeg", headers=SANDBOX)
 
     async def change(self, request: Request) -> Response:
-        """Answers a form of the page: makes the change in the form, or undoes the last change."""
+        """Answers a submitted form: makes the change in the form, or undoes the last change."""
         self._check(request)
         form = await _read_form(request)
         return await run_in_threadpool(self._apply, form, request.url.path.endswith("/undo"))

@@ -1,9 +1,9 @@
 """Searches the frames of a film for people, and saves time by searching most frames only in part.
 
 The frames of a shot are divided into groups of at most five frames and less than a second. The last
-frame of a group is searched as a whole. Then the other frames are searched backwards in time. Each
-is searched only near people who were detected in the following frame, or in the last frame of the
-previous group. If fewer people are detected than in one of these two frames, the whole frame is
+frame of a group is searched as a whole. Then the other frames are searched, the latest first. Each
+is searched only near people who were detected in the frame after it, or in the last frame before
+the group. If fewer people are detected than in one of these two frames, the whole frame is
 searched. At least one frame per second is searched as a whole. So a person who is visible for a
 second is detected in such a frame, and then near the same place in the other frames.
 """
@@ -41,10 +41,10 @@ class FilmSearch:
         self._before: Faces | None = None  # the detections in the last frame of the previous group
 
     def add(self, number: int, time_s: float, rgb: np.ndarray) -> Iterator[SearchedFrame]:
-        """Adds a frame. If the frames before it are a complete group, yields them with their faces.
+        """Adds a frame. If it begins a new group, yields the earlier group's frames with faces.
 
         `number` is the number of the frame in the film. `time_s` is its time in seconds. `rgb` is
-        uint8 [H, W, 3]. A group has up to five frames.
+        uint8 [H, W, 3]. A group is at most five frames, and less than a second long.
         """
         begin_s = self._group[0].time_s if self._group else time_s
         if len(self._group) == MOST_FRAMES or time_s - begin_s >= LEAST_SECONDS - 1e-3:
@@ -52,7 +52,7 @@ class FilmSearch:
         self._group.append(SearchedFrame(number, time_s, rgb, NO_FACES))
 
     def end_shot(self) -> Iterator[SearchedFrame]:
-        """Yields the last frames of a shot, with faces. The next added frame begins a new shot."""
+        """Ends a shot; yields the frames that `add` has not yielded yet, with faces."""
         # The last frame of a short shot may be part of a fade, so the first frame is also searched.
         if self._group and self._before is None:
             first, *self._group = self._group

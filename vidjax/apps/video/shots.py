@@ -167,8 +167,8 @@ class _Dissolve:
     def detect_end(self, time_s: float, picture: _Picture, difference: float) -> bool:
         """Adds the picture at `time_s` seconds; returns whether a dissolve ends with this picture.
 
-        If a dissolve ends, `middle_s` becomes the time at which its first and its last picture have
-        equal weights. `difference` is the difference of `picture` from the previous picture.
+        If a dissolve ends, `middle_s` becomes the time of its middle. `difference` is the
+        difference of `picture` from the previous picture.
         """
         kept = self._kept
         if kept and time_s - kept[-1][0] < DISSOLVE_SECONDS / DISSOLVE_STEPS:
