@@ -130,7 +130,7 @@ def test_corrections_are_kept_when_all_nets_change(archive, drawn):
     assert sum("not Countess" in x for x in before) == 4 and "('joined', [], [])" not in before
     drawn.models = write_nets(drawn.folder / "new")
     _, output = archive.who()
-    assert output.count("there are new nets (face): the films and photos of this call are") == 1
+    assert output.count("there are new nets (face): the films and photos of this run are") == 1
     assert archive.list_corrections() == before
     assert not (archive.out / "unmatched.tsv").exists()
     entries = Gallery(archive.out / "gallery").clips.values()
@@ -201,8 +201,8 @@ def test_corrections_without_a_face_are_listed(archive, drawn):
         ("00.mkv", "not Countess"), ("00.mkv", "Eve 00"), ("00.mkv", "ignored"), ("01.mkv", "Bob"),
         ("", "other: Zoe"),
     }  # fmt: skip
-    assert f"corrections whose faces are not found again: {len(rows) - 1:,}, see" in output
-    assert "not found again" not in archive.who().output  # they are listed once
+    assert f"corrections lost, as their faces are no longer found: {len(rows) - 1:,}, see" in output
+    assert "no longer found" not in archive.who().output  # they are listed once
     enrol(NEW_WIDTH)  # again, from features of the new nets
     assert Gallery(archive.out / "gallery").clips["other"].vector.any()
 

@@ -106,7 +106,7 @@ def test_names_in_the_unknown_table_are_used_unless_they_contradict_earlier_name
     assert content["people"] == {"Ada": 1, name: 1}
     assert content["groups"] == 1, "only Eve is still an unknown person"
     assert "because the faces no longer exist: 1 name, such as the name of gone.s000.t00" in output
-    assert f"1 face got a name from unknown.tsv: {name}" in output
+    assert f"1 face got the name {name} from unknown.tsv" in output
     (row,) = table.read_text().splitlines()[1:]
     assert row.startswith("party.s001.t00\tunknown 1\tparty.mkv\t00:00:0")
     # A damaged or contradicting table is refused and kept. Some programs write other separators.
@@ -391,7 +391,7 @@ def test_face_tags_name_the_people_of_a_group_photo(drawn):
     shutil.rmtree(bob)
     content, output = drawn.who(film, flags=["--forget-missing"])
     assert content["people"] == {"Ada": 1, "Bob": 1}, "the group photo still has both tags"
-    assert "Bob no longer has a folder, but face tags in photos still say Bob" in output
+    assert "Bob no longer has a folder, but stays known: face tags still say Bob" in output
 
 
 def test_last_person_without_photos_is_forgotten_although_the_call_fails(drawn):

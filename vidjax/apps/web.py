@@ -98,10 +98,11 @@ def make_config(app: ASGIApp, limits: Limits) -> uvicorn.Config:
 class Server(uvicorn.Server):
     """A uvicorn server that ends after a signal, even if a thread hangs.
 
+    While too many connections are open, requests get the status 503. Only requests to the path
+    LIVE, with which a platform checks that the server works, are always answered.
+
     The signal sets the event `leaving`. After `limits.unready_seconds`, or at a second signal, the
-    server stops accepting requests. Requests that have arrived are still answered. If too many
-    connections are open, requests get the status 503. A request of the path LIVE, with which a
-    platform checks that the server works, is always answered.
+    server stops accepting requests. Requests that have arrived are still answered.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits, leaving: threading.Event):

@@ -99,7 +99,7 @@ def list_checks(args: argparse.Namespace) -> Mapping[str, Callable[[], str]]:
 
 
 def _list_folder_checks(workdir: Path, overrides: Sequence[str]) -> dict[str, Callable[[], str]]:
-    """Returns the checks of the gallery or run in a folder: subject -> function.
+    """Returns subject -> check, for the gallery or training run in the folder `workdir`.
 
     `overrides` are the words `--config.FIELD=VALUE` of the command line.
     """

@@ -89,7 +89,7 @@ def _export(args: argparse.Namespace) -> Result:
 
 
 def _import(args: argparse.Namespace) -> Result:
-    """Makes a run from the files that `vidjax export` wrote for a run, in any export format."""
+    """Makes the folder of a run from the files of `vidjax export`, in any export format."""
     from vidjax.evaluation import predict
     from vidjax.evaluation.export import weights
 

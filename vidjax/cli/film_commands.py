@@ -328,12 +328,12 @@ def add_measure_card_flags(parser: Parser) -> None:
 
 
 def measure_card(args: argparse.Namespace) -> Result:
-    """Measures the cosines of embeddings of people, and writes them into the JSON files of nets."""
+    """Measures cosines within and between people, for the cards (the JSON files) of nets."""
     models = args.models
     if not (args.photos or args.input or args.gallery):
         raise UserError(
             "there is nothing to measure: add --photos=DIR, or --input=DIR with features\n"
-            "to copy earlier measurements from the nets' JSON files to a gallery, add --gallery=G"
+            "or copy the measurements in the nets' JSON files to a gallery: add --gallery=G"
         )
     gallery = Gallery(args.gallery) if args.gallery else None
     done = list[MeasuredCard]()
@@ -349,8 +349,8 @@ def measure_card(args: argparse.Namespace) -> Result:
 def describe_cards(done: Sequence[MeasuredCard], gallery: Gallery | None = None) -> Result:
     """Returns what `vidjax measure-card` prints.
 
-    `done` are the measured cards, the JSON files of nets. `gallery` is the gallery into which the
-    cosines in the cards were copied, or None.
+    `done` are the measured cards, the JSON files of nets. `gallery` is the gallery to which the
+    measurements were copied, or None.
     """
     content, texts, rows = list[object](), dict[str, str](), list[tuple[str, ...]]()
     for card, found, back_end, unclear in done:

@@ -347,7 +347,7 @@ def _enrol(args: argparse.Namespace) -> Result:
         more = "; ..., see --json" * (len(rivals) > MOST_RIVALS)
         terminal.say(
             f"clips that may have a wrong name: {'; '.join(rivals[:MOST_RIVALS])}{more}\n"
-            "if the name is wrong: vidjax gallery relabel; if both names are one person: vidjax "
+            "if the name is wrong: vidjax gallery relabel; if one person has two names: vidjax "
             "gallery rename --merge",
             warning=True,
         )

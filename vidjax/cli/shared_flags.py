@@ -31,8 +31,7 @@ def add_definitions(parser: Parser) -> None:
 def load_definitions(args: argparse.Namespace) -> str | None:
     """Runs the Python file of `--config`, which may define more models and losses.
 
-    The configuration that the file returns is not used. Returns the name of the model in this
-    configuration, or None without `--config`.
+    Returns the field `model.name` of the file's configuration, or None without `--config`.
     """
     if not args.config:  # a path in the folder of a run is never run: it may come from a stranger
         return None

@@ -90,9 +90,8 @@ def concat_clips(
 
     With probability 0.5, a short clip gets the frames of another chosen short clip at its end. The
     added frames get the next frame numbers. A long clip is cut to a random piece. Call this
-    function for each modality with the same `rng`, `chosen` and `short`. Then all modalities of a
-    short clip are joined with the same other clip, and all modalities of a long clip are cut at the
-    same relative position.
+    function for each modality with the same `rng`, `chosen` and `short`, so that all modalities of
+    a clip get frames of the same clip, or are cut at the same relative position.
 
     Args:
       chosen: [B] bool, True for clips that may change. It must be False on padded rows.
@@ -103,8 +102,8 @@ def concat_clips(
     Returns:
       Frames [B, 2 T] in the stored dtype.
 
-    Source: noise augmentation of the 5th-place system of 2018, with `random` pieces. The
-    probability and `equal` pieces are not in the paper.
+    Source: noise augmentation of the 5th place in the iQIYI-VID challenge 2018, with `random`
+    pieces. The paper of this system has no probability and no `equal` pieces.
     """
     partner_rng, join_rng, cut_rng = jax.random.split(rng, 3)
     num_clips = len(chosen)
@@ -198,14 +197,14 @@ TRANSFORMS: dict[str, Transform] = {"by_example": Transform(by_example)}
 def make_transforms(
     config: Mapping[str, Any], num_identities: int
 ) -> tuple[tuple[BatchTransform, ...], tuple[BatchTransform, ...]]:
-    """Returns the augmentations of a configuration: before the fusion of frames, and after it.
+    """Returns two tuples: the augmentations before the fusion of frames, and after the fusion.
 
     A fusion selects or averages the frames of a clip. Raises UserError if an option is wrong.
 
-    In both tuples, the transforms of `config.ensemble.min_quality`, `config.noise.join` and
-    `config.mixup` come before the entries of `config.transforms`. An entry is a key of TRANSFORMS,
-    or a dict with the key as `name` and with options. Entries with `Transform.before_fusion` are in
-    the first tuple, and other entries in the second.
+    The first tuple begins with the transforms of `config.ensemble.min_quality` and
+    `config.noise.join`, the second with `config.mixup`. The entries of `config.transforms` follow,
+    in the first tuple if `Transform.before_fusion` is True. An entry is a key of TRANSFORMS, or a
+    dict with the key as `name` and with options.
     """
     before: list[BatchTransform] = []
     after: list[BatchTransform] = []

@@ -1,9 +1,9 @@
 """The structures of a batch of clips, and the conventions for axes and class columns.
 
-The letters in shapes mean the same in all modules. B counts the clips of a batch, N the clips of a
-dataset, T frames, D features, K clusters or class columns, C identities, and E members (nets) of an
-ensemble. M counts modalities, such as face and voice, or the vectors of modalities in a model. G
-counts the branches (sets of logits) of a model, or the examples of a clip.
+In shapes, B counts the clips of a batch, N the clips of a dataset, T frames, D features, C
+identities, and E members (nets) of an ensemble. Three letters depend on the module: K counts class
+columns or clusters, M counts modalities (such as face and voice) or vectors inside a model, and G
+counts the branches (sets of logits) of a model or the examples of a clip, see `ClipInfo`.
 
 Class columns are the columns of logits and scores, [B, 1 + C]. Column 0 is "other": distractors,
 which show none of the identities. Columns 1..C are the identities in the order of
@@ -42,7 +42,7 @@ class NoiseClassLayout(NamedTuple):
 
     @property
     def num_columns(self) -> int:
-        """The number of class columns: 1 + 2 x identities + clusters."""
+        """The number of class columns: "other", the identities, the clusters, and the mirrors."""
         return 1 + 2 * self.num_identities + self.num_clusters
 
     @property
@@ -54,13 +54,13 @@ class NoiseClassLayout(NamedTuple):
         return self.num_identities + self.num_clusters
 
     def is_identity(self, columns: Array) -> Array:
-        """Returns [...] bool, True for columns of identities. `columns` are [...] int."""
+        """Returns [...] bool: whether each class column in `columns` [...] int is an identity."""
         return (columns >= 1) & (columns <= self.num_identities)
 
     def is_mirror(self, columns: Array) -> Array:
-        """Returns [...] bool, True for columns of mirror classes. `columns` are [...] int.
+        """Returns [...] bool: whether each class column in `columns` [...] int is a mirror.
 
-        A mirror class contains distractors that the model mistakes for an identity.
+        The mirror of an identity is a class of distractors that the model mistakes for it.
         """
         return (columns > self.mirror_shift) & (columns < self.num_columns)
 
@@ -120,7 +120,7 @@ class Batch(NamedTuple):
 class ClipInfo(NamedTuple):
     """What a model receives about B examples, in addition to their frames.
 
-    An example is a clip or, if `config.after_fusion` is `examples`, a fused frame of a clip.
+    An example is a clip or, if `config.after_fusion` is `examples`, one of a clip's fused frames.
 
     Attributes:
       index: [B] int32, row of the example's clip among the training clips; 0 on padded rows.

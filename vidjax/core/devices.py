@@ -20,7 +20,7 @@ CUDA = "'vidjax[cuda13]' (driver 580 or newer) or 'vidjax[cuda12]' (driver 525 o
 
 
 def is_cpu(mesh: Mesh) -> bool:
-    """Returns True if the devices of a mesh are CPUs, or emulated on a CPU."""
+    """Returns True if `mesh` consists of CPUs. JAX may emulate several devices on one CPU."""
     return mesh.devices.flat[0].platform == "cpu"
 
 
@@ -29,10 +29,7 @@ def jit(
     mesh: Mesh,
     **options: Any,  # noqa: ANN401
 ) -> jax.stages.Wrapped:
-    """Returns `jax.jit(function, **options)`, but programs for a CPU compile faster.
-
-    `mesh` are the devices on which the program will run.
-    """
+    """Returns `jax.jit(function, **options)`, but compiles faster if `mesh` consists of CPUs."""
     # LLVM optimises less. Matrix products are not slower, because libraries compute them.
     level = {"xla_backend_optimization_level": 1} if is_cpu(mesh) else None
     return jax.jit(function, compiler_options=level, **options)

@@ -1,8 +1,8 @@
 """Ensembles of nets: the members, their training clips, and the clips that they score.
 
-All published ensembles train the same network on several subsets of the same clips or features. So
-every array of parameters has a leading axis E, the members. A single program trains or evaluates
-all members in a single pass over the data.
+The members are the same network, trained on several subsets of the same clips or features. So every
+array of parameters has a leading axis E, the members. A single program trains or evaluates all
+members in a single pass over the data.
 """
 
 import functools
@@ -105,11 +105,11 @@ def assign_folds(labels: np.ndarray, num_folds: int, seed: int) -> np.ndarray:
 def draw_bootstrap(
     labels: np.ndarray, number: int, seed: int, resample: str = "identity"
 ) -> np.ndarray:
-    """Returns how many times the bootstrap sample `number` contains each clip, [N] int32.
+    """Returns how many times a bootstrap sample contains each of N clips, [N] int32.
 
-    Labels are [N] int. If `resample` is `identity`, the clips of every identity are resampled
-    separately, so no identity is lost. If it is `all`, all clips are resampled together, so
-    identities with few clips may be lost.
+    `number` is the index of the sample, and `labels` are [N] int. If `resample` is `identity`, the
+    clips of every identity are resampled separately, so no identity is lost. If it is `all`, all
+    clips are resampled together, so identities with few clips may be lost.
     """
     rng = np.random.default_rng((seed, number))
     if resample == "all":
@@ -127,8 +127,9 @@ def count_clip_uses(
 ) -> np.ndarray:
     """Returns how often each of E members trains on each of N clips in an epoch, [E, N] float32.
 
-    `labels` [N] int are the class columns of the clips. `folds` is the number of folds, or 0. For
-    `resample`, see `draw_bootstrap`. Raises UserError if there are more folds than clips.
+    A member trains on a bootstrap sample, see `draw_bootstrap`, or on the clips outside its fold,
+    see `assign_folds`. `labels` are [N] int. `folds` is the number of folds; 0 means no folds.
+    Raises UserError if there are more folds than clips.
     """
     if folds > len(labels):
         raise UserError(
@@ -146,10 +147,10 @@ def count_clip_uses(
 
 
 def add_trained_clips(sets: TrainingSets, earlier: TrainingSets) -> TrainingSets:
-    """Adds the training clips of an earlier run, whose weights initialise the members of `sets`.
+    """Returns `sets`, with the training clips of an earlier run added to the clips of each member.
 
-    Member i of `sets` starts with the weights of member i of `earlier`. If `earlier` has only one
-    member, all start with its weights. Returns the members of `sets` with the clips of both runs.
+    The weights of member (net) i in the earlier run initialise member i of `sets`. If `earlier` has
+    only one member, its weights initialise all members.
     """
     known = _index_clips(sets.clips)
     more = tuple(clip for clip in earlier.clips if clip not in known)

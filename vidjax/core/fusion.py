@@ -1,11 +1,12 @@
 """Fusions: functions that select or average the frames of clips in a modality.
 
-A fusion maps Frames [B, T] to Frames [B, T'], and can be jitted. Random numbers are drawn in the
-shape of the whole batch, so they do not depend on the number of devices. Selected features keep
-their stored dtype. Only the selected rows of LazyFeatures are read. In a mask, real frames may come
-after masked frames, for example after `filter_frames`. If a clip has no frames, the mask of its
-fused frames is False, and mean frames are 0. If two frames have equal quality, the earlier frame
-counts as better. NaN is the lowest quality.
+A fusion maps Frames [B, T] to Frames [B, T'], and can be jitted.
+
+- Random numbers have the shape of the whole batch, so the number of devices does not matter.
+- Selected features keep their stored dtype. Only the selected rows of LazyFeatures are read.
+- In a mask, real frames may come after masked frames, for example after `filter_frames`.
+- If a clip has no frames, the mask of its fused frames is False, and means are 0.
+- If two frames have equal quality, the earlier frame counts as better. NaN is the lowest quality.
 """
 
 import fractions
@@ -47,7 +48,7 @@ def filter_frames(
     """
     check_choice("poor_clips", poor_clips, ("drop", "keep"))
     if not 0 < top_share <= 1:
-        raise UserError(f"top_share or kept_share is {top_share}: must be above 0 and at most 1")
+        raise UserError(f"top_share and kept_share must be above 0 and at most 1, not {top_share}")
     kept = frames.mask
     if min_quality is not None:
         kept = kept & (ordered_quality(frames.quality) >= min_quality)
@@ -140,7 +141,7 @@ def frame_weights(frames: Frames, weighting: str) -> Array:
     """Computes the weight of every frame, [B, T] float32, with the formula `weighting`.
 
     - `uniform`: 1
-    - `score`: quality
+    - `score`: only the quality
     - `quality`: quality x detection
     - `squared`: quality squared, so a negative quality counts too
     - `graded`: quality x detection x g. The factor g is 0 for a quality below 0, 0.2 below 20, 0.3
@@ -149,8 +150,8 @@ def frame_weights(frames: Frames, weighting: str) -> Array:
     Padding has the weight 0. Negative weights and weights that are not finite become 0. If all
     weights of a clip would be 0, its frames have the weight 1.
 
-    Source: `graded` is W(x) of quality fusion (4th place 2019). `squared` is from the code of noise
-    classes (5th place 2018). In the paper, W(x) may divide 0 by 0; here the weights are then 1.
+    Source: `graded` is W(x) in the paper of the 4th place 2019 (quality fusion), without a rule for
+    weights that are all 0. `squared` is from the code of the 5th place 2018 (noise classes).
     """
     uniform = frames.mask.astype(jnp.float32)
     if weighting == "uniform":
@@ -179,7 +180,7 @@ def mean_measure(frames: Frames, measure: str) -> Array:
 
 
 def shuffle(rng: Array | None, mask: Array) -> Array:
-    """Shuffles the frames of every clip. Returns their indices [B, T] int32, real frames first.
+    """Returns a random order of the frames of every clip: indices [B, T] int32, real frames first.
 
     If `rng` is None, the order is fixed and depends only on the number of real frames.
     """
@@ -225,7 +226,7 @@ def map_fields(fn: Callable[..., Array], *frames: Frames) -> Frames:
     """Applies `fn` to each field of Frames: features, quality, detection, number and mask.
 
     Returns Frames of the results. If several Frames are given, `fn` receives the same field of each
-    of them. If features are LazyFeatures, `fn` receives the row numbers `index` instead.
+    of them. Of LazyFeatures, `fn` receives the row numbers `index` instead of features.
     """
 
     def field(*values: Array) -> Array:
@@ -285,7 +286,7 @@ def _select_first(
 def _select_frames(frames: Frames, index: Array) -> Frames:
     """Returns Frames [B, T'] of the frames at the positions `index` [B, T'] of each clip.
 
-    The mask of the result is False only for clips without frames.
+    The mask of a clip is all True, or if the clip has no frames, all False.
     """
     chosen = map_fields(lambda values: take(values, index), frames)
     has_frame = frames.mask.any(axis=1, keepdims=True)
@@ -314,12 +315,12 @@ def random_fusion(
       max_frames: largest number of frames in a fused frame.
       probs: relative probabilities that a fused frame is the mean of 1, 2, ... `max_frames` frames.
         None means equal probabilities.
-      replacement: True to draw frames with replacement. If False, the frames in a mean differ, if
-        the clip has enough frames with a probability above 0.
-      sampling: relative probabilities of the frames, a weighting of `frame_weights` such as
-        `quality`. Probabilities are rounded to 1/4096 of the largest.
-      weighting: weights of the frames in the mean, a weighting of `frame_weights`. `mixup` draws
-        random weights (Dirichlet with parameters 1).
+      replacement: True to draw frames with replacement. If False, a mean contains a frame twice
+        only if the clip has too few frames that can be drawn.
+      sampling: the formula of the probability that a frame is drawn, such as `quality`, see
+        `frame_weights`. Probabilities are rounded to 1/4096 of the largest.
+      weighting: the formula of the weights in the mean, see `frame_weights`; or `mixup` for random
+        weights (Dirichlet with parameters 1).
 
     Returns:
       Frames [B, T'] with float32 features. Quality and detection are means with the same weights.
@@ -483,8 +484,8 @@ def crop_means(
 
     Args:
       weighting: formula of the weights in the means, such as `quality`, see `frame_weights`.
-      always_shorter: if True, a left-out third or sixth has at least 1 frame, provided that a frame
-        of the clip remains. If False, thirds and sixths are rounded down, possibly to 0 frames.
+      always_shorter: if True, a third or sixth is at least 1 frame, unless the crop would be
+        empty. If False, thirds and sixths are rounded down, possibly to 0 frames.
 
     Source: test-time crops of the 5th-place system of 2018, whose code uses `always_shorter`.
     """
@@ -534,8 +535,8 @@ def make_fusion(spec: Mapping[str, Any]) -> Callable[[Array | None, Frames], Fra
 
     Args:
       spec: a dict such as `config.fusion.face.train`: `name`, a key of FUSIONS, and options of this
-        fusion. Options of `filter_frames` filter the frames before the fusion. `kept_share` is the
-        share of the fused frames to keep, the highest quality first.
+        fusion. Options of `filter_frames` apply before the fusion. After it, the share `kept_share`
+        of the fused frames is kept, the highest quality first.
     """
     if not isinstance(spec, Mapping):
         raise UserError(f"{str(spec)[:50]!r} is not a dict such as {{'name': 'all'}}")
@@ -654,8 +655,8 @@ def _fuse(
 
     `picks` are indices of frames, `is_used` is False for picks to ignore, and `weights` are weights
     in the mean. Each is a sequence of S arrays [B, T'], for T' fused frames of B clips. The first
-    pick is always used, and gives the `number` of the fused frame. Returns Frames [B, T'] with
-    float32 features. The mask is False only for clips without frames.
+    pick is always used, and its frame number becomes the `number` of the fused frame. Returns
+    Frames [B, T'] with float32 features. The mask is False only for clips without frames.
     """
     weights = [jnp.where(used, w, 0.0) for used, w in zip(is_used, weights, strict=True)]
     # All picked frames may have weight 0 while other frames of the clip have positive weights.
@@ -685,10 +686,10 @@ def _fuse(
 
 
 def _cumulate_probs(probs: Sequence[float] | None, length: int) -> np.ndarray:
-    """Returns the cumulative probabilities of averaging 1, 2, ... frames, [length] float32.
+    """Returns the probabilities that a mean has at most 1, 2, ... `length` frames, float32.
 
-    `probs` are relative probabilities, or None for equal probabilities. Raises UserError if they
-    are not `length` finite numbers of 0 or more.
+    `probs` are the relative probabilities of 1, 2, ... `length` frames, or None if they are equal.
+    Raises UserError if `probs` are not `length` finite numbers of 0 or more.
     """
     try:
         weights = np.ones(length) if probs is None else np.asarray(probs, np.float64)

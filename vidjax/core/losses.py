@@ -27,7 +27,7 @@ def softmax_cross_entropy(
     Args:
       logits: [..., K] float, a column for each class.
       labels: [...] int32, the column of the right class.
-      class_mask: [K] bool, True for columns that take part. None means all columns.
+      class_mask: [K] bool, True for class columns that the loss uses. None means all columns.
       label_smoothing: share of the target, in [0, 1), that is spread evenly over all columns that
         take part, including the column of the label.
 
@@ -67,7 +67,7 @@ def angular_margin(logits: Array, labels: Array, *, margin: float, scale: float 
     """
     fixed = 1.0 if isinstance(scale, jax.Array) else scale  # a learned scale cannot be checked here
     if not fixed > 0:
-        raise UserError(f"config.model.logit_scale={scale}: must be above 0 for a margin")
+        raise UserError(f"config.model.logit_scale={scale}: must be above 0 if there is a margin")
     if margin == 0:
         return logits
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
@@ -111,7 +111,7 @@ def binary_focal(
       logits: [..., K] float.
       labels: [...] int32, the class column of each example.
       gamma: focusing exponent, 0 or more; 0 is the binary cross-entropy.
-      class_mask: [K] bool, True for columns that take part. None means all columns.
+      class_mask: [K] bool, True for class columns that the loss uses. None means all columns.
 
     Returns:
       [...] float. With p = sigmoid(logit): -(1 - p)^gamma log p in the column of the label, plus
@@ -143,7 +143,7 @@ def multiclass_focal(
       logits: [..., K] float.
       labels: [...] int32, the class column of each example.
       gamma: focusing exponent, 0 or more; 0 is the cross-entropy.
-      class_mask: [K] bool, True for columns that take part. None means all columns.
+      class_mask: [K] bool, True for class columns that the loss uses. None means all columns.
     """
     cross_entropy = softmax_cross_entropy(logits, labels, class_mask)
     if gamma == 0:
@@ -162,18 +162,16 @@ def batch_focal(
 ) -> Array:
     """Computes the focal loss (1 - p)^gamma x cross-entropy, with a single p for the whole batch.
 
-    p follows from the batch: -log p is the weighted mean of the cross-entropies. If a model has
-    G branches (sets of logits for each example), each branch has a separate p. Returns the loss of
-    each label, [...].
+    -log p is the weighted mean of the cross-entropies in the batch. Each of the G branches of a
+    model (sets of logits for each example) has a separate p. Returns the loss of each label, [...].
 
     Args:
-      logits: [..., K] float. For G branches, the first axis has B G rows, where the G rows of an
-        example are neighbours.
+      logits: [..., K] float. For G branches: [B * G, K], with G neighbouring rows per example.
       labels: [...] int32, the class column of each row.
       gamma: focusing exponent, 0 or more; 0 is the cross-entropy.
-      class_mask: [K] bool, True for columns that take part. None means all columns.
-      counted: [B, G] float, weight of each cross-entropy in the mean. None means a single branch
-        with equal weights.
+      class_mask: [K] bool, True for class columns that the loss uses. None means all columns.
+      counted: [B, G] float, weight of each cross-entropy in the mean. None means that G is 1, and
+        all weights are equal.
 
     Source: models/losses.py in the code of DeepMEF (3rd place 2019).
     """
@@ -210,9 +208,9 @@ def make_objective(
     """Builds the training objective, a function that computes the loss of each example.
 
     A model has one or more branches (sets of logits). The loss of an example is the sum over the
-    branches of `ModelOutput.loss_weight` x loss. If `spec["mean_over"]` is `branches`, the weight
-    of a branch is first divided by the mean weight of this branch in the batch. For the arguments,
-    see `make_loss`. For the arguments of the result, see `Objective`.
+    branches of `ModelOutput.loss_weight` x loss. If `spec["mean_over"]` is `branches`, each branch
+    is averaged over only its own examples: its weights are divided by their mean in the batch. For
+    the arguments, see `make_loss`. For the arguments of the result, see `Objective`.
     """
     loss_fn = make_loss(spec, class_mask, steps_per_epoch, logit_scale=logit_scale)
 
@@ -260,11 +258,11 @@ def make_loss(
 
     Args:
       spec: these fields of `config.loss`, and the options of the losses:
-        classification, focal: the two losses, each a key of CLASSIFICATION.
+        classification, focal: the names of the two losses, keys of CLASSIFICATION.
         schedule: pairs (epoch, w), see `optim.make_piecewise`.
         margin_type: the kind of the margin, a key of MARGINS.
         margin: the size of the margin; 0 if logits are not cosines.
-      class_mask: [K] bool, True for columns that take part. None means all columns.
+      class_mask: [K] bool, True for class columns that the loss uses. None means all columns.
       steps_per_epoch: optimiser steps per epoch; may be a fraction.
       logit_scale: factor on the cosines of the model, or 1 if its logits are not cosines.
 
@@ -291,8 +289,8 @@ def make_loss(
     weights = np.asarray(spec["schedule"], np.float32)[:, 1]
     if np.any(weights > 1):
         raise UserError(
-            f"config.loss.schedule: the weights, the second numbers of the pairs, are "
-            f"{weights.tolist()}, but must lie between 0 and 1"
+            f"config.loss.schedule: the second number of each pair is a weight from 0 to 1, but "
+            f"the weights are {weights.tolist()}"
         )
 
     def loss_fn(
@@ -432,7 +430,7 @@ def _sum_of_focal_negatives_jvp(
 def _log1p(x: Array) -> Array:
     """Computes log(1 + x) for x in [0, 1], with a relative error below 2e-7 in float32.
 
-    XLA for CPUs does not vectorise `jnp.log1p` if it is fused with other operations.
+    This is faster than `jnp.log1p`, because XLA for CPUs does not vectorise a fused `jnp.log1p`.
     """
     if x.dtype != jnp.float32:
         return jnp.log1p(x)

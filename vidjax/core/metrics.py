@@ -89,7 +89,7 @@ def auroc(scores: ArrayLike, positive: ArrayLike) -> float | None:
 
 
 class IdentificationErrors(NamedTuple):
-    """The errors of open-set identification at a threshold. Distractors are unknown people."""
+    """The errors of open-set identification at a threshold, see `identification_errors`."""
 
     threshold: float  # a clip is identified if its best score is at least this score
     fpir: float  # false-positive identification rate, the share of distractors that get a name
@@ -170,7 +170,7 @@ def fpir_interval(num_passing: int, num_distractors: int) -> tuple[float, float]
     coefficients = np.concatenate([[0.0], np.cumsum(steps)])  # logs of binomial coefficients
 
     def share_above(rate: float) -> float:
-        """Returns the probability that the rate on new distractors is above `rate`."""
+        """Returns the probability that the FPIR on new distractors is above `rate`."""
         others = num_distractors - counts
         logs = coefficients + counts * math.log(rate) + others * math.log1p(-rate)
         return float(np.exp(logs).sum())
@@ -218,7 +218,7 @@ def top1(clips: ClipScores, labels: np.ndarray) -> float:
 def mean_loss(clips: ClipScores, labels: np.ndarray) -> float | None:
     """Returns the mean of -log(probability of the right identity) over the known clips.
 
-    Known clips have a label [N] int above 0. Returns None if no log-probability is known.
+    `labels` [N] int are above 0 for known clips. Returns None if no log-probability is known.
     """
     if clips.own is None:
         return None
@@ -236,11 +236,11 @@ def clip_auroc(clips: ClipScores, labels: np.ndarray) -> float | None:
 
 
 def open_set(clips: ClipScores, labels: np.ndarray, *, value: str, fpir: float) -> float | None:
-    """Returns a number about open-set identification, see `identification_errors`.
+    """Returns the threshold or the FNIR of open-set identification, see `identification_errors`.
 
-    `value` is the name of the number: `threshold`, or `fnir`, the share of known clips without the
-    right name. At the threshold, at most the share `fpir` of new distractors (clips of unknown
-    people) gets a name. Returns None if there are too few distractors, or no known clips.
+    `value` is `threshold`, or `fnir` for the share of known clips without the right name. At the
+    threshold, at most the share `fpir` of new distractors (clips of unknown people) gets a name.
+    Returns None if there are too few distractors, or no known clips.
     """
     pool = clips.pool
     known = labels[pool] > 0

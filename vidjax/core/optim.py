@@ -47,7 +47,7 @@ def make_piecewise(
 
 
 class Warmup(NamedTuple):
-    """What schedules need: the linear warm-up of the learning rate, and the length of the run."""
+    """The linear warm-up of the learning rate, and the length of the run, for a schedule."""
 
     peak: float  # learning rate after the warm-up
     start: float  # learning rate at the first step of the warm-up
@@ -56,7 +56,7 @@ class Warmup(NamedTuple):
     steps_per_epoch: float  # optimiser steps per epoch; may be a fraction
 
     def multiply(self, scale: optax.Schedule) -> optax.Schedule:
-        """Returns a schedule, step -> rate: the warm-up and then the peak, times `scale(step)`."""
+        """Returns a schedule: warm-up, then peak. All rates are multiplied by `scale(step)`."""
         rate = optax.constant_schedule(self.peak)
         if self.warmup_steps >= 1:
             rate = optax.linear_schedule(self.start, self.peak, self.warmup_steps)
@@ -85,7 +85,7 @@ def constant(ramp: Warmup) -> optax.Schedule:
 
 
 def staircase(ramp: Warmup, *, decay_factor: float, decay_every_epochs: float) -> optax.Schedule:
-    """Returns a schedule that multiplies the rate by `decay_factor` every `decay_every_epochs`.
+    """Returns a schedule: the rate of `ramp` x `decay_factor` ** (epoch // `decay_every_epochs`).
 
     Epochs are counted from the first step. `decay_every_epochs` may be a fraction.
     """
@@ -246,8 +246,7 @@ def make_optimizer(
 
     - `total_decay` is decoupled from the gradient. It is the decay over the whole run: the usual
       decoupled weight decay times the sum of all learning rates. If gradients are 0, a matrix
-      shrinks to about exp(-total_decay) of its size, for any learning rate. With few steps, it
-      shrinks more.
+      shrinks to about exp(-total_decay) of its size, for any learning rate.
     - `weight_decay` is the L2 penalty of published recipes. As in torch.optim, weight_decay x
       parameter is added to the clipped gradient, before the momentum or the moments of Adam.
 
@@ -264,9 +263,9 @@ def make_optimizer(
       total_steps, steps_per_epoch: see `make_schedule`.
 
     Raises:
-      UserError: a name is unknown; the function in OPTIMIZERS has a parameter `learning_rate`, so
-        the rate would be applied twice; or `total_decay` is set, but the learning rates have a sum
-        that is 0, negative or not finite.
+      UserError: a name is unknown; the function in OPTIMIZERS has a parameter `learning_rate`,
+        although the rate is applied later; or `total_decay` is set, but the learning rates have a
+        sum that is 0, negative or not finite.
     """
     every = spec["accumulate"]
     total_steps, steps_per_epoch = -(-total_steps // every), steps_per_epoch / every  # updates

@@ -171,10 +171,10 @@ def group_files_by_split(folder: Path) -> dict[str, list[Path]]:
 
 
 def _refuse_parts(tables: Sequence[Path], present: Collection[str]) -> None:
-    """Raises UserError if a parquet table is only a part of a split.
+    """Raises UserError if parts of a split, such as train-00000-of-00002.parquet, would be ignored.
 
-    Such a table is called train-00000-of-00002.parquet, for example. `tables` are the paths of all
-    tables, and `present` are the splits whose files were found.
+    `tables` are the paths of all tables. `present` are the splits that have files with the expected
+    names. If a split is not in `present`, a single part is no error, see `refuse_split`.
     """
     for split in SPLITS:
         parts = [path for path in tables if path.stem.startswith(split) and path.stem != split]

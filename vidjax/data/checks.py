@@ -1,7 +1,7 @@
 """Finds what is probably a mistake in a dataset.
 
 Such mistakes are misspelt file names, features from which no model can learn, and identities that a
-spreadsheet or another program has changed.
+spreadsheet has changed, such as 1-Mar instead of MARCH1.
 """
 
 import json
@@ -80,8 +80,8 @@ def refuse_split(path: Path, word: str, present: Collection[str]) -> None:
     """Raises UserError if `word` is probably a misspelt split, such as `valid` for `val`.
 
     `word` is the part of the name of the file `path` where the split is expected. `present` are the
-    splits whose files were found. If `present` contains the split that `word` resembles, `word` is
-    probably another name, and there is no error.
+    splits whose files were found. If `val` is in `present`, `valid` is probably not meant as `val`,
+    and there is no error.
     """
     lower = word.lower() if word not in SPLITS else ""
     longer = (split for split in SPLITS if lower.startswith(split))
@@ -123,10 +123,9 @@ def explain_unread(path: Path, folder: Path | None = None) -> str:
 
 
 def refuse_unread(entries: Iterable[Path], wanted: str) -> None:
-    """Raises UserError if there are features in `entries`, the files and folders that are not read.
+    """Raises UserError if a file or folder in `entries` has features that would be ignored.
 
-    So no features are ignored without the user's knowledge. `wanted` describes the files that are
-    read, for the message.
+    `wanted` describes the files that are read, for the message.
     """
     for path in entries:
         inside = path.iterdir() if path.is_dir() else [path]
@@ -187,7 +186,8 @@ def find_transposed(
 def find_equal_quality(report: Mapping[str, Any], modalities: Sequence[str]) -> Iterator[str]:
     """Yields a message for each modality in which all frames have almost the same quality.
 
-    Only qualities that are the norms of the features are checked. `report` is the data report.
+    A modality is checked if the quality of a frame is the norm of its features. `report` is the
+    data report.
     """
     for modality in modalities:
         counts = _list_counts(report, report["splits"], modality)
@@ -229,9 +229,9 @@ def warn_of_bad_values(
 
 
 def _has_equal_norms(report: Mapping[str, Any]) -> bool:
-    """Returns True if the qualities of a modality are nearly equal, and are norms of the features.
+    """Returns True if the qualities of all frames are the norms of their features and nearly equal.
 
-    `report` is the entry of the modality in the data report.
+    `report` is the entry of a modality in the data report.
     """
     norm = report["norm"]
     if report["quality"] != norm or not norm["counts"] or not MIN_NORM < norm["mean"] < MAX_NORM:
@@ -318,7 +318,8 @@ _CHANGED = {
 def warn_of_changed(places: Mapping[str, str]) -> None:
     """Warns, in one line, of identities that a spreadsheet or another program probably changed.
 
-    `places` is identity -> the place of its first clip, such as a file and a line.
+    An example is 1-Mar instead of MARCH1. `places` is identity -> the place of its first clip, such
+    as a file and a line.
     """
     # Without leading zeros, decimals .0 and unusual blanks, two identities may be equal.
     usual = {n: re.sub(r"^0+(?=\d)|[.,]0+$", "", " ".join(n.split())) for n in places}
@@ -342,6 +343,6 @@ def warn_of_changed(places: Mapping[str, str]) -> None:
 
 
 def _simplify(name: str) -> str:
-    """Replaces words by `a` and numbers by `0`: Jan-01 becomes a-0. Without digits, returns ""."""
+    """Returns the form of a name, such as a-0 for Jan-01. For a name without digits, returns ""."""
     text = re.sub(r"\w*[^\W\d]\w*", "a", name) if re.search(r"\d", name) else ""
     return re.sub(r"\d{1,15}", "0", text)

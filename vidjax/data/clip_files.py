@@ -84,8 +84,8 @@ def check_nets(path: Path, made: Nets, wanted: Nets) -> None:
         if made.get(modality, digest) != digest:
             raise UserError(
                 f"the {modality} vectors in '{path}' are not from the model of the gallery\n"
-                "extract the clips with the models of the gallery (--models=DIR), or create "
-                "another gallery with the models of the clips"
+                "extract the features with the models of the gallery (--models=DIR), or create "
+                "another gallery with the models of these features"
             )
 
 
@@ -158,17 +158,17 @@ def write_npz(
 def read_npz_bytes(content: bytes, name: str, limit: int, nets: Nets = NO_NETS) -> Iterator[Clip]:
     """Yields the clips in the content of an `.npz` file in memory.
 
-    `name` is the name of a single clip. If the file contains the names of its clips, `name` must be
-    "". `nets` are the nets of the gallery, see `check_nets`. Raises UserError if the content is
-    damaged, or needs more than `limit` bytes of memory. The size is checked before the arrays are
-    unpacked. Each number counts as at least 4 bytes, even if its dtype is smaller.
+    If the content has the names of its clips, `name` must be "". If not, `name` is the name of the
+    only clip. `nets` are the nets of the gallery, see `check_nets`. Raises UserError if the content
+    is damaged, or needs more than `limit` bytes of memory. The size is checked before the arrays
+    are unpacked. Each number counts as at least 4 bytes, even if its dtype is smaller.
     """
     clean = clean_name_at("clip", name) if name else ""
     with prefix_errors(f"clip {show(clean)}" if name else "npz"):
         arrays = files.load_npz(io.BytesIO(content), limit, FLOAT_BYTES)
         several = has_several_clips(arrays)
         if several and name:
-            raise UserError("the .npz contains the names of its clips: leave out ?clip=NAME")
+            raise UserError("the .npz contains names of clips: leave out ?clip=NAME in the URL")
         if not several and not name:
             raise UserError("the query lacks the name of the clip: add ?clip=NAME")
         check_nets(Path("npz"), _take_nets(arrays), nets)
@@ -224,7 +224,7 @@ def read_parquet(path: Path) -> Iterator[Clip]:
             )
         given.setdefault(name, clip)
         if modality in clips.setdefault(name, {}):
-            raise UserError(f"{place}: the name occurs with and without .mp4: delete one of them")
+            raise UserError(f"{place}: occurs with and without .mp4: delete the rows of one clip")
         fields = {name: column[rows] for name, column in scalars.items()}
         features = _stack_lists(values, start[rows], int(width[rows[0]]))
         clips[name][modality] = {"features": features, **fields}

@@ -125,7 +125,7 @@ class BatchPlan(NamedTuple):
 
 
 class DrawnClips(NamedTuple):
-    """The clips that were drawn for R rows of training batches."""
+    """The clips in the R rows of one or more training batches. A row is a clip, or empty."""
 
     clip_index: np.ndarray  # [R] int32, the number of each clip in the training splits
     batch_mask: np.ndarray  # [R] bool, False for empty rows of the last batch of an epoch
@@ -310,8 +310,8 @@ def make_eval_plan(
       modalities: the modalities that are evaluated.
       only: [N] bool, True for the clips to evaluate, by default all.
       join: True to join a group with the next longer group if this adds at most 65536 frames of
-        padding. Then fewer programs are compiled. Use False for models that score each
-        frame separately, because their time grows with the padding.
+        padding. This saves the time to compile a program for the group. Models that score each
+        frame separately lose more time with the padding, so use False for them.
     """
     lengths = longest(split, modalities)
     bucket = np.searchsorted(BUCKETS, np.minimum(lengths, MAX_EVAL_FRAMES))

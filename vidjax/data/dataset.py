@@ -173,16 +173,16 @@ class Dataset:
             yield Batch(frames, clips, batch_mask)
 
     def eval_batches(self, plan: EvalPlan, *, rows: int) -> Iterator[Batch]:
-        """Yields every clip of `plan` once. See `ClipSource`."""
+        """Yields batches of `rows` clips, each clip of `plan` once. See `ClipSource`."""
         return eval_batches(self._read([plan.split]), self.modalities, plan, rows)
 
     def packed(
         self, split: str, modalities: Sequence[str]
     ) -> Iterator[tuple[np.ndarray, Mapping[str, Packed]]]:
-        """Yields the clips of a split, n at a time, in the order of storage.
+        """Yields the clips of a split in groups, in the order of storage.
 
-        An item is a pair: the indices [n] int32 of the clips, and modality -> their frames, joined
-        without padding.
+        For n clips, an item is a pair: their indices [n] int32, and modality -> their frames,
+        joined without padding.
         """
         check_modalities(self.split(split), modalities)
         reader, whole = self._read([split]), self._store.splits[split].packed
@@ -208,7 +208,7 @@ def _warn_of_copies(first: Split, second: Split) -> None:
             f"{len(copies):,} of {len(second.clips):,} clips of {second.name} have the frames of "
             f"clips of {first.name}{others}: '{second.clips[clip]}' equals "
             f"'{first.clips[original]}'\n"
-            "a score on such clips says nothing about new clips: remove them from one split"
+            "remove these clips from one split: a score on them says nothing about new clips"
         )
 
 

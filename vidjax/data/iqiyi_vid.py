@@ -1,6 +1,7 @@
 """Reads the official files of the iQIYI-VID dataset: pickles of features, and ground truth.
 
-This command converts the pickles in DIR to flat files. The first training does the same:
+This command, or the first training, converts the pickles in DIR to flat files (arrays as raw bytes)
+in the cache:
 
     python -m vidjax.data.iqiyi_vid DIR [--cache_dir=C]
 
@@ -52,7 +53,7 @@ class OfficialFiles:
         """Finds the feature pickles.
 
         The folder `cache_dir` keeps the digests of the files, so that unchanged files are not read
-        again. Result files contain `origin`, the name and the folder of the dataset.
+        again. `origin` is the name and the folder of the dataset, for the data report.
         """
         self._directory = local(directory)
         self._files = find_pickles(self._directory)

@@ -116,8 +116,8 @@ def _make_cues(appearances: "Iterable[Appearance]") -> Iterator[tuple[float, flo
 def to_rttm(appearances: "Iterable[Appearance]") -> str:
     """Returns the text of a .rttm file with a line for each appearance of a person.
 
-    Ignored people and photos are left out. Blanks in names become `_`. If two names would then be
-    equal, their blanks become `%20`. A `%20` in a name always becomes `%2520`.
+    Ignored people and photos are left out. Blanks in names become `_`. If two names would be
+    equal with `_`, their blanks become `%20`. The text `%20` in a name becomes `%2520`.
     """
     appearances = [x for x in appearances if x.identity is not None and x.end_s > x.start_s]
     words = _make_words({text for x in appearances for text in (x.video, str(x.identity))})

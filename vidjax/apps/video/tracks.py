@@ -1,8 +1,8 @@
 """Joins the detections of a person in the frames of a shot into a track.
 
-Boxes are (left, top, right, bottom) in pixels of the upright picture. A sighting is a detection of
-the person in a frame. A sighting lasts until the next frame that is searched, or until the end of
-the shot.
+Boxes are (left, top, right, bottom) in pixels of the upright picture. A sighting
+begins at a frame in which the person is detected, and ends at the next searched frame, or at the
+end of the shot.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ class Track:
     def split(self, at: list[float]) -> "list[Track]":
         """Splits the track at the times `at`, in seconds; returns the parts.
 
-        Each part must contain a sighting.
+        Each part must contain a detection.
         """
         places = [0, *np.searchsorted(self.times, at).tolist(), len(self.times)]
         return [
@@ -98,7 +98,7 @@ class Tracker:
 
     A detection is assigned to the track with the most similar box. The detection is compared first
     with the predicted box of each track, and then with the last detected box. If a track began in
-    the previous frame, the last box and the detection are also compared in double size. If one
+    the previous frame, its box and the detection are doubled in size and compared again. If one
     person may hide another, the detection is dropped, because a lost detection is better than a
     switched identity.
 
@@ -125,8 +125,8 @@ class Tracker:
     def update(self, time_s: float, boxes: np.ndarray) -> np.ndarray:
         """Adds the detections `boxes` [N, 4] of the next frame, at `time_s` seconds.
 
-        Returns the number of each detection's track, int [N]. A detection is dropped if one person
-        may hide another there. Its number is -1.
+        Returns the number of each detection's track, int [N], or -1 if the detection is dropped. It
+        is dropped where tracks overlap, so that one person may hide another.
         """
         for motion in self._live:
             motion.track.end_sighting(time_s)
@@ -151,8 +151,8 @@ class Tracker:
     def cut(self, time_s: float, next_s: float | None = None) -> None:
         """Ends all tracks at `time_s`, where a shot ends. The next frame belongs to a new shot.
 
-        The new shot starts at `next_s`, by default at `time_s`. If the cut is a dissolve, `time_s`
-        is the middle of the dissolve. Tracks that began during the dissolve are dropped.
+        If the film has a gap there, the new shot starts after the gap, at `next_s`. In a dissolve,
+        `time_s` is the middle. Tracks that began during the dissolve are dropped.
         """
         # The people in tracks that began later belong to the next shot.
         last_s = 2 * time_s - self._time_s if time_s < self._time_s else time_s
@@ -221,8 +221,8 @@ class MainFigures:
     def update(self, time_s: float, boxes: np.ndarray) -> np.ndarray:
         """Adds the boxes [N, 4] of the people in the next frame, at `time_s` seconds.
 
-        Returns [N] int: the number of the shot for the main person, and -1 for all other people. If
-        the frame shows no main person, all are -1.
+        Returns the number of each person's track, int [N]. Only the main person has a track, with
+        the number of the shot. All other people have -1.
         """
         self._frames += 1
         self._track.end_sighting(time_s)
@@ -249,7 +249,7 @@ class MainFigures:
 
     @property
     def live(self) -> set[int]:
-        """The number of the current track. Each shot has one track, with the number of the shot."""
+        """A set with one number: the number of the current shot, and of the only track in it."""
         return {self._shot}
 
     def take_ended(self) -> list[Track]:
@@ -371,11 +371,11 @@ def pair_greedily(overlaps: np.ndarray, least: float = LEAST_OVERLAP) -> dict[in
 
 
 def _find_hidden(expected: np.ndarray, overlaps: np.ndarray) -> np.ndarray:
-    """Returns whether one person may hide another at each of N detections: bool [N].
+    """Returns bool [N], True for a detection where one person may hide another.
 
     `expected` [L, 4] are the predicted boxes of L tracks. `overlaps` [L, N] are their overlaps with
-    the detections. A person may be hidden if several tracks overlap each other and the detection,
-    and there are fewer detections than tracks at this place.
+    the detections. The result is True if k > 1 tracks overlap each other and the detection, and
+    fewer than k detections overlap these tracks.
     """
     crowded = measure_overlaps(expected, expected) > CROWDED_OVERLAP
     near = overlaps > LEAST_OVERLAP

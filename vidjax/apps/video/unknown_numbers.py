@@ -1,8 +1,8 @@
 """Numbers unknown people in films: the person with number 3 has the name `unknown 3`.
 
-The file `unknown.json` stores the number of each clip, the face of one person in a shot, for later
-calls of `vidjax who`. If a film is new, all clips without a name are grouped by similarity again. A
-group gets the number that most of its clips had.
+A clip is the face of one person in a shot. The file `unknown.json` stores the number of each clip
+for later calls of `vidjax who`. If a film is new, all clips without a name are grouped by
+similarity again. A group gets the number that most of its clips had.
 
 Corrections by users, in the log `said.jsonl`, always hold. If a user has said that some clips show
 one person, the clips stay in one group. If a user has said that a clip does not show a person, the
@@ -58,9 +58,9 @@ class UnknownNumbers(Struct, kw_only=True, forbid_unknown_fields=True):
     ) -> "UnknownNumbers":
         """Returns the new contents of `unknown.json`, for the clips of `films`.
 
-        `numbers` is clip -> number. Numbers from corrections are left out, because the log `said`
-        contains them. `unread` has the sha256 of films whose features were deleted because the nets
-        changed. Faces in films of `unread` keep their numbers. All other films are forgotten.
+        `numbers` is clip -> number. `unread` has the sha256 of films whose features were deleted
+        because the nets changed. Only faces in `films` and `unread` keep their numbers. Numbers
+        from corrections are left out, because the log `said` contains them.
         """
         stored = said.given | {x: n for x, n in numbers.items() if x not in said.numbered}
         face_of = {clip: face for film in films for clip, face in film.faces.items()}
@@ -76,10 +76,7 @@ class UnknownNumbers(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 def read_numbers(out: Path) -> UnknownNumbers:
-    """Returns the numbers of unknown people in a folder of results.
-
-    If there is no `unknown.json`, no person has a number.
-    """
+    """Reads `unknown.json` in the folder `out`. If the file is missing, the result has no faces."""
     if not files.exists(path := out / NUMBERS):
         return UnknownNumbers()
     content, _ = json_files.load(path, dict, REMEDY, MOST_BYTES)
@@ -101,14 +98,14 @@ def number_people(
 ) -> dict[str, int]:
     """Groups similar clips; returns clip -> number of the unknown person.
 
-    A group gets the number that most of its clips had.
+    If a film is new, all clips are grouped again. If no film is new, old groups stay together, and
+    new clips may join them. A group gets the number that most of its clips had.
 
     Args:
-      tracks: the clips without a name. If a film is new, all clips are grouped again.
-      said: the corrections in the log, and the numbers of the last call.
+      tracks: the clips without a name.
+      said: the corrections in the log, and the numbers of clips after the last call.
       before: the contents of `unknown.json` after the last call.
-      highest: the highest number of the last call. If no film is new, clips with numbers up to
-        `highest` stay in the same groups. Other clips may join these groups.
+      highest: the highest number of an old group. No two old groups are joined.
     """
     vectors = tracks.vectors
     kept = {clip: said.numbers[clip] for clip in vectors.names if clip in said.numbers}
@@ -130,10 +127,10 @@ def _keep_numbers(
 ) -> dict[str, int]:
     """Gives each group of clips a different number; returns clip -> number.
 
-    A group gets the number that most of its clips had. If several groups had a number, the group
-    with the most clips of this number gets it. Groups without an old number get numbers above
-    `highest`. `groups` is clip -> group, such as `unknown 3`. `before` is clip -> old number. The
-    numbers in `fixed`, of people whom a user has corrected, are given first.
+    `before` is clip -> old number. `groups` is clip -> preliminary name of its group. A group gets
+    the old number of most of its clips. If two groups want a number, the group with more clips of
+    this number gets it. Numbers in `fixed`, of people whom a user has corrected, are given before
+    all others. Groups without an old number get numbers above `highest`.
     """
     votes = Counter((group, before[clip]) for clip, group in groups.items() if clip in before)
     number: dict[str, int] = {}

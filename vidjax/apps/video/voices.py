@@ -37,7 +37,7 @@ class VoiceEmbedder(nets.Embedder):
 
 
 class Span(NamedTuple):
-    """A part of a film, in seconds, in which all speech is assigned to the person of a clip."""
+    """A part of a film, in seconds. All speech in it is assigned to the person of `clip`."""
 
     clip: str
     start_s: float
@@ -104,10 +104,7 @@ def find_solo_spans(tracks: "Sequence[FaceTrack]") -> Iterator[Span]:
 
 
 def _split_span(clip: str, begin: float, end: float) -> Iterator[Span]:
-    """Splits a part of a film into pieces, see `find_solo_spans`.
-
-    The part is from `begin` to `end` seconds. Its speech is assigned to the person of `clip`.
-    """
+    """Splits the part of a film from `begin` to `end` seconds into spans of up to 60 seconds."""
     window, step = WINDOW / RATE, WINDOW_STEP / RATE
     count = int((end - begin - window) / step + 1 + 1e-6)  # 1e-6 is for rounding errors of times
     for first in range(0, count, PIECE_WINDOWS):

@@ -12,7 +12,7 @@ The results are these files:
     OUT/said.jsonl     the log of what users said: names, corrections and ignored faces
     OUT/unknown.tsv    clips of unknown people: write names into it and call the command again
     OUT/unknown.json   the numbers of unknown people, for later calls
-    OUT/unmatched.tsv  names and corrections of faces that are not found again
+    OUT/unmatched.tsv  names and corrections of faces that are no longer found
     OUT/subtitles/     a .vtt and a .srt file for each video
     OUT/cuts/          an .otio file for programs that edit films, and a playlist, for each person
 
@@ -21,8 +21,8 @@ Each call replaces the tables, the page, the subtitles and the timelines.
 - If a photo was deleted from a folder that has other files, the next call forgets the photo.
 - If a whole folder of photos is missing, its drive may not be connected. So the photos are
   forgotten only with --forget-missing. A call without --people forgets nobody.
-- If a net was replaced or added, a call reads its films and photos again. Names and corrections are
-  kept, because the log identifies faces by film, time and place.
+- If a net was replaced or added, the next call reads the given films and photos again. Names and
+  corrections are kept, because the log identifies faces by film, time and place.
 """
 
 import functools
@@ -115,9 +115,9 @@ def name_people(
       fpir: the largest share of strangers that may get a name, see `Gallery.identify`.
       threshold: the probability that a name needs. If it is given, `fpir` must be None.
       padding: the seconds that are added before and after each appearance in timelines.
-      prune: whether films of earlier calls are removed if their files were deleted.
-      forget_missing: whether people are forgotten if all their photos are missing. With `prune`,
-        films whose whole folder is missing or empty are removed, too.
+      prune: whether films of earlier calls are removed if their files were deleted. If their
+        folder is missing or empty, films are removed only with `forget_missing`.
+      forget_missing: whether people are forgotten if all their photos are missing.
       models, settings, workers, check, done, tell: see `pipeline.extract_folders`.
 
     Raises:
@@ -154,7 +154,7 @@ def name_people(
             lost = had_page and not files.exists(out / PAGE)
             raise UserError(
                 f"no photo in '{people}' can be used, so nobody can be recognised"
-                + f"\n{PAGE} and the tables are deleted, because they name forgotten people" * lost
+                + f"\n{PAGE} and the tables are deleted: they name people without photos" * lost
                 + "\nadd photos that each show only one person"
             )
         if gallery.identities and not features_folder.find_unread(out / FEATURES):
@@ -312,7 +312,7 @@ class _Call:
         if not files.exists(path) and (foreign := list_entries(out)):
             if files.exists(out / FEATURES):
                 raise UserError(
-                    f"'{path}' is missing, the gallery of earlier calls\n"
+                    f"the gallery of earlier runs of this command is missing: '{path}'\n"
                     "copy it back, or name a new folder: --out=FOLDER"
                 )
             raise files.foreign_error(foreign[0])
@@ -369,15 +369,12 @@ class _Call:
         features_folder.write(features / features_folder.NAME, before)
         new = ", ".join(parts or sorted(changed))
         self.say(
-            f"there are new nets ({new}): the films and photos of this call are read again, and "
-            "names are kept\nto read films of earlier calls again, add these films to the command"
+            f"there are new nets ({new}): the films and photos of this run are read again, and "
+            "names are kept\nto read films of earlier runs of this command again, add these films"
         )
 
     def _write_unmatched(self, lost: Sequence[Lost]) -> None:
-        """Adds rows to `unmatched.tsv`: names and corrections of faces that are not found again.
-
-        Reports the new rows.
-        """
+        """Adds the corrections `lost` to the table `unmatched.tsv`; reports the new rows."""
         path = self.out / UNMATCHED
         table = [*tables.read_text(path)][1:] if files.exists(path) else []
         known = [tuple(cells) for _, cells in table]
@@ -385,12 +382,12 @@ class _Call:
             files.write_text(path, tables.to_text([UNMATCHED_COLUMNS, *known, *new], ".tsv"))
             files.hide(path)
             self.warn(
-                f"corrections whose faces are not found again: {len(new):,}, see {path}\n"
+                f"corrections lost, as their faces are no longer found: {len(new):,}, see {path}\n"
                 f"to repeat these corrections: vidjax review {messages.quote_path(self.out)}"
             )
 
     def _report_unread(self, films: Mapping[str, MediaFile]) -> None:
-        """Reports `films`, and photos of people, that only earlier nets have read."""
+        """Reports `films`, and photos of people, that were not read with the current nets."""
         for film in [*films.values()][:1]:
             self.warn(
                 f"films that were not read with the new nets: {len(films):,}, such as "
@@ -401,7 +398,7 @@ class _Call:
         for face in sorted(faces.values())[:1]:
             self.warn(
                 f"photos that were not read with the new nets: {len(faces):,}, such as {face.clip} "
-                f"of {show(face.person)}\nto use these photos, repeat vidjax who with --people"
+                f"of {show(face.person)}\nto use these photos, add --people=FOLDER to the command"
             )
 
     def read_typed_names(self) -> set[str]:
@@ -428,7 +425,7 @@ class _Call:
                 if old not in (None, name):
                     raise UserError(
                         f"face '{clip}' already has the name '{show(old)}', not '{show(name)}'\n"
-                        "correct the name with vidjax review, or delete this row"
+                        "correct the name with vidjax review, or delete the row of this face"
                     )
                 if old is None and (face := film.faces.get(clip)):
                     lines.append(said_lib.about(face, "is", of=name, video=film.video))
@@ -438,7 +435,7 @@ class _Call:
             path.unlink()  # the table is written again
         for name, count in sorted(Counter(map(names.get, found)).items()):
             faces = messages.count(count, "face")
-            self.say(f"{faces} got a name from {path.name}: {show(str(name))}")
+            self.say(f"{faces} got the name {show(str(name))} from {path.name}")
         return {str(line.of) for line in lines}
 
     def _follow_photos(
@@ -446,10 +443,10 @@ class _Call:
     ) -> dict[str, str]:
         """Renames a person in films if all photos of this person are now under another name.
 
-        Faces to which the user has given the old name get the new name. `known` are the people with
-        enrolled photos. `moved` is old name -> the people who have the photos now. If several
-        people have them, faces keep the old name, and a warning says how to change it. Returns
-        old name -> new name.
+        `moved` is old name -> the people who have the photos now. `known` are the people with
+        enrolled photos. Faces to which the user has given the old name get the new name. If several
+        people have the photos, the faces keep the old name, and a warning says how to change it.
+        Returns old name -> new name.
         """
         films = features_folder.read_media_files(self.features) if moved else ()
         said = read_said(self.out, films) if moved else Said()
@@ -462,9 +459,9 @@ class _Call:
                 words = [str(self.gallery.folder), f"--identity={label}", "--to=NAME"]
                 others = messages.list_some([*map(show, sorted(owners))])
                 self.warn(
-                    f"the photos of {show(person)} are now photos of {others}. The name "
-                    f"{show(label)}, which you typed for {count}, stays\n"
-                    f"to change it: vidjax gallery rename {shlex.join(words)}"
+                    f"the photos of {show(person)} are now photos of {others}. You gave the name "
+                    f"{show(label)} to {count}, and this name stays\n"
+                    f"to change this name: vidjax gallery rename {shlex.join(words)}"
                 )
             elif len(owners) == 1 and label != wanted:
                 renamed[label] = wanted
@@ -487,11 +484,11 @@ class _Call:
         places: Collection[str],
         forget_missing: bool,
     ) -> None:
-        """Forgets people who have no photos left, and deletes features in their folders.
+        """Forgets people who have no photos left, and deletes the features of these photos.
 
-        `before` are the faces in earlier photos, clip -> face. `names` are the people with photos,
-        and `places` are the people whose folders `OUT/people/NAME` keep their features. If
-        `forget_missing` is False, people whose names the user has typed for faces stay known.
+        `before` is clip -> face in an earlier photo. `names` are the people with photos. Features
+        in a folder `OUT/people/NAME` are deleted if NAME is not in `places`. If `forget_missing` is
+        False, a person stays known if the user has given this name to a face.
         """
         gallery, out = self.gallery, self.out
         said = read_said(out, features_folder.read_media_files(self.features))
@@ -521,8 +518,8 @@ class _Call:
                 draft.remove(clip=clips)
         for name, folder in locate_people(out).items():
             if name not in places and name in names:
-                self.say(f"{show(name)} no longer has a folder, but face tags in photos still say "
-                         f"{show(name)}")  # fmt: skip
+                self.say(f"{show(name)} no longer has a folder, but stays known: face tags still "
+                         f"say {show(name)}")  # fmt: skip
             if name not in places and not features_folder.remove_features(folder):
                 place = show(str(folder))
                 self.say(f"'{place}' contains files that vidjax did not write: they are kept")
