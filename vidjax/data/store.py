@@ -453,7 +453,7 @@ def _load_split(
             or min(places.min(), lengths[modality].min(), count - ends.max()) < 0
         ):
             raise UserError(
-                f"{name}/{modality}: a clip position in index.npz or a dtype in manifest.json is wrong"
+                f"{name}/{modality}: a position in index.npz or a dtype in manifest.json is wrong"
             )
         flat = {}
         for field, state in kept["files"].items():

@@ -233,8 +233,8 @@ def _read_frames(
 ) -> dict[str, Any]:
     """Checks `value`, the frames of a clip. Returns field -> array, or {} without frames.
 
-    `fields` are the names of a frame's values in the pickle, such as `det_score`. The result has the
-    names of `packing.read_frames`. Error messages begin with `where`.
+    `fields` are the names of a frame's values in the pickle, such as `det_score`. The result has
+    the names of `packing.read_frames`. Error messages begin with `where`.
     """
     if type(value) is Array and fields == _FEATURE_ONLY:
         count = value.shape[0] if len(value.shape) == 2 else 1
