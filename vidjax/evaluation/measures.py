@@ -85,8 +85,8 @@ class ScoredSplit:
     def averages_without(self, removed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the average precisions [C] without the clips `removed` [N] bool.
 
-        The second result, [C], is the number of the other clips that show each identity. A ranking
-        of the k best clips becomes shorter: it is not filled up with lower clips.
+        The second result, [C], is the number of clips that show each identity and are not removed.
+        A ranking of the k best clips becomes shorter: it is not filled up with lower clips.
         """
         gone = np.bincount(self.labels[removed & self.pool], minlength=len(self.hits) + 1)[1:]
         kept = ~np.append(removed, False)[np.minimum(self.top.index, len(removed))]
@@ -214,9 +214,9 @@ def group_by_quantile(values: np.ndarray, chosen: np.ndarray) -> Groups:
 def group_by_modalities(split: Split, names: Sequence[str], pool: np.ndarray) -> Groups:
     """Groups clips by the set of modalities that they have, such as `face, audio`.
 
-    `names` are the modalities. `pool` [N] bool is True for ranked clips. The sets that are
-    most common in ranked clips, at most MOST_GROUPS, have a group each. All clips with another set
-    form the group `others`.
+    `names` are the modalities. `pool` [N] bool is True for ranked clips. The sets that are most
+    common in ranked clips, at most MOST_GROUPS, have a group each. All other clips form the group
+    `others`.
     """
     present = np.stack([split.lengths[name] > 0 for name in names])  # [M, N]
     code = np.sum(present << np.arange(len(names))[:, None], axis=0)  # bit i: modality i
